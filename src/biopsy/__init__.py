@@ -1,0 +1,114 @@
+"""Train, judge, explain and run breast-histopathology patch classifiers that can be trusted.
+
+Each function here has the name of a command and its parameters have the names of that command's flags::
+
+    import biopsy
+
+    pack = biopsy.prepare("archive.zip", "idc.pack")
+    run = biopsy.train("cancernet-2020", pack)
+    print(biopsy.evaluate(run))
+    biopsy.report(run)
+
+Functions and records are loaded when they are first used, so that importing this package costs next to
+nothing. The rooms below it (``biopsy.statistics``, ``biopsy.data``, ...) hold everything else.
+"""
+
+from collections.abc import Iterable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from biopsy.errors import (
+    ArchiveError,
+    BiopsyError,
+    DataError,
+    DownloadError,
+    MetricError,
+    MissingExtra,
+    PackError,
+    RecipeError,
+    RunError,
+    SplitError,
+    TrainingDiverged,
+)
+
+if TYPE_CHECKING:
+    from biopsy.data.downloads import fetch
+    from biopsy.data.packing import prepare
+    from biopsy.data.packs import Pack
+    from biopsy.judging.evaluation import evaluate
+    from biopsy.learning.classifiers import Classifier
+    from biopsy.learning.runs import Run
+    from biopsy.learning.training import train
+    from biopsy.sharing.inspection import inspect
+    from biopsy.studies.folds import study
+    from biopsy.studies.prediction import predict
+    from biopsy.studies.records import Study
+    from biopsy.studies.reporting import report
+    from biopsy.studies.splitting import split_pack as split
+    from biopsy.upkeep.catalogue import list_ as list
+    from biopsy.upkeep.demo import demo
+
+    __version__: str
+
+__all__ = [
+    "ArchiveError",
+    "BiopsyError",
+    "Classifier",
+    "DataError",
+    "DownloadError",
+    "MetricError",
+    "MissingExtra",
+    "Pack",
+    "PackError",
+    "RecipeError",
+    "Run",
+    "RunError",
+    "SplitError",
+    "Study",
+    "TrainingDiverged",
+    "__version__",
+    "demo",
+    "evaluate",
+    "fetch",
+    "inspect",
+    "list",
+    "predict",
+    "prepare",
+    "report",
+    "split",
+    "study",
+    "train",
+]
+
+_LAZY = {
+    "Classifier": "biopsy.learning.classifiers:Classifier",
+    "Pack": "biopsy.data.packs:Pack",
+    "Run": "biopsy.learning.runs:Run",
+    "Study": "biopsy.studies.records:Study",
+    "demo": "biopsy.upkeep.demo:demo",
+    "evaluate": "biopsy.judging.evaluation:evaluate",
+    "fetch": "biopsy.data.downloads:fetch",
+    "inspect": "biopsy.sharing.inspection:inspect",
+    "list": "biopsy.upkeep.catalogue:list_",
+    "predict": "biopsy.studies.prediction:predict",
+    "prepare": "biopsy.data.packing:prepare",
+    "report": "biopsy.studies.reporting:report",
+    "split": "biopsy.studies.splitting:split_pack",
+    "study": "biopsy.studies.folds:study",
+    "train": "biopsy.learning.training:train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("biopsy")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _LAZY[name].partition(":")
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> Iterable[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,144 @@
+"""How the command line prints: results on stdout, progress and log on stderr."""
+
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NoReturn, Protocol
+
+import typer
+
+MAX_NAMED = 20  # skipped files named one by one before the rest is only counted
+
+KNOWN_ERROR, USAGE, SKIPPED, INTERRUPTED = 1, 2, 3, 130
+"""Exit codes beside 0: known error, wrong usage, finished but input was skipped, Ctrl-C."""
+
+
+def say(text: str) -> None:
+    """Print a line of progress or log."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def fail(message: str) -> NoReturn:
+    """Print a known error as one line and leave with its exit code."""
+    say("error: " + " ".join(message.split()))
+    raise typer.Exit(KNOWN_ERROR)
+
+
+def interrupted(how_to_go_on: str) -> NoReturn:
+    """Say how to go on after Ctrl-C, and leave."""
+    say(f"interrupted; {how_to_go_on}")
+    raise typer.Exit(INTERRUPTED)
+
+
+def print_json(document: object) -> None:
+    """Print a document for machines: numpy values become numbers, paths text, what is not finite null."""
+    text = json.dumps(
+        document, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value)
+    )
+    finite = json.loads(text, parse_constant=lambda constant: None)
+    print(json.dumps(finite, indent=2, ensure_ascii=False))
+
+
+def print_table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> None:
+    """Print rows as a table whose columns line up; numbers to the right."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    columns = []
+    for name, *values in zip(header, *cells, strict=True):
+        width = max(len(value) for value in (name, *values))
+        is_numeric = all(value[:1].isdigit() or value[:1] in ("", "-") for value in values)
+        columns.append(
+            [value.rjust(width) if is_numeric else value.ljust(width) for value in (name, *values)]
+        )
+    for line in zip(*columns, strict=True):
+        print("  ".join(line).rstrip())
+
+
+def print_blocks(rows: Iterable[Mapping[str, object]]) -> None:
+    """Print each row under its name, one line a key."""
+    for row in rows:
+        print(row["name"])
+        for key, value in row.items():
+            if isinstance(value, Mapping):
+                value = ", ".join(f"{name} {_cell(item)}" for name, item in value.items())
+            if key != "name" and value not in (None, ""):
+                print(f"  {key}: {_cell(value)}")
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def name_skipped(skipped: Sequence[Mapping[str, str]], where: str) -> None:
+    """Name and count the input that could not be read, and leave with exit code 3 if there was any."""
+    for item in skipped[:MAX_NAMED]:
+        say(f"skipped {item['source']}: {item['reason']}")
+    if len(skipped) > MAX_NAMED:
+        say(f"... and {len(skipped) - MAX_NAMED:,} more, all named in {where}")
+    if skipped:
+        say(f"{len(skipped):,} inputs could not be read and were skipped")
+        raise typer.Exit(SKIPPED)
+
+
+class OnProgress(Protocol):
+    """Moves the bar to ``done`` of ``total``; ``what`` says what is being done, where that changes."""
+
+    def __call__(self, done: int, total: int | None, what: str | None = None) -> None:
+        """Show it."""
+
+
+@contextlib.contextmanager
+def progress(what: str, *, unit: str = "patches") -> Iterator[OnProgress]:
+    """Show one bar with rate and time left on stderr; silent where that is not a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done, total, what=None: None
+        return
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:,.0f} {unit}/s" if task.speed else "")
+
+    columns = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), Rate())
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn(), console=console
+    ) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total, what=None: bar.update(task, completed=done, total=total, description=what)
+
+
+class StderrHandler(logging.Handler):
+    """Prints log records on whatever stderr is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        say(level + record.getMessage())
+
+
+def show_log() -> None:
+    """Print what the library logs, once a record."""
+    logger = logging.getLogger("biopsy")
+    logger.setLevel(logging.INFO)
+    logger.handlers[:] = [StderrHandler()]
+    logger.propagate = False

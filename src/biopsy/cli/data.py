@@ -1,0 +1,206 @@
+"""Verbs about data: fetch, prepare, inspect, split."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+import biopsy
+from biopsy.cli.console import KNOWN_ERROR, name_skipped, print_json, print_table, progress, say
+from biopsy.cli.options import AsJson, PackPath, Seed, SplitName, comma_list
+
+if TYPE_CHECKING:
+    from biopsy.data.packs import Pack
+    from biopsy.data.splits import Split
+
+
+def fetch(
+    name: Annotated[str, typer.Argument(help="idc, pcam or hcd.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to download into.", show_default=False)],
+) -> None:
+    """Download a published data set; the only verb that touches the network."""
+    with progress(f"fetching {name}", unit="bytes") as show:
+        fetched = biopsy.fetch(
+            name,
+            out,
+            on_progress=lambda state: show(state.done_bytes, state.total_bytes, f"{state.step} {state.file}"),
+        )
+    if fetched.kept:
+        say(f"{len(fetched.kept)} were there already: {', '.join(path.name for path in fetched.kept)}")
+    print(fetched.path)
+
+
+def prepare(
+    source: Annotated[
+        Path, typer.Argument(help="Archive or folder of patches, as downloaded.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="The pack to write.", show_default=False)],
+    dataset: Annotated[
+        str | None, typer.Option(help="Layout of the source; recognised where not given.")
+    ] = None,
+    patients: Annotated[
+        str | None, typer.Option(help="Who a patch belongs to: a csv, or a pattern of the file name.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="A csv of labels that override those of the source.")
+    ] = None,
+    join: Annotated[
+        Path | None, typer.Option(help="A csv of further columns, such as site, scanner or age.")
+    ] = None,
+    positive: Annotated[
+        str | None, typer.Option(help="Positive class; several, with commas, are folded into one.")
+    ] = None,
+    mpp: Annotated[
+        float | None, typer.Option(help="Micrometres per pixel, where the source does not say.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Decode an archive of patches once, into a pack."""
+    with progress("decoding") as on_progress:
+        pack = biopsy.prepare(
+            source,
+            out,
+            dataset=dataset,
+            patients=patients,
+            labels=labels,
+            join=join,
+            positive=positive,
+            mpp=mpp,
+            on_progress=on_progress,
+        )
+    if as_json:
+        print_json({"path": pack.path, **pack.info.model_dump()})
+    else:
+        _print_pack(pack)
+    name_skipped(pack.info.skipped, str(pack.path / "pack.json"))
+
+
+def _print_pack(pack: "Pack") -> None:
+    info = pack.info
+    mpp = "unknown" if info.mpp is None else f"{info.mpp:g}"
+    print(f"{pack.path}: {info.dataset}, {info.patch_px} px at {mpp} um/px, positive: {info.positive_class}")
+    for name, count in info.counts.items():
+        if isinstance(count, dict):
+            count = ", ".join(f"{key} {value:,}" for key, value in count.items()) or "none"
+        print(f"  {name.replace('_', ' ')}: {count:,}" if isinstance(count, int) else f"  {name}: {count}")
+
+
+def inspect(
+    pack: PackPath,
+    split: SplitName = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures; PACK/inspection where not given.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Audit a pack and draw it; exit 1 when something would spoil a result."""
+    audit = biopsy.inspect(pack, split=split, out=out)
+    if as_json:
+        print_json(audit)
+    else:
+        _print_audit(audit)
+    for spoiler in audit["spoilers"]:
+        say(f"would spoil a result: {spoiler}")
+    if audit["spoilers"]:
+        raise typer.Exit(KNOWN_ERROR)
+
+
+def _print_audit(audit: Mapping[str, Any]) -> None:
+    exact, labels, groups, division = (
+        audit[key] for key in ("exact_duplicates", "label_conflicts", "groups", "split")
+    )
+    print(f"audit: {audit['paths']['audit']}")
+    print(f"  unreadable files: {audit['unreadable']['count']:,}")
+    print(f"  odd sizes: {audit['odd_sizes']['count']:,}")
+    print(f"  blank patches: {audit['blank']['count']:,}")
+    print(f"  exact duplicates: {exact['patches']:,} patches in {exact['count']:,} groups")
+    print(f"  near duplicates: {audit['near_duplicates']['count']:,} pairs")
+    conflicts = labels["same_pixels"]["count"], labels["same_place"]["count"]
+    print("  label conflicts: {:,} of the same pixels, {:,} of the same place".format(*conflicts))
+    if groups["count"]:
+        print(f"  {audit['unit']}s: {groups['count']:,}, of one class {groups['one_class']['count']:,}")
+    if division and division["is_published"] and division["patients_overlap"]:
+        print(
+            f"  PATIENTS OVERLAP in split {division['name']}, as published: {division['overlap']['count']:,}"
+        )
+    for picture in audit["paths"]["pictures"]:
+        print(f"picture: {picture}")
+
+
+def split(
+    pack: PackPath,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="official, patients, folds, leave-one-out, site or as-published.", show_default=False
+        ),
+    ],
+    name: Annotated[
+        str | None, typer.Option(help="Name to keep it under; the protocol's by default.")
+    ] = None,
+    seed: Seed = 0,
+    recipe: Annotated[str | None, typer.Option(help="Whose split as-published is.")] = None,
+    cases: Annotated[
+        Path | None, typer.Option(help="Case lists of an official split: a csv, or a folder of cases_*.txt.")
+    ] = None,
+    test_patients: Annotated[
+        str | None, typer.Option(help="Ids, with commas, that are tested.", metavar="ID[,ID]")
+    ] = None,
+    val_patients: Annotated[
+        str | None, typer.Option(help="Ids, with commas, that validate.", metavar="ID[,ID]")
+    ] = None,
+    folds: Annotated[int, typer.Option(help="Number of folds.")] = 5,
+    unit: Annotated[
+        Literal["patient", "slide", "patch"] | None,
+        typer.Option(help="What is kept apart; the pack's own unit by default."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Divide a pack's patients into sides or folds, and keep the split in the pack."""
+    made = biopsy.split(
+        pack,
+        protocol=protocol,
+        name=name,
+        seed=seed,
+        recipe=recipe,
+        cases=cases,
+        test_patients=comma_list(test_patients),
+        val_patients=comma_list(val_patients),
+        folds=folds,
+        unit=unit,
+    )
+    if as_json:
+        print_json(
+            {
+                "name": made.name,
+                "protocol": made.protocol,
+                "unit": made.unit,
+                "seed": made.seed,
+                "patients_overlap": made.overlap,
+                "parameters": made.parameters,
+            }
+        )
+    else:
+        _print_split(made)
+
+
+def _print_split(made: "Split") -> None:
+    print(f"split {made.name!r} ({made.protocol}) by {made.unit}, seed {made.seed}")
+    if made.overlap:
+        print("PATIENTS OVERLAP between sides, as published: figures on it say nothing about a new patient")
+    counts = made.parameters["counts"]
+    rows = []
+    for fold, sides in enumerate(counts.get("folds", [counts])):
+        for side, count in sides.items():
+            if count["patches"]:
+                first = [fold, side] if made.n_folds else [side]
+                rows.append([*first, count["patches"], count["groups"], *count["per_class"].values()])
+    header = [*(["fold"] if made.n_folds else []), "side", "patches", f"{made.unit}s"]
+    print_table(rows, header + list(count["per_class"]))
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs of this file."""
+    for verb in (fetch, prepare, inspect, split):
+        app.command()(verb)

@@ -1,0 +1,124 @@
+"""Verbs that judge and use what was trained: evaluate, report, predict."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+import biopsy
+from biopsy.cli.console import name_skipped, print_json, print_table, progress
+from biopsy.cli.options import AsJson, Device, SplitName
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", show_default=False)],
+    side: Annotated[Literal["test", "val"], typer.Option(help="Which side to judge on.")] = "test",
+    data: Annotated[
+        Path | None, typer.Option(help="Another pack to judge on; the run's own by default.", metavar="PACK")
+    ] = None,
+    split: SplitName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a run: every number with a 95 % interval, over patients where it can be."""
+    metrics = biopsy.evaluate(run, side=side, data=data, split=split)
+    if as_json:
+        print_json(metrics)
+    else:
+        _print_metrics(metrics)
+
+
+def _print_metrics(metrics: Mapping[str, Any]) -> None:
+    split, unit, opened = metrics["split"], metrics["unit"], metrics["ledger"]
+    if split["patients_overlap"]:
+        print("PATIENTS OVERLAP: the split is as published, these figures say nothing about a new patient.")
+    of_groups = "" if unit == "patch" else f" of {metrics['n_patients']:,} {unit}s"
+    print(f"{metrics['side']} side of split {split['name']}: {metrics['n_patches']:,} patches{of_groups}")
+    if opened:
+        print(f"this test side has been opened {opened['times']} times, for {opened['runs']} runs")
+    if metrics["baseline"]:
+        print(f"colour alone reaches AUROC {_number(metrics['baseline']['auroc'])}")
+    if "patch" in metrics:
+        _print_two_classes(metrics)
+        return
+    rows = [
+        [name, *(_number(estimates[metric]) for metric in metrics["macro"])]
+        for name, estimates in {**metrics["per_class"], "macro": metrics["macro"]}.items()
+    ]
+    print_table(rows, ["class", *metrics["macro"]])
+
+
+def _print_two_classes(metrics: Mapping[str, Any]) -> None:
+    threshold, confusion = metrics["threshold"], metrics["confusion"]
+    counts = "  ".join(f"{name.upper()} {confusion[name]:,}" for name in ("tp", "fp", "fn", "tn"))
+    print(f"positive class {metrics['positive_class']}: {counts}")
+    print(f"at threshold {threshold['value']:.3f} ({threshold['rule']}, chosen on {threshold['chosen_on']})")
+    header = ["metric", "patches", f"95 % interval, by {metrics['interval']['unit']}"]
+    per_patient = metrics.get("patient", {})
+    rows = []
+    for name, estimate in metrics["patch"].items():
+        rows.append([name, _number(estimate), _interval(estimate)])
+        if per_patient:
+            summary = per_patient.get(name, {})
+            rows[-1] += [summary.get("value"), summary.get("worst")]
+    print_table(rows, header + (["mean of patients", "worst"] if per_patient else []))
+
+
+def _number(estimate: Mapping[str, Any] | float | None) -> str:
+    value = estimate["value"] if isinstance(estimate, Mapping) else estimate
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def _interval(estimate: Mapping[str, Any]) -> str:
+    if estimate["low"] is None:
+        return f"none: {estimate['reason']}"
+    return f"{estimate['low']:.3f} to {estimate['high']:.3f}"
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN|STUDY...", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Where to write it; into the run by default.")] = None,
+    hide_ids: Annotated[
+        bool, typer.Option("--hide-ids", help="Replace patient and slide ids by numbers, for sharing.")
+    ] = False,
+) -> None:
+    """Write one self-contained HTML file for each run or study; prints their paths."""
+    for path in biopsy.report(runs, out=out, hide_ids=hide_ids):
+        print(path)
+
+
+def predict(
+    model: Annotated[Path, typer.Argument(metavar="RUN|CLASSIFIER", show_default=False)],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(help="Images, folders, zips, packs.", metavar="PATH...", show_default=False),
+    ],
+    out: Annotated[Path | None, typer.Option(help="The table to write.")] = None,
+    format: Annotated[Literal["csv", "parquet"], typer.Option(help="Format of the table.")] = "csv",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Predict patches; unreadable ones are named, skipped and counted (exit 3)."""
+    with progress("predicting") as on_progress:
+        prediction = biopsy.predict(
+            model, paths, out=out, format=format, device=device, on_progress=on_progress
+        )
+    frame = prediction.frame
+    counts = {str(name): int(count) for name, count in frame["pred"].value_counts().items()}
+    if as_json:
+        print_json(
+            {"path": prediction.path, "n_patches": len(frame), "pred": counts, "skipped": prediction.skipped}
+        )
+    else:
+        print(prediction.path)
+        print(
+            f"{len(frame):,} patches: "
+            + (", ".join(f"{count:,} {name}" for name, count in counts.items()) or "none")
+        )
+    name_skipped(prediction.skipped, str(prediction.path))
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs of this file."""
+    for verb in (evaluate, report, predict):
+        app.command()(verb)

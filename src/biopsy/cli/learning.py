@@ -1,0 +1,137 @@
+"""Verbs that train: train, study."""
+
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import biopsy
+from biopsy.cli.console import interrupted, say
+from biopsy.cli.options import Data, Device, Seed, Setting, SplitName, seed_list
+
+
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(help="Name of a recipe, or a .toml file.", show_default=False)
+    ] = None,
+    data: Data = None,
+    split: SplitName = None,
+    fold: Annotated[int | None, typer.Option(help="Which fold of a folded split is tested.")] = None,
+    seed: Seed = 0,
+    set: Setting = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's own folder; without it, runs/ gets one.")
+    ] = None,
+    device: Device = "auto",
+    plot: Annotated[Path | None, typer.Option(help="Draw the training curves to this file.")] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard events too.")] = False,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with a run that was interrupted.", metavar="RUN")
+    ] = None,
+) -> None:
+    """Train a recipe on a pack; prints the path of the run."""
+    if resume is None and (recipe is None or data is None):
+        raise typer.BadParameter("name a RECIPE and --data, or a run with --resume")
+    lines = EpochLines()
+    try:
+        run = biopsy.train(
+            recipe,
+            data,
+            split=split,
+            fold=fold,
+            seed=seed,
+            set=tuple(set or ()),
+            out=out,
+            device=device,
+            plot=plot,
+            tensorboard=tensorboard,
+            resume=resume,
+            on_epoch=lines,
+        )
+    except KeyboardInterrupt:
+        path = resume or out or lines.run or "RUN` with RUN the newest folder in `runs"
+        interrupted(f"go on with `biopsy train --resume {path}`")
+    print(run.path)
+
+
+def study(
+    recipes: Annotated[
+        list[str], typer.Argument(help="Names of recipes, or .toml files.", show_default=False)
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="A pack, or an archive to make one from.", metavar="PACK|SOURCE", show_default=False
+        ),
+    ],
+    split: SplitName = None,
+    folds: Annotated[
+        int | None, typer.Option(help="Number of folds, where the split is not made yet.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Training seeds, with commas.")] = "0,1,2",
+    set: Setting = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the study; the same name goes on with it.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The study's own folder; without it, studies/ gets one.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Train recipes over folds and seeds, and pool what they predict; prints the path of the study."""
+    asked_seeds = seed_list(seeds)
+    try:
+        made = biopsy.study(
+            recipes,
+            data,
+            split=split,
+            folds=folds,
+            seeds=asked_seeds,
+            set=tuple(set or ()),
+            name=name,
+            out=out,
+            device=device,
+            on_epoch=EpochLines(),
+        )
+    except KeyboardInterrupt:
+        interrupted("run the same command again to go on: finished runs are kept")
+    print(made.path)
+
+
+class EpochLines:
+    """Prints each epoch's record as one aligned line on stderr, under the run it belongs to."""
+
+    def __init__(self) -> None:
+        self.run: str | None = None
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        """Print one record."""
+        if record["run"] != self.run:
+            self.run = record["run"]
+            say(f"run {self.run}")
+        say(epoch_line(record))
+
+
+def epoch_line(record: Mapping[str, Any]) -> str:
+    """Write an epoch's record as one line: loss, metrics, learning rate, speed, time left."""
+    auroc = record["val_auroc"]
+    parts = [
+        f"epoch {record['epoch']:3d}",
+        f"loss {record['loss']:7.4f}",
+        f"accuracy {record['accuracy']:.3f}",
+        f"val loss {record['val_loss']:7.4f}",
+        f"accuracy {record['val_accuracy']:.3f}",
+        "auroc     -" if auroc is None else f"auroc {auroc:.3f}",
+        f"lr {record['lr']:.2e}",
+        f"{record['images_per_s']:7,.0f} images/s",
+        f"{timedelta(seconds=round(record['time_left_s']))} left",
+    ]
+    return "  ".join(parts) + ("  best so far" if record["best"] else "")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs of this file."""
+    for verb in (train, study):
+        app.command()(verb)

@@ -1,0 +1,277 @@
+"""One way to read a zip and a folder: entries by relative name, their bytes on demand, nothing extracted.
+
+A zip is mapped into memory; a stored entry is a slice of the map, a deflated one is inflated where it is
+asked for, which may be any thread. Names never become paths unless they came from the folder itself.
+"""
+
+import hashlib
+import mmap
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from biopsy.errors import ArchiveError, DataError
+
+MAX_ENTRY_BYTES = 2**29
+"""The largest entry that is read into memory; images and tables are far below it."""
+
+PEEK_BYTES = 4096
+"""Enough of a file for the size of its image, most of the time."""
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+_PIXEL_SUFFIXES = (*IMAGE_SUFFIXES, ".h5", ".hdf5")
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # APPNOTE 4.3.7: signature ... name length, extra length
+_JUNK = {"__MACOSX", "Thumbs.db", "desktop.ini"}
+_STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
+_ENCRYPTED = 0x1  # bit 0 of the general purpose flags
+_RELEASE_BYTES = 2**26
+
+
+class Entry(NamedTuple):
+    """A file of an archive. The last four describe its place in a zip and mean nothing in a folder."""
+
+    name: str
+    """Relative, with forward slashes."""
+    size: int
+    """Bytes, unpacked."""
+    crc: int = 0
+    offset: int = 0
+    packed_size: int = 0
+    method: int = 0
+
+
+class Archive(Protocol):
+    """A zip or a folder.
+
+    Attributes:
+        path: The zip or the folder.
+        entries: Its files in order of name, without hidden ones and what macOS and Windows leave behind.
+        unread: Zips that lie beside the files of a folder and are not read.
+    """
+
+    path: Path
+    entries: list[Entry]
+    unread: list[str]
+
+    def read(self, entry: Entry) -> bytes | memoryview:
+        """Give an entry's bytes; raises DataError with the reason alone."""
+
+    def peek(self, entry: Entry) -> bytes | memoryview:
+        """Give at least the first `PEEK_BYTES` of an entry (all, if it is smaller), unchecked."""
+
+    def same(self, one: Entry, other: Entry) -> bool:
+        """Say whether two entries hold the same bytes."""
+
+    def fingerprint(self) -> str:
+        """Hash names, sizes and checksums (of a folder: times) of all entries, without reading them."""
+
+
+class ZipArchive:
+    """A zip, read through a memory map. See `Archive`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.unread: list[str] = []
+        self.entries = _list_zip(path)
+        with open(path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._read_bytes = 0
+
+    def read(self, entry: Entry) -> bytes | memoryview:
+        """Give an entry's bytes, checked against the zip's checksum."""
+        data = _inflate(self._slice(entry), entry)
+        if zlib.crc32(data) != entry.crc:
+            raise DataError("does not match its checksum in the zip: the zip is damaged")
+        return data
+
+    def peek(self, entry: Entry) -> bytes | memoryview:
+        """Give an entry's first bytes without its checksum."""
+        packed = self._slice(entry)
+        return packed if entry.method == _STORED else _inflate(packed, entry, PEEK_BYTES)
+
+    def _slice(self, entry: Entry) -> memoryview:
+        self._release_pages(entry.packed_size)
+        if entry.offset + _LOCAL_HEADER.size > len(self._map):
+            raise DataError("lies beyond the end of the zip: the zip is damaged")
+        signature, name_length, extra_length = _LOCAL_HEADER.unpack_from(self._map, entry.offset)
+        start = entry.offset + _LOCAL_HEADER.size + name_length + extra_length
+        packed = memoryview(self._map)[start : start + entry.packed_size]
+        if signature != b"PK\x03\x04" or len(packed) != entry.packed_size:
+            raise DataError("is not where the zip's directory says: the zip is damaged")
+        if entry.size > MAX_ENTRY_BYTES:
+            raise DataError(f"unpacks to {entry.size:,} bytes; at most {MAX_ENTRY_BYTES:,} are read")
+        return packed
+
+    def same(self, one: Entry, other: Entry) -> bool:
+        """Compare size and checksum."""
+        return (one.size, one.crc) == (other.size, other.crc)
+
+    def fingerprint(self) -> str:
+        """Hash the directory."""
+        return _hash_rows((entry.name, entry.size, entry.crc) for entry in self.entries)
+
+    def _release_pages(self, n_bytes: int) -> None:
+        """Give pages back now and then: reading a large zip should not take its size in memory."""
+        self._read_bytes += n_bytes
+        if self._read_bytes > _RELEASE_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+            self._read_bytes = 0
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+class FolderArchive:
+    """A folder and everything below it. See `Archive`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        found = sorted(_walk(path, ""), key=lambda item: item[0].name)
+        self.entries = [entry for entry, _ in found if not entry.name.lower().endswith(".zip")]
+        self.unread = [entry.name for entry, _ in found if entry.name.lower().endswith(".zip")]
+        self._times = {entry.name: time for entry, time in found}
+
+    def read(self, entry: Entry) -> bytes | memoryview:
+        """Read a file."""
+        if entry.size > MAX_ENTRY_BYTES:
+            raise DataError(f"has {entry.size:,} bytes; at most {MAX_ENTRY_BYTES:,} are read")
+        try:
+            return (self.path / entry.name).read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror}") from None
+
+    def peek(self, entry: Entry) -> bytes | memoryview:
+        """Read a file's first bytes."""
+        try:
+            with open(self.path / entry.name, "rb") as file:
+                return file.read(PEEK_BYTES)
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror}") from None
+
+    def same(self, one: Entry, other: Entry) -> bool:
+        """Compare size, then bytes."""
+        return one.size == other.size and self.read(one) == self.read(other)
+
+    def fingerprint(self) -> str:
+        """Hash names, sizes and times of change."""
+        return _hash_rows((entry.name, entry.size, self._times[entry.name]) for entry in self.entries)
+
+
+def open_archive(path: Path | str) -> Archive:
+    """Open a zip, a folder, or the one zip that lies in a folder without any pixels of its own.
+
+    Raises:
+        ArchiveError: If there is nothing to read, or the zip is empty, cut short, encrypted, or has names
+            that lead out of it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        folder = FolderArchive(path)
+        if any(entry.name.lower().endswith(_PIXEL_SUFFIXES) for entry in folder.entries):
+            return folder
+        if len(folder.unread) == 1:
+            return ZipArchive(path / folder.unread[0])
+        if folder.unread:
+            raise ArchiveError(
+                f"{path} holds {len(folder.unread)} zips ({', '.join(folder.unread[:3])}): name one"
+            )
+        raise ArchiveError(f"{path} holds no images, no .h5 files and no zip")
+    if not path.exists():
+        raise ArchiveError(f"{path} does not exist")
+    if path.stat().st_size == 0:
+        raise ArchiveError(f"{path} is empty (0 bytes): the download was cut short")
+    return ZipArchive(path)
+
+
+def is_junk(name: str) -> bool:
+    """Say whether a name is hidden or left behind by macOS or Windows."""
+    return any(part in _JUNK or (part.startswith(".") and part != ".") for part in name.split("/"))
+
+
+def _list_zip(path: Path) -> list[Entry]:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+        with zipfile.ZipFile(path) as archive:
+            infos = [info for info in archive.infolist() if not info.is_dir()]
+    except (zipfile.BadZipFile, NotImplementedError, struct.error) as error:
+        if start == b"PK\x03\x04":
+            raise ArchiveError(f"{path} is cut short or damaged ({error}): download it again") from None
+        raise ArchiveError(f"{path} is neither a zip nor a folder: unpack it and give the folder") from None
+    except OSError as error:
+        raise ArchiveError(f"{path} cannot be read: {error.strerror}") from None
+    for info in infos:
+        _check_name(path, info.orig_filename)
+    infos = [info for info in infos if not is_junk(info.filename)]
+    if not infos:
+        raise ArchiveError(f"{path} is a zip without files")
+    encrypted = [info for info in infos if info.flag_bits & _ENCRYPTED]
+    if encrypted:
+        raise ArchiveError(
+            f"{path} is encrypted ({len(encrypted):,} of {len(infos):,} files): "
+            "unpack it with its password and give the folder"
+        )
+    return sorted(
+        Entry(
+            info.filename,
+            info.file_size,
+            info.CRC,
+            info.header_offset,
+            info.compress_size,
+            info.compress_type,
+        )
+        for info in infos
+    )
+
+
+def _check_name(path: Path, name: str) -> None:
+    parts = name.replace("\\", "/").split("/")
+    if ".." in parts or parts[0] == "" or parts[0].endswith(":") or "\0" in name:
+        raise ArchiveError(f"{path} holds {name!r}, a name that leads out of the archive: it is not read")
+
+
+def _inflate(packed: memoryview, entry: Entry, n_first: int = 0) -> bytes | memoryview:
+    """Unpack an entry, or its first bytes alone."""
+    if entry.method == _STORED:
+        return packed
+    if entry.method != _DEFLATED:
+        raise DataError(f"is compressed by method {entry.method}; stored and deflated entries are read")
+    try:
+        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, n_first or entry.size + 1)
+    except zlib.error:
+        raise DataError("cannot be inflated: the zip is damaged") from None
+    if not n_first and len(data) != entry.size:
+        raise DataError(f"does not unpack to the {entry.size:,} bytes the zip's directory says")
+    return data
+
+
+def _walk(
+    folder: Path, prefix: str, above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[tuple[Entry, int]]:
+    """Yield files below a folder and their times of change; links that lead back up are not followed."""
+    status = folder.stat()
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    try:
+        items = list(os.scandir(folder))
+    except OSError as error:
+        raise ArchiveError(f"{folder} cannot be read: {error.strerror}") from None
+    for item in items:
+        if is_junk(item.name):
+            continue
+        name = prefix + item.name
+        if item.is_dir():
+            yield from _walk(folder / item.name, name + "/", above | {here})
+        elif item.is_file():
+            status = item.stat()
+            yield Entry(name, status.st_size), status.st_mtime_ns
+
+
+def _hash_rows(rows: Iterator[tuple[str, int, int]]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update("\0".join(map(str, row)).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()

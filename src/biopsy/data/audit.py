@@ -1,0 +1,227 @@
+"""The audit: what in a pack, or in a split of it, would spoil a result, and what one should know of it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from biopsy.data.duplicates import BLANK_SD, MAX_BITS, MIN_CORRELATION, find_near_duplicates, hash_patches
+from biopsy.data.leakage import SIDES, find_overlap
+from biopsy.data.packs import Pack
+from biopsy.data.splits import Split
+
+FORMAT = "biopsy-audit/1"
+LIST_LIMIT = 100
+"""Lists are cut to this length; the count beside them is always whole."""
+
+
+def audit_pack(pack: Pack, split: Split | None = None) -> dict[str, Any]:
+    """Look for everything in a pack that would spoil a result.
+
+    Args:
+        pack: The pack.
+        split: A split of it, of which overlap and duplicates between sides are then looked for.
+
+    Returns:
+        What ``audit.json`` holds. Findings are ``{"count", "items"}`` with at most 100 items. A blank patch
+        (grey values vary by less than 4 levels) looks like any other, so that blank duplicates are counted
+        apart and spoil nothing.
+
+    Raises:
+        SplitError: If the split is another pack's.
+    """
+    hashes, spread = hash_patches(pack.patches, pack.sizes)
+    blank = spread < BLANK_SD
+    pictures = pd.factorize(pack.table["sha256"])[0]
+    first_of_picture = np.unique(pictures, return_index=True)[1]
+    candidates = first_of_picture[~blank[first_of_picture]]
+    near, likeness = find_near_duplicates(pack.patches, pack.sizes, hashes, candidates)
+    return {
+        "format": FORMAT,
+        "pack_sha256": pack.info.content_sha256,
+        "dataset": pack.info.dataset,
+        "unit": pack.unit,
+        "counts": pack.info.counts,
+        "unreadable": _listed(pack.info.skipped),
+        "odd_sizes": _audit_sizes(pack),
+        "blank": _listed_ids(pack, blank),
+        "exact_duplicates": _audit_exact(pack, pictures, blank),
+        "near_duplicates": _audit_near(pack, near, likeness),
+        "label_conflicts": _audit_labels(pack, pictures, blank),
+        "coordinates": _audit_coordinates(pack),
+        "groups": _audit_groups(pack),
+        "split": None if split is None else _audit_split(pack, split, pictures, blank, near),
+    }
+
+
+def find_spoilers(audit: dict[str, Any]) -> list[str]:
+    """Say in a line each what would spoil a result; an empty list means that nothing would.
+
+    A published split is exempt: its overlap is stated in the audit as what it is.
+    """
+    reasons = []
+    for kind, words in (("same_pixels", "the same pixels"), ("same_place", "the same place")):
+        found = audit["label_conflicts"][kind]
+        if found["count"]:
+            first = found["items"][0]
+            reasons.append(
+                f"{found['count']:,} label conflicts: patches of {words} with different labels, such as "
+                f"{' and '.join(first[:2])}; correct them with `biopsy prepare --labels CSV`"
+            )
+    split = audit["split"]
+    if split is None or split["is_published"]:
+        return reasons
+    overlap = split["overlap"]
+    if overlap["count"]:
+        group, sides = next(iter(overlap["items"].items()))
+        reasons.append(
+            f"{overlap['count']:,} {audit['unit']}s on two sides of split {split['name']!r}, such as {group} "
+            f"in {' and '.join(sides)}; split by {audit['unit']}"
+        )
+    across = split["duplicates_across_sides"]
+    if across["count"]:
+        reasons.append(
+            f"{across['count']:,} pictures on two sides of split {split['name']!r}, such as "
+            f"{' and '.join(across['items'][0][:2])}; keep their {audit['unit']}s on one side"
+        )
+    return reasons
+
+
+def _audit_sizes(pack: Pack) -> dict[str, Any]:
+    odd = (pack.sizes != pack.info.patch_px).any(axis=1)
+    sizes, counts = np.unique(pack.sizes[odd], axis=0, return_counts=True)
+    by_size = [
+        {"width": int(w), "height": int(h), "count": int(n)} for (w, h), n in zip(sizes, counts, strict=True)
+    ]
+    return {"by_size": by_size, **_listed_ids(pack, odd)}
+
+
+def _audit_exact(pack: Pack, pictures: np.ndarray, blank: np.ndarray) -> dict[str, Any]:
+    repeated = np.bincount(pictures)[pictures] > 1
+    return {
+        "patches": int(repeated.sum()),
+        "blank_patches": int((repeated & blank).sum()),
+        **_listed(_groups(pack, pictures, repeated)),
+    }
+
+
+def _audit_near(pack: Pack, pairs: np.ndarray, likeness: np.ndarray) -> dict[str, Any]:
+    order = np.argsort(-likeness, kind="stable")
+    return {
+        "method": f"difference hash of 64 bits, at most {MAX_BITS} apart, then correlation of grey values "
+        f">= {MIN_CORRELATION}; turned and shifted copies are not looked for",
+        **_listed(
+            {"patches": ids, "correlation": round(correlation, 4)}
+            for ids, correlation in zip(_pair_ids(pack, pairs[order]), likeness[order].tolist(), strict=True)
+        ),
+    }
+
+
+def _audit_labels(pack: Pack, pictures: np.ndarray, blank: np.ndarray) -> dict[str, Any]:
+    """Find patches of the same pixels, or of the same place on a slide, whose labels differ."""
+    table = pack.table
+    whose = table["slide_id"].where(table["slide_id"].notna(), table["patient_id"])
+    known = (whose.notna() & table["x"].notna() & table["y"].notna()).to_numpy()
+    places = pd.DataFrame({"whose": whose, "x": table["x"], "y": table["y"]})[known]
+    place = np.full(len(table), -1)
+    place[known] = places.groupby(["whose", "x", "y"], sort=False).ngroup()
+    same_pixels = _differing(pictures, pack.target)
+    return {
+        "same_pixels": _listed(_groups(pack, pictures, same_pixels & ~blank)),
+        "same_pixels_blank": _listed(_groups(pack, pictures, same_pixels & blank)),
+        "same_place": _listed(_groups(pack, place, _differing(place, pack.target))),
+        "repeated_places": int(places.duplicated().sum()),
+    }
+
+
+def _audit_coordinates(pack: Pack) -> dict[str, Any]:
+    """Count patches with a place, and those that stand off the grid most of them share."""
+    places = pack.table[["x", "y"]].dropna().astype(np.int64).to_numpy()
+    if not len(places):
+        return {"known": 0, "off_grid": 0, "negative": 0}
+    offsets, counts = np.unique(places % pack.info.patch_px, axis=0, return_counts=True)
+    return {
+        "known": len(places),
+        "off_grid": int(len(places) - counts.max()),
+        "grid_offset": offsets[np.argmax(counts)].tolist(),
+        "negative": int((places < 0).any(axis=1).sum()),
+    }
+
+
+def _audit_groups(pack: Pack) -> dict[str, Any]:
+    """Count the classes of every patient (slide, where no patients are named)."""
+    if pack.unit == "patch":
+        return {"count": None, "one_class": None, "items": []}
+    table = pd.crosstab(pack.group_ids, pack.target).reindex(
+        columns=range(len(pack.class_names)), fill_value=0
+    )
+    present = (table > 0).sum(axis=1)
+    items = [
+        {
+            "id": group,
+            "patches": int(counts.sum()),
+            "per_class": dict(zip(pack.class_names, counts.tolist(), strict=True)),
+        }
+        for group, counts in zip(table.index.tolist(), table.to_numpy(), strict=True)
+    ]
+    return {"count": len(table), "one_class": _listed(table.index[present == 1].tolist()), "items": items}
+
+
+def _audit_split(
+    pack: Pack, split: Split, pictures: np.ndarray, blank: np.ndarray, near: np.ndarray
+) -> dict[str, Any]:
+    repeated = (np.bincount(pictures)[pictures] > 1) & ~blank
+    overlap: dict[str, list[str]] = {}
+    across = np.zeros(len(pictures), bool)
+    near_across = np.zeros(len(near), bool)
+    for fold in range(split.n_folds) if split.n_folds else [None]:
+        sides = split.assign(pack, fold)
+        side_index = np.select([sides == side for side in SIDES], range(len(SIDES)), -1)
+        across |= _differing(np.where(repeated & (side_index >= 0), pictures, -1), side_index)
+        first, second = side_index[near[:, 0]], side_index[near[:, 1]]
+        near_across |= (first != second) & (first >= 0) & (second >= 0)
+        if pack.unit != "patch":
+            overlap = find_overlap(pack.group_ids, sides) | overlap
+    return {
+        "name": split.name,
+        "protocol": split.protocol,
+        "is_published": split.is_published,
+        "patients_overlap": None if pack.unit == "patch" else bool(overlap),
+        "overlap": {"count": len(overlap), "items": dict(list(overlap.items())[:LIST_LIMIT])},
+        "duplicates_across_sides": _listed(_groups(pack, pictures, across)),
+        "near_duplicates_across_sides": _listed(_pair_ids(pack, near[near_across])),
+    }
+
+
+def _differing(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Mark members of groups (numbers; -1 is none) whose values are not all the same."""
+    marked = np.zeros(len(groups), bool)
+    member = groups >= 0
+    if member.any():
+        n_groups = int(groups.max()) + 1
+        low = np.full(n_groups, np.iinfo(np.int64).max)
+        high = np.full(n_groups, -1)
+        np.minimum.at(low, groups[member], values[member])
+        np.maximum.at(high, groups[member], values[member])
+        marked[member] = (low < high)[groups[member]]
+    return marked
+
+
+def _groups(pack: Pack, groups: np.ndarray, chosen: np.ndarray) -> list[list[str]]:
+    """List the patch ids of the chosen members of each group."""
+    ids = pack.table["patch_id"][chosen]
+    return [list(members) for _, members in ids.groupby(groups[chosen], sort=False)]
+
+
+def _pair_ids(pack: Pack, pairs: np.ndarray) -> list[list[str]]:
+    return pack.table["patch_id"].to_numpy(object)[pairs].tolist()
+
+
+def _listed_ids(pack: Pack, chosen: np.ndarray) -> dict[str, Any]:
+    return _listed(pack.table["patch_id"][chosen].tolist())
+
+
+def _listed(items: Iterable[Any]) -> dict[str, Any]:
+    items = list(items)
+    return {"count": len(items), "items": items[:LIST_LIMIT]}

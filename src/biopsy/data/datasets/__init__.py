@@ -1,0 +1,34 @@
+"""The layouts real archives come in, one file each, found by name or recognised.
+
+To add one, write a module with a `Layout` named ``LAYOUT``: how it is recognised, how its files become rows
+(patient, slide, place, class), what the whole set counts, whom to cite, its licence. Name it in ``_MODULES``
+below, before ``folders``, which takes any tree of class folders; put a miniature tree in ``tests/trees``.
+"""
+
+from biopsy.data.archives import Archive
+from biopsy.data.datasets import folders, hcd, idc, pcam
+from biopsy.data.datasets.layouts import Layout, Listing
+from biopsy.errors import DataError, suggest
+
+_MODULES = (idc, pcam, hcd, folders)
+LAYOUTS = {module.LAYOUT.name: module.LAYOUT for module in _MODULES}
+
+__all__ = ["LAYOUTS", "Layout", "Listing", "find_layout"]
+
+
+def find_layout(archive: Archive, name: str | None = None) -> Layout:
+    """Give the layout called ``name``, or the first that recognises the archive.
+
+    Raises:
+        DataError: If there is none; says what each layout looks for.
+    """
+    if name is not None:
+        if name not in LAYOUTS:
+            raise DataError(f"no dataset layout is called {name!r}; {suggest(name, LAYOUTS)}")
+        return LAYOUTS[name]
+    for layout in LAYOUTS.values():
+        if layout.recognise(archive):
+            return layout
+    wanted = "; ".join(f"{layout.name}: {layout.looks_for}" for layout in LAYOUTS.values())
+    examples = ", ".join(repr(entry.name) for entry in archive.entries[:3])
+    raise DataError(f"{archive.path} has no known layout (it holds {examples}). Looked for {wanted}")

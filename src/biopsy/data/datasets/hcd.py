@@ -1,0 +1,174 @@
+"""Kaggle's "Histopathologic Cancer Detection": PCam without its duplicates, as ``.tif`` files.
+
+Either as downloaded, ``train_labels.csv`` (id, label) beside ``train/<id>.tif``, with the csv's order kept as
+``row`` and the unlabelled ``test/`` counted and left out, or sorted into ``train|validation|test/{pos,neg}``.
+Kaggle names no slides; a csv such as the forum's ``patch_id_wsi_full.csv`` (id, wsi) brings them.
+"""
+
+import io
+import re
+
+import pandas as pd
+
+from biopsy.data.archives import Archive, Entry
+from biopsy.data.datasets.layouts import (
+    SIDE_BY_FOLDER,
+    ImageFiles,
+    Layout,
+    Listing,
+    Skipped,
+    drop_copies,
+    is_image,
+)
+from biopsy.errors import ArchiveError, DataError
+
+CLASS_NAMES = ["normal", "tumour"]
+MPP = 0.972  # PCam's
+LABELS = "train_labels.csv"
+
+_COLUMNS = [
+    "patch_id",
+    "patient_id",
+    "slide_id",
+    "site_id",
+    "x",
+    "y",
+    "class_name",
+    "source",
+    "own_side",
+    "row",
+]
+_SORTED = re.compile(r"(?:^|/)(?P<side>[^/]+)/(?P<label>pos|neg)/(?P<id>[^/]+)\.tif$", re.IGNORECASE)
+_ID = re.compile(r"[0-9a-f]{40}")  # ids are SHA-1 hashes
+
+
+def recognise(archive: Archive) -> bool:
+    """Say whether the csv, or the sorted tree with Kaggle's ids, is there."""
+    if _find_labels(archive) is not None:
+        return True
+    matches = [_SORTED.search(entry.name) for entry in archive.entries if is_image(entry)]
+    good = [
+        match for match in matches if match and match["side"] in SIDE_BY_FOLDER and _ID.fullmatch(match["id"])
+    ]
+    return bool(matches) and 2 * len(good) >= len(matches)
+
+
+def list_patches(archive: Archive) -> Listing:
+    """List the patches by the csv, or by the folders they were sorted into."""
+    labels = _find_labels(archive)
+    return _list_by_folders(archive) if labels is None else _list_by_csv(archive, labels)
+
+
+def _find_labels(archive: Archive) -> Entry | None:
+    return next((entry for entry in archive.entries if entry.name.rpartition("/")[2] == LABELS), None)
+
+
+def _list_by_csv(archive: Archive, labels_entry: Entry) -> Listing:
+    labels = _read_labels(archive, labels_entry)
+    images = [entry for entry in archive.entries if is_image(entry)]
+    folders = {entry: entry.name.rpartition("/")[0].rpartition("/")[2] for entry in images}
+    unlabelled = [entry for entry in images if folders[entry] == "test"]
+    labelled = [(_id_of(entry), entry) for entry in images if folders[entry] != "test"]
+    kept, n_copies, skipped = drop_copies(archive, labelled)
+    rows, entries = [], []
+    for patch_id, entry in kept:
+        if patch_id not in labels:
+            skipped.append({"source": entry.name, "reason": f"is not in {LABELS}"})
+            continue
+        row, label = labels[patch_id]
+        rows.append((patch_id, None, None, None, pd.NA, pd.NA, CLASS_NAMES[label], entry.name, None, row))
+        entries.append(entry)
+    found = {row[0] for row in rows}
+    skipped += [
+        {"source": f"{labels_entry.name}#{row}", "reason": f"has no image: {patch_id}.tif is missing"}
+        for patch_id, (row, _) in labels.items()
+        if patch_id not in found
+    ]
+    n_other = len(archive.entries) - len(images) - 1
+    counts = {"duplicates": n_copies, "unlabelled": len(unlabelled), "other_files": n_other}
+    return _make_listing(archive, rows, entries, skipped, counts)
+
+
+def _read_labels(archive: Archive, entry: Entry) -> dict[str, tuple[int, int]]:
+    """Read ``train_labels.csv`` as row and label by id."""
+    where = f"{archive.path}: {entry.name}"
+    try:
+        table = pd.read_csv(io.BytesIO(archive.read(entry)), dtype=str)
+    except (DataError, ValueError) as error:
+        raise ArchiveError(f"{where} cannot be read: {error}") from None
+    if not {"id", "label"} <= set(table.columns):
+        raise ArchiveError(f"{where} has the columns {list(table.columns)}; id and label are expected")
+    wrong = table[table["id"].isna() | ~table["label"].isin(["0", "1"])]
+    if len(wrong):
+        row, first = wrong.index[0], wrong.iloc[0]
+        raise ArchiveError(
+            f"{where} has {len(wrong):,} rows without an id or a label 0 or 1, first row {row} "
+            f"(id {first['id']}, label {first['label']})"
+        )
+    twice = table["id"][table["id"].duplicated()]
+    if len(twice):
+        raise ArchiveError(f"{where} names {len(twice):,} ids more than once, {twice.iloc[0]} first")
+    return dict(zip(table["id"], enumerate(table["label"].astype(int)), strict=True))
+
+
+def _list_by_folders(archive: Archive) -> Listing:
+    images = [entry for entry in archive.entries if is_image(entry)]
+    skipped: list[Skipped] = []
+    places: dict[str, tuple[str, str]] = {}
+    keyed = []
+    for entry in images:
+        match = _SORTED.search(entry.name)
+        if match is None or match["side"].lower() not in SIDE_BY_FOLDER:
+            skipped.append(
+                {"source": entry.name, "reason": "does not lie in <train|validation|test>/<pos|neg>/"}
+            )
+            continue
+        place = (SIDE_BY_FOLDER[match["side"].lower()], match["label"].lower())
+        known = places.setdefault(match["id"], place)
+        if known != place:
+            skipped.append(
+                {"source": entry.name, "reason": f"lies in {'/'.join(known)} too: one patch, two places"}
+            )
+        else:
+            keyed.append((match["id"], entry))
+    kept, n_copies, differing = drop_copies(archive, keyed)
+    rows = []
+    for patch_id, entry in kept:
+        side, label = places[patch_id]
+        class_name = CLASS_NAMES[label == "pos"]
+        rows.append((patch_id, None, None, None, pd.NA, pd.NA, class_name, entry.name, side, None))
+    counts = {"duplicates": n_copies, "other_files": len(archive.entries) - len(images)}
+    return _make_listing(archive, rows, [entry for _, entry in kept], skipped + differing, counts)
+
+
+def _make_listing(
+    archive: Archive, rows: list[tuple], entries: list[Entry], skipped: list[Skipped], counts: dict[str, int]
+) -> Listing:
+    table = pd.DataFrame(rows, columns=_COLUMNS)
+    unused = [name for name in ("own_side", "row") if table[name].isna().all()]
+    return Listing(
+        table=table.drop(columns=unused),
+        pixels=ImageFiles(archive, entries),
+        class_names=CLASS_NAMES,
+        positive_class="tumour",
+        mpp=MPP,
+        skipped=skipped,
+        counts=counts,
+    )
+
+
+def _id_of(entry: Entry) -> str:
+    return entry.name.rpartition("/")[2].rpartition(".")[0]
+
+
+LAYOUT = Layout(
+    name="hcd",
+    title="Histopathologic Cancer Detection, Kaggle 2018-2019",
+    looks_for="train_labels.csv beside train/<id>.tif, or <train|validation|test>/<pos|neg>/<SHA-1>.tif",
+    recognise=recognise,
+    list_patches=list_patches,
+    expected={"patches": 220_025, "normal": 130_908, "tumour": 89_117, "unlabelled": 57_458},
+    mpp=MPP,
+    citation="Cukierski 2018 (Kaggle), from PCam: Veeling et al. 2018 (MICCAI)",
+    licence="Kaggle competition rules; the images are PCam's (CC0 1.0)",
+)

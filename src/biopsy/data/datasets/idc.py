@@ -1,0 +1,92 @@
+"""Invasive ductal carcinoma, Kaggle's "Breast Histopathology Images": what a patch is, stands in its name.
+
+``<patient>/<0|1>/<patient>_idx5_x<X>_y<Y>_class<0|1>.png``, the patients at the root, below
+``IDC_regular_ps50_idx5/``, or both (today's archive holds everything twice: the copies are counted and left
+out). The release has one slide a patient and names no slides, so ``slide_id`` is the patient's.
+"""
+
+import re
+
+import pandas as pd
+
+from biopsy.data.archives import Archive, Entry
+from biopsy.data.datasets.layouts import ImageFiles, Layout, Listing, Skipped, drop_copies, is_image
+
+CLASS_NAMES = ["non_idc", "idc"]
+MPP = 4.0  # scans called 40x (about 0.25 micrometres a pixel), reduced 16 times
+
+_NAME = re.compile(
+    r"(?P<patient>[^/]+)_idx\d+_x(?P<x>\d+)_y(?P<y>\d+)_class(?P<label>[01])\.png", re.IGNORECASE
+)
+_PLACE = re.compile(r"_x(\d+)_y(\d+)_class", re.IGNORECASE)
+
+
+def recognise(archive: Archive) -> bool:
+    """Say whether at least half of the images are named as IDC's."""
+    images = [entry for entry in archive.entries if is_image(entry)]
+    return bool(images) and 2 * sum(_match(entry) is not None for entry in images) >= len(images)
+
+
+def list_patches(archive: Archive) -> Listing:
+    """List the patches by what their names say, checked against the folders they lie in."""
+    images = [entry for entry in archive.entries if is_image(entry)]
+    matches = [(entry, _match(entry)) for entry in images]
+    patients = {match["patient"] for _, match in matches if match}
+    skipped: list[Skipped] = []
+    keyed = []
+    for entry, match in matches:
+        reason = "is not named <patient>_idx5_x<X>_y<Y>_class<0|1>.png"
+        if match is not None:
+            reason = _find_contradiction(entry, match, patients)
+        if match is None or reason:
+            skipped.append({"source": entry.name, "reason": reason})
+        else:
+            keyed.append((f"{match['patient']}/{match['label']}/{match[0][:-4]}", entry))
+    kept, n_copies, differing = drop_copies(archive, keyed)
+    rows = []
+    for key, entry in kept:
+        patient, label, patch_id = key.split("/")
+        x, y = (int(place) for place in _PLACE.findall(patch_id)[-1])
+        rows.append((patch_id, patient, patient, None, x, y, CLASS_NAMES[int(label)], entry.name))
+    columns = ["patch_id", "patient_id", "slide_id", "site_id", "x", "y", "class_name", "source"]
+    return Listing(
+        table=pd.DataFrame(rows, columns=columns),
+        pixels=ImageFiles(archive, [entry for _, entry in kept]),
+        class_names=CLASS_NAMES,
+        positive_class="idc",
+        mpp=MPP,
+        skipped=skipped + differing,
+        counts={"duplicates": n_copies, "other_files": len(archive.entries) - len(images)},
+    )
+
+
+def _match(entry: Entry) -> re.Match[str] | None:
+    return _NAME.fullmatch(entry.name.rpartition("/")[2])
+
+
+def _find_contradiction(entry: Entry, match: re.Match[str], patients: set[str]) -> str:
+    """Say where the folders of an entry contradict its name; empty where they do not.
+
+    The folder above the class is taken for a patient if it is a number or a patient of the set: patches
+    sorted into ``training/<class>/`` and the like are read by their names alone.
+    """
+    *above, folder = ["", *entry.name.split("/")[:-1]]
+    if folder in ("0", "1") and folder != match["label"]:
+        return f"lies in the folder of class {folder} and is named class {match['label']}"
+    patient = above[-1] if above and folder in ("0", "1") else ""
+    if (patient.isdigit() or patient in patients) and patient != match["patient"]:
+        return f"lies in the folder of patient {patient} and is named as of patient {match['patient']}"
+    return ""
+
+
+LAYOUT = Layout(
+    name="idc",
+    title="Breast Histopathology Images (invasive ductal carcinoma), Kaggle release",
+    looks_for="images named <patient>_idx5_x<X>_y<Y>_class<0|1>.png",
+    recognise=recognise,
+    list_patches=list_patches,
+    expected={"patches": 277_524, "patients": 279, "non_idc": 198_738, "idc": 78_786},
+    mpp=MPP,
+    citation="Cruz-Roa et al. 2014 (SPIE 9041); Janowczyk and Madabhushi 2016 (J Pathol Inform 7:29)",
+    licence="CC0 1.0 as stated by the Kaggle release",
+)

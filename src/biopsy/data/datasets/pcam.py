@@ -1,0 +1,189 @@
+"""PatchCamelyon as published: six HDF5 files and, where they were fetched too, three tables of slides.
+
+``camelyonpatch_level_2_split_<train|valid|test>_<x|y>.h5`` hold pixels and labels of one side each; any side
+may be absent. ``..._meta.csv`` names the slide of each patch (``wsi``); its ``coord_x`` and ``coord_y`` are
+kept under their own names, because they are not in patch pixels.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+
+from biopsy.data.archives import Archive, Entry, FolderArchive
+from biopsy.data.datasets.layouts import SIDE_BY_FOLDER, Layout, Listing, Skipped
+from biopsy.errors import ArchiveError, DataError
+
+CLASS_NAMES = ["normal", "tumour"]
+MPP = 0.972  # level 2 of Camelyon16's scans at 0.243 micrometres a pixel
+SPLITS = ("train", "valid", "test")
+
+_NAME = re.compile(r"camelyonpatch_level_2_split_(?P<split>train|valid|test)_(?P<part>x\.h5|y\.h5|meta\.csv)")
+_META_COLUMNS = ("coord_x", "coord_y", "tumor_patch", "center_tumor_patch")
+
+
+class H5Patches:
+    """Rows that lie one after the other in the ``x`` arrays of several HDF5 files.
+
+    A file is open only while a run of rows is read; the HDF5 library lets one thread in at a time.
+    """
+
+    def __init__(self, paths: Sequence[Path], shapes: Sequence[tuple[int, ...]]) -> None:
+        self._paths = paths
+        self._shapes = shapes
+        self._starts = np.cumsum([0, *(shape[0] for shape in shapes)])
+
+    def measure(self, row: int) -> tuple[int, int]:
+        """Give the size all patches of the row's file have."""
+        _, height, width, _ = self._shapes[self._find_part(row)]
+        return width, height
+
+    def read(self, rows: Sequence[int]) -> Iterator[np.ndarray | DataError]:
+        """Read runs of neighbouring rows at once."""
+        parts = np.array([self._find_part(row) for row in rows])
+        breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(parts) != 0)) + 1
+        for run in np.split(np.asarray(rows), breaks):
+            part = self._find_part(run[0])
+            first = run[0] - self._starts[part]
+            try:
+                with h5py.File(self._paths[part], "r") as file:
+                    block = file["x"][first : first + len(run)]
+            except OSError as error:
+                yield from [DataError(f"cannot be read from the h5 file: {error}")] * len(run)
+            else:
+                yield from block
+
+    def _find_part(self, row: int) -> int:
+        return int(np.searchsorted(self._starts, row, side="right")) - 1
+
+
+def recognise(archive: Archive) -> bool:
+    """Say whether one of the published files is there."""
+    return any(
+        entry.name.endswith((".h5", ".h5.gz")) and "camelyonpatch_level_2" in entry.name
+        for entry in archive.entries
+    )
+
+
+def list_patches(archive: Archive) -> Listing:
+    """List the patches of every side whose pixels and labels are both there."""
+    files = _find_files(archive)
+    tables, paths, shapes, skipped = [], [], [], []
+    for split in sorted(SPLITS):
+        x, y = files.get((split, "x.h5")), files.get((split, "y.h5"))
+        if x is None or y is None:
+            if found := x or y:
+                lacking = "labels (..._y.h5)" if y is None else "pixels (..._x.h5)"
+                skipped.append(Skipped(source=found.name, reason=f"has no {lacking} beside it"))
+            continue
+        paths.append(archive.path / x.name)
+        shapes.append(_read_shape(paths[-1]))
+        labels = _read_labels(archive.path / y.name, n_patches=shapes[-1][0])
+        tables.append(_make_table(archive, split, x, labels, files.get((split, "meta.csv"))))
+    if not tables:
+        raise ArchiveError(f"{archive.path} holds no side of PCam with both its _x.h5 and its _y.h5")
+    return Listing(
+        table=pd.concat(tables, ignore_index=True),
+        pixels=H5Patches(paths, shapes),
+        class_names=CLASS_NAMES,
+        positive_class="tumour",
+        mpp=MPP,
+        skipped=skipped,
+        counts={"duplicates": 0, "other_files": len(archive.entries) - len(files)},
+    )
+
+
+def _find_files(archive: Archive) -> dict[tuple[str, str], Entry]:
+    if not isinstance(archive, FolderArchive):
+        raise ArchiveError(
+            f"{archive.path} holds PCam's h5 files inside a zip: unpack it and give the folder"
+        )
+    packed = [entry.name for entry in archive.entries if entry.name.endswith(".h5.gz")]
+    files: dict[tuple[str, str], Entry] = {}
+    for entry in archive.entries:
+        match = _NAME.fullmatch(entry.name.rpartition("/")[2])
+        if match is None:
+            continue
+        key = (match["split"], match["part"])
+        if key in files:
+            raise ArchiveError(f"{archive.path} holds {match[0]} twice: {files[key].name} and {entry.name}")
+        files[key] = entry
+    unpacked = {entry.name for entry in files.values()}
+    waiting = [name for name in packed if name.removesuffix(".gz") not in unpacked]
+    if waiting:
+        raise ArchiveError(f"{archive.path}: {', '.join(waiting)} must be unpacked first (gunzip)")
+    return files
+
+
+@contextlib.contextmanager
+def _open_array(path: Path, key: str) -> Iterator[h5py.Dataset]:
+    try:
+        with h5py.File(path, "r") as file:
+            yield file[key]
+    except OSError:
+        raise ArchiveError(f"{path} is no readable HDF5 file: it was cut short or damaged") from None
+    except KeyError:
+        raise ArchiveError(f"{path} holds no array named {key!r}: it is not PCam's") from None
+
+
+def _read_shape(path: Path) -> tuple[int, ...]:
+    with _open_array(path, "x") as array:
+        if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8:
+            found = f"{array.dtype} {array.shape}"
+            raise ArchiveError(f"{path} holds {found} where uint8 (n, height, width, 3) is expected")
+        return tuple(array.shape)
+
+
+def _read_labels(path: Path, n_patches: int) -> np.ndarray:
+    with _open_array(path, "y") as array:
+        labels = array[:].reshape(-1)
+    if len(labels) != n_patches:
+        raise ArchiveError(f"{path} holds {len(labels):,} labels for {n_patches:,} patches")
+    if not np.isin(labels, (0, 1)).all():
+        raise ArchiveError(f"{path} holds the labels {np.unique(labels)[:5].tolist()}; 0 and 1 are expected")
+    return labels.astype(np.int64)
+
+
+def _make_table(
+    archive: Archive, split: str, x: Entry, labels: np.ndarray, meta: Entry | None
+) -> pd.DataFrame:
+    table = pd.DataFrame(
+        {
+            "patch_id": [f"{split}_{row:06d}" for row in range(len(labels))],
+            "patient_id": None,
+            "slide_id": None,
+            "site_id": None,
+            "x": pd.NA,
+            "y": pd.NA,
+            "class_name": np.array(CLASS_NAMES, dtype=object)[labels],
+            "source": [f"{x.name}#{row}" for row in range(len(labels))],
+            "own_side": SIDE_BY_FOLDER[split],
+        }
+    )
+    if meta is not None:
+        rows = pd.read_csv(archive.path / meta.name, dtype={"wsi": str})
+        if "wsi" not in rows.columns or len(rows) != len(table):
+            raise ArchiveError(
+                f"{archive.path / meta.name} has {len(rows):,} rows and columns {list(rows.columns)}; "
+                f"a column wsi and one row for each of the {len(table):,} patches are expected"
+            )
+        table["slide_id"] = rows["wsi"]
+        table = table.assign(**{name: rows[name] for name in _META_COLUMNS if name in rows.columns})
+    return table
+
+
+LAYOUT = Layout(
+    name="pcam",
+    title="PatchCamelyon (PCam), the published HDF5 files",
+    looks_for="camelyonpatch_level_2_split_<train|valid|test>_<x|y>.h5",
+    recognise=recognise,
+    list_patches=list_patches,
+    expected={"patches": 327_680, "train": 262_144, "val": 32_768, "test": 32_768},
+    mpp=MPP,
+    citation="Veeling et al. 2018 (MICCAI), from Camelyon16 (Ehteshami Bejnordi et al. 2017, JAMA)",
+    licence="CC0 1.0",
+)

@@ -1,0 +1,117 @@
+"""What class a patch is of: corrections by hand, on the record, and several classes folded into one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from biopsy.data.columns import check_keys, describe_file, read_csv
+from biopsy.errors import DataError, suggest
+
+
+def relabel(
+    table: pd.DataFrame, path: Path | str, class_names: Sequence[str]
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Override labels by a csv and keep who, when, and what was before.
+
+    Args:
+        table: A listing's table.
+        path: A csv with a column ``patch_id`` or ``source``, a column ``label`` (a class name, or its index
+            where no class is called so), and optionally ``who`` and ``when``.
+        class_names: The classes of the dataset, in order.
+
+    Returns:
+        The table with ``class_name`` corrected and columns ``label_before``, ``label_by``, ``label_at`` (null
+        for patches the csv does not name), and what was changed for the record.
+
+    Raises:
+        DataError: If the csv names unknown patches or classes, or lacks a label.
+    """
+    rows = read_csv(path)
+    key = next((name for name in ("patch_id", "source") if name in rows.columns), None)
+    if key is None or "label" not in rows.columns:
+        raise DataError(
+            f"{path} has the columns {list(rows.columns)}; label and one of patch_id, source are needed"
+        )
+    check_keys(path, rows[key])
+    labels = _read_classes(path, rows, key, class_names)
+    unknown = rows.loc[~rows[key].isin(table[key]), key]
+    if len(unknown):
+        names = ", ".join(unknown.head(3))
+        raise DataError(f"{path} names {len(unknown):,} patches that are not in the dataset: {names}")
+    by_key = rows.assign(label=labels).set_index(key)
+    named = table[key].isin(by_key.index)
+    new = by_key.reindex(table[key]).set_axis(table.index)
+    before = table["class_name"]
+    table = table.assign(
+        class_name=new["label"].where(named, before),
+        label_before=before.where(named, None),
+        label_by=new["who"] if "who" in new else None,
+        label_at=new["when"] if "when" in new else None,
+    )
+    n_changed = int((table["class_name"] != before).sum())
+    record = {
+        **describe_file(path),
+        "named": len(rows),
+        "changed": n_changed,
+        "confirmed": len(rows) - n_changed,
+    }
+    return table, record
+
+
+def fold_classes(
+    table: pd.DataFrame, class_names: Sequence[str], positive: str | Sequence[str] | None
+) -> tuple[pd.DataFrame, list[str], str | None]:
+    """Name the positive class, folding several into one against all others.
+
+    With two classes, the one named is positive and nothing else changes. With more, the named ones become one
+    class (their names joined by ``+``) and the rest ``other``; what they were stays in ``original_class``.
+
+    Args:
+        table: A listing's table.
+        class_names: The classes of the dataset, in order.
+        positive: Names of positive classes, as a list or separated by commas.
+
+    Returns:
+        The table, its class names in order, and the positive one.
+
+    Raises:
+        DataError: If a name is no class, or no class would be left on the other side.
+    """
+    names = (
+        [name.strip() for name in positive.split(",")] if isinstance(positive, str) else list(positive or ())
+    )
+    for name in names:
+        if name not in class_names:
+            raise DataError(f"--positive {name!r} is no class of this dataset; {suggest(name, class_names)}")
+    rest = [name for name in class_names if name not in names]
+    if list(class_names) == names:
+        return table, names, names[0]
+    if not rest or not names:
+        raise DataError(
+            f"--positive {positive!r} must leave classes on both sides; known: {', '.join(class_names)}"
+        )
+    if len(class_names) == 2:
+        return table, list(class_names), names[0]
+    folded, other = "+".join(dict.fromkeys(names)), rest[0] if len(rest) == 1 else "other"
+    original = table["class_name"]
+    class_name = pd.Series(other, index=table.index, dtype=original.dtype).where(
+        ~original.isin(names), folded
+    )
+    return table.assign(original_class=original, class_name=class_name), [other, folded], folded
+
+
+def _read_classes(path: Path | str, rows: pd.DataFrame, key: str, class_names: Sequence[str]) -> pd.Series:
+    by_name = {str(index): name for index, name in enumerate(class_names)} | {
+        name: name for name in class_names
+    }
+    classes = rows["label"].str.strip().map(by_name)
+    wrong = rows[classes.isna()]
+    if len(wrong):
+        first = wrong.iloc[0]
+        raise DataError(
+            f"{path} has {len(wrong):,} labels that are no class, {first['label']!r} for {first[key]} first; "
+            f"known: {', '.join(class_names)}"
+        )
+    return classes

@@ -1,0 +1,272 @@
+"""From an archive of patches to a pack: everything decoded once, on all cores, in bounded memory.
+
+Rows are written in the order of their names within the dataset, so that every form of the same data (zip or
+folder, nested or twice) gives the same pack, whose content hash says so.
+"""
+
+import contextlib
+import errno
+import gc
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from biopsy.data.archives import Archive, open_archive
+from biopsy.data.blocks import Plan, Progress, Written, write_pixels
+from biopsy.data.columns import add_people, join_columns
+from biopsy.data.datasets import find_layout
+from biopsy.data.datasets.layouts import Listing
+from biopsy.data.labels import fold_classes, relabel
+from biopsy.data.packs import COLUMNS, PIXELS, Pack, finish_pack, is_pack
+from biopsy.errors import DataError, PackError
+from biopsy.files import replace_directory, sha256_file
+
+_log = logging.getLogger(__name__)
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def prepare(
+    source: Path | str,
+    out: Path | str,
+    *,
+    dataset: str | None = None,
+    patients: str | Path | None = None,
+    labels: Path | str | None = None,
+    join: Path | str | None = None,
+    positive: str | Sequence[str] | None = None,
+    mpp: float | None = None,
+    on_progress: Progress | None = None,
+) -> Pack:
+    """Read an archive of patches as it is and write a pack.
+
+    Args:
+        source: A zip or a folder in one of the layouts of `biopsy.data.datasets`.
+        out: The folder of the new pack. One made from the same source with the same options is opened again.
+        dataset: Name of the layout; None to recognise it.
+        patients: A csv that names each patch's patient, slide or site, or a pattern searched in its path.
+        labels: A csv that overrides labels (see `biopsy.data.labels.relabel`).
+        join: A csv whose columns are added (see `biopsy.data.columns.join_columns`).
+        positive: The positive class; several, as a list or separated by commas, are folded into one.
+        mpp: Micrometres a pixel; None for the dataset's own.
+        on_progress: Called with the patches done and the patches in all.
+
+    Returns:
+        The pack. Files that could not be read are in ``pack.info.skipped`` with the reason.
+
+    Raises:
+        DataError: If the source is not readable or recognised, a csv does not fit, no patch can be read, or
+            the disk is full. Nothing is left under ``out`` then.
+    """
+    out = Path(out)
+    if mpp is not None and not 0 < mpp < 1000:
+        raise DataError(f"mpp is {mpp}; micrometres a pixel lie between 0 and 1000")
+    if is_pack(source):
+        raise DataError(f"{source} is a pack already: use it as it is")
+    with _collector_paused():
+        archive = open_archive(source)
+        layout = find_layout(archive, dataset)
+        asked = _describe_request(archive, layout.name, patients, labels, join, positive, mpp)
+        if (known := _open_finished(out, asked)) is not None:
+            return known
+        listing = layout.list_patches(archive)
+        records = _complete(listing, patients, labels, join, positive)
+        plan = _plan(listing)
+    _warn(listing, archive, layout.expected)
+    origin = {
+        "source": archive.path.name,
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": version("biopsy"),
+        "asked": asked,
+        **records,
+    }
+    try:
+        with replace_directory(out) as folder:
+            _check_space(folder, plan)
+            written = write_pixels(folder / PIXELS, listing, plan, on_progress)
+            _finish(folder, layout.name, listing, plan, written, origin, mpp)
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            size = f"{plan.n_bytes / 1e9:.2f} GB"
+            raise DataError(f"the disk is full: {out} needs {size}; nothing was left there") from None
+        raise DataError(f"{out} cannot be written: {error.strerror or error}") from None
+    return Pack.open(out)
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Spare the garbage collector walking half a million entries again and again while they are listed."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _describe_request(
+    archive: Archive,
+    dataset: str,
+    patients: str | Path | None,
+    labels: Path | str | None,
+    join: Path | str | None,
+    positive: str | Sequence[str] | None,
+    mpp: float | None,
+) -> dict[str, Any]:
+    """Say what was asked of which source, so that the same question finds its pack again."""
+
+    def describe(option: str | Path | None) -> str | None:
+        if option is None:
+            return None
+        return sha256_file(option) if Path(option).is_file() else str(option)
+
+    request = {
+        "fingerprint": archive.fingerprint(),
+        "dataset": dataset,
+        "patients": describe(patients),
+        "labels": describe(labels),
+        "join": describe(join),
+        "positive": positive if isinstance(positive, str | None) else ",".join(positive),
+        "mpp": mpp,
+    }
+    return {name: value for name, value in request.items() if value is not None}
+
+
+def _open_finished(out: Path, asked: dict[str, Any]) -> Pack | None:
+    """Give the pack at ``out`` if it answers the same request; refuse to overwrite anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not is_pack(out):
+        raise DataError(f"{out} exists and is not a pack: choose another --out, or remove it")
+    pack = Pack.open(out)
+    if pack.info.origin.get("asked") != asked:
+        raise PackError(
+            f"{out} is a pack of another source or other options: choose another --out, or remove it"
+        )
+    _log.info("%s was made from the same source before and is used again", out)
+    return pack
+
+
+def _complete(
+    listing: Listing,
+    patients: str | Path | None,
+    labels: Path | str | None,
+    join: Path | str | None,
+    positive: str | Sequence[str] | None,
+) -> dict[str, Any]:
+    """Bring in what the user adds, in place; give what is to be recorded."""
+    records: dict[str, Any] = {}
+    if listing.table.empty:
+        first = listing.skipped[0] if listing.skipped else {"source": "nothing", "reason": "was found"}
+        raise DataError(
+            f"no patch can be read: {len(listing.skipped):,} skipped, {first['source']} {first['reason']}"
+        )
+    if patients is not None:
+        listing.table, records["patients"] = add_people(listing.table, patients)
+    if labels is not None:
+        listing.table, records["labels"] = relabel(listing.table, labels, listing.class_names)
+    if positive is not None:
+        listing.table, listing.class_names, listing.positive_class = fold_classes(
+            listing.table, listing.class_names, positive
+        )
+    elif len(listing.class_names) == 2 and listing.positive_class is None:
+        raise DataError(
+            f"which of the classes {' and '.join(listing.class_names)} is positive? name it: --positive"
+        )
+    if join is not None:
+        listing.table, records["join"] = join_columns(listing.table, join)
+    return records
+
+
+def _plan(listing: Listing) -> Plan:
+    """Measure every patch without decoding it; move those that cannot be read to the skipped ones."""
+    rows, largest, patch_px = [], 0, 0
+    sources = listing.table["source"].tolist()
+    for row, source in enumerate(sources):
+        try:
+            side = max(listing.pixels.measure(row))
+        except DataError as error:
+            listing.skipped.append({"source": source, "reason": str(error)})
+            continue
+        rows.append(row)
+        if side > patch_px:
+            patch_px, largest = side, row
+    if not rows:
+        first = listing.skipped[0]
+        raise DataError(
+            f"no patch can be read: {len(listing.skipped):,} skipped, {first['source']} {first['reason']}"
+        )
+    return Plan(rows, patch_px, sources[largest])
+
+
+def _warn(listing: Listing, archive: Archive, expected: dict[str, int]) -> None:
+    """Say once what a user should know before training."""
+    table = listing.table
+    if archive.unread:
+        _log.warning("%s beside the patches was not read", ", ".join(archive.unread))
+    if listing.counts["duplicates"]:
+        _log.info("%s identical copies were left out", f"{listing.counts['duplicates']:,}")
+    if table["class_name"].nunique() == 1:
+        _log.warning("all patches are of one class, %s", table["class_name"].iloc[0])
+    if table["patient_id"].notna().all() and table["patient_id"].nunique() == 1:
+        _log.warning(
+            "all patches are of one patient, %s: no split by patient is possible", table["patient_id"].iloc[0]
+        )
+    if expected:
+        _log.info("%s of the full dataset's %s patches", f"{len(table):,}", f"{expected['patches']:,}")
+
+
+def _check_space(folder: Path, plan: Plan) -> None:
+    free = shutil.disk_usage(folder).free
+    if plan.n_bytes > free:
+        raise DataError(
+            f"the pack needs {plan.n_bytes / 1e9:.2f} GB ({len(plan.rows):,} patches padded to the largest, "
+            f"{plan.largest}, {plan.patch_px} px) and {free / 1e9:.2f} GB are free at {folder.parent}"
+        )
+
+
+def _finish(
+    folder: Path,
+    dataset: str,
+    listing: Listing,
+    plan: Plan,
+    written: Written,
+    origin: dict[str, Any],
+    mpp: float | None,
+) -> None:
+    """Write what belongs beside the pixels."""
+    table = _make_table(listing, written)
+    skipped = listing.skipped + written.skipped
+    n_odd = int((table[["width", "height"]] != plan.patch_px).any(axis=1).sum())
+    finish_pack(
+        folder,
+        table,
+        dataset=dataset,
+        class_names=listing.class_names,
+        positive_class=listing.positive_class,
+        mpp=mpp if mpp is not None else listing.mpp,
+        patch_px=plan.patch_px,
+        counts=listing.counts | {"skipped": len(skipped), "odd_sizes": n_odd},
+        origin=origin,
+        skipped=skipped,
+    )
+
+
+def _make_table(listing: Listing, written: Written) -> pd.DataFrame:
+    """Give the pack's table: what the layout said, for the rows whose pixels were written."""
+    table = listing.table.iloc[written.rows].reset_index(drop=True)
+    index = {name: position for position, name in enumerate(listing.class_names)}
+    table["target"] = table["class_name"].map(index).astype(np.int64)
+    table["width"], table["height"] = np.array(written.sizes, np.int64).T
+    table["sha256"] = written.hashes
+    extra = [name for name in table.columns if name not in COLUMNS and name != "class_name"]
+    return table[list(chain(COLUMNS, extra))].astype({"x": "Int64", "y": "Int64"})

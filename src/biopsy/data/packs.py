@@ -1,0 +1,264 @@
+"""The Pack: patches decoded once, and who they belong to.
+
+A pack is a folder: ``pack.json`` (what it is), ``patches.npy`` (the pixels, memory-mapped),
+``patches.parquet`` (one row a patch), ``splits/`` and ``audit.json`` beside them. File sizes are checked
+whenever a pack is opened; the hash of its content by `Pack.verify`.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from biopsy.errors import DataError, PackError
+from biopsy.files import read_json, write_json
+
+FORMAT: Final = "biopsy-pack/1"
+PIXELS, TABLE, DOCUMENT = "patches.npy", "patches.parquet", "pack.json"
+
+# The columns that say which patch a row is and what is true of it: the content hash covers these and the
+# pixels, and nothing that may change later (splits, audit, ledger, joined columns).
+IDENTITY_COLUMNS = ("patch_id", "patient_id", "slide_id", "site_id", "x", "y", "target", "width", "height")
+COLUMNS = (*IDENTITY_COLUMNS, "sha256", "source")
+
+Unit = Literal["patient", "slide", "patch"]
+
+
+class PackInfo(BaseModel):
+    """What ``pack.json`` holds."""
+
+    model_config = ConfigDict(extra="allow")
+
+    format: Literal["biopsy-pack/1"] = FORMAT
+    dataset: str
+    """Name of the layout it was read from, such as ``"idc"``."""
+    class_names: list[str]
+    positive_class: str | None
+    """The class whose recall is called sensitivity; None for more than two classes."""
+    mpp: float | None
+    """Micrometres per pixel of the patches; None where unknown."""
+    patch_px: int
+    counts: dict[str, Any]
+    """``patches``, ``patients``, ``slides``, ``per_class`` and what preparation counted."""
+    origin: dict[str, Any]
+    """What was read, when, by which version; relabelled and joined files, with their hashes."""
+    skipped: list[dict[str, str]] = []
+    """Input that could not be read: ``source`` and ``reason``."""
+    files: dict[str, int]
+    """Size in bytes of the pixel and table files, checked whenever the pack is opened."""
+    content_sha256: str
+
+
+class Pack:
+    """Patches and who they belong to, read from a pack folder.
+
+    Attributes:
+        path: The folder.
+        info: What ``pack.json`` says.
+        patches: uint8 ``(n_patches, patch_px, patch_px, 3)`` RGB, memory-mapped read-only. Patches smaller
+            than ``patch_px`` are padded at the right and bottom by their edge.
+        table: One row a patch, in the order of ``patches``; columns `COLUMNS` and any joined ones. ``x, y``
+            are in patch pixels at the pack's mpp, ``width, height`` say how much of a patch is real.
+    """
+
+    def __init__(self, path: Path, info: PackInfo, patches: np.ndarray, table: pd.DataFrame) -> None:
+        self.path = path
+        self.info = info
+        self.patches = patches
+        self.table = table
+
+    @classmethod
+    def open(cls, path: "Path | str | Pack") -> "Pack":
+        """Open a pack and check that its files are whole.
+
+        Raises:
+            PackError: If it is no pack, of a newer format, cut short, or its parts disagree.
+        """
+        if isinstance(path, Pack):
+            return path
+        path = Path(path)
+        info = _read_info(path)
+        for name, size in info.files.items():
+            found = (path / name).stat().st_size if (path / name).exists() else None
+            if found != size:
+                state = "is missing" if found is None else f"has {found:,} bytes where {size:,} were written"
+                raise PackError(
+                    f"{path / name} {state}: the pack is damaged, make it again with `biopsy prepare`"
+                )
+        patches = np.load(path / PIXELS, mmap_mode="r")
+        table = pd.read_parquet(path / TABLE).astype({"x": "Int64", "y": "Int64"})
+        missing = [name for name in COLUMNS if name not in table.columns]
+        if missing or len(table) != len(patches):
+            raise PackError(
+                f"{path} holds {len(patches):,} patches and {len(table):,} rows and lacks columns {missing}: "
+                "the pack is damaged, make it again with `biopsy prepare`"
+            )
+        return cls(path, info, patches, table)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __repr__(self) -> str:
+        counts = self.info.counts
+        return f"<Pack {self.path.name}: {counts['patches']:,} patches of {counts['patients']:,} patients>"
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of ``target``."""
+        return self.info.class_names
+
+    @property
+    def positive_index(self) -> int | None:
+        """Index of the positive class, None for more than two classes."""
+        return None if self.info.positive_class is None else self.class_names.index(self.info.positive_class)
+
+    @cached_property
+    def target(self) -> np.ndarray:
+        """Index into `class_names`, int64 ``(n_patches,)``."""
+        return self.table["target"].to_numpy(np.int64)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """True ``(width, height)`` of each patch in pixels, int64 ``(n_patches, 2)``."""
+        return self.table[["width", "height"]].to_numpy(np.int64)
+
+    @cached_property
+    def unit(self) -> Unit:
+        """What is kept apart and counted as independent: patient, else slide, else patch."""
+        for unit, column in (("patient", "patient_id"), ("slide", "slide_id")):
+            if self.table[column].notna().all():
+                return unit  # type: ignore[return-value]
+        return "patch"
+
+    @cached_property
+    def group_ids(self) -> np.ndarray:
+        """The id of each patch's `unit`, as strings ``(n_patches,)``."""
+        return self.table[f"{self.unit}_id"].to_numpy(str)
+
+    def verify(self) -> None:
+        """Compare the content with the hash written when the pack was made.
+
+        Raises:
+            PackError: If pixels, labels or ids were altered.
+        """
+        found = content_sha256(self.patches, self.table)
+        if found != self.info.content_sha256:
+            raise PackError(
+                f"{self.path} was altered: its content hashes to {found[:12]} where "
+                f"{self.info.content_sha256[:12]} was written; make it again with `biopsy prepare`"
+            )
+
+
+def content_sha256(patches: np.ndarray, table: pd.DataFrame) -> str:
+    """Hash pixels, target and identity of every patch; padding that is no patch's edge gives another hash."""
+    hashes = []
+    for room, width, height in zip(patches, table["width"], table["height"], strict=True):
+        patch = room[:height, :width]
+        hashes.append(patch_sha256(patch if np.array_equal(pad(patch, len(room)), room) else room))
+    return table_sha256(table.assign(sha256=hashes))
+
+
+def table_sha256(table: pd.DataFrame) -> str:
+    """Give the `content_sha256` of a table whose column ``sha256`` is known to be that of its pixels."""
+    columns = [*IDENTITY_COLUMNS, "sha256"]
+    return hashlib.sha256(table[columns].to_csv(index=False, na_rep="").encode()).hexdigest()
+
+
+def patch_sha256(patch: np.ndarray) -> str:
+    """Hash the width, height and pixels of one patch, before any padding."""
+    height, width = patch.shape[:2]
+    digest = hashlib.sha256(f"{width}x{height}:".encode())
+    digest.update(np.ascontiguousarray(patch).data)
+    return digest.hexdigest()
+
+
+def pad(patch: np.ndarray, patch_px: int, room: np.ndarray | None = None) -> np.ndarray:
+    """Repeat a patch's right and bottom edge up to ``patch_px``; a patch of that size is returned as it is.
+
+    Args:
+        patch: uint8 ``(height, width, 3)``, neither side longer than ``patch_px``.
+        patch_px: Side of the square.
+        room: Where to write it, uint8 ``(patch_px, patch_px, 3)``; None for a new array.
+    """
+    height, width = patch.shape[:2]
+    if room is None:
+        if height == width == patch_px:
+            return patch
+        room = np.empty((patch_px, patch_px, 3), np.uint8)
+    room[:height, :width] = patch
+    if width < patch_px:
+        room[:height, width:] = patch[:, -1:]
+    if height < patch_px:
+        room[height:] = room[height - 1]
+    return room
+
+
+def finish_pack(
+    folder: Path,
+    table: pd.DataFrame,
+    *,
+    dataset: str,
+    class_names: list[str],
+    positive_class: str | None,
+    mpp: float | None,
+    patch_px: int,
+    counts: Mapping[str, Any] | None = None,
+    origin: Mapping[str, Any] | None = None,
+    skipped: Sequence[dict[str, str]] = (),
+) -> None:
+    """Write the table and ``pack.json`` beside the pixels that already lie in ``folder``.
+
+    Args:
+        folder: Holds `PIXELS`, complete.
+        table: One row a patch with the columns `COLUMNS`, in the order of the pixels; ``sha256`` is right.
+        dataset, class_names, positive_class, mpp, patch_px, origin, skipped: As in `PackInfo`.
+        counts: What preparation counted; patches, patients, slides and classes are counted here.
+    """
+    table.to_parquet(folder / TABLE, index=False)
+    per_class = np.bincount(table["target"].to_numpy(np.int64), minlength=len(class_names))
+    info = PackInfo(
+        dataset=dataset,
+        class_names=class_names,
+        positive_class=positive_class,
+        mpp=mpp,
+        patch_px=patch_px,
+        counts={
+            "patches": len(table),
+            "patients": int(table["patient_id"].nunique()),
+            "slides": int(table["slide_id"].nunique()),
+            "per_class": dict(zip(class_names, per_class.tolist(), strict=True)),
+            **(counts or {}),
+        },
+        origin=dict(origin or {}),
+        skipped=list(skipped),
+        files={name: (folder / name).stat().st_size for name in (PIXELS, TABLE)},
+        content_sha256=table_sha256(table),
+    )
+    write_json(folder / DOCUMENT, info.model_dump())
+
+
+def is_pack(path: Path | str) -> bool:
+    """Say whether a path looks like a pack folder."""
+    return (Path(path) / DOCUMENT).is_file()
+
+
+def _read_info(path: Path) -> PackInfo:
+    if not is_pack(path):
+        raise PackError(
+            f"{path} is not a pack (it has no {DOCUMENT}): make one with `biopsy prepare SOURCE --out PACK`"
+        )
+    try:
+        return PackInfo.model_validate(read_json(path / DOCUMENT, format=FORMAT))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise PackError(f"{path / DOCUMENT}: {where}: {first['msg']}") from None
+    except PackError:
+        raise
+    except DataError as error:
+        raise PackError(str(error)) from None

@@ -1,0 +1,79 @@
+"""What sets one patient's tissue and tumour apart: growth pattern, nuclei, stroma, fat, inflammation."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from biopsy.seeds import make_rng
+
+
+@dataclass(frozen=True)
+class Habit:
+    """A patient's traits; lengths in micrometres, shares in 0-1, amounts in units of an average stain."""
+
+    # tumour
+    nest_um: float  # size of the nests
+    cord_um: float  # thickness of the cords
+    cords: float  # share of the tumour that grows in cords rather than nests
+    fill: float  # how much of the tumour is epithelium: below 0 sparse, above 1 solid
+    tubules: float  # how readily nests open into glands
+    cleft: float  # white retraction clefts round nests
+    nucleus_um: float  # mean radius of a tumour nucleus
+    nucleus_gap_um: float  # distance between tumour nuclei
+    pleomorphism: float  # spread of the logarithm of nuclear radius
+    nucleus_stain: float
+    cytoplasm_h: float
+    cytoplasm_e: float
+    necrosis: float
+    loose_cells: float  # share of stromal sites inside the tumour that hold a single tumour cell
+    desmoplasia: float  # how much the tumour's own stroma differs from the rest
+    # the rest
+    fat: float
+    fat_pushed: float  # how completely the tumour replaces fat
+    fat_cell_um: float
+    glands_per_mm2: float
+    proliferation: float  # share of glands filled with regular cells
+    cellularity: float
+    lymphocytes: float
+    fibre: float  # contrast of collagen
+    cracks: float
+    stroma_e: float
+    mucoid: float  # bluish ground substance
+    bleeding: float
+    debris: float  # grey-brown granular artefact over fat
+
+
+def draw_habit(seed: int, patient: str) -> Habit:
+    """Draw a patient's traits; the same seed and patient give the same traits."""
+    rng = make_rng(seed, "phantom", patient, "habit")
+    nucleus_um = rng.uniform(3.7, 5.6)
+    return Habit(
+        nest_um=rng.uniform(38, 80),
+        cord_um=rng.uniform(15, 30),
+        cords=rng.uniform(0.0, 1.0),
+        fill=rng.uniform(0.15, 1.0),
+        tubules=max(0.0, rng.uniform(-0.7, 1.0)),
+        cleft=max(0.0, rng.uniform(-1.2, 1.0)),
+        nucleus_um=nucleus_um,
+        nucleus_gap_um=nucleus_um * rng.uniform(1.75, 2.3),
+        pleomorphism=rng.uniform(0.16, 0.38),
+        nucleus_stain=rng.uniform(0.75, 1.2),
+        cytoplasm_h=rng.uniform(0.12, 0.34),
+        cytoplasm_e=rng.uniform(0.45, 0.85),
+        necrosis=max(0.0, rng.uniform(-1.0, 1.0)),
+        loose_cells=rng.uniform(0.05, 0.6),
+        desmoplasia=rng.uniform(0.0, 1.0),
+        fat=rng.uniform(0.1, 0.6),
+        fat_pushed=rng.uniform(0.0, 1.0),
+        fat_cell_um=rng.uniform(48, 78),
+        glands_per_mm2=rng.uniform(0.5, 2.2),
+        proliferation=max(0.0, rng.uniform(-0.15, 0.45)),
+        cellularity=float(np.exp(rng.normal(0.0, 0.5))),
+        lymphocytes=rng.uniform(0.1, 1.0),
+        fibre=rng.uniform(0.12, 0.3),
+        cracks=rng.uniform(0.0, 1.0),
+        stroma_e=rng.uniform(0.75, 1.2),
+        mucoid=rng.uniform(0.0, 0.5),
+        bleeding=max(0.0, rng.uniform(-1.0, 1.0)),
+        debris=max(0.0, rng.uniform(-4.0, 1.0)),
+    )

@@ -1,0 +1,192 @@
+"""Predictions: the table from which every reported number can be computed again.
+
+One row a patch: ``patch_id, patient_id, slide_id, x, y, side, fold, target, logit_<class>...,
+prob_<class>..., pred, abstained`` and, for two classes, ``prob`` of the positive one. Logits are before
+calibration, probabilities after. Kept as Parquet, or as CSV with its metadata beside it in
+``<name>.csv.json``.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from biopsy.data.packs import Pack
+from biopsy.errors import DataError
+from biopsy.files import replace_atomic
+
+FORMAT = "biopsy-predictions/1"
+IDENTITY = ("patch_id", "patient_id", "slide_id", "x", "y")
+_TEXT = ("patch_id", "patient_id", "slide_id", "side")
+_WHOLE = ("x", "y", "fold", "target", "pred")
+_KEY = b"biopsy"
+
+# Numbers are read as text first: unlike pandas's parser of its time, numpy then gives back every bit.
+_CSV_TYPES = defaultdict(lambda: "str", dict.fromkeys(_WHOLE, "Int64") | {"abstained": "bool"})
+
+
+def make_predictions(
+    pack: Pack,
+    index: np.ndarray,
+    logits: np.ndarray,
+    probs: np.ndarray,
+    *,
+    sides: np.ndarray | str,
+    fold: int | None = None,
+    threshold: float | None = 0.5,
+    abstained: np.ndarray | None = None,
+) -> pd.DataFrame:
+    """Give the predictions of some patches of a pack.
+
+    Args:
+        pack: The patches.
+        index: Which rows of the pack were predicted, ``(n,)``.
+        logits: Before calibration, ``(n, n_classes)``.
+        probs: After calibration, ``(n, n_classes)``.
+        sides: The side of each predicted patch, ``(n,)``, or of all of them.
+        fold: The fold they were tested in.
+        threshold: As in `tabulate_predictions`.
+        abstained: As in `tabulate_predictions`.
+
+    Returns:
+        The table, in the order of ``index``.
+    """
+    rows = pack.table.iloc[index]
+    about = rows[list(IDENTITY)].assign(side=sides, fold=fold, target=rows["target"]).reset_index(drop=True)
+    return tabulate_predictions(
+        about, pack.class_names, pack.positive_index, logits, probs, threshold=threshold, abstained=abstained
+    )
+
+
+def tabulate_predictions(
+    about: pd.DataFrame,
+    class_names: list[str],
+    positive_index: int | None,
+    logits: np.ndarray,
+    probs: np.ndarray,
+    *,
+    threshold: float | None = 0.5,
+    abstained: np.ndarray | None = None,
+) -> pd.DataFrame:
+    """Put what is known of patches, their logits and probabilities, and the decision into one table.
+
+    Args:
+        about: ``patch_id`` and what else is known of `IDENTITY`, side, fold and target, ``n`` rows. What is
+            missing is null.
+        class_names: Names of the classes, in the order of the columns of ``logits``.
+        positive_index: Index of the positive class; None for more than two classes.
+        logits: ``(n, n_classes)``.
+        probs: ``(n, n_classes)``, each in [0, 1].
+        threshold: For two classes, the probability from which a patch is called positive; None takes the
+            likeliest class, as always for more than two.
+        abstained: Where no decision is given, bool ``(n,)``.
+
+    Raises:
+        DataError: If shapes do not agree or a probability is not one.
+    """
+    shape = (len(about), len(class_names))
+    if logits.shape != shape or probs.shape != shape:
+        raise DataError(
+            f"logits {logits.shape} and probs {probs.shape} do not fit {shape[0]} patches, {shape[1]} classes"
+        )
+    probs = np.asarray(probs, np.float64)
+    if not ((probs >= 0) & (probs <= 1)).all():
+        raise DataError("probabilities must lie in 0 to 1 and be numbers; check the classifier's outputs")
+    frame = about.reindex(columns=[*IDENTITY, "side", "fold", "target"])
+    for values, kind in ((logits, "logit"), (probs, "prob")):
+        for column, name in enumerate(class_names):
+            frame[f"{kind}_{name}"] = np.asarray(values[:, column], np.float64)
+    frame["pred"] = _decide(probs, positive_index, threshold)
+    frame["abstained"] = False if abstained is None else np.asarray(abstained, bool)
+    if positive_index is not None:
+        frame["prob"] = probs[:, positive_index]
+    return _with_types(frame)
+
+
+def write_predictions(path: Path | str, frame: pd.DataFrame, metadata: Mapping[str, Any]) -> Path:
+    """Write predictions as Parquet or CSV, by the ending of ``path``, whole or not at all.
+
+    Args:
+        path: ``*.parquet``, or ``*.csv`` with ``*.csv.json`` beside it.
+        frame: As `make_predictions` gives it.
+        metadata: What they were made with: hashes of pack and classifier, split, threshold and its rule.
+
+    Raises:
+        DataError: If the ending is another one.
+    """
+    path = Path(path)
+    about = json.dumps({**metadata, "format": FORMAT}, ensure_ascii=False, default=lambda value: value.item())
+    if path.suffix == ".parquet":
+        table = pa.Table.from_pandas(frame, preserve_index=False)
+        table = table.replace_schema_metadata({_KEY: about.encode()})
+        with replace_atomic(path) as partial:
+            pq.write_table(table, partial)
+    elif path.suffix == ".csv":
+        with replace_atomic(path) as partial:
+            frame.to_csv(partial, index=False, lineterminator="\n", encoding="utf-8")
+        with replace_atomic(_beside(path)) as partial:
+            partial.write_text(about + "\n", encoding="utf-8")
+    else:
+        raise DataError(f"predictions cannot be written to {path.name!r}; use .parquet or .csv")
+    return path
+
+
+def read_predictions(path: Path | str) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Read predictions and their metadata from Parquet or CSV.
+
+    Raises:
+        DataError: If the file is missing, damaged, of a newer format, or lacks columns.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".csv":
+            about = json.loads(_beside(path).read_text(encoding="utf-8"))
+            frame = pd.read_csv(path, dtype=_CSV_TYPES, keep_default_na=False, na_values=[""])
+        else:
+            table = pq.read_table(path)
+            about = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
+            frame = table.to_pandas()
+    except FileNotFoundError as error:
+        raise DataError(f"{error.filename or path} does not exist") from None
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read as predictions: {error}") from None
+    if about.get("format") != FORMAT:
+        raise DataError(
+            f"{path} has format {about.get('format')!r} where {FORMAT!r} was expected; update biopsy"
+        )
+    missing = [
+        name for name in (*IDENTITY, "side", "fold", "target", "pred", "abstained") if name not in frame
+    ]
+    if missing or not class_columns(frame):
+        raise DataError(
+            f"{path} lacks the columns {missing or ['prob_<class>']}; it is not a table of predictions"
+        )
+    return _with_types(frame), about
+
+
+def class_columns(frame: pd.DataFrame) -> list[str]:
+    """Name the classes a table of predictions has probabilities for, in order."""
+    return [name.removeprefix("prob_") for name in frame.columns if name.startswith("prob_")]
+
+
+def _decide(probs: np.ndarray, positive_index: int | None, threshold: float | None) -> np.ndarray:
+    if positive_index is None or threshold is None:
+        return probs.argmax(axis=1)
+    return np.where(probs[:, positive_index] >= threshold, positive_index, 1 - positive_index)
+
+
+def _with_types(frame: pd.DataFrame) -> pd.DataFrame:
+    """Give columns the same types however they were kept: text, whole numbers and numbers, nulls in each."""
+    types = dict.fromkeys(_TEXT, "string") | dict.fromkeys(_WHOLE, "Int64") | {"abstained": "bool"}
+    floats = [name for name in frame.columns if name == "prob" or name.startswith(("prob_", "logit_"))]
+    return frame.astype(types | dict.fromkeys(floats, "float64"))
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + ".json")

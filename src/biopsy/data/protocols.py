@@ -1,0 +1,336 @@
+"""How patches are divided into sides or folds: one function a protocol.
+
+Each takes a `Request` and returns one value a patch, in the pack's order, with what is worth recording:
+sides (``"train"``, ``"val"``, ``"test"``, ``""`` for left out) or fold numbers (-1 for always in training).
+To add a protocol, write such a function and name it in `PROTOCOLS`.
+"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from biopsy.data.cases import Cases, read_cases
+from biopsy.data.leakage import SIDES
+from biopsy.data.packs import Pack, Unit
+from biopsy.errors import SplitError, suggest
+from biopsy.seeds import make_rng
+
+ALWAYS_TRAIN = -1
+
+# Best of this many random assignments; fewer where there are very many groups, which chance balances.
+N_DRAWS = 1000
+MAX_ASSIGNED = 2_000_000
+
+Plan = tuple[np.ndarray, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a protocol is asked to divide, and how.
+
+    Attributes:
+        pack: The patches.
+        unit: What is kept together.
+        group_ids: The id of each patch's ``unit``, ``(n_patches,)``.
+        seed: Seed of random assignments.
+        fractions: Shares of the groups for train, val and test.
+        n_folds: Number of folds.
+        test_ids: Groups (sites for ``site``) named for testing, or for being left out in turn.
+        val_ids: Groups (sites for ``site``) named for validation.
+        cases: A csv with ``case_id,split``, or the published lists.
+        recipe: The ``[as_published.split]`` table of a recipe.
+    """
+
+    pack: Pack
+    unit: Unit
+    group_ids: np.ndarray
+    seed: int
+    fractions: tuple[float, float, float]
+    n_folds: int
+    test_ids: tuple[str, ...]
+    val_ids: tuple[str, ...]
+    cases: Cases | None
+    recipe: Mapping[str, Any] | None
+
+
+def divide_groups(
+    group_ids: np.ndarray, target: np.ndarray, shares: Sequence[float], *, seed: int, unit: str = "patient"
+) -> np.ndarray:
+    """Divide groups, not patches, into parts of the given shares with classes balanced.
+
+    Of 1,000 random assignments that give each part its number of groups, the one is taken whose parts hold
+    shares of each class's patches closest to those wanted: least sum, over parts and classes, of
+    (share found - share wanted)² / share wanted. (With more than 2,000 groups, 2,000,000 / groups draws.)
+
+    Args:
+        group_ids: One id a patch, ``(n_patches,)``.
+        target: One class index a patch, ``(n_patches,)``.
+        shares: Shares of *groups*, each above 0; they are scaled to sum to 1.
+        seed: Same seed and same ids give the same parts, whatever the order of patches.
+        unit: What a group is, for messages.
+
+    Returns:
+        The part of each patch, int64 ``(n_patches,)``.
+
+    Raises:
+        SplitError: If there are fewer groups than parts.
+    """
+    names, codes = np.unique(np.asarray(group_ids, dtype=str), return_inverse=True)
+    wanted = np.asarray(shares, dtype=float) / np.sum(shares)
+    if len(names) < len(wanted):
+        raise SplitError(
+            f"{len(names)} {unit}s are too few for {len(wanted)} sides or folds: one would be empty"
+        )
+    counts = np.zeros((len(names), int(target.max()) + 1))
+    np.add.at(counts, (codes, target), 1)
+    counts = counts[:, counts.sum(axis=0) > 0]
+    parts = np.repeat(np.arange(len(wanted)), _apportion(len(names), wanted))
+    n_draws = max(1, min(N_DRAWS, MAX_ASSIGNED // len(names)))
+    draws = make_rng(seed, "split").permuted(np.tile(parts, (n_draws, 1)), axis=1)
+    discrepancy = np.zeros(n_draws)
+    for part, share in enumerate(wanted):
+        found = (draws == part) @ counts / counts.sum(axis=0)
+        discrepancy += ((found - share) ** 2).sum(axis=1) / share
+    return draws[np.argmin(discrepancy)][codes]
+
+
+def _apportion(n_groups: int, shares: np.ndarray) -> np.ndarray:
+    """Round shares to whole numbers of groups, by largest remainder, at least one each."""
+    exact = n_groups * shares
+    sizes = np.floor(exact + 1e-9).astype(int)
+    for part in np.argsort(sizes - exact, kind="stable")[: n_groups - sizes.sum()]:
+        sizes[part] += 1
+    while (sizes == 0).any():
+        sizes[np.argmax(sizes)] -= 1
+        sizes[np.argmin(sizes)] += 1
+    return sizes
+
+
+def split_by_patient(request: Request) -> Plan:
+    """Sides by group: those named where they were put, the others balanced by `divide_groups`."""
+    check_known(request.test_ids + request.val_ids, request.group_ids, request.unit)
+    both = sorted(set(request.test_ids) & set(request.val_ids))
+    if both:
+        raise SplitError(
+            f"{request.unit} {both[0]} was named both for val and for test; leave it in one of them"
+        )
+    sides = np.full(len(request.group_ids), "", dtype="<U5")
+    sides[np.isin(request.group_ids, request.val_ids)] = "val"
+    sides[np.isin(request.group_ids, request.test_ids)] = "test"
+    named = {"val": request.val_ids, "test": request.test_ids}
+    shares = {
+        side: share for side, share in zip(SIDES, request.fractions, strict=True) if not named.get(side)
+    }
+    rest = sides == ""
+    parts = divide_groups(
+        request.group_ids[rest],
+        request.pack.target[rest],
+        list(shares.values()),
+        seed=request.seed,
+        unit="remaining " + request.unit if any(named.values()) else request.unit,
+    )
+    sides[rest] = np.array(list(shares))[parts]
+    return sides, {"fractions": list(request.fractions), **_balance_note(request)} | _named_note(request)
+
+
+def split_into_folds(request: Request) -> Plan:
+    """Folds by group, balanced by `divide_groups`."""
+    if request.n_folds < 3:
+        raise SplitError(
+            f"{request.n_folds} folds are too few: one tests, one validates and the others train"
+        )
+    folds = divide_groups(
+        request.group_ids,
+        request.pack.target,
+        [1.0] * request.n_folds,
+        seed=request.seed,
+        unit=request.unit,
+    )
+    return folds, {"n_folds": request.n_folds, **_balance_note(request)}
+
+
+def leave_one_out(request: Request) -> Plan:
+    """One fold for each group named, in that order; for every group, in order of ids, where none is."""
+    check_known(request.test_ids, request.group_ids, request.unit)
+    order = list(dict.fromkeys(request.test_ids)) or sorted(set(request.group_ids.tolist()))
+    if len(order) < 2:
+        raise SplitError(
+            f"leave-one-out needs 2 or more {request.unit}s, one to test and one to validate; got {order}"
+        )
+    return _number(request.group_ids, order), {"order": order}
+
+
+def leave_one_site_out(request: Request) -> Plan:
+    """One fold for each site; sides by site where test sites are named."""
+    sites = request.pack.table["site_id"]
+    if sites.isna().any():
+        raise SplitError(
+            f"{int(sites.isna().sum()):,} of {len(sites):,} patches have no site_id; add it with "
+            "`biopsy prepare --join CSV` and a site_id column"
+        )
+    site_ids = sites.to_numpy(str)
+    if request.test_ids:
+        return _sides_by_site(request, site_ids)
+    order = sorted(set(site_ids.tolist()))
+    if len(order) < 3:
+        raise SplitError(
+            f"{len(order)} sites ({', '.join(order)}) are too few to test on one, validate on another "
+            "and train on the rest; name the site to test on, then patients of the other sites validate"
+        )
+    return _number(site_ids, order), {"order": order}
+
+
+def _sides_by_site(request: Request, site_ids: np.ndarray) -> Plan:
+    check_known(request.test_ids + request.val_ids, site_ids, "site")
+    sides = np.full(len(site_ids), "train", dtype="<U5")
+    sides[np.isin(site_ids, request.val_ids)] = "val"
+    sides[np.isin(site_ids, request.test_ids)] = "test"
+    if not request.val_ids:
+        rest = sides == "train"
+        shares = request.fractions[:2]
+        parts = divide_groups(
+            request.group_ids[rest],
+            request.pack.target[rest],
+            shares,
+            seed=request.seed,
+            unit=f"remaining {request.unit}",
+        )
+        sides[rest] = np.array(["train", "val"])[parts]
+    return sides, _named_note(request)
+
+
+def take_own_sides(request: Request) -> Plan:
+    """The data set's own sides: its own folders or files, or the published lists of cases."""
+    if request.cases is not None:
+        return _sides_by_case(request, request.cases)
+    table = request.pack.table
+    if "own_side" not in table.columns or table["own_side"].isna().all():
+        raise SplitError(
+            f"{request.pack.path.name} ({request.pack.info.dataset}) brings no sides of its own; give the "
+            "published lists of cases with --cases, or use the protocol 'patients'"
+        )
+    return table["own_side"].fillna("").to_numpy(str), {"sides_from": "the data set's own folders or files"}
+
+
+def _sides_by_case(request: Request, cases: Cases) -> Plan:
+    if request.unit == "patch":
+        raise SplitError(
+            f"cases are patients; {request.pack.path.name} names none, prepare it with --patients"
+        )
+    side_of = read_cases(cases)
+    groups = sorted(set(request.group_ids.tolist()))
+    found = {group: side_of[group] for group in groups if group in side_of}
+    if not found:
+        raise SplitError(
+            f"none of the {len(groups)} {request.unit}s, such as {groups[0]!r}, is among the {len(side_of)} "
+            f"listed cases, such as {next(iter(side_of))!r}"
+        )
+    sides = pd.Series(request.group_ids).map(found).fillna("").to_numpy(str)
+    listed, present = list(side_of.values()), list(found.values())
+    return sides, {
+        "sides_from": "published lists of cases",
+        "cases": {side: {"listed": listed.count(side), "found": present.count(side)} for side in SIDES},
+        "left_out": {"patients": len(groups) - len(found), "patches": int((sides == "").sum())},
+    }
+
+
+def follow_recipe(request: Request) -> Plan:
+    """The split a recipe's authors used, by the method its ``[as_published.split]`` table names."""
+    if not request.recipe:
+        raise SplitError(
+            "as-published follows a recipe's own split: name the recipe, such as --recipe cancernet-2020"
+        )
+    method = str(request.recipe.get("method"))
+    if method not in PUBLISHED_METHODS:
+        raise SplitError(
+            f"the recipe asks for the split method {method!r}; {suggest(method, PUBLISHED_METHODS)}"
+        )
+    sides, parameters = PUBLISHED_METHODS[method](request)
+    return sides, {"recipe": dict(request.recipe), **parameters}
+
+
+def shuffle_paths(request: Request) -> Plan:
+    """Shuffle the sorted paths with ``random``: train first, then test; the front of train validates."""
+    recipe = request.recipe or {}
+    try:
+        seed, train, val = int(recipe["seed"]), float(recipe["train"]), float(recipe["val"])
+    except KeyError as error:
+        raise SplitError(
+            f"the split method 'shuffled-paths' needs seed, train and val; {error} is missing"
+        ) from None
+    order = list(np.argsort(request.pack.table["source"].to_numpy(str), kind="stable"))
+    random.Random(seed).shuffle(order)
+    n_train = int(len(order) * train)
+    n_val = int(n_train * val)
+    sides = np.full(len(order), "test", dtype="<U5")
+    sides[order[:n_train]] = "train"
+    sides[order[:n_val]] = "val"
+    return sides, {}
+
+
+def cut_rows(request: Request) -> Plan:
+    """First 70, next 20 and last 10 % of the rows of Kaggle's csv, one row dropped at each border."""
+    table = request.pack.table
+    if "row" not in table.columns or table["row"].isna().any():
+        raise SplitError(
+            f"{request.pack.path.name} does not keep the rows of Kaggle's train_labels.csv; prepare it again"
+        )
+    rows = table["row"].to_numpy(np.int64)
+    n_rows = int(rows.max()) + 1
+    first, second = int(n_rows * 0.7), int(n_rows * 0.9)
+    sides = np.select([rows < first, rows < second], ["train", "val"], "test")
+    sides[(rows == first) | (rows == second)] = ""
+    return sides, {"n_rows": n_rows, "dropped_rows": [first, second]}
+
+
+def check_known(names: Sequence[str], known: np.ndarray, unit: str) -> None:
+    """Refuse names that are not among ``known``.
+
+    Raises:
+        SplitError: Naming the nearest that is.
+    """
+    options = set(known.tolist())
+    for name in names:
+        if name not in options:
+            hint = (
+                suggest(name, options) if len(options) < 50 else suggest(name, options).partition("known:")[0]
+            )
+            raise SplitError(
+                f"no {unit} is called {name!r}; {hint or f'the pack has {len(options)} {unit}s'}"
+            )
+
+
+def _number(ids: np.ndarray, order: Sequence[str]) -> np.ndarray:
+    """Number ids by their place in ``order``; those not in it are always in training."""
+    number = {name: place for place, name in enumerate(order)}
+    return pd.Series(ids).map(number).fillna(ALWAYS_TRAIN).to_numpy(np.int64)
+
+
+def _balance_note(request: Request) -> dict[str, Any]:
+    return {"method": f"best balanced of {N_DRAWS:,} random assignments of {request.unit}s"}
+
+
+def _named_note(request: Request) -> dict[str, Any]:
+    return {"test_named": list(request.test_ids), "val_named": list(request.val_ids)}
+
+
+PROTOCOLS: dict[str, Callable[[Request], Plan]] = {
+    "official": take_own_sides,
+    "patients": split_by_patient,
+    "folds": split_into_folds,
+    "leave-one-out": leave_one_out,
+    "site": leave_one_site_out,
+    "kaggle-rows": cut_rows,
+    "as-published": follow_recipe,
+}
+PUBLISHED_METHODS: dict[str, Callable[[Request], Plan]] = {
+    "shuffled-paths": shuffle_paths,
+    "kaggle-rows": cut_rows,
+}
+
+# Splits that repeat what was published, whether or not patients overlap in them.
+PUBLISHED = ("as-published", "kaggle-rows")

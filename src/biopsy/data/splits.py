@@ -1,0 +1,370 @@
+"""The Split: which patch trains, validates and tests, with patients kept apart.
+
+A split is kept in the pack as ``splits/<name>.csv`` (one row a patch: its side, or its fold) with
+``<name>.json`` beside it (protocol, seed, parameters, counts, the pack's hash). How patches are divided is in
+`biopsy.data.protocols`.
+"""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from biopsy.data.cases import Cases
+from biopsy.data.leakage import SIDES, check_no_leakage, find_overlap, leave_out_siblings
+from biopsy.data.packs import Pack, Unit
+from biopsy.data.protocols import PROTOCOLS, PUBLISHED, Request
+from biopsy.errors import SplitError, suggest
+from biopsy.files import read_json, write_atomic, write_json
+
+__all__ = [
+    "FORMAT",
+    "SIDES",
+    "Split",
+    "check_no_leakage",
+    "find_split",
+    "list_splits",
+    "load_split",
+    "make_split",
+    "read_split",
+    "save_split",
+    "write_split",
+]
+
+FORMAT = "biopsy-split/1"
+FOLDER = "splits"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which patch is on which side.
+
+    Attributes:
+        name: Its name in the pack.
+        protocol: How it was made, one of `biopsy.data.protocols.PROTOCOLS`.
+        unit: What was kept together.
+        seed: Seed of random assignments.
+        parameters: What else defines it, ``counts`` of patches, groups (units) and classes by side (a list of
+            those under ``folds``), and ``warnings``.
+        table: One row a patch: ``patch_id`` and ``side``, or ``patch_id`` and ``fold``.
+        overlap: Whether a patient stands on two sides; None where patches name nobody.
+        pack_sha256: Content hash of the pack it was made for.
+    """
+
+    name: str
+    protocol: str
+    unit: Unit
+    seed: int
+    parameters: dict[str, Any]
+    table: pd.DataFrame
+    overlap: bool | None
+    pack_sha256: str = ""
+
+    @property
+    def n_folds(self) -> int:
+        """Number of folds, 0 where patches have sides."""
+        return int(self.table["fold"].max()) + 1 if "fold" in self.table else 0
+
+    @property
+    def is_published(self) -> bool:
+        """Whether it repeats a published split, in which patients may overlap."""
+        return self.protocol in PUBLISHED
+
+    def sides(self, pack: Pack, fold: int | None = None) -> np.ndarray:
+        """Give each patch its side, in the pack's order.
+
+        Args:
+            pack: The pack the split was made for.
+            fold: For a split with folds, the one that tests; the next one (of another patient) validates, the
+                others train.
+
+        Returns:
+            ``"train"``, ``"val"``, ``"test"`` or ``""`` (left out), ``(n_patches,)``.
+
+        Raises:
+            SplitError: If the split is another pack's, the fold does not exist, or patients overlap in a
+                split that is not a published one.
+        """
+        sides = self.assign(pack, fold)
+        if not self.is_published and pack.unit != "patch":
+            check_no_leakage(pack.group_ids, sides, unit=pack.unit)
+        return sides
+
+    def assign(self, pack: Pack, fold: int | None = None) -> np.ndarray:
+        """Give each patch its side as `sides` does, without looking for overlap (for audits)."""
+        if not self.n_folds:
+            if fold is not None:
+                raise SplitError(f"split {self.name!r} has sides, not folds; leave out fold={fold}")
+            return self._align(pack, "side").astype("<U5")
+        if fold is None or not 0 <= fold < self.n_folds:
+            raise SplitError(
+                f"split {self.name!r} has the folds 0 to {self.n_folds - 1}; name one, got {fold}"
+            )
+        folds = self._align(pack, "fold")
+        sides = np.full(len(folds), "train", dtype="<U5")
+        several_slides = self.unit == "slide" and pack.unit == "patient"
+        next_fold = self._next_patient(pack, folds, fold) if several_slides else (fold + 1) % self.n_folds
+        sides[folds == next_fold] = "val"
+        sides[folds == fold] = "test"
+        if several_slides:
+            leave_out_siblings(pack.group_ids, sides)
+        return sides
+
+    def _next_patient(self, pack: Pack, folds: np.ndarray, fold: int) -> int:
+        """Give the next fold that holds no slide of the tested patient, -2 where there is none."""
+        tested = set(pack.group_ids[folds == fold])
+        following = [(fold + step) % self.n_folds for step in range(1, self.n_folds)]
+        return next((other for other in following if tested.isdisjoint(pack.group_ids[folds == other])), -2)
+
+    def _align(self, pack: Pack, column: str) -> np.ndarray:
+        ids = pack.table["patch_id"]
+        table = self.table
+        if len(table) == len(ids) and (table["patch_id"].to_numpy() == ids.to_numpy()).all():
+            return table[column].to_numpy()
+        unknown = len(set(ids) - set(table["patch_id"]))
+        surplus = len(set(table["patch_id"]) - set(ids))
+        if unknown or surplus or table["patch_id"].duplicated().any():
+            raise SplitError(
+                f"split {self.name!r} is not one of {pack.path.name}: it lacks {unknown:,} of its patches "
+                f"and names {surplus:,} others; make it for this pack with `biopsy split`"
+            )
+        return table.set_index("patch_id")[column].loc[ids].to_numpy()
+
+
+def make_split(
+    pack: Pack | Path | str,
+    *,
+    protocol: str,
+    name: str | None = None,
+    seed: int = 0,
+    recipe: Mapping[str, Any] | None = None,
+    cases: Cases | None = None,
+    test_patients: Sequence[str] = (),
+    val_patients: Sequence[str] = (),
+    n_folds: int = 5,
+    fractions: tuple[float, float, float] = (0.70, 0.15, 0.15),
+    unit: Unit | None = None,
+) -> Split:
+    """Divide a pack's patches into sides or folds and check the result.
+
+    Args:
+        pack: The pack.
+        protocol: ``"official"``, ``"patients"``, ``"folds"``, ``"leave-one-out"``, ``"site"``,
+            ``"kaggle-rows"`` or ``"as-published"``.
+        name: Its name in the pack; the protocol's name by default.
+        seed: Same seed and same patients give the same split, whatever the order of patches.
+        recipe: For ``as-published``, the ``[as_published.split]`` table of a recipe.
+        cases: For ``official``, a csv with ``case_id,split`` or the published lists (`protocols.read_cases`).
+        test_patients: Patients that test (``patients``), or are left out in turn (``leave-one-out``);
+            slides or sites where the protocol divides those.
+        val_patients: Patients that validate.
+        n_folds: Number of ``folds``.
+        fractions: Shares of patients for train, val and test, summing to 1.
+        unit: ``"slide"`` lets ``leave-one-out`` leave out slides of patients that have several. By default
+            what the pack names: patients, else slides, else single patches.
+
+    Raises:
+        SplitError: If the split cannot be made, would leak, or would leave a side empty.
+    """
+    pack = Pack.open(pack)
+    if protocol not in PROTOCOLS:
+        raise SplitError(f"there is no protocol {protocol!r}; {suggest(protocol, PROTOCOLS)}")
+    if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9:
+        raise SplitError(f"fractions {fractions} are not three shares above 0 that sum to 1")
+    unit = _choose_unit(pack, protocol, unit)
+    request = Request(
+        pack=pack,
+        unit=unit,
+        group_ids=pack.table["patch_id" if unit == "patch" else f"{unit}_id"].to_numpy(str),
+        seed=seed,
+        fractions=fractions,
+        n_folds=n_folds,
+        test_ids=tuple(test_patients),
+        val_ids=tuple(val_patients),
+        cases=cases,
+        recipe=recipe,
+    )
+    values, parameters = PROTOCOLS[protocol](request)
+    column = "side" if values.dtype.kind == "U" else "fold"
+    split = Split(
+        name=_check_name(name or protocol),
+        protocol=protocol,
+        unit=unit,
+        seed=seed,
+        parameters=parameters,
+        table=pd.DataFrame({"patch_id": pack.table["patch_id"].to_numpy(), column: values}),
+        overlap=None,
+        pack_sha256=pack.info.content_sha256,
+    )
+    return _check_split(split, pack)
+
+
+def save_split(pack: Pack, split: Split) -> Path:
+    """Write a split into its pack, whole or not at all, and give the path of its table."""
+    return write_split(pack.path / FOLDER / f"{_check_name(split.name)}.csv", split)
+
+
+def load_split(pack: Pack, name: str) -> Split:
+    """Read a split of a pack.
+
+    Raises:
+        SplitError: If the pack has no split of that name, or the split belongs to another pack.
+    """
+    path = pack.path / FOLDER / f"{_check_name(name)}.csv"
+    if not path.is_file():
+        raise SplitError(
+            f"{pack.path.name} has no split {name!r}; {suggest(name, [*list_splits(pack), *PROTOCOLS])}"
+        )
+    split = read_split(path)
+    split.assign(pack, 0 if split.n_folds else None)
+    if split.pack_sha256 != pack.info.content_sha256:
+        logger.warning("split %s was made before the content of %s changed", name, pack.path.name)
+    return split
+
+
+def list_splits(pack: Pack) -> list[str]:
+    """Name the splits kept in a pack."""
+    return sorted(
+        path.stem for path in (pack.path / FOLDER).glob("*.csv") if path.with_suffix(".json").is_file()
+    )
+
+
+def find_split(pack: Pack, name: str | None = None) -> Split:
+    """Load a split, or make the one whose protocol's name needs nothing more to be said.
+
+    Args:
+        pack: The pack.
+        name: A split's name, or a protocol's. None means ``"official"`` where the data set has its own sides,
+            else ``"patients"``.
+
+    Returns:
+        The split; a new one is made with seed 0 and kept in the pack where that can be written.
+
+    Raises:
+        SplitError: If it is neither a split nor such a protocol.
+    """
+    if name is None:
+        own = "own_side" in pack.table.columns and pack.table["own_side"].notna().any()
+        name = "official" if own else "patients"
+    if name in list_splits(pack) or name not in PROTOCOLS:
+        return load_split(pack, name)
+    split = make_split(pack, protocol=name)
+    try:
+        save_split(pack, split)
+    except OSError as error:
+        logger.warning("split %s is not kept in %s, which cannot be written: %s", name, pack.path.name, error)
+    return split
+
+
+def write_split(path: Path | str, split: Split) -> Path:
+    """Write a split as csv with its json beside it."""
+    path = Path(path)
+    write_atomic(path, split.table.to_csv(index=False, lineterminator="\n"))
+    write_json(
+        path.with_suffix(".json"),
+        {
+            "format": FORMAT,
+            "name": split.name,
+            "protocol": split.protocol,
+            "unit": split.unit,
+            "seed": split.seed,
+            "parameters": split.parameters,
+            "patients_overlap": split.overlap,
+            "pack_sha256": split.pack_sha256,
+        },
+    )
+    return path
+
+
+def read_split(path: Path | str) -> Split:
+    """Read a split from its csv and the json beside it, as a pack or a run keeps them.
+
+    Raises:
+        SplitError: If the csv is not a split's.
+        DataError: If the json is missing, damaged or of a newer format.
+    """
+    path = Path(path)
+    about = read_json(path.with_suffix(".json"), format=FORMAT)
+    try:
+        table = pd.read_csv(path, dtype={"patch_id": str, "side": str}, keep_default_na=False)
+    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise SplitError(f"{path} cannot be read: {error}") from None
+    columns = set(table.columns)
+    sides = set(table["side"]) if "side" in columns else set()
+    whole = "fold" in columns and pd.api.types.is_integer_dtype(table["fold"])
+    if "patch_id" not in columns or not sides <= {*SIDES, ""} or not (sides or whole):
+        raise SplitError(
+            f"{path} is not a split: it needs patch_id and side (train, val, test) or fold (numbers)"
+        )
+    return Split(
+        name=about["name"],
+        protocol=about["protocol"],
+        unit=about["unit"],
+        seed=about["seed"],
+        parameters=about["parameters"],
+        table=table[["patch_id", "side" if sides else "fold"]],
+        overlap=about["patients_overlap"],
+        pack_sha256=about["pack_sha256"],
+    )
+
+
+def _choose_unit(pack: Pack, protocol: str, unit: Unit | None) -> Unit:
+    if unit is None or unit == pack.unit:
+        return pack.unit
+    if unit == "slide" and protocol == "leave-one-out" and pack.table["slide_id"].notna().all():
+        return unit
+    raise SplitError(
+        f"{pack.path.name} keeps {pack.unit}s apart; protocol {protocol!r} cannot divide it by {unit}"
+    )
+
+
+def _check_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise SplitError(
+            f"a split cannot be called {name!r}; use letters, digits, dots, dashes and underscores"
+        )
+    return name
+
+
+def _check_split(split: Split, pack: Pack) -> Split:
+    """Refuse an empty or leaking side, count every side, and note what is odd."""
+    folds: list[int | None] = list(range(split.n_folds)) if split.n_folds else [None]
+    counts: list[dict[str, Any]] = []
+    warnings: list[str] = []
+    overlap = False
+    for fold in folds:
+        sides = split.assign(pack, fold)
+        where = "" if fold is None else f" of fold {fold}"
+        counts.append({side or "left_out": _count(pack, sides == side) for side in (*SIDES, "")})
+        for side in SIDES:
+            n_classes = sum(n_patches > 0 for n_patches in counts[-1][side]["per_class"].values())
+            if n_classes == 0 and not (split.protocol == "official" and (sides != "").any()):
+                raise SplitError(f"no patches are left for {side}{where}; name other {split.unit}s")
+            if n_classes < 2:
+                warnings.append(f"{side}{where} has {'one class only' if n_classes else 'no patches'}")
+        if pack.unit != "patch":
+            if not split.is_published:
+                check_no_leakage(pack.group_ids, sides, unit=pack.unit)
+            overlap = overlap or bool(find_overlap(pack.group_ids, sides))
+    if warnings:
+        more = f" (and {len(warnings) - 1} more warnings)" if len(warnings) > 1 else ""
+        logger.warning("split %s: %s%s", split.name, warnings[0], more)
+    noted = {"counts": {"folds": counts} if split.n_folds else counts[0], "warnings": warnings}
+    overlap_known = None if pack.unit == "patch" else overlap
+    return replace(split, parameters=split.parameters | noted, overlap=overlap_known)
+
+
+def _count(pack: Pack, chosen: np.ndarray) -> dict[str, Any]:
+    per_class = np.bincount(pack.target[chosen], minlength=len(pack.class_names))
+    return {
+        "patches": int(chosen.sum()),
+        "groups": None if pack.unit == "patch" else len(pd.unique(pack.group_ids[chosen])),
+        "per_class": dict(zip(pack.class_names, per_class.tolist(), strict=True)),
+    }

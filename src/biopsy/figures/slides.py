@@ -1,0 +1,164 @@
+"""A slide put together again: tissue, what was annotated, what the model says."""
+
+import math
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from biopsy.errors import DataError
+from biopsy.figures.style import (
+    CLASS_COLOURS,
+    INK,
+    PROBABILITY_MAP,
+    RULE,
+    shorten,
+    styled,
+)
+
+PANELS = ("tissue", "target", "prob")
+PANEL_IN, TOP_IN, BOTTOM_IN, GAP_IN = 3.1, 0.26, 0.46, 0.14
+Extent = tuple[float, float, float, float]
+
+
+@styled
+def draw_slide(
+    tissue: np.ndarray,
+    target: np.ndarray,
+    prob: np.ndarray,
+    *,
+    um_per_cell: float | None = None,
+    class_names: Sequence[str] = ("negative", "positive"),
+    threshold: float | None = None,
+    panels: Sequence[str] = PANELS,
+) -> Figure:
+    """Draw tissue, annotated class and probability of one slide, side by side on the same grid.
+
+    Args:
+        tissue: The stitched image ``(H, W, 3)`` uint8, any scale.
+        target: Annotated class by grid cell, shape ``(rows, columns)``, NaN where there is no patch.
+        prob: Probability by grid cell, same shape, NaN where there is no patch.
+        um_per_cell: Side of a cell in µm (patch_px times mpp), for the scale bar; None draws none.
+        class_names: Names by class index.
+        threshold: The frozen threshold, marked on the colour bar.
+        panels: Which of ``tissue target prob``, in which order.
+
+    Raises:
+        DataError: If the two grids differ in shape, or a panel is unknown.
+    """
+    target, prob = np.asarray(target, dtype=float), np.asarray(prob, dtype=float)
+    if target.shape != prob.shape:
+        raise DataError(
+            f"the grid of targets is {target.shape}, that of probabilities {prob.shape}; same slide?"
+        )
+    unknown = [panel for panel in panels if panel not in PANELS]
+    if unknown:
+        raise DataError(f"unknown panel {unknown[0]!r}; known: {', '.join(PANELS)}")
+    rows, columns = target.shape
+    map_in = PANEL_IN * rows / columns
+    height, width = map_in + TOP_IN + BOTTOM_IN, (PANEL_IN + GAP_IN) * len(panels) - GAP_IN
+    figure = Figure(figsize=(width, height))
+    extent = (0.0, float(columns), float(rows), 0.0)
+    for index, panel in enumerate(panels):  # placed by hand: panels drawn alone must line up side by side
+        left = index * (PANEL_IN + GAP_IN)
+        axes = figure.add_axes((left / width, BOTTOM_IN / height, PANEL_IN / width, map_in / height))
+        axes.set(xticks=[], yticks=[], aspect="equal")
+        axes.grid(False)
+        axes.spines[:].set(visible=True, color=RULE)
+        if panel == "tissue":
+            axes.set_title("tissue")
+            axes.imshow(tissue, extent=extent, interpolation="none")
+            if um_per_cell is not None:
+                _draw_scale_bar(axes, columns, rows, um_per_cell)
+        elif panel == "target":
+            axes.set_title("annotated")
+            _draw_classes(axes, target, class_names, extent)
+        else:
+            axes.set_title(f"probability of {shorten(class_names[-1])}")
+            axes.imshow(
+                matplotlib.colormaps[PROBABILITY_MAP](np.ma.masked_invalid(prob)),
+                extent=extent,
+                interpolation="none",
+            )
+            bar = ((left + 0.1) / width, 0.22 / height, (PANEL_IN - 0.2) / width, 0.09 / height)
+            _draw_colour_bar(figure.add_axes(bar), threshold)
+    return figure
+
+
+def round_length_um(span_um: float) -> float:
+    """Give the largest of 1, 2, 5 times a power of ten that is at most a quarter of ``span_um``.
+
+    Example:
+        >>> round_length_um(9000.0)
+        2000.0
+    """
+    power = 10.0 ** math.floor(math.log10(span_um / 4))
+    return max(step * power for step in (1.0, 2.0, 5.0) if step * power <= span_um / 4)
+
+
+def _draw_scale_bar(axes: Axes, columns: int, rows: int, um_per_cell: float) -> None:
+    length_um = round_length_um(columns * um_per_cell)
+    cells = length_um / um_per_cell
+    text = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"
+    axes.plot([0, cells], [rows, rows], color=INK, linewidth=3, solid_capstyle="butt", clip_on=False)
+    axes.annotate(
+        text,
+        (cells / 2, rows),
+        (0, -4),
+        textcoords="offset points",
+        ha="center",
+        va="top",
+        fontsize=8.5,
+        annotation_clip=False,
+    )
+
+
+def _draw_classes(axes: Axes, target: np.ndarray, class_names: Sequence[str], extent: Extent) -> None:
+    image = np.full((*target.shape, 4), (1.0, 1.0, 1.0, 0.0))
+    for index in range(len(class_names)):
+        image[np.round(target) == index] = (*to_rgb(CLASS_COLOURS[index % len(CLASS_COLOURS)]), 1.0)
+    axes.imshow(image, extent=extent, interpolation="none")
+    marks = [
+        Line2D(
+            [], [], marker="s", linestyle="", markersize=6, color=CLASS_COLOURS[index % len(CLASS_COLOURS)]
+        )
+        for index in range(len(class_names))
+    ]
+    axes.legend(
+        marks,
+        [shorten(name, 14) for name in class_names],
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.01),
+        ncols=min(len(marks), 3),
+        columnspacing=1.0,
+        handletextpad=0.2,
+    )
+
+
+def _draw_colour_bar(axes: Axes, threshold: float | None) -> None:
+    axes.imshow(
+        np.linspace(0, 1, 256)[None],
+        cmap=PROBABILITY_MAP,
+        extent=(0, 1, 0, 1),
+        aspect="auto",
+        interpolation="none",
+    )
+    axes.set(xlim=(0, 1), ylim=(0, 1), yticks=[], xticks=[0, 0.5, 1], xticklabels=["0", "0.5", "1"])
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, pad=2, labelsize=8)
+    if threshold is not None and 0 <= threshold <= 1:
+        axes.axvline(threshold, color="white", linewidth=1.4)
+        axes.annotate(
+            "threshold",
+            (threshold, 1),
+            (0, 2),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7.5,
+            annotation_clip=False,
+        )

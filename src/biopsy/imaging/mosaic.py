@@ -1,0 +1,117 @@
+"""Patches that know their coordinates, put together into a slide again."""
+
+from collections.abc import Iterable, Sequence
+
+import cv2
+import numpy as np
+
+from biopsy.errors import DataError
+
+MAX_PIXELS = 100_000_000
+
+
+def stitch(
+    patches: Iterable[np.ndarray],
+    x: Sequence[float] | np.ndarray,
+    y: Sequence[float] | np.ndarray,
+    *,
+    patch_px: int,
+    background: int = 255,
+    scale: float = 1.0,
+) -> np.ndarray:
+    """Lay patches out where they were cut, the least ``x`` and ``y`` at the image's corner.
+
+    Patches are taken one at a time, so an iterator over a large slide stays small in memory. Where two
+    overlap, the later one is seen.
+
+    Args:
+        patches: Images ``(h, w, 3)`` uint8; one at the slide's edge may be smaller than ``patch_px``.
+        x: Left edge of each patch in patch pixels, shape ``(n,)``; IDC steps by 50 and starts at 1.
+        y: Upper edge of each patch, shape ``(n,)``.
+        patch_px: Side of a full patch.
+        background: Grey level where no patch lies.
+        scale: Output pixels per patch pixel, in (0, 1].
+
+    Returns:
+        The image ``(H, W, 3)`` uint8.
+
+    Raises:
+        DataError: If a coordinate is missing, the numbers of patches and coordinates differ, or the image
+            would be larger than 100 million pixels.
+    """
+    if not 0 < scale <= 1:
+        raise DataError(f"scale {scale!r} is not in (0, 1]")
+    x, y = _check_places(x, y)
+    left = np.round((x - x.min()) * scale).astype(int)
+    top = np.round((y - y.min()) * scale).astype(int)
+    right = np.round((x - x.min() + patch_px) * scale).astype(int).clip(left + 1)
+    bottom = np.round((y - y.min() + patch_px) * scale).astype(int).clip(top + 1)
+    width, height = int(right.max()), int(bottom.max())
+    if width * height > MAX_PIXELS:
+        raise DataError(f"the slide would be {width:,} x {height:,} pixels; pass a scale below {scale:g}")
+    image = np.full((height, width, 3), background, np.uint8)
+    n_laid = 0
+    for index, patch in enumerate(patches):
+        if index >= len(x):
+            raise DataError(f"more patches than the {len(x)} coordinates were given")
+        h, w = patch.shape[:2]
+        if scale == 1:
+            image[top[index] : top[index] + h, left[index] : left[index] + w] = patch[
+                : height - top[index], : width - left[index]
+            ]
+        else:
+            # edges are rounded, not sizes, so that neighbours meet without a seam
+            w = max(1, round((right[index] - left[index]) * min(w / patch_px, 1)))
+            h = max(1, round((bottom[index] - top[index]) * min(h / patch_px, 1)))
+            small = cv2.resize(np.ascontiguousarray(patch), (w, h), interpolation=cv2.INTER_AREA)
+            image[top[index] : top[index] + h, left[index] : left[index] + w] = small
+        n_laid += 1
+    if n_laid != len(x):
+        raise DataError(f"{n_laid} patches have {len(x)} coordinates; one place each is needed")
+    return image
+
+
+def stitch_values(
+    values: Sequence[float] | np.ndarray,
+    x: Sequence[float] | np.ndarray,
+    y: Sequence[float] | np.ndarray,
+    *,
+    patch_px: int,
+) -> np.ndarray:
+    """Lay one number a patch out on the slide's grid, a cell a patch.
+
+    Args:
+        values: One number a patch, shape ``(n,)``.
+        x: Left edge of each patch in patch pixels.
+        y: Upper edge of each patch.
+        patch_px: Side of a patch, and of a cell.
+
+    Returns:
+        Grid ``(rows, columns)`` float64, NaN where no patch lies; patches in one cell average.
+
+    Raises:
+        DataError: If a coordinate is missing or the numbers differ.
+    """
+    x, y = _check_places(x, y)
+    values = np.asarray(values, dtype=float)
+    if len(values) != len(x):
+        raise DataError(f"{len(values)} values have {len(x)} coordinates; one place each is needed")
+    column = np.floor((x - x.min()) / patch_px).astype(int)
+    row = np.floor((y - y.min()) / patch_px).astype(int)
+    total = np.zeros((row.max() + 1, column.max() + 1))
+    count = np.zeros(total.shape)
+    np.add.at(total, (row, column), values)
+    np.add.at(count, (row, column), 1)
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+
+
+def _check_places(
+    x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if x.shape != y.shape or not len(x):
+        raise DataError(f"{len(x)} x and {len(y)} y coordinates were given; a slide needs one pair a patch")
+    missing = int((~np.isfinite(x) | ~np.isfinite(y)).sum())
+    if missing:
+        raise DataError(f"{missing} of {len(x)} patches have no coordinates; leave them out before stitching")
+    return x, y

@@ -1,0 +1,144 @@
+"""The Classifier: weights, how to feed them, and how to read what comes out."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from biopsy.errors import DataError, RunError
+from biopsy.files import read_json, replace_directory, sha256_file, write_json
+from biopsy.learning.networks import build_network
+from biopsy.learning.preprocessing import Preprocessing
+
+FORMAT = "biopsy-classifier/1"
+DOCUMENT, WEIGHTS = "classifier.json", "weights.safetensors"
+
+
+class ClassifierInfo(BaseModel):
+    """What ``classifier.json`` holds."""
+
+    model_config = ConfigDict(extra="allow")
+
+    format: Literal["biopsy-classifier/1"] = FORMAT
+    network: str
+    params: dict[str, Any] = {}
+    class_names: list[str]
+    positive_class: str | None
+    patch_px: int
+    """Side of a patch as cut from the slide."""
+    mpp: float | None
+    """Micrometres per pixel at which patches were cut; None where the data did not say."""
+    preprocessing: Preprocessing
+    outputs: Literal["softmax", "sigmoid"] = "softmax"
+    calibrator: dict[str, Any] = {"method": "none"}
+    thresholds: list[dict[str, Any]] = []
+    """``value``, ``rule``, ``chosen_on``; the first one is used."""
+    unlike_training: dict[str, Any] | None = None
+    """Limits beyond which a patch is unlike anything in training."""
+    licence: str = "as the data it was trained on allow"
+    pack: dict[str, Any] = {}
+    """Name and content hash of the pack it learned from."""
+    recipe: str | None = None
+    version: str = ""
+    weights_sha256: str = ""
+
+
+class Classifier:
+    """A network with its weights, and everything needed to use it.
+
+    Attributes:
+        info: What ``classifier.json`` says.
+        network: The network, in evaluation mode, on the CPU until moved.
+        extras: Named float arrays stored beside the weights (the reference of the unlike-training check).
+    """
+
+    def __init__(
+        self, info: ClassifierInfo, network: torch.nn.Module, extras: dict[str, np.ndarray] | None = None
+    ) -> None:
+        self.info = info
+        self.network = network.eval()
+        self.extras = extras or {}
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Classifier":
+        """Read a classifier folder.
+
+        Raises:
+            RunError: If it is missing, of a newer format, or its weights are not those that were saved.
+        """
+        path = Path(path)
+        try:
+            info = ClassifierInfo.model_validate(read_json(path / DOCUMENT, format=FORMAT))
+        except ValidationError as error:
+            raise RunError(f"{path / DOCUMENT}: {error.errors()[0]['msg']}") from None
+        except DataError as error:
+            raise RunError(f"{path} is not a classifier: {error}") from None
+        weights = path / WEIGHTS
+        if not weights.exists() or sha256_file(weights) != info.weights_sha256:
+            raise RunError(f"{weights} is missing or was altered since the classifier was saved")
+        try:
+            tensors = load_file(weights)
+        except SafetensorError as error:
+            raise RunError(f"{weights} is not readable: {error}") from None
+        extras = {
+            name.removeprefix("extra."): tensors.pop(name).numpy()
+            for name in [*tensors]
+            if name[:6] == "extra."
+        }
+        network = build_network(
+            info.network, n_classes=len(info.class_names), input_px=info.preprocessing.input_px, **info.params
+        )
+        try:
+            network.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise RunError(
+                f"{weights} does not fit the network {info.network!r}: {str(error).splitlines()[0]}"
+            ) from None
+        return cls(info, network, extras)
+
+    def save(self, path: Path | str) -> None:
+        """Write the classifier folder, whole or not at all."""
+        from biopsy import __version__
+
+        tensors = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()
+        }
+        tensors |= {f"extra.{name}": torch.from_numpy(np.array(array)) for name, array in self.extras.items()}
+        with replace_directory(path) as partial:
+            save_file(tensors, partial / WEIGHTS)
+            digest = sha256_file(partial / WEIGHTS)
+            self.info = self.info.model_copy(update={"weights_sha256": digest, "version": __version__})
+            write_json(partial / DOCUMENT, self.info.model_dump())
+
+    @property
+    def positive_index(self) -> int | None:
+        """Index of the positive class, None for more than two classes."""
+        positive = self.info.positive_class
+        return None if positive is None else self.info.class_names.index(positive)
+
+    @property
+    def sha256(self) -> str:
+        """A hash over the document and, through it, the weights."""
+        return hashlib.sha256(self.info.model_dump_json().encode()).hexdigest()
+
+    def probs(self, logits: np.ndarray) -> np.ndarray:
+        """Turn logits into probabilities ``(N, n_classes)``, summing to one.
+
+        Two sigmoid outputs become one probability as p1 / (p0 + p1), which keeps the arg-max.
+        """
+        logits = logits.astype(np.float64)
+        if self.info.outputs == "sigmoid":
+            scores = 1 / (1 + np.exp(-logits))
+            return scores / scores.sum(axis=1, keepdims=True)
+        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+    @property
+    def threshold(self) -> float | None:
+        """The frozen threshold on the positive class's probability; None takes the likeliest class."""
+        return self.info.thresholds[0]["value"] if self.info.thresholds else None

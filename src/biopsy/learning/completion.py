@@ -1,0 +1,102 @@
+"""What a training run leaves behind: the classifier, its threshold, and its predictions on validation."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from biopsy.data.packs import Pack
+from biopsy.data.predictions import make_predictions, write_predictions
+from biopsy.learning.checkpoints import Progress, load_weights
+from biopsy.learning.classifiers import Classifier, ClassifierInfo
+from biopsy.learning.fitting import Task
+from biopsy.learning.inference import predict_logits
+from biopsy.learning.novelty import fit_reference
+from biopsy.learning.preprocessing import Preprocessing
+from biopsy.learning.recipes import Recipe
+from biopsy.learning.runs import Run
+from biopsy.statistics.thresholds import choose_threshold
+
+
+def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress) -> None:
+    """Take the chosen epoch's weights, choose the threshold on validation, and write what comes out.
+
+    Args:
+        run: Gets ``classifier/`` and ``predictions/val.parquet``, and what was chosen in its record.
+        network: On the engine's device; its weights are replaced by the chosen epoch's.
+        task: What was learned.
+        progress: Which epoch was best, and how far training came.
+    """
+    chosen_epoch = progress.best_epoch if task.keep_best else None
+    load_weights(run.path / "checkpoints", network, chosen_epoch)
+    recipe, pack = task.recipe, task.pack
+    info = ClassifierInfo(
+        network=recipe.model.name,
+        params=recipe.model.params,
+        class_names=pack.class_names,
+        positive_class=pack.info.positive_class,
+        patch_px=pack.info.patch_px,
+        mpp=pack.info.mpp,
+        preprocessing=task.preprocessing,
+        pack={"name": pack.path.name, "content_sha256": pack.info.content_sha256},
+        recipe=recipe.name,
+    )
+    classifier = Classifier(info, network)
+    logits = predict_logits(network, task.preprocessing, pack.patches, pack.sizes, task.val, engine=task.engine)
+    probs = classifier.probs(logits)
+    positive = pack.positive_index
+    threshold: dict[str, Any] | None = None
+    if positive is not None:
+        published = run.info["split"]["as_published"]
+        rule = recipe.as_published.threshold if published else recipe.decision.threshold
+        chosen = choose_threshold((pack.target[task.val] == positive).astype(int), probs[:, positive], rule)
+        threshold = {"value": chosen.value, "rule": chosen.rule, "chosen_on": "val"}
+        info.thresholds = [threshold]
+    fit_reference(
+        classifier, pack.patches, pack.sizes, task.train, task.val, engine=task.engine, seed=task.seed
+    )
+    classifier.network.to("cpu")
+    classifier.save(run.path / "classifier")
+    frame = make_predictions(
+        pack,
+        task.val,
+        logits,
+        probs,
+        sides="val",
+        fold=run.info["split"]["fold"],
+        threshold=None if threshold is None else threshold["value"],
+    )
+    write_predictions(
+        run.path / "predictions" / "val.parquet",
+        frame,
+        {
+            "pack_sha256": pack.info.content_sha256,
+            "classifier_sha256": classifier.sha256,
+            "split": run.info["split"]["name"],
+            "threshold": threshold,
+        },
+    )
+    run.update(
+        chosen_epoch=chosen_epoch or progress.epoch,
+        stopped_early=progress.epoch < recipe.train.epochs,
+        threshold=threshold,
+        classifier_sha256=classifier.sha256,
+    )
+
+
+def fit_preprocessing(recipe: Recipe, pack: Pack, train: np.ndarray) -> Preprocessing:
+    """Give the recipe's preprocessing, mean and std taken from training patches where it says so."""
+    settings = recipe.preprocessing.model_dump(exclude={"standardise"})
+    if recipe.preprocessing.standardise == "featurewise":
+        total, squares, n_values = np.zeros(3), np.zeros(3), 0
+        for start in range(0, len(train), 1024):
+            values = pack.patches[train[start : start + 1024]].reshape(-1, 3) * settings["scale"]
+            total += values.sum(axis=0)
+            squares += (values**2).sum(axis=0)
+            n_values += len(values)
+        mean = total / n_values
+        std = np.sqrt(squares / n_values - mean**2)
+        if settings["channel_order"] == "bgr":
+            mean, std = mean[::-1], std[::-1]
+        settings |= {"mean": mean.tolist(), "std": std.tolist()}
+    return Preprocessing(**settings)

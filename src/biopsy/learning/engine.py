@@ -1,0 +1,153 @@
+"""Where and how the arithmetic runs: device, precision, memory layout; one training step; the losses."""
+
+import contextlib
+import ctypes
+import logging
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+
+from biopsy.errors import RecipeError, suggest
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["fp32", "bf16"]
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+class Engine:
+    """A device with its settings; networks are placed on it, trained and asked through it.
+
+    Args:
+        device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1`` ...
+        precision: ``fp32``, or ``bf16`` for mixed precision.
+        compile: Hand networks to ``torch.compile``: pays in long runs only, and needs a C++ compiler on CPU.
+        deterministic: Ask the operators for the same bits every time; on the CPU they give them anyway.
+
+    Raises:
+        RecipeError: If the device or the precision does not exist here.
+    """
+
+    def __init__(
+        self,
+        device: str = "auto",
+        precision: Precision = "fp32",
+        *,
+        compile: bool = False,
+        deterministic: bool = False,
+    ) -> None:
+        if precision not in get_args(Precision):
+            raise RecipeError(
+                f"precision={precision!r} is not possible; {suggest(precision, get_args(Precision))}"
+            )
+        self.device = _pick_device(device)
+        self.precision = precision
+        self.compile = compile
+        if self.device.type == "cpu":
+            _keep_freed_memory()
+        if deterministic:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.backends.cudnn.benchmark = False
+
+    def place(self, network: nn.Module) -> nn.Module:
+        """Put a network on the device, in channels-last memory; with ``compile``, ready to be compiled."""
+        network = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.compile:
+            network.compile()
+        return network
+
+    def train_step(
+        self,
+        network: nn.Module,
+        optimiser: Optimizer,
+        batch: Tensor,
+        target: Tensor,
+        loss_fn: LossFunction,
+    ) -> tuple[Tensor, Tensor]:
+        """Do one update; nothing in it waits for the device.
+
+        Args:
+            network: In training mode, on this device.
+            optimiser: Over the network's parameters.
+            batch: ``(B, 3, H, W)`` float, as ``Preprocessing`` gives it.
+            target: ``(B,)`` class indices.
+            loss_fn: ``(logits, target) -> scalar``, see :func:`make_loss`.
+
+        Returns:
+            The loss before the update, a scalar, and the logits ``(B, n_classes)``; both on the device
+            (``.item()`` waits for it).
+        """
+        optimiser.zero_grad(set_to_none=True)
+        with self.autocast():
+            logits = network(batch)
+        loss = loss_fn(logits.float(), target)
+        loss.backward()
+        optimiser.step()
+        return loss.detach(), logits.detach()
+
+    def predict(self, network: nn.Module, batch: Tensor) -> Tensor:
+        """Give float32 logits ``(B, n_classes)`` of a network in evaluation mode, without gradients."""
+        with torch.inference_mode(), self.autocast():
+            return network(batch).float()
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Give the context in which the network is called."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def make_loss(outputs: str, class_weights: Sequence[float] | None = None) -> LossFunction:
+    """Give the loss of a network with one output per class.
+
+    The weight of a class multiplies its patches' losses and the sum is divided by the number of patches, as
+    Keras does (not by the sum of the weights, as PyTorch would).
+
+    Args:
+        outputs: ``softmax``: cross-entropy; for two classes this is Keras's binary cross-entropy over two
+            softmax outputs. ``sigmoid``: binary cross-entropy of each output by itself, averaged.
+        class_weights: One per class; None counts all alike.
+
+    Raises:
+        RecipeError: If ``outputs`` is neither.
+    """
+    if outputs not in ("softmax", "sigmoid"):
+        raise RecipeError(f"outputs={outputs!r} is not possible; {suggest(outputs, ('softmax', 'sigmoid'))}")
+
+    def loss_fn(logits: Tensor, target: Tensor) -> Tensor:
+        if outputs == "softmax":
+            losses = functional.cross_entropy(logits, target, reduction="none")
+        else:
+            wanted = functional.one_hot(target, logits.shape[1]).to(logits.dtype)
+            losses = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=1)
+        if class_weights is not None:
+            losses = losses * weights.to(logits.device)[target]
+        return losses.mean()
+
+    weights = torch.tensor(class_weights if class_weights is not None else [], dtype=torch.float32)
+    return loss_fn
+
+
+def _keep_freed_memory() -> None:
+    """Ask glibc to keep what is freed: giving it back and faulting it in again takes a third of a CPU step."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, another platform
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its highest
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+def _pick_device(name: str) -> torch.device:
+    if name == "auto":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        logger.info("device: %s (auto)", device)
+        return device
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"device={name!r} is not possible; try auto, cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise RecipeError(f"device={name!r} is not here: PyTorch sees {found} CUDA devices; use device='cpu'")
+    return device

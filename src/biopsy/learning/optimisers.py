@@ -1,0 +1,154 @@
+"""Optimisers as Keras has them; learning rates as a pure function of the step, so that resuming is exact."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+
+from biopsy.errors import RecipeError, suggest
+
+KERAS_EPSILON = 1e-7
+SCHEDULES = ("constant", "inverse-time", "cosine", "plateau")
+
+
+class KerasAdam(Adam):
+    """Adam with the epsilon where Keras has it: beside the root *before* its bias is corrected."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["keras_steps"] = group.get("keras_steps", 0) + 1
+            group["eps"] = KERAS_EPSILON / math.sqrt(1 - group["betas"][1] ** group["keras_steps"])
+        return super().step(closure)
+
+
+class KerasRMSprop(Optimizer):
+    """RMSprop with Keras's rho of .9 and the epsilon inside the root."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float) -> None:
+        super().__init__(params, {"lr": lr, "rho": 0.9, "eps": KERAS_EPSILON})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        for group in self.param_groups:
+            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in trained:
+                if not self.state[parameter]:
+                    self.state[parameter]["velocity"] = torch.zeros_like(parameter)
+                velocity, grad = self.state[parameter]["velocity"], parameter.grad
+                velocity.mul_(group["rho"]).addcmul_(grad, grad, value=1 - group["rho"])
+                parameter.addcdiv_(grad, (velocity + group["eps"]).sqrt_(), value=-group["lr"])
+        return closure() if closure else None
+
+
+_OPTIMISERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
+    # epsilon inside the root, sqrt(a + e), is the same as starting the accumulator at .1 + e
+    "adagrad": (Adagrad, {"initial_accumulator_value": 0.1 + KERAS_EPSILON, "eps": 0, "fused": True}),
+    "adagrad-keras2": (Adagrad, {"eps": KERAS_EPSILON, "fused": True}),
+    "adam": (KerasAdam, {"eps": KERAS_EPSILON, "fused": True}),
+    "adamw": (AdamW, {"fused": True}),
+    "sgd": (SGD, {"fused": True}),
+    "rmsprop": (KerasRMSprop, {}),
+}
+OPTIMISERS = tuple(_OPTIMISERS)
+
+
+def make_optimiser(
+    name: str, params: Iterable[Tensor], lr: float, *, weight_decay: float = 0.0, momentum: float = 0.0
+) -> Optimizer:
+    """Give an optimiser for the parameters that are to be trained.
+
+    Args:
+        name: ``adagrad`` (Keras 3 and tf.keras 2: accumulator from .1), ``adagrad-keras2`` (Keras 2.2: from
+            0), ``adam``, ``rmsprop`` (both with Keras's formula), ``adamw``, ``sgd``.
+        params: The network's parameters; frozen ones are left out.
+        lr: Learning rate; :func:`set_learning_rate` changes it before each step.
+        weight_decay: Penalty on the weights (``adamw``: taken off the weights themselves).
+        momentum: Of ``sgd``.
+
+    Raises:
+        RecipeError: If the name is unknown, an option is not that optimiser's, or nothing is left to train.
+    """
+    if name not in _OPTIMISERS:
+        raise RecipeError(f"no optimiser is called {name!r}; {suggest(name, OPTIMISERS)}")
+    if momentum and name != "sgd":
+        raise RecipeError(f"optimiser {name!r} takes no momentum={momentum!r}; use 'sgd'")
+    if weight_decay and name == "rmsprop":
+        raise RecipeError(f"optimiser 'rmsprop' takes no weight_decay={weight_decay!r}; use 'adamw'")
+    trained = [parameter for parameter in params if parameter.requires_grad]
+    if not trained:
+        raise RecipeError("no parameter of the network is to be trained; unfreeze some of it")
+    kind, settings = _OPTIMISERS[name]
+    if name == "sgd":
+        settings = settings | {"momentum": momentum}
+    if name != "rmsprop":
+        settings = settings | {"weight_decay": weight_decay}
+    return kind(trained, lr=lr, **settings)  # type: ignore[call-arg]
+
+
+def learning_rate(
+    step: int,
+    *,
+    lr: float,
+    schedule: str = "constant",
+    decay: float = 0.0,
+    warmup_steps: int = 0,
+    total_steps: int | None = None,
+    history: Sequence[float] = (),
+    factor: float = 0.1,
+    patience: int = 3,
+) -> float:
+    """Give the learning rate of one update, from nothing but its number and what was seen before it.
+
+    Args:
+        step: Updates done before this one; the first is 0.
+        lr: The rate at full height.
+        schedule: ``constant``; ``inverse-time``, Keras's ``lr / (1 + decay * step)``; ``cosine``, down to 0
+            at ``total_steps``; ``plateau``, times ``factor`` after every ``patience`` epochs without a new
+            best.
+        decay: Of ``inverse-time``.
+        warmup_steps: Updates over which any schedule climbs linearly to its value.
+        total_steps: Updates of the whole run, for ``cosine``.
+        history: Validation loss of every finished epoch, for ``plateau``.
+        factor: Of ``plateau``.
+        patience: Of ``plateau``.
+
+    Raises:
+        RecipeError: If the schedule is unknown, or ``cosine`` lacks ``total_steps``.
+
+    Example:
+        >>> learning_rate(40, lr=1e-2, schedule="inverse-time", decay=1 / 40)
+        0.005
+    """
+    if schedule not in SCHEDULES:
+        raise RecipeError(f"no schedule is called {schedule!r}; {suggest(schedule, SCHEDULES)}")
+    if schedule == "inverse-time":
+        lr /= 1 + decay * step
+    elif schedule == "cosine":
+        if total_steps is None:
+            raise RecipeError("schedule 'cosine' needs total_steps")
+        done = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+        lr *= 0.5 * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0)))
+    elif schedule == "plateau":
+        lr *= factor ** count_plateaus(history, patience)
+    return lr * min(1.0, (step + 1) / warmup_steps) if warmup_steps else lr
+
+
+def count_plateaus(history: Sequence[float], patience: int) -> int:
+    """Count how often ``patience`` epochs in a row brought no new lowest loss (Keras's ReduceLROnPlateau)."""
+    best, waited, plateaus = math.inf, 0, 0
+    for loss in history:
+        waited = 0 if loss < best else waited + 1
+        best = min(best, loss)
+        if waited >= patience:
+            plateaus, waited = plateaus + 1, 0
+    return plateaus
+
+
+def set_learning_rate(optimiser: Optimizer, lr: float) -> None:
+    """Set the rate of the next update in every group of parameters."""
+    groups: list[dict[str, Any]] = optimiser.param_groups
+    for group in groups:
+        group["lr"] = lr

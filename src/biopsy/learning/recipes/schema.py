@@ -1,0 +1,138 @@
+"""What a recipe may say, with types and limits."""
+
+from typing import Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
+
+FORMAT = "biopsy-recipe/1"
+DEFINING_TABLES = ("preprocessing", "model", "augmentation", "train", "decision", "as_published")
+"""The tables whose values define a result; the others describe where the recipe comes from."""
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Origin(_Table):
+    """Who published the method, what they claimed, what is wrong with the claim."""
+
+    authors: str = ""
+    title: str = ""
+    year: int | None = None
+    claim: dict[str, float] = {}
+    """What the publication reports, on its own split."""
+    corrected: dict[str, float] = {}
+    """The same result with the positive class named, worked out from its confusion matrix."""
+    confusion: dict[str, int] = {}
+    flaws: list[str] = []
+    not_stated: list[str] = []
+    cost: str = ""
+
+
+class Preprocessing(_Table):
+    """How pixels become the network's input."""
+
+    input_px: PositiveInt = 48
+    resize: Literal["nearest", "bilinear", "bicubic"] = "nearest"
+    odd_sizes: Literal["stretch", "pad"] = "stretch"
+    """``stretch`` crops a padded patch back to its true size and stretches it; ``pad`` keeps the padding."""
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    scale: PositiveFloat = 1 / 255
+    mean: list[float] = [0.0, 0.0, 0.0]
+    std: list[PositiveFloat] = [1.0, 1.0, 1.0]
+    standardise: Literal["none", "featurewise"] = "none"
+    """``featurewise`` replaces mean and std by those of the training patches."""
+
+
+class Model(_Table):
+    """Which network, and its parameters."""
+
+    name: str
+    params: dict[str, Any] = {}
+
+
+class Augmentation(_Table):
+    """Random changes of each training patch; everything off by default."""
+
+    rotation_deg: NonNegativeFloat = 0.0
+    zoom: float = Field(default=0.0, ge=0, lt=1)
+    shift: float = Field(default=0.0, ge=0, lt=1)
+    """Largest shift in either axis, as a share of the side."""
+    shear_deg: NonNegativeFloat = 0.0
+    flip_horizontal: bool = False
+    flip_vertical: bool = False
+    fill: Literal["nearest"] = "nearest"
+    quarter_turns: bool = False
+    he_jitter: NonNegativeFloat = 0.0
+    """Standard deviation of the factors on the haematoxylin and eosin amounts."""
+
+
+class Train(_Table):
+    """Optimisation."""
+
+    loss: Literal["cross-entropy"] = "cross-entropy"
+    optimiser: Literal["adagrad-keras2", "adagrad", "adam", "adamw", "sgd", "rmsprop"] = "adam"
+    lr: PositiveFloat = 1e-3
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    weight_decay: NonNegativeFloat = 0.0
+    schedule: Literal["constant", "inverse-time", "cosine"] = "constant"
+    decay: NonNegativeFloat = 0.0
+    """Of ``inverse-time``: lr / (1 + decay * step), counted in optimiser updates."""
+    warmup_epochs: NonNegativeInt = 0
+    epochs: PositiveInt = 10
+    batch_size: PositiveInt = 32
+    drop_last: bool = False
+    """Leave out the last patches of an epoch that do not fill a batch."""
+    class_weights: Literal["none", "largest", "balanced"] = "none"
+    """``largest`` is max(count) / count; ``balanced`` is total / (n_classes * count)."""
+    sampling: Literal["none", "undersample", "oversample"] = "none"
+    """Every class gets as many patches as the rarest (drawn once) or the commonest (drawn for each epoch)."""
+    early_stopping_patience: NonNegativeInt = 0
+    """Epochs without improvement of the monitored value before stopping; 0 never stops early."""
+    monitor: Literal["val_loss", "val_auroc"] = "val_auroc"
+    checkpoint: Literal["best", "last"] = "best"
+    """Which epoch's weights become the classifier: the best on validation, or the last."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+class Decision(_Table):
+    """How probabilities become a class."""
+
+    threshold: str = "youden"
+    """``youden``, ``sensitivity=0.95``, ``specificity=0.95``, ``cost=5`` or ``argmax``; chosen on validation."""
+
+
+class AsPublished(_Table):
+    """What differs when the recipe is run on the split of its publication."""
+
+    split: dict[str, Any] = {}
+    checkpoint: Literal["best", "last"] = "last"
+    threshold: str = "argmax"
+
+
+class Recipe(_Table):
+    """Everything that defines a training result.
+
+    See the fields of each table for units and defaults.
+    """
+
+    format: Literal["biopsy-recipe/1"] = FORMAT
+    name: str
+    title: str = ""
+    origin: Origin = Origin()
+    preprocessing: Preprocessing = Preprocessing()
+    model: Model
+    augmentation: Augmentation = Augmentation()
+    train: Train = Train()
+    decision: Decision = Decision()
+    as_published: AsPublished = AsPublished()
+    sources: dict[str, str] = {}
+    """Dotted setting -> where its value comes from."""

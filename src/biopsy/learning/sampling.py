@@ -1,0 +1,55 @@
+"""Which patches an epoch sees, in which order, and how much each class counts."""
+
+import numpy as np
+
+from biopsy.errors import DataError
+from biopsy.seeds import make_rng
+
+
+def order_epoch(index: np.ndarray, target: np.ndarray, *, sampling: str, seed: int, epoch: int) -> np.ndarray:
+    """Give the rows of one epoch in the order in which they are seen.
+
+    Args:
+        index: Rows of the training patches, ``(n,)``.
+        target: Class of every row of the pack.
+        sampling: ``"none"``: every patch once. ``"undersample"``: as many patches of each class as the
+            rarest has, drawn once for the whole run. ``"oversample"``: as many as the commonest has; every
+            patch at least as often as the class allows, the remainder drawn for each epoch.
+        seed: The run's seed.
+        epoch: Counted from 1.
+    """
+    classes = [index[target[index] == label] for label in np.unique(target[index])]
+    if sampling == "undersample":
+        count = min(map(len, classes))
+        rng = make_rng(seed, "undersample")
+        index = np.concatenate([rng.choice(rows, count, replace=False) for rows in classes])
+    elif sampling == "oversample":
+        count = max(map(len, classes))
+        rng = make_rng(seed, "oversample", epoch)
+        index = np.concatenate(
+            [
+                np.r_[np.tile(rows, count // len(rows)), rng.choice(rows, count % len(rows), False)]
+                for rows in classes
+            ]
+        )
+    return make_rng(seed, "order", epoch).permutation(index)
+
+
+def weigh_classes(target: np.ndarray, n_classes: int, method: str) -> np.ndarray | None:
+    """Give a weight for each class, float64 ``(n_classes,)``, or None where all count the same.
+
+    ``"largest"`` is max(count) / count (the CancerNet post), ``"balanced"`` total / (n_classes * count)
+    (King & Zeng 2001, as scikit-learn has it).
+
+    Raises:
+        DataError: If a class has no training patch.
+    """
+    if method == "none":
+        return None
+    counts = np.bincount(target, minlength=n_classes)
+    if (counts == 0).any():
+        raise DataError(
+            f"class weights {method!r} need every class in training, found counts {counts.tolist()}: "
+            "use another split, or --set train.class_weights=none"
+        )
+    return counts.max() / counts if method == "largest" else counts.sum() / (n_classes * counts)

@@ -1,0 +1,235 @@
+"""Training: from a recipe and a pack to a run with a classifier in it."""
+
+import logging
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from filelock import FileLock, Timeout
+
+from biopsy.data.packing import prepare
+from biopsy.data.packs import Pack, is_pack
+from biopsy.data.splits import SIDES, Split, find_split, list_splits, make_split
+from biopsy.errors import MissingExtra, RunError, SplitError, TrainingDiverged
+from biopsy.figures.curves import draw_training
+from biopsy.learning.completion import complete, fit_preprocessing
+from biopsy.learning.engine import Engine
+from biopsy.learning.fitting import OnEpoch, Task, fit
+from biopsy.learning.networks import build_network, count_parameters
+from biopsy.learning.recipes import Recipe, load_recipe
+from biopsy.learning.runs import Run, describe_environment, name_run, remove_partial
+
+logger = logging.getLogger(__name__)
+
+CURVES = ("loss", "accuracy", "auroc")
+
+
+def train(
+    recipe: str | Path | Recipe | None = None,
+    data: Pack | Path | str | None = None,
+    *,
+    split: str | None = None,
+    fold: int | None = None,
+    seed: int = 0,
+    set: Iterable[str] = (),
+    out: Path | str | None = None,
+    device: str = "auto",
+    plot: Path | str | None = None,
+    tensorboard: bool = False,
+    resume: Run | Path | str | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> Run:
+    """Train a recipe on the training patients of a pack, or go on with an interrupted run.
+
+    The run never looks at the test side: `biopsy.evaluate` does, and counts it.
+
+    Args:
+        recipe: A shipped name, a TOML file, or a recipe.
+        data: A pack, or an archive or folder, which is prepared into a pack beside it first.
+        split: Name of a split of the pack or of a protocol; by default the data set's own, else by patient.
+        fold: Which fold tests, for a split with folds.
+        seed: Of initial weights, order, augmentation and dropout.
+        set: ``"table.key=value"`` changes of the recipe.
+        out: The run's own folder; by default a new one under ``runs/``.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+        plot: Also write loss, accuracy and AUROC against epochs to this file (.png, .svg or .pdf).
+        tensorboard: Also write TensorBoard's event files into the run.
+        resume: A run to go on with; recipe, data, split and seed are then the run's own.
+        on_epoch: Called with each epoch's record.
+
+    Raises:
+        RunError: If the run cannot be resumed, or its folder holds something else.
+        TrainingDiverged: If the loss is not finite.
+    """
+    if resume is not None:
+        run, pack = _continue(resume, recipe, data)
+    elif recipe is None or data is None:
+        raise RunError("training needs a recipe and data, or resume= and the folder of an interrupted run")
+    else:
+        run, pack = _begin(load_recipe(recipe, set), open_data(data), split, fold, seed, out)
+    try:
+        with FileLock(run.path / ".lock", timeout=0):
+            remove_partial(run)
+            _train(run, pack, device, tensorboard, on_epoch)
+    except Timeout:
+        raise RunError(f"{run.path} is being trained by another process") from None
+    if plot is not None:
+        curves = draw_training(run.log(), chosen_epoch=run.info["chosen_epoch"], quantities=CURVES)
+        curves.savefig(plot)
+    return run
+
+
+def open_data(data: Pack | Path | str) -> Pack:
+    """Open a pack; an archive or a folder of patches is prepared into a pack beside it first."""
+    if isinstance(data, Pack) or is_pack(data):
+        return Pack.open(data)
+    source = Path(data)
+    if not source.exists() or source.suffix == ".pack":
+        return Pack.open(source)
+    return prepare(source, source.with_name(f"{source.stem}.pack"))
+
+
+def _begin(
+    recipe: Recipe, pack: Pack, split_name: str | None, fold: int | None, seed: int, out: Path | str | None
+) -> tuple[Run, Pack]:
+    """Check everything that can be checked before training, and write the run's folder."""
+    pack.verify()
+    split = _find_split(pack, split_name, recipe)
+    sides = split.sides(pack, fold)
+    counts = {side: int((sides == side).sum()) for side in SIDES} | {"left out": int((sides == "").sum())}
+    for side in ("train", "val"):
+        if not counts[side]:
+            raise SplitError(
+                f"split {split.name!r} has no {side} patches: validation chooses epoch and threshold; "
+                "make a split with `biopsy split`"
+            )
+    present = np.unique(pack.target[sides == "train"])
+    if len(present) < 2:
+        raise SplitError(
+            f"all training patches of split {split.name!r} are {pack.class_names[present[0]]!r}: "
+            "nothing can be learned from one class"
+        )
+    network = _build(recipe, pack, seed)
+    total, trainable = count_parameters(network)
+    path = Path(out) if out is not None else Path("runs") / name_run(recipe.name, seed)
+    info = {
+        "status": "running",
+        "recipe": recipe.name,
+        "seed": seed,
+        "split": {
+            "name": split.name,
+            "protocol": split.protocol,
+            "fold": fold,
+            "unit": split.unit,
+            "as_published": split.is_published,
+            "patients_overlap": split.overlap,
+            "counts": counts,
+        },
+        "pack": {
+            "path": str(pack.path.resolve()),
+            "name": pack.path.name,
+            "dataset": pack.info.dataset,
+            "content_sha256": pack.info.content_sha256,
+            "n_patches": len(pack),
+            "n_patients": pack.info.counts["patients"],
+            "unit": pack.unit,
+        },
+        "parameters": {"total": total, "trainable": trainable},
+        "epochs": recipe.train.epochs,
+        "epochs_done": 0,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": 0.0,
+        "environment": describe_environment(),
+    }
+    table = pd.DataFrame({"patch_id": pack.table["patch_id"], "side": sides})
+    return Run.create(path, info, recipe, table), pack
+
+
+def _find_split(pack: Pack, name: str | None, recipe: Recipe) -> Split:
+    if name == "as-published" and name not in list_splits(pack):
+        return make_split(pack, protocol=name, recipe=recipe.as_published.split)
+    return find_split(pack, name)
+
+
+def _continue(resume: Run | Path | str, recipe: object, data: object) -> tuple[Run, Pack]:
+    if recipe is not None or data is not None:
+        raise RunError("a resumed run has its own recipe and data: leave both out, or train anew")
+    run = Run.open(resume)
+    if run.info["status"] == "finished":
+        raise RunError(f"{run.path} is finished: there is nothing to resume; judge it with `biopsy evaluate {run.path}`")
+    pack = run.open_pack()
+    now, then = describe_environment(), run.info["environment"]
+    changed = [f"{name} {then[name]} -> {now[name]}" for name in now if now[name] != then.get(name)]
+    if changed:
+        logger.warning("resumed on another machine or version: %s; the result may differ in its last bits", changed)
+    return run, pack
+
+
+def _build(recipe: Recipe, pack: Pack, seed: int) -> torch.nn.Module:
+    return build_network(
+        recipe.model.name,
+        n_classes=len(pack.class_names),
+        input_px=recipe.preprocessing.input_px,
+        seed=seed,
+        **recipe.model.params,
+    )
+
+
+def _train(run: Run, pack: Pack, device: str, tensorboard: bool, on_epoch: OnEpoch | None) -> None:
+    recipe, started, before = run.recipe, time.perf_counter(), run.info["seconds"]
+    sides = run.sides(pack)
+    engine = Engine(device, recipe.train.precision)
+    published = run.info["split"]["as_published"]
+    checkpoint = recipe.as_published.checkpoint if published else recipe.train.checkpoint
+    task = Task(
+        recipe=recipe,
+        pack=pack,
+        train=np.flatnonzero(sides == "train"),
+        val=np.flatnonzero(sides == "val"),
+        preprocessing=fit_preprocessing(recipe, pack, np.flatnonzero(sides == "train")),
+        engine=engine,
+        seed=run.info["seed"],
+        keep_best=checkpoint == "best",
+    )
+    run.update(status="running", device=str(engine.device), precision=engine.precision)
+    writer = _open_tensorboard(run.path) if tensorboard else None
+
+    def note(record: dict[str, Any]) -> None:
+        run.write_log([*(past for past in run.log() if past["epoch"] < record["epoch"]), record])
+        run.update(epochs_done=record["epoch"], seconds=before + time.perf_counter() - started)
+        if writer:
+            for name, value in record.items():
+                if isinstance(value, float):
+                    writer.add_scalar(name, value, record["epoch"])
+        if on_epoch:
+            on_epoch(record | {"run": str(run.path)})
+
+    network = _build(recipe, pack, task.seed)
+    folder = run.path / "checkpoints"
+    try:
+        progress = fit(network, task, folder, note)
+    except KeyboardInterrupt:
+        run.update(status="interrupted")
+        raise
+    except TrainingDiverged as error:
+        run.update(status="failed", reason=str(error))
+        raise
+    finally:
+        if writer:
+            writer.close()
+    run.write_log(progress.history)
+    complete(run, network, task, progress)
+    run.update(status="finished", seconds=before + time.perf_counter() - started)
+
+
+def _open_tensorboard(path: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MissingExtra("tensorboard", "--tensorboard") from None
+    return SummaryWriter(path / "tensorboard")

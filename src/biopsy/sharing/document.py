@@ -1,0 +1,243 @@
+"""The parts a report is made of: plain records without HTML, so that any chapter can be written with them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+METRIC_LABELS = {
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "ppv": "positive predictive value",
+    "npv": "negative predictive value",
+    "balanced_accuracy": "balanced accuracy",
+    "f1": "F1 of the positive class",
+    "mcc": "Matthews correlation",
+    "accuracy": "accuracy",
+    "brier": "Brier score",
+    "nll": "negative log likelihood",
+    "ece": "expected calibration error",
+    "calibration_slope": "calibration slope",
+    "calibration_intercept": "calibration intercept",
+    "specificity_at_sensitivity_95": "specificity at sensitivity .95",
+    "specificity_at_sensitivity_98": "specificity at sensitivity .98",
+}
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One of the numbers on the reader's page.
+
+    Attributes:
+        label: What it is.
+        value: Between 0 and 1, or None where it is not defined.
+        low: Lower end of the interval, None where there is none.
+        high: Upper end.
+        reason: Why value or interval are missing.
+        beside: What to compare it with, in words.
+        mark: That comparison's value, a tick on the little scale.
+    """
+
+    label: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    reason: str | None = None
+    beside: str = ""
+    mark: float | None = None
+
+    @property
+    def interval(self) -> str:
+        return interval_text(self.low, self.high, self.reason)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The reader's page: what was asked, the answer, and what it must not be used for."""
+
+    question: str
+    headlines: Sequence[Headline]
+    unit: str
+    findings: Sequence[str] = ()
+    not_for: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph; ``tone`` is ``plain``, ``note`` or ``warning``."""
+
+    kind: ClassVar[str] = "text"
+    text: str
+    tone: str = "plain"
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A short list."""
+
+    kind: ClassVar[str] = "bullets"
+    items: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names with their values."""
+
+    kind: ClassVar[str] = "facts"
+    items: Sequence[tuple[str, str]]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of strings.
+
+    Attributes:
+        columns: Headings.
+        rows: Cells, one a column.
+        caption: What the table says, above it.
+        note: Small print below it.
+        text_columns: How many columns from the left hold words; the others hold numbers.
+        fold: Where given, the table is closed behind this title until a reader opens it.
+    """
+
+    kind: ClassVar[str] = "table"
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+    note: str = ""
+    text_columns: int = 1
+    fold: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as SVG text (only from ``figures.style.svg``) or an image as bytes, with its caption."""
+
+    caption: str
+    svg: str = ""
+    image: bytes = b""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Figures that stand side by side on a wide screen, at most ``across`` in a row."""
+
+    kind: ClassVar[str] = "pictures"
+    items: Sequence[Picture]
+    across: int = 2
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One patch of a gallery: the encoded image, and the lines under it."""
+
+    image: bytes
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Patches with captions, in named groups."""
+
+    kind: ClassVar[str] = "gallery"
+    caption: str
+    groups: Sequence[tuple[str, Sequence[Patch]]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Text as a machine reads it: a command, a settings file; closed where ``fold`` gives a title."""
+
+    kind: ClassVar[str] = "listing"
+    text: str
+    fold: str = ""
+
+
+Block = Text | Bullets | Facts | Table | Pictures | Gallery | Listing
+
+
+@dataclass(frozen=True)
+class Section:
+    """A chapter. Its ``id`` is the anchor other chapters and checklists link to."""
+
+    id: str
+    heading: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class ReportDocument:
+    """A whole report.
+
+    Attributes:
+        title: Of the page.
+        subtitle: What was judged, in one line.
+        summary: The reader's page.
+        sections: Chapters in order.
+        warnings: What a reader must know before any number; the first lines of the page.
+        footer: Last line: what made this.
+    """
+
+    title: str
+    subtitle: str
+    summary: Summary
+    sections: Sequence[Section]
+    warnings: Sequence[str] = field(default_factory=tuple)
+    footer: str = ""
+
+
+def number(value: object, digits: int = 3) -> str:
+    """Write a number for a reader: counts with thousands, shares with ``digits`` decimals, else a dash.
+
+    Example:
+        >>> number(8151), number(0.84236), number(None)
+        ('8,151', '0.842', '-')
+    """
+    if value is None or isinstance(value, bool):
+        return "-" if value is None else "yes" if value else "no"
+    if not isinstance(value, int | float) and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.{digits}f}" if math.isfinite(value) else "-"
+    return str(value)
+
+
+def interval_text(low: float | None, high: float | None, reason: str | None) -> str:
+    """Write an interval, or why there is none."""
+    if low is None or high is None:
+        return f"no interval: {reason}" if reason else "no interval"
+    return f"{number(low)} to {number(high)}"
+
+
+def interval_of(estimate: Mapping[str, Any] | None) -> str:
+    """Write the interval of one entry of ``metrics.json``; a dash where there is no entry."""
+    if not estimate:
+        return "-"
+    return interval_text(estimate.get("low"), estimate.get("high"), estimate.get("reason"))
+
+
+def estimate_text(estimate: Mapping[str, Any]) -> str:
+    """Write a number with its interval in brackets."""
+    return f"{number(estimate.get('value'))} ({interval_of(estimate)})"
+
+
+def headline(
+    label: str, estimate: Mapping[str, Any], *, beside: str = "", mark: float | None = None
+) -> Headline:
+    """Make a headline of one entry of ``metrics.json``."""
+    return Headline(
+        label,
+        estimate.get("value"),
+        estimate.get("low"),
+        estimate.get("high"),
+        estimate.get("reason"),
+        beside,
+        mark,
+    )

@@ -1,0 +1,183 @@
+"""What a report is written from: the records of a run or a study, gathered, with or without their ids."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from biopsy.figures.network import Row
+from biopsy.sharing.identities import KINDS, Aliases
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Everything the report of a run may say.
+
+    Attributes:
+        run: What ``run.json`` holds.
+        metrics: What ``metrics.json`` holds.
+        predictions: The judged side, in the ``Predictions`` format.
+        class_names: Names by class index.
+        log: One record an epoch.
+        recipe: The recipe as nested values (``name``, ``title``, ``origin``, ...).
+        recipe_toml: The recipe as its file, every default filled in.
+        network: Layers as ``(name, type, output_shape, parameters)``.
+        input_shape: What the network is fed, ``(channels, height, width)``.
+        get_patch: Gives a patch ``(H, W, 3)`` uint8 by its ``patch_id``, at its true size; None shows none.
+        patch_px: Side of a patch in the pack.
+        mpp: Micrometres per pixel of the pack's patches, None where unknown.
+        audit: What ``audit.json`` holds.
+        ledger: ``times`` and ``runs`` that opened the test side, and ``kept_with`` (``pack`` or ``run``).
+        ids_hidden: Whether ids have been replaced by numbers.
+    """
+
+    run: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    predictions: pd.DataFrame
+    class_names: Sequence[str]
+    log: Sequence[Mapping[str, Any]] = ()
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    recipe_toml: str = ""
+    network: Sequence[Row] = ()
+    input_shape: tuple[int, ...] = ()
+    get_patch: Callable[[str], np.ndarray] | None = None
+    patch_px: int | None = None
+    mpp: float | None = None
+    audit: Mapping[str, Any] | None = None
+    ledger: Mapping[str, Any] | None = None
+    ids_hidden: bool = False
+
+    @property
+    def unit(self) -> str:
+        """What counts as one independent observation: patient, slide or patch."""
+        return str(self.metrics.get("interval", {}).get("unit", "patient"))
+
+    @property
+    def is_binary(self) -> bool:
+        return len(self.class_names) == 2
+
+    @property
+    def positive(self) -> str:
+        return str(self.metrics.get("positive_class") or self.class_names[-1])
+
+    @property
+    def negative(self) -> str:
+        return next(name for name in self.class_names if name != self.positive)
+
+    @property
+    def threshold(self) -> float:
+        return float((self.metrics.get("threshold") or {}).get("value", 0.5))
+
+    @property
+    def pooled(self) -> Mapping[str, Any]:
+        """The metrics over all patches together; for more than two classes, their macro means."""
+        return self.metrics.get("patch") or self.metrics.get("macro") or {}
+
+    @property
+    def is_positive(self) -> np.ndarray:
+        """1 where a patch belongs to the positive class, shape ``(n,)``."""
+        index = list(self.class_names).index(self.positive)
+        return (self.predictions["target"].to_numpy() == index).astype(int)
+
+    @property
+    def baseline(self) -> Mapping[str, Any]:
+        """The colour-only baseline's AUROC as an estimate, empty where there is none."""
+        known = self.metrics.get("baseline") or {}
+        if isinstance(known, int | float):
+            return {"value": known}
+        return (
+            known.get("auroc", known)
+            if isinstance(known.get("auroc", known), Mapping)
+            else {"value": known["auroc"]}
+        )
+
+    @property
+    def group_ids(self) -> pd.Series:
+        """Whom each patch belongs to: patient, else slide; null where neither is known."""
+        return pick_groups(self.predictions, self.unit)
+
+
+@dataclass(frozen=True)
+class StudyFacts:
+    """Everything the report of a study may say.
+
+    Attributes:
+        study: What ``study.json`` holds (``name``, ``command``, ``pack``, ``split``, ``environment``, ...).
+        table: One row a run, with ``fold``, ``seed`` and any of the metric names, ``baseline_auroc``,
+            ``n_patches``, ``n_patients``, ``threshold``, ``chosen_epoch``, ``seconds``.
+        predictions: Out-of-fold predictions of all runs, with ``fold`` and ``seed``.
+        metrics: The pooled evaluation, as ``metrics.json``.
+        class_names: Names by class index.
+        baselines: Colour-only AUROC by patient or slide (by ``metrics["interval"]["unit"]``).
+        recipe: The recipe as nested values.
+        recipe_toml: The recipe as its file.
+        ids_hidden: Whether ids have been replaced by numbers.
+    """
+
+    study: Mapping[str, Any]
+    table: pd.DataFrame
+    predictions: pd.DataFrame
+    metrics: Mapping[str, Any]
+    class_names: Sequence[str]
+    baselines: Mapping[str, float] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    recipe_toml: str = ""
+    ids_hidden: bool = False
+
+    @property
+    def unit(self) -> str:
+        return str(self.metrics.get("interval", {}).get("unit", "patient"))
+
+    @property
+    def positive(self) -> str:
+        return str(self.metrics.get("positive_class") or self.class_names[-1])
+
+
+def pick_groups(predictions: pd.DataFrame, unit: str) -> pd.Series:
+    """Give the id column that the unit names, or the first that is filled."""
+    for column in (f"{unit}_id", "patient_id", "slide_id"):
+        if column != "patch_id" and column in predictions and predictions[column].notna().any():
+            return predictions[column]
+    return pd.Series([None] * len(predictions), index=predictions.index, dtype=object)
+
+
+def hide_run(facts: RunFacts) -> RunFacts:
+    """Replace every id in the facts of a run by a number."""
+    aliases = _name_aliases(facts.predictions, str(facts.run.get("pack", {}).get("content_sha256", "")))
+    show = facts.get_patch
+    return replace(
+        facts,
+        run=aliases.nested(facts.run),
+        metrics=aliases.nested(facts.metrics),
+        predictions=aliases.table(facts.predictions),
+        recipe=aliases.nested(facts.recipe),
+        recipe_toml=aliases.text(facts.recipe_toml),
+        get_patch=None if show is None else lambda alias: show(aliases.original("patch", alias)),
+        audit=None if facts.audit is None else aliases.nested(facts.audit),
+        ids_hidden=True,
+    )
+
+
+def hide_study(facts: StudyFacts) -> StudyFacts:
+    """Replace every id in the facts of a study by a number."""
+    aliases = _name_aliases(facts.predictions, str(facts.study.get("pack", {}).get("content_sha256", "")))
+    kind = "slide" if facts.unit == "slide" else "patient"
+    table = aliases.table(facts.table).sort_values(["fold", "seed"]).reset_index(drop=True)
+    return replace(
+        facts,
+        study=aliases.nested(facts.study),
+        table=table,
+        predictions=aliases.table(facts.predictions),
+        metrics=aliases.nested(facts.metrics),
+        baselines={aliases.of(kind, name): value for name, value in facts.baselines.items()},
+        recipe=aliases.nested(facts.recipe),
+        recipe_toml=aliases.text(facts.recipe_toml),
+        ids_hidden=True,
+    )
+
+
+def _name_aliases(predictions: pd.DataFrame, salt: str) -> Aliases:
+    columns = {kind: f"{kind}_id" for kind in KINDS}
+    return Aliases({kind: predictions[name] for kind, name in columns.items() if name in predictions}, salt)

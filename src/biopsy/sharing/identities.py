@@ -1,0 +1,114 @@
+"""Ids replaced by numbers, before a report is built, so that nothing built later can know them.
+
+Numbers follow a hash of the id, not its order, and are the same wherever an id is met: in tables, figures,
+paths, commands and settings.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+
+KINDS = ("patient", "slide", "patch")
+SHORTEST_IN_TEXT = 3  # an id of one or two characters cannot be told from a number in a sentence
+_NAMING_FLAGS = re.compile(r"(--(?:test-|val-)?(?:patients?|patch|cases|slides?))([ =])(\S+)")
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])+")
+_TOKEN = re.compile(r"[^\s,;:'\"()\[\]{}=]+")
+
+
+class Aliases:
+    """Numbers in place of ids.
+
+    Args:
+        ids: The ids of each of ``patient``, ``slide`` and ``patch``; missing ones are passed over.
+        salt: Mixed into the order of numbers.
+
+    Example:
+        >>> aliases = Aliases({"patient": ["8863", "8865"]})
+        >>> sorted(aliases.of("patient", name) for name in ("8863", "8865"))
+        ['1', '2']
+    """
+
+    def __init__(self, ids: Mapping[str, Iterable[object]], salt: str = "") -> None:
+        self._numbers = {kind: _number(ids.get(kind, ()), f"{salt}/{kind}") for kind in KINDS}
+        self._names = {kind: {alias: name for name, alias in self._numbers[kind].items()} for kind in KINDS}
+        inside = {
+            name: f"{kind}-{alias}"
+            for kind in reversed(KINDS[:2])
+            for name, alias in self._numbers[kind].items()
+            if len(name) >= SHORTEST_IN_TEXT and not (name.isdigit() and len(name) < 4)
+        }
+        self._inside = inside
+        names = "|".join(re.escape(name) for name in sorted(inside, key=len, reverse=True))
+        self._pattern = re.compile(rf"(?<![A-Za-z0-9])(?:{names})(?![A-Za-z0-9])") if names else None
+
+    def of(self, kind: str, name: object) -> str:
+        """Give the number of an id; an id that was never named becomes ``hidden``."""
+        return self._numbers[kind].get(str(name), "hidden")
+
+    def original(self, kind: str, alias: str) -> str:
+        """Give the id behind a number."""
+        return self._names[kind][alias]
+
+    def text(self, text: str) -> str:
+        """Replace ids in free text, drop the folders of absolute paths and the values of flags that name."""
+        text = _NAMING_FLAGS.sub(r"\1\2(hidden)", text)
+        text = _ABSOLUTE_PATH.sub("", text)
+        text = _TOKEN.sub(lambda token: self._patch_in(token[0]), text)
+        return self._pattern.sub(lambda name: self._inside[name[0]], text) if self._pattern else text
+
+    def nested(self, value: Any) -> Any:
+        """Replace ids in every string, key and value, of a nested document."""
+        if isinstance(value, Mapping):
+            return {self._whole(key): self.nested(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.nested(item) for item in value]
+        return self._whole(value) if isinstance(value, str) else value
+
+    def table(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Replace the id columns of a table of patches and order its rows by the numbers.
+
+        Of other columns, words are treated as free text, so that a joined column cannot name anybody.
+        """
+        hidden = table.copy()
+        for column in hidden.columns:
+            kind = column.removesuffix("_id")
+            if kind in KINDS:
+                known = hidden[column].notna()
+                shown = [
+                    self.of(kind, name) if there else None
+                    for name, there in zip(hidden[column], known, strict=True)
+                ]
+                hidden[column] = pd.Series(shown, index=hidden.index, dtype=object)
+            elif not pd.api.types.is_numeric_dtype(hidden[column]) or self._are_ids(column, hidden[column]):
+                words = {word: self._whole(word) for word in hidden[column].dropna().unique()}
+                hidden[column] = hidden[column].map(words).astype(object)
+        by = [f"{kind}_id" for kind in KINDS if f"{kind}_id" in hidden]
+        return hidden.sort_values(by).reset_index(drop=True) if by else hidden
+
+    def _are_ids(self, column: str, values: pd.Series) -> bool:
+        """Say whether folds are named by whom they leave out, such as the number of a patient."""
+        known = self._numbers["patient"].keys() | self._numbers["slide"].keys()
+        return column == "fold" and values.notna().all() and {str(value) for value in values} <= known
+
+    def _whole(self, text: object) -> str:
+        for kind in KINDS:
+            if str(text) in self._numbers[kind]:
+                return f"{kind}-{self.of(kind, text)}"
+        return self.text(str(text))
+
+    def _patch_in(self, token: str) -> str:
+        stem, dot, ending = token.rpartition(".")
+        for name, rest in ((token, ""), (stem, dot + ending)):
+            if len(name) >= SHORTEST_IN_TEXT and not name.isdigit() and name in self._numbers["patch"]:
+                return f"patch-{self.of('patch', name)}{rest}"
+        return token
+
+
+def _number(names: Iterable[object], salt: str) -> dict[str, str]:
+    known = {str(name) for name in names if not pd.isna(name)}
+    order = sorted(known, key=lambda name: hashlib.sha256(f"{salt}/{name}".encode()).digest())
+    width = len(str(len(order)))
+    return {name: f"{index:0{width}d}" for index, name in enumerate(order, start=1)}

@@ -1,0 +1,145 @@
+"""Inspecting a pack: the audit, and pictures of what is in it, before anything is trained."""
+
+import errno
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biopsy.data.audit import audit_pack, find_spoilers
+from biopsy.data.packs import Pack
+from biopsy.data.splits import Split, find_split
+from biopsy.errors import PackError
+from biopsy.figures.patients import draw_balance
+from biopsy.figures.sheets import draw_class_sheet
+from biopsy.figures.slides import draw_slide
+from biopsy.figures.style import png, svg
+from biopsy.files import write_atomic, write_json
+from biopsy.imaging.mosaic import stitch, stitch_values
+from biopsy.seeds import make_rng
+
+logger = logging.getLogger(__name__)
+
+N_SHOWN = 32  # patches of each class on the class sheet
+MAX_SLIDES = 40  # slides put together again; the rest is only counted
+SLIDE_PX = 1000  # longest side of a slide's picture, in pixels of the picture
+
+
+def inspect(
+    pack: Pack | Path | str, *, split: str | Split | None = None, out: Path | str | None = None
+) -> dict[str, Any]:
+    """Audit a pack and draw what is in it.
+
+    Writes ``audit.json`` into the pack and pictures into ``inspection/`` below it: a sheet of each class,
+    the balance of classes per patient, and each slide put together again where coordinates are known.
+
+    Args:
+        pack: The pack, or its path.
+        split: Name of a split whose sides are audited too: patients and duplicates on two sides.
+        out: Folder for the pictures instead; with a pack that cannot be written to, for the audit as well.
+
+    Returns:
+        The audit (see the formats' reference), and beside it ``spoilers``, what would spoil a result, one
+        sentence each, and ``paths``: ``audit`` and ``pictures``.
+
+    Raises:
+        PackError: If the pack was altered, or is read-only and ``out`` is not given.
+    """
+    pack = Pack.open(pack)
+    pack.verify()
+    audit = audit_pack(pack, find_split(pack, split) if isinstance(split, str) else split)
+    audit_path = _write_audit(pack, audit, out)
+    folder = pack.path / "inspection" if out is None else Path(out)
+    pictures = [_draw_classes(pack, folder), *_draw_groups(pack, folder), *_draw_slides(pack, folder)]
+    return {**audit, "spoilers": find_spoilers(audit), "paths": {"audit": audit_path, "pictures": pictures}}
+
+
+def _write_audit(pack: Pack, audit: dict[str, Any], out: Path | str | None) -> Path:
+    path = pack.path / "audit.json"
+    try:
+        write_json(path, audit)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        if out is None:
+            raise PackError(f"{pack.path} is read-only: name a folder for the audit with --out") from None
+        path = Path(out) / "audit.json"
+        write_json(path, audit)
+    return path
+
+
+def _draw_classes(pack: Pack, folder: Path) -> Path:
+    """Draw patches of every class, drawn at random, at most a few of each patient."""
+    sheets = []
+    for index, name in enumerate(pack.class_names):
+        rows = make_rng(0, "inspect", name).permutation(np.flatnonzero(pack.target == index))
+        turn = _count_earlier(pack.group_ids[rows])  # every patient's first patch before anyone's second
+        shown = rows[np.argsort(turn, kind="stable")][:N_SHOWN]
+        sheets.append((f"{name}: {len(rows):,} patches", [_crop(pack, row) for row in shown]))
+    path = folder / "classes.png"
+    write_atomic(path, png(draw_class_sheet(sheets)))
+    return path
+
+
+def _count_earlier(ids: np.ndarray) -> np.ndarray:
+    """Say of each element how many equal ones stand before it."""
+    seen: dict[str, int] = {}
+    earlier = []
+    for name in ids.tolist():
+        earlier.append(seen.get(name, 0))
+        seen[name] = earlier[-1] + 1
+    return np.array(earlier, dtype=int)
+
+
+def _draw_groups(pack: Pack, folder: Path) -> list[Path]:
+    """Draw the balance of classes per patient (or slide); nothing where neither is known."""
+    if pack.unit == "patch":
+        return []
+    names, codes = np.unique(pack.group_ids, return_inverse=True)
+    counts = np.zeros((len(names), len(pack.class_names)), dtype=int)
+    np.add.at(counts, (codes, pack.target), 1)
+    path = folder / f"{pack.unit}s.svg"
+    write_atomic(path, svg(draw_balance(names.tolist(), counts, pack.class_names), f"{pack.unit}s"))
+    return [path]
+
+
+def _draw_slides(pack: Pack, folder: Path) -> list[Path]:
+    """Put slides together again, those with most patches first."""
+    placed = pack.table[["x", "y", "slide_id"]].notna().all(axis=1)
+    slides = pack.table.loc[placed, "slide_id"].value_counts()
+    if len(slides) > MAX_SLIDES:
+        logger.info("pictures of the %d largest of %d slides", MAX_SLIDES, len(slides))
+    paths = []
+    for number, slide_id in enumerate(slides.index[:MAX_SLIDES], start=1):
+        rows = np.flatnonzero(placed & (pack.table["slide_id"] == slide_id))
+        name = re.sub(r"[^A-Za-z0-9_-]", "-", str(slide_id))[:40]  # an id is not a path
+        path = folder / f"slide-{number:02d}-{name}.png"
+        write_atomic(path, _picture_slide(pack, rows))
+        paths.append(path)
+    return paths
+
+
+def _picture_slide(pack: Pack, rows: np.ndarray) -> bytes:
+    patch_px, mpp = pack.info.patch_px, pack.info.mpp
+    x, y = (pack.table[column].to_numpy(float, na_value=np.nan)[rows] for column in ("x", "y"))
+    longest = max(np.ptp(x), np.ptp(y)) + patch_px
+    tissue = stitch(
+        (_crop(pack, row) for row in rows), x, y, patch_px=patch_px, scale=min(1.0, SLIDE_PX / longest)
+    )
+    target = stitch_values(pack.target[rows], x, y, patch_px=patch_px)
+    figure = draw_slide(
+        tissue,
+        target,
+        np.full(target.shape, np.nan),
+        um_per_cell=None if mpp is None else patch_px * mpp,
+        class_names=pack.class_names,
+        panels=("tissue", "target"),
+    )
+    return png(figure)
+
+
+def _crop(pack: Pack, row: int) -> np.ndarray:
+    width, height = pack.sizes[row]
+    return np.asarray(pack.patches[row, :height, :width])

@@ -1,0 +1,193 @@
+"""Reports: one HTML file that says what was done, how sure it is, and shows the mistakes.
+
+Everything a page needs is inside it: styles, vector figures, pictures. It asks nothing of a network and runs
+no script.
+"""
+
+import base64
+from functools import cache
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from biopsy.sharing.cases import describe_mistakes, describe_patients, describe_slides
+from biopsy.sharing.document import (
+    Headline,
+    ReportDocument,
+    Section,
+    Summary,
+    headline,
+    interval_text,
+    number,
+)
+from biopsy.sharing.evidence import (
+    describe_baseline,
+    describe_data,
+    describe_recipe,
+    describe_reproduction,
+    describe_training,
+    say_openings,
+)
+from biopsy.sharing.facts import RunFacts, hide_run
+from biopsy.sharing.numbers import describe_curves, describe_numbers
+
+NOT_FOR = (
+    "Research use only: this is not a medical device, and no number here has been confirmed in a clinic.",
+    "It must not be used to diagnose, to grade, to choose a treatment, or to leave a slide unread.",
+    "It holds for tissue, stain, scanner and resolution like those tested, and says nothing about others.",
+)
+HIDDEN = "Patient, slide and patch ids are replaced by numbers in this report."
+
+
+def render_report(document: ReportDocument) -> str:
+    """Write a report as one self-contained HTML page; every text in it is escaped."""
+    return _environment().get_template("report.html").render(report=document)
+
+
+def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
+    """Compose the report of a run.
+
+    Args:
+        facts: The run's records.
+        hide_ids: Replace patient, slide and patch ids by numbers everywhere, and say so.
+    """
+    if hide_ids and not facts.ids_hidden:
+        facts = hide_run(facts)
+    sections: list[Section | None] = [
+        describe_numbers(facts),
+        describe_curves(facts),
+        describe_patients(facts),
+        describe_mistakes(facts),
+        describe_slides(facts),
+        describe_baseline(facts),
+        describe_data(facts),
+        describe_training(facts),
+        describe_recipe(facts),
+        describe_reproduction(facts.run),
+    ]
+    m = facts.metrics
+    title = str(facts.recipe.get("title") or facts.recipe.get("name") or facts.run.get("recipe") or "A run")
+    name = facts.run.get("name") or facts.run.get("id") or "run"
+    size = f"{number(m.get('n_patches'))} patches"
+    if facts.unit != "patch":
+        size += f" of {number(m.get('n_patients'))} {facts.unit}s"
+    return ReportDocument(
+        title=title,
+        subtitle=f"Run {name}, judged on the {m.get('side', 'test')} side: {size}",
+        summary=_summarise(facts),
+        sections=[section for section in sections if section is not None],
+        warnings=warn_reader(facts),
+        footer=f"Written by biopsy {facts.run.get('environment', {}).get('biopsy', '')}".strip() + ".",
+    )
+
+
+def warn_reader(facts: RunFacts) -> list[str]:
+    """List what a reader must know before any number."""
+    m, split = facts.metrics, {**facts.run.get("split", {}), **facts.metrics.get("split", {})}
+    warnings = []
+    if split.get("patients_overlap"):
+        warnings.append(
+            "Patients stand on more than one side of this split, as published: "
+            "these numbers say nothing about a new patient."
+        )
+    if split.get("test_is_validation"):
+        warnings.append(
+            "The test side is the validation side, as published: everything was chosen on what is tested."
+        )
+    if m.get("side") == "val":
+        warnings.append(
+            "This is the validation side, on which epoch and threshold were chosen: expect worse elsewhere."
+        )
+    if facts.unit == "patch":
+        warnings.append(
+            "The data name neither patients nor slides: the unit is the patch, and intervals are too narrow "
+            "wherever patches belong together."
+        )
+    ours, colour = facts.pooled.get("auroc", {}).get("value"), facts.baseline.get("value")
+    if ours is not None and colour is not None and colour >= ours:
+        warnings.append(
+            f"Colour alone reaches AUROC {number(colour)}, this model {number(ours)}: it may know stain."
+        )
+    return warnings
+
+
+def _summarise(facts: RunFacts) -> Summary:
+    m, colour = facts.metrics, facts.baseline
+    beside = ""
+    if colour.get("value") is not None:
+        beside = f"colour alone: {number(colour['value'])}"
+        if colour.get("low") is not None:
+            beside += f" ({interval_text(colour['low'], colour['high'], None)})"
+    kind = "" if facts.is_binary else "mean over classes"
+    headlines: list[Headline] = [
+        headline("AUROC", facts.pooled.get("auroc", {}), beside=beside or kind, mark=colour.get("value"))
+    ]
+    meanings = {
+        "sensitivity": f"share of {facts.positive} that is found" if facts.is_binary else kind,
+        "specificity": f"share of {facts.negative} that is left alone" if facts.is_binary else kind,
+    }
+    headlines += [
+        headline(name.capitalize(), facts.pooled.get(name, {}), beside=meaning)
+        for name, meaning in meanings.items()
+    ]
+    return Summary(
+        question=_ask(facts),
+        headlines=headlines,
+        unit=facts.unit,
+        findings=[
+            _say_threshold(facts),
+            say_openings(facts.ledger or m.get("times_opened")),
+            *([HIDDEN] if facts.ids_hidden else []),
+        ],
+        not_for=NOT_FOR,
+    )
+
+
+def _ask(facts: RunFacts) -> str:
+    task = (
+        f"{facts.positive} from {facts.negative}"
+        if facts.is_binary
+        else f"{len(facts.class_names)} classes apart"
+    )
+    new = "patches" if facts.unit == "patch" else f"patches of {facts.unit}s"
+    overlap = facts.metrics.get("split", {}).get("patients_overlap")
+    if overlap:
+        return f"Can it tell {task}, on patches of {facts.unit}s it was trained on as well?"
+    return f"Can it tell {task}, on {new} it has never seen?"
+
+
+def _say_threshold(facts: RunFacts) -> str:
+    threshold = facts.metrics.get("threshold")
+    if not threshold:
+        return "A patch is given the class of the highest probability."
+    return (
+        f"A patch is called {facts.positive} from a probability of {number(facts.threshold)}; that threshold "
+        f"was chosen on {threshold.get('chosen_on', 'a side not stated')} by the rule "
+        f"{threshold.get('rule', 'not stated')!r} and frozen."
+    )
+
+
+def embed(image: bytes) -> str:
+    """Write an encoded image as a data URI."""
+    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+
+
+def breakable(text: object) -> Markup:
+    """Escape a text and let a long id break after its underscores."""
+    return Markup("_<wbr>").join(escape(part) for part in str(text).split("_"))
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("biopsy.sharing"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        embed=embed, number=number, breakable=breakable, drawn=Markup
+    )  # drawn: SVG that style.svg escaped
+    return environment

@@ -1,0 +1,157 @@
+"""Do probabilities mean what they say? Reliability bins, calibration error, slope and intercept.
+
+The functions that the metrics call take a sample as *distinct probabilities, highest first*, with the
+weight of positive and of negative patches at each: the form in which weighting patients anew is cheap.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit, logit
+
+from biopsy.seeds import make_rng
+
+Floats = NDArray[np.float64]
+
+N_BINS = 15  # Guo et al. 2017, "On calibration of modern neural networks", sec. 4
+IDENTITY = (0.0, 1.0)  # intercept and slope of probabilities that mean what they say
+LOGIT_CLIP = 1e-6  # probabilities are held inside [1e-6, 1 - 1e-6] before their logit is taken
+
+
+@dataclass(frozen=True)
+class ReliabilityBins:
+    """Equal-mass bins of predicted probability, lowest first; every field has shape ``(n_filled,)``.
+
+    Attributes:
+        low: Lowest probability in the bin.
+        high: Highest probability in the bin.
+        n: Patches in the bin.
+        n_positive: Positive patches among them.
+        mean_prob: What the classifier promised.
+        observed: What happened: the share of positive patches.
+    """
+
+    low: Floats
+    high: Floats
+    n: NDArray[np.int64]
+    n_positive: NDArray[np.int64]
+    mean_prob: Floats
+    observed: Floats
+
+
+def clipped_logit(prob: ArrayLike) -> Floats:
+    """Give ``log(p / (1 - p))`` with probabilities held inside ``[1e-6, 1 - 1e-6]``."""
+    return logit(np.clip(np.asarray(prob, dtype=np.float64), LOGIT_CLIP, 1 - LOGIT_CLIP))
+
+
+def assign_bins(mass: Floats, n_bins: int) -> NDArray[np.intp]:
+    """Cut distinct probabilities, highest first, into bins of equal mass.
+
+    A probability goes whole to the bin in which the middle of its mass falls, so patches that tie are never
+    torn apart, their order does not matter, and a weight of two is the same as a patch seen twice. Where
+    many patches tie there may be fewer bins than asked for.
+    """
+    middle = np.cumsum(mass) - mass / 2
+    return np.minimum(middle * n_bins / mass.sum(), n_bins - 1).astype(np.intp)
+
+
+def calibration_error(prob: Floats, pos: Floats, neg: Floats, n_bins: int = N_BINS) -> float:
+    """Give the expected calibration error: the gap between promised and observed, averaged over patches.
+
+    Source: Naeini et al. 2015 (ECE), with equal-mass bins as in Nixon et al. 2019.
+    """
+    mass = pos + neg
+    bins = assign_bins(mass, n_bins)
+    gap = np.bincount(bins, prob * mass - pos)
+    return float(np.abs(gap).sum() / mass.sum())
+
+
+def reliability_bins(target: ArrayLike, prob: ArrayLike, *, n_bins: int = N_BINS) -> ReliabilityBins:
+    """Give the table behind a reliability plot: the same bins as the calibration error's.
+
+    Args:
+        target: 0 or 1 per patch, shape ``(n_patches,)``.
+        prob: Probability of the positive class, shape ``(n_patches,)``.
+        n_bins: Bins asked for; ties may leave fewer.
+    """
+    target, prob = np.asarray(target, dtype=np.int64), np.asarray(prob, dtype=np.float64)
+    _, of_patch, mass = np.unique(-prob, return_inverse=True, return_counts=True)
+    bins = assign_bins(mass.astype(np.float64), n_bins)[of_patch]
+    rows = [(prob[bins == b], target[bins == b]) for b in np.unique(bins)[::-1]]
+    return ReliabilityBins(
+        low=np.array([p.min() for p, _ in rows]),
+        high=np.array([p.max() for p, _ in rows]),
+        n=np.array([len(p) for p, _ in rows]),
+        n_positive=np.array([t.sum() for _, t in rows]),
+        mean_prob=np.array([p.mean() for p, _ in rows]),
+        observed=np.array([t.mean() for _, t in rows]),
+    )
+
+
+def ece_floor(prob: ArrayLike, *, seed: int, draws: int = 200, n_bins: int = N_BINS) -> float:
+    """Give the calibration error that a perfect classifier would show on these same probabilities.
+
+    Labels are drawn from the probabilities themselves, ``draws`` times; the mean error is what chance alone
+    makes of a finite sample. Labels are drawn independently, so patients who differ raise the real floor.
+    """
+    prob = np.asarray(prob, dtype=np.float64)
+    _, of_patch, mass = np.unique(-prob, return_inverse=True, return_counts=True)
+    bins = assign_bins(mass.astype(np.float64), n_bins)[of_patch]
+    rng = make_rng(seed, "ece floor")
+    errors = [np.abs(np.bincount(bins, prob - (rng.random(len(prob)) < prob))).sum() for _ in range(draws)]
+    return float(np.mean(errors) / len(prob))
+
+
+def fit_recalibration(
+    logits: Floats, pos: Floats, neg: Floats, *, start: tuple[float, float] = IDENTITY
+) -> tuple[float, float]:
+    """Fit ``P(positive) = expit(intercept + slope * logit)`` by maximum likelihood.
+
+    Newton's method. A long step is shortened to ``log(1 + d) / d`` of itself, ``d`` being the largest change
+    of any logit, which makes it converge from anywhere (Sun and Tran-Dinh 2019, generalised
+    self-concordance); short ones are taken whole, and once one is below 1e-6 the error is its square.
+
+    Returns:
+        ``(intercept, slope)``; both NaN where no finite maximum exists, which is when one cut separates
+        the classes or all logits are equal.
+    """
+    x_pos, x_neg = logits[pos > 0], logits[neg > 0]
+    if x_pos.size == 0 or x_neg.size == 0 or x_pos.min() >= x_neg.max() or x_pos.max() <= x_neg.min():
+        return np.nan, np.nan
+    low, high, mass, (a, b) = float(logits.min()), float(logits.max()), pos + neg, start
+    for _ in range(200):
+        p = expit(a + b * logits)
+        expected = mass * p
+        residual, curvature = pos - expected, expected * (1 - p)
+        curved = curvature * logits
+        h00, h01, h11 = float(curvature.sum()), float(curved.sum()), float(curved @ logits)
+        g0, g1, det = float(residual.sum()), float(residual @ logits), h00 * h11 - h01**2
+        if not det > 0:
+            break
+        step_a, step_b = (h11 * g0 - h01 * g1) / det, (h00 * g1 - h01 * g0) / det
+        change = max(abs(step_a + step_b * low), abs(step_a + step_b * high))
+        shrink = float(np.log1p(change)) / change if change > 0.5 else 1.0
+        a, b = a + shrink * step_a, b + shrink * step_b
+        if change < 1e-6:
+            return float(a), float(b)
+    if start == IDENTITY:
+        return np.nan, np.nan
+    return fit_recalibration(logits, pos, neg)  # the start was so far off that every curvature vanished
+
+
+def fit_intercept(logits: Floats, pos: Floats, neg: Floats, *, start: float = 0.0) -> float:
+    """Fit ``P(positive) = expit(intercept + logit)``: calibration-in-the-large, zero where right on average.
+
+    Source: Van Calster et al. 2019, "Calibration: the Achilles heel of predictive analytics", who hold the
+    slope at 1 here; needs both classes, and is then always finite.
+    """
+    mass, n_pos, a = pos + neg, float(pos.sum()), start
+    for _ in range(200):
+        p = expit(a + logits)
+        expected = float(mass @ p)
+        step = (n_pos - expected) / (expected - float(mass @ p**2))
+        a += step if abs(step) < 0.5 else float(np.copysign(np.log1p(abs(step)), step))
+        if abs(step) < 1e-6:
+            break
+    return a

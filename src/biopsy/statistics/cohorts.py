@@ -1,0 +1,76 @@
+"""Simulated cohorts of which the truth is known: patients who differ, patches who resemble each other.
+
+A score is drawn for each patch and turned into a probability; the patient shifts the scores of all its
+patches, moves its positives apart from its negatives more or less, and has its own share of positives. The
+pooled AUROC, sensitivity and specificity of the population then have closed forms, which is what the tests of
+intervals lean on.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit, logit
+from scipy.stats import norm
+
+from biopsy.seeds import make_rng
+
+SHIFT_SD = 0.6  # of patients, beside patches of sd 1
+GAP_SD = 0.5
+PREVALENCE = (1.5, 3.5)  # Beta: mean .3, sd .19
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """One simulated test side; arrays have shape ``(n_patches,)``."""
+
+    target: NDArray[np.int64]
+    prob: NDArray[np.float64]
+    patient_ids: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Population:
+    """Patients who differ strongly, with a stated pooled AUROC.
+
+    Example:
+        >>> cohort = Population(auroc=0.83).draw(n_patients=6, patches_per_patient=10, seed=0)
+        >>> len(cohort.prob)
+        60
+    """
+
+    auroc: float = 0.83
+
+    @property
+    def gap(self) -> float:
+        """How far positive patches score above negative ones, in sd of a patch."""
+        return float(norm.ppf(self.auroc) * np.sqrt(2 * (1 + SHIFT_SD**2) + GAP_SD**2))
+
+    def prob_of(self, score: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Turn scores into probabilities that are about calibrated over the whole population."""
+        a, b = PREVALENCE
+        return expit((self.gap * score - self.gap**2 / 2) / (1 + SHIFT_SD**2) + logit(a / (a + b)))
+
+    def score_of(self, prob: float) -> float:
+        """Give the score that has this probability."""
+        a, b = PREVALENCE
+        return float(((logit(prob) - logit(a / (a + b))) * (1 + SHIFT_SD**2) + self.gap**2 / 2) / self.gap)
+
+    def sensitivity(self, threshold: float) -> float:
+        """Give the population's sensitivity where ``prob >= threshold`` is called positive."""
+        return float(norm.cdf((self.gap - self.score_of(threshold)) / np.sqrt(1 + SHIFT_SD**2 + GAP_SD**2)))
+
+    def specificity(self, threshold: float) -> float:
+        """Give the population's specificity at a threshold."""
+        return float(norm.cdf(self.score_of(threshold) / np.sqrt(1 + SHIFT_SD**2)))
+
+    def draw(self, n_patients: int, patches_per_patient: int, *, seed: int) -> Cohort:
+        """Draw a cohort; the same seed gives the same cohort."""
+        rng = make_rng(seed, "cohort", n_patients, patches_per_patient)
+        shift = rng.normal(0, SHIFT_SD, n_patients)
+        gap = rng.normal(self.gap, GAP_SD, n_patients)
+        prevalence = rng.beta(*PREVALENCE, n_patients)
+        patient_ids = np.repeat(np.arange(n_patients), patches_per_patient)
+        target = (rng.random(len(patient_ids)) < prevalence[patient_ids]).astype(np.int64)
+        score = rng.normal(shift[patient_ids] + gap[patient_ids] * target)
+        return Cohort(target, self.prob_of(score), patient_ids)

@@ -1,0 +1,383 @@
+"""How sure a number is, with the patient as the unit.
+
+Patches of one patient resemble each other, so they are never resampled one by one: patients are left out
+(fewer than 100) or drawn with replacement (100 and more). The spread of the metric over those *replicates*
+gives a standard error, which is carried to a scale without bounds (logit for a share) and multiplied with
+Student's t, its degrees of freedom one less than the patients that carry the metric. How often such intervals
+hold the truth is simulated by `benchmarks/coverage.py` and tabled in `docs/concepts/intervals.md`.
+
+A comparison of two models over the same patients needs nothing more than the difference of two `replicate`
+results: same ids, same seed, same reweightings.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from scipy.special import expit, logit
+
+from biopsy.errors import MetricError
+from biopsy.seeds import make_rng
+from biopsy.statistics.metrics import METRICS, Metric, measure
+from biopsy.statistics.tallies import NEEDS, Floats, Ranked, rank
+
+FEWEST_GROUPS = 5
+Method = Literal["jackknife", "bootstrap"]
+BOOTSTRAP_FROM = 100  # below it the bootstrap's own error shows: docs/concepts/intervals.md
+DRAWS = 2000
+MOST_UNDEFINED = 0.05  # share of bootstrap draws that may miss, say, the few patients with positive patches
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number and the range it may stand for; NaN or None with the reason where there is none."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    reason: str | None = None
+
+    def to_dict(self) -> dict[str, float | str | None]:
+        """Give what `metrics.json` holds: an undefined value becomes null."""
+        value = None if np.isnan(self.value) else self.value
+        return {"value": value, "low": self.low, "high": self.high, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class PatientSummary:
+    """A metric computed within each patient: the mean with its interval, the median, the worst patient."""
+
+    mean: Interval
+    n_defined: int
+    median: float | None
+    worst: float | None
+
+    def to_dict(self) -> dict[str, float | int | str | None]:
+        extra = {"n_defined": self.n_defined, "median": self.median, "worst": self.worst}
+        return self.mean.to_dict() | extra
+
+
+@dataclass(frozen=True)
+class Replicates:
+    """Metrics of a sample, and of the same sample with its groups weighted anew.
+
+    Attributes:
+        value: Each metric on the sample as it is.
+        replicates: Each metric on every reweighting, shape ``(n_replicates,)``; for the jackknife, entry
+            ``i`` leaves out group ``i`` in the order of sorted ids.
+        method: How the groups were reweighted.
+        n_groups: Groups in the sample.
+    """
+
+    value: dict[str, float]
+    replicates: dict[str, Floats]
+    method: Method
+    n_groups: int
+
+
+def standard_error(replicates: Floats, method: Method) -> float:
+    """Give the standard error that replicates imply (Efron and Tibshirani 1993, eq. 6.6 and 11.5)."""
+    n = len(replicates)
+    sum_of_squares = float(((replicates - replicates.mean()) ** 2).sum())
+    return float(np.sqrt(sum_of_squares * (n - 1) / n if method == "jackknife" else sum_of_squares / (n - 1)))
+
+
+def reweightings(n_groups: int, *, seed: int, draws: int) -> Iterator[Floats]:
+    """Yield weights per group: each group left out once, or from 100 groups whole groups drawn anew."""
+    if n_groups < BOOTSTRAP_FROM:
+        for left_out in range(n_groups):
+            weight = np.ones(n_groups)
+            weight[left_out] = 0
+            yield weight
+    else:
+        rng = make_rng(seed, "bootstrap")
+        for _ in range(draws):
+            yield np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups).astype(np.float64)
+
+
+def replicate(
+    ranked: Ranked, *, seed: int, draws: int = DRAWS, names: Iterable[str] | None = None
+) -> Replicates:
+    """Compute metrics on a sample and on each reweighting of its groups.
+
+    Args:
+        ranked: The sample, from `tallies.rank` with ``group_ids``.
+        seed: For the bootstrap; the same seed and the same groups give the same reweightings.
+        draws: Bootstrap draws.
+        names: Metrics wanted; all if not given.
+    """
+    names, n_groups = list(METRICS if names is None else names), len(ranked.groups)
+    value = measure(ranked.tally(), names)
+    defined = [name for name in names if not np.isnan(value[name])]
+    weights = reweightings(n_groups, seed=seed, draws=draws)
+    rows = [
+        list(measure(ranked.tally(w), defined).values()) if w.any() else [np.nan] * len(defined)
+        for w in weights
+    ]
+    table = np.array(rows).reshape(len(rows), len(defined))
+    replicates = {name: table[:, column] for column, name in enumerate(defined)}
+    return Replicates(value, replicates, "jackknife" if n_groups < BOOTSTRAP_FROM else "bootstrap", n_groups)
+
+
+def carry(values: Floats, bounds: tuple[float, float]) -> Floats:
+    """Carry a metric to a scale without bounds: logit between two, logarithm above one, plain without any."""
+    low, high = bounds
+    if np.isinf(low):
+        return values
+    return np.log(values - low) if np.isinf(high) else logit((values - low) / (high - low))
+
+
+def carry_back(values: Floats, bounds: tuple[float, float]) -> Floats:
+    """Undo `carry`."""
+    low, high = bounds
+    if np.isinf(low):
+        return values
+    return low + np.exp(values) if np.isinf(high) else low + (high - low) * expit(values)
+
+
+def slope_of_carry(value: float, bounds: tuple[float, float]) -> float:
+    """Give the derivative of `carry` at a value between the bounds."""
+    low, high = bounds
+    if np.isinf(low):
+        return 1.0
+    return 1 / (value - low) if np.isinf(high) else (high - low) / ((value - low) * (high - value))
+
+
+def spread_interval(
+    value: float,
+    replicates: Floats,
+    method: Method,
+    *,
+    bounds: tuple[float, float],
+    n_groups: int,
+    level: float,
+) -> Interval:
+    """Give ``value`` plus and minus Student's t standard errors, on a scale without the metric's bounds.
+
+    Where leaving out one group lands exactly on a bound, which that scale does not have, the standard error
+    of the plain scale is carried over by the slope at the value.
+    """
+    if not np.ptp(replicates) > 1e-12:
+        return Interval(value, reason="leaving one out does not change it: no spread to learn from")
+    if value in bounds:
+        return Interval(value, reason=f"it is exactly {value:g}, its bound: no spread to learn from")
+    if np.isin(replicates, bounds).any():
+        error = standard_error(replicates, method) * slope_of_carry(value, bounds)
+    else:
+        error = standard_error(carry(replicates, bounds), method)
+    half = float(stats.t.ppf((1 + level) / 2, n_groups - 1)) * error
+    low, high = carry_back(carry(np.array(value), bounds) + np.array([-half, half]), bounds)
+    return Interval(value, float(low), float(high))
+
+
+def bound_interval(value: float, n_groups: int, level: float) -> Interval:
+    """Give the interval of a share that is exactly 0 or 1, where replicates have no spread.
+
+    Clopper and Pearson's limit with the patient as the trial: if in none of ``n`` patients a single patch is
+    wrong, the share of patients with a wrong patch, and so (with patients of equal weight) the share of
+    wrong patches, is at most ``1 - ((1 - level) / 2) ** (1 / n)``.
+    """
+    widest = 1 - ((1 - level) / 2) ** (1 / n_groups)
+    return Interval(value, 1 - widest, 1.0) if value == 1 else Interval(value, 0.0, widest)
+
+
+def carried_by(metric: Metric, ranked: Ranked) -> tuple[int, str]:
+    """Count the groups that an interval of a metric can learn from, and say what they have."""
+    carriers = ranked.carriers()
+    need = min(metric.needs, key=carriers.__getitem__, default=None)
+    return (len(ranked.groups), "patches") if need is None else (carriers[need], NEEDS[need])
+
+
+def estimate_metric(
+    metric: Metric, ranked: Ranked, result: Replicates, *, level: float, unit: str
+) -> Interval:
+    """Give one metric with its interval, or with the reason why it has none."""
+    value = result.value[metric.name]
+    if np.isnan(value):
+        return Interval(value, reason=f"undefined: {metric.why_undefined(ranked.tally())}")
+    n, has = carried_by(metric, ranked)
+    if n < FEWEST_GROUPS:
+        return Interval(value, reason=f"only {n} {unit}(s) with {has}: an interval needs {FEWEST_GROUPS}")
+    if metric.share and value in (0.0, 1.0):
+        return bound_interval(value, n, level)
+    replicates = result.replicates[metric.name]
+    undefined = np.isnan(replicates)
+    if undefined.mean() > (MOST_UNDEFINED if result.method == "bootstrap" else 0):
+        return Interval(value, reason=f"undefined when {unit}s are left out: no interval")
+    replicates = replicates[~undefined]
+    return spread_interval(value, replicates, result.method, bounds=metric.bounds, n_groups=n, level=level)
+
+
+def estimate_patch_metrics(
+    target: ArrayLike,
+    prob: ArrayLike,
+    group_ids: ArrayLike,
+    threshold: float = 0.5,
+    *,
+    seed: int,
+    level: float = 0.95,
+    draws: int = DRAWS,
+    unit: str = "patient",
+    called: ArrayLike | None = None,
+) -> dict[str, Interval]:
+    """Give every metric pooled over patches, with an interval over groups of patches.
+
+    Args:
+        target: 0 or 1 per patch, shape ``(n_patches,)``.
+        prob: Probability of the positive class per patch.
+        group_ids: The patient (slide, or patch where no ids exist) of each patch.
+        threshold: A patch is called positive where ``prob >= threshold``.
+        seed: For the bootstrap, used from 100 groups on.
+        level: Nominal coverage.
+        draws: Bootstrap draws.
+        unit: What a group is, for the reasons.
+        called: Which patches are called positive, where that is not a matter of one threshold.
+
+    Raises:
+        MetricError: For values that allow no metric, patches without a group, or a level outside 0-1.
+    """
+    check_level(level)
+    ranked = rank(target, prob, threshold, group_ids=group_ids, called=called)
+    result = replicate(ranked, seed=seed, draws=draws)
+    return {m.name: estimate_metric(m, ranked, result, level=level, unit=unit) for m in METRICS.values()}
+
+
+def estimate_class_metrics(
+    target: ArrayLike,
+    probs: ArrayLike,
+    group_ids: ArrayLike,
+    class_names: Sequence[str],
+    *,
+    seed: int,
+    level: float = 0.95,
+    draws: int = DRAWS,
+    unit: str = "patient",
+) -> tuple[dict[str, dict[str, Interval]], dict[str, Interval]]:
+    """Give each class against the rest, and the mean over classes (macro), with intervals over groups.
+
+    A patch is called the class of its highest probability. A macro metric is undefined where one class's is,
+    rather than a mean over fewer classes than it says.
+
+    Args:
+        target: Index into ``class_names`` per patch.
+        probs: Probabilities, shape ``(n_patches, n_classes)``.
+
+    Raises:
+        MetricError: As `estimate_patch_metrics`, and where probabilities and class names do not fit.
+    """
+    check_level(level)
+    target, probs = np.asarray(target), np.asarray(probs, dtype=np.float64)
+    if probs.ndim != 2 or probs.shape[1] != len(class_names):
+        raise MetricError(f"probs has shape {probs.shape} for {len(class_names)} classes: one column each")
+    if not np.isin(target, np.arange(len(class_names))).all():
+        raise MetricError(f"targets are not all an index into the {len(class_names)} class names")
+    pred = probs.argmax(axis=1)
+    sides = [
+        rank(target == k, probs[:, k], group_ids=group_ids, called=pred == k) for k in range(len(class_names))
+    ]
+    results = [replicate(side, seed=seed, draws=draws) for side in sides]
+    per_class = {
+        name: {m.name: estimate_metric(m, side, result, level=level, unit=unit) for m in METRICS.values()}
+        for name, side, result in zip(class_names, sides, results, strict=True)
+    }
+    macro = {}
+    for m in METRICS.values():
+        value = float(np.mean([result.value[m.name] for result in results]))
+        gaps = [name for name in class_names if per_class[name][m.name].low is None]
+        if gaps:
+            why = f"class {gaps[0]!r}: {per_class[gaps[0]][m.name].reason}"
+            macro[m.name] = Interval(value, reason=why)
+            continue
+        mean = np.mean([result.replicates[m.name] for result in results], axis=0)
+        n, method = min(carried_by(m, side)[0] for side in sides), results[0].method
+        macro[m.name] = spread_interval(value, mean, method, bounds=m.bounds, n_groups=n, level=level)
+    return per_class, macro
+
+
+def measure_groups(
+    target: ArrayLike, prob: ArrayLike, group_ids: ArrayLike, threshold: float = 0.5
+) -> tuple[NDArray[np.object_], dict[str, Floats]]:
+    """Compute every metric within each group.
+
+    Returns:
+        The group ids in sorted order, and per metric one value for each, NaN where undefined.
+    """
+    ranked = rank(target, prob, threshold, group_ids=group_ids)
+    each_prob = np.repeat(ranked.prob, np.diff(np.append(ranked.starts, len(ranked.target))))
+    order = np.argsort(ranked.group, kind="stable")
+    cuts = np.flatnonzero(np.diff(ranked.group[order])) + 1
+    rows = []
+    for rows_of_group in np.split(order, cuts):
+        rows.append(measure(rank(ranked.target[rows_of_group], each_prob[rows_of_group], threshold).tally()))
+    return ranked.groups, {name: np.array([row[name] for row in rows]) for name in METRICS}
+
+
+def estimate_patient_metrics(
+    target: ArrayLike,
+    prob: ArrayLike,
+    group_ids: ArrayLike,
+    threshold: float = 0.5,
+    *,
+    level: float = 0.95,
+    unit: str = "patient",
+) -> dict[str, PatientSummary]:
+    """Give every metric as a mean over patients, each computed within one patient and weighing the same.
+
+    Patients in whom a metric is undefined (no positive patch, say) are left out of it and ``n_defined`` says
+    how many remain. The interval is Student's t over those patients, on the metric's unbounded scale.
+    """
+    check_level(level)
+    _, table = measure_groups(target, prob, group_ids, threshold)
+    return {m.name: summarise_groups(m, table[m.name], level, unit) for m in METRICS.values()}
+
+
+def summarise_groups(metric: Metric, values: Floats, level: float, unit: str) -> PatientSummary:
+    """Summarise one metric over the groups in which it is defined."""
+    defined = values[~np.isnan(values)]
+    n = len(defined)
+    if n == 0:
+        return PatientSummary(Interval(float("nan"), reason=f"undefined in every {unit}"), 0, None, None)
+    mean = float(defined.mean())
+    if n < FEWEST_GROUPS:
+        interval = Interval(mean, reason=f"defined in only {n} {unit}(s): an interval needs {FEWEST_GROUPS}")
+    elif metric.share and mean in (0.0, 1.0):
+        interval = bound_interval(mean, n, level)
+    else:
+        without_one = (defined.sum() - defined) / (n - 1)
+        interval = spread_interval(
+            mean, without_one, "jackknife", bounds=metric.bounds, n_groups=n, level=level
+        )
+    worst = float(defined[np.argmax(np.abs(defined - metric.ideal))])
+    return PatientSummary(interval, n, float(np.median(defined)), worst)
+
+
+def wilson_interval(n_right: float, n: float, *, level: float = 0.95) -> Interval:
+    """Give Wilson's interval of a share: right only if patches were independent, and reported as that."""
+    if not n > 0:
+        return Interval(float("nan"), reason="undefined: no patches")
+    z = float(stats.norm.ppf((1 + level) / 2))
+    share = n_right / n
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * float(np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)))
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def describe_method(
+    n_groups: int, *, seed: int, level: float = 0.95, draws: int = DRAWS, unit: str = "patient"
+) -> dict[str, float | int | str | None]:
+    """Give the ``interval`` entry of `metrics.json`: how the intervals over ``n_groups`` were made."""
+    entry: dict[str, float | int | str | None] = {"unit": unit, "level": level, "n_groups": n_groups}
+    if n_groups < FEWEST_GROUPS:
+        return entry | {"method": "none", "draws": None, "seed": None}
+    if n_groups < BOOTSTRAP_FROM:
+        return entry | {"method": "jackknife-t", "draws": None, "seed": None}
+    return entry | {"method": "bootstrap-se", "draws": draws, "seed": seed}
+
+
+def check_level(level: float) -> None:
+    """Refuse a nominal coverage that is none."""
+    if not 0 < level < 1:
+        raise MetricError(f"level is {level!r}: the nominal coverage lies between 0 and 1, such as 0.95")

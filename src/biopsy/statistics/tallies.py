@@ -1,0 +1,212 @@
+"""A sample sorted once, and counted under any weighting of its patients.
+
+That is what makes an interval over patients cheap: leaving a patient out is weight 0, drawing one twice
+weight 2, and every metric in `metrics.py` is a function of the resulting counts.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from biopsy.errors import MetricError
+from biopsy.statistics.calibration import IDENTITY, clipped_logit, fit_intercept, fit_recalibration
+
+Floats = NDArray[np.float64]
+
+LOG_CLIP = float(np.finfo(np.float64).eps)  # as scikit-learn's log_loss
+NEEDS = {
+    "n_pos": "positive patches",
+    "n_neg": "negative patches",
+    "n_called_pos": "patches called positive",
+    "n_called_neg": "patches called negative",
+}
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Patches sorted by falling probability, and what stays the same however patients are weighted.
+
+    Attributes:
+        target: 0.0 or 1.0 per patch, shape ``(n_patches,)``.
+        called: 1.0 where the patch is called positive.
+        group: Index into ``groups``.
+        groups: Patient ids in sorted order, shape ``(n_groups,)``.
+        prob: The distinct probabilities, falling, shape ``(n_levels,)``.
+        starts: Where each distinct probability begins among the patches.
+    """
+
+    target: Floats
+    called: Floats
+    group: NDArray[np.intp]
+    groups: NDArray[np.object_]
+    prob: Floats
+    starts: NDArray[np.intp]
+
+    def tally(self, weight: Floats | None = None) -> "Tally":
+        """Count the sample with one weight per *group* (all 1 if not given)."""
+        each = np.ones(len(self.target)) if weight is None else weight[self.group]
+        each_pos = each * self.target
+        pos = np.add.reduceat(each_pos, self.starts)
+        neg = np.add.reduceat(each, self.starts) - pos
+        tp = float(each_pos @ self.called)
+        return Tally(self, pos, neg, tp=tp, fp=float(each @ self.called) - tp)
+
+    def carriers(self) -> dict[str, int]:
+        """Count the groups that hold each of `NEEDS`: those an interval can learn from."""
+        chosen = (self.target, 1 - self.target, self.called, 1 - self.called)
+        return {
+            need: int(np.count_nonzero(np.bincount(self.group, has)))
+            for need, has in zip(NEEDS, chosen, strict=True)
+        }
+
+    @cached_property
+    def logits(self) -> Floats:
+        return clipped_logit(self.prob)
+
+    @cached_property
+    def log_losses(self) -> tuple[Floats, Floats]:
+        """The loss at each distinct probability of a positive, and of a negative patch."""
+        held = np.clip(self.prob, LOG_CLIP, 1 - LOG_CLIP)
+        return -np.log(held), -np.log(1 - held)
+
+    @cached_property
+    def squares(self) -> tuple[Floats, Floats]:
+        """The squared error at each distinct probability of a positive, and of a negative patch."""
+        return (1 - self.prob) ** 2, self.prob**2
+
+    @cached_property
+    def recalibration(self) -> tuple[float, float]:
+        """Intercept and slope on the whole sample: where the fits on its reweightings start."""
+        whole = self.tally()
+        intercept, slope = fit_recalibration(self.logits, whole.pos, whole.neg)
+        return (intercept, slope) if np.isfinite(slope) else IDENTITY
+
+    @cached_property
+    def shift(self) -> float:
+        """The intercept at slope 1 on the whole sample, for the same purpose."""
+        whole = self.tally()
+        return fit_intercept(self.logits, whole.pos, whole.neg) if whole.n_pos and whole.n_neg else 0.0
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Weighted counts of one sample: all that any metric looks at.
+
+    Attributes:
+        ranked: The patches counted; ``ranked.prob`` holds the distinct probabilities, falling.
+        pos: Weight of positive patches at each distinct probability.
+        neg: Weight of negative patches at each distinct probability.
+        tp: Weight of positive patches called positive.
+        fp: Weight of negative patches called positive.
+    """
+
+    ranked: Ranked
+    pos: Floats
+    neg: Floats
+    tp: float
+    fp: float
+
+    @cached_property
+    def n_pos(self) -> float:
+        return float(self.pos.sum())
+
+    @cached_property
+    def n_neg(self) -> float:
+        return float(self.neg.sum())
+
+    @cached_property
+    def pos_above(self) -> Floats:
+        """Positive weight at or above each distinct probability."""
+        return np.cumsum(self.pos)
+
+    @cached_property
+    def neg_above(self) -> Floats:
+        return np.cumsum(self.neg)
+
+    @property
+    def n(self) -> float:
+        return self.n_pos + self.n_neg
+
+    @property
+    def fn(self) -> float:
+        return self.n_pos - self.tp
+
+    @property
+    def tn(self) -> float:
+        return self.n_neg - self.fp
+
+    @property
+    def n_called_pos(self) -> float:
+        return self.tp + self.fp
+
+    @property
+    def n_called_neg(self) -> float:
+        return self.fn + self.tn
+
+
+def check_binary(target: ArrayLike, prob: ArrayLike) -> tuple[Floats, Floats]:
+    """Give both as float64 arrays of one length.
+
+    Raises:
+        MetricError: If there are no patches, lengths differ, a target is neither 0 nor 1, or a probability
+            is missing or outside 0-1.
+    """
+    target, prob = np.asarray(target), np.asarray(prob, dtype=np.float64)
+    if target.shape != prob.shape or target.ndim != 1:
+        raise MetricError(
+            f"target has shape {target.shape} and prob {prob.shape}: give one of each per patch"
+        )
+    if not len(target):
+        raise MetricError("there are no patches to measure: at least one is needed")
+    wrong = ~np.isin(target, (0, 1))
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise MetricError(f"{wrong.sum()} targets are not 0 or 1; the first is {target[at]!r} at row {at}")
+    wrong = ~((prob >= 0) & (prob <= 1))
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise MetricError(f"{wrong.sum()} probabilities are not in 0-1; the first is {prob[at]} at row {at}")
+    return target.astype(np.float64), prob
+
+
+def rank(
+    target: ArrayLike,
+    prob: ArrayLike,
+    threshold: float = 0.5,
+    *,
+    group_ids: ArrayLike | None = None,
+    called: ArrayLike | None = None,
+) -> Ranked:
+    """Sort a sample once, ready to be counted under any weighting.
+
+    Args:
+        target: 0 or 1 per patch, shape ``(n_patches,)``.
+        prob: Probability of the positive class per patch.
+        threshold: A patch is called positive where ``prob >= threshold``.
+        group_ids: Patient (or slide) per patch; each patch its own group if not given.
+        called: Which patches are called positive, where that is not a matter of a threshold.
+
+    Raises:
+        MetricError: For values that allow no metric, and for patches without a group.
+    """
+    target, prob = check_binary(target, prob)
+    if group_ids is None:
+        codes, groups = np.arange(len(prob)), np.arange(len(prob)).astype(object)
+    else:
+        codes, uniques = pd.factorize(np.asarray(group_ids, dtype=object), sort=True)
+        groups = np.asarray(uniques, dtype=object)
+        if len(codes) != len(prob) or (codes < 0).any():
+            raise MetricError(
+                f"{np.count_nonzero(codes >= 0)} group ids stand beside {len(prob)} patches: "
+                "give each patch the patient it came from"
+            )
+    called = prob >= threshold if called is None else np.asarray(called, dtype=bool)
+    order = np.argsort(-prob, kind="stable")
+    falling = prob[order]
+    starts = np.flatnonzero(np.concatenate([[True], falling[1:] != falling[:-1]]))
+    return Ranked(
+        target[order], called[order].astype(np.float64), codes[order], groups, falling[starts], starts
+    )

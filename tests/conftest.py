@@ -1,0 +1,162 @@
+"""Shared fixtures: synthetic patches, an archive and a pack made of them, and the place of the real data.
+
+Each ``make_...`` fixture is a function: call it with what the test needs, the rest has small defaults. The
+same arguments and seed always give the same pixels.
+"""
+
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+
+from biopsy.data.packs import PIXELS, Pack, finish_pack, patch_sha256
+
+PROJECT = Path(__file__).resolve().parents[1]
+STEP_PX = 50  # of IDC's coordinates, whatever the size of the synthetic patches
+
+
+def draw_patches(
+    n_patients: int = 6,
+    patches_per_patient: int = 12,
+    *,
+    patch_px: int = 16,
+    n_classes: int = 2,
+    noise: float = 1.0,
+    seed: int = 0,
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """Draw H&E-like patches: pink ground whose tint varies by patient, more dark dots the higher the class.
+
+    Every patient has every class (the columns of a grid at the right are the higher classes), so that the
+    classes are easy to tell apart and colour varies between patients. ``noise=30`` makes it hard.
+
+    Returns:
+        uint8 ``(n, patch_px, patch_px, 3)`` RGB, and a table with ``patch_id, patient_id, slide_id, site_id,
+        x, y, target, width, height``.
+    """
+    rng = np.random.default_rng(seed)
+    n_columns = int(np.ceil(np.sqrt(patches_per_patient)))
+    place = np.arange(patches_per_patient)
+    column, row = place // n_columns, place % n_columns
+    target = np.sort(place * n_classes // patches_per_patient)
+    rows_px, columns_px = np.mgrid[:patch_px, :patch_px]
+    images, tables = [], []
+    for patient in range(n_patients):
+        patient_id = str(8863 + 2 * patient)
+        ground = np.array([226, 165, 196]) + rng.normal(0, 6, 3)
+        for class_index in target:
+            image = ground + rng.normal(0, 4 * noise, (patch_px, patch_px, 3))
+            for centre_x, centre_y in rng.uniform(0, patch_px, (3 + 5 * class_index, 2)):
+                dot = (columns_px - centre_x) ** 2 + (rows_px - centre_y) ** 2 < (patch_px / 10) ** 2
+                image[dot] = (96, 62, 138)
+            images.append(np.clip(image, 0, 255).astype(np.uint8))
+        x, y = column * STEP_PX + 1, row * STEP_PX + 1
+        tables.append(
+            pd.DataFrame(
+                {
+                    "patch_id": [
+                        f"{patient_id}_idx5_x{x}_y{y}_class{c}" for x, y, c in zip(x, y, target, strict=True)
+                    ],
+                    "patient_id": patient_id,
+                    "slide_id": patient_id,
+                    "site_id": None,
+                    "x": x,
+                    "y": y,
+                    "target": target,
+                    "width": patch_px,
+                    "height": patch_px,
+                }
+            )
+        )
+    return np.stack(images), pd.concat(tables, ignore_index=True).astype({"x": "Int64", "y": "Int64"})
+
+
+def encode_png(patch: np.ndarray) -> bytes:
+    """Encode an RGB patch as PNG."""
+    done, encoded = cv2.imencode(".png", patch[..., ::-1])
+    assert done
+    return encoded.tobytes()
+
+
+@pytest.fixture
+def make_patches() -> Callable[..., tuple[np.ndarray, pd.DataFrame]]:
+    """``make_patches(n_patients=6, patches_per_patient=12, **options)``: see `draw_patches`."""
+    return draw_patches
+
+
+@pytest.fixture
+def make_idc_zip(tmp_path: Path) -> Callable[..., Path]:
+    """``make_idc_zip(name="idc.zip", *, prefix="IDC_regular_ps50_idx5/", **patches)`` in IDC's layout."""
+
+    def make(
+        name: str = "idc.zip", *, prefix: str | tuple[str, ...] = "IDC_regular_ps50_idx5/", **patches: int
+    ) -> Path:
+        images, table = draw_patches(**patches)  # type: ignore[arg-type]
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for start in [prefix] if isinstance(prefix, str) else prefix:
+                for image, row in zip(images, table.itertuples(), strict=True):
+                    path = f"{start}{row.patient_id}/{row.target}/{row.patch_id}.png"
+                    archive.writestr(path, encode_png(image))
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def make_pack(tmp_path: Path) -> Callable[..., Pack]:
+    """``make_pack(name="tiny.pack", *, own_sides=None, columns=None, **patches) -> Pack``.
+
+    ``own_sides`` gives the dataset's own side by patient, cycling (``("train", "train", "val", "test")``);
+    ``columns`` replaces or adds columns of the table (such as ``{"patient_id": None}``).
+    """
+
+    def make(
+        name: str = "tiny.pack",
+        *,
+        own_sides: tuple[str, ...] | None = None,
+        columns: dict[str, object] | None = None,
+        **patches: int,
+    ) -> Pack:
+        images, table = draw_patches(**patches)  # type: ignore[arg-type]
+        table["sha256"] = [patch_sha256(image) for image in images]
+        table["source"] = (
+            table["patient_id"] + "/" + table["target"].astype(str) + "/" + table["patch_id"] + ".png"
+        )
+        if own_sides is not None:
+            patients = table["patient_id"].factorize()[0]
+            table["own_side"] = [own_sides[patient % len(own_sides)] for patient in patients]
+        for column, values in (columns or {}).items():
+            table[column] = values
+        n_classes = int(table["target"].max()) + 1
+        class_names = (
+            ["non_idc", "idc"] if n_classes <= 2 else [f"class_{index}" for index in range(n_classes)]
+        )
+        folder = tmp_path / name
+        folder.mkdir()
+        np.save(folder / PIXELS, images)
+        finish_pack(
+            folder,
+            table,
+            dataset="synthetic",
+            class_names=class_names,
+            positive_class="idc" if n_classes <= 2 else None,
+            mpp=4.0,
+            patch_px=images.shape[1],
+            origin={"source": "tests/conftest.py"},
+        )
+        return Pack.open(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The real data (``BIOPSY_DATA``, default ``../shared/data``); the test skips where there is none."""
+    folder = Path(os.environ.get("BIOPSY_DATA", PROJECT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set BIOPSY_DATA")
+    return folder

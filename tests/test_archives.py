@@ -1,0 +1,173 @@
+"""A zip and a folder read alike, and every bad one is refused in one line."""
+
+import os
+import struct
+import zipfile
+
+import pytest
+
+from biopsy.data.archives import FolderArchive, ZipArchive, open_archive
+from biopsy.errors import ArchiveError, DataError
+
+FILES = {"b/2.png": b"two" * 100, "a/1.png": b"one", "a/10.png": os.urandom(5000), "notes.txt": b""}
+JUNK = {".DS_Store": b"x", "__MACOSX/a/1.png": b"x", "a/Thumbs.db": b"x", "a/.hidden/3.png": b"x"}
+
+
+def write_zip(path, files, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def write_folder(path, files):
+    for name, data in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path
+
+
+def refuse(path, match):
+    with pytest.raises(ArchiveError, match=match) as caught:
+        open_archive(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(params=["stored", "deflated", "folder"])
+def archive(request, tmp_path):
+    if request.param == "folder":
+        return open_archive(write_folder(tmp_path / "x", FILES | JUNK))
+    compression = zipfile.ZIP_STORED if request.param == "stored" else zipfile.ZIP_DEFLATED
+    return open_archive(write_zip(tmp_path / "x.zip", FILES | JUNK, compression))
+
+
+def test_entries_are_in_order_and_without_junk(archive):
+    assert [entry.name for entry in archive.entries] == ["a/1.png", "a/10.png", "b/2.png", "notes.txt"]
+    for entry in archive.entries:
+        assert entry.size == len(FILES[entry.name])
+        assert bytes(archive.read(entry)) == FILES[entry.name]
+        assert FILES[entry.name].startswith(bytes(archive.peek(entry))[:4096])
+
+
+def test_same_compares_contents(tmp_path):
+    files = {"a.png": b"12", "b.png": b"12", "c.png": b"13"}
+    for archive in (
+        open_archive(write_zip(tmp_path / "x.zip", files)),
+        open_archive(write_folder(tmp_path / "x", files)),
+    ):
+        a, b, c = archive.entries
+        assert archive.same(a, b) and not archive.same(a, c)
+
+
+def test_fingerprint_follows_names_and_contents(tmp_path):
+    prints = {
+        open_archive(write_zip(tmp_path / f"{index}.zip", files)).fingerprint()
+        for index, files in enumerate([{"a": b"1"}, {"a": b"1"}, {"a": b"2"}, {"b": b"1"}])
+    }
+    assert len(prints) == 3
+    folder = open_archive(write_folder(tmp_path / "x", {"a.png": b"1"}))
+    before = folder.fingerprint()
+    os.utime(tmp_path / "x" / "a.png", ns=(1, 1))
+    assert open_archive(tmp_path / "x").fingerprint() != before
+
+
+def test_which_archive_a_folder_is(tmp_path):
+    folder = tmp_path / "x"
+    folder.mkdir()
+    refuse(folder, "holds no images, no .h5 files and no zip")
+    write_zip(folder / "one.zip", FILES)
+    (folder / "readme.txt").write_text("about")
+    assert isinstance(open_archive(folder), ZipArchive)
+    write_zip(folder / "two.zip", FILES)
+    refuse(folder, r"holds 2 zips \(one.zip, two.zip\): name one")
+    write_folder(folder, FILES)
+    archive = open_archive(folder)
+    assert isinstance(archive, FolderArchive)
+    assert archive.unread == ["one.zip", "two.zip"]
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    folder = write_folder(tmp_path / "x", {"a/1.png": b"one"})
+    write_folder(tmp_path / "elsewhere", {"2.png": b"two"})
+    (folder / "a" / "up").symlink_to(folder)
+    (folder / "b").symlink_to(tmp_path / "elsewhere")
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere")
+    assert [entry.name for entry in open_archive(folder).entries] == ["a/1.png", "b/2.png"]
+
+
+def test_missing_empty_cut_and_other_files_are_refused(tmp_path):
+    refuse(tmp_path / "none.zip", "does not exist")
+    path = tmp_path / "x.zip"
+    path.write_bytes(b"")
+    refuse(path, r"is empty \(0 bytes\)")
+    path.write_bytes(b"Rar!" + bytes(100))
+    refuse(path, "is neither a zip nor a folder")
+    write_zip(path, FILES)
+    whole = path.read_bytes()
+    for length in (10, 100, len(whole) // 2, len(whole) - 10):
+        path.write_bytes(whole[:length])
+        refuse(path, "is cut short or damaged")
+    write_zip(path, {".hidden": b""})
+    refuse(path, "is a zip without files")
+
+
+@pytest.mark.parametrize("name", ["../a.png", "a/../../b.png", "/etc/a.png", "C:/a.png", "..\\a.png"])
+def test_names_that_lead_out_are_refused(tmp_path, name):
+    refuse(
+        write_zip(tmp_path / "x.zip", {"a/1.png": b"1", name: b"2"}), "a name that leads out of the archive"
+    )
+
+
+def patch_directory(path, name, offset, value):
+    """Overwrite a 16-bit field of an entry's header in the zip's directory (and keep the zip otherwise whole)."""
+    data = bytearray(path.read_bytes())
+    at = data.rindex(b"PK\x01\x02", 0, data.rindex(name.encode()))
+    struct.pack_into("<H", data, at + offset, value)
+    path.write_bytes(data)
+
+
+def test_an_encrypted_zip_is_refused(tmp_path):
+    path = write_zip(tmp_path / "x.zip", FILES)
+    patch_directory(path, "b/2.png", 8, 1)  # general purpose flags
+    refuse(path, r"is encrypted \(1 of 4 files\): unpack it with its password")
+
+
+def test_a_damaged_entry_is_named_when_it_is_read(tmp_path):
+    path = write_zip(tmp_path / "x.zip", FILES)
+    data = bytearray(path.read_bytes())
+    data[data.index(FILES["a/10.png"][:50]) + 99] ^= 1
+    path.write_bytes(data)
+    archive = open_archive(path)
+    bad = archive.entries[1]
+    with pytest.raises(DataError, match="does not match its checksum"):
+        archive.read(bad)
+    assert bytes(archive.read(archive.entries[0])) == b"one"
+    with pytest.raises(DataError, match="not where the zip's directory says"):
+        archive.read(bad._replace(offset=bad.offset + 1))
+    with pytest.raises(DataError, match="beyond the end"):
+        archive.read(bad._replace(offset=2**40))
+    with pytest.raises(DataError, match="at most 536,870,912 are read"):
+        archive.read(bad._replace(size=2**30))
+    with pytest.raises(DataError, match="compressed by method 12"):
+        archive.read(bad._replace(method=12))
+
+
+def test_an_entry_that_unpacks_to_more_than_it_says_is_stopped(tmp_path):
+    archive = open_archive(write_zip(tmp_path / "x.zip", {"bomb.png": bytes(10**6)}, zipfile.ZIP_DEFLATED))
+    entry = archive.entries[0]
+    with pytest.raises(DataError, match="does not unpack to the 1,000 bytes"):
+        archive.read(entry._replace(size=1000))
+    data = bytearray(archive.path.read_bytes())
+    data[data.index(b"bomb.png") + len("bomb.png")] = 0xFF  # no such block type
+    archive.path.write_bytes(data)
+    with pytest.raises(DataError, match="cannot be inflated"):
+        open_archive(archive.path).read(entry)
+
+
+def test_a_folder_that_changes_while_it_is_read(tmp_path):
+    archive = open_archive(write_folder(tmp_path / "x", FILES))
+    (tmp_path / "x/a/1.png").unlink()
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        archive.read(archive.entries[0])
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        archive.peek(archive.entries[0])

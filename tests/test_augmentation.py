@@ -1,0 +1,208 @@
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from biopsy.errors import RecipeError
+from biopsy.imaging.stain import combine_stains, separate_stains
+from biopsy.learning.augmentation import Augmentation, affine_matrix, change_stain, move_pixels, warp
+
+POST = Augmentation(
+    rotation_deg=20, zoom=0.05, shift=0.1, shear_deg=0.05, flip_horizontal=True, flip_vertical=True
+)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def make_batch(n=6, height=12, width=12):
+    return torch.rand(n, 3, height, width, generator=generator(99)).contiguous(
+        memory_format=torch.channels_last
+    )
+
+
+def draw_parameters(n, seed=0):
+    rng = np.random.default_rng(seed)
+    ranges = {"rotation_deg": 20, "shift_x_px": 4.8, "shift_y_px": 4.8, "shear_deg": 10}
+    drawn = {name: torch.from_numpy(rng.uniform(-limit, limit, n)) for name, limit in ranges.items()}
+    return drawn | {name: torch.from_numpy(rng.uniform(0.8, 1.2, n)) for name in ("zoom_x", "zoom_y")}
+
+
+def test_everything_off_is_the_identity_bit_for_bit():
+    batch = make_batch()
+    assert torch.equal(Augmentation().augment(batch, generator()), batch)
+
+
+@pytest.mark.parametrize("settings", [POST, Augmentation(quarter_turns=True), Augmentation(he_jitter=0.2)])
+def test_the_same_generator_gives_the_same_batch_and_another_gives_another(settings):
+    batch = make_batch(16)
+    first, same, other = (settings.augment(batch, generator(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert first.dtype == batch.dtype and first.shape == batch.shape
+
+
+@pytest.mark.parametrize("settings", [POST, Augmentation(he_jitter=0.2)])
+def test_each_patch_draws_for_itself(settings):
+    batch = make_batch(1).expand(8, -1, -1, -1)
+    changed = settings.augment(batch, generator())
+    for i in range(8):
+        assert sum(torch.equal(changed[i], other) for other in changed) == 1
+
+
+def test_global_randomness_is_left_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    POST.augment(make_batch(), generator())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_quarter_turns_and_flips_only_move_pixels():
+    batch = make_batch(64, 9, 9)
+    settings = Augmentation(quarter_turns=True, flip_horizontal=True, flip_vertical=True)
+    moved = settings.augment(batch, generator())
+    assert moved.is_contiguous(memory_format=torch.channels_last)
+    seen = set()
+    for before, after in zip(batch, moved, strict=True):
+        possible = [torch.rot90(b, k, (1, 2)) for b in (before, before.flip(2)) for k in range(4)]
+        matches = [i for i, candidate in enumerate(possible) if torch.equal(candidate, after)]
+        assert len(matches) == 1
+        seen.add(matches[0])
+    assert seen == set(range(8))
+
+
+@pytest.mark.parametrize(("settings", "dim"), [({"flip_horizontal": True}, 3), ({"flip_vertical": True}, 2)])
+def test_a_flip_mirrors_half_of_the_patches_of_any_shape(settings, dim):
+    batch = make_batch(400, 6, 8)
+    moved = Augmentation(**settings).augment(batch, generator())
+    mirrored = batch.flip(dim)
+    flipped = [torch.equal(a, b) for a, b in zip(moved, mirrored, strict=True)]
+    kept = [torch.equal(a, b) for a, b in zip(moved, batch, strict=True)]
+    assert sum(flipped) + sum(kept) == 400
+    assert 160 < sum(flipped) < 240
+
+
+@pytest.mark.parametrize("move", range(16))
+def test_a_move_by_matrix_is_the_move_by_pixels(move):
+    """The warp composes flips and turns as matrices; alone they must give what moving the pixels gives."""
+    from biopsy.learning.augmentation import _move_matrices
+
+    batch, moves = make_batch(2, 10, 10), torch.tensor([move, move])
+    matrix = torch.cat([_move_matrices()[moves], torch.zeros(2, 2, 1, dtype=torch.float64)], dim=2)
+    assert torch.allclose(warp(batch, matrix), move_pixels(batch, moves), atol=1e-5)
+
+
+def test_interior_agrees_with_scipy():
+    """An independent resampler, given the matrix written out by hand for each patch."""
+    n, side = 12, 48
+    smooth = ndimage.gaussian_filter(np.random.default_rng(0).random((n, side, side, 3)), (0, 1, 1, 0))
+    parameters = draw_parameters(n)
+    ours = warp(torch.from_numpy(smooth).permute(0, 3, 1, 2).float(), affine_matrix(**parameters))
+    centre = np.array([side / 2 - 0.5] * 2)
+    for i in range(n):
+        p = {name: float(values[i]) for name, values in parameters.items()}
+        a, s = math.radians(p["rotation_deg"]), math.radians(p["shear_deg"])
+        rotation = np.array([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]])
+        linear = rotation @ [[1, -math.sin(s)], [0, math.cos(s)]] @ np.diag([p["zoom_x"], p["zoom_y"]])
+        shift = rotation @ [p["shift_x_px"], p["shift_y_px"]]
+        rows_first, shift = linear[::-1, ::-1], shift[::-1]  # scipy counts rows before columns
+        offset = centre + shift - rows_first @ centre
+        for channel in range(3):
+            wanted = ndimage.affine_transform(
+                smooth[i, ..., channel], rows_first, offset, order=1, mode="nearest"
+            )
+            assert np.abs(ours[i, channel].numpy() - wanted).max() < 1 / 255
+
+
+def test_directions_by_hand():
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    still = {"rotation_deg": zero, "shift_x_px": zero, "shift_y_px": zero, "shear_deg": zero}
+    still |= {"zoom_x": one, "zoom_y": one}
+    batch = make_batch(1, 8, 10)
+    assert torch.allclose(warp(batch, affine_matrix(**still)), batch, atol=1e-6)
+    right = warp(batch, affine_matrix(**still | {"shift_x_px": one * 2}))
+    assert torch.allclose(right[..., :8], batch[..., 2:], atol=1e-5)
+    assert torch.allclose(right[..., 8:], batch[..., 9:].expand(-1, -1, -1, 2), atol=1e-5)  # nearest fill
+    down = warp(batch, affine_matrix(**still | {"shift_y_px": one * -3}))
+    assert torch.allclose(down[:, :, 3:], batch[:, :, :5], atol=1e-5)
+    square = make_batch(1, 9, 9)
+    turned = warp(square, affine_matrix(**still | {"rotation_deg": one * 90}))
+    assert torch.allclose(turned, torch.rot90(square, 1, (2, 3)), atol=1e-5)
+    halved = affine_matrix(**still | {"zoom_x": one * 0.5})
+    assert torch.allclose(halved[0], torch.tensor([[0.5, 0, 0], [0, 1, 0]], dtype=torch.float64))
+
+
+def test_draws_stay_within_their_ranges_and_use_them():
+    batch = make_batch(4000, 4, 4)
+    matrix = POST._draw_matrix(batch, generator())
+    angle = torch.rad2deg(torch.atan2(matrix[:, 1, 0], matrix[:, 0, 0]))
+    assert 19 < angle.max() <= 20 and -20 <= angle.min() < -19
+    assert angle.std().item() == pytest.approx(20 / 3**0.5, rel=0.05)
+    zoom = matrix[:, :, 0].norm(dim=1)
+    assert 0.95 <= zoom.min() < 0.955 and 1.045 < zoom.max() <= 1.05
+    shift = matrix[:, :, 2].norm(dim=1)
+    assert 0.5 < shift.max() <= 0.4 * 2**0.5
+    assert matrix[:, :, 2].mean().abs() < 0.02
+
+
+def test_values_stay_within_those_of_the_patch():
+    batch = make_batch(32)
+    warped = POST.augment(batch, generator())
+    assert (warped.amax((1, 2, 3)) <= batch.amax((1, 2, 3)) + 1e-6).all()
+    assert (warped.amin((1, 2, 3)) >= batch.amin((1, 2, 3)) - 1e-6).all()
+
+
+def test_stain_jitter_changes_the_amounts_as_told():
+    rng = np.random.default_rng(0)
+    amounts = rng.uniform(0.1, 0.5, (3, 8, 8, 3)) * [1, 1, 0.05]
+    patches = combine_stains(amounts.reshape(-1, 8, 3)).reshape(3, 8, 8, 3)
+    scale = torch.tensor([[1.0, 1.0], [1.3, 0.8], [0.9, 1.2]])
+    offset = torch.tensor([[0.0, 0.0], [0.02, -0.01], [0.0, 0.03]])
+    batch = torch.from_numpy(patches / 255).float().permute(0, 3, 1, 2)
+    changed = change_stain(batch, scale=scale, offset=offset)
+    assert torch.allclose(changed[0], batch[0], atol=1e-5)
+    as_uint8 = (changed * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    before, after = separate_stains(patches), separate_stains(as_uint8)
+    wanted = before[..., :2] * scale.numpy()[:, None, None] + offset.numpy()[:, None, None]
+    assert np.abs(after[..., :2] - wanted).max() < 0.02  # one grey level of a dark pixel
+    assert np.abs(after[..., 2] - before[..., 2]).max() < 0.02
+
+
+def test_stain_jitter_keeps_colours_possible():
+    batch = torch.stack(
+        [torch.zeros(3, 8, 8), torch.ones(3, 8, 8), torch.rand(3, 8, 8, generator=generator())]
+    )
+    changed = Augmentation(he_jitter=0.5).augment(batch, generator())
+    assert changed.isfinite().all() and changed.min() >= 0 and changed.max() <= 1
+
+
+def test_settings_from_a_mapping_or_an_object():
+    wanted = Augmentation(rotation_deg=20, flip_vertical=True)
+    assert Augmentation.from_settings({"rotation_deg": 20, "flip_vertical": True}) == wanted
+    assert Augmentation.from_settings(SimpleNamespace(rotation_deg=20, flip_vertical=True, other=1)) == wanted
+    with pytest.raises(RecipeError, match="augmentation has no 'rotation'; did you mean 'rotation_deg'"):
+        Augmentation.from_settings({"rotation": 20})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rotation_deg": 181}, "rotation_deg=181 must lie in 0 to 180"),
+        ({"shift": -0.1}, "shift=-0.1"),
+        ({"zoom": 1}, "zoom=1"),
+        ({"fill": "reflect"}, "fill='reflect'"),
+        ({"he_jitter": 2}, "he_jitter=2"),
+    ],
+)
+def test_refusals(settings, message):
+    with pytest.raises(RecipeError, match=message):
+        Augmentation(**settings)
+
+
+def test_quarter_turns_of_a_patch_that_is_not_square_are_refused():
+    with pytest.raises(RecipeError, match="needs square patches"):
+        Augmentation(quarter_turns=True).augment(make_batch(2, 6, 8), generator())

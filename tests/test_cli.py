@@ -1,0 +1,370 @@
+"""The command line: exit codes, one-line errors, results on stdout, everything else on stderr."""
+
+import errno
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import biopsy
+from biopsy.cli import app
+from biopsy.cli.console import print_blocks, print_json, print_table
+from biopsy.cli.learning import EpochLines, epoch_line
+from biopsy.cli.options import comma_list
+
+RECORD = {
+    "epoch": 3,
+    "loss": 0.51234,
+    "accuracy": 0.8,
+    "val_loss": 0.6,
+    "val_accuracy": 0.75,
+    "val_auroc": 0.9123,
+    "lr": 0.00975,
+    "images_per_s": 1234.5,
+    "time_left_s": 151.2,
+    "best": True,
+    "run": "runs/one",
+}
+
+
+def call(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def replace(monkeypatch):
+    """``replace(name, function_or_error)``: what a verb calls; an error is raised."""
+
+    def put(name, what):
+        def raising(*args, **kwargs):
+            raise what
+
+        # put there without looking at the old one, which would load what it needs
+        monkeypatch.setitem(vars(biopsy), name, raising if isinstance(what, BaseException) else what)
+
+    return put
+
+
+# --- errors and exit codes
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (biopsy.PackError("x.pack was altered:\n make it again"), "error: x.pack was altered: make it again"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.zip"), "error: a.zip: No such file"),
+        (PermissionError(errno.EACCES, "Permission denied", "a.pack"), "error: a.pack: Permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device"),
+        (OSError("strange"), "error: strange"),
+        (biopsy.DownloadError("the server refuses"), "error: the server refuses"),
+    ],
+)
+def test_known_errors_are_one_line_and_exit_1(replace, error, said):
+    replace("evaluate", error)
+    result = call("evaluate", "some-run")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith(said) and result.stderr.count("\n") == 1
+
+
+def test_a_defect_of_ours_is_not_hidden(replace):
+    replace("evaluate", ZeroDivisionError("ours"))
+    assert isinstance(call("evaluate", "some-run").exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["trian"],
+        ["train", "cancernet-2020"],
+        ["train"],
+        ["train", "cancernet-2020", "--data", "x.pack", "--seed", "two"],
+        ["study", "cancernet-2020", "--data", "x.pack", "--seeds", "0,one"],
+        ["study", "cancernet-2020", "--data", "x.pack", "--seeds", ","],
+        ["evaluate", "run", "--side", "train"],
+        ["predict", "run"],
+        ["prepare", "x.zip"],
+        ["split", "x.pack"],
+        ["list", "weights"],
+    ],
+)
+def test_wrong_usage_exits_2(arguments):
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == "" and result.stderr != ""
+
+
+def test_errors_of_the_installed_command_are_one_line(tmp_path):
+    code = "import sys; from biopsy.cli import main; sys.argv[0] = 'biopsy'; main()"
+    missing = str(tmp_path / "missing.pack")
+    done = subprocess.run(
+        [sys.executable, "-c", code, "split", missing, "--protocol", "patients"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: {missing} is not a pack (it has no pack.json): make one with")
+    assert done.stderr.count("\n") == 1
+
+
+# --- Ctrl-C
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data", "x.pack", "cancernet-2020"], "biopsy train --resume runs/one`"),
+        (["--data", "x.pack", "cancernet-2020", "--out", "mine"], "biopsy train --resume mine`"),
+        (["--resume", "runs/old"], "biopsy train --resume runs/old`"),
+    ],
+)
+def test_interrupted_training_says_how_to_go_on(replace, arguments, said):
+    def train(*args, on_epoch, **kwargs):
+        on_epoch(RECORD)
+        raise KeyboardInterrupt
+
+    replace("train", train)
+    result = call("train", *arguments)
+    assert result.exit_code == 130
+    assert said in result.stderr and result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments"),
+    [
+        ("study", ["cancernet-2020", "--data", "x.pack"]),
+        ("prepare", ["x.zip", "--out", "x.pack"]),
+        ("demo", []),
+        ("predict", ["run", "x.png"]),
+    ],
+)
+def test_interrupting_another_verb_says_to_run_it_again(replace, verb, arguments):
+    replace(verb, KeyboardInterrupt())
+    result = call(verb, *arguments)
+    assert result.exit_code == 130
+    assert result.stderr.startswith("interrupted; ") and "run the same command again" in result.stderr
+
+
+# --- what goes where
+
+
+def test_training_prints_the_run_on_stdout_and_epochs_on_stderr(replace):
+    asked = {}
+
+    def train(recipe, data, *, on_epoch, **options):
+        asked.update(options, recipe=recipe, data=data)
+        for epoch in (9, 10):
+            on_epoch(RECORD | {"epoch": epoch, "val_auroc": None if epoch == 10 else 0.5, "best": False})
+        return SimpleNamespace(path=Path("runs/one"))
+
+    replace("train", train)
+    result = call(
+        "train", "r", "--data", "p", "--set", "train.lr=0.1", "--set", "train.epochs=2", "--fold", 1
+    )
+    assert result.stdout == f"{Path('runs/one')}\n"
+    head, *lines = result.stderr.splitlines()
+    assert head == "run runs/one" and len(lines) == 2
+    assert len(set(map(len, lines))) == 1, "lines of epochs are aligned"
+    assert asked["set"] == ("train.lr=0.1", "train.epochs=2")
+    assert (asked["recipe"], asked["data"], asked["fold"], asked["device"]) == ("r", Path("p"), 1, "auto")
+    assert asked["resume"] is None and asked["tensorboard"] is False
+
+
+def test_an_epoch_is_one_line_with_everything_in_it():
+    assert epoch_line(RECORD) == (
+        "epoch   3  loss  0.5123  accuracy 0.800  val loss  0.6000  accuracy 0.750  auroc 0.912  lr 9.75e-03"
+        "    1,234 images/s  0:02:31 left  best so far"
+    )
+
+
+def test_each_run_of_a_study_is_named_once(capsys):
+    lines = EpochLines()
+    for run in ("a", "a", "b"):
+        lines(RECORD | {"run": run})
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line.startswith("run")] == ["run a", "run b"]
+    assert len(said) == 5
+
+
+@pytest.mark.parametrize(("verb", "exit_code"), [("prepare", 3), ("predict", 3)])
+def test_skipped_input_is_named_counted_and_exits_3(replace, verb, exit_code):
+    skipped = [{"source": f"{number}.png", "reason": "is no image"} for number in range(25)]
+    known = {"dataset": "idc", "patch_px": 50, "mpp": None, "positive_class": "idc"}
+    info = SimpleNamespace(skipped=skipped, counts={"patches": 12_000, "per_class": {"idc": 5}}, **known)
+    replace("prepare", lambda *args, **options: SimpleNamespace(path=Path("x.pack"), info=info))
+    frame = pd.DataFrame({"pred": ["idc", "non_idc", "idc"]})
+    replace(
+        "predict",
+        lambda *args, **options: SimpleNamespace(path=Path("x.csv"), frame=frame, skipped=skipped),
+    )
+    result = call(verb, "a", *(["--out", "x.pack"] if verb == "prepare" else ["b"]))
+    assert result.exit_code == exit_code
+    assert "skipped 0.png: is no image" in result.stderr
+    assert "and 5 more" in result.stderr and "25 inputs could not be read" in result.stderr
+    assert result.stdout.startswith("x.")
+    assert ("12,000" in result.stdout) == (verb == "prepare")
+
+
+def test_nothing_skipped_exits_0(replace):
+    frame = pd.DataFrame({"pred": ["idc", "non_idc", "idc"]})
+    replace("predict", lambda *args, **options: SimpleNamespace(path=Path("x.csv"), frame=frame, skipped=[]))
+    result = call("predict", "a", "b", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == {
+        "path": "x.csv",
+        "n_patches": 3,
+        "pred": {"idc": 2, "non_idc": 1},
+        "skipped": [],
+    }
+
+
+@pytest.mark.parametrize(("spoilers", "exit_code"), [([], 0), (["patient 8863 is in train and test"], 1)])
+def test_inspect_exits_1_when_something_would_spoil_a_result(replace, spoilers, exit_code):
+    audit = {"spoilers": spoilers, "paths": {"audit": Path("x.pack/audit.json"), "pictures": [Path("a.png")]}}
+    replace("inspect", lambda *args, **options: audit)
+    result = call("inspect", "x.pack", "--json")
+    assert result.exit_code == exit_code
+    assert ("would spoil a result: patient 8863" in result.stderr) == bool(spoilers)
+    assert json.loads(result.stdout)["spoilers"] == spoilers
+
+
+def test_lists_in_flags_reach_the_function(replace):
+    asked = {}
+
+    def study(recipes, data, **options):
+        asked.update(options, recipes=recipes)
+        return SimpleNamespace(path=Path("s"))
+
+    replace("study", study)
+    assert call("study", "one", "two", "--data", "p", "--seeds", "3, 4").exit_code == 0
+    assert asked["seeds"] == (3, 4) and asked["recipes"] == ["one", "two"]
+    assert comma_list(" a,b ,,c") == ("a", "b", "c") and comma_list(None) == ()
+
+
+def test_reports_are_named_one_a_line(replace):
+    asked = {}
+    replace("report", lambda runs, **options: asked.update(options) or [run / "report.html" for run in runs])
+    result = call("report", "a", "b", "--hide-ids")
+    assert result.stdout.split() == [str(Path("a/report.html")), str(Path("b/report.html"))]
+    assert asked == {"out": None, "hide_ids": True}
+
+
+def test_what_the_library_logs_is_on_stderr(replace):
+    def fetch(name, out, **options):
+        logging.getLogger("biopsy.somewhere").info("licence: CC0")
+        logging.getLogger("biopsy.somewhere").warning("slow")
+        return SimpleNamespace(path=Path("there"), kept=(Path("x.h5"),))
+
+    replace("fetch", fetch)
+    result = call("fetch", "pcam", "--out", "there")
+    assert result.stdout == "there\n"
+    assert result.stderr.splitlines() == ["licence: CC0", "warning: slow", "1 were there already: x.h5"]
+
+
+def test_json_holds_no_nan_and_no_numpy(capsys):
+    print_json(
+        {"a": np.float32(0.5), "b": np.arange(2), "c": float("nan"), "d": Path("x"), "e": [np.inf, None]}
+    )
+    assert json.loads(capsys.readouterr().out) == {
+        "a": 0.5,
+        "b": [0, 1],
+        "c": None,
+        "d": "x",
+        "e": [None, None],
+    }
+
+
+def test_tables_line_up(capsys):
+    print_table([["auroc", 0.91234, 12_345], ["f1", None, 7]], ["metric", "value", "n"])
+    assert capsys.readouterr().out.splitlines() == [
+        "metric  value       n",
+        "auroc   0.912  12,345",
+        "f1                  7",
+    ]
+
+
+def test_blocks_leave_out_what_is_not_known(capsys):
+    print_blocks([{"name": "idc", "mpp": 4.0, "counts": {"patches": 277_524}, "page": None}])
+    assert capsys.readouterr().out.splitlines() == [
+        "idc",
+        "  mpp: 4.000",
+        "  counts: patches 277,524",
+    ]
+
+
+# --- the real thing
+
+
+@pytest.mark.parametrize("kind", ["datasets", "models", "recipes"])
+def test_list_names_what_is_shipped(kind):
+    rows = json.loads(call("list", kind, "--json").stdout)
+    assert len(rows) >= 2
+    assert all(row.keys() == rows[0].keys() for row in rows)
+    names = [row["name"] for row in rows]
+    assert {"datasets": "idc", "models": "cancernet", "recipes": "cancernet-2020"}[kind] in names
+    shown = call("list", kind).stdout
+    assert all(name in shown for name in names)
+
+
+def test_list_refuses_another_kind():
+    with pytest.raises(biopsy.BiopsyError, match="did you mean 'models'"):
+        biopsy.list("model")
+
+
+def test_from_archive_to_report(make_idc_zip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = make_idc_zip(n_patients=8, patches_per_patient=12, patch_px=50)
+
+    prepared = call("prepare", source, "--out", "tiny.pack", "--json")
+    assert prepared.exit_code == 0, prepared.stderr
+    assert json.loads(prepared.stdout)["counts"]["patches"] == 96
+
+    made = call("split", "tiny.pack", "--protocol", "patients", "--seed", 1, "--json")
+    assert made.exit_code == 0, made.stderr
+    counts = json.loads(made.stdout)["parameters"]["counts"]
+    assert sum(counts[side]["groups"] for side in ("train", "val", "test")) == 8
+    folds = call("split", "tiny.pack", "--protocol", "folds", "--folds", 4)
+    assert folds.exit_code == 0, folds.stderr
+    assert folds.stdout.splitlines()[1].split()[:4] == ["fold", "side", "patches", "patients"]
+    published = call("split", "tiny.pack", "--protocol", "as-published", "--recipe", "cancernet-2020")
+    assert "PATIENTS OVERLAP" in published.stdout
+
+    inspected = call("inspect", "tiny.pack", "--split", "patients", "--json")
+    assert inspected.exit_code == 0, inspected.stderr
+    assert all(Path(path).is_file() for path in json.loads(inspected.stdout)["paths"]["pictures"])
+    overlapping = call("inspect", "tiny.pack", "--split", "as-published")
+    assert overlapping.exit_code == 0, overlapping.stderr
+    assert "PATIENTS OVERLAP in split as-published" in overlapping.stdout
+
+    options = ["--set", "train.epochs=1", "--set", "train.batch_size=16", "--device", "cpu", "--out", "run"]
+    trained = call("train", "cancernet-2020", "--data", "tiny.pack", "--split", "patients", *options)
+    assert trained.exit_code == 0, trained.stderr
+    assert trained.stdout == "run\n" and "epoch   1" in trained.stderr
+
+    judged = call("evaluate", "run", "--json")
+    assert judged.exit_code == 0, judged.stderr
+    metrics = json.loads(judged.stdout)
+    assert metrics == json.loads(Path("run/evaluation/metrics.json").read_text())
+    assert "opened 2 times, for 1 runs" in call("evaluate", "run").stdout
+    shown = call("evaluate", "run", "--side", "val")
+    assert shown.exit_code == 0 and "auroc" in shown.stdout
+
+    predicted = call("predict", "run", "tiny.pack", "--out", "out.csv", "--json")
+    assert predicted.exit_code == 0, predicted.stderr
+    assert json.loads(predicted.stdout)["n_patches"] == 96
+
+    reported = call("report", "run", "--hide-ids")
+    assert reported.exit_code == 0, reported.stderr
+    assert Path(reported.stdout.strip()).read_text().lstrip().lower().startswith("<!doctype html")
+
+    again = call("train", "--resume", "run")
+    assert again.exit_code == 1 and again.stderr.startswith("error: run is finished")

@@ -1,0 +1,374 @@
+"""Every layout, on its miniature tree: recognised, read, and what contradicts itself is named."""
+
+import shutil
+import zipfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from biopsy.data.archives import open_archive
+from biopsy.data.datasets import LAYOUTS, find_layout
+from biopsy.data.packing import prepare
+from biopsy.errors import ArchiveError, DataError
+
+TREES = Path(__file__).parent / "trees"
+# tree -> layout, patches, patients, slides, targets in order, own sides
+EXPECTED = {
+    "idc": ("idc", 8, 2, 2, [0, 0, 1, 1, 0, 0, 1, 1], None),
+    "pcam": ("pcam", 10, 0, 4, [0, 0, 1, 1, 0, 0, 1, 1, 0, 0], ["train"] * 6 + ["val"] * 4),
+    "hcd": ("hcd", 6, 0, 0, None, None),
+    "hcd_sorted": ("hcd", 8, 0, 0, None, None),
+    "folders": ("folders", 12, 0, 0, [0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1], ["train"] * 8 + ["val"] * 4),
+    "classes": ("folders", 12, 0, 0, [0] * 4 + [1] * 4 + [2] * 4, None),
+}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of a miniature tree that a test may spoil."""
+
+    def copy(name):
+        return Path(shutil.copytree(TREES / name, tmp_path / name))
+
+    return copy
+
+
+def zip_folder(folder, path, prefix=""):
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                archive.write(file, prefix + file.relative_to(folder).as_posix())
+    return path
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_tree_is_recognised_and_read(name, tmp_path):
+    layout, n_patches, n_patients, n_slides, target, own_side = EXPECTED[name]
+    pack = prepare(TREES / name, tmp_path / "x.pack")
+    assert pack.info.dataset == layout
+    assert (len(pack), pack.info.counts["patients"], pack.info.counts["slides"]) == (
+        n_patches,
+        n_patients,
+        n_slides,
+    )
+    assert pack.info.skipped == []
+    assert pack.info.counts["duplicates"] == 0
+    assert pack.table["patch_id"].is_unique
+    if target is not None:
+        assert pack.target.tolist() == target
+    if own_side is not None:
+        assert pack.table["own_side"].tolist() == own_side
+    pack.verify()
+
+
+def test_every_layout_has_a_tree_and_says_whose_it_is():
+    assert {layout for layout, *_ in EXPECTED.values()} == set(LAYOUTS)
+    for layout in LAYOUTS.values():
+        assert layout.title and layout.looks_for and layout.licence
+        assert bool(layout.citation) == bool(layout.expected)
+
+
+@pytest.mark.parametrize("name", ["idc", "hcd", "hcd_sorted", "folders", "classes"])
+def test_a_zip_gives_the_pack_of_the_folder(name, tmp_path):
+    folder = prepare(TREES / name, tmp_path / "folder.pack")
+    packed = prepare(zip_folder(TREES / name, tmp_path / "x.zip"), tmp_path / "zip.pack")
+    assert packed.info.content_sha256 == folder.info.content_sha256
+    assert np.array_equal(packed.patches, folder.patches)
+
+
+def test_idc_says_who_where_and_what(tmp_path):
+    pack = prepare(TREES / "idc", tmp_path / "x.pack")
+    row = pack.table.set_index("patch_id").loc["8863_idx5_x51_y1_class1"]
+    assert (row["patient_id"], row["slide_id"], row["x"], row["y"], row["target"]) == (
+        "8863",
+        "8863",
+        51,
+        1,
+        1,
+    )
+    assert row["source"] == "IDC_regular_ps50_idx5/8863/1/8863_idx5_x51_y1_class1.png"
+    assert (pack.class_names, pack.info.positive_class, pack.info.mpp) == (["non_idc", "idc"], "idc", 4.0)
+    odd = pack.table.query("width != 16")
+    assert odd["patch_id"].tolist() == ["8863_idx5_x51_y51_class1"]
+    assert pack.info.counts["odd_sizes"] == 1
+    patch = pack.patches[odd.index[0]]
+    assert (patch[:, 10:] == patch[:, 9:10]).all()
+
+
+def test_idc_in_every_form_is_one_pack(tmp_path):
+    inner = TREES / "idc" / "IDC_regular_ps50_idx5"
+    root = zip_folder(inner, tmp_path / "root.zip")
+    both = zip_folder(inner, Path(shutil.copy(root, tmp_path / "both.zip")), "IDC_regular_ps50_idx5/")
+    unpacked = tmp_path / "unpacked"
+    shutil.copytree(inner, unpacked)
+    beside = tmp_path / "beside"
+    shutil.copytree(inner, beside / "IDC_regular_ps50_idx5")
+    shutil.copy(both, beside / "archive.zip")
+    twice = Path(shutil.copytree(beside, tmp_path / "twice"))
+    shutil.copytree(inner, twice, dirs_exist_ok=True)
+    only_zip = tmp_path / "only_zip"
+    only_zip.mkdir()
+    shutil.copy(root, only_zip)
+    (only_zip / "manifest.csv").write_text("path\n")
+
+    reference = prepare(TREES / "idc", tmp_path / "reference.pack")
+    n_duplicates = {both: 8, twice: 8}
+    for source in (root, both, unpacked, beside, twice, only_zip):
+        pack = prepare(source, tmp_path / f"{source.name}.pack")
+        assert pack.info.content_sha256 == reference.info.content_sha256, source
+        assert pack.info.counts["duplicates"] == n_duplicates.get(source, 0), source
+        assert pack.info.skipped == []
+
+
+def test_idc_contradictions_and_wrong_names_are_named(tree, tmp_path, make_patches):
+    folder = tree("idc")
+    patients = folder / "IDC_regular_ps50_idx5"
+    (patients / "8863/0/8863_idx5_x1_y1_class0.png").rename(patients / "8863/1/8863_idx5_x1_y1_class0.png")
+    (patients / "8863/0/8863_idx5_x1_y51_class0.png").rename(patients / "8865/0/8863_idx5_x1_y51_class0.png")
+    (patients / "8865/1/8865_idx5_x51_y1_class1.png").rename(patients / "8865/1/8865_x51_y1.png")
+    pack = prepare(folder, tmp_path / "x.pack")
+    assert len(pack) == 5
+    reasons = {Path(item["source"]).name: item["reason"] for item in pack.info.skipped}
+    assert reasons == {
+        "8863_idx5_x1_y1_class0.png": "lies in the folder of class 1 and is named class 0",
+        "8863_idx5_x1_y51_class0.png": "lies in the folder of patient 8865 and is named as of patient 8863",
+        "8865_x51_y1.png": "is not named <patient>_idx5_x<X>_y<Y>_class<0|1>.png",
+    }
+    assert pack.info.counts["skipped"] == 3
+
+
+def test_copies_that_differ_are_named(tree, tmp_path):
+    folder = tree("idc")
+    copy = folder / "8863" / "0"
+    copy.mkdir(parents=True)
+    shutil.copy(
+        folder / "IDC_regular_ps50_idx5/8863/1/8863_idx5_x51_y1_class1.png",
+        copy / "8863_idx5_x1_y1_class0.png",
+    )
+    pack = prepare(folder, tmp_path / "x.pack")
+    assert len(pack) == 8
+    assert [item["reason"] for item in pack.info.skipped] == [
+        "differs from 8863/0/8863_idx5_x1_y1_class0.png, the same patch by name"
+    ]
+
+
+def test_patches_sorted_by_the_posts_script_are_read_by_name(tmp_path):
+    for index, file in enumerate(sorted((TREES / "idc").rglob("*.png"))):
+        target = tmp_path / "tree" / ("training", "testing")[index % 2] / file.parent.name / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    pack = prepare(tmp_path / "tree", tmp_path / "x.pack")
+    assert pack.info.content_sha256 == prepare(TREES / "idc", tmp_path / "y.pack").info.content_sha256
+
+
+def test_pcam_reads_pixels_labels_and_slides(tree, tmp_path):
+    folder = tree("pcam")
+    with h5py.File(folder / "camelyonpatch_level_2_split_valid_x.h5") as file:
+        valid = file["x"][:]
+    pack = prepare(folder, tmp_path / "x.pack")
+    assert np.array_equal(pack.patches[6:], valid)
+    assert pack.table["patch_id"].iloc[[0, 6]].tolist() == ["train_000000", "valid_000000"]
+    assert pack.table["slide_id"].iloc[[0, 3, 9]].tolist() == [
+        "camelyon16_train_tumor_000",
+        "camelyon16_train_tumor_001",
+        "camelyon16_valid_tumor_001",
+    ]
+    assert (pack.unit, pack.info.mpp, pack.info.positive_class) == ("slide", 0.972, "tumour")
+    assert pack.table["coord_x"].tolist() == [0, 200, 400, 600, 800, 1000, 0, 200, 400, 600]
+
+    for file in folder.glob("*meta.csv"):
+        file.unlink()
+    assert prepare(folder, tmp_path / "y.pack").unit == "patch"
+
+
+def test_pcam_sides_may_be_absent_but_not_halved(tree, tmp_path):
+    folder = tree("pcam")
+    (folder / "camelyonpatch_level_2_split_valid_y.h5").unlink()
+    pack = prepare(folder, tmp_path / "x.pack")
+    assert len(pack) == 6
+    assert pack.info.skipped == [
+        {"source": "camelyonpatch_level_2_split_valid_x.h5", "reason": "has no labels (..._y.h5) beside it"}
+    ]
+    (folder / "camelyonpatch_level_2_split_train_x.h5").unlink()
+    with pytest.raises(ArchiveError, match="holds no side of PCam with both"):
+        prepare(folder, tmp_path / "y.pack")
+
+
+def test_pcam_refusals(tree, tmp_path):
+    folder = tree("pcam")
+    x, y, meta = (
+        folder / f"camelyonpatch_level_2_split_train_{part}" for part in ("x.h5", "y.h5", "meta.csv")
+    )
+    whole = {path: path.read_bytes() for path in (x, y, meta)}
+
+    def refuse(match):
+        with pytest.raises(ArchiveError, match=match) as caught:
+            prepare(folder, tmp_path / "x.pack")
+        assert "\n" not in str(caught.value)
+        for path, data in whole.items():
+            path.write_bytes(data)
+
+    x.write_bytes(whole[x][:1000])
+    refuse("train_x.h5 is no readable HDF5 file")
+    meta.write_text("wsi\nonly_one\n")
+    refuse("has 1 rows and columns .*one row for each of the 6 patches")
+    y.write_bytes((folder / "camelyonpatch_level_2_split_valid_y.h5").read_bytes())
+    refuse("holds 4 labels for 6 patches")
+    x.write_bytes(whole[y])
+    refuse("holds no array named 'x'")
+    (folder / "camelyonpatch_level_2_split_test_x.h5.gz").write_bytes(b"gz")
+    refuse("test_x.h5.gz must be unpacked first")
+    with pytest.raises(ArchiveError, match="h5 files inside a zip: unpack it"):
+        prepare(zip_folder(TREES / "pcam", tmp_path / "pcam.zip"), tmp_path / "x.pack")
+
+
+def test_hcd_keeps_the_order_of_its_csv_and_counts_the_unlabelled(tmp_path):
+    pack = prepare(TREES / "hcd", tmp_path / "x.pack", patients=TREES / "hcd_slides.csv")
+    lines = (TREES / "hcd/train_labels.csv").read_text().split()[1:]
+    ids, labels = zip(*(line.split(",") for line in lines), strict=True)
+    in_order = pack.table.sort_values("row")
+    assert in_order["patch_id"].tolist() == list(ids)
+    assert in_order["target"].tolist() == [int(label) for label in labels]
+    assert pack.info.counts["unlabelled"] == 2
+    assert pack.unit == "slide"
+    assert pack.info.counts["slides"] == 2
+    assert pack.info.positive_class == "tumour"
+
+
+def test_hcd_rows_without_image_and_images_without_row_are_named(tree, tmp_path):
+    folder = tree("hcd")
+    missing, stray = sorted((folder / "train").iterdir())[:2]
+    missing.unlink()
+    stray.rename(stray.with_name("stray.tif"))
+    pack = prepare(folder, tmp_path / "x.pack")
+    assert len(pack) == 4
+    reasons = sorted(item["reason"] for item in pack.info.skipped)
+    assert reasons == sorted(
+        [
+            "is not in train_labels.csv",
+            f"has no image: {missing.name} is missing",
+            f"has no image: {stray.name} is missing",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("id,label\na,0\nb,\n", "has 1 rows without an id or a label 0 or 1, first row 1 .id b, label nan"),
+        ("id,label\na,0\nb,2\n", "first row 1 .id b, label 2"),
+        ("id,label\n,1\n", "first row 0"),
+        ("id,label\na,0\na,0\n", "names 1 ids more than once, a first"),
+        ("name,class\na,0\n", "has the columns .*id and label are expected"),
+        ("", "cannot be read"),
+    ],
+)
+def test_hcd_csv_refusals(tree, tmp_path, content, match):
+    folder = tree("hcd")
+    (folder / "train_labels.csv").write_text(content)
+    with pytest.raises(ArchiveError, match=match):
+        prepare(folder, tmp_path / "x.pack")
+
+
+def test_hcd_sorted_tree(tree, tmp_path):
+    folder = tree("hcd_sorted")
+    pack = prepare(folder, tmp_path / "x.pack")
+    assert pack.class_names == ["normal", "tumour"]
+    side = {file.stem: file.parts[-3] for file in folder.rglob("*.tif")}
+    label = {file.stem: int(file.parts[-2] == "pos") for file in folder.rglob("*.tif")}
+    assert pack.target.tolist() == [label[name] for name in pack.table["patch_id"]]
+    expected = [{"validation": "val"}.get(side[name], side[name]) for name in pack.table["patch_id"]]
+    assert pack.table["own_side"].tolist() == expected
+
+    positive = next((folder / "train/pos").iterdir())
+    shutil.copy(positive, folder / "test/neg" / positive.name)
+    pack = prepare(folder, tmp_path / "y.pack")
+    assert len(pack) == 7 + 1
+    assert len(pack.info.skipped) == 1
+    assert "one patch, two places" in pack.info.skipped[0]["reason"]
+
+
+def test_folders_keep_their_own_sides_and_classes(tree, tmp_path):
+    pack = prepare(TREES / "folders", tmp_path / "x.pack")
+    assert pack.table["patch_id"].iloc[0] == "train/0/patch0000000"
+    assert (pack.class_names, pack.info.positive_class, pack.info.mpp) == (["0", "1"], "1", None)
+
+    folder = tree("classes")
+    pack = prepare(folder, tmp_path / "y.pack", patients=r"case(\d+)_", mpp=0.5)
+    assert (pack.info.positive_class, pack.info.mpp, pack.unit) == (None, 0.5, "patient")
+    assert "own_side" not in pack.table
+    assert sorted(set(pack.table["patient_id"])) == ["8863", "8865"]
+
+    shutil.copy(folder / "adenosis/case8863_00.png", folder / "adenosis/case8863_00.jpg")
+    (folder / "loose.png").write_bytes(b"")
+    pack = prepare(folder, tmp_path / "z.pack")
+    assert pack.table["patch_id"].tolist()[:2] == ["adenosis/case8863_00.jpg", "adenosis/case8863_00.png"]
+    assert pack.info.skipped == [{"source": "loose.png", "reason": "lies in no class folder"}]
+
+
+def test_numbers_as_class_names_are_in_order_of_value(tmp_path, make_patches):
+    source = next((TREES / "classes/adenosis").iterdir())
+    for name in ("10", "9", "benign"):
+        (tmp_path / "x" / name).mkdir(parents=True)
+        shutil.copy(source, tmp_path / "x" / name)
+    assert prepare(tmp_path / "x", tmp_path / "x.pack").class_names == ["9", "10", "benign"]
+
+
+def test_what_no_layout_knows_is_refused_with_what_was_looked_for(tmp_path):
+    (tmp_path / "x").mkdir()
+    shutil.copy(next((TREES / "classes/adenosis").iterdir()), tmp_path / "x" / "a.png")
+    with pytest.raises(
+        DataError, match=r"no known layout \(it holds 'a.png'\)\. Looked for idc: images named"
+    ):
+        prepare(tmp_path / "x", tmp_path / "x.pack")
+    with pytest.raises(DataError, match="no dataset layout is called 'idx'; did you mean 'idc'"):
+        find_layout(open_archive(tmp_path / "x"), "idx")
+
+
+def test_a_layout_can_be_forced(tmp_path):
+    pack = prepare(TREES / "idc", tmp_path / "x.pack", dataset="folders", positive="8865")
+    assert (pack.info.dataset, pack.class_names) == ("folders", ["8863", "8865"])
+
+
+@pytest.mark.data
+def test_real_idc_subset(data_dir, tmp_path):
+    source = data_dir / "idc" / "idc_kaggle_subset.zip"
+    pack = prepare(source, tmp_path / "idc.pack")
+    assert pack.info.counts == {
+        "patches": 8151,
+        "patients": 24,
+        "slides": 24,
+        "per_class": {"non_idc": 4007, "idc": 4144},
+        "duplicates": 0,
+        "other_files": 0,
+        "skipped": 0,
+        "odd_sizes": 8,
+    }
+    sizes = sorted({f"{row.width}x{row.height}" for row in pack.table.itertuples()} - {"50x50"})
+    assert sizes == ["12x50", "31x50", "32x50", "41x50", "50x35", "50x49"]
+    assert ((pack.table["x"] % 50 == 1) & (pack.table["y"] % 50 == 1)).all()
+
+    nested = tmp_path / "nested.zip"
+    shutil.copy(source, nested)
+    with zipfile.ZipFile(source) as read, zipfile.ZipFile(nested, "a") as write:
+        for name in read.namelist():
+            write.writestr(name.removeprefix("IDC_regular_ps50_idx5/"), read.read(name))
+    twice = prepare(nested, tmp_path / "nested.pack")
+    assert twice.info.content_sha256 == pack.info.content_sha256
+    assert twice.info.counts["duplicates"] == 8151
+    assert len(twice) == 8151
+
+
+@pytest.mark.data
+def test_real_pcam_subset(data_dir, tmp_path):
+    pack = prepare(data_dir / "pcam" / "pcam_train_valid.zip", tmp_path / "pcam.pack")
+    assert pack.table.groupby(["own_side", "target"]).size().to_dict() == {
+        ("train", 0): 8000,
+        ("train", 1): 8000,
+        ("val", 0): 1500,
+        ("val", 1): 1500,
+    }
+    same = pack.table["sha256"].value_counts()
+    assert (int(same[same > 1].sum()), int((same > 1).sum())) == (1164, 511)

@@ -1,0 +1,150 @@
+"""Image bytes to RGB: equal to Pillow, by the stated rules elsewhere, refused in words."""
+
+import io
+import struct
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from biopsy.errors import DataError
+from biopsy.imaging.decode import decode, read_header
+
+
+def encode(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def by_pillow(data):
+    return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.fixture
+def picture():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (33, 50, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "plain"),
+    [
+        ("PNG", {}, True),
+        ("TIFF", {}, True),
+        ("TIFF", {"compression": "tiff_lzw"}, True),
+        ("TIFF", {"compression": "jpeg"}, True),
+        ("BMP", {}, False),
+        *[
+            ("JPEG", {"subsampling": s, "quality": q, "progressive": s == 1}, True)
+            for s in (0, 1, 2)
+            for q in (40, 95)
+        ],
+    ],
+)
+def test_rgb_files_equal_pillow(picture, kind, options, plain):
+    data = encode(picture, kind, **options)
+    assert read_header(data) == (50, 33, plain)
+    assert np.array_equal(decode(data), by_pillow(data))
+    if kind == "PNG":
+        assert np.array_equal(decode(memoryview(data)), np.array(picture))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_grey_and_palette_files_equal_pillow(picture, mode, kind):
+    data = encode(picture.convert(mode), kind)
+    assert np.array_equal(decode(data), by_pillow(data))
+
+
+def test_transparency_is_laid_over_white():
+    pixels = np.full((2, 3, 4), (200, 0, 100, 255), dtype=np.uint8)
+    pixels[0, 0, 3], pixels[0, 1, 3] = 0, 51  # 51/255 = one fifth
+    image = decode(encode(Image.fromarray(pixels), "PNG"))
+    assert image[0, 0].tolist() == [255, 255, 255]
+    assert image[0, 1].tolist() == [244, 204, 224]
+    assert image[1, 2].tolist() == [200, 0, 100]
+    assert decode(encode(Image.fromarray(pixels[..., 2:]), "PNG"))[0, 1].tolist() == [224] * 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("JPEG", (33, 50, 3)), ("PNG", (33, 50, 3)), ("TIFF", (50, 33, 3))]
+)
+def test_orientation_is_treated_as_pillow_does(picture, kind, shape):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(picture, kind, exif=exif)
+    assert decode(data).shape == shape
+    assert np.array_equal(decode(data), by_pillow(data))
+
+
+def test_a_cut_file_is_refused_or_whole(picture):
+    for kind in ("PNG", "JPEG", "TIFF"):
+        data = encode(picture, kind)
+        for length in (0, 1, 7, 20, 30, 100, len(data) // 2):
+            with pytest.raises(DataError, match=r"is empty|is not an image|cannot be decoded"):
+                decode(data[:length])
+    data = encode(picture, "PNG")
+    assert np.array_equal(decode(data[:-12]), np.array(picture))  # only the end mark is missing
+    assert np.array_equal(decode(data + b"more"), np.array(picture))
+
+
+def png_header(width, height, depth=8, mode=2):
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, depth, mode, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+def test_a_huge_image_is_refused_before_decoding():
+    with pytest.raises(DataError, match=r"is 100,000 x 100,000 pixels; 1 to 67,108,864 are decoded"):
+        decode(png_header(100_000, 100_000) + b"IEND")
+    with pytest.raises(DataError, match="is 0 x 5 pixels"):
+        read_header(png_header(0, 5))
+    bitmap = bytearray(encode(Image.new("RGB", (2, 2)), "BMP"))
+    struct.pack_into("<ii", bitmap, 18, 100_000, 100_000)
+    with pytest.raises(DataError, match=r"pixels; 1 to|exceeds limit"):
+        decode(bytes(bitmap))
+
+
+def sixteen_bit_rgb_png():
+    rows = b"".join(b"\0" + bytes(2 * 6) for _ in range(2))
+    chunks = png_header(2, 2, depth=16)
+    for kind, content in ((b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        chunks += (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+    return chunks
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "is empty"),
+        (b"hello, I am no image", "is not an image"),
+        (encode(Image.new("CMYK", (4, 4)), "JPEG"), "is of mode CMYK"),
+        (encode(Image.new("CMYK", (4, 4)), "TIFF"), "is of mode CMYK"),
+        (encode(Image.new("LAB", (4, 4)), "TIFF"), "is of mode LAB"),
+        (encode(Image.new("F", (4, 4)), "TIFF"), "16 bits|mode F"),
+        (encode(Image.fromarray(np.ones((4, 4), np.uint16)), "PNG"), "has 16 bits a channel"),
+        (encode(Image.fromarray(np.ones((4, 4), np.uint16)), "TIFF"), "has 16 bits a channel"),
+        (sixteen_bit_rgb_png(), "has 16 bits a channel"),
+        (
+            encode(Image.new("RGB", (4, 4)), "TIFF", save_all=True, append_images=[Image.new("RGB", (4, 4))]),
+            "several pages",
+        ),
+    ],
+)
+def test_what_has_no_certain_colour_is_refused_in_one_line(data, reason):
+    with pytest.raises(DataError, match=reason) as caught:
+        decode(data)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("archive", ["idc/idc_kaggle_subset.zip", "pcam/pcam_train_valid.zip"])
+def test_real_patches_equal_pillow(data_dir, archive):
+    with zipfile.ZipFile(data_dir / archive) as file:
+        for name in file.namelist():
+            data = file.read(name)
+            assert read_header(data).plain
+            assert np.array_equal(decode(data), by_pillow(data)), name

@@ -1,0 +1,132 @@
+"""Documentation that runs: Python blocks, command lines, examples in docstrings, links.
+
+The Python blocks of a page share a namespace, in an empty folder of the page's own. There they find
+``breast-histopathology-images.zip``, a small synthetic archive in Kaggle's layout, and ``phantom.pack``, a
+small pack that is also at hand under the name ``pack``. ``<!-- skip: next -->`` before a block leaves it out.
+"""
+
+import doctest
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+from biopsy.cli import app
+
+PROJECT = Path(__file__).resolve().parents[1]
+PACKAGE = PROJECT / "src" / "biopsy"
+PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").rglob("*.md"))]
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+SHELLS = ("console", "bash", "sh", "shell")
+FENCE = re.compile(r"^ *```(\w+)[^\n]*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(?<!`)\]\(([^)\s#]+)[^)]*\)")
+
+
+def show(path: Path) -> str:
+    return str(path.relative_to(PROJECT))
+
+
+def pages_with(pattern: str) -> list[Path]:
+    return [path for path in PAGES if re.search(pattern, path.read_text(encoding="utf-8"), re.MULTILINE)]
+
+
+def find_command_lines(text: str) -> list[list[str]]:
+    """Give the arguments of every ``biopsy`` call in the shell blocks of a page."""
+    calls = []
+    for language, block in FENCE.findall(text):
+        if language not in SHELLS:
+            continue
+        lines = block.replace("\\\n", " ").splitlines()
+        if any(line.lstrip().startswith("$ ") for line in lines):  # what stands without a prompt is output
+            lines = [line.lstrip()[2:] for line in lines if line.lstrip().startswith("$ ")]
+        for line in lines:
+            lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+            lexer.whitespace_split = True
+            words: list[str] = []
+            for word in [*lexer, ";"]:
+                if set(word) <= set("();<>|&"):
+                    if "biopsy" in words[:3]:  # after nothing, `uv run`, or an assignment
+                        calls.append(words[words.index("biopsy") + 1 :])
+                    words = []
+                else:
+                    words.append(word)
+    return calls
+
+
+def check_command_line(arguments: list[str]) -> None:
+    """Let the real command line parse it, without running anything."""
+    if arguments and arguments[0].startswith("-"):
+        assert arguments[0] in ("--help", "--version"), arguments
+        return
+    assert arguments and arguments[0] in COMMANDS, f"no such verb: biopsy {' '.join(arguments)}"
+    if "--help" not in arguments:
+        COMMANDS[arguments[0]].make_context(arguments[0], arguments[1:])
+
+
+@pytest.mark.parametrize("path", pages_with(r"^ *```python"), ids=show)
+def test_python_blocks_run(path, make_idc_zip, make_pack, tmp_path, monkeypatch):
+    make_idc_zip("breast-histopathology-images.zip", n_patients=10, patches_per_patient=12, patch_px=50)
+    pack = make_pack("phantom.pack", n_patients=10, patches_per_patient=12, patch_px=50)
+    monkeypatch.chdir(tmp_path)
+    document = Sybil([PythonCodeBlockParser(), SkipParser()]).parse(path)
+    document.namespace["pack"] = pack
+    for example in document.examples():
+        example.evaluate()
+
+
+@pytest.mark.parametrize("path", pages_with(rf"^ *```({'|'.join(SHELLS)})\b"), ids=show)
+def test_command_lines_parse(path):
+    for arguments in find_command_lines(path.read_text(encoding="utf-8")):
+        check_command_line(arguments)
+
+
+def test_command_lines_are_found_and_wrong_ones_refused():
+    text = (
+        "```console\n$ pip install uv && uv run biopsy demo --out here\noutput of biopsy list\n"
+        "$ RUN=1 biopsy predict runs/x a.png \\\n    'b c.png' > out.txt  # a remark\n```\n"
+        "```python\nbiopsy.demo()\n```\n```bash\nbiopsy evaluate run --sid test | less\n```\n"
+    )
+    calls = find_command_lines(text)
+    assert calls == [
+        ["demo", "--out", "here"],
+        ["predict", "runs/x", "a.png", "b c.png"],
+        ["evaluate", "run", "--sid", "test"],
+    ]
+    check_command_line(calls[0])
+    check_command_line(calls[1])
+    with pytest.raises(Exception, match="No such option"):
+        check_command_line(calls[2])
+    with pytest.raises(AssertionError, match="no such verb"):
+        check_command_line(["trian"])
+
+
+@pytest.mark.parametrize("path", PAGES, ids=show)
+def test_links_lead_somewhere(path):
+    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    targets = [
+        target for target in LINK.findall(text) if "://" not in target and not target.startswith("mailto:")
+    ]
+    assert [target for target in targets if not (path.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted(PACKAGE.rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")],
+    ids=show,
+)
+def test_examples_in_docstrings(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    said: list[str] = []
+    for test in doctest.DocTestFinder(exclude_empty=True).find(module):
+        runner.run(test, out=said.append)
+    assert runner.tries > 0
+    assert runner.failures == 0, "".join(said)

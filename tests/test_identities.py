@@ -1,0 +1,44 @@
+"""Ids become numbers everywhere, consistently, in an order that tells nothing."""
+
+import numpy as np
+import pandas as pd
+
+from biopsy.sharing.identities import Aliases
+
+
+def test_alias_numbers_do_not_follow_the_order_of_ids():
+    names = [f"patient{i:03d}" for i in range(50)]
+    aliases = Aliases({"patient": names})
+    numbers = [int(aliases.of("patient", name)) for name in names]
+    assert sorted(numbers) == list(range(1, 51))
+    assert abs(np.corrcoef(numbers, range(50))[0, 1]) < 0.5
+    again = Aliases({"patient": names[::-1]})
+    assert [int(again.of("patient", name)) for name in names] == numbers
+
+
+def test_aliases_reach_text_paths_nested_records_and_tables():
+    ids = {
+        "patient": ["8863", "8865", "7"],
+        "slide": ["8863"],
+        "patch": ["8863_x1_y51.png", "abc"],
+        "other": ["z"],
+    }
+    aliases = Aliases(ids)
+    number_of = {name: aliases.of("patient", name) for name in ids["patient"]}
+    text = aliases.text("/data/ann/8863/8863_x1_y51.png, 8865-b and 88650 of 8,863; 7 epochs")
+    assert text.startswith(
+        f"patch-{aliases.of('patch', '8863_x1_y51.png')}, patient-{number_of['8865']}-b and 88650"
+    )
+    assert text.endswith("of 8,863; 7 epochs")
+    nested = aliases.nested({"8865": [{"who": "8865", "n": 8865}], "path": r"C:\ann\8865.zip"})
+    assert nested == {
+        f"patient-{number_of['8865']}": [{"who": f"patient-{number_of['8865']}", "n": 8865}],
+        "path": f"patient-{number_of['8865']}.zip",
+    }
+    table = pd.DataFrame(
+        {"patient_id": ["8865", "8863", None], "fold": [8865, 8863, 8863], "prob": [0.1, 0.2, 0.3]}
+    )
+    hidden = aliases.table(table)
+    assert dict(zip(hidden["prob"], hidden["patient_id"], strict=True))[0.1] == number_of["8865"]
+    assert hidden["patient_id"].isna().sum() == 1 and hidden["fold"].str.contains("patient-").all()
+    assert aliases.original("patient", number_of["7"]) == "7"

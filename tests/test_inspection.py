@@ -1,0 +1,174 @@
+"""Inspecting a pack: the audit is kept, and there are pictures of classes, patients and slides."""
+
+import errno
+
+import cv2
+import numpy as np
+import pytest
+
+from biopsy.data.audit import audit_pack
+from biopsy.data.packs import PIXELS, Pack
+from biopsy.data.splits import Split, make_split, save_split
+from biopsy.errors import PackError, SplitError
+from biopsy.files import read_json
+from biopsy.sharing import inspection
+from biopsy.sharing.inspection import inspect
+
+
+def names(paths):
+    return sorted(path.name for path in paths)
+
+
+def test_audit_and_pictures_of_a_pack(make_pack):
+    pack = make_pack(n_patients=3, patch_px=50)
+    found = inspect(pack)
+    assert found["spoilers"] == []
+    assert found["paths"]["audit"] == pack.path / "audit.json"
+    kept = read_json(pack.path / "audit.json", format="biopsy-audit/1")
+    assert kept == {key: value for key, value in found.items() if key not in ("paths", "spoilers")}
+    assert names(found["paths"]["pictures"]) == [
+        "classes.png",
+        "patients.svg",
+        "slide-01-8863.png",
+        "slide-02-8865.png",
+        "slide-03-8867.png",
+    ]
+    for path in found["paths"]["pictures"]:
+        assert path.parent == pack.path / "inspection"
+        if path.suffix == ".png":
+            assert min(cv2.imread(str(path)).shape[:2]) > 100
+        else:
+            text = path.read_text(encoding="utf-8")
+            assert text.startswith("<svg") and 'xmlns="http://www.w3.org/2000/svg"' in text and "8867" in text
+
+
+def test_inspecting_does_not_change_what_the_pack_is(make_pack):
+    pack = make_pack(patch_px=50)
+    inspect(pack)
+    Pack.open(pack.path).verify()
+    assert inspect(pack.path)["spoilers"] == []
+
+
+def test_patches_on_the_class_sheet_come_from_every_patient_first(make_pack, monkeypatch):
+    pack = make_pack(n_patients=6, patches_per_patient=40)
+    monkeypatch.setattr(inspection, "N_SHOWN", 6)
+    shown = {}
+    monkeypatch.setattr(inspection, "draw_class_sheet", lambda sheets: shown.update(sheets))
+    monkeypatch.setattr(inspection, "png", lambda figure: b"")
+    inspect(pack)
+    assert list(shown) == ["non_idc: 120 patches", "idc: 120 patches"]
+    patches = {patch.tobytes(): owner for patch, owner in zip(pack.patches, pack.group_ids, strict=True)}
+    for title, sheet in shown.items():
+        assert len({patches[patch.tobytes()] for patch in sheet}) == len(sheet) == 6, title
+
+
+def test_a_patient_on_two_sides_spoils_the_result(make_pack):
+    pack = make_pack(n_patients=6)
+    split = make_split(pack, protocol="patients")
+    table = split.table.copy()
+    whose = pack.table["patient_id"] == split_patient(pack, table, "train")
+    table.loc[np.flatnonzero(whose)[:2], "side"] = "test"
+    leaking = Split("mine", "patients", "patient", 0, {}, table, None, pack.info.content_sha256)
+    save_split(pack, leaking)
+    found = inspect(pack, split="mine")
+    assert len(found["spoilers"]) == 1
+    assert split_patient(pack, table, "train") in found["spoilers"][0] and "mine" in found["spoilers"][0]
+    assert inspect(pack, split=split)["spoilers"] == []
+
+
+def split_patient(pack, table, side):
+    """Name the first patient with patches on a side."""
+    return pack.table["patient_id"][(table["side"] == side).to_numpy()].iloc[0]
+
+
+def test_a_label_conflict_spoils_the_result(make_pack):
+    pack = make_pack(n_patients=6, patches_per_patient=12)
+    x = pack.table["x"].copy()
+    y = pack.table["y"].copy()
+    x[11], y[11] = x[0], y[0]  # the first patient's last patch, of the other class, at its first one's place
+    conflicting = make_pack("conflict.pack", columns={"x": x, "y": y})
+    spoilers = inspect(conflicting)["spoilers"]
+    assert len(spoilers) == 1 and "the same place" in spoilers[0]
+
+
+def test_where_nothing_is_known_less_is_drawn(make_pack):
+    unknown = {"patient_id": None, "slide_id": None, "x": None, "y": None}
+    pack = make_pack(columns=unknown)
+    assert names(inspect(pack)["paths"]["pictures"]) == ["classes.png"]
+
+
+def test_slide_ids_never_become_paths(make_pack):
+    pack = make_pack(n_patients=1, columns={"slide_id": "../../out of/here"})
+    (picture,) = [path for path in inspect(pack)["paths"]["pictures"] if path.name.startswith("slide")]
+    assert picture == pack.path / "inspection" / "slide-01-------out-of-here.png"
+
+
+def test_slides_with_most_patches_come_first_and_the_rest_is_counted(make_pack, monkeypatch, caplog):
+    monkeypatch.setattr(inspection, "MAX_SLIDES", 1)
+    pack = make_pack(n_patients=2, columns={"slide_id": ["a"] * 5 + ["b"] * 19})
+    with caplog.at_level("INFO", logger="biopsy"):
+        pictures = inspect(pack)["paths"]["pictures"]
+    assert names(pictures) == ["classes.png", "patients.svg", "slide-01-b.png"]
+    assert "pictures of the 1 largest of 2 slides" in caplog.text
+
+
+def test_a_stitched_slide_shows_each_patch_at_its_place(make_pack, monkeypatch):
+    pack = make_pack(n_patients=1, patches_per_patient=9)
+    shown = {}
+    monkeypatch.setattr(
+        inspection,
+        "draw_slide",
+        lambda tissue, target, *rest, **named: shown.update(tissue=tissue, target=target),
+    )
+    monkeypatch.setattr(inspection, "png", lambda figure: b"")
+    monkeypatch.setattr(inspection, "draw_class_sheet", lambda sheets: None)
+    inspect(pack)
+    for index in range(9):
+        x, y = int(pack.table["x"][index]) - 1, int(pack.table["y"][index]) - 1
+        assert (shown["tissue"][y : y + 16, x : x + 16] == pack.patches[index]).all()
+        assert shown["target"][y // 16, x // 16] == pack.target[index]
+
+
+def test_a_read_only_pack_needs_a_folder(make_pack, tmp_path, monkeypatch):
+    pack = make_pack()
+    write = inspection.write_json
+
+    def refuse(path, document):
+        if pack.path in path.parents:
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        write(path, document)
+
+    monkeypatch.setattr(inspection, "write_json", refuse)
+    with pytest.raises(PackError, match=r"tiny\.pack is read-only: name a folder for the audit with --out"):
+        inspect(pack)
+    found = inspect(pack, out=tmp_path / "elsewhere")
+    assert found["paths"]["audit"] == tmp_path / "elsewhere" / "audit.json"
+    assert all(path.parent == tmp_path / "elsewhere" for path in found["paths"]["pictures"])
+
+
+def test_a_full_disk_is_not_taken_for_a_read_only_pack(make_pack, monkeypatch):
+    def full(path, document):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(inspection, "write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        inspect(make_pack())
+
+
+def test_an_altered_pack_is_refused(make_pack):
+    pack = make_pack()
+    patches = np.load(pack.path / PIXELS, mmap_mode="r+")
+    patches[0, 0, 0, 0] += 1
+    patches.flush()
+    with pytest.raises(PackError, match="was altered"):
+        inspect(pack.path)
+
+
+def test_an_unknown_split_is_refused(make_pack):
+    with pytest.raises(SplitError, match="no split 'patiens'"):
+        inspect(make_pack(), split="patiens")
+
+
+def test_audit_is_the_library_s_own(make_pack):
+    pack = make_pack()
+    assert {**inspect(pack), "paths": 0, "spoilers": 0} == {**audit_pack(pack), "paths": 0, "spoilers": 0}

@@ -1,0 +1,347 @@
+"""Intervals over patients: against explicit loops, hand-worked limits, and a population with known truth."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.special import expit, logit
+from sklearn import metrics as sk
+from sklearn.linear_model import LogisticRegression
+
+from biopsy.errors import MetricError
+from biopsy.statistics.calibration import clipped_logit
+from biopsy.statistics.cohorts import Population
+from biopsy.statistics.intervals import (
+    describe_method,
+    estimate_class_metrics,
+    estimate_metric,
+    estimate_patch_metrics,
+    estimate_patient_metrics,
+    measure_groups,
+    replicate,
+    reweightings,
+    wilson_interval,
+)
+from biopsy.statistics.metrics import METRICS, measure
+from biopsy.statistics.tallies import rank
+
+# five patients, three patches each
+TARGET = np.array([1, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 0, 1, 0, 1])
+PROB = np.array([0.9, 0.4, 0.6, 0.7, 0.8, 0.1, 0.3, 0.8, 0.2, 0.5, 0.9, 0.3, 0.4, 0.6, 0.7])
+PATIENTS = np.repeat(["d", "a", "c", "e", "b"], 3)
+
+
+def leave_one_out(score):
+    return np.array([score(TARGET[PATIENTS != p], PROB[PATIENTS != p]) for p in "abcde"])
+
+
+def student_on_logit(value, left_out, n):
+    error = np.sqrt((n - 1) / n * ((logit(left_out) - logit(left_out).mean()) ** 2).sum())
+    half = stats.t.ppf(0.975, n - 1) * error
+    return expit(logit(value) - half), expit(logit(value) + half)
+
+
+@pytest.mark.parametrize(
+    ("name", "score"),
+    [
+        ("auroc", sk.roc_auc_score),
+        ("auprc", sk.average_precision_score),
+        ("brier", sk.brier_score_loss),
+        ("sensitivity", lambda t, p: sk.recall_score(t, p >= 0.5)),
+        ("f1", lambda t, p: sk.f1_score(t, p >= 0.5)),
+    ],
+)
+def test_jackknife_equals_leaving_patients_out_one_by_one(name, score):
+    ours = estimate_patch_metrics(TARGET, PROB, PATIENTS, seed=0)[name]
+    low, high = student_on_logit(score(TARGET, PROB), leave_one_out(score), 5)
+    assert (ours.value, ours.low, ours.high) == pytest.approx((score(TARGET, PROB), low, high), abs=1e-12)
+
+
+def test_jackknife_by_hand():
+    """Accuracy of five patients with 3, 2, 2, 2, 2 of 3 patches right: 11 of 15.
+
+    Without the first 8 of 12 remain right, without any other 9 of 12; ln(2) and four times ln(3) on the logit
+    scale, which spread by sqrt(4/5 * 4/5 * ln(1.5) ** 2) = .8 ln(1.5); t(4) is 2.776445.
+    """
+    target = np.ones(15, int)
+    prob = np.array([1, 1, 1] + [1, 1, 0] * 4) * 0.8
+    ours = estimate_patch_metrics(target, prob, np.repeat(np.arange(5), 3), seed=0)["accuracy"]
+    half = 2.776445 * 0.8 * math.log(1.5)
+    odds = 11 / 4
+    assert ours.value == 11 / 15
+    assert ours.low == pytest.approx(1 / (1 + math.exp(half) / odds), abs=1e-6)
+    assert ours.high == pytest.approx(1 / (1 + math.exp(-half) / odds), abs=1e-6)
+
+
+def test_metrics_without_bounds_are_judged_on_the_plain_scale_and_losses_on_the_logarithm():
+    cohort = Population().draw(8, 40, seed=1)
+    ours = estimate_patch_metrics(cohort.target, cohort.prob, cohort.patient_ids, seed=0)
+
+    def slope(target, prob):
+        fit = LogisticRegression(C=np.inf, tol=1e-12, max_iter=10_000, solver="newton-cholesky")
+        return fit.fit(clipped_logit(prob)[:, None], target).coef_[0, 0]
+
+    kept = [cohort.patient_ids != p for p in range(8)]
+    for name, score, there, back in (
+        ("calibration_slope", slope, lambda x: x, lambda x: x),
+        ("nll", sk.log_loss, np.log, np.exp),
+    ):
+        left_out = there(np.array([score(cohort.target[k], cohort.prob[k]) for k in kept]))
+        half = stats.t.ppf(0.975, 7) * np.sqrt(7 / 8 * ((left_out - left_out.mean()) ** 2).sum())
+        centre = there(score(cohort.target, cohort.prob))
+        assert (ours[name].low, ours[name].high) == pytest.approx(
+            (back(centre - half), back(centre + half)), rel=1e-5
+        )
+    assert -1 < ours["mcc"].low < ours["mcc"].value < ours["mcc"].high < 1
+
+
+def test_order_of_patches_and_names_of_patients_do_not_matter():
+    order = np.random.default_rng(0).permutation(len(TARGET))
+    plain = estimate_patch_metrics(TARGET, PROB, PATIENTS, seed=0)
+    shuffled = estimate_patch_metrics(TARGET[order], PROB[order], PATIENTS[order], seed=0)
+    for name in METRICS:
+        numbers = [
+            [math.nan if x is None else x for x in (i.value, i.low, i.high)]
+            for i in (plain[name], shuffled[name])
+        ]
+        assert numbers[0] == pytest.approx(numbers[1], abs=1e-9, nan_ok=True)
+
+
+@pytest.fixture(scope="module")
+def many():
+    return Population().draw(120, 15, seed=1)
+
+
+def test_bootstrap_same_seed_same_answer(many):
+    arrays = many.target, many.prob, many.patient_ids
+    first, again, other = (estimate_patch_metrics(*arrays, seed=s, draws=100) for s in (3, 3, 4))
+    assert first == again
+    assert first["auroc"] != other["auroc"]
+    assert first["auroc"].value == other["auroc"].value
+
+
+def test_bootstrap_draws_whole_patients(many):
+    """Each replicate equals scikit-learn's on the patients' patches, repeated as often as they were drawn."""
+    ranked = rank(many.target, many.prob, group_ids=many.patient_ids)
+    result = replicate(ranked, seed=5, draws=4, names=["auroc", "brier"])
+    for i, weight in enumerate(reweightings(120, seed=5, draws=4)):
+        assert weight.sum() == 120
+        rows = np.concatenate(
+            [np.flatnonzero(many.patient_ids == p) for p in np.repeat(range(120), weight.astype(int))]
+        )
+        assert result.replicates["auroc"][i] == pytest.approx(
+            sk.roc_auc_score(many.target[rows], many.prob[rows]), abs=1e-12
+        )
+        assert result.replicates["brier"][i] == pytest.approx(
+            sk.brier_score_loss(many.target[rows], many.prob[rows]), abs=1e-12
+        )
+
+
+def test_bootstrap_and_jackknife_agree_where_they_meet(many):
+    """A mean of 120 patients: the bootstrap's interval lies within a tenth of Student's over patients."""
+    ours = estimate_patch_metrics(many.target, many.prob, many.patient_ids, seed=0, draws=600)["brier"]
+    per_patient = ((many.prob - many.target) ** 2).reshape(120, 15).mean(axis=1)
+    half = stats.t.ppf(0.975, 119) * per_patient.std(ddof=1) / math.sqrt(120)
+    assert (ours.high - ours.low) / 2 == pytest.approx(half, rel=0.1)
+
+
+def test_two_models_over_the_same_patients_share_their_reweightings(many):
+    ids = many.patient_ids
+    first, second = (
+        replicate(rank(many.target, prob, group_ids=ids), seed=0, draws=50, names=["brier", "auroc"])
+        for prob in (many.prob, many.prob**1.1)
+    )
+    paired = np.std(first.replicates["brier"] - second.replicates["brier"])
+    assert paired < 0.2 * np.std(first.replicates["brier"])
+
+
+def test_fewer_than_five_patients_have_no_interval():
+    keep = np.isin(PATIENTS, ["a", "b", "c", "d"])
+    ours = estimate_patch_metrics(TARGET[keep], PROB[keep], PATIENTS[keep], seed=0, unit="slide")
+    for name, interval in ours.items():
+        assert interval.low is interval.high is None, name
+    assert ours["accuracy"].reason == "only 4 slide(s) with patches: an interval needs 5"
+    assert describe_method(4, seed=0)["method"] == "none"
+
+
+def test_patients_who_do_not_carry_a_metric_do_not_count_for_it():
+    """Ten patients, four with positive patches: sensitivity has no interval, specificity has."""
+    rng = np.random.default_rng(0)
+    patients = np.repeat(np.arange(10), 20)
+    target = ((patients < 4) & (rng.random(200) < 0.5)).astype(int)
+    prob = expit(rng.normal(target * 2 - 1))
+    ours = estimate_patch_metrics(target, prob, patients, seed=0)
+    assert ours["sensitivity"].reason == "only 4 patient(s) with positive patches: an interval needs 5"
+    assert ours["auroc"].reason == ours["sensitivity"].reason
+    assert 0 < ours["specificity"].low < ours["specificity"].high < 1
+
+
+def test_a_metric_that_needs_one_patient_has_no_interval():
+    """Without patient 0 one cut separates the classes: no slope, so no interval; AUROC keeps its own."""
+    patients = np.repeat(np.arange(6), 4)
+    target = np.tile([0, 0, 1, 1], 6)
+    prob = np.tile([0.1, 0.3, 0.6, 0.8], 6)
+    prob[:4] = [0.2, 0.7, 0.4, 0.9]
+    ours = estimate_patch_metrics(target, prob, patients, seed=0)
+    assert math.isfinite(ours["calibration_slope"].value)
+    assert ours["calibration_slope"].reason == "undefined when patients are left out: no interval"
+    assert ours["auroc"].low < ours["auroc"].value < ours["auroc"].high < 1  # one replicate is exactly 1
+
+
+def test_a_share_at_its_bound_gets_the_exact_limit_over_patients():
+    """No patch of 12 patients is wrong: Clopper-Pearson for 12 of 12 trials, from scipy."""
+    target, prob = np.tile([0, 1], 12), np.tile([0.2, 0.9], 12)
+    ours = estimate_patch_metrics(target, prob, np.repeat(np.arange(12), 2), seed=0)
+    exact = stats.binomtest(12, 12).proportion_ci(0.95, method="exact")
+    for name in ("sensitivity", "specificity", "ppv", "npv", "accuracy"):
+        assert (ours[name].low, ours[name].high) == pytest.approx((exact.low, exact.high))
+    assert "its bound" in ours["auroc"].reason or "leaving one out" in ours["auroc"].reason
+    never = estimate_patch_metrics(target, prob / 2, np.repeat(np.arange(12), 2), seed=0)["sensitivity"]
+    assert (never.low, never.high) == pytest.approx((0, 1 - exact.low))
+
+
+def test_undefined_values_say_why_and_become_null():
+    ours = estimate_patch_metrics(np.zeros(10, int), np.full(10, 0.2), np.arange(10), seed=0)
+    assert ours["auroc"].to_dict() == {
+        "value": None,
+        "low": None,
+        "high": None,
+        "reason": "undefined: no positive patches",
+    }
+    json.dumps({name: interval.to_dict() for name, interval in ours.items()}, allow_nan=False)
+
+
+def test_mean_over_patients_by_hand():
+    """Accuracies of six patients, .5 to 1, each of four patches; one patient has no positive patch."""
+    right = [2, 3, 3, 4, 4, 2]
+    prob = np.concatenate([[0.9] * k + [0.1] * (4 - k) for k in right])
+    target, patients = np.ones(24, int), np.repeat(np.arange(6), 4)
+    ours = estimate_patient_metrics(target, prob, patients)
+    accuracy = ours["accuracy"]
+    shares = np.array(right) / 4
+    left_out = (shares.sum() - shares) / 5
+    assert accuracy.mean.value == pytest.approx(0.75)
+    assert (accuracy.n_defined, accuracy.median, accuracy.worst) == (6, 0.75, 0.5)
+    assert (accuracy.mean.low, accuracy.mean.high) == pytest.approx(student_on_logit(0.75, left_out, 6))
+    assert ours["specificity"].to_dict()["reason"] == "undefined in every patient"
+    target[:4] = 0
+    again = estimate_patient_metrics(target, prob, patients)["sensitivity"]
+    assert again.n_defined == 5
+    assert again.mean.value == pytest.approx(np.mean(shares[1:]))
+
+
+def test_worst_patient_is_the_one_furthest_from_ideal():
+    ours = estimate_patient_metrics(TARGET, PROB, PATIENTS)
+    _, table = measure_groups(TARGET, PROB, PATIENTS)
+    assert ours["brier"].worst == table["brier"].max()
+    assert ours["accuracy"].worst == table["accuracy"].min()
+
+
+def test_groups_are_measured_on_their_own():
+    ids, table = measure_groups(TARGET, PROB, PATIENTS)
+    assert ids.tolist() == list("abcde")
+    for i, patient in enumerate(ids):
+        mine = PATIENTS == patient
+        alone = measure(rank(TARGET[mine], PROB[mine]).tally())
+        assert {name: table[name][i] for name in METRICS} == pytest.approx(alone, nan_ok=True)
+
+
+def test_classes_against_the_rest():
+    rng = np.random.default_rng(0)
+    target, patients = rng.integers(0, 3, 300), np.repeat(np.arange(10), 30)
+    probs = rng.dirichlet([1, 1, 1], 300) + np.eye(3)[target] * 0.3
+    probs /= probs.sum(axis=1, keepdims=True)
+    per_class, macro = estimate_class_metrics(target, probs, patients, ["a", "b", "c"], seed=0)
+    pred = probs.argmax(axis=1)
+    recalls = sk.recall_score(target, pred, average=None)
+    assert [per_class[c]["sensitivity"].value for c in "abc"] == pytest.approx(recalls.tolist())
+    assert macro["sensitivity"].value == pytest.approx(sk.balanced_accuracy_score(target, pred))
+    assert macro["f1"].value == pytest.approx(sk.f1_score(target, pred, average="macro"))
+    assert macro["auroc"].value == pytest.approx(sk.roc_auc_score(target, probs, multi_class="ovr"))
+    assert macro["auroc"].low < macro["auroc"].value < macro["auroc"].high
+    kept = [patients != p for p in range(10)]
+    left_out = np.array([sk.balanced_accuracy_score(target[k], pred[k]) for k in kept])
+    low, high = student_on_logit(macro["sensitivity"].value, left_out, 10)
+    assert (macro["sensitivity"].low, macro["sensitivity"].high) == pytest.approx((low, high))
+
+
+def test_a_macro_metric_is_undefined_where_one_class_is():
+    target, patients = np.tile([0, 1], 30), np.repeat(np.arange(6), 10)
+    probs = np.random.default_rng(0).dirichlet([1, 1, 1], 60)
+    _, macro = estimate_class_metrics(target, probs, patients, ["a", "b", "c"], seed=0)
+    assert math.isnan(macro["auroc"].value)
+    assert macro["auroc"].reason == "class 'c': undefined: no positive patches"
+
+
+def test_wilson_equals_scipy():
+    for k, n in ((0, 7), (3, 7), (7, 7), (90, 100)):
+        theirs = stats.binomtest(k, n).proportion_ci(0.95, method="wilson")
+        ours = wilson_interval(k, n)
+        assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert wilson_interval(0, 0).reason == "undefined: no patches"
+
+
+def test_method_is_stated():
+    assert describe_method(20, seed=7, unit="slide") == {
+        "method": "jackknife-t",
+        "unit": "slide",
+        "n_groups": 20,
+        "level": 0.95,
+        "draws": None,
+        "seed": None,
+    }
+    assert describe_method(100, seed=7, draws=50) | {"draws": 50, "seed": 7, "method": "bootstrap-se"} == (
+        describe_method(100, seed=7, draws=50)
+    )
+
+
+REFUSED = [
+    ({"level": 95}, "level is 95"),
+    ({"group_ids": PATIENTS[:3]}, "3 group ids stand beside 15 patches"),
+    ({"prob": PROB + 1}, "not in 0-1"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED)
+def test_estimates_refuse(change, message):
+    arguments = {"target": TARGET, "prob": PROB, "group_ids": PATIENTS, "seed": 0} | change
+    with pytest.raises(MetricError, match=message):
+        estimate_patch_metrics(**arguments)
+
+
+def test_class_estimates_refuse():
+    with pytest.raises(MetricError, match=r"shape \(2, 2\) for 3 classes"):
+        estimate_class_metrics([0, 1], np.full((2, 2), 0.5), [0, 1], ["a", "b", "c"], seed=0)
+    with pytest.raises(MetricError, match="not all an index into the 2 class names"):
+        estimate_class_metrics([0, 2], np.full((2, 2), 0.5), [0, 1], ["a", "b"], seed=0)
+
+
+def test_a_cohort_follows_its_population():
+    population = Population(auroc=0.83)
+    cohort = population.draw(4000, 40, seed=0)
+    ours = measure(rank(cohort.target, cohort.prob, 0.3).tally())
+    assert ours["auroc"] == pytest.approx(0.83, abs=0.006)
+    assert ours["sensitivity"] == pytest.approx(population.sensitivity(0.3), abs=0.01)
+    assert ours["specificity"] == pytest.approx(population.specificity(0.3), abs=0.01)
+    again = population.draw(4000, 40, seed=0)
+    assert (again.prob == cohort.prob).all()
+    assert (population.draw(4000, 40, seed=1).prob != cohort.prob).any()
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """150 cohorts of 12 patients: 95 % nominal, .88 is 4 standard errors below."""
+    population, names, held = Population(auroc=0.83), ["auroc", "sensitivity"], {"ours": [], "wilson": []}
+    truth = {"auroc": 0.83, "sensitivity": population.sensitivity(0.3)}
+    for seed in range(150):
+        cohort = population.draw(12, 60, seed=seed)
+        ranked = rank(cohort.target, cohort.prob, 0.3, group_ids=cohort.patient_ids)
+        result = replicate(ranked, seed=0, names=names)
+        for name in names:
+            ours = estimate_metric(METRICS[name], ranked, result, level=0.95, unit="patient")
+            held["ours"].append(ours.low < truth[name] < ours.high)
+        wilson = wilson_interval(ranked.tally().tp, ranked.tally().n_pos)
+        held["wilson"].append(wilson.low < truth["sensitivity"] < wilson.high)
+    assert np.mean(held["ours"]) > 0.88
+    assert np.mean(held["wilson"]) < 0.75

@@ -1,0 +1,101 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from biopsy.data.ledger import FILE, count_openings, read_openings, record_opening
+from biopsy.data.packs import Pack
+
+MakePack = Callable[..., Pack]
+
+
+def entry(run: str = "r0", **other: object) -> dict[str, object]:
+    about = {
+        "run": run,
+        "recipe": "cancernet-2020",
+        "seed": 0,
+        "split": "patients",
+        "fold": None,
+        "side": "test",
+    }
+    return {**about, "command": "biopsy evaluate r0", **other}
+
+
+def test_openings_are_counted_by_split_fold_and_side(make_pack: MakePack, tmp_path: Path) -> None:
+    pack = make_pack(n_patients=1)
+    nobody = {"times": 0, "runs": 0, "kept_with": "pack"}
+    assert count_openings(pack, split="patients") == nobody
+    for run in ("r0", "r0", "r1"):
+        record_opening(pack, tmp_path, entry(run))
+    record_opening(pack, tmp_path, entry(side="val"))
+    record_opening(pack, tmp_path, entry(split="folds", fold=1))
+    assert count_openings(pack, split="patients") == {"times": 3, "runs": 2, "kept_with": "pack"}
+    assert count_openings(pack, split="patients", side="val")["times"] == 1
+    assert count_openings(pack, split="folds", fold=1)["times"] == 1
+    assert count_openings(pack, split="folds", fold=0) == nobody
+
+
+def test_an_entry_says_when_and_of_what(make_pack: MakePack, tmp_path: Path) -> None:
+    pack = make_pack(n_patients=1)
+    assert record_opening(pack, tmp_path, entry()) == pack.path / FILE
+    (found,) = read_openings(pack)
+    assert found["time"].endswith("+00:00")
+    assert found["pack_sha256"] == pack.info.content_sha256
+    assert {key: found[key] for key in entry()} == entry()
+    pack.verify()  # the ledger is no part of the pack's content
+
+
+def test_a_read_only_pack_keeps_it_with_the_run(
+    make_pack: MakePack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pack = make_pack(n_patients=1)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    monkeypatch.setattr("biopsy.data.ledger.os.access", lambda path, _: path != pack.path)
+    assert record_opening(pack, run_dir, entry()) == run_dir / FILE
+    assert "its ledger is kept with the run" in caplog.text
+    assert not (pack.path / FILE).exists()
+    assert count_openings(pack, split="patients")["times"] == 0
+    assert count_openings(pack, split="patients", run_dir=run_dir) == {
+        "times": 1,
+        "runs": 1,
+        "kept_with": "run",
+    }
+
+
+def test_a_line_cut_short_is_not_counted_and_spoils_no_other(
+    make_pack: MakePack, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pack = make_pack(n_patients=1)
+    record_opening(pack, tmp_path, entry())
+    with open(pack.path / FILE, "a") as file:
+        file.write(json.dumps(entry())[:40])
+    record_opening(pack, tmp_path, entry("r1"))
+    assert count_openings(pack, split="patients") == {"times": 2, "runs": 2, "kept_with": "pack"}
+    assert "line 2 was not written to its end" in caplog.text
+
+
+def test_threads_lose_nothing(make_pack: MakePack, tmp_path: Path) -> None:
+    pack = make_pack(n_patients=1)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: record_opening(pack, tmp_path, entry(f"r{number}")), range(40)))
+    assert count_openings(pack, split="patients") == {"times": 40, "runs": 40, "kept_with": "pack"}
+
+
+@pytest.mark.slow
+def test_processes_lose_nothing(make_pack: MakePack, tmp_path: Path) -> None:
+    pack = make_pack(n_patients=1)
+    code = (
+        "import sys; from biopsy.data.packs import Pack; from biopsy.data.ledger import record_opening\n"
+        "pack = Pack.open(sys.argv[1])\n"
+        "for n in range(25):\n"
+        "    record_opening(pack, '.', dict(run=sys.argv[2], split='patients', fold=None, side='test'))"
+    )
+    command = [sys.executable, "-c", code, str(pack.path)]
+    started = [subprocess.Popen([*command, f"r{number}"]) for number in range(4)]
+    assert [process.wait() for process in started] == [0] * 4
+    assert count_openings(pack, split="patients") == {"times": 100, "runs": 4, "kept_with": "pack"}

@@ -1,0 +1,140 @@
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from biopsy.errors import RecipeError
+from biopsy.learning.optimisers import (
+    OPTIMISERS,
+    count_plateaus,
+    learning_rate,
+    make_optimiser,
+    set_learning_rate,
+)
+
+GRADIENTS = np.random.default_rng(0).normal(0, [1e-4, 1e-2, 1, 0], (10, 4))  # the last weight gets none
+START = np.array([0.5, -0.2, 0.1, 0.3])
+LR, DECAY = 1e-2, 1e-2 / 40
+
+
+def run(name, lr_of_step=lambda step: LR, **options):
+    weight = nn.Parameter(torch.tensor(START, dtype=torch.float64))
+    optimiser = make_optimiser(name, [weight], LR, **options)
+    for step, gradient in enumerate(GRADIENTS):
+        set_learning_rate(optimiser, lr_of_step(step))
+        weight.grad = torch.tensor(gradient)
+        optimiser.step()
+    return weight.detach().numpy()
+
+
+def test_adagrad_of_keras_2_by_hand():
+    """keras 2.2, optimizers.Adagrad: lr / (1 + decay * iterations), a += g^2, p -= lr * g / (sqrt(a) + e)."""
+    weight, accumulator = START.copy(), np.zeros(4)
+    for step, gradient in enumerate(GRADIENTS):
+        accumulator += gradient**2
+        weight -= LR / (1 + DECAY * step) * gradient / (np.sqrt(accumulator) + 1e-7)
+    rates = lambda step: learning_rate(step, lr=LR, schedule="inverse-time", decay=DECAY)  # noqa: E731
+    assert np.allclose(run("adagrad-keras2", rates), weight, rtol=1e-6)
+
+
+def test_adagrad_of_keras_3_by_hand():
+    weight, accumulator = START.copy(), np.full(4, 0.1)
+    for gradient in GRADIENTS:
+        accumulator += gradient**2
+        weight -= LR * gradient / np.sqrt(accumulator + 1e-7)
+    assert np.allclose(run("adagrad"), weight, rtol=1e-9)
+
+
+def test_adam_of_keras_by_hand():
+    weight, m, v = START.copy(), np.zeros(4), np.zeros(4)
+    for step, gradient in enumerate(GRADIENTS, start=1):
+        m += (gradient - m) * 0.1
+        v += (gradient**2 - v) * 0.001
+        weight -= LR * math.sqrt(1 - 0.999**step) / (1 - 0.9**step) * m / (np.sqrt(v) + 1e-7)
+    assert np.allclose(run("adam"), weight, rtol=1e-9)
+
+
+def test_rmsprop_of_keras_by_hand():
+    weight, v = START.copy(), np.zeros(4)
+    for gradient in GRADIENTS:
+        v = 0.9 * v + 0.1 * gradient**2
+        weight -= LR * gradient / np.sqrt(v + 1e-7)
+    assert np.allclose(run("rmsprop"), weight, rtol=1e-9)
+
+
+def test_sgd_with_momentum_by_hand():
+    weight, velocity = START.copy(), np.zeros(4)
+    for gradient in GRADIENTS:
+        velocity = 0.9 * velocity + gradient
+        weight -= LR * velocity
+    assert np.allclose(run("sgd", momentum=0.9), weight, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_saved_and_loaded_goes_on_as_never_stopped(name):
+    def steps(optimiser, network, numbers):
+        for number in numbers:
+            x = torch.rand(8, 6, generator=torch.Generator().manual_seed(number))
+            optimiser.zero_grad()
+            network(x).square().mean().backward()
+            optimiser.step()
+
+    torch.manual_seed(0)
+    network = nn.Linear(6, 3)
+    optimiser = make_optimiser(name, network.parameters(), 0.05)
+    steps(optimiser, network, range(3))
+    resumed = copy.deepcopy(network)
+    again = make_optimiser(name, resumed.parameters(), 0.05)
+    again.load_state_dict(copy.deepcopy(optimiser.state_dict()))
+    steps(optimiser, network, range(3, 6))
+    steps(again, resumed, range(3, 6))
+    assert torch.equal(network.weight, resumed.weight)
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_frozen_weights_stay(name):
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    network[0].requires_grad_(False)
+    before = network[0].weight.clone()
+    optimiser = make_optimiser(name, network.parameters(), 0.1)
+    network(torch.rand(3, 4)).sum().backward()
+    optimiser.step()
+    assert torch.equal(network[0].weight, before)
+    assert sum(len(group["params"]) for group in optimiser.param_groups) == 2
+
+
+def test_schedules_by_hand():
+    assert learning_rate(7, lr=0.1) == 0.1
+    assert learning_rate(4000, lr=0.01, schedule="inverse-time", decay=1 / 4000) == pytest.approx(0.005)
+    cosine = [learning_rate(step, lr=1.0, schedule="cosine", total_steps=100) for step in (0, 50, 100, 150)]
+    assert cosine == pytest.approx([1, 0.5, 0, 0])
+    warm = {"lr": 1.0, "schedule": "cosine", "warmup_steps": 10, "total_steps": 110}
+    assert [learning_rate(step, **warm) for step in (0, 4, 9, 10, 60)] == pytest.approx([0.1, 0.5, 1, 1, 0.5])
+
+
+def test_plateau_waits_as_keras_does():
+    assert count_plateaus([], 2) == 0
+    assert count_plateaus([1, 0.9, 0.95, 0.8], 2) == 0
+    assert count_plateaus([1, 0.9, 0.95, 0.9], 2) == 1  # equal is no improvement
+    assert count_plateaus([1, 1, 1, 1, 1], 2) == 2
+    rate = learning_rate(0, lr=1.0, schedule="plateau", history=[1, 1, 1, 1, 1], patience=2, factor=0.5)
+    assert rate == 0.25
+
+
+def test_refusals():
+    params = [nn.Parameter(torch.zeros(1))]
+    with pytest.raises(RecipeError, match="no optimiser is called 'adgrad'; did you mean 'adagrad'"):
+        make_optimiser("adgrad", params, 0.1)
+    with pytest.raises(RecipeError, match="unfreeze"):
+        make_optimiser("adam", [torch.zeros(1)], 0.1)
+    with pytest.raises(RecipeError, match="'adam' takes no momentum=0.9"):
+        make_optimiser("adam", params, 0.1, momentum=0.9)
+    with pytest.raises(RecipeError, match="takes no weight_decay"):
+        make_optimiser("rmsprop", params, 0.1, weight_decay=0.1)
+    with pytest.raises(RecipeError, match="did you mean 'cosine'"):
+        learning_rate(0, lr=0.1, schedule="cosin")
+    with pytest.raises(RecipeError, match="needs total_steps"):
+        learning_rate(0, lr=0.1, schedule="cosine")

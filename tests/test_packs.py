@@ -1,0 +1,93 @@
+"""The pack on disk: opened whole, refused when altered."""
+
+import json
+
+import numpy as np
+import pytest
+
+from biopsy.data.packs import Pack, is_pack
+from biopsy.errors import PackError
+
+
+def test_opens_what_was_written(make_pack, make_patches):
+    pack = make_pack(n_patients=3)
+    images, table = make_patches(n_patients=3)
+    assert np.array_equal(pack.patches, images)
+    assert pack.table["patch_id"].tolist() == table["patch_id"].tolist()
+    assert (len(pack), pack.unit, pack.positive_index) == (36, "patient", 1)
+    assert pack.info.counts == {
+        "patches": 36,
+        "patients": 3,
+        "slides": 3,
+        "per_class": {"non_idc": 18, "idc": 18},
+    }
+    assert is_pack(pack.path)
+    pack.verify()
+    assert repr(pack) == "<Pack tiny.pack: 36 patches of 3 patients>"
+
+
+@pytest.mark.parametrize(
+    ("columns", "unit", "groups"),
+    [
+        ({}, "patient", 2),
+        ({"patient_id": None}, "slide", 2),
+        ({"patient_id": None, "slide_id": None}, "patch", 24),
+    ],
+)
+def test_unit_is_the_widest_known_id(make_pack, columns, unit, groups):
+    pack = make_pack(n_patients=2, columns=columns)
+    assert pack.unit == unit
+    assert len(set(pack.group_ids)) == groups
+
+
+@pytest.mark.parametrize("name", ["patches.npy", "patches.parquet"])
+def test_a_pack_cut_short_is_refused(make_pack, name):
+    pack = make_pack()
+    with open(pack.path / name, "rb+") as file:
+        file.truncate(100)
+    with pytest.raises(PackError, match=rf"{name} has 100 bytes where [\d,]+ were written"):
+        Pack.open(pack.path)
+
+
+def test_a_missing_file_is_refused(make_pack):
+    pack = make_pack()
+    (pack.path / "patches.npy").unlink()
+    with pytest.raises(PackError, match=r"patches.npy is missing"):
+        Pack.open(pack.path)
+
+
+def test_an_altered_pixel_or_label_is_noticed(make_pack):
+    pack = make_pack()
+    with open(pack.path / "patches.npy", "rb+") as file:
+        file.seek(5000)
+        value = file.read(1)[0]
+        file.seek(5000)
+        file.write(bytes([value ^ 1]))
+    with pytest.raises(PackError, match="was altered"):
+        Pack.open(pack.path).verify()
+
+    pack = make_pack("labels.pack")
+    pack.table.loc[0, "target"] = 1
+    with pytest.raises(PackError, match="was altered"):
+        pack.verify()
+
+
+def test_splits_and_audits_do_not_change_the_hash(make_pack):
+    pack = make_pack()
+    (pack.path / "splits").mkdir()
+    (pack.path / "splits" / "a.csv").write_text("patch_id,side\n")
+    pack.table["age"] = 60
+    pack.verify()
+
+
+def test_a_newer_format_and_a_broken_document_are_refused(make_pack, tmp_path):
+    pack = make_pack()
+    document = json.loads((pack.path / "pack.json").read_text())
+    (pack.path / "pack.json").write_text(json.dumps({**document, "format": "biopsy-pack/2"}))
+    with pytest.raises(PackError, match="newer than 'biopsy-pack/1': update biopsy"):
+        Pack.open(pack.path)
+    (pack.path / "pack.json").write_text(json.dumps({**document, "patch_px": "wide"}))
+    with pytest.raises(PackError, match="patch_px"):
+        Pack.open(pack.path)
+    with pytest.raises(PackError, match="is not a pack"):
+        Pack.open(tmp_path / "nothing")

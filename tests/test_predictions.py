@@ -1,0 +1,137 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from biopsy.data.packs import Pack
+from biopsy.data.predictions import (
+    class_columns,
+    make_predictions,
+    read_predictions,
+    tabulate_predictions,
+    write_predictions,
+)
+from biopsy.errors import DataError
+
+MakePack = Callable[..., Pack]
+ABOUT = {"split": "patients", "threshold": {"value": np.float64(0.1), "rule": "youden"}, "pack_sha256": "ab"}
+
+
+def predict(pack: Pack, index: np.ndarray, **options: object) -> pd.DataFrame:
+    logits = np.random.default_rng(0).normal(0, 3, (len(index), len(pack.class_names))).astype(np.float32)
+    probs = np.exp(logits.astype(float))
+    probs /= probs.sum(axis=1, keepdims=True)
+    return make_predictions(pack, index, logits, probs, sides="test", **options)  # type: ignore[arg-type]
+
+
+def test_table_of_two_classes(make_pack: MakePack) -> None:
+    pack = make_pack(n_patients=3)
+    index = np.array([30, 2, 17])
+    frame = predict(pack, index, fold=1, threshold=0.3)
+    assert list(frame.columns) == [
+        *("patch_id", "patient_id", "slide_id", "x", "y", "side", "fold", "target"),
+        *("logit_non_idc", "logit_idc", "prob_non_idc", "prob_idc", "pred", "abstained", "prob"),
+    ]
+    assert frame["patch_id"].tolist() == pack.table["patch_id"].iloc[index].tolist()
+    assert frame["target"].tolist() == pack.target[index].tolist()
+    assert frame["fold"].tolist() == [1, 1, 1]
+    assert (frame["pred"] == (frame["prob"] >= 0.3)).all()
+    assert (frame["prob"] == frame["prob_idc"]).all()
+    assert not frame["abstained"].any()
+
+
+def test_threshold_belongs_to_the_positive_class_wherever_it_stands() -> None:
+    about = pd.DataFrame({"patch_id": ["a", "b", "c"]})
+    probs = np.array([[0.2, 0.8], [0.3, 0.7], [0.9, 0.1]])
+    frame = tabulate_predictions(about, ["idc", "rest"], 0, np.log(probs), probs, threshold=0.3)
+    assert frame["pred"].tolist() == [1, 0, 0]
+    assert frame["prob"].tolist() == [0.2, 0.3, 0.9]
+    assert frame["target"].isna().all() and frame["patient_id"].isna().all()
+    likeliest = tabulate_predictions(about, ["idc", "rest"], 0, np.log(probs), probs, threshold=None)
+    assert likeliest["pred"].tolist() == [1, 1, 0]
+
+
+def test_three_classes_take_the_likeliest(make_pack: MakePack) -> None:
+    frame = predict(make_pack(n_patients=2, n_classes=3), np.arange(24))
+    assert class_columns(frame) == ["class_0", "class_1", "class_2"]
+    assert "prob" not in frame
+    probs = frame[[f"prob_{name}" for name in class_columns(frame)]].to_numpy()
+    assert frame["pred"].tolist() == probs.argmax(axis=1).tolist()
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+@pytest.mark.parametrize("columns", [{}, {"x": pd.NA, "y": pd.NA, "patient_id": None, "slide_id": None}])
+def test_round_trip(make_pack: MakePack, tmp_path: Path, ending: str, columns: dict[str, object]) -> None:
+    frame = predict(make_pack(n_patients=3, columns=columns), np.arange(36))
+    path = write_predictions(tmp_path / f"test.{ending}", frame, ABOUT)
+    again, about = read_predictions(path)
+    pd.testing.assert_frame_equal(again, frame, check_exact=True)
+    assert about == {
+        **ABOUT,
+        "threshold": {"value": 0.1, "rule": "youden"},
+        "format": "biopsy-predictions/1",
+    }
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+@settings(max_examples=20, deadline=None)
+def test_csv_keeps_every_bit(tmp_path_factory: pytest.TempPathFactory, values: list[float]) -> None:
+    probs = np.stack([1 - np.array(values), np.array(values)], axis=1)
+    about = pd.DataFrame({"patch_id": [f"{number:03}" for number in range(len(values))]})
+    frame = tabulate_predictions(about, ["rest", "idc"], 1, probs * 1e9 - 3e-9, probs)
+    path = write_predictions(tmp_path_factory.mktemp("csv") / "all.csv", frame, {})
+    pd.testing.assert_frame_equal(read_predictions(path)[0], frame, check_exact=True)
+
+
+def test_parquet_to_csv_to_parquet(make_pack: MakePack, tmp_path: Path) -> None:
+    frame = predict(make_pack(n_patients=2), np.arange(24), abstained=np.arange(24) < 3)
+    first, about = read_predictions(write_predictions(tmp_path / "a.parquet", frame, ABOUT))
+    second, about = read_predictions(write_predictions(tmp_path / "a.csv", first, about))
+    third, last = read_predictions(write_predictions(tmp_path / "b.parquet", second, about))
+    pd.testing.assert_frame_equal(third, frame, check_exact=True)
+    assert last == about
+
+
+def test_impossible_predictions_are_refused(make_pack: MakePack, tmp_path: Path) -> None:
+    pack = make_pack(n_patients=1)
+    logits, probs = np.zeros((12, 2)), np.full((12, 2), 0.5)
+    index = np.arange(12)
+    for bad in (np.nan, 1.5, -0.1):
+        wrong = probs.copy()
+        wrong[3, 1] = bad
+        with pytest.raises(DataError, match="must lie in 0 to 1 and be numbers"):
+            make_predictions(pack, index, logits, wrong, sides="test")
+    with pytest.raises(DataError, match=r"do not fit 12 patches, 2 classes"):
+        make_predictions(pack, index, logits, probs[:, :1], sides="test")
+    with pytest.raises(DataError, match=r"use .parquet or .csv"):
+        write_predictions(tmp_path / "a.xlsx", predict(pack, index), {})
+
+
+def test_files_that_are_no_predictions_are_refused(make_pack: MakePack, tmp_path: Path) -> None:
+    frame = predict(make_pack(n_patients=1), np.arange(12))
+    path = write_predictions(tmp_path / "a.csv", frame, {})
+    beside = tmp_path / "a.csv.json"
+    beside.write_text(json.dumps({"format": "biopsy-predictions/2"}))
+    with pytest.raises(DataError, match=r"format 'biopsy-predictions/2' .* update biopsy"):
+        read_predictions(path)
+    beside.unlink()
+    with pytest.raises(DataError, match=r"a.csv.json does not exist"):
+        read_predictions(path)
+    write_predictions(tmp_path / "b.csv", frame.drop(columns="target"), {})
+    with pytest.raises(DataError, match=r"lacks the columns \['target'\]"):
+        read_predictions(tmp_path / "b.csv")
+    pq.write_table(pa.table({"patch_id": ["a"]}), tmp_path / "c.parquet")
+    with pytest.raises(DataError, match="format None"):
+        read_predictions(tmp_path / "c.parquet")
+    (tmp_path / "d.parquet").write_bytes(b"PAR1 cut short")
+    with pytest.raises(DataError, match="cannot be read as predictions"):
+        read_predictions(tmp_path / "d.parquet")
+    with pytest.raises(DataError, match="does not exist"):
+        read_predictions(tmp_path / "absent.parquet")

@@ -1,0 +1,225 @@
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from biopsy.data.cases import read_cases
+from biopsy.data.packs import Pack
+from biopsy.data.protocols import Request, follow_recipe
+from biopsy.data.splits import find_split, load_split, make_split, save_split
+from biopsy.errors import SplitError
+
+MakePack = Callable[..., Pack]
+CANCERNET = {"method": "shuffled-paths", "seed": 42, "train": 0.8, "val": 0.1}
+SHARES = (0.7, 0.15, 0.15)
+
+
+def patients_of(pack: Pack, sides: np.ndarray, side: str) -> set[str]:
+    return set(pack.group_ids[sides == side])
+
+
+def test_leave_one_out_over_all_of_two_patients_leaves_none_to_train(make_pack: MakePack) -> None:
+    with pytest.raises(SplitError, match="no patches are left for train of fold 0"):
+        make_split(make_pack(n_patients=2), protocol="leave-one-out")
+
+
+def test_leave_one_out_follows_the_order_named(make_pack: MakePack) -> None:
+    pack = make_pack(n_patients=6)
+    order = ("8867", "8863", "8865")
+    split = make_split(pack, protocol="leave-one-out", test_patients=order)
+    for fold in range(3):
+        sides = split.sides(pack, fold)
+        assert patients_of(pack, sides, "test") == {order[fold]}
+        assert patients_of(pack, sides, "val") == {order[(fold + 1) % 3]}
+        assert {"8869", "8871", "8873", order[(fold + 2) % 3]} == patients_of(pack, sides, "train")
+    assert make_split(pack, protocol="leave-one-out").n_folds == 6
+
+
+def test_leaving_out_a_slide_leaves_out_its_patient(make_pack: MakePack) -> None:
+    pack = make_pack(n_patients=5)
+    halves = np.where(np.arange(len(pack)) % 2, "a", "b")
+    pack = make_pack("slides.pack", n_patients=5, columns={"slide_id": np.char.add(pack.group_ids, halves)})
+    split = make_split(
+        pack, protocol="leave-one-out", unit="slide", test_patients=("8863a", "8865a", "8863b")
+    )
+    assert set(pack.table["slide_id"][split.sides(pack, 2) == "val"]) == {"8865a"}  # not 8863a, next in order
+    sides = split.sides(pack, 0)
+    assert set(pack.table["slide_id"][sides == "test"]) == {"8863a"}
+    assert set(pack.table["slide_id"][sides == "val"]) == {"8865a"}
+    assert set(pack.table["slide_id"][sides == ""]) == {"8863b", "8865b"}
+    assert split.parameters["counts"]["folds"][0]["left_out"] == {
+        "patches": 12,
+        "groups": 2,
+        "per_class": {"non_idc": 6, "idc": 6},
+    }
+    with pytest.raises(SplitError, match="no patches are left for val of fold 0"):
+        make_split(pack, protocol="leave-one-out", unit="slide", test_patients=("8863a", "8863b"))
+
+
+def test_sites(make_pack: MakePack) -> None:
+    sites = np.repeat(["north", "south", "west"], 24)
+    pack = make_pack(n_patients=6, columns={"site_id": sites})
+    split = make_split(pack, protocol="site")
+    for fold, site in enumerate(("north", "south", "west")):
+        assert set(sites[split.sides(pack, fold) == "test"]) == {site}
+    named = make_split(pack, protocol="site", test_patients=("west",)).sides(pack)
+    assert set(sites[named == "test"]) == {"west"}
+    assert len(patients_of(pack, named, "val")) == 1
+    both = make_split(pack, protocol="site", test_patients=("west",), val_patients=("south",)).sides(pack)
+    assert set(sites[both == "val"]) == {"south"}
+    with pytest.raises(SplitError, match="no site is called 'wset'; did you mean 'west'"):
+        make_split(pack, protocol="site", test_patients=("wset",))
+
+
+def test_two_sites_and_patients_of_two_sites(make_pack: MakePack) -> None:
+    pack = make_pack(n_patients=6, columns={"site_id": np.repeat(["north", "south"], 36)})
+    with pytest.raises(SplitError, match="2 sites"):
+        make_split(pack, protocol="site")
+    assert patients_of(pack, make_split(pack, protocol="site", test_patients=("south",)).sides(pack), "val")
+    mixed = make_pack("mixed.pack", n_patients=6, columns={"site_id": ["north", "south", "west"] * 24})
+    with pytest.raises(SplitError, match=r"patient 8863 is in .* and test"):
+        make_split(mixed, protocol="site")
+
+
+def test_own_sides(make_pack: MakePack) -> None:
+    pack = make_pack(n_patients=8, own_sides=("train", "train", "val", "test"))
+    split = find_split(pack)
+    assert split.protocol == "official"
+    assert (split.sides(pack) == pack.table["own_side"]).all()
+
+
+def test_own_sides_with_no_test_side_are_kept_and_said(make_pack: MakePack) -> None:
+    pack = make_pack(n_patients=4, own_sides=("train", "val"))
+    assert "test has no patches" in make_split(pack, protocol="official").parameters["warnings"]
+
+
+def test_own_sides_that_leak_are_refused(make_pack: MakePack) -> None:
+    pack = make_pack(n_patients=4, columns={"own_side": ["train", "val", "test"] * 16})
+    with pytest.raises(SplitError, match=r"patient 8863 is in train and val and test \(and 3 more"):
+        make_split(pack, protocol="official")
+
+
+def write_lists(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "cases_train.txt").write_text("8863\n8865 \n\n 8867\n9999\n")
+    (folder / "cases_val.txt").write_text("\ufeff8869\r\n")
+    (folder / "cases_test.txt").write_text("8871")
+    return folder
+
+
+def test_official_cases_from_lists_and_from_csv(make_pack: MakePack, tmp_path: Path) -> None:
+    pack = make_pack(n_patients=7)
+    folder = write_lists(tmp_path / "lists")
+    (tmp_path / "cases.csv").write_text(
+        "split,case_id\ntrain,8863\ntraining,8865\nTrain,8867\ntrain,9999\nvalidation,8869\ntest, 8871\n"
+    )
+    splits = [
+        make_split(pack, protocol="official", cases=cases)
+        for cases in (
+            folder,
+            tmp_path / "cases.csv",
+            [folder / f"cases_{side}.txt" for side in ("test", "train", "val")],
+        )
+    ]
+    for split in splits:
+        sides = split.sides(pack)
+        assert patients_of(pack, sides, "train") == {"8863", "8865", "8867"}
+        assert patients_of(pack, sides, "") == {"8873", "8875"}
+        assert split.parameters["cases"]["train"] == {"listed": 4, "found": 3}
+        assert split.parameters["left_out"] == {"patients": 2, "patches": 24}
+
+
+def test_bad_lists_of_cases(make_pack: MakePack, tmp_path: Path) -> None:
+    pack = make_pack(n_patients=4)
+    folder = write_lists(tmp_path / "lists")
+    (folder / "cases_val.txt").write_text("8863")
+    with pytest.raises(SplitError, match="case 8863 is listed in train and in val"):
+        read_cases(folder)
+    (folder / "cases_val.txt").unlink()
+    with pytest.raises(SplitError, match=r"cases_val.txt was not found"):
+        read_cases(folder)
+    for text, message in [
+        ("case_id,split\n1,training\n2,left", "has the split 'left'"),
+        ("case,split\n1,train", "needs case_id and split"),
+        ("case_id,split\n", "lists no cases"),
+        ("case_id,split\n1,train", "none of the 4 patients, such as '8863'"),
+        ("", "cannot be read"),
+    ]:
+        (tmp_path / "cases.csv").write_text(text)
+        with pytest.raises(SplitError, match=message):
+            make_split(pack, protocol="official", cases=tmp_path / "cases.csv")
+    with pytest.raises(SplitError, match="cannot be read"):
+        read_cases(tmp_path / "absent.csv")
+
+
+def test_as_published_shuffles_sorted_paths_as_the_post_does(make_pack: MakePack) -> None:
+    pack = make_pack(n_patients=5)
+    paths = sorted(pack.table["source"])
+    random.seed(42)
+    random.shuffle(paths)
+    n_train = int(len(paths) * 0.8)
+    n_val = int(n_train * 0.1)
+    expected = {path: "test" for path in paths[n_train:]} | {path: "val" for path in paths[:n_val]}
+    split = make_split(pack, protocol="as-published", recipe=CANCERNET)
+    sides = split.sides(pack)
+    assert [expected.get(path, "train") for path in pack.table["source"]] == sides.tolist()
+    assert split.overlap is True
+    assert split.parameters["recipe"] == CANCERNET
+
+
+class Rows:
+    """As much of a pack as the published splits look at."""
+
+    def __init__(self, n_rows: int) -> None:
+        self.table = pd.DataFrame({"row": np.arange(n_rows), "source": np.arange(n_rows).astype(str)})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "n_patches", "expected"),
+    [
+        (CANCERNET, 277_524, [199_818, 22_201, 55_505, 0]),
+        ({"method": "kaggle-rows"}, 220_025, [154_017, 44_004, 22_002, 2]),
+    ],
+)
+def test_published_counts(recipe: dict[str, object], n_patches: int, expected: list[int]) -> None:
+    request = Request(
+        pack=Rows(n_patches),  # type: ignore[arg-type]
+        unit="patch",
+        group_ids=np.array([]),
+        seed=0,
+        fractions=SHARES,
+        n_folds=5,
+        test_ids=(),
+        val_ids=(),
+        cases=None,
+        recipe=recipe,
+    )
+    sides, _ = follow_recipe(request)
+    assert [int((sides == side).sum()) for side in ("train", "val", "test", "")] == expected
+
+
+def test_kaggle_rows_go_by_row_whatever_the_order(make_pack: MakePack) -> None:
+    rows = np.random.default_rng(0).permutation(48)
+    pack = make_pack(n_patients=4, columns={"row": rows, "patient_id": None, "slide_id": None})
+    split = make_split(pack, protocol="kaggle-rows")
+    sides = split.sides(pack)
+    assert rows[sides == "train"].max() == 32
+    assert sorted(rows[sides == ""]) == [33, 43]
+    assert rows[sides == "test"].min() == 44
+    assert split.overlap is None
+
+
+@pytest.mark.data
+def test_official_lists_of_idc_hold_84_29_49_cases(data_dir: Path) -> None:
+    sides = list(read_cases(data_dir / "idc" / "official_split.csv").values())
+    assert [sides.count(side) for side in ("train", "val", "test")] == [84, 29, 49]
+
+
+def test_left_out_patches_survive_the_csv(make_pack: MakePack, tmp_path: Path) -> None:
+    pack = make_pack(n_patients=7)
+    split = make_split(pack, protocol="official", cases=write_lists(tmp_path / "lists"))
+    save_split(pack, split)
+    assert (load_split(pack, "official").sides(pack) == split.sides(pack)).all()

@@ -1,0 +1,291 @@
+"""Reports of runs: every number is the metrics', nothing leaves the page, no id or markup gets through."""
+
+import html
+import re
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from report_facts import (
+    THRESHOLD,
+    Page,
+    figures,
+    make_facts,
+    make_metrics,
+    make_predictions,
+    make_small_facts,
+)
+
+from biopsy.sharing.document import (
+    Bullets,
+    Gallery,
+    Listing,
+    Patch,
+    Picture,
+    Pictures,
+    ReportDocument,
+    Section,
+    Summary,
+    Table,
+    Text,
+    number,
+)
+from biopsy.sharing.evidence import say_openings
+from biopsy.sharing.report import render_report, report_of_run
+
+
+PATCH = np.zeros((50, 50, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def report():
+    return render_report(report_of_run(make_facts()))
+
+
+def test_nothing_leaves_the_page_and_nothing_runs(report):
+    page = Page(report)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert not {"script", "link", "iframe", "object", "embed", "form"} & {tag for tag, _ in page.tags}
+    for tag, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("src", "href", "xlink:href", "srcset", "data"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("data:image/", "#")), (tag, name, value[:80])
+            if value and value.startswith("#"):
+                assert value[1:] in ids
+    assert "@import" not in report and not re.search(r"url\((?!#)", report)
+
+
+def test_every_figure_is_valid_xml_and_has_a_caption_or_title(report):
+    drawn = figures(report)
+    assert len(drawn) > 20
+    for text in drawn:
+        ElementTree.fromstring(text)
+
+
+def test_summary_numbers_are_the_metrics(report):
+    metrics = make_facts().metrics["patch"]
+    page = Page(report).text
+    for label, name in (("AUROC", "auroc"), ("Sensitivity", "sensitivity"), ("Specificity", "specificity")):
+        found = metrics[name]
+        shown = f"{label} {found['value']:.3f} 95 % interval {found['low']:.3f} to {found['high']:.3f}, over patients"
+        assert shown in page
+    assert "colour alone: 0.612" in page and "Research use only" in page
+    assert "Can it tell IDC from not IDC, on patches of patients it has never seen?" in page
+    assert "4 openings of this test side, for 2 runs" in page
+
+
+def test_tables_hold_what_was_measured(report):
+    page, facts = Page(report).text, make_facts()
+    c = facts.metrics["confusion"]
+    recall, precision = c["tp"] / (c["tp"] + c["fn"]), c["tp"] / (c["tp"] + c["fp"])
+    f1 = 2 * precision * recall / (precision + recall)
+    assert f"IDC {precision:.3f} {recall:.3f} {f1:.3f} {c['tp'] + c['fn']}" in page
+    recall0, precision0 = c["tn"] / (c["tn"] + c["fp"]), c["tn"] / (c["tn"] + c["fn"])
+    assert f"not IDC {precision0:.3f} {recall0:.3f}" in page
+    for name, found in facts.metrics["patch"].items():
+        assert f"{found['value']:.3f}" in page, name
+    assert "scanner A & B 9 2 0.777" in page
+    assert "accuracy 0.837 - " + f"{facts.metrics['patch']['accuracy']['value']:.3f}" in page
+    assert "15478 64 0 - - " in page, "a patient with one class has no AUROC"
+    assert "odd sizes 8" in page and "patches divided" in page and "1,235,133" in page
+    for heading in (
+        "The surest mistakes",
+        "Where on the slide",
+        "Training and the network",
+        "How to do it again",
+    ):
+        assert heading in page
+
+
+def test_mistakes_are_the_surest_and_named(report):
+    table = make_facts().predictions
+    missed = table[(table["target"] == 1) & (table["prob"] < THRESHOLD)].sort_values("prob")
+    alarms = table[(table["target"] == 0) & (table["prob"] >= THRESHOLD)].sort_values("prob", ascending=False)
+    page = Page(report)
+    captions = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+    for rows in (missed, alarms):
+        for patch_id, prob in zip(rows["patch_id"].head(12), rows["prob"].head(12), strict=True):
+            assert f"patch {prob:.3f}, {patch_id}" in captions
+    assert len(captions) == min(12, len(missed)) + min(12, len(alarms))
+
+
+def test_four_slides_are_put_together_again(report):
+    text = Page(report).text
+    shown = re.findall(r"Slide (\d+)-slide: 64 patches, (\d+) IDC", text)
+    assert len(shown) == 4 and all(count != "0" for _, count in shown)
+    assert "2 more are not shown" in text and "200 µm" in text
+
+
+def test_overlap_and_other_warnings_come_first():
+    facts = make_small_facts()
+    metrics = {
+        **facts.metrics,
+        "split": {"name": "as-published", "patients_overlap": True, "test_is_validation": True},
+        "baseline": {"auroc": 0.999},
+    }
+    text = Page(render_report(report_of_run(replace(facts, metrics=metrics)))).text
+    body = text[text.index("How to do it again") :]  # after the contents
+    assert body.index("Patients stand on more than one side") < body.index("CancerNet, 2020")
+    assert "The test side is the validation side" in body and "Colour alone reaches AUROC 0.999" in body
+    assert "never seen" not in text
+
+
+def test_missing_intervals_and_values_say_why():
+    facts = make_small_facts(("8863", "8865", "8867"))
+    patch = {
+        **facts.metrics["patch"],
+        "auroc": {"value": None, "low": None, "high": None, "reason": "one class only"},
+    }
+    text = Page(render_report(report_of_run(replace(facts, metrics={**facts.metrics, "patch": patch})))).text
+    assert "AUROC not defined no interval: one class only" in text
+    reason = facts.metrics["patch"]["sensitivity"]["reason"]
+    assert reason and f"no interval: {reason}" in text, "on the reader's page"
+    assert f" {reason}." in text and "none (b)" in text, "under the table"
+
+
+def test_what_users_name_is_escaped():
+    bad = ["<script>alert(1)</script>", "a&b\"'$x_{$", "{{ 7*7 }}"]
+    facts = make_facts((*bad, "d4", "e5", "f6"), recipe={"title": bad[0], "origin": {"flaws": bad}})
+    text = render_report(report_of_run(facts))
+    page = Page(text)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert all(f"patient {name}" in page.text for name in bad)
+    for drawn in figures(text):
+        ElementTree.fromstring(drawn)
+
+
+HIDDEN_IDS = ("10286", "TCGA-A1-A0SK", "12810", "13016", "ann-lee", "15478")
+
+
+@pytest.fixture(scope="module")
+def hidden():
+    return render_report(report_of_run(make_facts(HIDDEN_IDS), hide_ids=True))
+
+
+def test_hidden_ids_are_nowhere(report, hidden):
+    facts, text = make_facts(HIDDEN_IDS), hidden
+    visible = re.sub(r"base64,[^\"]*", "", text)
+    for name in HIDDEN_IDS:
+        assert name not in visible
+        assert name not in html.unescape(visible)
+    for column in ("patch_id", "slide_id"):
+        assert not [name for name in facts.predictions[column] if name in visible]
+    page = Page(text).text
+    assert "replaced by numbers" in page and "/home/" not in page
+    assert "--test-patients (hidden)" in page and "tried on patient-" in page
+    assert "replaced by numbers" not in Page(report).text
+
+
+def test_hiding_changes_no_number_and_tells_patients_apart(hidden):
+    facts, page = make_facts(HIDDEN_IDS), Page(hidden).text
+    for name in ("auroc", "sensitivity", "specificity"):
+        assert f"{facts.metrics['patch'][name]['value']:.3f}" in page
+    rows = re.findall(r"(?<=\s)([1-6]) 64 (?:\d+) (?:-|0\.\d+|1\.000)", page)
+    assert sorted(rows) == list("123456")
+
+
+def test_no_ids_at_all_still_make_a_report():
+    table = make_predictions(("a", "b")).assign(patient_id=None, slide_id=None, x=np.nan, y=np.nan)
+    metrics = make_metrics(table.assign(patient_id=np.arange(len(table)) // 10))
+    metrics = {
+        **metrics,
+        "patient": {},
+        "interval": {"unit": "patch", "method": "jackknife"},
+        "subgroups": {},
+    }
+    facts = make_small_facts(predictions=table, metrics=metrics, get_patch=lambda _: PATCH)
+    for hide_ids in (False, True):
+        text = Page(render_report(report_of_run(facts, hide_ids=hide_ids))).text
+        assert "The data name neither patients nor slides" in text and "on patches it has never seen" in text
+        assert "Where on the slide" not in text and "one by one" not in text
+
+
+def test_three_classes_are_reported_one_against_rest():
+    table = make_predictions(("a1", "b2", "c3")).drop(columns="prob")
+    table["target"] = np.arange(len(table)) % 3
+    table["pred"] = table["target"].where(np.arange(len(table)) % 5 > 0, 0)
+    each = {"value": 0.811, "low": 0.7, "high": 0.9, "reason": None}
+    metrics = {
+        "side": "test",
+        "positive_class": None,
+        "n_patches": len(table),
+        "n_patients": 3,
+        "threshold": None,
+        "per_class": {
+            name: {"auroc": each, "sensitivity": each} for name in ("in situ", "benign", "invasive")
+        },
+        "macro": {"auroc": {**each, "value": 0.822}, "sensitivity": each, "specificity": each},
+        "interval": {"unit": "patient"},
+        "baseline": None,
+    }
+    facts = make_small_facts(
+        predictions=table, metrics=metrics, class_names=["in situ", "benign", "invasive"]
+    )
+    text = Page(render_report(report_of_run(facts))).text
+    assert "AUROC 0.822 95 % interval 0.700 to 0.900" in text and "in situ 0.811 (0.700 to 0.900)" in text
+    assert "3 classes apart" in text and "highest probability" in text
+
+
+@pytest.mark.slow
+def test_five_thousand_patches_stay_under_five_megabytes():
+    noise = np.random.default_rng(0)
+    table = make_predictions([f"p{i:02d}" for i in range(20)], 256)
+    facts = make_facts(
+        [f"p{i:02d}" for i in range(20)],
+        predictions=table,
+        patch_px=96,
+        get_patch=lambda _: noise.integers(0, 256, (96, 96, 3), dtype=np.uint8),
+    )
+    assert len(table) > 5000 and len(render_report(report_of_run(facts)).encode()) < 5_000_000
+
+
+def test_every_kind_of_block_is_written():
+    blocks = [
+        Text("a <b> note", "note"),
+        Bullets(["one", "two"]),
+        Table(["who", "n"], [["<i>x</i>", "3"]], caption="counts", fold="long table"),
+        Pictures([Picture("a photo", image=b"\x89PNG...")], across=1, caption="row"),
+        Gallery("missed", [("patient 1", [Patch(b"\xff\xd8...", ["0.9", "a_b"])])], note="small print"),
+        Listing("x = <1>", fold="settings"),
+    ]
+    summary = Summary("Asked?", [], unit="patient")
+    page = Page(render_report(ReportDocument("t", "s", summary, [Section("one", "One", blocks)])))
+    for words in (
+        "a <b> note",
+        "<i>x</i> 3",
+        "long table",
+        "a photo",
+        "missed patient 1",
+        "small print",
+        "x = <1>",
+    ):
+        assert words in page.text
+    kinds = [attributes["src"][:15] for tag, attributes in page.tags if tag == "img"]
+    assert kinds == ["data:image/png;", "data:image/jpeg"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (8151, "8,151"),
+        (np.int64(5), "5"),
+        (0.8427, "0.843"),
+        (np.nan, "-"),
+        (None, "-"),
+        (True, "yes"),
+        ("x", "x"),
+    ],
+)
+def test_numbers_are_written_for_readers(value, shown):
+    assert number(value) == shown
+
+
+def test_openings_are_said():
+    assert say_openings({"times": 1, "runs": 1, "kept_with": "pack"}).startswith(
+        "The ledger counts 1 opening of this"
+    )
+    assert "read-only" in say_openings({"times": 2, "runs": 1, "kept_with": "run"})
+    assert "not in the ledger" in say_openings(None)

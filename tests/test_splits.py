@@ -1,0 +1,252 @@
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from biopsy.data.packs import Pack
+from biopsy.data.protocols import divide_groups
+from biopsy.data.splits import (
+    check_no_leakage,
+    find_split,
+    list_splits,
+    load_split,
+    make_split,
+    read_split,
+    save_split,
+)
+from biopsy.errors import DataError, SplitError
+from biopsy.files import read_json, write_json
+
+MakePack = Callable[..., Pack]
+SHARES = (0.7, 0.15, 0.15)
+ids = st.lists(st.integers(0, 40), max_size=80).map(lambda extra: list(range(20)) + extra)
+
+
+def patients_of(pack: Pack, sides: np.ndarray, side: str) -> set[str]:
+    return set(pack.group_ids[sides == side])
+
+
+@given(ids, st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_every_patch_once_and_no_patient_twice(patient_ids: list[int], seed: int) -> None:
+    group_ids = np.array(patient_ids, dtype=str)
+    parts = divide_groups(group_ids, np.array(patient_ids) % 2, SHARES, seed=seed)
+    assert set(parts) == {0, 1, 2}
+    check_no_leakage(group_ids, np.array(["train", "val", "test"])[parts])
+
+
+@given(ids, st.randoms())
+@settings(max_examples=30, deadline=None)
+def test_order_of_patches_does_not_move_patients(patient_ids: list[int], shuffler: random.Random) -> None:
+    shuffled = shuffler.sample(patient_ids, len(patient_ids))
+
+    def place(order: list[int]) -> dict[int, int]:
+        parts = divide_groups(np.array(order, dtype=str), np.array(order) % 3, SHARES, seed=3)
+        return dict(zip(order, parts.tolist(), strict=True))
+
+    assert place(patient_ids) == place(shuffled)
+
+
+def test_seed_moves_patients() -> None:
+    group_ids = np.arange(30).astype(str)
+    target = np.arange(30) % 2
+    divided = [divide_groups(group_ids, target, SHARES, seed=seed).tolist() for seed in (0, 0, 1)]
+    assert divided[0] == divided[1] != divided[2]
+
+
+def test_classes_and_patches_are_balanced_between_sides() -> None:
+    rng = np.random.default_rng(0)
+    n_patches, share = rng.integers(20, 400, 60), rng.uniform(0, 1, 60)
+    group_ids = np.repeat(np.arange(60), n_patches).astype(str)
+    target = (rng.random(len(group_ids)) < np.repeat(share, n_patches)).astype(int)
+    parts = divide_groups(group_ids, target, SHARES, seed=0)
+    assert np.bincount([int(parts[group_ids == str(group)][0]) for group in range(60)]).tolist() == [42, 9, 9]
+    for part, wanted in enumerate(SHARES):
+        assert (parts == part).mean() == pytest.approx(wanted, abs=0.02)
+        assert target[parts == part].mean() == pytest.approx(target.mean(), abs=0.03)
+
+
+def test_leak_is_named() -> None:
+    group_ids = np.array(["14-4659", "b", "14-4659", "c"])
+    with pytest.raises(
+        SplitError, match=r"patient 14-4659 is in train and test; split by patient, not by patch"
+    ):
+        check_no_leakage(group_ids, np.array(["train", "train", "test", ""]))
+    check_no_leakage(group_ids, np.array(["train", "val", "", "test"]))
+
+
+def test_patients_protocol_records_what_it_did(make_pack: MakePack) -> None:
+    pack = make_pack(n_patients=10)
+    split = make_split(pack, protocol="patients", seed=1)
+    sides = split.sides(pack)
+    assert [len(patients_of(pack, sides, side)) for side in ("train", "val", "test")] == [7, 2, 1]
+    assert split.overlap is False
+    assert split.parameters["counts"]["train"] == {
+        "patches": 84,
+        "groups": 7,
+        "per_class": {"non_idc": 42, "idc": 42},
+    }
+    assert "random assignments of patients" in split.parameters["method"]
+
+
+def test_named_patients_stay_where_they_are_put(make_pack: MakePack) -> None:
+    pack = make_pack(n_patients=10)
+    split = make_split(pack, protocol="patients", test_patients=("8865", "8873"), val_patients=("8863",))
+    sides = split.sides(pack)
+    assert patients_of(pack, sides, "test") == {"8865", "8873"}
+    assert patients_of(pack, sides, "val") == {"8863"}
+    assert len(patients_of(pack, sides, "train")) == 7
+    only_test = make_split(pack, protocol="patients", test_patients=("8865",)).sides(pack)
+    assert patients_of(pack, only_test, "test") == {"8865"}
+    assert len(patients_of(pack, only_test, "val")) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"protocol": "patient"}, "there is no protocol 'patient'; did you mean 'patients'"),
+        ({"protocol": "patients", "fractions": (0.7, 0.2, 0.2)}, "three shares above 0 that sum to 1"),
+        ({"protocol": "patients", "fractions": (1.0, 0.0, 0.0)}, "three shares above 0 that sum to 1"),
+        ({"protocol": "patients", "test_patients": ("8866",)}, "no patient is called '8866'; did you mean"),
+        (
+            {"protocol": "patients", "test_patients": ("8863",), "val_patients": ("8863",)},
+            "patient 8863 was named both for val and for test",
+        ),
+        (
+            {"protocol": "patients", "test_patients": ("8863", "8865"), "val_patients": ("8867", "8869")},
+            "0 remaining patients are too few",
+        ),
+        ({"protocol": "folds"}, "4 patients are too few for 5 sides or folds"),
+        ({"protocol": "folds", "n_folds": 2}, "2 folds are too few"),
+        ({"protocol": "leave-one-out", "test_patients": ("8863",)}, "needs 2 or more patients"),
+        ({"protocol": "official"}, "brings no sides of its own"),
+        ({"protocol": "site"}, "48 of 48 patches have no site_id"),
+        ({"protocol": "kaggle-rows"}, "does not keep the rows of Kaggle's train_labels.csv"),
+        ({"protocol": "as-published"}, "name the recipe"),
+        (
+            {"protocol": "as-published", "recipe": {"method": "shuffle-paths"}},
+            "did you mean 'shuffled-paths'",
+        ),
+        ({"protocol": "as-published", "recipe": {"method": "shuffled-paths"}}, "'seed' is missing"),
+        ({"protocol": "patients", "unit": "slide"}, "cannot divide it by slide"),
+        ({"protocol": "patients", "name": "../x"}, "cannot be called '../x'"),
+    ],
+)
+def test_refusals(make_pack: MakePack, options: dict[str, object], message: str) -> None:
+    with pytest.raises(SplitError, match=message):
+        make_split(make_pack(n_patients=4), **options)  # type: ignore[arg-type]
+
+
+def test_fewer_patients_than_sides(make_pack: MakePack) -> None:
+    with pytest.raises(SplitError, match="2 patients are too few for 3 sides"):
+        make_split(make_pack(n_patients=2), protocol="patients")
+
+
+def test_folds_test_every_patient_once(make_pack: MakePack) -> None:
+    pack = make_pack(n_patients=11)
+    split = make_split(pack, protocol="folds", n_folds=4)
+    assert split.n_folds == 4
+    tested = [patients_of(pack, split.sides(pack, fold), "test") for fold in range(4)]
+    assert sorted(patient for patients in tested for patient in patients) == sorted(set(pack.group_ids))
+    for fold in range(4):
+        assert patients_of(pack, split.sides(pack, fold), "val") == tested[(fold + 1) % 4]
+    with pytest.raises(SplitError, match="folds 0 to 3; name one, got None"):
+        split.sides(pack)
+    with pytest.raises(SplitError, match="got 4"):
+        split.sides(pack, 4)
+    with pytest.raises(SplitError, match="has sides, not folds"):
+        make_split(pack, protocol="patients").sides(pack, 0)
+
+
+def test_patches_that_name_nobody_are_split_by_patch(make_pack: MakePack) -> None:
+    pack = make_pack(n_patients=6, columns={"patient_id": None, "slide_id": None})
+    split = make_split(pack, protocol="patients")
+    assert (split.unit, split.overlap) == ("patch", None)
+    assert split.parameters["counts"]["train"]["patches"] == pytest.approx(0.7 * 72, abs=1)
+    with pytest.raises(SplitError, match="names none"):
+        make_split(pack, protocol="official", cases=Path(__file__).parent)
+
+
+def test_one_class_on_a_side_is_noted(make_pack: MakePack, caplog: pytest.LogCaptureFixture) -> None:
+    target = np.repeat([0, 1, 1, 0, 1, 0], 12)
+    pack = make_pack(n_patients=6, columns={"target": target})
+    split = make_split(pack, protocol="patients", test_patients=("8863",))
+    assert "test has one class only" in split.parameters["warnings"]
+    assert "has one class only" in caplog.text
+
+
+def test_round_trip(make_pack: MakePack, tmp_path: Path) -> None:
+    pack = make_pack(n_patients=6)
+    for protocol in ("patients", "leave-one-out"):
+        split = make_split(pack, protocol=protocol, name=f"my-{protocol}", seed=5)
+        path = save_split(pack, split)
+        again = load_split(pack, f"my-{protocol}")
+        assert again.table.equals(split.table)
+        for field in ("name", "protocol", "unit", "seed", "parameters", "overlap", "pack_sha256", "n_folds"):
+            assert getattr(again, field) == getattr(split, field)
+        assert read_split(path).table.equals(split.table)
+    assert list_splits(pack) == ["my-leave-one-out", "my-patients"]
+    assert not list(pack.path.rglob("*.partial"))
+
+
+def test_order_of_rows_in_the_csv_is_free(make_pack: MakePack) -> None:
+    pack = make_pack(n_patients=6)
+    split = make_split(pack, protocol="patients")
+    path = save_split(pack, split)
+    header, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([header, *reversed(lines)]) + "\n")
+    assert (load_split(pack, "patients").sides(pack) == split.sides(pack)).all()
+
+
+def test_splits_of_other_packs_and_damaged_ones_are_refused(make_pack: MakePack) -> None:
+    pack, other = make_pack(n_patients=6), make_pack("other.pack", n_patients=5)
+    path = save_split(pack, make_split(pack, protocol="patients"))
+    save_split(other, load_split(pack, "patients"))
+    with pytest.raises(
+        SplitError, match=r"not one of other.pack: it lacks 0 of its patches and names 12 others"
+    ):
+        load_split(other, "patients")
+    whole = path.read_text()
+    path.write_text(whole[: len(whole) // 2].rpartition("\n")[0])
+    with pytest.raises(SplitError, match="it lacks 3"):
+        load_split(pack, "patients")
+    path.write_text(whole.replace("train", "trian"))
+    with pytest.raises(SplitError, match="is not a split"):
+        load_split(pack, "patients")
+    path.write_text(whole)
+    about = read_json(path.with_suffix(".json"))
+    write_json(path.with_suffix(".json"), about | {"format": "biopsy-split/2"})
+    with pytest.raises(DataError, match="update biopsy"):
+        load_split(pack, "patients")
+
+
+def test_a_hand_made_split_that_leaks_loads_but_is_not_used(make_pack: MakePack) -> None:
+    pack = make_pack(n_patients=6)
+    path = save_split(pack, make_split(pack, protocol="patients"))
+    header, first, *lines = path.read_text().splitlines()
+    moved = first.rpartition(",")[0] + (",val" if first.endswith("train") else ",train")
+    path.write_text("\n".join([header, moved, *lines]))
+    split = load_split(pack, "patients")
+    with pytest.raises(SplitError, match="patient 8863 is in train and"):
+        split.sides(pack)
+
+
+def test_find_split_makes_what_needs_nothing_more(
+    make_pack: MakePack, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pack = make_pack(n_patients=6)
+    assert find_split(pack).protocol == "patients"
+    assert list_splits(pack) == ["patients"]
+    with pytest.raises(SplitError, match="has no split 'patinets'; did you mean 'patients'"):
+        find_split(pack, "patinets")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("biopsy.data.splits.write_split", refuse)
+    assert find_split(pack, "folds").n_folds == 5
+    assert "cannot be written" in caplog.text
