@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--cohorts", type=int, default=1000, help="cohorts per number of patients")
     parser.add_argument("--draws", type=int, default=400, help="bootstrap draws")
     parser.add_argument("--auroc", type=float, default=0.83, help="pooled AUROC of the population")
+    parser.add_argument("--patients", type=int, nargs="+", default=N_PATIENTS)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/interval-coverage.csv")
     options = parser.parse_args()
@@ -107,7 +108,7 @@ def main() -> None:
     truth = measure_truth(population)
     lines = []
     with ProcessPoolExecutor(options.workers) as pool:
-        for n_patients in N_PATIENTS:
+        for n_patients in options.patients:
             judge = partial(
                 judge_cohort, n_patients=n_patients, population=population, draws=options.draws, truth=truth
             )

@@ -1,26 +1,30 @@
 """How fast `biopsy prepare` reads a zip of patches, and how much memory it takes.
 
-Measures, alternating in one process, on the same archive:
+Speed: timed in turn, in one process, on the same archive,
 
-* ``prepare``: from the zip to a finished pack on disk (listed, checked, decoded on all cores, hashed, written);
-* ``pillow``: the loop many scripts have: zipfile, ``Image.open(...).convert("RGB")``, one thread, into an array.
+* ``prepare``: from the zip to a pack on disk: listed, checked, decoded on all cores, hashed, written;
+* ``pillow``: the usual loop, one thread: zipfile, ``Image.open(...).convert("RGB")``, into an array.
+
+Memory: an archive of the full IDC release's size in its layout, made of phantom patches whose pixels are all
+shifted differently, is prepared in a fresh process that watches its own resident pages. ``peak_rss_mb`` is
+all of them, the mapped archive included; ``peak_anonymous_mb`` those that no file backs. The pack is written,
+not mapped, so none of its pages are in either.
 
 Commands::
 
     python benchmarks/prepare_speed.py ../shared/data/idc/idc_kaggle_subset.zip
     python benchmarks/prepare_speed.py --full-size 277524
 
-The second makes an archive of that many 50 x 50 patches in IDC's layout (phantom patches, each with pixels
-of its own) and prints the peak memory of `prepare` in a fresh process: all resident pages, and those not backed
-by a file, which leave out the pack's and the archive's own. Both write a row to ``benchmarks/results``.
+Rows are appended to ``results/prepare-speed.csv`` and ``results/prepare-memory.csv``.
 """
 
 import argparse
 import csv
 import io
+import itertools
+import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -38,6 +42,7 @@ import PIL
 from PIL import Image
 
 from biopsy.data.packing import prepare
+from biopsy.data.phantom.cohort import iter_patches
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -46,7 +51,9 @@ def describe_machine() -> dict[str, object]:
     """Give what a reader needs to compare: processor, cores, load by others, versions."""
     processor = platform.processor()
     if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
+        ]
         processor = names[0].partition(":")[2].strip() if names else processor
     return {
         "date": datetime.now(UTC).date().isoformat(),
@@ -72,7 +79,7 @@ def write_row(name: str, row: dict[str, object]) -> None:
 
 
 def read_by_pillow(source: Path) -> np.ndarray:
-    """Decode a zip of patches of up to 50 x 50 pixels the usual way."""
+    """Decode a zip of patches the usual way; none is larger than the first."""
     with zipfile.ZipFile(source) as archive:
         names = [name for name in archive.namelist() if name.endswith((".png", ".jpg"))]
         first = Image.open(io.BytesIO(archive.read(names[0])))
@@ -89,9 +96,9 @@ def compare_speed(source: Path, repeats: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(repeats + 1):
             out = Path(folder) / f"{repeat}.pack"
-            for name, work in (("prepare", lambda out=out: prepare(source, out)), ("pillow", lambda: read_by_pillow(source))):
+            for name in times:
                 start = time.perf_counter()
-                n_patches = len(work())
+                n_patches = len(prepare(source, out) if name == "prepare" else read_by_pillow(source))
                 if repeat:
                     times[name].append(time.perf_counter() - start)
             shutil.rmtree(out)
@@ -106,9 +113,83 @@ def compare_speed(source: Path, repeats: int) -> None:
     write_row("prepare-speed.csv", row | describe_machine())
 
 
+def write_full_size_archive(path: Path, n_patches: int, n_painted: int = 2000) -> None:
+    """Write phantom patches in IDC's layout, each of the painted ones many times, shifted in colour."""
+    painted = list(itertools.islice(iter_patches(8, n_painted // 8, seed=0), n_painted))
+    with zipfile.ZipFile(path, "w") as archive:
+        for index in range(n_patches):
+            copy, patch = index // len(painted), painted[index % len(painted)]
+            pixels = patch.image + np.array([copy % 16, copy // 16 % 16, copy // 256], np.uint8)
+            patient = int(patch.patient_id) + 100 * copy
+            name = f"{patient}_idx5_x{patch.x}_y{patch.y}_class{patch.target}.png"
+            done, encoded = cv2.imencode(".png", pixels[..., ::-1])
+            assert done
+            archive.writestr(f"IDC_regular_ps50_idx5/{patient}/{patch.target}/{name}", encoded.tobytes())
+
+
+def read_memory() -> dict[str, int]:
+    """Give this process's memory by kind, in kB (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith(("Vm", "Rss"))}
+
+
+def prepare_and_watch(source: Path, out: Path) -> None:
+    """Prepare a pack, print how long it took and how much memory, as JSON."""
+    at_start = read_memory()
+    peak, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            peak[0] = max(peak[0], read_memory()["RssAnon"])
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    pack = prepare(source, out)
+    seconds = time.perf_counter() - start
+    done.set()
+    watcher.join()
+    row = {
+        "patches": len(pack),
+        "seconds": round(seconds, 1),
+        "per_s": round(len(pack) / seconds),
+        "rss_at_start_mb": at_start["VmRSS"] // 1000,
+        "peak_rss_mb": read_memory()["VmHWM"] // 1000,
+        "peak_anonymous_mb": peak[0] // 1000,
+        "archive_mb": source.stat().st_size // 10**6,
+        "pack_mb": sum(pack.info.files.values()) // 10**6,
+    }
+    print(json.dumps(row))
+
+
+def measure_memory(n_patches: int) -> None:
+    """Make the archive, prepare it in a process of its own, write what that one saw."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "phantom.zip"
+        write_full_size_archive(source, n_patches)
+        command = [sys.executable, __file__, str(source), "--watch", str(Path(folder) / "phantom.pack")]
+        answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    write_row("prepare-memory.csv", json.loads(answer.splitlines()[-1]) | describe_machine())
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", nargs="?", type=Path, help="a zip of patches")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "source", nargs="?", type=Path, help="a zip of patches, all of one size or smaller than the first"
+    )
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--full-size", type=int, metavar="N", help="measure memory on a phantom archive of N patches"
+    )
+    parser.add_argument("--watch", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    compare_speed(arguments.source, arguments.repeats)
+    if arguments.full_size:
+        measure_memory(arguments.full_size)
+    elif arguments.watch:
+        prepare_and_watch(arguments.source, arguments.watch)
+    elif arguments.source:
+        compare_speed(arguments.source, arguments.repeats)
+    else:
+        parser.error("a zip or --full-size is needed")

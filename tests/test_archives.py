@@ -6,11 +6,17 @@ import zipfile
 
 import pytest
 
-from biopsy.data.archives import FolderArchive, ZipArchive, open_archive
+from biopsy.data.archives import FolderArchive, ZipArchive, is_junk, open_archive
 from biopsy.errors import ArchiveError, DataError
 
 FILES = {"b/2.png": b"two" * 100, "a/1.png": b"one", "a/10.png": os.urandom(5000), "notes.txt": b""}
-JUNK = {".DS_Store": b"x", "__MACOSX/a/1.png": b"x", "a/Thumbs.db": b"x", "a/.hidden/3.png": b"x"}
+JUNK = {
+    ".DS_Store": b"x",
+    "desktop.ini": b"x",
+    "__MACOSX/a/1.png": b"x",
+    "a/Thumbs.db": b"x",
+    "a/.hidden/3.png": b"x",
+}
 
 
 def write_zip(path, files, compression=zipfile.ZIP_STORED):
@@ -47,6 +53,14 @@ def test_entries_are_in_order_and_without_junk(archive):
         assert entry.size == len(FILES[entry.name])
         assert bytes(archive.read(entry)) == FILES[entry.name]
         assert FILES[entry.name].startswith(bytes(archive.peek(entry))[:4096])
+
+
+@pytest.mark.parametrize(
+    ("name", "junk"),
+    [("./a.png", False), ("a/.b/c", True), ("a.b/c", False), ("Thumbs.db", True), ("Thumbs.dbx", False)],
+)
+def test_what_is_junk(name, junk):
+    assert is_junk(name) == junk
 
 
 def test_same_compares_contents(tmp_path):
@@ -111,15 +125,15 @@ def test_missing_empty_cut_and_other_files_are_refused(tmp_path):
     refuse(path, "is a zip without files")
 
 
-@pytest.mark.parametrize("name", ["../a.png", "a/../../b.png", "/etc/a.png", "C:/a.png", "..\\a.png"])
+@pytest.mark.parametrize(
+    "name", ["../a.png", "a/../../b.png", "/etc/a.png", "C:/a.png", "..\\a.png", "a/..", "\\\\server\\a.png"]
+)
 def test_names_that_lead_out_are_refused(tmp_path, name):
-    refuse(
-        write_zip(tmp_path / "x.zip", {"a/1.png": b"1", name: b"2"}), "a name that leads out of the archive"
-    )
+    refuse(write_zip(tmp_path / "x.zip", {"a/1.png": b"1", name: b"2"}), "a name that leads out of it")
 
 
 def patch_directory(path, name, offset, value):
-    """Overwrite a 16-bit field of an entry's header in the zip's directory (and keep the zip otherwise whole)."""
+    """Overwrite a 16-bit field of an entry's header in the zip's directory and nothing else."""
     data = bytearray(path.read_bytes())
     at = data.rindex(b"PK\x01\x02", 0, data.rindex(name.encode()))
     struct.pack_into("<H", data, at + offset, value)

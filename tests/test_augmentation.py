@@ -62,7 +62,7 @@ def test_global_randomness_is_left_alone():
 
 
 def test_quarter_turns_and_flips_only_move_pixels():
-    batch = make_batch(64, 9, 9)
+    batch = make_batch(200, 9, 9)
     settings = Augmentation(quarter_turns=True, flip_horizontal=True, flip_vertical=True)
     moved = settings.augment(batch, generator())
     assert moved.is_contiguous(memory_format=torch.channels_last)

@@ -368,3 +368,26 @@ def test_from_archive_to_report(make_idc_zip, tmp_path, monkeypatch):
 
     again = call("train", "--resume", "run")
     assert again.exit_code == 1 and again.stderr.startswith("error: run is finished")
+
+
+def test_demo_ends_in_a_report_and_can_be_run_again(tmp_path, monkeypatch):
+    from biopsy.upkeep import demo
+
+    monkeypatch.setattr(demo, "N_PATIENTS", 12)
+    monkeypatch.setattr(demo, "PATCHES_PER_PATIENT", 20)
+    monkeypatch.setattr(demo, "SETTINGS", ("train.epochs=1", "train.batch_size=16"))
+    folder = tmp_path / "demonstration"
+    for _ in range(2):
+        result = call("demo", "--out", folder)
+        assert result.exit_code == 0, result.stderr
+        report = Path(result.stdout.removeprefix("report: ").strip())
+        assert report.is_file() and folder in report.parents
+        assert "AUROC on patients never seen" in result.stderr
+    assert (folder / "cohort.pack" / "inspection" / "classes.png").is_file()
+
+
+def test_demo_leaves_another_folder_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    result = call("demo", "--out", tmp_path)
+    assert result.exit_code == 1 and "is not empty and holds no demonstration" in result.stderr
+    assert (tmp_path / "thesis.txt").read_text() == "precious"

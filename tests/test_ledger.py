@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from biopsy.data.ledger import FILE, count_openings, read_openings, record_opening
 from biopsy.data.packs import Pack
@@ -77,6 +78,17 @@ def test_a_line_cut_short_is_not_counted_and_spoils_no_other(
     record_opening(pack, tmp_path, entry("r1"))
     assert count_openings(pack, split="patients") == {"times": 2, "runs": 2, "kept_with": "pack"}
     assert "line 2 was not written to its end" in caplog.text
+
+
+def test_nobody_writes_while_another_holds_the_lock(make_pack: MakePack, tmp_path: Path) -> None:
+    pack = make_pack(n_patients=1)
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(pack.path / f".{FILE}.lock"):
+            waiting = pool.submit(record_opening, pack, tmp_path, entry())
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.2)
+            assert read_openings(pack) == []
+        assert waiting.result(timeout=10) == pack.path / FILE
 
 
 def test_threads_lose_nothing(make_pack: MakePack, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_refusals():
         make_optimiser("adgrad", params, 0.1)
     with pytest.raises(RecipeError, match="unfreeze"):
         make_optimiser("adam", [torch.zeros(1)], 0.1)
-    with pytest.raises(RecipeError, match="'adam' takes no momentum=0.9"):
+    with pytest.raises(RecipeError, match=r"'adam' takes no momentum=0\.9"):
         make_optimiser("adam", params, 0.1, momentum=0.9)
     with pytest.raises(RecipeError, match="takes no weight_decay"):
         make_optimiser("rmsprop", params, 0.1, weight_decay=0.1)

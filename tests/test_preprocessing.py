@@ -47,7 +47,7 @@ def test_other_filters_are_opencvs(name, flag, width, height):
 
 
 def test_padding_is_kept_where_asked():
-    patch, kept = padded(12, 50)
+    _, kept = padded(12, 50)
     preprocessing = Preprocessing(input_px=50, odd_sizes="pad")
     assert np.array_equal(preprocessing.resize_patches(kept, np.array([12]), np.array([50])), kept)
 

@@ -7,15 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from report_facts import (
-    THRESHOLD,
-    Page,
-    figures,
-    make_facts,
-    make_metrics,
-    make_predictions,
-    make_small_facts,
-)
 
 from biopsy.sharing.document import (
     Bullets,
@@ -33,7 +24,15 @@ from biopsy.sharing.document import (
 )
 from biopsy.sharing.evidence import say_openings
 from biopsy.sharing.report import render_report, report_of_run
-
+from report_facts import (
+    THRESHOLD,
+    Page,
+    figures,
+    make_facts,
+    make_metrics,
+    make_predictions,
+    make_small_facts,
+)
 
 PATCH = np.zeros((50, 50, 3), np.uint8)
 
@@ -70,7 +69,8 @@ def test_summary_numbers_are_the_metrics(report):
     page = Page(report).text
     for label, name in (("AUROC", "auroc"), ("Sensitivity", "sensitivity"), ("Specificity", "specificity")):
         found = metrics[name]
-        shown = f"{label} {found['value']:.3f} 95 % interval {found['low']:.3f} to {found['high']:.3f}, over patients"
+        interval = f"{found['low']:.3f} to {found['high']:.3f}"
+        shown = f"{label} {found['value']:.3f} 95 % interval {interval}, over patients"
         assert shown in page
     assert "colour alone: 0.612" in page and "Research use only" in page
     assert "Can it tell IDC from not IDC, on patches of patients it has never seen?" in page

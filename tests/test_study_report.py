@@ -2,15 +2,16 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
-from report_facts import Page, figures, make_study
 from sklearn.metrics import roc_auc_score
 
 from biopsy.sharing.report import render_report
-from biopsy.sharing.study import report_of_study, spread_over_seeds
+from biopsy.sharing.study import name_folds, report_of_study, spread_over_seeds
+from report_facts import Page, figures, make_study
 
 
 def test_study_report_keeps_seeds_apart_from_patients():
@@ -29,14 +30,26 @@ def test_study_names_every_patient_beside_the_baseline():
     facts = make_study()
     part = facts.predictions[facts.predictions["patient_id"] == "8863"]
     seeds = [roc_auc_score(found["target"], found["prob"]) for _, found in part.groupby("seed")]
-    shown = f"8863 64 {np.mean(seeds):.3f} {min(seeds):.3f} to {max(seeds):.3f} 0.650 {np.mean(seeds) - 0.65:+.3f}"
-    assert shown in Page(render_report(report_of_study(facts))).text
+    mean, spread = np.mean(seeds), f"{min(seeds):.3f} to {max(seeds):.3f}"
+    assert (
+        f"8863 64 {mean:.3f} {spread} 0.650 {mean - 0.65:+.3f}"
+        in Page(render_report(report_of_study(facts))).text
+    )
 
 
 def test_study_hides_ids_in_folds_too():
     text = render_report(report_of_study(make_study(("TCGA-1", "TCGA-2", "8867")), hide_ids=True))
     assert not re.search("TCGA|8867", re.sub(r"base64,[^\"]*", "", text))
     assert "patient-1" in text and "+0." in text
+
+
+def test_folds_are_named_by_whom_they_test():
+    table = pd.DataFrame({"fold": [0, 1], "tested": ["8863", " ".join(["8865"] * 9)]})
+    assert name_folds(table) == ["8863", "1"] and name_folds(table[["fold"]]) == ["0", "1"]
+    facts = make_study()
+    runs = facts.table.assign(tested=facts.table["fold"], fold=range(9))
+    page = Page(render_report(report_of_study(replace(facts, table=runs), hide_ids=True))).text
+    assert "patient-1" in page and not re.search("8863|8865|8867", page)
 
 
 def test_spread_over_seeds_is_by_fold():

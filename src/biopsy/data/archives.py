@@ -7,6 +7,7 @@ asked for, which may be any thread. Names never become paths unless they came fr
 import hashlib
 import mmap
 import os
+import re
 import struct
 import zipfile
 import zlib
@@ -26,7 +27,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 _PIXEL_SUFFIXES = (*IMAGE_SUFFIXES, ".h5", ".hdf5")
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # APPNOTE 4.3.7: signature ... name length, extra length
-_JUNK = {"__MACOSX", "Thumbs.db", "desktop.ini"}
+_JUNK = re.compile(r"(?:^|/)(?:\.(?!/)|(?:__MACOSX|Thumbs\.db|desktop\.ini)(?:/|$))")
+_LEADS_OUT = re.compile(r"^[\\/]|^[^\\/]*:|(?:^|[\\/])\.\.(?:[\\/]|$)|\0")
 _STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 _ENCRYPTED = 0x1  # bit 0 of the general purpose flags
 _RELEASE_BYTES = 2**26
@@ -187,7 +189,7 @@ def open_archive(path: Path | str) -> Archive:
 
 def is_junk(name: str) -> bool:
     """Say whether a name is hidden or left behind by macOS or Windows."""
-    return any(part in _JUNK or (part.startswith(".") and part != ".") for part in name.split("/"))
+    return _JUNK.search(name) is not None
 
 
 def _list_zip(path: Path) -> list[Entry]:
@@ -203,7 +205,10 @@ def _list_zip(path: Path) -> list[Entry]:
     except OSError as error:
         raise ArchiveError(f"{path} cannot be read: {error.strerror}") from None
     for info in infos:
-        _check_name(path, info.orig_filename)
+        if _LEADS_OUT.search(info.orig_filename):
+            raise ArchiveError(
+                f"{path} holds {info.orig_filename!r}, a name that leads out of it: it is not read"
+            )
     infos = [info for info in infos if not is_junk(info.filename)]
     if not infos:
         raise ArchiveError(f"{path} is a zip without files")
@@ -224,12 +229,6 @@ def _list_zip(path: Path) -> list[Entry]:
         )
         for info in infos
     )
-
-
-def _check_name(path: Path, name: str) -> None:
-    parts = name.replace("\\", "/").split("/")
-    if ".." in parts or parts[0] == "" or parts[0].endswith(":") or "\0" in name:
-        raise ArchiveError(f"{path} holds {name!r}, a name that leads out of the archive: it is not read")
 
 
 def _inflate(packed: memoryview, entry: Entry, n_first: int = 0) -> bytes | memoryview:

@@ -86,7 +86,7 @@ def fold_classes(
         if name not in class_names:
             raise DataError(f"--positive {name!r} is no class of this dataset; {suggest(name, class_names)}")
     rest = [name for name in class_names if name not in names]
-    if list(class_names) == names:
+    if len(class_names) == 1 and list(class_names) == names:  # a set of one class, all of it positive
         return table, names, names[0]
     if not rest or not names:
         raise DataError(

@@ -165,8 +165,12 @@ def content_sha256(patches: np.ndarray, table: pd.DataFrame) -> str:
 
 def table_sha256(table: pd.DataFrame) -> str:
     """Give the `content_sha256` of a table whose column ``sha256`` is known to be that of its pixels."""
-    columns = [*IDENTITY_COLUMNS, "sha256"]
-    return hashlib.sha256(table[columns].to_csv(index=False, na_rep="").encode()).hexdigest()
+    digest = hashlib.sha256()
+    for name in (*IDENTITY_COLUMNS, "sha256"):
+        column = table[name]
+        values = column.astype(object).where(column.notna(), "").tolist()
+        digest.update("\x1f".join([name, *map(str, values), "\n"]).encode())
+    return digest.hexdigest()
 
 
 def patch_sha256(patch: np.ndarray) -> str:

@@ -79,12 +79,12 @@ class Engine:
 
         Returns:
             The loss before the update, a scalar, and the logits ``(B, n_classes)``; both on the device
-            (``.item()`` waits for it).
+            (``.item()`` waits for them).
         """
         optimiser.zero_grad(set_to_none=True)
         with self.autocast():
-            logits = network(batch)
-        loss = loss_fn(logits.float(), target)
+            logits = network(batch).float()
+        loss = loss_fn(logits, target)
         loss.backward()
         optimiser.step()
         return loss.detach(), logits.detach()

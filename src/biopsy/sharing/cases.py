@@ -20,10 +20,10 @@ from biopsy.sharing.document import (
     Section,
     Table,
     Text,
-    estimate_text,
     number,
 )
 from biopsy.sharing.facts import RunFacts
+from biopsy.sharing.numbers import Footnotes
 from biopsy.statistics.intervals import measure_groups
 
 MOST_MISTAKES = 12
@@ -102,7 +102,7 @@ def _blocks_by_group(facts: RunFacts, who: np.ndarray, known: np.ndarray) -> lis
 
 
 def _table_of_subgroups(subgroups: Mapping[str, Mapping[str, Any]], unit: str) -> Table:
-    rows = []
+    rows, reasons = [], Footnotes()
     for column, values in subgroups.items():
         for value, found in values.items():
             m = found.get("patch", found)
@@ -112,11 +112,12 @@ def _table_of_subgroups(subgroups: Mapping[str, Mapping[str, Any]], unit: str) -
                     str(value),
                     number(found.get("n_patches")),
                     number(found.get("n_patients")),
-                    *(estimate_text(m.get(key, {})) for key in ("auroc", "sensitivity", "specificity")),
+                    *(reasons.estimate(m.get(key, {})) for key in ("auroc", "sensitivity", "specificity")),
                 ]
             )
     columns = ["column", "subgroup", "patches", f"{unit}s", "AUROC", "sensitivity", "specificity"]
-    return Table(columns, rows, caption="Subgroups", note="In brackets the 95 % interval.", text_columns=2)
+    note = f"In brackets the 95 % interval.{reasons.text}"
+    return Table(columns, rows, caption="Subgroups", note=note, text_columns=2)
 
 
 def describe_mistakes(facts: RunFacts) -> Section | None:

@@ -106,7 +106,7 @@ class StudyFacts:
     Attributes:
         study: What ``study.json`` holds (``name``, ``command``, ``pack``, ``split``, ``environment``, ...).
         table: One row a run, with ``fold``, ``seed`` and any of the metric names, ``baseline_auroc``,
-            ``n_patches``, ``n_patients``, ``threshold``, ``chosen_epoch``, ``seconds``.
+            ``tested`` (ids that the fold tests), ``n_patches``, ``threshold``, ``chosen_epoch``.
         predictions: Out-of-fold predictions of all runs, with ``fold`` and ``seed``.
         metrics: The pooled evaluation, as ``metrics.json``.
         class_names: Names by class index.

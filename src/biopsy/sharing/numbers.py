@@ -169,6 +169,13 @@ class Footnotes:
             self._reasons.append(reason)
         return f"none ({ascii_lowercase[self._reasons.index(reason)]})"
 
+    def estimate(self, estimate: Mapping[str, Any]) -> str:
+        """Write a number and its interval in one cell."""
+        interval = self.interval(estimate)
+        return (
+            f"{number(estimate.get('value'))} {interval if interval.startswith('none') else f'({interval})'}"
+        )
+
     @property
     def text(self) -> str:
         return "".join(

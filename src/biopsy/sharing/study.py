@@ -1,6 +1,7 @@
 """The report of a study: every run, the spread over seeds, and the pooled out-of-fold numbers."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ def report_of_study(facts: StudyFacts, *, hide_ids: bool = False) -> ReportDocum
     """
     if hide_ids and not facts.ids_hidden:
         facts = hide_study(facts)
+    facts = replace(facts, table=facts.table.assign(fold=name_folds(facts.table)))
     m, table = facts.metrics, facts.table
     n_folds, n_seeds = table["fold"].nunique(), table["seed"].nunique()
     title = facts.recipe.get("title") or facts.recipe.get("name") or "A study"
@@ -77,6 +79,13 @@ def report_of_study(facts: StudyFacts, *, hide_ids: bool = False) -> ReportDocum
         warnings=_warn_reader(facts),
         footer=f"Written by biopsy {(facts.study.get('environment') or {}).get('biopsy', '')}".strip() + ".",
     )
+
+
+def name_folds(table: pd.DataFrame) -> list[str]:
+    """Name each run's fold by whom it tests, where the table says so in a few words, else by its number."""
+    tested = table["tested"].astype(str) if "tested" in table else pd.Series([""] * len(table))
+    short = tested.str.len().between(1, 24).to_numpy()
+    return [who if fits else str(fold) for who, fits, fold in zip(tested, short, table["fold"], strict=True)]
 
 
 def spread_over_seeds(table: pd.DataFrame, metric: str = "auroc") -> pd.DataFrame:

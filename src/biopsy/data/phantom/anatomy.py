@@ -38,6 +38,13 @@ class Anatomy:
     maps: dict[str, Floats]
     fibre_angle: float
     glands: tuple[Gland, ...]
+    gland_bounds: Floats  # (n, 4): left, top, right, bottom of each gland in micrometres
+
+    def glands_within(self, left_um: float, top_um: float, right_um: float, bottom_um: float) -> list[Gland]:
+        """Give the glands and vessels that may touch a rectangle."""
+        left, top, right, bottom = self.gland_bounds.T
+        near = (left < right_um) & (right > left_um) & (top < bottom_um) & (bottom > top_um)
+        return [self.glands[i] for i in np.flatnonzero(near)]
 
     def read(self, name: str, x_um: Floats, y_um: Floats) -> Floats:
         """Give a slow map at points, arrays ``(H, W)`` in micrometres."""
@@ -94,6 +101,7 @@ def plan_slide(seed: int, patient: str, *, tissue_mm2: float, tumour_frac: float
         maps=maps,
         fibre_angle=float(rng.uniform(0, np.pi)),
         glands=tuple(glands),
+        gland_bounds=np.array([[*g.outline.min(0), *g.outline.max(0)] for g in glands]).reshape(-1, 4),
     )
 
 

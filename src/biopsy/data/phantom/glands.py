@@ -26,13 +26,6 @@ class Gland:
     nuclei: Floats
     content: float  # what the hollow holds: 0 nothing, up to 1 secretion (gland) or blood (vessel)
 
-    @property
-    def bounds(self) -> tuple[float, float, float, float]:
-        """Left, top, right, bottom in micrometres."""
-        left, top = self.outline.min(0)
-        right, bottom = self.outline.max(0)
-        return float(left), float(top), float(right), float(bottom)
-
 
 def grow_glands(
     rng: np.random.Generator, habit: Habit, tissue: Floats, tumour: Floats, fat: Floats, cell_um: float
@@ -190,7 +183,7 @@ def _nuclei(
 ) -> Floats:
     n = len(place)
     size = np.exp(rng.normal(0, 0.08, n))
-    stain = 1.1 * np.exp(rng.normal(0, 0.1, n))
+    stain = 0.92 * np.exp(rng.normal(0, 0.1, n))
     columns = [place[:, 0], place[:, 1], radius_um[0] * size, radius_um[1] * size, angle[:n], stain]
     return np.stack(columns, axis=1).astype(np.float32)
 

@@ -37,10 +37,10 @@ def draw_look(seed: int, patient: str) -> Look:
     """Draw a patient's stain and scanner; the same seed and patient give the same look."""
     rng = make_rng(seed, "phantom", patient, "look")
     # Ratios read off the stroma and the darkest nuclei of real IDC patches (patients outside the test slides).
-    haematoxylin = np.array([0.97, 1.02, 0.58]) * rng.normal(1.0, [0.07, 0.06, 0.08])
-    eosin = np.array([0.13, 0.56, 0.33]) * rng.normal(1.0, [0.32, 0.07, 0.15])
+    haematoxylin = np.array([0.84, 0.98, 0.53]) * rng.normal(1.0, [0.07, 0.06, 0.08])
+    eosin = np.array([0.12, 0.56, 0.33]) * rng.normal(1.0, [0.25, 0.06, 0.13])
     blood = np.array([0.16, 1.15, 0.72]) * rng.normal(1.0, [0.25, 0.08, 0.12])
-    amounts = np.exp(rng.normal(0.0, [0.17, 0.2, 0.1]))
+    amounts = np.exp(rng.normal(0.0, [0.2, 0.22, 0.1]))
     stains = np.stack([haematoxylin, eosin, blood]) * amounts[:, None]
     return Look(
         stains=np.clip(stains, 0.005, None).astype(np.float32),

@@ -24,11 +24,12 @@ class Weave:
     def __init__(self, anatomy: Anatomy) -> None:
         rng = make_rng(anatomy.seed, "phantom", anatomy.patient, "weave")
         habit = anatomy.habit
-        self.fibres = Field(rng, 7.0, 8.0), Field(rng, 3.0, 7.0), Field(rng, 22.0, 4.0)
-        self.cracks = Field(rng, 6.5, 13.0)
+        self.fibres = Field(rng, 8.0, 4.0), Field(rng, 3.2, 4.5), Field(rng, 30.0, 2.5)
+        self.cracks = Field(rng, 5.5, 9.0)
         self.nests = Field(rng, habit.nest_um), Field(rng, habit.nest_um / 3)
         self.cords = Field(rng, habit.cord_um, 3.5), Field(rng, habit.cord_um / 2)
         self.edge = Field(rng, 45.0)
+        self.wave = Field(rng, 28.0)
         self.grain = Field(rng, 4.0)
         self.patchy = Field(rng, 30.0)
         self.fat_cells = Jitter(rng, habit.fat_cell_um, 0.7)
@@ -85,13 +86,14 @@ def _draw(anatomy: Anatomy, weave: Weave, x: Floats, y: Floats, um: float) -> Re
     habit = anatomy.habit
     maps = anatomy.read_all(anatomy.maps, x, y)
     rough = weave.edge.at(x, y)
-    depth = maps["tissue"] + 14 * rough
+    depth = maps["tissue"] + 14 * rough + 4 * weave.patchy.at(x, y)
     tumour = _ramp((maps["tumour"] + 18 * rough) / 30 + 0.3)
     along, across = _fibre_axes(anatomy, maps, x, y)
+    across = across + 5.0 * weave.wave.at(x, y)
     fibre = sum(w * f.at(along, across) for w, f in zip((0.55, 0.4, 0.35), weave.fibres, strict=True))
     grain = weave.grain.at(x, y)
 
-    e, h = _stroma(habit_of=anatomy, weave=weave, maps=maps, tumour=tumour, fibre=fibre, axes=(along, across))
+    e, h = _stroma(habit_of=anatomy, weave=weave, maps=maps, tumour=tumour, fibre=fibre, grain=grain, axes=(along, across))
     region = Region(x, y, um, h, e, np.zeros_like(e), np.zeros_like(e))
     epithelium, hollow, margin = _tumour_shape(anatomy, weave, maps, tumour, x, y, along, across)
     bed, gland, gland_hollow, wall, bloody, gland_nuclei = _organs(anatomy, region)
@@ -153,11 +155,12 @@ def _stroma(
     maps: dict[str, Floats],
     tumour: Floats,
     fibre: Floats,
+    grain: Floats,
     axes: tuple[Floats, Floats],
 ) -> tuple[Floats, Floats]:
     habit = habit_of.habit
-    mucoid = _ramp(0.4 * (maps["tint"] - 1.6 + 2 * habit.mucoid)) + 0.4 * habit.desmoplasia * tumour
-    e = habit.stroma_e * (1 + 0.13 * maps["tint"]) * (1 + habit.fibre * fibre) * (1 - 0.45 * mucoid)
+    mucoid = _ramp(0.4 * (maps["tint"] - 1.6 + 2 * habit.mucoid)) + 0.45 * habit.desmoplasia * tumour
+    e = habit.stroma_e * (1 + 0.13 * maps["tint"]) * (1 + habit.fibre * (fibre + 0.5 * grain)) * (1 - 0.45 * mucoid)
     h = 0.05 + 0.03 * fibre + 0.22 * mucoid * (1 + 0.2 * fibre)
     crack = _ramp(2.2 * (weave.cracks.at(*axes) + 0.5 * maps["grade"] - 3.0 + 1.5 * habit.cracks) - 0.5 * tumour)
     loose = 1 - 0.93 * crack
@@ -185,8 +188,9 @@ def _tumour_shape(
     threshold = 1.1 - 2.1 * habit.fill - 0.55 * maps["grade"] * (0.5 + tumour)
     height = level - threshold
     epithelium = _ramp(3 * height + 0.5) * tumour
-    opens = 1.9 - 1.2 * habit.tubules + 0.5 * mix + np.maximum(-threshold, 0)
-    hollow = _ramp(4 * (height - opens)) * tumour * (habit.tubules > 0)
+    opens = 2.3 - 0.9 * habit.tubules + 0.5 * mix + np.maximum(-threshold, 0)
+    bored = 0.7 * height + 0.6 * weave.cords[1].at(x, y)
+    hollow = _ramp(4 * (bored - opens)) * tumour * (habit.tubules > 0)
     cleft = _ramp(0.5 - 9 * np.abs(height + 0.1)) * tumour * (habit.cleft > 0) * _ramp(maps["cells"] + 2 * habit.cleft)
     return epithelium, hollow, cleft
 
@@ -195,11 +199,7 @@ def _organs(anatomy: Anatomy, region: Region) -> tuple[Floats, Floats, Floats, F
     """Draw lobule beds, glands, their hollows, vessel walls, blood, and give the nuclei that line them."""
     shape, origin, um = region.h.shape, region.origin_um, region.um
     right, bottom = origin[0] + shape[1] * um, origin[1] + shape[0] * um
-    near = [
-        g
-        for g in anatomy.glands
-        if g.bounds[0] < right and g.bounds[2] > origin[0] and g.bounds[1] < bottom and g.bounds[3] > origin[1]
-    ]
+    near = anatomy.glands_within(*origin, right, bottom)
 
     def fill(outlines: list[Floats], level: list[float] | None = None) -> Floats:
         return fill_outlines(shape, origin, um, outlines, level)
@@ -229,29 +229,31 @@ def _fat(
     pad = 2 * anatomy.habit.fat_cell_um
     points = weave.fat_cells.within(left - pad, top - pad, x.shape[1] * um + 2 * pad, y.shape[0] * um + 2 * pad)
     free = region.pick(organs, points.x_um, points.y_um) < 0.3
-    is_fat = (points.draws[:, 0] < region.pick(share, points.x_um, points.y_um)) & free
-    radius = anatomy.habit.fat_cell_um * (0.42 + 0.3 * points.draws[:, 1])
+    crowd = region.pick(share, points.x_um, points.y_um)
+    is_fat = (points.draws[:, 0] < crowd) & free
+    size = anatomy.habit.fat_cell_um * (0.3 + 0.5 * points.draws[:, 1])
+    lone = np.where(is_fat, np.where(crowd > 0.7, 1e3, 0.45 * size), 0)  # a cell with few neighbours stays round
     # Nearest and second nearest centre, cell by cell: each centre only reaches its neighbourhood.
     first = np.full(x.shape, 1e3, np.float32)
     second = np.full(x.shape, 1e3, np.float32)
     white = np.zeros(x.shape, np.float32)
     reach = 1.25 * anatomy.habit.fat_cell_um
-    for px, py, fat, r in zip(points.x_um, points.y_um, is_fat, radius, strict=True):
-        c0, c1 = (int(np.clip((px + d - left) / um, 0, x.shape[1])) for d in (-reach, reach))
-        r0, r1 = (int(np.clip((py + d - top) / um, 0, x.shape[0])) for d in (-reach, reach))
-        if c0 >= c1 or r0 >= r1:
-            continue
-        box = np.s_[r0:r1, c0:c1]
-        away = np.sqrt((x[r0, c0:c1][None] - px) ** 2 + (y[r0:r1, c0][:, None] - py) ** 2) - 0.55 * r
+    columns = np.clip((points.x_um[:, None] + (-reach, reach) - left) / um, 0, x.shape[1]).astype(int)
+    rows = np.clip((points.y_um[:, None] + (-reach, reach) - top) / um, 0, x.shape[0]).astype(int)
+    visible = (columns[:, 0] < columns[:, 1]) & (rows[:, 0] < rows[:, 1])
+    for i in np.flatnonzero(visible):
+        box = np.s_[rows[i, 0] : rows[i, 1], columns[i, 0] : columns[i, 1]]
+        dx2 = (x[0, box[1]] - points.x_um[i]) ** 2
+        dy2 = (y[box[0], 0] - points.y_um[i]) ** 2
+        away = np.sqrt(dx2 + dy2[:, None]) - 0.55 * size[i]
         nearer = away < first[box]
-        second[box] = np.where(nearer, first[box], np.minimum(second[box], away))
-        first[box] = np.where(nearer, away, first[box])
-        white[box] = np.where(nearer, r if fat else 0.0, white[box])
+        np.copyto(second[box], np.where(nearer, first[box], np.minimum(second[box], away)))
+        np.copyto(first[box], away, where=nearer)
+        np.copyto(white[box], lone[i], where=nearer)
     gap = 0.5 * (second - first)
-    cell = _ramp((gap - 1.2) / um + 0.5) * _ramp((white * 0.45 - first) / um + 0.5) * (white > 0)
-    wall = _ramp((share - 0.5) * 4) * (white > 0) * (1 - cell) * (1 - organs)
-    loose = _ramp(1.6 - 0.45 * gap) * wall
-    return np.maximum(cell, wall), loose
+    cell = _ramp((gap - 1.0) / um + 0.5) * _ramp((white - first) / um + 0.5) * (white > 0)
+    wall = (white >= 1e3) * (1 - cell) * (1 - organs)
+    return np.maximum(cell, wall), _ramp(1.3 - 0.5 * gap) * wall
 
 
 def _nuclei(
@@ -271,24 +273,24 @@ def _nuclei(
     box = (left, top, region.h.shape[1] * region.um, region.h.shape[0] * region.um)
 
     p = weave.fibroblasts.within(*box)
-    crowd = 0.13 * habit.cellularity * np.exp(0.5 * region.pick(maps["cells"], p.x_um, p.y_um))
+    crowd = 0.18 * habit.cellularity * np.exp(0.8 * region.pick(maps["cells"], p.x_um, p.y_um))
     in_tumour = region.pick(tumour, p.x_um, p.y_um)
     crowd *= 1 + 0.8 * in_tumour * (0.5 + habit.desmoplasia) + 1.2 * region.pick(bed, p.x_um, p.y_um)
     blocked = np.maximum(epithelium, gland)
     keep = (p.draws[:, 0] < crowd) & (region.pick(blocked, p.x_um, p.y_um) < 0.3)
     x, y, d = p.x_um[keep], p.y_um[keep], p.draws[keep]
     angle = _fibre_direction(anatomy, x, y) + 0.9 * (d[:, 1] - 0.5)
-    spindle = [x, y, 3.2 + 4.5 * d[:, 2], 1.2 + 0.9 * d[:, 3], angle, 0.65 + 0.5 * d[:, 4]]
+    spindle = [x, y, 2.6 + 4.0 * d[:, 2], 1.1 + 0.9 * d[:, 3], angle, 0.5 + 0.5 * d[:, 4]]
 
     p = weave.lymphocytes.within(*box)
     margin = np.exp(-((region.pick(maps["tumour"], p.x_um, p.y_um) / 180) ** 2))
-    level = region.pick(maps["lymph"], p.x_um, p.y_um) + 0.7 * margin + 0.5 * region.pick(bed, p.x_um, p.y_um)
-    chance = np.clip(0.55 * (level - 2.7 + 1.1 * habit.lymphocytes), 0.006 * habit.lymphocytes, 0.8)
+    level = region.pick(maps["lymph"], p.x_um, p.y_um) + 0.3 * margin + 0.5 * region.pick(bed, p.x_um, p.y_um)
+    chance = np.clip(0.4 * (level - 2.2 + 1.5 * habit.lymphocytes), 0.015 * habit.lymphocytes, 0.75)
     chance *= 1 - 0.9 * region.pick(blocked, p.x_um, p.y_um)
     keep = p.draws[:, 0] < chance
     x, y, d = p.x_um[keep], p.y_um[keep], p.draws[keep]
     round_um = 2.6 + 0.7 * d[:, 1]
-    lymph = [x, y, round_um, round_um * (0.85 + 0.15 * d[:, 2]), 6.3 * d[:, 3], 1.35 + 0.4 * d[:, 4]]
+    lymph = [x, y, round_um, round_um * (0.85 + 0.15 * d[:, 2]), 6.3 * d[:, 3], 1.05 + 0.35 * d[:, 4]]
 
     p = weave.tumour_cells.within(*box)
     loose = habit.loose_cells * 0.22 * (region.pick(tumour, p.x_um, p.y_um) > 0.6)
@@ -304,6 +306,8 @@ def _nuclei(
 
 def _fibre_direction(anatomy: Anatomy, x: Floats, y: Floats) -> Floats:
     """Give the angle of the line of constant ``across`` through points, by finite differences."""
+    if len(x) == 0:
+        return x
     step = np.float32(6.0)
     here, right, below = (
         _fibre_axes(anatomy, anatomy.read_all(("warp_x", "warp_y"), a, b), a, b)[1]

@@ -1,0 +1,136 @@
+"""Tables a user brings: who is who, and columns that are joined."""
+
+import pandas as pd
+import pytest
+
+from biopsy.data.columns import add_people, join_columns
+from biopsy.errors import DataError
+
+
+@pytest.fixture
+def table():
+    return pd.DataFrame(
+        {
+            "patch_id": ["a/p1_1", "a/p1_2", "b/p2_1"],
+            "patient_id": None,
+            "slide_id": ["s1", "s1", "s2"],
+            "site_id": None,
+            "class_name": ["a", "a", "b"],
+            "source": ["data/a/p1_1.png", "data/a/p1_2.png", "data/b/p2_1.png"],
+        }
+    )
+
+
+@pytest.fixture
+def csv(tmp_path):
+    def write(text, name="x.csv"):
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "patch_id,patient_id\na/p1_1,007\na/p1_2,007\nb/p2_1,8\n",
+        "ID,Patient\na/p1_1.png,007\na/p1_2.png,007\nb/p2_1.png,8\n",
+        "source,patient\ndata/a/p1_1.png,007\ndata/a/p1_2.png,007\ndata/b/p2_1.png,8\nother.png,9\n",
+        "slide_id,patient_id\ns1,007\ns2,8\n",
+    ],
+)
+def test_people_by_csv_keep_their_zeros(table, csv, text):
+    found, record = add_people(table, csv(text))
+    assert found["patient_id"].tolist() == ["007", "007", "8"]
+    assert record["file"] == "x.csv" and record["without_patient_id"] == 0
+    assert found["slide_id"].tolist() == ["s1", "s1", "s2"]
+
+
+@pytest.mark.parametrize("pattern", [r"(p\d)_", r"(?P<patient>p\d)_(?P<n>\d)", r"(?P<patient_id>p\d)_"])
+def test_people_by_pattern(table, pattern):
+    found, record = add_people(table, pattern)
+    assert found["patient_id"].tolist() == ["p1", "p1", "p2"]
+    assert record == {"pattern": pattern, "without_patient_id": 0}
+
+
+def test_a_pattern_can_name_slides_and_sites(table):
+    found, _ = add_people(table, r"(?P<site>\w)/(?P<slide>p\d)_")
+    assert found["site_id"].tolist() == ["a", "a", "b"]
+    assert found["slide_id"].tolist() == ["p1", "p1", "p2"]
+    assert found["patient_id"].isna().all()
+
+
+def test_patches_of_nobody_are_counted(table, csv):
+    _, record = add_people(table, csv("patch_id,patient_id,wsi\na/p1_1,1,\nb/p2_1,,s9\n"))
+    assert (record["without_patient_id"], record["without_slide_id"]) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("patch_id,patient_id\nx,1\n", "gives none of the 3 patches a patient_id"),
+        (
+            "patch_id,patient_id\nb/p2_1,1\n,2\n",
+            r"column patch_id is empty \(NaN\) in 1 rows, first in row 1",
+        ),
+        ("patch_id,patient_id\nb/p2_1,1\nb/p2_1,2\n", "names 1 more than once, b/p2_1 first"),
+        ("name,patient_id\nb/p2_1,1\n", "one of patch_id, id, source, slide_id and one of"),
+        ("", "cannot be read as csv"),
+    ],
+)
+def test_people_refusals(table, csv, text, match):
+    with pytest.raises(DataError, match=match):
+        add_people(table, csv(text))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "match"),
+    [
+        ("(p", r"is neither a csv file nor a pattern: missing \)"),
+        ("p1", "needs a group for the patient"),
+        ("(?P<who>p)", "needs a group for the patient"),
+        ("(z)", "gives none of the 3 patches"),
+        ("absent.csv", "absent.csv does not exist"),
+    ],
+)
+def test_pattern_refusals(table, pattern, match):
+    with pytest.raises(DataError, match=match):
+        add_people(table, pattern)
+
+
+def test_join_by_each_key_keeps_nulls_and_types(table, csv):
+    table["patient_id"] = ["1", "1", "2"]
+    joined, record = join_columns(table, csv("slide_id,age,scanner\ns1,61,\ns3,4,x\n"))
+    assert joined["age"].fillna(-1).tolist() == [61, 61, -1]
+    assert joined["scanner"].isna().all()
+    assert record["key"] == "slide_id"
+    assert (record["patches_without_row"], record["rows_without_patch"]) == (1, 1)
+    joined, record = join_columns(table, csv("patient_id,grade\n1,3\n2,1\n"))
+    assert joined["grade"].tolist() == [3, 3, 1]
+    joined, _ = join_columns(table, csv("patch_id,slide,grade\na/p1_2,z,2\n"))
+    assert joined["grade"].isna().tolist() == [True, False, True]
+
+
+def test_join_fills_the_site(table, csv):
+    joined, _ = join_columns(table, csv("slide_id,site\ns1,1\ns2,2\n"))
+    assert joined["site_id"].tolist() == ["1", "1", "2"]
+    joined, _ = join_columns(table, csv("slide_id,site_id\ns1,north\ns2,south\n"))
+    assert joined["site_id"].tolist() == ["north", "north", "south"]
+    with pytest.raises(DataError, match="columns named site_id already"):
+        join_columns(joined, csv("slide_id,site_id\ns1,north\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("slide_id,target\ns1,1\n", "the pack has columns named target already; rename them"),
+        ("slide_id,own_side,sha256\ns1,1,2\n", "named own_side, sha256 already"),
+        ("name,age\ns1,1\n", "one of patch_id, patient_id, slide_id is needed"),
+        ("slide_id,age\nS1,1\n", "no slide_id is one of the dataset's, such as 's1'"),
+        ("slide_id,age\ns1,1\n,2\n", r"empty \(NaN\) in 1 rows"),
+        ("slide_id,age\ns1,1\ns1,2\n", "more than once"),
+    ],
+)
+def test_join_refusals(table, csv, text, match):
+    with pytest.raises(DataError, match=match):
+        join_columns(table, csv(text))

@@ -1,0 +1,94 @@
+"""Corrections by hand and folded classes."""
+
+import pandas as pd
+import pytest
+
+from biopsy.data.labels import fold_classes, relabel
+from biopsy.errors import DataError
+
+CLASSES = ["normal", "in_situ", "invasive"]
+
+
+@pytest.fixture
+def table():
+    return pd.DataFrame(
+        {"patch_id": ["a", "b", "c"], "source": ["a.png", "b.png", "c.png"], "class_name": CLASSES}
+    )
+
+
+@pytest.fixture
+def csv(tmp_path):
+    def write(text):
+        (tmp_path / "labels.csv").write_text(text)
+        return tmp_path / "labels.csv"
+
+    return write
+
+
+def test_corrections_are_made_and_recorded(table, csv):
+    found, record = relabel(
+        table, csv("source,label,who,when\nc.png,normal,AB,2024-01-02\na.png,0,CD,\n"), CLASSES
+    )
+    assert found["class_name"].tolist() == ["normal", "in_situ", "normal"]
+    assert found["label_before"].fillna("").tolist() == ["normal", "", "invasive"]
+    assert found["label_by"].fillna("").tolist() == ["CD", "", "AB"]
+    assert found["label_at"].fillna("").tolist() == ["", "", "2024-01-02"]
+    assert (record["named"], record["changed"], record["confirmed"]) == (2, 1, 1)
+    assert table["class_name"].tolist() == CLASSES
+
+
+def test_who_and_when_are_optional(table, csv):
+    found, _ = relabel(table, csv("patch_id,label\nb,invasive\n"), CLASSES)
+    assert found["class_name"].tolist() == ["normal", "invasive", "invasive"]
+    assert found["label_by"].isna().all() and found["label_at"].isna().all()
+
+
+def test_a_class_called_by_a_number_is_meant_by_its_name(csv):
+    table = pd.DataFrame({"patch_id": ["a"], "source": ["a"], "class_name": ["2"]})
+    assert relabel(table, csv("patch_id,label\na,1\n"), ["1", "2"])[0]["class_name"].tolist() == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (
+            "patch_id,label\nx,normal\ny,normal\na,normal\n",
+            "names 2 patches that are not in the dataset: x, y",
+        ),
+        (
+            "patch_id,label\na,norml\n",
+            "has 1 labels that are no class, 'norml' for a first; known: normal, in_situ",
+        ),
+        ("patch_id,label\na,\n", "has 1 labels that are no class, nan for a first"),
+        ("patch_id,label\na,3\n", "'3' for a first"),
+        ("patch_id,label\n,normal\n", r"patch_id is empty \(NaN\)"),
+        ("patch_id,label\na,normal\na,in_situ\n", "names 1 more than once, a first"),
+        ("patch_id,class\na,normal\n", "label and one of patch_id, source are needed"),
+    ],
+)
+def test_label_refusals(table, csv, text, match):
+    with pytest.raises(DataError, match=match):
+        relabel(table, csv(text), CLASSES)
+
+
+@pytest.mark.parametrize("positive", ["invasive", ["invasive"]])
+def test_one_class_against_the_rest(table, positive):
+    folded, names, positive_class = fold_classes(table, CLASSES, positive)
+    assert (names, positive_class) == (["other", "invasive"], "invasive")
+    assert folded["class_name"].tolist() == ["other", "other", "invasive"]
+    assert folded["original_class"].tolist() == CLASSES
+
+
+def test_two_classes_keep_their_order():
+    table = pd.DataFrame({"class_name": ["a", "b"]})
+    assert fold_classes(table, ["a", "b"], "a")[1:] == (["a", "b"], "a")
+    assert fold_classes(table.iloc[:1], ["a"], "a")[1:] == (["a"], "a")
+
+
+def test_fold_refusals(table):
+    with pytest.raises(DataError, match="'invasiv' is no class of this dataset; did you mean 'invasive'"):
+        fold_classes(table, CLASSES, "invasiv")
+    with pytest.raises(DataError, match="must leave classes on both sides"):
+        fold_classes(table, CLASSES, ",".join(CLASSES))
+    with pytest.raises(DataError, match="must leave classes on both sides"):
+        fold_classes(table, CLASSES, [])

@@ -1,0 +1,263 @@
+"""From an archive to a pack: the right pixels, everything counted, nothing half-written."""
+
+import errno
+import io
+import json
+import logging
+import shutil
+import struct
+import zipfile
+import zlib
+from collections import namedtuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from biopsy.data import blocks, packing
+from biopsy.data.packing import prepare
+from biopsy.data.packs import Pack, pad
+from biopsy.errors import ArchiveError, DataError, PackError
+
+
+def add(path, name, data):
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, data)
+
+
+def encode(image, kind="PNG"):
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def huge_png():
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+def test_pixels_are_pillows_in_order_of_names(make_idc_zip, tmp_path):
+    source = make_idc_zip()
+    pack = prepare(source, tmp_path / "x.pack")
+    with zipfile.ZipFile(source) as archive:
+        names = sorted(archive.namelist())
+        images = [np.array(Image.open(archive.open(name)).convert("RGB")) for name in names]
+    assert np.array_equal(pack.patches, np.stack(images))
+    assert pack.table["source"].tolist() == names
+    assert pack.target.tolist() == [int(name[-5]) for name in names]
+    assert (pack.table[["width", "height"]] == 16).all(axis=None)
+    pack.verify()
+
+
+def test_twice_the_same_whatever_the_cores_and_the_blocks(make_idc_zip, tmp_path, monkeypatch):
+    source = make_idc_zip(n_patients=3)
+    one = prepare(source, tmp_path / "one.pack")
+    monkeypatch.setattr(blocks, "_BLOCK_BYTES", 5 * 16 * 16 * 3)
+    monkeypatch.setattr(blocks.os, "cpu_count", lambda: 5)
+    two = prepare(source, tmp_path / "two.pack")
+    for name in ("patches.npy", "patches.parquet"):
+        assert (one.path / name).read_bytes() == (two.path / name).read_bytes()
+    assert one.info.content_sha256 == two.info.content_sha256
+
+
+def test_small_patches_are_padded_by_their_edge_and_kept(tmp_path):
+    small = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    for name, image in (("a", small), ("b", np.zeros((4, 4, 3), np.uint8))):
+        (tmp_path / "x" / name).mkdir(parents=True)
+        (tmp_path / "x" / name / "1.png").write_bytes(encode(Image.fromarray(image)))
+    pack = prepare(tmp_path / "x", tmp_path / "x.pack", positive="b")
+    assert pack.info.patch_px == 4
+    assert pack.sizes.tolist() == [[3, 2], [4, 4]]
+    assert np.array_equal(pack.patches[0], np.pad(small, ((0, 2), (0, 1), (0, 0)), mode="edge"))
+    assert np.array_equal(pad(small, 4), pack.patches[0])
+    pack.verify()
+
+    pixels = np.load(pack.path / "patches.npy")
+    pixels[0, 3, 3] += 1  # in the padding
+    np.save(pack.path / "patches.npy", pixels)
+    with pytest.raises(PackError, match="was altered"):
+        Pack.open(pack.path).verify()
+
+
+def test_unreadable_files_are_named_and_counted(make_idc_zip, tmp_path):
+    source = make_idc_zip(n_patients=2)
+    good = encode(Image.new("RGB", (16, 16)))
+    bad = {
+        "text": (b"I am no image", "is not an image"),
+        "empty": (b"", "is empty"),
+        "huge": (huge_png(), "is 100,000 x 100,000 pixels"),
+        "cut": (encode(Image.effect_noise((16, 16), 9).convert("RGB"))[:150], "cannot be decoded"),
+        "deep": (encode(Image.fromarray(np.ones((16, 16), np.uint16))), "has 16 bits a channel"),
+        "cmyk": (encode(Image.new("CMYK", (16, 16)), "JPEG"), "is of mode CMYK"),
+    }
+    for index, (data, _) in enumerate(bad.values()):
+        add(source, f"IDC_regular_ps50_idx5/8863/0/8863_idx5_x{9001 + index}_y1_class0.png", data)
+    fine = {
+        "grey": encode(Image.new("L", (16, 16), 7)),
+        "alpha": encode(Image.new("RGBA", (16, 16))),
+        "good": good,
+    }
+    for index, data in enumerate(fine.values()):
+        add(source, f"IDC_regular_ps50_idx5/8863/0/8863_idx5_x{8001 + index}_y1_class0.png", data)
+    progress = []
+    pack = prepare(
+        source, tmp_path / "x.pack", on_progress=lambda done, total: progress.append((done, total))
+    )
+    assert len(pack) == 24 + 3
+    assert pack.info.counts["skipped"] == 6
+    reasons = {item["source"][-17:]: item["reason"] for item in pack.info.skipped}
+    for index, (_, reason) in enumerate(bad.values()):
+        assert reason in reasons[f"x{9001 + index}_y1_class0.png"[-17:]]
+    by_id = dict(zip(pack.table["patch_id"], pack.patches, strict=True))
+    assert (by_id["8863_idx5_x8001_y1_class0"] == 7).all()
+    assert (by_id["8863_idx5_x8002_y1_class0"] == 255).all()  # transparent: the white below
+    assert progress[-1] == (progress[-1][1],) * 2
+    pack.verify()
+
+
+def test_nothing_readable_is_an_error_and_leaves_nothing(tmp_path):
+    source = tmp_path / "x.zip"
+    add(source, "8863/0/8863_idx5_x1_y1_class0.png", b"no")
+    for data in (b"no", encode(Image.effect_noise((16, 16), 9).convert("RGB"))[:150]):
+        source.unlink()
+        add(source, "8863/0/8863_idx5_x1_y1_class0.png", data)
+        with pytest.raises(
+            DataError, match=r"no patch can be read: 1 skipped, 8863/0/8863_idx5_x1_y1_class0.png "
+        ):
+            prepare(source, tmp_path / "out" / "x.pack")
+    assert not list((tmp_path / "out").iterdir())
+    source.unlink()
+    add(source, "8863/0/8863_idx5_x1_y1_class1.png", b"no")
+    with pytest.raises(DataError, match=r"1 skipped, .* lies in the folder of class 0 and is named class 1"):
+        prepare(source, tmp_path / "x.pack")
+
+
+@pytest.mark.parametrize("stage", ["pixels", "table"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(make_idc_zip, tmp_path, monkeypatch, stage):
+    def fail(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(
+        *{"pixels": (blocks, "_write_header"), "table": (packing, "finish_pack")}[stage], fail
+    )
+    with pytest.raises(DataError, match=r"the disk is full: .*x.pack needs 0.00 GB; nothing was left there"):
+        prepare(make_idc_zip(), tmp_path / "out" / "x.pack")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_too_little_space_is_known_before_anything_is_decoded(make_idc_zip, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: usage(1000))
+    with pytest.raises(DataError, match=r"padded to the largest, .*class0.png, 16 px\) and 0.00 GB are free"):
+        prepare(make_idc_zip(), tmp_path / "out" / "x.pack")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_interruption_leaves_nothing(make_idc_zip, tmp_path):
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(make_idc_zip(), tmp_path / "out" / "x.pack", on_progress=interrupt)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_finished_pack_is_used_again_and_nothing_is_overwritten(make_idc_zip, tmp_path):
+    source, out = make_idc_zip(), tmp_path / "x.pack"
+    made = prepare(source, out).info.origin["made"]
+    before = (out / "pack.json").stat().st_mtime_ns
+    again = prepare(source, out)
+    assert (again.info.origin["made"], (out / "pack.json").stat().st_mtime_ns) == (made, before)
+    with pytest.raises(
+        PackError, match=r"is a pack of another source or other options: choose another --out"
+    ):
+        prepare(source, out, mpp=0.5)
+    with pytest.raises(PackError, match="is a pack of another source"):
+        prepare(make_idc_zip("other.zip", seed=1), out)
+    with pytest.raises(DataError, match="is a pack already: use it as it is"):
+        prepare(out, tmp_path / "y.pack")
+    (tmp_path / "mine").mkdir()
+    prepare(source, tmp_path / "mine")
+    shutil.rmtree(tmp_path / "mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(DataError, match="exists and is not a pack"):
+        prepare(source, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_one_class_or_one_patient_is_data_with_a_warning(make_idc_zip, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        pack = prepare(make_idc_zip(n_patients=1, n_classes=1), tmp_path / "x.pack")
+    assert pack.class_names == ["non_idc", "idc"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "all patches are of one class, non_idc",
+        "all patches are of one patient, 8863: no split by patient is possible",
+    ]
+
+
+def test_the_pack_says_where_it_comes_from(make_idc_zip, tmp_path):
+    csv = tmp_path / "age.csv"
+    csv.write_text("patient_id,age\n8863,61\n8865,\n1,50\n")
+    pack = prepare(make_idc_zip(n_patients=2), tmp_path / "x.pack", join=csv, positive="non_idc", mpp=3.9)
+    origin = pack.info.origin
+    assert (origin["source"], origin["version"]) == ("idc.zip", "0.1.0")
+    assert origin["join"]["columns"] == ["age"]
+    assert (origin["join"]["patches_without_row"], origin["join"]["rows_without_patch"]) == (0, 1)
+    assert (pack.info.positive_class, pack.info.mpp, pack.positive_index) == ("non_idc", 3.9, 0)
+    ages = pack.table.groupby("patient_id")["age"].first()
+    assert ages["8863"] == 61 and np.isnan(ages["8865"])
+    assert str(tmp_path) not in json.dumps(pack.info.model_dump())
+
+
+def test_labels_by_hand_are_kept_with_who_and_what_was_before(make_idc_zip, tmp_path):
+    csv = tmp_path / "labels.csv"
+    csv.write_text("patch_id,label,who,when\n8863_idx5_x1_y1_class0,idc,A. Reader,2024-05-01\n")
+    source = make_idc_zip(n_patients=2)
+    pack = prepare(source, tmp_path / "x.pack", labels=csv)
+    row = pack.table.set_index("patch_id").loc["8863_idx5_x1_y1_class0"]
+    assert row[["target", "label_before", "label_by", "label_at"]].tolist() == [
+        1,
+        "non_idc",
+        "A. Reader",
+        "2024-05-01",
+    ]
+    assert pack.table["label_before"].notna().sum() == 1
+    assert pack.info.origin["labels"]["changed"] == 1
+    assert pack.info.content_sha256 != prepare(source, tmp_path / "y.pack").info.content_sha256
+
+
+def test_three_classes_fold_into_two(make_patches, tmp_path):
+    images, table = make_patches(n_patients=1, n_classes=3)
+    for image, row in zip(images, table.itertuples(), strict=True):
+        folder = tmp_path / "x" / ("normal", "in_situ", "invasive")[row.target]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{row.x}_{row.y}.png").write_bytes(encode(Image.fromarray(image)))
+    pack = prepare(tmp_path / "x", tmp_path / "three.pack")
+    assert (pack.class_names, pack.positive_index) == (["in_situ", "invasive", "normal"], None)
+    pack = prepare(tmp_path / "x", tmp_path / "two.pack", positive="in_situ,invasive")
+    assert (pack.class_names, pack.info.positive_class) == (
+        ["normal", "in_situ+invasive"],
+        "in_situ+invasive",
+    )
+    assert pack.info.counts["per_class"] == {"normal": 4, "in_situ+invasive": 8}
+    assert set(pack.table["original_class"]) == {"normal", "in_situ", "invasive"}
+
+
+def test_two_classes_without_a_known_positive_one_ask(make_patches, tmp_path):
+    for name in ("luminal", "basal"):
+        (tmp_path / "x" / name).mkdir(parents=True)
+        (tmp_path / "x" / name / "1.png").write_bytes(encode(Image.new("RGB", (4, 4))))
+    with pytest.raises(DataError, match="which of the classes basal and luminal is positive"):
+        prepare(tmp_path / "x", tmp_path / "x.pack")
+    assert prepare(tmp_path / "x", tmp_path / "x.pack", positive=["basal"]).positive_index == 0
+
+
+def test_wrong_values_are_refused(make_idc_zip, tmp_path):
+    source = make_idc_zip()
+    for mpp in (0, -1.0, float("nan")):
+        with pytest.raises(DataError, match="micrometres a pixel lie between"):
+            prepare(source, tmp_path / "x.pack", mpp=mpp)
+    with pytest.raises(ArchiveError, match="does not exist"):
+        prepare(tmp_path / "nothing.zip", tmp_path / "x.pack")
+    assert not (tmp_path / "x.pack").exists()

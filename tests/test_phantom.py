@@ -1,0 +1,186 @@
+"""The embedded cohort: its layout, its truth, and that colour alone does not give the answer away."""
+
+import hashlib
+import re
+import zipfile
+
+import cv2
+import numpy as np
+import pytest
+from scipy import ndimage
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from biopsy.data.phantom.cohort import PATCH_PX, TUMOUR_SHARE, iter_patches, write_archive
+from biopsy.data.phantom.glands import Gland
+from biopsy.data.phantom.noise import Field, Jitter
+from biopsy.data.phantom.slides import make_slide, plan_painter
+from biopsy.data.phantom.stamps import stamp_nuclei
+from biopsy.imaging.colour import colour_features
+
+NAME = re.compile(
+    r"IDC_regular_ps50_idx5/(?P<folder>\d+)/(?P<side>[01])/(?P<patient>\d+)_idx5_x(?P<x>\d+)_y(?P<y>\d+)_class(?P<class>[01])\.png"
+)
+
+
+@pytest.fixture(scope="module")
+def slide():
+    return make_slide(3, "90002", tissue_mm2=1.5, tumour_frac=0.3)
+
+
+@pytest.fixture(scope="module")
+def cohort():
+    return list(iter_patches(12, 30, seed=0))
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    return write_archive(tmp_path_factory.mktemp("phantom") / "p.zip", n_patients=3, patches_per_patient=22, workers=2)
+
+
+def test_archive_has_idc_names_that_agree_with_their_folders(archive):
+    with zipfile.ZipFile(archive) as zipped:
+        names = zipped.namelist()
+        assert all(entry.compress_type == zipfile.ZIP_STORED for entry in zipped.infolist())
+        image = cv2.imdecode(np.frombuffer(zipped.read(names[0]), np.uint8), cv2.IMREAD_UNCHANGED)
+    assert image.shape == (PATCH_PX, PATCH_PX, 3) and image.dtype == np.uint8
+    assert len(names) == len(set(names)) == 66
+    parsed = [NAME.fullmatch(name) for name in names]
+    assert all(parsed)
+    assert all(match["folder"] == match["patient"] and match["side"] == match["class"] for match in parsed)
+    assert all(int(match["x"]) % 50 == 1 and int(match["y"]) % 50 == 1 for match in parsed)
+    assert {match["patient"] for match in parsed} == {"90001", "90002", "90003"}
+
+
+def test_same_seed_same_bytes_whatever_the_workers_and_another_seed_differs(archive, tmp_path):
+    arguments = {"n_patients": 3, "patches_per_patient": 22}
+    again = write_archive(tmp_path / "again.zip", workers=1, **arguments)
+    other = write_archive(tmp_path / "other.zip", seed=1, **arguments)
+    digest = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (archive, again, other)]
+    assert digest[0] == digest[1] != digest[2]
+
+
+def test_folder_holds_the_same_files_as_the_zip(archive, tmp_path):
+    folder = write_archive(tmp_path / "tree", n_patients=3, patches_per_patient=22)
+    with zipfile.ZipFile(archive) as zipped:
+        in_zip = {name: zipped.read(name) for name in zipped.namelist()}
+    in_folder = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.png")}
+    assert in_folder == in_zip
+
+
+def test_patients_at_the_top_when_no_root_is_wanted(tmp_path):
+    path = write_archive(tmp_path / "p.zip", n_patients=1, patches_per_patient=20, root="")
+    with zipfile.ZipFile(path) as zipped:
+        assert all(name.startswith("90001/") for name in zipped.namelist())
+
+
+def test_patches_are_the_slide_and_labels_its_mask(cohort):
+    from biopsy.data.phantom.cohort import _plan, paint_patient
+
+    patient, n_patches, tumour_frac = _plan(12, 30, 0)[0]
+    painter, places = paint_patient(0, patient, n_patches, tumour_frac)
+    patches = [patch for patch in cohort if patch.patient_id == patient]
+    assert len(places) == len(patches) == n_patches
+    for patch in patches[::7]:
+        corner = (patch.x - 1, patch.y - 1, PATCH_PX, PATCH_PX, 4.0)
+        np.testing.assert_array_equal(painter.paint(*corner), patch.image)
+        share = painter.mask("tumour", *corner).mean()
+        assert patch.tumour_frac == pytest.approx(share)
+        assert patch.target == (share >= TUMOUR_SHARE)
+
+
+def test_tumour_is_one_piece_of_the_wanted_size_inside_the_tissue(slide):
+    assert slide.image.shape == (*slide.tumour.shape, 3)
+    _, n_pieces = ndimage.label(slide.tumour, np.ones((3, 3)))
+    assert n_pieces == 1
+    assert slide.tumour.sum() / slide.tissue.sum() == pytest.approx(0.3, abs=0.05)
+    assert (slide.tumour & slide.tissue).sum() > 0.95 * slide.tumour.sum()
+
+
+def test_background_is_glass_and_tumour_darker_than_the_rest(slide):
+    grey = slide.image.mean(-1)
+    outside = ~ndimage.binary_dilation(slide.tissue, iterations=10)
+    assert grey[outside].min() > 220
+    assert grey[slide.tumour].mean() < grey[slide.tissue & ~slide.tumour].mean() - 5
+
+
+def test_any_part_of_a_slide_equals_the_whole(slide):
+    painter = plan_painter(3, "90002", tissue_mm2=1.5, tumour_frac=0.3)
+    part = painter.paint(137, 91, 150, 130, 4.0)
+    np.testing.assert_array_equal(part, slide.image[91 : 91 + 130, 137 : 137 + 150])
+
+
+def test_the_same_tissue_at_a_finer_pixel_size(slide):
+    painter = plan_painter(3, "90002", tissue_mm2=1.5, tumour_frac=0.3)
+    fine = cv2.resize(painter.paint(400, 400, 800, 800, 1.0), (200, 200), interpolation=cv2.INTER_AREA)
+    coarse = slide.image[100:300, 100:300]
+    # Tiles carry their own grain and blur: alike, not equal.
+    r = np.corrcoef(fine.ravel().astype(float), coarse.ravel().astype(float))[0, 1]
+    assert r > 0.9
+
+
+def test_cohort_has_the_promised_size_and_idc_balance(cohort):
+    assert len(cohort) == 360
+    targets = np.array([patch.target for patch in cohort])
+    assert 0.2 <= targets.mean() <= 0.36
+    by_patient = {p: [q.target for q in cohort if q.patient_id == p] for p in {q.patient_id for q in cohort}}
+    assert len(by_patient) == 12
+    rates = [np.mean(of_patient) for of_patient in by_patient.values()]
+    assert min(rates) < 0.12 < 0.4 < max(rates)
+
+
+def test_every_patch_holds_tissue(cohort):
+    assert all((patch.image.min(-1) < 225).mean() > 0.02 for patch in cohort)
+
+
+def test_colour_alone_does_not_solve_it():
+    patches = list(iter_patches(16, 40, seed=5))
+    features = colour_features(np.stack([patch.image for patch in patches]))
+    target = np.array([patch.target for patch in patches])
+    model = make_pipeline(StandardScaler(), LogisticRegression(solver="newton-cholesky"))
+    groups = [patch.patient_id for patch in patches]
+    score = cross_val_predict(model, features, target, groups=groups, cv=GroupKFold(4), method="predict_proba")
+    assert 0.6 < roc_auc_score(target, score[:, 1]) <= 0.85
+
+
+def test_fields_and_points_do_not_depend_on_the_region():
+    rng = np.random.default_rng(0)
+    field, points = Field(rng, 20.0), Jitter(rng, 15.0)
+    x, y = np.meshgrid(np.arange(0, 400, 2, dtype=np.float32), np.arange(0, 300, 2, dtype=np.float32))
+    np.testing.assert_allclose(field.at(x, y)[40:90, 30:70], field.at(x[40:90, 30:70], y[40:90, 30:70]))
+    large, small = points.within(0, 0, 600, 600), points.within(150, 150, 90, 90)
+    places = set(zip(large.x_um.tolist(), large.y_um.tolist(), strict=True))
+    assert set(zip(small.x_um.tolist(), small.y_um.tolist(), strict=True)) <= places
+
+
+def test_a_stamped_nucleus_has_its_area_and_place():
+    nucleus = np.array([[40.0, 60.0, 8.0, 4.0, 0.5, 1.0]], np.float32)
+    canvas = stamp_nuclei((200, 200), (0.0, 0.0), 0.5, nucleus)
+    assert canvas.sum() * 0.25 == pytest.approx(np.pi * 8 * 4, rel=0.03)
+    row, column = ndimage.center_of_mass(canvas)
+    assert ((column + 0.5) * 0.5, (row + 0.5) * 0.5) == pytest.approx((40, 60), abs=0.1)
+    assert canvas.max() == 1.0
+
+
+def test_gland_bounds():
+    square = np.array([[1, 2], [5, 2], [5, 9], [1, 9]], np.float32)
+    assert Gland("gland", square, square[:0], np.zeros((0, 6), np.float32), 0.0).bounds == (1, 2, 5, 9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"mpp": 0.0}, "mpp > 0"), ({"tissue_mm2": -1.0}, "tissue_mm2 > 0"), ({"tumour_frac": 1.0}, "tumour_frac in")],
+)
+def test_slide_refuses_numbers_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_slide(0, "90001", **arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"n_patients": 0}, {"patches_per_patient": 5}])
+def test_cohort_refuses_numbers_out_of_range(arguments, tmp_path):
+    with pytest.raises(ValueError, match="n_patients >= 1 and patches_per_patient >= 20"):
+        write_archive(tmp_path / "p.zip", **arguments)
+    assert not list(tmp_path.iterdir())
