@@ -5,10 +5,10 @@ Speed: timed in turn, in one process, on the same archive,
 * ``prepare``: from the zip to a pack on disk: listed, checked, decoded on all cores, hashed, written;
 * ``pillow``: the usual loop, one thread: zipfile, ``Image.open(...).convert("RGB")``, into an array.
 
-Memory: an archive of the full IDC release's size in its layout, made of phantom patches whose pixels are all
-shifted differently, is prepared in a fresh process that watches its own resident pages. ``peak_rss_mb`` is
-all of them, the mapped archive included; ``peak_anonymous_mb`` those that no file backs. The pack is written,
-not mapped, so none of its pages are in either.
+Memory: an archive like Kaggle's of today, every patch at the root and again below ``IDC_regular_ps50_idx5/``,
+made of phantom patches whose pixels are all shifted differently, is prepared in a fresh process that watches
+its own resident pages. ``peak_rss_mb`` is all of them, the mapped archive included; ``peak_anonymous_mb``
+those that no file backs. The pack is written, not mapped, so none of its pages are in either.
 
 Commands::
 
@@ -114,7 +114,7 @@ def compare_speed(source: Path, repeats: int) -> None:
 
 
 def write_full_size_archive(path: Path, n_patches: int, n_painted: int = 2000) -> None:
-    """Write phantom patches in IDC's layout, each of the painted ones many times, shifted in colour."""
+    """Write phantom patches as Kaggle's archive has IDC's, each painted one many times, shifted in colour."""
     painted = list(itertools.islice(iter_patches(8, n_painted // 8, seed=0), n_painted))
     with zipfile.ZipFile(path, "w") as archive:
         for index in range(n_patches):
@@ -124,7 +124,8 @@ def write_full_size_archive(path: Path, n_patches: int, n_painted: int = 2000) -
             name = f"{patient}_idx5_x{patch.x}_y{patch.y}_class{patch.target}.png"
             done, encoded = cv2.imencode(".png", pixels[..., ::-1])
             assert done
-            archive.writestr(f"IDC_regular_ps50_idx5/{patient}/{patch.target}/{name}", encoded.tobytes())
+            for root in ("", "IDC_regular_ps50_idx5/"):
+                archive.writestr(f"{root}{patient}/{patch.target}/{name}", encoded.tobytes())
 
 
 def read_memory() -> dict[str, int]:
@@ -151,6 +152,7 @@ def prepare_and_watch(source: Path, out: Path) -> None:
     watcher.join()
     row = {
         "patches": len(pack),
+        "duplicates": pack.info.counts["duplicates"],
         "seconds": round(seconds, 1),
         "per_s": round(len(pack) / seconds),
         "rss_at_start_mb": at_start["VmRSS"] // 1000,

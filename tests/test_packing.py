@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from biopsy.data import blocks, packing
+from biopsy.data.datasets import layouts
 from biopsy.data.packing import prepare
 from biopsy.data.packs import Pack, pad
 from biopsy.errors import ArchiveError, DataError, PackError
@@ -113,6 +114,20 @@ def test_unreadable_files_are_named_and_counted(make_idc_zip, tmp_path):
     assert (by_id["8863_idx5_x8002_y1_class0"] == 255).all()  # transparent: the white below
     assert progress[-1] == (progress[-1][1],) * 2
     pack.verify()
+
+
+def test_a_header_that_lies_about_the_size_is_named(make_idc_zip, tmp_path, monkeypatch):
+    monkeypatch.setattr(layouts.ImageFiles, "measure", lambda self, row: (16, 16) if row else (17, 17))
+    lie = layouts.decode
+    monkeypatch.setattr(
+        layouts, "decode", lambda data: np.zeros((18, 3, 3), np.uint8) if len(data) == 3 else lie(data)
+    )
+    source = make_idc_zip()
+    add(source, "8863/0/8863_idx5_x9001_y1_class0.png", b"lie")
+    pack = prepare(source, tmp_path / "x.pack")
+    assert [item["reason"] for item in pack.info.skipped] == [
+        "decodes to 3 x 18 pixels, more than its header says"
+    ]
 
 
 def test_nothing_readable_is_an_error_and_leaves_nothing(tmp_path):

@@ -107,7 +107,9 @@ def test_killed_in_the_middle_of_an_epoch(pack, tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_the_run(pack, tmp_path):
     with pytest.raises(TrainingDiverged, match=r"epoch 1, step \d+; no epoch was finished"):
-        train("cancernet-2020", pack, set=(*TINY, "train.optimiser=sgd", "train.lr=1e30"), out=tmp_path / "run")
+        train(
+            "cancernet-2020", pack, set=(*TINY, "train.optimiser=sgd", "train.lr=1e30"), out=tmp_path / "run"
+        )
     info = read_json(tmp_path / "run" / "run.json")
     assert info["status"] == "failed" and "step" in info["reason"]
 
@@ -171,7 +173,9 @@ def test_one_class_in_training_is_refused(make_pack, tmp_path):
 
 
 def test_featurewise_statistics_come_from_training_patches(pack, tmp_path):
-    run = train("cancernet-2020", pack, set=(*TINY, "preprocessing.standardise=featurewise"), out=tmp_path / "run")
+    run = train(
+        "cancernet-2020", pack, set=(*TINY, "preprocessing.standardise=featurewise"), out=tmp_path / "run"
+    )
     patches = pack.patches[run.sides(pack) == "train"].reshape(-1, 3) / 255
     found = run.classifier.info.preprocessing
     np.testing.assert_allclose(found.mean, patches.mean(axis=0), rtol=1e-9)
@@ -181,4 +185,6 @@ def test_featurewise_statistics_come_from_training_patches(pack, tmp_path):
 def test_curves_are_drawn_where_asked(pack, tmp_path):
     train("cancernet-2020", pack, set=TINY, out=tmp_path / "run", plot=tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    assert [json.loads(line)["epoch"] for line in Path(tmp_path / "run/log.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    assert [
+        json.loads(line)["epoch"] for line in Path(tmp_path / "run/log.jsonl").read_text().splitlines()
+    ] == [1, 2, 3, 4]

@@ -193,42 +193,39 @@ def is_junk(name: str) -> bool:
 
 
 def _list_zip(path: Path) -> list[Entry]:
+    infos = _read_directory(path)
+    for info in infos:
+        if _LEADS_OUT.search(info.orig_filename):
+            raise ArchiveError(f"{path} holds {info.orig_filename!r}, a name that leads out of it: not read")
+    infos = [info for info in infos if not is_junk(info.filename)]
+    if not infos:
+        raise ArchiveError(f"{path} is a zip without files")
+    n_encrypted = sum(info.flag_bits & _ENCRYPTED for info in infos)
+    if n_encrypted:
+        raise ArchiveError(
+            f"{path} is encrypted ({n_encrypted:,} of {len(infos):,} files): "
+            "unpack it with its password and give the folder"
+        )
+    entries = []
+    while infos:  # taken off one by one: a zip of half a million files is not held in memory twice
+        info = infos.pop()
+        place = (info.header_offset, info.compress_size, info.compress_type)
+        entries.append(Entry(info.filename, info.file_size, info.CRC, *place))
+    return sorted(entries)
+
+
+def _read_directory(path: Path) -> list[zipfile.ZipInfo]:
     try:
         with open(path, "rb") as file:
             start = file.read(4)
         with zipfile.ZipFile(path) as archive:
-            infos = [info for info in archive.infolist() if not info.is_dir()]
+            return [info for info in archive.infolist() if not info.is_dir()]
     except (zipfile.BadZipFile, NotImplementedError, struct.error) as error:
         if start == b"PK\x03\x04":
             raise ArchiveError(f"{path} is cut short or damaged ({error}): download it again") from None
         raise ArchiveError(f"{path} is neither a zip nor a folder: unpack it and give the folder") from None
     except OSError as error:
         raise ArchiveError(f"{path} cannot be read: {error.strerror}") from None
-    for info in infos:
-        if _LEADS_OUT.search(info.orig_filename):
-            raise ArchiveError(
-                f"{path} holds {info.orig_filename!r}, a name that leads out of it: it is not read"
-            )
-    infos = [info for info in infos if not is_junk(info.filename)]
-    if not infos:
-        raise ArchiveError(f"{path} is a zip without files")
-    encrypted = [info for info in infos if info.flag_bits & _ENCRYPTED]
-    if encrypted:
-        raise ArchiveError(
-            f"{path} is encrypted ({len(encrypted):,} of {len(infos):,} files): "
-            "unpack it with its password and give the folder"
-        )
-    return sorted(
-        Entry(
-            info.filename,
-            info.file_size,
-            info.CRC,
-            info.header_offset,
-            info.compress_size,
-            info.compress_type,
-        )
-        for info in infos
-    )
 
 
 def _inflate(packed: memoryview, entry: Entry, n_first: int = 0) -> bytes | memoryview:

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from biopsy.data.datasets.layouts import Listing, Skipped
+from biopsy.data.datasets.layouts import Listing, Skipped, refuse_empty
 from biopsy.data.packs import pad, patch_sha256
 from biopsy.errors import DataError
 
@@ -83,8 +83,7 @@ def write_pixels(path: Path, listing: Listing, plan: Plan, on_progress: Progress
             if on_progress is not None:
                 on_progress(done, len(plan.rows))
         if not written.rows:
-            first = written.skipped[0]
-            raise DataError(f"no patch can be read: {done:,} skipped, {first['source']} {first['reason']}")
+            raise refuse_empty(written.skipped)
         file.seek(0)
         _write_header(file, len(written.rows), plan.patch_px)
         file.flush()
@@ -123,6 +122,9 @@ def _decode_block(listing: Listing, rows: list[int], patch_px: int) -> _Block:
             block.failures.append((row, str(patch)))
             continue
         height, width = patch.shape[:2]
+        if max(height, width) > patch_px:
+            block.failures.append((row, f"decodes to {width} x {height} pixels, more than its header says"))
+            continue
         pad(patch, patch_px, pixels[len(block.rows)])
         block.rows.append(row)
         block.sizes.append((width, height))

@@ -23,7 +23,7 @@ from biopsy.data.archives import Archive, open_archive
 from biopsy.data.blocks import Plan, Progress, Written, write_pixels
 from biopsy.data.columns import add_people, join_columns
 from biopsy.data.datasets import find_layout
-from biopsy.data.datasets.layouts import Listing
+from biopsy.data.datasets.layouts import Listing, refuse_empty
 from biopsy.data.labels import fold_classes, relabel
 from biopsy.data.packs import COLUMNS, PIXELS, Pack, finish_pack, is_pack
 from biopsy.errors import DataError, PackError
@@ -166,10 +166,7 @@ def _complete(
     """Bring in what the user adds, in place; give what is to be recorded."""
     records: dict[str, Any] = {}
     if listing.table.empty:
-        first = listing.skipped[0] if listing.skipped else {"source": "nothing", "reason": "was found"}
-        raise DataError(
-            f"no patch can be read: {len(listing.skipped):,} skipped, {first['source']} {first['reason']}"
-        )
+        raise refuse_empty(listing.skipped)
     if patients is not None:
         listing.table, records["patients"] = add_people(listing.table, patients)
     if labels is not None:
@@ -201,10 +198,7 @@ def _plan(listing: Listing) -> Plan:
         if side > patch_px:
             patch_px, largest = side, row
     if not rows:
-        first = listing.skipped[0]
-        raise DataError(
-            f"no patch can be read: {len(listing.skipped):,} skipped, {first['source']} {first['reason']}"
-        )
+        raise refuse_empty(listing.skipped)
     return Plan(rows, patch_px, sources[largest])
 
 

@@ -62,7 +62,9 @@ def evaluate(
     pack, sides, about = _choose_patches(run, classifier, side, data, split)
     rows = np.flatnonzero(sides == side)
     if not len(rows):
-        raise RunError(f"{about['name']!r} has no {side} patches in {pack.path.name}: make a split with `biopsy split`")
+        raise RunError(
+            f"{about['name']!r} has no {side} patches in {pack.path.name}: make a split with `biopsy split`"
+        )
     engine = Engine("auto", run.recipe.train.precision)
     network = engine.place(classifier.network)
     logits = predict_logits(
@@ -179,13 +181,21 @@ def _choose_patches(
     """Give the pack, the side of each of its patches, and the ``split`` entry of ``metrics.json``."""
     if data is None:
         if split_name is not None:
-            raise RunError(f"split={split_name!r} goes with data=: {run.path.name} is judged on its own split")
+            raise RunError(
+                f"split={split_name!r} goes with data=: {run.path.name} is judged on its own split"
+            )
         pack = run.open_pack()
-        return pack, run.sides(pack), {key: run.info["split"][key] for key in ("name", "fold", "patients_overlap")}
+        return (
+            pack,
+            run.sides(pack),
+            {key: run.info["split"][key] for key in ("name", "fold", "patients_overlap")},
+        )
     pack = Pack.open(data)
     pack.verify()
     if pack.class_names != classifier.info.class_names:
-        raise RunError(f"{pack.path} has the classes {pack.class_names}, the run learned {classifier.info.class_names}")
+        raise RunError(
+            f"{pack.path} has the classes {pack.class_names}, the run learned {classifier.info.class_names}"
+        )
     if pack.info.mpp and classifier.info.mpp and abs(pack.info.mpp / classifier.info.mpp - 1) > 0.05:
         raise RunError(
             f"{pack.path} has {pack.info.mpp} um/px, the classifier was trained at {classifier.info.mpp}: "

@@ -35,7 +35,11 @@ def measure_subgroups(
     if positive is None or threshold is None:
         return {}
     table = pack.table.iloc[rows]
-    truth, prob, groups = (pack.target[rows] == positive).astype(int), probs[:, positive], pack.group_ids[rows]
+    truth, prob, groups = (
+        (pack.target[rows] == positive).astype(int),
+        probs[:, positive],
+        pack.group_ids[rows],
+    )
     found: dict[str, dict[str, Any]] = {}
     for column in [name for name in table.columns if name == "site_id" or name not in OWN_COLUMNS]:
         labels = _label(table[column])

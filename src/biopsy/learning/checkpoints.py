@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from biopsy.errors import RunError
-from biopsy.files import replace_atomic
+from biopsy.files import write_atomic
 
 FORMAT = "biopsy-checkpoint/1"
 LAST = "last.safetensors"
@@ -51,7 +51,10 @@ def save_checkpoint(
                 tensors[f"optimiser.{index}.{name}"] = value.detach().cpu().contiguous()
             elif value is not None:
                 scalars.setdefault(str(index), {})[name] = value
-    groups = [{name: value for name, value in group.items() if _is_number(value)} for group in document["param_groups"]]
+    groups = [
+        {name: value for name, value in group.items() if _is_number(value)}
+        for group in document["param_groups"]
+    ]
     _write(folder / LAST, tensors, {"progress": vars(progress), "optimiser": scalars, "groups": groups})
     for path in folder.glob("best-*.safetensors"):
         if progress.best_epoch is None or path.name != _best_name(progress.best_epoch):
@@ -114,8 +117,7 @@ def _to_cpu(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
-    with replace_atomic(path) as partial:
-        save_file(tensors, partial, metadata={"biopsy": json.dumps({"format": FORMAT, **header})})
+    write_atomic(path, save(tensors, metadata={"biopsy": json.dumps({"format": FORMAT, **header})}))
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

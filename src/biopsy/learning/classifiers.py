@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from biopsy.errors import DataError, RunError
 from biopsy.files import read_json, replace_directory, sha256_file, write_json
@@ -110,7 +110,7 @@ class Classifier:
         }
         tensors |= {f"extra.{name}": torch.from_numpy(np.array(array)) for name, array in self.extras.items()}
         with replace_directory(path) as partial:
-            save_file(tensors, partial / WEIGHTS)
+            (partial / WEIGHTS).write_bytes(save(tensors))
             digest = sha256_file(partial / WEIGHTS)
             self.info = self.info.model_copy(update={"weights_sha256": digest, "version": __version__})
             write_json(partial / DOCUMENT, self.info.model_dump())

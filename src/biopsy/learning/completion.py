@@ -42,7 +42,9 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
         recipe=recipe.name,
     )
     classifier = Classifier(info, network)
-    logits = predict_logits(network, task.preprocessing, pack.patches, pack.sizes, task.val, engine=task.engine)
+    logits = predict_logits(
+        network, task.preprocessing, pack.patches, pack.sizes, task.val, engine=task.engine
+    )
     probs = classifier.probs(logits)
     positive = pack.positive_index
     threshold: dict[str, Any] | None = None

@@ -83,7 +83,8 @@ class Engine:
         """
         optimiser.zero_grad(set_to_none=True)
         with self.autocast():
-            logits = network(batch).float()
+            logits = network(batch)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = loss_fn(logits, target)
         loss.backward()
         optimiser.step()

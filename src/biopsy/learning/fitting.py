@@ -90,9 +90,7 @@ def _run_epoch(
 ) -> dict[str, Any]:
     """Make one pass over the training patches and look at validation; gives the epoch's record."""
     settings, epoch, started = task.recipe.train, progress.epoch + 1, time.perf_counter()
-    order = order_epoch(
-        task.train, task.pack.target, sampling=settings.sampling, seed=task.seed, epoch=epoch
-    )
+    order = order_epoch(task.train, task.pack.target, sampling=settings.sampling, seed=task.seed, epoch=epoch)
     weights = weigh_classes(task.pack.target[task.train], len(task.pack.class_names), settings.class_weights)
     loss_fn = make_loss(_outputs(settings.loss), None if weights is None else weights.tolist())
     steps = batches.count(len(order))

@@ -161,12 +161,16 @@ def _continue(resume: Run | Path | str, recipe: object, data: object) -> tuple[R
         raise RunError("a resumed run has its own recipe and data: leave both out, or train anew")
     run = Run.open(resume)
     if run.info["status"] == "finished":
-        raise RunError(f"{run.path} is finished: there is nothing to resume; judge it with `biopsy evaluate {run.path}`")
+        raise RunError(
+            f"{run.path} is finished: there is nothing to resume; judge it with `biopsy evaluate {run.path}`"
+        )
     pack = run.open_pack()
     now, then = describe_environment(), run.info["environment"]
     changed = [f"{name} {then[name]} -> {now[name]}" for name in now if now[name] != then.get(name)]
     if changed:
-        logger.warning("resumed on another machine or version: %s; the result may differ in its last bits", changed)
+        logger.warning(
+            "resumed on another machine or version: %s; the result may differ in its last bits", changed
+        )
     return run, pack
 
 

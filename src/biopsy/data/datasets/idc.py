@@ -30,15 +30,16 @@ def recognise(archive: Archive) -> bool:
 def list_patches(archive: Archive) -> Listing:
     """List the patches by what their names say, checked against the folders they lie in."""
     images = [entry for entry in archive.entries if is_image(entry)]
-    matches = [(entry, _match(entry)) for entry in images]
-    patients = {match["patient"] for _, match in matches if match}
+    patients = {match["patient"] for entry in images if (match := _match(entry))}
     skipped: list[Skipped] = []
     keyed = []
-    for entry, match in matches:
-        reason = "is not named <patient>_idx5_x<X>_y<Y>_class<0|1>.png"
-        if match is not None:
-            reason = _find_contradiction(entry, match, patients)
-        if match is None or reason:
+    for entry in images:
+        match = _match(entry)
+        if match is None:
+            skipped.append(
+                {"source": entry.name, "reason": "is not named <patient>_idx5_x<X>_y<Y>_class<0|1>.png"}
+            )
+        elif reason := _find_contradiction(entry, match, patients):
             skipped.append({"source": entry.name, "reason": reason})
         else:
             keyed.append((f"{match['patient']}/{match['label']}/{match[0][:-4]}", entry))

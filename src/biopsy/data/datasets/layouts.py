@@ -1,6 +1,5 @@
 """What a layout is, what it makes of an archive, and how the pixels behind its rows are read."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -124,21 +123,25 @@ def drop_copies(
         ``(key, entry)`` in order of key, the number of identical copies left out, and the copies that are
         *not* identical, which are named: nobody can say which of them is right.
     """
-    groups: dict[str, list[Entry]] = defaultdict(list)
+    kept: dict[str, Entry] = {}
+    n_copies, skipped = 0, []
     for key, entry in keyed:
-        groups[key].append(entry)
-    kept, n_copies, skipped = [], 0, []
-    for key in sorted(groups):
-        first, *others = groups[key]
-        kept.append((key, first))
-        for other in others:
-            if archive.same(first, other):
-                n_copies += 1
-            else:
-                skipped.append(
-                    {"source": other.name, "reason": f"differs from {first.name}, the same patch by name"}
-                )
-    return kept, n_copies, skipped
+        first = kept.setdefault(key, entry)
+        if first is entry:
+            continue
+        if archive.same(first, entry):
+            n_copies += 1
+        else:
+            skipped.append(
+                {"source": entry.name, "reason": f"differs from {first.name}, the same patch by name"}
+            )
+    return sorted(kept.items()), n_copies, skipped
+
+
+def refuse_empty(skipped: Sequence[Skipped]) -> DataError:
+    """Give the error for a source of which nothing can be read, naming the first reason."""
+    first = skipped[0] if skipped else Skipped(source="no image", reason="was found")
+    return DataError(f"no patch can be read: {len(skipped):,} skipped, {first['source']} {first['reason']}")
 
 
 def find_positive(class_names: Sequence[str]) -> str | None:

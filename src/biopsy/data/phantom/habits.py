@@ -46,7 +46,7 @@ class Habit:
 def draw_habit(seed: int, patient: str) -> Habit:
     """Draw a patient's traits; the same seed and patient give the same traits."""
     rng = make_rng(seed, "phantom", patient, "habit")
-    nucleus_um = rng.uniform(3.0, 4.7)
+    nucleus_um = rng.uniform(3.3, 5.0)
     return Habit(
         nest_um=rng.uniform(38, 80),
         cord_um=rng.uniform(15, 30),
@@ -55,13 +55,13 @@ def draw_habit(seed: int, patient: str) -> Habit:
         tubules=max(0.0, rng.uniform(-1.0, 1.0)),
         cleft=max(0.0, rng.uniform(-1.2, 1.0)),
         nucleus_um=nucleus_um,
-        nucleus_gap_um=nucleus_um * rng.uniform(1.8, 2.4),
-        pleomorphism=rng.uniform(0.16, 0.38),
-        nucleus_stain=rng.uniform(0.6, 1.0),
-        cytoplasm_h=rng.uniform(0.16, 0.42),
+        nucleus_gap_um=nucleus_um * rng.uniform(1.85, 2.5),
+        pleomorphism=rng.uniform(0.2, 0.4),
+        nucleus_stain=rng.uniform(0.55, 0.95),
+        cytoplasm_h=rng.uniform(0.12, 0.36),
         cytoplasm_e=rng.uniform(0.45, 0.85),
         necrosis=max(0.0, rng.uniform(-1.0, 1.0)),
-        loose_cells=rng.uniform(0.05, 0.6),
+        loose_cells=rng.uniform(0.1, 0.4),
         desmoplasia=rng.uniform(0.0, 0.8),
         fat=rng.uniform(-0.05, 0.33),
         fat_pushed=rng.uniform(0.0, 1.0),

@@ -159,7 +159,7 @@ def _stroma(
     axes: tuple[Floats, Floats],
 ) -> tuple[Floats, Floats]:
     habit = habit_of.habit
-    mucoid = _ramp(0.4 * (maps["tint"] - 1.6 + 2 * habit.mucoid)) + 0.45 * habit.desmoplasia * tumour
+    mucoid = _ramp(0.4 * (maps["tint"] - 1.6 + 2 * habit.mucoid)) + 0.3 * habit.desmoplasia * tumour
     e = habit.stroma_e * (1 + 0.13 * maps["tint"]) * (1 + habit.fibre * (fibre + 0.5 * grain)) * (1 - 0.45 * mucoid)
     h = 0.05 + 0.03 * fibre + 0.22 * mucoid * (1 + 0.2 * fibre)
     crack = _ramp(2.2 * (weave.cracks.at(*axes) + 0.5 * maps["grade"] - 3.0 + 1.5 * habit.cracks) - 0.5 * tumour)
@@ -275,7 +275,7 @@ def _nuclei(
     p = weave.fibroblasts.within(*box)
     crowd = 0.18 * habit.cellularity * np.exp(0.8 * region.pick(maps["cells"], p.x_um, p.y_um))
     in_tumour = region.pick(tumour, p.x_um, p.y_um)
-    crowd *= 1 + 0.8 * in_tumour * (0.5 + habit.desmoplasia) + 1.2 * region.pick(bed, p.x_um, p.y_um)
+    crowd *= 1 + 0.6 * in_tumour * habit.desmoplasia + 1.2 * region.pick(bed, p.x_um, p.y_um)
     blocked = np.maximum(epithelium, gland)
     keep = (p.draws[:, 0] < crowd) & (region.pick(blocked, p.x_um, p.y_um) < 0.3)
     x, y, d = p.x_um[keep], p.y_um[keep], p.draws[keep]

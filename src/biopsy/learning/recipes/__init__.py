@@ -63,7 +63,9 @@ def _read(recipe: str | Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"{path} does not exist: give a recipe's name or the path of a .toml file") from None
+        raise RecipeError(
+            f"{path} does not exist: give a recipe's name or the path of a .toml file"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not TOML: {error}") from None
 
