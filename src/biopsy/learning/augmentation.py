@@ -18,6 +18,7 @@ from torch.nn import functional
 from biopsy.errors import RecipeError, suggest
 from biopsy.imaging.stain import STAINS
 
+
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
     """The ranges from which each patch draws; with none given a batch comes back as it is.

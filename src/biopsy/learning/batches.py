@@ -79,7 +79,9 @@ class Batches:
         patches = self.preprocessing.resize_patches(self.patches[chosen], widths, heights)
         return patches, np.asarray(self.target[chosen], dtype=np.int64)
 
-    def _finish(self, patches: np.ndarray, chosen: np.ndarray, number: int, epoch: int) -> tuple[Tensor, Tensor]:
+    def _finish(
+        self, patches: np.ndarray, chosen: np.ndarray, number: int, epoch: int
+    ) -> tuple[Tensor, Tensor]:
         batch, target = to_unit(patches, self.device), torch.from_numpy(chosen)
         if self.augmentation is not None:
             generator = torch.Generator().manual_seed(derive(self.seed, "augmentation", epoch, number))

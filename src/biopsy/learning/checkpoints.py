@@ -68,13 +68,7 @@ def load_checkpoint(
     if not (folder / LAST).exists():
         return Progress()
     tensors, header = _read(folder / LAST)
-    network.load_state_dict(
-        {
-            name.removeprefix("network."): value
-            for name, value in tensors.items()
-            if name.startswith("network.")
-        }
-    )
+    _fill(network, _weights_of(tensors), folder / LAST)
     state: dict[int, dict[str, Any]] = {
         int(index): dict(values) for index, values in header["optimiser"].items()
     }
@@ -92,16 +86,21 @@ def load_checkpoint(
 
 def load_weights(folder: Path, network: torch.nn.Module, epoch: int | None) -> None:
     """Put the weights of the best epoch (or, for None, of the last) into the network."""
-    if epoch is None:
-        tensors, _ = _read(folder / LAST)
-        tensors = {
-            name.removeprefix("network."): value
-            for name, value in tensors.items()
-            if name.startswith("network.")
-        }
-    else:
-        tensors, _ = _read(folder / _best_name(epoch))
-    network.load_state_dict(tensors)
+    path = folder / (LAST if epoch is None else _best_name(epoch))
+    tensors, _ = _read(path)
+    _fill(network, _weights_of(tensors) if epoch is None else tensors, path)
+
+
+def _weights_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    prefix = "network."
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _fill(network: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError:
+        raise RunError(f"{path} holds another network than the recipe beside it: train anew") from None
 
 
 def _is_number(value: object) -> bool:

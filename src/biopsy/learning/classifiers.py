@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from biopsy.files import read_json, replace_directory, sha256_file, write_json
 from biopsy.learning.networks import build_network
 from biopsy.learning.preprocessing import Preprocessing
 
-FORMAT = "biopsy-classifier/1"
+FORMAT: Final = "biopsy-classifier/1"
 DOCUMENT, WEIGHTS = "classifier.json", "weights.safetensors"
 
 

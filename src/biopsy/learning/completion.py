@@ -80,6 +80,7 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
     )
     run.update(
         chosen_epoch=chosen_epoch or progress.epoch,
+        epochs_done=progress.epoch,
         stopped_early=progress.epoch < recipe.train.epochs,
         threshold=threshold,
         classifier_sha256=classifier.sha256,

@@ -61,13 +61,7 @@ def fit(network: torch.nn.Module, task: Task, folder: Path, on_epoch: OnEpoch) -
     """
     settings = task.recipe.train
     network = task.engine.place(network)
-    optimiser = make_optimiser(
-        settings.optimiser,
-        network.parameters(),
-        settings.lr,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-    )
+    optimiser = optimiser_of(task.recipe, network)
     progress = load_checkpoint(folder, network, optimiser, task.engine.device)
     batches = _make_batches(task)
     devices = [task.engine.device] if task.engine.device.type == "cuda" else []
@@ -81,6 +75,18 @@ def fit(network: torch.nn.Module, task: Task, folder: Path, on_epoch: OnEpoch) -
     return progress
 
 
+def optimiser_of(recipe: Recipe, network: torch.nn.Module) -> torch.optim.Optimizer:
+    """Make the optimiser a recipe asks for."""
+    settings = recipe.train
+    return make_optimiser(
+        settings.optimiser,
+        network.parameters(),
+        settings.lr,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+
+
 def _run_epoch(
     network: torch.nn.Module,
     optimiser: torch.optim.Optimizer,
@@ -90,7 +96,7 @@ def _run_epoch(
 ) -> dict[str, Any]:
     """Make one pass over the training patches and look at validation; gives the epoch's record."""
     settings, epoch, started = task.recipe.train, progress.epoch + 1, time.perf_counter()
-    order = order_epoch(task.train, task.pack.target, sampling=settings.sampling, seed=task.seed, epoch=epoch)
+    order = _order(task, epoch)
     weights = weigh_classes(task.pack.target[task.train], len(task.pack.class_names), settings.class_weights)
     loss_fn = make_loss(_outputs(settings.loss), None if weights is None else weights.tolist())
     steps = batches.count(len(order))
@@ -119,7 +125,12 @@ def _run_epoch(
     _require_finite(losses, epoch, progress.epoch)
     mean_loss, accuracy = float(torch.stack(losses).mean()), int(correct) / n_seen
     trained = time.perf_counter()
-    record = {"epoch": epoch, "loss": mean_loss, "accuracy": accuracy, **_validate(network, task), "lr": lr}
+    validation = _validate(network, task)
+    if not math.isfinite(validation["val_loss"]):
+        raise _diverged(
+            validation["val_loss"], f"epoch {epoch}, on validation after {len(losses)} steps", epoch - 1
+        )
+    record = {"epoch": epoch, "loss": mean_loss, "accuracy": accuracy, **validation, "lr": lr}
     progress.epoch, progress.step = epoch, progress.step + len(losses)
     ended = time.perf_counter()
     return record | {
@@ -130,7 +141,14 @@ def _run_epoch(
     }
 
 
-def _validate(network: torch.nn.Module, task: Task) -> dict[str, float | None]:
+def _order(task: Task, epoch: int) -> np.ndarray:
+    """Give the rows of an epoch; a last batch of one patch is left out, it has no spread to normalise by."""
+    settings = task.recipe.train
+    order = order_epoch(task.train, task.pack.target, sampling=settings.sampling, seed=task.seed, epoch=epoch)
+    return order[:-1] if len(order) % settings.batch_size == 1 else order
+
+
+def _validate(network: torch.nn.Module, task: Task) -> dict[str, Any]:
     """Give loss (unweighted), accuracy by arg-max and, for two classes, AUROC on validation."""
     pack, rows = task.pack, task.val
     logits = predict_logits(
@@ -174,7 +192,7 @@ def _make_batches(task: Task) -> Batches:
         preprocessing=task.preprocessing,
         augmentation=Augmentation.from_settings(task.recipe.augmentation),
         batch_size=settings.batch_size,
-        drop_last=settings.drop_last and len(task.train) > settings.batch_size,
+        drop_last=settings.drop_last and len(_order(task, epoch=1)) > settings.batch_size,
         device=task.engine.device,
         seed=task.seed,
     )
@@ -189,8 +207,11 @@ def _require_finite(losses: list[Tensor], epoch: int, last_good: int) -> None:
     bad = (~torch.isfinite(recent)).nonzero()
     if len(bad):
         step = len(losses) - len(recent) + int(bad[0]) + 1
-        kept = f"the last good checkpoint is epoch {last_good}" if last_good else "no epoch was finished"
-        raise TrainingDiverged(
-            f"the loss became {float(recent[bad[0]]):g} in epoch {epoch}, step {step}; {kept}: "
-            "lower the rate with --set train.lr=..."
-        )
+        raise _diverged(float(recent[bad[0]]), f"epoch {epoch}, step {step}", last_good)
+
+
+def _diverged(loss: float, where: str, last_good: int) -> TrainingDiverged:
+    kept = f"the last good checkpoint is epoch {last_good}" if last_good else "no epoch was finished"
+    return TrainingDiverged(
+        f"the loss became {loss:g} in {where}; {kept}: lower the rate with --set train.lr=..."
+    )

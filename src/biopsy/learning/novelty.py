@@ -99,4 +99,4 @@ def _distance(classifier: Classifier, kind: str, values: np.ndarray) -> np.ndarr
     extras = classifier.extras
     offset = (values - extras[f"{kind}_mean"]) / extras[f"{kind}_spread"]
     precision = extras[f"{kind}_precision"]
-    return np.einsum("ij,jk,ik->i", offset, precision, offset)
+    return ((offset @ precision) * offset).sum(axis=1)

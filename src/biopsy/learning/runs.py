@@ -158,7 +158,7 @@ class Run:
 def name_run(recipe: str, seed: int) -> str:
     """Give a new run's folder a name: recipe, seed, time and four random characters."""
     now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-    return f"{re.sub(r'[^A-Za-z0-9._-]', '-', recipe)}-s{seed}-{now}-{secrets.token_hex(2)}"
+    return f"{recipe}-s{seed}-{now}-{secrets.token_hex(2)}"
 
 
 def remove_partial(run: Run) -> None:

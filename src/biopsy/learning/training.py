@@ -17,16 +17,19 @@ from biopsy.data.packs import Pack, is_pack
 from biopsy.data.splits import SIDES, Split, find_split, list_splits, make_split
 from biopsy.errors import MissingExtra, RunError, SplitError, TrainingDiverged
 from biopsy.figures.curves import draw_training
+from biopsy.files import replace_atomic
 from biopsy.learning.completion import complete, fit_preprocessing
 from biopsy.learning.engine import Engine
-from biopsy.learning.fitting import OnEpoch, Task, fit
+from biopsy.learning.fitting import OnEpoch, Task, fit, optimiser_of
 from biopsy.learning.networks import build_network, count_parameters
 from biopsy.learning.recipes import Recipe, load_recipe
 from biopsy.learning.runs import Run, describe_environment, name_run, remove_partial
+from biopsy.learning.sampling import weigh_classes
 
 logger = logging.getLogger(__name__)
 
 CURVES = ("loss", "accuracy", "auroc")
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def train(
@@ -66,12 +69,14 @@ def train(
         RunError: If the run cannot be resumed, or its folder holds something else.
         TrainingDiverged: If the loss is not finite.
     """
+    if plot is not None and Path(plot).suffix not in PLOT_SUFFIXES:
+        raise RunError(f"curves cannot be drawn to {plot}: its name must end in {', '.join(PLOT_SUFFIXES)}")
     if resume is not None:
         run, pack = _continue(resume, recipe, data)
     elif recipe is None or data is None:
         raise RunError("training needs a recipe and data, or resume= and the folder of an interrupted run")
     else:
-        run, pack = _begin(load_recipe(recipe, set), open_data(data), split, fold, seed, out)
+        run, pack = _begin(load_recipe(recipe, set), open_data(data), split, fold, seed, out, device)
     try:
         with FileLock(run.path / ".lock", timeout=0):
             remove_partial(run)
@@ -80,7 +85,8 @@ def train(
         raise RunError(f"{run.path} is being trained by another process") from None
     if plot is not None:
         curves = draw_training(run.log(), chosen_epoch=run.info["chosen_epoch"], quantities=CURVES)
-        curves.savefig(plot)
+        with replace_atomic(plot) as partial:
+            curves.savefig(partial, format=Path(plot).suffix[1:])
     return run
 
 
@@ -95,26 +101,20 @@ def open_data(data: Pack | Path | str) -> Pack:
 
 
 def _begin(
-    recipe: Recipe, pack: Pack, split_name: str | None, fold: int | None, seed: int, out: Path | str | None
+    recipe: Recipe,
+    pack: Pack,
+    split_name: str | None,
+    fold: int | None,
+    seed: int,
+    out: Path | str | None,
+    device: str,
 ) -> tuple[Run, Pack]:
     """Check everything that can be checked before training, and write the run's folder."""
     pack.verify()
-    split = _find_split(pack, split_name, recipe)
+    split = choose_split(pack, split_name, recipe)
     sides = split.sides(pack, fold)
-    counts = {side: int((sides == side).sum()) for side in SIDES} | {"left out": int((sides == "").sum())}
-    for side in ("train", "val"):
-        if not counts[side]:
-            raise SplitError(
-                f"split {split.name!r} has no {side} patches: validation chooses epoch and threshold; "
-                "make a split with `biopsy split`"
-            )
-    present = np.unique(pack.target[sides == "train"])
-    if len(present) < 2:
-        raise SplitError(
-            f"all training patches of split {split.name!r} are {pack.class_names[present[0]]!r}: "
-            "nothing can be learned from one class"
-        )
     network = _build(recipe, pack, seed)
+    _check(recipe, pack, split.name, sides, network, device)
     total, trainable = count_parameters(network)
     path = Path(out) if out is not None else Path("runs") / name_run(recipe.name, seed)
     info = {
@@ -128,7 +128,7 @@ def _begin(
             "unit": split.unit,
             "as_published": split.is_published,
             "patients_overlap": split.overlap,
-            "counts": counts,
+            "sides": {side or "left out": _count(pack, sides == side) for side in (*SIDES, "")},
         },
         "pack": {
             "path": str(pack.path.resolve()),
@@ -150,7 +150,38 @@ def _begin(
     return Run.create(path, info, recipe, table), pack
 
 
-def _find_split(pack: Pack, name: str | None, recipe: Recipe) -> Split:
+def _check(
+    recipe: Recipe, pack: Pack, split: str, sides: np.ndarray, network: torch.nn.Module, device: str
+) -> None:
+    """Refuse now what would stop the training later."""
+    for side in ("train", "val"):
+        if side not in sides:
+            raise SplitError(
+                f"split {split!r} has no {side} patches: validation chooses epoch and threshold; "
+                "make a split with `biopsy split`"
+            )
+    target = pack.target[sides == "train"]
+    if len(np.unique(target)) < 2:
+        raise SplitError(
+            f"all training patches of split {split!r} are {pack.class_names[target[0]]!r}: "
+            "nothing can be learned from one class"
+        )
+    weigh_classes(target, len(pack.class_names), recipe.train.class_weights)
+    optimiser_of(recipe, network)
+    Engine(device, recipe.train.precision)
+
+
+def _count(pack: Pack, chosen: np.ndarray) -> dict[str, Any]:
+    per_class = np.bincount(pack.target[chosen], minlength=len(pack.class_names)).tolist()
+    return {
+        "patches": int(chosen.sum()),
+        "groups": len(np.unique(pack.group_ids[chosen])),
+        "per_class": dict(zip(pack.class_names, per_class, strict=True)),
+    }
+
+
+def choose_split(pack: Pack, name: str | None, recipe: Recipe) -> Split:
+    """Find a split by name; ``as-published``, where the pack has none of that name, is the recipe's own."""
     if name == "as-published" and name not in list_splits(pack):
         return make_split(pack, protocol=name, recipe=recipe.as_published.split)
     return find_split(pack, name)

@@ -107,7 +107,7 @@ def plan_slide(seed: int, patient: str, *, tissue_mm2: float, tumour_frac: float
 
 def fat_share(habit: Habit, fat: Floats, tumour: Floats) -> Floats:
     """Give the chance in [0, 1] that a place is fat; a tumour pushes most, not all, of it aside."""
-    wanted = 1.3 * (fat - 0.8 + 2.0 * habit.fat) - np.clip(tumour / 100, -0.3, 0.4 + 1.6 * habit.fat_pushed)
+    wanted = 1.3 * (fat - 0.8 + 2.0 * habit.fat) - np.clip(tumour / 100, -0.3, 0.8 + 1.4 * habit.fat_pushed)
     return np.clip(wanted, 0, 1)
 
 

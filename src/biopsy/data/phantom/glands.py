@@ -183,7 +183,7 @@ def _nuclei(
 ) -> Floats:
     n = len(place)
     size = np.exp(rng.normal(0, 0.08, n))
-    stain = 0.92 * np.exp(rng.normal(0, 0.1, n))
+    stain = 1.0 * np.exp(rng.normal(0, 0.1, n))
     columns = [place[:, 0], place[:, 1], radius_um[0] * size, radius_um[1] * size, angle[:n], stain]
     return np.stack(columns, axis=1).astype(np.float32)
 

@@ -185,7 +185,7 @@ def _tumour_shape(
     cords = weave.cords[0].at(along, across) + 0.35 * weave.cords[1].at(x, y)
     mix = _ramp(1.5 * (maps["tint"] * 0.6 + 2 * habit.cords - 1) + 0.5)
     level = nests + mix * (cords - nests)
-    threshold = 1.1 - 2.1 * habit.fill - 0.55 * maps["grade"] * (0.5 + tumour)
+    threshold = 1.1 - 2.1 * habit.fill - 0.4 * maps["grade"]
     height = level - threshold
     epithelium = _ramp(3 * height + 0.5) * tumour
     opens = 2.3 - 0.9 * habit.tubules + 0.5 * mix + np.maximum(-threshold, 0)

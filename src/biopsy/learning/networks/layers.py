@@ -47,7 +47,9 @@ class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or x.device.type != "cpu" or self.p == 0:
             return super().forward(x)
-        draws = np.random.SFC64(int(torch.empty((), dtype=torch.int64).random_())).random_raw(-(-x.numel() // 4))
+        draws = np.random.SFC64(int(torch.empty((), dtype=torch.int64).random_())).random_raw(
+            -(-x.numel() // 4)
+        )
         kept = torch.from_numpy(draws.view(np.uint16)[: x.numel()] >= round(self.p * 65536))
         mask = torch.empty_like(x).copy_(kept.view(x.permute(0, *range(2, x.dim()), 1).shape).movedim(-1, 1))
         return x * mask.mul_(1 / (1 - self.p))

@@ -14,7 +14,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from biopsy.errors import RecipeError, suggest
-from biopsy.learning.recipes.schema import DEFINING_TABLES, Recipe
+from biopsy.learning.recipes.schema import DEFINING_TABLES, FORMAT, Recipe
 
 __all__ = ["DEFINING_TABLES", "Recipe", "list_recipes", "load_recipe", "recipe_toml"]
 
@@ -66,6 +66,8 @@ def _read(recipe: str | Path) -> dict[str, Any]:
         raise RecipeError(
             f"{path} does not exist: give a recipe's name or the path of a .toml file"
         ) from None
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not TOML: {error}") from None
 
@@ -106,4 +108,8 @@ def _explain(error: ValidationError, document: dict[str, Any]) -> str:
     name = document.get("name", "recipe")
     if first["type"] == "extra_forbidden":
         return f"{name}: a recipe has no setting {where!r}: {suggest(where, _leaves(Recipe))}"
-    return f"{name}: {where}: {first['msg']}, found {first['input']!r}"
+    if where == "format":
+        return (
+            f"{name}: has format {first['input']!r} where {FORMAT!r} was expected: update biopsy to read it"
+        )
+    return f"{name}: {where}: {first['msg'].removeprefix('Value error, ')}, found {first['input']!r}"

@@ -1,8 +1,9 @@
 """What a recipe may say, with types and limits."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -12,13 +13,24 @@ from pydantic import (
     PositiveInt,
 )
 
-FORMAT = "biopsy-recipe/1"
+from biopsy.statistics.thresholds import parse_rule
+
+FORMAT: Final = "biopsy-recipe/1"
 DEFINING_TABLES = ("preprocessing", "model", "augmentation", "train", "decision", "as_published")
 """The tables whose values define a result; the others describe where the recipe comes from."""
 
 
+def _check_rule(rule: str) -> str:
+    parse_rule(rule)
+    return rule
+
+
+Channels = Field(min_length=3, max_length=3)
+Rule = Annotated[str, AfterValidator(_check_rule)]
+
+
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Origin(_Table):
@@ -46,8 +58,8 @@ class Preprocessing(_Table):
     """``stretch`` crops a padded patch back to its true size and stretches it; ``pad`` keeps the padding."""
     channel_order: Literal["rgb", "bgr"] = "rgb"
     scale: PositiveFloat = 1 / 255
-    mean: list[float] = [0.0, 0.0, 0.0]
-    std: list[PositiveFloat] = [1.0, 1.0, 1.0]
+    mean: Annotated[list[float], Channels] = [0.0, 0.0, 0.0]
+    std: Annotated[list[PositiveFloat], Channels] = [1.0, 1.0, 1.0]
     standardise: Literal["none", "featurewise"] = "none"
     """``featurewise`` replaces mean and std by those of the training patches."""
 
@@ -83,7 +95,8 @@ class Train(_Table):
     lr: PositiveFloat = 1e-3
     momentum: float = Field(default=0.0, ge=0, lt=1)
     weight_decay: NonNegativeFloat = 0.0
-    schedule: Literal["constant", "inverse-time", "cosine"] = "constant"
+    schedule: Literal["constant", "inverse-time", "cosine", "plateau"] = "constant"
+    """``plateau``: a tenth of the rate after every three epochs without a lower validation loss."""
     decay: NonNegativeFloat = 0.0
     """Of ``inverse-time``: lr / (1 + decay * step), counted in optimiser updates."""
     warmup_epochs: NonNegativeInt = 0
@@ -106,7 +119,7 @@ class Train(_Table):
 class Decision(_Table):
     """How probabilities become a class."""
 
-    threshold: str = "youden"
+    threshold: Rule = "youden"
     """``youden``, ``sensitivity=0.95``, ``specificity=0.95``, ``cost=5`` or ``argmax``; chosen on validation."""
 
 
@@ -115,7 +128,7 @@ class AsPublished(_Table):
 
     split: dict[str, Any] = {}
     checkpoint: Literal["best", "last"] = "last"
-    threshold: str = "argmax"
+    threshold: Rule = "argmax"
 
 
 class Recipe(_Table):
@@ -125,7 +138,8 @@ class Recipe(_Table):
     """
 
     format: Literal["biopsy-recipe/1"] = FORMAT
-    name: str
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Also part of the names of folders."""
     title: str = ""
     origin: Origin = Origin()
     preprocessing: Preprocessing = Preprocessing()

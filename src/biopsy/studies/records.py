@@ -1,0 +1,77 @@
+"""The Study as a record on disk: several runs that answer one question."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from biopsy.data.predictions import read_predictions
+from biopsy.errors import DataError, RunError
+from biopsy.files import read_json, write_json
+from biopsy.learning.runs import Run
+
+FORMAT = "biopsy-study/1"
+DOCUMENT = "study.json"
+
+
+class Study:
+    """Several runs that answer one question, read from their folder.
+
+    Attributes:
+        path: The folder.
+        info: What ``study.json`` says.
+    """
+
+    def __init__(self, path: Path, info: dict[str, Any]) -> None:
+        self.path = path
+        self.info = info
+
+    @classmethod
+    def open(cls, path: "Path | str | Study") -> "Study":
+        """Open a study.
+
+        Raises:
+            RunError: If the folder holds no study of a format that this version reads.
+        """
+        if isinstance(path, Study):
+            return path
+        path = Path(path)
+        if not is_study(path):
+            raise RunError(f"{path} is not a study (it has no {DOCUMENT}): make one with `biopsy study`")
+        try:
+            return cls(path, read_json(path / DOCUMENT, format=FORMAT))
+        except DataError as error:
+            raise RunError(str(error)) from None
+
+    def __repr__(self) -> str:
+        return f"<Study {self.path.name}: {self.info['status']}, {len(self.runs())} runs>"
+
+    def update(self, **fields: Any) -> None:
+        """Change what ``study.json`` says."""
+        self.info = {**self.info, **fields}
+        write_json(self.path / DOCUMENT, self.info)
+
+    def runs(self) -> list[Run]:
+        """Give its runs in the order of recipe, fold and seed, whatever their status."""
+        found = [Run.open(path.parent) for path in (self.path / "runs").glob("*/run.json")]
+        return sorted(
+            found, key=lambda run: (run.info["recipe"], run.info["split"]["fold"] or 0, run.info["seed"])
+        )
+
+    def judged_runs(self) -> list[Run]:
+        """Give the runs that have been evaluated."""
+        return [run for run in self.runs() if (run.path / "evaluation" / "metrics.json").exists()]
+
+    def table(self) -> pd.DataFrame:
+        """Read ``table.csv``, one row a run."""
+        return pd.read_csv(self.path / "table.csv")
+
+    def predictions(self) -> pd.DataFrame:
+        """Read the pooled out-of-fold predictions, with ``recipe``, ``fold`` and ``seed``."""
+        frame, _ = read_predictions(self.path / "predictions.parquet")
+        return frame
+
+
+def is_study(path: Path | str) -> bool:
+    """Say whether a path looks like a study's folder."""
+    return (Path(path) / DOCUMENT).is_file()

@@ -1,0 +1,162 @@
+"""Reports from what runs and studies keep on disk."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biopsy.data.audit import audit_pack
+from biopsy.data.packs import Pack
+from biopsy.errors import DataError, RunError
+from biopsy.files import read_json, write_atomic
+from biopsy.learning.networks import build_network, describe
+from biopsy.learning.recipes import Recipe, load_recipe, recipe_toml
+from biopsy.learning.runs import Run
+from biopsy.sharing.facts import RunFacts, StudyFacts
+from biopsy.sharing.report import render_report, report_of_run
+from biopsy.sharing.study import report_of_study
+from biopsy.studies.records import Study, is_study
+from biopsy.studies.tables import SUMMARY_FORMAT
+
+
+def report(
+    runs: Run | Study | Path | str | Sequence[Run | Study | Path | str],
+    *,
+    out: Path | str | None = None,
+    hide_ids: bool = False,
+) -> list[Path]:
+    """Write one self-contained HTML report for each run or study.
+
+    Args:
+        runs: Evaluated runs and studies.
+        out: The file to write, for one run; a folder, for several. By default ``report.html`` in each.
+        hide_ids: Replace patient, slide and patch ids by numbers, for sharing.
+
+    Returns:
+        The paths of the reports.
+
+    Raises:
+        RunError: If a run has not been evaluated, or there is no such run.
+    """
+    asked = [runs] if isinstance(runs, Run | Study | Path | str) else list(runs)
+    written: list[Path] = []
+    for item in asked:
+        for name, page in _compose(item, hide_ids):
+            path = _place(item, name, out, several=len(asked) > 1)
+            write_atomic(path, page)
+            written.append(path)
+    return written
+
+
+def _compose(item: Run | Study | Path | str, hide_ids: bool) -> list[tuple[str, str]]:
+    """Give the pages of a run or a study: file name and HTML each."""
+    if isinstance(item, Study) or (not isinstance(item, Run) and is_study(item)):
+        study = Study.open(item)
+        facts = gather_study(study)
+        names = ["report.html"] if len(facts) == 1 else [f"report-{recipe}.html" for recipe in facts]
+        pages = [render_report(report_of_study(fact, hide_ids=hide_ids)) for fact in facts.values()]
+        return list(zip(names, pages, strict=True))
+    return [("report.html", render_report(report_of_run(gather_run(Run.open(item)), hide_ids=hide_ids)))]
+
+
+def _place(item: Run | Study | Path | str, name: str, out: Path | str | None, *, several: bool) -> Path:
+    folder = item.path if isinstance(item, Run | Study) else Path(item)
+    if out is None:
+        return folder / name
+    out = Path(out)
+    if out.suffix == ".html" and not several and name == "report.html":
+        return out
+    return out / f"{folder.name}-{name}"
+
+
+def gather_run(run: Run) -> RunFacts:
+    """Collect what the report of a run is written from.
+
+    Raises:
+        RunError: If the run has not been evaluated.
+    """
+    metrics = run.metrics()
+    predictions, _ = run.predictions(metrics["side"])
+    recipe, pack = run.recipe, run.open_pack(verify=False)
+    side = recipe.preprocessing.input_px
+    return RunFacts(
+        run=run.info,
+        metrics=metrics,
+        predictions=predictions,
+        class_names=pack.class_names,
+        log=run.log(),
+        recipe=recipe.model_dump(),
+        recipe_toml=recipe_toml(recipe),
+        network=_describe_network(recipe, len(pack.class_names)),
+        input_shape=(3, side, side),
+        get_patch=_open_patches(pack),
+        patch_px=pack.info.patch_px,
+        mpp=pack.info.mpp,
+        audit=_find_audit(pack),
+        ledger=metrics.get("ledger"),
+    )
+
+
+def gather_study(study: Study) -> dict[str, StudyFacts]:
+    """Collect what the report of a study is written from, recipe by recipe.
+
+    Raises:
+        RunError: If none of its runs has been evaluated.
+    """
+    runs = study.judged_runs()
+    if not runs:
+        raise RunError(f"{study.path} has no evaluated run: go on with `biopsy study`")
+    summary = read_json(study.path / "metrics.json", format=SUMMARY_FORMAT)
+    table, predictions, first = study.table(), study.predictions(), runs[0].metrics()
+    facts = {}
+    for name, entry in summary["recipes"].items():
+        recipe = load_recipe(next(run for run in runs if run.info["recipe"] == name).recipe)
+        rows = table[table["recipe"] == name].copy()
+        rows["fold"] = rows["fold"].fillna(0).astype(int)
+        facts[name] = StudyFacts(
+            study={**study.info, "environment": runs[0].info["environment"]},
+            table=rows,
+            predictions=predictions[predictions["recipe"] == name],
+            metrics={
+                **entry.get("pooled", {}),
+                "positive_class": first["positive_class"],
+                "split": study.info["split"],
+            },
+            class_names=first["class_names"],
+            baselines=_baseline_by_group(rows),
+            recipe=recipe.model_dump(),
+            recipe_toml=recipe_toml(recipe),
+        )
+    return facts
+
+
+def _baseline_by_group(rows: Any) -> dict[str, float]:
+    """Give the colour-only AUROC of each patient that is tested alone in a fold."""
+    alone = rows[~rows["tested"].astype(str).str.contains(" ")].dropna(subset=["baseline_auroc"])
+    return dict(zip(alone["tested"].astype(str), alone["baseline_auroc"].astype(float), strict=True))
+
+
+def _describe_network(recipe: Recipe, n_classes: int) -> list[Any]:
+    side = recipe.preprocessing.input_px
+    network = build_network(recipe.model.name, n_classes=n_classes, input_px=side, **recipe.model.params)
+    return describe(network, side)
+
+
+def _open_patches(pack: Pack) -> Callable[[str], np.ndarray]:
+    rows = {patch_id: row for row, patch_id in enumerate(pack.table["patch_id"])}
+
+    def get_patch(patch_id: str) -> np.ndarray:
+        row = rows[patch_id]
+        width, height = pack.sizes[row]
+        return pack.patches[row, :height, :width]
+
+    return get_patch
+
+
+def _find_audit(pack: Pack) -> dict[str, Any]:
+    """Read the pack's audit, or make it anew where there is none."""
+    try:
+        return read_json(pack.path / "audit.json", format="biopsy-audit/1")
+    except DataError:
+        return audit_pack(pack)

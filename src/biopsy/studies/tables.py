@@ -1,0 +1,187 @@
+"""What a study's runs add up to: pooled predictions, one row a run, and the spread over seeds."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from biopsy.data.predictions import write_predictions
+from biopsy.files import write_atomic, write_json
+from biopsy.judging.evaluation import LEVEL
+from biopsy.learning.runs import Run
+from biopsy.statistics.intervals import Replicates, describe_method, estimate_metric, replicate
+from biopsy.statistics.metrics import METRICS
+from biopsy.statistics.tallies import rank
+from biopsy.studies.records import Study
+
+SUMMARY_FORMAT = "biopsy-study-metrics/1"
+SHOWN = (
+    "auroc",
+    "auprc",
+    "sensitivity",
+    "specificity",
+    "balanced_accuracy",
+    "f1",
+    "accuracy",
+    "brier",
+    "ece",
+    "calibration_slope",
+)
+
+
+def write_tables(study: Study) -> None:
+    """Write ``predictions.parquet``, ``table.csv`` and ``metrics.json`` from the runs judged so far."""
+    runs = study.judged_runs()
+    if not runs:
+        return
+    frames = [
+        run.predictions("test")[0].assign(recipe=run.info["recipe"], seed=run.info["seed"]) for run in runs
+    ]
+    pooled = pd.concat(frames, ignore_index=True)
+    write_predictions(
+        study.path / "predictions.parquet",
+        pooled,
+        {
+            "pack_sha256": study.info["pack"]["content_sha256"],
+            "split": study.info["split"]["name"],
+            "classifier_sha256": None,
+            "threshold": {"rule": "each run's own, chosen on its validation side"},
+        },
+    )
+    table = pd.DataFrame([_describe_run(run) for run in runs])
+    write_atomic(study.path / "table.csv", table.to_csv(index=False, lineterminator="\n"))
+    write_json(study.path / "metrics.json", summarise(table, pooled, runs[0].metrics()))
+
+
+def summarise(table: pd.DataFrame, pooled: pd.DataFrame, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Give, per recipe, the pooled numbers, their spread over seeds, and what was gained on each fold.
+
+    Intervals are over patients, within one seed; the spread over seeds stands apart from them.
+
+    Args:
+        table: One row a run.
+        pooled: All test predictions, with ``recipe``, ``fold`` and ``seed``.
+        metrics: ``metrics.json`` of any of the runs, for class names and unit.
+    """
+    document: dict[str, Any] = {
+        "format": SUMMARY_FORMAT,
+        "positive_class": metrics["positive_class"],
+        "recipes": {},
+    }
+    for recipe, rows in table.groupby("recipe"):
+        entry: dict[str, Any] = {"folds": _summarise_folds(rows)}
+        if metrics["positive_class"] is not None:
+            positive = metrics["class_names"].index(metrics["positive_class"])
+            frames = [frame for _, frame in pooled[pooled["recipe"] == recipe].groupby("seed")]
+            entry["pooled"] = _measure(frames, positive, metrics["unit"])
+            entry["over_seeds"] = _spread([_measure([frame], positive, metrics["unit"]) for frame in frames])
+        document["recipes"][recipe] = entry
+    return document
+
+
+def _describe_run(run: Run) -> dict[str, Any]:
+    """Give a run's row of ``table.csv``."""
+    metrics, (frame, _) = run.metrics(), run.predictions("test")
+    groups = frame[f"{metrics['unit']}_id"].astype(str).unique()
+    values = metrics.get("patch") or metrics["macro"]
+    baseline = metrics["baseline"] or {}
+    return {
+        "recipe": run.info["recipe"],
+        "fold": run.info["split"]["fold"],
+        "seed": run.info["seed"],
+        "tested": " ".join(sorted(groups)) if len(groups) <= 3 else f"{len(groups)} {metrics['unit']}s",
+        "n_patches": metrics["n_patches"],
+        "n_positive": sum(metrics["confusion"][key] for key in ("tp", "fn"))
+        if "confusion" in metrics
+        else None,
+        **{name: values[name]["value"] for name in SHOWN},
+        "baseline_auroc": baseline.get("auroc"),
+        "threshold": (run.info["threshold"] or {}).get("value"),
+        "chosen_epoch": run.info["chosen_epoch"],
+        "epochs": run.info["epochs_done"],
+        "last_epochs_val_auroc": _mean_of_last(run.log()),
+        "seconds": round(run.info["seconds"], 1),
+        "run": run.path.name,
+    }
+
+
+def _mean_of_last(log: list[dict[str, Any]], n_epochs: int = 5) -> float | None:
+    """Give the mean validation AUROC of the last epochs: single epochs swing."""
+    values = [record["val_auroc"] for record in log[-n_epochs:] if record["val_auroc"] is not None]
+    return float(np.mean(values)) if values else None
+
+
+def _summarise_folds(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """Give mean and spread over seeds on every fold, and the gain over colour alone on the same patches."""
+    found = []
+    for fold, of_fold in rows.groupby("fold", dropna=False):
+        gain = of_fold["auroc"] - of_fold["baseline_auroc"].astype(float)
+        found.append(
+            {
+                "fold": None if pd.isna(fold) else int(fold),
+                "tested": of_fold["tested"].iloc[0],
+                "n_patches": int(of_fold["n_patches"].iloc[0]),
+                "n_seeds": len(of_fold),
+                **{name: {"mean": of_fold[name].mean(), "sd": of_fold[name].std(ddof=1)} for name in SHOWN},
+                "baseline_auroc": of_fold["baseline_auroc"].iloc[0],
+                "gain": {"mean": gain.mean(), "sd": gain.std(ddof=1), "min": gain.min(), "max": gain.max()},
+            }
+        )
+    return found
+
+
+def _measure(frames: list[pd.DataFrame], positive: int, unit: str) -> dict[str, Any]:
+    """Give the metrics of out-of-fold predictions, mean over seeds, with an interval over patients.
+
+    The mean over seeds is taken in the sample and in each of its reweightings, so the interval is that of the
+    mean and says nothing of the spread between seeds.
+    """
+    ranked = [
+        rank(
+            frame["target"] == positive,
+            frame["prob"],
+            group_ids=frame[f"{unit}_id"].astype(str),
+            called=frame["pred"] == positive,
+        )
+        for frame in frames
+    ]
+    results = [replicate(sample, seed=0) for sample in ranked]
+    names = [name for name in METRICS if all(name in result.replicates for result in results)]
+    mean = Replicates(
+        {name: float(np.mean([result.value[name] for result in results])) for name in METRICS},
+        {name: np.mean([result.replicates[name] for result in results], axis=0) for name in names},
+        results[0].method,
+        results[0].n_groups,
+    )
+    calls = [_count_calls(frame, positive) for frame in frames]
+    return {
+        "n_patches": len(frames[0]),
+        "n_patients": mean.n_groups,
+        "n_seeds": len(frames),
+        "confusion": {name: sum(call[name] for call in calls) for name in calls[0]},
+        "patch": {
+            name: estimate_metric(METRICS[name], ranked[0], mean, level=LEVEL, unit=unit).to_dict()
+            for name in METRICS
+        },
+        "interval": describe_method(mean.n_groups, seed=0, level=LEVEL, unit=unit),
+    }
+
+
+def _count_calls(frame: pd.DataFrame, positive: int) -> dict[str, int]:
+    truth, called = frame["target"] == positive, frame["pred"] == positive
+    return {
+        "tp": int((truth & called).sum()),
+        "fp": int((~truth & called).sum()),
+        "fn": int((truth & ~called).sum()),
+        "tn": int((~truth & ~called).sum()),
+    }
+
+
+def _spread(seeds: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Give mean and standard deviation over seeds of the pooled metrics."""
+    values = {name: [entry["patch"][name]["value"] for entry in seeds] for name in SHOWN}
+    return {
+        name: {"mean": float(np.mean(found)), "sd": float(np.std(found, ddof=1)) if len(found) > 1 else None}
+        for name, found in values.items()
+        if None not in found
+    }
