@@ -15,7 +15,9 @@ Commands::
     python benchmarks/prepare_speed.py ../shared/data/idc/idc_kaggle_subset.zip
     python benchmarks/prepare_speed.py --full-size 277524
 
-Rows are appended to ``results/prepare-speed.csv`` and ``results/prepare-memory.csv``.
+On a machine that others use too, put ``chrt -r 1`` before the first command: its few seconds are then not
+shared, and the row says so. Rows are appended to ``results/prepare-speed.csv`` and
+``results/prepare-memory.csv``.
 """
 
 import argparse
@@ -60,6 +62,7 @@ def describe_machine() -> dict[str, object]:
         "processor": processor,
         "cores": os.cpu_count(),
         "load_at_start": round(os.getloadavg()[0], 1),
+        "real_time": os.sched_getscheduler(0) != os.SCHED_OTHER,
         "python": platform.python_version(),
         "opencv": cv2.__version__,
         "pillow": PIL.__version__,

@@ -7,6 +7,7 @@ same arguments and seed always give the same pixels.
 import os
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -106,6 +107,43 @@ def make_idc_zip(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+def write_pack(
+    place: Path,
+    name: str = "tiny.pack",
+    *,
+    own_sides: tuple[str, ...] | None = None,
+    columns: dict[str, object] | None = None,
+    **patches: int,
+) -> Pack:
+    """Write a pack of drawn patches into a folder, for fixtures that live longer than `make_pack`'s."""
+    images, table = draw_patches(**patches)  # type: ignore[arg-type]
+    table["sha256"] = [patch_sha256(image) for image in images]
+    table["source"] = (
+        table["patient_id"] + "/" + table["target"].astype(str) + "/" + table["patch_id"] + ".png"
+    )
+    if own_sides is not None:
+        patients = table["patient_id"].factorize()[0]
+        table["own_side"] = [own_sides[patient % len(own_sides)] for patient in patients]
+    for column, values in (columns or {}).items():
+        table[column] = values
+    n_classes = int(table["target"].max()) + 1
+    class_names = ["non_idc", "idc"] if n_classes <= 2 else [f"class_{index}" for index in range(n_classes)]
+    folder = place / name
+    folder.mkdir()
+    np.save(folder / PIXELS, images)
+    finish_pack(
+        folder,
+        table,
+        dataset="synthetic",
+        class_names=class_names,
+        positive_class="idc" if n_classes <= 2 else None,
+        mpp=4.0,
+        patch_px=images.shape[1],
+        origin={"source": "tests/conftest.py"},
+    )
+    return Pack.open(folder)
+
+
 @pytest.fixture
 def make_pack(tmp_path: Path) -> Callable[..., Pack]:
     """``make_pack(name="tiny.pack", *, own_sides=None, columns=None, **patches) -> Pack``.
@@ -113,44 +151,7 @@ def make_pack(tmp_path: Path) -> Callable[..., Pack]:
     ``own_sides`` gives the dataset's own side by patient, cycling (``("train", "train", "val", "test")``);
     ``columns`` replaces or adds columns of the table (such as ``{"patient_id": None}``).
     """
-
-    def make(
-        name: str = "tiny.pack",
-        *,
-        own_sides: tuple[str, ...] | None = None,
-        columns: dict[str, object] | None = None,
-        **patches: int,
-    ) -> Pack:
-        images, table = draw_patches(**patches)  # type: ignore[arg-type]
-        table["sha256"] = [patch_sha256(image) for image in images]
-        table["source"] = (
-            table["patient_id"] + "/" + table["target"].astype(str) + "/" + table["patch_id"] + ".png"
-        )
-        if own_sides is not None:
-            patients = table["patient_id"].factorize()[0]
-            table["own_side"] = [own_sides[patient % len(own_sides)] for patient in patients]
-        for column, values in (columns or {}).items():
-            table[column] = values
-        n_classes = int(table["target"].max()) + 1
-        class_names = (
-            ["non_idc", "idc"] if n_classes <= 2 else [f"class_{index}" for index in range(n_classes)]
-        )
-        folder = tmp_path / name
-        folder.mkdir()
-        np.save(folder / PIXELS, images)
-        finish_pack(
-            folder,
-            table,
-            dataset="synthetic",
-            class_names=class_names,
-            positive_class="idc" if n_classes <= 2 else None,
-            mpp=4.0,
-            patch_px=images.shape[1],
-            origin={"source": "tests/conftest.py"},
-        )
-        return Pack.open(folder)
-
-    return make
+    return partial(write_pack, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -94,14 +94,16 @@ def test_cancernet_gives_kerass_outputs(keras):
     assert np.abs(ours - theirs).max() < 1e-5
 
 
+LEARNING_RATES = {"adagrad": 1e-3, "adam": 1e-5, "rmsprop": 2e-5, "sgd": 1e-3}
+
+
 def keras_optimiser(keras, name):
-    rate = keras.optimizers.schedules.InverseTimeDecay(1e-2, decay_steps=1, decay_rate=1e-2 / 40)
-    return {
-        "adagrad": lambda: keras.optimizers.Adagrad(rate),
-        "adam": lambda: keras.optimizers.Adam(1e-5),
-        "rmsprop": lambda: keras.optimizers.RMSprop(2e-5),
-        "sgd": lambda: keras.optimizers.SGD(1e-2, momentum=0.9),
-    }[name]()
+    optimisers, rate = keras.optimizers, LEARNING_RATES[name]
+    if name == "adagrad":
+        return optimisers.Adagrad(optimisers.schedules.InverseTimeDecay(rate, decay_steps=1, decay_rate=0.05))
+    if name == "sgd":
+        return optimisers.SGD(rate, momentum=0.9)
+    return {"adam": optimisers.Adam, "rmsprop": optimisers.RMSprop}[name](rate)
 
 
 @pytest.mark.parametrize(
@@ -123,14 +125,14 @@ def test_losses_with_class_weights_are_kerass(keras, keras_loss, outputs):
 
 @pytest.mark.parametrize("name", ["adagrad", "adam", "rmsprop", "sgd"])
 def test_ten_steps_with_class_weights_follow_keras(keras, double, name):
-    """In double precision: in single, rounding decides some signs, and gradients differ by a percent."""
+    """In double precision and small steps: at the recipe's rate two trajectories part whoever computes them."""
     network = build_network("cancernet", n_classes=2, input_px=48, seed=0, stage_dropout=0, dense_dropout=0)
     start = to_keras(network.double())
     model = build_keras_cancernet(keras, dropout=(0, 0))
     model.set_weights(start)
     model.compile(loss="categorical_crossentropy", optimizer=keras_optimiser(keras, name))
-    lr = {"adagrad": 1e-2, "adam": 1e-5, "rmsprop": 2e-5, "sgd": 1e-2}[name]
-    schedule = {"schedule": "inverse-time", "decay": 1e-2 / 40} if name == "adagrad" else {}
+    lr = LEARNING_RATES[name]
+    schedule = {"schedule": "inverse-time", "decay": 0.05} if name == "adagrad" else {}
     optimiser = make_optimiser(name, network.parameters(), lr, momentum=0.9 if name == "sgd" else 0)
     engine, loss_fn = Engine("cpu"), make_loss("softmax", [1.0, 2.5])
     network = engine.place(network).train()

@@ -13,7 +13,7 @@ from biopsy.learning.networks import (
     register_network,
     registry,
 )
-from biopsy.learning.networks.layers import Dropout
+from biopsy.learning.networks.layers import BatchNorm1d, BatchNorm2d, Dropout
 
 NAMES = list_networks()
 
@@ -136,6 +136,44 @@ def test_batch_normalisation_is_keras_s():
     assert (norm.eps, norm.momentum) == (1e-3, 0.01)
 
 
+def test_batch_normalisation_of_images_is_pytorchs_in_double_precision():
+    torch.manual_seed(0)
+    x = (torch.randn(8, 5, 6, 7) * torch.linspace(0.1, 3, 5).view(5, 1, 1) + 2).relu()
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    grad = torch.randn(8, 5, 6, 7)
+    ours, theirs = BatchNorm2d(5, eps=1e-3), nn.BatchNorm2d(5, eps=1e-3).double()
+    with torch.no_grad():
+        ours.weight.uniform_(0.5, 2), ours.bias.uniform_()
+    theirs.load_state_dict(ours.state_dict())
+    exact = x.detach().double().requires_grad_()
+    got, wanted = ours(x), theirs(exact)
+    got.backward(grad)
+    wanted.backward(grad.double())
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    pairs = [(got, wanted), (x.grad, exact.grad), (ours.weight.grad, theirs.weight.grad)]
+    pairs += [(ours.bias.grad, theirs.bias.grad), (ours.running_mean, theirs.running_mean)]
+    for a, b in [*pairs, (ours.running_var, theirs.running_var)]:
+        assert torch.allclose(a.double(), b, rtol=1e-4, atol=2e-5)
+    x = exact.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: BatchNorm2d(5, eps=1e-3).double()(x), x)
+
+
+def test_channels_last_training_is_exact_to_float32():
+    network = build_network("cancernet", n_classes=2, input_px=48, seed=0, stage_dropout=0, dense_dropout=0)
+    patches = torch.rand(32, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    got = network.features(patches.contiguous(memory_format=torch.channels_last))
+    wanted = network.double().features(patches.double())
+    assert (got - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_batch_normalisation_of_features_keeps_the_batchs_own_variance():
+    x = torch.tensor([[1.0], [3.0], [8.0]])
+    norm = BatchNorm1d(1, momentum=0.1)
+    norm(x)
+    assert norm.running_var.item() == pytest.approx(0.9 + 0.1 * x.var(correction=0).item())
+    assert norm.running_mean.item() == pytest.approx(0.4)
+
+
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.5])
 @pytest.mark.parametrize("shape", [(64, 1001), (16, 7, 30, 30)])
 def test_dropout_drops_its_share_and_keeps_the_mean(p, shape):
@@ -169,7 +207,7 @@ def test_unknown_names_are_refused_with_the_nearest():
         network_parameters("vgg")
 
 
-@pytest.mark.parametrize(("name", "input_px"), [("cancernet", 7), ("cancernet", (48, 4)), ("residual", 16)])
+@pytest.mark.parametrize(("name", "input_px"), [("cancernet", 7), ("cancernet", (48, 4)), ("residual", 15)])
 def test_an_input_too_small_is_refused(name, input_px):
     with pytest.raises(RecipeError, match="at least"):
         build_network(name, n_classes=2, input_px=input_px)

@@ -116,12 +116,28 @@ def test_unreadable_files_are_named_and_counted(make_idc_zip, tmp_path):
     pack.verify()
 
 
-def test_a_header_that_lies_about_the_size_is_named(make_idc_zip, tmp_path, monkeypatch):
-    monkeypatch.setattr(layouts.ImageFiles, "measure", lambda self, row: (16, 16) if row else (17, 17))
-    lie = layouts.decode
-    monkeypatch.setattr(
-        layouts, "decode", lambda data: np.zeros((18, 3, 3), np.uint8) if len(data) == 3 else lie(data)
+def test_a_larger_patch_late_in_the_set_is_not_cut(make_idc_zip, tmp_path, monkeypatch):
+    source = make_idc_zip()
+    add(
+        source,
+        "IDC_regular_ps50_idx5/9999/0/9999_idx5_x1_y1_class0.png",
+        encode(Image.new("RGB", (20, 18), "red")),
     )
+    whole = prepare(source, tmp_path / "whole.pack")
+    monkeypatch.setattr(blocks, "_SAMPLE_ROWS", 3)
+    monkeypatch.setattr(blocks, "_BLOCK_BYTES", 5 * 16 * 16 * 3)
+    pack = prepare(source, tmp_path / "late.pack")
+    assert pack.patches.shape == (73, 20, 20, 3)
+    assert (pack.patches[-1] == (255, 0, 0)).all()
+    assert pack.info.content_sha256 == whole.info.content_sha256
+    assert pack.info.skipped == []
+
+
+def test_a_header_that_lies_about_the_size_is_named(make_idc_zip, tmp_path, monkeypatch):
+    monkeypatch.setattr(layouts.ImageFiles, "measure", lambda self, row: (17, 17))
+    honest = layouts.decode
+    lie = np.zeros((18, 3, 3), np.uint8)
+    monkeypatch.setattr(layouts, "decode", lambda data: lie if len(data) == 3 else honest(data))
     source = make_idc_zip()
     add(source, "8863/0/8863_idx5_x9001_y1_class0.png", b"lie")
     pack = prepare(source, tmp_path / "x.pack")
@@ -155,15 +171,18 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(make_idc_zip, tmp_path, monk
     monkeypatch.setattr(
         *{"pixels": (blocks, "_write_header"), "table": (packing, "finish_pack")}[stage], fail
     )
-    with pytest.raises(DataError, match=r"the disk is full: .*x.pack needs 0.00 GB; nothing was left there"):
+    with pytest.raises(DataError, match=r"the disk at .*x.pack is full; nothing was left there"):
         prepare(make_idc_zip(), tmp_path / "out" / "x.pack")
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_too_little_space_is_known_before_anything_is_decoded(make_idc_zip, tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: usage(1000))
-    with pytest.raises(DataError, match=r"padded to the largest, .*class0.png, 16 px\) and 0.00 GB are free"):
+    monkeypatch.setattr(blocks.shutil, "disk_usage", lambda path: usage(1000))
+    with pytest.raises(
+        DataError,
+        match=r"padded to the largest \(.*class[01].png, 16 px\) need 0.00 GB, and 0.00 GB are free",
+    ):
         prepare(make_idc_zip(), tmp_path / "out" / "x.pack")
     assert not list((tmp_path / "out").iterdir())
 

@@ -14,8 +14,15 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from biopsy.data.phantom.cohort import PATCH_PX, TUMOUR_SHARE, iter_patches, write_archive
-from biopsy.data.phantom.glands import Gland
+from biopsy.data.phantom.cohort import (
+    PATCH_PX,
+    TUMOUR_SHARE,
+    _plan,
+    iter_patches,
+    paint_patient,
+    write_archive,
+)
+from biopsy.data.phantom.glands import _blobs, _ring, _shrink
 from biopsy.data.phantom.noise import Field, Jitter
 from biopsy.data.phantom.slides import make_slide, plan_painter
 from biopsy.data.phantom.stamps import stamp_nuclei
@@ -33,12 +40,14 @@ def slide():
 
 @pytest.fixture(scope="module")
 def cohort():
-    return list(iter_patches(12, 30, seed=0))
+    return list(iter_patches(16, 30, seed=0))
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
-    return write_archive(tmp_path_factory.mktemp("phantom") / "p.zip", n_patients=3, patches_per_patient=22, workers=2)
+    return write_archive(
+        tmp_path_factory.mktemp("phantom") / "p.zip", n_patients=3, patches_per_patient=22, workers=2
+    )
 
 
 def test_archive_has_idc_names_that_agree_with_their_folders(archive):
@@ -78,9 +87,7 @@ def test_patients_at_the_top_when_no_root_is_wanted(tmp_path):
 
 
 def test_patches_are_the_slide_and_labels_its_mask(cohort):
-    from biopsy.data.phantom.cohort import _plan, paint_patient
-
-    patient, n_patches, tumour_frac = _plan(12, 30, 0)[0]
+    patient, n_patches, tumour_frac = _plan(16, 30, 0)[0]
     painter, places = paint_patient(0, patient, n_patches, tumour_frac)
     patches = [patch for patch in cohort if patch.patient_id == patient]
     assert len(places) == len(patches) == n_patches
@@ -102,8 +109,8 @@ def test_tumour_is_one_piece_of_the_wanted_size_inside_the_tissue(slide):
 
 def test_background_is_glass_and_tumour_darker_than_the_rest(slide):
     grey = slide.image.mean(-1)
-    outside = ~ndimage.binary_dilation(slide.tissue, iterations=10)
-    assert grey[outside].min() > 220
+    outside = ~ndimage.binary_dilation(slide.tissue, iterations=12)
+    assert grey[outside].min() > 215
     assert grey[slide.tumour].mean() < grey[slide.tissue & ~slide.tumour].mean() - 5
 
 
@@ -123,11 +130,11 @@ def test_the_same_tissue_at_a_finer_pixel_size(slide):
 
 
 def test_cohort_has_the_promised_size_and_idc_balance(cohort):
-    assert len(cohort) == 360
+    assert len(cohort) == 480
     targets = np.array([patch.target for patch in cohort])
     assert 0.2 <= targets.mean() <= 0.36
     by_patient = {p: [q.target for q in cohort if q.patient_id == p] for p in {q.patient_id for q in cohort}}
-    assert len(by_patient) == 12
+    assert len(by_patient) == 16
     rates = [np.mean(of_patient) for of_patient in by_patient.values()]
     assert min(rates) < 0.12 < 0.4 < max(rates)
 
@@ -136,13 +143,14 @@ def test_every_patch_holds_tissue(cohort):
     assert all((patch.image.min(-1) < 225).mean() > 0.02 for patch in cohort)
 
 
-def test_colour_alone_does_not_solve_it():
-    patches = list(iter_patches(16, 40, seed=5))
-    features = colour_features(np.stack([patch.image for patch in patches]))
-    target = np.array([patch.target for patch in patches])
+def test_colour_alone_does_not_solve_it(cohort):
+    features = colour_features(np.stack([patch.image for patch in cohort]))
+    target = np.array([patch.target for patch in cohort])
     model = make_pipeline(StandardScaler(), LogisticRegression(solver="newton-cholesky"))
-    groups = [patch.patient_id for patch in patches]
-    score = cross_val_predict(model, features, target, groups=groups, cv=GroupKFold(4), method="predict_proba")
+    groups = [patch.patient_id for patch in cohort]
+    score = cross_val_predict(
+        model, features, target, groups=groups, cv=GroupKFold(4), method="predict_proba"
+    )
     assert 0.6 < roc_auc_score(target, score[:, 1]) <= 0.85
 
 
@@ -165,14 +173,41 @@ def test_a_stamped_nucleus_has_its_area_and_place():
     assert canvas.max() == 1.0
 
 
-def test_gland_bounds():
-    square = np.array([[1, 2], [5, 2], [5, 9], [1, 9]], np.float32)
-    assert Gland("gland", square, square[:0], np.zeros((0, 6), np.float32), 0.0).bounds == (1, 2, 5, 9)
+def test_glands_are_lined_inside_their_outlines_and_hollows_are_smaller():
+    rng = np.random.default_rng(1)
+    radius = np.array([20.0, 40.0, 60.0])
+    outlines = _blobs(rng, np.array([[0, 0], [200, 0], [400, 50]]), radius, np.ones(3), 0.1)
+    hollows = _shrink(outlines, np.array([8.0, 30.0, 10.0]))
+    areas = [cv2.contourArea(outline) for outline in outlines]
+    assert areas == pytest.approx(np.pi * radius**2, rel=0.25)
+    assert all(0 < cv2.contourArea(hollow) < area for hollow, area in zip(hollows, areas, strict=True))
+    nuclei = _ring(rng, outlines, 3.0, gap_um=6.0, radius_um=(3.1, 2.5), flat=False)
+    depth = [
+        max(cv2.pointPolygonTest(outline, (float(x), float(y)), True) for outline in outlines)
+        for x, y in nuclei[:, :2]
+    ]
+    assert min(depth) > 1.0 and max(depth) < 5.0
+    assert len(nuclei) == pytest.approx(
+        sum(cv2.arcLength(outline, True) for outline in outlines) / 6, rel=0.2
+    )
+
+
+def test_glands_within_finds_all_that_touch_a_rectangle():
+    anatomy = plan_painter(3, "90002", tissue_mm2=1.5, tumour_frac=0.3).anatomy
+    assert len(anatomy.glands_within(-1e6, -1e6, 1e6, 1e6)) == len(anatomy.glands) > 0
+    gland = anatomy.glands[0]
+    x, y = gland.outlines[0].mean(0).tolist()
+    assert any(found is gland for found in anatomy.glands_within(x - 1, y - 1, x + 1, y + 1))
+    assert not anatomy.glands_within(-900.0, -900.0, -800.0, -800.0)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"mpp": 0.0}, "mpp > 0"), ({"tissue_mm2": -1.0}, "tissue_mm2 > 0"), ({"tumour_frac": 1.0}, "tumour_frac in")],
+    [
+        ({"mpp": 0.0}, "mpp > 0"),
+        ({"tissue_mm2": -1.0}, "tissue_mm2 > 0"),
+        ({"tumour_frac": 1.0}, "tumour_frac in"),
+    ],
 )
 def test_slide_refuses_numbers_out_of_range(arguments, message):
     with pytest.raises(ValueError, match=message):

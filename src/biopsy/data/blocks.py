@@ -1,6 +1,8 @@
 """The pixels of a pack on their way to disk: decoded in blocks on all cores, written in order."""
 
+import contextlib
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,30 +16,18 @@ from biopsy.data.datasets.layouts import Listing, Skipped, refuse_empty
 from biopsy.data.packs import pad, patch_sha256
 from biopsy.errors import DataError
 
-_BLOCK_BYTES = 2**22  # pixels that one worker decodes at a time
+_BLOCK_BYTES = 2**20  # pixels that one worker decodes at a time
+_SAMPLE_ROWS = 256
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which rows of a listing are written, and into what shape."""
-
-    rows: list[int]
-    patch_px: int
-    largest: str
-    """Source of the patch that decides ``patch_px``."""
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of the pixels on disk."""
-        return len(self.rows) * self.patch_px**2 * 3
 
 
 @dataclass
 class Written:
     """What became of the pixels."""
 
+    patch_px: int
+    """Side of the square all patches are padded to."""
     rows: list[int] = field(default_factory=list)
     """Rows of the listing, in the order in which their pixels lie on disk."""
     sizes: list[tuple[int, int]] = field(default_factory=list)
@@ -57,23 +47,60 @@ class _Block:
     sizes: list[tuple[int, int]] = field(default_factory=list)
     hashes: list[str] = field(default_factory=list)
     failures: list[tuple[int, str]] = field(default_factory=list)
+    has_larger: bool = False
 
 
-def write_pixels(path: Path, listing: Listing, plan: Plan, on_progress: Progress | None) -> Written:
+class _LargerPatch(Exception):
+    """A patch does not fit the size that was taken for the largest."""
+
+
+def write_pixels(path: Path, listing: Listing, on_progress: Progress | None = None) -> Written:
     """Decode rows and write them as an ``.npy`` file uint8 ``(n, patch_px, patch_px, 3)``.
 
     Memory is bounded: a few blocks per core are decoded ahead of the writing. The file holds as many patches
-    as could be decoded, in the order of ``plan.rows``.
+    as could be decoded, in the order of the listing. Nothing is forced to the disk, which would take half as
+    long as the decoding: should the power fail, the pack's content hash tells.
+
+    Most datasets are of one size, so the largest of the first patches decides ``patch_px``; should a larger
+    one come, all are measured and the work starts again.
 
     Raises:
-        DataError: If not one patch can be decoded.
+        DataError: If not one patch can be decoded, or the disk has no room for them.
     """
-    written = Written()
+    n_rows = len(listing.table)
+    try:
+        return _write(path, listing, _measure(listing, range(min(n_rows, _SAMPLE_ROWS))), on_progress)
+    except _LargerPatch:
+        return _write(path, listing, _measure(listing, range(n_rows)), on_progress, is_measured=True)
+
+
+def _measure(listing: Listing, rows: range) -> tuple[int, int]:
+    """Give the longest side of the patches that can be measured, and whose it is."""
+    longest = (1, 0)
+    for row in rows:
+        with contextlib.suppress(DataError):  # what cannot be read is named when it is decoded
+            longest = max(longest, (max(listing.pixels.measure(row)), row))
+    return longest
+
+
+def _write(
+    path: Path,
+    listing: Listing,
+    longest: tuple[int, int],
+    on_progress: Progress | None,
+    *,
+    is_measured: bool = False,
+) -> Written:
+    patch_px, largest = longest
+    written = Written(patch_px)
     sources = listing.table["source"].tolist()
+    _check_space(path.parent, len(sources), patch_px, sources[largest])
     done = 0
     with open(path, "wb") as file:
-        _write_header(file, len(plan.rows), plan.patch_px)
-        for block in _decode_blocks(listing, plan):
+        _write_header(file, len(sources), patch_px)
+        for block in _decode_blocks(listing, patch_px):
+            if block.has_larger and not is_measured:
+                raise _LargerPatch
             file.write(block.pixels.data)
             written.rows += block.rows
             written.sizes += block.sizes
@@ -81,14 +108,21 @@ def write_pixels(path: Path, listing: Listing, plan: Plan, on_progress: Progress
             written.skipped += [{"source": sources[row], "reason": reason} for row, reason in block.failures]
             done += len(block.rows) + len(block.failures)
             if on_progress is not None:
-                on_progress(done, len(plan.rows))
+                on_progress(done, len(sources))
         if not written.rows:
             raise refuse_empty(written.skipped)
         file.seek(0)
-        _write_header(file, len(written.rows), plan.patch_px)
-        file.flush()
-        os.fsync(file.fileno())
+        _write_header(file, len(written.rows), patch_px)
     return written
+
+
+def _check_space(folder: Path, n_patches: int, patch_px: int, largest: str) -> None:
+    needed, free = n_patches * patch_px**2 * 3, shutil.disk_usage(folder).free
+    if needed > free:
+        raise DataError(
+            f"{n_patches:,} patches padded to the largest ({largest}, {patch_px} px) "
+            f"need {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free at {folder.parent}"
+        )
 
 
 def _write_header(file: BinaryIO, n_patches: int, patch_px: int) -> None:
@@ -97,15 +131,15 @@ def _write_header(file: BinaryIO, n_patches: int, patch_px: int) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
-def _decode_blocks(listing: Listing, plan: Plan) -> Iterator[_Block]:
-    n_workers = os.cpu_count() or 1
-    block_rows = max(1, _BLOCK_BYTES // (plan.patch_px**2 * 3))
+def _decode_blocks(listing: Listing, patch_px: int) -> Iterator[_Block]:
+    n_workers, n_rows = os.cpu_count() or 1, len(listing.table)
+    block_rows = max(1, _BLOCK_BYTES // (patch_px**2 * 3))
     waiting: deque[Future[_Block]] = deque()
     with ThreadPoolExecutor(n_workers, thread_name_prefix="decode") as pool:
         try:
-            for start in range(0, len(plan.rows), block_rows):
-                rows = plan.rows[start : start + block_rows]
-                waiting.append(pool.submit(_decode_block, listing, rows, plan.patch_px))
+            for start in range(0, n_rows, block_rows):
+                rows = range(start, min(start + block_rows, n_rows))
+                waiting.append(pool.submit(_decode_block, listing, rows, patch_px))
                 if len(waiting) > n_workers + 1:
                     yield waiting.popleft().result()
             while waiting:
@@ -114,7 +148,7 @@ def _decode_blocks(listing: Listing, plan: Plan) -> Iterator[_Block]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _decode_block(listing: Listing, rows: list[int], patch_px: int) -> _Block:
+def _decode_block(listing: Listing, rows: range, patch_px: int) -> _Block:
     pixels = np.empty((len(rows), patch_px, patch_px, 3), np.uint8)
     block = _Block(pixels)
     for row, patch in zip(rows, listing.pixels.read(rows), strict=True):
@@ -123,6 +157,7 @@ def _decode_block(listing: Listing, rows: list[int], patch_px: int) -> _Block:
             continue
         height, width = patch.shape[:2]
         if max(height, width) > patch_px:
+            block.has_larger = True
             block.failures.append((row, f"decodes to {width} x {height} pixels, more than its header says"))
             continue
         pad(patch, patch_px, pixels[len(block.rows)])

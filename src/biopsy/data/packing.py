@@ -8,7 +8,6 @@ import contextlib
 import errno
 import gc
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from biopsy.data.archives import Archive, open_archive
-from biopsy.data.blocks import Plan, Progress, Written, write_pixels
+from biopsy.data.blocks import Progress, Written, write_pixels
 from biopsy.data.columns import add_people, join_columns
 from biopsy.data.datasets import find_layout
 from biopsy.data.datasets.layouts import Listing, refuse_empty
@@ -79,31 +78,28 @@ def prepare(
             return known
         listing = layout.list_patches(archive)
         records = _complete(listing, patients, labels, join, positive)
-        plan = _plan(listing)
-    _warn(listing, archive, layout.expected)
-    origin = {
-        "source": archive.path.name,
-        "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "version": version("biopsy"),
-        "asked": asked,
-        **records,
-    }
-    try:
-        with replace_directory(out) as folder:
-            _check_space(folder, plan)
-            written = write_pixels(folder / PIXELS, listing, plan, on_progress)
-            _finish(folder, layout.name, listing, plan, written, origin, mpp)
-    except OSError as error:
-        if error.errno in _NO_SPACE:
-            size = f"{plan.n_bytes / 1e9:.2f} GB"
-            raise DataError(f"the disk is full: {out} needs {size}; nothing was left there") from None
-        raise DataError(f"{out} cannot be written: {error.strerror or error}") from None
+        _warn(listing, archive, layout.expected)
+        origin = {
+            "source": archive.path.name,
+            "made": datetime.now(UTC).isoformat(timespec="seconds"),
+            "version": version("biopsy"),
+            "asked": asked,
+            **records,
+        }
+        try:
+            with replace_directory(out) as folder:
+                written = write_pixels(folder / PIXELS, listing, on_progress)
+                _finish(folder, layout.name, listing, written, origin, mpp)
+        except OSError as error:
+            if error.errno in _NO_SPACE:
+                raise DataError(f"the disk at {out} is full; nothing was left there") from None
+            raise DataError(f"{out} cannot be written: {error.strerror or error}") from None
     return Pack.open(out)
 
 
 @contextlib.contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Spare the garbage collector walking half a million entries again and again while they are listed."""
+    """Spare the garbage collector walking half a million entries again and again; none of them is a cycle."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -184,24 +180,6 @@ def _complete(
     return records
 
 
-def _plan(listing: Listing) -> Plan:
-    """Measure every patch without decoding it; move those that cannot be read to the skipped ones."""
-    rows, largest, patch_px = [], 0, 0
-    sources = listing.table["source"].tolist()
-    for row, source in enumerate(sources):
-        try:
-            side = max(listing.pixels.measure(row))
-        except DataError as error:
-            listing.skipped.append({"source": source, "reason": str(error)})
-            continue
-        rows.append(row)
-        if side > patch_px:
-            patch_px, largest = side, row
-    if not rows:
-        raise refuse_empty(listing.skipped)
-    return Plan(rows, patch_px, sources[largest])
-
-
 def _warn(listing: Listing, archive: Archive, expected: dict[str, int]) -> None:
     """Say once what a user should know before training."""
     table = listing.table
@@ -219,20 +197,10 @@ def _warn(listing: Listing, archive: Archive, expected: dict[str, int]) -> None:
         _log.info("%s of the full dataset's %s patches", f"{len(table):,}", f"{expected['patches']:,}")
 
 
-def _check_space(folder: Path, plan: Plan) -> None:
-    free = shutil.disk_usage(folder).free
-    if plan.n_bytes > free:
-        raise DataError(
-            f"the pack needs {plan.n_bytes / 1e9:.2f} GB ({len(plan.rows):,} patches padded to the largest, "
-            f"{plan.largest}, {plan.patch_px} px) and {free / 1e9:.2f} GB are free at {folder.parent}"
-        )
-
-
 def _finish(
     folder: Path,
     dataset: str,
     listing: Listing,
-    plan: Plan,
     written: Written,
     origin: dict[str, Any],
     mpp: float | None,
@@ -240,7 +208,7 @@ def _finish(
     """Write what belongs beside the pixels."""
     table = _make_table(listing, written)
     skipped = listing.skipped + written.skipped
-    n_odd = int((table[["width", "height"]] != plan.patch_px).any(axis=1).sum())
+    n_odd = int((table[["width", "height"]] != written.patch_px).any(axis=1).sum())
     finish_pack(
         folder,
         table,
@@ -248,7 +216,7 @@ def _finish(
         class_names=listing.class_names,
         positive_class=listing.positive_class,
         mpp=mpp if mpp is not None else listing.mpp,
-        patch_px=plan.patch_px,
+        patch_px=written.patch_px,
         counts=listing.counts | {"skipped": len(skipped), "odd_sizes": n_odd},
         origin=origin,
         skipped=skipped,

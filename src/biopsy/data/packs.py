@@ -13,10 +13,12 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from biopsy.errors import DataError, PackError
-from biopsy.files import read_json, write_json
+from biopsy.files import read_json
 
 FORMAT: Final = "biopsy-pack/1"
 PIXELS, TABLE, DOCUMENT = "patches.npy", "patches.parquet", "pack.json"
@@ -167,9 +169,10 @@ def table_sha256(table: pd.DataFrame) -> str:
     """Give the `content_sha256` of a table whose column ``sha256`` is known to be that of its pixels."""
     digest = hashlib.sha256()
     for name in (*IDENTITY_COLUMNS, "sha256"):
-        column = table[name]
-        values = column.astype(object).where(column.notna(), "").tolist()
-        digest.update("\x1f".join([name, *map(str, values), "\n"]).encode())
+        texts = pa.array(table[name], from_pandas=True).cast(pa.string()).fill_null("")
+        lengths = pc.binary_length(texts).to_numpy(zero_copy_only=False).astype("<i4")
+        for part in (name.encode(), lengths.tobytes(), "".join(texts.to_pylist()).encode()):
+            digest.update(part)
     return digest.hexdigest()
 
 
@@ -243,7 +246,7 @@ def finish_pack(
         files={name: (folder / name).stat().st_size for name in (PIXELS, TABLE)},
         content_sha256=table_sha256(table),
     )
-    write_json(folder / DOCUMENT, info.model_dump())
+    (folder / DOCUMENT).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def is_pack(path: Path | str) -> bool:

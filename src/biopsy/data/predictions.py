@@ -7,6 +7,7 @@ calibration, probabilities after. Kept as Parquet, or as CSV with its metadata b
 """
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,12 +24,14 @@ from biopsy.files import replace_atomic
 
 FORMAT = "biopsy-predictions/1"
 IDENTITY = ("patch_id", "patient_id", "slide_id", "x", "y")
-_TEXT = ("patch_id", "patient_id", "slide_id", "side")
+_TEXT = ("patch_id", "patient_id", "slide_id", "side", "source")
 _WHOLE = ("x", "y", "fold", "target", "pred")
+_YES_NO = ("abstained", "unlike_training")
+_FLOAT = re.compile(r"^(prob|logit)_|_distance$")
 _KEY = b"biopsy"
 
 # Numbers are read as text first: unlike pandas's parser of its time, numpy then gives back every bit.
-_CSV_TYPES = defaultdict(lambda: "str", dict.fromkeys(_WHOLE, "Int64") | {"abstained": "bool"})
+_CSV_TYPES = defaultdict(lambda: "str", dict.fromkeys(_WHOLE, "Int64") | dict.fromkeys(_YES_NO, "bool"))
 
 
 def make_predictions(
@@ -183,9 +186,10 @@ def _decide(probs: np.ndarray, positive_index: int | None, threshold: float | No
 
 def _with_types(frame: pd.DataFrame) -> pd.DataFrame:
     """Give columns the same types however they were kept: text, whole numbers and numbers, nulls in each."""
-    types = dict.fromkeys(_TEXT, "string") | dict.fromkeys(_WHOLE, "Int64") | {"abstained": "bool"}
-    floats = [name for name in frame.columns if name == "prob" or name.startswith(("prob_", "logit_"))]
-    return frame.astype(types | dict.fromkeys(floats, "float64"))
+    types = dict.fromkeys(_TEXT, "string") | dict.fromkeys(_WHOLE, "Int64") | dict.fromkeys(_YES_NO, "bool")
+    floats = [name for name in frame.columns if name == "prob" or _FLOAT.search(name)]
+    types |= dict.fromkeys(floats, "float64")
+    return frame.astype({name: kind for name, kind in types.items() if name in frame})
 
 
 def _beside(path: Path) -> Path:

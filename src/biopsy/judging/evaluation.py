@@ -1,5 +1,6 @@
 """Evaluation: the numbers of a run on one side, with intervals over patients, and the count of openings."""
 
+import logging
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from biopsy.data.packs import Pack
 from biopsy.data.predictions import make_predictions, write_predictions
 from biopsy.data.splits import find_split
 from biopsy.errors import RunError
-from biopsy.files import write_json
+from biopsy.files import read_json, write_json
 from biopsy.judging.baseline import colour_baseline
 from biopsy.judging.subgroups import measure_subgroups
 from biopsy.learning.classifiers import Classifier
@@ -27,6 +28,8 @@ from biopsy.statistics.intervals import (
     estimate_patient_metrics,
 )
 
+logger = logging.getLogger(__name__)
+
 FORMAT = "biopsy-metrics/1"
 LEVEL = 0.95
 
@@ -40,20 +43,23 @@ def evaluate(
 ) -> dict[str, Any]:
     """Judge a run on its test or validation side, or on another pack, and keep the numbers in the run.
 
-    Writes ``predictions/<side>.parquet`` and ``evaluation/metrics.json`` (``metrics-val.json`` for validation;
-    both under ``external/<pack>/`` for another pack). Opening a test side is recorded in the pack's ledger.
+    Writes ``predictions/<side>.parquet`` and ``evaluation/metrics.json`` (for validation
+    ``metrics-val.json``; for another pack both under ``external/<pack>/``). Opening a test side is recorded
+    in the pack's ledger.
 
     Args:
         run: A finished run.
         side: ``"test"`` or ``"val"``.
-        data: Another pack with the same classes; all its patches are judged unless ``split`` names a side of it.
-        split: With ``data``: the split of that pack whose ``side`` is judged.
+        data: Another pack with the same classes, of which all patches are judged unless ``split`` is given.
+            The run's own pack is known by its content wherever it lies, and judged on the run's own split.
+        split: With another pack: the split of that pack whose ``side`` is judged.
 
     Returns:
         What ``metrics.json`` holds; see the file formats page.
 
     Raises:
         RunError: If the run has not finished, its pack changed, or there is nothing on that side.
+        DataError: If the other pack's patches are of another resolution or larger than the classifier's.
     """
     run = Run.open(run)
     classifier = run.classifier
@@ -71,7 +77,9 @@ def evaluate(
         network, classifier.info.preprocessing, pack.patches, pack.sizes, rows, engine=engine
     )
     probs = classifier.probs(logits)
-    threshold = run.info["threshold"]
+    threshold, groups = run.info["threshold"], pack.group_ids[rows]
+    place = run.path if _is_own(run, pack) else run.path / "external" / pack.path.stem
+    openings = _open_ledger(run, pack, about, side)
     frame = make_predictions(
         pack,
         rows,
@@ -81,7 +89,6 @@ def evaluate(
         fold=about["fold"],
         threshold=None if threshold is None else threshold["value"],
     )
-    place = run.path if data is None else run.path / "external" / pack.path.stem
     write_predictions(
         place / "predictions" / f"{side}.parquet",
         frame,
@@ -92,8 +99,6 @@ def evaluate(
             "threshold": threshold,
         },
     )
-    openings = _open_ledger(run, pack, about, side)
-    groups = pack.group_ids[rows]
     metrics = {
         "format": FORMAT,
         "side": side,
@@ -108,15 +113,15 @@ def evaluate(
         "interval": describe_method(
             len(np.unique(groups)), seed=run.info["seed"], level=LEVEL, unit=pack.unit
         ),
-        "baseline": _compare_with_colour(run, pack, sides, side) if data is None else None,
+        "baseline": _compare_with_colour(run, pack, sides, side) if _is_own(run, pack) else None,
         "subgroups": measure_subgroups(pack, rows, probs, threshold, seed=run.info["seed"]),
         "times_opened": openings and openings["times"],
         "ledger": openings,
         "evaluated": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    name = "metrics.json" if side == "test" else f"metrics-{side}.json"
-    write_json(place / "evaluation" / name, metrics)
-    return metrics
+    path = place / "evaluation" / ("metrics.json" if side == "test" else f"metrics-{side}.json")
+    write_json(path, metrics)
+    return read_json(path, format=FORMAT)
 
 
 def measure_predictions(
@@ -179,37 +184,70 @@ def _choose_patches(
     run: Run, classifier: Classifier, side: str, data: Pack | Path | str | None, split_name: str | None
 ) -> tuple[Pack, np.ndarray, dict[str, Any]]:
     """Give the pack, the side of each of its patches, and the ``split`` entry of ``metrics.json``."""
-    if data is None:
+    pack = run.open_pack() if data is None else Pack.open(data)
+    if _is_own(run, pack):
         if split_name is not None:
             raise RunError(
-                f"split={split_name!r} goes with data=: {run.path.name} is judged on its own split"
+                f"split={split_name!r} goes with data= of another pack: "
+                f"{run.path.name} is judged on its own split"
             )
-        pack = run.open_pack()
-        return (
-            pack,
-            run.sides(pack),
-            {key: run.info["split"][key] for key in ("name", "fold", "patients_overlap")},
-        )
-    pack = Pack.open(data)
+        if data is not None:
+            pack.verify()
+        about = {key: run.info["split"][key] for key in ("name", "fold", "patients_overlap")}
+        return pack, run.sides(pack), about
     pack.verify()
-    if pack.class_names != classifier.info.class_names:
+    _check_classes(pack, classifier)
+    classifier.check_pack(pack)
+    sides = np.full(len(pack), side)
+    if split_name is not None:
+        split = find_split(pack, split_name)
+        if split.n_folds:
+            raise RunError(
+                f"split {split_name!r} of {pack.path.name} has folds, each of which is tested in its turn: "
+                "name a split with sides, or none to judge all its patches"
+            )
+        sides = split.sides(pack)
+    overlap = _find_overlap(run, pack, sides == side)
+    return pack, sides, {"name": split_name, "fold": None, "patients_overlap": overlap}
+
+
+def _is_own(run: Run, pack: Pack) -> bool:
+    return pack.info.content_sha256 == run.info["pack"]["content_sha256"]
+
+
+def _check_classes(pack: Pack, classifier: Classifier) -> None:
+    """Refuse a pack with other classes than the run learned."""
+    theirs = (pack.class_names, pack.info.positive_class)
+    ours = (classifier.info.class_names, classifier.info.positive_class)
+    if theirs != ours:
         raise RunError(
-            f"{pack.path} has the classes {pack.class_names}, the run learned {classifier.info.class_names}"
+            f"{pack.path} has the classes {theirs[0]}, positive {theirs[1]!r}; "
+            f"the run learned {ours[0]}, positive {ours[1]!r}"
         )
-    if pack.info.mpp and classifier.info.mpp and abs(pack.info.mpp / classifier.info.mpp - 1) > 0.05:
-        raise RunError(
-            f"{pack.path} has {pack.info.mpp} um/px, the classifier was trained at {classifier.info.mpp}: "
-            "prepare the patches at that resolution"
-        )
-    if split_name is None:
-        return pack, np.full(len(pack), side), {"name": None, "fold": None, "patients_overlap": None}
-    split = find_split(pack, split_name)
-    return pack, split.sides(pack), {"name": split.name, "fold": None, "patients_overlap": None}
+
+
+def _find_overlap(run: Run, pack: Pack, judged: np.ndarray) -> bool | None:
+    """Say whether another pack of the same data set brings back patients the run learned from.
+
+    None where that cannot be known: ids of two data sets do not speak of the same people, and the pack that
+    was learned from may be out of reach.
+    """
+    if pack.info.dataset != run.info["pack"]["dataset"] or "patch" in (pack.unit, run.info["pack"]["unit"]):
+        return None
+    try:
+        learned = run.open_pack(verify=False)
+    except RunError:
+        return None
+    chosen_on = np.isin(run.sides(learned), ("train", "val"))
+    seen = np.intersect1d(learned.group_ids[chosen_on], pack.group_ids[judged])
+    if len(seen):
+        logger.warning("%d of the judged %ss were learned from, %s first", len(seen), pack.unit, seen[0])
+    return bool(len(seen))
 
 
 def _compare_with_colour(run: Run, pack: Pack, sides: np.ndarray, side: str) -> dict[str, Any]:
     result = colour_baseline(pack, sides, seed=run.info["seed"], side=side)
-    return {name: value for name, value in result.items() if name != "probs"}
+    return {name: value for name, value in result.items() if name not in ("probs", "index")}
 
 
 def _open_ledger(run: Run, pack: Pack, split: dict[str, Any], side: str) -> dict[str, Any] | None:

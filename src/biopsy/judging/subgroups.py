@@ -10,7 +10,9 @@ from biopsy.statistics.intervals import estimate_patch_metrics
 
 SHOWN = ("auroc", "sensitivity", "specificity", "balanced_accuracy")
 MOST_VALUES = 12
-OWN_COLUMNS = {*COLUMNS, "own_side", "row"}
+RELABELLED = ("label_before", "label_by", "label_at")
+PCAM = ("coord_x", "coord_y", "tumor_patch", "center_tumor_patch")  # place and label once more
+OWN_COLUMNS = {*COLUMNS, "own_side", "row", *RELABELLED, *PCAM}
 
 
 def measure_subgroups(
@@ -47,7 +49,7 @@ def measure_subgroups(
             continue
         found[column] = {}
         for value in sorted(labels.dropna().unique()):
-            chosen = (labels == value).to_numpy(bool)
+            chosen = labels.eq(value).fillna(False).to_numpy(bool)
             metrics = estimate_patch_metrics(
                 truth[chosen], prob[chosen], groups[chosen], threshold["value"], seed=seed, unit=pack.unit
             )

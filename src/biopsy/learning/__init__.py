@@ -1,0 +1,8 @@
+"""Learning: from a recipe and a pack to a classifier.
+
+``recipes/`` (what to do) and ``networks/`` (with what) grow by one file each. ``preprocessing``,
+``augmentation`` and ``batches`` bring pixels to the network; ``engine`` and ``optimisers`` do the arithmetic;
+``fitting`` is the loop over epochs, ``checkpoints`` its memory; ``training`` makes a `Run` out of them and
+``completion`` what the run leaves behind. ``inference`` and ``novelty`` ask a finished `Classifier`.
+May use statistics, figures, imaging and data; nothing here looks at a test side.
+"""

@@ -60,7 +60,7 @@ class Batches:
             start: Number of the first batch wanted.
         """
         numbers = range(start, self.count(len(order)))
-        # the worker does numpy's part only: a second thread inside PyTorch would fight the first for the cores
+        # the worker does numpy's part only: a second thread inside PyTorch would fight the first for cores
         with ThreadPoolExecutor(1, thread_name_prefix="biopsy-batches") as worker:
             ahead = deque(worker.submit(self._gather, order, number) for number in numbers[:1])
             for number in numbers:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from biopsy.data.packs import Pack
 from biopsy.errors import DataError, RunError
 from biopsy.files import read_json, replace_directory, sha256_file, write_json
 from biopsy.learning.networks import build_network
@@ -17,6 +18,7 @@ from biopsy.learning.preprocessing import Preprocessing
 
 FORMAT: Final = "biopsy-classifier/1"
 DOCUMENT, WEIGHTS = "classifier.json", "weights.safetensors"
+MPP_TOLERANCE = 0.05  # scanners of one nominal magnification differ by less
 
 
 class ClassifierInfo(BaseModel):
@@ -121,6 +123,24 @@ class Classifier:
         positive = self.info.positive_class
         return None if positive is None else self.info.class_names.index(positive)
 
+    def check_pack(self, pack: Pack) -> None:
+        """Refuse a pack whose patches were cut at another resolution, or are larger than those learned from.
+
+        Raises:
+            DataError: Saying both resolutions or sizes.
+        """
+        theirs, ours = pack.info, self.info
+        if theirs.mpp and ours.mpp and abs(theirs.mpp / ours.mpp - 1) > MPP_TOLERANCE:
+            raise DataError(
+                f"{pack.path} has {theirs.mpp} um/px, the classifier was trained at {ours.mpp}: "
+                "prepare the patches at that resolution"
+            )
+        if theirs.patch_px > ours.patch_px:
+            raise DataError(
+                f"{pack.path} has patches of {theirs.patch_px} px, the classifier takes patches of "
+                f"{ours.patch_px} px: cut them to that size"
+            )
+
     @property
     def sha256(self) -> str:
         """A hash over the document and, through it, the weights."""
@@ -133,8 +153,7 @@ class Classifier:
         """
         logits = logits.astype(np.float64)
         if self.info.outputs == "sigmoid":
-            scores = 1 / (1 + np.exp(-logits))
-            return scores / scores.sum(axis=1, keepdims=True)
+            logits = -np.logaddexp(0, -logits)  # the logarithm of each sigmoid
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
         return exponentials / exponentials.sum(axis=1, keepdims=True)
 

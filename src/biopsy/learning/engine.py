@@ -132,7 +132,7 @@ def make_loss(outputs: str, class_weights: Sequence[float] | None = None) -> Los
 
 
 def _keep_freed_memory() -> None:
-    """Ask glibc to keep what is freed: giving it back and faulting it in again takes a third of a CPU step."""
+    """Ask glibc to keep what is freed: giving it back and faulting it in again is a third of a CPU step."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, another platform
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its highest

@@ -167,7 +167,7 @@ def _validate(network: torch.nn.Module, task: Task) -> dict[str, Any]:
 
 
 def _note_best(task: Task, progress: Progress, record: dict[str, Any]) -> None:
-    """Remember the epoch if it is the best on the monitored value; a higher AUROC or a lower loss is better."""
+    """Remember the epoch if its monitored value is the best: the highest AUROC or the lowest loss."""
     monitor = task.recipe.train.monitor
     if monitor == "val_auroc" and record["val_auroc"] is None:
         monitor = "val_loss"  # AUROC needs both classes in validation

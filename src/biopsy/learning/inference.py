@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
 import numpy as np
 import torch
 
 from biopsy.learning.classifiers import Classifier
 from biopsy.learning.engine import Engine
+from biopsy.learning.networks import Network
 from biopsy.learning.preprocessing import Preprocessing
 
 BATCH_SIZE = 256
@@ -88,7 +90,7 @@ def _ask(
                     waiting = worker.submit(prepare, chunks[number])
                 with torch.inference_mode(), engine.autocast():
                     logits = network(batch)
-                    features = network.features(batch) if with_features else logits[:, :0]
+                    features = cast(Network, network).features(batch) if with_features else logits[:, :0]
                 yield logits.float().cpu().numpy(), features.float().cpu().numpy()
                 done += len(rows)
                 if on_progress:

@@ -66,7 +66,7 @@ class Run:
             raise RunError(
                 f"{path} is not empty: name another folder, or go on with `biopsy train --resume {path}`"
             )
-        info = {"format": FORMAT, "id": path.name, **info}
+        info = {"format": FORMAT, **info}
         with replace_directory(path) as partial:
             write_json(partial / DOCUMENT, info)
             write_atomic(partial / "recipe.toml", recipe_toml(recipe))
@@ -98,10 +98,11 @@ class Run:
 
     def require_finished(self) -> None:
         """Refuse a run whose training has not finished."""
-        if self.info["status"] != "finished":
+        info = self.info
+        if info["status"] != "finished":
             raise RunError(
-                f"{self.path} is {self.info['status']} after {self.info['epochs_done']} of {self.info['epochs']} "
-                f"epochs: go on with `biopsy train --resume {self.path}`"
+                f"{self.path} is {info['status']} after {info['epochs_done']} of {info['epochs']} epochs: "
+                f"go on with `biopsy train --resume {self.path}`"
             )
 
     def open_pack(self, *, verify: bool = True) -> Pack:
@@ -117,8 +118,9 @@ class Run:
             raise RunError(f"{self.path.name} was trained on {asked['path']}: {error}") from None
         if pack.info.content_sha256 != asked["content_sha256"]:
             raise RunError(
-                f"{self.path.name} was trained on another content of {asked['path']} ({asked['content_sha256'][:12]}, "
-                f"now {pack.info.content_sha256[:12]}): bring that pack back, or train anew"
+                f"{self.path.name} was trained on another content of {asked['path']} "
+                f"({asked['content_sha256'][:12]}, now {pack.info.content_sha256[:12]}): "
+                "bring that pack back, or train anew"
             )
         if verify:
             pack.verify()
@@ -156,7 +158,7 @@ class Run:
 
 
 def name_run(recipe: str, seed: int) -> str:
-    """Give a new run's folder a name: recipe, seed, time and four random characters."""
+    """Name a new run so that no other is called the same: recipe, seed, time and four random characters."""
     now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
     return f"{recipe}-s{seed}-{now}-{secrets.token_hex(2)}"
 

@@ -1,6 +1,7 @@
 """Training: from a recipe and a pack to a run with a classifier in it."""
 
 import logging
+import shlex
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -72,15 +73,18 @@ def train(
     if plot is not None and Path(plot).suffix not in PLOT_SUFFIXES:
         raise RunError(f"curves cannot be drawn to {plot}: its name must end in {', '.join(PLOT_SUFFIXES)}")
     if resume is not None:
-        run, pack = _continue(resume, recipe, data)
+        run, pack = _continue(resume, recipe, data, split, fold, out, *set)
+        engine = Engine(device, run.recipe.train.precision)
     elif recipe is None or data is None:
         raise RunError("training needs a recipe and data, or resume= and the folder of an interrupted run")
     else:
-        run, pack = _begin(load_recipe(recipe, set), open_data(data), split, fold, seed, out, device)
+        asked = load_recipe(recipe, set)
+        engine = Engine(device, asked.train.precision)
+        run, pack = _begin(asked, open_data(data), split, fold, seed, out)
     try:
         with FileLock(run.path / ".lock", timeout=0):
             remove_partial(run)
-            _train(run, pack, device, tensorboard, on_epoch)
+            _train(run, pack, engine, tensorboard, on_epoch)
     except Timeout:
         raise RunError(f"{run.path} is being trained by another process") from None
     if plot is not None:
@@ -101,24 +105,21 @@ def open_data(data: Pack | Path | str) -> Pack:
 
 
 def _begin(
-    recipe: Recipe,
-    pack: Pack,
-    split_name: str | None,
-    fold: int | None,
-    seed: int,
-    out: Path | str | None,
-    device: str,
+    recipe: Recipe, pack: Pack, split_name: str | None, fold: int | None, seed: int, out: Path | str | None
 ) -> tuple[Run, Pack]:
     """Check everything that can be checked before training, and write the run's folder."""
     pack.verify()
     split = choose_split(pack, split_name, recipe)
     sides = split.sides(pack, fold)
     network = _build(recipe, pack, seed)
-    _check(recipe, pack, split.name, sides, network, device)
+    _check(recipe, pack, split.name, sides, network)
     total, trainable = count_parameters(network)
-    path = Path(out) if out is not None else Path("runs") / name_run(recipe.name, seed)
+    run_id = name_run(recipe.name, seed)
+    path = Path(out) if out is not None else Path("runs") / run_id
     info = {
+        "id": run_id,
         "status": "running",
+        "command": _repeat(path, pack, split, fold, seed),
         "recipe": recipe.name,
         "seed": seed,
         "split": {
@@ -150,9 +151,7 @@ def _begin(
     return Run.create(path, info, recipe, table), pack
 
 
-def _check(
-    recipe: Recipe, pack: Pack, split: str, sides: np.ndarray, network: torch.nn.Module, device: str
-) -> None:
+def _check(recipe: Recipe, pack: Pack, split: str, sides: np.ndarray, network: torch.nn.Module) -> None:
     """Refuse now what would stop the training later."""
     for side in ("train", "val"):
         if side not in sides:
@@ -168,7 +167,13 @@ def _check(
         )
     weigh_classes(target, len(pack.class_names), recipe.train.class_weights)
     optimiser_of(recipe, network)
-    Engine(device, recipe.train.precision)
+
+
+def _repeat(path: Path, pack: Pack, split: Split, fold: int | None, seed: int) -> str:
+    """Give the command that trains the same again; the run's own recipe holds every changed setting."""
+    words = ["biopsy", "train", f"{path.name}/recipe.toml", "--data", pack.path.name, "--split", split.name]
+    words += [] if fold is None else ["--fold", str(fold)]
+    return shlex.join([*words, "--seed", str(seed)])
 
 
 def _count(pack: Pack, chosen: np.ndarray) -> dict[str, Any]:
@@ -187,9 +192,9 @@ def choose_split(pack: Pack, name: str | None, recipe: Recipe) -> Split:
     return find_split(pack, name)
 
 
-def _continue(resume: Run | Path | str, recipe: object, data: object) -> tuple[Run, Pack]:
-    if recipe is not None or data is not None:
-        raise RunError("a resumed run has its own recipe and data: leave both out, or train anew")
+def _continue(resume: Run | Path | str, *asked: object) -> tuple[Run, Pack]:
+    if any(value is not None for value in asked):
+        raise RunError("a resumed run has its own recipe, data and settings: leave them out, or train anew")
     run = Run.open(resume)
     if run.info["status"] == "finished":
         raise RunError(
@@ -215,10 +220,9 @@ def _build(recipe: Recipe, pack: Pack, seed: int) -> torch.nn.Module:
     )
 
 
-def _train(run: Run, pack: Pack, device: str, tensorboard: bool, on_epoch: OnEpoch | None) -> None:
+def _train(run: Run, pack: Pack, engine: Engine, tensorboard: bool, on_epoch: OnEpoch | None) -> None:
     recipe, started, before = run.recipe, time.perf_counter(), run.info["seconds"]
     sides = run.sides(pack)
-    engine = Engine(device, recipe.train.precision)
     published = run.info["split"]["as_published"]
     checkpoint = recipe.as_published.checkpoint if published else recipe.train.checkpoint
     task = Task(

@@ -1,5 +1,6 @@
 """Studies over folds and seeds: many runs, one question, one table."""
 
+import hashlib
 import itertools
 import logging
 import re
@@ -16,7 +17,7 @@ from biopsy.judging.evaluation import evaluate
 from biopsy.learning.fitting import OnEpoch
 from biopsy.learning.recipes import Recipe, load_recipe, recipe_toml
 from biopsy.learning.runs import Run
-from biopsy.learning.training import open_data, train
+from biopsy.learning.training import choose_split, open_data, train
 from biopsy.studies.records import DOCUMENT, FORMAT, Study
 from biopsy.studies.tables import write_tables
 
@@ -54,7 +55,7 @@ def study(
     """Train and judge recipes over folds and seeds, and pool what they say of patients they have not seen.
 
     The same command goes on where an interrupted one stopped: finished runs are kept, half-trained ones are
-    resumed. A run whose loss diverges is named in the table; the others go on.
+    resumed. A run whose loss diverges is named under ``failed`` in ``study.json``; the others go on.
 
     Args:
         recipes: Names, TOML files or recipes.
@@ -66,19 +67,22 @@ def study(
         name: Name of the study under ``studies/``.
         out: The study's own folder instead.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
-        on_epoch: Called with each epoch's record, which also names ``run``, ``recipe``, ``fold`` and ``seed``.
+        on_epoch: Called with each epoch's record, which also names ``run``, ``recipe``, ``fold``, ``seed``.
 
     Raises:
         RunError: If the folder holds a study that asked something else.
     """
     changed = tuple(set)
     loaded = [load_recipe(recipe, changed) for recipe in ([recipes] if isinstance(recipes, str) else recipes)]
+    by_name = {recipe.name: recipe for recipe in loaded}
     if not loaded or not seeds:
         raise RunError("a study needs at least one recipe and one seed")
+    if len(by_name) < len(loaded):
+        raise RunError("two recipes of a study have the same name: change `name` in one of the files")
     pack = open_data(data)
-    chosen = _find_split(pack, split, folds)
+    chosen = _find_split(pack, split, folds, loaded)
     found = _open(_place(loaded, chosen, name, out), loaded, pack, chosen, tuple(seeds))
-    by_name = {recipe.name: recipe for recipe in loaded}
+    failed: dict[str, str] = {}
     for question in _list_questions(loaded, chosen, seeds):
         path = found.path / "runs" / question.name
 
@@ -90,12 +94,13 @@ def study(
             run = _answer(path, by_name[question.recipe], pack, chosen, question, device, note)
         except TrainingDiverged as error:
             logger.warning("%s: %s", question.name, error)
+            failed[question.name] = str(error)
             continue
         if not (run.path / "evaluation" / "metrics.json").exists():
             evaluate(run)
         write_tables(found)
     write_tables(found)
-    found.update(status="finished")
+    found.update(status="finished", failed=failed)
     return found
 
 
@@ -125,9 +130,12 @@ def _answer(
     return train(resume=run, device=device, on_epoch=on_epoch)
 
 
-def _find_split(pack: Pack, name: str | None, folds: int | None) -> Split:
+def _find_split(pack: Pack, name: str | None, folds: int | None, recipes: Sequence[Recipe]) -> Split:
     if folds is None:
-        return find_split(pack, name)
+        splits = [choose_split(pack, name, recipe) for recipe in recipes]
+        if len({_hash(split) for split in splits}) > 1:
+            raise RunError(f"the recipes were not published on one split: make a study of each, {name}")
+        return splits[0]
     name = name or f"folds-{folds}"
     if name in list_splits(pack):
         split = find_split(pack, name)
@@ -137,8 +145,15 @@ def _find_split(pack: Pack, name: str | None, folds: int | None) -> Split:
             )
         return split
     split = make_split(pack, protocol="folds", name=name, n_folds=folds)
-    save_split(pack, split)
+    try:
+        save_split(pack, split)
+    except OSError as error:
+        raise RunError(f"split {name!r} cannot be kept in {pack.path.name}: {error.strerror}") from None
     return split
+
+
+def _hash(split: Split) -> str:
+    return hashlib.sha256(split.table.to_csv(index=False).encode()).hexdigest()
 
 
 def _place(recipes: Sequence[Recipe], split: Split, name: str | None, out: Path | str | None) -> Path:
@@ -154,7 +169,7 @@ def _place(recipes: Sequence[Recipe], split: Split, name: str | None, out: Path 
 
 def _open(path: Path, recipes: Sequence[Recipe], pack: Pack, split: Split, seeds: tuple[int, ...]) -> Study:
     """Make the study's folder, or check that it asks the same question; seeds and recipes may be added."""
-    asked = {
+    asked: dict[str, Any] = {
         "format": FORMAT,
         "name": path.name,
         "status": "running",
@@ -163,6 +178,8 @@ def _open(path: Path, recipes: Sequence[Recipe], pack: Pack, split: Split, seeds
             "name": split.name,
             "protocol": split.protocol,
             "n_folds": split.n_folds,
+            "seed": split.seed,
+            "sha256": _hash(split),
             "parameters": split.parameters,
             "patients_overlap": split.overlap,
         },
@@ -172,13 +189,13 @@ def _open(path: Path, recipes: Sequence[Recipe], pack: Pack, split: Split, seeds
             "content_sha256": pack.info.content_sha256,
         },
         "recipes": {recipe.name: recipe_toml(recipe) for recipe in recipes},
-        "seeds": sorted(seeds),
+        "seeds": sorted({*seeds}),
     }
     if (path / DOCUMENT).exists():
         found = Study.open(path).info
         for what, old, new in (
             ("pack", found["pack"]["content_sha256"], asked["pack"]["content_sha256"]),
-            ("split", found["split"]["name"], split.name),
+            ("split", found["split"].get("sha256"), asked["split"]["sha256"]),
             *(
                 (f"recipe {name}", text, asked["recipes"].get(name, text))
                 for name, text in found["recipes"].items()

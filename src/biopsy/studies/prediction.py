@@ -4,24 +4,25 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-from biopsy.data.archives import Archive, Entry, open_archive
+from biopsy.data.archives import IMAGE_SUFFIXES, MAX_ENTRY_BYTES, open_archive
 from biopsy.data.packs import Pack, is_pack
 from biopsy.data.predictions import IDENTITY, tabulate_predictions, write_predictions
 from biopsy.errors import DataError, RunError
-from biopsy.imaging.decode import decode
+from biopsy.imaging.decode import decode, read_header
 from biopsy.learning.classifiers import DOCUMENT, Classifier
 from biopsy.learning.engine import Engine
 from biopsy.learning.inference import predict_with_features
 from biopsy.learning.novelty import measure_novelty
 from biopsy.learning.runs import Run
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 CHUNK = 2048  # patches held in memory at once
 
 Skipped = list[dict[str, str]]
@@ -32,8 +33,8 @@ class Prediction:
     """What came of a call of `predict`.
 
     Attributes:
-        frame: The table: the columns of every predictions file, and ``colour_distance``,
-            ``feature_distance`` (multiples of their limits) and ``unlike_training``.
+        frame: The table: the columns of every predictions file, ``source`` (the path that was given),
+            ``colour_distance``, ``feature_distance`` (multiples of their limits) and ``unlike_training``.
         path: Where it was written.
         skipped: What could not be read: ``source`` and ``reason``.
         class_names: Names of the classes that ``pred`` counts.
@@ -48,6 +49,7 @@ class Prediction:
 @dataclass(frozen=True)
 class _Chunk:
     about: pd.DataFrame
+    sources: list[str]
     patches: np.ndarray
     sizes: np.ndarray
 
@@ -82,10 +84,10 @@ def predict(
     engine = Engine(device)
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     skipped: Skipped = []
-    opened = [_open(Path(path)) for path in paths]
-    n_patches, done = sum(map(len, opened)), 0
+    sources = _open([Path(path) for path in paths], classifier, skipped)
+    n_patches, done = sum(map(len, sources)) + len(skipped), 0
     frames = []
-    for source in opened:
+    for source in sources:
         for chunk in source.read(classifier, skipped):
             frames.append(_predict_chunk(classifier, chunk, engine))
             done += len(chunk.about)
@@ -131,77 +133,119 @@ def _predict_chunk(classifier: Classifier, chunk: _Chunk, engine: Engine) -> pd.
         classifier.probs(logits),
         threshold=classifier.threshold,
     )
-    return pd.concat([frame, measure_novelty(classifier, chunk.patches, chunk.sizes, features)], axis=1)
+    novelty = measure_novelty(classifier, chunk.patches, chunk.sizes, features)
+    return pd.concat([frame.assign(source=chunk.sources), novelty], axis=1)
 
 
 @dataclass(frozen=True)
 class _PackSource:
+    path: Path
     pack: Pack
 
     def __len__(self) -> int:
         return len(self.pack)
 
     def read(self, classifier: Classifier, skipped: Skipped) -> Iterator[_Chunk]:
-        pack, wanted = self.pack, classifier.info
-        if pack.info.mpp and wanted.mpp and abs(pack.info.mpp / wanted.mpp - 1) > 0.05:
-            raise DataError(
-                f"{pack.path} has {pack.info.mpp} um/px, the classifier was trained at {wanted.mpp}: "
-                "prepare the patches at that resolution"
-            )
-        same_classes = pack.class_names == wanted.class_names
+        pack = self.pack
+        same_classes = pack.class_names == classifier.info.class_names
         for start in range(0, len(pack), CHUNK):
             rows = slice(start, start + CHUNK)
             about = pack.table[list(IDENTITY)].iloc[rows].reset_index(drop=True)
             if same_classes:
                 about["target"] = pack.target[rows]
-            yield _Chunk(about, pack.patches[rows], pack.sizes[rows])
+            sources = [str(self.path)] * len(about)
+            yield _Chunk(about, sources, pack.patches[rows], pack.sizes[rows])
+
+
+@dataclass(frozen=True)
+class _Image:
+    name: str
+    source: str
+    """The path it was found by: of the image itself, or of the folder or zip it is in."""
+    read: Callable[[], bytes | memoryview]
 
 
 @dataclass(frozen=True)
 class _ImageSource:
-    archive: Archive
-    entries: list[Entry]
+    images: list[_Image]
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.images)
 
     def read(self, classifier: Classifier, skipped: Skipped) -> Iterator[_Chunk]:
         patch_px = classifier.info.patch_px
-
-        def load(entry: Entry) -> np.ndarray | str:
-            try:
-                image = decode(self.archive.read(entry))
-            except DataError as error:
-                return str(error)
-            height, width = image.shape[:2]
-            if max(height, width) > patch_px:
-                return f"is {width}x{height} px where the classifier takes patches of {patch_px}x{patch_px}"
-            return image
-
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for start in range(0, len(self.entries), CHUNK):
-                entries = self.entries[start : start + CHUNK]
-                read, names = [], []
-                for entry, image in zip(entries, pool.map(load, entries), strict=True):
-                    if isinstance(image, str):
-                        skipped.append({"source": f"{self.archive.path}/{entry.name}", "reason": image})
+            for start in range(0, len(self.images), CHUNK):
+                images = self.images[start : start + CHUNK]
+                known, decoded = [], []
+                for image, pixels in zip(images, pool.map(lambda i: _load(i, patch_px), images), strict=True):
+                    if isinstance(pixels, str):
+                        skipped.append({"source": _spell(image), "reason": pixels})
                     else:
-                        read.append(image)
-                        names.append(entry.name)
-                if read:
-                    yield _Chunk(pd.DataFrame({"patch_id": names}), *_pad(read, patch_px))
+                        known.append(image)
+                        decoded.append(pixels)
+                if known:
+                    about = pd.DataFrame({"patch_id": [image.name for image in known]})
+                    yield _Chunk(about, [image.source for image in known], *_pad(decoded, patch_px))
 
 
-def _open(path: Path) -> _PackSource | _ImageSource:
-    if is_pack(path):
-        return _PackSource(Pack.open(path))
+def _load(image: _Image, patch_px: int) -> np.ndarray | str:
+    """Give the pixels of an image, or the reason why there are none."""
+    try:
+        data = image.read()
+        header = read_header(data)
+        if max(header.width, header.height) > patch_px:
+            size = f"{header.width}x{header.height}"
+            return f"is {size} px where the classifier takes patches of {patch_px}x{patch_px}"
+        return decode(data)
+    except DataError as error:
+        return str(error)
+
+
+def _spell(image: _Image) -> str:
+    return image.source if Path(image.source).name == image.name else f"{image.source}/{image.name}"
+
+
+def _open(paths: list[Path], classifier: Classifier, skipped: Skipped) -> list[_PackSource | _ImageSource]:
+    """Open every path; images named one after another are read as one source."""
+    sources: list[_PackSource | _ImageSource] = []
+    for are_images, group in groupby(paths, _is_image):
+        if are_images:
+            sources.append(_ImageSource([_Image(p.name, str(p), partial(_read_file, p)) for p in group]))
+            continue
+        for path in group:
+            if is_pack(path):
+                pack = Pack.open(path)
+                classifier.check_pack(pack)
+                sources.append(_PackSource(path, pack))
+            else:
+                sources.append(_open_archive(path, skipped))
+    return sources
+
+
+def _open_archive(path: Path, skipped: Skipped) -> _ImageSource:
     if not path.exists():
         raise DataError(f"{path} does not exist: give images, folders, zips or packs")
-    if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
-        archive = open_archive(path.parent)
-        return _ImageSource(archive, [entry for entry in archive.entries if entry.name == path.name])
     archive = open_archive(path)
-    return _ImageSource(archive, [e for e in archive.entries if e.name.lower().endswith(IMAGE_SUFFIXES)])
+    skipped += [
+        {"source": f"{path}/{name}", "reason": "is a zip inside a folder: name it by itself"}
+        for name in archive.unread
+    ]
+    entries = [entry for entry in archive.entries if entry.name.lower().endswith(IMAGE_SUFFIXES)]
+    return _ImageSource([_Image(entry.name, str(path), partial(archive.read, entry)) for entry in entries])
+
+
+def _is_image(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_ENTRY_BYTES:
+            raise DataError(f"has {path.stat().st_size:,} bytes; at most {MAX_ENTRY_BYTES:,} are read")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}") from None
 
 
 def _pad(images: list[np.ndarray], patch_px: int) -> tuple[np.ndarray, np.ndarray]:

@@ -56,7 +56,8 @@ def write_tables(study: Study) -> None:
 def summarise(table: pd.DataFrame, pooled: pd.DataFrame, metrics: dict[str, Any]) -> dict[str, Any]:
     """Give, per recipe, the pooled numbers, their spread over seeds, and what was gained on each fold.
 
-    Intervals are over patients, within one seed; the spread over seeds stands apart from them.
+    Intervals are over patients, within one seed; the spread over seeds stands apart from them. A seed that
+    has not judged the folds that the others have, or diverged on one, is in neither.
 
     Args:
         table: One row a run.
@@ -72,7 +73,7 @@ def summarise(table: pd.DataFrame, pooled: pd.DataFrame, metrics: dict[str, Any]
         entry: dict[str, Any] = {"folds": _summarise_folds(rows)}
         if metrics["positive_class"] is not None:
             positive = metrics["class_names"].index(metrics["positive_class"])
-            frames = [frame for _, frame in pooled[pooled["recipe"] == recipe].groupby("seed")]
+            frames = _pool_by_seed(pooled[pooled["recipe"] == recipe])
             entry["pooled"] = _measure(frames, positive, metrics["unit"])
             entry["over_seeds"] = _spread([_measure([frame], positive, metrics["unit"]) for frame in frames])
         document["recipes"][recipe] = entry
@@ -94,8 +95,8 @@ def _describe_run(run: Run) -> dict[str, Any]:
         "n_positive": sum(metrics["confusion"][key] for key in ("tp", "fn"))
         if "confusion" in metrics
         else None,
-        **{name: values[name]["value"] for name in SHOWN},
-        "baseline_auroc": baseline.get("auroc"),
+        **{name: _or_nan(values[name]["value"]) for name in SHOWN},
+        "baseline_auroc": _or_nan(baseline.get("auroc")),
         "threshold": (run.info["threshold"] or {}).get("value"),
         "chosen_epoch": run.info["chosen_epoch"],
         "epochs": run.info["epochs_done"],
@@ -103,6 +104,10 @@ def _describe_run(run: Run) -> dict[str, Any]:
         "seconds": round(run.info["seconds"], 1),
         "run": run.path.name,
     }
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value
 
 
 def _mean_of_last(log: list[dict[str, Any]], n_epochs: int = 5) -> float | None:
@@ -115,7 +120,7 @@ def _summarise_folds(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """Give mean and spread over seeds on every fold, and the gain over colour alone on the same patches."""
     found = []
     for fold, of_fold in rows.groupby("fold", dropna=False):
-        gain = of_fold["auroc"] - of_fold["baseline_auroc"].astype(float)
+        gain = of_fold["auroc"] - of_fold["baseline_auroc"]
         found.append(
             {
                 "fold": None if pd.isna(fold) else int(fold),
@@ -128,6 +133,14 @@ def _summarise_folds(rows: pd.DataFrame) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _pool_by_seed(pooled: pd.DataFrame) -> list[pd.DataFrame]:
+    """Give the predictions of the seeds that have finished the same folds, those that most have finished."""
+    folds = pooled.fillna({"fold": -1}).groupby("seed")["fold"].agg(lambda values: tuple(sorted(set(values))))
+    counts = folds.value_counts().to_dict()
+    widest = max(counts, key=lambda found: (counts[found], len(found)))
+    return [pooled[pooled["seed"] == seed] for seed in folds.index[[found == widest for found in folds]]]
 
 
 def _measure(frames: list[pd.DataFrame], positive: int, unit: str) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def recognise(archive: Archive) -> bool:
 def list_patches(archive: Archive) -> Listing:
     """List the patches by what their names say, checked against the folders they lie in."""
     images = [entry for entry in archive.entries if is_image(entry)]
-    patients = {match["patient"] for entry in images if (match := _match(entry))}
+    patients = {entry.name.rpartition("/")[2].partition("_idx")[0] for entry in images}
     skipped: list[Skipped] = []
     keyed = []
     for entry in images:

@@ -54,8 +54,12 @@ class Anatomy:
         """Give several slow maps at the same points."""
         column = x_um * np.float32(1 / CELL_UM) - np.float32(0.5)
         row = y_um * np.float32(1 / CELL_UM) - np.float32(0.5)
-        edge = cv2.BORDER_REPLICATE
-        return {n: cv2.remap(self.maps[n], column, row, cv2.INTER_LINEAR, borderMode=edge) for n in names}
+        return {name: _interpolate(self.maps[name], column, row) for name in names}
+
+
+def _interpolate(values: Floats, column: Floats, row: Floats) -> Floats:
+    edge = cv2.BORDER_REPLICATE
+    return np.asarray(cv2.remap(values, column, row, cv2.INTER_LINEAR, borderMode=edge), np.float32)
 
 
 def plan_slide(seed: int, patient: str, *, tissue_mm2: float, tumour_frac: float) -> Anatomy:
@@ -101,7 +105,9 @@ def plan_slide(seed: int, patient: str, *, tissue_mm2: float, tumour_frac: float
         maps=maps,
         fibre_angle=float(rng.uniform(0, np.pi)),
         glands=tuple(glands),
-        gland_bounds=np.array([[*g.outline.min(0), *g.outline.max(0)] for g in glands]).reshape(-1, 4),
+        gland_bounds=np.array([[*g.outlines.min((0, 1)), *g.outlines.max((0, 1))] for g in glands]).reshape(
+            -1, 4
+        ),
     )
 
 

@@ -46,7 +46,9 @@ class PhantomPatch(NamedTuple):
         return f"{self.patient_id}/{self.target}/{stem}"
 
 
-def iter_patches(n_patients: int = 12, patches_per_patient: float = 250, seed: int = 0) -> Iterator[PhantomPatch]:
+def iter_patches(
+    n_patients: int = 12, patches_per_patient: float = 250, seed: int = 0
+) -> Iterator[PhantomPatch]:
     """Give every patch of a cohort, patient by patient, block by block of the slide.
 
     Args:
@@ -150,7 +152,8 @@ def _plan(n_patients: int, patches_per_patient: float, seed: int) -> list[tuple[
     slices = (rng.permutation(n_patients) + rng.uniform(0.2, 0.8, n_patients)) / n_patients
     shares = stats.beta.ppf(slices, 1.3, 1.3 * (1 / _MEAN_TUMOUR_SHARE - 1))
     return [
-        (str(FIRST_PATIENT + i), int(counts[i]), float(np.clip(shares[i], 0.02, 0.85))) for i in range(n_patients)
+        (str(FIRST_PATIENT + i), int(counts[i]), float(np.clip(shares[i], 0.02, 0.85)))
+        for i in range(n_patients)
     ]
 
 

@@ -14,17 +14,17 @@ Kind = Literal["bed", "gland", "vessel"]
 
 @dataclass(frozen=True)
 class Gland:
-    """One closed outline with its hollow and its nuclei.
+    """Closed outlines with their hollows and nuclei: a duct, a vessel, all acini of a lobule, or a lobule's bed.
 
-    ``outline`` and ``hollow`` are (n, 2) x, y in micrometres (``hollow`` may be empty); ``nuclei`` is (n, 6):
-    x, y, long and short radius, angle, amount of stain. A ``bed`` is the loose stroma a lobule lies in.
+    ``outlines`` is (k, n, 2) and ``hollows`` (m, n, 2), x and y in micrometres; ``nuclei`` is (N, 6): x, y, long
+    and short radius, angle, amount of stain. A ``bed`` is the loose stroma that a lobule lies in.
     """
 
     kind: Kind
-    outline: Floats
-    hollow: Floats
+    outlines: Floats
+    hollows: Floats
     nuclei: Floats
-    content: float  # what the hollow holds: 0 nothing, up to 1 secretion (gland) or blood (vessel)
+    content: float  # bed: how loose, in [0, 1]; vessel: 1 if it holds blood
 
 
 def grow_glands(
@@ -37,7 +37,7 @@ def grow_glands(
     centres: list[tuple[float, float, float]] = []
     for x, y in places:
         row, column = int(y / cell_um), int(x / cell_um)
-        if tumour[row, column] > -150 and rng.random() < 0.85:
+        if tumour[row, column] > -150 and rng.random() < 0.93:
             continue
         is_duct = rng.random() < 0.35
         reach = rng.uniform(40, 150) if is_duct else rng.uniform(90, 280)
@@ -57,11 +57,11 @@ def grow_vessels(rng: np.random.Generator, tissue: Floats, fat: Floats, cell_um:
     vessels = []
     for x, y in _sites(rng, (tissue > 60) & (fat < 0.9), n_wanted, cell_um):
         radius = float(np.exp(rng.normal(2.8, 0.55)))
-        outline = _blob(rng, x, y, radius, rng.uniform(0.35, 1.0), 0.12)
+        outlines = _blobs(rng, np.array([[x, y]]), np.array([radius]), rng.uniform(0.35, 1.0, 1), 0.12)
         wall = rng.uniform(3, 4 + 0.25 * radius)
-        hollow = _shrink(outline, wall)
-        nuclei = _ring(rng, outline, 0.5 * wall, gap_um=14, radius_um=(3.6, 1.4), flat=True)
-        vessels.append(Gland("vessel", outline, hollow, nuclei, float(rng.random() < 0.45)))
+        nuclei = _ring(rng, outlines, 0.5 * wall, gap_um=14, radius_um=(3.6, 1.4), flat=True)
+        hollows = _shrink(outlines, np.array([wall]))
+        vessels.append(Gland("vessel", outlines, hollows, nuclei, float(rng.random() < 0.45)))
     return vessels
 
 
@@ -73,104 +73,113 @@ def _sites(
         return []
     chosen = rng.integers(len(rows), size=n)
     return [
-        (float((columns[i] + rng.random()) * cell_um), float((rows[i] + rng.random()) * cell_um)) for i in chosen
+        (float((columns[i] + rng.random()) * cell_um), float((rows[i] + rng.random()) * cell_um))
+        for i in chosen
     ]
 
 
 def _duct(rng: np.random.Generator, x: float, y: float, radius: float, filled: bool) -> Gland:
-    outline = _blob(rng, x, y, radius, rng.uniform(0.25, 0.9), 0.25)
-    thick = rng.uniform(13, 24)
-    return _gland(rng, outline, thick, filled, float(rng.random() < 0.2))
+    outlines = _blobs(rng, np.array([[x, y]]), np.array([radius]), rng.uniform(0.25, 0.9, 1), 0.25)
+    return _gland(rng, outlines, rng.uniform(13, 24, 1), filled)
 
 
 def _lobule(rng: np.random.Generator, x: float, y: float, reach: float, filled: bool) -> list[Gland]:
-    nothing = np.zeros((0, 2), np.float32)
-    bed = _blob(rng, x, y, reach * 1.08, rng.uniform(0.6, 1.0), 0.12)
-    lobule = [Gland("bed", bed, nothing, np.zeros((0, 6), np.float32), rng.uniform(0.2, 1.0))]
+    centre = np.array([[x, y]])
+    bed = _blobs(rng, centre, np.array([reach * 1.08]), rng.uniform(0.6, 1.0, 1), 0.12)
+    none = np.zeros((0, 6), np.float32)
+    lobule = [Gland("bed", bed, bed[:0], none, rng.uniform(0.2, 1.0))]
     acinus_um = rng.uniform(13, 22) * (1.25 if filled else 1.0)
-    gap = acinus_um * rng.uniform(2.1, 3.0)
+    gap_um = acinus_um * rng.uniform(2.1, 3.0)
     angle, squeeze = rng.uniform(0, np.pi), rng.uniform(0.6, 1.0)
-    for row in np.arange(-reach, reach, 0.87 * gap):
-        for column in np.arange(-reach, reach, gap) + rng.uniform(0, gap):
-            dx, dy = column + rng.normal(0, 0.16 * gap), row + rng.normal(0, 0.16 * gap)
-            if np.hypot(dx, dy) > reach - 0.6 * acinus_um:
-                continue
-            dy *= squeeze
-            centre_x = x + dx * np.cos(angle) - dy * np.sin(angle)
-            centre_y = y + dx * np.sin(angle) + dy * np.cos(angle)
-            radius = acinus_um * np.exp(rng.normal(0, 0.22))
-            outline = _blob(rng, centre_x, centre_y, radius, rng.uniform(0.55, 1.0), 0.1)
-            thick = rng.uniform(0.55, 0.9) * radius
-            lobule.append(_gland(rng, outline, thick, filled, float(rng.random() < 0.25)))
-    return lobule
+    rows, columns = np.arange(-reach, reach, 0.87 * gap_um), np.arange(-reach, reach, gap_um)
+    place = np.stack(np.meshgrid(columns, rows), axis=-1)
+    place[..., 0] += rng.uniform(0, gap_um, (len(rows), 1))
+    place = place.reshape(-1, 2) + rng.normal(0, 0.16 * gap_um, (place.size // 2, 2))
+    place = place[np.hypot(*place.T) < reach - 0.6 * acinus_um] * (1, squeeze)
+    if len(place) == 0:
+        return lobule
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    radius = acinus_um * np.exp(rng.normal(0, 0.22, len(place)))
+    outlines = _blobs(rng, centre + place @ turn, radius, rng.uniform(0.55, 1.0, len(place)), 0.1)
+    return [*lobule, _gland(rng, outlines, rng.uniform(0.55, 0.9, len(place)) * radius, filled)]
 
 
-def _gland(rng: np.random.Generator, outline: Floats, thick: float, filled: bool, content: float) -> Gland:
+def _gland(rng: np.random.Generator, outlines: Floats, thick_um: NDArray[np.float64], filled: bool) -> Gland:
     radius_um = (3.1, 2.5)
     if filled:
-        nuclei = _packed(rng, outline, gap_um=6.8, radius_um=radius_um)
-        return Gland("gland", outline, np.zeros((0, 2), np.float32), nuclei, content)
-    nuclei = _ring(rng, outline, 3.2, gap_um=6.0, radius_um=radius_um, flat=False)
-    if thick > 11:
-        inner = _ring(rng, _shrink(outline, 6.5), 3.0, gap_um=6.5, radius_um=radius_um, flat=False)
-        nuclei = np.concatenate([nuclei, inner])
-    return Gland("gland", outline, _shrink(outline, thick), nuclei, content)
+        nuclei = np.concatenate(
+            [_packed(rng, outline, gap_um=6.8, radius_um=radius_um) for outline in outlines]
+        )
+        return Gland("gland", outlines, outlines[:0], nuclei, 0.0)
+    outer = _ring(rng, outlines, 3.2, gap_um=6.0, radius_um=radius_um, flat=False)
+    inner = _ring(rng, outlines[thick_um > 11], 9.5, gap_um=6.5, radius_um=radius_um, flat=False)
+    return Gland("gland", outlines, _shrink(outlines, thick_um), np.concatenate([outer, inner]), 0.0)
 
 
-def _blob(
-    rng: np.random.Generator, x: float, y: float, radius: float, squeeze: float, rough: float
+def _blobs(
+    rng: np.random.Generator,
+    centres: NDArray[np.float64],
+    radius: NDArray[np.float64],
+    squeeze: NDArray[np.float64],
+    rough: float,
 ) -> Floats:
-    """Give a wavy ellipse as an outline of points about 5 um apart."""
-    n = int(np.clip(2 * np.pi * radius / 5, 12, 160))
-    turn = np.linspace(0, 2 * np.pi, n, endpoint=False)
-    reach = np.ones(n)
-    for wave in range(2, 7):
-        reach += rough * rng.normal() / (wave - 0.5) * np.cos(wave * turn + rng.uniform(0, 2 * np.pi))
-    reach = radius * np.clip(reach, 0.4, 1.8)
-    along, across = reach * np.cos(turn), squeeze * reach * np.sin(turn)
-    angle = rng.uniform(0, np.pi)
-    points = (x + along * np.cos(angle) - across * np.sin(angle), y + along * np.sin(angle) + across * np.cos(angle))
-    return np.stack(points, axis=1).astype(np.float32)
+    """Give one wavy ellipse for each of k centres, (k, n, 2): the largest has its points about 5 um apart."""
+    n_blobs, n_points = len(centres), int(np.clip(2 * np.pi * radius.max() / 5, 16, 160))
+    turn = np.linspace(0, 2 * np.pi, n_points, endpoint=False)
+    wave = np.arange(2, 7)[:, None]
+    height = rough * rng.normal(size=(n_blobs, 5, 1)) / (wave - 0.5)
+    ripple = (height * np.cos(wave * turn + rng.uniform(0, 2 * np.pi, (n_blobs, 5, 1)))).sum(1)
+    reach = radius[:, None] * np.clip(1 + ripple, 0.4, 1.8)
+    along, across = reach * np.cos(turn), squeeze[:, None] * reach * np.sin(turn)
+    angle = rng.uniform(0, np.pi, (n_blobs, 1))
+    x = along * np.cos(angle) - across * np.sin(angle)
+    y = along * np.sin(angle) + across * np.cos(angle)
+    return (centres[:, None] + np.stack([x, y], axis=-1)).astype(np.float32)
 
 
-def _shrink(outline: Floats, by_um: float) -> Floats:
-    """Move an outline inwards; where it would turn inside out there is no hollow."""
-    step = np.roll(outline, -1, 0) - np.roll(outline, 1, 0)
-    normal = np.stack([-step[:, 1], step[:, 0]], axis=1) / (np.linalg.norm(step, axis=1, keepdims=True) + 1e-6)
-    moved = outline + by_um * normal
-    centre = outline.mean(0)
-    if np.median(np.linalg.norm(outline - centre, axis=1)) < by_um + 2:
-        return np.zeros((0, 2), np.float32)
-    turned = ((outline - centre) * (moved - centre)).sum(1) < 0
-    return np.where(turned[:, None], centre, moved).astype(np.float32)
+def _shrink(outlines: Floats, by_um: NDArray[np.float64]) -> Floats:
+    """Move outlines inwards; those too small for it are left out, points that cross over stop at the centre."""
+    centre = outlines.mean(1, keepdims=True)
+    away = outlines - centre
+    large = np.median(np.sqrt((away**2).sum(-1)), axis=1) >= by_um + 2
+    outlines, centre, away = outlines[large], centre[large], away[large]
+    step = np.roll(outlines, -1, axis=1) - np.roll(outlines, 1, axis=1)
+    normal = np.stack([-step[..., 1], step[..., 0]], axis=-1)
+    normal /= np.sqrt((normal**2).sum(-1, keepdims=True)) + 1e-6
+    moved = outlines + by_um[large, None, None].astype(np.float32) * normal
+    crossed = (away * (moved - centre)).sum(-1, keepdims=True) < 0
+    return np.where(crossed, centre, moved).astype(np.float32)
 
 
 def _ring(
     rng: np.random.Generator,
-    outline: Floats,
+    outlines: Floats,
     depth_um: float,
     *,
     gap_um: float,
     radius_um: tuple[float, float],
     flat: bool,
 ) -> Floats:
-    """Line an outline with nuclei: across the wall in a gland, along it (``flat``) in a vessel."""
-    line = _shrink(outline, depth_um)
-    if len(line) == 0:
-        return np.zeros((0, 6), np.float32)
-    step = np.roll(line, -1, 0) - line
-    length = np.linalg.norm(step, axis=1)
-    along = np.concatenate([[0], np.cumsum(length)])
-    n = max(int(along[-1] / gap_um), 1)
-    where = (np.arange(n) + rng.uniform(-0.25, 0.25, n)) / n * along[-1] % along[-1]
-    segment = np.clip(np.searchsorted(along, where, side="right") - 1, 0, len(line) - 1)
-    share = (where - along[segment]) / (length[segment] + 1e-6)
-    place = line[segment] + share[:, None] * step[segment]
-    angle = np.arctan2(step[segment, 1], step[segment, 0]) + (0 if flat else np.pi / 2)
+    """Line outlines with nuclei: across the wall in a gland, along it (``flat``) in a vessel."""
+    lines = _shrink(outlines, np.full(len(outlines), depth_um))
+    step = np.roll(lines, -1, axis=1) - lines
+    length = np.sqrt((step**2).sum(-1))
+    around = length.sum(1)
+    count = np.maximum((around / gap_um).astype(int), 1)
+    line = np.repeat(np.arange(len(lines)), count)
+    position = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    where = (position + rng.uniform(-0.25, 0.25, len(line))) / count[line] % 1.0
+    # Each line's share of its own length plus its number rises over all lines: one search serves them all.
+    ends = (np.cumsum(length, axis=1) / around[:, None] + np.arange(len(lines))[:, None]).ravel()
+    segment = np.minimum(np.searchsorted(ends, where + line), step.size // 2 - 1)
+    place = lines.reshape(-1, 2)[segment] + rng.random((len(line), 1)) * step.reshape(-1, 2)[segment]
+    angle = np.arctan2(*step.reshape(-1, 2)[segment].T[::-1]) + (0 if flat else np.pi / 2)
     return _nuclei(rng, place, radius_um, angle)
 
 
-def _packed(rng: np.random.Generator, outline: Floats, *, gap_um: float, radius_um: tuple[float, float]) -> Floats:
+def _packed(
+    rng: np.random.Generator, outline: Floats, *, gap_um: float, radius_um: tuple[float, float]
+) -> Floats:
     """Fill an outline with evenly spaced regular nuclei."""
     low, high = outline.min(0), outline.max(0)
     grid = np.stack(np.meshgrid(np.arange(low[0], high[0], gap_um), np.arange(low[1], high[1], gap_um)), -1)

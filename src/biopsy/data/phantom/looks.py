@@ -61,13 +61,15 @@ def transmit(density: Floats) -> Floats:
 def scan(light: Floats, look: Look, seed: int) -> NDArray[np.uint8]:
     """Turn transmitted light ``(H, W, 3)`` in [0, 1] at the final pixel size into a scanner's RGB."""
     if look.blur_px > 0.2:
-        light = cv2.GaussianBlur(light, (0, 0), look.blur_px)
+        light = _blur(light, look.blur_px)
     if look.sharpen > 0:
-        light = light + look.sharpen * (light - cv2.GaussianBlur(light, (0, 0), 1.0))
-    light = np.clip(light, 0.0, 1.03)
-    np.power(light, np.float32(look.gamma), out=light)
-    light *= look.white
-    grain = np.random.default_rng(seed).integers(0, 256, (*light.shape[:2], 4), dtype=np.uint8)
-    grain = (grain.astype(np.float32) - 127.5) * np.float32(look.noise / 73.9)  # spread of a byte: 73.9
-    light += 0.6 * grain[..., :1] + 0.5 * grain[..., 1:]
-    return np.clip(light + 0.5, 0, 255).astype(np.uint8)
+        light = light + look.sharpen * (light - _blur(light, 1.0))
+    values = look.white * np.power(np.clip(light, 0.0, 1.03), np.float32(look.gamma))
+    drawn = np.random.default_rng(seed).integers(0, 256, (*light.shape[:2], 4), dtype=np.uint8)
+    grain = (drawn.astype(np.float32) - 127.5) * np.float32(look.noise / 73.9)  # spread of a byte: 73.9
+    values += 0.6 * grain[..., :1] + 0.5 * grain[..., 1:]
+    return np.clip(values + 0.5, 0, 255).astype(np.uint8)
+
+
+def _blur(light: Floats, sigma_px: float) -> Floats:
+    return np.asarray(cv2.GaussianBlur(light, (0, 0), sigma_px), np.float32)

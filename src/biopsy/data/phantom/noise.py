@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating]
 
 _TABLE = 211  # cells per repeat, prime: two fields of unlike scale do not repeat together
 
@@ -19,14 +19,16 @@ class Field:
     """A smooth random field of mean 0 and spread near 1, one random number per ``scale_um`` cell."""
 
     def __init__(self, rng: np.random.Generator, scale_um: float, stretch: float = 1.0) -> None:
-        table = 1.35 * rng.standard_normal((_TABLE, _TABLE), dtype=np.float32)  # interpolation lowers the spread
+        table = 1.35 * rng.standard_normal(
+            (_TABLE, _TABLE), dtype=np.float32
+        )  # interpolation lowers the spread
         self._table = np.pad(table, 3, mode="wrap")
         self._per_um = (1.0 / (scale_um * stretch), 1.0 / scale_um)
 
     def at(self, x_um: Floats, y_um: Floats) -> Floats:
         """Give the field at points; both arrays ``(H, W)`` in micrometres, ``stretch`` acts along x."""
         column, row = (_wrap(axis, per_um) for axis, per_um in zip((x_um, y_um), self._per_um, strict=True))
-        return cv2.remap(self._table, column, row, cv2.INTER_CUBIC)
+        return np.asarray(cv2.remap(self._table, column, row, cv2.INTER_CUBIC), np.float32)
 
 
 def _wrap(axis_um: Floats, per_um: float) -> Floats:

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from biopsy.data.phantom.anatomy import Anatomy, plan_slide
 from biopsy.data.phantom.looks import Look, draw_look, scan
 from biopsy.data.phantom.noise import Floats
-from biopsy.data.phantom.tissue import Weave, light_region
+from biopsy.data.phantom.regions import Weave
+from biopsy.data.phantom.tissue import light_region
 from biopsy.seeds import derive, make_rng
 
 MPP = 4.0  # IDC's patches: 40x scans (about .25 um/px) reduced 16 times
@@ -64,7 +65,9 @@ class SlidePainter:
                 image[row : row + part.shape[0], column : column + part.shape[1]] = part
         return image
 
-    def mask(self, name: str, x_px: int, y_px: int, width_px: int, height_px: int, mpp: float) -> NDArray[np.bool_]:
+    def mask(
+        self, name: str, x_px: int, y_px: int, width_px: int, height_px: int, mpp: float
+    ) -> NDArray[np.bool_]:
         """Give where ``"tumour"`` or ``"tissue"`` is, ``(height, width)``."""
         x, y = self._grid(x_px, y_px, width_px, height_px, mpp)
         return self.anatomy.read(name, x, y) > 0
@@ -76,7 +79,9 @@ class SlidePainter:
         shape = (finer * size_px, finer * size_px)
         light = light_region(self.anatomy, self._weave, self.look, *corner_um, shape, mpp / finer)
         if finer > 1:
-            light = cv2.resize(light, (size_px, size_px), interpolation=cv2.INTER_AREA)
+            light = np.asarray(
+                cv2.resize(light, (size_px, size_px), interpolation=cv2.INTER_AREA), np.float32
+            )
         seed = derive(self.anatomy.seed, "phantom", self.anatomy.patient, "scan", left_px, top_px, mpp)
         return scan(light, self.look, seed)[_RIM_PX:-_RIM_PX, _RIM_PX:-_RIM_PX]
 
@@ -88,7 +93,9 @@ class SlidePainter:
         return x, y
 
 
-def plan_painter(seed: int, patient: str, *, tissue_mm2: float, tumour_frac: float | None = None) -> SlidePainter:
+def plan_painter(
+    seed: int, patient: str, *, tissue_mm2: float, tumour_frac: float | None = None
+) -> SlidePainter:
     """Plan a slide without drawing it; without ``tumour_frac`` the share is drawn from the patient's name."""
     if tumour_frac is None:
         tumour_frac = float(make_rng(seed, "phantom", patient, "share").beta(1.4, 3.2))

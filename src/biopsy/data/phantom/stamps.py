@@ -32,7 +32,12 @@ def stamp_nuclei(shape: tuple[int, int], origin_um: tuple[float, float], um: flo
 
 
 def _stamp(
-    canvas: Floats, shape: tuple[int, int], origin_um: tuple[float, float], um: float, nuclei: Floats, half: int
+    canvas: Floats,
+    shape: tuple[int, int],
+    origin_um: tuple[float, float],
+    um: float,
+    nuclei: Floats,
+    half: int,
 ) -> None:
     x = (nuclei[:, 0] - np.float32(origin_um[0])) / np.float32(um) - np.float32(0.5)
     y = (nuclei[:, 1] - np.float32(origin_um[1])) / np.float32(um) - np.float32(0.5)
@@ -62,7 +67,7 @@ def fill_outlines(
     for i, outline in enumerate(outlines):
         if len(outline) < 3:
             continue
-        points = ((outline - np.float32(origin_um)) / np.float32(um) - 0.5) * (1 << _SHIFT)
+        points = ((outline - np.array(origin_um, np.float32)) / np.float32(um) - 0.5) * (1 << _SHIFT)
         level = 255 if levels is None else round(255 * levels[i])
         cv2.fillPoly(canvas, [np.rint(points).astype(np.int32)], level, cv2.LINE_AA, _SHIFT)
     return canvas.astype(np.float32) * np.float32(1 / 255)

@@ -6,12 +6,13 @@ from torch import Tensor, nn
 
 from biopsy.errors import RecipeError
 from biopsy.learning.networks.layers import (
-    BATCH_NORM_EPS,
-    BATCH_NORM_MOMENTUM,
+    KERAS_EPS,
+    KERAS_MOMENTUM,
+    BatchNorm1d,
+    BatchNorm2d,
     Dropout,
     FlattenChannelsLast,
     SeparableConv2d,
-    batch_norm,
 )
 from biopsy.learning.networks.registry import register_network
 
@@ -37,7 +38,9 @@ class CancerNet(nn.Module):
             for block, out_channels in enumerate(stage_channels, start=1):
                 layers[f"conv{stage}_{block}"] = SeparableConv2d(channels, out_channels)
                 layers[f"relu{stage}_{block}"] = nn.ReLU(inplace=True)
-                layers[f"norm{stage}_{block}"] = batch_norm(out_channels)
+                layers[f"norm{stage}_{block}"] = BatchNorm2d(
+                    out_channels, eps=KERAS_EPS, momentum=KERAS_MOMENTUM
+                )
                 channels = out_channels
             layers[f"pool{stage}"] = nn.MaxPool2d(2)
             layers[f"drop{stage}"] = Dropout(stage_dropout)
@@ -45,7 +48,7 @@ class CancerNet(nn.Module):
         layers["flatten"] = FlattenChannelsLast()
         layers["dense"] = nn.Linear(channels * width * height, 256)
         layers["relu"] = nn.ReLU(inplace=True)
-        layers["norm"] = nn.BatchNorm1d(256, eps=BATCH_NORM_EPS, momentum=BATCH_NORM_MOMENTUM)
+        layers["norm"] = BatchNorm1d(256, eps=KERAS_EPS, momentum=KERAS_MOMENTUM)
         self.body = nn.Sequential(layers)
         self.drop = Dropout(dense_dropout)
         self.head = nn.Linear(256, n_classes)

@@ -1,6 +1,6 @@
 """A small residual network (after He et al. 2016): the stronger model where CancerNet is the baseline.
 
-It reads any input of 32 px or more, since it averages over the whole patch before its last layer, and
+It reads any input of 16 px or more, since it averages over the whole patch before its last layer, and
 costs about three times CancerNet's multiplications at 48 px.
 """
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from biopsy.errors import RecipeError
-from biopsy.learning.networks.layers import Dropout
+from biopsy.learning.networks.layers import BatchNorm2d, Dropout
 from biopsy.learning.networks.registry import register_network
 
 
@@ -19,13 +19,13 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.norm1 = BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.norm2 = BatchNorm2d(out_channels)
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels or stride != 1:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), BatchNorm2d(out_channels)
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class ResidualNet(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(3, base_channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(base_channels),
+            BatchNorm2d(base_channels),
             nn.ReLU(inplace=True),
             nn.MaxPool2d(2),
         )
@@ -68,6 +68,6 @@ def residual(
     *, n_classes: int, input_px: int | tuple[int, int], base_channels: int = 24, dropout: float = 0.2
 ) -> ResidualNet:
     """Build the residual network; ``base_channels=24`` gives about 390,000 parameters."""
-    if min(input_px if isinstance(input_px, tuple) else (input_px,)) < 32:
-        raise RecipeError(f"residual divides its input by eight: input_px={input_px!r} must be at least 32")
+    if min(input_px if isinstance(input_px, tuple) else (input_px,)) < 16:
+        raise RecipeError(f"residual divides its input by eight: input_px={input_px!r} must be at least 16")
     return ResidualNet(n_classes, base_channels, dropout)

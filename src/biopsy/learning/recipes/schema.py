@@ -120,7 +120,7 @@ class Decision(_Table):
     """How probabilities become a class."""
 
     threshold: Rule = "youden"
-    """``youden``, ``sensitivity=0.95``, ``specificity=0.95``, ``cost=5`` or ``argmax``; chosen on validation."""
+    """``youden``, ``sensitivity=0.95``, ``specificity=0.95``, ``cost=5`` or ``argmax``, on validation."""
 
 
 class AsPublished(_Table):

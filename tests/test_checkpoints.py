@@ -1,0 +1,116 @@
+"""Checkpoints: training goes on with the same bits, the last and the best file belong together, damage is named."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import biopsy.learning.checkpoints as checkpoints
+from biopsy.errors import RunError
+from biopsy.learning.checkpoints import LAST, Progress, load_checkpoint, load_weights, save_checkpoint
+from biopsy.learning.optimisers import OPTIMISERS, make_optimiser, set_learning_rate
+
+CPU = torch.device("cpu")
+
+
+def make_network(width: int = 4) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
+
+
+def step(network: nn.Module, optimiser: torch.optim.Optimizer, n: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    optimiser.zero_grad()
+    network(torch.randn(8, 3, generator=generator)).square().mean().backward()
+    set_learning_rate(optimiser, 0.01 / n)
+    optimiser.step()
+
+
+def save(folder, epoch=1, best_epoch=None, network=None, name="adam"):
+    """Save a network after one step, as after an epoch."""
+    network = network or make_network()
+    optimiser = make_optimiser(name, network.parameters(), 0.01)
+    step(network, optimiser, epoch)
+    progress = Progress(epoch, epoch * 3, best_epoch, 0.5, [{"epoch": epoch, "val_auroc": None}])
+    save_checkpoint(folder, network, optimiser, progress)
+    return network, optimiser, progress
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_training_goes_on_with_the_same_bits(name, tmp_path):
+    network, optimiser, progress = save(tmp_path, name=name)
+    other = make_network()
+    restored = make_optimiser(name, other.parameters(), 0.5)
+    assert load_checkpoint(tmp_path, other, restored, CPU) == progress
+    for n in (2, 3):
+        step(network, optimiser, n)
+        step(other, restored, n)
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+
+
+def test_without_a_checkpoint_training_starts_afresh(tmp_path):
+    network = make_network()
+    before = copy.deepcopy(network.state_dict())
+    optimiser = make_optimiser("sgd", network.parameters(), 0.1)
+    assert load_checkpoint(tmp_path, network, optimiser, CPU) == Progress(history=[])
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_only_the_best_epochs_weights_are_kept_beside_the_last(tmp_path):
+    best = copy.deepcopy(save(tmp_path, 1, best_epoch=1)[0].state_dict())
+    last, *_ = save(tmp_path, 2, best_epoch=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best-0001.safetensors", LAST]
+    for epoch, wanted in ((1, best), (None, last.state_dict())):
+        network = make_network()
+        load_weights(tmp_path, network, epoch)
+        assert all(torch.equal(value, wanted[key]) for key, value in network.state_dict().items())
+    save(tmp_path, 3, best_epoch=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best-0003.safetensors", LAST]
+
+
+def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    before = (tmp_path / LAST).read_bytes()
+
+    def write_half(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", write_half)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 2, best_epoch=2)
+    assert [path.name for path in tmp_path.iterdir()] == [LAST]
+    assert (tmp_path / LAST).read_bytes() == before
+
+
+def load(folder, network=None):
+    network = network or make_network()
+    return load_checkpoint(folder, network, make_optimiser("adam", network.parameters(), 0.01), CPU)
+
+
+def test_damage_is_named(tmp_path):
+    save(tmp_path)
+    path = tmp_path / LAST
+    whole, tensors = path.read_bytes(), load_file(path)
+    path.write_bytes(whole[:-100])
+    with pytest.raises(RunError, match=r"last.safetensors is not a readable checkpoint .*train anew"):
+        load(tmp_path)
+    save_file(tensors, path)
+    with pytest.raises(RunError, match="is not a readable checkpoint"):
+        load(tmp_path)
+    save_file(tensors, path, metadata={"biopsy": json.dumps({"format": "biopsy-checkpoint/2"})})
+    with pytest.raises(RunError, match="'biopsy-checkpoint/2' where 'biopsy-checkpoint/1' was expected"):
+        load(tmp_path)
+
+
+def test_another_network_is_refused(tmp_path):
+    save(tmp_path, 1, best_epoch=1)
+    wider = make_network(width=5)
+    with pytest.raises(RunError, match="last.safetensors holds another network than the recipe beside it"):
+        load(tmp_path, wider)
+    with pytest.raises(RunError, match=r"best-0001.safetensors holds another network"):
+        load_weights(tmp_path, wider, 1)

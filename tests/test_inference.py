@@ -1,0 +1,110 @@
+"""Inference: rows in the order asked for, true sizes, the same in one batch and in several."""
+
+import numpy as np
+import pytest
+import torch
+
+import biopsy.learning.inference as inference
+from biopsy.learning.classifiers import Classifier, ClassifierInfo
+from biopsy.learning.engine import Engine
+from biopsy.learning.inference import predict_logits, predict_with_features
+from biopsy.learning.networks import build_network
+from biopsy.learning.preprocessing import Preprocessing
+
+ENGINE = Engine("cpu")
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # batches of other sizes are summed in another order
+
+
+@pytest.fixture(scope="module")
+def network():
+    return build_network("cancernet", n_classes=2, input_px=8, seed=0).eval()
+
+
+@pytest.fixture
+def patches(make_patches):
+    return make_patches(n_patients=2, patches_per_patient=9)[0]
+
+
+def ask(network, patches, sizes=None, index=None, **options):
+    preprocessing = options.pop("preprocessing", Preprocessing(input_px=8))
+    return predict_logits(network, preprocessing, patches, sizes, index, engine=ENGINE, **options)
+
+
+def test_rows_come_in_the_order_asked_for(network, patches):
+    whole = ask(network, patches)
+    assert whole.shape == (18, 2) and whole.dtype == np.float32
+    assert np.ptp(whole[:, 0]) > 0.01
+    index = np.array([7, 0, 17, 7, 3])
+    np.testing.assert_allclose(ask(network, patches, index=index), whole[index], **CLOSE)
+
+
+def test_logits_are_the_networks_own(network, patches):
+    batch = torch.from_numpy(patches[:, ::2, ::2]).permute(0, 3, 1, 2).float() / 255
+    preprocessing = Preprocessing(input_px=8)
+    np.testing.assert_array_equal(
+        ask(network, patches[:, ::2, ::2], preprocessing=preprocessing),
+        network(batch.contiguous(memory_format=torch.channels_last)).detach().numpy(),
+    )
+
+
+def test_several_batches_are_as_one(network, patches, monkeypatch):
+    whole = ask(network, patches)
+    monkeypatch.setattr(inference, "BATCH_SIZE", 5)
+    seen = []
+    split = ask(network, patches, on_progress=lambda done, total: seen.append((done, total)))
+    np.testing.assert_allclose(split, whole, **CLOSE)
+    assert seen == [(5, 18), (10, 18), (15, 18), (18, 18)]
+
+
+def test_nothing_asked_gives_nothing(network, patches):
+    assert ask(network, patches, index=np.array([], int)).shape == (0, 2)
+
+
+def test_a_memory_map_is_as_an_array(network, patches, tmp_path):
+    np.save(tmp_path / "patches.npy", patches)
+    mapped = np.load(tmp_path / "patches.npy", mmap_mode="r")
+    np.testing.assert_array_equal(ask(network, mapped), ask(network, patches))
+
+
+def test_odd_sizes_are_stretched_from_their_true_size(network, patches):
+    sizes = np.full((18, 2), 16)
+    sizes[4], sizes[11] = (9, 16), (16, 5)
+    padded = patches.copy()
+    padded[4, :, 9:], padded[11, 5:] = 0, 0
+    found = ask(network, padded, sizes)
+    alone = np.concatenate([ask(network, patches[4:5, :, :9]), ask(network, patches[11:12, :5])])
+    np.testing.assert_allclose(found[[4, 11]], alone, **CLOSE)
+    rest = np.delete(np.arange(18), [4, 11])
+    np.testing.assert_allclose(found[rest], ask(network, patches)[rest], **CLOSE)
+    kept = ask(network, padded, sizes, preprocessing=Preprocessing(input_px=8, odd_sizes="pad"))
+    np.testing.assert_allclose(kept, ask(network, padded), **CLOSE)
+    assert not np.allclose(kept[4], found[4], **CLOSE)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_networks_mode_is_left_as_it_was(patches, training):
+    network = build_network("cancernet", n_classes=2, input_px=8, seed=0).train(training)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    first, second = ask(network, patches), ask(network, patches)
+    np.testing.assert_array_equal(first, second)
+    assert network.training is training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_features_are_what_the_last_layer_sees(network, patches):
+    info = ClassifierInfo(
+        network="cancernet",
+        class_names=["a", "b"],
+        positive_class="b",
+        patch_px=16,
+        mpp=None,
+        preprocessing=Preprocessing(input_px=8),
+    )
+    index = np.array([5, 2])
+    logits, features = predict_with_features(Classifier(info, network), patches, index=index, engine=ENGINE)
+    assert features.shape == (2, 256)
+    head = network.head
+    np.testing.assert_allclose(
+        features @ head.weight.detach().numpy().T + head.bias.detach().numpy(), logits, **CLOSE
+    )
+    np.testing.assert_allclose(logits, ask(network, patches, index=index), **CLOSE)

@@ -1,0 +1,89 @@
+"""Patches unlike anything in training: noise and foreign colours are flagged, about 1 % of validation is."""
+
+import numpy as np
+import pytest
+from sklearn.covariance import LedoitWolf
+
+from biopsy.imaging.colour import colour_features
+from biopsy.learning.classifiers import Classifier, ClassifierInfo
+from biopsy.learning.engine import Engine
+from biopsy.learning.inference import predict_with_features
+from biopsy.learning.networks import build_network
+from biopsy.learning.novelty import fit_reference, measure_novelty
+from biopsy.learning.preprocessing import Preprocessing
+from conftest import draw_patches
+
+ENGINE = Engine("cpu")
+PATCHES, TABLE = draw_patches(n_patients=12, patches_per_patient=40)
+SIZES = TABLE[["width", "height"]].to_numpy()
+TRAIN, VAL = np.arange(240), np.arange(240, 480)
+
+
+def make_classifier(seed=0):
+    info = ClassifierInfo(
+        network="cancernet",
+        class_names=["non_idc", "idc"],
+        positive_class="idc",
+        patch_px=16,
+        mpp=4.0,
+        preprocessing=Preprocessing(input_px=8),
+    )
+    classifier = Classifier(info, build_network("cancernet", n_classes=2, input_px=8, seed=0))
+    fit_reference(classifier, PATCHES, SIZES, TRAIN, VAL, engine=ENGINE, seed=seed)
+    return classifier
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return make_classifier()
+
+
+def measure(classifier, patches, sizes=None):
+    _, features = predict_with_features(classifier, patches, sizes, engine=ENGINE)
+    return measure_novelty(classifier, patches, sizes, features)
+
+
+def test_one_in_a_hundred_validation_patches_is_beyond_each_limit(classifier):
+    found = measure(classifier, PATCHES[VAL], SIZES[VAL])
+    for kind in ("colour", "feature"):
+        assert (found[f"{kind}_distance"] > 1).sum() == 3  # of 240, above the 99th percentile
+    assert 3 <= found["unlike_training"].sum() <= 6
+    beyond = (found[["colour_distance", "feature_distance"]] > 1).any(axis=1)
+    assert found["unlike_training"].tolist() == beyond.tolist()
+    assert classifier.info.unlike_training["chosen_on"] == "240 validation patches"
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda patches: np.random.default_rng(0).integers(0, 256, patches.shape, dtype=np.uint8),
+        lambda patches: 255 - patches,
+        lambda patches: np.ascontiguousarray(patches[..., [1, 0, 2]]),
+        lambda patches: patches // 2,
+        lambda patches: np.full_like(patches, 255),
+    ],
+    ids=["noise", "inverted", "green stain", "half the light", "empty glass"],
+)
+def test_foreign_patches_are_flagged(classifier, alter):
+    assert measure(classifier, alter(PATCHES[VAL[:50]]))["unlike_training"].all()
+
+
+def test_colour_distance_is_scikit_learns(classifier):
+    known, new = (colour_features(PATCHES[rows]).astype(float) for rows in (TRAIN, VAL))
+    mean, spread = known.mean(axis=0), known.std(axis=0)
+    theirs = LedoitWolf().fit((known - mean) / spread).mahalanobis((new - mean) / spread)
+    found = measure(classifier, PATCHES[VAL])["colour_distance"]
+    np.testing.assert_allclose(found, theirs / np.quantile(theirs, 0.99), rtol=1e-6)
+
+
+def test_it_is_kept_with_the_classifier(classifier, tmp_path):
+    classifier.save(tmp_path / "classifier")
+    again = measure(Classifier.load(tmp_path / "classifier"), PATCHES[VAL])
+    assert again.equals(measure(classifier, PATCHES[VAL]))
+    assert again.equals(measure(make_classifier(), PATCHES[VAL]))
+
+
+def test_without_a_reference_nothing_is_said(classifier):
+    info = classifier.info.model_copy(update={"unlike_training": None})
+    found = measure(Classifier(info, classifier.network), PATCHES[:4])
+    assert found.shape == (4, 0)

@@ -1,0 +1,159 @@
+"""Recipes: every value has a source, what is written reads back, typos are named, claims follow from counts."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import biopsy.learning.recipes as recipes
+from biopsy.errors import RecipeError
+from biopsy.learning.recipes import DEFINING_TABLES, Recipe, list_recipes, load_recipe, recipe_toml
+from tiny_runs import train_tiny
+
+SHIPPED = list_recipes()
+TOML = {name: Path(recipes.__file__).with_name(f"{name}.toml") for name in SHIPPED}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_value_is_written_out_and_has_a_source(name):
+    document = tomllib.loads(TOML[name].read_text(encoding="utf-8"))
+    written = {f"{table}.{key}" for table in DEFINING_TABLES for key in document[table]}
+    possible = {
+        f"{table}.{key}"
+        for table in DEFINING_TABLES
+        for key in Recipe.model_fields[table].annotation.model_fields
+    }
+    assert written == possible == set(document["sources"])
+    assert all(source.strip() for source in document["sources"].values())
+    assert document["name"] == name
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_is_written_reads_back_equal(name, tmp_path):
+    for recipe in (load_recipe(name), load_recipe(name, ["train.lr=1e-5", "decision.threshold=cost=5"])):
+        path = tmp_path / "mine.toml"
+        path.write_text(recipe_toml(recipe), encoding="utf-8")
+        assert load_recipe(path) == load_recipe(str(path)) == load_recipe(recipe) == recipe
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_trains_on_small_patches(name, make_pack, tmp_path):
+    pack = make_pack(n_patients=7, patches_per_patient=6)
+    run = train_tiny(pack, tmp_path / "run", "preprocessing.input_px=16", "train.epochs=1", recipe=name)
+    assert run.info["status"] == "finished" and run.info["recipe"] == name
+    assert run.recipe.train.optimiser == load_recipe(name).train.optimiser
+
+
+@pytest.mark.parametrize("name", ["cancernet-2019", "cancernet-2020"])
+def test_the_claim_and_its_correction_follow_from_the_confusion_matrix(name):
+    origin = load_recipe(name).origin
+    tp, fp, fn, tn = (origin.confusion[key] for key in ("tp", "fp", "fn", "tn"))
+    sensitivity, specificity = tp / (tp + fn), tn / (tn + fp)
+    counted = {
+        "accuracy": (tp + tn) / (tp + fp + fn + tn),
+        "sensitivity": sensitivity,
+        "specificity": specificity,
+        "balanced_accuracy": (sensitivity + specificity) / 2,
+        "f1": 2 * tp / (2 * tp + fp + fn),
+    }
+    assert origin.corrected == pytest.approx(counted, abs=5e-5)
+    swapped = {"sensitivity": specificity, "specificity": sensitivity, "accuracy": counted["accuracy"]}
+    assert origin.claim == pytest.approx(swapped, abs=5e-5)
+
+
+def test_the_two_cancernets_differ_where_the_posts_do():
+    tables = [
+        load_recipe(name).model_dump(include=set(DEFINING_TABLES))
+        for name in ("cancernet-2019", "cancernet-2020")
+    ]
+    one, other = ({f"{t}.{k}": v for t, keys in table.items() for k, v in keys.items()} for table in tables)
+    assert {key: (one[key], other[key]) for key in one if one[key] != other[key]} == {
+        "train.optimiser": ("adagrad-keras2", "adagrad"),
+        "train.class_weights": ("none", "largest"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("train.lr=0.005", 0.005),
+        (" train.lr = 5e-3 ", 0.005),
+        ("train.epochs=3", 3),
+        ("train.drop_last=false", False),
+        ("train.optimiser=sgd", "sgd"),
+        ('train.optimiser="sgd"', "sgd"),
+        ("train.schedule=plateau", "plateau"),
+        ("decision.threshold=sensitivity=0.95", "sensitivity=0.95"),
+        ("preprocessing.mean=[0.1, 0.2, 0.3]", [0.1, 0.2, 0.3]),
+        ("model.params.dense_dropout=0.1", {"dense_dropout": 0.1}),
+    ],
+)
+def test_a_setting_is_changed(override, value):
+    table, key = override.partition("=")[0].strip().split(".")[:2]
+    changed = load_recipe("cancernet-2020", [override])
+    assert getattr(getattr(changed, table), key) == value
+    before = load_recipe("cancernet-2020")
+    assert changed != before == load_recipe(before)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lrr=1", "no setting 'train.lrr': did you mean 'train.lr'"),
+        ("preprocesing.resize=nearest", "did you mean 'preprocessing.resize'"),
+        ("train.epoch=3", "did you mean 'train.epochs'"),
+        ("train.lr", "has no '=': write --set train.lr=0.001"),
+        ("name=other", "no setting 'name'"),
+        ("train.optimiser=adagradd", "train.optimiser: Input should be .*'adagrad'.*found 'adagradd'"),
+        ("train.lr=0", "train.lr: Input should be greater than 0, found 0"),
+        ("train.lr=inf", "train.lr: Input should be a finite number"),
+        ("train.epochs=1.5", "train.epochs: .*found 1.5"),
+        ("train.momentum=1", "train.momentum: Input should be less than 1"),
+        ("train.precision=fp16", "train.precision: .*found 'fp16'"),
+        ("preprocessing.std=[1, 1]", "preprocessing.std: .*at least 3 items"),
+        ("preprocessing.std=[1, 0, 1]", r"preprocessing.std.1: Input should be greater than 0"),
+        (
+            "decision.threshold=youdenn",
+            "decision.threshold: threshold rule 'youdenn' does not exist: did you",
+        ),
+        ("decision.threshold=sensitivity=1.5", "takes a share above 0 and at most 1"),
+        ("as_published.threshold=cost=0", "as_published.threshold: .*cost= takes what one missed"),
+    ],
+)
+def test_a_wrong_setting_is_refused(override, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("cancernet-2020", [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name = 'x'", "x: model: Field required"),
+        ("name = 'a/b'\n[model]\nname = 'cancernet'", "a/b: name: String should match pattern"),
+        ("name = 'x'\n[model]\nname = 'cancernet'\n[train]\nlearn = 1", "no setting 'train.learn'"),
+        ("format = 'biopsy-recipe/2'\nname = 'x'\n[model]\nname = 'cancernet'", "update biopsy to read it"),
+        ("name = ", "is not TOML"),
+    ],
+)
+def test_a_wrong_file_is_refused(text, message, tmp_path):
+    path = tmp_path / "x.toml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path)
+
+
+def test_a_recipe_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="no recipe 'cancernet-2002': did you mean 'cancernet-2020'"):
+        load_recipe("cancernet-2002")
+    with pytest.raises(RecipeError, match=r"none.toml does not exist: give a recipe's name"):
+        load_recipe(tmp_path / "none.toml")
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(RecipeError, match="folder.toml cannot be read: Is a directory"):
+        load_recipe(tmp_path / "folder.toml")
+
+
+def test_a_users_own_file_needs_little(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("name = 'mine'\n[model]\nname = 'residual'\n[preprocessing]\ninput_px = 32\n")
+    recipe = load_recipe(path, ["model.params.base_channels=8"])
+    assert (recipe.name, recipe.model.params, recipe.train.epochs) == ("mine", {"base_channels": 8}, 10)

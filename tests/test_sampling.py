@@ -1,0 +1,74 @@
+"""Sampling: counts by class, every patch as often as it should, another order each epoch, the same twice."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.utils.class_weight import compute_class_weight
+
+from biopsy.errors import DataError
+from biopsy.learning.sampling import order_epoch, weigh_classes
+
+METHODS = ("none", "undersample", "oversample")
+targets = st.lists(st.integers(0, 2), min_size=4, max_size=60).map(np.array).filter(lambda t: len(set(t)) > 1)
+
+
+def order(target, sampling, *, index=None, seed=0, epoch=1):
+    index = np.arange(len(target)) if index is None else index
+    return order_epoch(index, target, sampling=sampling, seed=seed, epoch=epoch)
+
+
+@given(targets, st.sampled_from(METHODS), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_counts_by_class(target, sampling, seed):
+    seen = order(target, sampling, seed=seed)
+    present, counts = np.unique(target, return_counts=True)
+    wanted = {"none": counts, "undersample": counts * 0 + min(counts), "oversample": counts * 0 + max(counts)}
+    found = np.bincount(target[seen], minlength=3)[present]
+    assert found.tolist() == wanted[sampling].tolist()
+    times = np.bincount(seen, minlength=len(target))
+    least = {"none": 1, "undersample": 0, "oversample": max(counts) // np.bincount(target)[target]}[sampling]
+    assert (times >= least).all() and (times <= least + (sampling != "none")).all()
+
+
+@pytest.mark.parametrize("sampling", METHODS)
+def test_order_changes_by_epoch_and_seed_and_is_the_same_twice(sampling):
+    target = np.repeat([0, 1], [40, 13])
+    first = order(target, sampling)
+    assert np.array_equal(first, order(target, sampling))
+    assert not np.array_equal(first, order(target, sampling, epoch=2))
+    assert not np.array_equal(first, order(target, sampling, seed=1))
+
+
+def test_undersampling_keeps_its_choice_and_oversampling_draws_anew():
+    target = np.repeat([0, 1], [40, 13])
+    kept = [sorted(order(target, "undersample", epoch=epoch)) for epoch in (1, 2, 3)]
+    assert kept[0] == kept[1] == kept[2] != sorted(order(target, "undersample", seed=1))
+    drawn = [sorted(order(target, "oversample", epoch=epoch)) for epoch in (1, 2)]
+    assert drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize("sampling", METHODS)
+def test_only_training_rows_are_seen(sampling):
+    target, index = np.tile([0, 1, 1], 20), np.arange(7, 40)
+    assert set(order(target, sampling, index=index)) <= set(index)
+
+
+def test_weights_of_cancernet():
+    target = np.repeat([0, 1], [198_738, 78_786])  # the IDC patches, docs/datasets/idc.md
+    assert weigh_classes(target, 2, "largest") == pytest.approx([1, 2.5225], abs=1e-4)
+    assert weigh_classes(target, 2, "none") is None
+
+
+@given(targets.filter(lambda target: len(set(target)) == 3))
+@settings(max_examples=30, deadline=None)
+def test_balanced_weights_are_scikit_learns(target):
+    theirs = compute_class_weight("balanced", classes=np.arange(3), y=target)
+    np.testing.assert_allclose(weigh_classes(target, 3, "balanced"), theirs, rtol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["largest", "balanced"])
+def test_a_class_without_patches_has_no_weight(method):
+    message = rf"class weights '{method}' need every class in training, found counts \[2, 0, 1\]"
+    with pytest.raises(DataError, match=message):
+        weigh_classes(np.array([0, 0, 2]), 3, method)
