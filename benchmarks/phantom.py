@@ -4,16 +4,18 @@
   by five folds: it should reach an AUROC of .85 at most;
 * ``residual``: the small residual network on patients it never saw: .95 or more;
 * ``transfer``: CancerNet trained on phantom alone and asked about real patches of the IDC subset: .70 or more
-  on each of the slides 8863, 8865 and 8867. Those three are opened by ``--open-test-slides`` only; phantom was
-  tuned on the other patients, which is what this command shows without the flag;
+  on each of the slides 8863, 8865 and 8867. Those three are opened by ``--open-test-slides`` only; phantom
+  was tuned on the other patients, which is what this command shows without the flag;
 * ``pictures``: the sheets and the slide of ``docs/datasets/phantom.md``.
 
 Commands, as they were run for ``results/phantom-*.csv``::
 
     python benchmarks/phantom.py colour --seed 100
     python benchmarks/phantom.py residual --seed 100
-    python benchmarks/phantom.py transfer --seed 100 --real ../shared/data/idc/idc_kaggle_subset.zip --open-test-slides
-    python benchmarks/phantom.py pictures --real ../shared/data/idc/idc_kaggle_subset.zip
+    python benchmarks/phantom.py transfer --seed 100 --real $IDC --open-test-slides
+    python benchmarks/phantom.py pictures --real $IDC
+
+with ``IDC=../shared/data/idc/idc_kaggle_subset.zip``.
 
 Each appends rows with seeds, sizes, machine and time. Two cores; minutes to a quarter of an hour each.
 """

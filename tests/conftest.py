@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -16,6 +17,9 @@ import pandas as pd
 import pytest
 
 from biopsy.data.packs import PIXELS, Pack, finish_pack, patch_sha256
+
+if TYPE_CHECKING:
+    from biopsy.learning.runs import Run
 
 PROJECT = Path(__file__).resolve().parents[1]
 STEP_PX = 50  # of IDC's coordinates, whatever the size of the synthetic patches
@@ -161,3 +165,13 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set BIOPSY_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> "Run":
+    """A finished run on a pack of 15 patients, five a side, for all tests: change only a copy of it."""
+    from tiny_runs import train_tiny
+
+    place = tmp_path_factory.mktemp("trained")
+    pack = write_pack(place, n_patients=15, patches_per_patient=8, own_sides=("train", "val", "test"))
+    return train_tiny(pack, place / "run")

@@ -1,14 +1,14 @@
-"""Checkpoints: training goes on with the same bits, the last and the best file belong together, damage is named."""
+"""Checkpoints: the same bits go on, the last and the best file belong together, damage is named."""
 
 import copy
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import biopsy.learning.checkpoints as checkpoints
 from biopsy.errors import RunError
 from biopsy.learning.checkpoints import LAST, Progress, load_checkpoint, load_weights, save_checkpoint
 from biopsy.learning.optimisers import OPTIMISERS, make_optimiser, set_learning_rate
@@ -76,13 +76,14 @@ def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     save(tmp_path, 1)
     before = (tmp_path / LAST).read_bytes()
 
-    def write_half(tensors, path, metadata):
-        path.write_bytes(b"half")
+    def fail(*arguments):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", write_half)
-    with pytest.raises(OSError, match="No space left"):
-        save(tmp_path, 2, best_epoch=2)
+    for call in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, fail)
+            with pytest.raises(OSError, match="No space left"):
+                save(tmp_path, 2, best_epoch=2)
     assert [path.name for path in tmp_path.iterdir()] == [LAST]
     assert (tmp_path / LAST).read_bytes() == before
 
@@ -110,7 +111,7 @@ def test_damage_is_named(tmp_path):
 def test_another_network_is_refused(tmp_path):
     save(tmp_path, 1, best_epoch=1)
     wider = make_network(width=5)
-    with pytest.raises(RunError, match="last.safetensors holds another network than the recipe beside it"):
+    with pytest.raises(RunError, match=r"last.safetensors holds another network than the recipe beside it"):
         load(tmp_path, wider)
     with pytest.raises(RunError, match=r"best-0001.safetensors holds another network"):
         load_weights(tmp_path, wider, 1)

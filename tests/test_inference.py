@@ -10,19 +10,35 @@ from biopsy.learning.engine import Engine
 from biopsy.learning.inference import predict_logits, predict_with_features
 from biopsy.learning.networks import build_network
 from biopsy.learning.preprocessing import Preprocessing
+from conftest import draw_patches
 
 ENGINE = Engine("cpu")
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # batches of other sizes are summed in another order
+PATCHES = draw_patches(n_patients=2, patches_per_patient=9)[0]
+
+
+def make_network():
+    """A network whose normalisation knows the patches: untrained, its logits would be next to nothing."""
+    network = build_network("cancernet", n_classes=2, input_px=8, seed=0)
+    for module in network.modules():
+        if hasattr(module, "running_mean"):
+            module.momentum = 1.0
+    network.train()(Preprocessing(input_px=8).prepare(PATCHES))
+    return network.eval()
+
+
+def is_close(found, wanted):
+    """Say whether logits agree but for the order of sums, which batches of other sizes change."""
+    return np.allclose(found, wanted, rtol=0, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
 def network():
-    return build_network("cancernet", n_classes=2, input_px=8, seed=0).eval()
+    return make_network()
 
 
 @pytest.fixture
-def patches(make_patches):
-    return make_patches(n_patients=2, patches_per_patient=9)[0]
+def patches():
+    return PATCHES
 
 
 def ask(network, patches, sizes=None, index=None, **options):
@@ -33,18 +49,15 @@ def ask(network, patches, sizes=None, index=None, **options):
 def test_rows_come_in_the_order_asked_for(network, patches):
     whole = ask(network, patches)
     assert whole.shape == (18, 2) and whole.dtype == np.float32
-    assert np.ptp(whole[:, 0]) > 0.01
+    assert np.ptp(whole[:, 0]) > 0.1
     index = np.array([7, 0, 17, 7, 3])
-    np.testing.assert_allclose(ask(network, patches, index=index), whole[index], **CLOSE)
+    assert is_close(ask(network, patches, index=index), whole[index])
 
 
 def test_logits_are_the_networks_own(network, patches):
     batch = torch.from_numpy(patches[:, ::2, ::2]).permute(0, 3, 1, 2).float() / 255
-    preprocessing = Preprocessing(input_px=8)
-    np.testing.assert_array_equal(
-        ask(network, patches[:, ::2, ::2], preprocessing=preprocessing),
-        network(batch.contiguous(memory_format=torch.channels_last)).detach().numpy(),
-    )
+    with torch.inference_mode():
+        assert is_close(ask(network, patches[:, ::2, ::2]), network(batch).numpy())
 
 
 def test_several_batches_are_as_one(network, patches, monkeypatch):
@@ -52,7 +65,7 @@ def test_several_batches_are_as_one(network, patches, monkeypatch):
     monkeypatch.setattr(inference, "BATCH_SIZE", 5)
     seen = []
     split = ask(network, patches, on_progress=lambda done, total: seen.append((done, total)))
-    np.testing.assert_allclose(split, whole, **CLOSE)
+    assert is_close(split, whole)
     assert seen == [(5, 18), (10, 18), (15, 18), (18, 18)]
 
 
@@ -73,17 +86,17 @@ def test_odd_sizes_are_stretched_from_their_true_size(network, patches):
     padded[4, :, 9:], padded[11, 5:] = 0, 0
     found = ask(network, padded, sizes)
     alone = np.concatenate([ask(network, patches[4:5, :, :9]), ask(network, patches[11:12, :5])])
-    np.testing.assert_allclose(found[[4, 11]], alone, **CLOSE)
+    assert is_close(found[[4, 11]], alone)
     rest = np.delete(np.arange(18), [4, 11])
-    np.testing.assert_allclose(found[rest], ask(network, patches)[rest], **CLOSE)
+    assert is_close(found[rest], ask(network, patches)[rest])
     kept = ask(network, padded, sizes, preprocessing=Preprocessing(input_px=8, odd_sizes="pad"))
-    np.testing.assert_allclose(kept, ask(network, padded), **CLOSE)
-    assert not np.allclose(kept[4], found[4], **CLOSE)
+    assert is_close(kept, ask(network, padded))
+    assert not is_close(kept[4], found[4])
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_networks_mode_is_left_as_it_was(patches, training):
-    network = build_network("cancernet", n_classes=2, input_px=8, seed=0).train(training)
+    network = make_network().train(training)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     first, second = ask(network, patches), ask(network, patches)
     np.testing.assert_array_equal(first, second)
@@ -104,7 +117,5 @@ def test_features_are_what_the_last_layer_sees(network, patches):
     logits, features = predict_with_features(Classifier(info, network), patches, index=index, engine=ENGINE)
     assert features.shape == (2, 256)
     head = network.head
-    np.testing.assert_allclose(
-        features @ head.weight.detach().numpy().T + head.bias.detach().numpy(), logits, **CLOSE
-    )
-    np.testing.assert_allclose(logits, ask(network, patches, index=index), **CLOSE)
+    assert is_close(features @ head.weight.detach().numpy().T + head.bias.detach().numpy(), logits)
+    assert is_close(logits, ask(network, patches, index=index))

@@ -125,7 +125,7 @@ def test_losses_with_class_weights_are_kerass(keras, keras_loss, outputs):
 
 @pytest.mark.parametrize("name", ["adagrad", "adam", "rmsprop", "sgd"])
 def test_ten_steps_with_class_weights_follow_keras(keras, double, name):
-    """In double precision and small steps: at the recipe's rate two trajectories part whoever computes them."""
+    """In double precision, in small steps: at the recipe's rate rounding alone drives two trainings apart."""
     network = build_network("cancernet", n_classes=2, input_px=48, seed=0, stage_dropout=0, dense_dropout=0)
     start = to_keras(network.double())
     model = build_keras_cancernet(keras, dropout=(0, 0))

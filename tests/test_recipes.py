@@ -1,4 +1,4 @@
-"""Recipes: every value has a source, what is written reads back, typos are named, claims follow from counts."""
+"""Recipes: every value has a source, what is written reads back, typos are named, claims follow."""
 
 import tomllib
 from pathlib import Path
@@ -148,7 +148,7 @@ def test_a_recipe_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(RecipeError, match=r"none.toml does not exist: give a recipe's name"):
         load_recipe(tmp_path / "none.toml")
     (tmp_path / "folder.toml").mkdir()
-    with pytest.raises(RecipeError, match="folder.toml cannot be read: Is a directory"):
+    with pytest.raises(RecipeError, match=r"folder.toml cannot be read: Is a directory"):
         load_recipe(tmp_path / "folder.toml")
 
 

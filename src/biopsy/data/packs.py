@@ -7,7 +7,7 @@ whenever a pack is opened; the hash of its content by `Pack.verify`.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -179,9 +179,15 @@ def table_sha256(table: pd.DataFrame) -> str:
 def patch_sha256(patch: np.ndarray) -> str:
     """Hash the width, height and pixels of one patch, before any padding."""
     height, width = patch.shape[:2]
-    digest = hashlib.sha256(f"{width}x{height}:".encode())
+    digest = _start_hash(width, height).copy()
     digest.update(np.ascontiguousarray(patch).data)
     return digest.hexdigest()
+
+
+@cache
+def _start_hash(width: int, height: int) -> "hashlib._Hash":
+    """Make a hash once per size: a new one costs threads a lock inside OpenSSL, a copy does not."""
+    return hashlib.sha256(f"{width}x{height}:".encode())
 
 
 def pad(patch: np.ndarray, patch_px: int, room: np.ndarray | None = None) -> np.ndarray:

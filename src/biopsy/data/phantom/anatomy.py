@@ -26,8 +26,8 @@ class Anatomy:
     """The plan of one slide. ``maps`` are (rows, columns) arrays at ``CELL_UM`` by name:
 
     ``tissue`` and ``tumour``: signed distance in micrometres, positive inside; ``fat``, ``cells``, ``lymph``,
-    ``tint``, ``blood``, ``grade``: smooth fields of mean 0 and spread 1; ``warp_x``, ``warp_y``: micrometres by
-    which the fibres' axes are bent.
+    ``tint``, ``blood``, ``grade``: smooth fields of mean 0 and spread 1; ``warp_x``, ``warp_y``: by how many
+    micrometres the fibres' axes are bent.
     """
 
     patient: str
@@ -69,7 +69,7 @@ def plan_slide(seed: int, patient: str, *, tissue_mm2: float, tumour_frac: float
         seed: The cohort's seed.
         patient: The patient's name; names the random stream.
         tissue_mm2: Area of tissue, above 0.
-        tumour_frac: Share of the tissue inside the tumour region, in [0, 1); the region is one connected piece.
+        tumour_frac: Share of the tissue inside the tumour region, in [0, 1); the region is in one piece.
     """
     rng = make_rng(seed, "phantom", patient, "anatomy")
     habit = draw_habit(seed, patient)

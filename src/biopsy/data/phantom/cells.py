@@ -51,7 +51,7 @@ def _place_lymphocytes(
     place = points.x_um, points.y_um
     margin = np.exp(-((region.pick(region.maps["tumour"], *place) / 180) ** 2))
     level = region.pick(region.maps["lymph"], *place) + 0.3 * margin + 0.5 * region.pick(bed, *place)
-    chance = np.clip(0.4 * (level - 2.2 + 1.5 * habit.lymphocytes), 0.015 * habit.lymphocytes, 0.75)
+    chance = np.clip(0.4 * (level - 2.05 + 1.5 * habit.lymphocytes), 0.015 * habit.lymphocytes, 0.75)
     chance *= 1 - 0.9 * region.pick(blocked, *place)
     x, y, d = _keep(points, points.draws[:, 0] < chance)
     radius = 2.6 + 0.7 * d[:, 1]

@@ -53,8 +53,9 @@ def iter_patches(
 
     Args:
         n_patients: Number of patients, one slide each, 1 or more.
-        patches_per_patient: Mean number of patches; the cohort has ``round(n_patients * patches_per_patient)``,
-            a patient between about half and one and a half times the mean. At least 20.
+        patches_per_patient: Mean number of patches; the cohort has
+            ``round(n_patients * patches_per_patient)``, a patient between about half and one and a half times
+            the mean. At least 20.
         seed: Same seed and library versions, same pixels.
 
     Raises:

@@ -28,6 +28,8 @@ def draw_fat(anatomy: Anatomy, weave: Weave, region: Region, occupied: Floats) -
     crowd = region.pick(share, points.x_um, points.y_um)
     free = region.pick(occupied, points.x_um, points.y_um) < 0.3
     is_fat = (points.draws[:, 0] < crowd) & free
+    if not is_fat.any():
+        return np.zeros_like(share), np.zeros_like(share)
     size = anatomy.habit.fat_cell_um * (0.3 + 0.5 * points.draws[:, 1])
     # Among others a cell fills the room it has; one with few neighbours stays round.
     limit = np.where(is_fat, np.where(crowd > 0.7, _FAR_UM, 0.45 * size), 0)
@@ -52,7 +54,7 @@ def _round_corners(gap_um: Floats, um: float) -> Floats:
 def _nearest(
     region: Region, points: Points, size: Floats, limit: Floats, reach: float
 ) -> tuple[Floats, Floats, Floats]:
-    """Give the distance to the nearest and second nearest centre, less part of its size, and the nearest's limit.
+    """Give the distance to the nearest and the second nearest centre, less part of its size, and the limit.
 
     Each centre is only compared over its own neighbourhood, ``reach`` micrometres to each side.
     """

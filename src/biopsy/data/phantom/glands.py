@@ -14,10 +14,10 @@ Kind = Literal["bed", "gland", "vessel"]
 
 @dataclass(frozen=True)
 class Gland:
-    """Closed outlines with their hollows and nuclei: a duct, a vessel, all acini of a lobule, or a lobule's bed.
+    """Closed outlines with their hollows and nuclei: a duct, a vessel, a lobule's acini or its bed.
 
-    ``outlines`` is (k, n, 2) and ``hollows`` (m, n, 2), x and y in micrometres; ``nuclei`` is (N, 6): x, y, long
-    and short radius, angle, amount of stain. A ``bed`` is the loose stroma that a lobule lies in.
+    ``outlines`` is (k, n, 2) and ``hollows`` (m, n, 2), x and y in micrometres; ``nuclei`` is (N, 6): x, y,
+    long and short radius, angle, amount of stain. A ``bed`` is the loose stroma that a lobule lies in.
     """
 
     kind: Kind
@@ -138,7 +138,7 @@ def _blobs(
 
 
 def _shrink(outlines: Floats, by_um: NDArray[np.float64]) -> Floats:
-    """Move outlines inwards; those too small for it are left out, points that cross over stop at the centre."""
+    """Move outlines inwards; too small ones are left out, points that cross over stop at the centre."""
     centre = outlines.mean(1, keepdims=True)
     away = outlines - centre
     large = np.median(np.sqrt((away**2).sum(-1)), axis=1) >= by_um + 2

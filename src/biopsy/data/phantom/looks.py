@@ -36,7 +36,7 @@ class Look:
 def draw_look(seed: int, patient: str) -> Look:
     """Draw a patient's stain and scanner; the same seed and patient give the same look."""
     rng = make_rng(seed, "phantom", patient, "look")
-    # Ratios read off the stroma and the darkest nuclei of real IDC patches (patients outside the test slides).
+    # Ratios read off stroma and the darkest nuclei of real IDC patches, none of the benchmark's test slides.
     haematoxylin = np.array([0.84, 0.98, 0.53]) * rng.normal(1.0, [0.07, 0.06, 0.08])
     eosin = np.array([0.12, 0.56, 0.33]) * rng.normal(1.0, [0.25, 0.06, 0.13])
     blood = np.array([0.16, 1.15, 0.72]) * rng.normal(1.0, [0.25, 0.08, 0.12])

@@ -1,7 +1,7 @@
 """Random fields and random points over the plane, the same wherever a picture is cut and at any pixel size.
 
-A field is a table of random numbers laid over the plane and repeated; a point set is one jittered point per cell
-of a grid. Both are looked up by position, so two overlapping regions agree without sharing state.
+A field is a table of random numbers laid over the plane and repeated; a point set is one jittered point per
+cell of a grid. Both are looked up by position, so two overlapping regions agree without sharing state.
 """
 
 from typing import NamedTuple

@@ -34,8 +34,8 @@ class Region:
     """What everything drawn on a region reads; all arrays are (H, W) on its grid.
 
     ``x_um, y_um`` are pixel centres, ``um`` the pixel size; ``maps`` the anatomy's slow maps; ``tumour`` is 1
-    inside the tumour region, falling to 0 over its edge; ``along, across`` are coordinates in the direction of
-    the collagen and over it; ``fibre``, ``grain`` and ``patchy`` are textures of mean 0, fine to coarse;
+    inside the tumour region, falling to 0 over its edge; ``along, across`` are coordinates in the direction
+    of the collagen and over it; ``fibre``, ``grain`` and ``patchy`` are textures of mean 0, fine to coarse;
     ``depth`` is how far inside the tissue a point lies, in micrometres.
     """
 

@@ -25,7 +25,7 @@ _NO_TISSUE_UM = -60.0  # this far outside the outline not even its roughest edge
 def light_region(
     anatomy: Anatomy, weave: Weave, look: Look, x_um: float, y_um: float, shape: tuple[int, int], um: float
 ) -> Floats:
-    """Give the light that passes a region, ``(height, width, 3)`` in [0, 1], at ``um`` micrometres a pixel."""
+    """Give the light that passes a region, ``(height, width, 3)`` in [0, 1], at ``um`` micrometres/px."""
     margin = int(np.ceil(_MARGIN_UM / um))
     columns = x_um + (np.arange(-margin, shape[1] + margin) + 0.5) * um
     rows = y_um + (np.arange(-margin, shape[0] + margin) + 0.5) * um

@@ -1,0 +1,152 @@
+"""Runs: what a folder holds, what is refused, and that a run's own recipe trains the same again."""
+
+import json
+import re
+import shlex
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from biopsy.errors import RunError
+from biopsy.learning.recipes import load_recipe
+from biopsy.learning.runs import Run, describe_environment, name_run, remove_partial
+from tiny_runs import TINY, train_tiny
+
+FILES = {
+    "run.json",
+    "recipe.toml",
+    "split.csv",
+    "log.jsonl",
+    "checkpoints/last.safetensors",
+    "classifier/classifier.json",
+    "classifier/weights.safetensors",
+    "predictions/val.parquet",
+}
+
+
+@pytest.fixture
+def copied(trained_run, tmp_path):
+    return Run.open(shutil.copytree(trained_run.path, tmp_path / "copy"))
+
+
+def change(run, **fields):
+    path = run.path / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_a_finished_run_holds_what_the_formats_page_says(trained_run):
+    files = [path for path in trained_run.path.rglob("*") if path.is_file() and path.name != ".lock"]
+    best = f"checkpoints/best-{trained_run.info['chosen_epoch']:04d}.safetensors"
+    assert {str(path.relative_to(trained_run.path)) for path in files} == FILES | {best}
+
+
+def test_run_json_says_what_was_asked_and_what_came_of_it(trained_run):
+    info, pack = trained_run.info, trained_run.open_pack()
+    assert info["format"] == "biopsy-run/1" and info["status"] == "finished"
+    assert re.fullmatch(r"cancernet-2020-s0-\d{8}T\d{6}-[0-9a-f]{4}", info["id"])
+    assert info["epochs"] == info["epochs_done"] == 2 and info["chosen_epoch"] in (1, 2)
+    assert info["pack"]["content_sha256"] == pack.info.content_sha256
+    assert info["classifier_sha256"] == trained_run.classifier.sha256
+    sides = trained_run.sides(pack)
+    for side in ("train", "val", "test"):
+        target = pack.target[sides == side]
+        counts = {"patches": 40, "groups": 5, "per_class": {"non_idc": 20, "idc": 20}}
+        assert info["split"]["sides"][side] == counts
+        assert np.bincount(target).tolist() == [20, 20]
+    assert info["split"]["sides"]["left out"]["patches"] == 0
+    assert info["split"]["name"] == "official" and info["split"]["patients_overlap"] is False
+    assert {"python", "torch", "numpy", "cpu", "threads"} <= info["environment"].keys()
+
+
+def test_the_log_has_a_record_an_epoch(trained_run):
+    log = trained_run.log()
+    assert [record["epoch"] for record in log] == [1, 2]
+    assert [record["step"] for record in log] == [5, 10]  # 40 patches in batches of 8
+    for record in log:
+        assert {"loss", "accuracy", "val_loss", "val_accuracy", "val_auroc", "lr", "best"} <= record.keys()
+        assert record["images_per_s"] > 0 and record["seconds"] > 0 and record["time_left_s"] >= 0
+    assert log[-1]["time_left_s"] == 0
+    assert log[1]["lr"] == pytest.approx(0.02 / (1 + 0.00025 * 9))  # of the tenth update
+
+
+def test_its_own_recipe_trains_the_same_again(trained_run, tmp_path):
+    words = shlex.split(trained_run.info["command"])
+    assert words[:2] == ["biopsy", "train"] and words[2] == "run/recipe.toml"
+    assert words[3:] == ["--data", "tiny.pack", "--split", "official", "--seed", "0"]
+    assert trained_run.recipe == load_recipe("cancernet-2020", TINY)
+    again = train_tiny(trained_run.open_pack(), tmp_path / "again", recipe=trained_run.path / "recipe.toml")
+    assert again.info["id"] != trained_run.info["id"]
+    for name in ("weights.safetensors", "classifier.json"):
+        same = [(run.path / "classifier" / name).read_bytes() for run in (trained_run, again)]
+        assert same[0] == same[1]
+
+
+def test_sides_are_kept_as_they_were_trained(copied):
+    pack = copied.open_pack()
+    path = copied.path / "split.csv"
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    assert table["side"].tolist() == copied.sides(pack).tolist() == pack.table["own_side"].tolist()
+    table.iloc[::-1].to_csv(path, index=False)
+    with pytest.raises(RunError, match=r"split.csv does not list the patches of"):
+        copied.sides(pack)
+
+
+def test_what_is_no_run_or_another_format_is_refused(copied, tmp_path):
+    with pytest.raises(RunError, match=r"is not a run \(it has no run.json\): make one with `biopsy train"):
+        Run.open(tmp_path)
+    assert Run.open(copied) is copied and repr(copied) == "<Run copy: finished>"
+    change(copied, format="biopsy-run/2")
+    with pytest.raises(RunError, match="newer than 'biopsy-run/1': update biopsy"):
+        Run.open(copied.path)
+    (copied.path / "run.json").write_text("{")
+    with pytest.raises(RunError, match="not readable as JSON"):
+        Run.open(copied.path)
+
+
+def test_an_unfinished_run_has_no_classifier(copied):
+    change(copied, status="interrupted", epochs_done=1)
+    message = r"copy is interrupted after 1 of 2 epochs: go on with `biopsy train --resume"
+    with pytest.raises(RunError, match=message):
+        _ = Run.open(copied.path).classifier
+
+
+def test_what_was_not_made_yet_is_named(copied):
+    shutil.rmtree(copied.path / "predictions")
+    with pytest.raises(RunError, match=r"test.parquet does not exist: make it with `biopsy evaluate"):
+        copied.predictions("test")
+    shutil.rmtree(copied.path / "evaluation", ignore_errors=True)
+    with pytest.raises(RunError, match="has not been evaluated: `biopsy evaluate"):
+        copied.metrics()
+
+
+def test_a_new_run_does_not_overwrite_anything(copied, tmp_path):
+    table = pd.DataFrame({"patch_id": ["a"], "side": ["train"]})
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("precious")
+    for path in (copied.path, tmp_path / "thesis"):
+        with pytest.raises(RunError, match="is not empty: name another folder, or go on with"):
+            Run.create(path, {"status": "running"}, copied.recipe, table)
+    assert (tmp_path / "thesis" / "thesis.txt").read_text() == "precious"
+    (tmp_path / "empty").mkdir()
+    assert Run.create(tmp_path / "empty", {"status": "running"}, copied.recipe, table).log() == []
+
+
+def test_half_written_files_are_removed(copied):
+    before = {path for path in copied.path.rglob("*")}
+    (copied.path / "checkpoints" / ".last.safetensors.12ab34cd.partial").write_text("half")
+    (copied.path / ".classifier.12ab34cd.partial").mkdir()
+    (copied.path / ".classifier.12ab34cd.partial" / "classifier.json").write_text("half")
+    remove_partial(copied)
+    assert {path for path in copied.path.rglob("*")} == before
+
+
+def test_no_two_runs_are_called_the_same():
+    names = {name_run("mine", 3) for _ in range(20)}
+    assert len(names) > 15 and all(name.startswith("mine-s3-") for name in names)
+
+
+def test_the_environment_is_named():
+    found = describe_environment()
+    assert found["numpy"] == np.__version__ and found["threads"] >= 1 and found["cpu"]

@@ -1,0 +1,252 @@
+"""Studies: every fold and seed once, the same however often interrupted, seeds apart from patients."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from biopsy.data.packs import Pack
+from biopsy.data.splits import make_split, save_split
+from biopsy.errors import RunError
+from biopsy.learning.recipes import load_recipe
+from biopsy.studies.folds import study
+from biopsy.studies.records import Study
+from biopsy.studies.reporting import report
+from conftest import write_pack
+from tiny_runs import TINY
+
+FAST = (*TINY, "train.epochs=1")
+RECIPE = "cancernet-2020"
+PATCHES = {"n_patients": 6, "patches_per_patient": 6}
+
+
+def ask(data, out, *, seeds=(0,), recipes=(RECIPE,), set=FAST, **options):
+    return study(recipes, data, seeds=seeds, set=set, out=out, device="cpu", **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Three folds, two seeds; with the epoch records it gave."""
+    place = tmp_path_factory.mktemp("study")
+    records = []
+    made = ask(write_pack(place, **PATCHES), place / "study", folds=3, seeds=(0, 1), on_epoch=records.append)
+    return made, records
+
+
+@pytest.fixture
+def pack(make_pack):
+    return make_pack(**PATCHES)
+
+
+def weights(made):
+    return {
+        run.path.name: (run.path / "classifier" / "weights.safetensors").read_bytes() for run in made.runs()
+    }
+
+
+def scores(frame):
+    return roc_auc_score(frame["target"].to_numpy(int), frame["prob"])
+
+
+def test_every_fold_and_seed_has_a_row(finished):
+    made, records = finished
+    table = made.table()
+    assert sorted(zip(table["fold"], table["seed"], strict=True)) == [
+        (f, s) for f in range(3) for s in (0, 1)
+    ]
+    assert table["run"].tolist() == [f"cancernet-2020-f{f}-s{s}" for f in range(3) for s in (0, 1)]
+    tested = table.groupby("fold")["tested"].first().str.split().sum()
+    assert sorted(tested) == [str(8863 + 2 * index) for index in range(6)]
+    assert made.info["status"] == "finished" and made.info["failed"] == {}
+    asked = [(record["recipe"], record["fold"], record["seed"], record["epoch"]) for record in records]
+    assert asked == [(RECIPE, fold, seed, 1) for seed in (0, 1) for fold in range(3)]
+    assert [record["run"] for record in records] == [
+        str(made.path / "runs" / f"cancernet-2020-f{fold}-s{seed}") for seed in (0, 1) for fold in range(3)
+    ]
+
+
+def test_every_patch_is_predicted_once_a_seed_by_a_run_that_never_saw_its_patient(finished):
+    made, _ = finished
+    pooled, pack = made.predictions(), made.runs()[0].open_pack()
+    assert set(pooled["side"]) == {"test"}
+    for _, frame in pooled.groupby("seed"):
+        assert sorted(frame["patch_id"]) == sorted(pack.table["patch_id"])
+    for run in made.runs():
+        seen = pack.table["patient_id"][np.isin(run.sides(pack), ("train", "val"))]
+        tested = pooled[(pooled["fold"] == run.info["split"]["fold"]) & (pooled["seed"] == run.info["seed"])]
+        assert len(tested) == 12 and not set(tested["patient_id"]) & set(seen)
+
+
+def test_numbers_follow_from_the_pooled_predictions(finished):
+    made, _ = finished
+    pooled, table = made.predictions(), made.table()
+    for row in table.itertuples():
+        frame = pooled[(pooled["fold"] == row.fold) & (pooled["seed"] == row.seed)]
+        assert row.auroc == pytest.approx(scores(frame), abs=1e-12)
+        assert row.n_patches == len(frame) and row.n_positive == frame["target"].sum()
+    entry = json.loads((made.path / "metrics.json").read_text())["recipes"][RECIPE]
+    by_seed = [scores(frame) for _, frame in pooled.groupby("seed")]
+    assert by_seed[0] != by_seed[1]
+    assert entry["pooled"]["patch"]["auroc"]["value"] == pytest.approx(np.mean(by_seed), abs=1e-12)
+    assert entry["pooled"]["n_seeds"] == 2 and entry["pooled"]["n_patches"] == 36
+    assert sum(entry["pooled"]["confusion"].values()) == 72
+    spread = {"mean": np.mean(by_seed), "sd": np.std(by_seed, ddof=1)}
+    assert entry["over_seeds"]["auroc"] == pytest.approx(spread, abs=1e-12)
+    for found, (_, rows) in zip(entry["folds"], table.groupby("fold"), strict=True):
+        gain = rows["auroc"] - rows["baseline_auroc"]
+        assert found["auroc"] == pytest.approx({"mean": rows["auroc"].mean(), "sd": rows["auroc"].std()})
+        assert (found["gain"]["mean"], found["gain"]["min"]) == pytest.approx((gain.mean(), gain.min()))
+
+
+def test_its_report_is_one_file_that_needs_nothing(finished, tmp_path):
+    made, _ = finished
+    for hide_ids in (False, True):
+        (path,) = report(made.path, out=tmp_path / "report.html", hide_ids=hide_ids)
+        page = path.read_text()
+        assert not re.search(r"(src|href)=\"(?!data:|#)", page) and "@import" not in page
+        assert "3 folds, 2 seeds, 6 runs" in page
+        text = re.sub(r"base64,[^\"]*", "", page)
+        assert all((str(8863 + 2 * index) in text) is not hide_ids for index in range(6))
+
+
+def test_asking_again_trains_and_opens_nothing(finished, tmp_path):
+    made, _ = finished
+    pack = made.runs()[0].open_pack()
+    before, ledger = weights(made), (pack.path / "ledger.jsonl").read_text()
+    assert len(ledger.splitlines()) == 6
+    again = ask(pack, made.path, folds=3, seeds=(0, 1), on_epoch=lambda record: pytest.fail("trained again"))
+    assert weights(again) == before and (pack.path / "ledger.jsonl").read_text() == ledger
+    assert again.table().equals(made.table())
+
+
+def test_interrupted_and_continued_equals_uninterrupted(finished, tmp_path):
+    made, _ = finished
+    pack = made.runs()[0].open_pack()
+    calls = []
+
+    def stop(record):
+        calls.append(record)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(pack, tmp_path / "cut", folds=3, on_epoch=stop)
+    cut = Study.open(tmp_path / "cut")
+    assert cut.info["status"] == "running" and repr(cut) == "<Study cut: running, 2 runs>"
+    assert [run.info["status"] for run in cut.runs()] == ["finished", "interrupted"]
+    assert len(cut.table()) == 1
+    whole = ask(pack, tmp_path / "cut", folds=3)
+    first_seed = made.predictions().query("seed == 0").reset_index(drop=True)
+    pd.testing.assert_frame_equal(whole.predictions(), first_seed, check_exact=True)
+    uninterrupted = made.table().query("seed == 0").drop(columns="seconds").reset_index(drop=True)
+    pd.testing.assert_frame_equal(whole.table().drop(columns="seconds"), uninterrupted, check_exact=True)
+
+
+def test_seeds_and_recipes_may_be_added(pack, tmp_path):
+    first = ask(pack, tmp_path / "study", split="patients")
+    before = weights(first)
+    ask(pack, tmp_path / "study", split="patients", seeds=(3,))
+    both = ask(pack, tmp_path / "study", split="patients", recipes=("cancernet-2019",))
+    assert list(zip(both.table()["recipe"], both.table()["seed"], strict=True)) == [
+        ("cancernet-2019", 0),
+        (RECIPE, 0),
+        (RECIPE, 3),
+    ]
+    assert both.info["seeds"] == [0, 3] and set(both.info["recipes"]) == {"cancernet-2019", RECIPE}
+    assert before.items() <= weights(both).items() and both.table()["fold"].isna().all()
+    pages = report(both)
+    assert [page.name for page in pages] == ["report-cancernet-2019.html", "report-cancernet-2020.html"]
+
+
+def test_another_question_in_the_same_folder_is_refused(finished, make_pack, tmp_path):
+    made, _ = finished
+    pack = Pack.open(shutil.copytree(made.runs()[0].open_pack().path, tmp_path / "own.pack"))
+    copied = shutil.copytree(made.path, tmp_path / "study")
+    with pytest.raises(RunError, match="study asked about another split: give this study another --name"):
+        ask(pack, copied, split="patients")
+    with pytest.raises(RunError, match="asked about another recipe cancernet-2020"):
+        ask(pack, copied, folds=3, set=(*FAST, "train.lr=0.01"))
+    with pytest.raises(RunError, match="asked about another pack"):
+        ask(make_pack(n_patients=7), copied, folds=3)
+    save_split(pack, make_split(pack, protocol="folds", name="folds-3", n_folds=3, seed=1))
+    with pytest.raises(RunError, match="asked about another split"):
+        ask(pack, copied, folds=3)
+    assert json.loads((copied / "study.json").read_text()) == json.loads(
+        (made.path / "study.json").read_text()
+    )
+
+
+def test_a_run_that_diverges_is_named_and_the_others_go_on(pack, tmp_path, caplog):
+    recipes = [
+        load_recipe(RECIPE, FAST),
+        load_recipe("cancernet-2019", (*FAST, "train.optimiser=sgd", "train.lr=1e30")),
+    ]
+    made = ask(pack, tmp_path / "study", split="patients", recipes=recipes, set=())
+    assert made.info["status"] == "finished"
+    assert list(made.info["failed"]) == ["cancernet-2019-s0"]
+    assert "the loss became" in made.info["failed"]["cancernet-2019-s0"] and "the loss became" in caplog.text
+    assert made.table()["run"].tolist() == ["cancernet-2020-s0"]
+    assert [run.info["status"] for run in made.runs()] == ["failed", "finished"]
+
+
+def test_a_seed_that_misses_a_fold_is_not_pooled(finished, tmp_path):
+    made, _ = finished
+    copied = Study.open(shutil.copytree(made.path, tmp_path / "study"))
+    shutil.rmtree(copied.path / "runs" / "cancernet-2020-f2-s1")
+    from biopsy.studies.tables import write_tables
+
+    write_tables(copied)
+    pooled = json.loads((copied.path / "metrics.json").read_text())["recipes"][RECIPE]["pooled"]
+    assert (pooled["n_seeds"], pooled["n_patches"]) == (1, 36)
+    assert len(copied.table()) == 5 and len(copied.predictions()) == 36 + 24
+
+
+def test_the_published_split_is_the_recipes_own(pack, tmp_path):
+    made = ask(pack, tmp_path / "study", split="as-published", recipes=("cancernet-2019", RECIPE))
+    assert made.info["split"]["patients_overlap"] is True and len(made.table()) == 2
+    assert set(made.table()["threshold"]) == {0.5}
+    other = load_recipe(
+        RECIPE, [*FAST, "as_published.split={method='shuffled-paths', seed=1, train=0.8, val=0.1}"]
+    )
+    with pytest.raises(RunError, match="the recipes were not published on one split"):
+        ask(pack, tmp_path / "two", split="as-published", recipes=("cancernet-2019", other), set=())
+
+
+def test_three_classes_have_a_table_and_a_report(make_pack, tmp_path):
+    pack = make_pack(n_patients=6, patches_per_patient=6, n_classes=3)
+    made = ask(pack, tmp_path / "study", split="patients")
+    row = made.table().iloc[0]
+    assert row["auroc"] == made.runs()[0].metrics()["macro"]["auroc"]["value"] and np.isnan(row["threshold"])
+    assert report(made)[0].is_file()
+
+
+def test_refusals(pack, tmp_path, monkeypatch):
+    with pytest.raises(RunError, match="a study needs at least one recipe and one seed"):
+        ask(pack, tmp_path / "study", seeds=())
+    with pytest.raises(RunError, match="two recipes of a study have the same name"):
+        ask(pack, tmp_path / "study", recipes=(RECIPE, load_recipe(RECIPE, ["train.lr=0.5"])))
+    save_split(pack, make_split(pack, protocol="folds", name="mine", n_folds=3))
+    with pytest.raises(RunError, match="split 'mine' has 3 folds, 4 were asked for: name another split"):
+        ask(pack, tmp_path / "study", split="mine", folds=4)
+    with pytest.raises(RunError, match=r"a study cannot be called '../other'"):
+        ask(pack, None, split="mine", name="../other")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("precious")
+    with pytest.raises(RunError, match="is not empty and holds no study"):
+        ask(pack, tmp_path / "full", split="mine")
+    assert not (tmp_path / "study").exists()
+    with pytest.raises(
+        RunError, match=r"is not a study \(it has no study.json\): make one with `biopsy study`"
+    ):
+        Study.open(tmp_path / "full")
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("biopsy.studies.folds.save_split", refuse)
+    with pytest.raises(RunError, match=r"split 'folds-4' cannot be kept in tiny.pack: Permission denied"):
+        ask(pack, tmp_path / "study", folds=4)

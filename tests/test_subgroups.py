@@ -1,0 +1,78 @@
+"""Subgroups: every value of every joined column, by the same metrics; what is no group is left out."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from biopsy.judging.subgroups import MOST_VALUES, SHOWN, measure_subgroups
+
+N_PATIENTS, EACH = 8, 8
+PATIENT = np.repeat(np.arange(N_PATIENTS), EACH)
+THRESHOLD = {"value": 0.5, "rule": "youden", "chosen_on": "val"}
+
+
+@pytest.fixture
+def measure(make_pack):
+    def measure(rows=None, threshold=THRESHOLD, n_classes=2, **columns):
+        pack = make_pack(
+            n_patients=N_PATIENTS, patches_per_patient=EACH, n_classes=n_classes, columns=columns
+        )
+        probs = np.random.default_rng(0).dirichlet([1.0] * n_classes, len(pack))
+        rows = np.arange(len(pack)) if rows is None else rows
+        return pack, probs[rows], measure_subgroups(pack, rows, probs[rows], threshold, seed=0)
+
+    return measure
+
+
+def test_each_value_is_measured_by_itself(measure):
+    scanner = np.array(["a", "b"])[PATIENT % 2]
+    rows = np.arange(8, 64)
+    pack, probs, found = measure(rows, scanner=scanner)
+    assert found.keys() == {"scanner"} and list(found["scanner"]) == ["a", "b"]
+    for value, group in found["scanner"].items():
+        chosen = scanner[rows] == value
+        target, prob = pack.target[rows][chosen], probs[chosen, 1]
+        assert group["n_patches"] == chosen.sum() and group["n_patients"] == len(set(PATIENT[rows][chosen]))
+        assert tuple(group["patch"]) == SHOWN
+        assert group["patch"]["auroc"]["value"] == pytest.approx(roc_auc_score(target, prob), abs=1e-12)
+        called = prob >= 0.5
+        assert group["patch"]["sensitivity"]["value"] == pytest.approx(called[target == 1].mean(), abs=1e-12)
+
+
+def test_numbers_with_many_values_are_cut_at_their_quartiles(measure):
+    age = 30 + np.arange(64.0)
+    _, _, found = measure(age=age, grade=PATIENT % 3)
+    assert list(found["grade"]) == ["0", "1", "2"]
+    assert [group["n_patches"] for group in found["age"].values()] == [16, 16, 16, 16]
+
+
+def test_missing_values_are_in_no_group(measure):
+    scanner = np.array(["a", "b", None], object)[PATIENT % 3]
+    age = np.where(PATIENT == 0, np.nan, 30 + np.arange(64.0))
+    smoker = np.array([True, False, None], object)[PATIENT % 3]
+    _, _, found = measure(scanner=scanner, age=age, smoker=smoker)
+    for column, known in (("scanner", 48), ("age", 56), ("smoker", 48)):
+        assert sum(group["n_patches"] for group in found[column].values()) == known
+
+
+def test_sites_count_and_what_makes_no_groups_does_not(measure):
+    _, _, found = measure(
+        site_id=np.array(["north", "south"])[PATIENT % 2],
+        constant="same",
+        empty=None,
+        note=[f"text {index % (MOST_VALUES + 1)}" for index in range(64)],
+        label_before=np.array(["idc", "non_idc"])[PATIENT % 2],
+        own_side=np.array(["train", "test"])[PATIENT % 2],
+    )
+    assert found.keys() == {"site_id"}
+
+
+def test_a_group_of_one_class_says_why_it_has_no_ranking(measure):
+    pack, _, found = measure(tissue=np.tile(np.arange(EACH) * 2 // EACH, N_PATIENTS))
+    assert pack.target.tolist() == pack.table["tissue"].tolist()
+    for group in found["tissue"].values():
+        assert group["patch"]["auroc"]["value"] is None and "undefined" in group["patch"]["auroc"]["reason"]
+
+
+def test_more_than_two_classes_have_no_subgroups(measure):
+    assert measure(n_classes=3, threshold=None, scanner=PATIENT % 2)[2] == {}
