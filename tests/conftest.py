@@ -21,6 +21,8 @@ from biopsy.data.packs import PIXELS, Pack, finish_pack, patch_sha256
 if TYPE_CHECKING:
     from biopsy.learning.runs import Run
 
+pytest_plugins = ["local_server"]
+
 PROJECT = Path(__file__).resolve().parents[1]
 STEP_PX = 50  # of IDC's coordinates, whatever the size of the synthetic patches
 
@@ -170,8 +172,8 @@ def data_dir() -> Path:
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> "Run":
     """A finished run on a pack of 15 patients, five a side, for all tests: change only a copy of it."""
-    from tiny_runs import train_tiny
+    from tiny_runs import LIVELY, train_tiny
 
     place = tmp_path_factory.mktemp("trained")
     pack = write_pack(place, n_patients=15, patches_per_patient=8, own_sides=("train", "val", "test"))
-    return train_tiny(pack, place / "run")
+    return train_tiny(pack, place / "run", *LIVELY, recipe="residual-small")

@@ -249,7 +249,7 @@ def test_refusals(copied, make_pack):
     with pytest.raises(RunError, match="split='patients' goes with data= of another pack"):
         evaluate(copied, split="patients")
     edit(copied.path / "run.json", status="interrupted")
-    with pytest.raises(RunError, match="is interrupted after 2 of 2 epochs"):
+    with pytest.raises(RunError, match="is interrupted after 4 of 4 epochs"):
         evaluate(copied.path)
 
 

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +14,7 @@ from biopsy.learning.networks import (
     register_network,
     registry,
 )
-from biopsy.learning.networks.layers import BatchNorm1d, BatchNorm2d, Dropout
+from biopsy.learning.networks.layers import BatchNorm1d, BatchNorm2d, Dropout, FlattenChannelsLast
 
 NAMES = list_networks()
 
@@ -134,6 +135,13 @@ def test_initial_weights_are_glorot_uniform():
 def test_batch_normalisation_is_keras_s():
     norm = build_network("cancernet", n_classes=2, input_px=48).body.norm1_1
     assert (norm.eps, norm.momentum) == (1e-3, 0.01)
+
+
+def test_flattening_is_in_keras_s_order():
+    patches = torch.rand(2, 3, 4, 5)
+    assert np.array_equal(
+        FlattenChannelsLast()(patches), patches.numpy().transpose(0, 2, 3, 1).reshape(2, -1)
+    )
 
 
 def test_batch_normalisation_of_images_is_pytorchs_in_double_precision():

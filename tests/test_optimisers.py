@@ -45,7 +45,7 @@ def test_adagrad_of_keras_3_by_hand():
     for gradient in GRADIENTS:
         accumulator += gradient**2
         weight -= LR * gradient / np.sqrt(accumulator + 1e-7)
-    assert np.allclose(run("adagrad"), weight, rtol=1e-9)
+    assert np.allclose(run("adagrad"), weight, rtol=1e-9, atol=0)
 
 
 def test_adam_of_keras_by_hand():
@@ -54,7 +54,7 @@ def test_adam_of_keras_by_hand():
         m += (gradient - m) * 0.1
         v += (gradient**2 - v) * 0.001
         weight -= LR * math.sqrt(1 - 0.999**step) / (1 - 0.9**step) * m / (np.sqrt(v) + 1e-7)
-    assert np.allclose(run("adam"), weight, rtol=1e-9)
+    assert np.allclose(run("adam"), weight, rtol=1e-9, atol=0)
 
 
 def test_rmsprop_of_keras_by_hand():
@@ -62,7 +62,7 @@ def test_rmsprop_of_keras_by_hand():
     for gradient in GRADIENTS:
         v = 0.9 * v + 0.1 * gradient**2
         weight -= LR * gradient / np.sqrt(v + 1e-7)
-    assert np.allclose(run("rmsprop"), weight, rtol=1e-9)
+    assert np.allclose(run("rmsprop"), weight, rtol=1e-9, atol=0)
 
 
 def test_sgd_with_momentum_by_hand():
@@ -70,7 +70,7 @@ def test_sgd_with_momentum_by_hand():
     for gradient in GRADIENTS:
         velocity = 0.9 * velocity + gradient
         weight -= LR * velocity
-    assert np.allclose(run("sgd", momentum=0.9), weight, rtol=1e-9)
+    assert np.allclose(run("sgd", momentum=0.9), weight, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)

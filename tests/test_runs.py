@@ -12,7 +12,8 @@ import pytest
 from biopsy.errors import RunError
 from biopsy.learning.recipes import load_recipe
 from biopsy.learning.runs import Run, describe_environment, name_run, remove_partial
-from tiny_runs import TINY, train_tiny
+from biopsy.learning.training import train
+from tiny_runs import LIVELY, TINY
 
 FILES = {
     "run.json",
@@ -45,8 +46,10 @@ def test_a_finished_run_holds_what_the_formats_page_says(trained_run):
 def test_run_json_says_what_was_asked_and_what_came_of_it(trained_run):
     info, pack = trained_run.info, trained_run.open_pack()
     assert info["format"] == "biopsy-run/1" and info["status"] == "finished"
-    assert re.fullmatch(r"cancernet-2020-s0-\d{8}T\d{6}-[0-9a-f]{4}", info["id"])
-    assert info["epochs"] == info["epochs_done"] == 2 and info["chosen_epoch"] in (1, 2)
+    assert re.fullmatch(r"residual-small-s0-\d{8}T\d{6}-[0-9a-f]{4}", info["id"])
+    assert info["epochs"] == info["epochs_done"] == 4
+    aurocs = [record["val_auroc"] for record in trained_run.log()]
+    assert info["chosen_epoch"] == 1 + aurocs.index(max(aurocs))
     assert info["pack"]["content_sha256"] == pack.info.content_sha256
     assert info["classifier_sha256"] == trained_run.classifier.sha256
     sides = trained_run.sides(pack)
@@ -62,21 +65,22 @@ def test_run_json_says_what_was_asked_and_what_came_of_it(trained_run):
 
 def test_the_log_has_a_record_an_epoch(trained_run):
     log = trained_run.log()
-    assert [record["epoch"] for record in log] == [1, 2]
-    assert [record["step"] for record in log] == [5, 10]  # 40 patches in batches of 8
+    assert [record["epoch"] for record in log] == [1, 2, 3, 4]
+    assert [record["step"] for record in log] == [5, 10, 15, 20]  # 40 patches in batches of 8
     for record in log:
         assert {"loss", "accuracy", "val_loss", "val_accuracy", "val_auroc", "lr", "best"} <= record.keys()
         assert record["images_per_s"] > 0 and record["seconds"] > 0 and record["time_left_s"] >= 0
     assert log[-1]["time_left_s"] == 0
-    assert log[1]["lr"] == pytest.approx(0.02 / (1 + 0.00025 * 9))  # of the tenth update
+    cosine = 0.5 * (1 + np.cos(np.pi * (9 - 5) / (20 - 5)))  # the tenth update, five of warm-up before
+    assert log[1]["lr"] == pytest.approx(0.003 * cosine)
 
 
 def test_its_own_recipe_trains_the_same_again(trained_run, tmp_path):
     words = shlex.split(trained_run.info["command"])
     assert words[:2] == ["biopsy", "train"] and words[2] == "run/recipe.toml"
     assert words[3:] == ["--data", "tiny.pack", "--split", "official", "--seed", "0"]
-    assert trained_run.recipe == load_recipe("cancernet-2020", TINY)
-    again = train_tiny(trained_run.open_pack(), tmp_path / "again", recipe=trained_run.path / "recipe.toml")
+    assert trained_run.recipe == load_recipe("residual-small", (*TINY, *LIVELY))
+    again = train(trained_run.path / "recipe.toml", trained_run.open_pack(), out=tmp_path / "again")
     assert again.info["id"] != trained_run.info["id"]
     for name in ("weights.safetensors", "classifier.json"):
         same = [(run.path / "classifier" / name).read_bytes() for run in (trained_run, again)]
@@ -107,7 +111,7 @@ def test_what_is_no_run_or_another_format_is_refused(copied, tmp_path):
 
 def test_an_unfinished_run_has_no_classifier(copied):
     change(copied, status="interrupted", epochs_done=1)
-    message = r"copy is interrupted after 1 of 2 epochs: go on with `biopsy train --resume"
+    message = r"copy is interrupted after 1 of 4 epochs: go on with `biopsy train --resume"
     with pytest.raises(RunError, match=message):
         _ = Run.open(copied.path).classifier
 

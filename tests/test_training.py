@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,23 +10,28 @@ from safetensors.torch import load_file
 
 import biopsy.learning.checkpoints as checkpoints
 import biopsy.learning.fitting as fitting
+import biopsy.learning.training as training
 from biopsy.data.splits import make_split, save_split
-from biopsy.errors import RunError, SplitError, TrainingDiverged
+from biopsy.errors import DataError, RecipeError, RunError, SplitError, TrainingDiverged
 from biopsy.files import read_json
 from biopsy.learning.runs import Run
 from biopsy.learning.training import train
+from conftest import write_pack
+from tiny_runs import LIVELY, train_tiny
 
-TINY = (
-    "preprocessing.input_px=16",
-    "train.epochs=4",
-    "train.batch_size=8",
-    "train.lr=0.02",
-)
+RECIPE = "cancernet-2020"
+THREE = "train.epochs=3"
 
 
-@pytest.fixture
-def pack(make_pack):
-    return make_pack(n_patients=8, patches_per_patient=8)
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    return write_pack(tmp_path_factory.mktemp("training"), n_patients=8, patches_per_patient=8)
+
+
+@pytest.fixture(scope="module")
+def whole(pack, tmp_path_factory):
+    """Three epochs without interruption; change only a copy of it."""
+    return train_tiny(pack, tmp_path_factory.mktemp("whole") / "run", THREE)
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -41,30 +45,30 @@ def assert_same_run(one: Run, other: Run) -> None:
     timing = ("images_per_s", "seconds", "time_left_s")
     strip = [[{k: v for k, v in r.items() if k not in timing} for r in run.log()] for run in (one, other)]
     assert strip[0] == strip[1]
-    assert one.info["threshold"] == other.info["threshold"]
+    for key in ("status", "epochs_done", "chosen_epoch", "stopped_early", "threshold"):
+        assert one.info[key] == other.info[key]
     assert one.predictions("val")[0].equals(other.predictions("val")[0])
 
 
-def test_same_seed_same_bits(pack, tmp_path):
-    runs = [train("cancernet-2020", pack, set=TINY, out=tmp_path / name) for name in "ab"]
-    assert_same_run(*runs)
-    other = train("cancernet-2020", pack, set=TINY, seed=1, out=tmp_path / "c")
-    assert not torch.equal(weights(runs[0])["head.weight"], weights(other)["head.weight"])
+def test_same_seed_same_bits(pack, whole, tmp_path):
+    assert_same_run(whole, train_tiny(pack, tmp_path / "again", THREE))
+    other = train_tiny(pack, tmp_path / "other", THREE, seed=1)
+    assert not torch.equal(weights(whole)["head.weight"], weights(other)["head.weight"])
 
 
-@pytest.mark.parametrize("optimiser", ["adagrad", "adagrad-keras2", "adam", "adamw", "sgd", "rmsprop"])
+@pytest.mark.parametrize("optimiser", ["adagrad", "adam", *map(slow, ("adagrad-keras2", "adamw", "sgd", "rmsprop"))])
 def test_resumed_equals_never_interrupted(pack, tmp_path, optimiser):
-    settings = (*TINY, f"train.optimiser={optimiser}", "train.lr=0.001", "train.sampling=oversample")
-    whole = train("cancernet-2020", pack, set=settings, out=tmp_path / "whole")
+    settings = (THREE, f"train.optimiser={optimiser}", "train.lr=0.001", "train.sampling=oversample")
+    whole = train_tiny(pack, tmp_path / "whole", *settings)
 
     def stop(record):
         if record["epoch"] == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train("cancernet-2020", pack, set=settings, out=tmp_path / "cut", on_epoch=stop)
+        train_tiny(pack, tmp_path / "cut", *settings, on_epoch=stop)
     assert Run.open(tmp_path / "cut").info["status"] == "interrupted"
-    assert_same_run(whole, train(resume=tmp_path / "cut"))
+    assert_same_run(whole, train(resume=tmp_path / "cut", device="cpu"))
 
 
 def break_nth(monkeypatch, module, name, n, error):
@@ -80,102 +84,177 @@ def break_nth(monkeypatch, module, name, n, error):
     monkeypatch.setattr(module, name, failing)
 
 
-@pytest.mark.parametrize("moment", range(1, 9))
-def test_killed_between_writing_and_renaming(pack, tmp_path, monkeypatch, moment):
-    whole = train("cancernet-2020", pack, set=TINY, out=tmp_path / "whole")
+@pytest.mark.parametrize("moment", [1, 2, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 5, 6))])
+def test_killed_while_a_checkpoint_is_written(pack, whole, tmp_path, monkeypatch, moment):
     with monkeypatch.context() as patch:
         break_nth(patch, checkpoints, "_write", moment, OSError("killed"))
         try:
-            train("cancernet-2020", pack, set=TINY, out=tmp_path / "cut")
+            train_tiny(pack, tmp_path / "cut", THREE)
         except OSError:
-            assert_same_run(whole, train(resume=tmp_path / "cut"))
+            assert_same_run(whole, train(resume=tmp_path / "cut", device="cpu"))
         else:
             assert moment > 4  # the best epoch's weights are written only when there is a new best
 
 
-def test_killed_in_the_middle_of_an_epoch(pack, tmp_path, monkeypatch):
-    whole = train("cancernet-2020", pack, set=TINY, out=tmp_path / "whole")
+def test_killed_in_the_middle_of_an_epoch(pack, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        break_nth(patch, fitting, "set_learning_rate", 11, SystemExit(1))
+        break_nth(patch, fitting, "set_learning_rate", 8, SystemExit(1))
         with pytest.raises(SystemExit):
-            train("cancernet-2020", pack, set=TINY, out=tmp_path / "cut")
+            train_tiny(pack, tmp_path / "cut", THREE)
     (tmp_path / "cut" / ".run.json.0badcafe.partial").write_text("half")
-    resumed = train(resume=tmp_path / "cut")
+    resumed = train(resume=tmp_path / "cut", device="cpu")
     assert_same_run(whole, resumed)
     assert not list(resumed.path.rglob("*.partial"))
 
 
+@pytest.mark.parametrize("moment", [1, 3])
+def test_killed_between_a_checkpoint_and_the_log(pack, whole, tmp_path, monkeypatch, moment):
+    with monkeypatch.context() as patch:
+        break_nth(patch, Run, "write_log", moment, SystemExit(1))
+        with pytest.raises(SystemExit):
+            train_tiny(pack, tmp_path / "cut", THREE)
+    assert_same_run(whole, train(resume=tmp_path / "cut", device="cpu"))
+
+
+def test_killed_while_the_classifier_is_made(pack, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        break_nth(patch, training, "complete", 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train_tiny(pack, tmp_path / "cut", THREE)
+    assert_same_run(whole, train(resume=tmp_path / "cut", device="cpu"))
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(pack, tmp_path):
+    settings = ("train.optimiser=sgd", "train.lr=1e30")
     with pytest.raises(TrainingDiverged, match=r"epoch 1, step \d+; no epoch was finished"):
-        train(
-            "cancernet-2020", pack, set=(*TINY, "train.optimiser=sgd", "train.lr=1e30"), out=tmp_path / "run"
-        )
+        train_tiny(pack, tmp_path / "run", *settings)
     info = read_json(tmp_path / "run" / "run.json")
     assert info["status"] == "failed" and "step" in info["reason"]
+    with pytest.raises(
+        TrainingDiverged, match=r"epoch 1, on validation after 1 steps; no epoch was finished"
+    ):
+        train_tiny(pack, tmp_path / "one-step", *settings, "train.batch_size=64")
+    assert not (tmp_path / "one-step" / "checkpoints" / "last.safetensors").exists()
 
 
 def test_learns_what_can_be_learned(pack, tmp_path):
-    run = train("cancernet-2020", pack, set=(*TINY, "train.epochs=15"), out=tmp_path / "run")
+    settings = (*LIVELY, "train.epochs=8", "train.lr=0.01")
+    run = train_tiny(pack, tmp_path / "run", *settings, recipe="residual-small")
     assert max(record["val_auroc"] for record in run.log()) > 0.9
     assert run.info["chosen_epoch"] == max(run.log(), key=lambda r: (r["val_auroc"], -r["epoch"]))["epoch"]
 
 
 def test_early_stopping_stops(pack, tmp_path):
-    settings = (*TINY, "train.epochs=30", "train.early_stopping_patience=2", "train.lr=1e-9")
-    run = train("cancernet-2020", pack, set=settings, out=tmp_path / "run")
+    settings = ("train.epochs=30", "train.early_stopping_patience=2", "train.lr=1e-9")
+    run = train_tiny(pack, tmp_path / "run", *settings)
     assert run.info["epochs_done"] == run.info["chosen_epoch"] + 2 < 30
     assert run.info["stopped_early"]
 
 
+def test_the_rate_falls_on_a_plateau(pack, tmp_path):
+    settings = ("train.schedule=plateau", "train.epochs=5", "train.optimiser=sgd", "train.lr=1e-12")
+    rates = [record["lr"] for record in train_tiny(pack, tmp_path / "run", *settings).log()]
+    assert rates[:4] == [1e-12] * 4 and rates[4] == pytest.approx(1e-13)
+
+
 def test_as_published_takes_the_last_epoch_and_the_arg_max(pack, tmp_path):
-    run = train("cancernet-2020", pack, split="as-published", set=TINY, out=tmp_path / "run")
+    run = train_tiny(pack, tmp_path / "run", split="as-published")
     assert run.info["split"]["patients_overlap"] is True
-    assert run.info["chosen_epoch"] == 4
+    assert run.info["chosen_epoch"] == 2
     assert run.info["threshold"]["value"] == 0.5
 
 
-def test_refusals(pack, tmp_path):
-    run = train("cancernet-2020", pack, set=TINY, out=tmp_path / "run")
+def keep_in_training(pack, name, *counts):
+    """Save a split by patient in which training has so many patches of each class."""
+    split = make_split(pack, protocol="patients")
+    table = split.table.copy()
+    for label, count in enumerate(counts):
+        rows = table.index[(table["side"] == "train") & (pack.target == label)]
+        table.loc[rows[count:], "side"] = ""
+    save_split(pack, type(split)(**{**vars(split), "name": name, "table": table}))
+
+
+@pytest.mark.parametrize(
+    ("counts", "settings", "steps"),
+    [
+        ((21, 19), ("train.drop_last=false", "train.batch_size=13"), 3),
+        ((24, 4), ("train.sampling=undersample", "train.batch_size=26"), 1),
+    ],
+    ids=["three batches and a single patch", "fewer than a batch"],
+)
+def test_a_last_batch_of_any_size_is_met(make_pack, tmp_path, counts, settings, steps):
+    pack = make_pack(n_patients=8, patches_per_patient=8)
+    keep_in_training(pack, "few", *counts)
+    run = train_tiny(pack, tmp_path / "run", "train.epochs=1", *settings, split="few")
+    assert run.info["split"]["sides"]["train"]["patches"] == sum(counts)
+    assert run.log()[0]["step"] == steps
+
+
+def test_refusals(pack, whole, tmp_path):
     with pytest.raises(RunError, match="is finished: there is nothing to resume"):
-        train(resume=run.path)
+        train(resume=whole.path)
     with pytest.raises(RunError, match="is not empty"):
-        train("cancernet-2020", pack, set=TINY, out=tmp_path / "run")
+        train_tiny(pack, whole.path)
     with pytest.raises(RunError, match="is not a run"):
         train(resume=pack.path)
-    with pytest.raises(RunError, match="has its own recipe and data"):
-        train("cancernet-2020", pack, resume=run.path)
+    for options in ({"recipe": RECIPE, "data": pack}, {"set": ["train.lr=1"]}, {"split": "patients"}):
+        with pytest.raises(RunError, match="has its own recipe, data and settings"):
+            train(**options, resume=whole.path)
     with pytest.raises(RunError, match="needs a recipe and data"):
-        train("cancernet-2020")
+        train(RECIPE)
 
 
-def test_a_run_whose_pack_changed_is_refused(pack, tmp_path):
-    run = train("cancernet-2020", pack, set=TINY, out=tmp_path / "run")
-    document = json.loads((pack.path / "pack.json").read_text())
+@pytest.mark.parametrize(
+    ("settings", "options", "error", "message"),
+    [
+        (["train.momentum=0.9"], {}, RecipeError, "optimiser 'adagrad' takes no momentum"),
+        (["preprocessing.input_px=4"], {}, RecipeError, "input_px=4 must be at least 8"),
+        (["model.params.dropout=0.1"], {}, RecipeError, "has no parameter 'dropout'"),
+        ([], {"split": "patient"}, SplitError, "did you mean 'patients'"),
+        ([], {"fold": 1}, SplitError, "has sides, not folds"),
+        ([], {"plot": "curves.txt"}, RunError, r"curves.txt: its name must end in .png, .svg, .pdf"),
+    ],
+)
+def test_what_would_stop_a_run_later_is_refused_at_once(pack, tmp_path, settings, options, error, message):
+    with pytest.raises(error, match=message):
+        train_tiny(pack, tmp_path / "run", *settings, **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_device_that_is_not_here_is_refused_at_once(pack, tmp_path):
+    with pytest.raises(RecipeError, match="device='gpuu' is not possible"):
+        train(RECIPE, pack, out=tmp_path / "run", device="gpuu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_pack_changed_is_refused(whole, tmp_path):
+    run = Run.open(shutil.copytree(whole.path, tmp_path / "run"))
+    pack = shutil.copytree(run.open_pack().path, tmp_path / "own.pack")
+    run.update(pack={**run.info["pack"], "path": str(pack)})
+    document = json.loads((pack / "pack.json").read_text())
     document["content_sha256"] = "0" * 64
-    (pack.path / "pack.json").write_text(json.dumps(document))
+    (pack / "pack.json").write_text(json.dumps(document))
     with pytest.raises(RunError, match="was trained on another content"):
         run.open_pack()
-    shutil.rmtree(pack.path)
+    shutil.rmtree(pack)
     with pytest.raises(RunError, match="is not a pack"):
         run.open_pack()
 
 
-def test_one_class_in_training_is_refused(make_pack, tmp_path):
-    pack = make_pack(n_patients=6, patches_per_patient=6)
-    one_class = pack.table["target"].to_numpy() == 0
-    split = make_split(pack, protocol="patients")
-    table = split.table.copy()
-    table.loc[(table["side"] == "train") & ~one_class, "side"] = ""
-    save_split(pack, type(split)(**{**vars(split), "name": "one-class", "table": table}))
+def test_a_class_missing_from_training_is_refused(make_pack, tmp_path):
+    two = make_pack("two.pack", n_patients=6, patches_per_patient=6)
+    keep_in_training(two, "one-class", 99, 0)
     with pytest.raises(SplitError, match="nothing can be learned from one class"):
-        train("cancernet-2020", pack, split="one-class", set=TINY, out=tmp_path / "run")
+        train_tiny(two, tmp_path / "run", split="one-class")
+    three = make_pack("three.pack", n_patients=6, patches_per_patient=6, n_classes=3)
+    keep_in_training(three, "two-classes", 99, 99, 0)
+    with pytest.raises(DataError, match=r"need every class in training, found counts \[\d+, \d+, 0\]"):
+        train_tiny(three, tmp_path / "run", split="two-classes")
     assert not (tmp_path / "run").exists()
 
 
 def test_featurewise_statistics_come_from_training_patches(pack, tmp_path):
-    run = train(
-        "cancernet-2020", pack, set=(*TINY, "preprocessing.standardise=featurewise"), out=tmp_path / "run"
-    )
+    run = train_tiny(pack, tmp_path / "run", "train.epochs=1", "preprocessing.standardise=featurewise")
     patches = pack.patches[run.sides(pack) == "train"].reshape(-1, 3) / 255
     found = run.classifier.info.preprocessing
     np.testing.assert_allclose(found.mean, patches.mean(axis=0), rtol=1e-9)
@@ -183,8 +262,7 @@ def test_featurewise_statistics_come_from_training_patches(pack, tmp_path):
 
 
 def test_curves_are_drawn_where_asked(pack, tmp_path):
-    train("cancernet-2020", pack, set=TINY, out=tmp_path / "run", plot=tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    assert [
-        json.loads(line)["epoch"] for line in Path(tmp_path / "run/log.jsonl").read_text().splitlines()
-    ] == [1, 2, 3, 4]
+    run = train_tiny(pack, tmp_path / "run", plot=tmp_path / "figures" / "curves.png")
+    assert (tmp_path / "figures" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    lines = (run.path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]

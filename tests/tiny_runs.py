@@ -11,6 +11,16 @@ from biopsy.learning.training import train
 
 TINY = ("preprocessing.input_px=8", "train.epochs=2", "train.batch_size=8", "train.lr=0.02")
 
+# CancerNet's normalisation takes hundreds of steps to settle and calls all patches alike until then; this
+# network tells them apart after a few epochs.
+LIVELY = (
+    "preprocessing.input_px=16",
+    "model.params.base_channels=4",
+    "train.epochs=4",
+    "train.batch_size=8",
+    "train.lr=0.003",
+)
+
 torch.set_num_threads(1)  # on batches this small a second thread only waits
 
 

@@ -13,6 +13,7 @@ Functions and records are loaded when they are first used, so that importing thi
 nothing. The rooms below it (``biopsy.statistics``, ``biopsy.data``, ...) hold everything else.
 """
 
+import os
 from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,9 @@ from biopsy.errors import (
     SplitError,
     TrainingDiverged,
 )
+
+# Threads that wait by spinning slow a shared machine down several times over; read when OpenMP is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:
     from biopsy.data.downloads import fetch

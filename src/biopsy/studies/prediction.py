@@ -134,7 +134,8 @@ def _predict_chunk(classifier: Classifier, chunk: _Chunk, engine: Engine) -> pd.
         threshold=classifier.threshold,
     )
     novelty = measure_novelty(classifier, chunk.patches, chunk.sizes, features)
-    return pd.concat([frame.assign(source=chunk.sources), novelty], axis=1)
+    sources = pd.array(chunk.sources, dtype="string")
+    return pd.concat([frame.assign(source=sources), novelty], axis=1)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def _place_fibroblasts(
     crowd *= 1 + 0.6 * habit.desmoplasia * region.pick(region.tumour, *place) + 1.2 * region.pick(bed, *place)
     x, y, d = _keep(points, (points.draws[:, 0] < crowd) & (region.pick(blocked, *place) < 0.3))
     angle = _fibre_direction(anatomy, x, y) + 0.9 * (d[:, 1] - 0.5)
-    columns = [x, y, 2.6 + 4.0 * d[:, 2], 1.1 + 0.9 * d[:, 3], angle, 0.5 + 0.5 * d[:, 4]]
+    columns = [x, y, 2.4 + 3.6 * d[:, 2], 1.0 + 0.8 * d[:, 3], angle, 0.5 + 0.5 * d[:, 4]]
     return np.stack(columns, axis=1)
 
 
@@ -51,10 +51,10 @@ def _place_lymphocytes(
     place = points.x_um, points.y_um
     margin = np.exp(-((region.pick(region.maps["tumour"], *place) / 180) ** 2))
     level = region.pick(region.maps["lymph"], *place) + 0.3 * margin + 0.5 * region.pick(bed, *place)
-    chance = np.clip(0.4 * (level - 2.05 + 1.5 * habit.lymphocytes), 0.015 * habit.lymphocytes, 0.75)
+    chance = np.clip(0.4 * (level - 1.9 + 1.5 * habit.lymphocytes), 0.015 * habit.lymphocytes, 0.75)
     chance *= 1 - 0.9 * region.pick(blocked, *place)
     x, y, d = _keep(points, points.draws[:, 0] < chance)
-    radius = 2.6 + 0.7 * d[:, 1]
+    radius = 2.2 + 0.7 * d[:, 1]
     columns = [x, y, radius, radius * (0.85 + 0.15 * d[:, 2]), 6.3 * d[:, 3], 1.05 + 0.35 * d[:, 4]]
     return np.stack(columns, axis=1)
 

@@ -88,7 +88,7 @@ def _lobule(rng: np.random.Generator, x: float, y: float, reach: float, filled: 
     bed = _blobs(rng, centre, np.array([reach * 1.08]), rng.uniform(0.6, 1.0, 1), 0.12)
     none = np.zeros((0, 6), np.float32)
     lobule = [Gland("bed", bed, bed[:0], none, rng.uniform(0.2, 1.0))]
-    acinus_um = rng.uniform(13, 22) * (1.25 if filled else 1.0)
+    acinus_um = rng.uniform(11, 19) * (1.25 if filled else 1.0)
     gap_um = acinus_um * rng.uniform(2.1, 3.0)
     angle, squeeze = rng.uniform(0, np.pi), rng.uniform(0.6, 1.0)
     rows, columns = np.arange(-reach, reach, 0.87 * gap_um), np.arange(-reach, reach, gap_um)
@@ -105,14 +105,14 @@ def _lobule(rng: np.random.Generator, x: float, y: float, reach: float, filled: 
 
 
 def _gland(rng: np.random.Generator, outlines: Floats, thick_um: NDArray[np.float64], filled: bool) -> Gland:
-    radius_um = (3.1, 2.5)
+    radius_um = (2.8, 2.2)
     if filled:
         nuclei = np.concatenate(
-            [_packed(rng, outline, gap_um=6.8, radius_um=radius_um) for outline in outlines]
+            [_packed(rng, outline, gap_um=6.2, radius_um=radius_um) for outline in outlines]
         )
         return Gland("gland", outlines, outlines[:0], nuclei, 0.0)
-    outer = _ring(rng, outlines, 3.2, gap_um=6.0, radius_um=radius_um, flat=False)
-    inner = _ring(rng, outlines[thick_um > 11], 9.5, gap_um=6.5, radius_um=radius_um, flat=False)
+    outer = _ring(rng, outlines, 3.0, gap_um=5.4, radius_um=radius_um, flat=False)
+    inner = _ring(rng, outlines[thick_um > 10], 8.6, gap_um=6.0, radius_um=radius_um, flat=False)
     return Gland("gland", outlines, _shrink(outlines, thick_um), np.concatenate([outer, inner]), 0.0)
 
 
@@ -192,7 +192,7 @@ def _nuclei(
 ) -> Floats:
     n = len(place)
     size = np.exp(rng.normal(0, 0.08, n))
-    stain = 1.0 * np.exp(rng.normal(0, 0.1, n))
+    stain = 1.1 * np.exp(rng.normal(0, 0.1, n))
     columns = [place[:, 0], place[:, 1], radius_um[0] * size, radius_um[1] * size, angle[:n], stain]
     return np.stack(columns, axis=1).astype(np.float32)
 

@@ -46,29 +46,29 @@ class Habit:
 def draw_habit(seed: int, patient: str) -> Habit:
     """Draw a patient's traits; the same seed and patient give the same traits."""
     rng = make_rng(seed, "phantom", patient, "habit")
-    nucleus_um = rng.uniform(3.7, 5.3)
+    nucleus_um = rng.uniform(3.3, 4.7)
     return Habit(
-        nest_um=rng.uniform(38, 80),
-        cord_um=rng.uniform(15, 30),
+        nest_um=rng.uniform(30, 65),
+        cord_um=rng.uniform(12, 26),
         cords=rng.uniform(0.0, 1.0),
-        fill=rng.uniform(0.05, 0.6),
+        fill=rng.uniform(0.0, 0.52),
         tubules=max(0.0, rng.uniform(-1.0, 1.0)),
         cleft=max(0.0, rng.uniform(-1.2, 1.0)),
         nucleus_um=nucleus_um,
-        nucleus_gap_um=nucleus_um * rng.uniform(1.95, 2.6),
+        nucleus_gap_um=nucleus_um * rng.uniform(2.0, 2.7),
         pleomorphism=rng.uniform(0.22, 0.4),
         nucleus_stain=rng.uniform(0.5, 0.85),
         cytoplasm_h=rng.uniform(0.1, 0.26),
         cytoplasm_e=rng.uniform(0.45, 0.85),
         necrosis=max(0.0, rng.uniform(-1.0, 1.0)),
-        loose_cells=rng.uniform(0.15, 0.45),
+        loose_cells=rng.uniform(0.12, 0.38),
         desmoplasia=rng.uniform(0.0, 0.8),
         fat=rng.uniform(-0.05, 0.33),
         fat_pushed=rng.uniform(0.0, 1.0),
-        fat_cell_um=rng.uniform(44, 68),
+        fat_cell_um=rng.uniform(36, 56),
         glands_per_mm2=rng.uniform(4.0, 11.0),
         proliferation=rng.uniform(0.0, 0.25),
-        cellularity=float(np.exp(rng.normal(0.3, 0.6))),
+        cellularity=float(np.exp(rng.normal(0.45, 0.6))),
         lymphocytes=rng.uniform(0.3, 1.0),
         fibre=rng.uniform(0.1, 0.22),
         cracks=rng.uniform(0.0, 1.0),

@@ -38,15 +38,15 @@ def draw_look(seed: int, patient: str) -> Look:
     rng = make_rng(seed, "phantom", patient, "look")
     # Ratios read off stroma and the darkest nuclei of real IDC patches, none of the benchmark's test slides.
     haematoxylin = np.array([0.84, 0.98, 0.53]) * rng.normal(1.0, [0.07, 0.06, 0.08])
-    eosin = np.array([0.12, 0.56, 0.33]) * rng.normal(1.0, [0.25, 0.06, 0.13])
+    eosin = np.array([0.11, 0.56, 0.33]) * rng.normal(1.0, [0.2, 0.06, 0.09])
     blood = np.array([0.16, 1.15, 0.72]) * rng.normal(1.0, [0.25, 0.08, 0.12])
-    amounts = np.exp(rng.normal(0.0, [0.2, 0.22, 0.1]))
+    amounts = np.exp(rng.normal(0.0, [0.2, 0.2, 0.1]))
     stains = np.stack([haematoxylin, eosin, blood]) * amounts[:, None]
     return Look(
         stains=np.clip(stains, 0.005, None).astype(np.float32),
         white=np.clip(rng.normal(243, 3, 1) + rng.normal(0, 1.2, 3), 232, 254).astype(np.float32),
         gamma=float(np.exp(rng.normal(0.0, 0.07))),
-        blur_px=float(rng.uniform(0.15, 0.5)),
+        blur_px=float(rng.uniform(0.15, 0.42)),
         sharpen=float(rng.uniform(0.0, 0.45)),
         noise=float(rng.uniform(0.6, 2.2)),
         ink=str(rng.choice(list(INKS))) if rng.random() < 0.4 else None,

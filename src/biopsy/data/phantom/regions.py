@@ -15,7 +15,7 @@ class Weave:
     def __init__(self, anatomy: Anatomy) -> None:
         rng = make_rng(anatomy.seed, "phantom", anatomy.patient, "weave")
         habit = anatomy.habit
-        self.fibres = Field(rng, 8.0, 4.0), Field(rng, 3.2, 4.5), Field(rng, 30.0, 2.5)
+        self.fibres = Field(rng, 7.0, 4.0), Field(rng, 3.0, 4.5), Field(rng, 26.0, 2.5)
         self.cracks = Field(rng, 5.5, 9.0)
         self.nests = Field(rng, habit.nest_um), Field(rng, habit.nest_um / 3)
         self.cords = Field(rng, habit.cord_um, 3.5), Field(rng, habit.cord_um / 2)
@@ -25,7 +25,7 @@ class Weave:
         self.patchy = Field(rng, 30.0)
         self.fat_cells = Jitter(rng, habit.fat_cell_um, 0.7)
         self.fibroblasts = Jitter(rng, 19.0, 1.0)
-        self.lymphocytes = Jitter(rng, 6.6, 0.8)
+        self.lymphocytes = Jitter(rng, 6.0, 0.8)
         self.tumour_cells = Jitter(rng, habit.nucleus_gap_um, 0.75)
 
 

@@ -29,7 +29,7 @@ class ResidualBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = functional.relu(self.norm1(self.conv1(x)), inplace=True)
+        y = functional.relu(self.norm1(self.conv1(x)))
         return functional.relu(self.norm2(self.conv2(y)) + self.shortcut(x), inplace=True)
 
 
@@ -41,7 +41,7 @@ class ResidualNet(nn.Module):
         self.stem = nn.Sequential(
             nn.Conv2d(3, base_channels, 3, padding=1, bias=False),
             BatchNorm2d(base_channels),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.MaxPool2d(2),
         )
         blocks: list[nn.Module] = []

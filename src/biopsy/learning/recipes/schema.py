@@ -83,8 +83,8 @@ class Augmentation(_Table):
     flip_vertical: bool = False
     fill: Literal["nearest"] = "nearest"
     quarter_turns: bool = False
-    he_jitter: NonNegativeFloat = 0.0
-    """Standard deviation of the factors on the haematoxylin and eosin amounts."""
+    he_jitter: float = Field(default=0.0, ge=0, le=1)
+    """How far the haematoxylin and eosin amounts of a patch may be scaled, up or down, as a share."""
 
 
 class Train(_Table):

@@ -1,0 +1,197 @@
+"""Prediction: images, folders, zips and packs say the same; what cannot be read is named and counted."""
+
+import json
+import shutil
+import zipfile
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from biopsy.data.predictions import read_predictions
+from biopsy.errors import ArchiveError, DataError, RunError
+from biopsy.learning.classifiers import Classifier
+from biopsy.studies.prediction import predict
+from conftest import encode_png
+
+N = 20
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def folder(trained_run, tmp_path):
+    """The first patches of the pack, as images in two folders."""
+    pack = trained_run.open_pack(verify=False)
+    for index in range(N):
+        path = tmp_path / "images" / f"{index % 2}" / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_png(pack.patches[index]))
+    (tmp_path / "images" / "notes.csv").write_text("not,an,image\n")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def archive(folder, tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        for path in sorted(folder.rglob("*.png")):
+            file.write(path, path.relative_to(folder))
+    return tmp_path / "images.zip"
+
+
+def ask(model, *paths, **options):
+    return predict(model, paths, device="cpu", **options)
+
+
+def numbers(frame):
+    return frame.filter(regex="^(logit|prob)|_distance$").to_numpy(float)
+
+
+def test_a_pack_is_predicted_as_training_left_it(trained_run):
+    pack = trained_run.open_pack()
+    found = ask(trained_run, pack.path)
+    assert found.path.name == "predictions.csv" and found.skipped == []
+    assert found.frame["patch_id"].tolist() == pack.table["patch_id"].tolist()
+    assert found.frame["target"].tolist() == pack.target.tolist()
+    before = trained_run.predictions("val")[0].set_index("patch_id")
+    now = found.frame.set_index("patch_id").loc[before.index]
+    columns = ["logit_non_idc", "logit_idc", "prob_non_idc", "prob_idc", "prob"]
+    np.testing.assert_allclose(now[columns], before[columns], rtol=1e-4, atol=1e-5)
+    assert now["pred"].tolist() == before["pred"].tolist()
+    called = found.frame["prob"] >= trained_run.info["threshold"]["value"]
+    assert found.frame["pred"].tolist() == called.astype(int).tolist() and 0 < called.mean() < 1
+
+
+def test_images_a_folder_a_zip_and_a_pack_say_the_same(trained_run, folder, archive):
+    images = sorted(folder.rglob("*.png"))
+    by_folder, by_zip, one_by_one = (ask(trained_run, *p) for p in ([folder], [archive], images))
+    assert by_folder.frame["patch_id"].tolist() == [str(path.relative_to(folder)) for path in images]
+    assert one_by_one.frame["patch_id"].tolist() == [path.name for path in images]
+    for other in (by_zip, one_by_one):
+        np.testing.assert_array_equal(numbers(other.frame), numbers(by_folder.frame))
+    from_pack = ask(trained_run, trained_run.open_pack().path).frame.iloc[:N]
+    order = [int(path.stem) for path in images]
+    np.testing.assert_allclose(by_folder.frame["prob"], from_pack["prob"].iloc[order], atol=1e-5)
+    assert by_folder.frame["target"].isna().all() and by_folder.frame["patient_id"].isna().all()
+
+
+def test_every_row_says_where_it_came_from(trained_run, folder, archive):
+    one, other = folder / "0" / "00.png", folder / "copy" / "00.png"
+    other.parent.mkdir()
+    shutil.copy(one, other)
+    pack = trained_run.open_pack().path
+    frame = ask(trained_run, one, other, archive, pack, one).frame
+    sources = [one, other, *[archive] * N, *[pack] * 120, one]
+    assert frame["source"].tolist() == list(map(str, sources))
+    assert frame["patch_id"].iloc[[0, 1, -1]].tolist() == ["00.png"] * 3
+
+
+def test_csv_and_parquet_hold_the_same(trained_run, folder):
+    tables = []
+    for format in ("csv", "parquet"):
+        found = ask(trained_run, folder, format=format)
+        assert found.path.name == f"predictions.{format}"
+        frame, about = read_predictions(found.path)
+        assert about["classifier_sha256"] == trained_run.classifier.sha256
+        assert about["threshold"] == trained_run.info["threshold"] and about["sources"] == [str(folder)]
+        pd.testing.assert_frame_equal(frame, found.frame, check_exact=True)
+        tables.append(frame)
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+    assert tables[0]["unlike_training"].dtype == bool
+
+
+def test_a_file_that_cannot_be_read_is_named_and_skipped(trained_run, folder, archive, make_patches):
+    (folder / "0" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    (folder / "1" / "empty.jpg").write_bytes(b"")
+    large = make_patches(n_patients=1, patches_per_patient=1, patch_px=24)[0][0]
+    (folder / "1" / "large.png").write_bytes(encode_png(large))
+    shutil.copy(archive, folder / "more.zip")
+    progress = []
+    found = ask(trained_run, folder, on_progress=lambda done, total: progress.append((done, total)))
+    reasons = {item["source"]: item["reason"] for item in found.skipped}
+    assert reasons.keys() == {
+        f"{folder}/{name}" for name in ("0/broken.png", "1/empty.jpg", "1/large.png", "more.zip")
+    }
+    assert reasons[f"{folder}/1/large.png"] == "is 24x24 px where the classifier takes patches of 16x16"
+    assert reasons[f"{folder}/1/empty.jpg"] == "is empty"
+    assert reasons[f"{folder}/more.zip"] == "is a zip inside a folder: name it by itself"
+    assert len(found.frame) == N and progress[-1] == (N + 4, N + 4)
+    assert json.loads((found.path.with_name("predictions.csv.json")).read_text())["skipped"] == found.skipped
+    alone = ask(trained_run, folder / "0" / "broken.png", folder / "0" / "00.png")
+    assert [item["source"] for item in alone.skipped] == [str(folder / "0" / "broken.png")]
+    assert len(alone.frame) == 1
+
+
+def test_smaller_patches_are_taken_at_their_true_size(trained_run, tmp_path, make_patches):
+    patch = make_patches(n_patients=1, patches_per_patient=1)[0][0]
+    (tmp_path / "small.png").write_bytes(encode_png(patch[:, :9]))
+    (tmp_path / "whole.png").write_bytes(encode_png(patch))
+    alone = ask(trained_run, tmp_path / "small.png").frame["prob"]
+    both = ask(trained_run, tmp_path / "whole.png", tmp_path / "small.png").frame["prob"]
+    assert both[1] == pytest.approx(alone[0], abs=1e-5)
+    assert both[0] != pytest.approx(alone[0], abs=1e-4)
+
+
+def test_what_is_unlike_training_is_flagged_not_refused(trained_run, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    for index, patch in enumerate(noise):
+        (tmp_path / f"{index}.png").write_bytes(encode_png(patch))
+    found = ask(trained_run, tmp_path).frame
+    assert found["unlike_training"].all() and (found["colour_distance"] > 1).all()
+    known = ask(trained_run, trained_run.open_pack().path).frame
+    assert known["unlike_training"].mean() < 0.25
+    far = known["colour_distance"].gt(1) | known["feature_distance"].gt(1)
+    assert known["unlike_training"].tolist() == far.tolist()
+
+
+def test_a_run_its_folder_and_its_classifier_are_one_model(trained_run, folder):
+    models = (trained_run, trained_run.path, trained_run.path / "classifier", trained_run.classifier)
+    frames = [ask(model, folder).frame for model in models]
+    assert all(frame.equals(frames[0]) for frame in frames)
+
+
+def test_more_than_two_classes_take_the_likeliest(trained_run, folder, tmp_path):
+    from biopsy.learning.networks import build_network
+
+    info = trained_run.classifier.info.model_copy(
+        update={
+            "class_names": ["a", "b", "c"],
+            "positive_class": None,
+            "thresholds": [],
+            "unlike_training": None,
+        }
+    )
+    Classifier(info, build_network("residual", n_classes=3, input_px=16, base_channels=4, seed=0)).save(
+        tmp_path / "three"
+    )
+    found = ask(tmp_path / "three", folder, trained_run.open_pack().path).frame
+    probs = found[["prob_a", "prob_b", "prob_c"]].to_numpy()
+    assert found["pred"].tolist() == probs.argmax(axis=1).tolist()
+    assert "prob" not in found and "unlike_training" not in found
+    assert found["target"].isna().all()  # the pack's classes are not the classifier's
+
+
+def test_nothing_that_can_be_read_is_an_error(trained_run, tmp_path):
+    (tmp_path / "no.png").write_text("text")
+    with pytest.raises(DataError, match=r"no patch could be read from .*no.png; .*no.png: is not an image"):
+        ask(trained_run, tmp_path / "no.png")
+    assert not (tmp_path / "predictions.csv").exists()
+
+
+def test_refusals(trained_run, folder, make_pack, tmp_path):
+    with pytest.raises(DataError, match=r"gone.png does not exist: give images, folders, zips or packs"):
+        ask(trained_run, tmp_path / "gone.png")
+    (tmp_path / "patch.xyz").write_text("what is this")
+    with pytest.raises(ArchiveError, match="is neither a zip nor a folder"):
+        ask(trained_run, tmp_path / "patch.xyz")
+    with pytest.raises(RunError, match="is neither a run nor a classifier"):
+        ask(tmp_path, folder)
+    with pytest.raises(
+        DataError, match=r"predictions cannot be written to 'table.xlsx'; use .parquet or .csv"
+    ):
+        ask(trained_run, folder, out="table.xlsx")
+    with pytest.raises(DataError, match="has patches of 20 px, the classifier takes patches of 16 px"):
+        ask(trained_run, folder, make_pack(patch_px=20).path)
