@@ -89,5 +89,5 @@ LAYOUT = Layout(
     expected={"patches": 277_524, "patients": 279, "non_idc": 198_738, "idc": 78_786},
     mpp=MPP,
     citation="Cruz-Roa et al. 2014 (SPIE 9041); Janowczyk and Madabhushi 2016 (J Pathol Inform 7:29)",
-    licence="CC0 1.0 as stated by the Kaggle release",
+    licence="stated on the Kaggle page; cite Cruz-Roa 2014 and Janowczyk 2016",
 )
