@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from biopsy.data.archives import IMAGE_SUFFIXES, MAX_ENTRY_BYTES, open_archive
-from biopsy.data.packs import Pack, is_pack
+from biopsy.data.packs import Pack, is_pack, pad
 from biopsy.data.predictions import IDENTITY, tabulate_predictions, write_predictions
 from biopsy.errors import DataError, RunError
 from biopsy.imaging.decode import decode, read_header
@@ -250,10 +250,6 @@ def _read_file(path: Path) -> bytes:
 
 
 def _pad(images: list[np.ndarray], patch_px: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pad images at the right and bottom by their edge, as a pack does; gives patches and true sizes."""
+    """Pad images as a pack does; gives patches and true sizes."""
     sizes = np.array([(image.shape[1], image.shape[0]) for image in images])
-    patches = [
-        np.pad(image, ((0, patch_px - image.shape[0]), (0, patch_px - image.shape[1]), (0, 0)), mode="edge")
-        for image in images
-    ]
-    return np.stack(patches), sizes
+    return np.stack([pad(image, patch_px) for image in images]), sizes
