@@ -4,6 +4,7 @@ import json
 import shutil
 import zipfile
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -60,7 +61,7 @@ def test_a_pack_is_predicted_as_training_left_it(trained_run):
     now = found.frame.set_index("patch_id").loc[before.index]
     columns = ["logit_non_idc", "logit_idc", "prob_non_idc", "prob_idc", "prob"]
     np.testing.assert_allclose(now[columns], before[columns], rtol=1e-4, atol=1e-5)
-    assert now["pred"].tolist() == before["pred"].tolist()
+    assert np.ptp(now["prob"]) > 0.1 and now["pred"].tolist() == before["pred"].tolist()
     called = found.frame["prob"] >= trained_run.info["threshold"]["value"]
     assert found.frame["pred"].tolist() == called.astype(int).tolist() and 0 < called.mean() < 1
 
@@ -125,14 +126,14 @@ def test_a_file_that_cannot_be_read_is_named_and_skipped(trained_run, folder, ar
     assert len(alone.frame) == 1
 
 
-def test_smaller_patches_are_taken_at_their_true_size(trained_run, tmp_path, make_patches):
+def test_smaller_patches_are_stretched_from_their_true_size(trained_run, tmp_path, make_patches):
     patch = make_patches(n_patients=1, patches_per_patient=1)[0][0]
-    (tmp_path / "small.png").write_bytes(encode_png(patch[:, :9]))
-    (tmp_path / "whole.png").write_bytes(encode_png(patch))
-    alone = ask(trained_run, tmp_path / "small.png").frame["prob"]
-    both = ask(trained_run, tmp_path / "whole.png", tmp_path / "small.png").frame["prob"]
-    assert both[1] == pytest.approx(alone[0], abs=1e-5)
-    assert both[0] != pytest.approx(alone[0], abs=1e-4)
+    stretched = cv2.resize(patch[:, :9], (16, 16), interpolation=cv2.INTER_LINEAR)  # as the recipe does
+    for name, image in (("small", patch[:, :9]), ("stretched", stretched), ("whole", patch)):
+        (tmp_path / f"{name}.png").write_bytes(encode_png(image))
+    prob = ask(trained_run, tmp_path).frame.set_index("patch_id")["prob"]
+    assert prob["small.png"] == pytest.approx(prob["stretched.png"], abs=1e-5)
+    assert prob["small.png"] != pytest.approx(prob["whole.png"], abs=1e-3)
 
 
 def test_what_is_unlike_training_is_flagged_not_refused(trained_run, tmp_path):

@@ -39,6 +39,10 @@ class Origin(_Table):
     authors: str = ""
     title: str = ""
     year: int | None = None
+    dataset: str = ""
+    """The data set of the publication: ``idc`` or ``hcd``; empty for recipes of no publication."""
+    updates: NonNegativeInt = 0
+    """Optimiser updates of the published training; 0 where it is not stated."""
     claim: dict[str, float] = {}
     """What the publication reports, on its own split."""
     corrected: dict[str, float] = {}
@@ -68,7 +72,16 @@ class Model(_Table):
     """Which network, and its parameters."""
 
     name: str
+    """A network of this package, or any of ``timm:NAME`` and ``torchvision:NAME``."""
     params: dict[str, Any] = {}
+    pretrained: bool = False
+    """Start from ``weights`` rather than from random ones."""
+    weights: str = ""
+    """A tag of ``biopsy list models``, or the path of a file."""
+    weights_sha256: str = ""
+    """Refuse a file with another hash; empty takes any."""
+    trainable: str = "all"
+    """``all``, ``head``, or the first stage that is trained: it and those after it; the rest is frozen."""
 
 
 class Augmentation(_Table):
@@ -90,7 +103,8 @@ class Augmentation(_Table):
 class Train(_Table):
     """Optimisation."""
 
-    loss: Literal["cross-entropy"] = "cross-entropy"
+    loss: Literal["cross-entropy", "binary-cross-entropy"] = "cross-entropy"
+    """``binary-cross-entropy``: every class has a sigmoid of its own, and their losses are averaged."""
     optimiser: Literal["adagrad-keras2", "adagrad", "adam", "adamw", "sgd", "rmsprop"] = "adam"
     lr: PositiveFloat = 1e-3
     momentum: float = Field(default=0.0, ge=0, lt=1)
@@ -104,6 +118,10 @@ class Train(_Table):
     batch_size: PositiveInt = 32
     drop_last: bool = False
     """Leave out the last patches of an epoch that do not fill a batch."""
+    steps_per_epoch: NonNegativeInt = 0
+    """Updates after which validation looks; 0 is one pass over the training patches."""
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of the training patches that is used, drawn once, of each class alike."""
     class_weights: Literal["none", "largest", "balanced"] = "none"
     """``largest`` is max(count) / count; ``balanced`` is total / (n_classes * count)."""
     sampling: Literal["none", "undersample", "oversample"] = "none"
@@ -127,6 +145,8 @@ class AsPublished(_Table):
     """What differs when the recipe is run on the split of its publication."""
 
     split: dict[str, Any] = {}
+    standardise: Literal["", "none", "featurewise"] = ""
+    """Replaces ``preprocessing.standardise``; empty leaves it."""
     checkpoint: Literal["best", "last"] = "last"
     threshold: Rule = "argmax"
 
