@@ -66,7 +66,7 @@ def make_metrics(table):
         "patch": {name: found.to_dict() for name, found in patch.items()},
         "patient": {name: found.to_dict() for name, found in patients.items()},
         "interval": describe_method(groups.nunique(), seed=0),
-        "baseline": {"auroc": 0.612, "reason": None},
+        "baseline": {"auroc": 0.612, "reason": None, "interval": {"value": 0.612, "low": 0.55, "high": 0.67}},
         "subgroups": {
             "scanner": {"A & B": {"n_patches": 9, "n_patients": 2, "patch": {"auroc": {"value": 0.777}}}}
         },

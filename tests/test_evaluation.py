@@ -13,11 +13,10 @@ from biopsy.data.splits import make_split, save_split
 from biopsy.errors import DataError, RunError, SplitError
 from biopsy.judging.baseline import colour_baseline
 from biopsy.judging.evaluation import evaluate
-from biopsy.learning.runs import Run
 from biopsy.statistics.metrics import METRICS
 from biopsy.statistics.thresholds import choose_threshold
 from biopsy.studies.reporting import report
-from tiny_runs import train_tiny
+from tiny_runs import copy_run, train_tiny
 
 NAMES = (
     "auroc auprc sensitivity specificity ppv npv balanced_accuracy f1 mcc accuracy brier nll ece "
@@ -42,14 +41,6 @@ def judged(trained_run, tmp_path_factory):
 @pytest.fixture
 def copied(trained_run, tmp_path):
     return copy_run(trained_run, tmp_path)
-
-
-def copy_run(run, place):
-    """Copy a run with its pack, as if it had been trained there."""
-    pack = shutil.copytree(run.open_pack(verify=False).path, place / "own.pack")
-    path = shutil.copytree(run.path, place / "run")
-    edit(path / "run.json", pack={**run.info["pack"], "path": str(pack)})
-    return Run.open(path)
 
 
 def edit(path, **fields):
@@ -154,7 +145,10 @@ def test_colour_alone_stands_beside_it(judged):
     pack = judged.open_pack()
     baseline = judged.metrics()["baseline"]
     assert baseline["auroc"] == colour_baseline(pack, judged.sides(pack))["auroc"]
-    assert baseline.keys() == {"name", "features", "C", "n_train", "auroc", "reason"}
+    assert baseline.keys() == {"name", "features", "C", "n_train", "auroc", "reason", "interval", "gain"}
+    ours = judged.metrics()["patch"]["auroc"]["value"]
+    assert baseline["interval"]["value"] == pytest.approx(baseline["auroc"])
+    assert baseline["gain"]["value"] == pytest.approx(ours - baseline["auroc"])
 
 
 def test_only_openings_of_the_test_side_are_counted(copied):
@@ -188,12 +182,23 @@ def test_a_pack_that_moved_is_known_by_its_content(judged, copied, tmp_path):
         evaluate(copied, data=moved, split="patients")
 
 
+def test_a_test_side_that_validated_is_said(copied):
+    assert evaluate(copied)["split"]["test_is_validation"] is False
+    edit(copied.path / "run.json", split={**copied.info["split"], "val_is_test": True})
+    assert evaluate(copied.path)["split"]["test_is_validation"] is True
+
+
 def test_another_pack_is_judged_apart(copied, make_pack, caplog):
     other = make_pack("other.pack", n_patients=5, patches_per_patient=6, seed=1)
     metrics = evaluate(copied, data=other.path)
     assert (metrics["n_patches"], metrics["n_patients"], metrics["times_opened"]) == (30, 5, 1)
     assert metrics["threshold"] == copied.info["threshold"] and metrics["baseline"] is None
-    assert metrics["split"] == {"name": None, "fold": None, "patients_overlap": True}
+    assert metrics["split"] == {
+        "name": None,
+        "fold": None,
+        "patients_overlap": True,
+        "test_is_validation": False,
+    }
     assert "of the judged patients were learned from, 8863 first" in caplog.text
     frame, about = read_predictions(copied.path / "external" / "other" / "predictions" / "test.parquet")
     assert frame["patch_id"].tolist() == other.table["patch_id"].tolist()

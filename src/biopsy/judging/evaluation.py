@@ -27,6 +27,7 @@ from biopsy.statistics.intervals import (
     estimate_patch_metrics,
     estimate_patient_metrics,
 )
+from biopsy.statistics.paired import estimate_differences
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ def evaluate(
         "interval": describe_method(
             len(np.unique(groups)), seed=run.info["seed"], level=LEVEL, unit=pack.unit
         ),
-        "baseline": _compare_with_colour(run, pack, sides, side) if _is_own(run, pack) else None,
+        "baseline": _compare_with_colour(run, pack, sides, side, probs) if _is_own(run, pack) else None,
         "subgroups": measure_subgroups(pack, rows, probs, threshold, seed=run.info["seed"]),
         "times_opened": openings and openings["times"],
         "ledger": openings,
@@ -194,6 +195,7 @@ def _choose_patches(
         if data is not None:
             pack.verify()
         about = {key: run.info["split"][key] for key in ("name", "fold", "patients_overlap")}
+        about["test_is_validation"] = bool(run.info["split"].get("val_is_test", False))
         return pack, run.sides(pack), about
     pack.verify()
     _check_classes(pack, classifier)
@@ -208,7 +210,8 @@ def _choose_patches(
             )
         sides = split.sides(pack)
     overlap = _find_overlap(run, pack, sides == side)
-    return pack, sides, {"name": split_name, "fold": None, "patients_overlap": overlap}
+    about = {"name": split_name, "fold": None, "patients_overlap": overlap, "test_is_validation": False}
+    return pack, sides, about
 
 
 def _is_own(run: Run, pack: Pack) -> bool:
@@ -245,9 +248,22 @@ def _find_overlap(run: Run, pack: Pack, judged: np.ndarray) -> bool | None:
     return bool(len(seen))
 
 
-def _compare_with_colour(run: Run, pack: Pack, sides: np.ndarray, side: str) -> dict[str, Any]:
+def _compare_with_colour(
+    run: Run, pack: Pack, sides: np.ndarray, side: str, probs: np.ndarray
+) -> dict[str, Any]:
+    """Give the colour-only baseline; for two classes with intervals, and the gain over it, paired."""
     result = colour_baseline(pack, sides, seed=run.info["seed"], side=side)
-    return {name: value for name, value in result.items() if name not in ("probs", "index")}
+    rows, theirs = result.pop("index"), result.pop("probs")
+    positive = pack.positive_index
+    if positive is None or result["auroc"] is None:
+        return result
+    truth, groups = (pack.target[rows] == positive).astype(int), pack.group_ids[rows]
+    options: dict[str, Any] = {"seed": run.info["seed"], "level": LEVEL, "unit": pack.unit}
+    alone = estimate_patch_metrics(truth, theirs[:, positive], groups, **options)
+    gain = estimate_differences(
+        truth, probs[:, positive], theirs[:, positive], groups, names=["auroc"], **options
+    )
+    return result | {"interval": alone["auroc"].to_dict(), "gain": gain["auroc"].to_dict()}
 
 
 def _open_ledger(run: Run, pack: Pack, split: dict[str, Any], side: str) -> dict[str, Any] | None:

@@ -1,0 +1,103 @@
+"""Paired differences: laws, scikit-learn's numbers, and how often chance alone is called a difference."""
+
+import numpy as np
+import pytest
+from scipy.special import expit, logit
+from sklearn.metrics import brier_score_loss, roc_auc_score
+
+from biopsy.errors import MetricError
+from biopsy.statistics.intervals import estimate_patch_metrics
+from biopsy.statistics.paired import estimate_differences
+
+
+def draw_pair(rng, n_patients, patches=40, gain=0.0):
+    """Two scores that share what makes a patient and a patch hard, and differ by chance and by ``gain``."""
+    groups = np.repeat(np.arange(n_patients), patches)
+
+    def of_patient(sd):
+        return rng.normal(0, sd, n_patients)[groups]
+
+    target = (rng.random(len(groups)) < rng.beta(1.5, 3.5, n_patients)[groups]).astype(int)
+    shift, gap, patch = of_patient(0.5), of_patient(0.4), rng.normal(0, 0.7, len(groups))
+    scores = [
+        shift
+        + of_patient(0.33)
+        + target * (1.6 + own_gain + gap + of_patient(0.3))
+        + patch
+        + rng.normal(0, 0.7, len(groups))
+        for own_gain in (gain, 0.0)
+    ]
+    return target, *(expit(score - 1.5) for score in scores), groups
+
+
+def test_a_difference_is_that_of_the_metrics():
+    target, first, second, groups = draw_pair(np.random.default_rng(0), 12)
+    found = estimate_differences(target, first, second, groups, seed=0)
+    assert found["auroc"].value == pytest.approx(
+        roc_auc_score(target, first) - roc_auc_score(target, second), abs=1e-12
+    )
+    assert found["brier"].value == pytest.approx(
+        brier_score_loss(target, first) - brier_score_loss(target, second), abs=1e-12
+    )
+    assert found["auroc"].low < found["auroc"].value < found["auroc"].high
+
+
+def test_swapping_the_two_changes_the_sign():
+    target, first, second, groups = draw_pair(np.random.default_rng(1), 12)
+    one = estimate_differences(target, first, second, groups, names=["auroc"], seed=0)["auroc"]
+    other = estimate_differences(target, second, first, groups, names=["auroc"], seed=0)["auroc"]
+    assert (one.value, one.low, one.high) == pytest.approx((-other.value, -other.high, -other.low))
+
+
+def test_what_makes_patients_hard_for_both_cancels():
+    rng = np.random.default_rng(2)
+    target, first, _, groups = draw_pair(rng, 20)
+    second = expit(logit(first) + rng.normal(0, 0.2, len(first)))
+    paired = estimate_differences(target, first, second, groups, names=["auroc"], seed=0)["auroc"]
+    alone = estimate_patch_metrics(target, first, groups, seed=0)["auroc"]
+    assert paired.high - paired.low < (alone.high - alone.low) / 4
+
+
+def test_thresholds_are_each_classifiers_own():
+    target, first, _, groups = draw_pair(np.random.default_rng(3), 10)
+    kinds = {"names": ["sensitivity"], "seed": 0}
+    assert estimate_differences(target, first, first, groups, **kinds)["sensitivity"].value == 0
+    stricter = estimate_differences(target, first, first, groups, thresholds=(0.9, 0.5), **kinds)
+    expected = (first[target == 1] >= 0.9).mean() - (first[target == 1] >= 0.5).mean()
+    assert stricter["sensitivity"].value == pytest.approx(expected)
+
+
+def test_no_interval_without_a_spread_or_with_few_patients():
+    target, first, second, groups = draw_pair(np.random.default_rng(4), 4)
+    few = estimate_differences(target, first, second, groups, names=["auroc"], seed=0)["auroc"]
+    assert few.low is None and "only 4 patient(s)" in few.reason
+    target, first, second, groups = draw_pair(np.random.default_rng(5), 8)
+    same = estimate_differences(target, first, first, groups, names=["auroc"], seed=0)["auroc"]
+    assert same.value == 0 and same.low is None and "no spread" in same.reason
+
+
+def test_an_undefined_metric_says_why():
+    groups = np.repeat(np.arange(6), 5)
+    prob = np.linspace(0.1, 0.9, 30)
+    found = estimate_differences(np.zeros(30, int), prob, prob[::-1], groups, names=["auroc"], seed=0)[
+        "auroc"
+    ]
+    assert np.isnan(found.value) and found.reason == "undefined: no positive patches"
+
+
+def test_a_level_that_is_none_is_refused():
+    with pytest.raises(MetricError, match="between 0 and 1"):
+        estimate_differences([0, 1], [0.1, 0.9], [0.2, 0.8], [0, 1], seed=0, level=95)
+
+
+@pytest.mark.parametrize("n_patients", [10, 20, 50])
+def test_chance_alone_is_called_a_difference_one_time_in_twenty(n_patients):
+    rng = np.random.default_rng(n_patients)
+    n_cohorts, wrong = 300, 0
+    for _ in range(n_cohorts):
+        target, first, second, groups = draw_pair(rng, n_patients)
+        found = estimate_differences(target, first, second, groups, names=["auroc"], seed=0)["auroc"]
+        wrong += not found.low <= 0 <= found.high
+    assert 0.01 <= wrong / n_cohorts <= 0.09  # 5 % give or take three binomial standard errors
+    target, first, second, groups = draw_pair(rng, n_patients, gain=2.0)
+    assert estimate_differences(target, first, second, groups, names=["auroc"], seed=0)["auroc"].low > 0
