@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -14,13 +15,13 @@ from biopsy.learning.networks import (
     register_network,
     registry,
 )
-from biopsy.learning.networks.layers import BatchNorm1d, BatchNorm2d, Dropout, FlattenChannelsLast
+from biopsy.learning.networks.layers import BatchNorm1d, BatchNorm2d, Dropout, FlattenChannelsLast, OneLogit
 
 NAMES = list_networks()
 
 
 def test_the_shipped_networks_are_listed():
-    assert {"cancernet", "residual"} <= set(NAMES)
+    assert {"baruah", "cancernet", "dabydeen_hedges", "residual", "vgg16"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,12 +58,21 @@ def test_a_seed_gives_one_network_and_leaves_global_randomness_alone(name):
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_network_learns_eight_patches(name):
+@pytest.mark.parametrize(
+    ("name", "params", "lr"),
+    [
+        ("baruah", {"dropout": 0.0}, 1e-3),
+        ("cancernet", {}, 3e-3),
+        ("dabydeen_hedges", {"dropout": 0.0, "widths": [16, 32, 32]}, 3e-3),
+        ("residual", {}, 3e-3),
+    ],
+)
+def test_a_network_learns_eight_patches(name, params, lr):
     torch.manual_seed(0)
-    network = build_network(name, n_classes=2, input_px=32, seed=0).train()
+    network = build_network(name, n_classes=2, input_px=32, seed=0, **params).train()
     patches, target = torch.rand(8, 3, 32, 32), torch.tensor([0, 1] * 4)
-    optimiser = torch.optim.Adam(network.parameters(), 3e-3)
+    patches[target == 1] *= 0.7
+    optimiser = torch.optim.Adam(network.parameters(), lr)
     for _ in range(40):
         optimiser.zero_grad()
         nn.functional.cross_entropy(network(patches), target).backward()
@@ -79,9 +89,55 @@ def test_the_layers_described_are_the_layers_there_are(name):
     assert network.training and not any(module._forward_hooks for module in network.modules())
 
 
-def test_cancernet_has_the_parameters_keras_counts():
-    # keras: model.summary() of the post's network, 48x48x3 and two classes
-    assert count_parameters(build_network("cancernet", n_classes=2, input_px=48)) == (1_235_133, 1_233_533)
+@pytest.mark.parametrize(
+    ("name", "input_px", "total", "trainable"),
+    [
+        ("cancernet", 48, 1_235_133, 1_233_533),
+        ("baruah", 50, 2_010_946, 2_010_946),
+        ("vgg16", 96, 15_894_849, 15_894_849),
+        ("dabydeen_hedges", 50, 526_786, 526_786),
+    ],
+)
+def test_the_posts_networks_have_the_parameters_keras_counts(name, input_px, total, trainable):
+    # keras: model.summary() of the post's network with two classes
+    assert count_parameters(build_network(name, n_classes=2, input_px=input_px)) == (total, trainable)
+
+
+def test_vgg16_has_the_layers_keras_names():
+    network = build_network("vgg16", n_classes=2, input_px=96)
+    rows = {row.name: row for row in describe(network, 96)}
+    convolutions = [name for name, row in rows.items() if row.type == "Conv2d"]
+    blocks = {1: 2, 2: 2, 3: 3, 4: 3, 5: 3}
+    assert convolutions == [f"body.block{b}_conv{i + 1}" for b, n in blocks.items() for i in range(n)]
+    assert (
+        sum(rows[name].parameters for name in convolutions) == 14_714_688
+    )  # keras: VGG16(include_top=False)
+    assert rows["body.flatten"].output_shape == (4608,)
+
+
+def test_one_logit_is_a_sigmoid():
+    head = OneLogit(5)
+    features, target = torch.rand(6, 5), torch.tensor([0, 1, 1, 0, 1, 0])
+    z = nn.functional.linear(features, head.weight, head.bias)[:, 0]
+    logits = head(features)
+    assert torch.allclose(logits.softmax(1)[:, 1], z.sigmoid())
+    wanted = nn.functional.binary_cross_entropy_with_logits(z, target.float())
+    assert torch.allclose(nn.functional.cross_entropy(logits, target), wanted)
+
+
+def test_what_the_authors_left_open_are_parameters():
+    network = build_network(
+        "baruah", n_classes=2, input_px=50, filters=8, n_convolutions=3, n_dense=1, dense=16
+    )
+    types = [row.type for row in describe(network, 50)]
+    assert (types.count("Conv2d"), types.count("Linear"), types.count("Dropout")) == (3, 2, 1)
+    assert network(torch.rand(2, 3, 50, 50)).shape == (2, 2)
+    three = build_network("dabydeen_hedges", n_classes=2, input_px=50, widths=[64, 128, 128], dropout=0.0)
+    assert [row.output_shape[0] for row in describe(three, 50) if row.type == "MaxPool2d"] == [64, 128, 128]
+    with pytest.raises(RecipeError, match="at least 2 convolutions"):
+        build_network("baruah", n_classes=2, input_px=50, n_convolutions=1)
+    with pytest.raises(RecipeError, match="has no stage"):
+        build_network("dabydeen_hedges", n_classes=2, input_px=50, widths=[])
 
 
 def test_cancernet_layers_in_the_posts_order():
@@ -215,10 +271,83 @@ def test_unknown_names_are_refused_with_the_nearest():
         network_parameters("vgg")
 
 
-@pytest.mark.parametrize(("name", "input_px"), [("cancernet", 7), ("cancernet", (48, 4)), ("residual", 15)])
+LIBRARY = ["torchvision:squeezenet1_1", "torchvision:resnet18", "timm:test_resnet", "timm:test_vit"]
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_networks_of_libraries_by_name(name):
+    network = build_network(name, n_classes=3, input_px=64, seed=0).eval()
+    patches = torch.rand(2, 3, 64, 64)
+    assert network(patches).shape == (2, 3)
+    assert network.features(patches).shape[0] == 2 and network.features(patches).ndim == 2
+    rows = describe(network, 64)
+    assert rows[-1].output_shape == (3,) and len(rows) < 40
+    same, other = (build_network(name, n_classes=3, input_px=64, seed=s).state_dict() for s in (0, 1))
+    assert all(torch.equal(value, same[key]) for key, value in network.state_dict().items())
+    assert any(not torch.equal(value, other[key]) for key, value in same.items())
+
+
+def test_squeezenet_is_torchvisions():
+    network = build_network("torchvision:squeezenet1_1", n_classes=2, input_px=64, seed=0).eval()
+    theirs = torchvision.models.squeezenet1_1(num_classes=2).eval()
+    theirs.features.load_state_dict(network.body.features.state_dict())
+    theirs.classifier.load_state_dict(nn.Sequential(*network.head[:-1]).state_dict())
+    patches = torch.rand(3, 3, 64, 64)
+    assert torch.equal(network(patches), theirs(patches))
+    assert torch.equal(network.features(patches), theirs.features(patches).mean((2, 3)))
+
+
+def test_resnet_with_its_last_layer_apart_is_torchvisions():
+    network = build_network("torchvision:resnet18", n_classes=2, input_px=64, seed=0).eval()
+    theirs = torchvision.models.resnet18(num_classes=2).eval()
+    states = network.body.state_dict() | {f"fc.{key}": w for key, w in network.head.state_dict().items()}
+    theirs.load_state_dict(states)
+    patches = torch.rand(3, 3, 64, 64)
+    assert torch.equal(network(patches), theirs(patches))
+
+
+def test_a_librarys_vit_takes_another_size():
+    network = build_network("timm:test_vit", n_classes=2, input_px=(96, 64), seed=0).eval()
+    assert network(torch.rand(1, 3, 64, 96)).shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "message"),
+    [
+        ("timm:resnet81", {}, "timm has no network 'resnet81'; the nearest names are resnet18"),
+        ("timm:resnet18.a1_in2k", {}, "the nearest names are resnet18.a1_in1k"),
+        ("torchvision:squeezenet", {}, "the nearest names are squeezenet1_1, squeezenet1_0"),
+        ("timm:zzzzzz", {}, "timm has .* others"),
+        ("tim:resnet18", {}, "no library of networks is called 'tim'; did you mean 'timm'"),
+        ("timm:test_resnet", {"pretrained": True}, "has no parameter 'pretrained'"),
+        ("torchvision:resnet18", {"dropout": 0.1}, "torchvision:resnet18 cannot be built"),
+        ("torchvision:vit_b_32", {}, "cannot be built for input_px=50 .* indivisible"),
+    ],
+)
+def test_what_a_library_does_not_have_is_refused(name, params, message):
+    with pytest.raises(RecipeError, match=message):
+        build_network(name, n_classes=2, input_px=50, **params)
+
+
+@pytest.mark.parametrize(
+    ("name", "input_px"),
+    [
+        ("cancernet", 7),
+        ("cancernet", (48, 4)),
+        ("residual", 15),
+        ("baruah", 25),
+        ("dabydeen_hedges", 31),
+        ("vgg16", 31),
+    ],
+)
 def test_an_input_too_small_is_refused(name, input_px):
     with pytest.raises(RecipeError, match="at least"):
         build_network(name, n_classes=2, input_px=input_px)
+    least = {"cancernet": 8, "residual": 16, "baruah": 26, "dabydeen_hedges": 32, "vgg16": 32}[name]
+    assert build_network(name, n_classes=2, input_px=least).eval()(torch.rand(1, 3, least, least)).shape == (
+        1,
+        2,
+    )
 
 
 def test_a_registered_network_is_built_by_name(monkeypatch):

@@ -17,15 +17,16 @@ def list_(kind: Kind) -> list[Row]:
 
     Returns:
         For data sets counts, resolution, licence and citation; for models parameters (with two classes and
-        48-px input) and licence; for recipes the published and the corrected numbers and the cost. The rows
-        of a kind have the same keys.
+        the input of its recipe), stages and licence, then known pretrained weights with licence,
+        preprocessing and whether their file is at hand; for recipes the published and the corrected numbers
+        and the cost. The rows of a list have the same keys.
 
     Raises:
         BiopsyError: If there is no such kind.
 
     Example:
-        >>> [row["name"] for row in list_("recipes")][:2]
-        ['cancernet-2019', 'cancernet-2020']
+        >>> [row["name"] for row in list_("recipes")][:3]
+        ['baruah-2019', 'cancernet-2019', 'cancernet-2020']
     """
     if kind not in _LISTS:
         raise BiopsyError(f"there is no list of {kind!r}: {suggest(str(kind), _LISTS)}")
@@ -51,24 +52,34 @@ def _list_datasets() -> list[Row]:
 
 
 def _list_models() -> list[Row]:
+    from biopsy.learning.known_weights import list_weights
     from biopsy.learning.networks import build_network, count_parameters, list_networks, network_parameters
+    from biopsy.learning.networks.stages import list_stages
+    from biopsy.learning.recipes import list_recipes, load_recipe
+    from biopsy.learning.weights import locate
 
+    recipes = [load_recipe(name) for name in list_recipes()]
+    sides = {recipe.model.name: recipe.preprocessing.input_px for recipe in recipes}
     rows: list[Row] = []
     for name in list_networks():
-        network = build_network(name, n_classes=2, input_px=48)
+        network = build_network(name, n_classes=2, input_px=sides.get(name, 48))
         total, trainable = count_parameters(network)
-        settings = ", ".join(f"{key}={value}" for key, value in network_parameters(name).items())
-        rows.append(
-            {
-                "name": name,
-                "parameters": total,
-                "trainable": trainable,
-                "settings": settings,
-                "weights": "random",
-                "licence": "Apache-2.0",
-            }
-        )
-    return rows
+        row = {"name": name, "kind": "network", "input_px": sides.get(name, 48), "parameters": total}
+        row |= {"trainable": trainable, "stages": ", ".join(list_stages(network))}
+        row |= {"settings": ", ".join(f"{key}={value}" for key, value in network_parameters(name).items())}
+        rows.append(row | {"licence": "Apache-2.0"})
+    for name, licence in (("timm:NAME", "Apache-2.0"), ("torchvision:NAME", "BSD-3-Clause")):
+        rows.append({"name": name, "kind": "any network of the library", "licence": licence})
+    for weights in list_weights():
+        path = locate(weights)
+        row = {"name": weights.tag, "kind": f"weights of {' and '.join(weights.networks)}"}
+        row |= {"licence": weights.licence, "preprocessing": weights.feed, "file": weights.file}
+        row |= {"page": weights.page, "at_hand": "no" if path is None else str(path)}
+        rows.append(row)
+    name, kind = "timm:NAME.TAG, torchvision:NAME.TAG", "any weights of the libraries"
+    rows.append({"name": name, "kind": kind, "licence": "each its own, shown when they are loaded"})
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [dict.fromkeys(keys) | row for row in rows]
 
 
 def _list_recipes() -> list[Row]:

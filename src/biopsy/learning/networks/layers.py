@@ -7,10 +7,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from biopsy.errors import RecipeError
 from biopsy.seeds import derive
 
 # Keras's BatchNormalization(epsilon=1e-3, momentum=.99); PyTorch counts the momentum from the other end
 KERAS_EPS, KERAS_MOMENTUM = 1e-3, 0.01
+
+
+def size_of(input_px: int | tuple[int, int]) -> tuple[int, int]:
+    """Give ``(width, height)`` of a network's input, which may be said as the side of a square."""
+    width, height = (input_px, input_px) if isinstance(input_px, int) else input_px
+    return width, height
+
+
+def require_size(network: str, input_px: int | tuple[int, int], least_px: int) -> tuple[int, int]:
+    """Give ``(width, height)`` of an input, refused where nothing of it would be left after the last pooling.
+
+    Raises:
+        RecipeError: If a side is below ``least_px``.
+    """
+    if min(size_of(input_px)) < least_px:
+        raise RecipeError(
+            f"{network} makes its input smaller: input_px={input_px!r} must be at least {least_px}"
+        )
+    return size_of(input_px)
 
 
 class SeparableConv2d(nn.Module):
@@ -37,6 +57,20 @@ class FlattenChannelsLast(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1).flatten(1)
+
+
+class OneLogit(nn.Linear):
+    """One logit ``z`` of class 1 against class 0, as two: ``(-z / 2, z / 2)``.
+
+    Their softmax is the sigmoid of ``z``, and their cross-entropy its binary cross-entropy.
+    """
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__(in_features, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = super().forward(x) / 2
+        return torch.cat([-half, half], dim=1)
 
 
 class Dropout(nn.Dropout):

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from biopsy.errors import RecipeError, suggest
+from biopsy.learning.networks import library
 from biopsy.learning.networks.layers import initialise
+from biopsy.seeds import derive
 
 
 class Network(Protocol):
@@ -35,7 +37,7 @@ def register_network(builder: Builder) -> Builder:
 
 
 def list_networks() -> list[str]:
-    """Give the names of all networks in this folder."""
+    """Give the names of all networks in this folder; libraries' are ``timm:NAME``, ``torchvision:NAME``."""
     package = importlib.import_module("biopsy.learning.networks")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
@@ -43,11 +45,13 @@ def list_networks() -> list[str]:
 
 
 def network_parameters(name: str) -> dict[str, Any]:
-    """Give the parameters a recipe may set for a network, with their defaults.
+    """Give the parameters a recipe may set for a network, with their defaults (None: the library's own).
 
     Raises:
         RecipeError: If no network has that name.
     """
+    if ":" in name:
+        return dict.fromkeys(library.PARAMETERS[library.split_name(name)[0]])
     signature = inspect.signature(_find(name)).parameters.values()
     return {parameter.name: parameter.default for parameter in signature if parameter.name not in _GIVEN}
 
@@ -63,11 +67,11 @@ def build_network(
     """Build a network by name; PyTorch's global random state is left as it was.
 
     Args:
-        name: One of :func:`list_networks`.
+        name: One of :func:`list_networks`, ``timm:NAME`` or ``torchvision:NAME``.
         n_classes: Number of logits.
         input_px: Side of the square input, or its ``(width, height)``.
-        seed: Seed of the initial weights (Keras's rule, see ``layers.initialise``); None where weights are
-            about to be loaded over them.
+        seed: Seed of the initial weights (Keras's rule, see ``layers.initialise``; a library's own for its
+            networks); None where weights are about to be loaded over them.
         parameters: The network's own, see :func:`network_parameters`.
 
     Raises:
@@ -83,6 +87,9 @@ def build_network(
         if parameter not in known:
             raise RecipeError(f"network {name!r} has no parameter {parameter!r}; {suggest(parameter, known)}")
     with torch.random.fork_rng(devices=[]):
+        if ":" in name:
+            torch.manual_seed(derive(seed or 0, "initial weights", name))
+            return library.build_library_network(name, n_classes=n_classes, input_px=input_px, **parameters)
         network = _find(name)(n_classes=n_classes, input_px=input_px, **parameters)
     if seed is not None:
         initialise(network, seed)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from biopsy.errors import RecipeError
-from biopsy.learning.networks.layers import BatchNorm2d, Dropout
+from biopsy.learning.networks.layers import BatchNorm2d, Dropout, require_size
 from biopsy.learning.networks.registry import register_network
+from biopsy.learning.networks.stages import StagedNetwork
 
 
 class ResidualBlock(nn.Module):
@@ -33,7 +33,7 @@ class ResidualBlock(nn.Module):
         return functional.relu(self.norm2(self.conv2(y)) + self.shortcut(x), inplace=True)
 
 
-class ResidualNet(nn.Module):
+class ResidualNet(StagedNetwork):
     """A pooled stem, three stages of two blocks, the mean over the patch, dropout and the classes."""
 
     def __init__(self, n_classes: int, base_channels: int, dropout: float) -> None:
@@ -62,12 +62,21 @@ class ResidualNet(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         return self.head(self.drop(self.features(patches)))
 
+    def stages(self) -> list[tuple[str, nn.Module]]:
+        blocks = [*self.blocks]
+        return [
+            ("stem", self.stem),
+            ("stage1", nn.Sequential(*blocks[:2])),
+            ("stage2", nn.Sequential(*blocks[2:4])),
+            ("stage3", nn.Sequential(*blocks[4:], self.pool, nn.Flatten())),
+            ("head", nn.Sequential(self.drop, self.head)),
+        ]
+
 
 @register_network
 def residual(
     *, n_classes: int, input_px: int | tuple[int, int], base_channels: int = 24, dropout: float = 0.2
 ) -> ResidualNet:
     """Build the residual network; ``base_channels=24`` gives about 390,000 parameters."""
-    if min(input_px if isinstance(input_px, tuple) else (input_px,)) < 16:
-        raise RecipeError(f"residual divides its input by eight: input_px={input_px!r} must be at least 16")
+    require_size("residual", input_px, 16)
     return ResidualNet(n_classes, base_channels, dropout)

@@ -1,11 +1,13 @@
 """What a network consists of: its parameters counted and its layers as a table."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from biopsy.learning.networks.layers import SeparableConv2d
+from biopsy.learning.networks.layers import SeparableConv2d, size_of
+from biopsy.learning.networks.library import LibraryNetwork, walk
 
 
 class LayerRow(NamedTuple):
@@ -34,13 +36,15 @@ def describe(network: nn.Module, input_px: int | tuple[int, int]) -> list[LayerR
     """List the layers a patch passes, by sending an empty one through.
 
     Args:
-        network: Any network; a separable convolution counts as one layer.
+        network: Any network; a separable convolution counts as one layer, and so does a block of a library.
         input_px: Side of the square input, or its ``(width, height)``.
     """
     rows: list[LayerRow] = []
 
     def note(name: str) -> Any:
-        def hook(module: nn.Module, _: object, output: Tensor) -> None:
+        def hook(module: nn.Module, _: object, output: Tensor | Sequence[Any]) -> None:
+            while not isinstance(output, Tensor):  # blocks of some libraries give several, the picture first
+                output = output[0]
             rows.append(
                 LayerRow(name, type(module).__name__, tuple(output.shape[1:]), count_parameters(module)[0])
             )
@@ -48,7 +52,7 @@ def describe(network: nn.Module, input_px: int | tuple[int, int]) -> list[LayerR
         return hook
 
     hooks = [module.register_forward_hook(note(name)) for name, module in _layers(network)]
-    width, height = (input_px, input_px) if isinstance(input_px, int) else input_px
+    width, height = size_of(input_px)
     was_training = network.training
     weight = next(network.parameters())
     first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
@@ -63,6 +67,9 @@ def describe(network: nn.Module, input_px: int | tuple[int, int]) -> list[LayerR
 
 
 def _layers(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    if isinstance(module, LibraryNetwork):
+        head = [*walk(module.head, "head.")] or [("head", module.head)]
+        return [*walk(module.body, "body."), *head]
     found: list[tuple[str, nn.Module]] = []
     for name, child in module.named_children():
         whole = isinstance(child, SeparableConv2d) or not any(child.children())
