@@ -52,6 +52,34 @@ def test_training_goes_on_with_the_same_bits(name, tmp_path):
         assert torch.equal(value, other.state_dict()[key]), key
 
 
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_convolutions_with_channels_last_in_memory_go_on_with_the_same_bits(name, tmp_path):
+    """A fused step walks weights and moments in the order in which they lie in memory."""
+
+    def make():
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(20, 2))
+        network = network.to(memory_format=torch.channels_last)
+        return network, make_optimiser(name, network.parameters(), 0.01)
+
+    def walk(network, optimiser, n):
+        images = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(n))
+        optimiser.zero_grad()
+        network(images.to(memory_format=torch.channels_last)).square().mean().backward()
+        optimiser.step()
+
+    network, optimiser = make()
+    walk(network, optimiser, 1)
+    save_checkpoint(tmp_path, network, optimiser, Progress(1, 1))
+    other, restored = make()
+    load_checkpoint(tmp_path, other, restored, CPU)
+    for n in (2, 3):
+        walk(network, optimiser, n)
+        walk(other, restored, n)
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+
+
 def test_without_a_checkpoint_training_starts_afresh(tmp_path):
     network = make_network()
     before = copy.deepcopy(network.state_dict())

@@ -9,7 +9,7 @@ from torch import nn
 from biopsy.errors import RecipeError
 from biopsy.learning.augmentation import Augmentation
 from biopsy.learning.batches import Batches
-from biopsy.learning.engine import Engine, make_loss
+from biopsy.learning.engine import Engine, count_correct, make_loss, outputs_of
 from biopsy.learning.networks import build_network
 from biopsy.learning.optimisers import make_optimiser
 from biopsy.learning.preprocessing import Preprocessing
@@ -56,6 +56,17 @@ def test_the_sigmoid_loss_averages_over_outputs():
     assert make_loss("sigmoid")(LOGITS, TARGET).item() == pytest.approx(sum(each) / 3)
     weighted = make_loss("sigmoid", [3.0, 1.0])(LOGITS, TARGET).item()
     assert weighted == pytest.approx((3 * each[0] + 3 * each[1] + each[2]) / 3)
+
+
+def test_right_answers_are_counted_by_arg_max_and_by_each_sigmoid():
+    logits = torch.tensor([[2.0, 1.0], [-1.0, -2.0], [-1.0, 3.0], [0.5, 1.0]])
+    target = torch.tensor([0, 0, 1, 0])
+    assert count_correct(logits, target, "softmax")["accuracy"].item() == 3
+    assert "binary_accuracy" not in count_correct(logits, target, "softmax")
+    counted = count_correct(logits, target, "sigmoid")
+    # by hand at .5: class 0 is (right, wrong), (wrong, right), class 1 (right, right), class 0 (right, wrong)
+    assert counted["accuracy"].item() == 3 and counted["binary_accuracy"].item() == 0.5 + 0.5 + 1 + 0.5
+    assert [outputs_of(loss) for loss in ("cross-entropy", "binary-cross-entropy")] == ["softmax", "sigmoid"]
 
 
 def test_binary_cross_entropy_over_two_softmax_outputs_is_cross_entropy():
@@ -126,6 +137,8 @@ def test_batches_from_the_middle_are_those_of_the_whole_pass():
     rest = list(batches.iterate(order, epoch=3, start=2))
     assert len(rest) == 2
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(whole[2:], rest, strict=True))
+    middle = list(batches.iterate(order, epoch=3, start=1, stop=3))
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(whole[1:3], middle, strict=True))
     assert torch.equal(batches.load(order, 3, epoch=3)[0], whole[3][0])
     assert not torch.equal(batches.load(order, 3, epoch=4)[0], whole[3][0])
     assert not torch.equal(

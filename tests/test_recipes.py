@@ -7,7 +7,10 @@ import pytest
 
 import biopsy.learning.recipes as recipes
 from biopsy.errors import RecipeError
+from biopsy.learning.networks import count_parameters
 from biopsy.learning.recipes import DEFINING_TABLES, Recipe, list_recipes, load_recipe, recipe_toml
+from biopsy.learning.recipes.schema import Augmentation
+from biopsy.learning.weights import make_network
 from tiny_runs import train_tiny
 
 SHIPPED = list_recipes()
@@ -39,9 +42,59 @@ def test_what_is_written_reads_back_equal(name, tmp_path):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_trains_on_small_patches(name, make_pack, tmp_path):
     pack = make_pack(n_patients=7, patches_per_patient=6)
-    run = train_tiny(pack, tmp_path / "run", "preprocessing.input_px=16", "train.epochs=1", recipe=name)
+    small = ("preprocessing.input_px=32", "train.epochs=1", "train.lr=1e-4", "model.pretrained=false")
+    few = ("train.steps_per_epoch=2",) if load_recipe(name).train.steps_per_epoch else ()
+    run = train_tiny(pack, tmp_path / "run", *small, *few, recipe=name)
     assert run.info["status"] == "finished" and run.info["recipe"] == name
     assert run.recipe.train.optimiser == load_recipe(name).train.optimiser
+    sigmoid = load_recipe(name).train.loss == "binary-cross-entropy"
+    assert run.classifier.info.outputs == ("sigmoid" if sigmoid else "softmax")
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "trainable"),
+    [
+        ("cancernet-2019", 1_235_133, 1_233_533),
+        ("cancernet-2020", 1_235_133, 1_233_533),
+        ("baruah-2019", 2_010_946, 2_010_946),
+        ("vgg16-pcam", 15_894_849, 8_259_585),
+        ("dabydeen-hedges", 526_786, 526_786),
+    ],
+)
+def test_published_networks_have_as_many_parameters_as_published(name, total, trainable):
+    recipe = load_recipe(name, ["model.pretrained=false"])
+    network, _ = make_network(recipe, n_classes=2, seed=0)
+    assert count_parameters(network) == (total, trainable)
+
+
+def test_the_vgg16_post_trains_as_long_as_it_says():
+    recipe = load_recipe("vgg16-pcam")
+    assert recipe.origin.updates == recipe.train.epochs * recipe.train.steps_per_epoch == 8000
+    claim, rows = recipe.origin.claim, 154_017
+    assert recipe.origin.updates * recipe.train.batch_size / rows == pytest.approx(3.3, abs=0.05)
+    mean = (claim["sensitivity"] + claim["specificity"]) / 2
+    assert recipe.origin.corrected == {**claim, "balanced_accuracy": pytest.approx(mean)}
+
+
+def test_baruah_breaks_the_rules_only_as_published():
+    recipe = load_recipe("baruah-2019")
+    assert recipe.preprocessing.standardise == "featurewise" and recipe.as_published.standardise == "none"
+    assert recipe.as_published.split["val_is_test"] and recipe.as_published.threshold == "argmax"
+    n_train = 60_000 - round(60_000 * recipe.as_published.split["test"])
+    balanced = 2 * n_train * 15_522 / 60_000  # as many of each class as IDC has
+    steps = -(-balanced // recipe.train.batch_size)
+    assert recipe.origin.updates == steps * 37
+
+
+def test_the_two_dabydeen_hedges_differ_as_the_post_says():
+    baseline, final = (load_recipe(f"dabydeen-hedges{end}") for end in ("-baseline", ""))
+    assert len(baseline.model.params["widths"]) == 3 and baseline.model.params["dropout"] == 0
+    assert baseline.augmentation == Augmentation() != final.augmentation
+    tables = [
+        recipe.model_dump(include=set(DEFINING_TABLES) - {"model", "augmentation"})
+        for recipe in (baseline, final)
+    ]
+    assert tables[0] == tables[1]
 
 
 @pytest.mark.parametrize("name", ["cancernet-2019", "cancernet-2020"])

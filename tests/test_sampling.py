@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn.utils.class_weight import compute_class_weight
 
 from biopsy.errors import DataError
-from biopsy.learning.sampling import order_epoch, weigh_classes
+from biopsy.learning.sampling import cut_passes, order_epoch, take_fraction, weigh_classes
 
 METHODS = ("none", "undersample", "oversample")
 targets = st.lists(st.integers(0, 2), min_size=4, max_size=60).map(np.array).filter(lambda t: len(set(t)) > 1)
@@ -52,6 +52,36 @@ def test_undersampling_keeps_its_choice_and_oversampling_draws_anew():
 def test_only_training_rows_are_seen(sampling):
     target, index = np.tile([0, 1, 1], 20), np.arange(7, 40)
     assert set(order(target, sampling, index=index)) <= set(index)
+
+
+@given(targets, st.floats(0.01, 1), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_a_fraction_takes_of_each_class_alike(target, fraction, seed):
+    index = np.flatnonzero(np.arange(len(target)) % 5 != 0)
+    taken = take_fraction(index, target, fraction, seed)
+    assert set(taken) <= set(index) and (np.diff(taken) > 0).all()
+    for label in np.unique(target[index]):
+        n_all, n_taken = (target[index] == label).sum(), (target[taken] == label).sum()
+        assert n_taken == max(1, round(fraction * n_all))
+    assert np.array_equal(taken, take_fraction(index, target, fraction, seed))
+    assert set(taken) <= set(take_fraction(index, target, min(1, 1.5 * fraction), seed))
+
+
+def test_a_fraction_depends_on_the_seed_and_one_takes_all():
+    target = np.tile([0, 1], 50)
+    drawn = [tuple(take_fraction(np.arange(100), target, 0.2, seed)) for seed in range(5)]
+    assert len(set(drawn)) == 5
+    assert np.array_equal(take_fraction(np.arange(100), target, 1.0, 0), np.arange(100))
+
+
+@given(st.integers(1, 9), st.lists(st.integers(1, 20), min_size=1, max_size=6))
+def test_passes_follow_each_other_without_gap_or_end(per_pass, epochs):
+    step, taken = 0, []
+    for n_steps in epochs:
+        pieces = list(cut_passes(step, n_steps, per_pass))
+        taken += [(number, batch) for number, start, stop in pieces for batch in range(start, stop)]
+        step += n_steps
+    assert taken == [(1 + step // per_pass, step % per_pass) for step in range(sum(epochs))]
 
 
 def test_weights_of_cancernet():

@@ -1,9 +1,11 @@
 """Short trainings on small packs, for the tests of what runs leave behind."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from biopsy.data.packs import Pack
 from biopsy.learning.runs import Run
@@ -24,8 +26,35 @@ LIVELY = (
 torch.set_num_threads(1)  # on batches this small a second thread only waits
 
 
+def copy_run(run: Run, place: Path) -> Run:
+    """Copy a run with its pack, as if it had been trained there; judging a run writes into both."""
+    pack = shutil.copytree(run.open_pack(verify=False).path, place / "own.pack")
+    path = shutil.copytree(run.path, place / "run")
+    copied = Run.open(path)
+    copied.update(pack={**run.info["pack"], "path": str(pack)})
+    return copied
+
+
 def train_tiny(
     pack: Pack, out: Path, *settings: str, recipe: str | Path = "cancernet-2020", **options: Any
 ) -> Run:
     """Train a recipe on patches of 8 px for two epochs; ``settings`` and ``options`` change that."""
     return train(recipe, pack, set=(*TINY, *settings), out=out, device="cpu", **options)
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    """Give the weights of the classifier that came out."""
+    return load_file(run.path / "classifier" / "weights.safetensors")
+
+
+def assert_same_run(one: Run, other: Run) -> None:
+    """Require that two runs have the same weights, log, choices and predictions."""
+    left, right = weights(one), weights(other)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    timing = ("images_per_s", "seconds", "time_left_s")
+    strip = [[{k: v for k, v in r.items() if k not in timing} for r in run.log()] for run in (one, other)]
+    assert strip[0] == strip[1]
+    for key in ("status", "epochs_done", "chosen_epoch", "stopped_early", "threshold"):
+        assert one.info[key] == other.info[key]
+    assert one.predictions("val")[0].equals(other.predictions("val")[0])

@@ -14,6 +14,23 @@ from biopsy.learning.preprocessing import Preprocessing, to_unit
 from biopsy.seeds import derive
 
 
+@dataclass(frozen=True)
+class FrontOutputs:
+    """What the frozen first stages of a network make of patches.
+
+    Attributes:
+        values: ``(n, ..., C)`` float32, a memory map; channels last, as they are computed.
+        places: Row in ``values`` of each patch of the pack, ``(n_patches,)``.
+    """
+
+    values: np.ndarray
+    places: np.ndarray
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Give the outputs of patches of the pack, ``(len(rows), ..., C)``."""
+        return self.values[self.places[rows]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batches:
     """Patches and targets with all that is done to them before the network.
@@ -29,6 +46,8 @@ class Batches:
         drop_last: Leave out a last batch that is not full.
         device: Where the batches go.
         seed: Seed of the augmentation.
+        front: Outputs of a frozen front for these patches, which then take their place; nothing is done to
+            them any more.
     """
 
     patches: np.ndarray
@@ -41,13 +60,14 @@ class Batches:
     drop_last: bool = False
     device: torch.device | str = "cpu"
     seed: int = 0
+    front: FrontOutputs | None = None
 
     def count(self, n_patches: int) -> int:
         """Give the number of batches that many patches make."""
         return n_patches // self.batch_size if self.drop_last else -(-n_patches // self.batch_size)
 
     def iterate(
-        self, order: np.ndarray, *, epoch: int = 0, start: int = 0
+        self, order: np.ndarray, *, epoch: int = 0, start: int = 0, stop: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ``(batch, target)`` over patches in the given order, preparing the next one meanwhile.
 
@@ -58,8 +78,9 @@ class Batches:
             order: Indices of patches; one may come more than once.
             epoch: Part of the augmentation's seed.
             start: Number of the first batch wanted.
+            stop: Number of the batch to stop before; None for all.
         """
-        numbers = range(start, self.count(len(order)))
+        numbers = range(start, self.count(len(order)) if stop is None else stop)
         # the worker does numpy's part only: a second thread inside PyTorch would fight the first for cores
         with ThreadPoolExecutor(1, thread_name_prefix="biopsy-batches") as worker:
             ahead = deque(worker.submit(self._gather, order, number) for number in numbers[:1])
@@ -74,18 +95,32 @@ class Batches:
 
     def _gather(self, order: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
         chosen = np.asarray(order[number * self.batch_size : (number + 1) * self.batch_size])
+        target = np.asarray(self.target[chosen], dtype=np.int64)
+        if self.front is not None:
+            return self.front.take(chosen), target
         widths = None if self.widths is None else self.widths[chosen]
         heights = None if self.heights is None else self.heights[chosen]
-        patches = self.preprocessing.resize_patches(self.patches[chosen], widths, heights)
-        return patches, np.asarray(self.target[chosen], dtype=np.int64)
+        return self.preprocessing.resize_patches(self.patches[chosen], widths, heights), target
 
     def _finish(
         self, patches: np.ndarray, chosen: np.ndarray, number: int, epoch: int
     ) -> tuple[Tensor, Tensor]:
-        batch, target = to_unit(patches, self.device), torch.from_numpy(chosen)
+        target = torch.from_numpy(chosen)
+        if torch.device(self.device).type == "cuda":
+            target = target.pin_memory()
+        target = target.to(self.device, non_blocking=True)
+        if self.front is not None:
+            return to_batch(patches, self.device), target
+        batch = to_unit(patches, self.device)
         if self.augmentation is not None:
             generator = torch.Generator().manual_seed(derive(self.seed, "augmentation", epoch, number))
             batch = self.augmentation.augment(batch, generator)
-        if batch.device.type == "cuda":
-            target = target.pin_memory()
-        return self.preprocessing.standardise(batch), target.to(batch.device, non_blocking=True)
+        return self.preprocessing.standardise(batch), target
+
+
+def to_batch(outputs: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """Turn outputs ``(B, ..., C)`` into a batch ``(B, C, ...)`` on a device, in channels-last memory."""
+    batch = torch.from_numpy(outputs)
+    if torch.device(device).type == "cuda":
+        batch = batch.pin_memory().to(device, non_blocking=True)
+    return batch.movedim(-1, 1)

@@ -81,7 +81,16 @@ def load_checkpoint(
     for group, values in zip(document["param_groups"], header["groups"], strict=True):
         group |= values
     optimiser.load_state_dict(document)
+    _lay_out_like_weights(optimiser)
     return Progress(**header["progress"])
+
+
+def _lay_out_like_weights(optimiser: torch.optim.Optimizer) -> None:
+    """Store moments in the order in memory of their weights: PyTorch's fused steps walk both as one."""
+    for weight, state in optimiser.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == weight.shape:
+                state[name] = torch.empty_like(weight).copy_(value)
 
 
 def load_weights(folder: Path, network: torch.nn.Module, epoch: int | None) -> None:

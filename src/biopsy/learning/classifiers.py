@@ -151,13 +151,17 @@ class Classifier:
 
         Two sigmoid outputs become one probability as p1 / (p0 + p1), which keeps the arg-max.
         """
-        logits = logits.astype(np.float64)
-        if self.info.outputs == "sigmoid":
-            logits = -np.logaddexp(0, -logits)  # the logarithm of each sigmoid
-        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+        scores = score_classes(logits, self.info.outputs)
+        exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
         return exponentials / exponentials.sum(axis=1, keepdims=True)
 
     @property
     def threshold(self) -> float | None:
         """The frozen threshold on the positive class's probability; None takes the likeliest class."""
         return self.info.thresholds[0]["value"] if self.info.thresholds else None
+
+
+def score_classes(logits: np.ndarray, outputs: str) -> np.ndarray:
+    """Give scores ``(N, n_classes)`` whose softmax are the probabilities: of sigmoids, their logarithms."""
+    logits = logits.astype(np.float64)
+    return -np.logaddexp(0, -logits) if outputs == "sigmoid" else logits

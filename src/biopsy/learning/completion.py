@@ -9,6 +9,7 @@ from biopsy.data.packs import Pack
 from biopsy.data.predictions import make_predictions, write_predictions
 from biopsy.learning.checkpoints import Progress, load_weights
 from biopsy.learning.classifiers import Classifier, ClassifierInfo
+from biopsy.learning.engine import outputs_of
 from biopsy.learning.fitting import Task
 from biopsy.learning.inference import predict_logits
 from biopsy.learning.novelty import fit_reference
@@ -38,9 +39,12 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
         patch_px=pack.info.patch_px,
         mpp=pack.info.mpp,
         preprocessing=task.preprocessing,
+        outputs=outputs_of(recipe.train.loss),
         pack={"name": pack.path.name, "content_sha256": pack.info.content_sha256},
         recipe=recipe.name,
     )
+    if run.info["weights"]["pretrained"]:
+        info.licence += f", and as that of the weights it began with: {run.info['weights']['licence']}"
     classifier = Classifier(info, network)
     logits = predict_logits(
         network, task.preprocessing, pack.patches, pack.sizes, task.val, engine=task.engine
@@ -52,7 +56,7 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
         published = run.info["split"]["as_published"]
         rule = recipe.as_published.threshold if published else recipe.decision.threshold
         chosen = choose_threshold((pack.target[task.val] == positive).astype(int), probs[:, positive], rule)
-        threshold = {"value": chosen.value, "rule": chosen.rule, "chosen_on": "val"}
+        threshold = {"value": chosen.value, "rule": chosen.rule, "chosen_on": run.val_side}
         info.thresholds = [threshold]
     fit_reference(
         classifier, pack.patches, pack.sizes, task.train, task.val, engine=task.engine, seed=task.seed
@@ -64,7 +68,7 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
         task.val,
         logits,
         probs,
-        sides="val",
+        sides=run.val_side,
         fold=run.info["split"]["fold"],
         threshold=None if threshold is None else threshold["value"],
     )
@@ -87,10 +91,22 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
     )
 
 
-def fit_preprocessing(recipe: Recipe, pack: Pack, train: np.ndarray) -> Preprocessing:
-    """Give the recipe's preprocessing, mean and std taken from training patches where it says so."""
+def fit_preprocessing(
+    recipe: Recipe, pack: Pack, train: np.ndarray, *, published: bool = False
+) -> Preprocessing:
+    """Give the recipe's preprocessing, mean and std taken from training patches where it says so.
+
+    Args:
+        recipe: What to do.
+        pack: The patches.
+        train: Rows of the training patches.
+        published: Whether to standardise as on the split of the publication.
+    """
     settings = recipe.preprocessing.model_dump(exclude={"standardise"})
-    if recipe.preprocessing.standardise == "featurewise":
+    standardise = recipe.preprocessing.standardise
+    if published:
+        standardise = recipe.as_published.standardise or standardise
+    if standardise == "featurewise":
         total, squares, n_values = np.zeros(3), np.zeros(3), 0
         for start in range(0, len(train), 1024):
             values = pack.patches[train[start : start + 1024]].reshape(-1, 3) * settings["scale"]

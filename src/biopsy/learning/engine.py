@@ -100,6 +100,11 @@ class Engine:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
+def outputs_of(loss: str) -> Literal["softmax", "sigmoid"]:
+    """Say how the outputs of a network trained with a recipe's loss are read."""
+    return "sigmoid" if loss == "binary-cross-entropy" else "softmax"
+
+
 def make_loss(outputs: str, class_weights: Sequence[float] | None = None) -> LossFunction:
     """Give the loss of a network with one output per class.
 
@@ -129,6 +134,25 @@ def make_loss(outputs: str, class_weights: Sequence[float] | None = None) -> Los
 
     weights = torch.tensor(class_weights if class_weights is not None else [], dtype=torch.float32)
     return loss_fn
+
+
+def count_correct(logits: Tensor, target: Tensor, outputs: str) -> dict[str, Tensor]:
+    """Count what is right in a batch, on its device.
+
+    Args:
+        logits: ``(B, n_classes)``.
+        target: ``(B,)`` class indices.
+        outputs: ``softmax`` or ``sigmoid``.
+
+    Returns:
+        ``accuracy``: patches right by arg-max. Of sigmoids also ``binary_accuracy``, as Keras counted until
+        2020: each output by itself at .5, a patch counting by the share of its outputs that are right.
+    """
+    correct = {"accuracy": (logits.argmax(dim=1) == target).sum()}
+    if outputs == "sigmoid":
+        wanted = functional.one_hot(target, logits.shape[1]).bool()
+        correct["binary_accuracy"] = ((logits > 0) == wanted).double().mean(dim=1).sum()
+    return correct
 
 
 def _keep_freed_memory() -> None:

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from biopsy.errors import TrainingDiverged
 from biopsy.learning.augmentation import Augmentation
 from biopsy.learning.batches import Batches
 from biopsy.learning.checkpoints import Progress, load_checkpoint, save_checkpoint
-from biopsy.learning.engine import Engine, make_loss
+from biopsy.learning.classifiers import score_classes
+from biopsy.learning.engine import Engine, count_correct, make_loss, outputs_of
+from biopsy.learning.frozen import compute_front, predict_rest
 from biopsy.learning.inference import predict_logits
 from biopsy.learning.optimisers import learning_rate, make_optimiser, set_learning_rate
 from biopsy.learning.preprocessing import Preprocessing
 from biopsy.learning.recipes import Recipe
-from biopsy.learning.sampling import order_epoch, weigh_classes
+from biopsy.learning.sampling import cut_passes, order_epoch, weigh_classes
 from biopsy.seeds import derive
 
 logger = logging.getLogger(__name__)
@@ -64,10 +66,14 @@ def fit(network: torch.nn.Module, task: Task, folder: Path, on_epoch: OnEpoch) -
     optimiser = optimiser_of(task.recipe, network)
     progress = load_checkpoint(folder, network, optimiser, task.engine.device)
     batches = _make_batches(task)
+    steps = settings.steps_per_epoch or batches.count(len(_order(task, 1)))
+    rows = np.union1d(task.train, task.val)
+    n_visits = (settings.epochs - progress.epoch) * (steps * settings.batch_size + len(task.val))
+    front = compute_front(network, batches, rows, n_visits, engine=task.engine, folder=folder.parent)
     devices = [task.engine.device] if task.engine.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with front as (learner, batches), torch.random.fork_rng(devices=devices):
         while progress.epoch < settings.epochs and not _is_stale(task, progress):
-            record = _run_epoch(network, optimiser, task, batches, progress)
+            record = _run_epoch(learner, optimiser, task, batches, progress, steps)
             _note_best(task, progress, record)
             progress.history.append(record)
             save_checkpoint(folder, network, optimiser, progress)
@@ -93,19 +99,19 @@ def _run_epoch(
     task: Task,
     batches: Batches,
     progress: Progress,
+    steps: int,
 ) -> dict[str, Any]:
-    """Make one pass over the training patches and look at validation; gives the epoch's record."""
+    """Make an epoch's updates and look at validation; gives the epoch's record."""
     settings, epoch, started = task.recipe.train, progress.epoch + 1, time.perf_counter()
-    order = _order(task, epoch)
     weights = weigh_classes(task.pack.target[task.train], len(task.pack.class_names), settings.class_weights)
-    loss_fn = make_loss(_outputs(settings.loss), None if weights is None else weights.tolist())
-    steps = batches.count(len(order))
+    outputs = outputs_of(settings.loss)
+    loss_fn = make_loss(outputs, None if weights is None else weights.tolist())
     losses: list[Tensor] = []
-    correct = torch.zeros((), dtype=torch.int64, device=task.engine.device)
+    correct: dict[str, Tensor] = {}
     n_seen, lr = 0, settings.lr
     torch.manual_seed(derive(task.seed, "dropout", epoch))
     network.train()
-    for batch, target in batches.iterate(order, epoch=epoch):
+    for batch, target in _next_batches(task, batches, progress.step, steps):
         lr = learning_rate(
             progress.step + len(losses),
             lr=settings.lr,
@@ -117,20 +123,22 @@ def _run_epoch(
         )
         set_learning_rate(optimiser, lr)
         loss, logits = task.engine.train_step(network, optimiser, batch, target, loss_fn)
-        correct += (logits.argmax(dim=1) == target).sum()
+        for name, count in count_correct(logits, target, outputs).items():
+            correct[name] = correct.get(name, 0) + count
         losses.append(loss)
         n_seen += len(target)
         if len(losses) % CHECK_EVERY == 0:
             _require_finite(losses, epoch, progress.epoch)
     _require_finite(losses, epoch, progress.epoch)
-    mean_loss, accuracy = float(torch.stack(losses).mean()), int(correct) / n_seen
+    mean_loss = float(torch.stack(losses).mean())
+    accuracy = {name: float(count) / n_seen for name, count in correct.items()}
     trained = time.perf_counter()
-    validation = _validate(network, task)
+    validation = _validate(network, task, batches)
     if not math.isfinite(validation["val_loss"]):
         raise _diverged(
             validation["val_loss"], f"epoch {epoch}, on validation after {len(losses)} steps", epoch - 1
         )
-    record = {"epoch": epoch, "loss": mean_loss, "accuracy": accuracy, **validation, "lr": lr}
+    record = {"epoch": epoch, "loss": mean_loss, **accuracy, **validation, "lr": lr}
     progress.epoch, progress.step = epoch, progress.step + len(losses)
     ended = time.perf_counter()
     return record | {
@@ -141,27 +149,42 @@ def _run_epoch(
     }
 
 
-def _order(task: Task, epoch: int) -> np.ndarray:
-    """Give the rows of an epoch; a last batch of one patch is left out, it has no spread to normalise by."""
+def _order(task: Task, number: int) -> np.ndarray:
+    """Give the rows of a pass; a last batch of one patch is left out, it has no spread to normalise by."""
     settings = task.recipe.train
-    order = order_epoch(task.train, task.pack.target, sampling=settings.sampling, seed=task.seed, epoch=epoch)
+    order = order_epoch(
+        task.train, task.pack.target, sampling=settings.sampling, seed=task.seed, epoch=number
+    )
     return order[:-1] if len(order) % settings.batch_size == 1 else order
 
 
-def _validate(network: torch.nn.Module, task: Task) -> dict[str, Any]:
-    """Give loss (unweighted), accuracy by arg-max and, for two classes, AUROC on validation."""
-    pack, rows = task.pack, task.val
-    logits = predict_logits(
-        network, task.preprocessing, pack.patches, pack.sizes, rows, engine=task.engine
-    ).astype(np.float64)
-    target = pack.target[rows]
-    loss_fn = make_loss(_outputs(task.recipe.train.loss))
+def _next_batches(task: Task, batches: Batches, step: int, n_steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of the next updates, over shuffled passes that follow each other without end."""
+    per_pass = batches.count(len(_order(task, 1)))
+    for number, start, stop in cut_passes(step, n_steps, per_pass):
+        yield from batches.iterate(_order(task, number), epoch=number, start=start, stop=stop)
+
+
+def _validate(network: torch.nn.Module, task: Task, batches: Batches) -> dict[str, Any]:
+    """Give loss (unweighted), accuracy and, for two classes, AUROC on validation."""
+    pack, rows, outputs = task.pack, task.val, outputs_of(task.recipe.train.loss)
+    if batches.front is not None:
+        logits = predict_rest(network, batches.front, rows, engine=task.engine)
+    else:
+        logits = predict_logits(
+            network, task.preprocessing, pack.patches, pack.sizes, rows, engine=task.engine
+        )
+    guess, target = torch.from_numpy(logits.astype(np.float64)), torch.from_numpy(pack.target[rows])
+    correct = count_correct(guess, target, outputs)
     auroc, positive = None, pack.positive_index
-    if positive is not None and len(np.unique(target)) == 2 and np.isfinite(logits).all():
-        auroc = float(roc_auc_score(target == positive, logits[:, positive] - logits[:, 1 - positive]))
+    if positive is not None and len(target.unique()) == 2 and np.isfinite(logits).all():
+        scores = score_classes(logits, outputs)
+        auroc = float(
+            roc_auc_score(pack.target[rows] == positive, scores[:, positive] - scores[:, 1 - positive])
+        )
     return {
-        "val_loss": float(loss_fn(torch.from_numpy(logits), torch.from_numpy(target))),
-        "val_accuracy": float((logits.argmax(axis=1) == target).mean()),
+        "val_loss": float(make_loss(outputs)(guess, target)),
+        **{f"val_{name}": float(count) / len(rows) for name, count in correct.items()},
         "val_auroc": auroc,
     }
 
@@ -192,14 +215,10 @@ def _make_batches(task: Task) -> Batches:
         preprocessing=task.preprocessing,
         augmentation=Augmentation.from_settings(task.recipe.augmentation),
         batch_size=settings.batch_size,
-        drop_last=settings.drop_last and len(_order(task, epoch=1)) > settings.batch_size,
+        drop_last=settings.drop_last and len(_order(task, 1)) > settings.batch_size,
         device=task.engine.device,
         seed=task.seed,
     )
-
-
-def _outputs(loss: str) -> str:
-    return "softmax" if loss == "cross-entropy" else "sigmoid"
 
 
 def _require_finite(losses: list[Tensor], epoch: int, last_good: int) -> None:

@@ -16,7 +16,7 @@ from biopsy.learning.inference import predict_with_features
 from biopsy.seeds import make_rng
 
 QUANTILE = 0.99
-REFERENCE_PATCHES = 5000
+REFERENCE_PATCHES = 2000  # of up to a few hundred features; asking a large network for more takes minutes
 
 
 def fit_reference(

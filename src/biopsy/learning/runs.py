@@ -1,5 +1,6 @@
 """Runs: one training each, as a folder; what was asked, what happened, what came out."""
 
+import hashlib
 import json
 import re
 import secrets
@@ -18,7 +19,7 @@ from biopsy.data.predictions import read_predictions
 from biopsy.errors import DataError, RunError
 from biopsy.files import read_json, replace_directory, write_atomic, write_json
 from biopsy.learning.classifiers import Classifier
-from biopsy.learning.recipes import Recipe, load_recipe, recipe_toml
+from biopsy.learning.recipes import DEFINING_TABLES, Recipe, load_recipe, recipe_toml
 
 FORMAT = "biopsy-run/1"
 DOCUMENT = "run.json"
@@ -133,6 +134,11 @@ class Run:
             raise RunError(f"{self.path / 'split.csv'} does not list the patches of {pack.path}")
         return split["side"].to_numpy(str)
 
+    @property
+    def val_side(self) -> str:
+        """The side that validates: ``val``, or ``test`` where the published split had it so."""
+        return "test" if self.info["split"].get("val_is_test") else "val"
+
     def log(self) -> list[dict[str, Any]]:
         """Give one record an epoch."""
         path = self.path / "log.jsonl"
@@ -149,12 +155,54 @@ class Run:
             raise RunError(f"{path} does not exist: make it with `biopsy evaluate {self.path} --side {side}`")
         return read_predictions(path)
 
+    @property
+    def judged_side(self) -> str:
+        """The side whose mistakes may be looked at: ``test`` once it has been opened, until then ``val``."""
+        return "test" if (self.path / "predictions" / "test.parquet").exists() else "val"
+
     def metrics(self) -> dict[str, Any]:
         """Read ``evaluation/metrics.json``."""
         path = self.path / "evaluation" / "metrics.json"
         if not path.exists():
             raise RunError(f"{self.path} has not been evaluated: `biopsy evaluate {self.path}`")
         return read_json(path, format="biopsy-metrics/1")
+
+
+def hash_question(
+    recipe: Recipe, pack: Pack, sides: np.ndarray, split: Mapping[str, Any], seed: int, weights: str | None
+) -> str:
+    """Give a hash of everything that defines a run's result: equal questions need one run.
+
+    Args:
+        recipe: Its defining tables count, not where it comes from.
+        pack: Its content and its classes count, not where it lies.
+        sides: Side of every patch.
+        split: Its entry in ``run.json``: whether it is published, and whether its test side validates.
+        seed: Of training.
+        weights: Hash of the file that training starts from; None for random weights.
+    """
+    question = {
+        "recipe": recipe.model_dump(mode="json", include=set(DEFINING_TABLES)),
+        "pack": pack.info.content_sha256,
+        "classes": [pack.class_names, pack.info.positive_class],
+        "sides": hashlib.sha256("\n".join(sides.tolist()).encode()).hexdigest(),
+        "split": [split["as_published"], split["val_is_test"]],
+        "seed": seed,
+        "weights": weights,
+    }
+    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
+
+
+def find_answer(question_sha256: str, folders: Iterable[Path]) -> Run | None:
+    """Give the finished run among these folders that answers a question, None where there is none."""
+    for path in folders:
+        try:
+            run = Run.open(path)
+        except RunError:
+            continue
+        if run.info["status"] == "finished" and run.info.get("question_sha256") == question_sha256:
+            return run
+    return None
 
 
 def name_run(recipe: str, seed: int) -> str:

@@ -1,13 +1,61 @@
 """Which patches an epoch sees, in which order, and how much each class counts."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from biopsy.errors import DataError
 from biopsy.seeds import make_rng
 
 
+def take_fraction(index: np.ndarray, target: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Give a share of the training rows, drawn once for a run: of each class alike, at least one patch.
+
+    With the same seed a smaller share is part of every larger one.
+
+    Args:
+        index: Rows of the training patches, ascending, ``(n,)``.
+        target: Class of every row of the pack.
+        fraction: Above 0, at most 1.
+        seed: The run's seed.
+    """
+    if fraction == 1:
+        return index
+    kept = []
+    for label in np.unique(target[index]):
+        rows = index[target[index] == label]
+        count = max(1, round(fraction * len(rows)))
+        kept.append(make_rng(seed, "fraction", label).permutation(rows)[:count])
+    return np.sort(np.concatenate(kept))
+
+
+def cut_passes(step: int, n_steps: int, steps_per_pass: int) -> Iterator[tuple[int, int, int]]:
+    """Say which batches of which passes over the patches the next updates take.
+
+    Passes follow each other without end, each shuffled anew; an epoch may begin and end within one.
+
+    Args:
+        step: Updates made so far.
+        n_steps: Updates to make.
+        steps_per_pass: Batches in one pass.
+
+    Yields:
+        ``(number of the pass from 1, first batch, batch to stop before)``.
+
+    Example:
+        >>> list(cut_passes(step=3, n_steps=4, steps_per_pass=5))
+        [(1, 3, 5), (2, 0, 2)]
+    """
+    end = step + n_steps
+    while step < end:
+        number, start = divmod(step, steps_per_pass)
+        stop = min(steps_per_pass, start + end - step)
+        yield number + 1, start, stop
+        step += stop - start
+
+
 def order_epoch(index: np.ndarray, target: np.ndarray, *, sampling: str, seed: int, epoch: int) -> np.ndarray:
-    """Give the rows of one epoch in the order in which they are seen.
+    """Give the rows of one pass over the training patches in the order in which they are seen.
 
     Args:
         index: Rows of the training patches, ``(n,)``.
@@ -16,7 +64,7 @@ def order_epoch(index: np.ndarray, target: np.ndarray, *, sampling: str, seed: i
             rarest has, drawn once for the whole run. ``"oversample"``: as many as the commonest has; every
             patch at least as often as the class allows, the remainder drawn for each epoch.
         seed: The run's seed.
-        epoch: Counted from 1.
+        epoch: Number of the pass, counted from 1.
     """
     classes = [index[target[index] == label] for label in np.unique(target[index])]
     if sampling == "undersample":

@@ -19,17 +19,27 @@ from biopsy.data.splits import SIDES, Split, find_split, list_splits, make_split
 from biopsy.errors import MissingExtra, RunError, SplitError, TrainingDiverged
 from biopsy.figures.curves import draw_training
 from biopsy.files import replace_atomic
+from biopsy.learning.checkpoints import LAST
 from biopsy.learning.completion import complete, fit_preprocessing
 from biopsy.learning.engine import Engine
 from biopsy.learning.fitting import OnEpoch, Task, fit, optimiser_of
-from biopsy.learning.networks import build_network, count_parameters
+from biopsy.learning.networks import count_parameters
 from biopsy.learning.recipes import Recipe, load_recipe
-from biopsy.learning.runs import Run, describe_environment, name_run, remove_partial
-from biopsy.learning.sampling import weigh_classes
+from biopsy.learning.runs import (
+    Run,
+    describe_environment,
+    find_answer,
+    hash_question,
+    name_run,
+    remove_partial,
+)
+from biopsy.learning.sampling import order_epoch, take_fraction, weigh_classes
+from biopsy.learning.weights import describe_weights, make_network
 
 logger = logging.getLogger(__name__)
 
 CURVES = ("loss", "accuracy", "auroc")
+RUNS = Path("runs")
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
@@ -37,7 +47,7 @@ def train(
     recipe: str | Path | Recipe | None = None,
     data: Pack | Path | str | None = None,
     *,
-    split: str | None = None,
+    split: Split | str | None = None,
     fold: int | None = None,
     seed: int = 0,
     set: Iterable[str] = (),
@@ -50,12 +60,17 @@ def train(
 ) -> Run:
     """Train a recipe on the training patients of a pack, or go on with an interrupted run.
 
-    The run never looks at the test side: `biopsy.evaluate` does, and counts it.
+    The run never looks at the test side: `biopsy.evaluate` does, and counts it. (One publication validated on
+    its test side; its recipe does so on its ``as-published`` split, and the run and its report say it.)
+
+    A question that a finished run has answered is not trained again: the run in ``out``, or without ``out``
+    the one in ``runs/``, is given back if recipe, pack, sides, seed and initial weights are the same.
 
     Args:
         recipe: A shipped name, a TOML file, or a recipe.
         data: A pack, or an archive or folder, which is prepared into a pack beside it first.
-        split: Name of a split of the pack or of a protocol; by default the data set's own, else by patient.
+        split: Name of a split of the pack or of a protocol, or a split; by default the data set's own, else
+            by patient.
         fold: Which fold tests, for a split with folds.
         seed: Of initial weights, order, augmentation and dropout.
         set: ``"table.key=value"`` changes of the recipe.
@@ -81,12 +96,13 @@ def train(
         asked = load_recipe(recipe, set)
         engine = Engine(device, asked.train.precision)
         run, pack = _begin(asked, open_data(data), split, fold, seed, out)
-    try:
-        with FileLock(run.path / ".lock", timeout=0):
-            remove_partial(run)
-            _train(run, pack, engine, tensorboard, on_epoch)
-    except Timeout:
-        raise RunError(f"{run.path} is being trained by another process") from None
+    if run.info["status"] != "finished":
+        try:
+            with FileLock(run.path / ".lock", timeout=0):
+                remove_partial(run)
+                _train(run, pack, engine, tensorboard, on_epoch)
+        except Timeout:
+            raise RunError(f"{run.path} is being trained by another process") from None
     if plot is not None:
         curves = draw_training(run.log(), chosen_epoch=run.info["chosen_epoch"], quantities=CURVES)
         with replace_atomic(plot) as partial:
@@ -105,18 +121,25 @@ def open_data(data: Pack | Path | str) -> Pack:
 
 
 def _begin(
-    recipe: Recipe, pack: Pack, split_name: str | None, fold: int | None, seed: int, out: Path | str | None
+    recipe: Recipe,
+    pack: Pack,
+    split_name: Split | str | None,
+    fold: int | None,
+    seed: int,
+    out: Path | str | None,
 ) -> tuple[Run, Pack]:
-    """Check everything that can be checked before training, and write the run's folder."""
+    """Check what can be checked before training, and write the run's folder or find the run that answers."""
     pack.verify()
     split = choose_split(pack, split_name, recipe)
     sides = split.sides(pack, fold)
-    network = _build(recipe, pack, seed)
-    _check(recipe, pack, split.name, sides, network)
+    network, weights = make_network(recipe, len(pack.class_names), seed)
+    _check(recipe, pack, split, sides, network)
+    used = take_fraction(np.flatnonzero(sides == "train"), pack.target, recipe.train.fraction, seed)
+    used = order_epoch(used, pack.target, sampling=recipe.train.sampling, seed=seed, epoch=1)
     total, trainable = count_parameters(network)
     run_id = name_run(recipe.name, seed)
-    path = Path(out) if out is not None else Path("runs") / run_id
-    info = {
+    path = Path(out) if out is not None else RUNS / run_id
+    info: dict[str, Any] = {
         "id": run_id,
         "status": "running",
         "command": _repeat(path, pack, split, fold, seed),
@@ -128,8 +151,10 @@ def _begin(
             "fold": fold,
             "unit": split.unit,
             "as_published": split.is_published,
+            "val_is_test": split.val_is_test,
             "patients_overlap": split.overlap,
             "sides": {side or "left out": _count(pack, sides == side) for side in (*SIDES, "")},
+            "used": _count(pack, np.isin(np.arange(len(pack)), used)),
         },
         "pack": {
             "path": str(pack.path.resolve()),
@@ -141,28 +166,47 @@ def _begin(
             "unit": pack.unit,
         },
         "parameters": {"total": total, "trainable": trainable},
+        "weights": weights,
         "epochs": recipe.train.epochs,
         "epochs_done": 0,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": 0.0,
         "environment": describe_environment(),
     }
+    info["question_sha256"] = hash_question(recipe, pack, sides, info["split"], seed, weights["sha256"])
+    found = find_answer(info["question_sha256"], sorted(RUNS.glob("*")) if out is None else [path])
+    if found is not None:
+        return _use_again(found, pack), pack
+    logger.info("%s: %s", recipe.model.name, describe_weights(network, weights))
     table = pd.DataFrame({"patch_id": pack.table["patch_id"], "side": sides})
     return Run.create(path, info, recipe, table), pack
 
 
-def _check(recipe: Recipe, pack: Pack, split: str, sides: np.ndarray, network: torch.nn.Module) -> None:
+def _use_again(run: Run, pack: Pack) -> Run:
+    """Say that a finished run answers the question; its pack, if gone from where it was, is the one given."""
+    logger.info(
+        "%s has answered this question on %s: it is used again, not trained again "
+        "(to train anew, name another folder with --out)",
+        run.path,
+        run.info["started"][:10],
+    )
+    if not is_pack(run.info["pack"]["path"]):
+        run.update(pack={**run.info["pack"], "path": str(pack.path.resolve()), "name": pack.path.name})
+    return run
+
+
+def _check(recipe: Recipe, pack: Pack, split: Split, sides: np.ndarray, network: torch.nn.Module) -> None:
     """Refuse now what would stop the training later."""
-    for side in ("train", "val"):
+    for side in ("train", "test" if split.val_is_test else "val"):
         if side not in sides:
             raise SplitError(
-                f"split {split!r} has no {side} patches: validation chooses epoch and threshold; "
+                f"split {split.name!r} has no {side} patches: validation chooses epoch and threshold; "
                 "make a split with `biopsy split`"
             )
     target = pack.target[sides == "train"]
     if len(np.unique(target)) < 2:
         raise SplitError(
-            f"all training patches of split {split!r} are {pack.class_names[target[0]]!r}: "
+            f"all training patches of split {split.name!r} are {pack.class_names[target[0]]!r}: "
             "nothing can be learned from one class"
         )
     weigh_classes(target, len(pack.class_names), recipe.train.class_weights)
@@ -185,8 +229,10 @@ def _count(pack: Pack, chosen: np.ndarray) -> dict[str, Any]:
     }
 
 
-def choose_split(pack: Pack, name: str | None, recipe: Recipe) -> Split:
+def choose_split(pack: Pack, name: Split | str | None, recipe: Recipe) -> Split:
     """Find a split by name; ``as-published``, where the pack has none of that name, is the recipe's own."""
+    if isinstance(name, Split):
+        return name
     if name == "as-published" and name not in list_splits(pack):
         return make_split(pack, protocol=name, recipe=recipe.as_published.split)
     return find_split(pack, name)
@@ -210,29 +256,21 @@ def _continue(resume: Run | Path | str, *asked: object) -> tuple[Run, Pack]:
     return run, pack
 
 
-def _build(recipe: Recipe, pack: Pack, seed: int) -> torch.nn.Module:
-    return build_network(
-        recipe.model.name,
-        n_classes=len(pack.class_names),
-        input_px=recipe.preprocessing.input_px,
-        seed=seed,
-        **recipe.model.params,
-    )
-
-
 def _train(run: Run, pack: Pack, engine: Engine, tensorboard: bool, on_epoch: OnEpoch | None) -> None:
     recipe, started, before = run.recipe, time.perf_counter(), run.info["seconds"]
     sides = run.sides(pack)
     published = run.info["split"]["as_published"]
     checkpoint = recipe.as_published.checkpoint if published else recipe.train.checkpoint
+    seed, train_side = run.info["seed"], np.flatnonzero(sides == "train")
+    train = take_fraction(train_side, pack.target, recipe.train.fraction, seed)
     task = Task(
         recipe=recipe,
         pack=pack,
-        train=np.flatnonzero(sides == "train"),
-        val=np.flatnonzero(sides == "val"),
-        preprocessing=fit_preprocessing(recipe, pack, np.flatnonzero(sides == "train")),
+        train=train,
+        val=np.flatnonzero(sides == run.val_side),
+        preprocessing=fit_preprocessing(recipe, pack, train, published=published),
         engine=engine,
-        seed=run.info["seed"],
+        seed=seed,
         keep_best=checkpoint == "best",
     )
     run.update(status="running", device=str(engine.device), precision=engine.precision)
@@ -248,13 +286,14 @@ def _train(run: Run, pack: Pack, engine: Engine, tensorboard: bool, on_epoch: On
         if on_epoch:
             on_epoch(record | {"run": str(run.path)})
 
-    network = _build(recipe, pack, task.seed)
     folder = run.path / "checkpoints"
+    begun = (folder / LAST).exists()  # the checkpoint's weights replace those that training began with
+    network, _ = make_network(recipe, len(pack.class_names), seed, load=not begun)
     try:
         progress = fit(network, task, folder, note)
     except KeyboardInterrupt:
         run.update(status="interrupted")
-        raise
+        raise KeyboardInterrupt(str(run.path)) from None
     except TrainingDiverged as error:
         run.update(status="failed", reason=str(error))
         raise

@@ -1,0 +1,5 @@
+"""Models of other libraries, read as data: nothing that came with them is executed.
+
+``keras_files`` reads what Keras wrote, ``keras_config`` what it says about the layers, ``keras`` carries the
+weights into a network of ours, and ``importing`` makes a classifier of it.
+"""

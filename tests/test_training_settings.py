@@ -1,0 +1,153 @@
+"""Training settings: epochs of so many updates, a share of the data, sigmoids, what differs as published."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+import biopsy.learning.fitting as fitting
+from biopsy.learning.batches import Batches
+from biopsy.learning.training import train
+from conftest import write_pack
+from tiny_runs import LIVELY, assert_same_run, train_tiny
+
+THREE = "train.epochs=3"
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    return write_pack(tmp_path_factory.mktemp("training"), n_patients=8, patches_per_patient=8)
+
+
+@pytest.fixture(scope="module")
+def whole(pack, tmp_path_factory):
+    """Three epochs of one pass each; change only a copy of it."""
+    return train_tiny(pack, tmp_path_factory.mktemp("whole") / "run", THREE)
+
+
+def test_an_epoch_may_be_a_number_of_updates(pack, tmp_path):
+    whole = train_tiny(pack, tmp_path / "whole", "train.epochs=4", "train.steps_per_epoch=3")
+    assert [record["step"] for record in whole.log()] == [3, 6, 9, 12]
+
+    def stop(record):
+        if record["epoch"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(pack, tmp_path / "cut", "train.epochs=4", "train.steps_per_epoch=3", on_epoch=stop)
+    assert_same_run(whole, train(resume=tmp_path / "cut", device="cpu"))
+
+
+def test_epochs_of_as_many_updates_as_a_pass_has_are_passes(pack, whole, tmp_path):
+    steps = whole.log()[0]["step"]
+    assert_same_run(whole, train_tiny(pack, tmp_path / "run", THREE, f"train.steps_per_epoch={steps}"))
+
+
+def test_updates_go_through_shuffled_passes(pack, tmp_path, monkeypatch):
+    seen = []
+    load = Batches._gather
+
+    def note(self, order, number):
+        seen.extend(order[number * self.batch_size : (number + 1) * self.batch_size])
+        return load(self, order, number)
+
+    monkeypatch.setattr(Batches, "_gather", note)
+    options = ("train.steps_per_epoch=5", "train.batch_size=6", "train.drop_last=false")
+    run = train_tiny(pack, tmp_path / "run", "train.epochs=5", *options)
+    rows = np.flatnonzero(run.sides(pack) == "train")
+    passes = [seen[start : start + len(rows)] for start in range(0, len(seen), len(rows))]
+    assert len(passes) == 4 and [sorted(each) for each in passes[:3]] == [rows.tolist()] * 3
+    assert passes[0] != passes[1] != passes[2]
+
+
+def test_a_fraction_of_the_training_patches_is_drawn_once(pack, tmp_path):
+    options = ("train.fraction=0.4", "train.drop_last=false", "preprocessing.standardise=featurewise")
+    run = train_tiny(pack, tmp_path / "run", *options)
+    sides = run.info["split"]["sides"]["train"]
+    assert sides["per_class"] == {"non_idc": 24, "idc": 24}
+    assert run.info["split"]["used"]["per_class"] == {"non_idc": 10, "idc": 10}
+    assert [record["step"] for record in run.log()] == [3, 6]  # 20 patches in batches of 8
+    mean = run.classifier.info.preprocessing.mean
+    everything = pack.patches[run.sides(pack) == "train"].reshape(-1, 3).mean(axis=0) / 255
+    assert not np.allclose(mean, everything, rtol=1e-6)
+    halved = train_tiny(pack, tmp_path / "halved", *options, "train.epochs=1", "train.sampling=undersample")
+    assert halved.info["split"]["used"]["patches"] == 20
+
+
+SIGMOID = ("train.loss=binary-cross-entropy", "train.monitor=val_loss")
+
+
+def test_sigmoid_outputs_from_loss_to_classifier(pack, tmp_path):
+    run = train_tiny(pack, tmp_path / "run", *LIVELY, *SIGMOID, recipe="residual-small")
+    classifier = run.classifier
+    assert classifier.info.outputs == "sigmoid"
+    frame, _ = run.predictions("val")
+    logits = frame[["logit_non_idc", "logit_idc"]].to_numpy(np.float64)
+    target, positive = frame["target"].to_numpy(), frame["prob_idc"].to_numpy()
+    sigmoid = 1 / (1 + np.exp(-logits))
+    np.testing.assert_allclose(positive, sigmoid[:, 1] / sigmoid.sum(axis=1), rtol=1e-5)
+    record = run.log()[run.info["chosen_epoch"] - 1]
+    wanted = np.eye(2)[target]
+    loss = -(wanted * np.log(sigmoid) + (1 - wanted) * np.log(1 - sigmoid)).mean()
+    assert record["val_loss"] == pytest.approx(loss, rel=1e-4)
+    assert record["val_auroc"] == pytest.approx(roc_auc_score(target, positive), abs=1e-9)
+    assert record["val_accuracy"] == pytest.approx((logits.argmax(axis=1) == target).mean())
+    assert record["val_binary_accuracy"] == pytest.approx(((sigmoid > 0.5) == wanted).mean())
+    assert 0 <= record["binary_accuracy"] <= 1
+
+
+def test_sigmoids_are_ranked_by_their_common_probability(pack, tmp_path, monkeypatch):
+    def answer(network, preprocessing, patches, sizes, rows, *, engine):
+        return np.random.default_rng(len(rows)).normal(0, 4, (len(rows), 2)).astype(np.float32)
+
+    monkeypatch.setattr(fitting, "predict_logits", answer)
+    run = train_tiny(pack, tmp_path / "run", *SIGMOID)
+    val = run.sides(pack) == "val"
+    logits = answer(None, None, None, None, np.flatnonzero(val), engine=None).astype(np.float64)
+    sigmoid = 1 / (1 + np.exp(-logits))
+    wanted = roc_auc_score(pack.target[val], sigmoid[:, 1] / sigmoid.sum(axis=1))
+    assert run.log()[0]["val_auroc"] == pytest.approx(wanted)
+    assert wanted != pytest.approx(roc_auc_score(pack.target[val], logits[:, 1] - logits[:, 0]))
+
+
+def test_softmax_runs_have_no_accuracy_per_output(whole):
+    assert not [name for name in whole.log()[0] if "binary" in name]
+    assert whole.classifier.info.outputs == "softmax"
+
+
+def test_the_lowest_validation_loss_stops_and_is_kept(pack, tmp_path):
+    options = ("train.monitor=val_loss", "train.early_stopping_patience=1", "train.epochs=30")
+    run = train_tiny(pack, tmp_path / "run", *LIVELY, *options, "train.lr=0.05", recipe="residual-small")
+    losses = [record["val_loss"] for record in run.log()]
+    assert run.info["chosen_epoch"] == 1 + int(np.argmin(losses)) == len(losses) - 1 < 29
+    assert losses == sorted(losses[:-1], reverse=True) + losses[-1:] and losses[-1] >= losses[-2]
+
+
+BARUAH = (
+    'as_published.split={method = "first-files", count = 60, test = 0.3, undersample = ["train", "test"], '
+    "val_is_test = true, seed = 0}"
+)
+
+
+def test_a_test_side_that_validates_as_published(pack, tmp_path):
+    options = (BARUAH, "as_published.checkpoint=best", "train.monitor=val_loss")
+    run = train_tiny(pack, tmp_path / "run", *options, split="as-published")
+    split = run.info["split"]
+    assert split["val_is_test"] is True and split["sides"]["val"]["patches"] == 0
+    n_test = split["sides"]["test"]["patches"]
+    assert 0 < n_test < 18 and len(set(split["sides"]["test"]["per_class"].values())) == 1
+    frame, _ = run.predictions("val")
+    sides = run.sides(pack)
+    assert sorted(frame["patch_id"]) == sorted(pack.table["patch_id"][sides == "test"])
+    assert set(frame["side"]) == {"test"}
+    assert run.info["threshold"] == {"value": 0.5, "rule": "argmax", "chosen_on": "test"}
+    assert run.info["chosen_epoch"] == 1 + int(np.argmin([r["val_loss"] for r in run.log()]))
+    assert train_tiny(pack, tmp_path / "apart").info["split"]["val_is_test"] is False
+
+
+def test_standardisation_may_differ_as_published(pack, tmp_path):
+    options = ("preprocessing.standardise=featurewise", "as_published.standardise=none", "train.epochs=1")
+    apart = train_tiny(pack, tmp_path / "apart", *options)
+    published = train_tiny(pack, tmp_path / "published", *options, split="as-published")
+    unsaid = train_tiny(pack, tmp_path / "unsaid", options[0], options[2], split="as-published")
+    means = [run.classifier.info.preprocessing.mean for run in (apart, published, unsaid)]
+    assert means[1] == (0, 0, 0) and min(means[0]) > 0.1 and min(means[2]) > 0.1
