@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from biopsy.data.predictions import read_predictions
+from biopsy.data.submissions import give_ids
 from biopsy.errors import ArchiveError, DataError, RunError
 from biopsy.learning.classifiers import Classifier
 from biopsy.studies.prediction import predict
@@ -104,6 +105,41 @@ def test_csv_and_parquet_hold_the_same(trained_run, folder):
     assert tables[0]["unlike_training"].dtype == bool
 
 
+def test_kaggles_csv_holds_the_probability_of_the_positive_class(trained_run, folder):
+    whole = ask(trained_run, folder).frame
+    found = ask(trained_run, folder, format="kaggle")
+    assert found.path.name == "submission.csv"
+    table = pd.read_csv(found.path, dtype={"id": str})
+    assert found.path.read_text().startswith("id,label\n") and table.columns.tolist() == ["id", "label"]
+    assert table["id"].tolist() == [name[2:-4] for name in whole["patch_id"]]  # 0/04.png is 04
+    np.testing.assert_array_equal(table["label"], whole["prob"])
+    assert found.frame["pred"].tolist() == whole["pred"].tolist()
+    about = json.loads(found.path.with_name("submission.csv.json").read_text())
+    assert about["format"] == "biopsy-submission/1" and about["skipped"] == []
+    pack = trained_run.open_pack().path
+    ids = pd.read_csv(ask(trained_run, pack, format="kaggle", out="pack.csv").path)["id"]
+    assert ids.tolist() == trained_run.open_pack().table["patch_id"].tolist()
+
+
+def test_kaggles_csv_keeps_the_order_and_names_what_was_skipped(trained_run, folder, tmp_path):
+    images = sorted(folder.rglob("*.png"))[::-1]
+    (tmp_path / "broken.tif").write_bytes(b"II*\0 and no more")
+    found = ask(trained_run, *images[:3], tmp_path / "broken.tif", *images[3:], format="kaggle")
+    assert pd.read_csv(found.path, dtype={"id": str})["id"].tolist() == [path.stem for path in images]
+    assert [item["source"] for item in found.skipped] == [str(tmp_path / "broken.tif")]
+    assert json.loads(found.path.with_name("submission.csv.json").read_text())["skipped"] == found.skipped
+
+
+def test_what_kaggle_would_not_take_is_refused(trained_run, folder):
+    (folder / "2").mkdir()
+    shutil.copy(folder / "0" / "00.png", folder / "2" / "00.PNG")
+    with pytest.raises(DataError, match="two patches have the id '00': Kaggle's csv takes each id once"):
+        ask(trained_run, folder, format="kaggle")
+    with pytest.raises(DataError, match=r"Kaggle takes a csv, not 'table.parquet'"):
+        ask(trained_run, folder / "0", format="kaggle", out="table.parquet")
+    assert give_ids(["a.b.tif", "v1.2", "x/.png", "d.JPG"]) == ["a.b", "v1.2", ".png", "d"]
+
+
 def test_a_file_that_cannot_be_read_is_named_and_skipped(trained_run, folder, archive, make_patches):
     (folder / "0" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     (folder / "1" / "empty.jpg").write_bytes(b"")
@@ -173,6 +209,8 @@ def test_more_than_two_classes_take_the_likeliest(trained_run, folder, tmp_path)
     assert found["pred"].tolist() == probs.argmax(axis=1).tolist()
     assert "prob" not in found and "unlike_training" not in found
     assert found["target"].isna().all()  # the pack's classes are not the classifier's
+    with pytest.raises(DataError, match="the classifier has 3 classes: write csv or parquet"):
+        ask(tmp_path / "three", folder, format="kaggle")
 
 
 def test_nothing_that_can_be_read_is_an_error(trained_run, tmp_path):

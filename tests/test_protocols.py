@@ -5,14 +5,25 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import typer
 
+from biopsy.cli import app
 from biopsy.data.cases import read_cases
 from biopsy.data.packs import Pack
-from biopsy.data.protocols import Request, follow_recipe
+from biopsy.data.protocols import PROTOCOLS, Request
+from biopsy.data.published import follow_recipe
 from biopsy.data.splits import find_split, load_split, make_split, save_split
 from biopsy.errors import SplitError
 
 MakePack = Callable[..., Pack]
+BARUAH = {
+    "method": "first-files",
+    "count": 60_000,
+    "test": 0.15,
+    "undersample": ["train", "test"],
+    "val_is_test": True,
+    "seed": 0,
+}
 CANCERNET = {"method": "shuffled-paths", "seed": 42, "train": 0.8, "val": 0.1}
 SHARES = (0.7, 0.15, 0.15)
 
@@ -175,16 +186,10 @@ class Rows:
 
     def __init__(self, n_rows: int) -> None:
         self.table = pd.DataFrame({"row": np.arange(n_rows), "source": np.arange(n_rows).astype(str)})
+        self.target = (np.arange(n_rows) % 4 == 0).astype(int)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "n_patches", "expected"),
-    [
-        (CANCERNET, 277_524, [199_818, 22_201, 55_505, 0]),
-        ({"method": "kaggle-rows"}, 220_025, [154_017, 44_004, 22_002, 2]),
-    ],
-)
-def test_published_counts(recipe: dict[str, object], n_patches: int, expected: list[int]) -> None:
+def follow(recipe: dict[str, object], n_patches: int) -> np.ndarray:
     request = Request(
         pack=Rows(n_patches),  # type: ignore[arg-type]
         unit="patch",
@@ -197,8 +202,57 @@ def test_published_counts(recipe: dict[str, object], n_patches: int, expected: l
         cases=None,
         recipe=recipe,
     )
-    sides, _ = follow_recipe(request)
+    return follow_recipe(request)[0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "n_patches", "expected"),
+    [
+        (CANCERNET, 277_524, [199_818, 22_201, 55_505, 0]),
+        ({"method": "kaggle-rows"}, 220_025, [154_017, 44_004, 22_002, 2]),
+        (BARUAH | {"undersample": []}, 277_524, [51_000, 0, 9_000, 217_524]),
+    ],
+)
+def test_published_counts(recipe: dict[str, object], n_patches: int, expected: list[int]) -> None:
+    sides = follow(recipe, n_patches)
     assert [int((sides == side).sum()) for side in ("train", "val", "test", "")] == expected
+
+
+def test_first_files_are_the_first_by_path_and_undersampled() -> None:
+    sides, target = follow(BARUAH, 90_000), Rows(90_000).target
+    first = np.argsort(np.arange(90_000).astype(str), kind="stable")[:60_000]
+    assert set(np.flatnonzero(sides)) <= set(first)
+    whole = follow(BARUAH | {"undersample": []}, 90_000)
+    assert set(np.flatnonzero(whole)) == set(first)
+    for side in ("train", "test"):
+        kept = np.bincount(target[sides == side])
+        assert kept.tolist() == [target[whole == side].sum()] * 2  # the rarer class is kept whole
+        assert set(np.flatnonzero(sides == side)) <= set(np.flatnonzero(whole == side))
+    only_train = follow(BARUAH | {"undersample": ["train"]}, 90_000)
+    assert (only_train == "test").sum() == 9_000
+    assert (follow(BARUAH, 90_000) == sides).all()
+    assert (follow(BARUAH | {"seed": 1}, 90_000) != sides).any()
+
+
+def test_what_tests_may_validate_where_it_was_published_so(make_pack: MakePack) -> None:
+    pack = make_pack(n_patients=6)
+    split = make_split(pack, protocol="as-published", recipe=BARUAH | {"test": 0.25}, name="baruah")
+    save_split(pack, split)
+    for made in (split, load_split(pack, "baruah")):
+        assert made.val_is_test and made.overlap is True and made.may_overlap
+        assert set(made.sides(pack)) <= {"train", "test", ""}
+    assert split.parameters["warnings"] == [] and split.parameters["taken"] == 72
+    assert not make_split(pack, protocol="as-published", recipe=CANCERNET).val_is_test
+    with pytest.raises(SplitError, match="'first-files' needs count, test and seed; 'test' is missing"):
+        make_split(pack, protocol="as-published", recipe={"method": "first-files", "count": 5})
+    with pytest.raises(SplitError, match="no patches are left for val"):
+        make_split(pack, protocol="as-published", recipe=BARUAH | {"val_is_test": False})
+
+
+def test_help_names_every_protocol() -> None:
+    command = typer.main.get_command(app).commands["split"]  # type: ignore[attr-defined]
+    text = next(item.help for item in command.params if item.name == "protocol")
+    assert set(text.strip(".").replace(" or ", ", ").split(", ")) == set(PROTOCOLS)
 
 
 def test_kaggle_rows_go_by_row_whatever_the_order(make_pack: MakePack) -> None:

@@ -54,6 +54,16 @@ def prepare(
     mpp: Annotated[
         float | None, typer.Option(help="Micrometres per pixel, where the source does not say.")
     ] = None,
+    export_tree: Annotated[
+        Path | None,
+        typer.Option(help="Also sort the original files into training|validation|testing/<class>/ here."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="The tree's split; the recipe's published one by default.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Whose published split the tree has; cancernet-2020 by default.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Decode an archive of patches once, into a pack."""
@@ -67,13 +77,31 @@ def prepare(
             join=join,
             positive=positive,
             mpp=mpp,
+            export_tree=export_tree,
+            split=split,
+            recipe=recipe,
             on_progress=on_progress,
         )
+    tree = None if export_tree is None else _count_tree(export_tree)
     if as_json:
-        print_json({"path": pack.path, **pack.info.model_dump()})
+        about = {"path": pack.path, **pack.info.model_dump()}
+        print_json(about if tree is None else {**about, "tree": tree})
     else:
         _print_pack(pack)
+        if tree is not None:
+            print(
+                f"{export_tree}: the original files, class folders numbered in the order of the classes above"
+            )
+            print_table(
+                [[side, *counts.values()] for side, counts in tree.items()], ["side", *tree["training"]]
+            )
     name_skipped(pack.info.skipped, str(pack.path / "pack.json"))
+
+
+def _count_tree(folder: Path) -> dict[str, dict[str, int]]:
+    from biopsy.data.export import count_tree
+
+    return count_tree(folder)
 
 
 def _print_pack(pack: "Pack") -> None:
@@ -120,10 +148,9 @@ def _print_audit(audit: Mapping[str, Any]) -> None:
     print("  label conflicts: {:,} of the same pixels, {:,} of the same place".format(*conflicts))
     if groups["count"]:
         print(f"  {audit['unit']}s: {groups['count']:,}, of one class {groups['one_class']['count']:,}")
-    if division and division["is_published"] and division["patients_overlap"]:
-        print(
-            f"  PATIENTS OVERLAP in split {division['name']}, as published: {division['overlap']['count']:,}"
-        )
+    if division and division["may_overlap"] and division["patients_overlap"]:
+        why = "as published" if division["is_published"] else "on purpose"
+        print(f"  PATIENTS OVERLAP in split {division['name']}, {why}: {division['overlap']['count']:,}")
     for picture in audit["paths"]["pictures"]:
         print(f"picture: {picture}")
 
@@ -133,7 +160,9 @@ def split(
     protocol: Annotated[
         str,
         typer.Option(
-            help="official, patients, folds, leave-one-out, site or as-published.", show_default=False
+            help="official, patients, folds, leave-one-out, site, kaggle-rows, as-published, leak-apart or "
+            "leak-with.",
+            show_default=False,
         ),
     ],
     name: Annotated[
@@ -188,7 +217,10 @@ def split(
 def _print_split(made: "Split") -> None:
     print(f"split {made.name!r} ({made.protocol}) by {made.unit}, seed {made.seed}")
     if made.overlap:
-        print("PATIENTS OVERLAP between sides, as published: figures on it say nothing about a new patient")
+        why = "as published" if made.is_published else "on purpose"
+        print(f"PATIENTS OVERLAP between sides, {why}: figures on it say nothing about a new patient")
+    if made.val_is_test:
+        print("the test side also validates, as published: everything is chosen on what is tested")
     counts = made.parameters["counts"]
     rows = []
     for fold, sides in enumerate(counts.get("folds", [counts])):

@@ -58,7 +58,7 @@ def audit_pack(pack: Pack, split: Split | None = None) -> dict[str, Any]:
 def find_spoilers(audit: dict[str, Any]) -> list[str]:
     """Say in a line each what would spoil a result; an empty list means that nothing would.
 
-    A published split is exempt: its overlap is stated in the audit as what it is.
+    A split that is published, or made to measure a leak, is exempt: its overlap is stated as what it is.
     """
     reasons = []
     for kind, words in (("same_pixels", "the same pixels"), ("same_place", "the same place")):
@@ -70,7 +70,7 @@ def find_spoilers(audit: dict[str, Any]) -> list[str]:
                 f"{' and '.join(first[:2])}; correct them with `biopsy prepare --labels CSV`"
             )
     split = audit["split"]
-    if split is None or split["is_published"]:
+    if split is None or split["may_overlap"]:
         return reasons
     overlap = split["overlap"]
     if overlap["count"]:
@@ -187,6 +187,7 @@ def _audit_split(
         "name": split.name,
         "protocol": split.protocol,
         "is_published": split.is_published,
+        "may_overlap": split.may_overlap,
         "patients_overlap": None if pack.unit == "patch" else bool(overlap),
         "overlap": {"count": len(overlap), "items": dict(list(overlap.items())[:LIST_LIMIT])},
         "duplicates_across_sides": _listed(_groups(pack, pictures, across)),

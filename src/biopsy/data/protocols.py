@@ -5,7 +5,6 @@ sides (``"train"``, ``"val"``, ``"test"``, ``""`` for left out) or fold numbers 
 To add a protocol, write such a function and name it in `PROTOCOLS`.
 """
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import pandas as pd
 from biopsy.data.cases import Cases, read_cases
 from biopsy.data.leakage import SIDES
 from biopsy.data.packs import Pack, Unit
+from biopsy.data.published import cut_rows, follow_recipe
 from biopsy.errors import SplitError, suggest
 from biopsy.seeds import make_rng
 
@@ -238,53 +238,73 @@ def _sides_by_case(request: Request, cases: Cases) -> Plan:
     }
 
 
-def follow_recipe(request: Request) -> Plan:
-    """The split a recipe's authors used, by the method its ``[as_published.split]`` table names."""
-    if not request.recipe:
+def train_apart(request: Request) -> Plan:
+    """Test half of one patient, validate on another, train on all others: the arm without a leak."""
+    test, _, val = halve_tested(request)
+    sides = np.full(len(test), "train", dtype="<U5")
+    sides[request.group_ids == request.test_ids[0]] = ""
+    sides[val] = "val"
+    sides[test] = "test"
+    return sides, _named_note(request)
+
+
+def train_with_leak(request: Request) -> Plan:
+    """As `train_apart`, but the tested patient's other half trains in place of as many patches of others.
+
+    Which of the others give way is drawn with the seed, class by class, so that both arms train on the same
+    number of patches of each class.
+    """
+    sides, parameters = train_apart(request)
+    _, leaked, _ = halve_tested(request)
+    ids, target = request.pack.table["patch_id"].to_numpy(str), request.pack.target
+    rng = make_rng(request.seed, "leak", "replaced")
+    for class_index, name in enumerate(request.pack.class_names):
+        others = np.flatnonzero((sides == "train") & (target == class_index))
+        n_leaked = int((leaked & (target == class_index)).sum())
+        if n_leaked > len(others):
+            raise SplitError(
+                f"{n_leaked:,} {name} patches of {request.test_ids[0]} would train and the others have "
+                f"{len(others):,} to give way; test another {request.unit}"
+            )
+        others = others[np.argsort(ids[others])]
+        sides[rng.choice(others, n_leaked, replace=False)] = ""
+    sides[leaked] = "train"
+    return sides, parameters | {"leaked": int(leaked.sum())}
+
+
+def halve_tested(request: Request) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mark the tested half of the patient named for testing, its other half, and the validating patient.
+
+    The half is drawn once per patient, whatever the seed, class by class (the larger half of an odd number is
+    tested), so that every arm and every seed has the same test patches.
+
+    Raises:
+        SplitError: If not one known patient each is named, or the tested half has one class only.
+    """
+    unit, tested, validating = request.unit, request.test_ids, request.val_ids
+    if unit == "patch":
         raise SplitError(
-            "as-published follows a recipe's own split: name the recipe, such as --recipe cancernet-2020"
+            f"{request.pack.path.name} names neither patients nor slides: a leak between them cannot be "
+            "measured; prepare it with --patients"
         )
-    method = str(request.recipe.get("method"))
-    if method not in PUBLISHED_METHODS:
+    check_known(tested + validating, request.group_ids, unit)
+    if len(tested) != 1 or len(validating) != 1 or tested == validating:
         raise SplitError(
-            f"the recipe asks for the split method {method!r}; {suggest(method, PUBLISHED_METHODS)}"
+            f"the leak is measured on one {unit} while another validates; "
+            f"to test: {list(tested)}, to validate: {list(validating)}"
         )
-    sides, parameters = PUBLISHED_METHODS[method](request)
-    return sides, {"recipe": dict(request.recipe), **parameters}
-
-
-def shuffle_paths(request: Request) -> Plan:
-    """Shuffle the sorted paths with ``random``: train first, then test; the front of train validates."""
-    recipe = request.recipe or {}
-    try:
-        seed, train, val = int(recipe["seed"]), float(recipe["train"]), float(recipe["val"])
-    except KeyError as error:
-        raise SplitError(
-            f"the split method 'shuffled-paths' needs seed, train and val; {error} is missing"
-        ) from None
-    order = list(np.argsort(request.pack.table["source"].to_numpy(str), kind="stable"))
-    random.Random(seed).shuffle(order)
-    n_train = int(len(order) * train)
-    n_val = int(n_train * val)
-    sides = np.full(len(order), "test", dtype="<U5")
-    sides[order[:n_train]] = "train"
-    sides[order[:n_val]] = "val"
-    return sides, {}
-
-
-def cut_rows(request: Request) -> Plan:
-    """First 70, next 20 and last 10 % of the rows of Kaggle's csv, one row dropped at each border."""
-    table = request.pack.table
-    if "row" not in table.columns or table["row"].isna().any():
-        raise SplitError(
-            f"{request.pack.path.name} does not keep the rows of Kaggle's train_labels.csv; prepare it again"
-        )
-    rows = table["row"].to_numpy(np.int64)
-    n_rows = int(rows.max()) + 1
-    first, second = int(n_rows * 0.7), int(n_rows * 0.9)
-    sides = np.select([rows < first, rows < second], ["train", "val"], "test")
-    sides[(rows == first) | (rows == second)] = ""
-    return sides, {"n_rows": n_rows, "dropped_rows": [first, second]}
+    whose, target = request.group_ids == tested[0], request.pack.target
+    ids = request.pack.table["patch_id"].to_numpy(str)
+    rng = make_rng(0, "leak", tested[0])
+    test = np.zeros(len(target), bool)
+    for class_index in np.unique(target):
+        rows = np.flatnonzero(whose & (target == class_index))
+        rows = rng.permutation(rows[np.argsort(ids[rows])])
+        test[rows[: (len(rows) + 1) // 2]] = True
+    if len(np.unique(target[test])) < 2:
+        only = request.pack.class_names[target[test][0]]
+        raise SplitError(f"{unit} {tested[0]} has {only} patches only: test one of both classes")
+    return test, whose & ~test, request.group_ids == validating[0]
 
 
 def check_known(names: Sequence[str], known: np.ndarray, unit: str) -> None:
@@ -326,11 +346,11 @@ PROTOCOLS: dict[str, Callable[[Request], Plan]] = {
     "site": leave_one_site_out,
     "kaggle-rows": cut_rows,
     "as-published": follow_recipe,
-}
-PUBLISHED_METHODS: dict[str, Callable[[Request], Plan]] = {
-    "shuffled-paths": shuffle_paths,
-    "kaggle-rows": cut_rows,
+    "leak-apart": train_apart,
+    "leak-with": train_with_leak,
 }
 
 # Splits that repeat what was published, whether or not patients overlap in them.
 PUBLISHED = ("as-published", "kaggle-rows")
+# All splits in which patients may stand on two sides: a leak must be made to be measured.
+MAY_OVERLAP = (*PUBLISHED, "leak-with")

@@ -18,7 +18,7 @@ import pandas as pd
 from biopsy.data.cases import Cases
 from biopsy.data.leakage import SIDES, check_no_leakage, find_overlap, leave_out_siblings
 from biopsy.data.packs import Pack, Unit
-from biopsy.data.protocols import PROTOCOLS, PUBLISHED, Request
+from biopsy.data.protocols import MAY_OVERLAP, PROTOCOLS, PUBLISHED, Request
 from biopsy.errors import SplitError, suggest
 from biopsy.files import read_json, write_atomic, write_json
 
@@ -33,6 +33,7 @@ __all__ = [
     "make_split",
     "read_split",
     "save_split",
+    "with_sides",
     "write_split",
 ]
 
@@ -77,6 +78,16 @@ class Split:
         """Whether it repeats a published split, in which patients may overlap."""
         return self.protocol in PUBLISHED
 
+    @property
+    def may_overlap(self) -> bool:
+        """Whether patients may stand on two sides: in a published split, or one made to measure the leak."""
+        return self.protocol in MAY_OVERLAP
+
+    @property
+    def val_is_test(self) -> bool:
+        """Whether the test side validates too, as one publication had it; no patch is then on "val"."""
+        return bool(self.parameters.get("val_is_test", False))
+
     def sides(self, pack: Pack, fold: int | None = None) -> np.ndarray:
         """Give each patch its side, in the pack's order.
 
@@ -90,10 +101,10 @@ class Split:
 
         Raises:
             SplitError: If the split is another pack's, the fold does not exist, or patients overlap in a
-                split that is not a published one.
+                split that is not exempt (`may_overlap`).
         """
         sides = self.assign(pack, fold)
-        if not self.is_published and pack.unit != "patch":
+        if not self.may_overlap and pack.unit != "patch":
             check_no_leakage(pack.group_ids, sides, unit=pack.unit)
         return sides
 
@@ -157,13 +168,13 @@ def make_split(
     Args:
         pack: The pack.
         protocol: ``"official"``, ``"patients"``, ``"folds"``, ``"leave-one-out"``, ``"site"``,
-            ``"kaggle-rows"`` or ``"as-published"``.
+            ``"kaggle-rows"``, ``"as-published"``, ``"leak-apart"`` or ``"leak-with"``.
         name: Its name in the pack; the protocol's name by default.
         seed: Same seed and same patients give the same split, whatever the order of patches.
         recipe: For ``as-published``, the ``[as_published.split]`` table of a recipe.
         cases: For ``official``, a csv with ``case_id,split`` or the published lists (`protocols.read_cases`).
         test_patients: Patients that test (``patients``), or are left out in turn (``leave-one-out``);
-            slides or sites where the protocol divides those.
+            slides or sites where the protocol divides those; the one of which half is tested (``leak-...``).
         val_patients: Patients that validate.
         n_folds: Number of ``folds``.
         fractions: Shares of patients for train, val and test, summing to 1.
@@ -171,7 +182,7 @@ def make_split(
             what the pack names: patients, else slides, else single patches.
 
     Raises:
-        SplitError: If the split cannot be made, would leak, or would leave a side empty.
+        SplitError: If the split cannot be made, would leak where it must not, or would leave a side empty.
     """
     pack = Pack.open(pack)
     if protocol not in PROTOCOLS:
@@ -204,6 +215,13 @@ def make_split(
         pack_sha256=pack.info.content_sha256,
     )
     return _check_split(split, pack)
+
+
+def with_sides(split: Split, pack: Pack, sides: np.ndarray, *, name: str, note: Mapping[str, Any]) -> Split:
+    """Give a split other sides and another name, checked and counted anew; ``note`` is recorded."""
+    table = pd.DataFrame({"patch_id": pack.table["patch_id"].to_numpy(), "side": sides})
+    changed = replace(split, name=_check_name(name), parameters={**split.parameters, **note}, table=table)
+    return _check_split(changed, pack)
 
 
 def save_split(pack: Pack, split: Split) -> Path:
@@ -343,14 +361,14 @@ def _check_split(split: Split, pack: Pack) -> Split:
         sides = split.assign(pack, fold)
         where = "" if fold is None else f" of fold {fold}"
         counts.append({side or "left_out": _count(pack, sides == side) for side in (*SIDES, "")})
-        for side in SIDES:
+        for side in ("train", "test") if split.val_is_test else SIDES:
             n_classes = sum(n_patches > 0 for n_patches in counts[-1][side]["per_class"].values())
             if n_classes == 0 and not (split.protocol == "official" and (sides != "").any()):
                 raise SplitError(f"no patches are left for {side}{where}; name other {split.unit}s")
             if n_classes < 2:
                 warnings.append(f"{side}{where} has {'one class only' if n_classes else 'no patches'}")
         if pack.unit != "patch":
-            if not split.is_published:
+            if not split.may_overlap:
                 check_no_leakage(pack.group_ids, sides, unit=pack.unit)
             overlap = overlap or bool(find_overlap(pack.group_ids, sides))
     if warnings:

@@ -1,0 +1,54 @@
+"""Sides of a split: how many patches of each class they hold."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+from biopsy.errors import MetricError
+from biopsy.figures.style import CLASS_COLOURS, MUTED, WIDTH_IN, new_figure, shorten, styled
+
+
+@styled
+def draw_sides(sides: Sequence[str], counts: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """Draw patches per side and class: a bar a class, its count and its share of the side at the end.
+
+    Args:
+        sides: Names of the sides (or folds), from top to bottom.
+        counts: Patches, shape ``(n_sides, n_classes)``.
+        class_names: One name a column.
+
+    Raises:
+        MetricError: If the shape does not fit.
+    """
+    counts = np.asarray(counts)
+    if counts.shape != (len(sides), len(class_names)):
+        raise MetricError(f"counts {counts.shape} do not fit {len(sides)} sides x {len(class_names)} classes")
+    height = 0.8 / len(class_names)
+    figure, axes = new_figure(WIDTH_IN, 1.0 + 0.22 * max(len(sides), 2) * max(len(class_names), 2))
+    for index, name in enumerate(class_names):
+        rows = np.arange(len(sides)) + (index - (len(class_names) - 1) / 2) * height
+        colour = CLASS_COLOURS[index % len(CLASS_COLOURS)]
+        axes.barh(rows, counts[:, index], height=0.9 * height, color=colour, label=shorten(name))
+        for row, count, total in zip(rows, counts[:, index], counts.sum(axis=1), strict=True):
+            share = f" ({count / total:.0%})" if total else ""
+            axes.annotate(
+                f"{count:,}{share}",
+                (count, row),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                color=MUTED,
+                fontsize=8,
+            )
+    axes.set_xlabel("patches")
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlim(0, 1.32 * max(int(counts.max(initial=0)), 1))  # room for the figures at the bars' ends
+    axes.set_yticks(range(len(sides)), [shorten(side) for side in sides])
+    axes.set_ylim(len(sides) - 0.45, -0.55)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=0.1, columnspacing=1.2)
+    return figure
