@@ -38,7 +38,7 @@ def colour_features(
 
     def fill(start: int) -> None:
         rows = chosen[start : start + chunk]
-        for part, images in _same_size(patches[rows], None if sizes is None else sizes[rows]):
+        for part, images in group_by_size(patches[rows], None if sizes is None else sizes[rows]):
             features[start + part] = _describe(images)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -46,7 +46,7 @@ def colour_features(
     return features
 
 
-def _same_size(patches: np.ndarray, sizes: np.ndarray | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def group_by_size(patches: np.ndarray, sizes: np.ndarray | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield patches of one true size at a time, cut to it, with their places."""
     if sizes is None:
         yield np.arange(len(patches)), patches

@@ -1,0 +1,312 @@
+"""`biopsy explain`: which patches, what is written, what is refused; and the report's chapters of it."""
+
+import html
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import biopsy
+from biopsy.cli import app
+from biopsy.errors import RecipeError, RunError
+from biopsy.judging.conjectures import judge_blue_yellow, judge_heterogeneous, judge_less_stained
+from biopsy.judging.examples import Explained, Illustration
+from biopsy.judging.illustration import explain_examples
+from biopsy.sharing.report import render_report, report_of_run
+from report_facts import NAMES, Page, figures, make_facts, make_small_facts
+from tiny_runs import train_tiny
+
+
+@pytest.fixture(scope="module")
+def judged(trained_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("explained") / "run"
+    shutil.copytree(trained_run.path, folder)
+    biopsy.evaluate(folder)
+    return biopsy.Run.open(folder)
+
+
+@pytest.fixture
+def unopened(trained_run, tmp_path):
+    shutil.copytree(trained_run.path, tmp_path / "run")
+    return biopsy.Run.open(tmp_path / "run")
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+# --- which patches
+
+
+def test_errors_are_the_surest_and_right_ones_of_each_class(judged):
+    frame, _ = judged.predictions("test")
+    wrong = frame[frame["pred"] != frame["target"]]
+    examples = explain_examples(judged, errors=3, device="cpu").examples
+    assert (examples["side"] == "test").all()
+    right = examples[examples["kind"] == "right"]
+    assert len(right) == 3 and len(examples) == 3 + min(3, len(wrong))
+    assert set(right["class"]) == set(frame["target"].map(dict(enumerate(["non_idc", "idc"]))))
+    assert (right["class"] == right["called"]).all()
+    shown = frame.set_index("patch_id").loc[examples["patch_id"]]
+    np.testing.assert_allclose(examples["prob"], shown["prob"], atol=1e-5)
+    again = explain_examples(judged, errors=3, device="cpu").examples
+    pd.testing.assert_frame_equal(examples, again)
+
+
+def test_mistakes_come_in_turn_surest_first(judged, monkeypatch):
+    frame, about = judged.predictions("test")
+    rng = np.random.default_rng(0)
+    prob = rng.random(len(frame))
+    frame = frame.assign(
+        prob=prob,
+        prob_idc=prob,
+        prob_non_idc=1 - prob,
+        pred=(prob >= judged.info["threshold"]["value"]).astype(int),
+    )
+    monkeypatch.setattr(biopsy.Run, "predictions", lambda self, side: (frame, about))
+    shown = explain_examples(judged, errors=4, device="cpu").examples["patch_id"][:4].tolist()
+    wrong = frame[frame["pred"] != frame["target"]]
+    missed = wrong[wrong["target"] == 1].sort_values("prob")["patch_id"].tolist()
+    alarms = wrong[wrong["target"] == 0].sort_values("prob", ascending=False)["patch_id"].tolist()
+    assert sorted(shown) == sorted([*missed[:2], *alarms[:2]])
+    assert [name for name in shown if name in missed] == missed[:2]
+    assert [name for name in shown if name in alarms] == alarms[:2]
+
+
+def test_until_it_is_opened_the_test_side_is_left_alone(unopened):
+    written = biopsy.explain(unopened, errors=2, method="saliency", device="cpu")
+    assert {entry["side"] for entry in written["patches"]} == {"val"}
+    assert not (unopened.path / "predictions" / "test.parquet").exists()
+    pack = unopened.open_pack()
+    of_test = pack.table["patch_id"][unopened.sides(pack) == "test"].iloc[0]
+    with pytest.raises(RunError, match=f"patch '{of_test}' is of the test side, which has not been opened"):
+        biopsy.explain(unopened, patch=[of_test], device="cpu")
+    of_train = pack.table["patch_id"][unopened.sides(pack) == "train"].iloc[0]
+    named = biopsy.explain(unopened, patch=[of_train, of_train], method="saliency", device="cpu")
+    assert [entry["patch_id"] for entry in named["patches"]] == [of_train]
+
+
+def test_three_classes_are_explained_by_the_likeliest(make_pack, tmp_path):
+    pack = make_pack(n_patients=6, patches_per_patient=9, n_classes=3, own_sides=("train", "val", "test"))
+    run = train_tiny(pack, tmp_path / "run", "train.epochs=1")
+    written = biopsy.explain(run, errors=2, method="saliency", device="cpu")
+    assert {entry["kind"] for entry in written["patches"]} <= {"wrong", "right"}
+    assert {entry["kind"] == "right" for entry in written["patches"]} == {True, False}
+    for entry in written["patches"]:
+        assert (entry["class"] == entry["called"]) == (entry["kind"] == "right") and entry["prob"] >= 1 / 3
+    biopsy.evaluate(run)
+    page = Page(biopsy.report(run)[0].read_text()).text
+    assert "What the network looks at" in page and "probability of the class that was called" in page
+    assert "conjectures" not in page and not (run.path / "explain" / "conjectures.json").exists()
+
+
+# --- what is written
+
+
+def test_sheets_pictures_and_table_are_written(judged, tmp_path):
+    written = biopsy.explain(judged, errors=2, out=tmp_path / "maps", device="cpu")
+    assert written == json.loads((tmp_path / "maps" / "explain.json").read_text())
+    assert written["format"] == "biopsy-explain/1"
+    assert written["classifier_sha256"] == judged.classifier.sha256
+    assert [sheet["picture"] for sheet in written["sheets"]] == ["saliency.png", "activations.png"]
+    assert [sheet["layer"] for sheet in written["sheets"]] == [None, "stem.2"]
+    assert (
+        "It is not" in written["sheets"][0]["caption"]
+        and "The class is idc" in written["sheets"][0]["caption"]
+    )
+    for entry in [*written["sheets"], *written["patches"]]:
+        assert cv2.imread(str(tmp_path / "maps" / entry["picture"])).shape[1] > 50
+    entry = written["patches"][0]
+    assert {"patch_id", "side", "class", "called", "prob", "kind", "method", "layer", "picture"} == set(entry)
+    picture = cv2.imread(str(tmp_path / "maps" / entry["picture"]))
+    assert picture.shape == (288, 2 * 288 + 8, 3), "the patch of 16 px and one map, each 18 times as large"
+
+
+def test_another_method_joins_and_the_same_one_replaces(judged, tmp_path):
+    biopsy.explain(judged, errors=3, method="saliency", out=tmp_path, device="cpu")
+    ids = judged.predictions("test")[0]["patch_id"].tolist()[:2]
+    biopsy.explain(judged, patch=ids, layer="blocks.0.conv1", out=tmp_path, device="cpu")
+    written = biopsy.explain(judged, patch=ids[:1], method="saliency", out=tmp_path, device="cpu")
+    assert [sheet["picture"] for sheet in written["sheets"]] == [
+        "activations-blocks.0.conv1.png",
+        "saliency.png",
+    ]
+    assert [entry["method"] for entry in written["patches"]] == ["activations", "activations", "saliency"]
+    assert len(list((tmp_path / "saliency").iterdir())) == 1
+
+
+def test_names_of_patches_never_become_paths(judged, tmp_path, monkeypatch):
+    pack = judged.open_pack()
+    bad = "../../a/b c.png"
+    row = pack.table.index[judged.sides(pack) == "test"][0]
+    pack.table.loc[row, "patch_id"] = bad
+    sides = judged.sides(judged.open_pack())
+    monkeypatch.setattr(biopsy.Run, "open_pack", lambda self, verify=True: pack)
+    monkeypatch.setattr(biopsy.Run, "sides", lambda self, pack: sides)
+    written = biopsy.explain(judged, patch=[bad], method="saliency", out=tmp_path / "x", device="cpu")
+    assert written["patches"][0]["patch_id"] == bad
+    assert written["patches"][0]["picture"] == "saliency/01-.._.._a_b_c.png.png"
+    assert {path.name for path in tmp_path.iterdir()} == {"x"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "said"),
+    [
+        ({"patch": ["nobody"]}, RunError, "has no patch 'nobody'; its ids are such as"),
+        ({"errors": 0}, RunError, "errors=0 shows nothing"),
+        ({"method": "gradcam"}, RecipeError, "no way to explain is called 'gradcam'"),
+        ({"layer": "stem.9"}, RecipeError, r"no layer 'stem.9'; nearest: stem\."),
+        ({"method": "saliency", "layer": "stem.0"}, RecipeError, "cannot be chosen: saliency"),
+        ({"device": "cuda:99"}, RecipeError, "is not here"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused_and_nothing_written(judged, tmp_path, asked, error, said):
+    with pytest.raises(error, match=said):
+        biopsy.explain(judged, out=tmp_path / "maps", **{"device": "cpu", **asked})
+    assert not (tmp_path / "maps").exists()
+
+
+def test_the_command_prints_a_table_and_the_sheets(judged, tmp_path):
+    done = call("explain", judged.path, "--errors", 2, "--out", tmp_path / "maps", "--device", "cpu")
+    assert done.exit_code == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["kind", "class", "called", "prob", "patch_id"]
+    assert lines[-2:] == [str(tmp_path / "maps" / f"{name}.png") for name in ("saliency", "activations")]
+    ids = judged.predictions("test")[0]["patch_id"].tolist()[:2]
+    arguments = [part for name in ids for part in ("--patch", name)]
+    done = call(
+        "explain", judged.path, *arguments, "--method", "smoothgrad", "--out", tmp_path / "two", "--json"
+    )
+    assert [entry["patch_id"] for entry in json.loads(done.stdout)["patches"]] == ids
+    done = call("explain", judged.path, "--method", "salience")
+    assert done.exit_code == 1 and "did you mean 'saliency'?" in done.stderr
+
+
+# --- in the report
+
+
+def add_explanations(facts, n=4):
+    table = facts.predictions.head(n)
+    examples = pd.DataFrame(
+        {
+            "patch_id": table["patch_id"].to_numpy(),
+            "side": "test",
+            "class": [NAMES[index] for index in table["target"]],
+            "called": "IDC",
+            "prob": table["prob"].to_numpy(),
+            "kind": ["missed", "right"] * (n // 2),
+        }
+    )
+    rng = np.random.default_rng(0)
+    parts = [
+        Illustration(
+            name,
+            layer,
+            titles,
+            [rng.random((len(titles), 50, 50)) for _ in range(n)],
+            f"{name}: it shows <what>.",
+        )
+        for name, layer, titles in (
+            ("saliency", None, ["saliency"]),
+            ("activations", "stem.2", ["activation 3", "activation 8"]),
+        )
+    ]
+    patches = [rng.integers(0, 255, (50, 50, 3), dtype=np.uint8) for _ in range(n)]
+    groups, truth = facts.predictions["patient_id"].to_numpy(), facts.is_positive
+    n_all = len(truth)
+    names = ("haematoxylin", "eosin", "stain", "heterogeneity")
+    properties = pd.DataFrame({name: rng.random(n_all) for name in names})
+    shares = pd.DataFrame(
+        {f"{c}_{w}": rng.random(n_all) for c in ("blue", "yellow") for w in ("area", "saliency")}
+    )
+    called, options = facts.predictions["prob"].to_numpy() > 0.5, {"seed": 0, "unit": "patient"}
+    conjectures = {
+        "side": "test",
+        "unit": "patient",
+        "seed": 11,
+        "n_patches": n_all,
+        "n_measured": n_all,
+        "n_asked": 77,
+        "conjectures": [
+            judge_less_stained(properties, truth, called, groups, **options),
+            judge_heterogeneous(properties, truth, called, groups, **options),
+            judge_blue_yellow(
+                truth,
+                facts.predictions["prob"].to_numpy(),
+                {"grey": rng.random(n_all)},
+                shares,
+                groups,
+                **options,
+            ),
+        ],
+    }
+    return replace(facts, explained=Explained(examples, patches, parts), conjectures=conjectures)
+
+
+IDS = ("10286", "TCGA-A1-A0SK", "12810", "13016", "ann-lee", "15478")
+
+
+def test_the_report_shows_maps_and_answers():
+    facts = add_explanations(make_small_facts(IDS))
+    text = render_report(report_of_run(facts))
+    page = Page(text).text
+    for heading in ("What the network looks at", "The posts' conjectures, measured"):
+        assert heading in page
+    assert "saliency: it shows <what>." in page and "activation 8" in text
+    for entry in facts.conjectures["conjectures"]:
+        assert entry["claim"] in page and entry["answer"] in page
+        for measure in entry.get("measures", ()):
+            assert f"{measure['auroc']['value']:.3f}" in page
+    difference = facts.conjectures["conjectures"][2]["auroc"]["grey"]["difference"]
+    assert f"{difference['value']:.3f} ({difference['low']:.3f} to {difference['high']:.3f})" in page
+    assert "the network asked again on 77, drawn with seed 11" in page
+    assert len(figures(text)) - len(figures(render_report(report_of_run(make_small_facts(IDS))))) == 2
+    for name in facts.explained.examples["patch_id"]:
+        assert name in text
+
+
+def test_ids_are_hidden_in_sheets_and_tables():
+    facts = add_explanations(make_small_facts(IDS))
+    text = render_report(report_of_run(facts, hide_ids=True))
+    visible = re.sub(r"base64,[^\"]*", "", text)
+    for name in (*IDS, *facts.explained.examples["patch_id"]):
+        assert name not in visible and name not in html.unescape(visible)
+    assert len(re.findall(r"p 0\.\d\d, patch \d+", text)) == 4
+    assert "stain, missed patient-" in Page(text).text
+
+
+def test_a_report_without_them_has_no_such_chapters():
+    page = Page(render_report(report_of_run(make_small_facts()))).text
+    assert "What the network looks at" not in page and "conjectures" not in page
+
+
+@pytest.mark.slow
+def test_explanations_of_large_patches_stay_small():
+    plain, full = make_facts(), add_explanations(make_facts(), n=10)
+    big = np.random.default_rng(0)
+    patches = [big.integers(0, 255, (96, 96, 3), dtype=np.uint8) for _ in range(10)]
+    parts = [
+        replace(part, maps=[big.random((len(part.titles), 96, 96)) for _ in range(10)])
+        for part in full.explained.illustrations
+    ]
+    full = replace(full, explained=replace(full.explained, patches=patches, illustrations=parts))
+    sizes = [len(render_report(report_of_run(facts))) for facts in (plain, full)]
+    assert sizes[1] - sizes[0] < 1_500_000
+
+
+def test_report_makes_explanations_where_they_are_missing(judged):
+    shutil.rmtree(judged.path / "explain", ignore_errors=True)
+    (path,) = biopsy.report(judged)
+    page = Page(path.read_text()).text
+    assert "What the network looks at" in page and "The posts' conjectures, measured" in page
+    made = {file.name for file in (judged.path / "explain").iterdir()}
+    assert {"explain.json", "conjectures.json", "saliency.png", "activations.png"} <= made
+    before = (judged.path / "explain" / "explain.json").stat().st_mtime_ns
+    biopsy.report(judged)
+    assert (judged.path / "explain" / "explain.json").stat().st_mtime_ns == before
