@@ -119,28 +119,17 @@ def test_errors_of_the_installed_command_are_one_line(tmp_path):
 # --- Ctrl-C
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--data", "x.pack", "cancernet-2020"], "biopsy train --resume runs/one`"),
-        (["--data", "x.pack", "cancernet-2020", "--out", "mine"], "biopsy train --resume mine`"),
-        (["--resume", "runs/old"], "biopsy train --resume runs/old`"),
-    ],
-)
-def test_interrupted_training_says_how_to_go_on(replace, arguments, said):
-    def train(*args, on_epoch, **kwargs):
-        on_epoch(RECORD)
-        raise KeyboardInterrupt
-
-    replace("train", train)
-    result = call("train", *arguments)
-    assert result.exit_code == 130
-    assert said in result.stderr and result.stdout == ""
+def test_interrupted_training_says_how_to_go_on(replace):
+    replace("train", KeyboardInterrupt("runs/one"))
+    result = call("train", "--data", "x.pack", "cancernet-2020")
+    assert result.exit_code == 130 and result.stdout == ""
+    assert result.stderr == "interrupted; go on with `biopsy train --resume runs/one`\n"
 
 
 @pytest.mark.parametrize(
     ("verb", "arguments"),
     [
+        ("train", ["cancernet-2020", "--data", "x.pack"]),
         ("study", ["cancernet-2020", "--data", "x.pack"]),
         ("prepare", ["x.zip", "--out", "x.pack"]),
         ("demo", []),

@@ -16,6 +16,7 @@ from biopsy.figures.folds import draw_folds
 from biopsy.figures.network import draw_network, group_layers
 from biopsy.figures.patients import draw_balance, draw_patient_metric, draw_patient_probs
 from biopsy.figures.sheets import draw_class_sheet, draw_gallery, lay_out_sheet
+from biopsy.figures.sides import draw_sides
 from biopsy.figures.slides import draw_slide, round_length_um
 
 TARGET = np.array([0, 0, 0, 1, 0, 1, 1, 1, 0, 1])
@@ -109,6 +110,20 @@ def test_balance_sorts_by_patches_and_stacks_classes():
     bars = [(bar.get_x(), bar.get_width()) for container in axes.containers for bar in container]
     assert bars == [(0, 5), (0, 1), (5, 4), (1, 2)]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["b", "a"]
+
+
+def test_sides_show_every_class_with_its_count_and_share():
+    counts = np.array([[1500, 500], [0, 0], [30, 10]])
+    figure = draw_sides(["train", "val", "test"], counts, ["not IDC", "IDC"])
+    axes = figure.axes[0]
+    bars = {container.get_label(): [bar.get_width() for bar in container] for container in axes.containers}
+    assert bars == {"not IDC": [1500, 0, 30], "IDC": [500, 0, 10]}
+    tops = np.array([[bar.get_y() for bar in container] for container in axes.containers]).T.ravel()
+    assert (np.diff(tops) >= 0.35).all()  # side by side: the classes of a side, then the next side
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["train", "val", "test"]
+    assert axes.yaxis_inverted() and {"1,500 (75%)", "10 (25%)", "0"} <= set(words(figure))
+    with pytest.raises(MetricError, match=r"counts \(1, 2\) do not fit 2 sides x 2 classes"):
+        draw_sides(["train", "test"], np.array([[1, 2]]), ["a", "b"])
 
 
 def test_patient_metric_puts_the_best_first_and_the_undefined_last():

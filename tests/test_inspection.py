@@ -10,6 +10,7 @@ from biopsy.data.audit import audit_pack
 from biopsy.data.packs import PIXELS, Pack
 from biopsy.data.splits import Split, make_split, save_split
 from biopsy.errors import PackError, SplitError
+from biopsy.figures.sides import draw_sides
 from biopsy.files import read_json
 from biopsy.sharing import inspection
 from biopsy.sharing.inspection import inspect
@@ -40,6 +41,28 @@ def test_audit_and_pictures_of_a_pack(make_pack):
         else:
             text = path.read_text(encoding="utf-8")
             assert text.startswith("<svg") and 'xmlns="http://www.w3.org/2000/svg"' in text and "8867" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "parts", "counts"),
+    [
+        ({"protocol": "patients"}, ["train", "val", "test"], [42, 42, 12, 12, 6, 6]),
+        (
+            {"protocol": "leave-one-out", "test_patients": ("8863", "8865"), "name": "two"},
+            ["fold 0", "fold 1", "in no fold"],
+            [6, 6, 6, 6, 48, 48],
+        ),
+    ],
+)
+def test_the_classes_of_a_split_are_drawn(make_pack, monkeypatch, options, parts, counts):
+    pack = make_pack(n_patients=10)
+    drawn = []
+    monkeypatch.setattr(inspection, "draw_sides", lambda *given: drawn.append(given) or draw_sides(*given))
+    split = make_split(pack, **options)
+    picture = inspect(pack, split=split)["paths"]["pictures"][-1]
+    assert picture.name == f"split-{split.name}.svg" and picture.read_text().startswith("<svg")
+    ((names_drawn, counts_drawn, classes),) = drawn
+    assert (names_drawn, classes) == (parts, pack.class_names) and counts_drawn.ravel().tolist() == counts
 
 
 def test_inspecting_does_not_change_what_the_pack_is(make_pack):

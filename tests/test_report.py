@@ -133,6 +133,20 @@ def test_overlap_and_other_warnings_come_first():
     assert "never seen" not in text
 
 
+def test_the_classes_of_the_sides_are_drawn(report):
+    assert "Patches of each side of the split, by class." not in report  # its classes are not known
+    facts = make_facts()
+    sides = {
+        "train": {"patches": 4321, "groups": 3, "per_class": {facts.class_names[1]: 1321, "x": 3000}},
+        "val": {"patches": 0, "groups": 0, "per_class": dict.fromkeys(facts.class_names, 0)},
+        "left out": {"patches": 99, "groups": 1, "per_class": dict.fromkeys(facts.class_names, 49)},
+    }
+    run = {**facts.run, "split": {**facts.run["split"], "sides": sides}}
+    text = render_report(report_of_run(replace(facts, run=run)))
+    assert "Patches of each side of the split, by class." in text and ">1,321 (100%)<" in text
+    assert text.count("<svg") == report.count("<svg") + 1 and ">49 (" not in text
+
+
 def test_missing_intervals_and_values_say_why():
     facts = make_small_facts(("8863", "8865", "8867"))
     patch = {

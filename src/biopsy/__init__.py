@@ -38,18 +38,22 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if TYPE_CHECKING:
     from biopsy.data.downloads import fetch
-    from biopsy.data.packing import prepare
     from biopsy.data.packs import Pack
     from biopsy.judging.evaluation import evaluate
+    from biopsy.judging.illustration import explain
     from biopsy.learning.classifiers import Classifier
+    from biopsy.learning.foreign.importing import import_keras
     from biopsy.learning.runs import Run
     from biopsy.learning.training import train
     from biopsy.sharing.inspection import inspect
     from biopsy.studies.folds import study
     from biopsy.studies.prediction import predict
+    from biopsy.studies.preparation import prepare
     from biopsy.studies.records import Study
     from biopsy.studies.reporting import report
+    from biopsy.studies.reproduction import reproduce
     from biopsy.studies.splitting import split_pack as split
+    from biopsy.studies.sweeps import sweep
     from biopsy.upkeep.catalogue import list_ as list
     from biopsy.upkeep.demo import demo
 
@@ -74,14 +78,18 @@ __all__ = [
     "__version__",
     "demo",
     "evaluate",
+    "explain",
     "fetch",
+    "import_keras",
     "inspect",
     "list",
     "predict",
     "prepare",
     "report",
+    "reproduce",
     "split",
     "study",
+    "sweep",
     "train",
 ]
 
@@ -92,14 +100,18 @@ _LAZY = {
     "Study": "biopsy.studies.records:Study",
     "demo": "biopsy.upkeep.demo:demo",
     "evaluate": "biopsy.judging.evaluation:evaluate",
+    "explain": "biopsy.judging.illustration:explain",
     "fetch": "biopsy.data.downloads:fetch",
+    "import_keras": "biopsy.learning.foreign.importing:import_keras",
     "inspect": "biopsy.sharing.inspection:inspect",
     "list": "biopsy.upkeep.catalogue:list_",
     "predict": "biopsy.studies.prediction:predict",
-    "prepare": "biopsy.data.packing:prepare",
+    "prepare": "biopsy.studies.preparation:prepare",
     "report": "biopsy.studies.reporting:report",
+    "reproduce": "biopsy.studies.reproduction:reproduce",
     "split": "biopsy.studies.splitting:split_pack",
     "study": "biopsy.studies.folds:study",
+    "sweep": "biopsy.studies.sweeps:sweep",
     "train": "biopsy.learning.training:train",
 }
 

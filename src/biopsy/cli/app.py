@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from biopsy.cli import data, judging, learning, upkeep
+from biopsy.cli import data, explanation, foreign, judging, learning, studies, upkeep
 from biopsy.cli.console import fail, interrupted, show_log
 from biopsy.errors import BiopsyError
 
@@ -59,7 +59,7 @@ def start(
     show_log()
 
 
-for group in (upkeep, data, learning, judging):
+for group in (upkeep, data, learning, studies, foreign, judging, explanation):
     group.register(app)
 
 

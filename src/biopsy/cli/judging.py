@@ -31,13 +31,15 @@ def evaluate(
 def _print_metrics(metrics: Mapping[str, Any]) -> None:
     split, unit, opened = metrics["split"], metrics["unit"], metrics["ledger"]
     if split["patients_overlap"]:
-        print("PATIENTS OVERLAP: the split is as published, these figures say nothing about a new patient.")
+        print("PATIENTS OVERLAP on this split: these figures say nothing about a new patient.")
     of_groups = "" if unit == "patch" else f" of {metrics['n_patients']:,} {unit}s"
     print(f"{metrics['side']} side of split {split['name']}: {metrics['n_patches']:,} patches{of_groups}")
     if opened:
         print(f"this test side has been opened {opened['times']} times, for {opened['runs']} runs")
     if metrics["baseline"]:
-        print(f"colour alone reaches AUROC {_number(metrics['baseline']['auroc'])}")
+        print(
+            f"colour alone reaches AUROC {_number(metrics['baseline']['auroc'])}{_gain(metrics['baseline'])}"
+        )
     if "patch" in metrics:
         _print_two_classes(metrics)
         return
@@ -62,6 +64,14 @@ def _print_two_classes(metrics: Mapping[str, Any]) -> None:
             summary = per_patient.get(name, {})
             rows[-1] += [summary.get("value"), summary.get("worst")]
     print_table(rows, header + (["mean of patients", "worst"] if per_patient else []))
+
+
+def _gain(baseline: Mapping[str, Any]) -> str:
+    """Write how much better than colour the model is, where an interval says so."""
+    gain = baseline.get("gain") or {}
+    if gain.get("low") is None:
+        return ""
+    return f"; the model's is {gain['value']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})"
 
 
 def _number(estimate: Mapping[str, Any] | float | None) -> str:
@@ -94,7 +104,10 @@ def predict(
         typer.Argument(help="Images, folders, zips, packs.", metavar="PATH...", show_default=False),
     ],
     out: Annotated[Path | None, typer.Option(help="The table to write.")] = None,
-    format: Annotated[Literal["csv", "parquet"], typer.Option(help="Format of the table.")] = "csv",
+    format: Annotated[
+        Literal["csv", "parquet", "kaggle"],
+        typer.Option(help="Format of the table; kaggle is a submission: id and probability."),
+    ] = "csv",
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:

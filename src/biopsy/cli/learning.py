@@ -50,9 +50,10 @@ def train(
             resume=resume,
             on_epoch=lines,
         )
-    except KeyboardInterrupt:
-        path = resume or out or lines.run or "RUN` with RUN the newest folder in `runs"
-        interrupted(f"go on with `biopsy train --resume {path}`")
+    except KeyboardInterrupt as stop:
+        if not stop.args:  # nothing was begun
+            raise
+        interrupted(f"go on with `biopsy train --resume {stop.args[0]}`")
     print(run.path)
 
 

@@ -24,12 +24,12 @@ def comma_list(text: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
 
-def seed_list(text: str) -> tuple[int, ...]:
+def seed_list(text: str, flag: str = "--seeds") -> tuple[int, ...]:
     """Read ``"0,1,2"`` as ``(0, 1, 2)``."""
     try:
         seeds = tuple(int(part) for part in comma_list(text))
     except ValueError:
         seeds = ()
     if not seeds:
-        raise typer.BadParameter(f"--seeds {text!r} is no list of whole numbers such as 0,1,2")
+        raise typer.BadParameter(f"{flag} {text!r} is no list of whole numbers such as 0,1,2")
     return seeds

@@ -1,6 +1,6 @@
 """Figures: arrays in, a matplotlib ``Figure`` out.
 
-One module a theme (curves, confusion, patients, folds, sheets, network, slides), one style and one palette
+One module a theme (curves, patients, folds, sweeps, reproductions, slides, ...), one style and one palette
 (``style``). A figure is about as wide as a phone, so that a page can put two side by side on a laptop and one
 under the other on a phone without its text growing small. Nothing here touches pyplot, files or a screen:
 ``style.svg`` and ``style.png`` turn a figure into text or bytes.

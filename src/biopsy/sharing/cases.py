@@ -132,8 +132,8 @@ def describe_mistakes(facts: RunFacts) -> Section | None:
     )
     galleries: list[Block] = []
     for rows, title in (
-        (missed, f"False negatives: {facts.positive} that was called {facts.negative}"),
-        (alarms, f"False positives: {facts.negative} that was called {facts.positive}"),
+        (missed, f"Misclassified positives (false negatives): {facts.positive} called {facts.negative}"),
+        (alarms, f"Misclassified negatives (false positives): {facts.negative} called {facts.positive}"),
     ):
         if len(rows):
             caption = f"{title} ({min(len(rows), MOST_MISTAKES)} of {number(len(rows))}, surest first)"

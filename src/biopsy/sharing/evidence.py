@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from biopsy.data.leakage import SIDES
 from biopsy.figures.curves import QUANTITIES, draw_training
 from biopsy.figures.network import draw_network
 from biopsy.figures.patients import draw_balance
+from biopsy.figures.sides import draw_sides
 from biopsy.figures.style import svg
 from biopsy.sharing.document import (
     METRIC_LABELS,
@@ -37,9 +39,13 @@ def describe_baseline(facts: RunFacts) -> Section | None:
         [name, number(m["value"]), interval_of(m)]
         for name, m in (("this model", ours), ("colour alone", theirs))
     ]
+    known = (facts.metrics.get("baseline") or {}).get("gain") or {}
     gain = ours["value"] - theirs["value"]
+    if known.get("low") is not None:
+        rows.append(["difference, paired", number(gain), interval_of(known)])
     verdict = (
-        f"The model ranks patches {number(gain)} better than colour does."
+        f"The model ranks patches {number(gain)} better than colour does"
+        + (", which chance alone could have done." if (known.get("low") or 0) < 0 else ".")
         if gain > 0
         else f"The model ranks patches no better than colour does ({number(gain)}): it may know stain."
     )
@@ -63,11 +69,13 @@ def describe_data(facts: RunFacts) -> Section:
                 ("protocol", split.get("protocol")),
                 ("fold", split.get("fold")),
                 ("patients on two sides", split.get("patients_overlap")),
+                ("the test side validates too", split.get("val_is_test") or None),
             )
         )
     ]
     if split.get("sides"):
         blocks.append(_table_of_sides(split["sides"], facts))
+        blocks += _draw_sides(split["sides"], facts)
     blocks += _draw_classes_by_group(facts)
     if facts.audit is not None:
         shown = {key: value for key, value in facts.audit.items() if key not in NOT_SHOWN}
@@ -102,6 +110,22 @@ def _table_of_sides(sides: Mapping[str, Any], facts: RunFacts) -> Table:
     return Table(
         ["side", "patches", f"{facts.unit}s", *facts.class_names], rows, caption="Sides of the split"
     )
+
+
+def _draw_sides(sides: Mapping[str, Any], facts: RunFacts) -> list[Block]:
+    known = {
+        side: counts["per_class"]
+        for side, counts in sides.items()
+        if side in SIDES and isinstance(counts, Mapping) and counts.get("per_class") and counts.get("patches")
+    }
+    if not known:
+        return []
+    counts = np.array(
+        [[per_class.get(name, 0) for name in facts.class_names] for per_class in known.values()]
+    )
+    figure = draw_sides(list(known), counts, facts.class_names)
+    caption = "Patches of each side of the split, by class."
+    return [Pictures([Picture(caption, svg(figure, "sides"))], across=1)]
 
 
 def _draw_classes_by_group(facts: RunFacts) -> list[Block]:
@@ -144,6 +168,7 @@ def describe_training(facts: RunFacts) -> Section | None:
                 ("epoch kept", chosen),
                 ("parameters", parameters.get("total")),
                 ("of these trainable", parameters.get("trainable")),
+                ("weights it began with", _say_weights(facts.run.get("weights"))),
                 ("device", facts.run.get("device")),
                 ("precision", facts.run.get("precision")),
                 ("images per second, median", round(float(np.median(speed))) if speed else None),
@@ -158,6 +183,14 @@ def describe_training(facts: RunFacts) -> Section | None:
         )
         blocks.append(Pictures([Picture(caption, svg(figure, "network"))], across=1))
     return Section("training", "Training and the network", blocks)
+
+
+def _say_weights(record: Mapping[str, Any] | None) -> str | None:
+    """Say what a run's network began with, and where pretrained weights were switched off."""
+    if record is None:
+        return None
+    begun = f"{record['weights']} (licence: {record['licence']})" if record["pretrained"] else "random"
+    return f"{begun}; {record['note']}" if record["note"] else begun
 
 
 def describe_recipe(facts: RunFacts) -> Section:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from biopsy.figures.network import Row
+from biopsy.judging.examples import Explained
 from biopsy.sharing.identities import KINDS, Aliases
 
 
@@ -30,6 +31,8 @@ class RunFacts:
         mpp: Micrometres per pixel of the pack's patches, None where unknown.
         audit: What ``audit.json`` holds.
         ledger: ``times`` and ``runs`` that opened the test side, and ``kept_with`` (``pack`` or ``run``).
+        explained: Some patches with maps of what the network looks at.
+        conjectures: What ``conjectures.json`` holds.
         ids_hidden: Whether ids have been replaced by numbers.
     """
 
@@ -47,6 +50,8 @@ class RunFacts:
     mpp: float | None = None
     audit: Mapping[str, Any] | None = None
     ledger: Mapping[str, Any] | None = None
+    explained: Explained | None = None
+    conjectures: Mapping[str, Any] | None = None
     ids_hidden: bool = False
 
     @property
@@ -85,13 +90,7 @@ class RunFacts:
     def baseline(self) -> Mapping[str, Any]:
         """The colour-only baseline's AUROC as an estimate, empty where there is none."""
         known = self.metrics.get("baseline") or {}
-        if isinstance(known, int | float):
-            return {"value": known}
-        return (
-            known.get("auroc", known)
-            if isinstance(known.get("auroc", known), Mapping)
-            else {"value": known["auroc"]}
-        )
+        return known.get("interval") or ({"value": known["auroc"]} if "auroc" in known else {})
 
     @property
     def group_ids(self) -> pd.Series:
@@ -156,8 +155,16 @@ def hide_run(facts: RunFacts) -> RunFacts:
         recipe_toml=aliases.text(facts.recipe_toml),
         get_patch=None if show is None else lambda alias: show(aliases.original("patch", alias)),
         audit=None if facts.audit is None else aliases.nested(facts.audit),
+        explained=None if facts.explained is None else _hide_examples(facts.explained, aliases),
+        conjectures=None if facts.conjectures is None else aliases.nested(facts.conjectures),
         ids_hidden=True,
     )
+
+
+def _hide_examples(explained: Explained, aliases: Aliases) -> Explained:
+    """Replace the patch ids, in the order that the pictures have."""
+    names = [aliases.of("patch", name) for name in explained.examples["patch_id"]]
+    return replace(explained, examples=explained.examples.assign(patch_id=names))
 
 
 def hide_study(facts: StudyFacts) -> StudyFacts:

@@ -10,10 +10,11 @@ import numpy as np
 
 from biopsy.data.audit import audit_pack, find_spoilers
 from biopsy.data.packs import Pack
-from biopsy.data.splits import Split, find_split
+from biopsy.data.splits import SIDES, Split, find_split
 from biopsy.errors import PackError
 from biopsy.figures.patients import draw_balance
 from biopsy.figures.sheets import draw_class_sheet
+from biopsy.figures.sides import draw_sides
 from biopsy.figures.slides import draw_slide
 from biopsy.figures.style import png, svg
 from biopsy.files import write_atomic, write_json
@@ -33,7 +34,8 @@ def inspect(
     """Audit a pack and draw what is in it.
 
     Writes ``audit.json`` into the pack and pictures into ``inspection/`` below it: a sheet of each class,
-    the balance of classes per patient, and each slide put together again where coordinates are known.
+    the balance of classes per patient, each slide put together again where coordinates are known, and the
+    classes of the sides (or folds) of the split.
 
     Args:
         pack: The pack, or its path.
@@ -49,10 +51,13 @@ def inspect(
     """
     pack = Pack.open(pack)
     pack.verify()
-    audit = audit_pack(pack, find_split(pack, split) if isinstance(split, str) else split)
+    division = find_split(pack, split) if isinstance(split, str) else split
+    audit = audit_pack(pack, division)
     audit_path = _write_audit(pack, audit, out)
     folder = pack.path / "inspection" if out is None else Path(out)
     pictures = [_draw_classes(pack, folder), *_draw_groups(pack, folder), *_draw_slides(pack, folder)]
+    if division is not None:
+        pictures.append(_draw_split(pack, division, folder))
     return {**audit, "spoilers": find_spoilers(audit), "paths": {"audit": audit_path, "pictures": pictures}}
 
 
@@ -103,6 +108,23 @@ def _draw_groups(pack: Pack, folder: Path) -> list[Path]:
     path = folder / f"{pack.unit}s.svg"
     write_atomic(path, svg(draw_balance(names.tolist(), counts, pack.class_names), f"{pack.unit}s"))
     return [path]
+
+
+def _draw_split(pack: Pack, split: Split, folder: Path) -> Path:
+    """Draw the classes of each side, or of each fold and of what always trains."""
+    if split.n_folds:
+        of_fold = [(f"fold {fold}", split.assign(pack, fold) == "test") for fold in range(split.n_folds)]
+        tested = np.any([member for _, member in of_fold], axis=0)
+        parts = [*of_fold, ("in no fold", ~tested)]
+    else:
+        sides = split.assign(pack)
+        parts = [(side or "left out", sides == side) for side in (*SIDES, "")]
+    parts = [(name, member) for name, member in parts if member.any()]
+    counts = [np.bincount(pack.target[member], minlength=len(pack.class_names)) for _, member in parts]
+    path = folder / f"split-{split.name}.svg"
+    figure = draw_sides([name for name, _ in parts], np.array(counts), pack.class_names)
+    write_atomic(path, svg(figure, "split"))
+    return path
 
 
 def _draw_slides(pack: Pack, folder: Path) -> list[Path]:

@@ -28,6 +28,7 @@ from biopsy.sharing.evidence import (
     describe_training,
     say_openings,
 )
+from biopsy.sharing.explanation import describe_attention, describe_conjectures
 from biopsy.sharing.facts import RunFacts, hide_run
 from biopsy.sharing.numbers import describe_curves, describe_numbers
 
@@ -59,6 +60,8 @@ def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
         describe_patients(facts),
         describe_mistakes(facts),
         describe_slides(facts),
+        describe_attention(facts),
+        describe_conjectures(facts),
         describe_baseline(facts),
         describe_data(facts),
         describe_training(facts),
@@ -86,8 +89,9 @@ def warn_reader(facts: RunFacts) -> list[str]:
     m, split = facts.metrics, {**facts.run.get("split", {}), **facts.metrics.get("split", {})}
     warnings = []
     if split.get("patients_overlap"):
+        why = "as published" if split.get("as_published") else "on purpose"
         warnings.append(
-            "Patients stand on more than one side of this split, as published: "
+            f"Patients stand on more than one side of this split, {why}: "
             "these numbers say nothing about a new patient."
         )
     if split.get("test_is_validation"):

@@ -15,6 +15,7 @@ import pandas as pd
 from biopsy.data.archives import IMAGE_SUFFIXES, MAX_ENTRY_BYTES, open_archive
 from biopsy.data.packs import Pack, is_pack, pad
 from biopsy.data.predictions import IDENTITY, tabulate_predictions, write_predictions
+from biopsy.data.submissions import check_name, give_ids, write_submission
 from biopsy.errors import DataError, RunError
 from biopsy.imaging.decode import decode, read_header
 from biopsy.learning.classifiers import DOCUMENT, Classifier
@@ -59,7 +60,7 @@ def predict(
     paths: Sequence[Path | str] | Path | str,
     *,
     out: Path | str | None = None,
-    format: Literal["csv", "parquet"] = "csv",
+    format: Literal["csv", "parquet", "kaggle"] = "csv",
     device: str = "auto",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Prediction:
@@ -71,20 +72,26 @@ def predict(
     Args:
         model: A finished run, or a classifier.
         paths: What to predict.
-        out: The table to write; by default ``predictions.csv`` (or ``.parquet``) in the current folder.
-        format: Of the table, where ``out`` does not say.
+        out: The table to write; by default ``predictions.csv`` (or ``.parquet``), or ``submission.csv``, in
+            the current folder.
+        format: Of the table, where ``out`` does not say; ``"kaggle"`` writes Kaggle's ``id,label`` instead:
+            the file's name without its ending, and the probability of the positive class.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
         on_progress: Called with patches done and patches in all.
 
     Raises:
         RunError: If the model is neither a finished run nor a classifier.
-        DataError: If a path does not exist, or nothing could be read at all.
+        DataError: If a path does not exist, or nothing could be read at all; for Kaggle, if the classifier
+            has more than two classes or two patches the same id.
     """
     classifier = open_classifier(model)
     engine = Engine(device)
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     skipped: Skipped = []
     sources = _open([Path(path) for path in paths], classifier, skipped)
+    path = Path(out or ("submission.csv" if format == "kaggle" else f"predictions.{format}"))
+    if format == "kaggle":
+        _check_submission(classifier, path, sources)
     n_patches, done = sum(map(len, sources)) + len(skipped), 0
     frames = []
     for source in sources:
@@ -97,7 +104,6 @@ def predict(
         first = f"; {skipped[0]['source']}: {skipped[0]['reason']}" if skipped else ""
         raise DataError(f"no patch could be read from {', '.join(map(str, paths))}{first}")
     frame = pd.concat(frames, ignore_index=True)
-    path = Path(out) if out is not None else Path(f"predictions.{format}")
     about = {
         "classifier_sha256": classifier.sha256,
         "pack_sha256": None,
@@ -106,7 +112,21 @@ def predict(
         "sources": [str(source) for source in paths],
         "skipped": skipped,
     }
-    return Prediction(frame, write_predictions(path, frame, about), skipped, classifier.info.class_names)
+    write = write_submission if format == "kaggle" else write_predictions
+    return Prediction(frame, write(path, frame, about), skipped, classifier.info.class_names)
+
+
+def _check_submission(
+    classifier: Classifier, path: Path, sources: "list[_PackSource | _ImageSource]"
+) -> None:
+    """Refuse what Kaggle would not take before anything is predicted."""
+    if classifier.positive_index is None:
+        raise DataError(
+            "Kaggle's csv holds one probability a patch; the classifier has "
+            f"{len(classifier.info.class_names)} classes: write csv or parquet"
+        )
+    check_name(path)
+    give_ids([name for source in sources for name in source.names])
 
 
 def open_classifier(model: Run | Classifier | Path | str) -> Classifier:
@@ -146,6 +166,10 @@ class _PackSource:
     def __len__(self) -> int:
         return len(self.pack)
 
+    @property
+    def names(self) -> list[str]:
+        return self.pack.table["patch_id"].tolist()
+
     def read(self, classifier: Classifier, skipped: Skipped) -> Iterator[_Chunk]:
         pack = self.pack
         same_classes = pack.class_names == classifier.info.class_names
@@ -172,6 +196,10 @@ class _ImageSource:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def names(self) -> list[str]:
+        return [image.name for image in self.images]
 
     def read(self, classifier: Classifier, skipped: Skipped) -> Iterator[_Chunk]:
         patch_px = classifier.info.patch_px

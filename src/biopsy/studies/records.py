@@ -52,18 +52,32 @@ class Study:
         write_json(self.path / DOCUMENT, self.info)
 
     def runs(self) -> list[Run]:
-        """Give its runs in the order of recipe, fold and seed, whatever their status."""
+        """Give its runs, whatever their status, in the order of recipe, fold and seed, then as asked."""
         found = [Run.open(path.parent) for path in (self.path / "runs").glob("*/run.json")]
+        asked = {name: place for place, name in enumerate(self.info.get("runs", ()))}
         return sorted(
-            found, key=lambda run: (run.info["recipe"], run.info["split"]["fold"] or 0, run.info["seed"])
+            found,
+            key=lambda run: (
+                run.info["recipe"],
+                run.info["split"]["fold"] or 0,
+                run.info["seed"],
+                asked.get(run.path.name, 0),
+            ),
         )
 
     def judged_runs(self) -> list[Run]:
         """Give the runs that have been evaluated."""
         return [run for run in self.runs() if (run.path / "evaluation" / "metrics.json").exists()]
 
+    def summary(self) -> dict[str, Any]:
+        """Read ``metrics.json``: what its runs add up to."""
+        path = self.path / "metrics.json"
+        if not path.exists():
+            raise RunError(f"{self.path} has no evaluated run: go on with the command that made it")
+        return read_json(path)
+
     def table(self) -> pd.DataFrame:
-        """Read ``table.csv``, one row a run."""
+        """Read ``table.csv``."""
         return pd.read_csv(self.path / "table.csv")
 
     def predictions(self) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """Reports from what runs and studies keep on disk."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,20 @@ import numpy as np
 
 from biopsy.data.audit import audit_pack
 from biopsy.data.packs import Pack
-from biopsy.errors import DataError, RunError
+from biopsy.errors import DataError
 from biopsy.files import read_json, write_atomic
+from biopsy.judging.conjectures import measure_conjectures
+from biopsy.judging.examples import Explained
+from biopsy.judging.illustration import DOCUMENT, explain_examples, write_explained
 from biopsy.learning.networks import build_network, describe
-from biopsy.learning.recipes import Recipe, load_recipe, recipe_toml
+from biopsy.learning.recipes import Recipe, recipe_toml
 from biopsy.learning.runs import Run
-from biopsy.sharing.facts import RunFacts, StudyFacts
+from biopsy.sharing.facts import RunFacts
 from biopsy.sharing.report import render_report, report_of_run
-from biopsy.sharing.study import report_of_study
+from biopsy.studies.pages import compose_study
 from biopsy.studies.records import Study, is_study
-from biopsy.studies.tables import SUMMARY_FORMAT
+
+logger = logging.getLogger(__name__)
 
 
 def report(
@@ -52,11 +57,8 @@ def report(
 def _compose(item: Run | Study | Path | str, hide_ids: bool) -> list[tuple[str, str]]:
     """Give the pages of a run or a study: file name and HTML each."""
     if isinstance(item, Study) or (not isinstance(item, Run) and is_study(item)):
-        study = Study.open(item)
-        facts = gather_study(study)
-        names = ["report.html"] if len(facts) == 1 else [f"report-{recipe}.html" for recipe in facts]
-        pages = [render_report(report_of_study(fact, hide_ids=hide_ids)) for fact in facts.values()]
-        return list(zip(names, pages, strict=True))
+        pages = compose_study(Study.open(item), hide_ids=hide_ids)
+        return [(name, render_report(page)) for name, page in pages]
     return [("report.html", render_report(report_of_run(gather_run(Run.open(item)), hide_ids=hide_ids)))]
 
 
@@ -95,46 +97,29 @@ def gather_run(run: Run) -> RunFacts:
         mpp=pack.info.mpp,
         audit=_find_audit(pack),
         ledger=metrics.get("ledger"),
+        explained=_explain(run),
+        conjectures=_test_conjectures(run),
     )
 
 
-def gather_study(study: Study) -> dict[str, StudyFacts]:
-    """Collect what the report of a study is written from, recipe by recipe.
-
-    Raises:
-        RunError: If none of its runs has been evaluated.
-    """
-    runs = study.judged_runs()
-    if not runs:
-        raise RunError(f"{study.path} has no evaluated run: go on with `biopsy study`")
-    summary = read_json(study.path / "metrics.json", format=SUMMARY_FORMAT)
-    table, predictions, first = study.table(), study.predictions(), runs[0].metrics()
-    facts = {}
-    for name, entry in summary["recipes"].items():
-        recipe = load_recipe(next(run for run in runs if run.info["recipe"] == name).recipe)
-        rows = table[table["recipe"] == name].copy()
-        rows["fold"] = rows["fold"].fillna(0).astype(int)
-        facts[name] = StudyFacts(
-            study={**study.info, "environment": runs[0].info["environment"]},
-            table=rows,
-            predictions=predictions[predictions["recipe"] == name],
-            metrics={
-                **entry.get("pooled", {}),
-                "positive_class": first["positive_class"],
-                "split": study.info["split"],
-            },
-            class_names=first["class_names"],
-            baselines=_baseline_by_group(rows),
-            recipe=recipe.model_dump(),
-            recipe_toml=recipe_toml(recipe),
-        )
-    return facts
+def _explain(run: Run) -> Explained:
+    """Explain some patches, and leave pictures of them in the run where it has none."""
+    explained = explain_examples(run)
+    if not (run.path / "explain" / DOCUMENT).exists():
+        try:
+            write_explained(run, explained)
+        except OSError as error:
+            logger.warning("explanations stand in the report only: %s", error)
+    return explained
 
 
-def _baseline_by_group(rows: Any) -> dict[str, float]:
-    """Give the colour-only AUROC of each patient that is tested alone in a fold."""
-    alone = rows[~rows["tested"].astype(str).str.contains(" ")].dropna(subset=["baseline_auroc"])
-    return dict(zip(alone["tested"].astype(str), alone["baseline_auroc"].astype(float), strict=True))
+def _test_conjectures(run: Run) -> dict[str, Any] | None:
+    """Measure the posts' conjectures, or read what was measured; they are about two classes."""
+    try:
+        return None if run.info["threshold"] is None else measure_conjectures(run)
+    except OSError as error:
+        logger.warning("the posts' conjectures are not in the report, for they cannot be kept: %s", error)
+        return None
 
 
 def _describe_network(recipe: Recipe, n_classes: int) -> list[Any]:

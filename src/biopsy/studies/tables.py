@@ -48,7 +48,7 @@ def write_tables(study: Study) -> None:
             "threshold": {"rule": "each run's own, chosen on its validation side"},
         },
     )
-    table = pd.DataFrame([_describe_run(run) for run in runs])
+    table = pd.DataFrame([describe_run(run) for run in runs])
     write_atomic(study.path / "table.csv", table.to_csv(index=False, lineterminator="\n"))
     write_json(study.path / "metrics.json", summarise(table, pooled, runs[0].metrics()))
 
@@ -74,13 +74,15 @@ def summarise(table: pd.DataFrame, pooled: pd.DataFrame, metrics: dict[str, Any]
         if metrics["positive_class"] is not None:
             positive = metrics["class_names"].index(metrics["positive_class"])
             frames = _pool_by_seed(pooled[pooled["recipe"] == recipe])
-            entry["pooled"] = _measure(frames, positive, metrics["unit"])
-            entry["over_seeds"] = _spread([_measure([frame], positive, metrics["unit"]) for frame in frames])
+            entry["pooled"] = measure_pooled(frames, positive, metrics["unit"])
+            entry["over_seeds"] = _spread(
+                [measure_pooled([frame], positive, metrics["unit"]) for frame in frames]
+            )
         document["recipes"][recipe] = entry
     return document
 
 
-def _describe_run(run: Run) -> dict[str, Any]:
+def describe_run(run: Run) -> dict[str, Any]:
     """Give a run's row of ``table.csv``."""
     metrics, (frame, _) = run.metrics(), run.predictions("test")
     groups = frame[f"{metrics['unit']}_id"].astype(str).unique()
@@ -143,7 +145,7 @@ def _pool_by_seed(pooled: pd.DataFrame) -> list[pd.DataFrame]:
     return [pooled[pooled["seed"] == seed] for seed in folds.index[[found == widest for found in folds]]]
 
 
-def _measure(frames: list[pd.DataFrame], positive: int, unit: str) -> dict[str, Any]:
+def measure_pooled(frames: list[pd.DataFrame], positive: int, unit: str) -> dict[str, Any]:
     """Give the metrics of out-of-fold predictions, mean over seeds, with an interval over patients.
 
     The mean over seeds is taken in the sample and in each of its reweightings, so the interval is that of the

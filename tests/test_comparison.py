@@ -1,0 +1,79 @@
+"""Arms of a reproduction: who is kept apart, whose leak is measured, and as many patches in both arms."""
+
+import numpy as np
+import pytest
+
+from biopsy.data.splits import make_split, save_split
+from biopsy.errors import RunError
+from biopsy.learning.recipes import load_recipe
+from biopsy.studies.comparison import choose_apart, choose_leaking, compare_splits, count_side, list_leaks
+
+TESTED = ("8863", "8865")
+RECIPE = "cancernet-2020"
+
+
+def test_undersampling_recipes_are_compared_after_undersampling(make_pack):
+    rare = {"target": np.tile([0] * 9 + [1] * 3, 6)}
+    pack = make_pack(n_patients=6, patches_per_patient=12, columns=rare)
+    recipe = load_recipe(RECIPE, ["train.sampling=undersample"])
+    split = make_split(pack, protocol="leave-one-out", test_patients=TESTED)
+    found = compare_splits(pack, recipe, split)
+    for arm in found.arms:
+        classes = np.bincount(pack.target[arm.split.sides(pack) == "train"])
+        assert classes[0] == classes[1]
+    assert len({count_side(pack, arm.split, "train") for arm in found.arms}) == 1 and not found.missing
+
+
+def test_who_is_kept_apart_and_whose_leak_is_measured(make_pack):
+    pack = make_pack(n_patients=6, patches_per_patient=12)
+    assert choose_apart(pack, None, TESTED).protocol == "leave-one-out"
+    assert choose_apart(pack, None, ()).protocol == "patients"
+    assert choose_leaking(pack) == []  # none has 50 patches of each class
+    save_split(pack, make_split(pack, protocol="patients", name="mine", seed=5))
+    assert choose_apart(pack, "mine", TESTED).name == "mine"
+    own = make_pack("own.pack", n_patients=6, own_sides=("train", "val", "test"))
+    assert choose_apart(own, None, TESTED).protocol == "official"
+
+
+@pytest.mark.parametrize("ids", [{}, {"patient_id": None, "slide_id": None}])
+def test_own_sides_without_a_test_side_are_tested_on_validation(make_pack, ids):
+    pack = make_pack(n_patients=8, own_sides=("train", "train", "val", "train"), columns=ids)
+    own = pack.table["own_side"].to_numpy(str)
+    sides = choose_apart(pack, None, TESTED).sides(pack)
+    assert ((sides == "test") == (own == "val")).all()
+    assert set(sides[own == "train"]) == {"train", "val"}
+    assert (sides == "val").sum() < (sides == "train").sum() and set(pack.target[sides == "val"]) == {0, 1}
+
+
+def test_the_three_with_most_of_their_rarer_class_are_chosen(make_pack):
+    groups = np.repeat(["a", "b", "c", "d", "e"], [120, 140, 160, 110, 118])
+    target = np.random.default_rng(0).permutation(len(groups)) % 2
+    target[groups == "e"] = 0
+    columns = {"patient_id": groups, "target": target}
+    pack = make_pack(n_patients=1, patches_per_patient=len(groups), columns=columns)
+    rarer = {name: np.bincount(pack.target[groups == name], minlength=2).min() for name in "abcde"}
+    known = sorted((name for name in rarer if rarer[name] >= 50), key=lambda name: -rarer[name])[:3]
+    assert choose_leaking(pack) == sorted(known)
+
+
+def test_a_published_split_that_cannot_be_made_leaves_the_other_arm(make_pack):
+    pack = make_pack(n_patients=6)
+    rows = load_recipe(RECIPE, ["as_published.split={method='kaggle-rows'}"])
+    found = compare_splits(pack, rows, choose_apart(pack, None, TESTED))
+    assert "does not keep the rows" in found.missing["published"]
+    assert [arm.kind for arm in found.arms] == ["apart", "apart"]
+    with pytest.raises(RunError, match=r"cancernet-2020 cannot be reproduced on tiny\.pack: .* the rows"):
+        compare_splits(pack, rows, None)
+
+
+def test_the_next_in_order_validates_the_leak(make_pack):
+    pack = make_pack(n_patients=6)
+    arms = list_leaks(pack, ["8863", "8867", "8865"], seed=2)
+    assert [(arm.tested, arm.place, arm.kind) for arm in arms[:3]] == [
+        ("8863", 0, "leak-apart"),
+        ("8863", 0, "leak-with"),
+        ("8867", 1, "leak-apart"),
+    ]
+    for arm, validates in zip(arms[::2], ("8867", "8865", "8863"), strict=True):
+        sides = arm.split.sides(pack)
+        assert set(pack.group_ids[sides == "val"]) == {validates} and arm.split.seed == 2

@@ -1,0 +1,50 @@
+"""Sums of a reproduction: whole seeds only, pairs only, and what a row is worth."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from biopsy.studies.gaps import COMPARED, spread, summarise
+
+BASELINE = {"published_updates": 100, "method_only": False, "missing": {}, "claim": {}, "corrected": {}}
+
+
+def test_spread_of_some_values():
+    assert spread([]) == {"mean": None, "sd": None, "min": None, "max": None}
+    assert spread([0.5]) == {"mean": 0.5, "sd": None, "min": 0.5, "max": 0.5}
+    assert spread([0.5, 1.0])["sd"] == pytest.approx(np.sqrt(0.125))
+    assert spread([0.5, float("nan")])["mean"] is None
+
+
+def run_row(arm, place, seed, auroc, **more):
+    values = {name: 0.5 for name in COMPARED} | {"auroc": auroc}
+    shared = {"n_train": 9, "n_patches": 4, "baseline_auroc": 0.6, "seconds": 60, "updates": 50}
+    return {"recipe": "p", "arm": arm, "tested": str(place), "place": place, "seed": seed, "run": "r"} | (
+        values | shared | {"val_is_test": False} | more
+    )
+
+
+METRICS = {"positive_class": "idc", "unit": "patient", "class_names": ["non_idc", "idc"]}
+
+
+def test_a_seed_that_lacks_a_slide_is_in_no_mean():
+    rows = [run_row("leak-with", p, s, 0.9) for p in (0, 1) for s in (0, 1)]
+    rows += [run_row("leak-apart", p, s, a) for p, s, a in ((0, 0, 0.8), (1, 0, 0.6), (0, 1, 0.1))]
+    leak = summarise({"p": BASELINE}, pd.DataFrame(rows), {}, METRICS)["papers"]["p"]["leak"]
+    assert leak["seeds"] == [0] and leak["auroc"]["mean"] == pytest.approx(0.2)
+    assert [slide["seeds"] for slide in leak["slides"]] == [[0, 1], [0]]
+
+
+@pytest.mark.parametrize(
+    ("updates", "published", "method_only", "label"),
+    [
+        (99, 1000, False, "smoke"),
+        (100, 1000, False, ""),
+        (100, 0, False, "published length unknown"),
+        (99, 1000, True, "smoke, method only"),
+    ],
+)
+def test_what_a_row_is_worth_is_said(updates, published, method_only, label):
+    paper = BASELINE | {"published_updates": published, "method_only": method_only}
+    rows = [run_row("published", None, 0, 0.9, updates=updates)]
+    assert summarise({"p": paper}, pd.DataFrame(rows), {}, METRICS)["papers"]["p"]["label"] == label
