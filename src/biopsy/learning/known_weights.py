@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from biopsy.errors import RecipeError, suggest
-from biopsy.learning.networks.library import split_name
+from biopsy.learning.networks.libraries import split_name
 from biopsy.learning.weight_files import SUFFIXES
 
 NOT_STATED = "not stated"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from biopsy.errors import DataError
-from biopsy.learning.networks.library import LibraryNetwork, split_name, timm_size
+from biopsy.learning.networks.libraries import LibraryNetwork, split_name, timm_size
 from biopsy.learning.networks.stages import StagedNetwork
 
 KERAS_SUFFIXES = (".h5", ".hdf5", ".keras")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from biopsy.errors import RecipeError, suggest
-from biopsy.learning.networks import library
+from biopsy.learning.networks import libraries
 from biopsy.learning.networks.layers import initialise
 from biopsy.seeds import derive
 
@@ -51,7 +51,7 @@ def network_parameters(name: str) -> dict[str, Any]:
         RecipeError: If no network has that name.
     """
     if ":" in name:
-        return dict.fromkeys(library.PARAMETERS[library.split_name(name)[0]])
+        return dict.fromkeys(libraries.PARAMETERS[libraries.split_name(name)[0]])
     signature = inspect.signature(_find(name)).parameters.values()
     return {parameter.name: parameter.default for parameter in signature if parameter.name not in _GIVEN}
 
@@ -89,7 +89,7 @@ def build_network(
     with torch.random.fork_rng(devices=[]):
         if ":" in name:
             torch.manual_seed(derive(seed or 0, "initial weights", name))
-            return library.build_library_network(name, n_classes=n_classes, input_px=input_px, **parameters)
+            return libraries.build_library_network(name, n_classes=n_classes, input_px=input_px, **parameters)
         network = _find(name)(n_classes=n_classes, input_px=input_px, **parameters)
     if seed is not None:
         initialise(network, seed)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from biopsy.learning.networks.layers import SeparableConv2d, size_of
-from biopsy.learning.networks.library import LibraryNetwork, walk
+from biopsy.learning.networks.libraries import LibraryNetwork, walk
 
 
 class LayerRow(NamedTuple):
