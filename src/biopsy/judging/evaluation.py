@@ -24,10 +24,14 @@ from biopsy.statistics.calibration import ece_floor
 from biopsy.statistics.intervals import (
     describe_method,
     estimate_class_metrics,
+    estimate_metric,
     estimate_patch_metrics,
     estimate_patient_metrics,
+    replicate,
 )
+from biopsy.statistics.metrics import METRICS
 from biopsy.statistics.paired import estimate_differences
+from biopsy.statistics.tallies import rank
 
 logger = logging.getLogger(__name__)
 
@@ -258,12 +262,25 @@ def _compare_with_colour(
     if positive is None or result["auroc"] is None:
         return result
     truth, groups = (pack.target[rows] == positive).astype(int), pack.group_ids[rows]
-    options: dict[str, Any] = {"seed": run.info["seed"], "level": LEVEL, "unit": pack.unit}
-    alone = estimate_patch_metrics(truth, theirs[:, positive], groups, **options)
-    gain = estimate_differences(
-        truth, probs[:, positive], theirs[:, positive], groups, names=["auroc"], **options
+    seed, alone = run.info["seed"], rank(truth, theirs[:, positive], group_ids=groups)
+    interval = estimate_metric(
+        METRICS["auroc"],
+        alone,
+        replicate(alone, seed=seed, names=["auroc"]),
+        level=LEVEL,
+        unit=pack.unit,
     )
-    return result | {"interval": alone["auroc"].to_dict(), "gain": gain["auroc"].to_dict()}
+    gain = estimate_differences(
+        truth,
+        probs[:, positive],
+        theirs[:, positive],
+        groups,
+        names=["auroc"],
+        seed=seed,
+        level=LEVEL,
+        unit=pack.unit,
+    )
+    return result | {"interval": interval.to_dict(), "gain": gain["auroc"].to_dict()}
 
 
 def _open_ledger(run: Run, pack: Pack, split: dict[str, Any], side: str) -> dict[str, Any] | None:

@@ -16,14 +16,12 @@ from biopsy.errors import MetricError
 from biopsy.statistics.intervals import (
     BOOTSTRAP_FROM,
     DRAWS,
-    FEWEST_GROUPS,
-    MOST_UNDEFINED,
     Interval,
     Method,
     PatientSummary,
+    estimate_from,
     replicate,
     reweightings,
-    spread_interval,
     summarise_groups,
 )
 from biopsy.statistics.metrics import METRICS, UNBOUNDED, measure
@@ -186,15 +184,9 @@ def _interval(
     unit: str,
     level: float,
 ) -> Interval:
-    n, has = carriers
     if np.isnan(value):
-        return Interval(value, reason=f"undefined: no spread, or no {has}")
-    if n < FEWEST_GROUPS:
-        return Interval(value, reason=f"only {n} {unit}(s) with {has}: an interval needs {FEWEST_GROUPS}")
-    undefined = np.isnan(replicates)
-    if undefined.mean() > (MOST_UNDEFINED if method == "bootstrap" else 0):
-        return Interval(value, reason=f"undefined when {unit}s are left out: no interval")
-    return spread_interval(value, replicates[~undefined], method, bounds=bounds, n_groups=n, level=level)
+        return Interval(value, reason=f"undefined: no spread, or no {carriers[1]}")
+    return estimate_from(value, replicates, method, carriers, bounds=bounds, level=level, unit=unit)
 
 
 def _sums(values: Floats, chosen: NDArray[np.bool_], codes: NDArray[np.intp], n_groups: int) -> Floats:

@@ -199,16 +199,42 @@ def estimate_metric(
     if np.isnan(value):
         return Interval(value, reason=f"undefined: {metric.why_undefined(ranked.tally())}")
     n, has = carried_by(metric, ranked)
-    if n < FEWEST_GROUPS:
-        return Interval(value, reason=f"only {n} {unit}(s) with {has}: an interval needs {FEWEST_GROUPS}")
-    if metric.share and value in (0.0, 1.0):
+    if n >= FEWEST_GROUPS and metric.share and value in (0.0, 1.0):
         return bound_interval(value, n, level)
     replicates = result.replicates[metric.name]
+    return estimate_from(
+        value, replicates, result.method, (n, has), bounds=metric.bounds, level=level, unit=unit
+    )
+
+
+def estimate_from(
+    value: float,
+    replicates: Floats,
+    method: Method,
+    carriers: tuple[int, str],
+    *,
+    bounds: tuple[float, float],
+    level: float,
+    unit: str,
+) -> Interval:
+    """Give a value with the interval its replicates allow, or with the reason why they allow none.
+
+    Args:
+        value: On the sample as it is.
+        replicates: The same on every reweighting, NaN where undefined.
+        method: How the groups were reweighted.
+        carriers: How many groups an interval can learn from, and what they have.
+        bounds: Between which values it lives.
+        level: Nominal coverage.
+        unit: What a group is, for the reasons.
+    """
+    n, has = carriers
+    if n < FEWEST_GROUPS:
+        return Interval(value, reason=f"only {n} {unit}(s) with {has}: an interval needs {FEWEST_GROUPS}")
     undefined = np.isnan(replicates)
-    if undefined.mean() > (MOST_UNDEFINED if result.method == "bootstrap" else 0):
+    if undefined.mean() > (MOST_UNDEFINED if method == "bootstrap" else 0):
         return Interval(value, reason=f"undefined when {unit}s are left out: no interval")
-    replicates = replicates[~undefined]
-    return spread_interval(value, replicates, result.method, bounds=metric.bounds, n_groups=n, level=level)
+    return spread_interval(value, replicates[~undefined], method, bounds=bounds, n_groups=n, level=level)
 
 
 def estimate_patch_metrics(

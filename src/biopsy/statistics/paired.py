@@ -6,17 +6,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from biopsy.statistics.intervals import (
-    BOOTSTRAP_FROM,
     DRAWS,
-    FEWEST_GROUPS,
-    MOST_UNDEFINED,
     Interval,
     carried_by,
     check_level,
+    estimate_from,
     replicate,
-    spread_interval,
 )
-from biopsy.statistics.metrics import METRICS
+from biopsy.statistics.metrics import METRICS, UNBOUNDED
 from biopsy.statistics.tallies import rank
 
 
@@ -61,7 +58,6 @@ def estimate_differences(
         for prob, threshold in zip((first, second), thresholds, strict=True)
     ]
     results = [replicate(sample, seed=seed, draws=draws, names=names) for sample in samples]
-    most_undefined = MOST_UNDEFINED if len(samples[0].groups) >= BOOTSTRAP_FROM else 0
     found = {}
     for name in names:
         metric = METRICS[name]
@@ -70,22 +66,13 @@ def estimate_differences(
             undefined = samples[int(not np.isnan(results[0].value[name]))]
             found[name] = Interval(value, reason=f"undefined: {metric.why_undefined(undefined.tally())}")
             continue
-        n, has = min(carried_by(metric, sample) for sample in samples)
-        if n < FEWEST_GROUPS:
-            reason = f"only {n} {unit}(s) with {has}: an interval needs {FEWEST_GROUPS}"
-            found[name] = Interval(value, reason=reason)
-            continue
-        differences = results[0].replicates[name] - results[1].replicates[name]
-        lost = np.isnan(differences)
-        if lost.mean() > most_undefined:
-            found[name] = Interval(value, reason=f"undefined when {unit}s are left out: no interval")
-            continue
-        found[name] = spread_interval(
+        found[name] = estimate_from(
             value,
-            differences[~lost],
+            results[0].replicates[name] - results[1].replicates[name],
             results[0].method,
-            bounds=(-np.inf, np.inf),
-            n_groups=n,
+            min(carried_by(metric, sample) for sample in samples),
+            bounds=UNBOUNDED,
             level=level,
+            unit=unit,
         )
     return found

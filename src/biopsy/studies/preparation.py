@@ -61,9 +61,10 @@ def prepare(
         raise DataError("--split and --recipe say how --export-tree sorts files: name its folder")
     if split is not None and recipe is not None:
         raise DataError("the tree has one split: name --split or --recipe, not both")
-    published = load_recipe(recipe or TREE_RECIPE).as_published.split
-    if export_tree is not None and not is_pack(source):
-        check_exportable(source, export_tree)
+    if export_tree is not None:
+        published = load_recipe(recipe or TREE_RECIPE).as_published.split
+        if not is_pack(source):
+            check_exportable(source, export_tree)
     pack = packing.prepare(
         source,
         out,
