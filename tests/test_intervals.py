@@ -20,11 +20,10 @@ from biopsy.statistics.intervals import (
     estimate_patch_metrics,
     estimate_patient_metrics,
     measure_groups,
-    replicate,
-    reweightings,
     wilson_interval,
 )
 from biopsy.statistics.metrics import METRICS, measure
+from biopsy.statistics.replicates import replicate, reweightings
 from biopsy.statistics.tallies import rank
 
 # five patients, three patches each

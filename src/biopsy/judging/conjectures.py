@@ -23,9 +23,10 @@ from biopsy.learning.networks import describe
 from biopsy.learning.runs import Run
 from biopsy.seeds import make_rng
 from biopsy.statistics.contrasts import contrast_groups, estimate_ratio
-from biopsy.statistics.intervals import Interval, describe_method, estimate_metric, replicate
+from biopsy.statistics.intervals import Interval, describe_method, estimate_metric
 from biopsy.statistics.metrics import METRICS
 from biopsy.statistics.paired import estimate_differences
+from biopsy.statistics.replicates import replicate
 from biopsy.statistics.tallies import rank
 
 FORMAT = "biopsy-conjectures/1"

@@ -27,10 +27,10 @@ from biopsy.statistics.intervals import (
     estimate_metric,
     estimate_patch_metrics,
     estimate_patient_metrics,
-    replicate,
 )
 from biopsy.statistics.metrics import METRICS
 from biopsy.statistics.paired import estimate_differences
+from biopsy.statistics.replicates import replicate
 from biopsy.statistics.tallies import rank
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """A measured value in two sets of patches, and one quantity as a share of another, over patients.
 
-Every comparison is a number on the sample as it is and on each of its `intervals.reweightings`: patients left
+Every comparison is a number on the sample as it is and on each of its `replicates.reweightings`: patients left
 out or drawn anew, never patches. The interval follows from their spread as for any metric.
 """
 
@@ -13,18 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from biopsy.errors import MetricError
-from biopsy.statistics.intervals import (
-    BOOTSTRAP_FROM,
-    DRAWS,
-    Interval,
-    Method,
-    PatientSummary,
-    estimate_from,
-    replicate,
-    reweightings,
-    summarise_groups,
-)
+from biopsy.statistics.intervals import Interval, PatientSummary, estimate_from, summarise_groups
 from biopsy.statistics.metrics import METRICS, UNBOUNDED, measure
+from biopsy.statistics.replicates import BOOTSTRAP_FROM, DRAWS, Method, replicate, reweightings
 from biopsy.statistics.tallies import Floats, rank
 
 AUROC = METRICS["auroc"]

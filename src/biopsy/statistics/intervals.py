@@ -1,18 +1,16 @@
 """How sure a number is, with the patient as the unit.
 
-Patches of one patient resemble each other, so they are never resampled one by one: patients are left out
-(fewer than 100) or drawn with replacement (100 and more). The spread of the metric over those *replicates*
-gives a standard error, which is carried to a scale without bounds (logit for a share) and multiplied with
-Student's t, its degrees of freedom one less than the patients that carry the metric. How often such intervals
-hold the truth is simulated by `benchmarks/coverage.py` and tabled in `docs/concepts/intervals.md`.
+The spread of a metric over its `replicates` gives a standard error, which is carried to a scale without
+bounds (logit for a share) and multiplied with Student's t, its degrees of freedom one less than the patients
+that carry the metric. How often such intervals hold the truth is simulated by `benchmarks/coverage.py` and
+tabled in `docs/concepts/intervals.md`.
 
 A comparison of two models over the same patients needs nothing more than the difference of two `replicate`
 results: same ids, same seed, same reweightings.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,14 +18,18 @@ from scipy import stats
 from scipy.special import expit, logit
 
 from biopsy.errors import MetricError
-from biopsy.seeds import make_rng
 from biopsy.statistics.metrics import METRICS, Metric, measure
+from biopsy.statistics.replicates import (
+    BOOTSTRAP_FROM,
+    DRAWS,
+    Method,
+    Replicates,
+    replicate,
+    standard_error,
+)
 from biopsy.statistics.tallies import NEEDS, Floats, Ranked, rank
 
 FEWEST_GROUPS = 5
-Method = Literal["jackknife", "bootstrap"]
-BOOTSTRAP_FROM = 100  # below it the bootstrap's own error shows: docs/concepts/intervals.md
-DRAWS = 2000
 MOST_UNDEFINED = 0.05  # share of bootstrap draws that may miss, say, the few patients with positive patches
 
 
@@ -58,68 +60,6 @@ class PatientSummary:
     def to_dict(self) -> dict[str, float | int | str | None]:
         extra = {"n_defined": self.n_defined, "median": self.median, "worst": self.worst}
         return self.mean.to_dict() | extra
-
-
-@dataclass(frozen=True)
-class Replicates:
-    """Metrics of a sample, and of the same sample with its groups weighted anew.
-
-    Attributes:
-        value: Each metric on the sample as it is.
-        replicates: Each metric on every reweighting, shape ``(n_replicates,)``; for the jackknife, entry
-            ``i`` leaves out group ``i`` in the order of sorted ids.
-        method: How the groups were reweighted.
-        n_groups: Groups in the sample.
-    """
-
-    value: dict[str, float]
-    replicates: dict[str, Floats]
-    method: Method
-    n_groups: int
-
-
-def standard_error(replicates: Floats, method: Method) -> float:
-    """Give the standard error that replicates imply (Efron and Tibshirani 1993, eq. 6.6 and 11.5)."""
-    n = len(replicates)
-    sum_of_squares = float(((replicates - replicates.mean()) ** 2).sum())
-    return float(np.sqrt(sum_of_squares * (n - 1) / n if method == "jackknife" else sum_of_squares / (n - 1)))
-
-
-def reweightings(n_groups: int, *, seed: int, draws: int) -> Iterator[Floats]:
-    """Yield weights per group: each group left out once, or from 100 groups whole groups drawn anew."""
-    if n_groups < BOOTSTRAP_FROM:
-        for left_out in range(n_groups):
-            weight = np.ones(n_groups)
-            weight[left_out] = 0
-            yield weight
-    else:
-        rng = make_rng(seed, "bootstrap")
-        for _ in range(draws):
-            yield np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups).astype(np.float64)
-
-
-def replicate(
-    ranked: Ranked, *, seed: int, draws: int = DRAWS, names: Iterable[str] | None = None
-) -> Replicates:
-    """Compute metrics on a sample and on each reweighting of its groups.
-
-    Args:
-        ranked: The sample, from `tallies.rank` with ``group_ids``.
-        seed: For the bootstrap; the same seed and the same groups give the same reweightings.
-        draws: Bootstrap draws.
-        names: Metrics wanted; all if not given.
-    """
-    names, n_groups = list(METRICS if names is None else names), len(ranked.groups)
-    value = measure(ranked.tally(), names)
-    defined = [name for name in names if not np.isnan(value[name])]
-    weights = reweightings(n_groups, seed=seed, draws=draws)
-    rows = [
-        list(measure(ranked.tally(w), defined).values()) if w.any() else [np.nan] * len(defined)
-        for w in weights
-    ]
-    table = np.array(rows).reshape(len(rows), len(defined))
-    replicates = {name: table[:, column] for column, name in enumerate(defined)}
-    return Replicates(value, replicates, "jackknife" if n_groups < BOOTSTRAP_FROM else "bootstrap", n_groups)
 
 
 def carry(values: Floats, bounds: tuple[float, float]) -> Floats:

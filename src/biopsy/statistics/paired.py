@@ -5,15 +5,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from biopsy.statistics.intervals import (
-    DRAWS,
-    Interval,
-    carried_by,
-    check_level,
-    estimate_from,
-    replicate,
-)
+from biopsy.statistics.intervals import Interval, carried_by, check_level, estimate_from
 from biopsy.statistics.metrics import METRICS, UNBOUNDED
+from biopsy.statistics.replicates import DRAWS, replicate
 from biopsy.statistics.tallies import rank
 
 

@@ -9,8 +9,9 @@ from biopsy.data.predictions import write_predictions
 from biopsy.files import write_atomic, write_json
 from biopsy.judging.evaluation import LEVEL
 from biopsy.learning.runs import Run
-from biopsy.statistics.intervals import Replicates, describe_method, estimate_metric, replicate
+from biopsy.statistics.intervals import describe_method, estimate_metric
 from biopsy.statistics.metrics import METRICS
+from biopsy.statistics.replicates import Replicates, replicate
 from biopsy.statistics.tallies import rank
 from biopsy.studies.records import Study
 
