@@ -28,6 +28,7 @@ from biopsy.errors import (
     PackError,
     RecipeError,
     RunError,
+    SlideError,
     SplitError,
     TrainingDiverged,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "RecipeError",
     "Run",
     "RunError",
+    "SlideError",
     "SplitError",
     "Study",
     "TrainingDiverged",

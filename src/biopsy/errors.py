@@ -6,7 +6,8 @@
     ├── DataError (ValueError)        patches, labels, tables, images
     │   ├── ArchiveError              a zip or folder that cannot be read as it stands
     │   ├── PackError                 a pack that is cut short, altered, newer or read-only
-    │   └── SplitError                a split that cannot be made or would leak
+    │   ├── SplitError                a split that cannot be made or would leak
+    │   └── SlideError                a slide that cannot be read, or not at the magnification asked for
     ├── RecipeError (ValueError)      a recipe, a setting, a network or a name that does not exist
     ├── MetricError (ValueError)      numbers that allow no metric
     ├── RunError (RuntimeError)       a run that cannot go on, be resumed or be judged
@@ -40,6 +41,10 @@ class PackError(DataError):
 
 class SplitError(DataError):
     """A split cannot be made from these patients, or would leak."""
+
+
+class SlideError(DataError):
+    """A slide cannot be read, has no tissue, or not the magnification a classifier needs."""
 
 
 class RecipeError(BiopsyError, ValueError):

@@ -1,7 +1,7 @@
 """A measured value in two sets of patches, and one quantity as a share of another, over patients.
 
-Every comparison is a number on the sample as it is and on each of its `replicates.reweightings`: patients left
-out or drawn anew, never patches. The interval follows from their spread as for any metric.
+Every comparison is a number on the sample as it is and on each of its `replicates.reweightings`: patients are
+left out or drawn anew, never patches. The interval follows from their spread as for any metric.
 """
 
 from collections.abc import Callable
