@@ -156,7 +156,7 @@ def test_torchvisions_weights_by_tag(folder, monkeypatch):
     settings = ("model.name=torchvision:resnet18", "model.weights=torchvision:resnet18.IMAGENET1K_V1")
     with pytest.raises(DataError, match="expected was f37072fd: it is another file, or was cut short"):
         make_network(recipe_with(*settings), 2, seed=0)
-    monkeypatch.setattr(weights_module, "_require_digest", lambda path, digest: None)
+    monkeypatch.setattr(weights_module, "require_digest", lambda path, digest: None)
     network, record = make_network(recipe_with(*settings), 2, seed=0)
     assert torch.equal(network.body.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
     assert torch.equal(network.body.bn1.running_var, source.bn1.running_var)

@@ -1,5 +1,6 @@
 """The application: all verbs, and what becomes of an error."""
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -51,12 +52,18 @@ def start(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    accept_licence: Annotated[
+        str | None,
+        typer.Option(help="Licences of weights that you accept, with commas."),
+    ] = None,
 ) -> None:
     """Train, judge and run breast-histopathology patch classifiers that can be trusted.
 
     Research use only: not a medical device, not for diagnosis.
     """
     show_log()
+    if accept_licence is not None:
+        os.environ["BIOPSY_ACCEPT_LICENCE"] = accept_licence
 
 
 for group in (upkeep, data, learning, studies, foreign, judging, explanation):

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def fetch(
-    name: Annotated[str, typer.Argument(help="idc, pcam or hcd.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="idc, pcam, hcd or weights:TAG.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder to download into.", show_default=False)],
 ) -> None:
-    """Download a published data set; the only verb that touches the network."""
+    """Download a published data set or pretrained weights; the only verb that touches the network."""
     with progress(f"fetching {name}", unit="bytes") as show:
         fetched = biopsy.fetch(
             name,

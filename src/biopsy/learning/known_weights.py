@@ -25,6 +25,7 @@ class Weights:
         licence: Short name, lower case; ``not stated`` where the source says none for the weights.
         digest: ``ALGORITHM:HEX``, where the source states one; the hex may be its beginning.
         feed: The preprocessing they were trained with, in a recipe's words.
+        url: Where the file itself is, if that is known.
         hub: Repository and file on Hugging Face.
     """
 
@@ -35,6 +36,7 @@ class Weights:
     licence: str
     digest: str = ""
     feed: dict[str, Any] = field(default_factory=dict)
+    url: str = ""
     hub: tuple[str, str] | None = None
 
 
@@ -46,6 +48,8 @@ KERAS_WEIGHTS = (
         page="https://github.com/fchollet/deep-learning-models/releases/tag/v0.1",
         licence="cc-by-4.0",  # of the Visual Geometry Group's own release, which these were converted from
         digest="md5:6d6bbae143d832006294945121d1f1fc",  # keras/applications/vgg16.py
+        url="https://github.com/fchollet/deep-learning-models/releases/download/v0.1/"
+        "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5",
         feed=CAFFE,
     ),
     Weights(
@@ -111,6 +115,7 @@ def _find_torchvision(name: str) -> Weights:
         page=page,
         licence=licence,
         digest=f"sha256:{file.rpartition('-')[2].partition('.')[0]}",  # torchvision's rule for file names
+        url=chosen.url,
         feed={"channel_order": "rgb", "scale": 1 / 255, "mean": list(trained.mean), "std": list(trained.std)},
     )
 

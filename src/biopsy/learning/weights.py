@@ -122,7 +122,7 @@ def _choose(recipe: Recipe) -> tuple[Path, Weights | None]:
                 f"the weights {known.tag!r} are of {' or '.join(known.networks)}, the recipe's network is "
                 f"{model.name!r}"
             )
-        _require_licence(known)
+        require_licence(known)
         found = locate(known)
         if found is None:
             raise RecipeError(
@@ -131,8 +131,8 @@ def _choose(recipe: Recipe) -> tuple[Path, Weights | None]:
                 f"at it with --set model.weights=PATH; {_say_without()}"
             )
         path = found
-        _require_digest(path, known.digest)
-    _require_digest(path, f"sha256:{model.weights_sha256}" if model.weights_sha256 else "")
+        require_digest(path, known.digest)
+    require_digest(path, f"sha256:{model.weights_sha256}" if model.weights_sha256 else "")
     return path, known
 
 
@@ -151,7 +151,12 @@ def _say_without() -> str:
     return "or go on without, from random weights: --set model.pretrained=false"
 
 
-def _require_digest(path: Path, digest: str) -> None:
+def require_digest(path: Path, digest: str) -> None:
+    """Refuse a file whose hash does not begin with ``ALGORITHM:HEX``; an empty digest takes any file.
+
+    Raises:
+        DataError: Saying both hashes.
+    """
     if not digest:
         return
     algorithm, _, wanted = digest.partition(":")
@@ -164,12 +169,18 @@ def _require_digest(path: Path, digest: str) -> None:
         )
 
 
-def _require_licence(weights: Weights) -> None:
+def require_licence(weights: Weights) -> None:
+    """Refuse weights whose licence restricts their use, unless it was accepted by name.
+
+    Raises:
+        RecipeError: Naming the licence, where it stands and how to accept it.
+    """
     accepted = [name.strip().lower() for name in os.environ.get(LICENCE_VARIABLE, "").split(",")]
     if weights.licence not in (*OPEN_LICENCES, *accepted):
         raise RecipeError(
             f"the weights {weights.tag!r} have the licence {weights.licence!r}, which restricts their use: "
-            f"read it at {weights.page}, and if you accept it set {LICENCE_VARIABLE}={weights.licence}"
+            f"read it at {weights.page}, and if you accept it begin the command with "
+            f"`biopsy --accept-licence {weights.licence}` or set {LICENCE_VARIABLE}={weights.licence}"
         )
 
 

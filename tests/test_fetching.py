@@ -1,0 +1,58 @@
+"""Pretrained weights fetched by their tag, from a server on this machine."""
+
+import hashlib
+from dataclasses import replace
+
+import pytest
+from local_server import BODY
+
+from biopsy.errors import DataError, DownloadError, RecipeError
+from biopsy.learning import fetching
+from biopsy.learning.known_weights import find_weights
+from biopsy.learning.weights import locate
+
+
+@pytest.fixture
+def known(server, monkeypatch):
+    """Let one tag mean the server's file."""
+    url, _ = server
+    weights = replace(
+        find_weights("keras-vgg16"),
+        file="data.bin",
+        url=f"{url}/data.bin",
+        digest=f"sha256:{hashlib.sha256(BODY).hexdigest()}",
+    )
+    monkeypatch.setattr(fetching, "find_weights", lambda tag: weights)
+    return weights
+
+
+def test_weights_come_once_and_are_found_by_their_tag(known, tmp_path, monkeypatch):
+    result = fetching.fetch("weights:keras-vgg16", tmp_path)
+    assert result.fetched == (tmp_path / "data.bin",)
+    assert (tmp_path / "data.bin").read_bytes() == BODY
+    monkeypatch.setenv("BIOPSY_WEIGHTS", str(tmp_path))
+    assert locate(known) == tmp_path / "data.bin"
+    assert fetching.fetch("weights:keras-vgg16", tmp_path).kept == (tmp_path / "data.bin",)
+
+
+def test_another_file_than_was_published_is_refused(known, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetching, "find_weights", lambda tag: replace(known, digest="sha256:00ff"))
+    with pytest.raises(DataError, match="expected was 00ff"):
+        fetching.fetch("weights:keras-vgg16", tmp_path)
+
+
+def test_a_licence_is_accepted_before_anything_is_fetched(known, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetching, "find_weights", lambda tag: replace(known, licence="cc-by-nc-4.0"))
+    with pytest.raises(RecipeError, match="biopsy --accept-licence cc-by-nc-4.0"):
+        fetching.fetch("weights:keras-vgg16", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_without_an_address_say_where_they_are(tmp_path):
+    with pytest.raises(DownloadError, match="no fixed address: get squeezenet_v1.1.* from https://"):
+        fetching.fetch("weights:keras-squeezenet1_1", tmp_path)
+
+
+def test_an_unknown_tag_names_the_nearest(tmp_path):
+    with pytest.raises(RecipeError, match="did you mean 'keras-vgg16'"):
+        fetching.fetch("weights:keras-vgg19", tmp_path)
