@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 
 from biopsy.data.packs import PIXELS, Pack, finish_pack, patch_sha256
+from biopsy.imaging.pyramids import write_pyramid
 
 if TYPE_CHECKING:
     from biopsy.learning.runs import Run
@@ -158,6 +159,50 @@ def make_pack(tmp_path: Path) -> Callable[..., Pack]:
     ``columns`` replaces or adds columns of the table (such as ``{"patient_id": None}``).
     """
     return partial(write_pack, tmp_path)
+
+
+def draw_slide(width: int = 600, height: int = 400, *, seed: int = 0) -> np.ndarray:
+    """Draw a slide: a pink ellipse on white glass, with dark dots in its right half, the tumour.
+
+    Returns:
+        uint8 ``(height, width, 3)`` RGB. The ellipse fills four fifths of width and height.
+    """
+    rng = np.random.default_rng(seed)
+    image = np.full((height, width, 3), 244, np.uint8)
+    centre, axes = (width // 2, height // 2), (2 * width // 5, 2 * height // 5)
+    cv2.ellipse(image, centre, axes, 0, 0, 360, (226, 165, 196), -1)
+    for x, y in rng.uniform(
+        (width / 2, 0.1 * height), (0.9 * width, 0.9 * height), (width * height // 400, 2)
+    ):
+        if ((x - centre[0]) / axes[0]) ** 2 + ((y - centre[1]) / axes[1]) ** 2 < 1:
+            cv2.circle(image, (int(x), int(y)), 4, (96, 62, 138), -1)
+    noise = rng.integers(-4, 5, image.shape)
+    return np.clip(image + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def make_slide(tmp_path: Path) -> Callable[..., Path]:
+    """``make_slide(name="slide.tiff", *, pixels=None, width=600, height=400, seed=0, mpp=0.5, **pyramid)``.
+
+    Writes ``pixels``, or else what `draw_slide` draws, as a small lossless pyramid.
+    """
+
+    def make(
+        name: str = "slide.tiff",
+        *,
+        pixels: np.ndarray | None = None,
+        width: int = 600,
+        height: int = 400,
+        seed: int = 0,
+        mpp: float = 0.5,
+        **pyramid: object,
+    ) -> Path:
+        image = draw_slide(width, height, seed=seed) if pixels is None else pixels
+        options = {"tile_px": 64, "compression": "deflate"} | pyramid
+        size = {"width": image.shape[1], "height": image.shape[0]}
+        return write_pyramid(tmp_path / name, image, mpp=mpp, **size, **options)  # type: ignore[arg-type]
+
+    return make
 
 
 @pytest.fixture(scope="session")

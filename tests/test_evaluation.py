@@ -117,7 +117,9 @@ def test_patients_count_alike_in_the_means_over_patients(judged):
 def test_probabilities_follow_from_the_logits(judged):
     _, _, frame, about = read(judged)
     logits = frame[["logit_non_idc", "logit_idc"]].to_numpy()
-    np.testing.assert_allclose(frame["prob"], 1 / (1 + np.exp(logits[:, 0] - logits[:, 1])), rtol=1e-12)
+    slope = judged.classifier.info.calibrator["slope"]
+    wanted = 1 / (1 + np.exp(slope * (logits[:, 0] - logits[:, 1])))
+    np.testing.assert_allclose(frame["prob"], wanted, rtol=1e-12)
     np.testing.assert_allclose(frame["prob_idc"] + frame["prob_non_idc"], 1, rtol=1e-12)
     assert about["classifier_sha256"] == judged.classifier.sha256
     assert set(frame["side"]) == {"test"} and frame["patch_id"].is_unique
@@ -186,6 +188,8 @@ def test_a_test_side_that_validated_is_said(copied):
     assert evaluate(copied)["split"]["test_is_validation"] is False
     edit(copied.path / "run.json", split={**copied.info["split"], "val_is_test": True})
     assert evaluate(copied.path)["split"]["test_is_validation"] is True
+    with pytest.raises(RunError, match="chose on its test side, as published: judge that one"):
+        evaluate(copied.path, side="val")
 
 
 def test_another_pack_is_judged_apart(copied, make_pack, caplog):

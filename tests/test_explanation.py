@@ -7,7 +7,7 @@ from torch import nn
 
 from biopsy.errors import RecipeError
 from biopsy.judging.explanation import explain_patches
-from biopsy.judging.methods import METHODS, find_layer, input_gradient
+from biopsy.judging.methods import METHODS, find_first_layer, find_layer, input_gradient
 from biopsy.learning.classifiers import Classifier, ClassifierInfo
 from biopsy.learning.engine import Engine
 from biopsy.learning.networks import build_network, list_networks
@@ -120,7 +120,7 @@ def test_every_network_is_explained_also_with_frozen_weights(name):
     assert (free.maps.max(axis=(1, 2, 3)) > 0).all()
     np.testing.assert_array_equal(free.maps, frozen.maps)
     first = explain_patches(classifier, patches, method="activations", engine=CPU)
-    assert first.layer == find_layer(network, PX) and first.maps.shape[1] > 1
+    assert first.layer == find_first_layer(network, PX) and first.maps.shape[1] > 1
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())
     assert not network.training
@@ -222,12 +222,12 @@ def test_activations_of_a_constant_patch_are_constant_inside():
 
 def test_the_first_layer_is_the_first_convolution_or_its_rectifier():
     cancernet = build_network("cancernet", n_classes=2, input_px=PX, seed=0)  # still in training mode
-    assert find_layer(cancernet, PX) == "body.relu1_1"
+    assert find_first_layer(cancernet, PX) == "body.relu1_1"
     residual = build_network("residual", n_classes=2, input_px=PX, seed=0)
-    assert find_layer(residual, PX) == "stem.2"
-    assert find_layer(residual, PX, "blocks.0") == "blocks.0"
+    assert find_first_layer(residual, PX) == "stem.2"
+    assert find_layer(residual, "blocks.0") == "blocks.0"
     bare = nn.Sequential(nn.Conv2d(3, 2, 3), nn.MaxPool2d(2), nn.ReLU())
-    assert find_layer(bare, 16) == "0", "what follows a pooling is no longer the convolution's"
+    assert find_first_layer(bare, 16) == "0", "what follows a pooling is no longer the convolution's"
 
 
 # --- refusals

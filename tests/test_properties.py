@@ -75,3 +75,13 @@ def test_order_chunks_and_rows_change_nothing(make_patches):
         measure_properties(images, index=index, chunk=3), whole.iloc[index].reset_index(drop=True)
     )
     assert len(measure_properties(images, index=np.array([], int))) == 0
+
+
+def test_nuclear_density_is_a_count_by_area_and_needs_a_scale():
+    amount = np.zeros((100, 100))
+    for x, y in ((25, 25), (75, 25), (25, 75), (75, 75)):
+        cv2.circle(amount, (x, y), 6, 0.6, -1)
+    patch = stain_patch(amount, 0.1, px=100)
+    found = measure_properties(np.concatenate([patch, stain_patch(0.3, 0.1, px=100)]), mpp=0.5)
+    assert found["nuclear_density"].tolist() == [pytest.approx(4 / 0.05**2), 0]
+    assert measure_properties(patch)["nuclear_density"].isna().all()

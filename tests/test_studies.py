@@ -205,6 +205,22 @@ def test_a_seed_that_misses_a_fold_is_not_pooled(finished, tmp_path):
     assert len(copied.table()) == 5 and len(copied.predictions()) == 36 + 24
 
 
+def test_every_site_is_left_out_in_its_turn(make_pack, tmp_path, monkeypatch):
+    sites = np.repeat(["north", "south", "west"], 12)
+    pack = make_pack(**PATCHES, columns={"site_id": sites})
+    asked = []
+    monkeypatch.setattr(
+        "biopsy.studies.folds.answer_questions",
+        lambda found, pack, questions, *_, **options: asked.extend(questions) or found,
+    )
+    ask(pack, tmp_path / "study", split="site", seeds=(0, 1))
+    tested = [set(sites[one.split.sides(pack, one.fold) == "test"]) for one in asked]
+    assert tested == [{"north"}, {"south"}, {"west"}] * 2
+    for one in asked:
+        sides = one.split.sides(pack, one.fold)
+        assert not set(sites[sides == "train"]) & set(sites[np.isin(sides, ("val", "test"))])
+
+
 def test_the_published_split_is_the_recipes_own(pack, tmp_path):
     made = ask(pack, tmp_path / "study", split="as-published", recipes=("cancernet-2019", RECIPE))
     assert made.info["split"]["patients_overlap"] is True and len(made.table()) == 2

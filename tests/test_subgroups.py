@@ -67,6 +67,18 @@ def test_sites_count_and_what_makes_no_groups_does_not(measure):
     assert found.keys() == {"site_id"}
 
 
+def test_a_group_of_one_patient_is_shown_without_interval_and_with_the_reason(measure):
+    pack, probs, found = measure(hospital=np.where(PATIENT == 3, "east", "west"))
+    alone, others = found["hospital"]["east"], found["hospital"]["west"]
+    assert (alone["n_patients"], alone["n_patches"]) == (1, EACH) and others["n_patients"] == 7
+    rows = PATIENT == 3
+    auroc = alone["patch"]["auroc"]
+    assert auroc["value"] == pytest.approx(roc_auc_score(pack.target[rows], probs[rows, 1]))
+    assert (auroc["low"], auroc["high"]) == (None, None)
+    assert auroc["reason"] == "only 1 patient(s) with positive patches: an interval needs 5"
+    assert all(others["patch"][name]["low"] is not None for name in SHOWN)
+
+
 def test_a_group_of_one_class_says_why_it_has_no_ranking(measure):
     pack, _, found = measure(tissue=np.tile(np.arange(EACH) * 2 // EACH, N_PATIENTS))
     assert pack.target.tolist() == pack.table["tissue"].tolist()

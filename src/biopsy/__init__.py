@@ -38,21 +38,28 @@ from biopsy.errors import (
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if TYPE_CHECKING:
-    from biopsy.data.downloads import fetch
     from biopsy.data.packs import Pack
+    from biopsy.judging.closeups import mistakes
     from biopsy.judging.evaluation import evaluate
     from biopsy.judging.illustration import explain
+    from biopsy.learning.calibration import calibrate
     from biopsy.learning.classifiers import Classifier
+    from biopsy.learning.fetching import fetch
     from biopsy.learning.foreign.importing import import_keras
     from biopsy.learning.runs import Run
     from biopsy.learning.training import train
+    from biopsy.sharing.bundles import export
     from biopsy.sharing.inspection import inspect
+    from biopsy.slides.cohorts import SlideCohort, slide
+    from biopsy.slides.maps import SlideMap
+    from biopsy.studies.doubts import doubts
     from biopsy.studies.folds import study
     from biopsy.studies.prediction import predict
     from biopsy.studies.preparation import prepare
     from biopsy.studies.records import Study
     from biopsy.studies.reporting import report
     from biopsy.studies.reproduction import reproduce
+    from biopsy.studies.rivals import compare
     from biopsy.studies.splitting import split_pack as split
     from biopsy.studies.sweeps import sweep
     from biopsy.upkeep.catalogue import list_ as list
@@ -73,22 +80,30 @@ __all__ = [
     "RecipeError",
     "Run",
     "RunError",
+    "SlideCohort",
     "SlideError",
+    "SlideMap",
     "SplitError",
     "Study",
     "TrainingDiverged",
     "__version__",
+    "calibrate",
+    "compare",
     "demo",
+    "doubts",
     "evaluate",
     "explain",
+    "export",
     "fetch",
     "import_keras",
     "inspect",
     "list",
+    "mistakes",
     "predict",
     "prepare",
     "report",
     "reproduce",
+    "slide",
     "split",
     "study",
     "sweep",
@@ -99,18 +114,26 @@ _LAZY = {
     "Classifier": "biopsy.learning.classifiers:Classifier",
     "Pack": "biopsy.data.packs:Pack",
     "Run": "biopsy.learning.runs:Run",
+    "SlideCohort": "biopsy.slides.cohorts:SlideCohort",
+    "SlideMap": "biopsy.slides.maps:SlideMap",
     "Study": "biopsy.studies.records:Study",
+    "compare": "biopsy.studies.rivals:compare",
+    "calibrate": "biopsy.learning.calibration:calibrate",
     "demo": "biopsy.upkeep.demo:demo",
+    "doubts": "biopsy.studies.doubts:doubts",
     "evaluate": "biopsy.judging.evaluation:evaluate",
     "explain": "biopsy.judging.illustration:explain",
-    "fetch": "biopsy.data.downloads:fetch",
+    "export": "biopsy.sharing.bundles:export",
+    "fetch": "biopsy.learning.fetching:fetch",
     "import_keras": "biopsy.learning.foreign.importing:import_keras",
     "inspect": "biopsy.sharing.inspection:inspect",
     "list": "biopsy.upkeep.catalogue:list_",
+    "mistakes": "biopsy.judging.closeups:mistakes",
     "predict": "biopsy.studies.prediction:predict",
     "prepare": "biopsy.studies.preparation:prepare",
     "report": "biopsy.studies.reporting:report",
     "reproduce": "biopsy.studies.reproduction:reproduce",
+    "slide": "biopsy.slides.cohorts:slide",
     "split": "biopsy.studies.splitting:split_pack",
     "study": "biopsy.studies.folds:study",
     "sweep": "biopsy.studies.sweeps:sweep",

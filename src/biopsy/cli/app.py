@@ -6,7 +6,19 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from biopsy.cli import data, explanation, foreign, judging, learning, studies, upkeep
+from biopsy.cli import (
+    bundles,
+    comparison,
+    data,
+    errors,
+    explanation,
+    foreign,
+    judging,
+    learning,
+    slides,
+    studies,
+    upkeep,
+)
 from biopsy.cli.console import fail, interrupted, show_log
 from biopsy.errors import BiopsyError
 
@@ -66,7 +78,19 @@ def start(
         os.environ["BIOPSY_ACCEPT_LICENCE"] = accept_licence
 
 
-for group in (upkeep, data, learning, studies, foreign, judging, explanation):
+for group in (
+    upkeep,
+    data,
+    learning,
+    studies,
+    foreign,
+    judging,
+    comparison,
+    explanation,
+    errors,
+    bundles,
+    slides,
+):
     group.register(app)
 
 

@@ -33,7 +33,10 @@ def fetch(
 
 def prepare(
     source: Annotated[
-        Path, typer.Argument(help="Archive or folder of patches, as downloaded.", show_default=False)
+        Path,
+        typer.Argument(
+            help="Archive or folder of patches, or of slides with annotations.", show_default=False
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The pack to write.", show_default=False)],
     dataset: Annotated[
@@ -52,7 +55,34 @@ def prepare(
         str | None, typer.Option(help="Positive class; several, with commas, are folded into one.")
     ] = None,
     mpp: Annotated[
-        float | None, typer.Option(help="Micrometres per pixel, where the source does not say.")
+        float | None,
+        typer.Option(
+            help="Micrometres per pixel, where the source does not say; of patches cut from slides."
+        ),
+    ] = None,
+    patch_px: Annotated[
+        int | None, typer.Option(help="Cut slides with annotations into patches of this side.")
+    ] = None,
+    stride_px: Annotated[int | None, typer.Option(help="Step from patch to patch; their side.")] = None,
+    label_frac: Annotated[
+        float, typer.Option(help="Share of a patch its class must cover to be its label.")
+    ] = 0.5,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="Classes and the annotations they come from; by default the annotated ones.",
+            metavar="NAME=ANNOTATED,...",
+        ),
+    ] = None,
+    rest: Annotated[
+        str | None, typer.Option(help="Class of what lies in the region and in no annotation.")
+    ] = None,
+    region: Annotated[str, typer.Option(help="Annotated class that limits where labels hold.")] = "Region*",
+    slide_mpp: Annotated[
+        str | None,
+        typer.Option(
+            help="Micrometres per pixel of slides that do not say; one value, or a csv of slide,mpp."
+        ),
     ] = None,
     export_tree: Annotated[
         Path | None,
@@ -66,7 +96,7 @@ def prepare(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Decode an archive of patches once, into a pack."""
+    """Decode an archive of patches once, or cut annotated slides, into a pack."""
     with progress("decoding") as on_progress:
         pack = biopsy.prepare(
             source,
@@ -77,6 +107,13 @@ def prepare(
             join=join,
             positive=positive,
             mpp=mpp,
+            patch_px=patch_px,
+            stride_px=stride_px,
+            label_frac=label_frac,
+            classes=comma_list(classes),
+            rest=rest,
+            region=region,
+            slide_mpp=slide_mpp,
             export_tree=export_tree,
             split=split,
             recipe=recipe,

@@ -1,4 +1,4 @@
-"""Verbs that judge and use what was trained: evaluate, report, predict."""
+"""Verbs that judge and use what was trained: evaluate, calibrate, report, predict."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ import typer
 
 import biopsy
 from biopsy.cli.console import name_skipped, print_json, print_table, progress
-from biopsy.cli.options import AsJson, Device, SplitName
+from biopsy.cli.options import AsJson, Device, SplitName, TrustModel
 
 
 def evaluate(
@@ -18,10 +18,14 @@ def evaluate(
         Path | None, typer.Option(help="Another pack to judge on; the run's own by default.", metavar="PACK")
     ] = None,
     split: SplitName = None,
+    prevalence: Annotated[
+        float | None,
+        typer.Option(help="Also PPV and NPV where this share of patches is positive.", metavar="SHARE"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Judge a run: every number with a 95 % interval, over patients where it can be."""
-    metrics = biopsy.evaluate(run, side=side, data=data, split=split)
+    metrics = biopsy.evaluate(run, side=side, data=data, split=split, prevalence=prevalence)
     if as_json:
         print_json(metrics)
     else:
@@ -64,6 +68,64 @@ def _print_two_classes(metrics: Mapping[str, Any]) -> None:
             summary = per_patient.get(name, {})
             rows[-1] += [summary.get("value"), summary.get("worst")]
     print_table(rows, header + (["mean of patients", "worst"] if per_patient else []))
+    _print_decisions(metrics)
+
+
+def _print_decisions(metrics: Mapping[str, Any]) -> None:
+    """Print what the frozen thresholds promised and reach, and what they are worth at another prevalence."""
+    rows = [
+        [point["rule"], f"{point['threshold']:.3f}"]
+        + [
+            f"{_number(point['where_chosen'][name])} -> {_number(point['achieved'][name])}"
+            for name in ("sensitivity", "specificity")
+        ]
+        for point in metrics["operating_points"]
+    ]
+    print_table(rows, ["threshold by", "from", "sensitivity, chosen -> here", "specificity, chosen -> here"])
+    if "at_prevalence" in metrics:
+        asked = metrics["at_prevalence"]
+        rows = [
+            [point["rule"]]
+            + [f"{_number(point[name])} ({_interval(point[name])})" for name in ("ppv", "npv")]
+            for point in asked["points"]
+        ]
+        print_table(rows, [f"at prevalence {asked['prevalence']:g}", "PPV", "NPV"])
+
+
+def calibrate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", show_default=False)],
+    method: Annotated[
+        Literal["temperature", "platt", "isotonic", "none"],
+        typer.Option(help="What to fit on the validation patients; platt and isotonic: two classes."),
+    ] = "temperature",
+    as_json: AsJson = False,
+) -> None:
+    """Fit a run's calibration anew on its validation patients, and freeze its thresholds again.
+
+    Numbers and pages of the test side that were made before are removed: evaluate makes them again.
+    """
+    settled = biopsy.calibrate(run, method=method)
+    if as_json:
+        print_json(settled)
+        return
+    calibrator = settled["calibrator"]
+    print(f"{settled['run']}: {_say_calibrator(calibrator)}")
+    for remark in (calibrator.get("reason"), calibrator.get("warning")):
+        if remark:
+            print(remark)
+    for frozen in settled["thresholds"]:
+        print(f"threshold {frozen['value']:.3f} ({frozen['rule']}, chosen on {frozen['chosen_on']})")
+    if settled["removed"]:
+        print(f"removed, for it was made before: {', '.join(settled['removed'])}")
+
+
+def _say_calibrator(calibrator: Mapping[str, Any]) -> str:
+    if calibrator["method"] == "none":
+        return "not calibrated"
+    text = f"{calibrator['method']}, fitted on {calibrator['n_patches']:,} patches"
+    if calibrator["unit"] != "patch":
+        text += f" of {calibrator['n_patients']:,} {calibrator['unit']}s"
+    return text + (f", slope {calibrator['slope']:.3f}" if "slope" in calibrator else "")
 
 
 def _gain(baseline: Mapping[str, Any]) -> str:
@@ -98,7 +160,7 @@ def report(
 
 
 def predict(
-    model: Annotated[Path, typer.Argument(metavar="RUN|CLASSIFIER", show_default=False)],
+    model: Annotated[Path, typer.Argument(metavar="RUN|CLASSIFIER|BUNDLE", show_default=False)],
     paths: Annotated[
         list[Path],
         typer.Argument(help="Images, folders, zips, packs.", metavar="PATH...", show_default=False),
@@ -109,12 +171,19 @@ def predict(
         typer.Option(help="Format of the table; kaggle is a submission: id and probability."),
     ] = "csv",
     device: Device = "auto",
+    trust_model: TrustModel = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict patches; unreadable ones are named, skipped and counted (exit 3)."""
     with progress("predicting") as on_progress:
         prediction = biopsy.predict(
-            model, paths, out=out, format=format, device=device, on_progress=on_progress
+            model,
+            paths,
+            out=out,
+            format=format,
+            device=device,
+            trust_model=trust_model,
+            on_progress=on_progress,
         )
     frame = prediction.frame
     counts = {str(name): int(count) for name, count in frame["pred"].value_counts().items()}
@@ -133,5 +202,5 @@ def predict(
 
 def register(app: typer.Typer) -> None:
     """Add the verbs of this file."""
-    for verb in (evaluate, report, predict):
+    for verb in (evaluate, calibrate, report, predict):
         app.command()(verb)

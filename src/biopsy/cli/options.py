@@ -17,6 +17,10 @@ Setting = Annotated[
     typer.Option("--set", help="Change a recipe's value; may be repeated.", metavar="KEY=VALUE"),
 ]
 SplitName = Annotated[str | None, typer.Option(help="Name of a split of the pack.")]
+TrustModel = Annotated[
+    str | None,
+    typer.Option(help="Hash of a WSInfer model's TorchScript, whose code may then run.", metavar="SHA256"),
+]
 
 
 def comma_list(text: str | None) -> tuple[str, ...]:

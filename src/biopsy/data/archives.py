@@ -24,7 +24,7 @@ PEEK_BYTES = 4096
 """Enough of a file for the size of its image, most of the time."""
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
-_PIXEL_SUFFIXES = (*IMAGE_SUFFIXES, ".h5", ".hdf5")
+_PIXEL_SUFFIXES = (*IMAGE_SUFFIXES, ".h5", ".hdf5", ".geojson")  # the last lie beside slides
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # APPNOTE 4.3.7: signature ... name length, extra length
 _JUNK = re.compile(r"(?:^|/)(?:\.(?!/)|(?:__MACOSX|Thumbs\.db|desktop\.ini)(?:/|$))")
@@ -179,7 +179,7 @@ def open_archive(path: Path | str) -> Archive:
             raise ArchiveError(
                 f"{path} holds {len(folder.unread)} zips ({', '.join(folder.unread[:3])}): name one"
             )
-        raise ArchiveError(f"{path} holds no images, no .h5 files and no zip")
+        raise ArchiveError(f"{path} holds no images, no .h5 files, no slides with .geojson and no zip")
     if not path.exists():
         raise ArchiveError(f"{path} does not exist")
     if path.stat().st_size == 0:

@@ -18,7 +18,9 @@ def relabel(
     Args:
         table: A listing's table.
         path: A csv with a column ``patch_id`` or ``source``, a column ``label`` (a class name, or its index
-            where no class is called so), and optionally ``who`` and ``when``.
+            where no class is called so), and optionally ``who`` and ``when``. With a column ``decision``, as
+            in the sheet of ``biopsy doubts``, that counts: ``yes`` takes the class in ``suggested``, ``no``
+            confirms ``label``, a class is that class; rows without a decision are as if not there.
         class_names: The classes of the dataset, in order.
 
     Returns:
@@ -26,7 +28,7 @@ def relabel(
         for patches the csv does not name), and what was changed for the record.
 
     Raises:
-        DataError: If the csv names unknown patches or classes, or lacks a label.
+        DataError: If the csv names unknown patches or classes, lacks a label, or holds no decision.
     """
     rows = read_csv(path)
     key = next((name for name in ("patch_id", "source") if name in rows.columns), None)
@@ -35,6 +37,8 @@ def relabel(
             f"{path} has the columns {list(rows.columns)}; label and one of patch_id, source are needed"
         )
     check_keys(path, rows[key])
+    n_rows = len(rows)
+    rows = _take_decisions(path, rows, class_names)
     labels = _read_classes(path, rows, key, class_names)
     unknown = rows.loc[~rows[key].isin(table[key]), key]
     if len(unknown):
@@ -56,6 +60,7 @@ def relabel(
         "named": len(rows),
         "changed": n_changed,
         "confirmed": len(rows) - n_changed,
+        "undecided": n_rows - len(rows),
     }
     return table, record
 
@@ -100,6 +105,22 @@ def fold_classes(
         ~original.isin(names), folded
     )
     return table.assign(original_class=original, class_name=class_name), [other, folded], folded
+
+
+def _take_decisions(path: Path | str, rows: pd.DataFrame, class_names: Sequence[str]) -> pd.DataFrame:
+    """Keep the rows a person has decided on, with that as their label; all rows of a csv of labels."""
+    if "decision" not in rows:
+        return rows
+    decision = rows["decision"].str.strip()
+    rows, decision = rows[decision.fillna("") != ""], decision[decision.fillna("") != ""]
+    if rows.empty:
+        raise DataError(f"{path}: column decision is empty: write yes, no or a class for what you looked at")
+    for word, column in (("yes", "suggested"), ("no", "label")):
+        meant = (decision.str.lower() == word) & ~decision.isin(class_names)
+        if meant.any() and column not in rows:
+            raise DataError(f"{path} decides {word!r}, which stands for column {column}, and has none")
+        decision = decision.where(~meant, rows[column] if column in rows else decision)
+    return rows.assign(label=decision)
 
 
 def _read_classes(path: Path | str, rows: pd.DataFrame, key: str, class_names: Sequence[str]) -> pd.Series:

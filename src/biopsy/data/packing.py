@@ -21,8 +21,9 @@ import pandas as pd
 from biopsy.data.archives import Archive, open_archive
 from biopsy.data.blocks import Progress, Written, write_pixels
 from biopsy.data.columns import add_people, join_columns
-from biopsy.data.datasets import find_layout
-from biopsy.data.datasets.layouts import Listing, refuse_empty
+from biopsy.data.cutting import Cutting
+from biopsy.data.datasets import annotated_slides, find_layout
+from biopsy.data.datasets.layouts import Layout, Listing, refuse_empty
 from biopsy.data.labels import fold_classes, relabel
 from biopsy.data.packs import COLUMNS, PIXELS, Pack, finish_pack, is_pack
 from biopsy.errors import DataError, PackError
@@ -43,12 +44,13 @@ def prepare(
     join: Path | str | None = None,
     positive: str | Sequence[str] | None = None,
     mpp: float | None = None,
+    cutting: Cutting | None = None,
     on_progress: Progress | None = None,
 ) -> Pack:
     """Read an archive of patches as it is and write a pack.
 
     Args:
-        source: A zip or a folder in one of the layouts of `biopsy.data.datasets`.
+        source: A zip or a folder in one of the layouts of `biopsy.data.datasets`, or annotated slides.
         out: The folder of the new pack. One made from the same source with the same options is opened again.
         dataset: Name of the layout; None to recognise it.
         patients: A csv that names each patch's patient, slide or site, or a pattern searched in its path.
@@ -56,6 +58,7 @@ def prepare(
         join: A csv whose columns are added (see `biopsy.data.columns.join_columns`).
         positive: The positive class; several, as a list or separated by commas, are folded into one.
         mpp: Micrometres a pixel; None for the dataset's own.
+        cutting: How annotated slides are cut; for nothing else.
         on_progress: Called with the patches done and the patches in all.
 
     Returns:
@@ -72,13 +75,18 @@ def prepare(
         raise DataError(f"{source} is a pack already: use it as it is")
     with _collector_paused():
         archive = open_archive(source)
-        layout = find_layout(archive, dataset)
-        asked = _describe_request(archive, layout.name, patients, labels, join, positive, mpp)
+        layout = _find_layout(archive, dataset, cutting)
+        name = annotated_slides.NAME if layout is None else layout.name
+        asked = _describe_request(archive, name, patients, labels, join, positive, mpp, cutting)
         if (known := _open_finished(out, asked)) is not None:
             return known
-        listing = layout.list_patches(archive)
-        records = _complete(listing, patients, labels, join, positive)
-        _warn(listing, archive, layout.expected)
+        if layout is not None:
+            listing, records = layout.list_patches(archive), {}
+        elif cutting is not None:
+            listing, rules = annotated_slides.list_patches(archive, cutting)
+            records = {"annotations": rules}
+        records |= _complete(listing, patients, labels, join, positive)
+        _warn(listing, archive, {} if layout is None else layout.expected)
         origin = {
             "source": archive.path.name,
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -89,12 +97,34 @@ def prepare(
         try:
             with replace_directory(out) as folder:
                 written = write_pixels(folder / PIXELS, listing, on_progress)
-                _finish(folder, layout.name, listing, written, origin, mpp)
+                _finish(folder, name, listing, written, origin, mpp)
         except OSError as error:
             if error.errno in _NO_SPACE:
                 raise DataError(f"the disk at {out} is full; nothing was left there") from None
             raise DataError(f"{out} cannot be written: {error.strerror or error}") from None
     return Pack.open(out)
+
+
+def _find_layout(archive: Archive, dataset: str | None, cutting: Cutting | None) -> Layout | None:
+    """Give the archive's layout, None for annotated slides; refuse answers that do not belong to it."""
+    if dataset == annotated_slides.NAME or (dataset is None and annotated_slides.recognise(archive)):
+        if not annotated_slides.recognise(archive):
+            raise DataError(
+                f"{archive.path} is no folder of slides with a .geojson of their name beside them"
+            )
+        if cutting is None:
+            raise DataError(
+                f"{archive.path} holds annotated slides: say how patches are cut, --mpp (um/px) and "
+                "--patch-px (their side)"
+            )
+        return None
+    layout = find_layout(archive, dataset)
+    if cutting is not None:
+        raise DataError(
+            f"{archive.path} holds patches ({layout.name}): --patch-px and what goes with it are for "
+            "slides with a .geojson of their name beside them"
+        )
+    return layout
 
 
 @contextlib.contextmanager
@@ -117,12 +147,13 @@ def _describe_request(
     join: Path | str | None,
     positive: str | Sequence[str] | None,
     mpp: float | None,
+    cutting: Cutting | None = None,
 ) -> dict[str, Any]:
     """Say what was asked of which source, so that the same question finds its pack again."""
 
-    def describe(option: str | Path | None) -> str | None:
-        if option is None:
-            return None
+    def describe(option: str | Path | float | None) -> str | float | None:
+        if option is None or isinstance(option, float | int):
+            return option
         return sha256_file(option) if Path(option).is_file() else str(option)
 
     request = {
@@ -133,6 +164,9 @@ def _describe_request(
         "join": describe(join),
         "positive": positive if isinstance(positive, str | None) else ",".join(positive),
         "mpp": mpp,
+        "cutting": None
+        if cutting is None
+        else cutting.to_dict() | {"slide_mpp": describe(cutting.slide_mpp)},
     }
     return {name: value for name, value in request.items() if value is not None}
 

@@ -105,7 +105,7 @@ def tabulate_predictions(
     for values, kind in ((logits, "logit"), (probs, "prob")):
         for column, name in enumerate(class_names):
             frame[f"{kind}_{name}"] = np.asarray(values[:, column], np.float64)
-    frame["pred"] = _decide(probs, positive_index, threshold)
+    frame["pred"] = decide(probs, positive_index, threshold)
     frame["abstained"] = False if abstained is None else np.asarray(abstained, bool)
     if positive_index is not None:
         frame["prob"] = probs[:, positive_index]
@@ -178,7 +178,8 @@ def class_columns(frame: pd.DataFrame) -> list[str]:
     return [name.removeprefix("prob_") for name in frame.columns if name.startswith("prob_")]
 
 
-def _decide(probs: np.ndarray, positive_index: int | None, threshold: float | None) -> np.ndarray:
+def decide(probs: np.ndarray, positive_index: int | None, threshold: float | None) -> np.ndarray:
+    """Give the class that each patch is called, ``(n,)``; threshold as in `tabulate_predictions`."""
     if positive_index is None or threshold is None:
         return probs.argmax(axis=1)
     return np.where(probs[:, positive_index] >= threshold, positive_index, 1 - positive_index)

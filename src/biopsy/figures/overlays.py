@@ -2,7 +2,9 @@
 
 The map is put over the tissue by alpha compositing. Its colours are perceptually uniform and grow steadily
 lighter (inferno, by Smith and van der Walt 2015), so that their order is seen by readers of every common
-colour vision and survives a grey print; the tissue beneath is grey and has a third of the contrast.
+colour vision and survives a grey print; the tissue beneath is grey and has a third of the contrast. Maps with
+a sign run through cividis (Nunez et al. 2018) with grey at 0: blue and dark speaks against, yellow and light
+for, which is told apart by the same readers and in the same print.
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ from matplotlib.figure import Figure
 from biopsy.errors import DataError
 from biopsy.figures.style import INK, MUTED, WIDTH_IN, shorten, styled
 
-COLOURS = "inferno"
+COLOURS, SIGNED_COLOURS = "inferno", "cividis"
 ALPHA = 0.65  # of the map over the tissue
 HEAD_IN, LABEL_IN, FOOT_IN, GAP = 0.22, 0.2, 0.42, 0.06  # of a sheet; the gap is a share of a cell
 FULL_SCALE = 99.0  # percentile of a map that gets the last colour: a few pixels must not darken all others
@@ -32,7 +34,7 @@ class Overlay:
     Attributes:
         label: Lines above it: true class, probability, id.
         patch: uint8 ``(H, W, 3)``.
-        maps: float ``(n_maps, H, W)`` in 0-1.
+        maps: float ``(n_maps, H, W)`` in 0-1, those with a sign from -1.
     """
 
     label: str
@@ -40,27 +42,31 @@ class Overlay:
     maps: np.ndarray
 
 
-def scale_maps(maps: np.ndarray, *, axis: tuple[int, ...] | None = None) -> np.ndarray:
+def scale_maps(maps: np.ndarray, *, axis: tuple[int, ...] | None = None, signed: bool = False) -> np.ndarray:
     """Bring maps to 0-1: 0 stays 0, what is below becomes 0, the 99th percentile becomes 1.
 
     Args:
         maps: Any shape.
         axis: Over which axes maps share a scale; None scales all alike.
+        signed: Keep what is below 0, on the same scale: the result lies between -1 and 1.
     """
-    raised = np.clip(maps, 0, None)
-    full = np.percentile(raised, FULL_SCALE, axis=axis, keepdims=True)
-    highest = raised.max(axis=axis, keepdims=True)
-    full = np.where(full > 0, full, highest)  # a map that is 0 nearly everywhere
-    return np.clip(np.divide(raised, full, out=np.zeros_like(raised, float), where=full > 0), 0, 1)
+    kept = np.asarray(maps if signed else np.clip(maps, 0, None), float)
+    size = np.abs(kept)
+    full = np.percentile(size, FULL_SCALE, axis=axis, keepdims=True)
+    full = np.where(full > 0, full, size.max(axis=axis, keepdims=True))  # a map that is 0 nearly everywhere
+    return np.clip(np.divide(kept, full, out=np.zeros_like(kept), where=full > 0), -1, 1)
 
 
-def superimpose(patch: np.ndarray, values: np.ndarray, *, alpha: float = ALPHA) -> np.ndarray:
+def superimpose(
+    patch: np.ndarray, values: np.ndarray, *, alpha: float = ALPHA, signed: bool = False
+) -> np.ndarray:
     """Put a map over a patch in grey.
 
     Args:
         patch: uint8 ``(H, W, 3)`` RGB.
-        values: The map, 0-1, ``(H, W)``.
+        values: The map, 0-1, ``(H, W)``; one with a sign from -1.
         alpha: 0 shows only the tissue, 1 only the map.
+        signed: Whether the map has a sign.
 
     Returns:
         uint8 ``(H, W, 3)``.
@@ -71,23 +77,28 @@ def superimpose(patch: np.ndarray, values: np.ndarray, *, alpha: float = ALPHA) 
     if values.shape != patch.shape[:2]:
         raise DataError(f"a map of {values.shape} cannot lie on a patch of {patch.shape[:2]} px")
     grey = (patch @ np.array(_LUMA))[..., None] / 255
-    colours = matplotlib.colormaps[COLOURS](np.clip(values, 0, 1))[..., :3]
+    shares = (np.clip(values, -1, 1) + 1) / 2 if signed else np.clip(values, 0, 1)
+    colours = matplotlib.colormaps[SIGNED_COLOURS if signed else COLOURS](shares)[..., :3]
     return np.rint(255 * (alpha * colours + (1 - alpha) * grey)).astype(np.uint8)
 
 
 @styled
-def draw_overlays(rows: Sequence[Overlay], titles: Sequence[str]) -> Figure:
+def draw_overlays(
+    rows: Sequence[Overlay], titles: Sequence[str], signed: Sequence[bool] | None = None
+) -> Figure:
     """Draw a sheet: each patch, and beside it its maps superimposed.
 
     Args:
         rows: What is shown, all with as many maps as there are titles.
         titles: One a map, above its column.
+        signed: Which maps have a sign; none by default.
 
     Raises:
         DataError: If there is no row, or not a title for each map.
     """
     if not rows or any(len(row.maps) != len(titles) for row in rows):
         raise DataError(f"{len(rows)} rows do not have {len(titles)} maps each")
+    signed = [False] * len(titles) if signed is None else list(signed)
     n_columns = 1 + len(titles)
     cell = WIDTH_IN / max(n_columns, 4)
     height = HEAD_IN + (cell + LABEL_IN) * len(rows) + FOOT_IN
@@ -98,7 +109,10 @@ def draw_overlays(rows: Sequence[Overlay], titles: Sequence[str]) -> Figure:
 
     for index, row in enumerate(rows):
         bottom = height - HEAD_IN - (index + 1) * (cell + LABEL_IN)
-        shown = [row.patch, *(superimpose(row.patch, values) for values in row.maps)]
+        shown = [row.patch]
+        shown += [
+            superimpose(row.patch, each, signed=has) for each, has in zip(row.maps, signed, strict=True)
+        ]
         for column, (image, title) in enumerate(zip(shown, ["patch", *titles], strict=True)):
             axes = place(column, bottom, 1 - GAP, cell * (1 - GAP))
             axes.imshow(image, interpolation="none")
@@ -108,14 +122,20 @@ def draw_overlays(rows: Sequence[Overlay], titles: Sequence[str]) -> Figure:
                 y = (height - 0.6 * HEAD_IN) / height
                 figure.text(column / n_columns, y, shorten(title, 14), fontsize=8, color=MUTED)
         figure.text(0, (bottom + cell + 0.03) / height, row.label, fontsize=8, color=INK)
-    bar = figure.colorbar(
-        ScalarMappable(Normalize(0, 1), matplotlib.colormaps[COLOURS]),
-        cax=place(0, 0.27, min(2, n_columns), 0.07),
-        orientation="horizontal",
-    )
-    bar.set_ticks([0, 1], labels=["none", "most"])
-    none, most = bar.ax.get_xticklabels()
-    none.set_horizontalalignment("left")
-    most.set_horizontalalignment("right")
-    bar.outline.set_visible(False)
+    kinds = sorted(set(signed))
+    for index, has_sign in enumerate(kinds):
+        width = min(2.0, n_columns / len(kinds) - (0.3 if len(kinds) > 1 else 0))
+        _draw_bar(figure, place(index * n_columns / len(kinds), 0.27, width, 0.07), signed=has_sign)
     return figure
+
+
+def _draw_bar(figure: Figure, axes: Axes, *, signed: bool) -> None:
+    """Say below a sheet what the colours mean."""
+    lowest, colours = (-1, SIGNED_COLOURS) if signed else (0, COLOURS)
+    scale = ScalarMappable(Normalize(lowest, 1), matplotlib.colormaps[colours])
+    bar = figure.colorbar(scale, cax=axes, orientation="horizontal")
+    bar.set_ticks([lowest, 1], labels=["against", "for the class"] if signed else ["none", "most"])
+    first, last = bar.ax.get_xticklabels()
+    first.set_horizontalalignment("left")
+    last.set_horizontalalignment("right")
+    bar.outline.set_visible(False)

@@ -14,6 +14,9 @@ from biopsy.errors import DataError
 from biopsy.figures.style import (
     CLASS_COLOURS,
     INK,
+    MUTED,
+    NEGATIVE,
+    POSITIVE,
     PROBABILITY_MAP,
     RULE,
     shorten,
@@ -21,6 +24,7 @@ from biopsy.figures.style import (
 )
 
 PANELS = ("tissue", "target", "prob")
+ALL_PANELS = (*PANELS, "error")
 PANEL_IN, TOP_IN, BOTTOM_IN, GAP_IN = 3.1, 0.26, 0.46, 0.14
 Extent = tuple[float, float, float, float]
 
@@ -36,7 +40,7 @@ def draw_slide(
     threshold: float | None = None,
     panels: Sequence[str] = PANELS,
 ) -> Figure:
-    """Draw tissue, annotated class and probability of one slide, side by side on the same grid.
+    """Draw tissue, annotated class, probability and errors of one slide, side by side on the same grid.
 
     Args:
         tissue: The stitched image ``(H, W, 3)`` uint8, any scale.
@@ -45,7 +49,7 @@ def draw_slide(
         um_per_cell: Side of a cell in µm (patch_px times mpp), for the scale bar; None draws none.
         class_names: Names by class index.
         threshold: The frozen threshold, marked on the colour bar.
-        panels: Which of ``tissue target prob``, in which order.
+        panels: Which of ``tissue target prob error``, in which order; errors need a threshold (.5 if None).
 
     Raises:
         DataError: If the two grids differ in shape, or a panel is unknown.
@@ -55,9 +59,9 @@ def draw_slide(
         raise DataError(
             f"the grid of targets is {target.shape}, that of probabilities {prob.shape}; same slide?"
         )
-    unknown = [panel for panel in panels if panel not in PANELS]
+    unknown = [panel for panel in panels if panel not in ALL_PANELS]
     if unknown:
-        raise DataError(f"unknown panel {unknown[0]!r}; known: {', '.join(PANELS)}")
+        raise DataError(f"unknown panel {unknown[0]!r}; known: {', '.join(ALL_PANELS)}")
     rows, columns = target.shape
     map_in = PANEL_IN * rows / columns
     height, width = map_in + TOP_IN + BOTTOM_IN, (PANEL_IN + GAP_IN) * len(panels) - GAP_IN
@@ -73,10 +77,13 @@ def draw_slide(
             axes.set_title("tissue")
             axes.imshow(tissue, extent=extent, interpolation="none")
             if um_per_cell is not None:
-                _draw_scale_bar(axes, columns, rows, um_per_cell)
+                draw_scale_bar(axes, columns, rows, um_per_cell)
         elif panel == "target":
             axes.set_title("annotated")
             _draw_classes(axes, target, class_names, extent)
+        elif panel == "error":
+            axes.set_title("errors")
+            _draw_errors(axes, target, prob, 0.5 if threshold is None else threshold, extent)
         else:
             axes.set_title(f"probability of {shorten(class_names[-1])}")
             axes.imshow(
@@ -85,7 +92,7 @@ def draw_slide(
                 interpolation="none",
             )
             bar = ((left + 0.1) / width, 0.22 / height, (PANEL_IN - 0.2) / width, 0.09 / height)
-            _draw_colour_bar(figure.add_axes(bar), threshold)
+            draw_colour_bar(figure.add_axes(bar), threshold)
     return figure
 
 
@@ -100,7 +107,8 @@ def round_length_um(span_um: float) -> float:
     return max(step * power for step in (1.0, 2.0, 5.0) if step * power <= span_um / 4)
 
 
-def _draw_scale_bar(axes: Axes, columns: int, rows: int, um_per_cell: float) -> None:
+def draw_scale_bar(axes: Axes, columns: int, rows: int, um_per_cell: float) -> None:
+    """Draw a scale bar of a round length under the lower left corner of a picture ``columns`` wide."""
     length_um = round_length_um(columns * um_per_cell)
     cells = length_um / um_per_cell
     text = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"
@@ -122,15 +130,27 @@ def _draw_classes(axes: Axes, target: np.ndarray, class_names: Sequence[str], ex
     for index in range(len(class_names)):
         image[np.round(target) == index] = (*to_rgb(CLASS_COLOURS[index % len(CLASS_COLOURS)]), 1.0)
     axes.imshow(image, extent=extent, interpolation="none")
-    marks = [
-        Line2D(
-            [], [], marker="s", linestyle="", markersize=6, color=CLASS_COLOURS[index % len(CLASS_COLOURS)]
-        )
-        for index in range(len(class_names))
-    ]
+    colours = [CLASS_COLOURS[index % len(CLASS_COLOURS)] for index in range(len(class_names))]
+    _draw_legend(axes, colours, [shorten(name, 14) for name in class_names])
+
+
+def _draw_errors(axes: Axes, target: np.ndarray, prob: np.ndarray, threshold: float, extent: Extent) -> None:
+    """Draw what was missed and what was called wrongly over what was right, light."""
+    called, known = prob >= threshold, np.isfinite(prob) & np.isfinite(target)
+    image = np.full((*target.shape, 4), (1.0, 1.0, 1.0, 0.0))
+    image[known] = (*to_rgb(RULE), 1.0)
+    image[known & (target == 1) & called] = (*to_rgb(MUTED), 1.0)
+    image[known & (target == 1) & ~called] = (*to_rgb(NEGATIVE), 1.0)
+    image[known & (target == 0) & called] = (*to_rgb(POSITIVE), 1.0)
+    axes.imshow(image, extent=extent, interpolation="none")
+    _draw_legend(axes, [NEGATIVE, POSITIVE, MUTED], ["missed", "false alarm", "found"])
+
+
+def _draw_legend(axes: Axes, colours: Sequence[str], names: Sequence[str]) -> None:
+    marks = [Line2D([], [], marker="s", linestyle="", markersize=6, color=colour) for colour in colours]
     axes.legend(
         marks,
-        [shorten(name, 14) for name in class_names],
+        names,
         loc="upper center",
         bbox_to_anchor=(0.5, -0.01),
         ncols=min(len(marks), 3),
@@ -139,7 +159,8 @@ def _draw_classes(axes: Axes, target: np.ndarray, class_names: Sequence[str], ex
     )
 
 
-def _draw_colour_bar(axes: Axes, threshold: float | None) -> None:
+def draw_colour_bar(axes: Axes, threshold: float | None) -> None:
+    """Fill axes with the colours of probabilities from 0 to 1, the threshold marked."""
     axes.imshow(
         np.linspace(0, 1, 256)[None],
         cmap=PROBABILITY_MAP,

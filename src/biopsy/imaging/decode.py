@@ -58,14 +58,15 @@ class Header(NamedTuple):
     """Eight bits a channel, RGB, whole at its end: OpenCV and Pillow agree on it."""
 
 
-def read_header(data: Data) -> Header:
+def read_header(data: Data, *, max_px: int = MAX_PX) -> Header:
     """Give an image's size without decoding it.
 
     Args:
         data: The file's bytes. Its first few hundred are enough for a PNG; ``plain`` needs them all.
+        max_px: Pixels of the largest image that is taken.
 
     Raises:
-        DataError: If this is no image, or larger than `MAX_PX` pixels.
+        DataError: If this is no image, or larger than ``max_px`` pixels.
     """
     view = memoryview(data)
     start = bytes(view[:26])
@@ -78,25 +79,26 @@ def read_header(data: Data) -> Header:
         header = _read_tiff_header(view) or _read_other_header(view)
     else:
         header = _read_other_header(view)
-    if header.width * header.height > MAX_PX or not header.width or not header.height:
-        raise DataError(f"is {header.width:,} x {header.height:,} pixels; 1 to {MAX_PX:,} are decoded")
+    if header.width * header.height > max_px or not header.width or not header.height:
+        raise DataError(f"is {header.width:,} x {header.height:,} pixels; 1 to {max_px:,} are decoded")
     return header
 
 
-def decode(data: Data) -> np.ndarray:
+def decode(data: Data, *, max_px: int = MAX_PX) -> np.ndarray:
     """Decode an image file.
 
     Args:
         data: The file's bytes.
+        max_px: Pixels of the largest image that is taken.
 
     Returns:
         uint8 ``(height, width, 3)`` RGB.
 
     Raises:
         DataError: With the reason alone (the caller knows the name): no image, cut short, larger than
-            `MAX_PX` pixels, or of a kind whose colours are not known (see the module's rules).
+            ``max_px`` pixels, or of a kind whose colours are not known (see the module's rules).
     """
-    header = read_header(data)
+    header = read_header(data, max_px=max_px)
     if header.plain:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), _READ_RGB)
         if image is not None and image.shape == (header.height, header.width, 3):

@@ -91,12 +91,12 @@ def _measure(run: Run, frame: pd.DataFrame, seed: int, device: str) -> dict[str,
     prob, threshold = frame["prob"].to_numpy(float), run.info["threshold"]["value"]
     options: dict[str, Any] = {"seed": seed, "unit": pack.unit}
 
-    measured = _draw(len(rows), MOST_MEASURED, seed)
+    measured = draw_rows(len(rows), MOST_MEASURED, seed)
     properties = measure_properties(pack.patches, pack.sizes, index=rows[measured])
     calls = (truth[measured], prob[measured] >= threshold, groups[measured])
 
     preprocessing, network = classifier.info.preprocessing, engine.place(classifier.network)
-    again = _draw(len(rows), count_asked(network, preprocessing.input_px), seed)
+    again = draw_rows(len(rows), count_asked(network, preprocessing.input_px), seed)
     patches, sizes = pack.patches[rows[again]], pack.sizes[rows[again]]
     without = {}
     for name, remove in REMOVALS.items():
@@ -255,8 +255,8 @@ def count_asked(network: nn.Module, input_px: int) -> int:
     return int(np.clip(MOST_MULTIPLICATIONS / max(multiplications, 1), FEWEST_ASKED, MOST_ASKED))
 
 
-def _draw(n: int, most: int, seed: int) -> np.ndarray:
-    """Draw rows without replacement, in order; all of them where there are not too many."""
+def draw_rows(n: int, most: int, seed: int) -> np.ndarray:
+    """Draw rows of a judged side without replacement, in order; all where there are not too many."""
     return (
         np.arange(n)
         if n <= most

@@ -14,13 +14,17 @@ from biopsy.data.predictions import make_predictions, write_predictions
 from biopsy.data.splits import find_split
 from biopsy.errors import RunError
 from biopsy.files import read_json, write_json
+from biopsy.judging.abstention import measure_abstention
 from biopsy.judging.baseline import colour_baseline
+from biopsy.judging.calibration import measure_calibration
+from biopsy.judging.decisions import measure_decisions
 from biopsy.judging.subgroups import measure_subgroups
 from biopsy.learning.classifiers import Classifier
 from biopsy.learning.engine import Engine
 from biopsy.learning.inference import predict_logits
 from biopsy.learning.runs import Run
 from biopsy.statistics.calibration import ece_floor
+from biopsy.statistics.decisions import check_prevalence
 from biopsy.statistics.intervals import (
     describe_method,
     estimate_class_metrics,
@@ -45,6 +49,7 @@ def evaluate(
     side: str = "test",
     data: Pack | Path | str | None = None,
     split: str | None = None,
+    prevalence: float | None = None,
 ) -> dict[str, Any]:
     """Judge a run on its test or validation side, or on another pack, and keep the numbers in the run.
 
@@ -58,6 +63,7 @@ def evaluate(
         data: Another pack with the same classes, of which all patches are judged unless ``split`` is given.
             The run's own pack is known by its content wherever it lies, and judged on the run's own split.
         split: With another pack: the split of that pack whose ``side`` is judged.
+        prevalence: Also work out ppv and npv where this share of patches is positive.
 
     Returns:
         What ``metrics.json`` holds; see the file formats page.
@@ -70,7 +76,11 @@ def evaluate(
     classifier = run.classifier
     if side not in ("test", "val"):
         raise RunError(f"side={side!r} cannot be judged: test or val")
+    if prevalence is not None:
+        check_prevalence(prevalence)
     pack, sides, about = _choose_patches(run, classifier, side, data, split)
+    if side == "val" and about["test_is_validation"]:
+        raise RunError(f"{run.path.name} chose on its test side, as published: judge that one, side='test'")
     rows = np.flatnonzero(sides == side)
     if not len(rows):
         raise RunError(
@@ -82,7 +92,7 @@ def evaluate(
         network, classifier.info.preprocessing, pack.patches, pack.sizes, rows, engine=engine
     )
     probs = classifier.probs(logits)
-    threshold, groups = run.info["threshold"], pack.group_ids[rows]
+    threshold, groups = classifier.frozen, pack.group_ids[rows]
     place = run.path if _is_own(run, pack) else run.path / "external" / pack.path.stem
     openings = _open_ledger(run, pack, about, side)
     frame = make_predictions(
@@ -93,6 +103,7 @@ def evaluate(
         sides=side,
         fold=about["fold"],
         threshold=None if threshold is None else threshold["value"],
+        abstained=classifier.abstains(probs),
     )
     write_predictions(
         place / "predictions" / f"{side}.parquet",
@@ -115,6 +126,16 @@ def evaluate(
         "split": about,
         "threshold": threshold,
         **measure_predictions(pack, rows, probs, threshold, seed=run.info["seed"]),
+        **_measure_decision(classifier, pack, rows, logits, probs, prevalence, run.info["seed"]),
+        "abstention": measure_abstention(
+            classifier.info.conformal,
+            pack,
+            rows,
+            probs,
+            frame["pred"].to_numpy(int),
+            seed=run.info["seed"],
+            level=LEVEL,
+        ),
         "interval": describe_method(
             len(np.unique(groups)), seed=run.info["seed"], level=LEVEL, unit=pack.unit
         ),
@@ -172,6 +193,27 @@ def measure_predictions(
         patients = estimate_patient_metrics(truth, prob, groups, value, level=LEVEL, unit=pack.unit)
         document["patient"] = {name: summary.to_dict() for name, summary in patients.items()}
     return document
+
+
+def _measure_decision(
+    classifier: Classifier,
+    pack: Pack,
+    rows: np.ndarray,
+    logits: np.ndarray,
+    probs: np.ndarray,
+    prevalence: float | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Give the entries on the calibrator and, for two classes, on thresholds and what acting gains."""
+    target, groups, positive = pack.target[rows], pack.group_ids[rows], pack.positive_index
+    options: dict[str, Any] = {"seed": seed, "unit": pack.unit, "level": LEVEL}
+    found = {"calibration": measure_calibration(classifier, logits, target, groups, **options)}
+    if positive is None:
+        return found
+    truth, thresholds = (target == positive).astype(int), classifier.info.thresholds
+    return found | measure_decisions(
+        truth, probs[:, positive], groups, thresholds, prevalence=prevalence, **options
+    )
 
 
 def count_calls(truth: np.ndarray, prob: np.ndarray, threshold: float) -> dict[str, int]:

@@ -19,8 +19,9 @@ class Illustration:
         method: Name of the method.
         layer: The layer it looked at, or None.
         titles: Of each map of a patch.
-        maps: For each example 0-1 values ``(n_maps, height, width)``.
+        maps: For each example values ``(n_maps, height, width)`` in 0-1, with a sign in -1 to 1.
         caption: What a map shows and what it does not, for a reader.
+        signed: Whether values below 0 speak against the class.
     """
 
     method: str
@@ -28,6 +29,7 @@ class Illustration:
     titles: list[str]
     maps: list[np.ndarray]
     caption: str
+    signed: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ class Explained:
     """Examples with their illustrations.
 
     Attributes:
-        examples: One row each: ``patch_id``, ``side``, ``class``, ``called``, ``prob`` (of the positive
-            class; of more than two classes that of the called one) and ``kind``: missed, false alarm,
-            wrong or right.
+        examples: One row each: ``patch_id``, ``side`` (empty outside a run), ``class`` (empty where it is
+            not known), ``called``, ``prob`` (of the positive class; of more than two classes that of the
+            called one) and ``kind``: missed, false alarm, wrong, right, or unlabelled.
         patches: uint8 ``(height, width, 3)`` at their true sizes.
         illustrations: One a method.
     """
@@ -53,7 +55,9 @@ def draw_sheet(explained: Explained, chosen: Sequence[int], parts: Sequence[Illu
     for place in chosen:
         example = explained.examples.iloc[place]
         name = shorten(example["patch_id"], 32)
-        label = f"{example['kind']}: {example['class']}, p {example['prob']:.2f}, patch {name}"
+        true = f": {example['class']}" if example["class"] else ""
+        label = f"{example['kind']}{true}, p {example['prob']:.2f}, patch {name}"
         maps = np.concatenate([part.maps[place] for part in parts])
         rows.append(Overlay(label, explained.patches[place], maps))
-    return draw_overlays(rows, [title for part in parts for title in part.titles])
+    titles = [title for part in parts for title in part.titles]
+    return draw_overlays(rows, titles, [part.signed for part in parts for _ in part.titles])

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from biopsy.errors import RecipeError, suggest
-from biopsy.judging.methods import find_layer, find_method
+from biopsy.judging.methods import Question, find_layer, find_method
 from biopsy.learning.classifiers import Classifier
 from biopsy.learning.engine import Engine
 
@@ -27,6 +27,7 @@ class Explanation:
         class_index: The class asked about, ``(n,)``.
         probs: What the classifier says of each patch, ``(n, n_classes)``.
         maps: float32 ``(n, n_maps, H, W)`` on the pixels of the patches; 0 where a patch is padding.
+            Of methods that are ``signed``, values below 0 speak against the class.
     """
 
     method: str
@@ -60,7 +61,7 @@ def explain_patches(
         target_class: Whose score is explained; by default the positive class, and where there is none the
             class that is likeliest for that patch.
         layer: For methods that look at a layer: its name; by default the first convolution (rectified where
-            a rectifier follows).
+            a rectifier follows), for Grad-CAM the last maps before pooling.
         channels: ``all`` maps of a layer, or their ``mean``.
         engine: Device; the arithmetic is float32 in any case.
 
@@ -75,8 +76,11 @@ def explain_patches(
     fixed = _find_class(classifier, target_class)
     engine, stretched = engine or Engine("auto"), classifier.info.preprocessing.odd_sizes == "stretch"
     network, preprocessing = engine.place(classifier.network).eval(), classifier.info.preprocessing
-    if asked.takes_layer:
-        layer = find_layer(network, preprocessing.input_px, layer)
+    if layer is not None:
+        find_layer(network, layer)
+    elif asked.find_layer is not None:
+        layer = asked.find_layer(network, preprocessing.input_px)
+    blank = preprocessing.standardise(torch.ones(1, 3, 1, 1, device=engine.device))[0]
     logits, maps = [], []
     for start in range(0, len(patches), BATCH_SIZE):
         chunk = slice(start, start + BATCH_SIZE)
@@ -87,7 +91,7 @@ def explain_patches(
             logits.append(network(batch).float())
         likeliest = logits[-1].argmax(dim=1)
         class_index = likeliest if fixed is None else torch.full_like(likeliest, fixed)
-        found = asked.compute(network, batch, class_index, layer).float()
+        found = asked.compute(Question(network, batch, class_index, blank, layer)).float()
         found = found.mean(dim=1, keepdim=True) if channels == "mean" else found
         maps.append(_to_patches(found, patches.shape[1:3], size, stretched=stretched))
     every = torch.cat(logits).cpu().numpy()

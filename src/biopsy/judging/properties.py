@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from biopsy.imaging.colour import group_by_size
+from biopsy.imaging.nuclei import find_nuclei
 from biopsy.imaging.stain import separate_stains
 
 TISSUE_STAIN = 0.1  # less takes away at most a fifth of green light, which H&E absorbs most
@@ -20,6 +21,7 @@ PROPERTIES = {
     "tissue_frac": f"share of pixels in which both stains together reach {TISSUE_STAIN}",
     "sharpness": "standard deviation of luma's Laplacian, in grey levels",
     "heterogeneity": "standard deviation of the amount of haematoxylin from pixel to pixel",
+    "nuclear_density": "blobs of haematoxylin of a nucleus's size per square millimetre",
 }
 """Each property and its unit; amounts as `imaging.stain.separate_stains` gives them."""
 
@@ -31,6 +33,7 @@ def measure_properties(
     sizes: np.ndarray | None = None,
     *,
     index: np.ndarray | None = None,
+    mpp: float | None = None,
     chunk: int = 256,
 ) -> pd.DataFrame:
     """Measure patches.
@@ -39,6 +42,7 @@ def measure_properties(
         patches: uint8 ``(N, H, W, 3)`` RGB, may be memory-mapped.
         sizes: True ``(width, height)`` of each patch, ``(N, 2)``; the rest is padding and not looked at.
         index: Which patches, ``(n,)``; all by default.
+        mpp: Micrometres a pixel; where it is unknown, ``nuclear_density`` is NaN.
         chunk: Patches that a thread works on at once.
 
     Returns:
@@ -54,16 +58,16 @@ def measure_properties(
     def fill(start: int) -> None:
         rows = chosen[start : start + chunk]
         for part, images in group_by_size(patches[rows], None if sizes is None else sizes[rows]):
-            values[start + part] = _measure(images)
+            values[start + part] = _measure(images, mpp)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(fill, range(0, len(chosen), chunk)))
     return pd.DataFrame(values, columns=list(PROPERTIES))
 
 
-def _measure(images: np.ndarray) -> np.ndarray:
+def _measure(images: np.ndarray, mpp: float | None) -> np.ndarray:
     """Give the properties of patches of one size, ``(n, n_properties)``."""
-    n = len(images)
+    n, (height, width) = len(images), images.shape[1:3]
     amounts = separate_stains(images).reshape(n, -1, 3)
     haematoxylin, both = amounts[..., 0], amounts[..., 0] + amounts[..., 1]
     luma = cv2.transform(images.reshape(-1, 1, 3).astype(np.float32), _LUMA[None]).reshape(images.shape[:3])
@@ -76,5 +80,13 @@ def _measure(images: np.ndarray) -> np.ndarray:
         (both >= TISSUE_STAIN).mean(axis=1),
         edges,
         haematoxylin.std(axis=1),
+        _nuclear_density(haematoxylin.reshape(n, height, width), mpp),
     ]
     return np.stack([np.asarray(column, np.float64) for column in columns], axis=1)
+
+
+def _nuclear_density(haematoxylin: np.ndarray, mpp: float | None) -> np.ndarray:
+    if mpp is None:
+        return np.full(len(haematoxylin), np.nan)
+    area_mm2 = haematoxylin.shape[1] * haematoxylin.shape[2] * (mpp / 1000) ** 2
+    return np.array([len(find_nuclei(amount, mpp)) for amount in haematoxylin]) / area_mm2

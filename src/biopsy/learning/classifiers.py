@@ -11,10 +11,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from biopsy.data.packs import Pack
+from biopsy.data.predictions import decide
 from biopsy.errors import DataError, RunError
 from biopsy.files import read_json, replace_directory, sha256_file, write_json
 from biopsy.learning.networks import build_network
 from biopsy.learning.preprocessing import Preprocessing
+from biopsy.statistics.calibrators import Calibrator, calibrator_from_dict
+from biopsy.statistics.conformal import abstain, predict_sets
 
 FORMAT: Final = "biopsy-classifier/1"
 DOCUMENT, WEIGHTS = "classifier.json", "weights.safetensors"
@@ -38,8 +41,11 @@ class ClassifierInfo(BaseModel):
     preprocessing: Preprocessing
     outputs: Literal["softmax", "sigmoid"] = "softmax"
     calibrator: dict[str, Any] = {"method": "none"}
+    """How scores become calibrated: a record of ``statistics.calibrators``, and what it was fitted on."""
     thresholds: list[dict[str, Any]] = []
-    """``value``, ``rule``, ``chosen_on``; the first one is used."""
+    """``value``, ``rule``, ``chosen_on``, and what it achieved there; the first one is used."""
+    conformal: dict[str, Any] = {}
+    """``quantile`` of the sets that say which patches get no answer, or the ``reason`` why there is none."""
     unlike_training: dict[str, Any] | None = None
     """Limits beyond which a patch is unlike anything in training."""
     licence: str = "as the data it was trained on allow"
@@ -146,12 +152,24 @@ class Classifier:
         """A hash over the document and, through it, the weights."""
         return hashlib.sha256(self.info.model_dump_json().encode()).hexdigest()
 
+    @property
+    def calibrator(self) -> Calibrator:
+        """What stands between scores and probabilities; nothing in classifiers made before there was one."""
+        return calibrator_from_dict(self.info.calibrator)
+
+    def calibrated_scores(self, logits: np.ndarray) -> np.ndarray:
+        """Turn logits into scores ``(N, n_classes)`` whose softmax are the calibrated probabilities.
+
+        An exported model puts these out: of temperature and Platt ``slope * scores + intercepts``.
+        """
+        return self.calibrator.scale(score_classes(logits, self.info.outputs))
+
     def probs(self, logits: np.ndarray) -> np.ndarray:
-        """Turn logits into probabilities ``(N, n_classes)``, summing to one.
+        """Turn logits into calibrated probabilities ``(N, n_classes)``, summing to one.
 
         Two sigmoid outputs become one probability as p1 / (p0 + p1), which keeps the arg-max.
         """
-        scores = score_classes(logits, self.info.outputs)
+        scores = self.calibrated_scores(logits)
         exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
         return exponentials / exponentials.sum(axis=1, keepdims=True)
 
@@ -159,6 +177,24 @@ class Classifier:
     def threshold(self) -> float | None:
         """The frozen threshold on the positive class's probability; None takes the likeliest class."""
         return self.info.thresholds[0]["value"] if self.info.thresholds else None
+
+    def abstains(self, probs: np.ndarray) -> np.ndarray | None:
+        """Say which patches get no answer, bool ``(N,)``; None where the classifier can promise nothing.
+
+        Args:
+            probs: Calibrated probabilities, ``(N, n_classes)``.
+        """
+        quantile = self.info.conformal.get("quantile")
+        if quantile is None:
+            return None
+        return abstain(predict_sets(probs, quantile), decide(probs, self.positive_index, self.threshold))
+
+    @property
+    def frozen(self) -> dict[str, Any] | None:
+        """``value``, ``rule`` and ``chosen_on`` of the threshold that decides; None where there is none."""
+        if not self.info.thresholds:
+            return None
+        return {key: self.info.thresholds[0][key] for key in ("value", "rule", "chosen_on")}
 
 
 def score_classes(logits: np.ndarray, outputs: str) -> np.ndarray:

@@ -1,12 +1,11 @@
-"""What a training run leaves behind: the classifier, its threshold, and its predictions on validation."""
-
-from typing import Any
+"""What a training run leaves behind: the classifier, its thresholds, and its predictions on validation."""
 
 import numpy as np
 import torch
 
 from biopsy.data.packs import Pack
-from biopsy.data.predictions import make_predictions, write_predictions
+from biopsy.data.predictions import IDENTITY
+from biopsy.learning.calibration import settle_run, write_validation
 from biopsy.learning.checkpoints import Progress, load_weights
 from biopsy.learning.classifiers import Classifier, ClassifierInfo
 from biopsy.learning.engine import outputs_of
@@ -16,11 +15,10 @@ from biopsy.learning.novelty import fit_reference
 from biopsy.learning.preprocessing import Preprocessing
 from biopsy.learning.recipes import Recipe
 from biopsy.learning.runs import Run
-from biopsy.statistics.thresholds import choose_threshold
 
 
 def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress) -> None:
-    """Take the chosen epoch's weights, choose the threshold on validation, and write what comes out.
+    """Take the chosen epoch's weights, settle the decision on validation, and write what comes out.
 
     Args:
         run: Gets ``classifier/`` and ``predictions/val.parquet``, and what was chosen in its record.
@@ -49,44 +47,26 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
     logits = predict_logits(
         network, task.preprocessing, pack.patches, pack.sizes, task.val, engine=task.engine
     )
-    probs = classifier.probs(logits)
-    positive = pack.positive_index
-    threshold: dict[str, Any] | None = None
-    if positive is not None:
-        published = run.info["split"]["as_published"]
-        rule = recipe.as_published.threshold if published else recipe.decision.threshold
-        chosen = choose_threshold((pack.target[task.val] == positive).astype(int), probs[:, positive], rule)
-        threshold = {"value": chosen.value, "rule": chosen.rule, "chosen_on": run.val_side}
-        info.thresholds = [threshold]
+    settle_run(run, recipe, classifier, logits, pack.target[task.val], pack.group_ids[task.val])
     fit_reference(
         classifier, pack.patches, pack.sizes, task.train, task.val, engine=task.engine, seed=task.seed
     )
     classifier.network.to("cpu")
     classifier.save(run.path / "classifier")
-    frame = make_predictions(
-        pack,
-        task.val,
+    split = run.info["split"]
+    about = pack.table.iloc[task.val][[*IDENTITY, "target"]].assign(side=run.val_side, fold=split["fold"])
+    write_validation(
+        run,
+        classifier,
+        about.reset_index(drop=True),
         logits,
-        probs,
-        sides=run.val_side,
-        fold=run.info["split"]["fold"],
-        threshold=None if threshold is None else threshold["value"],
-    )
-    write_predictions(
-        run.path / "predictions" / "val.parquet",
-        frame,
-        {
-            "pack_sha256": pack.info.content_sha256,
-            "classifier_sha256": classifier.sha256,
-            "split": run.info["split"]["name"],
-            "threshold": threshold,
-        },
+        {"pack_sha256": pack.info.content_sha256, "split": split["name"]},
     )
     run.update(
         chosen_epoch=chosen_epoch or progress.epoch,
         epochs_done=progress.epoch,
         stopped_early=progress.epoch < recipe.train.epochs,
-        threshold=threshold,
+        threshold=classifier.frozen,
         classifier_sha256=classifier.sha256,
     )
 

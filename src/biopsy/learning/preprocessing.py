@@ -148,12 +148,12 @@ def to_unit(patches: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
 
 @lru_cache(maxsize=256)
 def _nearest_places(width: int, height: int, input_px: int) -> np.ndarray:
-    rows, columns = _nearest_index(height, input_px), _nearest_index(width, input_px)
+    rows, columns = nearest_index(height, input_px), nearest_index(width, input_px)
     return (rows[:, None] * width + columns).ravel()
 
 
-def _nearest_index(source_px: int, target_px: int) -> np.ndarray:
-    """Give the source pixel of each target pixel as Pillow takes it.
+def nearest_index(source_px: int, target_px: int) -> np.ndarray:
+    """Give the source pixel of each target pixel as Pillow takes it, int64 ``(target_px,)``.
 
     Pillow steps through the source by repeated addition in double precision, starting half a step in; where
     a step lands on a pixel's border the rounding of that sum decides, so the sum is repeated here.

@@ -20,9 +20,16 @@ from biopsy.errors import DataError, RunError
 from biopsy.files import read_json, replace_directory, write_atomic, write_json
 from biopsy.learning.classifiers import Classifier
 from biopsy.learning.recipes import DEFINING_TABLES, Recipe, load_recipe, recipe_toml
+from biopsy.learning.recipes.schema import Decision
 
 FORMAT = "biopsy-run/1"
 DOCUMENT = "run.json"
+SETTLED_BEFORE = {
+    "decision.calibration": "none",
+    "decision.operating_points": Decision().operating_points,
+    "as_published.calibration": "none",
+}
+"""Settings younger than the first runs, and the values with which those runs answer the same question."""
 
 
 class Run:
@@ -181,8 +188,13 @@ def hash_question(
         seed: Of training.
         weights: Hash of the file that training starts from; None for random weights.
     """
+    asked = recipe.model_dump(mode="json", include=set(DEFINING_TABLES))
+    for name, before in SETTLED_BEFORE.items():
+        table, _, key = name.partition(".")
+        if asked[table][key] == before:
+            del asked[table][key]
     question = {
-        "recipe": recipe.model_dump(mode="json", include=set(DEFINING_TABLES)),
+        "recipe": asked,
         "pack": pack.info.content_sha256,
         "classes": [pack.class_names, pack.info.positive_class],
         "sides": hashlib.sha256("\n".join(sides.tolist()).encode()).hexdigest(),

@@ -35,6 +35,7 @@ from biopsy.learning.runs import (
 )
 from biopsy.learning.sampling import order_epoch, take_fraction, weigh_classes
 from biopsy.learning.weights import describe_weights, make_network
+from biopsy.statistics.calibrators import check_method
 
 logger = logging.getLogger(__name__)
 
@@ -210,6 +211,7 @@ def _check(recipe: Recipe, pack: Pack, split: Split, sides: np.ndarray, network:
             "nothing can be learned from one class"
         )
     weigh_classes(target, len(pack.class_names), recipe.train.class_weights)
+    check_method(recipe.decision.calibration, len(pack.class_names))
     optimiser_of(recipe, network)
 
 

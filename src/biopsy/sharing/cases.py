@@ -1,4 +1,4 @@
-"""Chapters that look closer: patient by patient, the surest mistakes, places on the slide."""
+"""Chapters that look closer: patient by patient, places on the slide."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +13,6 @@ from biopsy.imaging.mosaic import stitch, stitch_values
 from biopsy.sharing.document import (
     METRIC_LABELS,
     Block,
-    Gallery,
-    Patch,
     Picture,
     Pictures,
     Section,
@@ -26,7 +24,6 @@ from biopsy.sharing.facts import RunFacts
 from biopsy.sharing.numbers import Footnotes
 from biopsy.statistics.intervals import measure_groups
 
-MOST_MISTAKES = 12
 MOST_SLIDES = 4
 SLIDE_SIDE_PX = 640
 LONG_TABLE = 16
@@ -118,40 +115,6 @@ def _table_of_subgroups(subgroups: Mapping[str, Mapping[str, Any]], unit: str) -
     columns = ["column", "subgroup", "patches", f"{unit}s", "AUROC", "sensitivity", "specificity"]
     note = f"In brackets the 95 % interval.{reasons.text}"
     return Table(columns, rows, caption="Subgroups", note=note, text_columns=2)
-
-
-def describe_mistakes(facts: RunFacts) -> Section | None:
-    """The mistakes the model was surest of."""
-    if not facts.is_binary or facts.get_patch is None:
-        return None
-    table = facts.predictions.assign(is_positive=facts.is_positive)
-    called = table["prob"] >= facts.threshold
-    missed = table[(table["is_positive"] == 1) & ~called].sort_values(["prob", "patch_id"])
-    alarms = table[(table["is_positive"] == 0) & called].sort_values(
-        ["prob", "patch_id"], ascending=[False, True]
-    )
-    galleries: list[Block] = []
-    for rows, title in (
-        (missed, f"Misclassified positives (false negatives): {facts.positive} called {facts.negative}"),
-        (alarms, f"Misclassified negatives (false positives): {facts.negative} called {facts.positive}"),
-    ):
-        if len(rows):
-            caption = f"{title} ({min(len(rows), MOST_MISTAKES)} of {number(len(rows))}, surest first)"
-            galleries.append(Gallery(caption, _group_patches(facts, rows.head(MOST_MISTAKES))))
-        else:
-            galleries.append(Text(f"{title}: none."))
-    note = "The number under a patch is its probability of the positive class; one patient's stand together."
-    return Section("mistakes", "The surest mistakes", [Text(note), *galleries])
-
-
-def _group_patches(facts: RunFacts, rows: pd.DataFrame) -> list[tuple[str, list[Patch]]]:
-    assert facts.get_patch is not None
-    who = pick_label(rows)
-    groups: dict[str, list[Patch]] = {}
-    for name, patch_id, prob in zip(who, rows["patch_id"].astype(str), rows["prob"], strict=True):
-        image = encode_patch(facts.get_patch(patch_id))
-        groups.setdefault(name, []).append(Patch(image, [number(float(prob)), patch_id]))
-    return list(groups.items())
 
 
 def pick_label(rows: pd.DataFrame) -> list[str]:

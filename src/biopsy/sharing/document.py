@@ -150,6 +150,23 @@ class Gallery:
 
 
 @dataclass(frozen=True)
+class Case:
+    """One patch looked at closely: encoded pictures with a caption each, side by side, and lines below."""
+
+    pictures: Sequence[tuple[bytes, str]]
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Patches looked at closely, in named groups."""
+
+    kind: ClassVar[str] = "cases"
+    caption: str
+    groups: Sequence[tuple[str, Sequence[Case]]]
+
+
+@dataclass(frozen=True)
 class Listing:
     """Text as a machine reads it: a command, a settings file; closed where ``fold`` gives a title."""
 
@@ -158,7 +175,25 @@ class Listing:
     fold: str = ""
 
 
-Block = Text | Bullets | Facts | Table | Pictures | Gallery | Listing
+@dataclass(frozen=True)
+class Answer:
+    """One item of a checklist: its number, what it asks, and the chapters that answer it (id and heading)."""
+
+    number: str
+    asks: str
+    chapters: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Checklist:
+    """Items of a guideline, each with links to where it is answered; closed until a reader opens it."""
+
+    kind: ClassVar[str] = "checklist"
+    title: str
+    items: Sequence[Answer]
+
+
+Block = Text | Bullets | Facts | Table | Pictures | Gallery | Cases | Listing | Checklist
 
 
 @dataclass(frozen=True)
@@ -189,6 +224,11 @@ class ReportDocument:
     sections: Sequence[Section]
     warnings: Sequence[str] = field(default_factory=tuple)
     footer: str = ""
+
+
+def plural(unit: str) -> str:
+    """Name many of a unit: patients, slides, patches."""
+    return "patches" if unit == "patch" else f"{unit}s"
 
 
 def number(value: object, digits: int = 3) -> str:

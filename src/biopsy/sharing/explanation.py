@@ -47,13 +47,19 @@ def describe_attention(facts: RunFacts) -> Section | None:
     blocks: list[Block] = [
         Text(
             "Maps are superimposed on the patch in grey. Colours run from none to the 99th percentile: of "
-            "each patch for itself where there is one map a patch, of all patches shown for a channel."
+            "each patch for itself where there is one map a patch, of all patches shown for a channel. Where "
+            "a map has a sign, grey is 0, blue speaks against the class and yellow for it."
         ),
         Pictures(pictures),
         Bullets([part.caption for part in explained.illustrations]),
         Text(
-            "Such maps are a way to look, not evidence: a network that has learned nothing gives maps too, "
-            "and whether these mean anything has not been tested here.",
+            "Such maps are a way to look, not evidence: a network that has learned nothing gives maps too. "
+            + (
+                "Whether these mean anything has not been tested here: `biopsy explain RUN --faithfulness` "
+                "does it."
+                if facts.faithfulness is None
+                else "Whether these mean anything is the question of the next chapter."
+            ),
             "note",
         ),
     ]

@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 
 from biopsy.figures.network import Row
+from biopsy.judging.closeups import Closeups
 from biopsy.judging.examples import Explained
+from biopsy.judging.mistakes import Mistakes
 from biopsy.sharing.identities import KINDS, Aliases
 
 
@@ -33,6 +35,9 @@ class RunFacts:
         ledger: ``times`` and ``runs`` that opened the test side, and ``kept_with`` (``pack`` or ``run``).
         explained: Some patches with maps of what the network looks at.
         conjectures: What ``conjectures.json`` holds.
+        faithfulness: What ``faithfulness.json`` holds, if the maps were tested.
+        mistakes: What ``errors.json`` and ``errors.parquet`` hold.
+        closeups: Pictures of the mistakes looked at closely.
         ids_hidden: Whether ids have been replaced by numbers.
     """
 
@@ -52,6 +57,9 @@ class RunFacts:
     ledger: Mapping[str, Any] | None = None
     explained: Explained | None = None
     conjectures: Mapping[str, Any] | None = None
+    faithfulness: Mapping[str, Any] | None = None
+    mistakes: Mistakes | None = None
+    closeups: Closeups | None = None
     ids_hidden: bool = False
 
     @property
@@ -157,7 +165,27 @@ def hide_run(facts: RunFacts) -> RunFacts:
         audit=None if facts.audit is None else aliases.nested(facts.audit),
         explained=None if facts.explained is None else _hide_examples(facts.explained, aliases),
         conjectures=None if facts.conjectures is None else aliases.nested(facts.conjectures),
+        mistakes=None if facts.mistakes is None else _hide_mistakes(facts.mistakes, aliases),
+        closeups=None if facts.closeups is None else _hide_closeups(facts.closeups, aliases),
         ids_hidden=True,
+    )
+
+
+def _hide_mistakes(mistakes: Mistakes, aliases: Aliases) -> Mistakes:
+    """Replace ids of judged patches, and leave out whose the training patches are that are most like them."""
+    about = aliases.nested(mistakes.about)
+    for entries, known in zip(about["galleries"].values(), mistakes.about["galleries"].values(), strict=True):
+        for entry, original in zip(entries, known, strict=True):
+            entry["patch_id"] = aliases.of("patch", original["patch_id"])
+            entry["nearest"] = [
+                {**near, "patch_id": None, "patient_id": None, "slide_id": None} for near in entry["nearest"]
+            ]
+    return Mistakes(about, aliases.table(mistakes.table))
+
+
+def _hide_closeups(closeups: Closeups, aliases: Aliases) -> Closeups:
+    return replace(
+        closeups, of={aliases.of("patch", name): closeup for name, closeup in closeups.of.items()}
     )
 
 

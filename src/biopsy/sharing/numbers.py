@@ -143,6 +143,8 @@ def describe_curves(facts: RunFacts) -> Section | None:
                 svg(draw_precision_recall(target, prob, operating_point=pr_point), "pr"),
             ),
         ]
+    if "calibration" in facts.metrics:  # which has a chapter of its own
+        return Section("curves", "Ranking", [Pictures(pictures)]) if pictures else None
     names = (facts.negative, facts.positive)
     pictures.append(
         Picture(

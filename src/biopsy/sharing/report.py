@@ -10,7 +10,11 @@ from functools import cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from biopsy.sharing.cases import describe_mistakes, describe_patients, describe_slides
+from biopsy.sharing.abstention import describe_abstention
+from biopsy.sharing.calibration import describe_calibration
+from biopsy.sharing.cases import describe_patients, describe_slides
+from biopsy.sharing.checklist import describe_checklist
+from biopsy.sharing.decisions import describe_decisions
 from biopsy.sharing.document import (
     Headline,
     ReportDocument,
@@ -20,6 +24,7 @@ from biopsy.sharing.document import (
     interval_text,
     number,
 )
+from biopsy.sharing.errors import describe_mistakes
 from biopsy.sharing.evidence import (
     describe_baseline,
     describe_data,
@@ -30,6 +35,7 @@ from biopsy.sharing.evidence import (
 )
 from biopsy.sharing.explanation import describe_attention, describe_conjectures
 from biopsy.sharing.facts import RunFacts, hide_run
+from biopsy.sharing.faithfulness import describe_faithfulness
 from biopsy.sharing.numbers import describe_curves, describe_numbers
 
 NOT_FOR = (
@@ -42,7 +48,12 @@ HIDDEN = "Patient, slide and patch ids are replaced by numbers in this report."
 
 def render_report(document: ReportDocument) -> str:
     """Write a report as one self-contained HTML page; every text in it is escaped."""
-    return _environment().get_template("report.html").render(report=document)
+    return render("report.html", report=document)
+
+
+def render(template: str, **values: object) -> str:
+    """Write a page from a template of this room; every text in it is escaped."""
+    return _environment().get_template(template).render(**values)
 
 
 def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
@@ -57,10 +68,14 @@ def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
     sections: list[Section | None] = [
         describe_numbers(facts),
         describe_curves(facts),
+        describe_calibration(facts),
+        describe_decisions(facts),
+        describe_abstention(facts),
         describe_patients(facts),
         describe_mistakes(facts),
         describe_slides(facts),
         describe_attention(facts),
+        describe_faithfulness(facts),
         describe_conjectures(facts),
         describe_baseline(facts),
         describe_data(facts),
@@ -68,6 +83,8 @@ def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
         describe_recipe(facts),
         describe_reproduction(facts.run),
     ]
+    present = [section for section in sections if section is not None]
+    present.append(describe_checklist(present, has_subgroups=bool(facts.metrics.get("subgroups"))))
     m = facts.metrics
     title = str(facts.recipe.get("title") or facts.recipe.get("name") or facts.run.get("recipe") or "A run")
     name = facts.run.get("name") or facts.run.get("id") or "run"
@@ -78,7 +95,7 @@ def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
         title=title,
         subtitle=f"Run {name}, judged on the {m.get('side', 'test')} side: {size}",
         summary=_summarise(facts),
-        sections=[section for section in sections if section is not None],
+        sections=present,
         warnings=warn_reader(facts),
         footer=f"Written by biopsy {facts.run.get('environment', {}).get('biopsy', '')}".strip() + ".",
     )

@@ -56,6 +56,12 @@ def assign_bins(mass: Floats, n_bins: int) -> NDArray[np.intp]:
     return np.minimum(middle * n_bins / mass.sum(), n_bins - 1).astype(np.intp)
 
 
+def bin_patches(prob: ArrayLike, *, n_bins: int = N_BINS) -> NDArray[np.intp]:
+    """Give the bin of each patch, 0 the lowest, as `assign_bins` cuts them; some numbers may be left out."""
+    _, of_patch, mass = np.unique(-np.asarray(prob, np.float64), return_inverse=True, return_counts=True)
+    return n_bins - 1 - assign_bins(mass.astype(np.float64), n_bins)[of_patch]
+
+
 def calibration_error(prob: Floats, pos: Floats, neg: Floats, n_bins: int = N_BINS) -> float:
     """Give the expected calibration error: the gap between promised and observed, averaged over patches.
 
@@ -76,9 +82,8 @@ def reliability_bins(target: ArrayLike, prob: ArrayLike, *, n_bins: int = N_BINS
         n_bins: Bins asked for; ties may leave fewer.
     """
     target, prob = np.asarray(target, dtype=np.int64), np.asarray(prob, dtype=np.float64)
-    _, of_patch, mass = np.unique(-prob, return_inverse=True, return_counts=True)
-    bins = assign_bins(mass.astype(np.float64), n_bins)[of_patch]
-    rows = [(prob[bins == b], target[bins == b]) for b in np.unique(bins)[::-1]]
+    bins = bin_patches(prob, n_bins=n_bins)
+    rows = [(prob[bins == b], target[bins == b]) for b in np.unique(bins)]
     return ReliabilityBins(
         low=np.array([p.min() for p, _ in rows]),
         high=np.array([p.max() for p, _ in rows]),
@@ -96,8 +101,7 @@ def ece_floor(prob: ArrayLike, *, seed: int, draws: int = 200, n_bins: int = N_B
     makes of a finite sample. Labels are drawn independently, so patients who differ raise the real floor.
     """
     prob = np.asarray(prob, dtype=np.float64)
-    _, of_patch, mass = np.unique(-prob, return_inverse=True, return_counts=True)
-    bins = assign_bins(mass.astype(np.float64), n_bins)[of_patch]
+    bins = bin_patches(prob, n_bins=n_bins)
     rng = make_rng(seed, "ece floor")
     errors = [np.abs(np.bincount(bins, prob - (rng.random(len(prob)) < prob))).sum() for _ in range(draws)]
     return float(np.mean(errors) / len(prob))

@@ -74,3 +74,42 @@ class Population:
         target = (rng.random(len(patient_ids)) < prevalence[patient_ids]).astype(np.int64)
         score = rng.normal(shift[patient_ids] + gap[patient_ids] * target)
         return Cohort(target, self.prob_of(score), patient_ids)
+
+
+@dataclass(frozen=True)
+class UnevenPatients:
+    """Patients who differ in how hard their patches are and, if asked for, in how many they have.
+
+    A patch is called right by a margin, normal about the mean of its patient; its probability for its true
+    class is ``expit`` of that margin. What share of a new patient's true classes lies in the conformal sets
+    of any quantile then has a closed form.
+
+    Attributes:
+        margin: Mean margin.
+        patient_sd: Of patients, beside patches of sd 1.
+        size_sd: Of the logarithm of a patient's number of patches; 0 gives all the same.
+        size_with_margin: Correlation of that logarithm with the patient's margin: above 0 the patients with
+            more patches are the easier ones.
+    """
+
+    margin: float = 1.5
+    patient_sd: float = 1.0
+    size_sd: float = 0.0
+    size_with_margin: float = 0.0
+
+    def coverage(self, quantile: float) -> float:
+        """Give the share of patches, every patient weighing the same, that score at most ``quantile``."""
+        if quantile >= 1:
+            return 1.0
+        return float(norm.cdf((self.margin - logit(1 - quantile)) / np.sqrt(1 + self.patient_sd**2)))
+
+    def draw(self, n_patients: int, patches_per_patient: float, *, seed: int) -> Cohort:
+        """Draw a cohort of that many patches a patient on average; the same seed gives the same cohort."""
+        rng = make_rng(seed, "uneven", n_patients, patches_per_patient)
+        ease, other = rng.normal(size=(2, n_patients))
+        log_size = self.size_with_margin * ease + np.sqrt(1 - self.size_with_margin**2) * other
+        size = patches_per_patient * np.exp(self.size_sd * log_size - self.size_sd**2 / 2)
+        patient_ids = np.repeat(np.arange(n_patients), np.maximum(1, size.round()).astype(np.int64))
+        target = rng.integers(0, 2, len(patient_ids))
+        margin = rng.normal(self.margin + self.patient_sd * ease[patient_ids])
+        return Cohort(target, expit(np.where(target == 1, margin, -margin)), patient_ids)

@@ -1,14 +1,103 @@
 """Two classifiers on the same patches: the difference of each metric, with an interval over patients."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import stats
 
+from biopsy.errors import MetricError
 from biopsy.statistics.intervals import Interval, carried_by, check_level, estimate_from
 from biopsy.statistics.metrics import METRICS, UNBOUNDED
-from biopsy.statistics.replicates import DRAWS, replicate
-from biopsy.statistics.tallies import rank
+from biopsy.statistics.replicates import DRAWS, Replicates, average, replicate, standard_error
+from biopsy.statistics.tallies import Ranked, rank
+
+SAME = "the two do not differ, whoever is left out"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one classifier says, ready to be compared: sorted, and measured on every reweighting.
+
+    Attributes:
+        ranked: One sample a seed (and class), of the same patches and groups.
+        result: The mean of their metrics, on the sample and on each of its reweightings.
+    """
+
+    ranked: Sequence[Ranked]
+    result: Replicates
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A metric of the first less that of the second, and how easily chance alone gives as much.
+
+    Attributes:
+        interval: The difference with its interval.
+        p: Of Student's t, two-sided: the difference over the standard error that its replicates imply, with
+            one degree of freedom less than the groups that carry the metric. 1 where the two are the same,
+            None where there is no interval.
+    """
+
+    interval: Interval
+    p: float | None
+
+
+def sample_seeds(
+    ranked: Sequence[Ranked], *, seed: int, names: Iterable[str] = tuple(METRICS), draws: int = DRAWS
+) -> Sample:
+    """Measure one classifier, or the mean of its seeds, on every reweighting of the groups.
+
+    Args:
+        ranked: One sample a seed, from `tallies.rank` with the same ``group_ids``.
+        seed: For the bootstrap, used from 100 groups on; the same for all that are compared.
+        names: Which metrics.
+        draws: Bootstrap draws.
+    """
+    names = list(names)
+    return Sample(ranked, average([replicate(one, seed=seed, draws=draws, names=names) for one in ranked]))
+
+
+def subtract(
+    first: Sample, second: Sample, *, level: float = 0.95, unit: str = "patient"
+) -> dict[str, Difference]:
+    """Give each metric of the first minus that of the second.
+
+    Both are measured on every reweighting of the patients and the differences' spread is taken, so what makes
+    a patient hard for both cancels. The interval is on the plain scale: a difference has no bounds to keep
+    away from unless the two are as far apart as can be.
+
+    Raises:
+        MetricError: If the two are not of the same groups, or the level is outside 0-1.
+    """
+    check_level(level)
+    if not np.array_equal(first.ranked[0].groups, second.ranked[0].groups):
+        raise MetricError(f"the two are not of the same {unit}s: compare what both say of the same patches")
+    found = {}
+    for name in first.result.value:
+        metric = METRICS[name]
+        value = first.result.value[name] - second.result.value[name]
+        if np.isnan(value):
+            tallies = (one.tally() for sample in (first, second) for one in sample.ranked)
+            why = next(metric.why_undefined(tally) for tally in tallies if np.isnan(metric.compute(tally)))
+            found[name] = Difference(Interval(value, reason=f"undefined: {why}"), None)
+            continue
+        replicates = first.result.replicates[name] - second.result.replicates[name]
+        if value == 0 and not np.any(replicates):
+            found[name] = Difference(Interval(0.0, reason=f"no spread to learn from: {SAME}"), 1.0)
+            continue
+        method = first.result.method
+        n, has = min(carried_by(metric, one) for sample in (first, second) for one in sample.ranked)
+        interval = estimate_from(
+            value, replicates, method, (n, has), bounds=UNBOUNDED, level=level, unit=unit
+        )
+        p = None
+        if interval.low is not None:
+            error = standard_error(replicates[~np.isnan(replicates)], method)
+            p = float(2 * stats.t.sf(abs(value) / error, n - 1))
+        found[name] = Difference(interval, p)
+    return found
 
 
 def estimate_differences(
@@ -24,11 +113,7 @@ def estimate_differences(
     draws: int = DRAWS,
     unit: str = "patient",
 ) -> dict[str, Interval]:
-    """Give each metric of the first minus that of the second.
-
-    Both are measured on every reweighting of the patients and the differences' spread is taken, so what makes
-    a patient hard for both cancels. The interval is on the plain scale: a difference has no bounds to keep
-    away from unless the two are as far apart as can be.
+    """Give each metric of the first minus that of the second, as `subtract`.
 
     Args:
         target: 0 or 1 per patch, shape ``(n_patches,)``.
@@ -47,26 +132,28 @@ def estimate_differences(
     """
     check_level(level)
     names = list(names)
-    samples = [
-        rank(target, prob, threshold, group_ids=group_ids)
-        for prob, threshold in zip((first, second), thresholds, strict=True)
-    ]
-    results = [replicate(sample, seed=seed, draws=draws, names=names) for sample in samples]
-    found = {}
-    for name in names:
-        metric = METRICS[name]
-        value = results[0].value[name] - results[1].value[name]
-        if np.isnan(value):
-            undefined = samples[int(not np.isnan(results[0].value[name]))]
-            found[name] = Interval(value, reason=f"undefined: {metric.why_undefined(undefined.tally())}")
-            continue
-        found[name] = estimate_from(
-            value,
-            results[0].replicates[name] - results[1].replicates[name],
-            results[0].method,
-            min(carried_by(metric, sample) for sample in samples),
-            bounds=UNBOUNDED,
-            level=level,
-            unit=unit,
-        )
-    return found
+    one, other = (
+        sample_seeds([rank(target, prob, at, group_ids=group_ids)], seed=seed, names=names, draws=draws)
+        for prob, at in zip((first, second), thresholds, strict=True)
+    )
+    found = subtract(one, other, level=level, unit=unit)
+    return {name: difference.interval for name, difference in found.items()}
+
+
+def adjust_holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Correct the p-values of several comparisons so that the chance of any false one stays at the level.
+
+    Holm (1979), A simple sequentially rejective multiple test procedure: the smallest of ``m`` is multiplied
+    by ``m``, the next by ``m - 1``, none below one before it. What has no p-value is no comparison.
+
+    Example:
+        >>> adjust_holm([0.01, 0.04, None, 0.03])
+        [0.03, 0.06, None, 0.06]
+    """
+    known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    least = 0.0
+    for rank_of_p, (p, place) in enumerate(known):
+        least = max(least, min(1.0, p * (len(known) - rank_of_p)))
+        adjusted[place] = least
+    return adjusted

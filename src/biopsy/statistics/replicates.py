@@ -4,7 +4,7 @@ Patches of one patient resemble each other, so they are never resampled one by o
 (fewer than 100) or drawn with replacement (100 and more).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +57,14 @@ def reweightings(n_groups: int, *, seed: int, draws: int) -> Iterator[Floats]:
             yield np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups).astype(np.float64)
 
 
+def reweigh(sums: Floats, *, seed: int, draws: int = DRAWS) -> tuple[Floats, Method]:
+    """Add up what each group has, ``(n_groups, k)``, on every reweighting: ``(n_replicates, k)``, and how."""
+    if len(sums) < BOOTSTRAP_FROM:
+        return sums.sum(axis=0) - sums, "jackknife"
+    weights = reweightings(len(sums), seed=seed, draws=draws)
+    return np.stack([weight @ sums for weight in weights]), "bootstrap"
+
+
 def replicate(
     ranked: Ranked, *, seed: int, draws: int = DRAWS, names: Iterable[str] | None = None
 ) -> Replicates:
@@ -79,3 +87,18 @@ def replicate(
     table = np.array(rows).reshape(len(rows), len(defined))
     replicates = {name: table[:, column] for column, name in enumerate(defined)}
     return Replicates(value, replicates, "jackknife" if n_groups < BOOTSTRAP_FROM else "bootstrap", n_groups)
+
+
+def average(results: Sequence[Replicates]) -> Replicates:
+    """Give the mean over seeds (or classes) of metrics of the same groups, reweighting by reweighting.
+
+    A metric that is undefined in one of them is undefined in the mean.
+    """
+    names = list(results[0].value)
+    everywhere = [name for name in names if all(name in result.replicates for result in results)]
+    return Replicates(
+        {name: float(np.mean([result.value[name] for result in results])) for name in names},
+        {name: np.mean([result.replicates[name] for result in results], axis=0) for name in everywhere},
+        results[0].method,
+        results[0].n_groups,
+    )

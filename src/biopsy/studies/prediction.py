@@ -16,12 +16,13 @@ from biopsy.data.archives import IMAGE_SUFFIXES, MAX_ENTRY_BYTES, open_archive
 from biopsy.data.packs import Pack, is_pack, pad
 from biopsy.data.predictions import IDENTITY, tabulate_predictions, write_predictions
 from biopsy.data.submissions import check_name, give_ids, write_submission
-from biopsy.errors import DataError, RunError
+from biopsy.errors import DataError
 from biopsy.imaging.decode import decode, read_header
-from biopsy.learning.classifiers import DOCUMENT, Classifier
+from biopsy.learning.classifiers import Classifier
 from biopsy.learning.engine import Engine
 from biopsy.learning.inference import predict_with_features
 from biopsy.learning.novelty import measure_novelty
+from biopsy.learning.opening import open_classifier
 from biopsy.learning.runs import Run
 
 CHUNK = 2048  # patches held in memory at once
@@ -62,6 +63,7 @@ def predict(
     out: Path | str | None = None,
     format: Literal["csv", "parquet", "kaggle"] = "csv",
     device: str = "auto",
+    trust_model: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Prediction:
     """Predict patches from images, folders, zips and packs, and write one table.
@@ -70,21 +72,22 @@ def predict(
     Patches unlike anything in training are flagged in ``unlike_training``, not refused.
 
     Args:
-        model: A finished run, or a classifier.
+        model: A finished run, a classifier, a bundle, or the folder of a WSInfer model.
         paths: What to predict.
         out: The table to write; by default ``predictions.csv`` (or ``.parquet``), or ``submission.csv``, in
             the current folder.
         format: Of the table, where ``out`` does not say; ``"kaggle"`` writes Kaggle's ``id,label`` instead:
             the file's name without its ending, and the probability of the positive class.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+        trust_model: SHA-256 of a WSInfer model's TorchScript, which is code and runs only if it is named.
         on_progress: Called with patches done and patches in all.
 
     Raises:
-        RunError: If the model is neither a finished run nor a classifier.
+        RunError: If the model is none of these, or not trusted.
         DataError: If a path does not exist, or nothing could be read at all; for Kaggle, if the classifier
             has more than two classes or two patches the same id.
     """
-    classifier = open_classifier(model)
+    classifier = open_classifier(model, trust_model=trust_model)
     engine = Engine(device)
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     skipped: Skipped = []
@@ -108,7 +111,7 @@ def predict(
         "classifier_sha256": classifier.sha256,
         "pack_sha256": None,
         "split": None,
-        "threshold": classifier.info.thresholds[0] if classifier.info.thresholds else None,
+        "threshold": classifier.frozen,
         "sources": [str(source) for source in paths],
         "skipped": skipped,
     }
@@ -129,29 +132,17 @@ def _check_submission(
     give_ids([name for source in sources for name in source.names])
 
 
-def open_classifier(model: Run | Classifier | Path | str) -> Classifier:
-    """Give the classifier of a run, of a folder, or the one given."""
-    if isinstance(model, Classifier):
-        return model
-    if not isinstance(model, Run) and (Path(model) / DOCUMENT).is_file():
-        return Classifier.load(model)
-    try:
-        return Run.open(model).classifier
-    except RunError as error:
-        if isinstance(model, Run) or (Path(model) / "run.json").exists():
-            raise
-        raise RunError(f"{model} is neither a run nor a classifier") from error
-
-
 def _predict_chunk(classifier: Classifier, chunk: _Chunk, engine: Engine) -> pd.DataFrame:
     logits, features = predict_with_features(classifier, chunk.patches, chunk.sizes, engine=engine)
+    probs = classifier.probs(logits)
     frame = tabulate_predictions(
         chunk.about,
         classifier.info.class_names,
         classifier.positive_index,
         logits,
-        classifier.probs(logits),
+        probs,
         threshold=classifier.threshold,
+        abstained=classifier.abstains(probs),
     )
     novelty = measure_novelty(classifier, chunk.patches, chunk.sizes, features)
     sources = pd.array(chunk.sources, dtype="string")

@@ -11,9 +11,13 @@ from biopsy.data.audit import audit_pack
 from biopsy.data.packs import Pack
 from biopsy.errors import DataError
 from biopsy.files import read_json, write_atomic
+from biopsy.judging.closeups import look_closer
 from biopsy.judging.conjectures import measure_conjectures
 from biopsy.judging.examples import Explained
-from biopsy.judging.illustration import DOCUMENT, explain_examples, write_explained
+from biopsy.judging.faithfulness import read_faithfulness
+from biopsy.judging.illustration import explain_examples
+from biopsy.judging.mistakes import measure_mistakes
+from biopsy.judging.sheets import DOCUMENT, write_explained
 from biopsy.learning.networks import build_network, describe
 from biopsy.learning.recipes import Recipe, recipe_toml
 from biopsy.learning.runs import Run
@@ -82,6 +86,7 @@ def gather_run(run: Run) -> RunFacts:
     predictions, _ = run.predictions(metrics["side"])
     recipe, pack = run.recipe, run.open_pack(verify=False)
     side = recipe.preprocessing.input_px
+    mistakes = measure_mistakes(run, side=metrics["side"]) if "prob" in predictions else None
     return RunFacts(
         run=run.info,
         metrics=metrics,
@@ -99,6 +104,9 @@ def gather_run(run: Run) -> RunFacts:
         ledger=metrics.get("ledger"),
         explained=_explain(run),
         conjectures=_test_conjectures(run),
+        faithfulness=read_faithfulness(run),
+        mistakes=mistakes,
+        closeups=None if mistakes is None else look_closer(run, mistakes),
     )
 
 
@@ -107,7 +115,7 @@ def _explain(run: Run) -> Explained:
     explained = explain_examples(run)
     if not (run.path / "explain" / DOCUMENT).exists():
         try:
-            write_explained(run, explained)
+            write_explained(run.classifier, explained, run.path / "explain")
         except OSError as error:
             logger.warning("explanations stand in the report only: %s", error)
     return explained

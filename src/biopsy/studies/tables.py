@@ -11,7 +11,7 @@ from biopsy.judging.evaluation import LEVEL
 from biopsy.learning.runs import Run
 from biopsy.statistics.intervals import describe_method, estimate_metric
 from biopsy.statistics.metrics import METRICS
-from biopsy.statistics.replicates import Replicates, replicate
+from biopsy.statistics.replicates import average, replicate
 from biopsy.statistics.tallies import rank
 from biopsy.studies.records import Study
 
@@ -74,7 +74,7 @@ def summarise(table: pd.DataFrame, pooled: pd.DataFrame, metrics: dict[str, Any]
         entry: dict[str, Any] = {"folds": _summarise_folds(rows)}
         if metrics["positive_class"] is not None:
             positive = metrics["class_names"].index(metrics["positive_class"])
-            frames = _pool_by_seed(pooled[pooled["recipe"] == recipe])
+            frames = pool_by_seed(pooled[pooled["recipe"] == recipe])
             entry["pooled"] = measure_pooled(frames, positive, metrics["unit"])
             entry["over_seeds"] = _spread(
                 [measure_pooled([frame], positive, metrics["unit"]) for frame in frames]
@@ -138,7 +138,7 @@ def _summarise_folds(rows: pd.DataFrame) -> list[dict[str, Any]]:
     return found
 
 
-def _pool_by_seed(pooled: pd.DataFrame) -> list[pd.DataFrame]:
+def pool_by_seed(pooled: pd.DataFrame) -> list[pd.DataFrame]:
     """Give the predictions of the seeds that have finished the same folds, those that most have finished."""
     folds = pooled.fillna({"fold": -1}).groupby("seed")["fold"].agg(lambda values: tuple(sorted(set(values))))
     counts = folds.value_counts().to_dict()
@@ -161,14 +161,7 @@ def measure_pooled(frames: list[pd.DataFrame], positive: int, unit: str) -> dict
         )
         for frame in frames
     ]
-    results = [replicate(sample, seed=0) for sample in ranked]
-    names = [name for name in METRICS if all(name in result.replicates for result in results)]
-    mean = Replicates(
-        {name: float(np.mean([result.value[name] for result in results])) for name in METRICS},
-        {name: np.mean([result.replicates[name] for result in results], axis=0) for name in names},
-        results[0].method,
-        results[0].n_groups,
-    )
+    mean = average([replicate(sample, seed=0) for sample in ranked])
     calls = [_count_calls(frame, positive) for frame in frames]
     return {
         "n_patches": len(frames[0]),

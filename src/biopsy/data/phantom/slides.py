@@ -11,7 +11,7 @@ from biopsy.data.phantom.anatomy import Anatomy, plan_slide
 from biopsy.data.phantom.looks import Look, draw_look, scan
 from biopsy.data.phantom.noise import Floats
 from biopsy.data.phantom.regions import Weave
-from biopsy.data.phantom.tissue import light_region
+from biopsy.data.phantom.tissue import light_region, nest_region
 from biopsy.seeds import derive, make_rng
 
 MPP = 4.0  # IDC's patches: 40x scans (about .25 um/px) reduced 16 times
@@ -71,6 +71,11 @@ class SlidePainter:
         """Give where ``"tumour"`` or ``"tissue"`` is, ``(height, width)``."""
         x, y = self._grid(x_px, y_px, width_px, height_px, mpp)
         return self.anatomy.read(name, x, y) > 0
+
+    def nests(self, x_px: int, y_px: int, width_px: int, height_px: int, mpp: float) -> NDArray[np.bool_]:
+        """Give which pixels are mostly tumour cells, ``(height, width)``; of the region much is stroma."""
+        corner_um, shape = (mpp * x_px, mpp * y_px), (height_px, width_px)
+        return nest_region(self.anatomy, self._weave, *corner_um, shape, mpp) >= 0.5
 
     def _tile(self, left_px: int, top_px: int, mpp: float) -> NDArray[np.uint8]:
         finer = max(1, round(mpp / _FINEST_DRAWN))

@@ -26,10 +26,7 @@ def light_region(
     anatomy: Anatomy, weave: Weave, look: Look, x_um: float, y_um: float, shape: tuple[int, int], um: float
 ) -> Floats:
     """Give the light that passes a region, ``(height, width, 3)`` in [0, 1], at ``um`` micrometres/px."""
-    margin = int(np.ceil(_MARGIN_UM / um))
-    columns = x_um + (np.arange(-margin, shape[1] + margin) + 0.5) * um
-    rows = y_um + (np.arange(-margin, shape[0] + margin) + 0.5) * um
-    x, y = np.meshgrid(columns.astype(np.float32), rows.astype(np.float32))
+    x, y, margin = _grid(x_um, y_um, shape, um)
     if anatomy.read("tissue", x[::8, ::8], y[::8, ::8]).max() < _NO_TISSUE_UM:
         return np.ones((*shape, 3), np.float32)
     region = Region.make(anatomy, weave, x, y, um)
@@ -40,6 +37,26 @@ def light_region(
     if look.ink is not None:
         density = density + _ink(region)[crop][..., None] * np.array(INKS[look.ink], np.float32)
     return transmit(density)
+
+
+def nest_region(
+    anatomy: Anatomy, weave: Weave, x_um: float, y_um: float, shape: tuple[int, int], um: float
+) -> Floats:
+    """Give how much of each place tumour cells fill, ``(height, width)`` in [0, 1]."""
+    x, y, margin = _grid(x_um, y_um, shape, um)
+    region = Region.make(anatomy, weave, x, y, um)
+    organs = _draw_organs(anatomy, region)
+    nests = _grow_tumour(anatomy, weave, region).epithelium * _beside(organs)
+    return np.asarray(nests[margin : margin + shape[0], margin : margin + shape[1]], np.float32)
+
+
+def _grid(x_um: float, y_um: float, shape: tuple[int, int], um: float) -> tuple[Floats, Floats, int]:
+    """Give the places of a region's pixels with a margin around it, and the margin's width."""
+    margin = int(np.ceil(_MARGIN_UM / um))
+    columns = x_um + (np.arange(-margin, shape[1] + margin) + 0.5) * um
+    rows = y_um + (np.arange(-margin, shape[0] + margin) + 0.5) * um
+    x, y = np.meshgrid(columns.astype(np.float32), rows.astype(np.float32))
+    return x, y, margin
 
 
 @dataclass
@@ -76,7 +93,7 @@ def _draw(anatomy: Anatomy, weave: Weave, region: Region) -> _Amounts:
     amounts = _stroma(anatomy, weave, region)
     tumour = _grow_tumour(anatomy, weave, region)
     organs = _draw_organs(anatomy, region)
-    beside = 1 - np.maximum(organs.gland, 0.8 * organs.bed)
+    beside = _beside(organs)
     epithelium = tumour.epithelium * beside
     occupied = np.maximum(np.maximum(organs.gland, organs.bed), 0.85 * epithelium)
     fat, fat_wall = draw_fat(anatomy, weave, region, occupied)
@@ -109,6 +126,11 @@ def _draw(anatomy: Anatomy, weave: Weave, region: Region) -> _Amounts:
     if habit.debris > 0:
         _soil(habit.debris, amounts, region, wall, inside)
     return amounts
+
+
+def _beside(organs: _Organs) -> Floats:
+    """Give where tumour may grow: not in what was there before."""
+    return np.asarray(1 - np.maximum(organs.gland, 0.8 * organs.bed), np.float32)
 
 
 def _stroma(anatomy: Anatomy, weave: Weave, region: Region) -> _Amounts:

@@ -27,6 +27,7 @@ def _check_rule(rule: str) -> str:
 
 Channels = Field(min_length=3, max_length=3)
 Rule = Annotated[str, AfterValidator(_check_rule)]
+Calibration = Literal["temperature", "platt", "isotonic", "none"]
 
 
 class _Table(BaseModel):
@@ -139,6 +140,12 @@ class Decision(_Table):
 
     threshold: Rule = "youden"
     """``youden``, ``sensitivity=0.95``, ``specificity=0.95``, ``cost=5`` or ``argmax``, on validation."""
+    calibration: Calibration = "temperature"
+    """Fitted on validation patients before the threshold is chosen; ``platt``, ``isotonic``: two classes."""
+    operating_points: list[Rule] = ["youden", "sensitivity=0.95", "specificity=0.90", "cost=5"]
+    """Rules of further thresholds, frozen on validation beside the one that decides."""
+    abstention_error: float = Field(default=0.1, gt=0, lt=1)
+    """Share of a new patient's patches whose conformal set may miss their class; smaller abstains more."""
 
 
 class AsPublished(_Table):
@@ -149,6 +156,7 @@ class AsPublished(_Table):
     """Replaces ``preprocessing.standardise``; empty leaves it."""
     checkpoint: Literal["best", "last"] = "last"
     threshold: Rule = "argmax"
+    calibration: Calibration = "none"
 
 
 class Recipe(_Table):

@@ -1,0 +1,163 @@
+"""What reads the pixels under a `Slide`: OpenSlide, or one large image held in memory.
+
+A backend gives rectangles that lie wholly inside a level, counted in that level's own pixels, as RGB; the
+slide above it knows micrometres, edges and resampling. To read another format, write a class with the members
+of `Backend` and name it in `reader`. Label and macro images are never asked for.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import cv2
+import numpy as np
+
+from biopsy.errors import DataError, SlideError
+from biopsy.imaging.decode import decode
+from biopsy.imaging.resolution import Recorded
+
+MAX_IMAGE_PX = 2**28
+"""Pixels of the largest image without tiles that is held in memory: 16,384 x 16,384, 0.8 GB."""
+
+CACHE_BYTES = 2**28  # of decoded tiles: a row of 512-px tiles across a slide 100,000 px wide
+
+_IMAGES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"II": "tiff", b"MM": "tiff"}
+
+
+class Level(NamedTuple):
+    """One level of a slide's pyramid."""
+
+    width: int
+    height: int
+    downsample: float
+    """Level 0 pixels per pixel of this level, 1 or more."""
+
+
+class Backend(Protocol):
+    """The members that a `Slide` needs."""
+
+    format: str
+    levels: tuple[Level, ...]
+    recorded: Recorded
+
+    def tile_px(self, level: int) -> tuple[int, int] | None:
+        """Give width and height of a level's native tiles, None where it has none."""
+
+    def read(self, level: int, left: int, top: int, width: int, height: int) -> np.ndarray:
+        """Give a rectangle that lies inside a level, uint8 ``(height, width, 3)``."""
+
+    def close(self) -> None:
+        """Let go of the file."""
+
+
+class OpenSlideBackend:
+    """SVS, NDPI, MRXS, DICOM, pyramidal TIFF and whatever else OpenSlide opens."""
+
+    def __init__(self, path: Path) -> None:
+        import openslide
+
+        self._path = path
+        self._slide = openslide.OpenSlide(path)
+        self._slide.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
+        found = self._slide.properties
+        self.format = found[openslide.PROPERTY_NAME_VENDOR]
+        self._downsamples = self._slide.level_downsamples
+        self.levels: tuple[Level, ...] = tuple(
+            Level(*size, _whole_downsample(self._slide.dimensions, size, downsample))
+            for size, downsample in zip(self._slide.level_dimensions, self._downsamples, strict=True)
+        )
+        self.recorded = Recorded(
+            mpp_x=_number(found, openslide.PROPERTY_NAME_MPP_X),
+            mpp_y=_number(found, openslide.PROPERTY_NAME_MPP_Y),
+            objective=_number(found, openslide.PROPERTY_NAME_OBJECTIVE_POWER),
+        )
+
+    def tile_px(self, level: int) -> tuple[int, int] | None:
+        """Give the size of a level's native tiles."""
+        found = self._slide.properties
+        width, height = (found.get(f"openslide.level[{level}].tile-{side}") for side in ("width", "height"))
+        return (int(width), int(height)) if width and height else None
+
+    def read(self, level: int, left: int, top: int, width: int, height: int) -> np.ndarray:
+        """Give a rectangle inside a level; transparent pixels become white."""
+        import openslide
+
+        downsample = self._downsamples[level]
+        corner = round(left * downsample), round(top * downsample)
+        try:
+            region = self._slide.read_region(corner, level, (width, height))
+        except openslide.OpenSlideError as error:
+            raise SlideError(
+                f"slide {self._path} is damaged at x={corner[0]}, y={corner[1]}: {error}"
+            ) from None
+        pixels = np.asarray(region)
+        if pixels[..., 3].min() == 255:
+            return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB), np.uint8)
+        alpha = pixels[..., 3:].astype(np.float32) / 255
+        return np.rint(pixels[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._slide.close()
+
+
+class ImageBackend:
+    """A PNG, JPEG or TIFF without tiles, decoded once and kept in memory."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            data = path.read_bytes()
+            self._pixels = decode(data, max_px=MAX_IMAGE_PX)
+        except OSError as error:
+            raise SlideError(f"slide {path} cannot be read: {error.strerror or error}") from None
+        except DataError as error:
+            raise SlideError(f"slide {path} {error}{_advice(str(error))}") from None
+        height, width = self._pixels.shape[:2]
+        self.levels: tuple[Level, ...] = (Level(width, height, 1.0),)
+        self.format = next((kind for start, kind in _IMAGES.items() if data.startswith(start)), "image")
+        self.recorded = Recorded(*_tiff_mpp(path)) if self.format == "tiff" else Recorded()
+
+    def tile_px(self, level: int) -> tuple[int, int] | None:
+        """Give None: there are no tiles."""
+        return None
+
+    def read(self, level: int, left: int, top: int, width: int, height: int) -> np.ndarray:
+        """Give a copy of a rectangle."""
+        return self._pixels[top : top + height, left : left + width].copy()
+
+    def close(self) -> None:
+        """Let go of the pixels."""
+        self._pixels = np.empty((0, 0, 3), np.uint8)
+
+
+def _whole_downsample(base: tuple[int, int], size: tuple[int, int], downsample: float) -> float:
+    """Give the whole number a level was reduced by; OpenSlide divides sizes, which were rounded: 2.0005."""
+    whole = max(1, round(downsample))
+    near = all(abs(whole_side / whole - side) < 1 for whole_side, side in zip(base, size, strict=True))
+    return float(whole) if near else downsample
+
+
+def _advice(reason: str) -> str:
+    return " without tiles; save it as a pyramidal TIFF" if "are decoded" in reason else ""
+
+
+def _number(found: Any, name: str) -> float | None:
+    """Give a property as a number, None where it is missing or none."""
+    try:
+        value = float(found.get(name, ""))
+    except ValueError:
+        return None
+    return value if value > 0 else None
+
+
+def _tiff_mpp(path: Path) -> tuple[float | None, float | None]:
+    """Give um/px across and down from a TIFF's resolution tags, None where their unit is none."""
+    import tifffile
+
+    with tifffile.TiffFile(path) as file:
+        tags = file.pages.first.tags
+        um = {2: 25400.0, 3: 10000.0}.get(tags.valueof("ResolutionUnit", 2))
+        found = tags.valueof("XResolution"), tags.valueof("YResolution")
+    if um is None:
+        return None, None
+    x, y = (um * value[1] / value[0] if value and value[0] and value[1] else None for value in found)
+    return x, y

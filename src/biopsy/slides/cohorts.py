@@ -1,0 +1,199 @@
+"""Many slides, one after another: named, read ahead, written by one thread, safe to interrupt and run again.
+
+Each slide gets a folder of its own, which is made under a temporary name and renamed when it is whole. Its
+``summary.json`` holds the question it answers (slide, classifier, settings); a slide whose folder answers the
+same question is not mapped again. ``status.csv`` names every slide and what became of it.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from biopsy.errors import DataError, SlideError
+from biopsy.files import replace_atomic, replace_directory
+from biopsy.learning.classifiers import Classifier
+from biopsy.learning.runs import Run
+from biopsy.slides.inference import OnProgress, Precision
+from biopsy.slides.mapping import Mapped, Mapper
+from biopsy.slides.maps import SlideMap
+from biopsy.slides.outputs import MAP, read_finished, write_outputs
+from biopsy.slides.sources import Source, list_sources
+
+STATUS = "status.csv"
+COLUMNS = ("slide", "source", "status", "reason", "n_patches", "mpp", "mpp_source", "positive_mm2")
+
+
+@dataclass(frozen=True)
+class SlideCohort:
+    """What came of mapping several slides.
+
+    Attributes:
+        out: The folder that holds a folder a slide and ``status.csv``.
+        status: One row a slide: ``slide, source, status`` (``done`` or ``failed``), ``reason``,
+            ``n_patches``, ``mpp``, ``mpp_source``, ``positive_mm2``.
+    """
+
+    out: Path
+    status: pd.DataFrame
+
+    @property
+    def failed(self) -> list[dict[str, str]]:
+        """The slides that could not be mapped: ``source`` and ``reason``."""
+        failed = self.status[self.status["status"] == "failed"]
+        return [{"source": row.source, "reason": row.reason} for row in failed.itertuples()]
+
+    def __len__(self) -> int:
+        return len(self.status)
+
+    def __iter__(self) -> Iterator[SlideMap]:
+        """Read the maps that were made, one at a time."""
+        for name in self.status.loc[self.status["status"] == "done", "slide"]:
+            yield SlideMap.from_parquet(self.out / name / MAP)
+
+
+def slide(
+    model: Run | Classifier | Path | str,
+    slides: Path | str | Sequence[Path | str],
+    *,
+    out: Path | str | None = None,
+    mpp: float | None = None,
+    stride_um: float | None = None,
+    detections: bool = False,
+    precision: Precision = "auto",
+    device: str = "auto",
+    trust_model: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> SlideMap | SlideCohort:
+    """Map slides: the classifier's probability on a grid over the tissue, and files that QuPath opens.
+
+    A slide is read at the classifier's own resolution or not at all. One that fails is named and does not
+    stop the others. Run again after an interruption, what is finished is kept.
+
+    Args:
+        model: A finished run, a classifier, a bundle, or the folder of a WSInfer model.
+        slides: One slide, whose map is given back; or several, as files, folders, csv files with the columns
+            ``slide[,mpp]``, and packs whose patches know their coordinates.
+        out: Folder for a folder a slide and ``status.csv``; needed for more than one slide.
+        mpp: Micrometres per pixel at level 0, for slides that do not say.
+        stride_um: Step of the grid; by default a patch's side. With overlap, cells have the mean.
+        detections: Also write every cell as a QuPath detection with its probabilities.
+        precision: ``"auto"`` (bfloat16 where the processor has it), ``"fp32"`` or ``"bf16"``.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+        trust_model: SHA-256 of a WSInfer model's TorchScript, which is code and runs only if it is named.
+        on_progress: Called with patches done and patches in all of the slide at hand.
+
+    Returns:
+        The map of one slide; of several a `SlideCohort`.
+
+    Raises:
+        RunError: If the model is none of these, or not trusted.
+        DataError: If a path does not exist or ``out`` is missing or in use.
+        SlideError: If no slide could be mapped.
+    """
+    mapper = Mapper(model, mpp, stride_um, detections, precision, device, trust_model, on_progress)
+    single = isinstance(slides, Path | str)
+    sources = list_sources([Path(slides)] if isinstance(slides, Path | str) else [*map(Path, slides)], mpp)
+    single = single and len(sources) == 1 and sources[0].pack is None
+    if out is None:
+        if not single:
+            raise DataError("several slides need a place for their maps: pass out=DIR")
+        return _take(next(mapper.map(sources)))
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            cohort = _map_into(out, sources, mapper)
+    except Timeout:
+        raise DataError(f"{out} is in use by another process") from None
+    failed = cohort.failed
+    if failed and len(failed) == len(cohort):
+        reason = failed[0]["reason"]
+        raise SlideError(reason if len(cohort) == 1 else f"none of {len(cohort)} slides was mapped; {reason}")
+    return SlideMap.from_parquet(out / sources[0].name / MAP) if single else cohort
+
+
+def _map_into(out: Path, sources: Sequence[Source], mapper: Mapper) -> SlideCohort:
+    """Map what is not finished yet, one thread writing while the next slide is read."""
+    for partial in out.glob(".*.partial"):  # what a killed process left behind
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+    rows = {source.name: _row(source, "waiting") for source in sources}
+    questions, open_sources = {}, []
+    for source in sources:
+        try:
+            questions[source.name] = question = mapper.question(source)
+        except OSError as error:
+            rows[source.name] = _row(source, "failed", reason=f"{source.path}: {error.strerror}")
+            continue
+        finished = read_finished(out / source.name, question)
+        if finished is None:
+            open_sources.append(source)
+        else:
+            rows[source.name] = _row(source, "done", finished)
+    with ThreadPoolExecutor(1) as writer:
+        writing: Future[None] | None = None
+
+        def write(mapped: Mapped) -> None:
+            source = mapped.source
+            rows[source.name] = _write(out, mapped, mapper, questions[source.name])
+            _write_status(out, rows)
+
+        for mapped in mapper.map(open_sources):
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(write, mapped)
+        if writing is not None:
+            writing.result()
+    return SlideCohort(out, _write_status(out, rows))
+
+
+def _write(out: Path, mapped: Mapped, mapper: Mapper, question: Mapping[str, Any]) -> dict[str, Any]:
+    source = mapped.source
+    try:
+        slide_map = _take(mapped)
+    except SlideError as error:
+        return _row(source, "failed", reason=str(error))
+    with replace_directory(out / source.name) as folder:
+        document = write_outputs(
+            folder,
+            slide_map,
+            tissue=mapped.tissue,
+            target=mapped.target,
+            is_calibrated=mapper.is_calibrated,
+            detections=mapper.detections,
+            question=question,
+        )
+    return _row(source, "done", document)
+
+
+def _take(mapped: Mapped) -> SlideMap:
+    if mapped.slide_map is None:
+        raise mapped.error or SlideError(f"{mapped.source.path} was not mapped")
+    return mapped.slide_map
+
+
+def _row(
+    source: Source, status: str, document: Mapping[str, Any] | None = None, *, reason: str = ""
+) -> dict[str, Any]:
+    row = {"slide": source.name, "source": str(source.path), "status": status, "reason": reason}
+    if document is None:
+        return row
+    mpp, positive = document["mpp"], document["positive"] or {}
+    return row | {
+        "n_patches": document["n_patches"],
+        "mpp": mpp["slide"],
+        "mpp_source": mpp["source"],
+        "positive_mm2": positive.get("area_mm2"),
+    }
+
+
+def _write_status(out: Path, rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    table = pd.DataFrame(list(rows.values()), columns=COLUMNS).astype({"n_patches": "Int64"})
+    with replace_atomic(out / STATUS) as partial:
+        table.to_csv(partial, index=False, lineterminator="\n")
+    return table

@@ -1,0 +1,153 @@
+"""One classifier and its settings, asked about slides of any origin: files and packs alike."""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from biopsy.errors import DataError, SlideError
+from biopsy.learning.classifiers import Classifier
+from biopsy.learning.engine import Engine
+from biopsy.learning.opening import open_classifier
+from biopsy.learning.runs import Run
+from biopsy.slides.answers import describe_model, is_calibrated, make_map, repeat_command
+from biopsy.slides.inference import Answer, OnProgress, Precision, SlideTask, pick_precision, predict_slides
+from biopsy.slides.maps import SlideMap
+from biopsy.slides.sources import Source
+from biopsy.slides.stitching import predict_stitched, stitch_slide
+
+
+class Mapped(NamedTuple):
+    """A slide's map, or the reason why there is none.
+
+    ``tissue`` is the mask on the map's picture where tissue was sought, ``target`` the annotated class of
+    each patch where it is known.
+    """
+
+    source: Source
+    slide_map: SlideMap | None = None
+    tissue: np.ndarray | None = None
+    target: np.ndarray | None = None
+    error: SlideError | None = None
+
+
+class Mapper:
+    """A classifier ready to be asked; the parameters are those of `biopsy.slide`."""
+
+    def __init__(
+        self,
+        model: Run | Classifier | Path | str,
+        mpp: float | None,
+        stride_um: float | None,
+        detections: bool,
+        precision: Precision,
+        device: str,
+        trust_model: str | None,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self.classifier = open_classifier(model, trust_model=trust_model)
+        chosen = Engine(device).device
+        self.engine = Engine(str(chosen), pick_precision(precision, chosen))
+        self.stride_um = stride_um
+        self.detections = detections
+        self.is_calibrated = is_calibrated(self.classifier)
+        self._model, self._mpp, self._on_progress = model, mpp, on_progress
+        self._about = describe_model(self.classifier, self.engine.precision, self.engine.device.type)
+
+    def question(self, source: Source) -> dict[str, Any]:
+        """Give everything that defines a slide's outputs."""
+        return {
+            "slide": source.fingerprint(),
+            "mpp": source.mpp,
+            "stride_um": self.stride_um,
+            "detections": self.detections,
+            "classifier": self._about["classifier"]["sha256"],
+            "precision": self.engine.precision,
+            "device": self.engine.device.type,
+            "biopsy": self._about["versions"]["biopsy"],
+        }
+
+    def map(self, sources: Sequence[Source]) -> Iterator[Mapped]:
+        """Map slides in their order; those that are files are read ahead."""
+        for are_stitched, group in groupby(sources, lambda source: source.pack is not None):
+            alike = list(group)
+            yield from (map(self._map_stitched, alike) if are_stitched else self._map_files(alike))
+
+    def _map_files(self, sources: list[Source]) -> Iterator[Mapped]:
+        answers = predict_slides(
+            (SlideTask(source.path, source.mpp) for source in sources),
+            self.classifier,
+            engine=self.engine,
+            stride_um=self.stride_um,
+            on_progress=self._on_progress,
+        )
+        for source, answer in zip(sources, answers, strict=True):
+            if answer.error is not None or answer.view is None:
+                yield Mapped(source, error=answer.error)
+                continue
+            try:
+                yield Mapped(source, self._make_map(source, answer), answer.view.tissue)
+            except SlideError as error:
+                yield Mapped(source, error=error)
+
+    def _make_map(self, source: Source, answer: Answer) -> SlideMap:
+        assert answer.view is not None and answer.logits is not None
+        view = answer.view
+        place = {
+            "slide": view.slide.mpp,
+            "source": view.slide.mpp_source,
+            "classifier": self.classifier.info.mpp,
+            "level": view.level,
+            "downsample": view.downsample,
+            "objective": view.slide.objective,
+        }
+        return make_map(
+            source.name,
+            view.grid,
+            answer.logits,
+            self.classifier,
+            about=self._describe(source, place),
+            picture=view.thumbnail,
+        )
+
+    def _map_stitched(self, source: Source) -> Mapped:
+        assert source.pack is not None and source.index is not None
+        if self.stride_um is not None:
+            raise DataError(f"{source.path} holds patches as they were cut: --stride-um is for whole slides")
+        try:
+            self.classifier.check_pack(source.pack)
+            stitched = stitch_slide(source.pack, source.name, source.index, mpp=source.mpp)
+            logits = predict_stitched(source.pack, source.index, self.classifier, engine=self.engine)
+            place = {
+                "slide": stitched.grid.slide_mpp,
+                "source": "pack" if source.pack.info.mpp else "stated",
+                "classifier": self.classifier.info.mpp,
+            }
+            slide_map = make_map(
+                source.name,
+                stitched.grid,
+                logits,
+                self.classifier,
+                about=self._describe(source, place),
+                picture=stitched.picture,
+            )
+        except SlideError as error:
+            return Mapped(source, error=error)
+        same = source.pack.class_names == self.classifier.info.class_names
+        return Mapped(source, slide_map, target=stitched.target if same else None)
+
+    def _describe(self, source: Source, place: dict[str, Any]) -> dict[str, Any]:
+        settings = {
+            "mpp": source.mpp,
+            "stride-um": self.stride_um,
+            "detections": self.detections,
+            "precision": self.engine.precision,
+        }
+        return {
+            "source": source.path.name,
+            "mpp": place,
+            **self._about,
+            "command": repeat_command(source.path, self._model, settings),
+        }

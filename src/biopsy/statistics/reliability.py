@@ -1,0 +1,143 @@
+"""Where probabilities go wrong: the share found in each bin, and what the Brier score is made of."""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+from biopsy.statistics.calibration import N_BINS, bin_patches
+from biopsy.statistics.intervals import FEWEST_GROUPS, Interval, bound_interval, estimate_from
+from biopsy.statistics.replicates import DRAWS, reweigh
+from biopsy.statistics.tallies import check_binary
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """One bin of predicted probability.
+
+    Attributes:
+        low: Lowest probability in it.
+        high: Highest probability in it.
+        n: Patches.
+        n_groups: Patients (slides, patches) that have some in it.
+        mean_prob: What was promised.
+        observed: The share found positive, with an interval over groups.
+    """
+
+    low: float
+    high: float
+    n: int
+    n_groups: int
+    mean_prob: float
+    observed: Interval
+
+    def to_dict(self) -> dict[str, object]:
+        """Give what `metrics.json` holds."""
+        return {**vars(self), "observed": self.observed.to_dict()}
+
+
+@dataclass(frozen=True)
+class BrierParts:
+    """The Brier score, taken apart over bins: ``reliability - resolution + uncertainty + within_bins``.
+
+    Attributes:
+        reliability: Squared gap between promised and found, averaged over patches; 0 is right.
+        resolution: How far the bins' shares lie from the share in all; higher is better.
+        uncertainty: Of the target itself: prevalence times one less it.
+        within_bins: What is left because probabilities differ within a bin.
+    """
+
+    reliability: float
+    resolution: float
+    uncertainty: float
+    within_bins: float
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def estimate_reliability(
+    target: ArrayLike,
+    prob: ArrayLike,
+    group_ids: ArrayLike,
+    *,
+    seed: int,
+    n_bins: int = N_BINS,
+    unit: str = "patient",
+    level: float = 0.95,
+    draws: int = DRAWS,
+) -> list[ReliabilityBin]:
+    """Give the reliability table: the bins of the calibration error, lowest first.
+
+    The intervals hold the edges of the bins and leave out or draw anew whole groups.
+
+    Args:
+        target: 0 or 1 per patch, ``(n,)``.
+        prob: Probability of the positive class.
+        group_ids: The patient (slide, patch) of each.
+        seed: Of the bootstrap, used from 100 groups on.
+        n_bins: Bins asked for; ties may leave fewer.
+        unit: What a group is.
+        level: Nominal coverage.
+        draws: Bootstrap draws.
+
+    Raises:
+        MetricError: If a target is not 0 or 1, or a probability not in 0-1.
+    """
+    truth, prob = check_binary(target, prob)
+    bins = np.unique(bin_patches(prob, n_bins=n_bins), return_inverse=True)[1]
+    codes, groups = pd.factorize(np.asarray(group_ids, dtype=object), sort=True)
+    shape, cell = (len(groups), bins.max() + 1), codes * (bins.max() + 1) + bins
+    n, n_pos = (np.bincount(cell, weight, shape[0] * shape[1]).reshape(shape) for weight in (None, truth))
+    sums, method = reweigh(np.hstack((n, n_pos)), seed=seed, draws=draws)
+    some, some_pos = np.split(sums, 2, axis=1)
+    shares = np.divide(some_pos, some, out=np.full(some.shape, np.nan), where=some > 0)
+    table = []
+    for k in range(shape[1]):
+        inside, n_groups = prob[bins == k], int(np.count_nonzero(n[:, k]))
+        value = float(n_pos[:, k].sum() / len(inside))
+        if value in (0.0, 1.0) and n_groups >= FEWEST_GROUPS:
+            observed = bound_interval(value, n_groups, level)
+        else:
+            observed = estimate_from(
+                value, shares[:, k], method, (n_groups, "patches"), bounds=(0.0, 1.0), level=level, unit=unit
+            )
+        table.append(
+            ReliabilityBin(
+                float(inside.min()),
+                float(inside.max()),
+                len(inside),
+                n_groups,
+                float(inside.mean()),
+                observed,
+            )
+        )
+    return table
+
+
+def decompose_brier(target: ArrayLike, prob: ArrayLike, *, n_bins: int = N_BINS) -> BrierParts:
+    """Take the Brier score apart (Murphy 1973; the part within bins: Stephenson, Coelho and Jolliffe 2008).
+
+    Args:
+        target: 0 or 1 per patch, ``(n,)``.
+        prob: Probability of the positive class.
+        n_bins: Bins of equal mass, those of the calibration error.
+
+    Raises:
+        MetricError: If a target is not 0 or 1, or a probability not in 0-1.
+
+    Example:
+        >>> decompose_brier([0, 1, 1, 1], [0.5, 0.5, 1.0, 1.0], n_bins=2)
+        BrierParts(reliability=0.0, resolution=0.0625, uncertainty=0.1875, within_bins=0.0)
+    """
+    truth, prob = check_binary(target, prob)
+    bins = np.unique(bin_patches(prob, n_bins=n_bins), return_inverse=True)[1]
+    n = np.bincount(bins)
+    promised, found, prevalence = np.bincount(bins, prob) / n, np.bincount(bins, truth) / n, truth.mean()
+    share = n / len(truth)
+    reliability = float(share @ (promised - found) ** 2)
+    resolution = float(share @ (found - prevalence) ** 2)
+    uncertainty = float(prevalence * (1 - prevalence))
+    brier = float(((prob - truth) ** 2).mean())
+    return BrierParts(reliability, resolution, uncertainty, brier - (reliability - resolution + uncertainty))

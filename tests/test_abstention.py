@@ -1,0 +1,334 @@
+"""Abstention: shares and risk against coverage, laws and hand-worked tables; the entry and the chapter."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from biopsy.errors import MetricError
+from biopsy.figures.abstention import draw_promise, draw_risk_coverage
+from biopsy.judging.abstention import count_sets, judge_promise, measure_abstention
+from biopsy.learning.abstention import fit_abstention
+from biopsy.sharing.abstention import describe_abstention
+from biopsy.sharing.document import ReportDocument, Summary
+from biopsy.sharing.report import render_report
+from biopsy.statistics.abstention import (
+    COVERAGES,
+    estimate_risk,
+    estimate_shares,
+    ideal_area,
+    risk_at,
+    trace_risk,
+)
+from biopsy.statistics.cohorts import UnevenPatients
+from report_facts import NAMES, THRESHOLD, Page, make_facts, make_metrics, make_predictions, make_small_facts
+
+
+def both(prob):
+    return np.stack([1 - np.asarray(prob), prob], axis=1)
+
+
+def draw_calls(seed=0, n=400, n_patients=20):
+    rng = np.random.default_rng(seed)
+    confidence = np.round(rng.uniform(0.5, 1, n), 2)
+    return rng.random(n) > confidence, confidence, rng.integers(0, n_patients, n)
+
+
+def test_hand_worked_curve():
+    # sorted: right .9, wrong .8, right .8, right .6
+    curve = trace_risk([False, True, False, False], [0.6, 0.8, 0.9, 0.8])
+    assert curve.confidence.tolist() == [0.9, 0.8, 0.6]
+    assert curve.coverage.tolist() == [0.25, 0.75, 1.0]
+    assert curve.risk.tolist() == [0, pytest.approx(1 / 3), 0.25]
+    # from 1 to 3 kept, (x - 1) / 2 of x are wrong; from 3 to 4 kept, 1 of x is
+    by_hand = (1 - 0.5 * np.log(3)) / 4 + np.log(4 / 3) / 4
+    assert curve.area == pytest.approx(by_hand)
+    grid = np.linspace(1e-6, 1, 400_001)
+    risk = np.where(grid < 0.25, 0, np.where(grid < 0.75, (grid * 4 - 1) / 2, 1) / (grid * 4))
+    assert curve.area == pytest.approx(risk.mean(), abs=1e-5)
+
+
+@given(st.integers(0, 99))
+def test_area_lies_between_the_best_and_the_worst_order(seed):
+    wrong, confidence, _ = draw_calls(seed)
+    error = wrong.mean()
+    best, worst = trace_risk(wrong, -1.0 * wrong).area, trace_risk(wrong, 1.0 * wrong).area
+    assert best == pytest.approx(ideal_area(error))
+    assert best <= trace_risk(wrong, confidence).area <= worst
+    assert trace_risk(wrong, np.zeros(len(wrong))).area == pytest.approx(error)
+    assert trace_risk(wrong, np.log(confidence)).area == pytest.approx(trace_risk(wrong, confidence).area)
+    doubled = trace_risk(np.repeat(wrong, 2), np.repeat(confidence, 2))
+    assert doubled.area == pytest.approx(trace_risk(wrong, confidence).area)
+
+
+def test_area_is_the_mean_risk_of_the_definition():
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.5, 1, 20_000)
+    wrong = rng.random(20_000) > confidence
+    order = np.argsort(-confidence)
+    mean = np.mean(np.cumsum(wrong[order]) / np.arange(1, 20_001))  # Geifman et al. 2019, eq. 1
+    assert trace_risk(wrong, confidence).area == pytest.approx(mean, abs=2e-4)
+
+
+def test_known_areas():
+    assert ideal_area(0.0) == 0 and ideal_area(1.0) == 1
+    assert trace_risk([True] * 3, [0.1, 0.2, 0.3]).area == pytest.approx(1)
+    assert trace_risk([False] * 3, [0.1, 0.2, 0.3]).area == 0
+
+
+def test_risk_between_distinct_confidences_spreads_their_errors():
+    assert risk_at(np.array([2.0, 2.0]), np.array([0.0, 1.0]), [0.5, 0.75, 1.0]).tolist() == pytest.approx(
+        [0, 0.5 / 3, 0.25]
+    )
+
+
+def test_estimates_agree_with_the_curve_and_hold_their_value():
+    wrong, confidence, patients = draw_calls(3)
+    found = estimate_risk(wrong, confidence, patients, seed=0)
+    assert found.area.value == pytest.approx(trace_risk(wrong, confidence).area)
+    assert found.at[1.0].value == pytest.approx(wrong.mean()) and tuple(found.at) == COVERAGES
+    for interval in (found.area, *found.at.values()):
+        assert interval.low < interval.value < interval.high
+    many = estimate_risk(*draw_calls(4, n=6000), seed=0)  # neighbours are taken together
+    assert many.area.value == pytest.approx(trace_risk(*draw_calls(4, n=6000)[:2]).area, abs=1e-4)
+
+
+def test_intervals_are_the_jackknifes():
+    wrong, confidence, patients = draw_calls(5)
+    found = estimate_risk(wrong, confidence, patients, seed=0, coverages=[0.8])
+    without = [trace_risk(wrong[patients != k], confidence[patients != k]).area for k in np.unique(patients)]
+    logit = np.log(np.array(without) / (1 - np.array(without)))
+    error = np.sqrt(19 / 20 * ((logit - logit.mean()) ** 2).sum())
+    centre = np.log(found.area.value / (1 - found.area.value))
+    assert np.log(found.area.low / (1 - found.area.low)) == pytest.approx(centre - 2.093024 * error)
+
+
+def test_shares_weigh_patients_or_patches():
+    patients = np.repeat(["a", "b", "c", "d", "e"], [1, 2, 3, 4, 10])
+    chosen = np.array([1] + [1, 0] + [0, 0, 1] + [0] * 4 + [1] * 5 + [0] * 5, bool)
+    by_patient = estimate_shares({"x": chosen}, patients, equal_groups=True, seed=0)["x"]
+    by_patch = estimate_shares({"x": chosen}, patients, equal_groups=False, seed=0)["x"]
+    assert by_patient.value == pytest.approx((1 + 1 / 2 + 1 / 3 + 0 + 1 / 2) / 5)
+    assert by_patch.value == pytest.approx(8 / 20)
+    assert by_patient.low < by_patient.value < by_patient.high
+    same = np.repeat(["a", "b", "c", "d", "e"], 4)
+    even = [estimate_shares({"x": chosen}, same, equal_groups=equal, seed=0)["x"] for equal in (True, False)]
+    assert even[0].value == even[1].value and even[0].low == pytest.approx(even[1].low)
+
+
+def test_a_share_out_of_none_and_of_few_patients():
+    patients = np.repeat(np.arange(6), 5)
+    wrong, kept = np.arange(30) % 2 == 0, patients < 3
+    how = {"equal_groups": True, "seed": 0}
+    of_few = estimate_shares({"x": wrong}, patients, of={"x": kept}, **how)["x"]
+    assert of_few.value == pytest.approx(np.mean([3 / 5, 2 / 5, 3 / 5]))
+    assert of_few.reason == "only 3 patient(s) with such patches: an interval needs 5"
+    none = estimate_shares({"x": wrong}, patients, of={"x": np.zeros(30)}, **how)["x"]
+    assert np.isnan(none.value) and none.reason == "undefined: no patches"
+    never = estimate_shares({"x": np.zeros(30)}, patients, **how)["x"]
+    assert never.value == never.low == 0 and never.high == pytest.approx(1 - 0.025 ** (1 / 6))
+
+
+def test_many_patients_are_drawn_with_the_seed():
+    wrong, confidence, patients = draw_calls(6, n=1500, n_patients=120)
+    one, again, other = (estimate_risk(wrong, confidence, patients, seed=s, draws=50).area for s in (1, 1, 2))
+    assert one == again != other
+
+
+@pytest.mark.parametrize(
+    ("wrong", "confidence", "message"),
+    [
+        ([], [], "0 calls with 0 confidences"),
+        ([True], [0.5, 0.6], "1 calls with 2 confidences"),
+        ([True, False], [0.5, np.nan], "1 confidences are not finite"),
+    ],
+)
+def test_what_has_no_curve_is_refused(wrong, confidence, message):
+    with pytest.raises(MetricError, match=message):
+        trace_risk(wrong, confidence)
+
+
+def test_a_coverage_that_is_none_is_refused():
+    with pytest.raises(MetricError, match="shares of patches lie between 0 and 1"):
+        estimate_risk([True, False], [0.1, 0.2], [1, 2], seed=0, coverages=[0.0])
+
+
+# The entry of metrics.json
+
+
+def fit(cohort, alpha=0.1, **changes):
+    about = {"unit": "patient", "chosen_on": "val", "patients_overlap": False, **changes}
+    return fit_abstention(both(cohort.prob), cohort.target, cohort.patient_ids.astype(str), alpha, **about)
+
+
+def judge(conformal, cohort, threshold=0.5, unit="patient"):
+    groups = cohort.patient_ids if unit == "patient" else np.arange(len(cohort.prob))
+    pack = SimpleNamespace(
+        target=cohort.target, group_ids=groups.astype(str), class_names=["a", "b"], unit=unit
+    )
+    rows, pred = np.arange(len(cohort.prob)), (cohort.prob >= threshold).astype(int)
+    entry = measure_abstention(conformal, pack, rows, both(cohort.prob), pred, seed=0)
+    return json.loads(json.dumps(entry))  # what a file gives back
+
+
+POPULATION = UnevenPatients()
+NEW = POPULATION.draw(30, 40, seed=10)
+
+
+def test_a_promise_and_what_became_of_it():
+    entry = judge(fit(POPULATION.draw(25, 40, seed=0)), NEW)
+    assert (entry["alpha"], entry["promised_coverage"], entry["reason"]) == (0.1, 0.9, None)
+    assert (entry["n_calibration_patients"], entry["n_calibration_patches"]) == (25, 1000)
+    for weight in ("patient", "patch"):
+        shares = {name: share["value"] for name, share in entry[weight].items()}
+        assert shares["coverage"] == pytest.approx(POPULATION.coverage(entry["quantile"]), abs=0.05)
+        assert shares["error"] <= 1 - shares["coverage"] + 1e-12
+        assert shares["error"] == pytest.approx(shares["error_among_kept"] * (1 - shares["abstained"]))
+        assert entry["per_patch"][weight]["abstained"]["value"] < shares["abstained"]
+    assert sum(entry["sets"].values()) == len(NEW.prob)
+    assert entry["sets"]["kept"] == round(len(NEW.prob) * (1 - entry["patch"]["abstained"]["value"]))
+    assert entry["verdict"] == "kept" and set(entry["by_class"]) == {"a", "b"}
+    assert entry["risk_coverage"]["at"][0]["risk"]["value"] == entry["risk_coverage"]["error"]
+
+
+def test_the_sets_lie_on_the_curve():
+    conformal = fit(POPULATION.draw(25, 40, seed=0))
+    for threshold in (0.3, 0.5):
+        entry = judge(conformal, NEW, threshold)
+        pred = (NEW.prob >= threshold).astype(int)
+        curve = trace_risk(pred != NEW.target, both(NEW.prob)[np.arange(len(pred)), pred])
+        kept = 1 - entry["patch"]["abstained"]["value"]
+        place = np.searchsorted(curve.coverage, kept - 1e-9)
+        assert curve.coverage[place] == pytest.approx(kept)
+        assert curve.risk[place] == pytest.approx(entry["patch"]["error_among_kept"]["value"])
+
+
+def test_too_few_patients_promise_nothing():
+    conformal = fit(POPULATION.draw(1, 400, seed=0))
+    assert conformal["quantile"] is None and conformal["per_patch_quantile"] is not None
+    entry = judge(conformal, NEW)
+    assert "needs at least ceil(1/0.1) - 1 = 9 calibration patients; there is 1" in entry["reason"]
+    assert "patient" not in entry and "verdict" not in entry
+    assert entry["per_patch"]["patient"]["coverage"]["value"] > 0 and entry["risk_coverage"]["at"]
+
+
+def test_patients_on_several_sides_promise_nothing():
+    conformal = fit(POPULATION.draw(25, 40, seed=0), patients_overlap=True)
+    assert conformal["quantile"] is None
+    assert conformal["reason"] == (
+        "patients stand on several sides of this split, so errors on val promise nothing about a new patient"
+    )
+
+
+def test_a_classifier_from_before_says_so():
+    entry = judge({}, NEW)
+    assert entry["alpha"] is None and "made before" in entry["reason"]
+    assert "per_patch" not in entry and entry["risk_coverage"]["area"]["value"] > 0
+
+
+def test_with_the_patch_as_the_unit_both_are_one():
+    cohort = POPULATION.draw(40, 5, seed=1)
+    one = UnevenPatients().draw(150, 1, seed=2)
+    conformal = fit_abstention(
+        both(cohort.prob),
+        cohort.target,
+        np.arange(200).astype(str),
+        0.1,
+        unit="patch",
+        chosen_on="val",
+        patients_overlap=False,
+    )
+    assert conformal["quantile"] == conformal["per_patch_quantile"]
+    entry = judge(conformal, one, unit="patch")
+    assert entry["patient"] == entry["patch"] == entry["per_patch"]["patch"]
+
+
+def test_sets_are_counted_by_what_they_hold():
+    sets = np.array([[True, False], [False, True], [True, True], [False, False], [True, False]])
+    assert count_sets(sets, np.array([0, 1, 1, 0, 1])) == {
+        "kept": 2,
+        "several": 1,
+        "empty": 1,
+        "against_threshold": 1,
+    }
+
+
+def test_a_verdict_needs_an_interval_to_be_against():
+    assert judge_promise(0.9, {"value": 0.91, "high": 0.95}) == "kept"
+    assert judge_promise(0.9, {"value": 0.88, "high": 0.91}) == "open"
+    assert judge_promise(0.9, {"value": 0.80, "high": 0.85}) == "broken"
+    assert judge_promise(0.9, {"value": 0.80, "high": None}) == "open"
+
+
+# Figures and chapter
+
+
+def test_figures_show_what_they_are_given():
+    wrong, confidence, _ = draw_calls(1)
+    bars = [{"coverage": 0.8, "value": 0.1, "low": 0.05, "high": 0.15}, {"coverage": 0.9, "low": None}]
+    figure = draw_risk_coverage(wrong, confidence, intervals=bars, kept=(0.7, 0.05))
+    line = figure.axes[0].lines[0]
+    assert line.get_xdata()[-1] == 100 and line.get_ydata()[-1] == pytest.approx(100 * wrong.mean())
+    figure = draw_promise(np.array([0.9, 0.7]), np.array([0.6, 0.8]), 0.9)
+    assert figure.axes[0].lines[0].get_ydata().tolist() == [70, 90]
+    with pytest.raises(MetricError, match="no slide to draw"):
+        draw_promise(None, np.array([]), 0.9, unit="slide")
+
+
+def chapter(conformal, **changes):
+    table = make_predictions(tuple("abcdefgh"), seed=1)
+    pack = SimpleNamespace(
+        target=table["target"].to_numpy(),
+        group_ids=table["patient_id"].to_numpy(),
+        class_names=NAMES,
+        unit="patient",
+    )
+    probs, rows = both(table["prob"].to_numpy()), np.arange(len(table))
+    entry = measure_abstention(conformal, pack, rows, probs, table["pred"].to_numpy(), seed=0)
+    metrics = make_metrics(table) | {"abstention": entry} | changes
+    return make_small_facts(tuple("abcdefgh"), predictions=table, metrics=metrics)
+
+
+def words(facts):
+    section = describe_abstention(facts)
+    summary = Summary("Can it?", [], unit="patient")
+    return Page(render_report(ReportDocument("Abstention", "", summary, [section]))).text
+
+
+def test_the_chapter_holds_the_promise_to_account():
+    facts = chapter(fit(POPULATION.draw(25, 40, seed=0)) | {"quantile": 0.97})
+    section = describe_abstention(facts)
+    assert section.id == "abstention" and [block.kind for block in section.blocks][-1] == "pictures"
+    text = words(facts)
+    assert "fitted on 1,000 patches of 25 patients (val) with the patient as the unit" in text
+    assert "at least 90 % have their true class in their set" in text
+    assert "at most 10 % of all patches are kept and called wrong" in text
+    assert "The promise was kept on these patients" in text and "patches taken as independent" in text
+
+
+def test_the_chapter_of_a_refusal_says_why_and_what_the_plain_version_would_promise():
+    text = words(chapter(fit(POPULATION.draw(1, 400, seed=0))))
+    assert "No promise is made, and every patch gets an answer: an error rate of 0.1 needs at least" in text
+    assert "there is 1." in text and "shown below as what it is" in text
+    assert "The promise was" not in text and "Risk against coverage" in text
+
+
+def test_a_promise_missed_is_broken_or_open():
+    conformal = fit(POPULATION.draw(25, 40, seed=0))
+    assert "The promise was broken on these patients, by" in words(chapter(conformal | {"quantile": 0.2}))
+    assert "no more than so few patients can differ by chance" in words(chapter(conformal))
+
+
+def test_a_report_on_the_calibration_side_says_it_tests_nothing():
+    text = words(chapter(fit(POPULATION.draw(25, 40, seed=0)), side="val"))
+    assert "These are the patches that the sets were fitted on" in text
+
+
+def test_no_chapter_for_runs_from_before():
+    assert describe_abstention(make_facts()) is None
+    text = words(chapter({}))
+    assert "Every patch gets an answer: the classifier was made before there were conformal sets." in text
+    assert THRESHOLD == 0.43

@@ -1,0 +1,89 @@
+"""Abstention from end to end: fitted with the run, refused in words, refitted, applied, judged, reported."""
+
+import json
+
+import numpy as np
+import pytest
+
+from biopsy.data.predictions import read_predictions
+from biopsy.errors import RecipeError
+from biopsy.judging.evaluation import evaluate
+from biopsy.learning.calibration import calibrate
+from biopsy.learning.classifiers import Classifier
+from biopsy.learning.recipes import load_recipe
+from biopsy.learning.runs import Run
+from biopsy.sharing.abstention import describe_abstention
+from biopsy.statistics.conformal import fit_conformal, predict_sets
+from biopsy.studies.prediction import predict
+from biopsy.studies.reporting import gather_run
+from tiny_runs import copy_run
+
+FEW = "an error rate of 0.1 needs at least ceil(1/0.1) - 1 = 9 calibration patients; there are 5"
+
+
+@pytest.fixture
+def promising(trained_run, tmp_path):
+    """The trained run, promising less: an error rate of .25 needs 3 patients, and 5 validate."""
+    run = copy_run(trained_run, tmp_path)
+    recipe = run.path / "recipe.toml"
+    text = recipe.read_text(encoding="utf-8")
+    assert "abstention_error = 0.1\n" in text
+    recipe.write_text(text.replace("abstention_error = 0.1\n", "abstention_error = 0.25\n"), encoding="utf-8")
+    calibrate(run)
+    return Run.open(run.path)
+
+
+def test_a_run_with_few_validation_patients_promises_nothing_and_says_so(trained_run, tmp_path):
+    known = trained_run.classifier.info.conformal
+    assert known["quantile"] is None and known["reason"] == FEW and known["per_patch_quantile"] is not None
+    run = copy_run(trained_run, tmp_path)
+    entry = evaluate(run)["abstention"]
+    assert entry["reason"] == FEW and entry["n_calibration_patients"] == 5 and "verdict" not in entry
+    assert not run.predictions("test")[0]["abstained"].any()
+    section = describe_abstention(gather_run(run))
+    assert FEW in section.blocks[0].text and section.blocks[1].tone == "note"
+
+
+def test_calibrating_again_fits_the_sets_again(promising):
+    info, (val, _) = promising.classifier.info, promising.predictions("val")
+    probs = val[[f"prob_{name}" for name in info.class_names]].to_numpy()
+    fit = fit_conformal(probs, val["target"].to_numpy(int), val["patient_id"].to_numpy(str), 0.25)
+    assert info.conformal["quantile"] == fit.quantile and info.conformal["reason"] is None
+    assert (info.conformal["n_patients"], info.conformal["n_patches"]) == (5, 40)
+    assert (info.conformal["unit"], info.conformal["chosen_on"]) == ("patient", "val")
+    assert Classifier.load(promising.path / "classifier").info.conformal == info.conformal
+
+
+def test_what_is_judged_is_what_is_predicted(promising, tmp_path):
+    entry, classifier = evaluate(promising)["abstention"], promising.classifier
+    test, _ = promising.predictions("test")
+    probs = test[[f"prob_{name}" for name in classifier.info.class_names]].to_numpy()
+    sets = predict_sets(probs, classifier.info.conformal["quantile"])
+    alone = (sets.sum(axis=1) == 1) & sets[np.arange(len(test)), test["pred"].to_numpy(int)]
+    assert (test["abstained"] == ~alone).all()
+    assert entry["patch"]["abstained"]["value"] == pytest.approx(test["abstained"].mean())
+    assert entry["verdict"] in ("kept", "broken", "open") and entry["promised_coverage"] == 0.75
+
+    pack = promising.open_pack()
+    found = predict(promising, pack.path, out=tmp_path / "new.parquet").frame.set_index("patch_id")
+    assert found.loc[test["patch_id"], "abstained"].tolist() == test["abstained"].tolist()
+    again, _ = read_predictions(tmp_path / "new.parquet")
+    assert again["abstained"].tolist() == found["abstained"].tolist()
+
+
+def test_a_classifier_from_before_is_read_and_answers_everything(trained_run, tmp_path):
+    run = copy_run(trained_run, tmp_path)
+    path = run.path / "classifier" / "classifier.json"
+    document = json.loads(path.read_text())
+    del document["conformal"]
+    path.write_text(json.dumps(document))
+    classifier = Classifier.load(run.path / "classifier")
+    assert classifier.info.conformal == {} and classifier.abstains(np.array([[0.5, 0.5]])) is None
+    entry = evaluate(Run.open(run.path))["abstention"]
+    assert entry["alpha"] is None and "made before" in entry["reason"]
+
+
+@pytest.mark.parametrize("value", ["0", "1", "-0.1", "nan"])
+def test_an_error_rate_that_is_none_is_refused(value):
+    with pytest.raises(RecipeError, match="abstention_error"):
+        load_recipe("cancernet-2020", [f"decision.abstention_error={value}"])

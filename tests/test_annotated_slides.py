@@ -1,0 +1,289 @@
+"""Slides with annotations become packs: labels are areas, what has none is counted, the loop closes."""
+
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import shapely
+from typer.testing import CliRunner
+
+import biopsy
+from biopsy.cli import app
+from biopsy.data.phantom.whole_slides import make_phantom_slide
+from biopsy.errors import DataError, SlideError
+from biopsy.imaging.annotations import read_annotations, write_annotations
+from biopsy.imaging.reader import open_slide
+from biopsy.studies.preparation import prepare
+from conftest import draw_slide
+from test_bundles import make_classifier
+
+TUMOUR = shapely.Polygon([(300, 60), (470, 110), (500, 300), (340, 330), (280, 200)])
+STROMA = shapely.Polygon([(120, 120), (260, 70), (290, 190), (220, 300), (110, 260)])
+BOX = shapely.box(64, 40, 560, 344)
+CUT = {"mpp": 1.0, "patch_px": 16}
+
+
+@pytest.fixture
+def slides(make_slide, tmp_path):
+    """``slides(annotations, name="case")``: a folder with a slide of 600 x 400 px at .5 um/px and its classes."""
+
+    def make(annotations=(("Tumor", TUMOUR), ("Stroma", STROMA)), name="case", mpp=0.5, **slide):
+        folder = tmp_path / "slides"
+        folder.mkdir(exist_ok=True)
+        shutil.move(make_slide(f"{name}.tiff", mpp=mpp, **slide), folder / f"{name}.tiff")
+        if annotations is not None:
+            write_annotations(folder / f"{name}.geojson", annotations)
+        return folder
+
+    return make
+
+
+def cut(folder, **options):
+    return prepare(folder, folder.with_suffix(".pack"), **(CUT | options))
+
+
+def raster(polygon, width=600, height=400):
+    """Draw a polygon 16 times finer than level 0, and average."""
+    fine = np.zeros((height * 4, width * 4), np.uint8)
+    for part in shapely.get_parts(polygon):
+        cv2.fillPoly(fine, [np.round(np.array(part.exterior.coords) * 4 - 0.5).astype(int)], 1)
+    return cv2.resize(fine.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
+
+
+def shares(pack, polygon, scale=2.0):
+    """Give by pixels what share of each patch a polygon covers."""
+    mask = raster(polygon)
+    side = round(pack.info.patch_px * scale)
+    corners = (pack.table[["x", "y"]].to_numpy(int) * scale).round().astype(int)
+    return np.array([mask[y : y + side, x : x + side].mean() for x, y in corners])
+
+
+def test_labels_are_what_covers_half_of_a_patch(slides):
+    pack = cut(slides())
+    assert pack.class_names == ["Stroma", "Tumor"] and pack.info.dataset == "annotated-slides"
+    found = np.stack([shares(pack, STROMA), shares(pack, TUMOUR)])
+    assert (found.argmax(axis=0) == pack.target).all() and set(pack.target) == {0, 1}
+    covered = np.take_along_axis(found, pack.target[None], axis=0)[0]
+    np.testing.assert_allclose(pack.table["label_share"], covered, atol=0.02)
+    assert covered.min() > 0.48
+    pack.verify()
+
+
+def test_pixels_are_the_slides_at_the_wanted_resolution(slides):
+    image = draw_slide(600, 400)
+    half = cv2.resize(image, (300, 200), interpolation=cv2.INTER_AREA)
+    folder = slides()
+    for mpp, wanted in ((0.5, image), (1.0, half)):
+        pack = prepare(folder, folder.with_name(f"{mpp}.pack"), mpp=mpp, patch_px=16)
+        for patch, x, y in zip(pack.patches, pack.table["x"], pack.table["y"], strict=True):
+            assert np.abs(patch.astype(int) - wanted[y : y + 16, x : x + 16]).max() <= 1
+        assert pack.info.mpp == mpp and (pack.sizes == 16).all()
+
+
+def test_every_place_on_the_grid_is_a_patch_or_counted(slides):
+    pack = cut(slides())
+    record = pack.info.origin["annotations"]
+    assert len(pack) + sum(record["left_out"].values()) == (300 // 16) * (200 // 16)
+    assert pack.info.counts["left_out"] == sum(record["left_out"].values())
+    case = record["slides"]["case"]
+    assert (
+        case["patches"] == len(pack) and case["mpp_source"] == "slide" and case["mpp"] == pytest.approx(0.5)
+    )
+    wanted = {"Stroma": STROMA.area * 0.25e-6, "Tumor": TUMOUR.area * 0.25e-6}
+    assert case["area_mm2"] == pytest.approx(wanted) and case["overlap_mm2"] == {}
+    assert record["label_frac"] == 0.5 and record["patch_px"] == 16
+
+
+def test_steps_overlap_and_leave_gaps(slides):
+    folder = slides()
+    dense = prepare(folder, folder.with_name("dense.pack"), **CUT, stride_px=8)
+    plain = cut(folder)
+    assert set(plain.table["patch_id"]) < set(dense.table["patch_id"])
+    assert not (dense.table[["x", "y"]] % 8).to_numpy().any()
+    both = dense.table.set_index("patch_id").loc[plain.table["patch_id"]]
+    assert both["target"].tolist() == plain.target.tolist()
+
+
+def test_a_region_limits_where_labels_hold_and_rest_names_what_is_left(slides):
+    folder = slides([("Tumor", TUMOUR), ("Region*", BOX)])
+    pack = cut(folder, classes=["tumour=Tumor"], rest="other")
+    assert pack.class_names == ["other", "tumour"] and pack.info.positive_class == "tumour"
+    inside = shares(pack, BOX)
+    assert inside.min() > 0.99
+    assert ((shares(pack, TUMOUR) > 0.5) == (pack.target == 1)).mean() > 0.99
+    left_out = pack.info.origin["annotations"]["left_out"]
+    assert left_out["not wholly in the valid area"] > 0 and "no class covers enough" not in left_out
+
+
+def test_ignored_areas_have_no_labels(slides):
+    hole = shapely.box(350, 150, 420, 250)
+    star = slides([("Tumor", TUMOUR), ("Stroma", STROMA), ("Ignore*", hole)])
+    named = slides([("Tumor", TUMOUR), ("Stroma", STROMA), ("Fold", hole)], name="fold")
+    (named / "case.tiff").rename(star / "none.png")
+    for path in list(named.glob("case*")) + list(named.glob("none*")):
+        path.unlink()
+    pack = cut(named, classes=["Tumor", "Stroma", "=Fold"])
+    assert shares(pack, hole).max() < 1e-6
+    assert pack.info.origin["annotations"]["left_out"]["not wholly in the valid area"] > 0
+
+
+def test_annotations_that_overlap_are_measured_and_their_patches_left_out(slides):
+    pack = cut(slides([("Tumor", TUMOUR), ("Stroma", STROMA.union(shapely.box(300, 100, 400, 250)))]))
+    record = pack.info.origin["annotations"]
+    overlap = TUMOUR.intersection(STROMA.union(shapely.box(300, 100, 400, 250))).area
+    assert record["slides"]["case"]["overlap_mm2"] == pytest.approx({"Stroma and Tumor": overlap * 0.25e-6})
+    assert record["left_out"]["more than one class covers enough"] > 0
+
+
+def test_a_larger_share_can_be_asked_for(slides):
+    folder = slides()
+    half, most = cut(folder), prepare(folder, folder.with_name("most.pack"), **CUT, label_frac=0.9)
+    assert len(most) < len(half) and most.table["label_share"].min() >= 0.9 - 1e-6
+    assert (
+        most.info.origin["annotations"]["left_out"]["no class covers enough"]
+        > half.info.origin["annotations"]["left_out"]["no class covers enough"]
+    )
+
+
+def test_several_annotated_names_make_one_class(slides):
+    folder = slides([("IDC", TUMOUR), ("DCIS", STROMA), ("Region*", BOX)])
+    pack = cut(folder, classes=["tumour=IDC", "tumour=DCIS"], rest="benign")
+    assert pack.class_names == ["benign", "tumour"]
+    union = shares(pack, TUMOUR.union(STROMA))
+    assert ((union > 0.5) == (pack.target == 1)).mean() > 0.99
+
+
+def test_patients_come_from_a_csv_of_slides(slides, tmp_path):
+    slides()
+    folder = slides(name="other", seed=1)
+    (tmp_path / "people.csv").write_text("slide_id,patient_id,site_id\ncase,p1,a\nother,p2,b\n")
+    pack = cut(folder, patients=tmp_path / "people.csv")
+    assert pack.table.groupby("slide_id")["patient_id"].first().to_dict() == {"case": "p1", "other": "p2"}
+    assert pack.unit == "patient" and pack.info.counts["slides"] == 2
+    assert cut(folder, patients=tmp_path / "people.csv").info.origin["made"] == pack.info.origin["made"]
+    with pytest.raises(DataError, match="another source or other options"):
+        cut(folder, patients=tmp_path / "people.csv", label_frac=0.6)
+
+
+def test_slides_and_annotations_without_partner_are_named(slides):
+    folder = slides()
+    slides(None, name="alone")
+    write_annotations(folder / "nobody.geojson", [("Tumor", TUMOUR)])
+    write_annotations(folder / "case.tiff.geojson", [("Tumor", TUMOUR)])
+    done = CliRunner().invoke(
+        app, ["prepare", str(folder), "--out", str(folder.with_suffix(".pack")), "--mpp", "1", "--patch-px", "16", "--positive", "Tumor"]
+    )  # fmt: skip
+    assert done.exit_code == 3, done.stderr
+    for wanted in (
+        "alone.tiff: has no annotations",
+        "nobody.geojson: has no slide of its name",
+        "case.tiff.geojson annotates case.tiff already",
+    ):
+        assert wanted in done.stderr
+
+
+def test_the_pixel_size_of_slides_can_be_stated_one_by_one(slides, tmp_path):
+    folder = slides([("Tumor", TUMOUR), ("Stroma", STROMA)])
+    (folder / "case.tiff").unlink()
+    cv2.imwrite(str(folder / "case.png"), draw_slide(600, 400)[..., ::-1])
+    with pytest.raises(SlideError, match=r"case\.png has no mpp"):
+        cut(folder)
+    (tmp_path / "mpp.csv").write_text("slide,mpp\ncase,0.5\n")
+    one, other = (
+        prepare(folder, tmp_path / f"{n}.pack", **CUT, slide_mpp=stated)
+        for n, stated in enumerate([0.5, tmp_path / "mpp.csv"])
+    )
+    assert one.info.content_sha256 == other.info.content_sha256
+    assert one.info.origin["annotations"]["slides"]["case"]["mpp_source"] == "stated"
+    for text, message in (
+        ("slide,mpp\ncase,x\n", "an mpp that is no number"),
+        ("a,b\n1,2\n", "slide and mpp"),
+    ):
+        (tmp_path / "bad.csv").write_text(text)
+        with pytest.raises(DataError, match=message):
+            prepare(folder, tmp_path / "bad.pack", **CUT, slide_mpp=str(tmp_path / "bad.csv"))
+
+
+def outside(**options):
+    return {"annotations": [("Tumor", shapely.box(900, 900, 1400, 1300)), ("Stroma", STROMA)], **options}
+
+
+REFUSALS = {
+    "another slide's": (
+        outside(),
+        {},
+        r"feature 1 \(Tumor\) lies at x 900 to 1400, y 900 to 1300, mostly outside",
+    ),
+    "a class not named": (
+        {},
+        {"classes": ["Tumour", "Stroma"]},
+        r"is of class 'Tumor'.*mean 'Tumour'.*=Tumor",
+    ),
+    "one class": ({"annotations": [("Tumor", TUMOUR)]}, {}, r"only one class \(Tumor\): annotate another"),
+    "no region": ({}, {"rest": "other"}, r"has no annotation of class Region\*"),
+    "too coarse": (
+        {},
+        {"mpp": 0.3},
+        r"wanted at 0\.3 um/px, level 0 of case\.tiff is 0\.5 um/px: too coarse",
+    ),
+    "too small": ({}, {"patch_px": 300}, "smaller than a patch of 300 um"),
+    "a share": ({}, {"label_frac": 0.0}, "label_frac=0.0 is no share"),
+    "a side": ({}, {"patch_px": 0}, "must be 1 or more"),
+    "a step": ({}, {"stride_px": 0}, "must be 1 or more"),
+    "no side": ({}, {"patch_px": None}, "say how patches are cut"),
+    "a step alone": ({}, {"patch_px": None, "stride_px": 8}, "say --patch-px as well"),
+    "no mpp": ({}, {"mpp": None}, "say with --mpp"),
+    "two positive": ({}, {}, "name it: --positive"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_does_not_fit_is_refused(slides, name):
+    made, options, message = REFUSALS[name]
+    folder = slides(**made)
+    with pytest.raises((DataError, SlideError), match=message):
+        cut(folder, **({"positive": "Tumor"} if name != "two positive" else {}), **options)
+    assert not folder.with_suffix(".pack").exists()
+
+
+def test_options_for_slides_are_refused_for_patches(make_idc_zip, tmp_path):
+    with pytest.raises(DataError, match=r"holds patches \(idc\)"):
+        prepare(make_idc_zip(), tmp_path / "x.pack", **CUT)
+    with pytest.raises(DataError, match=r"is no folder of slides with a \.geojson"):
+        prepare(make_idc_zip(), tmp_path / "x.pack", **CUT, dataset="annotated-slides")
+
+
+def test_a_repaired_outline_is_recorded_and_said(slides, caplog):
+    bow = [[300, 60], [500, 300], [500, 60], [300, 300], [300, 60]]
+    folder = slides()
+    document = json.loads((folder / "case.geojson").read_text())
+    document["features"][0]["geometry"]["coordinates"] = [bow]
+    (folder / "case.geojson").write_text(json.dumps(document))
+    pack = cut(folder)
+    assert pack.info.origin["annotations"]["slides"]["case"]["repaired"] == [1]
+    assert "1 outlines that cross themselves were repaired, feature 1 first" in caplog.text
+
+
+def test_a_phantom_slide_gets_the_labels_of_its_truth(tmp_path):
+    folder = tmp_path / "phantom"
+    folder.mkdir()
+    truth = make_phantom_slide(folder / "case.tiff", seed=3, width=640, height=480, mpp=2.0, tumour_frac=0.4)
+    pack = prepare(folder, tmp_path / "x.pack", mpp=4.0, patch_px=25, classes=["tumour=Tumor"], rest="normal")
+    boxes = [shapely.box(50.0 * x / 25, 50.0 * y / 25, 50.0 * (x / 25 + 1), 50.0 * (y / 25 + 1)) for x, y in pack.table[["x", "y"]].to_numpy(int)]  # fmt: skip
+    covered = np.array([truth.tumour.intersection(one).area / one.area for one in boxes])
+    assert ((covered >= 0.5) == (pack.target == 1)).all() and 0 < pack.target.mean() < 1
+
+
+def test_a_map_corrected_in_qupath_gives_its_labels_back(slides, tmp_path):
+    folder = slides(None)
+    classifier = make_classifier(patch_px=16, input_px=16)
+    probs = biopsy.slide(classifier, folder / "case.tiff", out=tmp_path / "maps", device="cpu")
+    shutil.copy(tmp_path / "maps" / "case" / "regions.geojson", folder / "case.geojson")
+    pack = (
+        cut(folder, positive="malignant")
+        if len(read_annotations(folder / "case.geojson").class_names()) > 1
+        else None
+    )
+    assert pack is not None and len(probs) == len(pack)

@@ -1,0 +1,335 @@
+"""Calibration as a stage: fitted on validation, kept in the classifier, applied everywhere, fitted again."""
+
+import json
+import tomllib
+
+import numpy as np
+import pandas as pd
+import pytest
+import tomli_w
+from filelock import FileLock
+from scipy.special import softmax
+
+from biopsy.errors import MetricError, RunError
+from biopsy.judging.evaluation import evaluate
+from biopsy.learning.calibration import calibrate, find_prior_shift, settle
+from biopsy.learning.classifiers import Classifier, score_classes
+from biopsy.learning.recipes import load_recipe
+from biopsy.learning.runs import Run
+from biopsy.statistics.calibrators import fit_calibrator
+from biopsy.statistics.thresholds import choose_threshold
+from tiny_runs import LIVELY, assert_same_run, copy_run, train_tiny
+
+RULES = ["youden", "sensitivity=0.95", "specificity=0.90", "cost=5"]
+
+
+@pytest.fixture
+def run(trained_run, tmp_path):
+    return copy_run(trained_run, tmp_path)
+
+
+def read(run, side="val"):
+    """Give logits, target and the whole table of a run's predictions."""
+    frame, _ = run.predictions(side)
+    return frame[["logit_non_idc", "logit_idc"]].to_numpy(), frame["target"].to_numpy(int), frame
+
+
+def stub(class_names=("non_idc", "idc"), outputs="softmax"):
+    """Give a classifier without a network, for what needs only its record."""
+    from biopsy.learning.classifiers import ClassifierInfo
+    from biopsy.learning.preprocessing import Preprocessing
+
+    positive = "idc" if len(class_names) == 2 else None
+    info = ClassifierInfo(
+        network="stub",
+        class_names=list(class_names),
+        positive_class=positive,
+        patch_px=8,
+        mpp=None,
+        preprocessing=Preprocessing(input_px=8),
+        outputs=outputs,
+    )
+    import torch
+
+    return Classifier(info, torch.nn.Identity())
+
+
+def settle_stub(logits, target, groups, method="temperature", **options):
+    classifier = stub(**options)
+    settle(classifier, logits, target, groups, method=method, rules=RULES, chosen_on="val", unit="patient")
+    return classifier
+
+
+def draw(n=60, n_groups=6, seed=0):
+    rng = np.random.default_rng(seed)
+    target = rng.integers(0, 2, n)
+    logits = np.stack([np.zeros(n), rng.normal(4 * target - 1, 4)], axis=1)
+    return logits, target, rng.integers(n_groups, size=n).astype(str)
+
+
+# What training leaves behind.
+
+
+def test_training_calibrates_on_validation(trained_run):
+    logits, target, frame = read(trained_run)
+    record, classifier = trained_run.classifier.info.calibrator, trained_run.classifier
+    assert record["method"] == "temperature" and record["prior"] == "as trained"
+    assert record["slope"] == fit_calibrator(logits, target).slope
+    assert (record["fitted_on"], record["n_patches"], record["n_patients"]) == ("val", 40, 5)
+    assert record["unit"] == "patient" and record["warning"] is None
+    np.testing.assert_array_equal(frame["prob"], classifier.probs(logits)[:, 1])
+    np.testing.assert_allclose(frame["prob"], softmax(record["slope"] * logits, axis=1)[:, 1], rtol=1e-12)
+    assert classifier.calibrator.to_dict().items() <= record.items()
+
+
+def test_thresholds_are_chosen_on_calibrated_probabilities(trained_run):
+    _, target, frame = read(trained_run)
+    frozen = trained_run.classifier.info.thresholds
+    assert [one["rule"] for one in frozen] == RULES
+    for one in frozen:
+        wanted = choose_threshold(target, frame["prob"], one["rule"])
+        assert one == {
+            "value": wanted.value,
+            "rule": wanted.rule,
+            "chosen_on": "val",
+            "sensitivity": wanted.sensitivity,
+            "specificity": wanted.specificity,
+        }
+    assert trained_run.info["threshold"].items() <= frozen[0].items()
+
+
+def test_calibrated_scores_are_what_an_export_puts_out(trained_run):
+    for method in ("temperature", "platt", "isotonic", "none"):
+        logits, target, groups = draw(200)
+        for outputs in ("softmax", "sigmoid"):
+            classifier = settle_stub(logits, target, groups, method, outputs=outputs)
+            scores = classifier.calibrated_scores(logits)
+            np.testing.assert_allclose(softmax(scores, axis=1), classifier.probs(logits), atol=1e-14)
+            record = classifier.info.calibrator
+            if "slope" in record:  # all that another program needs
+                known = record["slope"] * score_classes(logits, outputs) + (record["intercepts"] or 0)
+                np.testing.assert_allclose(scores, known, atol=1e-12)
+
+
+def test_the_operating_points_are_the_recipes(make_pack, tmp_path):
+    pack = make_pack(n_patients=6, own_sides=("train", "val", "test"))
+    more = 'decision.operating_points=["specificity=0.8"]'
+    run = train_tiny(pack, tmp_path / "run", more, "decision.threshold=cost=2", "decision.calibration=platt")
+    assert [one["rule"] for one in run.classifier.info.thresholds] == ["cost=2", "specificity=0.8"]
+    assert run.classifier.info.calibrator["asked"] == "platt"
+
+
+def test_as_published_is_not_calibrated():
+    recipe = load_recipe("cancernet-2020")
+    assert (recipe.decision.calibration, recipe.as_published.calibration) == ("temperature", "none")
+
+
+def test_the_known_shift_follows_from_weights_and_sampling():
+    counts = [300, 100]
+    for settings, odds in (
+        ((), None),
+        (("train.class_weights=largest",), 3),
+        (("train.class_weights=balanced",), 3),
+        (("train.class_weights=none", "train.sampling=undersample"), 3),
+        (("train.class_weights=largest", "train.sampling=oversample"), 9),
+    ):
+        recipe = load_recipe("cancernet-2020", settings or ("train.class_weights=none",))
+        shift = find_prior_shift(recipe, counts)
+        assert shift is None if odds is None else np.exp(shift[1] - shift[0]) == pytest.approx(odds)
+
+
+def test_more_than_two_classes_take_a_temperature(make_pack, tmp_path):
+    pack = make_pack(n_patients=6, n_classes=3, own_sides=("train", "val", "test"))
+    with pytest.raises(MetricError, match="'platt' is for two classes, found 3: use 'temperature'"):
+        train_tiny(pack, tmp_path / "refused", "decision.calibration=platt")
+    run = train_tiny(pack, tmp_path / "run")
+    assert run.classifier.info.calibrator["asked"] == "temperature"
+    found = evaluate(run)["calibration"]
+    assert found["before"]["nll"]["value"] > 0 and found["after"]["brier"]["low"] is None
+    with pytest.raises(MetricError, match="for two classes"):
+        calibrate(run, method="isotonic")
+
+
+# What validation may lack.
+
+
+@pytest.mark.parametrize("method", ["temperature", "platt", "isotonic"])
+def test_one_class_in_validation_is_recorded_and_the_run_goes_on(method):
+    logits, _, groups = draw()
+    classifier = settle_stub(logits, np.zeros(60, int), groups, method)
+    record = classifier.info.calibrator
+    assert record["method"] == "none" and record["asked"] == method and record["warning"] is None
+    assert record["reason"] == "not calibrated: all 60 patches are of class 0"
+    np.testing.assert_allclose(classifier.probs(logits), softmax(logits, axis=1))
+    assert all("needs both classes" in one["rule"] for one in classifier.info.thresholds)
+
+
+@pytest.mark.parametrize(("n_groups", "text"), [(1, "1 patient only"), (2, "2 patients only")])
+def test_one_or_two_patients_calibrate_with_a_warning(n_groups, text, caplog):
+    logits, target, groups = draw(n_groups=n_groups)
+    record = settle_stub(logits, target, groups).info.calibrator
+    assert record["method"] == "temperature" and record["n_patients"] == n_groups
+    assert text in record["warning"] and text in caplog.text
+
+
+def test_constant_and_nan_logits():
+    logits, target, groups = draw()
+    assert (
+        "all predictions are equal" in settle_stub(0 * logits + 1, target, groups).info.calibrator["reason"]
+    )
+    logits[4, 0] = np.nan
+    with pytest.raises(MetricError, match="not finite, the first at row 4"):
+        settle_stub(logits, target, groups)
+
+
+def test_patches_without_patients_are_their_own_unit():
+    logits, target, groups = draw(n_groups=3)
+    classifier = stub()
+    settle(classifier, logits, target, groups, method="platt", rules=RULES, chosen_on="val", unit="patch")
+    assert classifier.info.calibrator["warning"] is None
+
+
+# Evaluation.
+
+
+def test_before_and_after_stand_in_the_metrics(run):
+    metrics = evaluate(run, prevalence=0.02)
+    found = metrics["calibration"]
+    assert found["method"] == "temperature" and found["n_patients"] == 5
+    for name in ("ece", "brier", "nll", "calibration_slope", "calibration_intercept"):
+        assert found["after"][name] == pytest.approx(metrics["patch"][name])
+    assert found["after"]["ece_floor"] == metrics["ece_floor"]
+    logits, target, _ = read(run, "test")
+    raw = softmax(logits, axis=1)[:, 1]
+    assert found["before"]["brier"]["value"] == pytest.approx(((raw - target) ** 2).mean())
+    for side in (found["before"], found["after"]):
+        parts = side["brier_parts"]
+        total = parts["reliability"] - parts["resolution"] + parts["uncertainty"] + parts["within_bins"]
+        assert total == pytest.approx(side["brier"]["value"])
+        assert sum(one["n"] for one in side["bins"]) == 40
+        gaps = [one["n"] * abs(one["mean_prob"] - one["observed"]["value"]) for one in side["bins"]]
+        assert sum(gaps) / 40 == pytest.approx(side["ece"]["value"])
+
+
+def test_operating_points_drift_from_validation_to_test(run):
+    metrics = evaluate(run, prevalence=0.02)
+    _, target, frame = read(run, "test")
+    for one, frozen in zip(metrics["operating_points"], run.classifier.info.thresholds, strict=True):
+        called = frame["prob"].to_numpy() >= frozen["value"]
+        reached = called[target == 1].mean(), (~called)[target == 0].mean()
+        names = ("sensitivity", "specificity")
+        assert tuple(one["achieved"][name]["value"] for name in names) == pytest.approx(reached)
+        assert one["where_chosen"] == {name: frozen[name] for name in names}
+        drift = [value - frozen[name] for name, value in zip(names, reached, strict=True)]
+        assert [one["drift"][name] for name in names] == pytest.approx(drift)
+    promised = [one["promised"] for one in metrics["operating_points"]]
+    assert promised == [None, {"sensitivity": 0.95}, {"specificity": 0.9}, None]
+    first, there = metrics["operating_points"][0], metrics["at_prevalence"]
+    assert there["prevalence"] == 0.02 and len(there["points"]) == 4
+    sensitivity, specificity = (first["achieved"][name]["value"] for name in ("sensitivity", "specificity"))
+    right = 0.02 * sensitivity
+    assert there["points"][0]["ppv"]["value"] == pytest.approx(right / (right + 0.98 * (1 - specificity)))
+    curve = metrics["decision_curve"]
+    assert len(curve["thresholds"]) == len(curve["model"]) == len(curve["treat_all"]) == 99
+    assert curve["marked"][9]["value"] == pytest.approx(curve["model"][49])
+
+
+def test_a_prevalence_that_is_none_is_refused_before_the_test_side_is_opened(run):
+    with pytest.raises(MetricError, match=r"such as 0\.02"):
+        evaluate(run, prevalence=2.0)
+    assert not (run.path / "predictions" / "test.parquet").exists()
+
+
+# Doing it again.
+
+
+def test_doing_it_again_is_as_if_it_had_been_so_from_the_start(run, tmp_path):
+    for method in ("isotonic", "none"):
+        again = train_tiny(
+            run.open_pack(),
+            tmp_path / method,
+            *LIVELY,
+            f"decision.calibration={method}",
+            recipe="residual-small",
+        )
+        calibrate(run, method=method)
+        redone = Run.open(run.path)
+        one, other = (found.classifier.info.model_dump(exclude={"pack"}) for found in (redone, again))
+        assert one == other
+        assert redone.info["question_sha256"] == again.info["question_sha256"]
+        assert redone.recipe == again.recipe
+        assert_same_run(redone, again)
+        assert redone.info["recalibrated"]["method"] == method
+
+
+def test_stale_numbers_are_gone(run):
+    evaluate(run)
+    before = run.metrics()
+    (run.path / "report.html").write_text("old")
+    settled = calibrate(run, method="platt")
+    assert settled["removed"] == ["predictions/test.parquet", "evaluation", "report.html"]
+    redone = Run.open(run.path)
+    assert redone.judged_side == "val" and not (run.path / "report.html").exists()
+    with pytest.raises(RunError, match="has not been evaluated: `biopsy evaluate"):
+        redone.metrics()
+    after = evaluate(redone)
+    assert after["calibration"]["method"] == "platt"
+    assert after["calibration"]["before"] == before["calibration"]["before"]
+    assert after["times_opened"] == 2  # looking again is one more look
+    assert after["patch"]["auroc"] == before["patch"]["auroc"]
+    assert after["threshold"] == redone.info["threshold"] != before["threshold"]
+
+
+def test_logits_stay_raw(run):
+    before, _, frame = read(run)
+    calibrate(run, method="isotonic")
+    after, _, table = read(run)
+    np.testing.assert_array_equal(before, after)
+    assert not np.array_equal(frame["prob"], table["prob"])
+    kept = ["patch_id", "patient_id", "x", "y", "side", "fold", "target"]
+    pd.testing.assert_frame_equal(frame[kept], table[kept])
+    about = run.predictions("val")[1]
+    assert about["classifier_sha256"] == Run.open(run.path).classifier.sha256
+
+
+def test_runs_from_before_there_was_calibration_load_and_can_be_calibrated(run):
+    calibrate(run, method="none")
+    document = json.loads((run.path / "classifier" / "classifier.json").read_text())
+    assert document["calibrator"] == {"method": "none"}
+    document["thresholds"] = [{key: document["thresholds"][0][key] for key in ("value", "rule", "chosen_on")}]
+    (run.path / "classifier" / "classifier.json").write_text(json.dumps(document))
+    recipe = tomllib.loads((run.path / "recipe.toml").read_text())
+    for table, key in (
+        ("decision", "calibration"),
+        ("decision", "operating_points"),
+        ("as_published", "calibration"),
+    ):
+        del recipe[table][key]
+    (run.path / "recipe.toml").write_text(tomli_w.dumps(recipe))
+    info = json.loads((run.path / "run.json").read_text())
+    (run.path / "run.json").write_text(
+        json.dumps({k: v for k, v in info.items() if k not in ("recalibrated", "question_sha256")})
+    )
+    old = Run.open(run.path)
+    metrics = evaluate(old)
+    assert metrics["calibration"]["before"] == metrics["calibration"]["after"]
+    assert metrics["operating_points"][0]["drift"] == {"sensitivity": None, "specificity": None}
+    assert calibrate(old)["calibrator"]["method"] == "temperature"
+    assert len(evaluate(old.path)["operating_points"]) == 4
+
+
+def test_it_needs_no_pack(run):
+    pack = run.open_pack(verify=False).path
+    pack.rename(pack.with_name("elsewhere.pack"))
+    assert calibrate(run, method="platt")["calibrator"]["method"] == "platt"
+    assert Run.open(run.path).info["question_sha256"] is None
+
+
+def test_what_cannot_be_calibrated_is_refused(run, tmp_path):
+    with pytest.raises(MetricError, match="calibration 'plat' does not exist"):
+        calibrate(run, method="plat")
+    with FileLock(run.path / ".lock"), pytest.raises(RunError, match="in use by another process"):
+        calibrate(run)
+    run.update(status="interrupted", epochs_done=1, epochs=4)
+    with pytest.raises(RunError, match="is interrupted after 1 of 4 epochs"):
+        calibrate(run)

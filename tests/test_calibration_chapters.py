@@ -1,0 +1,195 @@
+"""Chapters and figures on calibration and decisions: they say what the numbers say, and no more."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from biopsy.errors import MetricError
+from biopsy.figures.calibration import draw_calibration, draw_decision_curve
+from biopsy.judging.calibration import MEASURED
+from biopsy.judging.decisions import measure_decisions
+from biopsy.sharing.calibration import describe_calibration, say_calibration, say_slope
+from biopsy.sharing.decisions import describe_decisions, say_benefit, say_rule
+from biopsy.sharing.document import Picture, Pictures, Table, Text
+from biopsy.sharing.report import render_report, report_of_run
+from biopsy.statistics.calibration import ece_floor
+from biopsy.statistics.intervals import estimate_patch_metrics
+from biopsy.statistics.reliability import decompose_brier, estimate_reliability
+from report_facts import make_small_facts as run_facts
+
+FITTED = {
+    "method": "temperature",
+    "slope": 0.5,
+    "intercepts": [],
+    "prior": "as trained",
+    "asked": "temperature",
+    "fitted_on": "val",
+    "n_patches": 712,
+    "n_patients": 1,
+    "unit": "patient",
+    "warning": "calibrated on 1 patient only: what fits there may not fit the next",
+}
+
+
+def side(target, prob, groups):
+    metrics = estimate_patch_metrics(target, prob, groups, seed=0)
+    return {
+        **{name: metrics[name].to_dict() for name in MEASURED},
+        "ece_floor": ece_floor(prob, seed=0),
+        "brier_parts": decompose_brier(target, prob).to_dict(),
+        "bins": [one.to_dict() for one in estimate_reliability(target, prob, groups, seed=0)],
+    }
+
+
+@pytest.fixture(scope="module")
+def facts():
+    plain = run_facts()
+    table = plain.predictions
+    target, prob, groups = plain.is_positive, table["prob"].to_numpy(), table["patient_id"].to_numpy(str)
+    thresholds = [
+        {"value": 0.43, "rule": "youden", "chosen_on": "val", "sensitivity": 0.9, "specificity": 0.8},
+        {"value": 0.2, "rule": "sensitivity=0.95", "chosen_on": "val"},
+    ]
+    extreme = prob**3 / (prob**3 + (1 - prob) ** 3)
+    found = {**FITTED, "before": side(target, extreme, groups), "after": side(target, prob, groups)}
+    decisions = measure_decisions(
+        target, prob, groups, thresholds, prevalence=0.02, seed=0, unit="patient"
+    )
+    return replace(plain, metrics={**plain.metrics, "calibration": found, **decisions})
+
+
+def texts(section):
+    return " ".join(block.text for block in section.blocks if isinstance(block, Text))
+
+
+def test_the_calibration_chapter(facts):
+    section = describe_calibration(facts)
+    assert section.id == "calibration" and FITTED["warning"].capitalize() in texts(section)
+    (table,) = (block for block in section.blocks if isinstance(block, Table))
+    assert table.columns == ["", "before calibration", "after calibration"]
+    ece = facts.metrics["calibration"]["after"]["ece"]["value"]
+    assert table.rows[0][2].startswith(f"{ece:.3f} (") and len(table.rows) == 9
+    pictures = [one for block in section.blocks if isinstance(block, Pictures) for one in block.items]
+    assert isinstance(pictures[0], Picture) and "before calibration" in pictures[0].svg
+
+
+def test_without_calibration_there_is_one_column(facts):
+    found = facts.metrics["calibration"]
+    plain = {"method": "none", "reason": "not calibrated: all 9 patches are of class 0"}
+    plain |= {"before": found["after"], "after": found["after"]}
+    section = describe_calibration(replace(facts, metrics={**facts.metrics, "calibration": plain}))
+    assert texts(section).startswith("Nothing was calibrated: all 9 patches are of class 0.")
+    (table,) = (block for block in section.blocks if isinstance(block, Table))
+    assert table.columns == ["", "not calibrated"]
+
+
+def test_more_than_two_classes_have_a_table_only(facts):
+    value = {"value": 0.5, "low": None, "high": None, "reason": "no interval is made"}
+    few = {"nll": value, "brier": value}
+    metrics = {**facts.metrics, "calibration": {**FITTED, "before": few, "after": few}}
+    section = describe_calibration(replace(facts, metrics=metrics))
+    assert not any(isinstance(block, Pictures) for block in section.blocks)
+
+
+def test_the_decision_chapter(facts):
+    section = describe_decisions(facts)
+    points, prevalence = (block for block in section.blocks if isinstance(block, Table))
+    first = facts.metrics["operating_points"][0]
+    reached = first["achieved"]["sensitivity"]["value"]
+    assert points.rows[0][:3] == ["highest sensitivity + specificity", "0.430", "0.900"]
+    assert points.rows[0][4] == f"{reached - 0.9:+.3f}" and points.rows[1][4] == "-"
+    assert prevalence.caption == "Where 2 % of patches are positive" and len(prevalence.rows) == 2
+    assert "threshold probabilities of" in texts(section)
+
+
+def test_the_page_holds_both_and_each_picture_once(facts):
+    page = render_report(report_of_run(facts))
+    assert 'id="calibration"' in page and 'id="decisions"' in page
+    assert "Ranking and calibration" not in page  # reliability has a chapter of its own
+    assert "Ranking and calibration" in render_report(report_of_run(run_facts()))
+
+
+def test_metrics_from_before_make_no_chapter():
+    assert describe_calibration(run_facts()) is None and describe_decisions(run_facts()) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({}, "Temperature, fitted on 712 patches of 1 patient of the val side and frozen. Scores are "
+             "multiplied by 0.500 (a temperature of 2.000)."),
+        ({"unit": "patch"}, "fitted on 712 patches of the val side"),
+        ({"n_patients": 9}, "of 9 patients of"),
+        ({"intercepts": [0, 1.0]}, "and shifted."),
+        ({"prior": "known shift of training taken off"}, "that known shift is taken off first"),
+        ({"method": "none"}, "Probabilities are the network's own."),
+    ],
+)  # fmt: skip
+def test_what_is_said_of_a_calibrator(change, text):
+    assert text in say_calibration({**FITTED, **change})
+
+
+def slope(value, low, high, intercept=(0, -1, 1)):
+    names = ("value", "low", "high")
+    return {
+        "calibration_slope": {**dict(zip(names, (value, low, high), strict=True)), "reason": "a reason"},
+        "calibration_intercept": dict(zip(names, intercept, strict=True)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("after", "text"),
+    [
+        (slope(0.5, 0.3, 0.8), "Probabilities are too extreme (slope 0.500, 0.300 to 0.800)."),
+        (slope(1.5, 1.3, 1.8), "Probabilities are too timid"),
+        (slope(1.1, 0.7, 1.5), "neither too extreme nor too timid, as far as these patients can tell"),
+        (slope(0.5, None, None), "it has no interval: a reason"),
+        (slope(None, None, None), "No slope can be fitted: a reason"),
+        (slope(1.0, 0.9, 1.1, (1, 0.5, 1.5)), "on the whole they promise fewer IDC patches than there are"),
+        (slope(1.0, 0.9, 1.1, (-1, -2, -0.5)), "promise more IDC patches"),
+    ],
+)
+def test_what_is_said_of_a_slope(after, text):
+    assert text in say_slope(after, "IDC")
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        ([0.3, 0.1, 0.0, 0.1], "probabilities of 0.20, 0.40."),
+        ([0.3, 0.1, 0.1, 0.1], "probabilities of 0.20 to 0.40."),
+        ([0.3, 0.0, -0.1, 0.0], "At no threshold probability"),
+    ],
+)
+def test_where_acting_pays(model, text):
+    curve = {"thresholds": [0.1, 0.2, 0.3, 0.4], "model": model, "treat_all": [0.3, 0.0, -0.1, -0.2]}
+    assert text in say_benefit(curve)
+
+
+def test_rules_in_words():
+    assert say_rule("sensitivity=0.95") == "sensitivity of 0.95"
+    assert say_rule("cost=5") == "a miss costs 5 false alarms"
+    assert say_rule("argmax, because youden needs both classes") == (
+        "argmax, because youden needs both classes"
+    )
+
+
+def test_figures_hold_the_numbers_they_are_given(facts):
+    found = facts.metrics["calibration"]
+    figure = draw_calibration({"before": found["before"]["bins"], "after": found["after"]["bins"]})
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["before", "after"]
+    line = figure.axes[1].lines[-1]
+    np.testing.assert_allclose(line.get_xdata(), [one["mean_prob"] for one in found["after"]["bins"]])
+    curve = facts.metrics["decision_curve"]
+    axes = draw_decision_curve(curve).axes[0]
+    np.testing.assert_allclose(axes.lines[-1].get_ydata(), curve["model"])
+    bare = {**curve, "marked": [{**one, "low": None, "high": None} for one in curve["marked"]]}
+    assert len(draw_decision_curve(bare).axes[0].collections) == 0
+
+
+def test_figures_refuse_nothing_to_draw():
+    with pytest.raises(MetricError, match="no bin of probabilities"):
+        draw_calibration({"after": []})
+    with pytest.raises(MetricError, match="has no threshold"):
+        draw_decision_curve({"thresholds": []})

@@ -1,0 +1,271 @@
+"""Calibrators: they equal scikit-learn's, keep their laws, and say why where nothing can be fitted."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import expit, logit, softmax
+from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss, roc_auc_score
+
+from biopsy.errors import MetricError
+from biopsy.statistics.calibrators import (
+    METHODS,
+    Isotonic,
+    Scaling,
+    calibrator_from_dict,
+    fit_calibrator,
+    mean_nll,
+)
+
+FITTED = ("temperature", "platt", "isotonic")
+
+
+def draw(n=400, *, slope=0.5, shift=0.8, seed=0):
+    """Draw scores whose calibrated logit is ``slope * logit + shift``."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 3, n)
+    target = (rng.random(n) < expit(slope * logits + shift)).astype(int)
+    return np.stack([0.4 * logits, 1.4 * logits], axis=1), target
+
+
+def apply(calibrator, scores):
+    return softmax(calibrator.scale(scores), axis=1)
+
+
+def test_platt_is_a_logistic_regression_without_penalty():
+    scores, target = draw()
+    logits = scores[:, [1]] - scores[:, [0]]
+    theirs = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(logits, target)
+    ours = fit_calibrator(scores, target, "platt")
+    assert (ours.slope, *ours.intercepts) == pytest.approx(
+        (theirs.coef_[0, 0], 0, theirs.intercept_[0]), abs=1e-6
+    )
+    np.testing.assert_allclose(apply(ours, scores), theirs.predict_proba(logits), atol=1e-7)
+
+
+def test_temperature_is_a_logistic_regression_without_intercept():
+    scores, target = draw()
+    theirs = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10).fit(
+        scores[:, [1]] - scores[:, [0]], target
+    )
+    ours = fit_calibrator(scores, target)
+    assert ours.slope == pytest.approx(theirs.coef_[0, 0], abs=1e-6) and ours.intercepts == ()
+
+
+def test_isotonic_is_scikit_learns_within_the_same_bounds():
+    scores, target = draw(300)
+    prob = softmax(scores, axis=1)[:, 1]
+    least, most = min(prob.min(), 1 / ((target == 0).sum() + 2)), max(prob.max(), 1 - 1 / (target.sum() + 2))
+    theirs = IsotonicRegression(y_min=least, y_max=most, out_of_bounds="clip").fit(prob, target)
+    ours = fit_calibrator(scores, target, "isotonic")
+    new = np.stack([np.zeros(200), np.linspace(-15, 15, 200)], axis=1)
+    for asked in (scores, new):
+        expected = theirs.predict(softmax(asked, axis=1)[:, 1])
+        np.testing.assert_allclose(
+            apply(ours, asked)[:, 1], expected, atol=1e-7
+        )  # float32 knots
+
+
+def test_a_temperature_worked_by_hand():
+    fitted = fit_calibrator([[0, 4], [0, 4], [0, 4], [4, 0]], [1, 0, 1, 0])
+    assert fitted.slope == pytest.approx(np.log(3) / 4)  # three of four are right: odds 3 at logit 4
+
+
+def test_temperature_serves_any_number_of_classes():
+    rng = np.random.default_rng(1)
+    scores = rng.normal(0, 2, (3000, 4))
+    target = np.array([rng.choice(4, p=row) for row in softmax(0.4 * scores, axis=1)])
+    assert fit_calibrator(scores, target).slope == pytest.approx(0.4, abs=0.05)
+
+
+@pytest.mark.parametrize("positive_index", [0, 1])
+@pytest.mark.parametrize("method", FITTED)
+def test_which_column_is_positive_does_not_matter(method, positive_index):
+    scores, target = draw()
+    wanted = apply(fit_calibrator(scores, target, method), scores)
+    order = [0, 1] if positive_index else [1, 0]
+    found = fit_calibrator(
+        scores[:, order], target if positive_index else 1 - target, method, positive_index=positive_index
+    )
+    np.testing.assert_allclose(apply(found, scores[:, order])[:, order], wanted, atol=1e-9)
+
+
+samples = st.integers(0, 10_000), st.floats(0.1, 3), st.floats(-2, 2), st.integers(20, 200)
+
+
+@settings(max_examples=25, deadline=None)
+@given(*samples)
+def test_the_laws(seed, slope, shift, n):
+    scores, target = draw(n, slope=slope, shift=shift, seed=seed)
+    before = softmax(scores, axis=1)
+    for method in FITTED:
+        fitted = fit_calibrator(scores, target, method)
+        after = apply(fitted, scores)
+        np.testing.assert_allclose(after.sum(axis=1), 1, rtol=1e-12)
+        assert mean_nll(fitted.scale(scores), target) <= mean_nll(scores, target) + 1e-9
+        order = np.argsort(before[:, 1], kind="stable")
+        assert (np.diff(after[order, 1]) >= -1e-12).all()
+        if method != "isotonic" and 0 < target.sum() < n:
+            assert roc_auc_score(target, after[:, 1]) == roc_auc_score(target, before[:, 1])
+
+
+def test_calibrated_probabilities_are_right_on_average_with_an_intercept():
+    scores, target = draw()
+    for method in ("platt", "isotonic"):
+        prob = apply(fit_calibrator(scores, target, method), scores)[:, 1]
+        assert prob.mean() == pytest.approx(target.mean(), abs=5e-3)
+
+
+def test_a_calibrator_fits_where_it_was_not_fitted():
+    scores, target = draw(4000, seed=3)
+    new, truth = draw(4000, seed=4)
+    best = log_loss(truth, expit(0.5 * (new[:, 1] - new[:, 0]) + 0.8))
+    for method in ("platt", "isotonic"):
+        found = log_loss(truth, apply(fit_calibrator(scores, target, method), new)[:, 1])
+        assert found == pytest.approx(best, abs=0.01)
+
+
+# Training that favours a class.
+
+
+def favoured(weight, n=20_000, seed=0):
+    """Draw calibrated logits, and the scores of a network that learned with the positive class weighted."""
+    rng = np.random.default_rng(seed)
+    true_logit = rng.normal(-1.5, 1.5, n)
+    target = (rng.random(n) < expit(true_logit)).astype(int)
+    return np.stack([np.zeros(n), true_logit + np.log(weight)], axis=1), target, expit(true_logit)
+
+
+def test_the_known_shift_of_class_weights_is_taken_off():
+    scores, target, truth = favoured(weight=9)
+    fitted = fit_calibrator(scores, target, prior_shift=np.log([1, 9]))
+    assert fitted.prior == "known shift of training taken off"
+    assert fitted.slope == pytest.approx(1, abs=0.05)
+    assert fitted.intercepts == pytest.approx((0, -np.log(9)), abs=0.1)
+    np.testing.assert_allclose(apply(fitted, scores)[:, 1], truth, atol=0.02)
+    same = fit_calibrator(scores, target, prior_shift=np.log([1, 9]) + 5)  # only differences count
+    assert same.intercepts == pytest.approx(fitted.intercepts)
+    alone = fit_calibrator(scores, target)
+    assert abs(apply(alone, scores)[:, 1].mean() - target.mean()) > 0.05  # temperature alone moves no prior
+
+
+def test_a_shift_that_the_network_ignored_is_left():
+    scores, target, _ = favoured(weight=1)
+    fitted = fit_calibrator(scores, target, prior_shift=np.log([1, 9]))
+    assert "left" in fitted.prior and fitted.intercepts == () and fitted.slope == pytest.approx(1, abs=0.05)
+
+
+def test_platt_and_isotonic_move_the_prior_themselves():
+    scores, target, truth = favoured(weight=9)
+    for method in ("platt", "isotonic"):
+        fitted = fit_calibrator(scores, target, method, prior_shift=np.log([1, 9]))
+        assert fitted.prior.startswith("fitted")
+        assert np.abs(apply(fitted, scores)[:, 1] - truth).mean() < 0.015
+
+
+# What cannot be fitted, and what must not be.
+
+
+@pytest.mark.parametrize("method", FITTED)
+def test_one_class_is_not_calibrated(method):
+    scores, _ = draw(20)
+    fitted = fit_calibrator(scores, np.ones(20, int), method)
+    assert fitted.method == "none" and fitted.reason == "not calibrated: all 20 patches are of class 1"
+    assert fitted.scale(scores) is scores
+
+
+@pytest.mark.parametrize("method", FITTED)
+def test_constant_predictions_are_not_calibrated(method):
+    scores = np.tile([0.25, 0.75], (20, 1)) + np.arange(20)[:, None]  # the same probabilities in every row
+    fitted = fit_calibrator(scores, np.arange(20) % 2, method)
+    assert fitted.method == "none" and "all predictions are equal" in fitted.reason
+
+
+@pytest.mark.parametrize(
+    ("method", "sign", "reason"),
+    [
+        ("temperature", 1, "without a mistake"),
+        ("temperature", -1, "no better than chance"),
+        ("platt", 1, "one cut tells validation apart"),
+    ],
+)
+def test_a_slope_that_does_not_exist_is_not_made_up(method, sign, reason):
+    x = np.concatenate([np.linspace(-5, -1, 10), np.linspace(1, 5, 10)])
+    fitted = fit_calibrator(np.stack([0 * x, sign * x], axis=1), (x > 0).astype(int), method)
+    assert fitted.method == "none" and reason in fitted.reason
+
+
+def test_platt_refuses_to_turn_a_classifier_round():
+    scores, target = draw()
+    fitted = fit_calibrator(scores, 1 - target, "platt")
+    assert fitted.method == "none" and "the best slope, -0." in fitted.reason
+
+
+@pytest.mark.parametrize("method", FITTED)
+def test_probabilities_of_exactly_0_and_1(method):
+    scores, target = draw(100)
+    scores[:10] = [[-1000.0, 1000.0]] * 5 + [[1000.0, -1000.0]] * 5
+    target[:10] = [1, 1, 1, 1, 0, 0, 0, 0, 0, 1]
+    prob = softmax(scores, axis=1)
+    assert {0.0, 1.0} <= set(prob[:, 1])
+    fitted = fit_calibrator(scores, target, method)
+    assert fitted.method == method and np.isfinite(fitted.scale(scores)).all()
+    assert mean_nll(fitted.scale(scores), target) < mean_nll(scores, target)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+@pytest.mark.parametrize("method", FITTED)
+def test_what_is_not_finite_is_refused(method, wrong):
+    scores, target = draw(20)
+    scores[3, 1] = wrong
+    with pytest.raises(MetricError, match="1 patches have scores that are not finite, the first at row 3"):
+        fit_calibrator(scores, target, method)
+
+
+@pytest.mark.parametrize("method", ["platt", "isotonic"])
+def test_two_classes_only(method):
+    with pytest.raises(MetricError, match="is for two classes, found 3: use 'temperature'"):
+        fit_calibrator(np.zeros((4, 3)), [0, 1, 2, 0], method)
+
+
+@pytest.mark.parametrize(
+    ("scores", "target", "message"),
+    [
+        (np.zeros((3, 2)), [0, 1], "give each patch one score a class"),
+        (np.zeros((3, 1)), [0, 0, 0], "give each patch one score a class"),
+        (np.zeros((0, 2)), [], "give each patch one score a class"),
+        (np.zeros((2, 2)), [0, 2], "index into the 2 classes"),
+    ],
+)
+def test_shapes_and_targets_are_checked(scores, target, message):
+    with pytest.raises(MetricError, match=message):
+        fit_calibrator(scores, target)
+
+
+def test_an_unknown_method_is_named():
+    with pytest.raises(MetricError, match=r"calibration 'plat' does not exist: .*'platt'"):
+        fit_calibrator(np.zeros((2, 2)), [0, 1], "plat")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_written_reads_back_equal(method):
+    scores, target = draw()
+    fitted = fit_calibrator(scores, target, method, prior_shift=[0, 1])
+    read = calibrator_from_dict({**fitted.to_dict(), "fitted_on": "val"})
+    assert read == fitted and isinstance(read, Isotonic if method == "isotonic" else Scaling)
+    np.testing.assert_array_equal(read.scale(scores), fitted.scale(scores))
+
+
+def test_nothing_is_exactly_nothing():
+    scores, _ = draw(20)
+    assert calibrator_from_dict({"method": "none"}).scale(scores) is scores
+
+
+def test_isotonic_promises_no_more_than_it_has_seen():
+    x = np.linspace(-2, 2, 40)
+    fitted = fit_calibrator(np.stack([0 * x, x], axis=1), (x > 0).astype(int), "isotonic")
+    ends = (min(expit(-2), 1 / 22), max(expit(2), 21 / 22))
+    assert (fitted.calibrated[0], fitted.calibrated[-1]) == pytest.approx(ends)
+    assert logit(fitted.calibrated).max() < 4

@@ -1,0 +1,46 @@
+"""The checklist links to chapters that are there, and says what is not done."""
+
+import re
+from pathlib import Path
+
+from biopsy import sharing
+from biopsy.sharing.checklist import GUIDELINES, STARD_AI, TRIPOD_AI, describe_checklist
+from biopsy.sharing.document import Section
+from biopsy.sharing.report import render_report, report_of_run
+from report_facts import make_facts
+
+
+def test_both_guidelines_are_whole():
+    # TRIPOD+AI has 27 items (52 with their letters); STARD 2015 has 30, of which four have two letters
+    assert len({re.match(r"\d+", item.number)[0] for item in TRIPOD_AI}) == 27 and len(TRIPOD_AI) == 52
+    numbered = [item.number for item in STARD_AI if item.number]
+    assert len({re.match(r"\d+", number)[0] for number in numbered}) == 30 and len(numbered) == 34
+    assert len(set(numbered)) == len(numbered)
+
+
+def test_every_chapter_that_an_item_names_can_be_in_a_report():
+    sources = " ".join(
+        path.read_text(encoding="utf-8") for path in Path(sharing.__file__).parent.glob("*.py")
+    )
+    chapters = set(re.findall(r'Section\(\s*"([a-z-]+)"', sources))
+    named = {chapter for _, items in GUIDELINES for item in items for chapter in item.chapters}
+    assert named - {"answer", "subgroups"} <= chapters
+
+
+def test_what_the_report_lacks_is_not_done():
+    checklist = describe_checklist([Section("data", "The data", [])]).blocks[1]
+    answers = {item.number: item.chapters for item in checklist.items}
+    assert answers["12a"] == [("data", "The data")]
+    assert answers["12f"] == [] and answers["17"] == [] and answers["14"] == []
+    assert answers["1"] == [("answer", "The answer")]
+
+
+def test_fairness_is_answered_by_subgroups_only():
+    patients = [Section("patients", "Patients", [])]
+    with_groups = describe_checklist(patients, has_subgroups=True).blocks[1]
+    assert {item.number: item.chapters for item in with_groups.items}["14"] == [("patients", "Patients")]
+
+
+def test_the_page_says_not_done_and_links():
+    text = render_report(report_of_run(make_facts()))
+    assert "not done" in text and '<a href="#data">The data</a>' in text

@@ -1,0 +1,366 @@
+"""Comparisons: exact zeros, signs, seeds apart from patients, what turned, and every refusal.
+
+Runs and studies are written by hand with the predictions they would hold: nothing is trained.
+"""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from scipy.special import expit
+from sklearn.metrics import roc_auc_score
+from typer.testing import CliRunner
+
+import biopsy
+from biopsy.cli import app
+from biopsy.data.predictions import make_predictions, write_predictions
+from biopsy.errors import MetricError, RunError
+from biopsy.files import write_json
+from biopsy.judging.comparison import compare_rivals
+from biopsy.learning.runs import Run
+from biopsy.sharing.differences import say_verdict
+from biopsy.statistics.paired import adjust_holm, estimate_differences, sample_seeds, subtract
+from biopsy.statistics.tallies import rank
+from biopsy.studies.records import Study
+from biopsy.studies.rivals import gather_rivals
+from conftest import write_pack
+from test_paired import draw_pair
+
+RUN_KEYS = {"format": "biopsy-run/1", "status": "finished", "recipe": "cancernet-2020"}
+
+
+def write_run(path, pack, rows, prob, *, seed=0, fold=None, split="patients", recipe=None, threshold=0.5):
+    """Write a run that says ``prob`` (of the positive class, or of each) of some patches of a pack."""
+    probs = np.stack([1 - prob, prob], axis=1) if prob.ndim == 1 else prob
+    binary = pack.positive_index is not None
+    frame = make_predictions(
+        pack, rows, np.log(probs), probs, sides="test", fold=fold, threshold=threshold if binary else None
+    )
+    about = {"pack_sha256": pack.info.content_sha256, "split": split, "threshold": None}
+    write_predictions(path / "predictions" / "test.parquet", frame, about)
+    info = {
+        **RUN_KEYS,
+        "recipe": recipe or RUN_KEYS["recipe"],
+        "seed": seed,
+        "split": {"name": split, "fold": fold, "patients_overlap": False},
+        "pack": {"path": str(pack.path), "content_sha256": pack.info.content_sha256},
+    }
+    write_json(path / "run.json", info)
+    metrics = {"class_names": pack.class_names, "positive_class": pack.info.positive_class, "unit": pack.unit}
+    write_json(path / "evaluation" / "metrics.json", {"format": "biopsy-metrics/1", **metrics})
+    return Run.open(path)
+
+
+def write_study(
+    path, pack, prob_of_seed, *, n_folds=3, recipes=("cancernet-2020",), question="folds and seeds"
+):
+    """Write a study whose folds share out the patients; ``prob_of_seed[seed]`` is said of all patches."""
+    fold_of = pd.factorize(pack.group_ids)[0] % n_folds
+    frames = []
+    for recipe in recipes:
+        for seed, prob in prob_of_seed.items():
+            for fold in range(n_folds):
+                rows = np.flatnonzero(fold_of == fold)
+                place = path / "runs" / f"{recipe}-f{fold}-s{seed}"
+                run = write_run(
+                    place, pack, rows, prob[rows], seed=seed, fold=fold, split="folds", recipe=recipe
+                )
+                frames.append(run.predictions("test")[0].assign(recipe=recipe, seed=seed))
+    write_predictions(path / "predictions.parquet", pd.concat(frames, ignore_index=True), {})
+    pack_info = {"content_sha256": pack.info.content_sha256}
+    write_json(
+        path / "study.json",
+        {"format": "biopsy-study/1", "status": "finished", "question": question, "pack": pack_info},
+    )
+    return Study.open(path)
+
+
+def measure_only(*items):
+    """Compare without writing anything."""
+    return compare_rivals(*gather_rivals(items))
+
+
+def draw_prob(pack, seed, gain=1.2):
+    """Scores that tell the classes apart, harder in some patients than in others."""
+    rng = np.random.default_rng(seed)
+    patient = pd.factorize(pack.group_ids)[0]
+    hard = np.random.default_rng(99).normal(0, 0.5, patient.max() + 1)[patient]
+    return expit(gain * (pack.target * 2 - 1) + hard + rng.normal(0, 1, len(patient)))
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    return write_pack(tmp_path_factory.mktemp("pack"), n_patients=9, patches_per_patient=16)
+
+
+@pytest.fixture(scope="module")
+def pair(pack, tmp_path_factory):
+    """Two runs on the same patches of nine patients, the second better, and what each says."""
+    place, rows = tmp_path_factory.mktemp("pair"), np.arange(len(pack))
+    probs = draw_prob(pack, 1, 0.4), draw_prob(pack, 2, 1.6)
+    weak = write_run(place / "weak", pack, rows, probs[0], threshold=0.5)
+    strong = write_run(place / "strong", pack, rows[::-1], probs[1][::-1], threshold=0.4, recipe="vgg16-pcam")
+    return (weak, strong), probs
+
+
+@pytest.fixture(scope="module")
+def found(pair, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "one"
+    return biopsy.compare(pair[0], out=out), out
+
+
+def test_differences_are_the_rivals_less_the_references(found, pack, pair):
+    document, _ = found
+    (weak, strong), (first, second) = pair
+    (one,) = document["differences"]
+    assert (one["of"], one["to"]) == ("strong", "weak") == (strong.path.name, weak.path.name)
+    gain = roc_auc_score(pack.target, second) - roc_auc_score(pack.target, first)
+    assert one["metrics"]["auroc"]["value"] == pytest.approx(gain, abs=1e-12)
+    expected = estimate_differences(pack.target, second, first, pack.group_ids, thresholds=(0.4, 0.5), seed=0)
+    for name, interval in expected.items():
+        assert [one["metrics"][name][k] for k in ("low", "high")] == pytest.approx(
+            [interval.low, interval.high]
+        )
+    brier = ((second - pack.target) ** 2).mean() - ((first - pack.target) ** 2).mean()
+    assert one["metrics"]["brier"]["value"] == pytest.approx(brier)
+
+
+def test_p_is_the_paired_t_of_scipy():
+    """Accuracy over patients of equal size is a mean over patients: the textbook's paired t test."""
+    rng = np.random.default_rng(3)
+    groups, target = np.repeat(np.arange(12), 30), rng.integers(0, 2, 360)
+    called = [np.where(rng.random(360) < right, target, 1 - target) for right in (0.8, 0.72)]
+    samples = [sample_seeds([rank(target, c.astype(float), group_ids=groups)], seed=0) for c in called]
+    found = subtract(*samples)["accuracy"]
+    by_patient = [(c == target).reshape(12, 30).mean(axis=1) for c in called]
+    expected = stats.ttest_rel(*by_patient)
+    assert found.p == pytest.approx(expected.pvalue)
+    assert (found.interval.low, found.interval.high) == pytest.approx(tuple(expected.confidence_interval()))
+
+
+def test_holm_by_hand():
+    """Holm (1979): .005 * 4, then .01 * 3, .03 * 2, and .04 not below what came before."""
+    assert adjust_holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert adjust_holm([None, 0.7, 0.9]) == [None, 1.0, 1.0]
+    assert adjust_holm([]) == []
+
+
+def test_a_run_against_itself_is_exactly_zero(pair, tmp_path):
+    (weak, _), _ = pair
+    document = biopsy.compare([weak, weak.path], out=tmp_path / "same")
+    (one,) = document["differences"]
+    assert [rival["name"] for rival in document["rivals"]] == ["weak (1)", "weak (2)"]
+    for entry in one["metrics"].values():
+        assert (entry["value"], entry["p"], entry["p_holm"], entry["low"]) == (0.0, 1.0, 1.0, None)
+    assert document["changed"]["turned_wrong"] == document["changed"]["turned_right"] == 0
+    assert document["changed"]["mcnemar_p_if_patches_were_independent"] == 1.0
+    assert "to the last digit" in say_verdict(document, one)
+    assert pd.read_csv(tmp_path / "same" / "changed.csv").empty
+
+
+def test_what_turned_patch_by_patch(found, pack, pair):
+    document, out = found
+    _, (first, second) = pair
+    right = (first >= 0.5) == (pack.target == 1), (second >= 0.4) == (pack.target == 1)
+    changed, counts = pd.read_csv(out / "changed.csv"), document["changed"]
+    ids = pack.table["patch_id"].to_numpy(str)
+    assert set(changed["patch_id"][changed["turned"] == "wrong"]) == set(ids[right[0] & ~right[1]])
+    assert set(changed["patch_id"][changed["turned"] == "right"]) == set(ids[~right[0] & right[1]])
+    assert counts["both_right"] == (right[0] & right[1]).sum()
+    assert counts["both_wrong"] == (~right[0] & ~right[1]).sum()
+    n_wrong, n_right = counts["turned_wrong"], counts["turned_right"]
+    assert 0 < n_wrong < n_right and n_wrong + n_right == len(changed)
+    expected = 2 * stats.binom.cdf(n_wrong, n_wrong + n_right, 0.5)
+    assert counts["mcnemar_p_if_patches_were_independent"] == pytest.approx(expected)
+    for key in ("by_class", "by_group"):
+        assert sum(entry["turned_wrong"] for entry in counts[key].values()) == n_wrong
+        assert sum(entry["n_patches"] for entry in counts[key].values()) == len(pack)
+    assert changed["change"].abs().is_monotonic_decreasing
+    row, at = changed.iloc[0], int(np.flatnonzero(ids == changed["patch_id"][0])[0])
+    truth = pack.target[at]
+    assert row["prob_true_after"] == pytest.approx(second[at] if truth else 1 - second[at])
+    assert (row["pred_before"], row["target"]) == (
+        pack.class_names[int(first[at] >= 0.5)],
+        pack.class_names[truth],
+    )
+
+
+def test_what_is_written(found):
+    _, out = found
+    names = ["changed.csv", "comparison.csv", "comparison.json", "figure.svg", "report.html"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    kept = json.loads((out / "comparison.json").read_text())
+    assert kept["format"] == "biopsy-comparison/1" and kept["n_patients"] == 9
+    table = pd.read_csv(out / "comparison.csv")
+    assert table["metric"].is_unique and set(table["reference"]) == {"weak"}
+    row = table.set_index("metric").loc["auroc"]
+    assert row["difference"] == pytest.approx(row["value"] - row["reference_value"])
+    page = (out / "report.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page) and "<script" not in page
+    assert page.count("data:image/png") >= 6 and "8863" in page
+
+
+def test_three_are_corrected_and_have_no_table_of_changes(pair, pack, tmp_path):
+    (weak, strong), _ = pair
+    third = write_run(tmp_path / "third", pack, np.arange(len(pack)), draw_prob(pack, 3, 0.9))
+    document = biopsy.compare([weak, third, strong], out=tmp_path / "out")
+    p, holm = ([one["metrics"]["auroc"][key] for one in document["differences"]] for key in ("p", "p_holm"))
+    assert holm == adjust_holm(p) and holm != p
+    assert "changed" not in document and not (tmp_path / "out" / "changed.csv").exists()
+    assert "Corrected: Holm over 2 comparisons" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_studies_pool_their_folds_and_keep_seeds_apart(pack, tmp_path):
+    one = write_study(tmp_path / "one", pack, {s: draw_prob(pack, s, 0.8) for s in (0, 1, 2)}, n_folds=2)
+    other = write_study(
+        tmp_path / "other", pack, {s: draw_prob(pack, 10 + s, 1.4) for s in (0, 1, 2)}, n_folds=2
+    )
+    document = measure_only(one, other.path)
+    seeds = [
+        [roc_auc_score(pack.target, draw_prob(pack, s + start, gain)) for s in (0, 1, 2)]
+        for start, gain in ((0, 0.8), (10, 1.4))
+    ]
+    difference = np.subtract(seeds[1], seeds[0])
+    entry = document["differences"][0]["metrics"]["auroc"]
+    assert entry["value"] == pytest.approx(difference.mean()) and entry["low"] < entry["value"]
+    expected = {"mean": difference.mean(), "sd": difference.std(ddof=1), "min": difference.min()}
+    assert {key: entry["over_seeds"][key] for key in expected} == pytest.approx(expected)
+    assert entry["over_seeds"]["n"] == 3 and entry["over_seeds"]["paired"] is True
+    own = document["rivals"][0]["over_seeds"]["auroc"]
+    assert own == pytest.approx({"mean": np.mean(seeds[0]), "sd": np.std(seeds[0], ddof=1)})
+    assert len(document["by_group"]) == 9
+    first = document["by_group"][0]
+    rows = pack.group_ids == first["group"]
+    mean = np.mean([roc_auc_score(pack.target[rows], draw_prob(pack, s, 0.8)[rows]) for s in (0, 1, 2)])
+    assert first["values"]["one"]["auroc"] == pytest.approx(mean)
+
+
+def test_other_seeds_are_set_against_each_other(pack, tmp_path):
+    one = write_study(tmp_path / "one", pack, {s: draw_prob(pack, s) for s in (0, 1)}, n_folds=1)
+    other = write_study(tmp_path / "other", pack, {s: draw_prob(pack, s) for s in (5, 6, 7)}, n_folds=1)
+    spread = measure_only(one, other)["differences"][0]["metrics"]["auroc"]["over_seeds"]
+    values = [
+        [roc_auc_score(pack.target, draw_prob(pack, s)) for s in group] for group in ((0, 1), (5, 6, 7))
+    ]
+    assert spread["n"] == 6 and spread["paired"] is False
+    assert spread["sd"] == pytest.approx(np.hypot(*(np.std(group, ddof=1) for group in values)))
+    assert spread["max"] == pytest.approx(max(values[1]) - min(values[0]))
+
+
+def test_three_slides_are_shown_one_by_one_without_an_interval(tmp_path):
+    pack = write_pack(tmp_path, n_patients=3, patches_per_patient=16)
+    studies = [
+        write_study(tmp_path / name, pack, {s: draw_prob(pack, s + start, gain) for s in (0, 1)})
+        for name, start, gain in (("one", 0, 0.5), ("other", 20, 1.5))
+    ]
+    done = CliRunner().invoke(
+        app, ["compare", *(str(s.path) for s in studies), "--out", str(tmp_path / "out")]
+    )
+    assert done.exit_code == 0 and done.stderr == f"comparison {tmp_path / 'out'}\n"
+    assert "only 3 patient(s) with positive patches: an interval needs 5" in done.stdout
+    for patient in ("8863", "8865", "8867"):
+        assert re.search(rf"^ *{patient} +16 +\+0\.\d+ +[+-]0\.\d+ to \+0\.\d+", done.stdout, re.MULTILINE)
+    document = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert all(entry["low"] is None for entry in document["differences"][0]["metrics"].values())
+    assert "8865" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_study_of_two_recipes_stands_for_both(pack, tmp_path):
+    made = write_study(tmp_path / "both", pack, {0: draw_prob(pack, 0)}, recipes=("a", "b"))
+    document = measure_only(made)
+    assert [rival["name"] for rival in document["rivals"]] == ["both/a", "both/b"]
+
+
+def test_more_than_two_classes_are_compared_by_their_mean(tmp_path):
+    pack = write_pack(tmp_path, n_patients=6, patches_per_patient=15, n_classes=3)
+    rng = np.random.default_rng(0)
+    logits = [rng.normal(0, 1, (len(pack), 3)) + gain * np.eye(3)[pack.target] for gain in (0.5, 2.0)]
+    probs = [np.exp(one) / np.exp(one).sum(axis=1, keepdims=True) for one in logits]
+    runs = [write_run(tmp_path / f"run{i}", pack, np.arange(len(pack)), p) for i, p in enumerate(probs)]
+    entry = measure_only(*runs)["differences"][0]["metrics"]["auroc"]
+    macro = [roc_auc_score(pack.target, p, multi_class="ovr") for p in probs]
+    assert entry["value"] == pytest.approx(macro[1] - macro[0]) and entry["low"] > 0
+
+
+def test_ids_can_be_hidden_everywhere(pair, tmp_path):
+    biopsy.compare(pair[0], out=tmp_path / "out", hide_ids=True)
+    for path in (tmp_path / "out").glob("*.[cjh]*"):
+        text = re.sub(r"base64,[^\"]*", "", path.read_text())
+        assert not re.search(r"(?<![\d.])88(63|65|67|69|71|73|75|77|79)(?!\d)", text), path.name
+    assert "idx5" not in (tmp_path / "out" / "changed.csv").read_text()
+
+
+def test_how_many_patients_a_pair_and_a_run_call_for(pair):
+    (weak, strong), _ = pair
+    alone, both = biopsy.compare(weak, plan=True), biopsy.compare(pair[0], plan=True, difference=0.1)
+    assert [need["assumed"] for need in alone["needs"]] == [f"correlation {r}" for r in ("0", "0.5", "0.8")]
+    counts = [need["n_patients"] for need in alone["needs"]]
+    assert counts[0] > counts[1] > counts[2] and alone["n_patients_at_hand"] == 9
+    assert alone["needs"][0]["sd"] == pytest.approx(alone["needs"][1]["sd"] * np.sqrt(2))
+    assert both["needs"][0]["low"] <= both["needs"][0]["n_patients"] <= both["needs"][0]["high"]
+    assert -1 <= both["correlation"] <= 1
+    done = CliRunner().invoke(app, ["compare", "--plan", str(strong.path), "--difference", "0.05"])
+    assert done.exit_code == 0 and "patients needed to see a difference of 0.05 in auroc" in done.stdout
+
+
+def test_refusals(pack, pair, tmp_path):
+    (weak, strong), (first, _) = pair
+    half = np.arange(len(pack) // 2 + 8)
+    part = write_run(tmp_path / "part", pack, half, first[half], split="folds", fold=1)
+    with pytest.raises(
+        RunError,
+        match=r"weak was tested on 144 patches \(split patients\) and part on 80 \(split folds, fold 1\), "
+        "of which they share 80",
+    ):
+        biopsy.compare([weak, part])
+    other = write_pack(tmp_path, "other.pack", n_patients=9, patches_per_patient=16, seed=5)
+    stranger = write_run(tmp_path / "stranger", other, np.arange(len(other)), first)
+    with pytest.raises(RunError, match=r"weak was tested on tiny.pack \(\w{12}\) and stranger on other.pack"):
+        biopsy.compare([weak, stranger])
+    with pytest.raises(RunError, match="a comparison needs two or more runs or studies"):
+        biopsy.compare(weak)
+    with pytest.raises(RunError, match="nothing was named to compare"):
+        biopsy.compare([])
+    with pytest.raises(MetricError, match="metric 'auc' does not exist: did you mean 'auroc'"):
+        biopsy.compare([weak, strong], metric="auc")
+    with pytest.raises(RunError, match="a plan is made from one run or from a pair: 3 were named"):
+        biopsy.compare([weak, strong, weak], plan=True)
+    with pytest.raises(MetricError, match="no two patients differ"):
+        biopsy.compare([weak, weak], plan=True)
+    (strong.path / "predictions" / "test.parquet").rename(tmp_path / "away.parquet")
+    with pytest.raises(RunError, match=r"test.parquet does not exist: make it with `biopsy evaluate"):
+        biopsy.compare([weak, strong])
+    (tmp_path / "away.parquet").rename(strong.path / "predictions" / "test.parquet")
+    with pytest.raises(RunError, match=r"is not a run"):
+        biopsy.compare([weak, tmp_path / "nothing"])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("precious")
+    with pytest.raises(RunError, match="is not empty and holds no comparison: name another with --out"):
+        biopsy.compare([weak, strong], out=tmp_path / "full")
+    done = CliRunner().invoke(app, ["compare", str(weak.path), str(part.path)])
+    assert done.exit_code == 1 and done.stderr.count("\n") == 1 and not done.stdout
+    few = write_run(tmp_path / "few", pack, half[:64], first[:64])
+    with pytest.raises(MetricError, match=r"only 4 patient\(s\) with positive patches"):
+        biopsy.compare(few, plan=True)
+
+
+def test_a_sweep_or_reproduction_is_refused_with_its_runs_named(pack, tmp_path):
+    made = write_study(tmp_path / "sweep", pack, {0: draw_prob(pack, 0)}, question="a grid of settings")
+    (made.path / "predictions.parquet").unlink()
+    with pytest.raises(
+        RunError, match=r"another kind \(a grid of settings\).*compare its runs, such as .*f0-s0"
+    ):
+        biopsy.compare([made, made])
+
+
+def test_a_difference_there_is_is_found_and_said():
+    target, first, second, groups = draw_pair(np.random.default_rng(8), 30, gain=2.0)
+    samples = [sample_seeds([rank(target, p, group_ids=groups)], seed=0) for p in (first, second)]
+    found = subtract(*samples)["auroc"]
+    assert found.p < 0.001 and found.interval.low > 0
+    assert subtract(samples[1], samples[0])["auroc"].p == pytest.approx(found.p)
+    with pytest.raises(MetricError, match="not of the same patients"):
+        subtract(samples[0], sample_seeds([rank(target, first)], seed=0, names=["auroc"]))
