@@ -6,8 +6,8 @@
   coverage of new patients is exact, by a closed form. Results: ``results/conformal-simulation.csv``.
 * ``phantom``: a phantom cohort of 60 patients, 100 patches each on average. The small residual network learns
   from 20 of them for few epochs, the last of which is taken, so that nothing is chosen on the other 40. Those
-  are divided at random, many times, into patients to calibrate on (temperature and conformal sets) and
-  patients to test. One row a number of patients, error rate and method:
+  are divided at random, many times, into patients to calibrate on (temperature, Youden's threshold, conformal
+  sets) and patients to test. One row a promise, error rate, number of patients and method:
   ``results/conformal-phantom.csv``. Before that the run is calibrated on its own 20 validation patients and
   judged on its 20 test patients as any run is, which is printed.
 
@@ -39,12 +39,15 @@ from biopsy.seeds import make_rng
 from biopsy.statistics.calibrators import fit_calibrator
 from biopsy.statistics.cohorts import UnevenPatients
 from biopsy.statistics.conformal import (
+    Promise,
     abstain,
+    fit_conformal,
     groups_needed,
     hierarchical_quantile,
     predict_sets,
     score_targets,
 )
+from biopsy.statistics.thresholds import choose_threshold
 
 RESULTS = Path(__file__).parent / "results"
 ALPHAS = (0.10, 0.05)
@@ -54,6 +57,15 @@ POPULATIONS = {
 }
 METHODS = ("patients as the unit", "patches as independent")
 PATCHES = 40
+SHARES = (
+    "coverage",
+    "coverage_of_not_idc",
+    "coverage_of_idc",
+    "abstained",
+    "kept_and_wrong",
+    "idc_kept_and_wrong",
+    "wrong_among_kept",
+)
 
 
 def both(prob: np.ndarray) -> np.ndarray:
@@ -111,7 +123,8 @@ def measure_phantom(options: argparse.Namespace) -> Iterator[dict[str, object]]:
     """Divide the 40 patients that the network has not learned from again and again."""
     with tempfile.TemporaryDirectory() as temporary:
         run = train_on_phantom(options.folder or Path(temporary), options)
-        print(evaluate(run)["abstention"], flush=True)
+        metrics = evaluate(run)
+        print({"auroc": metrics["patch"]["auroc"], **metrics["abstention"]}, flush=True)
         sides = [
             read_predictions(run.path / "predictions" / f"{side}.parquet")[0] for side in ("val", "test")
         ]
@@ -120,54 +133,69 @@ def measure_phantom(options: argparse.Namespace) -> Iterator[dict[str, object]]:
     target = np.concatenate([side["target"].to_numpy(int) for side in sides])
     patients = np.concatenate([side["patient_id"].to_numpy(str) for side in sides])
     every = np.unique(patients)
-    for alpha in ALPHAS:
-        for n in (n for n in (9, 19, 30) if n >= groups_needed(alpha)):
-            found = np.empty((options.divisions, 2, 4))
-            for k in range(options.divisions):
-                chosen = make_rng(options.seed, "division", k).permutation(every)[:n]
-                found[k] = divide(logits, target, patients, np.isin(patients, chosen), alpha)
-            for method, shares in zip(METHODS, found.swapaxes(0, 1), strict=True):
-                coverage, abstained, error, among_kept = shares.T
-                yield {
-                    "promised": 1 - alpha,
-                    "calibration_patients": n,
-                    "test_patients": len(every) - n,
-                    "method": method,
-                    "coverage": f"{coverage.mean():.4f}",
-                    "coverage_sd": f"{coverage.std():.4f}",
-                    "share_of_divisions_below": f"{(coverage < 1 - alpha).mean():.3f}",
-                    "abstained": f"{abstained.mean():.4f}",
-                    "kept_and_wrong": f"{error.mean():.4f}",
-                    "wrong_among_kept": f"{np.nanmean(among_kept):.4f}",
-                    "divisions": options.divisions,
-                    "patches": len(target),
-                    "seed": options.seed,
-                    "epochs": options.epochs,
-                }
+    asked = [
+        (promise, alpha, n) for promise in ("each-class", "all") for alpha in ALPHAS for n in (9, 19, 30)
+    ]
+    for promise, alpha, n in asked:
+        if n < groups_needed(alpha):
+            continue
+        found = np.empty((options.divisions, 2, len(SHARES)))
+        for k in range(options.divisions):
+            chosen = make_rng(options.seed, "division", k).permutation(every)[:n]
+            found[k] = divide(logits, target, patients, np.isin(patients, chosen), alpha, promise)
+        for method, shares in zip(METHODS, found.swapaxes(0, 1), strict=True):
+            coverage = shares[:, 1:3].min(axis=1) if promise == "each-class" else shares[:, 0]
+            yield {
+                "promise": promise,
+                "promised": 1 - alpha,
+                "calibration_patients": n,
+                "test_patients": len(every) - n,
+                "method": method,
+                **{
+                    name: f"{mean:.4f}" for name, mean in zip(SHARES, np.nanmean(shares, axis=0), strict=True)
+                },
+                "share_of_divisions_below": f"{(coverage < 1 - alpha).mean():.3f}",
+                "divisions": options.divisions,
+                "patches": len(target),
+                "seed": options.seed,
+                "epochs": options.epochs,
+            }
 
 
 def divide(
-    logits: np.ndarray, target: np.ndarray, patients: np.ndarray, calibrates: np.ndarray, alpha: float
+    logits: np.ndarray,
+    target: np.ndarray,
+    patients: np.ndarray,
+    calibrates: np.ndarray,
+    alpha: float,
+    promise: Promise,
 ) -> np.ndarray:
-    """Calibrate on some patients, test on the others: rows of methods, each patient weighing the same.
+    """Calibrate on some patients, test on the others: methods by `SHARES`, each patient weighing the same.
 
-    Columns: coverage, no answer, kept and wrong, wrong among the kept.
+    Where sets are refused, all classes are in every set.
     """
     scores = fit_calibrator(logits[calibrates], target[calibrates]).scale(logits)
     probs = np.exp(scores - scores.max(axis=1, keepdims=True))
     probs /= probs.sum(axis=1, keepdims=True)
-    known = score_targets(probs[calibrates], target[calibrates])
-    new, truth = probs[~calibrates], target[~calibrates]
-    _, place, size = np.unique(patients[~calibrates], return_inverse=True, return_counts=True)
-    weight = 1 / (size[place] * len(size))
-    pred, rows = new.argmax(axis=1), []
+    known, new, truth = probs[calibrates], probs[~calibrates], target[~calibrates]
+    threshold = choose_threshold(target[calibrates], known[:, 1], "youden").value
+    pred, rows = (new[:, 1] >= threshold).astype(int), []
     for unit in (patients[calibrates], np.arange(len(known))):
-        sets = predict_sets(new, hierarchical_quantile(known, unit, alpha))
-        kept = ~abstain(sets, pred)
-        error = weight @ (kept & (pred != truth))
-        share = weight @ kept
-        covered = weight @ sets[np.arange(len(truth)), truth]
-        rows.append([covered, 1 - share, error, error / share if share else np.nan])
+        fitted = fit_conformal(known, target[calibrates], unit, alpha, promise=promise)
+        sets = predict_sets(new, 1.0 if fitted.quantiles is None else fitted.quantiles)
+        covered, kept = sets[np.arange(len(truth)), truth], ~abstain(sets, pred)
+        wrong = kept & (pred != truth)
+
+        def share(of: np.ndarray, among: np.ndarray) -> float:
+            each = np.unique(patients[~calibrates][among], return_inverse=True)[1]
+            return float((np.bincount(each, of[among]) / np.bincount(each)).mean())
+
+        every = np.ones(len(truth), bool)
+        kept_share, error = share(kept, every), share(wrong, every)
+        of_class = [share(covered, truth == k) for k in (0, 1)]
+        missed = share(wrong, truth == 1)
+        among_kept = error / kept_share if kept_share else np.nan
+        rows.append([share(covered, every), *of_class, 1 - kept_share, error, missed, among_kept])
     return np.array(rows)
 
 

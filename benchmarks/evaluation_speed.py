@@ -1,8 +1,9 @@
-"""How long the numbers of an evaluation take, and how much memory: every metric with every interval.
+"""How long an evaluation takes, and how much memory: every number with every interval.
 
-Predictions of synthetic test patches, of patients who differ in prevalence and in how hard they are, go
-through `biopsy.judging.evaluation.measure_predictions` in a process of its own, its threads held to the cores
-that are stated. No network is run: what it says is drawn.
+A pack of noise and a run on it are made, then `biopsy.evaluate` judges the run's test
+side in a process of its own. All is as for any run (metrics and intervals over patients, calibration,
+decisions, abstention, subgroups of two joined columns, colour alone, tables written) but for the network,
+whose logits are drawn from patients who differ in prevalence and in how hard they are.
 
     python benchmarks/evaluation_speed.py --patches 50000 --patients 50 --cores 2
 
@@ -15,64 +16,125 @@ import csv
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
-from scipy.special import expit
+import pandas as pd
 
 RESULTS = Path(__file__).parent / "results" / "evaluation-speed.csv"
+PATCH_PX = 16
+LEARNING = {"train": (4, 50), "val": (20, 50)}  # patients and patches of each on the other sides
+SETTINGS = (
+    "preprocessing.input_px=16",
+    "model.params.base_channels=4",
+    "train.epochs=4",
+    "train.batch_size=8",
+)
 
 
-def draw_predictions(n_patches: int, n_patients: int, seed: int = 0) -> SimpleNamespace:
-    """Draw targets, patients and probabilities as `measure_predictions` reads them from a pack."""
-    rng = np.random.default_rng(seed)
-    patient = np.sort(rng.integers(n_patients, size=n_patches))
-    target = (rng.random(n_patches) < rng.beta(1.5, 3.5, n_patients)[patient]).astype(int)
-    score = rng.normal(0, 0.6, n_patients)[patient] + 2 * target - 1.3 + rng.normal(0, 1, n_patches)
-    pack = SimpleNamespace(
-        target=target,
-        group_ids=np.array([f"patient-{index:05d}" for index in range(n_patients)], dtype=object)[patient],
-        positive_index=1,
-        class_names=["not IDC", "IDC"],
-        unit="patient",
+def make_run(folder: Path, n_patches: int, n_patients: int) -> None:
+    """Write a pack with a test side of the asked size, and a run on it."""
+    from biopsy.data.packs import PIXELS, Pack, finish_pack, patch_sha256
+    from biopsy.learning.training import train
+
+    rng = np.random.default_rng(0)
+    counts = [(side, n_each) for side, (n, n_each) in LEARNING.items() for _ in range(n)]
+    counts += [("test", len(part)) for part in np.array_split(np.arange(n_patches), n_patients)]
+    patient = np.repeat(np.arange(len(counts)), [n for _, n in counts])
+    share = rng.beta(1.5, 3.5, len(counts)).clip(0.05, 0.95)
+    target = (rng.random(len(patient)) < share[patient]).astype(int)
+    patches = rng.integers(0, 200, (len(patient), PATCH_PX, PATCH_PX, 3), dtype=np.uint8)
+    patches += (20 * target[:, None, None, None]).astype(np.uint8)  # a little brighter: enough to learn from
+    names = np.array([f"patient-{index:05d}" for index in range(len(counts))])[patient]
+    table = pd.DataFrame(
+        {
+            "patch_id": [f"patch-{index:07d}" for index in range(len(patient))],
+            "patient_id": names,
+            "slide_id": names,
+            "site_id": np.array(["north", "south", "west"])[patient % 3],
+            "scanner": np.array(["a", "b"])[patient % 2],
+            "x": pd.array([None] * len(patient), dtype="Int64"),
+            "y": pd.array([None] * len(patient), dtype="Int64"),
+            "target": target,
+            "width": PATCH_PX,
+            "height": PATCH_PX,
+            "own_side": np.array([side for side, _ in counts])[patient],
+            "sha256": [patch_sha256(patch) for patch in patches],
+            "source": "drawn",
+        }
     )
-    prob = expit(score)
-    return SimpleNamespace(pack=pack, probs=np.stack([1 - prob, prob], axis=1))
+    pack = folder / "drawn.pack"
+    pack.mkdir()
+    np.save(pack / PIXELS, patches)
+    finish_pack(
+        pack,
+        table,
+        dataset="drawn",
+        class_names=["not IDC", "IDC"],
+        positive_class="IDC",
+        mpp=1.0,
+        patch_px=PATCH_PX,
+        origin={"source": "benchmarks/evaluation_speed.py"},
+    )
+    train(
+        "residual-small",
+        Pack.open(pack),
+        split="official",
+        set=SETTINGS,
+        out=folder / "run",
+        device="cpu",
+    )
 
 
-def measure_here(n_patches: int, n_patients: int) -> None:
+def draw_logits(target: np.ndarray, group_ids: np.ndarray) -> np.ndarray:
+    """Draw logits of two classes, ``(n, 2)``, as a network might give them."""
+    rng = np.random.default_rng(1)
+    codes = pd.factorize(group_ids)[0]
+    hard = rng.normal(0, 0.6, codes.max() + 1)[codes]
+    logit = hard + 2 * target - 1.3 + rng.normal(0, 1, len(target))
+    return np.stack([-logit / 2, logit / 2], axis=1)
+
+
+def read_peak_mb() -> int:
+    """Give the most memory this process has held (Linux); `resource` would count what it was forked from."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) // 1000 for line in lines if line.startswith("VmHWM"))
+
+
+def evaluate_here(folder: Path) -> None:
     """Evaluate in this process, and print seconds and peak memory as JSON."""
-    from biopsy.judging.evaluation import measure_predictions
+    from biopsy.judging import evaluation
 
-    drawn = draw_predictions(n_patches, n_patients)
-    before_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-    start = time.perf_counter()
-    threshold = {"value": 0.4, "rule": "youden", "chosen_on": "val"}
-    found = measure_predictions(drawn.pack, np.arange(n_patches), drawn.probs, threshold, seed=0)
-    seconds = time.perf_counter() - start
-    usage = resource.getrusage(resource.RUSAGE_SELF)
+    def give_logits(network: Any, preprocessing: Any, patches: Any, sizes: Any, rows: Any, **_: Any) -> Any:
+        table = pd.read_parquet(folder / "drawn.pack" / "patches.parquet").iloc[rows]
+        return draw_logits(table["target"].to_numpy(int), table["patient_id"].to_numpy(str))
+
+    evaluation.predict_logits = give_logits  # type: ignore[assignment]
+    at_start_mb, start, start_cpu = read_peak_mb(), time.perf_counter(), time.process_time()
+    found = evaluation.evaluate(folder / "run")
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
     row = {
-        "patches": n_patches,
-        "patients": n_patients,
-        "entries": " ".join(found),
+        "patches": found["n_patches"],
+        "patients": found["n_patients"],
         "seconds": round(seconds, 2),
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
-        "start_rss_mb": round(before_mb),
-        "peak_rss_mb": round(usage.ru_maxrss / 1000),
+        "cpu_seconds": round(cpu_seconds, 2),
+        "rss_at_start_mb": at_start_mb,
+        "peak_rss_mb": read_peak_mb(),
+        "entries": " ".join(key for key in found if found[key] is not None),
     }
     print(json.dumps(row))
 
 
-def measure_apart(n_patches: int, n_patients: int, cores: int) -> dict[str, object]:
-    """Evaluate in a process of its own on so many cores."""
+def evaluate_apart(folder: Path, cores: int) -> dict[str, object]:
+    """Evaluate in a process of its own with so many threads."""
     threads = {f"{name}_NUM_THREADS": str(cores) for name in ("OMP", "OPENBLAS", "MKL")}
-    command = [sys.executable, __file__, "--here", "--patches", str(n_patches), "--patients", str(n_patients)]
+    command = [sys.executable, __file__, "--here", str(folder)]
     done = subprocess.run(
         command, check=True, capture_output=True, text=True, env={**os.environ, **threads}
     ).stdout
@@ -107,21 +169,22 @@ if __name__ == "__main__":
     parser.add_argument("--patients", type=int, default=50)
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.here:
-        measure_here(arguments.patches, arguments.patients)
+        evaluate_here(arguments.here)
         raise SystemExit
-    machine = describe_machine(arguments.cores)
-    rows = [
-        measure_apart(arguments.patches, arguments.patients, arguments.cores) | machine
-        for _ in range(arguments.repeats)
-    ]
+    with tempfile.TemporaryDirectory() as place:
+        make_run(Path(place), arguments.patches, arguments.patients)
+        rows = [
+            evaluate_apart(Path(place), arguments.cores) | describe_machine(arguments.cores)
+            for _ in range(arguments.repeats)
+        ]
     new = not RESULTS.exists()
     with open(RESULTS, "a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(rows)
     for row in rows:
-        print("\n".join(f"{key:>14}: {value}" for key, value in row.items()))
+        print("\n".join(f"{key:>15}: {value}" for key, value in row.items()))

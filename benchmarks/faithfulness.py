@@ -11,8 +11,8 @@ Commands, as they were run for ``results/faithfulness.csv``::
     python benchmarks/faithfulness.py --phantom --seed 100
 
 The runs are of the studies in ``docs/recipes/cancernet.md`` and ``docs/recipes/squeezenet-pcam.md``. Each
-appends one row a method with sizes, seed, machine and time. Two cores; a minute or two of each for a run, five
-for phantom.
+appends one row a method with sizes, seed, machine and time. Two cores; a minute or two of each for a run,
+five for phantom.
 """
 
 import argparse

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cv2
+import hypothesis
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from biopsy.learning.runs import Run
 
 pytest_plugins = ["local_server"]
+
+hypothesis.settings.register_profile("biopsy", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("biopsy")
 
 PROJECT = Path(__file__).resolve().parents[1]
 STEP_PX = 50  # of IDC's coordinates, whatever the size of the synthetic patches

@@ -12,7 +12,7 @@ from biopsy.errors import MetricError
 from biopsy.figures.abstention import draw_promise, draw_risk_coverage
 from biopsy.judging.abstention import count_sets, judge_promise, measure_abstention
 from biopsy.learning.abstention import fit_abstention
-from biopsy.sharing.abstention import describe_abstention
+from biopsy.sharing.abstention import describe_abstention, say_verdict
 from biopsy.sharing.document import ReportDocument, Summary
 from biopsy.sharing.report import render_report
 from biopsy.statistics.abstention import (
@@ -24,6 +24,7 @@ from biopsy.statistics.abstention import (
     trace_risk,
 )
 from biopsy.statistics.cohorts import UnevenPatients
+from biopsy.statistics.conformal import predict_sets
 from report_facts import NAMES, THRESHOLD, Page, make_facts, make_metrics, make_predictions, make_small_facts
 
 
@@ -160,12 +161,19 @@ def test_a_coverage_that_is_none_is_refused():
 
 
 def fit(cohort, alpha=0.1, **changes):
-    about = {"unit": "patient", "chosen_on": "val", "patients_overlap": False, **changes}
+    about = {
+        "promise": "each-class",
+        "class_names": ["a", "b"],
+        "unit": "patient",
+        "chosen_on": "val",
+        "patients_overlap": False,
+        **changes,
+    }
     return fit_abstention(both(cohort.prob), cohort.target, cohort.patient_ids.astype(str), alpha, **about)
 
 
 def judge(conformal, cohort, threshold=0.5, unit="patient"):
-    groups = cohort.patient_ids if unit == "patient" else np.arange(len(cohort.prob))
+    groups = cohort.patient_ids
     pack = SimpleNamespace(
         target=cohort.target, group_ids=groups.astype(str), class_names=["a", "b"], unit=unit
     )
@@ -179,23 +187,34 @@ NEW = POPULATION.draw(30, 40, seed=10)
 
 
 def test_a_promise_and_what_became_of_it():
-    entry = judge(fit(POPULATION.draw(25, 40, seed=0)), NEW)
+    entry = judge(fit(POPULATION.draw(25, 40, seed=0), promise="all"), NEW)
     assert (entry["alpha"], entry["promised_coverage"], entry["reason"]) == (0.1, 0.9, None)
     assert (entry["n_calibration_patients"], entry["n_calibration_patches"]) == (25, 1000)
     for weight in ("patient", "patch"):
         shares = {name: share["value"] for name, share in entry[weight].items()}
-        assert shares["coverage"] == pytest.approx(POPULATION.coverage(entry["quantile"]), abs=0.05)
+        assert shares["coverage"] == pytest.approx(POPULATION.coverage(entry["quantiles"][0]), abs=0.05)
         assert shares["error"] <= 1 - shares["coverage"] + 1e-12
         assert shares["error"] == pytest.approx(shares["error_among_kept"] * (1 - shares["abstained"]))
         assert entry["per_patch"][weight]["abstained"]["value"] < shares["abstained"]
     assert sum(entry["sets"].values()) == len(NEW.prob)
     assert entry["sets"]["kept"] == round(len(NEW.prob) * (1 - entry["patch"]["abstained"]["value"]))
-    assert entry["verdict"] == "kept" and set(entry["by_class"]) == {"a", "b"}
+    assert entry["verdict"] == judge_promise(0.9, [entry["patient"]["coverage"]])
     assert entry["risk_coverage"]["at"][0]["risk"]["value"] == entry["risk_coverage"]["error"]
 
 
-def test_the_sets_lie_on_the_curve():
+def test_a_promise_to_each_class_is_held_against_each():
     conformal = fit(POPULATION.draw(25, 40, seed=0))
+    entry = judge(conformal, NEW)
+    sets = predict_sets(both(NEW.prob), conformal["quantiles"])
+    for k, name in enumerate("ab"):
+        each = [sets[(NEW.target == k) & (NEW.patient_ids == p), k].mean() for p in range(30)]
+        assert entry["by_class"][name]["coverage"]["value"] == pytest.approx(np.mean(each))
+    coverages = [shares["coverage"] for shares in entry["by_class"].values()]
+    assert entry["verdict"] == judge_promise(0.9, coverages)
+
+
+def test_the_sets_of_one_promise_lie_on_the_curve():
+    conformal = fit(POPULATION.draw(25, 40, seed=0), promise="all")
     for threshold in (0.3, 0.5):
         entry = judge(conformal, NEW, threshold)
         pred = (NEW.prob >= threshold).astype(int)
@@ -208,7 +227,7 @@ def test_the_sets_lie_on_the_curve():
 
 def test_too_few_patients_promise_nothing():
     conformal = fit(POPULATION.draw(1, 400, seed=0))
-    assert conformal["quantile"] is None and conformal["per_patch_quantile"] is not None
+    assert conformal["quantiles"] is None and conformal["per_patch_quantiles"] is not None
     entry = judge(conformal, NEW)
     assert "needs at least ceil(1/0.1) - 1 = 9 calibration patients; there is 1" in entry["reason"]
     assert "patient" not in entry and "verdict" not in entry
@@ -217,7 +236,7 @@ def test_too_few_patients_promise_nothing():
 
 def test_patients_on_several_sides_promise_nothing():
     conformal = fit(POPULATION.draw(25, 40, seed=0), patients_overlap=True)
-    assert conformal["quantile"] is None
+    assert conformal["quantiles"] is None
     assert conformal["reason"] == (
         "patients stand on several sides of this split, so errors on val promise nothing about a new patient"
     )
@@ -230,19 +249,9 @@ def test_a_classifier_from_before_says_so():
 
 
 def test_with_the_patch_as_the_unit_both_are_one():
-    cohort = POPULATION.draw(40, 5, seed=1)
-    one = UnevenPatients().draw(150, 1, seed=2)
-    conformal = fit_abstention(
-        both(cohort.prob),
-        cohort.target,
-        np.arange(200).astype(str),
-        0.1,
-        unit="patch",
-        chosen_on="val",
-        patients_overlap=False,
-    )
-    assert conformal["quantile"] == conformal["per_patch_quantile"]
-    entry = judge(conformal, one, unit="patch")
+    conformal = fit(POPULATION.draw(200, 1, seed=1), unit="patch")
+    assert conformal["quantiles"] == conformal["per_patch_quantiles"]
+    entry = judge(conformal, POPULATION.draw(80, 1, seed=2), unit="patch")
     assert entry["patient"] == entry["patch"] == entry["per_patch"]["patch"]
 
 
@@ -257,10 +266,19 @@ def test_sets_are_counted_by_what_they_hold():
 
 
 def test_a_verdict_needs_an_interval_to_be_against():
-    assert judge_promise(0.9, {"value": 0.91, "high": 0.95}) == "kept"
-    assert judge_promise(0.9, {"value": 0.88, "high": 0.91}) == "open"
-    assert judge_promise(0.9, {"value": 0.80, "high": 0.85}) == "broken"
-    assert judge_promise(0.9, {"value": 0.80, "high": None}) == "open"
+    kept, short = {"value": 0.91, "high": 0.95}, {"value": 0.88, "high": 0.91}
+    missed, bare = {"value": 0.80, "high": 0.85}, {"value": 0.80, "high": None}
+    assert [judge_promise(0.9, [one]) for one in (kept, short, missed, bare)] == [
+        "kept",
+        "open",
+        "broken",
+        "open",
+    ]
+    assert [judge_promise(0.9, [kept, other]) for other in (kept, short, missed)] == [
+        "kept",
+        "open",
+        "broken",
+    ]
 
 
 # Figures and chapter
@@ -299,14 +317,21 @@ def words(facts):
 
 
 def test_the_chapter_holds_the_promise_to_account():
-    facts = chapter(fit(POPULATION.draw(25, 40, seed=0)) | {"quantile": 0.97})
+    facts = chapter(fit(POPULATION.draw(25, 40, seed=0)) | {"quantiles": [0.97, 0.97]})
     section = describe_abstention(facts)
     assert section.id == "abstention" and [block.kind for block in section.blocks][-1] == "pictures"
     text = words(facts)
     assert "fitted on 1,000 patches of 25 patients (val) with the patient as the unit" in text
-    assert "at least 90 % have their true class in their set" in text
-    assert "at most 10 % of all patches are kept and called wrong" in text
-    assert "The promise was kept on these patients" in text and "patches taken as independent" in text
+    assert "of the patches of each class of a new patient, on the mean over patients, at least 90 %" in text
+    assert "at most 10 % of each are kept and called wrong" in text
+    assert "The promise was kept on these patients. Coverage: of not IDC patches" in text
+    assert "patients as the unit patches as independent" in text
+    one = chapter(fit(POPULATION.draw(25, 40, seed=0), promise="all") | {"quantiles": [0.97, 0.97]})
+    said = describe_abstention(one).blocks
+    assert "at most 10 % of them are kept" in said[0].text and "Coverage: 1.000 (" in said[1].text
+    columns = {(row[0], row[1]): row[2] for row in said[2].rows}
+    assert columns["all", "true class in the set"] == "at least 0.900"
+    assert columns["IDC", "true class in the set"] == "-"
 
 
 def test_the_chapter_of_a_refusal_says_why_and_what_the_plain_version_would_promise():
@@ -317,9 +342,15 @@ def test_the_chapter_of_a_refusal_says_why_and_what_the_plain_version_would_prom
 
 
 def test_a_promise_missed_is_broken_or_open():
-    conformal = fit(POPULATION.draw(25, 40, seed=0))
-    assert "The promise was broken on these patients, by" in words(chapter(conformal | {"quantile": 0.2}))
-    assert "no more than so few patients can differ by chance" in words(chapter(conformal))
+    section = describe_abstention(chapter(fit(POPULATION.draw(25, 40, seed=0)) | {"quantiles": [0.2, 0.2]}))
+    assert "The promise was broken on these patients, by" in section.blocks[1].text
+    assert section.blocks[1].tone == "warning"
+    found = {"promise": "all", "promised_coverage": 0.9, "verdict": "open"}
+    found["patient"] = {"coverage": {"value": 0.88, "low": 0.8, "high": 0.91, "reason": None}}
+    assert say_verdict(found, "slide") == (
+        "Coverage fell short by 0.020, no more than so few slides can differ by chance: "
+        "0.880 (0.800 to 0.910), where 0.900 was promised."
+    )
 
 
 def test_a_report_on_the_calibration_side_says_it_tests_nothing():

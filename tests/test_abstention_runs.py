@@ -35,7 +35,7 @@ def promising(trained_run, tmp_path):
 
 def test_a_run_with_few_validation_patients_promises_nothing_and_says_so(trained_run, tmp_path):
     known = trained_run.classifier.info.conformal
-    assert known["quantile"] is None and known["reason"] == FEW and known["per_patch_quantile"] is not None
+    assert known["quantiles"] is None and known["reason"] == FEW and known["per_patch_quantiles"] is not None
     run = copy_run(trained_run, tmp_path)
     entry = evaluate(run)["abstention"]
     assert entry["reason"] == FEW and entry["n_calibration_patients"] == 5 and "verdict" not in entry
@@ -48,7 +48,7 @@ def test_calibrating_again_fits_the_sets_again(promising):
     info, (val, _) = promising.classifier.info, promising.predictions("val")
     probs = val[[f"prob_{name}" for name in info.class_names]].to_numpy()
     fit = fit_conformal(probs, val["target"].to_numpy(int), val["patient_id"].to_numpy(str), 0.25)
-    assert info.conformal["quantile"] == fit.quantile and info.conformal["reason"] is None
+    assert info.conformal["quantiles"] == list(fit.quantiles) and info.conformal["reason"] is None
     assert (info.conformal["n_patients"], info.conformal["n_patches"]) == (5, 40)
     assert (info.conformal["unit"], info.conformal["chosen_on"]) == ("patient", "val")
     assert Classifier.load(promising.path / "classifier").info.conformal == info.conformal
@@ -58,7 +58,7 @@ def test_what_is_judged_is_what_is_predicted(promising, tmp_path):
     entry, classifier = evaluate(promising)["abstention"], promising.classifier
     test, _ = promising.predictions("test")
     probs = test[[f"prob_{name}" for name in classifier.info.class_names]].to_numpy()
-    sets = predict_sets(probs, classifier.info.conformal["quantile"])
+    sets = predict_sets(probs, classifier.info.conformal["quantiles"])
     alone = (sets.sum(axis=1) == 1) & sets[np.arange(len(test)), test["pred"].to_numpy(int)]
     assert (test["abstained"] == ~alone).all()
     assert entry["patch"]["abstained"]["value"] == pytest.approx(test["abstained"].mean())
@@ -83,7 +83,7 @@ def test_a_classifier_from_before_is_read_and_answers_everything(trained_run, tm
     assert entry["alpha"] is None and "made before" in entry["reason"]
 
 
-@pytest.mark.parametrize("value", ["0", "1", "-0.1", "nan"])
-def test_an_error_rate_that_is_none_is_refused(value):
-    with pytest.raises(RecipeError, match="abstention_error"):
-        load_recipe("cancernet-2020", [f"decision.abstention_error={value}"])
+@pytest.mark.parametrize("setting", ["error=0", "error=1", "error=-0.1", "error=nan", "promise=none"])
+def test_an_error_rate_or_promise_that_is_none_is_refused(setting):
+    with pytest.raises(RecipeError, match=setting.partition("=")[0]):
+        load_recipe("cancernet-2020", [f"decision.abstention_{setting}"])

@@ -7,27 +7,27 @@ import cv2
 import numpy as np
 import pytest
 import shapely
+import torch
 from typer.testing import CliRunner
 
 import biopsy
 from biopsy.cli import app
 from biopsy.data.phantom.whole_slides import make_phantom_slide
 from biopsy.errors import DataError, SlideError
-from biopsy.imaging.annotations import read_annotations, write_annotations
-from biopsy.imaging.reader import open_slide
+from biopsy.imaging.annotations import write_annotations
 from biopsy.studies.preparation import prepare
 from conftest import draw_slide
-from test_bundles import make_classifier
+from host_models import make_classifier
 
 TUMOUR = shapely.Polygon([(300, 60), (470, 110), (500, 300), (340, 330), (280, 200)])
-STROMA = shapely.Polygon([(120, 120), (260, 70), (290, 190), (220, 300), (110, 260)])
+STROMA = shapely.Polygon([(120, 120), (260, 70), (270, 190), (220, 300), (110, 260)])
 BOX = shapely.box(64, 40, 560, 344)
-CUT = {"mpp": 1.0, "patch_px": 16}
+CUT = {"mpp": 1.0, "patch_px": 16, "positive": "Tumor"}
 
 
 @pytest.fixture
 def slides(make_slide, tmp_path):
-    """``slides(annotations, name="case")``: a folder with a slide of 600 x 400 px at .5 um/px and its classes."""
+    """``slides(annotations, name="case")``: a folder with a slide of 600 x 400 px at .5 um/px."""
 
     def make(annotations=(("Tumor", TUMOUR), ("Stroma", STROMA)), name="case", mpp=0.5, **slide):
         folder = tmp_path / "slides"
@@ -76,7 +76,7 @@ def test_pixels_are_the_slides_at_the_wanted_resolution(slides):
     half = cv2.resize(image, (300, 200), interpolation=cv2.INTER_AREA)
     folder = slides()
     for mpp, wanted in ((0.5, image), (1.0, half)):
-        pack = prepare(folder, folder.with_name(f"{mpp}.pack"), mpp=mpp, patch_px=16)
+        pack = prepare(folder, folder.with_name(f"{mpp}.pack"), mpp=mpp, patch_px=16, positive="Tumor")
         for patch, x, y in zip(pack.patches, pack.table["x"], pack.table["y"], strict=True):
             assert np.abs(patch.astype(int) - wanted[y : y + 16, x : x + 16]).max() <= 1
         assert pack.info.mpp == mpp and (pack.sizes == 16).all()
@@ -108,7 +108,7 @@ def test_steps_overlap_and_leave_gaps(slides):
 
 def test_a_region_limits_where_labels_hold_and_rest_names_what_is_left(slides):
     folder = slides([("Tumor", TUMOUR), ("Region*", BOX)])
-    pack = cut(folder, classes=["tumour=Tumor"], rest="other")
+    pack = cut(folder, classes=["tumour=Tumor"], rest="other", positive=None)
     assert pack.class_names == ["other", "tumour"] and pack.info.positive_class == "tumour"
     inside = shares(pack, BOX)
     assert inside.min() > 0.99
@@ -149,7 +149,7 @@ def test_a_larger_share_can_be_asked_for(slides):
 
 def test_several_annotated_names_make_one_class(slides):
     folder = slides([("IDC", TUMOUR), ("DCIS", STROMA), ("Region*", BOX)])
-    pack = cut(folder, classes=["tumour=IDC", "tumour=DCIS"], rest="benign")
+    pack = cut(folder, classes=["tumour=IDC", "tumour=DCIS"], rest="benign", positive=None)
     assert pack.class_names == ["benign", "tumour"]
     union = shares(pack, TUMOUR.union(STROMA))
     assert ((union > 0.5) == (pack.target == 1)).mean() > 0.99
@@ -172,14 +172,14 @@ def test_slides_and_annotations_without_partner_are_named(slides):
     slides(None, name="alone")
     write_annotations(folder / "nobody.geojson", [("Tumor", TUMOUR)])
     write_annotations(folder / "case.tiff.geojson", [("Tumor", TUMOUR)])
-    done = CliRunner().invoke(
-        app, ["prepare", str(folder), "--out", str(folder.with_suffix(".pack")), "--mpp", "1", "--patch-px", "16", "--positive", "Tumor"]
-    )  # fmt: skip
+    out = str(folder.with_suffix(".pack"))
+    flags = ["--out", out, "--mpp", "1", "--patch-px", "16", "--positive", "Tumor"]
+    done = CliRunner().invoke(app, ["prepare", str(folder), *flags])
     assert done.exit_code == 3, done.stderr
     for wanted in (
         "alone.tiff: has no annotations",
         "nobody.geojson: has no slide of its name",
-        "case.tiff.geojson annotates case.tiff already",
+        "case.tiff.geojson: case.geojson annotates case.tiff already",
     ):
         assert wanted in done.stderr
 
@@ -235,7 +235,7 @@ REFUSALS = {
     "no side": ({}, {"patch_px": None}, "say how patches are cut"),
     "a step alone": ({}, {"patch_px": None, "stride_px": 8}, "say --patch-px as well"),
     "no mpp": ({}, {"mpp": None}, "say with --mpp"),
-    "two positive": ({}, {}, "name it: --positive"),
+    "two positive": ({}, {"positive": None}, "name it: --positive"),
 }
 
 
@@ -244,7 +244,7 @@ def test_what_does_not_fit_is_refused(slides, name):
     made, options, message = REFUSALS[name]
     folder = slides(**made)
     with pytest.raises((DataError, SlideError), match=message):
-        cut(folder, **({"positive": "Tumor"} if name != "two positive" else {}), **options)
+        cut(folder, **options)
     assert not folder.with_suffix(".pack").exists()
 
 
@@ -271,19 +271,54 @@ def test_a_phantom_slide_gets_the_labels_of_its_truth(tmp_path):
     folder.mkdir()
     truth = make_phantom_slide(folder / "case.tiff", seed=3, width=640, height=480, mpp=2.0, tumour_frac=0.4)
     pack = prepare(folder, tmp_path / "x.pack", mpp=4.0, patch_px=25, classes=["tumour=Tumor"], rest="normal")
-    boxes = [shapely.box(50.0 * x / 25, 50.0 * y / 25, 50.0 * (x / 25 + 1), 50.0 * (y / 25 + 1)) for x, y in pack.table[["x", "y"]].to_numpy(int)]  # fmt: skip
+    places = 2.0 * pack.table[["x", "y"]].to_numpy(float)
+    boxes = [shapely.box(x, y, x + 50, y + 50) for x, y in places]
     covered = np.array([truth.tumour.intersection(one).area / one.area for one in boxes])
     assert ((covered >= 0.5) == (pack.target == 1)).all() and 0 < pack.target.mean() < 1
+
+
+class Darkness(torch.nn.Module):
+    """Calls a patch malignant the darker it is."""
+
+    def forward(self, patches):
+        z = 40 * (0.74 - patches.mean(dim=(1, 2, 3)))
+        return torch.stack([-z, z], dim=1)
 
 
 def test_a_map_corrected_in_qupath_gives_its_labels_back(slides, tmp_path):
     folder = slides(None)
     classifier = make_classifier(patch_px=16, input_px=16)
-    probs = biopsy.slide(classifier, folder / "case.tiff", out=tmp_path / "maps", device="cpu")
-    shutil.copy(tmp_path / "maps" / "case" / "regions.geojson", folder / "case.geojson")
-    pack = (
-        cut(folder, positive="malignant")
-        if len(read_annotations(folder / "case.geojson").class_names()) > 1
-        else None
+    classifier.network = Darkness()
+    table = biopsy.slide(classifier, folder / "case.tiff", precision="fp32", device="cpu")
+    table.to_geojson(folder / "case.geojson")
+    pack = cut(folder, positive="malignant", classes=["benign", "malignant"])
+    called = {
+        (int(x), int(y)): row.argmax()
+        for x, y, row in zip(table.grid.x_px, table.grid.y_px, table.probs, strict=True)
+    }
+    assert len(pack) == len(table) and 0 < pack.target.mean() < 1
+    assert pack.target.tolist() == [called[x, y] for x, y in pack.table[["x", "y"]].to_numpy(int).tolist()]
+    np.testing.assert_allclose(pack.table["label_share"], 1)
+
+
+@pytest.mark.data
+def test_real_slides_are_cut(data_dir, tmp_path):
+    folder = tmp_path / "real"
+    folder.mkdir()
+    for name, width, height in (("CMU-1-Small-Region", 2220, 2967), ("tcga-cr-7395-01a-01-ts1", 4443, 3567)):
+        shutil.copy(data_dir / "wsi" / f"{name}.svs", folder)
+        halves = [
+            ("Tumor", shapely.box(0, 0, width, height / 2)),
+            ("Stroma", shapely.box(0, height / 2, width, height)),
+        ]
+        write_annotations(folder / f"{name}.geojson", halves)
+    with pytest.raises(SlideError, match=r"tcga-cr-7395-01a-01-ts1\.svs has no mpp"):
+        cut(folder)
+    (tmp_path / "mpp.csv").write_text("slide,mpp\ntcga-cr-7395-01a-01-ts1,0.5\n")
+    pack = prepare(
+        folder, tmp_path / "x.pack", mpp=1.0, patch_px=50, positive="Tumor", slide_mpp=tmp_path / "mpp.csv"
     )
-    assert pack is not None and len(probs) == len(pack)
+    sources = {name: case["mpp_source"] for name, case in pack.info.origin["annotations"]["slides"].items()}
+    assert sources == {"CMU-1-Small-Region": "slide", "tcga-cr-7395-01a-01-ts1": "stated"}
+    assert pack.info.counts["slides"] == 2 and len(pack) > 500
+    assert (pack.patches[:, 20:30, 20:30].mean(axis=(1, 2, 3)) < 235).mean() > 0.9

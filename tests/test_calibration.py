@@ -12,7 +12,7 @@ from scipy.special import softmax
 
 from biopsy.errors import MetricError, RunError
 from biopsy.judging.evaluation import evaluate
-from biopsy.learning.calibration import calibrate, find_prior_shift, settle
+from biopsy.learning.calibration import calibrate, find_trained_prior, settle
 from biopsy.learning.classifiers import Classifier, score_classes
 from biopsy.learning.recipes import load_recipe
 from biopsy.learning.runs import Run
@@ -124,18 +124,17 @@ def test_as_published_is_not_calibrated():
     assert (recipe.decision.calibration, recipe.as_published.calibration) == ("temperature", "none")
 
 
-def test_the_known_shift_follows_from_weights_and_sampling():
+def test_the_prevalence_that_training_saw_follows_from_weights_and_sampling():
     counts = [300, 100]
-    for settings, odds in (
-        ((), None),
-        (("train.class_weights=largest",), 3),
-        (("train.class_weights=balanced",), 3),
-        (("train.class_weights=none", "train.sampling=undersample"), 3),
-        (("train.class_weights=largest", "train.sampling=oversample"), 9),
+    for changes, wanted in (
+        (("train.class_weights=none",), None),
+        (("train.class_weights=largest",), [0.5, 0.5]),
+        (("train.class_weights=balanced",), [0.5, 0.5]),
+        (("train.class_weights=none", "train.sampling=undersample"), [0.5, 0.5]),
+        (("train.class_weights=largest", "train.sampling=oversample"), [0.25, 0.75]),
     ):
-        recipe = load_recipe("cancernet-2020", settings or ("train.class_weights=none",))
-        shift = find_prior_shift(recipe, counts)
-        assert shift is None if odds is None else np.exp(shift[1] - shift[0]) == pytest.approx(odds)
+        found = find_trained_prior(load_recipe("cancernet-2020", changes), counts)
+        assert found is None if wanted is None else found.tolist() == pytest.approx(wanted)
 
 
 def test_more_than_two_classes_take_a_temperature(make_pack, tmp_path):

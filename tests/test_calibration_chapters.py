@@ -14,6 +14,7 @@ from biopsy.sharing.decisions import describe_decisions, say_benefit, say_rule
 from biopsy.sharing.document import Picture, Pictures, Table, Text
 from biopsy.sharing.report import render_report, report_of_run
 from biopsy.statistics.calibration import ece_floor
+from biopsy.statistics.calibrators import LEFT, MOVED
 from biopsy.statistics.intervals import estimate_patch_metrics
 from biopsy.statistics.reliability import decompose_brier, estimate_reliability
 from report_facts import make_small_facts as run_facts
@@ -53,9 +54,7 @@ def facts():
     ]
     extreme = prob**3 / (prob**3 + (1 - prob) ** 3)
     found = {**FITTED, "before": side(target, extreme, groups), "after": side(target, prob, groups)}
-    decisions = measure_decisions(
-        target, prob, groups, thresholds, prevalence=0.02, seed=0, unit="patient"
-    )
+    decisions = measure_decisions(target, prob, groups, thresholds, prevalence=0.02, seed=0, unit="patient")
     return replace(plain, metrics={**plain.metrics, "calibration": found, **decisions})
 
 
@@ -71,7 +70,8 @@ def test_the_calibration_chapter(facts):
     ece = facts.metrics["calibration"]["after"]["ece"]["value"]
     assert table.rows[0][2].startswith(f"{ece:.3f} (") and len(table.rows) == 9
     pictures = [one for block in section.blocks if isinstance(block, Pictures) for one in block.items]
-    assert isinstance(pictures[0], Picture) and "before calibration" in pictures[0].svg
+    assert [one.caption.split(".")[0] for one in pictures] == ["Before calibration", "After"]
+    assert all(isinstance(one, Picture) and "promised probability of IDC" in one.svg for one in pictures)
 
 
 def test_without_calibration_there_is_one_column(facts):
@@ -122,7 +122,8 @@ def test_metrics_from_before_make_no_chapter():
         ({"unit": "patch"}, "fitted on 712 patches of the val side"),
         ({"n_patients": 9}, "of 9 patients of"),
         ({"intercepts": [0, 1.0]}, "and shifted."),
-        ({"prior": "known shift of training taken off"}, "that known shift is taken off first"),
+        ({"prior": MOVED}, "scores were moved to the prevalence of validation"),
+        ({"prior": LEFT}, "validation is fitted better without"),
         ({"method": "none"}, "Probabilities are the network's own."),
     ],
 )  # fmt: skip
@@ -177,9 +178,7 @@ def test_rules_in_words():
 
 def test_figures_hold_the_numbers_they_are_given(facts):
     found = facts.metrics["calibration"]
-    figure = draw_calibration({"before": found["before"]["bins"], "after": found["after"]["bins"]})
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["before", "after"]
-    line = figure.axes[1].lines[-1]
+    line = draw_calibration(found["after"]["bins"]).axes[0].lines[-1]
     np.testing.assert_allclose(line.get_xdata(), [one["mean_prob"] for one in found["after"]["bins"]])
     curve = facts.metrics["decision_curve"]
     axes = draw_decision_curve(curve).axes[0]
@@ -190,6 +189,6 @@ def test_figures_hold_the_numbers_they_are_given(facts):
 
 def test_figures_refuse_nothing_to_draw():
     with pytest.raises(MetricError, match="no bin of probabilities"):
-        draw_calibration({"after": []})
+        draw_calibration([])
     with pytest.raises(MetricError, match="has no threshold"):
         draw_decision_curve({"thresholds": []})

@@ -11,7 +11,10 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from biopsy.errors import MetricError
 from biopsy.statistics.calibrators import (
+    AS_TRAINED,
+    LEFT,
     METHODS,
+    MOVED,
     Isotonic,
     Scaling,
     calibrator_from_dict,
@@ -63,9 +66,7 @@ def test_isotonic_is_scikit_learns_within_the_same_bounds():
     new = np.stack([np.zeros(200), np.linspace(-15, 15, 200)], axis=1)
     for asked in (scores, new):
         expected = theirs.predict(softmax(asked, axis=1)[:, 1])
-        np.testing.assert_allclose(
-            apply(ours, asked)[:, 1], expected, atol=1e-7
-        )  # float32 knots
+        np.testing.assert_allclose(apply(ours, asked)[:, 1], expected, atol=1e-7)  # float32 knots
 
 
 def test_a_temperature_worked_by_hand():
@@ -127,40 +128,54 @@ def test_a_calibrator_fits_where_it_was_not_fitted():
         assert found == pytest.approx(best, abs=0.01)
 
 
-# Training that favours a class.
+# Training that bent the prevalence.
 
 
 def favoured(weight, n=20_000, seed=0):
-    """Draw calibrated logits, and the scores of a network that learned with the positive class weighted."""
+    """Draw scores of a network that learned with the positive class weighted, and what is true."""
     rng = np.random.default_rng(seed)
     true_logit = rng.normal(-1.5, 1.5, n)
     target = (rng.random(n) < expit(true_logit)).astype(int)
-    return np.stack([np.zeros(n), true_logit + np.log(weight)], axis=1), target, expit(true_logit)
+    share = target.mean()
+    seen = np.array([1 - share, weight * share])
+    return np.stack([np.zeros(n), true_logit + np.log(weight)], axis=1), target, expit(true_logit), seen
 
 
-def test_the_known_shift_of_class_weights_is_taken_off():
-    scores, target, truth = favoured(weight=9)
-    fitted = fit_calibrator(scores, target, prior_shift=np.log([1, 9]))
-    assert fitted.prior == "known shift of training taken off"
-    assert fitted.slope == pytest.approx(1, abs=0.05)
+def test_the_prevalence_that_class_weights_made_is_taken_back():
+    scores, target, truth, seen = favoured(weight=9)
+    fitted = fit_calibrator(scores, target, trained_prior=seen / seen.sum())
+    assert fitted.prior == MOVED and fitted.slope == pytest.approx(1, abs=0.05)
     assert fitted.intercepts == pytest.approx((0, -np.log(9)), abs=0.1)
     np.testing.assert_allclose(apply(fitted, scores)[:, 1], truth, atol=0.02)
-    same = fit_calibrator(scores, target, prior_shift=np.log([1, 9]) + 5)  # only differences count
-    assert same.intercepts == pytest.approx(fitted.intercepts)
+    steeper = fit_calibrator(scores * 2, target, trained_prior=seen / seen.sum())
+    assert steeper.intercepts[1] == pytest.approx(
+        steeper.slope * (logit(target.mean()) - np.log(seen[1] / seen[0]))
+    )
+    turned = fit_calibrator(scores[:, ::-1], 1 - target, positive_index=0, trained_prior=seen[::-1])
+    assert turned.intercepts == pytest.approx(fitted.intercepts[::-1])
     alone = fit_calibrator(scores, target)
+    assert alone.prior == AS_TRAINED
     assert abs(apply(alone, scores)[:, 1].mean() - target.mean()) > 0.05  # temperature alone moves no prior
 
 
-def test_a_shift_that_the_network_ignored_is_left():
-    scores, target, _ = favoured(weight=1)
-    fitted = fit_calibrator(scores, target, prior_shift=np.log([1, 9]))
-    assert "left" in fitted.prior and fitted.intercepts == () and fitted.slope == pytest.approx(1, abs=0.05)
+def test_class_weights_that_the_network_ignored_are_left():
+    scores, target, _, seen = favoured(weight=1)
+    fitted = fit_calibrator(scores, target, trained_prior=seen * [1, 9] / (seen * [1, 9]).sum())
+    assert fitted.prior == LEFT and fitted.intercepts == ()
+    assert fitted.slope == pytest.approx(1, abs=0.05)
+
+
+def test_a_class_that_validation_lacks_moves_nothing():
+    rng = np.random.default_rng(0)
+    scores, target = rng.normal(0, 2, (200, 3)), rng.integers(0, 2, 200)
+    fitted = fit_calibrator(scores + 2 * np.eye(3)[target], target, trained_prior=[0.2, 0.3, 0.5])
+    assert fitted.method == "temperature" and fitted.prior == AS_TRAINED
 
 
 def test_platt_and_isotonic_move_the_prior_themselves():
-    scores, target, truth = favoured(weight=9)
+    scores, target, truth, seen = favoured(weight=9)
     for method in ("platt", "isotonic"):
-        fitted = fit_calibrator(scores, target, method, prior_shift=np.log([1, 9]))
+        fitted = fit_calibrator(scores, target, method, trained_prior=seen)
         assert fitted.prior.startswith("fitted")
         assert np.abs(apply(fitted, scores)[:, 1] - truth).mean() < 0.015
 
@@ -187,7 +202,7 @@ def test_constant_predictions_are_not_calibrated(method):
     ("method", "sign", "reason"),
     [
         ("temperature", 1, "without a mistake"),
-        ("temperature", -1, "no better than chance"),
+        ("temperature", -1, "no positive slope fits"),
         ("platt", 1, "one cut tells validation apart"),
     ],
 )
@@ -252,7 +267,7 @@ def test_an_unknown_method_is_named():
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_written_reads_back_equal(method):
     scores, target = draw()
-    fitted = fit_calibrator(scores, target, method, prior_shift=[0, 1])
+    fitted = fit_calibrator(scores, target, method, trained_prior=[0.4, 0.6])
     read = calibrator_from_dict({**fitted.to_dict(), "fitted_on": "val"})
     assert read == fitted and isinstance(read, Isotonic if method == "isotonic" else Scaling)
     np.testing.assert_array_equal(read.scale(scores), fitted.scale(scores))

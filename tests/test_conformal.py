@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from biopsy.errors import MetricError
-from biopsy.statistics.cohorts import UnevenPatients
+from biopsy.statistics.cohorts import Population, UnevenPatients
 from biopsy.statistics.conformal import (
     abstain,
     fit_conformal,
@@ -59,15 +59,27 @@ def test_patients_needed():
 
 
 def test_too_few_patients_are_refused_in_words():
-    prob = np.random.default_rng(0).random(400)
-    fit = fit_conformal(both(prob), np.ones(400, int), np.repeat(np.arange(8), 50), 0.1)
-    assert fit.quantile is None and fit.n_patients == 8 and fit.n_patches == 400
-    assert fit.reason == (
-        "an error rate of 0.1 needs at least ceil(1/0.1) - 1 = 9 calibration patients; there are 8"
-    )
-    fit = fit_conformal(both(prob), np.ones(400, int), np.zeros(400), 0.05, unit="slide")
+    prob, target = np.random.default_rng(0).random(400), np.tile([0, 1], 200)
+    for promise in ("each-class", "all"):
+        fit = fit_conformal(both(prob), target, np.repeat(np.arange(8), 50), 0.1, promise=promise)
+        assert fit.quantiles is None and fit.n_patients == 8 and fit.n_patches == 400
+        assert fit.reason == (
+            "an error rate of 0.1 needs at least ceil(1/0.1) - 1 = 9 calibration patients; there are 8"
+        )
+    fit = fit_conformal(both(prob), target, np.zeros(400), 0.05, unit="slide")
     assert fit.reason.endswith("= 19 calibration slides; there is 1")
-    assert fit_plain(both(prob), np.ones(400, int), 0.1).quantile is not None
+    assert fit_plain(both(prob), target, 0.1).quantiles is not None
+
+
+def test_each_class_needs_patients_who_have_it():
+    prob, patients = np.random.default_rng(0).random(400), np.repeat(np.arange(20), 20)
+    target = (patients < 5).astype(int)
+    fit = fit_conformal(both(prob), target, patients, 0.1, class_names=["not IDC", "IDC"])
+    assert fit.quantiles is None and fit.n_patients == 20
+    assert fit.reason.endswith("= 9 calibration patients with IDC; there are 5")
+    assert fit_conformal(both(prob), target, patients, 0.1, promise="all").quantiles is not None
+    one_class = fit_conformal(both(prob), np.zeros(400, int), patients, 0.1)
+    assert one_class.reason.endswith("= 9 calibration patients with 1; there are 0")
 
 
 def draw_scores(seed, n_patients=12):
@@ -103,9 +115,9 @@ def test_with_a_patch_a_patient_it_is_plain_split_conformal(seed, alpha):
     expected = np.sort(scores)[rank - 1] if rank <= len(scores) else np.inf
     assert hierarchical_quantile(scores, np.arange(len(scores)), alpha) == expected
     prob = 1 - scores
-    plain = fit_plain(both(prob), np.ones(len(scores), int), alpha)
+    plain = fit_plain(both(prob), np.ones(len(scores), int), alpha, promise="all")
     assert plain.unit == "patch" and plain.n_patients == len(scores)
-    assert plain.quantile == pytest.approx(expected) if plain.quantile else rank > len(scores)
+    assert plain.quantiles == (pytest.approx(expected),) * 2 if plain.quantiles else rank > len(scores)
 
 
 def test_the_calibration_patients_themselves_are_covered():
@@ -125,6 +137,21 @@ def test_sets_of_three_classes():
     assert abstain(sets, [1, 0, 0]).tolist() == [True, True, True]  # the set speaks against the call
 
 
+def test_a_quantile_for_each_class_is_that_of_its_patches():
+    rng = np.random.default_rng(8)
+    probs, target, groups = rng.dirichlet([1, 1, 1], 600), rng.integers(0, 3, 600), rng.integers(0, 20, 600)
+    fit = fit_conformal(probs, target, groups, 0.2)
+    alone = [
+        fit_conformal(probs[target == k], target[target == k], groups[target == k], 0.2, promise="all")
+        for k in range(3)
+    ]
+    assert fit.quantiles == tuple(one.quantiles[k] for k, one in enumerate(alone))
+    assert len(set(fit.quantiles)) == 3
+    assert (predict_sets(probs, fit.quantiles)[:, 1] == (1 - probs[:, 1] <= fit.quantiles[1])).all()
+    together = fit_conformal(probs, target, groups, 0.2, promise="all")
+    assert set(together.quantiles) == {hierarchical_quantile(score_targets(probs, target), groups, 0.2)}
+
+
 def test_kept_and_wrong_never_outnumber_the_uncovered():
     rng = np.random.default_rng(3)
     prob, target = rng.random(2000), rng.integers(0, 2, 2000)
@@ -140,21 +167,23 @@ def test_the_class_that_is_positive_does_not_matter():
     prob, target, groups = rng.random(300), rng.integers(0, 2, 300), np.repeat(np.arange(20), 15)
     one = fit_conformal(both(prob), target, groups, 0.1)
     other = fit_conformal(both(prob)[:, ::-1], 1 - target, groups, 0.1)
-    assert one == other
+    assert one.quantiles == other.quantiles[::-1]
 
 
-def test_a_temperature_changes_no_set_of_two_classes():
+@pytest.mark.parametrize(("promise", "shift"), [("all", 0.0), ("each-class", 0.0), ("each-class", 1.5)])
+def test_a_calibrator_changes_no_set_of_two_classes(promise, shift):
     cohort = UnevenPatients(patient_sd=1).draw(30, 20, seed=1)
     new = UnevenPatients(patient_sd=1).draw(10, 20, seed=2)
 
     def cooled(prob, temperature):
-        logit = np.log(prob / (1 - prob)) / temperature
+        logit = np.log(prob / (1 - prob)) / temperature + shift * (temperature - 1)
         return both(1 / (1 + np.exp(-logit)))
 
     sets = []
     for temperature in (0.5, 1.0, 3.0):
-        fit = fit_conformal(cooled(cohort.prob, temperature), cohort.target, cohort.patient_ids, 0.1)
-        sets.append(predict_sets(cooled(new.prob, temperature), fit.quantile))
+        known = cooled(cohort.prob, temperature)
+        fit = fit_conformal(known, cohort.target, cohort.patient_ids, 0.1, promise=promise)
+        sets.append(predict_sets(cooled(new.prob, temperature), fit.quantiles))
     assert (sets[0] == sets[1]).all() and (sets[1] == sets[2]).all()
 
 
@@ -182,9 +211,13 @@ def test_a_quantile_needs_patches():
 def test_probabilities_of_zero_and_one_and_constant_ones():
     target = np.tile([0, 1], 20)
     sure = fit_conformal(both(target.astype(float)), target, np.repeat(np.arange(10), 4), 0.1)
-    assert sure.quantile == 0 and predict_sets(both([0.0, 0.4, 1.0]), 0.0).sum(axis=1).tolist() == [1, 0, 1]
+    assert sure.quantiles == (0, 0) and predict_sets(both([0.0, 0.4, 1.0]), 0.0).sum(axis=1).tolist() == [
+        1,
+        0,
+        1,
+    ]
     constant = fit_conformal(both(np.full(40, 0.5)), target, np.repeat(np.arange(10), 4), 0.1)
-    assert constant.quantile == 0.5 and predict_sets(both([0.5]), 0.5).all()
+    assert constant.quantiles == (0.5, 0.5) and predict_sets(both([0.5]), 0.5).all()
 
 
 def test_uneven_patients_are_as_they_say():
@@ -211,6 +244,20 @@ def simulate(population, n_patients, alpha, repeats):
         units = (cohort.patient_ids, np.arange(len(scores)))
         found[k] = [population.coverage(hierarchical_quantile(scores, unit, alpha)) for unit in units]
     return found.mean(axis=0), found.std(axis=0) / np.sqrt(repeats)
+
+
+def test_each_class_has_its_promise_where_one_for_all_fails_the_rarer():
+    """Positives are 30 % of patches and score lower; .90 is promised, 40 patients calibrate, 30 times."""
+    population, held = Population(auroc=0.83), {"all": [], "each-class": []}
+    new = population.draw(1500, 20, seed=10**6)
+    of_positives = new.target == 1
+    for seed in range(30):
+        cohort = population.draw(40, 40, seed=seed)
+        for promise, coverages in held.items():
+            fit = fit_conformal(both(cohort.prob), cohort.target, cohort.patient_ids, 0.1, promise=promise)
+            coverages.append(predict_sets(both(new.prob), fit.quantiles)[of_positives, 1].mean())
+    assert np.mean(held["all"]) < 0.8
+    assert 0.9 < np.mean(held["each-class"]) < 0.9 + 2 / 41
 
 
 UNEVEN = UnevenPatients(size_sd=0.8, size_with_margin=0.5)
@@ -257,7 +304,7 @@ def test_plain_sets_are_those_of_mapie_and_crepes(alpha, n_classes):
     rng = np.random.default_rng(n_classes)
     probs, new = rng.dirichlet(np.full(n_classes, 0.6), size=(2, 503))
     target = np.array([rng.choice(n_classes, p=p) for p in probs])
-    ours = predict_sets(new, fit_plain(probs, target, alpha).quantile)
+    ours = predict_sets(new, fit_plain(probs, target, alpha, promise="all").quantiles)
 
     mapie = SplitConformalClassifier(
         Given().fit(probs, target), confidence_level=1 - alpha, conformity_score="lac", prefit=True
@@ -268,3 +315,9 @@ def test_plain_sets_are_those_of_mapie_and_crepes(alpha, n_classes):
     crepes = ConformalClassifier().fit(hinge(probs, np.arange(n_classes), target))
     theirs = crepes.predict_set(hinge(new), confidence=1 - alpha, smoothing=False)
     assert (theirs.astype(bool) == ours).all()
+
+    each = predict_sets(new, fit_plain(probs, target, alpha).quantiles)
+    crepes = ConformalClassifier().fit(hinge(probs, np.arange(n_classes), target), bins=target)
+    for k in range(n_classes):  # Mondrian: the class that is asked about is the bin
+        theirs = crepes.predict_set(hinge(new), np.full(len(new), k), confidence=1 - alpha, smoothing=False)
+        assert (theirs[:, k].astype(bool) == each[:, k]).all()

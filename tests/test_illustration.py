@@ -14,11 +14,13 @@ from typer.testing import CliRunner
 
 import biopsy
 from biopsy.cli import app
-from biopsy.errors import RecipeError, RunError
+from biopsy.errors import DataError, RecipeError, RunError
 from biopsy.judging.conjectures import judge_blue_yellow, judge_heterogeneous, judge_less_stained
 from biopsy.judging.examples import Explained, Illustration
 from biopsy.judging.illustration import explain_examples
+from biopsy.judging.verdicts import describe_curves, judge_method, judge_pointing
 from biopsy.sharing.report import render_report, report_of_run
+from biopsy.studies.reporting import gather_run
 from report_facts import NAMES, Page, figures, make_facts, make_small_facts
 from tiny_runs import train_tiny
 
@@ -106,6 +108,69 @@ def test_three_classes_are_explained_by_the_likeliest(make_pack, tmp_path):
     assert "conjectures" not in page and not (run.path / "explain" / "conjectures.json").exists()
 
 
+# --- a classifier and other patches
+
+
+def test_a_classifier_is_explained_on_a_pack(judged, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pack = judged.open_pack()
+    place = judged.path / "classifier"
+    written = biopsy.explain(place, data=pack.path, errors=2, method="grad_cam", device="cpu")
+    assert (tmp_path / "explain" / "grad_cam.png").is_file()
+    assert {entry["side"] for entry in written["patches"]} == {""}
+    assert {entry["kind"] for entry in written["patches"]} <= {"missed", "false alarm", "right"}
+    right = [entry for entry in written["patches"] if entry["kind"] == "right"]
+    assert len(right) == 2 and {entry["class"] for entry in right} == {"non_idc", "idc"}
+    named = pack.table["patch_id"].iloc[[3, 1]].tolist()
+    again = biopsy.explain(place, data=pack.path, patch=named, method="saliency", out="two", device="cpu")
+    assert [entry["patch_id"] for entry in again["patches"]] == named
+    assert [entry["class"] for entry in again["patches"]] == [
+        pack.class_names[i] for i in pack.target[[3, 1]]
+    ]
+
+
+def test_a_classifier_is_explained_on_images(judged, tmp_path):
+    pack, place = judged.open_pack(), judged.path / "classifier"
+    (tmp_path / "images").mkdir()
+    for row, name in ((0, "a.png"), (9, "b.png"), (5, "c.png")):
+        cv2.imwrite(str(tmp_path / "images" / name), pack.patches[row][:12, :, ::-1])
+    asked = {"method": "saliency", "out": tmp_path / "out", "device": "cpu"}
+    written = biopsy.explain(place, data=tmp_path / "images", errors=1, **asked)
+    assert [entry["patch_id"] for entry in written["patches"]] == ["a.png", "b.png"]
+    assert {(entry["kind"], entry["class"]) for entry in written["patches"]} == {("unlabelled", "")}
+    one = biopsy.explain(judged.classifier, data=tmp_path / "images" / "c.png", **asked)
+    assert [entry["patch_id"] for entry in one["patches"]] == ["c.png"]
+    picture = cv2.imread(str(tmp_path / "out" / one["patches"][0]["picture"]))
+    assert picture.shape[0] * 4 // 3 == (picture.shape[1] - 8) // 2, "16 x 12 px, as it was"
+    done = call(
+        "explain", place, "--data", tmp_path / "images", "--patch", "b.png", "--out", tmp_path / "cli"
+    )
+    assert done.exit_code == 0 and done.stdout.splitlines()[1].split()[0] == "unlabelled"
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "said"),
+    [
+        ({}, RunError, "a classifier has no patches of its own: name a pack or images"),
+        ({"data": "pack", "faithfulness": True}, RunError, "patches a run was judged on: name the run"),
+        ({"data": "nowhere"}, DataError, "nowhere does not exist: give a pack, a folder or zip of images"),
+        ({"data": "big.png"}, DataError, "big.png is 40x40 px, the classifier takes patches of 16x16"),
+        ({"data": "text.png"}, DataError, "text.png "),
+        ({"data": "pack", "patch": ["nobody"]}, DataError, "has no patch 'nobody'; its ids are such as"),
+        ({"data": "pack", "errors": 0}, RunError, "errors=0 shows nothing"),
+    ],
+)
+def test_what_a_classifier_cannot_be_explained_on_is_refused(judged, tmp_path, asked, error, said):
+    cv2.imwrite(str(tmp_path / "big.png"), np.zeros((40, 40, 3), np.uint8))
+    (tmp_path / "text.png").write_text("no image")
+    if "data" in asked:
+        pack = judged.open_pack().path
+        asked = {**asked, "data": pack if asked["data"] == "pack" else tmp_path / asked["data"]}
+    with pytest.raises(error, match=said):
+        biopsy.explain(judged.path / "classifier", out=tmp_path / "out", device="cpu", **asked)
+    assert not (tmp_path / "out").exists()
+
+
 # --- what is written
 
 
@@ -114,8 +179,9 @@ def test_sheets_pictures_and_table_are_written(judged, tmp_path):
     assert written == json.loads((tmp_path / "maps" / "explain.json").read_text())
     assert written["format"] == "biopsy-explain/1"
     assert written["classifier_sha256"] == judged.classifier.sha256
-    assert [sheet["picture"] for sheet in written["sheets"]] == ["saliency.png", "activations.png"]
-    assert [sheet["layer"] for sheet in written["sheets"]] == [None, "stem.2"]
+    names = ["saliency.png", "grad_cam.png", "activations.png"]
+    assert [sheet["picture"] for sheet in written["sheets"]] == names
+    assert [sheet["layer"] for sheet in written["sheets"]] == [None, "blocks.5", "stem.2"]
     assert (
         "It is not" in written["sheets"][0]["caption"]
         and "The class is idc" in written["sheets"][0]["caption"]
@@ -159,6 +225,8 @@ def test_names_of_patches_never_become_paths(judged, tmp_path, monkeypatch):
     ("asked", "error", "said"),
     [
         ({"patch": ["nobody"]}, RunError, "has no patch 'nobody'; its ids are such as"),
+        ({"data": "images"}, RunError, "is explained on its own pack: for data='images' name its classifier"),
+        ({"method": ["saliency", "gradcam"]}, RecipeError, "'gradcam'; did you mean 'grad_cam'"),
         ({"errors": 0}, RunError, "errors=0 shows nothing"),
         ({"method": "gradcam"}, RecipeError, "no way to explain is called 'gradcam'"),
         ({"layer": "stem.9"}, RecipeError, r"no layer 'stem.9'; nearest: stem\."),
@@ -177,13 +245,18 @@ def test_the_command_prints_a_table_and_the_sheets(judged, tmp_path):
     assert done.exit_code == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["kind", "class", "called", "prob", "patch_id"]
-    assert lines[-2:] == [str(tmp_path / "maps" / f"{name}.png") for name in ("saliency", "activations")]
+    assert lines[-3:] == [
+        str(tmp_path / "maps" / f"{name}.png") for name in ("saliency", "grad_cam", "activations")
+    ]
     ids = judged.predictions("test")[0]["patch_id"].tolist()[:2]
     arguments = [part for name in ids for part in ("--patch", name)]
-    done = call(
-        "explain", judged.path, *arguments, "--method", "smoothgrad", "--out", tmp_path / "two", "--json"
-    )
-    assert [entry["patch_id"] for entry in json.loads(done.stdout)["patches"]] == ids
+    methods = ("--method", "smoothgrad", "--method", "grad_cam", "--layer", "stem.0")
+    done = call("explain", judged.path, *arguments, *methods, "--out", tmp_path / "two", "--json")
+    assert [entry["patch_id"] for entry in json.loads(done.stdout)["patches"]] == [*ids, *ids]
+    assert {path.name for path in (tmp_path / "two").glob("*.png")} == {
+        "smoothgrad.png",
+        "grad_cam-stem.0.png",
+    }
     done = call("explain", judged.path, "--method", "salience")
     assert done.exit_code == 1 and "did you mean 'saliency'?" in done.stderr
 
@@ -286,6 +359,61 @@ def test_a_report_without_them_has_no_such_chapters():
     assert "What the network looks at" not in page and "conjectures" not in page
 
 
+def test_the_report_says_whether_maps_mean_anything():
+    facts = add_explanations(make_small_facts(IDS))
+    assert (
+        "has not been tested here: `biopsy explain RUN --faithfulness`"
+        in Page(render_report(report_of_run(facts))).text
+    )
+    facts = replace(facts, faithfulness=make_faithfulness())
+    text = render_report(report_of_run(facts, hide_ids=True))
+    page = Page(text).text
+    assert "Do the maps mean anything" in page and "has not been tested" not in page
+    for each in facts.faithfulness["methods"]:
+        assert each["answer"] in page
+        for gain in each["gain"].values():
+            assert f"{gain['value']:.3f} ({gain['low']:.3f} to {gain['high']:.3f})" in page
+    assert "grad_cam needs maps" in page and "Where tumour cells are known" in page
+    assert "deletion: lower is better" in text and "48 patches of 8 patient(s), called IDC" in page
+    without = make_faithfulness()
+    for each in [*without["methods"], *without["baselines"]]:
+        each["pointing"] = None
+    page = Page(render_report(report_of_run(replace(facts, faithfulness=without)))).text
+    assert "Where tumour cells are known" not in page
+
+
+def make_faithfulness():
+    rng = np.random.default_rng(0)
+    groups, options = np.repeat(np.arange(8), 6).astype(str), {"seed": 0, "unit": "patient"}
+    traced = {
+        name: tuple(np.sort(rng.random((48, 13)), axis=1)[:, ::step] for step in (-1, 1))
+        for name in ("saliency", "occlusion", "random", "edges")
+    }
+    truth = np.zeros((48, 20, 20), bool)
+    truth[:, :8] = True
+    pointing = judge_pointing(rng.random((48, 20, 20)), truth, groups, **options)
+    steps = [{"from_layer": name, "rank_correlation": 0.3, "ssim": 0.2} for name in ("head", "body.conv1_1")]
+    return {
+        "side": "test",
+        "seed": 3,
+        "positive_class": "IDC",
+        "unit": "patient",
+        "n_patches": 48,
+        "n_groups": 8,
+        "settings": {"cells": 12, "n_randomised": 6},
+        "prob": {"untouched": 0.9, "blurred": 0.2},
+        "methods": [
+            judge_method(name, traced, steps, pointing, groups, **options)
+            for name in ("saliency", "occlusion")
+        ],
+        "baselines": [
+            {"name": name, **describe_curves(traced[name], groups, **options), "pointing": found}
+            for name, found in (("random", None), ("edges", pointing))
+        ],
+        "refused": [{"name": "grad_cam", "reason": "grad_cam needs maps"}],
+    }
+
+
 @pytest.mark.slow
 def test_explanations_of_large_patches_stay_small():
     plain, full = make_facts(), add_explanations(make_facts(), n=10)
@@ -308,5 +436,6 @@ def test_report_makes_explanations_where_they_are_missing(judged):
     made = {file.name for file in (judged.path / "explain").iterdir()}
     assert {"explain.json", "conjectures.json", "saliency.png", "activations.png"} <= made
     before = (judged.path / "explain" / "explain.json").stat().st_mtime_ns
-    biopsy.report(judged)
+    assert str(judged.predictions("test")[0]["patient_id"].iloc[0]) in page
+    gather_run(judged)
     assert (judged.path / "explain" / "explain.json").stat().st_mtime_ns == before

@@ -58,6 +58,7 @@ def test_the_classes_of_a_split_are_drawn(make_pack, monkeypatch, options, parts
     pack = make_pack(n_patients=10)
     drawn = []
     monkeypatch.setattr(inspection, "draw_sides", lambda *given: drawn.append(given) or draw_sides(*given))
+    monkeypatch.setattr(inspection, "MAX_SLIDES", 1)
     split = make_split(pack, **options)
     picture = inspect(pack, split=split)["paths"]["pictures"][-1]
     assert picture.name == f"split-{split.name}.svg" and picture.read_text().startswith("<svg")
@@ -65,7 +66,8 @@ def test_the_classes_of_a_split_are_drawn(make_pack, monkeypatch, options, parts
     assert (names_drawn, classes) == (parts, pack.class_names) and counts_drawn.ravel().tolist() == counts
 
 
-def test_inspecting_does_not_change_what_the_pack_is(make_pack):
+def test_inspecting_does_not_change_what_the_pack_is(make_pack, monkeypatch):
+    monkeypatch.setattr(inspection, "MAX_SLIDES", 1)
     pack = make_pack(patch_px=50)
     inspect(pack)
     Pack.open(pack.path).verify()
@@ -85,7 +87,8 @@ def test_patches_on_the_class_sheet_come_from_every_patient_first(make_pack, mon
         assert len({patches[patch.tobytes()] for patch in sheet}) == len(sheet) == 6, title
 
 
-def test_a_patient_on_two_sides_spoils_the_result(make_pack):
+def test_a_patient_on_two_sides_spoils_the_result(make_pack, monkeypatch):
+    monkeypatch.setattr(inspection, "MAX_SLIDES", 1)
     pack = make_pack(n_patients=6)
     split = make_split(pack, protocol="patients")
     table = split.table.copy()

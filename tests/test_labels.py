@@ -92,3 +92,36 @@ def test_fold_refusals(table):
         fold_classes(table, CLASSES, ",".join(CLASSES))
     with pytest.raises(DataError, match="must leave classes on both sides"):
         fold_classes(table, CLASSES, [])
+
+
+SHEET = "patch_id,label,suggested,decision,who\n"
+
+
+def test_of_a_sheet_the_decisions_count_and_empty_rows_do_not(table, csv):
+    rows = "a,normal,invasive,yes,AB\nb,in_situ,normal,NO,AB\nc,invasive,normal,,\n"
+    found, record = relabel(table, csv(SHEET + rows), CLASSES)
+    assert found["class_name"].tolist() == ["invasive", "in_situ", "invasive"]
+    assert found["label_before"].fillna("").tolist() == ["normal", "in_situ", ""]
+    assert [record[key] for key in ("named", "changed", "confirmed", "undecided")] == [2, 1, 1, 1]
+    found, _ = relabel(table, csv(SHEET + "a,normal,invasive, in_situ ,\nb,in_situ,normal,2,\n"), CLASSES)
+    assert found["class_name"].tolist() == ["in_situ", "invasive", "invasive"]
+
+
+def test_a_class_called_yes_is_that_class(csv):
+    table = pd.DataFrame({"patch_id": ["a", "b"], "source": ["a", "b"], "class_name": ["no", "no"]})
+    found, _ = relabel(table, csv(SHEET + "a,no,yes,yes,\nb,no,yes,no,\n"), ["no", "yes"])
+    assert found["class_name"].tolist() == ["yes", "no"]
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (SHEET + "a,normal,invasive,,\n", "column decision is empty: write yes, no or a class"),
+        (SHEET + "a,normal,invasive,maybe,\n", "has 1 labels that are no class, 'maybe' for a first"),
+        ("patch_id,label,decision\na,normal,yes\n", "decides 'yes', which stands for column suggested"),
+        (SHEET + "a,normal,invasive,yes,\na,normal,invasive,,\n", "names 1 more than once"),
+    ],
+)
+def test_sheet_refusals(table, csv, text, match):
+    with pytest.raises(DataError, match=match):
+        relabel(table, csv(text), CLASSES)

@@ -95,7 +95,7 @@ def test_nothing_to_compare_says_so(kinds):
 
 
 def test_few_patients_get_a_reason_and_patches_no_within():
-    sample, groups = make_sample(n_patients=3, each=30, pale=2)
+    sample, groups = make_sample(n_patients=3, each=30, pale=5)
     few = contrast_mistakes(sample, groups, seed=0, unit="patient")["contrasts"][0]
     assert few["verdict"] == "unsaid" and "an interval needs 5" in few["within"]["reason"]
     patches = contrast_mistakes(sample, sample["patch_id"].to_numpy(str), seed=0, unit="patch")["contrasts"]
@@ -133,7 +133,8 @@ def test_unusual_is_said_of_the_ends_only():
     found = find_unusual(row, sample)
     assert [(one["property"], one["rank"]) for one in found] == [("eosin", 0.0), ("sharpness", 1.0)]
     assert find_unusual(row, sample.head(9)) == [], "too few to call anything unusual"
-    assert find_unusual(row.where(row.index != "nuclear_density", np.nan), sample) == found
+    ordinary = row.where(~row.index.isin(["eosin", "sharpness", "stain"]), 50.0)
+    assert find_unusual(ordinary.where(row.index != "nuclear_density", np.nan), sample) == []
 
 
 # --- a run

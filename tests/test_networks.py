@@ -218,7 +218,7 @@ def test_batch_normalisation_of_images_is_pytorchs_in_double_precision():
     pairs += [(ours.bias.grad, theirs.bias.grad), (ours.running_mean, theirs.running_mean)]
     for a, b in [*pairs, (ours.running_var, theirs.running_var)]:
         assert torch.allclose(a.double(), b, rtol=1e-4, atol=2e-5)
-    x = exact.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    x = exact.detach()[:3, :, :2, :3].contiguous(memory_format=torch.channels_last).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: BatchNorm2d(5, eps=1e-3).double()(x), x)
 
 

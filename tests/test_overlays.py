@@ -34,6 +34,31 @@ def test_more_is_lighter_also_in_grey_print(tissue):
     assert np.ptp(lightness) > np.ptp(tissue_alone), "the map is louder than the tissue"
 
 
+@pytest.mark.parametrize("tissue", [0, 90, 255])
+def test_for_is_lighter_than_against_also_in_grey_print(tissue):
+    values = np.linspace(-1, 1, 129)[None]
+    shown = superimpose(np.full((1, 129, 3), tissue, np.uint8), values, signed=True)[0]
+    assert (np.diff(shown @ LUMA) > -0.6).all() and np.ptp(shown @ LUMA) > 100
+    against, nothing, for_it = (shown[place].astype(float) for place in (0, 64, 128))
+    assert np.ptp(nothing) < 0.1 * 255, "nothing is grey"
+    assert against[2] - against[0] > 30 and for_it[0] - for_it[2] > 60, "blue and yellow, not red and green"
+
+
+def test_maps_with_a_sign_keep_it_and_their_zero():
+    maps = np.random.default_rng(0).normal(0, 3, (2, 1, 40, 40))
+    scaled = scale_maps(maps, axis=(2, 3), signed=True)
+    assert scaled.min() == -1 and scaled.max() == 1 and (np.sign(scaled) == np.sign(maps)).all()
+    np.testing.assert_allclose(scale_maps(-maps, axis=(2, 3), signed=True), -scaled)
+    assert scale_maps(np.zeros((3, 3)), signed=True).max() == 0
+    rows = [Overlay("right", PATCH, np.stack([np.full((9, 7), 0.5), np.full((9, 7), -0.5)]))]
+    figure = draw_overlays(rows, ["saliency", "occlusion"], [False, True])
+    pictures = [image.get_array() for axes in figure.axes for image in axes.images]
+    np.testing.assert_array_equal(pictures[2], superimpose(PATCH, np.full((9, 7), -0.5), signed=True))
+    drawn = svg(figure)
+    assert "most" in drawn and "against" in drawn
+    assert "against" not in svg(draw_overlays(rows, ["saliency", "occlusion"]))
+
+
 def test_scaling_keeps_nothing_at_nothing_and_reaches_one():
     maps = np.random.default_rng(0).random((3, 1, 40, 40)) * np.array([1, 10, 0])[:, None, None, None] - 0.1
     each = scale_maps(maps, axis=(2, 3))
@@ -53,7 +78,7 @@ def test_a_sheet_shows_each_patch_and_its_maps():
     rows = [Overlay(f"missed: idc, p 0.1{i}", PATCH, np.full((2, 9, 7), 0.5)) for i in range(3)]
     figure = draw_overlays(rows, ["saliency", "activation 3"])
     assert isinstance(figure, Figure)
-    pictures = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    pictures = [image.get_array() for axes in figure.axes for image in axes.images]
     assert len(pictures) == 9
     np.testing.assert_array_equal(pictures[0], PATCH)
     np.testing.assert_array_equal(pictures[1], superimpose(PATCH, np.full((9, 7), 0.5)))

@@ -25,9 +25,7 @@ def test_from_an_archive_to_a_report_without_names(make_idc_zip, tmp_path):
     assert not [patient for patient in PATIENTS if patient in page]
     assert "patient 1" in page and f"{metrics['patch']['auroc']['value']:.3f}" in page
     assert not re.search(r"(src|href)=\"(?!data:|#)", page)
-    (shown,) = biopsy.report(run, out=tmp_path / "shown.html")
-    tested = pack.table["patient_id"][run.sides(pack) == "test"].unique()
-    assert len(tested) == 1 and tested[0] in shown.read_text()
+    assert pack.table["patient_id"][run.sides(pack) == "test"].nunique() == 1
 
     files = {str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_file()}
     assert {

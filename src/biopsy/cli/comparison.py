@@ -90,7 +90,10 @@ def _print_groups(found: Mapping[str, Any], name: str) -> None:
                 text
                 for metric in ("auroc", "balanced_accuracy")
                 for seeds in [entry["differences"][name][metric]]
-                for text in (_signed(seeds["mean"]), _range(seeds["min"], seeds["max"]))
+                for text in (
+                    _signed(seeds["mean"]),
+                    _range(seeds["min"], seeds["max"]) if seeds["n"] > 1 else "one each",
+                )
             ),
         ]
         for entry in found["by_group"]

@@ -86,7 +86,11 @@ def _print_decisions(metrics: Mapping[str, Any]) -> None:
         asked = metrics["at_prevalence"]
         rows = [
             [point["rule"]]
-            + [f"{_number(point[name])} ({_interval(point[name])})" for name in ("ppv", "npv")]
+            + [
+                f"{_number(point[name])}"
+                + ("" if point[name]["low"] is None else f" ({_interval(point[name])})")
+                for name in ("ppv", "npv")
+            ]
             for point in asked["points"]
         ]
         print_table(rows, [f"at prevalence {asked['prevalence']:g}", "PPV", "NPV"])
@@ -108,11 +112,7 @@ def calibrate(
     if as_json:
         print_json(settled)
         return
-    calibrator = settled["calibrator"]
-    print(f"{settled['run']}: {_say_calibrator(calibrator)}")
-    for remark in (calibrator.get("reason"), calibrator.get("warning")):
-        if remark:
-            print(remark)
+    print(f"{settled['run']}: {_say_calibrator(settled['calibrator'])}")
     for frozen in settled["thresholds"]:
         print(f"threshold {frozen['value']:.3f} ({frozen['rule']}, chosen on {frozen['chosen_on']})")
     if settled["removed"]:
@@ -124,7 +124,9 @@ def _say_calibrator(calibrator: Mapping[str, Any]) -> str:
         return "not calibrated"
     text = f"{calibrator['method']}, fitted on {calibrator['n_patches']:,} patches"
     if calibrator["unit"] != "patch":
-        text += f" of {calibrator['n_patients']:,} {calibrator['unit']}s"
+        text += (
+            f" of {calibrator['n_patients']:,} {calibrator['unit']}{'s' * (calibrator['n_patients'] != 1)}"
+        )
     return text + (f", slope {calibrator['slope']:.3f}" if "slope" in calibrator else "")
 
 

@@ -21,6 +21,7 @@ RESERVED = {
     "original_class",
     "own_side",
     "row",
+    "label_share",
     "label_before",
     "label_by",
     "label_at",

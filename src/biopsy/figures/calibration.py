@@ -4,46 +4,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from biopsy.errors import MetricError
-from biopsy.figures.style import BASELINE, MUTED, NEGATIVE, POSITIVE, WIDTH_IN, new_figure, styled
-
-Bins = Sequence[Mapping[str, Any]]
+from biopsy.figures.style import BASELINE, MUTED, NEGATIVE, POSITIVE, new_figure, styled
 
 
 @styled
 def draw_calibration(
-    panels: Mapping[str, Bins], *, positive: str = "positive", level: float = 0.95
+    bins: Sequence[Mapping[str, Any]], *, positive: str = "positive", level: float = 0.95
 ) -> Figure:
-    """Draw reliability tables side by side: promised against found, with the interval of each bin.
+    """Draw a reliability table: promised against found, with the interval of each bin.
 
     Args:
-        panels: Title to bins, each with ``n``, ``mean_prob`` and ``observed`` (``value``, ``low``, ``high``),
-            as `metrics.json` holds them.
+        bins: ``mean_prob`` and ``observed`` (``value``, ``low``, ``high``) each, as in `metrics.json`.
         positive: Name of the positive class.
         level: Nominal coverage of the intervals.
 
     Raises:
-        MetricError: If there is no panel, or one without bins.
+        MetricError: If there is no bin.
     """
-    if not panels or not all(panels.values()):
+    if not bins:
         raise MetricError("no bin of probabilities is there to draw: evaluate at least one patch")
-    figure = Figure(figsize=(WIDTH_IN * max(1.0, 0.72 * len(panels)), 3.7), layout="constrained")
-    for axes, (title, bins) in zip(
-        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
-    ):
-        _draw_bins(axes, bins, level)
-        axes.set(title=title, xlabel=f"promised probability of {positive}")
-    figure.axes[0].set_ylabel(f"share of {positive} found")
-    figure.axes[0].legend(loc="upper left")
-    return figure
-
-
-def _draw_bins(axes: Axes, bins: Bins, level: float) -> None:
-    promised = np.array([one["mean_prob"] for one in bins])
-    found = np.array([one["observed"]["value"] for one in bins])
+    figure, axes = new_figure(height_in=4.1)
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label="right")
     known = [one for one in bins if one["observed"]["low"] is not None]
     if known:
@@ -51,8 +34,17 @@ def _draw_bins(axes: Axes, bins: Bins, level: float) -> None:
         low, high = ([one["observed"][end] for one in known] for end in ("low", "high"))
         label = f"{100 * level:g} % interval"
         axes.vlines(at, low, high, color=POSITIVE, alpha=0.45, linewidth=1.6, label=label)
-    axes.plot(promised, found, "-o", color=POSITIVE, markersize=4, linewidth=1.0, label="this model")
-    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+    promised = [one["mean_prob"] for one in bins]
+    found = [one["observed"]["value"] for one in bins]
+    axes.plot(promised, found, "-o", color=POSITIVE, markersize=4.5, linewidth=1.1, label="this model")
+    axes.set(
+        xlim=(-0.02, 1.02),
+        ylim=(-0.02, 1.02),
+        xlabel=f"promised probability of {positive}",
+        ylabel=f"share of {positive} found",
+    )
+    axes.legend(loc="upper left")
+    return figure
 
 
 @styled

@@ -72,5 +72,6 @@ def draw_differences(differences: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_xlabel(f"difference from {shorten(differences[0]['to'], 30)}")
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=1, borderaxespad=0.1)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=1, borderaxespad=0.1)
     return figure

@@ -103,9 +103,10 @@ def draw_overlays(
     cell = WIDTH_IN / max(n_columns, 4)
     height = HEAD_IN + (cell + LABEL_IN) * len(rows) + FOOT_IN
     figure = Figure(figsize=(cell * n_columns, height))
-
-    def place(column: float, y_in: float, width: float, height_in: float) -> Axes:
-        return figure.add_axes((column / n_columns, y_in / height, width / n_columns, height_in / height))
+    figure.suppressComposite = True  # pictures stay apart in SVG, pixel for pixel
+    # One pair of axes over the whole sheet, in inches: one for each picture takes many times as long to draw.
+    sheet = figure.add_axes((0, 0, 1, 1), xlim=(0, cell * n_columns), ylim=(0, height))
+    sheet.set_axis_off()
 
     for index, row in enumerate(rows):
         bottom = height - HEAD_IN - (index + 1) * (cell + LABEL_IN)
@@ -114,10 +115,10 @@ def draw_overlays(
             superimpose(row.patch, each, signed=has) for each, has in zip(row.maps, signed, strict=True)
         ]
         for column, (image, title) in enumerate(zip(shown, ["patch", *titles], strict=True)):
-            axes = place(column, bottom, 1 - GAP, cell * (1 - GAP))
-            axes.imshow(image, interpolation="none")
-            axes.set_anchor("NW")
-            axes.set_axis_off()
+            left, top = column * cell, bottom + cell * (1 - GAP)
+            inch = cell * (1 - GAP) / max(image.shape[:2])
+            extent = (left, left + image.shape[1] * inch, top - image.shape[0] * inch, top)
+            sheet.imshow(image, interpolation="none", extent=extent, aspect="auto")
             if index == 0:
                 y = (height - 0.6 * HEAD_IN) / height
                 figure.text(column / n_columns, y, shorten(title, 14), fontsize=8, color=MUTED)
@@ -125,7 +126,8 @@ def draw_overlays(
     kinds = sorted(set(signed))
     for index, has_sign in enumerate(kinds):
         width = min(2.0, n_columns / len(kinds) - (0.3 if len(kinds) > 1 else 0))
-        _draw_bar(figure, place(index * n_columns / len(kinds), 0.27, width, 0.07), signed=has_sign)
+        bar = figure.add_axes((index / len(kinds), 0.27 / height, width / n_columns, 0.07 / height))
+        _draw_bar(figure, bar, signed=has_sign)
     return figure
 
 

@@ -153,10 +153,13 @@ def _tiff_mpp(path: Path) -> tuple[float | None, float | None]:
     """Give um/px across and down from a TIFF's resolution tags, None where their unit is none."""
     import tifffile
 
-    with tifffile.TiffFile(path) as file:
-        tags = file.pages.first.tags
-        um = {2: 25400.0, 3: 10000.0}.get(tags.valueof("ResolutionUnit", 2))
-        found = tags.valueof("XResolution"), tags.valueof("YResolution")
+    try:
+        with tifffile.TiffFile(path) as file:
+            tags = file.pages.first.tags
+    except tifffile.TiffFileError:
+        return None, None
+    um = {2: 25400.0, 3: 10000.0}.get(tags.valueof("ResolutionUnit", 2))
+    found = tags.valueof("XResolution"), tags.valueof("YResolution")
     if um is None:
         return None, None
     x, y = (um * value[1] / value[0] if value and value[0] and value[1] else None for value in found)

@@ -77,14 +77,16 @@ def resolve_mpp(name: str, recorded: Recorded, stated: float | None = None) -> t
     return stated, "stated"
 
 
-def check_mpp(name: str, slide_mpp: float, wanted_mpp: float, *, wanted_by: str = "the classifier") -> None:
+def check_mpp(
+    name: str, slide_mpp: float, wanted_mpp: float, *, purpose: str = "the classifier was trained"
+) -> None:
     """Refuse a resolution that a slide does not have.
 
     Args:
         name: The slide's name, for messages.
         slide_mpp: Micrometres per pixel of its level 0.
         wanted_mpp: What is needed.
-        wanted_by: Who needs it.
+        purpose: What is done at that resolution, for the message.
 
     Raises:
         SlideError: If the slide would have to be enlarged by more than `MAX_UPSAMPLING`.
@@ -93,7 +95,7 @@ def check_mpp(name: str, slide_mpp: float, wanted_mpp: float, *, wanted_by: str 
         raise SlideError(f"mpp {wanted_mpp!r} wanted of {name} is not above 0")
     if slide_mpp > MAX_UPSAMPLING * wanted_mpp:
         raise SlideError(
-            f"{wanted_by} was trained at {wanted_mpp:.2f} um/px, level 0 of {name} is {slide_mpp:.2f} um/px: "
+            f"{purpose} at {wanted_mpp:.2f} um/px, level 0 of {name} is {slide_mpp:.2f} um/px: "
             f"too coarse to resample (limit {MAX_UPSAMPLING:g}x)"
         )
 

@@ -122,16 +122,15 @@ class TileCache:
 
 def _find_pages(path: Path, sizes: list[tuple[int, int]]) -> list[tifffile.TiffPage | None]:
     """Give the page of plain RGB tiles behind each level, None where OpenSlide must read."""
-    with tifffile.TiffFile(path) as file:
-        pages = [page for page in file.pages if isinstance(page, tifffile.TiffPage) and _is_plain(page)]
-        found = [
-            next((page for page in pages if (page.imagewidth, page.imagelength) == size), None)
-            for size in sizes
-        ]
-        for page in found:
-            if page is not None:  # read now what is read on first use: the file is closed afterwards
+    try:
+        with tifffile.TiffFile(path) as file:
+            pages = [page for page in file.pages if isinstance(page, tifffile.TiffPage) and _is_plain(page)]
+            by_size = {(page.imagewidth, page.imagelength): page for page in reversed(pages)}
+            for page in by_size.values():  # read now what is read on first use: the file is closed then
                 _ = page.dataoffsets, page.databytecounts, page.jpegtables, page.decode
-    return found
+    except tifffile.TiffFileError:
+        return [None] * len(sizes)
+    return [by_size.get(size) for size in sizes]
 
 
 def _is_plain(page: tifffile.TiffPage) -> bool:

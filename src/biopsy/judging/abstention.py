@@ -1,5 +1,6 @@
 """Abstention judged: what the conformal sets promised, what they kept, and risk against coverage."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -7,9 +8,6 @@ import numpy as np
 from biopsy.data.packs import Pack
 from biopsy.statistics.abstention import COVERAGES, estimate_risk, estimate_shares, ideal_area, trace_risk
 from biopsy.statistics.conformal import abstain, predict_sets
-
-WEIGHTS = {"patient": True, "patch": False}
-"""How shares are averaged -> whether every patient weighs the same, or every patch."""
 
 
 def measure_abstention(
@@ -24,8 +22,9 @@ def measure_abstention(
 ) -> dict[str, Any]:
     """Give the ``abstention`` entry of ``metrics.json``.
 
-    A promise is a mean over patients, so ``patient`` (every patient weighs the same) is what it is held
-    against; ``patch`` (every patch weighs the same) stands beside it.
+    A promise is a mean over patients, so it is held against ``by_class`` (promised of each class) or
+    ``patient`` (of all patches), where every patient weighs the same; ``patch``, where every patch weighs the
+    same, stands beside them.
 
     Args:
         conformal: As the classifier has it; empty in classifiers made before there was one.
@@ -37,19 +36,22 @@ def measure_abstention(
         level: Nominal coverage of the intervals.
 
     Returns:
-        ``alpha``, ``promised_coverage``, ``quantile``, ``reason``, ``n_calibration_patients``,
-        ``n_calibration_patches``, ``unit``, ``chosen_on``; ``sets`` (counts), ``patient``, ``patch`` (each:
-        ``coverage``, ``abstained``, ``error``, ``error_among_kept``), ``by_class`` and ``verdict`` where
-        there is a promise; ``per_patch`` with the same of the plain version; ``risk_coverage``.
+        ``alpha``, ``promise``, ``promised_coverage``, ``quantiles``, ``reason``, ``n_calibration_patients``,
+        ``n_calibration_patches``, ``unit``, ``method``, ``chosen_on``; ``sets`` (counts), ``patient``,
+        ``patch`` and each class of ``by_class`` (each: ``coverage``, ``abstained``, ``error``,
+        ``error_among_kept``) and ``verdict`` where there is a promise; ``per_patch`` with the same of the
+        plain version; ``risk_coverage``.
     """
     target, groups = pack.target[rows], pack.group_ids[rows]
     how = {"seed": seed, "level": level, "unit": pack.unit}
-    known = conformal or {"reason": "the classifier was made before there were conformal sets"}
-    alpha, quantile = known.get("alpha"), known.get("quantile")
+    before = {"reason": "the classifier was made before there were conformal sets"}
+    known = conformal if "quantiles" in conformal else before
+    alpha, quantiles = known.get("alpha"), known.get("quantiles")
     entry: dict[str, Any] = {
         "alpha": alpha,
+        "promise": known.get("promise"),
         "promised_coverage": None if alpha is None else 1 - alpha,
-        "quantile": quantile,
+        "quantiles": quantiles,
         "reason": known.get("reason"),
         "n_calibration_patients": known.get("n_patients"),
         "n_calibration_patches": known.get("n_patches"),
@@ -57,15 +59,16 @@ def measure_abstention(
         "method": known.get("method"),
         "chosen_on": known.get("chosen_on"),
     }
-    if quantile is not None:
-        sets = predict_sets(probs, quantile)
-        entry |= {"sets": count_sets(sets, pred), **_measure_sets(sets, target, pred, groups, **how)}
-        entry["by_class"] = _cover_classes(sets, target, pack.class_names, groups, **how)
-        entry["verdict"] = judge_promise(1 - known["alpha"], entry["patient"]["coverage"])
-    plain = known.get("per_patch_quantile")
-    if plain is not None:
-        sets = predict_sets(probs, plain)
-        entry["per_patch"] = {"quantile": plain, **_measure_sets(sets, target, pred, groups, **how)}
+
+    def measure(quantiles: list[float]) -> dict[str, Any]:
+        return _measure_sets(predict_sets(probs, quantiles), target, pred, groups, pack.class_names, **how)
+
+    if quantiles is not None:
+        entry |= {"sets": count_sets(predict_sets(probs, quantiles), pred), **measure(quantiles)}
+        held = entry["by_class"].values() if known["promise"] == "each-class" else [entry["patient"]]
+        entry["verdict"] = judge_promise(1 - known["alpha"], [shares["coverage"] for shares in held])
+    if (plain := known.get("per_patch_quantiles")) is not None:
+        entry["per_patch"] = {"quantiles": plain, **measure(plain)}
     return entry | {"risk_coverage": _measure_risk(target, probs, pred, groups, **how)}
 
 
@@ -80,49 +83,55 @@ def count_sets(sets: np.ndarray, pred: np.ndarray) -> dict[str, int]:
     }
 
 
-def judge_promise(promised: float, coverage: dict[str, Any]) -> str:
-    """Say whether a promise was ``kept``, ``broken``, or missed by no more than chance allows (``open``)."""
-    value, high = coverage["value"], coverage["high"]
-    if value >= promised:
-        return "kept"
-    return "broken" if high is not None and high < promised else "open"
+def judge_promise(promised: float, coverages: Sequence[dict[str, Any]]) -> str:
+    """Say whether a promise was ``kept``, ``broken``, or missed by no more than chance allows (``open``).
+
+    Args:
+        promised: Coverage.
+        coverages: Estimates of what it was promised of, all of which must reach it.
+    """
+    found = [(one["value"], one["high"]) for one in coverages]
+    if any(high is not None and high < promised for _, high in found):
+        return "broken"
+    return "kept" if all(value >= promised for value, _ in found) else "open"
 
 
 def _measure_sets(
-    sets: np.ndarray, target: np.ndarray, pred: np.ndarray, groups: np.ndarray, **how: Any
-) -> dict[str, dict[str, Any]]:
-    covered = sets[np.arange(len(target)), target]
+    sets: np.ndarray,
+    target: np.ndarray,
+    pred: np.ndarray,
+    groups: np.ndarray,
+    class_names: list[str],
+    **how: Any,
+) -> dict[str, Any]:
+    """Give coverage, abstention and error where patients weigh the same, where patches do, and by class."""
     unanswered, wrong = abstain(sets, pred), pred != target
     parts = {
-        "coverage": covered,
+        "coverage": sets[np.arange(len(target)), target],
         "abstained": unanswered,
         "error": wrong & ~unanswered,
         "error_among_kept": wrong,
     }
-    measured: dict[str, dict[str, Any]] = {}
-    for name, equal_groups in WEIGHTS.items():
-        if how["unit"] == "patch" and measured:
-            return measured | {name: measured["patient"]}  # every patch is its own patient
+
+    def measure(chosen: np.ndarray, equal_groups: bool) -> dict[str, Any]:
         shares = estimate_shares(
-            parts, groups, of={"error_among_kept": ~unanswered}, equal_groups=equal_groups, **how
+            {name: part[chosen] for name, part in parts.items()},
+            groups[chosen],
+            of={"error_among_kept": ~unanswered[chosen]},
+            equal_groups=equal_groups,
+            **how,
         )
-        measured[name] = {part: share.to_dict() for part, share in shares.items()}
-    return measured
+        return {name: share.to_dict() for name, share in shares.items()}
 
-
-def _cover_classes(
-    sets: np.ndarray, target: np.ndarray, class_names: list[str], groups: np.ndarray, **how: Any
-) -> dict[str, dict[str, Any]]:
-    """Give the coverage of each class apart, every patient weighing the same: nothing was promised of it."""
-    covered = sets[np.arange(len(target)), target]
-    shares = estimate_shares(
-        dict.fromkeys(class_names, covered),
-        groups,
-        of={name: target == k for k, name in enumerate(class_names)},
-        equal_groups=True,
-        **how,
-    )
-    return {name: share.to_dict() for name, share in shares.items()}
+    every = np.ones(len(target), bool)
+    patch = measure(every, False)
+    return {
+        "patient": patch if how["unit"] == "patch" else measure(every, True),  # each patch its own patient
+        "patch": patch,
+        "by_class": {
+            name: measure(target == k, True) for k, name in enumerate(class_names) if (target == k).any()
+        },
+    }
 
 
 def _measure_risk(

@@ -31,11 +31,11 @@ from biopsy.statistics.intervals import describe_method
 
 FORMAT = "biopsy-faithfulness/1"
 FOLDER, DOCUMENT = "explain", "faithfulness.json"
-MOST_PATCHES, FEWEST_PATCHES = 48, 16
+MOST_PATCHES, FEWEST_PATCHES = 40, 16
 MOST_MULTIPLICATIONS = 5e12  # in all: about a minute on two cores
 PASSES = 1000  # through the network that a patch costs, all methods together
-N_RANDOMISED = 8  # patches whose maps are made again with random weights
-N_RANDOM = 5  # random orders that random stands for
+N_RANDOMISED = 6  # patches whose maps are made again with random weights
+N_RANDOM = 4  # random orders that random stands for
 
 FindTruth = Callable[[pd.DataFrame], np.ndarray]
 

@@ -31,6 +31,7 @@ AGAINST = {"fn": "tp", "fp": "tn"}
 """The errors of each class, and the patches called right that they are compared with."""
 UNUSUAL = 0.1  # a property counts as unusual within this share of either end of those called right
 FEWEST_RIGHT = 10  # patches called right that "unusual" needs
+DRAWS = 500  # of each bootstrap, from 100 patients on; a standard error is within 6 % of that of many more
 MOST_GROUPS = 24  # patients listed one by one
 
 
@@ -190,7 +191,7 @@ def contrast_mistakes(
         level: Nominal coverage of all intervals together.
 
     Returns:
-        ``n_comparisons``, ``level_each`` and ``contrasts``, a record each.
+        ``n_comparisons``, ``level_each``, ``draws`` of a bootstrap, and ``contrasts``, a record each.
     """
     kinds = sample["kind"].to_numpy(str)
     asked = [
@@ -212,6 +213,7 @@ def contrast_mistakes(
             unit=unit,
             names=(KINDS[wrong], KINDS[right]),
             level=level_each,
+            draws=DRAWS,
         )
         within = None if found.within is None else found.within.to_dict()
         few = len(found.by_group) <= MOST_GROUPS
@@ -231,7 +233,8 @@ def contrast_mistakes(
                 "by_group": found.by_group.replace({np.nan: None}).to_dict(orient="index") if few else {},
             }
         )
-    return {"n_comparisons": len(possible), "level_each": level_each, "contrasts": contrasts}
+    each = {"n_comparisons": len(possible), "level_each": level_each, "draws": DRAWS}
+    return {**each, "contrasts": contrasts}
 
 
 def _judge(estimate: Mapping[str, Any]) -> str:
@@ -251,11 +254,11 @@ def find_unusual(row: pd.Series, sample: pd.DataFrame) -> list[dict[str, Any]]:
     like = sample[(sample["kind"] == right) & (sample["patch_id"] != row["patch_id"])]
     if len(like) < FEWEST_RIGHT:
         return []
-    found = []
+    found: list[dict[str, Any]] = []
     for name in PROPERTIES:
         value, others = row[name], like[name].to_numpy(float)
         rank = float(((others < value) + 0.5 * (others == value)).mean())
-        if rank <= UNUSUAL or rank >= 1 - UNUSUAL:
+        if not np.isnan(value) and (rank <= UNUSUAL or rank >= 1 - UNUSUAL):
             found.append({"property": name, "value": float(value), "rank": rank})
     return sorted(found, key=lambda each: -abs(each["rank"] - 0.5))[:2]
 

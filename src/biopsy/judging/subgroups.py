@@ -12,7 +12,7 @@ SHOWN = ("auroc", "sensitivity", "specificity", "balanced_accuracy")
 MOST_VALUES = 12
 RELABELLED = ("label_before", "label_by", "label_at")
 PCAM = ("coord_x", "coord_y", "tumor_patch", "center_tumor_patch")  # place and label once more
-OWN_COLUMNS = {*COLUMNS, "own_side", "row", *RELABELLED, *PCAM}
+OWN_COLUMNS = {*COLUMNS, "own_side", "row", "label_share", *RELABELLED, *PCAM}
 
 
 def measure_subgroups(

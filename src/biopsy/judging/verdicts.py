@@ -140,7 +140,8 @@ def say_answer(record: Mapping[str, Any], n_groups: int, unit: str) -> str:
             f"its highest point lies in tumour in {hit['value']:.0%} of patches, where {area['value']:.0%} "
             "of the area is tumour"
         )
-    return "; ".join(parts) + "."
+    said = "; ".join(parts) + "."
+    return said[0].upper() + said[1:]
 
 
 def _score(curves: tuple[np.ndarray, np.ndarray]) -> np.ndarray:

@@ -28,7 +28,7 @@ from biopsy.statistics.thresholds import choose_threshold
 
 logger = logging.getLogger(__name__)
 
-STALE = ("predictions/test.parquet", "evaluation", "external", "explain", "report.html")
+STALE = ("predictions/test.parquet", "evaluation", "external", "explain", "errors", "report.html")
 """What a run holds that was made with its former probabilities."""
 
 
@@ -42,7 +42,7 @@ def settle(
     rules: Sequence[str],
     chosen_on: str,
     unit: str,
-    prior_shift: np.ndarray | None = None,
+    trained_prior: np.ndarray | None = None,
 ) -> None:
     """Fit the calibrator on validation patches, then freeze thresholds on the calibrated probabilities.
 
@@ -55,7 +55,7 @@ def settle(
         rules: Of the thresholds; the first one decides.
         chosen_on: The side these patches are of.
         unit: What a group is.
-        prior_shift: As `find_prior_shift` gives it.
+        trained_prior: As `find_trained_prior` gives it.
 
     Raises:
         MetricError: If a logit is not finite, or the method cannot serve that many classes.
@@ -63,7 +63,7 @@ def settle(
     info, positive, n_groups = classifier.info, classifier.positive_index, len(np.unique(group_ids))
     scores = score_classes(logits, info.outputs)
     at = 1 if positive is None else positive
-    fitted = fit_calibrator(scores, target, method, positive_index=at, prior_shift=prior_shift)
+    fitted = fit_calibrator(scores, target, method, positive_index=at, trained_prior=trained_prior)
     info.calibrator = fitted.to_dict()
     if method != "none":
         info.calibrator |= {
@@ -99,18 +99,21 @@ def _freeze(truth: np.ndarray, prob: np.ndarray, rule: str, chosen_on: str) -> d
     }
 
 
-def find_prior_shift(recipe: Recipe, counts: Sequence[int]) -> np.ndarray | None:
-    """Give by how much training favoured each class, as logarithms ``(n_classes,)``; None where it did not.
+def find_trained_prior(recipe: Recipe, counts: Sequence[int]) -> np.ndarray | None:
+    """Give the share of each class as training saw it, where weights or sampling bent it; else None.
 
-    A class weight of max / count (or any other constant / count) multiplies the odds that training sees by
-    it, and so does resampling to equal shares.
+    A class weight of max / count (or any other constant / count) makes all classes count alike, and so does
+    resampling to equal shares; both together turn their shares round.
 
     Args:
         recipe: Its class weights and its sampling.
         counts: Training patches of each class before resampling.
     """
     n_times = (recipe.train.class_weights != "none") + (recipe.train.sampling != "none")
-    return -n_times * np.log(np.asarray(counts, np.float64)) if n_times else None
+    if not n_times:
+        return None
+    seen = np.asarray(counts, np.float64) ** (1 - n_times)
+    return seen / seen.sum()
 
 
 def settle_run(
@@ -134,13 +137,15 @@ def settle_run(
         rules=(decision.threshold, *recipe.decision.operating_points),
         chosen_on=run.val_side,
         unit=run.info["pack"]["unit"],
-        prior_shift=find_prior_shift(recipe, [counts[name] for name in classifier.info.class_names]),
+        trained_prior=find_trained_prior(recipe, [counts[name] for name in classifier.info.class_names]),
     )
     classifier.info.conformal = fit_abstention(
         classifier.probs(logits),
         target,
         group_ids,
         recipe.decision.abstention_error,
+        promise=recipe.decision.abstention_promise,
+        class_names=classifier.info.class_names,
         unit=run.info["pack"]["unit"],
         chosen_on=run.val_side,
         patients_overlap=bool(split["patients_overlap"]),

@@ -45,7 +45,7 @@ class ClassifierInfo(BaseModel):
     thresholds: list[dict[str, Any]] = []
     """``value``, ``rule``, ``chosen_on``, and what it achieved there; the first one is used."""
     conformal: dict[str, Any] = {}
-    """``quantile`` of the sets that say which patches get no answer, or the ``reason`` why there is none."""
+    """``quantiles`` of the sets that say which patches get no answer, or why there are none."""
     unlike_training: dict[str, Any] | None = None
     """Limits beyond which a patch is unlike anything in training."""
     licence: str = "as the data it was trained on allow"
@@ -184,10 +184,10 @@ class Classifier:
         Args:
             probs: Calibrated probabilities, ``(N, n_classes)``.
         """
-        quantile = self.info.conformal.get("quantile")
-        if quantile is None:
+        quantiles = self.info.conformal.get("quantiles")
+        if quantiles is None:
             return None
-        return abstain(predict_sets(probs, quantile), decide(probs, self.positive_index, self.threshold))
+        return abstain(predict_sets(probs, quantiles), decide(probs, self.positive_index, self.threshold))
 
     @property
     def frozen(self) -> dict[str, Any] | None:

@@ -13,9 +13,9 @@ from biopsy.sharing.facts import RunFacts
 from biopsy.sharing.numbers import Footnotes
 
 MEASURES = {
-    "coverage": "sets that hold the true class",
-    "abstained": "patches that get no answer",
-    "error": "patches kept and called wrong",
+    "coverage": "true class in the set",
+    "abstained": "no answer",
+    "error": "kept and wrong",
     "error_among_kept": "wrong among the kept",
 }
 
@@ -26,7 +26,7 @@ def describe_abstention(facts: RunFacts) -> Section | None:
     if not found:
         return None
     blocks: list[Block] = [Text(say_promise(found))]
-    if found["quantile"] is None:
+    if found["quantiles"] is None:
         blocks.append(Text(_say_refusal(found), "note"))
     else:
         blocks.append(Text(say_verdict(found, facts.unit), _tone(found["verdict"])))
@@ -35,7 +35,7 @@ def describe_abstention(facts: RunFacts) -> Section | None:
             Text("These are the patches that the sets were fitted on: no test of the promise.", "warning")
         )
     if "per_patch" in found:
-        blocks += _tables_of_shares(found, facts.unit)
+        blocks.append(_table_of_shares(found, facts.unit))
     blocks += [_table_of_risk(found["risk_coverage"]), Pictures(_draw(facts, found))]
     return Section("abstention", "Where it gives no answer", blocks)
 
@@ -44,27 +44,36 @@ def say_promise(found: Mapping[str, Any]) -> str:
     """Say in words what was promised, on what it rests, and when a patch gets no answer."""
     if found["alpha"] is None:
         return f"Every patch gets an answer: {found['reason']}."
-    unit = found["unit"]
-    if found["quantile"] is None:
+    if found["quantiles"] is None:
         return f"No promise is made, and every patch gets an answer: {found['reason']}."
+    unit, each = found["unit"], found["promise"] == "each-class"
+    what = "patches of each class" if each else "patches"
     return (
         f"A patch gets no answer where its conformal set is not the called class alone. The sets were fitted "
         f"on {number(found['n_calibration_patches'])} patches of {number(found['n_calibration_patients'])} "
-        f"{unit}s ({found['chosen_on']}) with the {unit} as the unit, and promise: of the patches of a new "
+        f"{unit}s ({found['chosen_on']}) with the {unit} as the unit, and promise: of the {what} of a new "
         f"{unit}, on the mean over {unit}s, at least {100 * found['promised_coverage']:g} % have their true "
-        f"class in their set. So at most {100 * found['alpha']:g} % of all patches are kept and called "
-        f"wrong; the share among the kept alone is not promised. Method: {found['method']}."
+        f"class in their set. So at most {100 * found['alpha']:g} % of {'each' if each else 'them'} are kept "
+        f"and called wrong; the share among the kept alone is not promised. Method: {found['method']}"
+        f"{', for each class by itself' if each else ''}."
     )
 
 
 def say_verdict(found: Mapping[str, Any], unit: str) -> str:
     """Say whether the promise was kept on the judged patients, and by how much it was missed."""
-    coverage, promised = found["patient"]["coverage"], found["promised_coverage"]
-    reached = f"{number(coverage['value'])} ({interval_of(coverage)}) where {number(promised)} was promised"
-    gap = number(abs(coverage["value"] - promised))
+    promised = found["promised_coverage"]
+    if found["promise"] == "each-class":
+        coverages = {f"of {name} patches ": one["coverage"] for name, one in found["by_class"].items()}
+    else:
+        coverages = {"": found["patient"]["coverage"]}
+    reached = "; ".join(
+        f"{name}{number(one['value'])} ({interval_of(one)})" for name, one in coverages.items()
+    )
+    reached += f", where {number(promised)} was promised"
+    gap = number(max(0.0, *(promised - one["value"] for one in coverages.values())))
     return {
-        "kept": f"The promise was kept on these {unit}s: coverage {reached}.",
-        "broken": f"The promise was broken on these {unit}s, by {gap}: coverage {reached}. They differ from "
+        "kept": f"The promise was kept on these {unit}s. Coverage: {reached}.",
+        "broken": f"The promise was broken on these {unit}s, by {gap}. Coverage: {reached}. They differ from "
         "those it was fitted on, or epoch and threshold were fitted to those too closely.",
         "open": f"Coverage fell short by {gap}, no more than so few {unit}s can differ by chance: {reached}.",
     }[found["verdict"]]
@@ -83,34 +92,34 @@ def _tone(verdict: str) -> str:
     return "warning" if verdict == "broken" else "note"
 
 
-def _tables_of_shares(found: Mapping[str, Any], unit: str) -> list[Block]:
+def _table_of_shares(found: Mapping[str, Any], unit: str) -> Table:
+    """Make the table of what was promised and reached: all patches, then each class."""
+    ours, plain, each = found.get("sets"), found["per_patch"], found["promise"] == "each-class"
     promised = {"coverage": f"at least {number(found['promised_coverage'])}"}
     promised["error"] = f"at most {number(found['alpha'])}"
-    ours = f"{unit}s as the unit" if "patient" in found else ""
-    weights = [("patient", f"every {unit} weighs the same"), ("patch", "every patch weighs the same")]
-    tables: list[Block] = []
-    for weight, title in weights[: 1 if unit == "patch" else 2]:
-        reasons, rows = Footnotes(), []
+    scopes = {"all": ("patient",)} | {name: ("by_class", name) for name in plain["by_class"]}
+    reasons, rows = Footnotes(), []
+    for scope, place in scopes.items():
         for name, label in MEASURES.items():
-            row = [label, promised.get(name, "-") if weight == "patient" else "-"]
-            row += [reasons.estimate(found[weight][name])] if ours else []
-            rows.append([*row, reasons.estimate(found["per_patch"][weight][name])])
-            if name == "coverage" and weight == "patient" and ours:
-                rows += [
-                    [f"the same of {name} patches", "-", reasons.estimate(share), "-"]
-                    for name, share in found["by_class"].items()
-                ]
-        note = "In brackets: 95 % interval." + (_say_sets(found) if weight == "patient" and ours else "")
-        tables.append(
-            Table(
-                ["", "promised", *([ours] if ours else []), "patches taken as independent"],
-                rows,
-                caption=f"Promised and reached, {title}",
-                note=note + reasons.text,
-                fold="" if weight == "patient" else f"The same where {title}",
-            )
-        )
-    return tables
+            of_this = promised.get(name, "-") if (scope != "all") == each else "-"
+            row = [scope, label, of_this]
+            row += [reasons.estimate(_pick(found, place)[name])] if ours else []
+            rows.append([*row, reasons.estimate(_pick(plain, place)[name])])
+    return Table(
+        ["patches", "", "promised", *([f"{unit}s as the unit"] if ours else []), "patches as independent"],
+        rows,
+        caption="Promised and reached",
+        note=f"Every {unit} weighs the same. In brackets: 95 % interval."
+        + (_say_sets(found) if ours else "")
+        + reasons.text,
+        text_columns=2,
+    )
+
+
+def _pick(found: Mapping[str, Any], place: tuple[str, ...]) -> Mapping[str, Any]:
+    for key in place:
+        found = found[key]
+    return found
 
 
 def _say_sets(found: Mapping[str, Any]) -> str:
@@ -152,20 +161,19 @@ def _draw(facts: RunFacts, found: Mapping[str, Any]) -> list[Picture]:
     groups = facts.group_ids
     if "per_patch" in found and facts.unit != "patch" and groups.notna().all():
         scores = 1 - probs[np.arange(len(target)), target]
-        held = groups.to_frame("group").assign(score=scores)
         ours, plain = (
-            None if quantile is None else _cover_groups(held, quantile)
-            for quantile in (found["quantile"], found["per_patch"]["quantile"])
+            None if quantiles is None else _cover_groups(scores <= np.array(quantiles)[target], groups)
+            for quantiles in (found["quantiles"], found["per_patch"]["quantiles"])
         )
         drawn = draw_promise(ours, plain, found["promised_coverage"], unit=facts.unit)
-        caption = f"The promise is a mean over {facts.unit}s: single ones may lie far below it."
+        caption = f"All classes. A promise is a mean over {facts.unit}s: single ones may lie far below it."
         pictures.append(Picture(caption, svg(drawn, "promise")))
     return pictures
 
 
-def _cover_groups(table: pd.DataFrame, quantile: float) -> np.ndarray:
-    """Give the share of each group's patches that score at most ``quantile``."""
-    return table["score"].le(quantile).groupby(table["group"]).mean().to_numpy()
+def _cover_groups(held: np.ndarray, groups: pd.Series) -> np.ndarray:
+    """Give the share of each group's patches whose set holds the true class."""
+    return pd.Series(held).groupby(groups.to_numpy()).mean().to_numpy()
 
 
 def _probs(facts: RunFacts) -> np.ndarray:

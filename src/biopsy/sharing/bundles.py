@@ -20,9 +20,9 @@ from torch import nn
 from biopsy.data.packs import Pack
 from biopsy.errors import DataError, MissingExtra, RunError
 from biopsy.files import read_json, replace_directory, sha256_file, write_json
-from biopsy.learning.classifiers import Classifier
+from biopsy.learning.classifiers import WEIGHTS, Classifier
 from biopsy.learning.engine import Engine
-from biopsy.learning.foreign.wsinfer import CONFIG, SCRIPT, load_script
+from biopsy.learning.foreign.wsinfer import CONFIG, SCRIPT, is_wsinfer, load_script
 from biopsy.learning.inference import predict_logits
 from biopsy.learning.opening import open_classifier
 from biopsy.learning.runs import Run
@@ -96,6 +96,9 @@ def export(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} exists already: name a folder that does not")
+    place = None if isinstance(model, Run | Classifier) else Path(model)
+    if place is not None and is_wsinfer(place) and not (place / WEIGHTS).is_file():
+        raise RunError(f"{model} is a model in WSInfer's form already: give it to other programs as it is")
     classifier = _with_mpp(open_classifier(model), mpp, model)
     run = _find_run(model)
     pack = _find_pack(run, data, model)
@@ -151,7 +154,7 @@ def write_networks(classifier: Classifier, folder: Path) -> None:
                 script = torch.jit.trace(network, example, check_trace=False)
             _write_script(script, folder / SCRIPT)
             _write_onnx(network, example, folder / ONNX)
-        except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
+        except RuntimeError as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise RunError(f"the network {classifier.info.network} cannot be exported: {reason}") from error
     write_json(folder / CONFIG, describe_for_host(classifier))
@@ -213,7 +216,7 @@ def measure_parity(classifier: Classifier, folder: Path, patches: np.ndarray) ->
         ``parity.json``: for each of the two, the largest difference of a probability from the classifier's.
     """
     try:
-        import onnxruntime  # type: ignore[import-untyped]
+        import onnxruntime
     except ImportError:
         raise MissingExtra("export", "comparing ONNX with PyTorch") from None
     info = classifier.info

@@ -8,6 +8,7 @@ from biopsy.figures.style import svg
 from biopsy.sharing.document import Block, Picture, Pictures, Section, Table, Text, number, plural
 from biopsy.sharing.facts import RunFacts
 from biopsy.sharing.numbers import Footnotes
+from biopsy.statistics.calibrators import LEFT, MOVED
 
 ROWS = {
     "ece": "expected calibration error",
@@ -34,17 +35,16 @@ def describe_calibration(facts: RunFacts) -> Section | None:
         sides = {"before": found["before"], **sides}
     blocks.append(_table(sides, facts.metrics.get("side", "test")))
     if "bins" in found["after"]:
-        titles = {"before": "before calibration", "after": "after" if len(sides) > 1 else "not calibrated"}
-        panels = {titles[name]: side["bins"] for name, side in sides.items()}
-        picture = draw_calibration(panels, positive=facts.positive)
-        caption = (
-            "Do probabilities mean what they say? Each dot holds as many patches; its line is the interval "
-            f"over {plural(facts.unit)}, where enough of them have patches there."
-        )
-        blocks += [
-            Pictures([Picture(caption, svg(picture, "calibration"))], across=1),
-            Text(say_slope(found["after"], facts.positive)),
+        titles = {"before": "Before calibration", "after": "After" if len(sides) > 1 else "Not calibrated"}
+        pictures = [
+            Picture(
+                f"{titles[name]}. Each dot holds as many patches.",
+                svg(draw_calibration(side["bins"], positive=facts.positive), f"calibration-{name}"),
+            )
+            for name, side in sides.items()
         ]
+        note = f"Lines through dots: intervals over {plural(facts.unit)}, where enough have patches there."
+        blocks += [Pictures(pictures, caption=note), Text(say_slope(found["after"], facts.positive))]
     return Section("calibration", "Do probabilities mean what they say?", blocks)
 
 
@@ -63,10 +63,10 @@ def say_calibration(found: Mapping[str, Any]) -> str:
         text += " (a temperature of " + number(1 / found["slope"]) + ")"
         text += " and shifted." if any(found["intercepts"]) else "."
     about = {
-        "known shift of training taken off": " Class weights or resampling had shifted the prevalence that "
-        "training saw; that known shift is taken off first.",
-        "known shift of training left: without it validation fits worse": " Class weights or resampling had "
-        "shifted the prevalence that training saw, but validation is fitted better without correcting it.",
+        MOVED: " Class weights or resampling had bent the prevalence that training saw; before the "
+        "temperature, scores were moved to the prevalence of validation.",
+        LEFT: " Class weights or resampling had bent the prevalence that training saw, but validation is "
+        "fitted better without correcting it.",
     }
     return text + about.get(found.get("prior") or "", "")
 

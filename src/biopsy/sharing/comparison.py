@@ -193,13 +193,13 @@ def _describe_groups(facts: ComparisonFacts) -> Section | None:
                     number(values[one["of"]]["auroc"]),
                     _signed(seeds["mean"]),
                     number(seeds["sd"]),
-                    "-" if seeds["min"] is None else f"{_signed(seeds['min'])} to {_signed(seeds['max'])}",
+                    "-" if seeds["n"] < 2 else f"{_signed(seeds['min'])} to {_signed(seeds['max'])}",
                     _signed(entry["differences"][one["of"]]["balanced_accuracy"]["mean"]),
                 ]
             )
         columns = [facts.unit, "patches", one["to"], one["of"], "gain in AUROC", "sd over seeds"]
         columns += ["least to greatest", "gain in balanced accuracy"]
-        title = f"{one['of']} against {one['to']}, {len(rows)} {facts.units} one by one"
+        title = f"{one['of']} against {one['to']}, {facts.unit} by {facts.unit}"
         long = len(rows) > LONG_TABLE
         note = "AUROC, mean of seeds. A dash: not defined, because only one class occurs, or one seed."
         blocks.append(

@@ -255,7 +255,7 @@ def _reasons(entry: Mapping[str, Any], row: Any) -> list[str]:
         f"{'higher' if each['rank'] > 0.5 else 'lower'} than {max(each['rank'], 1 - each['rank']):.0%}"
         for each in entry["unusual"]
     ]
-    return lines + (["at the border"] if row["zone"] == "border" else [])
+    return lines + (["at the border"] if str(row["zone"]) == "border" else [])
 
 
 def _pictures(closeup: Closeup | None, entry: Mapping[str, Any]) -> list[tuple[bytes, str]]:

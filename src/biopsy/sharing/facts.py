@@ -184,9 +184,7 @@ def _hide_mistakes(mistakes: Mistakes, aliases: Aliases) -> Mistakes:
 
 
 def _hide_closeups(closeups: Closeups, aliases: Aliases) -> Closeups:
-    return replace(
-        closeups, of={aliases.of("patch", name): closeup for name, closeup in closeups.of.items()}
-    )
+    return replace(closeups, of={aliases.of("patch", name): closeup for name, closeup in closeups.of.items()})
 
 
 def _hide_examples(explained: Explained, aliases: Aliases) -> Explained:

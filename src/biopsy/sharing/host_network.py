@@ -51,6 +51,8 @@ def make_resize(preprocessing: Preprocessing, patch_px: int) -> nn.Module:
 class _Nearest(nn.Module):
     """Takes pixels as Pillow does."""
 
+    places: Tensor
+
     def __init__(self, patch_px: int, input_px: int) -> None:
         super().__init__()
         self.register_buffer("places", torch.from_numpy(nearest_index(patch_px, input_px)))
@@ -65,6 +67,13 @@ class _Bilinear(nn.Module):
     Along a row OpenCV moves a place beyond the border onto it; along a column it repeats the border instead,
     which differs in what is cut off.
     """
+
+    first: Tensor
+    second: Tensor
+    row_first: Tensor
+    row_second: Tensor
+    column_first: Tensor
+    column_second: Tensor
 
     def __init__(self, patch_px: int, input_px: int) -> None:
         super().__init__()
@@ -94,6 +103,8 @@ class _Bilinear(nn.Module):
 class _Bicubic(nn.Module):
     """OpenCV's INTER_CUBIC of 8-bit pixels; its weights are read off OpenCV itself."""
 
+    weights: Tensor
+
     def __init__(self, patch_px: int, input_px: int) -> None:
         super().__init__()
         unit = np.eye(patch_px, dtype=np.float32)
@@ -118,6 +129,9 @@ def _divide(values: Tensor, bits: int) -> Tensor:
 class _Standardise(nn.Module):
     """Channel order, scale, mean and deviation, held so that they move to a device with the network."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.is_bgr = preprocessing.channel_order == "bgr"
@@ -135,6 +149,11 @@ def make_calibration(calibrator: Calibrator) -> nn.Module:
 
 
 class _Scaling(nn.Module):
+    """Slope and intercepts."""
+
+    slope: Tensor
+    intercepts: Tensor
+
     def __init__(self, calibrator: Scaling) -> None:
         super().__init__()
         self.register_buffer("slope", torch.tensor(calibrator.slope, dtype=torch.float32))
@@ -150,6 +169,11 @@ class _Isotonic(nn.Module):
     In 32 bits a probability near 1 has few digits left and what is missing to 1 has all of them, so the upper
     half is read by that.
     """
+
+    logit: Tensor
+    prob: Tensor
+    missing: Tensor
+    calibrated: Tensor
 
     def __init__(self, calibrator: Isotonic) -> None:
         super().__init__()

@@ -28,11 +28,12 @@ def make_map(
         SlideError: If the classifier's outputs are no numbers.
     """
     info, probs = classifier.info, classifier.probs(logits)
+    checked, abstained = check_probs(probs, name), classifier.abstains(probs)
     return SlideMap(
         name,
         grid,
-        check_probs(probs, name),
-        np.zeros(len(probs), bool),
+        checked,
+        np.zeros(len(probs), bool) if abstained is None else abstained,
         info.class_names,
         info.positive_class,
         None if info.positive_class is None else (classifier.threshold or 0.5),

@@ -14,10 +14,10 @@ from biopsy.slides.maps import SlideMap
 from biopsy.slides.summaries import compare_with_target, summarise
 
 FORMAT: Final = "biopsy-slide/1"
-MAP, SUMMARY, OVERLAY, TISSUE = "map.parquet", "summary.json", "overlay.png", "tissue.png"
+MAP, SUMMARY, OVERLAY, TISSUE = "map.parquet", "summary.json", "overlay.png", "tissue.jpg"
 REGIONS, DETECTIONS, HEATMAP = "regions.geojson", "detections.geojson", "heatmap.tiff"
 PANELS = "panels.png"
-_HEATMAP_PX = 2048  # cells are drawn larger until the heat map's longer side is about this long
+_HEATMAP_PX = 1024  # cells are drawn larger until the heat map's longer side is about this long
 
 
 def write_outputs(
@@ -45,18 +45,18 @@ def write_outputs(
         What ``summary.json`` holds.
     """
     from biopsy.figures.maps import outline_tissue
-    from biopsy.figures.style import png
+    from biopsy.figures.style import jpeg, png
 
     assert slide_map.picture is not None
     slide_map.to_parquet(folder / MAP)
     slide_map.to_geojson(folder / REGIONS)
     if detections:
         slide_map.to_geojson(folder / DETECTIONS, detections=True)
-    write_atomic(folder / OVERLAY, png(draw(slide_map), dpi=200))
+    write_atomic(folder / OVERLAY, png(draw(slide_map), dpi=160))
     write_heatmap(folder / HEATMAP, slide_map)
     summary = summarise(slide_map, is_calibrated=is_calibrated)
     if tissue is not None:
-        write_atomic(folder / TISSUE, png(outline_tissue(slide_map.picture, tissue)))
+        write_atomic(folder / TISSUE, jpeg(outline_tissue(slide_map.picture, tissue)))
         grid = slide_map.grid
         area_mm2 = grid.width * grid.height * (grid.slide_mpp / 1000) ** 2
         share = float(tissue.mean())

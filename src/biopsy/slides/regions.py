@@ -9,7 +9,7 @@ from shapely import Polygon
 
 from biopsy.slides.maps import SlideMap
 
-ABSTAINED = "abstained"
+ABSTAINED = "abstained*"  # QuPath, and `prepare`, ignore classes that end so
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Region:
     """Cells of one class that touch along an edge.
 
     Attributes:
-        class_name: The class, or ``"abstained"``.
+        class_name: The class, or `ABSTAINED`.
         polygon: At level 0, with holes; its edges follow those of the cells.
         n_cells: How many cells it joins.
         area_mm2: Their area.

@@ -213,7 +213,7 @@ def _estimate(
         elif n >= FEWEST_GROUPS and value in (0.0, 1.0):
             intervals.append(bound_interval(value, n, level))
         else:
-            has = (n, "such patches")
+            has = (n, "patches" if n == n_groups else "such patches")
             intervals.append(
                 estimate_from(value, column, method, has, bounds=(0.0, 1.0), level=level, unit=unit)
             )

@@ -6,7 +6,7 @@ both in `fit_calibrator` and `calibrator_from_dict`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +22,9 @@ Method = Literal["temperature", "platt", "isotonic", "none"]
 
 METHODS: tuple[Method, ...] = ("temperature", "platt", "isotonic", "none")
 SLOPES = (1e-6, 1e3)  # a best slope beyond these is as good as zero or infinite
+AS_TRAINED = "as trained"
+MOVED = "moved from the shares that training saw to those of validation"
+LEFT = "left as trained, though class weights or resampling bent it: validation fits better so"
 LEAST_PROB = 1e-15  # before a logarithm, so that scores of an isotonic 0 stay finite
 
 
@@ -140,7 +143,7 @@ def fit_calibrator(
     method: str = "temperature",
     *,
     positive_index: int = 1,
-    prior_shift: ArrayLike | None = None,
+    trained_prior: ArrayLike | None = None,
 ) -> Calibrator:
     """Fit a calibrator by maximum likelihood on patches that the classifier did not learn from.
 
@@ -157,18 +160,19 @@ def fit_calibrator(
         target: Class of each patch, ``(n,)``.
         method: One of `METHODS`.
         positive_index: Column of the positive class, for two classes.
-        prior_shift: Logarithms by which training favoured each class, ``(n_classes,)``. Temperature takes
-            them off first (King and Zeng 2001, prior correction; Saerens et al. 2002), unless validation is
-            fitted better without: a network that was trained long may have ignored its class weights (Byrd
-            and Lipton 2019). Platt and isotonic move the prior themselves.
+        trained_prior: Share of each class as training saw it, where class weights or resampling bent it,
+            ``(n_classes,)``. Before the temperature, scores are moved from it to the shares in these patches
+            (King and Zeng 2001, prior correction; Saerens et al. 2002), unless that fits them worse: a
+            network that was trained long may have ignored its weights (Byrd and Lipton 2019). Platt and
+            isotonic move the prior themselves.
 
     Raises:
         MetricError: If the method does not exist or is for two classes only, shapes do not agree, or a score
             is not finite.
 
     Example:
-        >>> fit_calibrator([[0, 4], [4, 0], [0, 4], [4, 0]], [1, 0, 1, 1]).slope
-        0.27465307216702745
+        >>> round(fit_calibrator([[0, 4], [4, 0], [0, 4], [4, 0]], [1, 0, 1, 1]).slope, 4)
+        0.2747
     """
     scores, target = np.asarray(scores, np.float64), np.asarray(target)
     _check_scores(scores, target)
@@ -181,7 +185,7 @@ def fit_calibrator(
     if not np.ptp(scores - scores[:, :1], axis=0).any():
         return Scaling(reason="not calibrated: all predictions are equal")
     if method == "temperature":
-        return _fit_temperature(scores, target, positive_index, prior_shift)
+        return _fit_temperature(scores, target, positive_index, trained_prior)
     logits, truth = scores[:, positive_index] - scores[:, 1 - positive_index], target == positive_index
     fit = _fit_platt if method == "platt" else _fit_isotonic
     return fit(logits, truth.astype(np.float64), positive_index)
@@ -208,25 +212,21 @@ def _check_scores(scores: Floats, target: NDArray[Any]) -> None:
 
 
 def _fit_temperature(
-    scores: Floats, target: NDArray[Any], positive_index: int, prior_shift: ArrayLike | None
+    scores: Floats, target: NDArray[Any], positive_index: int, trained_prior: ArrayLike | None
 ) -> Scaling:
     slope, reason = _fit_slope(scores, target)
-    plain = Scaling(reason=reason) if slope is None else Scaling("temperature", slope, prior="as trained")
-    if prior_shift is None:
+    plain = Scaling(reason=reason) if slope is None else Scaling("temperature", slope, prior=AS_TRAINED)
+    here = np.bincount(target, minlength=scores.shape[1]) / len(target)
+    if trained_prior is None or not here.all():
         return plain
-    shift = np.asarray(prior_shift, np.float64)
-    shift = shift - shift[1 - positive_index if len(shift) == 2 else 0]
-    slope, _ = _fit_slope(scores - shift, target)
+    shift = np.log(here) - np.log(np.asarray(trained_prior, np.float64))
+    shift -= shift[1 - positive_index if len(shift) == 2 else 0]
+    slope, _ = _fit_slope(scores + shift, target)
     if slope is not None:
-        intercepts = tuple((-slope * shift).tolist())
-        moved = Scaling("temperature", slope, intercepts, prior="known shift of training taken off")
+        moved = Scaling("temperature", slope, tuple((slope * shift).tolist()), prior=MOVED)
         if mean_nll(moved.scale(scores), target) <= mean_nll(plain.scale(scores), target):
             return moved
-    if plain.method == "none":
-        return plain
-    return Scaling(
-        "temperature", plain.slope, prior="known shift of training left: without it validation fits worse"
-    )
+    return plain if plain.method == "none" else replace(plain, prior=LEFT)
 
 
 def _fit_slope(scores: Floats, target: NDArray[Any]) -> tuple[float | None, str | None]:
@@ -237,7 +237,10 @@ def _fit_slope(scores: Floats, target: NDArray[Any]) -> tuple[float | None, str 
         return float((softmax(slope * margins, axis=1) * margins).sum(axis=1).mean())
 
     if derivative(SLOPES[0]) >= 0:
-        return None, "not calibrated: validation is ranked no better than chance, no positive slope fits"
+        return None, (
+            "not calibrated: no positive slope fits, because validation is ranked no better than chance or "
+            "all its scores are shifted to one side (platt takes off a shift)"
+        )
     if derivative(SLOPES[1]) <= 0:
         return None, "not calibrated: validation is told apart without a mistake, no finite slope fits"
     return float(brentq(derivative, *SLOPES, xtol=1e-12, rtol=1e-12)), None

@@ -17,12 +17,18 @@ calibration patients and new patients alike, not one for each patient. Dunn, Was
 118:2491, arXiv:1809.07441) posed the problem; their pooled distribution functions are the same without the
 point at infinity, which makes their promise an asymptotic one.
 
+Made for all classes together, the promise is a mean over classes too, and the rarer or harder class pays: its
+patches are missed more often than promised. Made for each class by itself (Mondrian: Vovk et al. 2005, ch.
+4), with a quantile from the patches of that class, each class has its own promise.
+
 The plain version, right only if patches were independent, is the same quantile with every patch a patient of
 its own.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -31,6 +37,7 @@ from biopsy.errors import MetricError
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
+Promise = Literal["each-class", "all"]
 
 METHOD = "hierarchical conformal (Lee, Barber and Willett 2023)"
 ROUNDING = 1e-9  # what sums of 1 / ((K + 1) N_k) may be off
@@ -42,23 +49,26 @@ class Conformal:
 
     Attributes:
         alpha: Error rate promised: the share of a new patient's patches whose set may miss the true class.
-        quantile: Largest score a class may have to be in a set.
+        promise: Whether that is promised of the patches of each class, or of all patches together.
+        quantiles: Largest score that each class may have to be in a set.
         n_patients: Calibration patients, or groups of whatever ``unit`` says.
         n_patches: Their patches.
         unit: What counts as one independent observation: patient, slide or patch.
-        reason: Why there is no quantile.
+        reason: Why there are no quantiles.
     """
 
     alpha: float
-    quantile: float | None
+    promise: Promise
+    quantiles: tuple[float, ...] | None
     n_patients: int
     n_patches: int
     unit: str
     reason: str | None = None
 
-    def to_dict(self) -> dict[str, float | int | str | None]:
+    def to_dict(self) -> dict[str, Any]:
         """Give what ``classifier.json`` holds."""
-        return {"method": METHOD, **asdict(self)}
+        quantiles = None if self.quantiles is None else list(self.quantiles)
+        return {"method": METHOD, **asdict(self), "quantiles": quantiles}
 
 
 def groups_needed(alpha: float) -> int:
@@ -124,7 +134,14 @@ def hierarchical_quantile(scores: ArrayLike, group_ids: ArrayLike, alpha: float)
 
 
 def fit_conformal(
-    probs: ArrayLike, target: ArrayLike, group_ids: ArrayLike, alpha: float, *, unit: str = "patient"
+    probs: ArrayLike,
+    target: ArrayLike,
+    group_ids: ArrayLike,
+    alpha: float,
+    *,
+    promise: Promise = "each-class",
+    unit: str = "patient",
+    class_names: Sequence[str] = (),
 ) -> Conformal:
     """Fit the sets of an error rate on calibration patients.
 
@@ -133,37 +150,55 @@ def fit_conformal(
         target: Index of the true class.
         group_ids: The patient (slide, or patch where no ids exist) of each patch.
         alpha: Error rate promised.
+        promise: Of the patches of each class, or of all together.
         unit: What a group is.
+        class_names: For the reason; their numbers where not given.
 
     Returns:
-        The fit; with fewer patients than `groups_needed` it has no quantile and says why.
+        The fit; with fewer patients than `groups_needed` (for ``"each-class"``: fewer with patches of some
+        class) it has no quantiles and says why.
 
     Raises:
         MetricError: For probabilities, targets or an error rate that are none.
     """
     scores, needed = score_targets(probs, target), groups_needed(alpha)
-    n = len(np.unique(np.asarray(group_ids)))
-    if n < needed:
-        reason = (
-            f"an error rate of {alpha:g} needs at least ceil(1/{alpha:g}) - 1 = {needed} calibration "
-            f"{unit}s; there {'is' if n == 1 else 'are'} {n}"
-        )
-        return Conformal(alpha, None, n, len(scores), unit, reason)
-    return Conformal(alpha, hierarchical_quantile(scores, group_ids, alpha), n, len(scores), unit)
+    target, groups, n_classes = np.asarray(target), np.asarray(group_ids), np.shape(probs)[1]
+    n_patients, quantiles = len(np.unique(groups)), []
+    for k in range(n_classes if promise == "each-class" else 1):
+        own = target == k if promise == "each-class" else np.ones(len(target), bool)
+        n = len(np.unique(groups[own]))
+        if n < needed:
+            of = f" with {[*class_names, *map(str, range(n_classes))][k]}" if promise == "each-class" else ""
+            reason = (
+                f"an error rate of {alpha:g} needs at least ceil(1/{alpha:g}) - 1 = {needed} calibration "
+                f"{unit}s{'' if n == n_patients else of}; there {'is' if n == 1 else 'are'} {n}"
+            )
+            return Conformal(alpha, promise, None, n_patients, len(scores), unit, reason)
+        quantiles.append(hierarchical_quantile(scores[own], groups[own], alpha))
+    every = tuple(quantiles) if promise == "each-class" else (quantiles[0],) * n_classes
+    return Conformal(alpha, promise, every, n_patients, len(scores), unit)
 
 
-def fit_plain(probs: ArrayLike, target: ArrayLike, alpha: float) -> Conformal:
+def fit_plain(
+    probs: ArrayLike, target: ArrayLike, alpha: float, *, promise: Promise = "each-class"
+) -> Conformal:
     """Fit plain split conformal sets, as if patches were independent: to be shown as what it is.
 
     Source: Vovk et al. 2005; Lei et al. 2018, sec. 2.2: the ``ceil((n + 1)(1 - alpha))``-th smallest score.
     """
-    probs = np.asarray(probs)
-    return fit_conformal(probs, target, np.arange(len(probs)), alpha, unit="patch")
+    return fit_conformal(
+        probs, target, np.arange(len(np.asarray(probs))), alpha, promise=promise, unit="patch"
+    )
 
 
-def predict_sets(probs: ArrayLike, quantile: float) -> Flags:
-    """Say of each class whether it is in the patch's set, shape ``(n_patches, n_classes)``."""
-    return np.asarray(1 - np.asarray(probs, np.float64) <= quantile)
+def predict_sets(probs: ArrayLike, quantiles: ArrayLike) -> Flags:
+    """Say of each class whether it is in the patch's set, shape ``(n_patches, n_classes)``.
+
+    Args:
+        probs: Shape ``(n_patches, n_classes)``.
+        quantiles: One a class, or one for all.
+    """
+    return np.asarray(1 - np.asarray(probs, np.float64) <= np.asarray(quantiles))
 
 
 def abstain(sets: Flags, pred: ArrayLike) -> Flags:

@@ -81,7 +81,7 @@ def count_calls(
     n_groups = len(groups)
 
     def count(chosen: Floats) -> Floats:
-        return np.bincount(codes, chosen, n_groups)
+        return np.asarray(np.bincount(codes, chosen, n_groups), np.float64)
 
     called = [prob >= threshold for threshold in thresholds]
     columns = [count(truth), count(1 - truth)]

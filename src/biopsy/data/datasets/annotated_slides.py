@@ -9,8 +9,8 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,12 @@ from biopsy.data.cutting import Cutting, cut_slide, level_0_px, name_classes
 from biopsy.data.datasets.layouts import Listing, Skipped, find_positive
 from biopsy.errors import DataError, SlideError
 from biopsy.imaging.annotations import Annotations, read_annotations
-from biopsy.imaging.reader import Slide, open_slide
+from biopsy.imaging.reader import open_slide
 
 _log = logging.getLogger(__name__)
 
 NAME = "annotated-slides"
 SLIDE_SUFFIXES = (*IMAGE_SUFFIXES, *".svs .ndpi .mrxs .dcm .scn .bif .vms .vmu .svslide .czi".split())
-_OPEN_SLIDES = 8
 
 
 @dataclass(frozen=True)
@@ -129,38 +128,30 @@ def _cut(
 
 
 class SlidePatches:
-    """The pixels of patches, read from their slides at the wanted mpp; a few slides stay open."""
+    """The pixels of patches, read from their slides at the wanted mpp."""
 
     def __init__(self, table: pd.DataFrame, cases: dict[str, _Case], cutting: Cutting) -> None:
         self._slide_ids = table["slide_id"].tolist()
         self._places = table[["x", "y"]].to_numpy(np.int64)
         self._cases, self._cutting = cases, cutting
-        self._open: dict[str, Slide] = {}
-        self._lock = Lock()
 
     def measure(self, row: int) -> tuple[int, int]:
         """Give the size that all patches have."""
         return self._cutting.patch_px, self._cutting.patch_px
 
     def read(self, rows: Sequence[int]) -> Iterator[np.ndarray | DataError]:
-        """Read one patch after the other."""
+        """Read one patch after the other; each slide is opened once for those that follow one another."""
         mpp, patch_px = self._cutting.mpp, self._cutting.patch_px
-        for row in rows:
-            try:
-                slide = self._slide(self._slide_ids[row])
-                x, y = self._places[row] * level_0_px(slide, mpp)
-                yield slide.read_at(x, y, patch_px, patch_px, mpp=mpp)
-            except SlideError as error:
-                yield error
-
-    def _slide(self, slide_id: str) -> Slide:
-        with self._lock:
-            if slide_id not in self._open:
-                if len(self._open) == _OPEN_SLIDES:  # a thread may still read it: it closes when none does
-                    del self._open[next(iter(self._open))]
-                case = self._cases[slide_id]
-                self._open[slide_id] = open_slide(case.path, mpp=case.mpp)
-            return self._open[slide_id]
+        for slide_id, group in groupby(rows, lambda row: self._slide_ids[row]):
+            case = self._cases[slide_id]
+            with open_slide(case.path, mpp=case.mpp) as slide:
+                scale = level_0_px(slide, mpp)
+                for row in group:
+                    x, y = self._places[row] * scale
+                    try:
+                        yield slide.read_at(x, y, patch_px, patch_px, mpp=mpp)
+                    except SlideError as error:
+                        yield error
 
 
 def _pair(entries: Sequence[Entry]) -> tuple[list[tuple[Entry, Entry]], list[Skipped]]:

@@ -137,14 +137,14 @@ def find_tumour_cells(
     Raises:
         ValueError: If a patient is not of that cohort.
     """
-    plan = {patient: about for patient, *about in _plan(n_patients, patches_per_patient, seed)}
+    plan = {entry[0]: entry for entry in _plan(n_patients, patches_per_patient, seed)}
     painters: dict[str, SlidePainter] = {}
     masks = []
     for patient, x, y in places:
         if patient not in plan:
             raise ValueError(f"patient {patient!r} is not of this cohort: {next(iter(plan))} and the next")
         if patient not in painters:
-            painters[patient], _ = paint_patient(seed, patient, *plan[patient])
+            painters[patient], _ = paint_patient(seed, *plan[patient])
         masks.append(painters[patient].nests(x - 1, y - 1, PATCH_PX, PATCH_PX, MPP))
     return np.array(masks, bool).reshape(-1, PATCH_PX, PATCH_PX)
 

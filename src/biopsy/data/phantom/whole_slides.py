@@ -88,7 +88,7 @@ def make_phantom_slide(
         DataError: If the sections do not fit on the slide, or a number is out of range.
 
     Example:
-        >>> truth = make_phantom_slide("case.tiff", seed=0, width=800, height=600, mpp=1.0)
+        >>> truth = make_phantom_slide("case.tiff", seed=0, width=300, height=240, mpp=2.0, drawn_mpp=2.8)
         >>> truth.tumour.area > 0, truth.geojson.name
         (True, 'case.geojson')
     """

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 # Smilkov et al. 2017, SmoothGrad, sec. 3.2: 10 to 20 % of the input's range; gains end at about 50 draws
 NOISE, DRAWS, NOISE_SEED = 0.15, 25, 0
 
-FEWEST_STEPS, MOST_STEPS = 32, 512
+FEWEST_STEPS, MOST_STEPS = 32, 256
 COMPLETE_WITHIN = 0.02  # of the difference of the two scores, which are logits, or of 1 where it is smaller
 
 

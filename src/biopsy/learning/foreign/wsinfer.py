@@ -110,6 +110,10 @@ class _HostedNetwork(nn.Module):
         RunError: If a step has other arguments than these hosts understand.
     """
 
+    weights: Tensor | None
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, script: nn.Module, config: HostConfig) -> None:
         super().__init__()
         self.script = script

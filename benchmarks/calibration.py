@@ -1,0 +1,107 @@
+"""What does calibration on validation do to the tested side, and what becomes of thresholds frozen there?
+
+For every run of the studies named, each method is fitted on the run's stored validation predictions as
+`biopsy calibrate` does it, thresholds are frozen, and both are judged on the stored test predictions. No
+network is asked and nothing is written into a run.
+
+Command (a minute on one core):
+
+    uv run python benchmarks/calibration.py studies/cancernet-2020-loso studies/transfer-imagenet
+
+It writes `results/calibration.csv`, which `docs/concepts/calibration.md` shows: one row a run and method,
+with ECE, its floor, Brier, slope and intercept before and after, and for every operating point sensitivity
+and specificity where it was chosen and on test.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from biopsy.judging.calibration import measure_calibration
+from biopsy.judging.decisions import measure_decisions
+from biopsy.learning.calibration import settle_run
+from biopsy.learning.classifiers import Classifier
+from biopsy.learning.recipes import load_recipe
+from biopsy.learning.runs import Run
+from biopsy.sharing.document import plural
+from biopsy.studies.records import Study
+
+METHODS = ("temperature", "platt", "isotonic")
+SHOWN = ("ece", "brier", "nll", "calibration_slope", "calibration_intercept")
+
+
+def read_side(run: Run, classifier: Classifier, side: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Give logits, targets and groups of a side's stored predictions."""
+    frame, _ = run.predictions(side)
+    logits = frame[[f"logit_{name}" for name in classifier.info.class_names]].to_numpy(float)
+    return logits, frame["target"].to_numpy(int), frame[f"{run.info['pack']['unit']}_id"].to_numpy(str)
+
+
+def measure(run: Run, method: str) -> dict[str, Any]:
+    """Give a run's row for one method."""
+    classifier, unit = run.classifier, run.info["pack"]["unit"]
+    recipe = load_recipe(run.recipe, [f"decision.calibration={method}"])
+    settle_run(run, recipe, classifier, *read_side(run, classifier, "val"))
+    logits, target, groups = read_side(run, classifier, "test")
+    options: dict[str, Any] = {"seed": run.info["seed"], "unit": unit}
+    found = measure_calibration(classifier, logits, target, groups, **options)
+    positive = classifier.positive_index
+    assert positive is not None
+    prob, truth = classifier.probs(logits)[:, positive], (target == positive).astype(int)
+    decisions = measure_decisions(truth, prob, groups, classifier.info.thresholds, prevalence=None, **options)
+    names = np.unique(groups)
+    row: dict[str, Any] = {
+        "run": run.path.name,
+        "tested": names[0] if len(names) == 1 else f"{len(names)} {plural(unit)}",
+        "seed": run.info["seed"],
+        "method": method,
+        "fitted": found["method"],
+        "val_patches": found["n_patches"],
+        "val_groups": found["n_patients"],
+        "unit": unit,
+        "test_patches": len(target),
+        "test_prevalence": truth.mean(),
+        "slope_fitted": found.get("slope"),
+        "prior": found.get("prior") or found.get("reason"),
+    }
+    for side in ("before", "after"):
+        row |= {f"{name}_{side}": found[side][name]["value"] for name in SHOWN}
+        row[f"ece_floor_{side}"] = found[side]["ece_floor"]
+        row[f"brier_reliability_{side}"] = found[side]["brier_parts"]["reliability"]
+    for point in decisions["operating_points"]:
+        rule = point["rule"].replace("=", "_")
+        for name in ("sensitivity", "specificity"):
+            row[f"{rule}_{name}_chosen"] = point["where_chosen"][name]
+            row[f"{rule}_{name}_test"] = point["achieved"][name]["value"]
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("studies", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "calibration.csv")
+    asked = parser.parse_args()
+    rows = [
+        {"study": folder.name, **measure(run, method)}
+        for folder in asked.studies
+        for run in Study.open(folder).runs()
+        for method in METHODS
+    ]
+    with open(asked.out, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(
+            {key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()}
+            for row in rows
+        )
+    table = pd.DataFrame(rows)
+    shown = ["tested", "method", "ece_before", "ece_after", "ece_floor_after", "calibration_slope_after"]
+    print(table.groupby(["study", "tested", "method"])[shown[2:]].mean().round(3).to_string())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""Many slides: what is written, what is kept, what is named, and that an interruption leaves no trace."""
+
+import inspect
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import openslide
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import biopsy
+import biopsy.files as files
+import biopsy.slides.cohorts as cohorts
+import biopsy.slides.outputs as outputs
+from biopsy.cli import app
+from biopsy.errors import DataError, SlideError
+from biopsy.imaging.annotations import read_annotations
+from biopsy.imaging.reader import open_slide
+from biopsy.slides.cohorts import SlideCohort, slide
+from biopsy.slides.maps import SlideMap
+from slide_maps import make_classifier, save_classifier
+
+FILES = {"heatmap.tiff", "map.parquet", "overlay.png", "regions.geojson", "summary.json", "tissue.jpg"}
+
+
+def contents(folder):
+    """Give every file under a folder; the lock says nothing."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_one_slide_gives_its_map(make_slide):
+    slide_map = slide(make_classifier(), make_slide())
+    assert isinstance(slide_map, SlideMap) and slide_map.name == "slide"
+    assert len(slide_map) > 100 and slide_map.picture is not None
+    assert slide_map.probs.sum(axis=1) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.fixture
+def mapped(make_slide, tmp_path):
+    out = tmp_path / "out"
+    cohort = slide(
+        save_classifier(tmp_path / "classifier"),
+        [make_slide("a.tiff")],
+        out=out,
+        stride_um=8,
+        detections=True,
+    )
+    return cohort, out
+
+
+def test_everything_is_written(mapped):
+    cohort, out = mapped
+    assert isinstance(cohort, SlideCohort) and cohort.failed == [] and len(cohort) == 1
+    assert {path.name for path in (out / "a").iterdir()} == FILES | {"detections.geojson"}
+    (slide_map,) = cohort
+    summary = json.loads((out / "a" / "summary.json").read_text())
+    assert summary["format"] == "biopsy-slide/1" and summary["n_patches"] == len(slide_map)
+    assert summary["mpp"] | {"objective": None} == {
+        "slide": 0.5,
+        "source": "slide",
+        "classifier": 1.0,
+        "level": 1,
+        "downsample": 1.0,
+        "objective": None,
+    }
+    assert summary["classifier"]["sha256"] == biopsy.Classifier.load(out.parent / "classifier").sha256
+    assert summary["command"].startswith(
+        "biopsy slide classifier a.tiff --out DIR --stride-um 8 --detections"
+    )
+    assert 0.4 < summary["tissue_share"] < 0.6  # an ellipse over four fifths of both sides: .50
+    areas = sum(entry["area_mm2"] for entry in summary["classes"].values())
+    assert areas == pytest.approx(summary["mapped_mm2"])
+    assert areas == pytest.approx(summary["tissue_mm2"], rel=0.15)
+    assert read_annotations(out / "a" / "regions.geojson").items
+    row = pd.read_csv(out / "status.csv").iloc[0]
+    assert (row["slide"], row["status"], row["n_patches"]) == ("a", "done", len(slide_map))
+
+
+def test_the_heat_map_lies_over_the_slide(mapped):
+    _, out = mapped
+    with open_slide(out / "a" / "heatmap.tiff") as heatmap, openslide.OpenSlide(out.parent / "a.tiff") as of:
+        assert heatmap.width * heatmap.mpp == pytest.approx(of.dimensions[0] * 0.5, rel=0.01)
+        assert heatmap.height * heatmap.mpp == pytest.approx(of.dimensions[1] * 0.5, rel=0.01)
+        assert len(heatmap.levels) > 1
+        pixels = heatmap.read(0, 0, heatmap.width, heatmap.height)
+    assert (pixels[0, 0] == 255).all()  # no tissue, no answer
+    assert (pixels[heatmap.height // 2, heatmap.width // 2] != 255).any()
+
+
+def test_finished_slides_are_kept_and_changed_questions_asked_again(make_slide, tmp_path):
+    model, path, out = save_classifier(tmp_path / "c"), make_slide("a.tiff"), tmp_path / "out"
+
+    def map_again(**options):
+        slide(model, [path], out=out, **options)
+        return (out / "a" / "summary.json").stat().st_mtime_ns
+
+    first = map_again()
+    leftover = out / ".a.12345678.partial"
+    leftover.mkdir()
+    assert map_again() == first and not leftover.exists()
+    strided = map_again(stride_um=8)
+    assert strided > first
+    make_slide("a.tiff", seed=1)
+    other = map_again(stride_um=8)
+    assert other > strided
+    (out / "a" / "summary.json").unlink()
+    assert map_again(stride_um=8) > other
+
+
+def test_what_fails_is_named_and_the_rest_done(make_slide, tmp_path):
+    make_slide("a.tiff")
+    make_slide("unknown.png")
+    (tmp_path / "unknown.png").write_bytes(b"no image at all")
+    make_slide("coarse.tiff", mpp=3.0)
+    (tmp_path / "notes.txt").write_text("no slide")
+    model = save_classifier(tmp_path / "models" / "c")
+    result = CliRunner().invoke(app, ["slide", str(model), str(tmp_path), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 3, result.output
+    assert "2 inputs could not be read" in result.stderr and "too coarse" in result.stderr
+    status = pd.read_csv(tmp_path / "out" / "status.csv")
+    assert dict(zip(status["slide"], status["status"], strict=True)) == {
+        "a": "done",
+        "coarse": "failed",
+        "unknown": "failed",
+    }
+    assert not (tmp_path / "out" / "coarse").exists()
+
+
+def test_a_csv_states_an_mpp_for_each_slide(tmp_path, make_slide):
+    from conftest import draw_slide, encode_png
+
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(encode_png(draw_slide()))
+    (tmp_path / "slides.csv").write_text("slide,mpp\na.png,0.5\nb.png,\ngone.svs,0.25\n")
+    cohort = slide(make_classifier(), [tmp_path / "slides.csv"], out=tmp_path / "out")
+    assert [item["reason"][:12] for item in cohort.failed] == ["b.png has no", f"{tmp_path}"[:12]]
+    done = cohort.status.iloc[0]
+    assert (done["mpp"], done["mpp_source"]) == (0.5, "stated")
+    with pytest.raises(SlideError, match=r"b\.png has no mpp; pass the scanner's value as --mpp"):
+        slide(make_classifier(), [tmp_path / "b.png"], out=tmp_path / "out")
+    assert slide(make_classifier(), tmp_path / "b.png", mpp=0.5).about["mpp"]["source"] == "stated"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name\na\n", "has the columns name; slide"),
+        ("slide,mpp\na,x\n", "states an mpp of 'x', which is no number"),
+    ],
+)
+def test_csv_files_that_say_nothing_are_refused(tmp_path, text, message):
+    (tmp_path / "s.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        slide(make_classifier(), [tmp_path / "s.csv"], out=tmp_path / "out")
+
+
+def test_slides_of_one_name_are_told_apart(tmp_path, make_slide):
+    path = make_slide("x.tiff")
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(path, tmp_path / folder)
+    cohort = slide(make_classifier(), [tmp_path / "one", tmp_path / "two"], out=tmp_path / "out")
+    assert cohort.status["slide"].tolist() == ["one_x", "two_x"]
+    with pytest.raises(DataError, match="two slides are called 'one_x'"):
+        slide(make_classifier(), [tmp_path / "one", tmp_path / "one"], out=tmp_path / "out")
+
+
+def test_several_slides_need_a_place_and_slides_must_exist(tmp_path, make_slide):
+    with pytest.raises(DataError, match="pass out=DIR"):
+        slide(make_classifier(), [make_slide()])
+    with pytest.raises(DataError, match="does not exist: give slides"):
+        slide(make_classifier(), tmp_path / "none.svs")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no slide"):
+        slide(make_classifier(), tmp_path / "empty", out=tmp_path / "out")
+
+
+def test_a_pack_becomes_its_slides_again(make_pack, tmp_path):
+    pack = make_pack(patch_px=16, n_patients=2)
+    table = pack.table.assign(x=(pack.table["x"] - 1) // 50 * 16 + 1, y=(pack.table["y"] - 1) // 50 * 16 + 1)
+    table.to_parquet(pack.path / "patches.parquet")
+    size = (pack.path / "patches.parquet").stat().st_size
+    document = json.loads((pack.path / "pack.json").read_text())
+    document["files"]["patches.parquet"] = size
+    (pack.path / "pack.json").write_text(json.dumps(document))
+    model = save_classifier(tmp_path / "c", mpp=4.0)
+    cohort = slide(model, [pack.path], out=tmp_path / "out")
+    assert cohort.status["slide"].tolist() == ["8863", "8865"]
+    predicted = biopsy.predict(model, pack.path, out=tmp_path / "p.parquet").frame.set_index(
+        ["slide_id", "x", "y"]
+    )
+    for slide_map in cohort:
+        frame = slide_map.to_frame()
+        rows = [predicted.loc[(slide_map.name, x, y)] for x, y in zip(frame["x"], frame["y"], strict=True)]
+        assert frame["prob"].tolist() == pytest.approx([row["prob"] for row in rows], abs=0.02)  # bf16
+        summary = json.loads((tmp_path / "out" / slide_map.name / "summary.json").read_text())
+        assert summary["annotated"]["n_positive"] == sum(row["target"] for row in rows)
+        assert (tmp_path / "out" / slide_map.name / "panels.png").stat().st_size > 1000
+    with pytest.raises(DataError, match="--stride-um is for whole slides"):
+        slide(model, [pack.path], out=tmp_path / "other", stride_um=8)
+
+
+def test_labels_and_macro_images_are_never_asked_for():
+    import ast
+
+    for module in Path(inspect.getfile(slide)).parent.glob("*.py"):
+        names = {
+            node.attr for node in ast.walk(ast.parse(module.read_text())) if isinstance(node, ast.Attribute)
+        }
+        assert "associated_images" not in names
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_run_again_gives_the_same(make_slide, tmp_path):
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    for seed in range(3):
+        shutil.move(make_slide(f"{seed}.tiff", seed=seed), slides)
+    model = save_classifier(tmp_path / "c")
+    command = [
+        sys.executable,
+        "-m",
+        "biopsy.cli",
+        "slide",
+        str(model),
+        str(slides),
+        "--device",
+        "cpu",
+        "--out",
+    ]
+    code = [sys.executable, "-c", "from biopsy.cli import main; main()", *command[3:]]
+    started = time.monotonic()
+    subprocess.run([*code, str(tmp_path / "whole")], check=True, capture_output=True)
+    seconds = time.monotonic() - started
+    whole = contents(tmp_path / "whole")
+    rng = np.random.default_rng(0)
+    out = tmp_path / "killed"
+    for moment in sorted(rng.uniform(0.3, 1, 6)):
+        process = subprocess.Popen([*code, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(moment * seconds)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        if rng.random() < 0.5:
+            shutil.rmtree(out, ignore_errors=True)
+    subprocess.run([*code, str(out)], check=True, capture_output=True)
+    assert contents(out) == whole
+
+
+def test_killed_between_writing_and_renaming(make_slide, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def die(*arguments, **options):
+        raise Killed
+
+    def remove(path, **options):  # a killed process does not clean up what it had begun
+        if not Path(path).name.startswith("."):
+            rmtree(path, **options)
+
+    rmtree, replace = shutil.rmtree, os.replace
+    model, path, out = save_classifier(tmp_path / "c"), make_slide("a.tiff"), tmp_path / "out"
+    slide(model, [path], out=tmp_path / "whole", stride_um=8)
+    moments = {
+        "before the record": (outputs, "write_json", die),
+        "before renaming": (files.os, "replace", lambda a, b: die() if Path(a).is_dir() else replace(a, b)),
+        "before the status": (cohorts, "_write_status", die),
+    }
+    for place, name, instead in moments.values():
+        if out.exists():  # what lies there answers another question: it must go
+            summary = out / "a" / "summary.json"
+            if summary.exists():
+                summary.write_text(summary.read_text().replace('"stride_um": 8', '"stride_um": 16'))
+        with monkeypatch.context() as patched:
+            patched.setattr(files.shutil, "rmtree", remove)
+            patched.setattr(place, name, instead)
+            with pytest.raises(Killed):
+                slide(model, [path], out=out, stride_um=8)
+        slide(model, [path], out=out, stride_um=8)
+        assert contents(out) == contents(tmp_path / "whole")

@@ -1,0 +1,79 @@
+"""The forest plot and the words of a comparison, without runs."""
+
+import re
+
+import pytest
+
+from biopsy.errors import MetricError
+from biopsy.figures.comparisons import SHOWN, draw_differences
+from biopsy.figures.style import svg
+from biopsy.sharing.differences import say_verdict
+
+
+def entry(value, low=None, high=None, reason=None, p=None, p_holm=None, **seeds):
+    spread = {"mean": value, "sd": None, "min": value, "max": value, "n": 1, "paired": True} | seeds
+    return {
+        "value": value,
+        "low": low,
+        "high": high,
+        "reason": reason,
+        "p": p,
+        "p_holm": p_holm,
+        "over_seeds": spread,
+    }
+
+
+def document(*entries, unit="patient"):
+    differences = [
+        {"of": f"new {place}", "to": "old", "metrics": dict.fromkeys(SHOWN, found)}
+        for place, found in enumerate(entries)
+    ]
+    return {"metric": "auroc", "unit": unit, "interval": {"level": 0.95}, "differences": differences}
+
+
+def test_the_figure_has_a_row_a_metric_and_a_hollow_dot_without_interval():
+    made = document(
+        entry(0.03, 0.01, 0.05), entry(-0.02, reason="only 3 patient(s)", n=3, min=-0.05, max=0.02)
+    )
+    figure = draw_differences(made["differences"])
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(SHOWN.values())
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [dot.get_xdata()[0] for dot in dots] == [0.03] * len(SHOWN) + [-0.02] * len(SHOWN)
+    assert {dot.get_markerfacecolor() for dot in dots[len(SHOWN) :]} == {"white"}
+    low, high = axes.get_xlim()
+    assert low < -0.05 and high > 0.05
+    assert svg(figure) == svg(draw_differences(made["differences"]))
+    with pytest.raises(MetricError, match="two classifiers make one"):
+        draw_differences([])
+
+
+def test_an_undefined_difference_is_left_out_of_the_figure():
+    made = document(entry(None, reason="undefined: no positive patches"))
+    assert not [
+        line for line in draw_differences(made["differences"]).axes[0].lines if line.get_marker() == "o"
+    ]
+    assert "cannot be compared: undefined: no positive patches." in say_verdict(made, made["differences"][0])
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (
+            entry(0.03, 0.01, 0.05, p=0.004, p_holm=0.008),
+            r"0\.030 above .*p 0\.008 after Holm.*: more than chance",
+        ),
+        (
+            entry(-0.03, -0.07, 0.01, p=0.03, p_holm=0.06),
+            r"0\.030 below .*is not shown, nor .* there is none",
+        ),
+        (
+            entry(0.03, reason="only 3 patient(s) with patches"),
+            r"above .*nothing can be said of other patients",
+        ),
+        (entry(0.0, reason="no spread", p=1.0, p_holm=1.0), "same AUROC to the last digit"),
+    ],
+)
+def test_the_verdict_says_no_more_than_was_found(found, said):
+    made = document(found, found)
+    assert re.search(said, say_verdict(made, made["differences"][0]))

@@ -1,0 +1,129 @@
+"""The chapter on mistakes: the surest are shown and named, tables hold the record, ids can be hidden."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from biopsy.sharing.document import ReportDocument, Summary
+from biopsy.sharing.errors import describe_mistakes
+from biopsy.sharing.report import render_report, report_of_run
+from error_facts import TRAINED, make_closeups, make_error_facts, make_mistakes
+from report_facts import THRESHOLD, Page, make_facts, make_predictions
+
+IDS = ("10286", "11053", "12810", "13016", "14038", "15478")
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return make_error_facts(IDS, network=(), log=())
+
+
+@pytest.fixture(scope="module")
+def page(facts):
+    return Page(render_report(report_of_run(facts)))
+
+
+def render_chapter(facts):
+    summary = Summary("Asked?", [], unit="patient")
+    return Page(render_report(ReportDocument("t", "s", summary, [describe_mistakes(facts)])))
+
+
+def test_mistakes_are_the_surest_and_named(page, facts):
+    table = facts.predictions
+    missed = table[(table["target"] == 1) & (table["prob"] < THRESHOLD)].sort_values("prob")
+    alarms = table[(table["target"] == 0) & (table["prob"] >= THRESHOLD)].sort_values("prob", ascending=False)
+    unsure = table.assign(far=(table["prob"] - THRESHOLD).abs()).sort_values("far")
+    captions = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+    shown = [rows.head(4) for rows in (missed, alarms, unsure)]
+    for rows in shown:
+        for patch_id, prob in zip(rows["patch_id"], rows["prob"], strict=True):
+            assert any(caption.startswith(f"patch, {prob:.3f}, {patch_id}") for caption in captions)
+    assert len(captions) == 6 * sum(map(len, shown)), "patch, map, place and three training patches each"
+    assert f"(4 of {len(missed)}, surest first)" in page.text
+    assert f"{len(missed)} of {int(table['target'].sum())} IDC are missed" in page.text
+    assert f"IDC {TRAINED} 1.50" in page.text and "Saliency shows this; it is not that." in page.text
+
+
+def test_the_table_holds_the_record(facts):
+    text, about = render_chapter(facts).text, facts.mistakes.about
+    for found in about["contrasts"]:
+        assert f"{found['mean_errors']:.3f} {found['mean_others']:.3f} {found['within']['value']:.3f}" in text
+    assert "Missed patches have lower stain than found ones." in text
+    assert "No property is seen to go with false alarms." in text
+    assert "all 16 comparisons together with 95 % (99.69% each)" in text
+    zones = about["zones"]
+    wrong = {name: part["fn"] + part["fp"] for name, part in zones.items()}
+    assert f"{wrong['border'] / sum(wrong.values()):.0%} of the errors lie at the annotated border" in text
+    assert f"deep {zones['deep']['n_patches']} {zones['deep']['fn']} {zones['deep']['fp']}" in text
+
+
+def test_the_conjectures_are_answered_by_name(facts):
+    conjectures = [
+        {"name": name, "source": "the VGG16 post", "claim": f"{name}.", "answer": f"Held here: {name}."}
+        for name in ("less stained", "heterogeneous", "blue and yellow")
+    ]
+    text = render_chapter(replace(facts, conjectures={"conjectures": conjectures})).text
+    assert "The VGG16 post: “less stained.” Held here: less stained." in text
+    assert "“heterogeneous.”" in text and "blue and yellow" not in text
+
+
+def test_patches_without_patients_or_places_say_so():
+    table = make_predictions(("a", "b")).assign(patient_id=None, slide_id=None, x=np.nan, y=np.nan)
+    mistakes = make_mistakes(table, unit="patch")
+    closeups = make_closeups(mistakes, overview=False)
+    changes = {"mistakes": mistakes, "closeups": closeups}
+    facts = replace(make_facts(get_patch=None), predictions=table, **changes)
+    text = render_chapter(facts).text
+    assert "no coordinates: which of them lie at a border is not known" in text
+    assert (
+        "the unit is the patch, and intervals are too narrow" in text
+        and "on the slide" not in text.split("Missed:")[1]
+    )
+
+
+def test_few_patients_and_no_errors_say_so():
+    table = make_predictions(IDS[:2])
+    few = render_chapter(make_error_facts(IDS[:2], predictions=table)).text
+    assert "Which properties go with missed patches cannot be said from so few" in few
+    right = table.assign(prob=np.where(table["target"] == 1, 0.9, 0.1))
+    none = render_chapter(make_error_facts(IDS[:2], predictions=right)).text
+    assert "0 of 128 patches are called wrong" in none and "There is nothing to compare" in none
+    assert none.count(": none.") == 2 and "Least certain" in none
+    negative = table.assign(target=0)
+    assert "0 of 0 IDC are missed" in render_chapter(make_error_facts(IDS[:2], predictions=negative)).text
+
+
+def test_what_users_name_is_escaped():
+    bad = ["<script>alert(1)</script>", "a&b\"'$x_{$", "c", "d", "e", "f"]
+    page = render_chapter(make_error_facts(bad))
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert f"patient {bad[0]}" in page.text or f"patient {bad[1]}" in page.text
+
+
+def test_a_run_without_the_record_has_no_such_chapter():
+    assert describe_mistakes(make_facts(get_patch=None)) is None
+
+
+def test_no_id_of_judged_or_training_patients_gets_through(facts):
+    text = render_report(report_of_run(facts, hide_ids=True))
+    assert "Where it goes wrong" in text and "IDC 1.50" in text
+    for name in (*IDS, TRAINED):
+        assert name not in text, name
+    page = Page(text)
+    captions = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+    assert len(captions) == 6 * 12 and "hidden" not in page.text.split("Where it goes wrong")[1][:9000]
+
+
+@pytest.mark.slow
+def test_five_thousand_patches_stay_under_five_megabytes():
+    ids = [f"p{i:02d}" for i in range(20)]
+    noise = np.random.default_rng(0)
+    facts = make_error_facts(
+        ids,
+        predictions=make_predictions(ids, 256),
+        n=12,
+        patch_px=96,
+        get_patch=lambda _: noise.integers(0, 256, (96, 96, 3), dtype=np.uint8),
+    )
+    assert len(render_report(report_of_run(facts)).encode()) < 5_000_000

@@ -1,0 +1,57 @@
+"""The network that hosts run: what lies before and after the classifier's own is inside it."""
+
+import numpy as np
+import pytest
+import torch
+
+from biopsy.learning.preprocessing import Preprocessing
+from biopsy.sharing.host_network import HostNetwork, make_resize
+from biopsy.statistics.calibrators import Isotonic, Scaling
+from host_models import draw, make_classifier
+
+
+@pytest.mark.parametrize(("patch_px", "input_px"), [(50, 48), (20, 50), (33, 16), (24, 24), (7, 20)])
+@pytest.mark.parametrize("resize", ["nearest", "bilinear", "bicubic"])
+def test_resizing_inside_the_network_is_the_preprocessings(patch_px, input_px, resize):
+    patches = draw(20, patch_px)
+    settings = Preprocessing(input_px=input_px, resize=resize)
+    batch = torch.from_numpy(patches).permute(0, 3, 1, 2).float() / 255
+    found = (make_resize(settings, patch_px)(batch) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    wanted = settings.resize_patches(patches)
+    differing = found != wanted
+    assert differing.mean() < (1e-4 if resize == "bicubic" else 1e-12)
+    assert np.abs(found.astype(int) - wanted).max() <= 1
+
+
+CALIBRATORS = {
+    "none": None,
+    "temperature": Scaling("temperature", 0.3, (0.0, 0.0)),
+    "platt": Scaling("platt", 1.7, (0.4, -0.4)),
+    "isotonic": Isotonic(1, (0.0, 0.2, 0.3, 0.5, 0.999999), (0.05, 0.05, 0.4, 0.45, 1.0)),
+    "isotonic-first": Isotonic(0, (0.1, 0.6, 1.0), (0.0, 0.7, 0.9)),
+}
+
+
+@pytest.mark.parametrize("name", CALIBRATORS)
+@pytest.mark.parametrize("outputs", ["softmax", "sigmoid"])
+def test_calibration_is_inside(name, outputs):
+    classifier = make_classifier(calibrator=CALIBRATORS[name], outputs=outputs)
+    head = list(classifier.network.parameters())[-1]
+    logits = torch.from_numpy(np.random.default_rng(1).normal(0, 6, (400, 2))).float()
+    classifier.network.forward = lambda batch: logits
+    assert head is not None
+    with torch.inference_mode():
+        scores = HostNetwork(classifier)(torch.zeros(400, 3, 20, 20))
+    wanted = classifier.probs(logits.numpy())
+    np.testing.assert_allclose(torch.softmax(scores, 1).numpy(), wanted, atol=2e-6)
+
+
+def test_isotonic_steps_near_one_keep_their_digits():
+    table = Isotonic(1, (0.5, 1 - 3e-8, 1 - 1e-8), (0.2, 0.5, 0.9))
+    classifier = make_classifier(calibrator=table)
+    prob = 1 - np.array([3e-8, 2e-8, 1.5e-8, 1e-8])
+    logit = np.log(prob) - np.log1p(-prob)
+    logits = torch.from_numpy(np.stack([0 * logit, logit], axis=1)).float()
+    classifier.network.forward = lambda batch: logits
+    scores = HostNetwork(classifier)(torch.zeros(4, 3, 20, 20))
+    np.testing.assert_allclose(torch.softmax(scores, 1)[:, 1].detach(), [0.5, 0.7, 0.8, 0.9], atol=1e-5)

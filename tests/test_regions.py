@@ -1,0 +1,72 @@
+"""Regions: polygons that hold exactly the cells they were made of."""
+
+import numpy as np
+import pytest
+import shapely
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from biopsy.slides.grids import PatchGrid
+from biopsy.slides.maps import SlideMap
+from biopsy.slides.regions import ABSTAINED, find_regions, outline
+from slide_maps import make_map
+
+RING = np.pad(np.full((3, 3), 0.9), 1, constant_values=0.1)
+RING[2, 2] = 0.2
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_every_cell_lies_in_one_region_of_its_class_and_areas_agree(n_rows, n_columns, seed):
+    rng = np.random.default_rng(seed)
+    cells = rng.random((n_rows, n_columns))
+    cells[rng.random(cells.shape) < 0.2] = np.nan
+    cells[0, 0] = 0.7
+    slide_map = make_map(cells, abstained=rng.random(cells.shape) < 0.1)
+    regions, pred = find_regions(slide_map), slide_map.cells_pred()
+    side, mm2 = slide_map.cell_px, slide_map.cell_mm2
+    names = {0: "normal", 1: "tumour", -2: ABSTAINED}
+    for index, name in names.items():
+        own = [region for region in regions if region.class_name == name]
+        assert len(own) == ndimage.label(pred == index)[1]
+        whole = shapely.union_all([region.polygon for region in own])
+        assert whole.area == pytest.approx((pred == index).sum() * side**2)
+        assert sum(region.area_mm2 for region in own) == pytest.approx((pred == index).sum() * mm2)
+        for row, column in np.ndindex(pred.shape):
+            middle = shapely.Point((column + 0.5) * side, (row + 0.5) * side)
+            assert whole.contains(middle) == (pred[row, column] == index)
+    for region in regions:
+        assert region.polygon.is_valid and region.polygon.area == pytest.approx(region.n_cells * side**2)
+
+
+def test_a_ring_has_a_hole_and_its_numbers():
+    ring, core = (region for region in find_regions(make_map(RING)) if region.n_cells in (8, 1))
+    assert (ring.class_name, core.class_name) == ("tumour", "normal") or ring.n_cells == 1
+    ring = next(region for region in find_regions(make_map(RING)) if region.class_name == "tumour")
+    assert len(ring.polygon.interiors) == 1 and ring.n_cells == 8
+    assert ring.polygon.bounds == (20, 20, 80, 80)
+    assert ring.area_mm2 == pytest.approx(8 * 0.01**2)
+    assert (ring.mean_prob, ring.max_prob) == (pytest.approx(0.9), pytest.approx(0.9))
+
+
+def test_cells_that_touch_at_a_corner_are_two_regions():
+    found = find_regions(make_map(np.array([[0.9, 0.1], [0.1, 0.8]])))
+    assert [(region.class_name, region.n_cells) for region in found] == [
+        ("normal", 1),
+        ("normal", 1),
+        ("tumour", 1),
+        ("tumour", 1),
+    ]
+
+
+def test_straight_edges_have_no_corners_between():
+    assert len(outline(np.ones((5, 9), bool), 3, 2).exterior.coords) == 5
+
+
+def test_regions_of_a_stitched_slide_lie_where_its_patches_lie():
+    grid = PatchGrid(np.array([0, 1]), np.array([0, 0]), 50, 50, 1.0, 4.0, 400, 300, (101, 201))
+    probs = np.array([[0.1, 0.9], [0.2, 0.8]], np.float32)
+    slide_map = SlideMap("a", grid, probs, np.zeros(2, bool), ["no", "yes"], "yes", 0.5)
+    (region,) = find_regions(slide_map)
+    assert region.polygon.bounds == (101, 201, 201, 251)

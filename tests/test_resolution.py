@@ -1,0 +1,68 @@
+"""The gatekeeper of micrometres per pixel: what it takes, and every refusal."""
+
+import pytest
+
+from biopsy.errors import SlideError
+from biopsy.imaging.resolution import Recorded, check_mpp, resolve_mpp
+
+OWN = Recorded(0.499, 0.499, 20.0)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "stated", "expected"),
+    [
+        (OWN, None, (0.499, "slide")),
+        (OWN, 0.5, (0.499, "slide")),
+        (Recorded(0.25, 0.252), None, (0.251, "slide")),
+        (Recorded(0.25), None, (0.25, "slide")),
+        (Recorded(0.2325, 0.2325, 20.0), None, (0.2325, "slide")),  # a MIRAX as OpenSlide's test data has it
+        (Recorded(), 0.5, (0.5, "stated")),
+        (Recorded(None, None, 20.0), 0.5, (0.5, "stated")),
+        (Recorded(352.8, 352.8), 0.5, (0.5, "stated")),
+        (Recorded(0.25, 0.5), 0.25, (0.25, "stated")),
+        (Recorded(4.99, 4.99, 20.0), 0.499, (0.499, "stated")),
+        (Recorded(4.0, 4.0), None, (4.0, "slide")),
+    ],
+)
+def test_value_and_where_it_came_from(recorded, stated, expected):
+    mpp, source = resolve_mpp("case.svs", recorded, stated)
+    assert (mpp, source) == (pytest.approx(expected[0]), expected[1])
+
+
+@pytest.mark.parametrize(
+    ("recorded", "stated", "message"),
+    [
+        (
+            Recorded(),
+            None,
+            r"case.svs has no mpp; pass the scanner's value as --mpp, or slide by slide in a csv",
+        ),
+        (Recorded(None, None, 20.0), None, r"no mpp \(its 20x objective suggests about 0.5\); pass .* --mpp"),
+        (Recorded(352.78, 352.78), None, r"says 352.8 um/px, 72 dots an inch, which no slide .* --mpp"),
+        (Recorded(0.001, 0.001), None, r"says 0.001 um/px, which no slide is scanned at"),
+        (Recorded(0.25, 0.5), None, r"says 0.25 um/px across and 0.5 down"),
+        (Recorded(4.99, 4.99, 20.0), None, r"4.99 um/px and a 20x objective, where about 0.5 are usual"),
+        (Recorded(0.05, 0.05, 20.0), None, r"0.05 um/px and a 20x objective"),
+        (OWN, 0.25, r"says 0.499 um/px, not the stated 0.25; leave --mpp out"),
+        (Recorded(None, None, 20.0), 5.0, r"stated 5 um/px contradict the 20x objective"),
+        (Recorded(), 500.0, r"stated mpp 500.0 for case.svs is not in \[0.05, 20\]"),
+        (Recorded(), 0.0, r"stated mpp 0.0"),
+        (Recorded(), float("nan"), r"stated mpp nan"),
+    ],
+)
+def test_refusals(recorded, stated, message):
+    with pytest.raises(SlideError, match=message):
+        resolve_mpp("case.svs", recorded, stated)
+
+
+def test_too_coarse_a_slide_is_refused_with_both_numbers():
+    check_mpp("case.svs", 0.75, 0.5)
+    with pytest.raises(
+        SlideError,
+        match=r"trained at 0.50 um/px, level 0 of case.svs is 1.01 um/px: too coarse to resample",
+    ):
+        check_mpp("case.svs", 1.01, 0.5)
+    with pytest.raises(SlideError, match="not above 0"):
+        check_mpp("case.svs", 0.5, 0.0)
+    with pytest.raises(SlideError, match="not above 0"):
+        check_mpp("case.svs", 0.5, float("nan"))

@@ -1,0 +1,157 @@
+"""Models in WSInfer's form: they say here what they say there, and run only if they are trusted."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+from typer.testing import CliRunner
+
+from biopsy.cli import app
+from biopsy.errors import RunError
+from biopsy.files import sha256_file
+from biopsy.learning.foreign.wsinfer import load_script, open_wsinfer
+from biopsy.learning.opening import open_classifier
+from biopsy.sharing.bundles import export
+from biopsy.studies.prediction import predict
+from conftest import encode_png
+from host_models import draw, our_probs
+
+
+class Sums(torch.nn.Module):
+    """Scores that say which pixels came: weighted sums of the channels' means."""
+
+    def __init__(self, n_classes):
+        super().__init__()
+        self.weights = torch.nn.Parameter(torch.linspace(-1, 1, 3 * n_classes).reshape(3, n_classes) * 5)
+
+    def forward(self, patches):
+        return patches.mean(dim=(2, 3)) @ self.weights
+
+
+@pytest.fixture
+def make_model(tmp_path):
+    """``make_model(n_classes=2, **config)``: a folder as WSInfer's zoo has them."""
+
+    def make(n_classes=2, *, transform=None, network=None, **config):
+        folder = tmp_path / f"model{n_classes}"
+        folder.mkdir()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            script = torch.jit.trace(network or Sums(n_classes), torch.rand(2, 3, 9, 9))
+            torch.jit.save(script, str(folder / "torchscript_model.pt"))
+        document = {
+            "spec_version": "1.0",
+            "architecture": "sums",
+            "num_classes": n_classes,
+            "patch_size_pixels": 16,
+            "spacing_um_px": 0.5,
+            "class_names": [f"class{n}" for n in range(n_classes)],
+            "transform": transform
+            or [
+                {"name": "Resize", "arguments": {"size": 9}},
+                {"name": "ToTensor"},
+                {"name": "Normalize", "arguments": {"mean": [0.7, 0.6, 0.7], "std": [0.15, 0.15, 0.2]}},
+            ],
+        }
+        (folder / "config.json").write_text(json.dumps(document | config))
+        return folder, sha256_file(folder / "torchscript_model.pt")
+
+    return make
+
+
+@pytest.mark.parametrize("n_classes", [1, 2, 5])
+def test_a_wsinfer_model_says_here_what_it_says_there(make_model, n_classes):
+    folder, digest = make_model(n_classes)
+    classifier = open_wsinfer(folder, trust_model=digest)
+    patches = draw(12, 16)
+    steps = transforms.Compose(
+        [
+            transforms.Resize(9),
+            transforms.ToTensor(),
+            transforms.Normalize([0.7, 0.6, 0.7], [0.15, 0.15, 0.2]),
+        ]
+    )
+    batch = torch.stack([steps(Image.fromarray(patch)) for patch in patches])
+    with torch.inference_mode():
+        logits = load_script(folder / "torchscript_model.pt")(batch)
+    wanted = torch.softmax(logits, 1) if n_classes > 1 else torch.sigmoid(logits)
+    found = our_probs(classifier, patches)
+    np.testing.assert_allclose(found[:, -n_classes:], wanted, atol=1e-5)
+    assert len(classifier.info.class_names) == max(n_classes, 2) == found.shape[1]
+    assert (classifier.info.mpp, classifier.info.patch_px) == (0.5, 16)
+
+
+def test_of_one_or_two_classes_one_is_positive(make_model):
+    folder, digest = make_model(1, class_names=["tumor"])
+    assert open_wsinfer(folder, trust_model=digest).info.class_names == ["not tumor", "tumor"]
+    folder, digest = make_model(2, class_names=["malignant", "benign"])
+    assert open_wsinfer(folder, trust_model=digest.upper()).info.positive_class == "malignant"
+    folder, digest = make_model(3)
+    assert open_wsinfer(folder, trust_model=digest).info.positive_class is None
+
+
+def test_a_wsinfer_model_predicts_images(make_model, tmp_path):
+    folder, digest = make_model(3)
+    (tmp_path / "patch.png").write_bytes(encode_png(draw(1, 16)[0]))
+    found = predict(folder, tmp_path / "patch.png", out=tmp_path / "p.csv", device="cpu", trust_model=digest)
+    assert found.frame.filter(like="prob_").sum(axis=1).iloc[0] == pytest.approx(1)
+    assert "unlike_training" not in found.frame
+
+
+def test_code_runs_only_if_its_hash_is_named(make_model, tmp_path):
+    folder, digest = make_model()
+    with pytest.raises(RunError, match=f"is code that would run here.* --trust-model {digest}"):
+        open_classifier(folder)
+    with pytest.raises(RunError, match=f"has the SHA-256 {digest}, not 00ff: it was not run"):
+        open_classifier(folder, trust_model="00ff")
+    done = CliRunner().invoke(app, ["predict", str(folder), str(folder), "--trust-model", "00ff"])
+    assert done.exit_code == 1 and "it was not run" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"class_names": ["a", "b", "c"]}, "names the classes .* and counts 2"),
+        ({"spacing_um_px": 0}, "spacing_um_px: Input should be greater than 0"),
+        ({"num_classes": "two"}, "num_classes"),
+        ({"transform": [{"name": "CenterCrop"}]}, "name: Input should be 'Resize'"),
+        ({"transform": [{"name": "Resize", "arguments": {"size": [9, 8]}}]}, "a step Resize with"),
+        ({"transform": [{"name": "Normalize", "arguments": {"mean": [0.5]}}]}, "a step Normalize with"),
+    ],
+)
+def test_a_malformed_configuration_is_refused(make_model, config, message):
+    folder, digest = make_model(**config)
+    with pytest.raises(RunError, match=message):
+        open_wsinfer(folder, trust_model=digest)
+
+
+def test_an_incomplete_or_unreadable_model_is_refused(make_model, tmp_path):
+    folder, _ = make_model()
+    (folder / "torchscript_model.pt").write_bytes(b"not a zip")
+    with pytest.raises(RunError, match="is not readable as TorchScript"):
+        open_wsinfer(folder, trust_model=sha256_file(folder / "torchscript_model.pt"))
+    (folder / "torchscript_model.pt").unlink()
+    with pytest.raises(RunError, match=r"but no torchscript_model\.pt"):
+        open_classifier(folder)
+    (folder / "torchscript_model.pt").touch()
+    (folder / "config.json").unlink()
+    with pytest.raises(RunError, match=r"but no config\.json"):
+        open_classifier(folder)
+
+
+def test_more_outputs_than_classes_are_refused(make_model):
+    folder, digest = make_model(2, network=Sums(3))
+    with pytest.raises(RunError, match=r"gives 3 outputs where its config\.json names 2"):
+        our_probs(open_wsinfer(folder, trust_model=digest), draw(2, 16))
+
+
+def test_a_wsinfer_model_is_neither_saved_nor_exported(make_model, tmp_path):
+    folder, digest = make_model()
+    with pytest.raises(RunError, match="is a model in WSInfer's form already"):
+        export(folder, tmp_path / "bundle")
+    with pytest.raises(RunError, match="cannot be saved as a classifier"):
+        open_wsinfer(folder, trust_model=digest).save(tmp_path / "classifier")
