@@ -3,7 +3,8 @@
 A pack of noise and a run on it are made, then `biopsy.evaluate` judges the run's test
 side in a process of its own. All is as for any run (metrics and intervals over patients, calibration,
 decisions, abstention, subgroups of two joined columns, colour alone, tables written) but for the network,
-whose logits are drawn from patients who differ in prevalence and in how hard they are.
+whose logits are drawn from patients who differ in prevalence and in how hard they are. Patches have 16 px:
+pixels are mapped from the pack's file, and what the system holds of it counts as the process's memory.
 
     python benchmarks/evaluation_speed.py --patches 50000 --patients 50 --cores 2
 

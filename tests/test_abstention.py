@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from biopsy.cli.judging import _say_abstention
 from biopsy.errors import MetricError
 from biopsy.figures.abstention import draw_promise, draw_risk_coverage
 from biopsy.judging.abstention import count_sets, judge_promise, measure_abstention
@@ -255,6 +256,21 @@ def test_with_the_patch_as_the_unit_both_are_one():
     assert entry["patient"] == entry["patch"] == entry["per_patch"]["patch"]
 
 
+def test_three_classes():
+    rng = np.random.default_rng(0)
+    probs, groups = rng.dirichlet([0.5, 0.5, 0.5], 900), np.repeat(np.arange(30), 30).astype(str)
+    target, names, about = np.array([rng.choice(3, p=p) for p in probs]), ["a", "b", "c"], {"unit": "patient"}
+    about |= {"promise": "each-class", "class_names": names, "chosen_on": "val", "patients_overlap": False}
+    conformal = fit_abstention(probs[:600], target[:600], groups[:600], 0.1, **about)
+    pack = SimpleNamespace(target=target, group_ids=groups, class_names=names, unit="patient")
+    rows = np.arange(600, 900)
+    pred = probs[rows].argmax(axis=1)
+    entry = measure_abstention(conformal, pack, rows, probs[rows], pred, seed=0)
+    assert list(entry["by_class"]) == names and len(entry["quantiles"]) == 3
+    assert entry["patch"]["coverage"]["value"] > 0.85
+    assert entry["risk_coverage"]["error"] == np.mean(pred != target[rows])
+
+
 def test_sets_are_counted_by_what_they_hold():
     sets = np.array([[True, False], [False, True], [True, True], [False, False], [True, False]])
     assert count_sets(sets, np.array([0, 1, 1, 0, 1])) == {
@@ -279,6 +295,18 @@ def test_a_verdict_needs_an_interval_to_be_against():
         "open",
         "broken",
     ]
+
+
+def test_the_command_line_says_it_in_a_line():
+    few, enough = (fit(POPULATION.draw(n, 40, seed=0)) for n in (8, 25))
+    assert _say_abstention(judge(few, NEW)).startswith(
+        "every patch gets an answer: an error rate of 0.1 needs"
+    )
+    entry = judge(enough, NEW)
+    share = 100 * entry["patient"]["abstained"]["value"]
+    assert _say_abstention(entry) == (
+        f"no answer for {share:.1f} % of patches; coverage 0.9 promised to each class: {entry['verdict']}"
+    )
 
 
 # Figures and chapter

@@ -13,9 +13,9 @@ from biopsy.learning.classifiers import Classifier
 from biopsy.learning.recipes import load_recipe
 from biopsy.learning.runs import Run
 from biopsy.sharing.abstention import describe_abstention
+from biopsy.sharing.facts import RunFacts
 from biopsy.statistics.conformal import fit_conformal, predict_sets
 from biopsy.studies.prediction import predict
-from biopsy.studies.reporting import gather_run
 from tiny_runs import copy_run
 
 FEW = "an error rate of 0.1 needs at least ceil(1/0.1) - 1 = 9 calibration patients; there are 5"
@@ -37,10 +37,12 @@ def test_a_run_with_few_validation_patients_promises_nothing_and_says_so(trained
     known = trained_run.classifier.info.conformal
     assert known["quantiles"] is None and known["reason"] == FEW and known["per_patch_quantiles"] is not None
     run = copy_run(trained_run, tmp_path)
-    entry = evaluate(run)["abstention"]
+    metrics = evaluate(run)
+    entry = metrics["abstention"]
     assert entry["reason"] == FEW and entry["n_calibration_patients"] == 5 and "verdict" not in entry
     assert not run.predictions("test")[0]["abstained"].any()
-    section = describe_abstention(gather_run(run))
+    names, (table, _) = metrics["class_names"], run.predictions("test")
+    section = describe_abstention(RunFacts(run.info, metrics, table, names))
     assert FEW in section.blocks[0].text and section.blocks[1].tone == "note"
 
 

@@ -88,7 +88,7 @@ def test_fingerprint_follows_names_and_contents(tmp_path):
 def test_which_archive_a_folder_is(tmp_path):
     folder = tmp_path / "x"
     folder.mkdir()
-    refuse(folder, "holds no images, no .h5 files and no zip")
+    refuse(folder, "holds no images, no .h5 files, no slides with .geojson and no zip")
     write_zip(folder / "one.zip", FILES)
     (folder / "readme.txt").write_text("about")
     assert isinstance(open_archive(folder), ZipArchive)

@@ -12,7 +12,7 @@ from biopsy.judging.decisions import measure_decisions
 from biopsy.sharing.calibration import describe_calibration, say_calibration, say_slope
 from biopsy.sharing.decisions import describe_decisions, say_benefit, say_rule
 from biopsy.sharing.document import Picture, Pictures, Table, Text
-from biopsy.sharing.report import render_report, report_of_run
+from biopsy.sharing.numbers import describe_curves
 from biopsy.statistics.calibration import ece_floor
 from biopsy.statistics.calibrators import LEFT, MOVED
 from biopsy.statistics.intervals import estimate_patch_metrics
@@ -100,14 +100,12 @@ def test_the_decision_chapter(facts):
     assert points.rows[0][:3] == ["highest sensitivity + specificity", "0.430", "0.900"]
     assert points.rows[0][4] == f"{reached - 0.9:+.3f}" and points.rows[1][4] == "-"
     assert prevalence.caption == "Where 2 % of patches are positive" and len(prevalence.rows) == 2
-    assert "threshold probabilities of" in texts(section)
+    assert "on none at probabilities of" in texts(section)
 
 
-def test_the_page_holds_both_and_each_picture_once(facts):
-    page = render_report(report_of_run(facts))
-    assert 'id="calibration"' in page and 'id="decisions"' in page
-    assert "Ranking and calibration" not in page  # reliability has a chapter of its own
-    assert "Ranking and calibration" in render_report(report_of_run(run_facts()))
+def test_reliability_is_drawn_once(facts):
+    assert describe_curves(facts).heading == "Ranking"
+    assert describe_curves(run_facts()).heading == "Ranking and calibration"
 
 
 def test_metrics_from_before_make_no_chapter():
@@ -160,7 +158,7 @@ def test_what_is_said_of_a_slope(after, text):
     [
         ([0.3, 0.1, 0.0, 0.1], "probabilities of 0.20, 0.40."),
         ([0.3, 0.1, 0.1, 0.1], "probabilities of 0.20 to 0.40."),
-        ([0.3, 0.0, -0.1, 0.0], "At no threshold probability"),
+        ([0.3, 0.0, -0.1, 0.0], "at no probability worth more"),
     ],
 )
 def test_where_acting_pays(model, text):

@@ -7,6 +7,7 @@ import pytest
 
 from biopsy.sharing.document import ReportDocument, Summary
 from biopsy.sharing.errors import describe_mistakes
+from biopsy.sharing.facts import hide_run
 from biopsy.sharing.report import render_report, report_of_run
 from error_facts import TRAINED, make_closeups, make_error_facts, make_mistakes
 from report_facts import THRESHOLD, Page, make_facts, make_predictions
@@ -21,7 +22,7 @@ def facts():
 
 @pytest.fixture(scope="module")
 def page(facts):
-    return Page(render_report(report_of_run(facts)))
+    return render_chapter(facts)
 
 
 def render_chapter(facts):
@@ -106,7 +107,9 @@ def test_a_run_without_the_record_has_no_such_chapter():
 
 
 def test_no_id_of_judged_or_training_patients_gets_through(facts):
-    text = render_report(report_of_run(facts, hide_ids=True))
+    hidden = hide_run(facts)
+    document = ReportDocument("t", "s", Summary("?", [], unit="patient"), [describe_mistakes(hidden)])
+    text = render_report(document)
     assert "Where it goes wrong" in text and "IDC 1.50" in text
     for name in (*IDS, TRAINED):
         assert name not in text, name

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from biopsy.learning.preprocessing import Preprocessing
+from biopsy.sharing.bundles import measure_parity, write_networks
 from biopsy.sharing.host_network import HostNetwork, make_resize
 from biopsy.statistics.calibrators import Isotonic, Scaling
 from host_models import draw, make_classifier
@@ -55,3 +56,24 @@ def test_isotonic_steps_near_one_keep_their_digits():
     classifier.network.forward = lambda batch: logits
     scores = HostNetwork(classifier)(torch.zeros(4, 3, 20, 20))
     np.testing.assert_allclose(torch.softmax(scores, 1)[:, 1].detach(), [0.5, 0.7, 0.8, 0.9], atol=1e-5)
+
+
+class Brightness(torch.nn.Module):
+    """Logits that say how bright a patch is, from -24 to 24."""
+
+    def forward(self, patches):
+        z = 48 * (patches.mean(dim=(1, 2, 3)) - 0.5)
+        return torch.stack([-z / 2, z / 2], dim=1)
+
+
+@pytest.mark.parametrize("name", CALIBRATORS)
+def test_every_form_of_the_network_calibrates_alike(name, tmp_path):
+    classifier = make_classifier(calibrator=CALIBRATORS[name])
+    classifier.network = Brightness()
+    if name == "isotonic":
+        steep = 1 / (1 + np.exp(-np.linspace(-20, 20, 41)))
+        classifier.info.calibrator = Isotonic(1, tuple(steep), tuple(np.linspace(0, 1, 41))).to_dict()
+    write_networks(classifier, tmp_path)
+    patches = np.repeat(np.arange(256, dtype=np.uint8), 20 * 20 * 3).reshape(256, 20, 20, 3)
+    parity = measure_parity(classifier, tmp_path, patches)
+    assert max(known["probs"] for known in parity["largest_difference"].values()) < 1e-5

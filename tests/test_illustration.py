@@ -1,10 +1,7 @@
 """`biopsy explain`: which patches, what is written, what is refused; and the report's chapters of it."""
 
-import html
 import json
-import re
 import shutil
-from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -15,13 +12,9 @@ from typer.testing import CliRunner
 import biopsy
 from biopsy.cli import app
 from biopsy.errors import DataError, RecipeError, RunError
-from biopsy.judging.conjectures import judge_blue_yellow, judge_heterogeneous, judge_less_stained
-from biopsy.judging.examples import Explained, Illustration
 from biopsy.judging.illustration import explain_examples
-from biopsy.judging.verdicts import describe_curves, judge_method, judge_pointing
-from biopsy.sharing.report import render_report, report_of_run
 from biopsy.studies.reporting import gather_run
-from report_facts import NAMES, Page, figures, make_facts, make_small_facts
+from report_facts import Page
 from tiny_runs import train_tiny
 
 
@@ -262,170 +255,6 @@ def test_the_command_prints_a_table_and_the_sheets(judged, tmp_path):
 
 
 # --- in the report
-
-
-def add_explanations(facts, n=4):
-    table = facts.predictions.head(n)
-    examples = pd.DataFrame(
-        {
-            "patch_id": table["patch_id"].to_numpy(),
-            "side": "test",
-            "class": [NAMES[index] for index in table["target"]],
-            "called": "IDC",
-            "prob": table["prob"].to_numpy(),
-            "kind": ["missed", "right"] * (n // 2),
-        }
-    )
-    rng = np.random.default_rng(0)
-    parts = [
-        Illustration(
-            name,
-            layer,
-            titles,
-            [rng.random((len(titles), 50, 50)) for _ in range(n)],
-            f"{name}: it shows <what>.",
-        )
-        for name, layer, titles in (
-            ("saliency", None, ["saliency"]),
-            ("activations", "stem.2", ["activation 3", "activation 8"]),
-        )
-    ]
-    patches = [rng.integers(0, 255, (50, 50, 3), dtype=np.uint8) for _ in range(n)]
-    groups, truth = facts.predictions["patient_id"].to_numpy(), facts.is_positive
-    n_all = len(truth)
-    names = ("haematoxylin", "eosin", "stain", "heterogeneity")
-    properties = pd.DataFrame({name: rng.random(n_all) for name in names})
-    shares = pd.DataFrame(
-        {f"{c}_{w}": rng.random(n_all) for c in ("blue", "yellow") for w in ("area", "saliency")}
-    )
-    called, options = facts.predictions["prob"].to_numpy() > 0.5, {"seed": 0, "unit": "patient"}
-    conjectures = {
-        "side": "test",
-        "unit": "patient",
-        "seed": 11,
-        "n_patches": n_all,
-        "n_measured": n_all,
-        "n_asked": 77,
-        "conjectures": [
-            judge_less_stained(properties, truth, called, groups, **options),
-            judge_heterogeneous(properties, truth, called, groups, **options),
-            judge_blue_yellow(
-                truth,
-                facts.predictions["prob"].to_numpy(),
-                {"grey": rng.random(n_all)},
-                shares,
-                groups,
-                **options,
-            ),
-        ],
-    }
-    return replace(facts, explained=Explained(examples, patches, parts), conjectures=conjectures)
-
-
-IDS = ("10286", "TCGA-A1-A0SK", "12810", "13016", "ann-lee", "15478")
-
-
-def test_the_report_shows_maps_and_answers():
-    facts = add_explanations(make_small_facts(IDS))
-    text = render_report(report_of_run(facts))
-    page = Page(text).text
-    for heading in ("What the network looks at", "The posts' conjectures, measured"):
-        assert heading in page
-    assert "saliency: it shows <what>." in page and "activation 8" in text
-    for entry in facts.conjectures["conjectures"]:
-        assert entry["claim"] in page and entry["answer"] in page
-        for measure in entry.get("measures", ()):
-            assert f"{measure['auroc']['value']:.3f}" in page
-    difference = facts.conjectures["conjectures"][2]["auroc"]["grey"]["difference"]
-    assert f"{difference['value']:.3f} ({difference['low']:.3f} to {difference['high']:.3f})" in page
-    assert "the network asked again on 77, drawn with seed 11" in page
-    assert len(figures(text)) - len(figures(render_report(report_of_run(make_small_facts(IDS))))) == 2
-    for name in facts.explained.examples["patch_id"]:
-        assert name in text
-
-
-def test_ids_are_hidden_in_sheets_and_tables():
-    facts = add_explanations(make_small_facts(IDS))
-    text = render_report(report_of_run(facts, hide_ids=True))
-    visible = re.sub(r"base64,[^\"]*", "", text)
-    for name in (*IDS, *facts.explained.examples["patch_id"]):
-        assert name not in visible and name not in html.unescape(visible)
-    assert len(re.findall(r"p 0\.\d\d, patch \d+", text)) == 4
-    assert "stain, missed patient-" in Page(text).text
-
-
-def test_a_report_without_them_has_no_such_chapters():
-    page = Page(render_report(report_of_run(make_small_facts()))).text
-    assert "What the network looks at" not in page and "conjectures" not in page
-
-
-def test_the_report_says_whether_maps_mean_anything():
-    facts = add_explanations(make_small_facts(IDS))
-    assert (
-        "has not been tested here: `biopsy explain RUN --faithfulness`"
-        in Page(render_report(report_of_run(facts))).text
-    )
-    facts = replace(facts, faithfulness=make_faithfulness())
-    text = render_report(report_of_run(facts, hide_ids=True))
-    page = Page(text).text
-    assert "Do the maps mean anything" in page and "has not been tested" not in page
-    for each in facts.faithfulness["methods"]:
-        assert each["answer"] in page
-        for gain in each["gain"].values():
-            assert f"{gain['value']:.3f} ({gain['low']:.3f} to {gain['high']:.3f})" in page
-    assert "grad_cam needs maps" in page and "Where tumour cells are known" in page
-    assert "deletion: lower is better" in text and "48 patches of 8 patient(s), called IDC" in page
-    without = make_faithfulness()
-    for each in [*without["methods"], *without["baselines"]]:
-        each["pointing"] = None
-    page = Page(render_report(report_of_run(replace(facts, faithfulness=without)))).text
-    assert "Where tumour cells are known" not in page
-
-
-def make_faithfulness():
-    rng = np.random.default_rng(0)
-    groups, options = np.repeat(np.arange(8), 6).astype(str), {"seed": 0, "unit": "patient"}
-    traced = {
-        name: tuple(np.sort(rng.random((48, 13)), axis=1)[:, ::step] for step in (-1, 1))
-        for name in ("saliency", "occlusion", "random", "edges")
-    }
-    truth = np.zeros((48, 20, 20), bool)
-    truth[:, :8] = True
-    pointing = judge_pointing(rng.random((48, 20, 20)), truth, groups, **options)
-    steps = [{"from_layer": name, "rank_correlation": 0.3, "ssim": 0.2} for name in ("head", "body.conv1_1")]
-    return {
-        "side": "test",
-        "seed": 3,
-        "positive_class": "IDC",
-        "unit": "patient",
-        "n_patches": 48,
-        "n_groups": 8,
-        "settings": {"cells": 12, "n_randomised": 6},
-        "prob": {"untouched": 0.9, "blurred": 0.2},
-        "methods": [
-            judge_method(name, traced, steps, pointing, groups, **options)
-            for name in ("saliency", "occlusion")
-        ],
-        "baselines": [
-            {"name": name, **describe_curves(traced[name], groups, **options), "pointing": found}
-            for name, found in (("random", None), ("edges", pointing))
-        ],
-        "refused": [{"name": "grad_cam", "reason": "grad_cam needs maps"}],
-    }
-
-
-@pytest.mark.slow
-def test_explanations_of_large_patches_stay_small():
-    plain, full = make_facts(), add_explanations(make_facts(), n=10)
-    big = np.random.default_rng(0)
-    patches = [big.integers(0, 255, (96, 96, 3), dtype=np.uint8) for _ in range(10)]
-    parts = [
-        replace(part, maps=[big.random((len(part.titles), 96, 96)) for _ in range(10)])
-        for part in full.explained.illustrations
-    ]
-    full = replace(full, explained=replace(full.explained, patches=patches, illustrations=parts))
-    sizes = [len(render_report(report_of_run(facts))) for facts in (plain, full)]
-    assert sizes[1] - sizes[0] < 1_500_000
 
 
 def test_report_makes_explanations_where_they_are_missing(judged):

@@ -1,5 +1,8 @@
 """Neighbours on the slide: counts by hand, the border, and flipped labels that are found again."""
 
+import re
+import zipfile
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -121,3 +124,27 @@ def test_flipped_labels_come_first_and_a_model_helps():
         assert (found["suggested"] == 1 - label).all()
         assert flipped[listed].mean() > 0.8 and listed[flipped].mean() > 0.8
     assert share["both"] >= share["neighbours"] > 0.85
+
+
+@pytest.mark.data
+def test_the_whole_slides_of_idc_have_their_border(data_dir):
+    """Against a count that looks up each of the eight places in turn."""
+    names = zipfile.ZipFile(data_dir / "idc" / "idc_kaggle_subset.zip").namelist()
+    found = [re.search(r"/(8863|8865|8867)_idx5_x(\d+)_y(\d+)_class(\d)\.png$", name) for name in names]
+    label = {tuple(map(int, each.groups()[:3])): int(each[4]) for each in found if each}
+    table = pd.DataFrame(list(label), columns=["slide_id", "x", "y"]).assign(patient_id=None)
+    target = np.array(list(label.values()))
+    zone = find_zones(count_neighbours(table, target, 2), target)["zone"]
+    around = [(x, y) for x in (-50, 0, 50) for y in (-50, 0, 50) if x or y]
+    for (slide, x, y), said in zip(label, zone, strict=True):
+        near = {label.get((slide, x + dx, y + dy)) for dx, dy in around} - {None}
+        assert said is pd.NA if not near else said == ("deep" if near == {label[slide, x, y]} else "border")
+    counts = zone.groupby(table["slide_id"]).value_counts().to_dict()
+    assert counts == {
+        (8863, "deep"): 730,
+        (8863, "border"): 245,
+        (8865, "deep"): 590,
+        (8865, "border"): 108,
+        (8867, "deep"): 1540,
+        (8867, "border"): 99,
+    }

@@ -75,6 +75,13 @@ def test_what_openslide_reads_is_the_same(make_slide):
         other.close()
 
 
+def test_what_openslide_leaves_transparent_is_white(make_slide):
+    backend = OpenSlideBackend(make_slide())
+    read = backend.read(0, 590, 390, 20, 20)  # a slide itself never asks beyond the edge
+    backend.close()
+    np.testing.assert_array_equal(read, cut(draw_slide(), 590, 390, 20, 20))
+
+
 @pytest.mark.parametrize(("mpp", "level", "scale"), [(0.5, 0, 1), (1.0, 1, 1), (3.0, 2, 1.5), (0.504, 0, 1)])
 def test_level_for(slide, mpp, level, scale):
     assert slide.level_for(mpp) == (level, pytest.approx(scale))

@@ -44,6 +44,8 @@ def _print_metrics(metrics: Mapping[str, Any]) -> None:
         print(
             f"colour alone reaches AUROC {_number(metrics['baseline']['auroc'])}{_gain(metrics['baseline'])}"
         )
+    if metrics.get("abstention"):
+        print(_say_abstention(metrics["abstention"]))
     if "patch" in metrics:
         _print_two_classes(metrics)
         return
@@ -52,6 +54,14 @@ def _print_metrics(metrics: Mapping[str, Any]) -> None:
         for name, estimates in {**metrics["per_class"], "macro": metrics["macro"]}.items()
     ]
     print_table(rows, ["class", *metrics["macro"]])
+
+
+def _say_abstention(found: Mapping[str, Any]) -> str:
+    if found["quantiles"] is None:
+        return f"every patch gets an answer: {found['reason']}"
+    share, to = found["patient"]["abstained"]["value"], found["promise"].replace("-", " ")
+    promised = f"coverage {found['promised_coverage']:g} promised to {to}"
+    return f"no answer for {100 * share:.1f} % of patches; {promised}: {found['verdict']}"
 
 
 def _print_two_classes(metrics: Mapping[str, Any]) -> None:

@@ -121,7 +121,9 @@ def draw_overlays(
             sheet.imshow(image, interpolation="none", extent=extent, aspect="auto")
             if index == 0:
                 y = (height - 0.6 * HEAD_IN) / height
-                figure.text(column / n_columns, y, shorten(title, 14), fontsize=8, color=MUTED)
+                title = shorten(title, 20)
+                size_pt = 8 * min(1.0, 14 / len(title))
+                figure.text(column / n_columns, y, title, fontsize=size_pt, color=MUTED)
         figure.text(0, (bottom + cell + 0.03) / height, row.label, fontsize=8, color=INK)
     kinds = sorted(set(signed))
     for index, has_sign in enumerate(kinds):

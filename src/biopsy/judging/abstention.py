@@ -45,7 +45,7 @@ def measure_abstention(
     target, groups = pack.target[rows], pack.group_ids[rows]
     how = {"seed": seed, "level": level, "unit": pack.unit}
     before = {"reason": "the classifier was made before there were conformal sets"}
-    known = conformal if "quantiles" in conformal else before
+    known: dict[str, Any] = conformal if "quantiles" in conformal else before
     alpha, quantiles = known.get("alpha"), known.get("quantiles")
     entry: dict[str, Any] = {
         "alpha": alpha,

@@ -6,7 +6,10 @@ import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
 
-from biopsy.statistics.intervals import estimate_patch_metrics, estimate_patient_metrics
+from biopsy.statistics.intervals import estimate_metric, estimate_patient_metrics
+from biopsy.statistics.metrics import METRICS
+from biopsy.statistics.replicates import replicate
+from biopsy.statistics.tallies import rank
 
 REACH = 1.25  # steps of the grid: a patch has eight neighbours, up, down, left, right and diagonal
 ZONES = {
@@ -115,22 +118,26 @@ def measure_zones(
         their means over groups, None where the unit is the patch.
     """
     found, zones = {}, pd.Series(zone, dtype="string")
-    for name in ZONES:
-        chosen = zones.eq(name).fillna(False).to_numpy(bool)
+    for zone_name in ZONES:
+        chosen = zones.eq(zone_name).fillna(False).to_numpy(bool)
         if not chosen.any():
             continue
         sample = truth[chosen], prob[chosen], group_ids[chosen], threshold
         called = sample[1] >= threshold
-        pooled = estimate_patch_metrics(*sample, seed=seed, unit=unit)
+        ranked = rank(sample[0], sample[1], threshold, group_ids=sample[2])
+        result = replicate(ranked, seed=seed, names=SHOWN)
         each = None if unit == "patch" else estimate_patient_metrics(*sample, unit=unit)
-        found[name] = {
+        found[zone_name] = {
             "n_patches": int(chosen.sum()),
             "n_positive": int(sample[0].sum()),
             "n_groups": len(np.unique(sample[2])),
             "fn": int(((sample[0] == 1) & ~called).sum()),
             "fp": int(((sample[0] == 0) & called).sum()),
-            "patch": {metric: pooled[metric].to_dict() for metric in SHOWN},
-            "patient": None if each is None else {metric: each[metric].to_dict() for metric in SHOWN},
+            "patch": {
+                name: estimate_metric(METRICS[name], ranked, result, level=0.95, unit=unit).to_dict()
+                for name in SHOWN
+            },
+            "patient": None if each is None else {name: each[name].to_dict() for name in SHOWN},
         }
     return found
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from biopsy.figures.patients import draw_patient_metric, draw_patient_probs
-from biopsy.figures.slides import PANELS, draw_slide
+from biopsy.figures.slides import ALL_PANELS, draw_slide
 from biopsy.figures.style import jpeg, png, svg
 from biopsy.imaging.mosaic import stitch, stitch_values
 from biopsy.sharing.document import (
@@ -152,7 +152,7 @@ def describe_slides(facts: RunFacts) -> Section | None:
         rows = placed[placed[column] == name]
         n_positive = number(int(rows["is_positive"].sum()))
         caption = f"{kind.capitalize()} {name}: {number(len(rows))} patches, {n_positive} {facts.positive}"
-        blocks.append(Pictures(_slide_pictures(facts, rows, f"slide-{name}"), across=3, caption=caption))
+        blocks.append(Pictures(_slide_pictures(facts, rows, f"slide-{name}"), across=2, caption=caption))
     left_out = len(counts) - len(chosen)
     if left_out:
         blocks.append(
@@ -173,7 +173,7 @@ def _slide_pictures(facts: RunFacts, rows: pd.DataFrame, name: str) -> list[Pict
     prob = stitch_values(rows["prob"], x, y, patch_px=facts.patch_px)
     um_per_cell = None if facts.mpp is None else facts.mpp * facts.patch_px
     pictures = []
-    for panel in PANELS:
+    for panel in ALL_PANELS:
         figure = draw_slide(
             tissue,
             target,

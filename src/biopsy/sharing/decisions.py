@@ -94,6 +94,6 @@ def say_benefit(curve: Mapping[str, Any]) -> str:
         elif is_better:
             spans.append([at, at])
     if not spans:
-        return "At no threshold probability is the model worth more than acting on all or on none."
+        return "Here the model is at no probability worth more than acting on all or on none."
     named = ", ".join(f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}" for low, high in spans)
-    return f"The model is worth more than acting on all or on none at threshold probabilities of {named}."
+    return f"Here the model is worth more than acting on all or on none at probabilities of {named}."

@@ -104,7 +104,7 @@ def _describe_contrasts(about: Mapping[str, Any]) -> list[Block]:
             continue
         rows.append(
             [
-                ERRORS[found["errors"]][0],
+                ERRORS[found["errors"]][0].removesuffix(" patches"),
                 found["property"].replace("_", " "),
                 number(found["mean_errors"], _digits(found)),
                 number(found["mean_others"], _digits(found)),
@@ -162,7 +162,7 @@ def _say_verdicts(contrasts: Sequence[Mapping[str, Any]]) -> str:
             said.append(f"{wrong.capitalize()} have {', '.join(clear)} than {right}.")
         elif of and all(found["verdict"] == "unsaid" for found in of):
             said.append(
-                f"Which properties go with {wrong} cannot be said from so few; the table gives what was measured."
+                f"Which properties go with {wrong} cannot be said from so few: see what was measured."
             )
         elif of:
             said.append(f"No property is seen to go with {wrong}.")

@@ -38,6 +38,7 @@ class RunFacts:
         faithfulness: What ``faithfulness.json`` holds, if the maps were tested.
         mistakes: What ``errors.json`` and ``errors.parquet`` hold.
         closeups: Pictures of the mistakes looked at closely.
+        maps: Slides mapped into the run's folder: ``summary.json`` and the overlay as an encoded image.
         ids_hidden: Whether ids have been replaced by numbers.
     """
 
@@ -60,6 +61,7 @@ class RunFacts:
     faithfulness: Mapping[str, Any] | None = None
     mistakes: Mistakes | None = None
     closeups: Closeups | None = None
+    maps: Sequence[tuple[Mapping[str, Any], bytes]] = ()
     ids_hidden: bool = False
 
     @property
@@ -167,6 +169,7 @@ def hide_run(facts: RunFacts) -> RunFacts:
         conjectures=None if facts.conjectures is None else aliases.nested(facts.conjectures),
         mistakes=None if facts.mistakes is None else _hide_mistakes(facts.mistakes, aliases),
         closeups=None if facts.closeups is None else _hide_closeups(facts.closeups, aliases),
+        maps=(),  # an overlay has the slide's name drawn on it
         ids_hidden=True,
     )
 

@@ -189,9 +189,9 @@ class _Isotonic(nn.Module):
         logit = scores[:, self.positive] - scores[:, 1 - self.positive]
         n_below = (logit[:, None] >= self.logit).int().sum(dim=1)
         lower, upper = (n_below - 1).clamp(min=0), n_below.clamp(max=len(self.logit) - 1)
-        rise = torch.where(
-            logit > 0, self.missing[lower] - torch.sigmoid(-logit), torch.sigmoid(logit) - self.prob[lower]
-        )
+        odds = torch.exp(-logit.abs())
+        smaller = odds / (1 + odds)  # of the two probabilities; ONNX Runtime's sigmoid loses its digits
+        rise = torch.where(logit > 0, self.missing[lower] - smaller, smaller - self.prob[lower])
         step = torch.where(
             logit > 0, self.missing[lower] - self.missing[upper], self.prob[upper] - self.prob[lower]
         )

@@ -36,6 +36,7 @@ from biopsy.sharing.evidence import (
 from biopsy.sharing.explanation import describe_attention, describe_conjectures
 from biopsy.sharing.facts import RunFacts, hide_run
 from biopsy.sharing.faithfulness import describe_faithfulness
+from biopsy.sharing.maps import describe_maps
 from biopsy.sharing.numbers import describe_curves, describe_numbers
 
 NOT_FOR = (
@@ -74,6 +75,7 @@ def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
         describe_patients(facts),
         describe_mistakes(facts),
         describe_slides(facts),
+        describe_maps(facts),
         describe_attention(facts),
         describe_faithfulness(facts),
         describe_conjectures(facts),

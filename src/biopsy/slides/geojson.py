@@ -59,7 +59,7 @@ def write_geojson(path: Path | str, features: Iterable[Feature]) -> Path:
         file.write('{"type": "FeatureCollection", "features": [')
         for number, feature in enumerate(features):
             file.write(",\n" if number else "\n")
-            json.dump(feature, file, ensure_ascii=False, allow_nan=False)
+            file.write(json.dumps(feature, ensure_ascii=False, allow_nan=False))
         file.write("\n]}\n")
     return Path(path)
 

@@ -24,6 +24,7 @@ from biopsy.imaging.tissue import find_tissue
 from biopsy.learning.classifiers import Classifier
 from biopsy.learning.engine import Engine
 from biopsy.learning.engine import Precision as EnginePrecision
+from biopsy.learning.folding import fold
 from biopsy.slides.grids import Block, PatchGrid, cut_blocks, lay_grid, pick_stride
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -164,7 +165,7 @@ class _Asker:
     """The network, on its device, and how it is fed."""
 
     def __init__(self, classifier: Classifier, engine: Engine) -> None:
-        self.network = engine.place(classifier.network.eval())
+        self.network = engine.place(fold(classifier.network.eval()))
         self.preprocessing = classifier.info.preprocessing
         self.n_classes = len(classifier.info.class_names)
         self.engine = engine

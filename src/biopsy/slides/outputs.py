@@ -17,6 +17,7 @@ FORMAT: Final = "biopsy-slide/1"
 MAP, SUMMARY, OVERLAY, TISSUE = "map.parquet", "summary.json", "overlay.png", "tissue.jpg"
 REGIONS, DETECTIONS, HEATMAP = "regions.geojson", "detections.geojson", "heatmap.tiff"
 PANELS = "panels.png"
+_TISSUE_PX = 1024  # longer side of the picture of the tissue mask
 _HEATMAP_PX = 1024  # cells are drawn larger until the heat map's longer side is about this long
 
 
@@ -56,7 +57,7 @@ def write_outputs(
     write_heatmap(folder / HEATMAP, slide_map)
     summary = summarise(slide_map, is_calibrated=is_calibrated)
     if tissue is not None:
-        write_atomic(folder / TISSUE, jpeg(outline_tissue(slide_map.picture, tissue)))
+        write_atomic(folder / TISSUE, jpeg(outline_tissue(*_shrink(slide_map.picture, tissue))))
         grid = slide_map.grid
         area_mm2 = grid.width * grid.height * (grid.slide_mpp / 1000) ** 2
         share = float(tissue.mean())
@@ -73,6 +74,13 @@ def write_outputs(
     }
     write_json(folder / SUMMARY, document)  # the last of all
     return document
+
+
+def _shrink(picture: np.ndarray, tissue: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    zoom = min(1.0, _TISSUE_PX / max(tissue.shape))
+    size = max(1, round(tissue.shape[1] * zoom)), max(1, round(tissue.shape[0] * zoom))
+    mask = cv2.resize(tissue.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA), mask
 
 
 def read_finished(folder: Path, question: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from biopsy.slides.maps import SlideMap
 from biopsy.slides.regions import find_regions
@@ -47,6 +46,8 @@ def summarise(slide_map: SlideMap, *, is_calibrated: bool) -> dict[str, Any]:
 
 def compare_with_target(slide_map: SlideMap, target: np.ndarray) -> dict[str, Any]:
     """Compare a map of two classes with the annotated class of its patches, ``(n_patches,)``."""
+    from sklearn.metrics import roc_auc_score  # imports for a second
+
     positive = slide_map.positive_index
     assert positive is not None
     is_positive, prob = target == positive, slide_map.probs[:, positive]

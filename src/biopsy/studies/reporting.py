@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
 from biopsy.data.audit import audit_pack
@@ -23,8 +24,14 @@ from biopsy.learning.recipes import Recipe, recipe_toml
 from biopsy.learning.runs import Run
 from biopsy.sharing.facts import RunFacts
 from biopsy.sharing.report import render_report, report_of_run
+from biopsy.slides.outputs import FORMAT as SLIDE_FORMAT
+from biopsy.slides.outputs import OVERLAY, SUMMARY
 from biopsy.studies.pages import compose_study
 from biopsy.studies.records import Study, is_study
+
+MAPS = "slides"
+"""Folder of a run in which its report looks for mapped slides."""
+MOST_MAPS, MAP_PX = 12, 1200
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +114,20 @@ def gather_run(run: Run) -> RunFacts:
         faithfulness=read_faithfulness(run),
         mistakes=mistakes,
         closeups=None if mistakes is None else look_closer(run, mistakes),
+        maps=_find_maps(run.path / MAPS),
     )
+
+
+def _find_maps(folder: Path) -> list[tuple[dict[str, Any], bytes]]:
+    """Read the slides that were mapped into a run, their overlays small enough for a page."""
+    found = []
+    for path in sorted(folder.glob(f"*/{SUMMARY}"))[:MOST_MAPS]:
+        overlay = cv2.imread(str(path.parent / OVERLAY))
+        scale = min(1.0, MAP_PX / max(overlay.shape))
+        small = cv2.resize(overlay, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        image = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
+        found.append((read_json(path, format=SLIDE_FORMAT), image))
+    return found
 
 
 def _explain(run: Run) -> Explained:

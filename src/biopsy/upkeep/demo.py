@@ -6,24 +6,27 @@ from pathlib import Path
 
 from biopsy.data.packing import prepare
 from biopsy.data.phantom.cohort import write_archive
+from biopsy.data.phantom.whole_slides import make_phantom_slide
 from biopsy.errors import DataError
 from biopsy.files import write_json
 from biopsy.judging.evaluation import evaluate
 from biopsy.learning.fitting import OnEpoch
 from biopsy.learning.training import train
 from biopsy.sharing.inspection import inspect
-from biopsy.studies.reporting import report
+from biopsy.slides.cohorts import slide
+from biopsy.studies.reporting import MAPS, report
 
 logger = logging.getLogger(__name__)
 
 MARK = "demo.json"
 N_PATIENTS, PATCHES_PER_PATIENT = 36, 100  # five patients on the test side, the fewest that allow an interval
 RECIPE = "cancernet-2020"
+SLIDE = "slide.tiff"
 SETTINGS = ("train.epochs=12",)  # of 40: what two cores do in about a minute
 
 
 def demo(*, out: Path | str = "biopsy-demo", on_epoch: OnEpoch | None = None) -> Path:
-    """Write a synthetic cohort, prepare and inspect it, train CancerNet, judge it and report: minutes.
+    """Write a synthetic cohort, prepare and inspect it, train CancerNet, judge it, map a slide and report.
 
     Args:
         out: The demonstration's folder; one that an earlier demonstration left is made anew.
@@ -51,4 +54,7 @@ def demo(*, out: Path | str = "biopsy-demo", on_epoch: OnEpoch | None = None) ->
     metrics = evaluate(run)
     auroc, baseline = metrics["patch"]["auroc"]["value"], metrics["baseline"]["auroc"]
     logger.info("AUROC on patients never seen: %.3f; colour alone: %.3f", auroc, baseline)
+    logger.info("a synthetic slide of a patient never seen: %s", folder / SLIDE)
+    make_phantom_slide(folder / SLIDE, seed=1, width=1600, height=1200, mpp=2.0)
+    slide(run, folder / SLIDE, out=run.path / MAPS)
     return report([run])[0]

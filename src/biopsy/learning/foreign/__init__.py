@@ -1,5 +1,6 @@
-"""Models of other libraries, read as data: nothing that came with them is executed.
+"""Models of other libraries, read as data: nothing of Keras's that came with them is executed.
 
 ``keras_files`` reads what Keras wrote, ``keras_config`` what it says about the layers, ``keras`` carries the
-weights into a network of ours, and ``importing`` makes a classifier of it.
+weights into a network of ours, and ``importing`` makes a classifier of it. ``wsinfer`` runs TorchScript,
+which is code, once it is trusted.
 """
