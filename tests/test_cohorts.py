@@ -209,6 +209,17 @@ def test_a_pack_becomes_its_slides_again(make_pack, tmp_path):
         slide(model, [pack.path], out=tmp_path / "other", stride_um=8)
 
 
+def test_more_than_two_classes_and_abstention(make_slide, tmp_path):
+    model = save_classifier(tmp_path / "three", n_classes=3)
+    slide(model, [make_slide("a.tiff")], out=tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "a" / "summary.json").read_text())
+    assert set(summary["classes"]) == {"class_0", "class_1", "class_2"} and summary["positive"] is None
+    assert (tmp_path / "out" / "a" / "overlay.png").stat().st_size > 1000
+    unsure = make_classifier(conformal={"quantiles": [0.9, 0.9]})  # both classes are likely enough everywhere
+    slide_map = slide(unsure, make_slide("a.tiff"))
+    assert slide_map.abstained.all() and set(slide_map.cells_pred().ravel()) <= {-1, -2}
+
+
 def test_labels_and_macro_images_are_never_asked_for():
     import ast
 

@@ -61,6 +61,8 @@ def find_command_lines(text: str) -> list[list[str]]:
 
 def check_command_line(arguments: list[str]) -> None:
     """Let the real command line parse it, without running anything."""
+    if arguments[:1] == ["--accept-licence"]:
+        arguments = arguments[2:]
     if arguments and arguments[0].startswith("-"):
         assert arguments[0] in ("--help", "--version"), arguments
         return

@@ -1,7 +1,6 @@
 """Tests of the tests of maps: methods that are right must win, maps that know nothing must not."""
 
 import json
-import shutil
 from functools import partial
 
 import numpy as np
@@ -31,6 +30,7 @@ from biopsy.learning.engine import Engine
 from biopsy.learning.inference import predict_logits
 from test_explanation import draw_patches as draw_noise
 from test_explanation import make_classifier
+from tiny_runs import copy_run
 
 CPU = Engine("cpu")
 SIDE = 24
@@ -326,10 +326,9 @@ def test_answers_are_plain_sentences():
 
 @pytest.fixture(scope="module")
 def judged(trained_run, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faithful") / "run"
-    shutil.copytree(trained_run.path, folder)
-    biopsy.evaluate(folder)
-    return biopsy.Run.open(folder)
+    run = copy_run(trained_run, tmp_path_factory.mktemp("faithful"))
+    biopsy.evaluate(run)
+    return run
 
 
 def test_the_record_of_a_run_is_kept_and_the_same_twice(judged):

@@ -4,12 +4,12 @@ import hashlib
 from dataclasses import replace
 
 import pytest
-from local_server import BODY
 
 from biopsy.errors import DataError, DownloadError, RecipeError
 from biopsy.learning import fetching
 from biopsy.learning.known_weights import find_weights
 from biopsy.learning.weights import locate
+from local_server import BODY
 
 
 @pytest.fixture
@@ -43,13 +43,13 @@ def test_another_file_than_was_published_is_refused(known, tmp_path, monkeypatch
 
 def test_a_licence_is_accepted_before_anything_is_fetched(known, tmp_path, monkeypatch):
     monkeypatch.setattr(fetching, "find_weights", lambda tag: replace(known, licence="cc-by-nc-4.0"))
-    with pytest.raises(RecipeError, match="biopsy --accept-licence cc-by-nc-4.0"):
+    with pytest.raises(RecipeError, match=r"biopsy --accept-licence cc-by-nc-4.0"):
         fetching.fetch("weights:keras-vgg16", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_weights_without_an_address_say_where_they_are(tmp_path):
-    with pytest.raises(DownloadError, match="no fixed address: get squeezenet_v1.1.* from https://"):
+    with pytest.raises(DownloadError, match=r"no fixed address: get squeezenet_v1.1.* from https://"):
         fetching.fetch("weights:keras-squeezenet1_1", tmp_path)
 
 

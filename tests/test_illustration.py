@@ -15,21 +15,19 @@ from biopsy.errors import DataError, RecipeError, RunError
 from biopsy.judging.illustration import explain_examples
 from biopsy.studies.reporting import gather_run
 from report_facts import Page
-from tiny_runs import train_tiny
+from tiny_runs import copy_run, train_tiny
 
 
 @pytest.fixture(scope="module")
 def judged(trained_run, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("explained") / "run"
-    shutil.copytree(trained_run.path, folder)
-    biopsy.evaluate(folder)
-    return biopsy.Run.open(folder)
+    run = copy_run(trained_run, tmp_path_factory.mktemp("explained"))
+    biopsy.evaluate(run)
+    return run
 
 
 @pytest.fixture
 def unopened(trained_run, tmp_path):
-    shutil.copytree(trained_run.path, tmp_path / "run")
-    return biopsy.Run.open(tmp_path / "run")
+    return copy_run(trained_run, tmp_path)
 
 
 def call(*arguments):

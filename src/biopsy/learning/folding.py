@@ -20,6 +20,8 @@ def fold(network: nn.Module) -> nn.Module:
     * A separable convolution of the image itself becomes one dense convolution: the products of both weights.
     * A normalisation before a pooling of maxima comes after it, on a quarter of the values, where all its
       factors are positive: the largest of scaled values is the largest value scaled.
+    * Under autocast the first layer still computes in float32. Pixels in 0-1 have 8 bits, as many as bfloat16
+      has, but not the same ones: rounding them would make half of all the error.
 
     A network that is no row of layers is given back as it is.
     """
@@ -35,7 +37,7 @@ def fold(network: nn.Module) -> nn.Module:
             rest.pop(0)
             layers.append(_MaxOfFour())
         layers.append(layer)
-    return nn.Sequential(*layers).eval()
+    return nn.Sequential(_Exact(layers[0]), *layers[1:]).eval()
 
 
 def _merge(layer: SeparableConv2d) -> nn.Conv2d:
@@ -52,6 +54,21 @@ def _can_swap(normalisation: nn.BatchNorm2d, next_layer: nn.Module) -> bool:
     if not isinstance(next_layer, nn.MaxPool2d) or next_layer.kernel_size != 2 or next_layer.padding:
         return False
     return next_layer.stride == 2 and next_layer.dilation == 1 and bool((normalisation.weight > 0).all())
+
+
+class _Exact(nn.Module):
+    """Computes in float32 under autocast too, and hands on what autocast computes in."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):
+            return self.layer(x)
+        with torch.autocast(device, enabled=False):
+            return self.layer(x.float()).to(torch.get_autocast_dtype(device))
 
 
 class _MaxOfFour(nn.Module):

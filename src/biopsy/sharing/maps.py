@@ -17,8 +17,8 @@ def describe_maps(facts: RunFacts) -> Section | None:
     ]
     blocks: list[Block] = [
         Text(
-            "Each cell of the grid is one patch, read from the slide at the classifier's own resolution. Cells "
-            "without a colour are no tissue."
+            "Each cell of the grid is one patch, read from the slide at the classifier's own resolution. "
+            "Cells without a colour are no tissue."
         ),
         Pictures(pictures, across=1),
         _table_of_areas([found for found, _ in facts.maps], facts.positive),

@@ -123,6 +123,9 @@ def _find_maps(folder: Path) -> list[tuple[dict[str, Any], bytes]]:
     found = []
     for path in sorted(folder.glob(f"*/{SUMMARY}"))[:MOST_MAPS]:
         overlay = cv2.imread(str(path.parent / OVERLAY))
+        if overlay is None:
+            logger.warning("%s has no readable %s: its map is not in the report", path.parent, OVERLAY)
+            continue
         scale = min(1.0, MAP_PX / max(overlay.shape))
         small = cv2.resize(overlay, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         image = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
