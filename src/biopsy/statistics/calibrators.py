@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq, isotonic_regression
 from scipy.special import expit, log_softmax, softmax
 
 from biopsy.errors import MetricError, suggest
@@ -231,6 +230,8 @@ def _fit_temperature(
 
 def _fit_slope(scores: Floats, target: NDArray[Any]) -> tuple[float | None, str | None]:
     """Find the slope of least NLL, whose derivative rises with the slope; or say why there is none."""
+    from scipy.optimize import brentq  # half a second that using a classifier does not need
+
     margins = scores - scores[np.arange(len(scores)), target][:, None]
 
     def derivative(slope: float) -> float:
@@ -259,6 +260,8 @@ def _fit_platt(logits: Floats, truth: Floats, positive_index: int) -> Scaling:
 
 
 def _fit_isotonic(logits: Floats, truth: Floats, positive_index: int) -> Isotonic:
+    from scipy.optimize import isotonic_regression
+
     level, of_patch, mass = np.unique(expit(logits), return_inverse=True, return_counts=True)
     share = np.bincount(of_patch, truth) / mass
     n_pos = truth.sum()
