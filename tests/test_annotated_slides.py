@@ -226,7 +226,7 @@ REFUSALS = {
     "too coarse": (
         {},
         {"mpp": 0.3},
-        r"wanted at 0\.3 um/px, level 0 of case\.tiff is 0\.5 um/px: too coarse",
+        r"wanted at 0\.30 um/px, level 0 of case\.tiff is 0\.50 um/px: too coarse",
     ),
     "too small": ({}, {"patch_px": 300}, "smaller than a patch of 300 um"),
     "a share": ({}, {"label_frac": 0.0}, "label_frac=0.0 is no share"),

@@ -28,7 +28,7 @@ from shapely.geometry.base import BaseGeometry
 from biopsy.errors import DataError, SlideError, suggest
 from biopsy.imaging.annotations import Annotations
 from biopsy.imaging.reader import Slide
-from biopsy.imaging.resolution import MAX_UPSAMPLING
+from biopsy.imaging.resolution import check_mpp
 from biopsy.imaging.shares import share_of_mask, share_of_polygon
 from biopsy.imaging.tissue import find_tissue
 
@@ -160,11 +160,7 @@ def cut_slide(slide: Slide, notes: Annotations, class_names: Sequence[str], cutt
         DataError: If the annotations are another slide's, or there is no region where ``rest`` needs one.
         SlideError: If the slide has no tissue, or not this resolution, or is smaller than a patch.
     """
-    if slide.mpp > MAX_UPSAMPLING * cutting.mpp:
-        raise SlideError(
-            f"patches are wanted at {cutting.mpp:g} um/px, level 0 of {slide.path.name} is "
-            f"{slide.mpp:.4g} um/px: too coarse to resample (limit {MAX_UPSAMPLING:g}x)"
-        )
+    check_mpp(slide.path.name, slide.mpp, cutting.mpp, purpose="patches are wanted")
     scale = level_0_px(slide, cutting.mpp)
     areas, valid = _collect_areas(notes, slide, class_names, cutting)
     side, step = cutting.patch_px * scale, cutting.step_px * scale

@@ -23,7 +23,7 @@ from biopsy.sharing.document import (
 from biopsy.sharing.facts import RunFacts
 from biopsy.sharing.numbers import Footnotes
 
-THUMBNAIL_PX = 112
+THUMBNAIL_PX = 80
 ERRORS = {"fn": ("missed patches", "found ones"), "fp": ("false alarms", "true negatives")}
 VERDICTS = {
     "higher": "higher",
@@ -276,4 +276,4 @@ def _encode(image: np.ndarray) -> bytes:
     if scale < 1:
         size = tuple(max(1, round(side * scale)) for side in (image.shape[1], image.shape[0]))
         image = cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA)
-    return jpeg(image, quality=82)
+    return jpeg(image, quality=76)

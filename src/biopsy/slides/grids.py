@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from biopsy.errors import SlideError
+from biopsy.imaging.shares import share_of_mask
 
 MIN_TISSUE_FRAC = 0.5  # a patch belongs to the map when at least half of it is tissue
 _READ_PX = 6_000_000  # pixels of the file read at once: 24 MB as OpenSlide gives them
@@ -178,7 +179,7 @@ def lay_grid(
     across, down = scale * tissue.shape[1] / width, scale * tissue.shape[0] / height
     left = np.arange(n_columns) * stride_px * across
     top = np.arange(n_rows) * stride_px * down
-    share = _share_of_true(tissue, left, top, patch_px * across, patch_px * down)
+    share = share_of_mask(tissue, left, top, patch_px * across, patch_px * down)
     row, column = np.nonzero(share >= MIN_TISSUE_FRAC)
     if not len(row):
         raise SlideError(
@@ -217,22 +218,3 @@ def cut_blocks(grid: PatchGrid, downsample: float) -> Iterator[Block]:
             x_px[index] - left,
             y_px[index] - top,
         )
-
-
-def _share_of_true(
-    mask: np.ndarray, left: np.ndarray, top: np.ndarray, width: float, height: float
-) -> np.ndarray:
-    """Give the share of a mask that is true in every rectangle, whose edges may be fractions of a pixel."""
-    total = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1))
-    np.cumsum(np.cumsum(mask, axis=0), axis=1, out=total[1:, 1:])
-
-    def along(total: np.ndarray, place: np.ndarray) -> np.ndarray:
-        """Read a running total at fractional places of its first axis."""
-        place = np.clip(place, 0, len(total) - 1)
-        low = np.minimum(place.astype(np.int64), len(total) - 2)
-        part = (place - low)[:, None]
-        return total[low] * (1 - part) + total[low + 1] * part
-
-    rows = along(total, top + height) - along(total, top)
-    inside = along(rows.T, left + width) - along(rows.T, left)
-    return inside.T / (width * height)
