@@ -364,6 +364,7 @@ def test_demo_ends_in_a_report_and_can_be_run_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(demo, "N_PATIENTS", 12)
     monkeypatch.setattr(demo, "PATCHES_PER_PATIENT", 20)
+    monkeypatch.setattr(demo, "SLIDE_PX", (600, 450))
     monkeypatch.setattr(demo, "SETTINGS", ("train.epochs=1", "train.batch_size=16"))
     folder = tmp_path / "demonstration"
     for left in ("demo.json", "cohort.pack/pack.json", "run/run.json"):  # what an earlier one leaves
@@ -375,6 +376,8 @@ def test_demo_ends_in_a_report_and_can_be_run_again(tmp_path, monkeypatch):
     assert report.is_file() and folder in report.parents
     assert "AUROC on patients never seen" in result.stderr
     assert (folder / "cohort.pack" / "inspection" / "classes.png").is_file()
+    assert (folder / "run" / "slides" / "slide" / "overlay.png").is_file()
+    assert "Whole slides" in report.read_text()
 
 
 def test_demo_leaves_another_folder_alone(tmp_path):

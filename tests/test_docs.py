@@ -50,7 +50,7 @@ def find_command_lines(text: str) -> list[list[str]]:
             lexer.whitespace_split = True
             words: list[str] = []
             for word in [*lexer, ";"]:
-                if set(word) <= set("();<>|&"):
+                if word and set(word) <= set("();<>|&"):
                     if "biopsy" in words[:3]:  # after nothing, `uv run`, or an assignment
                         calls.append(words[words.index("biopsy") + 1 :])
                     words = []
