@@ -359,6 +359,7 @@ def test_from_archive_to_report(make_idc_zip, tmp_path, monkeypatch):
     assert again.exit_code == 1 and again.stderr.startswith("error: run is finished")
 
 
+@pytest.mark.slow
 def test_demo_ends_in_a_report_and_can_be_run_again(tmp_path, monkeypatch):
     from biopsy.upkeep import demo
 
