@@ -30,11 +30,9 @@ from biopsy.imaging.annotations import Annotations
 from biopsy.imaging.reader import Slide
 from biopsy.imaging.resolution import check_mpp
 from biopsy.imaging.shares import share_of_mask, share_of_polygon
-from biopsy.imaging.tissue import find_tissue
+from biopsy.imaging.tissue import MIN_TISSUE_FRAC, find_tissue_of
 
 REGION = "Region*"
-MIN_TISSUE_FRAC = 0.5  # as for maps
-THUMBNAIL_PX = 2048  # as for maps
 NO_TISSUE, NOT_VALID, NO_CLASS, TWO_CLASSES = (
     "less than half tissue",
     "not wholly in the valid area",
@@ -207,8 +205,7 @@ def _edges(size: int, side: float, step: float) -> np.ndarray:
 
 
 def _tissue_shares(slide: Slide, left: np.ndarray, top: np.ndarray, side: float) -> np.ndarray:
-    thumbnail = slide.thumbnail(THUMBNAIL_PX)
-    tissue = find_tissue(thumbnail, mpp=slide.mpp * slide.width / thumbnail.shape[1])
+    _, tissue = find_tissue_of(slide)
     across, down = tissue.shape[1] / slide.width, tissue.shape[0] / slide.height
     return share_of_mask(tissue, left * across, top * down, side * across, side * down)
 

@@ -10,9 +10,16 @@ import cv2
 import numpy as np
 
 from biopsy.errors import SlideError
+from biopsy.imaging.reader import Slide
 
 WORKING_MPP = 8.0
 """Finer pictures are averaged to this: nuclei melt into their tissue, the walls of fat cells still show."""
+
+MIN_TISSUE_FRAC = 0.5
+"""A patch is cut or mapped when at least this share of it is tissue."""
+
+THUMBNAIL_PX = 2048
+"""Longer side of the picture of a slide on which tissue is sought."""
 
 COARSEST_MPP = 64.0
 """A fat cell's wall no longer shows in a coarser picture."""
@@ -32,6 +39,16 @@ _SMOOTH_UM = 4.0
 _SMALLEST_MM2 = 0.02  # a piece of tissue of 140 x 140 um; also of ink, to count as a stroke
 
 _DENSITY = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)
+
+
+def find_tissue_of(slide: Slide) -> tuple[np.ndarray, np.ndarray]:
+    """Give a slide's thumbnail, uint8 ``(H, W, 3)``, and where tissue is on it, bool ``(H, W)``.
+
+    Raises:
+        SlideError: As `find_tissue`.
+    """
+    thumbnail = slide.thumbnail(THUMBNAIL_PX)
+    return thumbnail, find_tissue(thumbnail, mpp=slide.mpp * slide.width / thumbnail.shape[1])
 
 
 def find_tissue(thumbnail: np.ndarray, *, mpp: float) -> np.ndarray:

@@ -7,8 +7,8 @@ import numpy as np
 
 from biopsy.errors import SlideError
 from biopsy.imaging.shares import share_of_mask
+from biopsy.imaging.tissue import MIN_TISSUE_FRAC
 
-MIN_TISSUE_FRAC = 0.5  # a patch belongs to the map when at least half of it is tissue
 _READ_PX = 6_000_000  # pixels of the file read at once: 24 MB as OpenSlide gives them
 _READ_PATCHES = 4096  # with overlap a piece holds many more patches than fit side by side
 _READ_ROWS = 512  # rows of the file in one reading: low and wide, so that a row of tiles stays in its cache

@@ -20,7 +20,7 @@ import torch
 
 from biopsy.errors import SlideError
 from biopsy.imaging.reader import Slide, open_slide
-from biopsy.imaging.tissue import find_tissue
+from biopsy.imaging.tissue import find_tissue_of
 from biopsy.learning.classifiers import Classifier
 from biopsy.learning.engine import Engine
 from biopsy.learning.engine import Precision as EnginePrecision
@@ -30,7 +30,6 @@ from biopsy.slides.grids import Block, PatchGrid, cut_blocks, lay_grid, pick_str
 Precision = Literal["auto", "fp32", "bf16"]
 OnProgress = Callable[[int, int], None]
 
-THUMBNAIL_PX = 2048  # longer side of the picture on which tissue is sought and the map is drawn
 _CPU_BATCH, _GPU_BATCH = 32, 1024
 
 
@@ -96,8 +95,7 @@ def open_view(task: SlideTask, classifier: Classifier, stride_um: float | None =
     slide = open_slide(task.path, mpp=task.mpp)
     try:
         level, downsample = slide.level_for(info.mpp)
-        thumbnail = slide.thumbnail(THUMBNAIL_PX)
-        tissue = find_tissue(thumbnail, mpp=slide.mpp * slide.width / thumbnail.shape[1])
+        thumbnail, tissue = find_tissue_of(slide)
         grid = lay_grid(
             tissue,
             width=slide.width,

@@ -7,11 +7,11 @@ import numpy as np
 from biopsy.data.packs import Pack
 from biopsy.errors import SlideError
 from biopsy.imaging.mosaic import stitch
+from biopsy.imaging.tissue import THUMBNAIL_PX
 from biopsy.learning.classifiers import Classifier
 from biopsy.learning.engine import Engine
 from biopsy.learning.inference import predict_logits
 from biopsy.slides.grids import PatchGrid
-from biopsy.slides.inference import THUMBNAIL_PX
 
 
 @dataclass(frozen=True)
