@@ -1,10 +1,12 @@
-"""Whether a slide's map depends on how it was scanned, where the tumour is known; memory; interruption.
+"""Whether a slide's map depends on how it was scanned or stored; memory; interruption.
 
 Command::
 
     python benchmarks/slide_accuracy.py maps RUN [--work DIR]
+    python benchmarks/slide_accuracy.py formats RUN [--work DIR]
     python benchmarks/slide_accuracy.py huge RUN [--work DIR]
     python benchmarks/slide_accuracy.py kill RUN [--work DIR]
+    python benchmarks/slide_accuracy.py kill-huge RUN [--work DIR]
 
 RUN was trained on phantom patches, as `biopsy demo` does it.
 
@@ -12,13 +14,20 @@ RUN was trained on phantom patches, as `biopsy demo` does it.
 AUROC of the patch grid against the tumour's outline (a patch is tumour when half its area is), Dice of the
 cells called tumour against the outline, and Dice of each map against the first one of its stride.
 
+``formats``: the same pixels as TIFF, PNG, DICOM and SVS, with and without levels, at the classifier's own mpp
+and where they are averaged; how far each map's probabilities are from the first one's, on the patches that
+both have.
+
 ``huge``: a sparse slide of 100,000 x 80,000 pixels (25 x 20 mm at 0.25 um/px), mapped with the run's network
 told that its patches are 50 um wide, so that there are many. Peak memory of the process.
 
 ``kill``: four slides are mapped by a process that is killed (SIGKILL) at moments spread over its time, then
-once to the end; every file is compared with those of a process that was left alone.
+once to the end; every file is compared with those of a process that was left alone. ``kill-huge``: so with
+the slide of ``huge``: while it is read, when nearly all is read, when its folder appears under a temporary
+name, and when all but the renaming is done.
 
-Rows are appended to ``results/slide-maps.csv``, ``slide-memory.csv`` and ``slide-kill.csv``.
+Rows are appended to ``results/slide-maps.csv``, ``slide-formats.csv``, ``slide-memory.csv`` and
+``slide-kill.csv``.
 """
 
 import argparse
@@ -30,19 +39,25 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import shapely
+import tifffile
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import biopsy
 from biopsy.data.phantom.whole_slides import PhantomTruth, make_phantom_slide
+from biopsy.imaging.pyramids import write_pyramid
+from biopsy.imaging.reader import open_slide
 from biopsy.learning.opening import open_classifier
 
 RESULTS = Path(__file__).parent / "results"
 SIZE_UM = (6000, 4800)
 STRIDES = (1, 2, 5)  # parts of a patch
+SCALES = (1.0, 4.0, 8 / 3)  # pixels of level 0 in one that the classifier sees
 COMMAND = [sys.executable, "-c", "from biopsy.cli import main; main()", "slide"]
 
 
@@ -103,8 +118,83 @@ def run_maps(model: Path, work: Path) -> None:
                 report("slide-maps.csv", row)
 
 
-def run_huge(model: Path, work: Path) -> None:
-    """Map a slide of 100,000 x 80,000 pixels and read the process's peak memory."""
+def run_formats(model: Path, work: Path) -> None:
+    """Map the same pixels in several formats, copied and averaged."""
+    classifier = open_classifier(model)
+    wanted = classifier.info.mpp or 0
+    for scale in SCALES:
+        mpp = wanted / scale
+        width, height = (round(side / mpp) for side in SIZE_UM)
+        drawn = make_phantom_slide(
+            work / f"drawn-{mpp:g}.tiff",
+            seed=11,
+            width=width,
+            height=height,
+            mpp=mpp,
+            drawn_mpp=2.0,
+            compression="deflate",
+        )
+        folder = work / f"formats-{mpp:g}"
+        shutil.rmtree(folder, ignore_errors=True)
+        paths = write_formats(folder, tifffile.imread(drawn.path, key=0), mpp)
+        first: biopsy.SlideMap | None = None
+        for name, path in paths.items():
+            stated = mpp if path.suffix == ".png" else None
+            stride_um = classifier.info.patch_px * wanted / 2
+            slide_map = biopsy.slide(classifier, path, mpp=stated, stride_um=stride_um, precision="fp32")
+            first = first or slide_map
+            with open_slide(path, mpp=stated) as slide:
+                about = {"format": name, "mpp": round(mpp, 4), "levels": len(slide.levels)}
+            about |= {"level_read": slide_map.about["mpp"]["level"], "patches": len(slide_map)}
+            report("slide-formats.csv", about | compare(first, slide_map))
+        shutil.rmtree(folder)
+
+
+def write_formats(folder: Path, image: np.ndarray, mpp: float) -> dict[str, Path]:
+    """Write an image in every format, lossless but for one."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    from dicom_files import write_dicom
+
+    folder.mkdir()
+    height, width = image.shape[:2]
+    size = {"width": width, "height": height, "mpp": mpp}
+    aperio = f"Aperio Image Library\n{width}x{height}|AppMag = {10 / mpp:g}|MPP = {mpp:.6f}"
+    per_cm = 10_000 / mpp
+    tifffile.imwrite(
+        folder / "rows.tiff", image, resolution=(per_cm, per_cm), resolutionunit="CENTIMETER", metadata=None
+    )
+    Image.fromarray(image).save(folder / "image.png", compress_level=1)
+    options = {"compression": "deflate", **size}
+    return {
+        "TIFF, one level, tiles": write_pyramid(folder / "tiles.tiff", image, levels=1, **options),
+        "TIFF, one level, rows": folder / "rows.tiff",
+        "PNG": folder / "image.png",
+        "TIFF, pyramid": write_pyramid(folder / "pyramid.tiff", image, **options),
+        "SVS": write_pyramid(folder / "slide.svs", image, description=aperio, **options),
+        "DICOM": write_dicom(folder / "dicom", image, mpp=mpp, tile_px=256, levels=4),
+        "SVS, JPEG 90": write_pyramid(folder / "jpeg.svs", image, description=aperio, **size),
+    }
+
+
+def compare(first: biopsy.SlideMap, other: biopsy.SlideMap) -> dict[str, object]:
+    """Give how far one map's probabilities are from another's, and what only one of them has."""
+    one, two = (
+        dict(zip(zip(table.grid.column, table.grid.row, strict=True), table.probs[:, 1], strict=True))
+        for table in (first, other)
+    )
+    moved = [abs(float(one[place] - two[place])) for place in one.keys() & two.keys()]
+    called = [table.cells_pred() == table.positive_index for table in (first, other)]
+    return {
+        "in_one_map_only": len(one.keys() ^ two.keys()),
+        "median_diff": round(float(np.median(moved)), 6),
+        "p99_diff": round(float(np.quantile(moved, 0.99)), 6),
+        "largest_diff": round(max(moved), 6),
+        "dice_first": round(dice(*called), 4),
+    }
+
+
+def find_huge(model: Path, work: Path) -> tuple[Path, Path]:
+    """Give the run's classifier told that its patches are 50 um wide, and the huge slide; drawn once."""
     classifier = open_classifier(model)
     classifier.info = classifier.info.model_copy(update={"mpp": 50 / classifier.info.patch_px})
     classifier.save(work / "fine-classifier")
@@ -120,9 +210,15 @@ def run_huge(model: Path, work: Path) -> None:
             n_sections=4,
             drawn_mpp=2.0,
         )
+    return work / "fine-classifier", path
+
+
+def run_huge(model: Path, work: Path) -> None:
+    """Map a slide of 100,000 x 80,000 pixels and read the process's peak memory."""
+    fine, path = find_huge(model, work)
     shutil.rmtree(work / "huge", ignore_errors=True)
     started = time.monotonic()
-    subprocess.run([*COMMAND, work / "fine-classifier", path, "--out", work / "huge"], check=True)
+    subprocess.run([*COMMAND, fine, path, "--out", work / "huge"], check=True)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     slide_map = biopsy.SlideMap.from_parquet(work / "huge" / "huge" / "map.parquet")
     row = {
@@ -145,28 +241,73 @@ def run_kill(model: Path, work: Path) -> None:
         make_phantom_slide(
             slides / f"{seed}.tiff", seed=seed, width=1600, height=1200, mpp=2.0, drawn_mpp=2.0
         )
-    whole, out = work / "whole", work / "killed"
-    for folder in (whole, out):
-        shutil.rmtree(folder, ignore_errors=True)
+    whole, out = empty(work, "whole"), empty(work, "killed")
     command = [*map(str, (*COMMAND, model, slides)), "--stride-um", "40", "--detections", "--out"]
     started = time.monotonic()
-    subprocess.run([*command, whole], check=True, stdout=subprocess.DEVNULL)
-    seconds, n_begun = time.monotonic() - started, 0
-    for part in np.linspace(0.2, 1.0, 10):
-        process = subprocess.Popen([*command, out], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(part * seconds)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        n_begun += len(list(out.glob(".*.partial")))
+    watch([*command, whole])
+    seconds, n_killed, n_begun = time.monotonic() - started, 0, 0
+    for part in np.linspace(0.2, 0.98, 10):
+        n_killed += watch([*command, out], lambda since, end=part * seconds: since > end)
+        n_begun += bool(find_partial(out))
         for folder in list(out.glob("[0-9]"))[::2]:
             shutil.rmtree(folder)  # so that there is something left to do
-    subprocess.run([*command, out], check=True, stdout=subprocess.DEVNULL)
+    watch([*command, out])
+    report_kills("four of 1,600 x 1,200", n_killed, n_begun, whole, out)
+
+
+def run_kill_huge(model: Path, work: Path) -> None:
+    """Kill a process that maps the huge slide at four moments, and compare what is there in the end."""
+    whole, out = empty(work, "whole-huge"), empty(work, "killed-huge")
+    command = [*map(str, (*COMMAND, *find_huge(model, work))), "--out"]
+    writing: list[float] = []  # seconds from the start at which it was seen to write
+    watch([*command, whole], lambda since: find_partial(whole) and writing.append(since))
+    n_killed = n_begun = 0
+    for is_moment in (
+        lambda since: since > 0.5 * writing[0],
+        lambda since: since > 0.9 * writing[0],
+        lambda _: find_partial(out),
+        lambda _: any((folder / "summary.json").exists() for folder in find_partial(out)),
+    ):
+        n_killed += watch([*command, out], is_moment)
+        n_begun += bool(find_partial(out))
+        shutil.rmtree(out / "huge", ignore_errors=True)  # the last moment is short and may be missed
+    watch([*command, out])
+    report_kills("100,000 x 80,000", n_killed, n_begun, whole, out)
+
+
+def watch(command: list[str | Path], is_moment: Callable[[float], object] = lambda _: False) -> bool:
+    """Run a command, kill it at the moment that is waited for, and say whether it was killed."""
+    started = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        if is_moment(time.monotonic() - started):
+            os.kill(process.pid, signal.SIGKILL)
+        time.sleep(0.001)
+    if process.returncode not in (0, -signal.SIGKILL):
+        raise SystemExit(f"the command ended with {process.returncode}")
+    return process.returncode != 0
+
+
+def find_partial(out: Path) -> list[Path]:
+    """Give the folders that are being written."""
+    return [path for path in out.glob(".*.partial") if path.is_dir()]
+
+
+def empty(work: Path, name: str) -> Path:
+    """Give a place where nothing is yet."""
+    shutil.rmtree(work / name, ignore_errors=True)
+    return work / name
+
+
+def report_kills(slides: str, n_killed: int, n_begun: int, whole: Path, out: Path) -> None:
+    """Count the files that are missing or differ by a byte where a run was killed, beside one left alone."""
     one, other = (
-        {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+        {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         for folder in (whole, out)
     )
     different = sum(one.get(name) != other.get(name) for name in one.keys() | other.keys())
-    report("slide-kill.csv", {"kills": 10, "in_writing": n_begun, "files": len(one), "different": different})
+    row = {"slides": slides, "kills": n_killed, "in_writing": n_begun}
+    report("slide-kill.csv", {**row, "files": len(one), "different": different})
 
 
 def report(name: str, row: dict[str, object]) -> None:
@@ -189,13 +330,21 @@ def report(name: str, row: dict[str, object]) -> None:
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["maps", "huge", "kill"])
+    parser.add_argument("part", choices=list(PARTS))
     parser.add_argument("run", type=Path)
     parser.add_argument("--work", type=Path, default=Path("slide-accuracy"))
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    {"maps": run_maps, "huge": run_huge, "kill": run_kill}[arguments.part](arguments.run, arguments.work)
+    PARTS[arguments.part](arguments.run, arguments.work)
 
+
+PARTS = {
+    "maps": run_maps,
+    "formats": run_formats,
+    "huge": run_huge,
+    "kill": run_kill,
+    "kill-huge": run_kill_huge,
+}
 
 if __name__ == "__main__":
     main()

@@ -287,8 +287,7 @@ class Darkness(torch.nn.Module):
 
 def test_a_map_corrected_in_qupath_gives_its_labels_back(slides, tmp_path):
     folder = slides(None)
-    classifier = make_classifier(patch_px=16, input_px=16)
-    classifier.network = Darkness()
+    classifier = biopsy.Classifier(make_classifier(patch_px=16, input_px=16).info, Darkness())
     table = biopsy.slide(classifier, folder / "case.tiff", precision="fp32", device="cpu")
     table.to_geojson(folder / "case.geojson")
     pack = cut(folder, positive="malignant", classes=["benign", "malignant"])
@@ -299,6 +298,64 @@ def test_a_map_corrected_in_qupath_gives_its_labels_back(slides, tmp_path):
     assert len(pack) == len(table) and 0 < pack.target.mean() < 1
     assert pack.target.tolist() == [called[x, y] for x, y in pack.table[["x", "y"]].to_numpy(int).tolist()]
     np.testing.assert_allclose(pack.table["label_share"], 1)
+
+
+def labels(pack):
+    """Give the class at each place that has one."""
+    places = pack.table[["x", "y"]].to_numpy(int).tolist()
+    return {(x, y): target for (x, y), target in zip(places, pack.target.tolist(), strict=True)}
+
+
+@pytest.mark.parametrize(("mpp", "patch_px"), [(1.0, 16), (0.65, 20)])
+def test_what_a_map_left_open_comes_back_without_a_label(slides, tmp_path, mpp, patch_px):
+    folder = slides(None)
+    info = make_classifier(patch_px=patch_px, input_px=16).info
+    info = info.model_copy(update={"mpp": mpp, "conformal": {"quantiles": [0.95, 0.9]}})
+    classifier = biopsy.Classifier(info, Darkness())
+    table = biopsy.slide(classifier, folder / "case.tiff", precision="fp32", device="cpu")
+    table.to_geojson(folder / "case.geojson")
+    pack = cut(folder, mpp=mpp, patch_px=patch_px, positive="malignant", classes=["benign", "malignant"])
+    places = list(zip(table.grid.x_px.tolist(), table.grid.y_px.tolist(), strict=True))
+    sets = 1 - table.probs <= [0.95, 0.9]
+    np.testing.assert_array_equal(table.abstained, sets.sum(axis=1) != 1)
+    called = {
+        place: row.argmax()
+        for place, row, is_open in zip(places, table.probs, table.abstained, strict=True)
+        if not is_open
+    }
+    assert labels(pack) == called
+    n_places = int(300 / mpp // patch_px) * int(200 / mpp // patch_px)
+    assert pack.info.origin["annotations"]["left_out"] == {
+        "not wholly in the valid area": int(table.abstained.sum()),
+        "less than half tissue": n_places - len(table),
+    }
+    assert min(table.abstained.sum(), *np.bincount(pack.target)) > 10
+    np.testing.assert_allclose(pack.table["label_share"], 1)
+
+
+def test_of_an_overlapping_map_labels_are_those_of_its_cells(slides):
+    folder = slides(None)
+    info = make_classifier(patch_px=16, input_px=16).info
+    info = info.model_copy(update={"conformal": {"quantiles": [0.95, 0.9]}})
+    classifier = biopsy.Classifier(info, Darkness())
+    table = biopsy.slide(classifier, folder / "case.tiff", stride_um=8, precision="fp32", device="cpu")
+    table.to_geojson(folder / "case.geojson")
+    pack = cut(folder, stride_px=8, positive="malignant", classes=["benign", "malignant"])
+    cells, labelled, counts = table.cells_pred(), {}, {"not valid": 0, "two classes": 0}
+    for row, column in zip(table.grid.row.tolist(), table.grid.column.tolist(), strict=True):
+        under = cells[row : row + 2, column : column + 2]
+        n_malignant = (under == 1).sum()
+        if (under == -2).any():
+            counts["not valid"] += 1
+        elif n_malignant == 2:
+            counts["two classes"] += 1
+        else:
+            labelled[column * 8, row * 8] = int(n_malignant > 2)
+    assert labels(pack) == labelled and set(labelled.values()) == {0, 1}
+    left_out = pack.info.origin["annotations"]["left_out"]
+    assert left_out["not wholly in the valid area"] == counts["not valid"] > 10
+    assert left_out["more than one class covers enough"] == counts["two classes"] > 0
+    assert "no class covers enough" not in left_out
 
 
 @pytest.mark.data

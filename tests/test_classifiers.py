@@ -89,7 +89,7 @@ def test_another_document_is_refused(saved, change, message):
     path = saved / "classifier.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises((RunError, ValueError), match=message):
-        Classifier.load(saved)
+        _ = Classifier.load(saved).network
 
 
 def test_a_folder_without_a_classifier_is_refused(tmp_path):

@@ -131,6 +131,8 @@ def test_interrupted_training_says_how_to_go_on(replace):
     [
         ("train", ["cancernet-2020", "--data", "x.pack"]),
         ("study", ["cancernet-2020", "--data", "x.pack"]),
+        ("sweep", ["cancernet-2020", "--data", "x.pack", "--grid", "train.lr=1,2"]),
+        ("reproduce", ["--data", "x.pack"]),
         ("prepare", ["x.zip", "--out", "x.pack"]),
         ("demo", []),
         ("predict", ["run", "x.png"]),
@@ -231,12 +233,21 @@ def test_lists_in_flags_reach_the_function(replace):
 
     def study(recipes, data, **options):
         asked.update(options, recipes=recipes)
-        return SimpleNamespace(path=Path("s"))
+        return SimpleNamespace(path=Path("s"), info={"failed": {}})
 
     replace("study", study)
     assert call("study", "one", "two", "--data", "p", "--seeds", "3, 4").exit_code == 0
     assert asked["seeds"] == (3, 4) and asked["recipes"] == ["one", "two"]
     assert comma_list(" a,b ,,c") == ("a", "b", "c") and comma_list(None) == ()
+
+
+@pytest.mark.parametrize("verb", ["study", "sweep"])
+def test_runs_that_failed_are_named(replace, verb):
+    made = SimpleNamespace(path=Path("s"), info={"failed": {"one-s0": "its loss is nan"}})
+    replace(verb, lambda *asked, **options: made)
+    result = call(verb, "one", "--data", "p", *(["--grid", "train.lr=1,2"] if verb == "sweep" else []))
+    assert (result.exit_code, result.stdout) == (0, "s\n")
+    assert result.stderr == "failed: one-s0: its loss is nan\n"
 
 
 def test_reports_are_named_one_a_line(replace):
@@ -291,22 +302,6 @@ def test_blocks_leave_out_what_is_not_known(capsys):
 
 
 # --- the real thing
-
-
-@pytest.mark.parametrize("kind", ["datasets", "models", "recipes"])
-def test_list_names_what_is_shipped(kind):
-    rows = json.loads(call("list", kind, "--json").stdout)
-    assert len(rows) >= 2
-    assert all(row.keys() == rows[0].keys() for row in rows)
-    names = [row["name"] for row in rows]
-    assert {"datasets": "idc", "models": "cancernet", "recipes": "cancernet-2020"}[kind] in names
-    shown = call("list", kind).stdout
-    assert all(name in shown for name in names)
-
-
-def test_list_refuses_another_kind():
-    with pytest.raises(biopsy.BiopsyError, match="did you mean 'models'"):
-        biopsy.list("model")
 
 
 def test_from_archive_to_report(make_idc_zip, tmp_path, monkeypatch):

@@ -323,6 +323,10 @@ def test_what_no_layout_knows_is_refused_with_what_was_looked_for(tmp_path):
         DataError, match=r"no known layout \(it holds 'a.png'\)\. Looked for idc: images named"
     ):
         prepare(tmp_path / "x", tmp_path / "x.pack")
+    with pytest.raises(DataError, match=r"annotated-slides: slides with a \.geojson of their name"):
+        find_layout(open_archive(tmp_path / "x"))
+    with pytest.raises(DataError, match="did you mean 'annotated-slides'"):
+        find_layout(open_archive(tmp_path / "x"), "annotated_slides")
     with pytest.raises(DataError, match="no dataset layout is called 'idx'; did you mean 'idc'"):
         find_layout(open_archive(tmp_path / "x"), "idx")
 

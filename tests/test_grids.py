@@ -73,7 +73,8 @@ def test_every_patch_is_in_one_block_and_cut_as_if_read_alone(sides, downsample,
     image = rng.integers(0, 256, (30 * sides[1] + 16, 40 * sides[1] + 16, 3), dtype=np.uint8)
     seen = []
     for block in cut_blocks(grid, downsample):
-        piece = image[block.y : block.y + block.height_px, block.x : block.x + block.width_px]
+        left, top = int(block.x), int(block.y)
+        piece = image[top : top + block.height_px, left : left + block.width_px]
         patches = block.cut(piece, grid.patch_px)
         for patch, index in zip(patches, block.index, strict=True):
             x, y = grid.x[index], grid.y[index]

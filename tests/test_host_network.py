@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from biopsy.learning.classifiers import Classifier
 from biopsy.learning.preprocessing import Preprocessing
 from biopsy.sharing.bundles import measure_parity, write_networks
 from biopsy.sharing.host_network import HostNetwork, make_resize
@@ -69,7 +70,7 @@ class Brightness(torch.nn.Module):
 @pytest.mark.parametrize("name", CALIBRATORS)
 def test_every_form_of_the_network_calibrates_alike(name, tmp_path):
     classifier = make_classifier(calibrator=CALIBRATORS[name])
-    classifier.network = Brightness()
+    classifier = Classifier(classifier.info, Brightness())
     if name == "isotonic":
         steep = 1 / (1 + np.exp(-np.linspace(-20, 20, 41)))
         classifier.info.calibrator = Isotonic(1, tuple(steep), tuple(np.linspace(0, 1, 41))).to_dict()

@@ -4,14 +4,18 @@ import numpy as np
 import pytest
 import torch
 
+import biopsy
 from biopsy.errors import DataError, SlideError
 from biopsy.imaging.reader import open_slide
 from biopsy.learning.engine import Engine
+from biopsy.learning.hardware import pick_precision
 from biopsy.learning.inference import predict_logits
+from biopsy.learning.novelty import fit_reference
 from biopsy.slides.grids import PatchGrid
-from biopsy.slides.inference import SlideTask, open_view, pick_precision, predict_slides
+from biopsy.slides.inference import N_CHECKED, SlideTask, open_view, predict_slides
 from biopsy.slides.maps import SlideMap, check_probs
 from biopsy.slides.outputs import draw
+from biopsy.slides.regions import find_regions
 from biopsy.slides.summaries import compare_with_target, summarise
 from slide_maps import make_classifier, make_map
 
@@ -75,7 +79,8 @@ def test_probabilities_that_are_no_numbers_are_refused():
 
 def test_the_summary_of_a_map():
     abstained = CELLS == 0.2
-    found = summarise(make_map(CELLS, abstained=abstained), is_calibrated=True)
+    slide_map = make_map(CELLS, abstained=abstained)
+    found = summarise(slide_map, find_regions(slide_map), is_calibrated=True)
     cell = 0.01**2
     assert found["n_cells"] == 5 and found["mapped_mm2"] == pytest.approx(5 * cell)
     assert found["classes"]["tumour"]["area_mm2"] == pytest.approx(2 * cell)
@@ -85,7 +90,7 @@ def test_the_summary_of_a_map():
     positive = found["positive"]
     assert positive["expected_mm2"] == pytest.approx(2.1 * cell)
     assert (positive["low_mm2"], positive["high_mm2"]) == (pytest.approx(cell), pytest.approx(4 * cell))
-    uncalibrated = summarise(make_map(CELLS), is_calibrated=False)["positive"]
+    uncalibrated = summarise(make_map(CELLS), [], is_calibrated=False)["positive"]
     assert uncalibrated["low_mm2"] is None and "not calibrated" in uncalibrated["reason"]
 
 
@@ -119,7 +124,6 @@ def test_reading_ahead_in_pieces_gives_what_each_patch_gives_alone(asked, n_thre
         predict_slides(
             [SlideTask(path), SlideTask(path.with_name("none.svs")), SlideTask(path)],
             classifier,
-            engine=Engine("cpu"),
             stride_um=8.0,
             n_threads=n_threads,
             on_progress=lambda done, total: seen.append((done, total)),
@@ -137,15 +141,33 @@ def test_reading_ahead_in_pieces_gives_what_each_patch_gives_alone(asked, n_thre
 
 def test_half_precision_is_near(asked):
     path, classifier, _, alone = asked
-    (answer,) = predict_slides([SlideTask(path)], classifier, engine=Engine("cpu", "bf16"), stride_um=8.0)
+    (answer,) = predict_slides([SlideTask(path)], classifier, precision="bf16", stride_um=8.0)
     assert answer.logits == pytest.approx(alone, abs=0.05)
     assert not np.array_equal(answer.logits, alone)
 
 
+def test_a_slide_of_other_colours_is_unlike_training(asked, make_slide):
+    path, classifier, view, alone = asked
+    with open_slide(path) as slide:
+        pixels = slide.read(0, 0, slide.width, slide.height)
+        patches = np.stack(
+            [slide.read_at(x, y, 16, 16, mpp=1.0) for x, y in zip(view.grid.x, view.grid.y, strict=True)]
+        )
+    sizes, rows = np.full((len(patches), 2), 16), np.arange(len(patches))
+    fit_reference(classifier, patches, sizes, rows, rows, engine=Engine("cpu"), seed=0)
+    other = make_slide("other.tiff", pixels=np.ascontiguousarray(pixels[..., ::-1]))
+    same, swapped = predict_slides([SlideTask(path), SlideTask(other)], classifier, stride_um=8.0)
+    assert len(same.unlike) == min(len(alone), N_CHECKED) == same.view.checked.sum()
+    assert same.unlike.mean() < 0.05 and swapped.unlike.mean() > 0.9
+    assert biopsy.slide(classifier, path).about["unlike_training"]["share"] < 0.1
+    plain = biopsy.slide(make_classifier(), path)
+    assert plain.about["unlike_training"] is None
+
+
 def test_precision_that_is_named_is_used():
-    assert pick_precision("fp32", torch.device("cpu")) == "fp32"
-    assert pick_precision("bf16", torch.device("cpu")) == "bf16"
-    assert pick_precision("auto", torch.device("cpu")) in ("fp32", "bf16")
+    assert pick_precision("fp32", "cpu") == "fp32"
+    assert pick_precision("bf16", "cpu") == "bf16"
+    assert pick_precision("auto", "cpu") in ("fp32", "bf16")
 
 
 def test_slides_that_cannot_be_mapped_are_refused(make_slide):

@@ -80,6 +80,15 @@ def test_splits_and_audits_do_not_change_the_hash(make_pack):
     pack.verify()
 
 
+def test_patches_are_found_by_their_ids_and_unknown_ones_refused(make_pack):
+    pack = make_pack(n_patients=2)
+    ids = pack.table["patch_id"].iloc[[5, 0, 7]]
+    assert pack.rows_of(ids).tolist() == pack.rows_of(ids.tolist()).tolist() == [5, 0, 7]
+    assert len(pack.rows_of([])) == 0
+    with pytest.raises(PackError, match=r"tiny\.pack has no patch 'nobody': give the pack"):
+        pack.rows_of([ids.iloc[0], "nobody"])
+
+
 def test_a_newer_format_and_a_broken_document_are_refused(make_pack, tmp_path):
     pack = make_pack()
     document = json.loads((pack.path / "pack.json").read_text())

@@ -12,6 +12,7 @@ from PIL import Image
 import biopsy.imaging.backends as backends
 from biopsy.errors import SlideError
 from biopsy.imaging.backends import OpenSlideBackend
+from biopsy.imaging.decode import IMAGE_SUFFIXES
 from biopsy.imaging.reader import open_slide
 from biopsy.imaging.tiles import TileCache
 from conftest import draw_slide
@@ -94,6 +95,13 @@ def test_level_for_takes_whole_scales_within_a_percent(make_slide):
         assert slide.level_for(0.6) == (0, pytest.approx(0.6 / 0.499))
 
 
+def test_a_wanted_pixel_in_pixels_of_level_0(make_slide):
+    for levels in (1, 4):
+        with open_slide(make_slide(mpp=0.499, levels=levels)) as slide:
+            assert [slide.level_0_px(mpp) for mpp in (0.5, 1.0, 2.0, 4.0)] == [1, 2, 4, 8]
+            assert slide.level_0_px(1.3) == pytest.approx(1.3 / 0.499)
+
+
 def test_read_at_copies_averages_and_keeps_the_mean(make_slide):
     image = draw_slide()
     with open_slide(make_slide(levels=1)) as slide:
@@ -126,11 +134,20 @@ def test_read_at_is_area_averaging_by_the_exact_scale(make_slide):
 def test_a_wide_read_is_narrow_ones_side_by_side(make_slide):
     with open_slide(make_slide(levels=1)) as slide:
         for mpp in (0.5, 1.0, 2.0):
-            level, scale = slide.level_for(mpp)
             wide = slide.read_at(30, 40, 100, 20, mpp=mpp)
-            step = 20 * scale * slide.levels[level].downsample
+            step = 20 * slide.level_0_px(mpp)
             narrow = [slide.read_at(30 + n * step, 40, 20, 20, mpp=mpp) for n in range(5)]
             np.testing.assert_array_equal(np.hstack(narrow), wide)
+
+
+@pytest.mark.parametrize("mpp", [1.3, 4 / 3, 0.8, 0.45])
+def test_a_resampled_read_may_begin_between_two_pixels(make_slide, mpp):
+    with open_slide(make_slide()) as slide:  # at 1.3 and 4 / 3 from level 1
+        step = slide.level_0_px(mpp)
+        wide = slide.read_at(0, 0, 130, 90, mpp=mpp).astype(int)
+        for column, row in ((1, 2), (7, 0), (33, 41), (64, 20)):
+            read = slide.read_at(column * step, row * step, 40, 40, mpp=mpp)
+            assert np.abs(read - wide[row : row + 40, column : column + 40]).max() <= 1
 
 
 def test_slightly_coarse_slides_are_enlarged_and_coarse_ones_refused(slide):
@@ -195,20 +212,18 @@ def test_a_tile_that_fails_is_tried_again():
     assert len(tries) == 2
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
+@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
 def test_plain_images_need_a_stated_mpp(tmp_path, suffix):
-    path, image = tmp_path / f"a.{suffix}", draw_slide()
-    Image.fromarray(image).save(path, quality=95)
+    path, image = tmp_path / f"a{suffix}", draw_slide()
+    Image.fromarray(image).save(path, quality=95, lossless=True)
     with pytest.raises(SlideError, match="has no mpp; pass"):
         open_slide(path)
     with open_slide(path, mpp=0.5) as slide:
-        assert (slide.format, slide.mpp_source) == (
-            {"tif": "tiff", "jpg": "jpeg"}.get(suffix, suffix),
-            "stated",
-        )
+        kind = {".tif": "tiff", ".jpg": "jpeg"}.get(suffix, suffix[1:])
+        assert (slide.format, slide.mpp_source) == (kind, "stated")
         assert slide.tile_px() is None and len(slide.levels) == 1
         read = slide.read(-5, 380, 50, 40)
-        tolerance = 30 if suffix == "jpg" else 0
+        tolerance = 30 if kind == "jpeg" else 0
         assert np.abs(read.astype(int) - cut(image, -5, 380, 50, 40)).max() <= tolerance
 
 

@@ -21,6 +21,9 @@ OWN = Recorded(0.499, 0.499, 20.0)
         (Recorded(352.8, 352.8), 0.5, (0.5, "stated")),
         (Recorded(0.25, 0.5), 0.25, (0.25, "stated")),
         (Recorded(4.99, 4.99, 20.0), 0.499, (0.499, "stated")),
+        (Recorded(0.25, 0.25, 4.0), 0.25, (0.25, "stated")),  # the objective is what is wrong
+        (Recorded(0.25, 0.25, 4.0), 0.26, (0.26, "stated")),
+        (Recorded(0.25, 0.25, 4.0), 2.5, (2.5, "stated")),
         (Recorded(4.0, 4.0), None, (4.0, "slide")),
     ],
 )
@@ -35,7 +38,7 @@ def test_value_and_where_it_came_from(recorded, stated, expected):
         (
             Recorded(),
             None,
-            r"case.svs has no mpp; pass the scanner's value as --mpp, or slide by slide in a csv",
+            r"case.svs has no mpp; pass .* as --mpp \(prepare: --slide-mpp\), or slide by slide in a csv",
         ),
         (Recorded(None, None, 20.0), None, r"no mpp \(its 20x objective suggests about 0.5\); pass .* --mpp"),
         (Recorded(352.78, 352.78), None, r"says 352.8 um/px, 72 dots an inch, which no slide .* --mpp"),
@@ -43,7 +46,9 @@ def test_value_and_where_it_came_from(recorded, stated, expected):
         (Recorded(0.25, 0.5), None, r"says 0.25 um/px across and 0.5 down"),
         (Recorded(4.99, 4.99, 20.0), None, r"4.99 um/px and a 20x objective, where about 0.5 are usual"),
         (Recorded(0.05, 0.05, 20.0), None, r"0.05 um/px and a 20x objective"),
-        (OWN, 0.25, r"says 0.499 um/px, not the stated 0.25; leave --mpp out"),
+        (OWN, 0.25, r"says 0.499 um/px, not the stated 0.25; state no mpp .* or, .* correct the file"),
+        (Recorded(0.25, 0.25, 4.0), 0.5, r"stated 0.5 um/px contradict the 4x objective .* correct that"),
+        (Recorded(352.8, 352.8, 20.0), 5.0, r"stated 5 um/px contradict the 20x objective"),
         (Recorded(None, None, 20.0), 5.0, r"stated 5 um/px contradict the 20x objective"),
         (Recorded(), 500.0, r"stated mpp 500.0 for case.svs is not in \[0.05, 20\]"),
         (Recorded(), 0.0, r"stated mpp 0.0"),

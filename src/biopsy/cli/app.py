@@ -1,5 +1,6 @@
 """The application: all verbs, and what becomes of an error."""
 
+import gc
 import os
 from typing import Annotated, Any
 
@@ -96,4 +97,7 @@ for group in (
 
 def main() -> None:
     """Run the command line."""
-    app()
+    try:
+        app()
+    finally:
+        gc.freeze()  # or Python would search all of PyTorch for garbage before it ends

@@ -1,4 +1,4 @@
-"""Verbs that train: train, study."""
+"""The verb that trains one run: train; and how training is shown."""
 
 from collections.abc import Mapping
 from datetime import timedelta
@@ -9,7 +9,7 @@ import typer
 
 import biopsy
 from biopsy.cli.console import interrupted, say
-from biopsy.cli.options import Data, Device, Seed, Setting, SplitName, seed_list
+from biopsy.cli.options import Data, Device, Seed, Setting, SplitName
 
 
 def train(
@@ -57,50 +57,6 @@ def train(
     print(run.path)
 
 
-def study(
-    recipes: Annotated[
-        list[str], typer.Argument(help="Names of recipes, or .toml files.", show_default=False)
-    ],
-    data: Annotated[
-        Path,
-        typer.Option(
-            help="A pack, or an archive to make one from.", metavar="PACK|SOURCE", show_default=False
-        ),
-    ],
-    split: SplitName = None,
-    folds: Annotated[
-        int | None, typer.Option(help="Number of folds, where the split is not made yet.")
-    ] = None,
-    seeds: Annotated[str, typer.Option(help="Training seeds, with commas.")] = "0,1,2",
-    set: Setting = None,
-    name: Annotated[
-        str | None, typer.Option(help="Name of the study; the same name goes on with it.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The study's own folder; without it, studies/ gets one.")
-    ] = None,
-    device: Device = "auto",
-) -> None:
-    """Train recipes over folds and seeds, and pool what they predict; prints the path of the study."""
-    asked_seeds = seed_list(seeds)
-    try:
-        made = biopsy.study(
-            recipes,
-            data,
-            split=split,
-            folds=folds,
-            seeds=asked_seeds,
-            set=tuple(set or ()),
-            name=name,
-            out=out,
-            device=device,
-            on_epoch=EpochLines(),
-        )
-    except KeyboardInterrupt:
-        interrupted("run the same command again to go on: finished runs are kept")
-    print(made.path)
-
-
 class EpochLines:
     """Prints each epoch's record as one aligned line on stderr, under the run it belongs to."""
 
@@ -134,5 +90,4 @@ def epoch_line(record: Mapping[str, Any]) -> str:
 
 def register(app: typer.Typer) -> None:
     """Add the verbs of this file."""
-    for verb in (train, study):
-        app.command()(verb)
+    app.command()(train)

@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 import biopsy
-from biopsy.cli.console import name_skipped, print_json, print_table, progress
+from biopsy.cli.console import name_skipped, print_json, print_table, progress, say
 from biopsy.cli.options import AsJson, Device, TrustModel
+
+MUCH = 0.1  # share of patches unlike training from which a slide is named
 
 
 def slide(
@@ -56,7 +58,8 @@ def slide(
         )
     done = cohort.status[cohort.status["status"] == "done"]
     if as_json:
-        rows = done[["slide", "source", "n_patches", "mpp", "mpp_source", "positive_mm2"]]
+        names = ["slide", "source", "n_patches", "mpp", "mpp_source", "positive_mm2", "unlike_training"]
+        rows = done[names]
         print_json({"out": cohort.out, "slides": rows.to_dict("records"), "skipped": cohort.failed})
     else:
         print_table(
@@ -67,6 +70,11 @@ def slide(
             ["slide", "patches", "um/px", "from", "positive mm2"],
         )
         print(cohort.out)
+    for row in done[done["unlike_training"] >= MUCH].itertuples():
+        say(
+            f"{row.slide}: {row.unlike_training:.0%} of the patches checked are unlike anything in training, "
+            "where 1% to 2% would be expected: do not rely on what is said of them"
+        )
     name_skipped(cohort.failed, str(cohort.out / "status.csv"))
 
 

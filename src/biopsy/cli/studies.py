@@ -1,7 +1,9 @@
-"""Verbs that make studies of one recipe or of publications: sweep, reproduce."""
+"""Verbs that train many runs for one question: study, sweep, reproduce."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,22 +12,54 @@ from biopsy.cli.console import interrupted, print_json, say
 from biopsy.cli.learning import EpochLines
 from biopsy.cli.options import AsJson, Device, Setting, SplitName, comma_list, seed_list
 
-AGAIN = "run the same command again to go on: finished runs are kept"
+if TYPE_CHECKING:
+    from biopsy.studies.records import Study
+
 Source = Annotated[
-    Path | None, typer.Option(help="A pack, or an archive to make one from.", metavar="PACK|SOURCE")
+    Path,
+    typer.Option(help="A pack, or an archive to make one from.", metavar="PACK|SOURCE", show_default=False),
 ]
 StudyName = Annotated[str | None, typer.Option(help="Name of the study; the same name goes on with it.")]
 StudyOut = Annotated[Path | None, typer.Option(help="The study's own folder; without it, studies/ gets one.")]
 
 
+def study(
+    recipes: Annotated[
+        list[str], typer.Argument(help="Names of recipes, or .toml files.", show_default=False)
+    ],
+    data: Source,
+    split: SplitName = None,
+    folds: Annotated[
+        int | None, typer.Option(help="Number of folds, where the split is not made yet.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Training seeds, with commas.")] = "0,1,2",
+    set: Setting = None,
+    name: StudyName = None,
+    out: StudyOut = None,
+    device: Device = "auto",
+) -> None:
+    """Train recipes over folds and seeds, and pool what they predict; prints the path of the study."""
+    asked_seeds = seed_list(seeds)
+    with _kept_on_interruption():
+        made = biopsy.study(
+            recipes,
+            data,
+            split=split,
+            folds=folds,
+            seeds=asked_seeds,
+            set=tuple(set or ()),
+            name=name,
+            out=out,
+            device=device,
+            on_epoch=EpochLines(),
+        )
+    _name_failed(made)
+    print(made.path)
+
+
 def sweep(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe, or a .toml file.", show_default=False)],
-    data: Annotated[
-        Path,
-        typer.Option(
-            help="A pack, or an archive to make one from.", metavar="PACK|SOURCE", show_default=False
-        ),
-    ],
+    data: Source,
     grid: Annotated[
         list[str],
         typer.Option(
@@ -44,7 +78,7 @@ def sweep(
 ) -> None:
     """Try every combination of some settings, and choose on validation; prints the path of the study."""
     asked_seeds = seed_list(seeds)
-    try:
+    with _kept_on_interruption():
         made = biopsy.sweep(
             recipe,
             data,
@@ -58,14 +92,12 @@ def sweep(
             device=device,
             on_epoch=EpochLines(),
         )
-    except KeyboardInterrupt:
-        interrupted(AGAIN)
-    for run, reason in made.info["failed"].items():
-        say(f"failed: {run}: {reason}")
+    _name_failed(made)
     print(made.path)
 
 
 def reproduce(
+    data: Source,
     papers: Annotated[
         list[str] | None,
         typer.Argument(
@@ -74,7 +106,6 @@ def reproduce(
             show_default=False,
         ),
     ] = None,
-    data: Source = None,
     budget: Annotated[
         float | None, typer.Option(help="Minutes that all runs may take; without it, full length.")
     ] = None,
@@ -93,10 +124,8 @@ def reproduce(
     as_json: AsJson = False,
 ) -> None:
     """Run published recipes as published and with patients apart; prints one table."""
-    if data is None:
-        raise typer.BadParameter("name the pack with --data")
     asked_seeds = seed_list(seeds)
-    try:
+    with _kept_on_interruption():
         made = biopsy.reproduce(
             papers or (),
             data,
@@ -111,12 +140,9 @@ def reproduce(
             device=device,
             on_epoch=EpochLines(),
         )
-    except KeyboardInterrupt:
-        interrupted(AGAIN)
     from biopsy.studies.gaps import list_rows, write_markdown
 
-    for run, reason in made.info["failed"].items():
-        say(f"failed: {run}: {reason}")
+    _name_failed(made)
     say(f"study {made.path}")
     summary = made.summary()
     if as_json:
@@ -125,7 +151,21 @@ def reproduce(
         print(write_markdown(list_rows(summary)), end="")
 
 
+def _name_failed(made: "Study") -> None:
+    for run, reason in made.info["failed"].items():
+        say(f"failed: {run}: {reason}")
+
+
+@contextlib.contextmanager
+def _kept_on_interruption() -> Iterator[None]:
+    """Say on Ctrl-C that what was trained stays."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        interrupted("run the same command again to go on: finished runs are kept")
+
+
 def register(app: typer.Typer) -> None:
     """Add the verbs of this file."""
-    for verb in (sweep, reproduce):
+    for verb in (study, sweep, reproduce):
         app.command()(verb)

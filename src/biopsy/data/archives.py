@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from biopsy.errors import ArchiveError, DataError
+from biopsy.imaging.decode import IMAGE_SUFFIXES
 
 MAX_ENTRY_BYTES = 2**29
 """The largest entry that is read into memory; images and tables are far below it."""
@@ -23,7 +24,6 @@ MAX_ENTRY_BYTES = 2**29
 PEEK_BYTES = 4096
 """Enough of a file for the size of its image, most of the time."""
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 _PIXEL_SUFFIXES = (*IMAGE_SUFFIXES, ".h5", ".hdf5", ".geojson")  # the last lie beside slides
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # APPNOTE 4.3.7: signature ... name length, extra length

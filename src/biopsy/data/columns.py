@@ -7,10 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from biopsy.data.archives import IMAGE_SUFFIXES
 from biopsy.data.packs import COLUMNS
 from biopsy.errors import DataError
 from biopsy.files import sha256_file
+from biopsy.imaging.decode import IMAGE_SUFFIXES
 
 _log = logging.getLogger(__name__)
 

@@ -159,7 +159,7 @@ def cut_slide(slide: Slide, notes: Annotations, class_names: Sequence[str], cutt
         SlideError: If the slide has no tissue, or not this resolution, or is smaller than a patch.
     """
     check_mpp(slide.path.name, slide.mpp, cutting.mpp, purpose="patches are wanted")
-    scale = level_0_px(slide, cutting.mpp)
+    scale = slide.level_0_px(cutting.mpp)
     areas, valid = _collect_areas(notes, slide, class_names, cutting)
     side, step = cutting.patch_px * scale, cutting.step_px * scale
     left, top = (_edges(size, side, step) for size in (slide.width, slide.height))
@@ -191,12 +191,6 @@ def cut_slide(slide: Slide, notes: Annotations, class_names: Sequence[str], cutt
         **_measure_areas(areas, (slide.mpp / 1000) ** 2),
     }
     return Cut(column * cutting.step_px, row * cutting.step_px, target, shares[target, row, column], record)
-
-
-def level_0_px(slide: Slide, mpp: float) -> float:
-    """Give how many pixels of level 0 a pixel at a resolution has, as `Slide.read_at` takes them."""
-    level, downsample = slide.level_for(mpp)
-    return downsample * slide.levels[level].downsample
 
 
 def _edges(size: int, side: float, step: float) -> np.ndarray:

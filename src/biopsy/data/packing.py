@@ -109,9 +109,7 @@ def _find_layout(archive: Archive, dataset: str | None, cutting: Cutting | None)
     """Give the archive's layout, None for annotated slides; refuse answers that do not belong to it."""
     if dataset == annotated_slides.NAME or (dataset is None and annotated_slides.recognise(archive)):
         if not annotated_slides.recognise(archive):
-            raise DataError(
-                f"{archive.path} is no folder of slides with a .geojson of their name beside them"
-            )
+            raise DataError(f"{archive.path} is no folder of {annotated_slides.LOOKS_FOR}")
         if cutting is None:
             raise DataError(
                 f"{archive.path} holds annotated slides: say how patches are cut, --mpp (um/px) and "
@@ -122,7 +120,7 @@ def _find_layout(archive: Archive, dataset: str | None, cutting: Cutting | None)
     if cutting is not None:
         raise DataError(
             f"{archive.path} holds patches ({layout.name}): --patch-px and what goes with it are for "
-            "slides with a .geojson of their name beside them"
+            f"{annotated_slides.LOOKS_FOR}"
         )
     return layout
 

@@ -142,6 +142,20 @@ class Pack:
         """The id of each patch's `unit`, as strings ``(n_patches,)``."""
         return self.table[f"{self.unit}_id"].to_numpy(str)
 
+    def rows_of(self, patch_ids: Sequence[str] | pd.Series) -> np.ndarray:
+        """Give the rows of patches by their ids, int64 ``(n,)``, in the order asked for.
+
+        Raises:
+            PackError: If the pack has no patch of an id.
+        """
+        asked = pd.Index(patch_ids).astype(str)
+        rows = pd.Index(self.table["patch_id"].astype(str)).get_indexer(asked)
+        if (rows < 0).any():
+            raise PackError(
+                f"{self.path} has no patch {asked[rows < 0][0]!r}: give the pack that the patches are from"
+            )
+        return rows
+
     def verify(self) -> None:
         """Compare the content with the hash written when the pack was made.
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from biopsy.data.archives import IMAGE_SUFFIXES
 from biopsy.errors import DataError
 from biopsy.files import replace_atomic
+from biopsy.imaging.decode import IMAGE_SUFFIXES
 
 FORMAT = "biopsy-submission/1"
 

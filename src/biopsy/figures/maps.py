@@ -6,7 +6,6 @@ import cv2
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -64,10 +63,7 @@ def draw_overlay(
     axes = figure.add_axes((0.01, BOTTOM_IN / height_in, 0.98, map_in / height_in))
     grey = cv2.cvtColor(np.ascontiguousarray(picture), cv2.COLOR_RGB2GRAY)  # colour is the map's alone
     axes.imshow(
-        grey,
-        cmap="gray",
-        vmin=0,
-        vmax=255,
+        cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB),
         extent=(0, width_px, height_px, 0),
         interpolation="antialiased",
     )
@@ -131,17 +127,12 @@ def _draw_outlines(axes: Axes, mask: np.ndarray, extent: Extent) -> None:
     across, down = (right - left) / mask.shape[1], (bottom - top) / mask.shape[0]
     padded = np.pad(mask, 1).astype(np.int8)
     row, column = np.nonzero(np.diff(padded, axis=1)[1:-1])
-    vertical = [
-        np.stack([left + column * across, top + row * down], axis=1),
-        np.stack([left + column * across, top + (row + 1) * down], axis=1),
-    ]
+    upright = np.stack([[column, row], [column, row + 1]])
     row, column = np.nonzero(np.diff(padded, axis=0)[:, 1:-1])
-    level = [
-        np.stack([left + column * across, top + row * down], axis=1),
-        np.stack([left + (column + 1) * across, top + row * down], axis=1),
-    ]
-    segments = np.concatenate([np.stack(vertical, axis=1), np.stack(level, axis=1)])
-    axes.add_collection(LineCollection(list(segments), colors=POSITIVE, linewidths=0.9))
+    level = np.stack([[column, row], [column + 1, row]])
+    edges = np.concatenate([upright, level], axis=2).astype(float)
+    x, y = np.concatenate([edges, np.full_like(edges[:1], np.nan)]).transpose(1, 2, 0).reshape(2, -1)
+    axes.add_line(Line2D(left + x * across, top + y * down, color=POSITIVE, linewidth=0.9))
 
 
 def _list_marks(

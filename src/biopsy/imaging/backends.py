@@ -12,15 +12,25 @@ import cv2
 import numpy as np
 
 from biopsy.errors import DataError, SlideError
-from biopsy.imaging.decode import decode
+from biopsy.imaging.decode import IMAGE_SUFFIXES, decode
 from biopsy.imaging.resolution import Recorded
+
+SLIDE_SUFFIXES = (*IMAGE_SUFFIXES, *".svs .ndpi .mrxs .dcm .scn .bif .vms .vmu .svslide .czi".split())
+"""How the names of slides and large images end, in lower case: what `decode` takes, and OpenSlide's own."""
 
 MAX_IMAGE_PX = 2**28
 """Pixels of the largest image without tiles that is held in memory: 16,384 x 16,384, 0.8 GB."""
 
 CACHE_BYTES = 2**28  # of decoded tiles: a row of 512-px tiles across a slide 100,000 px wide
 
-_IMAGES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"II": "tiff", b"MM": "tiff"}
+_IMAGES = {
+    b"\x89PNG": "png",
+    b"\xff\xd8\xff": "jpeg",
+    b"II": "tiff",
+    b"MM": "tiff",
+    b"BM": "bmp",
+    b"RIFF": "webp",
+}
 
 
 class Level(NamedTuple):
@@ -101,7 +111,7 @@ class OpenSlideBackend:
 
 
 class ImageBackend:
-    """A PNG, JPEG or TIFF without tiles, decoded once and kept in memory."""
+    """A PNG, JPEG, BMP, WebP or TIFF without tiles, decoded once and kept in memory."""
 
     def __init__(self, path: Path) -> None:
         try:

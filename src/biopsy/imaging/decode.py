@@ -29,6 +29,9 @@ from biopsy.errors import DataError
 MAX_PX = 2**26
 """Pixels of the largest image that is decoded: 8192 x 8192."""
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+"""How the names of images end; where files are looked for, others are passed over."""
+
 Data = bytes | memoryview
 
 _READ_RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION

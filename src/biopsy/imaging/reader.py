@@ -19,12 +19,14 @@ from biopsy.imaging.tiles import TiffBackend
 __all__ = ["Level", "Slide", "open_slide"]
 
 _BAND_PX = 2**24  # level pixels held at once while a whole slide is averaged down
+_EARLIER_PX = 32  # at most, that a resampled read begins before its corner
+_NEAR_PX = 1 / 64
 _WHITE = 255
 _TILED = ("aperio", "generic-tiff")  # the vendors whose levels are plain pages of a TIFF
 
 
 def open_slide(path: Path | str, *, mpp: float | None = None) -> "Slide":
-    """Open a slide: what OpenSlide reads (SVS, NDPI, MRXS, DICOM, tiled TIFF), or a large PNG, JPEG or TIFF.
+    """Open a slide: what OpenSlide reads (SVS, NDPI, MRXS, DICOM, tiled TIFF), or a large plain image.
 
     Args:
         path: The file; for DICOM any file of the series.
@@ -48,7 +50,7 @@ class Slide:
 
     ``width, height`` are pixels of level 0, ``mpp`` its micrometres per pixel and ``mpp_source`` where that
     value came from; ``objective`` is the magnification the file names, None if it names none; ``format`` is
-    OpenSlide's name of the vendor, or ``png``, ``jpeg``, ``tiff``.
+    OpenSlide's name of the vendor, or ``png``, ``jpeg``, ``tiff``, ``bmp``, ``webp``.
     """
 
     def __init__(self, path: Path, backend: Backend, mpp: float, mpp_source: str) -> None:
@@ -97,8 +99,7 @@ class Slide:
         """Give the level that is read for a resolution, and how many of its pixels make one wanted pixel.
 
         The level is the coarsest that is as fine as wanted. The scale is a whole number where it is within
-        1 % of one, so that pixels are taken, or averaged, as they are: ``n`` pixels of `read_at` are always
-        ``n * scale * levels[level].downsample`` pixels of level 0. Lay grids out by that, not by mpp.
+        1 % of one, so that pixels are taken, or averaged, as they are.
 
         Raises:
             SlideError: If the slide is too coarse.
@@ -108,6 +109,17 @@ class Slide:
         whole = max(1, round(scale))
         return level, float(whole) if abs(scale / whole - 1) <= SAME_MPP else scale
 
+    def level_0_px(self, mpp: float) -> float:
+        """Give how many pixels of level 0, along one side, make one pixel of `read_at`.
+
+        Lay grids out by this: where `level_for` takes a whole number, it is not ``mpp / self.mpp``.
+
+        Raises:
+            SlideError: If the slide is too coarse.
+        """
+        level, scale = self.level_for(mpp)
+        return scale * self.levels[level].downsample
+
     def read_at(self, x: float, y: float, width: int, height: int, *, mpp: float) -> np.ndarray:
         """Give a rectangle at a wanted resolution.
 
@@ -115,7 +127,8 @@ class Slide:
         copied where the level is within 1 %, enlarged linearly where the slide is up to 1.5 times too coarse.
 
         Args:
-            x: Left edge in pixels of level 0; taken to the nearest pixel of the level.
+            x: Left edge in pixels of level 0; taken to the nearest pixel of the level where pixels are copied
+                or averaged by whole numbers, and else nearer than that.
             y: Upper edge in pixels of level 0.
             width: Pixels at ``mpp``.
             height: Pixels at ``mpp``.
@@ -169,11 +182,16 @@ class Slide:
     ) -> np.ndarray:
         if scale == 1:
             return self.read(x, y, width, height, level=level)
-        source = self.read(x, y, _covering(width, scale), _covering(height, scale), level=level)
+        step = scale * self.levels[level].downsample
+        left, top = _count_earlier(x / step, scale), _count_earlier(y / step, scale)
+        right, bottom = left + width, top + height
+        source = self.read(
+            x - left * step, y - top * step, _covering(right, scale), _covering(bottom, scale), level=level
+        )
         how = cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR
         # by the exact scale, not the ratio of whole sizes: pixels lie right in a read of any width
         resized = cv2.resize(source, None, fx=1 / scale, fy=1 / scale, interpolation=how)
-        return np.ascontiguousarray(resized[:height, :width])
+        return np.ascontiguousarray(resized[top:bottom, left:right])
 
     def _read_level(self, level: int, left: int, top: int, width: int, height: int) -> np.ndarray:
         """Read in a level's own pixels; what lies beyond its edge is white."""
@@ -202,6 +220,12 @@ def _open_backend(path: Path) -> Backend:
         return TiffBackend(path) if vendor in _TILED else OpenSlideBackend(path)
     except openslide.OpenSlideError as error:
         raise SlideError(f"slide {path} cannot be read: {error}") from None
+
+
+def _count_earlier(start: float, scale: float) -> int:
+    """Give how many resampled pixels earlier to begin, so that the first begins where a source pixel does."""
+    begins = (start - np.arange(_EARLIER_PX)) * scale
+    return int((np.abs(begins - np.rint(begins)) / _NEAR_PX).astype(int).argmin())
 
 
 def _covering(n: int, scale: float) -> int:

@@ -7,9 +7,10 @@ value that holds up, or it is refused with what to do:
   353 um/px), if its pixels are square, and if it fits the objective: mpp times magnification is near 10 on
   most scanners, and down to 4.7 where the camera adds to the objective (a 20x MIRAX scans at 0.23);
 * where the slide's own value is missing or does not hold up, a stated one takes its place, if it fits the
-  objective;
+  objective, or agrees with the slide's own, which says that it is the objective that is wrong;
 * a stated value that contradicts a slide's own that does hold up is refused: one of the two is wrong, and
-  neither the slide nor the user can be asked.
+  neither the slide nor the user can be asked. If it is the slide's, its file is to be corrected, for every
+  program that reads it.
 """
 
 from typing import Literal, NamedTuple
@@ -32,6 +33,8 @@ MAX_UPSAMPLING = 1.5
 """Finer than a slide's level 0 by more than this cannot be had by resampling."""
 
 MppSource = Literal["slide", "stated"]
+
+_STATE = "pass the scanner's value as --mpp (prepare: --slide-mpp), or slide by slide in a csv"
 
 
 class Recorded(NamedTuple):
@@ -56,23 +59,24 @@ def resolve_mpp(name: str, recorded: Recorded, stated: float | None = None) -> t
     doubt = _doubt(recorded)
     if stated is None:
         if doubt:
-            raise SlideError(f"{name} {doubt}; pass the scanner's value as --mpp, or slide by slide in a csv")
+            raise SlideError(f"{name} {doubt}; {_STATE}")
         return _own(recorded), "slide"
     low, high = PLAUSIBLE_MPP
     if not low <= stated <= high:
         raise SlideError(f"stated mpp {stated!r} for {name} is not in [{low:g}, {high:g}] um/px")
     if not doubt:
         own = _own(recorded)
-        if abs(stated / own - 1) > AGREEING_MPP:
+        if not _agree(stated, own):
             raise SlideError(
                 f"{name} says {own:.4g} um/px, not the stated {stated:.4g}; "
-                "leave --mpp out to use the slide's own value"
+                "state no mpp for it or, if its file is wrong, correct the file"
             )
         return own, "slide"
-    if recorded.objective and not _fits_objective(stated, recorded.objective):
+    supported = any(_agree(stated, value) for value in _values(recorded))
+    if recorded.objective and not supported and not _fits_objective(stated, recorded.objective):
         raise SlideError(
-            f"stated {stated:.4g} um/px contradict the {recorded.objective:g}x objective of {name}, "
-            f"where about {10 / recorded.objective:.2g} are usual"
+            f"stated {stated:.4g} um/px contradict the {recorded.objective:g}x objective of {name}, where "
+            f"about {10 / recorded.objective:.2g} are usual; check it or, if its file is wrong, correct that"
         )
     return stated, "stated"
 
@@ -100,15 +104,18 @@ def check_mpp(
         )
 
 
+def _values(recorded: Recorded) -> list[float]:
+    return [value for value in recorded[:2] if value is not None]
+
+
 def _own(recorded: Recorded) -> float:
-    values = [value for value in recorded[:2] if value is not None]
+    values = _values(recorded)
     return sum(values) / len(values)
 
 
 def _doubt(recorded: Recorded) -> str | None:
     """Say what is wrong with a slide's own value; None if it holds up."""
-    values = [value for value in recorded[:2] if value is not None]
-    objective = recorded.objective
+    values, objective = _values(recorded), recorded.objective
     if not values:
         usual = f" (its {objective:g}x objective suggests about {10 / objective:.2g})" if objective else ""
         return f"has no mpp{usual}"
@@ -122,6 +129,10 @@ def _doubt(recorded: Recorded) -> str | None:
         usual = f"about {10 / objective:.2g} are usual"
         return f"says {_own(recorded):.4g} um/px and a {objective:g}x objective, where {usual}"
     return None
+
+
+def _agree(stated: float, own: float) -> bool:
+    return abs(stated / own - 1) <= AGREEING_MPP
 
 
 def _fits_objective(mpp: float, objective: float) -> bool:

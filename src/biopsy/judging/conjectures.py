@@ -86,7 +86,7 @@ def measure_conjectures(run: Run | Path | str, *, device: str = "auto") -> dict[
 def _measure(run: Run, frame: pd.DataFrame, seed: int, device: str) -> dict[str, Any]:
     """Give the document less what was asked."""
     pack, classifier, engine = run.open_pack(verify=False), run.classifier, Engine(device)
-    rows = pd.Index(pack.table["patch_id"].astype(str)).get_indexer(frame["patch_id"].astype(str))
+    rows = pack.rows_of(frame["patch_id"])
     truth, groups = (pack.target[rows] == pack.positive_index).astype(int), pack.group_ids[rows]
     prob, threshold = frame["prob"].to_numpy(float), run.info["threshold"]["value"]
     options: dict[str, Any] = {"seed": seed, "unit": pack.unit}

@@ -154,7 +154,7 @@ def draw_patches(run: Run, pack: Pack, n_patches: int, *, seed: int) -> np.ndarr
         RunError: If there is none.
     """
     frame, _ = run.predictions(run.judged_side)
-    rows = pd.Index(pack.table["patch_id"].astype(str)).get_indexer(frame["patch_id"].astype(str))
+    rows = pack.rows_of(frame["patch_id"])
     whole = (pack.sizes[rows] == pack.info.patch_px).all(axis=1)
     called = np.ones(len(rows), bool) if pack.positive_index is None else frame["pred"] == pack.positive_index
     rows = rows[np.asarray(whole & called, bool)]

@@ -112,7 +112,7 @@ def explain_examples(
     else:
         frame, _ = run.predictions(run.judged_side)
         ids = pick_examples(frame.assign(patch_id=frame["patch_id"].astype(str)), errors, run.info["seed"])
-    rows = pd.Index(pack.table["patch_id"].astype(str)).get_indexer(ids)
+    rows = pack.rows_of(ids)
     chosen = Patches(ids, pack.patches[rows], pack.sizes[rows], pack.target[rows])
     return _explain_chosen(classifier, chosen, sides[rows], method, layer, Engine(device))
 

@@ -96,7 +96,7 @@ def _measure(run: Run, frame: pd.DataFrame, asked: Mapping[str, Any], device: st
     pack, classifier = run.open_pack(verify=False), run.classifier
     seed, n, threshold = asked["seed"], asked["n"], classifier.threshold
     assert pack.positive_index is not None and threshold is not None
-    rows = pd.Index(pack.table["patch_id"].astype(str)).get_indexer(frame["patch_id"].astype(str))
+    rows = pack.rows_of(frame["patch_id"])
     table = tabulate_mistakes(pack, rows, frame["prob"].to_numpy(float), threshold)
     sampled = draw_rows(len(table), MOST_MEASURED, seed)
     galleries = pick_galleries(table, threshold, n)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from biopsy.data.archives import IMAGE_SUFFIXES, open_archive
+from biopsy.data.archives import open_archive
 from biopsy.data.packs import Pack, is_pack, pad
 from biopsy.errors import DataError
-from biopsy.imaging.decode import decode, read_header
+from biopsy.imaging.decode import IMAGE_SUFFIXES, decode, read_header
 from biopsy.learning.classifiers import Classifier
 from biopsy.seeds import make_rng
 

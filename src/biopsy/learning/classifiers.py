@@ -2,25 +2,26 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
 
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import decide
 from biopsy.errors import DataError, RunError
 from biopsy.files import read_json, replace_directory, sha256_file, write_json
-from biopsy.learning.networks import build_network
 from biopsy.learning.preprocessing import Preprocessing
 from biopsy.statistics.calibrators import Calibrator, calibrator_from_dict
 from biopsy.statistics.conformal import abstain, predict_sets
 
+if TYPE_CHECKING:
+    from torch import nn
+
 FORMAT: Final = "biopsy-classifier/1"
 DOCUMENT, WEIGHTS = "classifier.json", "weights.safetensors"
+_EXTRA = "extra."  # what names in the file of weights begin with that are none
 MPP_TOLERANCE = 0.05  # scanners of one nominal magnification differ by less
 
 
@@ -61,16 +62,21 @@ class Classifier:
 
     Attributes:
         info: What ``classifier.json`` says.
-        network: The network, in evaluation mode, on the CPU until moved.
         extras: Named float arrays stored beside the weights (the reference of the unlike-training check).
+        path: The folder it was read from, None if it was not.
     """
 
     def __init__(
-        self, info: ClassifierInfo, network: torch.nn.Module, extras: dict[str, np.ndarray] | None = None
+        self,
+        info: ClassifierInfo,
+        network: "nn.Module | None",
+        extras: dict[str, np.ndarray] | None = None,
+        path: Path | None = None,
     ) -> None:
         self.info = info
-        self.network = network.eval()
         self.extras = extras or {}
+        self.path = path
+        self._network = None if network is None else network.eval()
 
     @classmethod
     def load(cls, path: Path | str) -> "Classifier":
@@ -90,14 +96,33 @@ class Classifier:
         if not weights.exists() or sha256_file(weights) != info.weights_sha256:
             raise RunError(f"{weights} is missing or was altered since the classifier was saved")
         try:
-            tensors = load_file(weights)
+            with safe_open(weights, framework="numpy") as file:
+                extras = {
+                    name[len(_EXTRA) :]: file.get_tensor(name) for name in file.keys() if _is_extra(name)
+                }
         except SafetensorError as error:
             raise RunError(f"{weights} is not readable: {error}") from None
-        extras = {
-            name.removeprefix("extra."): tensors.pop(name).numpy()
-            for name in [*tensors]
-            if name[:6] == "extra."
-        }
+        return cls(info, None, extras, path)
+
+    @property
+    def network(self) -> "nn.Module":
+        """The network, in evaluation mode, on the CPU until moved; read when it is first asked for.
+
+        Raises:
+            RunError: If the weights do not fit it.
+        """
+        if self._network is None:
+            self._network = self._read_network()
+        return self._network
+
+    def _read_network(self) -> "nn.Module":
+        from safetensors.torch import load_file
+
+        from biopsy.learning.networks import build_network
+
+        assert self.path is not None
+        info, weights = self.info, self.path / WEIGHTS
+        tensors = {name: tensor for name, tensor in load_file(weights).items() if not _is_extra(name)}
         network = build_network(
             info.network, n_classes=len(info.class_names), input_px=info.preprocessing.input_px, **info.params
         )
@@ -107,16 +132,19 @@ class Classifier:
             raise RunError(
                 f"{weights} does not fit the network {info.network!r}: {str(error).splitlines()[0]}"
             ) from None
-        return cls(info, network, extras)
+        return network.eval()
 
     def save(self, path: Path | str) -> None:
         """Write the classifier folder, whole or not at all."""
+        import torch
+        from safetensors.torch import save
+
         from biopsy import __version__
 
         tensors = {
             name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()
         }
-        tensors |= {f"extra.{name}": torch.from_numpy(np.array(array)) for name, array in self.extras.items()}
+        tensors |= {_EXTRA + name: torch.from_numpy(np.array(array)) for name, array in self.extras.items()}
         with replace_directory(path) as partial:
             (partial / WEIGHTS).write_bytes(save(tensors))
             digest = sha256_file(partial / WEIGHTS)
@@ -195,6 +223,10 @@ class Classifier:
         if not self.info.thresholds:
             return None
         return {key: self.info.thresholds[0][key] for key in ("value", "rule", "chosen_on")}
+
+
+def _is_extra(name: str) -> bool:
+    return name.startswith(_EXTRA)
 
 
 def score_classes(logits: np.ndarray, outputs: str) -> np.ndarray:

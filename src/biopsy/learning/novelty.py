@@ -5,15 +5,17 @@ penultimate layer (Lee et al. 2018, without their classes). The limit of each is
 validation patches, which come from patients that training has not seen.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pandas as pd
-from sklearn.covariance import ledoit_wolf
 
 from biopsy.imaging.colour import colour_features
 from biopsy.learning.classifiers import Classifier
-from biopsy.learning.engine import Engine
-from biopsy.learning.inference import predict_with_features
 from biopsy.seeds import make_rng
+
+if TYPE_CHECKING:
+    from biopsy.learning.engine import Engine
 
 QUANTILE = 0.99
 REFERENCE_PATCHES = 2000  # of up to a few hundred features; asking a large network for more takes minutes
@@ -26,7 +28,7 @@ def fit_reference(
     train: np.ndarray,
     val: np.ndarray,
     *,
-    engine: Engine,
+    engine: "Engine",
     seed: int,
 ) -> None:
     """Store in a classifier what training patches are like, and how far validation patches are from them.
@@ -40,6 +42,8 @@ def fit_reference(
         engine: Device and precision.
         seed: Of the draw.
     """
+    from sklearn.covariance import ledoit_wolf  # imports for a second
+
     rng = make_rng(seed, "unlike training")
     drawn = np.sort(rng.choice(train, min(len(train), REFERENCE_PATCHES), replace=False))
     held_out = np.sort(rng.choice(val, min(len(val), REFERENCE_PATCHES), replace=False))
@@ -86,8 +90,10 @@ def measure_novelty(
 
 
 def _measure(
-    classifier: Classifier, patches: np.ndarray, sizes: np.ndarray, rows: np.ndarray, engine: Engine
+    classifier: Classifier, patches: np.ndarray, sizes: np.ndarray, rows: np.ndarray, engine: "Engine"
 ) -> dict[str, np.ndarray]:
+    from biopsy.learning.inference import predict_with_features
+
     _, features = predict_with_features(classifier, patches, sizes, rows, engine=engine)
     return {
         "colour": colour_features(patches, sizes, index=rows).astype(np.float64),

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from biopsy.errors import RunError
 from biopsy.learning.classifiers import DOCUMENT, Classifier
-from biopsy.learning.foreign.wsinfer import is_wsinfer, open_wsinfer
 from biopsy.learning.runs import Run
 
 
@@ -24,6 +23,8 @@ def open_classifier(model: Run | Classifier | Path | str, *, trust_model: str | 
     if not isinstance(model, Run):
         if (Path(model) / DOCUMENT).is_file():
             return Classifier.load(model)
+        from biopsy.learning.foreign.wsinfer import is_wsinfer, open_wsinfer
+
         if is_wsinfer(model):
             return open_wsinfer(model, trust_model=trust_model)
     try:

@@ -8,14 +8,16 @@ A patch passes three steps. :meth:`Preprocessing.resize_patches` brings uint8 pa
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import cv2
 import numpy as np
-import torch
-from torch import Tensor
 
 from biopsy.errors import DataError, RecipeError, suggest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Resize = Literal["nearest", "bilinear", "bicubic"]
 OddSizes = Literal["stretch", "pad"]
@@ -99,7 +101,7 @@ class Preprocessing:
             resized[i] = self._resize(patches[i : i + 1, :height, :width])[0]
         return resized
 
-    def standardise(self, batch: Tensor) -> Tensor:
+    def standardise(self, batch: "Tensor") -> "Tensor":
         """Turn a batch ``(B, 3, H, W)`` of RGB in 0-1 into what the network is fed."""
         if self.channel_order == "bgr":
             batch = batch.flip(1)
@@ -117,8 +119,8 @@ class Preprocessing:
         widths: np.ndarray | None = None,
         heights: np.ndarray | None = None,
         *,
-        device: torch.device | str = "cpu",
-    ) -> Tensor:
+        device: "torch.device | str" = "cpu",
+    ) -> "Tensor":
         """Do all of it at once, for prediction: uint8 patches in, the network's batch out."""
         return self.standardise(to_unit(self.resize_patches(patches, widths, heights), device))
 
@@ -138,8 +140,10 @@ class Preprocessing:
         return resized
 
 
-def to_unit(patches: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+def to_unit(patches: np.ndarray, device: "torch.device | str" = "cpu") -> "Tensor":
     """Turn uint8 ``(B, H, W, 3)`` into float ``(B, 3, H, W)`` in 0-1 on a device, in channels-last memory."""
+    import torch  # not above: its loading takes seconds, and a compiled network is fed without it
+
     batch = torch.from_numpy(np.ascontiguousarray(patches))
     if torch.device(device).type == "cuda":
         batch = batch.pin_memory().to(device, non_blocking=True)

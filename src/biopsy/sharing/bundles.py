@@ -1,9 +1,10 @@
 """Bundles: a classifier as a folder that WSInfer, QuPath's WSInfer extension and ONNX Runtime can run.
 
 A bundle is a classifier folder (``classifier.json``, ``weights.safetensors``, which is what this package
-reads back) with the same thing beside it in others' forms: ``torchscript_model.pt`` and ``config.json`` for
-WSInfer and QuPath, ``model.onnx`` with a script of a few lines, a model card, and a report on whether they
-agree. One that does not agree is not written.
+reads back) with the same thing beside it in other forms: ``torchscript_model.pt`` and ``config.json`` for
+WSInfer and QuPath, ``model.onnx`` with a script of a few lines, ``openvino/`` with which this package maps
+slides without loading PyTorch, a model card, and a report on whether they agree. One that does not agree is
+not written.
 """
 
 import io
@@ -21,11 +22,14 @@ from biopsy.data.packs import Pack
 from biopsy.errors import DataError, MissingExtra, RunError
 from biopsy.files import read_json, replace_directory, sha256_file, write_json
 from biopsy.learning.classifiers import WEIGHTS, Classifier
+from biopsy.learning.compiling import write_compiled
 from biopsy.learning.engine import Engine
 from biopsy.learning.foreign.wsinfer import CONFIG, SCRIPT, is_wsinfer, load_script
 from biopsy.learning.inference import predict_logits
 from biopsy.learning.opening import open_classifier
 from biopsy.learning.runs import Run
+from biopsy.learning.runtimes import FOLDER as COMPILED
+from biopsy.learning.runtimes import CompiledRuntime, read_compiled
 from biopsy.sharing.cards import card_of_run, gather_card
 from biopsy.sharing.host_network import HostNetwork
 
@@ -113,7 +117,11 @@ def export(
         _require_parity(parity)
         write_json(folder / PARITY, parity)
         (folder / CARD).write_text(card_of_run(gather_card(classifier, run, parity)), encoding="utf-8")
-        files = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
+        files = {
+            path.relative_to(folder).as_posix(): sha256_file(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
         write_json(folder / DOCUMENT, _describe(classifier, files))
     return Bundle(out, parity)
 
@@ -138,7 +146,7 @@ def check_bundle(path: Path | str) -> dict[str, Any]:
 
 
 def write_networks(classifier: Classifier, folder: Path) -> None:
-    """Write TorchScript, its configuration and ONNX into a folder.
+    """Write TorchScript, its configuration, ONNX and OpenVINO's form into a classifier's folder.
 
     Raises:
         RunError: If the network cannot be traced.
@@ -158,6 +166,7 @@ def write_networks(classifier: Classifier, folder: Path) -> None:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise RunError(f"the network {classifier.info.network} cannot be exported: {reason}") from error
     write_json(folder / CONFIG, describe_for_host(classifier))
+    write_compiled(classifier, folder)
 
 
 def _write_script(script: torch.jit.ScriptModule, path: Path) -> None:
@@ -213,7 +222,7 @@ def measure_parity(classifier: Classifier, folder: Path, patches: np.ndarray) ->
         patches: uint8 ``(n, patch_px, patch_px, 3)``.
 
     Returns:
-        ``parity.json``: for each of the two, the largest difference of a probability from the classifier's.
+        ``parity.json``: for each of them, the largest difference of a probability from the classifier's.
     """
     try:
         import onnxruntime
@@ -235,6 +244,11 @@ def measure_parity(classifier: Classifier, folder: Path, patches: np.ndarray) ->
         "ONNX Runtime": _softmax(scores),
     }
     pairs = [("PyTorch", "TorchScript"), ("PyTorch", "ONNX Runtime"), ("TorchScript", "ONNX Runtime")]
+    if (folder / COMPILED).is_dir():
+        model = read_compiled(folder / COMPILED, classifier)
+        compiled = CompiledRuntime(classifier, model, "fp32", n_threads=1)
+        probs["OpenVINO"] = classifier.probs(compiled.ask(patches))
+        pairs.append(("PyTorch", "OpenVINO"))
     differences = {
         f"{one} and {other}": {"probs": float(np.abs(probs[one] - probs[other]).max())}
         for one, other in pairs

@@ -91,7 +91,7 @@ def describe_conjectures(facts: RunFacts) -> Section | None:
     for entry in each.values():
         if "auroc" in entry:
             blocks += [_table_of_colour(entry), _table_of_saliency(entry)]
-    blocks += _tables_by_group(compared, each, found["unit"])
+    blocks += _tables_by_group(compared, found["unit"])
     return Section("conjectures", "The posts' conjectures, measured", blocks)
 
 
@@ -149,9 +149,7 @@ def _table_of_saliency(entry: Mapping[str, Any]) -> Table:
     )
 
 
-def _tables_by_group(
-    compared: list[tuple[Any, Any]], each: Mapping[str, Mapping[str, Any]], unit: str
-) -> list[Block]:
+def _tables_by_group(compared: list[tuple[Any, Any]], unit: str) -> list[Block]:
     """List the values patient by patient, which with few of them is all there is."""
     rows = [
         [

@@ -40,11 +40,15 @@ def _table_of_areas(summaries: Sequence[Mapping[str, Any]], positive: str) -> Ta
                 f"{number(low, 2)} to {number(high, 2)}" if low is not None else "not calibrated",
                 number(summary.get("classes", {}).get(positive, {}).get("largest_region_mm2"), 2),
                 number(summary.get("abstained_share")),
+                number((summary.get("unlike_training") or {}).get("share")),
             ]
         )
     columns = ["slide", "patches", "mapped, mm2", f"{positive}, mm2", "range", "largest region", "no answer"]
+    columns.append("unlike training")
     note = (
         "Range: from the area whose calibrated probability is .9 or more to the area where it is .1 or more. "
-        "No answer: share of the cells on which the classifier abstains."
+        "No answer: share of the cells on which the classifier abstains. Unlike training: share of up to 250 "
+        "patches whose colours or features lie beyond those of 99% of validation; where it is many times 1%, "
+        "probabilities and areas mean little."
     )
     return Table(columns, rows, caption="Areas", note=note)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from biopsy.learning.classifiers import Classifier
 from biopsy.slides.grids import PatchGrid
@@ -64,7 +63,6 @@ def describe_model(classifier: Classifier, precision: str, device: str) -> dict[
         "versions": {
             "biopsy": __version__,
             "python": platform.python_version(),
-            "torch": torch.__version__,
             "numpy": np.__version__,
         },
     }

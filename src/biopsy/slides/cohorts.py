@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,19 @@ from filelock import FileLock, Timeout
 from biopsy.errors import DataError, SlideError
 from biopsy.files import replace_atomic, replace_directory
 from biopsy.learning.classifiers import Classifier
+from biopsy.learning.hardware import Precision
 from biopsy.learning.runs import Run
-from biopsy.slides.inference import OnProgress, Precision
+from biopsy.slides.inference import OnProgress
 from biopsy.slides.mapping import Mapped, Mapper
 from biopsy.slides.maps import SlideMap
 from biopsy.slides.outputs import MAP, read_finished, write_outputs
 from biopsy.slides.sources import Source, list_sources
 
 STATUS = "status.csv"
-COLUMNS = ("slide", "source", "status", "reason", "n_patches", "mpp", "mpp_source", "positive_mm2")
+COLUMNS = (
+    *("slide", "source", "status", "reason", "n_patches", "mpp", "mpp_source", "positive_mm2"),
+    "unlike_training",
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class SlideCohort:
     Attributes:
         out: The folder that holds a folder a slide and ``status.csv``.
         status: One row a slide: ``slide, source, status`` (``done`` or ``failed``), ``reason``,
-            ``n_patches``, ``mpp``, ``mpp_source``, ``positive_mm2``.
+            ``n_patches``, ``mpp``, ``mpp_source``, ``positive_mm2``, ``unlike_training`` (share of the
+            checked patches that are unlike anything in training).
     """
 
     out: Path
@@ -136,6 +142,7 @@ def _map_into(out: Path, sources: Sequence[Source], mapper: Mapper) -> SlideCoho
         else:
             rows[source.name] = _row(source, "done", finished)
     with ThreadPoolExecutor(1) as writer:
+        writer.submit(import_module, "biopsy.figures.maps")  # half a second, spent while slides are read
         writing: Future[None] | None = None
 
         def write(mapped: Mapped) -> None:
@@ -184,16 +191,20 @@ def _row(
     if document is None:
         return row
     mpp, positive = document["mpp"], document["positive"] or {}
+    checked = document.get("unlike_training") or {}
     return row | {
         "n_patches": document["n_patches"],
         "mpp": mpp["slide"],
         "mpp_source": mpp["source"],
         "positive_mm2": positive.get("area_mm2"),
+        "unlike_training": checked.get("share"),
     }
 
 
 def _write_status(out: Path, rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    table = pd.DataFrame(list(rows.values()), columns=COLUMNS).astype({"n_patches": "Int64"})
+    table = pd.DataFrame(list(rows.values()), columns=COLUMNS).astype(
+        {"n_patches": "Int64", "unlike_training": float}
+    )
     with replace_atomic(out / STATUS) as partial:
         table.to_csv(partial, index=False, lineterminator="\n")
     return table

@@ -18,14 +18,14 @@ from shapely import Polygon
 from biopsy.figures.style import BASELINE, CLASS_COLOURS
 from biopsy.files import replace_atomic
 from biopsy.slides.maps import SlideMap
-from biopsy.slides.regions import ABSTAINED, find_regions
+from biopsy.slides.regions import ABSTAINED, Region
 
 Feature = dict[str, Any]
 
 
-def collect_regions(slide_map: SlideMap) -> Iterator[Feature]:
+def collect_regions(slide_map: SlideMap, regions: Iterable[Region]) -> Iterator[Feature]:
     """Give one annotation a region, with its area, cells and probability as measurements."""
-    for region in find_regions(slide_map):
+    for region in regions:
         measurements = {
             "Area mm^2": region.area_mm2,
             "Cells": region.n_cells,

@@ -90,7 +90,7 @@ class Block:
 
     Attributes:
         index: Which patches of the grid, int ``(n,)``.
-        x: Left edge of the piece at level 0.
+        x: Left edge of the piece at level 0, with its fraction of a pixel.
         y: Upper edge at level 0.
         width_px: Width in pixels that the classifier sees.
         height_px: Height.
@@ -99,8 +99,8 @@ class Block:
     """
 
     index: np.ndarray
-    x: int
-    y: int
+    x: float
+    y: float
     width_px: int
     height_px: int
     left: np.ndarray
@@ -211,8 +211,8 @@ def cut_blocks(grid: PatchGrid, downsample: float) -> Iterator[Block]:
         left, top = x_px[index].min(), y_px[index].min()
         yield Block(
             index,
-            round(left * grid.scale),
-            round(top * grid.scale),
+            float(left * grid.scale),
+            float(top * grid.scale),
             int(x_px[index].max() - left) + grid.patch_px,
             int(y_px[index].max() - top) + grid.patch_px,
             x_px[index] - left,

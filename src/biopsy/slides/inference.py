@@ -7,7 +7,6 @@ time, whatever the slide's size, and a patch's logits do not depend on how many 
 """
 
 import contextlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,21 +15,19 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
 
 from biopsy.errors import SlideError
 from biopsy.imaging.reader import Slide, open_slide
 from biopsy.imaging.tissue import find_tissue_of
 from biopsy.learning.classifiers import Classifier
-from biopsy.learning.engine import Engine
-from biopsy.learning.engine import Precision as EnginePrecision
-from biopsy.learning.folding import fold
+from biopsy.learning.hardware import count_cores
+from biopsy.learning.novelty import measure_novelty
+from biopsy.learning.runtimes import Runtime, open_runtime
 from biopsy.slides.grids import Block, PatchGrid, cut_blocks, lay_grid, pick_stride
 
-Precision = Literal["auto", "fp32", "bf16"]
 OnProgress = Callable[[int, int], None]
 
-_CPU_BATCH, _GPU_BATCH = 32, 1024
+N_CHECKED = 250  # patches of a slide that are compared with training: their share is known to 3 % or better
 
 
 class SlideTask(NamedTuple):
@@ -51,6 +48,7 @@ class View:
         grid: The patches.
         downsample: Side of a pixel that the classifier sees, in pixels of the level that is read.
         level: The level that is read.
+        checked: Which patches are compared with training, bool ``(n_patches,)``.
     """
 
     slide: Slide
@@ -59,24 +57,22 @@ class View:
     grid: PatchGrid
     downsample: float
     level: int
+    checked: np.ndarray
 
 
 class Answer(NamedTuple):
-    """What became of a slide: its view and logits ``(n, n_classes)``, or the reason why there are none."""
+    """What became of a slide: its view and logits ``(n, n_classes)``, or the reason why there are none.
+
+    ``software`` is the name and version of what computed them, ``unlike`` says of the patches that were
+    checked which are unlike anything in training, bool ``(n_checked,)``.
+    """
 
     task: SlideTask
     view: View | None
     logits: np.ndarray | None
+    software: tuple[str, str]
+    unlike: np.ndarray
     error: SlideError | None = None
-
-
-def pick_precision(precision: Precision, device: torch.device) -> EnginePrecision:
-    """Give the arithmetic: ``auto`` is bfloat16 where the processor multiplies it in hardware."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if _multiplies_bf16() else "fp32"
 
 
 def open_view(task: SlideTask, classifier: Classifier, stride_um: float | None = None) -> View:
@@ -101,21 +97,25 @@ def open_view(task: SlideTask, classifier: Classifier, stride_um: float | None =
             width=slide.width,
             height=slide.height,
             slide_mpp=slide.mpp,
-            scale=downsample * slide.levels[level].downsample,
+            scale=slide.level_0_px(info.mpp),
             patch_px=info.patch_px,
             stride_px=pick_stride(info.patch_px, info.mpp, stride_um),
         )
     except BaseException:
         slide.close()
         raise
-    return View(slide, thumbnail, tissue, grid, downsample, level)
+    checked = np.zeros(len(grid), bool)
+    if info.unlike_training is not None:
+        checked[np.linspace(0, len(grid) - 1, min(len(grid), N_CHECKED)).astype(int)] = True
+    return View(slide, thumbnail, tissue, grid, downsample, level, checked)
 
 
 def predict_slides(
     tasks: Iterable[SlideTask],
     classifier: Classifier,
     *,
-    engine: Engine,
+    device: str = "cpu",
+    precision: Literal["fp32", "bf16"] = "fp32",
     stride_um: float | None = None,
     n_threads: int | None = None,
     on_progress: OnProgress | None = None,
@@ -127,25 +127,29 @@ def predict_slides(
     Args:
         tasks: The slides.
         classifier: The network and how to feed it.
-        engine: Device and precision.
+        device: ``cpu``, ``cuda``, ``cuda:1`` ...
+        precision: Of the arithmetic.
         stride_um: Step of the grid; by default a patch's side.
         n_threads: Threads that read; by default one a core.
         on_progress: Called with patches done and patches in all of the slide at hand.
     """
-    asker = _Asker(classifier, engine)
     n_threads = n_threads or count_cores()
-    pool = ThreadPoolExecutor(n_threads)
     waiting: deque[_Piece] = deque()
-    with _one_thread_each(engine), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        pool = ThreadPoolExecutor(n_threads)
         stack.callback(pool.shutdown, cancel_futures=True)
-        slide = _Gathered()
-        for piece in _read_ahead(tasks, pool, asker, lambda task: open_view(task, classifier, stride_um)):
+        ahead = _ReadAhead(tasks, pool, lambda task: open_view(task, classifier, stride_um))
+        # made while the first slide is being opened
+        runtime = stack.enter_context(open_runtime(classifier, device, precision, n_threads=n_threads))
+        network = _Network(runtime, classifier)
+        slide = _Gathered(network)
+        for piece in ahead.read(network):
             waiting.append(piece)
             while len(waiting) > 2 * n_threads:
-                if answer := slide.add(waiting.popleft(), asker, on_progress):
+                if answer := slide.add(waiting.popleft(), on_progress):
                     yield answer
         while waiting:
-            if answer := slide.add(waiting.popleft(), asker, on_progress):
+            if answer := slide.add(waiting.popleft(), on_progress):
                 yield answer
 
 
@@ -155,68 +159,73 @@ class _Piece(NamedTuple):
     task: SlideTask
     view: View | None
     block: Block | None = None
-    coming: "Future[np.ndarray] | None" = None
+    coming: "Future[_Found | np.ndarray] | None" = None
     error: SlideError | None = None
 
 
-class _Asker:
-    """The network, on its device, and how it is fed."""
+class _Found(NamedTuple):
+    """What a network says of a piece: logits, and which of its checked patches are unlike training."""
 
-    def __init__(self, classifier: Classifier, engine: Engine) -> None:
-        self.network = engine.place(fold(classifier.network.eval()))
-        self.preprocessing = classifier.info.preprocessing
-        self.n_classes = len(classifier.info.class_names)
-        self.engine = engine
-        self.asks_in_threads = engine.device.type == "cpu"
+    logits: np.ndarray
+    unlike: np.ndarray
 
-    def read(self, view: View, block: Block) -> np.ndarray:
-        """Read a piece in a thread; gives its logits, or for a GPU its patches at the network's size."""
+
+class _Network(NamedTuple):
+    """A network on its way over slides."""
+
+    runtime: Runtime
+    classifier: Classifier
+
+    def read(self, view: View, block: Block) -> _Found | np.ndarray:
+        """Read a piece in a thread; gives what is found, or its patches where one thread asks for all."""
         grid = view.grid
         image = view.slide.read_at(block.x, block.y, block.width_px, block.height_px, mpp=grid.mpp)
-        if not self.asks_in_threads:
-            return self.preprocessing.resize_patches(block.cut(image, grid.patch_px))
-        parts = (
-            self.preprocessing.resize_patches(block.cut(image, grid.patch_px, part))
-            for part in _batches(len(block.index), _CPU_BATCH)
-        )
-        return self._ask(parts)
+        patches = block.cut(image, grid.patch_px)
+        return self.ask(view, block, patches) if self.runtime.in_threads else patches
 
-    def finish(self, answer: np.ndarray) -> np.ndarray:
-        """Give the logits of what a thread came back with."""
-        if self.asks_in_threads:
-            return answer
-        return self._ask(answer[part] for part in _batches(len(answer), _GPU_BATCH))
-
-    def _ask(self, batches: Iterable[np.ndarray]) -> np.ndarray:
-        with torch.inference_mode(), self.engine.autocast():
-            logits = [
-                self.network(self.preprocessing.prepare(batch, device=self.engine.device)).float()
-                for batch in batches
-            ]
-            return torch.cat(logits).cpu().numpy()
+    def ask(self, view: View, block: Block, patches: np.ndarray) -> _Found:
+        """Ask about the patches of a piece, uint8 ``(n, patch_px, patch_px, 3)``."""
+        logits, checked = self.runtime.ask(patches), patches[view.checked[block.index]]
+        if not len(checked):
+            return _Found(logits, np.zeros(0, bool))
+        novelty = measure_novelty(self.classifier, checked, None, self.runtime.features(checked))
+        return _Found(logits, novelty["unlike_training"].to_numpy())
 
 
 class _Gathered:
     """The logits of one slide after the other, put together from their pieces."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: _Network) -> None:
+        self._network = network
         self._logits: np.ndarray | None = None
+        self._unlike = [np.zeros(0, bool)]
         self._error: SlideError | None = None
         self._done = 0
 
-    def add(self, piece: _Piece, asker: _Asker, on_progress: OnProgress | None) -> Answer | None:
+    def add(self, piece: _Piece, on_progress: OnProgress | None) -> Answer | None:
         """Take a piece; gives the slide's answer when it was the last one."""
         if piece.block is None:
-            answer = Answer(piece.task, piece.view, self._logits, piece.error or self._error)
+            answer = Answer(
+                piece.task,
+                piece.view,
+                self._logits,
+                self._network.runtime.software,
+                np.concatenate(self._unlike),
+                piece.error or self._error,
+            )
             if piece.view is not None:
                 piece.view.slide.close()
-            self.__init__()  # type: ignore[misc]
+            self.__init__(self._network)  # type: ignore[misc]
             return answer
         assert piece.view is not None and piece.coming is not None
-        if self._logits is None:
-            self._logits = np.empty((len(piece.view.grid), asker.n_classes), np.float32)
         try:
-            self._logits[piece.block.index] = asker.finish(piece.coming.result())
+            found = piece.coming.result()
+            if not isinstance(found, _Found):
+                found = self._network.ask(piece.view, piece.block, found)
+            if self._logits is None:
+                self._logits = np.empty((len(piece.view.grid), found.logits.shape[1]), np.float32)
+            self._logits[piece.block.index] = found.logits
+            self._unlike.append(found.unlike)
         except SlideError as error:
             self._error = self._error or error
         self._done += len(piece.block.index)
@@ -225,65 +234,34 @@ class _Gathered:
         return None
 
 
-def _read_ahead(
-    tasks: Iterable[SlideTask],
-    pool: ThreadPoolExecutor,
-    asker: _Asker,
-    open_task: Callable[[SlideTask], View],
-) -> Iterator[_Piece]:
-    """Hand slides to the threads piece by piece; a slide is opened while the one before it is read."""
-    opening: deque[tuple[SlideTask, Future[View]]] = deque()
-    coming = iter(tasks)
+class _ReadAhead:
+    """Hands slides to the threads piece by piece; a slide is opened while the one before it is read."""
 
-    def open_next() -> None:
-        for task in coming:
-            opening.append((task, pool.submit(open_task, task)))
+    def __init__(
+        self, tasks: Iterable[SlideTask], pool: ThreadPoolExecutor, open_task: Callable[[SlideTask], View]
+    ) -> None:
+        self._coming = iter(tasks)
+        self._pool = pool
+        self._open_task = open_task
+        self._opening: deque[tuple[SlideTask, Future[View]]] = deque()
+        self._open_next()
+
+    def read(self, network: _Network) -> Iterator[_Piece]:
+        """Give the pieces of all slides as they are handed out, and the end of each slide."""
+        while self._opening:
+            task, opened = self._opening.popleft()
+            try:
+                view = opened.result()
+            except SlideError as error:
+                self._open_next()
+                yield _Piece(task, None, error=error)
+                continue
+            self._open_next()
+            for block in cut_blocks(view.grid, view.downsample):
+                yield _Piece(task, view, block, self._pool.submit(network.read, view, block))
+            yield _Piece(task, view)
+
+    def _open_next(self) -> None:
+        for task in self._coming:
+            self._opening.append((task, self._pool.submit(self._open_task, task)))
             return
-
-    open_next()
-    while opening:
-        task, opened = opening.popleft()
-        try:
-            view = opened.result()
-        except SlideError as error:
-            open_next()
-            yield _Piece(task, None, error=error)
-            continue
-        open_next()
-        for block in cut_blocks(view.grid, view.downsample):
-            yield _Piece(task, view, block, pool.submit(asker.read, view, block))
-        yield _Piece(task, view)
-
-
-def _batches(n: int, most: int) -> Iterator[slice]:
-    """Cut ``n`` rows into slices of at most ``most``, as equal as can be."""
-    n_batches = -(-n // most)
-    for number in range(n_batches):
-        yield slice(n * number // n_batches, n * (number + 1) // n_batches)
-
-
-@contextlib.contextmanager
-def _one_thread_each(engine: Engine) -> Iterator[None]:
-    """On the CPU, let every call of the network run in the thread that makes it."""
-    before = torch.get_num_threads()
-    if engine.device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def count_cores() -> int:
-    """Give the cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _multiplies_bf16() -> bool:
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags

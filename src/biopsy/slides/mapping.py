@@ -1,6 +1,7 @@
 """One classifier and its settings, asked about slides of any origin: files and packs alike."""
 
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,11 +10,11 @@ import numpy as np
 
 from biopsy.errors import DataError, SlideError
 from biopsy.learning.classifiers import Classifier
-from biopsy.learning.engine import Engine
+from biopsy.learning.hardware import Precision, pick_device, pick_precision
 from biopsy.learning.opening import open_classifier
 from biopsy.learning.runs import Run
 from biopsy.slides.answers import describe_model, is_calibrated, make_map, repeat_command
-from biopsy.slides.inference import Answer, OnProgress, Precision, SlideTask, pick_precision, predict_slides
+from biopsy.slides.inference import Answer, OnProgress, SlideTask, predict_slides
 from biopsy.slides.maps import SlideMap
 from biopsy.slides.sources import Source
 from biopsy.slides.stitching import predict_stitched, stitch_slide
@@ -48,13 +49,14 @@ class Mapper:
         on_progress: OnProgress | None,
     ) -> None:
         self.classifier = open_classifier(model, trust_model=trust_model)
-        chosen = Engine(device).device
-        self.engine = Engine(str(chosen), pick_precision(precision, chosen))
+        self.device = pick_device(device)
+        self.precision = pick_precision(precision, self.device)
         self.stride_um = stride_um
         self.detections = detections
         self.is_calibrated = is_calibrated(self.classifier)
         self._model, self._mpp, self._on_progress = model, mpp, on_progress
-        self._about = describe_model(self.classifier, self.engine.precision, self.engine.device.type)
+        self._kind = self.device.partition(":")[0]
+        self._about = describe_model(self.classifier, self.precision, self._kind)
 
     def question(self, source: Source) -> dict[str, Any]:
         """Give everything that defines a slide's outputs."""
@@ -64,8 +66,8 @@ class Mapper:
             "stride_um": self.stride_um,
             "detections": self.detections,
             "classifier": self._about["classifier"]["sha256"],
-            "precision": self.engine.precision,
-            "device": self.engine.device.type,
+            "precision": self.precision,
+            "device": self._kind,
             "biopsy": self._about["versions"]["biopsy"],
         }
 
@@ -79,7 +81,8 @@ class Mapper:
         answers = predict_slides(
             (SlideTask(source.path, source.mpp) for source in sources),
             self.classifier,
-            engine=self.engine,
+            device=self.device,
+            precision=self.precision,
             stride_um=self.stride_um,
             on_progress=self._on_progress,
         )
@@ -108,18 +111,21 @@ class Mapper:
             view.grid,
             answer.logits,
             self.classifier,
-            about=self._describe(source, place),
+            about=self._describe(source, place, answer.software) | _describe_novelty(answer.unlike),
             picture=view.thumbnail,
         )
 
     def _map_stitched(self, source: Source) -> Mapped:
+        from biopsy.learning.engine import Engine
+
         assert source.pack is not None and source.index is not None
         if self.stride_um is not None:
             raise DataError(f"{source.path} holds patches as they were cut: --stride-um is for whole slides")
         try:
             self.classifier.check_pack(source.pack)
             stitched = stitch_slide(source.pack, source.name, source.index, mpp=source.mpp)
-            logits = predict_stitched(source.pack, source.index, self.classifier, engine=self.engine)
+            engine = Engine(self.device, self.precision)
+            logits = predict_stitched(source.pack, source.index, self.classifier, engine=engine)
             place = {
                 "slide": stitched.grid.slide_mpp,
                 "source": "pack" if source.pack.info.mpp else "stated",
@@ -130,7 +136,7 @@ class Mapper:
                 stitched.grid,
                 logits,
                 self.classifier,
-                about=self._describe(source, place),
+                about=self._describe(source, place, ("torch", version("torch"))),
                 picture=stitched.picture,
             )
         except SlideError as error:
@@ -138,16 +144,24 @@ class Mapper:
         same = source.pack.class_names == self.classifier.info.class_names
         return Mapped(source, slide_map, target=stitched.target if same else None)
 
-    def _describe(self, source: Source, place: dict[str, Any]) -> dict[str, Any]:
+    def _describe(self, source: Source, place: dict[str, Any], software: tuple[str, str]) -> dict[str, Any]:
         settings = {
             "mpp": source.mpp,
             "stride-um": self.stride_um,
             "detections": self.detections,
-            "precision": self.engine.precision,
+            "precision": self.precision,
         }
         return {
             "source": source.path.name,
             "mpp": place,
             **self._about,
+            "versions": dict([*self._about["versions"].items(), software]),
             "command": repeat_command(source.path, self._model, settings),
         }
+
+
+def _describe_novelty(unlike: np.ndarray) -> dict[str, Any]:
+    """Say how much of a slide is unlike training; nothing where the classifier cannot tell."""
+    if not len(unlike):
+        return {"unlike_training": None}
+    return {"unlike_training": {"n_checked": len(unlike), "share": float(unlike.mean())}}

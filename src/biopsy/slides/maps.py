@@ -153,8 +153,10 @@ class SlideMap:
             detections: Write the cells with their probabilities instead of the regions.
         """
         from biopsy.slides.geojson import collect_detections, collect_regions, write_geojson
+        from biopsy.slides.regions import find_regions
 
-        return write_geojson(path, collect_detections(self) if detections else collect_regions(self))
+        features = collect_detections(self) if detections else collect_regions(self, find_regions(self))
+        return write_geojson(path, features)
 
 
 def check_probs(probs: np.ndarray, name: str) -> np.ndarray:

@@ -11,6 +11,7 @@ from biopsy.errors import DataError
 from biopsy.files import read_json, write_atomic, write_json
 from biopsy.imaging.pyramids import write_pyramid
 from biopsy.slides.maps import SlideMap
+from biopsy.slides.regions import find_regions
 from biopsy.slides.summaries import compare_with_target, summarise
 
 FORMAT: Final = "biopsy-slide/1"
@@ -47,15 +48,17 @@ def write_outputs(
     """
     from biopsy.figures.maps import outline_tissue
     from biopsy.figures.style import jpeg, png
+    from biopsy.slides.geojson import collect_detections, collect_regions, write_geojson
 
     assert slide_map.picture is not None
+    regions = find_regions(slide_map)
     slide_map.to_parquet(folder / MAP)
-    slide_map.to_geojson(folder / REGIONS)
+    write_geojson(folder / REGIONS, collect_regions(slide_map, regions))
     if detections:
-        slide_map.to_geojson(folder / DETECTIONS, detections=True)
+        write_geojson(folder / DETECTIONS, collect_detections(slide_map))
     write_atomic(folder / OVERLAY, png(draw(slide_map), dpi=160))
     write_heatmap(folder / HEATMAP, slide_map)
-    summary = summarise(slide_map, is_calibrated=is_calibrated)
+    summary = summarise(slide_map, regions, is_calibrated=is_calibrated)
     if tissue is not None:
         write_atomic(folder / TISSUE, jpeg(outline_tissue(*_shrink(slide_map.picture, tissue))))
         grid = slide_map.grid

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import shapely
-from scipy import ndimage
 from shapely import Polygon
 
 from biopsy.slides.maps import SlideMap
@@ -50,12 +50,13 @@ def find_regions(slide_map: SlideMap) -> list[Region]:
 
 
 def _join(slide_map: SlideMap, mask: np.ndarray, prob: np.ndarray, name: str) -> list[Region]:
-    labels, _ = ndimage.label(mask)
+    _, labels, found, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
     regions = []
-    for number, place in enumerate(ndimage.find_objects(labels), start=1):
+    for number, (left, top, width, height, _) in enumerate(found[1:].tolist(), start=1):
+        place = slice(top, top + height), slice(left, left + width)
         inside = labels[place] == number
         values = prob[place][inside]
-        polygon = outline(inside, place[1].start, place[0].start)
+        polygon = outline(inside, left, top)
         regions.append(
             Region(
                 name,

@@ -11,9 +11,9 @@ import pandas as pd
 
 from biopsy.data.packs import Pack, is_pack
 from biopsy.errors import DataError
+from biopsy.imaging.backends import SLIDE_SUFFIXES
 from biopsy.slides.stitching import list_slides
 
-SUFFIXES = ".svs .tif .tiff .ndpi .mrxs .dcm .scn .bif .vms .vmu .svslide .czi .png .jpg .jpeg".split()
 _SAMPLE_BYTES = 1 << 20
 
 
@@ -81,9 +81,13 @@ def _expand(path: Path, mpp: float | None) -> Iterator[Source]:
     elif path.suffix.lower() == ".csv":
         yield from _read_csv(path, mpp)
     elif path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+        found = sorted(
+            file for file in path.iterdir() if file.suffix.lower() in SLIDE_SUFFIXES and file.is_file()
+        )
         if not found:
-            raise DataError(f"{path} holds no slide: files ending in {' '.join(SUFFIXES)} are looked for")
+            raise DataError(
+                f"{path} holds no slide: files ending in {' '.join(SLIDE_SUFFIXES)} are looked for"
+            )
         for file in found:
             yield Source(_clean(file.stem), file, mpp)
     elif path.exists():

@@ -1,6 +1,7 @@
 """Patches that know their coordinates become slides again, with what a classifier says of them."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -9,9 +10,10 @@ from biopsy.errors import SlideError
 from biopsy.imaging.mosaic import stitch
 from biopsy.imaging.tissue import THUMBNAIL_PX
 from biopsy.learning.classifiers import Classifier
-from biopsy.learning.engine import Engine
-from biopsy.learning.inference import predict_logits
 from biopsy.slides.grids import PatchGrid
+
+if TYPE_CHECKING:
+    from biopsy.learning.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,12 @@ def stitch_slide(pack: Pack, name: str, index: np.ndarray, *, mpp: float | None 
     return Stitched(name, index, grid, picture, pack.target[index])
 
 
-def predict_stitched(pack: Pack, index: np.ndarray, classifier: Classifier, *, engine: Engine) -> np.ndarray:
+def predict_stitched(
+    pack: Pack, index: np.ndarray, classifier: Classifier, *, engine: "Engine"
+) -> np.ndarray:
     """Give the logits of a slide's patches, ``(n, n_classes)``."""
+    from biopsy.learning.inference import predict_logits
+
     network = engine.place(classifier.network)
     return predict_logits(
         network, classifier.info.preprocessing, pack.patches, pack.sizes, index, engine=engine

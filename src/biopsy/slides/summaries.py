@@ -1,17 +1,18 @@
 """One slide in numbers: areas, the range that calibration allows, the largest region, what was left open."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from biopsy.slides.maps import SlideMap
-from biopsy.slides.regions import find_regions
+from biopsy.slides.regions import Region
 
 SURE, POSSIBLE = 0.9, 0.1
 """Probabilities between which calibration leaves open whether a cell is positive."""
 
 
-def summarise(slide_map: SlideMap, *, is_calibrated: bool) -> dict[str, Any]:
+def summarise(slide_map: SlideMap, regions: Sequence[Region], *, is_calibrated: bool) -> dict[str, Any]:
     """Give areas in mm2 and shares of what was mapped.
 
     ``positive`` holds the area called positive at the threshold and, where probabilities are calibrated,
@@ -20,10 +21,11 @@ def summarise(slide_map: SlideMap, *, is_calibrated: bool) -> dict[str, Any]:
 
     Args:
         slide_map: The map.
+        regions: Its regions, as `find_regions` gives them.
         is_calibrated: Whether the classifier's probabilities were calibrated on patients of their own.
     """
-    pred, regions = slide_map.cells_pred(), find_regions(slide_map)
-    cell_mm2, n_cells = slide_map.cell_mm2, int((pred != -1).sum())
+    pred, cell_mm2 = slide_map.cells_pred(), slide_map.cell_mm2
+    n_cells = int((pred != -1).sum())
     classes = {}
     for index, name in enumerate(slide_map.class_names):
         own = [region for region in regions if region.class_name == name]

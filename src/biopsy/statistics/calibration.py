@@ -7,8 +7,8 @@ weight of positive and of negative patches at each: the form in which weighting 
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit, logit
 
 from biopsy.seeds import make_rng
 
@@ -42,7 +42,7 @@ class ReliabilityBins:
 
 def clipped_logit(prob: ArrayLike) -> Floats:
     """Give ``log(p / (1 - p))`` with probabilities held inside ``[1e-6, 1 - 1e-6]``."""
-    return logit(np.clip(np.asarray(prob, dtype=np.float64), LOGIT_CLIP, 1 - LOGIT_CLIP))
+    return scipy.special.logit(np.clip(np.asarray(prob, dtype=np.float64), LOGIT_CLIP, 1 - LOGIT_CLIP))
 
 
 def assign_bins(mass: Floats, n_bins: int) -> NDArray[np.intp]:
@@ -125,7 +125,7 @@ def fit_recalibration(
         return np.nan, np.nan
     low, high, mass, (a, b) = float(logits.min()), float(logits.max()), pos + neg, start
     for _ in range(200):
-        p = expit(a + b * logits)
+        p = scipy.special.expit(a + b * logits)
         expected = mass * p
         residual, curvature = pos - expected, expected * (1 - p)
         curved = curvature * logits
@@ -152,7 +152,7 @@ def fit_intercept(logits: Floats, pos: Floats, neg: Floats, *, start: float = 0.
     """
     mass, n_pos, a = pos + neg, float(pos.sum()), start
     for _ in range(200):
-        p = expit(a + logits)
+        p = scipy.special.expit(a + logits)
         expected = float(mass @ p)
         step = (n_pos - expected) / (expected - float(mass @ p**2))
         a += step if abs(step) < 0.5 else float(np.copysign(np.log1p(abs(step)), step))

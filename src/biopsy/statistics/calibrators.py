@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit, log_softmax, softmax
 
 from biopsy.errors import MetricError, suggest
 from biopsy.statistics.calibration import fit_recalibration
@@ -79,7 +79,9 @@ class Isotonic:
     def scale(self, scores: Floats) -> Floats:
         """Give calibrated scores ``(n, 2)``: logarithms of the probabilities."""
         positive = self.positive_index
-        prob = np.interp(expit(scores[:, positive] - scores[:, 1 - positive]), self.prob, self.calibrated)
+        prob = np.interp(
+            scipy.special.expit(scores[:, positive] - scores[:, 1 - positive]), self.prob, self.calibrated
+        )
         pair = np.stack([1 - prob, prob] if positive else [prob, 1 - prob], axis=1)
         return np.log(np.maximum(pair, LEAST_PROB))
 
@@ -192,7 +194,7 @@ def fit_calibrator(
 
 def mean_nll(scores: Floats, target: ArrayLike) -> float:
     """Give the mean negative log-likelihood of classes, in nats."""
-    return -float(log_softmax(scores, axis=1)[np.arange(len(scores)), target].mean())
+    return -float(scipy.special.log_softmax(scores, axis=1)[np.arange(len(scores)), target].mean())
 
 
 def _check_scores(scores: Floats, target: NDArray[Any]) -> None:
@@ -230,12 +232,10 @@ def _fit_temperature(
 
 def _fit_slope(scores: Floats, target: NDArray[Any]) -> tuple[float | None, str | None]:
     """Find the slope of least NLL, whose derivative rises with the slope; or say why there is none."""
-    from scipy.optimize import brentq  # half a second that using a classifier does not need
-
     margins = scores - scores[np.arange(len(scores)), target][:, None]
 
     def derivative(slope: float) -> float:
-        return float((softmax(slope * margins, axis=1) * margins).sum(axis=1).mean())
+        return float((scipy.special.softmax(slope * margins, axis=1) * margins).sum(axis=1).mean())
 
     if derivative(SLOPES[0]) >= 0:
         return None, (
@@ -244,7 +244,7 @@ def _fit_slope(scores: Floats, target: NDArray[Any]) -> tuple[float | None, str 
         )
     if derivative(SLOPES[1]) <= 0:
         return None, "not calibrated: validation is told apart without a mistake, no finite slope fits"
-    return float(brentq(derivative, *SLOPES, xtol=1e-12, rtol=1e-12)), None
+    return float(scipy.optimize.brentq(derivative, *SLOPES, xtol=1e-12, rtol=1e-12)), None
 
 
 def _fit_platt(logits: Floats, truth: Floats, positive_index: int) -> Scaling:
@@ -260,14 +260,12 @@ def _fit_platt(logits: Floats, truth: Floats, positive_index: int) -> Scaling:
 
 
 def _fit_isotonic(logits: Floats, truth: Floats, positive_index: int) -> Isotonic:
-    from scipy.optimize import isotonic_regression
-
-    level, of_patch, mass = np.unique(expit(logits), return_inverse=True, return_counts=True)
+    level, of_patch, mass = np.unique(scipy.special.expit(logits), return_inverse=True, return_counts=True)
     share = np.bincount(of_patch, truth) / mass
     n_pos = truth.sum()
     least = min(float(level[0]), 1 / (len(truth) - n_pos + 2))
     most = max(float(level[-1]), (n_pos + 1) / (n_pos + 2))
-    fitted = np.clip(isotonic_regression(share, weights=mass).x, least, most)
+    fitted = np.clip(scipy.optimize.isotonic_regression(share, weights=mass).x, least, most)
     rises = np.flatnonzero(np.diff(fitted))
     ends = np.union1d(np.concatenate([rises, rises + 1]), [0, len(level) - 1]).astype(int)
     return Isotonic(

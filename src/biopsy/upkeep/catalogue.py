@@ -16,10 +16,10 @@ def list_(kind: Kind) -> list[Row]:
         kind: ``"datasets"``, ``"models"`` or ``"recipes"``.
 
     Returns:
-        For data sets counts, resolution, licence and citation; for models parameters (with two classes and
-        the input of its recipe), stages and licence, then known pretrained weights with licence,
-        preprocessing and whether their file is at hand; for recipes the published and the corrected numbers
-        and the cost. The rows of a list have the same keys.
+        For data sets what they are recognised by, how a pack is made of them, counts, resolution, licence and
+        citation; for models parameters (with two classes and the input of its recipe), stages and licence,
+        then known pretrained weights with licence, preprocessing and whether their file is at hand; for
+        recipes the published and the corrected numbers and the cost. The rows of a list have the same keys.
 
     Raises:
         BiopsyError: If there is no such kind.
@@ -34,13 +34,15 @@ def list_(kind: Kind) -> list[Row]:
 
 
 def _list_datasets() -> list[Row]:
-    from biopsy.data.datasets import LAYOUTS
+    from biopsy.data.datasets import LAYOUTS, annotated_slides
     from biopsy.data.downloads import SOURCES
 
-    return [
+    rows: list[Row] = [
         {
             "name": layout.name,
             "title": layout.title,
+            "looks_for": layout.looks_for,
+            "prepare": "biopsy prepare SOURCE --out PACK" + (" --mpp UM" if layout.mpp is None else ""),
             "counts": layout.expected,
             "mpp": layout.mpp,
             "fetch": layout.name in SOURCES,
@@ -49,6 +51,15 @@ def _list_datasets() -> list[Row]:
         }
         for layout in LAYOUTS.values()
     ]
+    slides: Row = {
+        "name": annotated_slides.NAME,
+        "title": annotated_slides.TITLE,
+        "looks_for": annotated_slides.LOOKS_FOR,
+        "prepare": "biopsy prepare SLIDES --out PACK --mpp UM --patch-px PIXELS",
+        "fetch": False,
+        "licence": "that of your data",
+    }
+    return [*rows, dict.fromkeys(rows[0]) | slides]
 
 
 def _list_models() -> list[Row]:

@@ -1,8 +1,8 @@
 """Slides with annotations beside them, cut into patches that are labelled by area.
 
-``case.svs`` (or NDPI, MRXS, DICOM, TIFF, PNG, JPEG) and ``case.geojson`` or ``case.svs.geojson``, as QuPath
-exports it, lie in one folder. The rules are those of `biopsy.data.cutting`. Unlike other layouts this one
-needs to be told them, so `biopsy.data.packing` asks it apart from the others.
+``case.svs`` (or another slide or large image) and ``case.geojson`` or ``case.svs.geojson``, as QuPath exports
+it, lie in one folder. The rules are those of `biopsy.data.cutting`. Unlike other layouts this one needs to be
+told them, so `biopsy.data.packing` asks it apart from the others.
 """
 
 import logging
@@ -16,18 +16,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from biopsy.data.archives import IMAGE_SUFFIXES, Archive, Entry, FolderArchive
+from biopsy.data.archives import Archive, Entry, FolderArchive
 from biopsy.data.columns import read_csv
-from biopsy.data.cutting import Cutting, cut_slide, level_0_px, name_classes
+from biopsy.data.cutting import Cutting, cut_slide, name_classes
 from biopsy.data.datasets.layouts import Listing, Skipped, find_positive
 from biopsy.errors import DataError, SlideError
 from biopsy.imaging.annotations import Annotations, read_annotations
+from biopsy.imaging.backends import SLIDE_SUFFIXES
 from biopsy.imaging.reader import open_slide
 
 _log = logging.getLogger(__name__)
 
 NAME = "annotated-slides"
-SLIDE_SUFFIXES = (*IMAGE_SUFFIXES, *".svs .ndpi .mrxs .dcm .scn .bif .vms .vmu .svslide .czi".split())
+TITLE = "Slides with annotations beside them, as QuPath exports them"
+LOOKS_FOR = "slides with a .geojson of their name beside them"
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class SlidePatches:
         for slide_id, group in groupby(rows, lambda row: self._slide_ids[row]):
             case = self._cases[slide_id]
             with open_slide(case.path, mpp=case.mpp) as slide:
-                scale = level_0_px(slide, mpp)
+                scale = slide.level_0_px(mpp)
                 for row in group:
                     x, y = self._places[row] * scale
                     try:

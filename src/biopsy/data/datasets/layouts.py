@@ -7,9 +7,9 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 
-from biopsy.data.archives import IMAGE_SUFFIXES, Archive, Entry
+from biopsy.data.archives import Archive, Entry
 from biopsy.errors import DataError
-from biopsy.imaging.decode import decode, read_header
+from biopsy.imaging.decode import IMAGE_SUFFIXES, decode, read_header
 
 SIDE_BY_FOLDER = {
     "train": "train",

@@ -1,0 +1,139 @@
+"""Networks in the form that OpenVINO reads: made from PyTorch's, and kept in bundles."""
+
+import copy
+import logging
+import warnings
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from biopsy.files import sha256_file, write_json
+from biopsy.learning.classifiers import Classifier
+from biopsy.learning.networks import Network
+from biopsy.learning.networks.layers import SeparableConv2d
+from biopsy.learning.networks.stages import SequentialNetwork
+from biopsy.learning.preprocessing import Preprocessing
+from biopsy.learning.runtimes import DOCUMENT, FOLDER, FORMAT, MODEL, describe_origin, empty_batch
+
+logger = logging.getLogger(__name__)
+
+_CENTRE = 192.0  # between the tissue and the glass, in bytes
+
+
+class _FromBytes(nn.Module):
+    """Scaling, standardisation and the network in one: bytes ``(B, H, W, 3)`` to logits and features.
+
+    A network without features, as those of others are, gives logits alone.
+    """
+
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.network = network
+        self.preprocessing = preprocessing
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        batch = self.preprocessing.standardise(pixels.permute(0, 3, 1, 2).float() * (1 / 255))
+        features = cast(Network, self.network).features(batch)
+        return (self.network(batch), features) if features.shape[1] else (self.network(batch),)
+
+
+class _FromBytesCentred(nn.Module):
+    """The same for a row of layers, the first convolution of which sees bytes around 0.
+
+    What it puts out then is how pixels differ, without the brightness that all have in common. In bfloat16,
+    which keeps 8 bits of a number, two thirds of a network's error would arise there otherwise.
+    """
+
+    def __init__(self, network: SequentialNetwork, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        first, *rest = (layer for layer in network.body if not isinstance(layer, nn.Dropout))
+        separable = first if isinstance(first, SeparableConv2d) else None
+        conv = copy.deepcopy(separable.depthwise if separable else first)
+        assert isinstance(conv, nn.Conv2d)
+        down, across = (int(pixels) for pixels in conv.padding)
+        self.padding, self.is_bgr = (across, across, down, down), preprocessing.channel_order == "bgr"
+        self.conv, conv.padding = conv, (0, 0)
+        scale = torch.tensor([preprocessing.scale / std for std in preprocessing.std])
+        with torch.no_grad():
+            conv.weight *= scale.view(*((-1, 1, 1, 1) if separable else (1, -1, 1, 1)))
+            offset = _CENTRE * conv.weight.sum(dim=(1, 2, 3))
+            if separable:
+                pointwise = copy.deepcopy(separable.pointwise)
+                assert pointwise.bias is not None
+                pointwise.bias += pointwise.weight[:, :, 0, 0] @ offset
+                rest = [pointwise, *rest]
+            else:
+                conv.bias = nn.Parameter(offset if conv.bias is None else conv.bias + offset)
+        self.rest, self.head = nn.Sequential(*rest), network.head
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        values = functional.pad(pixels.permute(0, 3, 1, 2).float(), self.padding) - _CENTRE
+        features = self.rest(self.conv(values.flip(1) if self.is_bgr else values))
+        return self.head(features), features
+
+
+def _take_bytes(network: nn.Module, preprocessing: Preprocessing) -> nn.Module:
+    """Give a network that takes bytes instead of what the preprocessing makes of them."""
+    if isinstance(network, SequentialNetwork) and not any(preprocessing.mean):
+        first = network.body[0]
+        if isinstance(first, SeparableConv2d) or (isinstance(first, nn.Conv2d) and first.groups == 1):
+            return _FromBytesCentred(network, preprocessing)
+    return _FromBytes(network, preprocessing)
+
+
+def convert(classifier: Classifier) -> Any:
+    """Give OpenVINO's model of a classifier's network: bytes ``(16, input_px, input_px, 3)`` to logits
+    and features.
+
+    Raises:
+        RuntimeError: If PyTorch's tracing or OpenVINO cannot follow the network.
+    """
+    from openvino import PartialShape, Type
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    preprocessing = classifier.info.preprocessing
+    network = _take_bytes(classifier.network, preprocessing).eval()
+    pixels = torch.from_numpy(empty_batch(preprocessing.input_px))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, and sizes become constants: they are
+        script = torch.jit.trace(network, pixels, check_trace=False)
+        decoder = TorchScriptPythonDecoder(script, example_input=pixels)
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        model = frontend.convert(frontend.load(decoder))
+    model.inputs[0].get_node().set_element_type(Type.u8)
+    model.reshape(PartialShape(list(pixels.shape)))
+    model.validate_nodes_and_infer_types()
+    return model
+
+
+def try_to_convert(classifier: Classifier) -> Any:
+    """Convert a classifier's network; None where OpenVINO cannot compute it, or not as exactly."""
+    network = classifier.network
+    if any(tensor.dtype == torch.float64 for tensor in (*network.parameters(), *network.buffers())):
+        return None  # it would compute with 32 bits
+    try:
+        return convert(classifier)
+    except Exception as error:  # whatever a converter meets in a model of somebody else's
+        logger.warning("OpenVINO cannot run this network, PyTorch does: %s", str(error).splitlines()[0])
+        return None
+
+
+def write_compiled(classifier: Classifier, folder: Path) -> None:
+    """Write OpenVINO's model of a network into its classifier's folder; nothing where it cannot be had."""
+    model = try_to_convert(classifier) if find_spec("openvino") else None
+    if model is None:
+        return
+    import openvino
+
+    place = folder / FOLDER
+    place.mkdir()
+    openvino.save_model(model, place / MODEL, compress_to_fp16=False)
+    files = {path.name: sha256_file(path) for path in sorted(place.iterdir())}
+    about = {"format": FORMAT, "openvino": version("openvino"), "made_from": describe_origin(classifier)}
+    write_json(place / DOCUMENT, about | {"files": files})

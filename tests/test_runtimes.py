@@ -1,0 +1,184 @@
+"""Networks that are only asked: what OpenVINO makes of them beside PyTorch, and when PyTorch runs them."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from biopsy.errors import RunError
+from biopsy.learning import compiling
+from biopsy.learning.classifiers import Classifier
+from biopsy.learning.compiling import write_compiled
+from biopsy.learning.engine import Engine
+from biopsy.learning.hardware import pick_precision
+from biopsy.learning.networks import build_network
+from biopsy.learning.preprocessing import Preprocessing, to_unit
+from biopsy.learning.runtimes import TorchRuntime, open_runtime
+from slide_maps import make_classifier
+
+PATCHES = np.random.default_rng(0).integers(0, 256, (21, 32, 32, 3), dtype=np.uint8)
+
+
+def classifier_of(network, *, px=32, **preprocessing):
+    if isinstance(network, str):
+        network = build_network(network, n_classes=2, input_px=px, seed=0)
+    shake(network)
+    info = make_classifier().info.model_copy(
+        update={"patch_px": 32, "preprocessing": Preprocessing(input_px=px, **preprocessing)}
+    )
+    return Classifier(info, network)
+
+
+def shake(network):
+    """Give normalisations statistics as training leaves them, so that none of them is the identity."""
+    generator = torch.Generator().manual_seed(1)
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
+            for tensor, low, high in (
+                (layer.running_mean, -0.3, 0.3),
+                (layer.running_var, 0.5, 2),
+                (layer.weight.data, 0.5, 1.5),
+                (layer.bias.data, -0.5, 0.5),
+            ):
+                tensor.uniform_(low, high, generator=generator)
+
+
+def ask(classifier, patches, precision="fp32", n_threads=1):
+    with open_runtime(classifier, "cpu", precision, n_threads=n_threads) as runtime:
+        return runtime.software[0], runtime.ask(patches)
+
+
+def by_torch(classifier, patches=PATCHES):
+    return TorchRuntime(classifier, Engine("cpu")).ask(patches)
+
+
+@pytest.mark.parametrize("network", ["cancernet", "baruah", "dabydeen_hedges", "residual", "vgg16"])
+def test_a_compiled_network_says_what_pytorch_says(network):
+    classifier = classifier_of(network)
+    software, logits = ask(classifier, PATCHES)
+    assert software == "openvino"
+    assert logits == pytest.approx(by_torch(classifier), abs=2e-4, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "preprocessing",
+    [
+        {"channel_order": "bgr"},
+        {"scale": 1.0, "std": (255.0, 200.0, 230.0)},
+        {"mean": (0.7, 0.5, 0.6), "std": (0.2, 0.3, 0.25), "channel_order": "bgr"},
+        {"px": 28, "resize": "bilinear"},
+        {"px": 40, "resize": "nearest"},
+    ],
+)
+@pytest.mark.parametrize("network", ["cancernet", "baruah"])
+def test_every_preprocessing_is_compiled(network, preprocessing):
+    classifier = classifier_of(network, **preprocessing)
+    assert ask(classifier, PATCHES)[1] == pytest.approx(by_torch(classifier), abs=2e-4, rel=1e-4)
+
+
+@pytest.mark.skipif(pick_precision("auto", "cpu") == "fp32", reason="this processor has no bfloat16")
+def test_bytes_around_0_are_what_half_precision_needs(monkeypatch):
+    bright = PATCHES // 6 + 170  # as tissue is; what patches differ by is small
+    network = build_network("cancernet", n_classes=2, input_px=32, seed=0).train()
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
+            layer.momentum = 1.0  # statistics of these patches, as after training
+    network(to_unit(bright))
+    classifier = Classifier(classifier_of("cancernet").info, network)
+    wanted = by_torch(classifier, bright)
+    error = np.abs(ask(classifier, bright, "bf16")[1] - wanted).mean()
+    monkeypatch.setattr(
+        compiling, "_FromBytesCentred", lambda _, preprocessing: compiling._FromBytes(network, preprocessing)
+    )
+    assert error < 0.6 * np.abs(ask(classifier, bright, "bf16")[1] - wanted).mean()
+
+
+def test_logits_do_not_depend_on_company():
+    classifier = classifier_of("cancernet")
+    _, together = ask(classifier, PATCHES, "bf16")
+    assert np.array_equal(ask(classifier, PATCHES[::-1], "bf16", n_threads=2)[1][::-1], together)
+    assert np.array_equal(ask(classifier, PATCHES[3:4], "bf16")[1][0], together[3])
+
+
+def test_many_threads_ask_one_network():
+    from concurrent.futures import ThreadPoolExecutor
+
+    classifier = classifier_of("cancernet")
+    _, alone = ask(classifier, PATCHES)
+    with open_runtime(classifier, "cpu", "fp32", n_threads=4) as runtime, ThreadPoolExecutor(4) as pool:
+        for found in pool.map(runtime.ask, [PATCHES] * 12):
+            assert np.array_equal(found, alone)
+
+
+def test_64_bits_stay_with_pytorch():
+    classifier = classifier_of(build_network("cancernet", n_classes=2, input_px=32, seed=0))
+    classifier.network.register_buffer("table", torch.zeros(1, dtype=torch.float64))
+    before = torch.get_num_threads()
+    assert ask(classifier, PATCHES)[0] == "torch" and torch.get_num_threads() == before
+
+
+class Sorted(torch.nn.Module):
+    """Calls what OpenVINO has no translation of."""
+
+    def forward(self, x):
+        values = torch.linalg.svdvals(x.mean(dim=1))
+        return values[:, :2]
+
+
+def test_what_openvino_cannot_follow_stays_with_pytorch(caplog):
+    classifier = classifier_of(Sorted())
+    software, logits = ask(classifier, PATCHES)
+    assert software == "torch" and logits.shape == (21, 2)
+    assert "OpenVINO cannot run this network, PyTorch does" in caplog.text
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """A classifier's folder with its compiled network."""
+    classifier_of("cancernet").save(tmp_path / "bundle")
+    write_compiled(Classifier.load(tmp_path / "bundle"), tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def test_a_bundle_is_asked_without_pytorch(bundle):
+    wanted = by_torch(Classifier.load(bundle), PATCHES)
+    np.save(bundle / "patches.npy", PATCHES)
+    code = f"""
+import sys, numpy
+sys.modules["torch"] = None
+from biopsy.cli import main
+from biopsy.slides import cohorts
+from biopsy.learning.opening import open_classifier
+from biopsy.learning.runtimes import open_runtime
+with open_runtime(open_classifier({str(bundle)!r}), "cpu", "fp32", n_threads=2) as runtime:
+    numpy.save({str(bundle / "logits.npy")!r}, runtime.ask(numpy.load({str(bundle / "patches.npy")!r})))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
+    assert np.load(bundle / "logits.npy") == pytest.approx(wanted, abs=2e-4, rel=1e-4)
+
+
+def test_a_damaged_or_foreign_network_is_refused(bundle, tmp_path):
+    other = tmp_path / "other"
+    classifier_of(build_network("cancernet", n_classes=2, input_px=32, seed=5)).save(other)
+    shutil.copytree(bundle / "openvino", other / "openvino")
+    with pytest.raises(RunError, match="export the bundle again"):
+        ask(Classifier.load(other), PATCHES)
+    with open(bundle / "openvino" / "network.bin", "r+b") as file:
+        file.write(b"\0" * 64)
+    with pytest.raises(RunError, match="export the bundle again"):
+        ask(Classifier.load(bundle), PATCHES)
+
+
+def test_nothing_is_told_to_the_makers(monkeypatch):
+    import openvino_telemetry
+
+    def tell(*_, **__):
+        raise AssertionError("use was reported")
+
+    monkeypatch.setattr(openvino_telemetry.Telemetry, "__init__", tell)
+    monkeypatch.setattr(openvino_telemetry.Telemetry, "send_event", tell)
+    assert ask(classifier_of("cancernet"), PATCHES)[0] == "openvino"
