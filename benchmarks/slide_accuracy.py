@@ -144,8 +144,10 @@ def run_formats(model: Path, work: Path) -> None:
             slide_map = biopsy.slide(classifier, path, mpp=stated, stride_um=stride_um, precision="fp32")
             first = first or slide_map
             with open_slide(path, mpp=stated) as slide:
-                about = {"format": name, "mpp": round(mpp, 4), "levels": len(slide.levels)}
-            about |= {"level_read": slide_map.about["mpp"]["level"], "patches": len(slide_map)}
+                levels = len(slide.levels)
+            about = {"trained_on": classifier.info.pack.get("name"), "mpp": round(mpp, 4), "format": name}
+            about |= {"levels": levels, "level_read": slide_map.about["mpp"]["level"]}
+            about["patches"] = len(slide_map)
             report("slide-formats.csv", about | compare(first, slide_map))
         shutil.rmtree(folder)
 

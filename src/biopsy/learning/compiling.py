@@ -1,6 +1,5 @@
 """Networks in the form that OpenVINO reads: made from PyTorch's, and kept in bundles."""
 
-import copy
 import logging
 import warnings
 from importlib.metadata import version
@@ -43,38 +42,67 @@ class _FromBytes(nn.Module):
 
 
 class _FromBytesCentred(nn.Module):
-    """The same for a row of layers, the first convolution of which sees bytes around 0.
+    """The same for a row of layers, its first convolution so written that bfloat16 loses little of it.
 
-    What it puts out then is how pixels differ, without the brightness that all have in common. In bfloat16,
-    which keeps 8 bits of a number, two thirds of a network's error would arise there otherwise.
+    That is where most of a network's error arises: what pixels differ by is small beside the brightness that
+    all have in common. So bytes are taken around 0; and every weight, and the bias, is the sum of two numbers
+    of 8 bits. That needs the channels again and one that is 1 everywhere, and in the vectors of a processor
+    next to no time. In 32 bits nothing changes.
     """
+
+    weight: Tensor
+    pointwise: Tensor | None
+    bias: Tensor
 
     def __init__(self, network: SequentialNetwork, preprocessing: Preprocessing) -> None:
         super().__init__()
         first, *rest = (layer for layer in network.body if not isinstance(layer, nn.Dropout))
         separable = first if isinstance(first, SeparableConv2d) else None
-        conv = copy.deepcopy(separable.depthwise if separable else first)
+        conv = separable.depthwise if separable else first
         assert isinstance(conv, nn.Conv2d)
         down, across = (int(pixels) for pixels in conv.padding)
         self.padding, self.is_bgr = (across, across, down, down), preprocessing.channel_order == "bgr"
-        self.conv, conv.padding = conv, (0, 0)
+        self.stride = conv.stride
         scale = torch.tensor([preprocessing.scale / std for std in preprocessing.std])
-        with torch.no_grad():
-            conv.weight *= scale.view(*((-1, 1, 1, 1) if separable else (1, -1, 1, 1)))
-            offset = _CENTRE * conv.weight.sum(dim=(1, 2, 3))
-            if separable:
-                pointwise = copy.deepcopy(separable.pointwise)
-                assert pointwise.bias is not None
-                pointwise.bias += pointwise.weight[:, :, 0, 0] @ offset
-                rest = [pointwise, *rest]
-            else:
-                conv.bias = nn.Parameter(offset if conv.bias is None else conv.bias + offset)
+        weight = conv.weight.detach() * scale.view(*((-1, 1, 1, 1) if separable else (1, -1, 1, 1)))
+        brightness = _CENTRE * weight.sum(dim=(1, 2, 3))
+        coarse, fine = _split(weight)
+        one = torch.zeros(len(weight), 1, *weight.shape[2:])  # of the channel that is 1
+        if separable:
+            mixing = separable.pointwise.weight.detach()
+            assert separable.pointwise.bias is not None
+            bias, remainder = _split(separable.pointwise.bias.detach() + mixing[:, :, 0, 0] @ brightness)
+            one[:, :, 0, 0] = 1
+            self.weight = nn.Buffer(torch.cat([coarse, one[:1], fine, coarse]))
+            often, seldom = _split(mixing)
+            self.pointwise = nn.Buffer(torch.cat([often, remainder.view(-1, 1, 1, 1), mixing, seldom], dim=1))
+        else:
+            bias, remainder = _split(brightness if conv.bias is None else conv.bias.detach() + brightness)
+            one[:, 0, 0, 0] = remainder
+            self.weight = nn.Buffer(torch.cat([coarse, one, fine], dim=1))
+            self.pointwise = None
+        self.bias = nn.Buffer(bias)
         self.rest, self.head = nn.Sequential(*rest), network.head
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         values = functional.pad(pixels.permute(0, 3, 1, 2).float(), self.padding) - _CENTRE
-        features = self.rest(self.conv(values.flip(1) if self.is_bgr else values))
+        values = values.flip(1) if self.is_bgr else values
+        one = torch.ones_like(values[:, :1])
+        if self.pointwise is None:
+            channels = torch.cat([values, one, values], dim=1)
+            values = functional.conv2d(channels, self.weight, self.bias, self.stride)
+        else:
+            channels = torch.cat([values, one, values, values], dim=1)
+            values = functional.conv2d(channels, self.weight, None, self.stride, groups=len(self.weight))
+            values = functional.conv2d(values, self.pointwise, self.bias)
+        features = self.rest(values)
         return self.head(features), features
+
+
+def _split(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Give what bfloat16 keeps of numbers, and what is left."""
+    coarse = weight.bfloat16().float()
+    return coarse, weight - coarse
 
 
 def _take_bytes(network: nn.Module, preprocessing: Preprocessing) -> nn.Module:

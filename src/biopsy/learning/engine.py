@@ -1,7 +1,6 @@
 """Where and how the arithmetic runs: device, precision, memory layout; one training step; the losses."""
 
 import contextlib
-import ctypes
 import logging
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
@@ -12,6 +11,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from biopsy.errors import RecipeError, suggest
+from biopsy.learning.hardware import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Engine:
         self.precision = precision
         self.compile = compile
         if self.device.type == "cpu":
-            _keep_freed_memory()
+            keep_freed_memory()
         if deterministic:
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.backends.cudnn.benchmark = False
@@ -153,14 +153,6 @@ def count_correct(logits: Tensor, target: Tensor, outputs: str) -> dict[str, Ten
         wanted = functional.one_hot(target, logits.shape[1]).bool()
         correct["binary_accuracy"] = ((logits > 0) == wanted).double().mean(dim=1).sum()
     return correct
-
-
-def _keep_freed_memory() -> None:
-    """Ask glibc to keep what is freed: giving it back and faulting it in again is a third of a CPU step."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, another platform
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its highest
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 def _pick_device(name: str) -> torch.device:

@@ -1,5 +1,6 @@
 """What this machine offers to a network, found out without loading PyTorch where that can be."""
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -38,6 +39,14 @@ def count_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep what is freed: giving it back and faulting it in again is a third of a CPU step."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, another platform
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its highest
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 def _has_nvidia_driver() -> bool:

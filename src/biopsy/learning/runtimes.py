@@ -19,6 +19,7 @@ import numpy as np
 from biopsy.errors import RunError
 from biopsy.files import read_json, sha256_file
 from biopsy.learning.classifiers import Classifier
+from biopsy.learning.hardware import keep_freed_memory
 
 if TYPE_CHECKING:
     from biopsy.learning.engine import Engine
@@ -44,6 +45,11 @@ class Runtime(Protocol):
 
     def features(self, patches: np.ndarray) -> np.ndarray:
         """Give the penultimate layer ``(n, n_features)`` of patches."""
+
+
+def list_runtimes() -> dict[str, str]:
+    """Give what could run a network here, with versions; another one gives other last digits."""
+    return {name: version(name) for name in ("openvino", "torch") if find_spec(name)}
 
 
 @contextlib.contextmanager
@@ -126,6 +132,7 @@ class CompiledRuntime:
     def __init__(self, classifier: Classifier, model: Any, precision: str, *, n_threads: int) -> None:
         import openvino
 
+        keep_freed_memory()
         self.software = ("openvino", version("openvino"))
         self._preprocessing = classifier.info.preprocessing
         settings = {

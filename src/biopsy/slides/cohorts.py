@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from biopsy.learning.runs import Run
 from biopsy.slides.inference import OnProgress
 from biopsy.slides.mapping import Mapped, Mapper
 from biopsy.slides.maps import SlideMap
-from biopsy.slides.outputs import MAP, read_finished, write_outputs
+from biopsy.slides.outputs import MAP, prepare_to_draw, read_finished, write_outputs
 from biopsy.slides.sources import Source, list_sources
 
 STATUS = "status.csv"
@@ -142,7 +141,7 @@ def _map_into(out: Path, sources: Sequence[Source], mapper: Mapper) -> SlideCoho
         else:
             rows[source.name] = _row(source, "done", finished)
     with ThreadPoolExecutor(1) as writer:
-        writer.submit(import_module, "biopsy.figures.maps")  # half a second, spent while slides are read
+        writer.submit(prepare_to_draw)
         writing: Future[None] | None = None
 
         def write(mapped: Mapped) -> None:

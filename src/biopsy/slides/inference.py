@@ -164,10 +164,11 @@ class _Piece(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What a network says of a piece: logits, and which of its checked patches are unlike training."""
+    """What a network says of a piece: logits, and its checked patches with their features."""
 
     logits: np.ndarray
-    unlike: np.ndarray
+    checked: np.ndarray
+    features: np.ndarray
 
 
 class _Network(NamedTuple):
@@ -186,10 +187,17 @@ class _Network(NamedTuple):
     def ask(self, view: View, block: Block, patches: np.ndarray) -> _Found:
         """Ask about the patches of a piece, uint8 ``(n, patch_px, patch_px, 3)``."""
         logits, checked = self.runtime.ask(patches), patches[view.checked[block.index]]
-        if not len(checked):
-            return _Found(logits, np.zeros(0, bool))
-        novelty = measure_novelty(self.classifier, checked, None, self.runtime.features(checked))
-        return _Found(logits, novelty["unlike_training"].to_numpy())
+        features = self.runtime.features(checked) if len(checked) else np.zeros((0, 0), np.float32)
+        return _Found(logits, checked, features)
+
+    def find_unlike(self, pieces: list[_Found]) -> np.ndarray:
+        """Say of the checked patches of a slide which are unlike training, bool ``(n_checked,)``."""
+        known = [piece for piece in pieces if len(piece.checked)]
+        if not known:
+            return np.zeros(0, bool)
+        checked = np.concatenate([piece.checked for piece in known])
+        features = np.concatenate([piece.features for piece in known])
+        return measure_novelty(self.classifier, checked, None, features)["unlike_training"].to_numpy()
 
 
 class _Gathered:
@@ -198,7 +206,7 @@ class _Gathered:
     def __init__(self, network: _Network) -> None:
         self._network = network
         self._logits: np.ndarray | None = None
-        self._unlike = [np.zeros(0, bool)]
+        self._checked: list[_Found] = []
         self._error: SlideError | None = None
         self._done = 0
 
@@ -210,7 +218,7 @@ class _Gathered:
                 piece.view,
                 self._logits,
                 self._network.runtime.software,
-                np.concatenate(self._unlike),
+                self._network.find_unlike(self._checked),
                 piece.error or self._error,
             )
             if piece.view is not None:
@@ -225,7 +233,7 @@ class _Gathered:
             if self._logits is None:
                 self._logits = np.empty((len(piece.view.grid), found.logits.shape[1]), np.float32)
             self._logits[piece.block.index] = found.logits
-            self._unlike.append(found.unlike)
+            self._checked.append(found._replace(logits=found.logits[:0]))
         except SlideError as error:
             self._error = self._error or error
         self._done += len(piece.block.index)

@@ -13,6 +13,7 @@ from biopsy.learning.classifiers import Classifier
 from biopsy.learning.hardware import Precision, pick_device, pick_precision
 from biopsy.learning.opening import open_classifier
 from biopsy.learning.runs import Run
+from biopsy.learning.runtimes import list_runtimes
 from biopsy.slides.answers import describe_model, is_calibrated, make_map, repeat_command
 from biopsy.slides.inference import Answer, OnProgress, SlideTask, predict_slides
 from biopsy.slides.maps import SlideMap
@@ -68,6 +69,7 @@ class Mapper:
             "classifier": self._about["classifier"]["sha256"],
             "precision": self.precision,
             "device": self._kind,
+            "runtimes": list_runtimes(),
             "biopsy": self._about["versions"]["biopsy"],
         }
 

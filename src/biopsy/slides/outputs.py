@@ -1,6 +1,7 @@
 """The files of one mapped slide, each with nothing in it that would differ if the slide were mapped again."""
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,13 +52,15 @@ def write_outputs(
     from biopsy.slides.geojson import collect_detections, collect_regions, write_geojson
 
     assert slide_map.picture is not None
-    regions = find_regions(slide_map)
-    slide_map.to_parquet(folder / MAP)
-    write_geojson(folder / REGIONS, collect_regions(slide_map, regions))
-    if detections:
-        write_geojson(folder / DETECTIONS, collect_detections(slide_map))
-    write_atomic(folder / OVERLAY, png(draw(slide_map), dpi=160))
-    write_heatmap(folder / HEATMAP, slide_map)
+    with ThreadPoolExecutor(1) as painter:
+        painting = painter.submit(lambda: write_atomic(folder / OVERLAY, png(draw(slide_map), dpi=160)))
+        regions = find_regions(slide_map)
+        slide_map.to_parquet(folder / MAP)
+        write_geojson(folder / REGIONS, collect_regions(slide_map, regions))
+        if detections:
+            write_geojson(folder / DETECTIONS, collect_detections(slide_map))
+        write_heatmap(folder / HEATMAP, slide_map)
+        painting.result()
     summary = summarise(slide_map, regions, is_calibrated=is_calibrated)
     if tissue is not None:
         write_atomic(folder / TISSUE, jpeg(outline_tissue(*_shrink(slide_map.picture, tissue))))
@@ -93,6 +96,16 @@ def read_finished(folder: Path, question: Mapping[str, Any]) -> dict[str, Any] |
     except DataError:
         return None
     return document if document.get("question") == dict(question) else None
+
+
+def prepare_to_draw() -> None:
+    """Load what draws, with its fonts: most of a second that a thread can spend while slides are read."""
+    from biopsy.figures.maps import draw_overlay
+    from biopsy.figures.style import png
+
+    blank = np.zeros((9, 9), np.uint8)
+    corners = (0.0, 9.0, 9.0, 0.0)
+    png(draw_overlay(np.stack([blank] * 3, axis=2), None, blank, corners, um_per_px=1, class_names=["none"]))
 
 
 def draw(slide_map: SlideMap) -> Any:
