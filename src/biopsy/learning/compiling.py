@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -17,11 +18,20 @@ from biopsy.learning.networks import Network
 from biopsy.learning.networks.layers import SeparableConv2d
 from biopsy.learning.networks.stages import SequentialNetwork
 from biopsy.learning.preprocessing import Preprocessing
-from biopsy.learning.runtimes import DOCUMENT, FOLDER, FORMAT, MODEL, describe_origin, empty_batch
+from biopsy.learning.runtimes import (
+    DOCUMENT,
+    FOLDER,
+    FORMAT,
+    MODEL,
+    CompiledRuntime,
+    describe_origin,
+    empty_batch,
+)
 
 logger = logging.getLogger(__name__)
 
 _CENTRE = 192.0  # between the tissue and the glass, in bytes
+_TOLERANCE = 1e-3  # of what logits differ by from patch to patch
 
 
 class _FromBytes(nn.Module):
@@ -141,15 +151,32 @@ def convert(classifier: Classifier) -> Any:
 
 
 def try_to_convert(classifier: Classifier) -> Any:
-    """Convert a classifier's network; None where OpenVINO cannot compute it, or not as exactly."""
+    """Convert a classifier's network and try it out; None where OpenVINO does not compute the same."""
     network = classifier.network
     if any(tensor.dtype == torch.float64 for tensor in (*network.parameters(), *network.buffers())):
         return None  # it would compute with 32 bits
     try:
-        return convert(classifier)
+        model = convert(classifier)
+        largest = _largest_difference(classifier, model)
     except Exception as error:  # whatever a converter meets in a model of somebody else's
         logger.warning("OpenVINO cannot run this network, PyTorch does: %s", str(error).splitlines()[0])
         return None
+    if not largest <= _TOLERANCE:
+        logger.warning("OpenVINO's logits are off by %.2g of their range, PyTorch runs this network", largest)
+        return None
+    return model
+
+
+def _largest_difference(classifier: Classifier, model: Any) -> float:
+    """Compare logits of noise in all colours with PyTorch's, as a share of their range."""
+    preprocessing = classifier.info.preprocessing
+    shape, rng = empty_batch(preprocessing.input_px).shape, np.random.default_rng(0)
+    colours = rng.integers(0, 192, (shape[0], 1, 1, 3))
+    noise = (colours + rng.integers(0, 64, shape)).astype(np.uint8)
+    with torch.inference_mode():
+        wanted = classifier.network(preprocessing.prepare(noise)).numpy()
+    found = CompiledRuntime(classifier, model, "fp32", n_threads=1).ask(noise)
+    return float(np.abs(found - wanted).max() / max(1e-9, np.ptp(wanted, axis=0).max()))
 
 
 def write_compiled(classifier: Classifier, folder: Path) -> None:
