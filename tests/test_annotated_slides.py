@@ -197,6 +197,9 @@ def test_the_pixel_size_of_slides_can_be_stated_one_by_one(slides, tmp_path):
     )
     assert one.info.content_sha256 == other.info.content_sha256
     assert one.info.origin["annotations"]["slides"]["case"]["mpp_source"] == "stated"
+    (tmp_path / "blank.csv").write_text("slide,mpp\ncase,\nother,0.5\n")
+    with pytest.raises(SlideError, match=r"case\.png has no mpp"):
+        prepare(folder, tmp_path / "blank.pack", **CUT, slide_mpp=tmp_path / "blank.csv")
     for text, message in (
         ("slide,mpp\ncase,x\n", "an mpp that is no number"),
         ("a,b\n1,2\n", "slide and mpp"),

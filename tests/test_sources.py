@@ -7,6 +7,8 @@ from biopsy.data.datasets import annotated_slides
 from biopsy.errors import DataError
 from biopsy.imaging.backends import SLIDE_SUFFIXES
 from biopsy.slides.sources import list_sources
+from conftest import draw_slide
+from dicom_files import write_dicom
 
 
 @pytest.mark.parametrize("suffix", SLIDE_SUFFIXES)
@@ -22,3 +24,10 @@ def test_a_folder_without_slides_is_refused_with_what_is_looked_for(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(DataError, match=r"holds no slide: files ending in \.png .*\.svs .*\.czi"):
         list_sources([tmp_path], None)
+
+
+def test_a_dicom_series_is_one_slide(tmp_path):
+    folder = write_dicom(tmp_path / "series", draw_slide(120, 80, seed=0), mpp=1.0).parent
+    (folder / "broken.dcm").write_bytes(b"no DICOM")
+    assert len(list(folder.glob("level-*.dcm"))) == 2
+    assert [source.path.name for source in list_sources([folder], None)] == ["broken.dcm", "level-0.dcm"]

@@ -1,6 +1,5 @@
 """The application: all verbs, and what becomes of an error."""
 
-import gc
 import os
 from typing import Annotated, Any
 
@@ -97,7 +96,4 @@ for group in (
 
 def main() -> None:
     """Run the command line."""
-    try:
-        app()
-    finally:
-        gc.freeze()  # or Python would search all of PyTorch for garbage before it ends
+    app()

@@ -174,3 +174,24 @@ def _tiff_mpp(path: Path) -> tuple[float | None, float | None]:
         return None, None
     x, y = (um * value[1] / value[0] if value and value[0] and value[1] else None for value in found)
     return x, y
+
+
+def list_slide_files(folder: Path) -> list[Path]:
+    """Give the slides in a folder by name; of a DICOM series, whose levels are files, the first file."""
+    files = sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in SLIDE_SUFFIXES and path.is_file()
+    )
+    series = {path: _read_series(path) if path.suffix.lower() == ".dcm" else None for path in files}
+    first = {known: path for path, known in reversed(series.items()) if known is not None}
+    return [path for path in files if series[path] is None or first[series[path]] == path]
+
+
+def _read_series(path: Path) -> str | None:
+    """Give the id of the DICOM series that a file belongs to, None where it cannot be read."""
+    import openslide
+
+    try:
+        with openslide.OpenSlide(path) as slide:
+            return slide.properties.get("dicom.SeriesInstanceUID")
+    except openslide.OpenSlideError:
+        return None

@@ -11,7 +11,7 @@ import pandas as pd
 
 from biopsy.data.packs import Pack, is_pack
 from biopsy.errors import DataError
-from biopsy.imaging.backends import SLIDE_SUFFIXES
+from biopsy.imaging.backends import SLIDE_SUFFIXES, list_slide_files
 from biopsy.slides.stitching import list_slides
 
 _SAMPLE_BYTES = 1 << 20
@@ -81,9 +81,7 @@ def _expand(path: Path, mpp: float | None) -> Iterator[Source]:
     elif path.suffix.lower() == ".csv":
         yield from _read_csv(path, mpp)
     elif path.is_dir():
-        found = sorted(
-            file for file in path.iterdir() if file.suffix.lower() in SLIDE_SUFFIXES and file.is_file()
-        )
+        found = list_slide_files(path)
         if not found:
             raise DataError(
                 f"{path} holds no slide: files ending in {' '.join(SLIDE_SUFFIXES)} are looked for"

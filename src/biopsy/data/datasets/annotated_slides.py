@@ -197,6 +197,9 @@ def _stated_mpp(stated: float | str | Path | None, names: Sequence[str]) -> dict
     rows = read_csv(stated, ("slide",))  # type: ignore[arg-type]
     if not {"slide", "mpp"} <= set(rows.columns):
         raise DataError(f"{stated} has the columns {', '.join(rows.columns)}; slide and mpp are needed")
+    rows = rows[
+        rows["mpp"].notna() & (rows["mpp"].astype(str).str.strip() != "")
+    ]  # the others have their own
     known = dict(zip(rows["slide"], pd.to_numeric(rows["mpp"], errors="coerce"), strict=True))
     found: dict[str, float | None] = {}
     for name in names:
