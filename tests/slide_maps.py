@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from biopsy.learning.classifiers import Classifier, ClassifierInfo
+from biopsy.learning.compiling import write_compiled
 from biopsy.learning.networks import build_network
 from biopsy.learning.networks.layers import initialise
 from biopsy.learning.preprocessing import Preprocessing
@@ -33,8 +34,10 @@ def make_classifier(
 
 
 def save_classifier(path: Path, **options: Any) -> Path:
-    """Write such a classifier's folder."""
-    make_classifier(**options).save(path)
+    """Write such a classifier's folder, with its compiled network, as a bundle has it."""
+    classifier = make_classifier(**options)
+    classifier.save(path)
+    write_compiled(classifier, path)
     return path
 
 

@@ -90,7 +90,7 @@ def test_a_level_that_is_none_is_refused():
         estimate_differences([0, 1], [0.1, 0.9], [0.2, 0.8], [0, 1], seed=0, level=95)
 
 
-@pytest.mark.parametrize("n_patients", [10, 20, 50])
+@pytest.mark.parametrize("n_patients", [10, 20, pytest.param(50, marks=pytest.mark.slow)])
 def test_chance_alone_is_called_a_difference_one_time_in_twenty(n_patients):
     rng = np.random.default_rng(n_patients)
     n_cohorts, wrong = 300, 0

@@ -1,6 +1,8 @@
 """The application: all verbs, and what becomes of an error."""
 
+import gc
 import os
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -96,4 +98,8 @@ for group in (
 
 def main() -> None:
     """Run the command line."""
-    app()
+    try:
+        app()
+    finally:
+        if "torch" not in sys.modules:  # whose own libraries want to be taken apart in order
+            gc.freeze()  # or Python would look through all that is loaded for garbage before it ends

@@ -1,6 +1,5 @@
 """The verb that maps whole slides: slide."""
 
-import gc
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -76,7 +75,6 @@ def slide(
             f"{row.slide}: {row.unlike_training:.0%} of the patches checked are unlike anything in training, "
             "where 1% to 2% would be expected: do not rely on what is said of them"
         )
-    gc.freeze()  # or Python would look through all that is loaded for garbage before it ends
     name_skipped(cohort.failed, str(cohort.out / "status.csv"))
 
 

@@ -181,9 +181,11 @@ def list_slide_files(folder: Path) -> list[Path]:
     files = sorted(
         path for path in folder.iterdir() if path.suffix.lower() in SLIDE_SUFFIXES and path.is_file()
     )
-    series = {path: _read_series(path) if path.suffix.lower() == ".dcm" else None for path in files}
-    first = {known: path for path, known in reversed(series.items()) if known is not None}
-    return [path for path in files if series[path] is None or first[series[path]] == path]
+    found: dict[str, Path] = {}
+    for path in files:
+        series = _read_series(path) if path.suffix.lower() == ".dcm" else None
+        found.setdefault(series or path.name, path)
+    return list(found.values())
 
 
 def _read_series(path: Path) -> str | None:

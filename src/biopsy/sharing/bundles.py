@@ -244,11 +244,13 @@ def measure_parity(classifier: Classifier, folder: Path, patches: np.ndarray) ->
         "ONNX Runtime": _softmax(scores),
     }
     pairs = [("PyTorch", "TorchScript"), ("PyTorch", "ONNX Runtime"), ("TorchScript", "ONNX Runtime")]
+    versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__, "opset": OPSET}
     if (folder / COMPILED).is_dir():
         model = read_compiled(folder / COMPILED, classifier)
         compiled = CompiledRuntime(classifier, model, "fp32", n_threads=1)
         probs["OpenVINO"] = classifier.probs(compiled.ask(patches))
         pairs.append(("PyTorch", "OpenVINO"))
+        versions |= dict([compiled.software])
     differences = {
         f"{one} and {other}": {"probs": float(np.abs(probs[one] - probs[other]).max())}
         for one, other in pairs
@@ -258,7 +260,7 @@ def measure_parity(classifier: Classifier, folder: Path, patches: np.ndarray) ->
         "n_patches": len(patches),
         "tolerance": TOLERANCE,
         "largest_difference": differences,
-        "versions": {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__, "opset": OPSET},
+        "versions": versions,
     }
 
 
