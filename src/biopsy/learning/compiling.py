@@ -44,11 +44,13 @@ class _FromBytes(nn.Module):
         super().__init__()
         self.network = network
         self.preprocessing = preprocessing
+        one = torch.zeros(1, 3, *[preprocessing.input_px] * 2)
+        self.has_features = cast(Network, network).features(one).shape[1] > 0
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         batch = self.preprocessing.standardise(pixels.permute(0, 3, 1, 2).float() * (1 / 255))
-        features = cast(Network, self.network).features(batch)
-        return (self.network(batch), features) if features.shape[1] else (self.network(batch),)
+        logits = self.network(batch)
+        return (logits, cast(Network, self.network).features(batch)) if self.has_features else (logits,)
 
 
 class _FromBytesCentred(nn.Module):
@@ -91,7 +93,7 @@ class _FromBytesCentred(nn.Module):
             one[:, 0, 0, 0] = remainder
             self.weight = nn.Buffer(torch.cat([coarse, one, fine], dim=1))
             self.pointwise = None
-        self.bias = nn.Buffer(bias)
+        self.bias, self.groups = nn.Buffer(bias), len(self.weight) if separable else 1
         self.rest, self.head = nn.Sequential(*rest), network.head
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +105,7 @@ class _FromBytesCentred(nn.Module):
             values = functional.conv2d(channels, self.weight, self.bias, self.stride)
         else:
             channels = torch.cat([values, one, values, values], dim=1)
-            values = functional.conv2d(channels, self.weight, None, self.stride, groups=len(self.weight))
+            values = functional.conv2d(channels, self.weight, None, self.stride, groups=self.groups)
             values = functional.conv2d(values, self.pointwise, self.bias)
         features = self.rest(values)
         return self.head(features), features
@@ -136,10 +138,10 @@ def convert(classifier: Classifier) -> Any:
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     preprocessing = classifier.info.preprocessing
-    network = _take_bytes(classifier.network, preprocessing).eval()
     pixels = torch.from_numpy(empty_batch(preprocessing.input_px))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch.jit is deprecated, and sizes become constants: they are
+        network = _take_bytes(classifier.network, preprocessing).eval()
         script = torch.jit.trace(network, pixels, check_trace=False)
         decoder = TorchScriptPythonDecoder(script, example_input=pixels)
         frontend = FrontEndManager().load_by_framework("pytorch")

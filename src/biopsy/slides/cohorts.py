@@ -141,7 +141,7 @@ def _map_into(out: Path, sources: Sequence[Source], mapper: Mapper) -> SlideCoho
         else:
             rows[source.name] = _row(source, "done", finished)
     with ThreadPoolExecutor(1) as writer:
-        writer.submit(prepare_to_draw)
+        mapper.meanwhile = lambda: writer.submit(prepare_to_draw)
         writing: Future[None] | None = None
 
         def write(mapped: Mapped) -> None:

@@ -1,6 +1,6 @@
 """One classifier and its settings, asked about slides of any origin: files and packs alike."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -36,7 +36,10 @@ class Mapped(NamedTuple):
 
 
 class Mapper:
-    """A classifier ready to be asked; the parameters are those of `biopsy.slide`."""
+    """A classifier ready to be asked; the parameters are those of `biopsy.slide`.
+
+    ``meanwhile`` is called once, when the first patches of a file have been asked about.
+    """
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class Mapper:
         self.stride_um = stride_um
         self.detections = detections
         self.is_calibrated = is_calibrated(self.classifier)
+        self.meanwhile: Callable[[], object] | None = None
         self._model, self._mpp, self._on_progress = model, mpp, on_progress
         self._kind = self.device.partition(":")[0]
         self._about = describe_model(self.classifier, self.precision, self._kind)
@@ -86,7 +90,7 @@ class Mapper:
             device=self.device,
             precision=self.precision,
             stride_um=self.stride_um,
-            on_progress=self._on_progress,
+            on_progress=self._report,
         )
         for source, answer in zip(sources, answers, strict=True):
             if answer.error is not None or answer.view is None:
@@ -96,6 +100,13 @@ class Mapper:
                 yield Mapped(source, self._make_map(source, answer), answer.view.tissue)
             except SlideError as error:
                 yield Mapped(source, error=error)
+
+    def _report(self, done: int, total: int) -> None:
+        if self.meanwhile is not None:
+            self.meanwhile()
+            self.meanwhile = None
+        if self._on_progress is not None:
+            self._on_progress(done, total)
 
     def _make_map(self, source: Source, answer: Answer) -> SlideMap:
         assert answer.view is not None and answer.logits is not None

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from biopsy.data.packing import prepare
-from biopsy.data.phantom.cohort import write_archive
+from biopsy.data.phantom.cohort import FIRST_PATIENT, write_archive
 from biopsy.data.phantom.whole_slides import make_phantom_slide
 from biopsy.errors import DataError
 from biopsy.files import write_json
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 MARK = "demo.json"
 N_PATIENTS, PATCHES_PER_PATIENT = 36, 100  # five patients on the test side, the fewest that allow an interval
 RECIPE = "cancernet-2020"
+NEXT_PATIENT = str(FIRST_PATIENT + N_PATIENTS)
 SLIDE, SLIDE_PX = "slide.tiff", (1600, 1200)  # at 2 um/px
 SETTINGS = ("train.epochs=12",)  # of 40: what two cores do in about a minute
 
@@ -55,6 +56,8 @@ def demo(*, out: Path | str = "biopsy-demo", on_epoch: OnEpoch | None = None) ->
     auroc, baseline = metrics["patch"]["auroc"]["value"], metrics["baseline"]["auroc"]
     logger.info("AUROC on patients never seen: %.3f; colour alone: %.3f", auroc, baseline)
     logger.info("a synthetic slide of a patient never seen: %s", folder / SLIDE)
-    make_phantom_slide(folder / SLIDE, seed=1, width=SLIDE_PX[0], height=SLIDE_PX[1], mpp=2.0)
+    make_phantom_slide(
+        folder / SLIDE, seed=0, patient=NEXT_PATIENT, width=SLIDE_PX[0], height=SLIDE_PX[1], mpp=2.0
+    )
     slide(run, folder / SLIDE, out=run.path / MAPS)
     return report([run])[0]
