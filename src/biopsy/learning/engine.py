@@ -3,7 +3,6 @@
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -156,7 +155,6 @@ def count_correct(logits: Tensor, target: Tensor, outputs: str) -> dict[str, Ten
     return correct
 
 
-@cache
 def _pick_device(name: str) -> torch.device:
     if name == "auto":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
