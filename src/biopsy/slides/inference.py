@@ -159,7 +159,7 @@ class _Piece(NamedTuple):
     task: SlideTask
     view: View | None
     block: Block | None = None
-    coming: "Future[_Found | np.ndarray] | None" = None
+    coming: "Future[_Found | tuple[np.ndarray, np.ndarray]] | None" = None
     error: SlideError | None = None
 
 
@@ -177,16 +177,18 @@ class _Network(NamedTuple):
     runtime: Runtime
     classifier: Classifier
 
-    def read(self, view: View, block: Block) -> _Found | np.ndarray:
-        """Read a piece in a thread; gives what is found, or its patches where one thread asks for all."""
+    def read(self, view: View, block: Block) -> _Found | tuple[np.ndarray, np.ndarray]:
+        """Read a piece in a thread; gives what is found, or what to ask where one thread asks for all."""
         grid = view.grid
         image = view.slide.read_at(block.x, block.y, block.width_px, block.height_px, mpp=grid.mpp)
         patches = block.cut(image, grid.patch_px)
-        return self.ask(view, block, patches) if self.runtime.in_threads else patches
+        resized = self.classifier.info.preprocessing.resize_patches(patches)
+        checked = patches[view.checked[block.index]]
+        return self.ask(resized, checked) if self.runtime.in_threads else (resized, checked)
 
-    def ask(self, view: View, block: Block, patches: np.ndarray) -> _Found:
-        """Ask about the patches of a piece, uint8 ``(n, patch_px, patch_px, 3)``."""
-        logits, checked = self.runtime.ask(patches), patches[view.checked[block.index]]
+    def ask(self, resized: np.ndarray, checked: np.ndarray) -> _Found:
+        """Ask about a piece: all its patches at the network's size, the checked ones as they were cut."""
+        logits = self.runtime.ask(resized)
         features = self.runtime.features(checked) if len(checked) else np.zeros((0, 0), np.float32)
         return _Found(logits, checked, features)
 
@@ -229,7 +231,7 @@ class _Gathered:
         try:
             found = piece.coming.result()
             if not isinstance(found, _Found):
-                found = self._network.ask(piece.view, piece.block, found)
+                found = self._network.ask(*found)
             if self._logits is None:
                 self._logits = np.empty((len(piece.view.grid), found.logits.shape[1]), np.float32)
             self._logits[piece.block.index] = found.logits
