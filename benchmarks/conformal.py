@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+from biopsy.core.seeds import make_rng
 from biopsy.data.packing import prepare
 from biopsy.data.packs import is_pack
 from biopsy.data.phantom.cohort import write_archive
@@ -35,7 +36,6 @@ from biopsy.data.splits import make_split
 from biopsy.judging.evaluation import evaluate
 from biopsy.learning.runs import Run
 from biopsy.learning.training import train
-from biopsy.seeds import make_rng
 from biopsy.statistics.calibrators import fit_calibrator
 from biopsy.statistics.cohorts import UnevenPatients
 from biopsy.statistics.conformal import (

@@ -33,9 +33,9 @@ import numpy as np
 import pandas as pd
 
 import biopsy
+from biopsy.core.files import replace_directory
 from biopsy.data.packs import Pack
 from biopsy.data.splits import Split, make_split, save_split
-from biopsy.files import replace_directory
 
 RESULTS = Path(__file__).parent / "results" / "pcam-layouts.csv"
 SPLIT_OF_SIDE = {"train": "train", "val": "valid"}

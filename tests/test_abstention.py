@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from biopsy.cli.judging import _say_abstention
-from biopsy.errors import MetricError
+from biopsy.core.errors import MetricError
 from biopsy.figures.abstention import draw_promise, draw_risk_coverage
 from biopsy.judging.abstention import count_sets, judge_promise, measure_abstention
 from biopsy.learning.abstention import fit_abstention

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from biopsy.core.errors import RecipeError
 from biopsy.data.predictions import read_predictions
-from biopsy.errors import RecipeError
 from biopsy.judging.evaluation import evaluate
 from biopsy.learning.calibration import calibrate
 from biopsy.learning.classifiers import Classifier

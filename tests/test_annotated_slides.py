@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 import biopsy
 from biopsy.cli import app
+from biopsy.core.errors import DataError, SlideError
 from biopsy.data.phantom.whole_slides import make_phantom_slide
-from biopsy.errors import DataError, SlideError
 from biopsy.imaging.annotations import write_annotations
 from biopsy.studies.preparation import prepare
 from conftest import draw_slide

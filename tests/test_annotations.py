@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapely import MultiPolygon, Polygon, box
 
-from biopsy.errors import DataError
+from biopsy.core.errors import DataError
 from biopsy.imaging.annotations import read_annotations, write_annotations
 from biopsy.imaging.shares import share_of_mask, share_of_polygon
 

@@ -6,8 +6,8 @@ import zipfile
 
 import pytest
 
+from biopsy.core.errors import ArchiveError, DataError
 from biopsy.data.archives import FolderArchive, ZipArchive, is_junk, open_archive
-from biopsy.errors import ArchiveError, DataError
 
 FILES = {"b/2.png": b"two" * 100, "a/1.png": b"one", "a/10.png": os.urandom(5000), "notes.txt": b""}
 JUNK = {

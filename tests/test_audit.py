@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from biopsy.core.files import read_json, write_json
 from biopsy.data import duplicates
 from biopsy.data.audit import LIST_LIMIT, audit_pack, find_spoilers
 from biopsy.data.duplicates import MAX_BITS, find_near_duplicates, hash_patches
 from biopsy.data.packs import PIXELS, TABLE, Pack, content_sha256, patch_sha256
 from biopsy.data.splits import make_split
-from biopsy.files import read_json, write_json
 
 MakePack = Callable[..., Pack]
 MakePatches = Callable[..., tuple[np.ndarray, pd.DataFrame]]

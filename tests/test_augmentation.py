@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from biopsy.errors import RecipeError
+from biopsy.core.errors import RecipeError
 from biopsy.imaging.stain import combine_stains, separate_stains
 from biopsy.learning.augmentation import Augmentation, affine_matrix, change_stain, move_pixels, warp
 

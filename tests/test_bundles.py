@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from biopsy.cli import app
-from biopsy.errors import DataError, RunError
-from biopsy.files import read_json
+from biopsy.core.errors import DataError, RunError
+from biopsy.core.files import read_json
 from biopsy.learning.foreign.wsinfer import load_script
 from biopsy.learning.networks import list_networks
 from biopsy.learning.opening import open_classifier

@@ -10,7 +10,7 @@ import tomli_w
 from filelock import FileLock
 from scipy.special import softmax
 
-from biopsy.errors import MetricError, RunError
+from biopsy.core.errors import MetricError, RunError
 from biopsy.judging.evaluation import evaluate
 from biopsy.learning.calibration import calibrate, find_trained_prior, settle
 from biopsy.learning.classifiers import Classifier, score_classes

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from biopsy.errors import MetricError
+from biopsy.core.errors import MetricError
 from biopsy.figures.calibration import draw_calibration, draw_decision_curve
 from biopsy.judging.calibration import MEASURED
 from biopsy.judging.decisions import measure_decisions

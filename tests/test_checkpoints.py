@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from biopsy.errors import RunError
+from biopsy.core.errors import RunError
 from biopsy.learning.checkpoints import LAST, Progress, load_checkpoint, load_weights, save_checkpoint
 from biopsy.learning.optimisers import OPTIMISERS, make_optimiser, set_learning_rate
 

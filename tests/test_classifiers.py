@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.special import expit, softmax
 
-from biopsy.errors import DataError, RunError
+from biopsy.core.errors import DataError, RunError
 from biopsy.learning.classifiers import Classifier, ClassifierInfo
 from biopsy.learning.networks import build_network
 from biopsy.learning.preprocessing import Preprocessing

@@ -17,11 +17,11 @@ import pytest
 from typer.testing import CliRunner
 
 import biopsy
-import biopsy.files as files
+import biopsy.core.files as files
 import biopsy.slides.cohorts as cohorts
 import biopsy.slides.outputs as outputs
 from biopsy.cli import app
-from biopsy.errors import DataError, SlideError
+from biopsy.core.errors import DataError, SlideError
 from biopsy.imaging.annotations import read_annotations
 from biopsy.imaging.reader import open_slide
 from biopsy.slides.cohorts import SlideCohort, slide

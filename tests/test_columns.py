@@ -3,8 +3,8 @@
 import pandas as pd
 import pytest
 
+from biopsy.core.errors import DataError
 from biopsy.data.columns import add_people, join_columns
-from biopsy.errors import DataError
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from biopsy.core.errors import RunError
 from biopsy.data.splits import make_split, save_split
-from biopsy.errors import RunError
 from biopsy.learning.recipes import load_recipe
 from biopsy.studies.comparison import choose_apart, choose_leaking, compare_splits, count_side, list_leaks
 

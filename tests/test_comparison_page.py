@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from biopsy.errors import MetricError
+from biopsy.core.errors import MetricError
 from biopsy.figures.comparisons import SHOWN, draw_differences
 from biopsy.figures.style import svg
 from biopsy.sharing.differences import say_verdict

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from biopsy.errors import MetricError
+from biopsy.core.errors import MetricError
 from biopsy.statistics.cohorts import Population, UnevenPatients
 from biopsy.statistics.conformal import (
     abstain,

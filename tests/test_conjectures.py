@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from biopsy.errors import RunError
-from biopsy.files import read_json
+from biopsy.core.errors import RunError
+from biopsy.core.files import read_json
 from biopsy.imaging.stain import combine_stains, separate_stains
 from biopsy.judging import conjectures
 from biopsy.judging.colour import REMOVALS, share_saliency

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from biopsy.errors import MetricError
+from biopsy.core.errors import MetricError
 from biopsy.statistics.contrasts import contrast_groups, estimate_ratio
 from biopsy.statistics.intervals import estimate_patch_metrics
 

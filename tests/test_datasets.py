@@ -8,10 +8,10 @@ import h5py
 import numpy as np
 import pytest
 
+from biopsy.core.errors import ArchiveError, DataError
 from biopsy.data.archives import open_archive
 from biopsy.data.datasets import LAYOUTS, find_layout
 from biopsy.data.packing import prepare
-from biopsy.errors import ArchiveError, DataError
 
 TREES = Path(__file__).parent / "trees"
 # tree -> layout, patches, patients, slides, targets in order, own sides

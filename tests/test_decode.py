@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from biopsy.errors import DataError
+from biopsy.core.errors import DataError
 from biopsy.imaging.decode import decode, read_header
 
 

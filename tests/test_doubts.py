@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 import biopsy
 from biopsy.cli import app
+from biopsy.core.errors import DataError, RunError
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import make_predictions, write_predictions
-from biopsy.errors import DataError, RunError
 from biopsy.learning.runs import Run
 from report_facts import Page
 from tiny_runs import copy_run

@@ -7,12 +7,12 @@ import shutil
 
 import pytest
 
+from biopsy.core.errors import DownloadError
 from biopsy.data.downloads import (
     Patience,
     RemoteFile,
     transfer,
 )
-from biopsy.errors import DownloadError
 from local_server import BODY, QUICK, Disk, data_file, get, names, sha256
 
 

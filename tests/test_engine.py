@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from biopsy.errors import RecipeError
+from biopsy.core.errors import RecipeError
 from biopsy.learning.augmentation import Augmentation
 from biopsy.learning.batches import Batches
 from biopsy.learning.engine import Engine, count_correct, make_loss, outputs_of

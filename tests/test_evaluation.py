@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from sklearn import metrics as theirs
 
+from biopsy.core.errors import DataError, RunError, SplitError
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import read_predictions
 from biopsy.data.splits import make_split, save_split
-from biopsy.errors import DataError, RunError, SplitError
 from biopsy.judging.baseline import colour_baseline
 from biopsy.judging.evaluation import evaluate
 from biopsy.statistics.metrics import METRICS

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from biopsy.errors import RecipeError
+from biopsy.core.errors import RecipeError
 from biopsy.judging.explanation import explain_patches
 from biopsy.judging.methods import METHODS, find_first_layer, find_layer, input_gradient
 from biopsy.learning.classifiers import Classifier, ClassifierInfo

@@ -11,8 +11,8 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import biopsy
+from biopsy.core.errors import DataError, RecipeError, RunError
 from biopsy.data.phantom.cohort import find_tumour_cells, iter_patches
-from biopsy.errors import DataError, RecipeError, RunError
 from biopsy.judging.faithfulness import (
     compare_randomised,
     draw_patches,

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from biopsy.errors import DataError, DownloadError, RecipeError
+from biopsy.core.errors import DataError, DownloadError, RecipeError
 from biopsy.learning import fetching
 from biopsy.learning.known_weights import find_weights
 from biopsy.learning.weights import locate

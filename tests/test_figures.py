@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from biopsy.errors import DataError, MetricError, RecipeError
+from biopsy.core.errors import DataError, MetricError, RecipeError
 from biopsy.figures import style
 from biopsy.figures.confusion import draw_confusion, draw_confusion_matrix
 from biopsy.figures.curves import draw_precision_recall, draw_reliability, draw_roc, draw_training

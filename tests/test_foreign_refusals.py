@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from biopsy.errors import DataError, RecipeError, RunError
+from biopsy.core.errors import DataError, RecipeError, RunError
 from biopsy.learning.foreign.importing import import_keras
 from biopsy.learning.foreign.keras import load_keras_into
 from biopsy.learning.foreign.keras_files import read_keras

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from biopsy.errors import SlideError
+from biopsy.core.errors import SlideError
 from biopsy.slides.grids import PatchGrid, cut_blocks, lay_grid, pick_stride
 
 

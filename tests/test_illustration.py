@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import biopsy
 from biopsy.cli import app
-from biopsy.errors import DataError, RecipeError, RunError
+from biopsy.core.errors import DataError, RecipeError, RunError
 from biopsy.judging.illustration import explain_examples
 from biopsy.studies.reporting import gather_run
 from report_facts import Page

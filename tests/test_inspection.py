@@ -6,12 +6,12 @@ import cv2
 import numpy as np
 import pytest
 
+from biopsy.core.errors import PackError, SplitError
+from biopsy.core.files import read_json
 from biopsy.data.audit import audit_pack
 from biopsy.data.packs import PIXELS, Pack
 from biopsy.data.splits import Split, make_split, save_split
-from biopsy.errors import PackError, SplitError
 from biopsy.figures.sides import draw_sides
-from biopsy.files import read_json
 from biopsy.sharing import inspection
 from biopsy.sharing.inspection import inspect
 

@@ -10,7 +10,7 @@ from scipy.special import expit, logit
 from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 
-from biopsy.errors import MetricError
+from biopsy.core.errors import MetricError
 from biopsy.statistics.calibration import clipped_logit
 from biopsy.statistics.cohorts import Population
 from biopsy.statistics.intervals import (

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+from biopsy.core.errors import DataError, DownloadError, MissingExtra
 from biopsy.data.downloads import (
     SOURCES,
     KaggleData,
@@ -19,7 +20,6 @@ from biopsy.data.downloads import (
     fetch_source,
 )
 from biopsy.data.downloads.collection import needed_bytes
-from biopsy.errors import DataError, DownloadError, MissingExtra
 from local_server import QUICK, Disk, data_file, names
 
 

@@ -3,8 +3,8 @@
 import pandas as pd
 import pytest
 
+from biopsy.core.errors import DataError
 from biopsy.data.labels import fold_classes, relabel
-from biopsy.errors import DataError
 
 CLASSES = ["normal", "in_situ", "invasive"]
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import biopsy
-from biopsy.errors import DataError, SlideError
+from biopsy.core.errors import DataError, SlideError
 from biopsy.imaging.reader import open_slide
 from biopsy.learning.engine import Engine
 from biopsy.learning.hardware import pick_precision

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from biopsy.errors import MetricError
+from biopsy.core.errors import MetricError
 from biopsy.statistics.means import estimate_mean
 
 

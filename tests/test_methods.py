@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from biopsy.errors import RecipeError
+from biopsy.core.errors import RecipeError
 from biopsy.judging.explanation import explain_patches
 from biopsy.judging.methods import METHODS, Question, find_last_maps, find_layer, gradients, occlusion
 from biopsy.judging.methods.gradients import COMPLETE_WITHIN, integrate_gradients

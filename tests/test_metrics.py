@@ -10,7 +10,7 @@ from scipy import optimize, special
 from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 
-from biopsy.errors import MetricError
+from biopsy.core.errors import MetricError
 from biopsy.statistics.calibration import clipped_logit, ece_floor, fit_recalibration, reliability_bins
 from biopsy.statistics.metrics import METRICS, measure
 from biopsy.statistics.tallies import rank

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import biopsy
 from biopsy.cli import app
-from biopsy.errors import RunError
+from biopsy.core.errors import RunError
 from biopsy.judging import mistakes as module
 from biopsy.judging.closeups import look_closer
 from biopsy.judging.likeness import find_alike

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from biopsy.errors import DataError
+from biopsy.core.errors import DataError
 from biopsy.imaging.mosaic import stitch, stitch_values
 
 

@@ -5,7 +5,7 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from biopsy.errors import RecipeError
+from biopsy.core.errors import RecipeError
 from biopsy.learning.networks import (
     build_network,
     count_parameters,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from biopsy.errors import RecipeError
+from biopsy.core.errors import RecipeError
 from biopsy.learning.optimisers import (
     OPTIMISERS,
     count_plateaus,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from biopsy.errors import DataError
+from biopsy.core.errors import DataError
 from biopsy.figures.overlays import ALPHA, COLOURS, Overlay, draw_overlays, scale_maps, superimpose
 from biopsy.figures.style import svg
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from biopsy.core.errors import ArchiveError, DataError, PackError
 from biopsy.data import blocks, packing
 from biopsy.data.datasets import layouts
 from biopsy.data.packing import prepare
 from biopsy.data.packs import Pack, pad
-from biopsy.errors import ArchiveError, DataError, PackError
 
 
 def add(path, name, data):

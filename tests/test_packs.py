@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from biopsy.core.errors import PackError
 from biopsy.data.packs import Pack, is_pack
-from biopsy.errors import PackError
 
 
 def test_opens_what_was_written(make_pack, make_patches):

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from biopsy.errors import MetricError
+from biopsy.core.errors import MetricError
 from biopsy.statistics.intervals import estimate_patch_metrics
 from biopsy.statistics.paired import estimate_differences
 from biopsy.statistics.planning import influence_groups, plan_patients, reach_power

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from biopsy.core.errors import ArchiveError, DataError, RunError
 from biopsy.data.predictions import read_predictions
 from biopsy.data.submissions import give_ids
-from biopsy.errors import ArchiveError, DataError, RunError
 from biopsy.learning.classifiers import Classifier
 from biopsy.studies.prediction import predict
 from conftest import encode_png

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from biopsy.core.errors import DataError
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import (
     class_columns,
@@ -18,7 +19,6 @@ from biopsy.data.predictions import (
     tabulate_predictions,
     write_predictions,
 )
-from biopsy.errors import DataError
 
 MakePack = Callable[..., Pack]
 ABOUT = {"split": "patients", "threshold": {"value": np.float64(0.1), "rule": "youden"}, "pack_sha256": "ab"}

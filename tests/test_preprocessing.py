@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from biopsy.errors import DataError, RecipeError
+from biopsy.core.errors import DataError, RecipeError
 from biopsy.learning.preprocessing import Preprocessing, to_unit
 
 RNG = np.random.default_rng(0)

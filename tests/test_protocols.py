@@ -8,12 +8,12 @@ import pytest
 import typer
 
 from biopsy.cli import app
+from biopsy.core.errors import SplitError
 from biopsy.data.cases import read_cases
 from biopsy.data.packs import Pack
 from biopsy.data.protocols import PROTOCOLS, Request
 from biopsy.data.published import follow_recipe
 from biopsy.data.splits import find_split, load_split, make_split, save_split
-from biopsy.errors import SplitError
 
 MakePack = Callable[..., Pack]
 BARUAH = {

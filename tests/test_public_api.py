@@ -88,7 +88,7 @@ def test_an_unknown_name_is_refused():
 
 
 def test_errors_can_be_caught_by_their_public_names():
-    from biopsy import errors
+    from biopsy.core import errors
 
     members = inspect.getmembers(errors, inspect.isclass)
     tree = {name for name, item in members if item.__module__ == errors.__name__}

@@ -9,7 +9,7 @@ import openslide
 import pytest
 import tifffile
 
-from biopsy.errors import SlideError
+from biopsy.core.errors import SlideError
 from biopsy.imaging.pyramids import write_pyramid
 from conftest import draw_slide
 

@@ -10,7 +10,7 @@ import tifffile
 from PIL import Image
 
 import biopsy.imaging.backends as backends
-from biopsy.errors import SlideError
+from biopsy.core.errors import SlideError
 from biopsy.imaging.backends import OpenSlideBackend
 from biopsy.imaging.decode import IMAGE_SUFFIXES
 from biopsy.imaging.reader import open_slide

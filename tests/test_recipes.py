@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import biopsy.learning.recipes as recipes
-from biopsy.errors import RecipeError
+from biopsy.core.errors import RecipeError
 from biopsy.learning.networks import count_parameters
 from biopsy.learning.recipes import DEFINING_TABLES, Recipe, list_recipes, load_recipe, recipe_toml
 from biopsy.learning.recipes.schema import Augmentation

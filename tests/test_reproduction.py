@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from biopsy.core.errors import MetricError, RecipeError, RunError, SplitError
 from biopsy.data.splits import make_split, save_split
-from biopsy.errors import MetricError, RecipeError, RunError, SplitError
 from biopsy.figures.reproductions import draw_reproduction
 from biopsy.learning.recipes import load_recipe
 from biopsy.studies import reproduction

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from biopsy.errors import RunError
+from biopsy.core.errors import RunError
 from biopsy.learning.runs import Run
 from biopsy.learning.training import train
 from conftest import write_pack

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 import biopsy
 from biopsy.cli import app
+from biopsy.core.errors import MetricError, RunError
+from biopsy.core.files import write_json
 from biopsy.data.predictions import make_predictions, write_predictions
-from biopsy.errors import MetricError, RunError
-from biopsy.files import write_json
 from biopsy.judging.comparison import compare_rivals
 from biopsy.learning.runs import Run
 from biopsy.sharing.differences import say_verdict

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from biopsy.errors import RunError
+from biopsy.core.errors import RunError
 from biopsy.learning.recipes import load_recipe
 from biopsy.learning.runs import Run, describe_environment, name_run, remove_partial
 from biopsy.learning.training import train

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from biopsy.errors import RunError
+from biopsy.core.errors import RunError
 from biopsy.learning import compiling
 from biopsy.learning.classifiers import Classifier
 from biopsy.learning.compiling import write_compiled

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.utils.class_weight import compute_class_weight
 
-from biopsy.errors import DataError
+from biopsy.core.errors import DataError
 from biopsy.learning.sampling import cut_passes, order_epoch, take_fraction, weigh_classes
 
 METHODS = ("none", "undersample", "oversample")

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from biopsy import errors, files
-from biopsy.errors import BiopsyError, DataError, MissingExtra, suggest
-from biopsy.files import (
+from biopsy.core import errors, files
+from biopsy.core.errors import BiopsyError, DataError, MissingExtra, suggest
+from biopsy.core.files import (
     read_json,
     replace_atomic,
     replace_directory,
@@ -22,7 +22,7 @@ from biopsy.files import (
     write_atomic,
     write_json,
 )
-from biopsy.seeds import derive, make_rng
+from biopsy.core.seeds import derive, make_rng
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -2,9 +2,9 @@
 
 import pytest
 
+from biopsy.core.errors import DataError
 from biopsy.data.archives import open_archive
 from biopsy.data.datasets import annotated_slides
-from biopsy.errors import DataError
 from biopsy.imaging.backends import SLIDE_SUFFIXES
 from biopsy.slides.sources import list_sources
 from conftest import draw_slide

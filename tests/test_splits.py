@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from biopsy.core.errors import DataError, SplitError
+from biopsy.core.files import read_json, write_json
 from biopsy.data.packs import Pack
 from biopsy.data.protocols import divide_groups
 from biopsy.data.splits import (
@@ -18,8 +20,6 @@ from biopsy.data.splits import (
     read_split,
     save_split,
 )
-from biopsy.errors import DataError, SplitError
-from biopsy.files import read_json, write_json
 
 MakePack = Callable[..., Pack]
 SHARES = (0.7, 0.15, 0.15)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from biopsy.errors import RecipeError
+from biopsy.core.errors import RecipeError
 from biopsy.learning.networks import build_network, count_parameters, list_networks
 from biopsy.learning.networks.stages import freeze, list_stages, split_frozen
 

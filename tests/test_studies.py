@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from biopsy.core.errors import RunError
 from biopsy.data.packs import Pack
 from biopsy.data.splits import make_split, save_split
-from biopsy.errors import RunError
 from biopsy.learning.recipes import load_recipe
 from biopsy.studies.folds import study
 from biopsy.studies.records import Study

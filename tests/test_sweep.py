@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from biopsy.errors import MetricError, RecipeError, RunError
+from biopsy.core.errors import MetricError, RecipeError, RunError
 from biopsy.figures.sweeps import draw_sweep
 from biopsy.learning.recipes import load_recipe
 from biopsy.studies.grids import combine, read_grid, spell

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_curve
 
-from biopsy.errors import MetricError
+from biopsy.core.errors import MetricError
 from biopsy.statistics.thresholds import choose_threshold
 
 # falling: .9 pos, .8 neg, .7 pos, .6 pos, .4 neg, .3 pos, .2 neg, .1 neg

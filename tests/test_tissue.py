@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
+from biopsy.core.errors import SlideError
 from biopsy.data.phantom.slides import make_slide as draw_phantom
-from biopsy.errors import SlideError
 from biopsy.imaging.reader import open_slide
 from biopsy.imaging.tissue import find_tissue
 

@@ -10,9 +10,9 @@ import torch
 import biopsy.learning.checkpoints as checkpoints
 import biopsy.learning.fitting as fitting
 import biopsy.learning.training as training
+from biopsy.core.errors import DataError, RecipeError, RunError, SplitError, TrainingDiverged
+from biopsy.core.files import read_json
 from biopsy.data.splits import make_split, save_split
-from biopsy.errors import DataError, RecipeError, RunError, SplitError, TrainingDiverged
-from biopsy.files import read_json
 from biopsy.learning.runs import Run
 from biopsy.learning.training import train
 from conftest import write_pack

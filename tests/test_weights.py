@@ -14,8 +14,8 @@ import torchvision
 from safetensors.torch import save_file
 from torchvision.models.vgg import cfgs, make_layers
 
-from biopsy.errors import DataError, RecipeError
-from biopsy.files import sha256_file
+from biopsy.core.errors import DataError, RecipeError
+from biopsy.core.files import sha256_file
 from biopsy.learning import weights as weights_module
 from biopsy.learning.known_weights import KERAS_WEIGHTS, find_weights, list_weights
 from biopsy.learning.networks import build_network

@@ -11,8 +11,8 @@ from torchvision import transforms
 from typer.testing import CliRunner
 
 from biopsy.cli import app
-from biopsy.errors import RunError
-from biopsy.files import sha256_file
+from biopsy.core.errors import RunError
+from biopsy.core.files import sha256_file
 from biopsy.learning.foreign.wsinfer import load_script, open_wsinfer
 from biopsy.learning.opening import open_classifier
 from biopsy.sharing.bundles import export

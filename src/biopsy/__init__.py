@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from biopsy.errors import (
+from biopsy.core.errors import (
     ArchiveError,
     BiopsyError,
     DataError,

@@ -22,7 +22,7 @@ from biopsy.cli import (
     upkeep,
 )
 from biopsy.cli.console import fail, interrupted, show_log
-from biopsy.errors import BiopsyError
+from biopsy.core.errors import BiopsyError
 
 
 class Verbs(TyperGroup):

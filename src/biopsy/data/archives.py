@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from biopsy.errors import ArchiveError, DataError
+from biopsy.core.errors import ArchiveError, DataError
 from biopsy.imaging.decode import IMAGE_SUFFIXES
 
 MAX_ENTRY_BYTES = 2**29

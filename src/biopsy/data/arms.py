@@ -9,10 +9,10 @@ from hashlib import sha256
 
 import numpy as np
 
+from biopsy.core.errors import SplitError
+from biopsy.core.seeds import make_rng
 from biopsy.data.packs import Pack
 from biopsy.data.splits import Split, make_split, with_sides
-from biopsy.errors import SplitError
-from biopsy.seeds import make_rng
 
 
 def make_leak_splits(pack: Pack, test_id: str, val_id: str, seed: int = 0) -> tuple[Split, Split]:

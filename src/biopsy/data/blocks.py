@@ -12,9 +12,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from biopsy.core.errors import DataError
 from biopsy.data.datasets.layouts import Listing, Skipped, refuse_empty
 from biopsy.data.packs import pad, patch_sha256
-from biopsy.errors import DataError
 
 _BLOCK_BYTES = 2**20  # pixels that one worker decodes at a time
 _SAMPLE_ROWS = 256

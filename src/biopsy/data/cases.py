@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from biopsy.core.errors import SplitError
 from biopsy.data.leakage import SIDES
-from biopsy.errors import SplitError
 
 Cases = Path | str | Sequence[Path | str]
 

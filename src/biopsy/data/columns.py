@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
+from biopsy.core.errors import DataError
+from biopsy.core.files import sha256_file
 from biopsy.data.packs import COLUMNS
-from biopsy.errors import DataError
-from biopsy.files import sha256_file
 from biopsy.imaging.decode import IMAGE_SUFFIXES
 
 _log = logging.getLogger(__name__)

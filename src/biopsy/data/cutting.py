@@ -25,7 +25,7 @@ import numpy as np
 import shapely
 from shapely.geometry.base import BaseGeometry
 
-from biopsy.errors import DataError, SlideError, suggest
+from biopsy.core.errors import DataError, SlideError, suggest
 from biopsy.imaging.annotations import Annotations
 from biopsy.imaging.reader import Slide
 from biopsy.imaging.resolution import check_mpp

@@ -7,11 +7,11 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from biopsy.core.errors import DataError, SplitError
+from biopsy.core.files import replace_directory
 from biopsy.data.archives import Archive, Entry, open_archive
 from biopsy.data.packs import Pack
 from biopsy.data.splits import Split
-from biopsy.errors import DataError, SplitError
-from biopsy.files import replace_directory
 from biopsy.imaging.decode import IMAGE_SUFFIXES
 
 __all__ = ["FOLDER_BY_SIDE", "check_exportable", "count_tree", "export_tree"]

@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
+from biopsy.core.errors import DataError, suggest
 from biopsy.data.columns import check_keys, describe_file, read_csv
-from biopsy.errors import DataError, suggest
 
 
 def relabel(

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from biopsy.errors import SplitError
+from biopsy.core.errors import SplitError
 
 SIDES = ("train", "val", "test")
 

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from biopsy.core.errors import DataError, PackError
+from biopsy.core.files import replace_directory, sha256_file
 from biopsy.data.archives import Archive, open_archive
 from biopsy.data.blocks import Progress, Written, write_pixels
 from biopsy.data.columns import add_people, join_columns
@@ -26,8 +28,6 @@ from biopsy.data.datasets import annotated_slides, find_layout
 from biopsy.data.datasets.layouts import Layout, Listing, refuse_empty
 from biopsy.data.labels import fold_classes, relabel
 from biopsy.data.packs import COLUMNS, PIXELS, Pack, finish_pack, is_pack
-from biopsy.errors import DataError, PackError
-from biopsy.files import replace_directory, sha256_file
 
 _log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from biopsy.errors import DataError, PackError
-from biopsy.files import read_json
+from biopsy.core.errors import DataError, PackError
+from biopsy.core.files import read_json
 
 FORMAT: Final = "biopsy-pack/1"
 PIXELS, TABLE, DOCUMENT = "patches.npy", "patches.parquet", "pack.json"

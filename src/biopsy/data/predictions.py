@@ -18,9 +18,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from biopsy.core.errors import DataError
+from biopsy.core.files import replace_atomic
 from biopsy.data.packs import Pack
-from biopsy.errors import DataError
-from biopsy.files import replace_atomic
 
 FORMAT = "biopsy-predictions/1"
 IDENTITY = ("patch_id", "patient_id", "slide_id", "x", "y")

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from biopsy.core.errors import SplitError, suggest
+from biopsy.core.seeds import make_rng
 from biopsy.data.cases import Cases, read_cases
 from biopsy.data.leakage import SIDES
 from biopsy.data.packs import Pack, Unit
 from biopsy.data.published import cut_rows, follow_recipe
-from biopsy.errors import SplitError, suggest
-from biopsy.seeds import make_rng
 
 ALWAYS_TRAIN = -1
 

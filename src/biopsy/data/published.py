@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from biopsy.errors import SplitError, suggest
-from biopsy.seeds import make_rng
+from biopsy.core.errors import SplitError, suggest
+from biopsy.core.seeds import make_rng
 
 if TYPE_CHECKING:
     from biopsy.data.protocols import Plan, Request

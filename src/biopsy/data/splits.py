@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from biopsy.core.errors import SplitError, suggest
+from biopsy.core.files import read_json, write_atomic, write_json
 from biopsy.data.cases import Cases
 from biopsy.data.leakage import SIDES, check_no_leakage, find_overlap, leave_out_siblings
 from biopsy.data.packs import Pack, Unit
 from biopsy.data.protocols import MAY_OVERLAP, PROTOCOLS, PUBLISHED, Request
-from biopsy.errors import SplitError, suggest
-from biopsy.files import read_json, write_atomic, write_json
 
 __all__ = [
     "FORMAT",

@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from biopsy.errors import DataError
-from biopsy.files import replace_atomic
+from biopsy.core.errors import DataError
+from biopsy.core.files import replace_atomic
 from biopsy.imaging.decode import IMAGE_SUFFIXES
 
 FORMAT = "biopsy-submission/1"

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from biopsy.errors import MetricError
+from biopsy.core.errors import MetricError
 from biopsy.figures.style import BASELINE, INK, MUTED, NEGATIVE, POSITIVE, new_figure, styled
 from biopsy.statistics.abstention import trace_risk
 

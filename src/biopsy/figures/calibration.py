@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from biopsy.errors import MetricError
+from biopsy.core.errors import MetricError
 from biopsy.figures.style import BASELINE, MUTED, NEGATIVE, POSITIVE, new_figure, styled
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from biopsy.errors import MetricError
+from biopsy.core.errors import MetricError
 from biopsy.figures.style import CLASS_COLOURS, INK, WIDTH_IN, new_figure, shorten, styled
 
 # Those that live between bounds of like width, so that one axis serves them all.

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from biopsy.errors import MetricError
+from biopsy.core.errors import MetricError
 from biopsy.figures.style import BASELINE, CLASS_COLOURS, INK, WIDTH_IN, styled
 
 _LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from biopsy.errors import RecipeError
+from biopsy.core.errors import RecipeError
 from biopsy.figures.style import INK, MUTED, NEGATIVE, RULE, WASH, WIDTH_IN, shorten, styled
 
 Row = tuple[str, str, tuple[int, ...], int]

@@ -17,7 +17,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from biopsy.errors import DataError
+from biopsy.core.errors import DataError
 from biopsy.figures.style import INK, MUTED, WIDTH_IN, shorten, styled
 
 COLOURS, SIGNED_COLOURS = "inferno", "cividis"

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from biopsy.errors import MetricError
+from biopsy.core.errors import MetricError
 from biopsy.figures.style import (
     CLASS_COLOURS,
     INK,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from biopsy.errors import DataError
+from biopsy.core.errors import DataError
 from biopsy.figures.style import INK, WIDTH_IN, shorten, styled
 
 

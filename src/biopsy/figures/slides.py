@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from biopsy.errors import DataError
+from biopsy.core.errors import DataError
 from biopsy.figures.style import (
     CLASS_COLOURS,
     INK,

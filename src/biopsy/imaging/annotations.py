@@ -19,8 +19,8 @@ from shapely import MultiPolygon, Polygon
 from shapely.geometry import mapping, shape
 from shapely.validation import explain_validity
 
-from biopsy.errors import DataError
-from biopsy.files import write_atomic
+from biopsy.core.errors import DataError
+from biopsy.core.files import write_atomic
 
 _FLAT = ("Point", "MultiPoint", "LineString", "MultiLineString")
 _OTHER_OBJECTS = ("detection", "cell", "tile", "tma core", "tmacore", "root")

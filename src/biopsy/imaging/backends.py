@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import cv2
 import numpy as np
 
-from biopsy.errors import DataError, SlideError
+from biopsy.core.errors import DataError, SlideError
 from biopsy.imaging.decode import IMAGE_SUFFIXES, decode
 from biopsy.imaging.resolution import Recorded
 

@@ -24,7 +24,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from biopsy.errors import DataError
+from biopsy.core.errors import DataError
 
 MAX_PX = 2**26
 """Pixels of the largest image that is decoded: 8192 x 8192."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import cv2
 import numpy as np
 
-from biopsy.errors import DataError
+from biopsy.core.errors import DataError
 
 MAX_PIXELS = 100_000_000
 

@@ -17,8 +17,8 @@ import imagecodecs
 import numpy as np
 import tifffile
 
-from biopsy.errors import SlideError
-from biopsy.files import replace_atomic
+from biopsy.core.errors import SlideError
+from biopsy.core.files import replace_atomic
 
 Tile = np.ndarray | None
 """Pixels ``(h, w)`` or ``(h, w, 3)``; None where there is nothing but background."""

@@ -11,7 +11,7 @@ from types import TracebackType
 import cv2
 import numpy as np
 
-from biopsy.errors import SlideError
+from biopsy.core.errors import SlideError
 from biopsy.imaging.backends import Backend, ImageBackend, Level, OpenSlideBackend
 from biopsy.imaging.resolution import SAME_MPP, check_mpp, resolve_mpp
 from biopsy.imaging.tiles import TiffBackend

@@ -15,7 +15,7 @@ value that holds up, or it is refused with what to do:
 
 from typing import Literal, NamedTuple
 
-from biopsy.errors import SlideError
+from biopsy.core.errors import SlideError
 
 PLAUSIBLE_MPP = (0.05, 20.0)
 """A 100x objective with oversampling, and the coarsest overview that still shows glands."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import tifffile
 
-from biopsy.errors import SlideError
+from biopsy.core.errors import SlideError
 from biopsy.imaging.backends import CACHE_BYTES, OpenSlideBackend
 
 _PLAIN = (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR)

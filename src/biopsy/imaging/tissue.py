@@ -9,7 +9,7 @@ not move with brightness. Fat is white but for its cells' walls; gaps as wide as
 import cv2
 import numpy as np
 
-from biopsy.errors import SlideError
+from biopsy.core.errors import SlideError
 from biopsy.imaging.reader import Slide
 
 WORKING_MPP = 8.0

@@ -11,9 +11,9 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from biopsy.core.seeds import make_rng
 from biopsy.data.packs import Pack
 from biopsy.imaging.colour import FEATURE_NAMES, colour_features
-from biopsy.seeds import make_rng
 
 C = 1.0  # inverse strength of the L2 penalty on standardised features
 MAX_TRAIN_PATCHES = 50_000

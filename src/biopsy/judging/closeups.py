@@ -9,10 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from biopsy.core.files import replace_directory, write_atomic
 from biopsy.figures.overlays import scale_maps, superimpose
 from biopsy.figures.sheets import lay_out_sheet
 from biopsy.figures.style import png
-from biopsy.files import replace_directory, write_atomic
 from biopsy.judging.explanation import explain_patches
 from biopsy.judging.methods import find_method
 from biopsy.judging.mistakes import SHOWN_EACH, Mistakes, measure_mistakes

@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from biopsy.errors import DataError, RunError
-from biopsy.files import read_json, write_json
+from biopsy.core.errors import DataError, RunError
+from biopsy.core.files import read_json, write_json
+from biopsy.core.seeds import make_rng
 from biopsy.judging.colour import COLOURS, REMOVALS, share_saliency
 from biopsy.judging.explanation import explain_patches
 from biopsy.judging.properties import measure_properties
@@ -21,7 +22,6 @@ from biopsy.learning.engine import Engine
 from biopsy.learning.inference import predict_logits
 from biopsy.learning.networks import describe
 from biopsy.learning.runs import Run
-from biopsy.seeds import make_rng
 from biopsy.statistics.contrasts import contrast_groups, estimate_ratio
 from biopsy.statistics.intervals import Interval, describe_method, estimate_metric
 from biopsy.statistics.metrics import METRICS

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from biopsy.core.errors import RunError
+from biopsy.core.files import read_json, write_json
 from biopsy.data.ledger import count_openings, record_opening
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import make_predictions, write_predictions
 from biopsy.data.splits import find_split
-from biopsy.errors import RunError
-from biopsy.files import read_json, write_json
 from biopsy.judging.abstention import measure_abstention
 from biopsy.judging.baseline import colour_baseline
 from biopsy.judging.calibration import measure_calibration

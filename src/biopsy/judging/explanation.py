@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from biopsy.errors import RecipeError, suggest
+from biopsy.core.errors import RecipeError, suggest
 from biopsy.judging.methods import Question, find_layer, find_method
 from biopsy.learning.classifiers import Classifier
 from biopsy.learning.engine import Engine

@@ -13,9 +13,10 @@ import cv2
 import numpy as np
 import pandas as pd
 
+from biopsy.core.errors import DataError, RecipeError, RunError
+from biopsy.core.files import read_json, write_json
+from biopsy.core.seeds import make_rng
 from biopsy.data.packs import Pack
-from biopsy.errors import DataError, RecipeError, RunError
-from biopsy.files import read_json, write_json
 from biopsy.judging.explanation import explain_patches
 from biopsy.judging.methods import METHODS, find_method
 from biopsy.judging.randomisation import randomise_cascading, rank_correlation, structural_similarity
@@ -26,7 +27,6 @@ from biopsy.learning.engine import Engine
 from biopsy.learning.inference import predict_logits
 from biopsy.learning.networks import describe
 from biopsy.learning.runs import Run
-from biopsy.seeds import make_rng
 from biopsy.statistics.intervals import describe_method
 
 FORMAT = "biopsy-faithfulness/1"

@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
-from biopsy.errors import RecipeError, RunError
+from biopsy.core.errors import RecipeError, RunError
 from biopsy.figures.overlays import scale_maps
 from biopsy.judging.examples import Explained, Illustration
 from biopsy.judging.explanation import Explanation, explain_patches

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from biopsy.core.seeds import make_rng
 from biopsy.data.packs import Pack
 from biopsy.judging.conjectures import count_asked
 from biopsy.learning.classifiers import Classifier
@@ -12,7 +13,6 @@ from biopsy.learning.engine import Engine
 from biopsy.learning.inference import predict_with_features
 from biopsy.learning.novelty import REFERENCE_PATCHES
 from biopsy.learning.runs import Run
-from biopsy.seeds import make_rng
 
 N_NEAREST = 3
 _TIMES = 2  # a network that can be asked again about n patches in some seconds is asked about twice as many

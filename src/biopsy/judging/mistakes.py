@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from biopsy.core.errors import DataError, RunError
+from biopsy.core.files import read_json, replace_atomic, write_json
 from biopsy.data.packs import Pack
-from biopsy.errors import DataError, RunError
-from biopsy.files import read_json, replace_atomic, write_json
 from biopsy.judging.conjectures import MOST_MEASURED, draw_rows
 from biopsy.judging.likeness import find_alike
 from biopsy.judging.neighbours import count_neighbours, find_zones, measure_zones

@@ -6,11 +6,11 @@ from itertools import chain, zip_longest
 import numpy as np
 import pandas as pd
 
+from biopsy.core.errors import RunError
+from biopsy.core.seeds import make_rng
 from biopsy.data.packs import Pack
-from biopsy.errors import RunError
 from biopsy.learning.classifiers import Classifier
 from biopsy.learning.runs import Run
-from biopsy.seeds import make_rng
 
 
 def find_named(run: Run, pack: Pack, sides: np.ndarray, patch: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from biopsy.errors import DataError
+from biopsy.core.errors import DataError
 
 
 def point_at(maps: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ import torch
 from scipy.stats import rankdata
 from torch import nn
 
-from biopsy.seeds import derive
+from biopsy.core.seeds import derive
 
 MOST_STEPS = 6
 _WINDOW_PX, _SPREAD_PX = 11, 1.5  # Wang et al. 2004, sec. III.B

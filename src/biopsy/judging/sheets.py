@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from biopsy.errors import DataError
+from biopsy.core.errors import DataError
+from biopsy.core.files import read_json, replace_directory, write_atomic, write_json
 from biopsy.figures.overlays import superimpose
 from biopsy.figures.sheets import lay_out_sheet
 from biopsy.figures.style import png
-from biopsy.files import read_json, replace_directory, write_atomic, write_json
 from biopsy.judging.examples import Explained, draw_sheet
 from biopsy.learning.classifiers import Classifier
 

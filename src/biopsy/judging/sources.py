@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from biopsy.core.errors import DataError
+from biopsy.core.seeds import make_rng
 from biopsy.data.archives import open_archive
 from biopsy.data.packs import Pack, is_pack, pad
-from biopsy.errors import DataError
 from biopsy.imaging.decode import IMAGE_SUFFIXES, decode, read_header
 from biopsy.learning.classifiers import Classifier
-from biopsy.seeds import make_rng
 
 MOST_LABELLED = 2_000  # patches of a pack among which examples are sought
 

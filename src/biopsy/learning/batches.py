@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from biopsy.core.seeds import derive
 from biopsy.learning.augmentation import Augmentation
 from biopsy.learning.preprocessing import Preprocessing, to_unit
-from biopsy.seeds import derive
 
 
 @dataclass(frozen=True)

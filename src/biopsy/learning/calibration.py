@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
+from biopsy.core.errors import RunError
+from biopsy.core.files import write_atomic
 from biopsy.data.predictions import IDENTITY, tabulate_predictions, write_predictions
-from biopsy.errors import RunError
-from biopsy.files import write_atomic
 from biopsy.learning.abstention import fit_abstention
 from biopsy.learning.classifiers import Classifier, score_classes
 from biopsy.learning.recipes import Recipe, load_recipe, recipe_toml

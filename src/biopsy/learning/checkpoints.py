@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from biopsy.errors import RunError
-from biopsy.files import write_atomic
+from biopsy.core.errors import RunError
+from biopsy.core.files import write_atomic
 
 FORMAT = "biopsy-checkpoint/1"
 LAST = "last.safetensors"

@@ -8,10 +8,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
+from biopsy.core.errors import DataError, RunError
+from biopsy.core.files import read_json, replace_directory, sha256_file, write_json
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import decide
-from biopsy.errors import DataError, RunError
-from biopsy.files import read_json, replace_directory, sha256_file, write_json
 from biopsy.learning.preprocessing import Preprocessing
 from biopsy.statistics.calibrators import Calibrator, calibrator_from_dict
 from biopsy.statistics.conformal import abstain, predict_sets

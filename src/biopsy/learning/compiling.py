@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from biopsy.files import sha256_file, write_json
+from biopsy.core.files import sha256_file, write_json
 from biopsy.learning.classifiers import Classifier
 from biopsy.learning.networks import Network
 from biopsy.learning.networks.layers import SeparableConv2d

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from biopsy.errors import RecipeError, suggest
+from biopsy.core.errors import RecipeError, suggest
 from biopsy.learning.hardware import keep_freed_memory
 
 logger = logging.getLogger(__name__)

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from biopsy.core.errors import DownloadError
 from biopsy.data.downloads import FetchResult, RemoteFile, Source, fetch_source
 from biopsy.data.downloads import fetch as fetch_data
 from biopsy.data.downloads.transfer import OnProgress
-from biopsy.errors import DownloadError
 from biopsy.learning.known_weights import Weights, find_weights
 from biopsy.learning.weights import require_digest, require_licence
 

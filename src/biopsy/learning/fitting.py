@@ -13,8 +13,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from biopsy.core.errors import TrainingDiverged
+from biopsy.core.seeds import derive
 from biopsy.data.packs import Pack
-from biopsy.errors import TrainingDiverged
 from biopsy.learning.augmentation import Augmentation
 from biopsy.learning.batches import Batches
 from biopsy.learning.checkpoints import Progress, load_checkpoint, save_checkpoint
@@ -26,7 +27,6 @@ from biopsy.learning.optimisers import learning_rate, make_optimiser, set_learni
 from biopsy.learning.preprocessing import Preprocessing
 from biopsy.learning.recipes import Recipe
 from biopsy.learning.sampling import cut_passes, order_epoch, weigh_classes
-from biopsy.seeds import derive
 
 logger = logging.getLogger(__name__)
 

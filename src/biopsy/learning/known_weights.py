@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from biopsy.errors import RecipeError, suggest
+from biopsy.core.errors import RecipeError, suggest
 from biopsy.learning.networks.libraries import split_name
 from biopsy.learning.weight_files import SUFFIXES
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from biopsy.core.seeds import make_rng
 from biopsy.imaging.colour import colour_features
 from biopsy.learning.classifiers import Classifier
-from biopsy.seeds import make_rng
 
 if TYPE_CHECKING:
     from biopsy.learning.engine import Engine

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from biopsy.errors import RunError
+from biopsy.core.errors import RunError
 from biopsy.learning.classifiers import DOCUMENT, Classifier
 from biopsy.learning.runs import Run
 

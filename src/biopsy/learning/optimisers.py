@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-from biopsy.errors import RecipeError, suggest
+from biopsy.core.errors import RecipeError, suggest
 
 KERAS_EPSILON = 1e-7
 SCHEDULES = ("constant", "inverse-time", "cosine", "plateau")

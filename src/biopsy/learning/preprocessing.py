@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import cv2
 import numpy as np
 
-from biopsy.errors import DataError, RecipeError, suggest
+from biopsy.core.errors import DataError, RecipeError, suggest
 
 if TYPE_CHECKING:
     import torch

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from biopsy.core.errors import DataError, RunError
+from biopsy.core.files import read_json, replace_directory, write_atomic, write_json
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import read_predictions
-from biopsy.errors import DataError, RunError
-from biopsy.files import read_json, replace_directory, write_atomic, write_json
 from biopsy.learning.classifiers import Classifier
 from biopsy.learning.recipes import DEFINING_TABLES, Recipe, load_recipe, recipe_toml
 from biopsy.learning.recipes.schema import Decision

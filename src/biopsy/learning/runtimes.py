@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import numpy as np
 
-from biopsy.errors import RunError
-from biopsy.files import read_json, sha256_file
+from biopsy.core.errors import RunError
+from biopsy.core.files import read_json, sha256_file
 from biopsy.learning.classifiers import Classifier
 from biopsy.learning.hardware import keep_freed_memory
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from biopsy.errors import DataError
-from biopsy.seeds import make_rng
+from biopsy.core.errors import DataError
+from biopsy.core.seeds import make_rng
 
 
 def take_fraction(index: np.ndarray, target: np.ndarray, fraction: float, seed: int) -> np.ndarray:

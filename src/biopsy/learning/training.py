@@ -13,12 +13,12 @@ import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 
+from biopsy.core.errors import MissingExtra, RunError, SplitError, TrainingDiverged
+from biopsy.core.files import replace_atomic
 from biopsy.data.packing import prepare
 from biopsy.data.packs import Pack, is_pack
 from biopsy.data.splits import SIDES, Split, find_split, list_splits, make_split
-from biopsy.errors import MissingExtra, RunError, SplitError, TrainingDiverged
 from biopsy.figures.curves import draw_training
-from biopsy.files import replace_atomic
 from biopsy.learning.checkpoints import LAST
 from biopsy.learning.completion import complete, fit_preprocessing
 from biopsy.learning.engine import Engine

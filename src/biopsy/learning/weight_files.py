@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from biopsy.errors import DataError
+from biopsy.core.errors import DataError
 from biopsy.learning.networks.libraries import LibraryNetwork, split_name, timm_size
 from biopsy.learning.networks.stages import StagedNetwork
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from biopsy.errors import DataError, RecipeError
-from biopsy.files import sha256_file
+from biopsy.core.errors import DataError, RecipeError
+from biopsy.core.files import sha256_file
 from biopsy.learning.known_weights import KERAS_WEIGHTS, NOT_STATED, Weights, find_weights
 from biopsy.learning.networks import build_network, count_parameters
 from biopsy.learning.networks.stages import freeze

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from biopsy.core.errors import DataError, MissingExtra, RunError
+from biopsy.core.files import read_json, replace_directory, sha256_file, write_json
 from biopsy.data.packs import Pack
-from biopsy.errors import DataError, MissingExtra, RunError
-from biopsy.files import read_json, replace_directory, sha256_file, write_json
 from biopsy.learning.classifiers import WEIGHTS, Classifier
 from biopsy.learning.compiling import write_compiled
 from biopsy.learning.engine import Engine

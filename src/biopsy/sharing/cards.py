@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from biopsy.errors import RunError
+from biopsy.core.errors import RunError
 from biopsy.learning.classifiers import Classifier
 from biopsy.learning.runs import Run
 from biopsy.sharing.document import METRIC_LABELS, interval_of, number

@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 
+from biopsy.core.errors import PackError
+from biopsy.core.files import write_atomic, write_json
+from biopsy.core.seeds import make_rng
 from biopsy.data.audit import audit_pack, find_spoilers
 from biopsy.data.packs import Pack
 from biopsy.data.splits import SIDES, Split, find_split
-from biopsy.errors import PackError
 from biopsy.figures.patients import draw_balance
 from biopsy.figures.sheets import draw_class_sheet
 from biopsy.figures.sides import draw_sides
 from biopsy.figures.slides import draw_slide
 from biopsy.figures.style import png, svg
-from biopsy.files import write_atomic, write_json
 from biopsy.imaging.mosaic import stitch, stitch_values
-from biopsy.seeds import make_rng
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from biopsy.errors import DataError, SlideError
-from biopsy.files import replace_atomic, replace_directory
+from biopsy.core.errors import DataError, SlideError
+from biopsy.core.files import replace_atomic, replace_directory
 from biopsy.learning.classifiers import Classifier
 from biopsy.learning.hardware import Precision
 from biopsy.learning.runs import Run

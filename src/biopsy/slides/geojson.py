@@ -15,8 +15,8 @@ import shapely
 from matplotlib.colors import to_rgb
 from shapely import Polygon
 
+from biopsy.core.files import replace_atomic
 from biopsy.figures.style import BASELINE, CLASS_COLOURS
-from biopsy.files import replace_atomic
 from biopsy.slides.maps import SlideMap
 from biopsy.slides.regions import ABSTAINED, Region
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from biopsy.errors import SlideError
+from biopsy.core.errors import SlideError
 from biopsy.imaging.shares import share_of_mask
 from biopsy.imaging.tissue import MIN_TISSUE_FRAC
 

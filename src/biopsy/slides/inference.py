@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from biopsy.errors import SlideError
+from biopsy.core.errors import SlideError
 from biopsy.imaging.reader import Slide, open_slide
 from biopsy.imaging.tissue import find_tissue_of
 from biopsy.learning.classifiers import Classifier

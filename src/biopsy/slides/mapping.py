@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from biopsy.errors import DataError, SlideError
+from biopsy.core.errors import DataError, SlideError
 from biopsy.learning.classifiers import Classifier
 from biopsy.learning.hardware import Precision, pick_device, pick_precision
 from biopsy.learning.opening import open_classifier

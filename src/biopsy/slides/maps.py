@@ -10,8 +10,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from biopsy.errors import DataError, SlideError
-from biopsy.files import replace_atomic
+from biopsy.core.errors import DataError, SlideError
+from biopsy.core.files import replace_atomic
 from biopsy.slides.grids import PatchGrid
 
 FORMAT: Final = "biopsy-map/1"

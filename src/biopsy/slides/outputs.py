@@ -8,8 +8,8 @@ from typing import Any, Final
 import cv2
 import numpy as np
 
-from biopsy.errors import DataError
-from biopsy.files import read_json, write_atomic, write_json
+from biopsy.core.errors import DataError
+from biopsy.core.files import read_json, write_atomic, write_json
 from biopsy.imaging.pyramids import write_pyramid
 from biopsy.slides.maps import SlideMap
 from biopsy.slides.regions import find_regions

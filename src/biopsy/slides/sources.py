@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from biopsy.core.errors import DataError
 from biopsy.data.packs import Pack, is_pack
-from biopsy.errors import DataError
 from biopsy.imaging.backends import SLIDE_SUFFIXES, list_slide_files
 from biopsy.slides.stitching import list_slides
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from biopsy.core.errors import SlideError
 from biopsy.data.packs import Pack
-from biopsy.errors import SlideError
 from biopsy.imaging.mosaic import stitch
 from biopsy.imaging.tissue import THUMBNAIL_PX
 from biopsy.learning.classifiers import Classifier

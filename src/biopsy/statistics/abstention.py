@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from biopsy.errors import MetricError
+from biopsy.core.errors import MetricError
 from biopsy.statistics.intervals import FEWEST_GROUPS, Interval, bound_interval, check_level, estimate_from
 from biopsy.statistics.replicates import BOOTSTRAP_FROM, DRAWS, Method, reweightings
 

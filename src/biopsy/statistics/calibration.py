@@ -10,7 +10,7 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike, NDArray
 
-from biopsy.seeds import make_rng
+from biopsy.core.seeds import make_rng
 
 Floats = NDArray[np.float64]
 

@@ -13,7 +13,7 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike, NDArray
 
-from biopsy.errors import MetricError, suggest
+from biopsy.core.errors import MetricError, suggest
 from biopsy.statistics.calibration import fit_recalibration
 
 Floats = NDArray[np.float64]

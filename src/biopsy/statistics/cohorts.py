@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.special import expit, logit
 from scipy.stats import norm
 
-from biopsy.seeds import make_rng
+from biopsy.core.seeds import make_rng
 
 SHIFT_SD = 0.6  # of patients, beside patches of sd 1
 GAP_SD = 0.5

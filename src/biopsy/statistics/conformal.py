@@ -33,7 +33,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from biopsy.errors import MetricError
+from biopsy.core.errors import MetricError
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]

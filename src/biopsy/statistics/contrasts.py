@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
-from biopsy.errors import MetricError
+from biopsy.core.errors import MetricError
 from biopsy.statistics.intervals import Interval, PatientSummary, estimate_from, summarise_groups
 from biopsy.statistics.metrics import METRICS, UNBOUNDED, measure
 from biopsy.statistics.replicates import BOOTSTRAP_FROM, DRAWS, Method, replicate, reweightings

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from scipy.special import expit, logit
 
-from biopsy.errors import MetricError
+from biopsy.core.errors import MetricError
 from biopsy.statistics.metrics import METRICS, Metric, measure
 from biopsy.statistics.replicates import (
     BOOTSTRAP_FROM,

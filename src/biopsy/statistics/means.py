@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from biopsy.errors import MetricError
+from biopsy.core.errors import MetricError
 from biopsy.statistics.intervals import Interval, estimate_from
 from biopsy.statistics.metrics import UNBOUNDED
 from biopsy.statistics.replicates import BOOTSTRAP_FROM, DRAWS, reweightings

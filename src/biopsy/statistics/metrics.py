@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from biopsy.errors import MetricError, suggest
+from biopsy.core.errors import MetricError, suggest
 from biopsy.statistics.calibration import calibration_error, fit_intercept, fit_recalibration
 from biopsy.statistics.tallies import NEEDS, Tally
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from biopsy.errors import MetricError
+from biopsy.core.errors import MetricError
 from biopsy.statistics.intervals import Interval, carried_by, check_level, estimate_from
 from biopsy.statistics.metrics import METRICS, UNBOUNDED
 from biopsy.statistics.replicates import DRAWS, Replicates, average, replicate, standard_error

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from biopsy.errors import MetricError, suggest
+from biopsy.core.errors import MetricError, suggest
 from biopsy.statistics.intervals import FEWEST_GROUPS, carried_by, check_level
 from biopsy.statistics.metrics import METRICS
 from biopsy.statistics.tallies import Floats, Ranked

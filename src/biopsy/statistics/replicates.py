@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from biopsy.seeds import make_rng
+from biopsy.core.seeds import make_rng
 from biopsy.statistics.metrics import METRICS, measure
 from biopsy.statistics.tallies import Floats, Ranked
 

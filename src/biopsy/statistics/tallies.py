@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from biopsy.errors import MetricError
+from biopsy.core.errors import MetricError
 from biopsy.statistics.calibration import IDENTITY, clipped_logit, fit_intercept, fit_recalibration
 
 Floats = NDArray[np.float64]

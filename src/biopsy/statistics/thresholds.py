@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from biopsy.errors import MetricError, suggest
+from biopsy.core.errors import MetricError, suggest
 from biopsy.statistics.tallies import Floats, rank
 
 RULES = ("youden", "sensitivity=0.95", "specificity=0.90", "cost=5", "argmax")

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
+from biopsy.core.errors import RunError, SplitError
+from biopsy.core.seeds import make_rng
 from biopsy.data.arms import make_leak_splits, matched
 from biopsy.data.packs import Pack
 from biopsy.data.protocols import divide_groups
 from biopsy.data.splits import Split, find_split, make_split, with_sides
-from biopsy.errors import RunError, SplitError
 from biopsy.learning.recipes import Recipe
-from biopsy.seeds import make_rng
 
 PUBLISHED, APART, LEAK_WITH, LEAK_APART = "published", "apart", "leak-with", "leak-apart"
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from biopsy.core.errors import DataError, RunError
+from biopsy.core.files import replace_directory, write_atomic
 from biopsy.data.columns import read_csv
 from biopsy.data.packs import Pack
-from biopsy.errors import DataError, RunError
 from biopsy.figures.style import CLASS_COLOURS, jpeg
-from biopsy.files import replace_directory, write_atomic
 from biopsy.judging.neighbours import count_neighbours, rank_doubts
 from biopsy.judging.places import SlideViews
 from biopsy.learning.runs import Run

@@ -4,9 +4,9 @@ import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from biopsy.core.errors import RunError
 from biopsy.data.packs import Pack
 from biopsy.data.splits import Split, find_split, list_splits, make_split, save_split
-from biopsy.errors import RunError
 from biopsy.learning.fitting import OnEpoch
 from biopsy.learning.recipes import Recipe, load_recipe
 from biopsy.learning.training import choose_split, open_data

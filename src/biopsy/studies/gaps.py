@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from biopsy.files import write_atomic, write_json
+from biopsy.core.files import write_atomic, write_json
 from biopsy.learning.runs import Run
 from biopsy.studies.comparison import APART, LEAK_APART, LEAK_WITH, PUBLISHED
 from biopsy.studies.records import Study

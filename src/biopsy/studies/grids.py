@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from biopsy.errors import RecipeError
+from biopsy.core.errors import RecipeError
 from biopsy.learning.recipes import Recipe, load_recipe
 
 _OPENING, _CLOSING, _QUOTES = "[{(", ")}]", "\"'"

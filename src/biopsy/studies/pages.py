@@ -4,8 +4,8 @@ from typing import Any
 
 import pandas as pd
 
-from biopsy.errors import RunError
-from biopsy.files import read_json
+from biopsy.core.errors import RunError
+from biopsy.core.files import read_json
 from biopsy.learning.recipes import load_recipe, recipe_toml
 from biopsy.sharing.document import ReportDocument
 from biopsy.sharing.facts import StudyFacts

@@ -12,11 +12,11 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from biopsy.core.errors import DataError
 from biopsy.data.archives import MAX_ENTRY_BYTES, open_archive
 from biopsy.data.packs import Pack, is_pack, pad
 from biopsy.data.predictions import IDENTITY, tabulate_predictions, write_predictions
 from biopsy.data.submissions import check_name, give_ids, write_submission
-from biopsy.errors import DataError
 from biopsy.imaging.decode import IMAGE_SUFFIXES, decode, read_header
 from biopsy.learning.classifiers import Classifier
 from biopsy.learning.engine import Engine

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from biopsy.core.errors import DataError
 from biopsy.data import packing
 from biopsy.data.blocks import Progress
 from biopsy.data.cutting import REGION, Cutting
@@ -11,7 +12,6 @@ from biopsy.data.export import check_exportable
 from biopsy.data.export import export_tree as write_tree
 from biopsy.data.packs import Pack, is_pack
 from biopsy.data.splits import Split, find_split, list_splits, make_split
-from biopsy.errors import DataError
 from biopsy.learning.recipes import load_recipe
 
 TREE_RECIPE = "cancernet-2020"

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from biopsy.core.errors import RunError, TrainingDiverged
+from biopsy.core.files import write_json
 from biopsy.data.packs import Pack
 from biopsy.data.splits import Split
-from biopsy.errors import RunError, TrainingDiverged
-from biopsy.files import write_json
 from biopsy.judging.evaluation import evaluate
 from biopsy.learning.fitting import OnEpoch
 from biopsy.learning.recipes import Recipe, recipe_toml

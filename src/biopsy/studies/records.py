@@ -5,9 +5,9 @@ from typing import Any
 
 import pandas as pd
 
+from biopsy.core.errors import DataError, RunError
+from biopsy.core.files import read_json, write_json
 from biopsy.data.predictions import read_predictions
-from biopsy.errors import DataError, RunError
-from biopsy.files import read_json, write_json
 from biopsy.learning.runs import Run
 
 FORMAT = "biopsy-study/1"

@@ -8,10 +8,10 @@ from typing import Any
 import cv2
 import numpy as np
 
+from biopsy.core.errors import DataError
+from biopsy.core.files import read_json, write_atomic
 from biopsy.data.audit import audit_pack
 from biopsy.data.packs import Pack
-from biopsy.errors import DataError
-from biopsy.files import read_json, write_atomic
 from biopsy.judging.closeups import look_closer
 from biopsy.judging.conjectures import measure_conjectures
 from biopsy.judging.examples import Explained

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from biopsy.core.errors import RecipeError, RunError
+from biopsy.core.files import write_atomic
 from biopsy.data.packs import Pack
-from biopsy.errors import RecipeError, RunError
 from biopsy.figures.reproductions import draw_reproduction
 from biopsy.figures.style import png
-from biopsy.files import write_atomic
 from biopsy.learning.fitting import OnEpoch
 from biopsy.learning.recipes import Recipe, list_recipes, load_recipe
 from biopsy.learning.training import open_data

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from biopsy.errors import MetricError, RunError, suggest
-from biopsy.files import write_atomic, write_json
+from biopsy.core.errors import MetricError, RunError, suggest
+from biopsy.core.files import write_atomic, write_json
 from biopsy.judging.comparison import Ground, Rival, compare_rivals, find_changed
 from biopsy.learning.runs import Run
 from biopsy.sharing.comparison import report_of_comparison

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from biopsy.core.errors import RunError
+from biopsy.core.files import write_atomic, write_json
 from biopsy.data.packs import Pack
-from biopsy.errors import RunError
 from biopsy.figures.style import png
 from biopsy.figures.sweeps import draw_sweep
-from biopsy.files import write_atomic, write_json
 from biopsy.learning.fitting import OnEpoch
 from biopsy.learning.recipes import Recipe, load_recipe
 from biopsy.learning.runs import Run

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from biopsy.core.files import write_atomic, write_json
 from biopsy.data.predictions import write_predictions
-from biopsy.files import write_atomic, write_json
 from biopsy.judging.evaluation import LEVEL
 from biopsy.learning.runs import Run
 from biopsy.statistics.intervals import describe_method, estimate_metric

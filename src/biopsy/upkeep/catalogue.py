@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Literal
 
-from biopsy.errors import BiopsyError, suggest
+from biopsy.core.errors import BiopsyError, suggest
 
 Kind = Literal["datasets", "models", "recipes"]
 Row = dict[str, object]

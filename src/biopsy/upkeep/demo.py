@@ -4,11 +4,11 @@ import logging
 import shutil
 from pathlib import Path
 
+from biopsy.core.errors import DataError
+from biopsy.core.files import write_json
 from biopsy.data.packing import prepare
 from biopsy.data.phantom.cohort import FIRST_PATIENT, write_archive
 from biopsy.data.phantom.whole_slides import make_phantom_slide
-from biopsy.errors import DataError
-from biopsy.files import write_json
 from biopsy.judging.evaluation import evaluate
 from biopsy.learning.fitting import OnEpoch
 from biopsy.learning.training import train

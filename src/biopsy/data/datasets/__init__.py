@@ -7,10 +7,10 @@ below, before ``folders``, which takes any tree of class folders; put a miniatur
 Annotated slides are no `Layout`, for they need to be told how to be cut: `biopsy.data.packing` asks for them.
 """
 
+from biopsy.core.errors import DataError, suggest
 from biopsy.data.archives import Archive
 from biopsy.data.datasets import annotated_slides, folders, hcd, idc, pcam
 from biopsy.data.datasets.layouts import Layout, Listing
-from biopsy.errors import DataError, suggest
 
 _MODULES = (idc, pcam, hcd, folders)
 LAYOUTS = {module.LAYOUT.name: module.LAYOUT for module in _MODULES}

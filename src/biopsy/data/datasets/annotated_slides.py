@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from biopsy.core.errors import DataError, SlideError
 from biopsy.data.archives import Archive, Entry, FolderArchive
 from biopsy.data.columns import read_csv
 from biopsy.data.cutting import Cutting, cut_slide, name_classes
 from biopsy.data.datasets.layouts import Listing, Skipped, find_positive
-from biopsy.errors import DataError, SlideError
 from biopsy.imaging.annotations import Annotations, read_annotations
 from biopsy.imaging.backends import SLIDE_SUFFIXES
 from biopsy.imaging.reader import open_slide

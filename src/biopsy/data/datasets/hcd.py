@@ -10,6 +10,7 @@ import re
 
 import pandas as pd
 
+from biopsy.core.errors import ArchiveError, DataError
 from biopsy.data.archives import Archive, Entry
 from biopsy.data.datasets.layouts import (
     SIDE_BY_FOLDER,
@@ -20,7 +21,6 @@ from biopsy.data.datasets.layouts import (
     drop_copies,
     is_image,
 )
-from biopsy.errors import ArchiveError, DataError
 
 CLASS_NAMES = ["normal", "tumour"]
 MPP = 0.972  # PCam's

@@ -7,8 +7,8 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 
+from biopsy.core.errors import DataError
 from biopsy.data.archives import Archive, Entry
-from biopsy.errors import DataError
 from biopsy.imaging.decode import IMAGE_SUFFIXES, decode, read_header
 
 SIDE_BY_FOLDER = {

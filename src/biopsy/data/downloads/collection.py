@@ -4,10 +4,10 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from biopsy.core.errors import DownloadError
 from biopsy.data.downloads.kaggle import download_from_kaggle, require_kagglehub
 from biopsy.data.downloads.sources import RemoteFile, Source, find_source
 from biopsy.data.downloads.transfer import OnProgress, Patience, check_disk, download, unpack
-from biopsy.errors import DownloadError
 
 logger = logging.getLogger(__name__)
 

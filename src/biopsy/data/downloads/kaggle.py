@@ -12,8 +12,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from biopsy.core.errors import DownloadError, MissingExtra
 from biopsy.data.downloads.sources import KaggleData
-from biopsy.errors import DownloadError, MissingExtra
 
 CACHE_VARIABLE = "KAGGLEHUB_CACHE"  # kagglehub's documented way to move its cache
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
-from biopsy.errors import DataError, suggest
+from biopsy.core.errors import DataError, suggest
 
 
 @dataclass(frozen=True)

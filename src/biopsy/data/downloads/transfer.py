@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Literal
 from urllib.error import HTTPError
 
+from biopsy.core.errors import DownloadError
+from biopsy.core.files import replace_atomic
 from biopsy.data.downloads.sources import RemoteFile
-from biopsy.errors import DownloadError
-from biopsy.files import replace_atomic
 
 logger = logging.getLogger(__name__)
 

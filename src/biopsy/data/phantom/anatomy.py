@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from biopsy.core.seeds import make_rng
 from biopsy.data.phantom.glands import Gland, grow_glands, grow_vessels
 from biopsy.data.phantom.habits import Habit, draw_habit
 from biopsy.data.phantom.noise import Floats
-from biopsy.seeds import make_rng
 
 CELL_UM = 20.0
 _FILLED = 0.6  # share of the canvas that is tissue

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from biopsy.core.files import replace_atomic, replace_directory
+from biopsy.core.seeds import make_rng
 from biopsy.data.phantom.slides import MPP, SlidePainter, plan_painter
-from biopsy.files import replace_atomic, replace_directory
-from biopsy.seeds import make_rng
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from biopsy.seeds import make_rng
+from biopsy.core.seeds import make_rng
 
 
 @dataclass(frozen=True)

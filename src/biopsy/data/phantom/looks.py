@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from biopsy.core.seeds import make_rng
 from biopsy.data.phantom.noise import Floats
-from biopsy.seeds import make_rng
 
 INKS = {  # optical density of the inks that mark a specimen's margin, per channel
     "teal": (1.3, 0.45, 0.5),

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from biopsy.core.seeds import make_rng
 from biopsy.data.phantom.anatomy import Anatomy
 from biopsy.data.phantom.noise import Field, Floats, Jitter
-from biopsy.seeds import make_rng
 
 
 class Weave:

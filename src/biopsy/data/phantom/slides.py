@@ -7,12 +7,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from biopsy.core.seeds import derive, make_rng
 from biopsy.data.phantom.anatomy import Anatomy, plan_slide
 from biopsy.data.phantom.looks import Look, draw_look, scan
 from biopsy.data.phantom.noise import Floats
 from biopsy.data.phantom.regions import Weave
 from biopsy.data.phantom.tissue import light_region, nest_region
-from biopsy.seeds import derive, make_rng
 
 MPP = 4.0  # IDC's patches: 40x scans (about .25 um/px) reduced 16 times
 _FINEST_DRAWN = 2.0  # nuclei need about 4 px; a coarser picture is drawn this fine and averaged

@@ -17,9 +17,9 @@ from shapely.affinity import affine_transform
 from shapely.geometry import MultiPolygon, Polygon, box, mapping
 from shapely.ops import unary_union
 
+from biopsy.core.errors import DataError
+from biopsy.core.files import write_json
 from biopsy.data.phantom.slides import SlidePainter, plan_painter
-from biopsy.errors import DataError
-from biopsy.files import write_json
 from biopsy.imaging.pyramids import Compression, write_pyramid
 
 TUMOUR = "Tumor"  # the names of QuPath's own classes

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from biopsy.errors import RecipeError, suggest
+from biopsy.core.errors import RecipeError, suggest
 
 
 @dataclass(frozen=True)

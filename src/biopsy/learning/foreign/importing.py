@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from biopsy.core.errors import RecipeError, RunError, suggest
+from biopsy.core.files import sha256_file
 from biopsy.data.datasets import hcd, idc
-from biopsy.errors import RecipeError, RunError, suggest
-from biopsy.files import sha256_file
 from biopsy.learning.classifiers import Classifier, ClassifierInfo
 from biopsy.learning.engine import outputs_of
 from biopsy.learning.foreign.keras import carry, compare_steps

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from biopsy.errors import DataError
+from biopsy.core.errors import DataError
 from biopsy.learning.foreign.keras_config import list_steps, name_normalisation
 from biopsy.learning.foreign.keras_files import KerasFile, Layer, read_keras
 from biopsy.learning.networks import build_network

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from biopsy.errors import DataError
+from biopsy.core.errors import DataError
 
 _CONTAINERS = ("Sequential", "Functional", "Model")
 _ROOTS = ("keras", "tensorflow", "tf_keras")

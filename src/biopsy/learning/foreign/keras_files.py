@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
+from biopsy.core.errors import DataError
 from biopsy.data.archives import ZipArchive
-from biopsy.errors import DataError
 from biopsy.learning.foreign.keras_config import ConfigLayer, find_input_px, list_config_layers
 
 MAX_CONFIG_BYTES = 2**24

@@ -13,9 +13,9 @@ import torch
 from pydantic import BaseModel, Field, PositiveInt, ValidationError
 from torch import Tensor, nn
 
+from biopsy.core.errors import RunError
+from biopsy.core.files import sha256_file
 from biopsy.data.datasets.layouts import find_positive
-from biopsy.errors import RunError
-from biopsy.files import sha256_file
 from biopsy.learning.classifiers import Classifier, ClassifierInfo
 from biopsy.learning.preprocessing import Preprocessing
 

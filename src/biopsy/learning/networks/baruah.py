@@ -5,7 +5,7 @@ Its post gives every class a sigmoid of its own; the logits are before it.
 
 from torch import nn
 
-from biopsy.errors import RecipeError
+from biopsy.core.errors import RecipeError
 from biopsy.learning.networks.layers import Dropout, FlattenChannelsLast, require_size
 from biopsy.learning.networks.registry import register_network
 from biopsy.learning.networks.stages import SequentialNetwork

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from biopsy.errors import RecipeError
+from biopsy.core.errors import RecipeError
 from biopsy.learning.networks.layers import Dropout, FlattenChannelsLast, require_size
 from biopsy.learning.networks.registry import register_network
 from biopsy.learning.networks.stages import SequentialNetwork

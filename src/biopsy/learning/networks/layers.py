@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from biopsy.errors import RecipeError
-from biopsy.seeds import derive
+from biopsy.core.errors import RecipeError
+from biopsy.core.seeds import derive
 
 # Keras's BatchNormalization(epsilon=1e-3, momentum=.99); PyTorch counts the momentum from the other end
 KERAS_EPS, KERAS_MOMENTUM = 1e-3, 0.01

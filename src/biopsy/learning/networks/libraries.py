@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biopsy.errors import RecipeError, suggest
+from biopsy.core.errors import RecipeError, suggest
 from biopsy.learning.networks.layers import size_of
 from biopsy.learning.networks.stages import StagedNetwork
 

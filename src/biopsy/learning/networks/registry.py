@@ -9,10 +9,10 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from biopsy.errors import RecipeError, suggest
+from biopsy.core.errors import RecipeError, suggest
+from biopsy.core.seeds import derive
 from biopsy.learning.networks import libraries
 from biopsy.learning.networks.layers import initialise
-from biopsy.seeds import derive
 
 
 class Network(Protocol):

@@ -12,7 +12,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from biopsy.errors import RecipeError
+from biopsy.core.errors import RecipeError
 
 
 class StagedNetwork(nn.Module):

@@ -13,7 +13,7 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
-from biopsy.errors import RecipeError, suggest
+from biopsy.core.errors import RecipeError, suggest
 from biopsy.learning.recipes.schema import DEFINING_TABLES, FORMAT, Recipe
 
 __all__ = ["DEFINING_TABLES", "Recipe", "list_recipes", "load_recipe", "recipe_toml"]

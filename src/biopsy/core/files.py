@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from biopsy.errors import DataError
+from biopsy.core.errors import DataError
 
 
 @contextlib.contextmanager

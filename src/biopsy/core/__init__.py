@@ -1,0 +1,1 @@
+"""What every other part rests on: errors, files written whole or not at all, seeds."""
