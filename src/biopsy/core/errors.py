@@ -4,6 +4,7 @@
 
     BiopsyError
     ├── DataError (ValueError)        patches, labels, tables, images
+    │   ├── FileFormatError           a file that is damaged, too large, or not of the format expected
     │   ├── ArchiveError              a zip or folder that cannot be read as it stands
     │   ├── PackError                 a pack that is cut short, altered, newer or read-only
     │   ├── SplitError                a split that cannot be made or would leak
@@ -21,6 +22,7 @@ are and exits with 1.
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class BiopsyError(Exception):
@@ -29,6 +31,22 @@ class BiopsyError(Exception):
 
 class DataError(BiopsyError, ValueError):
     """Patches, labels, tables or images are not what was asked for."""
+
+
+class FileFormatError(DataError):
+    """A file cannot be read as what it should be.
+
+    Attributes:
+        path: The file.
+        reason: A code for programs: ``missing``, ``unreadable``, ``not-regular``, ``too-large``,
+            ``too-deep``, ``encoding``, ``syntax``, ``duplicate``, ``value``, ``columns``, ``format`` or
+            ``altered``.
+    """
+
+    def __init__(self, path: Path | str, reason: str, message: str) -> None:
+        super().__init__(" ".join(f"{path} {message}".split()))
+        self.path = Path(path)
+        self.reason = reason
 
 
 class ArchiveError(DataError):
