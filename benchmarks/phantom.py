@@ -51,11 +51,11 @@ TEST_SLIDES = ("8863", "8865", "8867")
 SETTINGS = {
     # The recipe's own optimiser and augmentation. Only the number of epochs and the jitter differ: one real
     # scanner is further from the phantom's than two patients of one laboratory are from each other.
-    "cancernet": ["augmentation.he_jitter=0.15", "augmentation.quarter_turns=true"],
+    "cancernet": ["augmentation.hed_jitter=0.15", "augmentation.quarter_turns=true"],
     "residual": [
         "model.name=residual",
         "preprocessing.input_px=50",
-        "augmentation.he_jitter=0.1",
+        "augmentation.hed_jitter=0.1",
         "augmentation.quarter_turns=true",
         "augmentation.rotation_deg=0.0",
         "augmentation.shift=0.0",

@@ -37,7 +37,7 @@ def test_everything_off_is_the_identity_bit_for_bit():
     assert torch.equal(Augmentation().augment(batch, generator()), batch)
 
 
-@pytest.mark.parametrize("settings", [POST, Augmentation(quarter_turns=True), Augmentation(he_jitter=0.2)])
+@pytest.mark.parametrize("settings", [POST, Augmentation(quarter_turns=True), Augmentation(hed_jitter=0.2)])
 def test_the_same_generator_gives_the_same_batch_and_another_gives_another(settings):
     batch = make_batch(16)
     first, same, other = (settings.augment(batch, generator(seed)) for seed in (1, 1, 2))
@@ -46,7 +46,7 @@ def test_the_same_generator_gives_the_same_batch_and_another_gives_another(setti
     assert first.dtype == batch.dtype and first.shape == batch.shape
 
 
-@pytest.mark.parametrize("settings", [POST, Augmentation(he_jitter=0.2)])
+@pytest.mark.parametrize("settings", [POST, Augmentation(hed_jitter=0.2)])
 def test_each_patch_draws_for_itself(settings):
     batch = make_batch(1).expand(8, -1, -1, -1)
     changed = settings.augment(batch, generator())
@@ -176,7 +176,7 @@ def test_stain_jitter_keeps_colours_possible():
     batch = torch.stack(
         [torch.zeros(3, 8, 8), torch.ones(3, 8, 8), torch.rand(3, 8, 8, generator=generator())]
     )
-    changed = Augmentation(he_jitter=0.5).augment(batch, generator())
+    changed = Augmentation(hed_jitter=0.5).augment(batch, generator())
     assert changed.isfinite().all() and changed.min() >= 0 and changed.max() <= 1
 
 
@@ -195,7 +195,7 @@ def test_settings_from_a_mapping_or_an_object():
         ({"shift": -0.1}, "shift=-0.1"),
         ({"zoom": 1}, "zoom=1"),
         ({"fill": "reflect"}, "fill='reflect'"),
-        ({"he_jitter": 2}, "he_jitter=2"),
+        ({"hed_jitter": 2}, "hed_jitter=2"),
     ],
 )
 def test_refusals(settings, message):

@@ -58,6 +58,17 @@ def test_the_sigmoid_loss_averages_over_outputs():
     assert weighted == pytest.approx((3 * each[0] + 3 * each[1] + each[2]) / 3)
 
 
+@pytest.mark.parametrize("outputs", ["softmax", "sigmoid"])
+def test_label_smoothing_is_the_loss_of_a_softened_target(outputs):
+    logits, target = torch.tensor([[0.3, -1.2], [2.0, 0.5]]), torch.tensor([0, 1])
+    soft = torch.tensor([[0.9, 0.1], [0.1, 0.9]])
+    if outputs == "softmax":
+        expected = -(soft * logits.log_softmax(dim=1)).sum(dim=1).mean()
+    else:
+        expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, soft)
+    assert torch.isclose(make_loss(outputs, label_smoothing=0.2)(logits, target), expected)
+
+
 def test_right_answers_are_counted_by_arg_max_and_by_each_sigmoid():
     logits = torch.tensor([[2.0, 1.0], [-1.0, -2.0], [-1.0, 3.0], [0.5, 1.0]])
     target = torch.tensor([0, 0, 1, 0])
@@ -131,7 +142,7 @@ def test_a_last_batch_that_is_not_full_is_dropped_where_asked():
 
 
 def test_batches_from_the_middle_are_those_of_the_whole_pass():
-    batches = make_batches(augmentation=Augmentation(rotation_deg=20, he_jitter=0.1), seed=4)
+    batches = make_batches(augmentation=Augmentation(rotation_deg=20, hed_jitter=0.1), seed=4)
     order = np.arange(20)
     whole = list(batches.iterate(order, epoch=3))
     rest = list(batches.iterate(order, epoch=3, start=2))
@@ -193,7 +204,7 @@ def test_training_on_the_gpu_follows_the_cpu():
         network = engine.place(build_network("cancernet", n_classes=2, input_px=48, seed=0)).eval()
         optimiser = make_optimiser("adagrad", network.parameters(), 1e-2)
         batches = make_batches(
-            device=engine.device, augmentation=Augmentation(rotation_deg=20, he_jitter=0.1)
+            device=engine.device, augmentation=Augmentation(rotation_deg=20, hed_jitter=0.1)
         )
         steps = [
             engine.train_step(network, optimiser, batch, target, make_loss("softmax", [1, 2.5]))[0]

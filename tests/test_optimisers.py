@@ -73,6 +73,25 @@ def test_sgd_with_momentum_by_hand():
     assert np.allclose(run("sgd", momentum=0.9), weight, rtol=1e-9, atol=0)
 
 
+def test_sgd_with_nesterov_and_weight_decay_by_hand():
+    weight, velocity = START.copy(), np.zeros(4)
+    for gradient in GRADIENTS:
+        velocity = 0.9 * velocity + gradient
+        weight -= LR * (gradient + 0.9 * velocity)
+    assert np.allclose(run("sgd", momentum=0.9, nesterov=True), weight, rtol=1e-9, atol=0)
+
+
+def test_weight_decay_spares_biases():
+    network = nn.Linear(3, 2)
+    optimiser = make_optimiser("sgd", network.parameters(), 0.1, weight_decay=0.5)
+    before = copy.deepcopy(network.state_dict())
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    assert torch.equal(network.bias, before["bias"])
+    assert torch.allclose(network.weight, before["weight"] * 0.95)
+
+
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_saved_and_loaded_goes_on_as_never_stopped(name):
     def steps(optimiser, network, numbers):
@@ -111,6 +130,10 @@ def test_schedules_by_hand():
     assert learning_rate(4000, lr=0.01, schedule="inverse-time", decay=1 / 4000) == pytest.approx(0.005)
     cosine = [learning_rate(step, lr=1.0, schedule="cosine", total_steps=100) for step in (0, 50, 100, 150)]
     assert cosine == pytest.approx([1, 0.5, 0, 0])
+    cycle = [
+        learning_rate(step, lr=0.5, schedule="one-cycle", total_steps=100) for step in (0, 15, 30, 65, 100)
+    ]
+    assert cycle == pytest.approx([0.02, 0.26, 0.5, 0.25, 0])
     warm = {"lr": 1.0, "schedule": "cosine", "warmup_steps": 10, "total_steps": 110}
     assert [learning_rate(step, **warm) for step in (0, 4, 9, 10, 60)] == pytest.approx([0.1, 0.5, 1, 1, 0.5])
 

@@ -45,7 +45,10 @@ def slow(*values):
 
 @pytest.mark.parametrize("optimiser", ["adagrad", "adam", *slow("adagrad-keras2", "adamw", "sgd", "rmsprop")])
 def test_resumed_equals_never_interrupted(pack, tmp_path, optimiser):
-    settings = (THREE, f"train.optimiser={optimiser}", "train.lr=0.001", "train.sampling=oversample")
+    settings = (
+        *(THREE, f"train.optimiser={optimiser}", "train.lr=0.001", "train.sampling=oversample"),
+        *("train.schedule=one-cycle", "train.ema_decay=0.9"),
+    )
     whole = train_tiny(pack, tmp_path / "whole", *settings)
 
     def stop(record):

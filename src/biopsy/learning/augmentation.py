@@ -31,7 +31,7 @@ class Augmentation:
         flip_horizontal: Mirror left to right in half of the cases.
         flip_vertical: Mirror top to bottom in half of the cases.
         quarter_turns: Turn by 0, 90, 180 or 270 degrees, pixel by pixel; the patches must be square.
-        he_jitter: Haematoxylin and eosin are each scaled by 1 plus or minus this, and offset within plus or
+        hed_jitter: Haematoxylin and eosin are each scaled by 1 plus or minus this, and offset within plus or
             minus this (Tellez et al. 2018).
         fill: What lies beyond the border: its nearest pixel.
     """
@@ -43,7 +43,7 @@ class Augmentation:
     flip_horizontal: bool = False
     flip_vertical: bool = False
     quarter_turns: bool = False
-    he_jitter: float = 0.0
+    hed_jitter: float = 0.0
     fill: Literal["nearest"] = "nearest"
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class Augmentation:
             ("zoom", 1),
             ("shift", 1),
             ("shear_deg", 90),
-            ("he_jitter", 1),
+            ("hed_jitter", 1),
         ):
             if not 0 <= getattr(self, name) <= limit:
                 raise RecipeError(f"{name}={getattr(self, name)!r} must lie in 0 to {limit}")
@@ -98,8 +98,8 @@ class Augmentation:
             batch = warp(batch, matrix)
         elif moved:
             batch = move_pixels(batch, move)
-        if self.he_jitter:
-            spread = (torch.rand(2, n, 2, generator=generator) * 2 - 1) * self.he_jitter
+        if self.hed_jitter:
+            spread = (torch.rand(2, n, 2, generator=generator) * 2 - 1) * self.hed_jitter
             batch = change_stain(batch, scale=1 + spread[0], offset=spread[1])
         return batch
 

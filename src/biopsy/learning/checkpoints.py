@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from biopsy.core.errors import RunError
 from biopsy.core.files import write_atomic
+from biopsy.learning.averaging import WeightAverage
 
 FORMAT = "biopsy-checkpoint/1"
 LAST = "last.safetensors"
@@ -36,13 +37,19 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: Path, network: torch.nn.Module, optimiser: torch.optim.Optimizer, progress: Progress
+    folder: Path,
+    network: torch.nn.Module,
+    optimiser: torch.optim.Optimizer,
+    progress: Progress,
+    average: WeightAverage | None = None,
 ) -> None:
-    """Write the state after an epoch; the weights apart too, when this epoch is the best so far."""
+    """Write the state after an epoch; the weights (averaged, if any) apart too, when it is the best so far."""
     weights = _to_cpu(network.state_dict())
+    averaged = {} if average is None else _to_cpu(average.state)
     if progress.best_epoch == progress.epoch:
-        _write(folder / _best_name(progress.epoch), weights, {"epoch": progress.epoch})
+        _write(folder / _best_name(progress.epoch), averaged or weights, {"epoch": progress.epoch})
     tensors = {f"network.{name}": tensor for name, tensor in weights.items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in averaged.items()}
     scalars: dict[str, dict[str, Any]] = {}
     document = optimiser.state_dict()
     for index, state in document["state"].items():
@@ -62,13 +69,20 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, network: torch.nn.Module, optimiser: torch.optim.Optimizer, device: torch.device
+    folder: Path,
+    network: torch.nn.Module,
+    optimiser: torch.optim.Optimizer,
+    device: torch.device,
+    average: WeightAverage | None = None,
 ) -> Progress:
-    """Put network and optimiser back to the last checkpoint; a fresh start where there is none yet."""
+    """Put network, optimiser and average back to the last checkpoint; a fresh start where there is none."""
     if not (folder / LAST).exists():
         return Progress()
     tensors, header = _read(folder / LAST)
-    _fill(network, _weights_of(tensors), folder / LAST)
+    _fill(network, _tensors_of(tensors, "network"), folder / LAST)
+    if average is not None:
+        for name, value in _tensors_of(tensors, "average").items():
+            average.state[name].copy_(value)
     state: dict[int, dict[str, Any]] = {
         int(index): dict(values) for index, values in header["optimiser"].items()
     }
@@ -94,14 +108,16 @@ def _lay_out_like_weights(optimiser: torch.optim.Optimizer) -> None:
 
 
 def load_weights(folder: Path, network: torch.nn.Module, epoch: int | None) -> None:
-    """Put the weights of the best epoch (or, for None, of the last) into the network."""
+    """Put the (averaged) weights of the best epoch, or for None of the last, into the network."""
     path = folder / (LAST if epoch is None else _best_name(epoch))
     tensors, _ = _read(path)
-    _fill(network, _weights_of(tensors) if epoch is None else tensors, path)
+    if epoch is None:
+        tensors = _tensors_of(tensors, "average") or _tensors_of(tensors, "network")
+    _fill(network, tensors, path)
 
 
-def _weights_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    prefix = "network."
+def _tensors_of(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    prefix = f"{kind}."
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 

@@ -105,8 +105,10 @@ def outputs_of(loss: str) -> Literal["softmax", "sigmoid"]:
     return "sigmoid" if loss == "binary-cross-entropy" else "softmax"
 
 
-def make_loss(outputs: str, class_weights: Sequence[float] | None = None) -> LossFunction:
-    """Give the loss of a network with one output per class.
+def make_loss(
+    outputs: str, class_weights: Sequence[float] | None = None, *, label_smoothing: float = 0.0
+) -> LossFunction:
+    """Return the loss of a network with one output per class.
 
     The weight of a class multiplies its patches' losses and the sum is divided by the number of patches, as
     Keras does (not by the sum of the weights, as PyTorch would).
@@ -115,6 +117,7 @@ def make_loss(outputs: str, class_weights: Sequence[float] | None = None) -> Los
         outputs: ``softmax``: cross-entropy; for two classes this is Keras's binary cross-entropy over two
             softmax outputs. ``sigmoid``: binary cross-entropy of each output by itself, averaged.
         class_weights: One per class; None counts all alike.
+        label_smoothing: Share of the target that is spread evenly over the classes (Szegedy et al. 2016).
 
     Raises:
         RecipeError: If ``outputs`` is neither.
@@ -124,9 +127,12 @@ def make_loss(outputs: str, class_weights: Sequence[float] | None = None) -> Los
 
     def loss_fn(logits: Tensor, target: Tensor) -> Tensor:
         if outputs == "softmax":
-            losses = functional.cross_entropy(logits, target, reduction="none")
+            losses = functional.cross_entropy(
+                logits, target, reduction="none", label_smoothing=label_smoothing
+            )
         else:
             wanted = functional.one_hot(target, logits.shape[1]).to(logits.dtype)
+            wanted = wanted * (1 - label_smoothing) + label_smoothing / logits.shape[1]
             losses = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=1)
         if class_weights is not None:
             losses = losses * weights.to(logits.device)[target]

@@ -1,5 +1,6 @@
 """The loop over epochs: update, validate, remember, stop."""
 
+import contextlib
 import logging
 import math
 import time
@@ -17,6 +18,7 @@ from biopsy.core.errors import TrainingDiverged
 from biopsy.core.seeds import derive
 from biopsy.data.packs import Pack
 from biopsy.learning.augmentation import Augmentation
+from biopsy.learning.averaging import WeightAverage
 from biopsy.learning.batches import Batches
 from biopsy.learning.checkpoints import Progress, load_checkpoint, save_checkpoint
 from biopsy.learning.classifiers import score_classes
@@ -64,7 +66,8 @@ def fit(network: torch.nn.Module, task: Task, folder: Path, on_epoch: OnEpoch) -
     settings = task.recipe.train
     network = task.engine.place(network)
     optimiser = optimiser_of(task.recipe, network)
-    progress = load_checkpoint(folder, network, optimiser, task.engine.device)
+    average = WeightAverage(network, settings.ema_decay) if settings.ema_decay else None
+    progress = load_checkpoint(folder, network, optimiser, task.engine.device, average)
     batches = _make_batches(task)
     steps = settings.steps_per_epoch or batches.count(len(_order(task, 1)))
     rows = np.union1d(task.train, task.val)
@@ -73,10 +76,10 @@ def fit(network: torch.nn.Module, task: Task, folder: Path, on_epoch: OnEpoch) -
     devices = [task.engine.device] if task.engine.device.type == "cuda" else []
     with front as (learner, batches), torch.random.fork_rng(devices=devices):
         while progress.epoch < settings.epochs and not _is_stale(task, progress):
-            record = _run_epoch(learner, optimiser, task, batches, progress, steps)
+            record = _run_epoch(learner, optimiser, task, batches, progress, steps, average)
             _note_best(task, progress, record)
             progress.history.append(record)
-            save_checkpoint(folder, network, optimiser, progress)
+            save_checkpoint(folder, network, optimiser, progress, average)
             on_epoch(record)
     return progress
 
@@ -89,6 +92,7 @@ def optimiser_of(recipe: Recipe, network: torch.nn.Module) -> torch.optim.Optimi
         network.parameters(),
         settings.lr,
         momentum=settings.momentum,
+        nesterov=settings.nesterov,
         weight_decay=settings.weight_decay,
     )
 
@@ -100,12 +104,17 @@ def _run_epoch(
     batches: Batches,
     progress: Progress,
     steps: int,
+    average: WeightAverage | None,
 ) -> dict[str, Any]:
     """Make an epoch's updates and look at validation; gives the epoch's record."""
     settings, epoch, started = task.recipe.train, progress.epoch + 1, time.perf_counter()
     weights = weigh_classes(task.pack.target[task.train], len(task.pack.class_names), settings.class_weights)
     outputs = outputs_of(settings.loss)
-    loss_fn = make_loss(outputs, None if weights is None else weights.tolist())
+    loss_fn = make_loss(
+        outputs,
+        None if weights is None else weights.tolist(),
+        label_smoothing=settings.label_smoothing,
+    )
     losses: list[Tensor] = []
     correct: dict[str, Tensor] = {}
     n_seen, lr = 0, settings.lr
@@ -126,6 +135,8 @@ def _run_epoch(
         for name, count in count_correct(logits, target, outputs).items():
             correct[name] = correct.get(name, 0) + count
         losses.append(loss)
+        if average is not None:
+            average.update(progress.step + len(losses))
         n_seen += len(target)
         if len(losses) % CHECK_EVERY == 0:
             _require_finite(losses, epoch, progress.epoch)
@@ -133,7 +144,8 @@ def _run_epoch(
     mean_loss = float(torch.stack(losses).mean())
     accuracy = {name: float(count) / n_seen for name, count in correct.items()}
     trained = time.perf_counter()
-    validation = _validate(network, task, batches)
+    with average.applied() if average else contextlib.nullcontext():
+        validation = _validate(network, task, batches)
     if not math.isfinite(validation["val_loss"]):
         raise _diverged(
             validation["val_loss"], f"epoch {epoch}, on validation after {len(losses)} steps", epoch - 1

@@ -28,6 +28,9 @@ SETTLED_BEFORE = {
     "decision.calibration": "none",
     "decision.operating_points": Decision().operating_points,
     "as_published.calibration": "none",
+    "train.nesterov": False,
+    "train.label_smoothing": 0.0,
+    "train.ema_decay": 0.0,
 }
 """Settings younger than the first runs, and the values with which those runs answer the same question."""
 

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
@@ -97,7 +98,9 @@ class Augmentation(_Table):
     flip_vertical: bool = False
     fill: Literal["nearest"] = "nearest"
     quarter_turns: bool = False
-    he_jitter: float = Field(default=0.0, ge=0, le=1)
+    hed_jitter: float = Field(
+        default=0.0, ge=0, le=1, validation_alias=AliasChoices("hed_jitter", "he_jitter")
+    )
     """How far the haematoxylin and eosin amounts of a patch may be scaled, up or down, as a share."""
 
 
@@ -109,9 +112,13 @@ class Train(_Table):
     optimiser: Literal["adagrad-keras2", "adagrad", "adam", "adamw", "sgd", "rmsprop"] = "adam"
     lr: PositiveFloat = 1e-3
     momentum: float = Field(default=0.0, ge=0, lt=1)
+    nesterov: bool = False
     weight_decay: NonNegativeFloat = 0.0
-    schedule: Literal["constant", "inverse-time", "cosine", "plateau"] = "constant"
-    """``plateau``: a tenth of the rate after every three epochs without a lower validation loss."""
+    """Not applied to biases and to the weights of normalisation layers."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    schedule: Literal["constant", "inverse-time", "cosine", "one-cycle", "plateau"] = "constant"
+    """``one-cycle``: up from a 25th of the rate over the first 30 %, then down to 0, both along a cosine;
+    ``plateau``: a tenth of the rate after every three epochs without a lower validation loss."""
     decay: NonNegativeFloat = 0.0
     """Of ``inverse-time``: lr / (1 + decay * step), counted in optimiser updates."""
     warmup_epochs: NonNegativeInt = 0
@@ -130,8 +137,12 @@ class Train(_Table):
     early_stopping_patience: NonNegativeInt = 0
     """Epochs without improvement of the monitored value before stopping; 0 never stops early."""
     monitor: Literal["val_loss", "val_auroc"] = "val_auroc"
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of the exponential moving average of the weights, per update; 0 keeps none."""
     checkpoint: Literal["best", "last"] = "best"
-    """Which epoch's weights become the classifier: the best on validation, or the last."""
+    """Which epoch's weights become the classifier: the best on validation, or the last.
+
+    With ``ema_decay`` these are the averaged weights, in validation too."""
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
