@@ -75,7 +75,8 @@ def explain_patches(
         raise RecipeError(f"layer={layer!r} cannot be chosen: {method} looks at the whole network")
     fixed = _find_class(classifier, target_class)
     engine, stretched = engine or Engine("auto"), classifier.info.preprocessing.odd_sizes == "stretch"
-    network, preprocessing = engine.place(classifier.network).eval(), classifier.info.preprocessing
+    network, preprocessing = engine.place(classifier.base_network), classifier.info.preprocessing
+    predictor = engine.place(classifier.network)
     if layer is not None:
         find_layer(network, layer)
     elif asked.find_layer is not None:
@@ -88,7 +89,7 @@ def explain_patches(
         widths, heights = (None, None) if size is None else size.T
         batch = preprocessing.prepare(patches[chunk], widths, heights, device=engine.device)
         with torch.no_grad():
-            logits.append(network(batch).float())
+            logits.append(predictor(batch).float())
         likeliest = logits[-1].argmax(dim=1)
         class_index = likeliest if fixed is None else torch.full_like(likeliest, fixed)
         found = asked.compute(Question(network, batch, class_index, blank, layer)).float()

@@ -250,7 +250,7 @@ def compare_randomised(
         and ``ssim`` of the maps' absolute values, means over patches.
     """
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in maps}
-    for from_layer, network in randomise_cascading(classifier.network, seed=seed):
+    for from_layer, network in randomise_cascading(classifier.base_network, seed=seed):
         other = Classifier(classifier.info, network)
         for name in maps:
             trained = np.abs(maps[name][: len(patches)])

@@ -185,12 +185,12 @@ def _pick_methods(classifier: Classifier, layer: str | None) -> list[str]:
     if layer is not None:
         return ["activations"]
     try:
-        find_last_maps(classifier.network, classifier.info.preprocessing.input_px)
+        find_last_maps(classifier.base_network, classifier.info.preprocessing.input_px)
     except RecipeError:
         where = "integrated_gradients"
     else:
         where = "grad_cam"
-    return ["saliency", where, *(["activations"] if has_convolution(classifier.network) else [])]
+    return ["saliency", where, *(["activations"] if has_convolution(classifier.base_network) else [])]
 
 
 def _check_errors(errors: int) -> None:

@@ -43,7 +43,7 @@ def save_checkpoint(
     progress: Progress,
     average: WeightAverage | None = None,
 ) -> None:
-    """Write the state after an epoch; the weights (averaged, if any) apart too, when it is the best so far."""
+    """Write the state after an epoch; the (averaged) weights apart too, when it is the best so far."""
     weights = _to_cpu(network.state_dict())
     averaged = {} if average is None else _to_cpu(average.state)
     if progress.best_epoch == progress.epoch:

@@ -41,6 +41,8 @@ class ClassifierInfo(BaseModel):
     """Micrometres per pixel at which patches were cut; None where the data did not say."""
     preprocessing: Preprocessing
     outputs: Literal["softmax", "sigmoid"] = "softmax"
+    tta: Literal["none", "d4"] = "none"
+    """``d4``: logits and features are means over the eight symmetries of the patch."""
     calibrator: dict[str, Any] = {"method": "none"}
     """How scores become calibrated: a record of ``statistics.calibrators``, and what it was fitted on."""
     thresholds: list[dict[str, Any]] = []
@@ -69,14 +71,14 @@ class Classifier:
     def __init__(
         self,
         info: ClassifierInfo,
-        network: "nn.Module | None",
+        base_network: "nn.Module | None",
         extras: dict[str, np.ndarray] | None = None,
         path: Path | None = None,
     ) -> None:
         self.info = info
         self.extras = extras or {}
         self.path = path
-        self._network = None if network is None else network.eval()
+        self._base_network = None if base_network is None else base_network.eval()
 
     @classmethod
     def load(cls, path: Path | str) -> "Classifier":
@@ -106,14 +108,23 @@ class Classifier:
 
     @property
     def network(self) -> "nn.Module":
-        """The network, in evaluation mode, on the CPU until moved; read when it is first asked for.
+        """The network that predicts, in evaluation mode: with ``tta``, the mean over symmetries.
 
         Raises:
             RunError: If the weights do not fit it.
         """
-        if self._network is None:
-            self._network = self._read_network()
-        return self._network
+        if self.info.tta == "none":
+            return self.base_network
+        from biopsy.learning.networks.symmetry import SymmetryAveraged
+
+        return SymmetryAveraged(self.base_network).eval()
+
+    @property
+    def base_network(self) -> "nn.Module":
+        """The network that sees one view of a patch; on the CPU until moved, read when it is first used."""
+        if self._base_network is None:
+            self._base_network = self._read_network()
+        return self._base_network
 
     def _read_network(self) -> "nn.Module":
         from safetensors.torch import load_file
@@ -142,7 +153,8 @@ class Classifier:
         from biopsy import __version__
 
         tensors = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in self.base_network.state_dict().items()
         }
         tensors |= {_EXTRA + name: torch.from_numpy(np.array(array)) for name, array in self.extras.items()}
         with replace_directory(path) as partial:

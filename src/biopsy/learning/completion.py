@@ -38,6 +38,7 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
         mpp=pack.info.mpp,
         preprocessing=task.preprocessing,
         outputs=outputs_of(recipe.train.loss),
+        tta=recipe.model.tta,
         pack={"name": pack.path.name, "content_sha256": pack.info.content_sha256},
         recipe=recipe.name,
     )
@@ -45,13 +46,18 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
         info.licence += f", and as that of the weights it began with: {run.info['weights']['licence']}"
     classifier = Classifier(info, network)
     logits = predict_logits(
-        network, task.preprocessing, pack.patches, pack.sizes, task.val, engine=task.engine
+        task.engine.place(classifier.network),
+        task.preprocessing,
+        pack.patches,
+        pack.sizes,
+        task.val,
+        engine=task.engine,
     )
     settle_run(run, recipe, classifier, logits, pack.target[task.val], pack.group_ids[task.val])
     fit_reference(
         classifier, pack.patches, pack.sizes, task.train, task.val, engine=task.engine, seed=task.seed
     )
-    classifier.network.to("cpu")
+    classifier.base_network.to("cpu")
     classifier.save(run.path / "classifier")
     split = run.info["split"]
     about = pack.table.iloc[task.val][[*IDENTITY, "target"]].assign(side=run.val_side, fold=split["fold"])

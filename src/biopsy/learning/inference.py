@@ -10,6 +10,7 @@ import torch
 from biopsy.learning.classifiers import Classifier
 from biopsy.learning.engine import Engine
 from biopsy.learning.networks import Network
+from biopsy.learning.networks.symmetry import N_VIEWS, SymmetryAveraged
 from biopsy.learning.preprocessing import Preprocessing
 
 BATCH_SIZE = 256
@@ -72,7 +73,8 @@ def _ask(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield logits and features batch by batch, the next batch being prepared meanwhile."""
     index = np.arange(len(patches)) if index is None else np.asarray(index)
-    chunks = [index[start : start + BATCH_SIZE] for start in range(0, len(index), BATCH_SIZE)] or [index]
+    size = BATCH_SIZE // N_VIEWS if isinstance(network, SymmetryAveraged) else BATCH_SIZE
+    chunks = [index[start : start + size] for start in range(0, len(index), size)] or [index]
 
     def prepare(rows: np.ndarray) -> torch.Tensor:
         widths, heights = (None, None) if sizes is None else sizes[rows].T

@@ -28,6 +28,7 @@ SETTLED_BEFORE = {
     "decision.calibration": "none",
     "decision.operating_points": Decision().operating_points,
     "as_published.calibration": "none",
+    "model.tta": "none",
     "train.nesterov": False,
     "train.label_smoothing": 0.0,
     "train.ema_decay": 0.0,

@@ -304,7 +304,7 @@ def _with_mpp(classifier: Classifier, mpp: float | None, model: object) -> Class
             "without that: pass --mpp"
         )
     info = classifier.info.model_copy(update={"mpp": known if mpp is None else mpp})
-    return type(classifier)(info, classifier.network, classifier.extras)
+    return type(classifier)(info, classifier.base_network, classifier.extras)
 
 
 def _find_run(model: Run | Classifier | Path | str) -> Run | None:

@@ -84,6 +84,8 @@ class Model(_Table):
     """Refuse a file with another hash; empty takes any."""
     trainable: str = "all"
     """``all``, ``head``, or the first stage that is trained: it and those after it; the rest is frozen."""
+    tta: Literal["none", "d4"] = "none"
+    """Test-time augmentation. ``d4``: predicts the mean logits over the eight symmetries of a patch."""
 
 
 class Augmentation(_Table):
