@@ -104,4 +104,4 @@ def test_a_recipe_asks_for_it(tmp_path):
         engine=ENGINE,
     )
     names = [f"logit_{name}" for name in pack.class_names]
-    assert np.array_equal(logits, frame[names].to_numpy(np.float32))
+    assert np.allclose(logits, frame[names].to_numpy(np.float32), atol=1e-5)
