@@ -1,6 +1,7 @@
 """Annotations: what QuPath exports is read, what does not fit is refused by file and feature."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -10,10 +11,13 @@ from hypothesis import strategies as st
 from shapely import MultiPolygon, Polygon, box
 
 from biopsy.core.errors import DataError
+from biopsy.imaging import annotations
 from biopsy.imaging.annotations import read_annotations, write_annotations
+from biopsy.imaging.outlines import OutlineReader
 from biopsy.imaging.shares import share_of_mask, share_of_polygon
 
 SQUARE = [[0, 0], [10, 0], [10, 10], [0, 10], [0, 0]]
+SQUARE_GEOMETRY = {"type": "Polygon", "coordinates": [SQUARE]}
 
 
 def feature(rings=(SQUARE,), name="Tumor", *, kind="Polygon", **properties):
@@ -82,14 +86,24 @@ def test_an_outline_that_crosses_itself_is_repaired_and_named(write):
 BAD = {
     "no class name": (feature(name=""), "has a classification without a name"),
     "no geometry": ({"type": "Feature", "properties": {}}, "has no geometry"),
-    "no feature": (3, "has no geometry"),
+    "no feature": (3, "is no feature, but '3'"),
     "properties": ({**feature(), "properties": [1]}, "properties that are no table"),
-    "a curve": (feature(kind="CircularString"), "is a CircularString; Polygon and MultiPolygon"),
-    "no rings": (feature([]), "has no coordinates|without rings"),
+    "a curve": (feature(kind="CircularString"), "is a CircularString; Polygon, MultiPolygon"),
+    "no list": (feature({"0": SQUARE}), "no list of rings|no list of x, y"),
+    "children": (feature(childObjects={"a": 1}), "childObjects that are no list"),
     "not closed": (feature([[[0, 0], [1, 0], [1, 1], [0, 1]]]), r"not closed: \[0, 0\] to \[0, 1\]"),
     "too short": (feature([[[0, 0], [1, 0], [0, 0]]]), "a ring of 3 points"),
     "text": (feature([[["a", 0], [1, 0], [1, 1], ["a", 0]]]), "no list of x, y"),
-    "no number": (feature([[[float("nan"), 0], [1, 0], [1, 1], [0, 0]]]), "no list of x, y"),
+    "text that reads as numbers": (
+        feature([[["0", "0"], ["1", "0"], ["1", "1"], ["0", "0"]]]),
+        "no list of x",
+    ),
+    "one number": (feature([[[0], [1], [1], [0]]]), "no list of x, y"),
+    "no places": (feature([[1, 2, 3, 1]]), "no list of x, y"),
+    "no number": (feature([[[float("nan"), 0], [1, 0], [1, 1], [0, 0]]]), "corners that are no numbers"),
+    "endless": (feature([[[0, 0], [float("inf"), 0], [1, 1], [0, 0]]]), "corners that are no numbers"),
+    "far": (feature([[[0, 0], [1e10, 0], [1, 1], [0, 0]]]), "corners that are no numbers of pixels up to"),
+    "beyond 64 bits": (feature([[[0, 0], [10**30, 0], [1, 1], [0, 0]]]), "no list of x, y"),
     "flat": (feature([[[0, 0], [5, 5], [9, 9], [0, 0]]]), "has no area"),
 }
 
@@ -99,6 +113,129 @@ def test_a_malformed_feature_is_refused_by_file_and_number(write, name):
     bad, message = BAD[name]
     with pytest.raises(DataError, match=rf"case\.geojson, feature 2 .*({message})"):
         read_annotations(write([feature(), bad]))
+
+
+def test_objects_inside_others_are_read_at_any_depth(write):
+    inner = feature([[[1, 1], [2, 1], [2, 2], [1, 1]]], "Necrosis")
+    cell = feature(name="Tumor", objectType="cell", childObjects=[inner])
+    middle = feature(name=None, childObjects=[cell, feature(name="Stroma")])
+    found = read_annotations(write([feature(name="Region*", childObjects=[middle]), feature()]))
+    assert [(item.feature, item.class_name) for item in found.items] == [
+        (1, "Region*"),
+        (4, "Necrosis"),
+        (5, "Stroma"),
+        (6, "Tumor"),
+    ]
+    assert found.ignored == {"without a class": 1, "is a cell": 1}
+    beside = {**feature(name="Region*"), "childObjects": [feature()]}
+    assert read_annotations(write([beside])).class_names() == ["Region*", "Tumor"]
+
+
+def test_exports_of_older_versions_are_read(write):
+    """Version 0.2 wrote the kind of object as the feature's id and colours as one number."""
+    old = feature(name=None)
+    del old["properties"]["objectType"]
+    old["properties"] |= {"classification": {"name": "Tumor", "colorRGB": -3670016}, "isLocked": True}
+    features = [
+        {**old, "id": "PathAnnotationObject"},
+        {**old, "id": "PathDetectionObject"},
+        {**old, "id": "TMACoreObject"},
+        {**old, "properties": {**old["properties"], "object_type": "tma_core"}},
+        {**old, "properties": {"classification": "Tumor"}},
+        SQUARE_GEOMETRY,
+    ]
+    found = read_annotations(write(json.dumps(features)))
+    assert [item.feature for item in found.items] == [1, 5] and found.class_names() == ["Tumor"]
+    assert found.ignored == {"is a detection": 1, "is a TMA core": 2, "without a class": 1}
+    assert read_annotations(write(json.dumps(SQUARE_GEOMETRY))).ignored == {"without a class": 1}
+
+
+def test_collections_give_their_areas_and_empty_geometries_none(write):
+    line = {"type": "LineString", "coordinates": [[0, 0], [5, 5]]}
+    far = {"type": "MultiPolygon", "coordinates": [[[[20, 0], [24, 0], [24, 4], [20, 4], [20, 0]]]]}
+    collection = {"type": "GeometryCollection", "geometries": [line, {**far}, SQUARE_GEOMETRY]}
+    features = [
+        {**feature(), "geometry": {"type": "GeometryCollection", "geometries": [collection, line]}},
+        {**feature(), "geometry": None},
+        {**feature(), "geometry": {"type": "GeometryCollection", "geometries": [line]}},
+        feature([]),
+    ]
+    found = read_annotations(write(features))
+    assert [item.polygon.area for item in found.items] == [116] and found.ignored == {"without an area": 3}
+
+
+@pytest.mark.parametrize(
+    "rest", [[[5, 0]] * 4, [[5, 0, 7, 1]] * 4, [[5, 0], [9, 9, 9]] * 2], ids=["2", "4", "mixed"]
+)
+def test_what_stands_after_x_and_y_is_left_out(write, rest):
+    ring = [[0, 0], *([x, i, *more] for i, (x, _, *more) in enumerate(rest)), [0, 10], [0, 0]]
+    found = read_annotations(write([feature([ring])]))
+    assert found.items[0].polygon.equals(Polygon([place[:2] for place in ring]))
+
+
+def star(n_corners, seed=0):
+    """Return a ring whose every side crosses a third of the others."""
+    ring = np.random.default_rng(seed).integers(0, 10_000, (n_corners, 2)).tolist()
+    return [*ring, ring[0]]
+
+
+@pytest.mark.parametrize("n_corners", [400, 1500, 20_000])
+def test_an_outline_that_crosses_itself_everywhere_is_refused_at_once(write, n_corners):
+    path = write([feature(), feature([star(n_corners)])])
+    start = time.perf_counter()
+    with pytest.raises(DataError, match=r"feature 2: outlines cross themselves more than 10,000 times"):
+        read_annotations(path)
+    assert time.perf_counter() - start < 10
+
+
+def test_many_outlines_that_cross_themselves_count_together(write):
+    features = [feature([star(100, seed)]) for seed in range(20)]
+    assert len(read_annotations(write(features[:3])).repaired) == 3
+    with pytest.raises(DataError, match="outlines cross themselves more than"):
+        read_annotations(write(features))
+
+
+def test_a_repaired_outline_keeps_what_it_winds_around_twice(write):
+    five = [[100 * np.sin(turn), 100 * np.cos(turn)] for turn in np.arange(0, 12, 2) * 2 * np.pi / 5]
+    five[-1] = five[0]
+    found = read_annotations(write([feature([five])]))
+    convex = shapely.MultiPoint(five).convex_hull
+    assert found.items[0].polygon.contains(shapely.Point(0, 0)) and len(found.repaired) == 1
+    assert 0.3 < found.items[0].polygon.area / convex.area < 0.6
+
+
+def winding_number(ring, x, y):
+    """Return how often a ring goes around a point, by the turns of the line of sight."""
+    angles = np.unwrap(np.arctan2(ring[:, 1] - y, ring[:, 0] - x))
+    return round((angles[-1] - angles[0]) / (2 * np.pi))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=3, max_size=25))
+def test_a_repaired_outline_holds_what_it_goes_around(corners):
+    ring = np.array([*corners, corners[0]], float)
+    places = [(x + 0.137, y + 0.291) for x in range(6) for y in range(6)]
+    inside = {place for place in places if winding_number(ring, *place)}
+    try:
+        area, fault = OutlineReader().read_area([[ring]], "here")
+    except DataError:
+        assert not inside
+    else:
+        assert area.is_valid and area.area > 0 and bool(fault) == (not Polygon(ring).is_valid)
+        assert {place for place in places if area.contains(shapely.Point(place))} == inside
+
+
+@pytest.mark.parametrize("what", ["arrays", "children", "digits", "large"])
+def test_a_file_that_would_exhaust_the_reader_is_refused(write, what, monkeypatch):
+    monkeypatch.setattr(annotations, "MAX_BYTES", 10_000_000)
+    texts = {
+        "arrays": "[" * 100_000 + "]" * 100_000,
+        "children": '{"features":' + '[{"geometry":null,"properties":{"childObjects":' * 5000,
+        "digits": json.dumps({"features": [feature()]}).replace("10", "1" * 5000),
+        "large": " " * 10_000_001,
+    }
+    with pytest.raises(DataError, match=r"case\.geojson (is not readable|has more than 10,000,000 bytes)"):
+        read_annotations(write(texts[what]))
 
 
 def test_a_file_that_is_no_geojson_is_refused(write, tmp_path):

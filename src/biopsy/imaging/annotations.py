@@ -1,29 +1,41 @@
-"""Annotations of a slide as polygons with a class, read from and written to QuPath's GeoJSON.
+"""Annotations of a slide as areas with a class, read from and written to QuPath's GeoJSON.
 
 Coordinates are pixels of level 0. What QuPath exports is read: a ``FeatureCollection``, a list of features or
-one feature; polygons with holes and several polygons in one; the class by its name. Annotations without a
-class, and objects without an area (points, lines) or of other kinds (detections, cells, tiles), say nothing
-about a class of tissue and are counted, not read. Anything else that does not fit is refused by file and
-feature. Source: QuPath's documentation, "Exporting annotations", and RFC 7946.
+one feature, and the objects inside others (``childObjects``) at any depth; polygons with holes and several
+polygons in one; the class by its name. Annotations without a class, and objects without an area (points,
+lines) or of other kinds (detections, cells, tiles), say nothing about a class of tissue and are counted, not
+read. Anything else that does not fit is refused by file and feature. Sources: QuPath's documentation,
+"Exporting annotations", its class ``PathObjectTypeAdapters``, and RFC 7946.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import shapely
-from shapely import MultiPolygon, Polygon
-from shapely.geometry import mapping, shape
-from shapely.validation import explain_validity
+from shapely import MultiPolygon
+from shapely.geometry import mapping
 
 from biopsy.core.errors import DataError
 from biopsy.core.files import write_atomic
+from biopsy.imaging.outlines import Area, OutlineReader, read_ring
+
+MAX_BYTES = 2**27
+"""The largest file that is read: 128 MB of text take about 1 GB of memory."""
 
 _FLAT = ("Point", "MultiPoint", "LineString", "MultiLineString")
-_OTHER_OBJECTS = ("detection", "cell", "tile", "tma core", "tmacore", "root")
+_GEOMETRIES = ("Polygon", "MultiPolygon", "GeometryCollection", *_FLAT)
+_OTHER_OBJECTS = {  # as QuPath names them; in version 0.2 the class was the feature's id
+    "detection": ("detection", "PathDetectionObject"),
+    "cell": ("cell", "PathCellObject"),
+    "tile": ("tile", "PathTileObject"),
+    "TMA core": ("tmaCore", "tma_core", "TMACoreObject"),
+    "root": ("root", "PathRootObject"),
+}
+_KINDS = {name.lower(): kind for kind, names in _OTHER_OBJECTS.items() for name in names}
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,7 @@ class Annotation:
     """
 
     class_name: str
-    polygon: Polygon | MultiPolygon
+    polygon: Area
     feature: int
 
 
@@ -67,30 +79,32 @@ def read_annotations(path: Path | str) -> Annotations:
     """Read a GeoJSON file that QuPath exported.
 
     Raises:
-        DataError: If it is no GeoJSON, or a feature has no proper outline; names the feature.
+        DataError: If it is no GeoJSON or too large, or a feature has no proper outline; names the feature.
     """
     path = Path(path)
+    outlines = OutlineReader()
     items: list[Annotation] = []
     repaired: dict[int, str] = {}
     ignored: Counter[str] = Counter()
-    for number, feature in enumerate(_read_features(path), start=1):
+    for number, feature in enumerate(_walk(_read_features(path), str(path)), start=1):
         where = f"{path}, feature {number}"
-        geometry, about = _parts_of(feature, where)
-        reason = _reason_to_ignore(geometry, about)
-        class_name = None if reason else _class_of(about, where)
-        if reason or class_name is None:
-            ignored[reason or "without a class"] += 1
+        about = feature["properties"] or {}
+        polygons = _polygons_of(feature.get("geometry"), where)
+        class_name = _class_of(about, where)
+        if reason := _reason_to_ignore(feature, polygons, class_name):
+            ignored[reason] += 1
             continue
-        polygon, fault = _read_polygon(geometry, where)
+        rings = [[read_ring(ring, where) for ring in polygon] for polygon in polygons]
+        area, fault = outlines.read_area(rings, where)
         if fault:
             repaired[number] = fault
-        items.append(Annotation(class_name, polygon, number))
+        items.append(Annotation(str(class_name), area, number))
     return Annotations(path, items, repaired, dict(ignored))
 
 
 def write_annotations(
     path: Path | str,
-    annotations: Iterable[tuple[str, Polygon | MultiPolygon]],
+    annotations: Iterable[tuple[str, Area]],
     *,
     colours: Mapping[str, tuple[int, int, int]] | None = None,
 ) -> Path:
@@ -116,7 +130,7 @@ def write_annotations(
     return Path(path)
 
 
-def _orient(polygon: Polygon | MultiPolygon) -> Polygon | MultiPolygon:
+def _orient(polygon: Area) -> Area:
     """Turn outer rings counter-clockwise and holes clockwise, as RFC 7946 asks."""
     if isinstance(polygon, MultiPolygon):
         return MultiPolygon([shapely.geometry.polygon.orient(part) for part in polygon.geoms])
@@ -125,12 +139,16 @@ def _orient(polygon: Polygon | MultiPolygon) -> Polygon | MultiPolygon:
 
 def _read_features(path: Path) -> list[Any]:
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise DataError(f"{path} has more than {MAX_BYTES:,} bytes; leave detections out of the export")
         document = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not readable as GeoJSON: {error}") from None
-    if isinstance(document, dict) and document.get("type") == "Feature":
+    except RecursionError:
+        raise DataError(f"{path} is not readable as GeoJSON: it is nested too deep") from None
+    if isinstance(document, dict) and document.get("type") in ("Feature", *_GEOMETRIES):
         return [document]
     features = document.get("features") if isinstance(document, dict) else document
     if not isinstance(features, list):
@@ -140,25 +158,63 @@ def _read_features(path: Path) -> list[Any]:
     return features
 
 
-def _parts_of(feature: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Give a feature's geometry and properties."""
-    if not isinstance(feature, dict) or not isinstance(feature.get("geometry"), dict):
-        raise DataError(f"{where} has no geometry")
-    about = feature.get("properties") or {}
-    if not isinstance(about, dict):
-        raise DataError(f"{where} has properties that are no table")
-    return feature["geometry"], about
+def _walk(features: list[Any], path: str) -> Iterator[dict[str, Any]]:
+    """Yield features in the file's order, each before those inside it; every one has properties."""
+    waiting = features[::-1]
+    number = 0
+    while waiting:
+        feature = waiting.pop()
+        number += 1
+        where = f"{path}, feature {number}"
+        if not isinstance(feature, dict):
+            raise DataError(f"{where} is no feature, but {str(feature)[:40]!r}")
+        if feature.get("type") in _GEOMETRIES:
+            feature = {"geometry": feature}
+        if "geometry" not in feature:
+            raise DataError(f"{where} has no geometry")
+        about = feature.get("properties") or {}
+        if not isinstance(about, dict):
+            raise DataError(f"{where} has properties that are no table")
+        yield {**feature, "properties": about}
+        for children in (about.get("childObjects"), feature.get("childObjects")):
+            if children is not None and not isinstance(children, list):
+                raise DataError(f"{where} has childObjects that are no list")
+            waiting += (children or [])[::-1]
 
 
-def _reason_to_ignore(geometry: dict[str, Any], about: dict[str, Any]) -> str | None:
-    kind = str(about.get("objectType") or about.get("object_type") or "annotation").lower()
-    if kind.replace("_", " ") in _OTHER_OBJECTS:
-        return f"is a {kind}"
-    return "without an area" if geometry.get("type") in _FLAT else None
+def _polygons_of(geometry: Any, where: str) -> list[list[Any]]:
+    """Return the polygons of a geometry as lists of rings; none where it has no area."""
+    polygons: list[Any] = []
+    waiting = [] if geometry is None else [geometry]
+    while waiting:
+        geometry = waiting.pop()
+        kind = geometry.get("type") if isinstance(geometry, dict) else None
+        if kind not in _GEOMETRIES:
+            raise DataError(f"{where} is a {kind}; {', '.join(_GEOMETRIES)} are known")
+        inside = geometry.get("geometries" if kind == "GeometryCollection" else "coordinates")
+        if not isinstance(inside, list):
+            raise DataError(f"{where} has no coordinates")
+        if kind == "GeometryCollection":
+            waiting += inside[::-1]
+        elif kind not in _FLAT:
+            polygons += [inside] if kind == "Polygon" else inside
+    if not all(isinstance(polygon, list) for polygon in polygons):
+        raise DataError(f"{where} has a polygon that is no list of rings")
+    return [polygon for polygon in polygons if polygon]
+
+
+def _reason_to_ignore(feature: dict[str, Any], polygons: list[Any], class_name: str | None) -> str | None:
+    about = feature["properties"]
+    kind = about.get("objectType") or about.get("object_type") or about.get("type") or feature.get("id")
+    if other := _KINDS.get(str(kind).lower()):
+        return f"is a {other}"
+    if not polygons:
+        return "without an area"
+    return None if class_name else "without a class"
 
 
 def _class_of(about: dict[str, Any], where: str) -> str | None:
-    """Give the name of the class: in ``classification`` as ``name``, or as ``names`` of a derived class."""
+    """Return the name of the class: in ``classification`` as ``name``, or as ``names`` of a derived class."""
     classification = about.get("classification")
     if not classification:
         return None
@@ -167,52 +223,5 @@ def _class_of(about: dict[str, Any], where: str) -> str | None:
         names = classification.get("names")
         name = classification.get("name") or (": ".join(map(str, names)) if isinstance(names, list) else None)
     if not isinstance(name, str) or not name.strip():
-        raise DataError(f"{where} has a classification without a name: {classification!r}")
+        raise DataError(f"{where} has a classification without a name: {str(classification)[:80]}")
     return name.strip()
-
-
-def _read_polygon(geometry: dict[str, Any], where: str) -> tuple[Polygon | MultiPolygon, str]:
-    """Give a valid area, and what was wrong with it; empty where nothing was."""
-    kind = geometry.get("type")
-    if kind not in ("Polygon", "MultiPolygon"):
-        raise DataError(f"{where} is a {kind}; Polygon and MultiPolygon have an area")
-    polygons = [geometry.get("coordinates")] if kind == "Polygon" else geometry.get("coordinates")
-    _check_rings(polygons, where)
-    area = shapely.force_2d(shape(geometry))
-    fault = "" if area.is_valid else explain_validity(area)
-    if fault:
-        area = _areas_of(shapely.make_valid(area))
-    if not area.area > 0:
-        raise DataError(f"{where} has no area")
-    return area, fault
-
-
-def _check_rings(polygons: Any, where: str) -> None:
-    """Refuse rings that are no lists of places, not closed, or of fewer than three corners."""
-    if not isinstance(polygons, list) or not polygons:
-        raise DataError(f"{where} has no coordinates")
-    for rings in polygons:
-        if not isinstance(rings, list) or not rings:
-            raise DataError(f"{where} has a polygon without rings")
-        for ring in rings:
-            if not isinstance(ring, list) or not all(_is_place(place) for place in ring):
-                raise DataError(f"{where} has a ring that is no list of x, y")
-            if len(ring) < 4:
-                raise DataError(f"{where} has a ring of {len(ring)} points; a closed one has 4 or more")
-            if ring[0] != ring[-1]:
-                raise DataError(f"{where} has a ring that is not closed: {ring[0]} to {ring[-1]}")
-
-
-def _is_place(place: Any) -> bool:
-    return (
-        isinstance(place, list)
-        and len(place) >= 2
-        and all(isinstance(value, int | float) and abs(value) < float("inf") for value in place[:2])
-    )
-
-
-def _areas_of(repaired: Any) -> Polygon | MultiPolygon:
-    """Keep of a repaired outline what has an area."""
-    parts = [part for part in shapely.get_parts(repaired) if isinstance(part, Polygon | MultiPolygon)]
-    whole = shapely.union_all(parts)
-    return whole if isinstance(whole, Polygon | MultiPolygon) else Polygon()

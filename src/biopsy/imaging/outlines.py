@@ -1,0 +1,114 @@
+"""Corners from a file to areas: checked, repaired where an outline crosses itself, in bounded work.
+
+Readers of annotations hand over rings of corners as they stand in the file. Numbers that are no place on any
+slide are refused, and so is an outline that crosses itself so often that repairing it would take minutes:
+the number of crossings, which sets the work, is counted first.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import shapely
+from shapely import MultiPolygon, Polygon
+from shapely.validation import explain_validity
+
+from biopsy.core.errors import DataError
+
+Area = Polygon | MultiPolygon
+
+MAX_COORDINATE = 2.0**31
+"""Pixels from the corner of a slide; no slide is a hundredth of it wide."""
+
+MAX_CORNERS = 5_000_000
+"""In one file. A pixel classifier's outlines of a whole slide have some hundred thousand."""
+
+MAX_CROSSINGS = 10_000
+"""Of the outlines of one file; repairing takes about a second then, and grows with more than their square."""
+
+_PAIRS_AT_ONCE = 2**22
+
+
+class OutlineReader:
+    """Makes areas of the rings of one file, and keeps count of the work."""
+
+    def __init__(self) -> None:
+        self._n_corners = 0
+        self._n_crossings = 0
+
+    def read_area(self, polygons: Sequence[Sequence[np.ndarray]], where: str) -> tuple[Area, str]:
+        """Return a valid area, and what was wrong with its outline: empty where nothing was.
+
+        Args:
+            polygons: Each the outer ring and its holes, as `read_ring` returns them.
+            where: File and number, for messages.
+
+        Raises:
+            DataError: If there is no area, or the file holds more corners or crossings than are read.
+        """
+        self._n_corners += sum(len(ring) for rings in polygons for ring in rings)
+        if self._n_corners > MAX_CORNERS:
+            raise DataError(f"{where}: the file has more than {MAX_CORNERS:,} corners; simplify its outlines")
+        parts = [Polygon(rings[0], rings[1:]) for rings in polygons]
+        area: Area = parts[0] if len(parts) == 1 else MultiPolygon(parts)
+        fault = "" if area.is_valid else explain_validity(area)
+        if fault:
+            self._n_crossings += _count_crossings(area, MAX_CROSSINGS - self._n_crossings)
+            if self._n_crossings > MAX_CROSSINGS:
+                raise DataError(
+                    f"{where}: outlines cross themselves more than {MAX_CROSSINGS:,} times; draw them again"
+                )
+            area = shapely.make_valid(area, method="structure", keep_collapsed=False)
+            area = area if area.is_valid else area.buffer(0)  # where GEOS 3.14 rounds a corner onto a side
+        if not area.area > 0:
+            raise DataError(f"{where} has no area")
+        return area, fault
+
+
+def read_ring(points: Any, where: str, *, close: bool = False) -> np.ndarray:
+    """Return the corners of a closed ring, float ``(n, 2)``; values after x and y are left out.
+
+    Args:
+        points: A list of places, each a list of two or more numbers.
+        where: File and number, for messages.
+        close: Add the first corner at the end where it is not there.
+
+    Raises:
+        DataError: If they are no places on a slide, or the ring has no three corners or is not closed.
+    """
+    try:
+        ring = np.array([place[:2] for place in points])
+    except (TypeError, ValueError, KeyError):  # no list, or of no lists, or of different lengths
+        ring = np.empty(0, object)
+    if ring.ndim != 2 or ring.shape[1] != 2 or ring.dtype.kind not in "iuf":
+        raise DataError(f"{where} has a ring that is no list of x, y")
+    ring = ring.astype(float)
+    if not (np.abs(ring) <= MAX_COORDINATE).all():
+        raise DataError(f"{where} has corners that are no numbers of pixels up to {MAX_COORDINATE:,.0f}")
+    if close and not np.array_equal(ring[0], ring[-1]):
+        ring = np.concatenate([ring, ring[:1]])
+    if len(ring) < 4:
+        raise DataError(f"{where} has a ring of {len(ring)} points; a closed one has 4 or more")
+    if not np.array_equal(ring[0], ring[-1]):
+        raise DataError(f"{where} has a ring that is not closed: {points[0]} to {points[-1]}")
+    return ring
+
+
+def _count_crossings(area: Area, limit: int) -> int:
+    """Return how many pairs of an outline's segments touch beyond sharing an end, or more than ``limit``."""
+    corners = [
+        shapely.get_coordinates(ring)
+        for part in shapely.get_parts(area)
+        for ring in (part.exterior, *part.interiors)
+    ]
+    ends = np.concatenate([np.stack([ring[:-1], ring[1:]], axis=1) for ring in corners])
+    segments = shapely.linestrings(ends[(ends[:, 0] != ends[:, 1]).any(axis=1)])
+    tree = shapely.STRtree(segments)
+    n_crossings = -len(segments)  # each segment touches the one after it
+    step = max(16, min(4096, _PAIRS_AT_ONCE // max(1, len(segments))))
+    for start in range(0, len(segments), step):
+        first, second = tree.query(segments[start : start + step], predicate="intersects")
+        n_crossings += int((first + start < second).sum())
+        if n_crossings > limit:
+            break
+    return max(0, n_crossings)
