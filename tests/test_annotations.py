@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapely import MultiPolygon, Polygon, box
 
-from biopsy.core.errors import DataError
+from biopsy.core.errors import DataError, FileFormatError
 from biopsy.imaging import annotations
 from biopsy.imaging.annotations import read_annotations, write_annotations
 from biopsy.imaging.outlines import OutlineReader
@@ -234,8 +234,10 @@ def test_a_file_that_would_exhaust_the_reader_is_refused(write, what, monkeypatc
         "digits": json.dumps({"features": [feature()]}).replace("10", "1" * 5000),
         "large": " " * 10_000_001,
     }
-    with pytest.raises(DataError, match=r"case\.geojson (is not readable|has more than 10,000,000 bytes)"):
+    reasons = {"arrays": "too-deep", "children": "too-deep", "digits": "syntax", "large": "too-large"}
+    with pytest.raises(FileFormatError, match=r"case\.geojson ") as error:
         read_annotations(write(texts[what]))
+    assert error.value.reason == reasons[what]
 
 
 def test_a_file_that_is_no_geojson_is_refused(write, tmp_path):

@@ -19,12 +19,13 @@ import shapely
 from shapely import MultiPolygon
 from shapely.geometry import mapping
 
-from biopsy.core.errors import DataError
+from biopsy.core.errors import DataError, FileFormatError
 from biopsy.core.files import write_atomic
+from biopsy.core.loaders import read_bytes
 from biopsy.imaging.outlines import Area, OutlineReader, read_ring
 
 MAX_BYTES = 2**27
-"""The largest file that is read: 128 MB of text take about 1 GB of memory."""
+"""The largest file that is read."""
 
 _FLAT = ("Point", "MultiPoint", "LineString", "MultiLineString")
 _GEOMETRIES = ("Polygon", "MultiPolygon", "GeometryCollection", *_FLAT)
@@ -60,8 +61,8 @@ class Annotations:
     Attributes:
         path: The file.
         items: In the file's order.
-        repaired: Features whose outline crossed itself, and how; they are read as shapely's ``make_valid``
-            makes of them (of a figure of eight both loops).
+        repaired: Features whose outline crossed itself, and how; what an outline goes around belongs to them
+            (of a figure of eight both loops).
         ignored: How many features were not read, by reason.
     """
 
@@ -138,16 +139,13 @@ def _orient(polygon: Area) -> Area:
 
 
 def _read_features(path: Path) -> list[Any]:
+    content = read_bytes(path, max_bytes=MAX_BYTES)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise DataError(f"{path} has more than {MAX_BYTES:,} bytes; leave detections out of the export")
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not readable as GeoJSON: {error}") from None
+        document = json.loads(content.decode("utf-8-sig"))
+    except ValueError as error:
+        raise FileFormatError(path, "syntax", f"is not readable as GeoJSON: {error}") from None
     except RecursionError:
-        raise DataError(f"{path} is not readable as GeoJSON: it is nested too deep") from None
+        raise FileFormatError(path, "too-deep", "is not readable as GeoJSON: it is nested too deep") from None
     if isinstance(document, dict) and document.get("type") in ("Feature", *_GEOMETRIES):
         return [document]
     features = document.get("features") if isinstance(document, dict) else document

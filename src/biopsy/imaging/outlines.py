@@ -6,7 +6,7 @@ the number of crossings, which sets the work, is counted first.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import shapely
@@ -15,7 +15,7 @@ from shapely.validation import explain_validity
 
 from biopsy.core.errors import DataError
 
-Area = Polygon | MultiPolygon
+Area: TypeAlias = Polygon | MultiPolygon
 
 MAX_COORDINATE = 2.0**31
 """Pixels from the corner of a slide; no slide is a hundredth of it wide."""
