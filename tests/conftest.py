@@ -6,7 +6,7 @@ same arguments and seed always give the same pixels.
 
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,9 @@ import pytest
 
 from biopsy.data.packs import PIXELS, Pack, finish_pack, patch_sha256
 from biopsy.imaging.pyramids import write_pyramid
+from biopsy.statistics.metrics import registry
+from biopsy.statistics.multiclass import ClassTally
+from biopsy.statistics.tallies import Tally
 
 if TYPE_CHECKING:
     from biopsy.learning.runs import Run
@@ -207,6 +210,17 @@ def make_slide(tmp_path: Path) -> Callable[..., Path]:
         return write_pyramid(tmp_path / name, image, mpp=mpp, **size, **options)  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture
+def own_metrics() -> Iterator[None]:
+    """Forget the metrics that a test registers."""
+    registries = [registry(kind) for kind in (Tally, ClassTally)]
+    before = [set(known) for known in registries]
+    yield
+    for known, names in zip(registries, before, strict=True):
+        for name in set(known) - names:
+            del known[name]
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import pandas as pd
 
 from biopsy.sharing.facts import RunFacts, StudyFacts
 from biopsy.statistics.intervals import describe_method, estimate_patch_metrics, estimate_patient_metrics
+from biopsy.statistics.multiclass import classification_report
 
 NAMES = ["not IDC", "IDC"]
 THRESHOLD = 0.43
@@ -63,6 +64,9 @@ def make_metrics(table):
         "threshold": {"value": THRESHOLD, "rule": "youden", "chosen_on": "val"},
         "confusion": counts,
         "at_half": {"confusion": counts},
+        "classification_report": classification_report(
+            [[counts["tn"], counts["fp"]], [counts["fn"], counts["tp"]]], NAMES
+        ),
         "patch": {name: found.to_dict() for name, found in patch.items()},
         "patient": {name: found.to_dict() for name, found in patients.items()},
         "interval": describe_method(groups.nunique(), seed=0),

@@ -278,15 +278,21 @@ def test_three_classes_from_training_to_report(make_pack, tmp_path):
     target, pred = (frame[name].to_numpy(int) for name in ("target", "pred"))
     probs = frame.filter(regex="^prob_").to_numpy()
     assert "prob" not in frame and pred.tolist() == probs.argmax(axis=1).tolist()
-    assert metrics["positive_class"] is None and metrics["subgroups"] == {} and "patch" not in metrics
-    assert list(metrics["per_class"]) == pack.class_names and list(metrics["macro"]) == NAMES
+    assert metrics["positive_class"] is None and metrics["subgroups"] == {}
+    assert list(metrics["one_vs_rest"]) == pack.class_names
     found = {
-        name: [values(estimates)[name] for estimates in metrics["per_class"].values()]
+        name: [values(estimates)[name] for estimates in metrics["one_vs_rest"].values()]
         for name in ("auroc", "f1")
     }
     each = [theirs.roc_auc_score(target == index, probs[:, index]) for index in range(3)]
     assert found["auroc"] == pytest.approx(each, abs=1e-12)
-    assert values(metrics["macro"])["auroc"] == pytest.approx(np.mean(each), abs=1e-12)
+    pooled = values(metrics["patch"])
+    assert pooled["auroc"] == pytest.approx(np.mean(each), abs=1e-12)
+    assert pooled["accuracy"] == pytest.approx(theirs.accuracy_score(target, pred), abs=1e-12)
+    assert pooled["balanced_accuracy"] == pytest.approx(
+        theirs.balanced_accuracy_score(target, pred), abs=1e-12
+    )
+    assert metrics["calibration"]["after"]["nll"]["value"] == pytest.approx(pooled["nll"], abs=1e-12)
     f1 = theirs.f1_score(target, pred, average=None, labels=range(3), zero_division=0)
     assert found["f1"] == pytest.approx(f1.tolist(), abs=1e-12)
     assert metrics["confusion_matrix"] == theirs.confusion_matrix(target, pred).tolist()

@@ -2,10 +2,12 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
 
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from sklearn.metrics import roc_auc_score
 
 from biopsy.core.errors import DataError, MetricError, RecipeError
@@ -102,7 +104,24 @@ def test_confusion_without_one_class_says_so():
 def test_confusion_matrix_of_three_classes():
     figure = draw_confusion_matrix(np.arange(9).reshape(3, 3), ["a", "b", "c"])
     place = {t.get_text(): t.get_position() for t in figure.axes[0].texts}
-    assert place["5"] == (2, 1) and place["6"] == (0, 2)
+    assert place["5\n42%"] == (2, 1) and place["6\n29%"] == (0, 2)
+
+
+@pytest.mark.parametrize("n_classes", [3, 8])
+def test_no_label_of_a_confusion_matrix_lies_over_another(n_classes):
+    names = [f"lobular_carcinoma_{k}" for k in range(n_classes)]
+    figure = draw_confusion_matrix(np.full((n_classes, n_classes), 12_345), names)
+    FigureCanvasAgg(figure).draw()
+    cells = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert not any(one.overlaps(other) for k, one in enumerate(cells) for other in cells[:k])
+    labels = figure.axes[0].get_xticklabels()
+    if n_classes == 3:
+        boxes = [label.get_window_extent() for label in labels]
+        assert not any(one.overlaps(other) for one, other in pairwise(boxes))
+    else:  # slanted: between anchors there is room for a line of text
+        anchors = [label.get_transform().transform(label.get_position())[0] for label in labels]
+        across = np.diff(anchors) * np.sin(np.radians(labels[0].get_rotation()))
+        assert (across > labels[0].get_fontsize() * figure.dpi / 72).all()
 
 
 def test_balance_sorts_by_patches_and_stacks_classes():

@@ -15,7 +15,6 @@ from biopsy.statistics.calibration import clipped_logit
 from biopsy.statistics.cohorts import Population
 from biopsy.statistics.intervals import (
     describe_method,
-    estimate_class_metrics,
     estimate_metric,
     estimate_patch_metrics,
     estimate_patient_metrics,
@@ -247,33 +246,6 @@ def test_groups_are_measured_on_their_own():
         assert {name: table[name][i] for name in METRICS} == pytest.approx(alone, nan_ok=True)
 
 
-def test_classes_against_the_rest():
-    rng = np.random.default_rng(0)
-    target, patients = rng.integers(0, 3, 300), np.repeat(np.arange(10), 30)
-    probs = rng.dirichlet([1, 1, 1], 300) + np.eye(3)[target] * 0.3
-    probs /= probs.sum(axis=1, keepdims=True)
-    per_class, macro = estimate_class_metrics(target, probs, patients, ["a", "b", "c"], seed=0)
-    pred = probs.argmax(axis=1)
-    recalls = sk.recall_score(target, pred, average=None)
-    assert [per_class[c]["sensitivity"].value for c in "abc"] == pytest.approx(recalls.tolist())
-    assert macro["sensitivity"].value == pytest.approx(sk.balanced_accuracy_score(target, pred))
-    assert macro["f1"].value == pytest.approx(sk.f1_score(target, pred, average="macro"))
-    assert macro["auroc"].value == pytest.approx(sk.roc_auc_score(target, probs, multi_class="ovr"))
-    assert macro["auroc"].low < macro["auroc"].value < macro["auroc"].high
-    kept = [patients != p for p in range(10)]
-    left_out = np.array([sk.balanced_accuracy_score(target[k], pred[k]) for k in kept])
-    low, high = student_on_logit(macro["sensitivity"].value, left_out, 10)
-    assert (macro["sensitivity"].low, macro["sensitivity"].high) == pytest.approx((low, high))
-
-
-def test_a_macro_metric_is_undefined_where_one_class_is():
-    target, patients = np.tile([0, 1], 30), np.repeat(np.arange(6), 10)
-    probs = np.random.default_rng(0).dirichlet([1, 1, 1], 60)
-    _, macro = estimate_class_metrics(target, probs, patients, ["a", "b", "c"], seed=0)
-    assert math.isnan(macro["auroc"].value)
-    assert macro["auroc"].reason == "class 'c': undefined: no positive patches"
-
-
 def test_wilson_equals_scipy():
     for k, n in ((0, 7), (3, 7), (7, 7), (90, 100)):
         theirs = stats.binomtest(k, n).proportion_ci(0.95, method="wilson")
@@ -308,13 +280,6 @@ def test_estimates_refuse(change, message):
     arguments = {"target": TARGET, "prob": PROB, "group_ids": PATIENTS, "seed": 0} | change
     with pytest.raises(MetricError, match=message):
         estimate_patch_metrics(**arguments)
-
-
-def test_class_estimates_refuse():
-    with pytest.raises(MetricError, match=r"shape \(2, 2\) for 3 classes"):
-        estimate_class_metrics([0, 1], np.full((2, 2), 0.5), [0, 1], ["a", "b", "c"], seed=0)
-    with pytest.raises(MetricError, match="not all an index into the 2 class names"):
-        estimate_class_metrics([0, 2], np.full((2, 2), 0.5), [0, 1], ["a", "b"], seed=0)
 
 
 def test_a_cohort_follows_its_population():

@@ -8,6 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from biopsy.judging.evaluation import measure_predictions
+from biopsy.judging.scored import ScoredPatches
 from biopsy.sharing.document import (
     Bullets,
     Gallery,
@@ -205,30 +207,35 @@ def test_no_ids_at_all_still_make_a_report():
         assert "Where on the slide" not in text and "one by one" not in text
 
 
-def test_three_classes_are_reported_one_against_rest():
-    table = make_predictions(("a1", "b2", "c3")).drop(columns="prob")
+def test_three_classes_are_reported_under_their_usual_names():
+    names = ["in situ", "benign", "invasive"]
+    table = make_predictions(("a1", "b2", "c3", "d4", "e5", "f6")).drop(columns="prob")
     table["target"] = np.arange(len(table)) % 3
     table["pred"] = table["target"].where(np.arange(len(table)) % 5 > 0, 0)
-    each = {"value": 0.811, "low": 0.7, "high": 0.9, "reason": None}
+    probs = 0.1 + 0.7 * np.eye(3)[table["pred"].to_numpy()]
+    for k, name in enumerate(names):
+        table[f"prob_{name}"] = probs[:, k]
+    scored = ScoredPatches.of_predictions(table, names, None, "patient")
     metrics = {
         "side": "test",
         "positive_class": None,
+        "class_names": names,
         "n_patches": len(table),
-        "n_patients": 3,
+        "n_patients": 6,
         "threshold": None,
-        "per_class": {
-            name: {"auroc": each, "sensitivity": each} for name in ("in situ", "benign", "invasive")
-        },
-        "macro": {"auroc": {**each, "value": 0.822}, "sensitivity": each, "specificity": each},
+        **measure_predictions(scored, None, seed=0),
         "interval": {"unit": "patient"},
         "baseline": None,
     }
-    facts = make_small_facts(
-        predictions=table, metrics=metrics, class_names=["in situ", "benign", "invasive"]
-    )
+    facts = make_small_facts(predictions=table, metrics=metrics, class_names=names)
     text = Page(render_report(report_of_run(facts))).text
-    assert "AUROC 0.822 95 % interval 0.700 to 0.900" in text and "in situ 0.811 (0.700 to 0.900)" in text
-    assert "3 classes apart" in text and "highest probability" in text
+    shown = {name: metrics["patch"][name] for name in ("accuracy", "balanced_accuracy")}
+    for label, entry in zip(("Accuracy", "Balanced accuracy"), shown.values(), strict=True):
+        interval = f"{number(entry['low'])} to {number(entry['high'])}"
+        assert f"{label} {number(entry['value'])} 95 % interval {interval}" in text
+    one = metrics["one_vs_rest"]["in situ"]["auroc"]
+    assert f"in situ {number(one['value'])} ({number(one['low'])} to {number(one['high'])})" in text
+    assert "macro average" in text and "3 classes apart" in text and "highest probability" in text
 
 
 @pytest.mark.slow

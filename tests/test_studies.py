@@ -17,6 +17,7 @@ from biopsy.studies.folds import study
 from biopsy.studies.records import Study
 from biopsy.studies.reporting import report
 from conftest import write_pack
+from report_facts import Page
 from tiny_runs import TINY
 
 FAST = (*TINY, "train.epochs=1")
@@ -236,8 +237,19 @@ def test_three_classes_have_a_table_and_a_report(make_pack, tmp_path):
     pack = make_pack(n_patients=6, patches_per_patient=6, n_classes=3)
     made = ask(pack, tmp_path / "study", split="patients")
     row = made.table().iloc[0]
-    assert row["auroc"] == made.runs()[0].metrics()["macro"]["auroc"]["value"] and np.isnan(row["threshold"])
-    assert report(made)[0].is_file()
+    metrics = made.runs()[0].metrics()
+    assert row["auroc"] == metrics["patch"]["auroc"]["value"] and np.isnan(row["threshold"])
+    assert row["accuracy"] == metrics["patch"]["accuracy"]["value"]
+    pooled = made.summary()["recipes"][RECIPE]["pooled"]
+    assert (
+        pooled["n_patches"] == metrics["n_patches"]
+        and pooled["confusion_matrix"] == metrics["confusion_matrix"]
+    )
+    assert pooled["patch"]["accuracy"]["value"] == row["accuracy"]
+    text = Page(report(made)[0].read_text()).text
+    assert f"{metrics['n_patches']} patches of {metrics['n_patients']} patients" in text
+    for name in (*pack.class_names, "macro average", "Cohen's kappa"):
+        assert name in text
 
 
 def test_refusals(pack, tmp_path, monkeypatch):

@@ -2,24 +2,26 @@
 
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import f1_score, roc_auc_score
 
-from biopsy.judging.subgroups import MOST_VALUES, SHOWN, measure_subgroups
+from biopsy.judging.scored import ScoredPatches
+from biopsy.judging.subgroups import MOST_VALUES, SHOWN, SHOWN_OF_CLASSES, measure_subgroups, pick_columns
 
 N_PATIENTS, EACH = 8, 8
 PATIENT = np.repeat(np.arange(N_PATIENTS), EACH)
-THRESHOLD = {"value": 0.5, "rule": "youden", "chosen_on": "val"}
 
 
 @pytest.fixture
 def measure(make_pack):
-    def measure(rows=None, threshold=THRESHOLD, n_classes=2, **columns):
+    def measure(rows=None, n_classes=2, **columns):
         pack = make_pack(
             n_patients=N_PATIENTS, patches_per_patient=EACH, n_classes=n_classes, columns=columns
         )
         probs = np.random.default_rng(0).dirichlet([1.0] * n_classes, len(pack))
         rows = np.arange(len(pack)) if rows is None else rows
-        return pack, probs[rows], measure_subgroups(pack, rows, probs[rows], threshold, seed=0)
+        scored = ScoredPatches.of_pack(pack, rows, probs[rows], 0.5)
+        found = measure_subgroups(scored, pick_columns(pack.table.iloc[rows]), seed=0)
+        return pack, probs[rows], found
 
     return measure
 
@@ -86,5 +88,10 @@ def test_a_group_of_one_class_says_why_it_has_no_ranking(measure):
         assert group["patch"]["auroc"]["value"] is None and "undefined" in group["patch"]["auroc"]["reason"]
 
 
-def test_more_than_two_classes_have_no_subgroups(measure):
-    assert measure(n_classes=3, threshold=None, scanner=PATIENT % 2)[2] == {}
+def test_more_than_two_classes_have_their_own_metrics(measure):
+    pack, probs, found = measure(n_classes=3, scanner=PATIENT % 2)
+    rows = PATIENT % 2 == 1
+    target, pred = pack.target[rows], probs[rows].argmax(axis=1)
+    assert tuple(found["scanner"]["1"]["patch"]) == SHOWN_OF_CLASSES
+    ours = found["scanner"]["1"]["patch"]["f1_macro"]["value"]
+    assert ours == pytest.approx(f1_score(target, pred, average="macro"), abs=1e-12)

@@ -82,13 +82,16 @@ def _print_comparison(found: Mapping[str, Any]) -> None:
 
 def _print_groups(found: Mapping[str, Any], name: str) -> None:
     """Print each of a few patients: what there is to say where no interval over patients is."""
+    from biopsy.sharing.document import metric_label
+
+    first, *_, last = found["by_group"][0]["differences"][name]
     rows = [
         [
             entry["group"],
             entry["n_patches"],
             *(
                 text
-                for metric in ("auroc", "balanced_accuracy")
+                for metric in (first, last)
                 for seeds in [entry["differences"][name][metric]]
                 for text in (
                     _signed(seeds["mean"]),
@@ -98,7 +101,8 @@ def _print_groups(found: Mapping[str, Any], name: str) -> None:
         ]
         for entry in found["by_group"]
     ]
-    header = [found["unit"], "patches", "gain in AUROC", "over seeds", "in balanced accuracy", "over seeds"]
+    labels = [metric_label(metric, len(found["class_names"])) for metric in (first, last)]
+    header = [found["unit"], "patches", f"gain in {labels[0]}", "over seeds", f"in {labels[1]}", "over seeds"]
     print_table(rows, header)
 
 

@@ -1,6 +1,6 @@
 """Verbs that judge and use what was trained: evaluate, calibrate, report, predict."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,14 +46,12 @@ def _print_metrics(metrics: Mapping[str, Any]) -> None:
         )
     if metrics.get("abstention"):
         print(_say_abstention(metrics["abstention"]))
-    if "patch" in metrics:
-        _print_two_classes(metrics)
-        return
-    rows = [
-        [name, *(_number(estimates[metric]) for metric in metrics["macro"])]
-        for name, estimates in {**metrics["per_class"], "macro": metrics["macro"]}.items()
-    ]
-    print_table(rows, ["class", *metrics["macro"]])
+    if metrics["positive_class"] is not None:
+        _print_threshold(metrics)
+    _print_estimates(metrics)
+    _print_classes(metrics["classification_report"])
+    if metrics["positive_class"] is not None:
+        _print_decisions(metrics)
 
 
 def _say_abstention(found: Mapping[str, Any]) -> str:
@@ -64,11 +62,15 @@ def _say_abstention(found: Mapping[str, Any]) -> str:
     return f"no answer for {100 * share:.1f} % of patches; {promised}: {found['verdict']}"
 
 
-def _print_two_classes(metrics: Mapping[str, Any]) -> None:
+def _print_threshold(metrics: Mapping[str, Any]) -> None:
     threshold, confusion = metrics["threshold"], metrics["confusion"]
     counts = "  ".join(f"{name.upper()} {confusion[name]:,}" for name in ("tp", "fp", "fn", "tn"))
     print(f"positive class {metrics['positive_class']}: {counts}")
     print(f"at threshold {threshold['value']:.3f} ({threshold['rule']}, chosen on {threshold['chosen_on']})")
+
+
+def _print_estimates(metrics: Mapping[str, Any]) -> None:
+    """Print every metric with its interval."""
     header = ["metric", "patches", f"95 % interval, by {metrics['interval']['unit']}"]
     per_patient = metrics.get("patient", {})
     rows = []
@@ -78,7 +80,19 @@ def _print_two_classes(metrics: Mapping[str, Any]) -> None:
             summary = per_patient.get(name, {})
             rows[-1] += [summary.get("value"), summary.get("worst")]
     print_table(rows, header + (["mean of patients", "worst"] if per_patient else []))
-    _print_decisions(metrics)
+
+
+def _print_classes(report: Sequence[Mapping[str, Any]]) -> None:
+    """Print the classification report."""
+    rows = [
+        [
+            row["class"] if "class" in row else f"{row['average']} average",
+            *(_number(row[key]) for key in ("precision", "recall", "f1")),
+            row["n"],
+        ]
+        for row in report
+    ]
+    print_table(rows, ["class", "precision", "recall", "F1", "patches"])
 
 
 def _print_decisions(metrics: Mapping[str, Any]) -> None:

@@ -13,9 +13,11 @@ from biopsy.figures.style import CLASS_COLOURS, INK, WIDTH_IN, new_figure, short
 SHOWN = {
     "auroc": "AUROC",
     "auprc": "AUPRC",
+    "accuracy": "accuracy",
     "sensitivity": "sensitivity",
     "specificity": "specificity",
     "balanced_accuracy": "balanced accuracy",
+    "f1_macro": "F1, macro",
     "mcc": "Matthews corr.",
     "brier": "Brier (less is better)",
     "ece": "ECE (less is better)",

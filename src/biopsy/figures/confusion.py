@@ -57,16 +57,25 @@ def draw_confusion_matrix(counts: np.ndarray, class_names: Sequence[str]) -> Fig
     n_classes = len(class_names)
     if counts.shape != (n_classes, n_classes):
         raise MetricError(f"a confusion matrix of shape {counts.shape} does not fit {n_classes} class names")
-    figure, axes = new_figure(WIDTH_IN, max(3.1, 0.55 * n_classes + 1.2))
+    side = max(WIDTH_IN, 0.62 * n_classes + 1.4)
+    figure, axes = new_figure(side, max(3.1, 0.55 * n_classes + 1.4))
     for row in range(n_classes):
         total = counts[row].sum()
         for column in range(n_classes):
             share = counts[row, column] / total if total else float("nan")
             _draw_cell(axes, column, row, NEGATIVE if row == column else POSITIVE, share)
-            axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", fontsize=9)
-    names = [shorten(name, 12) for name in class_names]
+            shown = f"{counts[row, column]:,}"
+            if np.isfinite(share):
+                shown += f"\n{share:.0%}"
+            axes.text(column, row, shown, ha="center", va="center", fontsize=8.5, linespacing=1.3)
+    names = [shorten(name, 12 if n_classes <= 3 else 18) for name in class_names]
     _label_cells(axes, names, names)
-    axes.set_xlabel("called", color=MUTED)
+    if n_classes > 3:
+        axes.tick_params(axis="x", labelrotation=40)
+        for label in axes.get_xticklabels():
+            label.set(ha="left", rotation_mode="anchor")
+    axes.set_xlabel("predicted class", color=MUTED)
+    axes.set_ylabel("true class", color=MUTED)
     axes.xaxis.set_label_position("top")
     return figure
 

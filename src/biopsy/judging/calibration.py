@@ -3,16 +3,16 @@
 from typing import Any
 
 import numpy as np
-from scipy.special import log_softmax, softmax
+from scipy.special import softmax
 
+from biopsy.judging.scored import ScoredPatches
 from biopsy.learning.classifiers import Classifier, score_classes
 from biopsy.statistics.calibration import ece_floor
-from biopsy.statistics.intervals import estimate_metric
-from biopsy.statistics.metrics import METRICS
+from biopsy.statistics.intervals import estimate_metrics
+from biopsy.statistics.multiclass import ClassSample
 from biopsy.statistics.reliability import decompose_brier, estimate_reliability
-from biopsy.statistics.replicates import replicate
-from biopsy.statistics.tallies import rank
 
+MEASURED_OF_CLASSES = ("ece", "brier", "nll")
 MEASURED = ("ece", "brier", "nll", "calibration_slope", "calibration_intercept")
 
 
@@ -38,48 +38,48 @@ def measure_calibration(
         level: Nominal coverage.
 
     Returns:
-        What ``classifier.json`` says of the calibrator, ``before`` and ``after``: for two classes the metrics
-        of `MEASURED` with intervals, ``ece_floor``, ``brier_parts`` and the ``bins`` of the reliability plot;
-        for more, ``nll`` and ``brier`` over all classes.
+        What ``classifier.json`` says of the calibrator, ``before`` and ``after``: the metrics of `MEASURED`
+        (for more than two classes `MEASURED_OF_CLASSES`) with intervals, ``ece_floor``, the ``bins`` of the
+        reliability plot and, for two classes, ``brier_parts``.
     """
     scores = score_classes(logits, classifier.info.outputs)
-    calibrated, positive = classifier.calibrator.scale(scores), classifier.positive_index
+    calibrated = classifier.calibrator.scale(scores)
 
     def measure(of: np.ndarray) -> dict[str, Any]:
-        if positive is None:
-            return _measure_classes(of, target)
-        truth, prob = (target == positive).astype(int), softmax(of, axis=1)[:, positive]
-        return _measure_binary(truth, prob, group_ids, seed=seed, unit=unit, level=level)
+        scored = ScoredPatches(
+            target=target,
+            probs=softmax(of, axis=1),
+            pred=of.argmax(axis=1),
+            group_ids=group_ids,
+            class_names=classifier.info.class_names,
+            positive_class=classifier.info.positive_class,
+            unit=unit,
+        )
+        return measure_reliability(scored, seed=seed, level=level)
 
     before = measure(scores)
     after = before if calibrated is scores else measure(calibrated)
     return {**classifier.info.calibrator, "before": before, "after": after}
 
 
-def _measure_binary(
-    truth: np.ndarray, prob: np.ndarray, group_ids: np.ndarray, *, seed: int, unit: str, level: float
-) -> dict[str, Any]:
-    ranked = rank(truth, prob, group_ids=group_ids)
-    result = replicate(ranked, seed=seed, names=MEASURED)
-    bins = estimate_reliability(truth, prob, group_ids, seed=seed, unit=unit, level=level)
-    return {
-        **{
-            name: estimate_metric(METRICS[name], ranked, result, level=level, unit=unit).to_dict()
-            for name in MEASURED
-        },
+def measure_reliability(scored: ScoredPatches, *, seed: int, level: float = 0.95) -> dict[str, Any]:
+    """Return what ``before`` and ``after`` of `measure_calibration` hold.
+
+    With more than two classes the bins, the floor and the calibration error are those of the called class.
+    """
+    sample = scored.sample()
+    options: dict[str, Any] = {"seed": seed, "unit": scored.unit, "level": level}
+    names: tuple[str, ...]
+    if isinstance(sample, ClassSample):
+        names, truth, prob = MEASURED_OF_CLASSES, scored.target == scored.pred, scored.probs.max(axis=1)
+    else:
+        names, truth, prob = MEASURED, scored.is_positive, scored.prob
+    bins = estimate_reliability(truth, prob, scored.group_ids, **options)
+    found = {
+        **{name: value.to_dict() for name, value in estimate_metrics(sample, names=names, **options).items()},
         "ece_floor": ece_floor(prob, seed=seed),
-        "brier_parts": decompose_brier(truth, prob).to_dict(),
         "bins": [one.to_dict() for one in bins],
     }
-
-
-def _measure_classes(scores: np.ndarray, target: np.ndarray) -> dict[str, Any]:
-    rows, wanted = np.arange(len(target)), np.eye(scores.shape[1])[target]
-    reason = "no interval is made for more than two classes"
-    values = {
-        "nll": -float(log_softmax(scores, axis=1)[rows, target].mean()),
-        "brier": float(((softmax(scores, axis=1) - wanted) ** 2).sum(axis=1).mean()),
-    }
-    return {
-        name: {"value": value, "low": None, "high": None, "reason": reason} for name, value in values.items()
-    }
+    if scored.positive_class is not None:
+        found["brier_parts"] = decompose_brier(truth, prob).to_dict()
+    return found

@@ -13,13 +13,16 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from biopsy.judging.evaluation import LEVEL
+from biopsy.judging.scored import ScoredPatches
 from biopsy.statistics.intervals import estimate_metric
-from biopsy.statistics.metrics import METRICS, measure
+from biopsy.statistics.metrics import METRICS, Metric, measure
+from biopsy.statistics.multiclass import MULTICLASS_METRICS, ClassSample
 from biopsy.statistics.paired import Difference, Sample, adjust_holm, sample_seeds, subtract
-from biopsy.statistics.tallies import Ranked, rank
+from biopsy.statistics.tallies import Ranked
 
 FORMAT = "biopsy-comparison/1"
 BY_GROUP = ("auroc", "sensitivity", "specificity", "balanced_accuracy")
+BY_GROUP_OF_CLASSES = ("accuracy", "f1_weighted")  # defined where a patient lacks a class
 
 
 @dataclass(frozen=True)
@@ -59,19 +62,19 @@ class Ground:
         """Give the id of each patch's unit."""
         return frame[f"{self.unit}_id"].to_numpy(str).astype(object)
 
-    def rank(self, frame: pd.DataFrame) -> list[Ranked]:
-        """Sort what one seed says: of the positive class, or of every class against the others."""
-        names = list(self.class_names)
-        classes = names if self.positive_class is None else [self.positive_class]
-        return [
-            rank(
-                frame["target"].to_numpy(int) == names.index(name),
-                frame[f"prob_{name}"],
-                group_ids=self.groups(frame),
-                called=frame["pred"].to_numpy(int) == names.index(name),
-            )
-            for name in classes
-        ]
+    def sample(self, frame: pd.DataFrame) -> Ranked | ClassSample:
+        """Return what one seed says, ready for metrics."""
+        return ScoredPatches.of_predictions(frame, self.class_names, self.positive_class, self.unit).sample()
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """What is compared, by name."""
+        return MULTICLASS_METRICS if self.positive_class is None else METRICS
+
+    @property
+    def by_group(self) -> tuple[str, ...]:
+        """What is compared within each patient."""
+        return BY_GROUP if self.positive_class is not None else BY_GROUP_OF_CLASSES
 
 
 def compare_rivals(rivals: Sequence[Rival], ground: Ground, *, metric: str = "auroc") -> dict[str, Any]:
@@ -113,31 +116,29 @@ def compare_rivals(rivals: Sequence[Rival], ground: Ground, *, metric: str = "au
 
 def sample_rival(rival: Rival, ground: Ground) -> Sample:
     """Measure a rival, the mean of its seeds, on the sample and on every reweighting of the patients."""
-    return sample_seeds([one for frame in rival.frames for one in ground.rank(frame)], seed=0)
+    return sample_seeds([ground.sample(frame) for frame in rival.frames], seed=0)
 
 
 def measure_seeds(
-    frames: Sequence[pd.DataFrame], ground: Ground, names: Sequence[str] = tuple(METRICS)
+    frames: Sequence[pd.DataFrame], ground: Ground, names: Sequence[str] | None = None
 ) -> dict[str, list[float]]:
-    """Give each metric of each seed, the mean over classes where there are more than two."""
-    rows = [[measure(one.tally(), names) for one in ground.rank(frame)] for frame in frames]
-    return {name: [float(np.mean([one[name] for one in row])) for row in rows] for name in names}
+    """Return each metric of each seed."""
+    rows = [measure(ground.sample(frame).tally(), names) for frame in frames]
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _describe(sample: Sample, seeds: Mapping[str, list[float]], ground: Ground) -> dict[str, Any]:
-    """Give a rival's own numbers; a mean over classes has its interval in the evaluation of the run."""
+    """Return a rival's own numbers."""
     over_seeds = {
         name: {"mean": float(np.mean(found)), "sd": _sd(found)}
         for name, found in seeds.items()
         if not np.isnan(found).any()
     }
     values = {
-        name: {"value": sample.result.value[name], "low": None, "high": None, "reason": "a mean over classes"}
-        if ground.positive_class is None
-        else estimate_metric(
-            METRICS[name], sample.ranked[0], sample.result, level=LEVEL, unit=ground.unit
+        name: estimate_metric(
+            metric, sample.samples[0], sample.result, level=LEVEL, unit=ground.unit
         ).to_dict()
-        for name in METRICS
+        for name, metric in ground.metrics.items()
     }
     return {"patch": values, "over_seeds": over_seeds}
 
@@ -152,7 +153,7 @@ def _subtract_all(
     found: list[dict[str, Difference]] = [
         subtract(sample, samples[0], level=LEVEL, unit=ground.unit) for sample in samples[1:]
     ]
-    holm = {name: adjust_holm([one[name].p for one in found]) for name in METRICS}
+    holm = {name: adjust_holm([one[name].p for one in found]) for name in ground.metrics}
     paired = [set(rival.seeds) == set(rivals[0].seeds) for rival in rivals]
     return [
         {
@@ -209,7 +210,9 @@ def _compare_groups(rivals: Sequence[Rival], ground: Ground) -> list[dict[str, A
     target = rivals[0].frames[0]["target"].to_numpy(int)
     for group in sorted(set(groups.tolist())):
         rows = np.flatnonzero(groups == group)
-        each = [measure_seeds([f.iloc[rows] for f in rival.frames], ground, BY_GROUP) for rival in rivals]
+        each = [
+            measure_seeds([f.iloc[rows] for f in rival.frames], ground, ground.by_group) for rival in rivals
+        ]
         found.append(
             {
                 "group": group,
@@ -226,7 +229,7 @@ def _compare_groups(rivals: Sequence[Rival], ground: Ground) -> list[dict[str, A
                         name: spread_seeds(
                             values[name], each[0][name], set(rival.seeds) == set(rivals[0].seeds)
                         )
-                        for name in BY_GROUP
+                        for name in ground.by_group
                     }
                     for rival, values in zip(rivals[1:], each[1:], strict=True)
                 },

@@ -1,12 +1,12 @@
 """Evaluation: the numbers of a run on one side, with intervals over patients, and the count of openings."""
 
 import logging
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from biopsy.core.errors import RunError
 from biopsy.core.files import read_json, write_json
@@ -18,7 +18,8 @@ from biopsy.judging.abstention import measure_abstention
 from biopsy.judging.baseline import colour_baseline
 from biopsy.judging.calibration import measure_calibration
 from biopsy.judging.decisions import measure_decisions
-from biopsy.judging.subgroups import measure_subgroups
+from biopsy.judging.scored import ScoredPatches
+from biopsy.judging.subgroups import measure_subgroups, pick_columns
 from biopsy.learning.classifiers import Classifier
 from biopsy.learning.engine import Engine
 from biopsy.learning.inference import predict_logits
@@ -26,15 +27,14 @@ from biopsy.learning.runs import Run
 from biopsy.statistics.calibration import ece_floor
 from biopsy.statistics.decisions import check_prevalence
 from biopsy.statistics.intervals import (
+    Interval,
     describe_method,
     estimate_class_metrics,
-    estimate_metric,
-    estimate_patch_metrics,
+    estimate_metrics,
     estimate_patient_metrics,
 )
-from biopsy.statistics.metrics import METRICS
+from biopsy.statistics.multiclass import ClassSample, classification_report
 from biopsy.statistics.paired import estimate_differences
-from biopsy.statistics.replicates import replicate
 from biopsy.statistics.tallies import rank
 
 logger = logging.getLogger(__name__)
@@ -93,6 +93,7 @@ def evaluate(
     )
     probs = classifier.probs(logits)
     threshold, groups = classifier.frozen, pack.group_ids[rows]
+    scored = ScoredPatches.of_pack(pack, rows, probs, classifier.threshold)
     place = run.path if _is_own(run, pack) else run.path / "external" / pack.path.stem
     openings = _open_ledger(run, pack, about, side)
     frame = make_predictions(
@@ -102,7 +103,7 @@ def evaluate(
         probs,
         sides=side,
         fold=about["fold"],
-        threshold=None if threshold is None else threshold["value"],
+        threshold=classifier.threshold,
         abstained=classifier.abstains(probs),
     )
     write_predictions(
@@ -125,8 +126,8 @@ def evaluate(
         "unit": pack.unit,
         "split": about,
         "threshold": threshold,
-        **measure_predictions(pack, rows, probs, threshold, seed=run.info["seed"]),
-        **_measure_decision(classifier, pack, rows, logits, probs, prevalence, run.info["seed"]),
+        **measure_predictions(scored, classifier.threshold, seed=run.info["seed"]),
+        **_measure_decision(classifier, scored, logits, prevalence, run.info["seed"]),
         "abstention": measure_abstention(
             classifier.info.conformal,
             pack,
@@ -140,7 +141,9 @@ def evaluate(
             len(np.unique(groups)), seed=run.info["seed"], level=LEVEL, unit=pack.unit
         ),
         "baseline": _compare_with_colour(run, pack, sides, side, probs) if _is_own(run, pack) else None,
-        "subgroups": measure_subgroups(pack, rows, probs, threshold, seed=run.info["seed"]),
+        "subgroups": measure_subgroups(
+            scored, pick_columns(pack.table.iloc[rows]), seed=run.info["seed"], level=LEVEL
+        ),
         "times_opened": openings and openings["times"],
         "ledger": openings,
         "evaluated": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -150,69 +153,62 @@ def evaluate(
     return read_json(path, format=FORMAT)
 
 
-def measure_predictions(
-    pack: Pack, rows: np.ndarray, probs: np.ndarray, threshold: dict[str, Any] | None, *, seed: int
-) -> dict[str, Any]:
-    """Give the entries of ``metrics.json`` that follow from probabilities alone.
+def measure_predictions(scored: ScoredPatches, threshold: float | None, *, seed: int) -> dict[str, Any]:
+    """Return the entries of ``metrics.json`` that follow from probabilities alone.
 
     Args:
-        pack: Targets, patients and class names.
-        rows: Which patches, ``(n,)``.
-        probs: Their probabilities, ``(n, n_classes)``.
-        threshold: ``value``, ``rule``, ``chosen_on``; None for more than two classes.
+        scored: The patches.
+        threshold: At which they are called positive; 0.5 if not given.
         seed: Of bootstrap draws and of the simulated calibration floor.
     """
-    target, groups, positive = pack.target[rows], pack.group_ids[rows], pack.positive_index
-    if positive is None or threshold is None:
-        per_class, macro = estimate_class_metrics(
-            target, probs, groups, pack.class_names, seed=seed, level=LEVEL, unit=pack.unit
-        )
-        confusion = pd.crosstab(
-            pd.Categorical(target, range(len(pack.class_names))),
-            pd.Categorical(probs.argmax(axis=1), range(len(pack.class_names))),
-            dropna=False,
-        )
+    options: dict[str, Any] = {"seed": seed, "level": LEVEL, "unit": scored.unit}
+    sample, matrix = scored.sample(), scored.confusion()
+    report = {"classification_report": classification_report(matrix, scored.class_names)}
+    if isinstance(sample, ClassSample):
+        pooled, per_class = estimate_class_metrics(sample, **options)
         return {
-            "confusion_matrix": confusion.to_numpy(),
-            "per_class": {
-                name: {metric: interval.to_dict() for metric, interval in values.items()}
-                for name, values in per_class.items()
-            },
-            "macro": {metric: interval.to_dict() for metric, interval in macro.items()},
+            "confusion_matrix": matrix,
+            **report,
+            "patch": _to_dicts(pooled),
+            "one_vs_rest": {name: _to_dicts(intervals) for name, intervals in per_class.items()},
         }
-    truth, prob, value = (target == positive).astype(int), probs[:, positive], threshold["value"]
-    patch = estimate_patch_metrics(truth, prob, groups, value, seed=seed, level=LEVEL, unit=pack.unit)
+    truth, prob, value = scored.is_positive, scored.prob, 0.5 if threshold is None else threshold
     document: dict[str, Any] = {
         "confusion": count_calls(truth, prob, value),
         "at_half": count_calls(truth, prob, 0.5),
+        **report,
         "prevalence": float(truth.mean()),
-        "patch": {name: interval.to_dict() for name, interval in patch.items()},
+        "patch": _to_dicts(estimate_metrics(sample, **options)),
         "ece_floor": ece_floor(prob, seed=seed),
     }
-    if pack.unit != "patch":
-        patients = estimate_patient_metrics(truth, prob, groups, value, level=LEVEL, unit=pack.unit)
+    if scored.unit != "patch":
+        patients = estimate_patient_metrics(
+            truth, prob, scored.group_ids, value, level=LEVEL, unit=scored.unit
+        )
         document["patient"] = {name: summary.to_dict() for name, summary in patients.items()}
     return document
 
 
+def _to_dicts(intervals: Mapping[str, Interval]) -> dict[str, Any]:
+    return {name: interval.to_dict() for name, interval in intervals.items()}
+
+
 def _measure_decision(
-    classifier: Classifier,
-    pack: Pack,
-    rows: np.ndarray,
-    logits: np.ndarray,
-    probs: np.ndarray,
-    prevalence: float | None,
-    seed: int,
+    classifier: Classifier, scored: ScoredPatches, logits: np.ndarray, prevalence: float | None, seed: int
 ) -> dict[str, Any]:
-    """Give the entries on the calibrator and, for two classes, on thresholds and what acting gains."""
-    target, groups, positive = pack.target[rows], pack.group_ids[rows], pack.positive_index
-    options: dict[str, Any] = {"seed": seed, "unit": pack.unit, "level": LEVEL}
+    """Return the entries on the calibrator and, for two classes, on thresholds and what acting gains."""
+    options: dict[str, Any] = {"seed": seed, "unit": scored.unit, "level": LEVEL}
+    target, groups = scored.target, scored.group_ids
     found = {"calibration": measure_calibration(classifier, logits, target, groups, **options)}
-    if positive is None:
+    if scored.positive_index is None:
         return found
-    truth, thresholds = (target == positive).astype(int), classifier.info.thresholds
     return found | measure_decisions(
-        truth, probs[:, positive], groups, thresholds, prevalence=prevalence, **options
+        scored.is_positive,
+        scored.prob,
+        groups,
+        classifier.info.thresholds,
+        prevalence=prevalence,
+        **options,
     )
 
 
@@ -305,13 +301,7 @@ def _compare_with_colour(
         return result
     truth, groups = (pack.target[rows] == positive).astype(int), pack.group_ids[rows]
     seed, alone = run.info["seed"], rank(truth, theirs[:, positive], group_ids=groups)
-    interval = estimate_metric(
-        METRICS["auroc"],
-        alone,
-        replicate(alone, seed=seed, names=["auroc"]),
-        level=LEVEL,
-        unit=pack.unit,
-    )
+    interval = estimate_metrics(alone, seed=seed, names=["auroc"], level=LEVEL, unit=pack.unit)["auroc"]
     gain = estimate_differences(
         truth,
         probs[:, positive],

@@ -5,58 +5,55 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from biopsy.data.packs import COLUMNS, Pack
-from biopsy.statistics.intervals import estimate_patch_metrics
+from biopsy.data.packs import COLUMNS
+from biopsy.judging.scored import ScoredPatches
+from biopsy.statistics.intervals import estimate_metrics
 
 SHOWN = ("auroc", "sensitivity", "specificity", "balanced_accuracy")
+SHOWN_OF_CLASSES = ("accuracy", "balanced_accuracy", "f1_macro", "auroc")
 MOST_VALUES = 12
 RELABELLED = ("label_before", "label_by", "label_at")
 PCAM = ("coord_x", "coord_y", "tumor_patch", "center_tumor_patch")  # place and label once more
 OWN_COLUMNS = {*COLUMNS, "own_side", "row", "label_share", *RELABELLED, *PCAM}
 
 
+def pick_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the columns of a pack's table that were joined, and ``site_id``."""
+    return table[[name for name in table.columns if name == "site_id" or name not in OWN_COLUMNS]]
+
+
 def measure_subgroups(
-    pack: Pack, rows: np.ndarray, probs: np.ndarray, threshold: dict[str, Any] | None, *, seed: int
+    scored: ScoredPatches, columns: pd.DataFrame, *, seed: int, level: float = 0.95
 ) -> dict[str, dict[str, Any]]:
-    """Give the metrics of every value of every joined column.
+    """Return the metrics of every value of every column.
 
     Numbers with more than `MOST_VALUES` distinct values are cut at their quartiles over the judged patches;
-    text with more is left out. ``site_id`` counts as a joined column.
+    text with more is left out.
 
     Args:
-        pack: With the joined columns in its table.
-        rows: The judged patches.
-        probs: Their probabilities, ``(n, n_classes)``.
-        threshold: The frozen one; None (more than two classes) gives no subgroups.
+        scored: The judged patches.
+        columns: What is known of each, a row a patch in the same order.
         seed: Of bootstrap draws.
+        level: Nominal coverage.
 
     Returns:
-        Column -> value -> ``n_patches``, ``n_patients`` and `SHOWN` metrics with intervals over patients.
+        Column -> value -> ``n_patches``, ``n_patients`` and ``patch``: the metrics of `SHOWN` (for more than
+        two classes `SHOWN_OF_CLASSES`) with intervals over patients.
     """
-    positive = pack.positive_index
-    if positive is None or threshold is None:
-        return {}
-    table = pack.table.iloc[rows]
-    truth, prob, groups = (
-        (pack.target[rows] == positive).astype(int),
-        probs[:, positive],
-        pack.group_ids[rows],
-    )
+    shown = SHOWN_OF_CLASSES if scored.positive_class is None else SHOWN
     found: dict[str, dict[str, Any]] = {}
-    for column in [name for name in table.columns if name == "site_id" or name not in OWN_COLUMNS]:
-        labels = _label(table[column])
+    for column in columns:
+        labels = _label(columns[column])
         if labels is None:
             continue
-        found[column] = {}
+        found[str(column)] = {}
         for value in sorted(labels.dropna().unique()):
-            chosen = labels.eq(value).fillna(False).to_numpy(bool)
-            metrics = estimate_patch_metrics(
-                truth[chosen], prob[chosen], groups[chosen], threshold["value"], seed=seed, unit=pack.unit
-            )
-            found[column][str(value)] = {
-                "n_patches": int(chosen.sum()),
-                "n_patients": len(np.unique(groups[chosen])),
-                "patch": {name: metrics[name].to_dict() for name in SHOWN},
+            part = scored.take(labels.eq(value).fillna(False).to_numpy(bool))
+            metrics = estimate_metrics(part.sample(), seed=seed, names=shown, level=level, unit=scored.unit)
+            found[str(column)][str(value)] = {
+                "n_patches": len(part),
+                "n_patients": len(np.unique(part.group_ids)),
+                "patch": {name: interval.to_dict() for name, interval in metrics.items()},
             }
     return found
 

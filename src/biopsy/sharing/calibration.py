@@ -35,16 +35,19 @@ def describe_calibration(facts: RunFacts) -> Section | None:
         sides = {"before": found["before"], **sides}
     blocks.append(_table(sides, facts.metrics.get("side", "test")))
     if "bins" in found["after"]:
+        positive = facts.positive if facts.is_binary else "the predicted class"
         titles = {"before": "Before calibration", "after": "After" if len(sides) > 1 else "Not calibrated"}
         pictures = [
             Picture(
                 f"{titles[name]}. Each dot holds as many patches.",
-                svg(draw_calibration(side["bins"], positive=facts.positive), f"calibration-{name}"),
+                svg(draw_calibration(side["bins"], positive=positive), f"calibration-{name}"),
             )
             for name, side in sides.items()
         ]
         note = f"Lines through dots: intervals over {plural(facts.unit)}, where enough have patches there."
-        blocks += [Pictures(pictures, caption=note), Text(say_slope(found["after"], facts.positive))]
+        blocks.append(Pictures(pictures, caption=note))
+    if "calibration_slope" in found["after"]:
+        blocks.append(Text(say_slope(found["after"], facts.positive)))
     return Section("calibration", "Do probabilities mean what they say?", blocks)
 
 

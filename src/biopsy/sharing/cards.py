@@ -11,10 +11,19 @@ from typing import Any
 from biopsy.core.errors import RunError
 from biopsy.learning.classifiers import Classifier
 from biopsy.learning.runs import Run
-from biopsy.sharing.document import METRIC_LABELS, interval_of, number
+from biopsy.sharing.document import interval_of, metric_label, number
 
 NOT_A_DEVICE = "Research use only: not a medical device, not for diagnosis."
-SHOWN = ("auroc", "auprc", "sensitivity", "specificity", "ppv", "npv", "brier", "ece", "calibration_slope")
+SHOWN: tuple[str, ...] = (
+    "auroc",
+    "auprc",
+    "accuracy",
+    "balanced_accuracy",
+    "sensitivity",
+    "specificity",
+    "ppv",
+)
+SHOWN += ("npv", "f1_macro", "kappa", "brier", "ece", "calibration_slope")
 
 
 @dataclass(frozen=True)
@@ -119,9 +128,13 @@ def _describe_metrics(metrics: Mapping[str, Any] | None) -> list[str]:
     if metrics is None:
         return ["## Metrics", "Not evaluated."]
     unit = metrics.get("interval", {}).get("unit", "patient")
-    pooled = metrics.get("patch") or metrics.get("macro") or {}
+    pooled = metrics["patch"]
     rows = [
-        [METRIC_LABELS[name], number(pooled[name].get("value")), interval_of(pooled[name])]
+        [
+            metric_label(name, len(metrics["class_names"])),
+            number(pooled[name].get("value")),
+            interval_of(pooled[name]),
+        ]
         for name in SHOWN
         if name in pooled
     ]
@@ -150,23 +163,28 @@ def _describe_subgroups(metrics: Mapping[str, Any] | None) -> list[str]:
     subgroups = (metrics or {}).get("subgroups") or {}
     if not subgroups:
         return ["## Subgroups", "None were compared: no column of the data made any."]
+    shown = [name for values in subgroups.values() for group in values.values() for name in group["patch"]][
+        :2
+    ]
     rows = [
         [
             column,
             value,
             number(group["n_patches"]),
             number(group["n_patients"]),
-            *_two_metrics(group["patch"]),
+            *_two_metrics(group["patch"], shown),
         ]
         for column, values in subgroups.items()
         for value, group in values.items()
     ]
-    header = ["", "", "patches", "patients", "AUROC", "95 % interval", "sensitivity", "95 % interval"]
+    header = ["", "", "patches", "patients"]
+    for name in shown:
+        header += [metric_label(name, len((metrics or {})["class_names"])), "95 % interval"]
     return ["## Subgroups", _table(header, rows)]
 
 
-def _two_metrics(group: Mapping[str, Any]) -> Iterable[str]:
-    for name in ("auroc", "sensitivity"):
+def _two_metrics(group: Mapping[str, Any], shown: Iterable[str]) -> Iterable[str]:
+    for name in shown:
         yield number((group.get(name) or {}).get("value"))
         yield interval_of(group.get(name))
 

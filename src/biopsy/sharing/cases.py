@@ -11,13 +11,13 @@ from biopsy.figures.slides import ALL_PANELS, draw_slide
 from biopsy.figures.style import jpeg, png, svg
 from biopsy.imaging.mosaic import stitch, stitch_values
 from biopsy.sharing.document import (
-    METRIC_LABELS,
     Block,
     Picture,
     Pictures,
     Section,
     Table,
     Text,
+    metric_label,
     number,
 )
 from biopsy.sharing.facts import RunFacts
@@ -37,7 +37,7 @@ def describe_patients(facts: RunFacts) -> Section | None:
         known = groups.notna().to_numpy()
         blocks += _blocks_by_group(facts, groups[known].astype(str).to_numpy(), known)
     if facts.metrics.get("subgroups"):
-        blocks.append(_table_of_subgroups(facts.metrics["subgroups"], facts.unit))
+        blocks.append(_table_of_subgroups(facts.metrics["subgroups"], len(facts.class_names), facts.unit))
     if not blocks:
         return None
     heading = "Slide by slide" if facts.unit == "slide" else "Patient by patient"
@@ -91,28 +91,31 @@ def _blocks_by_group(facts: RunFacts, who: np.ndarray, known: np.ndarray) -> lis
         ]
         for i, name in enumerate(names)
     ]
-    columns = [facts.unit, "patches", facts.positive, *(METRIC_LABELS[key] for key in shown)]
+    columns = [facts.unit, "patches", facts.positive, *(metric_label(key) for key in shown)]
     title = f"{len(rows)} {facts.unit}s, one by one"
     note = "A dash: not defined, because only one class occurs."
     fold = title if len(rows) >= LONG_TABLE else ""
     return [Pictures(pictures), Table(columns, rows, caption="" if fold else title, note=note, fold=fold)]
 
 
-def _table_of_subgroups(subgroups: Mapping[str, Mapping[str, Any]], unit: str) -> Table:
+def _table_of_subgroups(subgroups: Mapping[str, Mapping[str, Any]], n_classes: int, unit: str) -> Table:
     rows, reasons = [], Footnotes()
+    shown = [name for values in subgroups.values() for found in values.values() for name in found["patch"]][
+        :3
+    ]
     for column, values in subgroups.items():
         for value, found in values.items():
-            m = found.get("patch", found)
             rows.append(
                 [
                     column,
                     str(value),
                     number(found.get("n_patches")),
                     number(found.get("n_patients")),
-                    *(reasons.estimate(m.get(key, {})) for key in ("auroc", "sensitivity", "specificity")),
+                    *(reasons.estimate(found["patch"].get(key, {})) for key in shown),
                 ]
             )
-    columns = ["column", "subgroup", "patches", f"{unit}s", "AUROC", "sensitivity", "specificity"]
+    columns = ["column", "subgroup", "patches", f"{unit}s"]
+    columns += [metric_label(name, n_classes) for name in shown]
     note = f"In brackets the 95 % interval.{reasons.text}"
     return Table(columns, rows, caption="Subgroups", note=note, text_columns=2)
 

@@ -8,7 +8,6 @@ import pandas as pd
 from biopsy.sharing.cases import encode_patch, pick_label
 from biopsy.sharing.differences import ComparisonFacts, list_differences, say_p, say_verdict
 from biopsy.sharing.document import (
-    METRIC_LABELS,
     Block,
     Bullets,
     Facts,
@@ -23,12 +22,14 @@ from biopsy.sharing.document import (
     Table,
     Text,
     interval_of,
+    metric_label,
     number,
 )
 from biopsy.sharing.report import HIDDEN, NOT_FOR
 
 MOST_SHOWN = 12  # patches of each kind in the gallery
 LONG_TABLE = 16
+SEEDS_SHOWN = ("auroc", "accuracy", "balanced_accuracy", "sensitivity", "specificity")
 
 
 def report_of_comparison(facts: ComparisonFacts) -> ReportDocument:
@@ -56,7 +57,7 @@ def report_of_comparison(facts: ComparisonFacts) -> ReportDocument:
 
 def _summarise(facts: ComparisonFacts) -> Summary:
     m, name = facts.document, facts.document["metric"]
-    label = METRIC_LABELS.get(name, name)
+    label = metric_label(name, len(m["class_names"]))
     heads = [
         Headline(f"{label} of {rival['name']}", value["value"], value["low"], value["high"], value["reason"])
         for rival in m["rivals"][:3]
@@ -112,7 +113,7 @@ def _describe_differences(facts: ComparisonFacts) -> Section:
                 reasons[found["reason"]] = None
             rows.append(
                 [
-                    METRIC_LABELS.get(row["metric"], row["metric"]),
+                    metric_label(row["metric"], len(m["class_names"])),
                     number(row["reference_value"]),
                     number(row["value"]),
                     _signed(found["value"]),
@@ -128,7 +129,7 @@ def _describe_differences(facts: ComparisonFacts) -> Section:
                 if several
                 else ""
             )
-            + f"{METRIC_LABELS.get(m['metric'], m['metric'])} was to answer, the others stand beside it."
+            + f"{metric_label(m['metric'], len(m['class_names']))} was to answer, the others stand beside it."
         )
         if reasons:
             note += f" No interval: {'; '.join(reasons)}."
@@ -155,11 +156,11 @@ def _describe_seeds(facts: ComparisonFacts) -> Section | None:
     for one in m["differences"]:
         for name, found in one["metrics"].items():
             seeds = found["over_seeds"]
-            if name in ("auroc", "balanced_accuracy", "sensitivity", "specificity") and seeds["n"] > 1:
+            if name in SEEDS_SHOWN and seeds["n"] > 1:
                 rows.append(
                     [
                         one["of"],
-                        METRIC_LABELS[name],
+                        metric_label(name, len(m["class_names"])),
                         _signed(seeds["mean"]),
                         number(seeds["sd"]),
                         f"{_signed(seeds['min'])} to {_signed(seeds['max'])}",
@@ -181,27 +182,31 @@ def _describe_groups(facts: ComparisonFacts) -> Section | None:
     if not m["by_group"]:
         return None
     blocks: list[Block] = []
+    first, *_, last = m["by_group"][0]["values"][m["reference"]]
+    first_label, last_label = (metric_label(name, len(m["class_names"])) for name in (first, last))
     for one in m["differences"]:
         rows = []
         for entry in m["by_group"]:
-            values, seeds = entry["values"], entry["differences"][one["of"]]["auroc"]
+            values, seeds = entry["values"], entry["differences"][one["of"]][first]
             rows.append(
                 [
                     entry["group"],
                     number(entry["n_patches"]),
-                    number(values[one["to"]]["auroc"]),
-                    number(values[one["of"]]["auroc"]),
+                    number(values[one["to"]][first]),
+                    number(values[one["of"]][first]),
                     _signed(seeds["mean"]),
                     number(seeds["sd"]),
                     "-" if seeds["n"] < 2 else f"{_signed(seeds['min'])} to {_signed(seeds['max'])}",
-                    _signed(entry["differences"][one["of"]]["balanced_accuracy"]["mean"]),
+                    _signed(entry["differences"][one["of"]][last]["mean"]),
                 ]
             )
-        columns = [facts.unit, "patches", one["to"], one["of"], "gain in AUROC", "sd over seeds"]
-        columns += ["least to greatest", "gain in balanced accuracy"]
+        columns = [facts.unit, "patches", one["to"], one["of"], f"gain in {first_label}", "sd over seeds"]
+        columns += ["least to greatest", f"gain in {last_label}"]
         title = f"{one['of']} against {one['to']}, {facts.unit} by {facts.unit}"
         long = len(rows) > LONG_TABLE
-        note = "AUROC, mean of seeds. A dash: not defined, because only one class occurs, or one seed."
+        note = (
+            f"{first_label}, mean of seeds. A dash: not defined, because only one class occurs, or one seed."
+        )
         blocks.append(
             Table(columns, rows, caption="" if long else title, note=note, fold=title if long else "")
         )

@@ -10,7 +10,7 @@ import pandas as pd
 
 from biopsy.figures.comparisons import draw_differences
 from biopsy.figures.style import svg
-from biopsy.sharing.document import METRIC_LABELS, plural
+from biopsy.sharing.document import metric_label, plural
 from biopsy.sharing.identities import KINDS, Aliases
 
 ALPHA = 0.05
@@ -93,7 +93,7 @@ def list_differences(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 def say_verdict(document: Mapping[str, Any], one: Mapping[str, Any]) -> str:
     """Say in a sentence what a comparison found in the metric that was to answer."""
     name = document["metric"]
-    found, label = one["metrics"][name], METRIC_LABELS.get(name, name)
+    found, label = one["metrics"][name], metric_label(name, len(document["class_names"]))
     of, to, units = one["of"], one["to"], plural(document["unit"])
     if found["value"] is None or np.isnan(found["value"]):
         return f"{label} of {of} and {to} cannot be compared: {found['reason']}."

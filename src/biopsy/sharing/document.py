@@ -5,25 +5,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-METRIC_LABELS = {
-    "auroc": "AUROC",
-    "auprc": "AUPRC",
-    "sensitivity": "sensitivity",
-    "specificity": "specificity",
-    "ppv": "positive predictive value",
-    "npv": "negative predictive value",
-    "balanced_accuracy": "balanced accuracy",
-    "f1": "F1 of the positive class",
-    "mcc": "Matthews correlation",
-    "accuracy": "accuracy",
-    "brier": "Brier score",
-    "nll": "negative log likelihood",
-    "ece": "expected calibration error",
-    "calibration_slope": "calibration slope",
-    "calibration_intercept": "calibration intercept",
-    "specificity_at_sensitivity_95": "specificity at sensitivity .95",
-    "specificity_at_sensitivity_98": "specificity at sensitivity .98",
-}
+from biopsy.statistics.metrics import METRICS
+from biopsy.statistics.multiclass import MULTICLASS_METRICS
+
+
+def metric_label(name: str, n_classes: int = 2) -> str:
+    """Return a metric as a reader sees it; the name where no metric has it.
+
+    Example:
+        >>> metric_label("f1"), metric_label("f1_macro", n_classes=3)
+        ('F1 of the positive class', 'F1, macro')
+    """
+    known = METRICS if n_classes == 2 else MULTICLASS_METRICS
+    return known[name].label if name in known else name
 
 
 @dataclass(frozen=True)

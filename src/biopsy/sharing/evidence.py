@@ -12,7 +12,6 @@ from biopsy.figures.patients import draw_balance
 from biopsy.figures.sides import draw_sides
 from biopsy.figures.style import svg
 from biopsy.sharing.document import (
-    METRIC_LABELS,
     Block,
     Bullets,
     Facts,
@@ -23,9 +22,11 @@ from biopsy.sharing.document import (
     Table,
     Text,
     interval_of,
+    metric_label,
     number,
 )
 from biopsy.sharing.facts import RunFacts
+from biopsy.statistics.metrics import METRICS
 
 NOT_SHOWN = ("format", "pack_sha256", "dataset", "unit", "counts")  # of the audit
 
@@ -200,10 +201,10 @@ def describe_recipe(facts: RunFacts) -> Section:
     published = origin.get("claim") or {}
     corrected = origin.get("corrected") or {}
     if published:
-        names = [name for name in METRIC_LABELS if name in published or name in corrected]
+        names = [name for name in METRICS if name in published or name in corrected]
         rows = [
             [
-                METRIC_LABELS[name],
+                metric_label(name),
                 number(published.get(name)),
                 number(corrected.get(name)),
                 number(facts.pooled.get(name, {}).get("value")),

@@ -87,8 +87,8 @@ class RunFacts:
 
     @property
     def pooled(self) -> Mapping[str, Any]:
-        """The metrics over all patches together; for more than two classes, their macro means."""
-        return self.metrics.get("patch") or self.metrics.get("macro") or {}
+        """The metrics over all patches together."""
+        return self.metrics.get("patch") or {}
 
     @property
     def is_positive(self) -> np.ndarray:

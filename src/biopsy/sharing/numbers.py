@@ -1,6 +1,6 @@
 """Chapters on how good a run is over all patches: numbers, confusion, ranking, calibration."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from string import ascii_lowercase
 from typing import Any
 
@@ -10,7 +10,6 @@ from biopsy.figures.confusion import draw_confusion, draw_confusion_matrix
 from biopsy.figures.curves import draw_precision_recall, draw_reliability, draw_roc
 from biopsy.figures.style import svg
 from biopsy.sharing.document import (
-    METRIC_LABELS,
     Block,
     Picture,
     Pictures,
@@ -18,38 +17,40 @@ from biopsy.sharing.document import (
     Table,
     estimate_text,
     interval_of,
+    metric_label,
     number,
 )
 from biopsy.sharing.facts import RunFacts
 
 
 def describe_numbers(facts: RunFacts) -> Section:
-    """Every metric with its interval, the report of both classes, and the confusion at two thresholds."""
+    """Return every metric with its interval, the classification report, and the confusion."""
     blocks: list[Block] = [table_of_metrics(facts.metrics, facts.unit)]
+    if facts.metrics.get("classification_report"):
+        blocks.append(table_of_classes(facts.metrics["classification_report"], _say_calls(facts)))
     if facts.is_binary:
-        blocks += [_table_of_classes(facts), Pictures(_confusion_pictures(facts))]
+        blocks.append(Pictures(_confusion_pictures(facts)))
     else:
-        counts = np.zeros((len(facts.class_names),) * 2, dtype=int)
-        np.add.at(
-            counts, (facts.predictions["target"].to_numpy(int), facts.predictions["pred"].to_numpy(int)), 1
-        )
-        picture = draw_confusion_matrix(counts, facts.class_names)
         blocks += [
-            _table_of_one_against_rest(facts.metrics.get("per_class", {})),
-            Pictures(
-                [Picture("Every class against every call, patches.", svg(picture, "confusion"))], across=1
-            ),
+            _table_of_one_against_rest(facts.metrics.get("one_vs_rest", {})),
+            picture_of_confusion(facts.metrics["confusion_matrix"], facts.class_names),
         ]
     return Section("numbers", "The numbers", blocks)
 
 
+def picture_of_confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Pictures:
+    """Return the confusion matrix of more than two classes as a figure."""
+    figure = draw_confusion_matrix(np.asarray(matrix), class_names)
+    return Pictures([Picture("Patches by true and predicted class.", svg(figure, "confusion"))], across=1)
+
+
 def table_of_metrics(metrics: Mapping[str, Any], unit: str) -> Table:
     """Make the table of all metrics, pooled over patches and as means over patients."""
-    pooled = metrics.get("patch") or metrics.get("macro") or {}
+    pooled, n_classes = metrics.get("patch") or {}, len(metrics.get("class_names", ("", "")))
     each = metrics.get("patient") or {}
     rows, reasons = [], Footnotes()
     for name, estimate in pooled.items():
-        row = [METRIC_LABELS.get(name, name), number(estimate.get("value")), reasons.interval(estimate)]
+        row = [metric_label(name, n_classes), number(estimate.get("value")), reasons.interval(estimate)]
         if each:
             within = each.get(name) or {}
             defined = within.get("n_defined")
@@ -73,33 +74,37 @@ def table_of_metrics(metrics: Mapping[str, Any], unit: str) -> Table:
     return Table(columns, rows, caption=f"Metrics on the {metrics.get('side', 'test')} side", note=note)
 
 
-def _table_of_classes(facts: RunFacts) -> Table:
-    c = facts.metrics["confusion"]
+def table_of_classes(report: Sequence[Mapping[str, Any]], note: str = "") -> Table:
+    """Return the classification report: precision, recall and F1 of each class, and their averages."""
     rows = [
-        _class_row(facts.positive, c["tp"], c["fp"], c["fn"]),
-        _class_row(facts.negative, c["tn"], c["fn"], c["fp"]),
+        [
+            row["class"] if "class" in row else f"{row['average']} average",
+            *(number(row[key]) for key in ("precision", "recall", "f1", "n")),
+        ]
+        for row in report
     ]
     return Table(
-        ["class", "precision", "recall", "F1", "patches"],
-        rows,
-        caption="Classification report",
-        note=f"At the frozen threshold {number(facts.threshold)}. The recall of {facts.positive} is the "
-        f"sensitivity, that of {facts.negative} the specificity.",
+        ["class", "precision", "recall", "F1", "patches"], rows, caption="Classification report", note=note
     )
 
 
-def _class_row(name: str, right: int, wrongly_called: int, missed: int) -> list[str]:
-    precision = right / (right + wrongly_called) if right + wrongly_called else None
-    recall = right / (right + missed) if right + missed else None
-    f1 = 2 * right / (2 * right + wrongly_called + missed) if right + wrongly_called + missed else None
-    return [name, number(precision), number(recall), number(f1), number(right + missed)]
+def _say_calls(facts: RunFacts) -> str:
+    if not facts.is_binary:
+        return "Each patch is assigned the class of highest probability."
+    return (
+        f"At the frozen threshold {number(facts.threshold)}. The recall of {facts.positive} is the "
+        f"sensitivity, that of {facts.negative} the specificity."
+    )
 
 
 def _table_of_one_against_rest(per_class: Mapping[str, Mapping[str, Any]]) -> Table:
     names = ("auroc", "sensitivity", "specificity", "ppv", "f1")
     rows = [[name, *(estimate_text(m.get(key, {})) for key in names)] for name, m in per_class.items()]
     return Table(
-        ["class", *(METRIC_LABELS[key] for key in names)], rows, caption="Each class against the rest"
+        ["class", *(metric_label(key) for key in names)],
+        rows,
+        caption="Each class against the rest",
+        note="One-vs-rest: the class is positive, all others together are negative.",
     )
 
 

@@ -16,12 +16,12 @@ from biopsy.sharing.cases import describe_patients, describe_slides
 from biopsy.sharing.checklist import describe_checklist
 from biopsy.sharing.decisions import describe_decisions
 from biopsy.sharing.document import (
-    Headline,
     ReportDocument,
     Section,
     Summary,
     headline,
     interval_text,
+    metric_label,
     number,
 )
 from biopsy.sharing.errors import describe_mistakes
@@ -141,16 +141,21 @@ def _summarise(facts: RunFacts) -> Summary:
         beside = f"colour alone: {number(colour['value'])}"
         if colour.get("low") is not None:
             beside += f" ({interval_text(colour['low'], colour['high'], None)})"
-    kind = "" if facts.is_binary else "mean over classes"
-    headlines: list[Headline] = [
-        headline("AUROC", facts.pooled.get("auroc", {}), beside=beside or kind, mark=colour.get("value"))
-    ]
-    meanings = {
-        "sensitivity": f"share of {facts.positive} that is found" if facts.is_binary else kind,
-        "specificity": f"share of {facts.negative} that is left alone" if facts.is_binary else kind,
-    }
+    meanings = (
+        {
+            "sensitivity": f"share of {facts.positive} that is found",
+            "specificity": f"share of {facts.negative} that is left alone",
+        }
+        if facts.is_binary
+        else {
+            "accuracy": "share of patches that are right",
+            "balanced_accuracy": "mean recall of the classes",
+        }
+    )
+    label = "AUROC" if facts.is_binary else "Macro AUROC"
+    headlines = [headline(label, facts.pooled.get("auroc", {}), beside=beside, mark=colour.get("value"))]
     headlines += [
-        headline(name.capitalize(), facts.pooled.get(name, {}), beside=meaning)
+        headline(metric_label(name).capitalize(), facts.pooled.get(name, {}), beside=meaning)
         for name, meaning in meanings.items()
     ]
     return Summary(

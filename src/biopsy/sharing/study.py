@@ -11,7 +11,6 @@ from biopsy.figures.confusion import draw_confusion
 from biopsy.figures.folds import draw_folds
 from biopsy.figures.style import svg
 from biopsy.sharing.document import (
-    METRIC_LABELS,
     Block,
     Listing,
     Picture,
@@ -22,11 +21,12 @@ from biopsy.sharing.document import (
     Table,
     Text,
     headline,
+    metric_label,
     number,
 )
 from biopsy.sharing.evidence import describe_reproduction
 from biopsy.sharing.facts import StudyFacts, hide_study, pick_groups
-from biopsy.sharing.numbers import table_of_metrics
+from biopsy.sharing.numbers import picture_of_confusion, table_of_classes, table_of_metrics
 from biopsy.sharing.report import HIDDEN, NOT_FOR
 from biopsy.statistics.intervals import measure_groups
 
@@ -38,8 +38,10 @@ RUN_COLUMNS = {
     "baseline_auroc": "colour alone",
     "sensitivity": "sensitivity",
     "specificity": "specificity",
+    "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
     "f1": "F1",
+    "f1_macro": "F1, macro",
     "threshold": "threshold",
     "chosen_epoch": "epoch kept",
 }
@@ -95,7 +97,9 @@ def spread_over_seeds(table: pd.DataFrame, metric: str = "auroc") -> pd.DataFram
 
 
 def _summarise(facts: StudyFacts) -> Summary:
-    pooled = facts.metrics.get("patch") or facts.metrics.get("macro") or {}
+    pooled, n_classes = facts.metrics.get("patch") or {}, len(facts.class_names)
+    names = ("sensitivity", "specificity") if n_classes == 2 else ("accuracy", "balanced_accuracy")
+    what = f"is {facts.positive}" if n_classes == 2 else f"are {n_classes} classes"
     seeds = facts.table.groupby("seed")["auroc"].mean()
     spread = f"mean of folds over {len(seeds)} seeds: {number(seeds.min())} to {number(seeds.max())}"
     colour = _mean_baseline(facts)
@@ -103,12 +107,15 @@ def _summarise(facts: StudyFacts) -> Summary:
     apart = not facts.metrics.get("split", {}).get("patients_overlap") and facts.unit != "patch"
     seen = f"Every patch was judged by runs that never saw its {facts.unit}. " if apart else ""
     return Summary(
-        question=f"How well is {facts.positive} told apart in {facts.unit}s left out of training, and how "
+        question=f"How well {what} told apart in {facts.unit}s left out of training, and how "
         "much of that is the luck of a seed?",
         headlines=[
-            headline("AUROC, out of fold", pooled.get("auroc", {}), beside=beside),
-            headline("Sensitivity", pooled.get("sensitivity", {})),
-            headline("Specificity", pooled.get("specificity", {})),
+            headline(
+                f"{'AUROC' if n_classes == 2 else 'Macro AUROC'}, out of fold",
+                pooled.get("auroc", {}),
+                beside=beside,
+            ),
+            *(headline(metric_label(name).capitalize(), pooled.get(name, {})) for name in names),
         ],
         unit=facts.unit,
         findings=[
@@ -183,31 +190,39 @@ def _describe_folds(facts: StudyFacts) -> Section:
 def _describe_groups(facts: StudyFacts) -> Section | None:
     """One row a patient or slide, mean over seeds, beside the baseline on the same patches."""
     groups = pick_groups(facts.predictions, facts.unit)
-    if "prob" not in facts.predictions or not groups.notna().any():
+    if not groups.notna().any():
         return None
     values: dict[str, list[float]] = {}
     counts: dict[str, int] = {}
-    index = list(facts.class_names).index(facts.positive)
     for _, part in facts.predictions.assign(_group=groups).dropna(subset=["_group"]).groupby("seed"):
-        who = part["_group"].astype(str).to_numpy()
-        names, found = measure_groups((part["target"] == index).astype(int), part["prob"], who)
-        for name, value in zip(names.tolist(), found["auroc"], strict=True):
-            values.setdefault(name, []).append(float(value))
+        who = part["_group"].astype(str)
+        for name, value in _measure_groups(facts, part, who).items():
+            values.setdefault(name, []).append(value)
             counts[name] = int((who == name).sum())
     rows = []
     for name, seeds in values.items():
         defined = [value for value in seeds if np.isfinite(value)]
         mean = float(np.mean(defined)) if defined else None
         spread = f"{number(min(defined))} to {number(max(defined))}" if defined else "-"
-        colour = facts.baselines.get(name)
+        colour = facts.baselines.get(name) if len(facts.class_names) == 2 else None
         gain = "-" if mean is None or colour is None else f"{mean - colour:+.3f}"
         rows.append([name, number(counts[name]), number(mean), spread, number(colour), gain])
     unit = "slide" if facts.unit == "slide" else "patient"
-    columns = [unit, "patches", "AUROC, mean of seeds", "over seeds", "colour alone", "gain"]
+    metric = "AUROC" if len(facts.class_names) == 2 else "accuracy"
+    columns = [unit, "patches", f"{metric}, mean of seeds", "over seeds", "colour alone", "gain"]
     note = "A dash: not defined, because only one class occurs, or not measured."
     fold = f"{len(rows)} {unit}s, one by one" if len(rows) > 16 else ""
     blocks: list[Block] = [Table(columns, rows, note=note, fold=fold)]
     return Section("groups", f"{unit.capitalize()} by {unit}", blocks)
+
+
+def _measure_groups(facts: StudyFacts, part: pd.DataFrame, who: pd.Series) -> dict[str, float]:
+    """Return the AUROC (of more than two classes the accuracy) within each group."""
+    if len(facts.class_names) > 2:
+        return (part["target"] == part["pred"]).groupby(who).mean().astype(float).to_dict()
+    index = list(facts.class_names).index(facts.positive)
+    names, found = measure_groups((part["target"] == index).astype(int), part["prob"], who.to_numpy())
+    return dict(zip(names.tolist(), found["auroc"].tolist(), strict=True))
 
 
 def _describe_pooled(facts: StudyFacts) -> Section:
@@ -215,6 +230,10 @@ def _describe_pooled(facts: StudyFacts) -> Section:
         Text("Out-of-fold predictions of all runs, put together."),
         table_of_metrics(facts.metrics, facts.unit),
     ]
+    if facts.metrics.get("classification_report"):
+        blocks.append(table_of_classes(facts.metrics["classification_report"]))
+    if facts.metrics.get("confusion_matrix") is not None:
+        blocks.append(picture_of_confusion(facts.metrics["confusion_matrix"], facts.class_names))
     counts: Mapping[str, Any] | None = facts.metrics.get("confusion")
     if counts:
         negative = next(name for name in facts.class_names if name != facts.positive)
@@ -232,7 +251,7 @@ def _describe_runs(facts: StudyFacts) -> Section:
         rows.append(
             [str(record[name]) if name in ("fold", "seed") else number(record[name]) for name in shown]
         )
-    headings = [RUN_COLUMNS.get(name, METRIC_LABELS.get(name, name)) for name in shown]
+    headings = [RUN_COLUMNS.get(name, metric_label(name)) for name in shown]
     return Section(
         "runs", "Every run", [Table(headings, rows, fold=f"{len(rows)} runs" if len(rows) > 16 else "")]
     )

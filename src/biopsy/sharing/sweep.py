@@ -126,6 +126,7 @@ def _warn_reader(facts: SweepFacts) -> list[str]:
 
 def _describe_settings(facts: SweepFacts) -> Section:
     keys, best = facts.summary["grid"], facts.summary["best"]
+    metrics = {name: label for name, label in METRICS.items() if name in facts.summary["combinations"][0]}
     rows = []
     for entry in facts.summary["combinations"]:
         chosen = best is not None and entry["values"] == best["values"]
@@ -134,11 +135,11 @@ def _describe_settings(facts: SweepFacts) -> Section:
                 *(_say(entry["values"][key]) for key in keys),
                 "chosen" if chosen else "",
                 mean_sd(entry["val_auroc"]),
-                *(mean_sd(entry[name]) for name in METRICS),
+                *(mean_sd(entry[name]) for name in metrics),
                 number(entry["n_seeds"]),
             ]
         )
-    columns = [*keys, "", "validation AUROC", *METRICS.values(), "seeds"]
+    columns = [*keys, "", "validation AUROC", *metrics.values(), "seeds"]
     picture = Picture(
         "Every run on validation and on test, against the settings.", svg(draw_sweep(**facts.figure), "sweep")
     )
@@ -158,12 +159,13 @@ def _describe_settings(facts: SweepFacts) -> Section:
 
 def _describe_runs(facts: SweepFacts) -> Section:
     keys = facts.summary["grid"]
-    shown = [*keys, "seed", "val_auroc", *METRICS, "threshold", "chosen_epoch"]
+    metrics = {name: label for name, label in METRICS.items() if name in facts.table}
+    shown = [*keys, "seed", "val_auroc", *metrics, "threshold", "chosen_epoch"]
     rows = [
         [_say(record[name]) if name in (*keys, "seed") else number(record[name]) for name in shown]
         for record in facts.table[shown].to_dict("records")
     ]
-    columns = [*keys, "seed", "validation AUROC", *METRICS.values(), "threshold", "epoch kept"]
+    columns = [*keys, "seed", "validation AUROC", *metrics.values(), "threshold", "epoch kept"]
     fold = f"{len(rows)} runs" if len(rows) > 16 else ""
     return Section("runs", "Every run", [Table(columns, rows, text_columns=len(keys), fold=fold)])
 

@@ -9,8 +9,9 @@ A comparison of two models over the same patients needs nothing more than the di
 results: same ids, same seed, same reweightings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,16 +19,18 @@ from scipy import stats
 from scipy.special import expit, logit
 
 from biopsy.core.errors import MetricError
-from biopsy.statistics.metrics import METRICS, Metric, measure
+from biopsy.statistics.metrics import METRICS, Metric, measure, registry
+from biopsy.statistics.multiclass import ClassSample
 from biopsy.statistics.replicates import (
     BOOTSTRAP_FROM,
     DRAWS,
+    GroupedSample,
     Method,
     Replicates,
     replicate,
     standard_error,
 )
-from biopsy.statistics.tallies import NEEDS, Floats, Ranked, rank
+from biopsy.statistics.tallies import Floats, rank
 
 FEWEST_GROUPS = 5
 MOST_UNDEFINED = 0.05  # share of bootstrap draws that may miss, say, the few patients with positive patches
@@ -124,21 +127,21 @@ def bound_interval(value: float, n_groups: int, level: float) -> Interval:
     return Interval(value, 1 - widest, 1.0) if value == 1 else Interval(value, 0.0, widest)
 
 
-def carried_by(metric: Metric, ranked: Ranked) -> tuple[int, str]:
+def carried_by(metric: Metric, sample: GroupedSample) -> tuple[int, str]:
     """Count the groups that an interval of a metric can learn from, and say what they have."""
-    carriers = ranked.carriers()
+    carriers = sample.carriers()
     need = min(metric.needs, key=carriers.__getitem__, default=None)
-    return (len(ranked.groups), "patches") if need is None else (carriers[need], NEEDS[need])
+    return (len(sample.groups), "patches") if need is None else (carriers[need], sample.needs[need])
 
 
 def estimate_metric(
-    metric: Metric, ranked: Ranked, result: Replicates, *, level: float, unit: str
+    metric: Metric, sample: GroupedSample, result: Replicates, *, level: float, unit: str
 ) -> Interval:
     """Give one metric with its interval, or with the reason why it has none."""
     value = result.value[metric.name]
     if np.isnan(value):
-        return Interval(value, reason=f"undefined: {metric.why_undefined(ranked.tally())}")
-    n, has = carried_by(metric, ranked)
+        return Interval(value, reason=f"undefined: {metric.why_undefined(sample.tally())}")
+    n, has = carried_by(metric, sample)
     if n >= FEWEST_GROUPS and metric.share and value in (0.0, 1.0):
         return bound_interval(value, n, level)
     replicates = result.replicates[metric.name]
@@ -205,62 +208,45 @@ def estimate_patch_metrics(
     Raises:
         MetricError: For values that allow no metric, patches without a group, or a level outside 0-1.
     """
-    check_level(level)
     ranked = rank(target, prob, threshold, group_ids=group_ids, called=called)
-    result = replicate(ranked, seed=seed, draws=draws)
-    return {m.name: estimate_metric(m, ranked, result, level=level, unit=unit) for m in METRICS.values()}
+    return estimate_metrics(ranked, seed=seed, level=level, draws=draws, unit=unit)
 
 
-def estimate_class_metrics(
-    target: ArrayLike,
-    probs: ArrayLike,
-    group_ids: ArrayLike,
-    class_names: Sequence[str],
+def estimate_metrics(
+    sample: GroupedSample,
     *,
     seed: int,
+    names: Iterable[str] | None = None,
     level: float = 0.95,
     draws: int = DRAWS,
     unit: str = "patient",
-) -> tuple[dict[str, dict[str, Interval]], dict[str, Interval]]:
-    """Give each class against the rest, and the mean over classes (macro), with intervals over groups.
+) -> dict[str, Interval]:
+    """Return every metric of a sample's kind (or those named), with an interval over its groups."""
+    check_level(level)
+    result, known = replicate(sample, seed=seed, draws=draws, names=names), registry(type(sample.tally()))
+    return {
+        name: estimate_metric(known[name], sample, result, level=level, unit=unit) for name in result.value
+    }
 
-    A patch is called the class of its highest probability. A macro metric is undefined where one class's is,
-    rather than a mean over fewer classes than it says.
+
+def estimate_class_metrics(
+    sample: ClassSample, *, seed: int, level: float = 0.95, draws: int = DRAWS, unit: str = "patient"
+) -> tuple[dict[str, Interval], dict[str, dict[str, Interval]]]:
+    """Return every metric of more than two classes, and those of each class against the rest.
 
     Args:
-        target: Index into ``class_names`` per patch.
-        probs: Probabilities, shape ``(n_patches, n_classes)``.
+        sample: From `multiclass.class_sample`.
+        seed, level, draws, unit: As in `estimate_patch_metrics`.
 
-    Raises:
-        MetricError: As `estimate_patch_metrics`, and where probabilities and class names do not fit.
+    Returns:
+        Metric to interval; class name to metric of two classes to interval.
     """
-    check_level(level)
-    target, probs = np.asarray(target), np.asarray(probs, dtype=np.float64)
-    if probs.ndim != 2 or probs.shape[1] != len(class_names):
-        raise MetricError(f"probs has shape {probs.shape} for {len(class_names)} classes: one column each")
-    if not np.isin(target, np.arange(len(class_names))).all():
-        raise MetricError(f"targets are not all an index into the {len(class_names)} class names")
-    pred = probs.argmax(axis=1)
-    sides = [
-        rank(target == k, probs[:, k], group_ids=group_ids, called=pred == k) for k in range(len(class_names))
-    ]
-    results = [replicate(side, seed=seed, draws=draws) for side in sides]
+    options: dict[str, Any] = {"seed": seed, "level": level, "draws": draws, "unit": unit}
     per_class = {
-        name: {m.name: estimate_metric(m, side, result, level=level, unit=unit) for m in METRICS.values()}
-        for name, side, result in zip(class_names, sides, results, strict=True)
+        name: estimate_metrics(one, **options)
+        for name, one in zip(sample.class_names, sample.one_vs_rest, strict=True)
     }
-    macro = {}
-    for m in METRICS.values():
-        value = float(np.mean([result.value[m.name] for result in results]))
-        gaps = [name for name in class_names if per_class[name][m.name].low is None]
-        if gaps:
-            why = f"class {gaps[0]!r}: {per_class[gaps[0]][m.name].reason}"
-            macro[m.name] = Interval(value, reason=why)
-            continue
-        mean = np.mean([result.replicates[m.name] for result in results], axis=0)
-        n, method = min(carried_by(m, side)[0] for side in sides), results[0].method
-        macro[m.name] = spread_interval(value, mean, method, bounds=m.bounds, n_groups=n, level=level)
-    return per_class, macro
+    return estimate_metrics(sample, **options), per_class
 
 
 def measure_groups(
@@ -272,12 +258,13 @@ def measure_groups(
         The group ids in sorted order, and per metric one value for each, NaN where undefined.
     """
     ranked = rank(target, prob, threshold, group_ids=group_ids)
-    each_prob = np.repeat(ranked.prob, np.diff(np.append(ranked.starts, len(ranked.target))))
     order = np.argsort(ranked.group, kind="stable")
     cuts = np.flatnonzero(np.diff(ranked.group[order])) + 1
     rows = []
     for rows_of_group in np.split(order, cuts):
-        rows.append(measure(rank(ranked.target[rows_of_group], each_prob[rows_of_group], threshold).tally()))
+        rows.append(
+            measure(rank(ranked.target[rows_of_group], ranked.y_prob[rows_of_group], threshold).tally())
+        )
     return ranked.groups, {name: np.array([row[name] for row in rows]) for name in METRICS}
 
 

@@ -9,9 +9,9 @@ from scipy import stats
 
 from biopsy.core.errors import MetricError
 from biopsy.statistics.intervals import Interval, carried_by, check_level, estimate_from
-from biopsy.statistics.metrics import METRICS, UNBOUNDED
-from biopsy.statistics.replicates import DRAWS, Replicates, average, replicate, standard_error
-from biopsy.statistics.tallies import Ranked, rank
+from biopsy.statistics.metrics import UNBOUNDED, registry
+from biopsy.statistics.replicates import DRAWS, GroupedSample, Replicates, average, replicate, standard_error
+from biopsy.statistics.tallies import rank
 
 SAME = "the two do not differ, whoever is left out"
 
@@ -21,11 +21,11 @@ class Sample:
     """What one classifier says, ready to be compared: sorted, and measured on every reweighting.
 
     Attributes:
-        ranked: One sample a seed (and class), of the same patches and groups.
+        samples: One a seed, of the same patches and groups.
         result: The mean of their metrics, on the sample and on each of its reweightings.
     """
 
-    ranked: Sequence[Ranked]
+    samples: Sequence[GroupedSample]
     result: Replicates
 
 
@@ -45,18 +45,18 @@ class Difference:
 
 
 def sample_seeds(
-    ranked: Sequence[Ranked], *, seed: int, names: Iterable[str] = tuple(METRICS), draws: int = DRAWS
+    samples: Sequence[GroupedSample], *, seed: int, names: Iterable[str] | None = None, draws: int = DRAWS
 ) -> Sample:
     """Measure one classifier, or the mean of its seeds, on every reweighting of the groups.
 
     Args:
-        ranked: One sample a seed, from `tallies.rank` with the same ``group_ids``.
+        samples: One a seed, of the same ``group_ids``.
         seed: For the bootstrap, used from 100 groups on; the same for all that are compared.
-        names: Which metrics.
+        names: Which metrics; all if not given.
         draws: Bootstrap draws.
     """
-    names = list(names)
-    return Sample(ranked, average([replicate(one, seed=seed, draws=draws, names=names) for one in ranked]))
+    names = None if names is None else list(names)
+    return Sample(samples, average([replicate(one, seed=seed, draws=draws, names=names) for one in samples]))
 
 
 def subtract(
@@ -72,14 +72,14 @@ def subtract(
         MetricError: If the two are not of the same groups, or the level is outside 0-1.
     """
     check_level(level)
-    if not np.array_equal(first.ranked[0].groups, second.ranked[0].groups):
+    if not np.array_equal(first.samples[0].groups, second.samples[0].groups):
         raise MetricError(f"the two are not of the same {unit}s: compare what both say of the same patches")
-    found = {}
+    found, known = {}, registry(type(first.samples[0].tally()))
     for name in first.result.value:
-        metric = METRICS[name]
+        metric = known[name]
         value = first.result.value[name] - second.result.value[name]
         if np.isnan(value):
-            tallies = (one.tally() for sample in (first, second) for one in sample.ranked)
+            tallies = (one.tally() for sample in (first, second) for one in sample.samples)
             why = next(metric.why_undefined(tally) for tally in tallies if np.isnan(metric.compute(tally)))
             found[name] = Difference(Interval(value, reason=f"undefined: {why}"), None)
             continue
@@ -88,7 +88,7 @@ def subtract(
             found[name] = Difference(Interval(0.0, reason=f"no spread to learn from: {SAME}"), 1.0)
             continue
         method = first.result.method
-        n, has = min(carried_by(metric, one) for sample in (first, second) for one in sample.ranked)
+        n, has = min(carried_by(metric, one) for sample in (first, second) for one in sample.samples)
         interval = estimate_from(
             value, replicates, method, (n, has), bounds=UNBOUNDED, level=level, unit=unit
         )
@@ -106,7 +106,7 @@ def estimate_differences(
     second: ArrayLike,
     group_ids: ArrayLike,
     *,
-    names: Iterable[str] = tuple(METRICS),
+    names: Iterable[str] | None = None,
     thresholds: Sequence[float] = (0.5, 0.5),
     seed: int,
     level: float = 0.95,
@@ -120,7 +120,7 @@ def estimate_differences(
         first: Probability of the positive class per patch, by the one.
         second: The same, by the other.
         group_ids: The patient (slide, or patch where no ids exist) of each patch.
-        names: Which metrics.
+        names: Which metrics; all if not given.
         thresholds: At which the first and the second call a patch positive.
         seed: For the bootstrap, used from 100 groups on.
         level: Nominal coverage.
@@ -131,7 +131,7 @@ def estimate_differences(
         MetricError: For values that allow no metric, patches without a group, or a level outside 0-1.
     """
     check_level(level)
-    names = list(names)
+    names = None if names is None else list(names)
     one, other = (
         sample_seeds([rank(target, prob, at, group_ids=group_ids)], seed=seed, names=names, draws=draws)
         for prob, at in zip((first, second), thresholds, strict=True)

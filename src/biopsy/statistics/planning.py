@@ -8,8 +8,9 @@ from scipy import stats
 
 from biopsy.core.errors import MetricError, suggest
 from biopsy.statistics.intervals import FEWEST_GROUPS, carried_by, check_level
-from biopsy.statistics.metrics import METRICS
-from biopsy.statistics.tallies import Floats, Ranked
+from biopsy.statistics.metrics import registry
+from biopsy.statistics.replicates import GroupedSample
+from biopsy.statistics.tallies import Floats
 
 CORRELATIONS = (0.0, 0.5, 0.8)
 MOST_PATIENTS = 1_000_000
@@ -34,14 +35,14 @@ class Need:
     power: float
 
 
-def influence_groups(samples: Sequence[Ranked], name: str, *, unit: str = "patient") -> Floats:
+def influence_groups(samples: Sequence[GroupedSample], name: str, *, unit: str = "patient") -> Floats:
     """Give how much each group moves a metric: the jackknife's pseudo-values less their mean.
 
     Their standard deviation over the square root of their number is the jackknife's standard error (Efron and
     Tibshirani 1993, sec. 11.5).
 
     Args:
-        samples: One a seed (and class), of the same patches; the metric is their mean.
+        samples: One a seed, of the same patches; the metric is their mean.
         name: Of the metric.
         unit: What a group is, for the reasons.
 
@@ -51,9 +52,10 @@ def influence_groups(samples: Sequence[Ranked], name: str, *, unit: str = "patie
     Raises:
         MetricError: If the metric does not exist, is undefined, or fewer than five groups carry it.
     """
-    if name not in METRICS:
-        raise MetricError(f"metric {name!r} does not exist: {suggest(name, METRICS)}")
-    metric, n_groups = METRICS[name], len(samples[0].groups)
+    known = registry(type(samples[0].tally()))
+    if name not in known:
+        raise MetricError(f"metric {name!r} does not exist: {suggest(name, known)}")
+    metric, n_groups = known[name], len(samples[0].groups)
     for sample in samples:
         if np.isnan(metric.compute(sample.tally())):
             raise MetricError(f"{name} is undefined: {metric.why_undefined(sample.tally())}")

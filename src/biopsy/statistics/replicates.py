@@ -4,19 +4,37 @@ Patches of one patient resemble each other, so they are never resampled one by o
 (fewer than 100) or drawn with replacement (100 and more).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from biopsy.core.seeds import make_rng
-from biopsy.statistics.metrics import METRICS, measure
-from biopsy.statistics.tallies import Floats, Ranked
+from biopsy.statistics.metrics import Counts, measure
+from biopsy.statistics.tallies import Floats
 
 Method = Literal["jackknife", "bootstrap"]
 BOOTSTRAP_FROM = 100  # below it the bootstrap's own error shows: docs/concepts/intervals.md
 DRAWS = 2000
+
+
+class GroupedSample(Protocol):
+    """Patches in groups that can be weighted anew: `tallies.Ranked` or `multiclass.ClassSample`."""
+
+    @property
+    def groups(self) -> Any:
+        """Ids in sorted order, ``(n_groups,)``."""
+
+    @property
+    def needs(self) -> Mapping[str, str]:
+        """What a metric may need, in words."""
+
+    def tally(self, weight: Floats | None = None) -> Counts:
+        """Count the sample with one weight per group."""
+
+    def carriers(self) -> dict[str, int]:
+        """Count the groups that hold each of `needs`."""
 
 
 @dataclass(frozen=True)
@@ -66,22 +84,21 @@ def reweigh(sums: Floats, *, seed: int, draws: int = DRAWS) -> tuple[Floats, Met
 
 
 def replicate(
-    ranked: Ranked, *, seed: int, draws: int = DRAWS, names: Iterable[str] | None = None
+    sample: GroupedSample, *, seed: int, draws: int = DRAWS, names: Iterable[str] | None = None
 ) -> Replicates:
     """Compute metrics on a sample and on each reweighting of its groups.
 
     Args:
-        ranked: The sample, from `tallies.rank` with ``group_ids``.
+        sample: From `tallies.rank` or `multiclass.class_sample`, with ``group_ids``.
         seed: For the bootstrap; the same seed and the same groups give the same reweightings.
         draws: Bootstrap draws.
         names: Metrics wanted; all if not given.
     """
-    names, n_groups = list(METRICS if names is None else names), len(ranked.groups)
-    value = measure(ranked.tally(), names)
-    defined = [name for name in names if not np.isnan(value[name])]
+    n_groups, value = len(sample.groups), measure(sample.tally(), names)
+    defined = [name for name in value if not np.isnan(value[name])]
     weights = reweightings(n_groups, seed=seed, draws=draws)
     rows = [
-        list(measure(ranked.tally(w), defined).values()) if w.any() else [np.nan] * len(defined)
+        list(measure(sample.tally(w), defined).values()) if w.any() else [np.nan] * len(defined)
         for w in weights
     ]
     table = np.array(rows).reshape(len(rows), len(defined))

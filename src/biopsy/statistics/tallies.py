@@ -4,8 +4,10 @@ That is what makes an interval over patients cheap: leaving a patient out is wei
 weight 2, and every metric in `metrics.py` is a function of the resulting counts.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -44,6 +46,7 @@ class Ranked:
     groups: NDArray[np.object_]
     prob: Floats
     starts: NDArray[np.intp]
+    needs: ClassVar[Mapping[str, str]] = NEEDS
 
     def tally(self, weight: Floats | None = None) -> "Tally":
         """Count the sample with one weight per *group* (all 1 if not given)."""
@@ -52,7 +55,7 @@ class Ranked:
         pos = np.add.reduceat(each_pos, self.starts)
         neg = np.add.reduceat(each, self.starts) - pos
         tp = float(each_pos @ self.called)
-        return Tally(self, pos, neg, tp=tp, fp=float(each @ self.called) - tp)
+        return Tally(self, pos, neg, tp=tp, fp=float(each @ self.called) - tp, sample_weight=each)
 
     def carriers(self) -> dict[str, int]:
         """Count the groups that hold each of `NEEDS`: those an interval can learn from."""
@@ -61,6 +64,11 @@ class Ranked:
             need: int(np.count_nonzero(np.bincount(self.group, has)))
             for need, has in zip(NEEDS, chosen, strict=True)
         }
+
+    @cached_property
+    def y_prob(self) -> Floats:
+        """The probability of every patch, ``(n_patches,)``."""
+        return np.repeat(self.prob, np.diff(np.append(self.starts, len(self.target))))
 
     @cached_property
     def logits(self) -> Floats:
@@ -101,6 +109,8 @@ class Tally:
         neg: Weight of negative patches at each distinct probability.
         tp: Weight of positive patches called positive.
         fp: Weight of negative patches called positive.
+        sample_weight: Weight of each patch of ``y_true``, ``y_pred`` and ``y_prob``, ``(n_patches,)``: what a
+            metric of scikit-learn's takes.
     """
 
     ranked: Ranked
@@ -108,6 +118,23 @@ class Tally:
     neg: Floats
     tp: float
     fp: float
+    sample_weight: Floats
+
+    @property
+    def needs(self) -> Mapping[str, str]:
+        return self.ranked.needs
+
+    @property
+    def y_true(self) -> Floats:
+        return self.ranked.target
+
+    @property
+    def y_pred(self) -> Floats:
+        return self.ranked.called
+
+    @property
+    def y_prob(self) -> Floats:
+        return self.ranked.y_prob
 
     @cached_property
     def n_pos(self) -> float:

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.files import write_atomic, write_json
+from biopsy.judging.scored import ScoredPatches
 from biopsy.learning.runs import Run
 from biopsy.studies.comparison import APART, LEAK_APART, LEAK_WITH, PUBLISHED
 from biopsy.studies.records import Study
@@ -124,10 +125,10 @@ def _estimate(rows: pd.DataFrame, frames: Frames, metrics: Mapping[str, Any]) ->
     found = [frames[run] for run in rows["run"]]
     if not found or rows["place"].notna().any() or metrics["positive_class"] is None:
         return {}
-    positive = metrics["class_names"].index(metrics["positive_class"])
     if found[0][f"{metrics['unit']}_id"].nunique() < MIN_GROUPS:
         return {}
-    pooled = measure_pooled(found, positive, metrics["unit"])
+    about = metrics["class_names"], metrics["positive_class"], metrics["unit"]
+    pooled = measure_pooled([ScoredPatches.of_predictions(frame, *about) for frame in found])
     return {"interval": {name: pooled["patch"][name] for name in COMPARED} | {"about": pooled["interval"]}}
 
 

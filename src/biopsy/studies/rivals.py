@@ -232,7 +232,7 @@ def _plan(
     if len(rivals) > 2:
         raise RunError(f"a plan is made from one run or from a pair: {len(rivals)} were named")
     influences = [
-        influence_groups([s for frame in rival.frames for s in ground.rank(frame)], metric, unit=ground.unit)
+        influence_groups([ground.sample(frame) for frame in rival.frames], metric, unit=ground.unit)
         for rival in rivals
     ]
     asked = {"difference": difference, "power": power}

@@ -149,7 +149,7 @@ def _summarise_combination(rows: Sequence[dict[str, Any]], keys: Sequence[str]) 
     return {
         "values": {key: rows[0][key] for key in keys},
         "n_seeds": len(rows),
-        **{name: spread([row[name] for row in rows]) for name in (*CHOSEN_BY, *SHOWN)},
+        **{name: spread([row[name] for row in rows]) for name in (*CHOSEN_BY, *SHOWN) if name in rows[0]},
         "baseline_auroc": spread([row["baseline_auroc"] for row in rows])["mean"],
     }
 

@@ -1,5 +1,6 @@
 """What a study's runs add up to: pooled predictions, one row a run, and the spread over seeds."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,12 @@ import pandas as pd
 from biopsy.core.files import write_atomic, write_json
 from biopsy.data.predictions import write_predictions
 from biopsy.judging.evaluation import LEVEL
+from biopsy.judging.scored import ScoredPatches
 from biopsy.learning.runs import Run
 from biopsy.statistics.intervals import describe_method, estimate_metric
-from biopsy.statistics.metrics import METRICS
+from biopsy.statistics.metrics import measure, registry
+from biopsy.statistics.multiclass import classification_report
 from biopsy.statistics.replicates import average, replicate
-from biopsy.statistics.tallies import rank
 from biopsy.studies.records import Study
 
 SUMMARY_FORMAT = "biopsy-study-metrics/1"
@@ -28,6 +30,7 @@ SHOWN = (
     "ece",
     "calibration_slope",
 )
+SHOWN_OF_CLASSES = ("auroc", "accuracy", "balanced_accuracy", "f1_macro", "kappa", "nll", "brier", "ece")
 
 
 def write_tables(study: Study) -> None:
@@ -72,13 +75,14 @@ def summarise(table: pd.DataFrame, pooled: pd.DataFrame, metrics: dict[str, Any]
     }
     for recipe, rows in table.groupby("recipe"):
         entry: dict[str, Any] = {"folds": _summarise_folds(rows)}
-        if metrics["positive_class"] is not None:
-            positive = metrics["class_names"].index(metrics["positive_class"])
-            frames = pool_by_seed(pooled[pooled["recipe"] == recipe])
-            entry["pooled"] = measure_pooled(frames, positive, metrics["unit"])
-            entry["over_seeds"] = _spread(
-                [measure_pooled([frame], positive, metrics["unit"]) for frame in frames]
+        seeds = [
+            ScoredPatches.of_predictions(
+                frame, metrics["class_names"], metrics["positive_class"], metrics["unit"]
             )
+            for frame in pool_by_seed(pooled[pooled["recipe"] == recipe])
+        ]
+        entry["pooled"] = measure_pooled(seeds)
+        entry["over_seeds"] = _spread([measure(one.sample().tally()) for one in seeds])
         document["recipes"][recipe] = entry
     return document
 
@@ -87,7 +91,7 @@ def describe_run(run: Run) -> dict[str, Any]:
     """Give a run's row of ``table.csv``."""
     metrics, (frame, _) = run.metrics(), run.predictions("test")
     groups = frame[f"{metrics['unit']}_id"].astype(str).unique()
-    values = metrics.get("patch") or metrics["macro"]
+    values, shown = metrics["patch"], _shown(metrics["positive_class"])
     baseline = metrics["baseline"] or {}
     return {
         "recipe": run.info["recipe"],
@@ -98,7 +102,7 @@ def describe_run(run: Run) -> dict[str, Any]:
         "n_positive": sum(metrics["confusion"][key] for key in ("tp", "fn"))
         if "confusion" in metrics
         else None,
-        **{name: _or_nan(values[name]["value"]) for name in SHOWN},
+        **{name: _or_nan(values[name]["value"]) for name in shown},
         "baseline_auroc": _or_nan(baseline.get("auroc")),
         "threshold": (run.info["threshold"] or {}).get("value"),
         "chosen_epoch": run.info["chosen_epoch"],
@@ -107,6 +111,10 @@ def describe_run(run: Run) -> dict[str, Any]:
         "seconds": round(run.info["seconds"], 1),
         "run": run.path.name,
     }
+
+
+def _shown(positive_class: str | None) -> tuple[str, ...]:
+    return SHOWN_OF_CLASSES if positive_class is None else SHOWN
 
 
 def _or_nan(value: float | None) -> float:
@@ -124,13 +132,14 @@ def _summarise_folds(rows: pd.DataFrame) -> list[dict[str, Any]]:
     found = []
     for fold, of_fold in rows.groupby("fold", dropna=False):
         gain = of_fold["auroc"] - of_fold["baseline_auroc"]
+        shown = [name for name in dict.fromkeys((*SHOWN, *SHOWN_OF_CLASSES)) if name in of_fold]
         found.append(
             {
                 "fold": None if pd.isna(fold) else int(fold),
                 "tested": of_fold["tested"].iloc[0],
                 "n_patches": int(of_fold["n_patches"].iloc[0]),
                 "n_seeds": len(of_fold),
-                **{name: {"mean": of_fold[name].mean(), "sd": of_fold[name].std(ddof=1)} for name in SHOWN},
+                **{name: {"mean": of_fold[name].mean(), "sd": of_fold[name].std(ddof=1)} for name in shown},
                 "baseline_auroc": of_fold["baseline_auroc"].iloc[0],
                 "gain": {"mean": gain.mean(), "sd": gain.std(ddof=1), "min": gain.min(), "max": gain.max()},
             }
@@ -146,51 +155,48 @@ def pool_by_seed(pooled: pd.DataFrame) -> list[pd.DataFrame]:
     return [pooled[pooled["seed"] == seed] for seed in folds.index[[found == widest for found in folds]]]
 
 
-def measure_pooled(frames: list[pd.DataFrame], positive: int, unit: str) -> dict[str, Any]:
-    """Give the metrics of out-of-fold predictions, mean over seeds, with an interval over patients.
+def measure_pooled(seeds: Sequence[ScoredPatches]) -> dict[str, Any]:
+    """Return the metrics of out-of-fold predictions, mean over seeds, with an interval over patients.
 
     The mean over seeds is taken in the sample and in each of its reweightings, so the interval is that of the
     mean and says nothing of the spread between seeds.
+
+    Args:
+        seeds: The predictions of each seed.
     """
-    ranked = [
-        rank(
-            frame["target"] == positive,
-            frame["prob"],
-            group_ids=frame[f"{unit}_id"].astype(str),
-            called=frame["pred"] == positive,
-        )
-        for frame in frames
-    ]
-    mean = average([replicate(sample, seed=0) for sample in ranked])
-    calls = [_count_calls(frame, positive) for frame in frames]
-    return {
-        "n_patches": len(frames[0]),
+    first, samples = seeds[0], [one.sample() for one in seeds]
+    options: dict[str, Any] = {"level": LEVEL, "unit": first.unit}
+    mean, known = (
+        average([replicate(sample, seed=0) for sample in samples]),
+        registry(type(samples[0].tally())),
+    )
+    matrix = np.sum([one.confusion() for one in seeds], axis=0)
+    found = {
+        "n_patches": len(first),
         "n_patients": mean.n_groups,
-        "n_seeds": len(frames),
-        "confusion": {name: sum(call[name] for call in calls) for name in calls[0]},
+        "n_seeds": len(seeds),
+        "class_names": list(first.class_names),
         "patch": {
-            name: estimate_metric(METRICS[name], ranked[0], mean, level=LEVEL, unit=unit).to_dict()
-            for name in METRICS
+            name: estimate_metric(metric, samples[0], mean, **options).to_dict()
+            for name, metric in known.items()
         },
-        "interval": describe_method(mean.n_groups, seed=0, level=LEVEL, unit=unit),
+        "classification_report": classification_report(matrix, first.class_names),
+        "interval": describe_method(mean.n_groups, seed=0, **options),
     }
+    if first.positive_index is None:
+        return found | {"confusion_matrix": matrix}
+    positive, negative = first.positive_index, 1 - first.positive_index
+    cells = {"tp": (positive, positive), "fp": (negative, positive), "fn": (positive, negative)}
+    cells["tn"] = (negative, negative)
+    return found | {"confusion": {name: int(matrix[cell]) for name, cell in cells.items()}}
 
 
-def _count_calls(frame: pd.DataFrame, positive: int) -> dict[str, int]:
-    truth, called = frame["target"] == positive, frame["pred"] == positive
-    return {
-        "tp": int((truth & called).sum()),
-        "fp": int((~truth & called).sum()),
-        "fn": int((truth & ~called).sum()),
-        "tn": int((~truth & ~called).sum()),
-    }
-
-
-def _spread(seeds: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Give mean and standard deviation over seeds of the pooled metrics."""
-    values = {name: [entry["patch"][name]["value"] for entry in seeds] for name in SHOWN}
+def _spread(seeds: Sequence[dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """Return mean and standard deviation over seeds of the pooled metrics."""
+    shown = [name for name in dict.fromkeys((*SHOWN, *SHOWN_OF_CLASSES)) if name in seeds[0]]
+    values = {name: [seed[name] for seed in seeds] for name in shown}
     return {
         name: {"mean": float(np.mean(found)), "sd": float(np.std(found, ddof=1)) if len(found) > 1 else None}
         for name, found in values.items()
-        if None not in found
+        if not np.isnan(found).any()
     }
