@@ -33,8 +33,8 @@ def picture():
     [
         ("PNG", {}, True),
         ("TIFF", {}, True),
-        ("TIFF", {"compression": "tiff_lzw"}, True),
-        ("TIFF", {"compression": "jpeg"}, True),
+        ("TIFF", {"compression": "tiff_lzw"}, False),
+        ("TIFF", {"compression": "jpeg"}, False),
         ("BMP", {}, False),
         *[
             ("JPEG", {"subsampling": s, "quality": q, "progressive": s == 1}, True)
@@ -90,6 +90,96 @@ def test_a_cut_file_is_refused_or_whole(picture):
     data = encode(picture, "PNG")
     assert np.array_equal(decode(data[:-12]), np.array(picture))  # only the end mark is missing
     assert np.array_equal(decode(data + b"more"), np.array(picture))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_jpeg_that_decodes_in_part_is_refused(picture, mode, options):
+    data = encode(picture.convert(mode), "JPEG", quality=95, **options)
+    middle = len(data) * 2 // 3
+    for damaged in (
+        data[:-2],  # no end mark
+        data[:-3] + data[-2:],
+        data[:middle] + data[-2:],  # cut before the end mark
+        data[:middle] + bytes(len(data) - middle),
+        data[:middle] + np.random.default_rng(1).bytes(len(data) - middle - 2) + data[-2:],
+    ):
+        with pytest.raises(DataError, match="cannot be decoded"):
+            decode(damaged)
+    assert np.array_equal(decode(data + b"more"), by_pillow(data))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+def test_a_png_that_decodes_in_part_is_refused(picture, mode):
+    data = encode(picture.convert(mode), "PNG")
+    middle = len(data) * 2 // 3
+    flipped = bytearray(data)
+    flipped[middle] ^= 0x41
+    for damaged in (data[:middle] + data[-12:], data[:middle] + bytes(len(data) - middle), bytes(flipped)):
+        with pytest.raises(DataError, match="cannot be decoded"):
+            decode(damaged)
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate", "jpeg"])
+def test_a_tiff_that_decodes_in_part_is_refused(picture, compression):
+    data = encode(picture, "TIFF", compression=compression)
+    tags = Image.open(io.BytesIO(data)).tag_v2
+    start, n_bytes = tags[273][0], sum(tags[279])
+    for damaged in (data[: start + n_bytes // 2], data[:start] + data[start : start + n_bytes // 2]):
+        with pytest.raises(DataError, match=r"cannot be decoded|not an image"):
+            decode(damaged)
+    if compression != "raw":
+        zeros = data[: start + n_bytes // 2] + bytes(n_bytes - n_bytes // 2) + data[start + n_bytes :]
+        with pytest.raises(DataError, match="cannot be decoded"):
+            decode(zeros)
+
+
+@pytest.mark.parametrize("n_px", [2000, 8000])
+def test_a_header_that_promises_more_pixels_than_there_are_is_refused(picture, n_px):
+    png = encode(picture, "PNG")
+    jpeg = bytearray(encode(picture, "JPEG"))
+    frame = jpeg.index(b"\xff\xc0")
+    struct.pack_into(">HH", jpeg, frame + 5, n_px, n_px)
+    bitmap = bytearray(encode(picture, "BMP"))
+    struct.pack_into("<ii", bitmap, 18, n_px, n_px)
+    tiff = bytearray(encode(picture, "TIFF"))
+    for tag in (256, 257):
+        place = tiff.index(struct.pack("<HH", tag, 4)) if struct.pack("<HH", tag, 4) in tiff else None
+        place = place if place is not None else tiff.index(struct.pack("<HH", tag, 3))
+        struct.pack_into("<HII", tiff, place + 2, 4, 1, n_px)
+    for data in (png_header(n_px, n_px) + png[33:], bytes(jpeg), bytes(bitmap), bytes(tiff)):
+        assert read_header(data)[:2] == (n_px, n_px)
+        with pytest.raises(DataError, match="cannot be decoded"):
+            decode(data)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "GIF", "ICO", "PPM", "TGA", "JPEG2000", "ICNS", "DDS", "PCX"])
+def test_content_of_other_formats_is_no_image_whatever_its_name(picture, kind, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # were Ghostscript asked for, it would not be found
+    try:
+        data = encode(picture, kind)
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow does not write {kind}")
+    with pytest.raises(DataError, match=r"is not an image \(PNG, JPEG, TIFF, BMP or WebP\)"):
+        decode(data)
+
+
+def test_an_animation_is_several_pictures_and_a_transparent_colour_becomes_white(picture):
+    other = Image.new("RGB", picture.size)
+    for kind in ("PNG", "WEBP", "TIFF"):
+        with pytest.raises(DataError, match="several pages or frames"):
+            decode(encode(picture, kind, save_all=True, append_images=[other]))
+    pixels = np.zeros((2, 2, 3), np.uint8)
+    pixels[0, 0] = 7, 8, 9
+    image = decode(encode(Image.fromarray(pixels), "PNG", transparency=(7, 8, 9)))
+    assert image[0, 0].tolist() == [255] * 3 and not image[1].any()
+
+
+def test_a_jpeg_of_very_many_scans_is_refused(picture):
+    data = encode(picture, "JPEG", progressive=True)
+    start = data.rindex(b"\xff\xda")
+    with pytest.raises(DataError, match="scans"):
+        decode(data[:start] + data[start:-2] * 500 + data[-2:])
 
 
 def png_header(width, height, depth=8, mode=2):

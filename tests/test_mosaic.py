@@ -81,3 +81,10 @@ def test_refusals_name_the_fault():
         stitch_values([1.0, 2.0], [1], [1], patch_px=50)
     with pytest.raises(DataError, match="0 x and 0 y"):
         stitch_values([], [], [], patch_px=50)
+
+
+def test_a_far_place_is_refused_and_named_before_memory_is_asked_for():
+    x, y = np.array([0, 50, 5_000_001]), np.array([0, 0, 5_000_001])
+    with pytest.raises(DataError, match="x=5000001, y=5000001"):
+        stitch_values([1, 2, 3], x, y, patch_px=50)
+    assert stitch_values([1, 2], [0, 450_000], [0, 0], patch_px=50).shape == (1, 9001)

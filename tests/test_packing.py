@@ -16,7 +16,6 @@ from PIL import Image
 
 from biopsy.core.errors import ArchiveError, DataError, PackError
 from biopsy.data import blocks, packing
-from biopsy.data.datasets import layouts
 from biopsy.data.packing import prepare
 from biopsy.data.packs import Pack, pad
 
@@ -133,17 +132,67 @@ def test_a_larger_patch_late_in_the_set_is_not_cut(make_idc_zip, tmp_path, monke
     assert pack.info.skipped == []
 
 
-def test_a_header_that_lies_about_the_size_is_named(make_idc_zip, tmp_path, monkeypatch):
-    monkeypatch.setattr(layouts.ImageFiles, "measure", lambda self, row: (17, 17))
-    honest = layouts.decode
-    lie = np.zeros((18, 3, 3), np.uint8)
-    monkeypatch.setattr(layouts, "decode", lambda data: lie if len(data) == 3 else honest(data))
+def lying_png(n_px):
+    data = encode(Image.new("RGB", (16, 16), "red"))
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", n_px, n_px, 8, 2, 0, 0, 0)
+    return data[:8] + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+
+
+@pytest.mark.parametrize("n_px", [20, 2000])
+@pytest.mark.parametrize("sample_rows", [3, 256])
+def test_what_decodes_sets_the_size_not_a_header_that_lies(
+    make_idc_zip, tmp_path, monkeypatch, n_px, sample_rows
+):
+    monkeypatch.setattr(blocks, "_SAMPLE_ROWS", sample_rows)
     source = make_idc_zip()
-    add(source, "8863/0/8863_idx5_x9001_y1_class0.png", b"lie")
+    for index in range(3):
+        add(source, f"8863/0/8863_idx5_x{9001 + index}_y1_class0.png", lying_png(n_px))
     pack = prepare(source, tmp_path / "x.pack")
-    assert [item["reason"] for item in pack.info.skipped] == [
-        "decodes to 3 x 18 pixels, more than its header says"
-    ]
+    assert pack.patches.shape[1:] == (16, 16, 3)
+    assert len(pack) == 72
+    assert [item["reason"][:17] for item in pack.info.skipped] == ["cannot be decoded"] * 3
+
+
+@pytest.mark.parametrize("sample_rows", [3, 256])
+def test_a_patch_unlike_all_others_in_size_is_skipped_and_named(
+    make_idc_zip, tmp_path, monkeypatch, sample_rows
+):
+    monkeypatch.setattr(blocks, "_SAMPLE_ROWS", sample_rows)
+    source = make_idc_zip(n_patients=1)
+    add(source, "8863/0/8863_idx5_x1_y9001_class0.png", encode(Image.new("RGB", (900, 16))))
+    add(source, "8863/0/8863_idx5_x51_y9001_class0.png", encode(Image.new("RGB", (64, 3))))
+    add(source, "8863/0/8863_idx5_x101_y9001_class0.png", encode(Image.new("RGB", (1, 1))))
+    pack = prepare(source, tmp_path / "x.pack")
+    assert pack.patches.shape == (14, 64, 64, 3)  # four times as long is still one of them
+    assert [item["source"][-27:] for item in pack.info.skipped] == ["8863_idx5_x1_y9001_class0.png"[-27:]]
+    assert "900 x 16" in pack.info.skipped[0]["reason"]
+
+
+def test_patches_of_two_very_different_sizes_are_refused(tmp_path):
+    for name, side in (("benign", 16), ("malignant", 100)):
+        (tmp_path / "x" / name).mkdir(parents=True)
+        for index in range(6):
+            (tmp_path / "x" / name / f"{index}.png").write_bytes(
+                encode(Image.new("RGB", (side, side), index))
+            )
+    with pytest.raises(DataError, match=r"malignant/0.png has 100 px, half of them at most 16 px"):
+        prepare(tmp_path / "x", tmp_path / "x.pack")
+
+
+def test_memory_ahead_of_the_writing_is_bounded(make_idc_zip, tmp_path, monkeypatch):
+    source = make_idc_zip()
+    monkeypatch.setattr(blocks, "_BLOCK_BYTES", 16 * 16 * 3)
+    monkeypatch.setattr(blocks, "_AHEAD_BYTES", 2 * 16 * 16 * 3)
+    monkeypatch.setattr(blocks.os, "cpu_count", lambda: 8)
+    decoded, written = [], []
+    honest = blocks._decode_block
+    monkeypatch.setattr(blocks, "_decode_block", lambda *args: decoded.append(args) or honest(*args))
+    prepare(
+        source,
+        tmp_path / "x.pack",
+        on_progress=lambda done, total: written.append(len(decoded) - done),
+    )
+    assert max(written) <= 3
 
 
 def test_nothing_readable_is_an_error_and_leaves_nothing(tmp_path):
@@ -176,7 +225,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(make_idc_zip, tmp_path, monk
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_too_little_space_is_known_before_anything_is_decoded(make_idc_zip, tmp_path, monkeypatch):
+def test_too_little_space_is_known_before_anything_is_written(make_idc_zip, tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(blocks.shutil, "disk_usage", lambda path: usage(1000))
     with pytest.raises(

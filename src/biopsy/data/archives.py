@@ -1,7 +1,11 @@
 """One way to read a zip and a folder: entries by relative name, their bytes on demand, nothing extracted.
 
 A zip is mapped into memory; a stored entry is a slice of the map, a deflated one is inflated where it is
-asked for, which may be any thread. Names never become paths unless they came from the folder itself.
+asked for, which may be any thread. Names are normalised (`biopsy.core.text`) and never become paths.
+
+A zip is refused whose names lead out of it or whose entries overlap (a way to make small zips unpack to
+everything), and an entry is not read that is larger than `MAX_ENTRY_BYTES`, or that unpacks to over
+`MAX_INFLATION` times its size where that is much.
 """
 
 import hashlib
@@ -12,17 +16,21 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from biopsy.core.errors import ArchiveError, DataError
+from biopsy.core.text import normalize_name
 from biopsy.imaging.decode import IMAGE_SUFFIXES
 
 MAX_ENTRY_BYTES = 2**29
 """The largest entry that is read into memory; images and tables are far below it."""
 
-PEEK_BYTES = 4096
-"""Enough of a file for the size of its image, most of the time."""
+MAX_INFLATION = 100
+"""How many times its packed size an entry of over `_FREE_BYTES` may have; images are compressed already."""
+
+_FREE_BYTES = 2**24
 
 _PIXEL_SUFFIXES = (*IMAGE_SUFFIXES, ".h5", ".hdf5", ".geojson")  # the last lie beside slides
 
@@ -35,10 +43,10 @@ _RELEASE_BYTES = 2**26
 
 
 class Entry(NamedTuple):
-    """A file of an archive. The last four describe its place in a zip and mean nothing in a folder."""
+    """A file of an archive. The last four are its place in a zip; a folder counts its files by ``offset``."""
 
     name: str
-    """Relative, with forward slashes."""
+    """Relative, with forward slashes, as `normalize_name` spells it."""
     size: int
     """Bytes, unpacked."""
     crc: int = 0
@@ -63,9 +71,6 @@ class Archive(Protocol):
     def read(self, entry: Entry) -> bytes | memoryview:
         """Give an entry's bytes; raises DataError with the reason alone."""
 
-    def peek(self, entry: Entry) -> bytes | memoryview:
-        """Give at least the first `PEEK_BYTES` of an entry (all, if it is smaller), unchecked."""
-
     def same(self, one: Entry, other: Entry) -> bool:
         """Say whether two entries hold the same bytes."""
 
@@ -86,19 +91,15 @@ class ZipArchive:
 
     def read(self, entry: Entry) -> bytes | memoryview:
         """Give an entry's bytes, checked against the zip's checksum."""
-        data = _inflate(self._slice(entry), entry)
+        packed = self._slice(entry)
+        data = packed if entry.method == _STORED else _inflate(packed, entry)
         if zlib.crc32(data) != entry.crc:
             raise DataError("does not match its checksum in the zip: the zip is damaged")
         return data
 
-    def peek(self, entry: Entry) -> bytes | memoryview:
-        """Give an entry's first bytes without its checksum."""
-        packed = self._slice(entry)
-        return packed if entry.method == _STORED else _inflate(packed, entry, PEEK_BYTES)
-
     def _slice(self, entry: Entry) -> memoryview:
         self._release_pages(entry.packed_size)
-        if entry.offset + _LOCAL_HEADER.size > len(self._map):
+        if not 0 <= entry.offset <= len(self._map) - _LOCAL_HEADER.size:
             raise DataError("lies beyond the end of the zip: the zip is damaged")
         signature, name_length, extra_length = _LOCAL_HEADER.unpack_from(self._map, entry.offset)
         start = entry.offset + _LOCAL_HEADER.size + name_length + extra_length
@@ -107,6 +108,11 @@ class ZipArchive:
             raise DataError("is not where the zip's directory says: the zip is damaged")
         if entry.size > MAX_ENTRY_BYTES:
             raise DataError(f"unpacks to {entry.size:,} bytes; at most {MAX_ENTRY_BYTES:,} are read")
+        if entry.size > max(_FREE_BYTES, MAX_INFLATION * entry.packed_size):
+            raise DataError(
+                f"unpacks to {entry.size:,} bytes from {entry.packed_size:,}, over {MAX_INFLATION} times as "
+                "many: it is not read"
+            )
         return packed
 
     def same(self, one: Entry, other: Entry) -> bool:
@@ -130,25 +136,25 @@ class FolderArchive:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        found = sorted(_walk(path, ""), key=lambda item: item[0].name)
-        self.entries = [entry for entry, _ in found if not entry.name.lower().endswith(".zip")]
-        self.unread = [entry.name for entry, _ in found if entry.name.lower().endswith(".zip")]
-        self._times = {entry.name: time for entry, time in found}
+        self._files = sorted(_walk(path, ""), key=lambda file: (normalize_name(file[0]), file[0]))
+        entries = [
+            Entry(normalize_name(name), size, offset=index)
+            for index, (name, size, _) in enumerate(self._files)
+        ]
+        self.entries = [entry for entry in entries if not entry.name.lower().endswith(".zip")]
+        self.zips = [entry for entry in entries if entry.name.lower().endswith(".zip")]
+        self.unread = [entry.name for entry in self.zips]
+
+    def path_of(self, entry: Entry) -> Path:
+        """Return where an entry lies; its name may be spelt differently there."""
+        return self.path / self._files[entry.offset][0]
 
     def read(self, entry: Entry) -> bytes | memoryview:
         """Read a file."""
         if entry.size > MAX_ENTRY_BYTES:
             raise DataError(f"has {entry.size:,} bytes; at most {MAX_ENTRY_BYTES:,} are read")
         try:
-            return (self.path / entry.name).read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror}") from None
-
-    def peek(self, entry: Entry) -> bytes | memoryview:
-        """Read a file's first bytes."""
-        try:
-            with open(self.path / entry.name, "rb") as file:
-                return file.read(PEEK_BYTES)
+            return self.path_of(entry).read_bytes()
         except OSError as error:
             raise DataError(f"cannot be read: {error.strerror}") from None
 
@@ -158,7 +164,7 @@ class FolderArchive:
 
     def fingerprint(self) -> str:
         """Hash names, sizes and times of change."""
-        return _hash_rows((entry.name, entry.size, self._times[entry.name]) for entry in self.entries)
+        return _hash_rows((entry.name, entry.size, self._files[entry.offset][2]) for entry in self.entries)
 
 
 def open_archive(path: Path | str) -> Archive:
@@ -174,7 +180,7 @@ def open_archive(path: Path | str) -> Archive:
         if any(entry.name.lower().endswith(_PIXEL_SUFFIXES) for entry in folder.entries):
             return folder
         if len(folder.unread) == 1:
-            return ZipArchive(path / folder.unread[0])
+            return ZipArchive(folder.path_of(folder.zips[0]))
         if folder.unread:
             raise ArchiveError(
                 f"{path} holds {len(folder.unread)} zips ({', '.join(folder.unread[:3])}): name one"
@@ -195,35 +201,50 @@ def is_junk(name: str) -> bool:
 
 
 def _list_zip(path: Path) -> list[Entry]:
+    entries, n_encrypted = [], 0
     infos = _read_directory(path)
-    for info in infos:
+    _refuse_overlap(path, infos)
+    while infos:  # taken off one by one: a zip of half a million files is not held in memory twice
+        info = infos.pop()
         name = info.orig_filename
         if (".." in name or ":" in name or "\0" in name or name[:1] in "/\\") and _LEADS_OUT.search(name):
             raise ArchiveError(f"{path} holds {name!r}, a name that leads out of it: not read")
-    infos = [info for info in infos if not is_junk(info.filename)]
-    if not infos:
+        name = normalize_name(name)
+        if not name.endswith("/") and not is_junk(name):
+            n_encrypted += info.flag_bits & _ENCRYPTED
+            place = (info.header_offset, info.compress_size, info.compress_type)
+            entries.append(Entry(name, info.file_size, info.CRC, *place))
+    if not entries:
         raise ArchiveError(f"{path} is a zip without files")
-    n_encrypted = sum(info.flag_bits & _ENCRYPTED for info in infos)
     if n_encrypted:
         raise ArchiveError(
-            f"{path} is encrypted ({n_encrypted:,} of {len(infos):,} files): "
+            f"{path} is encrypted ({n_encrypted:,} of {len(entries):,} files): "
             "unpack it with its password and give the folder"
         )
-    entries = []
-    while infos:  # taken off one by one: a zip of half a million files is not held in memory twice
-        info = infos.pop()
-        place = (info.header_offset, info.compress_size, info.compress_type)
-        entries.append(Entry(info.filename, info.file_size, info.CRC, *place))
     return sorted(entries)
 
 
+def _refuse_overlap(path: Path, infos: list[zipfile.ZipInfo]) -> None:
+    places = sorted((info.header_offset, info.compress_size, info.orig_filename) for info in infos)
+    for (start, n_bytes, name), (following, _, other) in pairwise(places):
+        if start + _LOCAL_HEADER.size + n_bytes > following:
+            raise ArchiveError(
+                f"{path} holds {name!r} and {other!r} in the same bytes: it is damaged or a zip bomb"
+            )
+
+
 def _read_directory(path: Path) -> list[zipfile.ZipInfo]:
+    start = b""
     try:
         with open(path, "rb") as file:
             start = file.read(4)
         with zipfile.ZipFile(path) as archive:
             return [info for info in archive.infolist() if not info.is_dir()]
-    except (zipfile.BadZipFile, NotImplementedError, struct.error) as error:
+    except UnicodeDecodeError:
+        raise ArchiveError(
+            f"{path} has names that are not the UTF-8 they are said to be: pack it again"
+        ) from None
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, OverflowError) as error:
         if start == b"PK\x03\x04":
             raise ArchiveError(f"{path} is cut short or damaged ({error}): download it again") from None
         raise ArchiveError(f"{path} is neither a zip nor a folder: unpack it and give the folder") from None
@@ -231,25 +252,23 @@ def _read_directory(path: Path) -> list[zipfile.ZipInfo]:
         raise ArchiveError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _inflate(packed: memoryview, entry: Entry, n_first: int = 0) -> bytes | memoryview:
-    """Unpack an entry, or its first bytes alone."""
-    if entry.method == _STORED:
-        return packed
+def _inflate(packed: memoryview, entry: Entry) -> bytes:
+    """Unpack an entry."""
     if entry.method != _DEFLATED:
         raise DataError(f"is compressed by method {entry.method}; stored and deflated entries are read")
     try:
-        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, n_first or entry.size + 1)
+        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, entry.size + 1)
     except zlib.error:
         raise DataError("cannot be inflated: the zip is damaged") from None
-    if not n_first and len(data) != entry.size:
+    if len(data) != entry.size:
         raise DataError(f"does not unpack to the {entry.size:,} bytes the zip's directory says")
     return data
 
 
 def _walk(
     folder: Path, prefix: str, above: frozenset[tuple[int, int]] = frozenset()
-) -> Iterator[tuple[Entry, int]]:
-    """Yield files below a folder and their times of change; links that lead back up are not followed."""
+) -> Iterator[tuple[str, int, int]]:
+    """Yield files below a folder, sizes and times of change; links that lead back up are not followed."""
     status = folder.stat()
     here = (status.st_dev, status.st_ino)
     if here in above:
@@ -266,11 +285,13 @@ def _walk(
             yield from _walk(folder / item.name, name + "/", above | {here})
         elif item.is_file():
             status = item.stat()
-            yield Entry(name, status.st_size), status.st_mtime_ns
+            yield name, status.st_size, status.st_mtime_ns
+        elif item.is_symlink():  # one that leads nowhere is named when it is read
+            yield name, 0, 0
 
 
 def _hash_rows(rows: Iterator[tuple[str, int, int]]) -> str:
     digest = hashlib.sha256()
     for row in rows:
-        digest.update("\0".join(map(str, row)).encode("utf-8", "surrogateescape"))
+        digest.update("\0".join(map(str, row)).encode())
     return digest.hexdigest()

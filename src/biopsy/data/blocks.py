@@ -1,6 +1,5 @@
 """The pixels of a pack on their way to disk: decoded in blocks on all cores, written in order."""
 
-import contextlib
 import os
 import shutil
 from collections import deque
@@ -16,8 +15,13 @@ from biopsy.core.errors import DataError
 from biopsy.data.datasets.layouts import Listing, Skipped, refuse_empty
 from biopsy.data.packs import pad, patch_sha256
 
+MAX_RATIO = 4
+"""How many times as long as the median patch a patch may be: all are padded to the longest."""
+
 _BLOCK_BYTES = 2**20  # pixels that one worker decodes at a time
+_AHEAD_BYTES = 2**29  # pixels that are decoded ahead of the writing
 _SAMPLE_ROWS = 256
+_PART_ROWS = 32  # that one worker measures at a time
 
 Progress = Callable[[int, int], None]
 
@@ -35,7 +39,7 @@ class Written:
     hashes: list[str] = field(default_factory=list)
     """`patch_sha256` of each."""
     skipped: list[Skipped] = field(default_factory=list)
-    """Rows that could not be decoded."""
+    """Rows that could not be decoded, or are too large."""
 
 
 @dataclass
@@ -61,26 +65,49 @@ def write_pixels(path: Path, listing: Listing, on_progress: Progress | None = No
     as could be decoded, in the order of the listing. Nothing is forced to the disk, which would take half as
     long as the decoding: should the power fail, the pack's content hash tells.
 
-    Most datasets are of one size, so the largest of the first patches decides ``patch_px``; should a larger
-    one come, all are measured and the work starts again.
+    All patches are padded to the longest of those that decode, whatever headers say, and that are at most
+    `MAX_RATIO` times as long as the median patch. Longer ones are skipped and named. Most datasets are of one
+    size, so the first patches decide; should a larger one come, all are measured and the work starts again.
 
     Raises:
-        DataError: If not one patch can be decoded, or the disk has no room for them.
+        DataError: If not one patch can be decoded, a quarter of them are too long, or the disk has no room.
     """
     n_rows = len(listing.table)
     try:
-        return _write(path, listing, _measure(listing, range(min(n_rows, _SAMPLE_ROWS))), on_progress)
+        longest = _find_longest(_measure(listing, range(min(n_rows, _SAMPLE_ROWS))), listing)
+        return _write(path, listing, longest, on_progress)
     except _LargerPatch:
-        return _write(path, listing, _measure(listing, range(n_rows)), on_progress, is_measured=True)
+        longest = _find_longest(_measure(listing, range(n_rows)), listing)
+        return _write(path, listing, longest, on_progress, is_measured=True)
 
 
-def _measure(listing: Listing, rows: range) -> tuple[int, int]:
-    """Give the longest side of the patches that can be measured, and whose it is."""
-    longest = (1, 0)
-    for row in rows:
-        with contextlib.suppress(DataError):  # what cannot be read is named when it is decoded
-            longest = max(longest, (max(listing.pixels.measure(row)), row))
-    return longest
+def _measure(listing: Listing, rows: range) -> np.ndarray:
+    """Return the longer side of each patch once it is decoded, 0 where it cannot be."""
+
+    def measure(part: range) -> list[int]:
+        return [
+            0 if isinstance(patch, DataError) else max(patch.shape[:2]) for patch in listing.pixels.read(part)
+        ]
+
+    parts = [rows[start : start + _PART_ROWS] for start in range(0, len(rows), _PART_ROWS)]
+    with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="measure") as pool:
+        return np.concatenate([np.array(sides) for sides in pool.map(measure, parts)])
+
+
+def _find_longest(sides: np.ndarray, listing: Listing) -> tuple[int, int]:
+    """Return the side to which patches are padded, and the row of a patch that has it."""
+    if not sides.any():
+        return 1, 0  # what is wrong with each is named when it is decoded again
+    median = int(np.quantile(sides[sides > 0], 0.5, method="lower"))
+    too_long = sides > MAX_RATIO * median
+    if 4 * too_long.sum() >= (sides > 0).sum():
+        row = int(np.argmax(sides))
+        raise DataError(
+            f"patches differ too much in size: {listing.table['source'].iloc[row]} has {sides[row]:,} px, "
+            f"half of them at most {median:,} px, and all are padded to the longest: prepare each size alone"
+        )
+    row = int(np.argmax(np.where(too_long, 0, sides)))
+    return int(sides[row]), row
 
 
 def _write(
@@ -133,14 +160,16 @@ def _write_header(file: BinaryIO, n_patches: int, patch_px: int) -> None:
 
 def _decode_blocks(listing: Listing, patch_px: int) -> Iterator[_Block]:
     n_workers, n_rows = os.cpu_count() or 1, len(listing.table)
-    block_rows = max(1, _BLOCK_BYTES // (patch_px**2 * 3))
+    patch_bytes = patch_px**2 * 3
+    block_rows = max(1, _BLOCK_BYTES // patch_bytes)
+    n_ahead = min(n_workers + 1, _AHEAD_BYTES // (block_rows * patch_bytes))
     waiting: deque[Future[_Block]] = deque()
     with ThreadPoolExecutor(n_workers, thread_name_prefix="decode") as pool:
         try:
             for start in range(0, n_rows, block_rows):
                 rows = range(start, min(start + block_rows, n_rows))
                 waiting.append(pool.submit(_decode_block, listing, rows, patch_px))
-                if len(waiting) > n_workers + 1:
+                if len(waiting) > n_ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -158,7 +187,8 @@ def _decode_block(listing: Listing, rows: range, patch_px: int) -> _Block:
         height, width = patch.shape[:2]
         if max(height, width) > patch_px:
             block.has_larger = True
-            block.failures.append((row, f"decodes to {width} x {height} pixels, more than its header says"))
+            reason = f"is {width:,} x {height:,} pixels, over {MAX_RATIO} times as long as the median patch"
+            block.failures.append((row, reason))
             continue
         pad(patch, patch_px, pixels[len(block.rows)])
         block.rows.append(row)

@@ -8,6 +8,8 @@ import numpy as np
 from biopsy.core.errors import DataError
 
 MAX_PIXELS = 100_000_000
+MAX_CELLS = 10_000_000
+"""Cells of the largest grid that is made of coordinates: a slide of 75 mm x 25 mm has that many of 14 um."""
 
 
 def stitch(
@@ -90,9 +92,10 @@ def stitch_values(
         Grid ``(rows, columns)`` float64, NaN where no patch lies; patches in one cell average.
 
     Raises:
-        DataError: If a coordinate is missing or the numbers differ.
+        DataError: If a coordinate is missing or far from all others, or the numbers differ.
     """
     x, y = _check_places(x, y)
+    check_extent(x, y, patch_px)
     values = np.asarray(values, dtype=float)
     if len(values) != len(x):
         raise DataError(f"{len(values)} values have {len(x)} coordinates; one place each is needed")
@@ -103,6 +106,21 @@ def stitch_values(
     np.add.at(total, (row, column), values)
     np.add.at(count, (row, column), 1)
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+
+
+def check_extent(x: np.ndarray, y: np.ndarray, step_px: float) -> None:
+    """Refuse places whose grid would have more than `MAX_CELLS` cells: a coordinate is wrong.
+
+    Raises:
+        DataError: Naming the place farthest from the others.
+    """
+    n_columns, n_rows = (int(np.ptp(axis) // step_px) + 1 for axis in (x, y))
+    if n_columns * n_rows > MAX_CELLS:
+        far = int(np.argmax(np.abs(x - np.median(x)) + np.abs(y - np.median(y))))
+        raise DataError(
+            f"{len(x):,} patches span a grid of {n_columns:,} x {n_rows:,} cells where at most {MAX_CELLS:,} "
+            f"are drawn; check the coordinates, such as x={x[far]:.0f}, y={y[far]:.0f}"
+        )
 
 
 def _check_places(

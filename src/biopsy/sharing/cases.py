@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from biopsy.core.errors import DataError
 from biopsy.figures.patients import draw_patient_metric, draw_patient_probs
 from biopsy.figures.slides import ALL_PANELS, draw_slide
 from biopsy.figures.style import jpeg, png, svg
@@ -155,7 +156,12 @@ def describe_slides(facts: RunFacts) -> Section | None:
         rows = placed[placed[column] == name]
         n_positive = number(int(rows["is_positive"].sum()))
         caption = f"{kind.capitalize()} {name}: {number(len(rows))} patches, {n_positive} {facts.positive}"
-        blocks.append(Pictures(_slide_pictures(facts, rows, f"slide-{name}"), across=2, caption=caption))
+        try:
+            pictures = _slide_pictures(facts, rows, f"slide-{name}")
+        except DataError as error:
+            blocks.append(Text(f"{caption}. Not drawn: {error}.", "note"))
+        else:
+            blocks.append(Pictures(pictures, across=2, caption=caption))
     left_out = len(counts) - len(chosen)
     if left_out:
         blocks.append(
@@ -169,11 +175,11 @@ def describe_slides(facts: RunFacts) -> Section | None:
 def _slide_pictures(facts: RunFacts, rows: pd.DataFrame, name: str) -> list[Picture]:
     assert facts.get_patch is not None and facts.patch_px is not None
     x, y = rows["x"].to_numpy(float), rows["y"].to_numpy(float)
+    target = stitch_values(rows["is_positive"], x, y, patch_px=facts.patch_px)
+    prob = stitch_values(rows["prob"], x, y, patch_px=facts.patch_px)
     side = max(np.ptp(x), np.ptp(y)) + facts.patch_px
     patches = map(facts.get_patch, rows["patch_id"].astype(str))
     tissue = stitch(patches, x, y, patch_px=facts.patch_px, scale=min(1.0, SLIDE_SIDE_PX / side))
-    target = stitch_values(rows["is_positive"], x, y, patch_px=facts.patch_px)
-    prob = stitch_values(rows["prob"], x, y, patch_px=facts.patch_px)
     um_per_cell = None if facts.mpp is None else facts.mpp * facts.patch_px
     pictures = []
     for panel in ALL_PANELS:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from biopsy.core.errors import PackError
+from biopsy.core.errors import DataError, PackError
 from biopsy.core.files import write_atomic, write_json
 from biopsy.core.seeds import make_rng
 from biopsy.data.audit import audit_pack, find_spoilers
@@ -138,19 +138,23 @@ def _draw_slides(pack: Pack, folder: Path) -> list[Path]:
         rows = np.flatnonzero(placed & (pack.table["slide_id"] == slide_id))
         name = re.sub(r"[^A-Za-z0-9_-]", "-", str(slide_id))[:40]  # an id is not a path
         path = folder / f"slide-{number:02d}-{name}.png"
-        write_atomic(path, _picture_slide(pack, rows))
-        paths.append(path)
+        try:
+            write_atomic(path, _picture_slide(pack, rows))
+        except DataError as error:
+            logger.warning("slide %s is not drawn: %s", slide_id, error)
+        else:
+            paths.append(path)
     return paths
 
 
 def _picture_slide(pack: Pack, rows: np.ndarray) -> bytes:
     patch_px, mpp = pack.info.patch_px, pack.info.mpp
     x, y = (pack.table[column].to_numpy(float, na_value=np.nan)[rows] for column in ("x", "y"))
+    target = stitch_values(pack.target[rows], x, y, patch_px=patch_px)
     longest = max(np.ptp(x), np.ptp(y)) + patch_px
     tissue = stitch(
         (_crop(pack, row) for row in rows), x, y, patch_px=patch_px, scale=min(1.0, SLIDE_PX / longest)
     )
-    target = stitch_values(pack.target[rows], x, y, patch_px=patch_px)
     figure = draw_slide(
         tissue,
         target,

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from biopsy.core.errors import SlideError
+from biopsy.core.errors import DataError, SlideError
 from biopsy.data.packs import Pack
-from biopsy.imaging.mosaic import stitch
+from biopsy.imaging.mosaic import check_extent, stitch
 from biopsy.imaging.tissue import THUMBNAIL_PX
 from biopsy.learning.classifiers import Classifier
 from biopsy.slides.grids import PatchGrid
@@ -63,7 +63,7 @@ def stitch_slide(pack: Pack, name: str, index: np.ndarray, *, mpp: float | None 
         mpp: Micrometres per pixel, where the pack does not say.
 
     Raises:
-        SlideError: If the patches lie on no grid, or nobody knows their mpp.
+        SlideError: If the patches lie on no grid or far apart, or nobody knows their mpp.
     """
     mpp = pack.info.mpp or mpp
     if mpp is None:
@@ -71,6 +71,10 @@ def stitch_slide(pack: Pack, name: str, index: np.ndarray, *, mpp: float | None 
     rows, patch_px = pack.table.iloc[index], pack.info.patch_px
     x, y = (rows[axis].to_numpy(np.int64) for axis in "xy")
     stride_px = _find_stride(x, y, patch_px, name)
+    try:
+        check_extent(x, y, stride_px)
+    except DataError as error:
+        raise SlideError(f"slide {name}: {error}") from None
     width, height = int(x.max()) + patch_px, int(y.max()) + patch_px
     scale = min(1.0, THUMBNAIL_PX / max(width, height))
     sizes = pack.sizes[index]

@@ -36,19 +36,12 @@ LOOKS_FOR = "slides with a .geojson of their name beside them"
 class _Case:
     """A slide and its annotations."""
 
-    folder: Path
+    path: Path
     name: str
+    notes_path: Path
     notes: str
     mpp: float | None
     """As the user states it."""
-
-    @property
-    def path(self) -> Path:
-        return self.folder / self.name
-
-    @property
-    def notes_path(self) -> Path:
-        return self.folder / self.notes
 
 
 def recognise(archive: Archive) -> bool:
@@ -68,10 +61,13 @@ def list_patches(archive: Archive, cutting: Cutting) -> tuple[Listing, dict[str,
             region that is needed.
         SlideError: If a slide cannot be read, or not at this mpp.
     """
+    assert isinstance(archive, FolderArchive)
     pairs, alone = _pair(archive.entries)
     stated = _stated_mpp(cutting.slide_mpp, [slide.name for slide, _ in pairs])
     cases = {
-        _slide_id(slide): _Case(archive.path, slide.name, notes.name, stated[slide.name])
+        _slide_id(slide): _Case(
+            archive.path_of(slide), slide.name, archive.path_of(notes), notes.name, stated[slide.name]
+        )
         for slide, notes in pairs
     }
     if len(cases) < len(pairs):
@@ -136,10 +132,6 @@ class SlidePatches:
         self._slide_ids = table["slide_id"].tolist()
         self._places = table[["x", "y"]].to_numpy(np.int64)
         self._cases, self._cutting = cases, cutting
-
-    def measure(self, row: int) -> tuple[int, int]:
-        """Give the size that all patches have."""
-        return self._cutting.patch_px, self._cutting.patch_px
 
     def read(self, rows: Sequence[int]) -> Iterator[np.ndarray | DataError]:
         """Read one patch after the other; each slide is opened once for those that follow one another."""

@@ -80,7 +80,8 @@ def _split_path(path: list[str]) -> tuple[str | None, str | None]:
 
 def _natural(name: str) -> tuple[bool, int, str]:
     """Sort numbers by value and before words."""
-    return (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)
+    number = name.lstrip("0") if name.isdecimal() else ""
+    return (not name.isdecimal(), len(number), number or name)
 
 
 LAYOUT = Layout(

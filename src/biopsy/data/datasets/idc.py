@@ -15,10 +15,12 @@ from biopsy.data.datasets.layouts import ImageFiles, Layout, Listing, Skipped, d
 CLASS_NAMES = ["non_idc", "idc"]
 MPP = 4.0  # scans called 40x (about 0.25 micrometres a pixel), reduced 16 times
 
+MAX_PX = 50_000  # 200 mm at `MPP`: no slide is longer, and pictures are put together by these numbers
+
 _NAME = re.compile(
-    r"(?P<patient>[^/]+)_idx\d+_x(?P<x>\d+)_y(?P<y>\d+)_class(?P<label>[01])\.png", re.IGNORECASE
+    r"(?P<patient>[^/]+)_idx[0-9]+_x(?P<x>[0-9]+)_y(?P<y>[0-9]+)_class(?P<label>[01])\.png", re.IGNORECASE
 )
-_PLACE = re.compile(r"_x(\d+)_y(\d+)_class", re.IGNORECASE)
+_PLACE = re.compile(r"_x([0-9]+)_y([0-9]+)_class", re.IGNORECASE)
 
 
 def recognise(archive: Archive) -> bool:
@@ -66,7 +68,7 @@ def _match(entry: Entry) -> re.Match[str] | None:
 
 
 def _find_contradiction(entry: Entry, match: re.Match[str], patients: set[str]) -> str:
-    """Say where the folders of an entry contradict its name; empty where they do not.
+    """Say where an entry's name contradicts its folders, or any slide; empty where it does not.
 
     The folder above the class is taken for a patient if it is a number or a patient of the set: patches
     sorted into ``training/<class>/`` and the like are read by their names alone.
@@ -77,6 +79,8 @@ def _find_contradiction(entry: Entry, match: re.Match[str], patients: set[str]) 
     patient = above[-1] if above and folder in ("0", "1") else ""
     if (patient.isdigit() or patient in patients) and patient != match["patient"]:
         return f"lies in the folder of patient {patient} and is named as of patient {match['patient']}"
+    if any(len(match[axis]) > 9 or int(match[axis]) > MAX_PX for axis in "xy"):
+        return f"is named as from beyond any slide: x and y are at most {MAX_PX:,} px"
     return ""
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from biopsy.core.errors import DataError
 from biopsy.data.archives import Archive, Entry
-from biopsy.imaging.decode import IMAGE_SUFFIXES, decode, read_header
+from biopsy.imaging.decode import IMAGE_SUFFIXES, decode
 
 SIDE_BY_FOLDER = {
     "train": "train",
@@ -38,9 +38,6 @@ Skipped = dict[str, str]
 class Pixels(Protocol):
     """The pixels of a listing's rows."""
 
-    def measure(self, row: int) -> tuple[int, int]:
-        """Give a patch's ``(width, height)`` without decoding it; raises DataError with the reason alone."""
-
     def read(self, rows: Sequence[int]) -> Iterator[np.ndarray | DataError]:
         """Yield uint8 ``(height, width, 3)`` RGB, or why there is none, row by row; from any thread."""
 
@@ -51,15 +48,6 @@ class ImageFiles:
     def __init__(self, archive: Archive, entries: Sequence[Entry]) -> None:
         self._archive = archive
         self._entries = entries
-
-    def measure(self, row: int) -> tuple[int, int]:
-        """Read the size from the file's first bytes, from all of them if those do not tell."""
-        entry = self._entries[row]
-        try:
-            header = read_header(self._archive.peek(entry))
-        except DataError:
-            header = read_header(self._archive.read(entry))
-        return header.width, header.height
 
     def read(self, rows: Sequence[int]) -> Iterator[np.ndarray | DataError]:
         """Decode one file after the other."""

@@ -34,13 +34,7 @@ class H5Patches:
 
     def __init__(self, paths: Sequence[Path], shapes: Sequence[tuple[int, ...]]) -> None:
         self._paths = paths
-        self._shapes = shapes
         self._starts = np.cumsum([0, *(shape[0] for shape in shapes)])
-
-    def measure(self, row: int) -> tuple[int, int]:
-        """Give the size all patches of the row's file have."""
-        _, height, width, _ = self._shapes[self._find_part(row)]
-        return width, height
 
     def read(self, rows: Sequence[int]) -> Iterator[np.ndarray | DataError]:
         """Read runs of neighbouring rows at once."""
@@ -72,6 +66,7 @@ def recognise(archive: Archive) -> bool:
 def list_patches(archive: Archive) -> Listing:
     """List the patches of every side whose pixels and labels are both there."""
     files = _find_files(archive)
+    assert isinstance(archive, FolderArchive)
     tables, paths, shapes, skipped = [], [], [], []
     for split in sorted(SPLITS):
         x, y = files.get((split, "x.h5")), files.get((split, "y.h5"))
@@ -80,9 +75,9 @@ def list_patches(archive: Archive) -> Listing:
                 lacking = "labels (..._y.h5)" if y is None else "pixels (..._x.h5)"
                 skipped.append(Skipped(source=found.name, reason=f"has no {lacking} beside it"))
             continue
-        paths.append(archive.path / x.name)
+        paths.append(archive.path_of(x))
         shapes.append(_read_shape(paths[-1]))
-        labels = _read_labels(archive.path / y.name, n_patches=shapes[-1][0])
+        labels = _read_labels(archive.path_of(y), n_patches=shapes[-1][0])
         tables.append(_make_table(archive, split, x, labels, files.get((split, "meta.csv"))))
     if not tables:
         raise ArchiveError(f"{archive.path} holds no side of PCam with both its _x.h5 and its _y.h5")
@@ -149,7 +144,7 @@ def _read_labels(path: Path, n_patches: int) -> np.ndarray:
 
 
 def _make_table(
-    archive: Archive, split: str, x: Entry, labels: np.ndarray, meta: Entry | None
+    archive: FolderArchive, split: str, x: Entry, labels: np.ndarray, meta: Entry | None
 ) -> pd.DataFrame:
     table = pd.DataFrame(
         {
@@ -165,10 +160,10 @@ def _make_table(
         }
     )
     if meta is not None:
-        rows = pd.read_csv(archive.path / meta.name, dtype={"wsi": str})
+        rows = pd.read_csv(archive.path_of(meta), dtype={"wsi": str})
         if "wsi" not in rows.columns or len(rows) != len(table):
             raise ArchiveError(
-                f"{archive.path / meta.name} has {len(rows):,} rows and columns {list(rows.columns)}; "
+                f"{archive.path_of(meta)} has {len(rows):,} rows and columns {list(rows.columns)}; "
                 f"a column wsi and one row for each of the {len(table):,} patches are expected"
             )
         table["slide_id"] = rows["wsi"]

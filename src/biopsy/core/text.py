@@ -1,0 +1,70 @@
+"""Ids and names from spreadsheets, archives and file systems, brought to one spelling where they enter.
+
+Whatever is read from outside (names in archives and folders, cells of tables, lists of cases, options) goes
+through `normalize_name` or `normalize_id`, so that two spellings of one patient are one patient everywhere.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable
+
+_WHOLE = re.compile(r"(\d+)\.0+")
+# Zero-width space, word joiner, byte order mark, soft hyphen.
+_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u2060\ufeff\u00ad"))
+
+
+def normalize_name(name: str) -> str:
+    r"""Return a name, or a path of names, in one spelling.
+
+    Backslashes become slashes, Unicode is composed (NFC), a run of white space (no-break spaces too) becomes
+    one space and is dropped at the ends of each part of a path, invisible characters are dropped. Bytes that
+    are not UTF-8 (surrogates, as `os.fsdecode` makes them) and control characters are written as ``%FC``.
+
+    Example:
+        >>> normalize_name("data\\benign \\M\udcfcller\u00a01.png")
+        'data/benign/M%FCller 1.png'
+    """
+    if name.isascii() and name.isprintable() and " " not in name and "\\" not in name:
+        return name
+    name = unicodedata.normalize("NFC", name.replace("\\", "/").translate(_INVISIBLE))
+    name = "/".join(" ".join(part.split()) for part in name.split("/"))
+    return "".join(map(_escape, name))
+
+
+def normalize_id(text: str) -> str:
+    """Return an id in one spelling: as `normalize_name`, and ``12.0``, a spreadsheet's number, as ``12``.
+
+    Example:
+        >>> normalize_id(" P01\u00a0"), normalize_id("12.0"), normalize_id("  ")
+        ('P01', '12', '')
+    """
+    name = normalize_name(text)
+    whole = _WHOLE.fullmatch(name)
+    return whole[1] if whole else name
+
+
+def find_lookalikes(ids: Iterable[str]) -> list[list[str]]:
+    """Return groups of different ids that differ by letter case or leading zeros alone.
+
+    Example:
+        >>> find_lookalikes(["p1", "P1", "07", "7", "8"])
+        [['07', '7'], ['P1', 'p1']]
+    """
+    groups: dict[str, list[str]] = {}
+    for name in sorted(set(ids)):
+        groups.setdefault(fold_id(name), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def fold_id(name: str) -> str:
+    """Return what an id has in common with others that are likely the same one misspelt."""
+    return re.sub(r"(?<!\d)0+(?=\d)", "", unicodedata.normalize("NFKC", name).casefold())
+
+
+def _escape(char: str) -> str:
+    code = ord(char)
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"%{code - 0xDC00:02X}"
+    if 0xD800 <= code <= 0xDFFF or not (char.isprintable() or char == " "):
+        return f"%{code:02X}"
+    return char
