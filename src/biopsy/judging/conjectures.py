@@ -85,7 +85,7 @@ def measure_conjectures(run: Run | Path | str, *, device: str = "auto") -> dict[
 
 def _measure(run: Run, frame: pd.DataFrame, seed: int, device: str) -> dict[str, Any]:
     """Give the document less what was asked."""
-    pack, classifier, engine = run.open_pack(verify=False), run.classifier, Engine(device)
+    pack, classifier, engine = run.open_pack(verify=False), run.classifier.single_patch(), Engine(device)
     rows = pack.rows_of(frame["patch_id"])
     truth, groups = (pack.target[rows] == pack.positive_index).astype(int), pack.group_ids[rows]
     prob, threshold = frame["prob"].to_numpy(float), run.info["threshold"]["value"]
@@ -98,10 +98,13 @@ def _measure(run: Run, frame: pd.DataFrame, seed: int, device: str) -> dict[str,
     preprocessing, network = classifier.info.preprocessing, engine.place(classifier.network)
     again = draw_rows(len(rows), count_asked(network, preprocessing.input_px), seed)
     patches, sizes = pack.patches[rows[again]], pack.sizes[rows[again]]
-    without = {}
-    for name, remove in REMOVALS.items():
-        logits = predict_logits(network, preprocessing, remove(patches), sizes, engine=engine)
-        without[name] = classifier.probs(logits)[:, pack.positive_index]
+
+    def predict(versions: np.ndarray) -> np.ndarray:
+        logits = predict_logits(network, preprocessing, versions, sizes, engine=engine)
+        return classifier.probs(logits)[:, pack.positive_index]
+
+    intact = predict(patches)
+    without = {name: predict(remove(patches)) for name, remove in REMOVALS.items()}
     maps = explain_patches(classifier, patches, sizes, "saliency", engine=engine).maps[:, 0]
     shares = share_saliency(patches, maps, sizes)
     return {
@@ -115,7 +118,7 @@ def _measure(run: Run, frame: pd.DataFrame, seed: int, device: str) -> dict[str,
         "conjectures": [
             judge_less_stained(properties, *calls, **options),
             judge_heterogeneous(properties, *calls, **options),
-            judge_blue_yellow(truth[again], prob[again], without, shares, groups[again], **options),
+            judge_blue_yellow(truth[again], intact, without, shares, groups[again], **options),
         ],
     }
 

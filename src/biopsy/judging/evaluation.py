@@ -91,6 +91,8 @@ def evaluate(
     logits = predict_logits(
         network, classifier.info.preprocessing, pack.patches, pack.sizes, rows, engine=engine
     )
+    classifier = classifier.for_patches(pack.table.iloc[rows])
+    logits = classifier.add_context(logits, pack.table.iloc[rows])
     probs = classifier.probs(logits)
     threshold, groups = classifier.frozen, pack.group_ids[rows]
     scored = ScoredPatches.of_pack(pack, rows, probs, classifier.threshold)

@@ -68,7 +68,7 @@ def explain_patches(
     Raises:
         RecipeError: If the method, the class or the layer does not exist, or the method takes no layer.
     """
-    asked = find_method(method)
+    asked, classifier = find_method(method), classifier.single_patch()
     if channels not in get_args(Channels):
         raise RecipeError(f"channels={channels!r} is not possible; {suggest(channels, get_args(Channels))}")
     if layer is not None and not asked.takes_layer:

@@ -72,7 +72,7 @@ def measure_faithfulness(
         RecipeError: If a method does not exist, tells no classes apart, or the network does not allow it.
     """
     run = Run.open(run)
-    pack, classifier, engine = run.open_pack(verify=False), run.classifier, Engine(device)
+    pack, classifier, engine = run.open_pack(verify=False), run.classifier.single_patch(), Engine(device)
     side, seed = run.judged_side, run.info["seed"]
     network = engine.place(classifier.network).eval()
     input_px = classifier.info.preprocessing.input_px

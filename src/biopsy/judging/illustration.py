@@ -130,6 +130,7 @@ def explain_others(
     """Choose examples of a pack or of images and explain them; see `explain`."""
     _check_errors(errors)
     found, engine = gather_patches(classifier, data, patch, 2 * errors), Engine(device)
+    classifier = classifier.single_patch()
     if not patch and found.target is not None:
         network = engine.place(classifier.network)
         logits = predict_logits(

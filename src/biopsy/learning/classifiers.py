@@ -1,10 +1,12 @@
 """The Classifier: weights, how to feed them, and how to read what comes out."""
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
+import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
@@ -12,12 +14,15 @@ from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import read_json, replace_directory, sha256_file, write_json
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import decide
+from biopsy.learning.context import average_neighbours, has_coordinates
 from biopsy.learning.preprocessing import Preprocessing
 from biopsy.statistics.calibrators import Calibrator, calibrator_from_dict
 from biopsy.statistics.conformal import abstain, predict_sets
 
 if TYPE_CHECKING:
     from torch import nn
+
+logger = logging.getLogger(__name__)
 
 FORMAT: Final = "biopsy-classifier/1"
 DOCUMENT, WEIGHTS = "classifier.json", "weights.safetensors"
@@ -43,6 +48,8 @@ class ClassifierInfo(BaseModel):
     outputs: Literal["softmax", "sigmoid"] = "softmax"
     tta: Literal["none", "d4"] = "none"
     """``d4``: logits and features are means over the eight symmetries of the patch."""
+    context: float = 0.0
+    """Decay length of the weights of neighbouring patches in the mean logits, in patch sides; 0: none."""
     calibrator: dict[str, Any] = {"method": "none"}
     """How scores become calibrated: a record of ``statistics.calibrators``, and what it was fitted on."""
     thresholds: list[dict[str, Any]] = []
@@ -51,6 +58,8 @@ class ClassifierInfo(BaseModel):
     """``quantiles`` of the sets that say which patches get no answer, or why there are none."""
     unlike_training: dict[str, Any] | None = None
     """Limits beyond which a patch is unlike anything in training."""
+    single_patch: dict[str, Any] = {}
+    """With ``context``: calibrator, thresholds and conformal sets for patches without coordinates."""
     licence: str = "as the data it was trained on allow"
     pack: dict[str, Any] = {}
     """Name and content hash of the pack it learned from."""
@@ -168,6 +177,37 @@ class Classifier:
         """Index of the positive class, None for more than two classes."""
         positive = self.info.positive_class
         return None if positive is None else self.info.class_names.index(positive)
+
+    def single_patch(self) -> "Classifier":
+        """Return the classifier that takes each patch by itself: this one, where it uses no context."""
+        if not self.info.context:
+            return self
+        single = {"context": 0.0, "single_patch": {}, **self.info.single_patch}
+        return type(self)(self.info.model_copy(update=single), self._base_network, self.extras, self.path)
+
+    def for_patches(self, table: pd.DataFrame) -> "Classifier":
+        """Return this classifier, or the one for single patches (and say so) where no patch has coordinates.
+
+        Args:
+            table: ``x``, ``y``, ``slide_id`` and ``patient_id`` of each patch.
+        """
+        if not self.info.context or has_coordinates(table):
+            return self
+        logger.warning(
+            "no coordinates: each patch is predicted by itself, without its neighbours on the slide"
+        )
+        return self.single_patch()
+
+    def add_context(self, logits: np.ndarray, table: pd.DataFrame) -> np.ndarray:
+        """Return logits averaged over neighbouring patches, where the classifier uses context.
+
+        Args:
+            logits: ``(n, n_classes)``.
+            table: ``x``, ``y``, ``slide_id`` and ``patient_id`` of each patch.
+        """
+        if not self.info.context:
+            return logits
+        return average_neighbours(logits, table, patch_px=self.info.patch_px, length=self.info.context)
 
     def check_pack(self, pack: Pack) -> None:
         """Refuse a pack whose patches were cut at another resolution, or are larger than those learned from.

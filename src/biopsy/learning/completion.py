@@ -53,7 +53,13 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
         task.val,
         engine=task.engine,
     )
-    settle_run(run, recipe, classifier, logits, pack.target[task.val], pack.group_ids[task.val])
+    val = pack.target[task.val], pack.group_ids[task.val]
+    settle_run(run, recipe, classifier, logits, *val)
+    if recipe.model.context:
+        info.single_patch = info.model_dump(include={"calibrator", "thresholds", "conformal"})
+        info.context = recipe.model.context
+        logits = classifier.add_context(logits, pack.table.iloc[task.val])
+        settle_run(run, recipe, classifier, logits, *val)
     fit_reference(
         classifier, pack.patches, pack.sizes, task.train, task.val, engine=task.engine, seed=task.seed
     )

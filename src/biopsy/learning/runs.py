@@ -29,6 +29,7 @@ SETTLED_BEFORE = {
     "decision.operating_points": Decision().operating_points,
     "as_published.calibration": "none",
     "model.tta": "none",
+    "model.context": 0.0,
     "train.nesterov": False,
     "train.label_smoothing": 0.0,
     "train.ema_decay": 0.0,

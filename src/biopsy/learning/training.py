@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 
-from biopsy.core.errors import MissingExtra, RunError, SplitError, TrainingDiverged
+from biopsy.core.errors import DataError, MissingExtra, RunError, SplitError, TrainingDiverged
 from biopsy.core.files import replace_atomic
 from biopsy.data.packing import prepare
 from biopsy.data.packs import Pack, is_pack
@@ -21,6 +21,7 @@ from biopsy.data.splits import SIDES, Split, find_split, list_splits, make_split
 from biopsy.figures.curves import draw_training
 from biopsy.learning.checkpoints import LAST
 from biopsy.learning.completion import complete, fit_preprocessing
+from biopsy.learning.context import has_coordinates
 from biopsy.learning.engine import Engine
 from biopsy.learning.fitting import OnEpoch, Task, fit, optimiser_of
 from biopsy.learning.networks import count_parameters
@@ -212,6 +213,11 @@ def _check(recipe: Recipe, pack: Pack, split: Split, sides: np.ndarray, network:
         )
     weigh_classes(target, len(pack.class_names), recipe.train.class_weights)
     check_method(recipe.decision.calibration, len(pack.class_names))
+    if recipe.model.context and not has_coordinates(pack.table[sides != ""]):
+        raise DataError(
+            f"model.context={recipe.model.context:g} needs coordinates of the patches, and "
+            f"{pack.path.name} has none: train with --set model.context=0"
+        )
     optimiser_of(recipe, network)
 
 

@@ -228,7 +228,7 @@ def measure_parity(classifier: Classifier, folder: Path, patches: np.ndarray) ->
         import onnxruntime
     except ImportError:
         raise MissingExtra("export", "comparing ONNX with PyTorch") from None
-    info = classifier.info
+    info, classifier = classifier.info, classifier.single_patch()
     logits = predict_logits(classifier.network, info.preprocessing, patches, engine=Engine("cpu"))
     batch = torch.from_numpy(patches).permute(0, 3, 1, 2).float().div(255).contiguous()
     session = onnxruntime.InferenceSession(str(folder / ONNX), providers=["CPUExecutionProvider"])

@@ -26,6 +26,7 @@ class HostNetwork(nn.Module):
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
+        classifier = classifier.single_patch()
         info = classifier.info
         self.resize = make_resize(info.preprocessing, info.patch_px)
         self.standardise = _Standardise(info.preprocessing)

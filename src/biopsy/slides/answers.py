@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from biopsy.learning.classifiers import Classifier
 from biopsy.slides.grids import PatchGrid
@@ -26,7 +27,8 @@ def make_map(
     Raises:
         SlideError: If the classifier's outputs are no numbers.
     """
-    info, probs = classifier.info, classifier.probs(logits)
+    places = pd.DataFrame({"x": grid.x_px, "y": grid.y_px, "slide_id": name, "patient_id": name})
+    info, probs = classifier.info, classifier.probs(classifier.add_context(logits, places))
     checked, abstained = check_probs(probs, name), classifier.abstains(probs)
     return SlideMap(
         name,

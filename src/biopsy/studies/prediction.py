@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -98,11 +98,14 @@ def predict(
     n_patches, done = sum(map(len, sources)) + len(skipped), 0
     frames = []
     for source in sources:
+        answers = []
         for chunk in source.read(classifier, skipped):
-            frames.append(_predict_chunk(classifier, chunk, engine))
+            answers.append(_predict_chunk(classifier, chunk, engine))
             done += len(chunk.about)
             if on_progress:
                 on_progress(done + len(skipped), n_patches)
+        if answers:
+            frames.append(_decide(classifier, answers))
     if not frames:
         first = f"; {skipped[0]['source']}: {skipped[0]['reason']}" if skipped else ""
         raise DataError(f"no patch could be read from {', '.join(map(str, paths))}{first}")
@@ -132,11 +135,30 @@ def _check_submission(
     give_ids([name for source in sources for name in source.names])
 
 
-def _predict_chunk(classifier: Classifier, chunk: _Chunk, engine: Engine) -> pd.DataFrame:
+class _Answer(NamedTuple):
+    """Of the patches of a chunk: what is known of them, where they come from, logits, distances."""
+
+    about: pd.DataFrame
+    sources: list[str]
+    logits: np.ndarray
+    novelty: pd.DataFrame
+
+
+def _predict_chunk(classifier: Classifier, chunk: _Chunk, engine: Engine) -> _Answer:
     logits, features = predict_with_features(classifier, chunk.patches, chunk.sizes, engine=engine)
+    novelty = measure_novelty(classifier, chunk.patches, chunk.sizes, features)
+    return _Answer(chunk.about, chunk.sources, logits, novelty)
+
+
+def _decide(classifier: Classifier, answers: list[_Answer]) -> pd.DataFrame:
+    """Turn the logits of a source into probabilities and decisions, neighbours taken into account."""
+    about = pd.concat([answer.about for answer in answers], ignore_index=True)
+    logits = np.concatenate([answer.logits for answer in answers])
+    classifier = classifier.for_patches(about)
+    logits = classifier.add_context(logits, about)
     probs = classifier.probs(logits)
     frame = tabulate_predictions(
-        chunk.about,
+        about,
         classifier.info.class_names,
         classifier.positive_index,
         logits,
@@ -144,8 +166,8 @@ def _predict_chunk(classifier: Classifier, chunk: _Chunk, engine: Engine) -> pd.
         threshold=classifier.threshold,
         abstained=classifier.abstains(probs),
     )
-    novelty = measure_novelty(classifier, chunk.patches, chunk.sizes, features)
-    sources = pd.array(chunk.sources, dtype="string")
+    novelty = pd.concat([answer.novelty for answer in answers], ignore_index=True)
+    sources = pd.array([source for answer in answers for source in answer.sources], dtype="string")
     return pd.concat([frame.assign(source=sources), novelty], axis=1)
 
 

@@ -86,6 +86,11 @@ class Model(_Table):
     """``all``, ``head``, or the first stage that is trained: it and those after it; the rest is frozen."""
     tta: Literal["none", "d4"] = "none"
     """Test-time augmentation. ``d4``: predicts the mean logits over the eight symmetries of a patch."""
+    context: NonNegativeFloat = 0.0
+    """Average the predicted logits over neighbouring patches of a slide; needs coordinates.
+
+    A neighbour's weight falls by 1/e over so many patch sides; 0 takes each patch by itself.
+    """
 
 
 class Augmentation(_Table):
