@@ -33,6 +33,14 @@ def test_patches_lie_inside_the_slide():
     assert grid.x.max() + 20 == 300 and grid.y.max() + 20 == 200
 
 
+def test_a_grid_laid_by_rows_is_that_laid_at_once(monkeypatch):
+    tissue = np.random.default_rng(0).random((20, 30)) < 0.5
+    whole = lay(tissue, patch_px=10, stride_px=5)
+    monkeypatch.setattr("biopsy.slides.grids._CELLS_AT_ONCE", 70)
+    parts = lay(tissue, patch_px=10, stride_px=5)
+    assert parts.row.tolist() == whole.row.tolist() and parts.column.tolist() == whole.column.tolist()
+
+
 @given(
     st.integers(1, 12),
     st.integers(1, 12),

@@ -1,5 +1,6 @@
 """Slides read: equal to slicing what they were written from, at any level, edge, resolution and thread."""
 
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -166,10 +167,27 @@ def test_overview_and_thumbnail_hold_the_whole_slide(slide, monkeypatch):
     whole = slide.overview(mpp=4.0)
     expected = cv2.resize(draw_slide(), (75, 50), interpolation=cv2.INTER_AREA)
     assert np.abs(whole.astype(int) - expected).mean() < 1
-    monkeypatch.setattr("biopsy.imaging.reader._BAND_PX", 20_000)  # bands of a few rows
+    monkeypatch.setattr("biopsy.imaging.reader._BLOCK_PX", 20_000)  # bands of a few rows
     assert np.abs(slide.overview(mpp=3.3).astype(int) - slide.overview(mpp=3.3)).max() == 0
     banded = slide.overview(mpp=4.0)
     np.testing.assert_array_equal(banded, whole)
+
+
+def test_an_overview_of_a_wide_level_decodes_each_tile_a_few_times_only(make_slide, monkeypatch):
+    path = make_slide("wide.tiff", width=2000, height=600, levels=1, tile_px=64)
+    with open_slide(path) as slide:
+        whole = slide.overview(mpp=6.5)
+        monkeypatch.setattr("biopsy.imaging.reader._BLOCK_PX", 100_000)  # bands would be 50 rows high
+        n_read = []
+        monkeypatch.setattr(slide._backend, "read", lambda *place: n_read.append(place) or read(*place))
+        read = type(slide._backend).read.__get__(slide._backend)
+        blocks = slide.overview(mpp=6.5)
+        assert all(width < 500 and height > 200 for _, _, _, width, height in n_read[:6])
+        assert np.abs(blocks.astype(int) - whole).max() <= 3
+        monkeypatch.setattr("biopsy.imaging.reader.MAX_OVERVIEW_PX", 1_000_000)
+        with pytest.raises(SlideError, match=r"no smaller level than 2,000 x 600 pixels.*a pyramidal TIFF"):
+            slide.thumbnail(500)
+        assert slide.read(0, 0, 5, 5).shape == (5, 5, 3)
 
 
 def test_threads_read_the_same_bytes(slide):
@@ -283,12 +301,84 @@ def test_unreadable_files_are_named(tmp_path, make_slide, monkeypatch):
     (tmp_path / "text.svs").write_text("no slide")
     with pytest.raises(SlideError, match=r"text.svs is not an image"):
         open_slide(tmp_path / "text.svs")
-    with pytest.raises(SlideError, match="cannot be read: Is a directory"):
-        open_slide(tmp_path)
+    os.mkfifo(tmp_path / "pipe.svs")
+    (tmp_path / "link.svs").symlink_to(tmp_path / "gone.svs")
+    for path, reason in {
+        tmp_path: "is a folder where a file was expected",
+        tmp_path / "pipe.svs": "is a pipe, device or socket",
+        "/dev/zero": "is a pipe, device or socket",
+        tmp_path / "link.svs": "does not exist",
+        tmp_path / "a\0b.svs": "embedded null byte",
+        tmp_path / ("n" * 300): "File name too long",
+    }.items():
+        with pytest.raises(SlideError, match=reason):
+            open_slide(path)
     Image.fromarray(draw_slide()).save(tmp_path / "large.png")
     monkeypatch.setattr(backends, "MAX_IMAGE_PX", 1000)
     with pytest.raises(SlideError, match=r"large.png is 600 x 400 pixels.* save it as a pyramidal TIFF"):
         open_slide(tmp_path / "large.png", mpp=0.5)
+
+
+GREY = draw_slide()[..., 1]
+UNCERTAIN = {  # what OpenSlide would turn into some RGB: the low byte left out, channels as grey, ...
+    "15 bits": (draw_slide().astype(np.uint16) * 128, {}, "has 16 bits a channel"),
+    "12 bits, grey": (GREY.astype(np.uint16) * 16, {"photometric": "minisblack"}, "has 16 bits a channel"),
+    "floats": (draw_slide().astype(np.float32), {}, "has 32 bits a channel"),
+    "signed": (draw_slide().astype(np.int8), {}, "is of mode RGB with 3 channels"),
+    "CMYK": (np.dstack([draw_slide(), GREY]), {"photometric": "separated"}, "is of mode SEPARATED"),
+    "Lab": (draw_slide(), {"photometric": "cielab"}, "is of mode CIELAB"),
+    "five channels": (
+        np.dstack([draw_slide(), GREY, GREY]),
+        {"extrasamples": ["unspecified"] * 2},
+        "is of mode RGB with 5 channels",
+    ),
+    "grey of three": (
+        draw_slide(),
+        {"photometric": "minisblack", "planarconfig": "contig"},
+        "is of mode MINISBLACK with 3 channels",
+    ),
+    "channels": ([GREY, GREY, GREY], {"photometric": "minisblack"}, "holds 3 pages of 600 x 400 pixels"),
+    "focal planes": ([draw_slide()] * 2, {}, "holds 2 pages of 600 x 400 pixels, channels or focal planes"),
+}
+
+
+@pytest.mark.parametrize("is_svs", [False, True])
+@pytest.mark.parametrize("name", UNCERTAIN)
+def test_tiled_pixels_without_certain_rgb_are_refused_like_plain_ones(tmp_path, name, is_svs):
+    pages, options, reason = UNCERTAIN[name]
+    plain = {"tile": (128, 128), "photometric": "rgb", "resolution": (20000, 20000), "metadata": None}
+    plain |= {"resolutionunit": "CENTIMETER", "description": "Aperio x\r\ny|MPP = 0.5" if is_svs else "y"}
+    with tifffile.TiffWriter(tmp_path / "case.tif") as file:
+        for page in pages if isinstance(pages, list) else [pages]:
+            file.write(page, **plain | options)
+        file.write(draw_slide()[::4, ::4], photometric="rgb", metadata=None)  # a thumbnail, as SVS has
+    with pytest.raises(SlideError, match=rf"case\.tif {reason}"):
+        open_slide(tmp_path / "case.tif")
+
+
+@pytest.mark.parametrize("name", ["grey", "palette", "planes"])
+def test_tiled_pixels_with_certain_rgb_are_read(tmp_path, name):
+    colours = np.random.default_rng(0).integers(0, 256, (3, 256)).astype(np.uint16)
+    pixels, options, wanted = {
+        "grey": (GREY, {"photometric": "minisblack"}, np.dstack([GREY] * 3)),
+        "palette": (GREY, {"photometric": "palette", "colormap": colours * 257}, colours.T[GREY]),
+        "planes": (
+            np.moveaxis(draw_slide(), 2, 0).copy(),
+            {"photometric": "rgb", "planarconfig": "separate"},
+            draw_slide(),
+        ),
+    }[name]
+    tifffile.imwrite(
+        tmp_path / "case.tif", pixels, tile=(128, 128), resolution=(2e4, 2e4), resolutionunit=3, **options
+    )
+    with open_slide(tmp_path / "case.tif") as slide:
+        np.testing.assert_array_equal(slide.read(0, 0, 600, 400), wanted)
+
+
+def test_a_tile_too_large_to_decode_is_refused(tmp_path, monkeypatch, make_slide):
+    monkeypatch.setattr(backends, "MAX_TILE_PX", 100 * 100)
+    with pytest.raises(SlideError, match="has tiles of 128 x 128 pixels"):
+        open_slide(make_slide(tile_px=128))
 
 
 def test_damaged_tiles_are_named(make_slide, tmp_path):

@@ -5,23 +5,40 @@ slide above it knows micrometres, edges and resampling. To read another format, 
 of `Backend` and name it in `reader`. Label and macro images are never asked for.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
 
-from biopsy.core.errors import DataError, SlideError
+from biopsy.core.errors import DataError, FileFormatError, SlideError
+from biopsy.core.loaders import read_bytes
 from biopsy.imaging.decode import IMAGE_SUFFIXES, decode
 from biopsy.imaging.resolution import Recorded
+
+if TYPE_CHECKING:
+    from tifffile import TiffPage
 
 SLIDE_SUFFIXES = (*IMAGE_SUFFIXES, *".svs .ndpi .mrxs .dcm .scn .bif .vms .vmu .svslide .czi".split())
 """How the names of slides and large images end, in lower case: what `decode` takes, and OpenSlide's own."""
 
+MAX_TILE_PX = 2**26
+"""Pixels of the largest tile that is decoded: 8192 x 8192, 0.2 GB."""
+
 MAX_IMAGE_PX = 2**28
 """Pixels of the largest image without tiles that is held in memory: 16,384 x 16,384, 0.8 GB."""
 
+_MAX_IMAGE_BYTES = 4 * MAX_IMAGE_PX  # of the file
+
 CACHE_BYTES = 2**28  # of decoded tiles: a row of 512-px tiles across a slide 100,000 px wide
+
+PLAIN_TIFF = ("aperio", "generic-tiff")
+"""OpenSlide's names of the formats whose levels are plain pages of a TIFF."""
+
+_RGB, _YCBCR = 2, 6  # TIFF 6.0's PhotometricInterpretation, and how many samples a pixel has
+_SAMPLES = {0: (1, 2), 1: (1, 2), 3: (1, 2), _RGB: (3, 4), _YCBCR: (3,)}
+_UNSIGNED = 1
 
 _IMAGES = {
     b"\x89PNG": "png",
@@ -48,6 +65,8 @@ class Backend(Protocol):
     format: str
     levels: tuple[Level, ...]
     recorded: Recorded
+    corner: tuple[int, int]
+    """Where what was scanned begins, in pixels of level 0: QuPath counts from there."""
 
     def tile_px(self, level: int) -> tuple[int, int] | None:
         """Give width and height of a level's native tiles, None where it has none."""
@@ -70,6 +89,8 @@ class OpenSlideBackend:
         self._slide.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
         found = self._slide.properties
         self.format = found[openslide.PROPERTY_NAME_VENDOR]
+        self._pages = _read_level_pages(path, self._slide.level_dimensions)
+        _check_pages(path, self._pages, is_plain=self.format in PLAIN_TIFF)
         self._downsamples = self._slide.level_downsamples
         self.levels: tuple[Level, ...] = tuple(
             Level(*size, _whole_downsample(self._slide.dimensions, size, downsample))
@@ -80,6 +101,7 @@ class OpenSlideBackend:
             mpp_y=_number(found, openslide.PROPERTY_NAME_MPP_Y),
             objective=_number(found, openslide.PROPERTY_NAME_OBJECTIVE_POWER),
         )
+        self.corner = _find_corner(found)
 
     def tile_px(self, level: int) -> tuple[int, int] | None:
         """Give the size of a level's native tiles."""
@@ -115,15 +137,16 @@ class ImageBackend:
 
     def __init__(self, path: Path) -> None:
         try:
-            data = path.read_bytes()
+            data = read_bytes(path, max_bytes=_MAX_IMAGE_BYTES)
             self._pixels = decode(data, max_px=MAX_IMAGE_PX)
-        except OSError as error:
-            raise SlideError(f"slide {path} cannot be read: {error.strerror or error}") from None
+        except FileFormatError as error:
+            raise SlideError(f"slide {error}") from None
         except DataError as error:
             raise SlideError(f"slide {path} {error}{_advice(str(error))}") from None
         height, width = self._pixels.shape[:2]
         self.levels: tuple[Level, ...] = (Level(width, height, 1.0),)
         self.format = next((kind for start, kind in _IMAGES.items() if data.startswith(start)), "image")
+        self.corner = 0, 0
         self.recorded = Recorded(*_tiff_mpp(path)) if self.format == "tiff" else Recorded()
 
     def tile_px(self, level: int) -> tuple[int, int] | None:
@@ -137,6 +160,59 @@ class ImageBackend:
     def close(self) -> None:
         """Let go of the pixels."""
         self._pixels = np.empty((0, 0, 3), np.uint8)
+
+
+def _find_corner(properties: Mapping[str, str]) -> tuple[int, int]:
+    """Return where a slide's bounds begin, as QuPath reads them: only if all four properties are there."""
+    names = [f"openslide.bounds-{side}" for side in ("x", "y", "width", "height")]
+    try:
+        left, top, _, _ = (int(properties[name]) for name in names)
+    except (KeyError, ValueError):
+        return 0, 0
+    return left, top
+
+
+def _read_level_pages(path: Path, sizes: Sequence[tuple[int, int]]) -> "list[TiffPage]":
+    """Return the pages of a TIFF that have the size of a level; none of other files."""
+    import tifffile
+
+    with open(path, "rb") as file:
+        if file.read(2) not in (b"II", b"MM"):
+            return []
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            pages = [page for page in tiff.pages if isinstance(page, tifffile.TiffPage)]
+            pages = [page for page in pages if (page.imagewidth, page.imagelength) in sizes]
+            for page in pages:  # read now what is read on first use: the file is closed then
+                _ = page.dataoffsets, page.databytecounts, page.jpegtables, page.decode
+    except tifffile.TiffFileError:
+        return []
+    return pages
+
+
+def _check_pages(path: Path, pages: "list[TiffPage]", *, is_plain: bool) -> None:
+    """Refuse pixels whose RGB is not certain, as `decode` does, which OpenSlide would turn into some RGB.
+
+    Raises:
+        SlideError: Naming what the pixels are.
+    """
+    for page in pages:
+        kind = getattr(page.photometric, "name", page.photometric)
+        if page.bitspersample > 8:
+            fault = f"has {page.bitspersample} bits a channel; save it with 8, so that its range is known"
+        elif page.sampleformat != _UNSIGNED or page.samplesperpixel not in _SAMPLES.get(page.photometric, ()):
+            fault = f"is of mode {kind} with {page.samplesperpixel} channels; save it as 8-bit RGB"
+        elif page.is_tiled and page.tilewidth * page.tilelength > MAX_TILE_PX:
+            fault = f"has tiles of {page.tilewidth:,} x {page.tilelength:,} pixels; save it with smaller ones"
+        else:
+            continue
+        raise SlideError(f"slide {path} {fault}")
+    whole = [page for page in pages if page.imagewidth == max(page.imagewidth for page in pages)]
+    if is_plain and len(whole) > 1:
+        raise SlideError(
+            f"slide {path} holds {len(whole)} pages of {whole[0].imagewidth:,} x {whole[0].imagelength:,} "
+            "pixels, channels or focal planes; save one of them as 8-bit RGB"
+        )
 
 
 def _whole_downsample(base: tuple[int, int], size: tuple[int, int], downsample: float) -> float:
@@ -179,11 +255,11 @@ def _tiff_mpp(path: Path) -> tuple[float | None, float | None]:
 def list_slide_files(folder: Path) -> list[Path]:
     """Give the slides in a folder by name; of a DICOM series, whose levels are files, the first file."""
     files = sorted(
-        path for path in folder.iterdir() if path.suffix.lower() in SLIDE_SUFFIXES and path.is_file()
+        path for path in folder.iterdir() if path.suffix.lower() in SLIDE_SUFFIXES and not path.is_dir()
     )
     found: dict[str, Path] = {}
     for path in files:
-        series = _read_series(path) if path.suffix.lower() == ".dcm" else None
+        series = _read_series(path) if path.suffix.lower() == ".dcm" and path.is_file() else None
         found.setdefault(series or path.name, path)
     return list(found.values())
 

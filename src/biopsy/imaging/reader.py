@@ -11,18 +11,21 @@ from types import TracebackType
 import cv2
 import numpy as np
 
-from biopsy.core.errors import SlideError
-from biopsy.imaging.backends import Backend, ImageBackend, Level, OpenSlideBackend
+from biopsy.core.errors import FileFormatError, SlideError
+from biopsy.core.loaders import open_regular
+from biopsy.imaging.backends import PLAIN_TIFF, Backend, ImageBackend, Level, OpenSlideBackend
 from biopsy.imaging.resolution import SAME_MPP, check_mpp, resolve_mpp
 from biopsy.imaging.tiles import TiffBackend
 
 __all__ = ["Level", "Slide", "open_slide"]
 
-_BAND_PX = 2**24  # level pixels held at once while a whole slide is averaged down
+MAX_OVERVIEW_PX = 2**31
+"""Pixels of the largest level that is averaged down to a picture of the whole slide: 46,340 x 46,340."""
+
+_BLOCK_PX = 2**24  # level pixels held at once while a whole slide is averaged down
 _EARLIER_PX = 32  # at most, that a resampled read begins before its corner
 _NEAR_PX = 1 / 64
 _WHITE = 255
-_TILED = ("aperio", "generic-tiff")  # the vendors whose levels are plain pages of a TIFF
 
 
 def open_slide(path: Path | str, *, mpp: float | None = None) -> "Slide":
@@ -50,7 +53,8 @@ class Slide:
 
     ``width, height`` are pixels of level 0, ``mpp`` its micrometres per pixel and ``mpp_source`` where that
     value came from; ``objective`` is the magnification the file names, None if it names none; ``format`` is
-    OpenSlide's name of the vendor, or ``png``, ``jpeg``, ``tiff``, ``bmp``, ``webp``.
+    OpenSlide's name of the vendor, or ``png``, ``jpeg``, ``tiff``, ``bmp``, ``webp``; ``corner`` is where
+    what was scanned begins at level 0, from which QuPath counts.
     """
 
     def __init__(self, path: Path, backend: Backend, mpp: float, mpp_source: str) -> None:
@@ -61,6 +65,7 @@ class Slide:
         self.width, self.height = backend.levels[0][:2]
         self.objective = backend.recorded.objective
         self.format = backend.format
+        self.corner = backend.corner
         self._backend = backend
 
     def __enter__(self) -> "Slide":
@@ -144,21 +149,34 @@ class Slide:
         return self._read_scaled(x, y, width, height, level, scale)
 
     def overview(self, *, mpp: float) -> np.ndarray:
-        """Give the whole slide at a resolution, band by band, in memory bounded by the answer.
+        """Give the whole slide at a resolution, block by block, in memory bounded by the answer.
 
         Returns:
             uint8 ``(H, W, 3)`` RGB; ``mpp`` is exact but for the rounding of height and width.
+
+        Raises:
+            SlideError: If the slide is damaged, or has no level that is small enough to be read whole.
         """
         level = self._finer_level(mpp)
-        scale = self._scale(level, mpp)
-        width = max(1, round(self.levels[level].width / scale))
-        height = max(1, round(self.levels[level].height / scale))
+        size, scale = self.levels[level], self._scale(level, mpp)
+        if size.width * size.height > MAX_OVERVIEW_PX:
+            raise SlideError(
+                f"slide {self.path} has no smaller level than {size.width:,} x {size.height:,} pixels, too "
+                "large to be read whole; save it as a pyramidal TIFF"
+            )
+        width, height = max(1, round(size.width / scale)), max(1, round(size.height / scale))
         whole = np.empty((height, width, 3), np.uint8)
-        step = scale * self.levels[level].downsample
-        rows = max(1, int(_BAND_PX / (width * scale**2)))
+        step = scale * size.downsample
+        rows = max(1, int(_BLOCK_PX / (width * scale**2)))
+        columns = width
+        if rows * scale < (self.tile_px(level) or (0, 0))[1]:  # else rows of tiles are decoded many times
+            rows = columns = max(1, int(_BLOCK_PX**0.5 / scale))
         for top in range(0, height, rows):
-            n_rows = min(rows, height - top)
-            whole[top : top + n_rows] = self._read_scaled(0, top * step, width, n_rows, level, scale)
+            for left in range(0, width, columns):
+                n_rows, n_columns = min(rows, height - top), min(columns, width - left)
+                whole[top : top + n_rows, left : left + n_columns] = self._read_scaled(
+                    left * step, top * step, n_columns, n_rows, level, scale
+                )
         return whole
 
     def thumbnail(self, max_px: int) -> np.ndarray:
@@ -211,13 +229,14 @@ def _open_backend(path: Path) -> Backend:
     """Open a slide with what can read it."""
     import openslide
 
-    if not path.exists():
-        raise SlideError(f"slide {path} does not exist")
     try:
+        open_regular(path).close()
         vendor = openslide.OpenSlide.detect_format(path)
         if vendor is None:
             return ImageBackend(path)
-        return TiffBackend(path) if vendor in _TILED else OpenSlideBackend(path)
+        return TiffBackend(path) if vendor in PLAIN_TIFF else OpenSlideBackend(path)
+    except FileFormatError as error:
+        raise SlideError(f"slide {error}") from None
     except openslide.OpenSlideError as error:
         raise SlideError(f"slide {path} cannot be read: {error}") from None
 

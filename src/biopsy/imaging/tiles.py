@@ -28,12 +28,13 @@ class TiffBackend(OpenSlideBackend):
         super().__init__(path)
         self._file = open(path, "rb")
         self._reading = threading.Lock()
-        self._pages = _find_pages(path, [level[:2] for level in self.levels])
+        plain = {(page.imagewidth, page.imagelength): page for page in self._pages if _is_plain(page)}
+        self._level_pages = [plain.get(level[:2]) for level in self.levels]
         self._cache = TileCache(CACHE_BYTES)
 
     def read(self, level: int, left: int, top: int, width: int, height: int) -> np.ndarray:
         """Give a rectangle inside a level."""
-        page = self._pages[level]
+        page = self._level_pages[level]
         if page is None:
             return super().read(level, left, top, width, height)
         region = np.empty((height, width, 3), np.uint8)
@@ -49,7 +50,7 @@ class TiffBackend(OpenSlideBackend):
         super().close()
 
     def _decode(self, level: int, column: int, row: int) -> np.ndarray:
-        page = self._pages[level]
+        page = self._level_pages[level]
         assert page is not None
         across = -(-page.imagewidth // page.tilewidth)
         index = row * across + column
@@ -118,19 +119,6 @@ class TileCache:
                 if not oldest.done():
                     break
                 self._held -= self._tiles.pop(place).result().nbytes
-
-
-def _find_pages(path: Path, sizes: list[tuple[int, int]]) -> list[tifffile.TiffPage | None]:
-    """Give the page of plain RGB tiles behind each level, None where OpenSlide must read."""
-    try:
-        with tifffile.TiffFile(path) as file:
-            pages = [page for page in file.pages if isinstance(page, tifffile.TiffPage) and _is_plain(page)]
-            by_size = {(page.imagewidth, page.imagelength): page for page in reversed(pages)}
-            for page in by_size.values():  # read now what is read on first use: the file is closed then
-                _ = page.dataoffsets, page.databytecounts, page.jpegtables, page.decode
-    except tifffile.TiffFileError:
-        return [None] * len(sizes)
-    return [by_size.get(size) for size in sizes]
 
 
 def _is_plain(page: tifffile.TiffPage) -> bool:

@@ -10,6 +10,7 @@ from biopsy.imaging.shares import share_of_mask
 from biopsy.imaging.tissue import MIN_TISSUE_FRAC
 
 _READ_PX = 6_000_000  # pixels of the file read at once: 24 MB as OpenSlide gives them
+_CELLS_AT_ONCE = 2**22  # of the grid, while patches with tissue are sought: 0.1 GB
 _READ_PATCHES = 4096  # with overlap a piece holds many more patches than fit side by side
 _READ_ROWS = 512  # rows of the file in one reading: low and wide, so that a row of tiles stays in its cache
 
@@ -178,13 +179,18 @@ def lay_grid(
         )
     across, down = scale * tissue.shape[1] / width, scale * tissue.shape[0] / height
     left = np.arange(n_columns) * stride_px * across
-    top = np.arange(n_rows) * stride_px * down
-    share = share_of_mask(tissue, left, top, patch_px * across, patch_px * down)
-    row, column = np.nonzero(share >= MIN_TISSUE_FRAC)
+    kept, fullest = [], 0.0
+    n_at_once = max(1, _CELLS_AT_ONCE // n_columns)
+    for first in range(0, n_rows, n_at_once):
+        top = np.arange(first, min(n_rows, first + n_at_once)) * stride_px * down
+        share = share_of_mask(tissue, left, top, patch_px * across, patch_px * down)
+        kept.append(np.argwhere(share >= MIN_TISSUE_FRAC) + np.array([first, 0]))
+        fullest = max(fullest, float(share.max()))
+    row, column = np.concatenate(kept).T
     if not len(row):
         raise SlideError(
-            f"none of {share.size:,} patches of {patch_um:.0f} um is half tissue; the fullest holds "
-            f"{share.max():.0%}"
+            f"none of {n_rows * n_columns:,} patches of {patch_um:.0f} um is half tissue; the fullest holds "
+            f"{fullest:.0%}"
         )
     return PatchGrid(column, row, patch_px, stride_px, scale, slide_mpp, width, height)
 
