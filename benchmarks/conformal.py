@@ -112,7 +112,7 @@ def train_on_phantom(folder: Path, options: argparse.Namespace) -> Run:
         pack,
         split=split,
         seed=options.seed,
-        set=settings,
+        overrides=settings,
         out=folder / "run",
         device="cpu",
         on_epoch=lambda record: print({k: v for k, v in record.items() if isinstance(v, float)}, flush=True),

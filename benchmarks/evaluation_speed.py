@@ -87,7 +87,7 @@ def make_run(folder: Path, n_patches: int, n_patients: int) -> None:
         "residual-small",
         Pack.open(pack),
         split="official",
-        set=SETTINGS,
+        overrides=SETTINGS,
         out=folder / "run",
         device="cpu",
     )

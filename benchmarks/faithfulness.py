@@ -52,7 +52,9 @@ def measure_run(path: Path) -> list[dict[str, object]]:
 def measure_phantom(folder: Path, seed: int) -> list[dict[str, object]]:
     """Train on phantom, and test the maps there, with the tumour's cells known."""
     pack = prepare(write_archive(folder / "phantom.zip", **COHORT, seed=seed), folder / "phantom.pack")
-    run = train("cancernet-2020", pack, split="patients", seed=seed, set=SETTINGS, out=folder / "cancernet")
+    run = train(
+        "cancernet-2020", pack, split="patients", seed=seed, overrides=SETTINGS, out=folder / "cancernet"
+    )
     print("AUROC", evaluate(run)["patch"]["auroc"])
 
     def find_truth(table: pd.DataFrame) -> np.ndarray:

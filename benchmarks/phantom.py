@@ -140,7 +140,13 @@ def fit(network: str, pack: Pack, folder: Path, options: argparse.Namespace) -> 
     settings = [*SETTINGS[network], f"train.epochs={options.epochs}"]
     out = folder / network
     return train(
-        "cancernet-2020", pack, split="patients", seed=options.seed, set=settings, out=out, on_epoch=report
+        "cancernet-2020",
+        pack,
+        split="patients",
+        seed=options.seed,
+        overrides=settings,
+        out=out,
+        on_epoch=report,
     )
 
 

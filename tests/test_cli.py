@@ -165,7 +165,7 @@ def test_training_prints_the_run_on_stdout_and_epochs_on_stderr(replace):
     head, *lines = result.stderr.splitlines()
     assert head == "run runs/one" and len(lines) == 2
     assert len(set(map(len, lines))) == 1, "lines of epochs are aligned"
-    assert asked["set"] == ("train.lr=0.1", "train.epochs=2")
+    assert asked["overrides"] == ["train.lr=0.1", "train.epochs=2"]
     assert (asked["recipe"], asked["data"], asked["fold"], asked["device"]) == ("r", Path("p"), 1, "auto")
     assert asked["resume"] is None and asked["tensorboard"] is False
 

@@ -16,7 +16,8 @@ VERBS = ROOT.commands  # type: ignore[attr-defined]
 COMMANDS = {name.replace("-", "_"): command for name, command in VERBS.items()}
 
 ONLY_COMMAND_LINE = {"as_json"}  # how a result is printed
-ONLY_FUNCTION = {"on_progress", "on_epoch"}  # what the command line draws its progress with
+ONLY_FUNCTION = {"on_progress", "on_epoch", "transform"}  # functions: a command line has none
+FLAGS = {"as_json": "--json", "overrides": "--set"}
 
 
 def spell(default: object) -> object:
@@ -59,7 +60,7 @@ def test_defaults_are_the_same(name):
 def test_flags_are_spelled_as_parameters(name):
     for parameter in COMMANDS[name].params:
         if parameter.param_type_name == "option" and parameter.name != "help":
-            flag = "--json" if parameter.name == "as_json" else f"--{parameter.name.replace('_', '-')}"
+            flag = FLAGS.get(parameter.name, f"--{parameter.name.replace('_', '-')}")
             assert parameter.opts == [flag]
 
 

@@ -228,7 +228,7 @@ def test_asking_again_trains_nothing_and_seeds_and_recipes_may_be_added(finished
     with pytest.raises(RunError, match="asked about another test patients"):
         ask(paper, pack, place, test_patients=("8863", "8867"))
     with pytest.raises(RunError, match="asked about another recipe tiny-paper"):
-        ask(paper, pack, place, set=("train.lr=0.5",))
+        ask(paper, pack, place, overrides=("train.lr=0.5",))
 
 
 def test_an_interrupted_reproduction_goes_on(finished, paper, pack, tmp_path):
@@ -316,7 +316,7 @@ def test_refusals(finished, pack, paper, tmp_path, make_pack):
     with pytest.raises(SplitError, match="no patient is called '8864'"):
         ask(paper, pack, tmp_path / "study", test_patients=("8864", "8863"), leak_seeds=(0,))
     with pytest.raises(RecipeError, match=r"a recipe has no setting 'train\.rl'"):
-        ask(paper, pack, tmp_path / "study", set=("train.rl=1",))
+        ask(paper, pack, tmp_path / "study", overrides=("train.rl=1",))
     with pytest.raises(RunError, match="has 3 classes: a reproduction compares two"):
         ask(paper, make_pack(n_patients=3, n_classes=3), tmp_path / "study")
     leaking = make_pack("leaking.pack", n_patients=6)

@@ -23,36 +23,38 @@ def pack(tmp_path_factory):
 def test_an_answered_question_is_not_trained_again(pack, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "0-empty").mkdir(parents=True)
-    first = train(RECIPE, pack, set=ONE, device="cpu")
+    first = train(RECIPE, pack, overrides=ONE, device="cpu")
     epochs = []
     with caplog.at_level(logging.INFO):
-        again = train(RECIPE, pack, set=ONE, device="cpu", on_epoch=epochs.append)
+        again = train(RECIPE, pack, overrides=ONE, device="cpu", on_epoch=epochs.append)
     assert again.path == first.path and epochs == []
     assert f"{first.path} has answered this question on 2" in caplog.text
-    assert train(RECIPE, pack, set=ONE, out=first.path, device="cpu").path == first.path
+    assert train(RECIPE, pack, overrides=ONE, out=first.path, device="cpu").path == first.path
     assert len(list((tmp_path / "runs").glob("cancer*"))) == 1
-    elsewhere = train(RECIPE, pack, set=ONE, out=tmp_path / "elsewhere", device="cpu", on_epoch=epochs.append)
+    elsewhere = train(
+        RECIPE, pack, overrides=ONE, out=tmp_path / "elsewhere", device="cpu", on_epoch=epochs.append
+    )
     assert len(epochs) == 1 and elsewhere.info["question_sha256"] == first.info["question_sha256"]
-    for options in ({"seed": 1}, {"split": "as-published"}, {"set": (*ONE, "train.lr=0.5")}):
-        other = train(RECIPE, pack, **{"set": ONE, "device": "cpu", **options})
+    for options in ({"seed": 1}, {"split": "as-published"}, {"overrides": (*ONE, "train.lr=0.5")}):
+        other = train(RECIPE, pack, **{"overrides": ONE, "device": "cpu", **options})
         assert other.path != first.path
         assert other.info["question_sha256"] != first.info["question_sha256"]
         with pytest.raises(RunError, match="is not empty"):
-            train(RECIPE, pack, **{"set": ONE, "device": "cpu", **options}, out=first.path)
+            train(RECIPE, pack, **{"overrides": ONE, "device": "cpu", **options}, out=first.path)
 
 
 def test_an_unfinished_answer_is_none(pack, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = train(RECIPE, pack, set=ONE, device="cpu")
+    first = train(RECIPE, pack, overrides=ONE, device="cpu")
     first.update(status="interrupted")
-    assert train(RECIPE, pack, set=ONE, device="cpu").path != first.path
+    assert train(RECIPE, pack, overrides=ONE, device="cpu").path != first.path
 
 
 def test_an_answer_finds_its_pack_where_it_lies_now(pack, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     moved = Path(shutil.copytree(pack.path, tmp_path / "old.pack"))
-    first = train(RECIPE, moved, set=ONE, device="cpu")
+    first = train(RECIPE, moved, overrides=ONE, device="cpu")
     shutil.rmtree(moved)
-    again = train(RECIPE, pack, set=ONE, device="cpu")
+    again = train(RECIPE, pack, overrides=ONE, device="cpu")
     assert again.path == first.path
     assert Run.open(first.path).open_pack().path.resolve() == pack.path.resolve()

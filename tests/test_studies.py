@@ -25,8 +25,8 @@ RECIPE = "cancernet-2020"
 PATCHES = {"n_patients": 6, "patches_per_patient": 6}
 
 
-def ask(data, out, *, seeds=(0,), recipes=(RECIPE,), set=FAST, **options):
-    return study(recipes, data, seeds=seeds, set=set, out=out, device="cpu", **options)
+def ask(data, out, *, seeds=(0,), recipes=(RECIPE,), overrides=FAST, **options):
+    return study(recipes, data, seeds=seeds, overrides=overrides, out=out, device="cpu", **options)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_another_question_in_the_same_folder_is_refused(finished, make_pack, tmp
     with pytest.raises(RunError, match="study asked about another split: give this study another --name"):
         ask(pack, copied, split="patients")
     with pytest.raises(RunError, match="asked about another recipe cancernet-2020"):
-        ask(pack, copied, folds=3, set=(*FAST, "train.lr=0.01"))
+        ask(pack, copied, folds=3, overrides=(*FAST, "train.lr=0.01"))
     with pytest.raises(RunError, match="asked about another pack"):
         ask(make_pack(n_patients=7), copied, folds=3)
     save_split(pack, make_split(pack, protocol="folds", name="folds-3", n_folds=3, seed=1))
@@ -186,7 +186,7 @@ def test_a_run_that_diverges_is_named_and_the_others_go_on(pack, tmp_path, caplo
         load_recipe(RECIPE, FAST),
         load_recipe("cancernet-2019", (*FAST, "train.optimiser=sgd", "train.lr=1e30")),
     ]
-    made = ask(pack, tmp_path / "study", split="patients", recipes=recipes, set=())
+    made = ask(pack, tmp_path / "study", split="patients", recipes=recipes, overrides=())
     assert made.info["status"] == "finished"
     assert list(made.info["failed"]) == ["cancernet-2019-s0"]
     assert "the loss became" in made.info["failed"]["cancernet-2019-s0"] and "the loss became" in caplog.text
@@ -230,7 +230,7 @@ def test_the_published_split_is_the_recipes_own(pack, tmp_path):
         RECIPE, [*FAST, "as_published.split={method='shuffled-paths', seed=1, train=0.8, val=0.1}"]
     )
     with pytest.raises(RunError, match="the recipes were not published on one split"):
-        ask(pack, tmp_path / "two", split="as-published", recipes=("cancernet-2019", other), set=())
+        ask(pack, tmp_path / "two", split="as-published", recipes=("cancernet-2019", other), overrides=())
 
 
 def test_three_classes_have_a_table_and_a_report(make_pack, tmp_path):

@@ -26,8 +26,10 @@ GRID = ("train.lr=0.01,0.001", "train.batch_size=8,16")
 PATCHES = {"n_patients": 6, "patches_per_patient": 6}
 
 
-def ask(data, out, *, grid=GRID, set=FAST, recipe=RECIPE, **options):
-    return sweep(recipe, data, grid=grid, set=set, out=out, device="cpu", split="patients", **options)
+def ask(data, out, *, grid=GRID, overrides=FAST, recipe=RECIPE, **options):
+    return sweep(
+        recipe, data, grid=grid, overrides=overrides, out=out, device="cpu", split="patients", **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +112,7 @@ def test_other_refusals(finished, tmp_path):
     with pytest.raises(RunError, match="asked about another grid: give this study another --name"):
         ask(pack, made.path, grid=["train.lr=0.01"])
     with pytest.raises(RunError, match="asked about another recipe cancernet-2020"):
-        ask(pack, made.path, set=("preprocessing.input_px=8", "train.epochs=3"))
+        ask(pack, made.path, overrides=("preprocessing.input_px=8", "train.epochs=3"))
     from biopsy.studies.folds import study
 
     with pytest.raises(RunError, match="is a study of sweep: give this one another --name"):

@@ -185,7 +185,7 @@ def test_refusals(pack, whole, tmp_path):
         train_tiny(pack, whole.path)
     with pytest.raises(RunError, match="is not a run"):
         train(resume=pack.path)
-    for options in ({"recipe": RECIPE, "data": pack}, {"set": ["train.lr=1"]}, {"split": "patients"}):
+    for options in ({"recipe": RECIPE, "data": pack}, {"overrides": {"train.lr": 1}}, {"split": "patients"}):
         with pytest.raises(RunError, match="has its own recipe, data and settings"):
             train(**options, resume=whole.path)
     with pytest.raises(RunError, match="needs a recipe and data"):

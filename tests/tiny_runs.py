@@ -39,7 +39,7 @@ def train_tiny(
     pack: Pack, out: Path, *settings: str, recipe: str | Path = "cancernet-2020", **options: Any
 ) -> Run:
     """Train a recipe on patches of 8 px for two epochs; ``settings`` and ``options`` change that."""
-    return train(recipe, pack, set=(*TINY, *settings), out=out, device="cpu", **options)
+    return train(recipe, pack, overrides=(*TINY, *settings), out=out, device="cpu", **options)
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ def train(
     split: SplitName = None,
     fold: Annotated[int | None, typer.Option(help="Which fold of a folded split is tested.")] = None,
     seed: Seed = 0,
-    set: Setting = None,
+    overrides: Setting = None,
     out: Annotated[
         Path | None, typer.Option(help="The run's own folder; without it, runs/ gets one.")
     ] = None,
@@ -42,7 +42,7 @@ def train(
             split=split,
             fold=fold,
             seed=seed,
-            set=tuple(set or ()),
+            overrides=overrides or (),
             out=out,
             device=device,
             plot=plot,

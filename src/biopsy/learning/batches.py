@@ -12,6 +12,7 @@ from torch import Tensor
 from biopsy.core.seeds import derive
 from biopsy.learning.augmentation import Augmentation
 from biopsy.learning.preprocessing import Preprocessing, to_unit
+from biopsy.learning.transforms import Transform, apply_transform
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Batches:
         heights: True height of each.
         preprocessing: How they are resized and scaled.
         augmentation: Applied between the two; None for validation.
+        transform: Applied after that; see `transforms.apply_transform`.
         batch_size: Patches per batch.
         drop_last: Leave out a last batch that is not full.
         device: Where the batches go.
@@ -57,6 +59,7 @@ class Batches:
     widths: np.ndarray | None = None
     heights: np.ndarray | None = None
     augmentation: Augmentation | None = None
+    transform: Transform | None = None
     drop_last: bool = False
     device: torch.device | str = "cpu"
     seed: int = 0
@@ -115,6 +118,8 @@ class Batches:
         if self.augmentation is not None:
             generator = torch.Generator().manual_seed(derive(self.seed, "augmentation", epoch, number))
             batch = self.augmentation.augment(batch, generator)
+        if self.transform is not None:
+            batch = apply_transform(self.transform, batch, derive(self.seed, "transform", epoch, number))
         return self.preprocessing.standardise(batch), target
 
 

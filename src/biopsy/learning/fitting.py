@@ -29,6 +29,7 @@ from biopsy.learning.optimisers import learning_rate, make_optimiser, set_learni
 from biopsy.learning.preprocessing import Preprocessing
 from biopsy.learning.recipes import Recipe
 from biopsy.learning.sampling import cut_passes, order_epoch, weigh_classes
+from biopsy.learning.transforms import Transform
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ class Task:
     seed: int
     keep_best: bool
     """Whether the best epoch on validation is kept, rather than the last."""
+    transform: Transform | None = None
+    """Of training batches, beside the recipe's augmentation."""
 
 
 def fit(network: torch.nn.Module, task: Task, folder: Path, on_epoch: OnEpoch) -> Progress:
@@ -226,6 +229,7 @@ def _make_batches(task: Task) -> Batches:
         heights=task.pack.sizes[:, 1],
         preprocessing=task.preprocessing,
         augmentation=Augmentation.from_settings(task.recipe.augmentation),
+        transform=task.transform,
         batch_size=settings.batch_size,
         drop_last=settings.drop_last and len(_order(task, 1)) > settings.batch_size,
         device=task.engine.device,

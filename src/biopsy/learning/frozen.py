@@ -47,7 +47,12 @@ def compute_front(
         folder: Where there is disk space.
     """
     parts = split_frozen(network)
-    if parts is None or batches.augmentation != Augmentation() or n_visits <= len(rows):
+    if (
+        parts is None
+        or batches.augmentation != Augmentation()
+        or batches.transform is not None
+        or n_visits <= len(rows)
+    ):
         yield network, batches
         return
     front, rest = parts

@@ -3,7 +3,6 @@
 import logging
 import shlex
 import time
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from biopsy.learning.context import has_coordinates
 from biopsy.learning.engine import Engine
 from biopsy.learning.fitting import OnEpoch, Task, fit, optimiser_of
 from biopsy.learning.networks import count_parameters
-from biopsy.learning.recipes import Recipe, load_recipe
+from biopsy.learning.recipes import Overrides, Recipe, load_recipe, setting_lines
 from biopsy.learning.runs import (
     Run,
     describe_environment,
@@ -35,6 +34,7 @@ from biopsy.learning.runs import (
     remove_partial,
 )
 from biopsy.learning.sampling import order_epoch, take_fraction, weigh_classes
+from biopsy.learning.transforms import Transform, check_transform, describe_transform
 from biopsy.learning.weights import describe_weights, make_network
 from biopsy.statistics.calibrators import check_method
 
@@ -52,12 +52,13 @@ def train(
     split: Split | str | None = None,
     fold: int | None = None,
     seed: int = 0,
-    set: Iterable[str] = (),
+    overrides: Overrides = (),
     out: Path | str | None = None,
     device: str = "auto",
     plot: Path | str | None = None,
     tensorboard: bool = False,
     resume: Run | Path | str | None = None,
+    transform: Transform | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> Run:
     """Train a recipe on the training patients of a pack, or go on with an interrupted run.
@@ -75,34 +76,42 @@ def train(
             by patient.
         fold: Which fold tests, for a split with folds.
         seed: Of initial weights, order, augmentation and dropout.
-        set: ``"table.key=value"`` changes of the recipe.
+        overrides: Changes of the recipe, such as ``{"train.epochs": 2}``.
         out: The run's own folder; by default a new one under ``runs/``.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
         plot: Also write loss, accuracy and AUROC against epochs to this file (.png, .svg or .pdf).
         tensorboard: Also write TensorBoard's event files into the run.
         resume: A run to go on with; recipe, data, split and seed are then the run's own.
+        transform: Of training patches, after the recipe's augmentation: a transform of
+            ``torchvision.transforms.v2``, called for each patch, or any function of a batch
+            ``(B, 3, input_px, input_px)``, float32 RGB in 0-1, that keeps shape and type. Such a run is never
+            taken for the answer to another call; resuming it needs the transform again.
         on_epoch: Called with each epoch's record.
 
     Raises:
         RunError: If the run cannot be resumed, or its folder holds something else.
+        RecipeError: If the transform changes the shape or type of a batch.
         TrainingDiverged: If the loss is not finite.
     """
     if plot is not None and Path(plot).suffix not in PLOT_SUFFIXES:
         raise RunError(f"curves cannot be drawn to {plot}: its name must end in {', '.join(PLOT_SUFFIXES)}")
     if resume is not None:
-        run, pack = _continue(resume, recipe, data, split, fold, out, *set)
+        run, pack = _continue(resume, recipe, data, split, fold, out, *setting_lines(overrides))
         engine = Engine(device, run.recipe.train.precision)
+        _check_same_transform(run, transform)
     elif recipe is None or data is None:
         raise RunError("training needs a recipe and data, or resume= and the folder of an interrupted run")
     else:
-        asked = load_recipe(recipe, set)
+        asked = load_recipe(recipe, overrides)
         engine = Engine(device, asked.train.precision)
-        run, pack = _begin(asked, open_data(data), split, fold, seed, out)
+        if transform is not None:
+            check_transform(transform, asked.preprocessing.input_px)
+        run, pack = _begin(asked, open_data(data), split, fold, seed, out, transform)
     if run.info["status"] != "finished":
         try:
             with FileLock(run.path / ".lock", timeout=0):
                 remove_partial(run)
-                _train(run, pack, engine, tensorboard, on_epoch)
+                _train(run, pack, engine, tensorboard, transform, on_epoch)
         except Timeout:
             raise RunError(f"{run.path} is being trained by another process") from None
     if plot is not None:
@@ -129,6 +138,7 @@ def _begin(
     fold: int | None,
     seed: int,
     out: Path | str | None,
+    transform: Transform | None,
 ) -> tuple[Run, Pack]:
     """Check what can be checked before training, and write the run's folder or find the run that answers."""
     pack.verify()
@@ -175,10 +185,13 @@ def _begin(
         "seconds": 0.0,
         "environment": describe_environment(),
     }
-    info["question_sha256"] = hash_question(recipe, pack, sides, info["split"], seed, weights["sha256"])
-    found = find_answer(info["question_sha256"], sorted(RUNS.glob("*")) if out is None else [path])
-    if found is not None:
-        return _use_again(found, pack), pack
+    if transform is not None:
+        info |= {"transform": describe_transform(transform), "question_sha256": None}
+    else:
+        info["question_sha256"] = hash_question(recipe, pack, sides, info["split"], seed, weights["sha256"])
+        found = find_answer(info["question_sha256"], sorted(RUNS.glob("*")) if out is None else [path])
+        if found is not None:
+            return _use_again(found, pack), pack
     logger.info("%s: %s", recipe.model.name, describe_weights(network, weights))
     table = pd.DataFrame({"patch_id": pack.table["patch_id"], "side": sides})
     return Run.create(path, info, recipe, table), pack
@@ -264,7 +277,23 @@ def _continue(resume: Run | Path | str, *asked: object) -> tuple[Run, Pack]:
     return run, pack
 
 
-def _train(run: Run, pack: Pack, engine: Engine, tensorboard: bool, on_epoch: OnEpoch | None) -> None:
+def _check_same_transform(run: Run, transform: Transform | None) -> None:
+    """Refuse to go on with another transform than the run began with."""
+    then, now = run.info.get("transform"), None if transform is None else describe_transform(transform)
+    if then != now:
+        raise RunError(
+            f"{run.path} began with transform={then}, not {now}: resume it with the same transform"
+        )
+
+
+def _train(
+    run: Run,
+    pack: Pack,
+    engine: Engine,
+    tensorboard: bool,
+    transform: Transform | None,
+    on_epoch: OnEpoch | None,
+) -> None:
     recipe, started, before = run.recipe, time.perf_counter(), run.info["seconds"]
     sides = run.sides(pack)
     published = run.info["split"]["as_published"]
@@ -280,6 +309,7 @@ def _train(run: Run, pack: Pack, engine: Engine, tensorboard: bool, on_epoch: On
         engine=engine,
         seed=seed,
         keep_best=checkpoint == "best",
+        transform=transform,
     )
     run.update(status="running", device=str(engine.device), precision=engine.precision)
     writer = _open_tensorboard(run.path) if tensorboard else None

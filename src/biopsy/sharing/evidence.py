@@ -244,6 +244,7 @@ def describe_reproduction(record: Mapping[str, Any]) -> Section:
         ("seed", record.get("seed", record.get("seeds"))),
         ("started", record.get("started")),
         ("status", record.get("status")),
+        ("transform, which the command does not repeat", record.get("transform")),
     )
     blocks += [Facts(facts), Facts(flatten(record.get("environment") or {}), caption="Made with")]
     return Section("reproduce", "How to do it again", blocks)

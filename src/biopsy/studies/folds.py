@@ -1,14 +1,14 @@
 """Studies over folds and seeds: many runs, one question, one table."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from biopsy.core.errors import RunError
 from biopsy.data.packs import Pack
 from biopsy.data.splits import Split, find_split, list_splits, make_split, save_split
 from biopsy.learning.fitting import OnEpoch
-from biopsy.learning.recipes import Recipe, load_recipe
+from biopsy.learning.recipes import Overrides, Recipe, load_recipe, setting_lines
 from biopsy.learning.training import choose_split, open_data
 from biopsy.studies.questions import Question, answer_questions, hash_split, open_study, place_study
 from biopsy.studies.records import Study
@@ -22,7 +22,7 @@ def study(
     split: str | None = None,
     folds: int | None = None,
     seeds: Sequence[int] = (0, 1, 2),
-    set: Iterable[str] = (),
+    overrides: Overrides = (),
     name: str | None = None,
     out: Path | str | None = None,
     device: str = "auto",
@@ -39,7 +39,7 @@ def study(
         split: Name of a split of the pack; its folds are all run.
         folds: Number of folds, where the split is yet to be made by patient.
         seeds: Training seeds; at least three for a headline figure.
-        set: ``"table.key=value"`` changes, made in every recipe.
+        overrides: ``{"table.key": value}`` changes, made in every recipe.
         name: Name of the study under ``studies/``.
         out: The study's own folder instead.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
@@ -48,7 +48,7 @@ def study(
     Raises:
         RunError: If the folder holds a study that asked something else.
     """
-    changed = tuple(set)
+    changed = setting_lines(overrides)
     loaded = [load_recipe(recipe, changed) for recipe in ([recipes] if isinstance(recipes, str) else recipes)]
     if not loaded or not seeds:
         raise RunError("a study needs at least one recipe and one seed")

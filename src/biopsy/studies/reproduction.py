@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from biopsy.data.packs import Pack
 from biopsy.figures.reproductions import draw_reproduction
 from biopsy.figures.style import png
 from biopsy.learning.fitting import OnEpoch
-from biopsy.learning.recipes import Recipe, list_recipes, load_recipe
+from biopsy.learning.recipes import Overrides, Recipe, list_recipes, load_recipe, setting_lines
 from biopsy.learning.training import open_data
 from biopsy.studies.budget import (
     Length,
@@ -55,7 +55,7 @@ def reproduce(
     split: str | None = None,
     test_patients: Sequence[str] = (),
     leak_seeds: Sequence[int] = (0, 1, 2, 3, 4),
-    set: Iterable[str] = (),
+    overrides: Overrides = (),
     name: str | None = None,
     out: Path | str | None = None,
     device: str = "auto",
@@ -77,7 +77,7 @@ def reproduce(
         test_patients: Patients (slides, where no patients are named) whose leak is measured; by default the
             three with most patches of their rarer class. The next in order validates.
         leak_seeds: Seeds of the leak's pairs of runs; none leaves it out.
-        set: ``"table.key=value"`` changes, made in every recipe.
+        overrides: ``{"table.key": value}`` changes, made in every recipe.
         name: Name of the study under ``studies/``.
         out: The study's own folder instead.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
@@ -88,7 +88,7 @@ def reproduce(
         RecipeError: If a recipe claims nothing, or was published on other data.
         RunError: If nothing can be compared, or the folder holds a study that asked something else.
     """
-    changed = tuple(set)
+    changed = setting_lines(overrides)
     if not seeds:
         raise RunError("a reproduction needs at least one seed")
     if budget is not None and not budget > 0:

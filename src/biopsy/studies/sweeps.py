@@ -13,7 +13,7 @@ from biopsy.data.packs import Pack
 from biopsy.figures.style import png
 from biopsy.figures.sweeps import draw_sweep
 from biopsy.learning.fitting import OnEpoch
-from biopsy.learning.recipes import Recipe, load_recipe
+from biopsy.learning.recipes import Overrides, Recipe, load_recipe, setting_lines
 from biopsy.learning.runs import Run
 from biopsy.learning.training import choose_split, open_data
 from biopsy.studies.grids import combine, spell
@@ -35,7 +35,7 @@ def sweep(
     split: str | None = None,
     fold: int | None = None,
     seeds: Sequence[int] = (0,),
-    set: Iterable[str] = (),
+    overrides: Overrides = (),
     name: str | None = None,
     out: Path | str | None = None,
     device: str = "auto",
@@ -53,7 +53,7 @@ def sweep(
         split: As for `biopsy.train`.
         fold: Which fold tests, for a split with folds.
         seeds: Training seeds of every combination.
-        set: ``"table.key=value"`` changes of every combination.
+        overrides: ``{"table.key": value}`` changes of every combination.
         name: Name of the study under ``studies/``.
         out: The study's own folder instead.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
@@ -64,7 +64,7 @@ def sweep(
         RecipeError: If a combination cannot be built; nothing is trained then.
         RunError: If the folder holds a study that asked something else.
     """
-    changed = tuple(set)
+    changed = setting_lines(overrides)
     combinations = combine(recipe, grid, changed)
     if not seeds:
         raise RunError("a sweep needs at least one seed")

@@ -51,7 +51,7 @@ def demo(*, out: Path | str = "biopsy-demo", on_epoch: OnEpoch | None = None) ->
     pack = prepare(folder / "cohort.zip", folder / "cohort.pack")
     logger.info("pack of %d patches: %s", len(pack), pack.path)
     inspect(pack, split="patients")
-    run = train(RECIPE, pack, split="patients", set=SETTINGS, out=folder / "run", on_epoch=on_epoch)
+    run = train(RECIPE, pack, split="patients", overrides=SETTINGS, out=folder / "run", on_epoch=on_epoch)
     metrics = evaluate(run)
     auroc, baseline = metrics["patch"]["auroc"]["value"], metrics["baseline"]["auroc"]
     logger.info("AUROC on patients never seen: %.3f; colour alone: %.3f", auroc, baseline)

@@ -5,8 +5,9 @@ a shipped recipe names its source under ``[sources]``: the publication, a defaul
 our choice where it is silent. To add one, write ``author2024.toml`` here; tests pick it up.
 """
 
+import json
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,17 @@ from pydantic import ValidationError
 from biopsy.core.errors import RecipeError, suggest
 from biopsy.learning.recipes.schema import DEFINING_TABLES, FORMAT, Recipe
 
-__all__ = ["DEFINING_TABLES", "Recipe", "list_recipes", "load_recipe", "recipe_toml"]
+__all__ = [
+    "DEFINING_TABLES",
+    "Overrides",
+    "Recipe",
+    "list_recipes",
+    "load_recipe",
+    "recipe_toml",
+    "setting_lines",
+]
 
+Overrides = Mapping[str, object] | Iterable[str]
 _SHIPPED = Path(__file__).parent
 
 
@@ -26,27 +36,49 @@ def list_recipes() -> list[str]:
     return sorted(path.stem for path in _SHIPPED.glob("*.toml"))
 
 
-def load_recipe(recipe: str | Path | Recipe, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(recipe: str | Path | Recipe, overrides: Overrides = ()) -> Recipe:
     """Read a recipe by name or from a TOML file, and change some of its values.
 
     Args:
         recipe: A shipped name, the path of a ``.toml`` file, or a recipe.
-        overrides: ``"table.key=value"`` each; the value is read as TOML, else taken as text.
+        overrides: ``{"table.key": value}``, or ``"table.key=value"`` each, the value read as TOML, else taken
+            as text.
 
     Raises:
         RecipeError: If there is no such recipe, key or value; the message names the nearest right one.
 
     Example:
-        >>> load_recipe("cancernet-2020", ["train.lr=0.005"]).train.lr
+        >>> load_recipe("cancernet-2020", {"train.lr": 0.005}).train.lr
         0.005
     """
     document = recipe.model_dump() if isinstance(recipe, Recipe) else _read(recipe)
-    for override in overrides:
-        _override(document, override)
+    for line in setting_lines(overrides):
+        _override(document, line)
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
         raise RecipeError(_explain(error, document)) from None
+
+
+def setting_lines(overrides: Overrides) -> tuple[str, ...]:
+    """Return overrides of a recipe as the command line writes them after ``--set``.
+
+    Example:
+        >>> setting_lines({"train.epochs": 2, "model.params.widths": [8, 16]})
+        ('train.epochs=2', 'model.params.widths=[8, 16]')
+    """
+    if isinstance(overrides, Mapping):
+        return tuple(f"{key}={_literal(value)}" for key, value in overrides.items())
+    return tuple(overrides)
+
+
+def _literal(value: object) -> str:
+    """Write a value as TOML does in one line."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_literal, value))}]"
+    return json.dumps(value, default=lambda number: number.item())  # of numpy
 
 
 def recipe_toml(recipe: Recipe) -> str:
