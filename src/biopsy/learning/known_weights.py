@@ -95,7 +95,7 @@ def find_weights(tag: str) -> Weights:
 
 
 def _find_torchvision(name: str) -> Weights:
-    import torchvision  # type: ignore[import-untyped]
+    import torchvision
 
     network, _, tag = name.partition(".")
     split_name(f"torchvision:{network}")

@@ -131,7 +131,7 @@ def split_name(name: str) -> tuple[str, str]:
         if architecture in known and tag:
             known = timm.list_pretrained(f"{architecture}.*")
     else:
-        import torchvision  # type: ignore[import-untyped]
+        import torchvision
 
         known = torchvision.models.list_models(module=torchvision.models)
     if model not in known:
