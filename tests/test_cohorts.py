@@ -14,6 +14,7 @@ import numpy as np
 import openslide
 import pandas as pd
 import pytest
+import tifffile
 from typer.testing import CliRunner
 
 import biopsy
@@ -135,6 +136,46 @@ def test_what_fails_is_named_and_the_rest_done(make_slide, tmp_path):
     assert not (tmp_path / "out" / "coarse").exists()
 
 
+def test_no_slide_ends_a_cohort(make_slide, tmp_path):
+    folder = tmp_path / "s"
+    folder.mkdir()
+    for name in ("a.tiff", "z.tiff", "twin.tiff", "twin.tif", f"{'s' * 243}.tif", os.fsdecode(b"\xfc.tif")):
+        shutil.copy(make_slide(), folder / name)
+    tifffile.imwrite(folder / "u16.tif", np.zeros((300, 300, 3), np.uint16), tile=(64, 64), photometric="rgb")
+    os.mkfifo(folder / "pipe.svs")
+    (folder / "gone.svs").symlink_to("nowhere")
+    (folder / "shut.tif").write_bytes(b"")
+    (tmp_path / "list.csv").write_text("slide\ns/folder\n" + "n" * 300 + ".tif\n")
+    (folder / "folder").mkdir()
+    model = save_classifier(tmp_path / "c")
+    arguments = ["slide", str(model), str(folder), str(tmp_path / "list.csv"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 3, (result.output, result.exception)
+    status = pd.read_csv(tmp_path / "out" / "status.csv").set_index("slide")
+    done = set(status.index[status["status"] == "done"])
+    assert {"a", "z", "twin_tif", "twin_tiff", "%FC"} < done and len(done) == 6
+    reasons = status.loc[status["status"] == "failed", "reason"]
+    wanted = {
+        "u16": "16 bits",
+        "pipe": "pipe, device or socket",
+        "gone": "does not exist",
+        "shut": "is empty",
+        "folder": "is a folder",
+    }
+    assert all(wanted[name] in reasons[name] for name in wanted) and len(reasons) == 6
+    assert status.loc["%FC", "source"].endswith("%FC.tif")
+    assert json.loads((tmp_path / "out" / "%FC" / "summary.json").read_text())["source"] == "%FC.tif"
+
+
+def test_a_place_that_cannot_be_written_is_named(make_slide, tmp_path):
+    slides, out = [make_slide("a.tiff"), make_slide("b.tiff")], tmp_path / "out"
+    out.mkdir()
+    (out / "a").write_text("a file of the user's")
+    cohort = slide(make_classifier(), slides, out=out)
+    assert cohort.status["status"].tolist() == ["failed", "done"]
+    assert (out / "a").read_text() == "a file of the user's"
+
+
 def test_a_csv_states_an_mpp_for_each_slide(tmp_path, make_slide):
     from conftest import draw_slide, encode_png
 
@@ -153,7 +194,11 @@ def test_a_csv_states_an_mpp_for_each_slide(tmp_path, make_slide):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name\na\n", "has the columns name; slide"),
+        ("name\na\n", "has the columns name; slide is missing"),
+        ("slide,mpp\na\0b,1\n", "holds NUL bytes"),
+        ("slide,mpp\n,\n", "names no slide"),
+        ("slide,mpp\n,0.5\n", "a row without a slide: 0.5"),
+        ("slide,mpp\na,nan\n", "states an mpp of 'nan'"),
         ("slide,mpp\na,x\n", "states an mpp of 'x', which is no number"),
     ],
 )
@@ -170,8 +215,6 @@ def test_slides_of_one_name_are_told_apart(tmp_path, make_slide):
         shutil.copy(path, tmp_path / folder)
     cohort = slide(make_classifier(), [tmp_path / "one", tmp_path / "two"], out=tmp_path / "out")
     assert cohort.status["slide"].tolist() == ["one_x", "two_x"]
-    with pytest.raises(DataError, match="two slides are called 'one_x'"):
-        slide(make_classifier(), [tmp_path / "one", tmp_path / "one"], out=tmp_path / "out")
 
 
 def test_several_slides_need_a_place_and_slides_must_exist(tmp_path, make_slide):

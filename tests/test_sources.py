@@ -1,8 +1,11 @@
 """What is named as slides: the endings that count are the same for maps and for packs."""
 
+import os
+from pathlib import Path
+
 import pytest
 
-from biopsy.core.errors import DataError
+from biopsy.core.errors import DataError, FileFormatError
 from biopsy.data.archives import open_archive
 from biopsy.data.datasets import annotated_slides
 from biopsy.imaging.backends import SLIDE_SUFFIXES
@@ -31,3 +34,76 @@ def test_a_dicom_series_is_one_slide(tmp_path):
     (folder / "broken.dcm").write_bytes(b"no DICOM")
     assert len(list(folder.glob("level-*.dcm"))) == 2
     assert [source.path.name for source in list_sources([folder], None)] == ["broken.dcm", "level-0.dcm"]
+
+
+def names_of(*paths):
+    return [source.name for source in list_sources(list(paths), None)]
+
+
+def touch(folder, *names):
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+    return folder
+
+
+def test_slides_of_one_name_are_told_apart_and_one_named_twice_is_listed_once(tmp_path):
+    one, two = touch(tmp_path / "one", "x.tif"), touch(tmp_path / "two", "x.tif")
+    assert names_of(one, two) == ["one_x", "two_x"]
+    assert names_of(one, one / "x.tif", one) == ["x"]
+    three = touch(tmp_path / "three", "x.tif", "x.tiff", "X.svs", "y.tif")
+    assert names_of(three) == ["X_svs", "x_tif", "x_tiff", "y"]
+    assert names_of(one, three) == ["x_tif", "X_svs", "three_x_tif", "x_tiff", "y"]
+    (tmp_path / "twice.csv").write_text("slide,mpp\none/x.tif,0.5\none/x.tif,0.25\none/x.tif,0.25\n")
+    twice = list_sources([tmp_path / "twice.csv"], None)
+    assert [(source.name, source.mpp) for source in twice] == [("x_tif", 0.5), ("one_x_tif", 0.25)]
+
+
+def test_a_folder_takes_a_name_of_any_length_and_spelling(tmp_path):
+    long, odd = "s" * 240, os.fsdecode(b"M\xfcller")
+    folder = touch(tmp_path / "a", f"{long}.tif", f"{long}t.tif", f"{odd}.tif", " .tif", "status.csv.tif")
+    names = names_of(folder)
+    assert len(set(names)) == 5 and "M%FCller" in names and "slide" in names
+    assert all(1 <= len(name.encode()) <= 120 for name in names)
+    assert sum(name.startswith("sss") for name in names) == 2 and "status.csv" not in names
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "slide,mpp\n001.tif ,\n\n,\n",
+        "Slide,MPP\r\n001.tif,\r\n , \r\n",
+        "\ufeffSLIDE;mpp\n001.tif;\n;\n",
+        "slide\tmpp\n\u00a0001.tif\t\n",
+        "mpp,slide,notes\n,001.tif,\n",
+        "slide\n001.tif",
+    ],
+    ids=["blank rows", "capitals", "semicolons", "tabs", "order", "one column"],
+)
+def test_lists_of_slides_are_read_as_spreadsheets_save_them(tmp_path, text):
+    (tmp_path / "list.csv").write_text(text, encoding="utf-8", newline="")
+    sources = list_sources([tmp_path / "list.csv"], 2.0)
+    assert [(s.name, s.path, s.mpp) for s in sources] == [("001", tmp_path / "001.tif", 2.0)]
+
+
+def test_a_list_may_be_of_another_language_and_system(tmp_path):
+    touch(tmp_path / "sub", "a.tif")
+    (tmp_path / "list.csv").write_text("slide;mpp\nsub\\a.tif;0,25\n")
+    (source,) = list_sources([tmp_path / "list.csv"], None)
+    assert source.path == tmp_path / "sub" / "a.tif" and source.mpp == 0.25
+
+
+def test_what_is_no_file_is_listed_so_that_it_is_named(tmp_path):
+    folder = touch(tmp_path / "a", "a.tif")
+    os.mkfifo(folder / "pipe.tif")
+    (folder / "gone.svs").symlink_to("nowhere")
+    (folder / "folder.tif").mkdir()
+    sources = {source.name: source for source in list_sources([folder], None)}
+    assert list(sources) == ["a", "gone", "pipe"]
+    assert len(sources["a"].fingerprint()) == 64
+    for name, reason in (("gone", "missing"), ("pipe", "not-regular")):
+        with pytest.raises(FileFormatError) as error:
+            sources[name].fingerprint()
+        assert error.value.reason == reason
+    with pytest.raises(DataError, match="does not exist: give slides"):
+        list_sources([Path("n" * 300)], None)

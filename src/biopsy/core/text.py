@@ -28,7 +28,17 @@ def normalize_name(name: str) -> str:
         return name
     name = unicodedata.normalize("NFC", name.replace("\\", "/").translate(_INVISIBLE))
     name = "/".join(" ".join(part.split()) for part in name.split("/"))
-    return "".join(map(_escape, name))
+    return printable(name)
+
+
+def printable(text: str) -> str:
+    r"""Return text that every file and terminal takes, otherwise as it is: for paths in reports.
+
+    Example:
+        >>> printable("a\\M\udcfcller")
+        'a\\M%FCller'
+    """
+    return text if text.isascii() and text.isprintable() else "".join(map(_escape, text))
 
 
 def normalize_id(text: str) -> str:

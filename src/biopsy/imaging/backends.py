@@ -173,7 +173,11 @@ def _find_corner(properties: Mapping[str, str]) -> tuple[int, int]:
 
 
 def _read_level_pages(path: Path, sizes: Sequence[tuple[int, int]]) -> "list[TiffPage]":
-    """Return the pages of a TIFF that have the size of a level; none of other files."""
+    """Return the pages of a TIFF that have the size of a level; none of other files.
+
+    Raises:
+        SlideError: If its pages cannot be told.
+    """
     import tifffile
 
     with open(path, "rb") as file:
@@ -185,8 +189,8 @@ def _read_level_pages(path: Path, sizes: Sequence[tuple[int, int]]) -> "list[Tif
             pages = [page for page in pages if (page.imagewidth, page.imagelength) in sizes]
             for page in pages:  # read now what is read on first use: the file is closed then
                 _ = page.dataoffsets, page.databytecounts, page.jpegtables, page.decode
-    except tifffile.TiffFileError:
-        return []
+    except Exception as error:  # tifffile raises what it likes on damaged files; nothing else runs in here
+        raise SlideError(f"slide {path} cannot be read as TIFF: {' '.join(str(error).split())}") from None
     return pages
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from biopsy.core.text import printable
 from biopsy.learning.classifiers import Classifier
 from biopsy.slides.grids import PatchGrid
 from biopsy.slides.maps import SlideMap, check_probs
@@ -78,7 +79,7 @@ def is_calibrated(classifier: Classifier) -> bool:
 def repeat_command(source: Path, model: object, settings: Mapping[str, Any]) -> str:
     """Give the command that maps a slide again; folders are left to the reader."""
     named = "CLASSIFIER" if isinstance(model, Classifier) else Path(str(getattr(model, "path", model))).name
-    words = ["biopsy", "slide", named, source.name, "--out", "DIR"]
+    words = ["biopsy", "slide", named, printable(source.name), "--out", "DIR"]
     for flag, value in settings.items():
         if value is True:
             words.append(f"--{flag}")

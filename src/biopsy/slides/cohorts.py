@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from biopsy.core.errors import DataError, SlideError
 from biopsy.core.files import replace_atomic, replace_directory
+from biopsy.core.text import printable
 from biopsy.learning.classifiers import Classifier
 from biopsy.learning.hardware import Precision
 from biopsy.learning.runs import Run
@@ -132,8 +133,8 @@ def _map_into(out: Path, sources: Sequence[Source], mapper: Mapper) -> SlideCoho
     for source in sources:
         try:
             questions[source.name] = question = mapper.question(source)
-        except OSError as error:
-            rows[source.name] = _row(source, "failed", reason=f"{source.path}: {error.strerror}")
+        except (OSError, DataError) as error:
+            rows[source.name] = _row(source, "failed", reason=str(error))
             continue
         finished = read_finished(out / source.name, question)
         if finished is None:
@@ -162,18 +163,18 @@ def _write(out: Path, mapped: Mapped, mapper: Mapper, question: Mapping[str, Any
     source = mapped.source
     try:
         slide_map = _take(mapped)
-    except SlideError as error:
+        with replace_directory(out / source.name) as folder:
+            document = write_outputs(
+                folder,
+                slide_map,
+                tissue=mapped.tissue,
+                target=mapped.target,
+                is_calibrated=mapper.is_calibrated,
+                detections=mapper.detections,
+                question=question,
+            )
+    except (OSError, DataError) as error:
         return _row(source, "failed", reason=str(error))
-    with replace_directory(out / source.name) as folder:
-        document = write_outputs(
-            folder,
-            slide_map,
-            tissue=mapped.tissue,
-            target=mapped.target,
-            is_calibrated=mapper.is_calibrated,
-            detections=mapper.detections,
-            question=question,
-        )
     return _row(source, "done", document)
 
 
@@ -186,7 +187,12 @@ def _take(mapped: Mapped) -> SlideMap:
 def _row(
     source: Source, status: str, document: Mapping[str, Any] | None = None, *, reason: str = ""
 ) -> dict[str, Any]:
-    row = {"slide": source.name, "source": str(source.path), "status": status, "reason": reason}
+    row = {
+        "slide": source.name,
+        "source": printable(str(source.path)),
+        "status": status,
+        "reason": printable(" ".join(reason.split())),
+    }
     if document is None:
         return row
     mpp, positive = document["mpp"], document["positive"] or {}

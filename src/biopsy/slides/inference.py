@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from biopsy.core.errors import SlideError
+from biopsy.core.errors import DataError, SlideError
 from biopsy.imaging.reader import Slide, open_slide
 from biopsy.imaging.tissue import find_tissue_of
 from biopsy.learning.classifiers import Classifier
@@ -72,7 +72,7 @@ class Answer(NamedTuple):
     logits: np.ndarray | None
     software: tuple[str, str]
     unlike: np.ndarray
-    error: SlideError | None = None
+    error: DataError | None = None
 
 
 def open_view(task: SlideTask, classifier: Classifier, stride_um: float | None = None) -> View:
@@ -160,7 +160,7 @@ class _Piece(NamedTuple):
     view: View | None
     block: Block | None = None
     coming: "Future[_Found | tuple[np.ndarray, np.ndarray]] | None" = None
-    error: SlideError | None = None
+    error: DataError | None = None
 
 
 class _Found(NamedTuple):
@@ -209,7 +209,7 @@ class _Gathered:
         self._network = network
         self._logits: np.ndarray | None = None
         self._checked: list[_Found] = []
-        self._error: SlideError | None = None
+        self._error: DataError | None = None
         self._done = 0
 
     def add(self, piece: _Piece, on_progress: OnProgress | None) -> Answer | None:
@@ -236,7 +236,7 @@ class _Gathered:
                 self._logits = np.empty((len(piece.view.grid), found.logits.shape[1]), np.float32)
             self._logits[piece.block.index] = found.logits
             self._checked.append(found._replace(logits=found.logits[:0]))
-        except SlideError as error:
+        except DataError as error:
             self._error = self._error or error
         self._done += len(piece.block.index)
         if on_progress:
@@ -262,7 +262,7 @@ class _ReadAhead:
             task, opened = self._opening.popleft()
             try:
                 view = opened.result()
-            except SlideError as error:
+            except DataError as error:
                 self._open_next()
                 yield _Piece(task, None, error=error)
                 continue

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from biopsy.core.errors import DataError, SlideError
+from biopsy.core.errors import DataError
+from biopsy.core.text import printable
 from biopsy.learning.classifiers import Classifier
 from biopsy.learning.hardware import Precision, pick_device, pick_precision
 from biopsy.learning.opening import open_classifier
@@ -32,7 +33,7 @@ class Mapped(NamedTuple):
     slide_map: SlideMap | None = None
     tissue: np.ndarray | None = None
     target: np.ndarray | None = None
-    error: SlideError | None = None
+    error: DataError | None = None
 
 
 class Mapper:
@@ -98,7 +99,7 @@ class Mapper:
                 continue
             try:
                 yield Mapped(source, self._make_map(source, answer), answer.view.tissue)
-            except SlideError as error:
+            except DataError as error:
                 yield Mapped(source, error=error)
 
     def _report(self, done: int, total: int) -> None:
@@ -152,7 +153,7 @@ class Mapper:
                 about=self._describe(source, place, ("torch", version("torch"))),
                 picture=stitched.picture,
             )
-        except SlideError as error:
+        except DataError as error:
             return Mapped(source, error=error)
         same = source.pack.class_names == self.classifier.info.class_names
         return Mapped(source, slide_map, target=stitched.target if same else None)
@@ -165,7 +166,7 @@ class Mapper:
             "precision": self.precision,
         }
         return {
-            "source": source.path.name,
+            "source": printable(source.path.name),
             "mpp": place,
             **self._about,
             "versions": dict([*self._about["versions"].items(), software]),

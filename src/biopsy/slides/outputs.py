@@ -93,7 +93,7 @@ def read_finished(folder: Path, question: Mapping[str, Any]) -> dict[str, Any] |
     """Give a slide's summary if its outputs are there and answer this question, else None."""
     try:
         document = read_json(folder / SUMMARY, format=FORMAT)
-    except DataError:
+    except (OSError, DataError):
         return None
     return document if document.get("question") == dict(question) else None
 

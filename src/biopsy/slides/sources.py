@@ -1,20 +1,26 @@
 """What a user names as slides: files, folders of them, a csv with an mpp each, packs."""
 
 import hashlib
-from collections import Counter
+import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from itertools import chain
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
-import pandas as pd
 
 from biopsy.core.errors import DataError
+from biopsy.core.loaders import open_regular
+from biopsy.core.tables import read_csv_table
+from biopsy.core.text import normalize_name
 from biopsy.data.packs import Pack, is_pack
 from biopsy.imaging.backends import SLIDE_SUFFIXES, list_slide_files
 from biopsy.slides.stitching import list_slides
 
 _SAMPLE_BYTES = 1 << 20
+_TAKEN = ("status.csv",)  # lies beside the folders
+_MAX_NAME_BYTES = 120  # most file systems take 255, encrypted ones 143
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,15 @@ class Source:
         """Hash what is mapped: of a pack its content, of a file its size and three megabytes of it.
 
         Start, middle and end of a file are read, not the gigabytes between: a slide is not edited in place.
+
+        Raises:
+            FileFormatError: If there is no regular file.
         """
         if self.pack is not None:
             return hashlib.sha256(f"{self.pack.info.content_sha256} {self.name}".encode()).hexdigest()
-        size = self.path.stat().st_size
-        digest = hashlib.sha256(str(size).encode())
-        with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.sha256(str(size).encode())
             for start in (0, size // 2, max(0, size - _SAMPLE_BYTES)):
                 file.seek(start)
                 digest.update(file.read(_SAMPLE_BYTES))
@@ -52,35 +61,47 @@ class Source:
 
 
 def list_sources(paths: Sequence[Path], mpp: float | None) -> list[Source]:
-    """Give every slide that is named by files, folders, csv files (columns ``slide[,mpp]``) and packs.
+    """Return every slide that is named by files, folders, csv files (columns ``slide[,mpp]``) and packs.
 
-    Slides of one name get their folder's name before it.
+    A slide that is named twice is listed once. Slides of one name get their folder's name before it, or else
+    their file's ending or a number after it.
 
     Raises:
         DataError: If a path does not exist, a folder holds no slide, or a csv cannot be read.
     """
     sources = [source for path in paths for source in _expand(Path(path), mpp)]
-    times = Counter(source.name for source in sources)
-    named = [
-        source
-        if times[source.name] == 1
-        else replace(source, name=f"{source.path.parent.name}_{source.name}")
-        for source in sources
-    ]
-    twice = [name for name, n in Counter(source.name for source in named).items() if n > 1]
-    if twice:
-        raise DataError(f"two slides are called {twice[0]!r}: map them into folders of their own")
+    return _tell_apart(list({(os.path.abspath(s.path), s.mpp, s.name): s for s in sources}.values()))
+
+
+def _tell_apart(sources: list[Source]) -> list[Source]:
+    """Give every source a name of its own, also where upper and lower case are one."""
+    twins: dict[str, list[Source]] = {}
+    for source in sources:
+        twins.setdefault(source.name.casefold(), []).append(source)
+    taken: set[str] = set()
+    named = []
+    for source in sources:
+        alike = twins[source.name.casefold()]
+        folder, ending = source.path.parent.name, source.path.suffix[1:]
+        names = [source.name] if len(alike) == 1 else []
+        if len({twin.path.parent.name for twin in alike}) == len(alike):
+            names.append(f"{folder}_{source.name}")
+        names += [f"{source.name}_{ending}", f"{folder}_{source.name}_{ending}"]
+        numbered = (f"{source.name}_{number}" for number in range(1, len(sources) + 1))
+        name = next(name for name in map(_clean, chain(names, numbered)) if name.casefold() not in taken)
+        taken.add(name.casefold())
+        named.append(replace(source, name=name))
     return named
 
 
 def _expand(path: Path, mpp: float | None) -> Iterator[Source]:
-    if is_pack(path):
+    if os.path.isdir(path) and is_pack(path):
         pack = Pack.open(path)
         for name, index in list_slides(pack).items():
             yield Source(_clean(name), path, mpp, pack, index)
     elif path.suffix.lower() == ".csv":
         yield from _read_csv(path, mpp)
-    elif path.is_dir():
+    elif os.path.isdir(path):
         found = list_slide_files(path)
         if not found:
             raise DataError(
@@ -88,31 +109,45 @@ def _expand(path: Path, mpp: float | None) -> Iterator[Source]:
             )
         for file in found:
             yield Source(_clean(file.stem), file, mpp)
-    elif path.exists():
+    elif os.path.exists(path) or os.path.islink(path):
         yield Source(_clean(path.stem), path, mpp)
     else:
         raise DataError(f"{path} does not exist: give slides, folders, csv files or packs")
 
 
 def _read_csv(path: Path, mpp: float | None) -> Iterator[Source]:
+    table = read_csv_table(path, aliases={"slide": "slide", "mpp": "mpp"}, required=["slide"]).fillna("")
+    table = table.map(str.strip)
+    table = table[(table != "").any(axis=1)]
+    if table.empty:
+        raise DataError(f"{path} names no slide: it has a heading and no rows")
+    for row in table.to_dict("records"):
+        name, stated = row["slide"], row.get("mpp", "")
+        if not name:
+            raise DataError(f"{path} has a row without a slide: {', '.join(filter(None, row.values()))}")
+        file = path.parent / name
+        if "\\" in name and not os.path.exists(file):
+            file = path.parent / PureWindowsPath(name).as_posix()
+        yield Source(_clean(file.stem), file, _read_mpp(path, stated) if stated else mpp)
+
+
+def _read_mpp(path: Path, text: str) -> float:
+    """Return a stated mpp as a number; spreadsheets of some languages write a decimal comma."""
     try:
-        table = pd.read_csv(path, dtype={"slide": str}, skipinitialspace=True)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as a csv: {error}") from None
-    if "slide" not in table.columns or table.empty:
-        raise DataError(
-            f"{path} has the columns {', '.join(table.columns)}; slide[,mpp] and one row are needed"
-        )
-    stated = pd.to_numeric(table.get("mpp", pd.Series(index=table.index, dtype=float)), errors="coerce")
-    if "mpp" in table and (stated.isna() & table["mpp"].notna()).any():
-        wrong = table.loc[stated.isna() & table["mpp"].notna(), "mpp"].iloc[0]
-        raise DataError(f"{path} states an mpp of {wrong!r}, which is no number")
-    for name, own in zip(table["slide"], stated, strict=True):
-        file = path.parent / str(name)
-        yield Source(_clean(file.stem), file, mpp if pd.isna(own) else float(own))
+        value = float(text.replace(",", "."))
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise DataError(f"{path} states an mpp of {text!r}, which is no number")
+    return value
 
 
 def _clean(name: str) -> str:
-    """Make a slide's name that of a folder: ids come from tables and may hold anything."""
-    cleaned = "".join(char if char.isalnum() or char in "-_. " else "_" for char in name).strip(" .")
-    return cleaned or "slide"
+    """Return a slide's name as that of a folder: ids come from tables and may hold anything."""
+    allowed = (char if char.isalnum() or char in "-_.% " else "_" for char in normalize_name(name))
+    cleaned = "".join(allowed).strip(" .") or "slide"
+    cleaned = f"{cleaned}_" if cleaned.casefold() in _TAKEN else cleaned
+    if len(cleaned.encode()) > _MAX_NAME_BYTES:
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+        cleaned = cleaned.encode()[: _MAX_NAME_BYTES - 9].decode(errors="ignore").rstrip(" .") + f"-{digest}"
+    return cleaned
