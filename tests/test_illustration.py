@@ -172,7 +172,7 @@ def test_sheets_pictures_and_table_are_written(judged, tmp_path):
     assert written["classifier_sha256"] == judged.classifier.sha256
     names = ["saliency.png", "grad_cam.png", "activations.png"]
     assert [sheet["picture"] for sheet in written["sheets"]] == names
-    assert [sheet["layer"] for sheet in written["sheets"]] == [None, "blocks.5", "stem.2"]
+    assert [sheet["layer"] for sheet in written["sheets"]] == [None, "blocks.2", "stem.2"]
     assert (
         "It is not" in written["sheets"][0]["caption"]
         and "The class is idc" in written["sheets"][0]["caption"]

@@ -99,7 +99,7 @@ def test_grad_cam_by_hand():
     [
         ("cancernet", PX, "body.relu3_3"),
         ("vgg16", PX, "body.block5_relu3"),
-        ("residual", PX, "blocks.5"),
+        ("residual", PX, "blocks.3"),
     ],
 )
 def test_the_last_maps_are_those_before_pooling(name, px, layer):

