@@ -33,7 +33,7 @@ import numpy as np
 import pandas as pd
 
 import biopsy
-from biopsy.core.files import replace_directory
+from biopsy.core.files import create_directory
 from biopsy.data.packs import Pack
 from biopsy.data.splits import Split, make_split, save_split
 
@@ -116,7 +116,7 @@ def prepare_layouts(archive: Path, out: Path) -> list[dict[str, object]]:
     for layout, write in (("hcd", write_kaggle), ("h5", write_h5)):
         source, is_kaggle = out / layout, layout == "hcd"
         if not source.exists():
-            with replace_directory(source) as partial:
+            with create_directory(source) as partial:
                 write(folders, partial)
         sites = {"join": source / "sites.csv"} if is_kaggle else {}
         pack, seconds = prepare(source, out / f"pcam-{layout}.pack", **sites)

@@ -5,6 +5,8 @@ same arguments and seed always give the same pixels.
 """
 
 import os
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from biopsy.core import files
 from biopsy.data.packs import PIXELS, Pack, finish_pack, patch_sha256
 from biopsy.imaging.pyramids import write_pyramid
 from biopsy.statistics.metrics import registry
@@ -221,6 +224,19 @@ def own_metrics() -> Iterator[None]:
     for known, names in zip(registries, before, strict=True):
         for name in set(known) - names:
             del known[name]
+
+
+def abandon(folder: Path, *, is_folder: bool = False) -> Path:
+    """Leave in a folder what a process that was killed leaves there."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    path = folder / f".biopsy-{files._machine()}-{ended.pid}-0badcafe.partial"
+    if is_folder:
+        path.mkdir(parents=True)
+        (path / "half").write_text("half")
+    else:
+        path.write_text("half")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from filelock import FileLock
 from scipy.special import softmax
 
 from biopsy.core.errors import MetricError, RunError
+from biopsy.core.files import LOCK
 from biopsy.judging.evaluation import evaluate
 from biopsy.learning.calibration import calibrate, find_trained_prior, settle
 from biopsy.learning.classifiers import Classifier, score_classes
@@ -327,7 +328,7 @@ def test_it_needs_no_pack(run):
 def test_what_cannot_be_calibrated_is_refused(run, tmp_path):
     with pytest.raises(MetricError, match="calibration 'plat' does not exist"):
         calibrate(run, method="plat")
-    with FileLock(run.path / ".lock"), pytest.raises(RunError, match="in use by another process"):
+    with FileLock(run.path / LOCK), pytest.raises(RunError, match="in use by another process"):
         calibrate(run)
     run.update(status="interrupted", epochs_done=1, epochs=4)
     with pytest.raises(RunError, match="is interrupted after 1 of 4 epochs"):

@@ -23,10 +23,12 @@ import biopsy.slides.cohorts as cohorts
 import biopsy.slides.outputs as outputs
 from biopsy.cli import app
 from biopsy.core.errors import DataError, SlideError
+from biopsy.core.files import LOCK, MANIFEST
 from biopsy.imaging.annotations import read_annotations
 from biopsy.imaging.reader import open_slide
 from biopsy.slides.cohorts import SlideCohort, slide
 from biopsy.slides.maps import SlideMap
+from conftest import abandon
 from slide_maps import make_classifier, save_classifier
 
 FILES = {"heatmap.tiff", "map.parquet", "overlay.png", "regions.geojson", "summary.json", "tissue.jpg"}
@@ -34,7 +36,7 @@ FILES = {"heatmap.tiff", "map.parquet", "overlay.png", "regions.geojson", "summa
 
 def contents(folder):
     """Give every file under a folder; the lock says nothing."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -61,7 +63,7 @@ def mapped(make_slide, tmp_path):
 def test_everything_is_written(mapped):
     cohort, out = mapped
     assert isinstance(cohort, SlideCohort) and cohort.failed == [] and len(cohort) == 1
-    assert {path.name for path in (out / "a").iterdir()} == FILES | {"detections.geojson"}
+    assert {path.name for path in (out / "a").iterdir()} == FILES | {"detections.geojson", MANIFEST}
     (slide_map,) = cohort
     summary = json.loads((out / "a" / "summary.json").read_text())
     assert summary["format"] == "biopsy-slide/1" and summary["n_patches"] == len(slide_map)
@@ -105,9 +107,8 @@ def test_finished_slides_are_kept_and_changed_questions_asked_again(make_slide, 
         return (out / "a" / "summary.json").stat().st_mtime_ns
 
     first = map_again()
-    leftover = out / ".a.12345678.partial"
-    leftover.mkdir()
-    assert map_again() == first and not leftover.exists()
+    leftovers = [abandon(out, is_folder=True), abandon(out / "a")]
+    assert map_again() == first and not any(path.exists() for path in leftovers)
     strided = map_again(stride_um=8)
     assert strided > first
     make_slide("a.tiff", seed=1)
@@ -316,27 +317,32 @@ def test_killed_between_writing_and_renaming(make_slide, tmp_path, monkeypatch):
     def die(*arguments, **options):
         raise Killed
 
-    def remove(path, **options):  # a killed process does not clean up what it had begun
-        if not Path(path).name.startswith("."):
-            rmtree(path, **options)
+    def replace_but_summary(a, b):
+        return die() if Path(b).name == "summary.json" and Path(b).parent == out / "a" else replace(a, b)
 
-    rmtree, replace = shutil.rmtree, os.replace
+    replace = os.replace
     model, path, out = save_classifier(tmp_path / "c"), make_slide("a.tiff"), tmp_path / "out"
     slide(model, [path], out=tmp_path / "whole", stride_um=8)
     moments = {
-        "before the record": (outputs, "write_json", die),
-        "before renaming": (files.os, "replace", lambda a, b: die() if Path(a).is_dir() else replace(a, b)),
-        "before the status": (cohorts, "_write_status", die),
+        "before the record": (outputs, "write_json", die, (True, False)),
+        "before renaming": (
+            files.os,
+            "replace",
+            lambda a, b: die() if Path(a).is_dir() else replace(a, b),
+            (True,),
+        ),
+        "before the last file": (files.os, "replace", replace_but_summary, (False,)),
+        "before the status": (cohorts, "_write_status", die, (True, False)),
     }
-    for place, name, instead in moments.values():
-        if out.exists():  # what lies there answers another question: it must go
-            summary = out / "a" / "summary.json"
-            if summary.exists():
-                summary.write_text(summary.read_text().replace('"stride_um": 8', '"stride_um": 16'))
-        with monkeypatch.context() as patched:
-            patched.setattr(files.shutil, "rmtree", remove)
-            patched.setattr(place, name, instead)
-            with pytest.raises(Killed):
-                slide(model, [path], out=out, stride_um=8)
-        slide(model, [path], out=out, stride_um=8)
-        assert contents(out) == contents(tmp_path / "whole")
+    for place, name, instead, news in moments.values():
+        for is_new in news:
+            shutil.rmtree(out, ignore_errors=True)
+            if not is_new:  # what lies there answers another question: it must go
+                slide(model, [path], out=out, stride_um=16, detections=True)
+            with monkeypatch.context() as patched:
+                patched.setattr(files, "_remove", lambda path: None)  # a killed process does not clean up
+                patched.setattr(place, name, instead)
+                with pytest.raises(Killed):
+                    slide(model, [path], out=out, stride_um=8)
+            slide(model, [path], out=out, stride_um=8)
+            assert contents(out) == contents(tmp_path / "whole")

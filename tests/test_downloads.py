@@ -57,8 +57,8 @@ def test_interrupted_and_fetched_again_equals_one_go(server, tmp_path):
     does.drop_after = [2_000_000]
     with pytest.raises(KeyboardInterrupt):
         get(data_file(base), tmp_path, on_progress=interrupt)
-    assert names(tmp_path) == {"data.bin.partial"}
-    reached = (tmp_path / "data.bin.partial").stat().st_size
+    assert names(tmp_path) == {"data.bin.biopsy-partial"}
+    reached = (tmp_path / "data.bin.biopsy-partial").stat().st_size
     assert 0 < reached <= 2_000_000
     get(data_file(base), tmp_path)
     assert does.asked == [None, f"bytes={reached}-"]
@@ -81,7 +81,7 @@ def test_drops_at_the_same_byte_end(server, tmp_path):
     with pytest.raises(DownloadError, match=r"closed after 1,000,000 of 3,000,000 bytes, 3 times in a row"):
         get(data_file(base), tmp_path)
     assert len(does.asked) == QUICK.tries
-    assert names(tmp_path) == {"data.bin.partial"}
+    assert names(tmp_path) == {"data.bin.biopsy-partial"}
 
 
 def test_pauses_double(server, tmp_path, monkeypatch):
@@ -148,10 +148,10 @@ def test_a_server_that_states_no_length(server, tmp_path):
 
 def test_a_finished_partial_file_is_only_renamed(server, tmp_path):
     base, does = server
-    (tmp_path / "data.bin.partial").write_bytes(BODY)
+    (tmp_path / "data.bin.biopsy-partial").write_bytes(BODY)
     get(data_file(base), tmp_path)
     assert does.asked == []
-    (tmp_path / "data.bin").rename(tmp_path / "data.bin.partial")
+    (tmp_path / "data.bin").rename(tmp_path / "data.bin.biopsy-partial")
     get(data_file(base, size_bytes=None), tmp_path)  # size unknown: the server's 416 says that it is whole
     assert does.asked == ["bytes=3000000-"]
     assert (tmp_path / "data.bin").read_bytes() == BODY
@@ -160,7 +160,7 @@ def test_a_finished_partial_file_is_only_renamed(server, tmp_path):
 @pytest.mark.parametrize("known", [True, False], ids=["size known", "size unknown"])
 def test_a_partial_file_longer_than_the_file_starts_again(server, tmp_path, known):
     base, _ = server
-    (tmp_path / "data.bin.partial").write_bytes(BODY + b"more")
+    (tmp_path / "data.bin.biopsy-partial").write_bytes(BODY + b"more")
     get(data_file(base) if known else data_file(base, size_bytes=None), tmp_path)
     assert (tmp_path / "data.bin").read_bytes() == BODY
 
@@ -168,15 +168,15 @@ def test_a_partial_file_longer_than_the_file_starts_again(server, tmp_path, know
 def test_another_part_than_asked_for_is_refused(server, tmp_path):
     base, does = server
     does.wrong_range = True
-    (tmp_path / "data.bin.partial").write_bytes(BODY[:1000])
+    (tmp_path / "data.bin.biopsy-partial").write_bytes(BODY[:1000])
     with pytest.raises(DownloadError, match="another part"):
         get(data_file(base), tmp_path)
-    assert (tmp_path / "data.bin.partial").read_bytes() == BODY[:1000]
+    assert (tmp_path / "data.bin.biopsy-partial").read_bytes() == BODY[:1000]
 
 
 def test_a_foreign_beginning_is_found_out(server, tmp_path):
     base, _ = server
-    (tmp_path / "data.bin.partial").write_bytes(b"x" * 1000)
+    (tmp_path / "data.bin.biopsy-partial").write_bytes(b"x" * 1000)
     with pytest.raises(DownloadError, match="discarded"):
         get(data_file(base), tmp_path)
     get(data_file(base), tmp_path)
@@ -196,7 +196,7 @@ def test_too_little_room_is_said_before_anything_starts(server, tmp_path, monkey
 
 def test_room_for_what_is_missing_is_enough(server, tmp_path, monkeypatch):
     base, _ = server
-    (tmp_path / "data.bin.partial").write_bytes(BODY[:2_500_000])
+    (tmp_path / "data.bin.biopsy-partial").write_bytes(BODY[:2_500_000])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Disk(10**9, 10**9, 500_000))
     get(data_file(base), tmp_path)
     assert (tmp_path / "data.bin").read_bytes() == BODY
@@ -212,7 +212,7 @@ def test_a_disk_that_fills_up_is_no_dropped_connection(server, tmp_path, monkeyp
     with pytest.raises(DownloadError, match=r"No space left on device.*fetch again to go on"):
         get(data_file(base), tmp_path)
     assert len(does.asked) == 1
-    assert names(tmp_path) == {"data.bin.partial"}
+    assert names(tmp_path) == {"data.bin.biopsy-partial"}
 
 
 def test_the_folder_is_a_file(server, tmp_path):
@@ -226,7 +226,7 @@ def test_progress_goes_up_to_the_end(server, tmp_path, monkeypatch):
     base, does = server
     monkeypatch.setattr(transfer, "REPORT_EVERY_S", 0.0)
     does.pause_s = 0.02
-    (tmp_path / "data.bin.partial").write_bytes(BODY[:1_000_000])
+    (tmp_path / "data.bin.biopsy-partial").write_bytes(BODY[:1_000_000])
     seen = []
     get(data_file(base), tmp_path, on_progress=seen.append)
     done = [progress.done_bytes for progress in seen]
@@ -251,16 +251,16 @@ def test_a_packed_file_is_checked_unpacked_and_removed(server, tmp_path):
     assert get(file, tmp_path).kept == (tmp_path / "x.h5",)
 
 
-def test_a_packed_file_fetched_by_hand_is_used(server, tmp_path):
+def test_a_packed_file_fetched_by_hand_is_used_and_kept(server, tmp_path):
     base, does = server
     packed = gzip.compress(BODY)
     (tmp_path / "x.h5.gz").write_bytes(packed)
     get(RemoteFile(f"{base}/x.h5.gz", len(packed), sha256(packed), len(BODY)), tmp_path)
-    assert names(tmp_path) == {"x.h5"} and does.asked == []
+    assert names(tmp_path) == {"x.h5", "x.h5.gz"} and does.asked == []
     (tmp_path / "y.h5.gz").write_bytes(packed[:-1] + b"?")
     with pytest.raises(DownloadError, match=r"y\.h5\.gz away and fetch again"):
         get(RemoteFile(f"{base}/y.h5.gz", len(packed), sha256(packed), len(BODY)), tmp_path)
-    assert names(tmp_path) == {"x.h5", "y.h5.gz"}
+    assert names(tmp_path) == {"x.h5", "x.h5.gz", "y.h5.gz"}
 
 
 def test_a_broken_packed_file_leaves_nothing_unpacked(server, tmp_path):
@@ -268,7 +268,7 @@ def test_a_broken_packed_file_leaves_nothing_unpacked(server, tmp_path):
     does.bodies = {"/x.h5.gz": gzip.compress(BODY)[:-1000]}
     with pytest.raises(DownloadError, match=r"cannot be unpacked .*delete it and fetch again"):
         get(RemoteFile(f"{base}/x.h5.gz", unpacked_bytes=len(BODY)), tmp_path)
-    assert names(tmp_path) == {"x.h5.gz"}
+    assert names(tmp_path) == {"x.h5.gz.biopsy-packed"}
 
 
 def test_room_counts_packed_and_unpacked(server, tmp_path, monkeypatch):

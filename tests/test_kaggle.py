@@ -107,7 +107,7 @@ def test_another_failure_of_kaggle_keeps_what_came(kagglehub, tmp_path):
     kagglehub.dataset_download = drop
     with pytest.raises(DownloadError, match=r"reset by peer\); fetch again to go on, or download it by hand"):
         fetch_source(kaggle_source(), tmp_path)
-    assert (tmp_path / ".kagglehub" / "1.archive").read_bytes() == b"half"
+    assert (tmp_path / ".biopsy-kagglehub" / "1.archive").read_bytes() == b"half"
     assert not (tmp_path / "patches").exists()
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import biopsy
 from biopsy.cli import app
 from biopsy.core.errors import MetricError, RunError
-from biopsy.core.files import write_json
+from biopsy.core.files import MANIFEST, write_json
 from biopsy.data.predictions import make_predictions, write_predictions
 from biopsy.judging.comparison import compare_rivals
 from biopsy.learning.runs import Run
@@ -191,7 +191,7 @@ def test_what_turned_patch_by_patch(found, pack, pair):
 def test_what_is_written(found):
     _, out = found
     names = ["changed.csv", "comparison.csv", "comparison.json", "figure.svg", "report.html"]
-    assert sorted(path.name for path in out.iterdir()) == names
+    assert sorted(path.name for path in out.iterdir()) == [MANIFEST, *names]
     kept = json.loads((out / "comparison.json").read_text())
     assert kept["format"] == "biopsy-comparison/1" and kept["n_patients"] == 9
     table = pd.read_csv(out / "comparison.csv")

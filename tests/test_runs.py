@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 
 from biopsy.core.errors import RunError
+from biopsy.core.files import LOCK
 from biopsy.learning.recipes import load_recipe
-from biopsy.learning.runs import Run, describe_environment, name_run, remove_partial
+from biopsy.learning.runs import Run, describe_environment, name_run
 from biopsy.learning.training import train
 from tiny_runs import LIVELY, TINY
 
@@ -38,7 +39,7 @@ def change(run, **fields):
 
 
 def test_a_finished_run_holds_what_the_formats_page_says(trained_run):
-    files = [path for path in trained_run.path.rglob("*") if path.is_file() and path.name != ".lock"]
+    files = [path for path in trained_run.path.rglob("*") if path.is_file() and path.name != LOCK]
     best = f"checkpoints/best-{trained_run.info['chosen_epoch']:04d}.safetensors"
     assert {str(path.relative_to(trained_run.path)) for path in files} == FILES | {best}
 
@@ -135,15 +136,6 @@ def test_a_new_run_does_not_overwrite_anything(copied, tmp_path):
     assert (tmp_path / "thesis" / "thesis.txt").read_text() == "precious"
     (tmp_path / "empty").mkdir()
     assert Run.create(tmp_path / "empty", {"status": "running"}, copied.recipe, table).log() == []
-
-
-def test_half_written_files_are_removed(copied):
-    before = {path for path in copied.path.rglob("*")}
-    (copied.path / "checkpoints" / ".last.safetensors.12ab34cd.partial").write_text("half")
-    (copied.path / ".classifier.12ab34cd.partial").mkdir()
-    (copied.path / ".classifier.12ab34cd.partial" / "classifier.json").write_text("half")
-    remove_partial(copied)
-    assert {path for path in copied.path.rglob("*")} == before
 
 
 def test_no_two_runs_are_called_the_same():

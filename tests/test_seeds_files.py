@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from biopsy.core import errors, files
 from biopsy.core.errors import BiopsyError, DataError, MissingExtra, suggest
 from biopsy.core.files import (
+    create_directory,
     read_json,
     replace_atomic,
-    replace_directory,
     sha256_file,
     write_atomic,
     write_json,
@@ -87,19 +87,29 @@ def test_full_disk_leaves_neither_file_nor_partial(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_replace_directory_replaces_or_leaves_as_it_was(tmp_path):
-    folder = tmp_path / "folder"
-    with replace_directory(folder) as partial:
+def test_full_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError) as caught, replace_atomic(tmp_path / "file.txt") as partial:
+        partial.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "file.txt") and list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError) as caught, create_directory(tmp_path / "new") as partial:
+        raise OSError(errno.ENOSPC, "No space left on device", str(partial / "weights"))
+    assert caught.value.filename == str(tmp_path / "new" / "weights") and list(tmp_path.iterdir()) == []
+
+
+def test_a_new_folder_is_whole_or_not_there(tmp_path):
+    with create_directory(tmp_path / "new" / "folder") as partial:
         (partial / "a").write_text("1")
-        assert not folder.exists()
-    with replace_directory(folder) as partial:
-        (partial / "b").write_text("2")
-    assert [path.name for path in folder.iterdir()] == ["b"]
-    with pytest.raises(ValueError, match="stop"), replace_directory(folder) as partial:
+        assert not (tmp_path / "new" / "folder").exists()
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["a"]
+    with pytest.raises(ValueError, match="stop"), create_directory(tmp_path / "other") as partial:
         (partial / "c").write_text("3")
         raise ValueError("stop")
-    assert [path.name for path in folder.iterdir()] == ["b"]
-    assert leftovers(tmp_path) == []
+    assert leftovers(tmp_path) == [] and not (tmp_path / "other").exists()
+    (tmp_path / "empty").mkdir()
+    with create_directory(tmp_path / "empty") as partial:
+        (partial / "a").write_text("1")
+    assert (tmp_path / "empty" / "a").exists()
 
 
 def test_json_round_trip_with_numpy_values_paths_and_gaps(tmp_path):

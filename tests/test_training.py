@@ -15,7 +15,7 @@ from biopsy.core.files import read_json
 from biopsy.data.splits import make_split, save_split
 from biopsy.learning.runs import Run
 from biopsy.learning.training import train
-from conftest import write_pack
+from conftest import abandon, write_pack
 from tiny_runs import LIVELY, assert_same_run, train_tiny, weights
 
 RECIPE = "cancernet-2020"
@@ -91,7 +91,8 @@ def test_killed_in_the_middle_of_an_epoch(pack, whole, tmp_path, monkeypatch):
         break_nth(patch, fitting, "set_learning_rate", 8, SystemExit(1))
         with pytest.raises(SystemExit):
             train_tiny(pack, tmp_path / "cut", THREE)
-    (tmp_path / "cut" / ".run.json.0badcafe.partial").write_text("half")
+    abandon(tmp_path / "cut")
+    abandon(tmp_path / "cut" / "checkpoints")
     resumed = train(resume=tmp_path / "cut", device="cpu")
     assert_same_run(whole, resumed)
     assert not list(resumed.path.rglob("*.partial"))

@@ -32,6 +32,7 @@ from biopsy.core.errors import (
     SlideError,
     SplitError,
     TrainingDiverged,
+    UserFileError,
 )
 
 # OpenMP's threads spin while they wait, which on a shared machine takes the cores from those they wait for: a
@@ -88,6 +89,7 @@ __all__ = [
     "SplitError",
     "Study",
     "TrainingDiverged",
+    "UserFileError",
     "__version__",
     "calibrate",
     "compare",

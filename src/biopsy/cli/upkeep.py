@@ -18,7 +18,7 @@ def demo(
     try:
         path = biopsy.demo(out=out, on_epoch=EpochLines())
     except KeyboardInterrupt:
-        interrupted("run the same command again: it starts anew")
+        interrupted("run the same command again to go on")
     print(f"report: {path}")
 
 

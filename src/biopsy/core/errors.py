@@ -5,6 +5,7 @@
     BiopsyError
     ├── DataError (ValueError)        patches, labels, tables, images
     │   ├── FileFormatError           a file that is damaged, too large, or not of the format expected
+    │   ├── UserFileError             a file that a user keeps where one would be written
     │   ├── ArchiveError              a zip or folder that cannot be read as it stands
     │   ├── PackError                 a pack that is cut short, altered, newer or read-only
     │   ├── SplitError                a split that cannot be made or would leak
@@ -45,6 +46,21 @@ class FileFormatError(DataError):
 
     def __init__(self, path: Path | str, reason: str, message: str) -> None:
         super().__init__(" ".join(f"{path} {message}".split()))
+        self.path = Path(path)
+        self.reason = reason
+
+
+class UserFileError(DataError):
+    """A file that a user keeps, or that is read, stands where one would be written.
+
+    Attributes:
+        path: What stands there.
+        reason: A code for programs: ``foreign`` (not written by this package), ``edited`` (changed since),
+            ``input`` (the same command reads it), ``not-empty``, ``not-a-file`` or ``not-a-folder``.
+    """
+
+    def __init__(self, path: Path | str, reason: str, message: str) -> None:
+        super().__init__(f"{path} {message}")
         self.path = Path(path)
         self.reason = reason
 

@@ -1,56 +1,384 @@
-"""Files that are written whole or not at all, and documents that say what format they are.
+"""Files that are written whole or not at all, and never in the place of what a user keeps.
 
 A name under which a user or a later command looks only ever holds a finished file: everything is written
-beside it under a temporary name, flushed to disk and renamed.
+under a temporary name in the same folder and renamed. What a process that died has left under such a name is
+removed by the next one that writes into that folder.
+
+Only what this package wrote is ever replaced or removed:
+
+* a folder that must be new is made by `create_directory`, which takes no folder that holds anything;
+* a folder that may hold a user's files as well is written by `update_directory`. Its manifest lists the files
+  that this package wrote and their hashes: files that it does not list, that were changed since, or that are
+  links, stay; where one stands in the way, `UserFileError` says so;
+* a file that the user named is replaced by `replace_atomic`, unless the same command reads it
+  (`refuse_inputs`).
 """
 
 import contextlib
+import errno
+import functools
 import hashlib
 import json
 import os
+import platform
+import re
+import secrets
 import shutil
-import uuid
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from biopsy.core.errors import DataError
+from biopsy.core.errors import DataError, UserFileError
+
+MANIFEST = ".biopsy-manifest.json"
+MANIFEST_FORMAT = "biopsy-manifest/1"
+LOCK = ".biopsy-lock"
+"""Name of the lock file of a folder that one process at a time may write into."""
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_PARTIAL = re.compile(r"\.biopsy-([0-9a-f]{8})-([0-9]{1,9})-[0-9a-f]{8}\.partial")
+_in_use: set[str] = set()  # temporary names of this process
+
+Entries = dict[str, str | None]
+"""Files of a manifest, by name relative to its folder: SHA-256, None while the file is being written."""
+
+
+# --- temporary names
+
+
+@functools.cache
+def _machine() -> str:
+    """Return eight digits that two processes share if each can see whether the other one is alive."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return hashlib.sha256(f"{platform.node()} {namespace}".encode()).hexdigest()[:8]
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path, target: Path) -> Iterator[Path]:
+    """Yield a temporary name in ``folder`` for what becomes ``target``; remove what is left under it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(folder)
+    partial = folder / f".biopsy-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.partial"
+    _in_use.add(partial.name)
+    try:
+        yield partial
+    except OSError as error:
+        if error.errno in NO_SPACE:  # such errors do not name their file, or by its temporary name
+            error.filename = str(error.filename or target).replace(str(partial), str(target))
+        raise
+    finally:
+        _remove(partial)
+        _in_use.discard(partial.name)
+
+
+def remove_abandoned(folder: Path | str) -> None:
+    """Remove temporary files and folders of processes that have died from a folder, if it exists.
+
+    Only names that `_temporary` gives are looked at, and of these only those of this machine.
+    """
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            owner = _PARTIAL.fullmatch(name)
+            if owner and owner[1] == _machine() and not _is_alive(int(owner[2])) and name not in _in_use:
+                _remove(Path(folder) / name)
+
+
+def _is_alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False  # what this process itself writes is known to `_in_use`
+    if os.name != "posix":
+        return True  # on Windows there is no question to a process that does not end it
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# --- files and folders that a user names
 
 
 @contextlib.contextmanager
 def replace_atomic(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; rename it to ``path`` if the block succeeds."""
+    """Yield a temporary path beside ``path``; rename it to ``path`` if the block succeeds.
+
+    Of a link, the file it points to is replaced.
+
+    Raises:
+        UserFileError: If ``path`` is a folder, a device or a pipe.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
+    if path.is_symlink():
+        path = path.resolve()
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a device or pipe"
+        raise UserFileError(path, "not-a-file", f"is {kind} where a file is to be written: name a file")
+    with _temporary(path.parent, path) as partial:
         yield partial
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    if path.name != MANIFEST and _read_manifest(path.parent).get(path.name):
+        _write_manifest(path.parent, _read_manifest(path.parent) | {path.name: sha256_file(path)})
 
 
 @contextlib.contextmanager
-def replace_directory(path: Path | str) -> Iterator[Path]:
+def create_directory(path: Path | str) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; rename it to ``path`` if the block succeeds.
 
-    A folder already at ``path`` is removed just before the renaming: the caller has decided that it may go.
+    Raises:
+        UserFileError: If ``path`` is a file, or a folder that holds anything.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.mkdir()
-    try:
+    if path.is_symlink():
+        path = path.resolve()
+    _require_free(path)
+    with _temporary(path.parent, path) as partial:
+        partial.mkdir()
         yield partial
+        _require_free(path)
         if path.exists():
-            shutil.rmtree(path)
+            path.rmdir()
         os.replace(partial, path)
+
+
+def _require_free(path: Path) -> None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserFileError(path, "not-empty", "exists already: name a folder that does not, or remove it")
+
+
+def refuse_inputs(out: Path | str, *inputs: Path | str | None) -> None:
+    """Refuse to write over what the same command reads.
+
+    Args:
+        out: File or folder to be written.
+        inputs: Files, and folders of which no file may be replaced.
+
+    Raises:
+        UserFileError: If ``out`` is one of them, or an existing file inside one.
+    """
+    out = Path(out)
+    if not out.exists():
+        return
+    for path in (Path(item) for item in inputs if item is not None):
+        inside = out.is_file() and path.is_dir() and path.resolve() in out.resolve().parents
+        if path.exists() and (inside or out.samefile(path)):
+            what = "lies in" if inside else "is"
+            raise UserFileError(out, "input", f"{what} {path}, which is read: name another place to write to")
+
+
+# --- folders that may hold a user's files
+
+
+@contextlib.contextmanager
+def update_directory(
+    path: Path | str, *names: str, last: str | None = None, adopt: bool = False
+) -> Iterator[Path]:
+    """Yield an empty temporary folder; bring its files into the folder ``path`` if the block succeeds.
+
+    A new folder appears whole. In one that exists, files that this package wrote under ``names`` before are
+    replaced or, where there are none of their name now, removed; anything else stays as it is.
+
+    Args:
+        path: The folder.
+        names: What is written: names of files relative to the folder; one that ends in ``*`` stands for all
+            that begin so.
+        last: The file that says that all others are there: it is removed before they are replaced and
+            brought in last.
+        adopt: Whether, in a folder without a manifest, existing files of these very names count as written
+            by this package.
+
+    Raises:
+        UserFileError: Before the block, if a file under ``names`` is the user's or was changed since it was
+            written; after it, if there is one in the place of a file in the temporary folder.
+    """
+    folder = Path(path)
+    if folder.is_symlink():
+        folder = folder.resolve()
+    check_outputs(folder, *names, adopt=adopt)
+    with _temporary(folder if folder.exists() else folder.parent, folder) as partial:
+        partial.mkdir()
+        yield partial
+        written: Entries = {
+            file.relative_to(partial).as_posix(): sha256_file(file)
+            for file in sorted(partial.rglob("*"))
+            if file.is_file()
+        }
+        if not folder.exists():
+            _write_manifest(partial, written)
+            try:
+                return os.replace(partial, folder)
+            except OSError:
+                if not folder.exists():  # else another process has made it meanwhile
+                    raise
+                (partial / MANIFEST).unlink()
+        _merge(partial, folder, written, names, last, adopt)
+
+
+def write_output(path: Path | str, content: bytes | str, *, adopt: bool = False) -> None:
+    """Write one file into a folder that may hold a user's files; see `update_directory`."""
+    path = Path(path)
+    with update_directory(path.parent, path.name, adopt=adopt) as folder:
+        write_atomic(folder / path.name, content)
+
+
+def check_outputs(folder: Path | str, *names: str, adopt: bool = False) -> None:
+    """Refuse, before any work is done, what `update_directory` could not bring into a folder.
+
+    Raises:
+        UserFileError: If a file under ``names`` is the user's, or was changed since it was written.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserFileError(folder, "not-a-folder", "is a file where a folder is to be written: name another")
+    entries = _read_manifest(folder, names if adopt else ())
+    for name in dict.fromkeys([*(name for name in entries if _is_among(name, names)), *names]):
+        _require_ours(folder, name, entries)
+
+
+@contextlib.contextmanager
+def hold_outputs(folder: Path | str, *names: str, adopt: bool = False) -> Iterator[None]:
+    """Check files of a folder as `check_outputs` does, and hold them while the block writes them repeatedly.
+
+    What they are when it ends is what this package wrote. After a crash they count as written by it.
+    """
+    folder = Path(folder)
+    check_outputs(folder, *names, adopt=adopt)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_manifest(folder, _read_manifest(folder) | dict.fromkeys(names))
+    try:
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # a full disk: they stay held
+            entries = _read_manifest(folder)
+            there: Entries = {name: sha256_file(folder / name) for name in names if (folder / name).is_file()}
+            _write_manifest(folder, {name: entries[name] for name in entries if name not in names} | there)
+
+
+def remove_outputs(folder: Path | str, *documents: str) -> tuple[list[str], list[str]]:
+    """Remove the files of a folder that its manifest lists, and folders in which nothing else is.
+
+    Args:
+        folder: The folder.
+        documents: Files that are this package's by their names, where the manifest does not list them.
+
+    Returns:
+        Names of the files that were removed, and of those that stay because they were changed since.
+    """
+    folder = Path(folder)
+    entries = dict.fromkeys(documents) | _read_manifest(folder)
+    kept = [name for name in entries if _find_obstacle(folder, name, entries) is not None]
+    removed = [name for name in entries if name not in kept and (folder / name).exists()]
+    for name in removed:
+        _unlink(folder, name)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+    return removed, kept
+
+
+def _merge(
+    partial: Path, folder: Path, written: Entries, names: tuple[str, ...], last: str | None, adopt: bool
+) -> None:
+    """Bring files into a folder one by one; the manifest says at every moment which are this package's."""
+    entries = _read_manifest(folder, names if adopt else ())
+    stale = [name for name in entries if _is_among(name, names) and name not in written]
+    new = [name for name in written if not _holds(folder / name, written[name])]
+    for name in (*stale, *new):
+        _require_ours(folder, name, entries)
+    others = {name: entries[name] for name in entries if name not in stale} | written
+    if not stale and not new and others == entries:
+        return
+    _write_manifest(folder, others | dict.fromkeys((*stale, *new)))
+    if last in new and len(new) + len(stale) > 1:
+        (folder / str(last)).unlink(missing_ok=True)
+    for name in stale:
+        _unlink(folder, name)
+    for place in sorted(path for path in partial.rglob("*") if path.is_dir()):
+        (folder / place.relative_to(partial)).mkdir(exist_ok=True)
+    for name in new:
+        if name != last:
+            os.replace(partial / name, folder / name)
+    _write_manifest(folder, others)
+    if last in new:
+        os.replace(partial / str(last), folder / str(last))
+
+
+def _is_among(name: str, names: tuple[str, ...]) -> bool:
+    return any(name.startswith(part[:-1]) if part.endswith("*") else name == part for part in names)
+
+
+def _holds(path: Path, sha256: str | None) -> bool:
+    return path.is_file() and not path.is_symlink() and sha256_file(path) == sha256
+
+
+def _find_obstacle(folder: Path, name: str, entries: Entries) -> Path | None:
+    """Return what stands where a file is to be written and is not this package's, None if nothing does."""
+    path = folder / name
+    for parent in reversed(PurePosixPath(name).parents[:-1]):
+        way = folder / parent
+        if way.is_symlink() or (way.exists() and not way.is_dir()):
+            return way
+    is_free = not path.is_symlink() and not path.exists()
+    held = name in entries and entries[name] is None and path.is_file() and not path.is_symlink()
+    return None if is_free or held or (name in entries and _holds(path, entries[name])) else path
+
+
+def _require_ours(folder: Path, name: str, entries: Entries) -> None:
+    path = _find_obstacle(folder, name, entries)
+    if path is None:
+        return
+    edited = name in entries and path.is_file() and not path.is_symlink()
+    found = "was changed since biopsy wrote it" if edited else "was not written by biopsy"
+    advice = "move it away, or choose another name or folder to write to"
+    raise UserFileError(path, "edited" if edited else "foreign", f"{found}: {advice}")
+
+
+def _unlink(folder: Path, name: str) -> None:
+    """Remove a file, and the folders on the way to it that are empty then."""
+    (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        for way in PurePosixPath(name).parents[:-1]:
+            (folder / way).rmdir()
+
+
+def _read_manifest(folder: Path, adopted: tuple[str, ...] = ()) -> Entries:
+    """Return the entries of a folder's manifest; without one, those for ``adopted`` files that exist."""
+    try:
+        entries = read_json(folder / MANIFEST, format=MANIFEST_FORMAT).get("files")
+    except DataError:
+        return {name: None for name in adopted if (folder / name).is_file()}
+    return {name: entries[name] for name in entries if _is_inside(name)} if isinstance(entries, dict) else {}
+
+
+def _is_inside(name: str) -> bool:
+    """Say whether a name, which somebody may have written into a manifest, leads nowhere else."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def _write_manifest(folder: Path, entries: Entries) -> None:
+    write_json(
+        folder / MANIFEST,
+        {"format": MANIFEST_FORMAT, "files": {name: entries[name] for name in sorted(entries)}},
+    )
+
+
+# --- contents
 
 
 def write_atomic(path: Path | str, content: bytes | str) -> None:

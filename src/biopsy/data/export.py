@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from biopsy.core.errors import DataError, SplitError
-from biopsy.core.files import replace_directory
+from biopsy.core.files import create_directory
 from biopsy.data.archives import Archive, Entry, open_archive
 from biopsy.data.packs import Pack
 from biopsy.data.splits import Split
@@ -81,7 +81,7 @@ def export_tree(
     classes = [f"{target:0{digits}d}" for target in range(len(pack.class_names))]
     n_files, done = sum(map(len, rows_of.values())), 0
     try:
-        with replace_directory(folder) as tree:
+        with create_directory(folder) as tree:
             for side, rows in rows_of.items():
                 for name in classes:
                     (tree / FOLDER_BY_SIDE[side] / name).mkdir(parents=True)

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import DataError, PackError
-from biopsy.core.files import replace_directory, sha256_file
+from biopsy.core.files import create_directory, sha256_file
 from biopsy.data.archives import Archive, open_archive
 from biopsy.data.blocks import Progress, Written, write_pixels
 from biopsy.data.columns import add_people, join_columns
@@ -95,7 +95,7 @@ def prepare(
             **records,
         }
         try:
-            with replace_directory(out) as folder:
+            with create_directory(out) as folder:
                 written = write_pixels(folder / PIXELS, listing, on_progress)
                 _finish(folder, name, listing, written, origin, mpp)
         except OSError as error:

@@ -18,8 +18,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from biopsy.core.errors import DataError
-from biopsy.core.files import replace_atomic
+from biopsy.core.errors import DataError, UserFileError
+from biopsy.core.files import read_json, replace_atomic, sha256_file, write_json
+from biopsy.core.tables import unmask_formulas, write_csv
 from biopsy.data.packs import Pack
 
 FORMAT = "biopsy-predictions/1"
@@ -124,20 +125,64 @@ def write_predictions(path: Path | str, frame: pd.DataFrame, metadata: Mapping[s
         DataError: If the ending is another one.
     """
     path = Path(path)
-    about = json.dumps({**metadata, "format": FORMAT}, ensure_ascii=False, default=lambda value: value.item())
     if path.suffix == ".parquet":
+        text = {**metadata, "format": FORMAT}
+        about = json.dumps(text, ensure_ascii=False, default=lambda value: value.item())
         table = pa.Table.from_pandas(frame, preserve_index=False)
         table = table.replace_schema_metadata({_KEY: about.encode()})
         with replace_atomic(path) as partial:
             pq.write_table(table, partial)
     elif path.suffix == ".csv":
-        with replace_atomic(path) as partial:
-            frame.to_csv(partial, index=False, lineterminator="\n", encoding="utf-8")
-        with replace_atomic(_beside(path)) as partial:
-            partial.write_text(about + "\n", encoding="utf-8")
+        write_described_csv(path, frame, {**metadata, "format": FORMAT})
     else:
         raise DataError(f"predictions cannot be written to {path.name!r}; use .parquet or .csv")
     return path
+
+
+def write_described_csv(path: Path, table: pd.DataFrame, metadata: Mapping[str, Any]) -> None:
+    """Write a csv, and its metadata with its own hash into ``<name>.csv.json`` beside it."""
+    write_csv(path, table)
+    write_json(_beside(path), {**metadata, "sha256": sha256_file(path)})
+
+
+def check_replaceable(path: Path, *, is_named: bool) -> None:
+    """Refuse to replace a table, or what is beside a csv, that this package did not write.
+
+    Args:
+        path: ``*.csv`` or ``*.parquet``.
+        is_named: Whether the user named this very file, which may then be any.
+
+    Raises:
+        UserFileError: If it is another file, or was changed since it was written.
+    """
+    about = _beside(path)
+    if path.suffix == ".csv" and about.exists() and _read_beside(path) is None:
+        raise UserFileError(
+            about, "foreign", f"was not written by biopsy: move it, or write {path.name} elsewhere"
+        )
+    if path.exists() and not is_named and not _is_unchanged(path):
+        raise UserFileError(
+            path, "foreign", "was not written by biopsy, or changed since: name a file with --out"
+        )
+
+
+def _is_unchanged(path: Path) -> bool:
+    if path.suffix == ".csv":
+        return (_read_beside(path) or {}).get("sha256") == sha256_file(path)
+    try:
+        return _KEY in (pq.read_schema(path).metadata or {})
+    except (OSError, pa.ArrowException):
+        return False
+
+
+def _read_beside(path: Path) -> dict[str, Any] | None:
+    """Return the metadata beside a csv; None where there is none of this package."""
+    try:
+        about = read_json(_beside(path))
+    except DataError:
+        return None
+    is_ours = isinstance(about, dict) and str(about.get("format")).startswith("biopsy-")
+    return about if is_ours else None
 
 
 def read_predictions(path: Path | str) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -151,6 +196,7 @@ def read_predictions(path: Path | str) -> tuple[pd.DataFrame, dict[str, Any]]:
         if path.suffix == ".csv":
             about = json.loads(_beside(path).read_text(encoding="utf-8"))
             frame = pd.read_csv(path, dtype=_CSV_TYPES, keep_default_na=False, na_values=[""])
+            frame = unmask_formulas(frame)
         else:
             table = pq.read_table(path)
             about = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
@@ -170,6 +216,7 @@ def read_predictions(path: Path | str) -> tuple[pd.DataFrame, dict[str, Any]]:
         raise DataError(
             f"{path} lacks the columns {missing or ['prob_<class>']}; it is not a table of predictions"
         )
+    about.pop("sha256", None)
     return _with_types(frame), about
 
 

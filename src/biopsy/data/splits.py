@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from biopsy.core.errors import SplitError, suggest
-from biopsy.core.files import read_json, write_atomic, write_json
+from biopsy.core.errors import SplitError, UserFileError, suggest
+from biopsy.core.files import read_json, update_directory, write_json
+from biopsy.core.tables import unmask_formulas, write_csv
 from biopsy.data.cases import Cases
 from biopsy.data.leakage import SIDES, check_no_leakage, find_overlap, leave_out_siblings
 from biopsy.data.packs import Pack, Unit
@@ -225,8 +226,15 @@ def with_sides(split: Split, pack: Pack, sides: np.ndarray, *, name: str, note: 
 
 
 def save_split(pack: Pack, split: Split) -> Path:
-    """Write a split into its pack, whole or not at all, and give the path of its table."""
-    return write_split(pack.path / FOLDER / f"{_check_name(split.name)}.csv", split)
+    """Write a split into its pack, whole or not at all, and give the path of its table.
+
+    Raises:
+        UserFileError: If a split of that name is there and was changed by hand.
+    """
+    names = [f"{_check_name(split.name)}{suffix}" for suffix in (".csv", ".json")]
+    with update_directory(pack.path / FOLDER, *names, last=names[1], adopt=True) as partial:
+        write_split(partial / names[0], split)
+    return pack.path / FOLDER / names[0]
 
 
 def load_split(pack: Pack, name: str) -> Split:
@@ -276,15 +284,15 @@ def find_split(pack: Pack, name: str | None = None) -> Split:
     split = make_split(pack, protocol=name)
     try:
         save_split(pack, split)
-    except OSError as error:
-        logger.warning("split %s is not kept in %s, which cannot be written: %s", name, pack.path.name, error)
+    except (OSError, UserFileError) as error:
+        logger.warning("split %s cannot be written into %s: %s", name, pack.path.name, error)
     return split
 
 
 def write_split(path: Path | str, split: Split) -> Path:
     """Write a split as csv with its json beside it."""
     path = Path(path)
-    write_atomic(path, split.table.to_csv(index=False, lineterminator="\n"))
+    write_csv(path, split.table)
     write_json(
         path.with_suffix(".json"),
         {
@@ -311,7 +319,9 @@ def read_split(path: Path | str) -> Split:
     path = Path(path)
     about = read_json(path.with_suffix(".json"), format=FORMAT)
     try:
-        table = pd.read_csv(path, dtype={"patch_id": str, "side": str}, keep_default_na=False)
+        table = unmask_formulas(
+            pd.read_csv(path, dtype={"patch_id": str, "side": str}, keep_default_na=False)
+        )
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise SplitError(f"{path} cannot be read: {error}") from None
     columns = set(table.columns)

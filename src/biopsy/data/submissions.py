@@ -1,6 +1,5 @@
 """Kaggle's submission csv: ``id,label``, the label a probability, as its competition ranks by AUROC."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from biopsy.core.errors import DataError
-from biopsy.core.files import replace_atomic
+from biopsy.data.predictions import write_described_csv
 from biopsy.imaging.decode import IMAGE_SUFFIXES
 
 FORMAT = "biopsy-submission/1"
@@ -53,9 +52,5 @@ def write_submission(path: Path | str, frame: pd.DataFrame, metadata: Mapping[st
     """
     path = check_name(path)
     table = pd.DataFrame({"id": give_ids(frame["patch_id"].tolist()), "label": frame["prob"].to_numpy(float)})
-    with replace_atomic(path) as partial:
-        table.to_csv(partial, index=False, lineterminator="\n", encoding="utf-8")
-    about = json.dumps({**metadata, "format": FORMAT}, ensure_ascii=False)
-    with replace_atomic(path.with_name(path.name + ".json")) as partial:
-        partial.write_text(about + "\n", encoding="utf-8")
+    write_described_csv(path, table, {**metadata, "format": FORMAT})
     return path

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from biopsy.core.files import replace_directory, write_atomic
+from biopsy.core.files import refuse_inputs, update_directory
+from biopsy.core.tables import write_csv
 from biopsy.figures.overlays import scale_maps, superimpose
 from biopsy.figures.sheets import lay_out_sheet
 from biopsy.figures.style import png
@@ -20,6 +21,9 @@ from biopsy.judging.places import SlideViews
 from biopsy.learning.engine import Engine
 from biopsy.learning.runs import Run
 
+TABLE = "errors.csv"
+GALLERIES = {"fn": "missed", "fp": "false-alarms", "uncertain": "uncertain"}
+"""Folder of the pictures of each kind of patch."""
 PICTURE_PX = 288  # a patch's own picture is enlarged to about this height
 
 
@@ -81,20 +85,21 @@ def mistakes(
         RunError: If the run has more than two classes, or the side has not been predicted.
     """
     run = Run.open(run)
-    found = measure_mistakes(run, side=side, n=n, device=device)
     place = run.path / "errors" if out is None else Path(out)
-    pictures: dict[str, str] = {}
-    closeups = look_closer(run, found, device=device)
-    for kind, folder in (("fn", "missed"), ("fp", "false-alarms"), ("uncertain", "uncertain")):
-        names = [each["patch_id"] for each in found.about["galleries"][kind]]
-        files = {
-            name: f"{folder}/{index:02d}-{_file_name(name)}.png" for index, name in enumerate(names, start=1)
-        }
-        with replace_directory(place / folder) as partial:
-            for name, file in files.items():
-                (partial / Path(file).name).write_bytes(png(_lay_out(closeups.of[name])))
-        pictures = {**files, **pictures}
-    write_atomic(place / "errors.csv", _list_errors(found, pictures).to_csv(index=False, lineterminator="\n"))
+    refuse_inputs(place, run.path)
+    names = (TABLE, *(f"{folder}/*" for folder in GALLERIES.values()))
+    with update_directory(place, *names) as partial:
+        found = measure_mistakes(run, side=side, n=n, device=device)
+        closeups = look_closer(run, found, device=device)
+        pictures: dict[str, str] = {}
+        for kind, folder in GALLERIES.items():
+            (partial / folder).mkdir()
+            for index, each in enumerate(found.about["galleries"][kind], start=1):
+                name = each["patch_id"]
+                file = f"{folder}/{index:02d}-{_file_name(name)}.png"
+                (partial / file).write_bytes(png(_lay_out(closeups.of[name])))
+                pictures.setdefault(name, file)
+        write_csv(partial / TABLE, _list_errors(found, pictures))
     return found.about
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import RecipeError, RunError
+from biopsy.core.files import refuse_inputs
 from biopsy.figures.overlays import scale_maps
 from biopsy.judging.examples import Explained, Illustration
 from biopsy.judging.explanation import Explanation, explain_patches
@@ -70,6 +71,8 @@ def explain(
         RecipeError: If there is no such method or layer, or the network does not allow it.
     """
     methods, run = (method,) if isinstance(method, str) else tuple(method), _open_run(model)
+    place = Path(out or (run.path / FOLDER if run is not None else FOLDER))
+    refuse_inputs(place, data, model.path if isinstance(model, Run | Classifier) else model)
     options: dict[str, Any] = {"patch": patch, "errors": errors, "method": methods, "layer": layer}
     if run is not None:
         if data is not None:
@@ -87,7 +90,6 @@ def explain(
                 else "faithfulness is measured on the patches a run was judged on: name the run"
             )
         explained = explain_others(classifier, data, **options, device=device)
-    place = Path(out or (run.path / FOLDER if run is not None else FOLDER))
     document = write_explained(classifier, explained, place, named_layer=layer)
     if run is not None and faithfulness:
         document["faithfulness"] = measure_faithfulness(run, methods=methods, layer=layer, device=device)

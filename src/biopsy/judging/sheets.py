@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from biopsy.core.errors import DataError
-from biopsy.core.files import read_json, replace_directory, write_atomic, write_json
+from biopsy.core.files import read_json, update_directory, write_json
 from biopsy.figures.overlays import superimpose
 from biopsy.figures.sheets import lay_out_sheet
 from biopsy.figures.style import png
@@ -24,33 +24,39 @@ def write_explained(
 ) -> dict[str, Any]:
     """Write sheets, pictures and ``explain.json`` into a folder; gives what the latter holds."""
     examples = explained.examples
-    document = _read_before(place / DOCUMENT, classifier.sha256)
-    for part in explained.illustrations:
-        named = part.layer is not None and part.layer == named_layer
-        stem = _file_name(f"{part.method}-{named_layer}" if named else part.method)
-        sheet = draw_sheet(explained, range(len(examples)), [part])
-        write_atomic(place / f"{stem}.png", png(sheet))
-        names = [
-            f"{index:02d}-{_file_name(each)}.png" for index, each in enumerate(examples["patch_id"], start=1)
-        ]
-        with replace_directory(place / stem) as partial:
+    stems = {
+        _file_name(
+            f"{part.method}-{named_layer}" if part.layer and part.layer == named_layer else part.method
+        ): part
+        for part in explained.illustrations
+    }
+    names = [
+        f"{index:02d}-{_file_name(each)}.png" for index, each in enumerate(examples["patch_id"], start=1)
+    ]
+    outputs = [name for stem in stems for name in (f"{stem}.png", f"{stem}/*")]
+    with update_directory(place, DOCUMENT, *outputs, last=DOCUMENT) as partial:
+        document = _read_before(place / DOCUMENT, classifier.sha256)
+        for stem, part in stems.items():
+            sheet = draw_sheet(explained, range(len(examples)), [part])
+            (partial / f"{stem}.png").write_bytes(png(sheet))
+            (partial / stem).mkdir()
             for name, patch, maps in zip(names, explained.patches, part.maps, strict=True):
-                (partial / name).write_bytes(png(_lay_out(patch, maps, signed=part.signed)))
-        about = {"method": part.method, "layer": part.layer}
-        for key in ("sheets", "patches"):
-            document[key] = [
-                entry
-                for entry in document[key]
-                if Path(entry["picture"]).parts[0].removesuffix(".png") != stem
+                (partial / stem / name).write_bytes(png(_lay_out(patch, maps, signed=part.signed)))
+            about = {"method": part.method, "layer": part.layer}
+            for key in ("sheets", "patches"):
+                document[key] = [
+                    entry
+                    for entry in document[key]
+                    if Path(entry["picture"]).parts[0].removesuffix(".png") != stem
+                ]
+            document["sheets"].append(
+                {**about, "picture": f"{stem}.png", "maps": part.titles, "caption": part.caption}
+            )
+            document["patches"] += [
+                {**example, **about, "picture": f"{stem}/{name}"}
+                for example, name in zip(examples.to_dict(orient="records"), names, strict=True)
             ]
-        document["sheets"].append(
-            {**about, "picture": f"{stem}.png", "maps": part.titles, "caption": part.caption}
-        )
-        document["patches"] += [
-            {**example, **about, "picture": f"{stem}/{name}"}
-            for example, name in zip(examples.to_dict(orient="records"), names, strict=True)
-        ]
-    write_json(place / DOCUMENT, document)
+        write_json(partial / DOCUMENT, document)
     return read_json(place / DOCUMENT, format=FORMAT)
 
 

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from biopsy.core.errors import RunError
-from biopsy.core.files import write_atomic
+from biopsy.core.files import LOCK, remove_outputs, write_atomic
 from biopsy.data.predictions import IDENTITY, tabulate_predictions, write_predictions
 from biopsy.learning.abstention import fit_abstention
 from biopsy.learning.classifiers import Classifier, score_classes
@@ -30,6 +29,12 @@ logger = logging.getLogger(__name__)
 
 STALE = ("predictions/test.parquet", "evaluation", "external", "explain", "errors", "report.html")
 """What a run holds that was made with its former probabilities."""
+_STALE_DOCUMENTS = (
+    *("predictions/test.parquet", "evaluation/metrics.json", "evaluation/metrics-val.json", "report.html"),
+    *("errors/errors.json", "errors/errors.parquet", "explain/conjectures.json", "explain/faithfulness.json"),
+    *("external/*/evaluation/metrics.json", "external/*/evaluation/metrics-val.json"),
+    *("external/*/predictions/test.parquet", "external/*/predictions/val.parquet"),
+)
 
 
 def settle(
@@ -175,7 +180,7 @@ def calibrate(run: Run | Path | str, *, method: str = "temperature") -> dict[str
     classifier = run.classifier
     check_method(method, len(classifier.info.class_names))
     try:
-        with FileLock(run.path / ".lock", timeout=0):
+        with FileLock(run.path / LOCK, timeout=0):
             return _calibrate(run, classifier, method)
     except Timeout:
         raise RunError(f"{run.path} is in use by another process") from None
@@ -190,10 +195,7 @@ def _calibrate(run: Run, classifier: Classifier, method: str) -> dict[str, Any]:
     target, group_ids = frame["target"].to_numpy(int), frame[f"{unit}_id"].to_numpy(str)
     settle_run(run, recipe, classifier, logits, target, group_ids)
     question_sha256 = _ask_again(run, recipe)
-    removed = [name for name in STALE if (run.path / name).exists()]
-    for name in removed:
-        path = run.path / name
-        rmtree(path) if path.is_dir() else path.unlink()
+    removed = _remove_stale(run.path)
     classifier.save(run.path / "classifier")
     write_validation(run, classifier, frame[[*IDENTITY, "side", "fold", "target"]], logits, about)
     write_atomic(run.path / "recipe.toml", recipe_toml(recipe))
@@ -213,6 +215,25 @@ def _calibrate(run: Run, classifier: Classifier, method: str) -> dict[str, Any]:
         "thresholds": classifier.info.thresholds,
         "removed": removed,
     }
+
+
+def _remove_stale(folder: Path) -> list[str]:
+    """Remove what was made with a run's former probabilities, and nothing else; return which of `STALE`."""
+    documents = [
+        path.relative_to(folder).as_posix() for name in _STALE_DOCUMENTS for path in folder.glob(name)
+    ]
+    removed, kept = remove_outputs(folder, *documents)
+    for name in ("explain", "errors"):
+        below = remove_outputs(folder / name)
+        removed, kept = (
+            [*files, *(f"{name}/{file}" for file in more)]
+            for files, more in zip((removed, kept), below, strict=True)
+        )
+    for file in kept:
+        logger.warning(
+            "%s was changed since it was written and stays: it is of the former calibration", folder / file
+        )
+    return [name for name in STALE if any(file == name or file.startswith(f"{name}/") for file in removed)]
 
 
 def write_validation(

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from biopsy.core.errors import DataError, RunError
-from biopsy.core.files import read_json, replace_directory, sha256_file, write_json
+from biopsy.core.files import create_directory, read_json, sha256_file, write_atomic, write_json
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import decide
 from biopsy.learning.context import average_neighbours, has_coordinates
@@ -155,7 +155,11 @@ class Classifier:
         return network.eval()
 
     def save(self, path: Path | str) -> None:
-        """Write the classifier folder, whole or not at all."""
+        """Write the classifier folder, whole or not at all; of one that is there, replace its two files.
+
+        Raises:
+            UserFileError: If the folder holds something, and no classifier.
+        """
         import torch
         from safetensors.torch import save
 
@@ -166,11 +170,20 @@ class Classifier:
             for name, tensor in self.base_network.state_dict().items()
         }
         tensors |= {_EXTRA + name: torch.from_numpy(np.array(array)) for name, array in self.extras.items()}
-        with replace_directory(path) as partial:
-            (partial / WEIGHTS).write_bytes(save(tensors))
-            digest = sha256_file(partial / WEIGHTS)
-            self.info = self.info.model_copy(update={"weights_sha256": digest, "version": __version__})
-            write_json(partial / DOCUMENT, self.info.model_dump())
+        path, content = Path(path), save(tensors)
+        digest = hashlib.sha256(content).hexdigest()
+        self.info = self.info.model_copy(update={"weights_sha256": digest, "version": __version__})
+        if (path / DOCUMENT).is_file():
+            read_json(path / DOCUMENT, format=FORMAT)
+            self._write(path, content)
+        else:
+            with create_directory(path) as partial:
+                self._write(partial, content)
+
+    def _write(self, folder: Path, weights: bytes) -> None:
+        if not (folder / WEIGHTS).is_file() or sha256_file(folder / WEIGHTS) != self.info.weights_sha256:
+            write_atomic(folder / WEIGHTS, weights)
+        write_json(folder / DOCUMENT, self.info.model_dump())
 
     @property
     def positive_index(self) -> int | None:

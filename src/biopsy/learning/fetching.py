@@ -57,7 +57,7 @@ def _fetch_from_hub(weights: Weights, out: Path) -> FetchResult:
     assert weights.hub is not None
     repository, file = weights.hub
     try:
-        came = Path(hf_hub_download(repository, file, local_dir=out / ".partial"))
+        came = Path(hf_hub_download(repository, file, local_dir=out / ".biopsy-hub"))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise DownloadError(f"{file} of {repository} did not come: {str(error).splitlines()[0]}") from None
     came.replace(out / weights.file)

@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 import secrets
-import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -15,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import DataError, RunError
-from biopsy.core.files import read_json, replace_directory, write_atomic, write_json
+from biopsy.core.files import create_directory, read_json, write_atomic, write_json
+from biopsy.core.tables import unmask_formulas, write_csv
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import read_predictions
 from biopsy.learning.classifiers import Classifier
@@ -80,10 +80,10 @@ class Run:
                 f"{path} is not empty: name another folder, or go on with `biopsy train --resume {path}`"
             )
         info = {"format": FORMAT, **info}
-        with replace_directory(path) as partial:
+        with create_directory(path) as partial:
             write_json(partial / DOCUMENT, info)
             write_atomic(partial / "recipe.toml", recipe_toml(recipe))
-            write_atomic(partial / "split.csv", split.to_csv(index=False))
+            write_csv(partial / "split.csv", split)
         return cls(path, info)
 
     def __repr__(self) -> str:
@@ -141,7 +141,7 @@ class Run:
 
     def sides(self, pack: Pack) -> np.ndarray:
         """Give the side of every patch of the pack: ``train``, ``val``, ``test`` or ``""``."""
-        split = pd.read_csv(self.path / "split.csv", dtype=str, keep_default_na=False)
+        split = unmask_formulas(pd.read_csv(self.path / "split.csv", dtype=str, keep_default_na=False))
         if not split["patch_id"].equals(pack.table["patch_id"].astype(str)):
             raise RunError(f"{self.path / 'split.csv'} does not list the patches of {pack.path}")
         return split["side"].to_numpy(str)
@@ -226,12 +226,6 @@ def name_run(recipe: str, seed: int) -> str:
     """Name a new run so that no other is called the same: recipe, seed, time and four random characters."""
     now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
     return f"{recipe}-s{seed}-{now}-{secrets.token_hex(2)}"
-
-
-def remove_partial(run: Run) -> None:
-    """Remove half-written files that an interrupted process left in a run's folder."""
-    for path in run.path.rglob(".*.partial"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def describe_environment() -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from biopsy.core.errors import DataError, MissingExtra, RunError, SplitError, TrainingDiverged
-from biopsy.core.files import replace_atomic
+from biopsy.core.files import LOCK, NO_SPACE, refuse_inputs, replace_atomic
 from biopsy.data.packing import prepare
 from biopsy.data.packs import Pack, is_pack
 from biopsy.data.splits import SIDES, Split, find_split, list_splits, make_split
@@ -31,7 +31,6 @@ from biopsy.learning.runs import (
     find_answer,
     hash_question,
     name_run,
-    remove_partial,
 )
 from biopsy.learning.sampling import order_epoch, take_fraction, weigh_classes
 from biopsy.learning.transforms import Transform, check_transform, describe_transform
@@ -95,6 +94,8 @@ def train(
     """
     if plot is not None and Path(plot).suffix not in PLOT_SUFFIXES:
         raise RunError(f"curves cannot be drawn to {plot}: its name must end in {', '.join(PLOT_SUFFIXES)}")
+    if plot is not None:
+        refuse_inputs(plot, None if isinstance(data, Pack) else data)
     if resume is not None:
         run, pack = _continue(resume, recipe, data, split, fold, out, *setting_lines(overrides))
         engine = Engine(device, run.recipe.train.precision)
@@ -109,11 +110,17 @@ def train(
         run, pack = _begin(asked, open_data(data), split, fold, seed, out, transform)
     if run.info["status"] != "finished":
         try:
-            with FileLock(run.path / ".lock", timeout=0):
-                remove_partial(run)
+            with FileLock(run.path / LOCK, timeout=0):
                 _train(run, pack, engine, tensorboard, transform, on_epoch)
         except Timeout:
             raise RunError(f"{run.path} is being trained by another process") from None
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            raise RunError(
+                f"{error.filename or run.path} could not be written ({error.strerror}): make room, then "
+                f"go on with `biopsy train --resume {run.path}`"
+            ) from None
     if plot is not None:
         curves = draw_training(run.log(), chosen_epoch=run.info["chosen_epoch"], quantities=CURVES)
         with replace_atomic(plot) as partial:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from biopsy.core.errors import DataError, MissingExtra, RunError
-from biopsy.core.files import read_json, replace_directory, sha256_file, write_json
+from biopsy.core.files import create_directory, read_json, sha256_file, write_json
 from biopsy.data.packs import Pack
 from biopsy.learning.classifiers import WEIGHTS, Classifier
 from biopsy.learning.compiling import write_compiled
@@ -108,7 +108,7 @@ def export(
     pack = _find_pack(run, data, model)
     classifier.check_pack(pack)
     patches = _choose_patches(pack, classifier.info.patch_px)
-    with replace_directory(out) as folder:
+    with create_directory(out) as folder:
         classifier.save(folder)
         write_networks(classifier, folder)
         (folder / EXAMPLE).write_text(RUN_ONNX, encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from biopsy.core.errors import DataError, PackError
-from biopsy.core.files import write_atomic, write_json
+from biopsy.core.files import check_outputs, refuse_inputs, update_directory, write_atomic, write_json
 from biopsy.core.seeds import make_rng
 from biopsy.data.audit import audit_pack, find_spoilers
 from biopsy.data.packs import Pack
@@ -52,13 +52,19 @@ def inspect(
     pack = Pack.open(pack)
     pack.verify()
     division = find_split(pack, split) if isinstance(split, str) else split
+    folder = pack.path / "inspection" if out is None else Path(out)
+    refuse_inputs(folder, pack.path)
+    names = ["classes.png", f"{pack.unit}s.svg", "slide-*"]
+    names += [] if division is None else [f"split-{division.name}.svg"]
+    check_outputs(folder, *names)
     audit = audit_pack(pack, division)
     audit_path = _write_audit(pack, audit, out)
-    folder = pack.path / "inspection" if out is None else Path(out)
-    pictures = [_draw_classes(pack, folder), *_draw_groups(pack, folder), *_draw_slides(pack, folder)]
-    if division is not None:
-        pictures.append(_draw_split(pack, division, folder))
-    return {**audit, "spoilers": find_spoilers(audit), "paths": {"audit": audit_path, "pictures": pictures}}
+    with update_directory(folder, *names) as partial:
+        pictures = [_draw_classes(pack, partial), *_draw_groups(pack, partial), *_draw_slides(pack, partial)]
+        if division is not None:
+            pictures.append(_draw_split(pack, division, partial))
+    paths = {"audit": audit_path, "pictures": [folder / picture.name for picture in pictures]}
+    return {**audit, "spoilers": find_spoilers(audit), "paths": paths}
 
 
 def _write_audit(pack: Pack, audit: dict[str, Any], out: Path | str | None) -> Path:
@@ -71,7 +77,8 @@ def _write_audit(pack: Pack, audit: dict[str, Any], out: Path | str | None) -> P
         if out is None:
             raise PackError(f"{pack.path} is read-only: name a folder for the audit with --out") from None
         path = Path(out) / "audit.json"
-        write_json(path, audit)
+        with update_directory(out, path.name) as partial:
+            write_json(partial / path.name, audit)
     return path
 
 

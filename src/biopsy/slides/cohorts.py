@@ -1,11 +1,11 @@
 """Many slides, one after another: named, read ahead, written by one thread, safe to interrupt and run again.
 
-Each slide gets a folder of its own, which is made under a temporary name and renamed when it is whole. Its
-``summary.json`` holds the question it answers (slide, classifier, settings); a slide whose folder answers the
-same question is not mapped again. ``status.csv`` names every slide and what became of it.
+Each slide gets a folder of its own, which is made under a temporary name and renamed when it is whole; in one
+that is there already only the files of an earlier map are replaced. Its ``summary.json``, written last, holds
+the question it answers (slide, classifier, settings); a slide whose folder answers the same question is not
+mapped again. ``status.csv`` names every slide and what became of it.
 """
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,8 +15,16 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from biopsy.core.errors import DataError, SlideError
-from biopsy.core.files import replace_atomic, replace_directory
+from biopsy.core.errors import DataError, SlideError, UserFileError
+from biopsy.core.files import (
+    LOCK,
+    check_outputs,
+    hold_outputs,
+    refuse_inputs,
+    remove_abandoned,
+    update_directory,
+)
+from biopsy.core.tables import write_csv
 from biopsy.core.text import printable
 from biopsy.learning.classifiers import Classifier
 from biopsy.learning.hardware import Precision
@@ -24,8 +32,8 @@ from biopsy.learning.runs import Run
 from biopsy.slides.inference import OnProgress
 from biopsy.slides.mapping import Mapped, Mapper
 from biopsy.slides.maps import SlideMap
-from biopsy.slides.outputs import MAP, prepare_to_draw, read_finished, write_outputs
-from biopsy.slides.sources import Source, list_sources
+from biopsy.slides.outputs import FILES, MAP, SUMMARY, prepare_to_draw, read_finished, write_outputs
+from biopsy.slides.sources import Source, list_sources, refuse_own_data
 
 STATUS = "status.csv"
 COLUMNS = (
@@ -111,9 +119,16 @@ def slide(
             raise DataError("several slides need a place for their maps: pass out=DIR")
         return _take(next(mapper.map(sources)))
     out = Path(out)
+    lists = [
+        path for path in ([slides] if isinstance(slides, Path | str) else slides) if Path(path).is_file()
+    ]
+    refuse_inputs(out, model.path if isinstance(model, Run | Classifier) else model)
+    refuse_inputs(out / STATUS, *lists)
+    refuse_own_data(out, sources)
+    check_outputs(out, STATUS)
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(out / ".lock", timeout=0):
+        with FileLock(out / LOCK, timeout=0), hold_outputs(out, STATUS):
             cohort = _map_into(out, sources, mapper)
     except Timeout:
         raise DataError(f"{out} is in use by another process") from None
@@ -126,8 +141,6 @@ def slide(
 
 def _map_into(out: Path, sources: Sequence[Source], mapper: Mapper) -> SlideCohort:
     """Map what is not finished yet, one thread writing while the next slide is read."""
-    for partial in out.glob(".*.partial"):  # what a killed process left behind
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
     rows = {source.name: _row(source, "waiting") for source in sources}
     questions, open_sources = {}, []
     for source in sources:
@@ -136,11 +149,16 @@ def _map_into(out: Path, sources: Sequence[Source], mapper: Mapper) -> SlideCoho
         except (OSError, DataError) as error:
             rows[source.name] = _row(source, "failed", reason=str(error))
             continue
+        remove_abandoned(out / source.name)
         finished = read_finished(out / source.name, question)
-        if finished is None:
-            open_sources.append(source)
-        else:
+        if finished is not None:
             rows[source.name] = _row(source, "done", finished)
+            continue
+        try:
+            check_outputs(out / source.name, *FILES)
+            open_sources.append(source)
+        except UserFileError as error:
+            rows[source.name] = _row(source, "failed", reason=str(error))
     with ThreadPoolExecutor(1) as writer:
         mapper.meanwhile = lambda: writer.submit(prepare_to_draw)
         writing: Future[None] | None = None
@@ -163,7 +181,7 @@ def _write(out: Path, mapped: Mapped, mapper: Mapper, question: Mapping[str, Any
     source = mapped.source
     try:
         slide_map = _take(mapped)
-        with replace_directory(out / source.name) as folder:
+        with update_directory(out / source.name, *FILES, last=SUMMARY) as folder:
             document = write_outputs(
                 folder,
                 slide_map,
@@ -210,6 +228,5 @@ def _write_status(out: Path, rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFr
     table = pd.DataFrame(list(rows.values()), columns=COLUMNS).astype(
         {"n_patches": "Int64", "unlike_training": float}
     )
-    with replace_atomic(out / STATUS) as partial:
-        table.to_csv(partial, index=False, lineterminator="\n")
+    write_csv(out / STATUS, table)
     return table

@@ -19,6 +19,7 @@ FORMAT: Final = "biopsy-slide/1"
 MAP, SUMMARY, OVERLAY, TISSUE = "map.parquet", "summary.json", "overlay.png", "tissue.jpg"
 REGIONS, DETECTIONS, HEATMAP = "regions.geojson", "detections.geojson", "heatmap.tiff"
 PANELS = "panels.png"
+FILES: Final = (MAP, SUMMARY, OVERLAY, TISSUE, REGIONS, DETECTIONS, HEATMAP, PANELS)
 _TISSUE_PX = 1024  # longer side of the picture of the tissue mask
 _HEATMAP_PX = 1024  # cells are drawn larger until the heat map's longer side is about this long
 

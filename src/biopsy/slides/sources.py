@@ -10,7 +10,7 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
-from biopsy.core.errors import DataError
+from biopsy.core.errors import DataError, UserFileError
 from biopsy.core.loaders import open_regular
 from biopsy.core.tables import read_csv_table
 from biopsy.core.text import normalize_name
@@ -92,6 +92,39 @@ def _tell_apart(sources: list[Source]) -> list[Source]:
         taken.add(name.casefold())
         named.append(replace(source, name=name))
     return named
+
+
+def refuse_own_data(out: Path, sources: Sequence[Source]) -> None:
+    """Refuse a folder for maps in which a slide's folder would be, hold or lie in what a slide is read from.
+
+    A MIRAX slide ``x.mrxs`` keeps its pixels in a folder ``x`` beside it, DICOM its levels in one folder.
+
+    Raises:
+        UserFileError: Naming the folder and the slide.
+    """
+    read_from = {data: source.path for source in sources for data in _list_data(source)}
+    above = {folder: path for data, path in read_from.items() for folder in data.parents}
+    for source in sources:
+        place = (out / source.name).resolve()
+        mirax = place.with_name(f"{place.name}.mrxs")
+        slide = above.get(place) or (mirax if mirax.exists() else None)
+        slide = slide or next(
+            (read_from[each] for each in (place, *place.parents) if each in read_from), None
+        )
+        if slide is not None:
+            raise UserFileError(
+                out / source.name,
+                "input",
+                f"would hold the map of {source.path}, and {slide} is kept there: name another --out, "
+                "a folder that holds no slides",
+            )
+
+
+def _list_data(source: Source) -> list[Path]:
+    """Name the files and folders that a slide is read from, resolved."""
+    path = source.path.resolve()
+    beside = {".mrxs": path.with_suffix(""), ".dcm": path.parent}.get(path.suffix.lower())
+    return [path] if beside is None or source.pack is not None else [path, beside]
 
 
 def _expand(path: Path, mpp: float | None) -> Iterator[Source]:

@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import DataError, RunError
-from biopsy.core.files import replace_directory, write_atomic
+from biopsy.core.files import refuse_inputs, update_directory, write_atomic
+from biopsy.core.tables import write_csv
 from biopsy.data.columns import read_csv
 from biopsy.data.packs import Pack
 from biopsy.figures.style import CLASS_COLOURS, jpeg
@@ -76,8 +77,15 @@ def doubts(run: Run | Study | Path | str, *, out: Path | str, n: int = 100) -> D
     if n < 1:
         raise RunError(f"n={n!r} lists nothing: ask for 1 label or more")
     place = Path(out)
+    refuse_inputs(place, run.path if isinstance(run, Run | Study) else run)
     _refuse_decided(place / SHEET)
-    heard = _hear(run)
+    with update_directory(place, SHEET, PAGE, f"{PICTURES}/*", last=SHEET) as partial:
+        sheet, n_patches, n_doubted = _write_sheet(partial, _hear(run), n)
+    return Doubts(sheet, place / SHEET, place / PAGE, n_patches, n_doubted)
+
+
+def _write_sheet(place: Path, heard: _Models, n: int) -> tuple[pd.DataFrame, int, int]:
+    """Write sheet, page and pictures into an empty folder; return the sheet and the counts of `Doubts`."""
     pack = heard.pack
     counts = count_neighbours(pack.table, pack.target, len(pack.class_names))
     found = rank_doubts(counts, pack.target, heard.probs).assign(row=np.arange(len(pack)))
@@ -91,13 +99,13 @@ def doubts(run: Run | Study | Path | str, *, out: Path | str, n: int = 100) -> D
     order = doubted.assign(patch_id=pack.table["patch_id"].iloc[doubted["row"]].to_numpy(str))
     chosen = order.sort_values(["doubt", "patch_id"], ascending=[False, True]).head(n)
     sheet, pictures = _compose(pack, chosen, heard)
-    with replace_directory(place / PICTURES) as partial:
-        for name, picture in zip(sheet["picture"], pictures, strict=True):
-            (partial / Path(name).name).write_bytes(picture[0])
+    (place / PICTURES).mkdir()
+    for name, picture in zip(sheet["picture"], pictures, strict=True):
+        (place / name).write_bytes(picture[0])
     page = _lay_out(pack, sheet, pictures, (len(found), len(doubted)))
     write_atomic(place / PAGE, render_doubts(page))
-    write_atomic(place / SHEET, sheet.to_csv(index=False, lineterminator="\n"))
-    return Doubts(sheet, place / SHEET, place / PAGE, len(found), len(doubted))
+    write_csv(place / SHEET, sheet)
+    return sheet, len(found), len(doubted)
 
 
 def _refuse_decided(path: Path) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from biopsy.core.files import write_atomic, write_json
+from biopsy.core.files import write_json
+from biopsy.core.tables import write_csv
 from biopsy.judging.scored import ScoredPatches
 from biopsy.learning.runs import Run
 from biopsy.studies.comparison import APART, LEAK_APART, LEAK_WITH, PUBLISHED
@@ -28,7 +29,7 @@ def write_tables(study: Study) -> None:
     if not runs:
         return
     table = pd.DataFrame([_describe(run, study.info["runs"][run.path.name]) for run in runs])
-    write_atomic(study.path / "runs.csv", table.to_csv(index=False, lineterminator="\n"))
+    write_csv(study.path / "runs.csv", table)
     frames = {
         run.path.name: run.predictions("test")[0]
         for run in runs
@@ -36,8 +37,7 @@ def write_tables(study: Study) -> None:
     }
     summary = summarise(study.info["papers"], table, frames, runs[0].metrics())
     write_json(study.path / "metrics.json", summary)
-    rows = list_rows(summary)
-    write_atomic(study.path / "table.csv", pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
+    write_csv(study.path / "table.csv", pd.DataFrame(list_rows(summary)))
 
 
 def summarise(

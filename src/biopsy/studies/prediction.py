@@ -13,9 +13,11 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import DataError
+from biopsy.core.files import refuse_inputs
 from biopsy.data.archives import MAX_ENTRY_BYTES, open_archive
-from biopsy.data.packs import Pack, is_pack, pad
-from biopsy.data.predictions import IDENTITY, tabulate_predictions, write_predictions
+from biopsy.data.packs import TABLE, Pack, is_pack, pad
+from biopsy.data.predictions import IDENTITY, check_replaceable, tabulate_predictions, write_predictions
+from biopsy.data.splits import FOLDER as SPLITS
 from biopsy.data.submissions import check_name, give_ids, write_submission
 from biopsy.imaging.decode import IMAGE_SUFFIXES, decode, read_header
 from biopsy.learning.classifiers import Classifier
@@ -93,6 +95,10 @@ def predict(
     skipped: Skipped = []
     sources = _open([Path(path) for path in paths], classifier, skipped)
     path = Path(out or ("submission.csv" if format == "kaggle" else f"predictions.{format}"))
+    if path.suffix not in (".csv", ".parquet"):
+        raise DataError(f"predictions cannot be written to {path.name!r}; use .parquet or .csv")
+    refuse_inputs(path, *_list_read(model, sources))
+    check_replaceable(path, is_named=out is not None)
     if format == "kaggle":
         _check_submission(classifier, path, sources)
     n_patches, done = sum(map(len, sources)) + len(skipped), 0
@@ -120,6 +126,18 @@ def predict(
     }
     write = write_submission if format == "kaggle" else write_predictions
     return Prediction(frame, write(path, frame, about), skipped, classifier.info.class_names)
+
+
+def _list_read(
+    model: Run | Classifier | Path | str, sources: "list[_PackSource | _ImageSource]"
+) -> Iterator[Path]:
+    """Name the tables that the model and the packs keep: those that a table of predictions might replace."""
+    if not isinstance(model, Classifier):
+        folder = model.path if isinstance(model, Run) else Path(model)
+        yield from (folder / "split.csv", folder / "predictions")
+    for source in sources:
+        if isinstance(source, _PackSource):
+            yield from (source.path / TABLE, source.path / SPLITS)
 
 
 def _check_submission(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from biopsy.core.errors import RunError, TrainingDiverged
-from biopsy.core.files import write_json
+from biopsy.core.files import hold_outputs, write_json
 from biopsy.data.packs import Pack
 from biopsy.data.splits import Split
 from biopsy.judging.evaluation import evaluate
@@ -21,6 +21,9 @@ from biopsy.learning.weights import make_network
 from biopsy.studies.records import DOCUMENT, FORMAT, Study
 
 logger = logging.getLogger(__name__)
+
+OUTPUTS = ("table.csv", "runs.csv", "figure.png")
+"""What a study writes for people to open, and perhaps to change."""
 
 
 @dataclass(frozen=True)
@@ -64,22 +67,23 @@ def answer_questions(
     asked = {question.name: question.describe() for question in questions}
     study.update(runs={**study.info.get("runs", {}), **asked})
     failed: dict[str, str] = {}
-    for question in questions:
+    with hold_outputs(study.path, *OUTPUTS, adopt=True):
+        for question in questions:
 
-        def note(record: dict[str, Any], question: Question = question) -> None:
-            if on_epoch:
-                on_epoch(record | asked[question.name])
+            def note(record: dict[str, Any], question: Question = question) -> None:
+                if on_epoch:
+                    on_epoch(record | asked[question.name])
 
-        try:
-            run = _answer(study.path / "runs" / question.name, question, pack, device, note)
-        except TrainingDiverged as error:
-            logger.warning("%s: %s", question.name, error)
-            failed[question.name] = str(error)
-            continue
-        if not (run.path / "evaluation" / "metrics.json").exists():
-            evaluate(run)
-            write_tables(study)
-    write_tables(study)
+            try:
+                run = _answer(study.path / "runs" / question.name, question, pack, device, note)
+            except TrainingDiverged as error:
+                logger.warning("%s: %s", question.name, error)
+                failed[question.name] = str(error)
+                continue
+            if not (run.path / "evaluation" / "metrics.json").exists():
+                evaluate(run)
+                write_tables(study)
+        write_tables(study)
     study.update(status="finished", failed=failed)
     return study
 

@@ -8,8 +8,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from biopsy.core.errors import DataError
-from biopsy.core.files import read_json, write_atomic
+from biopsy.core.errors import DataError, RunError
+from biopsy.core.files import check_outputs, read_json, write_atomic, write_output
 from biopsy.data.audit import audit_pack
 from biopsy.data.packs import Pack
 from biopsy.judging.closeups import look_closer
@@ -29,6 +29,7 @@ from biopsy.slides.outputs import OVERLAY, SUMMARY
 from biopsy.studies.pages import compose_study
 from biopsy.studies.records import Study, is_study
 
+PAGE = "report.html"
 MAPS = "slides"
 """Folder of a run in which its report looks for mapped slides."""
 MOST_MAPS, MAP_PX = 12, 1200
@@ -56,11 +57,20 @@ def report(
         RunError: If a run has not been evaluated, or there is no such run.
     """
     asked = [runs] if isinstance(runs, Run | Study | Path | str) else list(runs)
+    out = None if out is None else Path(out)
     written: list[Path] = []
     for item in asked:
+        path = _place(item, PAGE, out, several=len(asked) > 1)
+        if path != out:
+            check_outputs(path.parent, path.name, adopt=out is None)
         for name, page in _compose(item, hide_ids):
             path = _place(item, name, out, several=len(asked) > 1)
-            write_atomic(path, page)
+            if path in written:
+                raise RunError(f"{path} would be the report of two runs: name another --out for one of them")
+            if path == out:
+                write_atomic(path, page)
+            else:
+                write_output(path, page, adopt=out is None)
             written.append(path)
     return written
 
@@ -70,15 +80,14 @@ def _compose(item: Run | Study | Path | str, hide_ids: bool) -> list[tuple[str, 
     if isinstance(item, Study) or (not isinstance(item, Run) and is_study(item)):
         pages = compose_study(Study.open(item), hide_ids=hide_ids)
         return [(name, render_report(page)) for name, page in pages]
-    return [("report.html", render_report(report_of_run(gather_run(Run.open(item)), hide_ids=hide_ids)))]
+    return [(PAGE, render_report(report_of_run(gather_run(Run.open(item)), hide_ids=hide_ids)))]
 
 
-def _place(item: Run | Study | Path | str, name: str, out: Path | str | None, *, several: bool) -> Path:
+def _place(item: Run | Study | Path | str, name: str, out: Path | None, *, several: bool) -> Path:
     folder = item.path if isinstance(item, Run | Study) else Path(item)
     if out is None:
         return folder / name
-    out = Path(out)
-    if out.suffix == ".html" and not several and name == "report.html":
+    if out.suffix == ".html" and not several and name == PAGE:
         return out
     return out / f"{folder.name}-{name}"
 

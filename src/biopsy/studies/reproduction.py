@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from biopsy.core.errors import RecipeError, RunError
-from biopsy.core.files import write_atomic
+from biopsy.core.files import write_output
 from biopsy.data.packs import Pack
 from biopsy.figures.reproductions import draw_reproduction
 from biopsy.figures.style import png
@@ -130,7 +130,7 @@ def reproduce(
     questions = _list_questions(planned, compared, seeds, leaks)
     study = answer_questions(study, pack, questions, write_tables, device=device, on_epoch=on_epoch)
     if study.judged_runs():
-        write_atomic(study.path / "figure.png", png(draw_reproduction(study.summary()["papers"])))
+        write_output(study.path / "figure.png", png(draw_reproduction(study.summary()["papers"])))
     return study
 
 

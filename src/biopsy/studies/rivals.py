@@ -10,7 +10,8 @@ import pandas as pd
 from scipy import stats
 
 from biopsy.core.errors import MetricError, RunError, suggest
-from biopsy.core.files import write_atomic, write_json
+from biopsy.core.files import update_directory, write_atomic, write_json
+from biopsy.core.tables import write_csv
 from biopsy.judging.comparison import Ground, Rival, compare_rivals, find_changed
 from biopsy.learning.runs import Run
 from biopsy.sharing.comparison import report_of_comparison
@@ -21,7 +22,8 @@ from biopsy.statistics.planning import CORRELATIONS, influence_groups, plan_pati
 from biopsy.studies.records import Study, is_study
 from biopsy.studies.tables import pool_by_seed
 
-DOCUMENT = "comparison.json"
+DOCUMENT, TABLE, FIGURE = "comparison.json", "comparison.csv", "figure.svg"
+CHANGED, PAGE = "changed.csv", "report.html"
 
 
 def compare(
@@ -64,14 +66,16 @@ def compare(
     if len(rivals) < 2:
         raise RunError("a comparison needs two or more runs or studies: name another beside the first")
     folder = _place(rivals, out)
-    document = compare_rivals(rivals, ground, metric=metric)
-    changed = None
-    if len(rivals) == 2:
-        changed, document["changed"] = find_changed(rivals[0], rivals[1], ground)
-    facts = ComparisonFacts(document, changed, _open_patches(rivals[0]), rivals[0].frames[0])
-    if hide_ids:
-        facts = hide_comparison(facts)
-    _write(folder, facts)
+    names, adopt = (DOCUMENT, TABLE, FIGURE, CHANGED, PAGE), (folder / DOCUMENT).is_file()
+    with update_directory(folder, *names, last=DOCUMENT, adopt=adopt) as partial:
+        document = compare_rivals(rivals, ground, metric=metric)
+        changed = None
+        if len(rivals) == 2:
+            changed, document["changed"] = find_changed(rivals[0], rivals[1], ground)
+        facts = ComparisonFacts(document, changed, _open_patches(rivals[0]), rivals[0].frames[0])
+        if hide_ids:
+            facts = hide_comparison(facts)
+        _write(partial, facts)
     return {**facts.document, "path": str(folder)}
 
 
@@ -217,12 +221,11 @@ def _place(rivals: Sequence[Rival], out: Path | str | None) -> Path:
 
 def _write(folder: Path, facts: ComparisonFacts) -> None:
     write_json(folder / DOCUMENT, facts.document)
-    table = pd.DataFrame(list_differences(facts.document))
-    write_atomic(folder / "comparison.csv", table.to_csv(index=False, lineterminator="\n"))
-    write_atomic(folder / "figure.svg", facts.figure)
+    write_csv(folder / TABLE, pd.DataFrame(list_differences(facts.document)))
+    write_atomic(folder / FIGURE, facts.figure)
     if facts.changed is not None:
-        write_atomic(folder / "changed.csv", facts.changed.to_csv(index=False, lineterminator="\n"))
-    write_atomic(folder / "report.html", render_report(report_of_comparison(facts)))
+        write_csv(folder / CHANGED, facts.changed)
+    write_atomic(folder / PAGE, render_report(report_of_comparison(facts)))
 
 
 def _plan(

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import RunError
-from biopsy.core.files import write_atomic, write_json
+from biopsy.core.files import write_json, write_output
+from biopsy.core.tables import write_csv
 from biopsy.data.packs import Pack
 from biopsy.figures.style import png
 from biopsy.figures.sweeps import draw_sweep
@@ -96,7 +97,7 @@ def sweep(
     ]
     study = answer_questions(study, pack, questions, write_tables, device=device, on_epoch=on_epoch)
     if study.judged_runs():
-        write_atomic(study.path / "figure.png", png(draw_sweep(**describe_figure(study))))
+        write_output(study.path / "figure.png", png(draw_sweep(**describe_figure(study))))
     return study
 
 
@@ -107,7 +108,7 @@ def write_tables(study: Study) -> None:
         return
     rows = [_describe(run, study.info) for run in runs]
     table = pd.DataFrame([{key: _cell(value) for key, value in row.items()} for row in rows])
-    write_atomic(study.path / "table.csv", table.to_csv(index=False, lineterminator="\n"))
+    write_csv(study.path / "table.csv", table)
     write_json(study.path / "metrics.json", summarise(rows, study.info["grid"], [r.metrics() for r in runs]))
 
 

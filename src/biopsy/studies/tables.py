@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from biopsy.core.files import write_atomic, write_json
+from biopsy.core.files import write_json
+from biopsy.core.tables import write_csv
 from biopsy.data.predictions import write_predictions
 from biopsy.judging.evaluation import LEVEL
 from biopsy.judging.scored import ScoredPatches
@@ -53,7 +54,7 @@ def write_tables(study: Study) -> None:
         },
     )
     table = pd.DataFrame([describe_run(run) for run in runs])
-    write_atomic(study.path / "table.csv", table.to_csv(index=False, lineterminator="\n"))
+    write_csv(study.path / "table.csv", table)
     write_json(study.path / "metrics.json", summarise(table, pooled, runs[0].metrics()))
 
 

@@ -7,9 +7,12 @@ from pathlib import Path
 from biopsy.core.errors import DownloadError
 from biopsy.data.downloads.kaggle import download_from_kaggle, require_kagglehub
 from biopsy.data.downloads.sources import RemoteFile, Source, find_source
-from biopsy.data.downloads.transfer import OnProgress, Patience, check_disk, download, unpack
+from biopsy.data.downloads.transfer import PARTIAL, OnProgress, Patience, check_disk, download, unpack
 
 logger = logging.getLogger(__name__)
+
+PACKED = ".biopsy-packed"
+"""How the name of a packed file ends that goes as soon as it is unpacked."""
 
 
 @dataclass(frozen=True)
@@ -117,13 +120,17 @@ def needed_bytes(source: Source, out: Path) -> int:
 def _fetch_file(
     file: RemoteFile, out: Path, on_progress: OnProgress | None, patience: Patience | None
 ) -> None:
-    path = out / file.name
+    path, is_packed = out / file.name, file.unpacked_bytes is not None
+    own = is_packed and not path.exists()  # a packed file that was there before is the user's and stays
+    path = out / f"{file.name}{PACKED}" if own else path
     download(file, path, on_progress=on_progress, patience=patience)
-    if file.unpacked_bytes is not None:
+    if is_packed:
         unpack(path, out / file.final_name, on_progress=on_progress)
+    if own:
         path.unlink()
 
 
-def _parts(file: RemoteFile, out: Path) -> tuple[Path, Path]:
+def _parts(file: RemoteFile, out: Path) -> list[Path]:
     """What an interrupted fetch may have left: the packed file, or the beginning of it."""
-    return out / file.name, out / f"{file.name}.partial"
+    name = file.name if file.unpacked_bytes is None else f"{file.name}{PACKED}"
+    return [out / file.name, out / name, out / f"{name}{PARTIAL}"]

@@ -40,7 +40,7 @@ def download_from_kaggle(data: KaggleData, out: Path) -> Path:
     import kagglehub
     from kagglehub.exceptions import BackendError, CredentialError, DataCorruptionError, UnauthenticatedError
 
-    cache = out.resolve() / ".kagglehub"
+    cache = out.resolve() / ".biopsy-kagglehub"
     ask = kagglehub.competition_download if data.kind == "competition" else kagglehub.dataset_download
     try:
         with _cache_at(cache):

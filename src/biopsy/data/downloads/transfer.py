@@ -1,7 +1,7 @@
 """One file over HTTP: continued where it stopped, checked, and renamed only when it is whole.
 
-Bytes are collected in ``NAME.partial``, which outlives an interruption; the next call asks the server for
-the rest. A server that sends the whole file instead is taken at its word and the file starts again.
+Bytes are collected in ``NAME.biopsy-partial``, which outlives an interruption; the next call asks the server
+for the rest. A server that sends the whole file instead is taken at its word and the file starts again.
 """
 
 import gzip
@@ -27,6 +27,8 @@ from biopsy.data.downloads.sources import RemoteFile
 logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 1 << 20
+PARTIAL = ".biopsy-partial"
+"""How the name of a file ends that has not come whole yet."""
 REPORT_EVERY_S = 0.1
 PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}
 
@@ -86,7 +88,7 @@ def download(
     if path.exists():
         _check(file, path, f"move {path} away and fetch again")
         return
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}{PARTIAL}")
     _complete(file, partial, on_progress, patience or Patience())
     try:
         _check(
@@ -232,7 +234,7 @@ def _span(response: http.client.HTTPResponse, start: int) -> tuple[int, int | No
     if match is None or int(match[1]) != start:
         raise DownloadError(
             f"{response.url}: the server sent another part of the file than was asked for;"
-            " delete the .partial file and fetch again"
+            f" delete the {PARTIAL} file and fetch again"
         )
     return start, None if match[2] == "*" else int(match[2])
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from biopsy.core.files import replace_atomic, replace_directory
+from biopsy.core.files import create_directory, replace_atomic
 from biopsy.core.seeds import make_rng
 from biopsy.data.phantom.slides import MPP, SlidePainter, plan_painter
 
@@ -81,7 +81,7 @@ def write_archive(
     a few slides.
 
     Args:
-        path: ``*.zip`` writes a zip, anything else a folder; an existing one is replaced.
+        path: ``*.zip`` writes a zip, replacing an existing one; anything else a new folder.
         n_patients: Number of patients, named from 90001 on.
         patches_per_patient: Mean number of patches, at least 20; may be fractional, the total is exact.
         seed: The cohort's seed.
@@ -101,7 +101,7 @@ def write_archive(
             partial = stack.enter_context(replace_atomic(path))
             archive = stack.enter_context(zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED))
         else:
-            folder = stack.enter_context(replace_directory(path))
+            folder = stack.enter_context(create_directory(path))
         for patient, files in _encoded(plan, seed, workers or os.cpu_count() or 1):
             for name, png in files:
                 if is_zip:
