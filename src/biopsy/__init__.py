@@ -42,8 +42,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if TYPE_CHECKING:
     from biopsy.data.packs import Pack
     from biopsy.judging.closeups import mistakes
-    from biopsy.judging.evaluation import evaluate
     from biopsy.judging.illustration import explain
+    from biopsy.judging.predictions import evaluate_predictions
+    from biopsy.judging.results import Evaluation
     from biopsy.learning.calibration import calibrate
     from biopsy.learning.classifiers import Classifier
     from biopsy.learning.fetching import fetch
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from biopsy.slides.cohorts import SlideCohort, slide
     from biopsy.slides.maps import SlideMap
     from biopsy.studies.doubts import doubts
+    from biopsy.studies.evaluation import evaluate
     from biopsy.studies.folds import study
     from biopsy.studies.prediction import predict
     from biopsy.studies.preparation import prepare
@@ -75,6 +77,7 @@ __all__ = [
     "Classifier",
     "DataError",
     "DownloadError",
+    "Evaluation",
     "FileFormatError",
     "MetricError",
     "MissingExtra",
@@ -96,6 +99,7 @@ __all__ = [
     "demo",
     "doubts",
     "evaluate",
+    "evaluate_predictions",
     "explain",
     "export",
     "fetch",
@@ -116,6 +120,7 @@ __all__ = [
 
 _LAZY = {
     "Classifier": "biopsy.learning.classifiers:Classifier",
+    "Evaluation": "biopsy.judging.results:Evaluation",
     "Pack": "biopsy.data.packs:Pack",
     "Run": "biopsy.learning.runs:Run",
     "SlideCohort": "biopsy.slides.cohorts:SlideCohort",
@@ -125,7 +130,8 @@ _LAZY = {
     "calibrate": "biopsy.learning.calibration:calibrate",
     "demo": "biopsy.upkeep.demo:demo",
     "doubts": "biopsy.studies.doubts:doubts",
-    "evaluate": "biopsy.judging.evaluation:evaluate",
+    "evaluate": "biopsy.studies.evaluation:evaluate",
+    "evaluate_predictions": "biopsy.judging.predictions:evaluate_predictions",
     "explain": "biopsy.judging.illustration:explain",
     "export": "biopsy.sharing.bundles:export",
     "fetch": "biopsy.learning.fetching:fetch",

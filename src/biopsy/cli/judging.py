@@ -8,11 +8,11 @@ import typer
 
 import biopsy
 from biopsy.cli.console import name_skipped, print_json, print_table, progress
-from biopsy.cli.options import AsJson, Device, SplitName, TrustModel
+from biopsy.cli.options import AsJson, Device, SplitName, TrustModel, comma_list
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN|PREDICTIONS", show_default=False)],
     side: Annotated[Literal["test", "val"], typer.Option(help="Which side to judge on.")] = "test",
     data: Annotated[
         Path | None, typer.Option(help="Another pack to judge on; the run's own by default.", metavar="PACK")
@@ -22,14 +22,42 @@ def evaluate(
         float | None,
         typer.Option(help="Also PPV and NPV where this share of patches is positive.", metavar="SHARE"),
     ] = None,
+    positive: Annotated[
+        str | None, typer.Option(help="Positive class of a table of two classes.", metavar="CLASS")
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Probability from which a patch of a table is predicted positive (default: 0.5)."),
+    ] = None,
+    subgroups: Annotated[
+        str | None,
+        typer.Option(help="Columns of a table within whose values metrics are repeated.", metavar="COL,COL"),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Also write the report to this HTML file.", metavar="FILE")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Judge a run: every number with a 95 % interval, over patients where it can be."""
-    metrics = biopsy.evaluate(run, side=side, data=data, split=split, prevalence=prevalence)
+    """Evaluate a run, or a csv or Parquet table of any program's predictions; 95 % intervals over patients.
+
+    A table has a row per patch: true class (y_true, target, label), probability of the positive class (prob)
+    or of each class (prob_<class>), and patient (patient_id, groups).
+    """
+    evaluation = biopsy.evaluate(
+        run,
+        side=side,
+        data=data,
+        split=split,
+        prevalence=prevalence,
+        positive=positive,
+        threshold=threshold,
+        subgroups=comma_list(subgroups),
+        report=report,
+    )
     if as_json:
-        print_json(metrics)
+        print_json(evaluation.to_dict())
     else:
-        _print_metrics(metrics)
+        _print_metrics(evaluation)
 
 
 def _print_metrics(metrics: Mapping[str, Any]) -> None:
@@ -37,7 +65,8 @@ def _print_metrics(metrics: Mapping[str, Any]) -> None:
     if split["patients_overlap"]:
         print("PATIENTS OVERLAP on this split: these figures say nothing about a new patient.")
     of_groups = "" if unit == "patch" else f" of {metrics['n_patients']:,} {unit}s"
-    print(f"{metrics['side']} side of split {split['name']}: {metrics['n_patches']:,} patches{of_groups}")
+    where = f"{metrics['side']} side of split {split['name']}: " if metrics["side"] else ""
+    print(f"{where}{metrics['n_patches']:,} patches{of_groups}")
     if opened:
         print(f"this test side has been opened {opened['times']} times, for {opened['runs']} runs")
     if metrics["baseline"]:
@@ -52,6 +81,7 @@ def _print_metrics(metrics: Mapping[str, Any]) -> None:
     _print_classes(metrics["classification_report"])
     if metrics["positive_class"] is not None:
         _print_decisions(metrics)
+    _print_subgroups(metrics)
 
 
 def _say_abstention(found: Mapping[str, Any]) -> str:
@@ -66,7 +96,10 @@ def _print_threshold(metrics: Mapping[str, Any]) -> None:
     threshold, confusion = metrics["threshold"], metrics["confusion"]
     counts = "  ".join(f"{name.upper()} {confusion[name]:,}" for name in ("tp", "fp", "fn", "tn"))
     print(f"positive class {metrics['positive_class']}: {counts}")
-    print(f"at threshold {threshold['value']:.3f} ({threshold['rule']}, chosen on {threshold['chosen_on']})")
+    chosen_on = (
+        f" ({threshold['rule']}, chosen on {threshold['chosen_on']})" if threshold["chosen_on"] else ""
+    )
+    print(f"at threshold {threshold['value']:.3f}{chosen_on}")
 
 
 def _print_estimates(metrics: Mapping[str, Any]) -> None:
@@ -95,17 +128,35 @@ def _print_classes(report: Sequence[Mapping[str, Any]]) -> None:
     print_table(rows, ["class", "precision", "recall", "F1", "patches"])
 
 
+def _print_subgroups(metrics: Mapping[str, Any]) -> None:
+    """Print the metrics within each value of each column."""
+    rows, names = [], list[str]()
+    for column, values in metrics["subgroups"].items():
+        for value, found in values.items():
+            names = list(found["patch"])
+            estimates = [
+                f"{_number(found['patch'][name])} ({_interval(found['patch'][name])})" for name in names
+            ]
+            rows.append([column, value, found["n_patches"], found["n_patients"], *estimates])
+    if rows:
+        print_table(rows, ["column", "subgroup", "patches", "patients", *names])
+
+
 def _print_decisions(metrics: Mapping[str, Any]) -> None:
     """Print what the frozen thresholds promised and reach, and what they are worth at another prevalence."""
+    chosen = [point for point in metrics["operating_points"] if point["chosen_on"]]
     rows = [
         [point["rule"], f"{point['threshold']:.3f}"]
         + [
             f"{_number(point['where_chosen'][name])} -> {_number(point['achieved'][name])}"
             for name in ("sensitivity", "specificity")
         ]
-        for point in metrics["operating_points"]
+        for point in chosen
     ]
-    print_table(rows, ["threshold by", "from", "sensitivity, chosen -> here", "specificity, chosen -> here"])
+    if chosen:
+        print_table(
+            rows, ["threshold by", "from", "sensitivity, chosen -> here", "specificity, chosen -> here"]
+        )
     if "at_prevalence" in metrics:
         asked = metrics["at_prevalence"]
         rows = [

@@ -389,7 +389,7 @@ def write_atomic(path: Path | str, content: bytes | str) -> None:
 
 def write_json(path: Path | str, document: Any) -> None:
     """Write a JSON document atomically; numpy values become numbers, NaN and infinity become null."""
-    write_atomic(path, json.dumps(_plain(document), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    write_atomic(path, json.dumps(plain(document), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path | str, *, format: str | None = None) -> dict[str, Any]:
@@ -431,14 +431,14 @@ def _check_format(path: str, found: object, wanted: str) -> None:
     raise DataError(f"{path} has format {found!r} where {wanted!r} was expected")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Turn numpy values, paths and non-finite numbers into what JSON can hold."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not np.isfinite(value):

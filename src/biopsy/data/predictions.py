@@ -72,7 +72,7 @@ def tabulate_predictions(
     about: pd.DataFrame,
     class_names: list[str],
     positive_index: int | None,
-    logits: np.ndarray,
+    logits: np.ndarray | None,
     probs: np.ndarray,
     *,
     threshold: float | None = 0.5,
@@ -85,7 +85,7 @@ def tabulate_predictions(
             missing is null.
         class_names: Names of the classes, in the order of the columns of ``logits``.
         positive_index: Index of the positive class; None for more than two classes.
-        logits: ``(n, n_classes)``.
+        logits: ``(n, n_classes)``; None where they are not known.
         probs: ``(n, n_classes)``, each in [0, 1].
         threshold: For two classes, the probability from which a patch is called positive; None takes the
             likeliest class, as always for more than two.
@@ -95,15 +95,18 @@ def tabulate_predictions(
         DataError: If shapes do not agree or a probability is not one.
     """
     shape = (len(about), len(class_names))
-    if logits.shape != shape or probs.shape != shape:
-        raise DataError(
-            f"logits {logits.shape} and probs {probs.shape} do not fit {shape[0]} patches, {shape[1]} classes"
-        )
+    for array in (probs, *([] if logits is None else [logits])):
+        if array.shape != shape:
+            raise DataError(
+                f"logits or probabilities {array.shape} do not fit {shape[0]} patches, {shape[1]} classes"
+            )
     probs = np.asarray(probs, np.float64)
     if not ((probs >= 0) & (probs <= 1)).all():
         raise DataError("probabilities must lie in 0 to 1 and be numbers; check the classifier's outputs")
     frame = about.reindex(columns=[*IDENTITY, "side", "fold", "target"])
     for values, kind in ((logits, "logit"), (probs, "prob")):
+        if values is None:
+            continue
         for column, name in enumerate(class_names):
             frame[f"{kind}_{name}"] = np.asarray(values[:, column], np.float64)
     frame["pred"] = decide(probs, positive_index, threshold)
@@ -218,6 +221,19 @@ def read_predictions(path: Path | str) -> tuple[pd.DataFrame, dict[str, Any]]:
         )
     about.pop("sha256", None)
     return _with_types(frame), about
+
+
+def read_metadata(path: Path | str) -> dict[str, Any]:
+    """Return what stands beside a table of predictions; empty for a table of another program's."""
+    path = Path(path)
+    try:
+        if path.suffix == ".parquet":
+            about = json.loads((pq.read_schema(path).metadata or {}).get(_KEY, b"{}"))
+        else:
+            about = json.loads(_beside(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, pa.ArrowException):
+        return {}
+    return about if isinstance(about, dict) and about.get("format") == FORMAT else {}
 
 
 def class_columns(frame: pd.DataFrame) -> list[str]:

@@ -18,6 +18,7 @@ from biopsy.judging.abstention import measure_abstention
 from biopsy.judging.baseline import colour_baseline
 from biopsy.judging.calibration import measure_calibration
 from biopsy.judging.decisions import measure_decisions
+from biopsy.judging.results import Evaluation
 from biopsy.judging.scored import ScoredPatches
 from biopsy.judging.subgroups import measure_subgroups, pick_columns
 from biopsy.learning.classifiers import Classifier
@@ -50,7 +51,7 @@ def evaluate(
     data: Pack | Path | str | None = None,
     split: str | None = None,
     prevalence: float | None = None,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Judge a run on its test or validation side, or on another pack, and keep the numbers in the run.
 
     Writes ``predictions/<side>.parquet`` and ``evaluation/metrics.json`` (for validation
@@ -66,7 +67,7 @@ def evaluate(
         prevalence: Also work out ppv and npv where this share of patches is positive.
 
     Returns:
-        What ``metrics.json`` holds; see the file formats page.
+        The numbers, which ``metrics.json`` holds; see the file formats page.
 
     Raises:
         RunError: If the run has not finished, its pack changed, or there is nothing on that side.
@@ -152,7 +153,7 @@ def evaluate(
     }
     path = place / "evaluation" / ("metrics.json" if side == "test" else f"metrics-{side}.json")
     write_json(path, metrics)
-    return read_json(path, format=FORMAT)
+    return Evaluation(read_json(path, format=FORMAT), frame, run.path)
 
 
 def measure_predictions(scored: ScoredPatches, threshold: float | None, *, seed: int) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def describe_calibration(facts: RunFacts) -> Section | None:
     sides = {"after": found["after"]}
     if found["method"] != "none":
         sides = {"before": found["before"], **sides}
-    blocks.append(_table(sides, facts.metrics.get("side", "test")))
+    blocks.append(_table(sides, facts.on_side))
     if "bins" in found["after"]:
         positive = facts.positive if facts.is_binary else "the predicted class"
         titles = {"before": "Before calibration", "after": "After" if len(sides) > 1 else "Not calibrated"}
@@ -106,7 +106,7 @@ def _table(sides: Mapping[str, Mapping[str, Any]], judged: str) -> Table:
             rows.append([label, *cells])
     heads = ["", *(f"{name} calibration" for name in sides)] if len(sides) > 1 else ["", "not calibrated"]
     note = "Numbers with their intervals. The floor and the parts of the Brier score are without."
-    return Table(heads, rows, caption=f"Calibration on the {judged} side", note=note + reasons.text)
+    return Table(heads, rows, caption=f"Calibration{judged}", note=note + reasons.text)
 
 
 def _cell(side: Mapping[str, Any], key: str, reasons: Footnotes) -> str:

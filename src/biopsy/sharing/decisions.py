@@ -5,7 +5,7 @@ from typing import Any
 
 from biopsy.figures.calibration import draw_decision_curve
 from biopsy.figures.style import svg
-from biopsy.sharing.document import Block, Picture, Pictures, Section, Table, Text, number
+from biopsy.sharing.document import Block, Picture, Pictures, Section, Table, Text, metric_label, number
 from biopsy.sharing.facts import RunFacts
 from biopsy.sharing.numbers import Footnotes
 
@@ -23,7 +23,7 @@ def describe_decisions(facts: RunFacts) -> Section | None:
     points, curve = facts.metrics.get("operating_points"), facts.metrics.get("decision_curve")
     if not points or not curve:
         return None
-    blocks: list[Block] = [_table_of_points(points, facts.metrics.get("side", "test"))]
+    blocks: list[Block] = [_table_of_points(points, facts.metrics.get("side"))]
     if "at_prevalence" in facts.metrics:
         blocks.append(_table_at_prevalence(facts.metrics["at_prevalence"]))
     caption = (
@@ -42,8 +42,21 @@ def say_rule(rule: str) -> str:
     return RULES[name].format(asked) if name in RULES else rule
 
 
-def _table_of_points(points: Sequence[Mapping[str, Any]], side: str) -> Table:
+def _table_of_points(points: Sequence[Mapping[str, Any]], side: str | None) -> Table:
     reasons, rows = Footnotes(), []
+    if side is None:
+        names = ("sensitivity", "specificity", "ppv", "npv")
+        rows = [
+            [
+                say_rule(point["rule"]),
+                number(point["threshold"]),
+                *(reasons.estimate(point["achieved"][name]) for name in names),
+            ]
+            for point in points
+        ]
+        columns = ["threshold", "from", *(metric_label(name) for name in names)]
+        note = f"The threshold was given with the predictions, or is 0.5.{reasons.text}"
+        return Table(columns, rows, caption="Operating point", note=note)
     for point in points:
         row = [say_rule(point["rule"]), number(point["threshold"])]
         for name in ("sensitivity", "specificity"):

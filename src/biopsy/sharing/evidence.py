@@ -57,6 +57,8 @@ def describe_baseline(facts: RunFacts) -> Section | None:
 
 def describe_data(facts: RunFacts) -> Section:
     """Pack, split, audit, balance, and how often the test side was looked at."""
+    if not facts.is_run:
+        return Section("data", "The data", _draw_classes_by_group(facts))
     pack, split = facts.run.get("pack", {}), facts.run.get("split", {})
     blocks: list[Block] = [
         Facts(
@@ -138,12 +140,14 @@ def _draw_classes_by_group(facts: RunFacts) -> list[Block]:
     counts = np.zeros((len(names), len(facts.class_names)), dtype=int)
     np.add.at(counts, (codes, facts.predictions["target"].to_numpy(int)[known]), 1)
     figure = draw_balance(names.tolist(), counts, facts.class_names)
-    caption = f"Patches of each {facts.unit} on the {facts.metrics.get('side', 'test')} side, by class."
+    caption = f"Patches of each {facts.unit}{facts.on_side}, by class."
     return [Pictures([Picture(caption, svg(figure, "balance"))], across=1)]
 
 
 def describe_training(facts: RunFacts) -> Section | None:
     """Curves of training, and the network that was trained."""
+    if not facts.is_run:
+        return None
     blocks: list[Block] = []
     chosen = facts.run.get("chosen_epoch")
     drawn = [
@@ -194,8 +198,10 @@ def _say_weights(record: Mapping[str, Any] | None) -> str | None:
     return f"{begun}; {record['note']}" if record["note"] else begun
 
 
-def describe_recipe(facts: RunFacts) -> Section:
+def describe_recipe(facts: RunFacts) -> Section | None:
     """What was published, what is known to be wrong with it, and every setting."""
+    if not facts.is_run:
+        return None
     origin = facts.recipe.get("origin") or {}
     blocks: list[Block] = []
     published = origin.get("claim") or {}

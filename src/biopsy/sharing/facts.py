@@ -19,7 +19,7 @@ class RunFacts:
     """Everything the report of a run may say.
 
     Attributes:
-        run: What ``run.json`` holds.
+        run: What ``run.json`` holds; empty for predictions from elsewhere.
         metrics: What ``metrics.json`` holds.
         predictions: The judged side, in the ``Predictions`` format.
         class_names: Names by class index.
@@ -68,6 +68,16 @@ class RunFacts:
     def unit(self) -> str:
         """What counts as one independent observation: patient, slide or patch."""
         return str(self.metrics.get("interval", {}).get("unit", "patient"))
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run was judged, rather than predictions from elsewhere."""
+        return bool(self.run)
+
+    @property
+    def on_side(self) -> str:
+        """Where it was judged, for captions; empty for predictions from elsewhere."""
+        return f" on the {self.metrics.get('side', 'test')} side" if self.is_run else ""
 
     @property
     def is_binary(self) -> bool:

@@ -25,7 +25,7 @@ from biopsy.sharing.facts import RunFacts
 
 def describe_numbers(facts: RunFacts) -> Section:
     """Return every metric with its interval, the classification report, and the confusion."""
-    blocks: list[Block] = [table_of_metrics(facts.metrics, facts.unit)]
+    blocks: list[Block] = [table_of_metrics(facts.metrics, facts.unit, facts.on_side)]
     if facts.metrics.get("classification_report"):
         blocks.append(table_of_classes(facts.metrics["classification_report"], _say_calls(facts)))
     if facts.is_binary:
@@ -44,7 +44,7 @@ def picture_of_confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[
     return Pictures([Picture("Patches by true and predicted class.", svg(figure, "confusion"))], across=1)
 
 
-def table_of_metrics(metrics: Mapping[str, Any], unit: str) -> Table:
+def table_of_metrics(metrics: Mapping[str, Any], unit: str, on_side: str = " on the test side") -> Table:
     """Make the table of all metrics, pooled over patches and as means over patients."""
     pooled, n_classes = metrics.get("patch") or {}, len(metrics.get("class_names", ("", "")))
     each = metrics.get("patient") or {}
@@ -71,7 +71,7 @@ def table_of_metrics(metrics: Mapping[str, Any], unit: str) -> Table:
         floor = number(metrics["ece_floor"])
         note += f" A perfect model on these probabilities would show a calibration error of {floor}."
     note += reasons.text
-    return Table(columns, rows, caption=f"Metrics on the {metrics.get('side', 'test')} side", note=note)
+    return Table(columns, rows, caption=f"Metrics{on_side}", note=note)
 
 
 def table_of_classes(report: Sequence[Mapping[str, Any]], note: str = "") -> Table:
@@ -91,9 +91,10 @@ def table_of_classes(report: Sequence[Mapping[str, Any]], note: str = "") -> Tab
 def _say_calls(facts: RunFacts) -> str:
     if not facts.is_binary:
         return "Each patch is assigned the class of highest probability."
+    threshold = "frozen threshold" if facts.is_run else "threshold"
     return (
-        f"At the frozen threshold {number(facts.threshold)}. The recall of {facts.positive} is the "
-        f"sensitivity, that of {facts.negative} the specificity."
+        f"At the {threshold} {number(facts.threshold)}. The recall of {facts.positive} is the sensitivity, "
+        f"that of {facts.negative} the specificity."
     )
 
 
@@ -115,6 +116,8 @@ def _confusion_pictures(facts: RunFacts) -> list[Picture]:
         "confusion": f"At the frozen threshold {number(facts.threshold)} ({rule}, chosen on {side}).",
         "at_half": "The same at probability .5.",
     }
+    if not facts.is_run:
+        named["confusion"] = f"At the threshold {number(facts.threshold)}."
     return [
         Picture(caption, svg(_draw_quadrants(facts, counts), key))
         for key, caption in named.items()

@@ -83,19 +83,22 @@ def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
         describe_data(facts),
         describe_training(facts),
         describe_recipe(facts),
-        describe_reproduction(facts.run),
+        describe_reproduction(facts.run) if facts.is_run else None,
     ]
     present = [section for section in sections if section is not None]
     present.append(describe_checklist(present, has_subgroups=bool(facts.metrics.get("subgroups"))))
     m = facts.metrics
     title = str(facts.recipe.get("title") or facts.recipe.get("name") or facts.run.get("recipe") or "A run")
     name = facts.run.get("name") or facts.run.get("id") or "run"
+    about = f"Run {name}, judged on the {m.get('side', 'test')} side"
+    if not facts.is_run:
+        title, about = "Evaluation of predictions", "Predictions from outside biopsy"
     size = f"{number(m.get('n_patches'))} patches"
     if facts.unit != "patch":
         size += f" of {number(m.get('n_patients'))} {facts.unit}s"
     return ReportDocument(
         title=title,
-        subtitle=f"Run {name}, judged on the {m.get('side', 'test')} side: {size}",
+        subtitle=f"{about}: {size}",
         summary=_summarise(facts),
         sections=present,
         warnings=warn_reader(facts),
@@ -164,7 +167,9 @@ def _summarise(facts: RunFacts) -> Summary:
         unit=facts.unit,
         findings=[
             _say_threshold(facts),
-            say_openings(facts.ledger or m.get("times_opened")),
+            say_openings(facts.ledger or m.get("times_opened"))
+            if facts.is_run
+            else "Whether these patches were kept apart from training, the predictions do not say.",
             *([HIDDEN] if facts.ids_hidden else []),
         ],
         not_for=NOT_FOR,
@@ -181,13 +186,15 @@ def _ask(facts: RunFacts) -> str:
     overlap = facts.metrics.get("split", {}).get("patients_overlap")
     if overlap:
         return f"Can it tell {task}, on patches of {facts.unit}s it was trained on as well?"
-    return f"Can it tell {task}, on {new} it has never seen?"
+    return f"Can it tell {task}, on {new} it has never seen?" if facts.is_run else f"Can it tell {task}?"
 
 
 def _say_threshold(facts: RunFacts) -> str:
     threshold = facts.metrics.get("threshold")
     if not threshold:
         return "A patch is given the class of the highest probability."
+    if threshold.get("chosen_on") is None:
+        return f"A patch is predicted {facts.positive} from a probability of {number(facts.threshold)}."
     return (
         f"A patch is called {facts.positive} from a probability of {number(facts.threshold)}; that threshold "
         f"was chosen on {threshold.get('chosen_on', 'a side not stated')} by the rule "

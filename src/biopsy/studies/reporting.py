@@ -18,6 +18,7 @@ from biopsy.judging.examples import Explained
 from biopsy.judging.faithfulness import read_faithfulness
 from biopsy.judging.illustration import explain_examples
 from biopsy.judging.mistakes import measure_mistakes
+from biopsy.judging.results import Evaluation
 from biopsy.judging.sheets import DOCUMENT, write_explained
 from biopsy.learning.networks import build_network, describe
 from biopsy.learning.recipes import Recipe, recipe_toml
@@ -34,20 +35,23 @@ MAPS = "slides"
 """Folder of a run in which its report looks for mapped slides."""
 MOST_MAPS, MAP_PX = 12, 1200
 
+Reported = Run | Study | Evaluation | Path | str
+
 logger = logging.getLogger(__name__)
 
 
 def report(
-    runs: Run | Study | Path | str | Sequence[Run | Study | Path | str],
+    runs: Reported | Sequence[Reported],
     *,
     out: Path | str | None = None,
     hide_ids: bool = False,
 ) -> list[Path]:
-    """Write one self-contained HTML report for each run or study.
+    """Write one self-contained HTML report for each run, study or evaluation of predictions.
 
     Args:
-        runs: Evaluated runs and studies.
-        out: The file to write, for one run; a folder, for several. By default ``report.html`` in each.
+        runs: Evaluated runs, studies, and what `evaluate_predictions` returned.
+        out: The file to write, for one run; a folder, for several. By default ``report.html`` in each;
+            needed for predictions.
         hide_ids: Replace patient, slide and patch ids by numbers, for sharing.
 
     Returns:
@@ -56,7 +60,10 @@ def report(
     Raises:
         RunError: If a run has not been evaluated, or there is no such run.
     """
-    asked = [runs] if isinstance(runs, Run | Study | Path | str) else list(runs)
+    asked = [runs] if isinstance(runs, Run | Study | Evaluation | Path | str) else list(runs)
+    asked = [item.run if isinstance(item, Evaluation) and item.run else item for item in asked]
+    if out is None and any(isinstance(item, Evaluation) for item in asked):
+        raise RunError('predictions have no folder: say where the report goes, such as out="report.html"')
     out = None if out is None else Path(out)
     written: list[Path] = []
     for item in asked:
@@ -75,21 +82,29 @@ def report(
     return written
 
 
-def _compose(item: Run | Study | Path | str, hide_ids: bool) -> list[tuple[str, str]]:
-    """Give the pages of a run or a study: file name and HTML each."""
+def _compose(item: Reported, hide_ids: bool) -> list[tuple[str, str]]:
+    """Return the pages of a run, a study or an evaluation: file name and HTML each."""
+    if isinstance(item, Evaluation):
+        facts = RunFacts(
+            run={}, metrics=item.document, predictions=item.predictions, class_names=item.class_names
+        )
+        return [(PAGE, render_report(report_of_run(facts, hide_ids=hide_ids)))]
     if isinstance(item, Study) or (not isinstance(item, Run) and is_study(item)):
         pages = compose_study(Study.open(item), hide_ids=hide_ids)
         return [(name, render_report(page)) for name, page in pages]
     return [(PAGE, render_report(report_of_run(gather_run(Run.open(item)), hide_ids=hide_ids)))]
 
 
-def _place(item: Run | Study | Path | str, name: str, out: Path | None, *, several: bool) -> Path:
-    folder = item.path if isinstance(item, Run | Study) else Path(item)
+def _place(item: Reported, name: str, out: Path | None, *, several: bool) -> Path:
+    if isinstance(item, Evaluation):
+        folder = Path()
+    else:
+        folder = item.path if isinstance(item, Run | Study) else Path(item)
     if out is None:
         return folder / name
     if out.suffix == ".html" and not several and name == PAGE:
         return out
-    return out / f"{folder.name}-{name}"
+    return out / f"{folder.name or 'predictions'}-{name}"
 
 
 def gather_run(run: Run) -> RunFacts:

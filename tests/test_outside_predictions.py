@@ -1,0 +1,279 @@
+"""Predictions of other programs: the numbers against scikit-learn, tables by their columns, and refusals."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn import metrics as sk
+from typer.testing import CliRunner
+
+import biopsy
+from biopsy.cli import app
+from biopsy.core.errors import DataError, MetricError
+from biopsy.data.predictions import write_predictions
+from report_facts import Page
+
+GROUPS = np.repeat([f"p{k}" for k in range(10)], 20)
+
+
+def draw(n_classes=2, seed=0):
+    rng = np.random.default_rng(seed)
+    target = rng.integers(0, n_classes, 200)
+    scores = np.exp(rng.normal(size=(200, n_classes)) + 1.5 * np.eye(n_classes)[target])
+    return target, scores / scores.sum(axis=1, keepdims=True)
+
+
+def test_two_classes_equal_scikit_learn():
+    target, probs = draw()
+    found = biopsy.evaluate_predictions(target, probs[:, 1], GROUPS, threshold=0.4)
+    values = found.to_frame()["value"]
+    assert values["auroc"] == pytest.approx(sk.roc_auc_score(target, probs[:, 1]), abs=1e-12)
+    called = probs[:, 1] >= 0.4
+    assert values["sensitivity"] == pytest.approx(sk.recall_score(target, called), abs=1e-12)
+    assert found["threshold"]["value"] == 0.4 and found["positive_class"] == "1"
+    assert (found["n_patients"], found["unit"], found["interval"]["method"]) == (10, "patient", "jackknife-t")
+    tn, fp, fn, tp = sk.confusion_matrix(target, called).ravel().tolist()
+    assert found["confusion"] == {"tp": tp, "fp": fp, "fn": fn, "tn": tn}
+    assert found.confusion_matrix().to_numpy().tolist() == [[tn, fp], [fn, tp]]
+    assert found["operating_points"][0]["achieved"]["sensitivity"]["value"] == values["sensitivity"]
+    assert found["calibration"]["after"]["brier"]["value"] == values["brier"]
+
+
+def test_more_classes_by_their_names():
+    target, probs = draw(3)
+    names = ["benign", "in situ", "invasive"]
+    found = biopsy.evaluate_predictions(np.array(names)[target], probs, GROUPS)
+    assert found.class_names == names and found["threshold"] is None
+    values = found.to_frame()["value"]
+    assert values["accuracy"] == pytest.approx(sk.accuracy_score(target, probs.argmax(axis=1)))
+    assert values["auroc"] == pytest.approx(sk.roc_auc_score(target, probs, multi_class="ovr"))
+    report = found.classification_report()
+    assert report.index.tolist() == [*names, "macro average", "weighted average", "micro average"]
+    with pytest.raises(MetricError, match="ROC curve is of two classes; these are 3"):
+        found.plot_roc()
+
+
+def test_the_same_classes_whatever_their_form():
+    """Numbers, names, booleans, one probability or two, positive first or second: one answer."""
+    target, probs = draw()
+    plain = biopsy.evaluate_predictions(target, probs[:, 1], GROUPS).to_frame()
+    names = np.array(["normal", "tumour"])[target]
+    same = [
+        biopsy.evaluate_predictions(target.astype(bool), probs, GROUPS),
+        biopsy.evaluate_predictions(target.astype(float), probs, GROUPS),
+        biopsy.evaluate_predictions(
+            pd.Series(target, dtype="Int64"), pd.Series(probs[:, 1]), pd.Series(GROUPS)
+        ),
+        biopsy.evaluate_predictions(names, probs[:, 1], GROUPS, positive_class="tumour"),
+        biopsy.evaluate_predictions(names, probs, GROUPS, positive_class="tumour"),
+        biopsy.evaluate_predictions(
+            names, probs[:, ::-1], GROUPS, class_names=["tumour", "normal"], positive_class="tumour"
+        ),
+        biopsy.evaluate_predictions(
+            names, probs[:, 1], GROUPS, class_names=["tumour", "normal"], positive_class="tumour"
+        ),
+    ]
+    for found in same:
+        pd.testing.assert_frame_equal(found.to_frame(), plain, check_exact=False, atol=1e-12)
+
+
+def test_names_that_are_numbers_are_names():
+    found = biopsy.evaluate_predictions(
+        [1, 2, 2, 1], [0.1, 0.9, 0.8, 0.3], list("aabb"), class_names=["1", "2"]
+    )
+    assert found["positive_class"] == "2" and found["patch"]["accuracy"]["value"] == 1
+
+
+def test_subgroups_and_prevalence():
+    target, probs = draw()
+    site = np.where(np.arange(200) % 3 == 0, "north", "south")
+    found = biopsy.evaluate_predictions(target, probs, GROUPS, subgroups={"site": site}, prevalence=0.02)
+    chosen = site == "north"
+    north = found["subgroups"]["site"]["north"]
+    assert north["n_patches"] == chosen.sum()
+    assert north["patch"]["auroc"]["value"] == pytest.approx(
+        sk.roc_auc_score(target[chosen], probs[chosen, 1])
+    )
+    assert found["at_prevalence"]["prevalence"] == 0.02
+
+
+def test_without_groups_no_interval_is_over_patients(caplog):
+    target, probs = draw()
+    found = biopsy.evaluate_predictions(target, probs)
+    assert found["unit"] == "patch" and found["n_patients"] == 200 and "patient" not in found
+    assert "no interval is over patients" in caplog.text
+
+
+def test_an_evaluation_is_json_a_table_html_and_figures():
+    target, probs = draw()
+    found = biopsy.evaluate_predictions(target, probs, GROUPS, class_names=["<normal>", "tumour"])
+    document = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert document == found and document["format"] == "biopsy-metrics/1"
+    assert set(found.to_frame().columns) == {"value", "low", "high", "reason"}
+    assert "auroc" in repr(found) and "10 patients" in repr(found)
+    Page(found._repr_html_())
+    assert "<normal>" not in found._repr_html_()
+    for name in ("plot_roc", "plot_precision_recall", "plot_calibration", "plot_confusion"):
+        assert getattr(found, name)().axes
+
+
+@pytest.mark.parametrize("n_classes", [2, 4])
+def test_a_report_of_predictions(n_classes, tmp_path):
+    target, probs = draw(n_classes)
+    found = biopsy.evaluate_predictions(
+        target, probs, GROUPS, subgroups={"site": GROUPS > "p4"}, class_names=list("abcd")[:n_classes]
+    )
+    (path,) = biopsy.report(found, out=tmp_path / "page.html")
+    text = Page(path.read_text()).text
+    auroc = found["patch"]["auroc"]
+    assert f"{auroc['value']:.3f} 95 % interval {auroc['low']:.3f} to {auroc['high']:.3f}" in text
+    assert "200 patches of 10 patients" in text and "macro average" in text and "Subgroups" in text
+    assert "None" not in text and "ledger" not in text
+    (hidden,) = biopsy.report(found, out=tmp_path / "hidden.html", hide_ids=True)
+    assert "p9" in path.read_text() and "p9" not in Page(hidden.read_text()).text
+
+
+PROBS = [0.2, 0.9, 0.4, 0.3]
+REFUSED = {
+    "lengths": (([0, 1, 1], PROBS), {}, "y_true has 3 patches and y_prob 4"),
+    "groups": (([0, 1, 1, 0], PROBS, ["a"]), {}, "groups has 1 values for 4 patches"),
+    "no patch": (([], []), {}, "no patches"),
+    "logits": (([0, 1, 1, 0], [-2.1, 3.0, 0.4, 5.0]), {}, "y_prob goes from -2.1 to 5 .*logits"),
+    "percent": (([0, 1, 1, 0], [2.0, 93.0, 40.0, 5.0]), {}, "percentages"),
+    "sums": (
+        ([0, 1, 2], np.full((3, 3), 0.9)),
+        {},
+        "3 rows of y_prob do not sum to one, first row 0 with 2.7",
+    ),
+    "NaN": (([0, 1, 1, 0], [0.2, np.nan, 0.4, 0.3]), {}, "y_prob is missing in 1 rows, first in row 1"),
+    "text": (([0, 1, 1, 0], ["a", "b", "c", "d"]), {}, "not numbers"),
+    "missing label": (([0, 1, np.nan, 0], PROBS), {}, "y_true is missing in 1 rows, first in row 2"),
+    "missing group": (([0, 1, 1, 0], PROBS, ["a", None, "b", "b"]), {}, "groups is missing in 1 rows"),
+    "one class": (([1, 1, 1, 1], PROBS), {}, "all 4 patches are of class '1'"),
+    "unknown class": (([0, 1, 2, 0], PROBS), {}, "1 labels are of no class, first '2' in row 2"),
+    "half a class": (([0, 1, 0.5, 0], PROBS), {}, "first '0.5' in row 2"),
+    "unknown name": (
+        (["a", "b", "c", "a"], PROBS),
+        {"class_names": ["a", "b"]},
+        "1 labels are of no class, first 'c' in row 2; classes: a, b",
+    ),
+    "too many names": ((["a", "b", "c", "a"], PROBS), {}, "names 3 classes .* y_prob is of 2"),
+    "which is positive": ((["a", "b", "b", "a"], PROBS), {}, "which of a and b is positive"),
+    "positive": (([0, 1, 1, 0], PROBS), {"positive_class": "idc"}, "positive_class='idc' is no class"),
+    "class names": (([0, 1, 1, 0], PROBS), {"class_names": ["a", "a"]}, "one distinct name each"),
+    "one column": (([0, 1], np.ones((2, 1, 1))), {}, "shape"),
+    "one-hot": ((np.eye(2), np.eye(2)), {}, "y_true has shape"),
+    "ids twice": (
+        ([0, 1, 1, 0], PROBS),
+        {"patch_ids": ["a", "b", "a", "c"]},
+        "1 patch ids come more than once",
+    ),
+    "threshold": (([0, 1, 1, 0], PROBS), {"threshold": 40}, "threshold=40"),
+    "threshold of three": (([0, 1, 2], np.eye(3)), {"threshold": 0.5}, "for two classes"),
+    "prevalence": (([0, 1, 1, 0], PROBS), {"prevalence": 2}, "prevalence is 2"),
+    "subgroup": (([0, 1, 1, 0], PROBS), {"subgroups": {"site": ["x"]}}, "site has 1 values for 4 patches"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_allows_no_evaluation_is_refused(case):
+    arguments, options, message = REFUSED[case]
+    with pytest.raises(MetricError, match=message):
+        biopsy.evaluate_predictions(*arguments, **options)
+
+
+def write(path, **columns):
+    pd.DataFrame(columns).to_csv(path, index=False)
+    return path
+
+
+def test_a_csv_of_another_program(tmp_path):
+    target, probs = draw()
+    path = write(
+        tmp_path / "theirs.csv", Image=np.arange(200), Label=target, Probability=probs[:, 1], Patient=GROUPS
+    )
+    found = biopsy.evaluate(path)
+    theirs = biopsy.evaluate_predictions(target, probs[:, 1], GROUPS)
+    assert found.to_dict() == theirs.to_dict() | {"evaluated": found["evaluated"]}
+    assert found.predictions["patient_id"].tolist() == GROUPS.tolist()
+
+
+def test_a_csv_with_a_probability_per_class(tmp_path):
+    target, probs = draw(3)
+    names = np.array(["b", "a", "c"])
+    path = write(
+        tmp_path / "theirs.csv",
+        y_true=names[target],
+        prob_b=probs[:, 0],
+        prob_a=probs[:, 1],
+        prob_c=probs[:, 2],
+        slide_id=GROUPS,
+    )
+    found = biopsy.evaluate(path)
+    assert found.class_names == ["b", "a", "c"] and found["unit"] == "slide"
+    right = probs.argmax(axis=1) == target
+    assert found["patch"]["accuracy"]["value"] == pytest.approx(right.mean())
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_our_own_predictions_give_the_numbers_of_the_run(trained_run, tmp_path, suffix):
+    from tiny_runs import copy_run
+
+    run = copy_run(trained_run, tmp_path)
+    theirs = biopsy.evaluate(run)
+    path = tmp_path / f"predictions{suffix}"
+    frame, about = run.predictions("test")
+    write_predictions(path, frame, about)
+    ours = biopsy.evaluate(path)
+    assert ours["positive_class"] == theirs["positive_class"]
+    assert ours["threshold"]["value"] == theirs["threshold"]["value"]
+    for name, estimate in theirs["patch"].items():
+        assert ours["patch"][name] == pytest.approx(estimate, abs=1e-9), name
+
+
+def test_a_table_that_is_not_understood(tmp_path):
+    path = write(tmp_path / "a.csv", truth=[0, 1], thing=[0.1, 0.2])
+    with pytest.raises(
+        DataError, match=r"has the columns truth, thing; a column of true classes .* prob_<class>"
+    ):
+        biopsy.evaluate(path)
+    with pytest.raises(DataError, match="does not exist"):
+        biopsy.evaluate(tmp_path / "none.csv")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        biopsy.evaluate(tmp_path / "bad.parquet")
+    good = write(tmp_path / "b.csv", y_true=[0, 1], prob=[0.1, 0.2], site=["x", "y"])
+    with pytest.raises(DataError, match="no column 'sight'"):
+        biopsy.evaluate(good, subgroups=["sight"])
+    with pytest.raises(DataError, match="side='val' does not belong to a table"):
+        biopsy.evaluate(good, side="val")
+    with pytest.raises(DataError, match=r"threshold=0\.5 does not belong to a run"):
+        biopsy.evaluate(tmp_path / "run", threshold=0.5)
+
+
+def test_the_command(tmp_path):
+    target, probs = draw(3)
+    path = write(
+        tmp_path / "theirs.csv",
+        target=target,
+        prob_a=probs[:, 0],
+        prob_b=probs[:, 1],
+        prob_c=probs[:, 2],
+        groups=GROUPS,
+        site=np.where(GROUPS > "p4", "x", "y"),
+    )
+    page = tmp_path / "page.html"
+    done = CliRunner().invoke(app, ["evaluate", str(path), "--subgroups", "site", "--report", str(page)])
+    assert done.exit_code == 0 and page.is_file()
+    accuracy = (probs.argmax(axis=1) == target).mean()
+    assert (
+        f"{accuracy:.3f}" in done.stdout
+        and "weighted average" in done.stdout
+        and "200 patches" in done.stdout
+    )
+    done = CliRunner().invoke(app, ["evaluate", str(path), "--json"])
+    assert json.loads(done.stdout)["patch"]["accuracy"]["value"] == pytest.approx(accuracy)
+    write(path, target=target, prob=probs[:, 1] * 9)
+    refused = CliRunner().invoke(app, ["evaluate", str(path)])
+    assert refused.exit_code == 1 and refused.stderr.count("\n") == 1 and "logits" in refused.stderr
