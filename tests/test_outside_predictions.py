@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import biopsy
 from biopsy.cli import app
-from biopsy.core.errors import DataError, MetricError
+from biopsy.core.errors import DataError, MetricError, RunError
 from biopsy.data.predictions import write_predictions
 from report_facts import Page
 
@@ -277,3 +277,10 @@ def test_the_command(tmp_path):
     write(path, target=target, prob=probs[:, 1] * 9)
     refused = CliRunner().invoke(app, ["evaluate", str(path)])
     assert refused.exit_code == 1 and refused.stderr.count("\n") == 1 and "logits" in refused.stderr
+
+
+def test_a_report_of_predictions_goes_where_it_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match="out="):
+        biopsy.report(biopsy.evaluate_predictions([0, 1], [0.1, 0.9]))
+    assert not list(tmp_path.iterdir())
