@@ -54,8 +54,9 @@ def find_or_make_split(pack: Pack, slide: str) -> Split:
 def train_one(recipe: str, pack: Pack, slide: str, seed: int, out: Path) -> Run:
     """Return the finished run of one slide and seed."""
     path = out / f"{recipe}-lo-{slide}-s{seed}"
-    if (path / "run.json").exists() and Run.open(path).info["status"] != "finished":
-        return biopsy.train(resume=path)
+    if (path / "run.json").exists():
+        run = Run.open(path)
+        return run if run.info["status"] == "finished" else biopsy.train(resume=path)
     return biopsy.train(recipe, pack, split=find_or_make_split(pack, slide), seed=seed, out=path)
 
 
@@ -109,11 +110,12 @@ def main() -> None:
     parser.add_argument("pack", type=Path)
     parser.add_argument("--recipe", default="idc-small")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--slides", default=",".join(SLIDES))
     parser.add_argument("--out", type=Path, default=Path("runs/idc"))
     arguments = parser.parse_args()
     pack = Pack.open(arguments.pack)
     for seed in map(int, arguments.seeds.split(",")):
-        for slide in SLIDES:
+        for slide in arguments.slides.split(","):
             row = measure(train_one(arguments.recipe, pack, slide, seed, arguments.out))
             known = pd.read_csv(RESULTS, dtype={"slide": str}) if RESULTS.exists() else pd.DataFrame()
             if len(known):
