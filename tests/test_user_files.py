@@ -1,11 +1,16 @@
 """What a user keeps is never removed or written over: the mechanism, then every command that writes."""
 
 import os
+import shlex
+import shutil
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from biopsy.cli import app
 from biopsy.core import files
 from biopsy.core.errors import DataError, UserFileError
 from biopsy.core.files import (
@@ -23,7 +28,11 @@ from biopsy.core.files import (
     write_json,
     write_output,
 )
+from biopsy.data.downloads import RemoteFile, Source, collection
+from biopsy.upkeep import demo
 from conftest import abandon
+from keras_files import build, keras_layers, make_config, write_keras
+from tiny_runs import TINY, copy_run
 
 
 def put(folder: Path, **contents: str) -> None:
@@ -324,3 +333,249 @@ def test_the_manifest_is_a_document(tmp_path):
     put(tmp_path, a="1")
     found = read_json(tmp_path / MANIFEST, format="biopsy-manifest/1")
     assert found["files"] == {"a": files.sha256_file(tmp_path / "a")}
+
+
+# --- every command
+
+
+OUTSIDE = "a folder elsewhere"
+PAPER = """
+format = "biopsy-recipe/1"
+name = "tiny-paper"
+title = "A tiny paper"
+[origin]
+dataset = "synthetic"
+updates = 100
+claim = { accuracy = 0.8 }
+corrected = { balanced_accuracy = 0.75 }
+[preprocessing]
+input_px = 8
+[model]
+name = "dabydeen_hedges"
+params = { widths = [4], dense = 4 }
+[train]
+epochs = 1
+batch_size = 8
+[as_published]
+split = { method = "shuffled-paths", seed = 42, train = 0.8, val = 0.1 }
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command and where it writes, relative to the folder the test works in.
+
+    Attributes:
+        words: The command line.
+        out: What it is asked to write.
+        is_new: Whether it makes that folder, and so refuses one that holds anything.
+        taken: Of a folder it shares with the user, files of its own that the user may have, or may edit.
+        before: Commands that must have been run.
+        beside: Words that change what is answered, so that a second call writes anew.
+    """
+
+    words: str
+    out: str = ""
+    is_new: bool = False
+    taken: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    beside: str = ""
+
+
+SETTINGS = " ".join(f"--set {setting}" for setting in (*TINY, "train.epochs=1"))
+STUDY = f"cancernet-2020 --data own.pack {SETTINGS}"
+JUDGED = ("evaluate run",)
+CASES = {
+    "list": Case("list models"),
+    "fetch": Case("fetch idc --out fetched", "fetched"),
+    "prepare": Case("prepare idc.zip --out new.pack --export-tree tree", "new.pack", is_new=True),
+    "inspect": Case(
+        "inspect own.pack --split official --out drawn", "drawn", taken=("classes.png", "patients.svg")
+    ),
+    "split": Case("split own.pack --protocol patients --name mine", "own.pack/splits", taken=("mine.csv",)),
+    "train": Case(f"train {STUDY} --out trained --plot curves.svg", "trained", is_new=True),
+    "evaluate": Case("evaluate run", "run/evaluation"),
+    "calibrate": Case("calibrate run", "run/explain", before=("evaluate run", "explain run", "mistakes run")),
+    "report": Case("report run --out pages", "pages", taken=("run-report.html",), before=JUDGED),
+    "predict": Case("predict run own.pack", ".", taken=("predictions.csv", "predictions.csv.json")),
+    "explain": Case(
+        "explain run --method saliency --out shown",
+        "shown",
+        taken=("saliency.png", "explain.json"),
+        beside="--errors 3",
+    ),
+    "mistakes": Case(
+        "mistakes run --out wrong", "wrong", taken=("errors.csv",), before=JUDGED, beside="--n 3"
+    ),
+    "doubts": Case("doubts run --out sheet", "sheet", taken=("labels.csv", "labels.html"), beside="--n 3"),
+    "slide": Case(
+        "slide run/classifier slide.tiff --out maps",
+        "maps",
+        taken=("status.csv", "slide/overlay.png", "slide/regions.geojson"),
+        beside="--detections",
+    ),
+    "compare": Case(
+        "compare run other --out compared", "compared", is_new=True, before=("evaluate run", "evaluate other")
+    ),
+    "import-keras": Case("import-keras k.keras --model cancernet-2020 --out mine", "mine", is_new=True),
+    "export": Case("export run bundle", "bundle", is_new=True),
+    "study": Case(
+        f"study {STUDY} --split official --seeds 0 --out s", "s", is_new=True, taken=("table.csv",)
+    ),
+    "sweep": Case(
+        f"sweep {STUDY} --split official --grid train.lr=0.1 --out s", "s", is_new=True, taken=("table.csv",)
+    ),
+    "reproduce": Case(
+        "reproduce paper.toml --data own.pack --seeds 0 --leak-seeds= --out s",
+        "s",
+        is_new=True,
+        taken=("table.csv", "runs.csv"),
+    ),
+    "demo": Case("demo --out demo", "demo", is_new=True),
+}
+SLOW = {
+    "report",
+    "inspect",
+    "calibrate",
+    "export",
+    "study",
+    "sweep",
+    "reproduce",
+    "demo",
+    "train",
+    "compare",
+    "slide",
+    "mistakes",
+}
+
+
+@pytest.fixture
+def place(trained_run, make_slide, make_idc_zip, tmp_path, monkeypatch, request) -> Path:
+    """A folder with everything that the commands read, which is the current one."""
+    (tmp_path / "inputs").mkdir()
+    copy_run(trained_run, tmp_path)
+    if "other" in request.param.words:
+        shutil.copytree(tmp_path / "run", tmp_path / "other")
+    make_slide(mpp=2.0)
+    make_idc_zip()
+    (tmp_path / "paper.toml").write_text(PAPER)
+    layers = keras_layers(build(input_px=48))
+    write_keras(tmp_path / "k.keras", layers, make_config(layers, input_px=48))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "N_PATIENTS", 12)
+    monkeypatch.setattr(demo, "PATCHES_PER_PATIENT", 20)
+    monkeypatch.setattr(demo, "SLIDE_PX", (600, 450))
+    monkeypatch.setattr(demo, "SETTINGS", ("train.epochs=1", "train.batch_size=16"))
+    source = Source("idc", "IDC", "none", "none", files=(RemoteFile((tmp_path / "idc.zip").as_uri()),))
+    monkeypatch.setattr(collection, "find_source", lambda name: source)
+    return tmp_path
+
+
+def keep(folder: Path, outside: Path) -> None:
+    """Put what a user may keep into a folder."""
+    (folder / "notes.txt").write_text(f"seen on {folder}")
+    (folder / "annotations.qpdata").write_bytes(bytes(range(256)))
+    (folder / ".hidden").write_text("hidden")
+    (folder / ".lock").write_text("another program's")
+    (folder / ".mine.partial").write_text("half, but mine")
+    (folder / ".case1.12345678.partial").mkdir(exist_ok=True)
+    (folder / ".case1.12345678.partial" / "data").write_text("mine")
+    (folder / "below").mkdir(exist_ok=True)
+    (folder / "below" / "table.csv").write_text("a,b\n1,2\n")
+    if not (folder / "elsewhere").is_symlink():
+        (folder / "elsewhere").symlink_to(outside)
+
+
+MINE = {"notes.txt", "annotations.qpdata", ".hidden", ".lock", ".mine.partial", ".case1.12345678.partial"}
+MINE |= {"below", "elsewhere"}
+
+
+def keep_everywhere(place: Path, outside: Path) -> dict[Path, bytes | str]:
+    """Put a user's files into all folders there are, and give what must be the same afterwards."""
+    for folder in [place, *(path for path in place.rglob("*") if path.is_dir())]:
+        if not MINE & set(folder.relative_to(place).parts):
+            keep(folder, outside)
+    found: dict[Path, bytes | str] = {}
+    for path in [*outside.rglob("*"), *place.rglob("*")]:
+        if path.is_relative_to(outside) or MINE & set(path.relative_to(place).parts):
+            found[path] = (
+                os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else ""
+            )
+    return found
+
+
+def assert_kept(before: dict[Path, bytes | str]) -> None:
+    for path, content in before.items():
+        now = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else ""
+        assert os.path.lexists(path) and now == content, path
+
+
+def call(words: str, *, codes: tuple[int, ...] = (0,)) -> str:
+    result = CliRunner().invoke(app, shlex.split(words))
+    assert result.exit_code in codes, (words, result.stderr, result.exception)
+    return result.stderr
+
+
+def test_every_command_has_a_case():
+    names = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert names == CASES.keys()
+
+
+@pytest.mark.parametrize(
+    "place",
+    [pytest.param(case, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, case in CASES.items()],
+    indirect=True,
+)
+def test_a_user_keeps_all_files(place, tmp_path_factory, request):
+    case = request.node.callspec.params["place"]
+    outside = tmp_path_factory.mktemp("elsewhere") / OUTSIDE
+    outside.mkdir()
+    (outside / "thesis.txt").write_text("precious")
+    for words in case.before:
+        call(words)
+    if case.out:
+        (place / case.out).mkdir(parents=True, exist_ok=True)
+    before = keep_everywhere(place, outside)
+    if case.is_new:  # it takes no folder that holds anything
+        listed = sorted(place.rglob("*"))
+        call(case.words, codes=(1,))
+        assert_kept(before)
+        assert {path.name for path in (place / case.out).iterdir()} == MINE, "something was written"
+        assert [path for path in sorted(place.rglob("*.partial")) if path not in listed] == []
+        shutil.rmtree(place / case.out)
+        before = {path: content for path, content in before.items() if os.path.lexists(path)}
+    call(case.words)
+    assert_kept(before)
+    before = keep_everywhere(place, outside)
+    again = f"{case.words} {case.beside}"
+    call(again, codes=(0, 1) if case.is_new else (0,))
+    assert_kept(before)
+    for name in case.taken:
+        path = place / case.out / name
+        mine = path.read_bytes() + b"\nand what I think of it\n"
+        path.write_bytes(mine)
+        call(case.words, codes=(1,))
+        assert path.read_bytes() == mine
+        assert_kept(before)
+        path.unlink()
+
+
+SHARED = {name: case for name, case in CASES.items() if case.taken and not case.is_new}
+
+
+@pytest.mark.parametrize(
+    "place",
+    [pytest.param(case, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, case in SHARED.items()],
+    indirect=True,
+)
+def test_a_file_of_the_same_name_is_refused(place, request):
+    case = request.node.callspec.params["place"]
+    for words in case.before:
+        call(words)
+    for name in case.taken:
+        path = place / case.out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+        said = call(case.words, codes=(1,))
+        assert path.read_text() == "mine" and name.split("/")[-1] in said
+        path.unlink()
