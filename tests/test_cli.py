@@ -18,6 +18,7 @@ from biopsy.cli import app
 from biopsy.cli.console import print_blocks, print_json, print_table
 from biopsy.cli.learning import EpochLines, epoch_line
 from biopsy.cli.options import comma_list
+from biopsy.learning.runs import Run
 
 RECORD = {
     "epoch": 3,
@@ -363,9 +364,10 @@ def test_demo_ends_in_a_report_and_can_be_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "SLIDE_PX", (600, 450))
     monkeypatch.setattr(demo, "SETTINGS", ("train.epochs=1", "train.batch_size=16"))
     folder = tmp_path / "demonstration"
-    for left in ("demo.json", "cohort.pack/pack.json", "run/run.json"):  # what an earlier one leaves
-        (folder / left).parent.mkdir(parents=True, exist_ok=True)
-        (folder / left).write_text("{}")
+    result = call("demo", "--out", folder)
+    assert result.exit_code == 0, result.stderr
+    (folder / "run" / "classifier" / "classifier.json").unlink()
+    Run.open(folder / "run").update(status="interrupted")
     result = call("demo", "--out", folder)
     assert result.exit_code == 0, result.stderr
     report = Path(result.stdout.removeprefix("report: ").strip())

@@ -22,7 +22,7 @@ import biopsy.core.files as files
 import biopsy.slides.cohorts as cohorts
 import biopsy.slides.outputs as outputs
 from biopsy.cli import app
-from biopsy.core.errors import DataError, SlideError
+from biopsy.core.errors import DataError, SlideError, UserFileError
 from biopsy.core.files import LOCK, MANIFEST
 from biopsy.imaging.annotations import read_annotations
 from biopsy.imaging.reader import open_slide
@@ -175,6 +175,49 @@ def test_a_place_that_cannot_be_written_is_named(make_slide, tmp_path):
     cohort = slide(make_classifier(), slides, out=out)
     assert cohort.status["status"].tolist() == ["failed", "done"]
     assert (out / "a").read_text() == "a file of the user's"
+
+
+@pytest.mark.parametrize(
+    ("slide_name", "data", "out"),
+    [
+        ("x.mrxs", "x", "."),  # x/ beside x.mrxs holds its pixels
+        ("x.mrxs", "x", "x"),
+        ("other.mrxs", "other", "."),  # of a slide that is not mapped
+        ("series/x.dcm", "series", "series"),
+        ("series/series.dcm", "series", "."),
+        ("x/x.tiff", "x", "."),
+        ("x", None, "."),
+    ],
+)
+def test_a_slide_is_not_mapped_into_its_own_data(make_slide, tmp_path, monkeypatch, slide_name, data, out):
+    monkeypatch.chdir(tmp_path)
+    pixels = make_slide("given.tiff").rename(tmp_path.parent / f"{tmp_path.name}.tiff")
+    path = tmp_path / slide_name
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(pixels, path)
+    if data is not None:
+        (tmp_path / data).mkdir(exist_ok=True)
+        (tmp_path / data / "Data0000.dat").write_bytes(b"pixels")
+    asked = tmp_path / "elsewhere" / "other.tiff" if slide_name == "other.mrxs" else path
+    asked.parent.mkdir(exist_ok=True)
+    shutil.copy(pixels, asked)
+    before = contents(tmp_path)
+    with pytest.raises(UserFileError) as caught:
+        slide(make_classifier(), [asked], out=out)
+    assert caught.value.reason == "input" and contents(tmp_path) == before
+    if slide_name == "x/x.tiff":  # what is elsewhere is no reason
+        assert len(slide(make_classifier(), [asked], out=tmp_path / "maps")) == 1
+
+
+def test_an_edited_map_stays_and_does_not_stop_the_others(make_slide, tmp_path):
+    model, paths = save_classifier(tmp_path / "c"), [make_slide("a.tiff"), make_slide("b.tiff", seed=1)]
+    slide(model, paths, out=tmp_path / "out", stride_um=8)
+    (tmp_path / "out" / "a" / "regions.geojson").write_text("drawn anew by a pathologist")
+    kept = contents(tmp_path / "out" / "a")
+    cohort = slide(model, paths, out=tmp_path / "out")
+    assert [Path(item["source"]).name for item in cohort.failed] == ["a.tiff"]
+    assert contents(tmp_path / "out" / "a") == kept
+    assert len(cohort) == 2 and next(iter(cohort)).name == "b"
 
 
 def test_a_csv_states_an_mpp_for_each_slide(tmp_path, make_slide):

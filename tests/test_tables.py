@@ -1,15 +1,20 @@
-"""Csv files that users bring."""
+"""Csv files that users bring, and those that are written."""
 
+import csv
 import gzip
 import os
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from biopsy.core.errors import FileFormatError
-from biopsy.core.tables import MAX_COLUMNS, infer_numbers, read_csv_table
+from biopsy.core.tables import MAX_COLUMNS, infer_numbers, read_csv_table, unmask_formulas, write_csv
 
 
 @pytest.fixture
@@ -131,3 +136,58 @@ def test_numbers_are_inferred_where_nothing_is_lost(cells, kind):
     column = infer_numbers(pd.Series(cells, dtype=pd.StringDtype(na_value=float("nan"))))
     assert str(column.dtype) == kind
     assert column.notna().tolist() == [cell is not None for cell in cells]
+
+
+FORMULAS = [
+    "=1+1",
+    "+49 170",
+    "-2+3+cmd|' /C calc'!A0",
+    "@SUM(A1)",
+    "\t=1",
+    "\r=1",
+    "=",
+    "-",
+    "'=1",
+    "-1.5.2",
+]
+
+
+def first_cells(path) -> list[str]:
+    """Give the first cell of each row as a spreadsheet reads it."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return [row[0] for row in csv.reader(file)]
+
+
+@pytest.mark.parametrize("text", FORMULAS)
+def test_a_spreadsheet_runs_no_cell(tmp_path, text):
+    table = pd.DataFrame({text.strip(): [text, "plain"], "n": [-1.5, 2]})
+    write_csv(tmp_path / "t.csv", table)
+    assert not [cell for cell in first_cells(tmp_path / "t.csv") if cell[:1] in set("=+-@\t\r")]
+    again = read_csv_table(tmp_path / "t.csv")
+    assert again.iloc[:, 0].tolist() == [text, "plain"]
+    assert again.columns[0] == text.strip()
+
+
+def test_numbers_stay_numbers(tmp_path):
+    table = pd.DataFrame({"id": ["-1.5", "+2", "-1e-5"], "x": [-1.5, -2, 0.1], "n": [-1, 0, 1]})
+    write_csv(tmp_path / "t.csv", table)
+    assert (tmp_path / "t.csv").read_text() == "id,x,n\n-1.5,-1.5,-1\n+2,-2.0,0\n-1e-5,0.1,1\n"
+
+
+@given(st.lists(st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), min_size=1)))
+def test_text_comes_back_as_it_was(cells):
+    table = pd.DataFrame({"a": cells, "b": "x"})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "t.csv"
+        write_csv(path, table)
+        assert read_csv_table(path)["a"].tolist() == cells
+        by_pandas = pd.read_csv(path, dtype=str, keep_default_na=False)
+        assert unmask_formulas(by_pandas)["a"].tolist() == cells
+
+
+def test_missing_cells_and_other_types_are_written_as_ever(tmp_path):
+    table = pd.DataFrame(
+        {"a": [None, "x"], "b": [True, False], "c": pd.array([1, None], "Int64"), "d": [1, "-x"]}
+    )
+    write_csv(tmp_path / "t.csv", table)
+    assert (tmp_path / "t.csv").read_text() == "a,b,c,d\n,True,1,1\nx,False,,'-x\n"

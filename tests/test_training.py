@@ -1,7 +1,10 @@
 """Training: the same twice, exact resumption from any point, refusals, and that it learns."""
 
+import errno
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 import biopsy.learning.checkpoints as checkpoints
 import biopsy.learning.fitting as fitting
 import biopsy.learning.training as training
+from biopsy.core import files
 from biopsy.core.errors import DataError, RecipeError, RunError, SplitError, TrainingDiverged
 from biopsy.core.files import read_json
 from biopsy.data.splits import make_split, save_split
@@ -84,6 +88,27 @@ def test_killed_while_a_checkpoint_is_written(pack, whole, tmp_path, monkeypatch
             assert_same_run(whole, train(resume=tmp_path / "cut", device="cpu"))
         else:
             assert moment > 4  # the best epoch's weights are written only when there is a new best
+
+
+@pytest.mark.parametrize("name", ["last.safetensors", "log.jsonl", "weights.safetensors", "val.parquet"])
+def test_a_full_disk_is_named_and_the_run_goes_on(pack, whole, tmp_path, monkeypatch, name):
+    replace, times = os.replace, []
+
+    def fill(source, target):
+        times.append(Path(target).name)
+        if times.count(name) == (2 if name in ("last.safetensors", "log.jsonl") else 1):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files.os, "replace", fill)
+        with pytest.raises(
+            RunError, match=rf"{name} could not be written .*No space left.*--resume"
+        ) as caught:
+            train_tiny(pack, tmp_path / "cut", THREE)
+    assert str(tmp_path / "cut") in str(caught.value) and ".partial" not in str(caught.value)
+    assert list((tmp_path / "cut").rglob("*.partial")) == []
+    assert_same_run(whole, train(resume=tmp_path / "cut", device="cpu"))
 
 
 def test_killed_in_the_middle_of_an_epoch(pack, whole, tmp_path, monkeypatch):
