@@ -12,7 +12,7 @@ from biopsy.cli.options import AsJson, Device, SplitName, TrustModel, comma_list
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN|PREDICTIONS", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN|CLASSIFIER|PREDICTIONS", show_default=False)],
     side: Annotated[Literal["test", "val"], typer.Option(help="Which side to judge on.")] = "test",
     data: Annotated[
         Path | None, typer.Option(help="Another pack to judge on; the run's own by default.", metavar="PACK")

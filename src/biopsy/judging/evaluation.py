@@ -243,7 +243,7 @@ def _choose_patches(
         about["test_is_validation"] = bool(run.info["split"].get("val_is_test", False))
         return pack, run.sides(pack), about
     pack.verify()
-    _check_classes(pack, classifier)
+    check_classes(pack, classifier)
     classifier.check_pack(pack)
     sides = np.full(len(pack), side)
     if split_name is not None:
@@ -263,8 +263,12 @@ def _is_own(run: Run, pack: Pack) -> bool:
     return pack.info.content_sha256 == run.info["pack"]["content_sha256"]
 
 
-def _check_classes(pack: Pack, classifier: Classifier) -> None:
-    """Refuse a pack with other classes than the run learned."""
+def check_classes(pack: Pack, classifier: Classifier) -> None:
+    """Refuse a pack with other classes than the classifier's.
+
+    Raises:
+        RunError: Naming both.
+    """
     theirs = (pack.class_names, pack.info.positive_class)
     ours = (classifier.info.class_names, classifier.info.positive_class)
     if theirs != ours:

@@ -13,18 +13,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike
 
-from biopsy.core.errors import DataError, MetricError, suggest
+from biopsy.core.errors import DataError, MetricError, RunError, suggest
 from biopsy.core.files import plain
 from biopsy.core.tables import infer_numbers, read_csv_table
 from biopsy.core.text import normalize_id
 from biopsy.data.datasets.layouts import find_positive
-from biopsy.data.predictions import decide, read_metadata, tabulate_predictions
-from biopsy.judging.calibration import measure_reliability
+from biopsy.data.ledger import record_opening
+from biopsy.data.packs import Pack
+from biopsy.data.predictions import decide, make_predictions, read_metadata, tabulate_predictions
+from biopsy.data.splits import find_split
+from biopsy.judging.calibration import measure_calibration, measure_reliability
 from biopsy.judging.decisions import measure_decisions
-from biopsy.judging.evaluation import FORMAT, LEVEL, measure_predictions
+from biopsy.judging.evaluation import FORMAT, LEVEL, check_classes, measure_predictions
 from biopsy.judging.results import Evaluation
 from biopsy.judging.scored import ScoredPatches
-from biopsy.judging.subgroups import measure_subgroups
+from biopsy.judging.subgroups import measure_subgroups, pick_columns
+from biopsy.learning.classifiers import Classifier
+from biopsy.learning.engine import Engine
+from biopsy.learning.inference import predict_logits
 from biopsy.statistics.decisions import check_prevalence
 from biopsy.statistics.intervals import describe_method
 from biopsy.statistics.multiclass import SUM_TOLERANCE
@@ -133,6 +139,65 @@ def evaluate_predictions(
         else {"value": cut, "rule": "0.5" if threshold is None else "given", "chosen_on": None}
     )
     document = _measure(scored, pd.DataFrame(columns_of), frozen, prevalence, seed)
+    return Evaluation(plain(document), frame)
+
+
+def evaluate_classifier(
+    classifier: Classifier,
+    data: Pack | Path | str,
+    *,
+    side: str = "test",
+    split: str | None = None,
+    prevalence: float | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """Evaluate a classifier that belongs to no run on a pack; the opening is counted in the pack's ledger.
+
+    Args:
+        classifier: Its classes must be the pack's.
+        data: A pack; all its patches are predicted unless a split is named.
+        side: Subset of the split.
+        split: Name of a split of the pack.
+        prevalence, seed: As in `evaluate_predictions`.
+
+    Raises:
+        RunError: If the classes differ, or the split has no patches on that side.
+        DataError: If the pack's patches are of another resolution or larger than the classifier's.
+    """
+    pack = Pack.open(data)
+    pack.verify()
+    check_classes(pack, classifier)
+    classifier.check_pack(pack)
+    sides = np.full(len(pack), side) if split is None else find_split(pack, split).sides(pack)
+    rows = np.flatnonzero(sides == side)
+    if not len(rows):
+        raise RunError(f"{split!r} has no {side} patches in {pack.path.name}")
+    engine = Engine("auto")
+    network, table = engine.place(classifier.network), pack.table.iloc[rows]
+    preprocessing = classifier.info.preprocessing
+    logits = predict_logits(network, preprocessing, pack.patches, pack.sizes, rows, engine=engine)
+    classifier = classifier.for_patches(table)
+    logits = classifier.add_context(logits, table)
+    probs = classifier.probs(logits)
+    entry = {"run": classifier.sha256[:12], "split": split or "all patches", "fold": None, "side": side}
+    record_opening(pack, classifier.path or Path(), entry)
+    scored = ScoredPatches.of_pack(pack, rows, probs, classifier.threshold)
+    frozen = classifier.info.thresholds[0] if classifier.info.thresholds else None
+    document = _measure(scored, pick_columns(table), frozen, prevalence, seed)
+    options: dict[str, Any] = {"seed": seed, "unit": scored.unit, "level": LEVEL}
+    document["calibration"] = measure_calibration(
+        classifier, logits, scored.target, scored.group_ids, **options
+    )
+    document["split"]["name"] = split
+    frame = make_predictions(
+        pack,
+        rows,
+        logits,
+        probs,
+        sides=side,
+        threshold=classifier.threshold,
+        abstained=classifier.abstains(probs),
+    )
     return Evaluation(plain(document), frame)
 
 

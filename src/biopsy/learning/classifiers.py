@@ -1,7 +1,9 @@
 """The Classifier: weights, how to feed them, and how to read what comes out."""
 
+import copy
 import hashlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -15,7 +17,7 @@ from biopsy.core.files import create_directory, read_json, sha256_file, write_at
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import decide
 from biopsy.learning.context import average_neighbours, has_coordinates
-from biopsy.learning.preprocessing import Preprocessing
+from biopsy.learning.preprocessing import Preprocessing, Resize
 from biopsy.statistics.calibrators import Calibrator, calibrator_from_dict
 from biopsy.statistics.conformal import abstain, predict_sets
 
@@ -84,7 +86,8 @@ class Classifier:
         extras: dict[str, np.ndarray] | None = None,
         path: Path | None = None,
     ) -> None:
-        self.info = info
+        in_memory = path is None and base_network is not None
+        self.info = info.model_copy(update={"weights_sha256": ""}) if in_memory else info
         self.extras = extras or {}
         self.path = path
         self._base_network = None if base_network is None else base_network.eval()
@@ -115,6 +118,65 @@ class Classifier:
             raise RunError(f"{weights} is not readable: {error}") from None
         return cls(info, None, extras, path)
 
+    @classmethod
+    def wrap(
+        cls,
+        module: "nn.Module",
+        *,
+        class_names: Sequence[str],
+        input_px: int,
+        mpp: float | None,
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        std: Sequence[float] = (1.0, 1.0, 1.0),
+        patch_px: int | None = None,
+        positive_class: str | None = None,
+        threshold: float = 0.5,
+        resize: Resize = "bilinear",
+        licence: str = "not stated",
+    ) -> "Classifier":
+        """Return a classifier that predicts with any PyTorch module, for `predict`, `evaluate`, `slide`, ...
+
+        Args:
+            module: Takes a batch ``(B, 3, input_px, input_px)``, float32 RGB in 0-1 less ``mean`` over
+                ``std``; returns logits ``(B, n_classes)``, or for two classes the second's alone, ``(B, 1)``.
+            class_names: In the order of the logits.
+            input_px: Side of the square the module takes.
+            mpp: Micrometres per pixel at which patches are cut; None where unknown (no slide can be mapped).
+            mean: Per channel, of values in 0-1.
+            std: Per channel.
+            patch_px: Side of a patch at ``mpp``, resized to ``input_px``; the same by default.
+            positive_class: Of two classes, the one whose probability decides; by default the second.
+            threshold: For two classes, from which probability a patch is predicted positive.
+            resize: ``"nearest"``, ``"bilinear"`` or ``"bicubic"``.
+            licence: Of the weights.
+
+        Raises:
+            RunError: If the module does not take such a batch, or its output does not fit the classes.
+        """
+        from biopsy.learning.networks.wrapped import WrappedNetwork
+
+        names = [str(name) for name in class_names]
+        binary = len(names) == 2
+        if len(set(names)) != len(names) or len(names) < 2:
+            raise RunError(f"class_names={names}: give two or more names, each once")
+        if positive_class is not None and (not binary or positive_class not in names):
+            raise RunError(f"positive_class={positive_class!r} is none of two classes {names}")
+        if binary and not 0 <= threshold <= 1:
+            raise RunError(f"threshold={threshold!r} is no probability")
+        frozen = {"value": float(threshold), "rule": "given", "chosen_on": None}
+        info = ClassifierInfo(
+            network=f"wrapped:{type(module).__module__}.{type(module).__qualname__}",
+            class_names=names,
+            positive_class=(positive_class or names[1]) if binary else None,
+            patch_px=patch_px or input_px,
+            mpp=mpp,
+            preprocessing=Preprocessing(input_px=input_px, resize=resize, mean=mean, std=std),
+            thresholds=[frozen] if binary else [],
+            conformal={"reason": "a wrapped module was calibrated on no patients"},
+            licence=licence,
+        )
+        return cls(info, WrappedNetwork(module, len(names), input_px))
+
     @property
     def network(self) -> "nn.Module":
         """The network that predicts, in evaluation mode: with ``tta``, the mean over symmetries.
@@ -142,6 +204,11 @@ class Classifier:
 
         assert self.path is not None
         info, weights = self.info, self.path / WEIGHTS
+        if info.network.startswith("wrapped:"):
+            raise RunError(
+                f"{self.path} was made of the module {info.network.removeprefix('wrapped:')}, whose code it "
+                "does not hold: wrap the module again with Classifier.wrap"
+            )
         tensors = {name: tensor for name, tensor in load_file(weights).items() if not _is_extra(name)}
         network = build_network(
             info.network, n_classes=len(info.class_names), input_px=info.preprocessing.input_px, **info.params
@@ -166,7 +233,7 @@ class Classifier:
         from biopsy import __version__
 
         tensors = {
-            name: tensor.detach().cpu().contiguous()
+            name: tensor.detach().cpu().contiguous().clone()
             for name, tensor in self.base_network.state_dict().items()
         }
         tensors |= {_EXTRA + name: torch.from_numpy(np.array(array)) for name, array in self.extras.items()}
@@ -195,8 +262,10 @@ class Classifier:
         """Return the classifier that takes each patch by itself: this one, where it uses no context."""
         if not self.info.context:
             return self
-        single = {"context": 0.0, "single_patch": {}, **self.info.single_patch}
-        return type(self)(self.info.model_copy(update=single), self._base_network, self.extras, self.path)
+        single = copy.copy(self)
+        changes = {"context": 0.0, "single_patch": {}, **self.info.single_patch}
+        single.info = self.info.model_copy(update=changes)
+        return single
 
     def for_patches(self, table: pd.DataFrame) -> "Classifier":
         """Return this classifier, or the one for single patches (and say so) where no patch has coordinates.
@@ -242,8 +311,13 @@ class Classifier:
 
     @property
     def sha256(self) -> str:
-        """A hash over the document and, through it, the weights."""
-        return hashlib.sha256(self.info.model_dump_json().encode()).hexdigest()
+        """A hash over the document and the weights, which the document of a saved classifier knows."""
+        digest = hashlib.sha256(self.info.model_dump_json().encode())
+        if not self.info.weights_sha256:
+            from biopsy.learning.networks.wrapped import hash_network
+
+            digest.update(hash_network(self.base_network, self.extras))
+        return digest.hexdigest()
 
     @property
     def calibrator(self) -> Calibrator:

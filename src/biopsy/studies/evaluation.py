@@ -4,17 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from biopsy.core.errors import DataError
+from biopsy.core.errors import DataError, RunError
 from biopsy.data.packs import Pack
 from biopsy.judging.evaluation import evaluate as evaluate_run
-from biopsy.judging.predictions import evaluate_table, is_table
+from biopsy.judging.predictions import evaluate_classifier, evaluate_table, is_table
 from biopsy.judging.results import Evaluation
+from biopsy.learning.classifiers import DOCUMENT, Classifier
+from biopsy.learning.opening import open_classifier
 from biopsy.learning.runs import Run
 from biopsy.studies.reporting import report as write_report
 
 
 def evaluate(
-    run: Run | Path | str,
+    run: Run | Classifier | Path | str,
     *,
     side: Literal["test", "val"] = "test",
     data: Pack | Path | str | None = None,
@@ -32,9 +34,9 @@ def evaluate(
     test subset is recorded in the pack's ledger. Of a table nothing is written but the report.
 
     Args:
-        run: A finished run; or a csv or Parquet table with a row per patch: the true class (``y_true``,
-            ``target``, ``label``, ...), the positive class's probability (``prob``) or each class's
-            (``prob_<class>``), and the patient (``patient_id``, ``groups``, ...).
+        run: A finished run; a classifier, with ``data``; or a csv or Parquet table with a row per patch: the
+            true class (``y_true``, ``target``, ``label``, ...), the positive class's probability (``prob``)
+            or each class's (``prob_<class>``), and the patient (``patient_id``, ``groups``, ...).
         side: ``"test"`` or ``"val"``.
         data: Another pack with the same classes, of which all patches are judged unless ``split`` is given.
             The run's own pack is known by its content wherever it lies, and judged on the run's own split.
@@ -60,6 +62,13 @@ def evaluate(
         table: Any = run
         evaluation = evaluate_table(
             table, positive=positive, threshold=threshold, subgroups=subgroups, prevalence=prevalence
+        )
+    elif isinstance(run, Classifier) or (not isinstance(run, Run) and (Path(run) / DOCUMENT).is_file()):
+        _refuse("a classifier", positive=positive, threshold=threshold, subgroups=subgroups or None)
+        if data is None:
+            raise RunError("a classifier has no patches of its own: name a pack with data=")
+        evaluation = evaluate_classifier(
+            open_classifier(run), data, side=side, split=split, prevalence=prevalence
         )
     else:
         _refuse("a run", positive=positive, threshold=threshold, subgroups=subgroups or None)

@@ -98,9 +98,10 @@ def open_wsinfer(path: Path | str, *, trust_model: str | None = None) -> WSInfer
         preprocessing=Preprocessing(input_px=config.patch_size_pixels),
         thresholds=[{"value": 0.5, "rule": "argmax", "chosen_on": "nothing"}] if len(names) == 2 else [],
         licence="not known here: see where the model came from",
-        weights_sha256=digest,
     )
-    return WSInferClassifier(info, network)
+    classifier = WSInferClassifier(info, network)
+    classifier.info.weights_sha256 = digest
+    return classifier
 
 
 class _HostedNetwork(nn.Module):
