@@ -7,6 +7,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -548,6 +549,36 @@ def test_a_user_keeps_all_files(place, tmp_path_factory, request):
         assert path.read_bytes() == mine
         assert_kept(before)
         path.unlink()
+
+
+@pytest.mark.parametrize("place", [CASES["predict"]], indirect=True)
+@pytest.mark.parametrize(
+    "out",
+    ["own.pack/patches.parquet", "own.pack/splits/mine.csv", "run/split.csv", "run/predictions/val.parquet"],
+)
+def test_predictions_are_not_written_over_what_is_read(place, out):
+    call("split own.pack --protocol patients --name mine")
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    call(f"predict run own.pack --out {out}", codes=(1,))
+    assert before == {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("place", [CASES["predict"]], indirect=True)
+def test_a_file_that_is_named_is_replaced_unless_somebody_decided_on_it(place):
+    sheet = "patch_id,label,decision\na,idc,yes\n"
+    (place / "labels.csv").write_text(sheet)
+    call("predict run own.pack --out labels.csv", codes=(1,))
+    assert (place / "labels.csv").read_text() == sheet
+    (place / "old.csv").write_text("a,b\n1,2\n")
+    call("predict run own.pack --out old.csv")
+    assert len(pd.read_csv(place / "old.csv")) == 120
+
+
+@pytest.mark.parametrize("place", [CASES["prepare"]], indirect=True)
+def test_prepare_removes_what_a_killed_one_left(place):
+    left = abandon(place, is_folder=True)
+    call(CASES["prepare"].words)
+    assert not left.exists()
 
 
 SHARED = {name: case for name, case in CASES.items() if case.taken and not case.is_new}

@@ -9,6 +9,7 @@ import pandas as pd
 
 from biopsy.core.errors import DataError
 from biopsy.core.files import sha256_file
+from biopsy.core.tables import unmask_formulas
 from biopsy.data.packs import COLUMNS
 from biopsy.imaging.decode import IMAGE_SUFFIXES
 
@@ -51,7 +52,8 @@ def read_csv(path: Path | str, text_columns: tuple[str, ...] | None = None) -> p
     """
     try:
         dtype: Any = str if text_columns is None else dict.fromkeys(text_columns, str)
-        return pd.read_csv(path, dtype=dtype, low_memory=False).rename(columns=lambda name: str(name).strip())
+        rows = pd.read_csv(path, dtype=dtype, low_memory=False)
+        return unmask_formulas(rows.rename(columns=lambda name: str(name).strip()))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
     except (OSError, EOFError, ValueError) as error:  # pandas' parser errors are ValueErrors

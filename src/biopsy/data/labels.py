@@ -6,7 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from biopsy.core.errors import DataError, suggest
+from biopsy.core.errors import DataError, FileFormatError, UserFileError, suggest
+from biopsy.core.tables import read_csv_table
 from biopsy.data.columns import check_keys, describe_file, read_csv
 
 
@@ -63,6 +64,23 @@ def relabel(
         "undecided": n_rows - len(rows),
     }
     return table, record
+
+
+def refuse_decided(path: Path) -> None:
+    """Refuse to write over a sheet of labels on which a person has decided.
+
+    Raises:
+        UserFileError: If ``path`` is a csv with decisions.
+    """
+    try:
+        rows = read_csv_table(path)
+    except FileFormatError:
+        return
+    decided = rows["decision"].notna().sum() if "decision" in rows else 0
+    if decided:
+        raise UserFileError(
+            path, "edited", f"holds {decided:,} decisions already: name another --out, or move it away"
+        )
 
 
 def fold_classes(

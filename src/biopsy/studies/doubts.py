@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from biopsy.core.errors import DataError, RunError
+from biopsy.core.errors import RunError
 from biopsy.core.files import refuse_inputs, update_directory, write_atomic
 from biopsy.core.tables import write_csv
-from biopsy.data.columns import read_csv
+from biopsy.data.labels import refuse_decided
 from biopsy.data.packs import Pack
 from biopsy.figures.style import CLASS_COLOURS, jpeg
 from biopsy.judging.neighbours import count_neighbours, rank_doubts
@@ -71,14 +71,14 @@ def doubts(run: Run | Study | Path | str, *, out: Path | str, n: int = 100) -> D
         n: How many are listed at most.
 
     Raises:
-        DataError: If the sheet there already holds decisions.
+        UserFileError: If the sheet there holds decisions, or is none that this wrote.
         RunError: If there is no witness.
     """
     if n < 1:
         raise RunError(f"n={n!r} lists nothing: ask for 1 label or more")
     place = Path(out)
     refuse_inputs(place, run.path if isinstance(run, Run | Study) else run)
-    _refuse_decided(place / SHEET)
+    refuse_decided(place / SHEET)
     with update_directory(place, SHEET, PAGE, f"{PICTURES}/*", last=SHEET) as partial:
         sheet, n_patches, n_doubted = _write_sheet(partial, _hear(run), n)
     return Doubts(sheet, place / SHEET, place / PAGE, n_patches, n_doubted)
@@ -106,16 +106,6 @@ def _write_sheet(place: Path, heard: _Models, n: int) -> tuple[pd.DataFrame, int
     write_atomic(place / PAGE, render_doubts(page))
     write_csv(place / SHEET, sheet)
     return sheet, len(found), len(doubted)
-
-
-def _refuse_decided(path: Path) -> None:
-    """Keep decisions that a person has made."""
-    if not path.exists():
-        return
-    rows = read_csv(path)
-    decided = rows["decision"].notna().sum() if "decision" in rows else len(rows)
-    if decided:
-        raise DataError(f"{path} holds {decided:,} decisions already: name another --out, or move it away")
 
 
 def _hear(run: Run | Study | Path | str) -> _Models:

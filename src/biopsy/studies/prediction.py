@@ -15,6 +15,7 @@ import pandas as pd
 from biopsy.core.errors import DataError
 from biopsy.core.files import refuse_inputs
 from biopsy.data.archives import MAX_ENTRY_BYTES, open_archive
+from biopsy.data.labels import refuse_decided
 from biopsy.data.packs import TABLE, Pack, is_pack, pad
 from biopsy.data.predictions import IDENTITY, check_replaceable, tabulate_predictions, write_predictions
 from biopsy.data.splits import FOLDER as SPLITS
@@ -98,6 +99,7 @@ def predict(
     if path.suffix not in (".csv", ".parquet"):
         raise DataError(f"predictions cannot be written to {path.name!r}; use .parquet or .csv")
     refuse_inputs(path, *_list_read(model, sources))
+    refuse_decided(path)
     check_replaceable(path, is_named=out is not None)
     if format == "kaggle":
         _check_submission(classifier, path, sources)
