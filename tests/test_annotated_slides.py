@@ -1,23 +1,29 @@
 """Slides with annotations become packs: labels are areas, what has none is counted, the loop closes."""
 
 import json
+import re
 import shutil
 
 import cv2
 import numpy as np
 import pytest
 import shapely
+import shapely.affinity
 import torch
 from typer.testing import CliRunner
 
 import biopsy
+from annotation_files import asap, asap_annotation, imagescope
 from biopsy.cli import app
 from biopsy.core.errors import DataError, SlideError
 from biopsy.data.phantom.whole_slides import make_phantom_slide
-from biopsy.imaging.annotations import write_annotations
+from biopsy.imaging.annotations import read_annotations, write_annotations
+from biopsy.imaging.pyramids import write_pyramid
+from biopsy.slides.maps import SlideMap
 from biopsy.studies.preparation import prepare
 from conftest import draw_slide
 from host_models import make_classifier
+from scn_files import write_scn
 
 TUMOUR = shapely.Polygon([(300, 60), (470, 110), (500, 300), (340, 330), (280, 200)])
 STROMA = shapely.Polygon([(120, 120), (260, 70), (270, 190), (220, 300), (110, 260)])
@@ -359,6 +365,161 @@ def test_of_an_overlapping_map_labels_are_those_of_its_cells(slides):
     assert left_out["not wholly in the valid area"] == counts["not valid"] > 10
     assert left_out["more than one class covers enough"] == counts["two classes"] > 0
     assert "no class covers enough" not in left_out
+
+
+CORNER = (96, 64)  # whole patches of 16 px at 1.0 um/px
+
+
+@pytest.fixture
+def scn(tmp_path):
+    """Return a folder with a slide of which a part was scanned, as MIRAX and SCN say it."""
+    folder = tmp_path / "scn"
+    folder.mkdir()
+    write_scn(folder / "case.scn", draw_slide(600, 400), corner=CORNER, size=(800, 608), mpp=0.5)
+    return folder
+
+
+def test_qupath_counts_from_where_scanning_began(slides, scn):
+    write_annotations(scn / "case.geojson", [("Tumor", TUMOUR), ("Stroma", STROMA)])
+    plain, shifted = labels(cut(slides())), labels(cut(scn))
+    moved = {(x + CORNER[0] // 2, y + CORNER[1] // 2): target for (x, y), target in plain.items()}
+    assert moved == shifted and len(moved) > 40
+    by_hand = {"Tumor": TUMOUR, "Stroma": STROMA}
+    by_hand = {name: shapely.affinity.translate(area, *CORNER) for name, area in by_hand.items()}
+    write_annotations(scn / "case.geojson", by_hand.items())
+    not_cropped = prepare(scn, scn.with_name("whole.pack"), **CUT, crop=False)
+    assert labels(not_cropped) == shifted
+    record = not_cropped.info.origin["annotations"]
+    assert record["slides"]["case"]["corner_px"] == list(CORNER) and record["crop"] is False
+
+
+def test_asap_counts_from_the_slides_corner(scn):
+    write_annotations(scn / "case.geojson", [("Tumor", TUMOUR), ("Stroma", STROMA)])
+    (scn.parent / "case.xml").write_text(
+        asap(
+            *(
+                (name, list(shapely.affinity.translate(area, *CORNER).exterior.coords)[:-1])
+                for name, area in (("Tumor", TUMOUR), ("Stroma", STROMA))
+            )
+        )
+    )
+    pack = prepare(scn, scn.with_name("asap.pack"), **CUT, annotations=scn.parent / "case.xml")
+    assert labels(pack) == labels(cut(scn)) and len(pack) > 40
+
+
+def test_a_map_of_a_part_scanned_lies_over_it_in_qupath(scn):
+    classifier = biopsy.Classifier(make_classifier(patch_px=16, input_px=16).info, Darkness())
+    out = scn.parent / "maps"
+    biopsy.slide(classifier, [scn / "case.scn"], out=out, detections=True, precision="fp32", device="cpu")
+    table = SlideMap.from_parquet(out / "case" / "map.parquet")
+    assert table.grid.corner == CORNER and min(table.grid.x) >= CORNER[0] and min(table.grid.y) >= CORNER[1]
+    drawn = {
+        name: shapely.union_all([shapely.geometry.shape(one["geometry"]) for one in features])
+        for name in ("regions", "detections")
+        if (features := json.loads((out / "case" / f"{name}.geojson").read_text())["features"])
+    }
+    cells = shapely.union_all(shapely.box(table.grid.x, table.grid.y, table.grid.x + 32, table.grid.y + 32))
+    for area in drawn.values():
+        assert area.equals(shapely.affinity.translate(cells, -CORNER[0], -CORNER[1]))
+    table.to_geojson(scn / "case.geojson")
+    pack = cut(scn, positive="malignant", classes=["benign", "malignant"])
+    places = zip(table.grid.x_px.tolist(), table.grid.y_px.tolist(), strict=True)
+    assert labels(pack) == dict(zip(places, table.probs.argmax(axis=1).tolist(), strict=True))
+
+
+def test_annotations_may_lie_elsewhere_under_names_that_fit(slides, tmp_path):
+    folder = slides(None)
+    for name in ("other", "TCGA-1.0-uuid"):
+        slides(None, name=name, seed=1)
+    notes = tmp_path / "notes"
+    (notes / "deeper").mkdir(parents=True)
+    areas = [("Tumor", TUMOUR), ("Stroma", STROMA)]
+    drawn = asap(*((name, list(area.exterior.coords)[:-1]) for name, area in areas))
+    write_annotations(notes / "other.tiff.json", areas)
+    (notes / "deeper" / "case.xml").write_text(drawn)
+    (notes / "TCGA-1.xml").write_text(drawn)
+    (notes / "nobody.xml").write_text(drawn)
+    (notes / "readme.txt").write_text("no annotations")
+    pack = cut(folder, annotations=notes)
+    records = pack.info.origin["annotations"]["slides"]
+    assert {name: record["annotations"] for name, record in records.items()} == {
+        "TCGA-1.0-uuid": "TCGA-1.xml",
+        "case": "deeper/case.xml",
+        "other": "other.tiff.json",
+    }
+    assert pack.info.skipped == [{"source": "nobody.xml", "reason": "has no slide of its name"}]
+    assert cut(folder, annotations=notes).info.origin["made"] == pack.info.origin["made"]
+    (notes / "nobody.xml").unlink()
+    with pytest.raises(DataError, match="another source or other options"):
+        cut(folder, annotations=notes)
+    for reason, annotations in {
+        "does not exist": notes / "none.xml",
+        "holds no annotations: files ending in": folder,
+        "no slide has annotations": notes / "readme.txt",
+    }.items():
+        with pytest.raises(DataError, match=reason):
+            prepare(folder, tmp_path / "x.pack", **CUT, annotations=annotations)
+
+
+def test_one_file_is_that_of_one_slide(slides, tmp_path):
+    folder = slides()
+    (tmp_path / "export 1.geojson").write_bytes((folder / "case.geojson").read_bytes())
+    pack = cut(folder)
+    (folder / "case.geojson").unlink()
+    for number, source in enumerate((folder, folder / "case.tiff")):
+        one = prepare(source, tmp_path / f"{number}.pack", **CUT, annotations=tmp_path / "export 1.geojson")
+        assert one.info.content_sha256 == pack.info.content_sha256
+    shutil.copy(folder / "case.tiff", folder / "case.tif")
+    with pytest.raises(DataError, match=r"case\.geojson could be of case\.tif or case\.tiff"):
+        write_annotations(folder / "case.geojson", [("Tumor", TUMOUR)])
+        prepare(folder, tmp_path / "y.pack", **CUT, annotations=folder / "case.geojson")
+
+
+def test_annotations_drawn_at_another_pixel_size_are_refused(slides, tmp_path):
+    areas = [
+        (name, "", [("0", list(a.exterior.coords), 0)]) for name, a in (("Tumor", TUMOUR), ("S", STROMA))
+    ]
+    folder = slides(None)
+    (tmp_path / "case.xml").write_text(imagescope(*areas, mpp=0.51))
+    assert len(cut(folder, annotations=tmp_path / "case.xml")) > 40
+    (tmp_path / "case.xml").write_text(imagescope(*areas, mpp=0.25))
+    with pytest.raises(DataError, match=r"drawn at 0\.25 um/px, case\.tiff has 0\.5"):
+        prepare(folder, tmp_path / "x.pack", **CUT, annotations=tmp_path / "case.xml")
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["tumor_076", "tumor_085"])
+def test_outlines_of_camelyon_label_a_slide_of_their_size(data_dir, tmp_path, name):
+    """As large as Camelyon16's, at 3.9 um/px and tissue throughout, under the outlines scaled to it."""
+    outlines = read_annotations(data_dir / "annotations" / "asap" / f"{name}.xml")
+    whole = shapely.MultiPolygon([box for item in outlines.items for box in shapely.get_parts(item.polygon)])
+    width, height = (int(side // 16) + 200 for side in whole.bounds[2:])
+    noise = np.random.default_rng(0).integers(-12, 12, (height, width, 1))
+    pixels = np.clip(np.array([190, 110, 170]) + noise, 0, 255).astype(np.uint8)
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    mpp = 0.243 * 16
+    write_pyramid(folder / f"{name}.tiff", pixels, width=width, height=height, mpp=mpp)
+    text = (data_dir / "annotations" / "asap" / f"{name}.xml").read_text()
+    scaled = re.sub(r' (X|Y)="([^"]*)"', lambda found: f' {found[1]}="{float(found[2]) / 16}"', text)
+    box = [(0, 0), (width, 0), (width, height), (0, height)]
+    scaled = scaled.replace("</Annotations>", f"{asap_annotation('Region*', box)}</Annotations>")
+    (tmp_path / f"{name}.xml").write_text(scaled)
+    pack = prepare(
+        folder,
+        tmp_path / "x.pack",
+        mpp=mpp,
+        patch_px=25,
+        classes=["tumour=metastasis"],
+        rest="normal",
+        annotations=tmp_path / f"{name}.xml",
+    )
+    tumour = shapely.union_all([item.polygon for item in outlines.items])
+    shapely.prepare(tumour)
+    x, y = pack.table[["x", "y"]].to_numpy(float).T * 16
+    truth = shapely.area(shapely.intersection(shapely.box(x, y, x + 400, y + 400), tumour)) / 400**2
+    assert ((truth >= 0.5) == (pack.target == 1)).mean() > 0.9999 and len(pack) > 20_000
+    assert pack.target.sum() * 400**2 == pytest.approx(tumour.area, rel=0.02)
 
 
 @pytest.mark.data

@@ -182,10 +182,10 @@ def star(n_corners, seed=0):
 @pytest.mark.parametrize("n_corners", [400, 1500, 20_000])
 def test_an_outline_that_crosses_itself_everywhere_is_refused_at_once(write, n_corners):
     path = write([feature(), feature([star(n_corners)])])
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(DataError, match=r"feature 2: outlines cross themselves more than 10,000 times"):
         read_annotations(path)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_many_outlines_that_cross_themselves_count_together(write):

@@ -84,6 +84,16 @@ def prepare(
             help="Micrometres per pixel of slides that do not say; one value, or a csv of slide,mpp."
         ),
     ] = None,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(
+            help="Annotations of slides (GeoJSON; XML of ASAP, HALO, ImageScope): folder, or one file.",
+            metavar="DIR|FILE",
+        ),
+    ] = None,
+    no_crop: Annotated[
+        bool, typer.Option("--no-crop", help="QuPath was told --no-crop: it counts from the slide's corner.")
+    ] = False,
     export_tree: Annotated[
         Path | None,
         typer.Option(help="Also sort the original files into training|validation|testing/<class>/ here."),
@@ -114,6 +124,8 @@ def prepare(
             rest=rest,
             region=region,
             slide_mpp=slide_mpp,
+            annotations=annotations,
+            crop=not no_crop,
             export_tree=export_tree,
             split=split,
             recipe=recipe,

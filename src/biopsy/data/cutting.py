@@ -28,7 +28,7 @@ from shapely.geometry.base import BaseGeometry
 from biopsy.core.errors import DataError, SlideError, suggest
 from biopsy.imaging.annotations import Annotations
 from biopsy.imaging.reader import Slide
-from biopsy.imaging.resolution import check_mpp
+from biopsy.imaging.resolution import AGREEING_MPP, check_mpp
 from biopsy.imaging.shares import share_of_mask, share_of_polygon
 from biopsy.imaging.tissue import MIN_TISSUE_FRAC, find_tissue_of
 
@@ -56,6 +56,8 @@ class Cutting:
         rest: Class of what is in the valid area and was not annotated; None leaves it out.
         region: Annotated class that limits where labels are valid.
         slide_mpp: Micrometres per pixel of slides that do not say: a number, or a csv with ``slide, mpp``.
+        annotations: A folder of annotation files, or one file; None for those beside the slides.
+        crop: Whether QuPath cropped slides to what was scanned, as it does unless it is told ``--no-crop``.
 
     Raises:
         DataError: If a number is out of range.
@@ -69,6 +71,8 @@ class Cutting:
     rest: str | None = None
     region: str = REGION
     slide_mpp: float | str | Path | None = None
+    annotations: str | Path | None = None
+    crop: bool = True
 
     def __post_init__(self) -> None:
         if self.patch_px < 1 or self.step_px < 1:
@@ -92,8 +96,9 @@ class Cutting:
     def to_dict(self) -> dict[str, Any]:
         """Give what ``pack.json`` records."""
         classes = None if self.classes is None else list(self.classes)
-        slide_mpp = str(self.slide_mpp) if isinstance(self.slide_mpp, Path) else self.slide_mpp
-        return asdict(self) | {"classes": classes, "slide_mpp": slide_mpp}
+        paths = {"slide_mpp": self.slide_mpp, "annotations": self.annotations}
+        texts = {name: str(value) if isinstance(value, Path) else value for name, value in paths.items()}
+        return asdict(self) | {"classes": classes} | texts
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,13 @@ def cut_slide(slide: Slide, notes: Annotations, class_names: Sequence[str], cutt
     """
     check_mpp(slide.path.name, slide.mpp, cutting.mpp, purpose="patches are wanted")
     scale = slide.level_0_px(cutting.mpp)
+    if notes.mpp is not None and abs(notes.mpp / slide.mpp - 1) > AGREEING_MPP:
+        raise DataError(
+            f"{notes.path} was drawn at {notes.mpp:.4g} um/px, {slide.path.name} has {slide.mpp:.4g}: is it "
+            "another slide's?"
+        )
+    if notes.from_bounds and cutting.crop:
+        notes = notes.shift(*slide.corner)
     areas, valid = _collect_areas(notes, slide, class_names, cutting)
     side, step = cutting.patch_px * scale, cutting.step_px * scale
     left, top = (_edges(size, side, step) for size in (slide.width, slide.height))

@@ -74,8 +74,9 @@ def prepare(
     if is_pack(source):
         raise DataError(f"{source} is a pack already: use it as it is")
     with _collector_paused():
-        archive = open_archive(source)
-        layout = _find_layout(archive, dataset, cutting)
+        is_apart = cutting is not None and cutting.annotations is not None
+        archive = annotated_slides.open_slides(source) if is_apart else open_archive(source)
+        layout = None if is_apart else _find_layout(archive, dataset, cutting)
         name = annotated_slides.NAME if layout is None else layout.name
         asked = _describe_request(archive, name, patients, labels, join, positive, mpp, cutting)
         if (known := _open_finished(out, asked)) is not None:
@@ -164,7 +165,11 @@ def _describe_request(
         "mpp": mpp,
         "cutting": None
         if cutting is None
-        else cutting.to_dict() | {"slide_mpp": describe(cutting.slide_mpp)},
+        else cutting.to_dict()
+        | {
+            "slide_mpp": describe(cutting.slide_mpp),
+            "annotations": cutting.annotations and annotated_slides.fingerprint_notes(cutting.annotations),
+        },
     }
     return {name: value for name, value in request.items() if value is not None}
 

@@ -1,4 +1,4 @@
-"""Annotations of a slide as areas with a class, read from and written to QuPath's GeoJSON.
+"""Annotations of a slide as areas with a class: read from files of QuPath and others, written for QuPath.
 
 Coordinates are pixels of level 0. What QuPath exports is read: a ``FeatureCollection``, a list of features or
 one feature, and the objects inside others (``childObjects``) at any depth; polygons with holes and several
@@ -11,10 +11,11 @@ read. Anything else that does not fit is refused by file and feature. Sources: Q
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import shapely
 from shapely import MultiPolygon
 from shapely.geometry import mapping
@@ -22,10 +23,17 @@ from shapely.geometry import mapping
 from biopsy.core.errors import DataError, FileFormatError
 from biopsy.core.files import write_atomic
 from biopsy.core.loaders import read_bytes
+from biopsy.imaging.annotation_xml import read_xml_areas
 from biopsy.imaging.outlines import Area, OutlineReader, read_ring
 
 MAX_BYTES = 2**27
 """The largest file that is read."""
+
+XML_SUFFIXES = (".xml", ".annotations")
+"""How the files of ASAP, HALO and Aperio ImageScope end."""
+
+SUFFIXES = (".geojson", ".json", *XML_SUFFIXES)
+"""How files of annotations end, in lower case."""
 
 _FLAT = ("Point", "MultiPoint", "LineString", "MultiLineString")
 _GEOMETRIES = ("Polygon", "MultiPolygon", "GeometryCollection", *_FLAT)
@@ -64,12 +72,26 @@ class Annotations:
         repaired: Features whose outline crossed itself, and how; what an outline goes around belongs to them
             (of a figure of eight both loops).
         ignored: How many features were not read, by reason.
+        from_bounds: Whether coordinates count from where what was scanned begins (see `Slide.corner`), as
+            QuPath's do, and not from the slide's own corner.
+        mpp: Micrometres per pixel of the slide that was annotated, where the file says it.
     """
 
     path: Path
     items: list[Annotation]
     repaired: dict[int, str] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
+    from_bounds: bool = True
+    mpp: float | None = None
+
+    def shift(self, x: float, y: float) -> "Annotations":
+        """Return the same annotations, moved."""
+        by = np.array([x, y])
+        moved = [
+            replace(item, polygon=shapely.transform(item.polygon, lambda places: places + by))
+            for item in self.items
+        ]
+        return replace(self, items=moved)
 
     def class_names(self) -> list[str]:
         """Give the classes there are, in order of their names."""
@@ -77,12 +99,21 @@ class Annotations:
 
 
 def read_annotations(path: Path | str) -> Annotations:
-    """Read a GeoJSON file that QuPath exported.
+    """Read a file of annotations: XML by its ending, otherwise GeoJSON as QuPath exports it.
 
     Raises:
-        DataError: If it is no GeoJSON or too large, or a feature has no proper outline; names the feature.
+        DataError: If it is of none of the known formats or too large, or a feature has no proper outline;
+            names the feature.
     """
     path = Path(path)
+    if path.suffix.lower() in XML_SUFFIXES:
+        areas = read_xml_areas(path)
+        items = [Annotation(class_name, area, number) for number, class_name, area in areas.items]
+        return Annotations(path, items, areas.repaired, areas.ignored, from_bounds=False, mpp=areas.mpp)
+    return _read_geojson(path)
+
+
+def _read_geojson(path: Path) -> Annotations:
     outlines = OutlineReader()
     items: list[Annotation] = []
     repaired: dict[int, str] = {}

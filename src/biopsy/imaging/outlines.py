@@ -105,10 +105,10 @@ def _count_crossings(area: Area, limit: int) -> int:
     segments = shapely.linestrings(ends[(ends[:, 0] != ends[:, 1]).any(axis=1)])
     tree = shapely.STRtree(segments)
     n_crossings = -len(segments)  # each segment touches the one after it
-    step = max(16, min(4096, _PAIRS_AT_ONCE // max(1, len(segments))))
-    for start in range(0, len(segments), step):
+    start, step = 0, 16
+    most = max(step, min(4096, _PAIRS_AT_ONCE // max(1, len(segments))))
+    while start < len(segments) and n_crossings <= limit:
         first, second = tree.query(segments[start : start + step], predicate="intersects")
         n_crossings += int((first + start < second).sum())
-        if n_crossings > limit:
-            break
+        start, step = start + step, min(2 * step, most)
     return max(0, n_crossings)

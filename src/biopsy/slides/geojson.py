@@ -1,7 +1,8 @@
 """GeoJSON as QuPath reads it: annotations of regions, detections of patches.
 
 One ``FeatureCollection``; every feature has ``objectType``, ``classification`` with name and colour and
-``measurements``; coordinates are pixels of level 0, rings are closed, the outer one counter-clockwise as RFC
+``measurements``; coordinates are pixels of level 0 from where what was scanned begins (OpenSlide's bounds, to
+which QuPath crops slides), rings are closed, the outer one counter-clockwise as RFC
 7946 asks. Source: QuPath's documentation, "Exporting annotations", and its class ``PathObjectTypeAdapters``.
 """
 
@@ -33,7 +34,13 @@ def collect_regions(slide_map: SlideMap, regions: Iterable[Region]) -> Iterator[
             "Max probability": region.max_prob,
         }
         name = region.class_name
-        yield _feature("annotation", region.polygon, name, _colour(slide_map, name), measurements)
+        yield _feature(
+            "annotation",
+            _from_corner(slide_map, region.polygon),
+            name,
+            _colour(slide_map, name),
+            measurements,
+        )
 
 
 def collect_detections(slide_map: SlideMap) -> Iterator[Feature]:
@@ -50,7 +57,9 @@ def collect_detections(slide_map: SlideMap) -> Iterator[Feature]:
             for class_name, prob in zip(slide_map.class_names, probs[row, column], strict=True)
         }
         cell = shapely.box(x, y, x + side, y + side)
-        yield _feature("detection", cell, name, _colour(slide_map, name), measurements)
+        yield _feature(
+            "detection", _from_corner(slide_map, cell), name, _colour(slide_map, name), measurements
+        )
 
 
 def write_geojson(path: Path | str, features: Iterable[Feature]) -> Path:
@@ -77,6 +86,11 @@ def _feature(
             "measurements": {key: _short(value) for key, value in measurements.items()},
         },
     }
+
+
+def _from_corner(slide_map: SlideMap, polygon: Polygon) -> Polygon:
+    """Return an area at level 0 as QuPath counts."""
+    return shapely.transform(polygon, lambda places: places - slide_map.grid.corner)
 
 
 def _rings(polygon: Polygon) -> list[list[list[float]]]:

@@ -29,6 +29,7 @@ class PatchGrid:
         width: Of the slide at level 0.
         height: Of the slide at level 0.
         origin_px: Where column 0 and row 0 lie, in pixels that the classifier sees.
+        corner: Where what was scanned begins at level 0: QuPath counts from there.
     """
 
     column: np.ndarray
@@ -40,6 +41,7 @@ class PatchGrid:
     width: int
     height: int
     origin_px: tuple[int, int] = (0, 0)
+    corner: tuple[int, int] = (0, 0)
 
     def __len__(self) -> int:
         return len(self.column)
@@ -150,6 +152,7 @@ def lay_grid(
     scale: float,
     patch_px: int,
     stride_px: int | None = None,
+    corner: tuple[int, int] = (0, 0),
 ) -> PatchGrid:
     """Lay a grid over a slide and keep the patches of which at least half is tissue.
 
@@ -164,6 +167,7 @@ def lay_grid(
         scale: Level-0 pixels in a pixel that the classifier sees.
         patch_px: Side of a patch in pixels that the classifier sees.
         stride_px: Step in the same pixels; by default a whole patch.
+        corner: Where what was scanned begins at level 0.
 
     Raises:
         SlideError: If the slide is smaller than a patch, or no patch is half tissue.
@@ -192,7 +196,7 @@ def lay_grid(
             f"none of {n_rows * n_columns:,} patches of {patch_um:.0f} um is half tissue; the fullest holds "
             f"{fullest:.0%}"
         )
-    return PatchGrid(column, row, patch_px, stride_px, scale, slide_mpp, width, height)
+    return PatchGrid(column, row, patch_px, stride_px, scale, slide_mpp, width, height, corner=corner)
 
 
 def cut_blocks(grid: PatchGrid, downsample: float) -> Iterator[Block]:

@@ -100,6 +100,7 @@ def open_view(task: SlideTask, classifier: Classifier, stride_um: float | None =
             scale=slide.level_0_px(info.mpp),
             patch_px=info.patch_px,
             stride_px=pick_stride(info.patch_px, info.mpp, stride_um),
+            corner=slide.corner,
         )
     except BaseException:
         slide.close()

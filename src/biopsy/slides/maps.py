@@ -16,7 +16,7 @@ from biopsy.slides.grids import PatchGrid
 
 FORMAT: Final = "biopsy-map/1"
 _KEY = b"biopsy"
-_GRID = ("patch_px", "stride_px", "scale", "slide_mpp", "width", "height", "origin_px")
+_GRID = ("patch_px", "stride_px", "scale", "slide_mpp", "width", "height", "origin_px", "corner")
 _CLASSES = ("class_names", "positive_class", "threshold")
 
 
@@ -131,7 +131,7 @@ class SlideMap:
         if known.get("format") != FORMAT:
             raise DataError(f"{path} has format {known.get('format')!r} where {FORMAT!r} was expected")
         frame, place = table.to_pandas(), known["grid"]
-        place["origin_px"] = tuple(place["origin_px"])
+        place |= {name: tuple(place.get(name, (0, 0))) for name in ("origin_px", "corner")}
         column, row = (
             np.rint((frame[axis] / place["scale"] - origin) / place["stride_px"]).to_numpy(np.int64)
             for axis, origin in zip("xy", place["origin_px"], strict=True)

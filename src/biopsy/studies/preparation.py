@@ -35,6 +35,8 @@ def prepare(
     rest: str | None = None,
     region: str = REGION,
     slide_mpp: float | str | Path | None = None,
+    annotations: Path | str | None = None,
+    crop: bool = True,
     export_tree: Path | str | None = None,
     split: str | None = None,
     recipe: str | Path | None = None,
@@ -60,6 +62,8 @@ def prepare(
         rest: Class of what lies in the region and in no annotation; by default such patches are left out.
         region: Annotated class that limits where labels are valid.
         slide_mpp: Micrometres a pixel of slides that do not say: a number, or a csv of ``slide, mpp``.
+        annotations: Of slides, a folder of annotation files, or one file; by default those beside the slides.
+        crop: Whether QuPath cropped slides to what was scanned, as it does unless it is told ``--no-crop``.
         export_tree: Also write the source's files, unchanged, into this folder as
             ``training|validation|testing/<class>/`` (see `biopsy.data.export.export_tree`).
         split: The tree's split: one of the pack, or a protocol that needs nothing more.
@@ -83,10 +87,13 @@ def prepare(
         if mpp is None:
             raise DataError("--patch-px cuts slides: say with --mpp at how many micrometres a pixel")
         names = tuple(classes) or None
-        cutting = Cutting(mpp, patch_px, stride_px, label_frac, names, rest, region, slide_mpp)
-    elif any(option is not None for option in (stride_px, rest, slide_mpp)) or classes:
+        cutting = Cutting(
+            mpp, patch_px, stride_px, label_frac, names, rest, region, slide_mpp, annotations, crop
+        )
+    elif any(option is not None for option in (stride_px, rest, slide_mpp, annotations)) or classes:
         raise DataError(
-            "--stride-px, --classes, --rest and --slide-mpp are for slides: say --patch-px as well"
+            "--stride-px, --classes, --rest, --slide-mpp and --annotations are for slides: say --patch-px as "
+            "well"
         )
     if export_tree is not None:
         published = load_recipe(recipe or TREE_RECIPE).as_published.split

@@ -1,13 +1,14 @@
 """Slides with annotations beside them, cut into patches that are labelled by area.
 
 ``case.svs`` (or another slide or large image) and ``case.geojson`` or ``case.svs.geojson``, as QuPath exports
-it, lie in one folder. The rules are those of `biopsy.data.cutting`. Unlike other layouts this one needs to be
+it, lie in one folder; or a folder or file of annotations, also of ASAP, HALO and ImageScope, is named. The
+rules are those of `biopsy.data.cutting`. Unlike other layouts this one needs to be
 told them, so `biopsy.data.packing` asks it apart from the others.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,15 +18,25 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import DataError, SlideError
+from biopsy.core.files import sha256_file
+from biopsy.core.loaders import open_regular
 from biopsy.data.archives import Archive, Entry, FolderArchive
 from biopsy.data.columns import read_csv
 from biopsy.data.cutting import Cutting, cut_slide, name_classes
 from biopsy.data.datasets.layouts import Listing, Skipped, find_positive
-from biopsy.imaging.annotations import Annotations, read_annotations
+from biopsy.imaging.annotations import SUFFIXES, Annotations, read_annotations
 from biopsy.imaging.backends import SLIDE_SUFFIXES
 from biopsy.imaging.reader import open_slide
 
 _log = logging.getLogger(__name__)
+
+_SPELLINGS: tuple[Callable[[str], str], ...] = (
+    lambda name: name,
+    lambda name: name.rpartition(".")[0],
+    lambda name: name.rpartition("/")[2],
+    lambda name: name.rpartition("/")[2].rpartition(".")[0],
+    lambda name: name.rpartition("/")[2].partition(".")[0],  # TCGA's slides: NAME.UUID.svs
+)
 
 NAME = "annotated-slides"
 TITLE = "Slides with annotations beside them, as QuPath exports them"
@@ -46,7 +57,33 @@ class _Case:
 
 def recognise(archive: Archive) -> bool:
     """Say whether it is a folder in which annotations lie beside slides."""
-    return isinstance(archive, FolderArchive) and any(_pair(archive.entries)[0])
+    return isinstance(archive, FolderArchive) and any(
+        _pair(archive.entries, list(_list_notes(archive, None)))[0]
+    )
+
+
+def open_slides(path: Path | str) -> FolderArchive:
+    """Open a folder of slides, or one slide, whose annotations lie elsewhere.
+
+    Raises:
+        DataError: If there is no slide.
+    """
+    path = Path(path)
+    folder = FolderArchive(path if path.is_dir() else path.parent)
+    if not path.is_dir():
+        folder.entries = [entry for entry in folder.entries if folder.path_of(entry) == path]
+    if not any(entry.name.lower().endswith(SLIDE_SUFFIXES) for entry in folder.entries):
+        raise DataError(f"{path} holds no slide: files ending in {' '.join(SLIDE_SUFFIXES)} are looked for")
+    return folder
+
+
+def fingerprint_notes(annotations: Path | str) -> str:
+    """Hash a file of annotations, or names, sizes and times of a folder of them."""
+    path = Path(annotations)
+    if path.is_dir():
+        return FolderArchive(path).fingerprint()
+    open_regular(path).close()
+    return sha256_file(path)
 
 
 def list_patches(archive: Archive, cutting: Cutting) -> tuple[Listing, dict[str, Any]]:
@@ -62,13 +99,16 @@ def list_patches(archive: Archive, cutting: Cutting) -> tuple[Listing, dict[str,
         SlideError: If a slide cannot be read, or not at this mpp.
     """
     assert isinstance(archive, FolderArchive)
-    pairs, alone = _pair(archive.entries)
+    notes = _list_notes(archive, cutting.annotations)
+    pairs, alone = _pair(archive.entries, list(notes), cutting.annotations)
+    if not pairs:
+        raise DataError(
+            f"{archive.path}: no slide has annotations; {alone[0]['source']} {alone[0]['reason']}"
+        )
     stated = _stated_mpp(cutting.slide_mpp, [slide.name for slide, _ in pairs])
     cases = {
-        _slide_id(slide): _Case(
-            archive.path_of(slide), slide.name, archive.path_of(notes), notes.name, stated[slide.name]
-        )
-        for slide, notes in pairs
+        _slide_id(slide): _Case(archive.path_of(slide), slide.name, notes[name], name, stated[slide.name])
+        for slide, name in pairs
     }
     if len(cases) < len(pairs):
         twice = Counter(_slide_id(slide) for slide, _ in pairs).most_common(1)[0][0]
@@ -105,9 +145,13 @@ def _cut(
             "%s: %d outlines that cross themselves were repaired, feature %d first: %s",
             *(notes.path, len(notes.repaired), number, fault),
         )
+    if notes.ignored:
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in notes.ignored.items())
+        _log.warning("%s: left out: %s", notes.path, counts)
     with open_slide(case.path, mpp=case.mpp) as slide:
         cut = cut_slide(slide, notes, class_names, cutting)
         about = {"annotations": case.notes, "mpp": slide.mpp, "mpp_source": slide.mpp_source}
+        about |= {"corner_px": list(slide.corner)} if any(slide.corner) else {}
     table = pd.DataFrame(
         {
             "patch_id": [f"{slide_id}_x{x}_y{y}" for x, y in zip(cut.x, cut.y, strict=True)],
@@ -148,27 +192,62 @@ class SlidePatches:
                         yield error
 
 
-def _pair(entries: Sequence[Entry]) -> tuple[list[tuple[Entry, Entry]], list[Skipped]]:
-    """Give slides with their annotations, and what has no partner."""
+def _list_notes(archive: FolderArchive, annotations: Path | str | None) -> dict[str, Path]:
+    """Return the files of annotations by name: those beside the slides, of a folder, or one."""
+    if annotations is None:
+        return {
+            entry.name: archive.path_of(entry)
+            for entry in archive.entries
+            if entry.name.lower().endswith(".geojson")
+        }
+    path = Path(annotations)
+    if not path.is_dir():
+        return {path.name: path}
+    folder = FolderArchive(path)
+    found = {
+        entry.name: folder.path_of(entry) for entry in folder.entries if entry.name.lower().endswith(SUFFIXES)
+    }
+    if not found:
+        raise DataError(f"{path} holds no annotations: files ending in {' '.join(SUFFIXES)} are looked for")
+    return found
+
+
+def _pair(
+    entries: Sequence[Entry], notes: Sequence[str], annotations: Path | str | None = None
+) -> tuple[list[tuple[Entry, str]], list[Skipped]]:
+    """Return slides with the names of their annotations, and what has no partner.
+
+    The name of a file of annotations is its slide's, with or without the slide's ending; in a folder of their
+    own also without the folders around either, or what follows the slide's first dot. One file is that of
+    one slide.
+    """
     slides = {entry.name: entry for entry in entries if entry.name.lower().endswith(SLIDE_SUFFIXES)}
-    stems = {name.rpartition(".")[0]: name for name in slides}
-    pairs: dict[str, tuple[Entry, Entry]] = {}
+    spellings = _SPELLINGS[: 2 if annotations is None else None]
+    named: list[dict[str, list[str]]] = [{} for _ in spellings]
+    for spelling, known in zip(spellings, named, strict=True):
+        for name in slides:
+            known.setdefault(spelling(name), []).append(name)
+    pairs: dict[str, tuple[Entry, str]] = {}
     alone: list[Skipped] = []
-    for entry in entries:
-        if not entry.name.lower().endswith(".geojson"):
-            continue
-        stem = entry.name.rpartition(".")[0]
-        slide = stem if stem in slides else stems.get(stem)
-        if slide is None:
-            alone.append({"source": entry.name, "reason": "has no slide of its name beside it"})
-        elif slide in pairs:
-            alone.append(
-                {"source": entry.name, "reason": f"{pairs[slide][1].name} annotates {slide} already"}
-            )
+    for name in notes:
+        stem = name.rpartition(".")[0]
+        stems = [stem] if annotations is None else [stem, stem.rpartition("/")[2]]
+        found = next((known[stem] for stem in stems for known in named if stem in known), [])
+        if not found and len(notes) == len(slides) == 1 and annotations is not None:
+            found = list(slides)
+        taken = [pairs[slide][1] for slide in found if slide in pairs]
+        if not found:
+            alone.append({"source": name, "reason": "has no slide of its name"})
+        elif len(found) > 1:
+            alone.append({"source": name, "reason": f"could be of {' or '.join(found)}: add the ending"})
+        elif taken:
+            alone.append({"source": name, "reason": f"{taken[0]} annotates {found[0]} already"})
         else:
-            pairs[slide] = (slides[slide], entry)
+            pairs[found[0]] = slides[found[0]], name
+    where = "beside it (--annotations names another folder)" if annotations is None else f"in {annotations}"
+    wanted = ".geojson" if annotations is None else " ".join(SUFFIXES)
     alone += [
-        {"source": name, "reason": "has no annotations: a .geojson of its name is looked for"}
+        {"source": name, "reason": f"has no annotations: {wanted} of its name is looked for {where}"}
         for name in slides
         if name not in pairs
     ]
