@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from biopsy.judging.calibration import measure_calibration
-from biopsy.judging.decisions import measure_decisions
-from biopsy.learning.calibration import settle_run
-from biopsy.learning.classifiers import Classifier
-from biopsy.learning.recipes import load_recipe
-from biopsy.learning.runs import Run
-from biopsy.sharing.document import plural
-from biopsy.studies.records import Study
+from biopsy.evaluation.calibration.measure import measure_calibration
+from biopsy.evaluation.operating_points import measure_decisions
+from biopsy.models.classifier import Classifier
+from biopsy.recipes import load_recipe
+from biopsy.reporting.document import plural
+from biopsy.training.postprocessing import settle_run
+from biopsy.training.runs import Run
+from biopsy.training.study import Study
 
 METHODS = ("temperature", "platt", "isotonic")
 SHOWN = ("ece", "brier", "nll", "calibration_slope", "calibration_intercept")

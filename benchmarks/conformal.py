@@ -30,12 +30,10 @@ import numpy as np
 from biopsy.core.seeds import make_rng
 from biopsy.data.packing import prepare
 from biopsy.data.packs import is_pack
-from biopsy.data.phantom.cohort import write_archive
 from biopsy.data.predictions import read_predictions
 from biopsy.data.splits import make_split
-from biopsy.judging.evaluation import evaluate
-from biopsy.learning.runs import Run
-from biopsy.learning.training import train
+from biopsy.evaluation.evaluate import evaluate
+from biopsy.phantom.cohort import write_archive
 from biopsy.statistics.calibrators import fit_calibrator
 from biopsy.statistics.cohorts import UnevenPatients
 from biopsy.statistics.conformal import (
@@ -48,6 +46,8 @@ from biopsy.statistics.conformal import (
     score_targets,
 )
 from biopsy.statistics.thresholds import choose_threshold
+from biopsy.training.runs import Run
+from biopsy.training.train import train
 
 RESULTS = Path(__file__).parent / "results"
 ALPHAS = (0.10, 0.05)

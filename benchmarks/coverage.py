@@ -23,10 +23,9 @@ import numpy as np
 from scipy import stats
 
 from biopsy.statistics.cohorts import Cohort, Population
-from biopsy.statistics.intervals import Interval, estimate_metric, wilson_interval
+from biopsy.statistics.intervals import Interval, estimate_metric, replicate, wilson_interval
 from biopsy.statistics.metrics import METRICS, measure
-from biopsy.statistics.replicates import replicate
-from biopsy.statistics.tallies import Ranked, rank
+from biopsy.statistics.weighted_counts import Ranked, rank
 
 N_PATIENTS = (5, 10, 20, 50, 100)
 PATCHES_PER_PATIENT = 60

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import average_precision_score
 
-from biopsy.judging.mistakes import measure_mistakes
-from biopsy.judging.neighbours import count_neighbours, rank_doubts
-from biopsy.learning.runs import Run
-from biopsy.studies.records import Study
+from biopsy.evaluation.errors.measure import measure_mistakes
+from biopsy.evaluation.neighbours import count_neighbours, rank_doubts
+from biopsy.training.runs import Run
+from biopsy.training.study import Study
 
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.02, 0.05, 0.1)

@@ -42,7 +42,7 @@ SETTINGS = (
 def make_run(folder: Path, n_patches: int, n_patients: int) -> None:
     """Write a pack with a test side of the asked size, and a run on it."""
     from biopsy.data.packs import PIXELS, Pack, finish_pack, patch_sha256
-    from biopsy.learning.training import train
+    from biopsy.training.train import train
 
     rng = np.random.default_rng(0)
     counts = [(side, n_each) for side, (n, n_each) in LEARNING.items() for _ in range(n)]
@@ -110,7 +110,7 @@ def read_peak_mb() -> int:
 
 def evaluate_here(folder: Path) -> None:
     """Evaluate in this process, and print seconds and peak memory as JSON."""
-    from biopsy.judging import evaluation
+    from biopsy.evaluation import evaluate as evaluation
 
     def give_logits(network: Any, preprocessing: Any, patches: Any, sizes: Any, rows: Any, **_: Any) -> Any:
         table = pd.read_parquet(folder / "drawn.pack" / "patches.parquet").iloc[rows]

@@ -30,11 +30,11 @@ import pandas as pd
 import torch
 
 from biopsy.data.packing import prepare
-from biopsy.data.phantom.cohort import find_tumour_cells, write_archive
-from biopsy.judging.evaluation import evaluate
-from biopsy.judging.faithfulness import measure_faithfulness
-from biopsy.learning.runs import Run
-from biopsy.learning.training import train
+from biopsy.evaluation.evaluate import evaluate
+from biopsy.evaluation.explanation.faithfulness import measure_faithfulness
+from biopsy.phantom.cohort import find_tumour_cells, write_archive
+from biopsy.training.runs import Run
+from biopsy.training.train import train
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "faithfulness.csv"
 COHORT = {"n_patients": 30, "patches_per_patient": 120}

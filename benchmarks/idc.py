@@ -26,11 +26,11 @@ import biopsy
 from biopsy.core.errors import DataError, SplitError
 from biopsy.data.packs import Pack
 from biopsy.data.splits import Split, find_split, make_split, save_split
-from biopsy.learning.checkpoints import LAST, _read, _tensors_of
-from biopsy.learning.context import average_neighbours
-from biopsy.learning.engine import Engine
-from biopsy.learning.inference import predict_logits
-from biopsy.learning.runs import Run
+from biopsy.models.context import average_neighbours
+from biopsy.models.engine import Engine
+from biopsy.models.inference import predict_logits
+from biopsy.training.checkpoints import LAST, _read, _tensors_of
+from biopsy.training.runs import Run
 
 RESULTS = Path(__file__).parent / "results" / "idc-loso.csv"
 SLIDES = ("8863", "8865", "8867")

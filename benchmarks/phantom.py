@@ -1,6 +1,6 @@
 """Whether the phantom cohort is hard where it should be, learnable where it should be, and like real tissue.
 
-* ``colour``: a logistic regression on colour statistics alone, patients apart (`biopsy.judging.baseline`),
+* ``colour``: a logistic regression on colour statistics alone, patients apart (`biopsy.evaluation.colour_baseline`),
   by five folds: it should reach an AUROC of .85 at most;
 * ``residual``: the small residual network on patients it never saw: .95 or more;
 * ``transfer``: CancerNet trained on phantom alone and asked about real patches of the IDC subset: .70 or more
@@ -35,14 +35,14 @@ from sklearn.metrics import roc_auc_score
 
 from biopsy.data.packing import prepare
 from biopsy.data.packs import Pack
-from biopsy.data.phantom.cohort import iter_patches, write_archive
-from biopsy.data.phantom.slides import make_slide
 from biopsy.data.splits import make_split
-from biopsy.judging.baseline import colour_baseline
-from biopsy.learning.engine import Engine
-from biopsy.learning.inference import predict_logits
-from biopsy.learning.runs import Run
-from biopsy.learning.training import train
+from biopsy.evaluation.colour_baseline import colour_baseline
+from biopsy.models.engine import Engine
+from biopsy.models.inference import predict_logits
+from biopsy.phantom.cohort import iter_patches, write_archive
+from biopsy.phantom.slides import make_slide
+from biopsy.training.runs import Run
+from biopsy.training.train import train
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -45,7 +45,7 @@ import PIL
 from PIL import Image
 
 from biopsy.data.packing import prepare
-from biopsy.data.phantom.cohort import iter_patches
+from biopsy.phantom.cohort import iter_patches
 
 RESULTS = Path(__file__).parent / "results"
 

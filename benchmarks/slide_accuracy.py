@@ -49,10 +49,10 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import biopsy
-from biopsy.data.phantom.whole_slides import PhantomTruth, make_phantom_slide
-from biopsy.imaging.pyramids import write_pyramid
-from biopsy.imaging.reader import open_slide
-from biopsy.learning.opening import open_classifier
+from biopsy.phantom.slides import PhantomTruth, make_phantom_slide
+from biopsy.slide_io.pyramids import write_pyramid
+from biopsy.slide_io.reader import open_slide
+from biopsy.training.open_model import open_classifier
 
 RESULTS = Path(__file__).parent / "results"
 SIZE_UM = (6000, 4800)

@@ -45,11 +45,11 @@ import pandas as pd
 from sklearn.metrics import roc_auc_score
 
 import biopsy
-from biopsy.imaging.pyramids import write_pyramid
-from biopsy.learning.foreign.wsinfer import CONFIG, SCRIPT
-from biopsy.learning.opening import open_classifier
-from biopsy.sharing.bundles import write_networks
+from biopsy.exporting.bundles import write_networks
+from biopsy.models.importers.wsinfer import CONFIG, SCRIPT
+from biopsy.slide_io.pyramids import write_pyramid
 from biopsy.slides.stitching import list_slides, stitch_slide
+from biopsy.training.open_model import open_classifier
 
 RESULTS = Path(__file__).parent / "results"
 ENLARGED, MPP, PATCH_MPP = 8, 0.5, 1.0
@@ -187,7 +187,7 @@ def compare_modes(run: Path, work: Path, annotated: pd.DataFrame) -> dict[str, f
 
 def find_time(work: Path, bundle: Path) -> dict[str, float]:
     """Give processor seconds of each part of the default mode, one thread, without starting Python."""
-    from biopsy.learning.hardware import pick_precision
+    from biopsy.models.hardware import pick_precision
     from biopsy.slides.grids import cut_blocks
     from biopsy.slides.inference import SlideTask, open_view, predict_slides
 

@@ -94,12 +94,12 @@ def start_biopsy(path: Path, precision: str) -> Callable[[], int]:
     import numpy as np
 
     from biopsy.data.packs import Pack
-    from biopsy.learning.augmentation import Augmentation
-    from biopsy.learning.batches import Batches
-    from biopsy.learning.engine import Engine, make_loss
-    from biopsy.learning.networks import build_network
-    from biopsy.learning.optimisers import learning_rate, make_optimiser, set_learning_rate
-    from biopsy.learning.preprocessing import Preprocessing
+    from biopsy.models.engine import Engine, make_loss
+    from biopsy.models.networks import build_network
+    from biopsy.models.preprocessing import Preprocessing
+    from biopsy.training.augmentation import Augmentation
+    from biopsy.training.batches import Batches
+    from biopsy.training.optimisers import learning_rate, make_optimiser, set_learning_rate
 
     pack, engine = Pack.open(path), Engine("cpu", precision)  # type: ignore[arg-type]
     network = engine.place(build_network("cancernet", n_classes=2, input_px=INPUT_PX, seed=0)).train()
@@ -158,7 +158,7 @@ def count_operations() -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from biopsy.learning.networks import build_network
+    from biopsy.models.networks import build_network
 
     network = build_network("cancernet", n_classes=2, input_px=INPUT_PX, seed=0).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -22,8 +22,8 @@ import numpy as np
 import pandas as pd
 
 import biopsy
-from biopsy.data.phantom.whole_slides import make_phantom_slide
-from biopsy.imaging.reader import open_slide
+from biopsy.phantom.slides import make_phantom_slide
+from biopsy.slide_io.reader import open_slide
 
 COMMAND = """
 import sys

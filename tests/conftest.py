@@ -21,13 +21,13 @@ import pytest
 
 from biopsy.core import files
 from biopsy.data.packs import PIXELS, Pack, finish_pack, patch_sha256
-from biopsy.imaging.pyramids import write_pyramid
+from biopsy.slide_io.pyramids import write_pyramid
 from biopsy.statistics.metrics import registry
 from biopsy.statistics.multiclass import ClassTally
-from biopsy.statistics.tallies import Tally
+from biopsy.statistics.weighted_counts import Tally
 
 if TYPE_CHECKING:
-    from biopsy.learning.runs import Run
+    from biopsy.training.runs import Run
 
 pytest_plugins = ["local_server"]
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from biopsy.judging.closeups import Closeup, Closeups
-from biopsy.judging.mistakes import KINDS, Mistakes, contrast_mistakes, find_unusual, pick_galleries
-from biopsy.judging.neighbours import count_neighbours, find_zones, measure_zones
-from biopsy.judging.properties import PROPERTIES
+from biopsy.evaluation.errors.case_views import Closeup, Closeups
+from biopsy.evaluation.errors.measure import KINDS, Mistakes, contrast_mistakes, find_unusual, pick_galleries
+from biopsy.evaluation.neighbours import count_neighbours, find_zones, measure_zones
+from biopsy.evaluation.patch_properties import PROPERTIES
 from report_facts import NAMES, THRESHOLD, make_facts
 
 TRAINED = "16896"  # a patient only seen in training

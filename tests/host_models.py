@@ -5,11 +5,11 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from biopsy.learning.classifiers import Classifier, ClassifierInfo
-from biopsy.learning.engine import Engine
-from biopsy.learning.inference import predict_logits
-from biopsy.learning.networks import build_network
-from biopsy.learning.preprocessing import Preprocessing
+from biopsy.models.classifier import Classifier, ClassifierInfo
+from biopsy.models.engine import Engine
+from biopsy.models.inference import predict_logits
+from biopsy.models.networks import build_network
+from biopsy.models.preprocessing import Preprocessing
 
 
 def ask_host(network, patches):

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import torch
 
-from biopsy.learning.networks import build_network
+from biopsy.models.networks import build_network
 
 CLASSES = {"SeparableConv2d": "SeparableConv2D", "Conv2d": "Conv2D", "BatchNorm2d": "BatchNormalization"}
 CLASSES |= {"BatchNorm1d": "BatchNormalization", "Linear": "Dense", "OneLogit": "Dense"}

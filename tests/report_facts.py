@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 
-from biopsy.sharing.facts import RunFacts, StudyFacts
+from biopsy.reporting.facts import RunFacts, StudyFacts
 from biopsy.statistics.intervals import describe_method, estimate_patch_metrics, estimate_patient_metrics
 from biopsy.statistics.multiclass import classification_report
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from biopsy.learning.classifiers import Classifier, ClassifierInfo
-from biopsy.learning.compiling import write_compiled
-from biopsy.learning.networks import build_network
-from biopsy.learning.networks.layers import initialise
-from biopsy.learning.preprocessing import Preprocessing
+from biopsy.models.classifier import Classifier, ClassifierInfo
+from biopsy.models.compiling import write_compiled
+from biopsy.models.networks import build_network
+from biopsy.models.networks.layers import initialise
+from biopsy.models.preprocessing import Preprocessing
 from biopsy.slides.grids import PatchGrid
 from biopsy.slides.maps import SlideMap
 

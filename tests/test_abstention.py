@@ -8,15 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from biopsy.cli.judging import _say_abstention
+from biopsy.cli.evaluation import _say_abstention
 from biopsy.core.errors import MetricError
-from biopsy.figures.abstention import draw_promise, draw_risk_coverage
-from biopsy.judging.abstention import count_sets, judge_promise, measure_abstention
-from biopsy.learning.abstention import fit_abstention
-from biopsy.sharing.abstention import describe_abstention, say_verdict
-from biopsy.sharing.document import ReportDocument, Summary
-from biopsy.sharing.report import render_report
-from biopsy.statistics.abstention import (
+from biopsy.evaluation.abstention.figures import draw_promise, draw_risk_coverage
+from biopsy.evaluation.abstention.measure import count_sets, judge_promise, measure_abstention
+from biopsy.evaluation.abstention.section import describe_abstention, say_verdict
+from biopsy.reporting.document import ReportDocument, Summary
+from biopsy.reporting.html import render_report
+from biopsy.statistics.cohorts import UnevenPatients
+from biopsy.statistics.conformal import predict_sets
+from biopsy.statistics.risk_coverage import (
     COVERAGES,
     estimate_risk,
     estimate_shares,
@@ -24,8 +25,7 @@ from biopsy.statistics.abstention import (
     risk_at,
     trace_risk,
 )
-from biopsy.statistics.cohorts import UnevenPatients
-from biopsy.statistics.conformal import predict_sets
+from biopsy.training.postprocessing import fit_abstention
 from report_facts import NAMES, THRESHOLD, Page, make_facts, make_metrics, make_predictions, make_small_facts
 
 

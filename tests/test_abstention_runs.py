@@ -7,15 +7,15 @@ import pytest
 
 from biopsy.core.errors import RecipeError
 from biopsy.data.predictions import read_predictions
-from biopsy.judging.evaluation import evaluate
-from biopsy.learning.calibration import calibrate
-from biopsy.learning.classifiers import Classifier
-from biopsy.learning.recipes import load_recipe
-from biopsy.learning.runs import Run
-from biopsy.sharing.abstention import describe_abstention
-from biopsy.sharing.facts import RunFacts
+from biopsy.evaluation.abstention.section import describe_abstention
+from biopsy.evaluation.calibration.recalibrate import calibrate
+from biopsy.evaluation.evaluate import evaluate
+from biopsy.evaluation.predict import predict
+from biopsy.models.classifier import Classifier
+from biopsy.recipes import load_recipe
+from biopsy.reporting.facts import RunFacts
 from biopsy.statistics.conformal import fit_conformal, predict_sets
-from biopsy.studies.prediction import predict
+from biopsy.training.runs import Run
 from tiny_runs import copy_run
 
 FEW = "an error rate of 0.1 needs at least ceil(1/0.1) - 1 = 9 calibration patients; there are 5"

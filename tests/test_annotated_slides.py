@@ -16,11 +16,11 @@ import biopsy
 from annotation_files import asap, asap_annotation, imagescope
 from biopsy.cli import app
 from biopsy.core.errors import DataError, SlideError
-from biopsy.data.phantom.whole_slides import make_phantom_slide
-from biopsy.imaging.annotations import read_annotations, write_annotations
-from biopsy.imaging.pyramids import write_pyramid
+from biopsy.data.prepare import prepare
+from biopsy.phantom.slides import make_phantom_slide
+from biopsy.slide_io.annotations import read_annotations, write_annotations
+from biopsy.slide_io.pyramids import write_pyramid
 from biopsy.slides.maps import SlideMap
-from biopsy.studies.preparation import prepare
 from conftest import draw_slide
 from host_models import make_classifier
 from scn_files import write_scn

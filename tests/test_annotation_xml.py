@@ -8,7 +8,7 @@ import shapely
 
 from annotation_files import asap, halo, imagescope
 from biopsy.core.errors import DataError, FileFormatError
-from biopsy.imaging.annotations import read_annotations
+from biopsy.slide_io.annotations import read_annotations
 
 SQUARE = [(0, 0), (100, 0), (100, 100), (0, 100)]
 INNER = [(20, 20), (60, 20), (60, 60), (20, 60)]

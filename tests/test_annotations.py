@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from shapely import MultiPolygon, Polygon, box
 
 from biopsy.core.errors import DataError, FileFormatError
-from biopsy.imaging import annotations
-from biopsy.imaging.annotations import read_annotations, write_annotations
-from biopsy.imaging.outlines import OutlineReader
-from biopsy.imaging.shares import share_of_mask, share_of_polygon
+from biopsy.slide_io import annotations
+from biopsy.slide_io.annotations import read_annotations, write_annotations
+from biopsy.slide_io.coverage import share_of_mask, share_of_polygon
+from biopsy.slide_io.outlines import OutlineReader
 
 SQUARE = [[0, 0], [10, 0], [10, 10], [0, 10], [0, 0]]
 SQUARE_GEOMETRY = {"type": "Polygon", "coordinates": [SQUARE]}

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from biopsy.core.errors import SplitError
-from biopsy.data.arms import make_leak_splits, matched
 from biopsy.data.audit import audit_pack, find_spoilers
 from biopsy.data.leakage import check_no_leakage, find_overlap
 from biopsy.data.packs import Pack
 from biopsy.data.protocols import PROTOCOLS, Request
 from biopsy.data.splits import find_split, load_split, make_split, save_split
+from biopsy.experiments.leakage import make_leak_splits, matched
 
 MakePack = Callable[..., Pack]
 CANCERNET = {"method": "shuffled-paths", "seed": 42, "train": 0.8, "val": 0.1}

@@ -7,8 +7,8 @@ import torch
 from scipy import ndimage
 
 from biopsy.core.errors import RecipeError
-from biopsy.imaging.stain import combine_stains, separate_stains
-from biopsy.learning.augmentation import Augmentation, affine_matrix, change_stain, move_pixels, warp
+from biopsy.slide_io.stain import combine_stains, separate_stains
+from biopsy.training.augmentation import Augmentation, affine_matrix, change_stain, move_pixels, warp
 
 POST = Augmentation(
     rotation_deg=20, zoom=0.05, shift=0.1, shear_deg=0.05, flip_horizontal=True, flip_vertical=True
@@ -89,7 +89,7 @@ def test_a_flip_mirrors_half_of_the_patches_of_any_shape(settings, dim):
 @pytest.mark.parametrize("move", range(16))
 def test_a_move_by_matrix_is_the_move_by_pixels(move):
     """The warp composes flips and turns as matrices; alone they must give what moving the pixels gives."""
-    from biopsy.learning.augmentation import _move_matrices
+    from biopsy.training.augmentation import _move_matrices
 
     batch, moves = make_batch(2, 10, 10), torch.tensor([move, move])
     matrix = torch.cat([_move_matrices()[moves], torch.zeros(2, 2, 1, dtype=torch.float64)], dim=2)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from biopsy.learning.averaging import WeightAverage
-from biopsy.learning.checkpoints import load_weights
+from biopsy.training.checkpoints import load_weights
+from biopsy.training.weight_averaging import WeightAverage
 from conftest import write_pack
 from tiny_runs import train_tiny
 

@@ -7,9 +7,9 @@ from sklearn.metrics import roc_auc_score
 
 from biopsy.data.packs import Pack
 from biopsy.data.splits import make_split
-from biopsy.imaging.colour import FEATURE_NAMES
-from biopsy.judging import baseline
-from biopsy.judging.baseline import colour_baseline
+from biopsy.evaluation import colour_baseline as baseline
+from biopsy.evaluation.colour_baseline import colour_baseline
+from biopsy.slide_io.stain import FEATURE_NAMES
 
 MakePack = Callable[..., Pack]
 

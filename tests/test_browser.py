@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 import pytest
 
-from biopsy.sharing.report import render_report, report_of_run
+from biopsy.reporting.compose import report_of_run
+from biopsy.reporting.html import render_report
 from report_facts import make_facts, make_predictions
 
 CHROMIUM = next(

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from biopsy.data.splits import make_split
-from biopsy.learning.recipes import load_recipe
-from biopsy.studies.budget import (
+from biopsy.experiments.budget import (
     MARGIN,
     Length,
     Need,
@@ -17,6 +16,7 @@ from biopsy.studies.budget import (
     share_out,
     with_length,
 )
+from biopsy.recipes import load_recipe
 from tiny_runs import TINY
 
 needs = st.builds(

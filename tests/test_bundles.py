@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 from biopsy.cli import app
 from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import read_json
-from biopsy.learning.foreign.wsinfer import load_script
-from biopsy.learning.networks import list_networks
-from biopsy.learning.opening import open_classifier
-from biopsy.sharing import bundles
-from biopsy.sharing.bundles import check_bundle, export, measure_parity, write_networks
-from biopsy.sharing.host_network import HostNetwork
-from biopsy.studies.prediction import predict
+from biopsy.evaluation.predict import predict
+from biopsy.exporting import bundles
+from biopsy.exporting.bundles import check_bundle, export, measure_parity, write_networks
+from biopsy.exporting.host_network import HostNetwork
+from biopsy.models.importers.wsinfer import load_script
+from biopsy.models.networks import list_networks
+from biopsy.training.open_model import open_classifier
 from conftest import encode_png
 from host_models import ask_host, draw, make_classifier, our_probs
 

@@ -12,13 +12,14 @@ from scipy.special import softmax
 
 from biopsy.core.errors import MetricError, RunError
 from biopsy.core.files import LOCK
-from biopsy.judging.evaluation import evaluate
-from biopsy.learning.calibration import calibrate, find_trained_prior, settle
-from biopsy.learning.classifiers import Classifier, score_classes
-from biopsy.learning.recipes import load_recipe
-from biopsy.learning.runs import Run
+from biopsy.evaluation.calibration.recalibrate import calibrate
+from biopsy.evaluation.evaluate import evaluate
+from biopsy.models.classifier import Classifier, score_classes
+from biopsy.recipes import load_recipe
 from biopsy.statistics.calibrators import fit_calibrator
 from biopsy.statistics.thresholds import choose_threshold
+from biopsy.training.postprocessing import find_trained_prior, settle
+from biopsy.training.runs import Run
 from tiny_runs import LIVELY, assert_same_run, copy_run, train_tiny
 
 RULES = ["youden", "sensitivity=0.95", "specificity=0.90", "cost=5"]
@@ -37,8 +38,8 @@ def read(run, side="val"):
 
 def stub(class_names=("non_idc", "idc"), outputs="softmax"):
     """Give a classifier without a network, for what needs only its record."""
-    from biopsy.learning.classifiers import ClassifierInfo
-    from biopsy.learning.preprocessing import Preprocessing
+    from biopsy.models.classifier import ClassifierInfo
+    from biopsy.models.preprocessing import Preprocessing
 
     positive = "idc" if len(class_names) == 2 else None
     info = ClassifierInfo(

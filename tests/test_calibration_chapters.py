@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 from biopsy.core.errors import MetricError
-from biopsy.figures.calibration import draw_calibration, draw_decision_curve
-from biopsy.judging.calibration import MEASURED
-from biopsy.judging.decisions import measure_decisions
-from biopsy.sharing.calibration import describe_calibration, say_calibration, say_slope
-from biopsy.sharing.decisions import describe_decisions, say_benefit, say_rule
-from biopsy.sharing.document import Picture, Pictures, Table, Text
-from biopsy.sharing.numbers import describe_curves
+from biopsy.evaluation.calibration.figures import draw_calibration, draw_decision_curve
+from biopsy.evaluation.calibration.measure import MEASURED
+from biopsy.evaluation.calibration.section import describe_calibration, say_calibration, say_slope
+from biopsy.evaluation.operating_points import measure_decisions
+from biopsy.evaluation.sections import describe_curves, describe_decisions, say_benefit, say_rule
+from biopsy.reporting.document import Picture, Pictures, Table, Text
 from biopsy.statistics.calibration import ece_floor
 from biopsy.statistics.calibrators import LEFT, MOVED
 from biopsy.statistics.intervals import estimate_patch_metrics

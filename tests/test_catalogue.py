@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 import biopsy
 from biopsy.cli import app
-from biopsy.data.phantom.whole_slides import make_phantom_slide
+from biopsy.phantom.slides import make_phantom_slide
 
 
 def call(*arguments: object):

@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
-from biopsy import sharing
-from biopsy.sharing.checklist import GUIDELINES, STARD_AI, TRIPOD_AI, describe_checklist
-from biopsy.sharing.document import Section
-from biopsy.sharing.report import render_report, report_of_run
+from biopsy import reporting as sharing
+from biopsy.reporting.checklist import GUIDELINES, STARD_AI, TRIPOD_AI, describe_checklist
+from biopsy.reporting.compose import report_of_run
+from biopsy.reporting.document import Section
+from biopsy.reporting.html import render_report
 from report_facts import make_facts
 
 

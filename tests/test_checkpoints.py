@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from biopsy.core.errors import RunError
-from biopsy.learning.checkpoints import LAST, Progress, load_checkpoint, load_weights, save_checkpoint
-from biopsy.learning.optimisers import OPTIMISERS, make_optimiser, set_learning_rate
+from biopsy.training.checkpoints import LAST, Progress, load_checkpoint, load_weights, save_checkpoint
+from biopsy.training.optimisers import OPTIMISERS, make_optimiser, set_learning_rate
 
 CPU = torch.device("cpu")
 

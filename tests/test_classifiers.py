@@ -9,9 +9,9 @@ import torch
 from scipy.special import expit, softmax
 
 from biopsy.core.errors import DataError, RunError
-from biopsy.learning.classifiers import Classifier, ClassifierInfo
-from biopsy.learning.networks import build_network
-from biopsy.learning.preprocessing import Preprocessing
+from biopsy.models.classifier import Classifier, ClassifierInfo
+from biopsy.models.networks import build_network
+from biopsy.models.preprocessing import Preprocessing
 
 
 def make_classifier(n_classes=2, **changes):

@@ -15,10 +15,9 @@ from typer.testing import CliRunner
 
 import biopsy
 from biopsy.cli import app
-from biopsy.cli.console import print_blocks, print_json, print_table
-from biopsy.cli.learning import EpochLines, epoch_line
-from biopsy.cli.options import comma_list
-from biopsy.learning.runs import Run
+from biopsy.cli.console import comma_list, print_blocks, print_json, print_table
+from biopsy.cli.training import EpochLines, epoch_line
+from biopsy.training.runs import Run
 
 RECORD = {
     "epoch": 3,
@@ -357,7 +356,7 @@ def test_from_archive_to_report(make_idc_zip, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_demo_ends_in_a_report_and_can_be_run_again(tmp_path, monkeypatch):
-    from biopsy.upkeep import demo
+    from biopsy.experiments import demo
 
     monkeypatch.setattr(demo, "N_PATIENTS", 12)
     monkeypatch.setattr(demo, "PATCHES_PER_PATIENT", 20)

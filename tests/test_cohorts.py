@@ -24,8 +24,8 @@ import biopsy.slides.outputs as outputs
 from biopsy.cli import app
 from biopsy.core.errors import DataError, SlideError, UserFileError
 from biopsy.core.files import LOCK, MANIFEST
-from biopsy.imaging.annotations import read_annotations
-from biopsy.imaging.reader import open_slide
+from biopsy.slide_io.annotations import read_annotations
+from biopsy.slide_io.reader import open_slide
 from biopsy.slides.cohorts import SlideCohort, slide
 from biopsy.slides.maps import SlideMap
 from conftest import abandon

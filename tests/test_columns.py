@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from biopsy.core.errors import DataError
-from biopsy.data.columns import add_people, join_columns
+from biopsy.data.tables import add_people, join_columns
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import pytest
 
 from biopsy.core.errors import RunError
 from biopsy.data.splits import make_split, save_split
-from biopsy.learning.recipes import load_recipe
-from biopsy.studies.comparison import choose_apart, choose_leaking, compare_splits, count_side, list_leaks
+from biopsy.experiments.leakage import choose_apart, choose_leaking, compare_splits, count_side, list_leaks
+from biopsy.recipes import load_recipe
 
 TESTED = ("8863", "8865")
 RECIPE = "cancernet-2020"

@@ -5,9 +5,9 @@ import re
 import pytest
 
 from biopsy.core.errors import MetricError
-from biopsy.figures.comparisons import SHOWN, draw_differences
-from biopsy.figures.style import svg
-from biopsy.sharing.differences import say_verdict
+from biopsy.evaluation.comparison.figures import SHOWN, draw_differences
+from biopsy.evaluation.comparison.page import say_verdict
+from biopsy.plotting.style import svg
 
 
 def entry(value, low=None, high=None, reason=None, p=None, p_holm=None, **seeds):

@@ -8,16 +8,17 @@ import pytest
 
 from biopsy.core.errors import RunError
 from biopsy.core.files import read_json
-from biopsy.imaging.stain import combine_stains, separate_stains
-from biopsy.judging import conjectures
-from biopsy.judging.colour import REMOVALS, share_saliency
-from biopsy.judging.conjectures import (
+from biopsy.evaluation.evaluate import evaluate
+from biopsy.evaluation.hypotheses import measure as conjectures
+from biopsy.evaluation.hypotheses.measure import (
+    REMOVALS,
     judge_blue_yellow,
     judge_heterogeneous,
     judge_less_stained,
     measure_conjectures,
+    share_saliency,
 )
-from biopsy.judging.evaluation import evaluate
+from biopsy.slide_io.stain import combine_stains, separate_stains
 from tiny_runs import copy_run
 
 OPTIONS = {"seed": 0, "unit": "patient"}
@@ -203,7 +204,7 @@ def test_a_run_is_measured_once_and_read_again(judged, monkeypatch):
 
 
 def test_the_network_is_asked_about_few_patches_where_it_is_slow(judged, monkeypatch):
-    from biopsy.learning.networks import build_network
+    from biopsy.models.networks import build_network
 
     counts = [
         conjectures.count_asked(build_network(name, n_classes=2, input_px=px), px)
@@ -226,7 +227,7 @@ def test_a_test_side_that_is_closed_stays_closed(trained_run, tmp_path):
 
 
 def test_more_than_two_classes_are_refused(trained_run, tmp_path, monkeypatch):
-    from biopsy.learning.runs import Run
+    from biopsy.training.runs import Run
 
     run = Run(tmp_path, trained_run.info)
     frame = pd.DataFrame({"patch_id": ["a"]})

@@ -7,13 +7,13 @@ from PIL import Image
 
 import biopsy
 from biopsy.core.errors import DataError
-from biopsy.judging.evaluation import evaluate
-from biopsy.learning.classifiers import Classifier
-from biopsy.learning.context import average_neighbours
-from biopsy.learning.engine import Engine
-from biopsy.learning.inference import predict_logits
-from biopsy.sharing.bundles import export
-from biopsy.studies.prediction import predict
+from biopsy.evaluation.evaluate import evaluate
+from biopsy.evaluation.predict import predict
+from biopsy.exporting.bundles import export
+from biopsy.models.classifier import Classifier
+from biopsy.models.context import average_neighbours
+from biopsy.models.engine import Engine
+from biopsy.models.inference import predict_logits
 from conftest import write_pack
 from tiny_runs import LIVELY, copy_run, train_tiny
 

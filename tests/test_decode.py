@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from biopsy.core.errors import DataError
-from biopsy.imaging.decode import decode, read_header
+from biopsy.slide_io.images import decode, read_header
 
 
 def encode(image, kind, **options):

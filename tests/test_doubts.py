@@ -15,7 +15,7 @@ from biopsy.cli import app
 from biopsy.core.errors import DataError, RunError
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import make_predictions, write_predictions
-from biopsy.learning.runs import Run
+from biopsy.training.runs import Run
 from report_facts import Page
 from tiny_runs import copy_run
 

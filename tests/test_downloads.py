@@ -8,11 +8,7 @@ import shutil
 import pytest
 
 from biopsy.core.errors import DownloadError
-from biopsy.data.downloads import (
-    Patience,
-    RemoteFile,
-    transfer,
-)
+from biopsy.data.download import Patience, RemoteFile, transfer
 from local_server import BODY, QUICK, Disk, data_file, get, names, sha256
 
 

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from biopsy.core.errors import RecipeError
-from biopsy.learning.augmentation import Augmentation
-from biopsy.learning.batches import Batches
-from biopsy.learning.engine import Engine, count_correct, make_loss, outputs_of
-from biopsy.learning.networks import build_network
-from biopsy.learning.optimisers import make_optimiser
-from biopsy.learning.preprocessing import Preprocessing
+from biopsy.models.engine import Engine, count_correct, make_loss, outputs_of
+from biopsy.models.networks import build_network
+from biopsy.models.preprocessing import Preprocessing
+from biopsy.training.augmentation import Augmentation
+from biopsy.training.batches import Batches
+from biopsy.training.optimisers import make_optimiser
 
 LOGITS = torch.tensor([[1.0, -1.0], [0.5, 2.0], [0.0, 0.0]], dtype=torch.float64)
 TARGET = torch.tensor([0, 0, 1])

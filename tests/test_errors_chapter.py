@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from biopsy.sharing.document import ReportDocument, Summary
-from biopsy.sharing.errors import describe_mistakes
-from biopsy.sharing.facts import hide_run
-from biopsy.sharing.report import render_report, report_of_run
+from biopsy.evaluation.errors.section import describe_mistakes
+from biopsy.reporting.compose import report_of_run
+from biopsy.reporting.document import ReportDocument, Summary
+from biopsy.reporting.facts import hide_run
+from biopsy.reporting.html import render_report
 from error_facts import TRAINED, make_closeups, make_error_facts, make_mistakes
 from report_facts import THRESHOLD, Page, make_facts, make_predictions
 

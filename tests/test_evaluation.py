@@ -11,11 +11,11 @@ from biopsy.core.errors import DataError, RunError, SplitError
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import read_predictions
 from biopsy.data.splits import make_split, save_split
-from biopsy.judging.baseline import colour_baseline
-from biopsy.judging.evaluation import evaluate
+from biopsy.evaluation.colour_baseline import colour_baseline
+from biopsy.evaluation.evaluate import evaluate
+from biopsy.reporting.report import report
 from biopsy.statistics.metrics import METRICS
 from biopsy.statistics.thresholds import choose_threshold
-from biopsy.studies.reporting import report
 from tiny_runs import copy_run, train_tiny
 
 NAMES = (

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from biopsy.core.errors import RecipeError
-from biopsy.judging.explanation import explain_patches
-from biopsy.judging.methods import METHODS, find_first_layer, find_layer, input_gradient
-from biopsy.learning.classifiers import Classifier, ClassifierInfo
-from biopsy.learning.engine import Engine
-from biopsy.learning.networks import build_network, list_networks
-from biopsy.learning.preprocessing import Preprocessing
+from biopsy.evaluation.explanation.maps import explain_patches
+from biopsy.evaluation.explanation.methods import METHODS, find_first_layer, find_layer, input_gradient
+from biopsy.models.classifier import Classifier, ClassifierInfo
+from biopsy.models.engine import Engine
+from biopsy.models.networks import build_network, list_networks
+from biopsy.models.preprocessing import Preprocessing
 
 CPU = Engine("cpu")
 PX = 50  # the least that every shipped network takes, with room to spare

@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from biopsy.judging.conjectures import judge_blue_yellow, judge_heterogeneous, judge_less_stained
-from biopsy.judging.examples import Explained, Illustration
-from biopsy.judging.verdicts import describe_curves, judge_method, judge_pointing
-from biopsy.sharing.report import render_report, report_of_run
+from biopsy.evaluation.explanation.examples import Explained, Illustration
+from biopsy.evaluation.explanation.faithfulness import describe_curves, judge_method, judge_pointing
+from biopsy.evaluation.hypotheses.measure import judge_blue_yellow, judge_heterogeneous, judge_less_stained
+from biopsy.reporting.compose import report_of_run
+from biopsy.reporting.html import render_report
 from report_facts import NAMES, Page, figures, make_facts, make_small_facts
 
 

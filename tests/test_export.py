@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 import biopsy
 from biopsy.cli import app
 from biopsy.core.errors import DataError, RecipeError, SplitError
-from biopsy.data.export import FOLDER_BY_SIDE, count_tree, export_tree, name_files
+from biopsy.data.export_tree import FOLDER_BY_SIDE, count_tree, export_tree, name_files
 from biopsy.data.splits import find_split, make_split, save_split
-from biopsy.learning.recipes import load_recipe
+from biopsy.recipes import load_recipe
 from conftest import draw_patches, encode_png
 
 SIDE_BY_FOLDER = {folder: side for side, folder in FOLDER_BY_SIDE.items()}

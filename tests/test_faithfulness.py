@@ -12,22 +12,34 @@ from torch import nn
 
 import biopsy
 from biopsy.core.errors import DataError, RecipeError, RunError
-from biopsy.data.phantom.cohort import find_tumour_cells, iter_patches
-from biopsy.judging.faithfulness import (
+from biopsy.evaluation.explanation.faithfulness import (
     compare_randomised,
     draw_patches,
     explain_all,
     find_edges,
+    judge_gain,
+    judge_method,
+    judge_pointing,
     measure_faithfulness,
     read_faithfulness,
+    say_answer,
     trace_all,
 )
-from biopsy.judging.pointing import point_at
-from biopsy.judging.randomisation import randomise_cascading, rank_correlation, structural_similarity
-from biopsy.judging.removal import CELLS, STEPS, area_under, blur_patches, rank_cells, trace_removal
-from biopsy.judging.verdicts import judge_gain, judge_method, judge_pointing, say_answer
-from biopsy.learning.engine import Engine
-from biopsy.learning.inference import predict_logits
+from biopsy.evaluation.explanation.faithfulness_measures import (
+    CELLS,
+    STEPS,
+    area_under,
+    blur_patches,
+    point_at,
+    randomise_cascading,
+    rank_cells,
+    rank_correlation,
+    structural_similarity,
+    trace_removal,
+)
+from biopsy.models.engine import Engine
+from biopsy.models.inference import predict_logits
+from biopsy.phantom.cohort import find_tumour_cells, iter_patches
 from test_explanation import draw_patches as draw_noise
 from test_explanation import make_classifier
 from tiny_runs import copy_run
@@ -364,8 +376,8 @@ def test_patches_are_called_positive_and_taken_from_patients_in_turn(judged):
 
 
 def test_the_verb_measures_with_the_flag_and_the_report_shows_it(judged, monkeypatch):
-    monkeypatch.setattr("biopsy.judging.faithfulness.MOST_PATCHES", 4)
-    monkeypatch.setattr("biopsy.judging.faithfulness.FEWEST_PATCHES", 4)
+    monkeypatch.setattr("biopsy.evaluation.explanation.faithfulness.MOST_PATCHES", 4)
+    monkeypatch.setattr("biopsy.evaluation.explanation.faithfulness.FEWEST_PATCHES", 4)
     written = biopsy.explain(judged, method="saliency", errors=1, faithfulness=True, device="cpu")
     assert written["faithfulness"]["methods"][0]["name"] == "saliency"
     assert "faithfulness" not in json.loads((judged.path / "explain" / "explain.json").read_text())

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from biopsy.core.errors import DataError, DownloadError, RecipeError
-from biopsy.learning import fetching
-from biopsy.learning.known_weights import find_weights
-from biopsy.learning.weights import locate
+from biopsy.models import fetch as fetching
+from biopsy.models.known_weights import find_weights
+from biopsy.models.weights import locate
 from local_server import BODY
 
 

@@ -11,15 +11,21 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from sklearn.metrics import roc_auc_score
 
 from biopsy.core.errors import DataError, MetricError, RecipeError
-from biopsy.figures import style
-from biopsy.figures.confusion import draw_confusion, draw_confusion_matrix
-from biopsy.figures.curves import draw_precision_recall, draw_reliability, draw_roc, draw_training
-from biopsy.figures.folds import draw_folds
-from biopsy.figures.network import draw_network, group_layers
-from biopsy.figures.patients import draw_balance, draw_patient_metric, draw_patient_probs
-from biopsy.figures.sheets import draw_class_sheet, draw_gallery, lay_out_sheet
-from biopsy.figures.sides import draw_sides
-from biopsy.figures.slides import draw_slide, round_length_um
+from biopsy.data.figures import draw_balance, draw_sides
+from biopsy.evaluation.figures import (
+    draw_confusion,
+    draw_confusion_matrix,
+    draw_patient_metric,
+    draw_patient_probs,
+    draw_precision_recall,
+    draw_reliability,
+    draw_roc,
+)
+from biopsy.experiments.figures import draw_folds
+from biopsy.plotting import style
+from biopsy.plotting.sheets import draw_class_sheet, draw_gallery, lay_out_sheet
+from biopsy.plotting.slides import draw_slide, round_length_um
+from biopsy.training.figures import draw_network, draw_training, group_layers
 
 TARGET = np.array([0, 0, 0, 1, 0, 1, 1, 1, 0, 1])
 PROB = np.array([0.05, 0.1, 0.3, 0.25, 0.5, 0.55, 0.7, 0.9, 0.6, 0.95])

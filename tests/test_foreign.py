@@ -11,11 +11,10 @@ from typer.testing import CliRunner
 
 import biopsy
 from biopsy.cli import app
-from biopsy.learning.classifiers import Classifier
-from biopsy.learning.foreign.importing import import_keras
-from biopsy.learning.foreign.keras import load_keras_into
-from biopsy.learning.foreign.keras_files import read_keras
-from biopsy.learning.networks import build_network
+from biopsy.models.classifier import Classifier
+from biopsy.models.importers.keras import import_keras, load_keras_into
+from biopsy.models.importers.keras_files import read_keras
+from biopsy.models.networks import build_network
 from conftest import encode_png
 from keras_files import (
     build,
@@ -187,7 +186,7 @@ def test_an_imported_classifier_predicts_like_any_other(cancernet_file, make_pac
     assert made.exit_code == 0 and made.stdout == "mine\n", made.stderr
     pack = make_pack(patch_px=50)
     found = biopsy.predict("mine", pack.path, device="cpu")
-    from biopsy.learning.preprocessing import Preprocessing
+    from biopsy.models.preprocessing import Preprocessing
 
     batch = Preprocessing(input_px=48).prepare(pack.patches[:8]).permute(0, 2, 3, 1).numpy()
     wanted = softmax(predict_by_hand(layers, batch), axis=1)

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from biopsy.core.errors import DataError, RecipeError, RunError
-from biopsy.learning.foreign.importing import import_keras
-from biopsy.learning.foreign.keras import load_keras_into
-from biopsy.learning.foreign.keras_files import read_keras
+from biopsy.models.importers.keras import import_keras, load_keras_into
+from biopsy.models.importers.keras_files import read_keras
 from keras_files import build, keras_layers, make_config, write_all, write_h5, write_keras, write_weights_h5
 
 

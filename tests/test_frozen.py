@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-import biopsy.learning.frozen as frozen
-import biopsy.learning.training as training
-from biopsy.learning.augmentation import Augmentation
-from biopsy.learning.batches import Batches
-from biopsy.learning.engine import Engine
-from biopsy.learning.frozen import compute_front, predict_rest
-from biopsy.learning.inference import predict_logits
-from biopsy.learning.networks import build_network
-from biopsy.learning.networks.stages import freeze
-from biopsy.learning.preprocessing import Preprocessing
+import biopsy.training.cached_features as frozen
+import biopsy.training.train as training
+from biopsy.models.engine import Engine
+from biopsy.models.inference import predict_logits
+from biopsy.models.networks import build_network
+from biopsy.models.networks.stages import freeze
+from biopsy.models.preprocessing import Preprocessing
+from biopsy.training.augmentation import Augmentation
+from biopsy.training.batches import Batches
+from biopsy.training.cached_features import compute_front, predict_rest
 from conftest import write_pack
 from tiny_runs import train_tiny, weights
 

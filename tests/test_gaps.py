@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from biopsy.studies.gaps import COMPARED, spread, summarise
+from biopsy.experiments.reproduction_summary import COMPARED, spread, summarise
 
 BASELINE = {"published_updates": 100, "method_only": False, "missing": {}, "claim": {}, "corrected": {}}
 

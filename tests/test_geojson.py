@@ -7,7 +7,7 @@ import pytest
 import shapely
 from shapely.geometry import shape
 
-from biopsy.imaging.annotations import read_annotations
+from biopsy.slide_io.annotations import read_annotations
 from slide_maps import make_map
 
 RNG = np.random.default_rng(3)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from biopsy.learning.classifiers import Classifier
-from biopsy.learning.preprocessing import Preprocessing
-from biopsy.sharing.bundles import measure_parity, write_networks
-from biopsy.sharing.host_network import HostNetwork, make_resize
+from biopsy.exporting.bundles import measure_parity, write_networks
+from biopsy.exporting.host_network import HostNetwork, make_resize
+from biopsy.models.classifier import Classifier
+from biopsy.models.preprocessing import Preprocessing
 from biopsy.statistics.calibrators import Isotonic, Scaling
 from host_models import draw, make_classifier
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from biopsy.sharing.identities import Aliases
+from biopsy.reporting.pseudonyms import Aliases
 
 
 def test_alias_numbers_do_not_follow_the_order_of_ids():

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 import biopsy
 from biopsy.cli import app
 from biopsy.core.errors import DataError, RecipeError, RunError
-from biopsy.judging.illustration import explain_examples
-from biopsy.studies.reporting import gather_run
+from biopsy.evaluation.explanation.explain import explain_examples
+from biopsy.reporting.report import gather_run
 from report_facts import Page
 from tiny_runs import copy_run, train_tiny
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-import biopsy.learning.inference as inference
-from biopsy.learning.classifiers import Classifier, ClassifierInfo
-from biopsy.learning.engine import Engine
-from biopsy.learning.inference import predict_logits, predict_with_features
-from biopsy.learning.networks import build_network
-from biopsy.learning.preprocessing import Preprocessing
+import biopsy.models.inference as inference
+from biopsy.models.classifier import Classifier, ClassifierInfo
+from biopsy.models.engine import Engine
+from biopsy.models.inference import predict_logits, predict_with_features
+from biopsy.models.networks import build_network
+from biopsy.models.preprocessing import Preprocessing
 from conftest import draw_patches
 
 ENGINE = Engine("cpu")

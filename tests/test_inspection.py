@@ -8,12 +8,12 @@ import pytest
 
 from biopsy.core.errors import PackError, SplitError
 from biopsy.core.files import read_json
+from biopsy.data import inspection
 from biopsy.data.audit import audit_pack
+from biopsy.data.figures import draw_sides
+from biopsy.data.inspection import inspect
 from biopsy.data.packs import PIXELS, Pack
 from biopsy.data.splits import Split, make_split, save_split
-from biopsy.figures.sides import draw_sides
-from biopsy.sharing import inspection
-from biopsy.sharing.inspection import inspect
 
 
 def names(paths):

@@ -19,11 +19,12 @@ from biopsy.statistics.intervals import (
     estimate_patch_metrics,
     estimate_patient_metrics,
     measure_groups,
+    replicate,
+    reweightings,
     wilson_interval,
 )
 from biopsy.statistics.metrics import METRICS, measure
-from biopsy.statistics.replicates import replicate, reweightings
-from biopsy.statistics.tallies import rank
+from biopsy.statistics.weighted_counts import rank
 
 # five patients, three patches each
 TARGET = np.array([1, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 0, 1, 0, 1])

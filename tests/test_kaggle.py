@@ -10,16 +10,8 @@ from types import ModuleType
 import pytest
 
 from biopsy.core.errors import DataError, DownloadError, MissingExtra
-from biopsy.data.downloads import (
-    SOURCES,
-    KaggleData,
-    RemoteFile,
-    Source,
-    describe,
-    fetch,
-    fetch_source,
-)
-from biopsy.data.downloads.collection import needed_bytes
+from biopsy.data.download import SOURCES, KaggleData, RemoteFile, Source, describe, fetch, fetch_source
+from biopsy.data.download.collection import needed_bytes
 from local_server import QUICK, Disk, data_file, names
 
 

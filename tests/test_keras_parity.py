@@ -10,15 +10,15 @@ import torch
 import torch._dynamo  # PyTorch's optimisers import it late; after TensorFlow's import that crashes
 from PIL import Image
 
-from biopsy.learning.augmentation import affine_matrix, warp
-from biopsy.learning.engine import Engine, make_loss, outputs_of
-from biopsy.learning.foreign.importing import import_keras
-from biopsy.learning.inference import predict_logits
-from biopsy.learning.networks import build_network, count_parameters, network_parameters
-from biopsy.learning.networks.stages import freeze
-from biopsy.learning.optimisers import learning_rate, make_optimiser, set_learning_rate
-from biopsy.learning.preprocessing import Preprocessing
-from biopsy.learning.recipes import load_recipe
+from biopsy.models.engine import Engine, make_loss, outputs_of
+from biopsy.models.importers.keras import import_keras
+from biopsy.models.inference import predict_logits
+from biopsy.models.networks import build_network, count_parameters, network_parameters
+from biopsy.models.networks.stages import freeze
+from biopsy.models.preprocessing import Preprocessing
+from biopsy.recipes import load_recipe
+from biopsy.training.augmentation import affine_matrix, warp
+from biopsy.training.optimisers import learning_rate, make_optimiser, set_learning_rate
 from keras_files import keras_layers
 
 pytestmark = [pytest.mark.peer, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

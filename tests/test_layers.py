@@ -73,7 +73,7 @@ def test_a_room_imports_only_from_rooms_above(path):
 
 
 def test_the_check_above_can_fail():
-    assert find_upward_imports("data", [(3, "biopsy.learning.training.train")]) != []
+    assert find_upward_imports("data", [(3, "biopsy.training.train.train")]) != []
     assert find_upward_imports("core", [(1, "biopsy.statistics.metrics.auroc")]) != []
     assert find_upward_imports("data", [(1, "biopsy.Pack")]) != []
     assert (

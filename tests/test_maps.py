@@ -6,17 +6,15 @@ import torch
 
 import biopsy
 from biopsy.core.errors import DataError, SlideError
-from biopsy.imaging.reader import open_slide
-from biopsy.learning.engine import Engine
-from biopsy.learning.hardware import pick_precision
-from biopsy.learning.inference import predict_logits
-from biopsy.learning.novelty import fit_reference
+from biopsy.models.engine import Engine
+from biopsy.models.hardware import pick_precision
+from biopsy.models.inference import predict_logits
+from biopsy.models.out_of_distribution import fit_reference
+from biopsy.slide_io.reader import open_slide
 from biopsy.slides.grids import PatchGrid
 from biopsy.slides.inference import N_CHECKED, SlideTask, open_view, predict_slides
-from biopsy.slides.maps import SlideMap, check_probs
-from biopsy.slides.outputs import draw
-from biopsy.slides.regions import find_regions
-from biopsy.slides.summaries import compare_with_target, summarise
+from biopsy.slides.maps import SlideMap, check_probs, find_regions
+from biopsy.slides.outputs import compare_with_target, draw, summarise
 from slide_maps import make_classifier, make_map
 
 CELLS = np.array([[0.95, 0.6, np.nan], [0.3, 0.05, 0.2]])

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from biopsy.core.errors import MetricError
-from biopsy.statistics.means import estimate_mean
+from biopsy.statistics.intervals import estimate_mean
 
 
 def test_with_one_patch_a_patient_it_is_students_t():

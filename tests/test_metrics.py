@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from biopsy.core.errors import MetricError
 from biopsy.statistics.calibration import clipped_logit, ece_floor, fit_recalibration, reliability_bins
 from biopsy.statistics.metrics import METRICS, measure
-from biopsy.statistics.tallies import rank
+from biopsy.statistics.weighted_counts import rank
 
 NAMES_IN_METRICS_JSON = (
     "auroc auprc sensitivity specificity ppv npv balanced_accuracy f1 mcc accuracy brier nll ece "

@@ -10,12 +10,12 @@ from typer.testing import CliRunner
 import biopsy
 from biopsy.cli import app
 from biopsy.core.errors import RunError
-from biopsy.judging import mistakes as module
-from biopsy.judging.closeups import look_closer
-from biopsy.judging.likeness import find_alike
-from biopsy.judging.mistakes import contrast_mistakes, find_unusual, measure_mistakes, pick_galleries
-from biopsy.judging.properties import PROPERTIES
-from biopsy.learning.engine import Engine
+from biopsy.evaluation.errors import measure as module
+from biopsy.evaluation.errors.case_views import look_closer
+from biopsy.evaluation.errors.measure import contrast_mistakes, find_unusual, measure_mistakes, pick_galleries
+from biopsy.evaluation.errors.nearest_training_patches import find_alike
+from biopsy.evaluation.patch_properties import PROPERTIES
+from biopsy.models.engine import Engine
 from tiny_runs import copy_run
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from biopsy.core.errors import DataError
-from biopsy.imaging.mosaic import stitch, stitch_values
+from biopsy.slide_io.mosaic import stitch, stitch_values
 
 
 def cut(slide: np.ndarray, patch_px: int, offset: int = 1) -> tuple[list[np.ndarray], list[int], list[int]]:

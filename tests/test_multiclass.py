@@ -10,11 +10,10 @@ from sklearn import metrics as sk
 
 from biopsy.core.errors import MetricError
 from biopsy.statistics.calibration import reliability_bins
-from biopsy.statistics.intervals import estimate_class_metrics, estimate_metrics
+from biopsy.statistics.intervals import estimate_class_metrics, estimate_metrics, replicate, reweightings
 from biopsy.statistics.metrics import METRICS, measure, metric
 from biopsy.statistics.multiclass import MULTICLASS_METRICS, ClassTally, class_sample, classification_report
-from biopsy.statistics.replicates import replicate, reweightings
-from biopsy.statistics.tallies import Tally, rank
+from biopsy.statistics.weighted_counts import Tally, rank
 
 NAMES = ["a", "b", "c", "d"]
 

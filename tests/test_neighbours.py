@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from biopsy.judging.neighbours import (
+from biopsy.evaluation.neighbours import (
     count_neighbours,
     find_step,
     find_zones,

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from biopsy.core.errors import RecipeError
-from biopsy.learning.networks import (
+from biopsy.models.networks import (
     build_network,
     count_parameters,
     describe,
@@ -15,7 +15,7 @@ from biopsy.learning.networks import (
     register_network,
     registry,
 )
-from biopsy.learning.networks.layers import BatchNorm1d, BatchNorm2d, Dropout, FlattenChannelsLast, OneLogit
+from biopsy.models.networks.layers import BatchNorm1d, BatchNorm2d, Dropout, FlattenChannelsLast, OneLogit
 
 NAMES = list_networks()
 

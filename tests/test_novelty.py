@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from sklearn.covariance import LedoitWolf
 
-from biopsy.imaging.colour import colour_features
-from biopsy.learning.classifiers import Classifier, ClassifierInfo
-from biopsy.learning.engine import Engine
-from biopsy.learning.inference import predict_with_features
-from biopsy.learning.networks import build_network
-from biopsy.learning.novelty import fit_reference, measure_novelty
-from biopsy.learning.preprocessing import Preprocessing
+from biopsy.models.classifier import Classifier, ClassifierInfo
+from biopsy.models.engine import Engine
+from biopsy.models.inference import predict_with_features
+from biopsy.models.networks import build_network
+from biopsy.models.out_of_distribution import fit_reference, measure_novelty
+from biopsy.models.preprocessing import Preprocessing
+from biopsy.slide_io.stain import colour_features
 from conftest import draw_patches
 
 ENGINE = Engine("cpu")

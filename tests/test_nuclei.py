@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from biopsy.data.phantom import tissue
-from biopsy.data.phantom.slides import plan_painter
-from biopsy.imaging.nuclei import find_nuclei
-from biopsy.imaging.stain import separate_stains
+from biopsy.phantom import tissue
+from biopsy.phantom.slides import plan_painter
+from biopsy.slide_io.stain import find_nuclei, separate_stains
 
 
 def draw_discs(mpp, places_um, *, side_um=100.0, radius_um=3.0, amount=0.6):

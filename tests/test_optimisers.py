@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from biopsy.core.errors import RecipeError
-from biopsy.learning.optimisers import (
+from biopsy.training.optimisers import (
     OPTIMISERS,
     count_plateaus,
     learning_rate,

@@ -6,8 +6,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from biopsy.core.errors import DataError
-from biopsy.figures.overlays import ALPHA, COLOURS, Overlay, draw_overlays, scale_maps, superimpose
-from biopsy.figures.style import svg
+from biopsy.plotting.overlays import ALPHA, COLOURS, Overlay, draw_overlays, scale_maps, superimpose
+from biopsy.plotting.style import svg
 
 LUMA = np.array([0.299, 0.587, 0.114])
 PATCH = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from biopsy.core.errors import ArchiveError, DataError, PackError
-from biopsy.data import blocks, packing
+from biopsy.data import packing
+from biopsy.data import packing as blocks
 from biopsy.data.packing import prepare
 from biopsy.data.packs import Pack, pad
 

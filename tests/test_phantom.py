@@ -14,19 +14,12 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from biopsy.data.phantom.cohort import (
-    PATCH_PX,
-    TUMOUR_SHARE,
-    _plan,
-    iter_patches,
-    paint_patient,
-    write_archive,
-)
-from biopsy.data.phantom.glands import _blobs, _ring, _shrink
-from biopsy.data.phantom.noise import Field, Jitter
-from biopsy.data.phantom.slides import make_slide, plan_painter
-from biopsy.data.phantom.stamps import stamp_nuclei
-from biopsy.imaging.colour import colour_features
+from biopsy.phantom.cells import stamp_nuclei
+from biopsy.phantom.cohort import PATCH_PX, TUMOUR_SHARE, _plan, iter_patches, paint_patient, write_archive
+from biopsy.phantom.glands import _blobs, _ring, _shrink
+from biopsy.phantom.noise import Field, Jitter
+from biopsy.phantom.slides import make_slide, plan_painter
+from biopsy.slide_io.stain import colour_features
 
 NAME = re.compile(
     r"IDC_regular_ps50_idx5/(?P<folder>\d+)/(?P<side>[01])/(?P<patient>\d+)_idx5_x(?P<x>\d+)_y(?P<y>\d+)_class(?P<class>[01])\.png"

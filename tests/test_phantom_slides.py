@@ -11,9 +11,8 @@ import shapely
 from shapely.geometry import box, shape
 
 from biopsy.core.errors import DataError
-from biopsy.data.phantom.slides import plan_painter
-from biopsy.data.phantom.whole_slides import make_phantom_slide
-from biopsy.imaging.reader import open_slide
+from biopsy.phantom.slides import make_phantom_slide, plan_painter
+from biopsy.slide_io.reader import open_slide
 
 SIZE = {"width": 400, "height": 320, "mpp": 2.0}
 

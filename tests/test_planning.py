@@ -10,8 +10,8 @@ from sklearn.metrics import roc_auc_score
 from biopsy.core.errors import MetricError
 from biopsy.statistics.intervals import estimate_patch_metrics
 from biopsy.statistics.paired import estimate_differences
-from biopsy.statistics.planning import influence_groups, plan_patients, reach_power
-from biopsy.statistics.tallies import rank
+from biopsy.statistics.power import influence_groups, plan_patients, reach_power
+from biopsy.statistics.weighted_counts import rank
 from test_paired import draw_pair
 
 

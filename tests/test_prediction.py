@@ -10,10 +10,9 @@ import pandas as pd
 import pytest
 
 from biopsy.core.errors import ArchiveError, DataError, RunError
-from biopsy.data.predictions import read_predictions
-from biopsy.data.submissions import give_ids
-from biopsy.learning.classifiers import Classifier
-from biopsy.studies.prediction import predict
+from biopsy.data.predictions import give_ids, read_predictions
+from biopsy.evaluation.predict import predict
+from biopsy.models.classifier import Classifier
 from conftest import encode_png
 
 N = 20
@@ -191,7 +190,7 @@ def test_a_run_its_folder_and_its_classifier_are_one_model(trained_run, folder):
 
 
 def test_more_than_two_classes_take_the_likeliest(trained_run, folder, tmp_path):
-    from biopsy.learning.networks import build_network
+    from biopsy.models.networks import build_network
 
     info = trained_run.classifier.info.model_copy(
         update={

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from biopsy.core.errors import DataError, RecipeError
-from biopsy.learning.preprocessing import Preprocessing, to_unit
+from biopsy.models.preprocessing import Preprocessing, to_unit
 
 RNG = np.random.default_rng(0)
 ODD = [(50, 35), (41, 50), (50, 49), (12, 50), (31, 50), (32, 50), (50, 50), (1, 1), (3, 47)]  # width, height

@@ -5,8 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from biopsy.imaging.stain import combine_stains
-from biopsy.judging.properties import PROPERTIES, measure_properties
+from biopsy.evaluation.patch_properties import PROPERTIES, measure_properties
+from biopsy.slide_io.stain import combine_stains
 
 
 def stain_patch(haematoxylin, eosin, px=20):

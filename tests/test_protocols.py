@@ -9,10 +9,9 @@ import typer
 
 from biopsy.cli import app
 from biopsy.core.errors import SplitError
-from biopsy.data.cases import read_cases
+from biopsy.data.official_splits import read_cases
 from biopsy.data.packs import Pack
-from biopsy.data.protocols import PROTOCOLS, Request
-from biopsy.data.published import follow_recipe
+from biopsy.data.protocols import PROTOCOLS, Request, follow_recipe
 from biopsy.data.splits import find_split, load_split, make_split, save_split
 
 MakePack = Callable[..., Pack]

@@ -10,7 +10,7 @@ import pytest
 import tifffile
 
 from biopsy.core.errors import SlideError
-from biopsy.imaging.pyramids import write_pyramid
+from biopsy.slide_io.pyramids import write_pyramid
 from conftest import draw_slide
 
 

@@ -10,12 +10,11 @@ import pytest
 import tifffile
 from PIL import Image
 
-import biopsy.imaging.backends as backends
+import biopsy.slide_io.backends as backends
 from biopsy.core.errors import SlideError
-from biopsy.imaging.backends import OpenSlideBackend
-from biopsy.imaging.decode import IMAGE_SUFFIXES
-from biopsy.imaging.reader import open_slide
-from biopsy.imaging.tiles import TileCache
+from biopsy.slide_io.backends import OpenSlideBackend, TileCache
+from biopsy.slide_io.images import IMAGE_SUFFIXES
+from biopsy.slide_io.reader import open_slide
 from conftest import draw_slide
 from dicom_files import write_dicom
 
@@ -167,7 +166,7 @@ def test_overview_and_thumbnail_hold_the_whole_slide(slide, monkeypatch):
     whole = slide.overview(mpp=4.0)
     expected = cv2.resize(draw_slide(), (75, 50), interpolation=cv2.INTER_AREA)
     assert np.abs(whole.astype(int) - expected).mean() < 1
-    monkeypatch.setattr("biopsy.imaging.reader._BLOCK_PX", 20_000)  # bands of a few rows
+    monkeypatch.setattr("biopsy.slide_io.reader._BLOCK_PX", 20_000)  # bands of a few rows
     assert np.abs(slide.overview(mpp=3.3).astype(int) - slide.overview(mpp=3.3)).max() == 0
     banded = slide.overview(mpp=4.0)
     np.testing.assert_array_equal(banded, whole)
@@ -177,14 +176,14 @@ def test_an_overview_of_a_wide_level_decodes_each_tile_a_few_times_only(make_sli
     path = make_slide("wide.tiff", width=2000, height=600, levels=1, tile_px=64)
     with open_slide(path) as slide:
         whole = slide.overview(mpp=6.5)
-        monkeypatch.setattr("biopsy.imaging.reader._BLOCK_PX", 100_000)  # bands would be 50 rows high
+        monkeypatch.setattr("biopsy.slide_io.reader._BLOCK_PX", 100_000)  # bands would be 50 rows high
         n_read = []
         monkeypatch.setattr(slide._backend, "read", lambda *place: n_read.append(place) or read(*place))
         read = type(slide._backend).read.__get__(slide._backend)
         blocks = slide.overview(mpp=6.5)
         assert all(width < 500 and height > 200 for _, _, _, width, height in n_read[:6])
         assert np.abs(blocks.astype(int) - whole).max() <= 3
-        monkeypatch.setattr("biopsy.imaging.reader.MAX_OVERVIEW_PX", 1_000_000)
+        monkeypatch.setattr("biopsy.slide_io.reader.MAX_OVERVIEW_PX", 1_000_000)
         with pytest.raises(SlideError, match=r"no smaller level than 2,000 x 600 pixels.*a pyramidal TIFF"):
             slide.thumbnail(500)
         assert slide.read(0, 0, 5, 5).shape == (5, 5, 3)

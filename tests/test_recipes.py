@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-import biopsy.learning.recipes as recipes
+import biopsy.recipes as recipes
 from biopsy.core.errors import RecipeError
-from biopsy.learning.networks import count_parameters
-from biopsy.learning.recipes import DEFINING_TABLES, Recipe, list_recipes, load_recipe, recipe_toml
-from biopsy.learning.recipes.schema import Augmentation
-from biopsy.learning.weights import make_network
+from biopsy.models.networks import count_parameters
+from biopsy.models.weights import make_network
+from biopsy.recipes import DEFINING_TABLES, Recipe, list_recipes, load_recipe, recipe_toml
+from biopsy.recipes.schema import Augmentation
 from tiny_runs import train_tiny
 
 SHIPPED = list_recipes()

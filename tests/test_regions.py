@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from biopsy.slides.grids import PatchGrid
-from biopsy.slides.maps import SlideMap
-from biopsy.slides.regions import ABSTAINED, find_regions, outline
+from biopsy.slides.maps import ABSTAINED, SlideMap, find_regions, outline
 from slide_maps import make_map
 
 RING = np.pad(np.full((3, 3), 0.9), 1, constant_values=0.1)

@@ -8,9 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from biopsy.judging.evaluation import measure_predictions
-from biopsy.judging.scored import ScoredPatches
-from biopsy.sharing.document import (
+from biopsy.evaluation.evaluate import measure_predictions
+from biopsy.evaluation.provenance import describe_data, say_openings
+from biopsy.evaluation.scored import ScoredPatches
+from biopsy.reporting.compose import report_of_run
+from biopsy.reporting.document import (
     Bullets,
     Gallery,
     Listing,
@@ -24,8 +26,7 @@ from biopsy.sharing.document import (
     Text,
     number,
 )
-from biopsy.sharing.evidence import describe_data, say_openings
-from biopsy.sharing.report import render_report, report_of_run
+from biopsy.reporting.html import render_report
 from report_facts import (
     Page,
     figures,

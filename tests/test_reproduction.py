@@ -10,14 +10,14 @@ from sklearn.metrics import roc_auc_score
 
 from biopsy.core.errors import MetricError, RecipeError, RunError, SplitError
 from biopsy.data.splits import make_split, save_split
-from biopsy.figures.reproductions import draw_reproduction
-from biopsy.learning.recipes import load_recipe
-from biopsy.studies import reproduction
-from biopsy.studies.budget import Speed
-from biopsy.studies.gaps import COMPARED, list_rows, write_markdown
-from biopsy.studies.records import Study
-from biopsy.studies.reporting import report
-from biopsy.studies.reproduction import choose_papers, reproduce
+from biopsy.experiments import reproduction
+from biopsy.experiments.budget import Speed
+from biopsy.experiments.figures import draw_reproduction
+from biopsy.experiments.reproduction import choose_papers, reproduce
+from biopsy.experiments.reproduction_summary import COMPARED, list_rows, write_markdown
+from biopsy.recipes import load_recipe
+from biopsy.reporting.report import report
+from biopsy.training.study import Study
 from conftest import write_pack
 from report_facts import Page
 

@@ -3,7 +3,7 @@
 import pytest
 
 from biopsy.core.errors import SlideError
-from biopsy.imaging.resolution import Recorded, check_mpp, resolve_mpp
+from biopsy.slide_io.resolution import Recorded, check_mpp, resolve_mpp
 
 OWN = Recorded(0.499, 0.499, 20.0)
 

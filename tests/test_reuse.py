@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from biopsy.core.errors import RunError
-from biopsy.learning.runs import Run
-from biopsy.learning.training import train
+from biopsy.training.runs import Run
+from biopsy.training.train import train
 from conftest import write_pack
 
 RECIPE = "cancernet-2020"

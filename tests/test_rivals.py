@@ -19,13 +19,13 @@ from biopsy.cli import app
 from biopsy.core.errors import MetricError, RunError
 from biopsy.core.files import MANIFEST, write_json
 from biopsy.data.predictions import make_predictions, write_predictions
-from biopsy.judging.comparison import compare_rivals
-from biopsy.learning.runs import Run
-from biopsy.sharing.differences import say_verdict
+from biopsy.evaluation.comparison.compare import gather_rivals
+from biopsy.evaluation.comparison.measure import compare_rivals
+from biopsy.evaluation.comparison.page import say_verdict
 from biopsy.statistics.paired import adjust_holm, estimate_differences, sample_seeds, subtract
-from biopsy.statistics.tallies import rank
-from biopsy.studies.records import Study
-from biopsy.studies.rivals import gather_rivals
+from biopsy.statistics.weighted_counts import rank
+from biopsy.training.runs import Run
+from biopsy.training.study import Study
 from conftest import write_pack
 from test_paired import draw_pair
 

@@ -11,9 +11,9 @@ import pytest
 
 from biopsy.core.errors import RunError
 from biopsy.core.files import LOCK
-from biopsy.learning.recipes import load_recipe
-from biopsy.learning.runs import Run, describe_environment, name_run
-from biopsy.learning.training import train
+from biopsy.recipes import load_recipe
+from biopsy.training.runs import Run, describe_environment, name_run
+from biopsy.training.train import train
 from tiny_runs import LIVELY, TINY
 
 FILES = {

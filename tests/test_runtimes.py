@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from biopsy.core.errors import RunError
-from biopsy.learning import compiling
-from biopsy.learning.classifiers import Classifier
-from biopsy.learning.compiling import write_compiled
-from biopsy.learning.engine import Engine
-from biopsy.learning.hardware import pick_precision
-from biopsy.learning.networks import build_network
-from biopsy.learning.preprocessing import Preprocessing
-from biopsy.learning.runtimes import TorchRuntime, open_runtime
+from biopsy.models import compiling
+from biopsy.models.classifier import Classifier
+from biopsy.models.compiling import write_compiled
+from biopsy.models.engine import Engine
+from biopsy.models.hardware import pick_precision
+from biopsy.models.networks import build_network
+from biopsy.models.preprocessing import Preprocessing
+from biopsy.models.runtimes import TorchRuntime, open_runtime
 from slide_maps import make_classifier
 
 RNG = np.random.default_rng(0)

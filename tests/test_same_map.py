@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import biopsy
-from biopsy.data.phantom.whole_slides import make_phantom_slide
-from biopsy.imaging.pyramids import write_pyramid
+from biopsy.phantom.slides import make_phantom_slide
+from biopsy.slide_io.pyramids import write_pyramid
 from biopsy.slides.inference import SlideTask, open_view
 from dicom_files import write_dicom
 from slide_maps import make_classifier
@@ -134,7 +134,7 @@ def test_a_map_that_is_off_by_a_pixel_would_be_seen(paths, tmp_path):
 
 
 def test_tissue_is_found_alike_on_pictures_made_from_levels(paths, monkeypatch):
-    monkeypatch.setattr("biopsy.imaging.tissue.THUMBNAIL_PX", 200)  # of 640: from level 1 where there is one
+    monkeypatch.setattr("biopsy.slide_io.tissue.THUMBNAIL_PX", 200)  # of 640: from level 1 where there is one
     classifier = make_reader(paths["tiles"], 4.0)
     views = {name: open_view(task(name, path), classifier, STRIDE_UM) for name, path in paths.items()}
     for view in views.values():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn.utils.class_weight import compute_class_weight
 
 from biopsy.core.errors import DataError
-from biopsy.learning.sampling import cut_passes, order_epoch, take_fraction, weigh_classes
+from biopsy.training.sampling import cut_passes, order_epoch, take_fraction, weigh_classes
 
 METHODS = ("none", "undersample", "oversample")
 targets = st.lists(st.integers(0, 2), min_size=4, max_size=60).map(np.array).filter(lambda t: len(set(t)) > 1)

@@ -8,7 +8,7 @@ import pytest
 from biopsy.core.errors import DataError, FileFormatError
 from biopsy.data.archives import open_archive
 from biopsy.data.datasets import annotated_slides
-from biopsy.imaging.backends import SLIDE_SUFFIXES
+from biopsy.slide_io.backends import SLIDE_SUFFIXES
 from biopsy.slides.sources import list_sources
 from conftest import draw_slide
 from dicom_files import write_dicom

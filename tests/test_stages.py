@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from biopsy.core.errors import RecipeError
-from biopsy.learning.networks import build_network, count_parameters, list_networks
-from biopsy.learning.networks.stages import freeze, list_stages, split_frozen
+from biopsy.models.networks import build_network, count_parameters, list_networks
+from biopsy.models.networks.stages import freeze, list_stages, split_frozen
 
 ROWS = [*list_networks(), "torchvision:squeezenet1_1", "torchvision:resnet18", "timm:test_resnet"]
 

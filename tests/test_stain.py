@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from biopsy.imaging.colour import FEATURE_NAMES, colour_features
-from biopsy.imaging.stain import combine_stains, separate_stains
+from biopsy.slide_io.stain import FEATURE_NAMES, colour_features, combine_stains, separate_stains
 
 # scikit-image's `rgb_from_hed` (skimage.color.colorconv), which cites Ruifrok's own matrix; its third stain
 # is DAB, of which H&E slides hold none.

@@ -12,10 +12,10 @@ from sklearn.metrics import roc_auc_score
 from biopsy.core.errors import RunError
 from biopsy.data.packs import Pack
 from biopsy.data.splits import make_split, save_split
-from biopsy.learning.recipes import load_recipe
-from biopsy.studies.folds import study
-from biopsy.studies.records import Study
-from biopsy.studies.reporting import report
+from biopsy.experiments.folds import study
+from biopsy.recipes import load_recipe
+from biopsy.reporting.report import report
+from biopsy.training.study import Study
 from conftest import write_pack
 from report_facts import Page
 from tiny_runs import TINY
@@ -198,7 +198,7 @@ def test_a_seed_that_misses_a_fold_is_not_pooled(finished, tmp_path):
     made, _ = finished
     copied = Study.open(shutil.copytree(made.path, tmp_path / "study"))
     shutil.rmtree(copied.path / "runs" / "cancernet-2020-f2-s1")
-    from biopsy.studies.tables import write_tables
+    from biopsy.evaluation.study_tables import write_tables
 
     write_tables(copied)
     pooled = json.loads((copied.path / "metrics.json").read_text())["recipes"][RECIPE]["pooled"]
@@ -211,7 +211,7 @@ def test_every_site_is_left_out_in_its_turn(make_pack, tmp_path, monkeypatch):
     pack = make_pack(**PATCHES, columns={"site_id": sites})
     asked = []
     monkeypatch.setattr(
-        "biopsy.studies.folds.answer_questions",
+        "biopsy.experiments.folds.answer_questions",
         lambda found, pack, questions, *_, **options: asked.extend(questions) or found,
     )
     ask(pack, tmp_path / "study", split="site", seeds=(0, 1))
@@ -275,6 +275,6 @@ def test_refusals(pack, tmp_path, monkeypatch):
     def refuse(*args):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("biopsy.studies.folds.save_split", refuse)
+    monkeypatch.setattr("biopsy.experiments.folds.save_split", refuse)
     with pytest.raises(RunError, match=r"split 'folds-4' cannot be kept in tiny.pack: Permission denied"):
         ask(pack, tmp_path / "study", folds=4)

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from biopsy.sharing.report import render_report
-from biopsy.sharing.study import name_folds, report_of_study, spread_over_seeds
+from biopsy.experiments.study_page import name_folds, report_of_study, spread_over_seeds
+from biopsy.reporting.html import render_report
 from report_facts import Page, figures, make_study
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score, roc_auc_score
 
-from biopsy.judging.scored import ScoredPatches
-from biopsy.judging.subgroups import MOST_VALUES, SHOWN, SHOWN_OF_CLASSES, measure_subgroups, pick_columns
+from biopsy.evaluation.scored import ScoredPatches
+from biopsy.evaluation.subgroups import MOST_VALUES, SHOWN, SHOWN_OF_CLASSES, measure_subgroups, pick_columns
 
 N_PATIENTS, EACH = 8, 8
 PATIENT = np.repeat(np.arange(N_PATIENTS), EACH)

@@ -10,13 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from biopsy.core.errors import MetricError, RecipeError, RunError
-from biopsy.figures.sweeps import draw_sweep
-from biopsy.learning.recipes import load_recipe
-from biopsy.studies.grids import combine, read_grid, spell
-from biopsy.studies.records import Study
-from biopsy.studies.reporting import report
-from biopsy.studies.sweeps import summarise, sweep
-from biopsy.studies.tables import SHOWN
+from biopsy.evaluation.study_tables import SHOWN
+from biopsy.experiments.figures import draw_sweep
+from biopsy.experiments.sweeps import combine, read_grid, spell, summarise, sweep
+from biopsy.recipes import load_recipe
+from biopsy.reporting.report import report
+from biopsy.training.study import Study
 from conftest import write_pack
 from report_facts import Page
 
@@ -113,7 +112,7 @@ def test_other_refusals(finished, tmp_path):
         ask(pack, made.path, grid=["train.lr=0.01"])
     with pytest.raises(RunError, match="asked about another recipe cancernet-2020"):
         ask(pack, made.path, overrides=("preprocessing.input_px=8", "train.epochs=3"))
-    from biopsy.studies.folds import study
+    from biopsy.experiments.folds import study
 
     with pytest.raises(RunError, match="is a study of sweep: give this one another --name"):
         study([RECIPE], pack, out=made.path, split="patients")

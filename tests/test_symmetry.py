@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from biopsy.core.errors import RecipeError
-from biopsy.judging.explanation import explain_patches
-from biopsy.learning.classifiers import Classifier
-from biopsy.learning.engine import Engine
-from biopsy.learning.inference import predict_logits, predict_with_features
-from biopsy.learning.networks.symmetry import symmetric_views
-from biopsy.sharing.bundles import measure_parity, write_networks
+from biopsy.evaluation.explanation.maps import explain_patches
+from biopsy.exporting.bundles import measure_parity, write_networks
+from biopsy.models.classifier import Classifier
+from biopsy.models.engine import Engine
+from biopsy.models.inference import predict_logits, predict_with_features
+from biopsy.models.networks.symmetry import symmetric_views
 from conftest import write_pack
 from host_models import draw, make_classifier
 from tiny_runs import train_tiny

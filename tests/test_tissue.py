@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from biopsy.core.errors import SlideError
-from biopsy.data.phantom.slides import make_slide as draw_phantom
-from biopsy.imaging.reader import open_slide
-from biopsy.imaging.tissue import find_tissue
+from biopsy.phantom.slides import make_slide as draw_phantom
+from biopsy.slide_io.reader import open_slide
+from biopsy.slide_io.tissue import find_tissue
 
 REFERENCE = Path(__file__).parent / "reference" / "tissue.json"
 GLASS = (243, 242, 243)

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-import biopsy.learning.checkpoints as checkpoints
-import biopsy.learning.fitting as fitting
-import biopsy.learning.training as training
+import biopsy.training.checkpoints as checkpoints
+import biopsy.training.fit as fitting
+import biopsy.training.train as training
 from biopsy.core import files
 from biopsy.core.errors import DataError, RecipeError, RunError, SplitError, TrainingDiverged
 from biopsy.core.files import read_json
 from biopsy.data.splits import make_split, save_split
-from biopsy.learning.runs import Run
-from biopsy.learning.training import train
+from biopsy.training.runs import Run
+from biopsy.training.train import train
 from conftest import abandon, write_pack
 from tiny_runs import LIVELY, assert_same_run, train_tiny, weights
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-import biopsy.learning.fitting as fitting
-from biopsy.learning.batches import Batches
-from biopsy.learning.training import train
+import biopsy.training.fit as fitting
+from biopsy.training.batches import Batches
+from biopsy.training.train import train
 from conftest import write_pack
 from tiny_runs import LIVELY, assert_same_run, train_tiny
 

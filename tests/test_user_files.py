@@ -29,8 +29,8 @@ from biopsy.core.files import (
     write_json,
     write_output,
 )
-from biopsy.data.downloads import RemoteFile, Source, collection
-from biopsy.upkeep import demo
+from biopsy.data.download import RemoteFile, Source, collection
+from biopsy.experiments import demo
 from conftest import abandon
 from keras_files import build, keras_layers, make_config, write_keras
 from tiny_runs import TINY, copy_run

@@ -16,13 +16,13 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from biopsy.core.errors import DataError, RecipeError
 from biopsy.core.files import sha256_file
-from biopsy.learning import weights as weights_module
-from biopsy.learning.known_weights import KERAS_WEIGHTS, find_weights, list_weights
-from biopsy.learning.networks import build_network
-from biopsy.learning.recipes import load_recipe
-from biopsy.learning.weights import describe_weights, locate, make_network
-from biopsy.sharing.evidence import describe_training
-from biopsy.upkeep.catalogue import list_
+from biopsy.evaluation.provenance import describe_training
+from biopsy.experiments.catalogue import list_
+from biopsy.models import weights as weights_module
+from biopsy.models.known_weights import KERAS_WEIGHTS, find_weights, list_weights
+from biopsy.models.networks import build_network
+from biopsy.models.weights import describe_weights, locate, make_network
+from biopsy.recipes import load_recipe
 from tiny_runs import train_tiny
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import biopsy
 from biopsy.core.errors import DataError, RunError
-from biopsy.learning.classifiers import Classifier
+from biopsy.models.classifier import Classifier
 
 OPTIONS = {"class_names": ["normal", "tumour"], "input_px": 16, "mpp": 4.0}
 

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 from biopsy.cli import app
 from biopsy.core.errors import RunError
 from biopsy.core.files import sha256_file
-from biopsy.learning.foreign.wsinfer import load_script, open_wsinfer
-from biopsy.learning.opening import open_classifier
-from biopsy.sharing.bundles import export
-from biopsy.studies.prediction import predict
+from biopsy.evaluation.predict import predict
+from biopsy.exporting.bundles import export
+from biopsy.models.importers.wsinfer import load_script, open_wsinfer
+from biopsy.training.open_model import open_classifier
 from conftest import encode_png
 from host_models import draw, our_probs
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from biopsy.data.packs import Pack
-from biopsy.learning.runs import Run
-from biopsy.learning.training import train
+from biopsy.training.runs import Run
+from biopsy.training.train import train
 
 TINY = ("preprocessing.input_px=8", "train.epochs=2", "train.batch_size=8", "train.lr=0.02")
 

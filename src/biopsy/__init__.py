@@ -40,34 +40,34 @@ from biopsy.core.errors import (
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if TYPE_CHECKING:
+    from biopsy.data.inspection import inspect
     from biopsy.data.packs import Pack
-    from biopsy.judging.closeups import mistakes
-    from biopsy.judging.illustration import explain
-    from biopsy.judging.predictions import evaluate_predictions
-    from biopsy.judging.results import Evaluation
-    from biopsy.learning.calibration import calibrate
-    from biopsy.learning.classifiers import Classifier
-    from biopsy.learning.fetching import fetch
-    from biopsy.learning.foreign.importing import import_keras
-    from biopsy.learning.runs import Run
-    from biopsy.learning.training import train
-    from biopsy.sharing.bundles import export
-    from biopsy.sharing.inspection import inspect
+    from biopsy.data.prepare import prepare
+    from biopsy.data.split import split_pack as split
+    from biopsy.evaluation.calibration.recalibrate import calibrate
+    from biopsy.evaluation.comparison.compare import compare
+    from biopsy.evaluation.errors.case_views import mistakes
+    from biopsy.evaluation.explanation.explain import explain
+    from biopsy.evaluation.label_issues.find import doubts
+    from biopsy.evaluation.predict import predict
+    from biopsy.evaluation.predictions import evaluate_predictions
+    from biopsy.evaluation.results import Evaluation
+    from biopsy.experiments.catalogue import list_ as list
+    from biopsy.experiments.demo import demo
+    from biopsy.experiments.evaluation import evaluate
+    from biopsy.experiments.folds import study
+    from biopsy.experiments.reproduction import reproduce
+    from biopsy.experiments.sweeps import sweep
+    from biopsy.exporting.bundles import export
+    from biopsy.models.classifier import Classifier
+    from biopsy.models.fetch import fetch
+    from biopsy.models.importers.keras import import_keras
+    from biopsy.reporting.report import report
     from biopsy.slides.cohorts import SlideCohort, slide
     from biopsy.slides.maps import SlideMap
-    from biopsy.studies.doubts import doubts
-    from biopsy.studies.evaluation import evaluate
-    from biopsy.studies.folds import study
-    from biopsy.studies.prediction import predict
-    from biopsy.studies.preparation import prepare
-    from biopsy.studies.records import Study
-    from biopsy.studies.reporting import report
-    from biopsy.studies.reproduction import reproduce
-    from biopsy.studies.rivals import compare
-    from biopsy.studies.splitting import split_pack as split
-    from biopsy.studies.sweeps import sweep
-    from biopsy.upkeep.catalogue import list_ as list
-    from biopsy.upkeep.demo import demo
+    from biopsy.training.runs import Run
+    from biopsy.training.study import Study
+    from biopsy.training.train import train
 
     __version__: str
 
@@ -119,35 +119,35 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Classifier": "biopsy.learning.classifiers:Classifier",
-    "Evaluation": "biopsy.judging.results:Evaluation",
+    "Classifier": "biopsy.models.classifier:Classifier",
+    "Evaluation": "biopsy.evaluation.results:Evaluation",
     "Pack": "biopsy.data.packs:Pack",
-    "Run": "biopsy.learning.runs:Run",
+    "Run": "biopsy.training.runs:Run",
     "SlideCohort": "biopsy.slides.cohorts:SlideCohort",
     "SlideMap": "biopsy.slides.maps:SlideMap",
-    "Study": "biopsy.studies.records:Study",
-    "compare": "biopsy.studies.rivals:compare",
-    "calibrate": "biopsy.learning.calibration:calibrate",
-    "demo": "biopsy.upkeep.demo:demo",
-    "doubts": "biopsy.studies.doubts:doubts",
-    "evaluate": "biopsy.studies.evaluation:evaluate",
-    "evaluate_predictions": "biopsy.judging.predictions:evaluate_predictions",
-    "explain": "biopsy.judging.illustration:explain",
-    "export": "biopsy.sharing.bundles:export",
-    "fetch": "biopsy.learning.fetching:fetch",
-    "import_keras": "biopsy.learning.foreign.importing:import_keras",
-    "inspect": "biopsy.sharing.inspection:inspect",
-    "list": "biopsy.upkeep.catalogue:list_",
-    "mistakes": "biopsy.judging.closeups:mistakes",
-    "predict": "biopsy.studies.prediction:predict",
-    "prepare": "biopsy.studies.preparation:prepare",
-    "report": "biopsy.studies.reporting:report",
-    "reproduce": "biopsy.studies.reproduction:reproduce",
+    "Study": "biopsy.training.study:Study",
+    "compare": "biopsy.evaluation.comparison.compare:compare",
+    "calibrate": "biopsy.evaluation.calibration.recalibrate:calibrate",
+    "demo": "biopsy.experiments.demo:demo",
+    "doubts": "biopsy.evaluation.label_issues.find:doubts",
+    "evaluate": "biopsy.experiments.evaluation:evaluate",
+    "evaluate_predictions": "biopsy.evaluation.predictions:evaluate_predictions",
+    "explain": "biopsy.evaluation.explanation.explain:explain",
+    "export": "biopsy.exporting.bundles:export",
+    "fetch": "biopsy.models.fetch:fetch",
+    "import_keras": "biopsy.models.importers.keras:import_keras",
+    "inspect": "biopsy.data.inspection:inspect",
+    "list": "biopsy.experiments.catalogue:list_",
+    "mistakes": "biopsy.evaluation.errors.case_views:mistakes",
+    "predict": "biopsy.evaluation.predict:predict",
+    "prepare": "biopsy.data.prepare:prepare",
+    "report": "biopsy.reporting.report:report",
+    "reproduce": "biopsy.experiments.reproduction:reproduce",
     "slide": "biopsy.slides.cohorts:slide",
-    "split": "biopsy.studies.splitting:split_pack",
-    "study": "biopsy.studies.folds:study",
-    "sweep": "biopsy.studies.sweeps:sweep",
-    "train": "biopsy.learning.training:train",
+    "split": "biopsy.data.split:split_pack",
+    "study": "biopsy.experiments.folds:study",
+    "sweep": "biopsy.experiments.sweeps:sweep",
+    "train": "biopsy.training.train:train",
 }
 
 

@@ -8,19 +8,16 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from biopsy.cli import (
-    bundles,
-    comparison,
-    data,
-    errors,
-    explanation,
-    foreign,
-    judging,
-    learning,
-    slides,
-    studies,
-    upkeep,
-)
+from biopsy.cli import data, slides
+from biopsy.cli import evaluation as comparison
+from biopsy.cli import evaluation as errors
+from biopsy.cli import evaluation as explanation
+from biopsy.cli import evaluation as judging
+from biopsy.cli import tools as bundles
+from biopsy.cli import tools as upkeep
+from biopsy.cli import training as foreign
+from biopsy.cli import training as learning
+from biopsy.cli import training as studies
 from biopsy.cli.console import fail, interrupted, show_log
 from biopsy.core.errors import BiopsyError
 

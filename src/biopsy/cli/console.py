@@ -1,11 +1,12 @@
-"""How the command line prints: results on stdout, progress and log on stderr."""
+"""How the command line prints, and the arguments and options that several commands share."""
 
 import contextlib
 import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NoReturn, Protocol
+from pathlib import Path
+from typing import Annotated, NoReturn, Protocol
 
 import typer
 
@@ -142,3 +143,37 @@ def show_log() -> None:
     logger.setLevel(logging.INFO)
     logger.handlers[:] = [StderrHandler()]
     logger.propagate = False
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines.")]
+Data = Annotated[
+    Path | None, typer.Option(help="A pack, or an archive to make one from.", metavar="PACK|SOURCE")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+PackPath = Annotated[Path, typer.Argument(metavar="PACK", show_default=False)]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+Setting = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a recipe's value; may be repeated.", metavar="KEY=VALUE"),
+]
+SplitName = Annotated[str | None, typer.Option(help="Name of a split of the pack.")]
+TrustModel = Annotated[
+    str | None,
+    typer.Option(help="Hash of a WSInfer model's TorchScript, whose code may then run.", metavar="SHA256"),
+]
+
+
+def comma_list(text: str | None) -> tuple[str, ...]:
+    """Read ``"a,b"`` as ``("a", "b")``; nothing is an empty list."""
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def seed_list(text: str, flag: str = "--seeds") -> tuple[int, ...]:
+    """Read ``"0,1,2"`` as ``(0, 1, 2)``."""
+    try:
+        seeds = tuple(int(part) for part in comma_list(text))
+    except ValueError:
+        seeds = ()
+    if not seeds:
+        raise typer.BadParameter(f"{flag} {text!r} is no list of whole numbers such as 0,1,2")
+    return seeds

@@ -7,8 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import biopsy
-from biopsy.cli.console import KNOWN_ERROR, name_skipped, print_json, print_table, progress, say
-from biopsy.cli.options import AsJson, PackPath, Seed, SplitName, comma_list
+from biopsy.cli.console import (
+    KNOWN_ERROR,
+    AsJson,
+    PackPath,
+    Seed,
+    SplitName,
+    comma_list,
+    name_skipped,
+    print_json,
+    print_table,
+    progress,
+    say,
+)
 
 if TYPE_CHECKING:
     from biopsy.data.packs import Pack
@@ -148,7 +159,7 @@ def prepare(
 
 
 def _count_tree(folder: Path) -> dict[str, dict[str, int]]:
-    from biopsy.data.export import count_tree
+    from biopsy.data.export_tree import count_tree
 
     return count_tree(folder)
 

@@ -6,8 +6,16 @@ from typing import Annotated, Any, Literal
 import typer
 
 import biopsy
-from biopsy.cli.console import name_skipped, print_json, print_table, progress, say
-from biopsy.cli.options import AsJson, Device, TrustModel
+from biopsy.cli.console import (
+    AsJson,
+    Device,
+    TrustModel,
+    name_skipped,
+    print_json,
+    print_table,
+    progress,
+    say,
+)
 
 MUCH = 0.1  # share of patches unlike training from which a slide is named
 

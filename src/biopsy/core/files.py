@@ -46,8 +46,6 @@ Entries = dict[str, str | None]
 
 
 # --- temporary names
-
-
 @functools.cache
 def _machine() -> str:
     """Return eight digits that two processes share if each can see whether the other one is alive."""
@@ -110,8 +108,6 @@ def _remove(path: Path) -> None:
 
 
 # --- files and folders that a user names
-
-
 @contextlib.contextmanager
 def replace_atomic(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it to ``path`` if the block succeeds.
@@ -182,8 +178,6 @@ def refuse_inputs(out: Path | str, *inputs: Path | str | None) -> None:
 
 
 # --- folders that may hold a user's files
-
-
 @contextlib.contextmanager
 def update_directory(
     path: Path | str, *names: str, last: str | None = None, adopt: bool = False
@@ -379,8 +373,6 @@ def _write_manifest(folder: Path, entries: Entries) -> None:
 
 
 # --- contents
-
-
 def write_atomic(path: Path | str, content: bytes | str) -> None:
     """Write ``content`` to ``path`` whole or not at all."""
     with replace_atomic(path) as partial:

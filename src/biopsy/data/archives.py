@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 
 from biopsy.core.errors import ArchiveError, DataError
 from biopsy.core.text import normalize_name
-from biopsy.imaging.decode import IMAGE_SUFFIXES
+from biopsy.slide_io.images import IMAGE_SUFFIXES
 
 MAX_ENTRY_BYTES = 2**29
 """The largest entry that is read into memory; images and tables are far below it."""

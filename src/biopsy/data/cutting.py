@@ -26,11 +26,11 @@ import shapely
 from shapely.geometry.base import BaseGeometry
 
 from biopsy.core.errors import DataError, SlideError, suggest
-from biopsy.imaging.annotations import Annotations
-from biopsy.imaging.reader import Slide
-from biopsy.imaging.resolution import AGREEING_MPP, check_mpp
-from biopsy.imaging.shares import share_of_mask, share_of_polygon
-from biopsy.imaging.tissue import MIN_TISSUE_FRAC, find_tissue_of
+from biopsy.slide_io.annotations import Annotations
+from biopsy.slide_io.coverage import share_of_mask, share_of_polygon
+from biopsy.slide_io.reader import Slide
+from biopsy.slide_io.resolution import AGREEING_MPP, check_mpp
+from biopsy.slide_io.tissue import MIN_TISSUE_FRAC, find_tissue_of
 
 REGION = "Region*"
 NO_TISSUE, NOT_VALID, NO_CLASS, TWO_CLASSES = (

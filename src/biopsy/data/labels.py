@@ -8,7 +8,7 @@ import pandas as pd
 
 from biopsy.core.errors import DataError, FileFormatError, UserFileError, suggest
 from biopsy.core.tables import read_csv_table
-from biopsy.data.columns import check_keys, describe_file, read_csv
+from biopsy.data.tables import check_keys, describe_file, read_csv
 
 
 def relabel(

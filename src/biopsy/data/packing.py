@@ -1,19 +1,20 @@
-"""From an archive of patches to a pack: everything decoded once, on all cores, in bounded memory.
-
-Rows are written in the order of their names within the dataset, so that every form of the same data (zip or
-folder, nested or twice) gives the same pack, whose content hash says so.
-"""
+"""From an archive of patches to a pack: decoded once, in blocks, on all cores, in bounded memory."""
 
 import contextlib
 import errno
 import gc
 import logging
-from collections.abc import Iterator, Sequence
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -21,13 +22,194 @@ import pandas as pd
 from biopsy.core.errors import DataError, PackError
 from biopsy.core.files import create_directory, sha256_file
 from biopsy.data.archives import Archive, open_archive
-from biopsy.data.blocks import Progress, Written, write_pixels
-from biopsy.data.columns import add_people, join_columns
 from biopsy.data.cutting import Cutting
 from biopsy.data.datasets import annotated_slides, find_layout
-from biopsy.data.datasets.layouts import Layout, Listing, refuse_empty
+from biopsy.data.datasets.base import Layout, Listing, Skipped, refuse_empty
 from biopsy.data.labels import fold_classes, relabel
-from biopsy.data.packs import COLUMNS, PIXELS, Pack, finish_pack, is_pack
+from biopsy.data.packs import COLUMNS, PIXELS, Pack, finish_pack, is_pack, pad, patch_sha256
+from biopsy.data.tables import add_people, join_columns
+
+MAX_RATIO = 4
+"""How many times as long as the median patch a patch may be: all are padded to the longest."""
+
+_BLOCK_BYTES = 2**20  # pixels that one worker decodes at a time
+_AHEAD_BYTES = 2**29  # pixels that are decoded ahead of the writing
+_SAMPLE_ROWS = 256
+_PART_ROWS = 32  # that one worker measures at a time
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Written:
+    """What became of the pixels."""
+
+    patch_px: int
+    """Side of the square all patches are padded to."""
+    rows: list[int] = field(default_factory=list)
+    """Rows of the listing, in the order in which their pixels lie on disk."""
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    """True ``(width, height)`` of each."""
+    hashes: list[str] = field(default_factory=list)
+    """`patch_sha256` of each."""
+    skipped: list[Skipped] = field(default_factory=list)
+    """Rows that could not be decoded, or are too large."""
+
+
+@dataclass
+class _Block:
+    """Patches decoded by one worker, padded to the pack's size, and those it could not decode."""
+
+    pixels: np.ndarray
+    rows: list[int] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    hashes: list[str] = field(default_factory=list)
+    failures: list[tuple[int, str]] = field(default_factory=list)
+    has_larger: bool = False
+
+
+class _LargerPatch(Exception):
+    """A patch does not fit the size that was taken for the largest."""
+
+
+def write_pixels(path: Path, listing: Listing, on_progress: Progress | None = None) -> Written:
+    """Decode rows and write them as an ``.npy`` file uint8 ``(n, patch_px, patch_px, 3)``.
+
+    Memory is bounded: a few blocks per core are decoded ahead of the writing. The file holds as many patches
+    as could be decoded, in the order of the listing. Nothing is forced to the disk, which would take half as
+    long as the decoding: should the power fail, the pack's content hash tells.
+
+    All patches are padded to the longest of those that decode, whatever headers say, and that are at most
+    `MAX_RATIO` times as long as the median patch. Longer ones are skipped and named. Most datasets are of one
+    size, so the first patches decide; should a larger one come, all are measured and the work starts again.
+
+    Raises:
+        DataError: If not one patch can be decoded, a quarter of them are too long, or the disk has no room.
+    """
+    n_rows = len(listing.table)
+    try:
+        longest = _find_longest(_measure(listing, range(min(n_rows, _SAMPLE_ROWS))), listing)
+        return _write(path, listing, longest, on_progress)
+    except _LargerPatch:
+        longest = _find_longest(_measure(listing, range(n_rows)), listing)
+        return _write(path, listing, longest, on_progress, is_measured=True)
+
+
+def _measure(listing: Listing, rows: range) -> np.ndarray:
+    """Return the longer side of each patch once it is decoded, 0 where it cannot be."""
+
+    def measure(part: range) -> list[int]:
+        return [
+            0 if isinstance(patch, DataError) else max(patch.shape[:2]) for patch in listing.pixels.read(part)
+        ]
+
+    parts = [rows[start : start + _PART_ROWS] for start in range(0, len(rows), _PART_ROWS)]
+    with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="measure") as pool:
+        return np.concatenate([np.array(sides) for sides in pool.map(measure, parts)])
+
+
+def _find_longest(sides: np.ndarray, listing: Listing) -> tuple[int, int]:
+    """Return the side to which patches are padded, and the row of a patch that has it."""
+    if not sides.any():
+        return 1, 0  # what is wrong with each is named when it is decoded again
+    median = int(np.quantile(sides[sides > 0], 0.5, method="lower"))
+    too_long = sides > MAX_RATIO * median
+    if 4 * too_long.sum() >= (sides > 0).sum():
+        row = int(np.argmax(sides))
+        raise DataError(
+            f"patches differ too much in size: {listing.table['source'].iloc[row]} has {sides[row]:,} px, "
+            f"half of them at most {median:,} px, and all are padded to the longest: prepare each size alone"
+        )
+    row = int(np.argmax(np.where(too_long, 0, sides)))
+    return int(sides[row]), row
+
+
+def _write(
+    path: Path,
+    listing: Listing,
+    longest: tuple[int, int],
+    on_progress: Progress | None,
+    *,
+    is_measured: bool = False,
+) -> Written:
+    patch_px, largest = longest
+    written = Written(patch_px)
+    sources = listing.table["source"].tolist()
+    _check_space(path.parent, len(sources), patch_px, sources[largest])
+    done = 0
+    with open(path, "wb") as file:
+        _write_header(file, len(sources), patch_px)
+        for block in _decode_blocks(listing, patch_px):
+            if block.has_larger and not is_measured:
+                raise _LargerPatch
+            file.write(block.pixels.data)
+            written.rows += block.rows
+            written.sizes += block.sizes
+            written.hashes += block.hashes
+            written.skipped += [{"source": sources[row], "reason": reason} for row, reason in block.failures]
+            done += len(block.rows) + len(block.failures)
+            if on_progress is not None:
+                on_progress(done, len(sources))
+        if not written.rows:
+            raise refuse_empty(written.skipped)
+        file.seek(0)
+        _write_header(file, len(written.rows), patch_px)
+    return written
+
+
+def _check_space(folder: Path, n_patches: int, patch_px: int, largest: str) -> None:
+    needed, free = n_patches * patch_px**2 * 3, shutil.disk_usage(folder).free
+    if needed > free:
+        raise DataError(
+            f"{n_patches:,} patches padded to the largest ({largest}, {patch_px} px) "
+            f"need {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free at {folder.parent}"
+        )
+
+
+def _write_header(file: BinaryIO, n_patches: int, patch_px: int) -> None:
+    """Write the header of an ``.npy`` file; numpy pads it so that its length does not depend on the count."""
+    shape = (n_patches, patch_px, patch_px, 3)
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+
+def _decode_blocks(listing: Listing, patch_px: int) -> Iterator[_Block]:
+    n_workers, n_rows = os.cpu_count() or 1, len(listing.table)
+    patch_bytes = patch_px**2 * 3
+    block_rows = max(1, _BLOCK_BYTES // patch_bytes)
+    n_ahead = min(n_workers + 1, _AHEAD_BYTES // (block_rows * patch_bytes))
+    waiting: deque[Future[_Block]] = deque()
+    with ThreadPoolExecutor(n_workers, thread_name_prefix="decode") as pool:
+        try:
+            for start in range(0, n_rows, block_rows):
+                rows = range(start, min(start + block_rows, n_rows))
+                waiting.append(pool.submit(_decode_block, listing, rows, patch_px))
+                if len(waiting) > n_ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _decode_block(listing: Listing, rows: range, patch_px: int) -> _Block:
+    pixels = np.empty((len(rows), patch_px, patch_px, 3), np.uint8)
+    block = _Block(pixels)
+    for row, patch in zip(rows, listing.pixels.read(rows), strict=True):
+        if isinstance(patch, DataError):
+            block.failures.append((row, str(patch)))
+            continue
+        height, width = patch.shape[:2]
+        if max(height, width) > patch_px:
+            block.has_larger = True
+            reason = f"is {width:,} x {height:,} pixels, over {MAX_RATIO} times as long as the median patch"
+            block.failures.append((row, reason))
+            continue
+        pad(patch, patch_px, pixels[len(block.rows)])
+        block.rows.append(row)
+        block.sizes.append((width, height))
+        block.hashes.append(patch_sha256(patch))
+    return replace(block, pixels=pixels[: len(block.rows)])
+
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +237,7 @@ def prepare(
         dataset: Name of the layout; None to recognise it.
         patients: A csv that names each patch's patient, slide or site, or a pattern searched in its path.
         labels: A csv that overrides labels (see `biopsy.data.labels.relabel`).
-        join: A csv whose columns are added (see `biopsy.data.columns.join_columns`).
+        join: A csv whose columns are added (see `biopsy.data.tables.join_columns`).
         positive: The positive class; several, as a list or separated by commas, are folded into one.
         mpp: Micrometres a pixel; None for the dataset's own.
         cutting: How annotated slides are cut; for nothing else.

@@ -1,15 +1,9 @@
-"""Predictions: the table from which every reported number can be computed again.
-
-One row a patch: ``patch_id, patient_id, slide_id, x, y, side, fold, target, logit_<class>...,
-prob_<class>..., pred, abstained`` and, for two classes, ``prob`` of the positive one. Logits are before
-calibration, probabilities after. Kept as Parquet, or as CSV with its metadata beside it in
-``<name>.csv.json``.
-"""
+"""Predictions: the table from which every reported number can be recomputed; Kaggle's submission csv."""
 
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +16,7 @@ from biopsy.core.errors import DataError, UserFileError
 from biopsy.core.files import read_json, replace_atomic, sha256_file, write_json
 from biopsy.core.tables import unmask_formulas, write_csv
 from biopsy.data.packs import Pack
+from biopsy.slide_io.images import IMAGE_SUFFIXES
 
 FORMAT = "biopsy-predictions/1"
 IDENTITY = ("patch_id", "patient_id", "slide_id", "x", "y")
@@ -258,3 +253,49 @@ def _with_types(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _beside(path: Path) -> Path:
     return path.with_name(path.name + ".json")
+
+
+FORMAT_SUBMISSIONS = "biopsy-submission/1"
+
+
+def give_ids(patch_ids: Sequence[str]) -> list[str]:
+    """Give each patch the id Kaggle knows it by: its file's name without folders and ending.
+
+    Raises:
+        DataError: If two patches have the same id, which Kaggle refuses.
+    """
+    ids = []
+    for patch_id in patch_ids:
+        name = patch_id.rpartition("/")[2]
+        stem, dot, ending = name.rpartition(".")
+        ids.append(stem if stem and (dot + ending).lower() in IMAGE_SUFFIXES else name)
+    seen = pd.Series(ids, dtype=str)
+    twice = seen[seen.duplicated()]
+    if len(twice):
+        raise DataError(f"two patches have the id {twice.iloc[0]!r}: Kaggle's csv takes each id once")
+    return ids
+
+
+def check_name(path: Path | str) -> Path:
+    """Refuse a file that is not named as a csv."""
+    path = Path(path)
+    if path.suffix != ".csv":
+        raise DataError(f"Kaggle takes a csv, not {path.name!r}; name the submission with .csv")
+    return path
+
+
+def write_submission(path: Path | str, frame: pd.DataFrame, metadata: Mapping[str, Any]) -> Path:
+    """Write the probability of the positive class of each patch, in order, and ``<name>.csv.json`` beside it.
+
+    Args:
+        path: ``*.csv``.
+        frame: Predictions of two classes, with ``patch_id`` and ``prob``.
+        metadata: What they were made with, and what was skipped.
+
+    Raises:
+        DataError: If the ending is another one, or two patches have one id.
+    """
+    path = check_name(path)
+    table = pd.DataFrame({"id": give_ids(frame["patch_id"].tolist()), "label": frame["prob"].to_numpy(float)})
+    write_described_csv(path, table, {**metadata, "format": FORMAT_SUBMISSIONS})
+    return path

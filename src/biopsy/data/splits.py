@@ -18,8 +18,8 @@ import pandas as pd
 from biopsy.core.errors import SplitError, UserFileError, suggest
 from biopsy.core.files import read_json, update_directory, write_json
 from biopsy.core.tables import unmask_formulas, write_csv
-from biopsy.data.cases import Cases
 from biopsy.data.leakage import SIDES, check_no_leakage, find_overlap, leave_out_siblings
+from biopsy.data.official_splits import Cases
 from biopsy.data.packs import Pack, Unit
 from biopsy.data.protocols import MAY_OVERLAP, PROTOCOLS, PUBLISHED, Request
 

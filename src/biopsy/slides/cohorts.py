@@ -26,14 +26,14 @@ from biopsy.core.files import (
 )
 from biopsy.core.tables import write_csv
 from biopsy.core.text import printable
-from biopsy.learning.classifiers import Classifier
-from biopsy.learning.hardware import Precision
-from biopsy.learning.runs import Run
+from biopsy.models.classifier import Classifier
+from biopsy.models.hardware import Precision
 from biopsy.slides.inference import OnProgress
 from biopsy.slides.mapping import Mapped, Mapper
 from biopsy.slides.maps import SlideMap
 from biopsy.slides.outputs import FILES, MAP, SUMMARY, prepare_to_draw, read_finished, write_outputs
 from biopsy.slides.sources import Source, list_sources, refuse_own_data
+from biopsy.training.runs import Run
 
 STATUS = "status.csv"
 COLUMNS = (

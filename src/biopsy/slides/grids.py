@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from biopsy.core.errors import SlideError
-from biopsy.imaging.shares import share_of_mask
-from biopsy.imaging.tissue import MIN_TISSUE_FRAC
+from biopsy.slide_io.coverage import share_of_mask
+from biopsy.slide_io.tissue import MIN_TISSUE_FRAC
 
 _READ_PX = 6_000_000  # pixels of the file read at once: 24 MB as OpenSlide gives them
 _CELLS_AT_ONCE = 2**22  # of the grid, while patches with tissue are sought: 0.1 GB

@@ -17,12 +17,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from biopsy.core.errors import DataError, SlideError
-from biopsy.imaging.reader import Slide, open_slide
-from biopsy.imaging.tissue import find_tissue_of
-from biopsy.learning.classifiers import Classifier
-from biopsy.learning.hardware import count_cores
-from biopsy.learning.novelty import measure_novelty
-from biopsy.learning.runtimes import Runtime, open_runtime
+from biopsy.models.classifier import Classifier
+from biopsy.models.hardware import count_cores
+from biopsy.models.out_of_distribution import measure_novelty
+from biopsy.models.runtimes import Runtime, open_runtime
+from biopsy.slide_io.reader import Slide, open_slide
+from biopsy.slide_io.tissue import find_tissue_of
 from biopsy.slides.grids import Block, PatchGrid, cut_blocks, lay_grid, pick_stride
 
 OnProgress = Callable[[int, int], None]

@@ -1,17 +1,23 @@
-"""The SlideMap: probabilities on a slide's grid, with geometry, and as a table."""
+"""The SlideMap: probabilities on a slide's grid, its regions as polygons, GeoJSON for QuPath."""
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import cv2
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import shapely
+from matplotlib.colors import to_rgb
+from shapely import Polygon
 
 from biopsy.core.errors import DataError, SlideError
 from biopsy.core.files import replace_atomic
+from biopsy.plotting.style import BASELINE, CLASS_COLOURS
 from biopsy.slides.grids import PatchGrid
 
 FORMAT: Final = "biopsy-map/1"
@@ -152,8 +158,6 @@ class SlideMap:
             path: The ``.geojson`` file.
             detections: Write the cells with their probabilities instead of the regions.
         """
-        from biopsy.slides.geojson import collect_detections, collect_regions, write_geojson
-        from biopsy.slides.regions import find_regions
 
         features = collect_detections(self) if detections else collect_regions(self, find_regions(self))
         return write_geojson(path, features)
@@ -180,3 +184,182 @@ def _average(values: np.ndarray, grid: PatchGrid) -> np.ndarray:
             total[grid.row + down, grid.column + across] += values
             count[grid.row + down, grid.column + across] += 1
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0).astype(np.float32)
+
+
+ABSTAINED = "abstained*"  # QuPath, and `prepare`, ignore classes that end so
+
+
+@dataclass(frozen=True)
+class Region:
+    """Cells of one class that touch along an edge.
+
+    Attributes:
+        class_name: The class, or `ABSTAINED`.
+        polygon: At level 0, with holes; its edges follow those of the cells.
+        n_cells: How many cells it joins.
+        area_mm2: Their area.
+        mean_prob: Mean probability of the region's class (of the positive one where it abstained), NaN if
+            there is none.
+        max_prob: The highest.
+    """
+
+    class_name: str
+    polygon: Polygon
+    n_cells: int
+    area_mm2: float
+    mean_prob: float
+    max_prob: float
+
+
+def find_regions(slide_map: SlideMap) -> list[Region]:
+    """Give the regions of every class and where the map abstained, largest first within each.
+
+    Two cells of a class that touch at a corner only belong to two regions.
+    """
+    probs, pred = slide_map.cells(), slide_map.cells_pred()
+    positive = slide_map.positive_index
+    regions = []
+    for index, name in [*enumerate(slide_map.class_names), (-2, ABSTAINED)]:
+        prob = probs[..., index if index >= 0 else positive or 0]
+        found = _join(slide_map, pred == index, prob, name)
+        regions += sorted(found, key=lambda region: -region.n_cells)
+    return regions
+
+
+def _join(slide_map: SlideMap, mask: np.ndarray, prob: np.ndarray, name: str) -> list[Region]:
+    _, labels, found, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
+    regions = []
+    for number, (left, top, width, height, _) in enumerate(found[1:].tolist(), start=1):
+        place = slice(top, top + height), slice(left, left + width)
+        inside = labels[place] == number
+        values = prob[place][inside]
+        polygon = outline(inside, left, top)
+        regions.append(
+            Region(
+                name,
+                shapely.transform(polygon, lambda points: _to_level_0(points, slide_map)),
+                len(values),
+                len(values) * slide_map.cell_mm2,
+                float(values.mean()),
+                float(values.max()),
+            )
+        )
+    return regions
+
+
+def outline(mask: np.ndarray, left: int = 0, top: int = 0) -> Polygon:
+    """Give the outline of cells that hang together, in cells, without corners on straight edges.
+
+    Args:
+        mask: bool ``(rows, columns)``, one piece connected along edges.
+        left: Column of the mask's first cell.
+        top: Row of the mask's first cell.
+
+    Example:
+        >>> outline(np.array([[True, True], [True, False]])).area
+        3.0
+    """
+    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    row, start = np.nonzero(edges == 1)
+    _, end = np.nonzero(edges == -1)
+    runs = shapely.box(start + left, row + top, end + left, row + top + 1)
+    return shapely.union_all(runs).simplify(0)
+
+
+def _to_level_0(points: np.ndarray, slide_map: SlideMap) -> np.ndarray:
+    grid = slide_map.grid
+    return (points * grid.stride_px + grid.origin_px) * grid.scale
+
+
+Feature = dict[str, Any]
+
+
+def collect_regions(slide_map: SlideMap, regions: Iterable[Region]) -> Iterator[Feature]:
+    """Give one annotation a region, with its area, cells and probability as measurements."""
+    for region in regions:
+        measurements = {
+            "Area mm^2": region.area_mm2,
+            "Cells": region.n_cells,
+            "Mean probability": region.mean_prob,
+            "Max probability": region.max_prob,
+        }
+        name = region.class_name
+        yield _feature(
+            "annotation",
+            _from_corner(slide_map, region.polygon),
+            name,
+            _colour(slide_map, name),
+            measurements,
+        )
+
+
+def collect_detections(slide_map: SlideMap) -> Iterator[Feature]:
+    """Give one detection a cell, with the probability of each class as measurements."""
+    probs, pred = slide_map.cells(), slide_map.cells_pred()
+    grid, side = slide_map.grid, slide_map.cell_px
+    names = {**dict(enumerate(slide_map.class_names)), -2: ABSTAINED}
+    for row, column in zip(*np.nonzero(pred != -1), strict=True):
+        x = (grid.origin_px[0] + column * grid.stride_px) * grid.scale
+        y = (grid.origin_px[1] + row * grid.stride_px) * grid.scale
+        name = names[int(pred[row, column])]
+        measurements = {
+            f"Probability {class_name}": float(prob)
+            for class_name, prob in zip(slide_map.class_names, probs[row, column], strict=True)
+        }
+        cell = shapely.box(x, y, x + side, y + side)
+        yield _feature(
+            "detection", _from_corner(slide_map, cell), name, _colour(slide_map, name), measurements
+        )
+
+
+def write_geojson(path: Path | str, features: Iterable[Feature]) -> Path:
+    """Write features as one collection, one a line, whole or not at all."""
+    with replace_atomic(path) as partial, open(partial, "w", encoding="utf-8") as file:
+        file.write('{"type": "FeatureCollection", "features": [')
+        for number, feature in enumerate(features):
+            file.write(",\n" if number else "\n")
+            file.write(json.dumps(feature, ensure_ascii=False, allow_nan=False))
+        file.write("\n]}\n")
+    return Path(path)
+
+
+def _feature(
+    object_type: str, polygon: Polygon, name: str, colour: list[int], measurements: dict[str, float]
+) -> Feature:
+    return {
+        "type": "Feature",
+        "geometry": {"type": "Polygon", "coordinates": _rings(polygon)},
+        "properties": {
+            "objectType": object_type,
+            "classification": {"name": name, "color": colour},
+            "isLocked": False,
+            "measurements": {key: _short(value) for key, value in measurements.items()},
+        },
+    }
+
+
+def _from_corner(slide_map: SlideMap, polygon: Polygon) -> Polygon:
+    """Return an area at level 0 as QuPath counts."""
+    return shapely.transform(polygon, lambda places: places - slide_map.grid.corner)
+
+
+def _rings(polygon: Polygon) -> list[list[list[float]]]:
+    """Give closed rings, the outer one first; whole numbers where level 0 has them."""
+    polygon = shapely.geometry.polygon.orient(polygon)
+    return [
+        [[_short(x), _short(y)] for x, y in ring.coords] for ring in (polygon.exterior, *polygon.interiors)
+    ]
+
+
+def _short(value: float) -> float:
+    rounded = round(float(value), 6)
+    return int(rounded) if rounded.is_integer() else rounded
+
+
+def _colour(slide_map: SlideMap, name: str) -> list[int]:
+    colour = (
+        BASELINE
+        if name == ABSTAINED
+        else CLASS_COLOURS[slide_map.class_names.index(name) % len(CLASS_COLOURS)]
+    )
+    return [round(255 * value) for value in to_rgb(colour)]

@@ -15,7 +15,7 @@ from biopsy.core.loaders import open_regular
 from biopsy.core.tables import read_csv_table
 from biopsy.core.text import normalize_name
 from biopsy.data.packs import Pack, is_pack
-from biopsy.imaging.backends import SLIDE_SUFFIXES, list_slide_files
+from biopsy.slide_io.backends import SLIDE_SUFFIXES, list_slide_files
 from biopsy.slides.stitching import list_slides
 
 _SAMPLE_BYTES = 1 << 20

@@ -7,13 +7,13 @@ import numpy as np
 
 from biopsy.core.errors import DataError, SlideError
 from biopsy.data.packs import Pack
-from biopsy.imaging.mosaic import check_extent, stitch
-from biopsy.imaging.tissue import THUMBNAIL_PX
-from biopsy.learning.classifiers import Classifier
+from biopsy.models.classifier import Classifier
+from biopsy.slide_io.mosaic import check_extent, stitch
+from biopsy.slide_io.tissue import THUMBNAIL_PX
 from biopsy.slides.grids import PatchGrid
 
 if TYPE_CHECKING:
-    from biopsy.learning.engine import Engine
+    from biopsy.models.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def predict_stitched(
     pack: Pack, index: np.ndarray, classifier: Classifier, *, engine: "Engine"
 ) -> np.ndarray:
     """Give the logits of a slide's patches, ``(n, n_classes)``."""
-    from biopsy.learning.inference import predict_logits
+    from biopsy.models.inference import predict_logits
 
     network = engine.place(classifier.network)
     return predict_logits(

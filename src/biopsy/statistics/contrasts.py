@@ -13,10 +13,19 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from biopsy.core.errors import MetricError
-from biopsy.statistics.intervals import Interval, PatientSummary, estimate_from, summarise_groups
+from biopsy.statistics.intervals import (
+    BOOTSTRAP_FROM,
+    DRAWS,
+    Interval,
+    Method,
+    PatientSummary,
+    estimate_from,
+    replicate,
+    reweightings,
+    summarise_groups,
+)
 from biopsy.statistics.metrics import METRICS, UNBOUNDED, measure
-from biopsy.statistics.replicates import BOOTSTRAP_FROM, DRAWS, Method, replicate, reweightings
-from biopsy.statistics.tallies import Floats, rank
+from biopsy.statistics.weighted_counts import Floats, rank
 
 AUROC = METRICS["auroc"]
 

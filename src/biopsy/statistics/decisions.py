@@ -12,10 +12,17 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from biopsy.core.errors import MetricError
-from biopsy.statistics.intervals import FEWEST_GROUPS, Interval, bound_interval, estimate_from
+from biopsy.statistics.intervals import (
+    DRAWS,
+    FEWEST_GROUPS,
+    Interval,
+    Method,
+    bound_interval,
+    estimate_from,
+    reweigh,
+)
 from biopsy.statistics.metrics import UNBOUNDED
-from biopsy.statistics.replicates import DRAWS, Method, reweigh
-from biopsy.statistics.tallies import Floats, check_binary
+from biopsy.statistics.weighted_counts import Floats, check_binary
 
 Rule = Callable[[Floats, Floats, Floats, Floats], Floats]
 """Positive and negative patches, true and false positives in; one number out."""

@@ -1,36 +1,127 @@
-"""How sure a number is, with the patient as the unit.
+"""Confidence intervals with the patient as the unit: jackknife, bootstrap, clustered means."""
 
-The spread of a metric over its `replicates` gives a standard error, which is carried to a scale without
-bounds (logit for a share) and multiplied with Student's t, its degrees of freedom one less than the patients
-that carry the metric. How often such intervals hold the truth is simulated by `benchmarks/coverage.py` and
-tabled in `docs/concepts/intervals.md`.
-
-A comparison of two models over the same patients needs nothing more than the difference of two `replicate`
-results: same ids, same seed, same reweightings.
-"""
-
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from scipy.special import expit, logit
 
 from biopsy.core.errors import MetricError
-from biopsy.statistics.metrics import METRICS, Metric, measure, registry
+from biopsy.core.seeds import make_rng
+from biopsy.statistics.metrics import METRICS, UNBOUNDED, Counts, Metric, measure, registry
 from biopsy.statistics.multiclass import ClassSample
-from biopsy.statistics.replicates import (
-    BOOTSTRAP_FROM,
-    DRAWS,
-    GroupedSample,
-    Method,
-    Replicates,
-    replicate,
-    standard_error,
-)
-from biopsy.statistics.tallies import Floats, rank
+from biopsy.statistics.weighted_counts import Floats, rank
+
+Method = Literal["jackknife", "bootstrap"]
+BOOTSTRAP_FROM = 100  # below it the bootstrap's own error shows: docs/concepts/intervals.md
+DRAWS = 2000
+
+
+class GroupedSample(Protocol):
+    """Patches in groups that can be weighted anew: `tallies.Ranked` or `multiclass.ClassSample`."""
+
+    @property
+    def groups(self) -> Any:
+        """Ids in sorted order, ``(n_groups,)``."""
+
+    @property
+    def needs(self) -> Mapping[str, str]:
+        """What a metric may need, in words."""
+
+    def tally(self, weight: Floats | None = None) -> Counts:
+        """Count the sample with one weight per group."""
+
+    def carriers(self) -> dict[str, int]:
+        """Count the groups that hold each of `needs`."""
+
+
+@dataclass(frozen=True)
+class Replicates:
+    """Metrics of a sample, and of the same sample with its groups weighted anew.
+
+    Attributes:
+        value: Each metric on the sample as it is.
+        replicates: Each metric on every reweighting, shape ``(n_replicates,)``; for the jackknife, entry
+            ``i`` leaves out group ``i`` in the order of sorted ids.
+        method: How the groups were reweighted.
+        n_groups: Groups in the sample.
+    """
+
+    value: dict[str, float]
+    replicates: dict[str, Floats]
+    method: Method
+    n_groups: int
+
+
+def standard_error(replicates: Floats, method: Method) -> float:
+    """Give the standard error that replicates imply (Efron and Tibshirani 1993, eq. 6.6 and 11.5)."""
+    n = len(replicates)
+    sum_of_squares = float(((replicates - replicates.mean()) ** 2).sum())
+    return float(np.sqrt(sum_of_squares * (n - 1) / n if method == "jackknife" else sum_of_squares / (n - 1)))
+
+
+def reweightings(n_groups: int, *, seed: int, draws: int) -> Iterator[Floats]:
+    """Yield weights per group: each group left out once, or from 100 groups whole groups drawn anew."""
+    if n_groups < BOOTSTRAP_FROM:
+        for left_out in range(n_groups):
+            weight = np.ones(n_groups)
+            weight[left_out] = 0
+            yield weight
+    else:
+        rng = make_rng(seed, "bootstrap")
+        for _ in range(draws):
+            yield np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups).astype(np.float64)
+
+
+def reweigh(sums: Floats, *, seed: int, draws: int = DRAWS) -> tuple[Floats, Method]:
+    """Add up what each group has, ``(n_groups, k)``, on every reweighting: ``(n_replicates, k)``, and how."""
+    if len(sums) < BOOTSTRAP_FROM:
+        return sums.sum(axis=0) - sums, "jackknife"
+    weights = reweightings(len(sums), seed=seed, draws=draws)
+    return np.stack([weight @ sums for weight in weights]), "bootstrap"
+
+
+def replicate(
+    sample: GroupedSample, *, seed: int, draws: int = DRAWS, names: Iterable[str] | None = None
+) -> Replicates:
+    """Compute metrics on a sample and on each reweighting of its groups.
+
+    Args:
+        sample: From `tallies.rank` or `multiclass.class_sample`, with ``group_ids``.
+        seed: For the bootstrap; the same seed and the same groups give the same reweightings.
+        draws: Bootstrap draws.
+        names: Metrics wanted; all if not given.
+    """
+    n_groups, value = len(sample.groups), measure(sample.tally(), names)
+    defined = [name for name in value if not np.isnan(value[name])]
+    weights = reweightings(n_groups, seed=seed, draws=draws)
+    rows = [
+        list(measure(sample.tally(w), defined).values()) if w.any() else [np.nan] * len(defined)
+        for w in weights
+    ]
+    table = np.array(rows).reshape(len(rows), len(defined))
+    replicates = {name: table[:, column] for column, name in enumerate(defined)}
+    return Replicates(value, replicates, "jackknife" if n_groups < BOOTSTRAP_FROM else "bootstrap", n_groups)
+
+
+def average(results: Sequence[Replicates]) -> Replicates:
+    """Give the mean over seeds (or classes) of metrics of the same groups, reweighting by reweighting.
+
+    A metric that is undefined in one of them is undefined in the mean.
+    """
+    names = list(results[0].value)
+    everywhere = [name for name in names if all(name in result.replicates for result in results)]
+    return Replicates(
+        {name: float(np.mean([result.value[name] for result in results])) for name in names},
+        {name: np.mean([result.replicates[name] for result in results], axis=0) for name in everywhere},
+        results[0].method,
+        results[0].n_groups,
+    )
+
 
 FEWEST_GROUPS = 5
 MOST_UNDEFINED = 0.05  # share of bootstrap draws that may miss, say, the few patients with positive patches
@@ -334,3 +425,51 @@ def check_level(level: float) -> None:
     """Refuse a nominal coverage that is none."""
     if not 0 < level < 1:
         raise MetricError(f"level is {level!r}: the nominal coverage lies between 0 and 1, such as 0.95")
+
+
+def estimate_mean(
+    values: ArrayLike,
+    group_ids: ArrayLike,
+    *,
+    seed: int,
+    unit: str = "patient",
+    bounds: tuple[float, float] = UNBOUNDED,
+    level: float = 0.95,
+    draws: int = DRAWS,
+) -> Interval:
+    """Give the mean over patches, with an interval over patients.
+
+    A comparison of two ways on the same patches is paired by giving the differences as values.
+
+    Args:
+        values: One a patch, finite, shape ``(n,)``.
+        group_ids: The patient (slide, patch) of each.
+        seed: For the bootstrap, used from 100 groups on.
+        unit: What a group is, for the reasons.
+        bounds: Between which values a mean lives.
+        level: Nominal coverage.
+        draws: Bootstrap draws.
+
+    Raises:
+        MetricError: If there is no value, one is not finite, or the lengths differ.
+    """
+    values, group_ids = np.asarray(values, float), np.asarray(group_ids, dtype=object)
+    if not values.size or values.shape != group_ids.shape or not np.isfinite(values).all():
+        raise MetricError(f"values {values.shape}, none or not all finite, of {len(group_ids)} patches")
+    codes, groups = pd.factorize(group_ids, sort=True)
+    sums, counts = np.bincount(codes, values), np.bincount(codes)
+    replicates = np.array(
+        [
+            weight @ sums / (weight @ counts) if weight @ counts else np.nan
+            for weight in reweightings(len(groups), seed=seed, draws=draws)
+        ]
+    )
+    return estimate_from(
+        float(values.mean()),
+        replicates,
+        "jackknife" if len(groups) < BOOTSTRAP_FROM else "bootstrap",
+        (len(groups), "patches"),
+        bounds=bounds,
+        level=level,
+        unit=unit,
+    )

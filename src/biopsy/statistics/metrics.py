@@ -14,7 +14,7 @@ import numpy as np
 
 from biopsy.core.errors import MetricError, suggest
 from biopsy.statistics.calibration import calibration_error, fit_intercept, fit_recalibration
-from biopsy.statistics.tallies import NEEDS, Tally
+from biopsy.statistics.weighted_counts import NEEDS, Tally
 
 Kind = Literal["ranking", "decision", "probability"]
 
@@ -233,7 +233,7 @@ def measure(tally: Counts, names: Iterable[str] | None = None) -> dict[str, floa
         MetricError: For a name that is not on the list.
 
     Example:
-        >>> from biopsy.statistics.tallies import rank
+        >>> from biopsy.statistics.weighted_counts import rank
         >>> measure(rank([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.9]).tally(), ["auroc", "sensitivity"])
         {'auroc': 0.75, 'sensitivity': 0.5}
     """

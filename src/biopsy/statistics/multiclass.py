@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from biopsy.core.errors import MetricError
 from biopsy.statistics.calibration import calibration_error
 from biopsy.statistics.metrics import METRICS, metric, registry
-from biopsy.statistics.tallies import LOG_CLIP, Floats, Ranked, Tally, rank
+from biopsy.statistics.weighted_counts import LOG_CLIP, Floats, Ranked, Tally, rank
 
 SUM_TOLERANCE = 0.02  # of a row's probabilities: many programs write two or three decimals
 

@@ -8,10 +8,20 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from biopsy.core.errors import MetricError
-from biopsy.statistics.intervals import Interval, carried_by, check_level, estimate_from
+from biopsy.statistics.intervals import (
+    DRAWS,
+    GroupedSample,
+    Interval,
+    Replicates,
+    average,
+    carried_by,
+    check_level,
+    estimate_from,
+    replicate,
+    standard_error,
+)
 from biopsy.statistics.metrics import UNBOUNDED, registry
-from biopsy.statistics.replicates import DRAWS, GroupedSample, Replicates, average, replicate, standard_error
-from biopsy.statistics.tallies import rank
+from biopsy.statistics.weighted_counts import rank
 
 SAME = "the two do not differ, whoever is left out"
 

@@ -7,9 +7,8 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from biopsy.statistics.calibration import N_BINS, bin_patches
-from biopsy.statistics.intervals import FEWEST_GROUPS, Interval, bound_interval, estimate_from
-from biopsy.statistics.replicates import DRAWS, reweigh
-from biopsy.statistics.tallies import check_binary
+from biopsy.statistics.intervals import DRAWS, FEWEST_GROUPS, Interval, bound_interval, estimate_from, reweigh
+from biopsy.statistics.weighted_counts import check_binary
 
 
 @dataclass(frozen=True)

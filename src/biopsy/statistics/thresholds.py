@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from biopsy.core.errors import MetricError, suggest
-from biopsy.statistics.tallies import Floats, rank
+from biopsy.statistics.weighted_counts import Floats, rank
 
 RULES = ("youden", "sensitivity=0.95", "specificity=0.90", "cost=5", "argmax")
 

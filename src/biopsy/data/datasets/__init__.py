@@ -10,7 +10,7 @@ Annotated slides are no `Layout`, for they need to be told how to be cut: `biops
 from biopsy.core.errors import DataError, suggest
 from biopsy.data.archives import Archive
 from biopsy.data.datasets import annotated_slides, folders, hcd, idc, pcam
-from biopsy.data.datasets.layouts import Layout, Listing
+from biopsy.data.datasets.base import Layout, Listing
 
 _MODULES = (idc, pcam, hcd, folders)
 LAYOUTS = {module.LAYOUT.name: module.LAYOUT for module in _MODULES}

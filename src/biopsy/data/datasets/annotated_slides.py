@@ -21,12 +21,12 @@ from biopsy.core.errors import DataError, SlideError
 from biopsy.core.files import sha256_file
 from biopsy.core.loaders import open_regular
 from biopsy.data.archives import Archive, Entry, FolderArchive
-from biopsy.data.columns import read_csv
 from biopsy.data.cutting import Cutting, cut_slide, name_classes
-from biopsy.data.datasets.layouts import Listing, Skipped, find_positive
-from biopsy.imaging.annotations import SUFFIXES, Annotations, read_annotations
-from biopsy.imaging.backends import SLIDE_SUFFIXES
-from biopsy.imaging.reader import open_slide
+from biopsy.data.datasets.base import Listing, Skipped, find_positive
+from biopsy.data.tables import read_csv
+from biopsy.slide_io.annotations import SUFFIXES, Annotations, read_annotations
+from biopsy.slide_io.backends import SLIDE_SUFFIXES
+from biopsy.slide_io.reader import open_slide
 
 _log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ every other top folder is a class. The patch's id is its path from there on; who
 import pandas as pd
 
 from biopsy.data.archives import Archive
-from biopsy.data.datasets.layouts import (
+from biopsy.data.datasets.base import (
     SIDE_BY_FOLDER,
     ImageFiles,
     Layout,

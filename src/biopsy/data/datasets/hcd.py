@@ -12,7 +12,7 @@ import pandas as pd
 
 from biopsy.core.errors import ArchiveError, DataError
 from biopsy.data.archives import Archive, Entry
-from biopsy.data.datasets.layouts import (
+from biopsy.data.datasets.base import (
     SIDE_BY_FOLDER,
     ImageFiles,
     Layout,

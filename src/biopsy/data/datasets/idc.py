@@ -10,7 +10,7 @@ import re
 import pandas as pd
 
 from biopsy.data.archives import Archive, Entry
-from biopsy.data.datasets.layouts import ImageFiles, Layout, Listing, Skipped, drop_copies, is_image
+from biopsy.data.datasets.base import ImageFiles, Layout, Listing, Skipped, drop_copies, is_image
 
 CLASS_NAMES = ["non_idc", "idc"]
 MPP = 4.0  # scans called 40x (about 0.25 micrometres a pixel), reduced 16 times

@@ -16,7 +16,7 @@ import pandas as pd
 
 from biopsy.core.errors import ArchiveError, DataError
 from biopsy.data.archives import Archive, Entry, FolderArchive
-from biopsy.data.datasets.layouts import SIDE_BY_FOLDER, Layout, Listing, Skipped
+from biopsy.data.datasets.base import SIDE_BY_FOLDER, Layout, Listing, Skipped
 
 CLASS_NAMES = ["normal", "tumour"]
 MPP = 0.972  # level 2 of Camelyon16's scans at 0.243 micrometres a pixel

@@ -1,0 +1,141 @@
+"""What a layout is, what it makes of an archive, and how the pixels behind its rows are read."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import pandas as pd
+
+from biopsy.core.errors import DataError
+from biopsy.data.archives import Archive, Entry
+from biopsy.slide_io.images import IMAGE_SUFFIXES, decode
+
+SIDE_BY_FOLDER = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+"""Folders that name a dataset's own side."""
+
+POSITIVE_BY_NEGATIVE = {
+    "0": "1",
+    "neg": "pos",
+    "negative": "positive",
+    "benign": "malignant",
+    "normal": "tumour",
+    "non_idc": "idc",
+}
+"""Pairs of class names whose positive one goes without saying."""
+
+Skipped = dict[str, str]
+
+
+class Pixels(Protocol):
+    """The pixels of a listing's rows."""
+
+    def read(self, rows: Sequence[int]) -> Iterator[np.ndarray | DataError]:
+        """Yield uint8 ``(height, width, 3)`` RGB, or why there is none, row by row; from any thread."""
+
+
+class ImageFiles:
+    """One image file a row."""
+
+    def __init__(self, archive: Archive, entries: Sequence[Entry]) -> None:
+        self._archive = archive
+        self._entries = entries
+
+    def read(self, rows: Sequence[int]) -> Iterator[np.ndarray | DataError]:
+        """Decode one file after the other."""
+        for row in rows:
+            try:
+                yield decode(self._archive.read(self._entries[row]))
+            except DataError as error:
+                yield error
+
+
+@dataclass
+class Listing:
+    """What a layout found in an archive, before any pixel is decoded."""
+
+    table: pd.DataFrame
+    """One row a patch: ``patch_id, patient_id, slide_id, site_id, x, y, class_name, source``, and where the
+    dataset has them ``own_side`` (train, val, test) and ``row`` (its place in the dataset's own list)."""
+    pixels: Pixels
+    """In the order of ``table``."""
+    class_names: list[str]
+    positive_class: str | None
+    mpp: float | None
+    skipped: list[Skipped] = field(default_factory=list)
+    """Files that should have been patches: ``source`` and ``reason``."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """What was left out on purpose: ``duplicates``, ``unlabelled``, ``other_files``."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way of laying out patches in folders and files, and the dataset it is known from."""
+
+    name: str
+    title: str
+    looks_for: str
+    """What it is recognised by, in words."""
+    recognise: Callable[[Archive], bool]
+    list_patches: Callable[[Archive], Listing]
+    expected: dict[str, int]
+    """Counts of the whole dataset; empty for a layout of no particular one."""
+    mpp: float | None
+    citation: str
+    licence: str
+
+
+def is_image(entry: Entry) -> bool:
+    """Say whether an entry's name is that of an image."""
+    return entry.name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def drop_copies(
+    archive: Archive, keyed: Iterable[tuple[str, Entry]]
+) -> tuple[list[tuple[str, Entry]], int, list[Skipped]]:
+    """Keep one of each group of entries that stand for the same patch.
+
+    Args:
+        archive: Where the entries are.
+        keyed: Entries under the name that says which patch they are.
+
+    Returns:
+        ``(key, entry)`` in order of key, the number of identical copies left out, and the copies that are
+        *not* identical, which are named: nobody can say which of them is right.
+    """
+    kept: dict[str, Entry] = {}
+    n_copies, skipped = 0, []
+    for key, entry in keyed:
+        first = kept.setdefault(key, entry)
+        if first is entry:
+            continue
+        if archive.same(first, entry):
+            n_copies += 1
+        else:
+            skipped.append(
+                {"source": entry.name, "reason": f"differs from {first.name}, the same patch by name"}
+            )
+    return sorted(kept.items()), n_copies, skipped
+
+
+def refuse_empty(skipped: Sequence[Skipped]) -> DataError:
+    """Give the error for a source of which nothing can be read, naming the first reason."""
+    first = skipped[0] if skipped else Skipped(source="no image", reason="was found")
+    return DataError(f"no patch can be read: {len(skipped):,} skipped, {first['source']} {first['reason']}")
+
+
+def find_positive(class_names: Sequence[str]) -> str | None:
+    """Give the positive one of two class names where that goes without saying."""
+    spelled = {name.lower().replace("tumor", "tumour").replace("-", "_"): name for name in class_names}
+    for negative, positive in POSITIVE_BY_NEGATIVE.items():
+        if spelled.keys() == {negative, positive}:
+            return spelled[positive]
+    return None

@@ -1,0 +1,131 @@
+"""Figures of a pack and its splits: patches of each class by subset and by patient."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+from biopsy.core.errors import MetricError
+from biopsy.plotting.style import (
+    CLASS_COLOURS,
+    MUTED,
+    WIDTH_IN,
+    new_figure,
+    shorten,
+    styled,
+)
+
+
+@styled
+def draw_sides(sides: Sequence[str], counts: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """Draw patches per side and class: a bar a class, its count and its share of the side at the end.
+
+    Args:
+        sides: Names of the sides (or folds), from top to bottom.
+        counts: Patches, shape ``(n_sides, n_classes)``.
+        class_names: One name a column.
+
+    Raises:
+        MetricError: If the shape does not fit.
+    """
+    counts = np.asarray(counts)
+    if counts.shape != (len(sides), len(class_names)):
+        raise MetricError(f"counts {counts.shape} do not fit {len(sides)} sides x {len(class_names)} classes")
+    height = 0.8 / len(class_names)
+    figure, axes = new_figure(WIDTH_IN, 1.0 + 0.22 * max(len(sides), 2) * max(len(class_names), 2))
+    for index, name in enumerate(class_names):
+        rows = np.arange(len(sides)) + (index - (len(class_names) - 1) / 2) * height
+        colour = CLASS_COLOURS[index % len(CLASS_COLOURS)]
+        axes.barh(rows, counts[:, index], height=0.9 * height, color=colour, label=shorten(name))
+        for row, count, total in zip(rows, counts[:, index], counts.sum(axis=1), strict=True):
+            share = f" ({count / total:.0%})" if total else ""
+            axes.annotate(
+                f"{count:,}{share}",
+                (count, row),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                color=MUTED,
+                fontsize=8,
+            )
+    axes.set_xlabel("patches")
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlim(0, 1.32 * max(int(counts.max(initial=0)), 1))  # room for the figures at the bars' ends
+    axes.set_yticks(range(len(sides)), [shorten(side) for side in sides])
+    axes.set_ylim(len(sides) - 0.45, -0.55)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=0.1, columnspacing=1.2)
+    return figure
+
+
+NAMED_ROWS = 45  # more patients than this are drawn as ranks, without names
+
+
+@styled
+def draw_balance(patient_ids: Sequence[object], counts: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """Draw patches per patient and class, the patient with most first.
+
+    Args:
+        patient_ids: One id a row.
+        counts: Patches, shape ``(n_patients, n_classes)``.
+        class_names: One name a column.
+
+    Raises:
+        MetricError: If the shape does not fit.
+    """
+    counts = np.asarray(counts)
+    if counts.shape != (len(patient_ids), len(class_names)):
+        raise MetricError(
+            f"counts {counts.shape} do not fit {len(patient_ids)} patients x {len(class_names)} classes"
+        )
+    order = np.argsort(-counts.sum(axis=1), kind="stable")
+    figure, axes = _open_rows(len(order))
+    left = np.zeros(len(order))
+    for index, name in enumerate(class_names):
+        values = counts[order, index]
+        axes.barh(
+            np.arange(len(order)),
+            values,
+            left=left,
+            height=0.72,
+            color=CLASS_COLOURS[index % len(CLASS_COLOURS)],
+            label=shorten(name),
+        )
+        left += values
+    axes.set_xlabel("patches")
+    _name_rows(axes, [patient_ids[index] for index in order])
+    _legend_above(axes, len(class_names))
+    return figure
+
+
+def _open_rows(n_rows: int, row_in: float = 0.2) -> tuple[Figure, Axes]:
+    named = n_rows <= NAMED_ROWS
+    return new_figure(WIDTH_IN, 1.0 + max(n_rows, 3) * row_in if named else 6.0)
+
+
+def _name_rows(axes: Axes, names: Sequence[object]) -> None:
+    n_rows = len(names)
+    axes.set_ylim(n_rows - 0.4, -0.6)
+    if n_rows <= NAMED_ROWS:
+        axes.set_yticks(range(n_rows), [shorten(name) for name in names])
+    else:
+        axes.set_ylabel(f"{n_rows} patients, in order")
+        axes.set_yticks([])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+
+
+def _legend_above(axes: Axes, columns: int) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1.0),
+            ncols=min(columns, 3),
+            borderaxespad=0.1,
+            columnspacing=1.2,
+        )

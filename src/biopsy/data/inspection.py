@@ -1,0 +1,177 @@
+"""Inspecting a pack: the audit, and pictures of what is in it, before anything is trained."""
+
+import errno
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biopsy.core.errors import DataError, PackError
+from biopsy.core.files import check_outputs, refuse_inputs, update_directory, write_atomic, write_json
+from biopsy.core.seeds import make_rng
+from biopsy.data.audit import audit_pack, find_spoilers
+from biopsy.data.figures import draw_balance, draw_sides
+from biopsy.data.packs import Pack
+from biopsy.data.splits import SIDES, Split, find_split
+from biopsy.plotting.sheets import draw_class_sheet
+from biopsy.plotting.slides import draw_slide
+from biopsy.plotting.style import png, svg
+from biopsy.slide_io.mosaic import stitch, stitch_values
+
+logger = logging.getLogger(__name__)
+
+N_SHOWN = 32  # patches of each class on the class sheet
+MAX_SLIDES = 40  # slides put together again; the rest is only counted
+SLIDE_PX = 1000  # longest side of a slide's picture, in pixels of the picture
+
+
+def inspect(
+    pack: Pack | Path | str, *, split: str | Split | None = None, out: Path | str | None = None
+) -> dict[str, Any]:
+    """Audit a pack and draw what is in it.
+
+    Writes ``audit.json`` into the pack and pictures into ``inspection/`` below it: a sheet of each class,
+    the balance of classes per patient, each slide put together again where coordinates are known, and the
+    classes of the sides (or folds) of the split.
+
+    Args:
+        pack: The pack, or its path.
+        split: Name of a split whose sides are audited too: patients and duplicates on two sides.
+        out: Folder for the pictures instead; with a pack that cannot be written to, for the audit as well.
+
+    Returns:
+        The audit (see the formats' reference), and beside it ``spoilers``, what would spoil a result, one
+        sentence each, and ``paths``: ``audit`` and ``pictures``.
+
+    Raises:
+        PackError: If the pack was altered, or is read-only and ``out`` is not given.
+    """
+    pack = Pack.open(pack)
+    pack.verify()
+    division = find_split(pack, split) if isinstance(split, str) else split
+    folder = pack.path / "inspection" if out is None else Path(out)
+    refuse_inputs(folder, pack.path)
+    names = ["classes.png", f"{pack.unit}s.svg", "slide-*"]
+    names += [] if division is None else [f"split-{division.name}.svg"]
+    check_outputs(folder, *names)
+    audit = audit_pack(pack, division)
+    audit_path = _write_audit(pack, audit, out)
+    with update_directory(folder, *names) as partial:
+        pictures = [_draw_classes(pack, partial), *_draw_groups(pack, partial), *_draw_slides(pack, partial)]
+        if division is not None:
+            pictures.append(_draw_split(pack, division, partial))
+    paths = {"audit": audit_path, "pictures": [folder / picture.name for picture in pictures]}
+    return {**audit, "spoilers": find_spoilers(audit), "paths": paths}
+
+
+def _write_audit(pack: Pack, audit: dict[str, Any], out: Path | str | None) -> Path:
+    path = pack.path / "audit.json"
+    try:
+        write_json(path, audit)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        if out is None:
+            raise PackError(f"{pack.path} is read-only: name a folder for the audit with --out") from None
+        path = Path(out) / "audit.json"
+        with update_directory(out, path.name) as partial:
+            write_json(partial / path.name, audit)
+    return path
+
+
+def _draw_classes(pack: Pack, folder: Path) -> Path:
+    """Draw patches of every class, drawn at random, at most a few of each patient."""
+    sheets = []
+    for index, name in enumerate(pack.class_names):
+        rows = make_rng(0, "inspect", name).permutation(np.flatnonzero(pack.target == index))
+        turn = _count_earlier(pack.group_ids[rows])  # every patient's first patch before anyone's second
+        shown = rows[np.argsort(turn, kind="stable")][:N_SHOWN]
+        sheets.append((f"{name}: {len(rows):,} patches", [_crop(pack, row) for row in shown]))
+    path = folder / "classes.png"
+    write_atomic(path, png(draw_class_sheet(sheets)))
+    return path
+
+
+def _count_earlier(ids: np.ndarray) -> np.ndarray:
+    """Say of each element how many equal ones stand before it."""
+    seen: dict[str, int] = {}
+    earlier = []
+    for name in ids.tolist():
+        earlier.append(seen.get(name, 0))
+        seen[name] = earlier[-1] + 1
+    return np.array(earlier, dtype=int)
+
+
+def _draw_groups(pack: Pack, folder: Path) -> list[Path]:
+    """Draw the balance of classes per patient (or slide); nothing where neither is known."""
+    if pack.unit == "patch":
+        return []
+    names, codes = np.unique(pack.group_ids, return_inverse=True)
+    counts = np.zeros((len(names), len(pack.class_names)), dtype=int)
+    np.add.at(counts, (codes, pack.target), 1)
+    path = folder / f"{pack.unit}s.svg"
+    write_atomic(path, svg(draw_balance(names.tolist(), counts, pack.class_names), f"{pack.unit}s"))
+    return [path]
+
+
+def _draw_split(pack: Pack, split: Split, folder: Path) -> Path:
+    """Draw the classes of each side, or of each fold and of what always trains."""
+    if split.n_folds:
+        of_fold = [(f"fold {fold}", split.assign(pack, fold) == "test") for fold in range(split.n_folds)]
+        tested = np.any([member for _, member in of_fold], axis=0)
+        parts = [*of_fold, ("in no fold", ~tested)]
+    else:
+        sides = split.assign(pack)
+        parts = [(side or "left out", sides == side) for side in (*SIDES, "")]
+    parts = [(name, member) for name, member in parts if member.any()]
+    counts = [np.bincount(pack.target[member], minlength=len(pack.class_names)) for _, member in parts]
+    path = folder / f"split-{split.name}.svg"
+    figure = draw_sides([name for name, _ in parts], np.array(counts), pack.class_names)
+    write_atomic(path, svg(figure, "split"))
+    return path
+
+
+def _draw_slides(pack: Pack, folder: Path) -> list[Path]:
+    """Put slides together again, those with most patches first."""
+    placed = pack.table[["x", "y", "slide_id"]].notna().all(axis=1)
+    slides = pack.table.loc[placed, "slide_id"].value_counts()
+    if len(slides) > MAX_SLIDES:
+        logger.info("pictures of the %d largest of %d slides", MAX_SLIDES, len(slides))
+    paths = []
+    for number, slide_id in enumerate(slides.index[:MAX_SLIDES], start=1):
+        rows = np.flatnonzero(placed & (pack.table["slide_id"] == slide_id))
+        name = re.sub(r"[^A-Za-z0-9_-]", "-", str(slide_id))[:40]  # an id is not a path
+        path = folder / f"slide-{number:02d}-{name}.png"
+        try:
+            write_atomic(path, _picture_slide(pack, rows))
+        except DataError as error:
+            logger.warning("slide %s is not drawn: %s", slide_id, error)
+        else:
+            paths.append(path)
+    return paths
+
+
+def _picture_slide(pack: Pack, rows: np.ndarray) -> bytes:
+    patch_px, mpp = pack.info.patch_px, pack.info.mpp
+    x, y = (pack.table[column].to_numpy(float, na_value=np.nan)[rows] for column in ("x", "y"))
+    target = stitch_values(pack.target[rows], x, y, patch_px=patch_px)
+    longest = max(np.ptp(x), np.ptp(y)) + patch_px
+    tissue = stitch(
+        (_crop(pack, row) for row in rows), x, y, patch_px=patch_px, scale=min(1.0, SLIDE_PX / longest)
+    )
+    figure = draw_slide(
+        tissue,
+        target,
+        np.full(target.shape, np.nan),
+        um_per_cell=None if mpp is None else patch_px * mpp,
+        class_names=pack.class_names,
+        panels=("tissue", "target"),
+    )
+    return png(figure)
+
+
+def _crop(pack: Pack, row: int) -> np.ndarray:
+    width, height = pack.sizes[row]
+    return np.asarray(pack.patches[row, :height, :width])

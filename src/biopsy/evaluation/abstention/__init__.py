@@ -1,0 +1,1 @@
+"""Abstention: conformal sets and risk against coverage, measured, drawn and reported."""

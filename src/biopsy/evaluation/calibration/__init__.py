@@ -1,0 +1,1 @@
+"""Calibration: measured, drawn, reported, and fitted again."""

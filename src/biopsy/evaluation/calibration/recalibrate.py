@@ -1,0 +1,123 @@
+"""Calibration as a stage: what is fitted and frozen on validation patients once the weights are chosen.
+
+`settle` does it at the end of training, `calibrate` again on a finished run. To freeze something else on
+validation, do it in `settle`, and both have it.
+"""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from biopsy.core.errors import RunError
+from biopsy.core.files import LOCK, remove_outputs, write_atomic
+from biopsy.data.predictions import IDENTITY
+from biopsy.models.classifier import Classifier
+from biopsy.recipes import Recipe, load_recipe, recipe_toml
+from biopsy.statistics.calibrators import check_method
+from biopsy.training.postprocessing import logger, settle_run, write_validation
+from biopsy.training.runs import Run, hash_question
+
+STALE = ("predictions/test.parquet", "evaluation", "external", "explain", "errors", "report.html")
+"""What a run holds that was made with its former probabilities."""
+_STALE_DOCUMENTS = (
+    *("predictions/test.parquet", "evaluation/metrics.json", "evaluation/metrics-val.json", "report.html"),
+    *("errors/errors.json", "errors/errors.parquet", "explain/conjectures.json", "explain/faithfulness.json"),
+    *("external/*/evaluation/metrics.json", "external/*/evaluation/metrics-val.json"),
+    *("external/*/predictions/test.parquet", "external/*/predictions/val.parquet"),
+)
+
+
+def calibrate(run: Run | Path | str, *, method: str = "temperature") -> dict[str, Any]:
+    """Fit the calibrator of a finished run anew on its stored validation predictions.
+
+    Thresholds are frozen again, ``classifier/`` and ``predictions/val.parquet`` are written anew, and the
+    recipe in the run says the method. What was made with the former probabilities (the test side's
+    predictions, numbers and pages) is removed, so that nobody reads it: `biopsy.evaluate` makes it again, and
+    that counts as one more opening of the test side.
+
+    Args:
+        run: A finished run; it may have been made before there was calibration.
+        method: ``"temperature"``, ``"platt"``, ``"isotonic"`` (two classes) or ``"none"``.
+
+    Returns:
+        ``run``, ``calibrator`` and ``thresholds`` as in ``classifier.json``, and what was ``removed``.
+
+    Raises:
+        RunError: If the run has not finished or is in use.
+        MetricError: If the method does not exist or is for two classes only.
+    """
+    run = Run.open(run)
+    classifier = run.classifier
+    check_method(method, len(classifier.info.class_names))
+    try:
+        with FileLock(run.path / LOCK, timeout=0):
+            return _calibrate(run, classifier, method)
+    except Timeout:
+        raise RunError(f"{run.path} is in use by another process") from None
+
+
+def _calibrate(run: Run, classifier: Classifier, method: str) -> dict[str, Any]:
+    frame, about = run.predictions("val")
+    unit, before = run.info["pack"]["unit"], classifier.info.calibrator
+    table = "as_published" if run.info["split"]["as_published"] else "decision"
+    recipe = load_recipe(run.recipe, [f"{table}.calibration={method}"])
+    logits = frame[[f"logit_{name}" for name in classifier.info.class_names]].to_numpy(np.float64)
+    target, group_ids = frame["target"].to_numpy(int), frame[f"{unit}_id"].to_numpy(str)
+    settle_run(run, recipe, classifier, logits, target, group_ids)
+    question_sha256 = _ask_again(run, recipe)
+    removed = _remove_stale(run.path)
+    classifier.save(run.path / "classifier")
+    write_validation(run, classifier, frame[[*IDENTITY, "side", "fold", "target"]], logits, about)
+    write_atomic(run.path / "recipe.toml", recipe_toml(recipe))
+    run.update(
+        threshold=classifier.frozen,
+        classifier_sha256=classifier.sha256,
+        question_sha256=question_sha256,
+        recalibrated={
+            "method": method,
+            "before": before["method"],
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    )
+    return {
+        "run": run.path,
+        "calibrator": classifier.info.calibrator,
+        "thresholds": classifier.info.thresholds,
+        "removed": removed,
+    }
+
+
+def _remove_stale(folder: Path) -> list[str]:
+    """Remove what was made with a run's former probabilities, and nothing else; return which of `STALE`."""
+    documents = [
+        path.relative_to(folder).as_posix() for name in _STALE_DOCUMENTS for path in folder.glob(name)
+    ]
+    removed, kept = remove_outputs(folder, *documents)
+    for name in ("explain", "errors"):
+        below = remove_outputs(folder / name)
+        removed, kept = (
+            [*files, *(f"{name}/{file}" for file in more)]
+            for files, more in zip((removed, kept), below, strict=True)
+        )
+    for file in kept:
+        logger.warning(
+            "%s was changed since it was written and stays: it is of the former calibration", folder / file
+        )
+    return [name for name in STALE if any(file == name or file.startswith(f"{name}/") for file in removed)]
+
+
+def _ask_again(run: Run, recipe: Recipe) -> str | None:
+    """Give the question that the run answers now; None where its pack is out of reach, or it had none."""
+    if not run.info.get("question_sha256"):
+        return None
+    try:
+        pack = run.open_pack(verify=False)
+    except RunError:
+        return None
+    info = run.info
+    return hash_question(
+        recipe, pack, run.sides(pack), info["split"], info["seed"], info["weights"]["sha256"]
+    )

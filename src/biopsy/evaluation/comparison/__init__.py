@@ -1,0 +1,1 @@
+"""Model comparison: paired differences over the same patients."""

@@ -1,0 +1,267 @@
+"""`biopsy compare`: runs and studies on the same test patches, and how many patients a comparison needs."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from biopsy.core.errors import MetricError, RunError, suggest
+from biopsy.core.files import update_directory, write_atomic, write_json
+from biopsy.core.tables import write_csv
+from biopsy.evaluation.comparison.measure import Ground, Rival, compare_rivals, find_changed
+from biopsy.evaluation.comparison.page import (
+    ComparisonFacts,
+    hide_comparison,
+    list_differences,
+    report_of_comparison,
+)
+from biopsy.evaluation.study_tables import pool_by_seed
+from biopsy.reporting.html import render_report
+from biopsy.statistics.metrics import METRICS
+from biopsy.statistics.power import CORRELATIONS, influence_groups, plan_patients
+from biopsy.training.runs import Run
+from biopsy.training.study import Study, is_study
+
+DOCUMENT, TABLE, FIGURE = "comparison.json", "comparison.csv", "figure.svg"
+CHANGED, PAGE = "changed.csv", "report.html"
+
+
+def compare(
+    runs: Sequence[Run | Study | Path | str] | Run | Study | Path | str,
+    *,
+    metric: str = "auroc",
+    plan: bool = False,
+    difference: float = 0.03,
+    power: float = 0.8,
+    out: Path | str | None = None,
+    hide_ids: bool = False,
+) -> dict[str, Any]:
+    """Compare runs or studies that were tested on the same patches, patient by patient.
+
+    The first is the reference. Writes ``comparison.json``, ``comparison.csv``, ``figure.svg``,
+    ``report.html`` and, of two, ``changed.csv``: the patches whose call turned.
+
+    Args:
+        runs: Two or more evaluated runs and studies; a study of several recipes stands for one each.
+        metric: The metric that is to answer; the others are given beside it.
+        plan: Instead, say how many patients it takes to see ``difference``: from the spread between the
+            patients of one run, or from the paired differences of two. Nothing is written.
+        difference: To be seen, in units of the metric.
+        power: How often it is to be seen, were it the truth.
+        out: The comparison's own folder; without it, ``comparisons/`` gets one.
+        hide_ids: Replace patient, slide and patch ids by numbers in all that is written.
+
+    Returns:
+        What ``comparison.json`` holds, with its ``path``; with ``plan``, the plan.
+
+    Raises:
+        RunError: If they were not tested on the same patches of one pack, or there is nothing to compare.
+        MetricError: If the metric does not exist, or its spread allows no plan.
+    """
+    if metric not in METRICS:
+        raise MetricError(f"metric {metric!r} does not exist: {suggest(metric, METRICS)}")
+    rivals, ground = gather_rivals([runs] if isinstance(runs, Run | Study | Path | str) else list(runs))
+    if plan:
+        return _plan(rivals, ground, metric, difference, power)
+    if len(rivals) < 2:
+        raise RunError("a comparison needs two or more runs or studies: name another beside the first")
+    folder = _place(rivals, out)
+    names, adopt = (DOCUMENT, TABLE, FIGURE, CHANGED, PAGE), (folder / DOCUMENT).is_file()
+    with update_directory(folder, *names, last=DOCUMENT, adopt=adopt) as partial:
+        document = compare_rivals(rivals, ground, metric=metric)
+        changed = None
+        if len(rivals) == 2:
+            changed, document["changed"] = find_changed(rivals[0], rivals[1], ground)
+        facts = ComparisonFacts(document, changed, _open_patches(rivals[0]), rivals[0].frames[0])
+        if hide_ids:
+            facts = hide_comparison(facts)
+        _write(partial, facts)
+    return {**facts.document, "path": str(folder)}
+
+
+def gather_rivals(items: Sequence[Run | Study | Path | str]) -> tuple[list[Rival], Ground]:
+    """Read the predictions of what is compared, and check that they are of the same patches.
+
+    Raises:
+        RunError: If they are not, naming how many they share, or one has not been evaluated.
+    """
+    pairs = [pair for item in items for pair in _read(item)]
+    if not pairs:
+        raise RunError("nothing was named to compare: give runs or studies")
+    counts, seen = Counter(rival.name for rival, _ in pairs), Counter[str]()
+    rivals = []
+    for rival, _ in pairs:
+        seen[rival.name] += 1
+        name = rival.name if counts[rival.name] == 1 else f"{rival.name} ({seen[rival.name]})"
+        rivals.append(Rival(name, rival.seeds, rival.frames, rival.about))
+    ground = pairs[0][1]
+    for rival, (_, other) in zip(rivals[1:], pairs[1:], strict=True):
+        _check_same(rivals[0], ground, rival, other)
+    return rivals, ground
+
+
+def _read(item: Run | Study | Path | str) -> Iterator[tuple[Rival, Ground]]:
+    """Give a run as it is, and every recipe of a study."""
+    if isinstance(item, Study) or (not isinstance(item, Run) and is_study(item)):
+        yield from _read_study(Study.open(item))
+        return
+    run = Run.open(item)
+    frame, about = run.predictions("test")
+    seed = run.info["seed"]
+    yield (
+        Rival(run.path.resolve().name, [seed], [_order(frame)], _tell(run, "run", run.path)),
+        _find_ground(run, about["pack_sha256"]),
+    )
+
+
+def _read_study(study: Study) -> Iterator[tuple[Rival, Ground]]:
+    judged = study.judged_runs()
+    if not judged:
+        raise RunError(f"{study.path} has no evaluated run: give the command that made it again")
+    if not (study.path / "predictions.parquet").exists():
+        raise RunError(
+            f"{study.path} is a study of another kind ({study.info['question']}), whose runs do not add up: "
+            f"compare its runs, such as {judged[0].path}"
+        )
+    pooled, name = study.predictions(), study.path.resolve().name
+    recipes = list(dict.fromkeys(pooled["recipe"]))
+    for recipe in recipes:
+        frames = pool_by_seed(pooled[pooled["recipe"] == recipe])
+        run = next(run for run in judged if run.info["recipe"] == recipe)
+        about = {
+            **_tell(run, "study", study.path),
+            "fold": None,
+            "folds": sorted(frames[0]["fold"].dropna().unique()),
+        }
+        yield (
+            Rival(
+                name if len(recipes) == 1 else f"{name}/{recipe}",
+                [int(frame["seed"].iloc[0]) for frame in frames],
+                [_order(frame) for frame in frames],
+                about,
+            ),
+            _find_ground(run, study.info["pack"]["content_sha256"]),
+        )
+
+
+def _order(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.sort_values("patch_id", kind="stable").reset_index(drop=True)
+
+
+def _tell(run: Run, kind: str, path: Path) -> dict[str, Any]:
+    split = run.info["split"]
+    return {
+        "kind": kind,
+        "path": str(path),
+        "recipe": run.info["recipe"],
+        "split": split["name"],
+        "fold": split["fold"],
+        "patients_overlap": split["patients_overlap"],
+    }
+
+
+def _find_ground(run: Run, pack_sha256: str) -> Ground:
+    metrics = run.metrics()
+    pack = {"path": run.info["pack"]["path"], "content_sha256": pack_sha256}
+    return Ground(pack, metrics["class_names"], metrics["positive_class"], metrics["unit"])
+
+
+def _check_same(reference: Rival, ground: Ground, rival: Rival, other: Ground) -> None:
+    if other.pack["content_sha256"] != ground.pack["content_sha256"]:
+        raise RunError(
+            f"{reference.name} was tested on {_say_pack(ground)} and {rival.name} on {_say_pack(other)}: "
+            "only what was tested on one pack can be compared"
+        )
+    if (list(other.class_names), other.positive_class) != (list(ground.class_names), ground.positive_class):
+        raise RunError(f"{reference.name} and {rival.name} tell other classes apart: nothing to compare")
+    first, second = (set(one.frames[0]["patch_id"]) for one in (reference, rival))
+    if first != second:
+        raise RunError(
+            f"{reference.name} was tested on {len(first):,} patches ({_say_split(reference)}) and "
+            f"{rival.name} on {len(second):,} ({_say_split(rival)}), of which they share "
+            f"{len(first & second):,}: only the same test patches can be compared"
+        )
+
+
+def _say_pack(ground: Ground) -> str:
+    return f"{Path(ground.pack['path']).name} ({ground.pack['content_sha256'][:12]})"
+
+
+def _say_split(rival: Rival) -> str:
+    folds = rival.about.get("folds") or [rival.about["fold"]]
+    named = ", ".join(str(int(fold)) for fold in folds if fold is not None)
+    return f"split {rival.about['split']}" + (f", fold {named}" if named else "")
+
+
+def _open_patches(rival: Rival) -> Callable[[str], np.ndarray] | None:
+    """Give a way to the pixels, None where the pack is out of reach."""
+    path = Path(rival.about["path"])
+    run = Study.open(path).judged_runs()[0] if rival.about["kind"] == "study" else Run.open(path)
+    try:
+        pack = run.open_pack(verify=False)
+    except RunError:
+        return None
+    rows = {patch_id: row for row, patch_id in enumerate(pack.table["patch_id"])}
+
+    def get_patch(patch_id: str) -> np.ndarray:
+        width, height = pack.sizes[rows[patch_id]]
+        return pack.patches[rows[patch_id], :height, :width]
+
+    return get_patch
+
+
+def _place(rivals: Sequence[Rival], out: Path | str | None) -> Path:
+    """Choose the folder; one that an earlier comparison left is written anew."""
+    name = "-against-".join(rival.name.replace("/", "-").replace(" ", "") for rival in reversed(rivals))
+    folder = Path(out) if out is not None else Path("comparisons") / name[:120]
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / DOCUMENT).exists()):
+        raise RunError(f"{folder} is not empty and holds no comparison: name another with --out")
+    return folder
+
+
+def _write(folder: Path, facts: ComparisonFacts) -> None:
+    write_json(folder / DOCUMENT, facts.document)
+    write_csv(folder / TABLE, pd.DataFrame(list_differences(facts.document)))
+    write_atomic(folder / FIGURE, facts.figure)
+    if facts.changed is not None:
+        write_csv(folder / CHANGED, facts.changed)
+    write_atomic(folder / PAGE, render_report(report_of_comparison(facts)))
+
+
+def _plan(
+    rivals: Sequence[Rival], ground: Ground, metric: str, difference: float, power: float
+) -> dict[str, Any]:
+    """Say how many patients it takes, from one rival's patients or from two rivals' paired ones."""
+    if len(rivals) > 2:
+        raise RunError(f"a plan is made from one run or from a pair: {len(rivals)} were named")
+    influences = [
+        influence_groups([ground.sample(frame) for frame in rival.frames], metric, unit=ground.unit)
+        for rival in rivals
+    ]
+    asked = {"difference": difference, "power": power}
+    n_groups = len(influences[0])
+    document: dict[str, Any] = {
+        "metric": metric,
+        **asked,
+        "level": 0.95,
+        "unit": ground.unit,
+        "from": [rival.name for rival in rivals],
+        "n_patients_at_hand": n_groups,
+        "patches_per_patient": len(rivals[0].frames[0]) / n_groups,
+    }
+    if len(rivals) == 2:
+        needs = {
+            "paired": plan_patients(float(np.std(influences[1] - influences[0], ddof=1)), n_groups, **asked)
+        }
+        document["correlation"] = float(stats.pearsonr(*influences).statistic)
+    else:
+        sd = float(np.std(influences[0], ddof=1))
+        needs = {
+            f"correlation {rho:g}": plan_patients(sd * np.sqrt(2 * (1 - rho)), n_groups, **asked)
+            for rho in CORRELATIONS
+        }
+    return document | {"needs": [{"assumed": name, **vars(need)} for name, need in needs.items()]}

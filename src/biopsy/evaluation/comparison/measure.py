@@ -1,0 +1,301 @@
+"""Classifiers compared on the same test patches: paired differences, the spread over seeds, what changed.
+
+The first is the reference: a difference is another's number less its own. Of every metric the interval is
+over patients; with several comparisons the p-values are corrected by Holm's procedure, metric by metric.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binomtest
+
+from biopsy.evaluation.evaluate import LEVEL
+from biopsy.evaluation.scored import ScoredPatches
+from biopsy.statistics.intervals import estimate_metric
+from biopsy.statistics.metrics import METRICS, Metric, measure
+from biopsy.statistics.multiclass import MULTICLASS_METRICS, ClassSample
+from biopsy.statistics.paired import Difference, Sample, adjust_holm, sample_seeds, subtract
+from biopsy.statistics.weighted_counts import Ranked
+
+FORMAT = "biopsy-comparison/1"
+BY_GROUP = ("auroc", "sensitivity", "specificity", "balanced_accuracy")
+BY_GROUP_OF_CLASSES = ("accuracy", "f1_weighted")  # defined where a patient lacks a class
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One of those compared: a run, or the runs of one recipe over folds and seeds.
+
+    Attributes:
+        name: Told apart from the others' names.
+        seeds: Training seeds, one a table.
+        frames: The predictions of each seed; all rivals have the same patches in the same order.
+        about: Where it comes from: ``kind``, ``path``, ``recipe``, ``split``, ``fold``.
+    """
+
+    name: str
+    seeds: Sequence[int]
+    frames: Sequence[pd.DataFrame]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What all rivals were tested on.
+
+    Attributes:
+        pack: Path and hash of the pack.
+        class_names: Names by class index.
+        positive_class: One of them; None with more than two.
+        unit: What counts as one independent observation: patient, slide or patch.
+    """
+
+    pack: Mapping[str, Any]
+    class_names: Sequence[str]
+    positive_class: str | None
+    unit: str
+
+    def groups(self, frame: pd.DataFrame) -> np.ndarray:
+        """Give the id of each patch's unit."""
+        return frame[f"{self.unit}_id"].to_numpy(str).astype(object)
+
+    def sample(self, frame: pd.DataFrame) -> Ranked | ClassSample:
+        """Return what one seed says, ready for metrics."""
+        return ScoredPatches.of_predictions(frame, self.class_names, self.positive_class, self.unit).sample()
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """What is compared, by name."""
+        return MULTICLASS_METRICS if self.positive_class is None else METRICS
+
+    @property
+    def by_group(self) -> tuple[str, ...]:
+        """What is compared within each patient."""
+        return BY_GROUP if self.positive_class is not None else BY_GROUP_OF_CLASSES
+
+
+def compare_rivals(rivals: Sequence[Rival], ground: Ground, *, metric: str = "auroc") -> dict[str, Any]:
+    """Give what ``comparison.json`` holds, but for what changed from patch to patch.
+
+    Args:
+        rivals: Two or more, the reference first.
+        ground: What they were tested on.
+        metric: The one that was to answer, chosen before looking.
+    """
+    samples = [sample_rival(rival, ground) for rival in rivals]
+    by_seed = [measure_seeds(rival.frames, ground) for rival in rivals]
+    result, frame = samples[0].result, rivals[0].frames[0]
+    return {
+        "format": FORMAT,
+        "reference": rivals[0].name,
+        "metric": metric,
+        "pack": ground.pack,
+        "class_names": list(ground.class_names),
+        "positive_class": ground.positive_class,
+        "unit": ground.unit,
+        "n_patches": len(frame),
+        "n_patients": result.n_groups,
+        "interval": {"level": LEVEL, "method": f"paired {result.method}, Student's t", "seed": 0},
+        "correction": "Holm over the comparisons, metric by metric",
+        "rivals": [
+            {
+                "name": rival.name,
+                "seeds": list(rival.seeds),
+                **rival.about,
+                **_describe(sample, seeds, ground),
+            }
+            for rival, sample, seeds in zip(rivals, samples, by_seed, strict=True)
+        ],
+        "differences": _subtract_all(rivals, samples, by_seed, ground),
+        "by_group": [] if ground.unit == "patch" else _compare_groups(rivals, ground),
+    }
+
+
+def sample_rival(rival: Rival, ground: Ground) -> Sample:
+    """Measure a rival, the mean of its seeds, on the sample and on every reweighting of the patients."""
+    return sample_seeds([ground.sample(frame) for frame in rival.frames], seed=0)
+
+
+def measure_seeds(
+    frames: Sequence[pd.DataFrame], ground: Ground, names: Sequence[str] | None = None
+) -> dict[str, list[float]]:
+    """Return each metric of each seed."""
+    rows = [measure(ground.sample(frame).tally(), names) for frame in frames]
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _describe(sample: Sample, seeds: Mapping[str, list[float]], ground: Ground) -> dict[str, Any]:
+    """Return a rival's own numbers."""
+    over_seeds = {
+        name: {"mean": float(np.mean(found)), "sd": _sd(found)}
+        for name, found in seeds.items()
+        if not np.isnan(found).any()
+    }
+    values = {
+        name: estimate_metric(
+            metric, sample.samples[0], sample.result, level=LEVEL, unit=ground.unit
+        ).to_dict()
+        for name, metric in ground.metrics.items()
+    }
+    return {"patch": values, "over_seeds": over_seeds}
+
+
+def _subtract_all(
+    rivals: Sequence[Rival],
+    samples: Sequence[Sample],
+    by_seed: Sequence[Mapping[str, list[float]]],
+    ground: Ground,
+) -> list[dict[str, Any]]:
+    """Give each rival's differences from the reference, with corrected p-values and the spread over seeds."""
+    found: list[dict[str, Difference]] = [
+        subtract(sample, samples[0], level=LEVEL, unit=ground.unit) for sample in samples[1:]
+    ]
+    holm = {name: adjust_holm([one[name].p for one in found]) for name in ground.metrics}
+    paired = [set(rival.seeds) == set(rivals[0].seeds) for rival in rivals]
+    return [
+        {
+            "of": rivals[place].name,
+            "to": rivals[0].name,
+            "metrics": {
+                name: {
+                    **difference.interval.to_dict(),
+                    "p": difference.p,
+                    "p_holm": holm[name][place - 1],
+                    "over_seeds": spread_seeds(by_seed[place][name], by_seed[0][name], paired[place]),
+                }
+                for name, difference in one.items()
+            },
+        }
+        for place, one in enumerate(found, start=1)
+    ]
+
+
+def spread_seeds(first: Sequence[float], second: Sequence[float], paired: bool) -> dict[str, Any]:
+    """Give how far a difference moves from training to training.
+
+    Args:
+        first: A number of each seed of the one.
+        second: The same of the other.
+        paired: Whether both have the same seeds: then each seed gives a difference. Otherwise every seed of
+            the one is set against every seed of the other, and ``sd`` adds the two variances.
+    """
+    if np.isnan([*first, *second]).any():
+        return {"mean": None, "sd": None, "min": None, "max": None, "n": 0, "paired": paired}
+    differences = np.subtract(first, second) if paired else np.subtract.outer(first, second).ravel()
+    if paired:
+        sd = _sd(differences)
+    else:
+        of_each = _sd(first), _sd(second)
+        sd = None if None in of_each else float(np.hypot(*of_each))  # type: ignore[arg-type]
+    return {
+        "mean": float(np.mean(first) - np.mean(second)),
+        "sd": sd,
+        "min": float(differences.min()),
+        "max": float(differences.max()),
+        "n": len(differences),
+        "paired": paired,
+    }
+
+
+def _sd(values: Sequence[float] | np.ndarray) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def _compare_groups(rivals: Sequence[Rival], ground: Ground) -> list[dict[str, Any]]:
+    """Give every patient's (slide's) own numbers and differences, without intervals: it is one patient."""
+    groups, found = ground.groups(rivals[0].frames[0]), []
+    target = rivals[0].frames[0]["target"].to_numpy(int)
+    for group in sorted(set(groups.tolist())):
+        rows = np.flatnonzero(groups == group)
+        each = [
+            measure_seeds([f.iloc[rows] for f in rival.frames], ground, ground.by_group) for rival in rivals
+        ]
+        found.append(
+            {
+                "group": group,
+                "n_patches": len(rows),
+                "per_class": {
+                    name: int((target[rows] == place).sum()) for place, name in enumerate(ground.class_names)
+                },
+                "values": {
+                    rival.name: {name: float(np.mean(seeds)) for name, seeds in values.items()}
+                    for rival, values in zip(rivals, each, strict=True)
+                },
+                "differences": {
+                    rival.name: {
+                        name: spread_seeds(
+                            values[name], each[0][name], set(rival.seeds) == set(rivals[0].seeds)
+                        )
+                        for name in ground.by_group
+                    }
+                    for rival, values in zip(rivals[1:], each[1:], strict=True)
+                },
+            }
+        )
+    return found
+
+
+def find_changed(before: Rival, after: Rival, ground: Ground) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Find the patches whose call turned from right to wrong or back.
+
+    With several seeds a patch is called what most of them call it.
+
+    Returns:
+        A row a patch that turned, the greatest change of the true class's probability first; and counts, by
+        class and by patient. McNemar's exact p-value takes patches for independent, which they are not.
+    """
+    frame = before.frames[0]
+    target, index = frame["target"].to_numpy(int), np.arange(len(frame))
+    (calls_before, prob_before), (calls_after, prob_after) = (_vote(one, ground) for one in (before, after))
+    right_before, right_after = calls_before == target, calls_after == target
+    names = np.array(ground.class_names, dtype=object)
+    table = frame[["patch_id", "patient_id", "slide_id", "x", "y"]].assign(
+        target=names[target],
+        pred_before=names[calls_before],
+        pred_after=names[calls_after],
+        prob_true_before=prob_before[index, target],
+        prob_true_after=prob_after[index, target],
+    )
+    table["change"] = table["prob_true_after"] - table["prob_true_before"]
+    table["turned"] = np.select(
+        [right_before & ~right_after, ~right_before & right_after], ["wrong", "right"], ""
+    )
+    turned = table[table["turned"] != ""]
+    order = turned["change"].abs().sort_values(ascending=False, kind="stable").index
+    lost, gained = (int((table["turned"] == to).sum()) for to in ("wrong", "right"))
+    p = float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
+    summary: dict[str, Any] = {
+        "before": before.name,
+        "after": after.name,
+        "both_right": int((right_before & right_after).sum()),
+        "both_wrong": int((~right_before & ~right_after).sum()),
+        "turned_wrong": lost,
+        "turned_right": gained,
+        "mcnemar_p_if_patches_were_independent": p,
+        "by_class": _count_turned(table, table["target"].to_numpy()),
+        "by_group": {} if ground.unit == "patch" else _count_turned(table, ground.groups(frame)),
+    }
+    return turned.loc[order].reset_index(drop=True), summary
+
+
+def _vote(rival: Rival, ground: Ground) -> tuple[np.ndarray, np.ndarray]:
+    """Give the class most seeds call, ties to the likelier, and mean probabilities ``(n, n_classes)``."""
+    probs = np.mean(
+        [frame[[f"prob_{name}" for name in ground.class_names]].to_numpy() for frame in rival.frames], axis=0
+    )
+    votes = sum(np.eye(len(ground.class_names))[frame["pred"].to_numpy(int)] for frame in rival.frames)
+    return (votes + probs / 2).argmax(axis=1), probs
+
+
+def _count_turned(table: pd.DataFrame, by: np.ndarray) -> dict[str, dict[str, int]]:
+    return {
+        str(name): {
+            "n_patches": len(rows),
+            "turned_wrong": int((rows == "wrong").sum()),
+            "turned_right": int((rows == "right").sum()),
+        }
+        for name, rows in table["turned"].groupby(by)
+    }

@@ -1,0 +1,406 @@
+"""The page of a comparison: is one model better, by how much, how sure, and on which patches they differ."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from biopsy.evaluation.comparison.figures import draw_differences
+from biopsy.evaluation.sections import encode_patch, pick_label
+from biopsy.plotting.style import svg
+from biopsy.reporting.document import (
+    Block,
+    Bullets,
+    Facts,
+    Gallery,
+    Headline,
+    Patch,
+    Picture,
+    Pictures,
+    ReportDocument,
+    Section,
+    Summary,
+    Table,
+    Text,
+    interval_of,
+    metric_label,
+    number,
+    plural,
+)
+from biopsy.reporting.html import HIDDEN, NOT_FOR
+from biopsy.reporting.pseudonyms import KINDS, Aliases
+
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class ComparisonFacts:
+    """Everything the page of a comparison may say.
+
+    Attributes:
+        document: What ``comparison.json`` holds.
+        changed: The patches whose call turned, of two; None of more.
+        get_patch: Gives a patch ``(H, W, 3)`` uint8 by its ``patch_id``; None shows none.
+        predictions: Any of the tables of predictions: who was tested.
+        ids_hidden: Whether ids have been replaced by numbers.
+    """
+
+    document: Mapping[str, Any]
+    changed: pd.DataFrame | None
+    get_patch: Callable[[str], np.ndarray] | None
+    predictions: pd.DataFrame
+    ids_hidden: bool = False
+
+    @property
+    def unit(self) -> str:
+        return str(self.document["unit"])
+
+    @property
+    def units(self) -> str:
+        return plural(self.unit)
+
+    @cached_property
+    def figure(self) -> str:
+        """The differences drawn, as SVG."""
+        return svg(draw_differences(self.document["differences"]), "differences")
+
+
+def hide_comparison(facts: ComparisonFacts) -> ComparisonFacts:
+    """Replace every id in a comparison by a number."""
+    table = facts.predictions
+    aliases = Aliases({kind: table[f"{kind}_id"] for kind in KINDS}, facts.document["pack"]["content_sha256"])
+    show, changed = facts.get_patch, facts.changed
+    if changed is not None:
+        order = changed["change"].abs()
+        changed = aliases.table(changed.assign(_order=range(len(order)))).sort_values("_order")
+        changed = changed.drop(columns="_order").reset_index(drop=True)
+    return replace(
+        facts,
+        document=aliases.nested(facts.document),
+        changed=changed,
+        get_patch=None if show is None else lambda alias: show(aliases.original("patch", alias)),
+        predictions=aliases.table(table),
+        ids_hidden=True,
+    )
+
+
+def list_differences(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Give one row a classifier and metric: both values, difference, interval, p, spread over seeds."""
+    values = {rival["name"]: rival["patch"] for rival in document["rivals"]}
+    rows = []
+    for one in document["differences"]:
+        for name, found in one["metrics"].items():
+            seeds = found["over_seeds"]
+            rows.append(
+                {
+                    "classifier": one["of"],
+                    "reference": one["to"],
+                    "metric": name,
+                    "reference_value": values[one["to"]][name]["value"],
+                    "value": values[one["of"]][name]["value"],
+                    "difference": found["value"],
+                    **{key: found[key] for key in ("low", "high", "p", "p_holm")},
+                    **{f"seeds_{key}": seeds[key] for key in ("n", "sd", "min", "max")},
+                    "reason": found["reason"],
+                }
+            )
+    return rows
+
+
+def say_verdict(document: Mapping[str, Any], one: Mapping[str, Any]) -> str:
+    """Say in a sentence what a comparison found in the metric that was to answer."""
+    name = document["metric"]
+    found, label = one["metrics"][name], metric_label(name, len(document["class_names"]))
+    of, to, units = one["of"], one["to"], plural(document["unit"])
+    if found["value"] is None or np.isnan(found["value"]):
+        return f"{label} of {of} and {to} cannot be compared: {found['reason']}."
+    if found["p"] == 1 and found["value"] == 0:
+        return f"{of} and {to} have the same {label} to the last digit, whoever is left out."
+    side = "above" if found["value"] > 0 else "below"
+    amount = f"{label} of {of} is {abs(found['value']):.3f} {side} that of {to}"
+    if found["low"] is None:
+        return f"{amount}; {found['reason']}, so nothing can be said of other {units}."
+    level = document["interval"]["level"]
+    interval = f"{level:.0%} interval {found['low']:+.3f} to {found['high']:+.3f}, p {say_p(found['p_holm'])}"
+    several = " after Holm's correction" if len(document["differences"]) > 1 else ""
+    if found["p_holm"] < ALPHA:
+        return f"{amount} ({interval}{several}): more than chance among {units} explains."
+    return f"{amount} ({interval}{several}): a difference is not shown, nor is it shown that there is none."
+
+
+def say_p(p: float | None) -> str:
+    """Write a p-value.
+
+    Example:
+        >>> say_p(0.0304), say_p(0.00002), say_p(None)
+        ('0.030', '< 0.001', '-')
+    """
+    return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+MOST_SHOWN = 12  # patches of each kind in the gallery
+LONG_TABLE = 16
+SEEDS_SHOWN = ("auroc", "accuracy", "balanced_accuracy", "sensitivity", "specificity")
+
+
+def report_of_comparison(facts: ComparisonFacts) -> ReportDocument:
+    """Compose the page of a comparison."""
+    m = facts.document
+    size = f"{number(m['n_patches'])} patches"
+    if facts.unit != "patch":
+        size += f" of {number(m['n_patients'])} {facts.units}"
+    sections = [
+        _describe_differences(facts),
+        _describe_seeds(facts),
+        _describe_groups(facts),
+        *_describe_changed(facts),
+        _describe_rivals(facts),
+    ]
+    return ReportDocument(
+        title=" and ".join(rival["name"] for rival in m["rivals"]),
+        subtitle=f"A comparison on the same {size}; the reference is {m['reference']}",
+        summary=_summarise(facts),
+        sections=[section for section in sections if section is not None],
+        warnings=_warn_reader(facts),
+        footer="Written by biopsy.",
+    )
+
+
+def _summarise(facts: ComparisonFacts) -> Summary:
+    m, name = facts.document, facts.document["metric"]
+    label = metric_label(name, len(m["class_names"]))
+    heads = [
+        Headline(f"{label} of {rival['name']}", value["value"], value["low"], value["high"], value["reason"])
+        for rival in m["rivals"][:3]
+        for value in [rival["patch"][name]]
+    ]
+    return Summary(
+        question=f"Is {label} of {' or '.join(one['of'] for one in m['differences'])} better than that of "
+        f"{m['reference']}, on the same patches?",
+        headlines=heads,
+        unit=facts.unit,
+        findings=[
+            *(say_verdict(m, one) for one in m["differences"]),
+            "Two intervals that overlap say nothing of a difference: the paired one below does, for what "
+            f"makes a {facts.unit} hard for both cancels in it.",
+            *([HIDDEN] if facts.ids_hidden else []),
+        ],
+        not_for=NOT_FOR,
+    )
+
+
+def _warn_reader(facts: ComparisonFacts) -> list[str]:
+    warnings = [
+        f"{rival['name']}: patients stand on more than one side of its split, so its numbers say nothing "
+        "about a new patient."
+        for rival in facts.document["rivals"]
+        if rival.get("patients_overlap")
+    ]
+    if facts.unit == "patch":
+        warnings.append(
+            "The data name neither patients nor slides: the unit is the patch, and intervals are too narrow "
+            "wherever patches belong together."
+        )
+    if any(len(rival["seeds"]) < 3 for rival in facts.document["rivals"]):
+        warnings.append(
+            "Fewer than three training seeds: a difference between recipes may be luck of a seed."
+        )
+    return warnings
+
+
+def _describe_differences(facts: ComparisonFacts) -> Section:
+    m = facts.document
+    caption = (
+        f"Difference from {m['reference']}, with {m['interval']['level']:.0%} intervals over {facts.units}, "
+        "each taken alone; a hollow dot has none. A pale bar: least and greatest over seeds."
+    )
+    blocks: list[Block] = [Pictures([Picture(caption, facts.figure)], across=1)]
+    several = len(m["differences"]) > 1
+    for one in m["differences"]:
+        rows, reasons = [], dict[str, None]()
+        for row in list_differences({**m, "differences": [one]}):
+            found = one["metrics"][row["metric"]]
+            if found["low"] is None and found["reason"]:
+                reasons[found["reason"]] = None
+            rows.append(
+                [
+                    metric_label(row["metric"], len(m["class_names"])),
+                    number(row["reference_value"]),
+                    number(row["value"]),
+                    _signed(found["value"]),
+                    "none" if found["low"] is None else f"{found['low']:+.3f} to {found['high']:+.3f}",
+                    say_p(found["p"]),
+                    *([say_p(found["p_holm"])] if several else []),
+                ]
+            )
+        note = (
+            f"p: paired Student's t, with the standard error that weighting the {facts.units} anew gives. "
+            + (
+                f"Corrected: Holm over {len(m['differences'])} comparisons, metric by metric. "
+                if several
+                else ""
+            )
+            + f"{metric_label(m['metric'], len(m['class_names']))} was to answer, the others stand beside it."
+        )
+        if reasons:
+            note += f" No interval: {'; '.join(reasons)}."
+        columns = [
+            "metric",
+            one["to"],
+            one["of"],
+            "difference",
+            "interval",
+            "p",
+            *(["corrected"] if several else []),
+        ]
+        blocks.append(Table(columns, rows, caption=f"{one['of']} against {one['to']}", note=note))
+    return Section("differences", "Differences", blocks)
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None or np.isnan(value) else f"{value:+.3f}"
+
+
+def _describe_seeds(facts: ComparisonFacts) -> Section | None:
+    m = facts.document
+    rows = []
+    for one in m["differences"]:
+        for name, found in one["metrics"].items():
+            seeds = found["over_seeds"]
+            if name in SEEDS_SHOWN and seeds["n"] > 1:
+                rows.append(
+                    [
+                        one["of"],
+                        metric_label(name, len(m["class_names"])),
+                        _signed(seeds["mean"]),
+                        number(seeds["sd"]),
+                        f"{_signed(seeds['min'])} to {_signed(seeds['max'])}",
+                        f"{seeds['n']} seeds" if seeds["paired"] else f"{seeds['n']} pairs of seeds",
+                    ]
+                )
+    if not rows:
+        return None
+    note = (
+        "How far the difference moves when both are trained again; the interval over patients says nothing "
+        "of that. Where both have the same seeds, seed by seed; else every seed against every other."
+    )
+    columns = ["classifier", "metric", "mean difference", "sd over seeds", "least to greatest", "of"]
+    return Section("seeds", "Seeds", [Table(columns, rows, note=note, text_columns=2)])
+
+
+def _describe_groups(facts: ComparisonFacts) -> Section | None:
+    m = facts.document
+    if not m["by_group"]:
+        return None
+    blocks: list[Block] = []
+    first, *_, last = m["by_group"][0]["values"][m["reference"]]
+    first_label, last_label = (metric_label(name, len(m["class_names"])) for name in (first, last))
+    for one in m["differences"]:
+        rows = []
+        for entry in m["by_group"]:
+            values, seeds = entry["values"], entry["differences"][one["of"]][first]
+            rows.append(
+                [
+                    entry["group"],
+                    number(entry["n_patches"]),
+                    number(values[one["to"]][first]),
+                    number(values[one["of"]][first]),
+                    _signed(seeds["mean"]),
+                    number(seeds["sd"]),
+                    "-" if seeds["n"] < 2 else f"{_signed(seeds['min'])} to {_signed(seeds['max'])}",
+                    _signed(entry["differences"][one["of"]][last]["mean"]),
+                ]
+            )
+        columns = [facts.unit, "patches", one["to"], one["of"], f"gain in {first_label}", "sd over seeds"]
+        columns += ["least to greatest", f"gain in {last_label}"]
+        title = f"{one['of']} against {one['to']}, {facts.unit} by {facts.unit}"
+        long = len(rows) > LONG_TABLE
+        note = (
+            f"{first_label}, mean of seeds. A dash: not defined, because only one class occurs, or one seed."
+        )
+        blocks.append(
+            Table(columns, rows, caption="" if long else title, note=note, fold=title if long else "")
+        )
+    return Section("groups", f"{facts.unit.capitalize()} by {facts.unit}", blocks)
+
+
+def _describe_changed(facts: ComparisonFacts) -> list[Section]:
+    changed, found = facts.changed, facts.document.get("changed")
+    if changed is None or not found:
+        return []
+    lost, gained = found["turned_wrong"], found["turned_right"]
+    p = say_p(found["mcnemar_p_if_patches_were_independent"])
+    blocks: list[Block] = [
+        Facts(
+            [
+                ("right by both", number(found["both_right"])),
+                ("wrong by both", number(found["both_wrong"])),
+                ("turned from right to wrong", number(lost)),
+                ("turned from wrong to right", number(gained)),
+            ],
+            caption=f"From {found['before']} to {found['after']}",
+        ),
+        Text(
+            f"If patches were independent, McNemar's exact test would give p {p}; they are not, and the "
+            "paired difference of accuracy above is the answer over patients.",
+            "note",
+        ),
+    ]
+    kinds = ("by_class", "by_group") if found["by_group"] else ("by_class",)
+    for key in kinds:
+        rows = [
+            [name, *(number(one[k]) for k in ("n_patches", "turned_wrong", "turned_right"))]
+            for name, one in found[key].items()
+        ]
+        what = "class" if key == "by_class" else facts.unit
+        fold = f"{len(rows)} {what}s, one by one" if len(rows) > LONG_TABLE else ""
+        blocks.append(Table([what, "patches", "to wrong", "to right"], rows, fold=fold))
+    if facts.get_patch is not None:
+        for kind in ("wrong", "right"):
+            part = changed[changed["turned"] == kind].head(MOST_SHOWN)
+            if len(part):
+                n = lost if kind == "wrong" else gained
+                caption = f"Turned {kind} ({len(part)} of {number(n)}, the most changed first)"
+                note = "Under a patch: its class, and that class's probability before and after."
+                blocks.append(Gallery(caption, _group_patches(facts.get_patch, part), note))
+    return [Section("changed", "What changed, patch by patch", blocks)]
+
+
+def _group_patches(
+    get_patch: Callable[[str], np.ndarray], rows: pd.DataFrame
+) -> Sequence[tuple[str, Sequence[Patch]]]:
+    groups: dict[str, list[Patch]] = {}
+    for who, row in zip(pick_label(rows), rows.to_dict("records"), strict=True):
+        moved = f"{number(row['prob_true_before'])} → {number(row['prob_true_after'])}"
+        lines = [f"{row['target']}: {moved}", row["patch_id"]]
+        groups.setdefault(who, []).append(Patch(encode_patch(get_patch(row["patch_id"])), lines))
+    return list(groups.items())
+
+
+def _describe_rivals(facts: ComparisonFacts) -> Section:
+    m = facts.document
+    rows = [
+        [
+            rival["name"],
+            rival["recipe"],
+            rival["kind"],
+            rival["split"],
+            ", ".join(map(str, rival["seeds"])),
+            number(rival["patch"]["auroc"]["value"]),
+            interval_of(rival["patch"]["auroc"]),
+        ]
+        for rival in m["rivals"]
+    ]
+    columns = ["name", "recipe", "kind", "split", "seeds", "AUROC", "interval"]
+    notes = Bullets(
+        [
+            f"Intervals: {m['interval']['method']}, {m['interval']['level']:.0%}, over {facts.units}.",
+            f"Correction: {m['correction']}.",
+            "A study's numbers are means over its seeds; its folds are put together, each run at its own "
+            "threshold.",
+        ]
+    )
+    return Section("compared", "What was compared", [Table(columns, rows, text_columns=5), notes])

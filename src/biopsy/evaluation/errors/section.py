@@ -1,0 +1,269 @@
+"""The chapter on mistakes: how many and where, what goes with them, and the surest ones looked at closely."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+
+from biopsy.evaluation.errors.case_views import Closeup
+from biopsy.evaluation.errors.measure import AGAINST, KINDS
+from biopsy.evaluation.sections import Footnotes, pick_label
+from biopsy.plotting.style import jpeg
+from biopsy.reporting.document import Block, Bullets, Case, Cases, Section, Table, Text, number
+from biopsy.reporting.facts import RunFacts
+
+THUMBNAIL_PX = 80
+ERRORS = {"fn": ("missed patches", "found ones"), "fp": ("false alarms", "true negatives")}
+VERDICTS = {
+    "higher": "higher",
+    "lower": "lower",
+    "not seen": "no difference seen",
+    "unsaid": "cannot be said",
+}
+ANSWERED = ("less stained", "heterogeneous")
+"""The conjectures that are about what mistakes look like."""
+
+
+def describe_mistakes(facts: RunFacts) -> Section | None:
+    """What is wrong, what goes with it, and the patches themselves."""
+    if facts.mistakes is None:
+        return None
+    about = facts.mistakes.about
+    blocks: list[Block] = [Text(_say_how_many(facts, about)), *_describe_zones(about)]
+    blocks += _describe_contrasts(about)
+    answers = [_say_conjecture(each) for each in (facts.conjectures or {}).get("conjectures", ())]
+    if any(answers):
+        blocks.append(Bullets([answer for answer in answers if answer]))
+    return Section("mistakes", "Where it goes wrong", blocks + _galleries(facts))
+
+
+def _say_how_many(facts: RunFacts, about: Mapping[str, Any]) -> str:
+    n = about["counts"]
+    return (
+        f"{number(n['fn'] + n['fp'])} of {number(about['n_patches'])} patches are called wrong: "
+        f"{number(n['fn'])} of {number(n['fn'] + n['tp'])} {facts.positive} are missed, and "
+        f"{number(n['fp'])} of {number(n['fp'] + n['tn'])} {facts.negative} are false alarms."
+    )
+
+
+def _describe_zones(about: Mapping[str, Any]) -> list[Block]:
+    """Errors at the annotated border apart from those deep inside."""
+    zones, unit = about["zones"], about["unit"]
+    if not zones:
+        return [Text("The patches have no coordinates: which of them lie at a border is not known.", "note")]
+    rows, reasons = [], Footnotes()
+    several = unit != "patch" and about["n_groups"] > 1
+    for name, found in zones.items():
+        row = [name, number(found["n_patches"]), number(found["fn"]), number(found["fp"])]
+        row += [reasons.estimate(found["patch"][metric]) for metric in ("sensitivity", "specificity")]
+        if several:
+            row += [reasons.estimate(found["patient"][metric]) for metric in ("sensitivity", "specificity")]
+        rows.append(row)
+    columns = ["place", "patches", "missed", "false alarms", "sensitivity", "specificity"]
+    if several:
+        columns += [f"sensitivity, mean of {unit}s", f"specificity, mean of {unit}s"]
+    errors, patches = (
+        {name: sum(found[key] for key in keys) for name, found in zones.items()}
+        for keys in (("fn", "fp"), ("n_patches",))
+    )
+    caption = "At the annotated border, and deep inside"
+    if "border" in zones and sum(errors.values()):
+        share, size = (of["border"] / sum(of.values()) for of in (errors, patches))
+        caption = (
+            f"{share:.0%} of the errors lie at the annotated border, where {size:.0%} of the patches are"
+        )
+    note = (
+        "Border: at least one of the eight neighbours on the slide has another label; deep: none of those "
+        f"that are in the data. Labels there are the least certain ones.{reasons.text}"
+    )
+    return [Table(columns, rows, caption=caption, note=note)]
+
+
+def _describe_contrasts(about: Mapping[str, Any]) -> list[Block]:
+    """Say which properties go with errors, and by how much."""
+    contrasts, unit = about["contrasts"], about["unit"]
+    if not about["n_comparisons"]:
+        return [
+            Text("There is nothing to compare: no class has both errors and patches called right.", "note")
+        ]
+    within = unit != "patch"
+    rows, reasons = [], Footnotes()
+    for found in contrasts:
+        if not (found["n_errors"] and found["n_others"]):
+            continue
+        rows.append(
+            [
+                ERRORS[found["errors"]][0].removesuffix(" patches"),
+                found["property"].replace("_", " "),
+                number(found["mean_errors"], _digits(found)),
+                number(found["mean_others"], _digits(found)),
+                reasons.estimate(found["within"] if within else found["auroc"]),
+                VERDICTS[found["verdict"]],
+            ]
+        )
+    chance = f"chance to be higher, within a {unit}" if within else "chance to be higher"
+    columns = ["errors", "property", "mean of errors", "mean of those called right", chance, ""]
+    how = (
+        "The chance that an error has a higher value than a patch of its class that was called right, both "
+        f"of the same {unit}, averaged over {unit}s"
+        if within
+        else "The chance that an error has a higher value than a patch of its class that was called right. "
+        "The data name no patients: the unit is the patch, and intervals are too narrow"
+    )
+    units = "; ".join(f"{name.replace('_', ' ')}: {text}" for name, text in about["properties"].items())
+    missing = [name.replace("_", " ") for name in about["properties"] if name not in _named(contrasts)]
+    left_out = (
+        f" Not measured, for the micrometres per pixel are not known: {', '.join(missing)}."
+        if missing
+        else ""
+    )
+    note = (
+        f"{how}; .5 is no difference. Intervals hold for all {about['n_comparisons']} comparisons together "
+        f"with 95 % ({about['level_each']:.2%} each). What goes with errors need not cause them. Measured on "
+        f"{number(about['n_measured'])} patches. {units}.{left_out}{reasons.text}"
+    )
+    return [
+        Text(_say_verdicts(contrasts)),
+        Table(columns, rows, caption="Which properties go with errors", note=note, text_columns=2),
+        *_by_group(contrasts, unit),
+    ]
+
+
+def _named(contrasts: Sequence[Mapping[str, Any]]) -> set[str]:
+    return {found["property"] for found in contrasts}
+
+
+def _digits(found: Mapping[str, Any]) -> int:
+    return 0 if max(abs(found["mean_errors"]), abs(found["mean_others"])) >= 20 else 3
+
+
+def _say_verdicts(contrasts: Sequence[Mapping[str, Any]]) -> str:
+    """Write one sentence a kind of error."""
+    said = []
+    for kind in AGAINST:
+        of = [found for found in contrasts if found["errors"] == kind and found["n_errors"]]
+        clear = [f"{found['verdict']} {found['property'].replace('_', ' ')}" for found in of]
+        clear = [
+            text for text, found in zip(clear, of, strict=True) if found["verdict"] in ("higher", "lower")
+        ]
+        wrong, right = ERRORS[kind]
+        if clear:
+            said.append(f"{wrong.capitalize()} have {', '.join(clear)} than {right}.")
+        elif of and all(found["verdict"] == "unsaid" for found in of):
+            said.append(
+                f"Which properties go with {wrong} cannot be said from so few: see what was measured."
+            )
+        elif of:
+            said.append(f"No property is seen to go with {wrong}.")
+    return " ".join(said)
+
+
+def _by_group(contrasts: Sequence[Mapping[str, Any]], unit: str) -> list[Block]:
+    rows = [
+        [
+            f"{found['property'].replace('_', ' ')}, {ERRORS[found['errors']][0]}",
+            str(name),
+            number(each["n_chosen"]),
+            number(each["n_others"]),
+            number(each["auroc"]),
+        ]
+        for found in contrasts
+        for name, each in found["by_group"].items()
+        if each["auroc"] is not None
+    ]
+    groups = {row[1] for row in rows}
+    if len(groups) < 2:
+        return []
+    columns = ["", unit, "errors", "called right", "chance to be higher"]
+    return [Table(columns, rows, text_columns=2, fold=f"Properties of errors, {unit} by {unit}")]
+
+
+def _say_conjecture(found: Mapping[str, Any]) -> str:
+    if found["name"] not in ANSWERED:
+        return ""
+    return f"{found['source'][0].upper()}{found['source'][1:]}: “{found['claim']}” {found['answer']}"
+
+
+def _galleries(facts: RunFacts) -> list[Block]:
+    assert facts.mistakes is not None
+    titles = {
+        "fn": f"Missed: {facts.positive} called {facts.negative}",
+        "fp": f"False alarms: {facts.negative} called {facts.positive}",
+        "uncertain": "Least certain: nearest to the threshold, right or wrong",
+    }
+    counts = facts.mistakes.about["counts"]
+    blocks: list[Block] = []
+    for kind, title in titles.items():
+        entries = facts.mistakes.about["galleries"][kind]
+        if not entries:
+            blocks.append(Text(f"{title}: none."))
+            continue
+        of = (
+            f" ({len(entries)} of {number(counts[kind])}, surest first)"
+            if kind in counts
+            else f" ({len(entries)})"
+        )
+        blocks.append(Cases(title + of, _group_cases(facts, entries)))
+    if facts.closeups is not None and any(isinstance(block, Cases) for block in blocks):
+        blocks.insert(0, Text(_explain_pictures(facts), "note"))
+    return blocks
+
+
+def _explain_pictures(facts: RunFacts) -> str:
+    assert facts.mistakes is not None and facts.closeups is not None
+    reference = facts.mistakes.about["training_reference"]
+    return (
+        "Each row: the patch, what the network looks at, its place on the slide where that is known, and the "
+        f"three most alike of {number(reference['n'])} training patches to the network (penultimate layer), "
+        f"with class and distance ({reference['distance']}). Below: probability of {facts.positive}, patch, "
+        f"and what sets it apart from those of its class that were called right. {facts.closeups.caption}"
+    )
+
+
+def _group_cases(facts: RunFacts, entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Case]]]:
+    assert facts.mistakes is not None
+    table = facts.mistakes.table
+    rows = table.assign(who=pick_label(table)).set_index(table["patch_id"].astype(str))
+    groups: dict[str, list[Case]] = {}
+    for entry in entries:
+        row = rows.loc[entry["patch_id"]]
+        closeup = None if facts.closeups is None else facts.closeups.of[entry["patch_id"]]
+        lines = [
+            number(float(row["prob"])),
+            str(entry["patch_id"]),
+            KINDS[row["kind"]],
+            *_reasons(entry, row),
+        ]
+        groups.setdefault(row["who"], []).append(Case(_pictures(closeup, entry), lines))
+    return list(groups.items())
+
+
+def _reasons(entry: Mapping[str, Any], row: Any) -> list[str]:
+    lines = [
+        f"{each['property'].replace('_', ' ')} {each['value']:.3g}, "
+        f"{'higher' if each['rank'] > 0.5 else 'lower'} than {max(each['rank'], 1 - each['rank']):.0%}"
+        for each in entry["unusual"]
+    ]
+    return lines + (["at the border"] if str(row["zone"]) == "border" else [])
+
+
+def _pictures(closeup: Closeup | None, entry: Mapping[str, Any]) -> list[tuple[bytes, str]]:
+    if closeup is None:
+        return []
+    pictures = [(_encode(closeup.patch), "patch"), (_encode(closeup.overlay), "looked at")]
+    if closeup.overview is not None:
+        pictures.append((_encode(closeup.overview), "on the slide"))
+    for image, near in zip(closeup.nearest, entry["nearest"], strict=True):
+        who = near["patient_id"] or near["slide_id"] or ""
+        pictures.append((_encode(image), f"{near['class']} {who} {near['distance']:.2f}".replace("  ", " ")))
+    return pictures
+
+
+def _encode(image: np.ndarray) -> bytes:
+    """Encode a picture, made smaller where it is large: a page holds some hundred of them."""
+    scale = THUMBNAIL_PX / max(image.shape[:2])
+    if scale < 1:
+        size = tuple(max(1, round(side * scale)) for side in (image.shape[1], image.shape[0]))
+        image = cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA)
+    return jpeg(image, quality=76)

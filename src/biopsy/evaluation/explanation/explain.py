@@ -1,0 +1,392 @@
+"""`explain`: patches are chosen, explained and written as sheets."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+
+from biopsy.core.errors import DataError, RecipeError, RunError
+from biopsy.core.files import refuse_inputs
+from biopsy.core.seeds import make_rng
+from biopsy.data.archives import open_archive
+from biopsy.data.packs import Pack, is_pack, pad
+from biopsy.evaluation.explanation.examples import Explained, Illustration, write_explained
+from biopsy.evaluation.explanation.faithfulness import FOLDER, measure_faithfulness
+from biopsy.evaluation.explanation.maps import Explanation, explain_patches
+from biopsy.evaluation.explanation.methods import find_last_maps, find_method, has_convolution
+from biopsy.models.classifier import Classifier
+from biopsy.models.engine import Engine
+from biopsy.models.inference import predict_logits
+from biopsy.plotting.overlays import scale_maps
+from biopsy.slide_io.images import IMAGE_SUFFIXES, decode, read_header
+from biopsy.training.open_model import open_classifier
+from biopsy.training.runs import Run
+
+
+def find_named(run: Run, pack: Pack, sides: np.ndarray, patch: Sequence[str]) -> list[str]:
+    """Check patches that were named: they exist, and are of no side that is still closed."""
+    side_of = dict(zip(pack.table["patch_id"].astype(str), sides, strict=True))
+    for name in patch:
+        if name not in side_of:
+            raise RunError(
+                f"{pack.path.name} has no patch {name!r}; its ids are such as {next(iter(side_of))!r}"
+            )
+        if side_of[name] == "test" and run.judged_side != "test":
+            raise RunError(
+                f"patch {name!r} is of the test side, which has not been opened: "
+                f"`biopsy evaluate {run.path}` opens it"
+            )
+    return list(dict.fromkeys(patch))
+
+
+def pick_examples(frame: pd.DataFrame, errors: int, seed: int) -> list[str]:
+    """Give the surest errors, of both kinds in turn, then right ones of each class, drawn by the seed."""
+    probs = frame[[name for name in frame if name.startswith("prob_")]].to_numpy(float)
+    sure = frame.assign(sure=probs[np.arange(len(frame)), frame["target"]]).sort_values(["sure", "patch_id"])
+    wrong = sure[sure["pred"] != sure["target"]]
+    kinds = [part["patch_id"] for _, part in wrong.groupby("target", sort=False)]
+    shuffled = frame.sort_values("patch_id").sample(
+        frac=1, random_state=make_rng(seed, "examples called right")
+    )
+    right = [
+        part["patch_id"] for _, part in shuffled[shuffled["pred"] == shuffled["target"]].groupby("target")
+    ]
+    return _in_turn(kinds)[:errors] + _in_turn(right)[:errors]
+
+
+def _in_turn(lists: Sequence[Sequence[str]]) -> list[str]:
+    return [name for name in chain.from_iterable(zip_longest(*lists)) if name is not None]
+
+
+def read_calls(classifier: Classifier, target: np.ndarray | None, probs: np.ndarray) -> pd.DataFrame:
+    names, positive, threshold = classifier.info.class_names, classifier.positive_index, classifier.threshold
+    called, prob = probs.argmax(axis=1), probs.max(axis=1)
+    if positive is not None:
+        prob = probs[:, positive]
+        called = np.where(prob >= (0.5 if threshold is None else threshold), positive, 1 - positive)
+    said = {"called": [names[i] for i in called], "prob": prob}
+    if target is None:
+        return pd.DataFrame({"class": "", **said, "kind": "unlabelled"})
+    kinds = np.where(called == target, "right", "wrong").astype(object)
+    if positive is not None:
+        kinds[(kinds == "wrong")] = np.where(target == positive, "missed", "false alarm")[kinds == "wrong"]
+    return pd.DataFrame({"class": [names[i] for i in target], **said, "kind": kinds})
+
+
+MOST_LABELLED = 2_000  # patches of a pack among which examples are sought
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Patches in memory.
+
+    Attributes:
+        patch_ids: One each; of an image its path inside the folder or zip.
+        pixels: uint8 ``(n, H, W, 3)``, padded at the right and bottom.
+        sizes: True ``(width, height)``, ``(n, 2)``.
+        target: Index of the true class, ``(n,)``; None where it is not known.
+    """
+
+    patch_ids: list[str]
+    pixels: np.ndarray
+    sizes: np.ndarray
+    target: np.ndarray | None
+
+
+def gather_patches(
+    classifier: Classifier, data: Path | str, named: Sequence[str], n_unlabelled: int
+) -> Patches:
+    """Read the patches that are named, or those among which examples are to be sought.
+
+    Args:
+        classifier: Whose size and resolution they must have.
+        data: A pack, a folder or zip of images, or an image.
+        named: Ids; where there are any, only these are read.
+        n_unlabelled: How many images are read, in order, where none is named: nothing says which are
+            mistaken.
+
+    Raises:
+        DataError: If a named patch is not there, or an image cannot be read or is too large.
+    """
+    path = Path(data)
+    if is_pack(path):
+        return _read_pack(classifier, Pack.open(path), named)
+    readers = _list_images(path)
+    names = _check_named(path, named, list(readers)) or list(readers)[:n_unlabelled]
+    if not names:
+        raise DataError(f"{path} holds no image to explain")
+    load = partial(_load, patch_px=classifier.info.patch_px)
+    with ThreadPoolExecutor() as pool:
+        images = list(pool.map(lambda name: load(name, readers[name]), names))
+    sizes = np.array([(image.shape[1], image.shape[0]) for image in images])
+    pixels = np.stack([pad(image, classifier.info.patch_px) for image in images])
+    return Patches(names, pixels, sizes, None)
+
+
+def _read_pack(classifier: Classifier, pack: Pack, named: Sequence[str]) -> Patches:
+    classifier.check_pack(pack)
+    ids = pack.table["patch_id"].astype(str).tolist()
+    row_of = {name: row for row, name in enumerate(ids)}
+    rows = np.array([row_of[name] for name in _check_named(pack.path, named, ids)], dtype=int)
+    if not named:
+        n = min(len(pack), MOST_LABELLED)
+        rows = np.sort(make_rng(0, "examples of a pack").choice(len(pack), n, replace=False))
+    known = pack.class_names == classifier.info.class_names
+    target = pack.target[rows] if known else None
+    return Patches([ids[row] for row in rows], pack.patches[rows], pack.sizes[rows], target)
+
+
+def _check_named(place: Path, named: Sequence[str], known: Sequence[str]) -> list[str]:
+    for name in named:
+        if name not in known:
+            raise DataError(f"{place} has no patch {name!r}; its ids are such as {next(iter(known), '')!r}")
+    return list(dict.fromkeys(named))
+
+
+def _list_images(path: Path) -> dict[str, Callable[[], bytes | memoryview]]:
+    if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
+        return {path.name: path.read_bytes}
+    if not path.exists():
+        raise DataError(f"{path} does not exist: give a pack, a folder or zip of images, or an image")
+    archive = open_archive(path)
+    entries = [entry for entry in archive.entries if entry.name.lower().endswith(IMAGE_SUFFIXES)]
+    return {entry.name: partial(archive.read, entry) for entry in entries}
+
+
+def _load(name: str, read: Callable[[], bytes | memoryview], *, patch_px: int) -> np.ndarray:
+    try:
+        data = read()
+        header = read_header(data)
+        if max(header.width, header.height) <= patch_px:
+            return decode(data)
+    except DataError as error:
+        raise DataError(f"{name} {error}") from None
+    raise DataError(
+        f"{name} is {header.width}x{header.height} px, the classifier takes patches of "
+        f"{patch_px}x{patch_px}: cut it into patches of that size"
+    )
+
+
+N_EXAMPLES = 5
+N_CHANNELS = 3  # of a layer that are shown
+
+
+def explain(
+    model: Run | Classifier | Path | str,
+    *,
+    data: Path | str | None = None,
+    patch: Sequence[str] = (),
+    errors: int = N_EXAMPLES,
+    method: Sequence[str] | str = (),
+    layer: str | None = None,
+    faithfulness: bool = False,
+    out: Path | str | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Show what a model looks at, on patches that are named or on some it got wrong and some it got right.
+
+    Writes a sheet ``<method>.png``, a folder ``<method>/`` with a picture of each patch, and
+    ``explain.json``. What other methods wrote there before stays.
+
+    Args:
+        model: A finished run, which is explained on its own pack; or a classifier, which needs ``data``.
+        data: For a classifier: a pack, a folder or zip of images, or an image. Of images, which say not what
+            they are, the first are shown.
+        patch: Ids of patches. Those of a test side that has not been opened are refused.
+        errors: Where none is named: how many errors, the surest first and of both kinds in turn, and how many
+            patches that were called right, drawn with the run's seed. They are of the test side once it has
+            been opened, until then of validation.
+        method: One or more of ``biopsy.evaluation.explanation.methods.METHODS``; by default saliency, Grad-CAM (integrated
+            gradients where the network allows none) and activations.
+        layer: For methods that look at one; by default the first convolution, for Grad-CAM the last maps.
+        faithfulness: Also test, about a minute long, whether the maps mean anything: each method that was
+            named, or all, against random and edge-detector maps. Writes ``explain/faithfulness.json`` in the
+            run.
+        out: Where to write; by default ``explain/`` in the run, for a classifier in the current folder.
+        device: Where the network is asked.
+
+    Returns:
+        What ``explain.json`` holds, and with ``faithfulness`` what that file holds under this name; see the
+        file formats page.
+
+    Raises:
+        RunError: If a patch may not be looked at, there is nothing to show, or a classifier is to be tested.
+        DataError: If a patch is unknown or an image cannot be read.
+        RecipeError: If there is no such method or layer, or the network does not allow it.
+    """
+    methods, run = (method,) if isinstance(method, str) else tuple(method), _open_run(model)
+    place = Path(out or (run.path / FOLDER if run is not None else FOLDER))
+    refuse_inputs(place, data, model.path if isinstance(model, Run | Classifier) else model)
+    options: dict[str, Any] = {"patch": patch, "errors": errors, "method": methods, "layer": layer}
+    if run is not None:
+        if data is not None:
+            raise RunError(
+                f"{run.path} is a run and is explained on its own pack: for data={str(data)!r} name its "
+                f"classifier, {run.path / 'classifier'}"
+            )
+        explained, classifier = explain_examples(run, **options, device=device), run.classifier
+    else:
+        classifier = open_classifier(cast(Classifier | Path | str, model))
+        if data is None or faithfulness:
+            raise RunError(
+                "a classifier has no patches of its own: name a pack or images with data=..."
+                if data is None
+                else "faithfulness is measured on the patches a run was judged on: name the run"
+            )
+        explained = explain_others(classifier, data, **options, device=device)
+    document = write_explained(classifier, explained, place, named_layer=layer)
+    if run is not None and faithfulness:
+        document["faithfulness"] = measure_faithfulness(run, methods=methods, layer=layer, device=device)
+    return document
+
+
+def explain_examples(
+    run: Run,
+    *,
+    patch: Sequence[str] = (),
+    errors: int = N_EXAMPLES,
+    method: Sequence[str] = (),
+    layer: str | None = None,
+    device: str = "auto",
+) -> Explained:
+    """Choose examples of a run and explain them without writing anything; see `explain`."""
+    pack, classifier = run.open_pack(verify=False), run.classifier
+    sides = run.sides(pack)
+    _check_errors(errors)
+    if patch:
+        ids = find_named(run, pack, sides, patch)
+    else:
+        frame, _ = run.predictions(run.judged_side)
+        ids = pick_examples(frame.assign(patch_id=frame["patch_id"].astype(str)), errors, run.info["seed"])
+    rows = pack.rows_of(ids)
+    chosen = Patches(ids, pack.patches[rows], pack.sizes[rows], pack.target[rows])
+    return _explain_chosen(classifier, chosen, sides[rows], method, layer, Engine(device))
+
+
+def explain_others(
+    classifier: Classifier,
+    data: Path | str,
+    *,
+    patch: Sequence[str] = (),
+    errors: int = N_EXAMPLES,
+    method: Sequence[str] = (),
+    layer: str | None = None,
+    device: str = "auto",
+) -> Explained:
+    """Choose examples of a pack or of images and explain them; see `explain`."""
+    _check_errors(errors)
+    found, engine = gather_patches(classifier, data, patch, 2 * errors), Engine(device)
+    classifier = classifier.single_patch()
+    if not patch and found.target is not None:
+        network = engine.place(classifier.network)
+        logits = predict_logits(
+            network, classifier.info.preprocessing, found.pixels, found.sizes, engine=engine
+        )
+        calls = read_calls(classifier, found.target, classifier.probs(logits))
+        names = classifier.info.class_names
+        frame = pd.DataFrame(classifier.probs(logits), columns=[f"prob_{name}" for name in names]).assign(
+            patch_id=found.patch_ids, target=found.target, pred=calls["called"].map(names.index)
+        )
+        picked = pd.Index(found.patch_ids).get_indexer(pick_examples(frame, errors, 0))
+        found = Patches(
+            [found.patch_ids[row] for row in picked],
+            found.pixels[picked],
+            found.sizes[picked],
+            found.target[picked],
+        )
+    return _explain_chosen(classifier, found, np.full(len(found.patch_ids), ""), method, layer, engine)
+
+
+def _explain_chosen(
+    classifier: Classifier,
+    chosen: Patches,
+    sides: np.ndarray,
+    method: Sequence[str],
+    layer: str | None,
+    engine: Engine,
+) -> Explained:
+    methods = list(dict.fromkeys(method)) or _pick_methods(classifier, layer)
+    if layer is not None and not any(find_method(name).takes_layer for name in methods):
+        raise RecipeError(f"layer={layer!r} cannot be chosen: {methods[0]} looks at the whole network")
+    found = [
+        explain_patches(
+            classifier,
+            chosen.pixels,
+            chosen.sizes,
+            name,
+            layer=layer if find_method(name).takes_layer else None,
+            engine=engine,
+        )
+        for name in methods
+    ]
+    examples = pd.DataFrame({"patch_id": chosen.patch_ids, "side": sides})
+    examples = examples.join(read_calls(classifier, chosen.target, found[0].probs))
+    patches = [
+        pixels[:height, :width] for pixels, (width, height) in zip(chosen.pixels, chosen.sizes, strict=True)
+    ]
+    return Explained(examples, patches, [_illustrate(each, chosen.sizes, classifier) for each in found])
+
+
+def _pick_methods(classifier: Classifier, layer: str | None) -> list[str]:
+    """Give the methods that are shown where none is named."""
+    if layer is not None:
+        return ["activations"]
+    try:
+        find_last_maps(classifier.base_network, classifier.info.preprocessing.input_px)
+    except RecipeError:
+        where = "integrated_gradients"
+    else:
+        where = "grad_cam"
+    return ["saliency", where, *(["activations"] if has_convolution(classifier.base_network) else [])]
+
+
+def _check_errors(errors: int) -> None:
+    if errors < 1:
+        raise RunError(f"errors={errors!r} shows nothing: ask for 1 or more, or name patches")
+
+
+def _illustrate(found: Explanation, sizes: np.ndarray, classifier: Classifier) -> Illustration:
+    """Scale maps for the eye: a single map patch by patch, channels over all patches together."""
+    method, n_maps = find_method(found.method), found.maps.shape[1]
+    maps, titles = found.maps, [method.title]
+    if n_maps > 1:
+        channels = _pick_channels(maps)
+        maps, titles = maps[:, channels], [f"activation {channel + 1}" for channel in channels]
+    scaled = scale_maps(maps, axis=(2, 3) if n_maps == 1 else (0, 2, 3), signed=method.signed)
+    caption = f"{method.title[0].upper()}{method.title[1:]}: {method.shows}. It is not {method.shows_not}."
+    if method.takes_layer:
+        caption += f" Layer {found.layer}" + (
+            f", {len(titles)} of its {n_maps} channels: some that vary and differ." if n_maps > 1 else "."
+        )
+    if method.per_class and len(set(found.class_index)) == 1:
+        caption += f" The class is {classifier.info.class_names[found.class_index[0]]}."
+    cut = [each[:, :height, :width] for each, (width, height) in zip(scaled, sizes, strict=True)]
+    return Illustration(found.method, found.layer, titles, cut, caption, method.signed)
+
+
+def _pick_channels(maps: np.ndarray) -> np.ndarray:
+    """Give the channel that varies most, then those that vary and are least like the ones before."""
+    values = maps.transpose(1, 0, 2, 3).reshape(maps.shape[1], -1)
+    spread = values.std(axis=1)
+    centred = (values - values.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1)[:, None]
+    alike = np.abs(centred @ centred.T) / values.shape[1]
+    chosen = [int(spread.argmax())]
+    while len(chosen) < min(N_CHANNELS, len(values)):
+        worth = spread * (1 - alike[chosen].max(axis=0))
+        worth[chosen] = -1
+        chosen.append(int(worth.argmax()))
+    return np.sort(chosen)
+
+
+def _open_run(model: Run | Classifier | Path | str) -> Run | None:
+    """Open a run, where it is one."""
+    if isinstance(model, Classifier):
+        return None
+    is_run = isinstance(model, Run) or (Path(model) / "run.json").is_file()
+    return Run.open(model) if is_run else None

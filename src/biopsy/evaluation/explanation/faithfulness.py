@@ -1,0 +1,444 @@
+"""Faithfulness tests: each method against random and edge-detector maps on a run's own patches."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pandas as pd
+
+from biopsy.core.errors import DataError, RecipeError, RunError
+from biopsy.core.files import read_json, write_json
+from biopsy.core.seeds import make_rng
+from biopsy.data.packs import Pack
+from biopsy.evaluation.explanation.faithfulness_measures import (
+    BLUR,
+    CELLS,
+    STEPS,
+    area_under,
+    blur_patches,
+    point_at,
+    randomise_cascading,
+    rank_cells,
+    rank_correlation,
+    structural_similarity,
+    trace_removal,
+)
+from biopsy.evaluation.explanation.maps import explain_patches
+from biopsy.evaluation.explanation.methods import METHODS, find_method
+from biopsy.models.classifier import Classifier
+from biopsy.models.engine import Engine
+from biopsy.models.inference import predict_logits
+from biopsy.models.networks import describe
+from biopsy.statistics.intervals import describe_method, estimate_mean
+from biopsy.training.runs import Run
+
+Traced = Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+BASELINES = {"random": "random maps", "edges": "edges"}
+ALIKE_FROM = 0.5  # rank correlation with the trained maps from which maps of random weights are called alike
+MIXED = (0.05, 0.95)  # share of tumour in patches where pointing at it can be right or wrong
+_VERBS = {"beats": "beats {}", "worse": "is worse than {}", "no better": "does not beat {}"}
+
+
+def judge_method(
+    name: str,
+    traced: Traced,
+    randomised: Sequence[Mapping[str, Any]],
+    pointing: Mapping[str, Any] | None,
+    group_ids: np.ndarray,
+    *,
+    seed: int,
+    unit: str,
+) -> dict[str, Any]:
+    """Give the record of a method.
+
+    Args:
+        name: Of the method.
+        traced: Curves of deletion and insertion, by method and baseline.
+        randomised: One record a step of weight randomisation.
+        pointing: As `judge_pointing` gives it; None where the tumour's pixels are not known.
+        group_ids: Patient (slide, patch) of each patch.
+        seed: Of bootstrap draws.
+        unit: What a group is.
+    """
+    score, gains, n_better = _score(traced[name]), {}, {}
+    for baseline in BASELINES:
+        gain = score - _score(traced[baseline])
+        gains[baseline] = estimate_mean(gain, group_ids, seed=seed, unit=unit).to_dict()
+        n_better[baseline] = int((gain > 0).sum())
+    record = {
+        "name": name,
+        "title": find_method(name).title,
+        **describe_curves(traced[name], group_ids, seed=seed, unit=unit),
+        "gain": gains,
+        "n_better": n_better,
+        "verdict": {baseline: judge_gain(gain) for baseline, gain in gains.items()},
+        "randomised": list(randomised),
+        "pointing": pointing,
+    }
+    return record | {"answer": say_answer(record, len(np.unique(group_ids)), unit)}
+
+
+def describe_curves(
+    curves: tuple[np.ndarray, np.ndarray], group_ids: np.ndarray, *, seed: int, unit: str
+) -> dict[str, Any]:
+    """Give the mean curves of deletion and insertion, and the areas under them with their intervals."""
+    found: dict[str, Any] = {}
+    for name, curve in zip(("deletion", "insertion"), curves, strict=True):
+        area = estimate_mean(area_under(curve), group_ids, seed=seed, unit=unit, bounds=(0.0, 1.0))
+        found[name] = area.to_dict() | {"curve": curve.mean(axis=0).tolist()}
+    return found
+
+
+def judge_pointing(
+    maps: np.ndarray, truth: np.ndarray, group_ids: np.ndarray, *, seed: int, unit: str
+) -> dict[str, Any]:
+    """Say how often the highest point of a map lies in tumour, and how much of the map.
+
+    Only patches of which some but not all is tumour are asked.
+
+    Args:
+        maps: ``(n, H, W)``.
+        truth: Where tumour is, bool ``(n, H, W)``.
+        group_ids: Patient (slide, patch) of each patch.
+        seed: Of bootstrap draws.
+        unit: What a group is.
+    """
+    share = truth.mean(axis=(1, 2))
+    mixed = (share > MIXED[0]) & (share < MIXED[1])
+    if not mixed.any():
+        return {"n_patches": 0}
+    found, groups = point_at(maps[mixed], truth[mixed]), group_ids[mixed]
+    shares = {
+        name: estimate_mean(values, groups, seed=seed, unit=unit, bounds=(0.0, 1.0)).to_dict()
+        for name, values in found.items()
+    }
+    gains = {
+        f"{name}_gain": estimate_mean(found[name] - found["area"], groups, seed=seed, unit=unit).to_dict()
+        for name in ("hit", "mass")
+    }
+    return {"n_patches": int(mixed.sum()), "n_groups": len(np.unique(groups)), **shares, **gains}
+
+
+def judge_gain(gain: Mapping[str, Any]) -> str:
+    """Give ``beats``, ``worse``, ``no better``, or ``unsaid`` where there is no interval."""
+    if gain["low"] is None:
+        return "unsaid"
+    if gain["low"] > 0:
+        return "beats"
+    return "worse" if gain["high"] < 0 else "no better"
+
+
+def say_answer(record: Mapping[str, Any], n_groups: int, unit: str) -> str:
+    """Say in plain sentences what was found of a method."""
+    title, parts = record["title"], []
+    if "unsaid" in record["verdict"].values():
+        found = [
+            f"{abs(gain['value']):.2f} {'above' if gain['value'] >= 0 else 'below'} {BASELINES[baseline]}"
+            for baseline, gain in record["gain"].items()
+        ]
+        units = unit if n_groups == 1 else "patches" if unit == "patch" else f"{unit}s"
+        reason = record["gain"]["random"]["reason"]
+        parts.append(f"{title}: cannot be said from {n_groups} {units} ({reason}); taken as it is, ")
+        parts[-1] += " and ".join(found)
+    else:
+        found = [
+            f"{_VERBS[record['verdict'][baseline]].format(BASELINES[baseline])} {_spell_gain(gain)}"
+            for baseline, gain in record["gain"].items()
+        ]
+        parts.append(f"{title} {' and '.join(found)}")
+    if record["randomised"]:
+        alike = record["randomised"][-1]["rank_correlation"]
+        said = "hardly changes" if alike >= ALIKE_FROM else "changes"
+        parts.append(f"with all weights random its map {said} (rank correlation {alike:.2f})")
+    if record["pointing"] and record["pointing"]["n_patches"]:
+        hit, area = record["pointing"]["hit"], record["pointing"]["area"]
+        parts.append(
+            f"its highest point lies in tumour in {hit['value']:.0%} of patches, where {area['value']:.0%} "
+            "of the area is tumour"
+        )
+    said = "; ".join(parts) + "."
+    return said[0].upper() + said[1:]
+
+
+def _score(curves: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    deleted, inserted = curves
+    return (area_under(inserted) - area_under(deleted)) / 2
+
+
+def _spell_gain(gain: Mapping[str, Any]) -> str:
+    by = f"by {gain['value']:.2f}" if gain["low"] > 0 else f"({gain['value']:.2f}"
+    interval = f"{gain['low']:.2f} to {gain['high']:.2f}"
+    if gain["low"] > 0:
+        return f"{by} ({interval})"
+    return (
+        f"by {-gain['value']:.2f} ({-gain['high']:.2f} to {-gain['low']:.2f})"
+        if gain["high"] < 0
+        else (f"{by}, {interval})")
+    )
+
+
+FORMAT = "biopsy-faithfulness/1"
+FOLDER, DOCUMENT = "explain", "faithfulness.json"
+MOST_PATCHES, FEWEST_PATCHES = 40, 16
+MOST_MULTIPLICATIONS = 5e12  # in all: about a minute on two cores
+PASSES = 1000  # through the network that a patch costs, all methods together
+N_RANDOMISED = 6  # patches whose maps are made again with random weights
+N_RANDOM = 4  # random orders that random stands for
+
+FindTruth = Callable[[pd.DataFrame], np.ndarray]
+
+
+def measure_faithfulness(
+    run: Run | Path | str,
+    *,
+    methods: Sequence[str] = (),
+    layer: str | None = None,
+    find_truth: FindTruth | None = None,
+    n_patches: int | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Test whether maps mean anything on the judged side of a run, and keep the answer in the run.
+
+    Writes ``explain/faithfulness.json``. The patches are drawn with the run's seed from those that are called
+    positive (of more than two classes: from all), patient by patient in turn, and the class explained is the
+    one that was called. The side is the test side once it has been opened, else validation.
+
+    Args:
+        run: A finished run with predictions of that side.
+        methods: Which; all that tell classes apart and that the network allows, by default.
+        layer: For Grad-CAM, the layer it looks at.
+        find_truth: Gives where tumour is, bool ``(n, H, W)``, for rows of the pack's table; where it is
+            known, as on phantom, maps are asked whether they point at it.
+        n_patches: How many; by default 48, and fewer for a network that computes much.
+        device: Where the network is asked.
+
+    Returns:
+        What the file holds; see the file formats page.
+
+    Raises:
+        RunError: If no patch of that side is called positive.
+        RecipeError: If a method does not exist, tells no classes apart, or the network does not allow it.
+    """
+    run = Run.open(run)
+    pack, classifier, engine = run.open_pack(verify=False), run.classifier.single_patch(), Engine(device)
+    side, seed = run.judged_side, run.info["seed"]
+    network = engine.place(classifier.network).eval()
+    input_px = classifier.info.preprocessing.input_px
+    rows = draw_patches(run, pack, n_patches or count_patches(network, input_px), seed=seed)
+    patches, groups = pack.patches[rows], pack.group_ids[rows]
+
+    def ask(versions: np.ndarray) -> np.ndarray:
+        logits = predict_logits(network, classifier.info.preprocessing, versions, engine=engine)
+        each = np.repeat(class_index, len(versions) // len(patches))
+        return classifier.probs(logits)[np.arange(len(versions)), each]
+
+    class_index = np.full(len(rows), classifier.positive_index or 0)
+    if classifier.positive_index is None:
+        logits = predict_logits(network, classifier.info.preprocessing, patches, engine=engine)
+        class_index = logits.argmax(axis=1)
+    maps, layers, refused = explain_all(classifier, patches, class_index, methods, layer, engine)
+    traced = trace_all(ask, patches, maps, seed=seed)
+    likeness = compare_randomised(
+        classifier, patches[:N_RANDOMISED], class_index[:N_RANDOMISED], maps, layers, engine, seed=seed
+    )
+    options: dict[str, Any] = {"seed": seed, "unit": pack.unit}
+    pointing: dict[str, dict[str, Any]] = {}
+    if find_truth is not None:
+        truth = find_truth(pack.table.iloc[rows])
+        every = {**maps, "edges": find_edges(patches)}
+        pointing = {name: judge_pointing(each, truth, groups, **options) for name, each in every.items()}
+    found = [
+        {
+            **judge_method(name, traced, likeness[name], pointing.get(name), groups, **options),
+            "layer": layers[name],
+        }
+        for name in maps
+    ]
+    document = {
+        "format": FORMAT,
+        "side": side,
+        "classifier_sha256": classifier.sha256,
+        "seed": seed,
+        "positive_class": pack.info.positive_class,
+        "unit": pack.unit,
+        "n_patches": len(rows),
+        "n_groups": len(np.unique(groups)),
+        "interval": describe_method(len(np.unique(groups)), **options),
+        "settings": {
+            "cells": CELLS,
+            "steps": STEPS,
+            "blur": BLUR,
+            "n_random": N_RANDOM,
+            "n_randomised": min(N_RANDOMISED, len(rows)),
+            "mixed": MIXED,
+        },
+        "prob": {"untouched": traced["edges"][0][:, 0].mean(), "blurred": traced["edges"][0][:, -1].mean()},
+        "methods": found,
+        "baselines": [
+            {"name": name, **describe_curves(traced[name], groups, **options), "pointing": pointing.get(name)}
+            for name in BASELINES
+        ],
+        "refused": refused,
+    }
+    path = run.path / FOLDER / DOCUMENT
+    write_json(path, document)
+    return read_json(path, format=FORMAT)
+
+
+def read_faithfulness(run: Run) -> dict[str, Any] | None:
+    """Give what was measured of this classifier on the side judged now; None where nothing was."""
+    try:
+        known = read_json(run.path / FOLDER / DOCUMENT, format=FORMAT)
+    except DataError:
+        return None
+    asked = (run.classifier.sha256, run.judged_side)
+    return known if (known["classifier_sha256"], known["side"]) == asked else None
+
+
+def draw_patches(run: Run, pack: Pack, n_patches: int, *, seed: int) -> np.ndarray:
+    """Draw rows of whole patches that are called positive, one of each patient in turn.
+
+    Raises:
+        RunError: If there is none.
+    """
+    frame, _ = run.predictions(run.judged_side)
+    rows = pack.rows_of(frame["patch_id"])
+    whole = (pack.sizes[rows] == pack.info.patch_px).all(axis=1)
+    called = np.ones(len(rows), bool) if pack.positive_index is None else frame["pred"] == pack.positive_index
+    rows = rows[np.asarray(whole & called, bool)]
+    if not len(rows):
+        raise RunError(
+            f"no whole patch of the {run.judged_side} side is called {pack.info.positive_class}: "
+            "there is nothing of it that a map could mark"
+        )
+    rows = make_rng(seed, "faithfulness").permutation(rows)
+    turn = pd.Series(pack.group_ids[rows]).groupby(pack.group_ids[rows]).cumcount().to_numpy()
+    return rows[np.argsort(turn, kind="stable")][:n_patches]
+
+
+def count_patches(network: Any, input_px: int) -> int:
+    """Say how many patches can be tested in about a minute: fewer, the more a network computes."""
+    multiplications = sum(
+        row.parameters * np.prod(row.output_shape[1:], dtype=float) for row in describe(network, input_px)
+    )
+    affordable = MOST_MULTIPLICATIONS / PASSES / max(multiplications, 1)
+    return int(np.clip(affordable, FEWEST_PATCHES, MOST_PATCHES))
+
+
+def explain_all(
+    classifier: Classifier,
+    patches: np.ndarray,
+    class_index: np.ndarray,
+    methods: Sequence[str],
+    layer: str | None,
+    engine: Engine,
+) -> tuple[dict[str, np.ndarray], dict[str, str | None], list[dict[str, str]]]:
+    """Give the maps ``(n, H, W)`` of each method, the layer it looked at, and the methods that were refused.
+
+    Raises:
+        RecipeError: If a method that was named cannot be tested.
+    """
+    maps: dict[str, np.ndarray] = {}
+    layers: dict[str, str | None] = {}
+    refused = []
+    for name in methods or [each.name for each in METHODS.values() if each.per_class]:
+        method = find_method(name)
+        if not method.per_class:
+            raise RecipeError(
+                f"{name} asks about no class: that it marks what a class needs cannot be tested"
+            )
+        try:
+            chosen = layer if method.takes_layer else None
+            maps[name], layers[name] = _explain(classifier, patches, class_index, name, chosen, engine)
+        except RecipeError as error:
+            if methods or layer:
+                raise
+            refused.append({"name": name, "reason": str(error)})
+    return maps, layers, refused
+
+
+def trace_all(
+    ask: Callable[[np.ndarray], np.ndarray], patches: np.ndarray, maps: Mapping[str, np.ndarray], *, seed: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Give the curves of deletion and insertion, ``(n, STEPS + 1)`` each, of methods and baselines."""
+    blurred = blur_patches(patches)
+    every = {**maps, "edges": find_edges(patches)}
+    traced = {
+        name: trace_removal(ask, patches, blurred, rank_cells(values)) for name, values in every.items()
+    }
+    rng = make_rng(seed, "random maps")
+    random = [
+        trace_removal(ask, patches, blurred, rank_cells(_draw_maps(rng, patches.shape[:3])))
+        for _ in range(N_RANDOM)
+    ]
+    deleted, inserted = zip(*random, strict=True)
+    return traced | {"random": (np.mean(deleted, axis=0), np.mean(inserted, axis=0))}
+
+
+def find_edges(patches: np.ndarray) -> np.ndarray:
+    """Give the length of the grey picture's gradient (Sobel), ``(n, H, W)``: a map that asks no network."""
+    grey = patches.mean(axis=3).astype(np.float32)
+    return np.stack([np.hypot(cv2.Sobel(g, cv2.CV_32F, 1, 0), cv2.Sobel(g, cv2.CV_32F, 0, 1)) for g in grey])
+
+
+def compare_randomised(
+    classifier: Classifier,
+    patches: np.ndarray,
+    class_index: np.ndarray,
+    maps: Mapping[str, np.ndarray],
+    layers: Mapping[str, str | None],
+    engine: Engine,
+    *,
+    seed: int,
+) -> dict[str, list[dict[str, Any]]]:
+    """Compare each method's maps with those of the network with more and more of its weights random.
+
+    Returns:
+        By method one record a step: ``from_layer`` (it and all behind it are random), ``rank_correlation``
+        and ``ssim`` of the maps' absolute values, means over patches.
+    """
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in maps}
+    for from_layer, network in randomise_cascading(classifier.base_network, seed=seed):
+        other = Classifier(classifier.info, network)
+        for name in maps:
+            trained = np.abs(maps[name][: len(patches)])
+            again = np.abs(_explain(other, patches, class_index, name, layers[name], engine)[0])
+            found[name].append(
+                {
+                    "from_layer": from_layer,
+                    "rank_correlation": rank_correlation(trained, again).mean(),
+                    "ssim": structural_similarity(trained, again).mean(),
+                }
+            )
+    return found
+
+
+def _explain(
+    classifier: Classifier,
+    patches: np.ndarray,
+    class_index: np.ndarray,
+    method: str,
+    layer: str | None,
+    engine: Engine,
+) -> tuple[np.ndarray, str | None]:
+    """Explain each patch's own class; gives maps and the layer looked at."""
+    maps = np.empty(patches.shape[:3], np.float32)
+    for index in np.unique(class_index):
+        of = class_index == index
+        name = classifier.info.class_names[index]
+        found = explain_patches(
+            classifier, patches[of], None, method, name, layer, channels="mean", engine=engine
+        )
+        maps[of], layer = found.maps[:, 0], found.layer
+    return maps, layer
+
+
+def _draw_maps(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Draw maps whose cells come in random order."""
+    n, height, width = shape
+    small = rng.random((n, CELLS, CELLS))
+    rows, columns = (np.arange(side) * CELLS // side for side in (height, width))
+    return small[:, rows][:, :, columns]

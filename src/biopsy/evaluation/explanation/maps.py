@@ -1,0 +1,137 @@
+"""Explanations of patches: maps, on the patch's own pixels, of what a classifier looks at."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from biopsy.core.errors import RecipeError, suggest
+from biopsy.evaluation.explanation.methods import Question, find_layer, find_method
+from biopsy.models.classifier import Classifier
+from biopsy.models.engine import Engine
+
+BATCH_SIZE = 32
+Channels = Literal["all", "mean"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Maps of patches, and what was asked.
+
+    Attributes:
+        method: Name of the method.
+        layer: The layer it looked at, None where it looks at the whole network.
+        class_index: The class asked about, ``(n,)``.
+        probs: What the classifier says of each patch, ``(n, n_classes)``.
+        maps: float32 ``(n, n_maps, H, W)`` on the pixels of the patches; 0 where a patch is padding.
+            Of methods that are ``signed``, values below 0 speak against the class.
+    """
+
+    method: str
+    layer: str | None
+    class_index: np.ndarray
+    probs: np.ndarray
+    maps: np.ndarray
+
+
+def explain_patches(
+    classifier: Classifier,
+    patches: np.ndarray,
+    sizes: np.ndarray | None = None,
+    method: str = "saliency",
+    target_class: str | None = None,
+    layer: str | None = None,
+    *,
+    channels: Channels = "all",
+    engine: Engine | None = None,
+) -> Explanation:
+    """Explain patches.
+
+    Patches go through the classifier's own preprocessing, and maps are brought back from the network's input
+    (or the layer's grid) to the pixels of each patch by bilinear interpolation.
+
+    Args:
+        classifier: Any; nothing of it is changed.
+        patches: uint8 ``(n, H, W, 3)`` RGB.
+        sizes: True ``(width, height)`` of each patch, ``(n, 2)``; None where none is padded.
+        method: One of ``methods.METHODS``.
+        target_class: Whose score is explained; by default the positive class, and where there is none the
+            class that is likeliest for that patch.
+        layer: For methods that look at a layer: its name; by default the first convolution (rectified where
+            a rectifier follows), for Grad-CAM the last maps before pooling.
+        channels: ``all`` maps of a layer, or their ``mean``.
+        engine: Device; the arithmetic is float32 in any case.
+
+    Raises:
+        RecipeError: If the method, the class or the layer does not exist, or the method takes no layer.
+    """
+    asked, classifier = find_method(method), classifier.single_patch()
+    if channels not in get_args(Channels):
+        raise RecipeError(f"channels={channels!r} is not possible; {suggest(channels, get_args(Channels))}")
+    if layer is not None and not asked.takes_layer:
+        raise RecipeError(f"layer={layer!r} cannot be chosen: {method} looks at the whole network")
+    fixed = _find_class(classifier, target_class)
+    engine, stretched = engine or Engine("auto"), classifier.info.preprocessing.odd_sizes == "stretch"
+    network, preprocessing = engine.place(classifier.base_network), classifier.info.preprocessing
+    predictor = engine.place(classifier.network)
+    if layer is not None:
+        find_layer(network, layer)
+    elif asked.find_layer is not None:
+        layer = asked.find_layer(network, preprocessing.input_px)
+    blank = preprocessing.standardise(torch.ones(1, 3, 1, 1, device=engine.device))[0]
+    logits, maps = [], []
+    for start in range(0, len(patches), BATCH_SIZE):
+        chunk = slice(start, start + BATCH_SIZE)
+        size = None if sizes is None else np.asarray(sizes)[chunk]
+        widths, heights = (None, None) if size is None else size.T
+        batch = preprocessing.prepare(patches[chunk], widths, heights, device=engine.device)
+        with torch.no_grad():
+            logits.append(predictor(batch).float())
+        likeliest = logits[-1].argmax(dim=1)
+        class_index = likeliest if fixed is None else torch.full_like(likeliest, fixed)
+        found = asked.compute(Question(network, batch, class_index, blank, layer)).float()
+        found = found.mean(dim=1, keepdim=True) if channels == "mean" else found
+        maps.append(_to_patches(found, patches.shape[1:3], size, stretched=stretched))
+    every = torch.cat(logits).cpu().numpy()
+    return Explanation(
+        method,
+        layer,
+        every.argmax(axis=1) if fixed is None else np.full(len(patches), fixed),
+        classifier.probs(every),
+        np.concatenate(maps),
+    )
+
+
+def _find_class(classifier: Classifier, target_class: str | None) -> int | None:
+    if target_class is None:
+        return classifier.positive_index
+    names = classifier.info.class_names
+    if target_class not in names:
+        raise RecipeError(f"the classifier has no class {target_class!r}; {suggest(target_class, names)}")
+    return names.index(target_class)
+
+
+def _to_patches(
+    maps: Tensor, patch_shape: tuple[int, ...], sizes: np.ndarray | None, *, stretched: bool
+) -> np.ndarray:
+    """Bring maps ``(B, n_maps, h, w)`` to the pixels of patches; what is padding becomes 0."""
+    height_px, width_px = patch_shape
+    if sizes is None:
+        return _resize(maps, height_px, width_px)
+    placed = np.zeros((*maps.shape[:2], height_px, width_px), np.float32)
+    for width, height in np.unique(sizes, axis=0):
+        part = np.flatnonzero((sizes == (width, height)).all(axis=1))
+        if stretched:
+            placed[part, :, :height, :width] = _resize(maps[part], height, width)
+        else:
+            placed[part, :, :height, :width] = _resize(maps[part], height_px, width_px)[..., :height, :width]
+    return placed
+
+
+def _resize(maps: Tensor, height: int, width: int) -> np.ndarray:
+    if maps.shape[-2:] != (height, width):
+        maps = functional.interpolate(maps, (height, width), mode="bilinear", antialias=True)
+    return maps.cpu().numpy()

@@ -1,0 +1,34 @@
+"""Ways to ask a network what it looks at: one function each, in one register, a file for each family."""
+
+from biopsy.evaluation.explanation.methods import activations as through_layers
+from biopsy.evaluation.explanation.methods import gradients, occlusion
+from biopsy.evaluation.explanation.methods.gradients import input_gradient
+from biopsy.evaluation.explanation.methods.layers import (
+    find_first_layer,
+    find_last_maps,
+    find_layer,
+    has_convolution,
+)
+from biopsy.evaluation.explanation.methods.registry import (
+    METHODS,
+    Method,
+    Question,
+    find_method,
+    register_method,
+)
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "Question",
+    "find_first_layer",
+    "find_last_maps",
+    "find_layer",
+    "find_method",
+    "gradients",
+    "has_convolution",
+    "input_gradient",
+    "occlusion",
+    "register_method",
+    "through_layers",
+]

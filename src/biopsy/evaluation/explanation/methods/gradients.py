@@ -1,0 +1,106 @@
+"""Methods that follow the score of a class back to the pixels."""
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from biopsy.evaluation.explanation.methods.registry import Question, register_method
+
+logger = logging.getLogger(__name__)
+
+# Smilkov et al. 2017, SmoothGrad, sec. 3.2: 10 to 20 % of the input's range; gains end at about 50 draws
+NOISE, DRAWS, NOISE_SEED = 0.15, 25, 0
+
+FEWEST_STEPS, MOST_STEPS = 32, 256
+COMPLETE_WITHIN = 0.02  # of the difference of the two scores, which are logits, or of 1 where it is smaller
+
+
+def input_gradient(network: nn.Module, batch: Tensor, class_index: Tensor) -> Tensor:
+    """Give the gradient of each patch's class score, before softmax or sigmoid, ``(B, 3, S, S)``.
+
+    It flows through weights that are frozen as well; no weight's own gradient is touched.
+    """
+    with torch.enable_grad():
+        batch = batch.detach().requires_grad_(True)
+        scores = network(batch).gather(1, class_index[:, None])
+        (gradient,) = torch.autograd.grad(scores.sum(), batch)
+    return gradient
+
+
+@register_method(
+    "saliency",
+    shows="how much the score of the class, before the softmax, would change if that pixel changed a little: "
+    "the absolute input gradient, the largest of the three colours (Simonyan et al. 2014)",
+    shows_not="what the network recognised there, nor whether the pixel speaks for the class or against it",
+)
+def saliency(asked: Question) -> Tensor:
+    """Give the absolute input gradient, the largest over channels."""
+    gradient = input_gradient(asked.network, asked.batch, asked.class_index)
+    return gradient.abs().amax(dim=1, keepdim=True)
+
+
+@register_method(
+    "SmoothGrad",
+    shows="the absolute value of the input gradient's mean over noisy copies of the patch (Smilkov et al. "
+    "2017), so that what differs from copy to copy fades",
+    shows_not="what the network recognised there; a smooth map is easier to look at, not truer",
+)
+def smoothgrad(asked: Question) -> Tensor:
+    """Give the saliency of the gradient averaged over noisy copies; the noise is the same every time."""
+    batch, generator = asked.batch, torch.Generator().manual_seed(NOISE_SEED)
+    spread = NOISE * (batch.amax(dim=(1, 2, 3), keepdim=True) - batch.amin(dim=(1, 2, 3), keepdim=True))
+    total = torch.zeros_like(batch)
+    for _ in range(DRAWS):
+        noise = torch.randn(batch.shape[1:], generator=generator).to(batch.device)
+        total += input_gradient(asked.network, batch + spread * noise, asked.class_index)
+    return (total / DRAWS).abs().amax(dim=1, keepdim=True)
+
+
+@register_method(
+    "integrated gradients",
+    shows="how much each pixel adds to the score of the class, or takes from it, on the way from white glass "
+    "to the patch (Sundararajan et al. 2017); all together they are the difference of the two scores",
+    shows_not="what would happen if that pixel alone were taken away; and white, which the way starts from, "
+    "is itself something the network has an opinion on",
+    signed=True,
+)
+def integrated_gradients(asked: Question) -> Tensor:
+    """Give the gradients' integral along the line from white, summed over channels.
+
+    Steps are doubled, patch by patch, until the values add up to the difference of the scores
+    (`COMPLETE_WITHIN`) or there are `MOST_STEPS`.
+    """
+    with torch.no_grad():
+        difference = asked.scores(asked.batch) - asked.scores(asked.blank.expand_as(asked.batch))
+    allowed = COMPLETE_WITHIN * difference.abs().clamp(min=1.0)
+    total, open_rows = (
+        torch.zeros_like(asked.batch),
+        torch.arange(len(asked.batch), device=asked.batch.device),
+    )
+    n_steps, gap = FEWEST_STEPS, difference
+    while len(open_rows) and n_steps <= MOST_STEPS:
+        part = replace(asked, batch=asked.batch[open_rows], class_index=asked.class_index[open_rows])
+        total[open_rows] = integrate_gradients(part, n_steps)
+        gap = (total[open_rows].sum(dim=(1, 2, 3)) - difference[open_rows]).abs()
+        wrong = gap > allowed[open_rows]
+        open_rows, gap, n_steps = open_rows[wrong], gap[wrong], 2 * n_steps
+    if len(open_rows):
+        logger.info(
+            "integrated gradients of %d patches miss the difference of scores by up to %.3g after %d steps",
+            *(len(open_rows), float(gap.max()), MOST_STEPS),
+        )
+    return total.sum(dim=1, keepdim=True)
+
+
+def integrate_gradients(asked: Question, n_steps: int) -> Tensor:
+    """Give integrated gradients, ``(B, 3, S, S)``, by Gauss and Legendre's rule with so many steps."""
+    places, weights = np.polynomial.legendre.leggauss(n_steps)
+    way, total = asked.batch - asked.blank, torch.zeros_like(asked.batch)
+    for place, weight in zip((1 + places) / 2, weights / 2, strict=True):
+        total += float(weight) * input_gradient(
+            asked.network, asked.blank + float(place) * way, asked.class_index
+        )
+    return way * total

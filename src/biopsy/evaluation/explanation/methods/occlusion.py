@@ -1,0 +1,56 @@
+"""The method that hides parts of a patch and looks what becomes of the score."""
+
+import torch
+from torch import Tensor
+
+from biopsy.evaluation.explanation.methods.registry import Question, register_method
+
+WINDOWS = 8  # as many windows lie side by side along a patch
+BATCH_SIZE = 256
+
+
+@register_method(
+    "occlusion",
+    shows="by how much the score of the class falls where a window, an eighth of the patch wide and moved by "
+    "half of that, is painted in the patch's mean colour (Zeiler and Fergus 2014); below 0 it rises",
+    shows_not="what several places do together: each window is hidden alone, and of two that say the same "
+    "neither seems to matter",
+    signed=True,
+)
+def occlusion(asked: Question) -> Tensor:
+    """Give each pixel's mean, over the windows that hide it, of the score's fall."""
+    window = max(1, asked.batch.shape[-1] // WINDOWS)
+    hidden = asked.batch.mean(dim=(2, 3), keepdim=True)
+    return occlude(asked, hidden, window, max(1, window // 2))
+
+
+def occlude(asked: Question, hidden: Tensor, window: int, stride: int) -> Tensor:
+    """Occlude with a window of some side and stride, in pixels of the network's input.
+
+    Args:
+        asked: The question.
+        hidden: What stands in the window, ``(B, 3, 1, 1)`` or ``(B, 3, S, S)``.
+        window: Side; windows at the right and lower edge are cut off there.
+        stride: From one window to the next.
+
+    Returns:
+        ``(B, 1, S, S)``.
+    """
+    side = asked.batch.shape[-1]
+    starts = range(0, stride * -(-max(side - window, 0) // stride) + 1, stride)
+    masks = torch.zeros(len(starts) ** 2, 1, side, side, dtype=torch.bool, device=asked.batch.device)
+    for place, mask in enumerate(masks):
+        top, left = starts[place // len(starts)], starts[place % len(starts)]
+        mask[:, top : top + window, left : left + window] = True
+    weight = masks.to(asked.batch.dtype)
+    maps = []
+    with torch.no_grad():
+        scores = asked.scores(asked.batch)
+        for patch, fill, index, score in zip(asked.batch, hidden, asked.class_index, scores, strict=True):
+            versions = (
+                torch.where(part, fill, patch).contiguous(memory_format=torch.channels_last)
+                for part in masks.split(BATCH_SIZE)
+            )
+            left_over = torch.cat([asked.network(version)[:, index] for version in versions])
+            maps.append(torch.einsum("m,mchw->chw", score - left_over, weight) / weight.sum(dim=0))
+    return torch.stack(maps)

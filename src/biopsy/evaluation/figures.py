@@ -1,0 +1,389 @@
+"""Figures of an evaluation: confusion, ranking curves, reliability, per-patient results."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+from biopsy.core.errors import MetricError
+from biopsy.data.figures import NAMED_ROWS, _legend_above, _name_rows, _open_rows
+from biopsy.plotting.style import (
+    INK,
+    MUTED,
+    NEGATIVE,
+    POSITIVE,
+    WIDTH_IN,
+    new_figure,
+    shorten,
+    styled,
+)
+from biopsy.statistics.calibration import N_BINS, reliability_bins
+
+
+@styled
+def draw_confusion(tp: int, fp: int, fn: int, tn: int, *, negative: str, positive: str) -> Figure:
+    """Draw the four quadrants with their names, counts and shares of the true class.
+
+    Args:
+        tp: Positive patches called positive.
+        fp: Negative patches called positive.
+        fn: Positive patches called negative: a cancer missed, the error that costs most.
+        tn: Negative patches called negative.
+        negative: Name of the negative class.
+        positive: Name of the positive class.
+    """
+    figure, axes = new_figure(height_in=3.1)
+    rows = (
+        (positive, (tp, "true positive"), (fn, "false negative")),
+        (negative, (fp, "false positive"), (tn, "true negative")),
+    )
+    for row, (truth, *cells) in enumerate(rows):
+        total = sum(count for count, _ in cells)
+        for column, (count, name) in enumerate(cells):
+            share = count / total if total else float("nan")
+            _draw_cell(axes, column, row, NEGATIVE if row == column else POSITIVE, share)
+            axes.text(column, row - 0.23, name, ha="center", va="center", fontsize=9)
+            axes.text(column, row + 0.03, f"{count:,}", ha="center", va="center", fontsize=16)
+            shown = f"{share:.1%} of {shorten(truth, 14)}" if total else f"no {shorten(truth, 14)} patch"
+            axes.text(column, row + 0.29, shown, ha="center", va="center", fontsize=8.5, color=INK)
+    _label_cells(axes, [f"called\n{shorten(positive)}", f"called\n{shorten(negative)}"], [positive, negative])
+    return figure
+
+
+@styled
+def draw_confusion_matrix(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """Draw a confusion matrix of any number of classes, shaded by the share of the true class.
+
+    Args:
+        counts: Patches, shape ``(n_classes, n_classes)``, true class by row, called class by column.
+        class_names: One name a class.
+
+    Raises:
+        MetricError: If the shape does not fit the names.
+    """
+    counts = np.asarray(counts)
+    n_classes = len(class_names)
+    if counts.shape != (n_classes, n_classes):
+        raise MetricError(f"a confusion matrix of shape {counts.shape} does not fit {n_classes} class names")
+    side = max(WIDTH_IN, 0.62 * n_classes + 1.4)
+    figure, axes = new_figure(side, max(3.1, 0.55 * n_classes + 1.4))
+    for row in range(n_classes):
+        total = counts[row].sum()
+        for column in range(n_classes):
+            share = counts[row, column] / total if total else float("nan")
+            _draw_cell(axes, column, row, NEGATIVE if row == column else POSITIVE, share)
+            shown = f"{counts[row, column]:,}"
+            if np.isfinite(share):
+                shown += f"\n{share:.0%}"
+            axes.text(column, row, shown, ha="center", va="center", fontsize=8.5, linespacing=1.3)
+    names = [shorten(name, 12 if n_classes <= 3 else 18) for name in class_names]
+    _label_cells(axes, names, names)
+    if n_classes > 3:
+        axes.tick_params(axis="x", labelrotation=40)
+        for label in axes.get_xticklabels():
+            label.set(ha="left", rotation_mode="anchor")
+    axes.set_xlabel("predicted class", color=MUTED)
+    axes.set_ylabel("true class", color=MUTED)
+    axes.xaxis.set_label_position("top")
+    return figure
+
+
+def _draw_cell(axes: Axes, column: int, row: int, colour: str, share: float) -> None:
+    strength = 0.06 + 0.34 * (share if np.isfinite(share) else 0.0)
+    tint = tuple(1 - strength * (1 - channel) for channel in to_rgb(colour))
+    axes.add_patch(
+        FancyBboxPatch(
+            (column - 0.46, row - 0.45),
+            0.92,
+            0.9,
+            boxstyle="round,pad=0,rounding_size=0.05",
+            fc=tint,
+            ec="none",
+        )
+    )
+
+
+def _label_cells(axes: Axes, columns: list[str], rows: list[str]) -> None:
+    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), [f"{shorten(name)}" for name in rows])
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.set_ylabel("truth", color=MUTED)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+
+
+@styled
+def draw_roc(
+    target: np.ndarray,
+    prob: np.ndarray,
+    *,
+    label: str = "this model",
+    operating_point: tuple[float, float] | None = None,
+    band: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+) -> Figure:
+    """Draw sensitivity against 1 - specificity.
+
+    Args:
+        target: 0 or 1, shape ``(n,)``; both must occur.
+        prob: Probability of the positive class, shape ``(n,)``.
+        label: Name of the curve.
+        operating_point: ``(sensitivity, specificity)`` at the frozen threshold, marked on the curve.
+        band: ``(false_positive_rate, low, high)`` of the curve's interval.
+
+    Raises:
+        MetricError: If only one class occurs.
+    """
+    target, prob = _check_pair(target, prob)
+    figure, axes = new_figure(height_in=4.1)
+    if band is not None:
+        axes.fill_between(*band, color=POSITIVE, alpha=0.16, linewidth=0, label="95 % interval")
+    false_positive_rate, sensitivity, _ = roc_curve(target, prob)
+    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label="chance")
+    axes.plot(false_positive_rate, sensitivity, color=POSITIVE, label=label)
+    if operating_point is not None:
+        reached, specificity = operating_point
+        axes.plot([1 - specificity], [reached], "o", color=INK, markersize=6, label="frozen threshold")
+    _frame_unit_square(axes)
+    axes.set(xlabel="1 - specificity", ylabel="sensitivity")
+    axes.legend(loc="lower right")
+    return figure
+
+
+@styled
+def draw_precision_recall(
+    target: np.ndarray,
+    prob: np.ndarray,
+    *,
+    label: str = "this model",
+    operating_point: tuple[float, float] | None = None,
+) -> Figure:
+    """Draw positive predictive value against sensitivity, above the floor that the prevalence sets.
+
+    Args:
+        target: 0 or 1, shape ``(n,)``; both must occur.
+        prob: Probability of the positive class, shape ``(n,)``.
+        label: Name of the curve.
+        operating_point: ``(sensitivity, ppv)`` at the frozen threshold.
+
+    Raises:
+        MetricError: If only one class occurs.
+    """
+    target, prob = _check_pair(target, prob)
+    figure, axes = new_figure(height_in=4.1)
+    prevalence = float(target.mean())
+    axes.axhline(
+        prevalence,
+        color=MUTED,
+        linewidth=0.9,
+        linestyle=(0, (4, 3)),
+        label=f"floor: prevalence {prevalence:.2f}",
+    )
+    ppv, sensitivity, _ = precision_recall_curve(target, prob, drop_intermediate=True)
+    axes.step(sensitivity, ppv, where="post", color=POSITIVE, label=label)
+    if operating_point is not None:
+        axes.plot(*operating_point, "o", color=INK, markersize=6, label="frozen threshold")
+    _frame_unit_square(axes)
+    axes.set(xlabel="sensitivity (recall)", ylabel="positive predictive value (precision)")
+    axes.legend(loc="lower left")
+    return figure
+
+
+@styled
+def draw_reliability(
+    target: np.ndarray,
+    prob: np.ndarray,
+    *,
+    n_bins: int = N_BINS,
+    class_names: Sequence[str] = ("negative", "positive"),
+) -> Figure:
+    """Draw how often the positive class was found against how often it was promised.
+
+    Args:
+        target: 0 or 1, shape ``(n,)``.
+        prob: Probability of the positive class, shape ``(n,)``.
+        n_bins: Bins of equal mass, those of the calibration error.
+        class_names: Name of the negative and of the positive class.
+
+    Raises:
+        MetricError: If a target is not 0 or 1, or a probability is not finite.
+    """
+    target, prob = _check_pair(target, prob, both_classes=False)
+    bins = reliability_bins(target, prob, n_bins=n_bins)
+    figure = Figure(figsize=(WIDTH_IN, 4.3), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.6, 1))
+    upper.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label="perfect")
+    upper.plot(
+        bins.mean_prob, bins.observed, "-o", color=POSITIVE, markersize=4.5, linewidth=1.1, label="this model"
+    )
+    upper.set(xlim=(-0.015, 1.015), ylim=(-0.015, 1.015), ylabel="share found positive")
+    upper.legend(loc="upper left")
+    edges = np.linspace(0, 1, 41)
+    lower.hist(
+        [prob[target == 0], prob[target == 1]],
+        bins=edges.tolist(),
+        stacked=True,
+        color=[NEGATIVE, POSITIVE],
+        label=list(class_names),
+    )
+    lower.set(xlabel="predicted probability of the positive class", ylabel="patches")
+    lower.legend(loc="upper center", ncols=2)
+    lower.grid(False)
+    return figure
+
+
+def _check_pair(
+    target: np.ndarray, prob: np.ndarray, *, both_classes: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    target, prob = np.asarray(target), np.asarray(prob, dtype=float)
+    found = set(np.unique(target).tolist())
+    if not found <= {0, 1}:
+        raise MetricError(f"targets are {sorted(found)}; a binary curve needs 0 and 1")
+    if both_classes and found != {0, 1}:
+        raise MetricError(f"only class {sorted(found)} occurs; a ranking curve needs both classes")
+    if not np.isfinite(prob).all():
+        raise MetricError(f"{int((~np.isfinite(prob)).sum())} probabilities are not finite")
+    return target.astype(int), prob
+
+
+def _frame_unit_square(axes: Axes) -> None:
+    axes.set(xlim=(-0.015, 1.015), ylim=(-0.015, 1.015), aspect="equal")
+    axes.set_xticks(np.linspace(0, 1, 6))
+    axes.set_yticks(np.linspace(0, 1, 6))
+
+
+@styled
+def draw_patient_metric(
+    patient_ids: Sequence[object],
+    values: np.ndarray,
+    n_patches: np.ndarray,
+    *,
+    metric: str,
+    overall: float | None = None,
+    interval: tuple[float, float] | None = None,
+) -> Figure:
+    """Draw one number a patient, best first, dots larger where there are more patches.
+
+    Args:
+        patient_ids: One id a patient.
+        values: The metric, shape ``(n_patients,)``; NaN where it is not defined for a patient.
+        n_patches: Patches of each patient, written beside the dot.
+        metric: Name of the metric, on the axis.
+        overall: The pooled value, a vertical line.
+        interval: Its interval, a band behind the dots.
+
+    Raises:
+        MetricError: If there are not as many values and counts as patients.
+    """
+    values, n_patches = np.asarray(values, dtype=float), np.asarray(n_patches)
+    if not len(patient_ids) == len(values) == len(n_patches):
+        raise MetricError(
+            f"{len(patient_ids)} patients have {len(values)} values and {len(n_patches)} counts"
+        )
+    order = np.argsort(np.where(np.isfinite(values), -values, np.inf), kind="stable")
+    defined = np.isfinite(values[order])
+    rows = np.arange(len(order))
+    figure, axes = _open_rows(len(order))
+    if interval is not None:
+        axes.axvspan(*interval, color=MUTED, alpha=0.14, linewidth=0, label="95 % interval")
+    if overall is not None:
+        axes.axvline(
+            overall, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"all patches {overall:.3f}"
+        )
+    size = 14 + 60 * n_patches[order] / max(int(n_patches.max(initial=1)), 1)
+    axes.scatter(
+        values[order][defined], rows[defined], s=size[defined], color=NEGATIVE, zorder=3, linewidth=0
+    )
+    if len(order) <= NAMED_ROWS:
+        for row in rows[~defined]:
+            axes.annotate(
+                "not defined",
+                (0.02, row),
+                (0, 0),
+                textcoords="offset points",
+                va="center",
+                color=MUTED,
+                fontsize=8,
+                xycoords=("axes fraction", "data"),
+            )
+        for row, count in zip(rows, n_patches[order], strict=True):
+            axes.annotate(
+                f"{count:,}",
+                (1.0, row),
+                (4, 0),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                va="center",
+                color=MUTED,
+                fontsize=8,
+                annotation_clip=False,
+            )
+        axes.annotate(
+            "patches",
+            (1.0, 1.0),
+            (4, 3),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            color=MUTED,
+            fontsize=8,
+        )
+    axes.set_xlabel(metric)
+    shown = [*values[np.isfinite(values)], *(interval or ()), *([] if overall is None else [overall])]
+    axes.set_xlim(min(shown, default=0.0) - 0.04, max([1.0, *shown]) + 0.02)
+    _name_rows(axes, [patient_ids[index] for index in order])
+    _legend_above(axes, 2)
+    return figure
+
+
+@styled
+def draw_patient_probs(
+    patient_ids: Sequence[object],
+    target: np.ndarray,
+    prob: np.ndarray,
+    *,
+    class_names: Sequence[str] = ("negative", "positive"),
+    threshold: float | None = None,
+) -> Figure:
+    """Draw the spread of probabilities in every patient, positive and negative patches apart.
+
+    A dot is the median, a thick line the middle half, a thin line the middle nine tenths.
+
+    Args:
+        patient_ids: One id a *patch*, shape ``(n,)``.
+        target: 0 or 1, shape ``(n,)``.
+        prob: Probability of the positive class, shape ``(n,)``.
+        class_names: Name of the negative and of the positive class.
+        threshold: The frozen threshold, a vertical line.
+    """
+    who, target, prob = np.array([str(name) for name in patient_ids]), np.asarray(target), np.asarray(prob)
+    names = np.unique(who)
+    medians = np.array([np.median(prob[who == name]) for name in names])
+    names = names[np.argsort(-medians, kind="stable")]
+    figure, axes = _open_rows(len(names), row_in=0.26)
+    for value, (label, colour, offset) in enumerate(
+        zip(class_names, (NEGATIVE, POSITIVE), (0.16, -0.16), strict=True)
+    ):
+        spreads = []
+        for row, name in enumerate(names):
+            part = prob[(who == name) & (target == value)]
+            if len(part):
+                spreads.append((row + offset, *np.quantile(part, [0.05, 0.25, 0.5, 0.75, 0.95])))
+        if spreads:
+            rows, q05, q25, q50, q75, q95 = np.array(spreads).T
+            axes.hlines(rows, q05, q95, color=colour, linewidth=0.9)
+            axes.hlines(rows, q25, q75, color=colour, linewidth=3.2)
+            axes.plot(
+                q50, rows, "o", color="white", markeredgecolor=colour, markersize=4.5, label=shorten(label)
+            )
+    if threshold is not None:
+        axes.axvline(
+            threshold, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"threshold {threshold:.2f}"
+        )
+    axes.set(xlabel=f"probability of {shorten(class_names[1], 24)}", xlim=(-0.015, 1.015))
+    _name_rows(axes, names.tolist())
+    _legend_above(axes, 3)
+    return figure

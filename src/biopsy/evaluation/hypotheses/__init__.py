@@ -1,0 +1,1 @@
+"""The published hypotheses about what networks rely on, tested."""

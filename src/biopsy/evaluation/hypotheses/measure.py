@@ -1,0 +1,434 @@
+"""The published hypotheses about errors and saliency, measured on the patches a run was evaluated on."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from biopsy.core.errors import DataError, RunError
+from biopsy.core.files import read_json, write_json
+from biopsy.core.seeds import make_rng
+from biopsy.evaluation.explanation.maps import explain_patches
+from biopsy.evaluation.patch_properties import measure_properties
+from biopsy.models.engine import Engine
+from biopsy.models.inference import predict_logits
+from biopsy.models.networks import describe
+from biopsy.slide_io.stain import combine_stains, separate_stains
+from biopsy.statistics.contrasts import contrast_groups, estimate_ratio
+from biopsy.statistics.intervals import Interval, describe_method, estimate_metric, replicate
+from biopsy.statistics.metrics import METRICS
+from biopsy.statistics.paired import estimate_differences
+from biopsy.statistics.weighted_counts import rank
+from biopsy.training.runs import Run
+
+BLUE_YELLOW = 10.0  # of CIELAB's b*: blue from -10 down, yellow from 10 up; between them grey, pink and red
+COLOURS = ("blue", "yellow")
+
+
+def to_grey(patches: np.ndarray) -> np.ndarray:
+    """Put luma (Rec. 601) in all three channels of patches ``(n, H, W, 3)``."""
+    grey = cv2.cvtColor(patches.reshape(-1, 1, 3), cv2.COLOR_RGB2GRAY).reshape(patches.shape[:3])
+    return np.repeat(grey[..., None], 3, axis=3)
+
+
+def keep_stain(patches: np.ndarray, stain: int) -> np.ndarray:
+    """Render patches as if one stain (0 haematoxylin, 1 eosin) had been all there was."""
+    amounts = separate_stains(patches)
+    kept = np.zeros_like(amounts)
+    kept[..., stain] = amounts[..., stain]
+    return combine_stains(kept)
+
+
+REMOVALS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "grey": to_grey,
+    "haematoxylin only": lambda patches: keep_stain(patches, 0),
+    "eosin only": lambda patches: keep_stain(patches, 1),
+}
+"""Ways to take colour out of uint8 RGB patches; each gives uint8 RGB again."""
+
+
+def share_saliency(patches: np.ndarray, maps: np.ndarray, sizes: np.ndarray | None = None) -> pd.DataFrame:
+    """Give the share of blue and of yellow pixels in each patch's area and in its saliency.
+
+    Blue and yellow are those of CIELAB's b* axis beyond `BLUE_YELLOW`; what is purple counts as blue.
+
+    Args:
+        patches: uint8 ``(n, H, W, 3)`` RGB.
+        maps: Saliency, not below 0, ``(n, H, W)``.
+        sizes: True ``(width, height)`` of each patch; padding is not counted.
+
+    Returns:
+        One row a patch: ``<colour>_area`` and ``<colour>_saliency`` for each of `COLOURS`, 0-1; NaN in the
+        latter where a map is 0 everywhere.
+    """
+    unit = np.ascontiguousarray(patches).reshape(-1, 1, 3).astype(np.float32) / 255
+    b = cv2.cvtColor(unit, cv2.COLOR_RGB2LAB)[..., 2].reshape(patches.shape[:3])
+    real = np.ones(b.shape, bool)
+    if sizes is not None:
+        rows, columns = np.arange(patches.shape[1]), np.arange(patches.shape[2])
+        widths, heights = sizes.T
+        real = (columns < widths[:, None, None]) & (rows[:, None] < heights[:, None, None])
+    weight = np.where(real, maps, 0.0)
+    total = weight.sum(axis=(1, 2))
+    shares = {}
+    for colour, chosen in zip(COLOURS, (b <= -BLUE_YELLOW, b >= BLUE_YELLOW), strict=True):
+        shares[f"{colour}_area"] = (chosen & real).sum(axis=(1, 2)) / real.sum(axis=(1, 2))
+        held = np.where(chosen, weight, 0.0).sum(axis=(1, 2))
+        shares[f"{colour}_saliency"] = np.divide(
+            held, total, out=np.full(len(total), np.nan), where=total > 0
+        )
+    return pd.DataFrame(shares)
+
+
+FORMAT = "biopsy-conjectures/1"
+MOST_MEASURED = 5_000  # patches whose stain and spread are measured
+MOST_ASKED, FEWEST_ASKED = 1_000, 100  # patches that the network is asked about again
+MOST_MULTIPLICATIONS = 5e11  # of one pass over these: some seconds on two cores
+LEAST_AREA = 1e-3  # a colour with a smaller share of the area is as good as not there
+
+_WRONG_GALLERY = (
+    "The post pins its two conjectures to the wrong galleries (its 'misclassified negatives' are negatives "
+    "called positive); here each is measured where it can be true."
+)
+_LEADS = {
+    "held": "Held here",
+    "opposite": "Not seen here, rather the opposite",
+    "not seen": "Not seen here",
+}
+
+
+def measure_conjectures(run: Run | Path | str, *, device: str = "auto") -> dict[str, Any]:
+    """Measure the posts' conjectures on the judged side of a run, and keep them in the run.
+
+    Writes ``explain/conjectures.json``; where that is there already, for the same classifier and side, it is
+    read. Of a large side a sample is measured, drawn with the run's seed. The side is the test side once it
+    has been opened, else validation: nothing is opened by this.
+
+    Args:
+        run: A finished run that tells two classes apart.
+        device: Where the network is asked.
+
+    Returns:
+        What the file holds; see the file formats page.
+
+    Raises:
+        RunError: If the run has more than two classes, or no side of it has been predicted.
+    """
+    run = Run.open(run)
+    side, seed = run.judged_side, run.info["seed"]
+    frame, about = run.predictions(side)
+    if "prob" not in frame:
+        raise RunError(f"{run.path} tells more than two classes apart: the conjectures are about two")
+    asked = {
+        "format": FORMAT,
+        "side": side,
+        "n_patches": len(frame),
+        "classifier_sha256": about["classifier_sha256"],
+        "seed": seed,
+    }
+    path = run.path / "explain" / "conjectures.json"
+    known = _read_known(path, asked)
+    if known is None:
+        write_json(path, {**asked, **_measure(run, frame, seed, device)})
+        known = read_json(path, format=FORMAT)
+    return known
+
+
+def _measure(run: Run, frame: pd.DataFrame, seed: int, device: str) -> dict[str, Any]:
+    """Give the document less what was asked."""
+    pack, classifier, engine = run.open_pack(verify=False), run.classifier.single_patch(), Engine(device)
+    rows = pack.rows_of(frame["patch_id"])
+    truth, groups = (pack.target[rows] == pack.positive_index).astype(int), pack.group_ids[rows]
+    prob, threshold = frame["prob"].to_numpy(float), run.info["threshold"]["value"]
+    options: dict[str, Any] = {"seed": seed, "unit": pack.unit}
+
+    measured = draw_rows(len(rows), MOST_MEASURED, seed)
+    properties = measure_properties(pack.patches, pack.sizes, index=rows[measured])
+    calls = (truth[measured], prob[measured] >= threshold, groups[measured])
+
+    preprocessing, network = classifier.info.preprocessing, engine.place(classifier.network)
+    again = draw_rows(len(rows), count_asked(network, preprocessing.input_px), seed)
+    patches, sizes = pack.patches[rows[again]], pack.sizes[rows[again]]
+
+    def predict(versions: np.ndarray) -> np.ndarray:
+        logits = predict_logits(network, preprocessing, versions, sizes, engine=engine)
+        return classifier.probs(logits)[:, pack.positive_index]
+
+    intact = predict(patches)
+    without = {name: predict(remove(patches)) for name, remove in REMOVALS.items()}
+    maps = explain_patches(classifier, patches, sizes, "saliency", engine=engine).maps[:, 0]
+    shares = share_saliency(patches, maps, sizes)
+    return {
+        "positive_class": pack.info.positive_class,
+        "unit": pack.unit,
+        "n_groups": len(np.unique(groups)),
+        "n_measured": len(measured),
+        "n_asked": len(again),
+        "threshold": threshold,
+        "interval": describe_method(len(np.unique(groups)), **options),
+        "conjectures": [
+            judge_less_stained(properties, *calls, **options),
+            judge_heterogeneous(properties, *calls, **options),
+            judge_blue_yellow(truth[again], intact, without, shares, groups[again], **options),
+        ],
+    }
+
+
+def judge_less_stained(
+    properties: pd.DataFrame,
+    truth: np.ndarray,
+    called: np.ndarray,
+    group_ids: np.ndarray,
+    *,
+    seed: int,
+    unit: str,
+) -> dict[str, Any]:
+    """Ask whether missed positives hold less stain than found ones.
+
+    Args:
+        properties: As `measure_properties` gives them, one row a patch.
+        truth: 1 where a patch is positive, ``(n,)``.
+        called: Whether it was called positive.
+        group_ids: Patient (slide, patch) of each.
+        seed: Of bootstrap draws.
+        unit: What a group is.
+    """
+    of = truth == 1
+    measures = [
+        _contrast(name, -1, properties[name][of], ~called[of], group_ids[of], ("missed", "found"), seed, unit)
+        for name in ("stain", "haematoxylin", "eosin")
+    ]
+    return {
+        "name": "less stained",
+        "claim": "Less stained patches are taken for negative.",
+        "source": "the VGG16 post",
+        "among": "positive patches",
+        **_judge_contrast(
+            measures[0], ("missed positives hold {} stain than found ones", "less", "more"), group_ids, unit
+        ),
+        "note": _WRONG_GALLERY,
+        "measures": measures,
+    }
+
+
+def judge_heterogeneous(
+    properties: pd.DataFrame,
+    truth: np.ndarray,
+    called: np.ndarray,
+    group_ids: np.ndarray,
+    *,
+    seed: int,
+    unit: str,
+) -> dict[str, Any]:
+    """Ask whether false alarms vary more within themselves than true negatives; see `judge_less_stained`."""
+    of = truth == 0
+    names = ("false positive", "true negative")
+    measures = [
+        _contrast(
+            "heterogeneity", 1, properties["heterogeneity"][of], called[of], group_ids[of], names, seed, unit
+        )
+    ]
+    return {
+        "name": "heterogeneous",
+        "claim": "Patches of high internal heterogeneity are taken for cancer.",
+        "source": "the VGG16 post",
+        "among": "negative patches",
+        **_judge_contrast(
+            measures[0],
+            ("false positives vary {} within themselves than true negatives", "more", "less"),
+            group_ids,
+            unit,
+        ),
+        "note": _WRONG_GALLERY,
+        "measures": measures,
+    }
+
+
+def judge_blue_yellow(
+    truth: np.ndarray,
+    prob: np.ndarray,
+    without: Mapping[str, np.ndarray],
+    shares: pd.DataFrame,
+    group_ids: np.ndarray,
+    *,
+    seed: int,
+    unit: str,
+) -> dict[str, Any]:
+    """Ask whether blue and yellow pixels get more saliency than their share, and what colour is worth.
+
+    Args:
+        truth: 1 where a patch is positive, ``(n,)``.
+        prob: Probability of the positive class, of the patches as they are.
+        without: The same of the patches with colour taken out, by name.
+        shares: As `share_saliency` gives them.
+        group_ids: Patient (slide, patch) of each.
+        seed: Of bootstrap draws.
+        unit: What a group is.
+    """
+    options: dict[str, Any] = {"seed": seed, "unit": unit}
+    saliency = {colour: _measure_share(shares, colour, group_ids, **options) for colour in COLOURS}
+    auroc = {"as it is": {"auroc": _auroc(truth, prob, group_ids, **options)}}
+    for name, other in without.items():
+        difference = estimate_differences(truth, other, prob, group_ids, names=["auroc"], **options)["auroc"]
+        auroc[name] = {
+            "auroc": _auroc(truth, other, group_ids, **options),
+            "difference": difference.to_dict(),
+        }
+    verdicts = {colour: _judge(found["ratio"], 1.0) for colour, found in saliency.items()}
+    order = ("held", "opposite", "not seen", "unsaid")
+    verdict = min(verdicts.values(), key=order.index)
+    parts = [_say_share(colour, found) for colour, found in saliency.items()]
+    if auroc["as it is"]["auroc"]["value"] is not None and "grey" in auroc:
+        before, grey = auroc["as it is"]["auroc"]["value"], auroc["grey"]
+        parts.append(
+            f"in grey the AUROC is {grey['auroc']['value']:.3f} instead of {before:.3f}, "
+            f"a difference of {_estimate(grey['difference'], '+.3f')}"
+        )
+    which = [colour for colour, found in verdicts.items() if found == verdict]
+    of = "" if verdict == "unsaid" else f" for {' and '.join(which)}"
+    lead = _lead(verdict, group_ids, unit, saliency[which[0]]["ratio"]["reason"], of)
+    return {
+        "name": "blue and yellow",
+        "claim": "The network attends to blue and yellow pixels.",
+        "source": "the saliency post",
+        "among": "all patches",
+        "verdict": verdict,
+        "answer": f"{lead} {'; '.join(parts)}.",
+        "note": "Nuclei are what is blue in H&E, so a network that looks at nuclei looks at blue. It has "
+        "never seen patches without colour: part of what it loses there is strangeness.",
+        "auroc": auroc,
+        "saliency": saliency,
+    }
+
+
+def count_asked(network: nn.Module, input_px: int) -> int:
+    """Say of how many patches the network can be asked again in some seconds: fewer, the more it computes."""
+    multiplications = sum(
+        row.parameters * np.prod(row.output_shape[1:], dtype=float) for row in describe(network, input_px)
+    )
+    return int(np.clip(MOST_MULTIPLICATIONS / max(multiplications, 1), FEWEST_ASKED, MOST_ASKED))
+
+
+def draw_rows(n: int, most: int, seed: int) -> np.ndarray:
+    """Draw rows of a judged side without replacement, in order; all where there are not too many."""
+    return (
+        np.arange(n)
+        if n <= most
+        else np.sort(make_rng(seed, "conjectures", most).choice(n, most, replace=False))
+    )
+
+
+def _read_known(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read what was measured before, if it answers the same question."""
+    try:
+        known = read_json(path, format=FORMAT)
+    except DataError:
+        return None
+    return known if all(known.get(key) == value for key, value in asked.items()) else None
+
+
+def _contrast(
+    name: str,
+    direction: int,
+    values: pd.Series,
+    chosen: np.ndarray,
+    group_ids: np.ndarray,
+    names: tuple[str, str],
+    seed: int,
+    unit: str,
+) -> dict[str, Any]:
+    """Compare a property in the direction of the conjecture: -1 where the chosen are to have less of it."""
+    found = contrast_groups(
+        direction * values.to_numpy(), chosen, group_ids, seed=seed, unit=unit, names=names
+    )
+    return {
+        "property": name,
+        "direction": "more" if direction > 0 else "less",
+        "chosen": names[0],
+        "others": names[1],
+        "n_chosen": found.n_chosen,
+        "n_others": found.n_others,
+        "mean_chosen": direction * found.mean_chosen,
+        "mean_others": direction * found.mean_others,
+        "difference_sd": found.difference_sd.to_dict(),
+        "auroc": found.auroc.to_dict(),
+        "within": None if found.within is None else found.within.to_dict(),
+        "by_group": found.by_group.replace({np.nan: None}).to_dict(orient="index"),
+    }
+
+
+def _judge_contrast(
+    measure: Mapping[str, Any], words: tuple[str, str, str], group_ids: np.ndarray, unit: str
+) -> dict[str, str]:
+    """Give verdict and answer: does the AUROC's interval lie above .5?"""
+    auroc, difference = measure["auroc"], measure["difference_sd"]
+    verdict = _judge(auroc, 0.5)
+    if auroc["value"] is None:
+        return {"verdict": verdict, "answer": f"Cannot be said: {auroc['reason']}."}
+    sentence, more, less = words
+    said = sentence.format(more if (difference["value"] or 0) >= 0 else less)
+    size = "" if difference["value"] is None else f", by {abs(difference['value']):.2f} standard deviations"
+    lead = _lead(verdict, group_ids, unit, auroc["reason"])
+    return {"verdict": verdict, "answer": f"{lead} {said}{size}; AUROC {_estimate(auroc, '.3f')}."}
+
+
+def _measure_share(
+    shares: pd.DataFrame, colour: str, group_ids: np.ndarray, *, seed: int, unit: str
+) -> dict[str, Any]:
+    known = shares[f"{colour}_saliency"].notna().to_numpy()
+    area, saliency = (shares[f"{colour}_{what}"].to_numpy()[known] for what in ("area", "saliency"))
+    if not known.any() or area.mean() < LEAST_AREA:
+        ratio = Interval(float("nan"), reason=f"hardly any pixel is {colour}")
+    else:
+        ratio = estimate_ratio(saliency, area, group_ids[known], seed=seed, unit=unit)
+    each = pd.DataFrame({"area": area, "saliency": saliency}).groupby(group_ids[known]).mean()
+    return {
+        "area_share": area.mean() if known.any() else None,
+        "saliency_share": saliency.mean() if known.any() else None,
+        "ratio": ratio.to_dict(),
+        "by_group": each.to_dict(orient="index") if unit != "patch" else {},
+    }
+
+
+def _auroc(
+    truth: np.ndarray, prob: np.ndarray, group_ids: np.ndarray, *, seed: int, unit: str
+) -> dict[str, Any]:
+    ranked = rank(truth, prob, group_ids=group_ids)
+    result = replicate(ranked, seed=seed, names=["auroc"])
+    return estimate_metric(METRICS["auroc"], ranked, result, level=0.95, unit=unit).to_dict()
+
+
+def _judge(estimate: Mapping[str, Any], neutral: float) -> str:
+    if estimate["low"] is None:
+        return "unsaid"
+    if estimate["low"] > neutral:
+        return "held"
+    return "opposite" if estimate["high"] < neutral else "not seen"
+
+
+def _lead(verdict: str, group_ids: np.ndarray, unit: str, reason: str | None, of: str = "") -> str:
+    if verdict != "unsaid":
+        return f"{_LEADS[verdict]}{of}:"
+    n = len(np.unique(group_ids))
+    units = unit if n == 1 else "patches" if unit == "patch" else f"{unit}s"
+    return f"Cannot be said from {n:,} {units} ({reason}). Taken as it is:"
+
+
+def _say_share(colour: str, found: Mapping[str, Any]) -> str:
+    if found["ratio"]["value"] is None:
+        return str(found["ratio"]["reason"])
+    return (
+        f"{colour} pixels are {found['area_share']:.1%} of the area and hold {found['saliency_share']:.1%} "
+        f"of the saliency, {_estimate(found['ratio'], '.2f')} times their share"
+    )
+
+
+def _estimate(estimate: Mapping[str, Any], style: str) -> str:
+    """Write a number, with its interval in brackets where it has one."""
+    if estimate["low"] is None:
+        return f"{estimate['value']:{style}}"
+    return f"{estimate['value']:{style}} ({estimate['low']:{style}} to {estimate['high']:{style}})"

@@ -1,0 +1,114 @@
+"""Chapters on what the network looks at, and on what the posts conjectured about it."""
+
+from collections.abc import Mapping
+from string import capwords
+from typing import Any
+
+from biopsy.evaluation.explanation.section import MOST_GROUPS
+from biopsy.evaluation.patch_properties import PROPERTIES
+from biopsy.evaluation.sections import Footnotes
+from biopsy.reporting.document import Block, Section, Table, Text, number
+from biopsy.reporting.facts import RunFacts
+
+
+def describe_conjectures(facts: RunFacts) -> Section | None:
+    """The posts' three conjectures: a sentence each, and the numbers behind it."""
+    found = facts.conjectures
+    if found is None:
+        return None
+    drawn = found["n_measured"] < found["n_patches"] or found["n_asked"] < found["n_patches"]
+    size = (
+        f" Measured on {number(found['n_measured'])} patches, the network asked again on "
+        f"{number(found['n_asked'])}, drawn with seed {found['seed']} from {number(found['n_patches'])}."
+    )
+    blocks: list[Block] = [
+        Text(
+            "The posts this package started from guessed why their networks err. Each guess is measured here "
+            f"on the {found['side']} side, with intervals over {found['unit']}s." + (size if drawn else "")
+        )
+    ]
+    each = {entry["name"]: entry for entry in found["conjectures"]}
+    for entry in each.values():
+        blocks.append(Text(f"\u201c{entry['claim']}\u201d ({entry['source']}). {entry['answer']}"))
+    compared = [(entry, measure) for entry in each.values() for measure in entry.get("measures", ())]
+    if compared:
+        blocks.append(_table_of_contrasts(compared, found["unit"]))
+    for entry in each.values():
+        if "auroc" in entry:
+            blocks += [_table_of_colour(entry), _table_of_saliency(entry)]
+    blocks += _tables_by_group(compared, found["unit"])
+    return Section("conjectures", "The posts' conjectures, measured", blocks)
+
+
+def _table_of_contrasts(compared: list[tuple[Any, Any]], unit: str) -> Table:
+    rows, reasons = [], Footnotes()
+    for _, m in compared:
+        row = [
+            f"{m['property']}: {m['chosen']} against {m['others']}",
+            f"{number(m['n_chosen'])} / {number(m['n_others'])}",
+            f"{number(m['mean_chosen'])} / {number(m['mean_others'])}",
+            reasons.estimate(m["difference_sd"]),
+            reasons.estimate(m["auroc"]),
+        ]
+        if unit != "patch":
+            row.append(reasons.estimate(m["within"] or {}))
+        rows.append(row)
+    columns = ["", "patches", "means", "difference in SD", "AUROC"]
+    columns += [f"AUROC within {unit}s, mean"] if unit != "patch" else []
+    units = "; ".join(
+        f"{name}: {PROPERTIES[name]}" for name in dict.fromkeys(m["property"] for _, m in compared)
+    )
+    notes = " ".join(dict.fromkeys(entry["note"] for entry, _ in compared))
+    note = (
+        "Differences and AUROC are above 0 and .5 where the conjecture holds: less stain in what was missed, "
+        f"more heterogeneity in false alarms. {capwords(units[:1])}{units[1:]}. {notes}{reasons.text}"
+    )
+    return Table(columns, rows, caption="Stain and heterogeneity of mistakes", note=note)
+
+
+def _table_of_colour(entry: Mapping[str, Any]) -> Table:
+    rows, reasons = [], Footnotes()
+    for name, found in entry["auroc"].items():
+        difference = found.get("difference")
+        rows.append(
+            [name, reasons.estimate(found["auroc"]), reasons.estimate(difference) if difference else "-"]
+        )
+    note = f"Differences are paired, over the same patches. {entry['note']}{reasons.text}"
+    return Table(["patches", "AUROC", "difference"], rows, caption="With colour taken out", note=note)
+
+
+def _table_of_saliency(entry: Mapping[str, Any]) -> Table:
+    rows, reasons = [], Footnotes()
+    for colour, found in entry["saliency"].items():
+        shares = [number(found["area_share"]), number(found["saliency_share"])]
+        rows.append([colour, *shares, reasons.estimate(found["ratio"])])
+    note = (
+        "Blue and yellow: a b* of CIELAB beyond -10 and 10; purple counts as blue. A ratio of 1 is what a "
+        f"map would show that takes no notice of colour.{reasons.text}"
+    )
+    return Table(
+        ["pixels", "share of the area", "share of the saliency", "ratio"],
+        rows,
+        caption="Where saliency falls",
+        note=note,
+    )
+
+
+def _tables_by_group(compared: list[tuple[Any, Any]], unit: str) -> list[Block]:
+    """List the values patient by patient, which with few of them is all there is."""
+    rows = [
+        [
+            f"{measure['property']}, {measure['chosen']}",
+            str(name),
+            number(of["n_chosen"]),
+            number(of["n_others"]),
+            number(of["auroc"]),
+        ]
+        for _, measure in compared
+        for name, of in list(measure["by_group"].items())[:MOST_GROUPS]
+    ]
+    if not rows:
+        return []
+    title = f"{capwords(unit)} by {unit}"
+    columns = ["", unit, "chosen", "others", "AUROC"]
+    return [Table(columns, rows, text_columns=2, fold=title, note="A dash: only one of the two occurs.")]

@@ -1,0 +1,1 @@
+"""Label issues: labels that neighbours and model contradict."""

@@ -1,0 +1,196 @@
+"""Labels that their neighbours and a model do not believe, as a sheet for a person to decide on.
+
+No label is changed here: the sheet goes to somebody who can look at tissue, and comes back by
+``biopsy prepare --labels``.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from biopsy.core.errors import RunError
+from biopsy.core.files import refuse_inputs, update_directory, write_atomic
+from biopsy.core.tables import write_csv
+from biopsy.data.labels import refuse_decided
+from biopsy.data.packs import Pack
+from biopsy.evaluation.label_issues.page import Doubt, DoubtsPage, render_doubts
+from biopsy.evaluation.neighbours import count_neighbours, rank_doubts
+from biopsy.evaluation.slide_context import SlideViews
+from biopsy.plotting.style import CLASS_COLOURS, jpeg
+from biopsy.training.runs import Run
+from biopsy.training.study import Study, is_study
+
+SHEET, PAGE, PICTURES = "labels.csv", "labels.html", "pictures"
+COLUMNS = ("patch_id", "label", "suggested", "decision", "who", "when", "reason", "doubt")
+
+
+@dataclass(frozen=True)
+class Doubts:
+    """What came of a call of `doubts`.
+
+    Attributes:
+        table: The sheet: one row a doubted label, most doubted first.
+        path: Where the sheet was written.
+        page: The page of pictures beside it.
+        n_patches: How many labels had a witness.
+        n_doubted: How many of them most witnesses speak against; the sheet may hold fewer.
+    """
+
+    table: pd.DataFrame
+    path: Path
+    page: Path
+    n_patches: int
+    n_doubted: int
+
+
+@dataclass(frozen=True)
+class _Models:
+    """What models say of patches they were not trained on, and which patches may be looked at."""
+
+    pack: Pack
+    probs: np.ndarray  # mean over models, (n_patches, n_classes); NaN where none may speak
+    n_heard: np.ndarray  # models that speak of each patch, (n_patches,)
+    allowed: np.ndarray  # bool, (n_patches,)
+
+
+def doubts(run: Run | Study | Path | str, *, out: Path | str, n: int = 100) -> Doubts:
+    """List labels that most witnesses speak against, and write a sheet and a page of pictures to decide on.
+
+    Witnesses are the labels of the eight neighbours on the slide, a voice each, and one voice of the models
+    that were not trained on the patch; see `neighbours.rank_doubts`. Labels are never changed: a person fills
+    the column ``decision`` (``yes`` for the suggested class, ``no`` for the label as it is, or a class), and
+    ``prepare --labels`` reads the sheet. Rows without a decision keep their label.
+
+    Args:
+        run: A run (its validation patches, and its test patches once they have been opened) or a study (the
+            test patches of all its runs).
+        out: Folder for ``labels.csv``, ``labels.html`` and ``pictures/``.
+        n: How many are listed at most.
+
+    Raises:
+        UserFileError: If the sheet there holds decisions, or is none that this wrote.
+        RunError: If there is no witness.
+    """
+    if n < 1:
+        raise RunError(f"n={n!r} lists nothing: ask for 1 label or more")
+    place = Path(out)
+    refuse_inputs(place, run.path if isinstance(run, Run | Study) else run)
+    refuse_decided(place / SHEET)
+    with update_directory(place, SHEET, PAGE, f"{PICTURES}/*", last=SHEET) as partial:
+        sheet, n_patches, n_doubted = _write_sheet(partial, _hear(run), n)
+    return Doubts(sheet, place / SHEET, place / PAGE, n_patches, n_doubted)
+
+
+def _write_sheet(place: Path, heard: _Models, n: int) -> tuple[pd.DataFrame, int, int]:
+    """Write sheet, page and pictures into an empty folder; return the sheet and the counts of `Doubts`."""
+    pack = heard.pack
+    counts = count_neighbours(pack.table, pack.target, len(pack.class_names))
+    found = rank_doubts(counts, pack.target, heard.probs).assign(row=np.arange(len(pack)))
+    voices = np.nan_to_num(counts).sum(axis=1) + ~np.isnan(heard.probs).any(axis=1)
+    found = found[(voices > 0) & heard.allowed]
+    if found.empty:
+        raise RunError(
+            f"no patch of {pack.path} has neighbours, or a model that was not trained on it: nobody to ask"
+        )
+    doubted = found[found["doubt"] > 0.5]
+    order = doubted.assign(patch_id=pack.table["patch_id"].iloc[doubted["row"]].to_numpy(str))
+    chosen = order.sort_values(["doubt", "patch_id"], ascending=[False, True]).head(n)
+    sheet, pictures = _compose(pack, chosen, heard)
+    (place / PICTURES).mkdir()
+    for name, picture in zip(sheet["picture"], pictures, strict=True):
+        (place / name).write_bytes(picture[0])
+    page = _lay_out(pack, sheet, pictures, (len(found), len(doubted)))
+    write_atomic(place / PAGE, render_doubts(page))
+    write_csv(place / SHEET, sheet)
+    return sheet, len(found), len(doubted)
+
+
+def _hear(run: Run | Study | Path | str) -> _Models:
+    """Gather predictions of patches that were not trained on: of test sides, else of validation."""
+    if isinstance(run, Study) or (not isinstance(run, Run) and is_study(run)):
+        study = Study.open(run)
+        runs = study.judged_runs()
+        if not runs:
+            raise RunError(f"{study.path} has no evaluated run: go on with the command that made it")
+    else:
+        runs = [Run.open(run)]
+    pack = runs[0].open_pack(verify=False)
+    closed = np.full(len(pack), True)
+    for one in runs:
+        closed &= (one.sides(pack) == "test") & (one.judged_side != "test")
+    first, n_first = _average(pack, [one.predictions("test")[0] for one in runs if one.judged_side == "test"])
+    second, n_second = _average(pack, [one.predictions(one.val_side)[0] for one in runs])
+    known = n_first > 0
+    probs = np.where(known[:, None], first, second)
+    return _Models(pack, probs, np.where(known, n_first, n_second), ~closed)
+
+
+def _average(pack: Pack, frames: list[pd.DataFrame]) -> tuple[np.ndarray, np.ndarray]:
+    """Give each patch's mean probabilities, NaN where it was not predicted, and over how many models."""
+    names = [f"prob_{name}" for name in pack.class_names]
+    empty = pd.DataFrame(columns=["patch_id", *names]).astype(dict.fromkeys(names, float))
+    every = pd.concat([frame[["patch_id", *names]] for frame in frames]) if frames else empty
+    groups = every.groupby(every["patch_id"].astype(str))[names]
+    patch_ids = pack.table["patch_id"].astype(str)
+    n_models = groups.size().reindex(patch_ids, fill_value=0).to_numpy()
+    return groups.mean().reindex(patch_ids).to_numpy(float), n_models
+
+
+def _compose(
+    pack: Pack, chosen: pd.DataFrame, heard: _Models
+) -> tuple[pd.DataFrame, list[tuple[bytes, bytes]]]:
+    """Give the sheet, and for each row the patch among those around it, and the patch by itself."""
+    views, pictures, rows = SlideViews(pack), [], []
+    labels = pack.table.get("original_class", pd.Series(pack.target).map(dict(enumerate(pack.class_names))))
+    for number, one in enumerate(chosen.itertuples(), start=1):
+        about = pack.table.iloc[one.row]
+        width, height = pack.sizes[one.row]
+        patch = np.asarray(pack.patches[one.row, :height, :width])
+        around = views.surroundings(one.row)
+        pictures.append((jpeg(patch if around is None else around, quality=75), jpeg(patch)))
+        rows.append(
+            {
+                "patch_id": about["patch_id"],
+                "label": labels.iloc[one.row],
+                "suggested": pack.class_names[one.suggested],
+                "decision": None,
+                "who": None,
+                "when": None,
+                "reason": _give_reason(one, pack.class_names[one.suggested], int(heard.n_heard[one.row])),
+                "doubt": round(float(one.doubt), 3),
+                **{name: about[name] for name in ("patient_id", "slide_id", "x", "y")},
+                "picture": f"{PICTURES}/{number:04d}.jpg",
+            }
+        )
+    names = [*COLUMNS, "patient_id", "slide_id", "x", "y", "picture"]
+    return pd.DataFrame(rows, columns=names), pictures
+
+
+def _give_reason(one: Any, suggested: str, n_models: int) -> str:
+    """Write what the witnesses say."""
+    parts = ["no coordinates" if pd.isna(one.n_neighbours) else "no neighbours"]
+    if not pd.isna(one.n_neighbours) and one.n_neighbours:
+        parts = [f"{one.n_for} of {one.n_neighbours} neighbours are {suggested}"]
+    who = "a model that was" if n_models == 1 else f"the mean of {n_models} models that were"
+    said = f"{who} not trained on it gives {suggested} {one.prob:.2f}"
+    return "; ".join([*parts, said if n_models else "every model was trained on it"])
+
+
+def _lay_out(
+    pack: Pack,
+    sheet: pd.DataFrame,
+    pictures: list[tuple[bytes, bytes]],
+    counts: tuple[int, int],
+) -> DoubtsPage:
+    doubted = [
+        Doubt(number, row["patch_id"], row["label"], row["suggested"], row["reason"], *images)
+        for number, (row, images) in enumerate(zip(sheet.to_dict("records"), pictures, strict=True), start=1)
+    ]
+    colours = [
+        (name, CLASS_COLOURS[index % len(CLASS_COLOURS)]) for index, name in enumerate(pack.class_names)
+    ]
+    placed = bool(pack.table[["x", "y"]].notna().all(axis=1).any())
+    return DoubtsPage(pack.path.name, *counts, doubted, colours, placed, SHEET)

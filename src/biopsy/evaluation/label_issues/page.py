@@ -1,0 +1,57 @@
+"""The page of doubted labels: pictures to look at, on screen or on paper, beside the sheet to fill."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from biopsy.reporting.html import render
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """One doubted label.
+
+    Attributes:
+        number: Its row in the sheet, from 1.
+        patch_id: The patch.
+        label: The class it is labelled.
+        suggested: The class most witnesses are for.
+        reason: What they say.
+        around: The patch among those around it, encoded; without coordinates the patch itself.
+        patch: The patch by itself, encoded.
+    """
+
+    number: int
+    patch_id: str
+    label: str
+    suggested: str
+    reason: str
+    around: bytes
+    patch: bytes
+
+
+@dataclass(frozen=True)
+class DoubtsPage:
+    """Everything the page says.
+
+    Attributes:
+        pack: Name of the pack.
+        n_patches: How many labels had a witness.
+        n_doubted: How many of them most witnesses speak against.
+        doubted: Those on the page.
+        colours: Name and colour of each class.
+        placed: Whether patches have coordinates.
+        sheet: Name of the sheet beside it.
+    """
+
+    pack: str
+    n_patches: int
+    n_doubted: int
+    doubted: Sequence[Doubt]
+    colours: Sequence[tuple[str, str]]
+    placed: bool
+    sheet: str
+
+
+def render_doubts(page: DoubtsPage) -> str:
+    """Write the page as one self-contained HTML file without scripts."""
+    return render("doubts.html", page=page)

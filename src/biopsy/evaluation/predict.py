@@ -1,0 +1,323 @@
+"""Prediction: patches of any origin through a trained classifier, into one table."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from biopsy.core.errors import DataError
+from biopsy.core.files import refuse_inputs
+from biopsy.data.archives import MAX_ENTRY_BYTES, open_archive
+from biopsy.data.labels import refuse_decided
+from biopsy.data.packs import TABLE, Pack, is_pack, pad
+from biopsy.data.predictions import (
+    IDENTITY,
+    check_name,
+    check_replaceable,
+    give_ids,
+    tabulate_predictions,
+    write_predictions,
+    write_submission,
+)
+from biopsy.data.splits import FOLDER as SPLITS
+from biopsy.models.classifier import Classifier
+from biopsy.models.engine import Engine
+from biopsy.models.inference import predict_with_features
+from biopsy.models.out_of_distribution import measure_novelty
+from biopsy.slide_io.images import IMAGE_SUFFIXES, decode, read_header
+from biopsy.training.open_model import open_classifier
+from biopsy.training.runs import Run
+
+CHUNK = 2048  # patches held in memory at once
+
+Skipped = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What came of a call of `predict`.
+
+    Attributes:
+        frame: The table: the columns of every predictions file, ``source`` (the path that was given),
+            ``colour_distance``, ``feature_distance`` (multiples of their limits) and ``unlike_training``.
+        path: Where it was written.
+        skipped: What could not be read: ``source`` and ``reason``.
+        class_names: Names of the classes that ``pred`` counts.
+    """
+
+    frame: pd.DataFrame
+    path: Path
+    skipped: Skipped
+    class_names: list[str]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    about: pd.DataFrame
+    sources: list[str]
+    patches: np.ndarray
+    sizes: np.ndarray
+
+
+def predict(
+    model: Run | Classifier | Path | str,
+    paths: Sequence[Path | str] | Path | str,
+    *,
+    out: Path | str | None = None,
+    format: Literal["csv", "parquet", "kaggle"] = "csv",
+    device: str = "auto",
+    trust_model: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Prediction:
+    """Predict patches from images, folders, zips and packs, and write one table.
+
+    A file that is no image, or larger than the patches the classifier was trained on, is skipped and named.
+    Patches unlike anything in training are flagged in ``unlike_training``, not refused.
+
+    Args:
+        model: A finished run, a classifier, a bundle, or the folder of a WSInfer model.
+        paths: What to predict.
+        out: The table to write; by default ``predictions.csv`` (or ``.parquet``), or ``submission.csv``, in
+            the current folder.
+        format: Of the table, where ``out`` does not say; ``"kaggle"`` writes Kaggle's ``id,label`` instead:
+            the file's name without its ending, and the probability of the positive class.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+        trust_model: SHA-256 of a WSInfer model's TorchScript, which is code and runs only if it is named.
+        on_progress: Called with patches done and patches in all.
+
+    Raises:
+        RunError: If the model is none of these, or not trusted.
+        DataError: If a path does not exist, or nothing could be read at all; for Kaggle, if the classifier
+            has more than two classes or two patches the same id.
+    """
+    classifier = open_classifier(model, trust_model=trust_model)
+    engine = Engine(device)
+    paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    skipped: Skipped = []
+    sources = _open([Path(path) for path in paths], classifier, skipped)
+    path = Path(out or ("submission.csv" if format == "kaggle" else f"predictions.{format}"))
+    if path.suffix not in (".csv", ".parquet"):
+        raise DataError(f"predictions cannot be written to {path.name!r}; use .parquet or .csv")
+    refuse_inputs(path, *_list_read(model, sources))
+    refuse_decided(path)
+    check_replaceable(path, is_named=out is not None)
+    if format == "kaggle":
+        _check_submission(classifier, path, sources)
+    n_patches, done = sum(map(len, sources)) + len(skipped), 0
+    frames = []
+    for source in sources:
+        answers = []
+        for chunk in source.read(classifier, skipped):
+            answers.append(_predict_chunk(classifier, chunk, engine))
+            done += len(chunk.about)
+            if on_progress:
+                on_progress(done + len(skipped), n_patches)
+        if answers:
+            frames.append(_decide(classifier, answers))
+    if not frames:
+        first = f"; {skipped[0]['source']}: {skipped[0]['reason']}" if skipped else ""
+        raise DataError(f"no patch could be read from {', '.join(map(str, paths))}{first}")
+    frame = pd.concat(frames, ignore_index=True)
+    about = {
+        "classifier_sha256": classifier.sha256,
+        "pack_sha256": None,
+        "split": None,
+        "threshold": classifier.frozen,
+        "sources": [str(source) for source in paths],
+        "skipped": skipped,
+    }
+    write = write_submission if format == "kaggle" else write_predictions
+    return Prediction(frame, write(path, frame, about), skipped, classifier.info.class_names)
+
+
+def _list_read(
+    model: Run | Classifier | Path | str, sources: "list[_PackSource | _ImageSource]"
+) -> Iterator[Path]:
+    """Name the tables that the model and the packs keep: those that a table of predictions might replace."""
+    if not isinstance(model, Classifier):
+        folder = model.path if isinstance(model, Run) else Path(model)
+        yield from (folder / "split.csv", folder / "predictions")
+    for source in sources:
+        if isinstance(source, _PackSource):
+            yield from (source.path / TABLE, source.path / SPLITS)
+
+
+def _check_submission(
+    classifier: Classifier, path: Path, sources: "list[_PackSource | _ImageSource]"
+) -> None:
+    """Refuse what Kaggle would not take before anything is predicted."""
+    if classifier.positive_index is None:
+        raise DataError(
+            "Kaggle's csv holds one probability a patch; the classifier has "
+            f"{len(classifier.info.class_names)} classes: write csv or parquet"
+        )
+    check_name(path)
+    give_ids([name for source in sources for name in source.names])
+
+
+class _Answer(NamedTuple):
+    """Of the patches of a chunk: what is known of them, where they come from, logits, distances."""
+
+    about: pd.DataFrame
+    sources: list[str]
+    logits: np.ndarray
+    novelty: pd.DataFrame
+
+
+def _predict_chunk(classifier: Classifier, chunk: _Chunk, engine: Engine) -> _Answer:
+    logits, features = predict_with_features(classifier, chunk.patches, chunk.sizes, engine=engine)
+    novelty = measure_novelty(classifier, chunk.patches, chunk.sizes, features)
+    return _Answer(chunk.about, chunk.sources, logits, novelty)
+
+
+def _decide(classifier: Classifier, answers: list[_Answer]) -> pd.DataFrame:
+    """Turn the logits of a source into probabilities and decisions, neighbours taken into account."""
+    about = pd.concat([answer.about for answer in answers], ignore_index=True)
+    logits = np.concatenate([answer.logits for answer in answers])
+    classifier = classifier.for_patches(about)
+    logits = classifier.add_context(logits, about)
+    probs = classifier.probs(logits)
+    frame = tabulate_predictions(
+        about,
+        classifier.info.class_names,
+        classifier.positive_index,
+        logits,
+        probs,
+        threshold=classifier.threshold,
+        abstained=classifier.abstains(probs),
+    )
+    novelty = pd.concat([answer.novelty for answer in answers], ignore_index=True)
+    sources = pd.array([source for answer in answers for source in answer.sources], dtype="string")
+    return pd.concat([frame.assign(source=sources), novelty], axis=1)
+
+
+@dataclass(frozen=True)
+class _PackSource:
+    path: Path
+    pack: Pack
+
+    def __len__(self) -> int:
+        return len(self.pack)
+
+    @property
+    def names(self) -> list[str]:
+        return self.pack.table["patch_id"].tolist()
+
+    def read(self, classifier: Classifier, skipped: Skipped) -> Iterator[_Chunk]:
+        pack = self.pack
+        same_classes = pack.class_names == classifier.info.class_names
+        for start in range(0, len(pack), CHUNK):
+            rows = slice(start, start + CHUNK)
+            about = pack.table[list(IDENTITY)].iloc[rows].reset_index(drop=True)
+            if same_classes:
+                about["target"] = pack.target[rows]
+            sources = [str(self.path)] * len(about)
+            yield _Chunk(about, sources, pack.patches[rows], pack.sizes[rows])
+
+
+@dataclass(frozen=True)
+class _Image:
+    name: str
+    source: str
+    """The path it was found by: of the image itself, or of the folder or zip it is in."""
+    read: Callable[[], bytes | memoryview]
+
+
+@dataclass(frozen=True)
+class _ImageSource:
+    images: list[_Image]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def names(self) -> list[str]:
+        return [image.name for image in self.images]
+
+    def read(self, classifier: Classifier, skipped: Skipped) -> Iterator[_Chunk]:
+        patch_px = classifier.info.patch_px
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for start in range(0, len(self.images), CHUNK):
+                images = self.images[start : start + CHUNK]
+                known, decoded = [], []
+                for image, pixels in zip(images, pool.map(lambda i: _load(i, patch_px), images), strict=True):
+                    if isinstance(pixels, str):
+                        skipped.append({"source": _spell(image), "reason": pixels})
+                    else:
+                        known.append(image)
+                        decoded.append(pixels)
+                if known:
+                    about = pd.DataFrame({"patch_id": [image.name for image in known]})
+                    yield _Chunk(about, [image.source for image in known], *_pad(decoded, patch_px))
+
+
+def _load(image: _Image, patch_px: int) -> np.ndarray | str:
+    """Give the pixels of an image, or the reason why there are none."""
+    try:
+        data = image.read()
+        header = read_header(data)
+        if max(header.width, header.height) > patch_px:
+            size = f"{header.width}x{header.height}"
+            return f"is {size} px where the classifier takes patches of {patch_px}x{patch_px}"
+        return decode(data)
+    except DataError as error:
+        return str(error)
+
+
+def _spell(image: _Image) -> str:
+    return image.source if Path(image.source).name == image.name else f"{image.source}/{image.name}"
+
+
+def _open(paths: list[Path], classifier: Classifier, skipped: Skipped) -> list[_PackSource | _ImageSource]:
+    """Open every path; images named one after another are read as one source."""
+    sources: list[_PackSource | _ImageSource] = []
+    for are_images, group in groupby(paths, _is_image):
+        if are_images:
+            sources.append(_ImageSource([_Image(p.name, str(p), partial(_read_file, p)) for p in group]))
+            continue
+        for path in group:
+            if is_pack(path):
+                pack = Pack.open(path)
+                classifier.check_pack(pack)
+                sources.append(_PackSource(path, pack))
+            else:
+                sources.append(_open_archive(path, skipped))
+    return sources
+
+
+def _open_archive(path: Path, skipped: Skipped) -> _ImageSource:
+    if not path.exists():
+        raise DataError(f"{path} does not exist: give images, folders, zips or packs")
+    archive = open_archive(path)
+    skipped += [
+        {"source": f"{path}/{name}", "reason": "is a zip inside a folder: name it by itself"}
+        for name in archive.unread
+    ]
+    entries = [entry for entry in archive.entries if entry.name.lower().endswith(IMAGE_SUFFIXES)]
+    return _ImageSource([_Image(entry.name, str(path), partial(archive.read, entry)) for entry in entries])
+
+
+def _is_image(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_ENTRY_BYTES:
+            raise DataError(f"has {path.stat().st_size:,} bytes; at most {MAX_ENTRY_BYTES:,} are read")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}") from None
+
+
+def _pad(images: list[np.ndarray], patch_px: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pad images as a pack does; gives patches and true sizes."""
+    sizes = np.array([(image.shape[1], image.shape[0]) for image in images])
+    return np.stack([pad(image, patch_px) for image in images]), sizes

@@ -1,0 +1,468 @@
+"""Evaluation of anybody's predictions: arrays, or a table that another program wrote."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import ArrayLike
+
+from biopsy.core.errors import DataError, MetricError, RunError, suggest
+from biopsy.core.files import plain
+from biopsy.core.tables import infer_numbers, read_csv_table
+from biopsy.core.text import normalize_id
+from biopsy.data.datasets.base import find_positive
+from biopsy.data.ledger import record_opening
+from biopsy.data.packs import Pack
+from biopsy.data.predictions import decide, make_predictions, read_metadata, tabulate_predictions
+from biopsy.data.splits import find_split
+from biopsy.evaluation.calibration.measure import measure_calibration, measure_reliability
+from biopsy.evaluation.evaluate import FORMAT, LEVEL, check_classes, measure_predictions
+from biopsy.evaluation.operating_points import measure_decisions
+from biopsy.evaluation.results import Evaluation
+from biopsy.evaluation.scored import ScoredPatches
+from biopsy.evaluation.subgroups import measure_subgroups, pick_columns
+from biopsy.models.classifier import Classifier
+from biopsy.models.engine import Engine
+from biopsy.models.inference import predict_logits
+from biopsy.statistics.decisions import check_prevalence
+from biopsy.statistics.intervals import describe_method
+from biopsy.statistics.multiclass import SUM_TOLERANCE
+
+logger = logging.getLogger(__name__)
+
+Unit = Literal["patient", "slide"]
+
+TABLE_SUFFIXES = (".csv", ".csv.gz", ".parquet")
+TRUTH_COLUMNS = ("y_true", "target", "label", "true_class", "class", "truth", "ground_truth")
+PROB_COLUMNS = ("prob", "y_prob", "probability", "y_score", "score")
+PROB_PREFIXES = ("prob_", "y_prob_", "probability_")
+GROUP_COLUMNS: dict[str, Unit] = {
+    "patient_id": "patient",
+    "patient": "patient",
+    "groups": "patient",
+    "group": "patient",
+    "case_id": "patient",
+    "case": "patient",
+    "slide_id": "slide",
+    "slide": "slide",
+}
+ID_COLUMNS = ("patch_id", "image_id", "id", "image", "path", "filename", "file")
+
+
+def evaluate_predictions(
+    y_true: ArrayLike,
+    y_prob: ArrayLike,
+    groups: ArrayLike | None = None,
+    *,
+    class_names: Sequence[str] | None = None,
+    positive_class: str | None = None,
+    threshold: float | None = None,
+    subgroups: Mapping[str, ArrayLike] | pd.DataFrame | None = None,
+    patch_ids: ArrayLike | None = None,
+    prevalence: float | None = None,
+    unit: Unit = "patient",
+    seed: int = 0,
+) -> Evaluation:
+    """Evaluate predictions of any classifier: every metric with an interval over patients.
+
+    Args:
+        y_true: True class per patch, shape ``(n,)``: an index into ``class_names``, or a name.
+        y_prob: Probability of the positive class, shape ``(n,)``, or of each class, ``(n, n_classes)``.
+        groups: The patient (or slide) of each patch, over which intervals are made; without it patches are
+            taken as independent, and intervals are too narrow wherever they belong together.
+        class_names: Names in the order of the columns of ``y_prob``. By default the sorted names in
+            ``y_true``, as scikit-learn's ``classes_``; the numbers from 0 where it holds numbers.
+        positive_class: For two classes, the one whose recall is called sensitivity, and whose probability a
+            one-dimensional ``y_prob`` is; by default the second class.
+        threshold: For two classes, the probability from which a patch is predicted positive (default 0.5).
+            Choose it on other patches than these.
+        subgroups: Columns with one value per patch: the metrics are repeated within each value.
+        patch_ids: One id per patch, each once.
+        prevalence: Also give PPV and NPV where this share of patches is positive.
+        unit: What ``groups`` names.
+        seed: Of bootstrap draws, used from 100 groups on, and of the simulated calibration floor.
+
+    Returns:
+        The evaluation: `to_frame` for a table, `to_dict` for JSON, `biopsy.report` for a page.
+
+    Raises:
+        MetricError: If lengths differ, values are missing, probabilities are none or do not sum to one, there
+            is one class only, a class is unknown, or a patch id comes twice.
+
+    Example:
+        >>> y_true, y_prob = [0, 1, 1, 0, 1, 0], [0.2, 0.9, 0.4, 0.3, 0.8, 0.1]
+        >>> evaluation = evaluate_predictions(y_true, y_prob, groups=["a", "a", "b", "b", "c", "c"])
+        >>> evaluation["patch"]["auroc"]["value"]
+        1.0
+    """
+    labels = _read_labels(y_true)
+    probs = _read_probs(y_prob, len(labels))
+    names, positive = _name_classes(labels, probs, class_names, positive_class)
+    if probs.ndim == 1:
+        columns = (1 - probs, probs) if names.index(str(positive)) == 1 else (probs, 1 - probs)
+        probs = np.stack(columns, axis=1)
+    target = _index_classes(labels, names)
+    if threshold is not None and (positive is None or not 0 <= threshold <= 1):
+        raise MetricError(
+            f"threshold={threshold!r}: give a probability between 0 and 1, for two classes; of more classes "
+            "the one of highest probability is predicted"
+        )
+    if prevalence is not None:
+        check_prevalence(prevalence)
+    known = {} if subgroups is None else dict(subgroups)
+    columns_of = {str(name): _read_vector(str(name), values, len(labels)) for name, values in known.items()}
+    about = _describe_patches(groups, patch_ids, unit, len(labels))
+    positive_index = None if positive is None else names.index(positive)
+    cut = None if positive is None else 0.5 if threshold is None else float(threshold)
+    scored = ScoredPatches(
+        target=target,
+        probs=probs,
+        pred=decide(probs, positive_index, cut),
+        group_ids=about["patch_id" if groups is None else f"{unit}_id"].to_numpy(object),
+        class_names=names,
+        positive_class=positive,
+        unit="patch" if groups is None else unit,
+    )
+    frame = tabulate_predictions(
+        about.assign(target=target), names, positive_index, None, probs, threshold=cut
+    )
+    frozen = (
+        None
+        if cut is None
+        else {"value": cut, "rule": "0.5" if threshold is None else "given", "chosen_on": None}
+    )
+    document = _measure(scored, pd.DataFrame(columns_of), frozen, prevalence, seed)
+    return Evaluation(plain(document), frame)
+
+
+def evaluate_classifier(
+    classifier: Classifier,
+    data: Pack | Path | str,
+    *,
+    side: str = "test",
+    split: str | None = None,
+    prevalence: float | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """Evaluate a classifier that belongs to no run on a pack; the opening is counted in the pack's ledger.
+
+    Args:
+        classifier: Its classes must be the pack's.
+        data: A pack; all its patches are predicted unless a split is named.
+        side: Subset of the split.
+        split: Name of a split of the pack.
+        prevalence, seed: As in `evaluate_predictions`.
+
+    Raises:
+        RunError: If the classes differ, or the split has no patches on that side.
+        DataError: If the pack's patches are of another resolution or larger than the classifier's.
+    """
+    pack = Pack.open(data)
+    pack.verify()
+    check_classes(pack, classifier)
+    classifier.check_pack(pack)
+    sides = np.full(len(pack), side) if split is None else find_split(pack, split).sides(pack)
+    rows = np.flatnonzero(sides == side)
+    if not len(rows):
+        raise RunError(f"{split!r} has no {side} patches in {pack.path.name}")
+    engine = Engine("auto")
+    network, table = engine.place(classifier.network), pack.table.iloc[rows]
+    preprocessing = classifier.info.preprocessing
+    logits = predict_logits(network, preprocessing, pack.patches, pack.sizes, rows, engine=engine)
+    classifier = classifier.for_patches(table)
+    logits = classifier.add_context(logits, table)
+    probs = classifier.probs(logits)
+    entry = {"run": classifier.sha256[:12], "split": split or "all patches", "fold": None, "side": side}
+    record_opening(pack, classifier.path or Path(), entry)
+    scored = ScoredPatches.of_pack(pack, rows, probs, classifier.threshold)
+    frozen = classifier.info.thresholds[0] if classifier.info.thresholds else None
+    document = _measure(scored, pick_columns(table), frozen, prevalence, seed)
+    options: dict[str, Any] = {"seed": seed, "unit": scored.unit, "level": LEVEL}
+    document["calibration"] = measure_calibration(
+        classifier, logits, scored.target, scored.group_ids, **options
+    )
+    document["split"]["name"] = split
+    frame = make_predictions(
+        pack,
+        rows,
+        logits,
+        probs,
+        sides=side,
+        threshold=classifier.threshold,
+        abstained=classifier.abstains(probs),
+    )
+    return Evaluation(plain(document), frame)
+
+
+def _measure(
+    scored: ScoredPatches,
+    columns: pd.DataFrame,
+    threshold: dict[str, Any] | None,
+    prevalence: float | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Return what ``metrics.json`` holds, of patches that no run predicted."""
+    n_groups = len(np.unique(scored.group_ids))
+    reliability = measure_reliability(scored, seed=seed, level=LEVEL)
+    options: dict[str, Any] = {"seed": seed, "unit": scored.unit, "level": LEVEL}
+    decisions: dict[str, Any] = {}
+    if threshold is not None:
+        arrays = scored.is_positive, scored.prob, scored.group_ids
+        decisions = measure_decisions(*arrays, [threshold], prevalence=prevalence, **options)
+    return {
+        "format": FORMAT,
+        "side": None,
+        "positive_class": scored.positive_class,
+        "class_names": list(scored.class_names),
+        "n_patches": len(scored),
+        "n_patients": n_groups,
+        "unit": scored.unit,
+        "split": {"name": None, "fold": None, "patients_overlap": None, "test_is_validation": False},
+        "threshold": threshold,
+        **measure_predictions(scored, None if threshold is None else threshold["value"], seed=seed),
+        "calibration": {"method": "none", "before": reliability, "after": reliability},
+        **decisions,
+        "abstention": None,
+        "interval": describe_method(n_groups, seed=seed, level=LEVEL, unit=scored.unit),
+        "baseline": None,
+        "subgroups": measure_subgroups(scored, columns, seed=seed, level=LEVEL),
+        "times_opened": None,
+        "ledger": None,
+        "evaluated": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _read_vector(name: str, values: ArrayLike, n: int | None = None) -> np.ndarray:
+    """Return one value per patch, none of them missing except in subgroups."""
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise MetricError(f"{name} has shape {array.shape}: give one value per patch")
+    if n is not None and len(array) != n:
+        raise MetricError(f"{name} has {len(array):,} values for {n:,} patches: give one per patch")
+    if n is None and not len(array):
+        raise MetricError("there are no patches to evaluate: at least one per class is needed")
+    return array
+
+
+def _read_labels(y_true: ArrayLike) -> np.ndarray:
+    """Return the true classes as numbers or as text."""
+    labels = _read_vector("y_true", y_true)
+    _refuse_missing("y_true", np.asarray(pd.isna(labels)))
+    if labels.dtype.kind == "O" and all(isinstance(label, Integral) for label in labels):
+        labels = labels.astype(np.int64)  # of pandas's Int64
+    return labels.astype(np.int64) if labels.dtype.kind == "b" else labels
+
+
+def _refuse_missing(name: str, missing: Any) -> None:
+    if missing.any():
+        raise MetricError(
+            f"{name} is missing in {missing.sum():,} rows, first in row {int(missing.argmax())}: "
+            "fill these in or leave the patches out"
+        )
+
+
+def _read_probs(y_prob: ArrayLike, n: int) -> np.ndarray:
+    """Return probabilities ``(n,)`` or ``(n, n_classes)``, checked."""
+    try:
+        probs = np.asarray(y_prob, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise MetricError("y_prob holds values that are not numbers: give probabilities") from None
+    if probs.ndim == 2 and probs.shape[1] == 1:
+        probs = probs[:, 0]
+    if probs.ndim not in (1, 2):
+        raise MetricError(f"y_prob has shape {probs.shape}: give (n,) or (n, n_classes)")
+    if len(probs) != n:
+        raise MetricError(
+            f"y_true has {n:,} patches and y_prob {len(probs):,}: give one row per patch in both"
+        )
+    _refuse_missing("y_prob", np.isnan(probs.reshape(n, -1)).any(axis=1))
+    low, high = probs.min(), probs.max()
+    if low < 0 or high > 1:
+        raise MetricError(
+            f"y_prob goes from {low:.4g} to {high:.4g} where probabilities lie in 0-1: of logits take the "
+            "sigmoid (two classes) or the softmax (more) first, and divide percentages by 100"
+        )
+    if probs.ndim == 2:
+        sums = probs.sum(axis=1)
+        wrong = np.abs(sums - 1) > SUM_TOLERANCE
+        if wrong.any():
+            at = int(wrong.argmax())
+            raise MetricError(
+                f"{wrong.sum():,} rows of y_prob do not sum to one, first row {at} with {sums[at]:.4g}: "
+                "outputs of one sigmoid per class are no probabilities of exclusive classes"
+            )
+    return probs
+
+
+def _name_classes(
+    labels: np.ndarray, probs: np.ndarray, class_names: Sequence[str] | None, positive_class: str | None
+) -> tuple[list[str], str | None]:
+    """Return the names of the classes in order, and the positive one of two."""
+    n_classes = 2 if probs.ndim == 1 else probs.shape[1]
+    is_text = labels.dtype.kind in "OUS"
+    if class_names is not None:
+        names = [str(name) for name in class_names]
+    elif is_text:
+        names = sorted({str(label) for label in labels})
+        if len(names) != n_classes:
+            raise MetricError(
+                f"y_true names {len(names)} classes ({', '.join(names)}) and y_prob is of {n_classes}: "
+                "name all by class_names, in the order of its columns"
+            )
+    else:
+        names = [str(index) for index in range(n_classes)]
+    if len(names) != n_classes or len(set(names)) != len(names) or n_classes < 2:
+        raise MetricError(
+            f"class_names {names} do not fit y_prob of {n_classes} classes: one distinct name each"
+        )
+    if positive_class is not None and str(positive_class) not in names:
+        raise MetricError(
+            f"positive_class={positive_class!r} is no class: {suggest(str(positive_class), names)}"
+        )
+    if n_classes > 2:
+        if positive_class is not None:
+            raise MetricError(f"positive_class={positive_class!r} is of two classes; these are {n_classes}")
+        return names, None
+    if positive_class is None and class_names is None and is_text:
+        positive_class = find_positive(names)
+        if positive_class is None:
+            raise MetricError(f"which of {' and '.join(names)} is positive? name it by positive_class")
+    return names, names[1] if positive_class is None else str(positive_class)
+
+
+def _index_classes(labels: np.ndarray, names: list[str]) -> np.ndarray:
+    """Return the index of each label's class; labels are names of classes or else their indices."""
+    texts = pd.Series(labels).astype(str)
+    if labels.dtype.kind == "f":
+        texts = texts.str.removesuffix(".0")
+    by_name = {name: k for k, name in enumerate(names)}
+    by_index = {str(k): k for k in range(len(names))}
+    target = texts.map(by_name if texts.isin(by_name).any() else by_index)
+    unknown = target.isna().to_numpy()
+    if unknown.any():
+        at = int(unknown.argmax())
+        raise MetricError(
+            f"{unknown.sum():,} labels are of no class, first {texts[at]!r} in row {at}; classes: "
+            f"{', '.join(names)} (or their indices from 0)"
+        )
+    if target.nunique() < 2:
+        raise MetricError(
+            f"all {len(target):,} patches are of class {names[int(target[0])]!r}: an evaluation needs "
+            "patches of two classes or more"
+        )
+    return target.to_numpy(np.intp)
+
+
+def _describe_patches(
+    groups: ArrayLike | None, patch_ids: ArrayLike | None, unit: Unit, n: int
+) -> pd.DataFrame:
+    """Return ``patch_id`` and the id of each patch's group."""
+    ids = np.arange(n) if patch_ids is None else _read_vector("patch_ids", patch_ids, n)
+    about = pd.DataFrame({"patch_id": pd.Series(ids).astype(str)})
+    twice = about["patch_id"].duplicated()
+    if twice.any():
+        raise MetricError(
+            f"{twice.sum():,} patch ids come more than once, first {about['patch_id'][twice].iloc[0]!r}: "
+            "evaluate each patch once"
+        )
+    if groups is None:
+        logger.warning("no groups given: patches are taken as independent; no interval is over patients")
+        return about
+    known = _read_vector("groups", groups, n)
+    _refuse_missing("groups", np.asarray(pd.isna(known)))
+    return about.assign(**{f"{unit}_id": pd.Series(known).astype(str)})
+
+
+def is_table(path: object) -> bool:
+    """Return whether a path is that of a table of predictions, by its name."""
+    return isinstance(path, str | Path) and str(path).lower().endswith(TABLE_SUFFIXES)
+
+
+def evaluate_table(
+    path: Path | str,
+    *,
+    positive: str | None = None,
+    threshold: float | None = None,
+    subgroups: Sequence[str] = (),
+    prevalence: float | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """Evaluate a csv or Parquet table of predictions, one row per patch; columns are known by their names.
+
+    Args:
+        path: With a column of true classes (`TRUTH_COLUMNS`), one of the positive class's probability
+            (`PROB_COLUMNS`) or one per class (``prob_<class>``), and if possible one of patients
+            (`GROUP_COLUMNS`).
+        positive: For two classes, the positive one.
+        threshold: By default that which biopsy wrote with its own predictions, else 0.5.
+        subgroups: Columns within whose values the metrics are repeated.
+        prevalence, seed: As in `evaluate_predictions`.
+
+    Raises:
+        DataError: If the file cannot be read or columns are not recognised.
+        MetricError: As in `evaluate_predictions`.
+    """
+    table = _read_table(Path(path))
+    lower = {str(name).lower(): str(name) for name in table.columns}
+
+    def find(names: Sequence[str]) -> str | None:
+        return next((lower[name] for name in names if name in lower), None)
+
+    truth, prob, ids = find(TRUTH_COLUMNS), find(PROB_COLUMNS), find(ID_COLUMNS)
+    prefix = next((p for p in PROB_PREFIXES if any(name.startswith(p) for name in lower)), None)
+    of_classes = [lower[name] for name in lower if prefix and name.startswith(prefix)]
+    if truth is None or (prob is None and len(of_classes) < 2):
+        raise DataError(
+            f"{path} has the columns {', '.join(map(str, table.columns))}; a column of true classes (one of "
+            f"{', '.join(TRUTH_COLUMNS)}) and of probabilities (one of {', '.join(PROB_COLUMNS)}, or "
+            "prob_<class> for every class) are needed: rename yours"
+        )
+    missing = [name for name in subgroups if name not in table]
+    if missing:
+        raise DataError(
+            f"{path} has no column {missing[0]!r}: {suggest(missing[0], map(str, table.columns))}"
+        )
+    group = find([name for name in GROUP_COLUMNS if name in lower and table[lower[name]].notna().any()])
+    class_names = [name[len(prefix or "") :] for name in of_classes] if len(of_classes) > 1 else None
+    if positive is None and class_names is not None and len(class_names) == 2 and prob is not None:
+        same = [k for k, name in enumerate(of_classes) if np.array_equal(table[name], table[prob])]
+        positive = class_names[same[0]] if len(same) == 1 else None
+    known = read_metadata(path).get("threshold") or {}
+    return evaluate_predictions(
+        table[truth].to_numpy(),
+        table[of_classes if class_names is not None else prob].to_numpy(),
+        None if group is None else table[group].map(_spell, na_action="ignore").to_numpy(object),
+        class_names=class_names,
+        positive_class=positive,
+        threshold=known.get("value") if threshold is None else threshold,
+        subgroups=table[list(subgroups)],
+        patch_ids=None if ids is None else table[ids].to_numpy(object),
+        prevalence=prevalence,
+        unit="patient" if group is None else GROUP_COLUMNS[group.lower()],
+        seed=seed,
+    )
+
+
+def _spell(group: object) -> str:
+    return normalize_id(str(group))
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    """Read a csv or Parquet file; cells that are all numbers become numbers, but for ids."""
+    if path.name.lower().endswith(".parquet"):
+        try:
+            return pq.read_table(path).to_pandas()
+        except FileNotFoundError:
+            raise DataError(f"{path} does not exist") from None
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise DataError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+    table = read_csv_table(path)
+    texts = {*GROUP_COLUMNS, *ID_COLUMNS}
+    return table.apply(lambda column: column if str(column.name).lower() in texts else infer_numbers(column))

@@ -1,0 +1,289 @@
+"""Chapters on where a run's numbers come from: data, baseline, training, recipe, and how to do it again."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from biopsy.data.figures import draw_balance, draw_sides
+from biopsy.data.leakage import SIDES
+from biopsy.plotting.style import svg
+from biopsy.reporting.document import (
+    Block,
+    Bullets,
+    Facts,
+    Listing,
+    Picture,
+    Pictures,
+    Section,
+    Table,
+    Text,
+    interval_of,
+    metric_label,
+    number,
+)
+from biopsy.reporting.facts import RunFacts
+from biopsy.statistics.metrics import METRICS
+from biopsy.training.figures import QUANTITIES, draw_network, draw_training
+
+NOT_SHOWN = ("format", "pack_sha256", "dataset", "unit", "counts")  # of the audit
+
+
+def describe_baseline(facts: RunFacts) -> Section | None:
+    """The colour-only model beside this one."""
+    theirs, ours = facts.baseline, facts.pooled.get("auroc", {})
+    if theirs.get("value") is None or ours.get("value") is None:
+        return None
+    rows = [
+        [name, number(m["value"]), interval_of(m)]
+        for name, m in (("this model", ours), ("colour alone", theirs))
+    ]
+    known = (facts.metrics.get("baseline") or {}).get("gain") or {}
+    gain = ours["value"] - theirs["value"]
+    if known.get("low") is not None:
+        rows.append(["difference, paired", number(gain), interval_of(known)])
+    verdict = (
+        f"The model ranks patches {number(gain)} better than colour does"
+        + (", which chance alone could have done." if (known.get("low") or 0) < 0 else ".")
+        if gain > 0
+        else f"The model ranks patches no better than colour does ({number(gain)}): it may know stain."
+    )
+    note = "Colour alone: a logistic regression on statistics of colour and stain, trained on the same split."
+    table = Table(["", "AUROC", "95 % interval"], rows, caption="Does it see more than colour?", note=note)
+    return Section("baseline", "Colour alone", [table, Text(verdict)])
+
+
+def describe_data(facts: RunFacts) -> Section:
+    """Pack, split, audit, balance, and how often the test side was looked at."""
+    if not facts.is_run:
+        return Section("data", "The data", _draw_classes_by_group(facts))
+    pack, split = facts.run.get("pack", {}), facts.run.get("split", {})
+    blocks: list[Block] = [
+        Facts(
+            _filled(
+                ("data set", pack.get("dataset")),
+                ("patches in the pack", pack.get("n_patches")),
+                ("patients in the pack", pack.get("n_patients")),
+                ("resolution", None if facts.mpp is None else f"{facts.mpp:g} µm per pixel"),
+                ("content hash (SHA-256)", pack.get("content_sha256")),
+                ("split", split.get("name")),
+                ("protocol", split.get("protocol")),
+                ("fold", split.get("fold")),
+                ("patients on two sides", split.get("patients_overlap")),
+                ("the test side validates too", split.get("val_is_test") or None),
+            )
+        )
+    ]
+    if split.get("sides"):
+        blocks.append(_table_of_sides(split["sides"], facts))
+        blocks += _draw_sides(split["sides"], facts)
+    blocks += _draw_classes_by_group(facts)
+    if facts.audit is not None:
+        shown = {key: value for key, value in facts.audit.items() if key not in NOT_SHOWN}
+        blocks.append(Facts(flatten(shown), caption="What the audit of the pack found"))
+    blocks.append(Text(say_openings(facts.ledger or facts.metrics.get("times_opened"))))
+    return Section("data", "The data", blocks)
+
+
+def say_openings(ledger: Mapping[str, Any] | int | None) -> str:
+    """Say how often the test side was looked at."""
+    if ledger is None:
+        return "This side is not in the ledger of test openings."
+    times, runs = (ledger, None) if isinstance(ledger, int) else (ledger.get("times"), ledger.get("runs"))
+    text = f"The ledger counts {number(times)} opening{'' if times == 1 else 's'} of this test side"
+    if runs is not None:
+        text += f", for {number(runs)} run{'' if runs == 1 else 's'}"
+    if isinstance(ledger, Mapping) and ledger.get("kept_with") == "run":
+        text += "; the pack is read-only, so the ledger is kept with the run and may count too few"
+    return f"{text}. The more often a side is looked at, the less its numbers are worth."
+
+
+def _table_of_sides(sides: Mapping[str, Any], facts: RunFacts) -> Table:
+    rows = []
+    for side, counts in sides.items():
+        if isinstance(counts, Mapping):
+            per_class = counts.get("per_class") or {}
+            groups = counts.get("groups", counts.get("patients"))
+            shown = [number(per_class.get(name)) for name in facts.class_names]
+            rows.append([side, number(counts.get("patches")), number(groups), *shown])
+        else:
+            rows.append([side, number(counts), "-", *["-"] * len(facts.class_names)])
+    return Table(
+        ["side", "patches", f"{facts.unit}s", *facts.class_names], rows, caption="Sides of the split"
+    )
+
+
+def _draw_sides(sides: Mapping[str, Any], facts: RunFacts) -> list[Block]:
+    known = {
+        side: counts["per_class"]
+        for side, counts in sides.items()
+        if side in SIDES and isinstance(counts, Mapping) and counts.get("per_class") and counts.get("patches")
+    }
+    if not known:
+        return []
+    counts = np.array(
+        [[per_class.get(name, 0) for name in facts.class_names] for per_class in known.values()]
+    )
+    figure = draw_sides(list(known), counts, facts.class_names)
+    caption = "Patches of each side of the split, by class."
+    return [Pictures([Picture(caption, svg(figure, "sides"))], across=1)]
+
+
+def _draw_classes_by_group(facts: RunFacts) -> list[Block]:
+    groups = facts.group_ids
+    known = groups.notna().to_numpy()
+    if not known.any():
+        return []
+    names, codes = np.unique(groups[known].astype(str).to_numpy(), return_inverse=True)
+    counts = np.zeros((len(names), len(facts.class_names)), dtype=int)
+    np.add.at(counts, (codes, facts.predictions["target"].to_numpy(int)[known]), 1)
+    figure = draw_balance(names.tolist(), counts, facts.class_names)
+    caption = f"Patches of each {facts.unit}{facts.on_side}, by class."
+    return [Pictures([Picture(caption, svg(figure, "balance"))], across=1)]
+
+
+def describe_training(facts: RunFacts) -> Section | None:
+    """Curves of training, and the network that was trained."""
+    if not facts.is_run:
+        return None
+    blocks: list[Block] = []
+    chosen = facts.run.get("chosen_epoch")
+    drawn = [
+        quantity
+        for quantity, (series, _) in QUANTITIES.items()
+        if any(record.get(key) is not None for record in facts.log for key, _ in series)
+    ]
+    if drawn:
+        pictures = [
+            Picture(
+                f"{QUANTITIES[name][1].capitalize() if name != 'auroc' else 'AUROC'} against epochs.",
+                svg(draw_training(facts.log, chosen_epoch=chosen, quantities=[name]), f"training-{name}"),
+            )
+            for name in drawn
+        ]
+        blocks.append(Pictures(pictures))
+    speed = [record["images_per_s"] for record in facts.log if record.get("images_per_s")]
+    parameters = facts.run.get("parameters", {})
+    blocks.append(
+        Facts(
+            _filled(
+                ("epochs", len(facts.log) or None),
+                ("epoch kept", chosen),
+                ("parameters", parameters.get("total")),
+                ("of these trainable", parameters.get("trainable")),
+                ("weights it began with", _say_weights(facts.run.get("weights"))),
+                ("device", facts.run.get("device")),
+                ("precision", facts.run.get("precision")),
+                ("images per second, median", round(float(np.median(speed))) if speed else None),
+                ("time", _duration(facts.run.get("seconds"))),
+            )
+        )
+    )
+    if facts.network:
+        figure = draw_network([tuple(row) for row in facts.network], input_shape=facts.input_shape)  # type: ignore[misc]
+        caption = (
+            "From input to output: each layer, the channels, height and width that leave it, its parameters."
+        )
+        blocks.append(Pictures([Picture(caption, svg(figure, "network"))], across=1))
+    return Section("training", "Training and the network", blocks)
+
+
+def _say_weights(record: Mapping[str, Any] | None) -> str | None:
+    """Say what a run's network began with, and where pretrained weights were switched off."""
+    if record is None:
+        return None
+    begun = f"{record['weights']} (licence: {record['licence']})" if record["pretrained"] else "random"
+    return f"{begun}; {record['note']}" if record["note"] else begun
+
+
+def describe_recipe(facts: RunFacts) -> Section | None:
+    """What was published, what is known to be wrong with it, and every setting."""
+    if not facts.is_run:
+        return None
+    origin = facts.recipe.get("origin") or {}
+    blocks: list[Block] = []
+    published = origin.get("claim") or {}
+    corrected = origin.get("corrected") or {}
+    if published:
+        names = [name for name in METRICS if name in published or name in corrected]
+        rows = [
+            [
+                metric_label(name),
+                number(published.get(name)),
+                number(corrected.get(name)),
+                number(facts.pooled.get(name, {}).get("value")),
+                interval_of(facts.pooled.get(name)),
+            ]
+            for name in names
+        ]
+        source = ", ".join(str(origin[key]) for key in ("authors", "title", "year") if origin.get(key))
+        blocks.append(
+            Table(
+                ["", "published", f"the same, {facts.positive} positive", "this run", "95 % interval"],
+                rows,
+                caption="Published and found",
+                note=f"Source: {source}. Comparable only on the same data and split; this run used the split "
+                f"{facts.run.get('split', {}).get('name', 'not stated')!r}.",
+            )
+        )
+    if origin.get("flaws"):
+        blocks += [Text("What is known to be wrong with the published result:"), Bullets(origin["flaws"])]
+    if origin.get("not_stated"):
+        blocks.append(Text(f"Not stated by the source, chosen here: {'; '.join(origin['not_stated'])}."))
+    if facts.recipe.get("notes"):
+        blocks.append(Text(str(facts.recipe["notes"])))
+    if facts.recipe_toml:
+        blocks.append(Listing(facts.recipe_toml, fold="Every setting (TOML)"))
+    return Section("recipe", "The recipe", blocks or [Text("No recipe is at hand.")])
+
+
+def describe_reproduction(record: Mapping[str, Any]) -> Section:
+    """The command, the seed, and the machine; ``record`` is what ``run.json`` or ``study.json`` holds."""
+    blocks: list[Block] = []
+    if record.get("command"):
+        command = record["command"]
+        blocks.append(Listing(command if isinstance(command, str) else " ".join(map(str, command))))
+    facts = _filled(
+        ("name", record.get("name") or record.get("id")),
+        ("seed", record.get("seed", record.get("seeds"))),
+        ("started", record.get("started")),
+        ("status", record.get("status")),
+        ("transform, which the command does not repeat", record.get("transform")),
+    )
+    blocks += [Facts(facts), Facts(flatten(record.get("environment") or {}), caption="Made with")]
+    return Section("reproduce", "How to do it again", blocks)
+
+
+def flatten(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Write a nested record as names and values: long lists are counted, inner records spelled out."""
+    return [(key.replace("_", " "), _spell(value)) for key, value in document.items() if value is not None]
+
+
+def _spell(value: object) -> str:
+    if isinstance(value, Mapping):
+        inner = {
+            key: item for key, item in value.items() if key not in ("items", "method") and item is not None
+        }
+        if set(inner) == {"count"}:
+            return _spell(inner["count"])
+        return (
+            ", ".join(f"{str(key).replace('_', ' ')} {_spell(item)}" for key, item in inner.items()) or "none"
+        )
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if not len(value):
+            return "none"
+        plain = all(isinstance(item, str | int | float) for item in value)
+        return ", ".join(map(str, value)) if plain and len(value) <= 6 else f"{len(value):,}"
+    return value if isinstance(value, str) else number(value)
+
+
+def _filled(*items: tuple[str, object]) -> list[tuple[str, str]]:
+    return [(name, _spell(value)) for name, value in items if value is not None]
+
+
+def _duration(seconds: object) -> str | None:
+    if not isinstance(seconds, int | float):
+        return None
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

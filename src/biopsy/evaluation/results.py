@@ -1,0 +1,125 @@
+"""The result of an evaluation: numbers with their intervals, as a table, as JSON, drawn."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from biopsy.core.errors import MetricError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Evaluation(Mapping[str, Any]):
+    """What an evaluation found; ``evaluation[key]`` is an entry of ``metrics.json``.
+
+    Attributes:
+        document: What ``metrics.json`` holds.
+        predictions: The judged patches, in the format of a table of predictions.
+        run: Folder of the run that was judged; None for predictions from elsewhere.
+    """
+
+    document: Mapping[str, Any]
+    predictions: pd.DataFrame
+    run: Path | None = None
+
+    def __getitem__(self, key: str) -> Any:
+        return self.document[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.document)
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of ``target``."""
+        return list(self.document["class_names"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``metrics.json`` holds."""
+        return dict(self.document)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return a row per metric: ``value``, ``low``, ``high`` and ``reason`` why one is missing."""
+        frame = pd.DataFrame.from_dict(self.document["patch"], orient="index")
+        return frame.rename_axis("metric").astype({"value": float, "low": float, "high": float})
+
+    def classification_report(self) -> pd.DataFrame:
+        """Return precision, recall, F1 and patches of each class, and their averages."""
+        rows = pd.DataFrame(self.document["classification_report"])
+        averages = rows.pop("average") + " average"
+        rows.index = pd.Index(rows.pop("class").fillna(averages), name="class")
+        return rows.astype({"precision": float, "recall": float, "f1": float})
+
+    def confusion_matrix(self) -> pd.DataFrame:
+        """Return patches by true class (rows) and predicted class (columns)."""
+        names, n_classes = self.class_names, len(self.class_names)
+        cell = self.predictions["target"].to_numpy(int) * n_classes + self.predictions["pred"].to_numpy(int)
+        counts = np.bincount(cell, minlength=n_classes**2).reshape(n_classes, n_classes)
+        return pd.DataFrame(counts, pd.Index(names, name="true"), pd.Index(names, name="predicted"))
+
+    def __repr__(self) -> str:
+        return f"{self._heading}\n{self.to_frame()[['value', 'low', 'high']].round(3).to_string()}"
+
+    def _repr_html_(self) -> str:
+        table = self.to_frame().round(3).to_html(na_rep="")
+        return (
+            f"<p>{escape(self._heading)}</p>{table}{self.classification_report().round(3).to_html(na_rep='')}"
+        )
+
+    @property
+    def _heading(self) -> str:
+        unit, interval = self.document["unit"], self.document["interval"]
+        groups = "" if unit == "patch" else f" of {self.document['n_patients']:,} {unit}s"
+        what = f"Evaluation of {self.document['n_patches']:,} patches{groups}"
+        return (
+            f"{what}, {interval['level']:.0%} intervals over {'patches' if unit == 'patch' else unit + 's'}"
+        )
+
+    def plot_roc(self) -> "Figure":
+        """Draw the ROC curve with the threshold marked; two classes only."""
+        from biopsy.evaluation.figures import draw_roc
+
+        point = self._values("sensitivity", "specificity")
+        return draw_roc(*self._binary("ROC curve"), operating_point=point)
+
+    def plot_precision_recall(self) -> "Figure":
+        """Draw precision against recall with the threshold marked; two classes only."""
+        from biopsy.evaluation.figures import draw_precision_recall
+
+        point = self._values("sensitivity", "ppv")
+        return draw_precision_recall(*self._binary("precision-recall curve"), operating_point=point)
+
+    def plot_calibration(self) -> "Figure":
+        """Draw observed frequency against predicted probability (of more classes: of the predicted one)."""
+        from biopsy.evaluation.calibration.figures import draw_calibration
+
+        positive = self.document["positive_class"] or "the predicted class"
+        return draw_calibration(self.document["calibration"]["after"]["bins"], positive=positive)
+
+    def plot_confusion(self) -> "Figure":
+        """Draw the confusion matrix."""
+        from biopsy.evaluation.figures import draw_confusion_matrix
+
+        return draw_confusion_matrix(self.confusion_matrix().to_numpy(), self.class_names)
+
+    def _binary(self, what: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return whether each patch is positive, and its probability."""
+        positive = self.document["positive_class"]
+        if positive is None:
+            raise MetricError(f"a {what} is of two classes; these are {len(self.class_names)}")
+        is_positive = self.predictions["target"].to_numpy(int) == self.class_names.index(positive)
+        return is_positive.astype(int), self.predictions["prob"].to_numpy(float)
+
+    def _values(self, first: str, second: str) -> tuple[float, float] | None:
+        patch = self.document["patch"]
+        values = patch.get(first, {}).get("value"), patch.get(second, {}).get("value")
+        return None if None in values else values

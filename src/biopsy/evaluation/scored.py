@@ -1,0 +1,101 @@
+"""Patches with their true class and probabilities: what every number of an evaluation follows from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from biopsy.data.packs import Pack
+from biopsy.data.predictions import decide
+from biopsy.statistics.multiclass import ClassSample, class_sample
+from biopsy.statistics.weighted_counts import Ranked, rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredPatches:
+    """Patches to evaluate.
+
+    Attributes:
+        target: Index into ``class_names``, ``(n,)``.
+        probs: ``(n, n_classes)``.
+        pred: The class each patch is called, ``(n,)``.
+        group_ids: The patient (slide, patch) of each.
+        class_names: Names of the classes.
+        positive_class: For two classes, the one whose recall is called sensitivity; else None.
+        unit: What a group is: ``patient``, ``slide`` or ``patch``.
+    """
+
+    target: np.ndarray
+    probs: np.ndarray
+    pred: np.ndarray
+    group_ids: np.ndarray
+    class_names: Sequence[str]
+    positive_class: str | None
+    unit: str
+
+    @classmethod
+    def of_pack(
+        cls, pack: Pack, rows: np.ndarray, probs: np.ndarray, threshold: float | None
+    ) -> "ScoredPatches":
+        """Return rows of a pack with their probabilities; threshold as in `tabulate_predictions`."""
+        return cls(
+            target=pack.target[rows],
+            probs=probs,
+            pred=decide(probs, pack.positive_index, threshold),
+            group_ids=pack.group_ids[rows],
+            class_names=pack.class_names,
+            positive_class=pack.info.positive_class,
+            unit=pack.unit,
+        )
+
+    @classmethod
+    def of_predictions(
+        cls, frame: pd.DataFrame, class_names: Sequence[str], positive_class: str | None, unit: str
+    ) -> "ScoredPatches":
+        """Return what a table of predictions holds, each patch called as it says."""
+        return cls(
+            target=frame["target"].to_numpy(int),
+            probs=frame[[f"prob_{name}" for name in class_names]].to_numpy(float),
+            pred=frame["pred"].to_numpy(int),
+            group_ids=frame[f"{unit}_id"].to_numpy(str).astype(object),
+            class_names=class_names,
+            positive_class=positive_class,
+            unit=unit,
+        )
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def take(self, chosen: np.ndarray) -> "ScoredPatches":
+        """Return some of the patches."""
+        arrays = {name: getattr(self, name)[chosen] for name in ("target", "probs", "pred", "group_ids")}
+        return replace(self, **arrays)
+
+    @property
+    def positive_index(self) -> int | None:
+        return None if self.positive_class is None else list(self.class_names).index(self.positive_class)
+
+    @property
+    def is_positive(self) -> np.ndarray:
+        """1 where a patch is of the positive class, ``(n,)``."""
+        return (self.target == self.positive_index).astype(int)
+
+    @property
+    def prob(self) -> np.ndarray:
+        """Probability of the positive class."""
+        assert self.positive_index is not None
+        return self.probs[:, self.positive_index]
+
+    def sample(self) -> Ranked | ClassSample:
+        """Return the patches ready for metrics: of two classes, or of more."""
+        ids = self.group_ids
+        if self.positive_index is None:
+            return class_sample(self.target, self.probs, self.class_names, group_ids=ids, pred=self.pred)
+        return rank(self.is_positive, self.prob, group_ids=ids, called=self.pred == self.positive_index)
+
+    def confusion(self) -> np.ndarray:
+        """Return patches by true class (rows) and called class (columns)."""
+        n_classes = len(self.class_names)
+        cell = self.target * n_classes + self.pred
+        return np.bincount(cell, minlength=n_classes**2).reshape(n_classes, n_classes)

@@ -1,0 +1,481 @@
+"""Sections of the report on performance: metrics, curves, decisions, patients, slides."""
+
+from collections.abc import Mapping, Sequence
+from string import ascii_lowercase
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from biopsy.core.errors import DataError
+from biopsy.evaluation.calibration.figures import draw_decision_curve
+from biopsy.evaluation.figures import (
+    draw_confusion,
+    draw_confusion_matrix,
+    draw_patient_metric,
+    draw_patient_probs,
+    draw_precision_recall,
+    draw_reliability,
+    draw_roc,
+)
+from biopsy.plotting.slides import ALL_PANELS, draw_slide
+from biopsy.plotting.style import jpeg, png, svg
+from biopsy.reporting.document import (
+    Block,
+    Picture,
+    Pictures,
+    Section,
+    Table,
+    Text,
+    estimate_text,
+    interval_of,
+    metric_label,
+    number,
+)
+from biopsy.reporting.facts import RunFacts
+from biopsy.slide_io.mosaic import stitch, stitch_values
+from biopsy.statistics.intervals import measure_groups
+
+
+def describe_numbers(facts: RunFacts) -> Section:
+    """Return every metric with its interval, the classification report, and the confusion."""
+    blocks: list[Block] = [table_of_metrics(facts.metrics, facts.unit, facts.on_side)]
+    if facts.metrics.get("classification_report"):
+        blocks.append(table_of_classes(facts.metrics["classification_report"], _say_calls(facts)))
+    if facts.is_binary:
+        blocks.append(Pictures(_confusion_pictures(facts)))
+    else:
+        blocks += [
+            _table_of_one_against_rest(facts.metrics.get("one_vs_rest", {})),
+            picture_of_confusion(facts.metrics["confusion_matrix"], facts.class_names),
+        ]
+    return Section("numbers", "The numbers", blocks)
+
+
+def picture_of_confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Pictures:
+    """Return the confusion matrix of more than two classes as a figure."""
+    figure = draw_confusion_matrix(np.asarray(matrix), class_names)
+    return Pictures([Picture("Patches by true and predicted class.", svg(figure, "confusion"))], across=1)
+
+
+def table_of_metrics(metrics: Mapping[str, Any], unit: str, on_side: str = " on the test side") -> Table:
+    """Make the table of all metrics, pooled over patches and as means over patients."""
+    pooled, n_classes = metrics.get("patch") or {}, len(metrics.get("class_names", ("", "")))
+    each = metrics.get("patient") or {}
+    rows, reasons = [], Footnotes()
+    for name, estimate in pooled.items():
+        row = [metric_label(name, n_classes), number(estimate.get("value")), reasons.interval(estimate)]
+        if each:
+            within = each.get(name) or {}
+            defined = within.get("n_defined")
+            row += [
+                number(within.get("value")),
+                reasons.interval(within),
+                number(within.get("median")),
+                number(within.get("worst")),
+                number(defined),
+            ]
+        rows.append(row)
+    columns = ["", "all patches", "95 % interval"]
+    if each:
+        columns += [f"mean of {unit}s", "95 % interval", "median", "worst", f"{unit}s"]
+    method = metrics.get("interval", {})
+    note = f"Intervals: {method.get('method', 'not stated')}, unit {unit}."
+    if metrics.get("ece_floor") is not None:
+        floor = number(metrics["ece_floor"])
+        note += f" A perfect model on these probabilities would show a calibration error of {floor}."
+    note += reasons.text
+    return Table(columns, rows, caption=f"Metrics{on_side}", note=note)
+
+
+def table_of_classes(report: Sequence[Mapping[str, Any]], note: str = "") -> Table:
+    """Return the classification report: precision, recall and F1 of each class, and their averages."""
+    rows = [
+        [
+            row["class"] if "class" in row else f"{row['average']} average",
+            *(number(row[key]) for key in ("precision", "recall", "f1", "n")),
+        ]
+        for row in report
+    ]
+    return Table(
+        ["class", "precision", "recall", "F1", "patches"], rows, caption="Classification report", note=note
+    )
+
+
+def _say_calls(facts: RunFacts) -> str:
+    if not facts.is_binary:
+        return "Each patch is assigned the class of highest probability."
+    threshold = "frozen threshold" if facts.is_run else "threshold"
+    return (
+        f"At the {threshold} {number(facts.threshold)}. The recall of {facts.positive} is the sensitivity, "
+        f"that of {facts.negative} the specificity."
+    )
+
+
+def _table_of_one_against_rest(per_class: Mapping[str, Mapping[str, Any]]) -> Table:
+    names = ("auroc", "sensitivity", "specificity", "ppv", "f1")
+    rows = [[name, *(estimate_text(m.get(key, {})) for key in names)] for name, m in per_class.items()]
+    return Table(
+        ["class", *(metric_label(key) for key in names)],
+        rows,
+        caption="Each class against the rest",
+        note="One-vs-rest: the class is positive, all others together are negative.",
+    )
+
+
+def _confusion_pictures(facts: RunFacts) -> list[Picture]:
+    chosen = facts.metrics.get("threshold") or {}
+    rule, side = chosen.get("rule", "rule not stated"), chosen.get("chosen_on", "a side not stated")
+    named = {
+        "confusion": f"At the frozen threshold {number(facts.threshold)} ({rule}, chosen on {side}).",
+        "at_half": "The same at probability .5.",
+    }
+    if not facts.is_run:
+        named["confusion"] = f"At the threshold {number(facts.threshold)}."
+    return [
+        Picture(caption, svg(_draw_quadrants(facts, counts), key))
+        for key, caption in named.items()
+        if (counts := facts.metrics.get(key, {}).get("confusion", facts.metrics.get(key)))
+    ]
+
+
+def _draw_quadrants(facts: RunFacts, counts: Mapping[str, int]) -> Any:
+    four = {key: int(counts[key]) for key in ("tp", "fp", "fn", "tn")}
+    return draw_confusion(**four, negative=facts.negative, positive=facts.positive)
+
+
+def describe_curves(facts: RunFacts) -> Section | None:
+    """Ranking and calibration, for two classes of which both occur."""
+    target = facts.is_positive
+    if not facts.is_binary:
+        return None
+    prob = facts.predictions["prob"].to_numpy(float)
+    pictures = []
+    if 0 < target.sum() < len(target):
+        reached = [facts.pooled.get(name, {}).get("value") for name in ("sensitivity", "specificity", "ppv")]
+        roc_point = None if None in reached[:2] else (reached[0], reached[1])
+        pr_point = None if None in (reached[0], reached[2]) else (reached[0], reached[2])
+        pictures = [
+            Picture(
+                "How well patches are ranked. The dot is the threshold that was frozen before.",
+                svg(draw_roc(target, prob, operating_point=roc_point), "roc"),
+            ),
+            Picture(
+                f"Of the patches called {facts.positive}, how many are. Without skill it stays on the floor.",
+                svg(draw_precision_recall(target, prob, operating_point=pr_point), "pr"),
+            ),
+        ]
+    if "calibration" in facts.metrics:  # which has a chapter of its own
+        return Section("curves", "Ranking", [Pictures(pictures)]) if pictures else None
+    names = (facts.negative, facts.positive)
+    pictures.append(
+        Picture(
+            "Do probabilities mean what they say? Each dot holds as many patches; below, how often each "
+            "probability was given.",
+            svg(draw_reliability(target, prob, class_names=names), "reliability"),
+        )
+    )
+    return Section("curves", "Ranking and calibration", [Pictures(pictures)])
+
+
+class Footnotes:
+    """Reasons for missing intervals, each said once under the table and pointed to by a letter."""
+
+    def __init__(self) -> None:
+        self._reasons: list[str] = []
+
+    def interval(self, estimate: Mapping[str, Any]) -> str:
+        """Write an interval, or ``none (a)``, keeping the reason for the note."""
+        reason = estimate.get("reason")
+        if estimate.get("low") is not None or not reason:
+            return interval_of(estimate)
+        if reason not in self._reasons:
+            self._reasons.append(reason)
+        return f"none ({ascii_lowercase[self._reasons.index(reason)]})"
+
+    def estimate(self, estimate: Mapping[str, Any]) -> str:
+        """Write a number and its interval in one cell."""
+        interval = self.interval(estimate)
+        return (
+            f"{number(estimate.get('value'))} {interval if interval.startswith('none') else f'({interval})'}"
+        )
+
+    @property
+    def text(self) -> str:
+        return "".join(
+            f" ({letter}) {why}." for letter, why in zip(ascii_lowercase, self._reasons, strict=False)
+        )
+
+
+RULES = {
+    "youden": "highest sensitivity + specificity",
+    "argmax": "probability .5",
+    "cost": "a miss costs {} false alarms",
+    "sensitivity": "sensitivity of {}",
+    "specificity": "specificity of {}",
+}
+
+
+def describe_decisions(facts: RunFacts) -> Section | None:
+    """Operating points and their drift, predictive values at a stated prevalence, the decision curve."""
+    points, curve = facts.metrics.get("operating_points"), facts.metrics.get("decision_curve")
+    if not points or not curve:
+        return None
+    blocks: list[Block] = [_table_of_points(points, facts.metrics.get("side"))]
+    if "at_prevalence" in facts.metrics:
+        blocks.append(_table_at_prevalence(facts.metrics["at_prevalence"]))
+    caption = (
+        f"Net benefit of acting on what the model calls {facts.positive}, at the prevalence of these "
+        "patches: true positives less false ones, these weighed by the odds of the probability from which "
+        "one would act. Above both other lines the model is worth using."
+    )
+    picture = Picture(caption, svg(draw_decision_curve(curve), "decision-curve"))
+    blocks += [Pictures([picture], across=1), Text(say_benefit(curve))]
+    return Section("decisions", "Thresholds, and what acting on them is worth", blocks)
+
+
+def say_rule(rule: str) -> str:
+    """Write a threshold's rule in words."""
+    name, _, asked = rule.partition("=")
+    return RULES[name].format(asked) if name in RULES else rule
+
+
+def _table_of_points(points: Sequence[Mapping[str, Any]], side: str | None) -> Table:
+    reasons, rows = Footnotes(), []
+    if side is None:
+        names = ("sensitivity", "specificity", "ppv", "npv")
+        rows = [
+            [
+                say_rule(point["rule"]),
+                number(point["threshold"]),
+                *(reasons.estimate(point["achieved"][name]) for name in names),
+            ]
+            for point in points
+        ]
+        columns = ["threshold", "from", *(metric_label(name) for name in names)]
+        note = f"The threshold was given with the predictions, or is 0.5.{reasons.text}"
+        return Table(columns, rows, caption="Operating point", note=note)
+    for point in points:
+        row = [say_rule(point["rule"]), number(point["threshold"])]
+        for name in ("sensitivity", "specificity"):
+            row += [
+                number(point["where_chosen"][name]),
+                reasons.estimate(point["achieved"][name]),
+                _signed(point["drift"][name]),
+            ]
+        rows.append(row)
+    chosen_on = points[0]["chosen_on"]
+    heads = [f"{name} {part}" for name in ("sensitivity", "specificity") for part in (chosen_on, side)]
+    return Table(
+        ["rule", "from", heads[0], heads[1], "drift", heads[2], heads[3], "drift"],
+        rows,
+        caption="Operating points: what was chosen, and what came of it",
+        note=f"Every threshold was frozen on {chosen_on}; the first one decides. "
+        f"Drift: {side} less {chosen_on}.{reasons.text}",
+    )
+
+
+def _table_at_prevalence(asked: Mapping[str, Any]) -> Table:
+    reasons = Footnotes()
+    rows = [
+        [say_rule(point["rule"]), *(reasons.estimate(point[name]) for name in ("ppv", "npv"))]
+        for point in asked["points"]
+    ]
+    return Table(
+        ["rule", "positive predictive value", "negative predictive value"],
+        rows,
+        caption=f"Where {100 * asked['prevalence']:g} % of patches are positive",
+        note="By Bayes' rule, with the sensitivity and the specificity found here." + reasons.text,
+    )
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3f}"
+
+
+def say_benefit(curve: Mapping[str, Any]) -> str:
+    """Say between which threshold probabilities the model is worth more than acting on all or on none."""
+    better = [
+        model > max(everyone, 0.0) for model, everyone in zip(curve["model"], curve["treat_all"], strict=True)
+    ]
+    spans: list[list[float]] = []
+    for at, is_better, follows in zip(curve["thresholds"], better, [False, *better], strict=False):
+        if is_better and follows:
+            spans[-1][1] = at
+        elif is_better:
+            spans.append([at, at])
+    if not spans:
+        return "Here the model is at no probability worth more than acting on all or on none."
+    named = ", ".join(f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}" for low, high in spans)
+    return f"Here the model is worth more than acting on all or on none at probabilities of {named}."
+
+
+MOST_SLIDES = 4
+SLIDE_SIDE_PX = 640
+LONG_TABLE = 16
+
+
+def describe_patients(facts: RunFacts) -> Section | None:
+    """One row a patient or slide, and every subgroup."""
+    groups = facts.group_ids
+    blocks: list[Block] = []
+    if facts.is_binary and groups.notna().any():
+        known = groups.notna().to_numpy()
+        blocks += _blocks_by_group(facts, groups[known].astype(str).to_numpy(), known)
+    if facts.metrics.get("subgroups"):
+        blocks.append(_table_of_subgroups(facts.metrics["subgroups"], len(facts.class_names), facts.unit))
+    if not blocks:
+        return None
+    heading = "Slide by slide" if facts.unit == "slide" else "Patient by patient"
+    return Section("patients", heading, blocks)
+
+
+def _blocks_by_group(facts: RunFacts, who: np.ndarray, known: np.ndarray) -> list[Block]:
+    target, prob = facts.is_positive[known], facts.predictions["prob"].to_numpy(float)[known]
+    names, values = measure_groups(target, prob, who, facts.threshold)
+    n_patches = np.array([(who == name).sum() for name in names])
+    n_positive = np.array([target[who == name].sum() for name in names])
+    auroc = facts.pooled.get("auroc", {})
+    interval = None if auroc.get("low") is None else (auroc["low"], auroc["high"])
+    pictures = [
+        Picture(
+            f"AUROC within each {facts.unit}. Larger dots hold more patches.",
+            svg(
+                draw_patient_metric(
+                    names.tolist(),
+                    values["auroc"],
+                    n_patches,
+                    metric="AUROC",
+                    overall=auroc.get("value"),
+                    interval=interval,
+                ),
+                "patient-auroc",
+            ),
+        ),
+        Picture(
+            f"Probabilities within each {facts.unit}: dot the median, thick line the middle half, thin "
+            "line the middle nine tenths.",
+            svg(
+                draw_patient_probs(
+                    who.tolist(),
+                    target,
+                    prob,
+                    class_names=(facts.negative, facts.positive),
+                    threshold=facts.threshold,
+                ),
+                "patient-probs",
+            ),
+        ),
+    ]
+    shown = ("auroc", "sensitivity", "specificity", "balanced_accuracy")
+    rows = [
+        [
+            str(name),
+            number(int(n_patches[i])),
+            number(int(n_positive[i])),
+            *(number(values[key][i]) for key in shown),
+        ]
+        for i, name in enumerate(names)
+    ]
+    columns = [facts.unit, "patches", facts.positive, *(metric_label(key) for key in shown)]
+    title = f"{len(rows)} {facts.unit}s, one by one"
+    note = "A dash: not defined, because only one class occurs."
+    fold = title if len(rows) >= LONG_TABLE else ""
+    return [Pictures(pictures), Table(columns, rows, caption="" if fold else title, note=note, fold=fold)]
+
+
+def _table_of_subgroups(subgroups: Mapping[str, Mapping[str, Any]], n_classes: int, unit: str) -> Table:
+    rows, reasons = [], Footnotes()
+    shown = [name for values in subgroups.values() for found in values.values() for name in found["patch"]][
+        :3
+    ]
+    for column, values in subgroups.items():
+        for value, found in values.items():
+            rows.append(
+                [
+                    column,
+                    str(value),
+                    number(found.get("n_patches")),
+                    number(found.get("n_patients")),
+                    *(reasons.estimate(found["patch"].get(key, {})) for key in shown),
+                ]
+            )
+    columns = ["column", "subgroup", "patches", f"{unit}s"]
+    columns += [metric_label(name, n_classes) for name in shown]
+    note = f"In brackets the 95 % interval.{reasons.text}"
+    return Table(columns, rows, caption="Subgroups", note=note, text_columns=2)
+
+
+def pick_label(rows: pd.DataFrame) -> list[str]:
+    """Name whom each row belongs to: ``patient 8863``, else ``slide ..``, else nothing."""
+    for kind in ("patient", "slide"):
+        column = f"{kind}_id"
+        if column in rows and rows[column].notna().any():
+            return [f"{kind} {name}" if pd.notna(name) else f"{kind} unknown" for name in rows[column]]
+    return [""] * len(rows)
+
+
+def encode_patch(image: np.ndarray) -> bytes:
+    """Encode a patch for a page: small ones pixel for pixel, large ones as JPEG to keep the page small."""
+    return png(image) if max(image.shape[:2]) <= 64 else jpeg(image)
+
+
+def describe_slides(facts: RunFacts) -> Section | None:
+    """Up to four slides put together again, those with both classes and most patches first."""
+    table = facts.predictions
+    if not facts.is_binary or facts.get_patch is None or facts.patch_px is None:
+        return None
+    if not {"x", "y"} <= set(table) or not table[["x", "y"]].notna().all(axis=1).any():
+        return None
+    column = "slide_id" if "slide_id" in table and table["slide_id"].notna().any() else "patient_id"
+    placed = table.assign(is_positive=facts.is_positive)[
+        table[["x", "y"]].notna().all(axis=1) & table[column].notna()
+    ]
+    if placed.empty:
+        return None
+    counts = placed.groupby(column)["is_positive"].agg(["nunique", "size"])
+    chosen = counts.sort_values(["nunique", "size"], ascending=False, kind="stable").head(MOST_SLIDES).index
+    kind = column.removesuffix("_id")
+    blocks: list[Block] = []
+    for name in chosen:
+        rows = placed[placed[column] == name]
+        n_positive = number(int(rows["is_positive"].sum()))
+        caption = f"{kind.capitalize()} {name}: {number(len(rows))} patches, {n_positive} {facts.positive}"
+        try:
+            pictures = _slide_pictures(facts, rows, f"slide-{name}")
+        except DataError as error:
+            blocks.append(Text(f"{caption}. Not drawn: {error}.", "note"))
+        else:
+            blocks.append(Pictures(pictures, across=2, caption=caption))
+    left_out = len(counts) - len(chosen)
+    if left_out:
+        blocks.append(
+            Text(
+                f"{left_out} more are not shown: those with both classes and most patches stand here.", "note"
+            )
+        )
+    return Section("slides", "Where on the slide", blocks)
+
+
+def _slide_pictures(facts: RunFacts, rows: pd.DataFrame, name: str) -> list[Picture]:
+    assert facts.get_patch is not None and facts.patch_px is not None
+    x, y = rows["x"].to_numpy(float), rows["y"].to_numpy(float)
+    target = stitch_values(rows["is_positive"], x, y, patch_px=facts.patch_px)
+    prob = stitch_values(rows["prob"], x, y, patch_px=facts.patch_px)
+    side = max(np.ptp(x), np.ptp(y)) + facts.patch_px
+    patches = map(facts.get_patch, rows["patch_id"].astype(str))
+    tissue = stitch(patches, x, y, patch_px=facts.patch_px, scale=min(1.0, SLIDE_SIDE_PX / side))
+    um_per_cell = None if facts.mpp is None else facts.mpp * facts.patch_px
+    pictures = []
+    for panel in ALL_PANELS:
+        figure = draw_slide(
+            tissue,
+            target,
+            prob,
+            um_per_cell=um_per_cell,
+            class_names=(facts.negative, facts.positive),
+            threshold=facts.threshold,
+            panels=[panel],
+        )
+        pictures.append(Picture("", svg(figure, f"{name}-{panel}")))
+    return pictures

@@ -1,0 +1,202 @@
+"""What a study's runs add up to: pooled predictions, one row a run, and the spread over seeds."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from biopsy.core.files import write_json
+from biopsy.core.tables import write_csv
+from biopsy.data.predictions import write_predictions
+from biopsy.evaluation.evaluate import LEVEL
+from biopsy.evaluation.scored import ScoredPatches
+from biopsy.statistics.intervals import average, describe_method, estimate_metric, replicate
+from biopsy.statistics.metrics import measure, registry
+from biopsy.statistics.multiclass import classification_report
+from biopsy.training.runs import Run
+from biopsy.training.study import Study
+
+SUMMARY_FORMAT = "biopsy-study-metrics/1"
+SHOWN = (
+    "auroc",
+    "auprc",
+    "sensitivity",
+    "specificity",
+    "balanced_accuracy",
+    "f1",
+    "accuracy",
+    "brier",
+    "ece",
+    "calibration_slope",
+)
+SHOWN_OF_CLASSES = ("auroc", "accuracy", "balanced_accuracy", "f1_macro", "kappa", "nll", "brier", "ece")
+
+
+def write_tables(study: Study) -> None:
+    """Write ``predictions.parquet``, ``table.csv`` and ``metrics.json`` from the runs judged so far."""
+    runs = study.judged_runs()
+    if not runs:
+        return
+    frames = [
+        run.predictions("test")[0].assign(recipe=run.info["recipe"], seed=run.info["seed"]) for run in runs
+    ]
+    pooled = pd.concat(frames, ignore_index=True)
+    write_predictions(
+        study.path / "predictions.parquet",
+        pooled,
+        {
+            "pack_sha256": study.info["pack"]["content_sha256"],
+            "split": study.info["split"]["name"],
+            "classifier_sha256": None,
+            "threshold": {"rule": "each run's own, chosen on its validation side"},
+        },
+    )
+    table = pd.DataFrame([describe_run(run) for run in runs])
+    write_csv(study.path / "table.csv", table)
+    write_json(study.path / "metrics.json", summarise(table, pooled, runs[0].metrics()))
+
+
+def summarise(table: pd.DataFrame, pooled: pd.DataFrame, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Give, per recipe, the pooled numbers, their spread over seeds, and what was gained on each fold.
+
+    Intervals are over patients, within one seed; the spread over seeds stands apart from them. A seed that
+    has not judged the folds that the others have, or diverged on one, is in neither.
+
+    Args:
+        table: One row a run.
+        pooled: All test predictions, with ``recipe``, ``fold`` and ``seed``.
+        metrics: ``metrics.json`` of any of the runs, for class names and unit.
+    """
+    document: dict[str, Any] = {
+        "format": SUMMARY_FORMAT,
+        "positive_class": metrics["positive_class"],
+        "recipes": {},
+    }
+    for recipe, rows in table.groupby("recipe"):
+        entry: dict[str, Any] = {"folds": _summarise_folds(rows)}
+        seeds = [
+            ScoredPatches.of_predictions(
+                frame, metrics["class_names"], metrics["positive_class"], metrics["unit"]
+            )
+            for frame in pool_by_seed(pooled[pooled["recipe"] == recipe])
+        ]
+        entry["pooled"] = measure_pooled(seeds)
+        entry["over_seeds"] = _spread([measure(one.sample().tally()) for one in seeds])
+        document["recipes"][recipe] = entry
+    return document
+
+
+def describe_run(run: Run) -> dict[str, Any]:
+    """Give a run's row of ``table.csv``."""
+    metrics, (frame, _) = run.metrics(), run.predictions("test")
+    groups = frame[f"{metrics['unit']}_id"].astype(str).unique()
+    values, shown = metrics["patch"], _shown(metrics["positive_class"])
+    baseline = metrics["baseline"] or {}
+    return {
+        "recipe": run.info["recipe"],
+        "fold": run.info["split"]["fold"],
+        "seed": run.info["seed"],
+        "tested": " ".join(sorted(groups)) if len(groups) <= 3 else f"{len(groups)} {metrics['unit']}s",
+        "n_patches": metrics["n_patches"],
+        "n_positive": sum(metrics["confusion"][key] for key in ("tp", "fn"))
+        if "confusion" in metrics
+        else None,
+        **{name: _or_nan(values[name]["value"]) for name in shown},
+        "baseline_auroc": _or_nan(baseline.get("auroc")),
+        "threshold": (run.info["threshold"] or {}).get("value"),
+        "chosen_epoch": run.info["chosen_epoch"],
+        "epochs": run.info["epochs_done"],
+        "last_epochs_val_auroc": _mean_of_last(run.log()),
+        "seconds": round(run.info["seconds"], 1),
+        "run": run.path.name,
+    }
+
+
+def _shown(positive_class: str | None) -> tuple[str, ...]:
+    return SHOWN_OF_CLASSES if positive_class is None else SHOWN
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _mean_of_last(log: list[dict[str, Any]], n_epochs: int = 5) -> float | None:
+    """Give the mean validation AUROC of the last epochs: single epochs swing."""
+    values = [record["val_auroc"] for record in log[-n_epochs:] if record["val_auroc"] is not None]
+    return float(np.mean(values)) if values else None
+
+
+def _summarise_folds(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """Give mean and spread over seeds on every fold, and the gain over colour alone on the same patches."""
+    found = []
+    for fold, of_fold in rows.groupby("fold", dropna=False):
+        gain = of_fold["auroc"] - of_fold["baseline_auroc"]
+        shown = [name for name in dict.fromkeys((*SHOWN, *SHOWN_OF_CLASSES)) if name in of_fold]
+        found.append(
+            {
+                "fold": None if pd.isna(fold) else int(fold),
+                "tested": of_fold["tested"].iloc[0],
+                "n_patches": int(of_fold["n_patches"].iloc[0]),
+                "n_seeds": len(of_fold),
+                **{name: {"mean": of_fold[name].mean(), "sd": of_fold[name].std(ddof=1)} for name in shown},
+                "baseline_auroc": of_fold["baseline_auroc"].iloc[0],
+                "gain": {"mean": gain.mean(), "sd": gain.std(ddof=1), "min": gain.min(), "max": gain.max()},
+            }
+        )
+    return found
+
+
+def pool_by_seed(pooled: pd.DataFrame) -> list[pd.DataFrame]:
+    """Give the predictions of the seeds that have finished the same folds, those that most have finished."""
+    folds = pooled.fillna({"fold": -1}).groupby("seed")["fold"].agg(lambda values: tuple(sorted(set(values))))
+    counts = folds.value_counts().to_dict()
+    widest = max(counts, key=lambda found: (counts[found], len(found)))
+    return [pooled[pooled["seed"] == seed] for seed in folds.index[[found == widest for found in folds]]]
+
+
+def measure_pooled(seeds: Sequence[ScoredPatches]) -> dict[str, Any]:
+    """Return the metrics of out-of-fold predictions, mean over seeds, with an interval over patients.
+
+    The mean over seeds is taken in the sample and in each of its reweightings, so the interval is that of the
+    mean and says nothing of the spread between seeds.
+
+    Args:
+        seeds: The predictions of each seed.
+    """
+    first, samples = seeds[0], [one.sample() for one in seeds]
+    options: dict[str, Any] = {"level": LEVEL, "unit": first.unit}
+    mean, known = (
+        average([replicate(sample, seed=0) for sample in samples]),
+        registry(type(samples[0].tally())),
+    )
+    matrix = np.sum([one.confusion() for one in seeds], axis=0)
+    found = {
+        "n_patches": len(first),
+        "n_patients": mean.n_groups,
+        "n_seeds": len(seeds),
+        "class_names": list(first.class_names),
+        "patch": {
+            name: estimate_metric(metric, samples[0], mean, **options).to_dict()
+            for name, metric in known.items()
+        },
+        "classification_report": classification_report(matrix, first.class_names),
+        "interval": describe_method(mean.n_groups, seed=0, **options),
+    }
+    if first.positive_index is None:
+        return found | {"confusion_matrix": matrix}
+    positive, negative = first.positive_index, 1 - first.positive_index
+    cells = {"tp": (positive, positive), "fp": (negative, positive), "fn": (positive, negative)}
+    cells["tn"] = (negative, negative)
+    return found | {"confusion": {name: int(matrix[cell]) for name, cell in cells.items()}}
+
+
+def _spread(seeds: Sequence[dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """Return mean and standard deviation over seeds of the pooled metrics."""
+    shown = [name for name in dict.fromkeys((*SHOWN, *SHOWN_OF_CLASSES)) if name in seeds[0]]
+    values = {name: [seed[name] for seed in seeds] for name in shown}
+    return {
+        name: {"mean": float(np.mean(found)), "sd": float(np.std(found, ddof=1)) if len(found) > 1 else None}
+        for name, found in values.items()
+        if not np.isnan(found).any()
+    }

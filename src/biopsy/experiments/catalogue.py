@@ -1,0 +1,120 @@
+"""What is shipped: data sets it can read or fetch, networks it can build, recipes it can train."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from biopsy.core.errors import BiopsyError, suggest
+
+Kind = Literal["datasets", "models", "recipes"]
+Row = dict[str, object]
+
+
+def list_(kind: Kind) -> list[Row]:
+    """List what is shipped, one row each, from the registers themselves.
+
+    Args:
+        kind: ``"datasets"``, ``"models"`` or ``"recipes"``.
+
+    Returns:
+        For data sets what they are recognised by, how a pack is made of them, counts, resolution, licence and
+        citation; for models parameters (with two classes and the input of its recipe), stages and licence,
+        then known pretrained weights with licence, preprocessing and whether their file is at hand; for
+        recipes the published and the corrected numbers and the cost. The rows of a list have the same keys.
+
+    Raises:
+        BiopsyError: If there is no such kind.
+
+    Example:
+        >>> [row["name"] for row in list_("recipes")][:3]
+        ['baruah-2019', 'cancernet-2019', 'cancernet-2020']
+    """
+    if kind not in _LISTS:
+        raise BiopsyError(f"there is no list of {kind!r}: {suggest(str(kind), _LISTS)}")
+    return _LISTS[kind]()
+
+
+def _list_datasets() -> list[Row]:
+    from biopsy.data.datasets import LAYOUTS, annotated_slides
+    from biopsy.data.download import SOURCES
+
+    rows: list[Row] = [
+        {
+            "name": layout.name,
+            "title": layout.title,
+            "looks_for": layout.looks_for,
+            "prepare": "biopsy prepare SOURCE --out PACK" + (" --mpp UM" if layout.mpp is None else ""),
+            "counts": layout.expected,
+            "mpp": layout.mpp,
+            "fetch": layout.name in SOURCES,
+            "licence": layout.licence,
+            "citation": layout.citation,
+        }
+        for layout in LAYOUTS.values()
+    ]
+    slides: Row = {
+        "name": annotated_slides.NAME,
+        "title": annotated_slides.TITLE,
+        "looks_for": annotated_slides.LOOKS_FOR,
+        "prepare": "biopsy prepare SLIDES --out PACK --mpp UM --patch-px PIXELS",
+        "fetch": False,
+        "licence": "that of your data",
+    }
+    return [*rows, dict.fromkeys(rows[0]) | slides]
+
+
+def _list_models() -> list[Row]:
+    from biopsy.models.known_weights import list_weights
+    from biopsy.models.networks import build_network, count_parameters, list_networks, network_parameters
+    from biopsy.models.networks.stages import list_stages
+    from biopsy.models.weights import locate
+    from biopsy.recipes import list_recipes, load_recipe
+
+    recipes = [load_recipe(name) for name in list_recipes()]
+    sides = {recipe.model.name: recipe.preprocessing.input_px for recipe in recipes}
+    rows: list[Row] = []
+    for name in list_networks():
+        network = build_network(name, n_classes=2, input_px=sides.get(name, 48))
+        total, trainable = count_parameters(network)
+        row = {"name": name, "kind": "network", "input_px": sides.get(name, 48), "parameters": total}
+        row |= {"trainable": trainable, "stages": ", ".join(list_stages(network))}
+        row |= {"settings": ", ".join(f"{key}={value}" for key, value in network_parameters(name).items())}
+        rows.append(row | {"licence": "Apache-2.0"})
+    for name, licence in (("timm:NAME", "Apache-2.0"), ("torchvision:NAME", "BSD-3-Clause")):
+        rows.append({"name": name, "kind": "any network of the library", "licence": licence})
+    for weights in list_weights():
+        path = locate(weights)
+        row = {"name": weights.tag, "kind": f"weights of {' and '.join(weights.networks)}"}
+        row |= {"licence": weights.licence, "preprocessing": weights.feed, "file": weights.file}
+        row |= {"page": weights.page, "at_hand": "no" if path is None else str(path)}
+        rows.append(row)
+    name, kind = "timm:NAME.TAG, torchvision:NAME.TAG", "any weights of the libraries"
+    rows.append({"name": name, "kind": kind, "licence": "each its own, shown when they are loaded"})
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [dict.fromkeys(keys) | row for row in rows]
+
+
+def _list_recipes() -> list[Row]:
+    from biopsy.recipes import list_recipes, load_recipe
+
+    rows: list[Row] = []
+    for name in list_recipes():
+        recipe = load_recipe(name)
+        rows.append(
+            {
+                "name": name,
+                "title": recipe.title,
+                "source": f"{recipe.origin.authors}, {recipe.origin.year}",
+                "model": recipe.model.name,
+                "published": recipe.origin.claim,
+                "corrected": recipe.origin.corrected,
+                "cost": recipe.origin.cost,
+            }
+        )
+    return rows
+
+
+_LISTS: dict[str, Callable[[], list[Row]]] = {
+    "datasets": _list_datasets,
+    "models": _list_models,
+    "recipes": _list_recipes,
+}

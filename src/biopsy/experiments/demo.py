@@ -1,0 +1,79 @@
+"""The main job from start to finish on an embedded synthetic cohort: nothing is downloaded."""
+
+import logging
+from pathlib import Path
+
+from biopsy.core.errors import DataError
+from biopsy.core.files import read_json, write_json
+from biopsy.data.inspection import inspect
+from biopsy.data.packing import prepare
+from biopsy.data.packs import Pack
+from biopsy.evaluation.evaluate import evaluate
+from biopsy.phantom.cohort import FIRST_PATIENT, write_archive
+from biopsy.phantom.slides import make_phantom_slide
+from biopsy.reporting.report import MAPS, report
+from biopsy.slides.cohorts import slide
+from biopsy.training.fit import OnEpoch
+from biopsy.training.runs import DOCUMENT, Run
+from biopsy.training.train import train
+
+logger = logging.getLogger(__name__)
+
+MARK, FORMAT = "demo.json", "biopsy-demo/1"
+N_PATIENTS, PATCHES_PER_PATIENT = 36, 100  # five patients on the test side, the fewest that allow an interval
+RECIPE = "cancernet-2020"
+NEXT_PATIENT = str(FIRST_PATIENT + N_PATIENTS)
+SLIDE, SLIDE_PX = "slide.tiff", (1600, 1200)  # at 2 um/px
+SETTINGS = ("train.epochs=12",)  # of 40: what two cores do in about a minute
+
+
+def demo(*, out: Path | str = "biopsy-demo", on_epoch: OnEpoch | None = None) -> Path:
+    """Write a synthetic cohort, prepare and inspect it, train CancerNet, judge it, map a slide and report.
+
+    Args:
+        out: The demonstration's folder; an earlier demonstration in it is gone on with.
+        on_epoch: Called with each epoch's record.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        DataError: If the folder holds something else.
+    """
+    folder = Path(out)
+    _claim(folder)
+    archive = folder / "cohort.zip"
+    if not archive.exists():
+        logger.info("synthetic cohort of %d patients in the layout of IDC: %s", N_PATIENTS, archive)
+        write_archive(archive, n_patients=N_PATIENTS, patches_per_patient=PATCHES_PER_PATIENT, seed=0)
+    pack = prepare(archive, folder / "cohort.pack")
+    logger.info("pack of %d patches: %s", len(pack), pack.path)
+    inspect(pack, split="patients")
+    run = _train(pack, folder / "run", on_epoch)
+    metrics = evaluate(run)
+    auroc, baseline = metrics["patch"]["auroc"]["value"], metrics["baseline"]["auroc"]
+    logger.info("AUROC on patients never seen: %.3f; colour alone: %.3f", auroc, baseline)
+    path, (width, height) = folder / SLIDE, SLIDE_PX
+    if not path.exists():
+        logger.info("a synthetic slide of a patient never seen: %s", path)
+        make_phantom_slide(path, seed=0, patient=NEXT_PATIENT, width=width, height=height, mpp=2.0)
+    slide(run, path, out=run.path / MAPS)
+    return report([run])[0]
+
+
+def _claim(folder: Path) -> None:
+    """Take a new or empty folder, or one that a demonstration has been given."""
+    if (folder / MARK).is_file():
+        read_json(folder / MARK, format=FORMAT)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder} is not empty and holds no demonstration: name another folder with --out")
+    else:
+        write_json(folder / MARK, {"format": FORMAT})
+
+
+def _train(pack: Pack, path: Path, on_epoch: OnEpoch | None) -> Run:
+    """Train the recipe, or go on with a training that was interrupted."""
+    begun = (path / DOCUMENT).is_file() and Run.open(path).info["status"] != "finished"
+    if begun:
+        return train(resume=path, on_epoch=on_epoch)
+    return train(RECIPE, pack, split="patients", overrides=SETTINGS, out=path, on_epoch=on_epoch)

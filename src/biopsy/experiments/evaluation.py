@@ -1,0 +1,85 @@
+"""`biopsy evaluate`: a run, or a table of predictions that any program wrote."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from biopsy.core.errors import DataError, RunError
+from biopsy.data.packs import Pack
+from biopsy.evaluation.evaluate import evaluate as evaluate_run
+from biopsy.evaluation.predictions import evaluate_classifier, evaluate_table, is_table
+from biopsy.evaluation.results import Evaluation
+from biopsy.models.classifier import DOCUMENT, Classifier
+from biopsy.reporting.report import report as write_report
+from biopsy.training.open_model import open_classifier
+from biopsy.training.runs import Run
+
+
+def evaluate(
+    run: Run | Classifier | Path | str,
+    *,
+    side: Literal["test", "val"] = "test",
+    data: Pack | Path | str | None = None,
+    split: str | None = None,
+    prevalence: float | None = None,
+    positive: str | None = None,
+    threshold: float | None = None,
+    subgroups: Sequence[str] = (),
+    report: Path | str | None = None,
+) -> Evaluation:
+    """Evaluate a run on its test or validation subset or on another pack, or a table of predictions.
+
+    Of a run, ``predictions/<side>.parquet`` and ``evaluation/metrics.json`` (for validation
+    ``metrics-val.json``; for another pack both under ``external/<pack>/``) are written into it. Opening a
+    test subset is recorded in the pack's ledger. Of a table nothing is written but the report.
+
+    Args:
+        run: A finished run; a classifier, with ``data``; or a csv or Parquet table with a row per patch: the
+            true class (``y_true``, ``target``, ``label``, ...), the positive class's probability (``prob``)
+            or each class's (``prob_<class>``), and the patient (``patient_id``, ``groups``, ...).
+        side: ``"test"`` or ``"val"``.
+        data: Another pack with the same classes, of which all patches are judged unless ``split`` is given.
+            The run's own pack is known by its content wherever it lies, and judged on the run's own split.
+        split: With another pack: the split of that pack whose ``side`` is judged.
+        prevalence: Also give PPV and NPV where this share of patches is positive.
+        positive: Of a table of two classes: the positive one.
+        threshold: Of a table: the probability from which a patch is predicted positive; by default the one
+            written with it, else 0.5.
+        subgroups: Of a table: columns within whose values the metrics are repeated.
+        report: Also write the report to this HTML file.
+
+    Returns:
+        The numbers with their intervals; `Evaluation.to_dict` is what ``metrics.json`` holds.
+
+    Raises:
+        RunError: If the run has not finished, its pack changed, or there is nothing on that side.
+        DataError: If the other pack's patches are of another resolution or larger than the classifier's, a
+            table cannot be read, or an argument does not belong to what is evaluated.
+        MetricError: If a table's values allow no metric.
+    """
+    if is_table(run):
+        _refuse("a table of predictions", side=None if side == "test" else side, data=data, split=split)
+        table: Any = run
+        evaluation = evaluate_table(
+            table, positive=positive, threshold=threshold, subgroups=subgroups, prevalence=prevalence
+        )
+    elif isinstance(run, Classifier) or (not isinstance(run, Run) and (Path(run) / DOCUMENT).is_file()):
+        _refuse("a classifier", positive=positive, threshold=threshold, subgroups=subgroups or None)
+        if data is None:
+            raise RunError("a classifier has no patches of its own: name a pack with data=")
+        evaluation = evaluate_classifier(
+            open_classifier(run), data, side=side, split=split, prevalence=prevalence
+        )
+    else:
+        _refuse("a run", positive=positive, threshold=threshold, subgroups=subgroups or None)
+        evaluation = evaluate_run(run, side=side, data=data, split=split, prevalence=prevalence)
+    if report is not None:
+        write_report(evaluation, out=report)
+    return evaluation
+
+
+def _refuse(what: str, **given: object) -> None:
+    """Refuse what does not belong to that which is evaluated."""
+    for name, value in given.items():
+        if value is not None:
+            raise DataError(f"{name}={value!r} does not belong to {what}: leave it out")

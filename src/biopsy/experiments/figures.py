@@ -1,0 +1,388 @@
+"""Figures of studies: folds and seeds, reproductions, sweeps."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from biopsy.core.errors import MetricError
+from biopsy.plotting.style import (
+    BASELINE,
+    INK,
+    MUTED,
+    NEGATIVE,
+    POSITIVE,
+    PROBABILITY_MAP,
+    RULE,
+    VALIDATION,
+    WIDTH_IN,
+    new_figure,
+    shorten,
+    styled,
+)
+
+
+@styled
+def draw_folds(
+    folds: Sequence[object],
+    values: np.ndarray,
+    *,
+    metric: str = "AUROC",
+    baseline: Mapping[object, float] | None = None,
+) -> Figure:
+    """Draw one number of every run: a row a fold, a dot a seed, a bar their mean.
+
+    Args:
+        folds: The fold of each run, shape ``(n_runs,)``; rows keep the order of first appearance.
+        values: The metric of each run, shape ``(n_runs,)``; NaN is left out.
+        metric: Its name, on the axis.
+        baseline: Value of the colour-only baseline by fold, drawn as a grey diamond.
+
+    Raises:
+        MetricError: If there are not as many folds as values.
+    """
+    values = np.asarray(values, dtype=float)
+    if len(folds) != len(values) or not len(values):
+        raise MetricError(f"{len(folds)} folds have {len(values)} values; one a run is needed")
+    names = list(dict.fromkeys(folds))
+    figure, axes = new_figure(WIDTH_IN, 1.2 + 0.36 * max(len(names), 2))
+    seen = values[np.isfinite(values)].tolist()
+    for row, name in enumerate(names):
+        part = np.array([value for fold, value in zip(folds, values, strict=True) if fold == name])
+        part = np.sort(part[np.isfinite(part)])
+        spread = 0.09 * (np.arange(len(part)) % 3 - 1) if len(part) > 1 else np.zeros(len(part))
+        axes.plot(
+            part,
+            row + spread,
+            "o",
+            color=NEGATIVE,
+            markersize=6,
+            alpha=0.75,
+            markeredgewidth=0,
+            label="one seed" if row == 0 else None,
+        )
+        if len(part):
+            axes.plot(
+                [part.mean()] * 2,
+                [row - 0.26, row + 0.26],
+                color=INK,
+                linewidth=1.8,
+                label="mean of seeds" if row == 0 else None,
+            )
+    if baseline:
+        known = [
+            (baseline[name], row) for row, name in enumerate(names) if np.isfinite(baseline.get(name, np.nan))
+        ]
+        seen += [value for value, _ in known]
+        axes.plot(
+            *zip(*known, strict=True) if known else ([], []),
+            "D",
+            color=BASELINE,
+            markersize=6,
+            markerfacecolor="white",
+            markeredgewidth=1.4,
+            label="colour alone",
+        )
+    axes.axvline(0.5, color=BASELINE, linewidth=0.8, linestyle=(0, (2, 2)))
+    axes.set_xlim(min([0.48, *seen]) - 0.02, 1.01)
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.set_yticks(range(len(names)), [shorten(name) for name in names])
+    axes.set_xlabel(metric)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=0.1, columnspacing=1.2)
+    return figure
+
+
+PANELS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
+ROW_IN = 0.3
+MARKS: Mapping[str, dict[str, Any]] = {
+    "published": {"marker": "D", "color": INK, "markerfacecolor": "white", "markeredgewidth": 1.4},
+    "as published": {"marker": "o", "color": POSITIVE},
+    "patients apart": {"marker": "o", "color": NEGATIVE},
+    "colour alone": {"marker": "s", "color": BASELINE, "markerfacecolor": "white", "markeredgewidth": 1.4},
+}
+
+
+@styled
+def draw_reproduction(papers: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Draw, for each recipe, the claim and both arms in three metrics, and the leak of each slide.
+
+    Args:
+        papers: Recipe to its entry in ``metrics.json`` of a reproduction.
+
+    Raises:
+        MetricError: If there is no recipe.
+    """
+    if not papers:
+        raise MetricError("a reproduction without a recipe cannot be drawn")
+    leaks = {
+        (name, str(slide["tested"])): slide["auroc"]["values"]
+        for name, entry in papers.items()
+        for slide in entry["leak"]["slides"]
+    }
+    heights = [0.55 + ROW_IN * len(papers)] * len(PANELS)
+    heights += [0.55 + ROW_IN * 0.8 * len(leaks)] if leaks else []
+    figure = Figure(figsize=(WIDTH_IN, 0.5 + sum(heights)), layout="constrained")
+    panels: list[Axes] = list(figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
+    for axes, metric in zip(panels, PANELS, strict=False):
+        _draw_arms(axes, papers, metric)
+    if leaks:
+        _draw_leaks(panels[-1], leaks)
+    handles = {
+        label: handle
+        for axes in panels
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    order = [label for label in MARKS if label in handles]
+    figure.legend([handles[label] for label in order], order, loc="outside upper center", ncols=2)
+    return figure
+
+
+def _draw_arms(axes: Axes, papers: Mapping[str, Mapping[str, Any]], metric: str) -> None:
+    """A row a recipe: diamond the publication, dots ours with the spread over seeds or the interval."""
+    for row, entry in enumerate(papers.values()):
+        if row:
+            axes.axhline(row - 0.5, color=RULE, linewidth=0.8)
+        apart, published = entry["apart"], entry["published"]
+        interval = (apart["interval"] or {}).get(metric) or {}
+        claimed = entry["corrected"].get(metric, entry["claim"].get(metric))
+        _mark(axes, "published", claimed, row - 0.22)
+        _mark(axes, "as published", published[metric]["mean"], row - 0.07, _reach(published[metric]))
+        _mark(axes, "patients apart", apart[metric]["mean"], row + 0.1, _reach(apart[metric], interval))
+        if metric == "auroc":
+            _mark(axes, "colour alone", apart["colour_auroc"], row + 0.26)
+    _frame(axes, [shorten(name, 22) for name in papers], PANELS[metric])
+    axes.set_xlim(right=1.0)
+
+
+def _mark(
+    axes: Axes, kind: str, value: float | None, row: float, reach: tuple[float, float] | None = None
+) -> None:
+    if value is None:
+        return
+    if reach is not None:
+        axes.plot(reach, [row, row], color=MARKS[kind]["color"], linewidth=2, alpha=0.45)
+    axes.plot([value], [row], linestyle="none", markersize=5.5, label=kind, **MARKS[kind])
+
+
+def _reach(
+    spread: Mapping[str, float | None], interval: Mapping[str, float | None] | None = None
+) -> tuple[float, float] | None:
+    """Give the interval over patients, where there is none the range over seeds."""
+    for found, low, high in ((interval or {}, "low", "high"), (spread, "min", "max")):
+        ends = found.get(low), found.get(high)
+        if ends[0] is not None and ends[1] is not None:
+            return ends[0], ends[1]
+    return None
+
+
+def _draw_leaks(axes: Axes, leaks: Mapping[tuple[str, str], Sequence[float]]) -> None:
+    """A row a slide of a recipe: each seed's gain from training patches of that slide, and their mean."""
+    names, last = [], None
+    for row, ((recipe, tested), values) in enumerate(leaks.items()):
+        axes.plot(
+            values, [row] * len(values), "o", color=POSITIVE, markersize=5, alpha=0.6, markeredgewidth=0
+        )
+        axes.plot([np.mean(values)] * 2, [row - 0.3, row + 0.3], color=INK, linewidth=1.8)
+        names.append(
+            f"{shorten(recipe, 22)}  {shorten(tested, 10)}" if recipe != last else shorten(tested, 10)
+        )
+        if last not in (None, recipe):
+            axes.axhline(row - 0.5, color=RULE, linewidth=0.8)
+        last = recipe
+    axes.axvline(0, color=MUTED, linewidth=0.9)
+    _frame(axes, names, "AUROC gained by the leak; a dot is a seed")
+
+
+def _frame(axes: Axes, names: Sequence[str], label: str) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(label)
+
+
+WIDE_RANGE = 8  # from this ratio of largest to smallest value on, an axis of numbers is logarithmic
+TEST = NEGATIVE
+
+
+@styled
+def draw_sweep(
+    values: Mapping[str, Sequence[Any]],
+    validation: np.ndarray,
+    test: np.ndarray | None = None,
+    *,
+    metric: str = "AUROC",
+    best: Mapping[str, Any] | None = None,
+) -> Figure:
+    """Draw one number of every run of a sweep against the settings that were tried.
+
+    One setting: the number against its value, each seed a dot. Two: a map with the mean over seeds written in
+    each cell. More: combinations ranked by their mean on validation, each seed a dot.
+
+    Args:
+        values: Setting to its value in each run, ``n_runs`` of each.
+        validation: The metric on validation, ``(n_runs,)``; NaN is left out.
+        test: The same on the test side; None shows validation alone.
+        metric: Its name, on the axis.
+        best: Setting to value of the combination that validation chose, which is marked.
+
+    Raises:
+        MetricError: If there is no setting, or not one value of each a run.
+    """
+    validation = np.asarray(validation, dtype=float)
+    counts = {len(found) for found in values.values()} | {len(validation)}
+    if not values or len(counts) > 1 or not len(validation):
+        raise MetricError(f"{len(validation)} runs have {len(values)} settings; one value of each is needed")
+    keys = list(values)
+    points = [tuple(_spell(values[key][run]) for key in keys) for run in range(len(validation))]
+    marked = None if best is None else tuple(_spell(best[key]) for key in keys)
+    sides = {"validation": validation, **({} if test is None else {"test": np.asarray(test, dtype=float)})}
+    if len(keys) == 1:
+        return _draw_line(keys[0], values[keys[0]], points, sides, metric, marked)
+    if len(keys) == 2:
+        return _draw_map(keys, points, sides, metric, marked)
+    return _draw_ranks(keys, points, sides, metric, marked)
+
+
+def _draw_line(
+    key: str,
+    values: Sequence[Any],
+    points: Sequence[tuple[str, ...]],
+    sides: Mapping[str, np.ndarray],
+    metric: str,
+    best: tuple[str, ...] | None,
+) -> Figure:
+    """Number against value: on an axis of numbers where they are some, else one place a value."""
+    figure, axes = new_figure()
+    names = list(dict.fromkeys(point[0] for point in points))
+    numbers = {
+        name: float(value)
+        for (name,), value in zip(points, values, strict=True)
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    if len(numbers) == len(names):
+        place = numbers
+        if min(numbers.values()) > 0 and max(numbers.values()) / min(numbers.values()) >= WIDE_RANGE:
+            axes.set_xscale("log")
+        axes.set_xticks([numbers[name] for name in names], names)
+        axes.minorticks_off()
+    else:
+        place = {name: float(index) for index, name in enumerate(names)}
+        axes.set_xticks(range(len(names)), [shorten(name) for name in names])
+        axes.set_xlim(-0.5, len(names) - 0.5)
+    order = sorted(names, key=place.__getitem__)
+    for side, found in sides.items():
+        colour = _colour(side)
+        x = [place[name] for (name,) in points]
+        axes.plot(x, found, "o", color=colour, markersize=5.5, alpha=0.7, markeredgewidth=0)
+        means = _means(points, found)
+        mean = [means[(name,)] for name in order]
+        if place is numbers:
+            axes.plot([place[name] for name in order], mean, color=colour, label=side)
+        else:
+            axes.hlines(mean, np.arange(len(order)) - 0.2, np.arange(len(order)) + 0.2, colour, label=side)
+    if best is not None:
+        dashes = (0, (3, 3))
+        axes.axvline(place[best[0]], color=INK, linewidth=0.9, linestyle=dashes, zorder=0, label="chosen")
+    axes.set(xlabel=key, ylabel=f"{metric}; a dot is a seed")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=0.1)
+    return figure
+
+
+def _draw_map(
+    keys: Sequence[str],
+    points: Sequence[tuple[str, ...]],
+    sides: Mapping[str, np.ndarray],
+    metric: str,
+    best: tuple[str, ...] | None,
+) -> Figure:
+    """A cell a combination: its colour is validation, the numbers in it validation and test."""
+    rows, columns = (list(dict.fromkeys(point[axis] for point in points)) for axis in (0, 1))
+    means = {side: _means(points, found) for side, found in sides.items()}
+    grid = np.array([[means["validation"].get((row, column), np.nan) for column in columns] for row in rows])
+    figure, axes = new_figure(WIDTH_IN, 1.5 + 0.52 * len(rows))
+    image = axes.imshow(np.ma.masked_invalid(grid), cmap=PROBABILITY_MAP, aspect="auto")
+    known = grid[np.isfinite(grid)]
+    middle = float(known.min() + known.max()) / 2 if len(known) else 0.0
+    for row, column in np.ndindex(grid.shape):
+        point = (rows[row], columns[column])
+        written = [f"{found[point]:.3f}" for found in means.values() if np.isfinite(found.get(point, np.nan))]
+        colour = "white" if grid[row, column] <= middle else "black"
+        axes.text(column, row, "\n".join(written), ha="center", va="center", color=colour, fontsize=8)
+        if point == best:
+            axes.plot(
+                [column - 0.5, column + 0.5, column + 0.5, column - 0.5, column - 0.5],
+                [row - 0.5, row - 0.5, row + 0.5, row + 0.5, row - 0.5],
+                color=VALIDATION,
+                linewidth=2.6,
+                clip_on=False,
+                solid_joinstyle="miter",
+            )
+    axes.set_xticks(range(len(columns)), [shorten(name, 14) for name in columns])
+    axes.set_yticks(range(len(rows)), [shorten(name, 14) for name in rows])
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.set(xlabel=keys[1], ylabel=keys[0])
+    figure.colorbar(image, ax=axes, label=f"{metric}, validation", pad=0.02).outline.set_visible(False)
+    shown = "validation, below it test" if "test" in sides else "validation"
+    axes.set_title(shown + ("; framed: chosen" if best else ""))
+    return figure
+
+
+def _draw_ranks(
+    keys: Sequence[str],
+    points: Sequence[tuple[str, ...]],
+    sides: Mapping[str, np.ndarray],
+    metric: str,
+    best: tuple[str, ...] | None,
+) -> Figure:
+    """A row a combination, the highest mean on validation first (the lowest, for a loss)."""
+    means = _means(points, sides["validation"])
+    sign = 1 if metric == "loss" else -1
+    order = sorted(means, key=lambda point: (not np.isfinite(means[point]), sign * means[point]))
+    figure, axes = new_figure(WIDTH_IN, 1.3 + 0.3 * max(len(order), 2))
+    for offset, (side, found) in zip((-0.13, 0.13), sides.items(), strict=False):
+        rows = np.array([order.index(point) for point in points])
+        axes.plot(
+            found,
+            rows + offset,
+            "o",
+            color=_colour(side),
+            markersize=5,
+            alpha=0.75,
+            markeredgewidth=0,
+            label=side,
+        )
+    labels = [" · ".join(shorten(value, 12) for value in point) for point in order]
+    axes.set_yticks(
+        range(len(order)),
+        [f"{label} ◂" if point == best else label for label, point in zip(labels, order, strict=True)],
+    )
+    axes.set_ylim(len(order) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(metric)
+    axes.set_title(" · ".join(key.rpartition(".")[2] for key in keys), fontsize=8.5)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    return figure
+
+
+def _means(points: Sequence[tuple[str, ...]], values: np.ndarray) -> dict[tuple[str, ...], float]:
+    """Give the mean of each combination's runs, NaN where none is known."""
+    groups: dict[tuple[str, ...], list[float]] = {}
+    for point, value in zip(points, values, strict=True):
+        groups.setdefault(point, []).append(float(value))
+    known = {point: [value for value in found if np.isfinite(value)] for point, found in groups.items()}
+    return {point: float(np.mean(found)) if found else float("nan") for point, found in known.items()}
+
+
+def _colour(side: str) -> str:
+    return VALIDATION if side == "validation" else TEST
+
+
+def _spell(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

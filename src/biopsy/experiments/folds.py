@@ -1,0 +1,100 @@
+"""Studies over folds and seeds: many runs, one question, one table."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from biopsy.core.errors import RunError
+from biopsy.data.packs import Pack
+from biopsy.data.splits import Split, find_split, list_splits, make_split, save_split
+from biopsy.evaluation.study_tables import write_tables
+from biopsy.experiments.run_specs import Question, answer_questions, hash_split, open_study, place_study
+from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
+from biopsy.training.fit import OnEpoch
+from biopsy.training.study import Study
+from biopsy.training.train import choose_split, open_data
+
+
+def study(
+    recipes: Sequence[str | Path | Recipe],
+    data: Pack | Path | str,
+    *,
+    split: str | None = None,
+    folds: int | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    overrides: Overrides = (),
+    name: str | None = None,
+    out: Path | str | None = None,
+    device: str = "auto",
+    on_epoch: OnEpoch | None = None,
+) -> Study:
+    """Train and judge recipes over folds and seeds, and pool what they say of patients they have not seen.
+
+    The same command goes on where an interrupted one stopped: finished runs are kept, half-trained ones are
+    resumed. A run whose loss diverges is named under ``failed`` in ``study.json``; the others go on.
+
+    Args:
+        recipes: Names, TOML files or recipes.
+        data: A pack, or what `biopsy.prepare` reads.
+        split: Name of a split of the pack; its folds are all run.
+        folds: Number of folds, where the split is yet to be made by patient.
+        seeds: Training seeds; at least three for a headline figure.
+        overrides: ``{"table.key": value}`` changes, made in every recipe.
+        name: Name of the study under ``studies/``.
+        out: The study's own folder instead.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+        on_epoch: Called with each epoch's record, which also names ``run``, ``recipe``, ``fold``, ``seed``.
+
+    Raises:
+        RunError: If the folder holds a study that asked something else.
+    """
+    changed = setting_lines(overrides)
+    loaded = [load_recipe(recipe, changed) for recipe in ([recipes] if isinstance(recipes, str) else recipes)]
+    if not loaded or not seeds:
+        raise RunError("a study needs at least one recipe and one seed")
+    if len({recipe.name for recipe in loaded}) < len(loaded):
+        raise RunError("two recipes of a study have the same name: change `name` in one of the files")
+    pack = open_data(data)
+    chosen = _find_split(pack, split, folds, loaded)
+    found = open_study(
+        place_study(name or "-".join([*(recipe.name for recipe in loaded), chosen.name]), out),
+        question="folds and seeds",
+        pack=pack,
+        recipes=loaded,
+        seeds=seeds,
+        same={},
+        split=chosen,
+    )
+    questions = _list_questions(loaded, chosen, seeds)
+    return answer_questions(found, pack, questions, write_tables, device=device, on_epoch=on_epoch)
+
+
+def _list_questions(recipes: Sequence[Recipe], split: Split, seeds: Sequence[int]) -> list[Question]:
+    """Give every run of the study, seed by seed, so that an early look sees every fold."""
+    folds: Sequence[int | None] = range(split.n_folds) if split.n_folds else (None,)
+    return [
+        Question(f"{recipe.name}{'' if fold is None else f'-f{fold}'}-s{seed}", recipe, split, fold, seed)
+        for seed, recipe, fold in itertools.product(seeds, recipes, folds)
+    ]
+
+
+def _find_split(pack: Pack, name: str | None, folds: int | None, recipes: Sequence[Recipe]) -> Split:
+    if folds is None:
+        splits = [choose_split(pack, name, recipe) for recipe in recipes]
+        if len({hash_split(split) for split in splits}) > 1:
+            raise RunError(f"the recipes were not published on one split: make a study of each, {name}")
+        return splits[0]
+    name = name or f"folds-{folds}"
+    if name in list_splits(pack):
+        split = find_split(pack, name)
+        if split.n_folds != folds:
+            raise RunError(
+                f"split {name!r} has {split.n_folds} folds, {folds} were asked for: name another split"
+            )
+        return split
+    split = make_split(pack, protocol="folds", name=name, n_folds=folds)
+    try:
+        save_split(pack, split)
+    except OSError as error:
+        raise RunError(f"split {name!r} cannot be kept in {pack.path.name}: {error.strerror}") from None
+    return split

@@ -1,0 +1,297 @@
+"""Leakage experiment: a recipe with and without patches of the tested slide in training."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+
+import numpy as np
+import pandas as pd
+
+from biopsy.core.errors import RunError, SplitError
+from biopsy.core.seeds import make_rng
+from biopsy.data.packs import Pack
+from biopsy.data.protocols import divide_groups
+from biopsy.data.splits import Split, find_split, make_split, with_sides
+from biopsy.recipes import Recipe
+
+
+def make_leak_splits(pack: Pack, test_id: str, val_id: str, seed: int = 0) -> tuple[Split, Split]:
+    """Make the two splits between which only the leak of one slide differs.
+
+    Both test the same half of ``test_id`` (drawn once per slide, class by class, whatever the seed) and
+    validate on all of ``val_id``. The first trains on everybody else. The second trains on the other half of
+    ``test_id`` too, in place of as many patches of everybody else, drawn with ``seed``. Both train on the
+    same number of patches of each class.
+
+    Args:
+        pack: The patches; they name patients or slides.
+        test_id: The patient (slide, where no patients are named) that is tested.
+        val_id: The one that validates.
+        seed: Of the patches that give way.
+
+    Returns:
+        ``(apart, with_leak)``, named ``leak-apart-<test_id>-s<seed>`` and ``leak-with-<test_id>-s<seed>``,
+        of the protocols ``leak-apart`` and ``leak-with``; keep them with `save_split`.
+
+    Raises:
+        SplitError: If a patient is not known, the tested one has one class only, or the others have too few
+            patches of a class to give way.
+    """
+    apart, with_leak = (
+        make_split(
+            pack,
+            protocol=protocol,
+            name=f"{protocol}-{_spell(test_id)}-s{seed}",
+            seed=seed,
+            test_patients=(test_id,),
+            val_patients=(val_id,),
+        )
+        for protocol in ("leak-apart", "leak-with")
+    )
+    return apart, with_leak
+
+
+def matched(one: Split, other: Split, pack: Pack, seed: int = 0) -> tuple[Split, Split]:
+    """Trim the training side of the larger of two splits to the number of patches of the smaller.
+
+    The classes keep their shares. What is left out is drawn with ``seed`` and is on no side; validation and
+    test stay as they are.
+
+    Args:
+        one: A split with sides.
+        other: Another split of the same pack.
+        pack: Their pack.
+        seed: Of the draw.
+
+    Returns:
+        The two in the same order; the trimmed one is called ``<name>-matched-s<seed>``.
+
+    Raises:
+        SplitError: If one has folds, or is not the pack's.
+    """
+    for split in (one, other):
+        if split.n_folds:
+            raise SplitError(f"split {split.name!r} has folds: only splits with sides can be matched")
+    sizes = [int((split.sides(pack) == "train").sum()) for split in (one, other)]
+    first, second = (_trim(split, pack, min(sizes), seed) for split in (one, other))
+    return first, second
+
+
+def _trim(split: Split, pack: Pack, n_train: int, seed: int) -> Split:
+    sides = split.sides(pack)
+    ids = pack.table["patch_id"].to_numpy(str)
+    train = np.flatnonzero(sides == "train")
+    if len(train) == n_train:
+        return split
+    train = make_rng(seed, "matched").permutation(train[np.argsort(ids[train])])
+    target = pack.target[train]
+    place = np.empty(len(train))  # of each patch within its class, from 0 to 1: the lowest are kept
+    for class_index in np.unique(target):
+        member = target == class_index
+        place[member] = (np.arange(member.sum()) + 0.5) / member.sum()
+    sides[train[np.argsort(place, kind="stable")[n_train:]]] = ""
+    note = {"matched": {"from": split.name, "train_patches": n_train, "seed": seed}}
+    return with_sides(split, pack, sides, name=f"{split.name}-matched-s{seed}", note=note)
+
+
+def _spell(group_id: str) -> str:
+    """Give an id as part of a split's name; ids that only then look alike stay apart by a few digits."""
+    spelled = re.sub(r"[^A-Za-z0-9._-]", "-", group_id)
+    return spelled if spelled == group_id else f"{spelled}-{sha256(group_id.encode()).hexdigest()[:6]}"
+
+
+PUBLISHED, APART, LEAK_WITH, LEAK_APART = "published", "apart", "leak-with", "leak-apart"
+
+MIN_PATCHES = 50  # of each class: fewer in a slide and half of them rank nothing
+VAL_SHARE = 0.15  # of the training side, where a data set's own validation side is tested
+N_LEAKING = 3  # slides whose leak is measured where none are named
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What trains and what is tested in some runs of a comparison.
+
+    Attributes:
+        kind: ``published``, ``apart``, ``leak-with`` or ``leak-apart``.
+        split: With sides.
+        tested: The patient or slide that is tested alone, "" where a whole side is.
+        place: Its place among those that are tested, None for a whole side.
+    """
+
+    kind: str
+    split: Split
+    tested: str = ""
+    place: int | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The arms of one recipe that do not depend on the seed, and why others are missing.
+
+    Attributes:
+        arms: As published, then patients apart; all train on the same number of patches.
+        missing: Kind of arm to the reason it cannot be had.
+    """
+
+    arms: tuple[Arm, ...]
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def compare_splits(pack: Pack, recipe: Recipe, apart: Split | None) -> Comparison:
+    """Divide a pack as a recipe's authors did and with patients apart, with as many training patches.
+
+    Args:
+        pack: The patches.
+        recipe: Its ``as_published.split`` is followed; where it undersamples, so do the training sides before
+            they are made equal.
+        apart: The split with patients apart, each fold of which is an arm; None where there is none.
+
+    Raises:
+        RunError: If neither can be had.
+    """
+    arms, missing = [], {}
+    try:
+        published = make_split(pack, protocol="as-published", recipe=recipe.as_published.split)
+        arms.append(Arm(PUBLISHED, published))
+    except SplitError as error:
+        missing[PUBLISHED] = str(error)
+    if apart is None:
+        missing[APART] = _say_nobody(pack)
+    else:
+        arms += [Arm(APART, *_take_fold(pack, apart, fold)) for fold in range(apart.n_folds)]
+        arms += [] if apart.n_folds else [Arm(APART, apart)]
+    if not arms:
+        raise RunError(f"{recipe.name} cannot be reproduced on {pack.path.name}: {missing[PUBLISHED]}")
+    if recipe.train.sampling == "undersample":
+        arms = [_replace(arm, _undersample(pack, arm.split)) for arm in arms]
+    smallest = min((arm.split for arm in arms), key=lambda split: count_side(pack, split, "train"))
+    arms = [_replace(arm, matched(arm.split, smallest, pack)[0]) for arm in arms]
+    return Comparison(tuple(arms), missing)
+
+
+def choose_apart(pack: Pack, name: str | None, test_ids: Sequence[str]) -> Split | None:
+    """Give the split that keeps patients apart: the named one, the data set's own, or by who is tested.
+
+    Where the data set's own sides lack a test side, its validation side is tested, and 15 % of its training
+    side validates.
+
+    Args:
+        pack: The patches.
+        name: A split of the pack, or a protocol.
+        test_ids: Patients that are left out in turn, where the data set has no sides of its own.
+
+    Returns:
+        The split; None where patches name neither patients nor slides and the data set has no own sides.
+
+    Raises:
+        SplitError: If there is no such split.
+        RunError: If patients stand on two sides of it.
+    """
+    if name is not None:
+        split = find_split(pack, name)
+        if split.may_overlap:
+            raise RunError(f"patients stand on two sides of split {name!r}: name one that keeps them apart")
+        return split
+    if "own_side" in pack.table.columns and pack.table["own_side"].notna().any():
+        official = find_split(pack, "official")
+        return official if count_side(pack, official, "test") else _test_on_validation(pack, official)
+    if pack.unit == "patch":
+        return None
+    if test_ids:
+        return make_split(pack, protocol="leave-one-out", test_patients=test_ids)
+    return find_split(pack, "patients")
+
+
+def _test_on_validation(pack: Pack, official: Split) -> Split:
+    """Test on the data set's own validation side, where it brings no test side, and validate on train's."""
+    sides = official.sides(pack)
+    train = sides == "train"
+    sides[sides == "val"] = "test"
+    groups = pack.group_ids[train]
+    parts = divide_groups(groups, pack.target[train], (1 - VAL_SHARE, VAL_SHARE), seed=0, unit=pack.unit)
+    sides[np.flatnonzero(train)[parts == 1]] = "val"
+    note = {
+        "tested": "the data set's own validation side",
+        "validated": f"{VAL_SHARE:.0%} of its training side",
+    }
+    return with_sides(official, pack, sides, name="official-val-tested", note=note)
+
+
+def choose_leaking(pack: Pack) -> list[str]:
+    """Give the patients or slides whose leak is measured: the three with most patches of their rarer class.
+
+    Those with fewer than 50 patches of a class are passed over.
+    """
+    if pack.unit == "patch":
+        return []
+    counts = pd.crosstab(pack.group_ids, pack.target)
+    rarer = counts.min(axis=1) if counts.shape[1] > 1 else counts.iloc[:0, 0]
+    rarer = rarer[rarer >= MIN_PATCHES].sort_values(ascending=False, kind="stable")
+    return sorted(str(name) for name in rarer.index[:N_LEAKING])
+
+
+def list_leaks(pack: Pack, test_ids: Sequence[str], seed: int) -> list[Arm]:
+    """Give, for each of some patients, the arms without and with its patches among the training patches.
+
+    The next in order validates.
+
+    Raises:
+        SplitError: If one of them is not known, or has one class only.
+    """
+    arms = []
+    for place, tested in enumerate(test_ids):
+        validates = test_ids[(place + 1) % len(test_ids)]
+        pair = make_leak_splits(pack, tested, validates, seed)
+        arms += [
+            Arm(kind, split, tested, place) for kind, split in zip((LEAK_APART, LEAK_WITH), pair, strict=True)
+        ]
+    return arms
+
+
+def why_no_leak(pack: Pack, test_ids: Sequence[str]) -> str | None:
+    """Say why the leak cannot be measured; None where it can."""
+    if pack.unit == "patch":
+        return _say_nobody(pack)
+    if len(test_ids) < 2:
+        return (
+            f"not measurable: fewer than two {pack.unit}s with {MIN_PATCHES} patches of each class, one to "
+            "test and one to validate; name them with --test-patients"
+        )
+    return None
+
+
+def count_side(pack: Pack, split: Split, side: str) -> int:
+    """Count the patches that a split with sides has on a side; "val" is "test" where that validates."""
+    if side == "val" and split.val_is_test:
+        side = "test"
+    return int((split.sides(pack) == side).sum())
+
+
+def _say_nobody(pack: Pack) -> str:
+    return f"not measurable: {pack.path.name} names neither patients nor slides"
+
+
+def _take_fold(pack: Pack, split: Split, fold: int) -> tuple[Split, str, int]:
+    """Give a fold of a split as a split with sides, whom it tests, and the fold."""
+    sides = split.sides(pack, fold)
+    tested = np.unique(pack.group_ids[sides == "test"])
+    taken = with_sides(split, pack, sides, name=f"{split.name}-{fold}", note={"fold": fold})
+    return taken, str(tested[0]) if len(tested) == 1 else f"fold {fold}", fold
+
+
+def _undersample(pack: Pack, split: Split) -> Split:
+    """Leave out training patches of the commoner classes, as the recipe does before every training."""
+    sides = split.sides(pack)
+    train = np.flatnonzero(sides == "train")
+    per_class = np.bincount(pack.target[train], minlength=len(pack.class_names))
+    if (per_class == per_class.min()).all():
+        return split
+    rows = make_rng(split.seed, "undersample").permutation(train)
+    for class_index in range(len(per_class)):
+        sides[rows[pack.target[rows] == class_index][per_class.min() :]] = ""
+    return with_sides(split, pack, sides, name=f"{split.name}-undersampled", note={"undersampled": ["train"]})
+
+
+def _replace(arm: Arm, split: Split) -> Arm:
+    return Arm(arm.kind, split, arm.tested, arm.place)

@@ -1,0 +1,272 @@
+"""What a reproduction adds up to: the claim, what it comes to here, and how much of it is the leak."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from biopsy.core.files import write_json
+from biopsy.core.tables import write_csv
+from biopsy.evaluation.scored import ScoredPatches
+from biopsy.evaluation.study_tables import describe_run, measure_pooled
+from biopsy.experiments.leakage import APART, LEAK_APART, LEAK_WITH, PUBLISHED
+from biopsy.training.runs import Run
+from biopsy.training.study import Study
+
+SUMMARY_FORMAT = "biopsy-reproduction-metrics/1"
+COMPARED = ("accuracy", "balanced_accuracy", "auroc")
+"""Posts claim accuracy; balanced accuracy and AUROC do not depend on how common the classes are."""
+SMOKE_SHARE = 0.1  # of the published updates: below it a row says nothing about the method
+MIN_GROUPS = 5  # fewer patients allow no interval
+
+Frames = Mapping[str, pd.DataFrame]
+
+
+def write_tables(study: Study) -> None:
+    """Write ``runs.csv``, ``table.csv`` and ``metrics.json`` from the runs judged so far."""
+    runs = study.judged_runs()
+    if not runs:
+        return
+    table = pd.DataFrame([_describe(run, study.info["runs"][run.path.name]) for run in runs])
+    write_csv(study.path / "runs.csv", table)
+    frames = {
+        run.path.name: run.predictions("test")[0]
+        for run in runs
+        if study.info["runs"][run.path.name]["arm"] == APART
+    }
+    summary = summarise(study.info["papers"], table, frames, runs[0].metrics())
+    write_json(study.path / "metrics.json", summary)
+    write_csv(study.path / "table.csv", pd.DataFrame(list_rows(summary)))
+
+
+def summarise(
+    papers: Mapping[str, Any], table: pd.DataFrame, frames: Frames, metrics: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Give, for each recipe, the claim, both arms, the leak of each slide, and what the row is worth.
+
+    Args:
+        papers: Recipe to its entry in ``study.json``.
+        table: One row a run.
+        frames: Run to its test predictions, for the runs with patients apart.
+        metrics: ``metrics.json`` of any of the runs, for class names and unit.
+    """
+    return {
+        "format": SUMMARY_FORMAT,
+        "positive_class": metrics["positive_class"],
+        "unit": metrics["unit"],
+        "papers": {
+            name: _summarise_paper(paper, table[table["recipe"] == name], frames, metrics)
+            for name, paper in papers.items()
+            if (table["recipe"] == name).any()
+        },
+    }
+
+
+def _summarise_paper(
+    paper: Mapping[str, Any], table: pd.DataFrame, frames: Frames, metrics: Mapping[str, Any]
+) -> dict[str, Any]:
+    arms = {kind: table[table["arm"] == kind] for kind in (PUBLISHED, APART, LEAK_WITH, LEAK_APART)}
+    missing, updates = paper["missing"], int(table["updates"].min())
+    return {
+        "claim": paper["claim"],
+        "corrected": paper["corrected"],
+        PUBLISHED: _summarise_arm(arms[PUBLISHED], missing.get(PUBLISHED)),
+        APART: _summarise_arm(arms[APART], missing.get(APART)) | _estimate(arms[APART], frames, metrics),
+        "leak": _summarise_leak(arms[LEAK_WITH], arms[LEAK_APART], missing.get("leak")),
+        "updates": updates,
+        "published_updates": paper["published_updates"] or None,
+        "n_runs": len(table),
+        "minutes": float(table["seconds"].sum() / 60),
+        "label": _label(updates, paper["published_updates"], method_only=paper["method_only"]),
+    }
+
+
+def _label(updates: int, published: int, *, method_only: bool) -> str:
+    """Say in a few words what a row is worth."""
+    length = "smoke" if updates < SMOKE_SHARE * published else "" if published else "published length unknown"
+    return ", ".join(part for part in (length, "method only" if method_only else "") if part)
+
+
+def _summarise_arm(rows: pd.DataFrame, reason: str | None) -> dict[str, Any]:
+    """Give an arm's numbers: of each fold over seeds, and of the mean over folds over seeds."""
+    folds = [
+        {
+            "tested": of_fold["tested"].iloc[0],
+            "n_patches": int(of_fold["n_patches"].iloc[0]),
+            "seeds": sorted(of_fold["seed"].tolist()),
+            **{name: spread(of_fold[name]) for name in COMPARED},
+            "colour_auroc": _plain(of_fold["baseline_auroc"].iloc[0]),
+        }
+        for _, of_fold in rows.groupby("place", dropna=False, sort=True)
+    ]
+    whole = _keep_whole(rows, len(folds))
+    by_seed = whole.groupby("seed")[[*COMPARED, "baseline_auroc"]].mean() if len(whole) else whole
+    return {
+        "reason": None if folds else reason or "no run has been judged",
+        "n_train": int(rows["n_train"].iloc[0]) if folds else None,
+        "seeds": sorted(set(whole["seed"].tolist())),
+        **{name: spread(by_seed[name]) for name in COMPARED},
+        "colour_auroc": _plain(by_seed["baseline_auroc"].mean()) if len(whole) else None,
+        "test_is_validation": bool(rows["val_is_test"].any()),
+        "folds": folds,
+        "interval": None,
+    }
+
+
+def _keep_whole(rows: pd.DataFrame, n_folds: int) -> pd.DataFrame:
+    """Keep the seeds that have judged every fold."""
+    counts = rows.groupby("seed")["place"].size()
+    return rows[rows["seed"].isin(counts.index[counts == n_folds])]
+
+
+def _estimate(rows: pd.DataFrame, frames: Frames, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Give intervals over patients of the means over seeds, where one side of five or more was tested."""
+    found = [frames[run] for run in rows["run"]]
+    if not found or rows["place"].notna().any() or metrics["positive_class"] is None:
+        return {}
+    if found[0][f"{metrics['unit']}_id"].nunique() < MIN_GROUPS:
+        return {}
+    about = metrics["class_names"], metrics["positive_class"], metrics["unit"]
+    pooled = measure_pooled([ScoredPatches.of_predictions(frame, *about) for frame in found])
+    return {"interval": {name: pooled["patch"][name] for name in COMPARED} | {"about": pooled["interval"]}}
+
+
+def _summarise_leak(leaking: pd.DataFrame, apart: pd.DataFrame, reason: str | None) -> dict[str, Any]:
+    """Give what training patches of the tested slide add: paired by slide and seed, same test patches."""
+    pairs = leaking.merge(apart, on=["place", "seed"], suffixes=("_with", "_apart"))
+    for name in COMPARED:
+        pairs[name] = pairs[f"{name}_with"] - pairs[f"{name}_apart"]
+    slides = [
+        {
+            "tested": rows["tested_with"].iloc[0],
+            "n_patches": int(rows["n_patches_with"].iloc[0]),
+            "n_train": int(rows["n_train_with"].iloc[0]),
+            "seeds": rows["seed"].tolist(),
+            **{name: spread(rows[name]) | {"values": rows[name].tolist()} for name in COMPARED},
+            "with": {name: spread(rows[f"{name}_with"]) for name in COMPARED},
+            "apart": {name: spread(rows[f"{name}_apart"]) for name in COMPARED},
+        }
+        for _, rows in pairs.sort_values(["place", "seed"]).groupby("place")
+    ]
+    whole = _keep_whole(pairs, len(slides))
+    by_seed = whole.groupby("seed")[list(COMPARED)].mean() if len(whole) else whole
+    return {
+        "reason": None if slides else reason or "no pair of runs has been judged",
+        "seeds": sorted(set(whole["seed"].tolist())),
+        **{name: spread(by_seed[name]) for name in COMPARED},
+        "slides": slides,
+    }
+
+
+def spread(values: Iterable[float]) -> dict[str, float | None]:
+    """Give mean, standard deviation, least and greatest of some values; None where there are none.
+
+    Example:
+        >>> spread([0.5, 0.75])["mean"]
+        0.625
+    """
+    known = np.array([value for value in values if value is not None], dtype=float)
+    if not len(known) or not np.isfinite(known).all():
+        return {"mean": None, "sd": None, "min": None, "max": None}
+    sd = float(known.std(ddof=1)) if len(known) > 1 else None
+    return {"mean": float(known.mean()), "sd": sd, "min": float(known.min()), "max": float(known.max())}
+
+
+def list_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Give the rows of ``table.csv``: one a recipe and metric."""
+    rows = []
+    for recipe, entry in summary["papers"].items():
+        for metric in COMPARED:
+            interval = (entry[APART]["interval"] or {}).get(metric, {})
+            arms = {"as_published": entry[PUBLISHED], "patients_apart": entry[APART], "leak": entry["leak"]}
+            rows.append(
+                {
+                    "recipe": recipe,
+                    "metric": metric,
+                    "published": entry["claim"].get(metric),
+                    "corrected": entry["corrected"].get(metric),
+                    **{
+                        f"{arm}{'' if key == 'mean' else f'_{key}'}": found[metric][key]
+                        for arm, found in arms.items()
+                        for key in ("mean", "sd")
+                    },
+                    "patients_apart_low": interval.get("low"),
+                    "patients_apart_high": interval.get("high"),
+                    "colour_alone": entry[APART]["colour_auroc"] if metric == "auroc" else None,
+                    "updates": entry["updates"],
+                    "published_updates": entry["published_updates"],
+                    "seeds": len(entry[APART]["seeds"] or entry[PUBLISHED]["seeds"]),
+                    "leak_seeds": len(entry["leak"]["seeds"]),
+                    "minutes": round(entry["minutes"], 1),
+                    "label": entry["label"],
+                }
+            )
+    return rows
+
+
+def _describe(run: Run, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a run's row of ``runs.csv``."""
+    row, log = describe_run(run), run.log()
+    kept = ("n_patches", *COMPARED, "baseline_auroc", "threshold", "chosen_epoch", "seconds", "run")
+    return {
+        **{key: about[key] for key in ("recipe", "arm", "tested", "place", "seed")},
+        "n_train": run.info["split"]["sides"]["train"]["patches"],
+        "val_is_test": bool(run.info["split"].get("val_is_test", False)),
+        "updates": log[-1]["step"],
+        **{key: row[key] for key in kept},
+    }
+
+
+def _plain(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def write_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Write the rows of ``table.csv`` as a table in Markdown, for readers."""
+    columns = (
+        "recipe | metric | published | corrected | as published | patients apart | colour alone | leak | "
+        "updates | seeds | minutes | label"
+    ).split(" | ")
+    lines = [columns, ["---"] * len(columns)]
+    last = None
+    for row in rows:
+        first, last = row["recipe"] != last, row["recipe"]
+        of_recipe = [
+            f"{row['updates']:,} of {_count(row['published_updates'])}",
+            f"{row['seeds']}, leak {row['leak_seeds']}" if row["leak_seeds"] else str(row["seeds"]),
+            f"{row['minutes']:.1f}",
+            row["label"] or "-",
+        ]
+        lines.append(
+            [
+                row["recipe"] if first else "",
+                row["metric"].replace("_", " ").replace("auroc", "AUROC"),
+                _share(row["published"]),
+                _share(row["corrected"]),
+                _mean_sd(row, "as_published"),
+                _mean_sd(row, "patients_apart") + _interval(row),
+                _share(row["colour_alone"]),
+                _mean_sd(row, "leak", sign="+"),
+                *(of_recipe if first else [""] * len(of_recipe)),
+            ]
+        )
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _share(value: float | None, sign: str = "") -> str:
+    return "-" if value is None or np.isnan(value) else f"{value:{sign}.3f}"
+
+
+def _mean_sd(row: Mapping[str, Any], name: str, sign: str = "") -> str:
+    text, sd = _share(row[name], sign), row[f"{name}_sd"]
+    return text if sd is None or np.isnan(sd) else f"{text} ± {sd:.3f}"
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    low, high = row["patients_apart_low"], row["patients_apart_high"]
+    return "" if low is None or np.isnan(low) else f" ({low:.3f} to {high:.3f})"
+
+
+def _count(value: float | None) -> str:
+    return "?" if value is None or np.isnan(value) else f"{int(value):,}"

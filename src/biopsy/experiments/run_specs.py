@@ -1,0 +1,220 @@
+"""Questions of a study: what its runs are asked, its folder, and the loop that answers one after another."""
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from biopsy.core.errors import RunError, TrainingDiverged
+from biopsy.core.files import hold_outputs, write_json
+from biopsy.data.packs import Pack
+from biopsy.data.splits import Split
+from biopsy.evaluation.evaluate import evaluate
+from biopsy.models.weights import make_network
+from biopsy.recipes import Recipe, recipe_toml
+from biopsy.training.fit import OnEpoch
+from biopsy.training.runs import Run
+from biopsy.training.study import DOCUMENT, FORMAT, Study
+from biopsy.training.train import train
+
+logger = logging.getLogger(__name__)
+
+OUTPUTS = ("table.csv", "runs.csv", "figure.png")
+"""What a study writes for people to open, and perhaps to change."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One run of a study.
+
+    Attributes:
+        name: Of the run's folder.
+        recipe: With every change made.
+        split: How patches are divided.
+        fold: The fold that tests, for a split with folds.
+        seed: Of training.
+        about: What else sets the run apart from the others of its study.
+    """
+
+    name: str
+    recipe: Recipe
+    split: Split
+    fold: int | None
+    seed: int
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """Say which run of the study it is."""
+        return {"recipe": self.recipe.name, "fold": self.fold, "seed": self.seed, **self.about}
+
+
+def answer_questions(
+    study: Study,
+    pack: Pack,
+    questions: Sequence[Question],
+    write_tables: Callable[[Study], None],
+    *,
+    device: str,
+    on_epoch: OnEpoch | None,
+) -> Study:
+    """Train and judge what has not been yet, and write the study's tables after every run.
+
+    Finished runs are kept, half-trained ones are resumed; one whose loss diverges is named under ``failed``.
+    """
+    asked = {question.name: question.describe() for question in questions}
+    study.update(runs={**study.info.get("runs", {}), **asked})
+    failed: dict[str, str] = {}
+    with hold_outputs(study.path, *OUTPUTS, adopt=True):
+        for question in questions:
+
+            def note(record: dict[str, Any], question: Question = question) -> None:
+                if on_epoch:
+                    on_epoch(record | asked[question.name])
+
+            try:
+                run = _answer(study.path / "runs" / question.name, question, pack, device, note)
+            except TrainingDiverged as error:
+                logger.warning("%s: %s", question.name, error)
+                failed[question.name] = str(error)
+                continue
+            if not (run.path / "evaluation" / "metrics.json").exists():
+                evaluate(run)
+                write_tables(study)
+        write_tables(study)
+    study.update(status="finished", failed=failed)
+    return study
+
+
+def _answer(path: Path, question: Question, pack: Pack, device: str, on_epoch: OnEpoch) -> Run:
+    if not path.exists():
+        return train(
+            question.recipe,
+            pack,
+            split=question.split,
+            fold=question.fold,
+            seed=question.seed,
+            out=path,
+            device=device,
+            on_epoch=on_epoch,
+        )
+    run = Run.open(path)
+    if run.info["status"] == "finished":
+        return run
+    return train(resume=run, device=device, on_epoch=on_epoch)
+
+
+def check_networks(recipes: Iterable[Recipe], pack: Pack) -> None:
+    """Build every network that a study asks for, so that a wrong setting stops it before anything is trained.
+
+    Raises:
+        RecipeError: If a network cannot be built, or the weights it starts from are not there.
+    """
+    seen = set()
+    for recipe in recipes:
+        asked = (recipe.model.model_dump_json(), recipe.preprocessing.input_px)
+        if asked not in seen:
+            make_network(recipe, len(pack.class_names), seed=0)
+            seen.add(asked)
+
+
+def place_study(name: str, out: Path | str | None) -> Path:
+    """Give a study's folder: ``out``, else ``studies/<name>``.
+
+    Raises:
+        RunError: If the name is none for a folder.
+    """
+    if out is not None:
+        return Path(out)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise RunError(
+            f"a study cannot be called {name!r}: use letters, digits, dots, dashes and underscores"
+        )
+    return Path("studies") / name
+
+
+def open_study(
+    path: Path,
+    *,
+    question: str,
+    pack: Pack,
+    recipes: Sequence[Recipe],
+    seeds: Iterable[int],
+    same: Mapping[str, Any],
+    split: Split | None = None,
+) -> Study:
+    """Make a study's folder, or check that it asks the same; seeds and recipes may be added.
+
+    Args:
+        path: The folder.
+        question: The kind of study.
+        pack: What is learned from and judged on.
+        recipes: Before what the study itself changes in them.
+        seeds: Of training.
+        same: What else must be the same when the study is gone on with: name to value, as JSON keeps it.
+        split: The split that all runs follow, where there is one.
+
+    Raises:
+        RunError: If the folder holds a study that asked something else.
+    """
+    asked: dict[str, Any] = {
+        "format": FORMAT,
+        "name": path.name,
+        "status": "running",
+        "question": question,
+        **same,
+        "split": None if split is None else describe_split(split),
+        "pack": {
+            "path": str(pack.path.resolve()),
+            "name": pack.path.name,
+            "content_sha256": pack.info.content_sha256,
+        },
+        "recipes": {recipe.name: recipe_toml(recipe) for recipe in recipes},
+        "seeds": sorted({*seeds}),
+    }
+    if (path / DOCUMENT).exists():
+        found = Study.open(path).info
+        _require_same(path, found, asked, tuple(same))
+        asked["recipes"] = {**found["recipes"], **asked["recipes"]}
+        asked["seeds"] = sorted({*found["seeds"], *asked["seeds"]})
+        asked = {**found, **asked}
+    elif path.exists() and any(path.iterdir()):
+        raise RunError(f"{path} is not empty and holds no study: give this study another --name")
+    write_json(path / DOCUMENT, asked)
+    return Study.open(path)
+
+
+def _require_same(path: Path, found: dict[str, Any], asked: dict[str, Any], same: Sequence[str]) -> None:
+    if found["question"] != asked["question"]:
+        raise RunError(f"{path} is a study of {found['question']}: give this one another --name")
+    for what, old, new in (
+        ("pack", found["pack"]["content_sha256"], asked["pack"]["content_sha256"]),
+        *((key.replace("_", " "), found.get(key), asked[key]) for key in same),
+        ("split", (found["split"] or {}).get("sha256"), (asked["split"] or {}).get("sha256")),
+        *(
+            (f"recipe {name}", text, asked["recipes"].get(name, text))
+            for name, text in found["recipes"].items()
+        ),
+    ):
+        if old != new:
+            raise RunError(f"{path} asked about another {what}: give this study another --name")
+
+
+def describe_split(split: Split) -> dict[str, Any]:
+    """Give the entry of a split in ``study.json``."""
+    return {
+        "name": split.name,
+        "protocol": split.protocol,
+        "n_folds": split.n_folds,
+        "seed": split.seed,
+        "sha256": hash_split(split),
+        "parameters": split.parameters,
+        "patients_overlap": split.overlap,
+    }
+
+
+def hash_split(split: Split) -> str:
+    """Give a hash of who stands on which side."""
+    return hashlib.sha256(split.table.to_csv(index=False).encode()).hexdigest()

@@ -1,0 +1,257 @@
+"""The report of a study: every run, the spread over seeds, and the pooled out-of-fold numbers."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from biopsy.evaluation.figures import draw_confusion
+from biopsy.evaluation.provenance import describe_reproduction
+from biopsy.evaluation.sections import picture_of_confusion, table_of_classes, table_of_metrics
+from biopsy.experiments.figures import draw_folds
+from biopsy.plotting.style import svg
+from biopsy.reporting.document import (
+    Block,
+    Listing,
+    Picture,
+    Pictures,
+    ReportDocument,
+    Section,
+    Summary,
+    Table,
+    Text,
+    headline,
+    metric_label,
+    number,
+)
+from biopsy.reporting.facts import StudyFacts, hide_study, pick_groups
+from biopsy.reporting.html import HIDDEN, NOT_FOR
+from biopsy.statistics.intervals import measure_groups
+
+RUN_COLUMNS = {
+    "fold": "fold",
+    "seed": "seed",
+    "n_patches": "patches",
+    "auroc": "AUROC",
+    "baseline_auroc": "colour alone",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "f1": "F1",
+    "f1_macro": "F1, macro",
+    "threshold": "threshold",
+    "chosen_epoch": "epoch kept",
+}
+
+
+def report_of_study(facts: StudyFacts, *, hide_ids: bool = False) -> ReportDocument:
+    """Compose the report of a study.
+
+    Args:
+        facts: The study's records.
+        hide_ids: Replace patient, slide and patch ids by numbers everywhere, and say so.
+    """
+    if hide_ids and not facts.ids_hidden:
+        facts = hide_study(facts)
+    facts = replace(facts, table=facts.table.assign(fold=name_folds(facts.table)))
+    m, table = facts.metrics, facts.table
+    n_folds, n_seeds = table["fold"].nunique(), table["seed"].nunique()
+    title = facts.recipe.get("title") or facts.recipe.get("name") or "A study"
+    sections = [
+        _describe_folds(facts),
+        _describe_groups(facts),
+        _describe_pooled(facts),
+        _describe_runs(facts),
+        *(
+            [Section("recipe", "The recipe", [Listing(facts.recipe_toml, fold="Every setting (TOML)")])]
+            if facts.recipe_toml
+            else []
+        ),
+        describe_reproduction(facts.study),
+    ]
+    return ReportDocument(
+        title=str(title),
+        subtitle=f"Study {facts.study.get('name', '')}: {n_folds} folds, {n_seeds} seeds, {len(table)} runs; "
+        f"{number(m.get('n_patches'))} patches of {number(m.get('n_patients'))} {facts.unit}s",
+        summary=_summarise(facts),
+        sections=[section for section in sections if section is not None],
+        warnings=_warn_reader(facts),
+        footer=f"Written by biopsy {(facts.study.get('environment') or {}).get('biopsy', '')}".strip() + ".",
+    )
+
+
+def name_folds(table: pd.DataFrame) -> list[str]:
+    """Name each run's fold by whom it tests, where the table says so in a few words, else by its number."""
+    tested = table["tested"].astype(str) if "tested" in table else pd.Series([""] * len(table))
+    short = tested.str.len().between(1, 24).to_numpy()
+    return [who if fits else str(fold) for who, fits, fold in zip(tested, short, table["fold"], strict=True)]
+
+
+def spread_over_seeds(table: pd.DataFrame, metric: str = "auroc") -> pd.DataFrame:
+    """Give mean, least and greatest value over the seeds of every fold, and how many seeds there are."""
+    spread = table.groupby("fold", sort=False)[metric].agg(["mean", "min", "max", "count"])
+    return spread.rename(columns={"min": "low", "max": "high", "count": "n_seeds"})
+
+
+def _summarise(facts: StudyFacts) -> Summary:
+    pooled, n_classes = facts.metrics.get("patch") or {}, len(facts.class_names)
+    names = ("sensitivity", "specificity") if n_classes == 2 else ("accuracy", "balanced_accuracy")
+    what = f"is {facts.positive}" if n_classes == 2 else f"are {n_classes} classes"
+    seeds = facts.table.groupby("seed")["auroc"].mean()
+    spread = f"mean of folds over {len(seeds)} seeds: {number(seeds.min())} to {number(seeds.max())}"
+    colour = _mean_baseline(facts)
+    beside = spread if colour is None else f"{spread}; colour alone, mean of folds: {number(colour)}"
+    apart = not facts.metrics.get("split", {}).get("patients_overlap") and facts.unit != "patch"
+    seen = f"Every patch was judged by runs that never saw its {facts.unit}. " if apart else ""
+    return Summary(
+        question=f"How well {what} told apart in {facts.unit}s left out of training, and how "
+        "much of that is the luck of a seed?",
+        headlines=[
+            headline(
+                f"{'AUROC' if n_classes == 2 else 'Macro AUROC'}, out of fold",
+                pooled.get("auroc", {}),
+                beside=beside,
+            ),
+            *(headline(metric_label(name).capitalize(), pooled.get(name, {})) for name in names),
+        ],
+        unit=facts.unit,
+        findings=[
+            f"{seen}The interval says how far the "
+            f"numbers may move with other {facts.unit}s, the spread over seeds how far in another training.",
+            *([HIDDEN] if facts.ids_hidden else []),
+        ],
+        not_for=NOT_FOR,
+    )
+
+
+def _warn_reader(facts: StudyFacts) -> list[str]:
+    warnings = []
+    if facts.metrics.get("split", {}).get("patients_overlap"):
+        warnings.append(
+            "Patients stand on more than one side of this split, as published: "
+            "these numbers say nothing about a new patient."
+        )
+    ours, colour = facts.table["auroc"].mean(), _mean_baseline(facts)
+    if colour is not None and colour >= ours:
+        warnings.append(
+            f"Colour alone reaches a mean AUROC of {number(colour)}, this model {number(ours)}: "
+            "it may have learned stain."
+        )
+    return warnings
+
+
+def _mean_baseline(facts: StudyFacts) -> float | None:
+    if "baseline_auroc" not in facts.table or facts.table["baseline_auroc"].isna().all():
+        return None
+    return float(facts.table.groupby("fold")["baseline_auroc"].first().mean())
+
+
+def _describe_folds(facts: StudyFacts) -> Section:
+    table = facts.table
+    baseline = None
+    if "baseline_auroc" in table:
+        baseline = table.groupby("fold", sort=False)["baseline_auroc"].first().astype(float).to_dict()
+    figure = draw_folds(table["fold"].tolist(), table["auroc"].to_numpy(float), baseline=baseline)
+    rows = []
+    for fold, found in spread_over_seeds(table).iterrows():
+        colour = None if baseline is None else baseline[fold]
+        gain = None if colour is None else found["mean"] - colour
+        rows.append(
+            [
+                str(fold),
+                *(number(float(found[key])) for key in ("mean", "low", "high")),
+                number(int(found["n_seeds"])),
+                number(colour),
+                "-" if gain is None else f"{gain:+.3f}",
+            ]
+        )
+    columns = ["fold", "mean of seeds", "least", "greatest", "seeds", "colour alone", "gain"]
+    return Section(
+        "folds",
+        "Folds and seeds",
+        [
+            Pictures(
+                [
+                    Picture(
+                        "AUROC of every run: a dot is a seed. The dotted line is chance.",
+                        svg(figure, "folds"),
+                    )
+                ],
+                across=1,
+            ),
+            Table(columns, rows, caption="AUROC by fold", note="The gain is paired: same test patches."),
+        ],
+    )
+
+
+def _describe_groups(facts: StudyFacts) -> Section | None:
+    """One row a patient or slide, mean over seeds, beside the baseline on the same patches."""
+    groups = pick_groups(facts.predictions, facts.unit)
+    if not groups.notna().any():
+        return None
+    values: dict[str, list[float]] = {}
+    counts: dict[str, int] = {}
+    for _, part in facts.predictions.assign(_group=groups).dropna(subset=["_group"]).groupby("seed"):
+        who = part["_group"].astype(str)
+        for name, value in _measure_groups(facts, part, who).items():
+            values.setdefault(name, []).append(value)
+            counts[name] = int((who == name).sum())
+    rows = []
+    for name, seeds in values.items():
+        defined = [value for value in seeds if np.isfinite(value)]
+        mean = float(np.mean(defined)) if defined else None
+        spread = f"{number(min(defined))} to {number(max(defined))}" if defined else "-"
+        colour = facts.baselines.get(name) if len(facts.class_names) == 2 else None
+        gain = "-" if mean is None or colour is None else f"{mean - colour:+.3f}"
+        rows.append([name, number(counts[name]), number(mean), spread, number(colour), gain])
+    unit = "slide" if facts.unit == "slide" else "patient"
+    metric = "AUROC" if len(facts.class_names) == 2 else "accuracy"
+    columns = [unit, "patches", f"{metric}, mean of seeds", "over seeds", "colour alone", "gain"]
+    note = "A dash: not defined, because only one class occurs, or not measured."
+    fold = f"{len(rows)} {unit}s, one by one" if len(rows) > 16 else ""
+    blocks: list[Block] = [Table(columns, rows, note=note, fold=fold)]
+    return Section("groups", f"{unit.capitalize()} by {unit}", blocks)
+
+
+def _measure_groups(facts: StudyFacts, part: pd.DataFrame, who: pd.Series) -> dict[str, float]:
+    """Return the AUROC (of more than two classes the accuracy) within each group."""
+    if len(facts.class_names) > 2:
+        return (part["target"] == part["pred"]).groupby(who).mean().astype(float).to_dict()
+    index = list(facts.class_names).index(facts.positive)
+    names, found = measure_groups((part["target"] == index).astype(int), part["prob"], who.to_numpy())
+    return dict(zip(names.tolist(), found["auroc"].tolist(), strict=True))
+
+
+def _describe_pooled(facts: StudyFacts) -> Section:
+    blocks: list[Block] = [
+        Text("Out-of-fold predictions of all runs, put together."),
+        table_of_metrics(facts.metrics, facts.unit),
+    ]
+    if facts.metrics.get("classification_report"):
+        blocks.append(table_of_classes(facts.metrics["classification_report"]))
+    if facts.metrics.get("confusion_matrix") is not None:
+        blocks.append(picture_of_confusion(facts.metrics["confusion_matrix"], facts.class_names))
+    counts: Mapping[str, Any] | None = facts.metrics.get("confusion")
+    if counts:
+        negative = next(name for name in facts.class_names if name != facts.positive)
+        four = {key: int(counts[key]) for key in ("tp", "fp", "fn", "tn")}
+        figure = draw_confusion(**four, negative=negative, positive=facts.positive)
+        caption = "Each run at its own frozen threshold, counts of all runs together."
+        blocks.append(Pictures([Picture(caption, svg(figure, "confusion"))], across=1))
+    return Section("pooled", "All folds together", blocks)
+
+
+def _describe_runs(facts: StudyFacts) -> Section:
+    shown = [name for name in RUN_COLUMNS if name in facts.table]
+    rows = []
+    for record in facts.table[shown].to_dict("records"):
+        rows.append(
+            [str(record[name]) if name in ("fold", "seed") else number(record[name]) for name in shown]
+        )
+    headings = [RUN_COLUMNS.get(name, metric_label(name)) for name in shown]
+    return Section(
+        "runs", "Every run", [Table(headings, rows, fold=f"{len(rows)} runs" if len(rows) > 16 else "")]
+    )

@@ -1,0 +1,189 @@
+"""The report of a sweep: what validation chose among some settings, and what became of the others."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from biopsy.evaluation.provenance import describe_reproduction, say_openings
+from biopsy.experiments.figures import draw_sweep
+from biopsy.plotting.style import svg
+from biopsy.reporting.document import (
+    Block,
+    Headline,
+    Listing,
+    Picture,
+    Pictures,
+    ReportDocument,
+    Section,
+    Summary,
+    Table,
+    number,
+)
+from biopsy.reporting.html import HIDDEN, NOT_FOR
+from biopsy.reporting.pseudonyms import Aliases
+
+METRICS = {
+    "auroc": "AUROC",
+    "balanced_accuracy": "balanced accuracy",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+}
+
+
+@dataclass(frozen=True)
+class SweepFacts:
+    """Everything the report of a sweep may say.
+
+    Attributes:
+        study: What ``study.json`` holds, with ``environment``.
+        summary: What ``metrics.json`` holds.
+        table: One row a run.
+        figure: The arguments of `draw_sweep`.
+        recipe_toml: The recipe before the settings of the grid.
+        aliases: Numbers for everybody who is tested.
+    """
+
+    study: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    table: pd.DataFrame
+    figure: Mapping[str, Any]
+    recipe_toml: str
+    aliases: Aliases
+
+
+def report_of_sweep(facts: SweepFacts, *, hide_ids: bool = False) -> ReportDocument:
+    """Compose the report of a sweep.
+
+    Args:
+        facts: The study's records.
+        hide_ids: Replace patient, slide and patch ids by numbers everywhere, and say so.
+    """
+    study = facts.aliases.nested(facts.study) if hide_ids else facts.study
+    recipe_toml = facts.aliases.text(facts.recipe_toml) if hide_ids else facts.recipe_toml
+    combinations, seeds = facts.summary["combinations"], facts.study["seeds"]
+    split = study["split"]["name"]
+    sections = [
+        _describe_settings(facts),
+        _describe_runs(facts),
+        Section("recipe", "The recipe", [Listing(recipe_toml, fold="Every other setting (TOML)")]),
+        describe_reproduction(study),
+    ]
+    return ReportDocument(
+        title=f"{next(iter(study['recipes']))}: {', '.join(facts.summary['grid'])}",
+        subtitle=f"Sweep {study.get('name', '')}: {len(combinations)} combinations, {len(seeds)} "
+        f"seed{'s' if len(seeds) > 1 else ''}, split {split}",
+        summary=_summarise(facts, hide_ids=hide_ids),
+        sections=sections,
+        warnings=_warn_reader(facts),
+        footer=f"Written by biopsy {(study.get('environment') or {}).get('biopsy', '')}".strip() + ".",
+    )
+
+
+def _summarise(facts: SweepFacts, *, hide_ids: bool) -> Summary:
+    best, by = facts.summary["best"], facts.summary["chosen_by"]
+    findings = [
+        "The best combination is the one that validation says is best. Its test number is what to expect of "
+        "it; the best of all test numbers is not, because it was picked by looking.",
+        say_openings(facts.summary["ledger"]),
+        *([HIDDEN] if hide_ids else []),
+    ]
+    headlines = []
+    if best is not None:
+        name = "validation AUROC" if by == "val_auroc" else "validation loss"
+        findings.insert(0, f"Chosen by {name}: {say_values(best['values'])}.")
+        beside = f"mean of {best['n_seeds']} seed{'s' if best['n_seeds'] > 1 else ''}"
+        headlines = [
+            Headline("AUROC on validation", best["val_auroc"]["mean"], beside=beside),
+            *(
+                Headline(f"{label} on test", best[name]["mean"], reason="see the spread over seeds")
+                for name, label in list(METRICS.items())[:2]
+            ),
+        ]
+    return Summary(
+        question=f"Which {' and '.join(facts.summary['grid'])} does validation choose, and how much hangs "
+        "on it?",
+        headlines=headlines,
+        unit=facts.summary["unit"],
+        findings=findings,
+        not_for=NOT_FOR,
+    )
+
+
+def _warn_reader(facts: SweepFacts) -> list[str]:
+    warnings = []
+    if facts.study["split"]["patients_overlap"]:
+        warnings.append(
+            "Patients stand on more than one side of this split, as published: "
+            "these numbers say nothing about a new patient."
+        )
+    if len(facts.study["seeds"]) < 3:
+        warnings.append("Fewer than three seeds: differences between settings may be luck of the seed.")
+    return warnings
+
+
+def _describe_settings(facts: SweepFacts) -> Section:
+    keys, best = facts.summary["grid"], facts.summary["best"]
+    metrics = {name: label for name, label in METRICS.items() if name in facts.summary["combinations"][0]}
+    rows = []
+    for entry in facts.summary["combinations"]:
+        chosen = best is not None and entry["values"] == best["values"]
+        rows.append(
+            [
+                *(_say(entry["values"][key]) for key in keys),
+                "chosen" if chosen else "",
+                mean_sd(entry["val_auroc"]),
+                *(mean_sd(entry[name]) for name in metrics),
+                number(entry["n_seeds"]),
+            ]
+        )
+    columns = [*keys, "", "validation AUROC", *metrics.values(), "seeds"]
+    picture = Picture(
+        "Every run on validation and on test, against the settings.", svg(draw_sweep(**facts.figure), "sweep")
+    )
+    blocks: list[Block] = [
+        Pictures([picture], across=1),
+        Table(
+            columns,
+            rows,
+            caption="Every combination",
+            note="Mean ± standard deviation over seeds. Right of the validation AUROC: the test side, each "
+            "run at the threshold that its validation chose.",
+            text_columns=len(keys) + 1,
+        ),
+    ]
+    return Section("settings", "Settings", blocks)
+
+
+def _describe_runs(facts: SweepFacts) -> Section:
+    keys = facts.summary["grid"]
+    metrics = {name: label for name, label in METRICS.items() if name in facts.table}
+    shown = [*keys, "seed", "val_auroc", *metrics, "threshold", "chosen_epoch"]
+    rows = [
+        [_say(record[name]) if name in (*keys, "seed") else number(record[name]) for name in shown]
+        for record in facts.table[shown].to_dict("records")
+    ]
+    columns = [*keys, "seed", "validation AUROC", *metrics.values(), "threshold", "epoch kept"]
+    fold = f"{len(rows)} runs" if len(rows) > 16 else ""
+    return Section("runs", "Every run", [Table(columns, rows, text_columns=len(keys), fold=fold)])
+
+
+def mean_sd(spread: Mapping[str, float | None], sign: str = "") -> str:
+    """Write a mean and its standard deviation; a dash where there is none."""
+    mean, sd = spread["mean"], spread["sd"]
+    if mean is None or not np.isfinite(mean):
+        return "-"
+    return f"{mean:{sign}.3f}" if sd is None else f"{mean:{sign}.3f} ± {sd:.3f}"
+
+
+def say_values(values: Mapping[str, Any]) -> str:
+    """Write some settings with their values in one line."""
+    return ", ".join(f"{key} = {_say(value)}" for key, value in values.items())
+
+
+def _say(value: object) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(str, value))
+    return str(value)

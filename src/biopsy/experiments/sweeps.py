@@ -1,0 +1,313 @@
+"""Sweeps: one recipe with every combination of some settings, the best chosen on validation."""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from biopsy.core.errors import RecipeError, RunError
+from biopsy.core.files import write_json, write_output
+from biopsy.core.tables import write_csv
+from biopsy.data.packs import Pack
+from biopsy.evaluation.study_tables import SHOWN, describe_run
+from biopsy.experiments.figures import draw_sweep
+from biopsy.experiments.run_specs import Question, answer_questions, check_networks, open_study, place_study
+from biopsy.plotting.style import png
+from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
+from biopsy.training.fit import OnEpoch
+from biopsy.training.runs import Run
+from biopsy.training.study import Study
+from biopsy.training.train import choose_split, open_data
+
+_OPENING, _CLOSING, _QUOTES = "[{(", ")}]", "\"'"
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One point of a grid.
+
+    Attributes:
+        values: Dotted setting to value, as the recipe holds it.
+        recipe: With those values.
+    """
+
+    values: dict[str, Any]
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """Part of a folder's name: the values, and a few digits that tell like ones apart."""
+        words = "-".join(f"{key.rpartition('.')[2]}-{spell(value)}" for key, value in self.values.items())
+        words = re.sub(r"[^A-Za-z0-9.]+", "-", words)[:60].strip("-.")
+        digest = hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()
+        return f"{words}-{digest[:6]}"
+
+
+def read_grid(grid: Iterable[str]) -> dict[str, list[str]]:
+    """Read ``"train.lr=0.01,0.001"`` as a setting and the values it takes, as they were written.
+
+    Commas within brackets and quotes belong to the value.
+
+    Raises:
+        RecipeError: If a line has no ``=`` or no value, or names a setting again.
+
+    Example:
+        >>> read_grid(["model.params.stage_widths=[32,64],[64,128]", "model.trainable=head,all"])
+        {'model.params.stage_widths': ['[32,64]', '[64,128]'], 'model.trainable': ['head', 'all']}
+    """
+    found: dict[str, list[str]] = {}
+    for line in [grid] if isinstance(grid, str) else grid:
+        key, equals, text = line.partition("=")
+        key, values = key.strip(), [value.strip() for value in _cut(text)]
+        if not equals:
+            raise RecipeError(f"--grid {line!r} has no '=': write --grid train.lr=0.01,0.001")
+        if not all(values):
+            raise RecipeError(f"--grid {line!r} lacks a value: write --grid train.lr=0.01,0.001")
+        if key in found:
+            raise RecipeError(f"--grid names {key!r} twice: give all its values in one")
+        found[key] = values
+    if not found:
+        raise RecipeError("a sweep needs a grid of values: write --grid train.lr=0.01,0.001")
+    return found
+
+
+def combine(recipe: str | Path | Recipe, grid: Iterable[str], overrides: Sequence[str]) -> list[Combination]:
+    """Give every combination of a grid's values, in order, each once.
+
+    Args:
+        recipe: A shipped name, a TOML file, or a recipe.
+        grid: ``"table.key=value,value"`` each; values are read as those of ``--set``.
+        overrides: ``"table.key=value"`` changes of every combination.
+
+    Raises:
+        RecipeError: If a recipe has no such setting or may not have such a value, or a setting is both in the
+            grid and among the overrides.
+    """
+    asked = read_grid(grid)
+    twice = sorted(asked.keys() & {override.partition("=")[0].strip() for override in overrides})
+    if twice:
+        raise RecipeError(f"{twice[0]} stands in --grid and in --set: leave it out of one")
+    found: dict[str, Combination] = {}
+    for values in itertools.product(*asked.values()):
+        lines = [f"{key}={value}" for key, value in zip(asked, values, strict=True)]
+        changed = load_recipe(recipe, [*overrides, *lines])
+        document = changed.model_dump()
+        combination = Combination({key: _find(document, key) for key in asked}, changed)
+        found.setdefault(combination.name, combination)
+    return list(found.values())
+
+
+def spell(value: object) -> str:
+    """Write a value of a setting for tables and figures: text as it is, the rest as JSON."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _cut(text: str) -> list[str]:
+    """Cut at the commas that stand outside brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for sign in text:
+        if quote:
+            quote = "" if sign == quote else quote
+        elif sign in _QUOTES:
+            quote = sign
+        else:
+            depth += (sign in _OPENING) - (sign in _CLOSING)
+        if sign == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return parts
+
+
+def _find(document: dict[str, Any], key: str) -> Any:
+    for name in key.split("."):
+        document = document[name]
+    return document
+
+
+SUMMARY_FORMAT = "biopsy-sweep-metrics/1"
+KIND = "sweep"
+CHOSEN_BY = ("val_auroc", "val_loss")
+"""What the best combination is chosen by: AUROC, or the loss where validation has one class or three."""
+
+
+def sweep(
+    recipe: str | Path | Recipe,
+    data: Pack | Path | str,
+    *,
+    grid: Iterable[str],
+    split: str | None = None,
+    fold: int | None = None,
+    seeds: Sequence[int] = (0,),
+    overrides: Overrides = (),
+    name: str | None = None,
+    out: Path | str | None = None,
+    device: str = "auto",
+    on_epoch: OnEpoch | None = None,
+) -> Study:
+    """Train and judge a recipe with every combination of some settings, and choose one on validation.
+
+    The same command goes on where an interrupted one stopped; seeds, and values of the same settings, may be
+    added. Every combination is tested, which the ledger counts; only validation says which is best.
+
+    Args:
+        recipe: A shipped name, a TOML file, or a recipe.
+        data: A pack, or what `biopsy.prepare` reads.
+        grid: ``"table.key=value,value"`` each; every value of one with every value of the others.
+        split: As for `biopsy.train`.
+        fold: Which fold tests, for a split with folds.
+        seeds: Training seeds of every combination.
+        overrides: ``{"table.key": value}`` changes of every combination.
+        name: Name of the study under ``studies/``.
+        out: The study's own folder instead.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+        on_epoch: Called with each epoch's record, which also names ``run``, ``recipe``, ``fold``, ``seed``
+            and the settings of the grid.
+
+    Raises:
+        RecipeError: If a combination cannot be built; nothing is trained then.
+        RunError: If the folder holds a study that asked something else.
+    """
+    changed = setting_lines(overrides)
+    combinations = combine(recipe, grid, changed)
+    if not seeds:
+        raise RunError("a sweep needs at least one seed")
+    base = load_recipe(recipe, changed)
+    pack = open_data(data)
+    check_networks([combination.recipe for combination in combinations], pack)
+    chosen = choose_split(pack, split, base)
+    chosen.sides(pack, fold)
+    study = open_study(
+        place_study(name or f"sweep-{base.name}-{chosen.name}", out),
+        question=KIND,
+        pack=pack,
+        recipes=[base],
+        seeds=seeds,
+        same={"grid": list(combinations[0].values), "fold": fold},
+        split=chosen,
+    )
+    questions = [
+        Question(
+            name=f"{combination.name}-s{seed}",
+            recipe=combination.recipe,
+            split=chosen,
+            fold=fold,
+            seed=seed,
+            about=combination.values,
+        )
+        for seed in seeds
+        for combination in combinations
+    ]
+    study = answer_questions(study, pack, questions, write_tables, device=device, on_epoch=on_epoch)
+    if study.judged_runs():
+        write_output(study.path / "figure.png", png(draw_sweep(**describe_figure(study))))
+    return study
+
+
+def write_tables(study: Study) -> None:
+    """Write ``table.csv`` and ``metrics.json`` from the runs judged so far."""
+    runs = study.judged_runs()
+    if not runs:
+        return
+    rows = [_describe(run, study.info) for run in runs]
+    table = pd.DataFrame([{key: _cell(value) for key, value in row.items()} for row in rows])
+    write_csv(study.path / "table.csv", table)
+    write_json(study.path / "metrics.json", summarise(rows, study.info["grid"], [r.metrics() for r in runs]))
+
+
+def summarise(
+    rows: Sequence[dict[str, Any]], keys: Sequence[str], metrics: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Give mean and spread over seeds of every combination, and name the best by validation.
+
+    Args:
+        rows: One a run: the settings of the grid by name, ``seed``, ``val_auroc``, ``val_loss`` and the
+            metrics of the test side.
+        keys: The settings of the grid.
+        metrics: ``metrics.json`` of the runs.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(repr([row[key] for key in keys]), []).append(row)
+    combinations = [_summarise_combination(found, keys) for found in groups.values()]
+    n_seeds = max(entry["n_seeds"] for entry in combinations)
+    complete = [entry for entry in combinations if entry["n_seeds"] == n_seeds]
+    by = next(
+        (name for name in CHOSEN_BY if all(entry[name]["mean"] is not None for entry in complete)), None
+    )
+    sign = 1 if by == "val_auroc" else -1
+    openings = [found["ledger"] for found in metrics if found["ledger"]]
+    return {
+        "format": SUMMARY_FORMAT,
+        "positive_class": metrics[0]["positive_class"],
+        "unit": metrics[0]["unit"],
+        "grid": list(keys),
+        "chosen_by": by,
+        "best": None if by is None else max(complete, key=lambda entry: sign * entry[by]["mean"]),
+        "combinations": combinations,
+        "ledger": max(openings, key=lambda found: found["times"], default=None),
+    }
+
+
+def _summarise_combination(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[str, Any]:
+    return {
+        "values": {key: rows[0][key] for key in keys},
+        "n_seeds": len(rows),
+        **{name: spread([row[name] for row in rows]) for name in (*CHOSEN_BY, *SHOWN) if name in rows[0]},
+        "baseline_auroc": spread([row["baseline_auroc"] for row in rows])["mean"],
+    }
+
+
+def spread(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Give mean and standard deviation of some values; None where one is missing, or there is one only."""
+    known = np.array([np.nan if value is None else value for value in values], dtype=float)
+    if not len(known) or not np.isfinite(known).all():
+        return {"mean": None, "sd": None}
+    return {"mean": float(known.mean()), "sd": float(known.std(ddof=1)) if len(known) > 1 else None}
+
+
+def describe_figure(study: Study) -> dict[str, Any]:
+    """Give what the figure of a sweep is drawn from: the arguments of `draw_sweep`."""
+    runs = study.judged_runs()
+    rows = [_describe(run, study.info) for run in runs]
+    summary = summarise(rows, study.info["grid"], [run.metrics() for run in runs])
+    metric = summary["chosen_by"] or CHOSEN_BY[0]
+    best = summary["best"]
+    return {
+        "values": {key: [row[key] for row in rows] for key in study.info["grid"]},
+        "validation": np.array([_number(row[metric]) for row in rows]),
+        "test": np.array([_number(row[metric.removeprefix("val_")]) for row in rows])
+        if metric == "val_auroc"
+        else None,
+        "metric": "AUROC" if metric == "val_auroc" else "loss",
+        "best": None if best is None else best["values"],
+    }
+
+
+def _describe(run: Run, info: dict[str, Any]) -> dict[str, Any]:
+    """Give a run's row: the settings of the grid, what validation said of the chosen epoch, the test side."""
+    about, log = info["runs"][run.path.name], run.log()
+    chosen = next(record for record in log if record["epoch"] == run.info["chosen_epoch"])
+    row = describe_run(run)
+    return {
+        **{key: about[key] for key in info["grid"]},
+        "seed": row.pop("seed"),
+        "val_auroc": chosen["val_auroc"],
+        "val_loss": chosen["val_loss"],
+        **row,
+    }
+
+
+def _cell(value: Any) -> Any:
+    return spell(value) if isinstance(value, list | dict | bool) else value
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)

@@ -1,0 +1,1 @@
+"""Export: bundles for QuPath, WSInfer and ONNX Runtime, and the model card."""

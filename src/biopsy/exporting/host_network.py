@@ -1,0 +1,202 @@
+"""A classifier as one network for programs that know only Resize, ToTensor and softmax.
+
+WSInfer and QuPath read a patch, bring it to its size, scale it to 0-1, call a network and apply softmax to
+what comes back. Everything else a classifier does therefore lies inside `HostNetwork`: the resizing to the
+network's input by its own filter, channel order, scale, mean and deviation before the network; sigmoids and
+the calibrator after it.
+"""
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from biopsy.models.classifier import Classifier
+from biopsy.models.preprocessing import Preprocessing, nearest_index
+from biopsy.statistics.calibrators import LEAST_PROB, Calibrator, Isotonic, Scaling
+
+
+class HostNetwork(nn.Module):
+    """Patches ``(B, 3, patch_px, patch_px)`` of RGB in 0-1 to scores ``(B, n_classes)``.
+
+    Softmax of the scores gives the classifier's calibrated probabilities. The classifier's network is shared,
+    not copied.
+    """
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        classifier = classifier.single_patch()
+        info = classifier.info
+        self.resize = make_resize(info.preprocessing, info.patch_px)
+        self.standardise = _Standardise(info.preprocessing)
+        self.network = classifier.network
+        self.is_sigmoid = info.outputs == "sigmoid"
+        self.calibrate = make_calibration(classifier.calibrator)
+        self.eval()
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Give the scores."""
+        logits = self.network(self.standardise(self.resize(patches)))
+        return self.calibrate(functional.logsigmoid(logits) if self.is_sigmoid else logits)
+
+
+def make_resize(preprocessing: Preprocessing, patch_px: int) -> nn.Module:
+    """Give the module that resizes ``(B, 3, patch_px, patch_px)`` as the preprocessing does 8-bit pixels."""
+    if patch_px == preprocessing.input_px:
+        return nn.Identity()
+    kind = {"nearest": _Nearest, "bilinear": _Bilinear, "bicubic": _Bicubic}[preprocessing.resize]
+    return kind(patch_px, preprocessing.input_px)
+
+
+class _Nearest(nn.Module):
+    """Takes pixels as Pillow does."""
+
+    places: Tensor
+
+    def __init__(self, patch_px: int, input_px: int) -> None:
+        super().__init__()
+        self.register_buffer("places", torch.from_numpy(nearest_index(patch_px, input_px)))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return patches.index_select(2, self.places).index_select(3, self.places)
+
+
+class _Bilinear(nn.Module):
+    """OpenCV's INTER_LINEAR of 8-bit pixels in its integers: weights of 11 bits, sums cut to 8 bits late.
+
+    Along a row OpenCV moves a place beyond the border onto it; along a column it repeats the border instead,
+    which differs in what is cut off.
+    """
+
+    first: Tensor
+    second: Tensor
+    row_first: Tensor
+    row_second: Tensor
+    column_first: Tensor
+    column_second: Tensor
+
+    def __init__(self, patch_px: int, input_px: int) -> None:
+        super().__init__()
+        places = (np.arange(input_px) + 0.5) * patch_px / input_px - 0.5
+        first = np.floor(places).astype(np.int64)
+        second_weight = (places - first).astype(np.float32)
+        outside = (first < 0) | (first >= patch_px - 1)
+        for name, weight in (
+            ("row", np.where(outside, np.float32(0), second_weight)),
+            ("column", second_weight),
+        ):
+            self.register_buffer(f"{name}_first", _fixed_point(1 - weight))
+            self.register_buffer(f"{name}_second", _fixed_point(weight))
+        self.register_buffer("first", torch.from_numpy(first.clip(0, patch_px - 1)))
+        self.register_buffer("second", torch.from_numpy((first + 1).clip(0, patch_px - 1)))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        levels = (patches * 255).round().int()
+        left, right = levels.index_select(3, self.first), levels.index_select(3, self.second)
+        sums = _divide(left * self.row_first + right * self.row_second, 4)
+        top, bottom = sums.index_select(2, self.first), sums.index_select(2, self.second)
+        top = _divide(top * self.column_first[:, None], 16)
+        bottom = _divide(bottom * self.column_second[:, None], 16)
+        return _divide(top + bottom + 2, 2).float() / 255
+
+
+class _Bicubic(nn.Module):
+    """OpenCV's INTER_CUBIC of 8-bit pixels; its weights are read off OpenCV itself."""
+
+    weights: Tensor
+
+    def __init__(self, patch_px: int, input_px: int) -> None:
+        super().__init__()
+        unit = np.eye(patch_px, dtype=np.float32)
+        weights = cv2.resize(unit, (input_px, patch_px), interpolation=cv2.INTER_CUBIC)
+        self.register_buffer("weights", torch.from_numpy(weights))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        levels = (patches * 255).round()
+        levels = torch.matmul(self.weights.T, torch.matmul(levels, self.weights))
+        return levels.round().clamp(0, 255) / 255
+
+
+def _fixed_point(weight: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.rint(weight * 2048).astype(np.int32))
+
+
+def _divide(values: Tensor, bits: int) -> Tensor:
+    """Shift whole numbers of zero or more to the right; written as a division, which ONNX has for them."""
+    return torch.div(values, 2**bits, rounding_mode="trunc").int()
+
+
+class _Standardise(nn.Module):
+    """Channel order, scale, mean and deviation, held so that they move to a device with the network."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.is_bgr = preprocessing.channel_order == "bgr"
+        self.factor = 255 * preprocessing.scale
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(preprocessing.std).view(1, 3, 1, 1))
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return ((batch.flip(1) if self.is_bgr else batch) * self.factor - self.mean) / self.std
+
+
+def make_calibration(calibrator: Calibrator) -> nn.Module:
+    """Give the module that turns scores into scores whose softmax are the calibrated probabilities."""
+    return _Isotonic(calibrator) if isinstance(calibrator, Isotonic) else _Scaling(calibrator)
+
+
+class _Scaling(nn.Module):
+    """Slope and intercepts."""
+
+    slope: Tensor
+    intercepts: Tensor
+
+    def __init__(self, calibrator: Scaling) -> None:
+        super().__init__()
+        self.register_buffer("slope", torch.tensor(calibrator.slope, dtype=torch.float32))
+        self.register_buffer("intercepts", torch.tensor(calibrator.intercepts or [0.0], dtype=torch.float32))
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return self.slope * scores + self.intercepts
+
+
+class _Isotonic(nn.Module):
+    """The table's lines between its knots.
+
+    In 32 bits a probability near 1 has few digits left and what is missing to 1 has all of them, so the upper
+    half is read by that.
+    """
+
+    logit: Tensor
+    prob: Tensor
+    missing: Tensor
+    calibrated: Tensor
+
+    def __init__(self, calibrator: Isotonic) -> None:
+        super().__init__()
+        self.positive = calibrator.positive_index
+        prob = np.array(calibrator.prob)
+        with np.errstate(divide="ignore"):
+            tables = {"logit": np.log(prob) - np.log1p(-prob), "prob": prob, "missing": 1 - prob}
+        tables["calibrated"] = np.array(calibrator.calibrated)
+        for name, values in tables.items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
+
+    def forward(self, scores: Tensor) -> Tensor:
+        logit = scores[:, self.positive] - scores[:, 1 - self.positive]
+        n_below = (logit[:, None] >= self.logit).int().sum(dim=1)
+        lower, upper = (n_below - 1).clamp(min=0), n_below.clamp(max=len(self.logit) - 1)
+        odds = torch.exp(-logit.abs())
+        smaller = odds / (1 + odds)  # of the two probabilities; ONNX Runtime's sigmoid loses its digits
+        rise = torch.where(logit > 0, self.missing[lower] - smaller, smaller - self.prob[lower])
+        step = torch.where(
+            logit > 0, self.missing[lower] - self.missing[upper], self.prob[upper] - self.prob[lower]
+        )
+        share = torch.where(step > 0, rise / step.clamp(min=1e-30), torch.zeros_like(rise)).clamp(0, 1)
+        prob = self.calibrated[lower] + share * (self.calibrated[upper] - self.calibrated[lower])
+        pair = [1 - prob, prob] if self.positive else [prob, 1 - prob]
+        return torch.stack(pair, dim=1).clamp(min=LEAST_PROB).log()

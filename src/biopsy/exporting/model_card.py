@@ -1,0 +1,244 @@
+"""The model card: what a classifier is for, what it learned from, how good it is, and where that ends.
+
+Headings after Mitchell et al. 2019, "Model Cards for Model Reporting". Everything in it is read from the
+records of the run and the classifier; what they do not hold the card says is not known.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from biopsy.core.errors import RunError
+from biopsy.models.classifier import Classifier
+from biopsy.reporting.document import interval_of, metric_label, number
+from biopsy.training.runs import Run
+
+NOT_A_DEVICE = "Research use only: not a medical device, not for diagnosis."
+SHOWN: tuple[str, ...] = (
+    "auroc",
+    "auprc",
+    "accuracy",
+    "balanced_accuracy",
+    "sensitivity",
+    "specificity",
+    "ppv",
+)
+SHOWN += ("npv", "f1_macro", "kappa", "brier", "ece", "calibration_slope")
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card is written from.
+
+    Attributes:
+        classifier: What ``classifier.json`` holds.
+        run: What ``run.json`` holds; None where only the classifier is at hand.
+        metrics: What ``metrics.json`` holds; None where nothing was evaluated.
+        parity: What ``parity.json`` holds; None outside a bundle.
+    """
+
+    classifier: Mapping[str, Any]
+    run: Mapping[str, Any] | None = None
+    metrics: Mapping[str, Any] | None = None
+    parity: Mapping[str, Any] | None = None
+
+
+def gather_card(
+    classifier: Classifier, run: Run | None, parity: Mapping[str, Any] | None = None
+) -> CardFacts:
+    """Read what a card needs; a run that was not evaluated has no metrics."""
+    metrics = None
+    if run is not None:
+        try:
+            metrics = run.metrics()
+        except RunError:
+            metrics = None
+    return CardFacts(classifier.info.model_dump(), None if run is None else run.info, metrics, parity)
+
+
+def card_of_run(facts: CardFacts) -> str:
+    """Write the card as markdown."""
+    info = facts.classifier
+    parts = [
+        f"# {info.get('recipe') or info['network']}: {' / '.join(info['class_names'])}",
+        f"**{NOT_A_DEVICE}**",
+        *_describe_model(info),
+        *_describe_use(info),
+        *_describe_data(facts),
+        *_describe_metrics(facts.metrics),
+        *_describe_subgroups(facts.metrics),
+        *_describe_limits(facts),
+    ]
+    if facts.parity is not None:
+        parts += _describe_parity(facts.parity)
+    return "\n\n".join(parts) + "\n"
+
+
+def _describe_model(info: Mapping[str, Any]) -> list[str]:
+    rows = {
+        "network": info["network"],
+        "classes": ", ".join(info["class_names"]),
+        "positive class": info.get("positive_class") or "none, more than two classes",
+        "patch": f"{info['patch_px']} x {info['patch_px']} px at {_mpp(info)}, fed at "
+        f"{info['preprocessing']['input_px']} px",
+        "calibration": _spell_calibrator(info["calibrator"]),
+        "threshold": _spell_threshold(info),
+        "licence of the weights": info["licence"],
+        "made with": f"biopsy {info.get('version') or 'of unknown version'}",
+        "SHA-256 of the weights": info.get("weights_sha256") or "not saved yet",
+    }
+    return ["## Model", _table(["", ""], rows.items())]
+
+
+def _describe_use(info: Mapping[str, Any]) -> list[str]:
+    return [
+        "## Intended use",
+        f"Research on H&E-stained slides: to colour patches of {info['patch_px']} px at {_mpp(info)} by the "
+        f"probability of {info.get('positive_class') or 'each class'}, and to compare methods. Not for "
+        "decisions on patients; not for other stains, organs or magnifications than those below.",
+    ]
+
+
+def _describe_data(facts: CardFacts) -> list[str]:
+    pack = facts.classifier.get("pack") or {}
+    if facts.run is None:
+        return [
+            "## Data",
+            f"Trained on {pack.get('name', 'data that are not recorded')}; no run at hand says more.",
+        ]
+    about, split = facts.run["pack"], facts.run["split"]
+    unit = split["unit"]
+    rows = [
+        [side, number(count["patches"]), number(count["groups"]), *map(number, count["per_class"].values())]
+        for side, count in split["sides"].items()
+        if count["patches"]
+    ]
+    lines = [
+        "## Data",
+        f"Pack {about['name']} ({about['dataset']}, content {about['content_sha256'][:12]}), split "
+        f"{split['name']!r} ({split['protocol']}) by {unit}, seed {facts.run['seed']}.",
+        _table(["side", "patches", f"{unit}s", *facts.classifier["class_names"]], rows),
+    ]
+    if split["patients_overlap"]:
+        lines.append("**Patients overlap between sides: the figures below say nothing about a new patient.**")
+    return lines
+
+
+def _describe_metrics(metrics: Mapping[str, Any] | None) -> list[str]:
+    if metrics is None:
+        return ["## Metrics", "Not evaluated."]
+    unit = metrics.get("interval", {}).get("unit", "patient")
+    pooled = metrics["patch"]
+    rows = [
+        [
+            metric_label(name, len(metrics["class_names"])),
+            number(pooled[name].get("value")),
+            interval_of(pooled[name]),
+        ]
+        for name in SHOWN
+        if name in pooled
+    ]
+    threshold = metrics.get("threshold")
+    lines = [
+        "## Metrics",
+        f"On the {metrics['side']} side: {number(metrics['n_patches'])} patches of "
+        f"{_count(metrics['n_patients'], unit)}; 95 % intervals over {unit}s, "
+        f"method {metrics.get('interval', {}).get('method', 'not stated')}.",
+        _table(["", "all patches", "95 % interval"], rows),
+    ]
+    if threshold:
+        c = metrics["confusion"]
+        lines.append(
+            f"At the threshold {number(threshold['value'])} ({threshold['rule']}, chosen on "
+            f"{threshold['chosen_on']}): {number(c['tp'])} true and {number(c['fp'])} false positives, "
+            f"{number(c['tn'])} true and {number(c['fn'])} false negatives."
+        )
+    baseline = (metrics.get("baseline") or {}).get("auroc")
+    if baseline is not None:
+        lines.append(f"Colour alone reaches an AUROC of {number(baseline)} on the same patches.")
+    return lines
+
+
+def _describe_subgroups(metrics: Mapping[str, Any] | None) -> list[str]:
+    subgroups = (metrics or {}).get("subgroups") or {}
+    if not subgroups:
+        return ["## Subgroups", "None were compared: no column of the data made any."]
+    shown = [name for values in subgroups.values() for group in values.values() for name in group["patch"]][
+        :2
+    ]
+    rows = [
+        [
+            column,
+            value,
+            number(group["n_patches"]),
+            number(group["n_patients"]),
+            *_two_metrics(group["patch"], shown),
+        ]
+        for column, values in subgroups.items()
+        for value, group in values.items()
+    ]
+    header = ["", "", "patches", "patients"]
+    for name in shown:
+        header += [metric_label(name, len((metrics or {})["class_names"])), "95 % interval"]
+    return ["## Subgroups", _table(header, rows)]
+
+
+def _two_metrics(group: Mapping[str, Any], shown: Iterable[str]) -> Iterable[str]:
+    for name in shown:
+        yield number((group.get(name) or {}).get("value"))
+        yield interval_of(group.get(name))
+
+
+def _describe_limits(facts: CardFacts) -> list[str]:
+    lines = [NOT_A_DEVICE]
+    n_patients = (facts.metrics or {}).get("n_patients")
+    if n_patients is not None and n_patients < 10:
+        lines.append(
+            f"Tested on {_count(n_patients, 'patient')}: too few to say how it does on the next one."
+        )
+    lines += [
+        "Other scanners, stains, laboratories and magnifications were not tested unless named above.",
+        "Probabilities hold for the share of positive patches seen in validation; elsewhere they shift.",
+        "A patch unlike training gets a probability all the same; hosts that run the exported model do not "
+        "flag it, `biopsy predict` and `biopsy slide` do where the classifier carries a reference.",
+        "Hosts feed whole patches: what is done for smaller ones at a slide's edge is not exported.",
+    ]
+    return ["## Limits", "\n".join(f"* {line}" for line in lines)]
+
+
+def _describe_parity(parity: Mapping[str, Any]) -> list[str]:
+    rows = [[pair, f"{values['probs']:.1e}"] for pair, values in parity["largest_difference"].items()]
+    return [
+        "## Parity",
+        f"Largest difference of a probability on {number(parity['n_patches'])} patches of "
+        f"{parity['pack']['name']}, of which at most {parity['tolerance']:g} is allowed:",
+        _table(["", "probability"], rows),
+    ]
+
+
+def _count(n: int, what: str) -> str:
+    return f"{number(n)} {what}" if n == 1 else f"{number(n)} {what}s"
+
+
+def _spell_calibrator(calibrator: Mapping[str, Any]) -> str:
+    if calibrator["method"] == "none":
+        return f"none ({calibrator['reason']})" if calibrator.get("reason") else "none"
+    return f"{calibrator['method']}, inside the exported model"
+
+
+def _spell_threshold(info: Mapping[str, Any]) -> str:
+    if not info.get("thresholds"):
+        return "none, the likeliest class is called"
+    first = info["thresholds"][0]
+    return f"{number(first['value'])} on the probability of {info['positive_class']} ({first['rule']})"
+
+
+def _mpp(info: Mapping[str, Any]) -> str:
+    return "an unknown pixel size" if info.get("mpp") is None else f"{info['mpp']:g} um/px"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )

@@ -1,0 +1,374 @@
+"""The Classifier: weights, how to feed them, and how to read what comes out."""
+
+import copy
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from biopsy.core.errors import DataError, RunError
+from biopsy.core.files import create_directory, read_json, sha256_file, write_atomic, write_json
+from biopsy.data.packs import Pack
+from biopsy.data.predictions import decide
+from biopsy.models.context import average_neighbours, has_coordinates
+from biopsy.models.preprocessing import Preprocessing, Resize
+from biopsy.statistics.calibrators import Calibrator, calibrator_from_dict
+from biopsy.statistics.conformal import abstain, predict_sets
+
+if TYPE_CHECKING:
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+FORMAT: Final = "biopsy-classifier/1"
+DOCUMENT, WEIGHTS = "classifier.json", "weights.safetensors"
+_EXTRA = "extra."  # what names in the file of weights begin with that are none
+MPP_TOLERANCE = 0.05  # scanners of one nominal magnification differ by less
+
+
+class ClassifierInfo(BaseModel):
+    """What ``classifier.json`` holds."""
+
+    model_config = ConfigDict(extra="allow")
+
+    format: Literal["biopsy-classifier/1"] = FORMAT
+    network: str
+    params: dict[str, Any] = {}
+    class_names: list[str]
+    positive_class: str | None
+    patch_px: int
+    """Side of a patch as cut from the slide."""
+    mpp: float | None
+    """Micrometres per pixel at which patches were cut; None where the data did not say."""
+    preprocessing: Preprocessing
+    outputs: Literal["softmax", "sigmoid"] = "softmax"
+    tta: Literal["none", "d4"] = "none"
+    """``d4``: logits and features are means over the eight symmetries of the patch."""
+    context: float = 0.0
+    """Decay length of the weights of neighbouring patches in the mean logits, in patch sides; 0: none."""
+    calibrator: dict[str, Any] = {"method": "none"}
+    """How scores become calibrated: a record of ``statistics.calibrators``, and what it was fitted on."""
+    thresholds: list[dict[str, Any]] = []
+    """``value``, ``rule``, ``chosen_on``, and what it achieved there; the first one is used."""
+    conformal: dict[str, Any] = {}
+    """``quantiles`` of the sets that say which patches get no answer, or why there are none."""
+    unlike_training: dict[str, Any] | None = None
+    """Limits beyond which a patch is unlike anything in training."""
+    single_patch: dict[str, Any] = {}
+    """With ``context``: calibrator, thresholds and conformal sets for patches without coordinates."""
+    licence: str = "as the data it was trained on allow"
+    pack: dict[str, Any] = {}
+    """Name and content hash of the pack it learned from."""
+    recipe: str | None = None
+    version: str = ""
+    weights_sha256: str = ""
+
+
+class Classifier:
+    """A network with its weights, and everything needed to use it.
+
+    Attributes:
+        info: What ``classifier.json`` says.
+        extras: Named float arrays stored beside the weights (the reference of the unlike-training check).
+        path: The folder it was read from, None if it was not.
+    """
+
+    def __init__(
+        self,
+        info: ClassifierInfo,
+        base_network: "nn.Module | None",
+        extras: dict[str, np.ndarray] | None = None,
+        path: Path | None = None,
+    ) -> None:
+        in_memory = path is None and base_network is not None
+        self.info = info.model_copy(update={"weights_sha256": ""}) if in_memory else info
+        self.extras = extras or {}
+        self.path = path
+        self._base_network = None if base_network is None else base_network.eval()
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Classifier":
+        """Read a classifier folder.
+
+        Raises:
+            RunError: If it is missing, of a newer format, or its weights are not those that were saved.
+        """
+        path = Path(path)
+        try:
+            info = ClassifierInfo.model_validate(read_json(path / DOCUMENT, format=FORMAT))
+        except ValidationError as error:
+            raise RunError(f"{path / DOCUMENT}: {error.errors()[0]['msg']}") from None
+        except DataError as error:
+            raise RunError(f"{path} is not a classifier: {error}") from None
+        weights = path / WEIGHTS
+        if not weights.exists() or sha256_file(weights) != info.weights_sha256:
+            raise RunError(f"{weights} is missing or was altered since the classifier was saved")
+        try:
+            with safe_open(weights, framework="numpy") as file:
+                extras = {
+                    name[len(_EXTRA) :]: file.get_tensor(name) for name in file.keys() if _is_extra(name)
+                }
+        except SafetensorError as error:
+            raise RunError(f"{weights} is not readable: {error}") from None
+        return cls(info, None, extras, path)
+
+    @classmethod
+    def wrap(
+        cls,
+        module: "nn.Module",
+        *,
+        class_names: Sequence[str],
+        input_px: int,
+        mpp: float | None,
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        std: Sequence[float] = (1.0, 1.0, 1.0),
+        patch_px: int | None = None,
+        positive_class: str | None = None,
+        threshold: float = 0.5,
+        resize: Resize = "bilinear",
+        licence: str = "not stated",
+    ) -> "Classifier":
+        """Return a classifier that predicts with any PyTorch module, for `predict`, `evaluate`, `slide`, ...
+
+        Args:
+            module: Takes a batch ``(B, 3, input_px, input_px)``, float32 RGB in 0-1 less ``mean`` over
+                ``std``; returns logits ``(B, n_classes)``, or for two classes the second's alone, ``(B, 1)``.
+            class_names: In the order of the logits.
+            input_px: Side of the square the module takes.
+            mpp: Micrometres per pixel at which patches are cut; None where unknown (no slide can be mapped).
+            mean: Per channel, of values in 0-1.
+            std: Per channel.
+            patch_px: Side of a patch at ``mpp``, resized to ``input_px``; the same by default.
+            positive_class: Of two classes, the one whose probability decides; by default the second.
+            threshold: For two classes, from which probability a patch is predicted positive.
+            resize: ``"nearest"``, ``"bilinear"`` or ``"bicubic"``.
+            licence: Of the weights.
+
+        Raises:
+            RunError: If the module does not take such a batch, or its output does not fit the classes.
+        """
+        from biopsy.models.networks.wrapped import WrappedNetwork
+
+        names = [str(name) for name in class_names]
+        binary = len(names) == 2
+        if len(set(names)) != len(names) or len(names) < 2:
+            raise RunError(f"class_names={names}: give two or more names, each once")
+        if positive_class is not None and (not binary or positive_class not in names):
+            raise RunError(f"positive_class={positive_class!r} is none of two classes {names}")
+        if binary and not 0 <= threshold <= 1:
+            raise RunError(f"threshold={threshold!r} is no probability")
+        frozen = {"value": float(threshold), "rule": "given", "chosen_on": None}
+        info = ClassifierInfo(
+            network=f"wrapped:{type(module).__module__}.{type(module).__qualname__}",
+            class_names=names,
+            positive_class=(positive_class or names[1]) if binary else None,
+            patch_px=patch_px or input_px,
+            mpp=mpp,
+            preprocessing=Preprocessing(input_px=input_px, resize=resize, mean=mean, std=std),
+            thresholds=[frozen] if binary else [],
+            conformal={"reason": "a wrapped module was calibrated on no patients"},
+            licence=licence,
+        )
+        return cls(info, WrappedNetwork(module, len(names), input_px))
+
+    @property
+    def network(self) -> "nn.Module":
+        """The network that predicts, in evaluation mode: with ``tta``, the mean over symmetries.
+
+        Raises:
+            RunError: If the weights do not fit it.
+        """
+        if self.info.tta == "none":
+            return self.base_network
+        from biopsy.models.networks.symmetry import SymmetryAveraged
+
+        return SymmetryAveraged(self.base_network).eval()
+
+    @property
+    def base_network(self) -> "nn.Module":
+        """The network that sees one view of a patch; on the CPU until moved, read when it is first used."""
+        if self._base_network is None:
+            self._base_network = self._read_network()
+        return self._base_network
+
+    def _read_network(self) -> "nn.Module":
+        from safetensors.torch import load_file
+
+        from biopsy.models.networks import build_network
+
+        assert self.path is not None
+        info, weights = self.info, self.path / WEIGHTS
+        if info.network.startswith("wrapped:"):
+            raise RunError(
+                f"{self.path} was made of the module {info.network.removeprefix('wrapped:')}, whose code it "
+                "does not hold: wrap the module again with Classifier.wrap"
+            )
+        tensors = {name: tensor for name, tensor in load_file(weights).items() if not _is_extra(name)}
+        network = build_network(
+            info.network, n_classes=len(info.class_names), input_px=info.preprocessing.input_px, **info.params
+        )
+        try:
+            network.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise RunError(
+                f"{weights} does not fit the network {info.network!r}: {str(error).splitlines()[0]}"
+            ) from None
+        return network.eval()
+
+    def save(self, path: Path | str) -> None:
+        """Write the classifier folder, whole or not at all; of one that is there, replace its two files.
+
+        Raises:
+            UserFileError: If the folder holds something, and no classifier.
+        """
+        import torch
+        from safetensors.torch import save
+
+        from biopsy import __version__
+
+        tensors = {
+            name: tensor.detach().cpu().contiguous().clone()
+            for name, tensor in self.base_network.state_dict().items()
+        }
+        tensors |= {_EXTRA + name: torch.from_numpy(np.array(array)) for name, array in self.extras.items()}
+        path, content = Path(path), save(tensors)
+        digest = hashlib.sha256(content).hexdigest()
+        self.info = self.info.model_copy(update={"weights_sha256": digest, "version": __version__})
+        if (path / DOCUMENT).is_file():
+            read_json(path / DOCUMENT, format=FORMAT)
+            self._write(path, content)
+        else:
+            with create_directory(path) as partial:
+                self._write(partial, content)
+
+    def _write(self, folder: Path, weights: bytes) -> None:
+        if not (folder / WEIGHTS).is_file() or sha256_file(folder / WEIGHTS) != self.info.weights_sha256:
+            write_atomic(folder / WEIGHTS, weights)
+        write_json(folder / DOCUMENT, self.info.model_dump())
+
+    @property
+    def positive_index(self) -> int | None:
+        """Index of the positive class, None for more than two classes."""
+        positive = self.info.positive_class
+        return None if positive is None else self.info.class_names.index(positive)
+
+    def single_patch(self) -> "Classifier":
+        """Return the classifier that takes each patch by itself: this one, where it uses no context."""
+        if not self.info.context:
+            return self
+        single = copy.copy(self)
+        changes = {"context": 0.0, "single_patch": {}, **self.info.single_patch}
+        single.info = self.info.model_copy(update=changes)
+        return single
+
+    def for_patches(self, table: pd.DataFrame) -> "Classifier":
+        """Return this classifier, or the one for single patches (and say so) where no patch has coordinates.
+
+        Args:
+            table: ``x``, ``y``, ``slide_id`` and ``patient_id`` of each patch.
+        """
+        if not self.info.context or has_coordinates(table):
+            return self
+        logger.warning(
+            "no coordinates: each patch is predicted by itself, without its neighbours on the slide"
+        )
+        return self.single_patch()
+
+    def add_context(self, logits: np.ndarray, table: pd.DataFrame) -> np.ndarray:
+        """Return logits averaged over neighbouring patches, where the classifier uses context.
+
+        Args:
+            logits: ``(n, n_classes)``.
+            table: ``x``, ``y``, ``slide_id`` and ``patient_id`` of each patch.
+        """
+        if not self.info.context:
+            return logits
+        return average_neighbours(logits, table, patch_px=self.info.patch_px, length=self.info.context)
+
+    def check_pack(self, pack: Pack) -> None:
+        """Refuse a pack whose patches were cut at another resolution, or are larger than those learned from.
+
+        Raises:
+            DataError: Saying both resolutions or sizes.
+        """
+        theirs, ours = pack.info, self.info
+        if theirs.mpp and ours.mpp and abs(theirs.mpp / ours.mpp - 1) > MPP_TOLERANCE:
+            raise DataError(
+                f"{pack.path} has {theirs.mpp} um/px, the classifier was trained at {ours.mpp}: "
+                "prepare the patches at that resolution"
+            )
+        if theirs.patch_px > ours.patch_px:
+            raise DataError(
+                f"{pack.path} has patches of {theirs.patch_px} px, the classifier takes patches of "
+                f"{ours.patch_px} px: cut them to that size"
+            )
+
+    @property
+    def sha256(self) -> str:
+        """A hash over the document and the weights, which the document of a saved classifier knows."""
+        digest = hashlib.sha256(self.info.model_dump_json().encode())
+        if not self.info.weights_sha256:
+            from biopsy.models.networks.wrapped import hash_network
+
+            digest.update(hash_network(self.base_network, self.extras))
+        return digest.hexdigest()
+
+    @property
+    def calibrator(self) -> Calibrator:
+        """What stands between scores and probabilities; nothing in classifiers made before there was one."""
+        return calibrator_from_dict(self.info.calibrator)
+
+    def calibrated_scores(self, logits: np.ndarray) -> np.ndarray:
+        """Turn logits into scores ``(N, n_classes)`` whose softmax are the calibrated probabilities.
+
+        An exported model puts these out: of temperature and Platt ``slope * scores + intercepts``.
+        """
+        return self.calibrator.scale(score_classes(logits, self.info.outputs))
+
+    def probs(self, logits: np.ndarray) -> np.ndarray:
+        """Turn logits into calibrated probabilities ``(N, n_classes)``, summing to one.
+
+        Two sigmoid outputs become one probability as p1 / (p0 + p1), which keeps the arg-max.
+        """
+        scores = self.calibrated_scores(logits)
+        exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
+        return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+    @property
+    def threshold(self) -> float | None:
+        """The frozen threshold on the positive class's probability; None takes the likeliest class."""
+        return self.info.thresholds[0]["value"] if self.info.thresholds else None
+
+    def abstains(self, probs: np.ndarray) -> np.ndarray | None:
+        """Say which patches get no answer, bool ``(N,)``; None where the classifier can promise nothing.
+
+        Args:
+            probs: Calibrated probabilities, ``(N, n_classes)``.
+        """
+        quantiles = self.info.conformal.get("quantiles")
+        if quantiles is None:
+            return None
+        return abstain(predict_sets(probs, quantiles), decide(probs, self.positive_index, self.threshold))
+
+    @property
+    def frozen(self) -> dict[str, Any] | None:
+        """``value``, ``rule`` and ``chosen_on`` of the threshold that decides; None where there is none."""
+        if not self.info.thresholds:
+            return None
+        return {key: self.info.thresholds[0][key] for key in ("value", "rule", "chosen_on")}
+
+
+def _is_extra(name: str) -> bool:
+    return name.startswith(_EXTRA)
+
+
+def score_classes(logits: np.ndarray, outputs: str) -> np.ndarray:
+    """Give scores ``(N, n_classes)`` whose softmax are the probabilities: of sigmoids, their logarithms."""
+    logits = logits.astype(np.float64)
+    return -np.logaddexp(0, -logits) if outputs == "sigmoid" else logits

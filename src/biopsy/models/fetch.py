@@ -1,0 +1,64 @@
+"""Fetching by name: a public data set, or the file of pretrained weights that a tag means."""
+
+from pathlib import Path
+
+from biopsy.core.errors import DownloadError
+from biopsy.data.download import FetchResult, RemoteFile, Source, fetch_source
+from biopsy.data.download import fetch as fetch_data
+from biopsy.data.download.transfer import OnProgress
+from biopsy.models.known_weights import Weights, find_weights
+from biopsy.models.weights import require_digest, require_licence
+
+PREFIX = "weights:"
+
+
+def fetch(name: str, out: Path | str, *, on_progress: OnProgress | None = None) -> FetchResult:
+    """Download a public data set or pretrained weights, or go on with a download that was interrupted.
+
+    Files appear under their final names only when whole and checked; what is there already is not fetched
+    again. kagglehub and Hugging Face show their own progress, so ``on_progress`` hears only of other files.
+
+    Args:
+        name: ``"idc"``, ``"pcam"``, ``"hcd"``, or ``"weights:TAG"`` with a tag of ``biopsy list models``,
+            such as ``weights:torchvision:resnet18``.
+        out: The folder to put it in; created if missing. For weights, the one that ``$BIOPSY_WEIGHTS`` names.
+
+    Raises:
+        DataError: If no data set has that name, or the weights that came are not those that were published.
+        RecipeError: If no weights have that tag, or their licence was not accepted.
+        MissingExtra: If it is on Kaggle and kagglehub is not installed.
+        DownloadError: If there is too little room, the server refuses, the connection keeps failing or a
+            checksum is wrong.
+    """
+    if not name.startswith(PREFIX):
+        return fetch_data(name, out, on_progress=on_progress)
+    weights = find_weights(name.removeprefix(PREFIX))
+    require_licence(weights)
+    target = Path(out) / weights.file
+    if target.exists():
+        result = FetchResult(weights.tag, Path(out), (), (target,))
+    elif weights.hub is not None:
+        result = _fetch_from_hub(weights, Path(out))
+    else:
+        if not weights.url:
+            raise DownloadError(
+                f"the weights {weights.tag!r} have no fixed address: get {weights.file} from {weights.page}"
+            )
+        source = Source(weights.tag, weights.tag, weights.licence, "none", files=(RemoteFile(weights.url),))
+        result = fetch_source(source, out, on_progress=on_progress)
+    require_digest(target, weights.digest)
+    return result
+
+
+def _fetch_from_hub(weights: Weights, out: Path) -> FetchResult:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    assert weights.hub is not None
+    repository, file = weights.hub
+    try:
+        came = Path(hf_hub_download(repository, file, local_dir=out / ".biopsy-hub"))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise DownloadError(f"{file} of {repository} did not come: {str(error).splitlines()[0]}") from None
+    came.replace(out / weights.file)
+    return FetchResult(weights.tag, out, (out / weights.file,), ())

@@ -1,0 +1,291 @@
+"""Keras models in: a file that Keras saved becomes a classifier, its weights carried over layer by layer."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from biopsy.core.errors import DataError, RecipeError, RunError, suggest
+from biopsy.core.files import sha256_file
+from biopsy.data.datasets import hcd, idc
+from biopsy.models.classifier import Classifier, ClassifierInfo
+from biopsy.models.engine import outputs_of
+from biopsy.models.importers.keras_files import KerasFile, Layer, list_steps, name_normalisation, read_keras
+from biopsy.models.networks import build_network
+from biopsy.models.networks.layers import FlattenChannelsLast, OneLogit, SeparableConv2d
+from biopsy.models.preprocessing import Preprocessing
+from biopsy.recipes import Recipe, list_recipes, load_recipe
+
+logger = logging.getLogger(__name__)
+
+_STEPS: dict[type[nn.Module], str] = {
+    SeparableConv2d: "separable convolution",
+    nn.Conv2d: "convolution",
+    nn.Linear: "dense layer",
+    nn.MaxPool2d: "max-pooling",
+    nn.ReLU: "relu",
+}
+_WITHOUT_EFFECT = (nn.Dropout, nn.Identity, FlattenChannelsLast)
+
+
+class Place(NamedTuple):
+    """A layer of ours: its name, its kind, and its weights seen in Keras's layout."""
+
+    name: str
+    kind: str
+    weights: list[Tensor]
+
+
+Item = TypeVar("Item", Place, Layer)
+
+
+def load_keras_into(path: Path | str, module: nn.Module) -> None:
+    """Fill a module with the weights of a Keras file, which must have the same layers.
+
+    The n-th convolution of the file goes into the n-th of the module, and so with separable convolutions,
+    normalisations and dense layers. Kernels are transposed; a dense layer behind a flattened image fits where
+    the module flattens as Keras does (``layers.FlattenChannelsLast``).
+
+    Args:
+        path: ``.h5`` (Keras 2 or 3, whole model or weights alone), ``.weights.h5`` or ``.keras``.
+        module: A network or a part of one; unchanged where an error is raised.
+
+    Raises:
+        DataError: If the file cannot be read, holds code, or is of another architecture; says at which layer,
+            and of which shipped network the file may be.
+    """
+    carry(read_keras(path), module, "the network")
+
+
+def carry(file: KerasFile, module: nn.Module, what: str) -> None:
+    """Copy the weights of a file that was read; ``what`` names the module in errors."""
+    places = list_places(module)
+    layers, difference = file.layers, _find_difference(file.layers, places)
+    if difference and not file.order_is_certain and not _find_difference(file.by_name(), places):
+        layers, difference = file.by_name(), ""
+    if difference:
+        raise DataError(f"{file.path} does not fit {what}: {difference}; {_guess(file.layers)}")
+    with torch.no_grad():
+        for kind in {place.kind for place in places}:
+            for place, layer in zip(_of_kind(places, kind), _of_kind(layers, kind), strict=True):
+                for weight, array in zip(place.weights, layer.weights, strict=True):
+                    weight.copy_(torch.from_numpy(array))
+    logger.info("%s: %d layers carried over", file.path, len(places))
+
+
+def compare_steps(file: KerasFile, network: nn.Module, what: str) -> str:
+    """Compare what a file says happens to a patch with what a network of ours does.
+
+    Weights do not tell an ELU from a ReLU, or a normalisation before it from one after it; the file's
+    configuration does.
+
+    Args:
+        file: Not compared where it holds weights alone.
+        network: A row of layers.
+        what: Names the network in errors.
+
+    Returns:
+        What the file does to the last numbers, ``softmax`` or ``sigmoid``; empty where it does not say.
+
+    Raises:
+        DataError: Naming the first step that differs.
+    """
+    if file.config is None:
+        return ""
+    theirs, outputs = list_steps(file.config)
+    ours = [step for step, _, _ in _walk(network)]
+    pairs = zip_longest(ours, theirs, fillvalue="nothing more")
+    for number, (wanted, found) in enumerate(pairs, start=1):
+        if wanted != found:
+            raise DataError(
+                f"{file.path} does not fit {what}: its step {number} is {found} where {wanted} is expected; "
+                f"{_guess(file.layers)}"
+            )
+    return outputs
+
+
+def list_places(module: nn.Module) -> list[Place]:
+    """List the layers of a module that have weights; filling what is listed fills the module."""
+    places = []
+    for _, name, layer in _walk(module):
+        weights: list[Tensor | None]
+        if isinstance(layer, SeparableConv2d):
+            kind, last = "separable convolution", layer.pointwise
+            weights = [layer.depthwise.weight.permute(2, 3, 0, 1), last.weight.permute(2, 3, 1, 0), last.bias]
+        elif isinstance(layer, nn.Conv2d):
+            kind, weights = "convolution", [layer.weight.permute(2, 3, 1, 0), layer.bias]
+        elif isinstance(layer, nn.Linear):
+            kind, weights = "dense layer", [layer.weight.t(), layer.bias]
+        elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            kind = "normalisation"
+            weights = [layer.weight, layer.bias, layer.running_mean, layer.running_var]
+        else:
+            continue
+        places.append(Place(name, kind, [weight.detach() for weight in weights if weight is not None]))
+    return places
+
+
+def _walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, str, nn.Module]]:
+    """Yield step, name and module of every layer in order; a separable convolution is one."""
+    children = list(module.named_children())
+    step = next((step for kind, step in _STEPS.items() if isinstance(module, kind)), None)
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        yield name_normalisation(module.eps), name, module
+    elif step is not None:
+        yield step, name, module
+    elif children:
+        for child_name, child in children:
+            yield from _walk(child, f"{name}.{child_name}".strip("."))
+    elif not isinstance(module, _WITHOUT_EFFECT):
+        yield type(module).__name__, name, module
+
+
+def _of_kind(items: Sequence[Item], kind: str) -> list[Item]:
+    return [item for item in items if item.kind == kind]
+
+
+def _find_difference(layers: list[Layer], places: list[Place]) -> str:
+    """Say at which layer a file differs from what is expected; empty where it does not."""
+    strange = [layer for layer in layers if layer.kind == ""]
+    if strange:
+        return (
+            f"its layer {strange[0].name!r} with weights {_shapes(strange[0])} is of a kind that is not read"
+        )
+    if Counter(layer.kind for layer in layers) != Counter(place.kind for place in places):
+        return f"it has {_count(layers)} where {_count(places)} are expected"
+    for kind in dict.fromkeys(place.kind for place in places):
+        pairs = zip(_of_kind(places, kind), _of_kind(layers, kind), strict=True)
+        for number, (place, layer) in enumerate(pairs, start=1):
+            if _shapes(layer) != _shapes(place):
+                return (
+                    f"its {kind} {number}, {layer.name!r}, has weights {_shapes(layer)} where "
+                    f"{_shapes(place)} are expected for {place.name!r}"
+                )
+    return ""
+
+
+def _shapes(item: Place | Layer) -> str:
+    return " + ".join("x".join(map(str, weight.shape)) for weight in item.weights)
+
+
+def _count(items: Sequence[Place | Layer]) -> str:
+    counts = Counter(item.kind for item in items)
+    return ", ".join(f"{n} {kind}{'s' * (n > 1)}" for kind, n in counts.items()) or "no layer with weights"
+
+
+def _guess(layers: list[Layer]) -> str:
+    """Say which shipped recipes have a network with such layers."""
+    found = []
+    for name in list_recipes():
+        recipe = load_recipe(name)
+        if ":" in recipe.model.name:  # of another library
+            continue
+        with torch.device("meta"):
+            network = build_network(
+                recipe.model.name, n_classes=2, input_px=recipe.preprocessing.input_px, **recipe.model.params
+            )
+        if not _find_difference(layers, list_places(network)):
+            found.append(name)
+    return (
+        f"its layers are those of {' or '.join(found)}" if found else "no shipped recipe has such a network"
+    )
+
+
+# of the data set a recipe was published on: names and positive class, um/px, side of a patch
+_DATASETS = {
+    "idc": (idc.CLASS_NAMES, idc.MPP, 50),
+    "hcd": (hcd.CLASS_NAMES, hcd.MPP, 96),
+}
+
+
+def import_keras(
+    file: Path | str,
+    *,
+    model: str | Path,
+    out: Path | str,
+    class_names: Sequence[str] | None = None,
+    positive: str | None = None,
+    mpp: float | None = None,
+    patch_px: int | None = None,
+) -> Classifier:
+    """Make a classifier of a model that was trained in Keras, from its file alone.
+
+    The probabilities are Keras's own (two sigmoids become ``p1 / (p0 + p1)``). Nothing is calibrated: the
+    likeliest class is called. What the training patches were like is not in the file, so predictions say
+    nothing on patches unlike them.
+
+    Args:
+        file: ``.h5``, ``.weights.h5`` or ``.keras``; read as data, no code in it is executed.
+        model: A recipe, shipped or a TOML file, or the network of a shipped one: says which network it is and
+            how patches are resized, scaled and ordered. The input's side is the file's, where it says it.
+        out: The classifier's folder; it must not exist.
+        class_names: In the order of the outputs; by default those of the recipe's data set.
+        positive: Of two classes the one whose recall is called sensitivity; by default the second.
+        mpp: Micrometres per pixel of the patches it was trained on; by default the data set's.
+        patch_px: Side of a patch as cut from the slide; by default the data set's.
+
+    Raises:
+        DataError: If the file cannot be read, holds code, or is of another architecture.
+        RecipeError: If there is no such model, or what its recipe leaves open was not said.
+        RunError: If there is something at ``out``.
+    """
+    recipe = _find_recipe(model)
+    names, default_mpp, default_px = _DATASETS.get(recipe.origin.dataset, ([], None, None))
+    names = list(names if class_names is None else class_names)
+    patch_px = default_px if patch_px is None else patch_px
+    if len(names) < 2 or len(set(names)) < len(names) or patch_px is None or patch_px < 1:
+        raise RecipeError(
+            f"{recipe.name} with class_names={names} and patch_px={patch_px}: give two or more different "
+            "names in the order of the outputs, and the side of a patch in pixels"
+        )
+    if positive is not None and (positive not in names or len(names) > 2):
+        raise RecipeError(f"positive={positive!r} is none of two classes; there are {', '.join(names)}")
+    if Path(out).exists():
+        raise RunError(f"{out} exists already: name a folder that does not")
+    read = read_keras(file)
+    settings = recipe.preprocessing.model_dump(exclude={"standardise"})
+    settings["input_px"] = read.input_px or settings["input_px"]
+    network = build_network(
+        recipe.model.name, n_classes=len(names), input_px=settings["input_px"], **recipe.model.params
+    )
+    said = compare_steps(read, network, recipe.model.name)
+    carry(read, network, recipe.model.name)
+    outputs = outputs_of(recipe.train.loss)
+    if said == "softmax" or any(isinstance(module, OneLogit) for module in network.modules()):
+        outputs = "softmax"
+    elif said == "sigmoid":
+        outputs = "sigmoid"
+    info = ClassifierInfo(
+        network=recipe.model.name,
+        params=recipe.model.params,
+        class_names=names,
+        positive_class=(positive or names[1]) if len(names) == 2 else None,
+        patch_px=patch_px,
+        mpp=default_mpp if mpp is None else mpp,
+        preprocessing=Preprocessing(**settings),
+        outputs=outputs,
+        thresholds=[{"value": 0.5, "rule": "argmax", "chosen_on": "nothing"}] if len(names) == 2 else [],
+        recipe=recipe.name,
+    )
+    origin = {"library": "keras", "format": read.format, "file": read.path.name, "sha256": sha256_file(file)}
+    classifier = Classifier(info.model_copy(update={"imported": origin}), network)
+    classifier.save(out)
+    return classifier
+
+
+def _find_recipe(model: str | Path) -> Recipe:
+    """Give the recipe of that name, or the first shipped one whose network has that name."""
+    recipes = list_recipes()
+    if Path(model).suffix == ".toml" or str(model) in recipes:
+        return load_recipe(model)
+    shipped = [load_recipe(name) for name in recipes]
+    networks = {recipe.model.name: recipe for recipe in reversed(shipped) if not recipe.model.params}
+    if str(model) not in networks:
+        known = [*recipes, *sorted(networks)]
+        raise RecipeError(f"no recipe or network is called {str(model)!r}: {suggest(str(model), known)}")
+    return networks[str(model)]

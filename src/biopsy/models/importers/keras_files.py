@@ -1,0 +1,342 @@
+"""Reading what Keras saved (``.h5``, ``.weights.h5``, ``.keras``): weights and configuration."""
+
+import contextlib
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+
+from biopsy.core.errors import DataError
+from biopsy.data.archives import ZipArchive
+
+_CONTAINERS = ("Sequential", "Functional", "Model")
+_ROOTS = ("keras", "tensorflow", "tf_keras")
+MAX_INPUT_PX = 512
+_WITHOUT_EFFECT = ("InputLayer", "Dropout", "Flatten")
+_STEPS = {
+    "Conv2D": "convolution",
+    "SeparableConv2D": "separable convolution",
+    "Dense": "dense layer",
+    "MaxPooling2D": "max-pooling",
+}
+
+
+class ConfigLayer(NamedTuple):
+    """A layer as the file describes it."""
+
+    name: str
+    class_name: str
+    settings: dict[str, Any]
+
+
+def list_config_layers(model: Any) -> list[ConfigLayer]:
+    """List the layers of a model's configuration in order, those of models within it in their place.
+
+    Raises:
+        DataError: If it is no configuration, or one holds code of its own (``Lambda``, a class that is not
+            Keras's), or has channels first.
+    """
+    try:
+        return _walk(model)
+    except (KeyError, TypeError, AttributeError, RecursionError):
+        raise DataError("holds a configuration that is not one of a Keras model") from None
+
+
+def _walk(node: Any) -> list[ConfigLayer]:
+    class_name, config = str(node["class_name"]), node["config"]
+    module, registered = node.get("module") or "keras", node.get("registered_name") or ""
+    if class_name == "Lambda" or module.partition(".")[0] not in _ROOTS or ">" in registered:
+        named = config.get("name", "") if isinstance(config, dict) else ""
+        raise DataError(
+            f"holds {named!r}, a {registered or class_name} of {module}: code that comes with a file is "
+            "never executed, and without it the network is another"
+        )
+    if class_name in _CONTAINERS:
+        layers = config if isinstance(config, list) else config["layers"]  # a list before Keras 2.2.3
+        return [found for layer in layers for found in _walk(layer)]
+    if config.get("data_format") == "channels_first":
+        raise DataError(f"has channels first in {config['name']!r}; only channels last are read")
+    return [ConfigLayer(str(config["name"]), class_name, config)]
+
+
+def list_steps(layers: list[ConfigLayer]) -> tuple[list[str], str]:
+    """Give what happens to a patch, step by step, and what is done to the last numbers.
+
+    Returns:
+        Steps such as ``"convolution"`` or ``"relu"``, without what changes nothing in prediction, and
+        ``"softmax"``, ``"sigmoid"`` or, where nothing is, ``""``.
+    """
+    steps: list[str] = []
+    for layer in layers:
+        settings, class_name = layer.settings, layer.class_name
+        activation = settings.get("activation")
+        if class_name == "BatchNormalization":
+            steps.append(name_normalisation(settings.get("epsilon", 1e-3)))
+        elif class_name == "Softmax":
+            activation = "softmax"
+        elif class_name == "ReLU":
+            limits = {key: settings.get(key) for key in ("max_value", "negative_slope", "threshold")}
+            changed = ", ".join(f"{key} {value}" for key, value in limits.items() if value)
+            activation = f"relu ({changed})" if changed else "relu"
+        elif class_name not in (*_WITHOUT_EFFECT, "Activation"):
+            steps.append(_STEPS.get(class_name, class_name))
+        if activation not in (None, "linear"):
+            steps.append(activation if isinstance(activation, str) else f"activation {activation}")
+    last = steps.pop() if steps and steps[-1] in ("softmax", "sigmoid") else ""
+    return steps, last
+
+
+def find_input_px(layers: list[ConfigLayer]) -> int | None:
+    """Give the side of the square input; None where the file leaves it open.
+
+    Raises:
+        DataError: If it is no square of three channels, or larger than any patch.
+    """
+    settings = layers[0].settings if layers else {}
+    shape = settings.get("batch_shape") or settings.get("batch_input_shape")  # the second in Keras 2
+    if not isinstance(shape, list) or shape[1:3] == [None, None]:
+        return None
+    side = shape[1] if len(shape) > 1 else None
+    if not isinstance(side, int) or not 0 < side <= MAX_INPUT_PX or shape[1:] != [side, side, 3]:
+        raise DataError(f"takes an input of {shape[1:]} where a square of three channels is expected")
+    return side
+
+
+def name_normalisation(epsilon: object) -> str:
+    """Name a batch normalisation as a step; its epsilon is no weight, but part of what it does."""
+    return f"normalisation with epsilon {epsilon}"
+
+
+MAX_CONFIG_BYTES = 2**24
+_CONTAINERS_keras_files = ("layers", "_layer_checkpoint_dependencies")  # the second in Keras 2.12 to 2.15
+
+
+class Layer(NamedTuple):
+    """A layer's name, what kind it is by the shapes of its weights, and these in Keras's order."""
+
+    name: str
+    kind: str
+    weights: list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class KerasFile:
+    """What was read from a file.
+
+    Attributes:
+        path: The file.
+        format: ``h5``, ``weights.h5`` or ``keras``.
+        layers: Those with weights, in order.
+        config: All layers as the file describes them; None where it holds weights alone.
+        input_px: Side of the square input; None where the file does not say it.
+        order_is_certain: False for weights alone of a model within a model: Keras writes those of its frozen
+            layers last, so the order of names is the other one that may be right.
+    """
+
+    path: Path
+    format: str
+    layers: list[Layer]
+    config: list[ConfigLayer] | None
+    input_px: int | None = None
+    order_is_certain: bool = True
+
+    def by_name(self) -> list[Layer]:
+        """Give the layers in order of their names, ``conv2d_10`` after ``conv2d_9``."""
+        return sorted(self.layers, key=lambda layer: _natural(layer.name))
+
+
+def read_keras(path: Path | str) -> KerasFile:
+    """Read the layers with weights of a file that Keras saved.
+
+    Raises:
+        DataError: If it is no such file, was cut short, or holds what is not read: code of its own, links,
+            arrays that are no floating-point numbers or too large.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path} does not exist: give a file that Keras saved (.h5, .weights.h5, .keras)")
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: save the model from Keras as one file, .keras or .h5")
+    try:
+        with open(path, "rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"
+        return _read_archive(path) if is_zip else _read_h5(path, path)
+    except DataError as error:
+        raise DataError(str(error) if str(path) in str(error) else f"{path} {error}") from None
+
+
+def _read_archive(path: Path) -> KerasFile:
+    archive = ZipArchive(path)
+    entries = {entry.name: entry for entry in archive.entries}
+    for name in ("config.json", "model.weights.h5"):
+        if sum(entry.name == name for entry in archive.entries) != 1:
+            raise DataError(f"is a zip without (just) one {name}: it is no .keras file")
+    if entries["config.json"].size > MAX_CONFIG_BYTES:
+        raise DataError(f"has a config.json of {entries['config.json'].size:,} bytes: it is not read")
+    contents = {}
+    for name in ("config.json", "model.weights.h5"):
+        try:
+            contents[name] = bytes(archive.read(entries[name]))
+        except DataError as error:
+            raise DataError(f"holds a {name} that {error}") from None
+    config = _parse_config(contents["config.json"])
+    return _read_h5(path, io.BytesIO(contents["model.weights.h5"]), config)
+
+
+def _read_h5(path: Path, source: Path | io.BytesIO, config: list[ConfigLayer] | None = None) -> KerasFile:
+    with _open_h5(source) as file:
+        if (container := _find_container(file)) is not None:
+            layers, is_certain = list(_walk_groups(_get(file, container), set())), True
+            format = "weights.h5" if config is None else "keras"
+        else:
+            if "model_config" in file.attrs:
+                config = _parse_config(file.attrs["model_config"])
+            group = _get(file, "model_weights") if "model_weights" in file else file
+            if _text(group.attrs.get("backend", "")) == "theano":
+                raise DataError("was written by Keras on Theano, which turns kernels by 180 degrees")
+            layers, is_certain = _read_groups(group)
+            format = "h5"
+    if config is not None:
+        place = {layer.name: index for index, layer in enumerate(config)}
+        if all(layer.name in place for layer in layers):
+            layers = sorted(layers, key=lambda layer: place[layer.name])
+        is_certain = True
+    input_px = None if config is None else find_input_px(config)
+    return KerasFile(path, format, layers, config, input_px, is_certain)
+
+
+@contextlib.contextmanager
+def _open_h5(source: Path | io.BytesIO) -> Iterator[h5py.File]:
+    damaged = "is no HDF5 file, or was cut short: save or download it again"
+    try:
+        with h5py.File(source, "r") as file:
+            yield file
+    except DataError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py, on damaged files
+        raise DataError(f"{damaged} ({' '.join(str(error).split())})") from None
+
+
+def _find_container(group: h5py.Group) -> str | None:
+    return next((name for name in _CONTAINERS_keras_files if name in group), None)
+
+
+def _walk_groups(container: h5py.Group, seen: set[int]) -> Iterator[Layer]:
+    """Yield the layers of a ``.weights.h5``, whose groups bear the names of classes with a running number.
+
+    Their order among classes is lost, but layers are matched within their kind. A model within the model
+    comes first: what is added to it lies behind it.
+    """
+    address = h5py.h5o.get_info(container.id).addr
+    if address in seen:
+        raise DataError(f"holds {container.name!r} twice: it was altered")
+    seen.add(address)
+    groups = {name: _get(container, name) for name in sorted(container, key=_natural)}
+    for name in sorted(groups, key=lambda name: _find_container(groups[name]) is None):
+        if (inner := _find_container(groups[name])) is not None:
+            yield from _walk_groups(_get(groups[name], inner), seen)
+        elif "vars" in groups[name]:
+            variables = _get(groups[name], "vars")
+            arrays = [_read(variables, number) for number in sorted(variables, key=_natural)]
+            if arrays:
+                yield Layer(_text(variables.attrs.get("name", name)), _find_kind(arrays), arrays)
+
+
+def _read_groups(group: h5py.Group) -> tuple[list[Layer], bool]:
+    """Read the layers of an ``.h5``, which lists them in order; say whether none was a model itself."""
+    layers: list[Layer] = []
+    has_inner_models = False
+    for name in _list_names(group, "layer_names"):
+        layer = _get(group, name)
+        weights = {
+            weight: _read(layer, weight)
+            for weight in _list_names(layer, "weight_names")
+            if "seed_generator" not in weight
+        }
+        kind = _find_kind(list(weights.values()))
+        parts: dict[str, list[np.ndarray]] = {}
+        for weight, array in weights.items():
+            parts.setdefault(weight.rpartition("/")[0] if kind == "" else name, []).append(array)
+        has_inner_models |= len(parts) > 1
+        layers += [
+            Layer(part.rpartition("/")[2] if kind == "" else part, _find_kind(arrays), arrays)
+            for part, arrays in parts.items()
+        ]
+    return layers, not has_inner_models
+
+
+def _find_kind(arrays: list[np.ndarray]) -> str:
+    """Say which kind of layer has weights of such shapes; empty where none has."""
+    match [array.ndim for array in arrays]:
+        case [4] | [4, 1]:
+            return "convolution"
+        case [4, 4] | [4, 4, 1] if arrays[1].shape[:2] == (1, 1):
+            return "separable convolution"
+        case [2] | [2, 1]:
+            return "dense layer"
+        case [1, 1, 1, 1]:
+            return "normalisation"
+    return ""
+
+
+def _list_names(group: h5py.Group, attribute: str) -> list[str]:
+    """Read a list of names; Keras writes a long one in numbered parts."""
+    if attribute in group.attrs:
+        parts: Iterable[Any] = [group.attrs[attribute]]
+    else:
+        numbers = [name for name in group.attrs if re.fullmatch(rf"{attribute}\d+", name)]
+        parts = [group.attrs[name] for name in sorted(numbers, key=_natural)]
+        if not numbers:
+            raise DataError(f"holds no weights of a Keras model (no {attribute})")
+    return [_text(name) for part in parts for name in np.atleast_1d(part).ravel()]
+
+
+def _get(group: h5py.Group, path: str) -> h5py.Group:
+    """Follow names to a group; a link that leads elsewhere is not followed."""
+    found: Any = group
+    for name in path.split("/"):
+        link = found.get(name, getlink=True) if isinstance(found, h5py.Group) else None
+        if link is None:
+            raise DataError(f"names {path!r}, which it does not hold: it was cut short or altered")
+        if not isinstance(link, h5py.HardLink):
+            raise DataError(f"holds {path!r} as a link to elsewhere: links are not followed")
+        found = found[name]
+    return found
+
+
+def _read(group: h5py.Group, path: str) -> np.ndarray:
+    """Read one array of numbers as float32."""
+    found: Any = _get(group, path)
+    if not isinstance(found, h5py.Dataset) or found.dtype.kind != "f":
+        kind = found.dtype if isinstance(found, h5py.Dataset) else "a group"
+        raise DataError(f"holds {kind} in {path!r} where floating-point numbers are expected")
+    if found.is_virtual or found.external:
+        raise DataError(f"holds {path!r} in another file: links are not followed")
+    if found.id.get_storage_size() < found.nbytes:  # so what is read is never larger than the file
+        raise DataError(f"holds {path!r} compressed or in part: save it again from Keras")
+    array = found[()].astype(np.float32)
+    if not np.isfinite(array).all():
+        raise DataError(f"holds values in {path!r} that are not finite")
+    return array
+
+
+def _parse_config(text: bytes | str) -> list[ConfigLayer]:
+    try:
+        return list_config_layers(json.loads(text))
+    except (UnicodeDecodeError, json.JSONDecodeError, TypeError, RecursionError):
+        raise DataError("holds a configuration that is not readable as JSON") from None
+
+
+def _text(name: Any) -> str:
+    return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
+
+
+def _natural(name: str) -> list[int | str]:
+    """Sort as numbers what are numbers: every second part."""
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", name))]

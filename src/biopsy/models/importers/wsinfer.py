@@ -1,0 +1,212 @@
+"""Models in WSInfer's form: a TorchScript file and a ``config.json``, as its model zoo and QuPath use them.
+
+TorchScript is code, so nothing of it is loaded until the user has named the file's hash. The host's part of
+the contract (Resize, ToTensor, Normalize, softmax; the sigmoid of a single output) is done here.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field, PositiveInt, ValidationError
+from torch import Tensor, nn
+
+from biopsy.core.errors import RunError
+from biopsy.core.files import sha256_file
+from biopsy.data.datasets.base import find_positive
+from biopsy.models.classifier import Classifier, ClassifierInfo
+from biopsy.models.preprocessing import Preprocessing
+
+CONFIG, SCRIPT = "config.json", "torchscript_model.pt"
+
+
+class Transform(BaseModel):
+    """A step between the patch as read and the model."""
+
+    name: Literal["Resize", "ToTensor", "Normalize"]
+    arguments: dict[str, Any] = {}
+
+
+class HostConfig(BaseModel):
+    """What ``config.json`` of a WSInfer model holds."""
+
+    spec_version: str = "1.0"
+    architecture: str
+    num_classes: PositiveInt
+    patch_size_pixels: PositiveInt
+    spacing_um_px: float = Field(gt=0)
+    class_names: list[str]
+    transform: list[Transform]
+
+
+class WSInferClassifier(Classifier):
+    """A WSInfer model that is asked as any other classifier; it cannot be saved as one."""
+
+    def save(self, path: Path | str) -> None:
+        """Refuse: the weights are inside code of somebody else's.
+
+        Raises:
+            RunError: Always.
+        """
+        raise RunError(f"a WSInfer model cannot be saved as a classifier: copy its folder to {path}")
+
+
+def is_wsinfer(path: Path | str) -> bool:
+    """Say whether a folder looks like a WSInfer model, whole or not."""
+    return (Path(path) / SCRIPT).is_file() or (Path(path) / CONFIG).is_file()
+
+
+def open_wsinfer(path: Path | str, *, trust_model: str | None = None) -> WSInferClassifier:
+    """Open the folder of a WSInfer model with any number of classes.
+
+    A model with one output gets a second class, ``not <its name>``. Of two classes the positive one is that
+    which goes without saying (see `find_positive`), else the second. Without a reference nothing is said on
+    patches unlike training.
+
+    Args:
+        path: Holds ``torchscript_model.pt`` and ``config.json``.
+        trust_model: SHA-256 of the TorchScript file: whoever names it has decided that its code may run.
+
+    Raises:
+        RunError: If a file is missing or not readable, or the hash was not named or is another.
+    """
+    path = Path(path)
+    config = _read_config(path)
+    script = path / SCRIPT
+    if not script.is_file():
+        raise RunError(f"{path} has a {CONFIG} but no {SCRIPT}: a WSInfer model has both")
+    digest = sha256_file(script)
+    if trust_model is None:
+        raise RunError(
+            f"{script} is TorchScript, which is code that would run here: if you trust where it comes from, "
+            f"pass --trust-model {digest}"
+        )
+    if trust_model.strip().lower() != digest:
+        raise RunError(f"{script} has the SHA-256 {digest}, not {trust_model}: it was not run")
+    network = _HostedNetwork(load_script(script), config)
+    names = config.class_names
+    if len(names) == 1:
+        names = [f"not {names[0]}", names[0]]
+    info = ClassifierInfo(
+        network=f"wsinfer:{config.architecture}",
+        class_names=names,
+        positive_class=(find_positive(names) or names[1]) if len(names) == 2 else None,
+        patch_px=config.patch_size_pixels,
+        mpp=config.spacing_um_px,
+        preprocessing=Preprocessing(input_px=config.patch_size_pixels),
+        thresholds=[{"value": 0.5, "rule": "argmax", "chosen_on": "nothing"}] if len(names) == 2 else [],
+        licence="not known here: see where the model came from",
+    )
+    classifier = WSInferClassifier(info, network)
+    classifier.info.weights_sha256 = digest
+    return classifier
+
+
+class _HostedNetwork(nn.Module):
+    """Does between patch and script what WSInfer does: patches ``(B, 3, H, W)`` in 0-1 to logits.
+
+    Raises:
+        RunError: If a step has other arguments than these hosts understand.
+    """
+
+    weights: Tensor | None
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, script: nn.Module, config: HostConfig) -> None:
+        super().__init__()
+        self.script = script
+        self.n_classes = config.num_classes
+        patch_px = size_px = config.patch_size_pixels
+        mean, std = [0.0] * 3, [1.0] * 3
+        for step in config.transform:
+            try:
+                if step.name == "Resize":
+                    size_px = _read_size(step.arguments["size"])
+                elif step.name == "Normalize":
+                    mean, std = _read_three(step.arguments["mean"]), _read_three(step.arguments["std"])
+            except (KeyError, TypeError, ValueError):
+                raise RunError(
+                    f"{CONFIG} has a step {step.name} with {step.arguments}; Resize takes a size for both "
+                    "sides, Normalize a mean and a std of three values"
+                ) from None
+        weights = None if size_px == patch_px else _pillow_weights(patch_px, size_px)
+        self.register_buffer("weights", weights)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Give logits ``(B, n_classes)``, of a single output those of both classes."""
+        if self.weights is not None:  # along rows, then along columns, each time to 8 bits as Pillow does
+            levels = torch.matmul((patches * 255).round().double(), self.weights)
+            levels = torch.matmul(self.weights.T, (levels + 0.5).floor())
+            patches = (levels + 0.5).floor().float() / 255
+        logits = self.script(((patches - self.mean) / self.std).contiguous())
+        logits = logits.reshape(len(patches), -1)
+        if logits.shape[1] != self.n_classes:
+            raise RunError(
+                f"the model gives {logits.shape[1]} outputs where its {CONFIG} names {self.n_classes} classes"
+            )
+        if self.n_classes == 1:
+            logits = torch.cat([-logits / 2, logits / 2], dim=1)
+        return logits
+
+    def features(self, patches: Tensor) -> Tensor:
+        """Give nothing, ``(B, 0)``: what lies inside the script is not known."""
+        return patches.new_empty(len(patches), 0)
+
+
+def _pillow_weights(source_px: int, target_px: int) -> Tensor:
+    """Give what each source pixel counts in each target pixel, ``(source_px, target_px)``.
+
+    Pillow's BILINEAR, which torchvision's Resize uses for its images: a triangle as wide as two target pixels
+    (never less than two source pixels), in whole numbers of 22 bits.
+    """
+    scale = source_px / target_px
+    reach = max(scale, 1.0)
+    centres = (np.arange(target_px) + 0.5) * scale
+    places = np.arange(source_px)[:, None] + 0.5
+    weights = np.clip(1 - np.abs(places - centres) * (1 / reach), 0, None)
+    weights *= 1 / weights.sum(axis=0)
+    return torch.from_numpy(np.floor(weights * 2**22 + 0.5) / 2**22)
+
+
+def _read_size(size: Any) -> int:
+    sides = {int(side) for side in (size if isinstance(size, list) else [size])}
+    (side,) = sides
+    return side
+
+
+def _read_three(values: Any) -> list[float]:
+    red, green, blue = map(float, values)
+    return [red, green, blue]
+
+
+def _read_config(path: Path) -> HostConfig:
+    file = path / CONFIG
+    if not file.is_file():
+        raise RunError(f"{path} has a {SCRIPT} but no {CONFIG}: it says classes, patch size and um/px")
+    try:
+        config = HostConfig.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RunError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if len(set(config.class_names)) != config.num_classes:
+        raise RunError(f"{file} names the classes {config.class_names} and counts {config.num_classes}")
+    return config
+
+
+def load_script(script: Path) -> nn.Module:
+    """Load TorchScript that is trusted, on the CPU and in evaluation mode.
+
+    Raises:
+        RunError: If it cannot be read.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit", Warning)  # deprecated, and what these hosts load
+        try:
+            return torch.jit.load(str(script), map_location="cpu").eval()
+        except RuntimeError as error:
+            raise RunError(f"{script} is not readable as TorchScript: {str(error).splitlines()[0]}") from None

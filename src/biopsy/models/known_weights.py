@@ -1,0 +1,149 @@
+"""Pretrained weights that are known: whose they are, under which licence, how they are fed."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from biopsy.core.errors import RecipeError, suggest
+from biopsy.models.networks.libraries import split_name
+from biopsy.models.weight_files import SUFFIXES
+
+NOT_STATED = "not stated"
+# Keras's "caffe" mode: BGR, 0-255, minus the mean of ImageNet
+CAFFE = {"channel_order": "bgr", "scale": 1.0, "mean": [103.939, 116.779, 123.68], "std": [1.0, 1.0, 1.0]}
+SWAG = ("https://github.com/facebookresearch/SWAG/blob/main/LICENSE", "cc-by-nc-4.0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Weights that someone published.
+
+    Attributes:
+        tag: What ``model.weights`` calls them.
+        networks: Names of the networks they fit.
+        file: Name under which a file of them is looked for.
+        page: Where they are described or fetched from.
+        licence: Short name, lower case; ``not stated`` where the source says none for the weights.
+        digest: ``ALGORITHM:HEX``, where the source states one; the hex may be its beginning.
+        feed: The preprocessing they were trained with, in a recipe's words.
+        url: Where the file itself is, if that is known.
+        hub: Repository and file on Hugging Face.
+    """
+
+    tag: str
+    networks: tuple[str, ...]
+    file: str
+    page: str
+    licence: str
+    digest: str = ""
+    feed: dict[str, Any] = field(default_factory=dict)
+    url: str = ""
+    hub: tuple[str, str] | None = None
+
+
+KERAS_WEIGHTS = (
+    Weights(
+        tag="keras-vgg16",
+        networks=("vgg16",),
+        file="vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5",
+        page="https://github.com/fchollet/deep-learning-models/releases/tag/v0.1",
+        licence="cc-by-4.0",  # of the Visual Geometry Group's own release, which these were converted from
+        digest="md5:6d6bbae143d832006294945121d1f1fc",  # keras/applications/vgg16.py
+        url="https://github.com/fchollet/deep-learning-models/releases/download/v0.1/"
+        "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5",
+        feed=CAFFE,
+    ),
+    Weights(
+        tag="keras-squeezenet1_1",
+        networks=("torchvision:squeezenet1_1",),
+        file="squeezenet_v1.1_imagenet_notop_tf.h5",
+        page="https://github.com/wohlert/keras-squeezenet",
+        licence="mit",
+        digest="sha256:17154246284f555591549ac2c83e127abfbf4307dc4b0060fdaa2931d0fa38da",
+        feed=CAFFE,
+    ),
+)
+SHOWN = ("torchvision:vgg16", "torchvision:squeezenet1_1", "torchvision:resnet18")
+
+
+def list_weights() -> list[Weights]:
+    """Give weights that are worth knowing; every other tag of timm and torchvision works as well."""
+    return [*KERAS_WEIGHTS, *(find_weights(f"{name}.IMAGENET1K_V1") for name in SHOWN)]
+
+
+def find_weights(tag: str) -> Weights:
+    """Give what is known about weights by their tag.
+
+    Args:
+        tag: One of :func:`list_weights`, ``torchvision:NETWORK.TAG`` or ``timm:NETWORK.TAG``; without the
+            last part, the library's default for that network.
+
+    Raises:
+        RecipeError: If the tag is unknown.
+    """
+    library, _, name = tag.partition(":")
+    if library == "timm":
+        return _find_timm(name)
+    if library == "torchvision":
+        return _find_torchvision(name)
+    known = {weights.tag: weights for weights in KERAS_WEIGHTS}
+    if tag not in known:
+        raise RecipeError(
+            f"no weights are called {tag!r}; {suggest(tag, known)}; also torchvision:NETWORK.TAG, "
+            f"timm:NETWORK.TAG and the path of a file ({', '.join(SUFFIXES)})"
+        )
+    return known[tag]
+
+
+def _find_torchvision(name: str) -> Weights:
+    import torchvision
+
+    network, _, tag = name.partition(".")
+    split_name(f"torchvision:{network}")
+    members = {member.name: member for member in torchvision.models.get_model_weights(network)}
+    if tag and tag not in members:
+        raise RecipeError(f"torchvision has no weights {tag!r} of {network}; {suggest(tag, members)}")
+    chosen = members[tag] if tag else torchvision.models.get_model_weights(network).DEFAULT
+    file = chosen.url.rpartition("/")[2]
+    page, licence = chosen.meta.get("license", chosen.url), NOT_STATED
+    if "license" in chosen.meta:
+        licence = SWAG[1] if page == SWAG[0] else page
+    trained = chosen.transforms()
+    return Weights(
+        tag=f"torchvision:{network}.{chosen.name}",
+        networks=(f"torchvision:{network}", *(("vgg16",) if network == "vgg16" else ())),
+        file=file,
+        page=page,
+        licence=licence,
+        digest=f"sha256:{file.rpartition('-')[2].partition('.')[0]}",  # torchvision's rule for file names
+        url=chosen.url,
+        feed={"channel_order": "rgb", "scale": 1 / 255, "mean": list(trained.mean), "std": list(trained.std)},
+    )
+
+
+def _find_timm(name: str) -> Weights:
+    from timm.models import get_pretrained_cfg
+
+    split_name(f"timm:{name}")
+    settings = get_pretrained_cfg(name)
+    if settings is None or not (settings.hf_hub_id or settings.url):
+        raise RecipeError(
+            f"timm has no weights of {name!r}; --set model.pretrained=false starts from random ones"
+        )
+    hub = None
+    if settings.hf_hub_id:
+        hub = (str(settings.hf_hub_id), str(settings.hf_hub_filename or "model.safetensors"))
+    full = f"{settings.architecture}.{settings.tag}" if settings.tag else settings.architecture
+    return Weights(
+        tag=f"timm:{full}",
+        networks=(f"timm:{settings.architecture}",),
+        file=f"{full}.safetensors",
+        page=f"{hub[0]} on Hugging Face (its {hub[1]})" if hub else str(settings.url),
+        licence=settings.license or NOT_STATED,
+        feed={
+            "channel_order": "rgb",
+            "scale": 1 / 255,
+            "mean": list(settings.mean),
+            "std": list(settings.std),
+        },
+        hub=hub,
+    )

@@ -1,0 +1,30 @@
+"""Networks by name, one file a family.
+
+To add one, write a file here with a function under ``@register_network``; it takes ``n_classes``,
+``input_px`` and its own keyword parameters and gives a module with
+
+* ``forward(patches)``: ``(B, 3, H, W)`` float -> logits ``(B, n_classes)``, no softmax,
+* ``features(patches)``: the penultimate layer, ``(B, F)``, by which patches are compared.
+
+It is then listed, built by name from a recipe, drawn in the report and tested.
+"""
+
+from biopsy.models.networks.registry import (
+    Network,
+    build_network,
+    list_networks,
+    network_parameters,
+    register_network,
+)
+from biopsy.models.networks.summary import LayerRow, count_parameters, describe
+
+__all__ = [
+    "LayerRow",
+    "Network",
+    "build_network",
+    "count_parameters",
+    "describe",
+    "list_networks",
+    "network_parameters",
+    "register_network",
+]

@@ -1,0 +1,194 @@
+"""Networks of other libraries by name: ``timm:resnet18``, ``torchvision:squeezenet1_1``.
+
+They come with their library's own initial weights and nothing is ever downloaded. A network has two parts,
+its body and the last layer; stages are the body's children by their names in the library.
+"""
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from biopsy.core.errors import RecipeError, suggest
+from biopsy.models.networks.layers import size_of
+from biopsy.models.networks.stages import StagedNetwork
+
+PARAMETERS = {"timm": ("drop_rate", "drop_path_rate"), "torchvision": ("dropout",)}
+"""What a recipe may set; which of them a network takes, its library says."""
+_EXPECTED = (RuntimeError, AssertionError, ValueError, TypeError, IndexError, ZeroDivisionError)
+
+
+class LibraryNetwork(StagedNetwork):
+    """A library's network with its last layer, or for SqueezeNet its last convolution and pooling, apart.
+
+    Args:
+        body: Patches to features ``(B, F)`` or to a map ``(B, F, height, width)``.
+        head: What the body gives, to logits.
+        size: ``(width, height)`` of the input.
+    """
+
+    def __init__(self, body: nn.Module, head: nn.Module, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.body = body
+        self.head = head
+        self.size = size
+
+    def features(self, patches: Tensor) -> Tensor:
+        """Give the penultimate layer, ``(B, F)``; a map's mean over the patch."""
+        values = self.body(patches)
+        return values.mean(dim=(2, 3)) if values.ndim == 4 else values
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Give logits ``(B, n_classes)``."""
+        return self.head(self.body(patches))
+
+    def stages(self) -> list[tuple[str, nn.Module]]:
+        """Give the body's children, those without weights joined to the one before, and the head.
+
+        A child that is itself called ``head`` (it normalises or pools) is the stage ``before_head``.
+        """
+        groups: list[tuple[str, list[nn.Module]]] = []
+        leading: list[nn.Module] = []
+        for name, module in walk(self.body):
+            if any(True for _ in module.parameters()):
+                groups.append(("before_head" if name == "head" else name, [*leading, module]))
+                leading = []
+            else:
+                (groups[-1][1] if groups else leading).append(module)
+        return [*((name, nn.Sequential(*modules)) for name, modules in groups), ("head", self.head)]
+
+    def cut(self, place: int) -> tuple[nn.Module, nn.Module] | None:
+        """Cut where the children in a row do what the body does, as tried out; else before the head only."""
+        stages = [module for _, module in self.stages()]
+        if place == len(stages) - 1:
+            return self.body, self.head
+        weight = next(self.parameters())
+        training = self.training
+        self.eval()
+        try:
+            with torch.inference_mode():
+                width, height = self.size
+                patch = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)).to(weight)
+                wanted = self.body(patch)
+                join = [nn.Flatten()] if wanted.ndim == 2 else []  # torchvision flattens between the layers
+                got = nn.Sequential(*stages[:-1], *join)(patch)
+        except _EXPECTED:
+            return None
+        finally:
+            self.train(training)
+        if got.shape != wanted.shape or not torch.allclose(got, wanted, rtol=1e-4, atol=1e-5):
+            return None
+        return nn.Sequential(*stages[:place]), nn.Sequential(*stages[place:-1], *join, stages[-1])
+
+
+def build_library_network(
+    name: str, *, n_classes: int, input_px: int | tuple[int, int], **parameters: object
+) -> LibraryNetwork:
+    """Build a network of timm or torchvision, with random weights from PyTorch's global state.
+
+    Args:
+        name: ``timm:NAME``, where ``NAME`` may end in the tag of its weights, or ``torchvision:NAME``.
+        n_classes: Number of logits.
+        input_px: Side of the square input, or its ``(width, height)``.
+        parameters: Those of :data:`PARAMETERS`.
+
+    Raises:
+        RecipeError: If no network has the name (says the nearest), or it refuses input or parameters.
+    """
+    library, model = split_name(name)
+    size = size_of(input_px)
+    build = _build_timm if library == "timm" else _build_torchvision
+    try:
+        body, head = build(model, n_classes, size, parameters)
+        with torch.no_grad():
+            head.eval()(body.eval()(torch.zeros(1, 3, size[1], size[0])))
+    except RecipeError:
+        raise
+    except _EXPECTED as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RecipeError(
+            f"{name} cannot be built for input_px={input_px!r} with {parameters or 'no parameters'}: {reason}"
+        ) from None
+    return LibraryNetwork(body, head, size).train()
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Give library and network of ``timm:NAME`` or ``torchvision:NAME``.
+
+    Raises:
+        RecipeError: If the library has no such network; says the nearest names.
+    """
+    library, _, model = name.partition(":")
+    if library not in PARAMETERS:
+        raise RecipeError(f"no library of networks is called {library!r}; {suggest(library, PARAMETERS)}")
+    if library == "timm":
+        import timm
+
+        known = timm.list_models()
+        architecture, _, tag = model.partition(".")
+        if architecture in known and tag:
+            known = timm.list_pretrained(f"{architecture}.*")
+    else:
+        import torchvision
+
+        known = torchvision.models.list_models(module=torchvision.models)
+    if model not in known:
+        nearest = get_close_matches(model, known, n=3, cutoff=0.5)
+        hint = (
+            f"the nearest names are {', '.join(nearest)}" if nearest else f"{library} has {len(known)} others"
+        )
+        raise RecipeError(f"{library} has no network {model!r}; {hint}")
+    return library, model
+
+
+def timm_size(model: str, size: tuple[int, int]) -> dict[str, Any]:
+    """Give the argument by which timm builds a network for one size of input, where it needs to know."""
+    from timm.models import get_pretrained_cfg
+
+    settings = get_pretrained_cfg(model)
+    return {"img_size": size[::-1]} if settings is not None and settings.fixed_input_size else {}
+
+
+def _build_timm(
+    model: str, n_classes: int, size: tuple[int, int], parameters: dict[str, object]
+) -> tuple[nn.Module, nn.Module]:
+    import timm
+
+    body = timm.create_model(model, num_classes=0, **timm_size(model, size), **parameters)  # type: ignore[arg-type]
+    with torch.no_grad():
+        n_features = body.eval()(torch.zeros(1, 3, size[1], size[0])).shape[1]
+    return body, nn.Linear(n_features, n_classes)
+
+
+def _build_torchvision(
+    model: str, n_classes: int, size: tuple[int, int], parameters: dict[str, object]
+) -> tuple[nn.Module, nn.Module]:
+    import torchvision
+
+    settings: dict[str, Any] = {"weights": None, "num_classes": n_classes, **parameters}
+    if model.startswith("vit_"):
+        settings["image_size"] = size[0]
+    elif model.startswith("maxvit"):
+        settings["input_size"] = size[::-1]
+    elif model in ("googlenet", "inception_v3"):
+        settings |= {"aux_logits": False, "init_weights": True}
+    whole = torchvision.models.get_model(model, **settings)
+    if model.startswith("squeezenet"):
+        body = nn.Sequential()
+        body.add_module("features", whole.features)
+        return body, nn.Sequential(*whole.classifier, nn.Flatten())
+    name, head = [item for item in whole.named_modules() if isinstance(item[1], nn.Linear)][-1]
+    parent, _, child = name.rpartition(".")
+    setattr(whole.get_submodule(parent), child, nn.Identity())
+    return whole, head
+
+
+def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the children of a network by name, those of plain rows one by one."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Sequential | nn.ModuleList) and len(child):
+            yield from walk(child, f"{prefix}{name}.")
+        else:
+            yield prefix + name, child

@@ -1,0 +1,102 @@
+"""The register of networks: a name, the function that builds it, and the parameters it takes."""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from biopsy.core.errors import RecipeError, suggest
+from biopsy.core.seeds import derive
+from biopsy.models.networks import libraries
+from biopsy.models.networks.layers import initialise
+
+
+class Network(Protocol):
+    """What every registered network offers beside being an ``nn.Module``."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Give logits ``(B, n_classes)`` for patches ``(B, 3, H, W)``."""
+
+    def features(self, patches: Tensor) -> Tensor:
+        """Give the penultimate layer, ``(B, F)``."""
+
+
+Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {}
+_GIVEN = ("n_classes", "input_px")  # from the data and the preprocessing, never a recipe's own parameter
+
+
+def register_network(builder: Builder) -> Builder:
+    """Make a function that builds a network known under its own name."""
+    _BUILDERS[builder.__name__] = builder
+    return builder
+
+
+def list_networks() -> list[str]:
+    """Give the names of all networks in this folder; libraries' are ``timm:NAME``, ``torchvision:NAME``."""
+    package = importlib.import_module("biopsy.models.networks")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    return sorted(_BUILDERS)
+
+
+def network_parameters(name: str) -> dict[str, Any]:
+    """Give the parameters a recipe may set for a network, with their defaults (None: the library's own).
+
+    Raises:
+        RecipeError: If no network has that name.
+    """
+    if ":" in name:
+        return dict.fromkeys(libraries.PARAMETERS[libraries.split_name(name)[0]])
+    signature = inspect.signature(_find(name)).parameters.values()
+    return {parameter.name: parameter.default for parameter in signature if parameter.name not in _GIVEN}
+
+
+def build_network(
+    name: str,
+    *,
+    n_classes: int,
+    input_px: int | tuple[int, int],
+    seed: int | None = None,
+    **parameters: object,
+) -> nn.Module:
+    """Build a network by name; PyTorch's global random state is left as it was.
+
+    Args:
+        name: One of :func:`list_networks`, ``timm:NAME`` or ``torchvision:NAME``.
+        n_classes: Number of logits.
+        input_px: Side of the square input, or its ``(width, height)``.
+        seed: Seed of the initial weights (Keras's rule, see ``layers.initialise``; a library's own for its
+            networks); None where weights are about to be loaded over them.
+        parameters: The network's own, see :func:`network_parameters`.
+
+    Raises:
+        RecipeError: If the name or a parameter is unknown, or the input is too small for the network.
+
+    Example:
+        >>> network = build_network("cancernet", n_classes=2, input_px=48, seed=0)
+        >>> network(torch.zeros(4, 3, 48, 48)).shape
+        torch.Size([4, 2])
+    """
+    known = network_parameters(name)
+    for parameter in parameters:
+        if parameter not in known:
+            raise RecipeError(f"network {name!r} has no parameter {parameter!r}; {suggest(parameter, known)}")
+    with torch.random.fork_rng(devices=[]):
+        if ":" in name:
+            torch.manual_seed(derive(seed or 0, "initial weights", name))
+            return libraries.build_library_network(name, n_classes=n_classes, input_px=input_px, **parameters)
+        network = _find(name)(n_classes=n_classes, input_px=input_px, **parameters)
+    if seed is not None:
+        initialise(network, seed)
+    return cast(nn.Module, network)
+
+
+def _find(name: str) -> Callable[..., nn.Module]:
+    if name not in list_networks():
+        raise RecipeError(f"no network is called {name!r}; {suggest(name, _BUILDERS)}")
+    return _BUILDERS[name]

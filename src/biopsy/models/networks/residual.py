@@ -1,0 +1,84 @@
+"""A small residual network (after He et al. 2016): the stronger model where CancerNet is the baseline.
+
+It reads any input of 16 px or more, since it averages over the whole patch before its last layer.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from biopsy.models.networks.layers import BatchNorm2d, Dropout, require_size
+from biopsy.models.networks.registry import register_network
+from biopsy.models.networks.stages import StagedNetwork
+
+STAGE_WIDTHS = (1, 2, 4, 5)
+"""Channels of each stage, in multiples of ``base_channels``: half precision keeps the weights below 1 MB."""
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut; with ``stride=2`` it halves the picture."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.norm1 = BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = BatchNorm2d(out_channels)
+        self.norm2.initial_weight = 0.0  # a block begins as its shortcut (Goyal et al. 2017)
+        self.shortcut: nn.Module = nn.Identity()
+        if in_channels != out_channels or stride != 1:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), BatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.relu(self.norm1(self.conv1(x)))
+        return functional.relu(self.norm2(self.conv2(y)) + self.shortcut(x), inplace=True)
+
+
+class ResidualNet(StagedNetwork):
+    """A stem that halves the picture, four stages of one block, global average pooling, dropout, the head."""
+
+    def __init__(self, n_classes: int, base_channels: int, dropout: float) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, base_channels, 3, stride=2, padding=1, bias=False),
+            BatchNorm2d(base_channels),
+            nn.ReLU(),
+        )
+        channels = [base_channels, *(base_channels * factor for factor in STAGE_WIDTHS)]
+        self.blocks = nn.Sequential(
+            *(
+                ResidualBlock(before, after, stride=1 if stage == 0 else 2)
+                for stage, (before, after) in enumerate(pairwise(channels))
+            )
+        )
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.drop = Dropout(dropout)
+        self.head = nn.Linear(channels[-1], n_classes)
+
+    def features(self, patches: Tensor) -> Tensor:
+        return torch.flatten(self.pool(self.blocks(self.stem(patches))), 1)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.head(self.drop(self.features(patches)))
+
+    def stages(self) -> list[tuple[str, nn.Module]]:
+        *front, last = self.blocks
+        return [
+            ("stem", self.stem),
+            *((f"stage{number}", block) for number, block in enumerate(front, start=1)),
+            (f"stage{len(self.blocks)}", nn.Sequential(last, self.pool, nn.Flatten())),
+            ("head", nn.Sequential(self.drop, self.head)),
+        ]
+
+
+@register_network
+def residual(
+    *, n_classes: int, input_px: int | tuple[int, int], base_channels: int = 24, dropout: float = 0.0
+) -> ResidualNet:
+    """Build the residual network; ``base_channels=24`` gives about 420,000 parameters."""
+    require_size("residual", input_px, 16)
+    return ResidualNet(n_classes, base_channels, dropout)

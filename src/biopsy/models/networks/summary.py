@@ -1,0 +1,77 @@
+"""What a network consists of: its parameters counted and its layers as a table."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from biopsy.models.networks.layers import SeparableConv2d, size_of
+from biopsy.models.networks.libraries import LibraryNetwork, walk
+
+
+class LayerRow(NamedTuple):
+    """One layer of a network, in the order the data passes it."""
+
+    name: str
+    type: str
+    output_shape: tuple[int, ...]  # (channels, height, width) or (features,)
+    parameters: int
+
+
+def count_parameters(network: nn.Module) -> tuple[int, int]:
+    """Count all parameters as Keras does (running means and variances included), and the trainable ones.
+
+    Example:
+        >>> from biopsy.models.networks import build_network
+        >>> count_parameters(build_network("cancernet", n_classes=2, input_px=48))
+        (1235133, 1233533)
+    """
+    statistics = sum(buffer.numel() for buffer in network.buffers() if buffer.is_floating_point())
+    total = sum(parameter.numel() for parameter in network.parameters()) + statistics
+    return total, sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+
+def describe(network: nn.Module, input_px: int | tuple[int, int]) -> list[LayerRow]:
+    """List the layers a patch passes, by sending an empty one through.
+
+    Args:
+        network: Any network; a separable convolution counts as one layer, and so does a block of a library.
+        input_px: Side of the square input, or its ``(width, height)``.
+    """
+    rows: list[LayerRow] = []
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, _: object, output: Tensor | Sequence[Any]) -> None:
+            while not isinstance(output, Tensor):  # blocks of some libraries give several, the picture first
+                output = output[0]
+            rows.append(
+                LayerRow(name, type(module).__name__, tuple(output.shape[1:]), count_parameters(module)[0])
+            )
+
+        return hook
+
+    hooks = [module.register_forward_hook(note(name)) for name, module in _layers(network)]
+    width, height = size_of(input_px)
+    was_training = network.training
+    weight = next(network.parameters())
+    first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
+    try:
+        with torch.inference_mode():
+            network.eval()(torch.zeros(1, first.in_channels, height, width, device=weight.device))
+    finally:
+        network.train(was_training)
+        for handle in hooks:
+            handle.remove()
+    return rows
+
+
+def _layers(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    if isinstance(module, LibraryNetwork):
+        head = [*walk(module.head, "head.")] or [("head", module.head)]
+        return [*walk(module.body, "body."), *head]
+    found: list[tuple[str, nn.Module]] = []
+    for name, child in module.named_children():
+        whole = isinstance(child, SeparableConv2d) or not any(child.children())
+        found += [(prefix + name, child)] if whole else _layers(child, f"{prefix}{name}.")
+    return found

@@ -1,0 +1,108 @@
+"""Patches unlike anything in training: another stain, another scanner, no tissue, no slide at all.
+
+Two squared Mahalanobis distances from the training patches: by colour statistics, and by the network's
+penultimate layer (Lee et al. 2018, without their classes). The limit of each is the 99th percentile over
+validation patches, which come from patients that training has not seen.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from biopsy.core.seeds import make_rng
+from biopsy.models.classifier import Classifier
+from biopsy.slide_io.stain import colour_features
+
+if TYPE_CHECKING:
+    from biopsy.models.engine import Engine
+
+QUANTILE = 0.99
+REFERENCE_PATCHES = 2000  # of up to a few hundred features; asking a large network for more takes minutes
+
+
+def fit_reference(
+    classifier: Classifier,
+    patches: np.ndarray,
+    sizes: np.ndarray,
+    train: np.ndarray,
+    val: np.ndarray,
+    *,
+    engine: "Engine",
+    seed: int,
+) -> None:
+    """Store in a classifier what training patches are like, and how far validation patches are from them.
+
+    Args:
+        classifier: Gets ``info.unlike_training`` and its ``extras``.
+        patches: uint8 ``(N, H, W, 3)``.
+        sizes: True ``(width, height)`` of each patch.
+        train: Rows of training patches; at most `REFERENCE_PATCHES` of them are drawn.
+        val: Rows of validation patches.
+        engine: Device and precision.
+        seed: Of the draw.
+    """
+    from sklearn.covariance import ledoit_wolf  # imports for a second
+
+    rng = make_rng(seed, "unlike training")
+    drawn = np.sort(rng.choice(train, min(len(train), REFERENCE_PATCHES), replace=False))
+    held_out = np.sort(rng.choice(val, min(len(val), REFERENCE_PATCHES), replace=False))
+    limits: dict[str, float] = {}
+    known, unseen = (_measure(classifier, patches, sizes, rows, engine) for rows in (drawn, held_out))
+    for kind, values in known.items():
+        mean, spread = values.mean(axis=0), values.std(axis=0)
+        spread[spread == 0] = 1
+        covariance, _ = ledoit_wolf((values - mean) / spread)
+        classifier.extras |= {
+            f"{kind}_mean": mean,
+            f"{kind}_spread": spread,
+            f"{kind}_precision": np.linalg.pinv(covariance, hermitian=True),
+        }
+        limits[kind] = float(np.quantile(_distance(classifier, kind, unseen[kind]), QUANTILE))
+    classifier.info.unlike_training = {
+        "method": "squared Mahalanobis distance, Ledoit-Wolf covariance",
+        "quantile": QUANTILE,
+        "chosen_on": f"{len(held_out)} validation patches",
+        "limits": limits,
+    }
+
+
+def measure_novelty(
+    classifier: Classifier, patches: np.ndarray, sizes: np.ndarray | None, features: np.ndarray
+) -> pd.DataFrame:
+    """Say how far patches are from training.
+
+    Returns:
+        ``colour_distance`` and ``feature_distance``, each as a multiple of its limit, and
+        ``unlike_training``: whether either is above 1. Empty for a classifier without a reference.
+    """
+    about = classifier.info.unlike_training
+    if about is None:
+        return pd.DataFrame(index=range(len(patches)))
+    measured = {"colour": colour_features(patches, sizes), "feature": features}
+    frame = pd.DataFrame(
+        {
+            f"{kind}_distance": _distance(classifier, kind, values) / about["limits"][kind]
+            for kind, values in measured.items()
+        }
+    )
+    return frame.assign(unlike_training=(frame > 1).any(axis=1))
+
+
+def _measure(
+    classifier: Classifier, patches: np.ndarray, sizes: np.ndarray, rows: np.ndarray, engine: "Engine"
+) -> dict[str, np.ndarray]:
+    from biopsy.models.inference import predict_with_features
+
+    _, features = predict_with_features(classifier, patches, sizes, rows, engine=engine)
+    return {
+        "colour": colour_features(patches, sizes, index=rows).astype(np.float64),
+        "feature": features.astype(np.float64),
+    }
+
+
+def _distance(classifier: Classifier, kind: str, values: np.ndarray) -> np.ndarray:
+    extras = classifier.extras
+    offset = (values - extras[f"{kind}_mean"]) / extras[f"{kind}_spread"]
+    precision = extras[f"{kind}_precision"]
+    return ((offset @ precision) * offset).sum(axis=1)

@@ -1,0 +1,136 @@
+"""Reading files of weights into networks: safetensors, PyTorch's tensors alone, Keras."""
+
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from biopsy.core.errors import DataError
+from biopsy.models.networks.libraries import LibraryNetwork, split_name, timm_size
+from biopsy.models.networks.stages import StagedNetwork
+
+KERAS_SUFFIXES = (".h5", ".hdf5", ".keras")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", *KERAS_SUFFIXES)
+_HEADS = re.compile(r"(classifier|fc|heads?|aux\d?|AuxLogits)\.")
+_OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(\d)")  # of torchvision's older files
+
+
+def fill_network(network: nn.Module, name: str, path: Path) -> bool:
+    """Put the weights of a file into a network; files are read as data, nothing in them is executed.
+
+    A file may hold the whole network as this package saves it, all but the head, or what the library of the
+    network publishes, whose classes of ImageNet are left out.
+
+    Args:
+        network: As ``build_network`` gives it.
+        name: Its name; for timm's, with the tag of the weights where that is not the default.
+        path: ``.safetensors``, ``.pth`` (also ``.pt``, ``.bin``), ``.h5`` (also ``.hdf5``) or ``.keras``.
+
+    Returns:
+        Whether the head was filled too; else it is as it was.
+
+    Raises:
+        DataError: If the file cannot be read, or is of another network.
+    """
+    if path.suffix.lower() in KERAS_SUFFIXES:
+        return _fill_from_keras(network, path)
+    tensors = _read_tensors(path)
+    own = {key: value for key, value in tensors.items() if not key.startswith("extra.")}
+    try:
+        if own.keys() == network.state_dict().keys():
+            return _fill_own(network, own)
+        if not isinstance(network, LibraryNetwork):
+            _fill_in_order(_base(network), tensors)
+        elif split_name(name)[0] == "timm":
+            _fill_timm(network, name, path)
+        else:
+            tensors = {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in tensors.items()}
+            body = {key: value for key, value in tensors.items() if not _HEADS.match(key)}
+            kept = network.body.state_dict()
+            network.body.load_state_dict(body | {key: tensors[key] for key in tensors if key in kept})
+    except (RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split("\n")[:2]).replace("\t", " ")
+        raise DataError(f"{path} does not fit {name}: {reason}") from None
+    return False
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        found = (
+            load_file(path)
+            if path.suffix.lower() == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except pickle.UnpicklingError:
+        raise DataError(
+            f"{path} holds more than tensors, or is cut short: nothing is unpickled from it"
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise DataError(f"{path} is not readable as weights: {str(error).splitlines()[0]}") from None
+    for key in ("state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise DataError(f"{path} holds no weights by name")
+    return found
+
+
+def _fill_own(network: nn.Module, tensors: dict[str, Tensor]) -> bool:
+    """Fill from a file of this package; a head of other classes is left out."""
+    ours = network.state_dict()
+    head = [key for key in ours if key.startswith("head.")]
+    fits = all(tensors[key].shape == ours[key].shape for key in head)
+    network.load_state_dict(tensors if fits else tensors | {key: ours[key] for key in head})
+    return fits
+
+
+def _fill_from_keras(network: nn.Module, path: Path) -> bool:
+    from biopsy.models.importers.keras import load_keras_into
+
+    try:
+        load_keras_into(path, network)
+    except DataError as whole:
+        try:
+            load_keras_into(path, _base(network))
+        except DataError:
+            raise whole from None
+        return False
+    return True
+
+
+def _fill_timm(network: LibraryNetwork, name: str, path: Path) -> None:
+    """Let timm read the file into a twin, by its own rules of names and sizes, and take the twin's body."""
+    import timm
+
+    model = split_name(name)[1]
+    overlay = {"file": str(path), "custom_load": False}
+    twin = timm.create_model(
+        model, pretrained=True, pretrained_cfg_overlay=overlay, **timm_size(model, network.size)
+    )
+    twin.reset_classifier(0)  # type: ignore[operator]
+    network.body.load_state_dict(twin.state_dict())
+
+
+def _fill_in_order(base: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Fill convolutions from torchvision's ``features.NUMBER.weight`` and ``.bias``, in their order."""
+    names = sorted(
+        (key for key in tensors if re.fullmatch(r"features\.\d+\.(weight|bias)", key)),
+        key=lambda key: (int(key.split(".")[1]), key.endswith("bias")),
+    )
+    places = [*base.state_dict()]
+    shapes = [tuple(value.shape) for value in base.state_dict().values()]
+    if [tuple(tensors[key].shape) for key in names] != shapes:
+        raise KeyError(f"{len(names)} tensors called features.NUMBER, {len(places)} others are expected")
+    base.load_state_dict({place: tensors[name] for place, name in zip(places, names, strict=True)})
+
+
+def _base(network: nn.Module) -> nn.Module:
+    """Give what lies before the head."""
+    if isinstance(network, LibraryNetwork):
+        return network.body
+    stages = network.stages() if isinstance(network, StagedNetwork) else []
+    return nn.Sequential(*(module for _, module in stages[:-1]))

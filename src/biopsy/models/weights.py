@@ -1,0 +1,207 @@
+"""Where pretrained weights may lie, what is checked before they are used, and a network made with them.
+
+Nothing is downloaded. A tag is looked up by its file's name in ``$BIOPSY_WEIGHTS`` (by default
+``~/.cache/biopsy/weights``) and where torch, Keras and Hugging Face keep what they fetched.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from biopsy.core.errors import DataError, RecipeError
+from biopsy.core.files import sha256_file
+from biopsy.models.known_weights import KERAS_WEIGHTS, NOT_STATED, Weights, find_weights
+from biopsy.models.networks import build_network, count_parameters
+from biopsy.models.networks.stages import freeze
+from biopsy.models.weight_files import SUFFIXES, fill_network
+from biopsy.recipes import Recipe, list_recipes, load_recipe
+
+FOLDER_VARIABLE, LICENCE_VARIABLE = "BIOPSY_WEIGHTS", "BIOPSY_ACCEPT_LICENCE"
+OPEN_LICENCES = ("apache-2.0", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc0-1.0", "mit", NOT_STATED)
+
+
+def locate(weights: Weights) -> Path | None:
+    """Give the file of some weights if it is on this machine."""
+    import torch
+
+    folders = (
+        weights_folder(),
+        Path(torch.hub.get_dir()) / "checkpoints",
+        Path("~/.keras/models").expanduser(),
+    )
+    for folder in folders:
+        if (folder / weights.file).is_file():
+            return folder / weights.file
+    if weights.hub is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(*weights.hub)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def weights_folder() -> Path:
+    """Give the folder in which people put weights."""
+    return Path(os.environ.get(FOLDER_VARIABLE) or "~/.cache/biopsy/weights").expanduser()
+
+
+def make_network(
+    recipe: Recipe, n_classes: int, seed: int, *, load: bool = True
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the network of a recipe, with its initial weights and its frozen stages.
+
+    Args:
+        recipe: Whose tables ``model`` and ``preprocessing`` count.
+        n_classes: Number of logits.
+        seed: Of the weights that are random.
+        load: False where other weights are about to be loaded over them, those of a checkpoint say.
+
+    Returns:
+        The network, and what a run records about its weights: ``pretrained``, ``weights``, ``file``,
+        ``sha256``, ``licence``, ``page``, ``trainable`` and ``note``; None for what does not apply.
+
+    Raises:
+        RecipeError: If network, weights or stage are unknown, the file is not there, or its licence was not
+            accepted.
+        DataError: If the file has another hash than it should, or does not fit the network.
+    """
+    model = recipe.model
+    network = build_network(
+        model.name, n_classes=n_classes, input_px=recipe.preprocessing.input_px, seed=seed, **model.params
+    )
+    record: dict[str, Any] = {"pretrained": model.pretrained}
+    record |= dict.fromkeys(("weights", "file", "sha256", "licence", "page"))
+    notes: list[str] = []
+    if model.pretrained and load:
+        path, known = _choose(recipe)
+        record |= {
+            "weights": known.tag if known else path.name,
+            "file": path.name,
+            "sha256": sha256_file(path),
+        }
+        record |= {"licence": known.licence if known else NOT_STATED, "page": known.page if known else None}
+        name = known.tag if known and known.tag.startswith("timm:") else model.name
+        if not fill_network(network, name, path):
+            notes.append("the head is random")
+        notes += _compare_feed(recipe, known)
+    elif not model.pretrained:
+        notes += _note_missing(recipe)
+    freeze(network, model.trainable)
+    record |= {"trainable": model.trainable, "note": "; ".join(notes) or None}
+    return network, record
+
+
+def describe_weights(network: nn.Module, record: dict[str, Any]) -> str:
+    """Say in a line what a network begins with and how much of it is trained."""
+    total, trainable = count_parameters(network)
+    begins = (
+        f"weights {record['weights']}, licence {record['licence']}"
+        if record["pretrained"]
+        else "random weights"
+    )
+    note = f" ({record['note']})" if record["note"] else ""
+    return f"{begins}{note}; {total:,} parameters, {trainable:,} trainable, {total - trainable:,} frozen"
+
+
+def _choose(recipe: Recipe) -> tuple[Path, Weights | None]:
+    """Give the file of a recipe's weights and what is known about it."""
+    model = recipe.model
+    path = Path(model.weights).expanduser()
+    is_path = path.suffix.lower() in SUFFIXES or len(path.parts) > 1
+    if is_path:
+        known = next((weights for weights in KERAS_WEIGHTS if weights.file == path.name), None)
+        if not path.is_file():
+            raise RecipeError(f"there is no file {model.weights!r} for model.weights; {_say_without()}")
+    else:
+        known = _find_default(recipe) if not model.weights else find_weights(model.weights)
+        if model.name.partition(".")[0] not in known.networks:
+            raise RecipeError(
+                f"the weights {known.tag!r} are of {' or '.join(known.networks)}, the recipe's network is "
+                f"{model.name!r}"
+            )
+        require_licence(known)
+        found = locate(known)
+        if found is None:
+            raise RecipeError(
+                f"the weights {known.tag!r} are not on this machine: get {known.file} from {known.page} and "
+                f"put it into {weights_folder()} (${FOLDER_VARIABLE} can name another folder), or point "
+                f"at it with --set model.weights=PATH; {_say_without()}"
+            )
+        path = found
+        require_digest(path, known.digest)
+    require_digest(path, f"sha256:{model.weights_sha256}" if model.weights_sha256 else "")
+    return path, known
+
+
+def _find_default(recipe: Recipe) -> Weights:
+    name = recipe.model.name
+    if ":" in name:
+        return find_weights(name)
+    fitting = [weights.tag for weights in KERAS_WEIGHTS if name in weights.networks]
+    raise RecipeError(
+        f"model.pretrained needs model.weights: for {name!r} "
+        f"{'known are ' + ', '.join(fitting) if fitting else 'no tag is known'}, or give the path of a file"
+    )
+
+
+def _say_without() -> str:
+    return "or go on without, from random weights: --set model.pretrained=false"
+
+
+def require_digest(path: Path, digest: str) -> None:
+    """Refuse a file whose hash does not begin with ``ALGORITHM:HEX``; an empty digest takes any file.
+
+    Raises:
+        DataError: Saying both hashes.
+    """
+    if not digest:
+        return
+    algorithm, _, wanted = digest.partition(":")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, algorithm).hexdigest()
+    if not found.startswith(wanted.lower()):
+        raise DataError(
+            f"{path} has the {algorithm} {found}, expected was {wanted}: it is another file, or was cut "
+            "short; get it again"
+        )
+
+
+def require_licence(weights: Weights) -> None:
+    """Refuse weights whose licence restricts their use, unless it was accepted by name.
+
+    Raises:
+        RecipeError: Naming the licence, where it stands and how to accept it.
+    """
+    accepted = [name.strip().lower() for name in os.environ.get(LICENCE_VARIABLE, "").split(",")]
+    if weights.licence not in (*OPEN_LICENCES, *accepted):
+        raise RecipeError(
+            f"the weights {weights.tag!r} have the licence {weights.licence!r}, which restricts their use: "
+            f"read it at {weights.page}, and if you accept it begin the command with "
+            f"`biopsy --accept-licence {weights.licence}` or set {LICENCE_VARIABLE}={weights.licence}"
+        )
+
+
+def _compare_feed(recipe: Recipe, known: Weights | None) -> list[str]:
+    """Say where a recipe feeds pretrained weights otherwise than they were trained."""
+    if known is None:
+        return []
+    settings = recipe.preprocessing.model_dump()
+    differing = [
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in known.feed.items()
+        if settings[key] != value
+    ]
+    return [f"they were trained with {', '.join(differing)}, the recipe feeds otherwise"] if differing else []
+
+
+def _note_missing(recipe: Recipe) -> list[str]:
+    """Say that pretrained weights were switched off, and that frozen stages are random."""
+    notes = []
+    if recipe.name in list_recipes() and (shipped := load_recipe(recipe.name).model).pretrained:
+        notes.append(f"the recipe starts from {shipped.weights}, this run did not (model.pretrained=false)")
+    if recipe.model.trainable != "all":
+        notes.append("what is frozen is random too")
+    return notes

@@ -1,0 +1,147 @@
+"""Recipes: everything that defines a training result, typed, no code.
+
+A recipe is a TOML file; those shipped lie in this folder, a user's own file works the same. Every value of
+a shipped recipe names its source under ``[sources]``: the publication, a default of the library it used, or
+our choice where it is silent. To add one, write ``author2024.toml`` here; tests pick it up.
+"""
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import ValidationError
+
+from biopsy.core.errors import RecipeError, suggest
+from biopsy.recipes.schema import DEFINING_TABLES, FORMAT, Recipe
+
+__all__ = [
+    "DEFINING_TABLES",
+    "Overrides",
+    "Recipe",
+    "list_recipes",
+    "load_recipe",
+    "recipe_toml",
+    "setting_lines",
+]
+
+Overrides = Mapping[str, object] | Iterable[str]
+_SHIPPED = Path(__file__).parent
+
+
+def list_recipes() -> list[str]:
+    """Give the names of the recipes that are shipped, in alphabetical order."""
+    return sorted(path.stem for path in _SHIPPED.glob("*.toml"))
+
+
+def load_recipe(recipe: str | Path | Recipe, overrides: Overrides = ()) -> Recipe:
+    """Read a recipe by name or from a TOML file, and change some of its values.
+
+    Args:
+        recipe: A shipped name, the path of a ``.toml`` file, or a recipe.
+        overrides: ``{"table.key": value}``, or ``"table.key=value"`` each, the value read as TOML, else taken
+            as text.
+
+    Raises:
+        RecipeError: If there is no such recipe, key or value; the message names the nearest right one.
+
+    Example:
+        >>> load_recipe("cancernet-2020", {"train.lr": 0.005}).train.lr
+        0.005
+    """
+    document = recipe.model_dump() if isinstance(recipe, Recipe) else _read(recipe)
+    for line in setting_lines(overrides):
+        _override(document, line)
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, document)) from None
+
+
+def setting_lines(overrides: Overrides) -> tuple[str, ...]:
+    """Return overrides of a recipe as the command line writes them after ``--set``.
+
+    Example:
+        >>> setting_lines({"train.epochs": 2, "model.params.widths": [8, 16]})
+        ('train.epochs=2', 'model.params.widths=[8, 16]')
+    """
+    if isinstance(overrides, Mapping):
+        return tuple(f"{key}={_literal(value)}" for key, value in overrides.items())
+    return tuple(overrides)
+
+
+def _literal(value: object) -> str:
+    """Write a value as TOML does in one line."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_literal, value))}]"
+    return json.dumps(value, default=lambda number: number.item())  # of numpy
+
+
+def recipe_toml(recipe: Recipe) -> str:
+    """Write a recipe as TOML, every default filled in; `load_recipe` reads it back equal."""
+    return tomli_w.dumps(recipe.model_dump(exclude_none=True))
+
+
+def _read(recipe: str | Path) -> dict[str, Any]:
+    path = Path(recipe)
+    if path.suffix != ".toml":
+        path = _SHIPPED / f"{recipe}.toml"
+        if str(recipe) not in list_recipes():
+            raise RecipeError(f"there is no recipe {str(recipe)!r}: {suggest(str(recipe), list_recipes())}")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(
+            f"{path} does not exist: give a recipe's name or the path of a .toml file"
+        ) from None
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not TOML: {error}") from None
+
+
+def _override(document: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals:
+        raise RecipeError(f"--set {override!r} has no '=': write --set train.lr=0.001")
+    known = sorted(_leaves(Recipe))
+    free = key.startswith("model.params.")  # a network checks its own parameters
+    if key not in known and not free:
+        raise RecipeError(f"a recipe has no setting {key!r}: {suggest(key, known)}")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *tables, name = key.split(".")
+    for table in tables:
+        document = document.setdefault(table, {})
+    document[name] = value
+
+
+def _leaves(model: type, prefix: str = "") -> Iterable[str]:
+    """Give the dotted names of every setting that defines a result."""
+    for name, field in model.model_fields.items():  # type: ignore[attr-defined]
+        if not prefix and name not in DEFINING_TABLES:
+            continue
+        if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
+            yield from _leaves(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _explain(error: ValidationError, document: dict[str, Any]) -> str:
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    name = document.get("name", "recipe")
+    if first["type"] == "extra_forbidden":
+        return f"{name}: a recipe has no setting {where!r}: {suggest(where, _leaves(Recipe))}"
+    if where == "format":
+        return (
+            f"{name}: has format {first['input']!r} where {FORMAT!r} was expected: update biopsy to read it"
+        )
+    return f"{name}: {where}: {first['msg'].removeprefix('Value error, ')}, found {first['input']!r}"

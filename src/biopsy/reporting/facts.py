@@ -1,0 +1,229 @@
+"""What a report is written from: the records of a run or a study, gathered, with or without their ids."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from biopsy.evaluation.errors.case_views import Closeups
+from biopsy.evaluation.errors.measure import Mistakes
+from biopsy.evaluation.explanation.examples import Explained
+from biopsy.reporting.pseudonyms import KINDS, Aliases
+from biopsy.training.figures import Row
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Everything the report of a run may say.
+
+    Attributes:
+        run: What ``run.json`` holds; empty for predictions from elsewhere.
+        metrics: What ``metrics.json`` holds.
+        predictions: The judged side, in the ``Predictions`` format.
+        class_names: Names by class index.
+        log: One record an epoch.
+        recipe: The recipe as nested values (``name``, ``title``, ``origin``, ...).
+        recipe_toml: The recipe as its file, every default filled in.
+        network: Layers as ``(name, type, output_shape, parameters)``.
+        input_shape: What the network is fed, ``(channels, height, width)``.
+        get_patch: Gives a patch ``(H, W, 3)`` uint8 by its ``patch_id``, at its true size; None shows none.
+        patch_px: Side of a patch in the pack.
+        mpp: Micrometres per pixel of the pack's patches, None where unknown.
+        audit: What ``audit.json`` holds.
+        ledger: ``times`` and ``runs`` that opened the test side, and ``kept_with`` (``pack`` or ``run``).
+        explained: Some patches with maps of what the network looks at.
+        conjectures: What ``conjectures.json`` holds.
+        faithfulness: What ``faithfulness.json`` holds, if the maps were tested.
+        mistakes: What ``errors.json`` and ``errors.parquet`` hold.
+        closeups: Pictures of the mistakes looked at closely.
+        maps: Slides mapped into the run's folder: ``summary.json`` and the overlay as an encoded image.
+        ids_hidden: Whether ids have been replaced by numbers.
+    """
+
+    run: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    predictions: pd.DataFrame
+    class_names: Sequence[str]
+    log: Sequence[Mapping[str, Any]] = ()
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    recipe_toml: str = ""
+    network: Sequence[Row] = ()
+    input_shape: tuple[int, ...] = ()
+    get_patch: Callable[[str], np.ndarray] | None = None
+    patch_px: int | None = None
+    mpp: float | None = None
+    audit: Mapping[str, Any] | None = None
+    ledger: Mapping[str, Any] | None = None
+    explained: Explained | None = None
+    conjectures: Mapping[str, Any] | None = None
+    faithfulness: Mapping[str, Any] | None = None
+    mistakes: Mistakes | None = None
+    closeups: Closeups | None = None
+    maps: Sequence[tuple[Mapping[str, Any], bytes]] = ()
+    ids_hidden: bool = False
+
+    @property
+    def unit(self) -> str:
+        """What counts as one independent observation: patient, slide or patch."""
+        return str(self.metrics.get("interval", {}).get("unit", "patient"))
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run was judged, rather than predictions from elsewhere."""
+        return bool(self.run)
+
+    @property
+    def on_side(self) -> str:
+        """Where it was judged, for captions; empty for predictions from elsewhere."""
+        return f" on the {self.metrics.get('side', 'test')} side" if self.is_run else ""
+
+    @property
+    def is_binary(self) -> bool:
+        return len(self.class_names) == 2
+
+    @property
+    def positive(self) -> str:
+        return str(self.metrics.get("positive_class") or self.class_names[-1])
+
+    @property
+    def negative(self) -> str:
+        return next(name for name in self.class_names if name != self.positive)
+
+    @property
+    def threshold(self) -> float:
+        return float((self.metrics.get("threshold") or {}).get("value", 0.5))
+
+    @property
+    def pooled(self) -> Mapping[str, Any]:
+        """The metrics over all patches together."""
+        return self.metrics.get("patch") or {}
+
+    @property
+    def is_positive(self) -> np.ndarray:
+        """1 where a patch belongs to the positive class, shape ``(n,)``."""
+        index = list(self.class_names).index(self.positive)
+        return (self.predictions["target"].to_numpy() == index).astype(int)
+
+    @property
+    def baseline(self) -> Mapping[str, Any]:
+        """The colour-only baseline's AUROC as an estimate, empty where there is none."""
+        known = self.metrics.get("baseline") or {}
+        return known.get("interval") or ({"value": known["auroc"]} if "auroc" in known else {})
+
+    @property
+    def group_ids(self) -> pd.Series:
+        """Whom each patch belongs to: patient, else slide; null where neither is known."""
+        return pick_groups(self.predictions, self.unit)
+
+
+@dataclass(frozen=True)
+class StudyFacts:
+    """Everything the report of a study may say.
+
+    Attributes:
+        study: What ``study.json`` holds (``name``, ``command``, ``pack``, ``split``, ``environment``, ...).
+        table: One row a run, with ``fold``, ``seed`` and any of the metric names, ``baseline_auroc``,
+            ``tested`` (ids that the fold tests), ``n_patches``, ``threshold``, ``chosen_epoch``.
+        predictions: Out-of-fold predictions of all runs, with ``fold`` and ``seed``.
+        metrics: The pooled evaluation, as ``metrics.json``.
+        class_names: Names by class index.
+        baselines: Colour-only AUROC by patient or slide (by ``metrics["interval"]["unit"]``).
+        recipe: The recipe as nested values.
+        recipe_toml: The recipe as its file.
+        ids_hidden: Whether ids have been replaced by numbers.
+    """
+
+    study: Mapping[str, Any]
+    table: pd.DataFrame
+    predictions: pd.DataFrame
+    metrics: Mapping[str, Any]
+    class_names: Sequence[str]
+    baselines: Mapping[str, float] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    recipe_toml: str = ""
+    ids_hidden: bool = False
+
+    @property
+    def unit(self) -> str:
+        return str(self.metrics.get("interval", {}).get("unit", "patient"))
+
+    @property
+    def positive(self) -> str:
+        return str(self.metrics.get("positive_class") or self.class_names[-1])
+
+
+def pick_groups(predictions: pd.DataFrame, unit: str) -> pd.Series:
+    """Give the id column that the unit names, or the first that is filled."""
+    for column in (f"{unit}_id", "patient_id", "slide_id"):
+        if column != "patch_id" and column in predictions and predictions[column].notna().any():
+            return predictions[column]
+    return pd.Series([None] * len(predictions), index=predictions.index, dtype=object)
+
+
+def hide_run(facts: RunFacts) -> RunFacts:
+    """Replace every id in the facts of a run by a number."""
+    aliases = _name_aliases(facts.predictions, str(facts.run.get("pack", {}).get("content_sha256", "")))
+    show = facts.get_patch
+    return replace(
+        facts,
+        run=aliases.nested(facts.run),
+        metrics=aliases.nested(facts.metrics),
+        predictions=aliases.table(facts.predictions),
+        recipe=aliases.nested(facts.recipe),
+        recipe_toml=aliases.text(facts.recipe_toml),
+        get_patch=None if show is None else lambda alias: show(aliases.original("patch", alias)),
+        audit=None if facts.audit is None else aliases.nested(facts.audit),
+        explained=None if facts.explained is None else _hide_examples(facts.explained, aliases),
+        conjectures=None if facts.conjectures is None else aliases.nested(facts.conjectures),
+        mistakes=None if facts.mistakes is None else _hide_mistakes(facts.mistakes, aliases),
+        closeups=None if facts.closeups is None else _hide_closeups(facts.closeups, aliases),
+        maps=(),  # an overlay has the slide's name drawn on it
+        ids_hidden=True,
+    )
+
+
+def _hide_mistakes(mistakes: Mistakes, aliases: Aliases) -> Mistakes:
+    """Replace ids of judged patches, and leave out whose the training patches are that are most like them."""
+    about = aliases.nested(mistakes.about)
+    for entries, known in zip(about["galleries"].values(), mistakes.about["galleries"].values(), strict=True):
+        for entry, original in zip(entries, known, strict=True):
+            entry["patch_id"] = aliases.of("patch", original["patch_id"])
+            entry["nearest"] = [
+                {**near, "patch_id": None, "patient_id": None, "slide_id": None} for near in entry["nearest"]
+            ]
+    return Mistakes(about, aliases.table(mistakes.table))
+
+
+def _hide_closeups(closeups: Closeups, aliases: Aliases) -> Closeups:
+    return replace(closeups, of={aliases.of("patch", name): closeup for name, closeup in closeups.of.items()})
+
+
+def _hide_examples(explained: Explained, aliases: Aliases) -> Explained:
+    """Replace the patch ids, in the order that the pictures have."""
+    names = [aliases.of("patch", name) for name in explained.examples["patch_id"]]
+    return replace(explained, examples=explained.examples.assign(patch_id=names))
+
+
+def hide_study(facts: StudyFacts) -> StudyFacts:
+    """Replace every id in the facts of a study by a number."""
+    aliases = _name_aliases(facts.predictions, str(facts.study.get("pack", {}).get("content_sha256", "")))
+    kind = "slide" if facts.unit == "slide" else "patient"
+    table = aliases.table(facts.table).sort_values(["fold", "seed"]).reset_index(drop=True)
+    return replace(
+        facts,
+        study=aliases.nested(facts.study),
+        table=table,
+        predictions=aliases.table(facts.predictions),
+        metrics=aliases.nested(facts.metrics),
+        baselines={aliases.of(kind, name): value for name, value in facts.baselines.items()},
+        recipe=aliases.nested(facts.recipe),
+        recipe_toml=aliases.text(facts.recipe_toml),
+        ids_hidden=True,
+    )
+
+
+def _name_aliases(predictions: pd.DataFrame, salt: str) -> Aliases:
+    columns = {kind: f"{kind}_id" for kind in KINDS}
+    return Aliases({kind: predictions[name] for kind, name in columns.items() if name in predictions}, salt)

@@ -1,0 +1,237 @@
+"""Annotations in the XML of ASAP, HALO and Aperio ImageScope.
+
+All three count pixels of level 0 from the slide's own corner and keep their numbers in attributes:
+
+* ASAP (Camelyon): the class is the annotation's group. The group ``Exclusion``, or ``_2`` beside
+  Camelyon16's ``_0`` and ``_1``, is cut out of the areas of the others. A spline is read as the polygon of
+  its points.
+* HALO: the class is the layer's name. A region with ``NegativeROA`` is a hole in the regions of its layer
+  that reach beyond it (an island within the hole stays); rectangles and ellipses are given by two corners of
+  their box; a polygon with ``HasEndcaps`` is a line.
+* Aperio ImageScope: the class is the layer's name, else the layer's attribute, the region's text, or
+  ``Layer 3`` by its number. Holes as in HALO. The slide's um/px is in the file.
+
+What has no area (pins, rulers, arrows, lines, points) is counted, not read. No document type and so no
+entity is taken.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+from xml.etree.ElementTree import Element, TreeBuilder
+from xml.parsers import expat
+
+import numpy as np
+import shapely
+
+from biopsy.core.errors import DataError, FileFormatError
+from biopsy.core.loaders import read_bytes
+from biopsy.slide_io.outlines import Area, OutlineReader, read_ring
+
+MAX_BYTES = 2**26
+"""The largest file that is read, 64 MB: about a million corners."""
+
+_ASAP_AREAS = ("Polygon", "Spline", "Rectangle")
+_IMAGESCOPE_TYPES = {"0": "Polygon", "1": "Rectangle", "2": "Ellipse", "3": "Arrow", "4": "Ruler"}
+_N_ELLIPSE = 360  # corners; their area is 5e-5 too small
+
+
+@dataclass(frozen=True)
+class Region:
+    """One outline of a file.
+
+    Attributes:
+        number: Its place in the file, counted from 1.
+        layer: What its holes share with it.
+        class_name: None where the file names none.
+        kind: What it was drawn as.
+        corners: float ``(n, 2)`` as in the file; of a rectangle or ellipse two corners of its box.
+        is_hole: Whether it is cut out of others.
+    """
+
+    number: int
+    layer: int
+    class_name: str | None
+    kind: str
+    corners: np.ndarray
+    is_hole: bool = False
+
+
+@dataclass(frozen=True)
+class Areas:
+    """What a file holds: number, class and area of each annotation, what was repaired and what not read."""
+
+    items: list[tuple[int, str, Area]]
+    repaired: dict[int, str]
+    ignored: dict[str, int]
+    mpp: float | None
+
+
+def read_xml_areas(path: Path) -> Areas:
+    """Read an annotation file of ASAP, HALO or Aperio ImageScope.
+
+    Raises:
+        DataError: If it is none of these or too large, or a region has no proper outline; names the region.
+    """
+    root = parse_xml(path)
+    is_imagescope = "MicronsPerPixel" in root.attrib or root.find(".//Vertex") is not None
+    if root.tag == "ASAP_Annotations":
+        regions = _list_asap(root, path)
+    elif root.tag == "Annotations":
+        regions = _list_layers(root, path, is_imagescope)
+    else:
+        raise FileFormatError(
+            path, "format", f"is no annotation file of ASAP, HALO or ImageScope: it begins with <{root.tag}>"
+        )
+    return _build_areas(list(regions), path, _read_mpp(root) if is_imagescope else None)
+
+
+def parse_xml(path: Path) -> Element:
+    """Return the elements and attributes of an XML file, without text.
+
+    Raises:
+        FileFormatError: If it is no XML, too large, or declares a document type, which may hold entities.
+    """
+
+    def refuse(*declaration: object) -> NoReturn:
+        raise FileFormatError(path, "syntax", "declares a document type, which no annotation file needs")
+
+    builder, parser = TreeBuilder(), expat.ParserCreate()
+    parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
+    parser.StartDoctypeDeclHandler = refuse
+    try:
+        parser.Parse(read_bytes(path, max_bytes=MAX_BYTES), True)
+    except (expat.ExpatError, LookupError, ValueError) as error:
+        if isinstance(error, FileFormatError):
+            raise
+        raise FileFormatError(path, "syntax", f"is not readable as XML: {error}") from None
+    return builder.close()
+
+
+def _list_asap(root: Element, path: Path) -> Iterator[Region]:
+    annotations = root.findall(".//Annotation")
+    groups = {annotation.get("PartOfGroup", "None") for annotation in annotations}
+    is_camelyon16 = "_2" in groups and groups <= {"_0", "_1", "_2", "None"}
+    for number, annotation in enumerate(annotations, start=1):
+        group, kind = annotation.get("PartOfGroup", "None").strip(), annotation.get("Type", "Polygon")
+        places = sorted(annotation.iter("Coordinate"), key=lambda place: _order(place))
+        is_hole = group.casefold() == "exclusion" or (is_camelyon16 and group == "_2")
+        yield Region(
+            number,
+            0,
+            None if group in ("None", "") else group,
+            "Polygon" if kind in _ASAP_AREAS else kind,
+            _read_corners(places, f"{path}, annotation {number}"),
+            is_hole,
+        )
+
+
+def _order(place: Element) -> float:
+    text = place.get("Order", "0")
+    return int(text) if text.isdecimal() and len(text) < 10 else 0
+
+
+def _list_layers(root: Element, path: Path, is_imagescope: bool) -> Iterator[Region]:
+    number = 0
+    for index, layer in enumerate(root.iter("Annotation")):
+        for region in layer.iter("Region"):
+            number += 1
+            kind = region.get("Type", "Polygon")
+            kind = _IMAGESCOPE_TYPES.get(kind, f"type {kind}") if is_imagescope else kind
+            places = list(region.iter("Vertex" if is_imagescope else "V"))
+            corners = _read_corners(places, f"{path}, region {number}")
+            if kind == "Polygon" and region.get("HasEndcaps", "0") != "0":
+                kind = "Line"
+            if is_imagescope and kind in ("Rectangle", "Ellipse") and len(corners) > 2:
+                box = np.stack([corners.min(axis=0), corners.max(axis=0)])
+                is_ellipse = kind == "Ellipse" and len(corners) <= 4
+                kind, corners = ("Ellipse", box) if is_ellipse else ("Polygon", corners)
+            name = _name_layer(layer, region) if is_imagescope else layer.get("Name", "").strip()
+            is_hole = region.get("NegativeROA", "0") not in ("0", "")
+            yield Region(number, index, name or None, kind, corners, is_hole)
+
+
+def _name_layer(layer: Element, region: Element) -> str:
+    """Return the class of a region of ImageScope, whose layers have a name only if somebody gave them one."""
+    attributes = layer.findall("Attributes/Attribute")
+    names = [layer.get("Name", ""), *(item.get("Value", "") for item in attributes)]
+    names += [item.get("Name", "") for item in attributes if item.get("Name") != "Description"]
+    names += [region.get("Text", ""), f"Layer {layer.get('Id', '')}"]
+    return next(name.strip() for name in names if name.strip())
+
+
+def _read_corners(places: list[Element], where: str) -> np.ndarray:
+    try:
+        corners = [(float(place.attrib["X"]), float(place.attrib["Y"])) for place in places]
+    except (KeyError, ValueError):
+        raise DataError(f"{where} has a corner without numbers X and Y") from None
+    return np.array(corners, float).reshape(-1, 2)
+
+
+def _read_mpp(root: Element) -> float | None:
+    try:
+        mpp = float(root.get("MicronsPerPixel", ""))
+    except ValueError:
+        return None
+    return mpp if 0 < mpp < 1000 else None
+
+
+def _build_areas(regions: list[Region], path: Path, mpp: float | None) -> Areas:
+    outlines = OutlineReader()
+    areas: dict[int, Area] = {}
+    repaired: dict[int, str] = {}
+    ignored: Counter[str] = Counter()
+    drawn = []
+    for region in regions:
+        if region.kind not in ("Polygon", "Rectangle", "Ellipse"):
+            article = "an" if region.kind[0] in "AEIOU" else "a"
+            ignored[f"is {article} {region.kind.lower()}"] += 1
+        elif region.class_name is None and not region.is_hole:
+            ignored["without a class"] += 1
+        else:
+            where = f"{path}, region {region.number}"
+            ring = read_ring(_outline(region, where), where, close=True)
+            areas[region.number], fault = outlines.read_area([[ring]], where)
+            if fault:
+                repaired[region.number] = fault
+            drawn.append(region)
+    solid = [region for region in drawn if not region.is_hole]
+    for hole in (region for region in drawn if region.is_hole):
+        cut = _cut_out(hole, solid, areas)
+        if not cut:
+            ignored["is a hole in no region"] += 1
+    items = [
+        (region.number, str(region.class_name), areas[region.number])
+        for region in solid
+        if areas[region.number].area > 0
+    ]
+    return Areas(items, repaired, dict(ignored), mpp)
+
+
+def _cut_out(hole: Region, solid: list[Region], areas: dict[int, Area]) -> bool:
+    """Cut a hole out of the regions of its layer that reach beyond it; say whether there is one."""
+    area, is_cut = areas[hole.number], False
+    for region in solid:
+        other = areas[region.number]
+        if region.layer == hole.layer and other.intersects(area) and not area.contains(other):
+            rest = other.difference(area)
+            areas[region.number] = shapely.MultiPolygon(
+                [part for part in shapely.get_parts(rest) if isinstance(part, shapely.Polygon)]
+            )
+            is_cut = True
+    return is_cut
+
+
+def _outline(region: Region, where: str) -> np.ndarray:
+    """Return the corners of a region, those of a rectangle and of an ellipse from two corners of its box."""
+    if region.kind == "Polygon":
+        return region.corners
+    if len(region.corners) != 2:
+        raise DataError(f"{where} is a {region.kind} of {len(region.corners)} corners; 2 are expected")
+    low, high = region.corners.min(axis=0), region.corners.max(axis=0)
+    if region.kind == "Rectangle":
+        return np.array([low, (high[0], low[1]), high, (low[0], high[1])])
+    turns = np.arange(_N_ELLIPSE) * 2 * np.pi / _N_ELLIPSE
+    return (low + high) / 2 + np.stack([np.cos(turns), np.sin(turns)], axis=1) * (high - low) / 2

@@ -1,0 +1,402 @@
+"""What reads the pixels of a slide: OpenSlide, an image held in memory, or the tiles of a TIFF."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import cv2
+import numpy as np
+import tifffile
+
+from biopsy.core.errors import DataError, FileFormatError, SlideError
+from biopsy.core.loaders import read_bytes
+from biopsy.slide_io.images import IMAGE_SUFFIXES, decode
+from biopsy.slide_io.resolution import Recorded
+
+if TYPE_CHECKING:
+    from tifffile import TiffPage
+
+SLIDE_SUFFIXES = (*IMAGE_SUFFIXES, *".svs .ndpi .mrxs .dcm .scn .bif .vms .vmu .svslide .czi".split())
+"""How the names of slides and large images end, in lower case: what `decode` takes, and OpenSlide's own."""
+
+MAX_TILE_PX = 2**26
+"""Pixels of the largest tile that is decoded: 8192 x 8192, 0.2 GB."""
+
+MAX_IMAGE_PX = 2**28
+"""Pixels of the largest image without tiles that is held in memory: 16,384 x 16,384, 0.8 GB."""
+
+_MAX_IMAGE_BYTES = 4 * MAX_IMAGE_PX  # of the file
+
+CACHE_BYTES = 2**28  # of decoded tiles: a row of 512-px tiles across a slide 100,000 px wide
+
+PLAIN_TIFF = ("aperio", "generic-tiff")
+"""OpenSlide's names of the formats whose levels are plain pages of a TIFF."""
+
+_RGB, _YCBCR = 2, 6  # TIFF 6.0's PhotometricInterpretation, and how many samples a pixel has
+_SAMPLES = {0: (1, 2), 1: (1, 2), 3: (1, 2), _RGB: (3, 4), _YCBCR: (3,)}
+_UNSIGNED = 1
+
+_IMAGES = {
+    b"\x89PNG": "png",
+    b"\xff\xd8\xff": "jpeg",
+    b"II": "tiff",
+    b"MM": "tiff",
+    b"BM": "bmp",
+    b"RIFF": "webp",
+}
+
+
+class Level(NamedTuple):
+    """One level of a slide's pyramid."""
+
+    width: int
+    height: int
+    downsample: float
+    """Level 0 pixels per pixel of this level, 1 or more."""
+
+
+class Backend(Protocol):
+    """The members that a `Slide` needs."""
+
+    format: str
+    levels: tuple[Level, ...]
+    recorded: Recorded
+    corner: tuple[int, int]
+    """Where what was scanned begins, in pixels of level 0: QuPath counts from there."""
+
+    def tile_px(self, level: int) -> tuple[int, int] | None:
+        """Give width and height of a level's native tiles, None where it has none."""
+
+    def read(self, level: int, left: int, top: int, width: int, height: int) -> np.ndarray:
+        """Give a rectangle that lies inside a level, uint8 ``(height, width, 3)``."""
+
+    def close(self) -> None:
+        """Let go of the file."""
+
+
+class OpenSlideBackend:
+    """SVS, NDPI, MRXS, DICOM, pyramidal TIFF and whatever else OpenSlide opens."""
+
+    def __init__(self, path: Path) -> None:
+        import openslide
+
+        self._path = path
+        self._slide = openslide.OpenSlide(path)
+        self._slide.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
+        found = self._slide.properties
+        self.format = found[openslide.PROPERTY_NAME_VENDOR]
+        self._pages = _read_level_pages(path, self._slide.level_dimensions)
+        _check_pages(path, self._pages, is_plain=self.format in PLAIN_TIFF)
+        self._downsamples = self._slide.level_downsamples
+        self.levels: tuple[Level, ...] = tuple(
+            Level(*size, _whole_downsample(self._slide.dimensions, size, downsample))
+            for size, downsample in zip(self._slide.level_dimensions, self._downsamples, strict=True)
+        )
+        self.recorded = Recorded(
+            mpp_x=_number(found, openslide.PROPERTY_NAME_MPP_X),
+            mpp_y=_number(found, openslide.PROPERTY_NAME_MPP_Y),
+            objective=_number(found, openslide.PROPERTY_NAME_OBJECTIVE_POWER),
+        )
+        self.corner = _find_corner(found)
+
+    def tile_px(self, level: int) -> tuple[int, int] | None:
+        """Give the size of a level's native tiles."""
+        found = self._slide.properties
+        width, height = (found.get(f"openslide.level[{level}].tile-{side}") for side in ("width", "height"))
+        return (int(width), int(height)) if width and height else None
+
+    def read(self, level: int, left: int, top: int, width: int, height: int) -> np.ndarray:
+        """Give a rectangle inside a level; transparent pixels become white."""
+        import openslide
+
+        downsample = self._downsamples[level]
+        corner = round(left * downsample), round(top * downsample)
+        try:
+            region = self._slide.read_region(corner, level, (width, height))
+        except openslide.OpenSlideError as error:
+            raise SlideError(
+                f"slide {self._path} is damaged at x={corner[0]}, y={corner[1]}: {error}"
+            ) from None
+        pixels = np.asarray(region)
+        if pixels[..., 3].min() == 255:
+            return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB), np.uint8)
+        alpha = pixels[..., 3:].astype(np.float32) / 255
+        return np.rint(pixels[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._slide.close()
+
+
+class ImageBackend:
+    """A PNG, JPEG, BMP, WebP or TIFF without tiles, decoded once and kept in memory."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            data = read_bytes(path, max_bytes=_MAX_IMAGE_BYTES)
+            self._pixels = decode(data, max_px=MAX_IMAGE_PX)
+        except FileFormatError as error:
+            raise SlideError(f"slide {error}") from None
+        except DataError as error:
+            raise SlideError(f"slide {path} {error}{_advice(str(error))}") from None
+        height, width = self._pixels.shape[:2]
+        self.levels: tuple[Level, ...] = (Level(width, height, 1.0),)
+        self.format = next((kind for start, kind in _IMAGES.items() if data.startswith(start)), "image")
+        self.corner = 0, 0
+        self.recorded = Recorded(*_tiff_mpp(path)) if self.format == "tiff" else Recorded()
+
+    def tile_px(self, level: int) -> tuple[int, int] | None:
+        """Give None: there are no tiles."""
+        return None
+
+    def read(self, level: int, left: int, top: int, width: int, height: int) -> np.ndarray:
+        """Give a copy of a rectangle."""
+        return self._pixels[top : top + height, left : left + width].copy()
+
+    def close(self) -> None:
+        """Let go of the pixels."""
+        self._pixels = np.empty((0, 0, 3), np.uint8)
+
+
+def _find_corner(properties: Mapping[str, str]) -> tuple[int, int]:
+    """Return where a slide's bounds begin, as QuPath reads them: only if all four properties are there."""
+    names = [f"openslide.bounds-{side}" for side in ("x", "y", "width", "height")]
+    try:
+        left, top, _, _ = (int(properties[name]) for name in names)
+    except (KeyError, ValueError):
+        return 0, 0
+    return left, top
+
+
+def _read_level_pages(path: Path, sizes: Sequence[tuple[int, int]]) -> "list[TiffPage]":
+    """Return the pages of a TIFF that have the size of a level; none of other files.
+
+    Raises:
+        SlideError: If its pages cannot be told.
+    """
+    import tifffile
+
+    with open(path, "rb") as file:
+        if file.read(2) not in (b"II", b"MM"):
+            return []
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            pages = [page for page in tiff.pages if isinstance(page, tifffile.TiffPage)]
+            pages = [page for page in pages if (page.imagewidth, page.imagelength) in sizes]
+            for page in pages:  # read now what is read on first use: the file is closed then
+                _ = page.dataoffsets, page.databytecounts, page.jpegtables, page.decode
+    except Exception as error:  # tifffile raises what it likes on damaged files; nothing else runs in here
+        raise SlideError(f"slide {path} cannot be read as TIFF: {' '.join(str(error).split())}") from None
+    return pages
+
+
+def _check_pages(path: Path, pages: "list[TiffPage]", *, is_plain: bool) -> None:
+    """Refuse pixels whose RGB is not certain, as `decode` does, which OpenSlide would turn into some RGB.
+
+    Raises:
+        SlideError: Naming what the pixels are.
+    """
+    for page in pages:
+        kind = getattr(page.photometric, "name", page.photometric)
+        if page.bitspersample > 8:
+            fault = f"has {page.bitspersample} bits a channel; save it with 8, so that its range is known"
+        elif page.sampleformat != _UNSIGNED or page.samplesperpixel not in _SAMPLES.get(page.photometric, ()):
+            fault = f"is of mode {kind} with {page.samplesperpixel} channels; save it as 8-bit RGB"
+        elif page.is_tiled and page.tilewidth * page.tilelength > MAX_TILE_PX:
+            fault = f"has tiles of {page.tilewidth:,} x {page.tilelength:,} pixels; save it with smaller ones"
+        else:
+            continue
+        raise SlideError(f"slide {path} {fault}")
+    whole = [page for page in pages if page.imagewidth == max(page.imagewidth for page in pages)]
+    if is_plain and len(whole) > 1:
+        raise SlideError(
+            f"slide {path} holds {len(whole)} pages of {whole[0].imagewidth:,} x {whole[0].imagelength:,} "
+            "pixels, channels or focal planes; save one of them as 8-bit RGB"
+        )
+
+
+def _whole_downsample(base: tuple[int, int], size: tuple[int, int], downsample: float) -> float:
+    """Give the whole number a level was reduced by; OpenSlide divides sizes, which were rounded: 2.0005."""
+    whole = max(1, round(downsample))
+    near = all(abs(whole_side / whole - side) < 1 for whole_side, side in zip(base, size, strict=True))
+    return float(whole) if near else downsample
+
+
+def _advice(reason: str) -> str:
+    return " without tiles; save it as a pyramidal TIFF" if "are decoded" in reason else ""
+
+
+def _number(found: Any, name: str) -> float | None:
+    """Give a property as a number, None where it is missing or none."""
+    try:
+        value = float(found.get(name, ""))
+    except ValueError:
+        return None
+    return value if value > 0 else None
+
+
+def _tiff_mpp(path: Path) -> tuple[float | None, float | None]:
+    """Give um/px across and down from a TIFF's resolution tags, None where their unit is none."""
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as file:
+            tags = file.pages.first.tags
+    except tifffile.TiffFileError:
+        return None, None
+    um = {2: 25400.0, 3: 10000.0}.get(tags.valueof("ResolutionUnit", 2))
+    found = tags.valueof("XResolution"), tags.valueof("YResolution")
+    if um is None:
+        return None, None
+    x, y = (um * value[1] / value[0] if value and value[0] and value[1] else None for value in found)
+    return x, y
+
+
+def list_slide_files(folder: Path) -> list[Path]:
+    """Give the slides in a folder by name; of a DICOM series, whose levels are files, the first file."""
+    files = sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in SLIDE_SUFFIXES and not path.is_dir()
+    )
+    found: dict[str, Path] = {}
+    for path in files:
+        series = _read_series(path) if path.suffix.lower() == ".dcm" and path.is_file() else None
+        found.setdefault(series or path.name, path)
+    return list(found.values())
+
+
+def _read_series(path: Path) -> str | None:
+    """Give the id of the DICOM series that a file belongs to, None where it cannot be read."""
+    import openslide
+
+    try:
+        with openslide.OpenSlide(path) as slide:
+            return slide.properties.get("dicom.SeriesInstanceUID")
+    except openslide.OpenSlideError:
+        return None
+
+
+_PLAIN = (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR)
+_DECODER_ERRORS = (RuntimeError, ValueError, OSError, IndexError, tifffile.TiffFileError)
+
+
+class TiffBackend(OpenSlideBackend):
+    """A TIFF or SVS that OpenSlide opens, its tiles decoded by tifffile and imagecodecs."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._file = open(path, "rb")
+        self._reading = threading.Lock()
+        plain = {(page.imagewidth, page.imagelength): page for page in self._pages if _is_plain(page)}
+        self._level_pages = [plain.get(level[:2]) for level in self.levels]
+        self._cache = TileCache(CACHE_BYTES)
+
+    def read(self, level: int, left: int, top: int, width: int, height: int) -> np.ndarray:
+        """Give a rectangle inside a level."""
+        page = self._level_pages[level]
+        if page is None:
+            return super().read(level, left, top, width, height)
+        region = np.empty((height, width, 3), np.uint8)
+        for row in range(top // page.tilelength, (top + height - 1) // page.tilelength + 1):
+            for column in range(left // page.tilewidth, (left + width - 1) // page.tilewidth + 1):
+                tile = self._cache.get((level, column, row), self._decode)
+                _paste(tile, column * page.tilewidth - left, row * page.tilelength - top, region)
+        return region
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+        super().close()
+
+    def _decode(self, level: int, column: int, row: int) -> np.ndarray:
+        page = self._level_pages[level]
+        assert page is not None
+        across = -(-page.imagewidth // page.tilewidth)
+        index = row * across + column
+        n_bytes = page.databytecounts[index]
+        left, top = column * page.tilewidth, row * page.tilelength
+        if n_bytes == 0:  # Aperio leaves some out; OpenSlide draws them from another level
+            size = self.levels[level]
+            width, height = min(page.tilewidth, size.width - left), min(page.tilelength, size.height - top)
+            return super().read(level, left, top, width, height)
+        try:
+            with self._reading:
+                self._file.seek(page.dataoffsets[index])
+                data = self._file.read(n_bytes)
+            if len(data) < n_bytes:
+                raise ValueError("the file ends within a tile")
+            tile, _, _ = page.decode(data, index, jpegtables=page.jpegtables)
+            if tile is None or tile.shape[-1] != 3:
+                raise ValueError("a tile holds no RGB")
+        except _DECODER_ERRORS as error:
+            reason = " ".join(str(error).split())
+            raise SlideError(
+                f"slide {self._path} is damaged near x={left}, y={top} of level {level}: {reason}"
+            ) from None
+        return np.asarray(tile[0])
+
+
+Place = tuple[int, int, int]
+"""Level, column and row of a tile."""
+
+
+class TileCache:
+    """Decoded tiles, the ones used least recently dropped; each is made once, other threads wait for it."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self._capacity = capacity_bytes
+        self._held = 0
+        self._lock = threading.Lock()
+        self._tiles: OrderedDict[Place, Future[np.ndarray]] = OrderedDict()
+
+    def get(self, place: Place, make: Callable[[int, int, int], np.ndarray]) -> np.ndarray:
+        """Give a tile; the first to ask makes it."""
+        with self._lock:
+            future = self._tiles.get(place)
+            if future is not None:
+                self._tiles.move_to_end(place)
+            else:
+                mine = self._tiles[place] = Future()
+        if future is not None:
+            return future.result()
+        try:
+            mine.set_result(make(*place))
+        except BaseException as error:
+            with self._lock:
+                del self._tiles[place]
+            mine.set_exception(error)
+            raise
+        self._keep(mine.result())
+        return mine.result()
+
+    def _keep(self, tile: np.ndarray) -> None:
+        """Count a new tile, and drop the oldest finished ones that no longer fit."""
+        with self._lock:
+            self._held += tile.nbytes
+            while self._held > self._capacity:
+                place, oldest = next(iter(self._tiles.items()))
+                if not oldest.done():
+                    break
+                self._held -= self._tiles.pop(place).result().nbytes
+
+
+def _is_plain(page: tifffile.TiffPage) -> bool:
+    return (
+        page.is_tiled
+        and page.samplesperpixel == 3
+        and page.bitspersample == 8
+        and page.planarconfig == tifffile.PLANARCONFIG.CONTIG
+        and page.photometric in _PLAIN
+    )
+
+
+def _paste(tile: np.ndarray, left: int, top: int, region: np.ndarray) -> None:
+    """Copy what of a tile lies in a region; the tile's corner is at ``left, top`` of it."""
+    height, width = region.shape[:2]
+    rows = slice(max(top, 0), min(top + tile.shape[0], height))
+    columns = slice(max(left, 0), min(left + tile.shape[1], width))
+    region[rows, columns] = tile[
+        rows.start - top : rows.stop - top, columns.start - left : columns.stop - left
+    ]

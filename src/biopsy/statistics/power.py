@@ -1,0 +1,135 @@
+"""How many patients it takes to see a difference, from how much patients differ in those at hand."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from biopsy.core.errors import MetricError, suggest
+from biopsy.statistics.intervals import FEWEST_GROUPS, GroupedSample, carried_by, check_level
+from biopsy.statistics.metrics import registry
+from biopsy.statistics.weighted_counts import Floats
+
+CORRELATIONS = (0.0, 0.5, 0.8)
+MOST_PATIENTS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Need:
+    """How many patients a comparison needs.
+
+    Attributes:
+        sd: Standard deviation of the patients' influences on the difference.
+        n_patients: The fewest that reach the power.
+        low: The same, were the spread as small as the patients at hand allow (95 %).
+        high: The same, were it as large.
+        power: Reached at ``n_patients``.
+    """
+
+    sd: float
+    n_patients: int
+    low: int
+    high: int
+    power: float
+
+
+def influence_groups(samples: Sequence[GroupedSample], name: str, *, unit: str = "patient") -> Floats:
+    """Give how much each group moves a metric: the jackknife's pseudo-values less their mean.
+
+    Their standard deviation over the square root of their number is the jackknife's standard error (Efron and
+    Tibshirani 1993, sec. 11.5).
+
+    Args:
+        samples: One a seed, of the same patches; the metric is their mean.
+        name: Of the metric.
+        unit: What a group is, for the reasons.
+
+    Returns:
+        One influence a group, in the order of sorted ids, ``(n_groups,)``.
+
+    Raises:
+        MetricError: If the metric does not exist, is undefined, or fewer than five groups carry it.
+    """
+    known = registry(type(samples[0].tally()))
+    if name not in known:
+        raise MetricError(f"metric {name!r} does not exist: {suggest(name, known)}")
+    metric, n_groups = known[name], len(samples[0].groups)
+    for sample in samples:
+        if np.isnan(metric.compute(sample.tally())):
+            raise MetricError(f"{name} is undefined: {metric.why_undefined(sample.tally())}")
+    n, has = min(carried_by(metric, sample) for sample in samples)
+    if n < FEWEST_GROUPS:
+        raise MetricError(
+            f"only {n} {unit}(s) with {has}: how much {unit}s differ cannot be learnt from fewer than "
+            f"{FEWEST_GROUPS}"
+        )
+    without = np.zeros(n_groups)
+    for group in range(n_groups):
+        weight = np.ones(n_groups)
+        weight[group] = 0
+        without[group] = np.mean([metric.compute(sample.tally(weight)) for sample in samples])
+    if np.isnan(without).any():
+        raise MetricError(f"{name} is undefined when {unit}s are left out: nothing to plan with")
+    return (n_groups - 1) * (without.mean() - without)
+
+
+def plan_patients(
+    sd: float, n_groups: int, *, difference: float, power: float = 0.8, level: float = 0.95
+) -> Need:
+    """Give the fewest patients whose paired comparison sees a difference as often as asked.
+
+    A comparison sees it when Student's t interval over ``n`` patients leaves 0 out; how often is the
+    noncentral t's share beyond its quantile, with ``n - 1`` degrees of freedom and
+    ``difference / sd * sqrt(n)`` as noncentrality (Cohen 1988, sec. 2.5).
+
+    Args:
+        sd: Standard deviation of the patients' influences.
+        n_groups: From how many it was learnt, which says how sure it is: ``(n_groups - 1) sd² / sigma²`` is
+            taken as chi-square.
+        difference: To be seen, in units of the metric.
+        power: How often, were it the truth.
+        level: Of the interval.
+
+    Raises:
+        MetricError: If difference, power, level or spread allow no plan.
+
+    Example:
+        >>> plan_patients(0.1, 20, difference=0.05).n_patients
+        34
+    """
+    check_level(level)
+    if not (np.isfinite(difference) and difference > 0):
+        raise MetricError(f"difference is {difference!r}: give one above 0, such as 0.03")
+    if not level > 1 - power > 0:
+        raise MetricError(f"power is {power!r}: it lies between {1 - level:.2g} and 1, such as 0.8")
+    if not sd > 1e-12:
+        raise MetricError("no two patients differ in this metric: there is no spread to plan with")
+    freedom = n_groups - 1
+    spread = [sd * np.sqrt(freedom / stats.chi2.ppf(tail, freedom)) for tail in (0.975, 0.025)]
+    n, low, high = (_fewest(difference / one, power, level) for one in (sd, *spread))
+    return Need(sd, n, low, high, reach_power(difference / sd, n, level))
+
+
+def reach_power(effect: float, n_patients: int, level: float = 0.95) -> float:
+    """Give how often an effect, in standard deviations between patients, is seen with so many."""
+    freedom = n_patients - 1
+    cut = float(stats.t.ppf((1 + level) / 2, freedom))
+    away = effect * np.sqrt(n_patients)
+    return float(stats.nct.sf(cut, freedom, away) + stats.nct.cdf(-cut, freedom, away))
+
+
+def _fewest(effect: float, power: float, level: float) -> int:
+    """Bisect for the fewest patients, never fewer than an interval needs."""
+    low, high = FEWEST_GROUPS - 1, FEWEST_GROUPS
+    while high < MOST_PATIENTS and reach_power(effect, high, level) < power:
+        low, high = high, high * 2
+    if high >= MOST_PATIENTS:
+        raise MetricError(
+            f"more than {MOST_PATIENTS:,} patients would be needed: the difference is too small beside the "
+            "spread"
+        )
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reach_power(effect, middle, level) >= power else (middle, high)
+    return high

@@ -1,0 +1,131 @@
+"""Batches for the network: gathered from a pack's pixels, resized, on the device, augmented."""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from biopsy.core.seeds import derive
+from biopsy.models.preprocessing import Preprocessing, to_unit
+from biopsy.training.augmentation import Augmentation
+from biopsy.training.transforms import Transform, apply_transform
+
+
+@dataclass(frozen=True)
+class FrontOutputs:
+    """What the frozen first stages of a network make of patches.
+
+    Attributes:
+        values: ``(n, ..., C)`` float32, a memory map; channels last, as they are computed.
+        places: Row in ``values`` of each patch of the pack, ``(n_patches,)``.
+    """
+
+    values: np.ndarray
+    places: np.ndarray
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Give the outputs of patches of the pack, ``(len(rows), ..., C)``."""
+        return self.values[self.places[rows]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """Patches and targets with all that is done to them before the network.
+
+    Attributes:
+        patches: ``(N, H, W, 3)`` uint8, an array or a memory map.
+        target: ``(N,)`` class indices.
+        widths: True width of each patch, ``(N,)``; None where none is padded.
+        heights: True height of each.
+        preprocessing: How they are resized and scaled.
+        augmentation: Applied between the two; None for validation.
+        transform: Applied after that; see `transforms.apply_transform`.
+        batch_size: Patches per batch.
+        drop_last: Leave out a last batch that is not full.
+        device: Where the batches go.
+        seed: Seed of the augmentation.
+        front: Outputs of a frozen front for these patches, which then take their place; nothing is done to
+            them any more.
+    """
+
+    patches: np.ndarray
+    target: np.ndarray
+    preprocessing: Preprocessing
+    batch_size: int
+    widths: np.ndarray | None = None
+    heights: np.ndarray | None = None
+    augmentation: Augmentation | None = None
+    transform: Transform | None = None
+    drop_last: bool = False
+    device: torch.device | str = "cpu"
+    seed: int = 0
+    front: FrontOutputs | None = None
+
+    def count(self, n_patches: int) -> int:
+        """Give the number of batches that many patches make."""
+        return n_patches // self.batch_size if self.drop_last else -(-n_patches // self.batch_size)
+
+    def iterate(
+        self, order: np.ndarray, *, epoch: int = 0, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ``(batch, target)`` over patches in the given order, preparing the next one meanwhile.
+
+        A batch depends on the order, the seed, the epoch and its own number alone, so starting at batch
+        ``start`` gives exactly the batches that an uninterrupted pass would have given from there.
+
+        Args:
+            order: Indices of patches; one may come more than once.
+            epoch: Part of the augmentation's seed.
+            start: Number of the first batch wanted.
+            stop: Number of the batch to stop before; None for all.
+        """
+        numbers = range(start, self.count(len(order)) if stop is None else stop)
+        # the worker does numpy's part only: a second thread inside PyTorch would fight the first for cores
+        with ThreadPoolExecutor(1, thread_name_prefix="biopsy-batches") as worker:
+            ahead = deque(worker.submit(self._gather, order, number) for number in numbers[:1])
+            for number in numbers:
+                if number + 1 in numbers:
+                    ahead.append(worker.submit(self._gather, order, number + 1))
+                yield self._finish(*ahead.popleft().result(), number, epoch)
+
+    def load(self, order: np.ndarray, number: int, *, epoch: int = 0) -> tuple[Tensor, Tensor]:
+        """Give one batch ``(B, 3, input_px, input_px)`` float and its targets ``(B,)`` by its number."""
+        return self._finish(*self._gather(order, number), number, epoch)
+
+    def _gather(self, order: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+        chosen = np.asarray(order[number * self.batch_size : (number + 1) * self.batch_size])
+        target = np.asarray(self.target[chosen], dtype=np.int64)
+        if self.front is not None:
+            return self.front.take(chosen), target
+        widths = None if self.widths is None else self.widths[chosen]
+        heights = None if self.heights is None else self.heights[chosen]
+        return self.preprocessing.resize_patches(self.patches[chosen], widths, heights), target
+
+    def _finish(
+        self, patches: np.ndarray, chosen: np.ndarray, number: int, epoch: int
+    ) -> tuple[Tensor, Tensor]:
+        target = torch.from_numpy(chosen)
+        if torch.device(self.device).type == "cuda":
+            target = target.pin_memory()
+        target = target.to(self.device, non_blocking=True)
+        if self.front is not None:
+            return to_batch(patches, self.device), target
+        batch = to_unit(patches, self.device)
+        if self.augmentation is not None:
+            generator = torch.Generator().manual_seed(derive(self.seed, "augmentation", epoch, number))
+            batch = self.augmentation.augment(batch, generator)
+        if self.transform is not None:
+            batch = apply_transform(self.transform, batch, derive(self.seed, "transform", epoch, number))
+        return self.preprocessing.standardise(batch), target
+
+
+def to_batch(outputs: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """Turn outputs ``(B, ..., C)`` into a batch ``(B, C, ...)`` on a device, in channels-last memory."""
+    batch = torch.from_numpy(outputs)
+    if torch.device(device).type == "cuda":
+        batch = batch.pin_memory().to(device, non_blocking=True)
+    return batch.movedim(-1, 1)

@@ -1,0 +1,88 @@
+"""The frozen front of a network, computed once: its outputs for every patch of a training, in one file.
+
+Where the first stages are not trained and nothing random is done to a patch before them, every epoch would
+compute the same numbers again.
+"""
+
+import contextlib
+import logging
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from biopsy.models.engine import Engine
+from biopsy.models.networks.stages import split_frozen
+from biopsy.training.augmentation import Augmentation
+from biopsy.training.batches import Batches, FrontOutputs, to_batch
+
+logger = logging.getLogger(__name__)
+
+LIMIT_BYTES = 8 << 30
+BATCH_SIZE = 256
+
+
+@contextlib.contextmanager
+def compute_front(
+    network: nn.Module, batches: Batches, rows: np.ndarray, n_visits: int, *, engine: Engine, folder: Path
+) -> Iterator[tuple[nn.Module, Batches]]:
+    """Give what is left to train and batches of what it takes, the frozen front's outputs computed once.
+
+    They are kept in an unnamed file until the context is left. Network and batches come back as they are
+    where nothing is frozen, where augmentation draws, where the training sees fewer patches than there are,
+    and, with a line in the log, where the outputs would take more than 8 GiB or half of the free disk.
+
+    Args:
+        network: Placed on the engine's device.
+        batches: Of its input.
+        rows: Every patch that training and validation use.
+        n_visits: How many patches the training will see, each as often as it is seen.
+        engine: Device and precision.
+        folder: Where there is disk space.
+    """
+    parts = split_frozen(network)
+    if (
+        parts is None
+        or batches.augmentation != Augmentation()
+        or batches.transform is not None
+        or n_visits <= len(rows)
+    ):
+        yield network, batches
+        return
+    front, rest = parts
+    front.eval()
+    example, _ = next(batches.iterate(rows[:1], stop=1))
+    shape = (len(rows), *engine.predict(front, example).movedim(1, -1).shape[1:])
+    n_bytes, free_bytes = 4 * math.prod(shape), shutil.disk_usage(folder).free
+    size = f"{n_bytes / 1e6:,.0f} MB for {len(rows):,} patches"
+    if n_bytes > min(LIMIT_BYTES, free_bytes / 2):
+        logger.info("the frozen front's outputs would take %s: it is computed in every epoch instead", size)
+        yield network, batches
+        return
+    logger.info("the frozen front is computed once: %s", size)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for batch, _ in replace(batches, drop_last=False).iterate(rows):
+            file.write(engine.predict(front, batch).movedim(1, -1).contiguous().cpu().numpy().data)
+        file.flush()
+        places = np.full(len(batches.patches), -1)
+        places[rows] = np.arange(len(rows))
+        values = np.memmap(file, np.float32, mode="r", shape=shape)
+        yield rest, replace(batches, front=FrontOutputs(values, places))
+
+
+def predict_rest(rest: nn.Module, front: FrontOutputs, rows: np.ndarray, *, engine: Engine) -> np.ndarray:
+    """Give the logits of patches whose front is computed, float32 ``(len(rows), n_classes)``."""
+    training = rest.training
+    rest.eval()
+    try:
+        chunks = [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
+        logits = [engine.predict(rest, to_batch(front.take(chunk), engine.device)) for chunk in chunks]
+        return torch.cat(logits).cpu().numpy()
+    finally:
+        rest.train(training)

@@ -1,0 +1,113 @@
+"""What a training run leaves behind: the classifier, its thresholds, and its predictions on validation."""
+
+import numpy as np
+import torch
+
+from biopsy.data.packs import Pack
+from biopsy.data.predictions import IDENTITY
+from biopsy.models.classifier import Classifier, ClassifierInfo
+from biopsy.models.engine import outputs_of
+from biopsy.models.inference import predict_logits
+from biopsy.models.out_of_distribution import fit_reference
+from biopsy.models.preprocessing import Preprocessing
+from biopsy.recipes import Recipe
+from biopsy.training.checkpoints import Progress, load_weights
+from biopsy.training.fit import Task
+from biopsy.training.postprocessing import settle_run, write_validation
+from biopsy.training.runs import Run
+
+
+def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress) -> None:
+    """Take the chosen epoch's weights, settle the decision on validation, and write what comes out.
+
+    Args:
+        run: Gets ``classifier/`` and ``predictions/val.parquet``, and what was chosen in its record.
+        network: On the engine's device; its weights are replaced by the chosen epoch's.
+        task: What was learned.
+        progress: Which epoch was best, and how far training came.
+    """
+    chosen_epoch = progress.best_epoch if task.keep_best else None
+    load_weights(run.path / "checkpoints", network, chosen_epoch)
+    recipe, pack = task.recipe, task.pack
+    info = ClassifierInfo(
+        network=recipe.model.name,
+        params=recipe.model.params,
+        class_names=pack.class_names,
+        positive_class=pack.info.positive_class,
+        patch_px=pack.info.patch_px,
+        mpp=pack.info.mpp,
+        preprocessing=task.preprocessing,
+        outputs=outputs_of(recipe.train.loss),
+        tta=recipe.model.tta,
+        pack={"name": pack.path.name, "content_sha256": pack.info.content_sha256},
+        recipe=recipe.name,
+    )
+    if run.info["weights"]["pretrained"]:
+        info.licence += f", and as that of the weights it began with: {run.info['weights']['licence']}"
+    classifier = Classifier(info, network)
+    logits = predict_logits(
+        task.engine.place(classifier.network),
+        task.preprocessing,
+        pack.patches,
+        pack.sizes,
+        task.val,
+        engine=task.engine,
+    )
+    val = pack.target[task.val], pack.group_ids[task.val]
+    settle_run(run, recipe, classifier, logits, *val)
+    if recipe.model.context:
+        info.single_patch = info.model_dump(include={"calibrator", "thresholds", "conformal"})
+        info.context = recipe.model.context
+        logits = classifier.add_context(logits, pack.table.iloc[task.val])
+        settle_run(run, recipe, classifier, logits, *val)
+    fit_reference(
+        classifier, pack.patches, pack.sizes, task.train, task.val, engine=task.engine, seed=task.seed
+    )
+    classifier.base_network.to("cpu")
+    classifier.save(run.path / "classifier")
+    split = run.info["split"]
+    about = pack.table.iloc[task.val][[*IDENTITY, "target"]].assign(side=run.val_side, fold=split["fold"])
+    write_validation(
+        run,
+        classifier,
+        about.reset_index(drop=True),
+        logits,
+        {"pack_sha256": pack.info.content_sha256, "split": split["name"]},
+    )
+    run.update(
+        chosen_epoch=chosen_epoch or progress.epoch,
+        epochs_done=progress.epoch,
+        stopped_early=progress.epoch < recipe.train.epochs,
+        threshold=classifier.frozen,
+        classifier_sha256=classifier.sha256,
+    )
+
+
+def fit_preprocessing(
+    recipe: Recipe, pack: Pack, train: np.ndarray, *, published: bool = False
+) -> Preprocessing:
+    """Give the recipe's preprocessing, mean and std taken from training patches where it says so.
+
+    Args:
+        recipe: What to do.
+        pack: The patches.
+        train: Rows of the training patches.
+        published: Whether to standardise as on the split of the publication.
+    """
+    settings = recipe.preprocessing.model_dump(exclude={"standardise"})
+    standardise = recipe.preprocessing.standardise
+    if published:
+        standardise = recipe.as_published.standardise or standardise
+    if standardise == "featurewise":
+        total, squares, n_values = np.zeros(3), np.zeros(3), 0
+        for start in range(0, len(train), 1024):
+            values = pack.patches[train[start : start + 1024]].reshape(-1, 3) * settings["scale"]
+            total += values.sum(axis=0)
+            squares += (values**2).sum(axis=0)
+            n_values += len(values)
+        mean = total / n_values
+        std = np.sqrt(squares / n_values - mean**2)
+        if settings["channel_order"] == "bgr":
+            mean, std = mean[::-1], std[::-1]
+        settings |= {"mean": mean.tolist(), "std": std.tolist()}
+    return Preprocessing(**settings)

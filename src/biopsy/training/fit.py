@@ -1,0 +1,252 @@
+"""The loop over epochs: update, validate, remember, stop."""
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from biopsy.core.errors import TrainingDiverged
+from biopsy.core.seeds import derive
+from biopsy.data.packs import Pack
+from biopsy.models.classifier import score_classes
+from biopsy.models.engine import Engine, count_correct, make_loss, outputs_of
+from biopsy.models.inference import predict_logits
+from biopsy.models.preprocessing import Preprocessing
+from biopsy.recipes import Recipe
+from biopsy.training.augmentation import Augmentation
+from biopsy.training.batches import Batches
+from biopsy.training.cached_features import compute_front, predict_rest
+from biopsy.training.checkpoints import Progress, load_checkpoint, save_checkpoint
+from biopsy.training.optimisers import learning_rate, make_optimiser, set_learning_rate
+from biopsy.training.sampling import cut_passes, order_epoch, weigh_classes
+from biopsy.training.transforms import Transform
+from biopsy.training.weight_averaging import WeightAverage
+
+logger = logging.getLogger(__name__)
+
+OnEpoch = Callable[[dict[str, Any]], None]
+CHECK_EVERY = 50  # updates between two looks at the loss: on a GPU each look waits for it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a network is to learn, and from which patches."""
+
+    recipe: Recipe
+    pack: Pack
+    train: np.ndarray
+    val: np.ndarray
+    preprocessing: Preprocessing
+    engine: Engine
+    seed: int
+    keep_best: bool
+    """Whether the best epoch on validation is kept, rather than the last."""
+    transform: Transform | None = None
+    """Of training batches, beside the recipe's augmentation."""
+
+
+def fit(network: torch.nn.Module, task: Task, folder: Path, on_epoch: OnEpoch) -> Progress:
+    """Train to the last epoch or until validation stops it, from the last checkpoint in ``folder``.
+
+    Args:
+        network: With its initial weights.
+        task: What to learn.
+        folder: Where checkpoints are kept, one after each epoch.
+        on_epoch: Called with each epoch's record after its checkpoint is written.
+
+    Raises:
+        TrainingDiverged: If the loss is not finite; says at which epoch and step.
+    """
+    settings = task.recipe.train
+    network = task.engine.place(network)
+    optimiser = optimiser_of(task.recipe, network)
+    average = WeightAverage(network, settings.ema_decay) if settings.ema_decay else None
+    progress = load_checkpoint(folder, network, optimiser, task.engine.device, average)
+    batches = _make_batches(task)
+    steps = settings.steps_per_epoch or batches.count(len(_order(task, 1)))
+    rows = np.union1d(task.train, task.val)
+    n_visits = (settings.epochs - progress.epoch) * (steps * settings.batch_size + len(task.val))
+    front = compute_front(network, batches, rows, n_visits, engine=task.engine, folder=folder.parent)
+    devices = [task.engine.device] if task.engine.device.type == "cuda" else []
+    with front as (learner, batches), torch.random.fork_rng(devices=devices):
+        while progress.epoch < settings.epochs and not _is_stale(task, progress):
+            record = _run_epoch(learner, optimiser, task, batches, progress, steps, average)
+            _note_best(task, progress, record)
+            progress.history.append(record)
+            save_checkpoint(folder, network, optimiser, progress, average)
+            on_epoch(record)
+    return progress
+
+
+def optimiser_of(recipe: Recipe, network: torch.nn.Module) -> torch.optim.Optimizer:
+    """Make the optimiser a recipe asks for."""
+    settings = recipe.train
+    return make_optimiser(
+        settings.optimiser,
+        network.parameters(),
+        settings.lr,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def _run_epoch(
+    network: torch.nn.Module,
+    optimiser: torch.optim.Optimizer,
+    task: Task,
+    batches: Batches,
+    progress: Progress,
+    steps: int,
+    average: WeightAverage | None,
+) -> dict[str, Any]:
+    """Make an epoch's updates and look at validation; gives the epoch's record."""
+    settings, epoch, started = task.recipe.train, progress.epoch + 1, time.perf_counter()
+    weights = weigh_classes(task.pack.target[task.train], len(task.pack.class_names), settings.class_weights)
+    outputs = outputs_of(settings.loss)
+    loss_fn = make_loss(
+        outputs,
+        None if weights is None else weights.tolist(),
+        label_smoothing=settings.label_smoothing,
+    )
+    losses: list[Tensor] = []
+    correct: dict[str, Tensor] = {}
+    n_seen, lr = 0, settings.lr
+    torch.manual_seed(derive(task.seed, "dropout", epoch))
+    network.train()
+    for batch, target in _next_batches(task, batches, progress.step, steps):
+        lr = learning_rate(
+            progress.step + len(losses),
+            lr=settings.lr,
+            schedule=settings.schedule,
+            decay=settings.decay,
+            warmup_steps=settings.warmup_epochs * steps,
+            total_steps=settings.epochs * steps,
+            history=[past["val_loss"] for past in progress.history],
+        )
+        set_learning_rate(optimiser, lr)
+        loss, logits = task.engine.train_step(network, optimiser, batch, target, loss_fn)
+        for name, count in count_correct(logits, target, outputs).items():
+            correct[name] = correct.get(name, 0) + count
+        losses.append(loss)
+        if average is not None:
+            average.update(progress.step + len(losses))
+        n_seen += len(target)
+        if len(losses) % CHECK_EVERY == 0:
+            _require_finite(losses, epoch, progress.epoch)
+    _require_finite(losses, epoch, progress.epoch)
+    mean_loss = float(torch.stack(losses).mean())
+    accuracy = {name: float(count) / n_seen for name, count in correct.items()}
+    trained = time.perf_counter()
+    with average.applied() if average else contextlib.nullcontext():
+        validation = _validate(network, task, batches)
+    if not math.isfinite(validation["val_loss"]):
+        raise _diverged(
+            validation["val_loss"], f"epoch {epoch}, on validation after {len(losses)} steps", epoch - 1
+        )
+    record = {"epoch": epoch, "loss": mean_loss, **accuracy, **validation, "lr": lr}
+    progress.epoch, progress.step = epoch, progress.step + len(losses)
+    ended = time.perf_counter()
+    return record | {
+        "step": progress.step,
+        "images_per_s": n_seen / (trained - started),
+        "seconds": ended - started,
+        "time_left_s": (ended - started) * (settings.epochs - epoch),
+    }
+
+
+def _order(task: Task, number: int) -> np.ndarray:
+    """Give the rows of a pass; a last batch of one patch is left out, it has no spread to normalise by."""
+    settings = task.recipe.train
+    order = order_epoch(
+        task.train, task.pack.target, sampling=settings.sampling, seed=task.seed, epoch=number
+    )
+    return order[:-1] if len(order) % settings.batch_size == 1 else order
+
+
+def _next_batches(task: Task, batches: Batches, step: int, n_steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of the next updates, over shuffled passes that follow each other without end."""
+    per_pass = batches.count(len(_order(task, 1)))
+    for number, start, stop in cut_passes(step, n_steps, per_pass):
+        yield from batches.iterate(_order(task, number), epoch=number, start=start, stop=stop)
+
+
+def _validate(network: torch.nn.Module, task: Task, batches: Batches) -> dict[str, Any]:
+    """Give loss (unweighted), accuracy and, for two classes, AUROC on validation."""
+    pack, rows, outputs = task.pack, task.val, outputs_of(task.recipe.train.loss)
+    if batches.front is not None:
+        logits = predict_rest(network, batches.front, rows, engine=task.engine)
+    else:
+        logits = predict_logits(
+            network, task.preprocessing, pack.patches, pack.sizes, rows, engine=task.engine
+        )
+    guess, target = torch.from_numpy(logits.astype(np.float64)), torch.from_numpy(pack.target[rows])
+    correct = count_correct(guess, target, outputs)
+    auroc, positive = None, pack.positive_index
+    if positive is not None and len(target.unique()) == 2 and np.isfinite(logits).all():
+        scores = score_classes(logits, outputs)
+        auroc = float(
+            roc_auc_score(pack.target[rows] == positive, scores[:, positive] - scores[:, 1 - positive])
+        )
+    return {
+        "val_loss": float(make_loss(outputs)(guess, target)),
+        **{f"val_{name}": float(count) / len(rows) for name, count in correct.items()},
+        "val_auroc": auroc,
+    }
+
+
+def _note_best(task: Task, progress: Progress, record: dict[str, Any]) -> None:
+    """Remember the epoch if its monitored value is the best: the highest AUROC or the lowest loss."""
+    monitor = task.recipe.train.monitor
+    if monitor == "val_auroc" and record["val_auroc"] is None:
+        monitor = "val_loss"  # AUROC needs both classes in validation
+    value = record[monitor] if monitor == "val_auroc" else -record[monitor]
+    record["best"] = math.isfinite(value) and (progress.best_value is None or value > progress.best_value)
+    if record["best"]:
+        progress.best_epoch, progress.best_value = record["epoch"], value
+
+
+def _is_stale(task: Task, progress: Progress) -> bool:
+    patience = task.recipe.train.early_stopping_patience
+    return bool(patience) and progress.epoch - (progress.best_epoch or 0) >= patience
+
+
+def _make_batches(task: Task) -> Batches:
+    settings = task.recipe.train
+    return Batches(
+        patches=task.pack.patches,
+        target=task.pack.target,
+        widths=task.pack.sizes[:, 0],
+        heights=task.pack.sizes[:, 1],
+        preprocessing=task.preprocessing,
+        augmentation=Augmentation.from_settings(task.recipe.augmentation),
+        transform=task.transform,
+        batch_size=settings.batch_size,
+        drop_last=settings.drop_last and len(_order(task, 1)) > settings.batch_size,
+        device=task.engine.device,
+        seed=task.seed,
+    )
+
+
+def _require_finite(losses: list[Tensor], epoch: int, last_good: int) -> None:
+    recent = torch.stack(losses[-CHECK_EVERY:])
+    bad = (~torch.isfinite(recent)).nonzero()
+    if len(bad):
+        step = len(losses) - len(recent) + int(bad[0]) + 1
+        raise _diverged(float(recent[bad[0]]), f"epoch {epoch}, step {step}", last_good)
+
+
+def _diverged(loss: float, where: str, last_good: int) -> TrainingDiverged:
+    kept = f"the last good checkpoint is epoch {last_good}" if last_good else "no epoch was finished"
+    return TrainingDiverged(
+        f"the loss became {loss:g} in {where}; {kept}: lower the rate with --set train.lr=..."
+    )

@@ -1,0 +1,212 @@
+"""Postprocessing fitted on validation patients: calibration, decision thresholds, conformal sets."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from biopsy.data.predictions import tabulate_predictions, write_predictions
+from biopsy.models.classifier import Classifier, score_classes
+from biopsy.recipes import Recipe
+from biopsy.statistics.calibrators import fit_calibrator
+from biopsy.statistics.conformal import Promise, fit_conformal, fit_plain
+from biopsy.statistics.intervals import FEWEST_GROUPS
+from biopsy.statistics.thresholds import choose_threshold
+from biopsy.training.runs import Run
+
+
+def fit_abstention(
+    probs: np.ndarray,
+    target: np.ndarray,
+    group_ids: np.ndarray,
+    alpha: float,
+    *,
+    promise: Promise,
+    class_names: list[str],
+    unit: str,
+    chosen_on: str,
+    patients_overlap: bool,
+) -> dict[str, Any]:
+    """Give the ``conformal`` entry of ``classifier.json``.
+
+    Args:
+        probs: Calibrated probabilities of the calibration patches, ``(n, n_classes)``.
+        target: Their classes, ``(n,)``.
+        group_ids: The patient (slide, patch) of each.
+        alpha: Error rate promised.
+        promise: Of the patches of each class, or of all together.
+        class_names: In the order of the columns of ``probs``.
+        unit: What a group is.
+        chosen_on: The side these patches are of.
+        patients_overlap: Whether patients stand on several sides, so that errors here promise nothing.
+
+    Returns:
+        ``method``, ``alpha``, ``promise``, ``quantiles`` (one a class), ``n_patients``, ``n_patches``,
+        ``unit``, ``reason`` (why there are no quantiles), ``chosen_on``, and ``per_patch_quantiles``: the
+        plain version's.
+    """
+    how: dict[str, Any] = {"promise": promise, "unit": unit, "class_names": class_names}
+    fitted = fit_conformal(probs, target, group_ids, alpha, **how).to_dict()
+    if patients_overlap:
+        fitted["quantiles"] = None
+        fitted["reason"] = (
+            f"{unit}s stand on several sides of this split, so errors on {chosen_on} promise nothing about a "
+            f"new {unit}"
+        )
+    plain = fit_plain(probs, target, alpha, promise=promise).to_dict()
+    return fitted | {"chosen_on": chosen_on, "per_patch_quantiles": plain["quantiles"]}
+
+
+logger = logging.getLogger(__name__)
+
+
+def settle(
+    classifier: Classifier,
+    logits: np.ndarray,
+    target: np.ndarray,
+    group_ids: np.ndarray,
+    *,
+    method: str,
+    rules: Sequence[str],
+    chosen_on: str,
+    unit: str,
+    trained_prior: np.ndarray | None = None,
+) -> None:
+    """Fit the calibrator on validation patches, then freeze thresholds on the calibrated probabilities.
+
+    Args:
+        classifier: Gets ``info.calibrator`` and, for two classes, ``info.thresholds``.
+        logits: Of the validation patches, ``(n, n_classes)``.
+        target: Their classes, ``(n,)``.
+        group_ids: The patient (slide, patch) of each.
+        method: One of ``statistics.calibrators.METHODS``.
+        rules: Of the thresholds; the first one decides.
+        chosen_on: The side these patches are of.
+        unit: What a group is.
+        trained_prior: As `find_trained_prior` gives it.
+
+    Raises:
+        MetricError: If a logit is not finite, or the method cannot serve that many classes.
+    """
+    info, positive, n_groups = classifier.info, classifier.positive_index, len(np.unique(group_ids))
+    scores = score_classes(logits, info.outputs)
+    at = 1 if positive is None else positive
+    fitted = fit_calibrator(scores, target, method, positive_index=at, trained_prior=trained_prior)
+    info.calibrator = fitted.to_dict()
+    if method != "none":
+        info.calibrator |= {
+            "asked": method,
+            "fitted_on": chosen_on,
+            "n_patches": len(target),
+            "n_patients": n_groups,
+            "unit": unit,
+            "warning": _warn_few(n_groups, unit) if fitted.reason is None else None,
+        }
+        for message in (fitted.reason, info.calibrator["warning"]):
+            if message:
+                logger.warning("%s", message)
+    if positive is not None:
+        prob, truth = classifier.probs(logits)[:, positive], (target == positive).astype(int)
+        info.thresholds = [_freeze(truth, prob, rule, chosen_on) for rule in dict.fromkeys(rules)]
+
+
+def _warn_few(n_groups: int, unit: str) -> str | None:
+    if unit == "patch" or n_groups >= FEWEST_GROUPS:
+        return None
+    return f"calibrated on {n_groups} {unit}{'s' * (n_groups > 1)} only: what fits there may not fit the next"
+
+
+def _freeze(truth: np.ndarray, prob: np.ndarray, rule: str, chosen_on: str) -> dict[str, Any]:
+    chosen = choose_threshold(truth, prob, rule)
+    return {
+        "value": chosen.value,
+        "rule": chosen.rule,
+        "chosen_on": chosen_on,
+        "sensitivity": chosen.sensitivity,
+        "specificity": chosen.specificity,
+    }
+
+
+def find_trained_prior(recipe: Recipe, counts: Sequence[int]) -> np.ndarray | None:
+    """Give the share of each class as training saw it, where weights or sampling bent it; else None.
+
+    A class weight of max / count (or any other constant / count) makes all classes count alike, and so does
+    resampling to equal shares; both together turn their shares round.
+
+    Args:
+        recipe: Its class weights and its sampling.
+        counts: Training patches of each class before resampling.
+    """
+    n_times = (recipe.train.class_weights != "none") + (recipe.train.sampling != "none")
+    if not n_times:
+        return None
+    seen = np.asarray(counts, np.float64) ** (1 - n_times)
+    return seen / seen.sum()
+
+
+def settle_run(
+    run: Run,
+    recipe: Recipe,
+    classifier: Classifier,
+    logits: np.ndarray,
+    target: np.ndarray,
+    group_ids: np.ndarray,
+) -> None:
+    """Do as `settle` what the recipe of a run asks for; logits, target and ids are those of validation."""
+    split, published = run.info["split"], run.info["split"]["as_published"]
+    decision = recipe.as_published if published else recipe.decision
+    counts = split["sides"]["train"]["per_class"]
+    settle(
+        classifier,
+        logits,
+        target,
+        group_ids,
+        method=decision.calibration,
+        rules=(decision.threshold, *recipe.decision.operating_points),
+        chosen_on=run.val_side,
+        unit=run.info["pack"]["unit"],
+        trained_prior=find_trained_prior(recipe, [counts[name] for name in classifier.info.class_names]),
+    )
+    classifier.info.conformal = fit_abstention(
+        classifier.probs(logits),
+        target,
+        group_ids,
+        recipe.decision.abstention_error,
+        promise=recipe.decision.abstention_promise,
+        class_names=classifier.info.class_names,
+        unit=run.info["pack"]["unit"],
+        chosen_on=run.val_side,
+        patients_overlap=bool(split["patients_overlap"]),
+    )
+
+
+def write_validation(
+    run: Run,
+    classifier: Classifier,
+    about: pd.DataFrame,
+    logits: np.ndarray,
+    metadata: Mapping[str, Any],
+) -> None:
+    """Write ``predictions/val.parquet``: what a classifier, once settled, says of validation.
+
+    Args:
+        run: Whose validation side it is.
+        classifier: With calibrator and thresholds.
+        about: `IDENTITY`, side, fold and target of each patch.
+        logits: ``(n, n_classes)``.
+        metadata: ``pack_sha256`` and ``split``.
+    """
+    probs, info = classifier.probs(logits), classifier.info
+    frame = tabulate_predictions(
+        about,
+        info.class_names,
+        classifier.positive_index,
+        logits,
+        probs,
+        threshold=classifier.threshold,
+        abstained=classifier.abstains(probs),
+    )
+    known = {**metadata, "classifier_sha256": classifier.sha256, "threshold": classifier.frozen}
+    write_predictions(run.path / "predictions" / "val.parquet", frame, known)

@@ -1,0 +1,92 @@
+"""The Study as a record on disk: several runs that answer one question."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from biopsy.core.errors import DataError, RunError
+from biopsy.core.files import read_json, write_json
+from biopsy.core.tables import unmask_formulas
+from biopsy.data.predictions import read_predictions
+from biopsy.training.runs import Run
+
+FORMAT = "biopsy-study/1"
+DOCUMENT = "study.json"
+
+
+class Study:
+    """Several runs that answer one question, read from their folder.
+
+    Attributes:
+        path: The folder.
+        info: What ``study.json`` says.
+    """
+
+    def __init__(self, path: Path, info: dict[str, Any]) -> None:
+        self.path = path
+        self.info = info
+
+    @classmethod
+    def open(cls, path: "Path | str | Study") -> "Study":
+        """Open a study.
+
+        Raises:
+            RunError: If the folder holds no study of a format that this version reads.
+        """
+        if isinstance(path, Study):
+            return path
+        path = Path(path)
+        if not is_study(path):
+            raise RunError(f"{path} is not a study (it has no {DOCUMENT}): make one with `biopsy study`")
+        try:
+            return cls(path, read_json(path / DOCUMENT, format=FORMAT))
+        except DataError as error:
+            raise RunError(str(error)) from None
+
+    def __repr__(self) -> str:
+        return f"<Study {self.path.name}: {self.info['status']}, {len(self.runs())} runs>"
+
+    def update(self, **fields: Any) -> None:
+        """Change what ``study.json`` says."""
+        self.info = {**self.info, **fields}
+        write_json(self.path / DOCUMENT, self.info)
+
+    def runs(self) -> list[Run]:
+        """Give its runs, whatever their status, in the order of recipe, fold and seed, then as asked."""
+        found = [Run.open(path.parent) for path in (self.path / "runs").glob("*/run.json")]
+        asked = {name: place for place, name in enumerate(self.info.get("runs", ()))}
+        return sorted(
+            found,
+            key=lambda run: (
+                run.info["recipe"],
+                run.info["split"]["fold"] or 0,
+                run.info["seed"],
+                asked.get(run.path.name, 0),
+            ),
+        )
+
+    def judged_runs(self) -> list[Run]:
+        """Give the runs that have been evaluated."""
+        return [run for run in self.runs() if (run.path / "evaluation" / "metrics.json").exists()]
+
+    def summary(self) -> dict[str, Any]:
+        """Read ``metrics.json``: what its runs add up to."""
+        path = self.path / "metrics.json"
+        if not path.exists():
+            raise RunError(f"{self.path} has no evaluated run: go on with the command that made it")
+        return read_json(path)
+
+    def table(self) -> pd.DataFrame:
+        """Read ``table.csv``."""
+        return unmask_formulas(pd.read_csv(self.path / "table.csv"))
+
+    def predictions(self) -> pd.DataFrame:
+        """Read the pooled out-of-fold predictions, with ``recipe``, ``fold`` and ``seed``."""
+        frame, _ = read_predictions(self.path / "predictions.parquet")
+        return frame
+
+
+def is_study(path: Path | str) -> bool:
+    """Say whether a path looks like a study's folder."""
+    return (Path(path) / DOCUMENT).is_file()

@@ -1,0 +1,352 @@
+"""Training: from a recipe and a pack to a run with a classifier in it."""
+
+import logging
+import shlex
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from filelock import FileLock, Timeout
+
+from biopsy.core.errors import DataError, MissingExtra, RunError, SplitError, TrainingDiverged
+from biopsy.core.files import LOCK, NO_SPACE, refuse_inputs, replace_atomic
+from biopsy.data.packing import prepare
+from biopsy.data.packs import Pack, is_pack
+from biopsy.data.splits import SIDES, Split, find_split, list_splits, make_split
+from biopsy.models.context import has_coordinates
+from biopsy.models.engine import Engine
+from biopsy.models.networks import count_parameters
+from biopsy.models.weights import describe_weights, make_network
+from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
+from biopsy.statistics.calibrators import check_method
+from biopsy.training.checkpoints import LAST
+from biopsy.training.figures import draw_training
+from biopsy.training.finalize import complete, fit_preprocessing
+from biopsy.training.fit import OnEpoch, Task, fit, optimiser_of
+from biopsy.training.runs import Run, describe_environment, find_answer, hash_question, name_run
+from biopsy.training.sampling import order_epoch, take_fraction, weigh_classes
+from biopsy.training.transforms import Transform, check_transform, describe_transform
+
+logger = logging.getLogger(__name__)
+
+CURVES = ("loss", "accuracy", "auroc")
+RUNS = Path("runs")
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def train(
+    recipe: str | Path | Recipe | None = None,
+    data: Pack | Path | str | None = None,
+    *,
+    split: Split | str | None = None,
+    fold: int | None = None,
+    seed: int = 0,
+    overrides: Overrides = (),
+    out: Path | str | None = None,
+    device: str = "auto",
+    plot: Path | str | None = None,
+    tensorboard: bool = False,
+    resume: Run | Path | str | None = None,
+    transform: Transform | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> Run:
+    """Train a recipe on the training patients of a pack, or go on with an interrupted run.
+
+    The run never looks at the test side: `biopsy.evaluate` does, and counts it. (One publication validated on
+    its test side; its recipe does so on its ``as-published`` split, and the run and its report say it.)
+
+    A question that a finished run has answered is not trained again: the run in ``out``, or without ``out``
+    the one in ``runs/``, is given back if recipe, pack, sides, seed and initial weights are the same.
+
+    Args:
+        recipe: A shipped name, a TOML file, or a recipe.
+        data: A pack, or an archive or folder, which is prepared into a pack beside it first.
+        split: Name of a split of the pack or of a protocol, or a split; by default the data set's own, else
+            by patient.
+        fold: Which fold tests, for a split with folds.
+        seed: Of initial weights, order, augmentation and dropout.
+        overrides: Changes of the recipe, such as ``{"train.epochs": 2}``.
+        out: The run's own folder; by default a new one under ``runs/``.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+        plot: Also write loss, accuracy and AUROC against epochs to this file (.png, .svg or .pdf).
+        tensorboard: Also write TensorBoard's event files into the run.
+        resume: A run to go on with; recipe, data, split and seed are then the run's own.
+        transform: Of training patches, after the recipe's augmentation: a transform of
+            ``torchvision.transforms.v2``, called for each patch, or any function of a batch
+            ``(B, 3, input_px, input_px)``, float32 RGB in 0-1, that keeps shape and type. Such a run is never
+            taken for the answer to another call; resuming it needs the transform again.
+        on_epoch: Called with each epoch's record.
+
+    Raises:
+        RunError: If the run cannot be resumed, or its folder holds something else.
+        RecipeError: If the transform changes the shape or type of a batch.
+        TrainingDiverged: If the loss is not finite.
+    """
+    if plot is not None and Path(plot).suffix not in PLOT_SUFFIXES:
+        raise RunError(f"curves cannot be drawn to {plot}: its name must end in {', '.join(PLOT_SUFFIXES)}")
+    if plot is not None:
+        refuse_inputs(plot, None if isinstance(data, Pack) else data)
+    if resume is not None:
+        run, pack = _continue(resume, recipe, data, split, fold, out, *setting_lines(overrides))
+        engine = Engine(device, run.recipe.train.precision)
+        _check_same_transform(run, transform)
+    elif recipe is None or data is None:
+        raise RunError("training needs a recipe and data, or resume= and the folder of an interrupted run")
+    else:
+        asked = load_recipe(recipe, overrides)
+        engine = Engine(device, asked.train.precision)
+        if transform is not None:
+            check_transform(transform, asked.preprocessing.input_px)
+        run, pack = _begin(asked, open_data(data), split, fold, seed, out, transform)
+    if run.info["status"] != "finished":
+        try:
+            with FileLock(run.path / LOCK, timeout=0):
+                _train(run, pack, engine, tensorboard, transform, on_epoch)
+        except Timeout:
+            raise RunError(f"{run.path} is being trained by another process") from None
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            raise RunError(
+                f"{error.filename or run.path} could not be written ({error.strerror}): make room, then "
+                f"go on with `biopsy train --resume {run.path}`"
+            ) from None
+    if plot is not None:
+        curves = draw_training(run.log(), chosen_epoch=run.info["chosen_epoch"], quantities=CURVES)
+        with replace_atomic(plot) as partial:
+            curves.savefig(partial, format=Path(plot).suffix[1:])
+    return run
+
+
+def open_data(data: Pack | Path | str) -> Pack:
+    """Open a pack; an archive or a folder of patches is prepared into a pack beside it first."""
+    if isinstance(data, Pack) or is_pack(data):
+        return Pack.open(data)
+    source = Path(data)
+    if not source.exists() or source.suffix == ".pack":
+        return Pack.open(source)
+    return prepare(source, source.with_name(f"{source.stem}.pack"))
+
+
+def _begin(
+    recipe: Recipe,
+    pack: Pack,
+    split_name: Split | str | None,
+    fold: int | None,
+    seed: int,
+    out: Path | str | None,
+    transform: Transform | None,
+) -> tuple[Run, Pack]:
+    """Check what can be checked before training, and write the run's folder or find the run that answers."""
+    pack.verify()
+    split = choose_split(pack, split_name, recipe)
+    sides = split.sides(pack, fold)
+    network, weights = make_network(recipe, len(pack.class_names), seed)
+    _check(recipe, pack, split, sides, network)
+    used = take_fraction(np.flatnonzero(sides == "train"), pack.target, recipe.train.fraction, seed)
+    used = order_epoch(used, pack.target, sampling=recipe.train.sampling, seed=seed, epoch=1)
+    total, trainable = count_parameters(network)
+    run_id = name_run(recipe.name, seed)
+    path = Path(out) if out is not None else RUNS / run_id
+    info: dict[str, Any] = {
+        "id": run_id,
+        "status": "running",
+        "command": _repeat(path, pack, split, fold, seed),
+        "recipe": recipe.name,
+        "seed": seed,
+        "split": {
+            "name": split.name,
+            "protocol": split.protocol,
+            "fold": fold,
+            "unit": split.unit,
+            "as_published": split.is_published,
+            "val_is_test": split.val_is_test,
+            "patients_overlap": split.overlap,
+            "sides": {side or "left out": _count(pack, sides == side) for side in (*SIDES, "")},
+            "used": _count(pack, np.isin(np.arange(len(pack)), used)),
+        },
+        "pack": {
+            "path": str(pack.path.resolve()),
+            "name": pack.path.name,
+            "dataset": pack.info.dataset,
+            "content_sha256": pack.info.content_sha256,
+            "n_patches": len(pack),
+            "n_patients": pack.info.counts["patients"],
+            "unit": pack.unit,
+        },
+        "parameters": {"total": total, "trainable": trainable},
+        "weights": weights,
+        "epochs": recipe.train.epochs,
+        "epochs_done": 0,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": 0.0,
+        "environment": describe_environment(),
+    }
+    if transform is not None:
+        info |= {"transform": describe_transform(transform), "question_sha256": None}
+    else:
+        info["question_sha256"] = hash_question(recipe, pack, sides, info["split"], seed, weights["sha256"])
+        found = find_answer(info["question_sha256"], sorted(RUNS.glob("*")) if out is None else [path])
+        if found is not None:
+            return _use_again(found, pack), pack
+    logger.info("%s: %s", recipe.model.name, describe_weights(network, weights))
+    table = pd.DataFrame({"patch_id": pack.table["patch_id"], "side": sides})
+    return Run.create(path, info, recipe, table), pack
+
+
+def _use_again(run: Run, pack: Pack) -> Run:
+    """Say that a finished run answers the question; its pack, if gone from where it was, is the one given."""
+    logger.info(
+        "%s has answered this question on %s: it is used again, not trained again "
+        "(to train anew, name another folder with --out)",
+        run.path,
+        run.info["started"][:10],
+    )
+    if not is_pack(run.info["pack"]["path"]):
+        run.update(pack={**run.info["pack"], "path": str(pack.path.resolve()), "name": pack.path.name})
+    return run
+
+
+def _check(recipe: Recipe, pack: Pack, split: Split, sides: np.ndarray, network: torch.nn.Module) -> None:
+    """Refuse now what would stop the training later."""
+    for side in ("train", "test" if split.val_is_test else "val"):
+        if side not in sides:
+            raise SplitError(
+                f"split {split.name!r} has no {side} patches: validation chooses epoch and threshold; "
+                "make a split with `biopsy split`"
+            )
+    target = pack.target[sides == "train"]
+    if len(np.unique(target)) < 2:
+        raise SplitError(
+            f"all training patches of split {split.name!r} are {pack.class_names[target[0]]!r}: "
+            "nothing can be learned from one class"
+        )
+    weigh_classes(target, len(pack.class_names), recipe.train.class_weights)
+    check_method(recipe.decision.calibration, len(pack.class_names))
+    if recipe.model.context and not has_coordinates(pack.table[sides != ""]):
+        raise DataError(
+            f"model.context={recipe.model.context:g} needs coordinates of the patches, and "
+            f"{pack.path.name} has none: train with --set model.context=0"
+        )
+    optimiser_of(recipe, network)
+
+
+def _repeat(path: Path, pack: Pack, split: Split, fold: int | None, seed: int) -> str:
+    """Give the command that trains the same again; the run's own recipe holds every changed setting."""
+    words = ["biopsy", "train", f"{path.name}/recipe.toml", "--data", pack.path.name, "--split", split.name]
+    words += [] if fold is None else ["--fold", str(fold)]
+    return shlex.join([*words, "--seed", str(seed)])
+
+
+def _count(pack: Pack, chosen: np.ndarray) -> dict[str, Any]:
+    per_class = np.bincount(pack.target[chosen], minlength=len(pack.class_names)).tolist()
+    return {
+        "patches": int(chosen.sum()),
+        "groups": len(np.unique(pack.group_ids[chosen])),
+        "per_class": dict(zip(pack.class_names, per_class, strict=True)),
+    }
+
+
+def choose_split(pack: Pack, name: Split | str | None, recipe: Recipe) -> Split:
+    """Find a split by name; ``as-published``, where the pack has none of that name, is the recipe's own."""
+    if isinstance(name, Split):
+        return name
+    if name == "as-published" and name not in list_splits(pack):
+        return make_split(pack, protocol=name, recipe=recipe.as_published.split)
+    return find_split(pack, name)
+
+
+def _continue(resume: Run | Path | str, *asked: object) -> tuple[Run, Pack]:
+    if any(value is not None for value in asked):
+        raise RunError("a resumed run has its own recipe, data and settings: leave them out, or train anew")
+    run = Run.open(resume)
+    if run.info["status"] == "finished":
+        raise RunError(
+            f"{run.path} is finished: there is nothing to resume; judge it with `biopsy evaluate {run.path}`"
+        )
+    pack = run.open_pack()
+    now, then = describe_environment(), run.info["environment"]
+    changed = [f"{name} {then[name]} -> {now[name]}" for name in now if now[name] != then.get(name)]
+    if changed:
+        logger.warning(
+            "resumed on another machine or version: %s; the result may differ in its last bits", changed
+        )
+    return run, pack
+
+
+def _check_same_transform(run: Run, transform: Transform | None) -> None:
+    """Refuse to go on with another transform than the run began with."""
+    then, now = run.info.get("transform"), None if transform is None else describe_transform(transform)
+    if then != now:
+        raise RunError(
+            f"{run.path} began with transform={then}, not {now}: resume it with the same transform"
+        )
+
+
+def _train(
+    run: Run,
+    pack: Pack,
+    engine: Engine,
+    tensorboard: bool,
+    transform: Transform | None,
+    on_epoch: OnEpoch | None,
+) -> None:
+    recipe, started, before = run.recipe, time.perf_counter(), run.info["seconds"]
+    sides = run.sides(pack)
+    published = run.info["split"]["as_published"]
+    checkpoint = recipe.as_published.checkpoint if published else recipe.train.checkpoint
+    seed, train_side = run.info["seed"], np.flatnonzero(sides == "train")
+    train = take_fraction(train_side, pack.target, recipe.train.fraction, seed)
+    task = Task(
+        recipe=recipe,
+        pack=pack,
+        train=train,
+        val=np.flatnonzero(sides == run.val_side),
+        preprocessing=fit_preprocessing(recipe, pack, train, published=published),
+        engine=engine,
+        seed=seed,
+        keep_best=checkpoint == "best",
+        transform=transform,
+    )
+    run.update(status="running", device=str(engine.device), precision=engine.precision)
+    writer = _open_tensorboard(run.path) if tensorboard else None
+
+    def note(record: dict[str, Any]) -> None:
+        run.write_log([*(past for past in run.log() if past["epoch"] < record["epoch"]), record])
+        run.update(epochs_done=record["epoch"], seconds=before + time.perf_counter() - started)
+        if writer:
+            for name, value in record.items():
+                if isinstance(value, float):
+                    writer.add_scalar(name, value, record["epoch"])
+        if on_epoch:
+            on_epoch(record | {"run": str(run.path)})
+
+    folder = run.path / "checkpoints"
+    begun = (folder / LAST).exists()  # the checkpoint's weights replace those that training began with
+    network, _ = make_network(recipe, len(pack.class_names), seed, load=not begun)
+    try:
+        progress = fit(network, task, folder, note)
+    except KeyboardInterrupt:
+        run.update(status="interrupted")
+        raise KeyboardInterrupt(str(run.path)) from None
+    except TrainingDiverged as error:
+        run.update(status="failed", reason=str(error))
+        raise
+    finally:
+        if writer:
+            writer.close()
+    run.write_log(progress.history)
+    complete(run, network, task, progress)
+    run.update(status="finished", seconds=before + time.perf_counter() - started)
+
+
+def _open_tensorboard(path: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MissingExtra("tensorboard", "--tensorboard") from None
+    return SummaryWriter(path / "tensorboard")
