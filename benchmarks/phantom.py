@@ -1,6 +1,6 @@
 """Whether the phantom cohort is hard where it should be, learnable where it should be, and like real tissue.
 
-* ``colour``: a logistic regression on colour statistics alone, patients apart (`biopsy.evaluation.colour_baseline`),
+* ``colour``: a logistic regression on colour alone (`biopsy.evaluation.colour_baseline`), patients apart,
   by five folds: it should reach an AUROC of .85 at most;
 * ``residual``: the small residual network on patients it never saw: .95 or more;
 * ``transfer``: CancerNet trained on phantom alone and asked about real patches of the IDC subset: .70 or more

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from biopsy import reporting as sharing
+import biopsy
 from biopsy.reporting.checklist import GUIDELINES, STARD_AI, TRIPOD_AI, describe_checklist
 from biopsy.reporting.compose import report_of_run
 from biopsy.reporting.document import Section
@@ -21,7 +21,7 @@ def test_both_guidelines_are_whole():
 
 def test_every_chapter_that_an_item_names_can_be_in_a_report():
     sources = " ".join(
-        path.read_text(encoding="utf-8") for path in Path(sharing.__file__).parent.glob("*.py")
+        path.read_text(encoding="utf-8") for path in Path(biopsy.__file__).parent.rglob("*.py")
     )
     chapters = set(re.findall(r'Section\(\s*"([a-z-]+)"', sources))
     named = {chapter for _, items in GUIDELINES for item in items for chapter in item.chapters}

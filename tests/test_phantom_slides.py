@@ -152,7 +152,7 @@ def test_a_huge_slide_takes_little_memory_and_time(folder):
     path = folder / "huge.tiff"
     script = f"""
 from pathlib import Path
-from biopsy.data.phantom.whole_slides import make_phantom_slide
+from biopsy.phantom.slides import make_phantom_slide
 truth = make_phantom_slide({str(path)!r}, seed=0, width=100_000, height=80_000, mpp=0.25, tissue_mm2=2.0,
                            n_sections=6, drawn_mpp=2.0, tile_px=512)
 print(*truth.sections[-1])

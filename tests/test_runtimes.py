@@ -163,8 +163,8 @@ import sys, numpy
 sys.modules["torch"] = None
 from biopsy.cli import main
 from biopsy.slides import cohorts
-from biopsy.learning.opening import open_classifier
-from biopsy.learning.runtimes import open_runtime
+from biopsy.training.open_model import open_classifier
+from biopsy.models.runtimes import open_runtime
 with open_runtime(open_classifier({str(bundle)!r}), "cpu", "fp32", n_threads=2) as runtime:
     numpy.save({str(bundle / "logits.npy")!r}, runtime.ask(numpy.load({str(bundle / "patches.npy")!r})))
 """

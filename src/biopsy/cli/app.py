@@ -8,16 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from biopsy.cli import data, slides
-from biopsy.cli import evaluation as comparison
-from biopsy.cli import evaluation as errors
-from biopsy.cli import evaluation as explanation
-from biopsy.cli import evaluation as judging
-from biopsy.cli import tools as bundles
-from biopsy.cli import tools as upkeep
-from biopsy.cli import training as foreign
-from biopsy.cli import training as learning
-from biopsy.cli import training as studies
+from biopsy.cli import data, evaluation, slides, tools, training
 from biopsy.cli.console import fail, interrupted, show_log
 from biopsy.core.errors import BiopsyError
 
@@ -77,19 +68,7 @@ def start(
         os.environ["BIOPSY_ACCEPT_LICENCE"] = accept_licence
 
 
-for group in (
-    upkeep,
-    data,
-    learning,
-    studies,
-    foreign,
-    judging,
-    comparison,
-    explanation,
-    errors,
-    bundles,
-    slides,
-):
+for group in (tools, data, training, evaluation, slides):
     group.register(app)
 
 

@@ -287,12 +287,6 @@ def predict(
     name_skipped(prediction.skipped, str(prediction.path))
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verbs of this file."""
-    for verb in (evaluate, calibrate, report, predict):
-        app.command()(verb)
-
-
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN|STUDY...", show_default=False)],
     metric: Annotated[str, typer.Option(help="The metric that is to answer.")] = "auroc",
@@ -419,11 +413,6 @@ def _print_plan(found: Mapping[str, Any]) -> None:
         print(f"each with about {found['patches_per_patient']:,.0f} patches, as here")
 
 
-def register_of_comparison(app: typer.Typer) -> None:
-    """Add the verb of this file."""
-    app.command()(compare)
-
-
 def mistakes(
     run: Annotated[Path, typer.Argument(metavar="RUN", show_default=False)],
     side: Annotated[
@@ -480,12 +469,6 @@ def doubts(
     for path in (found.path, found.page):
         print(path)
     print(f"fill the column decision, then: biopsy prepare SOURCE --labels {found.path} --out NEW.pack")
-
-
-def register_of_errors(app: typer.Typer) -> None:
-    """Add the verbs of this file."""
-    for verb in (mistakes, doubts):
-        app.command()(verb)
 
 
 _METHODS = "saliency, smoothgrad, grad_cam, integrated_gradients, occlusion or activations"
@@ -556,6 +539,7 @@ def _print_faithfulness(found: dict[str, Any]) -> None:
         print(f"{each['name']}: {each['reason']}")
 
 
-def register_of_explanation(app: typer.Typer) -> None:
-    """Add the verb of this file."""
-    app.command()(explain)
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    for command in (evaluate, calibrate, report, predict, compare, mistakes, doubts, explain):
+        app.command()(command)

@@ -33,12 +33,6 @@ def list_(
         print_blocks(rows)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verbs of this file."""
-    app.command()(demo)
-    app.command("list")(list_)
-
-
 def export(
     model: Annotated[Path, typer.Argument(metavar="RUN|CLASSIFIER", show_default=False)],
     out: Annotated[Path, typer.Argument(metavar="DIR", help="The new folder.", show_default=False)],
@@ -57,6 +51,8 @@ def export(
     say(f"on {bundle.parity['n_patches']:,} patches; at most {bundle.parity['tolerance']:g} is allowed")
 
 
-def register_of_bundles(app: typer.Typer) -> None:
-    """Add the verbs of this file."""
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command()(demo)
+    app.command("list")(list_)
     app.command()(export)

@@ -103,11 +103,6 @@ def epoch_line(record: Mapping[str, Any]) -> str:
     return "  ".join(parts) + ("  best so far" if record["best"] else "")
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verbs of this file."""
-    app.command()(train)
-
-
 Source = Annotated[
     Path,
     typer.Option(help="A pack, or an archive to make one from.", metavar="PACK|SOURCE", show_default=False),
@@ -258,12 +253,6 @@ def _kept_on_interruption() -> Iterator[None]:
         interrupted("run the same command again to go on: finished runs are kept")
 
 
-def register_of_studies(app: typer.Typer) -> None:
-    """Add the verbs of this file."""
-    for verb in (study, sweep, reproduce):
-        app.command()(verb)
-
-
 def import_keras(
     file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False)],
     model: Annotated[
@@ -292,6 +281,8 @@ def import_keras(
     print(out)
 
 
-def register_of_foreign(app: typer.Typer) -> None:
-    """Add the verbs of this file."""
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    for command in (train, study, sweep, reproduce):
+        app.command()(command)
     app.command("import-keras")(import_keras)

@@ -1,7 +1,6 @@
 """Where and how the arithmetic runs: device, precision, memory layout; one training step; the losses."""
 
 import contextlib
-import logging
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
@@ -11,9 +10,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from biopsy.core.errors import RecipeError, suggest
-from biopsy.models.hardware import keep_freed_memory
-
-logger = logging.getLogger(__name__)
+from biopsy.models.hardware import keep_freed_memory, torch_device
 
 Precision = Literal["fp32", "bf16"]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -44,7 +41,7 @@ class Engine:
             raise RecipeError(
                 f"precision={precision!r} is not possible; {suggest(precision, get_args(Precision))}"
             )
-        self.device = _pick_device(device)
+        self.device = torch_device(device)
         self.precision = precision
         self.compile = compile
         if self.device.type == "cpu":
@@ -159,18 +156,3 @@ def count_correct(logits: Tensor, target: Tensor, outputs: str) -> dict[str, Ten
         wanted = functional.one_hot(target, logits.shape[1]).bool()
         correct["binary_accuracy"] = ((logits > 0) == wanted).double().mean(dim=1).sum()
     return correct
-
-
-def _pick_device(name: str) -> torch.device:
-    if name == "auto":
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        logger.info("device: %s (auto)", device)
-        return device
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RecipeError(f"device={name!r} is not possible; try auto, cpu, cuda or cuda:0") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise RecipeError(f"device={name!r} is not here: PyTorch sees {found} CUDA devices; use device='cpu'")
-    return device

@@ -2,10 +2,18 @@
 
 import contextlib
 import ctypes
+import logging
 import os
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from biopsy.core.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -18,9 +26,29 @@ def pick_device(name: str) -> str:
     """
     if name == "cpu" or (name == "auto" and not _has_nvidia_driver()):
         return "cpu"
-    from biopsy.models.engine import Engine
+    return str(torch_device(name))
 
-    return str(Engine(name).device)
+
+def torch_device(name: str) -> "torch.device":
+    """Return PyTorch's device of a name; ``auto`` is CUDA where PyTorch sees it, else the processor.
+
+    Raises:
+        RecipeError: If the device does not exist here.
+    """
+    import torch
+
+    if name == "auto":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        logger.info("device: %s (auto)", device)
+        return device
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"device={name!r} is not possible; try auto, cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise RecipeError(f"device={name!r} is not here: PyTorch sees {count} CUDA devices; use device='cpu'")
+    return device
 
 
 def pick_precision(precision: Precision, device: str) -> Literal["fp32", "bf16"]:

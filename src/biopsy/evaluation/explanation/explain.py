@@ -202,8 +202,8 @@ def explain(
         errors: Where none is named: how many errors, the surest first and of both kinds in turn, and how many
             patches that were called right, drawn with the run's seed. They are of the test side once it has
             been opened, until then of validation.
-        method: One or more of ``biopsy.evaluation.explanation.methods.METHODS``; by default saliency, Grad-CAM (integrated
-            gradients where the network allows none) and activations.
+        method: One or more of ``biopsy.evaluation.explanation.methods.METHODS``; by default saliency,
+            Grad-CAM (integrated gradients where the network allows none) and activations.
         layer: For methods that look at one; by default the first convolution, for Grad-CAM the last maps.
         faithfulness: Also test, about a minute long, whether the maps mean anything: each method that was
             named, or all, against random and edge-detector maps. Writes ``explain/faithfulness.json`` in the
