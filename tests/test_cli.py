@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -365,7 +366,7 @@ def test_demo_ends_in_a_report_and_can_be_run_again(tmp_path, monkeypatch):
     folder = tmp_path / "demonstration"
     result = call("demo", "--out", folder)
     assert result.exit_code == 0, result.stderr
-    (folder / "run" / "classifier" / "classifier.json").unlink()
+    shutil.rmtree(folder / "run" / "classifier")  # as an interruption just before the end leaves it
     Run.open(folder / "run").update(status="interrupted")
     result = call("demo", "--out", folder)
     assert result.exit_code == 0, result.stderr
