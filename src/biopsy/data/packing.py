@@ -280,7 +280,7 @@ def prepare(
         try:
             with create_directory(out) as folder:
                 written = write_pixels(folder / PIXELS, listing, on_progress)
-                _finish(folder, name, listing, written, origin, mpp)
+                finish_listing(folder, name, listing, written, origin, mpp)
         except OSError as error:
             if error.errno in _NO_SPACE:
                 raise DataError(f"the disk at {out} is full; nothing was left there") from None
@@ -416,7 +416,7 @@ def _warn(listing: Listing, archive: Archive, expected: dict[str, int]) -> None:
         _log.info("%s of the full dataset's %s patches", f"{len(table):,}", f"{expected['patches']:,}")
 
 
-def _finish(
+def finish_listing(
     folder: Path,
     dataset: str,
     listing: Listing,

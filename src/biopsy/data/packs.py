@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from biopsy.core.errors import DataError, PackError
@@ -101,6 +102,118 @@ class Pack:
                 "the pack is damaged, make it again with `biopsy prepare`"
             )
         return cls(path, info, patches, table)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        images: np.ndarray | Sequence[np.ndarray],
+        labels: ArrayLike,
+        patients: ArrayLike | None = None,
+        *,
+        class_names: Sequence[str] | None = None,
+        positive_class: str | None = None,
+        mpp: float | None = None,
+        columns: Mapping[str, ArrayLike] | pd.DataFrame | None = None,
+        out: Path | str | None = None,
+    ) -> "Pack":
+        """Make a pack of arrays.
+
+        Args:
+            images: uint8 RGB ``(n, height, width, 3)``, or a list of images of several sizes.
+            labels: Class of each: an index into ``class_names``, or a name.
+            patients: The patient of each; without it no split can keep patients apart.
+            class_names: Names by index; by default the sorted names in ``labels``, or its numbers.
+            positive_class: Of two classes, the one whose recall is sensitivity; by default the second.
+            mpp: Micrometres per pixel.
+            columns: What else is known of each: ``slide_id``, ``site_id``, ``patch_id``, ``x``, ``y`` (in
+                patch pixels), and columns for subgroups.
+            out: The pack's folder; by default ``packs/arrays-<hash>.pack``. One of the same is opened again.
+
+        Raises:
+            DataError: If images, labels or columns do not fit together, or images are not uint8 RGB.
+        """
+        from biopsy.data.building import pack_arrays
+
+        return pack_arrays(
+            images,
+            labels,
+            patients,
+            class_names=class_names,
+            positive_class=positive_class,
+            mpp=mpp,
+            columns=columns,
+            out=out,
+        )
+
+    @classmethod
+    def from_table(
+        cls,
+        path: Path | str,
+        *,
+        class_names: Sequence[str] | None = None,
+        positive_class: str | None = None,
+        mpp: float | None = None,
+        root: Path | str | None = None,
+        out: Path | str | None = None,
+    ) -> "Pack":
+        """Make a pack of the image files that a csv or Parquet table names.
+
+        Args:
+            path: With a column of paths (``path``, ``image``, ``file``, ...), one of classes (``label``,
+                ``target``, ``class``, ...) and if possible ``patient_id``, ``slide_id``, ``x``, ``y``; other
+                columns become subgroups.
+            root: Folder that paths start from; by default the table's.
+            class_names, positive_class, mpp, out: As in `from_arrays`.
+
+        Raises:
+            DataError: If columns are not recognised, labels are of no class, or no file can be read. Files
+                that cannot be read are in ``info.skipped``.
+        """
+        from biopsy.data.building import pack_table
+
+        return pack_table(
+            path, class_names=class_names, positive_class=positive_class, mpp=mpp, root=root, out=out
+        )
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Any,
+        patients: ArrayLike | str | None = None,
+        *,
+        labels: ArrayLike | None = None,
+        class_names: Sequence[str] | None = None,
+        positive_class: str | None = None,
+        mpp: float | None = None,
+        columns: Mapping[str, ArrayLike] | pd.DataFrame | None = None,
+        out: Path | str | None = None,
+    ) -> "Pack":
+        """Make a pack of a torch data set, or one of Hugging Face's.
+
+        Args:
+            dataset: Its items are ``(image, label)``, ``(image, label, patient)`` or mappings with ``image``
+                and ``label``; images are PIL, uint8 arrays, or tensors ``(3, height, width)``. A random
+                transform must not be among its own.
+            patients: The patient of each, or the name of a column; by default what the items say.
+            labels: The class of each, where the items do not say.
+            class_names, positive_class, mpp, columns, out: As in `from_arrays`; class names are the data
+                set's own where it has them.
+
+        Raises:
+            DataError: If it is a stream or a dictionary of splits, or items are none of these.
+        """
+        from biopsy.data.building import pack_dataset
+
+        return pack_dataset(
+            dataset,
+            patients,
+            labels=labels,
+            class_names=class_names,
+            positive_class=positive_class,
+            mpp=mpp,
+            columns=columns,
+            out=out,
+        )
 
     def __len__(self) -> int:
         return len(self.table)

@@ -17,6 +17,7 @@ from biopsy.core.errors import DataError, MetricError, RunError, suggest
 from biopsy.core.files import plain
 from biopsy.core.tables import infer_numbers, read_csv_table
 from biopsy.core.text import normalize_id
+from biopsy.data.building import index_labels
 from biopsy.data.datasets.base import find_positive
 from biopsy.data.ledger import record_opening
 from biopsy.data.packs import Pack
@@ -338,26 +339,17 @@ def _name_classes(
 
 
 def _index_classes(labels: np.ndarray, names: list[str]) -> np.ndarray:
-    """Return the index of each label's class; labels are names of classes or else their indices."""
-    texts = pd.Series(labels).astype(str)
-    if labels.dtype.kind == "f":
-        texts = texts.str.removesuffix(".0")
-    by_name = {name: k for k, name in enumerate(names)}
-    by_index = {str(k): k for k in range(len(names))}
-    target = texts.map(by_name if texts.isin(by_name).any() else by_index)
-    unknown = target.isna().to_numpy()
-    if unknown.any():
-        at = int(unknown.argmax())
-        raise MetricError(
-            f"{unknown.sum():,} labels are of no class, first {texts[at]!r} in row {at}; classes: "
-            f"{', '.join(names)} (or their indices from 0)"
-        )
-    if target.nunique() < 2:
+    """Return the index of each label's class, of at least two classes."""
+    try:
+        target = index_labels(labels, names)
+    except DataError as error:
+        raise MetricError(str(error)) from None
+    if len(np.unique(target)) < 2:
         raise MetricError(
             f"all {len(target):,} patches are of class {names[int(target[0])]!r}: an evaluation needs "
             "patches of two classes or more"
         )
-    return target.to_numpy(np.intp)
+    return target
 
 
 def _describe_patches(

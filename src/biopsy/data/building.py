@@ -1,0 +1,405 @@
+"""Packs of what a user already has: arrays, a table of image files, a torch or Hugging Face data set."""
+
+import hashlib
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from biopsy.core.errors import DataError, PackError, suggest
+from biopsy.core.files import create_directory
+from biopsy.core.loaders import read_bytes
+from biopsy.core.tables import infer_numbers, read_csv_table
+from biopsy.core.text import normalize_id
+from biopsy.data.archives import MAX_ENTRY_BYTES
+from biopsy.data.datasets.base import Listing, find_positive
+from biopsy.data.packing import finish_listing, write_pixels
+from biopsy.data.packs import PIXELS, Pack, is_pack
+from biopsy.data.tables import RESERVED
+from biopsy.slide_io.images import decode, read_header
+
+PACKS = Path("packs")
+"""Folder of packs that were given no name."""
+PATH_COLUMNS = ("path", "image_path", "image", "file", "filename", "file_name")
+LABEL_COLUMNS = ("label", "target", "class", "class_name", "y_true", "diagnosis")
+ID_COLUMNS = {
+    "patient_id": ("patient_id", "patient", "case_id", "case", "groups", "group"),
+    "slide_id": ("slide_id", "slide", "wsi"),
+    "site_id": ("site_id", "site"),
+    "patch_id": ("patch_id", "image_id", "id"),
+}
+IMAGE_KEYS = ("image", "img", "pixel_values", "x")
+
+
+class MadePixels:
+    """Images that a function gives, one at a time."""
+
+    def __init__(self, get: Callable[[int], np.ndarray]) -> None:
+        self._get = get
+        self._lock = threading.Lock()  # a data set need not bear several threads
+
+    def measure(self, row: int) -> tuple[int, int]:
+        """Return ``(width, height)``."""
+        with self._lock:
+            height, width = self._get(row).shape[:2]
+        return width, height
+
+    def read(self, rows: Sequence[int]) -> Iterator[np.ndarray | DataError]:
+        """Yield one image after the other, or why there is none."""
+        for row in rows:
+            try:
+                with self._lock:
+                    image = self._get(row)
+                yield image
+            except DataError as error:
+                yield error
+
+
+class FilePixels:
+    """Image files by their paths."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+
+    def measure(self, row: int) -> tuple[int, int]:
+        """Read the size from the file."""
+        header = read_header(read_bytes(self._paths[row], max_bytes=MAX_ENTRY_BYTES))
+        return header.width, header.height
+
+    def read(self, rows: Sequence[int]) -> Iterator[np.ndarray | DataError]:
+        """Decode one file after the other."""
+        for row in rows:
+            try:
+                yield decode(read_bytes(self._paths[row], max_bytes=MAX_ENTRY_BYTES))
+            except DataError as error:
+                yield error
+
+
+def pack_arrays(
+    images: np.ndarray | Sequence[np.ndarray],
+    labels: Any,
+    patients: Any = None,
+    *,
+    class_names: Sequence[str] | None = None,
+    positive_class: str | None = None,
+    mpp: float | None = None,
+    columns: Mapping[str, Any] | pd.DataFrame | None = None,
+    out: Path | str | None = None,
+) -> Pack:
+    """Make a pack of arrays; see `Pack.from_arrays`."""
+    if not len(images):
+        raise DataError("there are no images: give one per patch")
+    if isinstance(images, np.ndarray) and images.ndim != 4:
+        raise DataError(f"images have shape {images.shape}: give uint8 (n, height, width, 3) RGB")
+    table = _make_table(len(images), patients, columns)
+    return _build(
+        table,
+        MadePixels(lambda row: to_rgb(images[row])),
+        labels,
+        class_names,
+        positive_class,
+        mpp,
+        out,
+        "arrays",
+    )
+
+
+def pack_table(
+    path: Path | str,
+    *,
+    class_names: Sequence[str] | None = None,
+    positive_class: str | None = None,
+    mpp: float | None = None,
+    root: Path | str | None = None,
+    out: Path | str | None = None,
+) -> Pack:
+    """Make a pack of the image files that a table names; see `Pack.from_table`."""
+    path = Path(path)
+    frame = _read_table(path)
+    lower = {str(name).lower(): str(name) for name in frame.columns}
+
+    def find(names: Sequence[str]) -> str | None:
+        return next((lower[name] for name in names if name in lower), None)
+
+    file, label = find(PATH_COLUMNS), find(LABEL_COLUMNS)
+    if file is None or label is None:
+        raise DataError(
+            f"{path} has the columns {', '.join(map(str, frame.columns))}; one of {', '.join(PATH_COLUMNS)} "
+            f"and one of {', '.join(LABEL_COLUMNS)} are needed: rename yours"
+        )
+    if not len(frame) or frame[file].isna().any():
+        raise DataError(f"{path}: column {file} names no file in {int(frame[file].isna().sum())} rows")
+    ids = {
+        name: found for name, names in ID_COLUMNS.items() if (found := find(names)) not in (None, file, label)
+    }
+    folder = path.parent if root is None else Path(root)
+    texts = frame[file].astype(str)
+    known = frame.drop(columns=[file, label, *ids.values()]).assign(
+        **{name: frame[column] for name, column in ids.items()}
+    )
+    if "patch_id" not in ids:
+        known["patch_id"] = texts
+    table = _make_table(len(frame), None, known).assign(source=texts.to_numpy())
+    pixels = FilePixels([folder / name for name in texts])
+    return _build(table, pixels, frame[label].to_numpy(), class_names, positive_class, mpp, out, "table")
+
+
+def pack_dataset(
+    dataset: Any,
+    patients: Any = None,
+    *,
+    labels: Any = None,
+    class_names: Sequence[str] | None = None,
+    positive_class: str | None = None,
+    mpp: float | None = None,
+    columns: Mapping[str, Any] | pd.DataFrame | None = None,
+    out: Path | str | None = None,
+) -> Pack:
+    """Make a pack of a torch or Hugging Face data set; see `Pack.from_dataset`."""
+    if isinstance(dataset, Mapping):
+        raise DataError(f"the data set has the splits {', '.join(map(str, dataset))}: give one of them")
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise DataError(
+            f"{type(dataset).__name__} has no length and no items by number: load it whole, not as a stream"
+        )
+    n, names = len(dataset), getattr(dataset, "column_names", None)
+    if not n:
+        raise DataError("the data set is empty")
+    if names is not None:  # of Hugging Face: columns are read without decoding images
+        if labels is None:
+            label = _pick(names, (*LABEL_COLUMNS, "labels"))
+            labels, class_names = (
+                dataset[label],
+                class_names or getattr(dataset.features[label], "names", None),
+            )
+        if patients is None:
+            patients = next((name for name in ID_COLUMNS["patient_id"] if name in names), None)
+        if isinstance(patients, str):
+            patients = dataset[_pick(names, (patients,))]
+    else:
+        class_names = class_names or getattr(dataset, "classes", None)
+        if labels is None:
+            labels = getattr(dataset, "targets", None)
+        if labels is None:
+            parts = [_take_apart(dataset[row]) for row in range(n)]
+            labels = [part[1] for part in parts]
+            if patients is None and all(part[2] is not None for part in parts):
+                patients = [part[2] for part in parts]
+    table = _make_table(n, _plain_list(patients), columns)
+    pixels = MadePixels(lambda row: to_rgb(_take_apart(dataset[row])[0]))
+    return _build(table, pixels, _plain_list(labels), class_names, positive_class, mpp, out, "dataset")
+
+
+def index_labels(labels: Any, class_names: Sequence[str]) -> np.ndarray:
+    """Return the index of each label's class; labels are names of classes or else their indices.
+
+    Raises:
+        DataError: If a label is missing, or of no class.
+    """
+    values = pd.Series(np.asarray(labels).reshape(-1))
+    if values.isna().any():
+        raise DataError(
+            f"{int(values.isna().sum()):,} labels are missing, first in row "
+            f"{int(values.isna().to_numpy().argmax())}"
+        )
+    texts = values.astype(str)
+    if values.dtype.kind == "f":
+        texts = texts.str.removesuffix(".0")
+    elif values.dtype.kind == "b":
+        texts = values.astype(int).astype(str)
+    by_name = {name: k for k, name in enumerate(class_names)}
+    by_index = {str(k): k for k in range(len(class_names))}
+    target = texts.map(by_name if texts.isin(by_name).any() else by_index)
+    unknown = target.isna().to_numpy()
+    if unknown.any():
+        at = int(unknown.argmax())
+        raise DataError(
+            f"{unknown.sum():,} labels are of no class, first {texts[at]!r} in row {at}; classes: "
+            f"{', '.join(class_names)} (or their indices from 0)"
+        )
+    return target.to_numpy(np.intp)
+
+
+def to_rgb(image: Any) -> np.ndarray:
+    """Return an image as uint8 ``(height, width, 3)`` RGB.
+
+    Args:
+        image: Such an array; a PIL image; a tensor ``(3, height, width)``, uint8 or float in 0-1; or a
+            mapping with the ``bytes`` of an image file.
+
+    Raises:
+        DataError: If it is none of these.
+    """
+    if isinstance(image, Mapping) and image.get("bytes") is not None:
+        return decode(image["bytes"])
+    if hasattr(image, "convert"):
+        return np.asarray(image.convert("RGB"))
+    is_tensor = hasattr(image, "detach")
+    array = image.detach().cpu().numpy() if is_tensor else np.asarray(image)
+    if is_tensor and array.ndim == 3 and array.shape[0] == 3:
+        array = np.moveaxis(array, 0, -1)
+        if array.dtype.kind == "f" and array.min() >= 0 and array.max() <= 1:
+            array = np.rint(array * 255).astype(np.uint8)
+    if array.ndim != 3 or array.shape[2] != 3:
+        hint = ": move the channels to the end" if array.ndim == 3 and array.shape[0] == 3 else ""
+        raise DataError(f"an image has shape {array.shape} where (height, width, 3) RGB is needed{hint}")
+    if array.dtype != np.uint8:
+        raise DataError(f"an image is of {array.dtype} where uint8 is needed: scale values to 0-255 first")
+    return np.ascontiguousarray(array)
+
+
+def _make_table(n: int, patients: Any, columns: Mapping[str, Any] | pd.DataFrame | None) -> pd.DataFrame:
+    """Return what is known of patches besides their class."""
+    known = {} if columns is None else {str(name): columns[name] for name in columns}
+    if patients is not None:
+        known["patient_id"] = patients
+    for name, values in known.items():
+        if np.ndim(values) != 1 or len(values) != n:
+            raise DataError(
+                f"{name} has shape {np.shape(values)} for {n:,} patches: give one value per patch"
+            )
+    table = pd.DataFrame({name: np.asarray(values) for name, values in known.items()}, index=range(n))
+    taken = sorted(set(table) & (RESERVED - {"patch_id", "patient_id", "slide_id", "site_id", "x", "y"}))
+    if taken:
+        raise DataError(f"columns may not be called {', '.join(taken)}: rename them")
+    for name in ID_COLUMNS:
+        table[name] = table[name].map(_spell, na_action="ignore") if name in table else None
+    if table["patch_id"].isna().all():
+        table["patch_id"] = [str(row) for row in range(n)]
+    twice = table["patch_id"][table["patch_id"].duplicated()]
+    if len(twice):
+        raise DataError(f"{len(twice):,} patch ids come more than once, first {twice.iloc[0]!r}")
+    for name in ("x", "y"):
+        table[name] = (
+            pd.array(table[name], dtype="Int64") if name in table else pd.array([pd.NA] * n, dtype="Int64")
+        )
+    return table.assign(source=table["patch_id"])
+
+
+def _build(
+    table: pd.DataFrame,
+    pixels: MadePixels | FilePixels,
+    labels: Any,
+    class_names: Sequence[str] | None,
+    positive_class: str | None,
+    mpp: float | None,
+    out: Path | str | None,
+    dataset: str,
+) -> Pack:
+    """Write a pack and open it; where one of the same content lies there, that is opened."""
+    if np.ndim(labels) != 1 or len(labels) != len(table):
+        raise DataError(f"labels have shape {np.shape(labels)} for {len(table):,} images: give one per image")
+    if mpp is not None and not 0 < mpp < 1000:
+        raise DataError(f"mpp is {mpp}: micrometres per pixel lie between 0 and 1000")
+    names, positive = _name_classes(labels, class_names, positive_class)
+    target = index_labels(labels, names)
+    listing = Listing(
+        table=table.assign(class_name=np.array(names, dtype=object)[target]),
+        pixels=pixels,
+        class_names=names,
+        positive_class=positive,
+        mpp=mpp,
+    )
+    origin = {
+        "source": dataset,
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": version("biopsy"),
+    }
+    place = PACKS if out is None else Path(out).parent
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place, prefix=".biopsy-") as temporary:
+        made = Path(temporary) / "new.pack"
+        with create_directory(made) as folder:
+            finish_listing(folder, dataset, listing, write_pixels(folder / PIXELS, listing), origin, mpp)
+        identity = _identify(Pack.open(made))
+        final = PACKS / f"{dataset}-{identity[:12]}.pack" if out is None else Path(out)
+        if not final.exists() or (final.is_dir() and not any(final.iterdir())):
+            os.replace(made, final)
+        elif not is_pack(final):
+            raise DataError(f"{final} exists and is not a pack: name another out=")
+        elif _identify(Pack.open(final)) != identity:
+            raise PackError(f"{final} is a pack of other patches: name another out=, or remove it")
+    return Pack.open(final)
+
+
+def _identify(pack: Pack) -> str:
+    """Return a hash of all that a user says of patches, and of their pixels."""
+    info = pack.info
+    about = [info.content_sha256, info.class_names, info.positive_class, info.mpp]
+    table = pack.table.astype("string").to_csv(index=False)
+    return hashlib.sha256(f"{json.dumps(about)}\n{table}".encode()).hexdigest()
+
+
+def _name_classes(
+    labels: Any, class_names: Sequence[str] | None, positive_class: str | None
+) -> tuple[list[str], str | None]:
+    """Return the names of the classes, and the positive one of two."""
+    values = pd.Series(np.asarray(labels))
+    if class_names is not None:
+        names = [str(name) for name in class_names]
+    elif values.dtype.kind in "biu":
+        names = [str(index) for index in range(int(values.max()) + 1)]
+    else:
+        names = sorted(values.dropna().astype(str).unique())
+    if len(names) < 2 or len(set(names)) != len(names):
+        raise DataError(f"class_names={names}: give two or more names, each once")
+    if positive_class is not None and (len(names) != 2 or positive_class not in names):
+        raise DataError(f"positive_class={positive_class!r} is none of two: {suggest(positive_class, names)}")
+    if len(names) > 2:
+        return names, None
+    return names, positive_class or find_positive(names) or names[1]
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    if path.suffix.lower() in (".parquet", ".pq"):
+        try:
+            return pq.read_table(path).to_pandas()
+        except FileNotFoundError:
+            raise DataError(f"{path} does not exist") from None
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise DataError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+    table = read_csv_table(path)
+    ids = {name for names in ID_COLUMNS.values() for name in names}
+    return table.apply(lambda column: column if str(column.name).lower() in ids else infer_numbers(column))
+
+
+def _take_apart(item: Any) -> tuple[Any, Any, Any]:
+    """Return image, label and patient of one item of a data set; None what it does not hold."""
+    if isinstance(item, Mapping):
+        found = [
+            next((item[key] for key in keys if key in item), None)
+            for keys in (IMAGE_KEYS, (*LABEL_COLUMNS, "labels", "y"), ID_COLUMNS["patient_id"])
+        ]
+        if found[0] is None:
+            keys = ", ".join(map(str, item))
+            raise DataError(f"an item has the keys {keys}; one of {', '.join(IMAGE_KEYS)} is needed")
+        return found[0], found[1], found[2]
+    if isinstance(item, tuple | list) and len(item) in (2, 3):
+        image, label, *rest = item
+        return image, label.item() if hasattr(label, "item") else label, rest[0] if rest else None
+    raise DataError(f"an item is a {type(item).__name__} where (image, label) or a mapping is needed")
+
+
+def _pick(names: Sequence[str], wanted: Sequence[str]) -> str:
+    for name in wanted:
+        if name in names:
+            return name
+    raise DataError(f"the data set has the columns {', '.join(names)}; one of {', '.join(wanted)} is needed")
+
+
+def _plain_list(values: Any) -> Any:
+    return values.tolist() if hasattr(values, "tolist") else None if values is None else list(values)
+
+
+def _spell(value: object) -> str:
+    return normalize_id(str(value))
