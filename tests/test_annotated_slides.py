@@ -208,7 +208,7 @@ def test_the_pixel_size_of_slides_can_be_stated_one_by_one(slides, tmp_path):
         prepare(folder, tmp_path / "blank.pack", **CUT, slide_mpp=tmp_path / "blank.csv")
     for text, message in (
         ("slide,mpp\ncase,x\n", "an mpp that is no number"),
-        ("a,b\n1,2\n", "slide and mpp"),
+        ("a,b\n1,2\n", "slide, mpp is missing"),
     ):
         (tmp_path / "bad.csv").write_text(text)
         with pytest.raises(DataError, match=message):

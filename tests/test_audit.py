@@ -137,6 +137,23 @@ def test_a_patient_on_two_sides_spoils_unless_published(make_pack: MakePack) -> 
     ]
 
 
+def test_a_named_patient_on_two_sides_spoils_whatever_others_lack(make_pack: MakePack) -> None:
+    ids = [None, *np.repeat(["P0", "P1", "P2", "P3"], 12).tolist()[1:]]
+    pack = make_pack(n_patients=4, columns={"patient_id": ids, "slide_id": None})
+    split = make_split(pack, protocol="patients")
+    assert find_spoilers(audit_pack(pack, split)) == []
+    sides = split.sides(pack)
+    sides[1] = "test" if sides[2] != "test" else "train"
+    table = split.table.assign(side=sides)
+    audit = audit_pack(pack, replace(split, table=table))
+    assert audit["groups"] | {"items": []} == {"count": 4, "one_class": audit["groups"]["one_class"]} | {
+        "items": [],
+        "unknown": 1,
+    }
+    assert list(audit["split"]["overlap"]["items"]) == ["P0"]
+    assert len(find_spoilers(audit)) == 1
+
+
 def test_patches_that_name_nobody(make_pack: MakePack) -> None:
     nobody = {"patient_id": None, "slide_id": None, "x": None, "y": None}
     pack = make_pack(n_patients=4, columns=nobody)

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from biopsy.core.errors import DataError
-from biopsy.data.tables import add_people, join_columns
+from biopsy.data.tables import add_people, check_ids, join_columns
 
 
 @pytest.fixture
@@ -61,21 +61,78 @@ def test_a_pattern_can_name_slides_and_sites(table):
 
 
 def test_patches_of_nobody_are_counted(table, csv):
-    _, record = add_people(table, csv("patch_id,patient_id,wsi\na/p1_1,1,\nb/p2_1,,s9\n"))
-    assert (record["without_patient_id"], record["without_slide_id"]) == (2, 2)
+    found, record = add_people(table, csv("patch_id,patient_id,wsi\na/p1_1,1,\nb/p2_1,,s9\n"))
+    assert (record["without_patient_id"], record["without_slide_id"]) == (2, 0)
+    assert found["slide_id"].tolist() == ["s1", "s1", "s9"]  # what the table does not say stays as it was
+
+
+@pytest.mark.parametrize(
+    ("cells", "patients"),
+    [
+        ((" P1", "P1\u00a0", "P2"), ["P1", "P1", "P2"]),
+        (("1", "1.0", "2.0"), ["1", "1", "2"]),
+        (("Mu\u0308ller", "M\u00fcller", "x"), ["M\u00fcller", "M\u00fcller", "x"]),
+        (("NA", "None", "nan"), ["NA", "None", "nan"]),
+        (("a\\\\b", "a/b", "null"), ["a/b", "a/b", "null"]),
+        (("  ", "\u00a0", "P2"), [None, None, "P2"]),
+    ],
+)
+def test_people_are_read_in_one_spelling(table, csv, cells, patients):
+    ids = ["a/p1_1.png", "a\\p1_2", " b/p2_1 "]
+    text = "".join(f"{patch},{cell}\n" for patch, cell in zip(ids, cells, strict=True)).replace("\\\\", "\\")
+    found, _ = add_people(table, csv("Patch_ID,Patient\n" + text))
+    assert [None if pd.isna(name) else name for name in found["patient_id"]] == patients
+    checked, _ = check_ids(found.assign(slide_id=None))
+    assert checked["patient_id"].notna().tolist() == [True] * 3 or patients[0] is None
+
+
+def test_rows_of_nobody_are_counted_and_named_with_the_likely_patch(table, csv, caplog):
+    add_people(table, csv("patch_id,patient_id\na/p1_1,1\na/p1_2,1\nB/P2_1,2\n"))
+    assert "1 of 3 rows are of no patch in the dataset: 'B/P2_1' (perhaps 'b/p2_1')" in caplog.text
+    table["patient_id"] = ["03", "03", "04"]
+    join_columns(table, csv("patient_id,age\n3,60\n04,61\n"))
+    assert "'3' (perhaps '03')" in caplog.text
+
+
+def test_what_a_table_says_of_a_patient_replaces_the_source_with_a_warning(table, csv, caplog):
+    table["patient_id"] = ["1", "1", "2"]
+    found, _ = add_people(table, csv("patch_id,patient_id\na/p1_1,1\na/p1_2,9\n"))
+    assert found["patient_id"].tolist() == ["1", "9", "2"]
+    assert "another patient_id than the source, 9 for 1 of a/p1_2" in caplog.text
+
+
+def test_one_slide_of_two_patients_is_refused(table):
+    with pytest.raises(DataError, match=r"slide 's1' of '1' and '2'"):
+        check_ids(table.assign(patient_id=["1", "2", "2"]))
+
+
+def test_a_patch_without_a_patient_is_of_the_patient_of_its_slide(table, caplog):
+    checked, counts = check_ids(table.assign(patient_id=["1", None, None]))
+    assert checked["patient_id"].fillna("nobody").tolist() == ["1", "1", "nobody"]
+    assert counts == {"by_slide": 1, "without": 1}
+    assert "b/p2_1" in caplog.text
+    assert check_ids(table)[1] == {}  # where nobody is named, nobody is missing
+
+
+@pytest.mark.parametrize("ids", [["p1", "P1", "x"], ["07", "7", "8"], ["P01", "P1", "P2"]])
+def test_ids_that_are_likely_one_are_named(table, ids, caplog):
+    table["slide_id"] = None
+    checked, _ = check_ids(table.assign(patient_id=ids))
+    assert checked["patient_id"].tolist() == ids
+    assert repr(sorted(ids[:2])[0]) in caplog.text and "letter case or zeros" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("patch_id,patient_id\nx,1\n", "gives none of the 3 patches a patient_id"),
+        ("patch_id,patient_id\nx,1\n", "no patch_id is one of the dataset's, such as 'a/p1_1': 'x'"),
         (
             "patch_id,patient_id\nb/p2_1,1\n,2\n",
             r"column patch_id is empty \(NaN\) in 1 rows, first in row 1",
         ),
         ("patch_id,patient_id\nb/p2_1,1\nb/p2_1,2\n", "names 1 more than once, b/p2_1 first"),
         ("name,patient_id\nb/p2_1,1\n", "one of patch_id, id, source, slide_id and one of"),
-        ("", "cannot be read as csv"),
+        ("", "is empty where a csv"),
     ],
 )
 def test_people_refusals(table, csv, text, match):

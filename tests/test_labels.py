@@ -26,7 +26,7 @@ def csv(tmp_path):
 
 
 def test_corrections_are_made_and_recorded(table, csv):
-    found, record = relabel(
+    found, names, record = relabel(
         table, csv("source,label,who,when\nc.png,normal,AB,2024-01-02\na.png,0,CD,\n"), CLASSES
     )
     assert found["class_name"].tolist() == ["normal", "in_situ", "normal"]
@@ -34,11 +34,12 @@ def test_corrections_are_made_and_recorded(table, csv):
     assert found["label_by"].fillna("").tolist() == ["CD", "", "AB"]
     assert found["label_at"].fillna("").tolist() == ["", "", "2024-01-02"]
     assert (record["named"], record["changed"], record["confirmed"]) == (2, 1, 1)
+    assert names == CLASSES
     assert table["class_name"].tolist() == CLASSES
 
 
 def test_who_and_when_are_optional(table, csv):
-    found, _ = relabel(table, csv("patch_id,label\nb,invasive\n"), CLASSES)
+    found, *_ = relabel(table, csv("patch_id,label\nb,invasive\n"), CLASSES)
     assert found["class_name"].tolist() == ["normal", "invasive", "invasive"]
     assert found["label_by"].isna().all() and found["label_at"].isna().all()
 
@@ -53,13 +54,13 @@ def test_a_class_called_by_a_number_is_meant_by_its_name(csv):
     [
         (
             "patch_id,label\nx,normal\ny,normal\na,normal\n",
-            "names 2 patches that are not in the dataset: x, y",
+            "names 2 patches that are not in the dataset: 'x', 'y'",
         ),
         (
             "patch_id,label\na,norml\n",
             "has 1 labels that are no class, 'norml' for a first; known: normal, in_situ",
         ),
-        ("patch_id,label\na,\n", "has 1 labels that are no class, nan for a first"),
+        ("patch_id,label\na,\n", "has rows without a label, a first"),
         ("patch_id,label\na,3\n", "'3' for a first"),
         ("patch_id,label\n,normal\n", r"patch_id is empty \(NaN\)"),
         ("patch_id,label\na,normal\na,in_situ\n", "names 1 more than once, a first"),
@@ -69,6 +70,28 @@ def test_a_class_called_by_a_number_is_meant_by_its_name(csv):
 def test_label_refusals(table, csv, text, match):
     with pytest.raises(DataError, match=match):
         relabel(table, csv(text), CLASSES)
+
+
+def test_labels_may_name_classes_that_folders_do_not(table, csv, caplog):
+    found, names, record = relabel(
+        table, csv("patch_id,label\na,grade 1\nb,grade 2\nc,normal\n"), ["normal", "in_situ", "invasive"]
+    )
+    assert found["class_name"].tolist() == ["grade 1", "grade 2", "normal"]
+    assert names == ["normal", "grade 1", "grade 2"]
+    assert record["new_classes"] == ["grade 1", "grade 2"]
+    assert "adds the classes grade 1, grade 2" in caplog.text
+
+
+def test_labels_are_read_in_one_spelling(table, csv):
+    found, names, _ = relabel(table, csv("Patch_ID;LABEL\n a ;invasive\u00a0\n"), CLASSES)
+    assert found["class_name"].tolist() == ["invasive", "in_situ", "invasive"]
+    assert names == CLASSES
+
+
+@pytest.mark.parametrize("label", ["Normal", "norml", "3", "in-situ", "invasiv"])
+def test_a_label_that_is_likely_a_class_misspelt_is_refused(table, csv, label):
+    with pytest.raises(DataError, match=f"no class, '{label}' for a first"):
+        relabel(table, csv(f"patch_id,label\na,{label}\n"), CLASSES)
 
 
 @pytest.mark.parametrize("positive", ["invasive", ["invasive"]])
@@ -99,17 +122,17 @@ SHEET = "patch_id,label,suggested,decision,who\n"
 
 def test_of_a_sheet_the_decisions_count_and_empty_rows_do_not(table, csv):
     rows = "a,normal,invasive,yes,AB\nb,in_situ,normal,NO,AB\nc,invasive,normal,,\n"
-    found, record = relabel(table, csv(SHEET + rows), CLASSES)
+    found, _, record = relabel(table, csv(SHEET + rows), CLASSES)
     assert found["class_name"].tolist() == ["invasive", "in_situ", "invasive"]
     assert found["label_before"].fillna("").tolist() == ["normal", "in_situ", ""]
     assert [record[key] for key in ("named", "changed", "confirmed", "undecided")] == [2, 1, 1, 1]
-    found, _ = relabel(table, csv(SHEET + "a,normal,invasive, in_situ ,\nb,in_situ,normal,2,\n"), CLASSES)
+    found, *_ = relabel(table, csv(SHEET + "a,normal,invasive, in_situ ,\nb,in_situ,normal,2,\n"), CLASSES)
     assert found["class_name"].tolist() == ["in_situ", "invasive", "invasive"]
 
 
 def test_a_class_called_yes_is_that_class(csv):
     table = pd.DataFrame({"patch_id": ["a", "b"], "source": ["a", "b"], "class_name": ["no", "no"]})
-    found, _ = relabel(table, csv(SHEET + "a,no,yes,yes,\nb,no,yes,no,\n"), ["no", "yes"])
+    found, *_ = relabel(table, csv(SHEET + "a,no,yes,yes,\nb,no,yes,no,\n"), ["no", "yes"])
     assert found["class_name"].tolist() == ["yes", "no"]
 
 

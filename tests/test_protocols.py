@@ -142,6 +142,30 @@ def test_official_cases_from_lists_and_from_csv(make_pack: MakePack, tmp_path: P
         assert split.parameters["left_out"] == {"patients": 2, "patches": 24}
 
 
+def test_listed_cases_that_are_nobody_are_named_with_the_likely_patient(
+    make_pack: MakePack, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pack = make_pack(n_patients=8, columns={"patient_id": np.repeat([f"0{n}" for n in range(8)], 12)})
+    sides = ["train"] * 4 + ["val"] * 2 + ["test"] * 2
+    rows = "".join(f"{'3' if n == 3 else f'0{n}'},{side}\n" for n, side in enumerate(sides))
+    (tmp_path / "cases.csv").write_text("Case_ID;Split\n" + rows.replace(",", ";"))
+    split = make_split(pack, protocol="official", cases=tmp_path / "cases.csv")
+    assert split.parameters["left_out"]["patients"] == 1
+    assert "1 of 8 listed cases are not in tiny.pack: '3' (perhaps '03')" in caplog.text
+    assert "1 of 8 patients are in no list and left out: '03' (perhaps '3')" in caplog.text
+
+
+def test_cases_are_read_in_one_spelling(make_pack: MakePack, tmp_path: Path) -> None:
+    pack = make_pack(n_patients=4)
+    (tmp_path / "cases.csv").write_text(
+        "case_id,split\n8863.0,train\n 8865\u00a0,Training\n8867,val\n8869,test\n", encoding="utf-8"
+    )
+    split = make_split(pack, protocol="official", cases=tmp_path / "cases.csv")
+    assert split.parameters["left_out"]["patients"] == 0
+    named = make_split(pack, protocol="patients", test_patients=(" 8863\u00a0",), val_patients=("8865.0",))
+    assert (named.sides(pack)[:12] == "test").all()
+
+
 def test_bad_lists_of_cases(make_pack: MakePack, tmp_path: Path) -> None:
     pack = make_pack(n_patients=4)
     folder = write_lists(tmp_path / "lists")
@@ -153,15 +177,15 @@ def test_bad_lists_of_cases(make_pack: MakePack, tmp_path: Path) -> None:
         read_cases(folder)
     for text, message in [
         ("case_id,split\n1,training\n2,left", "has the split 'left'"),
-        ("case,split\n1,train", "needs case_id and split"),
+        ("case,split\n1,train", "case_id is missing"),
         ("case_id,split\n", "lists no cases"),
         ("case_id,split\n1,train", "none of the 4 patients, such as '8863'"),
-        ("", "cannot be read"),
+        ("", "is empty"),
     ]:
         (tmp_path / "cases.csv").write_text(text)
         with pytest.raises(SplitError, match=message):
             make_split(pack, protocol="official", cases=tmp_path / "cases.csv")
-    with pytest.raises(SplitError, match="cannot be read"):
+    with pytest.raises(SplitError, match="does not exist"):
         read_cases(tmp_path / "absent.csv")
 
 

@@ -173,6 +173,72 @@ def test_patches_that_name_nobody_are_split_by_patch(make_pack: MakePack) -> Non
         make_split(pack, protocol="official", cases=Path(__file__).parent)
 
 
+def name_all_but(*rows: int) -> dict[str, object]:
+    """Patients of twelve patches each, without those rows'."""
+    ids: list[str | None] = [f"P{row // 12}" for row in range(72)]
+    for row in rows:
+        ids[row] = None
+    return {"patient_id": ids, "slide_id": None}
+
+
+@pytest.mark.parametrize("protocol", ["patients", "folds", "leave-one-out"])
+@pytest.mark.parametrize("rows", [(0,), (0, 13, 30), tuple(range(20))])
+def test_a_patch_of_nobody_is_left_out_and_patients_stay_whole(
+    make_pack: MakePack, caplog: pytest.LogCaptureFixture, protocol: str, rows: tuple[int, ...]
+) -> None:
+    pack = make_pack(n_patients=6, columns=name_all_but(*rows))
+    split = make_split(pack, protocol=protocol)
+    assert (split.unit, split.overlap) == ("patient", False)
+    nameless = pack.table["patient_id"].isna().to_numpy()
+    for fold in range(split.n_folds) if split.n_folds else [None]:
+        sides = split.sides(pack, fold)
+        assert ((sides == "") == nameless).all()
+        check_no_leakage(pack.table["patient_id"][~nameless].to_numpy(str), sides[~nameless])
+    noted = split.parameters["unknown_patients"]
+    assert (noted["patches"], noted["treatment"]) == (len(rows), "left out")
+    assert noted["first"][0] == pack.table["patch_id"][0]
+    assert pack.table["patch_id"][0] in caplog.text
+
+
+def test_what_others_get_does_not_depend_on_patches_of_nobody(make_pack: MakePack, tmp_path: Path) -> None:
+    pack = make_pack(n_patients=6, columns=name_all_but(0, 1))
+    known = Pack(pack.path, pack.info, pack.patches, pack.table[2:].reset_index(drop=True))
+    for seed in range(3):
+        sides = make_split(pack, protocol="patients", seed=seed).sides(pack)
+        assert (sides[2:] == make_split(known, protocol="patients", seed=seed).sides(known)).all()
+
+
+def test_patches_of_nobody_may_be_counted_each_alone(make_pack: MakePack) -> None:
+    pack = make_pack(n_patients=6, columns=name_all_but(*range(12)))
+    split = make_split(pack, protocol="patients", unknown_patients="alone")
+    sides = split.sides(pack)
+    assert (sides != "").all() and len(set(sides[:12])) > 1
+    assert split.parameters["counts"]["train"]["groups"] > 6
+    assert split.parameters["unknown_patients"]["treatment"] == "each alone"
+    assert len(set(pack.group_ids[:12])) == 12
+    round_trip = save_split(pack, split) and load_split(pack, split.name)
+    assert (round_trip.sides(pack) == sides).all()
+
+
+def test_own_sides_keep_patches_of_nobody_and_say_so(
+    make_pack: MakePack, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = {"own_side": np.repeat(["train", "val", "test"], 24)}
+    pack = make_pack(n_patients=6, columns=name_all_but(0) | own)
+    split = make_split(pack, protocol="official")
+    assert split.sides(pack)[0] == "train"
+    assert split.parameters["unknown_patients"]["treatment"] == "as given"
+    assert "1 of 72 patches have no patient_id and are as given" in caplog.text
+
+
+def test_a_slide_of_nobody_stays_whole(make_pack: MakePack) -> None:
+    columns = name_all_but(*range(24)) | {"slide_id": np.repeat(["s0", "s1", "s2", "s3", "s4", "s5"], 12)}
+    pack = make_pack(n_patients=6, columns=columns)
+    assert len(set(pack.group_ids[:24])) == 2
+    sides = make_split(pack, protocol="patients", unknown_patients="alone").sides(pack)
+    check_no_leakage(pack.table["slide_id"].to_numpy(str), sides, unit="slide")
+
+
 def test_one_class_on_a_side_is_noted(make_pack: MakePack, caplog: pytest.LogCaptureFixture) -> None:
     target = np.repeat([0, 1, 1, 0, 1, 0], 12)
     pack = make_pack(n_patients=6, columns={"target": target})

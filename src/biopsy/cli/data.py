@@ -208,6 +208,8 @@ def _print_audit(audit: Mapping[str, Any]) -> None:
     print("  label conflicts: {:,} of the same pixels, {:,} of the same place".format(*conflicts))
     if groups["count"]:
         print(f"  {audit['unit']}s: {groups['count']:,}, of one class {groups['one_class']['count']:,}")
+        if groups["unknown"]:
+            print(f"  patches of no known {audit['unit']}: {groups['unknown']:,}")
     if division and division["may_overlap"] and division["patients_overlap"]:
         why = "as published" if division["is_published"] else "on purpose"
         print(f"  PATIENTS OVERLAP in split {division['name']}, {why}: {division['overlap']['count']:,}")
@@ -244,6 +246,10 @@ def split(
         Literal["patient", "slide", "patch"] | None,
         typer.Option(help="What is kept apart; the pack's own unit by default."),
     ] = None,
+    unknown_patients: Annotated[
+        Literal["leave-out", "alone"],
+        typer.Option(help="Patches whose patient is not known, where others' are: left out, or each alone."),
+    ] = "leave-out",
     as_json: AsJson = False,
 ) -> None:
     """Divide a pack's patients into sides or folds, and keep the split in the pack."""
@@ -258,6 +264,7 @@ def split(
         val_patients=comma_list(val_patients),
         folds=folds,
         unit=unit,
+        unknown_patients=unknown_patients,
     )
     if as_json:
         print_json(

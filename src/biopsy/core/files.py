@@ -376,7 +376,10 @@ def _write_manifest(folder: Path, entries: Entries) -> None:
 def write_atomic(path: Path | str, content: bytes | str) -> None:
     """Write ``content`` to ``path`` whole or not at all."""
     with replace_atomic(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        # A name that is not UTF-8 (a surrogate) is written as JSON escapes it, and read back as it was.
+        partial.write_bytes(
+            content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+        )
 
 
 def write_json(path: Path | str, document: Any) -> None:

@@ -71,6 +71,23 @@ def fold_id(name: str) -> str:
     return re.sub(r"(?<!\d)0+(?=\d)", "", unicodedata.normalize("NFKC", name).casefold())
 
 
+def list_unmatched(names: Iterable[str], known: Iterable[str], *, most: int = 3) -> str:
+    """Return the first of some names that are not known, each with the one it may be a misspelling of.
+
+    Example:
+        >>> list_unmatched(["3", "x", "y", "z"], ["03", "04"])
+        "'3' (perhaps '03'), 'x', 'y' and 1 more"
+    """
+    names = list(names)
+    likely = {fold_id(name): name for name in known}
+    listed = [
+        repr(name) + (f" (perhaps {likely[fold_id(name)]!r})" if fold_id(name) in likely else "")
+        for name in names[:most]
+    ]
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(listed) + more
+
+
 def _escape(char: str) -> str:
     code = ord(char)
     if 0xDC80 <= code <= 0xDCFF:

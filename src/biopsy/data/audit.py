@@ -150,10 +150,11 @@ def _audit_coordinates(pack: Pack) -> dict[str, Any]:
 
 
 def _audit_groups(pack: Pack) -> dict[str, Any]:
-    """Count the classes of every patient (slide, where no patients are named)."""
+    """Count the classes of every patient (slide, where no patients are named), and patches of no known."""
     if pack.unit == "patch":
-        return {"count": None, "one_class": None, "items": []}
-    table = pd.crosstab(pack.group_ids, pack.target).reindex(
+        return {"count": None, "one_class": None, "items": [], "unknown": len(pack)}
+    known = pack.table[f"{pack.unit}_id"].notna().to_numpy()
+    table = pd.crosstab(pack.group_ids[known], pack.target[known]).reindex(
         columns=range(len(pack.class_names)), fill_value=0
     )
     present = (table > 0).sum(axis=1)
@@ -165,7 +166,8 @@ def _audit_groups(pack: Pack) -> dict[str, Any]:
         }
         for group, counts in zip(table.index.tolist(), table.to_numpy(), strict=True)
     ]
-    return {"count": len(table), "one_class": _listed(table.index[present == 1].tolist()), "items": items}
+    one_class = _listed(table.index[present == 1].tolist())
+    return {"count": len(table), "one_class": one_class, "items": items, "unknown": int((~known).sum())}
 
 
 def _audit_split(

@@ -108,9 +108,10 @@ def _draw_groups(pack: Pack, folder: Path) -> list[Path]:
     """Draw the balance of classes per patient (or slide); nothing where neither is known."""
     if pack.unit == "patch":
         return []
-    names, codes = np.unique(pack.group_ids, return_inverse=True)
+    known = pack.table[f"{pack.unit}_id"].notna().to_numpy()
+    names, codes = np.unique(pack.group_ids[known], return_inverse=True)
     counts = np.zeros((len(names), len(pack.class_names)), dtype=int)
-    np.add.at(counts, (codes, pack.target), 1)
+    np.add.at(counts, (codes, pack.target[known]), 1)
     path = folder / f"{pack.unit}s.svg"
     write_atomic(path, svg(draw_balance(names.tolist(), counts, pack.class_names), f"{pack.unit}s"))
     return [path]

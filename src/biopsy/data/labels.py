@@ -1,6 +1,9 @@
 """What class a patch is of: corrections by hand, on the record, and several classes folded into one."""
 
+import logging
+import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -8,42 +11,49 @@ import pandas as pd
 
 from biopsy.core.errors import DataError, FileFormatError, UserFileError, suggest
 from biopsy.core.tables import read_csv_table
-from biopsy.data.tables import check_keys, describe_file, read_csv
+from biopsy.core.text import find_lookalikes, list_unmatched
+from biopsy.data.tables import check_keys, describe_file, read_patch_table
+
+_log = logging.getLogger(__name__)
+
+_HEADINGS = {name: name for name in ("label", "who", "when", "decision", "suggested")}
 
 
 def relabel(
     table: pd.DataFrame, path: Path | str, class_names: Sequence[str]
-) -> tuple[pd.DataFrame, dict[str, Any]]:
+) -> tuple[pd.DataFrame, list[str], dict[str, Any]]:
     """Override labels by a csv and keep who, when, and what was before.
 
     Args:
         table: A listing's table.
         path: A csv with a column ``patch_id`` or ``source``, a column ``label`` (a class name, or its index
-            where no class is called so), and optionally ``who`` and ``when``. With a column ``decision``, as
-            in the sheet of ``biopsy doubts``, that counts: ``yes`` takes the class in ``suggested``, ``no``
-            confirms ``label``, a class is that class; rows without a decision are as if not there.
+            where no class is called so), and optionally ``who`` and ``when``. A label that is no class yet
+            becomes one, with a warning. With a column ``decision``, as in the sheet of ``doubts``, that
+            counts: ``yes`` takes the class in ``suggested``, ``no`` confirms ``label``, a class is itself;
+            rows without a decision are as if not there.
         class_names: The classes of the dataset, in order.
 
     Returns:
         The table with ``class_name`` corrected and columns ``label_before``, ``label_by``, ``label_at`` (null
-        for patches the csv does not name), and what was changed for the record.
+        for patches the csv does not name), the classes in order, and what was changed for the record.
 
     Raises:
-        DataError: If the csv names unknown patches or classes, lacks a label, or holds no decision.
+        DataError: If the csv names unknown patches or likely misspelt classes, lacks a label, or holds no
+            decision.
     """
-    rows = read_csv(path)
+    rows = read_patch_table(path, _HEADINGS)
     key = next((name for name in ("patch_id", "source") if name in rows.columns), None)
     if key is None or "label" not in rows.columns:
         raise DataError(
-            f"{path} has the columns {list(rows.columns)}; label and one of patch_id, source are needed"
+            f"{path} has the columns {', '.join(rows.columns)}; label and one of patch_id, source are needed"
         )
     check_keys(path, rows[key])
     n_rows = len(rows)
     rows = _take_decisions(path, rows, class_names)
-    labels = _read_classes(path, rows, key, class_names)
+    labels, new_names = _read_classes(path, rows, key, class_names)
     unknown = rows.loc[~rows[key].isin(table[key]), key]
     if len(unknown):
-        names = ", ".join(unknown.head(3))
+        names = list_unmatched(unknown, table[key])
         raise DataError(f"{path} names {len(unknown):,} patches that are not in the dataset: {names}")
     by_key = rows.assign(label=labels).set_index(key)
     named = table[key].isin(by_key.index)
@@ -63,7 +73,12 @@ def relabel(
         "confirmed": len(rows) - n_changed,
         "undecided": n_rows - len(rows),
     }
-    return table, record
+    if new_names:
+        _log.warning("%s adds the classes %s", path, ", ".join(new_names))
+        record["new_classes"] = new_names
+        left = set(table["class_name"])
+        class_names = [name for name in class_names if name in left] + new_names
+    return table, list(class_names), record
 
 
 def refuse_decided(path: Path) -> None:
@@ -129,8 +144,8 @@ def _take_decisions(path: Path | str, rows: pd.DataFrame, class_names: Sequence[
     """Keep the rows a person has decided on, with that as their label; all rows of a csv of labels."""
     if "decision" not in rows:
         return rows
-    decision = rows["decision"].str.strip()
-    rows, decision = rows[decision.fillna("") != ""], decision[decision.fillna("") != ""]
+    rows = rows[rows["decision"].notna()]
+    decision = rows["decision"]
     if rows.empty:
         raise DataError(f"{path}: column decision is empty: write yes, no or a class for what you looked at")
     for word, column in (("yes", "suggested"), ("no", "label")):
@@ -141,16 +156,32 @@ def _take_decisions(path: Path | str, rows: pd.DataFrame, class_names: Sequence[
     return rows.assign(label=decision)
 
 
-def _read_classes(path: Path | str, rows: pd.DataFrame, key: str, class_names: Sequence[str]) -> pd.Series:
-    by_name = {str(index): name for index, name in enumerate(class_names)} | {
-        name: name for name in class_names
-    }
-    classes = rows["label"].str.strip().map(by_name)
-    wrong = rows[classes.isna()]
-    if len(wrong):
-        first = wrong.iloc[0]
+def _read_classes(
+    path: Path | str, rows: pd.DataFrame, key: str, class_names: Sequence[str]
+) -> tuple[pd.Series, list[str]]:
+    """Return the class of each row, and those that are new."""
+    by_name = {str(index): name for index, name in enumerate(class_names)}
+    by_name |= {name: name for name in class_names}
+    classes = rows["label"].map(by_name)
+    other = rows[classes.isna()]
+    new_names = sorted(set(other["label"].dropna()))
+    alike = [name for name in new_names if _is_misspelt(name, class_names, new_names)]
+    if other["label"].isna().any():
+        first = other[other["label"].isna()].iloc[0]
+        raise DataError(f"{path} has rows without a label, {first[key]} first")
+    if alike or (len(other) and "decision" in rows):
+        first = other[other["label"].isin(alike or new_names)].iloc[0]
         raise DataError(
-            f"{path} has {len(wrong):,} labels that are no class, {first['label']!r} for {first[key]} first; "
+            f"{path} has {len(other):,} labels that are no class, {first['label']!r} for {first[key]} first; "
             f"known: {', '.join(class_names)}"
         )
-    return classes
+    return classes.fillna(rows["label"]), new_names
+
+
+def _is_misspelt(name: str, class_names: Sequence[str], new_names: Sequence[str]) -> bool:
+    """Say whether a new class is a number, or so much like another that it is likely meant to be that."""
+    others = [other for other in (*class_names, *new_names) if other != name]
+    close = get_close_matches(name, class_names, n=1, cutoff=0.85)
+    same_digits = bool(close) and re.findall("[0-9]+", name) == re.findall("[0-9]+", close[0])
+    alike = any(name in group for group in find_lookalikes([name, *others]))
+    return name.isdecimal() or same_digits or alike

@@ -86,7 +86,7 @@ def _append(path: Path, line: Mapping[str, Any]) -> Path:
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path.parent} is read-only")
     with FileLock(path.with_name(f".{path.name}.lock")), open(path, "ab+") as file:
-        text = json.dumps(line, ensure_ascii=False, default=str) + "\n"
+        text = json.dumps(line, default=str) + "\n"
         file.write(("" if _ends_whole(path) else "\n").encode() + text.encode())
         file.flush()
         os.fsync(file.fileno())

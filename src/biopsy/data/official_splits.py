@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
-
-from biopsy.core.errors import SplitError
+from biopsy.core.errors import DataError, SplitError
+from biopsy.core.loaders import read_bytes
+from biopsy.core.tables import read_csv_table
+from biopsy.core.text import normalize_id
 from biopsy.data.leakage import SIDES
 
 Cases = Path | str | Sequence[Path | str]
+
+MAX_LIST_BYTES = 2**24
 
 # Spellings of a side in lists made by others.
 SIDE_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"} | {
@@ -47,16 +50,14 @@ def read_cases(cases: Cases) -> dict[str, str]:
 
 
 def _read_case_table(path: Path) -> list[tuple[str, str]]:
+    columns = ("case_id", "split")
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise SplitError(f"the list of cases {path} cannot be read: {error}") from None
-    if not {"case_id", "split"} <= set(table.columns):
-        raise SplitError(
-            f"{path} has the columns {list(table.columns)}; a list of cases needs case_id and split"
-        )
+        table = read_csv_table(path, aliases={name: name for name in columns}, required=columns)
+    except DataError as error:
+        raise SplitError(f"the list of cases {error}") from None
     pairs = []
-    for case, word in zip(table["case_id"].str.strip(), table["split"].str.strip().str.lower(), strict=True):
+    for case, word in table[list(columns)].fillna("").itertuples(index=False):
+        case, word = normalize_id(case), word.strip().lower()
         if not case or word not in SIDE_WORDS:
             raise SplitError(f"{path}: case {case!r} has the split {word!r}; use train, val or test")
         pairs.append((case, SIDE_WORDS[word]))
@@ -68,8 +69,12 @@ def _read_case_list(paths: list[Path], side: str) -> list[tuple[str, str]]:
     candidates = [path / name if path.is_dir() else path for path in paths]
     for path in candidates:
         if path.name == name and path.is_file():
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-            return [(line.strip(), side) for line in lines if line.strip()]
+            try:
+                text = read_bytes(path, max_bytes=MAX_LIST_BYTES).decode("utf-8-sig")
+            except UnicodeDecodeError:
+                raise SplitError(f"{path} is not UTF-8: save it as UTF-8") from None
+            cases = map(normalize_id, text.splitlines())
+            return [(case, side) for case in cases if case]
     raise SplitError(
         f"{name} was not found in {', '.join(map(str, paths))}; all three published lists are needed"
     )

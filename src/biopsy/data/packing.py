@@ -24,10 +24,10 @@ from biopsy.core.files import create_directory, sha256_file
 from biopsy.data.archives import Archive, open_archive
 from biopsy.data.cutting import Cutting
 from biopsy.data.datasets import annotated_slides, find_layout
-from biopsy.data.datasets.base import Layout, Listing, Skipped, refuse_empty
+from biopsy.data.datasets.base import Layout, Listing, Skipped, find_positive, refuse_empty
 from biopsy.data.labels import fold_classes, relabel
 from biopsy.data.packs import COLUMNS, PIXELS, Pack, finish_pack, is_pack, pad, patch_sha256
-from biopsy.data.tables import add_people, join_columns
+from biopsy.data.tables import add_people, check_ids, join_columns
 
 MAX_RATIO = 4
 """How many times as long as the median patch a patch may be: all are padded to the longest."""
@@ -385,7 +385,9 @@ def _complete(
     if patients is not None:
         listing.table, records["patients"] = add_people(listing.table, patients)
     if labels is not None:
-        listing.table, records["labels"] = relabel(listing.table, labels, listing.class_names)
+        listing.table, class_names, records["labels"] = relabel(listing.table, labels, listing.class_names)
+        if class_names != listing.class_names:
+            listing.class_names, listing.positive_class = class_names, find_positive(class_names)
     if positive is not None:
         listing.table, listing.class_names, listing.positive_class = fold_classes(
             listing.table, listing.class_names, positive
@@ -396,7 +398,8 @@ def _complete(
         )
     if join is not None:
         listing.table, records["join"] = join_columns(listing.table, join)
-    return records
+    listing.table, records["patients_missing"] = check_ids(listing.table)
+    return {name: record for name, record in records.items() if record}
 
 
 def _warn(listing: Listing, archive: Archive, expected: dict[str, int]) -> None:

@@ -244,16 +244,19 @@ class Pack:
 
     @cached_property
     def unit(self) -> Unit:
-        """What is kept apart and counted as independent: patient, else slide, else patch."""
+        """What is kept apart and counted as independent: patients if any is named, else slides, else patches.
+
+        A patch without an id does not change what the others are kept together by; see `group_by_unit`.
+        """
         for unit, column in (("patient", "patient_id"), ("slide", "slide_id")):
-            if self.table[column].notna().all():
+            if self.table[column].notna().any():
                 return unit  # type: ignore[return-value]
         return "patch"
 
     @cached_property
     def group_ids(self) -> np.ndarray:
         """The id of each patch's `unit`, as strings ``(n_patches,)``."""
-        return self.table[f"{self.unit}_id"].to_numpy(str)
+        return group_by_unit(self.table, self.unit)
 
     def rows_of(self, patch_ids: Sequence[str] | pd.Series) -> np.ndarray:
         """Give the rows of patches by their ids, int64 ``(n,)``, in the order asked for.
@@ -281,6 +284,26 @@ class Pack:
                 f"{self.path} was altered: its content hashes to {found[:12]} where "
                 f"{self.info.content_sha256[:12]} was written; make it again with `biopsy prepare`"
             )
+
+
+def group_by_unit(table: pd.DataFrame, unit: str) -> np.ndarray:
+    """Return whom each row of a table of patches belongs to, as text ``(n,)``.
+
+    A patch of no known patient is never pooled with others of whom nothing is known: it belongs to its slide,
+    and where that is not known either, to itself alone.
+
+    Args:
+        table: ``patch_id`` and the ids of patients and slides.
+        unit: ``"patient"``, ``"slide"`` or ``"patch"``.
+    """
+    ids = table[f"{unit}_id"]
+    missing = ids.isna().to_numpy()
+    if not missing.any():
+        return ids.to_numpy(str)
+    alone = f"(no {unit}) patch " + table["patch_id"].astype(str)
+    if unit == "patient" and "slide_id" in table:
+        alone = alone.where(table["slide_id"].isna(), "(no patient) slide " + table["slide_id"].astype(str))
+    return ids.where(~missing, alone).to_numpy(str)
 
 
 def content_sha256(patches: np.ndarray, table: pd.DataFrame) -> str:

@@ -125,7 +125,7 @@ def write_predictions(path: Path | str, frame: pd.DataFrame, metadata: Mapping[s
     path = Path(path)
     if path.suffix == ".parquet":
         text = {**metadata, "format": FORMAT}
-        about = json.dumps(text, ensure_ascii=False, default=lambda value: value.item())
+        about = json.dumps(text, default=lambda value: value.item())
         table = pa.Table.from_pandas(frame, preserve_index=False)
         table = table.replace_schema_metadata({_KEY: about.encode()})
         with replace_atomic(path) as partial:

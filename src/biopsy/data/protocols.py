@@ -1,5 +1,6 @@
 """How patches are divided into subsets or folds: one function a protocol, published methods included."""
 
+import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import pandas as pd
 
 from biopsy.core.errors import SplitError, suggest
 from biopsy.core.seeds import make_rng
+from biopsy.core.text import list_unmatched
 from biopsy.data.leakage import SIDES
 from biopsy.data.official_splits import Cases, read_cases
 from biopsy.data.packs import Pack, Unit
@@ -104,6 +106,8 @@ PUBLISHED_METHODS: dict[str, Callable[["Request"], "Plan"]] = {
     "kaggle-rows": cut_rows,
 }
 
+
+logger = logging.getLogger(__name__)
 
 ALWAYS_TRAIN = -1
 
@@ -316,11 +320,23 @@ def _sides_by_case(request: Request, cases: Cases) -> Plan:
             f"listed cases, such as {next(iter(side_of))!r}"
         )
     sides = pd.Series(request.group_ids).map(found).fillna("").to_numpy(str)
+    absent = [case for case in side_of if case not in found]
+    unlisted = [group for group in groups if group not in found]
+    if absent:
+        logger.warning(
+            "%d of %d listed cases are not in %s: %s",
+            *(len(absent), len(side_of), request.pack.path.name, list_unmatched(absent, unlisted)),
+        )
+    if unlisted:
+        logger.warning(
+            "%d of %d %ss are in no list and left out: %s",
+            *(len(unlisted), len(groups), request.unit, list_unmatched(unlisted, absent)),
+        )
     listed, present = list(side_of.values()), list(found.values())
     return sides, {
         "sides_from": "published lists of cases",
         "cases": {side: {"listed": listed.count(side), "found": present.count(side)} for side in SIDES},
-        "left_out": {"patients": len(groups) - len(found), "patches": int((sides == "").sum())},
+        "left_out": {"patients": len(unlisted), "patches": int((sides == "").sum())},
     }
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from biopsy.data.official_splits import Cases
 from biopsy.data.packs import Pack, Unit
-from biopsy.data.splits import Split, make_split, save_split
+from biopsy.data.splits import Split, UnknownPatients, make_split, save_split
 from biopsy.recipes import load_recipe
 
 
@@ -20,6 +20,7 @@ def split_pack(
     val_patients: tuple[str, ...] = (),
     folds: int = 5,
     unit: Unit | None = None,
+    unknown_patients: UnknownPatients = "leave-out",
 ) -> Split:
     """Divide a pack's patients into sides or folds, and keep the split in the pack.
 
@@ -36,6 +37,7 @@ def split_pack(
         val_patients: Patients that validate.
         folds: Number of folds.
         unit: What is kept apart; the pack's own unit by default.
+        unknown_patients: Patches without a patient where others have one: ``leave-out``, or each ``alone``.
 
     Raises:
         SplitError: If these patients cannot be divided so, or one would stand on two sides.
@@ -53,6 +55,7 @@ def split_pack(
         val_patients=val_patients,
         n_folds=folds,
         unit=unit,
+        unknown_patients=unknown_patients,
     )
     save_split(pack, split)
     return split

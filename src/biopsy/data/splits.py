@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -18,9 +18,10 @@ import pandas as pd
 from biopsy.core.errors import SplitError, UserFileError, suggest
 from biopsy.core.files import read_json, update_directory, write_json
 from biopsy.core.tables import unmask_formulas, write_csv
+from biopsy.core.text import normalize_id
 from biopsy.data.leakage import SIDES, check_no_leakage, find_overlap, leave_out_siblings
 from biopsy.data.official_splits import Cases
-from biopsy.data.packs import Pack, Unit
+from biopsy.data.packs import Pack, Unit, group_by_unit
 from biopsy.data.protocols import MAY_OVERLAP, PROTOCOLS, PUBLISHED, Request
 
 __all__ = [
@@ -40,6 +41,11 @@ __all__ = [
 
 FORMAT = "biopsy-split/1"
 FOLDER = "splits"
+LEFT_OUT = -2
+"""Fold of a patch that is in none and does not train either."""
+
+UnknownPatients = Literal["leave-out", "alone"]
+NAMED = 20  # patches without an id that are listed one by one
 
 logger = logging.getLogger(__name__)
 
@@ -123,17 +129,19 @@ class Split:
         sides = np.full(len(folds), "train", dtype="<U5")
         several_slides = self.unit == "slide" and pack.unit == "patient"
         next_fold = self._next_patient(pack, folds, fold) if several_slides else (fold + 1) % self.n_folds
-        sides[folds == next_fold] = "val"
+        if next_fold is not None:
+            sides[folds == next_fold] = "val"
         sides[folds == fold] = "test"
+        sides[folds == LEFT_OUT] = ""
         if several_slides:
             leave_out_siblings(pack.group_ids, sides)
         return sides
 
-    def _next_patient(self, pack: Pack, folds: np.ndarray, fold: int) -> int:
-        """Give the next fold that holds no slide of the tested patient, -2 where there is none."""
+    def _next_patient(self, pack: Pack, folds: np.ndarray, fold: int) -> int | None:
+        """Return the next fold that holds no slide of the tested patient, None where there is none."""
         tested = set(pack.group_ids[folds == fold])
         following = [(fold + step) % self.n_folds for step in range(1, self.n_folds)]
-        return next((other for other in following if tested.isdisjoint(pack.group_ids[folds == other])), -2)
+        return next((other for other in following if tested.isdisjoint(pack.group_ids[folds == other])), None)
 
     def _align(self, pack: Pack, column: str) -> np.ndarray:
         ids = pack.table["patch_id"]
@@ -163,6 +171,7 @@ def make_split(
     n_folds: int = 5,
     fractions: tuple[float, float, float] = (0.70, 0.15, 0.15),
     unit: Unit | None = None,
+    unknown_patients: UnknownPatients = "leave-out",
 ) -> Split:
     """Divide a pack's patches into sides or folds and check the result.
 
@@ -181,6 +190,9 @@ def make_split(
         fractions: Shares of patients for train, val and test, summing to 1.
         unit: ``"slide"`` lets ``leave-one-out`` leave out slides of patients that have several. By default
             what the pack names: patients, else slides, else single patches.
+        unknown_patients: What becomes of patches without a patient (slide) in a pack that names others:
+            ``"leave-out"``, since each may be of somebody on another side, or ``"alone"``, each by itself. In
+            a data set's own sides and published splits they stay where those put them.
 
     Raises:
         SplitError: If the split cannot be made, would leak where it must not, or would leave a side empty.
@@ -191,20 +203,29 @@ def make_split(
     if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9:
         raise SplitError(f"fractions {fractions} are not three shares above 0 that sum to 1")
     unit = _choose_unit(pack, protocol, unit)
+    nameless = pack.table[f"{unit}_id"].isna().to_numpy() if unit != "patch" else np.zeros(len(pack), bool)
+    is_given = protocol in PUBLISHED or (protocol == "official" and cases is None)
+    aside = nameless & (unknown_patients == "leave-out" and not is_given)
+    known = Pack(pack.path, pack.info, pack.patches, pack.table[~aside].reset_index(drop=True))
     request = Request(
-        pack=pack,
+        pack=known,
         unit=unit,
-        group_ids=pack.table["patch_id" if unit == "patch" else f"{unit}_id"].to_numpy(str),
+        group_ids=group_by_unit(known.table, unit),
         seed=seed,
         fractions=fractions,
         n_folds=n_folds,
-        test_ids=tuple(test_patients),
-        val_ids=tuple(val_patients),
+        test_ids=tuple(map(normalize_id, test_patients)),
+        val_ids=tuple(map(normalize_id, val_patients)),
         cases=cases,
         recipe=recipe,
     )
-    values, parameters = PROTOCOLS[protocol](request)
-    column = "side" if values.dtype.kind == "U" else "fold"
+    assigned, parameters = PROTOCOLS[protocol](request)
+    column = "side" if assigned.dtype.kind == "U" else "fold"
+    values = np.full(len(pack), "" if column == "side" else LEFT_OUT, assigned.dtype)
+    values[~aside] = assigned
+    if nameless.any():
+        treatment = "left out" if aside.any() else "as given" if is_given else "each alone"
+        parameters |= {"unknown_patients": _note_nameless(pack, unit, nameless, treatment)}
     split = Split(
         name=_check_name(name or protocol),
         protocol=protocol,
@@ -351,6 +372,16 @@ def _choose_unit(pack: Pack, protocol: str, unit: Unit | None) -> Unit:
     raise SplitError(
         f"{pack.path.name} keeps {pack.unit}s apart; protocol {protocol!r} cannot divide it by {unit}"
     )
+
+
+def _note_nameless(pack: Pack, unit: Unit, nameless: np.ndarray, treatment: str) -> dict[str, Any]:
+    first = pack.table["patch_id"][nameless].head(NAMED).tolist()
+    logger.warning(
+        "%s of %s patches have no %s_id and are %s: %s%s",
+        *(f"{nameless.sum():,}", f"{len(pack):,}", unit, treatment, ", ".join(first[:3])),
+        " ..." if nameless.sum() > 3 else "",
+    )
+    return {"patches": int(nameless.sum()), "treatment": treatment, "first": first}
 
 
 def _check_name(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ import pandas as pd
 
 from biopsy.core.errors import DataError
 from biopsy.core.files import sha256_file
-from biopsy.core.tables import unmask_formulas
+from biopsy.core.tables import infer_numbers, read_csv_table
+from biopsy.core.text import find_lookalikes, list_unmatched, normalize_id, normalize_name
 from biopsy.data.packs import COLUMNS
 from biopsy.slide_io.images import IMAGE_SUFFIXES
 
 _log = logging.getLogger(__name__)
 
 JOIN_KEYS = ("patch_id", "patient_id", "slide_id")
+ID_COLUMNS = ("patient_id", "slide_id", "site_id")
 RESERVED = {
     *COLUMNS,
     "class_name",
@@ -28,7 +31,7 @@ RESERVED = {
     "label_at",
 }
 
-_PERSON_KEYS = ("patch_id", "id", "source", "slide_id")
+_PATCH_KEYS = ("patch_id", "id", "source")
 _PERSON_COLUMNS = {
     "patient_id": "patient_id",
     "patient": "patient_id",
@@ -38,26 +41,32 @@ _PERSON_COLUMNS = {
     "site_id": "site_id",
     "site": "site_id",
 }
+_SUFFIX = re.compile(rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$", re.IGNORECASE)
 
 
-def read_csv(path: Path | str, text_columns: tuple[str, ...] | None = None) -> pd.DataFrame:
-    """Read a csv file, ids as text.
+def normalize_cells(cells: pd.Series, spell: Callable[[str], str] = normalize_name) -> pd.Series:
+    """Return cells of text in one spelling, blank ones as missing."""
+    spelt = [(spell(cell) or None) if isinstance(cell, str) else None for cell in cells]
+    return pd.Series(spelt, index=cells.index, name=cells.name, dtype=object)
+
+
+def read_patch_table(path: Path | str, aliases: dict[str, str] | None = None) -> pd.DataFrame:
+    """Read a csv about patches, patients or slides: text in one spelling, keys as the pack has them.
 
     Args:
-        path: The file, plain or gzipped.
-        text_columns: The columns that are text whatever they look like; None for all.
+        path: The file.
+        aliases: Headings in lower case, and what their columns are called; those of keys are known.
 
     Raises:
-        DataError: If the file is missing, empty or no csv.
+        FileFormatError: If it is no csv, or two columns are one.
     """
-    try:
-        dtype: Any = str if text_columns is None else dict.fromkeys(text_columns, str)
-        rows = pd.read_csv(path, dtype=dtype, low_memory=False)
-        return unmask_formulas(rows.rename(columns=lambda name: str(name).strip()))
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
-    except (OSError, EOFError, ValueError) as error:  # pandas' parser errors are ValueErrors
-        raise DataError(f"{path} cannot be read as csv: {str(error).splitlines()[0]}") from None
+    keys = {name: name for name in (*_PATCH_KEYS, *ID_COLUMNS)}
+    rows = read_csv_table(path, aliases=keys | (aliases or {}))
+    for name in rows.columns:
+        rows[name] = normalize_cells(rows[name], normalize_id if name in ID_COLUMNS else normalize_name)
+    for name in {"patch_id", "id"} & set(rows.columns):
+        rows[name] = rows[name].str.replace(_SUFFIX, "", regex=True)
+    return rows
 
 
 def describe_file(path: Path | str) -> dict[str, str]:
@@ -96,16 +105,72 @@ def add_people(table: pd.DataFrame, people: str | Path) -> tuple[pd.DataFrame, d
     """
     is_csv = Path(people).is_file() or str(people).lower().endswith((".csv", ".csv.gz"))
     found, record = _look_up_people(table, people) if is_csv else _match_people(table, str(people))
+    completed = {}
     for column in found:
-        n_missing = int(found[column].isna().sum())
-        if n_missing == len(table):
+        given, own = found[column], table[column]
+        if given.isna().all():
             raise DataError(f"--patients {people} gives none of the {len(table):,} patches a {column}")
-        if n_missing:
+        differing = given.notna() & own.notna() & (given != own)
+        if differing.any():
+            first = table["patch_id"][differing].iloc[0]
             _log.warning(
-                "%s gives %s of %s patches no %s", people, f"{n_missing:,}", f"{len(table):,}", column
+                "--patients %s gives %s patches another %s than the source, %s for %s of %s first",
+                *(
+                    people,
+                    f"{differing.sum():,}",
+                    column,
+                    given[differing].iloc[0],
+                    own[differing].iloc[0],
+                    first,
+                ),
             )
-        record[f"without_{column}"] = n_missing
-    return table.assign(**{column: found[column] for column in found}), record
+        completed[column] = given.where(given.notna(), own)
+        record[f"without_{column}"] = int(completed[column].isna().sum())
+    return table.assign(**completed), record
+
+
+def check_ids(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Look for ids that contradict each other, are misspelt or missing.
+
+    Returns:
+        The table, in which patches without a patient on a slide of one patient are that patient's, and how
+        many those are (``by_slide``) and how many patches remain without a patient (``without``), where some
+        have one.
+
+    Raises:
+        DataError: If one slide has several patients.
+    """
+    for column in (*ID_COLUMNS, "class_name"):
+        for alike in find_lookalikes(table[column].dropna().unique())[:3]:
+            _log.warning(
+                "%s %s differ by letter case or zeros alone: if they are one, correct the spelling",
+                *(column, " and ".join(map(repr, alike))),
+            )
+    known = table["slide_id"].notna() & table["patient_id"].notna()
+    patients = table[known].groupby("slide_id", sort=False)["patient_id"].agg(["nunique", "unique"])
+    torn = patients[patients["nunique"] > 1]
+    if len(torn):
+        raise DataError(
+            f"{len(torn):,} slides have several patients, such as slide {torn.index[0]!r} of "
+            f"{' and '.join(map(repr, torn['unique'].iloc[0][:2]))}: correct it, or give each patient's "
+            "slides ids of their own"
+        )
+    missing = table["patient_id"].isna()
+    if missing.all() or not missing.any():
+        return table, {}
+    of_slide = table["slide_id"].map({slide: ids[0] for slide, ids in patients["unique"].items()})
+    patient_id = table["patient_id"].where(~missing, of_slide)
+    counts = {
+        "by_slide": int((missing & patient_id.notna()).sum()),
+        "without": int(patient_id.isna().sum()),
+    }
+    if counts["without"]:
+        first = table["patch_id"][patient_id.isna()].head(3)
+        _log.warning(
+            "%s of %s patches have no patient, %s first: `split` leaves them out, or counts each alone",
+            *(f"{counts['without']:,}", f"{len(table):,}", ", ".join(first)),
+        )
+    return table.assign(patient_id=patient_id), counts
 
 
 def join_columns(table: pd.DataFrame, path: Path | str) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -119,11 +184,11 @@ def join_columns(table: pd.DataFrame, path: Path | str) -> tuple[pd.DataFrame, d
     Raises:
         DataError: If there is no key, one is empty or repeated, a column exists already, or nothing matches.
     """
-    rows = read_csv(path, JOIN_KEYS)
+    rows = read_patch_table(path)
     key = next((name for name in JOIN_KEYS if name in rows.columns), None)
     if key is None:
         raise DataError(
-            f"{path} has the columns {list(rows.columns)}; one of {', '.join(JOIN_KEYS)} is needed"
+            f"{path} has the columns {', '.join(rows.columns)}; one of {', '.join(JOIN_KEYS)} is needed"
         )
     check_keys(path, rows[key])
     rows = rows.set_index(key)
@@ -133,40 +198,52 @@ def join_columns(table: pd.DataFrame, path: Path | str) -> tuple[pd.DataFrame, d
         raise DataError(
             f"{path}: the pack has columns named {', '.join(taken)} already; rename them in the csv"
         )
-    known = table[key].isin(rows.index)
-    if not known.any():
-        raise DataError(f"{path}: no {key} is one of the dataset's, such as {table[key].iloc[0]!r}")
+    _say_unmatched(path, rows.index, table[key])
     joined = rows.reindex(table[key]).set_axis(table.index)
     if "site" in joined and table["site_id"].isna().all():
-        joined["site_id"] = joined["site"].astype("string")
+        joined["site_id"] = joined["site"]
     record = {
         **describe_file(path),
         "key": key,
         "columns": [str(name) for name in rows.columns],
-        "patches_without_row": int((~known).sum()),
+        "patches_without_row": int((~table[key].isin(rows.index)).sum()),
         "rows_without_patch": int((~rows.index.isin(table[key])).sum()),
     }
-    return table.assign(**{str(name): joined[name] for name in joined}), record
+    for name in joined.columns.difference(["site", "site_id"]):
+        cells = infer_numbers(joined[name])
+        joined[name] = cells.astype(float) if cells.dtype == "Int64" else cells
+    return table.assign(**joined.to_dict("series")), record
+
+
+def _say_unmatched(path: Path | str, keys: pd.Index, known: pd.Series) -> None:
+    """Warn of rows that no patch is of; refuse a table of which none is."""
+    unmatched = keys[~keys.isin(known)]
+    named = list_unmatched(unmatched, known.dropna().unique())
+    if len(unmatched) == len(keys):
+        raise DataError(
+            f"{path}: no {known.name} is one of the dataset's, such as {known.iloc[0]!r}: {named}"
+        )
+    if len(unmatched):
+        _log.warning(
+            "%s: %s of %s rows are of no patch in the dataset: %s",
+            *(path, f"{len(unmatched):,}", f"{len(keys):,}", named),
+        )
 
 
 def _look_up_people(table: pd.DataFrame, path: Path | str) -> tuple[pd.DataFrame, dict[str, Any]]:
-    rows = read_csv(path).rename(columns=str.lower)
-    key = next((name for name in _PERSON_KEYS if name in rows.columns), None)
-    values = {
-        name: column for name, column in _PERSON_COLUMNS.items() if name in rows.columns and name != key
-    }
+    rows = read_patch_table(path, _PERSON_COLUMNS)
+    key = next((name for name in (*_PATCH_KEYS, "slide_id") if name in rows.columns), None)
+    values = [name for name in ID_COLUMNS if name in rows.columns and name != key]
     if key is None or not values:
         raise DataError(
-            f"{path} has the columns {list(rows.columns)}; one of {', '.join(_PERSON_KEYS)} "
+            f"{path} has the columns {', '.join(rows.columns)}; one of {', '.join(_PATCH_KEYS)}, slide_id "
             "and one of patient_id, slide_id (or wsi), site_id are needed"
         )
-    if key in ("patch_id", "id"):
-        suffixes = "|".join(map(re.escape, IMAGE_SUFFIXES))
-        rows[key] = rows[key].str.replace(rf"(?i)({suffixes})$", "", regex=True)
     check_keys(path, rows[key])
-    people = rows.set_index(key)[list(values)].rename(columns=values)
-    column = "patch_id" if key == "id" else key
-    return people.reindex(table[column]).set_axis(table.index), {**describe_file(path), "key": key}
+    people = rows.set_index(key)[values]
+    known = table["patch_id" if key == "id" else key]
+    _say_unmatched(path, people.index, known)
+    return people.reindex(known).set_axis(table.index), {**describe_file(path), "key": key}
 
 
 def _match_people(table: pd.DataFrame, pattern: str) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -181,5 +258,9 @@ def _match_people(table: pd.DataFrame, pattern: str) -> tuple[pd.DataFrame, dict
         )
     groups = {column: expression.groupindex[name] for name, column in named.items()} or {"patient_id": 1}
     matches = [expression.search(source) for source in table["source"]]
-    found = {column: [match and match[group] for match in matches] for column, group in groups.items()}
-    return pd.DataFrame(found, index=table.index), {"pattern": pattern}
+    found = pd.DataFrame(
+        {column: [match and match[group] for match in matches] for column, group in groups.items()},
+        index=table.index,
+        dtype=object,
+    )
+    return found.apply(normalize_cells, spell=normalize_id), {"pattern": pattern}

@@ -14,6 +14,7 @@ import pandas as pd
 
 from biopsy.core.errors import DataError
 from biopsy.core.files import refuse_inputs
+from biopsy.core.text import normalize_name, printable
 from biopsy.data.archives import MAX_ENTRY_BYTES, open_archive
 from biopsy.data.labels import refuse_decided
 from biopsy.data.packs import TABLE, Pack, is_pack, pad
@@ -280,7 +281,11 @@ def _open(paths: list[Path], classifier: Classifier, skipped: Skipped) -> list[_
     sources: list[_PackSource | _ImageSource] = []
     for are_images, group in groupby(paths, _is_image):
         if are_images:
-            sources.append(_ImageSource([_Image(p.name, str(p), partial(_read_file, p)) for p in group]))
+            sources.append(
+                _ImageSource(
+                    [_Image(normalize_name(p.name), printable(str(p)), partial(_read_file, p)) for p in group]
+                )
+            )
             continue
         for path in group:
             if is_pack(path):
@@ -301,7 +306,9 @@ def _open_archive(path: Path, skipped: Skipped) -> _ImageSource:
         for name in archive.unread
     ]
     entries = [entry for entry in archive.entries if entry.name.lower().endswith(IMAGE_SUFFIXES)]
-    return _ImageSource([_Image(entry.name, str(path), partial(archive.read, entry)) for entry in entries])
+    return _ImageSource(
+        [_Image(entry.name, printable(str(path)), partial(archive.read, entry)) for entry in entries]
+    )
 
 
 def _is_image(path: Path) -> bool:

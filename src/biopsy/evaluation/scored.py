@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from biopsy.data.packs import Pack
+from biopsy.data.packs import Pack, group_by_unit
 from biopsy.data.predictions import decide
 from biopsy.statistics.multiclass import ClassSample, class_sample
 from biopsy.statistics.weighted_counts import Ranked, rank
@@ -58,7 +58,7 @@ class ScoredPatches:
             target=frame["target"].to_numpy(int),
             probs=frame[[f"prob_{name}" for name in class_names]].to_numpy(float),
             pred=frame["pred"].to_numpy(int),
-            group_ids=frame[f"{unit}_id"].to_numpy(str).astype(object),
+            group_ids=group_by_unit(frame, unit).astype(object),
             class_names=class_names,
             positive_class=positive_class,
             unit=unit,

@@ -8,6 +8,7 @@ import pandas as pd
 
 from biopsy.core.files import write_json
 from biopsy.core.tables import write_csv
+from biopsy.data.packs import group_by_unit
 from biopsy.data.predictions import write_predictions
 from biopsy.evaluation.evaluate import LEVEL
 from biopsy.evaluation.scored import ScoredPatches
@@ -90,7 +91,7 @@ def summarise(table: pd.DataFrame, pooled: pd.DataFrame, metrics: dict[str, Any]
 def describe_run(run: Run) -> dict[str, Any]:
     """Give a run's row of ``table.csv``."""
     metrics, (frame, _) = run.metrics(), run.predictions("test")
-    groups = frame[f"{metrics['unit']}_id"].astype(str).unique()
+    groups = np.unique(group_by_unit(frame, metrics["unit"]))
     values, shown = metrics["patch"], _shown(metrics["positive_class"])
     baseline = metrics["baseline"] or {}
     return {

@@ -8,6 +8,7 @@ import pandas as pd
 
 from biopsy.core.files import write_json
 from biopsy.core.tables import write_csv
+from biopsy.data.packs import group_by_unit
 from biopsy.evaluation.scored import ScoredPatches
 from biopsy.evaluation.study_tables import describe_run, measure_pooled
 from biopsy.experiments.leakage import APART, LEAK_APART, LEAK_WITH, PUBLISHED
@@ -125,7 +126,7 @@ def _estimate(rows: pd.DataFrame, frames: Frames, metrics: Mapping[str, Any]) ->
     found = [frames[run] for run in rows["run"]]
     if not found or rows["place"].notna().any() or metrics["positive_class"] is None:
         return {}
-    if found[0][f"{metrics['unit']}_id"].nunique() < MIN_GROUPS:
+    if len(np.unique(group_by_unit(found[0], metrics["unit"]))) < MIN_GROUPS:
         return {}
     about = metrics["class_names"], metrics["positive_class"], metrics["unit"]
     pooled = measure_pooled([ScoredPatches.of_predictions(frame, *about) for frame in found])

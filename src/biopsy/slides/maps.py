@@ -114,7 +114,7 @@ class SlideMap:
         classes = {name: getattr(self, name) for name in _CLASSES}
         metadata = {"format": FORMAT, "name": self.name, **classes, "grid": grid, "about": self.about}
         table = pa.Table.from_pandas(self.to_frame(), preserve_index=False)
-        table = table.replace_schema_metadata({_KEY: json.dumps(metadata, ensure_ascii=False).encode()})
+        table = table.replace_schema_metadata({_KEY: json.dumps(metadata).encode()})
         with replace_atomic(path) as partial:
             pq.write_table(table, partial)
         return Path(path)

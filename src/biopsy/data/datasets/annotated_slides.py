@@ -20,10 +20,11 @@ import pandas as pd
 from biopsy.core.errors import DataError, SlideError
 from biopsy.core.files import sha256_file
 from biopsy.core.loaders import open_regular
+from biopsy.core.tables import read_csv_table
 from biopsy.data.archives import Archive, Entry, FolderArchive
 from biopsy.data.cutting import Cutting, cut_slide, name_classes
 from biopsy.data.datasets.base import Listing, Skipped, find_positive
-from biopsy.data.tables import read_csv
+from biopsy.data.tables import normalize_cells
 from biopsy.slide_io.annotations import SUFFIXES, Annotations, read_annotations
 from biopsy.slide_io.backends import SLIDE_SUFFIXES
 from biopsy.slide_io.reader import open_slide
@@ -265,12 +266,10 @@ def _stated_mpp(stated: float | str | Path | None, names: Sequence[str]) -> dict
         return dict.fromkeys(names, value)
     except (TypeError, ValueError):
         pass
-    rows = read_csv(stated, ("slide",))  # type: ignore[arg-type]
-    if not {"slide", "mpp"} <= set(rows.columns):
-        raise DataError(f"{stated} has the columns {', '.join(rows.columns)}; slide and mpp are needed")
-    rows = rows[
-        rows["mpp"].notna() & (rows["mpp"].astype(str).str.strip() != "")
-    ]  # the others have their own
+    headings = {name: name for name in ("slide", "mpp")}
+    rows = read_csv_table(stated, aliases=headings, required=("slide", "mpp"))  # type: ignore[arg-type]
+    rows = rows.assign(slide=normalize_cells(rows["slide"]), mpp=normalize_cells(rows["mpp"]))
+    rows = rows[rows["mpp"].notna()]  # the others have their own
     known = dict(zip(rows["slide"], pd.to_numeric(rows["mpp"], errors="coerce"), strict=True))
     found: dict[str, float | None] = {}
     for name in names:

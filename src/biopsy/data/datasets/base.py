@@ -1,5 +1,6 @@
 """What a layout is, what it makes of an archive, and how the pixels behind its rows are read."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -33,6 +34,21 @@ POSITIVE_BY_NEGATIVE = {
 """Pairs of class names whose positive one goes without saying."""
 
 Skipped = dict[str, str]
+
+_SIDE = re.compile(
+    r"(train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?)(?:[ _-]?(?:set|data|images|patches|split))?"
+)
+
+
+def find_side(folder: str) -> str | None:
+    """Return the side that a folder's name stands for, None where it is none.
+
+    Example:
+        >>> find_side("Train_Set"), find_side("validation"), find_side("tests")
+        ('train', 'val', None)
+    """
+    match = _SIDE.fullmatch(folder.lower())
+    return SIDE_BY_FOLDER[match[1]] if match else None
 
 
 class Pixels(Protocol):

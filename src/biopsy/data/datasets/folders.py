@@ -1,14 +1,20 @@
 """Any tree of class folders: ``[split/]<class>/.../<image>``, below any number of folders that hold it all.
 
-Folders named train, training, val, valid, validation, test or testing at the top give a patch its own side;
-every other top folder is a class. The patch's id is its path from there on; who is who comes with
+Folders named train, val or test at the top (or training, validation, test_set and the like) give a patch its
+own side; every other top folder is a class. Trees whose classes stand a level lower, below folders of
+patients or folds, are refused. The patch's id is its path from there on; who is who comes with
 ``--patients``: a csv, or a pattern for the path.
 """
 
+import logging
+from collections.abc import Iterable
+
 import pandas as pd
 
+from biopsy.core.errors import DataError
 from biopsy.data.archives import Archive
 from biopsy.data.datasets.base import (
+    POSITIVE_BY_NEGATIVE,
     SIDE_BY_FOLDER,
     ImageFiles,
     Layout,
@@ -16,13 +22,36 @@ from biopsy.data.datasets.base import (
     Skipped,
     drop_copies,
     find_positive,
+    find_side,
     is_image,
 )
 
+_log = logging.getLogger(__name__)
+
+MANY_CLASSES = 20
+_PAIRS = [
+    *POSITIVE_BY_NEGATIVE.items(),
+    ("non_tumour", "tumour"),
+    ("negative", "positive"),
+    ("healthy", "cancer"),
+]
+
 
 def recognise(archive: Archive) -> bool:
-    """Say whether at least half of the images lie in class folders."""
+    """Say whether at least half of the images lie in class folders.
+
+    Raises:
+        DataError: If the classes likely stand a level lower; ``--dataset folders`` takes the tree as it is.
+    """
     paths = _strip_common([entry.name.split("/") for entry in archive.entries if is_image(entry)])
+    below = _list_below(paths)
+    second = set().union(*below.values())
+    if _are_classes(second) and not _are_classes(set(below)):
+        raise DataError(
+            f"{archive.path}: below {_name_some(below)} lie {' and '.join(sorted(second))}, likely the "
+            "classes: sort images into <class>/<patient>/ and name patients by --patients, or say --dataset "
+            "folders if the upper folders are the classes"
+        )
     return bool(paths) and 2 * sum(_split_path(path)[1] is not None for path in paths) >= len(paths)
 
 
@@ -48,6 +77,7 @@ def list_patches(archive: Archive) -> Listing:
     if table["own_side"].isna().all():
         table = table.drop(columns="own_side")
     class_names = sorted(set(table["class_name"]), key=_natural)
+    _warn_of_levels([key.split("/") for key, _ in kept])
     return Listing(
         table=table,
         pixels=ImageFiles(archive, [entry for _, entry in kept]),
@@ -63,7 +93,7 @@ def _strip_common(paths: list[list[str]]) -> list[list[str]]:
     """Cut the folders that hold everything, as long as they are no side and leave a class folder."""
     while paths and all(len(path) > 2 for path in paths):
         first = paths[0][0]
-        if first.lower() in SIDE_BY_FOLDER or any(path[0] != first for path in paths):
+        if find_side(first) or any(path[0] != first for path in paths):
             break
         paths = [path[1:] for path in paths]
     return paths
@@ -72,10 +102,48 @@ def _strip_common(paths: list[list[str]]) -> list[list[str]]:
 def _split_path(path: list[str]) -> tuple[str | None, str | None]:
     """Give a path's own side and class, None where it has none."""
     folders = path[:-1]
-    side = SIDE_BY_FOLDER.get(folders[0].lower()) if folders else None
+    side = find_side(folders[0]) if folders else None
     if side is not None:
         folders = folders[1:]
     return side, folders[0] if folders else None
+
+
+def _list_below(paths: list[list[str]]) -> dict[str, set[str]]:
+    """Return the folders directly below each class folder."""
+    below: dict[str, set[str]] = {}
+    for path in paths:
+        side, class_name = _split_path(path)
+        if class_name is not None:
+            below.setdefault(class_name, set()).update(path[1 + (side is not None) : -1][:1])
+    return below
+
+
+def _warn_of_levels(paths: list[list[str]]) -> None:
+    """Warn where folders were taken for sides or classes that may be something else."""
+    guessed = {path[0] for path in paths if find_side(path[0]) and path[0].lower() not in SIDE_BY_FOLDER}
+    if guessed:
+        _log.warning("taken for the data set's own sides: %s", ", ".join(sorted(guessed)))
+    below = _list_below(paths)
+    if len(below) > MANY_CLASSES:
+        _log.warning("%d folders are taken for classes: are they patients? see --patients", len(below))
+    shared = set.intersection(*below.values())
+    if len(below) > 1 and len(shared) > 1 and not _are_classes(set(below)):
+        _log.warning(
+            "%s are taken for classes; each of them holds the folders %s: if those are the classes, sort "
+            "images into <class>/<patient>/",
+            *(_name_some(below), _name_some(shared)),
+        )
+
+
+def _name_some(names: Iterable[str]) -> str:
+    names = sorted(names, key=_natural)
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+
+
+def _are_classes(names: set[str]) -> bool:
+    """Say whether folders have the names of two classes that usually stand beside each other."""
+    spelt = {name.lower().replace("tumor", "tumour").replace("-", "_").replace(" ", "_") for name in names}
+    return any(spelt == set(pair) for pair in _PAIRS)
 
 
 def _natural(name: str) -> tuple[bool, int, str]:

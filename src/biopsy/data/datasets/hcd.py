@@ -5,12 +5,12 @@ Either as downloaded, ``train_labels.csv`` (id, label) beside ``train/<id>.tif``
 Kaggle names no slides; a csv such as the forum's ``patch_id_wsi_full.csv`` (id, wsi) brings them.
 """
 
-import io
 import re
 
 import pandas as pd
 
 from biopsy.core.errors import ArchiveError, DataError
+from biopsy.core.tables import parse_csv
 from biopsy.data.archives import Archive, Entry
 from biopsy.data.datasets.base import (
     SIDE_BY_FOLDER,
@@ -21,6 +21,7 @@ from biopsy.data.datasets.base import (
     drop_copies,
     is_image,
 )
+from biopsy.data.tables import normalize_cells
 
 CLASS_NAMES = ["normal", "tumour"]
 MPP = 0.972  # PCam's
@@ -93,11 +94,12 @@ def _read_labels(archive: Archive, entry: Entry) -> dict[str, tuple[int, int]]:
     """Read ``train_labels.csv`` as row and label by id."""
     where = f"{archive.path}: {entry.name}"
     try:
-        table = pd.read_csv(io.BytesIO(archive.read(entry)), dtype=str)
-    except (DataError, ValueError) as error:
-        raise ArchiveError(f"{where} cannot be read: {error}") from None
-    if not {"id", "label"} <= set(table.columns):
-        raise ArchiveError(f"{where} has the columns {list(table.columns)}; id and label are expected")
+        content = bytes(archive.read(entry))
+    except DataError as error:
+        raise ArchiveError(f"{where} {error}") from None
+    headings = {name: name for name in ("id", "label")}
+    table = parse_csv(content, where, aliases=headings, required=("id", "label"))
+    table = table.assign(id=normalize_cells(table["id"]), label=normalize_cells(table["label"]))
     wrong = table[table["id"].isna() | ~table["label"].isin(["0", "1"])]
     if len(wrong):
         row, first = wrong.index[0], wrong.iloc[0]

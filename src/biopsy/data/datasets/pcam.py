@@ -15,8 +15,11 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import ArchiveError, DataError
+from biopsy.core.tables import infer_numbers, read_csv_table
+from biopsy.core.text import normalize_id
 from biopsy.data.archives import Archive, Entry, FolderArchive
 from biopsy.data.datasets.base import SIDE_BY_FOLDER, Layout, Listing, Skipped
+from biopsy.data.tables import normalize_cells
 
 CLASS_NAMES = ["normal", "tumour"]
 MPP = 0.972  # level 2 of Camelyon16's scans at 0.243 micrometres a pixel
@@ -160,14 +163,14 @@ def _make_table(
         }
     )
     if meta is not None:
-        rows = pd.read_csv(archive.path_of(meta), dtype={"wsi": str})
-        if "wsi" not in rows.columns or len(rows) != len(table):
+        rows = read_csv_table(archive.path_of(meta), required=("wsi",))
+        if len(rows) != len(table):
             raise ArchiveError(
-                f"{archive.path_of(meta)} has {len(rows):,} rows and columns {list(rows.columns)}; "
-                f"a column wsi and one row for each of the {len(table):,} patches are expected"
+                f"{archive.path_of(meta)} has {len(rows):,} rows where {len(table):,}, one a patch, are due"
             )
-        table["slide_id"] = rows["wsi"]
-        table = table.assign(**{name: rows[name] for name in _META_COLUMNS if name in rows.columns})
+        table["slide_id"] = normalize_cells(rows["wsi"], normalize_id)
+        more = [name for name in _META_COLUMNS if name in rows.columns]
+        table = table.assign(**{name: infer_numbers(rows[name]) for name in more})
     return table
 
 

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from biopsy.core.errors import RunError
 from biopsy.core.files import LOCK, remove_outputs, write_atomic
+from biopsy.data.packs import group_by_unit
 from biopsy.data.predictions import IDENTITY
 from biopsy.models.classifier import Classifier
 from biopsy.recipes import Recipe, load_recipe, recipe_toml
@@ -65,7 +66,7 @@ def _calibrate(run: Run, classifier: Classifier, method: str) -> dict[str, Any]:
     table = "as_published" if run.info["split"]["as_published"] else "decision"
     recipe = load_recipe(run.recipe, [f"{table}.calibration={method}"])
     logits = frame[[f"logit_{name}" for name in classifier.info.class_names]].to_numpy(np.float64)
-    target, group_ids = frame["target"].to_numpy(int), frame[f"{unit}_id"].to_numpy(str)
+    target, group_ids = frame["target"].to_numpy(int), group_by_unit(frame, unit)
     settle_run(run, recipe, classifier, logits, target, group_ids)
     question_sha256 = _ask_again(run, recipe)
     removed = _remove_stale(run.path)

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
+from biopsy.data.packs import group_by_unit
 from biopsy.evaluation.evaluate import LEVEL
 from biopsy.evaluation.scored import ScoredPatches
 from biopsy.statistics.intervals import estimate_metric
@@ -60,7 +61,7 @@ class Ground:
 
     def groups(self, frame: pd.DataFrame) -> np.ndarray:
         """Give the id of each patch's unit."""
-        return frame[f"{self.unit}_id"].to_numpy(str).astype(object)
+        return group_by_unit(frame, self.unit).astype(object)
 
     def sample(self, frame: pd.DataFrame) -> Ranked | ClassSample:
         """Return what one seed says, ready for metrics."""
