@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from biopsy.core.errors import MetricError
-from biopsy.evaluation.calibration.figures import draw_calibration, draw_decision_curve
+from biopsy.evaluation.calibration.figures import draw_calibration
 from biopsy.evaluation.calibration.measure import MEASURED
 from biopsy.evaluation.calibration.section import describe_calibration, say_calibration, say_slope
+from biopsy.evaluation.figures import draw_decision_curve
 from biopsy.evaluation.operating_points import measure_decisions
 from biopsy.evaluation.sections import describe_curves, describe_decisions, say_benefit, say_rule
 from biopsy.reporting.document import Picture, Pictures, Table, Text

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from biopsy.evaluation.errors.case_views import ErrorAnalysis, hide_errors
 from biopsy.evaluation.errors.section import describe_mistakes
 from biopsy.reporting.compose import report_of_run
 from biopsy.reporting.document import ReportDocument, Summary
@@ -48,7 +49,7 @@ def test_mistakes_are_the_surest_and_named(page, facts):
 
 
 def test_the_table_holds_the_record(facts):
-    text, about = render_chapter(facts).text, facts.mistakes.about
+    text, about = render_chapter(facts).text, facts.results["errors"].mistakes.about
     for found in about["contrasts"]:
         assert f"{found['mean_errors']:.3f} {found['mean_others']:.3f} {found['within']['value']:.3f}" in text
     assert "Missed patches have lower stain than found ones." in text
@@ -65,7 +66,9 @@ def test_the_conjectures_are_answered_by_name(facts):
         {"name": name, "source": "the VGG16 post", "claim": f"{name}.", "answer": f"Held here: {name}."}
         for name in ("less stained", "heterogeneous", "blue and yellow")
     ]
-    text = render_chapter(replace(facts, conjectures={"conjectures": conjectures})).text
+    text = render_chapter(
+        replace(facts, results={**facts.results, "hypotheses": {"conjectures": conjectures}})
+    ).text
     assert "The VGG16 post: “less stained.” Held here: less stained." in text
     assert "“heterogeneous.”" in text and "blue and yellow" not in text
 
@@ -74,7 +77,7 @@ def test_patches_without_patients_or_places_say_so():
     table = make_predictions(("a", "b")).assign(patient_id=None, slide_id=None, x=np.nan, y=np.nan)
     mistakes = make_mistakes(table, unit="patch")
     closeups = make_closeups(mistakes, overview=False)
-    changes = {"mistakes": mistakes, "closeups": closeups}
+    changes = {"results": {"errors": ErrorAnalysis(mistakes, closeups)}}
     facts = replace(make_facts(get_patch=None), predictions=table, **changes)
     text = render_chapter(facts).text
     assert "no coordinates: which of them lie at a border is not known" in text
@@ -108,7 +111,7 @@ def test_a_run_without_the_record_has_no_such_chapter():
 
 
 def test_no_id_of_judged_or_training_patients_gets_through(facts):
-    hidden = hide_run(facts)
+    hidden = hide_run(facts, {"errors": hide_errors})
     document = ReportDocument("t", "s", Summary("?", [], unit="patient"), [describe_mistakes(hidden)])
     text = render_report(document)
     assert "Where it goes wrong" in text and "IDC 1.50" in text

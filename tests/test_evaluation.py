@@ -13,7 +13,7 @@ from biopsy.data.predictions import read_predictions
 from biopsy.data.splits import make_split, save_split
 from biopsy.evaluation.colour_baseline import colour_baseline
 from biopsy.evaluation.evaluate import evaluate
-from biopsy.reporting.report import report
+from biopsy.experiments.reports import report
 from biopsy.statistics.metrics import METRICS
 from biopsy.statistics.thresholds import choose_threshold
 from tiny_runs import copy_run, train_tiny

@@ -71,7 +71,8 @@ def add_explanations(facts, n=4):
             ),
         ],
     }
-    return replace(facts, explained=Explained(examples, patches, parts), conjectures=conjectures)
+    results = {"explanation": Explained(examples, patches, parts), "hypotheses": conjectures}
+    return replace(facts, results={**facts.results, **results})
 
 
 IDS = ("10286", "TCGA-A1-A0SK", "12810", "13016", "ann-lee", "15478")
@@ -84,15 +85,15 @@ def test_the_report_shows_maps_and_answers():
     for heading in ("What the network looks at", "The posts' conjectures, measured"):
         assert heading in page
     assert "saliency: it shows <what>." in page and "activation 8" in text
-    for entry in facts.conjectures["conjectures"]:
+    for entry in facts.results["hypotheses"]["conjectures"]:
         assert entry["claim"] in page and entry["answer"] in page
         for measure in entry.get("measures", ()):
             assert f"{measure['auroc']['value']:.3f}" in page
-    difference = facts.conjectures["conjectures"][2]["auroc"]["grey"]["difference"]
+    difference = facts.results["hypotheses"]["conjectures"][2]["auroc"]["grey"]["difference"]
     assert f"{difference['value']:.3f} ({difference['low']:.3f} to {difference['high']:.3f})" in page
     assert "the network asked again on 77, drawn with seed 11" in page
     assert len(figures(text)) - len(figures(render_report(report_of_run(make_small_facts(IDS))))) == 2
-    for name in facts.explained.examples["patch_id"]:
+    for name in facts.results["explanation"].examples["patch_id"]:
         assert name in text
 
 
@@ -100,7 +101,7 @@ def test_ids_are_hidden_in_sheets_and_tables():
     facts = add_explanations(make_small_facts(IDS))
     text = render_report(report_of_run(facts, hide_ids=True))
     visible = re.sub(r"base64,[^\"]*", "", text)
-    for name in (*IDS, *facts.explained.examples["patch_id"]):
+    for name in (*IDS, *facts.results["explanation"].examples["patch_id"]):
         assert name not in visible and name not in html.unescape(visible)
     assert len(re.findall(r"p 0\.\d\d, patch \d+", text)) == 4
     assert "stain, missed patient-" in Page(text).text
@@ -117,11 +118,11 @@ def test_the_report_says_whether_maps_mean_anything():
         "has not been tested here: `biopsy explain RUN --faithfulness`"
         in Page(render_report(report_of_run(facts))).text
     )
-    facts = replace(facts, faithfulness=make_faithfulness())
+    facts = replace(facts, results={**facts.results, "faithfulness": make_faithfulness()})
     text = render_report(report_of_run(facts, hide_ids=True))
     page = Page(text).text
     assert "Do the maps mean anything" in page and "has not been tested" not in page
-    for each in facts.faithfulness["methods"]:
+    for each in facts.results["faithfulness"]["methods"]:
         assert each["answer"] in page
         for gain in each["gain"].values():
             assert f"{gain['value']:.3f} ({gain['low']:.3f} to {gain['high']:.3f})" in page
@@ -130,7 +131,9 @@ def test_the_report_says_whether_maps_mean_anything():
     without = make_faithfulness()
     for each in [*without["methods"], *without["baselines"]]:
         each["pointing"] = None
-    page = Page(render_report(report_of_run(replace(facts, faithfulness=without)))).text
+    page = Page(
+        render_report(report_of_run(replace(facts, results={**facts.results, "faithfulness": without})))
+    ).text
     assert "Where tumour cells are known" not in page
 
 
@@ -173,8 +176,9 @@ def test_explanations_of_large_patches_stay_small():
     patches = [big.integers(0, 255, (96, 96, 3), dtype=np.uint8) for _ in range(10)]
     parts = [
         replace(part, maps=[big.random((len(part.titles), 96, 96)) for _ in range(10)])
-        for part in full.explained.illustrations
+        for part in full.results["explanation"].illustrations
     ]
-    full = replace(full, explained=replace(full.explained, patches=patches, illustrations=parts))
+    explained = replace(full.results["explanation"], patches=patches, illustrations=parts)
+    full = replace(full, results={**full.results, "explanation": explained})
     sizes = [len(render_report(report_of_run(facts))) for facts in (plain, full)]
     assert sizes[1] - sizes[0] < 1_500_000

@@ -13,7 +13,8 @@ import biopsy
 from biopsy.cli import app
 from biopsy.core.errors import DataError, RecipeError, RunError
 from biopsy.evaluation.explanation.explain import explain_examples
-from biopsy.reporting.report import gather_run
+from biopsy.evaluation.hypotheses.measure import measure_conjectures
+from biopsy.experiments.reports import gather_run
 from report_facts import Page
 from tiny_runs import copy_run, train_tiny
 
@@ -94,7 +95,7 @@ def test_three_classes_are_explained_by_the_likeliest(make_pack, tmp_path):
     for entry in written["patches"]:
         assert (entry["class"] == entry["called"]) == (entry["kind"] == "right") and entry["prob"] >= 1 / 3
     biopsy.evaluate(run)
-    page = Page(biopsy.report(run)[0].read_text()).text
+    page = Page(biopsy.report(run, complete=True)[0].read_text()).text
     assert "What the network looks at" in page and "probability of the class that was called" in page
     assert "conjectures" not in page and not (run.path / "explain" / "conjectures.json").exists()
 
@@ -255,9 +256,22 @@ def test_the_command_prints_a_table_and_the_sheets(judged, tmp_path):
 # --- in the report
 
 
-def test_report_makes_explanations_where_they_are_missing(judged):
-    shutil.rmtree(judged.path / "explain", ignore_errors=True)
+def test_a_report_computes_nothing_and_names_what_it_lacks(judged):
+    for folder in ("explain", "errors"):
+        shutil.rmtree(judged.path / folder, ignore_errors=True)
     (path,) = biopsy.report(judged)
+    page = Page(path.read_text()).text
+    assert not (judged.path / "explain").exists() and not (judged.path / "errors").exists()
+    assert "What the network looks at" not in page and "Where it goes wrong" not in page
+    for command in ("biopsy explain", "biopsy mistakes"):
+        assert f"{command} {judged.path}" in page
+    assert "Not included" in page
+
+
+def test_a_complete_report_runs_what_is_missing_and_reads_it_again(judged):
+    shutil.rmtree(judged.path / "explain", ignore_errors=True)
+    measure_conjectures(judged)
+    (path,) = biopsy.report(judged, complete=True)
     page = Page(path.read_text()).text
     assert "What the network looks at" in page and "The posts' conjectures, measured" in page
     made = {file.name for file in (judged.path / "explain").iterdir()}

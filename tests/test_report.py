@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from biopsy.evaluation.evaluate import measure_predictions
-from biopsy.evaluation.provenance import describe_data, say_openings
+from biopsy.evaluation.provenance_sections import describe_data
 from biopsy.evaluation.scored import ScoredPatches
 from biopsy.reporting.compose import report_of_run
 from biopsy.reporting.document import (
@@ -26,6 +26,7 @@ from biopsy.reporting.document import (
     Text,
     number,
 )
+from biopsy.reporting.elements import say_openings
 from biopsy.reporting.html import render_report
 from report_facts import (
     Page,

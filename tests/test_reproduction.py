@@ -13,10 +13,10 @@ from biopsy.data.splits import make_split, save_split
 from biopsy.experiments import reproduction
 from biopsy.experiments.budget import Speed
 from biopsy.experiments.figures import draw_reproduction
+from biopsy.experiments.reports import report
 from biopsy.experiments.reproduction import choose_papers, reproduce
 from biopsy.experiments.reproduction_summary import COMPARED, list_rows, write_markdown
 from biopsy.recipes import load_recipe
-from biopsy.reporting.report import report
 from biopsy.training.study import Study
 from conftest import write_pack
 from report_facts import Page

@@ -13,8 +13,8 @@ from biopsy.core.errors import RunError
 from biopsy.data.packs import Pack
 from biopsy.data.splits import make_split, save_split
 from biopsy.experiments.folds import study
+from biopsy.experiments.reports import report
 from biopsy.recipes import load_recipe
-from biopsy.reporting.report import report
 from biopsy.training.study import Study
 from conftest import write_pack
 from report_facts import Page

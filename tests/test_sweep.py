@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from biopsy.core.errors import MetricError, RecipeError, RunError
 from biopsy.evaluation.study_tables import SHOWN
 from biopsy.experiments.figures import draw_sweep
+from biopsy.experiments.reports import report
 from biopsy.experiments.sweeps import combine, read_grid, spell, summarise, sweep
 from biopsy.recipes import load_recipe
-from biopsy.reporting.report import report
 from biopsy.training.study import Study
 from conftest import write_pack
 from report_facts import Page

@@ -56,13 +56,13 @@ if TYPE_CHECKING:
     from biopsy.experiments.demo import demo
     from biopsy.experiments.evaluation import evaluate
     from biopsy.experiments.folds import study
+    from biopsy.experiments.reports import report
     from biopsy.experiments.reproduction import reproduce
     from biopsy.experiments.sweeps import sweep
     from biopsy.exporting.bundles import export
     from biopsy.models.classifier import Classifier
     from biopsy.models.fetch import fetch
     from biopsy.models.importers.keras import import_keras
-    from biopsy.reporting.report import report
     from biopsy.slides.cohorts import SlideCohort, slide
     from biopsy.slides.maps import SlideMap
     from biopsy.training.runs import Run
@@ -141,7 +141,7 @@ _LAZY = {
     "mistakes": "biopsy.evaluation.errors.case_views:mistakes",
     "predict": "biopsy.evaluation.predict:predict",
     "prepare": "biopsy.data.prepare:prepare",
-    "report": "biopsy.reporting.report:report",
+    "report": "biopsy.experiments.reports:report",
     "reproduce": "biopsy.experiments.reproduction:reproduce",
     "slide": "biopsy.slides.cohorts:slide",
     "split": "biopsy.data.split:split_pack",

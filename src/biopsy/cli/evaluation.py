@@ -240,9 +240,12 @@ def report(
     hide_ids: Annotated[
         bool, typer.Option("--hide-ids", help="Replace patient and slide ids by numbers, for sharing.")
     ] = False,
+    complete: Annotated[
+        bool, typer.Option("--complete", help="First run the commands whose results the report lacks.")
+    ] = False,
 ) -> None:
-    """Write one self-contained HTML file for each run or study; prints their paths."""
-    for path in biopsy.report(runs, out=out, hide_ids=hide_ids):
+    """Write one self-contained HTML report for each run or study; prints their paths."""
+    for path in biopsy.report(runs, out=out, hide_ids=hide_ids, complete=complete):
         print(path)
 
 
@@ -420,11 +423,14 @@ def mistakes(
     ] = None,
     n: Annotated[int, typer.Option(help="How many of each kind are pictured.")] = 12,
     out: Annotated[Path | None, typer.Option(help="Folder to write to; errors/ in the run.")] = None,
+    hypotheses: Annotated[
+        bool, typer.Option("--hypotheses", help="Also test the published hypotheses about errors.")
+    ] = False,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """List a run's mistakes with what was measured of them, pictures, and what goes with being wrong."""
-    found = biopsy.mistakes(run, side=side, n=n, out=out, device=device)
+    found = biopsy.mistakes(run, side=side, n=n, out=out, hypotheses=hypotheses, device=device)
     if as_json:
         print_json(found)
         return

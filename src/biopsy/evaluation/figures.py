@@ -1,6 +1,7 @@
 """Figures of an evaluation: confusion, ranking curves, reliability, per-patient results."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,6 +13,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from biopsy.core.errors import MetricError
 from biopsy.data.figures import NAMED_ROWS, _legend_above, _name_rows, _open_rows
 from biopsy.plotting.style import (
+    BASELINE,
     INK,
     MUTED,
     NEGATIVE,
@@ -386,4 +388,42 @@ def draw_patient_probs(
     axes.set(xlabel=f"probability of {shorten(class_names[1], 24)}", xlim=(-0.015, 1.015))
     _name_rows(axes, names.tolist())
     _legend_above(axes, 3)
+    return figure
+
+
+@styled
+def draw_decision_curve(curve: Mapping[str, Any], *, level: float = 0.95) -> Figure:
+    """Draw net benefit against the threshold probability, beside treating all and treating none.
+
+    Args:
+        curve: ``thresholds``, ``model``, ``treat_all`` and ``marked`` (``threshold``, ``low``, ``high``), as
+            `metrics.json` holds them.
+        level: Nominal coverage of the intervals.
+
+    Raises:
+        MetricError: If the curve has no point.
+    """
+    at = np.asarray(curve["thresholds"], float)
+    if not len(at):
+        raise MetricError("the decision curve has no threshold: give at least one")
+    model, treat_all = (np.asarray(curve[name], float) for name in ("model", "treat_all"))
+    figure, axes = new_figure(height_in=3.6)
+    known = [one for one in curve["marked"] if one["low"] is not None]
+    if known:
+        low, high = ([one[end] for one in known] for end in ("low", "high"))
+        marks = [one["threshold"] for one in known]
+        axes.fill_between(
+            marks, low, high, color=POSITIVE, alpha=0.16, linewidth=0, label=f"{100 * level:g} % interval"
+        )
+    axes.plot(at, treat_all, color=NEGATIVE, linewidth=1.2, linestyle=(0, (4, 2)), label="act on all")
+    axes.axhline(0, color=BASELINE, linewidth=1.2, label="act on none")
+    axes.plot(at, model, color=POSITIVE, label="act on what the model calls")
+    top = max(float(model.max()), float(treat_all.max()), 0.01)
+    axes.set(
+        xlim=(0, 1),
+        ylim=(-0.25 * top, 1.15 * top),
+        xlabel="threshold probability: from which one would act",
+        ylabel="net benefit, true positives per patch",
+    )
+    axes.legend(loc="upper right")
     return figure

@@ -1,17 +1,16 @@
 """Sections of the report on performance: metrics, curves, decisions, patients, slides."""
 
 from collections.abc import Mapping, Sequence
-from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import DataError
-from biopsy.evaluation.calibration.figures import draw_decision_curve
 from biopsy.evaluation.figures import (
     draw_confusion,
     draw_confusion_matrix,
+    draw_decision_curve,
     draw_patient_metric,
     draw_patient_probs,
     draw_precision_recall,
@@ -19,7 +18,7 @@ from biopsy.evaluation.figures import (
     draw_roc,
 )
 from biopsy.plotting.slides import ALL_PANELS, draw_slide
-from biopsy.plotting.style import jpeg, png, svg
+from biopsy.plotting.style import svg
 from biopsy.reporting.document import (
     Block,
     Picture,
@@ -28,15 +27,17 @@ from biopsy.reporting.document import (
     Table,
     Text,
     estimate_text,
-    interval_of,
     metric_label,
     number,
 )
+from biopsy.reporting.elements import Footnotes, table_of_metrics
 from biopsy.reporting.facts import RunFacts
+from biopsy.reporting.registry import section
 from biopsy.slide_io.mosaic import stitch, stitch_values
 from biopsy.statistics.intervals import measure_groups
 
 
+@section("numbers", order=10)
 def describe_numbers(facts: RunFacts) -> Section:
     """Return every metric with its interval, the classification report, and the confusion."""
     blocks: list[Block] = [table_of_metrics(facts.metrics, facts.unit, facts.on_side)]
@@ -56,36 +57,6 @@ def picture_of_confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[
     """Return the confusion matrix of more than two classes as a figure."""
     figure = draw_confusion_matrix(np.asarray(matrix), class_names)
     return Pictures([Picture("Patches by true and predicted class.", svg(figure, "confusion"))], across=1)
-
-
-def table_of_metrics(metrics: Mapping[str, Any], unit: str, on_side: str = " on the test side") -> Table:
-    """Make the table of all metrics, pooled over patches and as means over patients."""
-    pooled, n_classes = metrics.get("patch") or {}, len(metrics.get("class_names", ("", "")))
-    each = metrics.get("patient") or {}
-    rows, reasons = [], Footnotes()
-    for name, estimate in pooled.items():
-        row = [metric_label(name, n_classes), number(estimate.get("value")), reasons.interval(estimate)]
-        if each:
-            within = each.get(name) or {}
-            defined = within.get("n_defined")
-            row += [
-                number(within.get("value")),
-                reasons.interval(within),
-                number(within.get("median")),
-                number(within.get("worst")),
-                number(defined),
-            ]
-        rows.append(row)
-    columns = ["", "all patches", "95 % interval"]
-    if each:
-        columns += [f"mean of {unit}s", "95 % interval", "median", "worst", f"{unit}s"]
-    method = metrics.get("interval", {})
-    note = f"Intervals: {method.get('method', 'not stated')}, unit {unit}."
-    if metrics.get("ece_floor") is not None:
-        floor = number(metrics["ece_floor"])
-        note += f" A perfect model on these probabilities would show a calibration error of {floor}."
-    note += reasons.text
-    return Table(columns, rows, caption=f"Metrics{on_side}", note=note)
 
 
 def table_of_classes(report: Sequence[Mapping[str, Any]], note: str = "") -> Table:
@@ -144,6 +115,7 @@ def _draw_quadrants(facts: RunFacts, counts: Mapping[str, int]) -> Any:
     return draw_confusion(**four, negative=facts.negative, positive=facts.positive)
 
 
+@section("curves", order=20)
 def describe_curves(facts: RunFacts) -> Section | None:
     """Ranking and calibration, for two classes of which both occur."""
     target = facts.is_positive
@@ -178,35 +150,6 @@ def describe_curves(facts: RunFacts) -> Section | None:
     return Section("curves", "Ranking and calibration", [Pictures(pictures)])
 
 
-class Footnotes:
-    """Reasons for missing intervals, each said once under the table and pointed to by a letter."""
-
-    def __init__(self) -> None:
-        self._reasons: list[str] = []
-
-    def interval(self, estimate: Mapping[str, Any]) -> str:
-        """Write an interval, or ``none (a)``, keeping the reason for the note."""
-        reason = estimate.get("reason")
-        if estimate.get("low") is not None or not reason:
-            return interval_of(estimate)
-        if reason not in self._reasons:
-            self._reasons.append(reason)
-        return f"none ({ascii_lowercase[self._reasons.index(reason)]})"
-
-    def estimate(self, estimate: Mapping[str, Any]) -> str:
-        """Write a number and its interval in one cell."""
-        interval = self.interval(estimate)
-        return (
-            f"{number(estimate.get('value'))} {interval if interval.startswith('none') else f'({interval})'}"
-        )
-
-    @property
-    def text(self) -> str:
-        return "".join(
-            f" ({letter}) {why}." for letter, why in zip(ascii_lowercase, self._reasons, strict=False)
-        )
-
-
 RULES = {
     "youden": "highest sensitivity + specificity",
     "argmax": "probability .5",
@@ -216,6 +159,7 @@ RULES = {
 }
 
 
+@section("decisions", order=40)
 def describe_decisions(facts: RunFacts) -> Section | None:
     """Operating points and their drift, predictive values at a stated prevalence, the decision curve."""
     points, curve = facts.metrics.get("operating_points"), facts.metrics.get("decision_curve")
@@ -315,6 +259,7 @@ SLIDE_SIDE_PX = 640
 LONG_TABLE = 16
 
 
+@section("patients", order=60)
 def describe_patients(facts: RunFacts) -> Section | None:
     """One row a patient or slide, and every subgroup."""
     groups = facts.group_ids
@@ -406,20 +351,7 @@ def _table_of_subgroups(subgroups: Mapping[str, Mapping[str, Any]], n_classes: i
     return Table(columns, rows, caption="Subgroups", note=note, text_columns=2)
 
 
-def pick_label(rows: pd.DataFrame) -> list[str]:
-    """Name whom each row belongs to: ``patient 8863``, else ``slide ..``, else nothing."""
-    for kind in ("patient", "slide"):
-        column = f"{kind}_id"
-        if column in rows and rows[column].notna().any():
-            return [f"{kind} {name}" if pd.notna(name) else f"{kind} unknown" for name in rows[column]]
-    return [""] * len(rows)
-
-
-def encode_patch(image: np.ndarray) -> bytes:
-    """Encode a patch for a page: small ones pixel for pixel, large ones as JPEG to keep the page small."""
-    return png(image) if max(image.shape[:2]) <= 64 else jpeg(image)
-
-
+@section("slides", order=80)
 def describe_slides(facts: RunFacts) -> Section | None:
     """Up to four slides put together again, those with both classes and most patches first."""
     table = facts.predictions

@@ -9,10 +9,11 @@ from biopsy.data.inspection import inspect
 from biopsy.data.packing import prepare
 from biopsy.data.packs import Pack
 from biopsy.evaluation.evaluate import evaluate
+from biopsy.experiments.reports import report
 from biopsy.phantom.cohort import FIRST_PATIENT, write_archive
 from biopsy.phantom.slides import make_phantom_slide
-from biopsy.reporting.report import MAPS, report
 from biopsy.slides.cohorts import slide
+from biopsy.slides.section import MAPS
 from biopsy.training.fit import OnEpoch
 from biopsy.training.runs import DOCUMENT, Run
 from biopsy.training.train import train
@@ -58,7 +59,7 @@ def demo(*, out: Path | str = "biopsy-demo", on_epoch: OnEpoch | None = None) ->
         logger.info("a synthetic slide of a patient never seen: %s", path)
         make_phantom_slide(path, seed=0, patient=NEXT_PATIENT, width=width, height=height, mpp=2.0)
     slide(run, path, out=run.path / MAPS)
-    return report([run])[0]
+    return report([run], complete=True)[0]
 
 
 def _claim(folder: Path) -> None:

@@ -9,8 +9,8 @@ from biopsy.data.packs import Pack
 from biopsy.evaluation.evaluate import evaluate as evaluate_run
 from biopsy.evaluation.predictions import evaluate_classifier, evaluate_table, is_table
 from biopsy.evaluation.results import Evaluation
+from biopsy.experiments.reports import report as write_report
 from biopsy.models.classifier import DOCUMENT, Classifier
-from biopsy.reporting.report import report as write_report
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from biopsy.evaluation.provenance import describe_reproduction
+from biopsy.evaluation.provenance_sections import describe_reproduction
 from biopsy.experiments.figures import PANELS, draw_reproduction
 from biopsy.experiments.sweep_page import mean_sd
 from biopsy.plotting.style import svg

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from biopsy.evaluation.figures import draw_confusion
-from biopsy.evaluation.provenance import describe_reproduction
-from biopsy.evaluation.sections import picture_of_confusion, table_of_classes, table_of_metrics
+from biopsy.evaluation.provenance_sections import describe_reproduction
+from biopsy.evaluation.sections import picture_of_confusion, table_of_classes
 from biopsy.experiments.figures import draw_folds
 from biopsy.plotting.style import svg
 from biopsy.reporting.document import (
@@ -26,6 +26,7 @@ from biopsy.reporting.document import (
     metric_label,
     number,
 )
+from biopsy.reporting.elements import table_of_metrics
 from biopsy.reporting.facts import StudyFacts, hide_study, pick_groups
 from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.statistics.intervals import measure_groups

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from biopsy.evaluation.provenance import describe_reproduction, say_openings
+from biopsy.evaluation.provenance_sections import describe_reproduction
 from biopsy.experiments.figures import draw_sweep
 from biopsy.plotting.style import svg
 from biopsy.reporting.document import (
@@ -22,6 +22,7 @@ from biopsy.reporting.document import (
     Table,
     number,
 )
+from biopsy.reporting.elements import say_openings
 from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.reporting.pseudonyms import Aliases
 

@@ -4,39 +4,24 @@ Everything a page needs is inside it: styles, vector figures, pictures. It asks 
 no script.
 """
 
-from biopsy.evaluation.abstention.section import describe_abstention
-from biopsy.evaluation.calibration.section import describe_calibration
-from biopsy.evaluation.errors.section import describe_mistakes
-from biopsy.evaluation.explanation.section import describe_attention, describe_faithfulness
-from biopsy.evaluation.hypotheses.section import describe_conjectures
-from biopsy.evaluation.provenance import (
-    describe_baseline,
-    describe_data,
-    describe_recipe,
-    describe_reproduction,
-    describe_training,
-    say_openings,
-)
-from biopsy.evaluation.sections import (
-    describe_curves,
-    describe_decisions,
-    describe_numbers,
-    describe_patients,
-    describe_slides,
-)
+from collections.abc import Sequence
+
 from biopsy.reporting.checklist import describe_checklist
 from biopsy.reporting.document import (
+    Facts,
     ReportDocument,
     Section,
     Summary,
+    Text,
     headline,
     interval_text,
     metric_label,
     number,
 )
+from biopsy.reporting.elements import say_openings
 from biopsy.reporting.facts import RunFacts, hide_run
 from biopsy.reporting.html import HIDDEN, NOT_FOR
-from biopsy.slides.section import describe_maps
+from biopsy.reporting.registry import list_results, list_sections
 
 
 def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
@@ -47,27 +32,11 @@ def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
         hide_ids: Replace patient, slide and patch ids by numbers everywhere, and say so.
     """
     if hide_ids and not facts.ids_hidden:
-        facts = hide_run(facts)
-    sections: list[Section | None] = [
-        describe_numbers(facts),
-        describe_curves(facts),
-        describe_calibration(facts),
-        describe_decisions(facts),
-        describe_abstention(facts),
-        describe_patients(facts),
-        describe_mistakes(facts),
-        describe_slides(facts),
-        describe_maps(facts),
-        describe_attention(facts),
-        describe_faithfulness(facts),
-        describe_conjectures(facts),
-        describe_baseline(facts),
-        describe_data(facts),
-        describe_training(facts),
-        describe_recipe(facts),
-        describe_reproduction(facts.run) if facts.is_run else None,
-    ]
-    present = [section for section in sections if section is not None]
+        facts = hide_run(facts, {name: result.hide for name, result in list_results().items()})
+    composed = [compose(facts) for compose in list_sections()]
+    present = [section for section in composed if section is not None]
+    if facts.missing:
+        present.append(_name_missing(facts.missing))
     present.append(describe_checklist(present, has_subgroups=bool(facts.metrics.get("subgroups"))))
     m = facts.metrics
     title = str(facts.recipe.get("title") or facts.recipe.get("name") or facts.run.get("recipe") or "A run")
@@ -85,6 +54,20 @@ def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
         sections=present,
         warnings=warn_reader(facts),
         footer=f"Written by biopsy {facts.run.get('environment', {}).get('biopsy', '')}".strip() + ".",
+    )
+
+
+def _name_missing(missing: Sequence[tuple[str, str]]) -> Section:
+    """List what has not been measured of this run, with the commands that do."""
+    return Section(
+        "missing",
+        "Not included",
+        [
+            Text(
+                "These have not been measured for this run. `biopsy report RUN --complete` runs the commands."
+            ),
+            Facts([(title, command) for title, command in missing]),
+        ],
     )
 
 

@@ -7,9 +7,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from biopsy.evaluation.errors.case_views import Closeups
-from biopsy.evaluation.errors.measure import Mistakes
-from biopsy.evaluation.explanation.examples import Explained
 from biopsy.reporting.pseudonyms import KINDS, Aliases
 from biopsy.training.figures import Row
 
@@ -33,12 +30,8 @@ class RunFacts:
         mpp: Micrometres per pixel of the pack's patches, None where unknown.
         audit: What ``audit.json`` holds.
         ledger: ``times`` and ``runs`` that opened the test side, and ``kept_with`` (``pack`` or ``run``).
-        explained: Some patches with maps of what the network looks at.
-        conjectures: What ``conjectures.json`` holds.
-        faithfulness: What ``faithfulness.json`` holds, if the maps were tested.
-        mistakes: What ``errors.json`` and ``errors.parquet`` hold.
-        closeups: Pictures of the mistakes looked at closely.
-        maps: Slides mapped into the run's folder: ``summary.json`` and the overlay as an encoded image.
+        results: What features have measured of the run, by the names under which sections registered it.
+        missing: What has not been measured, with the command that does: ``(title, command)``.
         ids_hidden: Whether ids have been replaced by numbers.
     """
 
@@ -56,12 +49,8 @@ class RunFacts:
     mpp: float | None = None
     audit: Mapping[str, Any] | None = None
     ledger: Mapping[str, Any] | None = None
-    explained: Explained | None = None
-    conjectures: Mapping[str, Any] | None = None
-    faithfulness: Mapping[str, Any] | None = None
-    mistakes: Mistakes | None = None
-    closeups: Closeups | None = None
-    maps: Sequence[tuple[Mapping[str, Any], bytes]] = ()
+    results: Mapping[str, Any] = field(default_factory=dict)
+    missing: Sequence[tuple[str, str]] = ()
     ids_hidden: bool = False
 
     @property
@@ -162,8 +151,13 @@ def pick_groups(predictions: pd.DataFrame, unit: str) -> pd.Series:
     return pd.Series([None] * len(predictions), index=predictions.index, dtype=object)
 
 
-def hide_run(facts: RunFacts) -> RunFacts:
-    """Replace every id in the facts of a run by a number."""
+def hide_run(facts: RunFacts, hide: Mapping[str, Callable[[Any, Aliases], Any]]) -> RunFacts:
+    """Replace every id in the facts of a run by a pseudonym.
+
+    Args:
+        facts: The run's records.
+        hide: For each of ``facts.results``, the function that replaces the ids in it.
+    """
     aliases = _name_aliases(facts.predictions, str(facts.run.get("pack", {}).get("content_sha256", "")))
     show = facts.get_patch
     return replace(
@@ -175,35 +169,13 @@ def hide_run(facts: RunFacts) -> RunFacts:
         recipe_toml=aliases.text(facts.recipe_toml),
         get_patch=None if show is None else lambda alias: show(aliases.original("patch", alias)),
         audit=None if facts.audit is None else aliases.nested(facts.audit),
-        explained=None if facts.explained is None else _hide_examples(facts.explained, aliases),
-        conjectures=None if facts.conjectures is None else aliases.nested(facts.conjectures),
-        mistakes=None if facts.mistakes is None else _hide_mistakes(facts.mistakes, aliases),
-        closeups=None if facts.closeups is None else _hide_closeups(facts.closeups, aliases),
-        maps=(),  # an overlay has the slide's name drawn on it
+        results={
+            name: None if value is None else hide[name](value, aliases)
+            for name, value in facts.results.items()
+        },
+        missing=[(title, aliases.text(command)) for title, command in facts.missing],
         ids_hidden=True,
     )
-
-
-def _hide_mistakes(mistakes: Mistakes, aliases: Aliases) -> Mistakes:
-    """Replace ids of judged patches, and leave out whose the training patches are that are most like them."""
-    about = aliases.nested(mistakes.about)
-    for entries, known in zip(about["galleries"].values(), mistakes.about["galleries"].values(), strict=True):
-        for entry, original in zip(entries, known, strict=True):
-            entry["patch_id"] = aliases.of("patch", original["patch_id"])
-            entry["nearest"] = [
-                {**near, "patch_id": None, "patient_id": None, "slide_id": None} for near in entry["nearest"]
-            ]
-    return Mistakes(about, aliases.table(mistakes.table))
-
-
-def _hide_closeups(closeups: Closeups, aliases: Aliases) -> Closeups:
-    return replace(closeups, of={aliases.of("patch", name): closeup for name, closeup in closeups.of.items()})
-
-
-def _hide_examples(explained: Explained, aliases: Aliases) -> Explained:
-    """Replace the patch ids, in the order that the pictures have."""
-    names = [aliases.of("patch", name) for name in explained.examples["patch_id"]]
-    return replace(explained, examples=explained.examples.assign(patch_id=names))
 
 
 def hide_study(facts: StudyFacts) -> StudyFacts:

@@ -1,19 +1,52 @@
 """A chapter on the whole slides that a run has mapped into its own folder."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import cv2
+
+from biopsy.core.files import read_json
 from biopsy.reporting.document import Block, Picture, Pictures, Section, Table, Text, number
 from biopsy.reporting.facts import RunFacts
+from biopsy.reporting.registry import Result, section
+from biopsy.slides.outputs import FORMAT as SLIDE_FORMAT
+from biopsy.slides.outputs import OVERLAY, SUMMARY
+from biopsy.training.runs import Run
+
+MAPS = "slides"
+"""Folder of a run in which its report looks for mapped slides."""
+MOST_MAPS, MAP_PX = 12, 1200
+
+logger = logging.getLogger(__name__)
 
 
+def load_maps(run: Run) -> list[tuple[dict[str, Any], bytes]]:
+    """Return the slides mapped into the run's own folder, their overlays small enough for a page."""
+    found = []
+    for path in sorted((run.path / MAPS).glob(f"*/{SUMMARY}"))[:MOST_MAPS]:
+        overlay = cv2.imread(str(path.parent / OVERLAY))
+        if overlay is None:
+            logger.warning("%s has no readable %s: its map is not in the report", path.parent, OVERLAY)
+            continue
+        scale = min(1.0, MAP_PX / max(overlay.shape))
+        small = cv2.resize(overlay, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        image = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
+        found.append((read_json(path, format=SLIDE_FORMAT), image))
+    return found
+
+
+@section(
+    "maps", order=90, slide_maps=Result(load_maps, hide=lambda maps, aliases: None)
+)  # a name is drawn on each
 def describe_maps(facts: RunFacts) -> Section | None:
     """The mapped slides: pictures, and areas with the range that calibration allows."""
-    if not facts.maps:
+    maps = facts.results.get("slide_maps")
+    if not maps:
         return None
     pictures = [
         Picture(f"{found['slide']}: probability of {facts.positive} over the tissue.", image=image)
-        for found, image in facts.maps
+        for found, image in maps
     ]
     blocks: list[Block] = [
         Text(
@@ -21,7 +54,7 @@ def describe_maps(facts: RunFacts) -> Section | None:
             "Cells without a colour are no tissue."
         ),
         Pictures(pictures, across=1),
-        _table_of_areas([found for found, _ in facts.maps], facts.positive),
+        _table_of_areas([found for found, _ in maps], facts.positive),
     ]
     return Section("maps", "Whole slides", blocks)
 

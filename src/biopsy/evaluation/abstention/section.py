@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 
 from biopsy.evaluation.abstention.figures import draw_promise, draw_risk_coverage
-from biopsy.evaluation.sections import Footnotes
 from biopsy.plotting.style import svg
 from biopsy.reporting.document import Block, Picture, Pictures, Section, Table, Text, interval_of, number
+from biopsy.reporting.elements import Footnotes
 from biopsy.reporting.facts import RunFacts
+from biopsy.reporting.registry import section
 
 MEASURES = {
     "coverage": "true class in the set",
@@ -20,6 +21,7 @@ MEASURES = {
 }
 
 
+@section("abstention", order=50)
 def describe_abstention(facts: RunFacts) -> Section | None:
     """The promise, the table that holds it to account, and risk against coverage."""
     found = facts.metrics.get("abstention")

@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from biopsy.core.errors import MetricError
-from biopsy.plotting.style import BASELINE, MUTED, NEGATIVE, POSITIVE, new_figure, styled
+from biopsy.plotting.style import MUTED, POSITIVE, new_figure, styled
 
 
 @styled
@@ -44,42 +43,4 @@ def draw_calibration(
         ylabel=f"share of {positive} found",
     )
     axes.legend(loc="upper left")
-    return figure
-
-
-@styled
-def draw_decision_curve(curve: Mapping[str, Any], *, level: float = 0.95) -> Figure:
-    """Draw net benefit against the threshold probability, beside treating all and treating none.
-
-    Args:
-        curve: ``thresholds``, ``model``, ``treat_all`` and ``marked`` (``threshold``, ``low``, ``high``), as
-            `metrics.json` holds them.
-        level: Nominal coverage of the intervals.
-
-    Raises:
-        MetricError: If the curve has no point.
-    """
-    at = np.asarray(curve["thresholds"], float)
-    if not len(at):
-        raise MetricError("the decision curve has no threshold: give at least one")
-    model, treat_all = (np.asarray(curve[name], float) for name in ("model", "treat_all"))
-    figure, axes = new_figure(height_in=3.6)
-    known = [one for one in curve["marked"] if one["low"] is not None]
-    if known:
-        low, high = ([one[end] for one in known] for end in ("low", "high"))
-        marks = [one["threshold"] for one in known]
-        axes.fill_between(
-            marks, low, high, color=POSITIVE, alpha=0.16, linewidth=0, label=f"{100 * level:g} % interval"
-        )
-    axes.plot(at, treat_all, color=NEGATIVE, linewidth=1.2, linestyle=(0, (4, 2)), label="act on all")
-    axes.axhline(0, color=BASELINE, linewidth=1.2, label="act on none")
-    axes.plot(at, model, color=POSITIVE, label="act on what the model calls")
-    top = max(float(model.max()), float(treat_all.max()), 0.01)
-    axes.set(
-        xlim=(0, 1),
-        ylim=(-0.25 * top, 1.15 * top),
-        xlabel="threshold probability: from which one would act",
-        ylabel="net benefit, true positives per patch",
-    )
-    axes.legend(loc="upper right")
     return figure

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from biopsy.evaluation.calibration.figures import draw_calibration
-from biopsy.evaluation.sections import Footnotes
 from biopsy.plotting.style import svg
 from biopsy.reporting.document import Block, Picture, Pictures, Section, Table, Text, number, plural
+from biopsy.reporting.elements import Footnotes
 from biopsy.reporting.facts import RunFacts
+from biopsy.reporting.registry import section
 from biopsy.statistics.calibrators import LEFT, MOVED
 
 ROWS = {
@@ -23,6 +24,7 @@ ROWS = {
 }
 
 
+@section("calibration", order=30)
 def describe_calibration(facts: RunFacts) -> Section | None:
     """What was fitted and on how many, the numbers and the plot before and after, and what the slope says."""
     found = facts.metrics.get("calibration")

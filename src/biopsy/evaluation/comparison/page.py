@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 
 from biopsy.evaluation.comparison.figures import draw_differences
-from biopsy.evaluation.sections import encode_patch, pick_label
 from biopsy.plotting.style import svg
 from biopsy.reporting.document import (
     Block,
@@ -30,6 +29,7 @@ from biopsy.reporting.document import (
     number,
     plural,
 )
+from biopsy.reporting.elements import encode_patch, pick_label
 from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.reporting.pseudonyms import KINDS, Aliases
 

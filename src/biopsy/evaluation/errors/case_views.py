@@ -1,5 +1,6 @@
 """Mistakes looked at one by one: the patch, what the network looks at, where it lies, what it is like."""
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,21 +10,27 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from biopsy.core.arrays import read_arrays, write_arrays
+from biopsy.core.errors import DataError
 from biopsy.core.files import refuse_inputs, update_directory
 from biopsy.core.tables import write_csv
-from biopsy.evaluation.errors.measure import SHOWN_EACH, Mistakes, measure_mistakes
+from biopsy.data.packs import Pack
+from biopsy.evaluation.errors.measure import FOLDER, SHOWN_EACH, Mistakes, measure_mistakes, read_mistakes
 from biopsy.evaluation.explanation.maps import explain_patches
 from biopsy.evaluation.explanation.methods import find_method
+from biopsy.evaluation.hypotheses.measure import measure_conjectures
 from biopsy.evaluation.slide_context import SlideViews
 from biopsy.models.engine import Engine
 from biopsy.plotting.overlays import scale_maps, superimpose
 from biopsy.plotting.sheets import lay_out_sheet
 from biopsy.plotting.style import png
+from biopsy.reporting.pseudonyms import Aliases
 from biopsy.training.runs import Run
 
 TABLE = "errors.csv"
 GALLERIES = {"fn": "missed", "fp": "false-alarms", "uncertain": "uncertain"}
 """Folder of the pictures of each kind of patch."""
+MAPS, MAPS_FORMAT = "maps.safetensors", "biopsy-error-maps/1"
 PICTURE_PX = 288  # a patch's own picture is enlarged to about this height
 
 
@@ -57,12 +64,21 @@ class Closeups:
     caption: str
 
 
+@dataclass(frozen=True)
+class ErrorAnalysis:
+    """What the report shows of a run's errors."""
+
+    mistakes: Mistakes
+    closeups: Closeups | None
+
+
 def mistakes(
     run: Run | Path | str,
     *,
     side: Literal["test", "val"] | None = None,
     n: int = SHOWN_EACH,
     out: Path | str | None = None,
+    hypotheses: bool = False,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Find a run's mistakes, measure what goes with them, and write a table and pictures.
@@ -76,6 +92,7 @@ def mistakes(
         side: ``test`` or ``val``; the side last judged by default. Nothing is opened by this.
         n: How many of each kind are pictured.
         out: Where to write; ``errors/`` in the run by default.
+        hypotheses: Also test the published hypotheses about errors and saliency; the report shows them.
         device: Where the network is asked.
 
     Returns:
@@ -100,20 +117,75 @@ def mistakes(
                 (partial / file).write_bytes(png(_lay_out(closeups.of[name])))
                 pictures.setdefault(name, file)
         write_csv(partial / TABLE, _list_errors(found, pictures))
+    if hypotheses:
+        measure_conjectures(run, device=device)
     return found.about
 
 
+def load_errors(run: Run) -> ErrorAnalysis | None:
+    """Return the error analysis of the subset evaluated last; None where there is none."""
+    found = read_mistakes(run)
+    if found is None:
+        return None
+    try:
+        arrays, about = read_arrays(run.path / FOLDER / MAPS, format=MAPS_FORMAT)
+    except DataError:
+        return None
+    names = list(_list_entries(found))
+    if about["classifier_sha256"] != found.about["classifier_sha256"] or about["patch_ids"] != names:
+        return None
+    return ErrorAnalysis(
+        found, _assemble(run.open_pack(verify=False), found, arrays["maps"], about["method"])
+    )
+
+
+def hide_errors(analysis: ErrorAnalysis, aliases: Aliases) -> ErrorAnalysis:
+    """Replace ids of evaluated patches; leave out to whom the nearest training patches belong."""
+    known = analysis.mistakes.about["galleries"]
+    about = aliases.nested(analysis.mistakes.about)
+    for entries, originals in zip(about["galleries"].values(), known.values(), strict=True):
+        for entry, original in zip(entries, originals, strict=True):
+            entry["patch_id"] = aliases.of("patch", original["patch_id"])
+            entry["nearest"] = [
+                {**near, "patch_id": None, "patient_id": None, "slide_id": None} for near in entry["nearest"]
+            ]
+    closeups = analysis.closeups
+    if closeups is not None:
+        views = {aliases.of("patch", name): view for name, view in closeups.of.items()}
+        closeups = Closeups(views, closeups.caption)
+    return ErrorAnalysis(Mistakes(about, aliases.table(analysis.mistakes.table)), closeups)
+
+
 def look_closer(run: Run, found: Mistakes, *, device: str = "auto") -> Closeups:
-    """Make the pictures of the patches in a record's galleries.
+    """Return the pictures of the patches in a record's galleries; their saliency is kept in the run.
 
     Maps are those that `explain_patches` gives by default, each on its own scale.
     """
     pack, classifier = run.open_pack(verify=False), run.classifier
-    entries = {each["patch_id"]: each for part in found.about["galleries"].values() for each in part}
-    row_of = dict(zip(pack.table["patch_id"].astype(str), range(len(pack)), strict=True))
-    rows = np.array([row_of[name] for name in entries])
+    names = list(_list_entries(found))
+    rows = pack.rows_of(names)
     explained = explain_patches(classifier, pack.patches[rows], pack.sizes[rows], engine=Engine(device))
-    maps = scale_maps(explained.maps[:, 0], axis=(1, 2))
+    maps = np.round(255 * scale_maps(explained.maps[:, 0], axis=(1, 2))).astype(np.uint8)
+    about = {
+        "format": MAPS_FORMAT,
+        "classifier_sha256": found.about["classifier_sha256"],
+        "patch_ids": names,
+        "method": explained.method,
+    }
+    with contextlib.suppress(OSError):  # a folder that cannot be written to gets none
+        write_arrays(run.path / FOLDER / MAPS, {"maps": maps}, about)
+    return _assemble(pack, found, maps, explained.method)
+
+
+def _list_entries(found: Mistakes) -> dict[str, Any]:
+    return {each["patch_id"]: each for part in found.about["galleries"].values() for each in part}
+
+
+def _assemble(pack: Pack, found: Mistakes, maps: np.ndarray, method_name: str) -> Closeups:
+    """Put pictures of the pack's patches beside their maps, uint8 ``(n, H, W)``."""
+    entries = _list_entries(found)
+    row_of = dict(zip(pack.table["patch_id"].astype(str), range(len(pack)), strict=True))
+    rows = [row_of[name] for name in entries]
     views = SlideViews(pack)
 
     def true_patch(row: int) -> np.ndarray:
@@ -125,12 +197,12 @@ def look_closer(run: Run, found: Mistakes, *, device: str = "auto") -> Closeups:
         patch = true_patch(row)
         closeups[name] = Closeup(
             patch,
-            superimpose(patch, values[: patch.shape[0], : patch.shape[1]]),
+            superimpose(patch, values[: patch.shape[0], : patch.shape[1]] / 255),
             views.overview(row),
             [true_patch(row_of[near["patch_id"]]) for near in entry["nearest"]],
         )
-    method = find_method(explained.method)
-    caption = f"{explained.method.capitalize()} shows {method.shows}; it is not {method.shows_not}."
+    method = find_method(method_name)
+    caption = f"{method_name.capitalize()} shows {method.shows}; it is not {method.shows_not}."
     return Closeups(closeups, caption)
 
 

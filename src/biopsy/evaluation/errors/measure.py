@@ -24,6 +24,7 @@ from biopsy.statistics.contrasts import contrast_groups
 from biopsy.training.runs import Run
 
 FORMAT = "biopsy-errors/1"
+FOLDER = "errors"
 DOCUMENT, TABLE = "errors.json", "errors.parquet"
 SHOWN_EACH = 12
 KINDS = {"fn": "missed", "fp": "false alarm", "tp": "found", "tn": "left alone"}
@@ -72,15 +73,8 @@ def measure_mistakes(
         raise RunError(f"{run.path} tells more than two classes apart: missed and false alarm are of two")
     if n < 1:
         raise RunError(f"n={n!r} shows nothing: ask for 1 patch of each kind or more")
-    asked = {
-        "format": FORMAT,
-        "side": side,
-        "n_patches": len(frame),
-        "classifier_sha256": predicted["classifier_sha256"],
-        "seed": run.info["seed"],
-        "n": n,
-    }
-    place = run.path / "errors"
+    asked = {**_key(run, side, frame, predicted), "n": n}
+    place = run.path / FOLDER
     known = _read_known(place, asked)
     if known is not None:
         return known
@@ -90,6 +84,23 @@ def measure_mistakes(
     except OSError:
         return found
     return _read_known(place, asked) or found
+
+
+def read_mistakes(run: Run) -> Mistakes | None:
+    """Return what is known of the errors on the subset evaluated last; None where nothing is."""
+    side = run.judged_side
+    frame, predicted = run.predictions(side)
+    return _read_known(run.path / FOLDER, _key(run, side, frame, predicted))
+
+
+def _key(run: Run, side: str, frame: pd.DataFrame, predicted: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "side": side,
+        "n_patches": len(frame),
+        "classifier_sha256": predicted["classifier_sha256"],
+        "seed": run.info["seed"],
+    }
 
 
 def _measure(run: Run, frame: pd.DataFrame, asked: Mapping[str, Any], device: str) -> Mistakes:

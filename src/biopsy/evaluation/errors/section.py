@@ -6,12 +6,13 @@ from typing import Any
 import cv2
 import numpy as np
 
-from biopsy.evaluation.errors.case_views import Closeup
+from biopsy.evaluation.errors.case_views import Closeup, ErrorAnalysis, hide_errors, load_errors, mistakes
 from biopsy.evaluation.errors.measure import AGAINST, KINDS
-from biopsy.evaluation.sections import Footnotes, pick_label
 from biopsy.plotting.style import jpeg
 from biopsy.reporting.document import Block, Bullets, Case, Cases, Section, Table, Text, number
+from biopsy.reporting.elements import Footnotes, pick_label
 from biopsy.reporting.facts import RunFacts
+from biopsy.reporting.registry import Result, section
 
 THUMBNAIL_PX = 80
 ERRORS = {"fn": ("missed patches", "found ones"), "fp": ("false alarms", "true negatives")}
@@ -25,17 +26,32 @@ ANSWERED = ("less stained", "heterogeneous")
 """The conjectures that are about what mistakes look like."""
 
 
+@section(
+    "errors",
+    order=70,
+    errors=Result(
+        load_errors,
+        hide_errors,
+        title="Error analysis",
+        command="biopsy mistakes {run}",
+        make=mistakes,
+        applies=lambda run: run.info["threshold"] is not None,
+    ),
+)
 def describe_mistakes(facts: RunFacts) -> Section | None:
     """What is wrong, what goes with it, and the patches themselves."""
-    if facts.mistakes is None:
+    analysis: ErrorAnalysis | None = facts.results.get("errors")
+    if analysis is None:
         return None
-    about = facts.mistakes.about
+    about = analysis.mistakes.about
     blocks: list[Block] = [Text(_say_how_many(facts, about)), *_describe_zones(about)]
     blocks += _describe_contrasts(about)
-    answers = [_say_conjecture(each) for each in (facts.conjectures or {}).get("conjectures", ())]
+    answers = [
+        _say_conjecture(each) for each in (facts.results.get("hypotheses") or {}).get("conjectures", ())
+    ]
     if any(answers):
         blocks.append(Bullets([answer for answer in answers if answer]))
-    return Section("mistakes", "Where it goes wrong", blocks + _galleries(facts))
+    return Section("mistakes", "Where it goes wrong", blocks + _galleries(facts, analysis))
 
 
 def _say_how_many(facts: RunFacts, about: Mapping[str, Any]) -> str:
@@ -185,17 +201,16 @@ def _say_conjecture(found: Mapping[str, Any]) -> str:
     return f"{found['source'][0].upper()}{found['source'][1:]}: “{found['claim']}” {found['answer']}"
 
 
-def _galleries(facts: RunFacts) -> list[Block]:
-    assert facts.mistakes is not None
+def _galleries(facts: RunFacts, analysis: ErrorAnalysis) -> list[Block]:
     titles = {
         "fn": f"Missed: {facts.positive} called {facts.negative}",
         "fp": f"False alarms: {facts.negative} called {facts.positive}",
         "uncertain": "Least certain: nearest to the threshold, right or wrong",
     }
-    counts = facts.mistakes.about["counts"]
+    counts = analysis.mistakes.about["counts"]
     blocks: list[Block] = []
     for kind, title in titles.items():
-        entries = facts.mistakes.about["galleries"][kind]
+        entries = analysis.mistakes.about["galleries"][kind]
         if not entries:
             blocks.append(Text(f"{title}: none."))
             continue
@@ -204,31 +219,32 @@ def _galleries(facts: RunFacts) -> list[Block]:
             if kind in counts
             else f" ({len(entries)})"
         )
-        blocks.append(Cases(title + of, _group_cases(facts, entries)))
-    if facts.closeups is not None and any(isinstance(block, Cases) for block in blocks):
-        blocks.insert(0, Text(_explain_pictures(facts), "note"))
+        blocks.append(Cases(title + of, _group_cases(analysis, entries)))
+    if analysis.closeups is not None and any(isinstance(block, Cases) for block in blocks):
+        blocks.insert(0, Text(_explain_pictures(facts, analysis), "note"))
     return blocks
 
 
-def _explain_pictures(facts: RunFacts) -> str:
-    assert facts.mistakes is not None and facts.closeups is not None
-    reference = facts.mistakes.about["training_reference"]
+def _explain_pictures(facts: RunFacts, analysis: ErrorAnalysis) -> str:
+    assert analysis.closeups is not None
+    reference = analysis.mistakes.about["training_reference"]
     return (
         "Each row: the patch, what the network looks at, its place on the slide where that is known, and the "
         f"three most alike of {number(reference['n'])} training patches to the network (penultimate layer), "
         f"with class and distance ({reference['distance']}). Below: probability of {facts.positive}, patch, "
-        f"and what sets it apart from those of its class that were called right. {facts.closeups.caption}"
+        f"and what sets it apart from those of its class that were called right. {analysis.closeups.caption}"
     )
 
 
-def _group_cases(facts: RunFacts, entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Case]]]:
-    assert facts.mistakes is not None
-    table = facts.mistakes.table
+def _group_cases(
+    analysis: ErrorAnalysis, entries: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, list[Case]]]:
+    table = analysis.mistakes.table
     rows = table.assign(who=pick_label(table)).set_index(table["patch_id"].astype(str))
     groups: dict[str, list[Case]] = {}
     for entry in entries:
         row = rows.loc[entry["patch_id"]]
-        closeup = None if facts.closeups is None else facts.closeups.of[entry["patch_id"]]
+        closeup = None if analysis.closeups is None else analysis.closeups.of[entry["patch_id"]]
         lines = [
             number(float(row["prob"])),
             str(entry["patch_id"]),

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,15 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from biopsy.core.arrays import read_arrays, write_arrays
 from biopsy.core.errors import DataError
 from biopsy.core.files import read_json, update_directory, write_json
 from biopsy.models.classifier import Classifier
 from biopsy.plotting.overlays import Overlay, draw_overlays, superimpose
 from biopsy.plotting.sheets import lay_out_sheet
 from biopsy.plotting.style import png, shorten
+from biopsy.reporting.pseudonyms import Aliases
+from biopsy.training.runs import Run
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,72 @@ def draw_sheet(explained: Explained, chosen: Sequence[int], parts: Sequence[Illu
     return draw_overlays(rows, titles, [part.signed for part in parts for _ in part.titles])
 
 
+STORED, STORED_FORMAT = "examples.safetensors", "biopsy-explained/1"
+
+
+def keep_explained(run: Run, explained: Explained) -> None:
+    """Keep the examples that the report shows in the run."""
+    parts, side = explained.illustrations, run.open_pack(verify=False).info.patch_px
+    maps = {}
+    for index, part in enumerate(parts):
+        maps[f"maps-{index}"] = np.zeros((len(part.maps), len(part.titles), side, side), np.float16)
+        for place, values in enumerate(part.maps):
+            maps[f"maps-{index}"][place, :, : values.shape[1], : values.shape[2]] = values
+    about = {
+        "format": STORED_FORMAT,
+        "classifier_sha256": run.classifier.sha256,
+        "examples": explained.examples.to_dict(orient="list"),
+        "illustrations": [
+            {
+                "method": part.method,
+                "layer": part.layer,
+                "titles": part.titles,
+                "caption": part.caption,
+                "signed": part.signed,
+            }
+            for part in parts
+        ],
+    }
+    write_arrays(run.path / FOLDER / STORED, maps, about)
+
+
+def load_explained(run: Run) -> Explained | None:
+    """Return the examples that `explain` kept of the subset evaluated last; None where there are none."""
+    try:
+        arrays, about = read_arrays(run.path / FOLDER / STORED, format=STORED_FORMAT)
+    except DataError:
+        return None
+    examples = pd.DataFrame(about["examples"])
+    if about["classifier_sha256"] != run.classifier.sha256 or set(examples["side"]) != {run.judged_side}:
+        return None
+    pack = run.open_pack(verify=False)
+    rows = pack.rows_of(examples["patch_id"])
+    sizes = pack.sizes[rows]
+    patches = [
+        np.asarray(pack.patches[row, :height, :width])
+        for row, (width, height) in zip(rows, sizes, strict=True)
+    ]
+    parts = [
+        Illustration(
+            maps=[
+                arrays[f"maps-{index}"][place, :, :height, :width].astype(float)
+                for place, (width, height) in enumerate(sizes)
+            ],
+            **part,
+        )
+        for index, part in enumerate(about["illustrations"])
+    ]
+    return Explained(examples, patches, parts)
+
+
+def hide_explained(explained: Explained, aliases: Aliases) -> Explained:
+    """Replace the patch ids, in the order that the pictures have."""
+    names = [aliases.of("patch", name) for name in explained.examples["patch_id"]]
+    return replace(explained, examples=explained.examples.assign(patch_id=names))
+
+
 FORMAT = "biopsy-explain/1"
+FOLDER = "explain"
 DOCUMENT = "explain.json"
 PICTURE_PX = 288  # a patch's own picture is enlarged to about this height
 

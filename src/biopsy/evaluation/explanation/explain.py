@@ -1,5 +1,6 @@
 """`explain`: patches are chosen, explained and written as sheets."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,12 @@ from biopsy.core.files import refuse_inputs
 from biopsy.core.seeds import make_rng
 from biopsy.data.archives import open_archive
 from biopsy.data.packs import Pack, is_pack, pad
-from biopsy.evaluation.explanation.examples import Explained, Illustration, write_explained
+from biopsy.evaluation.explanation.examples import (
+    Explained,
+    Illustration,
+    keep_explained,
+    write_explained,
+)
 from biopsy.evaluation.explanation.faithfulness import FOLDER, measure_faithfulness
 from biopsy.evaluation.explanation.maps import Explanation, explain_patches
 from biopsy.evaluation.explanation.methods import find_last_maps, find_method, has_convolution
@@ -241,6 +247,9 @@ def explain(
             )
         explained = explain_others(classifier, data, **options, device=device)
     document = write_explained(classifier, explained, place, named_layer=layer)
+    if run is not None and not patch:
+        with contextlib.suppress(OSError):  # a folder that cannot be written to gets none
+            keep_explained(run, explained)
     if run is not None and faithfulness:
         document["faithfulness"] = measure_faithfulness(run, methods=methods, layer=layer, device=device)
     return document

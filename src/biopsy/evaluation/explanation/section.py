@@ -5,19 +5,29 @@ from typing import Any
 
 import numpy as np
 
-from biopsy.evaluation.explanation.examples import draw_sheet
+from biopsy.evaluation.explanation.examples import Explained, draw_sheet, hide_explained, load_explained
+from biopsy.evaluation.explanation.explain import explain
+from biopsy.evaluation.explanation.faithfulness import read_faithfulness
 from biopsy.evaluation.explanation.figures import draw_removal
-from biopsy.evaluation.sections import Footnotes
 from biopsy.plotting.style import svg
 from biopsy.reporting.document import Block, Bullets, Picture, Pictures, Section, Table, Text, number
+from biopsy.reporting.elements import Footnotes
 from biopsy.reporting.facts import RunFacts
+from biopsy.reporting.registry import Result, section
 
 MOST_GROUPS = 24  # patients listed one by one
 
 
+@section(
+    "explanation",
+    order=100,
+    explanation=Result(
+        load_explained, hide_explained, title="Saliency", command="biopsy explain {run}", make=explain
+    ),
+)
 def describe_attention(facts: RunFacts) -> Section | None:
     """Some patches called wrong and some called right, with maps superimposed on the tissue."""
-    explained = facts.explained
+    explained: Explained | None = facts.results.get("explanation")
     if explained is None or explained.examples.empty:
         return None
     right = (explained.examples["kind"] == "right").to_numpy()
@@ -47,7 +57,7 @@ def describe_attention(facts: RunFacts) -> Section | None:
             + (
                 "Whether these mean anything has not been tested here: `biopsy explain RUN --faithfulness` "
                 "does it."
-                if facts.faithfulness is None
+                if facts.results.get("faithfulness") is None
                 else "Whether these mean anything is the question of the next chapter."
             ),
             "note",
@@ -59,9 +69,18 @@ def describe_attention(facts: RunFacts) -> Section | None:
 TITLES = {"random": "random", "edges": "edges"}
 
 
+@section(
+    "faithfulness",
+    order=110,
+    faithfulness=Result(
+        read_faithfulness,
+        title="Faithfulness of the saliency maps",
+        command="biopsy explain {run} --faithfulness",
+    ),
+)
 def describe_faithfulness(facts: RunFacts) -> Section | None:
     """A plain sentence, a row and two curves for every method that was tested."""
-    found = facts.faithfulness
+    found = facts.results.get("faithfulness")
     if found is None:
         return None
     settings, methods = found["settings"], found["methods"]

@@ -85,6 +85,7 @@ def share_saliency(patches: np.ndarray, maps: np.ndarray, sizes: np.ndarray | No
 
 
 FORMAT = "biopsy-conjectures/1"
+PATH = Path("explain", "conjectures.json")
 MOST_MEASURED = 5_000  # patches whose stain and spread are measured
 MOST_ASKED, FEWEST_ASKED = 1_000, 100  # patches that the network is asked about again
 MOST_MULTIPLICATIONS = 5e11  # of one pass over these: some seconds on two cores
@@ -123,19 +124,29 @@ def measure_conjectures(run: Run | Path | str, *, device: str = "auto") -> dict[
     frame, about = run.predictions(side)
     if "prob" not in frame:
         raise RunError(f"{run.path} tells more than two classes apart: the conjectures are about two")
-    asked = {
-        "format": FORMAT,
-        "side": side,
-        "n_patches": len(frame),
-        "classifier_sha256": about["classifier_sha256"],
-        "seed": seed,
-    }
-    path = run.path / "explain" / "conjectures.json"
+    asked = _key(run, side, frame, about)
+    path = run.path / PATH
     known = _read_known(path, asked)
     if known is None:
         write_json(path, {**asked, **_measure(run, frame, seed, device)})
         known = read_json(path, format=FORMAT)
     return known
+
+
+def read_conjectures(run: Run) -> dict[str, Any] | None:
+    """Return what was measured on the subset evaluated last; None where nothing was."""
+    side = run.judged_side
+    return _read_known(run.path / PATH, _key(run, side, *run.predictions(side)))
+
+
+def _key(run: Run, side: str, frame: pd.DataFrame, about: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "side": side,
+        "n_patches": len(frame),
+        "classifier_sha256": about["classifier_sha256"],
+        "seed": run.info["seed"],
+    }
 
 
 def _measure(run: Run, frame: pd.DataFrame, seed: int, device: str) -> dict[str, Any]:

@@ -5,15 +5,28 @@ from string import capwords
 from typing import Any
 
 from biopsy.evaluation.explanation.section import MOST_GROUPS
+from biopsy.evaluation.hypotheses.measure import measure_conjectures, read_conjectures
 from biopsy.evaluation.patch_properties import PROPERTIES
-from biopsy.evaluation.sections import Footnotes
 from biopsy.reporting.document import Block, Section, Table, Text, number
+from biopsy.reporting.elements import Footnotes
 from biopsy.reporting.facts import RunFacts
+from biopsy.reporting.registry import Result, section
 
 
+@section(
+    "hypotheses",
+    order=120,
+    hypotheses=Result(
+        read_conjectures,
+        title="Published hypotheses about errors and saliency",
+        command="biopsy mistakes {run} --hypotheses",
+        make=measure_conjectures,
+        applies=lambda run: bool(run.recipe.origin.claim) and run.info["threshold"] is not None,
+    ),
+)
 def describe_conjectures(facts: RunFacts) -> Section | None:
     """The posts' three conjectures: a sentence each, and the numbers behind it."""
-    found = facts.conjectures
+    found = facts.results.get("hypotheses")
     if found is None:
         return None
     drawn = found["n_measured"] < found["n_patches"] or found["n_asked"] < found["n_patches"]

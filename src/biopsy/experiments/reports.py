@@ -5,19 +5,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import check_outputs, read_json, write_atomic, write_output
-from biopsy.data.audit import audit_pack
 from biopsy.data.packs import Pack
-from biopsy.evaluation.errors.case_views import look_closer
-from biopsy.evaluation.errors.measure import measure_mistakes
-from biopsy.evaluation.explanation.examples import DOCUMENT, Explained, write_explained
-from biopsy.evaluation.explanation.explain import explain_examples
-from biopsy.evaluation.explanation.faithfulness import read_faithfulness
-from biopsy.evaluation.hypotheses.measure import measure_conjectures
 from biopsy.evaluation.results import Evaluation
 from biopsy.experiments.pages import compose_study
 from biopsy.models.networks import build_network, describe
@@ -25,15 +17,11 @@ from biopsy.recipes import Recipe, recipe_toml
 from biopsy.reporting.compose import report_of_run
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.html import render_report
-from biopsy.slides.outputs import FORMAT as SLIDE_FORMAT
-from biopsy.slides.outputs import OVERLAY, SUMMARY
+from biopsy.reporting.registry import list_results
 from biopsy.training.runs import Run
 from biopsy.training.study import Study, is_study
 
 PAGE = "report.html"
-MAPS = "slides"
-"""Folder of a run in which its report looks for mapped slides."""
-MOST_MAPS, MAP_PX = 12, 1200
 
 Reported = Run | Study | Evaluation | Path | str
 
@@ -45,6 +33,7 @@ def report(
     *,
     out: Path | str | None = None,
     hide_ids: bool = False,
+    complete: bool = False,
 ) -> list[Path]:
     """Write one self-contained HTML report for each run, study or evaluation of predictions.
 
@@ -53,6 +42,8 @@ def report(
         out: The file to write, for one run; a folder, for several. By default ``report.html`` in each;
             needed for predictions.
         hide_ids: Replace patient, slide and patch ids by numbers, for sharing.
+        complete: First run the commands whose results the report of a run lacks (error analysis, saliency,
+            published hypotheses); without it the report names them.
 
     Returns:
         The paths of the reports.
@@ -70,7 +61,7 @@ def report(
         path = _place(item, PAGE, out, several=len(asked) > 1)
         if path != out:
             check_outputs(path.parent, path.name, adopt=out is None)
-        for name, page in _compose(item, hide_ids):
+        for name, page in _compose(item, hide_ids, complete=complete):
             path = _place(item, name, out, several=len(asked) > 1)
             if path in written:
                 raise RunError(f"{path} would be the report of two runs: name another --out for one of them")
@@ -82,7 +73,7 @@ def report(
     return written
 
 
-def _compose(item: Reported, hide_ids: bool) -> list[tuple[str, str]]:
+def _compose(item: Reported, hide_ids: bool, *, complete: bool) -> list[tuple[str, str]]:
     """Return the pages of a run, a study or an evaluation: file name and HTML each."""
     if isinstance(item, Evaluation):
         facts = RunFacts(
@@ -92,7 +83,9 @@ def _compose(item: Reported, hide_ids: bool) -> list[tuple[str, str]]:
     if isinstance(item, Study) or (not isinstance(item, Run) and is_study(item)):
         pages = compose_study(Study.open(item), hide_ids=hide_ids)
         return [(name, render_report(page)) for name, page in pages]
-    return [(PAGE, render_report(report_of_run(gather_run(Run.open(item)), hide_ids=hide_ids)))]
+    return [
+        (PAGE, render_report(report_of_run(gather_run(Run.open(item), complete=complete), hide_ids=hide_ids)))
+    ]
 
 
 def _place(item: Reported, name: str, out: Path | None, *, several: bool) -> Path:
@@ -107,8 +100,8 @@ def _place(item: Reported, name: str, out: Path | None, *, several: bool) -> Pat
     return out / f"{folder.name or 'predictions'}-{name}"
 
 
-def gather_run(run: Run) -> RunFacts:
-    """Collect what the report of a run is written from.
+def gather_run(run: Run, *, complete: bool = False) -> RunFacts:
+    """Collect what the report of a run is written from; with ``complete``, what is missing is measured first.
 
     Raises:
         RunError: If the run has not been evaluated.
@@ -117,7 +110,7 @@ def gather_run(run: Run) -> RunFacts:
     predictions, _ = run.predictions(metrics["side"])
     recipe, pack = run.recipe, run.open_pack(verify=False)
     side = recipe.preprocessing.input_px
-    mistakes = measure_mistakes(run, side=metrics["side"]) if "prob" in predictions else None
+    results, missing = _load_results(run, complete=complete)
     return RunFacts(
         run=run.info,
         metrics=metrics,
@@ -133,48 +126,9 @@ def gather_run(run: Run) -> RunFacts:
         mpp=pack.info.mpp,
         audit=_find_audit(pack),
         ledger=metrics.get("ledger"),
-        explained=_explain(run),
-        conjectures=_test_conjectures(run),
-        faithfulness=read_faithfulness(run),
-        mistakes=mistakes,
-        closeups=None if mistakes is None else look_closer(run, mistakes),
-        maps=_find_maps(run.path / MAPS),
+        results=results,
+        missing=missing,
     )
-
-
-def _find_maps(folder: Path) -> list[tuple[dict[str, Any], bytes]]:
-    """Read the slides that were mapped into a run, their overlays small enough for a page."""
-    found = []
-    for path in sorted(folder.glob(f"*/{SUMMARY}"))[:MOST_MAPS]:
-        overlay = cv2.imread(str(path.parent / OVERLAY))
-        if overlay is None:
-            logger.warning("%s has no readable %s: its map is not in the report", path.parent, OVERLAY)
-            continue
-        scale = min(1.0, MAP_PX / max(overlay.shape))
-        small = cv2.resize(overlay, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        image = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
-        found.append((read_json(path, format=SLIDE_FORMAT), image))
-    return found
-
-
-def _explain(run: Run) -> Explained:
-    """Explain some patches, and leave pictures of them in the run where it has none."""
-    explained = explain_examples(run)
-    if not (run.path / "explain" / DOCUMENT).exists():
-        try:
-            write_explained(run.classifier, explained, run.path / "explain")
-        except OSError as error:
-            logger.warning("explanations stand in the report only: %s", error)
-    return explained
-
-
-def _test_conjectures(run: Run) -> dict[str, Any] | None:
-    """Measure the posts' conjectures, or read what was measured; they are about two classes."""
-    try:
-        return None if run.info["threshold"] is None else measure_conjectures(run)
-    except OSError as error:
-        logger.warning("the posts' conjectures are not in the report, for they cannot be kept: %s", error)
-        return None
 
 
 def _describe_network(recipe: Recipe, n_classes: int) -> list[Any]:
@@ -194,9 +148,24 @@ def _open_patches(pack: Pack) -> Callable[[str], np.ndarray]:
     return get_patch
 
 
-def _find_audit(pack: Pack) -> dict[str, Any]:
-    """Read the pack's audit, or make it anew where there is none."""
+def _find_audit(pack: Pack) -> dict[str, Any] | None:
+    """Return the pack's audit; None where `inspect` has not made one."""
     try:
         return read_json(pack.path / "audit.json", format="biopsy-audit/1")
     except DataError:
-        return audit_pack(pack)
+        return None
+
+
+def _load_results(run: Run, *, complete: bool) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Return what features have measured of a run, and what is missing with the command that makes it."""
+    results, missing = {}, []
+    for name, kind in list_results().items():
+        result = kind.load(run)
+        applies = result is None and bool(kind.title) and kind.applies(run)
+        if applies and complete and kind.make is not None:
+            kind.make(run)
+            result = kind.load(run)
+        if applies and result is None:
+            missing.append((kind.title, kind.command.format(run=run.path)))
+        results[name] = result
+    return results, missing

@@ -22,13 +22,16 @@ from biopsy.reporting.document import (
     metric_label,
     number,
 )
+from biopsy.reporting.elements import say_openings
 from biopsy.reporting.facts import RunFacts
+from biopsy.reporting.registry import section
 from biopsy.statistics.metrics import METRICS
 from biopsy.training.figures import QUANTITIES, draw_network, draw_training
 
 NOT_SHOWN = ("format", "pack_sha256", "dataset", "unit", "counts")  # of the audit
 
 
+@section("baseline", order=130)
 def describe_baseline(facts: RunFacts) -> Section | None:
     """The colour-only model beside this one."""
     theirs, ours = facts.baseline, facts.pooled.get("auroc", {})
@@ -53,6 +56,7 @@ def describe_baseline(facts: RunFacts) -> Section | None:
     return Section("baseline", "Colour alone", [table, Text(verdict)])
 
 
+@section("data", order=140)
 def describe_data(facts: RunFacts) -> Section:
     """Pack, split, audit, balance, and how often the test side was looked at."""
     if not facts.is_run:
@@ -83,19 +87,6 @@ def describe_data(facts: RunFacts) -> Section:
         blocks.append(Facts(flatten(shown), caption="What the audit of the pack found"))
     blocks.append(Text(say_openings(facts.ledger or facts.metrics.get("times_opened"))))
     return Section("data", "The data", blocks)
-
-
-def say_openings(ledger: Mapping[str, Any] | int | None) -> str:
-    """Say how often the test side was looked at."""
-    if ledger is None:
-        return "This side is not in the ledger of test openings."
-    times, runs = (ledger, None) if isinstance(ledger, int) else (ledger.get("times"), ledger.get("runs"))
-    text = f"The ledger counts {number(times)} opening{'' if times == 1 else 's'} of this test side"
-    if runs is not None:
-        text += f", for {number(runs)} run{'' if runs == 1 else 's'}"
-    if isinstance(ledger, Mapping) and ledger.get("kept_with") == "run":
-        text += "; the pack is read-only, so the ledger is kept with the run and may count too few"
-    return f"{text}. The more often a side is looked at, the less its numbers are worth."
 
 
 def _table_of_sides(sides: Mapping[str, Any], facts: RunFacts) -> Table:
@@ -142,6 +133,7 @@ def _draw_classes_by_group(facts: RunFacts) -> list[Block]:
     return [Pictures([Picture(caption, svg(figure, "balance"))], across=1)]
 
 
+@section("training", order=150)
 def describe_training(facts: RunFacts) -> Section | None:
     """Curves of training, and the network that was trained."""
     if not facts.is_run:
@@ -196,6 +188,7 @@ def _say_weights(record: Mapping[str, Any] | None) -> str | None:
     return f"{begun}; {record['note']}" if record["note"] else begun
 
 
+@section("recipe", order=160)
 def describe_recipe(facts: RunFacts) -> Section | None:
     """What was published, what is known to be wrong with it, and every setting."""
     if not facts.is_run:
@@ -235,6 +228,12 @@ def describe_recipe(facts: RunFacts) -> Section | None:
     if facts.recipe_toml:
         blocks.append(Listing(facts.recipe_toml, fold="Every setting (TOML)"))
     return Section("recipe", "The recipe", blocks or [Text("No recipe is at hand.")])
+
+
+@section("reproduction", order=170)
+def describe_run_reproduction(facts: RunFacts) -> Section | None:
+    """How to make the run again; predictions from outside have no run."""
+    return describe_reproduction(facts.run) if facts.is_run else None
 
 
 def describe_reproduction(record: Mapping[str, Any]) -> Section:

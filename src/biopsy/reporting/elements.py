@@ -1,0 +1,102 @@
+"""Elements that several sections share: the table of metrics, footnotes, labels and pictures of patches."""
+
+from collections.abc import Mapping
+from string import ascii_lowercase
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from biopsy.plotting.style import jpeg, png
+from biopsy.reporting.document import (
+    Table,
+    interval_of,
+    metric_label,
+    number,
+)
+
+
+class Footnotes:
+    """Reasons for missing intervals, each said once under the table and pointed to by a letter."""
+
+    def __init__(self) -> None:
+        self._reasons: list[str] = []
+
+    def interval(self, estimate: Mapping[str, Any]) -> str:
+        """Write an interval, or ``none (a)``, keeping the reason for the note."""
+        reason = estimate.get("reason")
+        if estimate.get("low") is not None or not reason:
+            return interval_of(estimate)
+        if reason not in self._reasons:
+            self._reasons.append(reason)
+        return f"none ({ascii_lowercase[self._reasons.index(reason)]})"
+
+    def estimate(self, estimate: Mapping[str, Any]) -> str:
+        """Write a number and its interval in one cell."""
+        interval = self.interval(estimate)
+        return (
+            f"{number(estimate.get('value'))} {interval if interval.startswith('none') else f'({interval})'}"
+        )
+
+    @property
+    def text(self) -> str:
+        return "".join(
+            f" ({letter}) {why}." for letter, why in zip(ascii_lowercase, self._reasons, strict=False)
+        )
+
+
+def table_of_metrics(metrics: Mapping[str, Any], unit: str, on_side: str = " on the test side") -> Table:
+    """Make the table of all metrics, pooled over patches and as means over patients."""
+    pooled, n_classes = metrics.get("patch") or {}, len(metrics.get("class_names", ("", "")))
+    each = metrics.get("patient") or {}
+    rows, reasons = [], Footnotes()
+    for name, estimate in pooled.items():
+        row = [metric_label(name, n_classes), number(estimate.get("value")), reasons.interval(estimate)]
+        if each:
+            within = each.get(name) or {}
+            defined = within.get("n_defined")
+            row += [
+                number(within.get("value")),
+                reasons.interval(within),
+                number(within.get("median")),
+                number(within.get("worst")),
+                number(defined),
+            ]
+        rows.append(row)
+    columns = ["", "all patches", "95 % interval"]
+    if each:
+        columns += [f"mean of {unit}s", "95 % interval", "median", "worst", f"{unit}s"]
+    method = metrics.get("interval", {})
+    note = f"Intervals: {method.get('method', 'not stated')}, unit {unit}."
+    if metrics.get("ece_floor") is not None:
+        floor = number(metrics["ece_floor"])
+        note += f" A perfect model on these probabilities would show a calibration error of {floor}."
+    note += reasons.text
+    return Table(columns, rows, caption=f"Metrics{on_side}", note=note)
+
+
+def pick_label(rows: pd.DataFrame) -> list[str]:
+    """Name whom each row belongs to: ``patient 8863``, else ``slide ..``, else nothing."""
+    for kind in ("patient", "slide"):
+        column = f"{kind}_id"
+        if column in rows and rows[column].notna().any():
+            return [f"{kind} {name}" if pd.notna(name) else f"{kind} unknown" for name in rows[column]]
+    return [""] * len(rows)
+
+
+def encode_patch(image: np.ndarray) -> bytes:
+    """Encode a patch for a page: small ones pixel for pixel, large ones as JPEG to keep the page small."""
+    return png(image) if max(image.shape[:2]) <= 64 else jpeg(image)
+
+
+def say_openings(ledger: Mapping[str, Any] | int | None) -> str:
+    """Say how often the test side was looked at."""
+    if ledger is None:
+        return "This side is not in the ledger of test openings."
+    times, runs = (ledger, None) if isinstance(ledger, int) else (ledger.get("times"), ledger.get("runs"))
+    text = f"The ledger counts {number(times)} opening{'' if times == 1 else 's'} of this test side"
+    if runs is not None:
+        text += f", for {number(runs)} run{'' if runs == 1 else 's'}"
+    if isinstance(ledger, Mapping) and ledger.get("kept_with") == "run":
+        text += "; the pack is read-only, so the ledger is kept with the run and may count too few"
+    return f"{text}. The more often a side is looked at, the less its numbers are worth."
