@@ -56,8 +56,8 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
     val = pack.target[task.val], pack.group_ids[task.val]
     settle_run(run, recipe, classifier, logits, *val)
     if recipe.model.context:
-        info.single_patch = info.model_dump(include={"calibrator", "thresholds", "conformal"})
-        info.context = recipe.model.context
+        single = classifier.info.model_dump(include={"calibrator", "thresholds", "conformal"})
+        classifier.info.single_patch, classifier.info.context = single, recipe.model.context
         logits = classifier.add_context(logits, pack.table.iloc[task.val])
         settle_run(run, recipe, classifier, logits, *val)
     fit_reference(
