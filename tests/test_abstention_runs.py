@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from biopsy.core.errors import RecipeError
+from biopsy.core.files import write_json
 from biopsy.data.predictions import read_predictions
 from biopsy.evaluation.abstention.section import describe_abstention
 from biopsy.evaluation.calibration.recalibrate import calibrate
@@ -29,6 +30,7 @@ def promising(trained_run, tmp_path):
     text = recipe.read_text(encoding="utf-8")
     assert "abstention_error = 0.1\n" in text
     recipe.write_text(text.replace("abstention_error = 0.1\n", "abstention_error = 0.25\n"), encoding="utf-8")
+    run.update(files=run.hash_files("recipe.toml"))
     calibrate(run)
     return Run.open(run.path)
 
@@ -78,7 +80,8 @@ def test_a_classifier_from_before_is_read_and_answers_everything(trained_run, tm
     path = run.path / "classifier" / "classifier.json"
     document = json.loads(path.read_text())
     del document["conformal"]
-    path.write_text(json.dumps(document))
+    write_json(path, document)
+    run.update(files={})
     classifier = Classifier.load(run.path / "classifier")
     assert classifier.info.conformal == {} and classifier.abstains(np.array([[0.5, 0.5]])) is None
     entry = evaluate(Run.open(run.path))["abstention"]

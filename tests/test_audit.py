@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from biopsy.core.files import read_json, write_json
+from biopsy.core.files import read_json, sha256_file, write_json
 from biopsy.data import duplicates
 from biopsy.data.audit import LIST_LIMIT, audit_pack, find_spoilers
 from biopsy.data.duplicates import MAX_BITS, find_near_duplicates, hash_patches
@@ -31,6 +31,7 @@ def alter(pack: Pack, change: Callable[[np.ndarray, pd.DataFrame], None]) -> Pac
     table.to_parquet(pack.path / TABLE, index=False)
     about = read_json(pack.path / "pack.json")
     about["files"] = {name: (pack.path / name).stat().st_size for name in (PIXELS, TABLE)}
+    about["table_sha256"] = sha256_file(pack.path / TABLE)
     about["content_sha256"] = content_sha256(images, table)
     write_json(pack.path / "pack.json", about)
     return Pack.open(pack.path)

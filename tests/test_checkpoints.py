@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from biopsy.core.errors import RunError
+from biopsy.core.loaders import read_tensors
 from biopsy.training.checkpoints import LAST, Progress, load_checkpoint, load_weights, save_checkpoint
 from biopsy.training.optimisers import OPTIMISERS, make_optimiser, set_learning_rate
 
@@ -34,7 +35,9 @@ def save(folder, epoch=1, best_epoch=None, network=None, name="adam"):
     network = network or make_network()
     optimiser = make_optimiser(name, network.parameters(), 0.01)
     step(network, optimiser, epoch)
-    progress = Progress(epoch, epoch * 3, best_epoch, 0.5, [{"epoch": epoch, "val_auroc": None}])
+    progress = Progress(
+        epoch, epoch * 3, best_epoch, 0.5, [{"epoch": epoch, "val_loss": 0.1, "val_auroc": None}]
+    )
     save_checkpoint(folder, network, optimiser, progress)
     return network, optimiser, progress
 
@@ -126,14 +129,33 @@ def test_damage_is_named(tmp_path):
     path = tmp_path / LAST
     whole, tensors = path.read_bytes(), load_file(path)
     path.write_bytes(whole[:-100])
-    with pytest.raises(RunError, match=r"last.safetensors is not a readable checkpoint .*train anew"):
+    with pytest.raises(RunError, match=r"last.safetensors cannot be read as safetensors.*train anew"):
         load(tmp_path)
     save_file(tensors, path)
-    with pytest.raises(RunError, match="is not a readable checkpoint"):
+    with pytest.raises(RunError, match="is no checkpoint of format"):
         load(tmp_path)
-    save_file(tensors, path, metadata={"biopsy": json.dumps({"format": "biopsy-checkpoint/2"})})
-    with pytest.raises(RunError, match="'biopsy-checkpoint/2' where 'biopsy-checkpoint/1' was expected"):
-        load(tmp_path)
+    path.write_bytes(whole)
+    header = json.loads(read_tensors(path)[1]["biopsy"])
+    for change in (
+        {"format": "biopsy-checkpoint/2"},
+        {"progress": []},
+        {"progress": {**header["progress"], "history": [{"epoch": 1}]}},
+        {"optimiser": {"x": {}}},
+        {"groups": None},
+        {"groups": []},
+    ):
+        save_file(tensors, path, metadata={"biopsy": json.dumps(header | change)})
+        with pytest.raises(RunError) as caught:
+            load(tmp_path)
+        assert "\n" not in str(caught.value)
+    for text in ("[" * 10_000, "[]", "7" * 5000, "\ud800"):
+        save_file(tensors, path, metadata={"biopsy": text.encode("utf-8", "replace").decode()})
+        with pytest.raises(RunError):
+            load(tmp_path)
+    for name, value in {"optimiser.9.exp_avg": torch.zeros(3), "optimiser.x.exp_avg": torch.zeros(3)}.items():
+        save_file({**tensors, name: value}, path, metadata={"biopsy": json.dumps(header)})
+        with pytest.raises(RunError):
+            load(tmp_path)
 
 
 def test_another_network_is_refused(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from scipy.special import expit, softmax
 
 from biopsy.core.errors import DataError, RunError
+from biopsy.core.files import write_json
 from biopsy.models.classifier import Classifier, ClassifierInfo
 from biopsy.models.networks import build_network
 from biopsy.models.preprocessing import Preprocessing
@@ -68,10 +69,10 @@ def test_altered_weights_are_refused(saved):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(RunError, match=r"weights.safetensors is missing or was altered"):
+    with pytest.raises(RunError, match=r"weights.safetensors was altered"):
         Classifier.load(saved)
     path.unlink()
-    with pytest.raises(RunError, match="is missing or was altered"):
+    with pytest.raises(RunError, match="does not exist"):
         Classifier.load(saved)
 
 
@@ -80,16 +81,48 @@ def test_altered_weights_are_refused(saved):
     [
         ({"format": "biopsy-classifier/2"}, "newer than 'biopsy-classifier/1': update biopsy"),
         ({"format": "biopsy-pack/1"}, "'biopsy-pack/1' where 'biopsy-classifier/1' was expected"),
-        ({"patch_px": "wide"}, "classifier.json: Input should be a valid integer"),
-        ({"class_names": ["a", "b", "c"]}, "does not fit the network 'cancernet'"),
+        ({"patch_px": "wide"}, "patch_px"),
+        ({"class_names": ["non_idc", "idc", "c"]}, "does not fit the network 'cancernet'"),
+        ({"class_names": ["idc", "idc"]}, "class_names"),
+        ({"class_names": []}, "class_names"),
+        ({"positive_class": "nobody"}, "positive_class"),
+        ({"mpp": 0}, "mpp"),
+        ({"thresholds": [{"rule": "youden", "chosen_on": "val"}]}, "thresholds.0.value"),
+        ({"thresholds": [{"value": 7, "rule": "youden", "chosen_on": "val"}]}, "thresholds.0.value"),
+        ({"conformal": {"quantiles": ["x", 1]}}, "conformal.quantiles"),
+        ({"conformal": {"quantiles": [0.5]}}, "conformal"),
+        ({"calibrator": {"method": "isotonic", "prob": [0.5]}}, "calibrator"),
+        ({"calibrator": {"method": "magic"}}, "calibrator.method"),
+        ({"unlike_training": {"limits": {"feature": 1}}}, "unlike_training.limits.colour"),
+        (
+            {"unlike_training": {"limits": {"feature": 1, "colour": 1}}},
+            "lacks what training patches are like",
+        ),
         ({"network": "cancernett"}, "no network is called 'cancernett'; did you mean 'cancernet'"),
     ],
 )
 def test_another_document_is_refused(saved, change, message):
     path = saved / "classifier.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises((RunError, ValueError), match=message):
+    write_json(path, json.loads(path.read_text()) | change)
+    with pytest.raises((RunError, ValueError), match=message) as caught:
         _ = Classifier.load(saved).network
+    assert "\n" not in str(caught.value)
+
+
+def test_a_document_changed_by_hand_is_refused(saved):
+    path = saved / "classifier.json"
+    path.write_text(path.read_text().replace('"licence": "', '"licence": "not '))
+    with pytest.raises(RunError, match="was changed since it was written"):
+        Classifier.load(saved)
+
+
+def test_the_hash_is_the_same_before_saving_and_after(tmp_path):
+    classifier = make_classifier()
+    classifier.info.thresholds = [
+        {"chosen_on": "val", "more": np.float64(1), "rule": "youden", "value": 0.25}
+    ]
+    classifier.save(tmp_path / "saved")
+    assert Classifier.load(tmp_path / "saved").sha256 == classifier.sha256
 
 
 def test_a_folder_without_a_classifier_is_refused(tmp_path):

@@ -23,7 +23,7 @@ import biopsy.slides.cohorts as cohorts
 import biopsy.slides.outputs as outputs
 from biopsy.cli import app
 from biopsy.core.errors import DataError, SlideError, UserFileError
-from biopsy.core.files import LOCK, MANIFEST
+from biopsy.core.files import LOCK, MANIFEST, sha256_file, write_json
 from biopsy.slide_io.annotations import read_annotations
 from biopsy.slide_io.reader import open_slide
 from biopsy.slides.cohorts import SlideCohort, slide
@@ -278,7 +278,8 @@ def test_a_pack_becomes_its_slides_again(make_pack, tmp_path):
     size = (pack.path / "patches.parquet").stat().st_size
     document = json.loads((pack.path / "pack.json").read_text())
     document["files"]["patches.parquet"] = size
-    (pack.path / "pack.json").write_text(json.dumps(document))
+    document["table_sha256"] = sha256_file(pack.path / "patches.parquet")
+    write_json(pack.path / "pack.json", document)
     model = save_classifier(tmp_path / "c", mpp=4.0)
     cohort = slide(model, [pack.path], out=tmp_path / "out")
     assert cohort.status["slide"].tolist() == ["8863", "8865"]

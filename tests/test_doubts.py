@@ -50,7 +50,8 @@ def noisy(tmp_path_factory, trained_run):
     truth = write_slides(place / "idc.zip", rng)
     pack = biopsy.prepare(place / "idc.zip", place / "idc.pack")
     run = Run.open(shutil.copytree(trained_run.path, place / "run"))
-    run.update(pack={"path": str(pack.path), "content_sha256": pack.info.content_sha256})
+    about = {"path": str(pack.path), "content_sha256": pack.info.content_sha256}
+    run.update(pack={**run.info["pack"], **about}, files={}, classifier_sha256=None)
     sides = pack.table["slide_id"].map({"8863": "train", "8864": "val", "8865": "test"})
     pack.table[["patch_id"]].assign(side=sides).to_csv(run.path / "split.csv", index=False)
     true = pack.table["patch_id"].map(truth).to_numpy(int)

@@ -8,6 +8,7 @@ import pytest
 from sklearn import metrics as theirs
 
 from biopsy.core.errors import DataError, RunError, SplitError
+from biopsy.core.files import SEAL, write_json
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import read_predictions
 from biopsy.data.splits import make_split, save_split
@@ -44,7 +45,7 @@ def copied(trained_run, tmp_path):
 
 
 def edit(path, **fields):
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    write_json(path, json.loads(path.read_text()) | fields)
 
 
 def read(run, side="test"):
@@ -58,6 +59,7 @@ def values(estimates):
 
 def test_metrics_json_has_the_keys_of_the_formats_page(judged):
     metrics = json.loads((judged.path / "evaluation" / "metrics.json").read_text())
+    assert metrics.pop(SEAL)
     assert metrics == judged.metrics() and set(KEYS) <= metrics.keys()
     assert metrics["format"] == "biopsy-metrics/1" and metrics["side"] == "test"
     assert {"name", "patients_overlap"} <= metrics["split"].keys()
@@ -161,13 +163,18 @@ def test_only_openings_of_the_test_side_are_counted(copied):
     assert evaluate(copied, side="val")["ledger"] is None
     edit(copied.path / "run.json", id="another")
     ledger = evaluate(copied.path)["ledger"]
-    assert ledger == {"times": 3, "runs": 2, "kept_with": "pack"}
+    assert ledger == {"times": 3, "runs": 2, "kept_with": "pack", "unreadable": 0}
 
 
 def test_a_pack_that_cannot_be_written_is_judged_all_the_same(copied, monkeypatch):
     pack = copied.open_pack()
     monkeypatch.setattr("biopsy.data.ledger.os.access", lambda path, _: path != pack.path)
-    assert evaluate(copied)["ledger"] == {"times": 1, "runs": 1, "kept_with": "run"}
+    assert evaluate(copied)["ledger"] == {
+        "times": 1,
+        "runs": 1,
+        "kept_with": "run",
+        "unreadable": 0,
+    }
     assert (copied.path / "ledger.jsonl").exists() and not (pack.path / "ledger.jsonl").exists()
 
 

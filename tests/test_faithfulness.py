@@ -12,6 +12,7 @@ from torch import nn
 
 import biopsy
 from biopsy.core.errors import DataError, RecipeError, RunError
+from biopsy.core.files import read_json
 from biopsy.evaluation.explanation.faithfulness import (
     compare_randomised,
     draw_patches,
@@ -348,7 +349,7 @@ def test_the_record_of_a_run_is_kept_and_the_same_twice(judged):
     options = {"methods": ["saliency", "grad_cam"], "n_patches": 6, "device": "cpu", "find_truth": truth}
     found = measure_faithfulness(judged, **options)
     path = judged.path / "explain" / "faithfulness.json"
-    assert found == json.loads(path.read_text()) == read_faithfulness(judged)
+    assert found == read_json(path) == read_faithfulness(judged)
     assert (found["side"], found["n_patches"], found["positive_class"]) == ("test", 6, "idc")
     assert [each["name"] for each in found["methods"]] == ["saliency", "grad_cam"]
     assert [each["name"] for each in found["baselines"]] == ["random", "edges"]

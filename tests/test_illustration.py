@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import biopsy
 from biopsy.cli import app
 from biopsy.core.errors import DataError, RecipeError, RunError
+from biopsy.core.files import read_json
 from biopsy.evaluation.explanation.explain import explain_examples
 from biopsy.evaluation.hypotheses.measure import measure_conjectures
 from biopsy.experiments.reports import gather_run
@@ -168,7 +169,7 @@ def test_what_a_classifier_cannot_be_explained_on_is_refused(judged, tmp_path, a
 
 def test_sheets_pictures_and_table_are_written(judged, tmp_path):
     written = biopsy.explain(judged, errors=2, out=tmp_path / "maps", device="cpu")
-    assert written == json.loads((tmp_path / "maps" / "explain.json").read_text())
+    assert written == read_json(tmp_path / "maps" / "explain.json")
     assert written["format"] == "biopsy-explain/1"
     assert written["classifier_sha256"] == judged.classifier.sha256
     names = ["saliency.png", "grad_cam.png", "activations.png"]

@@ -12,6 +12,7 @@ from biopsy.data.ledger import FILE, count_openings, read_openings, record_openi
 from biopsy.data.packs import Pack
 
 MakePack = Callable[..., Pack]
+COUNTED = {"kept_with": "pack", "unreadable": 0}
 
 
 def entry(run: str = "r0", **other: object) -> dict[str, object]:
@@ -28,13 +29,13 @@ def entry(run: str = "r0", **other: object) -> dict[str, object]:
 
 def test_openings_are_counted_by_split_fold_and_side(make_pack: MakePack, tmp_path: Path) -> None:
     pack = make_pack(n_patients=1)
-    nobody = {"times": 0, "runs": 0, "kept_with": "pack"}
+    nobody = COUNTED | {"times": 0, "runs": 0}
     assert count_openings(pack, split="patients") == nobody
     for run in ("r0", "r0", "r1"):
         record_opening(pack, tmp_path, entry(run))
     record_opening(pack, tmp_path, entry(side="val"))
     record_opening(pack, tmp_path, entry(split="folds", fold=1))
-    assert count_openings(pack, split="patients") == {"times": 3, "runs": 2, "kept_with": "pack"}
+    assert count_openings(pack, split="patients") == COUNTED | {"times": 3, "runs": 2}
     assert count_openings(pack, split="patients", side="val")["times"] == 1
     assert count_openings(pack, split="folds", fold=1)["times"] == 1
     assert count_openings(pack, split="folds", fold=0) == nobody
@@ -65,6 +66,7 @@ def test_a_read_only_pack_keeps_it_with_the_run(
         "times": 1,
         "runs": 1,
         "kept_with": "run",
+        "unreadable": 0,
     }
 
 
@@ -76,8 +78,27 @@ def test_a_line_cut_short_is_not_counted_and_spoils_no_other(
     with open(pack.path / FILE, "a") as file:
         file.write(json.dumps(entry())[:40])
     record_opening(pack, tmp_path, entry("r1"))
-    assert count_openings(pack, split="patients") == {"times": 2, "runs": 2, "kept_with": "pack"}
-    assert "line 2 was not written to its end" in caplog.text
+    assert count_openings(pack, split="patients") == COUNTED | {"times": 2, "runs": 2, "unreadable": 1}
+    assert "line 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[" * 100_000,
+        b"7" * 5000,
+        b"\xff\xfe",
+        b"[]",
+        b'{"kept_with": "pack"}',
+        json.dumps({**entry(), "kept_with": "pack", "run": ["r"]}).encode(),
+        json.dumps({**entry(), "kept_with": "pack", "fold": "x"}).encode(),
+    ],
+)
+def test_a_line_that_is_no_opening_is_counted_apart(make_pack: MakePack, tmp_path: Path, line: bytes) -> None:
+    pack = make_pack(n_patients=1)
+    (pack.path / FILE).write_bytes(line + b"\n")
+    record_opening(pack, tmp_path, entry())
+    assert count_openings(pack, split="patients") == COUNTED | {"times": 1, "runs": 1, "unreadable": 1}
 
 
 def test_nobody_writes_while_another_holds_the_lock(make_pack: MakePack, tmp_path: Path) -> None:
@@ -95,7 +116,7 @@ def test_threads_lose_nothing(make_pack: MakePack, tmp_path: Path) -> None:
     pack = make_pack(n_patients=1)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: record_opening(pack, tmp_path, entry(f"r{number}")), range(40)))
-    assert count_openings(pack, split="patients") == {"times": 40, "runs": 40, "kept_with": "pack"}
+    assert count_openings(pack, split="patients") == COUNTED | {"times": 40, "runs": 40}
 
 
 @pytest.mark.slow
@@ -110,4 +131,4 @@ def test_processes_lose_nothing(make_pack: MakePack, tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(pack.path)]
     started = [subprocess.Popen([*command, f"r{number}"]) for number in range(4)]
     assert [process.wait() for process in started] == [0] * 4
-    assert count_openings(pack, split="patients") == {"times": 100, "runs": 4, "kept_with": "pack"}
+    assert count_openings(pack, split="patients") == COUNTED | {"times": 100, "runs": 4}

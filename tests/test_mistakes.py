@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import biopsy
 from biopsy.cli import app
 from biopsy.core.errors import RunError
+from biopsy.core.files import read_json, sha256_file
 from biopsy.evaluation.errors import measure as module
 from biopsy.evaluation.errors.case_views import look_closer
 from biopsy.evaluation.errors.measure import contrast_mistakes, find_unusual, measure_mistakes, pick_galleries
@@ -168,7 +169,9 @@ def test_counts_and_kinds_are_those_of_the_evaluation(judged, found):
 
 def test_the_record_is_written_once_and_gives_its_numbers_again(judged, found, monkeypatch):
     place = judged.path / "errors"
-    assert found.about == json.loads((place / "errors.json").read_text())
+    about = read_json(place / "errors.json")
+    assert about.pop("table_sha256") == sha256_file(place / "errors.parquet")
+    assert found.about == about
     table = pd.read_parquet(place / "errors.parquet")
     pd.testing.assert_frame_equal(table, found.table)
     again = contrast_mistakes(

@@ -1,11 +1,13 @@
 """The pack on disk: opened whole, refused when altered."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
 from biopsy.core.errors import PackError
+from biopsy.core.files import write_json
 from biopsy.data.packs import Pack, is_pack
 
 
@@ -95,8 +97,76 @@ def test_a_newer_format_and_a_broken_document_are_refused(make_pack, tmp_path):
     (pack.path / "pack.json").write_text(json.dumps({**document, "format": "biopsy-pack/2"}))
     with pytest.raises(PackError, match="newer than 'biopsy-pack/1': update biopsy"):
         Pack.open(pack.path)
-    (pack.path / "pack.json").write_text(json.dumps({**document, "patch_px": "wide"}))
+    write_json(pack.path / "pack.json", {**document, "patch_px": "wide"})
     with pytest.raises(PackError, match="patch_px"):
         Pack.open(pack.path)
     with pytest.raises(PackError, match="is not a pack"):
         Pack.open(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"class_names": ["idc", "idc"]},
+        {"class_names": []},
+        {"positive_class": "nobody"},
+        {"mpp": 0.0},
+        {"mpp": "x"},
+        {"patch_px": 10**6},
+        {"patch_px": 17},
+        {"counts": {}},
+        {"content_sha256": 3},
+    ],
+)
+def test_a_document_that_contradicts_itself_or_the_files_is_refused(make_pack, change):
+    pack = make_pack()
+    document = json.loads((pack.path / "pack.json").read_text())
+    write_json(pack.path / "pack.json", {**document, **change})
+    with pytest.raises(PackError) as caught:
+        Pack.open(pack.path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_document_changed_by_hand_is_refused_and_one_without_a_hash_is_said(make_pack, caplog):
+    pack = make_pack()
+    path = pack.path / "pack.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "class_names": ["idc", "non_idc"]}))
+    with pytest.raises(PackError):
+        Pack.open(pack.path)
+    path.write_text(json.dumps(document, indent=1))  # the same content, written otherwise
+    Pack.open(pack.path)
+    del document["document_sha256"]
+    path.write_text(json.dumps(document))
+    assert not caplog.records
+    Pack.open(pack.path)
+    assert len(caplog.records) == 1
+
+
+def test_a_changed_table_is_known_when_the_pack_is_opened(make_pack):
+    pack = make_pack()
+    path = pack.path / "patches.parquet"
+    size = path.stat().st_size
+    content = bytearray(path.read_bytes())
+    content[200] ^= 1
+    path.write_bytes(content)
+    assert path.stat().st_size == size
+    with pytest.raises(PackError):
+        Pack.open(pack.path)
+
+
+def test_a_pack_in_use_may_be_touched_but_not_changed(make_pack):
+    pack = make_pack()
+    pixels = pack.path / "patches.npy"
+    pack.require_unchanged()
+    content = pixels.read_bytes()
+    pixels.write_bytes(content)
+    os.utime(pixels, ns=(1, 1))
+    pack.require_unchanged()
+    pixels.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(pixels, ns=(2, 2))
+    with pytest.raises(PackError):
+        pack.require_unchanged()
+    pixels.unlink()
+    with pytest.raises(PackError):
+        pack.require_unchanged()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from biopsy.core.errors import DataError
+from biopsy.core.errors import DataError, FileFormatError
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import (
     class_columns,
@@ -116,22 +116,43 @@ def test_impossible_predictions_are_refused(make_pack: MakePack, tmp_path: Path)
 
 def test_files_that_are_no_predictions_are_refused(make_pack: MakePack, tmp_path: Path) -> None:
     frame = predict(make_pack(n_patients=1), np.arange(12))
-    path = write_predictions(tmp_path / "a.csv", frame, {})
+
+    def refuse(name: str, reason: str) -> None:
+        with pytest.raises(FileFormatError) as caught:
+            read_predictions(tmp_path / name)
+        assert caught.value.reason == reason
+
+    write_predictions(tmp_path / "a.csv", frame, {})
     beside = tmp_path / "a.csv.json"
     beside.write_text(json.dumps({"format": "biopsy-predictions/2"}))
-    with pytest.raises(DataError, match=r"format 'biopsy-predictions/2' .* update biopsy"):
-        read_predictions(path)
+    refuse("a.csv", "format")
     beside.unlink()
-    with pytest.raises(DataError, match=r"a.csv.json does not exist"):
-        read_predictions(path)
+    refuse("a.csv", "missing")
     write_predictions(tmp_path / "b.csv", frame.drop(columns="target"), {})
-    with pytest.raises(DataError, match=r"lacks the columns \['target'\]"):
-        read_predictions(tmp_path / "b.csv")
+    refuse("b.csv", "columns")
+    write_predictions(tmp_path / "b.csv", frame.drop(columns=["prob_idc", "prob_non_idc"]), {})
+    refuse("b.csv", "columns")
     pq.write_table(pa.table({"patch_id": ["a"]}), tmp_path / "c.parquet")
-    with pytest.raises(DataError, match="format None"):
-        read_predictions(tmp_path / "c.parquet")
+    refuse("c.parquet", "format")
     (tmp_path / "d.parquet").write_bytes(b"PAR1 cut short")
-    with pytest.raises(DataError, match="cannot be read as predictions"):
-        read_predictions(tmp_path / "d.parquet")
-    with pytest.raises(DataError, match="does not exist"):
-        read_predictions(tmp_path / "absent.parquet")
+    refuse("d.parquet", "syntax")
+    refuse("absent.parquet", "missing")
+    for change in ({"prob_idc": 1.5}, {"pred": 2}, {"target": -1}):
+        refuse(write_predictions(tmp_path / "e.parquet", frame.assign(**change), {}).name, "value")
+
+
+def test_predictions_changed_by_hand_are_refused(make_pack: MakePack, tmp_path: Path) -> None:
+    frame = predict(make_pack(n_patients=1), np.arange(12))
+    path = write_predictions(tmp_path / "a.csv", frame, {"threshold": 0.5})
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:3], lines[3].replace("test", "val"), *lines[4:]]))
+    with pytest.raises(FileFormatError) as caught:
+        read_predictions(path)
+    assert caught.value.reason == "altered"
+    path = write_predictions(tmp_path / "a.parquet", frame, {"threshold": 0.5})
+    table = pq.read_table(path)
+    metadata = {b"biopsy": table.schema.metadata[b"biopsy"].replace(b"0.5", b"0.1")}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    with pytest.raises(FileFormatError) as caught:
+        read_predictions(path)
+    assert caught.value.reason == "altered"

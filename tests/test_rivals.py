@@ -29,7 +29,21 @@ from biopsy.training.study import Study
 from conftest import write_pack
 from test_paired import draw_pair
 
-RUN_KEYS = {"format": "biopsy-run/1", "status": "finished", "recipe": "cancernet-2020"}
+RUN_KEYS = {
+    "format": "biopsy-run/1",
+    "id": "r",
+    "status": "finished",
+    "recipe": "cancernet-2020",
+    "weights": {"pretrained": False, "sha256": None},
+    "epochs": 1,
+    "epochs_done": 1,
+    "chosen_epoch": 1,
+    "seconds": 1.0,
+    "started": "2026-01-01T00:00:00+00:00",
+    "environment": {},
+    "threshold": None,
+}
+SPLIT_KEYS = {"protocol": "folds", "unit": "patient", "as_published": False, "sides": {}}
 
 
 def write_run(path, pack, rows, prob, *, seed=0, fold=None, split="patients", recipe=None, threshold=0.5):
@@ -45,8 +59,15 @@ def write_run(path, pack, rows, prob, *, seed=0, fold=None, split="patients", re
         **RUN_KEYS,
         "recipe": recipe or RUN_KEYS["recipe"],
         "seed": seed,
-        "split": {"name": split, "fold": fold, "patients_overlap": False},
-        "pack": {"path": str(pack.path), "content_sha256": pack.info.content_sha256},
+        "split": {**SPLIT_KEYS, "name": split, "fold": fold, "patients_overlap": False},
+        "pack": {
+            "path": str(pack.path),
+            "name": pack.path.name,
+            "dataset": pack.info.dataset,
+            "content_sha256": pack.info.content_sha256,
+            "n_patches": len(pack),
+            "unit": pack.unit,
+        },
     }
     write_json(path / "run.json", info)
     metrics = {"class_names": pack.class_names, "positive_class": pack.info.positive_class, "unit": pack.unit}

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from biopsy.core.errors import RunError
-from biopsy.core.files import LOCK
+from biopsy.core.errors import DataError, RunError
+from biopsy.core.files import LOCK, write_json
+from biopsy.models.classifier import Classifier
 from biopsy.recipes import load_recipe
 from biopsy.training.runs import Run, describe_environment, name_run
 from biopsy.training.train import train
@@ -35,7 +36,7 @@ def copied(trained_run, tmp_path):
 
 def change(run, **fields):
     path = run.path / "run.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    write_json(path, json.loads(path.read_text()) | fields)
 
 
 def test_a_finished_run_holds_what_the_formats_page_says(trained_run):
@@ -93,9 +94,85 @@ def test_sides_are_kept_as_they_were_trained(copied):
     path = copied.path / "split.csv"
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     assert table["side"].tolist() == copied.sides(pack).tolist() == pack.table["own_side"].tolist()
-    table.iloc[::-1].to_csv(path, index=False)
+    moved = table.assign(side=table["side"].replace({"train": "test"}))
+    for changed in (table.iloc[::-1], table.iloc[1:], moved, table.rename(columns={"side": "x"})):
+        changed.to_csv(path, index=False)
+        with pytest.raises(RunError, match=r"split.csv was changed since the run wrote it"):
+            copied.sides(pack)
+    changed = table.iloc[::-1]
+    changed.to_csv(path, index=False)
+    copied.update(files={})  # as the first versions wrote it
     with pytest.raises(RunError, match=r"split.csv does not list the patches of"):
         copied.sides(pack)
+
+
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("run.json", lambda path: Run.open(path)),
+        ("recipe.toml", lambda path: Run.open(path).recipe),
+        ("log.jsonl", lambda path: Run.open(path).log()),
+        ("classifier/classifier.json", lambda path: Run.open(path).classifier),
+        ("classifier/weights.safetensors", lambda path: Run.open(path).classifier),
+    ],
+)
+def test_what_a_run_rests_on_is_refused_once_it_was_changed(copied, name, use):
+    use(copied.path)
+    path = copied.path / name
+    content = bytearray(path.read_bytes())
+    digit = next(place for place in range(len(content) // 3, len(content)) if content[place] in b"1234567")
+    content[digit] += 1
+    path.write_bytes(content)
+    with pytest.raises((RunError, DataError)) as caught:
+        use(copied.path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_classifier_of_another_run_is_refused(copied):
+    threshold = copied.classifier.info.thresholds[0] | {"value": 0.0001}
+    classifier = Classifier.load(copied.path / "classifier")
+    classifier.info.thresholds = [threshold]
+    classifier.save(copied.path / "classifier")
+    with pytest.raises(RunError):
+        _ = copied.classifier
+    copied.update(files={})  # as the first versions wrote it
+    with pytest.raises(RunError, match="threshold"):
+        _ = copied.classifier
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"status": "done"},
+        {"seed": "x"},
+        {"split": {}},
+        {"pack": {"path": "p"}},
+        {"threshold": [1]},
+        {"epochs": -1},
+        {"chosen_epoch": None},
+        {"files": {"split.csv": 3}},
+    ],
+)
+def test_a_document_that_lacks_what_is_needed_is_refused(copied, fields):
+    change(copied, **fields)
+    with pytest.raises(RunError) as caught:
+        Run.open(copied.path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pack_that_moved_with_its_run_is_found(trained_run, tmp_path):
+    pack = trained_run.open_pack()
+    for place in ("beside/run", "above/runs/run"):
+        run = Run.open(shutil.copytree(trained_run.path, tmp_path / place))
+        moved = shutil.copytree(pack.path, tmp_path / place.partition("/")[0] / pack.path.name)
+        assert run.open_pack().path == pack.path
+        run.update(pack={**run.info["pack"], "path": str(tmp_path / "gone.pack")})
+        assert run.open_pack().path == moved
+        write_json(
+            moved / "pack.json", json.loads((moved / "pack.json").read_text()) | {"content_sha256": "0"}
+        )
+        with pytest.raises(RunError):
+            run.open_pack()
 
 
 def test_what_is_no_run_or_another_format_is_refused(copied, tmp_path):
@@ -106,7 +183,7 @@ def test_what_is_no_run_or_another_format_is_refused(copied, tmp_path):
     with pytest.raises(RunError, match="newer than 'biopsy-run/1': update biopsy"):
         Run.open(copied.path)
     (copied.path / "run.json").write_text("{")
-    with pytest.raises(RunError, match="not readable as JSON"):
+    with pytest.raises(RunError, match="cannot be read as JSON"):
         Run.open(copied.path)
 
 

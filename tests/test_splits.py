@@ -1,5 +1,6 @@
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -264,9 +265,7 @@ def test_round_trip(make_pack: MakePack, tmp_path: Path) -> None:
 def test_order_of_rows_in_the_csv_is_free(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6)
     split = make_split(pack, protocol="patients")
-    path = save_split(pack, split)
-    header, *lines = path.read_text().splitlines()
-    path.write_text("\n".join([header, *reversed(lines)]) + "\n")
+    save_split(pack, replace(split, table=split.table[::-1]))
     assert (load_split(pack, "patients").sides(pack) == split.sides(pack)).all()
 
 
@@ -279,14 +278,22 @@ def test_splits_of_other_packs_and_damaged_ones_are_refused(make_pack: MakePack)
     ):
         load_split(other, "patients")
     whole = path.read_text()
-    path.write_text(whole[: len(whole) // 2].rpartition("\n")[0])
-    with pytest.raises(SplitError, match="it lacks 3"):
-        load_split(pack, "patients")
-    path.write_text(whole.replace("train", "trian"))
-    with pytest.raises(SplitError, match="is not a split"):
-        load_split(pack, "patients")
-    path.write_text(whole)
     about = read_json(path.with_suffix(".json"))
+    changed = {
+        whole[: len(whole) // 2].rpartition("\n")[0]: "it lacks 3",
+        whole.replace("train", "trian"): "is not a split",
+        whole.replace("side", "fold"): "is not a split",
+        whole.replace("patch_id", "patch"): "patch_id is missing",
+    }
+    for text, match in changed.items():
+        path.write_text(text)
+        write_json(path.with_suffix(".json"), about)
+        with pytest.raises(SplitError, match="was changed since it was written"):
+            load_split(pack, "patients")
+        write_json(path.with_suffix(".json"), about | {"table_sha256": ""})  # as the first versions wrote it
+        with pytest.raises(SplitError, match=match):
+            load_split(pack, "patients")
+    path.write_text(whole)
     write_json(path.with_suffix(".json"), about | {"format": "biopsy-split/2"})
     with pytest.raises(DataError, match="update biopsy"):
         load_split(pack, "patients")
@@ -294,10 +301,10 @@ def test_splits_of_other_packs_and_damaged_ones_are_refused(make_pack: MakePack)
 
 def test_a_hand_made_split_that_leaks_loads_but_is_not_used(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6)
-    path = save_split(pack, make_split(pack, protocol="patients"))
-    header, first, *lines = path.read_text().splitlines()
-    moved = first.rpartition(",")[0] + (",val" if first.endswith("train") else ",train")
-    path.write_text("\n".join([header, moved, *lines]))
+    made = make_split(pack, protocol="patients")
+    moved = made.table.copy()
+    moved.loc[0, "side"] = "val" if moved.loc[0, "side"] == "train" else "train"
+    save_split(pack, replace(made, table=moved))
     split = load_split(pack, "patients")
     with pytest.raises(SplitError, match="patient 8863 is in train and"):
         split.sides(pack)

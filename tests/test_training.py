@@ -15,7 +15,7 @@ import biopsy.training.fit as fitting
 import biopsy.training.train as training
 from biopsy.core import files
 from biopsy.core.errors import DataError, RecipeError, RunError, SplitError, TrainingDiverged
-from biopsy.core.files import read_json
+from biopsy.core.files import read_json, write_json
 from biopsy.data.splits import make_split, save_split
 from biopsy.training.runs import Run
 from biopsy.training.train import train
@@ -212,7 +212,7 @@ def test_refusals(pack, whole, tmp_path):
     with pytest.raises(RunError, match="is not a run"):
         train(resume=pack.path)
     for options in ({"recipe": RECIPE, "data": pack}, {"overrides": {"train.lr": 1}}, {"split": "patients"}):
-        with pytest.raises(RunError, match="has its own recipe, data and settings"):
+        with pytest.raises(RunError, match="has its own recipe and settings"):
             train(**options, resume=whole.path)
     with pytest.raises(RunError, match="needs a recipe and data"):
         train(RECIPE)
@@ -247,7 +247,7 @@ def test_a_run_whose_pack_changed_is_refused(whole, tmp_path):
     run.update(pack={**run.info["pack"], "path": str(pack)})
     document = json.loads((pack / "pack.json").read_text())
     document["content_sha256"] = "0" * 64
-    (pack / "pack.json").write_text(json.dumps(document))
+    write_json(pack / "pack.json", document)
     with pytest.raises(RunError, match="was trained on another content"):
         run.open_pack()
     shutil.rmtree(pack)

@@ -19,6 +19,7 @@ import errno
 import functools
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -30,7 +31,12 @@ from typing import Any
 
 import numpy as np
 
-from biopsy.core.errors import DataError, UserFileError
+from biopsy.core.errors import DataError, FileFormatError, UserFileError
+from biopsy.core.loaders import load_json, open_regular
+
+logger = logging.getLogger(__name__)
+
+SEAL = "document_sha256"
 
 MANIFEST = ".biopsy-manifest.json"
 MANIFEST_FORMAT = "biopsy-manifest/1"
@@ -383,47 +389,82 @@ def write_atomic(path: Path | str, content: bytes | str) -> None:
 
 
 def write_json(path: Path | str, document: Any) -> None:
-    """Write a JSON document atomically; numpy values become numbers, NaN and infinity become null."""
-    write_atomic(path, json.dumps(plain(document), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    """Write a JSON document atomically; numpy values become numbers, NaN and infinity become null.
+
+    A document that says its ``format`` gets the hash of its content as ``document_sha256``, by which
+    `read_json` knows that nobody has changed it since.
+    """
+    content = plain(document)
+    if isinstance(content, dict) and "format" in content:
+        content.pop(SEAL, None)
+        content[SEAL] = _hash_document(content)
+    write_atomic(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path | str, *, format: str | None = None) -> dict[str, Any]:
-    """Read a JSON document and refuse one of another or newer format.
+def read_json(
+    path: Path | str,
+    *,
+    format: str | None = None,
+    remedy: str = "make it again",
+    may_lack_hash: bool = False,
+) -> dict[str, Any]:
+    """Read a JSON document that `write_json` wrote, and refuse one that was changed since.
 
     Args:
         path: The file.
-        format: ``"biopsy-<what>/<version>"``; None reads any document.
+        format: ``"biopsy-<what>/<version>"``; None reads any.
+        remedy: What to do about a document that was changed, for the error.
+        may_lack_hash: Whether documents without a hash, as the first versions wrote them, are read with a
+            warning.
 
     Raises:
-        DataError: If the file is missing, is no JSON, or has another or a newer format.
+        FileFormatError: If the file is missing, is no JSON, has another or a newer format, or was changed.
     """
-    path = Path(path)
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is not readable as JSON ({error}); it was cut short or altered") from None
+    document = load_json(path)
+    if not isinstance(document, dict):
+        raise FileFormatError(
+            path, "value", f"holds a {type(document).__name__} where an object was expected"
+        )
     if format is not None:
-        found = document.get("format") if isinstance(document, dict) else None
-        _check_format(str(path), found, format)
+        _check_format(path, document.get("format"), format)
+    seal = document.pop(SEAL, None)
+    if seal is None and may_lack_hash:
+        _warn_unsealed(path)
+    elif seal is None and "format" in document:
+        raise FileFormatError(
+            path, "altered", f"has no {SEAL}: it was written by an older version or by hand; {remedy}"
+        )
+    elif seal is not None and seal != _hash_document(document):
+        raise FileFormatError(path, "altered", f"was changed since it was written; {remedy}")
     return document
 
 
 def sha256_file(path: Path | str) -> str:
-    """Give the SHA-256 of a file's bytes in hexadecimal."""
-    with open(path, "rb") as file:
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_format(path: str, found: object, wanted: str) -> None:
+def _check_format(path: Path | str, found: object, wanted: str) -> None:
     if found == wanted:
         return
     kind, _, version = wanted.partition("/")
     found_kind, _, found_version = str(found).partition("/")
-    if found_kind == kind and found_version.isdigit() and int(found_version) > int(version):
-        raise DataError(f"{path} has format {found!r}, newer than {wanted!r}: update biopsy to read it")
-    raise DataError(f"{path} has format {found!r} where {wanted!r} was expected")
+    if found_kind == kind and found_version.isdigit() and int(found_version[:9]) > int(version):
+        raise FileFormatError(
+            path, "format", f"has format {found!r}, newer than {wanted!r}: update biopsy to read it"
+        )
+    shown = repr(found)[:80]
+    raise FileFormatError(path, "format", f"has format {shown} where {wanted!r} was expected")
+
+
+def _hash_document(document: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@functools.cache
+def _warn_unsealed(path: Path | str) -> None:
+    logger.warning("%s has no %s, by which changes would be known: an older version wrote it", path, SEAL)
 
 
 def plain(value: Any) -> Any:

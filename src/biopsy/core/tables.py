@@ -1,4 +1,4 @@
-"""Tables as csv files: what users bring is read guardedly, what is written runs nothing in a spreadsheet.
+"""Tables: csv files that users bring and Parquet files are read guardedly; csv runs nothing in a spreadsheet.
 
 A spreadsheet takes a cell that begins with ``= + - @``, a tab or a carriage return for a formula. Text of
 this kind is written with an apostrophe before it (numbers are left as they are) and read without.
@@ -11,19 +11,25 @@ import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
+import pyarrow.parquet as pq
 
 from biopsy.core.errors import FileFormatError
 from biopsy.core.files import replace_atomic
-from biopsy.core.loaders import read_bytes
+from biopsy.core.loaders import decode_text, open_regular, read_bytes, refusing
 
 MAX_CSV_BYTES = 2**28  # 256 MiB, also once unpacked: 2 million rows of 120 characters
 MAX_CELLS = 50_000_000  # an empty cell takes one byte in a file and eight or more in memory
 MAX_COLUMNS = 2_000  # of a million columns one row fills the memory
+MAX_TABLE_BYTES = 2**30  # of a Parquet file once it is unpacked: a few bytes in it may stand for many rows
+
+Kind = Literal["text", "whole", "number", "bool"]
+
 _DELIMITERS = ",;\t"
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")  # what has apostrophes before it gets one more, and keeps them
 _WHOLE = r"[+-]?(?:0|[1-9][0-9]{0,17})"  # fits 64 bits; no leading zeros, which only names have
@@ -156,6 +162,80 @@ def infer_numbers(column: pd.Series) -> pd.Series:
     return values if values.abs().max() < float("inf") else column
 
 
+def read_parquet_table(
+    path: Path | str, columns: Mapping[str, Kind] | None = None
+) -> tuple[pd.DataFrame, dict[bytes, bytes]]:
+    """Read a Parquet file of plain columns, and the metadata of its schema.
+
+    Args:
+        path: The file.
+        columns: Columns that must be there, and what they hold; any may be null.
+
+    Raises:
+        FileFormatError: If it is no Parquet file, lacks a column, has one of another kind or of lists or
+            structures, or is too large once it is unpacked.
+    """
+    with open_regular(path) as file, refusing(path, "Parquet"):
+        reader = pq.ParquetFile(file)
+        schema = reader.schema_arrow
+        _check_columns(path, schema, columns or {})
+        about = reader.metadata
+        _check_size(path, about.num_rows * len(schema) * 8)
+        _check_size(path, sum(about.row_group(n).total_byte_size for n in range(about.num_row_groups)))
+        texts = [field.name for field in schema if _is_text(field.type)]
+        # As dictionaries texts take no more memory than in the file, however often each is repeated.
+        packed = pq.ParquetFile(file, read_dictionary=texts).read()
+        _check_size(path, sum(_count_bytes(packed[name]) for name in texts))
+        return packed.cast(schema).to_pandas(), schema.metadata or {}
+
+
+def read_parquet_metadata(path: Path | str) -> dict[bytes, bytes]:
+    """Return the metadata of a Parquet file's schema; see `read_parquet_table`."""
+    with open_regular(path) as file, refusing(path, "Parquet"):
+        return pq.read_schema(file).metadata or {}
+
+
+def _check_columns(path: Path | str, schema: pa.Schema, columns: Mapping[str, Kind]) -> None:
+    names = schema.names
+    if len(names) > MAX_COLUMNS or len(set(names)) < len(names):
+        raise FileFormatError(path, "columns", f"has {len(names):,} columns, {len(set(names)):,} by name")
+    missing = [name for name in columns if name not in names]
+    if missing:
+        raise FileFormatError(path, "columns", f"has no column {', '.join(missing)}")
+    for field in schema:
+        kind = columns.get(field.name)
+        if pa.types.is_nested(field.type) or (kind and not _is_kind(field.type, kind)):
+            wanted = kind or "plain values"
+            raise FileFormatError(path, "columns", f"holds {field.type} in {field.name}, expected {wanted}")
+
+
+def _is_kind(type: pa.DataType, kind: Kind) -> bool:
+    if pa.types.is_null(type):
+        return True
+    if kind == "text":
+        return _is_text(type)
+    if kind == "bool":
+        return pa.types.is_boolean(type)
+    return pa.types.is_integer(type) or (kind == "number" and pa.types.is_floating(type))
+
+
+def _is_text(type: pa.DataType) -> bool:
+    return pa.types.is_string(type) or pa.types.is_large_string(type)
+
+
+def _count_bytes(column: pa.ChunkedArray) -> int:
+    """Return how many bytes a column of dictionaries takes as plain texts."""
+    lengths = (pc.binary_length(chunk.dictionary).take(chunk.indices) for chunk in column.chunks)
+    return sum(pc.sum(length.cast(pa.int64())).as_py() or 0 for length in lengths)
+
+
+def _check_size(path: Path | str, n_bytes: int) -> None:
+    if n_bytes > MAX_TABLE_BYTES:
+        raise FileFormatError(
+            path, "too-large", f"unpacks to {n_bytes:,} bytes where at most {MAX_TABLE_BYTES:,} are read"
+        )
+
+
 def _gunzip(path: Path | str, content: bytes) -> bytes:
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
@@ -171,15 +251,7 @@ def _read_header(path: Path | str, content: bytes) -> tuple[str, list[str]]:
     """Return the delimiter and the names in the first row, after checks of the whole content."""
     if b"\0" in content:
         raise FileFormatError(path, "encoding", "holds NUL bytes: save it as csv in UTF-8")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        row = content.count(b"\n", 0, error.start) + 1
-        raise FileFormatError(
-            path,
-            "encoding",
-            f"is not UTF-8 (byte {content[error.start]:#04x} in row {row}): save it as UTF-8",
-        ) from None
+    text = decode_text(content, path)
     if content.count(b'"') % 2:
         raise FileFormatError(path, "syntax", "has a quotation mark that is never closed")
     heading = text.lstrip("\r\n")

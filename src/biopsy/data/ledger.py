@@ -10,15 +10,31 @@ import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock
+from pydantic import BaseModel, ConfigDict
 
+from biopsy.core.errors import FileFormatError
+from biopsy.core.loaders import open_regular, parse_json, read_bytes, validate
 from biopsy.data.packs import Pack
 
 FILE = "ledger.jsonl"
+MAX_BYTES = 2**26  # 64 MiB, some 200,000 openings
 
 logger = logging.getLogger(__name__)
+
+
+class _Opening(BaseModel):
+    """What a line of the ledger must hold to be counted."""
+
+    model_config = ConfigDict(extra="allow")
+
+    run: str
+    split: str
+    fold: int | None
+    side: str
+    kept_with: Literal["pack", "run"]
 
 
 def record_opening(pack: Pack, run_dir: Path | str, entry: Mapping[str, Any]) -> Path:
@@ -43,9 +59,8 @@ def record_opening(pack: Pack, run_dir: Path | str, entry: Mapping[str, Any]) ->
 
 
 def read_openings(pack: Pack, run_dir: Path | str | None = None) -> list[dict[str, Any]]:
-    """Give what a pack's ledger holds, and a run's own where one is named."""
-    folders = [pack.path] if run_dir is None else [pack.path, Path(run_dir)]
-    return [entry for folder in folders for entry in _read(folder / FILE)]
+    """Return what a pack's ledger holds, and a run's own where one is named, without unreadable lines."""
+    return _read_all(pack, run_dir)[0]
 
 
 def count_openings(
@@ -67,24 +82,24 @@ def count_openings(
 
     Returns:
         ``times``, ``runs``, and ``kept_with``: ``"run"`` where the pack could not be written at some time, so
-        that the count may be too low, else ``"pack"``.
+        that the count may be too low, else ``"pack"``; ``unreadable`` lines, each of which may be an opening.
     """
     wanted = {"split": split, "fold": fold, "side": side}
-    entries = [
-        entry
-        for entry in read_openings(pack, run_dir)
-        if all(entry.get(key) == value for key, value in wanted.items())
-    ]
+    every, n_unreadable = _read_all(pack, run_dir)
+    entries = [entry for entry in every if all(entry[key] == value for key, value in wanted.items())]
     return {
         "times": len(entries),
-        "runs": len({entry.get("run") for entry in entries}),
+        "runs": len({entry["run"] for entry in entries}),
         "kept_with": "run" if any(entry["kept_with"] == "run" for entry in entries) else "pack",
+        "unreadable": n_unreadable,
     }
 
 
 def _append(path: Path, line: Mapping[str, Any]) -> Path:
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path.parent} is read-only")
+    if path.exists():
+        open_regular(path).close()
     with FileLock(path.with_name(f".{path.name}.lock")), open(path, "ab+") as file:
         text = json.dumps(line, default=str) + "\n"
         file.write(("" if _ends_whole(path) else "\n").encode() + text.encode())
@@ -99,16 +114,18 @@ def _ends_whole(path: Path) -> bool:
     return not content or content.endswith(b"\n")
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        try:
-            entry = json.loads(line)
-            entry["kept_with"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            logger.warning("%s: line %d was not written to its end and is not counted", path, number)
-        else:
-            entries.append(entry)
-    return entries
+def _read_all(pack: Pack, run_dir: Path | str | None) -> tuple[list[dict[str, Any]], int]:
+    """Return the entries of the pack's ledger and the run's, and how many lines cannot be read."""
+    entries: list[dict[str, Any]] = []
+    n_unreadable = 0
+    for path in [folder / FILE for folder in (pack.path, *([Path(run_dir)] if run_dir else []))]:
+        lines = read_bytes(path, max_bytes=MAX_BYTES).splitlines() if path.exists() else []
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = parse_json(line, path)
+                validate(path, _Opening, entry)
+                entries.append(entry)
+            except FileFormatError as error:
+                n_unreadable += 1
+                logger.warning("line %d of the ledger is not counted: %s", number, error)
+    return entries, n_unreadable

@@ -2,11 +2,13 @@
 
 A pack is a folder: ``pack.json`` (what it is), ``patches.npy`` (the pixels, memory-mapped),
 ``patches.parquet`` (one row a patch), ``splits/`` and ``audit.json`` beside them. File sizes are checked
-whenever a pack is opened; the hash of its content by `Pack.verify`.
+whenever a pack is opened, with the hashes of ``pack.json`` and of the table; the hash of the pixels by
+`Pack.verify`.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -16,10 +18,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import ArrayLike
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from biopsy.core.errors import DataError, PackError
-from biopsy.core.files import read_json
+from biopsy.core.errors import DataError, FileFormatError, PackError
+from biopsy.core.files import read_json, sha256_file, write_json
+from biopsy.core.loaders import map_array, validate
+from biopsy.core.tables import Kind, read_parquet_table
 
 FORMAT: Final = "biopsy-pack/1"
 PIXELS, TABLE, DOCUMENT = "patches.npy", "patches.parquet", "pack.json"
@@ -28,6 +32,10 @@ PIXELS, TABLE, DOCUMENT = "patches.npy", "patches.parquet", "pack.json"
 # pixels, and nothing that may change later (splits, audit, ledger, joined columns).
 IDENTITY_COLUMNS = ("patch_id", "patient_id", "slide_id", "site_id", "x", "y", "target", "width", "height")
 COLUMNS = (*IDENTITY_COLUMNS, "sha256", "source")
+MAX_PATCH_PX = 4096  # of a patch; whole slides are cut, not packed
+_WHOLE = ("x", "y", "target", "width", "height")
+_KINDS: dict[str, Kind] = {name: "whole" if name in _WHOLE else "text" for name in COLUMNS}
+_REMEDY = "bring the file back, or make the pack again with `biopsy prepare`"
 
 Unit = Literal["patient", "slide", "patch"]
 
@@ -40,12 +48,12 @@ class PackInfo(BaseModel):
     format: Literal["biopsy-pack/1"] = FORMAT
     dataset: str
     """Name of the layout it was read from, such as ``"idc"``."""
-    class_names: list[str]
+    class_names: list[str] = Field(min_length=1)
     positive_class: str | None
     """The class whose recall is called sensitivity; None for more than two classes."""
-    mpp: float | None
+    mpp: float | None = Field(gt=0, allow_inf_nan=False)
     """Micrometres per pixel of the patches; None where unknown."""
-    patch_px: int
+    patch_px: PositiveInt = Field(le=MAX_PATCH_PX)
     counts: dict[str, Any]
     """``patches``, ``patients``, ``slides``, ``per_class`` and what preparation counted."""
     origin: dict[str, Any]
@@ -55,6 +63,8 @@ class PackInfo(BaseModel):
     files: dict[str, int]
     """Size in bytes of the pixel and table files, checked whenever the pack is opened."""
     content_sha256: str
+    table_sha256: str = ""
+    """Of the table's file; empty in packs of the first versions."""
 
 
 class Pack:
@@ -69,11 +79,14 @@ class Pack:
             are in patch pixels at the pack's mpp, ``width, height`` say how much of a patch is real.
     """
 
-    def __init__(self, path: Path, info: PackInfo, patches: np.ndarray, table: pd.DataFrame) -> None:
+    def __init__(
+        self, path: Path, info: PackInfo, patches: np.ndarray, table: pd.DataFrame, state: object = None
+    ) -> None:
         self.path = path
         self.info = info
         self.patches = patches
         self.table = table
+        self._state = state
 
     @classmethod
     def open(cls, path: "Path | str | Pack") -> "Pack":
@@ -89,19 +102,20 @@ class Pack:
         for name, size in info.files.items():
             found = (path / name).stat().st_size if (path / name).exists() else None
             if found != size:
-                state = "is missing" if found is None else f"has {found:,} bytes where {size:,} were written"
+                what = "is missing" if found is None else f"has {found:,} bytes where {size:,} were written"
                 raise PackError(
-                    f"{path / name} {state}: the pack is damaged, make it again with `biopsy prepare`"
+                    f"{path / name} {what}: the pack is damaged, make it again with `biopsy prepare`"
                 )
-        patches = np.load(path / PIXELS, mmap_mode="r")
-        table = pd.read_parquet(path / TABLE).astype({"x": "Int64", "y": "Int64"})
-        missing = [name for name in COLUMNS if name not in table.columns]
-        if missing or len(table) != len(patches):
-            raise PackError(
-                f"{path} holds {len(patches):,} patches and {len(table):,} rows and lacks columns {missing}: "
-                "the pack is damaged, make it again with `biopsy prepare`"
-            )
-        return cls(path, info, patches, table)
+        state = _look_at(path)
+        try:
+            if info.table_sha256 and sha256_file(path / TABLE) != info.table_sha256:
+                raise FileFormatError(path / TABLE, "altered", f"was changed since it was written; {_REMEDY}")
+            patches = map_array(path / PIXELS, dtype=np.uint8, ndim=4)
+            table, _ = read_parquet_table(path / TABLE, _KINDS)
+        except FileFormatError as error:
+            raise PackError(str(error)) from None
+        _check_parts(path, info, patches, table)
+        return cls(path, info, patches, table.astype({"x": "Int64", "y": "Int64"}), state)
 
     @classmethod
     def from_arrays(
@@ -285,6 +299,26 @@ class Pack:
                 f"{self.info.content_sha256[:12]} was written; make it again with `biopsy prepare`"
             )
 
+    def require_unchanged(self) -> None:
+        """Refuse to go on where the files were changed since the pack was opened; cheap enough a batch.
+
+        Files that were only touched or copied back are compared by their content, once.
+
+        Raises:
+            PackError: If a file is gone or its content is another.
+        """
+        state = _look_at(self.path)
+        if state == self._state:
+            return
+        try:
+            now = Pack.open(self.path)
+            if now.info.content_sha256 != self.info.content_sha256:
+                raise PackError(f"its content hashes to {now.info.content_sha256[:12]} now")
+            now.verify()
+        except PackError as error:
+            raise PackError(f"{self.path} was changed while it was in use: {error}") from None
+        self._state = state
+
 
 def group_by_unit(table: pd.DataFrame, unit: str) -> np.ndarray:
     """Return whom each row of a table of patches belongs to, as text ``(n,)``.
@@ -316,9 +350,14 @@ def content_sha256(patches: np.ndarray, table: pd.DataFrame) -> str:
 
 
 def table_sha256(table: pd.DataFrame) -> str:
-    """Give the `content_sha256` of a table whose column ``sha256`` is known to be that of its pixels."""
+    """Return the `content_sha256` of a table whose column ``sha256`` is known to be that of its pixels."""
+    return hash_columns(table, (*IDENTITY_COLUMNS, "sha256"))
+
+
+def hash_columns(table: pd.DataFrame, names: Iterable[str]) -> str:
+    """Hash the values of some columns, as texts; nulls are empty ones."""
     digest = hashlib.sha256()
-    for name in (*IDENTITY_COLUMNS, "sha256"):
+    for name in names:
         texts = pa.array(table[name], from_pandas=True).cast(pa.string()).fill_null("")
         lengths = pc.binary_length(texts).to_numpy(zero_copy_only=False).astype("<i4")
         for part in (name.encode(), lengths.tobytes(), "".join(texts.to_pylist()).encode()):
@@ -401,8 +440,9 @@ def finish_pack(
         skipped=list(skipped),
         files={name: (folder / name).stat().st_size for name in (PIXELS, TABLE)},
         content_sha256=table_sha256(table),
+        table_sha256=sha256_file(folder / TABLE),
     )
-    (folder / DOCUMENT).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    write_json(folder / DOCUMENT, info.model_dump(mode="json"))
 
 
 def is_pack(path: Path | str) -> bool:
@@ -416,12 +456,44 @@ def _read_info(path: Path) -> PackInfo:
             f"{path} is not a pack (it has no {DOCUMENT}): make one with `biopsy prepare SOURCE --out PACK`"
         )
     try:
-        return PackInfo.model_validate(read_json(path / DOCUMENT, format=FORMAT))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise PackError(f"{path / DOCUMENT}: {where}: {first['msg']}") from None
-    except PackError:
-        raise
+        document = read_json(path / DOCUMENT, format=FORMAT, remedy=_REMEDY, may_lack_hash=True)
+        info = validate(path / DOCUMENT, PackInfo, document)
     except DataError as error:
         raise PackError(str(error)) from None
+    names, positive = info.class_names, info.positive_class
+    if len(set(names)) < len(names) or (positive is not None and positive not in names):
+        raise PackError(
+            f"{path / DOCUMENT} names the classes {names}, positive {positive!r}: it was changed; {_REMEDY}"
+        )
+    if missing := {"patches", "patients", "slides", "per_class"} - info.counts.keys():
+        raise PackError(f"{path / DOCUMENT} counts no {', '.join(sorted(missing))}; {_REMEDY}")
+    return info
+
+
+def _look_at(path: Path) -> object:
+    """Return what changes when the files of a pack do; None where one is gone."""
+    try:
+        return [
+            (status.st_ino, status.st_size, status.st_mtime_ns)
+            for status in (os.stat(path / name) for name in (DOCUMENT, PIXELS, TABLE))
+        ]
+    except OSError:
+        return None
+
+
+def _check_parts(path: Path, info: PackInfo, patches: np.ndarray, table: pd.DataFrame) -> None:
+    """Refuse pixels, table and document that disagree."""
+    room = (info.patch_px, info.patch_px, 3)
+    needed = ["patch_id", "sha256", "target", "width", "height"]
+    faults = {
+        f"holds {len(patches):,} patches and {len(table):,} rows": len(table) != len(patches),
+        f"has patches of {patches.shape[1:]} where {room} is written": patches.shape[1:] != room,
+        "lacks ids, hashes, targets or sizes": bool(table[needed].isna().any(axis=None)),
+        "names a patch twice": bool(table["patch_id"].duplicated().any()),
+        "has targets that are no class": not table["target"].between(0, len(info.class_names) - 1).all(),
+        "has sizes beyond its patches": not (
+            table[["width", "height"]].ge(1) & table[["width", "height"]].le(info.patch_px)
+        ).all(axis=None),
+    }
+    if fault := next((fault for fault, is_so in faults.items() if is_so), None):
+        raise PackError(f"{path} {fault}: the pack is damaged, {_REMEDY}")

@@ -1,8 +1,8 @@
 """Predictions: the table from which every reported number can be recomputed; Kaggle's submission csv."""
 
+import hashlib
 import json
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from biopsy.core.errors import DataError, UserFileError
-from biopsy.core.files import read_json, replace_atomic, sha256_file, write_json
-from biopsy.core.tables import unmask_formulas, write_csv
-from biopsy.data.packs import Pack
+from biopsy.core.errors import DataError, FileFormatError, UserFileError
+from biopsy.core.files import plain, read_json, replace_atomic, sha256_file, write_json
+from biopsy.core.loaders import parse_json, refusing
+from biopsy.core.tables import read_csv_table, read_parquet_metadata, read_parquet_table, write_csv
+from biopsy.data.packs import Pack, hash_columns
 from biopsy.slide_io.images import IMAGE_SUFFIXES
 
 FORMAT = "biopsy-predictions/1"
@@ -25,9 +26,10 @@ _WHOLE = ("x", "y", "fold", "target", "pred")
 _YES_NO = ("abstained", "unlike_training")
 _FLOAT = re.compile(r"^(prob|logit)_|_distance$")
 _KEY = b"biopsy"
+_REMEDY = "make it again with `biopsy evaluate` or `biopsy predict`"
 
-# Numbers are read as text first: unlike pandas's parser of its time, numpy then gives back every bit.
-_CSV_TYPES = defaultdict(lambda: "str", dict.fromkeys(_WHOLE, "Int64") | dict.fromkeys(_YES_NO, "bool"))
+_CONTENT = "content_sha256"
+_NEEDED = (*IDENTITY, "side", "fold", "target", "pred", "abstained")
 
 
 def make_predictions(
@@ -123,15 +125,15 @@ def write_predictions(path: Path | str, frame: pd.DataFrame, metadata: Mapping[s
         DataError: If the ending is another one.
     """
     path = Path(path)
+    about = plain({**metadata, "format": FORMAT})
+    about[_CONTENT] = _hash_content(frame, about)
     if path.suffix == ".parquet":
-        text = {**metadata, "format": FORMAT}
-        about = json.dumps(text, default=lambda value: value.item())
         table = pa.Table.from_pandas(frame, preserve_index=False)
-        table = table.replace_schema_metadata({_KEY: about.encode()})
+        table = table.replace_schema_metadata({_KEY: json.dumps(about).encode()})
         with replace_atomic(path) as partial:
             pq.write_table(table, partial)
     elif path.suffix == ".csv":
-        write_described_csv(path, frame, {**metadata, "format": FORMAT})
+        write_described_csv(path, frame, about)
     else:
         raise DataError(f"predictions cannot be written to {path.name!r}; use .parquet or .csv")
     return path
@@ -168,54 +170,65 @@ def _is_unchanged(path: Path) -> bool:
     if path.suffix == ".csv":
         return (_read_beside(path) or {}).get("sha256") == sha256_file(path)
     try:
-        return _KEY in (pq.read_schema(path).metadata or {})
-    except (OSError, pa.ArrowException):
+        return _KEY in read_parquet_metadata(path)
+    except FileFormatError:
         return False
 
 
 def _read_beside(path: Path) -> dict[str, Any] | None:
     """Return the metadata beside a csv; None where there is none of this package."""
     try:
-        about = read_json(_beside(path))
+        about = read_json(_beside(path), may_lack_hash=True)
     except DataError:
         return None
-    is_ours = isinstance(about, dict) and str(about.get("format")).startswith("biopsy-")
-    return about if is_ours else None
+    return about if str(about.get("format")).startswith("biopsy-") else None
 
 
 def read_predictions(path: Path | str) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Read predictions and their metadata from Parquet or CSV.
 
     Raises:
-        DataError: If the file is missing, damaged, of a newer format, or lacks columns.
+        FileFormatError: If the file is missing, damaged, of a newer format, lacks columns, or was changed
+            since it was written.
     """
     path = Path(path)
-    try:
-        if path.suffix == ".csv":
-            about = json.loads(_beside(path).read_text(encoding="utf-8"))
-            frame = pd.read_csv(path, dtype=_CSV_TYPES, keep_default_na=False, na_values=[""])
-            frame = unmask_formulas(frame)
-        else:
-            table = pq.read_table(path)
-            about = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
-            frame = table.to_pandas()
-    except FileNotFoundError as error:
-        raise DataError(f"{error.filename or path} does not exist") from None
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read as predictions: {error}") from None
-    if about.get("format") != FORMAT:
-        raise DataError(
-            f"{path} has format {about.get('format')!r} where {FORMAT!r} was expected; update biopsy"
-        )
-    missing = [
-        name for name in (*IDENTITY, "side", "fold", "target", "pred", "abstained") if name not in frame
-    ]
+    if path.suffix == ".csv":
+        about = read_json(_beside(path), format=FORMAT, remedy=_REMEDY, may_lack_hash=True)
+        frame = read_csv_table(path, required=_NEEDED)
+    else:
+        frame, metadata = read_parquet_table(path)
+        about = parse_json(metadata.get(_KEY, b"{}"), path)
+        if not isinstance(about, dict) or about.get("format") != FORMAT:
+            raise FileFormatError(path, "format", f"is no table of predictions of format {FORMAT!r}")
+    missing = [name for name in _NEEDED if name not in frame]
     if missing or not class_columns(frame):
-        raise DataError(
-            f"{path} lacks the columns {missing or ['prob_<class>']}; it is not a table of predictions"
+        raise FileFormatError(
+            path, "columns", f"lacks the columns {missing or ['prob_<class>']}: it is no table of predictions"
         )
-    about.pop("sha256", None)
-    return _with_types(frame), about
+    with refusing(path, "predictions"):
+        frame = _with_types(frame)
+    probs = frame[[f"prob_{name}" for name in class_columns(frame)]].to_numpy()
+    if not ((probs >= 0) & (probs <= 1)).all() or not _are_classes(frame):
+        raise FileFormatError(path, "value", "holds probabilities beyond 0 to 1, or classes without a column")
+    about.pop("sha256", None)  # of a csv's text, by which it is known to be replaceable
+    if about.pop(_CONTENT, None) not in (None, _hash_content(frame, about)):
+        raise FileFormatError(path, "altered", f"was changed since it was written; {_REMEDY}")
+    return frame, about
+
+
+def _are_classes(frame: pd.DataFrame) -> bool:
+    known = (
+        frame[["target", "pred"]].isin(range(len(class_columns(frame)))) | frame[["target", "pred"]].isna()
+    )
+    return bool(known.all(axis=None) and frame["pred"].notna().all())
+
+
+def _hash_content(frame: pd.DataFrame, about: Mapping[str, Any]) -> str:
+    """Hash what reported numbers rest on; columns that were joined may come and go."""
+    names = [name for name in frame if name in _NEEDED or _FLOAT.search(str(name))]
+    known = {key: value for key, value in about.items() if key != _CONTENT}
+    text = json.dumps([hash_columns(frame, names), known], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_metadata(path: Path | str) -> dict[str, Any]:
@@ -223,10 +236,10 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     path = Path(path)
     try:
         if path.suffix == ".parquet":
-            about = json.loads((pq.read_schema(path).metadata or {}).get(_KEY, b"{}"))
+            about = parse_json(read_parquet_metadata(path).get(_KEY, b"{}"), path)
         else:
-            about = json.loads(_beside(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, pa.ArrowException):
+            about = read_json(_beside(path), may_lack_hash=True)
+    except FileFormatError:
         return {}
     return about if isinstance(about, dict) and about.get("format") == FORMAT else {}
 
@@ -248,6 +261,9 @@ def _with_types(frame: pd.DataFrame) -> pd.DataFrame:
     types = dict.fromkeys(_TEXT, "string") | dict.fromkeys(_WHOLE, "Int64") | dict.fromkeys(_YES_NO, "bool")
     floats = [name for name in frame.columns if name == "prob" or _FLOAT.search(name)]
     types |= dict.fromkeys(floats, "float64")
+    for name in _YES_NO:
+        if name in frame and pd.api.types.is_string_dtype(frame[name].dtype):  # as csv has it
+            frame[name] = [{"True": True, "False": False}[word] for word in frame[name]]
     return frame.astype({name: kind for name, kind in types.items() if name in frame})
 
 

@@ -14,10 +14,12 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import BaseModel
 
-from biopsy.core.errors import SplitError, UserFileError, suggest
-from biopsy.core.files import read_json, update_directory, write_json
-from biopsy.core.tables import unmask_formulas, write_csv
+from biopsy.core.errors import FileFormatError, SplitError, UserFileError, suggest
+from biopsy.core.files import read_json, sha256_file, update_directory, write_json
+from biopsy.core.loaders import validate
+from biopsy.core.tables import read_csv_table, write_csv
 from biopsy.core.text import normalize_id
 from biopsy.data.leakage import SIDES, check_no_leakage, find_overlap, leave_out_siblings
 from biopsy.data.official_splits import Cases
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 FORMAT = "biopsy-split/1"
+_REMEDY = "bring the file back, or make the split again with `biopsy split`"
 FOLDER = "splits"
 LEFT_OUT = -2
 """Fold of a patch that is in none and does not train either."""
@@ -325,42 +328,58 @@ def write_split(path: Path | str, split: Split) -> Path:
             "parameters": split.parameters,
             "patients_overlap": split.overlap,
             "pack_sha256": split.pack_sha256,
+            "table_sha256": sha256_file(path),
         },
     )
     return path
+
+
+class _Document(BaseModel):
+    """What the json beside a split holds."""
+
+    name: str
+    protocol: str
+    unit: Unit
+    seed: int
+    parameters: dict[str, Any]
+    patients_overlap: bool | None
+    pack_sha256: str
+    table_sha256: str = ""
 
 
 def read_split(path: Path | str) -> Split:
     """Read a split from its csv and the json beside it, as a pack or a run keeps them.
 
     Raises:
-        SplitError: If the csv is not a split's.
-        DataError: If the json is missing, damaged or of a newer format.
+        SplitError: If the csv is not a split's, or was changed since it was written.
+        DataError: If the json is missing, damaged, changed or of a newer format.
     """
     path = Path(path)
-    about = read_json(path.with_suffix(".json"), format=FORMAT)
+    beside = path.with_suffix(".json")
+    about = validate(beside, _Document, read_json(beside, format=FORMAT, remedy=_REMEDY, may_lack_hash=True))
     try:
-        table = unmask_formulas(
-            pd.read_csv(path, dtype={"patch_id": str, "side": str}, keep_default_na=False)
-        )
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise SplitError(f"{path} cannot be read: {error}") from None
-    columns = set(table.columns)
-    sides = set(table["side"]) if "side" in columns else set()
-    whole = "fold" in columns and pd.api.types.is_integer_dtype(table["fold"])
-    if "patch_id" not in columns or not sides <= {*SIDES, ""} or not (sides or whole):
+        if about.table_sha256 and sha256_file(path) != about.table_sha256:
+            raise FileFormatError(path, "altered", f"was changed since it was written; {_REMEDY}")
+        table = read_csv_table(path, required=["patch_id"])
+    except FileFormatError as error:
+        raise SplitError(str(error)) from None
+    sides = set(table["side"].fillna("")) if "side" in table else set()
+    folds = table["fold"].fillna("") if "fold" in table else pd.Series(dtype=str)
+    are_folds = len(folds) > 0 and folds.str.fullmatch(f"{LEFT_OUT}|[0-9]{{1,6}}").all()
+    if not sides <= {*SIDES, ""} or not (sides or are_folds):
         raise SplitError(
             f"{path} is not a split: it needs patch_id and side (train, val, test) or fold (numbers)"
         )
+    values = {"side": table["side"].fillna("")} if sides else {"fold": folds.astype("int64")}
     return Split(
-        name=about["name"],
-        protocol=about["protocol"],
-        unit=about["unit"],
-        seed=about["seed"],
-        parameters=about["parameters"],
-        table=table[["patch_id", "side" if sides else "fold"]],
-        overlap=about["patients_overlap"],
-        pack_sha256=about["pack_sha256"],
+        name=about.name,
+        protocol=about.protocol,
+        unit=about.unit,
+        seed=about.seed,
+        parameters=about.parameters,
+        table=pd.DataFrame({"patch_id": table["patch_id"], **values}),
+        overlap=about.patients_overlap,
+        pack_sha256=about.pack_sha256,
     )
 
 

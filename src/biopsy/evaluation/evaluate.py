@@ -92,6 +92,8 @@ def evaluate(
     logits = predict_logits(
         network, classifier.info.preprocessing, pack.patches, pack.sizes, rows, engine=engine
     )
+    pack.require_unchanged()
+    classifier_sha256 = classifier.sha256
     classifier = classifier.for_patches(pack.table.iloc[rows])
     logits = classifier.add_context(logits, pack.table.iloc[rows])
     probs = classifier.probs(logits)
@@ -114,7 +116,7 @@ def evaluate(
         frame,
         {
             "pack_sha256": pack.info.content_sha256,
-            "classifier_sha256": classifier.sha256,
+            "classifier_sha256": classifier_sha256,
             "split": about["name"],
             "threshold": threshold,
         },
@@ -129,6 +131,7 @@ def evaluate(
         "unit": pack.unit,
         "split": about,
         "threshold": threshold,
+        "classifier_sha256": classifier_sha256,
         **measure_predictions(scored, classifier.threshold, seed=run.info["seed"]),
         **_measure_decision(classifier, scored, logits, prevalence, run.info["seed"]),
         "abstention": measure_abstention(
@@ -231,6 +234,7 @@ def _choose_patches(
 ) -> tuple[Pack, np.ndarray, dict[str, Any]]:
     """Give the pack, the side of each of its patches, and the ``split`` entry of ``metrics.json``."""
     pack = run.open_pack() if data is None else Pack.open(data)
+    check_classes(pack, classifier)
     if _is_own(run, pack):
         if split_name is not None:
             raise RunError(
@@ -243,7 +247,6 @@ def _choose_patches(
         about["test_is_validation"] = bool(run.info["split"].get("val_is_test", False))
         return pack, run.sides(pack), about
     pack.verify()
-    check_classes(pack, classifier)
     classifier.check_pack(pack)
     sides = np.full(len(pack), side)
     if split_name is not None:

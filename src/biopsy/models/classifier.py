@@ -2,19 +2,20 @@
 
 import copy
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, model_validator
 
 from biopsy.core.errors import DataError, RunError
-from biopsy.core.files import create_directory, read_json, sha256_file, write_atomic, write_json
-from biopsy.data.packs import Pack
+from biopsy.core.files import create_directory, plain, read_json, sha256_file, write_atomic, write_json
+from biopsy.core.loaders import read_tensors, validate
+from biopsy.data.packs import MAX_PATCH_PX, Pack
 from biopsy.data.predictions import decide
 from biopsy.models.context import average_neighbours, has_coordinates
 from biopsy.models.preprocessing import Preprocessing, Resize
@@ -32,6 +33,67 @@ _EXTRA = "extra."  # what names in the file of weights begin with that are none
 MPP_TOLERANCE = 0.05  # scanners of one nominal magnification differ by less
 
 
+_Shares = list[Annotated[FiniteFloat, Field(ge=0, le=1)]]
+_Limit = Annotated[FiniteFloat, Field(gt=0)]
+
+
+class _Threshold(BaseModel):
+    value: float = Field(ge=0, le=1.001)  # just above 1 where nothing is called positive
+    rule: str
+    chosen_on: str | None
+
+
+class _Calibrator(BaseModel):
+    method: Literal["temperature", "platt", "isotonic", "none"]
+    slope: FiniteFloat = 1.0
+    intercepts: list[FiniteFloat] = []
+    positive_index: Literal[0, 1] = 0
+    prob: _Shares = []
+    calibrated: _Shares = []
+
+
+class _Conformal(BaseModel):
+    quantiles: list[FiniteFloat] | None = None
+
+
+class _Limits(BaseModel):
+    colour: _Limit
+    feature: _Limit
+
+
+class _UnlikeTraining(BaseModel):
+    limits: _Limits
+
+
+class _Parts(BaseModel):
+    """What the dictionaries of a `ClassifierInfo` must hold."""
+
+    class_names: list[str] = Field(min_length=1)
+    positive_class: str | None
+    calibrator: _Calibrator = _Calibrator(method="none")
+    thresholds: list[_Threshold] = []
+    conformal: _Conformal = _Conformal()
+    unlike_training: _UnlikeTraining | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "_Parts":
+        names, calibrator = self.class_names, self.calibrator
+        knots = len(calibrator.prob)
+        faults = {
+            "class_names: a class stands twice": len(set(names)) < len(names),
+            f"positive_class: {self.positive_class!r} is no class": self.positive_class not in (None, *names),
+            "thresholds: there is no positive class": bool(self.thresholds) and self.positive_class is None,
+            "conformal: one quantile a class is needed": self.conformal.quantiles is not None
+            and len(self.conformal.quantiles) != len(names),
+            "calibrator: one intercept a class is needed": len(calibrator.intercepts) not in (0, len(names)),
+            "calibrator: isotonic knots are missing": calibrator.method == "isotonic"
+            and not (len(calibrator.calibrated) == knots > 0 and len(names) == 2),
+        }
+        if fault := next((fault for fault, is_so in faults.items() if is_so), None):
+            raise ValueError(fault)
+        return self
+
+
 class ClassifierInfo(BaseModel):
     """What ``classifier.json`` holds."""
 
@@ -40,11 +102,11 @@ class ClassifierInfo(BaseModel):
     format: Literal["biopsy-classifier/1"] = FORMAT
     network: str
     params: dict[str, Any] = {}
-    class_names: list[str]
+    class_names: list[str] = Field(min_length=1)
     positive_class: str | None
-    patch_px: int
+    patch_px: PositiveInt = Field(le=MAX_PATCH_PX)
     """Side of a patch as cut from the slide."""
-    mpp: float | None
+    mpp: float | None = Field(gt=0, allow_inf_nan=False)
     """Micrometres per pixel at which patches were cut; None where the data did not say."""
     preprocessing: Preprocessing
     outputs: Literal["softmax", "sigmoid"] = "softmax"
@@ -101,21 +163,25 @@ class Classifier:
         """
         path = Path(path)
         try:
-            info = ClassifierInfo.model_validate(read_json(path / DOCUMENT, format=FORMAT))
-        except ValidationError as error:
-            raise RunError(f"{path / DOCUMENT}: {error.errors()[0]['msg']}") from None
+            remedy = "bring it back, or train again"
+            document = read_json(path / DOCUMENT, format=FORMAT, remedy=remedy, may_lack_hash=True)
+            info = validate(path / DOCUMENT, ClassifierInfo, document)
+            for part in ({}, info.single_patch):
+                validate(path / DOCUMENT, _Parts, document | part)
         except DataError as error:
             raise RunError(f"{path} is not a classifier: {error}") from None
         weights = path / WEIGHTS
-        if not weights.exists() or sha256_file(weights) != info.weights_sha256:
-            raise RunError(f"{weights} is missing or was altered since the classifier was saved")
         try:
-            with safe_open(weights, framework="numpy") as file:
-                extras = {
-                    name[len(_EXTRA) :]: file.get_tensor(name) for name in file.keys() if _is_extra(name)
-                }
-        except SafetensorError as error:
-            raise RunError(f"{weights} is not readable: {error}") from None
+            if sha256_file(weights) != info.weights_sha256:
+                raise RunError(f"{weights} was altered since the classifier was saved: {remedy}")
+            tensors, _ = read_tensors(weights, keep=_is_extra)
+        except DataError as error:
+            raise RunError(str(error)) from None
+        extras = {name.removeprefix(_EXTRA): tensor for name, tensor in tensors.items()}
+        parts = ("mean", "spread", "precision")
+        needed = {f"{kind}_{part}" for kind in _Limits.model_fields for part in parts}
+        if info.unlike_training is not None and not needed <= extras.keys():
+            raise RunError(f"{weights} lacks what training patches are like: {remedy}")
         return cls(info, None, extras, path)
 
     @classmethod
@@ -198,8 +264,6 @@ class Classifier:
         return self._base_network
 
     def _read_network(self) -> "nn.Module":
-        from safetensors.torch import load_file
-
         from biopsy.models.networks import build_network
 
         assert self.path is not None
@@ -209,7 +273,7 @@ class Classifier:
                 f"{self.path} was made of the module {info.network.removeprefix('wrapped:')}, whose code it "
                 "does not hold: wrap the module again with Classifier.wrap"
             )
-        tensors = {name: tensor for name, tensor in load_file(weights).items() if not _is_extra(name)}
+        tensors, _ = read_tensors(weights, framework="pt", keep=lambda name: not _is_extra(name))
         network = build_network(
             info.network, n_classes=len(info.class_names), input_px=info.preprocessing.input_px, **info.params
         )
@@ -241,7 +305,7 @@ class Classifier:
         digest = hashlib.sha256(content).hexdigest()
         self.info = self.info.model_copy(update={"weights_sha256": digest, "version": __version__})
         if (path / DOCUMENT).is_file():
-            read_json(path / DOCUMENT, format=FORMAT)
+            read_json(path / DOCUMENT, format=FORMAT, may_lack_hash=True)
             self._write(path, content)
         else:
             with create_directory(path) as partial:
@@ -311,9 +375,10 @@ class Classifier:
 
     @property
     def sha256(self) -> str:
-        """A hash over the document and the weights, which the document of a saved classifier knows."""
-        digest = hashlib.sha256(self.info.model_dump_json().encode())
-        if not self.info.weights_sha256:
+        """A hash over the document, without fields at their defaults, and over the weights."""
+        known = plain(self.info.model_dump(mode="json", exclude_defaults=True))
+        digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
+        if not self.info.weights_sha256:  # it was never saved
             from biopsy.models.networks.wrapped import hash_network
 
             digest.update(hash_network(self.base_network, self.extras))

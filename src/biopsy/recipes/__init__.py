@@ -6,7 +6,6 @@ our choice where it is silent. To add one, write ``author2024.toml`` here; tests
 """
 
 import json
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
-from biopsy.core.errors import RecipeError, suggest
+from biopsy.core.errors import FileFormatError, RecipeError, suggest
+from biopsy.core.loaders import load_toml, parse_toml
 from biopsy.recipes.schema import DEFINING_TABLES, FORMAT, Recipe
 
 __all__ = [
@@ -93,15 +93,9 @@ def _read(recipe: str | Path) -> dict[str, Any]:
         if str(recipe) not in list_recipes():
             raise RecipeError(f"there is no recipe {str(recipe)!r}: {suggest(str(recipe), list_recipes())}")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(
-            f"{path} does not exist: give a recipe's name or the path of a .toml file"
-        ) from None
-    except OSError as error:
-        raise RecipeError(f"{path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not TOML: {error}") from None
+        return load_toml(path)
+    except FileFormatError as error:
+        raise RecipeError(f"{error}: give a recipe's name or the path of a .toml file") from None
 
 
 def _override(document: dict[str, Any], override: str) -> None:
@@ -114,8 +108,10 @@ def _override(document: dict[str, Any], override: str) -> None:
     if key not in known and not free:
         raise RecipeError(f"a recipe has no setting {key!r}: {suggest(key, known)}")
     try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = parse_toml(f"value = {text.strip()}", f"--set {key}")["value"]
+    except FileFormatError as error:
+        if error.reason != "syntax":
+            raise RecipeError(str(error)) from None
         value = text.strip()
     *tables, name = key.split(".")
     for table in tables:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 from safetensors.torch import save
 
-from biopsy.core.errors import RunError
+from biopsy.core.errors import FileFormatError, RunError
 from biopsy.core.files import write_atomic
+from biopsy.core.loaders import parse_json, read_tensors, validate
 from biopsy.training.weight_averaging import WeightAverage
 
 FORMAT = "biopsy-checkpoint/1"
@@ -34,6 +35,29 @@ class Progress:
     best_value: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     """The log, one record an epoch."""
+
+
+class _Past(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    epoch: PositiveInt
+    val_loss: float
+
+
+class _Progress(BaseModel):
+    epoch: NonNegativeInt
+    step: NonNegativeInt
+    best_epoch: PositiveInt | None
+    best_value: float | None
+    history: list[_Past]
+
+
+class _Header(BaseModel):
+    """What the last checkpoint holds beside tensors."""
+
+    progress: _Progress
+    optimiser: dict[NonNegativeInt, dict[str, float | int | bool]]
+    groups: list[dict[str, float | int]]
 
 
 def save_checkpoint(
@@ -79,24 +103,42 @@ def load_checkpoint(
     if not (folder / LAST).exists():
         return Progress()
     tensors, header = _read(folder / LAST)
+    try:
+        known = validate(folder / LAST, _Header, header)
+    except FileFormatError as error:
+        raise RunError(f"{error}: train anew") from None
     _fill(network, _tensors_of(tensors, "network"), folder / LAST)
-    if average is not None:
-        for name, value in _tensors_of(tensors, "average").items():
-            average.state[name].copy_(value)
-    state: dict[int, dict[str, Any]] = {
-        int(index): dict(values) for index, values in header["optimiser"].items()
-    }
+    try:
+        if average is not None:
+            for name, value in _tensors_of(tensors, "average").items():
+                average.state[name].copy_(value)
+        _fill_optimiser(optimiser, known, _tensors_of(tensors, "optimiser"), device)
+    except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(f"{folder / LAST} does not fit the recipe beside it ({reason}): train anew") from None
+    return Progress(**{name: header["progress"][name] for name in vars(Progress())})
+
+
+def _fill_optimiser(
+    optimiser: torch.optim.Optimizer,
+    known: _Header,
+    tensors: dict[str, torch.Tensor],
+    device: torch.device,
+) -> None:
+    """Put an optimiser back to what a checkpoint knows of it."""
+    weights = [weight for group in optimiser.param_groups for weight in group["params"]]
+    state: dict[int, dict[str, Any]] = {index: dict(values) for index, values in known.optimiser.items()}
     for name, value in tensors.items():
-        if name.startswith("optimiser."):
-            _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = value if key == "step" else value.to(device)
+        index, _, key = name.partition(".")
+        if value.ndim and value.shape != weights[int(index)].shape:
+            raise ValueError(f"{name} has the shape {tuple(value.shape)}")
+        state.setdefault(int(index), {})[key] = value if key == "step" else value.to(device)
     document = optimiser.state_dict()
     document["state"] = state
-    for group, values in zip(document["param_groups"], header["groups"], strict=True):
-        group |= values
+    for group, values in zip(document["param_groups"], known.groups, strict=True):
+        group |= {name: value for name, value in values.items() if name != "params"}
     optimiser.load_state_dict(document)
     _lay_out_like_weights(optimiser)
-    return Progress(**header["progress"])
 
 
 def _lay_out_like_weights(optimiser: torch.optim.Optimizer) -> None:
@@ -146,11 +188,10 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any])
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["biopsy"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is not a readable checkpoint ({error}): train anew") from None
-    if header.get("format") != FORMAT:
-        raise RunError(f"{path} has format {header.get('format')!r} where {FORMAT!r} was expected")
+        tensors, texts = read_tensors(path, framework="pt")
+        header = parse_json(texts.get("biopsy", "null"), path, allow_nan=True)
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            raise FileFormatError(path, "format", f"is no checkpoint of format {FORMAT!r}")
+    except FileFormatError as error:
+        raise RunError(f"{error}: train anew") from None
     return tensors, header

@@ -80,6 +80,7 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
         stopped_early=progress.epoch < recipe.train.epochs,
         threshold=classifier.frozen,
         classifier_sha256=classifier.sha256,
+        files=run.hash_files("classifier/classifier.json", "classifier/weights.safetensors", "log.jsonl"),
     )
 
 

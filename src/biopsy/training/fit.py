@@ -82,6 +82,7 @@ def fit(network: torch.nn.Module, task: Task, folder: Path, on_epoch: OnEpoch) -
             record = _run_epoch(learner, optimiser, task, batches, progress, steps, average)
             _note_best(task, progress, record)
             progress.history.append(record)
+            task.pack.require_unchanged()
             save_checkpoint(folder, network, optimiser, progress, average)
             on_epoch(record)
     return progress
@@ -124,6 +125,7 @@ def _run_epoch(
     torch.manual_seed(derive(task.seed, "dropout", epoch))
     network.train()
     for batch, target in _next_batches(task, batches, progress.step, steps):
+        task.pack.require_unchanged()
         lr = learning_rate(
             progress.step + len(losses),
             lr=settings.lr,

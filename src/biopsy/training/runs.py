@@ -8,15 +8,17 @@ import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import BaseModel, Field, NonNegativeInt, model_validator
 
-from biopsy.core.errors import DataError, RunError
-from biopsy.core.files import create_directory, read_json, write_atomic, write_json
-from biopsy.core.tables import unmask_formulas, write_csv
-from biopsy.data.packs import Pack
+from biopsy.core.errors import DataError, FileFormatError, PackError, RunError
+from biopsy.core.files import create_directory, read_json, sha256_file, write_atomic, write_json
+from biopsy.core.loaders import parse_json, read_text, validate
+from biopsy.core.tables import read_csv_table, write_csv
+from biopsy.data.packs import Pack, is_pack
 from biopsy.data.predictions import read_predictions
 from biopsy.models.classifier import Classifier
 from biopsy.recipes import DEFINING_TABLES, Recipe, load_recipe, recipe_toml
@@ -24,6 +26,8 @@ from biopsy.recipes.schema import Decision
 
 FORMAT = "biopsy-run/1"
 DOCUMENT = "run.json"
+MAX_LOG_BYTES = 2**26  # 64 MiB: 100,000 epochs
+_SIDES = ("train", "val", "test", "")
 SETTLED_BEFORE = {
     "decision.calibration": "none",
     "decision.operating_points": Decision().operating_points,
@@ -35,6 +39,65 @@ SETTLED_BEFORE = {
     "train.ema_decay": 0.0,
 }
 """Settings younger than the first runs, and the values with which those runs answer the same question."""
+
+
+class _Count(BaseModel):
+    patches: NonNegativeInt
+    groups: int | None
+    per_class: dict[str, NonNegativeInt]
+
+
+class _Split(BaseModel):
+    name: str
+    protocol: str
+    fold: int | None
+    unit: Literal["patient", "slide", "patch"]
+    as_published: bool
+    val_is_test: bool = False
+    patients_overlap: bool | None
+    sides: dict[str, _Count]
+
+
+class _Pack(BaseModel):
+    path: str
+    name: str
+    dataset: str
+    content_sha256: str
+    n_patches: NonNegativeInt
+    unit: Literal["patient", "slide", "patch"]
+
+
+class _Weights(BaseModel):
+    pretrained: bool
+    sha256: str | None
+
+
+class _Document(BaseModel):
+    """What ``run.json`` must hold; the rest is for people."""
+
+    id: str
+    status: Literal["running", "interrupted", "failed", "finished"]
+    recipe: str
+    seed: int
+    split: _Split
+    pack: _Pack
+    weights: _Weights
+    epochs: NonNegativeInt
+    epochs_done: NonNegativeInt
+    seconds: float = Field(ge=0)
+    started: str
+    environment: dict[str, Any]
+    chosen_epoch: int | None = None
+    threshold: dict[str, Any] | None = None
+    files: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> "_Document":
+        if self.status == "finished" and (
+            self.chosen_epoch is None or "threshold" not in self.model_fields_set
+        ):
+            raise ValueError("a finished run has chosen_epoch and threshold")
+        return self
 
 
 class Run:
@@ -64,9 +127,12 @@ class Run:
                 f"{path} is not a run (it has no {DOCUMENT}): make one with `biopsy train RECIPE --data PACK`"
             )
         try:
-            return cls(path, read_json(path / DOCUMENT, format=FORMAT))
+            remedy = "bring it back, or train again"
+            info = read_json(path / DOCUMENT, format=FORMAT, remedy=remedy, may_lack_hash=True)
+            validate(path / DOCUMENT, _Document, info)
         except DataError as error:
             raise RunError(str(error)) from None
+        return cls(path, info)
 
     @classmethod
     def create(cls, path: Path, info: Mapping[str, Any], recipe: Recipe, split: pd.DataFrame) -> "Run":
@@ -81,9 +147,10 @@ class Run:
             )
         info = {"format": FORMAT, **info}
         with create_directory(path) as partial:
-            write_json(partial / DOCUMENT, info)
             write_atomic(partial / "recipe.toml", recipe_toml(recipe))
             write_csv(partial / "split.csv", split)
+            info["files"] = {name: sha256_file(partial / name) for name in ("recipe.toml", "split.csv")}
+            write_json(partial / DOCUMENT, info)
         return cls(path, info)
 
     def __repr__(self) -> str:
@@ -94,10 +161,29 @@ class Run:
         self.info = {**self.info, **fields}
         write_json(self.path / DOCUMENT, self.info)
 
+    def hash_files(self, *names: str) -> dict[str, str]:
+        """Return the entry ``files`` of ``run.json`` with the hashes of files that were just written."""
+        return {**self.info.get("files", {}), **{name: sha256_file(self.path / name) for name in names}}
+
+    def _require_unchanged(self, name: str) -> Path:
+        """Return the path of a file of the run, refused if it is not the one that ``run.json`` records.
+
+        Runs of the first versions recorded none.
+        """
+        path, recorded = self.path / name, self.info.get("files", {}).get(name)
+        try:
+            if recorded is not None and sha256_file(path) != recorded:
+                raise FileFormatError(
+                    path, "altered", "was changed since the run wrote it: bring it back, or train again"
+                )
+        except FileFormatError as error:
+            raise RunError(str(error)) from None
+        return path
+
     @property
     def recipe(self) -> Recipe:
         """The recipe with every default filled in, as it was trained."""
-        return load_recipe(self.path / "recipe.toml")
+        return load_recipe(self._require_unchanged("recipe.toml"))
 
     @property
     def classifier(self) -> Classifier:
@@ -107,6 +193,20 @@ class Run:
             RunError: If training has not finished.
         """
         self.require_finished()
+        classifier = Classifier.load(self.path / "classifier")
+        for name in ("classifier/classifier.json", "classifier/weights.safetensors"):
+            self._require_unchanged(name)
+        if classifier.frozen != self.info.get("threshold"):
+            raise RunError(
+                f"{self.path / 'classifier'} has another threshold than {DOCUMENT} records: "
+                f"choose it again with `biopsy calibrate {self.path}`"
+            )
+        return classifier
+
+    def load_for_calibration(self) -> Classifier:
+        """Read the classifier to fit all but its weights again, also where an earlier fit was cut off."""
+        self.require_finished()
+        self._require_unchanged("classifier/weights.safetensors")
         return Classifier.load(self.path / "classifier")
 
     def require_finished(self) -> None:
@@ -121,30 +221,59 @@ class Run:
     def open_pack(self, *, verify: bool = True) -> Pack:
         """Open the pack this run was trained on, and check that it still is that pack.
 
+        Where it is no longer where it was, it is looked for beside the run and one folder further up.
+
         Raises:
             RunError: If it is gone or its content differs from what was trained on.
         """
         asked = self.info["pack"]
-        try:
-            pack = Pack.open(asked["path"])
-        except DataError as error:
-            raise RunError(f"{self.path.name} was trained on {asked['path']}: {error}") from None
-        if pack.info.content_sha256 != asked["content_sha256"]:
+        folder = self.path.resolve().parent
+        moved = [place / asked["name"] for place in (folder, folder.parent)]
+        places = [Path(asked["path"]), *(place for place in moved if is_pack(place))]
+        failures = []
+        for place in places:
+            try:
+                pack = Pack.open(place)
+                self._require_content(pack)
+            except (PackError, RunError) as error:
+                failures.append(error)
+                continue
+            if verify:
+                pack.verify()
+            return pack
+        raise RunError(
+            f"{self.path.name} was trained on {asked['path']}: {failures[0]}; bring that pack back, name it "
+            "with --data where the command takes it, or train anew"
+        )
+
+    def take_pack(self, pack: Pack) -> None:
+        """Note where the pack lies now.
+
+        Raises:
+            RunError: If it is another one than the run was trained on.
+        """
+        self._require_content(pack)
+        self.update(pack={**self.info["pack"], "path": str(pack.path.resolve()), "name": pack.path.name})
+
+    def _require_content(self, pack: Pack) -> None:
+        wanted = self.info["pack"]["content_sha256"]
+        if pack.info.content_sha256 != wanted:
             raise RunError(
-                f"{self.path.name} was trained on another content of {asked['path']} "
-                f"({asked['content_sha256'][:12]}, now {pack.info.content_sha256[:12]}): "
-                "bring that pack back, or train anew"
+                f"{self.path.name} was trained on another content than that of {pack.path} "
+                f"({wanted[:12]}, not {pack.info.content_sha256[:12]})"
             )
-        if verify:
-            pack.verify()
-        return pack
 
     def sides(self, pack: Pack) -> np.ndarray:
         """Give the side of every patch of the pack: ``train``, ``val``, ``test`` or ``""``."""
-        split = unmask_formulas(pd.read_csv(self.path / "split.csv", dtype=str, keep_default_na=False))
-        if not split["patch_id"].equals(pack.table["patch_id"].astype(str)):
-            raise RunError(f"{self.path / 'split.csv'} does not list the patches of {pack.path}")
-        return split["side"].to_numpy(str)
+        path = self._require_unchanged("split.csv")
+        try:
+            split = read_csv_table(path, required=["patch_id", "side"])
+        except FileFormatError as error:
+            raise RunError(str(error)) from None
+        sides = split["side"].fillna("")
+        if split["patch_id"].tolist() != pack.table["patch_id"].tolist() or not sides.isin(_SIDES).all():
+            raise RunError(f"{path} does not list the patches of {pack.path}, or names unknown sides")
+        return sides.to_numpy(str)
 
     @property
     def val_side(self) -> str:
@@ -153,8 +282,19 @@ class Run:
 
     def log(self) -> list[dict[str, Any]]:
         """Give one record an epoch."""
-        path = self.path / "log.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        if not (self.path / "log.jsonl").exists():
+            return []
+        path = self._require_unchanged("log.jsonl")
+        try:
+            lines = read_text(path, max_bytes=MAX_LOG_BYTES).splitlines()
+            records = [parse_json(line, path, allow_nan=True) for line in lines]
+            if not all(
+                isinstance(record, dict) and isinstance(record.get("epoch"), int) for record in records
+            ):
+                raise FileFormatError(path, "value", "holds a line that is no record of an epoch")
+        except FileFormatError as error:
+            raise RunError(f"{error}; remove it to go without a log") from None
+        return records
 
     def write_log(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Write the whole log again, one line an epoch."""
@@ -165,7 +305,9 @@ class Run:
         path = self.path / "predictions" / f"{side}.parquet"
         if not path.exists():
             raise RunError(f"{path} does not exist: make it with `biopsy evaluate {self.path} --side {side}`")
-        return read_predictions(path)
+        frame, about = read_predictions(path)
+        self._require_same_classifier(path, about)
+        return frame, about
 
     @property
     def judged_side(self) -> str:
@@ -177,7 +319,19 @@ class Run:
         path = self.path / "evaluation" / "metrics.json"
         if not path.exists():
             raise RunError(f"{self.path} has not been evaluated: `biopsy evaluate {self.path}`")
-        return read_json(path, format="biopsy-metrics/1")
+        metrics = read_json(
+            path, format="biopsy-metrics/1", remedy=f"run `biopsy evaluate {self.path}` again"
+        )
+        self._require_same_classifier(path, metrics)
+        return metrics
+
+    def _require_same_classifier(self, path: Path, about: Mapping[str, Any]) -> None:
+        """Refuse numbers of another classifier than the run's; the first versions did not say of which."""
+        theirs, ours = about.get("classifier_sha256"), self.info.get("classifier_sha256")
+        if None not in (theirs, ours) and theirs != ours:
+            raise RunError(
+                f"{path} is of another classifier than the run has: run `biopsy evaluate {self.path}` again"
+            )
 
 
 def hash_question(

@@ -12,7 +12,14 @@ import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 
-from biopsy.core.errors import DataError, MissingExtra, RunError, SplitError, TrainingDiverged
+from biopsy.core.errors import (
+    DataError,
+    MissingExtra,
+    PackError,
+    RunError,
+    SplitError,
+    TrainingDiverged,
+)
 from biopsy.core.files import LOCK, NO_SPACE, refuse_inputs, replace_atomic
 from biopsy.data.packing import prepare
 from biopsy.data.packs import Pack, is_pack
@@ -74,7 +81,8 @@ def train(
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
         plot: Also write loss, accuracy and AUROC against epochs to this file (.png, .svg or .pdf).
         tensorboard: Also write TensorBoard's event files into the run.
-        resume: A run to go on with; recipe, data, split and seed are then the run's own.
+        resume: A run to go on with; recipe, split and seed are then the run's own. Its pack is looked for
+            where it was and beside the run; ``data`` names it where it has moved elsewhere.
         transform: Of training patches, after the recipe's augmentation: a transform of
             ``torchvision.transforms.v2``, called for each patch, or any function of a batch
             ``(B, 3, input_px, input_px)``, float32 RGB in 0-1, that keeps shape and type. Such a run is never
@@ -91,7 +99,7 @@ def train(
     if plot is not None:
         refuse_inputs(plot, None if isinstance(data, Pack) else data)
     if resume is not None:
-        run, pack = _continue(resume, recipe, data, split, fold, out, *setting_lines(overrides))
+        run, pack = _continue(resume, data, recipe, split, fold, out, *setting_lines(overrides))
         engine = Engine(device, run.recipe.train.precision)
         _check_same_transform(run, transform)
     elif recipe is None or data is None:
@@ -207,7 +215,7 @@ def _use_again(run: Run, pack: Pack) -> Run:
         run.info["started"][:10],
     )
     if not is_pack(run.info["pack"]["path"]):
-        run.update(pack={**run.info["pack"], "path": str(pack.path.resolve()), "name": pack.path.name})
+        run.take_pack(pack)
     return run
 
 
@@ -260,15 +268,20 @@ def choose_split(pack: Pack, name: Split | str | None, recipe: Recipe) -> Split:
     return find_split(pack, name)
 
 
-def _continue(resume: Run | Path | str, *asked: object) -> tuple[Run, Pack]:
+def _continue(resume: Run | Path | str, data: Pack | Path | str | None, *asked: object) -> tuple[Run, Pack]:
     if any(value is not None for value in asked):
-        raise RunError("a resumed run has its own recipe, data and settings: leave them out, or train anew")
+        raise RunError("a resumed run has its own recipe and settings: leave them out, or train anew")
     run = Run.open(resume)
     if run.info["status"] == "finished":
         raise RunError(
             f"{run.path} is finished: there is nothing to resume; judge it with `biopsy evaluate {run.path}`"
         )
+    if data is not None:
+        run.take_pack(Pack.open(data))
     pack = run.open_pack()
+    if pack.path.resolve() != Path(run.info["pack"]["path"]):
+        run.take_pack(pack)
+        logger.info("the pack has moved and was found at %s", pack.path)
     now, then = describe_environment(), run.info["environment"]
     changed = [f"{name} {then[name]} -> {now[name]}" for name in now if now[name] != then.get(name)]
     if changed:
@@ -333,12 +346,17 @@ def _train(
     except KeyboardInterrupt:
         run.update(status="interrupted")
         raise KeyboardInterrupt(str(run.path)) from None
+    except PackError as error:
+        run.update(status="interrupted", reason=str(error))
+        raise
     except TrainingDiverged as error:
         run.update(status="failed", reason=str(error))
         raise
     finally:
         if writer:
             writer.close()
+    pack.require_unchanged()
+    pack.verify()
     run.write_log(progress.history)
     complete(run, network, task, progress)
     run.update(status="finished", seconds=before + time.perf_counter() - started)

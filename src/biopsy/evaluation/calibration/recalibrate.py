@@ -51,7 +51,7 @@ def calibrate(run: Run | Path | str, *, method: str = "temperature") -> dict[str
         MetricError: If the method does not exist or is for two classes only.
     """
     run = Run.open(run)
-    classifier = run.classifier
+    classifier = run.load_for_calibration()
     check_method(method, len(classifier.info.class_names))
     try:
         with FileLock(run.path / LOCK, timeout=0):
@@ -76,6 +76,7 @@ def _calibrate(run: Run, classifier: Classifier, method: str) -> dict[str, Any]:
     run.update(
         threshold=classifier.frozen,
         classifier_sha256=classifier.sha256,
+        files=run.hash_files("classifier/classifier.json", "classifier/weights.safetensors", "recipe.toml"),
         question_sha256=question_sha256,
         recalibrated={
             "method": method,

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import DataError, RunError
-from biopsy.core.files import read_json, replace_atomic, write_json
+from biopsy.core.files import read_json, replace_atomic, sha256_file, write_json
+from biopsy.core.tables import read_parquet_table
 from biopsy.data.packs import Pack
 from biopsy.evaluation.errors.nearest_training_patches import find_alike
 from biopsy.evaluation.hypotheses.measure import MOST_MEASURED, draw_rows
@@ -278,15 +279,17 @@ def _write(place: Path, found: Mistakes) -> None:
     place.mkdir(exist_ok=True)
     with replace_atomic(place / TABLE) as partial:
         found.table.to_parquet(partial, index=False)
-    write_json(place / DOCUMENT, found.about)
+    write_json(place / DOCUMENT, {**found.about, "table_sha256": sha256_file(place / TABLE)})
 
 
 def _read_known(place: Path, asked: Mapping[str, Any]) -> Mistakes | None:
     """Read what was measured before, if it answers the same question."""
     try:
         about = read_json(place / DOCUMENT, format=FORMAT)
-        table = pd.read_parquet(place / TABLE)
-    except (DataError, OSError):
+        if about.pop("table_sha256", None) != sha256_file(place / TABLE):
+            return None
+        table, _ = read_parquet_table(place / TABLE)
+    except DataError:
         return None
     same = len(table) == asked["n_patches"] and all(about.get(key) == asked[key] for key in asked)
     return Mistakes(about, table) if same else None

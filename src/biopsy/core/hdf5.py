@@ -1,0 +1,101 @@
+"""Guarded reading of HDF5 files: links and storage that lead out of a file are never followed."""
+
+import contextlib
+import io
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+
+from biopsy.core.errors import FileFormatError
+from biopsy.core.loaders import open_regular
+
+MAX_RATIO = 1032  # deflate packs no better, so larger arrays than that are only declared
+MAX_CHUNK_BYTES = 2**26  # 64 MiB, which are unpacked for the smallest read
+_FILTERS = {
+    h5py.h5z.FILTER_DEFLATE,
+    h5py.h5z.FILTER_SHUFFLE,
+    h5py.h5z.FILTER_FLETCHER32,
+    h5py.h5z.FILTER_LZF,
+}
+
+
+@contextlib.contextmanager
+def open_hdf5(path: Path | str, content: io.BytesIO | None = None) -> Iterator[h5py.File]:
+    """Open an HDF5 file for reading; use `find_node` and `find_dataset` on it.
+
+    Args:
+        path: The file, or what an error calls ``content``.
+        content: The file's bytes where it lies in an archive.
+
+    Raises:
+        FileFormatError: If it is no HDF5 file or damaged, also where that shows only within the block.
+    """
+    if content is None:
+        open_regular(path).close()
+    try:
+        with h5py.File(path if content is None else content, "r") as file:
+            yield file
+    except FileFormatError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise FileFormatError(
+            path, "syntax", f"is no HDF5 file, or was cut short: save or download it again ({reason})"
+        ) from None
+
+
+def find_node(group: h5py.Group, name: str, path: Path | str) -> h5py.Group | h5py.Dataset:
+    """Return the group or dataset of a name, such as ``a/b``; ``path`` is what an error calls the file.
+
+    Raises:
+        FileFormatError: If it is not there, or a link that leads elsewhere.
+    """
+    node: h5py.Group | h5py.Dataset = group
+    for part in name.split("/"):
+        link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None
+        if link is None:
+            raise FileFormatError(
+                path, "columns", f"names {name!r}, which it does not hold: it was cut short or changed"
+            )
+        if not isinstance(link, h5py.HardLink):
+            raise FileFormatError(
+                path, "value", f"holds {name!r} as a link to elsewhere: links are not followed"
+            )
+        node = node[part]
+    return node
+
+
+def find_dataset(group: h5py.Group, name: str, path: Path | str) -> h5py.Dataset:
+    """Return the dataset of a name, refused where it is none, lies elsewhere, or is larger than it can be.
+
+    Raises:
+        FileFormatError: Saying what was found.
+    """
+    dataset = find_node(group, name, path)
+    if not isinstance(dataset, h5py.Dataset) or dataset.shape is None:
+        raise FileFormatError(
+            path, "value", f"holds {name!r} as a group, or empty, where an array is expected"
+        )
+    if dataset.is_virtual or dataset.external:
+        raise FileFormatError(
+            path, "value", f"holds the values of {name!r} in another file: they are not followed"
+        )
+    settings = dataset.id.get_create_plist()
+    filters = {settings.get_filter(number)[0] for number in range(settings.get_nfilters())}
+    n_bytes, n_stored = dataset.size * dataset.dtype.itemsize, dataset.id.get_storage_size()
+    ratio = MAX_RATIO if filters & {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_LZF} else 1
+    if n_bytes > ratio * n_stored:
+        raise FileFormatError(
+            path, "too-large", f"declares {n_bytes:,} bytes in {name!r} and holds {n_stored:,} of them"
+        )
+    chunk = math.prod(dataset.chunks or ()) * dataset.dtype.itemsize
+    if filters - _FILTERS or (filters and chunk > MAX_CHUNK_BYTES):
+        raise FileFormatError(
+            path,
+            "value",
+            f"holds {name!r} packed by filters {sorted(filters)} in chunks of {chunk:,} bytes, where deflate "
+            f"or lzf and at most {MAX_CHUNK_BYTES:,} are read",
+        )
+    return dataset
