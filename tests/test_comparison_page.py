@@ -28,7 +28,13 @@ def document(*entries, unit="patient"):
         {"of": f"new {place}", "to": "old", "metrics": dict.fromkeys(SHOWN, found)}
         for place, found in enumerate(entries)
     ]
-    return {"metric": "auroc", "unit": unit, "interval": {"level": 0.95}, "differences": differences}
+    return {
+        "metric": "auroc",
+        "class_names": ["normal", "tumour"],
+        "unit": unit,
+        "interval": {"level": 0.95},
+        "differences": differences,
+    }
 
 
 def test_the_figure_has_a_row_a_metric_and_a_hollow_dot_without_interval():
