@@ -6,6 +6,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -22,6 +23,7 @@ EXPECTED = {
     "hcd": ("hcd", 6, 0, 0, None, None),
     "hcd_sorted": ("hcd", 8, 0, 0, None, None),
     "folders": ("folders", 12, 0, 0, [0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1], ["train"] * 8 + ["val"] * 4),
+    "breakhis": ("breakhis", 8, 4, 6, [0, 0, 1, 2, 3, 4, 5, 5], None),
     "classes": ("folders", 12, 0, 0, [0] * 4 + [1] * 4 + [2] * 4, None),
 }
 
@@ -47,7 +49,7 @@ def zip_folder(folder, path, prefix=""):
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_tree_is_recognised_and_read(name, tmp_path):
     layout, n_patches, n_patients, n_slides, target, own_side = EXPECTED[name]
-    pack = prepare(TREES / name, tmp_path / "x.pack")
+    pack = prepare(TREES / name, tmp_path / "x.pack", mpp=0.65 if LAYOUTS[layout].needs_mpp else None)
     assert pack.info.dataset == layout
     assert (len(pack), pack.info.counts["patients"], pack.info.counts["slides"]) == (
         n_patches,
@@ -65,7 +67,7 @@ def test_every_tree_is_recognised_and_read(name, tmp_path):
 
 
 def test_every_layout_has_a_tree_and_says_whose_it_is():
-    assert {layout for layout, *_ in EXPECTED.values()} == set(LAYOUTS)
+    assert {layout for layout, *_ in EXPECTED.values()} == {name.partition("-")[0] for name in LAYOUTS}
     for layout in LAYOUTS.values():
         assert layout.title and layout.looks_for and layout.licence
         assert bool(layout.citation) == bool(layout.expected)
@@ -307,6 +309,76 @@ def test_folders_keep_their_own_sides_and_classes(tree, tmp_path):
     pack = prepare(folder, tmp_path / "z.pack")
     assert pack.table["patch_id"].tolist()[:2] == ["adenosis/case8863_00.jpg", "adenosis/case8863_00.png"]
     assert pack.info.skipped == [{"source": "loose.png", "reason": "lies in no class folder"}]
+
+
+def test_breakhis_keeps_subtypes_and_cases_and_wants_its_resolution(tmp_path):
+    with pytest.raises(DataError, match="--mpp"):
+        prepare(TREES / "breakhis", tmp_path / "x.pack")
+    pack = prepare(TREES / "breakhis", tmp_path / "x.pack", mpp=0.65)
+    assert pack.class_names == [
+        *("adenosis", "fibroadenoma", "phyllodes_tumor", "ductal_carcinoma"),
+        *("lobular_carcinoma", "mucinous_carcinoma"),
+    ]
+    assert (pack.info.positive_class, pack.info.mpp, pack.unit) == (None, 0.65, "patient")
+    rows = pack.table.set_index("patch_id")
+    first = rows.loc["SOB_B_A-14-22549AB-100-001"]
+    assert first[["patient_id", "slide_id", "magnification"]].tolist() == ["14-22549", "14-22549AB", "100X"]
+    case = rows[rows["patient_id"] == "14-21998"]
+    assert sorted(pack.class_names[index] for index in case["target"]) == ["fibroadenoma", "phyllodes_tumor"]
+
+    two = prepare(TREES / "breakhis", tmp_path / "y.pack", mpp=0.65, positive="malignant")
+    assert (two.class_names, two.info.positive_class) == (["benign", "malignant"], "malignant")
+    assert two.target.tolist() == [0] * 4 + [1] * 4
+    assert two.table["original_class"].tolist() == [pack.class_names[index] for index in pack.target]
+
+
+def test_breakhis_magnifications_are_not_mixed(tree, tmp_path):
+    folder = tree("breakhis")
+    image = next(folder.rglob("SOB_B_A-14-22549AB-100-001.png"))
+    (image.parents[1] / "40X").mkdir()
+    shutil.copy(image, image.parents[1] / "40X" / "SOB_B_A-14-22549AB-40-001.png")
+    with pytest.raises(DataError, match=r"holds the magnifications 40X, 100X, .* --dataset breakhis-40x"):
+        prepare(folder, tmp_path / "x.pack", mpp=0.65)
+    pack = prepare(folder, tmp_path / "x.pack", mpp=1.6, dataset="breakhis-40x")
+    assert pack.table["patch_id"].tolist() == ["SOB_B_A-14-22549AB-40-001"]
+    assert pack.info.counts["other_magnifications"] == 8
+
+
+@pytest.mark.parametrize(
+    ("folders", "name", "what"),
+    [
+        ("benign/SOB/adenosis", "SOB_M_DC-14-1-100-001.png", "benign"),
+        ("benign/SOB/adenosis", "SOB_B_F-14-1-100-001.png", "adenosis"),
+        ("benign/SOB/adenosis/SOB_B_A-14-1/400X", "SOB_B_A-14-1-100-001.png", "400x"),
+    ],
+)
+def test_breakhis_names_that_contradict_their_folders_are_named(tree, tmp_path, folders, name, what):
+    folder = tree("breakhis")
+    (folder / folders).mkdir(parents=True)
+    shutil.copy(next(folder.rglob("*.png")), folder / folders / name)
+    pack = prepare(folder, tmp_path / "x.pack", mpp=0.65)
+    assert len(pack) == 8
+    assert [item["source"] for item in pack.info.skipped] == [f"{folders}/{name}"]
+    assert f"lies in the folder {what}" in pack.info.skipped[0]["reason"]
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("positive", [None, "malignant"])
+def test_real_breakhis_subset(data_dir, tmp_path, positive):
+    pack = prepare(
+        data_dir / "breakhis" / "breakhis_100x_subset.zip", tmp_path / "x.pack", mpp=0.65, positive=positive
+    )
+    manifest = pd.read_csv(data_dir / "breakhis" / "manifest.csv").sort_values(
+        "path", key=lambda p: p.str[-31:]
+    )
+    manifest["patch_id"] = manifest["path"].str.rpartition("/")[2].str.removesuffix(".jpg")
+    table = pack.table.merge(manifest, on="patch_id", suffixes=("", "_said"), validate="one_to_one")
+    assert len(table) == len(manifest) == len(pack) == 315
+    assert (table["patient_id"] == table["case_number"]).all()
+    assert (table["slide_id"] == table["slide"]).all()
+    said = table["tumor_class" if positive is None else "label"]
+    assert (table["target"].map(dict(enumerate(pack.class_names))) == said).all()
+    assert (table[["width", "height"]].to_numpy() == table[["width_said", "height_said"]].to_numpy()).all()
 
 
 def make_tree(root, tops, classes, n=2):

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,10 @@ def refuse_decided(path: Path) -> None:
 
 
 def fold_classes(
-    table: pd.DataFrame, class_names: Sequence[str], positive: str | Sequence[str] | None
+    table: pd.DataFrame,
+    class_names: Sequence[str],
+    positive: str | Sequence[str] | None,
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[pd.DataFrame, list[str], str | None]:
     """Name the positive class, folding several into one against all others.
 
@@ -109,7 +112,8 @@ def fold_classes(
     Args:
         table: A listing's table.
         class_names: The classes of the dataset, in order.
-        positive: Names of positive classes, as a list or separated by commas.
+        positive: Names of positive classes, as a list or separated by commas, or the name of a group.
+        groups: Groups of classes that have a name of their own; every class becomes that of its group.
 
     Returns:
         The table, its class names in order, and the positive one.
@@ -120,6 +124,14 @@ def fold_classes(
     names = (
         [name.strip() for name in positive.split(",")] if isinstance(positive, str) else list(positive or ())
     )
+    group_of = {name: group for group, members in (groups or {}).items() for name in members}
+    if len(names) == 1 and names[0] in (groups or {}) and set(class_names) <= group_of.keys():
+        original = table["class_name"]
+        table = table.assign(original_class=original, class_name=original.map(group_of))
+        others = [
+            group for group in (groups or {}) if group != names[0] and group in set(table["class_name"])
+        ]
+        return table, [*others, names[0]], names[0]
     for name in names:
         if name not in class_names:
             raise DataError(f"--positive {name!r} is no class of this dataset; {suggest(name, class_names)}")

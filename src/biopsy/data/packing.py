@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -263,12 +263,15 @@ def prepare(
         asked = _describe_request(archive, name, patients, labels, join, positive, mpp, cutting)
         if (known := _open_finished(out, asked)) is not None:
             return known
+        if layout is not None and layout.needs_mpp and mpp is None:
+            raise DataError(f"{archive.path} ({layout.name}) states no um/px: say it with --mpp")
         if layout is not None:
             listing, records = layout.list_patches(archive), {}
         elif cutting is not None:
             listing, rules = annotated_slides.list_patches(archive, cutting)
             records = {"annotations": rules}
-        records |= _complete(listing, patients, labels, join, positive)
+        groups = {} if layout is None else layout.groups
+        records |= _complete(listing, patients, labels, join, positive, groups)
         _warn(listing, archive, {} if layout is None else layout.expected)
         origin = {
             "source": archive.path.name,
@@ -377,6 +380,7 @@ def _complete(
     labels: Path | str | None,
     join: Path | str | None,
     positive: str | Sequence[str] | None,
+    groups: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
     """Bring in what the user adds, in place; give what is to be recorded."""
     records: dict[str, Any] = {}
@@ -390,7 +394,7 @@ def _complete(
             listing.class_names, listing.positive_class = class_names, find_positive(class_names)
     if positive is not None:
         listing.table, listing.class_names, listing.positive_class = fold_classes(
-            listing.table, listing.class_names, positive
+            listing.table, listing.class_names, positive, groups
         )
     elif len(listing.class_names) == 2 and listing.positive_class is None:
         raise DataError(

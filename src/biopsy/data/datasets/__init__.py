@@ -9,11 +9,13 @@ Annotated slides are no `Layout`, for they need to be told how to be cut: `biops
 
 from biopsy.core.errors import DataError, suggest
 from biopsy.data.archives import Archive
-from biopsy.data.datasets import annotated_slides, folders, hcd, idc, pcam
+from biopsy.data.datasets import annotated_slides, breakhis, folders, hcd, idc, pcam
 from biopsy.data.datasets.base import Layout, Listing
 
-_MODULES = (idc, pcam, hcd, folders)
-LAYOUTS = {module.LAYOUT.name: module.LAYOUT for module in _MODULES}
+_MODULES = (idc, pcam, hcd, breakhis, folders)
+LAYOUTS = {
+    layout.name: layout for module in _MODULES for layout in getattr(module, "LAYOUTS", (module.LAYOUT,))
+}
 
 __all__ = ["LAYOUTS", "Layout", "Listing", "find_layout"]
 

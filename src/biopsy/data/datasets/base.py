@@ -1,7 +1,7 @@
 """What a layout is, what it makes of an archive, and how the pixels behind its rows are read."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -107,6 +107,10 @@ class Layout:
     mpp: float | None
     citation: str
     licence: str
+    needs_mpp: bool = False
+    """Whether the user must state the um/px, which the data set is known not to have."""
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Names under which several of its classes may be asked for together, by ``--positive``."""
 
 
 def is_image(entry: Entry) -> bool:
