@@ -295,15 +295,22 @@ def test_a_study_of_two_recipes_stands_for_both(pack, tmp_path):
     assert [rival["name"] for rival in document["rivals"]] == ["both/a", "both/b"]
 
 
-def test_more_than_two_classes_are_compared_by_their_mean(tmp_path):
+def test_more_than_two_classes_are_compared_by_their_own_metrics(tmp_path):
     pack = write_pack(tmp_path, n_patients=6, patches_per_patient=15, n_classes=3)
     rng = np.random.default_rng(0)
     logits = [rng.normal(0, 1, (len(pack), 3)) + gain * np.eye(3)[pack.target] for gain in (0.5, 2.0)]
     probs = [np.exp(one) / np.exp(one).sum(axis=1, keepdims=True) for one in logits]
     runs = [write_run(tmp_path / f"run{i}", pack, np.arange(len(pack)), p) for i, p in enumerate(probs)]
-    entry = measure_only(*runs)["differences"][0]["metrics"]["auroc"]
+    found = biopsy.compare(runs, metric="accuracy", out=tmp_path / "out")
+    entries = found["differences"][0]["metrics"]
     macro = [roc_auc_score(pack.target, p, multi_class="ovr") for p in probs]
-    assert entry["value"] == pytest.approx(macro[1] - macro[0]) and entry["low"] > 0
+    assert entries["auroc"]["value"] == pytest.approx(macro[1] - macro[0]) and entries["auroc"]["low"] > 0
+    right = [(p.argmax(axis=1) == pack.target).mean() for p in probs]
+    assert entries["accuracy"]["value"] == pytest.approx(right[1] - right[0])
+    assert found["rivals"][1]["patch"]["accuracy"]["low"] is not None
+    assert "accuracy of run1" in (tmp_path / "out" / "report.html").read_text()
+    with pytest.raises(MetricError, match="metric 'sensitivity' does not exist"):
+        biopsy.compare(runs, metric="sensitivity")
 
 
 def test_ids_can_be_hidden_everywhere(pair, tmp_path):

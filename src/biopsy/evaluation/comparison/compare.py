@@ -21,7 +21,6 @@ from biopsy.evaluation.comparison.page import (
 )
 from biopsy.evaluation.study_tables import pool_by_seed
 from biopsy.reporting.html import render_report
-from biopsy.statistics.metrics import METRICS
 from biopsy.statistics.power import CORRELATIONS, influence_groups, plan_patients
 from biopsy.training.runs import Run
 from biopsy.training.study import Study, is_study
@@ -62,9 +61,9 @@ def compare(
         RunError: If they were not tested on the same patches of one pack, or there is nothing to compare.
         MetricError: If the metric does not exist, or its spread allows no plan.
     """
-    if metric not in METRICS:
-        raise MetricError(f"metric {metric!r} does not exist: {suggest(metric, METRICS)}")
     rivals, ground = gather_rivals([runs] if isinstance(runs, Run | Study | Path | str) else list(runs))
+    if metric not in ground.metrics:
+        raise MetricError(f"metric {metric!r} does not exist: {suggest(metric, ground.metrics)}")
     if plan:
         return _plan(rivals, ground, metric, difference, power)
     if len(rivals) < 2:
