@@ -98,6 +98,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     1e-4 in the first layer's outputs and 2 % in the gradient. ``Tensor.sum`` adds in pairs.
     """
 
+    initial_weight: float = 1.0
+
     def forward(self, x: Tensor) -> Tensor:
         exact = self.training and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
         if not exact or not x.is_contiguous(memory_format=torch.channels_last):
