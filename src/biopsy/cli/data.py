@@ -102,9 +102,12 @@ def prepare(
             metavar="DIR|FILE",
         ),
     ] = None,
-    no_crop: Annotated[
-        bool, typer.Option("--no-crop", help="QuPath was told --no-crop: it counts from the slide's corner.")
-    ] = False,
+    crop: Annotated[
+        bool,
+        typer.Option(
+            "--crop/--no-crop", help="Whether QuPath cropped slides to their bounds when it exported."
+        ),
+    ] = True,
     export_tree: Annotated[
         Path | None,
         typer.Option(help="Also sort the original files into training|validation|testing/<class>/ here."),
@@ -136,7 +139,7 @@ def prepare(
             region=region,
             slide_mpp=slide_mpp,
             annotations=annotations,
-            crop=not no_crop,
+            crop=crop,
             export_tree=export_tree,
             split=split,
             recipe=recipe,
