@@ -9,7 +9,7 @@ from biopsy.core.errors import DataError, FileFormatError
 from biopsy.data.archives import open_archive
 from biopsy.data.datasets import annotated_slides
 from biopsy.slide_io.backends import SLIDE_SUFFIXES
-from biopsy.slides.sources import list_sources
+from biopsy.slides.sources import list_sources, refuse_own_data
 from conftest import draw_slide
 from dicom_files import write_dicom
 
@@ -97,11 +97,13 @@ def test_what_is_no_file_is_listed_so_that_it_is_named(tmp_path):
     folder = touch(tmp_path / "a", "a.tif")
     os.mkfifo(folder / "pipe.tif")
     (folder / "gone.svs").symlink_to("nowhere")
+    (folder / "loop.svs").symlink_to("loop.svs")
     (folder / "folder.tif").mkdir()
     sources = {source.name: source for source in list_sources([folder], None)}
-    assert list(sources) == ["a", "gone", "pipe"]
+    assert list(sources) == ["a", "gone", "loop", "pipe"]
     assert len(sources["a"].fingerprint()) == 64
-    for name, reason in (("gone", "missing"), ("pipe", "not-regular")):
+    refuse_own_data(tmp_path / "maps", list(sources.values()))
+    for name, reason in (("gone", "missing"), ("loop", "unreadable"), ("pipe", "not-regular")):
         with pytest.raises(FileFormatError) as error:
             sources[name].fingerprint()
         assert error.value.reason == reason

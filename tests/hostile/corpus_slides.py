@@ -77,10 +77,10 @@ def sparse(path, side):
 
     tile = np.full((2048, 2048, 3), (230, 110, 200), np.uint8)
     data = imagecodecs.zlib_encode(tile.tobytes(), 9)
-    n = -((-side // 2048) ** 2)
+    n_across = -(-side // 2048)
     with tifffile.TiffWriter(path, bigtiff=True) as file:
         file.write(
-            (data for _ in range(n)),
+            (data for _ in range(n_across**2)),
             shape=(side, side, 3),
             dtype="uint8",
             tile=(2048, 2048),
@@ -121,7 +121,7 @@ grey = draw()[..., 1]
 for _name, _make in {
     "pipe": os.mkfifo,
     "device": lambda path: path.symlink_to("/dev/zero"),
-    "socket_folder": lambda path: (path.mkdir(), write(path / "inside.tif")),
+    "folder": lambda path: (path.mkdir(), write(path / "inside.tif")),
     "link_to_nowhere": lambda path: path.symlink_to("nowhere"),
     "link_to_itself": lambda path: path.symlink_to(path.name),
     "empty": lambda path: path.write_bytes(b""),

@@ -17,7 +17,7 @@ MAX_BYTES = 1.5e9
 ACCEPTED = {  # odd, but with one right reading
     "geojson_4d", "geojson_mixed_dimensions", "geojson_no_rings",
     "geojson_hole_outside", "geojson_strips_2000",
-    "geojson_class_of_controls", "noise", "list_long_name", "names", "list_latin_1",
+    "folder", "noise", "list_long_name", "names", "list_latin_1",
 }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ import shapely
 
 from biopsy.core.errors import DataError, FileFormatError
 from biopsy.core.loaders import read_bytes
+from biopsy.core.text import normalize_name
 from biopsy.slide_io.outlines import Area, OutlineReader, read_ring
 
 MAX_BYTES = 2**26
@@ -121,7 +122,7 @@ def _list_asap(root: Element, path: Path) -> Iterator[Region]:
         yield Region(
             number,
             0,
-            None if group in ("None", "") else group,
+            None if group in ("None", "") else normalize_name(group),
             "Polygon" if kind in _ASAP_AREAS else kind,
             _read_corners(places, f"{path}, annotation {number}"),
             is_hole,
@@ -150,7 +151,7 @@ def _list_layers(root: Element, path: Path, is_imagescope: bool) -> Iterator[Reg
                 kind, corners = ("Ellipse", box) if is_ellipse else ("Polygon", corners)
             name = _name_layer(layer, region) if is_imagescope else layer.get("Name", "").strip()
             is_hole = region.get("NegativeROA", "0") not in ("0", "")
-            yield Region(number, index, name or None, kind, corners, is_hole)
+            yield Region(number, index, normalize_name(name) or None, kind, corners, is_hole)
 
 
 def _name_layer(layer: Element, region: Element) -> str:

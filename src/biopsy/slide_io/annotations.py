@@ -23,6 +23,7 @@ from shapely.geometry import mapping
 from biopsy.core.errors import DataError, FileFormatError
 from biopsy.core.files import write_atomic
 from biopsy.core.loaders import read_bytes
+from biopsy.core.text import normalize_name
 from biopsy.slide_io.annotation_xml import read_xml_areas
 from biopsy.slide_io.outlines import Area, OutlineReader, read_ring
 
@@ -34,6 +35,9 @@ XML_SUFFIXES = (".xml", ".annotations")
 
 SUFFIXES = (".geojson", ".json", *XML_SUFFIXES)
 """How files of annotations end, in lower case."""
+
+MAX_NAME = 200
+"""Characters of a class's name."""
 
 _FLAT = ("Point", "MultiPoint", "LineString", "MultiLineString")
 _GEOMETRIES = ("Polygon", "MultiPolygon", "GeometryCollection", *_FLAT)
@@ -52,7 +56,7 @@ class Annotation:
     """An area of a slide and its class.
 
     Attributes:
-        class_name: As QuPath spells it.
+        class_name: As it is spelt in the file, in one form of Unicode and white space.
         polygon: At level 0, valid, with an area.
         feature: Its place in the file, counted from 1, as messages name it.
     """
@@ -108,7 +112,7 @@ def read_annotations(path: Path | str) -> Annotations:
     path = Path(path)
     if path.suffix.lower() in XML_SUFFIXES:
         areas = read_xml_areas(path)
-        items = [Annotation(class_name, area, number) for number, class_name, area in areas.items]
+        items = [Annotation(name[:MAX_NAME], area, number) for number, name, area in areas.items]
         return Annotations(path, items, areas.repaired, areas.ignored, from_bounds=False, mpp=areas.mpp)
     return _read_geojson(path)
 
@@ -253,4 +257,6 @@ def _class_of(about: dict[str, Any], where: str) -> str | None:
         name = classification.get("name") or (": ".join(map(str, names)) if isinstance(names, list) else None)
     if not isinstance(name, str) or not name.strip():
         raise DataError(f"{where} has a classification without a name: {str(classification)[:80]}")
-    return name.strip()
+    if len(name) > MAX_NAME:
+        raise DataError(f"{where} has a class whose name is {len(name):,} characters long: shorten it")
+    return normalize_name(name)

@@ -122,7 +122,7 @@ def refuse_own_data(out: Path, sources: Sequence[Source]) -> None:
 
 def _list_data(source: Source) -> list[Path]:
     """Name the files and folders that a slide is read from, resolved."""
-    path = source.path.resolve()
+    path = Path(os.path.realpath(source.path))  # which takes links that lead to themselves
     beside = {".mrxs": path.with_suffix(""), ".dcm": path.parent}.get(path.suffix.lower())
     return [path] if beside is None or source.pack is not None else [path, beside]
 

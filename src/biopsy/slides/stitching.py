@@ -72,7 +72,7 @@ def stitch_slide(pack: Pack, name: str, index: np.ndarray, *, mpp: float | None 
     x, y = (rows[axis].to_numpy(np.int64) for axis in "xy")
     stride_px = _find_stride(x, y, patch_px, name)
     try:
-        check_extent(x, y, stride_px)
+        check_extent(np.append(x, 0), np.append(y, 0), stride_px)  # the slide's corner is in its pictures
     except DataError as error:
         raise SlideError(f"slide {name}: {error}") from None
     width, height = int(x.max()) + patch_px, int(y.max()) + patch_px
