@@ -1,6 +1,6 @@
 """Do conformal sets keep their promise for patches of new patients? Patients as the unit, and patches.
 
-* ``simulation``: cohorts of known truth (`biopsy.statistics.cohorts.UnevenPatients`, 40 patches a
+* ``simulation``: cohorts of known truth (`simulated_cohorts.UnevenPatients`, 40 patches a
   patient on average), drawn anew for every repeat. ``even``: every patient has as many patches. ``uneven``:
   the logarithm of a patient's number of patches has sd .8 and correlates .5 with how easy the patient is. The
   coverage of new patients is exact, by a closed form. Results: ``results/conformal-simulation.csv``.
@@ -35,7 +35,6 @@ from biopsy.data.splits import make_split
 from biopsy.evaluation.evaluate import evaluate
 from biopsy.phantom.cohort import write_archive
 from biopsy.statistics.calibrators import fit_calibrator
-from biopsy.statistics.cohorts import UnevenPatients
 from biopsy.statistics.conformal import (
     Promise,
     abstain,
@@ -48,6 +47,7 @@ from biopsy.statistics.conformal import (
 from biopsy.statistics.thresholds import choose_threshold
 from biopsy.training.runs import Run
 from biopsy.training.train import train
+from simulated_cohorts import UnevenPatients
 
 RESULTS = Path(__file__).parent / "results"
 ALPHAS = (0.10, 0.05)

@@ -1,6 +1,6 @@
 """How often do intervals hold the truth? Nominal 95 %, by number of patients.
 
-Cohorts are drawn from a population of patients who differ strongly (`biopsy.statistics.cohorts`), pooled
+Cohorts are drawn from a population of patients who differ strongly (`simulated_cohorts`), pooled
 AUROC .83, 60 patches each. For each cohort three intervals are made: ours, over patients; the percentile
 bootstrap over patients; and the textbook interval that takes patches as independent (DeLong for AUROC, Wilson
 for shares, the normal one for a mean). The truth comes from one cohort of 100,000 patients.
@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from biopsy.statistics.cohorts import Cohort, Population
-from biopsy.statistics.intervals import Interval, estimate_metric, replicate, wilson_interval
+from biopsy.statistics.intervals import Interval, estimate_metric, replicate
 from biopsy.statistics.metrics import METRICS, measure
 from biopsy.statistics.weighted_counts import Ranked, rank
+from simulated_cohorts import Cohort, Population
 
 N_PATIENTS = (5, 10, 20, 50, 100)
 PATCHES_PER_PATIENT = 60
@@ -41,6 +41,12 @@ def measure_truth(population: Population) -> dict[str, float]:
     return measure(rank(cohort.target, cohort.prob, THRESHOLD).tally(), NAMES)
 
 
+def wilson(n_right: float, n: float) -> Interval:
+    """Give Wilson's interval of a share, which is right only if patches are independent."""
+    found = stats.binomtest(int(n_right), int(n)).proportion_ci(LEVEL, method="wilson")
+    return Interval(n_right / n, found.low, found.high)
+
+
 def assume_independence(cohort: Cohort, ranked: Ranked) -> dict[str, Interval | None]:
     """Give the intervals that a textbook has for independent patches."""
     tally, z = ranked.tally(), stats.norm.ppf((1 + LEVEL) / 2)
@@ -53,8 +59,8 @@ def assume_independence(cohort: Cohort, ranked: Ranked) -> dict[str, Interval | 
     auroc, brier = of_pos.mean(), squared.mean()
     return {
         "auroc": Interval(auroc, auroc - auroc_half, auroc + auroc_half),
-        "sensitivity": wilson_interval(tally.tp, tally.n_pos, level=LEVEL),
-        "specificity": wilson_interval(tally.tn, tally.n_neg, level=LEVEL),
+        "sensitivity": wilson(tally.tp, tally.n_pos),
+        "specificity": wilson(tally.tn, tally.n_neg),
         "brier": Interval(brier, brier - brier_half, brier + brier_half),
     }
 

@@ -26,15 +26,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from biopsy.data.packing import prepare
 from biopsy.evaluation.evaluate import evaluate
-from biopsy.evaluation.explanation.faithfulness import measure_faithfulness
-from biopsy.phantom.cohort import find_tumour_cells, write_archive
+from biopsy.evaluation.explanation.faithfulness import (
+    draw_patches,
+    explain_all,
+    find_edges,
+    measure_faithfulness,
+)
+from biopsy.models.engine import Engine
+from biopsy.phantom.cohort import write_archive
 from biopsy.training.runs import Run
 from biopsy.training.train import train
+from pointing import find_tumour_cells, judge_pointing
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "faithfulness.csv"
 COHORT = {"n_patients": 30, "patches_per_patient": 120}
@@ -57,13 +63,28 @@ def measure_phantom(folder: Path, seed: int) -> list[dict[str, object]]:
     )
     print("AUROC", evaluate(run)["patch"]["auroc"])
 
-    def find_truth(table: pd.DataFrame) -> np.ndarray:
-        places = zip(table["patient_id"].astype(str), table["x"], table["y"], strict=True)
-        return find_tumour_cells(places, **COHORT, seed=seed)
-
     started = time.process_time()
-    found = measure_faithfulness(run, find_truth=find_truth)
+    found = measure_faithfulness(run)
+    pointing = measure_pointing(run, found["n_patches"], seed)
+    for each in [*found["methods"], *found["baselines"]]:
+        each["pointing"] = pointing.get(each["name"])
     return tabulate(run, found, "phantom", time.process_time() - started)
+
+
+def measure_pointing(run: Run, n_patches: int, seed: int) -> dict[str, dict[str, Any]]:
+    """Ask the maps of the patches that were tested, and edges, whether they point at tumour cells."""
+    pack, classifier = run.open_pack(verify=False), run.classifier.single_patch()
+    rows = draw_patches(run, pack, n_patches, seed=run.info["seed"])
+    patches, table = pack.patches[rows], pack.table.iloc[rows]
+    class_index = np.full(len(rows), classifier.positive_index)
+    maps, _, _ = explain_all(classifier, patches, class_index, (), None, Engine("auto"))
+    places = zip(table["patient_id"].astype(str), table["x"], table["y"], strict=True)
+    truth = find_tumour_cells(places, **COHORT, seed=seed)
+    options = {"seed": run.info["seed"], "unit": pack.unit}
+    return {
+        name: judge_pointing(each, truth, pack.group_ids[rows], **options)
+        for name, each in {**maps, "edges": find_edges(patches)}.items()
+    }
 
 
 def tabulate(run: Run, found: dict[str, Any], data: str, seconds: float) -> list[dict[str, object]]:

@@ -1,4 +1,9 @@
-"""Small annotation files of ASAP, HALO and ImageScope."""
+"""Small annotation files of QuPath, ASAP, HALO and ImageScope."""
+
+import json
+
+from shapely import orient_polygons
+from shapely.geometry import mapping
 
 
 def element(name, *inside, **attributes):
@@ -73,3 +78,17 @@ def imagescope(*layers, mpp=0.25):
         for number, (name, attribute, regions) in enumerate(layers, start=1)
     ]
     return element("Annotations", *drawn, MicronsPerPixel=mpp)
+
+
+def write_annotations(path, annotations):
+    """Write areas with their classes as QuPath does, outer rings counter-clockwise, and return the path."""
+    features = [
+        {
+            "type": "Feature",
+            "geometry": mapping(orient_polygons(area)),
+            "properties": {"objectType": "annotation", "classification": {"name": name}},
+        }
+        for name, area in annotations
+    ]
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    return path

@@ -15,7 +15,6 @@ from biopsy.evaluation.abstention.measure import count_sets, judge_promise, meas
 from biopsy.evaluation.abstention.section import describe_abstention, say_verdict
 from biopsy.reporting.document import ReportDocument, Summary
 from biopsy.reporting.html import render_report
-from biopsy.statistics.cohorts import UnevenPatients
 from biopsy.statistics.conformal import predict_sets
 from biopsy.statistics.risk_coverage import (
     COVERAGES,
@@ -27,6 +26,7 @@ from biopsy.statistics.risk_coverage import (
 )
 from biopsy.training.postprocessing import fit_abstention
 from report_facts import NAMES, THRESHOLD, Page, make_facts, make_metrics, make_predictions, make_small_facts
+from simulated_cohorts import UnevenPatients
 
 
 def both(prob):

@@ -13,12 +13,12 @@ import torch
 from typer.testing import CliRunner
 
 import biopsy
-from annotation_files import asap, asap_annotation, imagescope
+from annotation_files import asap, asap_annotation, imagescope, write_annotations
 from biopsy.cli import app
 from biopsy.core.errors import DataError, SlideError
 from biopsy.data.prepare import prepare
 from biopsy.phantom.slides import make_phantom_slide
-from biopsy.slide_io.annotations import read_annotations, write_annotations
+from biopsy.slide_io.annotations import read_annotations
 from biopsy.slide_io.pyramids import write_pyramid
 from biopsy.slides.maps import SlideMap
 from conftest import draw_slide

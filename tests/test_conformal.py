@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from biopsy.core.errors import MetricError
-from biopsy.statistics.cohorts import Population, UnevenPatients
 from biopsy.statistics.conformal import (
     abstain,
     fit_conformal,
@@ -16,6 +15,7 @@ from biopsy.statistics.conformal import (
     predict_sets,
     score_targets,
 )
+from simulated_cohorts import Population, UnevenPatients
 
 
 def both(prob):

@@ -20,7 +20,6 @@ from biopsy.evaluation.explanation.faithfulness import (
     find_edges,
     judge_gain,
     judge_method,
-    judge_pointing,
     measure_faithfulness,
     read_faithfulness,
     say_answer,
@@ -31,7 +30,6 @@ from biopsy.evaluation.explanation.faithfulness_measures import (
     STEPS,
     area_under,
     blur_patches,
-    point_at,
     randomise_cascading,
     rank_cells,
     rank_correlation,
@@ -40,7 +38,8 @@ from biopsy.evaluation.explanation.faithfulness_measures import (
 )
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_logits
-from biopsy.phantom.cohort import find_tumour_cells, iter_patches
+from biopsy.phantom.cohort import iter_patches
+from pointing import find_tumour_cells, judge_pointing, point_at
 from test_explanation import draw_patches as draw_noise
 from test_explanation import make_classifier
 from tiny_runs import copy_run
@@ -101,7 +100,7 @@ GROUPS = np.repeat(np.arange(8), 2).astype(str)
 
 
 def judge(name, traced, groups=GROUPS):
-    return judge_method(name, traced, [], None, groups, seed=0, unit="patient")
+    return judge_method(name, traced, [], groups, seed=0, unit="patient")
 
 
 # --- a network whose decision is known
@@ -181,9 +180,8 @@ def test_weights_are_drawn_anew_from_the_last_layer_on_and_the_network_is_left_a
         for _ in "ab"
     )
     assert all(torch.equal(once[1][name], twice[1][name]) for name in before)
-    assert once[1]["conv.weight"].square().mean() == pytest.approx(
-        float(before["conv.weight"].square().mean()), rel=1
-    )
+    for name in ("conv.weight", "head.weight"):  # the spread is kept; a draw of few weights varies
+        assert 0.6 < once[1][name].std() / before[name].std() < 1.6
 
 
 # --- curves and cells
@@ -313,20 +311,18 @@ def test_answers_are_plain_sentences():
         },
         "verdict": {"random": "beats", "edges": "no better"},
         "randomised": [{"rank_correlation": 0.1}, {"rank_correlation": 0.71}],
-        "pointing": {"n_patches": 9, "hit": {"value": 0.8}, "area": {"value": 0.3}},
     }
     assert say_answer(record, 12, "patient") == (
         "Grad-CAM beats random maps by 0.12 (0.05 to 0.19) and does not beat edges (-0.02, -0.06 to 0.02); "
-        "with all weights random its map hardly changes (rank correlation 0.71); its highest point lies in "
-        "tumour in 80% of patches, where 30% of the area is tumour."
+        "with all weights random its map hardly changes (rank correlation 0.71)."
     )
-    worse = record | {"verdict": {"random": "worse", "edges": "worse"}, "randomised": [], "pointing": None}
+    worse = record | {"verdict": {"random": "worse", "edges": "worse"}, "randomised": []}
     worse["gain"] = {key: {"value": -0.2, "low": -0.3, "high": -0.1} for key in ("random", "edges")}
     assert say_answer(worse, 12, "patient") == (
         "Grad-CAM is worse than random maps by 0.20 (0.10 to 0.30) and is worse than edges by 0.20 (0.10 to "
         "0.30)."
     )
-    few = record | {"verdict": {"random": "unsaid", "edges": "unsaid"}, "pointing": {"n_patches": 0}}
+    few = record | {"verdict": {"random": "unsaid", "edges": "unsaid"}}
     none = {"value": 0.1, "low": None, "reason": "only 1 patient(s)"}
     few["gain"] = {"random": none, "edges": none}
     assert say_answer(few, 1, "patient").startswith(
@@ -345,12 +341,12 @@ def judged(trained_run, tmp_path_factory):
 
 
 def test_the_record_of_a_run_is_kept_and_the_same_twice(judged):
-    truth = lambda table: np.tile(np.arange(16) < 6, (len(table), 16, 1))  # noqa: E731
-    options = {"methods": ["saliency", "grad_cam"], "n_patches": 6, "device": "cpu", "find_truth": truth}
+    options = {"methods": ["saliency", "grad_cam"], "n_patches": 6, "device": "cpu"}
     found = measure_faithfulness(judged, **options)
     path = judged.path / "explain" / "faithfulness.json"
     assert found == read_json(path) == read_faithfulness(judged)
-    assert (found["side"], found["n_patches"], found["positive_class"]) == ("test", 6, "idc")
+    n_called = int((judged.predictions("test")[0]["pred"] == 1).sum())
+    assert (found["side"], found["n_patches"], found["positive_class"]) == ("test", min(6, n_called), "idc")
     assert [each["name"] for each in found["methods"]] == ["saliency", "grad_cam"]
     assert [each["name"] for each in found["baselines"]] == ["random", "edges"]
     for each in [*found["methods"], *found["baselines"]]:
@@ -359,10 +355,8 @@ def test_the_record_of_a_run_is_kept_and_the_same_twice(judged):
         assert each["deletion"]["curve"][0] == pytest.approx(found["prob"]["untouched"], abs=1e-6)
         assert each["insertion"]["curve"][0] == pytest.approx(found["prob"]["blurred"], abs=1e-6)
     grad_cam = found["methods"][1]
-    assert grad_cam["layer"] and grad_cam["randomised"] and grad_cam["pointing"]["n_patches"] == 6
-    assert (
-        grad_cam["answer"].startswith("Grad-CAM") and "its highest point lies in tumour" in grad_cam["answer"]
-    )
+    assert grad_cam["layer"] and grad_cam["randomised"]
+    assert grad_cam["answer"].startswith("Grad-CAM")
     assert measure_faithfulness(judged, **options) == found
 
 

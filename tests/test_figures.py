@@ -23,7 +23,7 @@ from biopsy.evaluation.figures import (
 )
 from biopsy.experiments.figures import draw_folds
 from biopsy.plotting import style
-from biopsy.plotting.sheets import draw_class_sheet, draw_gallery, lay_out_sheet
+from biopsy.plotting.sheets import draw_class_sheet, lay_out_sheet
 from biopsy.plotting.slides import draw_slide, round_length_um
 from biopsy.training.figures import draw_network, draw_training, group_layers
 
@@ -195,12 +195,9 @@ def test_sheet_lays_patches_row_by_row():
     assert (sheet[:4, 10:] == 30).all() and (sheet[5:7, :3] == 40).all() and (sheet[7:, :4] == 255).all()
 
 
-def test_class_sheet_and_gallery_show_titles_and_captions():
+def test_class_sheet_shows_titles():
     patch = np.zeros((8, 8, 3), np.uint8)
     assert {"IDC", "none here"} <= set(words(draw_class_sheet([("IDC", [patch]), ("none here", [])])))
-    figure = draw_gallery([patch] * 3, ["0.9\n8863", "0.8\n8865", "0.7\n8867"], title="missed", columns=2)
-    assert {"0.8\n8865", "missed"} <= set(words(figure))
-    assert sum(bool(axes.images) for axes in figure.axes) == 3
 
 
 def test_layers_are_grouped_at_poolings_and_before_the_head():
@@ -311,7 +308,6 @@ def test_shorten_keeps_both_ends():
         (lambda: draw_folds([], np.array([])), MetricError, "0 folds have 0 values"),
         (lambda: lay_out_sheet([]), DataError, "one patch at least"),
         (lambda: draw_class_sheet([("IDC", [])]), DataError, "no class has a patch"),
-        (lambda: draw_gallery([], ["x"]), DataError, "0 patches has 1 captions"),
         (lambda: draw_network([], input_shape=(3, 4, 4)), RecipeError, "no layer"),
         (lambda: draw_slide(np.zeros((2, 2, 3)), np.ones((1, 2)), np.ones((2, 1))), DataError, "same slide"),
         (

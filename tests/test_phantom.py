@@ -15,7 +15,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from biopsy.phantom.cells import stamp_nuclei
-from biopsy.phantom.cohort import PATCH_PX, TUMOUR_SHARE, _plan, iter_patches, paint_patient, write_archive
+from biopsy.phantom.cohort import (
+    PATCH_PX,
+    TUMOUR_SHARE,
+    iter_patches,
+    paint_patient,
+    plan_cohort,
+    write_archive,
+)
 from biopsy.phantom.glands import _blobs, _ring, _shrink
 from biopsy.phantom.noise import Field, Jitter
 from biopsy.phantom.slides import make_slide, plan_painter
@@ -80,7 +87,7 @@ def test_patients_at_the_top_when_no_root_is_wanted(tmp_path):
 
 
 def test_patches_are_the_slide_and_labels_its_mask(cohort):
-    patient, n_patches, tumour_frac = _plan(16, 30, 0)[0]
+    patient, n_patches, tumour_frac = plan_cohort(16, 30, 0)[0]
     painter, places = paint_patient(0, patient, n_patches, tumour_frac)
     patches = [patch for patch in cohort if patch.patient_id == patient]
     assert len(places) == len(patches) == n_patches

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from biopsy.core.errors import DataError, MissingExtra, RunError
-from biopsy.core.files import create_directory, read_json, sha256_file, write_json
+from biopsy.core.files import create_directory, sha256_file, write_json
 from biopsy.data.packs import Pack
 from biopsy.exporting.host_network import HostNetwork
 from biopsy.exporting.model_card import card_of_run, gather_card
@@ -124,25 +124,6 @@ def export(
         }
         write_json(folder / DOCUMENT, _describe(classifier, files))
     return Bundle(out, parity)
-
-
-def check_bundle(path: Path | str) -> dict[str, Any]:
-    """Compare every file of a bundle with the hash written when it was made; give its document.
-
-    Raises:
-        RunError: If it is no bundle, or a file is missing or was altered.
-    """
-    path = Path(path)
-    try:
-        document = read_json(path / DOCUMENT, format=FORMAT)
-    except DataError as error:
-        raise RunError(f"{path} is not a bundle: {error}") from None
-    for name, digest in document["files"].items():
-        if not (path / name).is_file() or sha256_file(path / name) != digest:
-            raise RunError(
-                f"{path / name} is missing or was altered since the bundle was made: export it again"
-            )
-    return document
 
 
 def write_networks(classifier: Classifier, folder: Path) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -61,7 +61,7 @@ def iter_patches(
     Raises:
         ValueError: If a number is out of range.
     """
-    for patient, n_patches, tumour_frac in _plan(n_patients, patches_per_patient, seed):
+    for patient, n_patches, tumour_frac in plan_cohort(n_patients, patches_per_patient, seed):
         yield from _patient_patches(seed, patient, n_patches, tumour_frac)
 
 
@@ -93,7 +93,7 @@ def write_archive(
         ValueError: If a number is out of range.
     """
     path = Path(path)
-    plan = _plan(n_patients, patches_per_patient, seed)
+    plan = plan_cohort(n_patients, patches_per_patient, seed)
     prefix = f"{root}/" if root else ""
     is_zip = path.suffix.lower() == ".zip"
     with contextlib.ExitStack() as stack:
@@ -114,39 +114,6 @@ def write_archive(
             if on_patient is not None:
                 on_patient(patient, len(files))
     return path
-
-
-def find_tumour_cells(
-    places: Iterable[tuple[str, int, int]],
-    *,
-    n_patients: int = 12,
-    patches_per_patient: float = 250,
-    seed: int = 0,
-) -> NDArray[np.bool_]:
-    """Give which pixels of a cohort's patches are tumour cells: the truth that no label tells.
-
-    Args:
-        places: Patient and place (x, y as in the patches' names) of each patch.
-        n_patients: As the cohort was made, like the next two.
-        patches_per_patient: Mean number of patches.
-        seed: The cohort's seed.
-
-    Returns:
-        ``(n, 50, 50)``.
-
-    Raises:
-        ValueError: If a patient is not of that cohort.
-    """
-    plan = {entry[0]: entry for entry in _plan(n_patients, patches_per_patient, seed)}
-    painters: dict[str, SlidePainter] = {}
-    masks = []
-    for patient, x, y in places:
-        if patient not in plan:
-            raise ValueError(f"patient {patient!r} is not of this cohort: {next(iter(plan))} and the next")
-        if patient not in painters:
-            painters[patient], _ = paint_patient(seed, *plan[patient])
-        masks.append(painters[patient].nests(x - 1, y - 1, PATCH_PX, PATCH_PX, MPP))
-    return np.array(masks, bool).reshape(-1, PATCH_PX, PATCH_PX)
 
 
 def paint_patient(
@@ -171,7 +138,7 @@ def paint_patient(
     return painter, enough[np.sort(order)]
 
 
-def _plan(n_patients: int, patches_per_patient: float, seed: int) -> list[tuple[str, int, float]]:
+def plan_cohort(n_patients: int, patches_per_patient: float, seed: int) -> list[tuple[str, int, float]]:
     """Give name, number of patches and tumour share of every patient."""
     if n_patients < 1 or patches_per_patient < 20:
         raise ValueError(

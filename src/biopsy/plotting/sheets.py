@@ -1,4 +1,4 @@
-"""Sheets of patches: a look at each class, and the gallery of mistakes."""
+"""Sheets of patches: a look at each class."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from biopsy.core.errors import DataError
-from biopsy.plotting.style import INK, WIDTH_IN, shorten, styled
+from biopsy.plotting.style import WIDTH_IN, styled
 
 
 def lay_out_sheet(
@@ -65,37 +65,4 @@ def draw_class_sheet(sheets: Sequence[tuple[str, Sequence[np.ndarray]]], *, colu
         if image is not None:
             axes.imshow(image, interpolation="none")
             axes.set_xlim(-0.5, widest - 0.5)
-    return figure
-
-
-@styled
-def draw_gallery(
-    patches: Sequence[np.ndarray], captions: Sequence[str], *, title: str = "", columns: int = 5
-) -> Figure:
-    """Draw patches with a caption under each, such as the most confident mistakes.
-
-    Args:
-        patches: Images ``(h, w, 3)`` uint8.
-        captions: One or two lines for each.
-        title: What the gallery holds.
-        columns: Patches in a row.
-
-    Raises:
-        DataError: If there is no patch, or not one caption each.
-    """
-    if not len(patches) or len(patches) != len(captions):
-        raise DataError(
-            f"a gallery of {len(patches)} patches has {len(captions)} captions; one each is needed"
-        )
-    rows = -(-len(patches) // columns)
-    figure = Figure(figsize=(1.35 * columns, 1.75 * rows + 0.3), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in panels:
-        axes.set_axis_off()
-    for axes, patch, caption in zip(panels, patches, captions, strict=False):
-        axes.imshow(patch, interpolation="none")
-        lines = "\n".join(shorten(line) for line in caption.split("\n"))
-        axes.text(0, -0.04, lines, transform=axes.transAxes, va="top", fontsize=7.5, color=INK)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return figure

@@ -1,4 +1,4 @@
-"""Annotations of a slide as areas with a class: read from files of QuPath and others, written for QuPath.
+"""Annotations of a slide as areas with a class: read from files of QuPath and others.
 
 Coordinates are pixels of level 0. What QuPath exports is read: a ``FeatureCollection``, a list of features or
 one feature, and the objects inside others (``childObjects``) at any depth; polygons with holes and several
@@ -10,18 +10,15 @@ read. Anything else that does not fit is refused by file and feature. Sources: Q
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import shapely
-from shapely import MultiPolygon
-from shapely.geometry import mapping
 
 from biopsy.core.errors import DataError, FileFormatError
-from biopsy.core.files import write_atomic
 from biopsy.core.loaders import read_bytes
 from biopsy.core.text import normalize_name
 from biopsy.slide_io.annotation_xml import read_xml_areas
@@ -136,41 +133,6 @@ def _read_geojson(path: Path) -> Annotations:
             repaired[number] = fault
         items.append(Annotation(str(class_name), area, number))
     return Annotations(path, items, repaired, dict(ignored))
-
-
-def write_annotations(
-    path: Path | str,
-    annotations: Iterable[tuple[str, Area]],
-    *,
-    colours: Mapping[str, tuple[int, int, int]] | None = None,
-) -> Path:
-    """Write areas with their classes as QuPath reads them.
-
-    Args:
-        path: The file to be.
-        annotations: Class and area at level 0.
-        colours: Of classes, as red, green, blue in 0-255.
-    """
-    features = [
-        {
-            "type": "Feature",
-            "geometry": mapping(_orient(polygon)),
-            "properties": {
-                "objectType": "annotation",
-                "classification": {"name": name, "color": list((colours or {}).get(name, (128, 128, 128)))},
-            },
-        }
-        for name, polygon in annotations
-    ]
-    write_atomic(path, json.dumps({"type": "FeatureCollection", "features": features}) + "\n")
-    return Path(path)
-
-
-def _orient(polygon: Area) -> Area:
-    """Turn outer rings counter-clockwise and holes clockwise, as RFC 7946 asks."""
-    if isinstance(polygon, MultiPolygon):
-        return MultiPolygon([shapely.geometry.polygon.orient(part) for part in polygon.geoms])
-    return shapely.geometry.polygon.orient(polygon)
 
 
 def _read_features(path: Path) -> list[Any]:

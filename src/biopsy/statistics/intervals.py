@@ -398,17 +398,6 @@ def summarise_groups(metric: Metric, values: Floats, level: float, unit: str) ->
     return PatientSummary(interval, n, float(np.median(defined)), worst)
 
 
-def wilson_interval(n_right: float, n: float, *, level: float = 0.95) -> Interval:
-    """Give Wilson's interval of a share: right only if patches were independent, and reported as that."""
-    if not n > 0:
-        return Interval(float("nan"), reason="undefined: no patches")
-    z = float(stats.norm.ppf((1 + level) / 2))
-    share = n_right / n
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * float(np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)))
-    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
-
-
 def describe_method(
     n_groups: int, *, seed: int, level: float = 0.95, draws: int = DRAWS, unit: str = "patient"
 ) -> dict[str, float | int | str | None]:

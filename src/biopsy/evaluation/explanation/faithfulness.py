@@ -18,7 +18,6 @@ from biopsy.evaluation.explanation.faithfulness_measures import (
     STEPS,
     area_under,
     blur_patches,
-    point_at,
     randomise_cascading,
     rank_cells,
     rank_correlation,
@@ -38,7 +37,6 @@ Traced = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 BASELINES = {"random": "random maps", "edges": "edges"}
 ALIKE_FROM = 0.5  # rank correlation with the trained maps from which maps of random weights are called alike
-MIXED = (0.05, 0.95)  # share of tumour in patches where pointing at it can be right or wrong
 _VERBS = {"beats": "beats {}", "worse": "is worse than {}", "no better": "does not beat {}"}
 
 
@@ -46,7 +44,6 @@ def judge_method(
     name: str,
     traced: Traced,
     randomised: Sequence[Mapping[str, Any]],
-    pointing: Mapping[str, Any] | None,
     group_ids: np.ndarray,
     *,
     seed: int,
@@ -58,7 +55,6 @@ def judge_method(
         name: Of the method.
         traced: Curves of deletion and insertion, by method and baseline.
         randomised: One record a step of weight randomisation.
-        pointing: As `judge_pointing` gives it; None where the tumour's pixels are not known.
         group_ids: Patient (slide, patch) of each patch.
         seed: Of bootstrap draws.
         unit: What a group is.
@@ -76,7 +72,6 @@ def judge_method(
         "n_better": n_better,
         "verdict": {baseline: judge_gain(gain) for baseline, gain in gains.items()},
         "randomised": list(randomised),
-        "pointing": pointing,
     }
     return record | {"answer": say_answer(record, len(np.unique(group_ids)), unit)}
 
@@ -90,36 +85,6 @@ def describe_curves(
         area = estimate_mean(area_under(curve), group_ids, seed=seed, unit=unit, bounds=(0.0, 1.0))
         found[name] = area.to_dict() | {"curve": curve.mean(axis=0).tolist()}
     return found
-
-
-def judge_pointing(
-    maps: np.ndarray, truth: np.ndarray, group_ids: np.ndarray, *, seed: int, unit: str
-) -> dict[str, Any]:
-    """Say how often the highest point of a map lies in tumour, and how much of the map.
-
-    Only patches of which some but not all is tumour are asked.
-
-    Args:
-        maps: ``(n, H, W)``.
-        truth: Where tumour is, bool ``(n, H, W)``.
-        group_ids: Patient (slide, patch) of each patch.
-        seed: Of bootstrap draws.
-        unit: What a group is.
-    """
-    share = truth.mean(axis=(1, 2))
-    mixed = (share > MIXED[0]) & (share < MIXED[1])
-    if not mixed.any():
-        return {"n_patches": 0}
-    found, groups = point_at(maps[mixed], truth[mixed]), group_ids[mixed]
-    shares = {
-        name: estimate_mean(values, groups, seed=seed, unit=unit, bounds=(0.0, 1.0)).to_dict()
-        for name, values in found.items()
-    }
-    gains = {
-        f"{name}_gain": estimate_mean(found[name] - found["area"], groups, seed=seed, unit=unit).to_dict()
-        for name in ("hit", "mass")
-    }
-    return {"n_patches": int(mixed.sum()), "n_groups": len(np.unique(groups)), **shares, **gains}
 
 
 def judge_gain(gain: Mapping[str, Any]) -> str:
@@ -153,12 +118,6 @@ def say_answer(record: Mapping[str, Any], n_groups: int, unit: str) -> str:
         alike = record["randomised"][-1]["rank_correlation"]
         said = "hardly changes" if alike >= ALIKE_FROM else "changes"
         parts.append(f"with all weights random its map {said} (rank correlation {alike:.2f})")
-    if record["pointing"] and record["pointing"]["n_patches"]:
-        hit, area = record["pointing"]["hit"], record["pointing"]["area"]
-        parts.append(
-            f"its highest point lies in tumour in {hit['value']:.0%} of patches, where {area['value']:.0%} "
-            "of the area is tumour"
-        )
     said = "; ".join(parts) + "."
     return said[0].upper() + said[1:]
 
@@ -188,15 +147,12 @@ PASSES = 1000  # through the network that a patch costs, all methods together
 N_RANDOMISED = 6  # patches whose maps are made again with random weights
 N_RANDOM = 4  # random orders that random stands for
 
-FindTruth = Callable[[pd.DataFrame], np.ndarray]
-
 
 def measure_faithfulness(
     run: Run | Path | str,
     *,
     methods: Sequence[str] = (),
     layer: str | None = None,
-    find_truth: FindTruth | None = None,
     n_patches: int | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
@@ -210,8 +166,6 @@ def measure_faithfulness(
         run: A finished run with predictions of that side.
         methods: Which; all that tell classes apart and that the network allows, by default.
         layer: For Grad-CAM, the layer it looks at.
-        find_truth: Gives where tumour is, bool ``(n, H, W)``, for rows of the pack's table; where it is
-            known, as on phantom, maps are asked whether they point at it.
         n_patches: How many; by default 48, and fewer for a network that computes much.
         device: Where the network is asked.
 
@@ -245,16 +199,8 @@ def measure_faithfulness(
         classifier, patches[:N_RANDOMISED], class_index[:N_RANDOMISED], maps, layers, engine, seed=seed
     )
     options: dict[str, Any] = {"seed": seed, "unit": pack.unit}
-    pointing: dict[str, dict[str, Any]] = {}
-    if find_truth is not None:
-        truth = find_truth(pack.table.iloc[rows])
-        every = {**maps, "edges": find_edges(patches)}
-        pointing = {name: judge_pointing(each, truth, groups, **options) for name, each in every.items()}
     found = [
-        {
-            **judge_method(name, traced, likeness[name], pointing.get(name), groups, **options),
-            "layer": layers[name],
-        }
+        {**judge_method(name, traced, likeness[name], groups, **options), "layer": layers[name]}
         for name in maps
     ]
     document = {
@@ -273,13 +219,11 @@ def measure_faithfulness(
             "blur": BLUR,
             "n_random": N_RANDOM,
             "n_randomised": min(N_RANDOMISED, len(rows)),
-            "mixed": MIXED,
         },
         "prob": {"untouched": traced["edges"][0][:, 0].mean(), "blurred": traced["edges"][0][:, -1].mean()},
         "methods": found,
         "baselines": [
-            {"name": name, **describe_curves(traced[name], groups, **options), "pointing": pointing.get(name)}
-            for name in BASELINES
+            {"name": name, **describe_curves(traced[name], groups, **options)} for name in BASELINES
         ],
         "refused": refused,
     }

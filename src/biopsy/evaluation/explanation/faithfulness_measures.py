@@ -1,4 +1,4 @@
-"""Measures of faithfulness: deletion and insertion curves, weight randomisation, pointing."""
+"""Measures of faithfulness: deletion and insertion curves, weight randomisation."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -9,7 +9,6 @@ import torch
 from scipy.stats import rankdata
 from torch import nn
 
-from biopsy.core.errors import DataError
 from biopsy.core.seeds import derive
 
 CELLS = 12  # to a side: of an IDC patch of 200 um a cell is 17 um, about a nucleus with its surroundings
@@ -162,30 +161,3 @@ def _similarity(a: np.ndarray, b: np.ndarray) -> float:
     c1, c2 = _K1**2, _K2**2
     likeness = (2 * mean_a * mean_b + c1) * (2 * common + c2)
     return float((likeness / ((mean_a**2 + mean_b**2 + c1) * (spread_a + spread_b + c2))).mean())
-
-
-def point_at(maps: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
-    """Ask of each map whether its highest point lies in the tumour, and how much of it does.
-
-    Args:
-        maps: ``(n, H, W)``; what is below 0 speaks against the tumour and counts as nothing.
-        truth: Where tumour is, bool ``(n, H, W)``.
-
-    Returns:
-        One value a patch: ``hit`` (1 where the highest point lies in tumour; several highest points count by
-        their share), ``mass`` (share of the map in tumour; that of an empty map is spread evenly) and
-        ``area`` (share of the patch that is tumour: what a map knowing nothing would reach in both).
-
-    Raises:
-        DataError: If the shapes differ.
-    """
-    maps, truth = np.clip(np.asarray(maps, float), 0, None), np.asarray(truth, bool)
-    if maps.shape != truth.shape or maps.ndim != 3:
-        raise DataError(f"maps {maps.shape} and truth {truth.shape} are not of the same patches")
-    highest = maps == maps.max(axis=(1, 2), keepdims=True)
-    maps = np.where(maps.sum(axis=(1, 2), keepdims=True) > 0, maps, 1.0)
-    return {
-        "hit": (highest & truth).sum(axis=(1, 2)) / highest.sum(axis=(1, 2)),
-        "mass": (maps * truth).sum(axis=(1, 2)) / maps.sum(axis=(1, 2)),
-        "area": truth.mean(axis=(1, 2)),
-    }

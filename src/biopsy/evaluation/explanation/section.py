@@ -103,8 +103,6 @@ def describe_faithfulness(facts: RunFacts) -> Section | None:
         _table_of_gains(methods, baselines),
         _table_of_randomisation(methods, settings),
     ]
-    if any((each["pointing"] or {}).get("n_patches") for each in methods):
-        blocks.append(_table_of_pointing([*methods, baselines["edges"]]))
     if found["refused"]:
         blocks.append(Text(" ".join(f"Not tested: {each['reason']}." for each in found["refused"]), "note"))
     return Section("faithfulness", "Do the maps mean anything", blocks)
@@ -162,23 +160,3 @@ def _table_of_randomisation(methods: list[Mapping[str, Any]], settings: Mapping[
         caption="Maps of a network that forgets",
         note=note,
     )
-
-
-def _table_of_pointing(methods: list[Mapping[str, Any]]) -> Table:
-    rows, reasons = [], Footnotes()
-    for each in methods:
-        p = each["pointing"]
-        rows.append(
-            [
-                each.get("title") or TITLES[each["name"]],
-                number(p["n_patches"]),
-                *(reasons.estimate(p[name]) for name in ("hit", "hit_gain", "mass", "mass_gain")),
-                number(p["area"]["value"]),
-            ]
-        )
-    columns = ["", "patches", "highest point", "less the area", "share of the map", "less the area", "area"]
-    note = (
-        "How often a map's highest point lies in tumour cells, and how much of the map does; a map that "
-        f"knows nothing reaches the cells' share of the area in both.{reasons.text}"
-    )
-    return Table(columns, rows, caption="Where tumour cells are known", note=note)
