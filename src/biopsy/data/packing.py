@@ -23,8 +23,8 @@ from biopsy.core.errors import DataError, PackError
 from biopsy.core.files import create_directory, sha256_file
 from biopsy.data.archives import Archive, open_archive
 from biopsy.data.cutting import Cutting
-from biopsy.data.datasets import annotated_slides, find_layout
-from biopsy.data.datasets.base import Layout, Listing, Skipped, find_positive, refuse_empty
+from biopsy.data.datasets import annotated_slides, find_dataset
+from biopsy.data.datasets.base import Dataset, Listing, Skipped, find_positive, refuse_empty
 from biopsy.data.labels import fold_classes, relabel
 from biopsy.data.packs import COLUMNS, PIXELS, Pack, finish_pack, is_pack, pad, patch_sha256
 from biopsy.data.tables import add_people, check_ids, join_columns
@@ -258,7 +258,7 @@ def prepare(
     with _collector_paused():
         is_apart = cutting is not None and cutting.annotations is not None
         archive = annotated_slides.open_slides(source) if is_apart else open_archive(source)
-        layout = None if is_apart else _find_layout(archive, dataset, cutting)
+        layout = None if is_apart else _find_dataset(archive, dataset, cutting)
         name = annotated_slides.NAME if layout is None else layout.name
         asked = _describe_request(archive, name, patients, labels, join, positive, mpp, cutting)
         if (known := _open_finished(out, asked)) is not None:
@@ -291,7 +291,7 @@ def prepare(
     return Pack.open(out)
 
 
-def _find_layout(archive: Archive, dataset: str | None, cutting: Cutting | None) -> Layout | None:
+def _find_dataset(archive: Archive, dataset: str | None, cutting: Cutting | None) -> Dataset | None:
     """Give the archive's layout, None for annotated slides; refuse answers that do not belong to it."""
     if dataset == annotated_slides.NAME or (dataset is None and annotated_slides.recognise(archive)):
         if not annotated_slides.recognise(archive):
@@ -302,7 +302,7 @@ def _find_layout(archive: Archive, dataset: str | None, cutting: Cutting | None)
                 "--patch-px (their side)"
             )
         return None
-    layout = find_layout(archive, dataset)
+    layout = find_dataset(archive, dataset)
     if cutting is not None:
         raise DataError(
             f"{archive.path} holds patches ({layout.name}): --patch-px and what goes with it are for "

@@ -34,22 +34,21 @@ def list_(kind: Kind) -> list[Row]:
 
 
 def _list_datasets() -> list[Row]:
-    from biopsy.data.datasets import LAYOUTS, annotated_slides
-    from biopsy.data.download import SOURCES
+    from biopsy.data.datasets import annotated_slides, list_datasets
 
     rows: list[Row] = [
         {
-            "name": layout.name,
-            "title": layout.title,
-            "looks_for": layout.looks_for,
-            "prepare": "biopsy prepare SOURCE --out PACK" + (" --mpp UM" if layout.mpp is None else ""),
-            "counts": layout.expected,
-            "mpp": layout.mpp,
-            "fetch": layout.name in SOURCES,
-            "licence": layout.licence,
-            "citation": layout.citation,
+            "name": dataset.name,
+            "title": dataset.title,
+            "looks_for": dataset.looks_for,
+            "prepare": "biopsy prepare SOURCE --out PACK" + (" --mpp UM" if dataset.mpp is None else ""),
+            "counts": dataset.expected,
+            "mpp": dataset.mpp,
+            "fetch": dataset.source is not None,
+            "licence": dataset.licence,
+            "citation": dataset.citation,
         }
-        for layout in LAYOUTS.values()
+        for dataset in list_datasets()
     ]
     slides: Row = {
         "name": annotated_slides.NAME,

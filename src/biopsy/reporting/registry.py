@@ -6,26 +6,17 @@ what its feature has measured and computes nothing: where that is missing it is 
 the command that makes it.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any
 
+from biopsy.core.plugins import Registry
 from biopsy.reporting.document import Section
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.pseudonyms import Aliases
 from biopsy.training.runs import Run
 
-MODULES = ("section.py", "sections.py")
-ENTRY_POINTS = "biopsy.sections"
-
 Compose = Callable[[RunFacts], Section | None]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,7 +40,9 @@ class Result:
     applies: Callable[[Run], bool] = lambda run: True
 
 
-_SECTIONS: dict[str, tuple[float, Compose]] = {}
+_SECTIONS: Registry[tuple[float, Compose]] = Registry(
+    "biopsy.sections", "biopsy", ("section.py", "*sections.py")
+)
 _RESULTS: dict[str, Result] = {}
 
 
@@ -64,7 +57,7 @@ def section(name: str, *, order: float, **results: Result) -> Callable[[Compose]
     """
 
     def register(compose: Compose) -> Compose:
-        _SECTIONS[name] = (order, compose)
+        _SECTIONS.add(name, (order, compose), compose)
         _RESULTS.update(results)
         return compose
 
@@ -73,24 +66,10 @@ def section(name: str, *, order: float, **results: Result) -> Callable[[Compose]
 
 def list_sections() -> list[Compose]:
     """Return the functions that write sections, in the order of the report."""
-    _import_modules()
     return [compose for _, compose in sorted(_SECTIONS.values(), key=lambda entry: entry[0])]
 
 
 def list_results() -> dict[str, Result]:
     """Return what sections render beyond the run's own records, by name."""
-    _import_modules()
+    _SECTIONS.load()
     return dict(_RESULTS)
-
-
-@cache
-def _import_modules() -> None:
-    """Import every module of this package and of installed ones that registers sections."""
-    package = Path(__file__).parents[1]
-    for path in sorted(path for name in MODULES for path in package.rglob(name)):
-        import_module(".".join((package.name, *path.relative_to(package).with_suffix("").parts)))
-    for entry in entry_points(group=ENTRY_POINTS):
-        try:
-            entry.load()
-        except Exception as error:  # a package of somebody else's; the rest of the report works
-            logger.warning("section %s of %s cannot be loaded: %s", entry.name, entry.value, error)

@@ -31,7 +31,7 @@ from biopsy.models.hardware import Precision
 from biopsy.slides.inference import OnProgress
 from biopsy.slides.mapping import Mapped, Mapper
 from biopsy.slides.maps import SlideMap
-from biopsy.slides.outputs import FILES, MAP, SUMMARY, prepare_to_draw, read_finished, write_outputs
+from biopsy.slides.outputs import MAP, SUMMARY, list_files, prepare_to_draw, read_finished, write_outputs
 from biopsy.slides.sources import Source, list_sources, refuse_own_data
 from biopsy.training.runs import Run
 
@@ -155,7 +155,7 @@ def _map_into(out: Path, sources: Sequence[Source], mapper: Mapper) -> SlideCoho
             rows[source.name] = _row(source, "done", finished)
             continue
         try:
-            check_outputs(out / source.name, *FILES)
+            check_outputs(out / source.name, *list_files())
             open_sources.append(source)
         except UserFileError as error:
             rows[source.name] = _row(source, "failed", reason=str(error))
@@ -181,7 +181,7 @@ def _write(out: Path, mapped: Mapped, mapper: Mapper, question: Mapping[str, Any
     source = mapped.source
     try:
         slide_map = _take(mapped)
-        with update_directory(out / source.name, *FILES, last=SUMMARY) as folder:
+        with update_directory(out / source.name, *list_files(), last=SUMMARY) as folder:
             document = write_outputs(
                 folder,
                 slide_map,

@@ -18,6 +18,7 @@ from biopsy.models.runtimes import list_runtimes
 from biopsy.slides.grids import PatchGrid
 from biopsy.slides.inference import Answer, OnProgress, SlideTask, predict_slides
 from biopsy.slides.maps import SlideMap, check_probs
+from biopsy.slides.outputs import list_files
 from biopsy.slides.sources import Source
 from biopsy.slides.stitching import predict_stitched, stitch_slide
 from biopsy.training.open_model import open_classifier
@@ -147,6 +148,7 @@ class Mapper:
             "mpp": source.mpp,
             "stride_um": self.stride_um,
             "detections": self.detections,
+            "outputs": list_files(),
             "classifier": self._about["classifier"]["sha256"],
             "precision": self.precision,
             "device": self._kind,

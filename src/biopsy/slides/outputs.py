@@ -1,17 +1,27 @@
 """The files of one mapped slide, and the slide in numbers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import cv2
 import numpy as np
 
 from biopsy.core.errors import DataError
 from biopsy.core.files import read_json, write_atomic, write_json
+from biopsy.core.plugins import Registry
 from biopsy.slide_io.pyramids import write_pyramid
-from biopsy.slides.maps import Region, SlideMap, find_regions
+from biopsy.slides.maps import (
+    Region,
+    SlideMap,
+    collect_detections,
+    collect_regions,
+    find_regions,
+    write_geojson,
+)
 
 SURE, POSSIBLE = 0.9, 0.1
 """Probabilities between which calibration leaves open whether a cell is positive."""
@@ -98,9 +108,112 @@ FORMAT: Final = "biopsy-slide/1"
 MAP, SUMMARY, OVERLAY, TISSUE = "map.parquet", "summary.json", "overlay.png", "tissue.jpg"
 REGIONS, DETECTIONS, HEATMAP = "regions.geojson", "detections.geojson", "heatmap.tiff"
 PANELS = "panels.png"
-FILES: Final = (MAP, SUMMARY, OVERLAY, TISSUE, REGIONS, DETECTIONS, HEATMAP, PANELS)
 _TISSUE_PX = 1024  # longer side of the picture of the tissue mask
 _HEATMAP_PX = 1024  # cells are drawn larger until the heat map's longer side is about this long
+
+
+@dataclass(frozen=True)
+class MappedSlide:
+    """What is known of one slide when its outputs are written.
+
+    Attributes:
+        slide_map: The map, with its picture.
+        tissue: The tissue mask, bool, of the picture's size; None where tissue was not sought.
+        target: Annotated class of each patch; None where it is not known.
+        detections: Whether one QuPath detection a cell was asked for.
+    """
+
+    slide_map: SlideMap
+    tissue: np.ndarray | None = None
+    target: np.ndarray | None = None
+    detections: bool = False
+
+    @cached_property
+    def regions(self) -> list[Region]:
+        """The regions of the map, as `find_regions` gives them."""
+        return find_regions(self.slide_map)
+
+
+Write = Callable[[Path, MappedSlide], dict[str, Any] | None]
+
+
+class Output(NamedTuple):
+    """A file of a slide's outputs: how it is written, and whether matplotlib draws it."""
+
+    write: Write
+    draws: bool
+
+
+OUTPUTS: Registry[Output] = Registry("biopsy.slide_outputs", "biopsy.slides", ("outputs.py", "*_output.py"))
+
+
+def slide_output(file: str, *, draws: bool = False) -> Callable[[Write], Write]:
+    """Register a function that writes a file of a slide's outputs, or nothing where it does not apply.
+
+    What it returns, by name, is added to ``summary.json``.
+
+    Args:
+        file: Name of the file.
+        draws: Whether matplotlib draws it: such files are written by a thread of their own.
+    """
+
+    def register(write: Write) -> Write:
+        OUTPUTS.add(file, Output(write, draws), write)
+        return write
+
+    return register
+
+
+def list_files() -> list[str]:
+    """Return the names of all files that may be written for a slide."""
+    return [SUMMARY, *OUTPUTS]
+
+
+@slide_output(MAP)
+def _write_map(path: Path, mapped: MappedSlide) -> None:
+    mapped.slide_map.to_parquet(path)
+
+
+@slide_output(OVERLAY, draws=True)
+def _write_overlay(path: Path, mapped: MappedSlide) -> None:
+    from biopsy.plotting.style import png
+
+    write_atomic(path, png(draw(mapped.slide_map), dpi=160))
+
+
+@slide_output(REGIONS)
+def _write_regions(path: Path, mapped: MappedSlide) -> None:
+    write_geojson(path, collect_regions(mapped.slide_map, mapped.regions))
+
+
+@slide_output(DETECTIONS)
+def _write_detections(path: Path, mapped: MappedSlide) -> None:
+    if mapped.detections:
+        write_geojson(path, collect_detections(mapped.slide_map))
+
+
+@slide_output(TISSUE)
+def _write_tissue(path: Path, mapped: MappedSlide) -> dict[str, Any] | None:
+    from biopsy.plotting.slides import outline_tissue
+    from biopsy.plotting.style import jpeg
+
+    picture, tissue, grid = mapped.slide_map.picture, mapped.tissue, mapped.slide_map.grid
+    if tissue is None or picture is None:
+        return None
+    write_atomic(path, jpeg(outline_tissue(*_shrink(picture, tissue))))
+    share = float(tissue.mean())
+    area_mm2 = grid.width * grid.height * (grid.slide_mpp / 1000) ** 2
+    return {"tissue_mm2": share * area_mm2, "tissue_share": share}
+
+
+@slide_output(PANELS, draws=True)
+def _write_panels(path: Path, mapped: MappedSlide) -> dict[str, Any] | None:
+    from biopsy.plotting.style import png
+
+    if mapped.target is None or mapped.slide_map.positive_index is None:
+        return None
+    write_atomic(path, png(draw_panels(mapped.slide_map, mapped.target), dpi=200))
+    return {"annotated": compare_with_target(mapped.slide_map, mapped.target)}
 
 
 def write_outputs(
@@ -117,45 +230,28 @@ def write_outputs(
 
     Args:
         folder: An existing folder.
-        slide_map: The map, with its picture.
-        tissue: The tissue mask, bool, of the picture's size; None where tissue was not sought.
-        target: Annotated class of each patch; None where it is not known.
+        slide_map, tissue, target, detections: As in `MappedSlide`.
         is_calibrated: Whether the classifier's probabilities were calibrated.
-        detections: Also write one QuPath detection a cell.
         question: What the outputs answer: equal questions need not be asked again.
 
     Returns:
         What ``summary.json`` holds.
     """
-    from biopsy.plotting.slides import outline_tissue
-    from biopsy.plotting.style import jpeg, png
-    from biopsy.slides.maps import collect_detections, collect_regions, write_geojson
-
-    assert slide_map.picture is not None
+    mapped = MappedSlide(slide_map, tissue, target, detections)
     with ThreadPoolExecutor(1) as painter:
-        painting = painter.submit(lambda: write_atomic(folder / OVERLAY, png(draw(slide_map), dpi=160)))
-        regions = find_regions(slide_map)
-        slide_map.to_parquet(folder / MAP)
-        write_geojson(folder / REGIONS, collect_regions(slide_map, regions))
-        if detections:
-            write_geojson(folder / DETECTIONS, collect_detections(slide_map))
-        write_heatmap(folder / HEATMAP, slide_map)
-        painting.result()
-    summary = summarise(slide_map, regions, is_calibrated=is_calibrated)
-    if tissue is not None:
-        write_atomic(folder / TISSUE, jpeg(outline_tissue(*_shrink(slide_map.picture, tissue))))
-        grid = slide_map.grid
-        area_mm2 = grid.width * grid.height * (grid.slide_mpp / 1000) ** 2
-        share = float(tissue.mean())
-        summary |= {"tissue_mm2": share * area_mm2, "tissue_share": share}
-    if target is not None and slide_map.positive_index is not None:
-        write_atomic(folder / PANELS, png(draw_panels(slide_map, target), dpi=200))
-        summary |= {"annotated": compare_with_target(slide_map, target)}
+        drawing = [
+            painter.submit(output.write, folder / file, mapped)
+            for file, output in OUTPUTS.items()
+            if output.draws
+        ]
+        found = [output.write(folder / file, mapped) for file, output in OUTPUTS.items() if not output.draws]
+        found += [each.result() for each in drawing]
     document = {
         "format": FORMAT,
         "slide": slide_map.name,
         **slide_map.about,
-        **summary,
+        **summarise(slide_map, mapped.regions, is_calibrated=is_calibrated),
+        **{key: value for one in found if one for key, value in one.items()},
         "question": dict(question),
     }
     write_json(folder / SUMMARY, document)  # the last of all
@@ -239,10 +335,12 @@ def draw_panels(slide_map: SlideMap, target: np.ndarray) -> Any:
     )
 
 
-def write_heatmap(path: Path, slide_map: SlideMap) -> None:
+@slide_output(HEATMAP)
+def _write_heatmap(path: Path, mapped: MappedSlide) -> None:
     """Write the map as a pyramidal TIFF over the whole slide, its mpp in it."""
     from biopsy.plotting.slides import colour_classes, colour_probs
 
+    slide_map = mapped.slide_map
     grid, positive, pred = slide_map.grid, slide_map.positive_index, slide_map.cells_pred()
     if positive is None:
         colours = colour_classes(pred, len(slide_map.class_names))

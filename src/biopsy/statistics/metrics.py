@@ -6,6 +6,7 @@ scikit-learn's, with ``sample_weight`` where patients are weighted. What cannot 
 `Metric.why_undefined` says why; nothing here warns.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -13,6 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from biopsy.core.errors import MetricError, suggest
+from biopsy.core.plugins import Registry
 from biopsy.statistics.calibration import calibration_error, fit_intercept, fit_recalibration
 from biopsy.statistics.weighted_counts import NEEDS, Tally
 
@@ -70,14 +72,16 @@ class Metric:
         return f"no {' and no '.join(missing)}" if missing else self.undefined
 
 
-METRICS: dict[str, Metric] = {}
+METRICS: Registry[Metric] = Registry("biopsy.metrics")
 """Metrics of two classes by name."""
-_REGISTRIES: dict[type, dict[str, Metric]] = {Tally: METRICS}
+_REGISTRIES: defaultdict[type, Registry[Metric]] = defaultdict(
+    lambda: Registry[Metric](METRICS.group), {Tally: METRICS}
+)
 
 
-def registry(kind: type) -> dict[str, Metric]:
+def registry(kind: type) -> Registry[Metric]:
     """Return the metrics of a kind of sample, by name: `Tally`, or `multiclass.ClassTally`."""
-    return _REGISTRIES.setdefault(kind, {})
+    return _REGISTRIES[kind]
 
 
 def metric(
@@ -105,7 +109,7 @@ def metric(
         name = fn.__name__
         shown = label or name.replace("_", " ")
         made = Metric(name, shown, fn, kind, tuple(needs), bounds, better, ideal, share, undefined)
-        registry(of)[name] = made
+        registry(of).add(name, made, fn)
         return fn
 
     return register

@@ -1,41 +1,42 @@
-"""The layouts real archives come in, one file each, found by name or recognised.
+"""Data sets, one file each: all that is known of one stands in its `Dataset`.
 
-To add one, write a module with a `Layout` named ``LAYOUT``: how it is recognised, how its files become rows
-(patient, slide, place, class), what the whole set counts, whom to cite, its licence. Name it in ``_MODULES``
-below, before ``folders``, which takes any tree of class folders; put a miniature tree in ``tests/trees``.
-
-Annotated slides are no `Layout`, for they need to be told how to be cut: `biopsy.data.packing` asks for them.
+That is how it is recognised, how its files become rows (patient, slide, place, class, its own split), what
+the whole set counts, micrometres per pixel, whom to cite, its licence and where it is downloaded. A file
+here, or a module that an installed package names in the entry point group ``biopsy.datasets``, is found by
+itself. Annotated slides are no `Dataset`, for they need to be told how to be cut: `biopsy.data.packing` asks
+for them.
 """
 
 from biopsy.core.errors import DataError, suggest
 from biopsy.data.archives import Archive
-from biopsy.data.datasets import annotated_slides, breakhis, folders, hcd, idc, pcam
-from biopsy.data.datasets.base import Layout, Listing
+from biopsy.data.datasets import annotated_slides
+from biopsy.data.datasets.base import DATASETS, Dataset, Listing, register_dataset
 
-_MODULES = (idc, pcam, hcd, breakhis, folders)
-LAYOUTS = {
-    layout.name: layout for module in _MODULES for layout in getattr(module, "LAYOUTS", (module.LAYOUT,))
-}
-
-__all__ = ["LAYOUTS", "Layout", "Listing", "find_layout"]
+__all__ = ["DATASETS", "Dataset", "Listing", "find_dataset", "list_datasets", "register_dataset"]
 
 
-def find_layout(archive: Archive, name: str | None = None) -> Layout:
-    """Give the layout called ``name``, or the first that recognises the archive.
+def list_datasets() -> list[Dataset]:
+    """Return all data sets in the order in which they are tried on an archive."""
+    return sorted(DATASETS.values(), key=lambda dataset: dataset.takes_any)
+
+
+def find_dataset(archive: Archive, name: str | None = None) -> Dataset:
+    """Return the data set called ``name``, or the first that recognises the archive.
 
     Raises:
-        DataError: If there is none; says what each layout looks for.
+        DataError: If there is none; says what each is recognised by.
     """
     if name is not None:
-        if name not in LAYOUTS:
+        if name not in DATASETS:
             raise DataError(
-                f"no dataset layout is called {name!r}; {suggest(name, (*LAYOUTS, annotated_slides.NAME))}"
+                f"no dataset layout is called {name!r}; {suggest(name, (*DATASETS, annotated_slides.NAME))}"
             )
-        return LAYOUTS[name]
-    for layout in LAYOUTS.values():
-        if layout.recognise(archive):
-            return layout
-    looked_for = {layout.name: layout.looks_for for layout in LAYOUTS.values()}
+        return DATASETS[name]
+    known = list_datasets()
+    for dataset in known:
+        if dataset.recognise(archive):
+            return dataset
+    looked_for = {dataset.name: dataset.looks_for for dataset in known}
     looked_for[annotated_slides.NAME] = annotated_slides.LOOKS_FOR
     wanted = "; ".join(f"{name}: {what}" for name, what in looked_for.items())
     examples = ", ".join(repr(entry.name) for entry in archive.entries[:3])

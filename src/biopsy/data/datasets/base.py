@@ -9,7 +9,9 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import DataError
+from biopsy.core.plugins import Registry
 from biopsy.data.archives import Archive, Entry
+from biopsy.data.datasets.sources import KaggleData, RemoteFile, Source
 from biopsy.slide_io.images import IMAGE_SUFFIXES, decode
 
 SIDE_BY_FOLDER = {
@@ -93,8 +95,8 @@ class Listing:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A way of laying out patches in folders and files, and the dataset it is known from."""
+class Dataset:
+    """All that is known of a data set: how it is laid out in folders and files, and how it is fetched."""
 
     name: str
     title: str
@@ -111,6 +113,29 @@ class Layout:
     """Whether the user must state the um/px, which the data set is known not to have."""
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Names under which several of its classes may be asked for together, by ``--positive``."""
+    files: tuple[RemoteFile, ...] = ()
+    kaggle: KaggleData | None = None
+    credentials: str = "none"
+    """Which credentials its download asks for."""
+    takes_any: bool = False
+    """Whether it recognises what others may recognise better: it is tried after them."""
+
+    @property
+    def source(self) -> Source | None:
+        """What is downloaded, None where it cannot be."""
+        if not self.files and self.kaggle is None:
+            return None
+        licence = f"{self.licence}; cite {self.citation}"
+        return Source(self.name, self.title, licence, self.credentials, self.files, self.kaggle)
+
+
+DATASETS: Registry[Dataset] = Registry("biopsy.datasets", "biopsy.data.datasets")
+
+
+def register_dataset(dataset: Dataset) -> Dataset:
+    """Make a data set known under its name."""
+    DATASETS.add(dataset.name, dataset, dataset.recognise)
+    return dataset
 
 
 def is_image(entry: Entry) -> bool:

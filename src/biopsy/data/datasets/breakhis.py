@@ -16,7 +16,15 @@ import pandas as pd
 
 from biopsy.core.errors import DataError
 from biopsy.data.archives import Archive, Entry
-from biopsy.data.datasets.base import ImageFiles, Layout, Listing, Skipped, drop_copies, is_image
+from biopsy.data.datasets.base import (
+    Dataset,
+    ImageFiles,
+    Listing,
+    Skipped,
+    drop_copies,
+    is_image,
+    register_dataset,
+)
 
 BENIGN = {"A": "adenosis", "F": "fibroadenoma", "PT": "phyllodes_tumor", "TA": "tubular_adenoma"}
 MALIGNANT = {
@@ -133,8 +141,8 @@ def _find_contradiction(entry: Entry, match: re.Match[str]) -> str:
     return ""
 
 
-def _make_layout(magnification: int | None) -> Layout:
-    return Layout(
+def _make_dataset(magnification: int | None) -> Dataset:
+    return Dataset(
         name="breakhis" if magnification is None else f"breakhis-{magnification}x",
         title="BreakHis, Spanhol et al. 2016"
         + ("" if magnification is None else f", its {magnification}X alone"),
@@ -154,6 +162,5 @@ def _make_layout(magnification: int | None) -> Layout:
     )
 
 
-LAYOUT = _make_layout(None)
-LAYOUTS = (LAYOUT, *map(_make_layout, MAGNIFICATIONS))
-"""The data set, and each of its magnifications by name."""
+for _magnification in (None, *MAGNIFICATIONS):  # the data set, and each of its magnifications by name
+    register_dataset(_make_dataset(_magnification))

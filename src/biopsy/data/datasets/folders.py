@@ -16,14 +16,15 @@ from biopsy.data.archives import Archive
 from biopsy.data.datasets.base import (
     POSITIVE_BY_NEGATIVE,
     SIDE_BY_FOLDER,
+    Dataset,
     ImageFiles,
-    Layout,
     Listing,
     Skipped,
     drop_copies,
     find_positive,
     find_side,
     is_image,
+    register_dataset,
 )
 
 _log = logging.getLogger(__name__)
@@ -152,14 +153,17 @@ def _natural(name: str) -> tuple[bool, int, str]:
     return (not name.isdecimal(), len(number), number or name)
 
 
-LAYOUT = Layout(
-    name="folders",
-    title="Class folders, with or without split folders",
-    looks_for="images in [train|val|test/]<class>/",
-    recognise=recognise,
-    list_patches=list_patches,
-    expected={},
-    mpp=None,
-    citation="",
-    licence="that of your data",
+register_dataset(
+    Dataset(
+        name="folders",
+        title="Class folders, with or without split folders",
+        looks_for="images in [train|val|test/]<class>/",
+        recognise=recognise,
+        list_patches=list_patches,
+        expected={},
+        mpp=None,
+        citation="",
+        licence="that of your data",
+        takes_any=True,
+    )
 )

@@ -14,13 +14,15 @@ from biopsy.core.tables import parse_csv
 from biopsy.data.archives import Archive, Entry
 from biopsy.data.datasets.base import (
     SIDE_BY_FOLDER,
+    Dataset,
     ImageFiles,
-    Layout,
     Listing,
     Skipped,
     drop_copies,
     is_image,
+    register_dataset,
 )
+from biopsy.data.datasets.sources import KaggleData
 from biopsy.data.tables import normalize_cells
 
 CLASS_NAMES = ["normal", "tumour"]
@@ -163,14 +165,20 @@ def _id_of(entry: Entry) -> str:
     return entry.name.rpartition("/")[2].rpartition(".")[0]
 
 
-LAYOUT = Layout(
-    name="hcd",
-    title="Histopathologic Cancer Detection, Kaggle 2018-2019",
-    looks_for="train_labels.csv beside train/<id>.tif, or <train|validation|test>/<pos|neg>/<SHA-1>.tif",
-    recognise=recognise,
-    list_patches=list_patches,
-    expected={"patches": 220_025, "normal": 130_908, "tumour": 89_117, "unlabelled": 57_458},
-    mpp=MPP,
-    citation="Cukierski 2018 (Kaggle), from PCam: Veeling et al. 2018 (MICCAI)",
-    licence="Kaggle competition rules; the images are PCam's (CC0 1.0)",
+register_dataset(
+    Dataset(
+        name="hcd",
+        title="Histopathologic Cancer Detection, Kaggle 2018-2019",
+        looks_for="train_labels.csv beside train/<id>.tif, or <train|validation|test>/<pos|neg>/<SHA-1>.tif",
+        recognise=recognise,
+        list_patches=list_patches,
+        expected={"patches": 220_025, "normal": 130_908, "tumour": 89_117, "unlabelled": 57_458},
+        mpp=MPP,
+        citation="Cukierski 2018 (Kaggle), from PCam: Veeling et al. 2018 (MICCAI)",
+        licence="Kaggle competition rules; the images are PCam's (CC0 1.0)",
+        # 277,483 uncompressed 96-px TIFFs of 28 kB, and an archive at most as large.
+        kaggle=KaggleData("histopathologic-cancer-detection", "competition", needed_bytes=16_000_000_000),
+        credentials="a Kaggle account that has accepted the competition's rules, and its API token in"
+        " ~/.kaggle/access_token, ~/.kaggle/kaggle.json or KAGGLE_API_TOKEN",
+    )
 )

@@ -4,9 +4,10 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from biopsy.core.errors import DownloadError
+from biopsy.core.errors import DataError, DownloadError, suggest
+from biopsy.data.datasets import list_datasets
+from biopsy.data.datasets.sources import RemoteFile, Source
 from biopsy.data.download.kaggle import download_from_kaggle, require_kagglehub
-from biopsy.data.download.sources import RemoteFile, Source, find_source
 from biopsy.data.download.transfer import PARTIAL, OnProgress, Patience, check_disk, download, unpack
 
 logger = logging.getLogger(__name__)
@@ -52,12 +53,24 @@ def fetch(name: str, out: Path | str, *, on_progress: OnProgress | None = None) 
     return fetch_source(find_source(name), out, on_progress=on_progress)
 
 
+def find_source(name: str) -> Source:
+    """Return what is downloaded of the data set of that name.
+
+    Raises:
+        DataError: If there is none, with the nearest right name.
+    """
+    sources = {source.name: source for dataset in list_datasets() if (source := dataset.source)}
+    if name not in sources:
+        raise DataError(f"no data set {name!r} to fetch; {suggest(name, sources)}")
+    return sources[name]
+
+
 def describe(name: str) -> str:
     """Say in a few lines what a data set is, how much room it takes, its licence and what it asks for.
 
     Example:
         >>> print(describe("pcam").splitlines()[0])
-        PatchCamelyon (PCam), Zenodo record 2546921
+        PatchCamelyon (PCam), the published HDF5 files
     """
     source = find_source(name)
     lines = [
@@ -76,7 +89,7 @@ def fetch_source(
     on_progress: OnProgress | None = None,
     patience: Patience | None = None,
 ) -> FetchResult:
-    """Fetch a source that need not be one of ``SOURCES``: a mirror, or a set of one's own. See ``fetch``."""
+    """Fetch a source that need not be a data set's: a mirror, or a set of one's own. See ``fetch``."""
     out = Path(out)
     if source.kaggle is not None:
         require_kagglehub()

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from biopsy.core.errors import DownloadError, MissingExtra
-from biopsy.data.download.sources import KaggleData
+from biopsy.data.datasets.sources import KaggleData
 
 CACHE_VARIABLE = "KAGGLEHUB_CACHE"  # kagglehub's documented way to move its cache
 

@@ -22,7 +22,7 @@ from urllib.error import HTTPError
 
 from biopsy.core.errors import DownloadError
 from biopsy.core.files import replace_atomic
-from biopsy.data.download.sources import RemoteFile
+from biopsy.data.datasets.sources import RemoteFile
 
 logger = logging.getLogger(__name__)
 

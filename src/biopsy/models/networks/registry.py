@@ -1,8 +1,6 @@
 """The register of networks: a name, the function that builds it, and the parameters it takes."""
 
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, cast
 
@@ -10,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from biopsy.core.errors import RecipeError, suggest
+from biopsy.core.plugins import Registry
 from biopsy.core.seeds import derive
 from biopsy.models.networks import libraries
 from biopsy.models.networks.layers import initialise
@@ -26,21 +25,18 @@ class Network(Protocol):
 
 
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
-_BUILDERS: dict[str, Callable[..., nn.Module]] = {}
+_BUILDERS: Registry[Callable[..., nn.Module]] = Registry("biopsy.networks", "biopsy.models.networks")
 _GIVEN = ("n_classes", "input_px")  # from the data and the preprocessing, never a recipe's own parameter
 
 
 def register_network(builder: Builder) -> Builder:
     """Make a function that builds a network known under its own name."""
-    _BUILDERS[builder.__name__] = builder
+    _BUILDERS.add(builder.__name__, builder, builder)
     return builder
 
 
 def list_networks() -> list[str]:
-    """Give the names of all networks in this folder; libraries' are ``timm:NAME``, ``torchvision:NAME``."""
-    package = importlib.import_module("biopsy.models.networks")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    """Give the names of all networks, plug-ins' too; libraries' are ``timm:NAME``, ``torchvision:NAME``."""
     return sorted(_BUILDERS)
 
 
@@ -97,6 +93,6 @@ def build_network(
 
 
 def _find(name: str) -> Callable[..., nn.Module]:
-    if name not in list_networks():
+    if name not in _BUILDERS:
         raise RecipeError(f"no network is called {name!r}; {suggest(name, _BUILDERS)}")
     return _BUILDERS[name]

@@ -1,7 +1,5 @@
 """Ways to ask a network what it looks at: one function each, in one register, a file for each family."""
 
-from biopsy.evaluation.explanation.methods import activations as through_layers
-from biopsy.evaluation.explanation.methods import gradients, occlusion
 from biopsy.evaluation.explanation.methods.gradients import input_gradient
 from biopsy.evaluation.explanation.methods.layers import (
     find_first_layer,
@@ -25,10 +23,7 @@ __all__ = [
     "find_last_maps",
     "find_layer",
     "find_method",
-    "gradients",
     "has_convolution",
     "input_gradient",
-    "occlusion",
     "register_method",
-    "through_layers",
 ]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from biopsy.core.errors import RecipeError, suggest
+from biopsy.core.plugins import Registry
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Method:
         return self.find_layer is not None
 
 
-METHODS: dict[str, Method] = {}
+METHODS: Registry[Method] = Registry("biopsy.methods", "biopsy.evaluation.explanation.methods")
 
 
 def register_method(
@@ -88,7 +89,8 @@ def register_method(
 
     def register(compute: Compute) -> Compute:
         name = compute.__name__
-        METHODS[name] = Method(name, title, compute, shows, shows_not, find_layer, per_class, signed)
+        method = Method(name, title, compute, shows, shows_not, find_layer, per_class, signed)
+        METHODS.add(name, method, compute)
         return compute
 
     return register
