@@ -89,7 +89,7 @@ def test_a_defect_of_ours_is_not_hidden(replace):
         ["train", "cancernet-2020", "--data", "x.pack", "--seed", "two"],
         ["study", "cancernet-2020", "--data", "x.pack", "--seeds", "0,one"],
         ["study", "cancernet-2020", "--data", "x.pack", "--seeds", ","],
-        ["evaluate", "run", "--side", "train"],
+        ["evaluate", "run", "--subset", "train"],
         ["predict", "run"],
         ["prepare", "x.zip"],
         ["split", "x.pack"],
@@ -256,7 +256,7 @@ def test_reports_are_named_one_a_line(replace):
     replace("report", lambda runs, **options: asked.update(options) or [run / "report.html" for run in runs])
     result = call("report", "a", "b", "--hide-ids")
     assert result.stdout.split() == [str(Path("a/report.html")), str(Path("b/report.html"))]
-    assert asked == {"out": None, "hide_ids": True}
+    assert asked == {"out": None, "hide_ids": True, "complete": False}
 
 
 def test_what_the_library_logs_is_on_stderr(replace):
@@ -339,8 +339,8 @@ def test_from_archive_to_report(make_idc_zip, tmp_path, monkeypatch):
     assert judged.exit_code == 0, judged.stderr
     metrics = json.loads(judged.stdout)
     assert metrics == json.loads(Path("run/evaluation/metrics.json").read_text())
-    assert "opened 2 times, for 1 runs" in call("evaluate", "run").stdout
-    shown = call("evaluate", "run", "--side", "val")
+    assert "evaluated 2 times, by 1 runs" in call("evaluate", "run").stdout
+    shown = call("evaluate", "run", "--subset", "validation")
     assert shown.exit_code == 0 and "auroc" in shown.stdout
 
     predicted = call("predict", "run", "tiny.pack", "--out", "out.csv", "--json")

@@ -69,7 +69,7 @@ def test_flipped_labels_are_found_decided_and_prepared(noisy, tmp_path):
     pack = Pack.open(place / "idc.pack")
     before = pack.table.set_index("patch_id")["target"]
     flipped = before.index[before != before.index.map(truth)]
-    found = biopsy.doubts(run, out=tmp_path / "out", n=500)
+    found = biopsy.label_issues(run, out=tmp_path / "out", n=500)
     sheet = pd.read_csv(found.path, dtype=str)
     assert sheet["patch_id"].tolist() == found.table["patch_id"].tolist()
     listed = set(sheet["patch_id"])
@@ -100,13 +100,13 @@ def test_flipped_labels_are_found_decided_and_prepared(noisy, tmp_path):
     assert wrong_after <= wrong_before * 0.2
 
     with pytest.raises(DataError, match=rf"holds {len(sheet) - 1} decisions already: name another --out"):
-        biopsy.doubts(run, out=tmp_path / "out")
+        biopsy.label_issues(run, out=tmp_path / "out")
     assert pd.read_csv(found.path)["decision"].notna().sum() == len(sheet) - 1
 
 
 def test_only_models_that_were_not_trained_on_a_patch_speak(noisy, tmp_path):
     run, _, _ = noisy
-    table = biopsy.doubts(run, out=tmp_path / "a", n=500).table
+    table = biopsy.label_issues(run, out=tmp_path / "a", n=500).table
     trained = table["patient_id"] == "8863"
     assert (
         trained.any() and (table.loc[trained, "reason"].str.endswith("every model was trained on it")).all()
@@ -118,13 +118,15 @@ def test_a_closed_test_side_is_not_looked_at(noisy, tmp_path):
     run, _, _ = noisy
     closed = Run.open(shutil.copytree(run.path, tmp_path / "run"))
     (closed.path / "predictions" / "test.parquet").unlink()
-    table = biopsy.doubts(closed, out=tmp_path / "out", n=500).table
+    table = biopsy.label_issues(closed, out=tmp_path / "out", n=500).table
     assert set(table["patient_id"]) == {"8863", "8864"}
 
 
 def test_the_page_is_whole_and_sends_nothing(noisy, tmp_path):
     run, _, _ = noisy
-    called = CliRunner().invoke(app, ["doubts", str(run.path), "--out", str(tmp_path / "out"), "--n", "4"])
+    called = CliRunner().invoke(
+        app, ["label-issues", str(run.path), "--out", str(tmp_path / "out"), "--n", "4"]
+    )
     assert called.exit_code == 0, called.output
     assert "4 are listed" in called.stdout and "biopsy prepare SOURCE --labels" in called.stdout
     text = (tmp_path / "out" / "labels.html").read_text()
@@ -138,7 +140,7 @@ def test_the_page_is_whole_and_sends_nothing(noisy, tmp_path):
     sheet = pd.read_csv(tmp_path / "out" / "labels.csv")
     assert len(sheet) == 4 and all((tmp_path / "out" / name).is_file() for name in sheet["picture"])
     again = CliRunner().invoke(
-        app, ["doubts", str(run.path), "--out", str(tmp_path / "out"), "--n", "2", "--json"]
+        app, ["label-issues", str(run.path), "--out", str(tmp_path / "out"), "--n", "2", "--json"]
     )
     assert '"n_listed": 2' in again.stdout, "a sheet without decisions may be written anew"
     assert len(list((tmp_path / "out" / "pictures").iterdir())) == 2
@@ -150,7 +152,7 @@ def test_without_coordinates_the_model_is_the_only_witness(trained_run, tmp_path
     pack = run.open_pack()
     monkeypatch.setattr(Run, "open_pack", lambda self, verify=True: pack)
     pack.table = pack.table.assign(x=pd.array([None] * len(pack), "Int64"))
-    found = biopsy.doubts(run, out=tmp_path / "out")
+    found = biopsy.label_issues(run, out=tmp_path / "out")
     frame = pd.concat([run.predictions(side)[0] for side in ("val", "test")])
     against = frame[(frame["prob_idc"] > 0.5) != (frame["target"] == 1)]
     assert set(found.table["patch_id"]) == set(against["patch_id"])
@@ -160,6 +162,6 @@ def test_without_coordinates_the_model_is_the_only_witness(trained_run, tmp_path
 
 def test_refusals(noisy, tmp_path):
     with pytest.raises(RunError, match="n=0 lists nothing"):
-        biopsy.doubts(noisy[0], out=tmp_path, n=0)
+        biopsy.label_issues(noisy[0], out=tmp_path, n=0)
     with pytest.raises(RunError, match="is not a run"):
-        biopsy.doubts(tmp_path / "nothing", out=tmp_path)
+        biopsy.label_issues(tmp_path / "nothing", out=tmp_path)

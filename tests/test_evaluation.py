@@ -195,7 +195,7 @@ def test_a_test_side_that_validated_is_said(copied):
     assert evaluate(copied)["split"]["test_is_validation"] is False
     edit(copied.path / "run.json", split={**copied.info["split"], "val_is_test": True})
     assert evaluate(copied.path)["split"]["test_is_validation"] is True
-    with pytest.raises(RunError, match="chose on its test side, as published: judge that one"):
+    with pytest.raises(RunError, match="has no validation subset: as published, it was tuned on its test"):
         evaluate(copied.path, side="val")
 
 
@@ -272,7 +272,7 @@ def test_refusals(copied, make_pack):
 def test_a_side_without_patches_is_refused(make_pack, tmp_path):
     pack = make_pack(n_patients=6, patches_per_patient=4, own_sides=("train", "val"))
     run = train_tiny(pack, tmp_path / "run", "train.epochs=1")
-    with pytest.raises(RunError, match=r"'official' has no test patches in tiny.pack: make a split"):
+    with pytest.raises(RunError, match=r"'official' has no test patches in tiny.pack: make another"):
         evaluate(run)
 
 

@@ -264,7 +264,7 @@ def test_a_report_computes_nothing_and_names_what_it_lacks(judged):
     page = Page(path.read_text()).text
     assert not (judged.path / "explain").exists() and not (judged.path / "errors").exists()
     assert "What the network looks at" not in page and "Where it goes wrong" not in page
-    for command in ("biopsy explain", "biopsy mistakes"):
+    for command in ("biopsy explain", "biopsy errors"):
         assert f"{command} {judged.path}" in page
     assert "Not included" in page
 

@@ -213,7 +213,7 @@ def test_closeups_show_every_patch_of_the_galleries(judged, found):
 
 
 def test_the_verb_writes_a_table_and_pictures(judged, found, tmp_path):
-    called = CliRunner().invoke(app, ["mistakes", str(judged.path), "--n", "5", "--out", str(tmp_path / "m")])
+    called = CliRunner().invoke(app, ["errors", str(judged.path), "--n", "5", "--out", str(tmp_path / "m")])
     assert called.exit_code == 0, called.output
     listed = pd.read_csv(tmp_path / "m" / "errors.csv", dtype={"patient_id": str})
     wrong = found.table[found.table["kind"].isin(["fn", "fp"])]
@@ -221,8 +221,8 @@ def test_the_verb_writes_a_table_and_pictures(judged, found, tmp_path):
     for picture in listed["picture"].dropna():
         assert (tmp_path / "m" / picture).is_file()
     assert len(list((tmp_path / "m" / "uncertain").iterdir())) == 5
-    assert "missed" in called.stdout and "errors.csv" in called.stdout
-    as_json = CliRunner().invoke(app, ["mistakes", str(judged.path), "--n", "5", "--json"])
+    assert "false negatives" in called.stdout and "errors.csv" in called.stdout
+    as_json = CliRunner().invoke(app, ["errors", str(judged.path), "--n", "5", "--json"])
     assert json.loads(as_json.stdout) == found.about
 
 

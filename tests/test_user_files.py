@@ -396,7 +396,7 @@ CASES = {
     "split": Case("split own.pack --protocol patients --name mine", "own.pack/splits", taken=("mine.csv",)),
     "train": Case(f"train {STUDY} --out trained --plot curves.svg", "trained", is_new=True),
     "evaluate": Case("evaluate run", "run/evaluation"),
-    "calibrate": Case("calibrate run", "run/explain", before=("evaluate run", "explain run", "mistakes run")),
+    "calibrate": Case("calibrate run", "run/explain", before=("evaluate run", "explain run", "errors run")),
     "report": Case("report run --out pages", "pages", taken=("run-report.html",), before=JUDGED),
     "predict": Case("predict run own.pack", ".", taken=("predictions.csv", "predictions.csv.json")),
     "explain": Case(
@@ -405,10 +405,10 @@ CASES = {
         taken=("saliency.png", "explain.json"),
         beside="--errors 3",
     ),
-    "mistakes": Case(
-        "mistakes run --out wrong", "wrong", taken=("errors.csv",), before=JUDGED, beside="--n 3"
+    "errors": Case("errors run --out wrong", "wrong", taken=("errors.csv",), before=JUDGED, beside="--n 3"),
+    "label-issues": Case(
+        "label-issues run --out sheet", "sheet", taken=("labels.csv", "labels.html"), beside="--n 3"
     ),
-    "doubts": Case("doubts run --out sheet", "sheet", taken=("labels.csv", "labels.html"), beside="--n 3"),
     "slide": Case(
         "slide run/classifier slide.tiff --out maps",
         "maps",
@@ -437,7 +437,7 @@ CASES = {
     ),
     "demo": Case("demo --out demo", "demo", is_new=True),
 }
-SLOW = {"report", "inspect", "calibrate", "export", "reproduce", "demo", "slide", "mistakes"}
+SLOW = {"report", "inspect", "calibrate", "export", "reproduce", "demo", "slide", "errors"}
 
 
 @pytest.fixture

@@ -46,9 +46,9 @@ if TYPE_CHECKING:
     from biopsy.data.split import split_pack as split
     from biopsy.evaluation.calibration.recalibrate import calibrate
     from biopsy.evaluation.comparison.compare import compare
-    from biopsy.evaluation.errors.case_views import mistakes
+    from biopsy.evaluation.errors.case_views import errors
     from biopsy.evaluation.explanation.explain import explain
-    from biopsy.evaluation.label_issues.find import doubts
+    from biopsy.evaluation.label_issues.find import label_issues
     from biopsy.evaluation.predict import predict
     from biopsy.evaluation.predictions import evaluate_predictions
     from biopsy.evaluation.results import Evaluation
@@ -97,7 +97,7 @@ __all__ = [
     "calibrate",
     "compare",
     "demo",
-    "doubts",
+    "errors",
     "evaluate",
     "evaluate_predictions",
     "explain",
@@ -105,8 +105,8 @@ __all__ = [
     "fetch",
     "import_keras",
     "inspect",
+    "label_issues",
     "list",
-    "mistakes",
     "predict",
     "prepare",
     "report",
@@ -129,7 +129,7 @@ _LAZY = {
     "compare": "biopsy.evaluation.comparison.compare:compare",
     "calibrate": "biopsy.evaluation.calibration.recalibrate:calibrate",
     "demo": "biopsy.experiments.demo:demo",
-    "doubts": "biopsy.evaluation.label_issues.find:doubts",
+    "errors": "biopsy.evaluation.errors.case_views:errors",
     "evaluate": "biopsy.experiments.evaluation:evaluate",
     "evaluate_predictions": "biopsy.evaluation.predictions:evaluate_predictions",
     "explain": "biopsy.evaluation.explanation.explain:explain",
@@ -137,8 +137,8 @@ _LAZY = {
     "fetch": "biopsy.models.fetch:fetch",
     "import_keras": "biopsy.models.importers.keras:import_keras",
     "inspect": "biopsy.data.inspection:inspect",
+    "label_issues": "biopsy.evaluation.label_issues.find:label_issues",
     "list": "biopsy.experiments.catalogue:list_",
-    "mistakes": "biopsy.evaluation.errors.case_views:mistakes",
     "predict": "biopsy.evaluation.predict:predict",
     "prepare": "biopsy.data.prepare:prepare",
     "report": "biopsy.experiments.reports:report",

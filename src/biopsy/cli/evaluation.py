@@ -19,11 +19,14 @@ from biopsy.cli.console import (
     progress,
     say,
 )
+from biopsy.core.subsets import subset_name
 
 
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN|CLASSIFIER|PREDICTIONS", show_default=False)],
-    side: Annotated[Literal["test", "val"], typer.Option(help="Which side to judge on.")] = "test",
+    subset: Annotated[
+        Literal["test", "validation"], typer.Option(help="Subset of the split to evaluate.")
+    ] = "test",
     data: Annotated[
         Path | None, typer.Option(help="Another pack to judge on; the run's own by default.", metavar="PACK")
     ] = None,
@@ -55,7 +58,7 @@ def evaluate(
     """
     evaluation = biopsy.evaluate(
         run,
-        side=side,
+        subset=subset,
         data=data,
         split=split,
         prevalence=prevalence,
@@ -75,10 +78,10 @@ def _print_metrics(metrics: Mapping[str, Any]) -> None:
     if split["patients_overlap"]:
         print("PATIENTS OVERLAP on this split: these figures say nothing about a new patient.")
     of_groups = "" if unit == "patch" else f" of {metrics['n_patients']:,} {unit}s"
-    where = f"{metrics['side']} side of split {split['name']}: " if metrics["side"] else ""
+    where = f"{subset_name(metrics['side'])} subset of split {split['name']}: " if metrics["side"] else ""
     print(f"{where}{metrics['n_patches']:,} patches{of_groups}")
     if opened:
-        print(f"this test side has been opened {opened['times']} times, for {opened['runs']} runs")
+        print(f"this test subset has been evaluated {opened['times']} times, by {opened['runs']} runs")
     if metrics["baseline"]:
         print(
             f"colour alone reaches AUROC {_number(metrics['baseline']['auroc'])}{_gain(metrics['baseline'])}"
@@ -416,37 +419,38 @@ def _print_plan(found: Mapping[str, Any]) -> None:
         print(f"each with about {found['patches_per_patient']:,.0f} patches, as here")
 
 
-def mistakes(
+def errors(
     run: Annotated[Path, typer.Argument(metavar="RUN", show_default=False)],
-    side: Annotated[
-        Literal["test", "val"] | None, typer.Option(help="Which side; the one last judged by default.")
+    subset: Annotated[
+        Literal["test", "validation"] | None,
+        typer.Option(help="Subset to analyse (default: the one evaluated last)."),
     ] = None,
-    n: Annotated[int, typer.Option(help="How many of each kind are pictured.")] = 12,
-    out: Annotated[Path | None, typer.Option(help="Folder to write to; errors/ in the run.")] = None,
+    n: Annotated[int, typer.Option(help="Number of patches of each kind to picture.")] = 12,
+    out: Annotated[Path | None, typer.Option(help="Output folder (default: errors/ in the run).")] = None,
     hypotheses: Annotated[
         bool, typer.Option("--hypotheses", help="Also test the published hypotheses about errors.")
     ] = False,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """List a run's mistakes with what was measured of them, pictures, and what goes with being wrong."""
-    found = biopsy.mistakes(run, side=side, n=n, out=out, hypotheses=hypotheses, device=device)
+    """Analyse a run's misclassified patches: a table, pictures, and the properties associated with errors."""
+    found = biopsy.errors(run, subset=subset, n=n, out=out, hypotheses=hypotheses, device=device)
     if as_json:
         print_json(found)
         return
     counts = found["counts"]
     print(
-        f"{found['side']} side: {counts['fn']:,} of {counts['fn'] + counts['tp']:,} "
-        f"{found['positive_class']} missed, {counts['fp']:,} false alarms among "
-        f"{counts['fp'] + counts['tn']:,} others"
+        f"{subset_name(found['side'])} subset: {counts['fn']:,} false negatives among "
+        f"{counts['fn'] + counts['tp']:,} {found['positive_class']} patches, {counts['fp']:,} false "
+        f"positives among {counts['fp'] + counts['tn']:,} others"
     )
     for zone, part in found["zones"].items():
         print(f"{zone}: {part['fn'] + part['fp']:,} errors on {part['n_patches']:,} patches")
     rows = [_row(each) for each in found["contrasts"] if each["n_errors"] and each["n_others"]]
     if rows:
-        print_table(rows, ["errors", "property", "wrong", "right", "chance to be higher", ""])
+        print_table(rows, ["errors", "property", "mean, wrong", "mean, right", "P(wrong > right) (AUC)", ""])
         if any(row[4].endswith(")") for row in rows):
-            print(f"intervals hold for all {found['n_comparisons']} comparisons together with 95 %")
+            print(f"95 % intervals are simultaneous over {found['n_comparisons']} comparisons")
     print((out or run / "errors") / "errors.csv")
 
 
@@ -459,22 +463,24 @@ def _row(found: Mapping[str, Any]) -> list[str]:
     return [found["errors"], found["property"], *means, said, estimate["reason"] or found["verdict"]]
 
 
-def doubts(
+def label_issues(
     run: Annotated[Path, typer.Argument(metavar="RUN|STUDY", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder for the sheet, the page and the pictures.")],
-    n: Annotated[int, typer.Option(help="How many labels are listed at most.")] = 100,
+    out: Annotated[Path, typer.Option(help="Output folder for labels.csv, labels.html and pictures.")],
+    n: Annotated[int, typer.Option(help="Maximum number of labels to list.")] = 100,
     as_json: AsJson = False,
 ) -> None:
-    """List labels that neighbours and a model speak against: a sheet to decide on. Changes no label."""
-    found = biopsy.doubts(run, out=out, n=n)
+    """List probable label errors in a sheet for expert review; labels themselves are not changed."""
+    found = biopsy.label_issues(run, out=out, n=n)
     if as_json:
         about = {"path": found.path, "page": found.page, "n_listed": len(found.table)}
         print_json({**about, "n_patches": found.n_patches, "n_doubted": found.n_doubted})
         return
-    print(f"{found.n_doubted:,} of {found.n_patches:,} labels are doubted; {len(found.table):,} are listed")
+    print(f"{found.n_doubted:,} of {found.n_patches:,} labels are doubtful; {len(found.table):,} are listed")
     for path in (found.path, found.page):
         print(path)
-    print(f"fill the column decision, then: biopsy prepare SOURCE --labels {found.path} --out NEW.pack")
+    print(
+        f"fill in the column decision, then run: biopsy prepare SOURCE --labels {found.path} --out NEW.pack"
+    )
 
 
 _METHODS = "saliency, smoothgrad, grad_cam, integrated_gradients, occlusion or activations"
@@ -547,5 +553,5 @@ def _print_faithfulness(found: dict[str, Any]) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    for command in (evaluate, calibrate, report, predict, compare, mistakes, doubts, explain):
+    for command in (evaluate, calibrate, report, predict, compare, errors, label_issues, explain):
         app.command()(command)

@@ -28,7 +28,7 @@ def relabel(
         table: A listing's table.
         path: A csv with a column ``patch_id`` or ``source``, a column ``label`` (a class name, or its index
             where no class is called so), and optionally ``who`` and ``when``. A label that is no class yet
-            becomes one, with a warning. With a column ``decision``, as in the sheet of ``doubts``, that
+            becomes one, with a warning. With a column ``decision``, as in the sheet of ``label-issues``, that
             counts: ``yes`` takes the class in ``suggested``, ``no`` confirms ``label``, a class is itself;
             rows without a decision are as if not there.
         class_names: The classes of the dataset, in order.

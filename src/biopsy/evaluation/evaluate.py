@@ -10,6 +10,7 @@ import numpy as np
 
 from biopsy.core.errors import RunError
 from biopsy.core.files import read_json, write_json
+from biopsy.core.subsets import subset_name
 from biopsy.data.ledger import count_openings, record_opening
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import make_predictions, write_predictions
@@ -81,11 +82,15 @@ def evaluate(
         check_prevalence(prevalence)
     pack, sides, about = _choose_patches(run, classifier, side, data, split)
     if side == "val" and about["test_is_validation"]:
-        raise RunError(f"{run.path.name} chose on its test side, as published: judge that one, side='test'")
+        raise RunError(
+            f"{run.path.name} has no validation subset: as published, it was tuned on its test "
+            "subset; evaluate that"
+        )
     rows = np.flatnonzero(sides == side)
     if not len(rows):
         raise RunError(
-            f"{about['name']!r} has no {side} patches in {pack.path.name}: make a split with `biopsy split`"
+            f"split {about['name']!r} has no {subset_name(side)} patches in {pack.path.name}: "
+            "make another with `biopsy split`"
         )
     engine = Engine("auto", run.recipe.train.precision)
     network = engine.place(classifier.network)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from biopsy.core.errors import DataError, RunError
+from biopsy.core.subsets import stored_side
 from biopsy.data.packs import Pack
 from biopsy.evaluation.evaluate import evaluate as evaluate_run
 from biopsy.evaluation.predictions import evaluate_classifier, evaluate_table, is_table
@@ -18,7 +19,7 @@ from biopsy.training.runs import Run
 def evaluate(
     run: Run | Classifier | Path | str,
     *,
-    side: Literal["test", "val"] = "test",
+    subset: Literal["test", "validation"] = "test",
     data: Pack | Path | str | None = None,
     split: str | None = None,
     prevalence: float | None = None,
@@ -29,18 +30,18 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a run on its test or validation subset or on another pack, or a table of predictions.
 
-    Of a run, ``predictions/<side>.parquet`` and ``evaluation/metrics.json`` (for validation
-    ``metrics-val.json``; for another pack both under ``external/<pack>/``) are written into it. Opening a
-    test subset is recorded in the pack's ledger. Of a table nothing is written but the report.
+    For a run, ``predictions/test.parquet`` and ``evaluation/metrics.json`` (validation: ``val.parquet`` and
+    ``metrics-val.json``; another pack: both under ``external/<pack>/``) are written into it. Each evaluation
+    of a test subset is recorded in the pack's ledger. For a table, only the report is written.
 
     Args:
         run: A finished run; a classifier, with ``data``; or a csv or Parquet table with a row per patch: the
             true class (``y_true``, ``target``, ``label``, ...), the positive class's probability (``prob``)
             or each class's (``prob_<class>``), and the patient (``patient_id``, ``groups``, ...).
-        side: ``"test"`` or ``"val"``.
-        data: Another pack with the same classes, of which all patches are judged unless ``split`` is given.
-            The run's own pack is known by its content wherever it lies, and judged on the run's own split.
-        split: With another pack: the split of that pack whose ``side`` is judged.
+        subset: ``"test"`` or ``"validation"``.
+        data: Another pack with the same classes; all its patches are evaluated unless ``split`` is given.
+            The run's own pack is recognised by its content and evaluated on the run's own split.
+        split: With another pack: the split of that pack whose ``subset`` is evaluated.
         prevalence: Also give PPV and NPV where this share of patches is positive.
         positive: Of a table of two classes: the positive one.
         threshold: Of a table: the probability from which a patch is predicted positive; by default the one
@@ -52,13 +53,14 @@ def evaluate(
         The numbers with their intervals; `Evaluation.to_dict` is what ``metrics.json`` holds.
 
     Raises:
-        RunError: If the run has not finished, its pack changed, or there is nothing on that side.
+        RunError: If the run has not finished, its pack changed, or the subset is empty.
         DataError: If the other pack's patches are of another resolution or larger than the classifier's, a
             table cannot be read, or an argument does not belong to what is evaluated.
         MetricError: If a table's values allow no metric.
     """
+    side = stored_side(subset)
     if is_table(run):
-        _refuse("a table of predictions", side=None if side == "test" else side, data=data, split=split)
+        _refuse("a table of predictions", subset=None if subset == "test" else subset, data=data, split=split)
         table: Any = run
         evaluation = evaluate_table(
             table, positive=positive, threshold=threshold, subgroups=subgroups, prevalence=prevalence

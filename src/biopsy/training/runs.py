@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, model_validator
 from biopsy.core.errors import DataError, FileFormatError, PackError, RunError
 from biopsy.core.files import create_directory, read_json, sha256_file, write_atomic, write_json
 from biopsy.core.loaders import parse_json, read_text, validate
+from biopsy.core.subsets import subset_name
 from biopsy.core.tables import read_csv_table, write_csv
 from biopsy.data.packs import Pack, is_pack
 from biopsy.data.predictions import read_predictions
@@ -304,7 +305,10 @@ class Run:
         """Read the predictions of one side and their metadata."""
         path = self.path / "predictions" / f"{side}.parquet"
         if not path.exists():
-            raise RunError(f"{path} does not exist: make it with `biopsy evaluate {self.path} --side {side}`")
+            raise RunError(
+                f"{path} does not exist: make it with "
+                f"`biopsy evaluate {self.path} --subset {subset_name(side)}`"
+            )
         frame, about = read_predictions(path)
         self._require_same_classifier(path, about)
         return frame, about

@@ -13,6 +13,7 @@ import pandas as pd
 from biopsy.core.arrays import read_arrays, write_arrays
 from biopsy.core.errors import DataError
 from biopsy.core.files import refuse_inputs, update_directory
+from biopsy.core.subsets import stored_side
 from biopsy.core.tables import write_csv
 from biopsy.data.packs import Pack
 from biopsy.evaluation.errors.measure import FOLDER, SHOWN_EACH, Mistakes, measure_mistakes, read_mistakes
@@ -72,40 +73,42 @@ class ErrorAnalysis:
     closeups: Closeups | None
 
 
-def mistakes(
+def errors(
     run: Run | Path | str,
     *,
-    side: Literal["test", "val"] | None = None,
+    subset: Literal["test", "validation"] | None = None,
     n: int = SHOWN_EACH,
     out: Path | str | None = None,
     hypotheses: bool = False,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Find a run's mistakes, measure what goes with them, and write a table and pictures.
+    """Analyse the misclassified patches of a run; write a table and pictures.
 
-    Writes ``errors.csv`` (every mistake with what was measured of it) and a folder of pictures each for
-    ``missed``, ``false-alarms`` and ``uncertain`` patches: the patch, what the network looks at, its place on
-    the slide, and the training patches most like it. The record itself stands in the run's ``errors/``.
+    Writes ``errors.csv`` (every misclassified patch with its measured properties) and a folder of pictures
+    each of the most confident false negatives (``missed``), false positives (``false-alarms``) and uncertain
+    patches: the patch, its saliency map, its position on the slide, and the nearest training patches. The
+    complete record is kept in the run's ``errors/``.
 
     Args:
         run: A finished run that tells two classes apart.
-        side: ``test`` or ``val``; the side last judged by default. Nothing is opened by this.
-        n: How many of each kind are pictured.
-        out: Where to write; ``errors/`` in the run by default.
+        subset: ``"test"`` or ``"validation"``, already evaluated (default: the subset evaluated last).
+        n: Number of patches of each kind to picture.
+        out: Output folder (default: ``errors/`` in the run).
         hypotheses: Also test the published hypotheses about errors and saliency; the report shows them.
-        device: Where the network is asked.
+        device: Device on which the network runs.
 
     Returns:
         What ``errors.json`` holds; see the file formats page.
 
     Raises:
-        RunError: If the run has more than two classes, or the side has not been predicted.
+        RunError: If the run has more than two classes, or the subset has not been evaluated.
     """
     run = Run.open(run)
     place = run.path / "errors" if out is None else Path(out)
     refuse_inputs(place, run.path)
     names = (TABLE, *(f"{folder}/*" for folder in GALLERIES.values()))
     with update_directory(place, *names) as partial:
+        side = None if subset is None else stored_side(subset)
         found = measure_mistakes(run, side=side, n=n, device=device)
         closeups = look_closer(run, found, device=device)
         pictures: dict[str, str] = {}

@@ -6,7 +6,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from biopsy.evaluation.errors.case_views import Closeup, ErrorAnalysis, hide_errors, load_errors, mistakes
+from biopsy.evaluation.errors.case_views import Closeup, ErrorAnalysis, errors, hide_errors, load_errors
 from biopsy.evaluation.errors.measure import AGAINST, KINDS
 from biopsy.plotting.style import jpeg
 from biopsy.reporting.document import Block, Bullets, Case, Cases, Section, Table, Text, number
@@ -33,8 +33,8 @@ ANSWERED = ("less stained", "heterogeneous")
         load_errors,
         hide_errors,
         title="Error analysis",
-        command="biopsy mistakes {run}",
-        make=mistakes,
+        command="biopsy errors {run}",
+        make=errors,
         applies=lambda run: run.info["threshold"] is not None,
     ),
 )

@@ -19,7 +19,7 @@ from biopsy.reporting.registry import Result, section
     hypotheses=Result(
         read_conjectures,
         title="Published hypotheses about errors and saliency",
-        command="biopsy mistakes {run} --hypotheses",
+        command="biopsy errors {run} --hypotheses",
         make=measure_conjectures,
         applies=lambda run: bool(run.recipe.origin.claim) and run.info["threshold"] is not None,
     ),

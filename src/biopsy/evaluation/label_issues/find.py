@@ -29,7 +29,7 @@ COLUMNS = ("patch_id", "label", "suggested", "decision", "who", "when", "reason"
 
 @dataclass(frozen=True)
 class Doubts:
-    """What came of a call of `doubts`.
+    """The result of `label_issues`.
 
     Attributes:
         table: The sheet: one row a doubted label, most doubted first.
@@ -56,7 +56,7 @@ class _Models:
     allowed: np.ndarray  # bool, (n_patches,)
 
 
-def doubts(run: Run | Study | Path | str, *, out: Path | str, n: int = 100) -> Doubts:
+def label_issues(run: Run | Study | Path | str, *, out: Path | str, n: int = 100) -> Doubts:
     """List labels that most witnesses speak against, and write a sheet and a page of pictures to decide on.
 
     Witnesses are the labels of the eight neighbours on the slide, a voice each, and one voice of the models
