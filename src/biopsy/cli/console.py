@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn, Protocol
 
 import typer
 
+MAX_MESSAGE = 900  # characters of an error or warning
 MAX_NAMED = 20  # skipped files named one by one before the rest is only counted
 
 KNOWN_ERROR, USAGE, SKIPPED, INTERRUPTED = 1, 2, 3, 130
@@ -23,8 +24,13 @@ def say(text: str) -> None:
 
 def fail(message: str) -> NoReturn:
     """Print a known error as one line and leave with its exit code."""
-    say("error: " + " ".join(message.split()))
+    say("error: " + _cut(" ".join(message.split())))
     raise typer.Exit(KNOWN_ERROR)
+
+
+def _cut(message: str) -> str:
+    """Cut a message that holds a cell or name of any length."""
+    return message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + " ..."
 
 
 def interrupted(how_to_go_on: str) -> NoReturn:
@@ -80,7 +86,7 @@ def _cell(value: object) -> str:
 def name_skipped(skipped: Sequence[Mapping[str, str]], where: str) -> None:
     """Name and count the input that could not be read, and leave with exit code 3 if there was any."""
     for item in skipped[:MAX_NAMED]:
-        say(f"skipped {item['source']}: {item['reason']}")
+        say(_cut(f"skipped {item['source']}: {item['reason']}"))
     if len(skipped) > MAX_NAMED:
         say(f"... and {len(skipped) - MAX_NAMED:,} more, all named in {where}")
     if skipped:
@@ -134,7 +140,7 @@ class StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        say(level + record.getMessage())
+        say(level + _cut(record.getMessage()))
 
 
 def show_log() -> None:
