@@ -104,7 +104,6 @@ BAD = {
     "no number": (feature([[[float("nan"), 0], [1, 0], [1, 1], [0, 0]]]), "corners that are no numbers"),
     "endless": (feature([[[0, 0], [float("inf"), 0], [1, 1], [0, 0]]]), "corners that are no numbers"),
     "far": (feature([[[0, 0], [1e10, 0], [1, 1], [0, 0]]]), "corners that are no numbers of pixels up to"),
-    "beyond 64 bits": (feature([[[0, 0], [10**30, 0], [1, 1], [0, 0]]]), "no list of x, y"),
     "flat": (feature([[[0, 0], [5, 5], [9, 9], [0, 0]]]), "has no area"),
 }
 
@@ -242,7 +241,7 @@ def test_a_file_that_would_exhaust_the_reader_is_refused(write, what, monkeypatc
 
 
 def test_a_file_that_is_no_geojson_is_refused(write, tmp_path):
-    with pytest.raises(DataError, match="is not readable as GeoJSON"):
+    with pytest.raises(DataError, match="cannot be read as JSON"):
         read_annotations(write("{not json"))
     with pytest.raises(DataError, match="holds no list of features"):
         read_annotations(write({"type": "Topology"}))

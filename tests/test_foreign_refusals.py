@@ -182,15 +182,15 @@ def test_links_in_an_h5_are_not_followed(tmp_path, link):
         ),
         (lambda f, p: f.create_dataset(p, data=np.zeros(256, int)), "holds int64 in 'dense/bias:0'"),
         (lambda f, p: f.create_dataset(p, data=np.full(256, np.nan)), "that are not finite"),
-        (lambda f, p: f.create_dataset(p, (256,), "f4", chunks=(9,)), "compressed or in part: save it again"),
+        (lambda f, p: f.create_dataset(p, (256,), "f4", chunks=(9,)), "declares 1,024 bytes"),
         (lambda f, p: f.create_dataset(p, data=np.zeros(256), compression="gzip"), "compressed or in part"),
-        (lambda f, p: f.create_group(p), "a group in 'dense/bias:0' where floating-point numbers"),
+        (lambda f, p: f.create_group(p), "holds 'dense/bias:0' as a group"),
         (lambda f, p: None, "names 'dense/bias:0', which it does not hold"),
         (lambda f, p: f.attrs.modify("backend", "theano"), "by Keras on Theano, which turns kernels"),
         (lambda f, p: f.attrs.pop("layer_names"), "holds no weights of a Keras model"),
-        (lambda f, p: f.attrs.modify("model_config", "{"), "a configuration that is not readable as JSON"),
+        (lambda f, p: f.attrs.modify("model_config", "{"), "cannot be read as JSON"),
         (lambda f, p: f.attrs.modify("model_config", "[1]"), "a configuration that is not one of a Keras"),
-        (lambda f, p: f.attrs.modify("model_config", "[" * 9999), "a configuration that is not readable"),
+        (lambda f, p: f.attrs.modify("model_config", "[" * 9999), "nests deeper"),
     ],
 )
 def test_arrays_that_are_no_weights_are_refused(tmp_path, replace, said):
@@ -222,10 +222,10 @@ def test_what_is_no_keras_file_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "other.keras", "w") as archive:
         archive.writestr("config.json", "{}")
     for name, said in (
-        ("gone.h5", "gone.h5 does not exist: give a file that Keras saved"),
+        ("gone.h5", "gone.h5 does not exist; give a file that Keras saved"),
         ("text.h5", "text.h5 is no HDF5 file"),
         ("empty.keras", "empty.keras is no HDF5 file"),
-        ("saved_model", "is a folder: save the model from Keras as one file"),
+        ("saved_model", "is a folder where a file was expected"),
         ("other.keras", "is a zip without .just. one model.weights.h5"),
     ):
         with pytest.raises(DataError, match=said):

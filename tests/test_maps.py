@@ -63,10 +63,10 @@ def test_files_that_are_no_map_are_refused(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         SlideMap.from_parquet(tmp_path / "none.parquet")
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match="cannot be read as a map"):
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
         SlideMap.from_parquet(tmp_path / "a.parquet")
     make_map(CELLS).to_frame().to_parquet(tmp_path / "b.parquet")
-    with pytest.raises(DataError, match="where 'biopsy-map/1' was expected"):
+    with pytest.raises(DataError, match="is no map of format 'biopsy-map/1'"):
         SlideMap.from_parquet(tmp_path / "b.parquet")
 
 

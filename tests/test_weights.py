@@ -298,7 +298,7 @@ def test_what_is_not_weights_is_refused_and_never_executed(tmp_path):
         "code.pth": "nothing is unpickled",
         "zip.pth": "nothing is unpickled",
         "list.pth": "holds no weights by name",
-        "cut.safetensors": "not readable as weights",
+        "cut.safetensors": "cannot be read as safetensors",
         "other.safetensors": "does not fit residual",
     }.items():
         with pytest.raises(DataError, match=message):

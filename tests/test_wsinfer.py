@@ -132,7 +132,7 @@ def test_a_malformed_configuration_is_refused(make_model, config, message):
 def test_an_incomplete_or_unreadable_model_is_refused(make_model, tmp_path):
     folder, _ = make_model()
     (folder / "torchscript_model.pt").write_bytes(b"not a zip")
-    with pytest.raises(RunError, match="is not readable as TorchScript"):
+    with pytest.raises(RunError, match="cannot be read as TorchScript"):
         open_wsinfer(folder, trust_model=sha256_file(folder / "torchscript_model.pt"))
     (folder / "torchscript_model.pt").unlink()
     with pytest.raises(RunError, match=r"but no torchscript_model\.pt"):
@@ -145,7 +145,7 @@ def test_an_incomplete_or_unreadable_model_is_refused(make_model, tmp_path):
 
 def test_more_outputs_than_classes_are_refused(make_model):
     folder, digest = make_model(2, network=Sums(3))
-    with pytest.raises(RunError, match=r"gives 3 outputs where its config\.json names 2"):
+    with pytest.raises(RunError, match=r"gives \(\d+, 3\) for \d+ patches where its config\.json names 2"):
         our_probs(open_wsinfer(folder, trust_model=digest), draw(2, 16))
 
 

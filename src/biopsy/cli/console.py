@@ -44,8 +44,13 @@ def print_json(document: object) -> None:
     text = json.dumps(
         document, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value)
     )
-    finite = json.loads(text, parse_constant=lambda constant: None)
-    print(json.dumps(finite, indent=2, ensure_ascii=False))
+    finite = json.loads(text, parse_constant=lambda constant: None)  # noqa: TID251 - our own text
+    printed = json.dumps(finite, indent=2, ensure_ascii=False)
+    try:
+        printed.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        printed = json.dumps(finite, indent=2)  # escapes what the stream cannot hold
+    print(printed)
 
 
 def print_table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> None:

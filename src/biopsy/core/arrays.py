@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from biopsy.core.errors import DataError
+from biopsy.core.errors import FileFormatError
 from biopsy.core.files import plain, write_atomic
-from biopsy.core.loaders import open_regular
+from biopsy.core.loaders import parse_json, read_tensors
 
 _ABOUT = "about"
 
@@ -26,15 +25,10 @@ def read_arrays(path: Path | str, *, format: str) -> tuple[dict[str, np.ndarray]
     """Return the arrays and the document that `write_arrays` wrote.
 
     Raises:
-        DataError: If the file is missing, damaged, or of another format.
+        FileFormatError: If the file is missing, damaged, or of another format.
     """
-    try:
-        open_regular(path).close()
-        with safe_open(path, "numpy") as file:
-            about = json.loads((file.metadata() or {})[_ABOUT])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not readable as arrays ({error}): make it again") from None
+    arrays, texts = read_tensors(path)
+    about = parse_json(texts.get(_ABOUT, "null"), path)
     if not isinstance(about, dict) or about.get("format") != format:
-        raise DataError(f"{path} is not of format {format!r}: make it again")
+        raise FileFormatError(path, "format", f"is not of format {format!r}: make it again")
     return arrays, about

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import h5py
 
-from biopsy.core.errors import FileFormatError
+from biopsy.core.errors import DataError, FileFormatError
 from biopsy.core.loaders import open_regular
 
 MAX_RATIO = 1032  # deflate packs no better, so larger arrays than that are only declared
@@ -37,7 +37,7 @@ def open_hdf5(path: Path | str, content: io.BytesIO | None = None) -> Iterator[h
     try:
         with h5py.File(path if content is None else content, "r") as file:
             yield file
-    except FileFormatError:
+    except DataError:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -80,7 +80,7 @@ def find_dataset(group: h5py.Group, name: str, path: Path | str) -> h5py.Dataset
         )
     if dataset.is_virtual or dataset.external:
         raise FileFormatError(
-            path, "value", f"holds the values of {name!r} in another file: they are not followed"
+            path, "value", f"holds the values of {name!r} in another file: links are not followed"
         )
     settings = dataset.id.get_create_plist()
     filters = {settings.get_filter(number)[0] for number in range(settings.get_nfilters())}

@@ -13,13 +13,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from biopsy.core.errors import DataError, PackError, suggest
 from biopsy.core.files import create_directory
 from biopsy.core.loaders import read_bytes
-from biopsy.core.tables import infer_numbers, read_csv_table
+from biopsy.core.tables import infer_numbers, read_csv_table, read_parquet_table
 from biopsy.core.text import normalize_id
 from biopsy.data.archives import MAX_ENTRY_BYTES
 from biopsy.data.datasets.base import Listing, find_positive
@@ -362,12 +360,7 @@ def _name_classes(
 
 def _read_table(path: Path) -> pd.DataFrame:
     if path.suffix.lower() in (".parquet", ".pq"):
-        try:
-            return pq.read_table(path).to_pandas()
-        except FileNotFoundError:
-            raise DataError(f"{path} does not exist") from None
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise DataError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+        return read_parquet_table(path)[0]
     table = read_csv_table(path)
     ids = {name for names in ID_COLUMNS.values() for name in names}
     return table.apply(lambda column: column if str(column.name).lower() in ids else infer_numbers(column))

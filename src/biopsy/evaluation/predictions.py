@@ -9,13 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import ArrayLike
 
 from biopsy.core.errors import DataError, MetricError, RunError, suggest
 from biopsy.core.files import plain
-from biopsy.core.tables import infer_numbers, read_csv_table
+from biopsy.core.tables import infer_numbers, read_csv_table, read_parquet_table
 from biopsy.core.text import normalize_id
 from biopsy.data.building import index_labels
 from biopsy.data.datasets.base import find_positive
@@ -449,12 +447,7 @@ def _spell(group: object) -> str:
 def _read_table(path: Path) -> pd.DataFrame:
     """Read a csv or Parquet file; cells that are all numbers become numbers, but for ids."""
     if path.name.lower().endswith(".parquet"):
-        try:
-            return pq.read_table(path).to_pandas()
-        except FileNotFoundError:
-            raise DataError(f"{path} does not exist") from None
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise DataError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+        return read_parquet_table(path)[0]
     table = read_csv_table(path)
     texts = {*GROUP_COLUMNS, *ID_COLUMNS}
     return table.apply(lambda column: column if str(column.name).lower() in texts else infer_numbers(column))

@@ -1,15 +1,17 @@
 """Reading files of weights into networks: safetensors, PyTorch's tensors alone, Keras."""
 
+import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from biopsy.core.errors import DataError
+from biopsy.core.errors import DataError, FileFormatError
+from biopsy.core.loaders import open_regular, read_tensors, refusing
 from biopsy.models.networks.libraries import LibraryNetwork, split_name, timm_size
 from biopsy.models.networks.stages import StagedNetwork
 
@@ -59,24 +61,31 @@ def fill_network(network: nn.Module, name: str, path: Path) -> bool:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        found = (
-            load_file(path)
-            if path.suffix.lower() == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except pickle.UnpicklingError:
-        raise DataError(
-            f"{path} holds more than tensors, or is cut short: nothing is unpickled from it"
-        ) from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise DataError(f"{path} is not readable as weights: {str(error).splitlines()[0]}") from None
+    if path.suffix.lower() == ".safetensors":
+        return read_tensors(path, framework="pt")[0]
+    found = _load_pickled(path)
     for key in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise DataError(f"{path} holds no weights by name")
     return found
+
+
+def _load_pickled(path: Path) -> Any:
+    """Read a file of ``torch.save`` as data: what is no tensor or plain container is refused."""
+    with open_regular(path) as file, refusing(path, "weights"):
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                n_bytes = sum(entry.file_size for entry in archive.infolist())
+            if n_bytes > os.fstat(file.fileno()).st_size:  # PyTorch itself packs nothing
+                raise FileFormatError(path, "too-large", f"unpacks to {n_bytes:,} bytes: it is not read")
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
+        except pickle.UnpicklingError:
+            raise FileFormatError(
+                path, "value", "holds more than tensors, or is cut short: nothing is unpickled from it"
+            ) from None
 
 
 def _fill_own(network: nn.Module, tensors: dict[str, Tensor]) -> bool:

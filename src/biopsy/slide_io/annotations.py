@@ -8,7 +8,6 @@ read. Anything else that does not fit is refused by file and feature. Sources: Q
 "Exporting annotations", its class ``PathObjectTypeAdapters``, and RFC 7946.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -18,8 +17,8 @@ from typing import Any
 import numpy as np
 import shapely
 
-from biopsy.core.errors import DataError, FileFormatError
-from biopsy.core.loaders import read_bytes
+from biopsy.core.errors import DataError
+from biopsy.core.loaders import parse_json, read_bytes
 from biopsy.core.text import normalize_name
 from biopsy.slide_io.annotation_xml import read_xml_areas
 from biopsy.slide_io.outlines import Area, OutlineReader, read_ring
@@ -137,12 +136,7 @@ def _read_geojson(path: Path) -> Annotations:
 
 def _read_features(path: Path) -> list[Any]:
     content = read_bytes(path, max_bytes=MAX_BYTES)
-    try:
-        document = json.loads(content.decode("utf-8-sig"))
-    except ValueError as error:
-        raise FileFormatError(path, "syntax", f"is not readable as GeoJSON: {error}") from None
-    except RecursionError:
-        raise FileFormatError(path, "too-deep", "is not readable as GeoJSON: it is nested too deep") from None
+    document = parse_json(content, path, allow_nan=True)
     if isinstance(document, dict) and document.get("type") in ("Feature", *_GEOMETRIES):
         return [document]
     features = document.get("features") if isinstance(document, dict) else document

@@ -15,8 +15,10 @@ import shapely
 from matplotlib.colors import to_rgb
 from shapely import Polygon
 
-from biopsy.core.errors import DataError, SlideError
+from biopsy.core.errors import FileFormatError, SlideError
 from biopsy.core.files import replace_atomic
+from biopsy.core.loaders import parse_json, refusing
+from biopsy.core.tables import read_parquet_table
 from biopsy.plotting.style import BASELINE, CLASS_COLOURS
 from biopsy.slides.grids import PatchGrid
 
@@ -127,16 +129,16 @@ class SlideMap:
             DataError: If the file is missing, no map, or of a newer format.
         """
         path = Path(path)
-        try:
-            table = pq.read_table(path)
-            known = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
-        except FileNotFoundError:
-            raise DataError(f"{path} does not exist") from None
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise DataError(f"{path} cannot be read as a map: {error}") from None
-        if known.get("format") != FORMAT:
-            raise DataError(f"{path} has format {known.get('format')!r} where {FORMAT!r} was expected")
-        frame, place = table.to_pandas(), known["grid"]
+        frame, metadata = read_parquet_table(path, {"x": "number", "y": "number", "abstained": "bool"})
+        known = parse_json(metadata.get(_KEY, b"{}"), path)
+        if not isinstance(known, dict) or known.get("format") != FORMAT:
+            raise FileFormatError(path, "format", f"is no map of format {FORMAT!r}")
+        with refusing(path, "a map"):
+            return cls._from_frame(frame, known)
+
+    @classmethod
+    def _from_frame(cls, frame: pd.DataFrame, known: dict[str, Any]) -> "SlideMap":
+        place = known["grid"]
         place |= {name: tuple(place.get(name, (0, 0))) for name in ("origin_px", "corner")}
         column, row = (
             np.rint((frame[axis] / place["scale"] - origin) / place["stride_px"]).to_numpy(np.int64)

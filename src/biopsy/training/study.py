@@ -7,7 +7,7 @@ import pandas as pd
 
 from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import read_json, write_json
-from biopsy.core.tables import unmask_formulas
+from biopsy.core.tables import infer_numbers, read_csv_table
 from biopsy.data.predictions import read_predictions
 from biopsy.training.runs import Run
 
@@ -79,7 +79,7 @@ class Study:
 
     def table(self) -> pd.DataFrame:
         """Read ``table.csv``."""
-        return unmask_formulas(pd.read_csv(self.path / "table.csv"))
+        return read_csv_table(self.path / "table.csv").apply(infer_numbers)
 
     def predictions(self) -> pd.DataFrame:
         """Read the pooled out-of-fold predictions, with ``recipe``, ``fold`` and ``seed``."""

@@ -15,14 +15,17 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import ArchiveError, DataError
+from biopsy.core.hdf5 import find_dataset, open_hdf5
 from biopsy.core.tables import infer_numbers, read_csv_table
 from biopsy.core.text import normalize_id
 from biopsy.data.archives import Archive, Entry, FolderArchive
 from biopsy.data.datasets.base import SIDE_BY_FOLDER, Dataset, Listing, Skipped, register_dataset
 from biopsy.data.datasets.sources import RemoteFile
+from biopsy.data.packs import MAX_PATCH_PX
 from biopsy.data.tables import normalize_cells
 
 CLASS_NAMES = ["normal", "tumour"]
+MAX_PATCHES = 2**20  # of one file; the largest published has 2**18
 MPP = 0.972  # level 2 of Camelyon16's scans at 0.243 micrometres a pixel
 SPLITS = ("train", "valid", "test")
 
@@ -48,10 +51,10 @@ class H5Patches:
             part = self._find_part(run[0])
             first = run[0] - self._starts[part]
             try:
-                with h5py.File(self._paths[part], "r") as file:
-                    block = file["x"][first : first + len(run)]
-            except OSError as error:
-                yield from [DataError(f"cannot be read from the h5 file: {error}")] * len(run)
+                with _open_array(self._paths[part], "x") as array:
+                    block = array[first : first + len(run)]
+            except DataError as error:
+                yield from [error] * len(run)
             else:
                 yield from block
 
@@ -120,13 +123,8 @@ def _find_files(archive: Archive) -> dict[tuple[str, str], Entry]:
 
 @contextlib.contextmanager
 def _open_array(path: Path, key: str) -> Iterator[h5py.Dataset]:
-    try:
-        with h5py.File(path, "r") as file:
-            yield file[key]
-    except OSError:
-        raise ArchiveError(f"{path} is no readable HDF5 file: it was cut short or damaged") from None
-    except KeyError:
-        raise ArchiveError(f"{path} holds no array named {key!r}: it is not PCam's") from None
+    with open_hdf5(path) as file:
+        yield find_dataset(file, key, path)
 
 
 def _read_shape(path: Path) -> tuple[int, ...]:
@@ -134,14 +132,19 @@ def _read_shape(path: Path) -> tuple[int, ...]:
         if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8:
             found = f"{array.dtype} {array.shape}"
             raise ArchiveError(f"{path} holds {found} where uint8 (n, height, width, 3) is expected")
+        if len(array) > MAX_PATCHES or max(array.shape[1:3]) > MAX_PATCH_PX:
+            raise ArchiveError(
+                f"{path} holds patches of the shape {array.shape} where at most {MAX_PATCHES:,} of "
+                f"{MAX_PATCH_PX:,} px are read"
+            )
         return tuple(array.shape)
 
 
 def _read_labels(path: Path, n_patches: int) -> np.ndarray:
     with _open_array(path, "y") as array:
+        if array.size != n_patches or array.dtype.kind not in "biu":
+            raise ArchiveError(f"{path} holds {array.dtype} {array.shape} for {n_patches:,} patches")
         labels = array[:].reshape(-1)
-    if len(labels) != n_patches:
-        raise ArchiveError(f"{path} holds {len(labels):,} labels for {n_patches:,} patches")
     if not np.isin(labels, (0, 1)).all():
         raise ArchiveError(f"{path} holds the labels {np.unique(labels)[:5].tolist()}; 0 and 1 are expected")
     return labels.astype(np.int64)

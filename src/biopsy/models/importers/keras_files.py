@@ -1,8 +1,6 @@
 """Reading what Keras saved (``.h5``, ``.weights.h5``, ``.keras``): weights and configuration."""
 
-import contextlib
 import io
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,7 +10,9 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from biopsy.core.errors import DataError
+from biopsy.core.errors import DataError, FileFormatError
+from biopsy.core.hdf5 import find_dataset, find_node, open_hdf5
+from biopsy.core.loaders import open_regular, parse_json
 from biopsy.data.archives import ZipArchive
 
 _CONTAINERS = ("Sequential", "Functional", "Model")
@@ -44,7 +44,7 @@ def list_config_layers(model: Any) -> list[ConfigLayer]:
     """
     try:
         return _walk(model)
-    except (KeyError, TypeError, AttributeError, RecursionError):
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise DataError("holds a configuration that is not one of a Keras model") from None
 
 
@@ -159,14 +159,12 @@ def read_keras(path: Path | str) -> KerasFile:
             arrays that are no floating-point numbers or too large.
     """
     path = Path(path)
-    if not path.exists():
-        raise DataError(f"{path} does not exist: give a file that Keras saved (.h5, .weights.h5, .keras)")
-    if path.is_dir():
-        raise DataError(f"{path} is a folder: save the model from Keras as one file, .keras or .h5")
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             is_zip = file.read(4) == b"PK\x03\x04"
-        return _read_archive(path) if is_zip else _read_h5(path, path)
+        return _read_archive(path) if is_zip else _read_h5(path)
+    except FileFormatError as error:
+        raise DataError(f"{error}; give a file that Keras saved (.h5, .weights.h5, .keras)") from None
     except DataError as error:
         raise DataError(str(error) if str(path) in str(error) else f"{path} {error}") from None
 
@@ -185,22 +183,24 @@ def _read_archive(path: Path) -> KerasFile:
             contents[name] = bytes(archive.read(entries[name]))
         except DataError as error:
             raise DataError(f"holds a {name} that {error}") from None
-    config = _parse_config(contents["config.json"])
+    config = _parse_config(contents["config.json"], path)
     return _read_h5(path, io.BytesIO(contents["model.weights.h5"]), config)
 
 
-def _read_h5(path: Path, source: Path | io.BytesIO, config: list[ConfigLayer] | None = None) -> KerasFile:
-    with _open_h5(source) as file:
+def _read_h5(
+    path: Path, content: io.BytesIO | None = None, config: list[ConfigLayer] | None = None
+) -> KerasFile:
+    with open_hdf5(path, content) as file:
         if (container := _find_container(file)) is not None:
-            layers, is_certain = list(_walk_groups(_get(file, container), set())), True
+            layers, is_certain = list(_walk_groups(find_node(file, container, path), path, set())), True
             format = "weights.h5" if config is None else "keras"
         else:
             if "model_config" in file.attrs:
-                config = _parse_config(file.attrs["model_config"])
-            group = _get(file, "model_weights") if "model_weights" in file else file
+                config = _parse_config(file.attrs["model_config"], path)
+            group = find_node(file, "model_weights", path) if "model_weights" in file else file
             if _text(group.attrs.get("backend", "")) == "theano":
                 raise DataError("was written by Keras on Theano, which turns kernels by 180 degrees")
-            layers, is_certain = _read_groups(group)
+            layers, is_certain = _read_groups(group, path)
             format = "h5"
     if config is not None:
         place = {layer.name: index for index, layer in enumerate(config)}
@@ -211,23 +211,11 @@ def _read_h5(path: Path, source: Path | io.BytesIO, config: list[ConfigLayer] | 
     return KerasFile(path, format, layers, config, input_px, is_certain)
 
 
-@contextlib.contextmanager
-def _open_h5(source: Path | io.BytesIO) -> Iterator[h5py.File]:
-    damaged = "is no HDF5 file, or was cut short: save or download it again"
-    try:
-        with h5py.File(source, "r") as file:
-            yield file
-    except DataError:
-        raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py, on damaged files
-        raise DataError(f"{damaged} ({' '.join(str(error).split())})") from None
-
-
 def _find_container(group: h5py.Group) -> str | None:
     return next((name for name in _CONTAINERS_keras_files if name in group), None)
 
 
-def _walk_groups(container: h5py.Group, seen: set[int]) -> Iterator[Layer]:
+def _walk_groups(container: h5py.Group, path: Path, seen: set[int]) -> Iterator[Layer]:
     """Yield the layers of a ``.weights.h5``, whose groups bear the names of classes with a running number.
 
     Their order among classes is lost, but layers are matched within their kind. A model within the model
@@ -237,25 +225,25 @@ def _walk_groups(container: h5py.Group, seen: set[int]) -> Iterator[Layer]:
     if address in seen:
         raise DataError(f"holds {container.name!r} twice: it was altered")
     seen.add(address)
-    groups = {name: _get(container, name) for name in sorted(container, key=_natural)}
+    groups = {name: find_node(container, name, path) for name in sorted(container, key=_natural)}
     for name in sorted(groups, key=lambda name: _find_container(groups[name]) is None):
         if (inner := _find_container(groups[name])) is not None:
-            yield from _walk_groups(_get(groups[name], inner), seen)
+            yield from _walk_groups(find_node(groups[name], inner, path), path, seen)
         elif "vars" in groups[name]:
-            variables = _get(groups[name], "vars")
-            arrays = [_read(variables, number) for number in sorted(variables, key=_natural)]
+            variables = find_node(groups[name], "vars", path)
+            arrays = [_read(variables, number, path) for number in sorted(variables, key=_natural)]
             if arrays:
                 yield Layer(_text(variables.attrs.get("name", name)), _find_kind(arrays), arrays)
 
 
-def _read_groups(group: h5py.Group) -> tuple[list[Layer], bool]:
+def _read_groups(group: h5py.Group, path: Path) -> tuple[list[Layer], bool]:
     """Read the layers of an ``.h5``, which lists them in order; say whether none was a model itself."""
     layers: list[Layer] = []
     has_inner_models = False
     for name in _list_names(group, "layer_names"):
-        layer = _get(group, name)
+        layer = find_node(group, name, path)
         weights = {
-            weight: _read(layer, weight)
+            weight: _read(layer, weight, path)
             for weight in _list_names(layer, "weight_names")
             if "seed_generator" not in weight
         }
@@ -297,40 +285,23 @@ def _list_names(group: h5py.Group, attribute: str) -> list[str]:
     return [_text(name) for part in parts for name in np.atleast_1d(part).ravel()]
 
 
-def _get(group: h5py.Group, path: str) -> h5py.Group:
-    """Follow names to a group; a link that leads elsewhere is not followed."""
-    found: Any = group
-    for name in path.split("/"):
-        link = found.get(name, getlink=True) if isinstance(found, h5py.Group) else None
-        if link is None:
-            raise DataError(f"names {path!r}, which it does not hold: it was cut short or altered")
-        if not isinstance(link, h5py.HardLink):
-            raise DataError(f"holds {path!r} as a link to elsewhere: links are not followed")
-        found = found[name]
-    return found
-
-
-def _read(group: h5py.Group, path: str) -> np.ndarray:
+def _read(group: h5py.Group, name: str, path: Path) -> np.ndarray:
     """Read one array of numbers as float32."""
-    found: Any = _get(group, path)
-    if not isinstance(found, h5py.Dataset) or found.dtype.kind != "f":
-        kind = found.dtype if isinstance(found, h5py.Dataset) else "a group"
-        raise DataError(f"holds {kind} in {path!r} where floating-point numbers are expected")
-    if found.is_virtual or found.external:
-        raise DataError(f"holds {path!r} in another file: links are not followed")
-    if found.id.get_storage_size() < found.nbytes:  # so what is read is never larger than the file
-        raise DataError(f"holds {path!r} compressed or in part: save it again from Keras")
-    array = found[()].astype(np.float32)
+    dataset = find_dataset(group, name, path)
+    if dataset.dtype.kind != "f":
+        raise DataError(f"holds {dataset.dtype} in {name!r} where floating-point numbers are expected")
+    if dataset.id.get_storage_size() < dataset.nbytes:  # so what is read is never larger than the file
+        raise DataError(f"holds {name!r} compressed or in part: save it again from Keras")
+    array = dataset[()].astype(np.float32)
     if not np.isfinite(array).all():
-        raise DataError(f"holds values in {path!r} that are not finite")
+        raise DataError(f"holds values in {name!r} that are not finite")
     return array
 
 
-def _parse_config(text: bytes | str) -> list[ConfigLayer]:
-    try:
-        return list_config_layers(json.loads(text))
-    except (UnicodeDecodeError, json.JSONDecodeError, TypeError, RecursionError):
-        raise DataError("holds a configuration that is not readable as JSON") from None
+def _parse_config(text: bytes | str, path: Path) -> list[ConfigLayer]:
+    if not isinstance(text, bytes | str):
+        raise DataError("holds a configuration that is no text")
+    return list_config_layers(parse_json(text, path, allow_nan=True))
 
 
 def _text(name: Any) -> str:

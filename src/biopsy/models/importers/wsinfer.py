@@ -4,22 +4,27 @@ TorchScript is code, so nothing of it is loaded until the user has named the fil
 the contract (Resize, ToTensor, Normalize, softmax; the sigmoid of a single output) is done here.
 """
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, PositiveInt
 from torch import Tensor, nn
 
-from biopsy.core.errors import RunError
+from biopsy.core.errors import FileFormatError, RunError
 from biopsy.core.files import sha256_file
+from biopsy.core.loaders import load_json, refusing, validate
 from biopsy.data.datasets.base import find_positive
 from biopsy.models.classifier import Classifier, ClassifierInfo
 from biopsy.models.preprocessing import Preprocessing
 
 CONFIG, SCRIPT = "config.json", "torchscript_model.pt"
+MAX_PX = 1024  # side of a patch or of a model's input; the largest of WSInfer's zoo takes 350
+MAX_CONFIG_BYTES = 2**20
+MAX_SPACING = 100  # micrometres per pixel: a whole slide is a few hundred pixels then
 
 
 class Transform(BaseModel):
@@ -35,9 +40,9 @@ class HostConfig(BaseModel):
     spec_version: str = "1.0"
     architecture: str
     num_classes: PositiveInt
-    patch_size_pixels: PositiveInt
-    spacing_um_px: float = Field(gt=0)
-    class_names: list[str]
+    patch_size_pixels: PositiveInt = Field(le=MAX_PX)
+    spacing_um_px: float = Field(gt=0, le=MAX_SPACING)
+    class_names: list[str] = Field(min_length=1)
     transform: list[Transform]
 
 
@@ -126,11 +131,14 @@ class _HostedNetwork(nn.Module):
                 if step.name == "Resize":
                     size_px = _read_size(step.arguments["size"])
                 elif step.name == "Normalize":
-                    mean, std = _read_three(step.arguments["mean"]), _read_three(step.arguments["std"])
-            except (KeyError, TypeError, ValueError):
+                    mean, std = (
+                        _read_three(step.arguments["mean"]),
+                        _read_three(step.arguments["std"], above=0),
+                    )
+            except (KeyError, TypeError, ValueError, OverflowError):
                 raise RunError(
-                    f"{CONFIG} has a step {step.name} with {step.arguments}; Resize takes a size for both "
-                    "sides, Normalize a mean and a std of three values"
+                    f"{CONFIG} has a step {step.name} with {str(step.arguments)[:200]}; Resize takes a size "
+                    f"of 1 to {MAX_PX} for both sides, Normalize a mean and a std above 0 of three values"
                 ) from None
         weights = None if size_px == patch_px else _pillow_weights(patch_px, size_px)
         self.register_buffer("weights", weights)
@@ -143,12 +151,19 @@ class _HostedNetwork(nn.Module):
             levels = torch.matmul((patches * 255).round().double(), self.weights)
             levels = torch.matmul(self.weights.T, (levels + 0.5).floor())
             patches = (levels + 0.5).floor().float() / 255
-        logits = self.script(((patches - self.mean) / self.std).contiguous())
-        logits = logits.reshape(len(patches), -1)
-        if logits.shape[1] != self.n_classes:
+        try:
+            logits = self.script(((patches - self.mean) / self.std).contiguous())
+        except Exception as error:  # code of somebody else's may raise anything
+            reason = (str(error) or type(error).__name__).strip().splitlines()[-1][:200]
+            raise RunError(f"the model fails on a batch of {tuple(patches.shape)}: {reason}") from None
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        fits = shape[:1] == (len(patches),) and logits.numel() == len(patches) * self.n_classes
+        if not fits or not logits.is_floating_point():
             raise RunError(
-                f"the model gives {logits.shape[1]} outputs where its {CONFIG} names {self.n_classes} classes"
+                f"the model gives {shape} for {len(patches)} patches where its {CONFIG} names "
+                f"{self.n_classes} classes"
             )
+        logits = logits.reshape(len(patches), self.n_classes)
         if self.n_classes == 1:
             logits = torch.cat([-logits / 2, logits / 2], dim=1)
         return logits
@@ -174,13 +189,16 @@ def _pillow_weights(source_px: int, target_px: int) -> Tensor:
 
 
 def _read_size(size: Any) -> int:
-    sides = {int(side) for side in (size if isinstance(size, list) else [size])}
-    (side,) = sides
+    (side,) = {int(side) for side in (size if isinstance(size, list) else [size])}
+    if not 0 < side <= MAX_PX:
+        raise ValueError
     return side
 
 
-def _read_three(values: Any) -> list[float]:
+def _read_three(values: Any, *, above: float = -math.inf) -> list[float]:
     red, green, blue = map(float, values)
+    if not all(above < value < math.inf for value in (red, green, blue)):
+        raise ValueError
     return [red, green, blue]
 
 
@@ -189,10 +207,9 @@ def _read_config(path: Path) -> HostConfig:
     if not file.is_file():
         raise RunError(f"{path} has a {SCRIPT} but no {CONFIG}: it says classes, patch size and um/px")
     try:
-        config = HostConfig.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise RunError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        config = validate(file, HostConfig, load_json(file, max_bytes=MAX_CONFIG_BYTES))
+    except FileFormatError as error:
+        raise RunError(str(error)) from None
     if len(set(config.class_names)) != config.num_classes:
         raise RunError(f"{file} names the classes {config.class_names} and counts {config.num_classes}")
     return config
@@ -207,6 +224,7 @@ def load_script(script: Path) -> nn.Module:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit", Warning)  # deprecated, and what these hosts load
         try:
-            return torch.jit.load(str(script), map_location="cpu").eval()
-        except RuntimeError as error:
-            raise RunError(f"{script} is not readable as TorchScript: {str(error).splitlines()[0]}") from None
+            with refusing(script, "TorchScript"):
+                return torch.jit.load(str(script), map_location="cpu").eval()  # noqa: TID251
+        except FileFormatError as error:
+            raise RunError(str(error)) from None
