@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.files import write_json
-from biopsy.core.tables import write_csv
 from biopsy.data.packs import group_by_unit
 from biopsy.data.predictions import write_predictions
 from biopsy.evaluation.evaluate import LEVEL
@@ -54,7 +53,7 @@ def write_tables(study: Study) -> None:
         },
     )
     table = pd.DataFrame([describe_run(run) for run in runs])
-    write_csv(study.path / "table.csv", table)
+    study.write_table(table)
     write_json(study.path / "metrics.json", summarise(table, pooled, runs[0].metrics()))
 
 

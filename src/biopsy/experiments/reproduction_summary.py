@@ -38,7 +38,7 @@ def write_tables(study: Study) -> None:
     }
     summary = summarise(study.info["papers"], table, frames, runs[0].metrics())
     write_json(study.path / "metrics.json", summary)
-    write_csv(study.path / "table.csv", pd.DataFrame(list_rows(summary)))
+    study.write_table(pd.DataFrame(list_rows(summary)))
 
 
 def summarise(

@@ -14,7 +14,6 @@ import pandas as pd
 
 from biopsy.core.errors import RecipeError, RunError
 from biopsy.core.files import write_json, write_output
-from biopsy.core.tables import write_csv
 from biopsy.data.packs import Pack
 from biopsy.evaluation.study_tables import SHOWN, describe_run
 from biopsy.experiments.figures import draw_sweep
@@ -218,7 +217,7 @@ def write_tables(study: Study) -> None:
         return
     rows = [_describe(run, study.info) for run in runs]
     table = pd.DataFrame([{key: _cell(value) for key, value in row.items()} for row in rows])
-    write_csv(study.path / "table.csv", table)
+    study.write_table(table)
     write_json(study.path / "metrics.json", summarise(rows, study.info["grid"], [r.metrics() for r in runs]))
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import pandas as pd
 
 from biopsy.core.errors import DataError, RunError
-from biopsy.core.files import read_json, write_json
-from biopsy.core.tables import infer_numbers, read_csv_table
+from biopsy.core.files import read_json, sha256_file, write_json
+from biopsy.core.tables import infer_numbers, read_csv_table, write_csv
 from biopsy.data.predictions import read_predictions
 from biopsy.training.runs import Run
 
@@ -78,8 +78,26 @@ class Study:
         return read_json(path)
 
     def table(self) -> pd.DataFrame:
-        """Read ``table.csv``."""
-        return read_csv_table(self.path / "table.csv").apply(infer_numbers)
+        """Read ``table.csv``.
+
+        Raises:
+            RunError: If it was changed since it was written.
+        """
+        path = self.path / "table.csv"
+        if sha256_file(path) != self.info.get("table_sha256", sha256_file(path)):
+            raise RunError(
+                f"{path} was changed since it was written: go on with the command that made the study"
+            )
+        table = read_csv_table(path)
+        empty = [name for name in table if table[name].isna().all()]
+        return table.apply(infer_numbers).astype(dict.fromkeys(empty, float))
+
+    def write_table(self, table: pd.DataFrame) -> None:
+        """Write ``table.csv``, one row a run, and note its hash."""
+        path = self.path / "table.csv"
+        write_csv(path, table)
+        if self.info.get("table_sha256") != sha256_file(path):
+            self.update(table_sha256=sha256_file(path))
 
     def predictions(self) -> pd.DataFrame:
         """Read the pooled out-of-fold predictions, with ``recipe``, ``fold`` and ``seed``."""
