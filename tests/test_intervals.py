@@ -195,7 +195,8 @@ def test_a_share_at_its_bound_gets_the_exact_limit_over_patients():
     exact = stats.binomtest(12, 12).proportion_ci(0.95, method="exact")
     for name in ("sensitivity", "specificity", "ppv", "npv", "accuracy"):
         assert (ours[name].low, ours[name].high) == pytest.approx((exact.low, exact.high))
-    assert "its bound" in ours["auroc"].reason or "leaving one out" in ours["auroc"].reason
+    assert ours["auroc"].value == 1 and ours["auroc"].low is None and ours["auroc"].high is None
+    assert "leaving one out does not change it" in ours["auroc"].reason
     never = estimate_patch_metrics(target, prob / 2, np.repeat(np.arange(12), 2), seed=0)["sensitivity"]
     assert (never.low, never.high) == pytest.approx((0, 1 - exact.low))
 

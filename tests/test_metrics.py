@@ -11,7 +11,13 @@ from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 
 from biopsy.core.errors import MetricError
-from biopsy.statistics.calibration import clipped_logit, ece_floor, fit_recalibration, reliability_bins
+from biopsy.statistics.calibration import (
+    calibration_error,
+    clipped_logit,
+    ece_floor,
+    fit_recalibration,
+    reliability_bins,
+)
 from biopsy.statistics.metrics import METRICS, measure
 from biopsy.statistics.weighted_counts import rank
 
@@ -118,8 +124,8 @@ def test_calibration_error_by_hand():
     assert bins.observed == pytest.approx([0, 1, 0.5])
     assert bins.low.tolist() == [0.1, 0.6, 0.8]
     assert bins.high.tolist() == [0.3, 0.6, 0.9]
-    of_bins = (bins.n * abs(bins.mean_prob - bins.observed)).sum() / 6
-    assert of_bins == pytest.approx(0.95 / 3)
+    levels, pos, neg = [0.9, 0.8, 0.6, 0.3, 0.1], [1.0, 0, 2, 0, 0], [0.0, 1, 0, 1, 1]
+    assert calibration_error(*map(np.array, (levels, pos, neg)), 3) == pytest.approx(0.95 / 3)
 
 
 def test_calibration_error_keeps_ties_together():

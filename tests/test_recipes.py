@@ -210,10 +210,3 @@ def test_a_users_own_file_needs_little(tmp_path):
     path.write_text("name = 'mine'\n[model]\nname = 'residual'\n[preprocessing]\ninput_px = 32\n")
     recipe = load_recipe(path, ["model.params.base_channels=8"])
     assert (recipe.name, recipe.model.params, recipe.train.epochs) == ("mine", {"base_channels": 8}, 10)
-
-
-def test_the_former_name_of_the_stain_jitter_is_read(tmp_path):
-    text = recipe_toml(load_recipe("idc-small")).replace("hed_jitter", "he_jitter")
-    path = tmp_path / "former.toml"
-    path.write_text(text, encoding="utf-8")
-    assert load_recipe(path).augmentation == load_recipe("idc-small").augmentation

@@ -41,6 +41,16 @@ def printable(text: str) -> str:
     return text if text.isascii() and text.isprintable() else "".join(map(_escape, text))
 
 
+def file_name(text: str) -> str:
+    """Return a file name made of an id or a layer, whatever stands in it.
+
+    Example:
+        >>> file_name("body.conv/1 a")
+        'body.conv_1_a'
+    """
+    return re.sub(r"[^\w.-]", "_", text)[:120]
+
+
 def normalize_id(text: str) -> str:
     """Return an id in one spelling: as `normalize_name`, and ``12.0``, a spreadsheet's number, as ``12``.
 

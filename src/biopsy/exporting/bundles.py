@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from scipy.special import softmax
 from torch import nn
 
 from biopsy.core.errors import DataError, MissingExtra, RunError
@@ -221,8 +222,8 @@ def measure_parity(classifier: Classifier, folder: Path, patches: np.ndarray) ->
     scores = np.concatenate([session.run(None, {"patches": part.numpy()})[0] for part in parts])
     probs = {
         "PyTorch": classifier.probs(logits),
-        "TorchScript": _softmax(scripted),
-        "ONNX Runtime": _softmax(scores),
+        "TorchScript": softmax(scripted.astype(np.float64), axis=1),
+        "ONNX Runtime": softmax(scores.astype(np.float64), axis=1),
     }
     pairs = [("PyTorch", "TorchScript"), ("PyTorch", "ONNX Runtime"), ("TorchScript", "ONNX Runtime")]
     versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__, "opset": OPSET}
@@ -311,9 +312,3 @@ def _choose_patches(pack: Pack, patch_px: int) -> np.ndarray:
         raise DataError(f"{pack.path} has no whole patch of {patch_px} px: parity cannot be tried on it")
     rows = whole[np.unique(np.linspace(0, len(whole) - 1, min(PARITY_PATCHES, len(whole))).astype(int))]
     return np.array(pack.patches[rows, :patch_px, :patch_px])
-
-
-def _softmax(scores: np.ndarray) -> np.ndarray:
-    scores = scores.astype(np.float64)
-    exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return exponentials / exponentials.sum(axis=1, keepdims=True)

@@ -4,7 +4,6 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
-    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
@@ -105,9 +104,7 @@ class Augmentation(_Table):
     flip_vertical: bool = False
     fill: Literal["nearest"] = "nearest"
     quarter_turns: bool = False
-    hed_jitter: float = Field(
-        default=0.0, ge=0, le=1, validation_alias=AliasChoices("hed_jitter", "he_jitter")
-    )
+    hed_jitter: float = Field(default=0.0, ge=0, le=1)
     """How far the haematoxylin and eosin amounts of a patch may be scaled, up or down, as a share."""
 
 

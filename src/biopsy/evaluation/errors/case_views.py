@@ -1,7 +1,6 @@
 """Mistakes looked at one by one: the patch, what the network looks at, where it lies, what it is like."""
 
 import contextlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from biopsy.core.errors import DataError
 from biopsy.core.files import refuse_inputs, update_directory
 from biopsy.core.subsets import stored_side
 from biopsy.core.tables import write_csv
+from biopsy.core.text import file_name
 from biopsy.data.packs import Pack
 from biopsy.evaluation.errors.measure import FOLDER, SHOWN_EACH, Mistakes, measure_mistakes, read_mistakes
 from biopsy.evaluation.explanation.maps import explain_patches
@@ -116,7 +116,7 @@ def errors(
             (partial / folder).mkdir()
             for index, each in enumerate(found.about["galleries"][kind], start=1):
                 name = each["patch_id"]
-                file = f"{folder}/{index:02d}-{_file_name(name)}.png"
+                file = f"{folder}/{index:02d}-{file_name(name)}.png"
                 (partial / file).write_bytes(png(_lay_out(closeups.of[name])))
                 pictures.setdefault(name, file)
         write_csv(partial / TABLE, _list_errors(found, pictures))
@@ -237,8 +237,3 @@ def _lay_out(closeup: Closeup) -> np.ndarray:
     if closeup.overview is not None:
         images.insert(2, closeup.overview.repeat(2, axis=0).repeat(2, axis=1))
     return lay_out_sheet(images, columns=len(images), gap_px=8)
-
-
-def _file_name(text: str) -> str:
-    """Make a file name of an id, whatever stands in it."""
-    return re.sub(r"[^\w.-]", "_", text)[:120]

@@ -1,6 +1,5 @@
 """Explained patches as records, as sheets and as files."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from biopsy.core.arrays import read_arrays, write_arrays
 from biopsy.core.errors import DataError
 from biopsy.core.files import read_json, update_directory, write_json
+from biopsy.core.text import file_name
 from biopsy.models.classifier import Classifier
 from biopsy.plotting.overlays import Overlay, draw_overlays, superimpose
 from biopsy.plotting.sheets import lay_out_sheet
@@ -149,14 +149,12 @@ def write_explained(
     """Write sheets, pictures and ``explain.json`` into a folder; gives what the latter holds."""
     examples = explained.examples
     stems = {
-        _file_name(
+        file_name(
             f"{part.method}-{named_layer}" if part.layer and part.layer == named_layer else part.method
         ): part
         for part in explained.illustrations
     }
-    names = [
-        f"{index:02d}-{_file_name(each)}.png" for index, each in enumerate(examples["patch_id"], start=1)
-    ]
+    names = [f"{index:02d}-{file_name(each)}.png" for index, each in enumerate(examples["patch_id"], start=1)]
     outputs = [name for stem in stems for name in (f"{stem}.png", f"{stem}/*")]
     with update_directory(place, DOCUMENT, *outputs, last=DOCUMENT) as partial:
         document = _read_before(place / DOCUMENT, classifier.sha256)
@@ -190,11 +188,6 @@ def _lay_out(patch: np.ndarray, maps: np.ndarray, *, signed: bool) -> np.ndarray
     images = [patch, *(superimpose(patch, values, signed=signed) for values in maps)]
     large = [image.repeat(times, axis=0).repeat(times, axis=1) for image in images]
     return lay_out_sheet(large, columns=len(large), gap_px=8)
-
-
-def _file_name(text: str) -> str:
-    """Make a file name of an id or a layer, whatever stands in it."""
-    return re.sub(r"[^\w.-]", "_", text)[:120]
 
 
 def _read_before(path: Path, classifier_sha256: str) -> dict[str, Any]:

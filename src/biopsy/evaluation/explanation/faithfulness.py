@@ -30,6 +30,7 @@ from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_logits
 from biopsy.models.networks import describe
+from biopsy.reporting.document import plural
 from biopsy.statistics.intervals import describe_method, estimate_mean
 from biopsy.training.runs import Run
 
@@ -104,7 +105,7 @@ def say_answer(record: Mapping[str, Any], n_groups: int, unit: str) -> str:
             f"{abs(gain['value']):.2f} {'above' if gain['value'] >= 0 else 'below'} {BASELINES[baseline]}"
             for baseline, gain in record["gain"].items()
         ]
-        units = unit if n_groups == 1 else "patches" if unit == "patch" else f"{unit}s"
+        units = unit if n_groups == 1 else plural(unit)
         reason = record["gain"]["random"]["reason"]
         parts.append(f"{title}: cannot be said from {n_groups} {units} ({reason}); taken as it is, ")
         parts[-1] += " and ".join(found)

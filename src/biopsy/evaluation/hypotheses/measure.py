@@ -17,6 +17,7 @@ from biopsy.evaluation.patch_properties import measure_properties
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_logits
 from biopsy.models.networks import describe
+from biopsy.reporting.document import plural
 from biopsy.slide_io.stain import combine_stains, separate_stains
 from biopsy.statistics.contrasts import contrast_groups, estimate_ratio
 from biopsy.statistics.intervals import Interval, describe_method, estimate_metric, replicate
@@ -425,7 +426,7 @@ def _lead(verdict: str, group_ids: np.ndarray, unit: str, reason: str | None, of
     if verdict != "unsaid":
         return f"{_LEADS[verdict]}{of}:"
     n = len(np.unique(group_ids))
-    units = unit if n == 1 else "patches" if unit == "patch" else f"{unit}s"
+    units = unit if n == 1 else plural(unit)
     return f"Cannot be said from {n:,} {units} ({reason}). Taken as it is:"
 
 
