@@ -1,5 +1,8 @@
 """Ids become numbers everywhere, consistently, in an order that tells nothing."""
 
+import re
+import shlex
+
 import numpy as np
 import pandas as pd
 
@@ -42,3 +45,22 @@ def test_aliases_reach_text_paths_nested_records_and_tables():
     assert dict(zip(hidden["prob"], hidden["patient_id"], strict=True))[0.1] == number_of["8865"]
     assert hidden["patient_id"].isna().sum() == 1 and hidden["fold"].str.contains("patient-").all()
     assert aliases.original("patient", number_of["7"]) == "7"
+
+
+def test_ids_with_blanks_slashes_and_quotes_leave_no_part_behind():
+    ids = {"patient": ["Anna' x", "P5<y", "a/2277", "Eva Maria Berg"], "slide": ["/mnt/b 12/s.svs"]}
+    aliases = Aliases(ids)
+    for name in [*ids["patient"], *ids["slide"]]:
+        for text in (
+            f"biopsy split x.pack --test-patients {shlex.quote(name)} --seed 3",
+            f"biopsy split x.pack --test-patients={name}",
+            f"--data /home/ann/{name}/x.pack",
+            f"patient {name}, of 5",
+            name,
+        ):
+            hidden = aliases.text(text)
+            for part in re.split(r"[^A-Za-z0-9]", name):
+                assert len(part) < 3 or part in ("mnt", "svs") or part not in hidden, (text, hidden)
+    quoted = aliases.text("train --patients 'who knows.csv' --seed 3")
+    assert quoted == "train --patients (hidden) --seed 3"
+    assert aliases.text("--patients who.csv --seed 3") == "--patients (hidden) --seed 3"

@@ -6,6 +6,7 @@ paths, commands and settings.
 
 import hashlib
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,8 +14,12 @@ import pandas as pd
 
 KINDS = ("patient", "slide", "patch")
 SHORTEST_IN_TEXT = 3  # an id of one or two characters cannot be told from a number in a sentence
-_NAMING_FLAGS = re.compile(r"(--(?:test-|val-)?(?:patients?|patch|cases|slides?))([ =])(\S+)")
+_NAMING_FLAGS = re.compile(
+    r"(--(?:test-|val-)?(?:patients?|patch|cases|slides?))([ =])"
+    r"('[^']*'(?:\\''[^']*')*|\"(?:[^\"\\]|\\.)*\"|\S+)"  # as a shell quotes what holds blanks
+)
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])+")
+_UNUSUAL = re.compile(r"[^A-Za-z0-9._-]")  # such an id would be cut by the expressions above and below
 _TOKEN = re.compile(r"[^\s,;:'\"()\[\]{}=]+")
 
 
@@ -43,6 +48,15 @@ class Aliases:
         self._inside = inside
         names = "|".join(re.escape(name) for name in sorted(inside, key=len, reverse=True))
         self._pattern = re.compile(rf"(?<![A-Za-z0-9])(?:{names})(?![A-Za-z0-9])") if names else None
+        self._any = {
+            spelling: f"{kind}-{alias}"
+            for kind in reversed(KINDS[:2])  # of patches there may be too many
+            for name, alias in self._numbers[kind].items()
+            if len(name) >= SHORTEST_IN_TEXT and _UNUSUAL.search(name)
+            for spelling in (shlex.quote(name), name, name.replace("'", "'\"'\"'"))
+        }
+        names = "|".join(re.escape(name) for name in sorted(self._any, key=len, reverse=True))
+        self._unusual = re.compile(rf"(?<![A-Za-z0-9])(?:{names})(?![A-Za-z0-9])") if names else None
 
     def of(self, kind: str, name: object) -> str:
         """Give the number of an id; an id that was never named becomes ``hidden``."""
@@ -54,6 +68,9 @@ class Aliases:
 
     def text(self, text: str) -> str:
         """Replace ids in free text, drop the folders of absolute paths and the values of flags that name."""
+        # Ids come first: cut at blanks or slashes, what is left of one would no longer be known as an id.
+        if self._unusual:
+            text = self._unusual.sub(lambda name: self._any[name[0]], text)
         text = _NAMING_FLAGS.sub(r"\1\2(hidden)", text)
         text = _ABSOLUTE_PATH.sub("", text)
         text = _TOKEN.sub(lambda token: self._patch_in(token[0]), text)
