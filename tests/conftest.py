@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 
 pytest_plugins = ["local_server"]
 
+FAST = frozenset(
+    "annotation_xml averaging columns decisions geojson grids labels means metrics multiclass optimisers "
+    "paired recipes resolution tables text thresholds".split()
+)
+"""Files of tests, without ``test_``, that ``-m fast`` runs: statistics, recipes, names and geometry."""
+
 hypothesis.settings.register_profile("biopsy", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("biopsy")
 
@@ -224,6 +230,20 @@ def own_metrics() -> Iterator[None]:
     for known, names in zip(registries, before, strict=True):
         for name in set(known) - names:
             del known[name]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave other files unread where only the fast tests are asked for."""
+    is_other = collection_path.suffix == ".py" and collection_path.stem.removeprefix("test_") not in FAST
+    return True if is_other and config.getoption("markexpr") == "fast" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of `FAST` that need nothing and are not slow."""
+    for item in items:
+        is_set_apart = any(item.get_closest_marker(name) for name in ("slow", "data", "peer", "gpu"))
+        if item.path.stem.removeprefix("test_") in FAST and not is_set_apart:
+            item.add_marker("fast")
 
 
 def abandon(folder: Path, *, is_folder: bool = False) -> Path:
