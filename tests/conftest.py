@@ -20,11 +20,9 @@ import pandas as pd
 import pytest
 
 from biopsy.core import files
+from biopsy.core.plugins import Registry
 from biopsy.data.packs import PIXELS, Pack, finish_pack, patch_sha256
 from biopsy.slide_io.pyramids import write_pyramid
-from biopsy.statistics.metrics import registry
-from biopsy.statistics.multiclass import ClassTally
-from biopsy.statistics.weighted_counts import Tally
 
 if TYPE_CHECKING:
     from biopsy.training.runs import Run
@@ -222,14 +220,19 @@ def make_slide(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def own_metrics() -> Iterator[None]:
-    """Forget the metrics that a test registers."""
-    registries = [registry(kind) for kind in (Tally, ClassTally)]
-    before = [set(known) for known in registries]
+def own_registrations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Forget what a test itself registers: metrics, networks, data sets and so on."""
+    added, add = [], Registry.add
+
+    def record(registry: Registry[object], name: str, value: object, function: Callable[..., object]) -> None:
+        add(registry, name, value, function)
+        if not str(function.__module__).startswith("biopsy."):
+            added.append((registry, name))
+
+    monkeypatch.setattr(Registry, "add", record)
     yield
-    for known, names in zip(registries, before, strict=True):
-        for name in set(known) - names:
-            del known[name]
+    for registry, name in added:
+        registry.pop(name, None)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -72,7 +72,7 @@ def check_command_line(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("path", pages_with(r"^ *```python"), ids=show)
-def test_python_blocks_run(path, make_idc_zip, make_pack, tmp_path, monkeypatch, own_metrics):
+def test_python_blocks_run(path, make_idc_zip, make_pack, tmp_path, monkeypatch, own_registrations):
     make_idc_zip("breast-histopathology-images.zip", n_patients=10, patches_per_patient=12, patch_px=50)
     pack = make_pack("phantom.pack", n_patients=10, patches_per_patient=12, patch_px=50)
     monkeypatch.chdir(tmp_path)

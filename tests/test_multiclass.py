@@ -181,7 +181,7 @@ def test_a_class_never_called_has_no_precision():
     assert rows[3]["precision"] is None and rows[3]["recall"] == pytest.approx((1 + 0.6 + 0) / 3)
 
 
-def test_one_registration_adds_a_metric_that_is_no_function_of_a_confusion_table(own_metrics):
+def test_one_registration_adds_a_metric_that_is_no_function_of_a_confusion_table(own_registrations):
     @metric("ranking", bounds=(0.0, 1.0))
     def hinge_free_gap(tally: Tally) -> float:
         mean = np.average(tally.y_prob, weights=tally.sample_weight * (tally.y_true == 1))

@@ -295,7 +295,7 @@ def test_a_study_of_two_recipes_stands_for_both(pack, tmp_path):
     assert [rival["name"] for rival in document["rivals"]] == ["both/a", "both/b"]
 
 
-def test_more_than_two_classes_are_compared_by_their_own_metrics(tmp_path):
+def test_more_than_two_classes_are_compared_by_their_own_registrations(tmp_path):
     pack = write_pack(tmp_path, n_patients=6, patches_per_patient=15, n_classes=3)
     rng = np.random.default_rng(0)
     logits = [rng.normal(0, 1, (len(pack), 3)) + gain * np.eye(3)[pack.target] for gain in (0.5, 2.0)]

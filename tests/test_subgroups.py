@@ -88,7 +88,7 @@ def test_a_group_of_one_class_says_why_it_has_no_ranking(measure):
         assert group["patch"]["auroc"]["value"] is None and "undefined" in group["patch"]["auroc"]["reason"]
 
 
-def test_more_than_two_classes_have_their_own_metrics(measure):
+def test_more_than_two_classes_have_their_own_registrations(measure):
     pack, probs, found = measure(n_classes=3, scanner=PATIENT % 2)
     rows = PATIENT % 2 == 1
     target, pred = pack.target[rows], probs[rows].argmax(axis=1)

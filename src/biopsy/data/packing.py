@@ -411,7 +411,7 @@ def _warn(listing: Listing, archive: Archive, expected: dict[str, int]) -> None:
     table = listing.table
     if archive.unread:
         _log.warning("%s beside the patches was not read", ", ".join(archive.unread))
-    if listing.counts["duplicates"]:
+    if listing.counts.get("duplicates"):
         _log.info("%s identical copies were left out", f"{listing.counts['duplicates']:,}")
     if table["class_name"].nunique() == 1:
         _log.warning("all patches are of one class, %s", table["class_name"].iloc[0])

@@ -7,56 +7,32 @@ slides without loading PyTorch, a model card, and a report on whether they agree
 not written.
 """
 
-import io
-import warnings
-import zipfile
 from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
-from scipy.special import softmax
-from torch import nn
 
-from biopsy.core.errors import DataError, MissingExtra, RunError
+from biopsy.core.errors import BiopsyError, DataError, RunError
 from biopsy.core.files import create_directory, sha256_file, write_json
 from biopsy.data.packs import Pack
-from biopsy.exporting.host_network import HostNetwork
+from biopsy.exporting.formats.registry import FORMATS
 from biopsy.exporting.model_card import card_of_run, gather_card
 from biopsy.models.classifier import WEIGHTS, Classifier
-from biopsy.models.compiling import write_compiled
 from biopsy.models.engine import Engine
-from biopsy.models.importers.wsinfer import CONFIG, SCRIPT, is_wsinfer, load_script
+from biopsy.models.importers.wsinfer import is_wsinfer
 from biopsy.models.inference import predict_logits
-from biopsy.models.openvino_runtime import FOLDER as COMPILED
-from biopsy.models.openvino_runtime import CompiledRuntime, read_compiled
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
 
 FORMAT: Final = "biopsy-bundle/1"
 PARITY_FORMAT: Final = "biopsy-parity/1"
-DOCUMENT, PARITY, ONNX, EXAMPLE, CARD = "bundle.json", "parity.json", "model.onnx", "run_onnx.py", "README.md"
+DOCUMENT, PARITY, CARD = "bundle.json", "parity.json", "README.md"
 TOLERANCE = 1e-4
 """The largest difference of a probability that counts as the same."""
 PARITY_PATCHES = 256
-OPSET = 17
-
-RUN_ONNX = '''\
-"""Probabilities of patches by ONNX Runtime alone: python run_onnx.py PATCH.png ..."""
-import json, sys
-from pathlib import Path
-import numpy, onnxruntime
-from PIL import Image
-folder = Path(__file__).parent
-config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-session = onnxruntime.InferenceSession(folder / "model.onnx")
-for name in sys.argv[1:]:
-    patch = Image.open(name).convert("RGB").resize([config["patch_size_pixels"]] * 2)
-    pixels = numpy.asarray(patch, numpy.float32).transpose(2, 0, 1)[None] / 255
-    scores = numpy.exp(session.run(None, {"patches": pixels})[0][0].astype(float))
-    print(name, dict(zip(config["class_names"], (scores / scores.sum()).tolist())))
-'''
 
 
 @dataclass(frozen=True)
@@ -112,7 +88,6 @@ def export(
     with create_directory(out) as folder:
         classifier.save(folder)
         write_networks(classifier, folder)
-        (folder / EXAMPLE).write_text(RUN_ONNX, encoding="utf-8")
         parity = measure_parity(classifier, folder, patches)
         parity["pack"] = {"name": pack.path.name, "content_sha256": pack.info.content_sha256}
         _require_parity(parity)
@@ -128,75 +103,24 @@ def export(
 
 
 def write_networks(classifier: Classifier, folder: Path) -> None:
-    """Write TorchScript, its configuration, ONNX and OpenVINO's form into a classifier's folder.
+    """Write every registered form of a network into its classifier's folder.
 
     Raises:
-        RunError: If the network cannot be traced.
+        RunError: If the network cannot be written in one of them.
         MissingExtra: If onnx is not installed.
     """
-    network = HostNetwork(classifier)
-    size = [classifier.info.patch_px] * 2
-    example = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing is deprecated and talks; parity judges what comes out
+    for form in FORMATS.values():
         try:
-            with torch.no_grad():
-                script = torch.jit.trace(network, example, check_trace=False)
-            _write_script(script, folder / SCRIPT)
-            _write_onnx(network, example, folder / ONNX)
+            form.write(classifier, folder)
         except RuntimeError as error:
+            if isinstance(error, BiopsyError):
+                raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise RunError(f"the network {classifier.info.network} cannot be exported: {reason}") from error
-    write_json(folder / CONFIG, describe_for_host(classifier))
-    write_compiled(classifier, folder)
-
-
-def _write_script(script: torch.jit.ScriptModule, path: Path) -> None:
-    """Write TorchScript without its debugging records, which name the folders of this machine."""
-    content = io.BytesIO()
-    torch.jit.save(script, content)
-    with zipfile.ZipFile(content) as whole, zipfile.ZipFile(path, "w") as kept:
-        for name in whole.namelist():
-            if not name.endswith(".debug_pkl"):
-                kept.writestr(zipfile.ZipInfo(name), whole.read(name))
-
-
-def _write_onnx(network: nn.Module, example: torch.Tensor, path: Path) -> None:
-    try:
-        import onnx  # noqa: F401  (torch needs it)
-    except ImportError:
-        raise MissingExtra("export", "writing ONNX") from None
-    torch.onnx.export(
-        network,
-        (example,),
-        str(path),
-        dynamo=False,  # the newer exporter takes 20 to 100 times as long for the same graph
-        opset_version=OPSET,
-        input_names=["patches"],
-        output_names=["scores"],
-        dynamic_axes={"patches": {0: "n_patches"}, "scores": {0: "n_patches"}},
-    )
-
-
-def describe_for_host(classifier: Classifier) -> dict[str, Any]:
-    """Give ``config.json`` as WSInfer 0.6's schema and QuPath's extension want it.
-
-    The patch is asked for at its own size: all further resizing is inside the network, by its own filter.
-    """
-    info = classifier.info
-    return {
-        "spec_version": "1.0",
-        "architecture": info.network,
-        "num_classes": len(info.class_names),
-        "patch_size_pixels": info.patch_px,
-        "spacing_um_px": info.mpp,
-        "class_names": info.class_names,
-        "transform": [{"name": "Resize", "arguments": {"size": info.patch_px}}, {"name": "ToTensor"}],
-    }
 
 
 def measure_parity(classifier: Classifier, folder: Path, patches: np.ndarray) -> dict[str, Any]:
-    """Compare what the classifier, its TorchScript and its ONNX say of the same patches.
+    """Compare what the classifier and what `write_networks` wrote say of the same patches.
 
     Args:
         classifier: On the CPU.
@@ -204,38 +128,20 @@ def measure_parity(classifier: Classifier, folder: Path, patches: np.ndarray) ->
         patches: uint8 ``(n, patch_px, patch_px, 3)``.
 
     Returns:
-        ``parity.json``: for each of them, the largest difference of a probability from the classifier's.
+        ``parity.json``: for each two of them, the largest difference of a probability.
     """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingExtra("export", "comparing ONNX with PyTorch") from None
-    info, classifier = classifier.info, classifier.single_patch()
-    logits = predict_logits(classifier.network, info.preprocessing, patches, engine=Engine("cpu"))
-    batch = torch.from_numpy(patches).permute(0, 3, 1, 2).float().div(255).contiguous()
-    session = onnxruntime.InferenceSession(str(folder / ONNX), providers=["CPUExecutionProvider"])
-    script = load_script(folder / SCRIPT)
-    first, rest = batch[:1], batch[1:]  # a batch of one and one of another size: neither may be baked in
-    parts = [part for part in (first, *rest.split(64)) if len(part)]
-    with torch.inference_mode():
-        scripted = np.concatenate([script(part).numpy() for part in parts])
-    scores = np.concatenate([session.run(None, {"patches": part.numpy()})[0] for part in parts])
-    probs = {
-        "PyTorch": classifier.probs(logits),
-        "TorchScript": softmax(scripted.astype(np.float64), axis=1),
-        "ONNX Runtime": softmax(scores.astype(np.float64), axis=1),
-    }
-    pairs = [("PyTorch", "TorchScript"), ("PyTorch", "ONNX Runtime"), ("TorchScript", "ONNX Runtime")]
-    versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__, "opset": OPSET}
-    if (folder / COMPILED).is_dir():
-        model = read_compiled(folder / COMPILED, classifier)
-        compiled = CompiledRuntime(classifier, model, "fp32", n_threads=1)
-        probs["OpenVINO"] = classifier.probs(compiled.ask(patches))
-        pairs.append(("PyTorch", "OpenVINO"))
-        versions |= dict([compiled.software])
+    info, single = classifier.info, classifier.single_patch()
+    logits = predict_logits(single.network, info.preprocessing, patches, engine=Engine("cpu"))
+    probs = {"PyTorch": single.probs(logits)}
+    versions = {"torch": version("torch")}
+    for name, form in FORMATS.items():
+        found = form.predict(single, folder, patches)
+        if found is not None:
+            probs[name] = found
+            versions |= {package: version(package) for package in form.packages}
     differences = {
         f"{one} and {other}": {"probs": float(np.abs(probs[one] - probs[other]).max())}
-        for one, other in pairs
+        for one, other in combinations(probs, 2)
     }
     return {
         "format": PARITY_FORMAT,

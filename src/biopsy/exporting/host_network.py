@@ -9,6 +9,7 @@ the calibrator after it.
 import cv2
 import numpy as np
 import torch
+from scipy import special
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -200,3 +201,20 @@ class _Isotonic(nn.Module):
         prob = self.calibrated[lower] + share * (self.calibrated[upper] - self.calibrated[lower])
         pair = [1 - prob, prob] if self.positive else [prob, 1 - prob]
         return torch.stack(pair, dim=1).clamp(min=LEAST_PROB).log()
+
+
+def example_batch(classifier: Classifier) -> torch.Tensor:
+    """Return a batch to trace `HostNetwork` with."""
+    size = [classifier.info.patch_px] * 2
+    return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+def host_batches(patches: np.ndarray) -> list[torch.Tensor]:
+    """Return patches as hosts give them: a batch of one, and others of another size (neither is baked in)."""
+    batch = torch.from_numpy(patches).permute(0, 3, 1, 2).float().div(255).contiguous()
+    return [part for part in (batch[:1], *batch[1:].split(64)) if len(part)]
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Return probabilities of the scores that a host program gets."""
+    return np.asarray(special.softmax(scores.astype(np.float64), axis=1))

@@ -1,0 +1,1 @@
+"""Forms in which a bundle holds its network, a file each."""

@@ -1,0 +1,16 @@
+"""An explanation method."""
+
+from torch import Tensor
+
+from biopsy.evaluation.explanation.methods import Question, input_gradient, register_method
+
+
+@register_method(
+    "gradient times input",
+    shows="to first order, what each pixel adds to the score",
+    shows_not="what pixels do together",
+    signed=True,
+)
+def example_gradient_times_input(asked: Question) -> Tensor:
+    gradient = input_gradient(asked.network, asked.batch, asked.class_index)
+    return (gradient * asked.batch).sum(dim=1, keepdim=True)
