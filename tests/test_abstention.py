@@ -349,10 +349,10 @@ def test_the_chapter_holds_the_promise_to_account():
     section = describe_abstention(facts)
     assert section.id == "abstention" and [block.kind for block in section.blocks][-1] == "pictures"
     text = words(facts)
-    assert "fitted on 1,000 patches of 25 patients (val) with the patient as the unit" in text
+    assert "fitted on 1,000 patches of 25 patients (val), with the patient as the exchangeable unit" in text
     assert "of the patches of each class of a new patient, on the mean over patients, at least 90 %" in text
     assert "at most 10 % of each are kept and called wrong" in text
-    assert "The promise was kept on these patients. Coverage: of not IDC patches" in text
+    assert "The coverage guarantee was met on these patients. Coverage: not IDC" in text
     assert "patients as the unit patches as independent" in text
     one = chapter(fit(POPULATION.draw(25, 40, seed=0), promise="all") | {"quantiles": [0.97, 0.97]})
     said = describe_abstention(one).blocks
@@ -364,30 +364,30 @@ def test_the_chapter_holds_the_promise_to_account():
 
 def test_the_chapter_of_a_refusal_says_why_and_what_the_plain_version_would_promise():
     text = words(chapter(fit(POPULATION.draw(1, 400, seed=0))))
-    assert "No promise is made, and every patch gets an answer: an error rate of 0.1 needs at least" in text
+    assert "No coverage guarantee and no abstention: an error rate of 0.1 needs at least" in text
     assert "there is 1." in text and "shown below as what it is" in text
-    assert "The promise was" not in text and "Risk against coverage" in text
+    assert "The coverage guarantee was" not in text and "Risk-coverage" in text
 
 
 def test_a_promise_missed_is_broken_or_open():
     section = describe_abstention(chapter(fit(POPULATION.draw(25, 40, seed=0)) | {"quantiles": [0.2, 0.2]}))
-    assert "The promise was broken on these patients, by" in section.blocks[1].text
+    assert "The coverage guarantee was violated on these patients, by" in section.blocks[1].text
     assert section.blocks[1].tone == "warning"
     found = {"promise": "all", "promised_coverage": 0.9, "verdict": "open"}
     found["patient"] = {"coverage": {"value": 0.88, "low": 0.8, "high": 0.91, "reason": None}}
     assert say_verdict(found, "slide") == (
-        "Coverage fell short by 0.020, no more than so few slides can differ by chance: "
+        "Inconclusive: coverage is 0.020 below target, within sampling error for so few slides. Coverage: "
         "0.880 (0.800 to 0.910), where 0.900 was promised."
     )
 
 
 def test_a_report_on_the_calibration_side_says_it_tests_nothing():
     text = words(chapter(fit(POPULATION.draw(25, 40, seed=0)), side="val"))
-    assert "These are the patches that the sets were fitted on" in text
+    assert "The prediction sets were fitted on these patches" in text
 
 
 def test_no_chapter_for_runs_from_before():
     assert describe_abstention(make_facts()) is None
     text = words(chapter({}))
-    assert "Every patch gets an answer: the classifier was made before there were conformal sets." in text
+    assert "No abstention: the classifier was made before there were conformal sets." in text
     assert THRESHOLD == 0.43

@@ -70,7 +70,7 @@ def test_the_calibration_chapter(facts):
     ece = facts.metrics["calibration"]["after"]["ece"]["value"]
     assert table.rows[0][2].startswith(f"{ece:.3f} (") and len(table.rows) == 9
     pictures = [one for block in section.blocks if isinstance(block, Pictures) for one in block.items]
-    assert [one.caption.split(".")[0] for one in pictures] == ["Before calibration", "After"]
+    assert [one.caption.split(":")[0] for one in pictures] == ["Before calibration", "After calibration"]
     assert all(isinstance(one, Picture) and "promised probability of IDC" in one.svg for one in pictures)
 
 
@@ -79,7 +79,7 @@ def test_without_calibration_there_is_one_column(facts):
     plain = {"method": "none", "reason": "not calibrated: all 9 patches are of class 0"}
     plain |= {"before": found["after"], "after": found["after"]}
     section = describe_calibration(replace(facts, metrics={**facts.metrics, "calibration": plain}))
-    assert texts(section).startswith("Nothing was calibrated: all 9 patches are of class 0.")
+    assert texts(section).startswith("Not calibrated: all 9 patches are of class 0.")
     (table,) = (block for block in section.blocks if isinstance(block, Table))
     assert table.columns == ["", "not calibrated"]
 
@@ -99,12 +99,12 @@ def test_the_decision_chapter(facts):
     reached = first["achieved"]["sensitivity"]["value"]
     assert points.rows[0][:3] == ["highest sensitivity + specificity", "0.430", "0.900"]
     assert points.rows[0][4] == f"{reached - 0.9:+.3f}" and points.rows[1][4] == "-"
-    assert prevalence.caption == "Where 2 % of patches are positive" and len(prevalence.rows) == 2
+    assert prevalence.caption == "Predictive values at a prevalence of 2 %" and len(prevalence.rows) == 2
     assert "on none at probabilities of" in texts(section)
 
 
 def test_reliability_is_drawn_once(facts):
-    assert describe_curves(facts).heading == "Ranking"
+    assert describe_curves(facts).heading == "Discrimination"
     assert describe_curves(run_facts()).heading == "Ranking and calibration"
 
 
@@ -115,14 +115,14 @@ def test_metrics_from_before_make_no_chapter():
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({}, "Temperature, fitted on 712 patches of 1 patient of the val side and frozen. Scores are "
+        ({}, "Temperature, fitted on 712 patches of 1 patient of the validation subset. Scores are "
              "multiplied by 0.500 (a temperature of 2.000)."),
-        ({"unit": "patch"}, "fitted on 712 patches of the val side"),
+        ({"unit": "patch"}, "fitted on 712 patches of the validation subset"),
         ({"n_patients": 9}, "of 9 patients of"),
         ({"intercepts": [0, 1.0]}, "and shifted."),
-        ({"prior": MOVED}, "scores were moved to the prevalence of validation"),
-        ({"prior": LEFT}, "validation is fitted better without"),
-        ({"method": "none"}, "Probabilities are the network's own."),
+        ({"prior": MOVED}, "scores were corrected to the validation prevalence"),
+        ({"prior": LEFT}, "no correction was applied"),
+        ({"method": "none"}, "The probabilities are those of the network."),
     ],
 )  # fmt: skip
 def test_what_is_said_of_a_calibrator(change, text):
@@ -140,13 +140,13 @@ def slope(value, low, high, intercept=(0, -1, 1)):
 @pytest.mark.parametrize(
     ("after", "text"),
     [
-        (slope(0.5, 0.3, 0.8), "Probabilities are too extreme (slope 0.500, 0.300 to 0.800)."),
-        (slope(1.5, 1.3, 1.8), "Probabilities are too timid"),
-        (slope(1.1, 0.7, 1.5), "neither too extreme nor too timid, as far as these patients can tell"),
-        (slope(0.5, None, None), "it has no interval: a reason"),
-        (slope(None, None, None), "No slope can be fitted: a reason"),
-        (slope(1.0, 0.9, 1.1, (1, 0.5, 1.5)), "on the whole they promise fewer IDC patches than there are"),
-        (slope(1.0, 0.9, 1.1, (-1, -2, -0.5)), "promise more IDC patches"),
+        (slope(0.5, 0.3, 0.8), "The probabilities are overconfident (slope 0.500, 0.300 to 0.800)."),
+        (slope(1.5, 1.3, 1.8), "The probabilities are underconfident"),
+        (slope(1.1, 0.7, 1.5), "No over- or underconfidence was detected"),
+        (slope(0.5, None, None), "has no interval: a reason"),
+        (slope(None, None, None), "slope is undefined: a reason"),
+        (slope(1.0, 0.9, 1.1, (1, 0.5, 1.5)), "on average they underestimate the frequency of IDC"),
+        (slope(1.0, 0.9, 1.1, (-1, -2, -0.5)), "overestimate the frequency of IDC"),
     ],
 )
 def test_what_is_said_of_a_slope(after, text):
@@ -158,7 +158,7 @@ def test_what_is_said_of_a_slope(after, text):
     [
         ([0.3, 0.1, 0.0, 0.1], "probabilities of 0.20, 0.40."),
         ([0.3, 0.1, 0.1, 0.1], "probabilities of 0.20 to 0.40."),
-        ([0.3, 0.0, -0.1, 0.0], "at no probability worth more"),
+        ([0.3, 0.0, -0.1, 0.0], "At no threshold probability"),
     ],
 )
 def test_where_acting_pays(model, text):
@@ -168,7 +168,7 @@ def test_where_acting_pays(model, text):
 
 def test_rules_in_words():
     assert say_rule("sensitivity=0.95") == "sensitivity of 0.95"
-    assert say_rule("cost=5") == "a miss costs 5 false alarms"
+    assert say_rule("cost=5") == "minimum cost, a false negative costing 5 false positives"
     assert say_rule("argmax, because youden needs both classes") == (
         "argmax, because youden needs both classes"
     )
@@ -186,7 +186,7 @@ def test_figures_hold_the_numbers_they_are_given(facts):
 
 
 def test_figures_refuse_nothing_to_draw():
-    with pytest.raises(MetricError, match="no bin of probabilities"):
+    with pytest.raises(MetricError, match="no bins to draw"):
         draw_calibration([])
     with pytest.raises(MetricError, match="has no threshold"):
         draw_decision_curve({"thresholds": []})

@@ -33,7 +33,7 @@ def test_what_the_report_lacks_is_not_done():
     answers = {item.number: item.chapters for item in checklist.items}
     assert answers["12a"] == [("data", "The data")]
     assert answers["12f"] == [] and answers["17"] == [] and answers["14"] == []
-    assert answers["1"] == [("answer", "The answer")]
+    assert answers["1"] == [("answer", "Summary")]
 
 
 def test_fairness_is_answered_by_subgroups_only():
@@ -44,4 +44,4 @@ def test_fairness_is_answered_by_subgroups_only():
 
 def test_the_page_says_not_done_and_links():
     text = render_report(report_of_run(make_facts()))
-    assert "not done" in text and '<a href="#data">The data</a>' in text
+    assert "not done" in text and '<a href="#data">Data</a>' in text

@@ -67,17 +67,17 @@ def test_an_undefined_difference_is_left_out_of_the_figure():
     [
         (
             entry(0.03, 0.01, 0.05, p=0.004, p_holm=0.008),
-            r"0\.030 above .*p 0\.008 after Holm.*: more than chance",
+            r"0\.030 above .*p 0\.008 after Holm.*: significant",
         ),
         (
             entry(-0.03, -0.07, 0.01, p=0.03, p_holm=0.06),
-            r"0\.030 below .*is not shown, nor .* there is none",
+            r"0\.030 below .*no significant difference; equivalence is not established",
         ),
         (
             entry(0.03, reason="only 3 patient(s) with patches"),
-            r"above .*nothing can be said of other patients",
+            r"above .*does not generalise to other patients",
         ),
-        (entry(0.0, reason="no spread", p=1.0, p_holm=1.0), "same AUROC to the last digit"),
+        (entry(0.0, reason="no spread", p=1.0, p_holm=1.0), "identical AUROC"),
     ],
 )
 def test_the_verdict_says_no_more_than_was_found(found, said):

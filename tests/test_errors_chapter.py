@@ -43,7 +43,7 @@ def test_mistakes_are_the_surest_and_named(page, facts):
         for patch_id, prob in zip(rows["patch_id"], rows["prob"], strict=True):
             assert any(caption.startswith(f"patch, {prob:.3f}, {patch_id}") for caption in captions)
     assert len(captions) == 6 * sum(map(len, shown)), "patch, map, place and three training patches each"
-    assert f"(4 of {len(missed)}, surest first)" in page.text
+    assert f"(4 of {len(missed)}, most confident first)" in page.text
     assert f"{len(missed)} of {int(table['target'].sum())} IDC are missed" in page.text
     assert f"IDC {TRAINED} 1.50" in page.text and "Saliency shows this; it is not that." in page.text
 
@@ -52,8 +52,8 @@ def test_the_table_holds_the_record(facts):
     text, about = render_chapter(facts).text, facts.results["errors"].mistakes.about
     for found in about["contrasts"]:
         assert f"{found['mean_errors']:.3f} {found['mean_others']:.3f} {found['within']['value']:.3f}" in text
-    assert "Missed patches have lower stain than found ones." in text
-    assert "No property is seen to go with false alarms." in text
+    assert "False negatives have lower stain than true positives." in text
+    assert "No property is significantly associated with false positives." in text
     assert "all 16 comparisons together with 95 % (99.69% each)" in text
     zones = about["zones"]
     wrong = {name: part["fn"] + part["fp"] for name, part in zones.items()}
@@ -80,7 +80,7 @@ def test_patches_without_patients_or_places_say_so():
     changes = {"results": {"errors": ErrorAnalysis(mistakes, closeups)}}
     facts = replace(make_facts(get_patch=None), predictions=table, **changes)
     text = render_chapter(facts).text
-    assert "no coordinates: which of them lie at a border is not known" in text
+    assert "no coordinates; errors at annotated borders cannot be counted" in text
     assert (
         "the unit is the patch, and intervals are too narrow" in text
         and "on the slide" not in text.split("Missed:")[1]
@@ -90,10 +90,10 @@ def test_patches_without_patients_or_places_say_so():
 def test_few_patients_and_no_errors_say_so():
     table = make_predictions(IDS[:2])
     few = render_chapter(make_error_facts(IDS[:2], predictions=table)).text
-    assert "Which properties go with missed patches cannot be said from so few" in few
+    assert "Inconclusive: too few false negatives" in few
     right = table.assign(prob=np.where(table["target"] == 1, 0.9, 0.1))
     none = render_chapter(make_error_facts(IDS[:2], predictions=right)).text
-    assert "0 of 128 patches are called wrong" in none and "There is nothing to compare" in none
+    assert "0 of 128 patches are misclassified" in none and "No comparison:" in none
     assert none.count(": none.") == 2 and "Least certain" in none
     negative = table.assign(target=0)
     assert "0 of 0 IDC are missed" in render_chapter(make_error_facts(IDS[:2], predictions=negative)).text
@@ -114,12 +114,12 @@ def test_no_id_of_judged_or_training_patients_gets_through(facts):
     hidden = hide_run(facts, {"errors": hide_errors})
     document = ReportDocument("t", "s", Summary("?", [], unit="patient"), [describe_mistakes(hidden)])
     text = render_report(document)
-    assert "Where it goes wrong" in text and "IDC 1.50" in text
+    assert "Error analysis" in text and "IDC 1.50" in text
     for name in (*IDS, TRAINED):
         assert name not in text, name
     page = Page(text)
     captions = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
-    assert len(captions) == 6 * 12 and "hidden" not in page.text.split("Where it goes wrong")[1][:9000]
+    assert len(captions) == 6 * 12 and "hidden" not in page.text.split("Error analysis")[1][:9000]
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def test_the_report_shows_maps_and_answers():
     facts = add_explanations(make_small_facts(IDS))
     text = render_report(report_of_run(facts))
     page = Page(text).text
-    for heading in ("What the network looks at", "The posts' conjectures, measured"):
+    for heading in ("Saliency maps show", "Published hypotheses"):
         assert heading in page
     assert "saliency: it shows <what>." in page and "activation 8" in text
     for entry in facts.results["hypotheses"]["conjectures"]:
@@ -109,19 +109,19 @@ def test_ids_are_hidden_in_sheets_and_tables():
 
 def test_a_report_without_them_has_no_such_chapters():
     page = Page(render_report(report_of_run(make_small_facts()))).text
-    assert "What the network looks at" not in page and "conjectures" not in page
+    assert "Saliency maps show" not in page and "conjectures" not in page
 
 
 def test_the_report_says_whether_maps_mean_anything():
     facts = add_explanations(make_small_facts(IDS))
     assert (
-        "has not been tested here: `biopsy explain RUN --faithfulness`"
+        "has not been tested for this run (`biopsy explain RUN --faithfulness`"
         in Page(render_report(report_of_run(facts))).text
     )
     facts = replace(facts, results={**facts.results, "faithfulness": make_faithfulness()})
     text = render_report(report_of_run(facts, hide_ids=True))
     page = Page(text).text
-    assert "Do the maps mean anything" in page and "has not been tested" not in page
+    assert "Faithfulness of the saliency maps" in page and "has not been tested" not in page
     for each in facts.results["faithfulness"]["methods"]:
         assert each["answer"] in page
         for gain in each["gain"].values():

@@ -51,14 +51,14 @@ def test_roc_holds_the_curve_whose_area_is_the_auroc():
     axes = draw_roc(TARGET, PROB, operating_point=(0.8, 0.6)).axes[0]
     x, y = line(axes, "this model").T
     assert np.trapezoid(y, x) == pytest.approx(roc_auc_score(TARGET, PROB), abs=1e-12)
-    np.testing.assert_allclose(line(axes, "frozen threshold"), [[0.4, 0.8]])
-    assert axes.get_xlabel() == "1 - specificity" and axes.get_ylabel() == "sensitivity"
+    np.testing.assert_allclose(line(axes, "decision threshold"), [[0.4, 0.8]])
+    assert axes.get_xlabel() == "1 - specificity" and axes.get_ylabel() == "Sensitivity"
 
 
 def test_precision_recall_shows_the_prevalence_floor():
     axes = draw_precision_recall(TARGET, PROB).axes[0]
     recall, precision = line(axes, "this model").T
-    assert line(axes, "floor: prevalence 0.50")[0, 1] == 0.5
+    assert line(axes, "baseline: prevalence 0.50")[0, 1] == 0.5
     calls = [PROB >= threshold for threshold in PROB]
     possible = {(round(TARGET[called].sum() / 5, 9), round(TARGET[called].mean(), 9)) for called in calls}
     drawn = {(round(r, 9), round(p, 9)) for r, p in zip(recall, precision, strict=True)} - {(0.0, 1.0)}
@@ -183,7 +183,7 @@ def test_folds_show_every_seed_their_mean_and_the_baseline():
     axes = draw_folds(["x", "x", "y"], np.array([0.8, 0.6, 0.9]), baseline={"x": 0.75, "y": np.nan}).axes[0]
     np.testing.assert_allclose(line(axes, "one seed")[:, 0], [0.6, 0.8])
     np.testing.assert_allclose(line(axes, "mean of seeds")[:, 0], [0.7, 0.7])
-    np.testing.assert_allclose(line(axes, "colour alone"), [[0.75, 0]])
+    np.testing.assert_allclose(line(axes, "colour-only baseline"), [[0.75, 0]])
 
 
 def test_sheet_lays_patches_row_by_row():

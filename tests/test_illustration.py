@@ -97,7 +97,7 @@ def test_three_classes_are_explained_by_the_likeliest(make_pack, tmp_path):
         assert (entry["class"] == entry["called"]) == (entry["kind"] == "right") and entry["prob"] >= 1 / 3
     biopsy.evaluate(run)
     page = Page(biopsy.report(run, complete=True)[0].read_text()).text
-    assert "What the network looks at" in page and "probability of the class that was called" in page
+    assert "Saliency maps show" in page and "probability of the predicted class" in page
     assert "conjectures" not in page and not (run.path / "explain" / "conjectures.json").exists()
 
 
@@ -263,7 +263,7 @@ def test_a_report_computes_nothing_and_names_what_it_lacks(judged):
     (path,) = biopsy.report(judged)
     page = Page(path.read_text()).text
     assert not (judged.path / "explain").exists() and not (judged.path / "errors").exists()
-    assert "What the network looks at" not in page and "Where it goes wrong" not in page
+    assert "Saliency maps show" not in page and "Error analysis" not in page
     for command in ("biopsy explain", "biopsy errors"):
         assert f"{command} {judged.path}" in page
     assert "Not included" in page
@@ -274,7 +274,7 @@ def test_a_complete_report_runs_what_is_missing_and_reads_it_again(judged):
     measure_conjectures(judged)
     (path,) = biopsy.report(judged, complete=True)
     page = Page(path.read_text()).text
-    assert "What the network looks at" in page and "The posts' conjectures, measured" in page
+    assert "Saliency maps show" in page and "Published hypotheses" in page
     made = {file.name for file in (judged.path / "explain").iterdir()}
     assert {"explain.json", "conjectures.json", "saliency.png", "activations.png"} <= made
     before = (judged.path / "explain" / "explain.json").stat().st_mtime_ns

@@ -75,7 +75,7 @@ def test_summary_numbers_are_the_metrics(report):
         interval = f"{found['low']:.3f} to {found['high']:.3f}"
         shown = f"{label} {found['value']:.3f} 95 % interval {interval}, over patients"
         assert shown in page
-    assert "colour alone: 0.612" in page and "Research use only" in page
+    assert "colour-only baseline: 0.612" in page and "Research use only" in page
     assert "Can it tell IDC from not IDC, on patches of patients it has never seen?" in page
     assert "4 openings of this test side, for 2 runs" in page
 
@@ -95,9 +95,9 @@ def test_tables_hold_what_was_measured(report):
     assert "15478 64 0 - - " in page, "a patient with one class has no AUROC"
     assert "odd sizes 8" in page and "patches divided" in page and "1,235,133" in page
     for heading in (
-        "Where on the slide",
-        "Training and the network",
-        "How to do it again",
+        "Predictions on the slides",
+        "Training and architecture",
+        "Reproducibility",
     ):
         assert heading in page
 
@@ -117,14 +117,17 @@ def test_overlap_and_other_warnings_come_first():
         "baseline": {"auroc": 0.999},
     }
     text = Page(render_report(report_of_run(replace(facts, metrics=metrics)))).text
-    body = text[text.index("How to do it again") :]  # after the contents
-    assert body.index("Patients stand on more than one side") < body.index("CancerNet, 2020")
-    assert "The test side is the validation side" in body and "Colour alone reaches AUROC 0.999" in body
-    assert "never seen" not in text
+    body = text[text.index("Reproducibility") :]  # after the contents
+    assert body.index("Patient overlap between subsets") < body.index("CancerNet, 2020")
+    assert (
+        "the test subset is also the validation subset" in body
+        and "A colour-only baseline reaches AUROC 0.999" in body
+    )
+    assert "not seen in training" not in text
 
 
 def test_the_classes_of_the_sides_are_drawn(report):
-    assert "Patches of each side of the split, by class." not in report  # its classes are not known
+    assert "Patches of each subset of the split, by class." not in report  # its classes are not known
     facts = make_facts()
     sides = {
         "train": {"patches": 4321, "groups": 3, "per_class": {facts.class_names[1]: 1321, "x": 3000}},
@@ -135,7 +138,7 @@ def test_the_classes_of_the_sides_are_drawn(report):
     blocks = [describe_data(each).blocks for each in (facts, replace(facts, run=run))]
     plain, drawn = ([p for b in part if isinstance(b, Pictures) for p in b.items] for part in blocks)
     captions, text = {picture.caption for picture in drawn}, "".join(picture.svg for picture in drawn)
-    assert "Patches of each side of the split, by class." in captions and ">1,321 (100%)<" in text
+    assert "Patches of each subset of the split, by class." in captions and ">1,321 (100%)<" in text
     assert len(drawn) == len(plain) + 1 and ">49 (" not in text
 
 
@@ -205,8 +208,11 @@ def test_no_ids_at_all_still_make_a_report():
     facts = make_small_facts(predictions=table, metrics=metrics, get_patch=lambda _: PATCH)
     for hide_ids in (False, True):
         text = Page(render_report(report_of_run(facts, hide_ids=hide_ids))).text
-        assert "The data name neither patients nor slides" in text and "on patches it has never seen" in text
-        assert "Where on the slide" not in text and "one by one" not in text
+        assert (
+            "The data have neither patient nor slide ids" in text
+            and "in patches not seen in training" in text
+        )
+        assert "Predictions on the slides" not in text and "Metrics of each" not in text
 
 
 def test_three_classes_are_reported_under_their_usual_names():
@@ -237,7 +243,7 @@ def test_three_classes_are_reported_under_their_usual_names():
         assert f"{label} {number(entry['value'])} 95 % interval {interval}" in text
     one = metrics["one_vs_rest"]["in situ"]["auroc"]
     assert f"in situ {number(one['value'])} ({number(one['low'])} to {number(one['high'])})" in text
-    assert "macro average" in text and "3 classes apart" in text and "highest probability" in text
+    assert "macro average" in text and "3 classes" in text and "highest probability" in text
 
 
 @pytest.mark.slow
@@ -296,7 +302,7 @@ def test_numbers_are_written_for_readers(value, shown):
 
 def test_openings_are_said():
     assert say_openings({"times": 1, "runs": 1, "kept_with": "pack"}).startswith(
-        "The ledger counts 1 opening of this"
+        "This test subset has been evaluated 1 time, by 1 run"
     )
     assert "read-only" in say_openings({"times": 2, "runs": 1, "kept_with": "run"})
     assert "not in the ledger" in say_openings(None)

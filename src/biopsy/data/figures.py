@@ -50,7 +50,7 @@ def draw_sides(sides: Sequence[str], counts: np.ndarray, class_names: Sequence[s
                 color=MUTED,
                 fontsize=8,
             )
-    axes.set_xlabel("patches")
+    axes.set_xlabel("Patches")
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlim(0, 1.32 * max(int(counts.max(initial=0)), 1))  # room for the figures at the bars' ends
@@ -96,7 +96,7 @@ def draw_balance(patient_ids: Sequence[object], counts: np.ndarray, class_names:
             label=shorten(name),
         )
         left += values
-    axes.set_xlabel("patches")
+    axes.set_xlabel("Patches")
     _name_rows(axes, [patient_ids[index] for index in order])
     _legend_above(axes, len(class_names))
     return figure
@@ -113,7 +113,7 @@ def _name_rows(axes: Axes, names: Sequence[object]) -> None:
     if n_rows <= NAMED_ROWS:
         axes.set_yticks(range(n_rows), [shorten(name) for name in names])
     else:
-        axes.set_ylabel(f"{n_rows} patients, in order")
+        axes.set_ylabel(f"{n_rows} patients, sorted")
         axes.set_yticks([])
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)

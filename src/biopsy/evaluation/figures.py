@@ -52,7 +52,9 @@ def draw_confusion(tp: int, fp: int, fn: int, tn: int, *, negative: str, positiv
             axes.text(column, row + 0.03, f"{count:,}", ha="center", va="center", fontsize=16)
             shown = f"{share:.1%} of {shorten(truth, 14)}" if total else f"no {shorten(truth, 14)} patch"
             axes.text(column, row + 0.29, shown, ha="center", va="center", fontsize=8.5, color=INK)
-    _label_cells(axes, [f"called\n{shorten(positive)}", f"called\n{shorten(negative)}"], [positive, negative])
+    _label_cells(
+        axes, [f"predicted\n{shorten(positive)}", f"predicted\n{shorten(negative)}"], [positive, negative]
+    )
     return figure
 
 
@@ -88,8 +90,8 @@ def draw_confusion_matrix(counts: np.ndarray, class_names: Sequence[str]) -> Fig
         axes.tick_params(axis="x", labelrotation=40)
         for label in axes.get_xticklabels():
             label.set(ha="left", rotation_mode="anchor")
-    axes.set_xlabel("predicted class", color=MUTED)
-    axes.set_ylabel("true class", color=MUTED)
+    axes.set_xlabel("Predicted class", color=MUTED)
+    axes.set_ylabel("True class", color=MUTED)
     axes.xaxis.set_label_position("top")
     return figure
 
@@ -114,7 +116,7 @@ def _label_cells(axes: Axes, columns: list[str], rows: list[str]) -> None:
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), [f"{shorten(name)}" for name in rows])
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
-    axes.set_ylabel("truth", color=MUTED)
+    axes.set_ylabel("True class", color=MUTED)
     axes.grid(False)
     axes.spines[:].set_visible(False)
 
@@ -149,9 +151,9 @@ def draw_roc(
     axes.plot(false_positive_rate, sensitivity, color=POSITIVE, label=label)
     if operating_point is not None:
         reached, specificity = operating_point
-        axes.plot([1 - specificity], [reached], "o", color=INK, markersize=6, label="frozen threshold")
+        axes.plot([1 - specificity], [reached], "o", color=INK, markersize=6, label="decision threshold")
     _frame_unit_square(axes)
-    axes.set(xlabel="1 - specificity", ylabel="sensitivity")
+    axes.set(xlabel="1 - specificity", ylabel="Sensitivity")
     axes.legend(loc="lower right")
     return figure
 
@@ -183,14 +185,14 @@ def draw_precision_recall(
         color=MUTED,
         linewidth=0.9,
         linestyle=(0, (4, 3)),
-        label=f"floor: prevalence {prevalence:.2f}",
+        label=f"baseline: prevalence {prevalence:.2f}",
     )
     ppv, sensitivity, _ = precision_recall_curve(target, prob, drop_intermediate=True)
     axes.step(sensitivity, ppv, where="post", color=POSITIVE, label=label)
     if operating_point is not None:
-        axes.plot(*operating_point, "o", color=INK, markersize=6, label="frozen threshold")
+        axes.plot(*operating_point, "o", color=INK, markersize=6, label="decision threshold")
     _frame_unit_square(axes)
-    axes.set(xlabel="sensitivity (recall)", ylabel="positive predictive value (precision)")
+    axes.set(xlabel="Recall (sensitivity)", ylabel="Precision (positive predictive value)")
     axes.legend(loc="lower left")
     return figure
 
@@ -218,11 +220,11 @@ def draw_reliability(
     bins = reliability_bins(target, prob, n_bins=n_bins)
     figure = Figure(figsize=(WIDTH_IN, 4.3), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.6, 1))
-    upper.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label="perfect")
+    upper.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label="perfect calibration")
     upper.plot(
         bins.mean_prob, bins.observed, "-o", color=POSITIVE, markersize=4.5, linewidth=1.1, label="this model"
     )
-    upper.set(xlim=(-0.015, 1.015), ylim=(-0.015, 1.015), ylabel="share found positive")
+    upper.set(xlim=(-0.015, 1.015), ylim=(-0.015, 1.015), ylabel="Observed frequency")
     upper.legend(loc="upper left")
     edges = np.linspace(0, 1, 41)
     lower.hist(
@@ -232,7 +234,7 @@ def draw_reliability(
         color=[NEGATIVE, POSITIVE],
         label=list(class_names),
     )
-    lower.set(xlabel="predicted probability of the positive class", ylabel="patches")
+    lower.set(xlabel="Predicted probability of the positive class", ylabel="Patches")
     lower.legend(loc="upper center", ncols=2)
     lower.grid(False)
     return figure
@@ -385,7 +387,7 @@ def draw_patient_probs(
         axes.axvline(
             threshold, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"threshold {threshold:.2f}"
         )
-    axes.set(xlabel=f"probability of {shorten(class_names[1], 24)}", xlim=(-0.015, 1.015))
+    axes.set(xlabel=f"Predicted probability of {shorten(class_names[1], 24)}", xlim=(-0.015, 1.015))
     _name_rows(axes, names.tolist())
     _legend_above(axes, 3)
     return figure
@@ -415,15 +417,15 @@ def draw_decision_curve(curve: Mapping[str, Any], *, level: float = 0.95) -> Fig
         axes.fill_between(
             marks, low, high, color=POSITIVE, alpha=0.16, linewidth=0, label=f"{100 * level:g} % interval"
         )
-    axes.plot(at, treat_all, color=NEGATIVE, linewidth=1.2, linestyle=(0, (4, 2)), label="act on all")
+    axes.plot(at, treat_all, color=NEGATIVE, linewidth=1.2, linestyle=(0, (4, 2)), label="act on all patches")
     axes.axhline(0, color=BASELINE, linewidth=1.2, label="act on none")
-    axes.plot(at, model, color=POSITIVE, label="act on what the model calls")
+    axes.plot(at, model, color=POSITIVE, label="act on predicted positives")
     top = max(float(model.max()), float(treat_all.max()), 0.01)
     axes.set(
         xlim=(0, 1),
         ylim=(-0.25 * top, 1.15 * top),
-        xlabel="threshold probability: from which one would act",
-        ylabel="net benefit, true positives per patch",
+        xlabel="Threshold probability",
+        ylabel="Net benefit (true positives per patch)",
     )
     axes.legend(loc="upper right")
     return figure

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from biopsy.core.subsets import subset_name
 from biopsy.data.figures import draw_balance, draw_sides
 from biopsy.data.leakage import SIDES
 from biopsy.plotting.style import svg
@@ -39,28 +40,30 @@ def describe_baseline(facts: RunFacts) -> Section | None:
         return None
     rows = [
         [name, number(m["value"]), interval_of(m)]
-        for name, m in (("this model", ours), ("colour alone", theirs))
+        for name, m in (("this model", ours), ("colour-only baseline", theirs))
     ]
     known = (facts.metrics.get("baseline") or {}).get("gain") or {}
     gain = ours["value"] - theirs["value"]
     if known.get("low") is not None:
         rows.append(["difference, paired", number(gain), interval_of(known)])
     verdict = (
-        f"The model ranks patches {number(gain)} better than colour does"
-        + (", which chance alone could have done." if (known.get("low") or 0) < 0 else ".")
+        f"The AUROC of the model is {number(gain)} higher than that of the baseline"
+        + (", a difference that is not significant." if (known.get("low") or 0) < 0 else ".")
         if gain > 0
-        else f"The model ranks patches no better than colour does ({number(gain)}): it may know stain."
+        else f"The AUROC of the model is not higher than that of the baseline ({number(gain)}); the "
+        "model may "
+        "rely on staining rather than morphology."
     )
-    note = "Colour alone: a logistic regression on statistics of colour and stain, trained on the same split."
-    table = Table(["", "AUROC", "95 % interval"], rows, caption="Does it see more than colour?", note=note)
-    return Section("baseline", "Colour alone", [table, Text(verdict)])
+    note = "Baseline: logistic regression on colour and stain statistics, trained on the same split."
+    table = Table(["", "AUROC", "95 % interval"], rows, caption="Model and colour-only baseline", note=note)
+    return Section("baseline", "Colour-only baseline", [table, Text(verdict)])
 
 
 @section("data", order=140)
 def describe_data(facts: RunFacts) -> Section:
     """Pack, split, audit, balance, and how often the test side was looked at."""
     if not facts.is_run:
-        return Section("data", "The data", _draw_classes_by_group(facts))
+        return Section("data", "Data", _draw_classes_by_group(facts))
     pack, split = facts.run.get("pack", {}), facts.run.get("split", {})
     blocks: list[Block] = [
         Facts(
@@ -73,8 +76,8 @@ def describe_data(facts: RunFacts) -> Section:
                 ("split", split.get("name")),
                 ("protocol", split.get("protocol")),
                 ("fold", split.get("fold")),
-                ("patients on two sides", split.get("patients_overlap")),
-                ("the test side validates too", split.get("val_is_test") or None),
+                ("patients in several subsets", split.get("patients_overlap")),
+                ("test subset used for validation", split.get("val_is_test") or None),
             )
         )
     ]
@@ -84,9 +87,9 @@ def describe_data(facts: RunFacts) -> Section:
     blocks += _draw_classes_by_group(facts)
     if facts.audit is not None:
         shown = {key: value for key, value in facts.audit.items() if key not in NOT_SHOWN}
-        blocks.append(Facts(flatten(shown), caption="What the audit of the pack found"))
+        blocks.append(Facts(flatten(shown), caption="Data audit"))
     blocks.append(Text(say_openings(facts.ledger or facts.metrics.get("times_opened"))))
-    return Section("data", "The data", blocks)
+    return Section("data", "Data", blocks)
 
 
 def _table_of_sides(sides: Mapping[str, Any], facts: RunFacts) -> Table:
@@ -96,11 +99,11 @@ def _table_of_sides(sides: Mapping[str, Any], facts: RunFacts) -> Table:
             per_class = counts.get("per_class") or {}
             groups = counts.get("groups", counts.get("patients"))
             shown = [number(per_class.get(name)) for name in facts.class_names]
-            rows.append([side, number(counts.get("patches")), number(groups), *shown])
+            rows.append([subset_name(side), number(counts.get("patches")), number(groups), *shown])
         else:
-            rows.append([side, number(counts), "-", *["-"] * len(facts.class_names)])
+            rows.append([subset_name(side), number(counts), "-", *["-"] * len(facts.class_names)])
     return Table(
-        ["side", "patches", f"{facts.unit}s", *facts.class_names], rows, caption="Sides of the split"
+        ["subset", "patches", f"{facts.unit}s", *facts.class_names], rows, caption="Subsets of the split"
     )
 
 
@@ -116,7 +119,7 @@ def _draw_sides(sides: Mapping[str, Any], facts: RunFacts) -> list[Block]:
         [[per_class.get(name, 0) for name in facts.class_names] for per_class in known.values()]
     )
     figure = draw_sides(list(known), counts, facts.class_names)
-    caption = "Patches of each side of the split, by class."
+    caption = "Patches of each subset of the split, by class."
     return [Pictures([Picture(caption, svg(figure, "sides"))], across=1)]
 
 
@@ -162,22 +165,20 @@ def describe_training(facts: RunFacts) -> Section | None:
                 ("epochs", len(facts.log) or None),
                 ("epoch kept", chosen),
                 ("parameters", parameters.get("total")),
-                ("of these trainable", parameters.get("trainable")),
-                ("weights it began with", _say_weights(facts.run.get("weights"))),
+                ("trainable parameters", parameters.get("trainable")),
+                ("initial weights", _say_weights(facts.run.get("weights"))),
                 ("device", facts.run.get("device")),
                 ("precision", facts.run.get("precision")),
                 ("images per second, median", round(float(np.median(speed))) if speed else None),
-                ("time", _duration(facts.run.get("seconds"))),
+                ("training time", _duration(facts.run.get("seconds"))),
             )
         )
     )
     if facts.network:
         figure = draw_network([tuple(row) for row in facts.network], input_shape=facts.input_shape)  # type: ignore[misc]
-        caption = (
-            "From input to output: each layer, the channels, height and width that leave it, its parameters."
-        )
+        caption = "Layers from input to output, with output shape (channels, height, width) and parameters."
         blocks.append(Pictures([Picture(caption, svg(figure, "network"))], across=1))
-    return Section("training", "Training and the network", blocks)
+    return Section("training", "Training and architecture", blocks)
 
 
 def _say_weights(record: Mapping[str, Any] | None) -> str | None:
@@ -212,22 +213,22 @@ def describe_recipe(facts: RunFacts) -> Section | None:
         source = ", ".join(str(origin[key]) for key in ("authors", "title", "year") if origin.get(key))
         blocks.append(
             Table(
-                ["", "published", f"the same, {facts.positive} positive", "this run", "95 % interval"],
+                ["", "published", f"corrected, {facts.positive} positive", "this run", "95 % interval"],
                 rows,
-                caption="Published and found",
+                caption="Published and observed metrics",
                 note=f"Source: {source}. Comparable only on the same data and split; this run used the split "
                 f"{facts.run.get('split', {}).get('name', 'not stated')!r}.",
             )
         )
     if origin.get("flaws"):
-        blocks += [Text("What is known to be wrong with the published result:"), Bullets(origin["flaws"])]
+        blocks += [Text("Known flaws of the published result:"), Bullets(origin["flaws"])]
     if origin.get("not_stated"):
-        blocks.append(Text(f"Not stated by the source, chosen here: {'; '.join(origin['not_stated'])}."))
+        blocks.append(Text(f"Not stated by the source, chosen by us: {'; '.join(origin['not_stated'])}."))
     if facts.recipe.get("notes"):
         blocks.append(Text(str(facts.recipe["notes"])))
     if facts.recipe_toml:
-        blocks.append(Listing(facts.recipe_toml, fold="Every setting (TOML)"))
-    return Section("recipe", "The recipe", blocks or [Text("No recipe is at hand.")])
+        blocks.append(Listing(facts.recipe_toml, fold="All settings (TOML)"))
+    return Section("recipe", "Recipe", blocks or [Text("No recipe is available.")])
 
 
 @section("reproduction", order=170)
@@ -247,10 +248,10 @@ def describe_reproduction(record: Mapping[str, Any]) -> Section:
         ("seed", record.get("seed", record.get("seeds"))),
         ("started", record.get("started")),
         ("status", record.get("status")),
-        ("transform, which the command does not repeat", record.get("transform")),
+        ("transform (not part of the command)", record.get("transform")),
     )
-    blocks += [Facts(facts), Facts(flatten(record.get("environment") or {}), caption="Made with")]
-    return Section("reproduce", "How to do it again", blocks)
+    blocks += [Facts(facts), Facts(flatten(record.get("environment") or {}), caption="Environment")]
+    return Section("reproduce", "Reproducibility", blocks)
 
 
 def flatten(document: Mapping[str, Any]) -> list[tuple[str, str]]:

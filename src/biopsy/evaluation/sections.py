@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import DataError
+from biopsy.core.subsets import subset_name
 from biopsy.evaluation.figures import (
     draw_confusion,
     draw_confusion_matrix,
@@ -50,7 +51,7 @@ def describe_numbers(facts: RunFacts) -> Section:
             _table_of_one_against_rest(facts.metrics.get("one_vs_rest", {})),
             picture_of_confusion(facts.metrics["confusion_matrix"], facts.class_names),
         ]
-    return Section("numbers", "The numbers", blocks)
+    return Section("numbers", "Performance", blocks)
 
 
 def picture_of_confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Pictures:
@@ -96,10 +97,10 @@ def _table_of_one_against_rest(per_class: Mapping[str, Mapping[str, Any]]) -> Ta
 
 def _confusion_pictures(facts: RunFacts) -> list[Picture]:
     chosen = facts.metrics.get("threshold") or {}
-    rule, side = chosen.get("rule", "rule not stated"), chosen.get("chosen_on", "a side not stated")
+    rule, side = chosen.get("rule", "rule not stated"), chosen.get("chosen_on", "a subset not stated")
     named = {
         "confusion": f"At the frozen threshold {number(facts.threshold)} ({rule}, chosen on {side}).",
-        "at_half": "The same at probability .5.",
+        "at_half": "At threshold 0.5.",
     }
     if not facts.is_run:
         named["confusion"] = f"At the threshold {number(facts.threshold)}."
@@ -129,31 +130,33 @@ def describe_curves(facts: RunFacts) -> Section | None:
         pr_point = None if None in (reached[0], reached[2]) else (reached[0], reached[2])
         pictures = [
             Picture(
-                "How well patches are ranked. The dot is the threshold that was frozen before.",
+                "ROC curve: sensitivity against the false positive rate at every threshold. Dot: the "
+                "decision threshold.",
                 svg(draw_roc(target, prob, operating_point=roc_point), "roc"),
             ),
             Picture(
-                f"Of the patches called {facts.positive}, how many are. Without skill it stays on the floor.",
+                f"Precision-recall curve of {facts.positive}. The baseline is its prevalence. Dot: the "
+                "decision threshold.",
                 svg(draw_precision_recall(target, prob, operating_point=pr_point), "pr"),
             ),
         ]
     if "calibration" in facts.metrics:  # which has a chapter of its own
-        return Section("curves", "Ranking", [Pictures(pictures)]) if pictures else None
+        return Section("curves", "Discrimination", [Pictures(pictures)]) if pictures else None
     names = (facts.negative, facts.positive)
     pictures.append(
         Picture(
-            "Do probabilities mean what they say? Each dot holds as many patches; below, how often each "
-            "probability was given.",
+            "Reliability diagram: observed frequency against predicted probability, in bins of equal size. "
+            "Below: histogram of the predicted probabilities.",
             svg(draw_reliability(target, prob, class_names=names), "reliability"),
         )
     )
-    return Section("curves", "Ranking and calibration", [Pictures(pictures)])
+    return Section("curves", "Discrimination and calibration", [Pictures(pictures)])
 
 
 RULES = {
     "youden": "highest sensitivity + specificity",
-    "argmax": "probability .5",
-    "cost": "a miss costs {} false alarms",
+    "argmax": "probability 0.5",
+    "cost": "minimum cost, a false negative costing {} false positives",
     "sensitivity": "sensitivity of {}",
     "specificity": "specificity of {}",
 }
@@ -169,13 +172,14 @@ def describe_decisions(facts: RunFacts) -> Section | None:
     if "at_prevalence" in facts.metrics:
         blocks.append(_table_at_prevalence(facts.metrics["at_prevalence"]))
     caption = (
-        f"Net benefit of acting on what the model calls {facts.positive}, at the prevalence of these "
-        "patches: true positives less false ones, these weighed by the odds of the probability from which "
-        "one would act. Above both other lines the model is worth using."
+        f"Decision curve (Vickers and Elkin 2006) for {facts.positive} at the prevalence of these "
+        "patches: true "
+        "positives minus false positives weighted by the odds of the threshold probability, per patch. The "
+        "model is useful where its curve lies above both reference strategies."
     )
     picture = Picture(caption, svg(draw_decision_curve(curve), "decision-curve"))
     blocks += [Pictures([picture], across=1), Text(say_benefit(curve))]
-    return Section("decisions", "Thresholds, and what acting on them is worth", blocks)
+    return Section("decisions", "Decision thresholds and net benefit", blocks)
 
 
 def say_rule(rule: str) -> str:
@@ -196,7 +200,7 @@ def _table_of_points(points: Sequence[Mapping[str, Any]], side: str | None) -> T
             ]
             for point in points
         ]
-        columns = ["threshold", "from", *(metric_label(name) for name in names)]
+        columns = ["rule", "threshold", *(metric_label(name) for name in names)]
         note = f"The threshold was given with the predictions, or is 0.5.{reasons.text}"
         return Table(columns, rows, caption="Operating point", note=note)
     for point in points:
@@ -209,13 +213,16 @@ def _table_of_points(points: Sequence[Mapping[str, Any]], side: str | None) -> T
             ]
         rows.append(row)
     chosen_on = points[0]["chosen_on"]
-    heads = [f"{name} {part}" for name in ("sensitivity", "specificity") for part in (chosen_on, side)]
+    heads = [
+        f"{name} {part}" for name in ("sensitivity", "specificity") for part in (chosen_on, subset_name(side))
+    ]
     return Table(
-        ["rule", "from", heads[0], heads[1], "drift", heads[2], heads[3], "drift"],
+        ["rule", "threshold", heads[0], heads[1], "drift", heads[2], heads[3], "drift"],
         rows,
-        caption="Operating points: what was chosen, and what came of it",
-        note=f"Every threshold was frozen on {chosen_on}; the first one decides. "
-        f"Drift: {side} less {chosen_on}.{reasons.text}",
+        caption="Operating points",
+        note=f"Every threshold was chosen on {chosen_on} and is fixed; the first one is the decision "
+        "threshold. "
+        f"Drift: {subset_name(side)} minus {chosen_on}.{reasons.text}",
     )
 
 
@@ -228,8 +235,8 @@ def _table_at_prevalence(asked: Mapping[str, Any]) -> Table:
     return Table(
         ["rule", "positive predictive value", "negative predictive value"],
         rows,
-        caption=f"Where {100 * asked['prevalence']:g} % of patches are positive",
-        note="By Bayes' rule, with the sensitivity and the specificity found here." + reasons.text,
+        caption=f"Predictive values at a prevalence of {100 * asked['prevalence']:g} %",
+        note="By Bayes' rule, with the sensitivity and specificity above." + reasons.text,
     )
 
 
@@ -249,9 +256,15 @@ def say_benefit(curve: Mapping[str, Any]) -> str:
         elif is_better:
             spans.append([at, at])
     if not spans:
-        return "Here the model is at no probability worth more than acting on all or on none."
+        return (
+            "At no threshold probability is the net benefit higher than that of acting on all or on "
+            "no patches."
+        )
     named = ", ".join(f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}" for low, high in spans)
-    return f"Here the model is worth more than acting on all or on none at probabilities of {named}."
+    return (
+        "Net benefit is higher than that of acting on all or on no patches at threshold "
+        f"probabilities of {named}."
+    )
 
 
 MOST_SLIDES = 4
@@ -271,7 +284,7 @@ def describe_patients(facts: RunFacts) -> Section | None:
         blocks.append(_table_of_subgroups(facts.metrics["subgroups"], len(facts.class_names), facts.unit))
     if not blocks:
         return None
-    heading = "Slide by slide" if facts.unit == "slide" else "Patient by patient"
+    heading = "Per-slide results" if facts.unit == "slide" else "Per-patient results"
     return Section("patients", heading, blocks)
 
 
@@ -298,8 +311,9 @@ def _blocks_by_group(facts: RunFacts, who: np.ndarray, known: np.ndarray) -> lis
             ),
         ),
         Picture(
-            f"Probabilities within each {facts.unit}: dot the median, thick line the middle half, thin "
-            "line the middle nine tenths.",
+            f"Predicted probabilities within each {facts.unit}: median (dot), interquartile range "
+            "(thick line) "
+            "and 5th to 95th percentile (thin line).",
             svg(
                 draw_patient_probs(
                     who.tolist(),
@@ -323,8 +337,8 @@ def _blocks_by_group(facts: RunFacts, who: np.ndarray, known: np.ndarray) -> lis
         for i, name in enumerate(names)
     ]
     columns = [facts.unit, "patches", facts.positive, *(metric_label(key) for key in shown)]
-    title = f"{len(rows)} {facts.unit}s, one by one"
-    note = "A dash: not defined, because only one class occurs."
+    title = f"Metrics of each {facts.unit} ({len(rows)})"
+    note = "Dash: undefined, because only one class occurs."
     fold = title if len(rows) >= LONG_TABLE else ""
     return [Pictures(pictures), Table(columns, rows, caption="" if fold else title, note=note, fold=fold)]
 
@@ -347,7 +361,7 @@ def _table_of_subgroups(subgroups: Mapping[str, Mapping[str, Any]], n_classes: i
             )
     columns = ["column", "subgroup", "patches", f"{unit}s"]
     columns += [metric_label(name, n_classes) for name in shown]
-    note = f"In brackets the 95 % interval.{reasons.text}"
+    note = f"95 % intervals in brackets.{reasons.text}"
     return Table(columns, rows, caption="Subgroups", note=note, text_columns=2)
 
 
@@ -383,10 +397,11 @@ def describe_slides(facts: RunFacts) -> Section | None:
     if left_out:
         blocks.append(
             Text(
-                f"{left_out} more are not shown: those with both classes and most patches stand here.", "note"
+                f"{left_out} more are not shown; slides with both classes and most patches are shown first.",
+                "note",
             )
         )
-    return Section("slides", "Where on the slide", blocks)
+    return Section("slides", "Predictions on the slides", blocks)
 
 
 def _slide_pictures(facts: RunFacts, rows: pd.DataFrame, name: str) -> list[Picture]:

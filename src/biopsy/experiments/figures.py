@@ -84,7 +84,7 @@ def draw_folds(
             markersize=6,
             markerfacecolor="white",
             markeredgewidth=1.4,
-            label="colour alone",
+            label="colour-only baseline",
         )
     axes.axvline(0.5, color=BASELINE, linewidth=0.8, linestyle=(0, (2, 2)))
     axes.set_xlim(min([0.48, *seen]) - 0.02, 1.01)
@@ -289,7 +289,7 @@ def _draw_line(
     if best is not None:
         dashes = (0, (3, 3))
         axes.axvline(place[best[0]], color=INK, linewidth=0.9, linestyle=dashes, zorder=0, label="chosen")
-    axes.set(xlabel=key, ylabel=f"{metric}; a dot is a seed")
+    axes.set(xlabel=key, ylabel=f"{metric} (dots: seeds)")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=0.1)
     return figure
 

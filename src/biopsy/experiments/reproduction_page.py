@@ -1,4 +1,4 @@
-"""The report of a reproduction: claims beside what they come to here, and what the leak adds."""
+"""The report of a reproduction: published and reproduced metrics, and the effect of patient leakage."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -82,8 +82,9 @@ def _summarise(papers: Mapping[str, Any], unit: str, *, hide_ids: bool) -> Summa
             for arm, key in (("with", "with"), ("without", "apart"))
         ]
     return Summary(
-        question="What were the claims, what do they come to as published, and what with "
-        f"{unit if unit != 'patch' else 'patient'}s kept apart?",
+        question="What was published, what does it reproduce to with the published split, and with a "
+        "split by "
+        f"{unit if unit != 'patch' else 'patient'}?",
         headlines=headlines,
         unit="",
         findings=[
@@ -93,7 +94,7 @@ def _summarise(papers: Mapping[str, Any], unit: str, *, hide_ids: bool) -> Summa
             for name in leaks
         ]
         + [
-            "Both arms of a comparison train on as many patches and make as many updates.",
+            "Both arms of a comparison have equal numbers of training patches and updates.",
             *([HIDDEN] if hide_ids else []),
         ],
         not_for=NOT_FOR,
@@ -114,33 +115,31 @@ def _warn_reader(papers: Mapping[str, Any], unit: str) -> list[str]:
     smoke = [name for name, entry in papers.items() if "smoke" in entry["label"]]
     if smoke:
         warnings.append(
-            f"Smoke only, less than a tenth of the published updates: {', '.join(smoke)}. "
-            "These rows show that the recipe runs, not how good it is."
+            f"Smoke test only, less than a tenth of the published updates: {', '.join(smoke)}. "
+            "These rows show that the recipe runs, not its performance."
         )
     without = [name for name, entry in papers.items() if "method only" in entry["label"]]
     if without:
         warnings.append(
-            f"Method only, begun from random weights where the publication had pretrained ones: "
+            f"Method only, with random initial weights where the publication used pretrained ones: "
             f"{', '.join(without)}."
         )
     tested = [name for name, entry in papers.items() if entry["published"]["test_is_validation"]]
     if tested:
         warnings.append(
-            f"As published, the test side is the validation side: {', '.join(tested)}. "
-            "Everything was chosen on what is tested."
+            f"As published, the test subset is also the validation subset: {', '.join(tested)}. "
+            "Results are optimistic."
         )
     if unit == "patch":
-        warnings.append(
-            "The data name neither patients nor slides: the leak between patches is not measurable."
-        )
+        warnings.append("The data have neither patient nor slide ids: leakage cannot be measured.")
     return warnings
 
 
 def _describe_table(papers: Mapping[str, Any]) -> Section:
     figure = draw_reproduction(papers)
     caption = (
-        "Lines: the interval over patients where there is one, else least and greatest over seeds. A diamond "
-        "is the corrected number where the publication allows one, else its claim."
+        "Lines: 95 % interval over patients where available, otherwise range over seeds. Diamonds: published "
+        "metric, corrected where the publication allows it."
     )
     rows = []
     for name, entry in papers.items():
@@ -162,25 +161,31 @@ def _describe_table(papers: Mapping[str, Any]) -> Section:
                     entry["label"] or "-",
                 ]
             )
-    columns = "recipe,metric,published,corrected,as published,patients apart,interval,colour alone,leak,label"
+    columns = (
+        "recipe,metric,published,corrected,as published,split by patient,interval,colour-only "
+        "baseline,leakage,label"
+    )
     blocks: list[Block] = [
         Pictures([Picture(caption, svg(figure, "reproduction"))], across=1),
         Table(
             columns.split(","),
             rows,
             note="Mean ± standard deviation over seeds. Corrected: the published result with the positive "
-            "class named, on the published split. Leak: what training patches of the tested slide add, mean "
-            "of slides.",
+            "class named, on the published split. Leakage: increase from training patches of the tested "
+            "slide, "
+            "mean over slides.",
             text_columns=2,
         ),
     ]
     reasons = [
         f"{name}, {what}: {entry[arm]['reason']}"
         for name, entry in papers.items()
-        for arm, what in (("published", "as published"), ("apart", "patients apart"), ("leak", "leak"))
+        for arm, what in (("published", "as published"), ("apart", "split by patient"), ("leak", "leakage"))
         if entry[arm]["reason"]
     ]
-    return Section("claims", "Claims and results", [*blocks, *([Bullets(reasons)] if reasons else [])])
+    return Section(
+        "claims", "Published and reproduced metrics", [*blocks, *([Bullets(reasons)] if reasons else [])]
+    )
 
 
 def _describe_leak(papers: Mapping[str, Any], unit: str) -> Section:
@@ -204,19 +209,20 @@ def _describe_leak(papers: Mapping[str, Any], unit: str) -> Section:
     columns = [
         "recipe",
         unit,
-        "AUROC with",
-        "AUROC without",
-        "gap",
-        "over seeds",
-        "gap, balanced accuracy",
+        "AUROC, leaky",
+        "AUROC, clean",
+        "difference",
+        "range over seeds",
+        "difference, balanced accuracy",
         "tested patches",
         "seeds",
     ]
     note = (
-        f"Same test patches, same number of training patches; with: the other half of the tested {unit} is "
-        "among them. Paired by seed."
+        "Same test patches, same number of training patches; leaky: these include the other half of "
+        "the tested "
+        f"{unit}. Paired by seed."
     )
-    return Section("leak", "The leak", [Table(columns, rows, note=note, text_columns=2)])
+    return Section("leak", "Patient leakage", [Table(columns, rows, note=note, text_columns=2)])
 
 
 def _describe_slides(papers: Mapping[str, Any], unit: str) -> Section | None:
@@ -233,8 +239,8 @@ def _describe_slides(papers: Mapping[str, Any], unit: str) -> Section | None:
     ]
     if not rows:
         return None
-    table = Table(["recipe", unit, *PANELS.values(), "colour alone"], rows, text_columns=2)
-    return Section("apart", f"{unit.capitalize()} by {unit}, kept apart", [table])
+    table = Table(["recipe", unit, *PANELS.values(), "colour-only baseline"], rows, text_columns=2)
+    return Section("apart", f"Per-{unit} results, split by {unit}", [table])
 
 
 def _describe_lengths(papers: Mapping[str, Any], asked: Mapping[str, Any]) -> Section:
@@ -254,7 +260,7 @@ def _describe_lengths(papers: Mapping[str, Any], asked: Mapping[str, Any]) -> Se
         )
     columns = [
         "recipe",
-        "updates of published",
+        "updates (published)",
         "epochs x updates",
         "training patches",
         "runs",
@@ -262,7 +268,8 @@ def _describe_lengths(papers: Mapping[str, Any], asked: Mapping[str, Any]) -> Se
         "label",
     ]
     note = (
-        "Smoke: less than a tenth of the published updates. Early stopping is off, so that both arms make "
-        "the same updates; which epoch is kept is as the recipe says."
+        "Smoke: less than a tenth of the published updates. Early stopping is disabled, so that both "
+        "arms make "
+        "the same number of updates; the epoch is selected as the recipe specifies."
     )
-    return Section("lengths", "Length of the runs", [Table(columns, rows, note=note)])
+    return Section("lengths", "Training length", [Table(columns, rows, note=note)])

@@ -1,4 +1,4 @@
-"""The report of a study: every run, the spread over seeds, and the pooled out-of-fold numbers."""
+"""The report of a study: all runs, the spread over seeds, and the pooled out-of-fold metrics."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -36,7 +36,7 @@ RUN_COLUMNS = {
     "seed": "seed",
     "n_patches": "patches",
     "auroc": "AUROC",
-    "baseline_auroc": "colour alone",
+    "baseline_auroc": "colour-only baseline",
     "sensitivity": "sensitivity",
     "specificity": "specificity",
     "accuracy": "accuracy",
@@ -44,7 +44,7 @@ RUN_COLUMNS = {
     "f1": "F1",
     "f1_macro": "F1, macro",
     "threshold": "threshold",
-    "chosen_epoch": "epoch kept",
+    "chosen_epoch": "selected epoch",
 }
 
 
@@ -67,7 +67,7 @@ def report_of_study(facts: StudyFacts, *, hide_ids: bool = False) -> ReportDocum
         _describe_pooled(facts),
         _describe_runs(facts),
         *(
-            [Section("recipe", "The recipe", [Listing(facts.recipe_toml, fold="Every setting (TOML)")])]
+            [Section("recipe", "Recipe", [Listing(facts.recipe_toml, fold="All settings (TOML)")])]
             if facts.recipe_toml
             else []
         ),
@@ -100,16 +100,17 @@ def spread_over_seeds(table: pd.DataFrame, metric: str = "auroc") -> pd.DataFram
 def _summarise(facts: StudyFacts) -> Summary:
     pooled, n_classes = facts.metrics.get("patch") or {}, len(facts.class_names)
     names = ("sensitivity", "specificity") if n_classes == 2 else ("accuracy", "balanced_accuracy")
-    what = f"is {facts.positive}" if n_classes == 2 else f"are {n_classes} classes"
+    what = f"is {facts.positive} detected" if n_classes == 2 else f"are {n_classes} classes distinguished"
     seeds = facts.table.groupby("seed")["auroc"].mean()
     spread = f"mean of folds over {len(seeds)} seeds: {number(seeds.min())} to {number(seeds.max())}"
     colour = _mean_baseline(facts)
-    beside = spread if colour is None else f"{spread}; colour alone, mean of folds: {number(colour)}"
+    beside = spread if colour is None else f"{spread}; colour-only baseline, mean of folds: {number(colour)}"
     apart = not facts.metrics.get("split", {}).get("patients_overlap") and facts.unit != "patch"
-    seen = f"Every patch was judged by runs that never saw its {facts.unit}. " if apart else ""
+    seen = f"Every patch was predicted by runs not trained on its {facts.unit}. " if apart else ""
     return Summary(
-        question=f"How well {what} told apart in {facts.unit}s left out of training, and how "
-        "much of that is the luck of a seed?",
+        question=f"How well {what} in {facts.unit}s left out of training, and how much does this vary "
+        "between "
+        "seeds?",
         headlines=[
             headline(
                 f"{'AUROC' if n_classes == 2 else 'Macro AUROC'}, out of fold",
@@ -120,8 +121,7 @@ def _summarise(facts: StudyFacts) -> Summary:
         ],
         unit=facts.unit,
         findings=[
-            f"{seen}The interval says how far the "
-            f"numbers may move with other {facts.unit}s, the spread over seeds how far in another training.",
+            f"{seen}Intervals reflect sampling of {facts.unit}s, the spread over seeds reflects training.",
             *([HIDDEN] if facts.ids_hidden else []),
         ],
         not_for=NOT_FOR,
@@ -132,14 +132,14 @@ def _warn_reader(facts: StudyFacts) -> list[str]:
     warnings = []
     if facts.metrics.get("split", {}).get("patients_overlap"):
         warnings.append(
-            "Patients stand on more than one side of this split, as published: "
-            "these numbers say nothing about a new patient."
+            "Patient overlap between subsets, as published: the results do not generalise to new patients."
         )
     ours, colour = facts.table["auroc"].mean(), _mean_baseline(facts)
     if colour is not None and colour >= ours:
         warnings.append(
-            f"Colour alone reaches a mean AUROC of {number(colour)}, this model {number(ours)}: "
-            "it may have learned stain."
+            f"A colour-only baseline reaches a mean AUROC of {number(colour)} (this model: "
+            f"{number(ours)}); the "
+            "model may rely on staining rather than morphology."
         )
     return warnings
 
@@ -169,7 +169,7 @@ def _describe_folds(facts: StudyFacts) -> Section:
                 "-" if gain is None else f"{gain:+.3f}",
             ]
         )
-    columns = ["fold", "mean of seeds", "least", "greatest", "seeds", "colour alone", "gain"]
+    columns = ["fold", "mean of seeds", "minimum", "maximum", "seeds", "colour-only baseline", "difference"]
     return Section(
         "folds",
         "Folds and seeds",
@@ -177,13 +177,13 @@ def _describe_folds(facts: StudyFacts) -> Section:
             Pictures(
                 [
                     Picture(
-                        "AUROC of every run: a dot is a seed. The dotted line is chance.",
+                        "AUROC of every run (dots: seeds; dotted line: chance).",
                         svg(figure, "folds"),
                     )
                 ],
                 across=1,
             ),
-            Table(columns, rows, caption="AUROC by fold", note="The gain is paired: same test patches."),
+            Table(columns, rows, caption="AUROC by fold", note="The difference is paired by test patch."),
         ],
     )
 
@@ -210,11 +210,18 @@ def _describe_groups(facts: StudyFacts) -> Section | None:
         rows.append([name, number(counts[name]), number(mean), spread, number(colour), gain])
     unit = "slide" if facts.unit == "slide" else "patient"
     metric = "AUROC" if len(facts.class_names) == 2 else "accuracy"
-    columns = [unit, "patches", f"{metric}, mean of seeds", "over seeds", "colour alone", "gain"]
-    note = "A dash: not defined, because only one class occurs, or not measured."
-    fold = f"{len(rows)} {unit}s, one by one" if len(rows) > 16 else ""
+    columns = [
+        unit,
+        "patches",
+        f"{metric}, mean of seeds",
+        "range over seeds",
+        "colour-only baseline",
+        "difference",
+    ]
+    note = "Dash: undefined, because only one class occurs, or not measured."
+    fold = f"Metrics of each {unit} ({len(rows)})" if len(rows) > 16 else ""
     blocks: list[Block] = [Table(columns, rows, note=note, fold=fold)]
-    return Section("groups", f"{unit.capitalize()} by {unit}", blocks)
+    return Section("groups", f"Per-{unit} results", blocks)
 
 
 def _measure_groups(facts: StudyFacts, part: pd.DataFrame, who: pd.Series) -> dict[str, float]:
@@ -228,7 +235,7 @@ def _measure_groups(facts: StudyFacts, part: pd.DataFrame, who: pd.Series) -> di
 
 def _describe_pooled(facts: StudyFacts) -> Section:
     blocks: list[Block] = [
-        Text("Out-of-fold predictions of all runs, put together."),
+        Text("Metrics of the pooled out-of-fold predictions of all runs."),
         table_of_metrics(facts.metrics, facts.unit),
     ]
     if facts.metrics.get("classification_report"):
@@ -240,9 +247,9 @@ def _describe_pooled(facts: StudyFacts) -> Section:
         negative = next(name for name in facts.class_names if name != facts.positive)
         four = {key: int(counts[key]) for key in ("tp", "fp", "fn", "tn")}
         figure = draw_confusion(**four, negative=negative, positive=facts.positive)
-        caption = "Each run at its own frozen threshold, counts of all runs together."
+        caption = "Counts summed over all runs, each at its own decision threshold."
         blocks.append(Pictures([Picture(caption, svg(figure, "confusion"))], across=1))
-    return Section("pooled", "All folds together", blocks)
+    return Section("pooled", "Pooled out-of-fold performance", blocks)
 
 
 def _describe_runs(facts: StudyFacts) -> Section:
@@ -254,5 +261,5 @@ def _describe_runs(facts: StudyFacts) -> Section:
         )
     headings = [RUN_COLUMNS.get(name, metric_label(name)) for name in shown]
     return Section(
-        "runs", "Every run", [Table(headings, rows, fold=f"{len(rows)} runs" if len(rows) > 16 else "")]
+        "runs", "All runs", [Table(headings, rows, fold=f"{len(rows)} runs" if len(rows) > 16 else "")]
     )

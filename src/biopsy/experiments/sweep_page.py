@@ -1,4 +1,4 @@
-"""The report of a sweep: what validation chose among some settings, and what became of the others."""
+"""The report of a hyperparameter sweep: the settings chosen on validation, and all others."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ def report_of_sweep(facts: SweepFacts, *, hide_ids: bool = False) -> ReportDocum
     sections = [
         _describe_settings(facts),
         _describe_runs(facts),
-        Section("recipe", "The recipe", [Listing(recipe_toml, fold="Every other setting (TOML)")]),
+        Section("recipe", "Recipe", [Listing(recipe_toml, fold="All other settings (TOML)")]),
         describe_reproduction(study),
     ]
     return ReportDocument(
@@ -86,8 +86,8 @@ def report_of_sweep(facts: SweepFacts, *, hide_ids: bool = False) -> ReportDocum
 def _summarise(facts: SweepFacts, *, hide_ids: bool) -> Summary:
     best, by = facts.summary["best"], facts.summary["chosen_by"]
     findings = [
-        "The best combination is the one that validation says is best. Its test number is what to expect of "
-        "it; the best of all test numbers is not, because it was picked by looking.",
+        "The best combination is chosen on validation; its test metrics are unbiased by the choice. The best "
+        "of all test metrics is optimistic.",
         say_openings(facts.summary["ledger"]),
         *([HIDDEN] if hide_ids else []),
     ]
@@ -104,8 +104,8 @@ def _summarise(facts: SweepFacts, *, hide_ids: bool) -> Summary:
             ),
         ]
     return Summary(
-        question=f"Which {' and '.join(facts.summary['grid'])} does validation choose, and how much hangs "
-        "on it?",
+        question=f"Which {' and '.join(facts.summary['grid'])} is best on validation, and how much does "
+        "performance depend on it?",
         headlines=headlines,
         unit=facts.summary["unit"],
         findings=findings,
@@ -117,11 +117,10 @@ def _warn_reader(facts: SweepFacts) -> list[str]:
     warnings = []
     if facts.study["split"]["patients_overlap"]:
         warnings.append(
-            "Patients stand on more than one side of this split, as published: "
-            "these numbers say nothing about a new patient."
+            "Patient overlap between subsets, as published: the results do not generalise to new patients."
         )
     if len(facts.study["seeds"]) < 3:
-        warnings.append("Fewer than three seeds: differences between settings may be luck of the seed.")
+        warnings.append("Fewer than three seeds: differences between settings may be due to the seed.")
     return warnings
 
 
@@ -142,16 +141,17 @@ def _describe_settings(facts: SweepFacts) -> Section:
         )
     columns = [*keys, "", "validation AUROC", *metrics.values(), "seeds"]
     picture = Picture(
-        "Every run on validation and on test, against the settings.", svg(draw_sweep(**facts.figure), "sweep")
+        "AUROC of every run on validation and test, by setting.", svg(draw_sweep(**facts.figure), "sweep")
     )
     blocks: list[Block] = [
         Pictures([picture], across=1),
         Table(
             columns,
             rows,
-            caption="Every combination",
-            note="Mean ± standard deviation over seeds. Right of the validation AUROC: the test side, each "
-            "run at the threshold that its validation chose.",
+            caption="All combinations",
+            note="Mean ± standard deviation over seeds. Right of the validation AUROC: test subset, "
+            "each run at "
+            "the threshold chosen on its validation subset.",
             text_columns=len(keys) + 1,
         ),
     ]
@@ -166,9 +166,9 @@ def _describe_runs(facts: SweepFacts) -> Section:
         [_say(record[name]) if name in (*keys, "seed") else number(record[name]) for name in shown]
         for record in facts.table[shown].to_dict("records")
     ]
-    columns = [*keys, "seed", "validation AUROC", *metrics.values(), "threshold", "epoch kept"]
+    columns = [*keys, "seed", "validation AUROC", *metrics.values(), "threshold", "selected epoch"]
     fold = f"{len(rows)} runs" if len(rows) > 16 else ""
-    return Section("runs", "Every run", [Table(columns, rows, text_columns=len(keys), fold=fold)])
+    return Section("runs", "All runs", [Table(columns, rows, text_columns=len(keys), fold=fold)])
 
 
 def mean_sd(spread: Mapping[str, float | None], sign: str = "") -> str:

@@ -244,7 +244,7 @@ def draw_overlay(
     if prob is not None:
         bar = figure.add_axes((0.36, 0.38 / height_in, 0.3, 0.09 / height_in))
         draw_colour_bar(bar, threshold)
-        bar.set_xlabel(f"probability of {shorten(class_names[positive or 0])}", fontsize=8, labelpad=1)
+        bar.set_xlabel(f"Probability of {shorten(class_names[positive or 0])}", fontsize=8, labelpad=1)
     if marks:
         figure.legend(
             handles=marks,
@@ -305,7 +305,7 @@ def _list_marks(
     marks = []
     if has_bar and positive is not None:
         marks.append(
-            Line2D([], [], color=POSITIVE, linewidth=1.4, label=f"called {shorten(class_names[positive])}")
+            Line2D([], [], color=POSITIVE, linewidth=1.4, label=f"predicted {shorten(class_names[positive])}")
         )
     elif not has_bar:
         marks += [

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from biopsy.reporting.document import Answer, Checklist, Section, Text
 
-TOP = ("answer", "The answer")
+TOP = ("answer", "Summary")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ no script.
 
 from collections.abc import Sequence
 
+from biopsy.core.subsets import subset_name
 from biopsy.reporting.checklist import describe_checklist
 from biopsy.reporting.document import (
     Facts,
@@ -41,7 +42,7 @@ def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
     m = facts.metrics
     title = str(facts.recipe.get("title") or facts.recipe.get("name") or facts.run.get("recipe") or "A run")
     name = facts.run.get("name") or facts.run.get("id") or "run"
-    about = f"Run {name}, judged on the {m.get('side', 'test')} side"
+    about = f"Run {name}, evaluated on the {subset_name(m.get('side', 'test'))} subset"
     if not facts.is_run:
         title, about = "Evaluation of predictions", "Predictions from outside biopsy"
     size = f"{number(m.get('n_patches'))} patches"
@@ -63,9 +64,7 @@ def _name_missing(missing: Sequence[tuple[str, str]]) -> Section:
         "missing",
         "Not included",
         [
-            Text(
-                "These have not been measured for this run. `biopsy report RUN --complete` runs the commands."
-            ),
+            Text("Not measured for this run. `biopsy report RUN --complete` runs the commands."),
             Facts([(title, command) for title, command in missing]),
         ],
     )
@@ -78,26 +77,29 @@ def warn_reader(facts: RunFacts) -> list[str]:
     if split.get("patients_overlap"):
         why = "as published" if split.get("as_published") else "on purpose"
         warnings.append(
-            f"Patients stand on more than one side of this split, {why}: "
-            "these numbers say nothing about a new patient."
+            f"Patient overlap between subsets, {why}: the results do not generalise to new patients."
         )
     if split.get("test_is_validation"):
         warnings.append(
-            "The test side is the validation side, as published: everything was chosen on what is tested."
+            "As published, the test subset is also the validation subset: results are optimistic."
         )
     if m.get("side") == "val":
         warnings.append(
-            "This is the validation side, on which epoch and threshold were chosen: expect worse elsewhere."
+            "These are results on the validation subset, on which epoch and threshold were chosen: they "
+            "are optimistic."
         )
     if facts.unit == "patch":
         warnings.append(
-            "The data name neither patients nor slides: the unit is the patch, and intervals are too narrow "
-            "wherever patches belong together."
+            "The data have neither patient nor slide ids: the unit is the patch, and intervals are too "
+            "narrow if "
+            "patches are correlated."
         )
     ours, colour = facts.pooled.get("auroc", {}).get("value"), facts.baseline.get("value")
     if ours is not None and colour is not None and colour >= ours:
         warnings.append(
-            f"Colour alone reaches AUROC {number(colour)}, this model {number(ours)}: it may know stain."
+            f"A colour-only baseline reaches AUROC {number(colour)} (this model: {number(ours)}); the "
+            "model may rely "
+            "on staining rather than morphology."
         )
     return warnings
 
@@ -106,18 +108,18 @@ def _summarise(facts: RunFacts) -> Summary:
     m, colour = facts.metrics, facts.baseline
     beside = ""
     if colour.get("value") is not None:
-        beside = f"colour alone: {number(colour['value'])}"
+        beside = f"colour-only baseline: {number(colour['value'])}"
         if colour.get("low") is not None:
             beside += f" ({interval_text(colour['low'], colour['high'], None)})"
     meanings = (
         {
-            "sensitivity": f"share of {facts.positive} that is found",
-            "specificity": f"share of {facts.negative} that is left alone",
+            "sensitivity": f"share of {facts.positive} patches detected",
+            "specificity": f"share of {facts.negative} patches predicted negative",
         }
         if facts.is_binary
         else {
-            "accuracy": "share of patches that are right",
-            "balanced_accuracy": "mean recall of the classes",
+            "accuracy": "share of patches classified correctly",
+            "balanced_accuracy": "mean recall over classes",
         }
     )
     label = "AUROC" if facts.is_binary else "Macro AUROC"
@@ -134,7 +136,7 @@ def _summarise(facts: RunFacts) -> Summary:
             _say_threshold(facts),
             say_openings(facts.ledger or m.get("times_opened"))
             if facts.is_run
-            else "Whether these patches were kept apart from training, the predictions do not say.",
+            else "Whether these patches were excluded from training is not recorded.",
             *([HIDDEN] if facts.ids_hidden else []),
         ],
         not_for=NOT_FOR,
@@ -143,25 +145,31 @@ def _summarise(facts: RunFacts) -> Summary:
 
 def _ask(facts: RunFacts) -> str:
     task = (
-        f"{facts.positive} from {facts.negative}"
-        if facts.is_binary
-        else f"{len(facts.class_names)} classes apart"
+        f"{facts.positive} from {facts.negative}" if facts.is_binary else f"{len(facts.class_names)} classes"
     )
     new = "patches" if facts.unit == "patch" else f"patches of {facts.unit}s"
     overlap = facts.metrics.get("split", {}).get("patients_overlap")
     if overlap:
-        return f"Can it tell {task}, on patches of {facts.unit}s it was trained on as well?"
-    return f"Can it tell {task}, on {new} it has never seen?" if facts.is_run else f"Can it tell {task}?"
+        return (
+            f"How well does the model distinguish {task} in patches of {facts.unit}s that are also "
+            "in the training data?"
+        )
+    suffix = f" in {new} not seen in training" if facts.is_run else ""
+    return f"How well does the model distinguish {task}{suffix}?"
 
 
 def _say_threshold(facts: RunFacts) -> str:
     threshold = facts.metrics.get("threshold")
     if not threshold:
-        return "A patch is given the class of the highest probability."
+        return "Each patch is assigned the class of highest probability."
     if threshold.get("chosen_on") is None:
-        return f"A patch is predicted {facts.positive} from a probability of {number(facts.threshold)}."
+        return (
+            f"Patches with a probability of at least {number(facts.threshold)} are predicted "
+            f"{facts.positive}."
+        )
     return (
-        f"A patch is called {facts.positive} from a probability of {number(facts.threshold)}; that threshold "
-        f"was chosen on {threshold.get('chosen_on', 'a side not stated')} by the rule "
-        f"{threshold.get('rule', 'not stated')!r} and frozen."
+        f"Patches with a probability of at least {number(facts.threshold)} are predicted "
+        f"{facts.positive}; the "
+        f"threshold was chosen on {threshold.get('chosen_on', 'a subset not stated')} by the rule "
+        f"{threshold.get('rule', 'not stated')!r}."
     )

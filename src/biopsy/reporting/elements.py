@@ -45,7 +45,7 @@ class Footnotes:
         )
 
 
-def table_of_metrics(metrics: Mapping[str, Any], unit: str, on_side: str = " on the test side") -> Table:
+def table_of_metrics(metrics: Mapping[str, Any], unit: str, on_side: str = " on the test subset") -> Table:
     """Make the table of all metrics, pooled over patches and as means over patients."""
     pooled, n_classes = metrics.get("patch") or {}, len(metrics.get("class_names", ("", "")))
     each = metrics.get("patient") or {}
@@ -70,7 +70,7 @@ def table_of_metrics(metrics: Mapping[str, Any], unit: str, on_side: str = " on 
     note = f"Intervals: {method.get('method', 'not stated')}, unit {unit}."
     if metrics.get("ece_floor") is not None:
         floor = number(metrics["ece_floor"])
-        note += f" A perfect model on these probabilities would show a calibration error of {floor}."
+        note += f" ECE expected of a perfectly calibrated model: {floor}."
     note += reasons.text
     return Table(columns, rows, caption=f"Metrics{on_side}", note=note)
 
@@ -90,13 +90,13 @@ def encode_patch(image: np.ndarray) -> bytes:
 
 
 def say_openings(ledger: Mapping[str, Any] | int | None) -> str:
-    """Say how often the test side was looked at."""
+    """Say how often the test subset has been evaluated."""
     if ledger is None:
-        return "This side is not in the ledger of test openings."
+        return "This subset is not in the ledger of test evaluations."
     times, runs = (ledger, None) if isinstance(ledger, int) else (ledger.get("times"), ledger.get("runs"))
-    text = f"The ledger counts {number(times)} opening{'' if times == 1 else 's'} of this test side"
+    text = f"This test subset has been evaluated {number(times)} time{'' if times == 1 else 's'}"
     if runs is not None:
-        text += f", for {number(runs)} run{'' if runs == 1 else 's'}"
+        text += f", by {number(runs)} run{'' if runs == 1 else 's'}"
     if isinstance(ledger, Mapping) and ledger.get("kept_with") == "run":
-        text += "; the pack is read-only, so the ledger is kept with the run and may count too few"
-    return f"{text}. The more often a side is looked at, the less its numbers are worth."
+        text += "; the pack is read-only, so the ledger is kept with the run and may be incomplete"
+    return f"{text}. Repeated evaluation makes test results optimistic."

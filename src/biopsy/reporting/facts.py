@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from biopsy.core.subsets import subset_name
 from biopsy.reporting.pseudonyms import KINDS, Aliases
 from biopsy.training.figures import Row
 
@@ -66,7 +67,7 @@ class RunFacts:
     @property
     def on_side(self) -> str:
         """Where it was judged, for captions; empty for predictions from elsewhere."""
-        return f" on the {self.metrics.get('side', 'test')} side" if self.is_run else ""
+        return f" on the {subset_name(self.metrics.get('side', 'test'))} subset" if self.is_run else ""
 
     @property
     def is_binary(self) -> bool:

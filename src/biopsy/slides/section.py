@@ -51,12 +51,12 @@ def describe_maps(facts: RunFacts) -> Section | None:
     blocks: list[Block] = [
         Text(
             "Each cell of the grid is one patch, read from the slide at the classifier's own resolution. "
-            "Cells without a colour are no tissue."
+            "Cells without colour contain no tissue."
         ),
         Pictures(pictures, across=1),
         _table_of_areas([found for found, _ in maps], facts.positive),
     ]
-    return Section("maps", "Whole slides", blocks)
+    return Section("maps", "Whole-slide maps", blocks)
 
 
 def _table_of_areas(summaries: Sequence[Mapping[str, Any]], positive: str) -> Table:
@@ -76,12 +76,12 @@ def _table_of_areas(summaries: Sequence[Mapping[str, Any]], positive: str) -> Ta
                 number((summary.get("unlike_training") or {}).get("share")),
             ]
         )
-    columns = ["slide", "patches", "mapped, mm2", f"{positive}, mm2", "range", "largest region", "no answer"]
-    columns.append("unlike training")
+    columns = ["slide", "patches", "mapped, mm2", f"{positive}, mm2", "range", "largest region", "abstained"]
+    columns.append("out of distribution")
     note = (
         "Range: from the area whose calibrated probability is .9 or more to the area where it is .1 or more. "
-        "No answer: share of the cells on which the classifier abstains. Unlike training: share of up to 250 "
-        "patches whose colours or features lie beyond those of 99% of validation; where it is many times 1%, "
-        "probabilities and areas mean little."
+        "Abstained: share of cells on which the classifier abstains. Out of distribution: share of up to 250 "
+        "patches whose colours or features lie beyond the 99th percentile of validation; far above 1 %, "
+        "probabilities and areas are unreliable."
     )
     return Table(columns, rows, caption="Areas", note=note)

@@ -27,7 +27,7 @@ from biopsy.plotting.style import (
 
 QUANTITIES: dict[str, tuple[tuple[tuple[str, str], ...], str]] = {
     "loss": ((("loss", "training"), ("val_loss", "validation")), "loss"),
-    "accuracy": ((("accuracy", "training"), ("val_accuracy", "validation")), "share of patches called right"),
+    "accuracy": ((("accuracy", "training"), ("val_accuracy", "validation")), "accuracy"),
     "auroc": ((("auroc", "training"), ("val_auroc", "validation")), "AUROC"),
     "lr": ((("lr", "learning rate"),), "learning rate"),
 }
@@ -80,7 +80,7 @@ def _draw_quantity(
             color=BASELINE,
             linewidth=1,
             linestyle=(0, (2, 2)),
-            label=f"kept: epoch {chosen_epoch}",
+            label=f"selected epoch {chosen_epoch}",
         )
     if quantity == "lr":
         axes.set_yscale("log")

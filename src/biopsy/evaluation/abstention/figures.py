@@ -44,18 +44,16 @@ def draw_risk_coverage(
         color=MUTED,
         linewidth=1,
         linestyle=(0, (4, 3)),
-        label="best order possible",
+        label="optimal order",
     )
-    axes.axhline(
-        100 * error, color=BASELINE, linewidth=1, linestyle=(0, (1, 2)), label="patches left out at random"
-    )
+    axes.axhline(100 * error, color=BASELINE, linewidth=1, linestyle=(0, (1, 2)), label="random order")
     for bar in intervals:
         if bar.get("low") is not None:
             x, low, high = (100 * float(bar[name] or 0) for name in ("coverage", "low", "high"))
             axes.plot([x, x], [low, high], color=POSITIVE, linewidth=3.5, alpha=0.3, solid_capstyle="butt")
     if kept is not None:
         axes.plot(100 * kept[0], 100 * kept[1], "o", color=INK, markersize=6, label="conformal sets")
-    axes.set(xlim=(0, 101.5), xlabel="patches kept, surest first (%)", ylabel="wrong among the kept (%)")
+    axes.set(xlim=(0, 101.5), xlabel="Coverage (%)", ylabel="Selective risk: error rate (%)")
     axes.set_ylim(bottom=0)
     _place_legend(axes)
     return figure
@@ -87,12 +85,12 @@ def draw_promise(
         if values is not None:
             _draw_patients(axes, np.sort(values), f"{name}: mean {100 * values.mean():.1f} %", colour)
     axes.axhline(
-        100 * promised, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"promised: {100 * promised:g} %"
+        100 * promised, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"target: {100 * promised:g} %"
     )
     axes.set(
         xlim=(0, 101.5),
-        xlabel=f"{unit}s, worst first (%)",
-        ylabel="patches whose set holds\nthe true class (%)",
+        xlabel=f"{unit.capitalize()}s, lowest coverage first (%)",
+        ylabel="Coverage: true class in set (%)",
     )
     axes.set_ylim(top=101.5)
     _place_legend(axes)

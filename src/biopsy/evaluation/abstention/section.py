@@ -1,4 +1,4 @@
-"""Chapter on the patches that get no answer: what was promised about the others, and what was kept."""
+"""Report section on abstention: the coverage guarantee, the coverage reached, and risk against coverage."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,10 +14,10 @@ from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import section
 
 MEASURES = {
-    "coverage": "true class in the set",
-    "abstained": "no answer",
-    "error": "kept and wrong",
-    "error_among_kept": "wrong among the kept",
+    "coverage": "coverage (true class in the prediction set)",
+    "abstained": "abstention rate",
+    "error": "error rate, abstentions counted as correct",
+    "error_among_kept": "error rate without abstentions",
 }
 
 
@@ -34,59 +34,70 @@ def describe_abstention(facts: RunFacts) -> Section | None:
         blocks.append(Text(say_verdict(found, facts.unit), _tone(found["verdict"])))
     if found["chosen_on"] == facts.metrics.get("side"):
         blocks.append(
-            Text("These are the patches that the sets were fitted on: no test of the promise.", "warning")
+            Text(
+                "The prediction sets were fitted on these patches: their coverage here is no test of "
+                "the guarantee.",
+                "warning",
+            )
         )
     if "per_patch" in found:
         blocks.append(_table_of_shares(found, facts.unit))
     blocks += [_table_of_risk(found["risk_coverage"]), Pictures(_draw(facts, found))]
-    return Section("abstention", "Where it gives no answer", blocks)
+    return Section("abstention", "Abstention", blocks)
 
 
 def say_promise(found: Mapping[str, Any]) -> str:
-    """Say in words what was promised, on what it rests, and when a patch gets no answer."""
+    """Describe the coverage guarantee, what it is based on, and when the model abstains."""
     if found["alpha"] is None:
-        return f"Every patch gets an answer: {found['reason']}."
+        return f"No abstention: {found['reason']}."
     if found["quantiles"] is None:
-        return f"No promise is made, and every patch gets an answer: {found['reason']}."
+        return f"No coverage guarantee and no abstention: {found['reason']}."
     unit, each = found["unit"], found["promise"] == "each-class"
     what = "patches of each class" if each else "patches"
     return (
-        f"A patch gets no answer where its conformal set is not the called class alone. The sets were fitted "
-        f"on {number(found['n_calibration_patches'])} patches of {number(found['n_calibration_patients'])} "
-        f"{unit}s ({found['chosen_on']}) with the {unit} as the unit, and promise: of the {what} of a new "
-        f"{unit}, on the mean over {unit}s, at least {100 * found['promised_coverage']:g} % have their true "
-        f"class in their set. So at most {100 * found['alpha']:g} % of {'each' if each else 'them'} are kept "
-        f"and called wrong; the share among the kept alone is not promised. Method: {found['method']}"
-        f"{', for each class by itself' if each else ''}."
+        "The model abstains on a patch unless its conformal prediction set contains the predicted class "
+        "only. "
+        f"The sets were fitted on {number(found['n_calibration_patches'])} patches of "
+        f"{number(found['n_calibration_patients'])} {unit}s ({found['chosen_on']}), with the {unit} as the "
+        f"exchangeable unit. {'Class-conditional' if each else 'Marginal'} coverage guarantee: of the "
+        f"{what} of "
+        f"a new {unit}, at least {100 * found['promised_coverage']:g} % have their true class in the set, on "
+        f"average over {unit}s. Hence at most {100 * found['alpha']:g} % of "
+        f"{'each class' if each else 'patches'} "
+        "are misclassified without abstention; the error rate among the remaining patches has no guarantee. "
+        f"Method: {found['method']}{', per class (Mondrian)' if each else ''}."
     )
 
 
 def say_verdict(found: Mapping[str, Any], unit: str) -> str:
-    """Say whether the promise was kept on the judged patients, and by how much it was missed."""
+    """Say whether the coverage guarantee was met on the evaluated patients, and by how much it was missed."""
     promised = found["promised_coverage"]
     if found["promise"] == "each-class":
-        coverages = {f"of {name} patches ": one["coverage"] for name, one in found["by_class"].items()}
+        coverages = {f"{name} ": one["coverage"] for name, one in found["by_class"].items()}
     else:
         coverages = {"": found["patient"]["coverage"]}
     reached = "; ".join(
         f"{name}{number(one['value'])} ({interval_of(one)})" for name, one in coverages.items()
     )
-    reached += f", where {number(promised)} was promised"
+    reached += f"; target {number(promised)}"
     gap = number(max(0.0, *(promised - one["value"] for one in coverages.values())))
     return {
-        "kept": f"The promise was kept on these {unit}s. Coverage: {reached}.",
-        "broken": f"The promise was broken on these {unit}s, by {gap}. Coverage: {reached}. They differ from "
-        "those it was fitted on, or epoch and threshold were fitted to those too closely.",
-        "open": f"Coverage fell short by {gap}, no more than so few {unit}s can differ by chance: {reached}.",
+        "kept": f"The coverage guarantee was met on these {unit}s. Coverage: {reached}.",
+        "broken": f"The coverage guarantee was violated on these {unit}s, by {gap}. Coverage: "
+        f"{reached}. Either "
+        f"these {unit}s differ from those used for calibration, or the model was overfitted to the latter.",
+        "open": f"Inconclusive: coverage is {gap} below target, within sampling error for so few {unit}s. "
+        f"Coverage: {reached}.",
     }[found["verdict"]]
 
 
 def _say_refusal(found: Mapping[str, Any]) -> str:
     if "per_patch" not in found:
-        return "Risk against coverage below needs no promise: it orders these patches by confidence."
+        return "The risk-coverage curve below needs no guarantee: patches are ordered by confidence."
     return (
-        "The plain per-patch version would promise all the same, as if patches were independent. It is shown "
-        "below as what it is, beside what it reached here."
+        "Split conformal prediction that treats patches as independent would state a guarantee "
+        "nevertheless; it "
+        "is shown below with the coverage that it reached."
     )
 
 
@@ -108,10 +119,10 @@ def _table_of_shares(found: Mapping[str, Any], unit: str) -> Table:
             row += [reasons.estimate(_pick(found, place)[name])] if ours else []
             rows.append([*row, reasons.estimate(_pick(plain, place)[name])])
     return Table(
-        ["patches", "", "promised", *([f"{unit}s as the unit"] if ours else []), "patches as independent"],
+        ["patches", "", "target", *([f"unit: {unit}"] if ours else []), "unit: patch (naive)"],
         rows,
-        caption="Promised and reached",
-        note=f"Every {unit} weighs the same. In brackets: 95 % interval."
+        caption="Target and observed coverage",
+        note=f"Mean over {unit}s with equal weights. 95 % intervals in brackets."
         + (_say_sets(found) if ours else "")
         + reasons.text,
         text_columns=2,
@@ -126,9 +137,9 @@ def _pick(found: Mapping[str, Any], place: tuple[str, ...]) -> Mapping[str, Any]
 
 def _say_sets(found: Mapping[str, Any]) -> str:
     sets = found["sets"]
-    said = f" No answer: {number(sets['several'])} sets of several classes, {number(sets['empty'])} empty"
+    said = f" Abstentions: {number(sets['several'])} sets of several classes, {number(sets['empty'])} empty"
     against = sets["against_threshold"]
-    return said + (f", {number(against)} of the class the threshold does not call." if against else ".")
+    return said + (f", {number(against)} of the class not predicted at the threshold." if against else ".")
 
 
 def _table_of_risk(risk: Mapping[str, Any]) -> Table:
@@ -138,12 +149,13 @@ def _table_of_risk(risk: Mapping[str, Any]) -> Table:
         for at in risk["at"]
     ]
     return Table(
-        ["patches kept, surest first", "confidence of the last", "wrong among the kept"],
+        ["coverage", "lowest confidence", "selective risk (error rate)"],
         rows,
-        caption="Risk against coverage",
-        note=f"Area under the curve {reasons.estimate(risk['area'])}; the best order possible of these "
-        f"errors has {number(risk['ideal_area'])}, a random one {number(risk['error'])}. Confidence is the "
-        "probability of the called class." + reasons.text,
+        caption="Risk-coverage",
+        note=f"AURC {reasons.estimate(risk['area'])}; optimal AURC {number(risk['ideal_area'])}, random "
+        "order "
+        f"{number(risk['error'])}. Coverage: share of patches, most confident first. Confidence: probability "
+        "of the predicted class." + reasons.text,
     )
 
 
@@ -158,7 +170,10 @@ def _draw(facts: RunFacts, found: Mapping[str, Any]) -> list[Picture]:
     confidence = probs[np.arange(len(pred)), pred]
     figure = draw_risk_coverage(pred != target, confidence, intervals=bars, kept=kept)
     pictures = [
-        Picture("The fewer patches are kept, the fewer are wrong. Bars: 95 % intervals.", svg(figure, "risk"))
+        Picture(
+            "Risk-coverage curve: error rate among the most confident patches. Bars: 95 % intervals.",
+            svg(figure, "risk"),
+        )
     ]
     groups = facts.group_ids
     if "per_patch" in found and facts.unit != "patch" and groups.notna().all():
@@ -168,7 +183,10 @@ def _draw(facts: RunFacts, found: Mapping[str, Any]) -> list[Picture]:
             for quantiles in (found["quantiles"], found["per_patch"]["quantiles"])
         )
         drawn = draw_promise(ours, plain, found["promised_coverage"], unit=facts.unit)
-        caption = f"All classes. A promise is a mean over {facts.unit}s: single ones may lie far below it."
+        caption = (
+            f"Coverage of each {facts.unit}, all classes. The guarantee holds for the mean over "
+            f"{facts.unit}s."
+        )
         pictures.append(Picture(caption, svg(drawn, "promise")))
     return pictures
 

@@ -1,4 +1,4 @@
-"""Reliability before and after calibration, and the curve that says whether acting on a model pays."""
+"""Reliability diagrams."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from biopsy.plotting.style import MUTED, POSITIVE, new_figure, styled
 def draw_calibration(
     bins: Sequence[Mapping[str, Any]], *, positive: str = "positive", level: float = 0.95
 ) -> Figure:
-    """Draw a reliability table: promised against found, with the interval of each bin.
+    """Draw observed frequency against predicted probability, with the interval of each bin.
 
     Args:
         bins: ``mean_prob`` and ``observed`` (``value``, ``low``, ``high``) each, as in `metrics.json`.
@@ -24,9 +24,9 @@ def draw_calibration(
         MetricError: If there is no bin.
     """
     if not bins:
-        raise MetricError("no bin of probabilities is there to draw: evaluate at least one patch")
+        raise MetricError("no bins to draw: evaluate at least one patch")
     figure, axes = new_figure(height_in=4.1)
-    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label="right")
+    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label="perfect calibration")
     known = [one for one in bins if one["observed"]["low"] is not None]
     if known:
         at = [one["mean_prob"] for one in known]
@@ -39,8 +39,8 @@ def draw_calibration(
     axes.set(
         xlim=(-0.02, 1.02),
         ylim=(-0.02, 1.02),
-        xlabel=f"promised probability of {positive}",
-        ylabel=f"share of {positive} found",
+        xlabel=f"Predicted probability of {positive}",
+        ylabel=f"Observed frequency of {positive}",
     )
     axes.legend(loc="upper left")
     return figure

@@ -1,8 +1,9 @@
-"""Chapter on whether probabilities mean what they say, before and after calibration."""
+"""Report section on calibration, before and after the calibrator."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from biopsy.core.subsets import subset_name
 from biopsy.evaluation.calibration.figures import draw_calibration
 from biopsy.plotting.style import svg
 from biopsy.reporting.document import Block, Picture, Pictures, Section, Table, Text, number, plural
@@ -12,15 +13,15 @@ from biopsy.reporting.registry import section
 from biopsy.statistics.calibrators import LEFT, MOVED
 
 ROWS = {
-    "ece": "expected calibration error",
-    "ece_floor": "the same of a perfect model on these probabilities",
+    "ece": "expected calibration error (ECE)",
+    "ece_floor": "ECE expected of a perfectly calibrated model",
     "brier": "Brier score",
-    "reliability": "  its reliability part, lower is better",
-    "resolution": "  its resolution part, higher is better",
-    "uncertainty": "  its uncertainty part, of the data",
-    "nll": "negative log likelihood",
-    "calibration_slope": "calibration slope, 1 is right",
-    "calibration_intercept": "calibration intercept, 0 is right",
+    "reliability": "  reliability term (lower is better)",
+    "resolution": "  resolution term (higher is better)",
+    "uncertainty": "  uncertainty term (of the data)",
+    "nll": "negative log-likelihood",
+    "calibration_slope": "calibration slope (ideal: 1)",
+    "calibration_intercept": "calibration intercept (ideal: 0)",
 }
 
 
@@ -38,19 +39,25 @@ def describe_calibration(facts: RunFacts) -> Section | None:
     blocks.append(_table(sides, facts.on_side))
     if "bins" in found["after"]:
         positive = facts.positive if facts.is_binary else "the predicted class"
-        titles = {"before": "Before calibration", "after": "After" if len(sides) > 1 else "Not calibrated"}
+        titles = {
+            "before": "Before calibration",
+            "after": "After calibration" if len(sides) > 1 else "Not calibrated",
+        }
         pictures = [
             Picture(
-                f"{titles[name]}. Each dot holds as many patches.",
+                f"{titles[name]}: observed frequency against predicted probability, in bins of equal size.",
                 svg(draw_calibration(side["bins"], positive=positive), f"calibration-{name}"),
             )
             for name, side in sides.items()
         ]
-        note = f"Lines through dots: intervals over {plural(facts.unit)}, where enough have patches there."
+        note = (
+            f"Vertical lines: 95 % intervals over {plural(facts.unit)}, for bins with patches of "
+            "enough of them."
+        )
         blocks.append(Pictures(pictures, caption=note))
     if "calibration_slope" in found["after"]:
         blocks.append(Text(say_slope(found["after"], facts.positive)))
-    return Section("calibration", "Do probabilities mean what they say?", blocks)
+    return Section("calibration", "Calibration", blocks)
 
 
 def say_calibration(found: Mapping[str, Any]) -> str:
@@ -58,45 +65,49 @@ def say_calibration(found: Mapping[str, Any]) -> str:
     if found["method"] == "none":
         reason = found.get("reason")
         why = f": {reason.removeprefix('not calibrated: ')}" if reason else ""
-        return f"Nothing was calibrated{why}. Probabilities are the network's own."
+        return f"Not calibrated{why}. The probabilities are those of the network."
     where = f"{number(found['n_patches'])} patches"
     if found["unit"] != "patch":
         where += f" of {number(found['n_patients'])} {found['unit']}{'s' * (found['n_patients'] != 1)}"
-    text = f"{found['method'].capitalize()}, fitted on {where} of the {found['fitted_on']} side and frozen."
+    text = (
+        f"{found['method'].capitalize()}, fitted on {where} of the {subset_name(found['fitted_on'])} subset."
+    )
     if "slope" in found:
         text += f" Scores are multiplied by {number(found['slope'])}"
         text += " (a temperature of " + number(1 / found["slope"]) + ")"
         text += " and shifted." if any(found["intercepts"]) else "."
     about = {
-        MOVED: " Class weights or resampling had bent the prevalence that training saw; before the "
-        "temperature, scores were moved to the prevalence of validation.",
-        LEFT: " Class weights or resampling had bent the prevalence that training saw, but validation is "
-        "fitted better without correcting it.",
+        MOVED: " Class weights or resampling changed the training prevalence; before temperature "
+        "scaling, scores "
+        "were corrected to the validation prevalence.",
+        LEFT: " Class weights or resampling changed the training prevalence; no correction was applied, "
+        "because it "
+        "fits validation worse.",
     }
     return text + about.get(found.get("prior") or "", "")
 
 
 def say_slope(after: Mapping[str, Any], positive: str) -> str:
-    """Say what slope and intercept mean for a reader, as far as their intervals tell."""
+    """Interpret slope and intercept, as far as their intervals allow."""
     slope, intercept = after["calibration_slope"], after["calibration_intercept"]
     if slope["value"] is None:
-        return f"No slope can be fitted: {slope['reason']}."
+        return f"The calibration slope is undefined: {slope['reason']}."
     if slope["low"] is None:
-        side = "too extreme" if slope["value"] < 1 else "too timid"
+        side = "overconfident" if slope["value"] < 1 else "underconfident"
         return (
-            f"The slope of {number(slope['value'])} would say that probabilities are {side}, "
-            f"but it has no interval: {slope['reason']}."
+            f"A slope of {number(slope['value'])} suggests {side} probabilities, but has no interval: "
+            f"{slope['reason']}."
         )
     verdict = (
-        "Probabilities are too extreme"
+        "The probabilities are overconfident"
         if slope["high"] < 1
-        else "Probabilities are too timid"
+        else "The probabilities are underconfident"
         if slope["low"] > 1
-        else "Probabilities are neither too extreme nor too timid, as far as these patients can tell"
+        else "No over- or underconfidence was detected"
     )
     if intercept["low"] is not None and not intercept["low"] <= 0 <= intercept["high"]:
-        few = "fewer" if intercept["value"] > 0 else "more"
-        verdict += f"; on the whole they promise {few} {positive} patches than there are"
+        few = "underestimate" if intercept["value"] > 0 else "overestimate"
+        verdict += f"; on average they {few} the frequency of {positive}"
     return f"{verdict} (slope {number(slope['value'])}, {number(slope['low'])} to {number(slope['high'])})."
 
 
@@ -107,7 +118,7 @@ def _table(sides: Mapping[str, Mapping[str, Any]], judged: str) -> Table:
         if any(cells):
             rows.append([label, *cells])
     heads = ["", *(f"{name} calibration" for name in sides)] if len(sides) > 1 else ["", "not calibrated"]
-    note = "Numbers with their intervals. The floor and the parts of the Brier score are without."
+    note = "95 % intervals in brackets; the expected ECE and the terms of the Brier score have none."
     return Table(heads, rows, caption=f"Calibration{judged}", note=note + reasons.text)
 
 

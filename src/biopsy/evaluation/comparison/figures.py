@@ -71,7 +71,7 @@ def draw_differences(differences: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_xlim(min(low, -0.01), max(high, 0.01))
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_yticks(range(len(names)), [SHOWN[name] for name in names])
-    axes.set_xlabel(f"difference from {shorten(differences[0]['to'], 30)}")
+    axes.set_xlabel(f"Difference from {shorten(differences[0]['to'], 30)}")
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     if axes.get_legend_handles_labels()[0]:

@@ -1,4 +1,5 @@
-"""The page of a comparison: is one model better, by how much, how sure, and on which patches they differ."""
+"""The page of a model comparison: paired differences with intervals, and the patches on which models "
+"differ."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -111,24 +112,26 @@ def list_differences(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def say_verdict(document: Mapping[str, Any], one: Mapping[str, Any]) -> str:
-    """Say in a sentence what a comparison found in the metric that was to answer."""
+    """Return the result of a comparison in the primary metric, as a sentence."""
     name = document["metric"]
     found, label = one["metrics"][name], metric_label(name, len(document["class_names"]))
     of, to, units = one["of"], one["to"], plural(document["unit"])
     if found["value"] is None or np.isnan(found["value"]):
         return f"{label} of {of} and {to} cannot be compared: {found['reason']}."
     if found["p"] == 1 and found["value"] == 0:
-        return f"{of} and {to} have the same {label} to the last digit, whoever is left out."
+        return (
+            f"{of} and {to} have identical {label} (also in every leave-one-{document['unit']}-out sample)."
+        )
     side = "above" if found["value"] > 0 else "below"
     amount = f"{label} of {of} is {abs(found['value']):.3f} {side} that of {to}"
     if found["low"] is None:
-        return f"{amount}; {found['reason']}, so nothing can be said of other {units}."
+        return f"{amount}; {found['reason']}, so this does not generalise to other {units}."
     level = document["interval"]["level"]
     interval = f"{level:.0%} interval {found['low']:+.3f} to {found['high']:+.3f}, p {say_p(found['p_holm'])}"
     several = " after Holm's correction" if len(document["differences"]) > 1 else ""
     if found["p_holm"] < ALPHA:
-        return f"{amount} ({interval}{several}): more than chance among {units} explains."
-    return f"{amount} ({interval}{several}): a difference is not shown, nor is it shown that there is none."
+        return f"{amount} ({interval}{several}): significant."
+    return f"{amount} ({interval}{several}): no significant difference; equivalence is not established."
 
 
 def say_p(p: float | None) -> str:
@@ -184,8 +187,8 @@ def _summarise(facts: ComparisonFacts) -> Summary:
         unit=facts.unit,
         findings=[
             *(say_verdict(m, one) for one in m["differences"]),
-            "Two intervals that overlap say nothing of a difference: the paired one below does, for what "
-            f"makes a {facts.unit} hard for both cancels in it.",
+            "Use the interval of the paired difference below to compare models; overlap of the separate "
+            f"intervals is not a test, because difficult {facts.units} affect both models.",
             *([HIDDEN] if facts.ids_hidden else []),
         ],
         not_for=NOT_FOR,
@@ -194,28 +197,26 @@ def _summarise(facts: ComparisonFacts) -> Summary:
 
 def _warn_reader(facts: ComparisonFacts) -> list[str]:
     warnings = [
-        f"{rival['name']}: patients stand on more than one side of its split, so its numbers say nothing "
-        "about a new patient."
+        f"{rival['name']}: patient overlap between subsets; the results do not generalise to new patients."
         for rival in facts.document["rivals"]
         if rival.get("patients_overlap")
     ]
     if facts.unit == "patch":
         warnings.append(
-            "The data name neither patients nor slides: the unit is the patch, and intervals are too narrow "
-            "wherever patches belong together."
+            "The data have neither patient nor slide ids: the unit is the patch, and intervals are too "
+            "narrow if "
+            "patches are correlated."
         )
     if any(len(rival["seeds"]) < 3 for rival in facts.document["rivals"]):
-        warnings.append(
-            "Fewer than three training seeds: a difference between recipes may be luck of a seed."
-        )
+        warnings.append("Fewer than three training seeds: differences may be due to the seed.")
     return warnings
 
 
 def _describe_differences(facts: ComparisonFacts) -> Section:
     m = facts.document
     caption = (
-        f"Difference from {m['reference']}, with {m['interval']['level']:.0%} intervals over {facts.units}, "
-        "each taken alone; a hollow dot has none. A pale bar: least and greatest over seeds."
+        f"Difference from {m['reference']}, with unadjusted {m['interval']['level']:.0%} intervals over "
+        f"{facts.units} (hollow dots: no interval). Pale bars: range over seeds."
     )
     blocks: list[Block] = [Pictures([Picture(caption, facts.figure)], across=1)]
     several = len(m["differences"]) > 1
@@ -237,13 +238,10 @@ def _describe_differences(facts: ComparisonFacts) -> Section:
                 ]
             )
         note = (
-            f"p: paired Student's t, with the standard error that weighting the {facts.units} anew gives. "
-            + (
-                f"Corrected: Holm over {len(m['differences'])} comparisons, metric by metric. "
-                if several
-                else ""
-            )
-            + f"{metric_label(m['metric'], len(m['class_names']))} was to answer, the others stand beside it."
+            f"p: paired Student's t test, with the standard error from resampling {facts.units}. "
+            + (f"Adjusted p: Holm over {len(m['differences'])} comparisons, per metric. " if several else "")
+            + f"{metric_label(m['metric'], len(m['class_names']))} is the primary metric, the others "
+            "are secondary."
         )
         if reasons:
             note += f" No interval: {'; '.join(reasons)}."
@@ -254,7 +252,7 @@ def _describe_differences(facts: ComparisonFacts) -> Section:
             "difference",
             "interval",
             "p",
-            *(["corrected"] if several else []),
+            *(["adjusted p"] if several else []),
         ]
         blocks.append(Table(columns, rows, caption=f"{one['of']} against {one['to']}", note=note))
     return Section("differences", "Differences", blocks)
@@ -284,11 +282,11 @@ def _describe_seeds(facts: ComparisonFacts) -> Section | None:
     if not rows:
         return None
     note = (
-        "How far the difference moves when both are trained again; the interval over patients says nothing "
-        "of that. Where both have the same seeds, seed by seed; else every seed against every other."
+        "Variability of the difference between trainings, which the interval over patients does not include. "
+        "Paired by seed where both have the same seeds, otherwise every pair of seeds."
     )
-    columns = ["classifier", "metric", "mean difference", "sd over seeds", "least to greatest", "of"]
-    return Section("seeds", "Seeds", [Table(columns, rows, note=note, text_columns=2)])
+    columns = ["classifier", "metric", "mean difference", "SD over seeds", "range", "of"]
+    return Section("seeds", "Variability over seeds", [Table(columns, rows, note=note, text_columns=2)])
 
 
 def _describe_groups(facts: ComparisonFacts) -> Section | None:
@@ -314,17 +312,22 @@ def _describe_groups(facts: ComparisonFacts) -> Section | None:
                     _signed(entry["differences"][one["of"]][last]["mean"]),
                 ]
             )
-        columns = [facts.unit, "patches", one["to"], one["of"], f"gain in {first_label}", "sd over seeds"]
-        columns += ["least to greatest", f"gain in {last_label}"]
-        title = f"{one['of']} against {one['to']}, {facts.unit} by {facts.unit}"
+        columns = [
+            facts.unit,
+            "patches",
+            one["to"],
+            one["of"],
+            f"difference in {first_label}",
+            "SD over seeds",
+        ]
+        columns += ["range", f"difference in {last_label}"]
+        title = f"{one['of']} against {one['to']}, per {facts.unit}"
         long = len(rows) > LONG_TABLE
-        note = (
-            f"{first_label}, mean of seeds. A dash: not defined, because only one class occurs, or one seed."
-        )
+        note = f"{first_label}, mean of seeds. Dash: undefined, because of a single class or a single seed."
         blocks.append(
             Table(columns, rows, caption="" if long else title, note=note, fold=title if long else "")
         )
-    return Section("groups", f"{facts.unit.capitalize()} by {facts.unit}", blocks)
+    return Section("groups", f"Per-{facts.unit} results", blocks)
 
 
 def _describe_changed(facts: ComparisonFacts) -> list[Section]:
@@ -336,16 +339,17 @@ def _describe_changed(facts: ComparisonFacts) -> list[Section]:
     blocks: list[Block] = [
         Facts(
             [
-                ("right by both", number(found["both_right"])),
+                ("correct by both", number(found["both_right"])),
                 ("wrong by both", number(found["both_wrong"])),
-                ("turned from right to wrong", number(lost)),
-                ("turned from wrong to right", number(gained)),
+                ("correct to wrong", number(lost)),
+                ("wrong to correct", number(gained)),
             ],
             caption=f"From {found['before']} to {found['after']}",
         ),
         Text(
-            f"If patches were independent, McNemar's exact test would give p {p}; they are not, and the "
-            "paired difference of accuracy above is the answer over patients.",
+            f"McNemar's exact test, which assumes independent patches, gives p {p}; use the paired "
+            "difference "
+            "of accuracy above, which accounts for patients.",
             "note",
         ),
     ]
@@ -356,17 +360,18 @@ def _describe_changed(facts: ComparisonFacts) -> list[Section]:
             for name, one in found[key].items()
         ]
         what = "class" if key == "by_class" else facts.unit
-        fold = f"{len(rows)} {what}s, one by one" if len(rows) > LONG_TABLE else ""
-        blocks.append(Table([what, "patches", "to wrong", "to right"], rows, fold=fold))
+        fold = f"Changes per {what} ({len(rows)})" if len(rows) > LONG_TABLE else ""
+        blocks.append(Table([what, "patches", "correct to wrong", "wrong to correct"], rows, fold=fold))
     if facts.get_patch is not None:
         for kind in ("wrong", "right"):
             part = changed[changed["turned"] == kind].head(MOST_SHOWN)
             if len(part):
                 n = lost if kind == "wrong" else gained
-                caption = f"Turned {kind} ({len(part)} of {number(n)}, the most changed first)"
-                note = "Under a patch: its class, and that class's probability before and after."
+                title = "Correct to wrong" if kind == "wrong" else "Wrong to correct"
+                caption = f"{title} ({len(part)} of {number(n)}, largest change first)"
+                note = "Below each patch: true class and its probability, before and after."
                 blocks.append(Gallery(caption, _group_patches(facts.get_patch, part), note))
-    return [Section("changed", "What changed, patch by patch", blocks)]
+    return [Section("changed", "Changed predictions", blocks)]
 
 
 def _group_patches(
@@ -398,9 +403,8 @@ def _describe_rivals(facts: ComparisonFacts) -> Section:
     notes = Bullets(
         [
             f"Intervals: {m['interval']['method']}, {m['interval']['level']:.0%}, over {facts.units}.",
-            f"Correction: {m['correction']}.",
-            "A study's numbers are means over its seeds; its folds are put together, each run at its own "
-            "threshold.",
+            f"Multiple comparisons: {m['correction']}.",
+            "Metrics of a study are means over seeds; its folds are pooled, each run at its own threshold.",
         ]
     )
-    return Section("compared", "What was compared", [Table(columns, rows, text_columns=5), notes])
+    return Section("compared", "Models compared", [Table(columns, rows, text_columns=5), notes])

@@ -28,7 +28,7 @@ FORMAT = "biopsy-errors/1"
 FOLDER = "errors"
 DOCUMENT, TABLE = "errors.json", "errors.parquet"
 SHOWN_EACH = 12
-KINDS = {"fn": "missed", "fp": "false alarm", "tp": "found", "tn": "left alone"}
+KINDS = {"fn": "false negative", "fp": "false positive", "tp": "true positive", "tn": "true negative"}
 AGAINST = {"fn": "tp", "fp": "tn"}
 """The errors of each class, and the patches called right that they are compared with."""
 UNUSUAL = 0.1  # a property counts as unusual within this share of either end of those called right
@@ -71,9 +71,9 @@ def measure_mistakes(
     side = side or run.judged_side
     frame, predicted = run.predictions(side)
     if "prob" not in frame:
-        raise RunError(f"{run.path} tells more than two classes apart: missed and false alarm are of two")
+        raise RunError(f"{run.path} has more than two classes: error analysis needs two")
     if n < 1:
-        raise RunError(f"n={n!r} shows nothing: ask for 1 patch of each kind or more")
+        raise RunError(f"n={n!r}: expected at least 1")
     asked = {**_key(run, side, frame, predicted), "n": n}
     place = run.path / FOLDER
     known = _read_known(place, asked)

@@ -1,4 +1,4 @@
-"""The chapter on mistakes: how many and where, what goes with them, and the surest ones looked at closely."""
+"""Report section on misclassified patches: counts, location, associated properties, and galleries."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,15 +15,15 @@ from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import Result, section
 
 THUMBNAIL_PX = 80
-ERRORS = {"fn": ("missed patches", "found ones"), "fp": ("false alarms", "true negatives")}
+ERRORS = {"fn": ("false negatives", "true positives"), "fp": ("false positives", "true negatives")}
 VERDICTS = {
     "higher": "higher",
     "lower": "lower",
-    "not seen": "no difference seen",
-    "unsaid": "cannot be said",
+    "not seen": "no difference detected",
+    "unsaid": "inconclusive",
 }
 ANSWERED = ("less stained", "heterogeneous")
-"""The conjectures that are about what mistakes look like."""
+"""The hypotheses that are about the appearance of misclassified patches."""
 
 
 @section(
@@ -51,15 +51,15 @@ def describe_mistakes(facts: RunFacts) -> Section | None:
     ]
     if any(answers):
         blocks.append(Bullets([answer for answer in answers if answer]))
-    return Section("mistakes", "Where it goes wrong", blocks + _galleries(facts, analysis))
+    return Section("mistakes", "Error analysis", blocks + _galleries(facts, analysis))
 
 
 def _say_how_many(facts: RunFacts, about: Mapping[str, Any]) -> str:
     n = about["counts"]
     return (
-        f"{number(n['fn'] + n['fp'])} of {number(about['n_patches'])} patches are called wrong: "
-        f"{number(n['fn'])} of {number(n['fn'] + n['tp'])} {facts.positive} are missed, and "
-        f"{number(n['fp'])} of {number(n['fp'] + n['tn'])} {facts.negative} are false alarms."
+        f"{number(n['fn'] + n['fp'])} of {number(about['n_patches'])} patches are misclassified: "
+        f"{number(n['fn'])} of {number(n['fn'] + n['tp'])} {facts.positive} patches are false negatives, and "
+        f"{number(n['fp'])} of {number(n['fp'] + n['tn'])} {facts.negative} patches are false positives."
     )
 
 
@@ -67,7 +67,9 @@ def _describe_zones(about: Mapping[str, Any]) -> list[Block]:
     """Errors at the annotated border apart from those deep inside."""
     zones, unit = about["zones"], about["unit"]
     if not zones:
-        return [Text("The patches have no coordinates: which of them lie at a border is not known.", "note")]
+        return [
+            Text("The patches have no coordinates; errors at annotated borders cannot be counted.", "note")
+        ]
     rows, reasons = [], Footnotes()
     several = unit != "patch" and about["n_groups"] > 1
     for name, found in zones.items():
@@ -76,22 +78,20 @@ def _describe_zones(about: Mapping[str, Any]) -> list[Block]:
         if several:
             row += [reasons.estimate(found["patient"][metric]) for metric in ("sensitivity", "specificity")]
         rows.append(row)
-    columns = ["place", "patches", "missed", "false alarms", "sensitivity", "specificity"]
+    columns = ["zone", "patches", "false negatives", "false positives", "sensitivity", "specificity"]
     if several:
         columns += [f"sensitivity, mean of {unit}s", f"specificity, mean of {unit}s"]
     errors, patches = (
         {name: sum(found[key] for key in keys) for name, found in zones.items()}
         for keys in (("fn", "fp"), ("n_patches",))
     )
-    caption = "At the annotated border, and deep inside"
+    caption = "Errors at annotated borders and elsewhere"
     if "border" in zones and sum(errors.values()):
         share, size = (of["border"] / sum(of.values()) for of in (errors, patches))
-        caption = (
-            f"{share:.0%} of the errors lie at the annotated border, where {size:.0%} of the patches are"
-        )
+        caption = f"{share:.0%} of the errors, but {size:.0%} of the patches, lie at an annotated border"
     note = (
-        "Border: at least one of the eight neighbours on the slide has another label; deep: none of those "
-        f"that are in the data. Labels there are the least certain ones.{reasons.text}"
+        "Border: at least one of the eight neighbours on the slide has another label, so that the label is "
+        f"less certain; deep: no neighbour in the data has.{reasons.text}"
     )
     return [Table(columns, rows, caption=caption, note=note)]
 
@@ -100,9 +100,7 @@ def _describe_contrasts(about: Mapping[str, Any]) -> list[Block]:
     """Say which properties go with errors, and by how much."""
     contrasts, unit = about["contrasts"], about["unit"]
     if not about["n_comparisons"]:
-        return [
-            Text("There is nothing to compare: no class has both errors and patches called right.", "note")
-        ]
+        return [Text("No comparison: no class has both misclassified and correct patches.", "note")]
     within = unit != "patch"
     rows, reasons = [], Footnotes()
     for found in contrasts:
@@ -110,7 +108,7 @@ def _describe_contrasts(about: Mapping[str, Any]) -> list[Block]:
             continue
         rows.append(
             [
-                ERRORS[found["errors"]][0].removesuffix(" patches"),
+                ERRORS[found["errors"]][0],
                 found["property"].replace("_", " "),
                 number(found["mean_errors"], _digits(found)),
                 number(found["mean_others"], _digits(found)),
@@ -118,30 +116,29 @@ def _describe_contrasts(about: Mapping[str, Any]) -> list[Block]:
                 VERDICTS[found["verdict"]],
             ]
         )
-    chance = f"chance to be higher, within a {unit}" if within else "chance to be higher"
-    columns = ["errors", "property", "mean of errors", "mean of those called right", chance, ""]
+    chance = f"P(wrong > right) within a {unit} (AUC)" if within else "P(wrong > right) (AUC)"
+    columns = ["errors", "property", "mean, errors", "mean, correct", chance, ""]
     how = (
-        "The chance that an error has a higher value than a patch of its class that was called right, both "
-        f"of the same {unit}, averaged over {unit}s"
+        "P(wrong > right): probability that a misclassified patch has a higher value than a correct patch of "
+        f"the same class and {unit}, averaged over {unit}s"
         if within
-        else "The chance that an error has a higher value than a patch of its class that was called right. "
-        "The data name no patients: the unit is the patch, and intervals are too narrow"
+        else "P(wrong > right): probability that a misclassified patch has a higher value than a "
+        "correct patch "
+        "of the same class. Without patient ids the unit is the patch, and intervals are too narrow"
     )
     units = "; ".join(f"{name.replace('_', ' ')}: {text}" for name, text in about["properties"].items())
     missing = [name.replace("_", " ") for name in about["properties"] if name not in _named(contrasts)]
     left_out = (
-        f" Not measured, for the micrometres per pixel are not known: {', '.join(missing)}."
-        if missing
-        else ""
+        f" Not measured, because the pixel size (µm) is unknown: {', '.join(missing)}." if missing else ""
     )
     note = (
-        f"{how}; .5 is no difference. Intervals hold for all {about['n_comparisons']} comparisons together "
-        f"with 95 % ({about['level_each']:.2%} each). What goes with errors need not cause them. Measured on "
+        f"{how}; 0.5: no difference. The 95 % intervals are simultaneous over {about['n_comparisons']} "
+        f"comparisons ({about['level_each']:.2%} each). Associations need not be causal. Measured on "
         f"{number(about['n_measured'])} patches. {units}.{left_out}{reasons.text}"
     )
     return [
         Text(_say_verdicts(contrasts)),
-        Table(columns, rows, caption="Which properties go with errors", note=note, text_columns=2),
+        Table(columns, rows, caption="Properties associated with errors", note=note, text_columns=2),
         *_by_group(contrasts, unit),
     ]
 
@@ -167,11 +164,9 @@ def _say_verdicts(contrasts: Sequence[Mapping[str, Any]]) -> str:
         if clear:
             said.append(f"{wrong.capitalize()} have {', '.join(clear)} than {right}.")
         elif of and all(found["verdict"] == "unsaid" for found in of):
-            said.append(
-                f"Which properties go with {wrong} cannot be said from so few: see what was measured."
-            )
+            said.append(f"Inconclusive: too few {wrong} to test which properties are associated with them.")
         elif of:
-            said.append(f"No property is seen to go with {wrong}.")
+            said.append(f"No property is significantly associated with {wrong}.")
     return " ".join(said)
 
 
@@ -191,8 +186,8 @@ def _by_group(contrasts: Sequence[Mapping[str, Any]], unit: str) -> list[Block]:
     groups = {row[1] for row in rows}
     if len(groups) < 2:
         return []
-    columns = ["", unit, "errors", "called right", "chance to be higher"]
-    return [Table(columns, rows, text_columns=2, fold=f"Properties of errors, {unit} by {unit}")]
+    columns = ["", unit, "errors", "correct", "P(wrong > right) (AUC)"]
+    return [Table(columns, rows, text_columns=2, fold=f"Properties of errors within each {unit}")]
 
 
 def _say_conjecture(found: Mapping[str, Any]) -> str:
@@ -203,9 +198,9 @@ def _say_conjecture(found: Mapping[str, Any]) -> str:
 
 def _galleries(facts: RunFacts, analysis: ErrorAnalysis) -> list[Block]:
     titles = {
-        "fn": f"Missed: {facts.positive} called {facts.negative}",
-        "fp": f"False alarms: {facts.negative} called {facts.positive}",
-        "uncertain": "Least certain: nearest to the threshold, right or wrong",
+        "fn": f"False negatives: {facts.positive} predicted {facts.negative}",
+        "fp": f"False positives: {facts.negative} predicted {facts.positive}",
+        "uncertain": "Least certain: probability closest to the threshold",
     }
     counts = analysis.mistakes.about["counts"]
     blocks: list[Block] = []
@@ -215,7 +210,7 @@ def _galleries(facts: RunFacts, analysis: ErrorAnalysis) -> list[Block]:
             blocks.append(Text(f"{title}: none."))
             continue
         of = (
-            f" ({len(entries)} of {number(counts[kind])}, surest first)"
+            f" ({len(entries)} of {number(counts[kind])}, most confident first)"
             if kind in counts
             else f" ({len(entries)})"
         )
@@ -229,10 +224,10 @@ def _explain_pictures(facts: RunFacts, analysis: ErrorAnalysis) -> str:
     assert analysis.closeups is not None
     reference = analysis.mistakes.about["training_reference"]
     return (
-        "Each row: the patch, what the network looks at, its place on the slide where that is known, and the "
-        f"three most alike of {number(reference['n'])} training patches to the network (penultimate layer), "
-        f"with class and distance ({reference['distance']}). Below: probability of {facts.positive}, patch, "
-        f"and what sets it apart from those of its class that were called right. {analysis.closeups.caption}"
+        "Each row: the patch, its saliency map, its position on the slide where known, and the nearest three "
+        f"of {number(reference['n'])} training patches in the penultimate layer of the network, with class "
+        f"and distance ({reference['distance']}). Below: probability of {facts.positive}, patch id, and the "
+        f"properties unusual among correct patches of its class. {analysis.closeups.caption}"
     )
 
 
@@ -261,13 +256,13 @@ def _reasons(entry: Mapping[str, Any], row: Any) -> list[str]:
         f"{'higher' if each['rank'] > 0.5 else 'lower'} than {max(each['rank'], 1 - each['rank']):.0%}"
         for each in entry["unusual"]
     ]
-    return lines + (["at the border"] if str(row["zone"]) == "border" else [])
+    return lines + (["at an annotated border"] if str(row["zone"]) == "border" else [])
 
 
 def _pictures(closeup: Closeup | None, entry: Mapping[str, Any]) -> list[tuple[bytes, str]]:
     if closeup is None:
         return []
-    pictures = [(_encode(closeup.patch), "patch"), (_encode(closeup.overlay), "looked at")]
+    pictures = [(_encode(closeup.patch), "patch"), (_encode(closeup.overlay), "saliency")]
     if closeup.overview is not None:
         pictures.append((_encode(closeup.overview), "on the slide"))
     for image, near in zip(closeup.nearest, entry["nearest"], strict=True):

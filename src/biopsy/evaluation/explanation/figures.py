@@ -50,11 +50,11 @@ def draw_removal(
     for which, (panel, heading) in enumerate(zip(panels, headings, strict=True)):
         for title, pair, look in lines:
             panel.plot(np.linspace(0, 1, len(pair[which])), pair[which], label=title, **look)
-        panel.set_xlabel(f"share of cells {('deleted', 'inserted')[which]}", color=INK)
+        panel.set_xlabel(f"Share of cells {('deleted', 'inserted')[which]}", color=INK)
         panel.set_title(heading)
         panel.set_xlim(0, 1)
         panel.set_ylim(0, 1)
-    panels[0].set_ylabel("mean probability")
+    panels[0].set_ylabel("Mean probability")
     handles, titles = panels[0].get_legend_handles_labels()
     figure.legend(handles, titles, loc="outside lower center", ncols=3)
     return figure

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from biopsy.core.subsets import subset_name
 from biopsy.evaluation.explanation.examples import Explained, draw_sheet, hide_explained, load_explained
 from biopsy.evaluation.explanation.explain import explain
 from biopsy.evaluation.explanation.faithfulness import read_faithfulness
@@ -33,37 +34,37 @@ def describe_attention(facts: RunFacts) -> Section | None:
     right = (explained.examples["kind"] == "right").to_numpy()
     pictures = []
     for name, chosen, title in (
-        ("wrong", ~right, "Called wrong: the surest mistakes of each kind in turn."),
-        ("right", right, "Called right: drawn at random from each class."),
+        ("wrong", ~right, "Misclassified: the most confident errors of each kind."),
+        ("right", right, "Correct: drawn at random from each class."),
     ):
         if chosen.any():
             sheet = draw_sheet(explained, np.flatnonzero(chosen).tolist(), explained.illustrations)
             caption = (
-                f"{title} Above each: true class, probability of {facts.positive}, patch."
+                f"{title} Above each: true class, probability of {facts.positive}, patch id."
                 if facts.is_binary
-                else f"{title} Above each: true class, probability of the class that was called, patch."
+                else f"{title} Above each: true class, probability of the predicted class, patch id."
             )
             pictures.append(Picture(caption, svg(sheet, f"explained-{name}")))
     blocks: list[Block] = [
         Text(
-            "Maps are superimposed on the patch in grey. Colours run from none to the 99th percentile: of "
-            "each patch for itself where there is one map a patch, of all patches shown for a channel. Where "
-            "a map has a sign, grey is 0, blue speaks against the class and yellow for it."
+            "Saliency maps show which pixels influence the prediction; they are superimposed on the patch in "
+            "grey. Colours run from 0 to the 99th percentile, per patch (channel activations: over all "
+            "patches "
+            "shown). In signed maps grey is 0, yellow supports the class and blue opposes it."
         ),
         Pictures(pictures),
         Bullets([part.caption for part in explained.illustrations]),
         Text(
-            "Such maps are a way to look, not evidence: a network that has learned nothing gives maps too. "
+            "Saliency maps are not evidence by themselves: an untrained network produces them as well. "
             + (
-                "Whether these mean anything has not been tested here: `biopsy explain RUN --faithfulness` "
-                "does it."
+                "Faithfulness has not been tested for this run (`biopsy explain RUN --faithfulness`)."
                 if facts.results.get("faithfulness") is None
-                else "Whether these mean anything is the question of the next chapter."
+                else "Their faithfulness is tested in the next section."
             ),
             "note",
         ),
     ]
-    return Section("explanation", "What the network looks at", blocks)
+    return Section("explanation", "Saliency", blocks)
 
 
 TITLES = {"random": "random", "edges": "edges"}
@@ -79,25 +80,27 @@ TITLES = {"random": "random", "edges": "edges"}
     ),
 )
 def describe_faithfulness(facts: RunFacts) -> Section | None:
-    """A plain sentence, a row and two curves for every method that was tested."""
+    """A sentence, a row and two curves for every method that was tested."""
     found = facts.results.get("faithfulness")
     if found is None:
         return None
     settings, methods = found["settings"], found["methods"]
     baselines = {each["name"]: each for each in found["baselines"]}
-    which = f"called {found['positive_class']}" if found["positive_class"] else "of any class"
+    which = f"predicted {found['positive_class']}" if found["positive_class"] else "of any class"
     units = "" if found["unit"] == "patch" else f" of {number(found['n_groups'])} {found['unit']}(s)"
     blocks: list[Block] = [
         Bullets([each["answer"] for each in methods]),
         Text(
-            f"Measured on {number(found['n_patches'])} patches{units}, {which}, of the {found['side']} side, "
-            f"drawn with seed {found['seed']}. A patch is cut into {settings['cells']} x {settings['cells']} "
-            "cells. Deletion takes them away in the order in which a map marks them and puts the blurred "
-            "patch in their place; insertion begins with the blurred patch and gives them back. The class's "
-            f"probability is {number(found['prob']['untouched'])} on untouched patches and "
-            f"{number(found['prob']['blurred'])} on blurred ones, on average. A gain is half the difference "
-            "of the areas under both curves, against maps in random order and against a detector of edges, "
-            "which asks no network."
+            f"Measured on {number(found['n_patches'])} patches{units}, {which}, of the "
+            f"{subset_name(found['side'])} subset (seed {found['seed']}). Each patch is divided into "
+            f"{settings['cells']} x {settings['cells']} cells. Deletion replaces cells by the blurred "
+            "patch, in "
+            "decreasing order of saliency; insertion restores them, starting from the blurred patch (Petsiuk "
+            "et al. 2018). The mean probability of the class is "
+            f"{number(found['prob']['untouched'])} on the original patches and "
+            f"{number(found['prob']['blurred'])} on the blurred ones. Gain: half the difference of the areas "
+            "under both curves, relative to a random order and to an edge detector, which is independent of "
+            "the network."
         ),
         Pictures([Picture(_caption(found), svg(_draw(methods, baselines), "faithfulness"))], across=1),
         _table_of_gains(methods, baselines),
@@ -105,7 +108,7 @@ def describe_faithfulness(facts: RunFacts) -> Section | None:
     ]
     if found["refused"]:
         blocks.append(Text(" ".join(f"Not tested: {each['reason']}." for each in found["refused"]), "note"))
-    return Section("faithfulness", "Do the maps mean anything", blocks)
+    return Section("faithfulness", "Faithfulness of the saliency maps", blocks)
 
 
 def _draw(methods: list[Mapping[str, Any]], baselines: Mapping[str, Mapping[str, Any]]) -> Any:
@@ -120,8 +123,8 @@ def _draw(methods: list[Mapping[str, Any]], baselines: Mapping[str, Mapping[str,
 
 def _caption(found: Mapping[str, Any]) -> str:
     return (
-        f"Mean probability of the class over {number(found['n_patches'])} patches as what a map marks most "
-        "is deleted first (left) or inserted first (right)."
+        f"Mean probability of the class over {number(found['n_patches'])} patches when the most "
+        "salient cells are deleted first (left) or inserted first (right)."
     )
 
 
@@ -136,10 +139,10 @@ def _table_of_gains(methods: list[Mapping[str, Any]], baselines: Mapping[str, Ma
         rows.append([TITLES[name], *areas, "-", "-", "-", "-"])
     columns = ["", "deletion", "insertion", "gain over random", "gain over edges", "better than random"]
     note = (
-        "Deletion and insertion: area under the curve. Gains are paired, patch by patch. The last two "
+        "Deletion and insertion: area under the curve. Gains are paired by patch. The last two "
         f"columns count patches.{reasons.text}"
     )
-    return Table([*columns, "than edges"], rows, caption="What taking marked cells away costs", note=note)
+    return Table([*columns, "than edges"], rows, caption="Deletion and insertion", note=note)
 
 
 def _table_of_randomisation(methods: list[Mapping[str, Any]], settings: Mapping[str, Any]) -> Table:
@@ -149,14 +152,13 @@ def _table_of_randomisation(methods: list[Mapping[str, Any]], settings: Mapping[
         cells = [each["randomised"][place] for each in methods]
         rows.append([name, *(f"{c['rank_correlation']:.2f} / {c['ssim']:.2f}" for c in cells)])
     note = (
-        "From the last layer to the first, the weights of the named layer and of all behind it are drawn "
-        f"anew (Adebayo et al. 2018), and the maps of {settings['n_randomised']} patches compared with those "
-        "of the trained network: rank correlation / structural similarity. A map that stays alike shows the "
-        "picture, not what was learned."
+        "The weights of the named layer and of all later layers are randomised, and the maps of "
+        f"{settings['n_randomised']} patches compared with those of the trained network: rank correlation / "
+        "structural similarity (SSIM). Maps that stay similar depend on the image, not on what was learned."
     )
     return Table(
-        ["random from", *(each["title"] for each in methods)],
+        ["randomised from", *(each["title"] for each in methods)],
         rows,
-        caption="Maps of a network that forgets",
+        caption="Cascading weight randomisation (Adebayo et al. 2018)",
         note=note,
     )

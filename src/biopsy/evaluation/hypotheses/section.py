@@ -1,9 +1,10 @@
-"""Chapters on what the network looks at, and on what the posts conjectured about it."""
+"""Report section on the hypotheses published with the recipes."""
 
 from collections.abc import Mapping
 from string import capwords
 from typing import Any
 
+from biopsy.core.subsets import subset_name
 from biopsy.evaluation.explanation.section import MOST_GROUPS
 from biopsy.evaluation.hypotheses.measure import measure_conjectures, read_conjectures
 from biopsy.evaluation.patch_properties import PROPERTIES
@@ -31,13 +32,15 @@ def describe_conjectures(facts: RunFacts) -> Section | None:
         return None
     drawn = found["n_measured"] < found["n_patches"] or found["n_asked"] < found["n_patches"]
     size = (
-        f" Measured on {number(found['n_measured'])} patches, the network asked again on "
+        f" Measured on {number(found['n_measured'])} patches, the network applied again to "
         f"{number(found['n_asked'])}, drawn with seed {found['seed']} from {number(found['n_patches'])}."
     )
     blocks: list[Block] = [
         Text(
-            "The posts this package started from guessed why their networks err. Each guess is measured here "
-            f"on the {found['side']} side, with intervals over {found['unit']}s." + (size if drawn else "")
+            "The publication of this recipe states hypotheses about its errors and saliency. Each is "
+            "tested here "
+            f"on the {subset_name(found['side'])} subset, with intervals over {found['unit']}s."
+            + (size if drawn else "")
         )
     ]
     each = {entry["name"]: entry for entry in found["conjectures"]}
@@ -50,7 +53,7 @@ def describe_conjectures(facts: RunFacts) -> Section | None:
         if "auroc" in entry:
             blocks += [_table_of_colour(entry), _table_of_saliency(entry)]
     blocks += _tables_by_group(compared, found["unit"])
-    return Section("conjectures", "The posts' conjectures, measured", blocks)
+    return Section("conjectures", "Published hypotheses", blocks)
 
 
 def _table_of_contrasts(compared: list[tuple[Any, Any]], unit: str) -> Table:
@@ -73,10 +76,10 @@ def _table_of_contrasts(compared: list[tuple[Any, Any]], unit: str) -> Table:
     )
     notes = " ".join(dict.fromkeys(entry["note"] for entry, _ in compared))
     note = (
-        "Differences and AUROC are above 0 and .5 where the conjecture holds: less stain in what was missed, "
-        f"more heterogeneity in false alarms. {capwords(units[:1])}{units[1:]}. {notes}{reasons.text}"
+        "Differences above 0 and AUROC above 0.5 support the hypothesis: less stain in false negatives, "
+        f"more heterogeneity in false positives. {capwords(units[:1])}{units[1:]}. {notes}{reasons.text}"
     )
-    return Table(columns, rows, caption="Stain and heterogeneity of mistakes", note=note)
+    return Table(columns, rows, caption="Stain and heterogeneity of errors", note=note)
 
 
 def _table_of_colour(entry: Mapping[str, Any]) -> Table:
@@ -87,7 +90,7 @@ def _table_of_colour(entry: Mapping[str, Any]) -> Table:
             [name, reasons.estimate(found["auroc"]), reasons.estimate(difference) if difference else "-"]
         )
     note = f"Differences are paired, over the same patches. {entry['note']}{reasons.text}"
-    return Table(["patches", "AUROC", "difference"], rows, caption="With colour taken out", note=note)
+    return Table(["patches", "AUROC", "difference"], rows, caption="AUROC without colour", note=note)
 
 
 def _table_of_saliency(entry: Mapping[str, Any]) -> Table:
@@ -96,13 +99,13 @@ def _table_of_saliency(entry: Mapping[str, Any]) -> Table:
         shares = [number(found["area_share"]), number(found["saliency_share"])]
         rows.append([colour, *shares, reasons.estimate(found["ratio"])])
     note = (
-        "Blue and yellow: a b* of CIELAB beyond -10 and 10; purple counts as blue. A ratio of 1 is what a "
-        f"map would show that takes no notice of colour.{reasons.text}"
+        "Blue and yellow: a b* of CIELAB beyond -10 and 10; purple counts as blue. A ratio of 1: "
+        f"saliency is independent of colour.{reasons.text}"
     )
     return Table(
         ["pixels", "share of the area", "share of the saliency", "ratio"],
         rows,
-        caption="Where saliency falls",
+        caption="Saliency by colour",
         note=note,
     )
 
@@ -122,6 +125,6 @@ def _tables_by_group(compared: list[tuple[Any, Any]], unit: str) -> list[Block]:
     ]
     if not rows:
         return []
-    title = f"{capwords(unit)} by {unit}"
+    title = f"Per-{unit} results"
     columns = ["", unit, "chosen", "others", "AUROC"]
-    return [Table(columns, rows, text_columns=2, fold=title, note="A dash: only one of the two occurs.")]
+    return [Table(columns, rows, text_columns=2, fold=title, note="Dash: only one of the two groups occurs.")]

@@ -1,4 +1,4 @@
-"""Labels that their neighbours and a model do not believe, as a sheet for a person to decide on.
+"""Probable label errors, as a sheet for expert review.
 
 No label is changed here: the sheet goes to somebody who can look at tissue, and comes back by
 ``biopsy prepare --labels``.
@@ -35,8 +35,8 @@ class Doubts:
         table: The sheet: one row a doubted label, most doubted first.
         path: Where the sheet was written.
         page: The page of pictures beside it.
-        n_patches: How many labels had a witness.
-        n_doubted: How many of them most witnesses speak against; the sheet may hold fewer.
+        n_patches: Number of labels checked.
+        n_doubted: Number of probable label errors; the sheet may list fewer.
     """
 
     table: pd.DataFrame
@@ -57,25 +57,25 @@ class _Models:
 
 
 def label_issues(run: Run | Study | Path | str, *, out: Path | str, n: int = 100) -> Doubts:
-    """List labels that most witnesses speak against, and write a sheet and a page of pictures to decide on.
+    """List probable label errors; write a sheet and a page of pictures for expert review.
 
-    Witnesses are the labels of the eight neighbours on the slide, a voice each, and one voice of the models
-    that were not trained on the patch; see `neighbours.rank_doubts`. Labels are never changed: a person fills
-    the column ``decision`` (``yes`` for the suggested class, ``no`` for the label as it is, or a class), and
-    ``prepare --labels`` reads the sheet. Rows without a decision keep their label.
+    A label is compared with the labels of its eight neighbours on the slide, one vote each, and with one vote
+    of the models that were not trained on the patch; see `neighbours.rank_doubts`. Labels are never changed:
+    a person fills in the column ``decision`` (``yes`` for the suggested class, ``no`` for the current label,
+    or a class), and ``prepare --labels`` reads the sheet. Rows without a decision keep their label.
 
     Args:
         run: A run (its validation patches, and its test patches once they have been opened) or a study (the
             test patches of all its runs).
         out: Folder for ``labels.csv``, ``labels.html`` and ``pictures/``.
-        n: How many are listed at most.
+        n: Maximum number of labels to list.
 
     Raises:
         UserFileError: If the sheet there holds decisions, or is none that this wrote.
-        RunError: If there is no witness.
+        RunError: If no label can be checked.
     """
     if n < 1:
-        raise RunError(f"n={n!r} lists nothing: ask for 1 label or more")
+        raise RunError(f"n={n!r}: expected at least 1")
     place = Path(out)
     refuse_inputs(place, run.path if isinstance(run, Run | Study) else run)
     refuse_decided(place / SHEET)
@@ -93,7 +93,8 @@ def _write_sheet(place: Path, heard: _Models, n: int) -> tuple[pd.DataFrame, int
     found = found[(voices > 0) & heard.allowed]
     if found.empty:
         raise RunError(
-            f"no patch of {pack.path} has neighbours, or a model that was not trained on it: nobody to ask"
+            f"cannot check labels of {pack.path}: patches have no coordinates and no cross-validated model "
+            "covers them"
         )
     doubted = found[found["doubt"] > 0.5]
     order = doubted.assign(patch_id=pack.table["patch_id"].iloc[doubted["row"]].to_numpy(str))

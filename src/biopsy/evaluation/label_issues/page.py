@@ -1,4 +1,4 @@
-"""The page of doubted labels: pictures to look at, on screen or on paper, beside the sheet to fill."""
+"""The page of probable label errors: pictures to review beside the sheet to fill in."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,8 +35,8 @@ class DoubtsPage:
 
     Attributes:
         pack: Name of the pack.
-        n_patches: How many labels had a witness.
-        n_doubted: How many of them most witnesses speak against.
+        n_patches: Number of labels checked.
+        n_doubted: Number of probable label errors.
         doubted: Those on the page.
         colours: Name and colour of each class.
         placed: Whether patches have coordinates.
