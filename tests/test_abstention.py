@@ -12,7 +12,7 @@ from biopsy.cli.evaluation import _say_abstention
 from biopsy.core.errors import MetricError
 from biopsy.evaluation.abstention.figures import draw_promise, draw_risk_coverage
 from biopsy.evaluation.abstention.measure import count_sets, judge_promise, measure_abstention
-from biopsy.evaluation.abstention.section import describe_abstention, say_verdict
+from biopsy.evaluation.abstention.section import MEASURES, describe_abstention, say_verdict
 from biopsy.reporting.document import ReportDocument, Summary
 from biopsy.reporting.html import render_report
 from biopsy.statistics.conformal import predict_sets
@@ -350,22 +350,22 @@ def test_the_chapter_holds_the_promise_to_account():
     assert section.id == "abstention" and [block.kind for block in section.blocks][-1] == "pictures"
     text = words(facts)
     assert "fitted on 1,000 patches of 25 patients (val), with the patient as the exchangeable unit" in text
-    assert "of the patches of each class of a new patient, on the mean over patients, at least 90 %" in text
-    assert "at most 10 % of each are kept and called wrong" in text
+    assert "of a new patient, at least 90 % have their true class in the set" in text
+    assert "at most 10 % of each class are misclassified without abstention" in text
     assert "The coverage guarantee was met on these patients. Coverage: not IDC" in text
-    assert "patients as the unit patches as independent" in text
+    assert "unit: patient unit: patch (naive)" in text
     one = chapter(fit(POPULATION.draw(25, 40, seed=0), promise="all") | {"quantiles": [0.97, 0.97]})
     said = describe_abstention(one).blocks
-    assert "at most 10 % of them are kept" in said[0].text and "Coverage: 1.000 (" in said[1].text
+    assert "at most 10 % of patches are misclassified" in said[0].text and "Coverage: 1.000 (" in said[1].text
     columns = {(row[0], row[1]): row[2] for row in said[2].rows}
-    assert columns["all", "true class in the set"] == "at least 0.900"
-    assert columns["IDC", "true class in the set"] == "-"
+    assert columns["all", MEASURES["coverage"]] == "at least 0.900"
+    assert columns["IDC", MEASURES["coverage"]] == "-"
 
 
 def test_the_chapter_of_a_refusal_says_why_and_what_the_plain_version_would_promise():
     text = words(chapter(fit(POPULATION.draw(1, 400, seed=0))))
     assert "No coverage guarantee and no abstention: an error rate of 0.1 needs at least" in text
-    assert "there is 1." in text and "shown below as what it is" in text
+    assert "there is 1." in text and "with the coverage that it reached" in text
     assert "The coverage guarantee was" not in text and "Risk-coverage" in text
 
 
@@ -377,7 +377,7 @@ def test_a_promise_missed_is_broken_or_open():
     found["patient"] = {"coverage": {"value": 0.88, "low": 0.8, "high": 0.91, "reason": None}}
     assert say_verdict(found, "slide") == (
         "Inconclusive: coverage is 0.020 below target, within sampling error for so few slides. Coverage: "
-        "0.880 (0.800 to 0.910), where 0.900 was promised."
+        "0.880 (0.800 to 0.910); target 0.900."
     )
 
 

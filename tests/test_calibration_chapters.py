@@ -71,7 +71,7 @@ def test_the_calibration_chapter(facts):
     assert table.rows[0][2].startswith(f"{ece:.3f} (") and len(table.rows) == 9
     pictures = [one for block in section.blocks if isinstance(block, Pictures) for one in block.items]
     assert [one.caption.split(":")[0] for one in pictures] == ["Before calibration", "After calibration"]
-    assert all(isinstance(one, Picture) and "promised probability of IDC" in one.svg for one in pictures)
+    assert all(isinstance(one, Picture) and "Predicted probability of IDC" in one.svg for one in pictures)
 
 
 def test_without_calibration_there_is_one_column(facts):
@@ -100,12 +100,12 @@ def test_the_decision_chapter(facts):
     assert points.rows[0][:3] == ["highest sensitivity + specificity", "0.430", "0.900"]
     assert points.rows[0][4] == f"{reached - 0.9:+.3f}" and points.rows[1][4] == "-"
     assert prevalence.caption == "Predictive values at a prevalence of 2 %" and len(prevalence.rows) == 2
-    assert "on none at probabilities of" in texts(section)
+    assert "at threshold probabilities of" in texts(section)
 
 
 def test_reliability_is_drawn_once(facts):
     assert describe_curves(facts).heading == "Discrimination"
-    assert describe_curves(run_facts()).heading == "Ranking and calibration"
+    assert describe_curves(run_facts()).heading == "Discrimination and calibration"
 
 
 def test_metrics_from_before_make_no_chapter():

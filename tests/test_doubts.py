@@ -161,7 +161,7 @@ def test_without_coordinates_the_model_is_the_only_witness(trained_run, tmp_path
 
 
 def test_refusals(noisy, tmp_path):
-    with pytest.raises(RunError, match="n=0 lists nothing"):
+    with pytest.raises(RunError, match="n=0: expected at least 1"):
         biopsy.label_issues(noisy[0], out=tmp_path, n=0)
     with pytest.raises(RunError, match="is not a run"):
         biopsy.label_issues(tmp_path / "nothing", out=tmp_path)

@@ -44,7 +44,7 @@ def test_mistakes_are_the_surest_and_named(page, facts):
             assert any(caption.startswith(f"patch, {prob:.3f}, {patch_id}") for caption in captions)
     assert len(captions) == 6 * sum(map(len, shown)), "patch, map, place and three training patches each"
     assert f"(4 of {len(missed)}, most confident first)" in page.text
-    assert f"{len(missed)} of {int(table['target'].sum())} IDC are missed" in page.text
+    assert f"{len(missed)} of {int(table['target'].sum())} IDC patches are false negatives" in page.text
     assert f"IDC {TRAINED} 1.50" in page.text and "Saliency shows this; it is not that." in page.text
 
 
@@ -54,10 +54,10 @@ def test_the_table_holds_the_record(facts):
         assert f"{found['mean_errors']:.3f} {found['mean_others']:.3f} {found['within']['value']:.3f}" in text
     assert "False negatives have lower stain than true positives." in text
     assert "No property is significantly associated with false positives." in text
-    assert "all 16 comparisons together with 95 % (99.69% each)" in text
+    assert "simultaneous over 16 comparisons (99.69% each)" in text
     zones = about["zones"]
     wrong = {name: part["fn"] + part["fp"] for name, part in zones.items()}
-    assert f"{wrong['border'] / sum(wrong.values()):.0%} of the errors lie at the annotated border" in text
+    assert f"{wrong['border'] / sum(wrong.values()):.0%} of the errors, but" in text
     assert f"deep {zones['deep']['n_patches']} {zones['deep']['fn']} {zones['deep']['fp']}" in text
 
 
@@ -83,7 +83,7 @@ def test_patches_without_patients_or_places_say_so():
     assert "no coordinates; errors at annotated borders cannot be counted" in text
     assert (
         "the unit is the patch, and intervals are too narrow" in text
-        and "on the slide" not in text.split("Missed:")[1]
+        and "on the slide" not in text.split("False negatives:")[1]
     )
 
 
@@ -96,7 +96,8 @@ def test_few_patients_and_no_errors_say_so():
     assert "0 of 128 patches are misclassified" in none and "No comparison:" in none
     assert none.count(": none.") == 2 and "Least certain" in none
     negative = table.assign(target=0)
-    assert "0 of 0 IDC are missed" in render_chapter(make_error_facts(IDS[:2], predictions=negative)).text
+    empty = render_chapter(make_error_facts(IDS[:2], predictions=negative)).text
+    assert "0 of 0 IDC patches are false negatives" in empty
 
 
 def test_what_users_name_is_escaped():

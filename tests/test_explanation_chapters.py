@@ -91,7 +91,7 @@ def test_the_report_shows_maps_and_answers():
             assert f"{measure['auroc']['value']:.3f}" in page
     difference = facts.results["hypotheses"]["conjectures"][2]["auroc"]["grey"]["difference"]
     assert f"{difference['value']:.3f} ({difference['low']:.3f} to {difference['high']:.3f})" in page
-    assert "the network asked again on 77, drawn with seed 11" in page
+    assert "the network applied again to 77, drawn with seed 11" in page
     assert len(figures(text)) - len(figures(render_report(report_of_run(make_small_facts(IDS))))) == 2
     for name in facts.results["explanation"].examples["patch_id"]:
         assert name in text
@@ -127,7 +127,7 @@ def test_the_report_says_whether_maps_mean_anything():
         for gain in each["gain"].values():
             assert f"{gain['value']:.3f} ({gain['low']:.3f} to {gain['high']:.3f})" in page
     assert "grad_cam needs maps" in page
-    assert "deletion: lower is better" in text and "48 patches of 8 patient(s), called IDC" in page
+    assert "deletion: lower is better" in text and "48 patches of 8 patient(s), predicted IDC" in page
 
 
 def make_faithfulness():

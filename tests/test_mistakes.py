@@ -240,7 +240,7 @@ def test_patches_without_coordinates_or_patients_have_no_zone(trained_run, tmp_p
 
 
 def test_refusals(judged, trained_run, tmp_path, monkeypatch):
-    with pytest.raises(RunError, match="n=0 shows nothing"):
+    with pytest.raises(RunError, match="n=0: expected at least 1"):
         measure_mistakes(judged, n=0)
     with pytest.raises(RunError, match=r"test.parquet does not exist: make it with `biopsy evaluate"):
         measure_mistakes(copy_run(trained_run, tmp_path), side="test")

@@ -76,8 +76,8 @@ def test_summary_numbers_are_the_metrics(report):
         shown = f"{label} {found['value']:.3f} 95 % interval {interval}, over patients"
         assert shown in page
     assert "colour-only baseline: 0.612" in page and "Research use only" in page
-    assert "Can it tell IDC from not IDC, on patches of patients it has never seen?" in page
-    assert "4 openings of this test side, for 2 runs" in page
+    assert "distinguish IDC from not IDC in patches of patients not seen in training?" in page
+    assert "evaluated 4 times, by 2 runs" in page
 
 
 def test_tables_hold_what_was_measured(report):
