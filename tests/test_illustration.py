@@ -263,7 +263,7 @@ def test_a_report_computes_nothing_and_names_what_it_lacks(judged):
     (path,) = biopsy.report(judged)
     page = Page(path.read_text()).text
     assert not (judged.path / "explain").exists() and not (judged.path / "errors").exists()
-    assert "Saliency maps show" not in page and "Error analysis" not in page
+    assert "Saliency maps show" not in page and "are misclassified" not in page
     for command in ("biopsy explain", "biopsy errors"):
         assert f"{command} {judged.path}" in page
     assert "Not included" in page

@@ -219,7 +219,7 @@ def test_its_report_is_one_page(finished, tmp_path):
     text = path.read_text()
     page = Page(text).text
     best = made.summary()["best"]
-    assert f"{best['val_auroc']['mean']:.3f}" in page and "8 openings of this test side, for 8 runs" in page
+    assert f"{best['val_auroc']['mean']:.3f}" in page and "evaluated 8 times, by 8 runs" in page
     assert "train.lr" in page and text.count('role="img"') == 1
     assert not re.search(r"(src|href)=\"(?!data:|#)", text)
     (hidden,) = report(made, out=tmp_path / "hidden.html", hide_ids=True)
