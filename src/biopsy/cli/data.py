@@ -74,7 +74,7 @@ def prepare(
     patch_px: Annotated[
         int | None, typer.Option(help="Cut slides with annotations into patches of this side.")
     ] = None,
-    stride_px: Annotated[int | None, typer.Option(help="Step from patch to patch; their side.")] = None,
+    stride_px: Annotated[int | None, typer.Option(help="Stride in pixels (default: the patch size).")] = None,
     label_frac: Annotated[
         float, typer.Option(help="Share of a patch its class must cover to be its label.")
     ] = 0.5,

@@ -239,7 +239,7 @@ def _interval(estimate: Mapping[str, Any]) -> str:
 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN|STUDY...", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="Where to write it; into the run by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output file or folder (default: in the run).")] = None,
     hide_ids: Annotated[
         bool, typer.Option("--hide-ids", help="Replace patient and slide ids by numbers, for sharing.")
     ] = False,
@@ -295,13 +295,13 @@ def predict(
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN|STUDY...", show_default=False)],
-    metric: Annotated[str, typer.Option(help="The metric that is to answer.")] = "auroc",
+    metric: Annotated[str, typer.Option(help="Primary metric.")] = "auroc",
     plan: Annotated[
         bool,
         typer.Option("--plan", help="Say how many patients a comparison needs, from one or two at hand."),
     ] = False,
-    difference: Annotated[float, typer.Option(help="With --plan: the difference to be seen.")] = 0.03,
-    power: Annotated[float, typer.Option(help="With --plan: how often, were it the truth.")] = 0.8,
+    difference: Annotated[float, typer.Option(help="With --plan: difference to detect.")] = 0.03,
+    power: Annotated[float, typer.Option(help="With --plan: desired power.")] = 0.8,
     out: Annotated[
         Path | None,
         typer.Option(help="The comparison's own folder; without it, comparisons/ gets one.", metavar="DIR"),
@@ -496,7 +496,7 @@ def explain(
         list[str] | None, typer.Option(help="Id of a patch; may be repeated.", metavar="ID")
     ] = None,
     errors: Annotated[
-        int, typer.Option(help="Where no patch is named: how many errors, and as many that were right.")
+        int, typer.Option(help="Without --patch: number of misclassified patches, plus as many correct.")
     ] = 5,
     method: Annotated[
         list[str] | None,
@@ -508,7 +508,7 @@ def explain(
         str | None, typer.Option(help="Layer that activations or grad_cam look at.", metavar="L")
     ] = None,
     faithfulness: Annotated[
-        bool, typer.Option("--faithfulness", help="Also test whether the maps mean anything: a minute.")
+        bool, typer.Option("--faithfulness", help="Also run faithfulness tests (about one minute).")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder to write to; explain/ in the run.")] = None,
     device: Device = "auto",
