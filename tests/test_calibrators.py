@@ -22,7 +22,7 @@ from biopsy.statistics.calibrators import (
     mean_nll,
 )
 
-FITTED = ("temperature", "platt", "isotonic")
+FITTED = ("temperature", "platt", "intercept", "isotonic")
 
 
 def draw(n=400, *, slope=0.5, shift=0.8, seed=0):
@@ -53,7 +53,7 @@ def test_temperature_is_a_logistic_regression_without_intercept():
     theirs = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10).fit(
         scores[:, [1]] - scores[:, [0]], target
     )
-    ours = fit_calibrator(scores, target)
+    ours = fit_calibrator(scores, target, "temperature")
     assert ours.slope == pytest.approx(theirs.coef_[0, 0], abs=1e-6) and ours.intercepts == ()
 
 
@@ -70,7 +70,7 @@ def test_isotonic_is_scikit_learns_within_the_same_bounds():
 
 
 def test_a_temperature_worked_by_hand():
-    fitted = fit_calibrator([[0, 4], [0, 4], [0, 4], [4, 0]], [1, 0, 1, 0])
+    fitted = fit_calibrator([[0, 4], [0, 4], [0, 4], [4, 0]], [1, 0, 1, 0], "temperature")
     assert fitted.slope == pytest.approx(np.log(3) / 4)  # three of four are right: odds 3 at logit 4
 
 
@@ -78,8 +78,53 @@ def test_temperature_serves_any_number_of_classes():
     rng = np.random.default_rng(1)
     scores = rng.normal(0, 2, (3000, 4))
     target = np.array([rng.choice(4, p=row) for row in softmax(0.4 * scores, axis=1)])
-    assert fit_calibrator(scores, target).slope == pytest.approx(0.4, abs=0.05)
+    assert fit_calibrator(scores, target, "temperature").slope == pytest.approx(0.4, abs=0.05)
 
+
+def test_platt_of_more_classes_is_a_multinomial_regression_with_one_slope():
+    rng = np.random.default_rng(1)
+    scores, intercepts = rng.normal(0, 2, (6000, 3)), np.array([0, 1, -0.5])
+    target = np.array([rng.choice(3, p=row) for row in softmax(0.4 * scores + intercepts, axis=1)])
+    for scale in (1, 1e-5):
+        fitted = fit_calibrator(scores * scale, target, "platt")
+        assert fitted.method == "platt" and fitted.slope * scale == pytest.approx(0.4, abs=0.03)
+        assert fitted.intercepts == pytest.approx(intercepts, abs=0.1)
+        prob = apply(fitted, scores * scale)
+        np.testing.assert_allclose(prob.mean(axis=0), np.bincount(target) / 6000, atol=1e-7)
+        margin = prob - np.eye(3)[target]  # both derivatives of the likelihood are zero
+        assert (margin * scores).sum() / 6000 == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_an_intercept_makes_the_mean_right_and_keeps_the_order(n_classes):
+    rng = np.random.default_rng(2)
+    scores, target = rng.normal(0, 3, (500, n_classes)), rng.integers(0, n_classes, 500)
+    fitted = fit_calibrator(scores, target, "intercept")
+    assert (fitted.method, fitted.slope, fitted.reason) == ("intercept", 1, None)
+    np.testing.assert_allclose(apply(fitted, scores).mean(axis=0), np.bincount(target) / 500, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", FITTED)
+@pytest.mark.parametrize("spread", [1e-7, 1e-4, 1e3])
+def test_scores_of_any_spread_are_calibrated_alike(method, spread):
+    scores, target = draw()
+    centred = scores - scores.mean(axis=0)
+    wanted = fit_calibrator(centred, target, method)
+    found = fit_calibrator(centred * spread + [0, 1], target, method)
+    if method == "platt":
+        assert found.method == "platt"
+        np.testing.assert_allclose(apply(found, centred * spread + [0, 1]), apply(wanted, centred), atol=1e-6)
+    assert np.isfinite(found.scale(centred * spread)).all()
+
+
+@pytest.mark.parametrize("n_groups", [1, 4])
+def test_below_five_patients_an_intercept_stands_alone(n_groups):
+    scores, target = draw()
+    fitted = fit_calibrator(scores, target, n_groups=n_groups)
+    assert fitted.method == "intercept" and fitted.reason
+    assert fitted.intercepts == fit_calibrator(scores, target, "intercept").intercepts
+    assert fit_calibrator(scores, target, n_groups=5).method == "platt"
+    assert fit_calibrator(scores, target, "temperature", n_groups=n_groups).method == "temperature"
 
 @pytest.mark.parametrize("positive_index", [0, 1])
 @pytest.mark.parametrize("method", FITTED)
@@ -108,13 +153,13 @@ def test_the_laws(seed, slope, shift, n):
         assert mean_nll(fitted.scale(scores), target) <= mean_nll(scores, target) + 1e-9
         order = np.argsort(before[:, 1], kind="stable")
         assert (np.diff(after[order, 1]) >= -1e-12).all()
-        if method != "isotonic" and 0 < target.sum() < n:
+        if method != "isotonic" and len(set(target)) == 2 and 0 < target.sum() < n:
             assert roc_auc_score(target, after[:, 1]) == roc_auc_score(target, before[:, 1])
 
 
 def test_calibrated_probabilities_are_right_on_average_with_an_intercept():
     scores, target = draw()
-    for method in ("platt", "isotonic"):
+    for method in ("platt", "intercept", "isotonic"):
         prob = apply(fit_calibrator(scores, target, method), scores)[:, 1]
         assert prob.mean() == pytest.approx(target.mean(), abs=5e-3)
 
@@ -143,24 +188,22 @@ def favoured(weight, n=20_000, seed=0):
 
 def test_the_prevalence_that_class_weights_made_is_taken_back():
     scores, target, truth, seen = favoured(weight=9)
-    fitted = fit_calibrator(scores, target, trained_prior=seen / seen.sum())
+    fitted = fit_calibrator(scores, target, "temperature", trained_prior=seen / seen.sum())
     assert fitted.prior == MOVED and fitted.slope == pytest.approx(1, abs=0.05)
     assert fitted.intercepts == pytest.approx((0, -np.log(9)), abs=0.1)
     np.testing.assert_allclose(apply(fitted, scores)[:, 1], truth, atol=0.02)
-    steeper = fit_calibrator(scores * 2, target, trained_prior=seen / seen.sum())
+    steeper = fit_calibrator(scores * 2, target, "temperature", trained_prior=seen / seen.sum())
     assert steeper.intercepts[1] == pytest.approx(
         steeper.slope * (logit(target.mean()) - np.log(seen[1] / seen[0]))
     )
-    turned = fit_calibrator(scores[:, ::-1], 1 - target, positive_index=0, trained_prior=seen[::-1])
-    assert turned.intercepts == pytest.approx(fitted.intercepts[::-1])
-    alone = fit_calibrator(scores, target)
+    alone = fit_calibrator(scores, target, "temperature")
     assert alone.prior == AS_TRAINED
     assert abs(apply(alone, scores)[:, 1].mean() - target.mean()) > 0.05  # temperature alone moves no prior
 
 
 def test_class_weights_that_the_network_ignored_are_left():
     scores, target, _, seen = favoured(weight=1)
-    fitted = fit_calibrator(scores, target, trained_prior=seen * [1, 9] / (seen * [1, 9]).sum())
+    fitted = fit_calibrator(scores, target, "temperature", trained_prior=seen * [1, 9] / (seen * [1, 9]).sum())
     assert fitted.prior == LEFT and fitted.intercepts == ()
     assert fitted.slope == pytest.approx(1, abs=0.05)
 
@@ -168,13 +211,15 @@ def test_class_weights_that_the_network_ignored_are_left():
 def test_a_class_that_validation_lacks_moves_nothing():
     rng = np.random.default_rng(0)
     scores, target = rng.normal(0, 2, (200, 3)), rng.integers(0, 2, 200)
-    fitted = fit_calibrator(scores + 2 * np.eye(3)[target], target, trained_prior=[0.2, 0.3, 0.5])
+    fitted = fit_calibrator(
+        scores + 2 * np.eye(3)[target], target, "temperature", trained_prior=[0.2, 0.3, 0.5]
+    )
     assert fitted.method == "temperature" and fitted.prior == AS_TRAINED
 
 
-def test_platt_and_isotonic_move_the_prior_themselves():
+def test_platt_intercept_and_isotonic_move_the_prior_themselves():
     scores, target, truth, seen = favoured(weight=9)
-    for method in ("platt", "isotonic"):
+    for method in ("platt", "intercept", "isotonic"):
         fitted = fit_calibrator(scores, target, method, trained_prior=seen)
         assert fitted.prior.startswith("fitted")
         assert np.abs(apply(fitted, scores)[:, 1] - truth).mean() < 0.015
@@ -184,38 +229,45 @@ def test_platt_and_isotonic_move_the_prior_themselves():
 
 
 @pytest.mark.parametrize("method", FITTED)
-def test_one_class_is_not_calibrated(method):
+@pytest.mark.parametrize("n_groups", [1, 3, 20])
+def test_one_class_moves_the_mean_as_if_one_more_patient_had_been_seen(method, n_groups):
     scores, _ = draw(20)
-    fitted = fit_calibrator(scores, np.ones(20, int), method)
-    assert fitted.method == "none" and fitted.reason == "not calibrated: all 20 patches are of class 1"
-    assert fitted.scale(scores) is scores
+    fitted = fit_calibrator(scores, np.ones(20, int), method, n_groups=n_groups)
+    assert fitted.method == "intercept" and (fitted.reason is None) == (method == "intercept")
+    before = softmax(scores, axis=1)[:, 1].mean()
+    wanted = (n_groups + before) / (n_groups + 1)
+    assert apply(fitted, scores)[:, 1].mean() == pytest.approx(wanted, abs=1e-6)
 
 
 @pytest.mark.parametrize("method", FITTED)
-def test_constant_predictions_are_not_calibrated(method):
+def test_constant_predictions_become_the_share(method):
     scores = np.tile([0.25, 0.75], (20, 1)) + np.arange(20)[:, None]  # the same probabilities in every row
-    fitted = fit_calibrator(scores, np.arange(20) % 2, method)
-    assert fitted.method == "none" and "all predictions are equal" in fitted.reason
+    fitted = fit_calibrator(scores, (np.arange(20) % 4 == 0).astype(int), method)
+    assert fitted.method == "intercept" and (fitted.reason is None) == (method == "intercept")
+    np.testing.assert_allclose(apply(fitted, scores)[:, 1], 0.25, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("method", "sign", "reason"),
-    [
-        ("temperature", 1, "without a mistake"),
-        ("temperature", -1, "no positive slope fits"),
-        ("platt", 1, "one cut tells validation apart"),
-    ],
-)
-def test_a_slope_that_does_not_exist_is_not_made_up(method, sign, reason):
+@pytest.mark.parametrize(("method", "sign"), [("temperature", 1), ("temperature", -1), ("platt", 1)])
+def test_a_slope_that_does_not_exist_leaves_the_intercept(method, sign):
     x = np.concatenate([np.linspace(-5, -1, 10), np.linspace(1, 5, 10)])
-    fitted = fit_calibrator(np.stack([0 * x, sign * x], axis=1), (x > 0).astype(int), method)
-    assert fitted.method == "none" and reason in fitted.reason
+    for target in ((x > 0).astype(int), (x > 0) * 2):
+        scores = np.stack([0 * x, sign * x, sign * x - 8][: target.max() + 1], axis=1)
+        fitted = fit_calibrator(scores, target, method)
+        if target.max() == 1 or method == "platt":
+            assert fitted.method == "intercept" and fitted.reason
 
 
-def test_platt_refuses_to_turn_a_classifier_round():
+def test_classes_told_apart_without_a_mistake_have_no_slope():
+    target = np.arange(30) % 3
+    fitted = fit_calibrator(3 * np.eye(3)[target] + 0.01 * np.arange(30)[:, None] % 0.07, target)
+    assert fitted.method == "intercept" and fitted.reason
+
+
+def test_platt_does_not_turn_a_classifier_round():
     scores, target = draw()
     fitted = fit_calibrator(scores, 1 - target, "platt")
-    assert fitted.method == "none" and "the best slope, -0." in fitted.reason
+    assert fitted.method == "intercept" and fitted.reason
+    assert apply(fitted, scores)[:, 1].mean() == pytest.approx((1 - target).mean(), abs=1e-6)
 
 
 @pytest.mark.parametrize("method", FITTED)
@@ -227,7 +279,7 @@ def test_probabilities_of_exactly_0_and_1(method):
     assert {0.0, 1.0} <= set(prob[:, 1])
     fitted = fit_calibrator(scores, target, method)
     assert fitted.method == method and np.isfinite(fitted.scale(scores)).all()
-    assert mean_nll(fitted.scale(scores), target) < mean_nll(scores, target)
+    assert mean_nll(fitted.scale(scores), target) < mean_nll(scores, target) or method == "intercept"
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
@@ -239,10 +291,9 @@ def test_what_is_not_finite_is_refused(method, wrong):
         fit_calibrator(scores, target, method)
 
 
-@pytest.mark.parametrize("method", ["platt", "isotonic"])
-def test_two_classes_only(method):
-    with pytest.raises(MetricError, match="is for two classes, found 3: use 'temperature'"):
-        fit_calibrator(np.zeros((4, 3)), [0, 1, 2, 0], method)
+def test_isotonic_is_for_two_classes_only():
+    with pytest.raises(MetricError, match="is for two classes, found 3: use 'platt'"):
+        fit_calibrator(np.zeros((4, 3)), [0, 1, 2, 0], "isotonic")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ both in `fit_calibrator` and `calibrator_from_dict`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -17,26 +17,30 @@ from biopsy.core.errors import MetricError, suggest
 from biopsy.statistics.calibration import fit_recalibration
 
 Floats = NDArray[np.float64]
-Method = Literal["temperature", "platt", "isotonic", "none"]
+Method = Literal["platt", "intercept", "temperature", "isotonic", "none"]
 
-METHODS: tuple[Method, ...] = ("temperature", "platt", "isotonic", "none")
-SLOPES = (1e-6, 1e3)  # a best slope beyond these is as good as zero or infinite
+METHODS: tuple[Method, ...] = ("platt", "intercept", "temperature", "isotonic", "none")
+SLOPES = (1e-6, 1e3)  # of standardised scores; a best slope beyond these is as good as zero or infinite
+FEWEST_FOR_SLOPE = 5
+"""Validation patients below which Platt fits the intercept alone: docs/concepts/calibration.md."""
 AS_TRAINED = "as trained"
 MOVED = "moved from the shares that training saw to those of validation"
 LEFT = "left as trained, though class weights or resampling bent it: validation fits better so"
+WITH_INTERCEPT = "fitted with the intercept"
+SEPARATED = "validation is told apart without a mistake: no finite slope fits"
 LEAST_PROB = 1e-15  # before a logarithm, so that scores of an isotonic 0 stay finite
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """Scores times one slope plus an intercept for each class: temperature, Platt, or nothing at all.
+    """Scores times one slope plus an intercept for each class: Platt, intercept, temperature, or nothing.
 
     Attributes:
         method: Which of them.
         slope: 1 / temperature.
         intercepts: One a class; empty for none.
         prior: What was done about class weights and resampling in training.
-        reason: Why nothing was fitted although it was asked for.
+        reason: Why another method was fitted than the one asked for.
     """
 
     method: Method = "none"
@@ -130,10 +134,10 @@ def check_method(method: str, n_classes: int = 2) -> Method:
     """
     if method not in METHODS:
         raise MetricError(f"calibration {method!r} does not exist: {suggest(method, METHODS)}")
-    if method in ("platt", "isotonic") and n_classes != 2:
+    if method == "isotonic" and n_classes != 2:
         raise MetricError(
             f"calibration {method!r} is for two classes, found {n_classes}: "
-            "use 'temperature', which serves any number"
+            "use 'platt', which serves any number"
         )
     return method
 
@@ -141,38 +145,44 @@ def check_method(method: str, n_classes: int = 2) -> Method:
 def fit_calibrator(
     scores: ArrayLike,
     target: ArrayLike,
-    method: str = "temperature",
+    method: str = "platt",
     *,
+    n_groups: int | None = None,
     positive_index: int = 1,
     trained_prior: ArrayLike | None = None,
 ) -> Calibrator:
     """Fit a calibrator by maximum likelihood on patches that the classifier did not learn from.
 
-    ``temperature`` (Guo et al. 2017, sec. 4.2) finds one slope for all scores and keeps every order;
-    ``platt`` (Platt 1999, on the difference of two scores) finds slope and intercept; ``isotonic`` (Zadrozny
-    and Elkan 2002) finds the best rising step function, and promises no more certainty than Platt's targets
-    ``1 / (n_neg + 2)`` and ``(n_pos + 1) / (n_pos + 2)`` or the classifier itself do.
+    ``platt`` finds one slope for all scores and an intercept for each class (Platt 1999 on the difference of
+    two scores; for more classes bias-corrected temperature scaling, Alexandari et al. 2020); ``intercept``
+    the intercepts alone; ``temperature`` (Guo et al. 2017, sec. 4.2) the slope alone; ``isotonic`` (Zadrozny
+    and Elkan 2002) the best rising step function, no more certain than Platt's targets
+    ``1 / (n_neg + 2)`` and ``(n_pos + 1) / (n_pos + 2)`` or the classifier itself. Slopes are fitted on
+    standardised scores, so that the spread of the scores does not matter.
 
-    Where a fit does not exist (one class, equal scores, a best slope that is infinite or not above zero) the
-    scores stay as they are, and ``reason`` says why.
+    Intercepts alone are fitted where ``platt`` is asked for on fewer than five patients, and wherever no
+    slope or steps fit (equal scores, classes told apart without a mistake, a ranking no better than chance);
+    ``reason`` then says why. A class that these patches lack is counted as if one more patient had been seen
+    with the classes that the classifier predicts on average.
 
     Args:
         scores: ``(n, n_classes)``, whose softmax are the probabilities.
-        target: Class of each patch, ``(n,)``.
+        target: Class of each patch, ``(n,)``, of patients with their natural prevalence.
         method: One of `METHODS`.
+        n_groups: Patients (slides, patches) that the patches are of; each patch by default.
         positive_index: Column of the positive class, for two classes.
         trained_prior: Share of each class as training saw it, where class weights or resampling bent it,
-            ``(n_classes,)``. Before the temperature, scores are moved from it to the shares in these patches
-            (King and Zeng 2001, prior correction; Saerens et al. 2002), unless that fits them worse: a
-            network that was trained long may have ignored its weights (Byrd and Lipton 2019). Platt and
-            isotonic move the prior themselves.
+            ``(n_classes,)``. Before a temperature, which cannot move a prior, scores are moved from it to the
+            shares in these patches (King and Zeng 2001, prior correction; Saerens et al. 2002), unless that
+            fits them worse: a network that was trained long may have ignored its weights (Byrd and Lipton
+            2019).
 
     Raises:
         MetricError: If the method does not exist or is for two classes only, shapes do not agree, or a score
             is not finite.
 
     Example:
-        >>> round(fit_calibrator([[0, 4], [4, 0], [0, 4], [4, 0]], [1, 0, 1, 1]).slope, 4)
+        >>> round(fit_calibrator([[0, 4], [4, 0], [0, 4], [4, 0]], [1, 0, 1, 1], "temperature").slope, 4)
         0.2747
     """
     scores, target = np.asarray(scores, np.float64), np.asarray(target)
@@ -180,16 +190,17 @@ def fit_calibrator(
     method = check_method(method, scores.shape[1])
     if method == "none":
         return Scaling()
-    present = np.unique(target)
-    if len(present) < 2:
-        return Scaling(reason=f"not calibrated: all {len(target)} patches are of class {present[0]}")
-    if not np.ptp(scores - scores[:, :1], axis=0).any():
-        return Scaling(reason="not calibrated: all predictions are equal")
-    if method == "temperature":
-        return _fit_temperature(scores, target, positive_index, trained_prior)
-    logits, truth = scores[:, positive_index] - scores[:, 1 - positive_index], target == positive_index
-    fit = _fit_platt if method == "platt" else _fit_isotonic
-    return fit(logits, truth.astype(np.float64), positive_index)
+    n_groups, reason = len(target) if n_groups is None else n_groups, None
+    if method != "intercept":
+        try:
+            return _fit(scores, target, method, n_groups, positive_index, trained_prior)
+        except _NoFit as why:
+            reason = str(why)
+    share = np.bincount(target, minlength=scores.shape[1]) / len(target)
+    if not share.all():
+        share = (n_groups * share + scipy.special.softmax(scores, axis=1).mean(axis=0)) / (n_groups + 1)
+    _, intercepts = _fit_linear(scores, target, share, with_slope=False)
+    return Scaling("intercept", 1.0, tuple(intercepts.tolist()), prior=WITH_INTERCEPT, reason=reason)
 
 
 def mean_nll(scores: Floats, target: ArrayLike) -> float:
@@ -212,51 +223,136 @@ def _check_scores(scores: Floats, target: NDArray[Any]) -> None:
         raise MetricError(f"targets are not all an index into the {scores.shape[1]} classes")
 
 
+class _NoFit(Exception):
+    """Says why neither slope nor steps can be fitted."""
+
+
+def _fit(
+    scores: Floats,
+    target: NDArray[Any],
+    method: Method,
+    n_groups: int,
+    positive_index: int,
+    trained_prior: ArrayLike | None,
+) -> Calibrator:
+    share = np.bincount(target, minlength=scores.shape[1]) / len(target)
+    if np.count_nonzero(share) < (2 if method == "temperature" else len(share)):
+        raise _NoFit(f"none of {len(target)} patches is of class {share.argmin()}: no slope can be fitted")
+    if not np.ptp(scores - scores[:, :1], axis=0).any():
+        raise _NoFit("all predictions are equal: no slope can be fitted")
+    if method == "temperature":
+        return _fit_temperature(scores, target, share, trained_prior)
+    if method == "platt" and n_groups < FEWEST_FOR_SLOPE:
+        raise _NoFit(f"a slope is fitted from {FEWEST_FOR_SLOPE} validation patients on")
+    if len(share) > 2:
+        return _fit_classes(scores, target, share)
+    logits, truth = scores[:, positive_index] - scores[:, 1 - positive_index], target == positive_index
+    fit = _fit_platt if method == "platt" else _fit_isotonic
+    return fit(logits, truth.astype(np.float64), positive_index)
+
+
 def _fit_temperature(
-    scores: Floats, target: NDArray[Any], positive_index: int, trained_prior: ArrayLike | None
+    scores: Floats, target: NDArray[Any], share: Floats, trained_prior: ArrayLike | None
 ) -> Scaling:
-    slope, reason = _fit_slope(scores, target)
-    plain = Scaling(reason=reason) if slope is None else Scaling("temperature", slope, prior=AS_TRAINED)
-    here = np.bincount(target, minlength=scores.shape[1]) / len(target)
-    if trained_prior is None or not here.all():
-        return plain
-    shift = np.log(here) - np.log(np.asarray(trained_prior, np.float64))
-    shift -= shift[1 - positive_index if len(shift) == 2 else 0]
-    slope, _ = _fit_slope(scores + shift, target)
-    if slope is not None:
-        moved = Scaling("temperature", slope, tuple((slope * shift).tolist()), prior=MOVED)
-        if mean_nll(moved.scale(scores), target) <= mean_nll(plain.scale(scores), target):
-            return moved
-    return plain if plain.method == "none" else replace(plain, prior=LEFT)
+    shifts = {AS_TRAINED: np.zeros(len(share))}
+    if trained_prior is not None and share.all():
+        moved = np.log(share) - np.log(np.asarray(trained_prior, np.float64))
+        shifts = {MOVED: moved - moved[0], LEFT: np.zeros(len(share))}
+    fits = []
+    for prior, shift in shifts.items():
+        try:
+            slope = _fit_slope(scores + shift, target)
+        except _NoFit as why:
+            reason = why
+        else:
+            intercepts = tuple((slope * shift).tolist()) if shift.any() else ()
+            fits.append(Scaling("temperature", slope, intercepts, prior=prior))
+    if not fits:
+        raise reason
+    return min(fits, key=lambda fit: mean_nll(fit.scale(scores), target))
 
 
-def _fit_slope(scores: Floats, target: NDArray[Any]) -> tuple[float | None, str | None]:
-    """Find the slope of least NLL, whose derivative rises with the slope; or say why there is none."""
+def _fit_slope(scores: Floats, target: NDArray[Any]) -> float:
+    """Find the slope of least NLL, whose derivative rises with the slope."""
     margins = scores - scores[np.arange(len(scores)), target][:, None]
+    low, high = np.array(SLOPES) / _spread(scores)
 
     def derivative(slope: float) -> float:
         return float((scipy.special.softmax(slope * margins, axis=1) * margins).sum(axis=1).mean())
 
-    if derivative(SLOPES[0]) >= 0:
-        return None, (
-            "not calibrated: no positive slope fits, because validation is ranked no better than chance or "
-            "all its scores are shifted to one side (platt takes off a shift)"
+    if derivative(low) >= 0:
+        raise _NoFit(
+            "no positive slope fits: validation is ranked no better than chance, or all its scores are "
+            "shifted to one side, which platt takes off"
         )
-    if derivative(SLOPES[1]) <= 0:
-        return None, "not calibrated: validation is told apart without a mistake, no finite slope fits"
-    return float(scipy.optimize.brentq(derivative, *SLOPES, xtol=1e-12, rtol=1e-12)), None
+    if derivative(high) <= 0:
+        raise _NoFit(SEPARATED)
+    return float(scipy.optimize.brentq(derivative, low, high, xtol=1e-12 * high, rtol=1e-12))
 
 
 def _fit_platt(logits: Floats, truth: Floats, positive_index: int) -> Scaling:
-    intercept, slope = fit_recalibration(logits, truth, 1 - truth)
+    mean, spread = float(logits.mean()), float(logits.std())
+    intercept, slope = fit_recalibration((logits - mean) / spread, truth, 1 - truth)
     if np.isnan(slope):
-        return Scaling(reason="not calibrated: one cut tells validation apart, no finite slope fits")
-    if not SLOPES[0] <= slope <= SLOPES[1]:
-        return Scaling(
-            reason=f"not calibrated: the best slope, {slope:.3g}, is not within {SLOPES[0]:g}-{SLOPES[1]:g}"
-        )
+        raise _NoFit(SEPARATED)
+    slope = _check_slope(slope) / spread
+    intercept -= slope * mean
     intercepts = (0.0, intercept) if positive_index else (intercept, 0.0)
-    return Scaling("platt", slope, intercepts, prior="fitted with the intercept")
+    return Scaling("platt", slope, intercepts, prior=WITH_INTERCEPT)
+
+
+def _fit_classes(scores: Floats, target: NDArray[Any], share: Floats) -> Scaling:
+    spread = _spread(scores)
+    centre = scores.mean(axis=0)
+    slope, intercepts = _fit_linear((scores - centre) / spread, target, share, with_slope=True)
+    fitted = Scaling(
+        "platt",
+        _check_slope(slope) / spread,
+        tuple((intercepts - slope / spread * (centre - centre[0])).tolist()),
+        prior=WITH_INTERCEPT,
+    )
+    if (fitted.scale(scores).argmax(axis=1) == target).all():
+        raise _NoFit(SEPARATED)
+    return fitted
+
+
+def _fit_linear(
+    scores: Floats, target: NDArray[Any], share: Floats, *, with_slope: bool
+) -> tuple[float, Floats]:
+    """Return slope (1 unless it is fitted) and intercepts, the first 0, of least NLL.
+
+    Args:
+        scores: ``(n, n_classes)``.
+        target: Class of each patch, ``(n,)``.
+        share: Of each class; mean probabilities come to equal it.
+        with_slope: Whether a slope is fitted as well.
+    """
+    n_classes, of_target = scores.shape[1], scores[np.arange(len(scores)), target].mean()
+
+    def loss(parameters: Floats) -> tuple[float, Floats]:
+        slope, intercepts = (parameters[0] if with_slope else 1.0), parameters[-n_classes:]
+        logits = slope * scores + intercepts
+        prob = scipy.special.softmax(logits, axis=1)
+        value = scipy.special.logsumexp(logits, axis=1).mean() - slope * of_target - intercepts @ share
+        gradient = prob.mean(axis=0) - share
+        if with_slope:
+            gradient = np.append((prob * scores).sum(axis=1).mean() - of_target, gradient)
+        return float(value), gradient
+
+    start = np.append([1.0] if with_slope else [], np.zeros(n_classes))
+    found = scipy.optimize.minimize(loss, start, jac=True, method="BFGS", options={"gtol": 1e-9}).x
+    return float(found[0]) if with_slope else 1.0, found[-n_classes:] - found[-n_classes]
+
+
+def _spread(scores: Floats) -> float:
+    """Return the largest standard deviation of a class's scores, each patch's counted from their mean."""
+    return float((scores - scores.mean(axis=1, keepdims=True)).std(axis=0).max())
+
+
+def _check_slope(slope: float) -> float:
+    if not SLOPES[0] <= slope <= SLOPES[1]:
+        raise _NoFit(f"the best slope of standardised scores is {slope:.3g}, not {SLOPES[0]:g}-{SLOPES[1]:g}")
+    return slope
 
 
 def _fit_isotonic(logits: Floats, truth: Floats, positive_index: int) -> Isotonic:
