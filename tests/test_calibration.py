@@ -75,12 +75,13 @@ def draw(n=60, n_groups=6, seed=0):
 def test_training_calibrates_on_validation(trained_run):
     logits, target, frame = read(trained_run)
     record, classifier = trained_run.classifier.info.calibrator, trained_run.classifier
-    assert record["method"] == "temperature" and record["prior"] == "as trained"
+    assert record["method"] == "platt"
     assert record["slope"] == fit_calibrator(logits, target).slope
     assert (record["fitted_on"], record["n_patches"], record["n_patients"]) == ("val", 40, 5)
     assert record["unit"] == "patient" and record["warning"] is None
     np.testing.assert_array_equal(frame["prob"], classifier.probs(logits)[:, 1])
-    np.testing.assert_allclose(frame["prob"], softmax(record["slope"] * logits, axis=1)[:, 1], rtol=1e-12)
+    scores = record["slope"] * logits + record["intercepts"]
+    np.testing.assert_allclose(frame["prob"], softmax(scores, axis=1)[:, 1], rtol=1e-12)
     assert classifier.calibrator.to_dict().items() <= record.items()
 
 
@@ -123,7 +124,7 @@ def test_the_operating_points_are_the_recipes(make_pack, tmp_path):
 
 def test_as_published_is_not_calibrated():
     recipe = load_recipe("cancernet-2020")
-    assert (recipe.decision.calibration, recipe.as_published.calibration) == ("temperature", "none")
+    assert (recipe.decision.calibration, recipe.as_published.calibration) == ("platt", "none")
 
 
 def test_the_prevalence_that_training_saw_follows_from_weights_and_sampling():
@@ -139,12 +140,13 @@ def test_the_prevalence_that_training_saw_follows_from_weights_and_sampling():
         assert found is None if wanted is None else found.tolist() == pytest.approx(wanted)
 
 
-def test_more_than_two_classes_take_a_temperature(make_pack, tmp_path):
+def test_more_than_two_classes_are_calibrated(make_pack, tmp_path):
     pack = make_pack(n_patients=6, n_classes=3, own_sides=("train", "val", "test"))
-    with pytest.raises(MetricError, match="'platt' is for two classes, found 3: use 'temperature'"):
-        train_tiny(pack, tmp_path / "refused", "decision.calibration=platt")
+    with pytest.raises(MetricError, match="'isotonic' is for two classes, found 3: use 'platt'"):
+        train_tiny(pack, tmp_path / "refused", "decision.calibration=isotonic")
     run = train_tiny(pack, tmp_path / "run")
-    assert run.classifier.info.calibrator["asked"] == "temperature"
+    record = run.classifier.info.calibrator
+    assert record["asked"] == "platt" and len(record["intercepts"]) == 3
     found = evaluate(run)["calibration"]
     assert found["before"]["nll"]["value"] > 0 and found["after"]["brier"]["low"] is None
     with pytest.raises(MetricError, match="for two classes"):
@@ -159,17 +161,17 @@ def test_one_class_in_validation_is_recorded_and_the_run_goes_on(method):
     logits, _, groups = draw()
     classifier = settle_stub(logits, np.zeros(60, int), groups, method)
     record = classifier.info.calibrator
-    assert record["method"] == "none" and record["asked"] == method and record["warning"] is None
-    assert record["reason"] == "not calibrated: all 60 patches are of class 0"
-    np.testing.assert_allclose(classifier.probs(logits), softmax(logits, axis=1))
+    assert record["method"] == "intercept" and record["asked"] == method and record["reason"]
+    before, after = softmax(logits, axis=1)[:, 1].mean(), classifier.probs(logits)[:, 1].mean()
+    assert after == pytest.approx(before / 7, rel=1e-5)  # as if a seventh patient had been as predicted
     assert all("needs both classes" in one["rule"] for one in classifier.info.thresholds)
 
 
 @pytest.mark.parametrize(("n_groups", "text"), [(1, "1 patient only"), (2, "2 patients only")])
 def test_one_or_two_patients_calibrate_with_a_warning(n_groups, text, caplog):
     logits, target, groups = draw(n_groups=n_groups)
-    record = settle_stub(logits, target, groups).info.calibrator
-    assert record["method"] == "temperature" and record["n_patients"] == n_groups
+    record = settle_stub(logits, target, groups, "platt").info.calibrator
+    assert record["method"] == "intercept" and record["n_patients"] == n_groups and record["reason"]
     assert text in record["warning"] and text in caplog.text
 
 
@@ -196,7 +198,7 @@ def test_patches_without_patients_are_their_own_unit():
 def test_before_and_after_stand_in_the_metrics(run):
     metrics = evaluate(run, prevalence=0.02)
     found = metrics["calibration"]
-    assert found["method"] == "temperature" and found["n_patients"] == 5
+    assert found["method"] == "platt" and found["n_patients"] == 5
     for name in ("ece", "brier", "nll", "calibration_slope", "calibration_intercept"):
         assert found["after"][name] == pytest.approx(metrics["patch"][name])
     assert found["after"]["ece_floor"] == metrics["ece_floor"]
@@ -267,17 +269,16 @@ def test_stale_numbers_are_gone(run):
     evaluate(run)
     before = run.metrics()
     (run.path / "report.html").write_text("old")
-    settled = calibrate(run, method="platt")
+    settled = calibrate(run, method="isotonic")
     assert settled["removed"] == ["predictions/test.parquet", "evaluation", "report.html"]
     redone = Run.open(run.path)
     assert redone.judged_side == "val" and not (run.path / "report.html").exists()
     with pytest.raises(RunError, match="has not been evaluated: `biopsy evaluate"):
         redone.metrics()
     after = evaluate(redone)
-    assert after["calibration"]["method"] == "platt"
+    assert after["calibration"]["method"] == "isotonic"
     assert after["calibration"]["before"] == before["calibration"]["before"]
     assert after["times_opened"] == 2  # looking again is one more look
-    assert after["patch"]["auroc"] == before["patch"]["auroc"]
     assert after["threshold"] == redone.info["threshold"] != before["threshold"]
 
 
@@ -315,7 +316,7 @@ def test_runs_from_before_there_was_calibration_load_and_can_be_calibrated(run):
     metrics = evaluate(old)
     assert metrics["calibration"]["before"] == metrics["calibration"]["after"]
     assert metrics["operating_points"][0]["drift"] == {"sensitivity": None, "specificity": None}
-    assert calibrate(old)["calibrator"]["method"] == "temperature"
+    assert calibrate(old)["calibrator"]["method"] == "platt"
     assert len(evaluate(old.path)["operating_points"]) == 4
 
 

@@ -124,7 +124,9 @@ def test_below_five_patients_an_intercept_stands_alone(n_groups):
     assert fitted.method == "intercept" and fitted.reason
     assert fitted.intercepts == fit_calibrator(scores, target, "intercept").intercepts
     assert fit_calibrator(scores, target, n_groups=5).method == "platt"
+    assert fit_calibrator(scores * 1e-4, target, n_groups=n_groups).method == "platt"  # no slope of 1 there
     assert fit_calibrator(scores, target, "temperature", n_groups=n_groups).method == "temperature"
+
 
 @pytest.mark.parametrize("positive_index", [0, 1])
 @pytest.mark.parametrize("method", FITTED)
@@ -203,7 +205,9 @@ def test_the_prevalence_that_class_weights_made_is_taken_back():
 
 def test_class_weights_that_the_network_ignored_are_left():
     scores, target, _, seen = favoured(weight=1)
-    fitted = fit_calibrator(scores, target, "temperature", trained_prior=seen * [1, 9] / (seen * [1, 9]).sum())
+    fitted = fit_calibrator(
+        scores, target, "temperature", trained_prior=seen * [1, 9] / (seen * [1, 9]).sum()
+    )
     assert fitted.prior == LEFT and fitted.intercepts == ()
     assert fitted.slope == pytest.approx(1, abs=0.05)
 

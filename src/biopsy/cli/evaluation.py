@@ -77,6 +77,8 @@ def _print_metrics(metrics: Mapping[str, Any]) -> None:
     split, unit, opened = metrics["split"], metrics["unit"], metrics["ledger"]
     if split["patients_overlap"]:
         print("PATIENTS OVERLAP on this split: these figures say nothing about a new patient.")
+    for warning in metrics.get("warnings", []):
+        print(f"WARNING: {warning}")
     of_groups = "" if unit == "patch" else f" of {metrics['n_patients']:,} {unit}s"
     where = f"{subset_name(metrics['side'])} subset of split {split['name']}: " if metrics["side"] else ""
     print(f"{where}{metrics['n_patches']:,} patches{of_groups}")
@@ -187,9 +189,9 @@ def _print_decisions(metrics: Mapping[str, Any]) -> None:
 def calibrate(
     run: Annotated[Path, typer.Argument(metavar="RUN", show_default=False)],
     method: Annotated[
-        Literal["temperature", "platt", "isotonic", "none"],
-        typer.Option(help="What to fit on the validation patients; platt and isotonic: two classes."),
-    ] = "temperature",
+        Literal["platt", "intercept", "temperature", "isotonic", "none"],
+        typer.Option(help="What to fit on the validation patients; isotonic: two classes."),
+    ] = "platt",
     as_json: AsJson = False,
 ) -> None:
     """Fit a run's calibration anew on its validation patients, and freeze its thresholds again.
@@ -215,7 +217,8 @@ def _say_calibrator(calibrator: Mapping[str, Any]) -> str:
         text += (
             f" of {calibrator['n_patients']:,} {calibrator['unit']}{'s' * (calibrator['n_patients'] != 1)}"
         )
-    return text + (f", slope {calibrator['slope']:.3f}" if "slope" in calibrator else "")
+    text += f", slope {calibrator['slope']:.4g}" if "slope" in calibrator else ""
+    return text + (f" ({calibrator['reason']})" if calibrator.get("reason") else "")
 
 
 def _gain(baseline: Mapping[str, Any]) -> str:

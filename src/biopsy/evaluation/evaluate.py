@@ -37,6 +37,7 @@ from biopsy.statistics.intervals import (
 from biopsy.statistics.multiclass import ClassSample, classification_report
 from biopsy.statistics.paired import estimate_differences
 from biopsy.statistics.weighted_counts import rank
+from biopsy.training.postprocessing import warn_of_spread
 from biopsy.training.runs import Run
 
 logger = logging.getLogger(__name__)
@@ -155,6 +156,10 @@ def evaluate(
         "subgroups": measure_subgroups(
             scored, pick_columns(pack.table.iloc[rows]), seed=run.info["seed"], level=LEVEL
         ),
+        "warnings": [
+            *run.info.get("warnings", []),
+            *filter(None, [warn_of_spread(classifier, logits, side)]),
+        ],
         "times_opened": openings and openings["times"],
         "ledger": openings,
         "evaluated": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -27,7 +27,7 @@ def _check_rule(rule: str) -> str:
 
 Channels = Field(min_length=3, max_length=3)
 Rule = Annotated[str, AfterValidator(_check_rule)]
-Calibration = Literal["temperature", "platt", "isotonic", "none"]
+Calibration = Literal["platt", "intercept", "temperature", "isotonic", "none"]
 
 
 class _Table(BaseModel):
@@ -155,8 +155,9 @@ class Decision(_Table):
 
     threshold: Rule = "youden"
     """``youden``, ``sensitivity=0.95``, ``specificity=0.95``, ``cost=5`` or ``argmax``, on validation."""
-    calibration: Calibration = "temperature"
-    """Fitted on validation patients before the threshold is chosen; ``platt``, ``isotonic``: two classes."""
+    calibration: Calibration = "platt"
+    """Fitted on validation patients before the threshold is chosen; below five ``platt`` is the intercept
+    alone. ``isotonic`` is for two classes."""
     operating_points: list[Rule] = ["youden", "sensitivity=0.95", "specificity=0.90", "cost=5"]
     """Rules of further thresholds, frozen on validation beside the one that decides."""
     abstention_error: float = Field(default=0.1, gt=0, lt=1)

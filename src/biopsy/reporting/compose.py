@@ -94,6 +94,7 @@ def warn_reader(facts: RunFacts) -> list[str]:
             "narrow if "
             "patches are correlated."
         )
+    warnings += [f"{text[0].upper()}{text[1:]}." for text in m.get("warnings", [])]
     ours, colour = facts.pooled.get("auroc", {}).get("value"), facts.baseline.get("value")
     if ours is not None and colour is not None and colour >= ours:
         warnings.append(

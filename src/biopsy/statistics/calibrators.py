@@ -23,6 +23,8 @@ METHODS: tuple[Method, ...] = ("platt", "intercept", "temperature", "isotonic", 
 SLOPES = (1e-6, 1e3)  # of standardised scores; a best slope beyond these is as good as zero or infinite
 FEWEST_FOR_SLOPE = 5
 """Validation patients below which Platt fits the intercept alone: docs/concepts/calibration.md."""
+LEAST_SPREAD = 0.01
+"""Standard deviation of scores below which they barely differ: probabilities are equal to two digits."""
 AS_TRAINED = "as trained"
 MOVED = "moved from the shares that training saw to those of validation"
 LEFT = "left as trained, though class weights or resampling bent it: validation fits better so"
@@ -160,9 +162,9 @@ def fit_calibrator(
     ``1 / (n_neg + 2)`` and ``(n_pos + 1) / (n_pos + 2)`` or the classifier itself. Slopes are fitted on
     standardised scores, so that the spread of the scores does not matter.
 
-    Intercepts alone are fitted where ``platt`` is asked for on fewer than five patients, and wherever no
-    slope or steps fit (equal scores, classes told apart without a mistake, a ranking no better than chance);
-    ``reason`` then says why. A class that these patches lack is counted as if one more patient had been seen
+    Intercepts alone are fitted where ``platt`` is asked for on fewer than five patients (unless scores barely
+    differ), and wherever no slope or steps fit (equal scores, classes told apart without a mistake, a ranking
+    no better than chance); ``reason`` then says why. A class that these patches lack is counted as if one more patient had been seen
     with the classes that the classifier predicts on average.
 
     Args:
@@ -208,6 +210,11 @@ def mean_nll(scores: Floats, target: ArrayLike) -> float:
     return -float(scipy.special.log_softmax(scores, axis=1)[np.arange(len(scores)), target].mean())
 
 
+def spread_of(scores: Floats) -> float:
+    """Return the largest standard deviation of a class's scores, each patch's counted from their mean."""
+    return float((scores - scores.mean(axis=1, keepdims=True)).std(axis=0).max())
+
+
 def _check_scores(scores: Floats, target: NDArray[Any]) -> None:
     if scores.ndim != 2 or scores.shape[1] < 2 or target.shape != scores.shape[:1] or not len(target):
         raise MetricError(
@@ -242,7 +249,7 @@ def _fit(
         raise _NoFit("all predictions are equal: no slope can be fitted")
     if method == "temperature":
         return _fit_temperature(scores, target, share, trained_prior)
-    if method == "platt" and n_groups < FEWEST_FOR_SLOPE:
+    if method == "platt" and n_groups < FEWEST_FOR_SLOPE and spread_of(scores) >= LEAST_SPREAD:
         raise _NoFit(f"a slope is fitted from {FEWEST_FOR_SLOPE} validation patients on")
     if len(share) > 2:
         return _fit_classes(scores, target, share)
@@ -275,7 +282,7 @@ def _fit_temperature(
 def _fit_slope(scores: Floats, target: NDArray[Any]) -> float:
     """Find the slope of least NLL, whose derivative rises with the slope."""
     margins = scores - scores[np.arange(len(scores)), target][:, None]
-    low, high = np.array(SLOPES) / _spread(scores)
+    low, high = np.array(SLOPES) / spread_of(scores)
 
     def derivative(slope: float) -> float:
         return float((scipy.special.softmax(slope * margins, axis=1) * margins).sum(axis=1).mean())
@@ -302,7 +309,7 @@ def _fit_platt(logits: Floats, truth: Floats, positive_index: int) -> Scaling:
 
 
 def _fit_classes(scores: Floats, target: NDArray[Any], share: Floats) -> Scaling:
-    spread = _spread(scores)
+    spread = spread_of(scores)
     centre = scores.mean(axis=0)
     slope, intercepts = _fit_linear((scores - centre) / spread, target, share, with_slope=True)
     fitted = Scaling(
@@ -342,11 +349,6 @@ def _fit_linear(
     start = np.append([1.0] if with_slope else [], np.zeros(n_classes))
     found = scipy.optimize.minimize(loss, start, jac=True, method="BFGS", options={"gtol": 1e-9}).x
     return float(found[0]) if with_slope else 1.0, found[-n_classes:] - found[-n_classes]
-
-
-def _spread(scores: Floats) -> float:
-    """Return the largest standard deviation of a class's scores, each patch's counted from their mean."""
-    return float((scores - scores.mean(axis=1, keepdims=True)).std(axis=0).max())
 
 
 def _check_slope(slope: float) -> float:

@@ -1,5 +1,8 @@
 """What a training run leaves behind: the classifier, its thresholds, and its predictions on validation."""
 
+import logging
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -11,10 +14,13 @@ from biopsy.models.inference import predict_logits
 from biopsy.models.out_of_distribution import fit_reference
 from biopsy.models.preprocessing import Preprocessing
 from biopsy.recipes import Recipe
+from biopsy.training.batch_norm import settle_batch_norm
 from biopsy.training.checkpoints import Progress, load_weights
 from biopsy.training.fit import Task
-from biopsy.training.postprocessing import settle_run, write_validation
+from biopsy.training.postprocessing import settle_run, warn_of_spread, write_validation
 from biopsy.training.runs import Run
+
+logger = logging.getLogger(__name__)
 
 
 def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress) -> None:
@@ -44,6 +50,16 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
     )
     if run.info["weights"]["pretrained"]:
         info.licence += f", and as that of the weights it began with: {run.info['weights']['licence']}"
+    network = task.engine.place(network)
+    normalisation = settle_batch_norm(
+        network,
+        task.preprocessing,
+        pack,
+        task.train,
+        engine=task.engine,
+        seed=task.seed,
+        reestimate=not run.info["split"]["as_published"],
+    )
     classifier = Classifier(info, network)
     logits = predict_logits(
         task.engine.place(classifier.network),
@@ -60,6 +76,12 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
         classifier.info.single_patch, classifier.info.context = single, recipe.model.context
         logits = classifier.add_context(logits, pack.table.iloc[task.val])
         settle_run(run, recipe, classifier, logits, *val)
+    warnings = [
+        _warn_unsettled(normalisation, progress.step),
+        warn_of_spread(classifier, logits, run.val_side),
+    ]
+    for message in filter(None, warnings):
+        logger.warning("%s", message)
     fit_reference(
         classifier, pack.patches, pack.sizes, task.train, task.val, engine=task.engine, seed=task.seed
     )
@@ -77,10 +99,27 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
     run.update(
         chosen_epoch=chosen_epoch or progress.epoch,
         epochs_done=progress.epoch,
+        batch_norm=normalisation,
+        warnings=[message for message in warnings if message],
         stopped_early=progress.epoch < recipe.train.epochs,
         threshold=classifier.frozen,
         classifier_sha256=classifier.sha256,
         files=run.hash_files("classifier/classifier.json", "classifier/weights.safetensors", "log.jsonl"),
+    )
+
+
+def _warn_unsettled(record: dict[str, Any] | None, n_updates: int) -> str | None:
+    if record is None or record["settled"]:
+        return None
+    if not record["reestimated"]:
+        return (
+            f"batch-norm statistics had not settled after {n_updates:,} updates, and are left so, as "
+            "published: predictions differ from what was learned"
+        )
+    return (
+        f"batch-norm statistics had not settled after {n_updates:,} updates and were re-estimated over "
+        f"{record['n_patches']:,} training patches; validation while training, and with it the choice of the "
+        "epoch, was measured without"
     )
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from biopsy.data.predictions import tabulate_predictions, write_predictions
+from biopsy.data.predictions import decide, tabulate_predictions, write_predictions
 from biopsy.models.classifier import Classifier, score_classes
 from biopsy.recipes import Recipe
-from biopsy.statistics.calibrators import fit_calibrator
+from biopsy.statistics.calibrators import LEAST_SPREAD, fit_calibrator, spread_of
 from biopsy.statistics.conformal import Promise, fit_conformal, fit_plain
 from biopsy.statistics.intervals import FEWEST_GROUPS
 from biopsy.statistics.thresholds import choose_threshold
@@ -61,6 +61,8 @@ def fit_abstention(
 
 logger = logging.getLogger(__name__)
 
+MOST_TURNED = 0.01  # of the calls
+
 
 def settle(
     classifier: Classifier,
@@ -93,7 +95,9 @@ def settle(
     info, positive, n_groups = classifier.info, classifier.positive_index, len(np.unique(group_ids))
     scores = score_classes(logits, info.outputs)
     at = 1 if positive is None else positive
-    fitted = fit_calibrator(scores, target, method, positive_index=at, trained_prior=trained_prior)
+    fitted = fit_calibrator(
+        scores, target, method, n_groups=n_groups, positive_index=at, trained_prior=trained_prior
+    )
     info.calibrator = fitted.to_dict()
     if method != "none":
         info.calibrator |= {
@@ -102,11 +106,12 @@ def settle(
             "n_patches": len(target),
             "n_patients": n_groups,
             "unit": unit,
-            "warning": _warn_few(n_groups, unit) if fitted.reason is None else None,
+            "warning": _warn_few(n_groups, unit),
         }
-        for message in (fitted.reason, info.calibrator["warning"]):
-            if message:
-                logger.warning("%s", message)
+        if fitted.reason:
+            logger.warning("calibrated by an intercept alone: %s", fitted.reason)
+        if info.calibrator["warning"]:
+            logger.warning("%s", info.calibrator["warning"])
     if positive is not None:
         prob, truth = classifier.probs(logits)[:, positive], (target == positive).astype(int)
         info.thresholds = [_freeze(truth, prob, rule, chosen_on) for rule in dict.fromkeys(rules)]
@@ -127,6 +132,25 @@ def _freeze(truth: np.ndarray, prob: np.ndarray, rule: str, chosen_on: str) -> d
         "sensitivity": chosen.sensitivity,
         "specificity": chosen.specificity,
     }
+
+
+def warn_of_spread(classifier: Classifier, logits: np.ndarray, side: str) -> str | None:
+    """Return a warning where a classifier's scores barely differ between patches, else None.
+
+    They do where they differ by less than `LEAST_SPREAD`, or where more than `MOST_TURNED` of the calls turn
+    when the logits are rounded to half precision: other hardware rounds otherwise, too.
+    """
+    spread = spread_of(score_classes(logits, classifier.info.outputs))
+    rounded = logits.astype(np.float16).astype(np.float64)
+    positive, threshold = classifier.positive_index, classifier.threshold
+    calls, turned = (decide(classifier.probs(values), positive, threshold) for values in (logits, rounded))
+    n_turned = int((calls != turned).sum())
+    if spread >= LEAST_SPREAD and n_turned <= max(2, MOST_TURNED * len(logits)):
+        return None
+    return (
+        f"scores barely differ between {side} patches (standard deviation {spread:.2g} before calibration); "
+        f"{n_turned:,} of {len(logits):,} calls turn when scores are rounded to half precision"
+    )
 
 
 def find_trained_prior(recipe: Recipe, counts: Sequence[int]) -> np.ndarray | None:

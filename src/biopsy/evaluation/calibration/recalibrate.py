@@ -31,7 +31,7 @@ _STALE_DOCUMENTS = (
 )
 
 
-def calibrate(run: Run | Path | str, *, method: str = "temperature") -> dict[str, Any]:
+def calibrate(run: Run | Path | str, *, method: str = "platt") -> dict[str, Any]:
     """Fit the calibrator of a finished run anew on its stored validation predictions.
 
     Thresholds are frozen again, ``classifier/`` and ``predictions/val.parquet`` are written anew, and the
@@ -41,7 +41,7 @@ def calibrate(run: Run | Path | str, *, method: str = "temperature") -> dict[str
 
     Args:
         run: A finished run; it may have been made before there was calibration.
-        method: ``"temperature"``, ``"platt"``, ``"isotonic"`` (two classes) or ``"none"``.
+        method: ``"platt"``, ``"intercept"``, ``"temperature"``, ``"isotonic"`` (two classes) or ``"none"``.
 
     Returns:
         ``run``, ``calibrator`` and ``thresholds`` as in ``classifier.json``, and what was ``removed``.

@@ -72,7 +72,11 @@ def say_calibration(found: Mapping[str, Any]) -> str:
     text = (
         f"{found['method'].capitalize()}, fitted on {where} of the {subset_name(found['fitted_on'])} subset."
     )
-    if "slope" in found:
+    if found.get("reason"):
+        text += f" {found['asked'].capitalize()} was requested, but {found['reason']}."
+    if found["method"] == "intercept":
+        text += " An intercept is added to the scores of each class."
+    elif "slope" in found:
         text += f" Scores are multiplied by {number(found['slope'])}"
         text += " (a temperature of " + number(1 / found["slope"]) + ")"
         text += " and shifted." if any(found["intercepts"]) else "."

@@ -6,7 +6,6 @@ statistics over the training patches, with the weights as they are, repair that 
 Rethinking "batch" in BatchNorm, sec. 3).
 """
 
-import logging
 from copy import deepcopy
 from typing import Any
 
@@ -16,15 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from biopsy.core.seeds import make_rng
 from biopsy.data.packs import Pack
-from biopsy.learning.engine import Engine
-from biopsy.learning.inference import BATCH_SIZE
-from biopsy.learning.preprocessing import Preprocessing
-
-logger = logging.getLogger(__name__)
+from biopsy.models.engine import Engine
+from biopsy.models.inference import BATCH_SIZE
+from biopsy.models.preprocessing import Preprocessing
 
 N_CHECKED = 1024
 """Training patches on which running and batch statistics are compared."""
-MOST_DISAGREEMENT = 0.5
+MOST_DISAGREEMENT = 0.3
 """Mean square between scores by running and by batch statistics, in variances of the latter."""
 
 
@@ -53,8 +50,8 @@ def settle_batch_norm(
         reestimate: Whether unsettled statistics are replaced, or only recorded.
 
     Returns:
-        ``settled``, ``disagreement`` (see `MOST_DISAGREEMENT`), ``reestimated`` and ``n_patches`` of the pass;
-        None where no batch normalisation was trained, or fewer than two patches are there.
+        ``settled``, ``disagreement`` (see `MOST_DISAGREEMENT`), ``reestimated`` and the ``n_patches`` that
+        trained; None where no batch normalisation was trained, or on one patch.
     """
     network.train()
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
@@ -101,4 +98,5 @@ def _pass_over(
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
-    return (logits := np.concatenate(scores)) - logits.mean(axis=1, keepdims=True)
+    logits = np.concatenate(scores)
+    return logits - logits.mean(axis=1, keepdims=True)
