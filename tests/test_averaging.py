@@ -47,11 +47,11 @@ def test_the_averaged_weights_are_validated_and_become_the_classifier(tmp_path):
     assert [r["loss"] for r in run.log()] == [r["loss"] for r in plain.log()]  # training itself is the same
     assert run.log()[-1]["val_loss"] != plain.log()[-1]["val_loss"]
     network = run.classifier.network
-    trained = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    trained = {name: tensor.clone() for name, tensor in network.named_parameters()}
     load_weights(run.path / "checkpoints", network, None)
-    assert all(torch.equal(trained[name], tensor) for name, tensor in network.state_dict().items())
+    assert all(torch.equal(trained[name], tensor) for name, tensor in network.named_parameters())
     best = train_tiny(pack, tmp_path / "best", *SETTINGS, "train.checkpoint=best")
     epoch = best.info["chosen_epoch"]
     load_weights(best.path / "checkpoints", network, epoch)
-    chosen = best.classifier.network.state_dict()
-    assert all(torch.equal(chosen[name], tensor) for name, tensor in network.state_dict().items())
+    chosen = dict(best.classifier.network.named_parameters())
+    assert all(torch.equal(chosen[name], tensor) for name, tensor in network.named_parameters())

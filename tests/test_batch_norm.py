@@ -5,15 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from biopsy.judging.evaluation import evaluate
-from biopsy.learning.calibration import warn_of_spread
-from biopsy.learning.engine import Engine
-from biopsy.learning.networks import build_network
-from biopsy.learning.normalisation import settle_batch_norm
-from biopsy.learning.preprocessing import Preprocessing
-from biopsy.learning.training import train
-from biopsy.sharing.report import warn_reader
 
+from biopsy.evaluation.evaluate import evaluate
+from biopsy.models.engine import Engine
+from biopsy.models.networks import build_network
+from biopsy.models.preprocessing import Preprocessing
+from biopsy.reporting.compose import warn_reader
+from biopsy.training.batch_norm import settle_batch_norm
+from biopsy.training.postprocessing import warn_of_spread
+from biopsy.training.train import train
 from report_facts import make_small_facts
 from test_calibration import settle_stub
 from tiny_runs import assert_same_run, train_tiny, weights
@@ -80,7 +80,7 @@ def test_a_short_run_says_so_everywhere_and_is_the_same_when_resumed(pack, tmp_p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("biopsy.learning.completion.settle_batch_norm", stop)
+        patched.setattr("biopsy.training.finalize.settle_batch_norm", stop)
         train_tiny(pack, tmp_path / "stopped")
     resumed = train(resume=tmp_path / "stopped", device="cpu")
     assert_same_run(run, resumed)

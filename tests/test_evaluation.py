@@ -119,8 +119,9 @@ def test_patients_count_alike_in_the_means_over_patients(judged):
 def test_probabilities_follow_from_the_logits(judged):
     _, _, frame, about = read(judged)
     logits = frame[["logit_non_idc", "logit_idc"]].to_numpy()
-    slope = judged.classifier.info.calibrator["slope"]
-    wanted = 1 / (1 + np.exp(slope * (logits[:, 0] - logits[:, 1])))
+    calibrator = judged.classifier.info.calibrator
+    scores = calibrator["slope"] * logits + calibrator["intercepts"]
+    wanted = 1 / (1 + np.exp(scores[:, 0] - scores[:, 1]))
     np.testing.assert_allclose(frame["prob"], wanted, rtol=1e-12)
     np.testing.assert_allclose(frame["prob_idc"] + frame["prob_non_idc"], 1, rtol=1e-12)
     assert about["classifier_sha256"] == judged.classifier.sha256

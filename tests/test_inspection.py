@@ -46,7 +46,7 @@ def test_audit_and_pictures_of_a_pack(make_pack):
 @pytest.mark.parametrize(
     ("options", "parts", "counts"),
     [
-        ({"protocol": "patients"}, ["train", "val", "test"], [42, 42, 12, 12, 6, 6]),
+        ({"protocol": "patients"}, ["train", "val", "test"], [42, 42, 6, 6, 12, 12]),
         (
             {"protocol": "leave-one-out", "test_patients": ("8863", "8865"), "name": "two"},
             ["fold 0", "fold 1", "in no fold"],

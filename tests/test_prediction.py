@@ -197,6 +197,7 @@ def test_more_than_two_classes_take_the_likeliest(trained_run, folder, tmp_path)
             "class_names": ["a", "b", "c"],
             "positive_class": None,
             "thresholds": [],
+            "calibrator": {"method": "none"},
             "unlike_training": None,
         }
     )

@@ -64,6 +64,7 @@ def test_leaving_out_a_slide_leaves_out_its_patient(make_pack: MakePack) -> None
         "patches": 12,
         "groups": 2,
         "per_class": {"non_idc": 6, "idc": 6},
+        "groups_per_class": {"non_idc": 2, "idc": 2},
     }
     with pytest.raises(SplitError, match="no patches are left for val of fold 0"):
         make_split(pack, protocol="leave-one-out", unit="slide", test_patients=("8863a", "8863b"))

@@ -21,6 +21,7 @@ from biopsy.data.splits import (
     read_split,
     save_split,
 )
+from conftest import write_pack
 
 MakePack = Callable[..., Pack]
 SHARES = (0.7, 0.15, 0.15)
@@ -73,6 +74,52 @@ def test_classes_and_patches_are_balanced_between_sides(seed: int) -> None:
             assert (parts[target == class_index] == part).mean() == pytest.approx(wanted, abs=0.02)
 
 
+# Patients of one class mostly, and one who holds a third of all negative patches, as in the IDC subset.
+FEW_NEGATIVES = {"both": (7, (40, 120)), "negative": (3, (120, 0)), "positive": (14, (0, 80))}
+
+
+def few_negatives() -> tuple[np.ndarray, np.ndarray]:
+    kinds = [patches for n, patches in FEW_NEGATIVES.values() for _ in range(n)]
+    kinds[0] = (700, 160)
+    group_ids = np.repeat(np.arange(len(kinds)), [sum(kind) for kind in kinds]).astype(str)
+    return group_ids, np.concatenate([np.repeat([0, 1], kind) for kind in kinds])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_patients_that_carry_a_class_are_shared_out(seed: int) -> None:
+    group_ids, target = few_negatives()
+    parts = divide_groups(group_ids, target, [1.0] * 5, seed=seed)
+    for part in range(5):
+        for class_index, wanted in ((0, 10 / 5), (1, 21 / 5)):
+            carriers = set(group_ids[(parts == part) & (target == class_index)])
+            assert abs(len(carriers) - wanted) < 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_rare_class_reaches_every_side(seed: int) -> None:
+    group_ids = np.repeat(np.arange(60), 10).astype(str)
+    target = np.repeat(np.where(np.arange(60) < 8, 3, np.arange(60) % 3), 10)  # eight patients of class 3
+    parts = divide_groups(group_ids, target, SHARES, seed=seed)
+    assert set(parts[target == 3]) == {0, 1, 2}
+
+
+def test_what_the_tested_patients_will_not_allow_is_stated(
+    make_pack: MakePack, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pack = make_pack(n_patients=20, patches_per_patient=6)
+    split = make_split(pack, protocol="patients")
+    limits = split.parameters["limits"]
+    assert len(limits) == 2 and all("folds" in text for text in limits)  # three of twenty are tested
+    assert all(text in caplog.text for text in limits)
+    assert split.parameters["counts"]["test"]["groups_per_class"] == {"non_idc": 3, "idc": 3}
+    assert make_split(pack, protocol="folds").parameters["limits"] == []
+    assert make_split(pack, protocol="leave-one-out").parameters["limits"] == []
+    names = sorted(set(pack.group_ids))
+    assert make_split(pack, protocol="patients", test_patients=names[:5]).parameters["limits"] == []
+    few = write_pack(tmp_path, "few.pack", n_patients=4, patches_per_patient=6)
+    assert not any("folds" in text for text in make_split(few, protocol="leave-one-out").parameters["limits"])
+
+
 def test_leak_is_named() -> None:
     group_ids = np.array(["14-4659", "b", "14-4659", "c"])
     with pytest.raises(
@@ -86,12 +133,13 @@ def test_patients_protocol_records_what_it_did(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=10)
     split = make_split(pack, protocol="patients", seed=1)
     sides = split.sides(pack)
-    assert [len(patients_of(pack, sides, side)) for side in ("train", "val", "test")] == [7, 2, 1]
+    assert [len(patients_of(pack, sides, side)) for side in ("train", "val", "test")] == [7, 1, 2]
     assert split.overlap is False
     assert split.parameters["counts"]["train"] == {
         "patches": 84,
         "groups": 7,
         "per_class": {"non_idc": 42, "idc": 42},
+        "groups_per_class": {"non_idc": 7, "idc": 7},
     }
     assert "random assignments of patients" in split.parameters["method"]
 

@@ -73,7 +73,7 @@ def test_a_fraction_of_the_training_patches_is_drawn_once(pack, tmp_path):
     assert halved.info["split"]["used"]["patches"] == 20
 
 
-SIGMOID = ("train.loss=binary-cross-entropy", "train.monitor=val_loss")
+SIGMOID = ("train.loss=binary-cross-entropy", "train.monitor=val_loss", "decision.calibration=none")
 
 
 def test_sigmoid_outputs_from_loss_to_classifier(pack, tmp_path):

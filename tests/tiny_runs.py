@@ -18,9 +18,9 @@ TINY = ("preprocessing.input_px=8", "train.epochs=2", "train.batch_size=8", "tra
 LIVELY = (
     "preprocessing.input_px=16",
     "model.params.base_channels=4",
-    "train.epochs=8",
+    "train.epochs=4",
     "train.batch_size=8",
-    "train.lr=0.003",
+    "train.lr=0.02",
 )
 
 torch.set_num_threads(1)  # on batches this small a second thread only waits

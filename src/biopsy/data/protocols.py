@@ -112,7 +112,7 @@ logger = logging.getLogger(__name__)
 ALWAYS_TRAIN = -1
 
 # Best of this many random assignments; fewer where there are very many groups, which chance balances.
-N_DRAWS = 1000
+N_DRAWS = 20_000
 MAX_ASSIGNED = 2_000_000
 
 Plan = tuple[np.ndarray, dict[str, Any]]
@@ -152,9 +152,11 @@ def divide_groups(
 ) -> np.ndarray:
     """Divide groups, not patches, into parts of the given shares with classes balanced.
 
-    Of 1,000 random assignments that give each part its number of groups, the one is taken whose parts hold
-    shares of each class's patches closest to those wanted: least sum, over parts and classes, of
-    (share found - share wanted)² / share wanted. (With more than 2,000 groups, 2,000,000 / groups draws.)
+    Of 20,000 random assignments that give each part its number of groups, those are taken whose parts hold
+    shares of the *groups that carry each class* closest to those wanted: least sum, over parts and classes,
+    of (share found - share wanted)² / share wanted. Intervals need such groups, not patches. Among equals the
+    same sum over shares of each class's patches decides. (With more than 100 groups, 2,000,000 / groups
+    draws.)
 
     Args:
         group_ids: One id a patch, ``(n_patches,)``.
@@ -181,19 +183,21 @@ def divide_groups(
     parts = np.repeat(np.arange(len(wanted)), _apportion(len(names), wanted))
     n_draws = max(1, min(N_DRAWS, MAX_ASSIGNED // len(names)))
     draws = make_rng(seed, "split").permuted(np.tile(parts, (n_draws, 1)), axis=1)
-    discrepancy = np.zeros(n_draws)
+    of_patches, of_groups = np.zeros((2, n_draws))
     for part, share in enumerate(wanted):
-        found = (draws == part) @ counts / counts.sum(axis=0)
-        discrepancy += ((found - share) ** 2).sum(axis=1) / share
-    return draws[np.argmin(discrepancy)][codes]
+        held = (draws == part).astype(np.float64)
+        for discrepancy, table in ((of_patches, counts), (of_groups, counts > 0)):
+            found = held @ table / table.sum(axis=0)
+            discrepancy += ((found - share) ** 2).sum(axis=1) / share
+    return draws[np.lexsort((of_patches, of_groups.round(9)))[0]][codes]
 
 
 def _apportion(n_groups: int, shares: np.ndarray) -> np.ndarray:
-    """Round shares to whole numbers of groups, by largest remainder, at least one each."""
+    """Round shares to whole numbers of groups, by largest remainder (of equals the last), at least one each."""
     exact = n_groups * shares
     sizes = np.floor(exact + 1e-9).astype(int)
-    for part in np.argsort(sizes - exact, kind="stable")[: n_groups - sizes.sum()]:
-        sizes[part] += 1
+    largest_last = np.argsort((exact - sizes).round(9), kind="stable")
+    sizes[largest_last[len(sizes) - (n_groups - sizes.sum()) :]] += 1
     while (sizes == 0).any():
         sizes[np.argmax(sizes)] -= 1
         sizes[np.argmin(sizes)] += 1

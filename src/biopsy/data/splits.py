@@ -25,6 +25,7 @@ from biopsy.data.leakage import SIDES, check_no_leakage, find_overlap, leave_out
 from biopsy.data.official_splits import Cases
 from biopsy.data.packs import Pack, Unit, group_by_unit
 from biopsy.data.protocols import MAY_OVERLAP, PROTOCOLS, PUBLISHED, Request
+from biopsy.statistics.intervals import FEWEST_GROUPS
 
 __all__ = [
     "FORMAT",
@@ -431,18 +432,70 @@ def _check_split(split: Split, pack: Pack) -> Split:
             if not split.may_overlap:
                 check_no_leakage(pack.group_ids, sides, unit=pack.unit)
             overlap = overlap or bool(find_overlap(pack.group_ids, sides))
+    limits = _state_limits(pack, split.protocol, counts)
+    for text in limits:
+        logger.warning("split %s: %s", split.name, text)
     if warnings:
         more = f" (and {len(warnings) - 1} more warnings)" if len(warnings) > 1 else ""
         logger.warning("split %s: %s%s", split.name, warnings[0], more)
-    noted = {"counts": {"folds": counts} if split.n_folds else counts[0], "warnings": warnings}
+    noted = {
+        "counts": {"folds": counts} if split.n_folds else counts[0],
+        "warnings": warnings,
+        "limits": limits,
+    }
     overlap_known = None if pack.unit == "patch" else overlap
     return replace(split, parameters=split.parameters | noted, overlap=overlap_known)
 
 
 def _count(pack: Pack, chosen: np.ndarray) -> dict[str, Any]:
     per_class = np.bincount(pack.target[chosen], minlength=len(pack.class_names))
-    return {
+    count = {
         "patches": int(chosen.sum()),
-        "groups": None if pack.unit == "patch" else len(pd.unique(pack.group_ids[chosen])),
+        "groups": None,
         "per_class": dict(zip(pack.class_names, per_class.tolist(), strict=True)),
     }
+    if pack.unit != "patch":
+        count |= {
+            "groups": len(pd.unique(pack.group_ids[chosen])),
+            "groups_per_class": _carriers(pack, chosen),
+        }
+    return count
+
+
+def _carriers(pack: Pack, chosen: np.ndarray) -> dict[str, int]:
+    """Return the number of patients (slides) with patches of each class."""
+    return {
+        name: len(pd.unique(pack.group_ids[chosen & (pack.target == index)]))
+        for index, name in enumerate(pack.class_names)
+    }
+
+
+def _state_limits(pack: Pack, protocol: str, counts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return which intervals the tested patients will not allow, class by class, and what would.
+
+    Args:
+        pack: The patches.
+        protocol: Of the split.
+        counts: Of each fold's subsets as `_count` gives them, or of the one division.
+    """
+    if pack.unit == "patch":
+        return []
+    tested = {
+        name: sum(fold["test"]["groups_per_class"][name] for fold in counts) for name in pack.class_names
+    }
+    present = _carriers(pack, np.full(len(pack), True))
+    limits = []
+    for name, n_tested in tested.items():
+        if n_tested >= FEWEST_GROUPS or not present[name]:
+            continue
+        metrics = "AUROC, precision and recall"
+        if pack.info.positive_class is not None:
+            metrics = f"AUROC and {'sensitivity' if name == pack.info.positive_class else 'specificity'}"
+        text = f"{n_tested} of {present[name]} {pack.unit}s with {name} patches are tested"
+        text += f": no interval for {metrics}, which needs {FEWEST_GROUPS}"
+        if present[name] < FEWEST_GROUPS:
+            text += f"; nor does another split allow one, but leave-one-out reports each {pack.unit}"
+        elif len(counts) == 1 and protocol not in ("leak-apart", "leak-with"):
+            text += "; --protocol folds or leave-one-out tests all of them"
+        limits.append(text)
+    return limits

@@ -164,8 +164,8 @@ def fit_calibrator(
 
     Intercepts alone are fitted where ``platt`` is asked for on fewer than five patients (unless scores barely
     differ), and wherever no slope or steps fit (equal scores, classes told apart without a mistake, a ranking
-    no better than chance); ``reason`` then says why. A class that these patches lack is counted as if one more patient had been seen
-    with the classes that the classifier predicts on average.
+    no better than chance); ``reason`` then says why. A class that these patches lack is counted as if one
+    more patient had been seen with the classes that the classifier predicts on average.
 
     Args:
         scores: ``(n, n_classes)``, whose softmax are the probabilities.
