@@ -19,7 +19,7 @@ from biopsy.data.packs import MAX_PATCH_PX, Pack
 from biopsy.data.predictions import decide
 from biopsy.models.context import average_neighbours, has_coordinates
 from biopsy.models.preprocessing import Preprocessing, Resize
-from biopsy.statistics.calibrators import Calibrator, calibrator_from_dict
+from biopsy.statistics.calibrators import Calibrator, Method, calibrator_from_dict
 from biopsy.statistics.conformal import abstain, predict_sets
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class _Threshold(BaseModel):
 
 
 class _Calibrator(BaseModel):
-    method: Literal["temperature", "platt", "isotonic", "none"]
+    method: Method
     slope: FiniteFloat = 1.0
     intercepts: list[FiniteFloat] = []
     positive_index: Literal[0, 1] = 0
