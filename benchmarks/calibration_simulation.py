@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from biopsy.statistics.cohorts import Cohort, Population
 from scipy.special import logit, softmax
 
 from biopsy.statistics.calibration import calibration_error
 from biopsy.statistics.calibrators import fit_calibrator, mean_nll
-from biopsy.statistics.cohorts import Cohort, Population
 
 POPULATION = Population(auroc=0.90)
 PATCHES_PER_PATIENT = 100

@@ -74,7 +74,7 @@ def test_the_log_has_a_record_an_epoch(trained_run):
         assert record["images_per_s"] > 0 and record["seconds"] > 0 and record["time_left_s"] >= 0
     assert log[-1]["time_left_s"] == 0
     cosine = 0.5 * (1 + np.cos(np.pi * (9 - 5) / (20 - 5)))  # the tenth update, five of warm-up before
-    assert log[1]["lr"] == pytest.approx(0.003 * cosine)
+    assert log[1]["lr"] == pytest.approx(0.02 * cosine)
 
 
 def test_its_own_recipe_trains_the_same_again(trained_run, tmp_path):

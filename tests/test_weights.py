@@ -214,7 +214,7 @@ def test_without_them_the_record_and_the_report_say_so():
         "what is frozen is random too"
     )
 
-    facts = SimpleNamespace(run={"weights": record}, log=(), network=())
+    facts = SimpleNamespace(run={"weights": record}, log=(), network=(), is_run=True)
     section = describe_training(facts)
     assert any("this run did not (model.pretrained=false)" in str(block) for block in section.blocks)
 

@@ -193,7 +193,7 @@ def divide_groups(
 
 
 def _apportion(n_groups: int, shares: np.ndarray) -> np.ndarray:
-    """Round shares to whole numbers of groups, by largest remainder (of equals the last), at least one each."""
+    """Round shares to whole numbers of groups, by largest remainder (of equals the last), none to 0."""
     exact = n_groups * shares
     sizes = np.floor(exact + 1e-9).astype(int)
     largest_last = np.argsort((exact - sizes).round(9), kind="stable")
