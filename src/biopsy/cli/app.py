@@ -1,6 +1,7 @@
 """The application: all verbs, and what becomes of an error."""
 
 import gc
+import io
 import os
 import sys
 from typing import Annotated, Any
@@ -73,7 +74,10 @@ for group in (tools, data, training, evaluation, slides):
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; what a stream's encoding cannot hold is escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     finally:

@@ -95,7 +95,7 @@ def name_skipped(skipped: Sequence[Mapping[str, str]], where: str) -> None:
     if len(skipped) > MAX_NAMED:
         say(f"... and {len(skipped) - MAX_NAMED:,} more, all named in {where}")
     if skipped:
-        say(f"{len(skipped):,} inputs could not be read and were skipped")
+        say(f"{plural(len(skipped), 'input')} could not be read and {'was' if len(skipped) == 1 else 'were'} skipped")
         raise typer.Exit(SKIPPED)
 
 
