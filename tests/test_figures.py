@@ -82,7 +82,7 @@ def test_training_curves_hold_the_log_and_mark_the_chosen_epoch():
     loss, accuracy, lr = draw_training(records, chosen_epoch=2, quantities=["loss", "accuracy", "lr"]).axes
     np.testing.assert_allclose(line(loss, "training"), [[1, 1], [2, 0.5], [3, 1 / 3]])
     np.testing.assert_allclose(line(loss, "validation")[:, 1], [2, 1, 2 / 3])
-    assert line(loss, "kept: epoch 2")[0, 0] == 2
+    assert line(loss, "selected epoch 2")[0, 0] == 2
     assert "validation" not in [found.get_label() for found in accuracy.lines]
     assert lr.get_yscale() == "log" and loss.get_xlabel() == "epoch"
 
