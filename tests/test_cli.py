@@ -18,6 +18,7 @@ import biopsy
 from biopsy.cli import app
 from biopsy.cli.console import comma_list, print_blocks, print_json, print_table
 from biopsy.cli.training import EpochLines, epoch_line
+from biopsy.core.files import SEAL
 from biopsy.training.runs import Run
 
 RECORD = {
@@ -338,7 +339,8 @@ def test_from_archive_to_report(make_idc_zip, tmp_path, monkeypatch):
     judged = call("evaluate", "run", "--json")
     assert judged.exit_code == 0, judged.stderr
     metrics = json.loads(judged.stdout)
-    assert metrics == json.loads(Path("run/evaluation/metrics.json").read_text())
+    written = json.loads(Path("run/evaluation/metrics.json").read_text())
+    assert written.pop(SEAL) and metrics == written
     assert "evaluated 2 times, by 1 runs" in call("evaluate", "run").stdout
     shown = call("evaluate", "run", "--subset", "validation")
     assert shown.exit_code == 0 and "auroc" in shown.stdout

@@ -20,7 +20,7 @@ def test_from_an_archive_to_a_report_without_names(make_idc_zip, tmp_path):
     metrics = biopsy.evaluate(run)
     assert metrics["times_opened"] == 1 and metrics["n_patches"] == 10
 
-    (path,) = biopsy.report(run, hide_ids=True)
+    (path,) = biopsy.report(run, hide_ids=True, complete=True)
     page = re.sub(r"base64,[^\"]*", "", path.read_text())
     assert not [patient for patient in PATIENTS if patient in page]
     assert "patient 1" in page and f"{metrics['patch']['auroc']['value']:.3f}" in page

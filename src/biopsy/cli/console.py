@@ -95,7 +95,8 @@ def name_skipped(skipped: Sequence[Mapping[str, str]], where: str) -> None:
     if len(skipped) > MAX_NAMED:
         say(f"... and {len(skipped) - MAX_NAMED:,} more, all named in {where}")
     if skipped:
-        say(f"{plural(len(skipped), 'input')} could not be read and {'was' if len(skipped) == 1 else 'were'} skipped")
+        inputs = "1 input" if len(skipped) == 1 else f"{len(skipped):,} inputs"
+        say(f"skipped as unreadable: {inputs}")
         raise typer.Exit(SKIPPED)
 
 
