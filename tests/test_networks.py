@@ -13,7 +13,6 @@ from biopsy.models.networks import (
     list_networks,
     network_parameters,
     register_network,
-    registry,
 )
 from biopsy.models.networks.layers import BatchNorm1d, BatchNorm2d, Dropout, FlattenChannelsLast, OneLogit
 
@@ -350,9 +349,7 @@ def test_an_input_too_small_is_refused(name, input_px):
     )
 
 
-def test_a_registered_network_is_built_by_name(monkeypatch):
-    monkeypatch.setattr(registry, "_BUILDERS", dict(registry._BUILDERS))
-
+def test_a_registered_network_is_built_by_name(own_registrations):
     @register_network
     def tiny(*, n_classes, input_px, width=3):
         return nn.Sequential(nn.Flatten(), nn.Linear(3 * input_px**2, n_classes * width))

@@ -178,7 +178,7 @@ def test_a_run_against_itself_is_exactly_zero(pair, tmp_path):
         assert (entry["value"], entry["p"], entry["p_holm"], entry["low"]) == (0.0, 1.0, 1.0, None)
     assert document["changed"]["turned_wrong"] == document["changed"]["turned_right"] == 0
     assert document["changed"]["mcnemar_p_if_patches_were_independent"] == 1.0
-    assert "to the last digit" in say_verdict(document, one)
+    assert "identical AUROC" in say_verdict(document, one)
     assert pd.read_csv(tmp_path / "same" / "changed.csv").empty
 
 
@@ -231,7 +231,7 @@ def test_three_are_corrected_and_have_no_table_of_changes(pair, pack, tmp_path):
     p, holm = ([one["metrics"]["auroc"][key] for one in document["differences"]] for key in ("p", "p_holm"))
     assert holm == adjust_holm(p) and holm != p
     assert "changed" not in document and not (tmp_path / "out" / "changed.csv").exists()
-    assert "Corrected: Holm over 2 comparisons" in (tmp_path / "out" / "report.html").read_text()
+    assert "Adjusted p: Holm over 2 comparisons" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_studies_pool_their_folds_and_keep_seeds_apart(pack, tmp_path):

@@ -508,7 +508,9 @@ def call(words: str, *, codes: tuple[int, ...] = (0,)) -> str:
 
 
 def test_every_command_has_a_case():
-    names = {command.name or command.callback.__name__ for command in app.registered_commands}
+    names = {
+        command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands
+    }
     assert names == CASES.keys()
 
 

@@ -95,8 +95,9 @@ def name_skipped(skipped: Sequence[Mapping[str, str]], where: str) -> None:
     if len(skipped) > MAX_NAMED:
         say(f"... and {len(skipped) - MAX_NAMED:,} more, all named in {where}")
     if skipped:
-        inputs = "1 input" if len(skipped) == 1 else f"{len(skipped):,} inputs"
-        say(f"skipped as unreadable: {inputs}")
+        one = len(skipped) == 1
+        inputs = "1 input" if one else f"{len(skipped):,} inputs"
+        say(f"{inputs} could not be read and {'was' if one else 'were'} skipped")
         raise typer.Exit(SKIPPED)
 
 
