@@ -377,7 +377,7 @@ def test_demo_ends_in_a_report_and_can_be_run_again(tmp_path, monkeypatch):
     assert "AUROC on patients never seen" in result.stderr
     assert (folder / "cohort.pack" / "inspection" / "classes.png").is_file()
     assert (folder / "run" / "slides" / "slide" / "overlay.png").is_file()
-    assert "Whole slides" in report.read_text()
+    assert "Whole-slide maps" in report.read_text()
 
 
 def test_demo_leaves_another_folder_alone(tmp_path):

@@ -210,7 +210,8 @@ def _check_pages(path: Path, pages: "list[TiffPage]", *, is_plain: bool) -> None
         else:
             continue
         raise SlideError(f"slide {path} {fault}")
-    whole = [page for page in pages if page.imagewidth == max(page.imagewidth for page in pages)]
+    tiled = [page for page in pages if page.is_tiled]  # of a slide this small the thumbnail is as large
+    whole = [page for page in tiled if page.imagewidth == max(page.imagewidth for page in tiled)]
     if is_plain and len(whole) > 1:
         raise SlideError(
             f"slide {path} holds {len(whole)} pages of {whole[0].imagewidth:,} x {whole[0].imagelength:,} "
