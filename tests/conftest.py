@@ -4,7 +4,6 @@ Each ``make_...`` fixture is a function: call it with what the test needs, the r
 same arguments and seed always give the same pixels.
 """
 
-import logging
 import os
 import subprocess
 import sys
@@ -234,15 +233,6 @@ def own_registrations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for registry, name in added:
         registry.pop(name, None)
-
-
-@pytest.fixture(autouse=True)
-def own_log() -> None:
-    """Undo what the command line, run by an earlier test in this process, made of the log."""
-    logger = logging.getLogger("biopsy")
-    logger.handlers[:] = []
-    logger.propagate = True
-    logger.setLevel(logging.NOTSET)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
