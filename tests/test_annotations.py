@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 import shapely
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from shapely import MultiPolygon, Polygon, box
 
@@ -211,6 +211,7 @@ def winding_number(ring, x, y):
 
 
 @settings(max_examples=60, deadline=None)
+@example([(0, 1), (2, 0), (0, 1), (1, 0), (2, 0)])  # along a side, back, and around it
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=3, max_size=25))
 def test_a_repaired_outline_holds_what_it_goes_around(corners):
     ring = np.array([*corners, corners[0]], float)

@@ -58,8 +58,7 @@ class OutlineReader:
                 raise DataError(
                     f"{where}: outlines cross themselves more than {MAX_CROSSINGS:,} times; draw them again"
                 )
-            area = shapely.make_valid(area, method="structure", keep_collapsed=False)
-            area = area if area.is_valid else area.buffer(0)  # where GEOS 3.14 rounds a corner onto a side
+            area = _repair(area)
         if not area.area > 0:
             raise DataError(f"{where} has no area")
         return area, fault
@@ -92,6 +91,41 @@ def read_ring(points: Any, where: str, *, close: bool = False) -> np.ndarray:
     if not np.array_equal(ring[0], ring[-1]):
         raise DataError(f"{where} has a ring that is not closed: {points[0]} to {points[-1]}")
     return ring
+
+
+def _repair(area: Area) -> Area:
+    """Return what outlines go around, less what their holes go around.
+
+    GEOS's own ``make_valid`` loses area where an outline runs along one of its sides again.
+    """
+    parts = []
+    for part in shapely.get_parts(area):
+        outer, *holes = (
+            _go_around(shapely.get_coordinates(ring)) for ring in (part.exterior, *part.interiors)
+        )
+        parts.append(outer.difference(shapely.union_all(holes)) if holes else outer)
+    whole = shapely.union_all(parts)
+    polygons = [part for part in shapely.get_parts(whole) if isinstance(part, Polygon) and part.area > 0]
+    return polygons[0] if len(polygons) == 1 else MultiPolygon(polygons)
+
+
+def _go_around(ring: np.ndarray) -> shapely.Geometry:
+    """Return all places around which a closed ring goes at least once, in either direction."""
+    lines = shapely.union_all(shapely.linestrings(np.stack([ring[:-1], ring[1:]], axis=1)))
+    faces = shapely.get_parts(shapely.polygonize([lines]))
+    points = shapely.get_coordinates(shapely.point_on_surface(faces))
+    (x0, y0), (x1, y1) = ring[:-1].T, ring[1:].T
+    tree = shapely.STRtree(
+        shapely.box(np.minimum(x0, x1), np.minimum(y0, y1), np.maximum(x0, x1), np.maximum(y0, y1))
+    )
+    rays = shapely.box(points[:, 0], points[:, 1], ring[:, 0].max() + 1, points[:, 1])
+    face, side = tree.query(rays)
+    x, y = points[face].T
+    left = (x1[side] - x0[side]) * (y - y0[side]) - (x - x0[side]) * (y1[side] - y0[side])
+    up = (y0[side] <= y) & (y < y1[side]) & (left > 0)
+    down = (y1[side] <= y) & (y < y0[side]) & (left < 0)
+    turns = np.bincount(face, weights=up.astype(float) - down, minlength=len(faces))
+    return shapely.union_all(faces[turns != 0])
 
 
 def _count_crossings(area: Area, limit: int) -> int:
