@@ -3,7 +3,7 @@
 import threading
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -11,9 +11,6 @@ from biopsy.core.errors import RunError
 from biopsy.core.files import read_json, sha256_file
 from biopsy.models.classifier import Classifier
 from biopsy.models.hardware import keep_freed_memory
-
-if TYPE_CHECKING:
-    pass
 
 FORMAT: Final = "biopsy-openvino/1"
 FOLDER, DOCUMENT, MODEL = "openvino", "openvino.json", "network.xml"

@@ -26,7 +26,6 @@ NEGATIVE = "#0072b2"
 TRAIN = "#0072b2"
 VALIDATION = "#d55e00"
 BASELINE = "#7a7f87"
-RIGHT = "#009e73"
 CLASS_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a7f87", "#f0e442")
 PROBABILITY_MAP = "cividis"
 

@@ -17,7 +17,7 @@ from biopsy.core.files import read_json, replace_atomic, sha256_file, write_json
 from biopsy.core.tables import read_parquet_table
 from biopsy.data.packs import Pack
 from biopsy.evaluation.errors.nearest_training_patches import find_alike
-from biopsy.evaluation.hypotheses.measure import MOST_MEASURED, draw_rows
+from biopsy.evaluation.hypotheses.measure import MOST_MEASURED, draw_rows, key_of_subset
 from biopsy.evaluation.neighbours import count_neighbours, find_zones, measure_zones
 from biopsy.evaluation.patch_properties import PROPERTIES, measure_properties
 from biopsy.models.engine import Engine
@@ -74,7 +74,7 @@ def measure_mistakes(
         raise RunError(f"{run.path} has more than two classes: error analysis needs two")
     if n < 1:
         raise RunError(f"n={n!r}: expected at least 1")
-    asked = {**_key(run, side, frame, predicted), "n": n}
+    asked = {**key_of_subset(run, FORMAT, side, frame, predicted), "n": n}
     place = run.path / FOLDER
     known = _read_known(place, asked)
     if known is not None:
@@ -91,17 +91,7 @@ def read_mistakes(run: Run) -> Mistakes | None:
     """Return what is known of the errors on the subset evaluated last; None where nothing is."""
     side = run.judged_side
     frame, predicted = run.predictions(side)
-    return _read_known(run.path / FOLDER, _key(run, side, frame, predicted))
-
-
-def _key(run: Run, side: str, frame: pd.DataFrame, predicted: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "side": side,
-        "n_patches": len(frame),
-        "classifier_sha256": predicted["classifier_sha256"],
-        "seed": run.info["seed"],
-    }
+    return _read_known(run.path / FOLDER, key_of_subset(run, FORMAT, side, frame, predicted))
 
 
 def _measure(run: Run, frame: pd.DataFrame, asked: Mapping[str, Any], device: str) -> Mistakes:

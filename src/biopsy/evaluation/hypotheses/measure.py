@@ -125,7 +125,7 @@ def measure_conjectures(run: Run | Path | str, *, device: str = "auto") -> dict[
     frame, about = run.predictions(side)
     if "prob" not in frame:
         raise RunError(f"{run.path} tells more than two classes apart: the conjectures are about two")
-    asked = _key(run, side, frame, about)
+    asked = key_of_subset(run, FORMAT, side, frame, about)
     path = run.path / PATH
     known = _read_known(path, asked)
     if known is None:
@@ -134,20 +134,23 @@ def measure_conjectures(run: Run | Path | str, *, device: str = "auto") -> dict[
     return known
 
 
-def read_conjectures(run: Run) -> dict[str, Any] | None:
-    """Return what was measured on the subset evaluated last; None where nothing was."""
-    side = run.judged_side
-    return _read_known(run.path / PATH, _key(run, side, *run.predictions(side)))
-
-
-def _key(run: Run, side: str, frame: pd.DataFrame, about: Mapping[str, Any]) -> dict[str, Any]:
+def key_of_subset(
+    run: Run, format: str, side: str, frame: pd.DataFrame, about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what a record measured on a subset must say to be of these predictions."""
     return {
-        "format": FORMAT,
+        "format": format,
         "side": side,
         "n_patches": len(frame),
         "classifier_sha256": about["classifier_sha256"],
         "seed": run.info["seed"],
     }
+
+
+def read_conjectures(run: Run) -> dict[str, Any] | None:
+    """Return what was measured on the subset evaluated last; None where nothing was."""
+    side = run.judged_side
+    return _read_known(run.path / PATH, key_of_subset(run, FORMAT, side, *run.predictions(side)))
 
 
 def _measure(run: Run, frame: pd.DataFrame, seed: int, device: str) -> dict[str, Any]:
