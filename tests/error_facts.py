@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from biopsy.evaluation.errors.case_views import Closeup, Closeups, ErrorAnalysis
+from biopsy.evaluation.errors.case_views import Closeup, Closeups, ErrorFacts
 from biopsy.evaluation.errors.measure import KINDS, Mistakes, contrast_mistakes, find_unusual, pick_galleries
 from biopsy.evaluation.neighbours import count_neighbours, find_zones, measure_zones
 from biopsy.evaluation.patch_properties import PROPERTIES
@@ -82,5 +82,5 @@ def make_error_facts(*arguments, unit="patient", n=4, patch_px=50, **changes):
     """Facts with mistakes and their pictures."""
     facts = make_facts(*arguments, **changes)
     mistakes = make_mistakes(facts.predictions, unit=unit, n=n)
-    analysis = ErrorAnalysis(mistakes, make_closeups(mistakes, patch_px=patch_px))
+    analysis = ErrorFacts(mistakes, make_closeups(mistakes, patch_px=patch_px))
     return replace(facts, results={"errors": analysis})

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from biopsy.evaluation.errors.case_views import ErrorAnalysis, hide_errors
+from biopsy.evaluation.errors.case_views import ErrorFacts, hide_errors
 from biopsy.evaluation.errors.section import describe_mistakes
 from biopsy.reporting.compose import report_of_run
 from biopsy.reporting.document import ReportDocument, Summary
@@ -77,7 +77,7 @@ def test_patches_without_patients_or_places_say_so():
     table = make_predictions(("a", "b")).assign(patient_id=None, slide_id=None, x=np.nan, y=np.nan)
     mistakes = make_mistakes(table, unit="patch")
     closeups = make_closeups(mistakes, overview=False)
-    changes = {"results": {"errors": ErrorAnalysis(mistakes, closeups)}}
+    changes = {"results": {"errors": ErrorFacts(mistakes, closeups)}}
     facts = replace(make_facts(get_patch=None), predictions=table, **changes)
     text = render_chapter(facts).text
     assert "no coordinates; errors at annotated borders cannot be counted" in text

@@ -40,14 +40,14 @@ from biopsy.core.errors import (
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if TYPE_CHECKING:
-    from biopsy.data.inspection import inspect
+    from biopsy.data.inspection import Inspection, inspect
     from biopsy.data.packs import Pack
     from biopsy.data.prepare import prepare
     from biopsy.data.split import split_pack as split
-    from biopsy.evaluation.calibration.recalibrate import calibrate
-    from biopsy.evaluation.comparison.compare import compare
-    from biopsy.evaluation.errors.case_views import errors
-    from biopsy.evaluation.explanation.explain import explain
+    from biopsy.evaluation.calibration.recalibrate import Recalibration, calibrate
+    from biopsy.evaluation.comparison.compare import Comparison, compare
+    from biopsy.evaluation.errors.case_views import ErrorAnalysis, errors
+    from biopsy.evaluation.explanation.explain import Explanations, explain
     from biopsy.evaluation.label_issues.find import label_issues
     from biopsy.evaluation.predict import predict
     from biopsy.evaluation.predictions import evaluate_predictions
@@ -75,14 +75,19 @@ __all__ = [
     "ArchiveError",
     "BiopsyError",
     "Classifier",
+    "Comparison",
     "DataError",
     "DownloadError",
+    "ErrorAnalysis",
     "Evaluation",
+    "Explanations",
     "FileFormatError",
+    "Inspection",
     "MetricError",
     "MissingExtra",
     "Pack",
     "PackError",
+    "Recalibration",
     "RecipeError",
     "Run",
     "RunError",
@@ -119,6 +124,11 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Recalibration": "biopsy.evaluation.calibration.recalibrate:Recalibration",
+    "Inspection": "biopsy.data.inspection:Inspection",
+    "Explanations": "biopsy.evaluation.explanation.explain:Explanations",
+    "ErrorAnalysis": "biopsy.evaluation.errors.case_views:ErrorAnalysis",
+    "Comparison": "biopsy.evaluation.comparison.compare:Comparison",
     "Classifier": "biopsy.models.classifier:Classifier",
     "Evaluation": "biopsy.evaluation.results:Evaluation",
     "Pack": "biopsy.data.packs:Pack",

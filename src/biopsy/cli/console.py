@@ -40,10 +40,14 @@ def interrupted(how_to_go_on: str) -> NoReturn:
 
 
 def print_json(document: object) -> None:
-    """Print a document for machines: numpy values become numbers, paths text, what is not finite null."""
-    text = json.dumps(
-        document, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value)
-    )
+    """Print a document as JSON: arrays become lists, paths text, non-finite numbers null."""
+
+    def convert(value: object) -> object:
+        if isinstance(value, Mapping):
+            return dict(value)
+        return value.tolist() if hasattr(value, "tolist") else str(value)
+
+    text = json.dumps(document, default=convert)
     finite = json.loads(text, parse_constant=lambda constant: None)  # noqa: TID251 - our own text
     printed = json.dumps(finite, indent=2, ensure_ascii=False)
     try:

@@ -3,13 +3,16 @@
 import errno
 import logging
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from biopsy.core.errors import DataError, PackError
 from biopsy.core.files import check_outputs, refuse_inputs, update_directory, write_atomic, write_json
+from biopsy.core.results import Result
 from biopsy.core.seeds import make_rng
 from biopsy.data.audit import audit_pack, find_spoilers
 from biopsy.data.figures import draw_balance, draw_sides
@@ -27,9 +30,23 @@ MAX_SLIDES = 40  # slides put together again; the rest is only counted
 SLIDE_PX = 1000  # longest side of a slide's picture, in pixels of the picture
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Inspection(Result):
+    """Result of an inspection: the content of ``audit.json``, ``spoilers`` and ``paths``."""
+
+    @property
+    def heading(self) -> str:
+        """Number of problems that would invalidate a result."""
+        return f"Inspection: {len(self['spoilers']):,} blocking issues"
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per problem that would invalidate a result."""
+        return pd.DataFrame({"blocking issue": self["spoilers"]})
+
+
 def inspect(
     pack: Pack | Path | str, *, split: str | Split | None = None, out: Path | str | None = None
-) -> dict[str, Any]:
+) -> Inspection:
     """Audit a pack and draw what is in it.
 
     Writes ``audit.json`` into the pack and pictures into ``inspection/`` below it: a sheet of each class,
@@ -63,7 +80,7 @@ def inspect(
         if division is not None:
             pictures.append(_draw_split(pack, division, partial))
     paths = {"audit": audit_path, "pictures": [folder / picture.name for picture in pictures]}
-    return {**audit, "spoilers": find_spoilers(audit), "paths": paths}
+    return Inspection({**audit, "spoilers": find_spoilers(audit), "paths": paths})
 
 
 def _write_audit(pack: Pack, audit: dict[str, Any], out: Path | str | None) -> Path:

@@ -1,51 +1,37 @@
 """The result of an evaluation: numbers with their intervals, as a table, as JSON, drawn."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import MetricError
+from biopsy.core.results import Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Evaluation(Mapping[str, Any]):
-    """What an evaluation found; ``evaluation[key]`` is an entry of ``metrics.json``.
+class Evaluation(Result):
+    """Result of an evaluation; ``evaluation[key]`` is an entry of ``metrics.json``.
 
     Attributes:
-        document: What ``metrics.json`` holds.
-        predictions: The judged patches, in the format of a table of predictions.
-        run: Folder of the run that was judged; None for predictions from elsewhere.
+        document: The content of ``metrics.json``.
+        predictions: The evaluated patches, in the format of a table of predictions.
+        run: Folder of the run that was evaluated; None for predictions from elsewhere.
     """
 
-    document: Mapping[str, Any]
     predictions: pd.DataFrame
     run: Path | None = None
-
-    def __getitem__(self, key: str) -> Any:
-        return self.document[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.document)
-
-    def __len__(self) -> int:
-        return len(self.document)
 
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, in the order of ``target``."""
         return list(self.document["class_names"])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what ``metrics.json`` holds."""
-        return dict(self.document)
 
     def to_frame(self) -> pd.DataFrame:
         """Return a row per metric: ``value``, ``low``, ``high`` and ``reason`` why one is missing."""
@@ -67,16 +53,17 @@ class Evaluation(Mapping[str, Any]):
         return pd.DataFrame(counts, pd.Index(names, name="true"), pd.Index(names, name="predicted"))
 
     def __repr__(self) -> str:
-        return f"{self._heading}\n{self.to_frame()[['value', 'low', 'high']].round(3).to_string()}"
+        return f"{self.heading}\n{self.to_frame()[['value', 'low', 'high']].round(3).to_string()}"
 
     def _repr_html_(self) -> str:
         table = self.to_frame().round(3).to_html(na_rep="")
         return (
-            f"<p>{escape(self._heading)}</p>{table}{self.classification_report().round(3).to_html(na_rep='')}"
+            f"<p>{escape(self.heading)}</p>{table}{self.classification_report().round(3).to_html(na_rep='')}"
         )
 
     @property
-    def _heading(self) -> str:
+    def heading(self) -> str:
+        """Number of patches and patients, and of what the intervals are."""
         unit, interval = self.document["unit"], self.document["interval"]
         groups = "" if unit == "patch" else f" of {self.document['n_patients']:,} {unit}s"
         what = f"Evaluation of {self.document['n_patches']:,} patches{groups}"

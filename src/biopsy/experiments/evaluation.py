@@ -10,7 +10,6 @@ from biopsy.data.packs import Pack
 from biopsy.evaluation.evaluate import evaluate as evaluate_run
 from biopsy.evaluation.predictions import evaluate_classifier, evaluate_table, is_table
 from biopsy.evaluation.results import Evaluation
-from biopsy.experiments.reports import report as write_report
 from biopsy.models.classifier import DOCUMENT, Classifier
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
@@ -76,6 +75,8 @@ def evaluate(
         _refuse("a run", positive=positive, threshold=threshold, subgroups=subgroups or None)
         evaluation = evaluate_run(run, side=side, data=data, split=split, prevalence=prevalence)
     if report is not None:
+        from biopsy.experiments.reports import report as write_report  # draws: loaded only for a report
+
         write_report(evaluation, out=report)
     return evaluation
 

@@ -4,15 +4,17 @@
 validation, do it in `settle`, and both have it.
 """
 
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 from filelock import FileLock, Timeout
 
 from biopsy.core.errors import RunError
 from biopsy.core.files import LOCK, remove_outputs, write_atomic
+from biopsy.core.results import Result
 from biopsy.data.packs import group_by_unit
 from biopsy.data.predictions import IDENTITY
 from biopsy.models.classifier import Classifier
@@ -31,7 +33,21 @@ _STALE_DOCUMENTS = (
 )
 
 
-def calibrate(run: Run | Path | str, *, method: str = "platt") -> dict[str, Any]:
+@dataclass(frozen=True, eq=False, repr=False)
+class Recalibration(Result):
+    """Result of a recalibration: ``run``, ``calibrator``, ``thresholds`` and what was ``removed``."""
+
+    @property
+    def heading(self) -> str:
+        """The method, and the number of outputs that were removed."""
+        return f"{self['run']}: {self['calibrator']['method']}, {len(self['removed'])} outputs removed"
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per decision threshold."""
+        return pd.DataFrame(self["thresholds"])
+
+
+def calibrate(run: Run | Path | str, *, method: str = "platt") -> Recalibration:
     """Fit the calibrator of a finished run anew on its stored validation predictions.
 
     Thresholds are frozen again, ``classifier/`` and ``predictions/val.parquet`` are written anew, and the
@@ -60,7 +76,7 @@ def calibrate(run: Run | Path | str, *, method: str = "platt") -> dict[str, Any]
         raise RunError(f"{run.path} is in use by another process") from None
 
 
-def _calibrate(run: Run, classifier: Classifier, method: str) -> dict[str, Any]:
+def _calibrate(run: Run, classifier: Classifier, method: str) -> Recalibration:
     frame, about = run.predictions("val")
     unit, before = run.info["pack"]["unit"], classifier.info.calibrator
     table = "as_published" if run.info["split"]["as_published"] else "decision"
@@ -84,12 +100,13 @@ def _calibrate(run: Run, classifier: Classifier, method: str) -> dict[str, Any]:
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     )
-    return {
+    document = {
         "run": run.path,
         "calibrator": classifier.info.calibrator,
         "thresholds": classifier.info.thresholds,
         "removed": removed,
     }
+    return Recalibration(document)
 
 
 def _remove_stale(folder: Path) -> list[str]:

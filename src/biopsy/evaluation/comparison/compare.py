@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from scipy import stats
 
 from biopsy.core.errors import MetricError, RunError, suggest
 from biopsy.core.files import update_directory, write_atomic, write_json
+from biopsy.core.results import Result
 from biopsy.core.tables import write_csv
 from biopsy.evaluation.comparison.measure import Ground, Rival, compare_rivals, find_changed
 from biopsy.evaluation.comparison.page import (
@@ -29,6 +31,26 @@ DOCUMENT, TABLE, FIGURE = "comparison.json", "comparison.csv", "figure.svg"
 CHANGED, PAGE = "changed.csv", "report.html"
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison(Result):
+    """Result of a comparison; ``comparison[key]`` is an entry of ``comparison.json``.
+
+    With ``plan=True`` it holds the plan: patients needed, per assumed correlation.
+    """
+
+    @property
+    def heading(self) -> str:
+        """The metric, and what is compared or planned."""
+        if "needs" in self:
+            return f"Sample size for a difference in {self['metric']}"
+        names = [rival["name"] for rival in self["rivals"]]
+        return f"Comparison with {names[0]}, {self['metric']}: {', '.join(names[1:])}"
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per difference and metric with interval and p-value; of a plan, its rows."""
+        return pd.DataFrame(self["needs"] if "needs" in self else list_differences(self.document))
+
+
 def compare(
     runs: Sequence[Run | Study | Path | str] | Run | Study | Path | str,
     *,
@@ -38,7 +60,7 @@ def compare(
     power: float = 0.8,
     out: Path | str | None = None,
     hide_ids: bool = False,
-) -> dict[str, Any]:
+) -> Comparison:
     """Compare runs or studies that were tested on the same patches, patient by patient.
 
     The first is the reference. Writes ``comparison.json``, ``comparison.csv``, ``figure.svg``,
@@ -65,7 +87,7 @@ def compare(
     if metric not in ground.metrics:
         raise MetricError(f"metric {metric!r} does not exist: {suggest(metric, ground.metrics)}")
     if plan:
-        return _plan(rivals, ground, metric, difference, power)
+        return Comparison(_plan(rivals, ground, metric, difference, power))
     if len(rivals) < 2:
         raise RunError("a comparison needs two or more runs or studies: name another beside the first")
     folder = _place(rivals, out)
@@ -79,7 +101,7 @@ def compare(
         if hide_ids:
             facts = hide_comparison(facts)
         _write(partial, facts)
-    return {**facts.document, "path": str(folder)}
+    return Comparison({**facts.document, "path": str(folder)})
 
 
 def gather_rivals(items: Sequence[Run | Study | Path | str]) -> tuple[list[Rival], Ground]:

@@ -12,6 +12,7 @@ import pandas as pd
 from biopsy.core.arrays import read_arrays, write_arrays
 from biopsy.core.errors import DataError
 from biopsy.core.files import refuse_inputs, update_directory
+from biopsy.core.results import Result
 from biopsy.core.subsets import stored_side
 from biopsy.core.tables import write_csv
 from biopsy.core.text import file_name
@@ -65,9 +66,30 @@ class Closeups:
     caption: str
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class ErrorAnalysis(Result):
+    """Result of an error analysis; ``analysis[key]`` is an entry of ``errors.json``.
+
+    Attributes:
+        document: The content of ``errors.json``.
+        table: The content of ``errors.csv``: one row per misclassified patch.
+    """
+
+    table: pd.DataFrame
+
+    @property
+    def heading(self) -> str:
+        """Number of misclassified patches."""
+        return f"Error analysis: {len(self.table):,} misclassified patches"
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per misclassified patch, with its measured properties."""
+        return self.table
+
+
 @dataclass(frozen=True)
-class ErrorAnalysis:
-    """What the report shows of a run's errors."""
+class ErrorFacts:
+    """Content of the report's section on a run's errors."""
 
     mistakes: Mistakes
     closeups: Closeups | None
@@ -81,7 +103,7 @@ def errors(
     out: Path | str | None = None,
     hypotheses: bool = False,
     device: str = "auto",
-) -> dict[str, Any]:
+) -> ErrorAnalysis:
     """Analyse the misclassified patches of a run; write a table and pictures.
 
     Writes ``errors.csv`` (every misclassified patch with its measured properties) and a folder of pictures
@@ -98,7 +120,7 @@ def errors(
         device: Device on which the network runs.
 
     Returns:
-        What ``errors.json`` holds; see the file formats page.
+        The content of ``errors.json`` (see the file formats page) and the table.
 
     Raises:
         RunError: If the run has more than two classes, or the subset has not been evaluated.
@@ -119,13 +141,14 @@ def errors(
                 file = f"{folder}/{index:02d}-{file_name(name)}.png"
                 (partial / file).write_bytes(png(_lay_out(closeups.of[name])))
                 pictures.setdefault(name, file)
-        write_csv(partial / TABLE, _list_errors(found, pictures))
+        table = _list_errors(found, pictures)
+        write_csv(partial / TABLE, table)
     if hypotheses:
         measure_conjectures(run, device=device)
-    return found.about
+    return ErrorAnalysis(found.about, table)
 
 
-def load_errors(run: Run) -> ErrorAnalysis | None:
+def load_errors(run: Run) -> ErrorFacts | None:
     """Return the error analysis of the subset evaluated last; None where there is none."""
     found = read_mistakes(run)
     if found is None:
@@ -137,12 +160,10 @@ def load_errors(run: Run) -> ErrorAnalysis | None:
     names = list(_list_entries(found))
     if about["classifier_sha256"] != found.about["classifier_sha256"] or about["patch_ids"] != names:
         return None
-    return ErrorAnalysis(
-        found, _assemble(run.open_pack(verify=False), found, arrays["maps"], about["method"])
-    )
+    return ErrorFacts(found, _assemble(run.open_pack(verify=False), found, arrays["maps"], about["method"]))
 
 
-def hide_errors(analysis: ErrorAnalysis, aliases: Aliases) -> ErrorAnalysis:
+def hide_errors(analysis: ErrorFacts, aliases: Aliases) -> ErrorFacts:
     """Replace ids of evaluated patches; leave out to whom the nearest training patches belong."""
     known = analysis.mistakes.about["galleries"]
     about = aliases.nested(analysis.mistakes.about)
@@ -156,7 +177,7 @@ def hide_errors(analysis: ErrorAnalysis, aliases: Aliases) -> ErrorAnalysis:
     if closeups is not None:
         views = {aliases.of("patch", name): view for name, view in closeups.of.items()}
         closeups = Closeups(views, closeups.caption)
-    return ErrorAnalysis(Mistakes(about, aliases.table(analysis.mistakes.table)), closeups)
+    return ErrorFacts(Mistakes(about, aliases.table(analysis.mistakes.table)), closeups)
 
 
 def look_closer(run: Run, found: Mistakes, *, device: str = "auto") -> Closeups:

@@ -6,7 +6,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from biopsy.evaluation.errors.case_views import Closeup, ErrorAnalysis, errors, hide_errors, load_errors
+from biopsy.evaluation.errors.case_views import Closeup, ErrorFacts, errors, hide_errors, load_errors
 from biopsy.evaluation.errors.measure import AGAINST, KINDS
 from biopsy.plotting.style import jpeg
 from biopsy.reporting.document import Block, Bullets, Case, Cases, Section, Table, Text, number
@@ -40,7 +40,7 @@ ANSWERED = ("less stained", "heterogeneous")
 )
 def describe_mistakes(facts: RunFacts) -> Section | None:
     """What is wrong, what goes with it, and the patches themselves."""
-    analysis: ErrorAnalysis | None = facts.results.get("errors")
+    analysis: ErrorFacts | None = facts.results.get("errors")
     if analysis is None:
         return None
     about = analysis.mistakes.about
@@ -196,7 +196,7 @@ def _say_conjecture(found: Mapping[str, Any]) -> str:
     return f"{found['source'][0].upper()}{found['source'][1:]}: “{found['claim']}” {found['answer']}"
 
 
-def _galleries(facts: RunFacts, analysis: ErrorAnalysis) -> list[Block]:
+def _galleries(facts: RunFacts, analysis: ErrorFacts) -> list[Block]:
     titles = {
         "fn": f"False negatives: {facts.positive} predicted {facts.negative}",
         "fp": f"False positives: {facts.negative} predicted {facts.positive}",
@@ -220,7 +220,7 @@ def _galleries(facts: RunFacts, analysis: ErrorAnalysis) -> list[Block]:
     return blocks
 
 
-def _explain_pictures(facts: RunFacts, analysis: ErrorAnalysis) -> str:
+def _explain_pictures(facts: RunFacts, analysis: ErrorFacts) -> str:
     assert analysis.closeups is not None
     reference = analysis.mistakes.about["training_reference"]
     return (
@@ -231,9 +231,7 @@ def _explain_pictures(facts: RunFacts, analysis: ErrorAnalysis) -> str:
     )
 
 
-def _group_cases(
-    analysis: ErrorAnalysis, entries: Sequence[Mapping[str, Any]]
-) -> list[tuple[str, list[Case]]]:
+def _group_cases(analysis: ErrorFacts, entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Case]]]:
     table = analysis.mistakes.table
     rows = table.assign(who=pick_label(table)).set_index(table["patch_id"].astype(str))
     groups: dict[str, list[Case]] = {}

@@ -14,6 +14,7 @@ import pandas as pd
 
 from biopsy.core.errors import DataError, RecipeError, RunError
 from biopsy.core.files import refuse_inputs
+from biopsy.core.results import Result
 from biopsy.core.seeds import make_rng
 from biopsy.data.archives import open_archive
 from biopsy.data.packs import Pack, is_pack, pad
@@ -183,6 +184,27 @@ N_EXAMPLES = 5
 N_CHANNELS = 3  # of a layer that are shown
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Explanations(Result):
+    """Result of an explanation; ``explanations[key]`` is an entry of ``explain.json``.
+
+    Attributes:
+        document: The content of ``explain.json``.
+        examples: One row per explained patch: class, predicted class, probability.
+    """
+
+    examples: pd.DataFrame
+
+    @property
+    def heading(self) -> str:
+        """Number of explained patches, and the folder of the pictures."""
+        return f"Explanations of {len(self.examples):,} patches"
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per explained patch."""
+        return self.examples
+
+
 def explain(
     model: Run | Classifier | Path | str,
     *,
@@ -194,7 +216,7 @@ def explain(
     faithfulness: bool = False,
     out: Path | str | None = None,
     device: str = "auto",
-) -> dict[str, Any]:
+) -> Explanations:
     """Show what a model looks at, on patches that are named or on some it got wrong and some it got right.
 
     Writes a sheet ``<method>.png``, a folder ``<method>/`` with a picture of each patch, and
@@ -252,7 +274,7 @@ def explain(
             keep_explained(run, explained)
     if run is not None and faithfulness:
         document["faithfulness"] = measure_faithfulness(run, methods=methods, layer=layer, device=device)
-    return document
+    return Explanations(document, explained.examples)
 
 
 def explain_examples(
