@@ -85,7 +85,7 @@ def test_public_names_are_all_there_and_listed():
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(AttributeError, match="has no attribute 'trian'"):
+    with pytest.raises(AttributeError, match="trian"):
         _ = biopsy.trian
 
 

@@ -17,7 +17,7 @@ from torchvision.models.vgg import cfgs, make_layers
 from biopsy.core.errors import DataError, RecipeError
 from biopsy.core.files import sha256_file
 from biopsy.evaluation.provenance_sections import describe_training
-from biopsy.experiments.catalogue import list_
+from biopsy.experiments.catalogue import list as list_
 from biopsy.models import weights as weights_module
 from biopsy.models.known_weights import KERAS_WEIGHTS, find_weights, list_weights
 from biopsy.models.networks import build_network

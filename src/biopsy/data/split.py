@@ -8,7 +8,7 @@ from biopsy.data.splits import Split, UnknownPatients, make_split, save_split
 from biopsy.recipes import load_recipe
 
 
-def split_pack(
+def split(
     pack: Pack | Path | str,
     *,
     protocol: str,

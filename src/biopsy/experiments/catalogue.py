@@ -7,9 +7,10 @@ from biopsy.core.errors import BiopsyError, suggest
 
 Kind = Literal["datasets", "models", "recipes"]
 Row = dict[str, object]
+Rows = list[Row]  # before `list` is a function of this module
 
 
-def list_(kind: Kind) -> list[Row]:
+def list(kind: Kind) -> Rows:
     """List what is shipped, one row each, from the registers themselves.
 
     Args:
@@ -25,7 +26,7 @@ def list_(kind: Kind) -> list[Row]:
         BiopsyError: If there is no such kind.
 
     Example:
-        >>> [row["name"] for row in list_("recipes")][:3]
+        >>> [row["name"] for row in list("recipes")][:3]
         ['baruah-2019', 'cancernet-2019', 'cancernet-2020']
     """
     if kind not in _LISTS:
@@ -33,10 +34,10 @@ def list_(kind: Kind) -> list[Row]:
     return _LISTS[kind]()
 
 
-def _list_datasets() -> list[Row]:
+def _list_datasets() -> Rows:
     from biopsy.data.datasets import annotated_slides, list_datasets
 
-    rows: list[Row] = [
+    rows: Rows = [
         {
             "name": dataset.name,
             "title": dataset.title,
@@ -61,7 +62,7 @@ def _list_datasets() -> list[Row]:
     return [*rows, dict.fromkeys(rows[0]) | slides]
 
 
-def _list_models() -> list[Row]:
+def _list_models() -> Rows:
     from biopsy.models.known_weights import list_weights
     from biopsy.models.networks import build_network, count_parameters, list_networks, network_parameters
     from biopsy.models.networks.stages import list_stages
@@ -70,7 +71,7 @@ def _list_models() -> list[Row]:
 
     recipes = [load_recipe(name) for name in list_recipes()]
     sides = {recipe.model.name: recipe.preprocessing.input_px for recipe in recipes}
-    rows: list[Row] = []
+    rows: Rows = []
     for name in list_networks():
         network = build_network(name, n_classes=2, input_px=sides.get(name, 48))
         total, trainable = count_parameters(network)
@@ -92,10 +93,10 @@ def _list_models() -> list[Row]:
     return [dict.fromkeys(keys) | row for row in rows]
 
 
-def _list_recipes() -> list[Row]:
+def _list_recipes() -> Rows:
     from biopsy.recipes import list_recipes, load_recipe
 
-    rows: list[Row] = []
+    rows: Rows = []
     for name in list_recipes():
         recipe = load_recipe(name)
         rows.append(
@@ -112,7 +113,7 @@ def _list_recipes() -> list[Row]:
     return rows
 
 
-_LISTS: dict[str, Callable[[], list[Row]]] = {
+_LISTS: dict[str, Callable[[], Rows]] = {
     "datasets": _list_datasets,
     "models": _list_models,
     "recipes": _list_recipes,
