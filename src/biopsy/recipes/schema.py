@@ -106,6 +106,8 @@ class Augmentation(_Table):
     quarter_turns: bool = False
     hed_jitter: float = Field(default=0.0, ge=0, le=1)
     """How far the haematoxylin and eosin amounts of a patch may be scaled, up or down, as a share."""
+    stain_transfer: float = Field(default=0.0, ge=0, le=1)
+    """Probability that a patch is given the stain that its class has in another training patient."""
 
 
 class Train(_Table):

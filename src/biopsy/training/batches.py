@@ -12,6 +12,7 @@ from torch import Tensor
 from biopsy.core.seeds import derive
 from biopsy.models.preprocessing import Preprocessing, to_unit
 from biopsy.training.augmentation import Augmentation
+from biopsy.training.stain_transfer import StainTransfer
 from biopsy.training.transforms import Transform, apply_transform
 
 
@@ -42,7 +43,8 @@ class Batches:
         widths: True width of each patch, ``(N,)``; None where none is padded.
         heights: True height of each.
         preprocessing: How they are resized and scaled.
-        augmentation: Applied between the two; None for validation.
+        stain_transfer: Applied between the two; None for validation.
+        augmentation: Applied after that; None for validation.
         transform: Applied after that; see `transforms.apply_transform`.
         batch_size: Patches per batch.
         drop_last: Leave out a last batch that is not full.
@@ -58,6 +60,7 @@ class Batches:
     batch_size: int
     widths: np.ndarray | None = None
     heights: np.ndarray | None = None
+    stain_transfer: StainTransfer | None = None
     augmentation: Augmentation | None = None
     transform: Transform | None = None
     drop_last: bool = False
@@ -98,23 +101,25 @@ class Batches:
 
     def _gather(self, order: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
         chosen = np.asarray(order[number * self.batch_size : (number + 1) * self.batch_size])
-        target = np.asarray(self.target[chosen], dtype=np.int64)
         if self.front is not None:
-            return self.front.take(chosen), target
+            return self.front.take(chosen), chosen
         widths = None if self.widths is None else self.widths[chosen]
         heights = None if self.heights is None else self.heights[chosen]
-        return self.preprocessing.resize_patches(self.patches[chosen], widths, heights), target
+        return self.preprocessing.resize_patches(self.patches[chosen], widths, heights), chosen
 
     def _finish(
         self, patches: np.ndarray, chosen: np.ndarray, number: int, epoch: int
     ) -> tuple[Tensor, Tensor]:
-        target = torch.from_numpy(chosen)
+        target = labels = torch.from_numpy(np.asarray(self.target[chosen], dtype=np.int64))
         if torch.device(self.device).type == "cuda":
             target = target.pin_memory()
         target = target.to(self.device, non_blocking=True)
         if self.front is not None:
             return to_batch(patches, self.device), target
         batch = to_unit(patches, self.device)
+        if self.stain_transfer is not None:
+            generator = torch.Generator().manual_seed(derive(self.seed, "stain-transfer", epoch, number))
+            batch = self.stain_transfer.apply(batch, chosen, labels, generator)
         if self.augmentation is not None:
             generator = torch.Generator().manual_seed(derive(self.seed, "augmentation", epoch, number))
             batch = self.augmentation.augment(batch, generator)

@@ -50,6 +50,7 @@ def compute_front(
     if (
         parts is None
         or batches.augmentation != Augmentation()
+        or batches.stain_transfer is not None
         or batches.transform is not None
         or n_visits <= len(rows)
     ):

@@ -28,6 +28,7 @@ from biopsy.training.cached_features import compute_front, predict_rest
 from biopsy.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from biopsy.training.optimisers import learning_rate, make_optimiser, set_learning_rate
 from biopsy.training.sampling import cut_passes, order_epoch, weigh_classes
+from biopsy.training.stain_transfer import fit_stain_transfer
 from biopsy.training.transforms import Transform
 from biopsy.training.weight_averaging import WeightAverage
 
@@ -223,14 +224,15 @@ def _is_stale(task: Task, progress: Progress) -> bool:
 
 
 def _make_batches(task: Task) -> Batches:
-    settings = task.recipe.train
+    settings, augmentation = task.recipe.train, task.recipe.augmentation
     return Batches(
         patches=task.pack.patches,
         target=task.pack.target,
         widths=task.pack.sizes[:, 0],
         heights=task.pack.sizes[:, 1],
         preprocessing=task.preprocessing,
-        augmentation=Augmentation.from_settings(task.recipe.augmentation),
+        stain_transfer=fit_stain_transfer(task.pack, task.train, augmentation.stain_transfer, task.seed),
+        augmentation=Augmentation.from_settings(augmentation),
         transform=task.transform,
         batch_size=settings.batch_size,
         drop_last=settings.drop_last and len(_order(task, 1)) > settings.batch_size,
