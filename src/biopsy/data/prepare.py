@@ -2,17 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from biopsy.core.errors import DataError
 from biopsy.data import packing
 from biopsy.data.cutting import REGION, Cutting
-from biopsy.data.export_tree import check_exportable
-from biopsy.data.export_tree import export_tree as write_tree
 from biopsy.data.packing import Progress
 from biopsy.data.packs import Pack, is_pack
-from biopsy.data.splits import Split, find_split, list_splits, make_split
-from biopsy.recipes import load_recipe
+
+if TYPE_CHECKING:  # what only a tree needs would take a third of the time that a small archive does
+    from biopsy.data.splits import Split
 
 TREE_RECIPE = "cancernet-2020"
 """Whose post has the tree, and whose split it gets where no other is named."""
@@ -96,6 +95,9 @@ def prepare(
             "well"
         )
     if export_tree is not None:
+        from biopsy.data.export_tree import check_exportable
+        from biopsy.recipes import load_recipe
+
         published = load_recipe(recipe or TREE_RECIPE).as_published.split
         if not is_pack(source):
             check_exportable(source, export_tree)
@@ -112,13 +114,17 @@ def prepare(
         on_progress=on_progress,
     )
     if export_tree is not None:
+        from biopsy.data.export_tree import export_tree as write_tree
+
         sides = _choose_split(pack, split, published)
         write_tree(pack, source, export_tree, sides, on_progress=on_progress)
     return pack
 
 
-def _choose_split(pack: Pack, name: str | None, published: Mapping[str, Any]) -> Split:
+def _choose_split(pack: Pack, name: str | None, published: Mapping[str, Any]) -> "Split":
     """Find the split by name; without one, or for ``as-published``, make the recipe's own."""
+    from biopsy.data.splits import find_split, list_splits, make_split
+
     if name is not None and (name != "as-published" or name in list_splits(pack)):
         return find_split(pack, name)
     return make_split(pack, protocol="as-published", recipe=published)

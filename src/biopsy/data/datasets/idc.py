@@ -88,7 +88,8 @@ def _find_contradiction(entry: Entry, match: re.Match[str], patients: set[str]) 
     patient = above[-1] if above and folder in ("0", "1") else ""
     if (patient.isdigit() or patient in patients) and patient != match["patient"]:
         return f"lies in the folder of patient {patient} and is named as of patient {match['patient']}"
-    if any(len(match[axis]) > 9 or int(match[axis]) > MAX_PX for axis in "xy"):
+    x, y = match["x"], match["y"]
+    if len(x) > 9 or len(y) > 9 or int(x) > MAX_PX or int(y) > MAX_PX:
         return f"is named as from beyond any slide: x and y are at most {MAX_PX:,} px"
     return ""
 
