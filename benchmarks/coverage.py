@@ -24,7 +24,7 @@ from scipy import stats
 
 from biopsy.statistics.intervals import Interval, estimate_metric, replicate
 from biopsy.statistics.metrics import METRICS, measure
-from biopsy.statistics.weighted_counts import Ranked, rank
+from biopsy.statistics.weighted_counts import SortedScores, sort_scores
 from simulated_cohorts import Cohort, Population
 
 N_PATIENTS = (5, 10, 20, 50, 100)
@@ -38,7 +38,7 @@ TRUTH_SEED = 10**9
 def measure_truth(population: Population) -> dict[str, float]:
     """Give every metric on a cohort so large that its own error is about a hundredth of an interval's."""
     cohort = population.draw(100_000, PATCHES_PER_PATIENT, seed=TRUTH_SEED)
-    return measure(rank(cohort.target, cohort.prob, THRESHOLD).tally(), NAMES)
+    return measure(sort_scores(cohort.target, cohort.prob, THRESHOLD).count(), NAMES)
 
 
 def wilson(n_right: float, n: float) -> Interval:
@@ -47,9 +47,9 @@ def wilson(n_right: float, n: float) -> Interval:
     return Interval(n_right / n, found.low, found.high)
 
 
-def assume_independence(cohort: Cohort, ranked: Ranked) -> dict[str, Interval | None]:
+def assume_independence(cohort: Cohort, ranked: SortedScores) -> dict[str, Interval | None]:
     """Give the intervals that a textbook has for independent patches."""
-    tally, z = ranked.tally(), stats.norm.ppf((1 + LEVEL) / 2)
+    counts, z = ranked.count(), stats.norm.ppf((1 + LEVEL) / 2)
     pos, neg = cohort.prob[cohort.target == 1], cohort.prob[cohort.target == 0]
     of_pos = (stats.rankdata(np.concatenate([pos, neg]))[: len(pos)] - stats.rankdata(pos)) / len(neg)
     of_neg = (stats.rankdata(np.concatenate([neg, pos]))[: len(neg)] - stats.rankdata(neg)) / len(pos)
@@ -59,18 +59,18 @@ def assume_independence(cohort: Cohort, ranked: Ranked) -> dict[str, Interval | 
     auroc, brier = of_pos.mean(), squared.mean()
     return {
         "auroc": Interval(auroc, auroc - auroc_half, auroc + auroc_half),
-        "sensitivity": wilson(tally.tp, tally.n_pos),
-        "specificity": wilson(tally.tn, tally.n_neg),
+        "sensitivity": wilson(counts.tp, counts.n_pos),
+        "specificity": wilson(counts.tn, counts.n_neg),
         "brier": Interval(brier, brier - brier_half, brier + brier_half),
     }
 
 
-def draw_percentiles(ranked: Ranked, seed: int, draws: int) -> dict[str, Interval]:
+def draw_percentiles(ranked: SortedScores, seed: int, draws: int) -> dict[str, Interval]:
     """Give the percentile bootstrap over whole patients, by plain resampling of their patches' weights."""
     rng, n = np.random.default_rng(seed), len(ranked.groups)
     weights = (np.bincount(rng.integers(n, size=n), minlength=n).astype(float) for _ in range(draws))
-    rows = [measure(ranked.tally(weight), NAMES) for weight in weights]
-    value, intervals = measure(ranked.tally(), NAMES), {}
+    rows = [measure(ranked.count(weight), NAMES) for weight in weights]
+    value, intervals = measure(ranked.count(), NAMES), {}
     for name in NAMES:
         low, high = np.nanquantile([row[name] for row in rows], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         intervals[name] = Interval(value[name], low, high)
@@ -82,7 +82,7 @@ def judge_cohort(
 ) -> list[tuple[str, str, bool, bool, float]]:
     """Make all intervals on one cohort: rows of metric, method, given, holds the truth, width."""
     cohort = population.draw(n_patients, PATCHES_PER_PATIENT, seed=seed)
-    ranked = rank(cohort.target, cohort.prob, THRESHOLD, group_ids=cohort.patient_ids)
+    ranked = sort_scores(cohort.target, cohort.prob, THRESHOLD, group_ids=cohort.patient_ids)
     result = replicate(ranked, seed=seed, draws=draws, names=NAMES)
     ours = {
         name: estimate_metric(METRICS[name], ranked, result, level=LEVEL, unit="patient") for name in NAMES

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from biopsy.core.errors import DataError
 from biopsy.phantom.cohort import PATCH_PX, paint_patient, plan_cohort
 from biopsy.phantom.slides import MPP, SlidePainter
-from biopsy.statistics.intervals import estimate_mean
+from biopsy.statistics.resampling import clustered_mean
 
 MIXED = (0.05, 0.95)  # share of tumour in patches where pointing at it can be right or wrong
 
@@ -34,11 +34,11 @@ def judge_pointing(
         return {"n_patches": 0}
     found, groups = point_at(maps[mixed], truth[mixed]), group_ids[mixed]
     shares = {
-        name: estimate_mean(values, groups, seed=seed, unit=unit, bounds=(0.0, 1.0)).to_dict()
+        name: clustered_mean(values, groups, seed=seed, unit=unit, bounds=(0.0, 1.0)).to_dict()
         for name, values in found.items()
     }
     gains = {
-        f"{name}_gain": estimate_mean(found[name] - found["area"], groups, seed=seed, unit=unit).to_dict()
+        f"{name}_gain": clustered_mean(found[name] - found["area"], groups, seed=seed, unit=unit).to_dict()
         for name in ("hit", "mass")
     }
     return {"n_patches": int(mixed.sum()), "n_groups": len(np.unique(groups)), **shares, **gains}

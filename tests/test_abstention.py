@@ -20,9 +20,9 @@ from biopsy.statistics.risk_coverage import (
     COVERAGES,
     estimate_risk,
     estimate_shares,
-    ideal_area,
+    optimal_aurc,
     risk_at,
-    trace_risk,
+    risk_coverage_curve,
 )
 from biopsy.training.postprocessing import fit_abstention
 from report_facts import NAMES, THRESHOLD, Page, make_facts, make_metrics, make_predictions, make_small_facts
@@ -41,7 +41,7 @@ def draw_calls(seed=0, n=400, n_patients=20):
 
 def test_hand_worked_curve():
     # sorted: right .9, wrong .8, right .8, right .6
-    curve = trace_risk([False, True, False, False], [0.6, 0.8, 0.9, 0.8])
+    curve = risk_coverage_curve([False, True, False, False], [0.6, 0.8, 0.9, 0.8])
     assert curve.confidence.tolist() == [0.9, 0.8, 0.6]
     assert curve.coverage.tolist() == [0.25, 0.75, 1.0]
     assert curve.risk.tolist() == [0, pytest.approx(1 / 3), 0.25]
@@ -57,13 +57,14 @@ def test_hand_worked_curve():
 def test_area_lies_between_the_best_and_the_worst_order(seed):
     wrong, confidence, _ = draw_calls(seed)
     error = wrong.mean()
-    best, worst = trace_risk(wrong, -1.0 * wrong).area, trace_risk(wrong, 1.0 * wrong).area
-    assert best == pytest.approx(ideal_area(error))
-    assert best <= trace_risk(wrong, confidence).area <= worst
-    assert trace_risk(wrong, np.zeros(len(wrong))).area == pytest.approx(error)
-    assert trace_risk(wrong, np.log(confidence)).area == pytest.approx(trace_risk(wrong, confidence).area)
-    doubled = trace_risk(np.repeat(wrong, 2), np.repeat(confidence, 2))
-    assert doubled.area == pytest.approx(trace_risk(wrong, confidence).area)
+    best, worst = risk_coverage_curve(wrong, -1.0 * wrong).area, risk_coverage_curve(wrong, 1.0 * wrong).area
+    assert best == pytest.approx(optimal_aurc(error))
+    assert best <= risk_coverage_curve(wrong, confidence).area <= worst
+    assert risk_coverage_curve(wrong, np.zeros(len(wrong))).area == pytest.approx(error)
+    area = risk_coverage_curve(wrong, confidence).area
+    assert risk_coverage_curve(wrong, np.log(confidence)).area == pytest.approx(area)
+    doubled = risk_coverage_curve(np.repeat(wrong, 2), np.repeat(confidence, 2))
+    assert doubled.area == pytest.approx(risk_coverage_curve(wrong, confidence).area)
 
 
 def test_area_is_the_mean_risk_of_the_definition():
@@ -72,13 +73,13 @@ def test_area_is_the_mean_risk_of_the_definition():
     wrong = rng.random(20_000) > confidence
     order = np.argsort(-confidence)
     mean = np.mean(np.cumsum(wrong[order]) / np.arange(1, 20_001))  # Geifman et al. 2019, eq. 1
-    assert trace_risk(wrong, confidence).area == pytest.approx(mean, abs=2e-4)
+    assert risk_coverage_curve(wrong, confidence).area == pytest.approx(mean, abs=2e-4)
 
 
 def test_known_areas():
-    assert ideal_area(0.0) == 0 and ideal_area(1.0) == 1
-    assert trace_risk([True] * 3, [0.1, 0.2, 0.3]).area == pytest.approx(1)
-    assert trace_risk([False] * 3, [0.1, 0.2, 0.3]).area == 0
+    assert optimal_aurc(0.0) == 0 and optimal_aurc(1.0) == 1
+    assert risk_coverage_curve([True] * 3, [0.1, 0.2, 0.3]).area == pytest.approx(1)
+    assert risk_coverage_curve([False] * 3, [0.1, 0.2, 0.3]).area == 0
 
 
 def test_risk_between_distinct_confidences_spreads_their_errors():
@@ -90,18 +91,19 @@ def test_risk_between_distinct_confidences_spreads_their_errors():
 def test_estimates_agree_with_the_curve_and_hold_their_value():
     wrong, confidence, patients = draw_calls(3)
     found = estimate_risk(wrong, confidence, patients, seed=0)
-    assert found.area.value == pytest.approx(trace_risk(wrong, confidence).area)
+    assert found.area.value == pytest.approx(risk_coverage_curve(wrong, confidence).area)
     assert found.at[1.0].value == pytest.approx(wrong.mean()) and tuple(found.at) == COVERAGES
     for interval in (found.area, *found.at.values()):
         assert interval.low < interval.value < interval.high
     many = estimate_risk(*draw_calls(4, n=6000), seed=0)  # neighbours are taken together
-    assert many.area.value == pytest.approx(trace_risk(*draw_calls(4, n=6000)[:2]).area, abs=1e-4)
+    assert many.area.value == pytest.approx(risk_coverage_curve(*draw_calls(4, n=6000)[:2]).area, abs=1e-4)
 
 
 def test_intervals_are_the_jackknifes():
     wrong, confidence, patients = draw_calls(5)
     found = estimate_risk(wrong, confidence, patients, seed=0, coverages=[0.8])
-    without = [trace_risk(wrong[patients != k], confidence[patients != k]).area for k in np.unique(patients)]
+    kept = [patients != k for k in np.unique(patients)]
+    without = [risk_coverage_curve(wrong[k], confidence[k]).area for k in kept]
     logit = np.log(np.array(without) / (1 - np.array(without)))
     error = np.sqrt(19 / 20 * ((logit - logit.mean()) ** 2).sum())
     centre = np.log(found.area.value / (1 - found.area.value))
@@ -150,7 +152,7 @@ def test_many_patients_are_drawn_with_the_seed():
 )
 def test_what_has_no_curve_is_refused(wrong, confidence, message):
     with pytest.raises(MetricError, match=message):
-        trace_risk(wrong, confidence)
+        risk_coverage_curve(wrong, confidence)
 
 
 def test_a_coverage_that_is_none_is_refused():
@@ -219,7 +221,7 @@ def test_the_sets_of_one_promise_lie_on_the_curve():
     for threshold in (0.3, 0.5):
         entry = judge(conformal, NEW, threshold)
         pred = (NEW.prob >= threshold).astype(int)
-        curve = trace_risk(pred != NEW.target, both(NEW.prob)[np.arange(len(pred)), pred])
+        curve = risk_coverage_curve(pred != NEW.target, both(NEW.prob)[np.arange(len(pred)), pred])
         kept = 1 - entry["patch"]["abstained"]["value"]
         place = np.searchsorted(curve.coverage, kept - 1e-9)
         assert curve.coverage[place] == pytest.approx(kept)

@@ -9,11 +9,11 @@ from biopsy.core.errors import MetricError
 from biopsy.statistics.conformal import (
     abstain,
     fit_conformal,
-    fit_plain,
     groups_needed,
     hierarchical_quantile,
     predict_sets,
     score_targets,
+    split_conformal,
 )
 from simulated_cohorts import Population, UnevenPatients
 
@@ -68,7 +68,7 @@ def test_too_few_patients_are_refused_in_words():
         )
     fit = fit_conformal(both(prob), target, np.zeros(400), 0.05, unit="slide")
     assert fit.reason.endswith("= 19 calibration slides; there is 1")
-    assert fit_plain(both(prob), target, 0.1).quantiles is not None
+    assert split_conformal(both(prob), target, 0.1).quantiles is not None
 
 
 def test_each_class_needs_patients_who_have_it():
@@ -115,7 +115,7 @@ def test_with_a_patch_a_patient_it_is_plain_split_conformal(seed, alpha):
     expected = np.sort(scores)[rank - 1] if rank <= len(scores) else np.inf
     assert hierarchical_quantile(scores, np.arange(len(scores)), alpha) == expected
     prob = 1 - scores
-    plain = fit_plain(both(prob), np.ones(len(scores), int), alpha, promise="all")
+    plain = split_conformal(both(prob), np.ones(len(scores), int), alpha, promise="all")
     assert plain.unit == "patch" and plain.n_patients == len(scores)
     assert plain.quantiles == (pytest.approx(expected),) * 2 if plain.quantiles else rank > len(scores)
 
@@ -304,7 +304,7 @@ def test_plain_sets_are_those_of_mapie_and_crepes(alpha, n_classes):
     rng = np.random.default_rng(n_classes)
     probs, new = rng.dirichlet(np.full(n_classes, 0.6), size=(2, 503))
     target = np.array([rng.choice(n_classes, p=p) for p in probs])
-    ours = predict_sets(new, fit_plain(probs, target, alpha, promise="all").quantiles)
+    ours = predict_sets(new, split_conformal(probs, target, alpha, promise="all").quantiles)
 
     mapie = SplitConformalClassifier(
         Given().fit(probs, target), confidence_level=1 - alpha, conformity_score="lac", prefit=True
@@ -316,7 +316,7 @@ def test_plain_sets_are_those_of_mapie_and_crepes(alpha, n_classes):
     theirs = crepes.predict_set(hinge(new), confidence=1 - alpha, smoothing=False)
     assert (theirs.astype(bool) == ours).all()
 
-    each = predict_sets(new, fit_plain(probs, target, alpha).quantiles)
+    each = predict_sets(new, split_conformal(probs, target, alpha).quantiles)
     crepes = ConformalClassifier().fit(hinge(probs, np.arange(n_classes), target), bins=target)
     for k in range(n_classes):  # Mondrian: the class that is asked about is the bin
         theirs = crepes.predict_set(hinge(new), np.full(len(new), k), confidence=1 - alpha, smoothing=False)

@@ -6,8 +6,9 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from biopsy.core.errors import MetricError
-from biopsy.statistics.contrasts import contrast_groups, estimate_ratio
+from biopsy.statistics.contrasts import contrast_groups
 from biopsy.statistics.intervals import estimate_patch_metrics
+from biopsy.statistics.resampling import clustered_ratio
 
 
 def draw(n_groups=12, each=30, shift=0.0, spread=0.5, seed=0):
@@ -107,7 +108,7 @@ def test_nothing_to_compare_is_said():
     empty = contrast_groups([], [], [], seed=0)
     assert empty.n_chosen == 0 and np.isnan(empty.auroc.value)
     flat = contrast_groups(np.ones(len(values)), chosen, groups, seed=0)
-    assert flat.auroc.value == 0.5 and "no spread" in flat.auroc.reason
+    assert flat.auroc.value == 0.5 and "does not vary" in flat.auroc.reason
     assert np.isnan(flat.difference_sd.value)
 
 
@@ -122,13 +123,13 @@ def test_a_ratio_is_that_of_the_sums_with_the_jackknife_on_the_log_scale():
     groups = np.repeat(np.arange(8), 20)
     below = rng.random(160)
     above = below * rng.uniform(1, 2, 160)
-    found = estimate_ratio(above, below, groups, seed=0)
+    found = clustered_ratio(above, below, groups, seed=0)
     assert found.value == pytest.approx(above.sum() / below.sum())
     without = np.log([above[groups != g].sum() / below[groups != g].sum() for g in range(8)])
     error = np.sqrt(((without - without.mean()) ** 2).sum() * 7 / 8)
     assert found.low == pytest.approx(found.value * np.exp(-stats.t.ppf(0.975, 7) * error))
-    assert estimate_ratio(below, below, groups, seed=0).reason is not None
-    assert np.isnan(estimate_ratio(above, np.zeros(160), groups, seed=0).value)
+    assert clustered_ratio(below, below, groups, seed=0).reason is not None
+    assert np.isnan(clustered_ratio(above, np.zeros(160), groups, seed=0).value)
 
 
 def test_values_that_do_not_fit_are_refused():

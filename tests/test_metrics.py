@@ -19,7 +19,7 @@ from biopsy.statistics.calibration import (
     reliability_bins,
 )
 from biopsy.statistics.metrics import METRICS, measure
-from biopsy.statistics.weighted_counts import rank
+from biopsy.statistics.weighted_counts import sort_scores
 
 NAMES_IN_METRICS_JSON = (
     "auroc auprc sensitivity specificity ppv npv balanced_accuracy f1 mcc accuracy brier nll ece "
@@ -79,7 +79,7 @@ def test_equal_to_scikit_learn(case, weighted):
     target, prob = CASES[case]
     lightest = 1 if case == "six patches" else 0
     weight = np.random.default_rng(9).integers(lightest, 4, len(target)).astype(float) if weighted else None
-    ours = measure(rank(target, prob, THRESHOLD).tally(weight))
+    ours = measure(sort_scores(target, prob, THRESHOLD).count(weight))
     for name, theirs in of_sklearn(target, prob, weight).items():
         assert ours[name] == pytest.approx(theirs, rel=0, abs=1e-12), name
 
@@ -87,7 +87,7 @@ def test_equal_to_scikit_learn(case, weighted):
 @pytest.mark.parametrize("case", ["continuous", "many ties", "confident", "rare positives"])
 def test_calibration_slope_and_intercept_equal_other_fits(case):
     target, prob = CASES[case]
-    ours = measure(rank(target, prob).tally(), ["calibration_slope", "calibration_intercept"])
+    ours = measure(sort_scores(target, prob).count(), ["calibration_slope", "calibration_intercept"])
     x = clipped_logit(prob)
     fit = LogisticRegression(C=np.inf, tol=1e-12, max_iter=10_000, solver="newton-cholesky")
     assert ours["calibration_slope"] == pytest.approx(fit.fit(x[:, None], target).coef_[0, 0], abs=1e-6)
@@ -99,7 +99,7 @@ def test_calibration_recovers_a_known_distortion():
     rng = np.random.default_rng(0)
     true_logit = rng.normal(0, 1.5, 200_000)
     target = rng.random(len(true_logit)) < special.expit(true_logit)
-    ours = measure(rank(target, special.expit(2 * true_logit)).tally(), ["calibration_slope"])
+    ours = measure(sort_scores(target, special.expit(2 * true_logit)).count(), ["calibration_slope"])
     assert ours["calibration_slope"] == pytest.approx(0.5, abs=0.01)
 
 
@@ -133,14 +133,14 @@ def test_calibration_error_keeps_ties_together():
     target, prob = [1] * 4 + [0] * 6 + [1] * 5, [0.2] * 10 + [0.7] * 5
     assert reliability_bins(target, prob).n.tolist() == [10, 5]
     by_hand = (10 * abs(0.2 - 0.4) + 5 * abs(0.7 - 1)) / 15
-    assert measure(rank(target, prob).tally(), ["ece"])["ece"] == pytest.approx(by_hand, abs=1e-15)
+    assert measure(sort_scores(target, prob).count(), ["ece"])["ece"] == pytest.approx(by_hand, abs=1e-15)
 
 
 def test_calibration_error_is_the_mean_gap_of_its_reliability_bins():
     target, prob = CASES["continuous"]
     bins = reliability_bins(target, prob)
     gaps = (bins.n * abs(bins.mean_prob - bins.observed)).sum() / len(prob)
-    assert measure(rank(target, prob).tally(), ["ece"])["ece"] == pytest.approx(gaps, abs=1e-15)
+    assert measure(sort_scores(target, prob).count(), ["ece"])["ece"] == pytest.approx(gaps, abs=1e-15)
     assert len(bins.n) == 15
     assert bins.n.max() - bins.n.min() <= 1
 
@@ -159,13 +159,13 @@ def test_floor_of_calibration_error():
 
 def test_perfect_and_reversed_predictors():
     target = np.array([0, 0, 0, 1, 1])
-    perfect = measure(rank(target, target.astype(float)).tally())
+    perfect = measure(sort_scores(target, target.astype(float)).count())
     higher = [n for n, m in METRICS.items() if m.better == "higher"]
     assert {n: perfect[n] for n in higher} == dict.fromkeys(higher, 1.0)
     assert perfect["brier"] == perfect["ece"] == 0
     assert perfect["nll"] == pytest.approx(0, abs=1e-15)
     assert math.isnan(perfect["calibration_slope"])
-    reversed_ = measure(rank(target, 1.0 - target).tally())
+    reversed_ = measure(sort_scores(target, 1.0 - target).count())
     assert reversed_["auroc"] == reversed_["accuracy"] == reversed_["sensitivity"] == 0
     assert reversed_["mcc"] == -1
     assert reversed_["brier"] == 1
@@ -173,7 +173,7 @@ def test_perfect_and_reversed_predictors():
 
 def test_a_constant_predictor_knows_nothing():
     target, prob = np.array([1, 0, 0, 0]), np.full(4, 0.25)
-    ours = measure(rank(target, prob).tally())
+    ours = measure(sort_scores(target, prob).count())
     assert ours["auroc"] == 0.5
     assert ours["auprc"] == 0.25
     assert ours["ece"] == 0
@@ -195,9 +195,9 @@ samples = st.lists(
 def test_flipping_classes(rows):
     target, twentieths, weight = np.array(rows).T
     weight = weight.astype(float)
-    ours = measure(rank(target, twentieths / 20, 0.49).tally(weight))
-    flipped = measure(rank(1 - target, 1 - twentieths / 20, 0.51).tally(weight))
-    turned = measure(rank(1 - target, twentieths / 20).tally(weight), ["auroc"])
+    ours = measure(sort_scores(target, twentieths / 20, 0.49).count(weight))
+    flipped = measure(sort_scores(1 - target, 1 - twentieths / 20, 0.51).count(weight))
+    turned = measure(sort_scores(1 - target, twentieths / 20).count(weight), ["auroc"])
     assert turned["auroc"] == pytest.approx(1 - ours["auroc"], abs=1e-12)
     pairs = [("sensitivity", "specificity"), ("ppv", "npv")]
     pairs += [(n, n) for n in ("auroc", "balanced_accuracy", "mcc", "accuracy", "brier", "nll")]
@@ -210,11 +210,11 @@ def test_flipping_classes(rows):
 @given(samples, st.randoms(use_true_random=False))
 def test_order_does_not_matter_and_weight_is_repetition(rows, random):
     target, twentieths, weight = np.array(rows).T
-    weighted = measure(rank(target, twentieths / 20).tally(weight.astype(float)))
+    weighted = measure(sort_scores(target, twentieths / 20).count(weight.astype(float)))
     repeated = [(t, p) for t, p, w in rows for _ in range(w)]
     random.shuffle(repeated)
     target, twentieths = np.array(repeated).T
-    plain = measure(rank(target, twentieths / 20).tally())
+    plain = measure(sort_scores(target, twentieths / 20).count())
     for name in METRICS:
         assert weighted[name] == pytest.approx(plain[name], rel=1e-6, abs=1e-9, nan_ok=True), name
 
@@ -237,14 +237,14 @@ UNDEFINED = [
 
 @pytest.mark.parametrize(("target", "prob", "name", "reason"), UNDEFINED)
 def test_undefined_is_nan_with_a_reason(target, prob, name, reason):
-    tally = rank(target, prob).tally()
-    assert math.isnan(METRICS[name].compute(tally))
-    assert reason in METRICS[name].why_undefined(tally)
+    counts = sort_scores(target, prob).count()
+    assert math.isnan(METRICS[name].compute(counts))
+    assert reason in METRICS[name].why_undefined(counts)
 
 
 def test_confusion_at_the_threshold_counts_equality_as_positive():
-    tally = rank([1, 1, 0, 0, 0], [0.5, 0.4, 0.5, 0.1, 0.2], 0.5).tally()
-    assert (tally.tp, tally.fp, tally.fn, tally.tn) == (1, 1, 1, 2)
+    counts = sort_scores([1, 1, 0, 0, 0], [0.5, 0.4, 0.5, 0.1, 0.2], 0.5).count()
+    assert (counts.tp, counts.fp, counts.fn, counts.tn) == (1, 1, 1, 2)
 
 
 REFUSED = [
@@ -261,14 +261,14 @@ REFUSED = [
 @pytest.mark.parametrize(("target", "prob", "message"), REFUSED)
 def test_values_that_allow_no_metric_are_refused(target, prob, message):
     with pytest.raises(MetricError, match=message):
-        rank(target, prob)
+        sort_scores(target, prob)
 
 
 def test_patches_without_a_patient_are_refused():
-    with pytest.raises(MetricError, match="1 group ids stand beside 2 patches"):
-        rank([0, 1], [0.2, 0.3], group_ids=["a", None])
+    with pytest.raises(MetricError, match="1 group ids for 2 patches"):
+        sort_scores([0, 1], [0.2, 0.3], group_ids=["a", None])
 
 
 def test_an_unknown_metric_names_the_nearest():
     with pytest.raises(MetricError, match="did you mean 'auroc'"):
-        measure(rank([0, 1], [0.2, 0.3]).tally(), ["auroc1"])
+        measure(sort_scores([0, 1], [0.2, 0.3]).count(), ["auroc1"])

@@ -10,10 +10,11 @@ from sklearn import metrics as sk
 
 from biopsy.core.errors import MetricError
 from biopsy.statistics.calibration import reliability_bins
-from biopsy.statistics.intervals import estimate_class_metrics, estimate_metrics, replicate, reweightings
+from biopsy.statistics.intervals import estimate_class_metrics, estimate_metrics, replicate
 from biopsy.statistics.metrics import METRICS, measure, metric
-from biopsy.statistics.multiclass import MULTICLASS_METRICS, ClassTally, class_sample, classification_report
-from biopsy.statistics.weighted_counts import Tally, rank
+from biopsy.statistics.multiclass import MULTICLASS_METRICS, ClassCounts, class_sample, classification_report
+from biopsy.statistics.resampling import Resampler
+from biopsy.statistics.weighted_counts import WeightedCounts, sort_scores
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -56,7 +57,7 @@ def test_equal_to_scikit_learn(n_classes, signal, weighted):
     target, probs, groups = draw(n_classes=n_classes, signal=signal)
     sample = class_sample(target, probs, "abcdefgh"[:n_classes], group_ids=groups)
     weight = np.random.default_rng(1).integers(0, 4, 12).astype(float) if weighted else None
-    ours = measure(sample.tally(weight))
+    ours = measure(sample.count(weight))
     theirs = of_sklearn(target, probs, None if weight is None else weight[groups])
     assert set(ours) - set(theirs) == {"ece"}
     for name, value in theirs.items():
@@ -69,21 +70,21 @@ def test_accuracy_is_the_share_that_is_right():
     target = rng.integers(0, 8, 45)
     pred = np.where(np.arange(45) < 14, target, (target + 1) % 8)
     sample = class_sample(target, np.eye(8)[pred], list("abcdefgh"), group_ids=np.arange(45) // 5)
-    assert measure(sample.tally(), ["accuracy"])["accuracy"] == 14 / 45
-    each = [measure(one.tally(), ["accuracy"])["accuracy"] for one in sample.one_vs_rest]
+    assert measure(sample.count(), ["accuracy"])["accuracy"] == 14 / 45
+    each = [measure(one.count(), ["accuracy"])["accuracy"] for one in sample.one_vs_rest]
     assert np.mean(each) > 0.8
 
 
 def test_top_label_calibration_error_is_the_mean_gap_of_its_reliability_bins():
     target, probs, groups = draw()
     sample = class_sample(target, probs, NAMES, group_ids=groups)
-    assert measure(sample.tally(), ["ece"])["ece"] == pytest.approx(top_label_ece(target, probs), abs=1e-15)
+    assert measure(sample.count(), ["ece"])["ece"] == pytest.approx(top_label_ece(target, probs), abs=1e-15)
 
 
 def test_two_classes_agree_with_the_metrics_of_two():
     target, probs, groups = draw(n_classes=2)
-    ours = measure(class_sample(target, probs, ["x", "y"], group_ids=groups).tally())
-    binary = measure(rank(target, probs[:, 1]).tally())
+    ours = measure(class_sample(target, probs, ["x", "y"], group_ids=groups).count())
+    binary = measure(sort_scores(target, probs[:, 1]).count())
     same = {"accuracy": "accuracy", "balanced_accuracy": "balanced_accuracy", "mcc": "mcc", "nll": "nll"}
     same |= {"auroc": "auroc"}
     for name, other in same.items():
@@ -93,11 +94,11 @@ def test_two_classes_agree_with_the_metrics_of_two():
 
 def test_perfect_and_constant_predictors():
     target = np.tile([0, 1, 2], 8)
-    perfect = measure(class_sample(target, np.eye(3)[target], NAMES[:3], group_ids=target).tally())
+    perfect = measure(class_sample(target, np.eye(3)[target], NAMES[:3], group_ids=target).count())
     wanted = {m.name: m.ideal for m in MULTICLASS_METRICS.values()}
     assert perfect == pytest.approx(wanted, abs=1e-12)
     constant = np.tile([0.5, 0.3, 0.2], (24, 1))
-    ours = measure(class_sample(target, constant, NAMES[:3], group_ids=target).tally())
+    ours = measure(class_sample(target, constant, NAMES[:3], group_ids=target).count())
     assert ours["kappa"] == ours["kappa_quadratic"] == pytest.approx(0)
     assert ours["auroc"] == 0.5 and math.isnan(ours["mcc"])
 
@@ -116,8 +117,9 @@ def test_intervals_leave_out_whole_patients(name):
 def test_bootstrap_draws_whole_patients():
     target, probs, groups = draw(n=480, n_groups=120)
     names = ["kappa", "f1_macro", "auroc_micro"]
-    result = replicate(class_sample(target, probs, NAMES, group_ids=groups), seed=5, draws=3, names=names)
-    for i, weight in enumerate(reweightings(120, seed=5, draws=3)):
+    resampler = Resampler(120, seed=5, draws=3)
+    result = replicate(class_sample(target, probs, NAMES, group_ids=groups), resampler, names)
+    for i, weight in enumerate(resampler.resample_weights()):
         rows = np.concatenate(
             [np.flatnonzero(groups == p) for p in np.repeat(range(120), weight.astype(int))]
         )
@@ -183,13 +185,13 @@ def test_a_class_never_called_has_no_precision():
 
 def test_one_registration_adds_a_metric_that_is_no_function_of_a_confusion_table(own_registrations):
     @metric("ranking", bounds=(0.0, 1.0))
-    def hinge_free_gap(tally: Tally) -> float:
-        mean = np.average(tally.y_prob, weights=tally.sample_weight * (tally.y_true == 1))
+    def hinge_free_gap(counts: WeightedCounts) -> float:
+        mean = np.average(counts.y_prob, weights=counts.sample_weight * (counts.y_true == 1))
         return float(mean)
 
-    @metric("ranking", of=ClassTally, label="top-2 accuracy")
-    def top_two(tally: ClassTally) -> float:
-        return sk.top_k_accuracy_score(tally.y_true, tally.y_prob, k=2, sample_weight=tally.sample_weight)
+    @metric("ranking", of=ClassCounts, label="top-2 accuracy")
+    def top_two(counts: ClassCounts) -> float:
+        return sk.top_k_accuracy_score(counts.y_true, counts.y_prob, k=2, sample_weight=counts.sample_weight)
 
     target, probs, groups = draw()
     sample = class_sample(target, probs, NAMES, group_ids=groups)
@@ -209,8 +211,8 @@ REFUSED = [
     ({"probs": np.full((4, 3), np.nan)}, "4 rows have probabilities outside 0-1 or missing"),
     ({"probs": np.tile([2.0, -1.0, 0.0], (4, 1))}, "outside 0-1"),
     ({"probs": np.full((4, 3), 0.3)}, "do not sum to one; the first is row 0"),
-    ({"group_ids": ["p", None, "q", "q"]}, "3 group ids stand beside 4 patches"),
-    ({"group_ids": ["p"]}, "1 group ids stand beside 4 patches"),
+    ({"group_ids": ["p", None, "q", "q"]}, "3 group ids for 4 patches"),
+    ({"group_ids": ["p"]}, "1 group ids for 4 patches"),
 ]
 
 

@@ -328,7 +328,7 @@ def compare(
 
 def _print_comparison(found: Mapping[str, Any]) -> None:
     from biopsy.evaluation.comparison.page import list_differences, say_p, say_verdict
-    from biopsy.statistics.intervals import FEWEST_GROUPS
+    from biopsy.statistics.resampling import FEWEST_GROUPS
 
     of_groups = "" if found["unit"] == "patch" else f" of {found['n_patients']:,} {found['unit']}(s)"
     print(f"the same {found['n_patches']:,} test patches{of_groups}; the reference is {found['reference']}")

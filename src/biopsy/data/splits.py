@@ -25,7 +25,7 @@ from biopsy.data.leakage import SIDES, check_no_leakage, find_overlap, leave_out
 from biopsy.data.official_splits import Cases
 from biopsy.data.packs import Pack, Unit, group_by_unit
 from biopsy.data.protocols import MAY_OVERLAP, PROTOCOLS, PUBLISHED, Request
-from biopsy.statistics.intervals import FEWEST_GROUPS
+from biopsy.statistics.resampling import FEWEST_GROUPS
 
 __all__ = [
     "FORMAT",

@@ -28,7 +28,6 @@ from biopsy.models.inference import predict_logits
 from biopsy.statistics.calibration import ece_floor
 from biopsy.statistics.decisions import check_prevalence
 from biopsy.statistics.intervals import (
-    Interval,
     describe_method,
     estimate_class_metrics,
     estimate_metrics,
@@ -36,7 +35,8 @@ from biopsy.statistics.intervals import (
 )
 from biopsy.statistics.multiclass import ClassSample, classification_report
 from biopsy.statistics.paired import estimate_differences
-from biopsy.statistics.weighted_counts import rank
+from biopsy.statistics.resampling import Interval
+from biopsy.statistics.weighted_counts import sort_scores
 from biopsy.training.postprocessing import warn_of_spread
 from biopsy.training.runs import Run
 
@@ -320,7 +320,7 @@ def _compare_with_colour(
     if positive is None or result["auroc"] is None:
         return result
     truth, groups = (pack.target[rows] == positive).astype(int), pack.group_ids[rows]
-    seed, alone = run.info["seed"], rank(truth, theirs[:, positive], group_ids=groups)
+    seed, alone = run.info["seed"], sort_scores(truth, theirs[:, positive], group_ids=groups)
     interval = estimate_metrics(alone, seed=seed, names=["auroc"], level=LEVEL, unit=pack.unit)["auroc"]
     gain = estimate_differences(
         truth,

@@ -6,9 +6,8 @@ import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
 
-from biopsy.statistics.intervals import estimate_metric, estimate_patient_metrics, replicate
-from biopsy.statistics.metrics import METRICS
-from biopsy.statistics.weighted_counts import rank
+from biopsy.statistics.intervals import estimate_metrics, estimate_patient_metrics
+from biopsy.statistics.weighted_counts import sort_scores
 
 REACH = 1.25  # steps of the grid: a patch has eight neighbours, up, down, left, right and diagonal
 ZONES = {
@@ -123,8 +122,8 @@ def measure_zones(
             continue
         sample = truth[chosen], prob[chosen], group_ids[chosen], threshold
         called = sample[1] >= threshold
-        ranked = rank(sample[0], sample[1], threshold, group_ids=sample[2])
-        result = replicate(ranked, seed=seed, names=SHOWN)
+        scores = sort_scores(sample[0], sample[1], threshold, group_ids=sample[2])
+        pooled = estimate_metrics(scores, seed=seed, names=SHOWN, unit=unit)
         each = None if unit == "patch" else estimate_patient_metrics(*sample, unit=unit)
         found[zone_name] = {
             "n_patches": int(chosen.sum()),
@@ -132,10 +131,7 @@ def measure_zones(
             "n_groups": len(np.unique(sample[2])),
             "fn": int(((sample[0] == 1) & ~called).sum()),
             "fp": int(((sample[0] == 0) & called).sum()),
-            "patch": {
-                name: estimate_metric(METRICS[name], ranked, result, level=0.95, unit=unit).to_dict()
-                for name in SHOWN
-            },
+            "patch": {name: interval.to_dict() for name, interval in pooled.items()},
             "patient": None if each is None else {name: each[name].to_dict() for name in SHOWN},
         }
     return found

@@ -9,7 +9,7 @@ import pandas as pd
 from biopsy.data.packs import Pack, group_by_unit
 from biopsy.data.predictions import decide
 from biopsy.statistics.multiclass import ClassSample, class_sample
-from biopsy.statistics.weighted_counts import Ranked, rank
+from biopsy.statistics.weighted_counts import SortedScores, sort_scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +87,13 @@ class ScoredPatches:
         assert self.positive_index is not None
         return self.probs[:, self.positive_index]
 
-    def sample(self) -> Ranked | ClassSample:
+    def sample(self) -> SortedScores | ClassSample:
         """Return the patches ready for metrics: of two classes, or of more."""
         ids = self.group_ids
         if self.positive_index is None:
             return class_sample(self.target, self.probs, self.class_names, group_ids=ids, pred=self.pred)
-        return rank(self.is_positive, self.prob, group_ids=ids, called=self.pred == self.positive_index)
+        y_pred = self.pred == self.positive_index
+        return sort_scores(self.is_positive, self.prob, group_ids=ids, y_pred=y_pred)
 
     def confusion(self) -> np.ndarray:
         """Return patches by true class (rows) and called class (columns)."""

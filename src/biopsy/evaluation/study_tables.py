@@ -14,6 +14,7 @@ from biopsy.evaluation.scored import ScoredPatches
 from biopsy.statistics.intervals import average, describe_method, estimate_metric, replicate
 from biopsy.statistics.metrics import measure, registry
 from biopsy.statistics.multiclass import classification_report
+from biopsy.statistics.resampling import Resampler
 from biopsy.training.runs import Run
 from biopsy.training.study import Study
 
@@ -82,7 +83,7 @@ def summarise(table: pd.DataFrame, pooled: pd.DataFrame, metrics: dict[str, Any]
             for frame in pool_by_seed(pooled[pooled["recipe"] == recipe])
         ]
         entry["pooled"] = measure_pooled(seeds)
-        entry["over_seeds"] = _spread([measure(one.sample().tally()) for one in seeds])
+        entry["over_seeds"] = _spread([measure(one.sample().count()) for one in seeds])
         document["recipes"][recipe] = entry
     return document
 
@@ -165,23 +166,20 @@ def measure_pooled(seeds: Sequence[ScoredPatches]) -> dict[str, Any]:
         seeds: The predictions of each seed.
     """
     first, samples = seeds[0], [one.sample() for one in seeds]
-    options: dict[str, Any] = {"level": LEVEL, "unit": first.unit}
-    mean, known = (
-        average([replicate(sample, seed=0) for sample in samples]),
-        registry(type(samples[0].tally())),
-    )
+    resampler = Resampler(len(samples[0].groups), unit=first.unit, level=LEVEL)
+    mean = average([replicate(sample, resampler) for sample in samples])
     matrix = np.sum([one.confusion() for one in seeds], axis=0)
     found = {
         "n_patches": len(first),
-        "n_patients": mean.n_groups,
+        "n_patients": resampler.n_groups,
         "n_seeds": len(seeds),
         "class_names": list(first.class_names),
         "patch": {
-            name: estimate_metric(metric, samples[0], mean, **options).to_dict()
-            for name, metric in known.items()
+            name: estimate_metric(metric, samples[0], mean).to_dict()
+            for name, metric in registry(type(samples[0].count())).items()
         },
         "classification_report": classification_report(matrix, first.class_names),
-        "interval": describe_method(mean.n_groups, seed=0, **options),
+        "interval": describe_method(resampler.n_groups, seed=0, level=LEVEL, unit=first.unit),
     }
     if first.positive_index is None:
         return found | {"confusion_matrix": matrix}

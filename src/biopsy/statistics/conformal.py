@@ -179,7 +179,7 @@ def fit_conformal(
     return Conformal(alpha, promise, every, n_patients, len(scores), unit)
 
 
-def fit_plain(
+def split_conformal(
     probs: ArrayLike, target: ArrayLike, alpha: float, *, promise: Promise = "each-class"
 ) -> Conformal:
     """Fit plain split conformal sets, as if patches were independent: to be shown as what it is.

@@ -1,10 +1,5 @@
-"""A measured value in two sets of patches, and one quantity as a share of another, over patients.
+"""A measured value in two sets of patches, compared over patients."""
 
-Every comparison is a number on the sample as it is and on each of its `replicates.reweightings`: patients are
-left out or drawn anew, never patches. The interval follows from their spread as for any metric.
-"""
-
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,19 +8,18 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from biopsy.core.errors import MetricError
-from biopsy.statistics.intervals import (
-    BOOTSTRAP_FROM,
+from biopsy.statistics.intervals import PatientSummary, summarise_groups
+from biopsy.statistics.metrics import METRICS
+from biopsy.statistics.resampling import (
     DRAWS,
+    Floats,
+    InformativeGroups,
     Interval,
-    Method,
-    PatientSummary,
-    estimate_from,
-    replicate,
-    reweightings,
-    summarise_groups,
+    Resampler,
+    fewest_informative,
+    sum_groups,
 )
-from biopsy.statistics.metrics import METRICS, UNBOUNDED, measure
-from biopsy.statistics.weighted_counts import Floats, rank
+from biopsy.statistics.weighted_counts import sort_scores
 
 AUROC = METRICS["auroc"]
 
@@ -89,114 +83,41 @@ def contrast_groups(
         raise MetricError(f"values {values.shape}, not all finite, or not one each of {chosen.shape} patches")
     if not 0 < chosen.sum() < len(chosen):
         return _nothing_to_compare(values, chosen, names)
-    ranked = rank(chosen.astype(int), rankdata(values) / (len(values) + 1), group_ids=group_ids)
-    codes, n_groups = pd.factorize(group_ids, sort=True)[0], len(ranked.groups)
+    scores = sort_scores(chosen.astype(int), rankdata(values) / (len(values) + 1), group_ids=group_ids)
+    codes, n_groups = pd.factorize(group_ids, sort=True)[0], len(scores.groups)
     sums = _sums(values - values.mean(), chosen, codes, n_groups)
-    counts = np.array([np.count_nonzero(sums[:, column]) for column in (0, 3)])
-    rarer = int(counts.argmin())
-    carriers = (int(counts[rarer]), f"{names[rarer]} patches")
-    result = replicate(ranked, seed=seed, draws=draws, names=["auroc"])
-    each = pd.DataFrame(
-        {
-            "n_chosen": sums[:, 0].astype(int),
-            "n_others": sums[:, 3].astype(int),
-            "auroc": [_auroc(values[codes == code], chosen[codes == code]) for code in range(n_groups)],
-        }
-        if unit != "patch"
-        else {},
-        index=ranked.groups if unit != "patch" else None,
+    informative = fewest_informative(
+        [InformativeGroups(sums[:, 3 * k], f"{name} patches") for k, name in enumerate(names)]
     )
+    resampler = Resampler(n_groups, seed, unit, level, draws)
+    [difference] = resampler.estimate(
+        lambda weight: _difference_sd(weight @ sums), [informative], undefined="the value does not vary"
+    )
+    [auroc] = resampler.estimate(
+        lambda weight: AUROC.compute(scores.count(weight)), [informative], bounds=AUROC.bounds
+    )
+    by_group, within = pd.DataFrame(), None
+    if unit != "patch":
+        each = [_auroc(values[codes == code], chosen[codes == code]) for code in range(n_groups)]
+        columns = {"n_chosen": sums[:, 0].astype(int), "n_others": sums[:, 3].astype(int), "auroc": each}
+        by_group = pd.DataFrame(columns, index=scores.groups)
+        within = summarise_groups(AUROC, np.array(each), level, unit)
     return Contrast(
         int(chosen.sum()),
         int((~chosen).sum()),
         float(values[chosen].mean()),
         float(values[~chosen].mean()),
-        _estimate(
-            lambda weight: _difference_sd(weight @ sums),
-            n_groups,
-            carriers,
-            UNBOUNDED,
-            seed,
-            unit,
-            level,
-            draws,
-        ),
-        _interval(
-            result.value["auroc"],
-            result.replicates["auroc"],
-            result.method,
-            carriers,
-            AUROC.bounds,
-            unit,
-            level,
-        ),
-        summarise_groups(AUROC, each["auroc"].to_numpy(float), level, unit) if unit != "patch" else None,
-        each,
+        difference,
+        auroc,
+        within,
+        by_group,
     )
-
-
-def estimate_ratio(
-    numerator: ArrayLike,
-    denominator: ArrayLike,
-    group_ids: ArrayLike,
-    *,
-    seed: int,
-    unit: str = "patient",
-    level: float = 0.95,
-    draws: int = DRAWS,
-) -> Interval:
-    """Give the sum of one quantity over patches divided by the sum of another, neither below 0."""
-    codes, groups = pd.factorize(np.asarray(group_ids, dtype=object), sort=True)
-    sums = np.stack(
-        [np.bincount(codes, np.asarray(part, float), len(groups)) for part in (numerator, denominator)]
-    )
-
-    def ratio(weight: Floats) -> float:
-        above, below = sums @ weight
-        return float(above / below) if below > 0 else float("nan")
-
-    carriers = (int(np.count_nonzero(sums[1])), "patches")
-    return _estimate(ratio, len(groups), carriers, (0.0, np.inf), seed, unit, level, draws)
-
-
-def _estimate(
-    statistic: Callable[[Floats], float],
-    n_groups: int,
-    carriers: tuple[int, str],
-    bounds: tuple[float, float],
-    seed: int,
-    unit: str,
-    level: float,
-    draws: int,
-) -> Interval:
-    """Give a statistic of weights, one a group, with its interval."""
-    replicates = np.array([statistic(weight) for weight in reweightings(n_groups, seed=seed, draws=draws)])
-    method: Method = "jackknife" if n_groups < BOOTSTRAP_FROM else "bootstrap"
-    return _interval(statistic(np.ones(n_groups)), replicates, method, carriers, bounds, unit, level)
-
-
-def _interval(
-    value: float,
-    replicates: Floats,
-    method: Method,
-    carriers: tuple[int, str],
-    bounds: tuple[float, float],
-    unit: str,
-    level: float,
-) -> Interval:
-    if np.isnan(value):
-        return Interval(value, reason=f"undefined: no spread, or no {carriers[1]}")
-    return estimate_from(value, replicates, method, carriers, bounds=bounds, level=level, unit=unit)
 
 
 def _sums(values: Floats, chosen: NDArray[np.bool_], codes: NDArray[np.intp], n_groups: int) -> Floats:
     """Count, sum and sum of squares of the chosen, then of the others, for each group: ``(n_groups, 6)``."""
-    columns = [
-        np.bincount(codes[kind], values[kind] ** power, n_groups)
-        for kind in (chosen, ~chosen)
-        for power in range(3)
-    ]
-    return np.stack(columns, axis=1)
+    columns = [kind * values**power for kind in (chosen, ~chosen) for power in range(3)]
+    return sum_groups(codes, n_groups, *columns)
 
 
 def _difference_sd(sums: Floats) -> float:
@@ -212,7 +133,8 @@ def _difference_sd(sums: Floats) -> float:
 
 
 def _auroc(values: Floats, chosen: NDArray[np.bool_]) -> float:
-    return measure(rank(chosen.astype(int), rankdata(values) / (len(values) + 1)).tally(), ["auroc"])["auroc"]
+    scores = sort_scores(chosen.astype(int), rankdata(values) / (len(values) + 1))
+    return AUROC.compute(scores.count())
 
 
 def _nothing_to_compare(values: Floats, chosen: NDArray[np.bool_], names: tuple[str, str]) -> Contrast:

@@ -8,26 +8,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike
 
 from biopsy.core.errors import MetricError
-from biopsy.statistics.intervals import (
+from biopsy.statistics.resampling import (
     DRAWS,
-    FEWEST_GROUPS,
+    SHARE,
+    UNBOUNDED,
+    Bounds,
+    Floats,
+    InformativeGroups,
     Interval,
-    Method,
-    bound_interval,
-    estimate_from,
-    reweigh,
+    Resampler,
+    divide,
+    fewest_informative,
+    group_codes,
+    sum_groups,
 )
-from biopsy.statistics.metrics import UNBOUNDED
-from biopsy.statistics.weighted_counts import Floats, check_binary
+from biopsy.statistics.weighted_counts import check_binary
 
 Rule = Callable[[Floats, Floats, Floats, Floats], Floats]
 """Positive and negative patches, true and false positives in; one number out."""
-
-SHARE = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,16 @@ class Calls:
         by_group: ``(n_groups, 2 + 2 k)``: positive and negative patches, then true positives at each
             threshold, then false positives.
         replicates: The same sums on each reweighting, ``(n_replicates, 2 + 2 k)``.
-        method: How the groups were reweighted.
-        unit: What a group is.
-        level: Nominal coverage of the intervals.
+        resampler: How the groups were reweighted.
     """
 
     thresholds: Floats
     by_group: Floats
     replicates: Floats
-    method: Method
-    unit: str
-    level: float
+    resampler: Resampler
 
     def counts(self, sums: Floats, at: int) -> tuple[Floats, Floats, Floats, Floats]:
-        """Give positive, negative, true positive and false positive patches at one threshold."""
+        """Return positive, negative, true positive and false positive patches at one threshold."""
         k = len(self.thresholds)
         return sums[..., 0], sums[..., 1], sums[..., 2 + at], sums[..., 2 + k + at]
 
@@ -84,39 +81,36 @@ def count_calls(
         MetricError: If a target is not 0 or 1, or a probability not in 0-1.
     """
     truth, prob = check_binary(target, prob)
-    codes, groups = pd.factorize(np.asarray(group_ids, dtype=object), sort=True)
-    n_groups = len(groups)
-
-    def count(chosen: Floats) -> Floats:
-        return np.asarray(np.bincount(codes, chosen, n_groups), np.float64)
-
+    codes, groups = group_codes(group_ids)
     called = [prob >= threshold for threshold in thresholds]
-    columns = [count(truth), count(1 - truth)]
-    columns += [count(truth * call) for call in called] + [count((1 - truth) * call) for call in called]
-    by_group = np.stack(columns, axis=1)
-    replicates, method = reweigh(by_group, seed=seed, draws=draws)
-    return Calls(np.asarray(thresholds, np.float64), by_group, replicates, method, unit, level)
+    columns = [truth, 1 - truth, *(truth * call for call in called), *((1 - truth) * call for call in called)]
+    by_group = sum_groups(codes, len(groups), *columns)
+    resampler = Resampler(len(groups), seed, unit, level, draws)
+    _, replicates = resampler.replicate(lambda weight: weight @ by_group)
+    return Calls(np.asarray(thresholds, np.float64), by_group, replicates, resampler)
 
 
 def estimate_rates(calls: Calls, at: int) -> dict[str, Interval]:
-    """Give sensitivity, specificity, ppv and npv at the threshold number ``at``."""
+    """Return sensitivity, specificity, ppv and npv at the threshold number ``at``."""
     pos, neg, tp, fp = calls.counts(calls.by_group, at)
-    return {
-        "sensitivity": _estimate(calls, at, lambda p, n, t, f: _divide(t, p), pos, "positive patches"),
-        "specificity": _estimate(calls, at, lambda p, n, t, f: _divide(n - f, n), neg, "negative patches"),
-        "ppv": _estimate(calls, at, lambda p, n, t, f: _divide(t, t + f), tp + fp, "patches called positive"),
-        "npv": _estimate(
-            calls,
-            at,
-            lambda p, n, t, f: _divide(n - f, n - f + p - t),
+    rules: dict[str, tuple[Rule, Floats, str]] = {
+        "sensitivity": (lambda p, n, t, f: divide(t, p), pos, "positive patches"),
+        "specificity": (lambda p, n, t, f: divide(n - f, n), neg, "negative patches"),
+        "ppv": (lambda p, n, t, f: divide(t, t + f), tp + fp, "patches called positive"),
+        "npv": (
+            lambda p, n, t, f: divide(n - f, n - f + p - t),
             pos + neg - tp - fp,
             "patches called negative",
         ),
     }
+    return {
+        name: _estimate(calls, at, rule, InformativeGroups(patches, description), share=True)
+        for name, (rule, patches, description) in rules.items()
+    }
 
 
 def estimate_predictive_values(calls: Calls, at: int, prevalence: float) -> dict[str, Interval]:
-    """Give ppv and npv where a stated share of patches is positive, by Bayes' rule.
+    """Return ppv and npv where a stated share of patches is positive, by Bayes' rule.
 
     Sensitivity and specificity are taken from the sample and held to be the same there.
 
@@ -126,23 +120,25 @@ def estimate_predictive_values(calls: Calls, at: int, prevalence: float) -> dict
     check_prevalence(prevalence)
 
     def ppv(pos: Floats, neg: Floats, tp: Floats, fp: Floats) -> Floats:
-        right, wrong = _divide(tp, pos) * prevalence, _divide(fp, neg) * (1 - prevalence)
-        return _divide(right, right + wrong)
+        right, wrong = divide(tp, pos) * prevalence, divide(fp, neg) * (1 - prevalence)
+        return divide(right, right + wrong)
 
     def npv(pos: Floats, neg: Floats, tp: Floats, fp: Floats) -> Floats:
-        right, wrong = _divide(neg - fp, neg) * (1 - prevalence), _divide(pos - tp, pos) * prevalence
-        return _divide(right, right + wrong)
+        right, wrong = divide(neg - fp, neg) * (1 - prevalence), divide(pos - tp, pos) * prevalence
+        return divide(right, right + wrong)
 
     pos, neg, _, _ = calls.counts(calls.by_group, at)
-    rarer, has = min((pos, "positive patches"), (neg, "negative patches"), key=lambda one: (one[0] > 0).sum())
+    informative = fewest_informative(
+        [InformativeGroups(pos, "positive patches"), InformativeGroups(neg, "negative patches")]
+    )
     return {
-        "ppv": _estimate(calls, at, ppv, rarer, has, share=False),
-        "npv": _estimate(calls, at, npv, rarer, has, share=False),
+        "ppv": _estimate(calls, at, ppv, informative),
+        "npv": _estimate(calls, at, npv, informative),
     }
 
 
 def estimate_net_benefit(calls: Calls, at: int) -> Interval:
-    """Give the net benefit of acting on what is called positive at the threshold number ``at``.
+    """Return the net benefit of acting on what is called positive at the threshold number ``at``.
 
     ``tp / n - fp / n * t / (1 - t)``: true positives less false ones, weighed by the odds of the threshold
     probability, per patch (Vickers and Elkin 2006).
@@ -150,12 +146,16 @@ def estimate_net_benefit(calls: Calls, at: int) -> Interval:
     odds = calls.thresholds[at] / (1 - calls.thresholds[at])
     pos, neg, _, _ = calls.counts(calls.by_group, at)
     return _estimate(
-        calls, at, lambda p, n, t, f: _divide(t - odds * f, p + n), pos + neg, "patches", bounds=UNBOUNDED
+        calls,
+        at,
+        lambda p, n, t, f: divide(t - odds * f, p + n),
+        InformativeGroups(pos + neg),
+        bounds=UNBOUNDED,
     )
 
 
 def net_benefit(target: ArrayLike, prob: ArrayLike, thresholds: ArrayLike) -> Floats:
-    """Give the net benefit at each threshold probability, ``(k,)``; see `estimate_net_benefit`.
+    """Return the net benefit at each threshold probability, ``(k,)``; see `estimate_net_benefit`.
 
     Probabilities of 1 for all patches give that of treating all; of treating none it is 0.
 
@@ -185,34 +185,19 @@ def check_prevalence(prevalence: float) -> None:
         )
 
 
-def _divide(above: Floats, below: Floats) -> Floats:
-    """Divide, NaN where there is nothing to divide by."""
-    above, below = np.asarray(above, np.float64), np.asarray(below, np.float64)
-    return np.divide(above, below, out=np.full(below.shape, np.nan), where=below > 0)
-
-
 def _estimate(
     calls: Calls,
     at: int,
     rule: Rule,
-    carried: Floats,
-    has: str,
+    informative: InformativeGroups,
     *,
-    bounds: tuple[float, float] = SHARE,
-    share: bool = True,
+    bounds: Bounds = SHARE,
+    share: bool = False,
 ) -> Interval:
-    value = float(rule(*calls.counts(calls.by_group.sum(axis=0), at)))
-    n = int(np.count_nonzero(carried))
-    if np.isnan(value):
-        return Interval(value, reason=f"undefined: no {has}")
-    if share and bounds == SHARE and value in SHARE and n >= FEWEST_GROUPS:
-        return bound_interval(value, n, calls.level)
-    return estimate_from(
-        value,
+    return calls.resampler.interval(
+        float(rule(*calls.counts(calls.by_group.sum(axis=0), at))),
         rule(*calls.counts(calls.replicates, at)),
-        calls.method,
-        (n, has),
+        informative,
         bounds=bounds,
-        level=calls.level,
-        unit=calls.unit,
+        share=share,
     )

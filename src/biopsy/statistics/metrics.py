@@ -16,13 +16,14 @@ import numpy as np
 from biopsy.core.errors import MetricError, suggest
 from biopsy.core.plugins import Registry
 from biopsy.statistics.calibration import calibration_error, fit_intercept, fit_recalibration
-from biopsy.statistics.weighted_counts import NEEDS, Tally
+from biopsy.statistics.resampling import SHARE, UNBOUNDED, Bounds
+from biopsy.statistics.weighted_counts import NEEDS, WeightedCounts
 
 Kind = Literal["ranking", "decision", "probability"]
 
 
 class Counts(Protocol):
-    """A weighted sample, as metrics take it: `tallies.Tally`, or `multiclass.ClassTally`."""
+    """A weighted sample, as metrics take it: `WeightedCounts`, or `multiclass.ClassCounts`."""
 
     @property
     def n(self) -> float:
@@ -55,42 +56,42 @@ class Metric:
     fn: Callable[[Any], float]
     kind: Kind
     needs: tuple[str, ...]
-    bounds: tuple[float, float]
+    bounds: Bounds
     better: Literal["higher", "lower", "near"]
     ideal: float
     share: bool
     undefined: str
 
-    def compute(self, tally: Counts) -> float:
+    def compute(self, counts: Counts) -> float:
         """Return the metric, or NaN where it is undefined."""
-        met = tally.n > 0 and all(getattr(tally, need) > 0 for need in self.needs)
-        return float(self.fn(tally)) if met else float("nan")
+        met = counts.n > 0 and all(getattr(counts, need) > 0 for need in self.needs)
+        return float(self.fn(counts)) if met else float("nan")
 
-    def why_undefined(self, tally: Counts) -> str:
+    def why_undefined(self, counts: Counts) -> str:
         """Return why the metric is NaN on this sample."""
-        missing = [tally.needs[need] for need in self.needs if not getattr(tally, need) > 0]
+        missing = [counts.needs[need] for need in self.needs if not getattr(counts, need) > 0]
         return f"no {' and no '.join(missing)}" if missing else self.undefined
 
 
 METRICS: Registry[Metric] = Registry("biopsy.metrics")
 """Metrics of two classes by name."""
 _REGISTRIES: defaultdict[type, Registry[Metric]] = defaultdict(
-    lambda: Registry[Metric](METRICS.group), {Tally: METRICS}
+    lambda: Registry[Metric](METRICS.group), {WeightedCounts: METRICS}
 )
 
 
 def registry(kind: type) -> Registry[Metric]:
-    """Return the metrics of a kind of sample, by name: `Tally`, or `multiclass.ClassTally`."""
+    """Return the metrics of a kind of sample, by name: `WeightedCounts`, or `multiclass.ClassCounts`."""
     return _REGISTRIES[kind]
 
 
 def metric(
     kind: Kind,
     *,
-    of: type = Tally,
+    of: type = WeightedCounts,
     label: str = "",
     needs: Iterable[str] = (),
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = SHARE,
     better: Literal["higher", "lower", "near"] = "higher",
     ideal: float = 1.0,
     share: bool = False,
@@ -99,8 +100,8 @@ def metric(
     """Register a function of a weighted sample under its own name.
 
     Args:
-        of: `Tally` for two classes, `multiclass.ClassTally` for more. Both have ``y_true``, ``y_pred``,
-            ``y_prob`` and ``sample_weight`` beside their counts.
+        of: `WeightedCounts` for two classes, `multiclass.ClassCounts` for more. Both have ``y_true``,
+            ``y_pred``, ``y_prob`` and ``sample_weight`` beside their counts.
         kind, needs, bounds, better, ideal, share, undefined: As in `Metric`.
         label: By default the name with spaces.
     """
@@ -116,83 +117,82 @@ def metric(
 
 
 BOTH = ("n_pos", "n_neg")
-UNBOUNDED = (-np.inf, np.inf)
 
 
 @metric("ranking", label="AUROC", needs=BOTH)
-def auroc(tally: Tally) -> float:
-    """Give the chance that a positive patch scores above a negative one, ties counting one half."""
-    neg_below = tally.n_neg - tally.neg_above + tally.neg / 2
-    return float(tally.pos @ neg_below) / (tally.n_pos * tally.n_neg)
+def auroc(counts: WeightedCounts) -> float:
+    """Return the chance that a positive patch scores above a negative one, ties counting one half."""
+    neg_below = counts.n_neg - counts.neg_above + counts.neg / 2
+    return float(counts.pos @ neg_below) / (counts.n_pos * counts.n_neg)
 
 
 @metric("ranking", label="AUPRC", needs=BOTH)
-def auprc(tally: Tally) -> float:
-    """Give average precision (no interpolation); a classifier that knows nothing gets the prevalence."""
-    above = tally.pos_above + tally.neg_above
-    precision = np.divide(tally.pos_above, above, out=np.zeros_like(above), where=above > 0)
-    return float(tally.pos @ precision) / tally.n_pos
+def auprc(counts: WeightedCounts) -> float:
+    """Return average precision (no interpolation); a classifier that knows nothing gets the prevalence."""
+    above = counts.pos_above + counts.neg_above
+    precision = np.divide(counts.pos_above, above, out=np.zeros_like(above), where=above > 0)
+    return float(counts.pos @ precision) / counts.n_pos
 
 
 @metric("decision", needs=("n_pos",), share=True)
-def sensitivity(tally: Tally) -> float:
-    return tally.tp / tally.n_pos
+def sensitivity(counts: WeightedCounts) -> float:
+    return counts.tp / counts.n_pos
 
 
 @metric("decision", needs=("n_neg",), share=True)
-def specificity(tally: Tally) -> float:
-    return tally.tn / tally.n_neg
+def specificity(counts: WeightedCounts) -> float:
+    return counts.tn / counts.n_neg
 
 
-@metric("decision", label="positive predictive value", needs=("n_called_pos",), share=True)
-def ppv(tally: Tally) -> float:
-    return tally.tp / tally.n_called_pos
+@metric("decision", label="positive predictive value", needs=("n_pred_pos",), share=True)
+def ppv(counts: WeightedCounts) -> float:
+    return counts.tp / counts.n_pred_pos
 
 
-@metric("decision", label="negative predictive value", needs=("n_called_neg",), share=True)
-def npv(tally: Tally) -> float:
-    return tally.tn / tally.n_called_neg
+@metric("decision", label="negative predictive value", needs=("n_pred_neg",), share=True)
+def npv(counts: WeightedCounts) -> float:
+    return counts.tn / counts.n_pred_neg
 
 
 @metric("decision", needs=BOTH)
-def balanced_accuracy(tally: Tally) -> float:
-    return (tally.tp / tally.n_pos + tally.tn / tally.n_neg) / 2
+def balanced_accuracy(counts: WeightedCounts) -> float:
+    return (counts.tp / counts.n_pos + counts.tn / counts.n_neg) / 2
 
 
 @metric("decision", label="F1 of the positive class", needs=("n_pos",))
-def f1(tally: Tally) -> float:
-    """Give the F1 of the positive class; without positive patches it would be 0 whatever was called."""
-    return 2 * tally.tp / (tally.n_pos + tally.n_called_pos)
+def f1(counts: WeightedCounts) -> float:
+    """Return the F1 of the positive class; without positive patches it would be 0 whatever was called."""
+    return 2 * counts.tp / (counts.n_pos + counts.n_pred_pos)
 
 
 @metric("decision", label="Matthews correlation", needs=tuple(NEEDS), bounds=(-1.0, 1.0))
-def mcc(tally: Tally) -> float:
-    """Give Matthews' correlation; undefined (scikit-learn: 0) where one class is missing or never called."""
-    product = tally.n_pos * tally.n_neg * tally.n_called_pos * tally.n_called_neg
-    return (tally.tp * tally.tn - tally.fp * tally.fn) / float(np.sqrt(product))
+def mcc(counts: WeightedCounts) -> float:
+    """Return Matthews' correlation, undefined (scikit-learn: 0) if a class is missing or never called."""
+    product = counts.n_pos * counts.n_neg * counts.n_pred_pos * counts.n_pred_neg
+    return (counts.tp * counts.tn - counts.fp * counts.fn) / float(np.sqrt(product))
 
 
 @metric("decision", share=True)
-def accuracy(tally: Tally) -> float:
-    return (tally.tp + tally.tn) / tally.n
+def accuracy(counts: WeightedCounts) -> float:
+    return (counts.tp + counts.tn) / counts.n
 
 
 @metric("probability", label="Brier score", better="lower", ideal=0.0)
-def brier(tally: Tally) -> float:
-    square_pos, square_neg = tally.ranked.squares
-    return float(tally.pos @ square_pos + tally.neg @ square_neg) / tally.n
+def brier(counts: WeightedCounts) -> float:
+    square_pos, square_neg = counts.scores.squares
+    return float(counts.pos @ square_pos + counts.neg @ square_neg) / counts.n
 
 
 @metric("probability", label="log loss", better="lower", ideal=0.0, bounds=(0.0, np.inf))
-def nll(tally: Tally) -> float:
-    """Give the mean negative log-likelihood in nats, probabilities held 2.2e-16 away from 0 and 1."""
-    loss_pos, loss_neg = tally.ranked.log_losses
-    return float(tally.pos @ loss_pos + tally.neg @ loss_neg) / tally.n
+def nll(counts: WeightedCounts) -> float:
+    """Return the mean negative log-likelihood in nats, probabilities held 2.2e-16 away from 0 and 1."""
+    loss_pos, loss_neg = counts.scores.log_losses
+    return float(counts.pos @ loss_pos + counts.neg @ loss_neg) / counts.n
 
 
 @metric("probability", label="expected calibration error", better="lower", ideal=0.0)
-def ece(tally: Tally) -> float:
-    return calibration_error(tally.ranked.prob, tally.pos, tally.neg)
+def ece(counts: WeightedCounts) -> float:
+    return calibration_error(counts.scores.prob, counts.pos, counts.neg)
 
 
 @metric(
@@ -202,48 +202,49 @@ def ece(tally: Tally) -> float:
     better="near",
     undefined="one cut separates the classes or all probabilities are equal: no finite slope fits",
 )
-def calibration_slope(tally: Tally) -> float:
-    """Give the slope of target on logit; below 1 the probabilities are too extreme."""
-    ranked = tally.ranked
-    return fit_recalibration(ranked.logits, tally.pos, tally.neg, start=ranked.recalibration)[1]
+def calibration_slope(counts: WeightedCounts) -> float:
+    """Return the slope of target on logit; below 1 the probabilities are too extreme."""
+    scores = counts.scores
+    return fit_recalibration(scores.logits, counts.pos, counts.neg, start=scores.recalibration)[1]
 
 
 @metric("probability", needs=BOTH, bounds=UNBOUNDED, better="near", ideal=0.0)
-def calibration_intercept(tally: Tally) -> float:
-    """Give the shift of the logit that makes the mean right; above 0 too few positives are promised."""
-    return fit_intercept(tally.ranked.logits, tally.pos, tally.neg, start=tally.ranked.shift)
+def calibration_intercept(counts: WeightedCounts) -> float:
+    """Return the shift of the logit that makes the mean right; above 0 too few positives are promised."""
+    return fit_intercept(counts.scores.logits, counts.pos, counts.neg, start=counts.scores.shift)
 
 
-def specificity_at(tally: Tally, sensitivity: float) -> float:
-    """Give the highest specificity of any threshold that reaches a sensitivity on this same sample."""
-    reached = tally.pos_above >= sensitivity * tally.n_pos * (1 - 1e-12)
-    return float(1 - tally.neg_above[np.argmax(reached)] / tally.n_neg)
+def specificity_at(counts: WeightedCounts, sensitivity: float) -> float:
+    """Return the highest specificity of any threshold that reaches a sensitivity on this same sample."""
+    reached = counts.pos_above >= sensitivity * counts.n_pos * (1 - 1e-12)
+    return float(1 - counts.neg_above[np.argmax(reached)] / counts.n_neg)
 
 
 @metric("ranking", label="specificity at sensitivity .95", needs=BOTH)
-def specificity_at_sensitivity_95(tally: Tally) -> float:
-    return specificity_at(tally, 0.95)
+def specificity_at_sensitivity_95(counts: WeightedCounts) -> float:
+    return specificity_at(counts, 0.95)
 
 
 @metric("ranking", label="specificity at sensitivity .98", needs=BOTH)
-def specificity_at_sensitivity_98(tally: Tally) -> float:
-    return specificity_at(tally, 0.98)
+def specificity_at_sensitivity_98(counts: WeightedCounts) -> float:
+    return specificity_at(counts, 0.98)
 
 
-def measure(tally: Counts, names: Iterable[str] | None = None) -> dict[str, float]:
+def measure(counts: Counts, names: Iterable[str] | None = None) -> dict[str, float]:
     """Return every metric (or those named) of one weighted sample, NaN where undefined.
 
-    Raises:
-        MetricError: For a name that is not on the list.
+        Raises:
+            MetricError: For a name that is not on the list.
 
-    Example:
-        >>> from biopsy.statistics.weighted_counts import rank
-        >>> measure(rank([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.9]).tally(), ["auroc", "sensitivity"])
-        {'auroc': 0.75, 'sensitivity': 0.5}
+        Example:
+            >>> from biopsy.statistics.resampling import SHARE, UNBOUNDED, Bounds
+    from biopsy.statistics.weighted_counts import sort_scores
+            >>> measure(sort_scores([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.9]).count(), ["auroc", "sensitivity"])
+            {'auroc': 0.75, 'sensitivity': 0.5}
     """
-    known = registry(type(tally))
+    known = registry(type(counts))
     names = list(known if names is None else names)
     for name in names:
         if name not in known:
             raise MetricError(f"metric {name!r} does not exist: {suggest(name, known)}")
-    return {name: known[name].compute(tally) for name in names}
+    return {name: known[name].compute(counts) for name in names}

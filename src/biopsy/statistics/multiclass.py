@@ -6,19 +6,25 @@ mean over classes are undefined where a class has no patches. A patch is called 
 probability. The numbers equal scikit-learn's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from biopsy.core.errors import MetricError
 from biopsy.statistics.calibration import calibration_error
 from biopsy.statistics.metrics import METRICS, metric, registry
-from biopsy.statistics.weighted_counts import LOG_CLIP, Floats, Ranked, Tally, rank
+from biopsy.statistics.resampling import Floats, InformativeGroups, divide, fewest_informative
+from biopsy.statistics.weighted_counts import (
+    LOG_CLIP,
+    SortedScores,
+    WeightedCounts,
+    check_groups,
+    sort_scores,
+)
 
 SUM_TOLERANCE = 0.02  # of a row's probabilities: many programs write two or three decimals
 
@@ -43,22 +49,25 @@ class ClassSample:
     groups: NDArray[np.object_]
     class_names: tuple[str, ...]
 
-    def tally(self, weight: Floats | None = None) -> "ClassTally":
+    def count(self, weight: Floats | None = None) -> "ClassCounts":
         """Count the sample with one weight per *group* (all 1 if not given)."""
-        return ClassTally(self, np.ones(len(self.groups)) if weight is None else weight)
+        return ClassCounts(self, np.ones(len(self.groups)) if weight is None else weight)
 
-    def carriers(self) -> dict[str, int]:
-        """Count the groups that hold patches of the class that fewest have."""
-        return {"n_rarest": int(self._groups_by_class.min())}
+    def informative_groups(self, needs: Iterable[str] = ()) -> InformativeGroups:
+        """Return the groups with patches of the class that fewest have; all without a need."""
+        by_class = self.confusion.sum(axis=2)
+        if not list(needs):
+            return InformativeGroups(by_class.sum(axis=1))
+        return fewest_informative(
+            [
+                InformativeGroups(by_class[:, k], f"patches of class {name!r}")
+                for k, name in enumerate(self.class_names)
+            ]
+        )
 
     @cached_property
     def needs(self) -> Mapping[str, str]:
-        rarest = self.class_names[int(self._groups_by_class.argmin())]
-        return {"n_rarest": f"patches of class {rarest!r}"}
-
-    @cached_property
-    def _groups_by_class(self) -> NDArray[np.intp]:
-        return (self.confusion.sum(axis=2) > 0).sum(axis=0)
+        return {"n_rarest": self.informative_groups(EACH_CLASS).description}
 
     @cached_property
     def confusion(self) -> Floats:
@@ -76,30 +85,30 @@ class ClassSample:
         return np.stack([np.bincount(self.group, loss, len(self.groups)) for loss in each], axis=1)
 
     @cached_property
-    def one_vs_rest(self) -> list[Ranked]:
+    def one_vs_rest(self) -> list[SortedScores]:
         """Each class against all others: its patches the positive ones."""
         ids = self.groups[self.group]
         return [
-            rank(self.target == k, self.prob[:, k], group_ids=ids, called=self.pred == k)
+            sort_scores(self.target == k, self.prob[:, k], group_ids=ids, y_pred=self.pred == k)
             for k in range(len(self.class_names))
         ]
 
     @cached_property
-    def top_label(self) -> Ranked:
+    def top_label(self) -> SortedScores:
         """Whether each patch is right, under the probability of the class it is called."""
         confidence = self.prob[np.arange(len(self.pred)), self.pred]
-        return rank(self.target == self.pred, confidence, group_ids=self.groups[self.group])
+        return sort_scores(self.target == self.pred, confidence, group_ids=self.groups[self.group])
 
     @cached_property
-    def pairs(self) -> Ranked:
+    def pairs(self) -> SortedScores:
         """Every pair of patch and class, positive where the patch is of the class."""
         wanted = np.eye(len(self.class_names))[self.target]
         ids = np.repeat(self.groups[self.group], len(self.class_names))
-        return rank(wanted.ravel(), self.prob.ravel(), group_ids=ids)
+        return sort_scores(wanted.ravel(), self.prob.ravel(), group_ids=ids)
 
 
 @dataclass(frozen=True)
-class ClassTally:
+class ClassCounts:
     """Weighted counts of a `ClassSample`.
 
     Attributes:
@@ -169,100 +178,100 @@ class ClassTally:
         return 1 - float((disagreement * self.confusion).sum()) / expected if expected > 0 else float("nan")
 
 
-MULTICLASS_METRICS = registry(ClassTally)
+MULTICLASS_METRICS = registry(ClassCounts)
 """Metrics of more than two classes by name."""
 EACH_CLASS = ("n_rarest",)
 ONE_CLASS = "all patches are of one class, and called that class"
 
 
-@metric("decision", of=ClassTally, share=True)
-def accuracy(tally: ClassTally) -> float:
+@metric("decision", of=ClassCounts, share=True)
+def accuracy(counts: ClassCounts) -> float:
     """Return the share of patches that are right."""
-    return float(tally.confusion.trace()) / tally.n
+    return float(counts.confusion.trace()) / counts.n
 
 
-@metric("decision", of=ClassTally, needs=EACH_CLASS)
-def balanced_accuracy(tally: ClassTally) -> float:
+@metric("decision", of=ClassCounts, needs=EACH_CLASS)
+def balanced_accuracy(counts: ClassCounts) -> float:
     """Return the mean recall."""
-    return float((tally.confusion.diagonal() / tally.n_true).mean())
+    return float((counts.confusion.diagonal() / counts.n_true).mean())
 
 
-@metric("decision", of=ClassTally, label="F1, macro", needs=EACH_CLASS)
-def f1_macro(tally: ClassTally) -> float:
-    return float(tally.f1_by_class().mean())
+@metric("decision", of=ClassCounts, label="F1, macro", needs=EACH_CLASS)
+def f1_macro(counts: ClassCounts) -> float:
+    return float(counts.f1_by_class().mean())
 
 
-@metric("decision", of=ClassTally, label="F1, weighted")
-def f1_weighted(tally: ClassTally) -> float:
-    return float(tally.f1_by_class() @ tally.n_true) / tally.n
+@metric("decision", of=ClassCounts, label="F1, weighted")
+def f1_weighted(counts: ClassCounts) -> float:
+    return float(counts.f1_by_class() @ counts.n_true) / counts.n
 
 
-@metric("decision", of=ClassTally, label="Cohen's kappa", bounds=(-1.0, 1.0), undefined=ONE_CLASS)
-def kappa(tally: ClassTally) -> float:
-    return tally.agreement(1 - np.eye(len(tally.n_true)))
+@metric("decision", of=ClassCounts, label="Cohen's kappa", bounds=(-1.0, 1.0), undefined=ONE_CLASS)
+def kappa(counts: ClassCounts) -> float:
+    return counts.agreement(1 - np.eye(len(counts.n_true)))
 
 
-@metric("decision", of=ClassTally, label="Cohen's kappa, quadratic", bounds=(-1.0, 1.0), undefined=ONE_CLASS)
-def kappa_quadratic(tally: ClassTally) -> float:
+@metric("decision", of=ClassCounts, label="Cohen's kappa, quadratic", bounds=(-1.0, 1.0), undefined=ONE_CLASS)
+def kappa_quadratic(counts: ClassCounts) -> float:
     """Return kappa with squared distances between classes: for ordered classes, such as grades."""
-    place = np.arange(len(tally.n_true))
-    return tally.agreement(np.subtract.outer(place, place).astype(np.float64) ** 2)
+    place = np.arange(len(counts.n_true))
+    return counts.agreement(np.subtract.outer(place, place).astype(np.float64) ** 2)
 
 
 @metric(
     "decision",
-    of=ClassTally,
+    of=ClassCounts,
     label="Matthews correlation",
     bounds=(-1.0, 1.0),
     undefined="all patches are of one class, or called one class",
 )
-def mcc(tally: ClassTally) -> float:
+def mcc(counts: ClassCounts) -> float:
     """Return Matthews' correlation for more than two classes (Gorodkin 2004)."""
-    true, called, n = tally.n_true, tally.n_called, tally.n
+    true, called, n = counts.n_true, counts.n_called, counts.n
     spread = float((n**2 - true @ true) * (n**2 - called @ called))
-    covariance = float(tally.confusion.trace()) * n - float(true @ called)
+    covariance = float(counts.confusion.trace()) * n - float(true @ called)
     return covariance / float(np.sqrt(spread)) if spread > 0 else float("nan")
 
 
-@metric("ranking", of=ClassTally, label="AUROC, macro one-vs-rest", needs=EACH_CLASS)
-def auroc(tally: ClassTally) -> float:
+@metric("ranking", of=ClassCounts, label="AUROC, macro one-vs-rest", needs=EACH_CLASS)
+def auroc(counts: ClassCounts) -> float:
     """Return the mean over classes of the AUROC of each class against the rest."""
     compute = METRICS["auroc"].compute
-    return float(np.mean([compute(one.tally(tally.weight)) for one in tally.sample.one_vs_rest]))
+    return float(np.mean([compute(one.count(counts.weight)) for one in counts.sample.one_vs_rest]))
 
 
-@metric("ranking", of=ClassTally, label="AUROC, micro")
-def auroc_micro(tally: ClassTally) -> float:
+@metric("ranking", of=ClassCounts, label="AUROC, micro")
+def auroc_micro(counts: ClassCounts) -> float:
     """Return the AUROC over all pairs of a patch and a class."""
-    return METRICS["auroc"].compute(tally.sample.pairs.tally(tally.weight))
+    return METRICS["auroc"].compute(counts.sample.pairs.count(counts.weight))
 
 
-@metric("probability", of=ClassTally, label="log loss", better="lower", ideal=0.0, bounds=(0.0, np.inf))
-def nll(tally: ClassTally) -> float:
+@metric("probability", of=ClassCounts, label="log loss", better="lower", ideal=0.0, bounds=(0.0, np.inf))
+def nll(counts: ClassCounts) -> float:
     """Return the mean negative log-likelihood of the true class in nats."""
-    return float(tally.losses[0])
+    return float(counts.losses[0])
 
 
 @metric(
     "probability",
-    of=ClassTally,
+    of=ClassCounts,
     label="Brier score, all classes",
     better="lower",
     ideal=0.0,
     bounds=(0.0, 2.0),
 )
-def brier(tally: ClassTally) -> float:
+def brier(counts: ClassCounts) -> float:
     """Return the squared error summed over classes, 0 to 2 (Brier 1950)."""
-    return float(tally.losses[1])
+    return float(counts.losses[1])
 
 
 @metric(
-    "probability", of=ClassTally, label="expected calibration error, top label", better="lower", ideal=0.0
+    "probability", of=ClassCounts, label="expected calibration error, top label", better="lower", ideal=0.0
 )
-def ece(tally: ClassTally) -> float:
+def ece(counts: ClassCounts) -> float:
     """Return the calibration error of the called class's probability (Guo et al. 2017), equal-mass bins."""
-    top: Tally = tally.sample.top_label.tally(tally.weight)
-    return calibration_error(top.ranked.prob, top.pos, top.neg)
+    top: WeightedCounts = counts.sample.top_label.count(counts.weight)
+    return calibration_error(top.scores.prob, top.pos, top.neg)
 
 
 def class_sample(
@@ -287,16 +296,9 @@ def class_sample(
     """
     target, probs = np.asarray(target), np.asarray(probs, dtype=np.float64)
     check_class_probs(target, probs, class_names)
-    codes, groups = pd.factorize(np.asarray(group_ids, dtype=object), sort=True)
-    if len(codes) != len(target) or (codes < 0).any():
-        raise MetricError(
-            f"{np.count_nonzero(codes >= 0)} group ids stand beside {len(target)} patches: "
-            "give each patch the patient it came from"
-        )
+    codes, groups = check_groups(group_ids, len(target))
     called = probs.argmax(axis=1) if pred is None else np.asarray(pred, np.intp)
-    return ClassSample(
-        target.astype(np.intp), probs, called, codes, np.asarray(groups, dtype=object), tuple(class_names)
-    )
+    return ClassSample(target.astype(np.intp), probs, called, codes, groups, tuple(class_names))
 
 
 def check_class_probs(target: NDArray, probs: Floats, class_names: Sequence[str]) -> None:
@@ -339,9 +341,6 @@ def classification_report(confusion: ArrayLike, class_names: Sequence[str]) -> l
     """
     matrix = np.asarray(confusion, np.float64)
     right, n_true, n_called = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
-
-    def divide(above: Floats, below: Floats) -> Floats:
-        return np.divide(above, below, out=np.full(len(below), np.nan), where=below > 0)
 
     columns = {
         "precision": divide(right, n_called),

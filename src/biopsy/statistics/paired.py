@@ -8,22 +8,12 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from biopsy.core.errors import MetricError
-from biopsy.statistics.intervals import (
-    DRAWS,
-    GroupedSample,
-    Interval,
-    Replicates,
-    average,
-    carried_by,
-    check_level,
-    estimate_from,
-    replicate,
-    standard_error,
-)
-from biopsy.statistics.metrics import UNBOUNDED, registry
-from biopsy.statistics.weighted_counts import rank
+from biopsy.statistics.intervals import GroupedSample, Replicates, average, replicate
+from biopsy.statistics.metrics import registry
+from biopsy.statistics.resampling import DRAWS, Interval, Resampler, fewest_informative
+from biopsy.statistics.weighted_counts import sort_scores
 
-SAME = "the two do not differ, whoever is left out"
+SAME = "the two do not differ, whichever group is left out"
 
 
 @dataclass(frozen=True)
@@ -55,59 +45,54 @@ class Difference:
 
 
 def sample_seeds(
-    samples: Sequence[GroupedSample], *, seed: int, names: Iterable[str] | None = None, draws: int = DRAWS
+    samples: Sequence[GroupedSample], resampler: Resampler, *, names: Iterable[str] | None = None
 ) -> Sample:
     """Measure one classifier, or the mean of its seeds, on every reweighting of the groups.
 
     Args:
-        samples: One a seed, of the same ``group_ids``.
-        seed: For the bootstrap, used from 100 groups on; the same for all that are compared.
+        samples: One per seed, of the same ``group_ids``.
+        resampler: The same for all that are compared.
         names: Which metrics; all if not given.
-        draws: Bootstrap draws.
     """
     names = None if names is None else list(names)
-    return Sample(samples, average([replicate(one, seed=seed, draws=draws, names=names) for one in samples]))
+    return Sample(samples, average([replicate(one, resampler, names) for one in samples]))
 
 
-def subtract(
-    first: Sample, second: Sample, *, level: float = 0.95, unit: str = "patient"
-) -> dict[str, Difference]:
-    """Give each metric of the first minus that of the second.
+def subtract(first: Sample, second: Sample) -> dict[str, Difference]:
+    """Return each metric of the first minus that of the second.
 
     Both are measured on every reweighting of the patients and the differences' spread is taken, so what makes
     a patient hard for both cancels. The interval is on the plain scale: a difference has no bounds to keep
     away from unless the two are as far apart as can be.
 
     Raises:
-        MetricError: If the two are not of the same groups, or the level is outside 0-1.
+        MetricError: If the two are not of the same groups.
     """
-    check_level(level)
+    resampler = first.result.resampler
     if not np.array_equal(first.samples[0].groups, second.samples[0].groups):
-        raise MetricError(f"the two are not of the same {unit}s: compare what both say of the same patches")
-    found, known = {}, registry(type(first.samples[0].tally()))
+        raise MetricError(
+            f"the two samples are not of the same {resampler.unit}s: compare predictions of the same patches"
+        )
+    differences, known = {}, registry(type(first.samples[0].count()))
     for name in first.result.value:
-        metric = known[name]
+        metric, samples = known[name], (*first.samples, *second.samples)
         value = first.result.value[name] - second.result.value[name]
-        if np.isnan(value):
-            tallies = (one.tally() for sample in (first, second) for one in sample.samples)
-            why = next(metric.why_undefined(tally) for tally in tallies if np.isnan(metric.compute(tally)))
-            found[name] = Difference(Interval(value, reason=f"undefined: {why}"), None)
-            continue
         replicates = first.result.replicates[name] - second.result.replicates[name]
         if value == 0 and not np.any(replicates):
-            found[name] = Difference(Interval(0.0, reason=f"no spread to learn from: {SAME}"), 1.0)
+            differences[name] = Difference(Interval(0.0, reason=SAME), 1.0)
             continue
-        method = first.result.method
-        n, has = min(carried_by(metric, one) for sample in (first, second) for one in sample.samples)
-        interval = estimate_from(
-            value, replicates, method, (n, has), bounds=UNBOUNDED, level=level, unit=unit
-        )
+        why = None
+        if np.isnan(value):
+            counts = (one.count() for one in samples)
+            why = next(metric.why_undefined(one) for one in counts if np.isnan(metric.compute(one)))
+        informative = fewest_informative([one.informative_groups(metric.needs) for one in samples])
+        interval = resampler.interval(value, replicates, informative, undefined=why)
         p = None
         if interval.low is not None:
-            error = standard_error(replicates[~np.isnan(replicates)], method)
-            p = float(2 * stats.t.sf(abs(value) / error, n - 1))
-        found[name] = Difference(interval, p)
-    return found
+            error = resampler.standard_error(replicates[~np.isnan(replicates)])
+            p = float(2 * stats.t.sf(abs(value) / error, informative.freedom))
+        differences[name] = Difference(interval, p)
+    return differences
 
 
 def estimate_differences(
@@ -123,7 +108,7 @@ def estimate_differences(
     draws: int = DRAWS,
     unit: str = "patient",
 ) -> dict[str, Interval]:
-    """Give each metric of the first minus that of the second, as `subtract`.
+    """Return each metric of the first minus that of the second, as `subtract`.
 
     Args:
         target: 0 or 1 per patch, shape ``(n_patches,)``.
@@ -140,14 +125,14 @@ def estimate_differences(
     Raises:
         MetricError: For values that allow no metric, patches without a group, or a level outside 0-1.
     """
-    check_level(level)
-    names = None if names is None else list(names)
     one, other = (
-        sample_seeds([rank(target, prob, at, group_ids=group_ids)], seed=seed, names=names, draws=draws)
+        sort_scores(target, prob, at, group_ids=group_ids)
         for prob, at in zip((first, second), thresholds, strict=True)
     )
-    found = subtract(one, other, level=level, unit=unit)
-    return {name: difference.interval for name, difference in found.items()}
+    resampler = Resampler(len(one.groups), seed, unit, level, draws)
+    names = None if names is None else list(names)
+    differences = subtract(*(sample_seeds([scores], resampler, names=names) for scores in (one, other)))
+    return {name: difference.interval for name, difference in differences.items()}
 
 
 def adjust_holm(p_values: Sequence[float | None]) -> list[float | None]:

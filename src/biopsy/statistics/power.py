@@ -7,9 +7,9 @@ import numpy as np
 from scipy import stats
 
 from biopsy.core.errors import MetricError, suggest
-from biopsy.statistics.intervals import FEWEST_GROUPS, GroupedSample, carried_by, check_level
+from biopsy.statistics.intervals import GroupedSample
 from biopsy.statistics.metrics import registry
-from biopsy.statistics.weighted_counts import Floats
+from biopsy.statistics.resampling import FEWEST_GROUPS, Floats, Resampler, check_level, fewest_informative
 
 CORRELATIONS = (0.0, 0.5, 0.8)
 MOST_PATIENTS = 1_000_000
@@ -35,7 +35,7 @@ class Need:
 
 
 def influence_groups(samples: Sequence[GroupedSample], name: str, *, unit: str = "patient") -> Floats:
-    """Give how much each group moves a metric: the jackknife's pseudo-values less their mean.
+    """Return how much each group moves a metric: the jackknife's pseudo-values less their mean.
 
     Their standard deviation over the square root of their number is the jackknife's standard error (Efron and
     Tibshirani 1993, sec. 11.5).
@@ -51,33 +51,32 @@ def influence_groups(samples: Sequence[GroupedSample], name: str, *, unit: str =
     Raises:
         MetricError: If the metric does not exist, is undefined, or fewer than five groups carry it.
     """
-    known = registry(type(samples[0].tally()))
+    known = registry(type(samples[0].count()))
     if name not in known:
         raise MetricError(f"metric {name!r} does not exist: {suggest(name, known)}")
     metric, n_groups = known[name], len(samples[0].groups)
     for sample in samples:
-        if np.isnan(metric.compute(sample.tally())):
-            raise MetricError(f"{name} is undefined: {metric.why_undefined(sample.tally())}")
-    n, has = min(carried_by(metric, sample) for sample in samples)
-    if n < FEWEST_GROUPS:
+        if np.isnan(metric.compute(sample.count())):
+            raise MetricError(f"{name} is undefined: {metric.why_undefined(sample.count())}")
+    informative = fewest_informative([sample.informative_groups(metric.needs) for sample in samples])
+    if informative.n < FEWEST_GROUPS:
         raise MetricError(
-            f"only {n} {unit}(s) with {has}: how much {unit}s differ cannot be learnt from fewer than "
-            f"{FEWEST_GROUPS}"
+            f"only {informative.n} {unit}(s) with {informative.description}: a plan needs the variance "
+            f"between at least {FEWEST_GROUPS}"
         )
-    without = np.zeros(n_groups)
-    for group in range(n_groups):
-        weight = np.ones(n_groups)
-        weight[group] = 0
-        without[group] = np.mean([metric.compute(sample.tally(weight)) for sample in samples])
+    resampler = Resampler(n_groups, unit=unit, bootstrap_from=None)
+    _, without = resampler.replicate(
+        lambda weight: float(np.mean([metric.compute(sample.count(weight)) for sample in samples]))
+    )
     if np.isnan(without).any():
-        raise MetricError(f"{name} is undefined when {unit}s are left out: nothing to plan with")
-    return (n_groups - 1) * (without.mean() - without)
+        raise MetricError(f"{name} is undefined when {unit}s are left out: no plan can be made")
+    return (n_groups - 1) * (without.mean() - without[:, 0])
 
 
 def plan_patients(
     sd: float, n_groups: int, *, difference: float, power: float = 0.8, level: float = 0.95
 ) -> Need:
-    """Give the fewest patients whose paired comparison sees a difference as often as asked.
+    """Return the fewest patients whose paired comparison sees a difference as often as asked.
 
     A comparison sees it when Student's t interval over ``n`` patients leaves 0 out; how often is the
     noncentral t's share beyond its quantile, with ``n - 1`` degrees of freedom and
@@ -104,7 +103,7 @@ def plan_patients(
     if not level > 1 - power > 0:
         raise MetricError(f"power is {power!r}: it lies between {1 - level:.2g} and 1, such as 0.8")
     if not sd > 1e-12:
-        raise MetricError("no two patients differ in this metric: there is no spread to plan with")
+        raise MetricError("the metric does not vary between patients: its variance allows no plan")
     freedom = n_groups - 1
     spread = [sd * np.sqrt(freedom / stats.chi2.ppf(tail, freedom)) for tail in (0.975, 0.025)]
     n, low, high = (_fewest(difference / one, power, level) for one in (sd, *spread))
@@ -112,7 +111,7 @@ def plan_patients(
 
 
 def reach_power(effect: float, n_patients: int, level: float = 0.95) -> float:
-    """Give how often an effect, in standard deviations between patients, is seen with so many."""
+    """Return how often an effect, in standard deviations between patients, is seen with so many."""
     freedom = n_patients - 1
     cut = float(stats.t.ppf((1 + level) / 2, freedom))
     away = effect * np.sqrt(n_patients)

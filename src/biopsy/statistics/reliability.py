@@ -3,11 +3,18 @@
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike
 
 from biopsy.statistics.calibration import N_BINS, bin_patches
-from biopsy.statistics.intervals import DRAWS, FEWEST_GROUPS, Interval, bound_interval, estimate_from, reweigh
+from biopsy.statistics.resampling import (
+    DRAWS,
+    SHARE,
+    InformativeGroups,
+    Interval,
+    Resampler,
+    divide,
+    group_codes,
+)
 from biopsy.statistics.weighted_counts import check_binary
 
 
@@ -32,7 +39,7 @@ class ReliabilityBin:
     observed: Interval
 
     def to_dict(self) -> dict[str, object]:
-        """Give what `metrics.json` holds."""
+        """Return what `metrics.json` holds."""
         return {**vars(self), "observed": self.observed.to_dict()}
 
 
@@ -67,7 +74,7 @@ def estimate_reliability(
     level: float = 0.95,
     draws: int = DRAWS,
 ) -> list[ReliabilityBin]:
-    """Give the reliability table: the bins of the calibration error, lowest first.
+    """Return the reliability table: the bins of the calibration error, lowest first.
 
     The intervals hold the edges of the bins and leave out or draw anew whole groups.
 
@@ -86,33 +93,27 @@ def estimate_reliability(
     """
     truth, prob = check_binary(target, prob)
     bins = np.unique(bin_patches(prob, n_bins=n_bins), return_inverse=True)[1]
-    codes, groups = pd.factorize(np.asarray(group_ids, dtype=object), sort=True)
+    codes, groups = group_codes(group_ids)
     shape, cell = (len(groups), bins.max() + 1), codes * (bins.max() + 1) + bins
     n, n_pos = (np.bincount(cell, weight, shape[0] * shape[1]).reshape(shape) for weight in (None, truth))
-    sums, method = reweigh(np.hstack((n, n_pos)), seed=seed, draws=draws)
-    some, some_pos = np.split(sums, 2, axis=1)
-    shares = np.divide(some_pos, some, out=np.full(some.shape, np.nan), where=some > 0)
-    table = []
-    for k in range(shape[1]):
-        inside, n_groups = prob[bins == k], int(np.count_nonzero(n[:, k]))
-        value = float(n_pos[:, k].sum() / len(inside))
-        if value in (0.0, 1.0) and n_groups >= FEWEST_GROUPS:
-            observed = bound_interval(value, n_groups, level)
-        else:
-            observed = estimate_from(
-                value, shares[:, k], method, (n_groups, "patches"), bounds=(0.0, 1.0), level=level, unit=unit
-            )
-        table.append(
-            ReliabilityBin(
-                float(inside.min()),
-                float(inside.max()),
-                len(inside),
-                n_groups,
-                float(inside.mean()),
-                observed,
-            )
+    observed = Resampler(len(groups), seed, unit, level, draws).estimate(
+        lambda weight: divide(weight @ n_pos, weight @ n),
+        [InformativeGroups(column) for column in n.T],
+        bounds=SHARE,
+        share=True,
+    )
+    return [
+        ReliabilityBin(
+            float(inside.min()),
+            float(inside.max()),
+            len(inside),
+            interval_groups,
+            float(inside.mean()),
+            interval,
         )
-    return table
+        for k, interval in enumerate(observed)
+        for inside, interval_groups in [(prob[bins == k], int(np.count_nonzero(n[:, k])))]
+    ]
 
 
 def decompose_brier(target: ArrayLike, prob: ArrayLike, *, n_bins: int = N_BINS) -> BrierParts:

@@ -5,26 +5,23 @@ are kept and wrong. *Risk against coverage* (Geifman and El-Yaniv 2017): the err
 the surest share of patches is kept, for every share. Intervals are over patients, as everywhere.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from biopsy.core.errors import MetricError
-from biopsy.statistics.intervals import (
-    BOOTSTRAP_FROM,
+from biopsy.statistics.resampling import (
     DRAWS,
-    FEWEST_GROUPS,
+    SHARE,
+    Floats,
+    InformativeGroups,
     Interval,
-    Method,
-    bound_interval,
-    check_level,
-    estimate_from,
-    reweightings,
+    Resampler,
+    divide,
+    sum_groups,
 )
-
-Floats = NDArray[np.float64]
 
 COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)
 MOST_BLOCKS = 1000  # of neighbouring confidences, taken together where intervals are worked out
@@ -63,8 +60,8 @@ class RiskEstimate:
     at: dict[float, Interval]
 
 
-def trace_risk(wrong: ArrayLike, confidence: ArrayLike) -> RiskCoverage:
-    """Trace the error among the kept from the surest patches to all.
+def risk_coverage_curve(wrong: ArrayLike, confidence: ArrayLike) -> RiskCoverage:
+    """Return the error among the kept patches from the most confident ones to all.
 
     Args:
         wrong: Which patches were called wrongly, shape ``(n_patches,)``.
@@ -94,8 +91,8 @@ def area_under(mass: Floats, errors: Floats) -> float:
     return float((errors.sum() + (offset[1:] * growth).sum()) / kept[-1])
 
 
-def ideal_area(error: float) -> float:
-    """Give the smallest area that an error rate allows: every wrong patch less sure than every right one.
+def optimal_aurc(error: float) -> float:
+    """Return the smallest area that an error rate allows: every wrong patch less sure than every right one.
 
     Source: Geifman et al. 2019, "Bias-reduced uncertainty estimation for deep neural classifiers".
     """
@@ -103,7 +100,7 @@ def ideal_area(error: float) -> float:
 
 
 def risk_at(mass: Floats, errors: Floats, coverages: Sequence[float]) -> Floats:
-    """Give the error among the kept at stated shares of the mass, blocks in order of confidence."""
+    """Return the error among the kept at stated shares of the mass, blocks in order of confidence."""
     kept, wrong = np.append(0.0, np.cumsum(mass)), np.append(0.0, np.cumsum(errors))
     wanted = np.asarray(coverages) * kept[-1]
     return np.interp(wanted, kept, wrong) / wanted
@@ -120,7 +117,7 @@ def estimate_risk(
     draws: int = DRAWS,
     unit: str = "patient",
 ) -> RiskEstimate:
-    """Give the area under risk against coverage, and the risk at stated coverages, with intervals.
+    """Return the area under risk against coverage, and the risk at stated coverages, with intervals.
 
     Args:
         wrong: Which patches were called wrongly.
@@ -133,9 +130,8 @@ def estimate_risk(
         unit: What a group is, for the reasons.
 
     Raises:
-        MetricError: As `trace_risk`, and for a level or a coverage that is none.
+        MetricError: As `risk_coverage_curve`, and for a level or a coverage that is none.
     """
-    check_level(level)
     if not all(0 < share <= 1 for share in coverages):
         raise MetricError(f"coverages are {tuple(coverages)}: shares of patches lie between 0 and 1")
     wrong, confidence = _check(wrong, confidence)
@@ -152,9 +148,10 @@ def estimate_risk(
         mass, errors = np.add.reduceat(each, starts), np.add.reduceat(each * wrong, starts)
         return np.append(area_under(mass, errors), risk_at(mass, errors, coverages))
 
-    carriers = np.full(1 + len(coverages), len(groups))
-    weights = reweightings(len(groups), seed=seed, draws=draws)
-    intervals = _estimate(measure, carriers, len(groups), weights, level, unit)
+    informative = InformativeGroups(np.bincount(group).astype(np.float64))
+    intervals = Resampler(len(groups), seed, unit, level, draws).estimate(
+        measure, [informative] * (1 + len(coverages)), bounds=SHARE, share=True
+    )
     return RiskEstimate(intervals[0], dict(zip(coverages, intervals[1:], strict=True)))
 
 
@@ -169,7 +166,7 @@ def estimate_shares(
     draws: int = DRAWS,
     unit: str = "patient",
 ) -> dict[str, Interval]:
-    """Give shares of patches with intervals over groups.
+    """Return shares of patches with intervals over groups.
 
     Args:
         parts: Name -> which patches count, bool ``(n_patches,)``.
@@ -181,52 +178,22 @@ def estimate_shares(
         draws: Bootstrap draws.
         unit: What a group is, for the reasons.
     """
-    check_level(level)
     groups, group, size = np.unique(np.asarray(group_ids), return_inverse=True, return_counts=True)
-    each = 1 / size[group] if equal_groups else np.ones(len(group))
-
-    def total(chosen: ArrayLike) -> Floats:
-        return np.bincount(group, each * np.asarray(chosen, np.float64), minlength=len(groups)).astype(float)
-
-    out_of = {name: np.ones(len(group), bool) for name in parts} | {
-        name: np.asarray(chosen, bool) for name, chosen in (of or {}).items()
-    }
-    below = np.stack([total(out_of[name]) for name in parts])
-    above = np.stack([total(np.asarray(chosen, bool) & out_of[name]) for name, chosen in parts.items()])
-
-    def measure(weight: Floats) -> Floats:
-        kept = below @ weight
-        return np.divide(above @ weight, kept, out=np.full(len(kept), np.nan), where=kept > 0)
-
-    weights = reweightings(len(groups), seed=seed, draws=draws)
-    intervals = _estimate(measure, (below > 0).sum(axis=1), len(groups), weights, level, unit)
+    weight_of_patch = 1 / size[group] if equal_groups else np.ones(len(group))
+    chosen = {name: np.asarray(part, bool) for name, part in parts.items()}
+    within = {name: np.asarray((of or {}).get(name, np.ones(len(group))), bool) for name in parts}
+    below = sum_groups(group, len(groups), *(weight_of_patch * within[name] for name in parts))
+    above = sum_groups(
+        group, len(groups), *(weight_of_patch * (chosen[name] & within[name]) for name in parts)
+    )
+    intervals = Resampler(len(groups), seed, unit, level, draws).estimate(
+        lambda weight: divide(weight @ above, weight @ below),
+        [InformativeGroups(column, "patches" if column.all() else "such patches") for column in below.T],
+        bounds=SHARE,
+        share=True,
+        undefined="no patches",
+    )
     return dict(zip(parts, intervals, strict=True))
-
-
-def _estimate(
-    measure: Callable[[Floats], Floats],
-    carriers: NDArray[np.int64],
-    n_groups: int,
-    weights: Iterable[Floats],
-    level: float,
-    unit: str,
-) -> list[Interval]:
-    """Give each share that ``measure`` finds on weighted groups, with the interval its replicates allow."""
-    method: Method = "jackknife" if n_groups < BOOTSTRAP_FROM else "bootstrap"
-    values = measure(np.ones(n_groups))
-    replicates = np.array([measure(w) for w in weights if w.any()]).reshape(-1, len(values))
-    intervals = []
-    for value, n, column in zip(values.tolist(), carriers.tolist(), replicates.T, strict=True):
-        if np.isnan(value):
-            intervals.append(Interval(value, reason="undefined: no patches"))
-        elif n >= FEWEST_GROUPS and value in (0.0, 1.0):
-            intervals.append(bound_interval(value, n, level))
-        else:
-            has = (n, "patches" if n == n_groups else "such patches")
-            intervals.append(
-                estimate_from(value, column, method, has, bounds=(0.0, 1.0), level=level, unit=unit)
-            )
-    return intervals
 
 
 def _check(wrong: ArrayLike, confidence: ArrayLike) -> tuple[Floats, Floats]:

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from biopsy.core.errors import MetricError, suggest
-from biopsy.statistics.weighted_counts import Floats, rank
+from biopsy.statistics.resampling import Floats
+from biopsy.statistics.weighted_counts import sort_scores
 
 RULES = ("youden", "sensitivity=0.95", "specificity=0.90", "cost=5", "argmax")
 
@@ -91,18 +92,18 @@ def choose_threshold(target: ArrayLike, prob: ArrayLike, rule: str = "youden") -
         0.4
     """
     name, number = parse_rule(rule)
-    tally = rank(target, prob).tally()
-    n_pos, n_neg = tally.n_pos, tally.n_neg
-    tp, fp = np.concatenate([[0.0], tally.pos_above]), np.concatenate([[0.0], tally.neg_above])
+    counts = sort_scores(target, prob).count()
+    n_pos, n_neg = counts.n_pos, counts.n_neg
+    tp, fp = np.concatenate([[0.0], counts.pos_above]), np.concatenate([[0.0], counts.neg_above])
     if not (n_pos and n_neg):
         missing = "negative" if n_pos else "positive"
         if name != "argmax":
             rule = f"argmax, because {rule} needs both classes and validation has no {missing} patch"
-        sensitivity = tally.tp / n_pos if n_pos else None
-        specificity = tally.tn / n_neg if n_neg else None
+        sensitivity = counts.tp / n_pos if n_pos else None
+        specificity = counts.tn / n_neg if n_neg else None
         return Threshold(0.5, rule, sensitivity, specificity)
     if name == "argmax":
-        return Threshold(0.5, rule, tally.tp / n_pos, tally.tn / n_neg)
+        return Threshold(0.5, rule, counts.tp / n_pos, counts.tn / n_neg)
     tn = n_neg - fp
     if name == "youden":
         gain = tp * n_neg + tn * n_pos  # in whole numbers, so that ties are ties
@@ -113,5 +114,5 @@ def choose_threshold(target: ArrayLike, prob: ArrayLike, rule: str = "youden") -
     else:
         gain = np.where(tn >= number * n_neg * (1 - 1e-12), tp, -np.inf)
     best = len(gain) - 1 - int(np.argmax(gain[::-1]))  # cuts fall: the last of the best is the most sensitive
-    value = float(place_cuts(tally.ranked.prob)[best])
+    value = float(place_cuts(counts.scores.prob)[best])
     return Threshold(value, rule, float(tp[best] / n_pos), float(tn[best] / n_neg))

@@ -4,71 +4,83 @@ That is what makes an interval over patients cheap: leaving a patient out is wei
 weight 2, and every metric in `metrics.py` is a function of the resulting counts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from biopsy.core.errors import MetricError
 from biopsy.statistics.calibration import IDENTITY, clipped_logit, fit_intercept, fit_recalibration
-
-Floats = NDArray[np.float64]
+from biopsy.statistics.resampling import (
+    Floats,
+    InformativeGroups,
+    fewest_informative,
+    group_codes,
+    sum_groups,
+)
 
 LOG_CLIP = float(np.finfo(np.float64).eps)  # as scikit-learn's log_loss
 NEEDS = {
     "n_pos": "positive patches",
     "n_neg": "negative patches",
-    "n_called_pos": "patches called positive",
-    "n_called_neg": "patches called negative",
+    "n_pred_pos": "patches called positive",
+    "n_pred_neg": "patches called negative",
 }
 
 
 @dataclass(frozen=True)
-class Ranked:
+class SortedScores:
     """Patches sorted by falling probability, and what stays the same however patients are weighted.
 
     Attributes:
-        target: 0.0 or 1.0 per patch, shape ``(n_patches,)``.
-        called: 1.0 where the patch is called positive.
+        y_true: 0.0 or 1.0 per patch, shape ``(n_patches,)``.
+        y_pred: 1.0 where the patch is called positive.
         group: Index into ``groups``.
         groups: Patient ids in sorted order, shape ``(n_groups,)``.
         prob: The distinct probabilities, falling, shape ``(n_levels,)``.
         starts: Where each distinct probability begins among the patches.
     """
 
-    target: Floats
-    called: Floats
+    y_true: Floats
+    y_pred: Floats
     group: NDArray[np.intp]
     groups: NDArray[np.object_]
     prob: Floats
     starts: NDArray[np.intp]
     needs: ClassVar[Mapping[str, str]] = NEEDS
 
-    def tally(self, weight: Floats | None = None) -> "Tally":
+    def count(self, weight: Floats | None = None) -> "WeightedCounts":
         """Count the sample with one weight per *group* (all 1 if not given)."""
-        each = np.ones(len(self.target)) if weight is None else weight[self.group]
-        each_pos = each * self.target
+        each = np.ones(len(self.y_true)) if weight is None else weight[self.group]
+        each_pos = each * self.y_true
         pos = np.add.reduceat(each_pos, self.starts)
         neg = np.add.reduceat(each, self.starts) - pos
-        tp = float(each_pos @ self.called)
-        return Tally(self, pos, neg, tp=tp, fp=float(each @ self.called) - tp, sample_weight=each)
+        tp = float(each_pos @ self.y_pred)
+        return WeightedCounts(self, pos, neg, tp=tp, fp=float(each @ self.y_pred) - tp, sample_weight=each)
 
-    def carriers(self) -> dict[str, int]:
-        """Count the groups that hold each of `NEEDS`: those an interval can learn from."""
-        chosen = (self.target, 1 - self.target, self.called, 1 - self.called)
-        return {
-            need: int(np.count_nonzero(np.bincount(self.group, has)))
-            for need, has in zip(NEEDS, chosen, strict=True)
-        }
+    def informative_groups(self, needs: Iterable[str] = ()) -> InformativeGroups:
+        """Return the groups with patches of the scarcest of several of `NEEDS`; all without a need."""
+        needs = list(needs)
+        if not needs:
+            return InformativeGroups(np.bincount(self.group, minlength=len(self.groups)).astype(np.float64))
+        return fewest_informative(
+            [InformativeGroups(self._patches_by_need[need], self.needs[need]) for need in needs]
+        )
+
+    @cached_property
+    def _patches_by_need(self) -> dict[str, Floats]:
+        """Patches of each group that hold each of `NEEDS`, ``(n_groups,)``."""
+        columns = self.y_true, 1 - self.y_true, self.y_pred, 1 - self.y_pred
+        sums = sum_groups(self.group, len(self.groups), *columns)
+        return dict(zip(NEEDS, sums.T, strict=True))
 
     @cached_property
     def y_prob(self) -> Floats:
         """The probability of every patch, ``(n_patches,)``."""
-        return np.repeat(self.prob, np.diff(np.append(self.starts, len(self.target))))
+        return np.repeat(self.prob, np.diff(np.append(self.starts, len(self.y_true))))
 
     @cached_property
     def logits(self) -> Floats:
@@ -88,23 +100,23 @@ class Ranked:
     @cached_property
     def recalibration(self) -> tuple[float, float]:
         """Intercept and slope on the whole sample: where the fits on its reweightings start."""
-        whole = self.tally()
+        whole = self.count()
         intercept, slope = fit_recalibration(self.logits, whole.pos, whole.neg)
         return (intercept, slope) if np.isfinite(slope) else IDENTITY
 
     @cached_property
     def shift(self) -> float:
         """The intercept at slope 1 on the whole sample, for the same purpose."""
-        whole = self.tally()
+        whole = self.count()
         return fit_intercept(self.logits, whole.pos, whole.neg) if whole.n_pos and whole.n_neg else 0.0
 
 
 @dataclass(frozen=True)
-class Tally:
+class WeightedCounts:
     """Weighted counts of one sample: all that any metric looks at.
 
     Attributes:
-        ranked: The patches counted; ``ranked.prob`` holds the distinct probabilities, falling.
+        scores: The patches counted; ``scores.prob`` holds the distinct probabilities, falling.
         pos: Weight of positive patches at each distinct probability.
         neg: Weight of negative patches at each distinct probability.
         tp: Weight of positive patches called positive.
@@ -113,7 +125,7 @@ class Tally:
             metric of scikit-learn's takes.
     """
 
-    ranked: Ranked
+    scores: SortedScores
     pos: Floats
     neg: Floats
     tp: float
@@ -122,19 +134,19 @@ class Tally:
 
     @property
     def needs(self) -> Mapping[str, str]:
-        return self.ranked.needs
+        return self.scores.needs
 
     @property
     def y_true(self) -> Floats:
-        return self.ranked.target
+        return self.scores.y_true
 
     @property
     def y_pred(self) -> Floats:
-        return self.ranked.called
+        return self.scores.y_pred
 
     @property
     def y_prob(self) -> Floats:
-        return self.ranked.y_prob
+        return self.scores.y_prob
 
     @cached_property
     def n_pos(self) -> float:
@@ -166,11 +178,11 @@ class Tally:
         return self.n_neg - self.fp
 
     @property
-    def n_called_pos(self) -> float:
+    def n_pred_pos(self) -> float:
         return self.tp + self.fp
 
     @property
-    def n_called_neg(self) -> float:
+    def n_pred_neg(self) -> float:
         return self.fn + self.tn
 
 
@@ -199,41 +211,50 @@ def check_binary(target: ArrayLike, prob: ArrayLike) -> tuple[Floats, Floats]:
     return target.astype(np.float64), prob
 
 
-def rank(
-    target: ArrayLike,
-    prob: ArrayLike,
+def sort_scores(
+    y_true: ArrayLike,
+    y_prob: ArrayLike,
     threshold: float = 0.5,
     *,
     group_ids: ArrayLike | None = None,
-    called: ArrayLike | None = None,
-) -> Ranked:
+    y_pred: ArrayLike | None = None,
+) -> SortedScores:
     """Sort a sample once, ready to be counted under any weighting.
 
     Args:
-        target: 0 or 1 per patch, shape ``(n_patches,)``.
-        prob: Probability of the positive class per patch.
-        threshold: A patch is called positive where ``prob >= threshold``.
+        y_true: 0 or 1 per patch, shape ``(n_patches,)``.
+        y_prob: Probability of the positive class per patch.
+        threshold: A patch is called positive where ``y_prob >= threshold``.
         group_ids: Patient (or slide) per patch; each patch its own group if not given.
-        called: Which patches are called positive, where that is not a matter of a threshold.
+        y_pred: Which patches are called positive, where that is not a matter of a threshold.
 
     Raises:
         MetricError: For values that allow no metric, and for patches without a group.
     """
-    target, prob = check_binary(target, prob)
+    target, prob = check_binary(y_true, y_prob)
     if group_ids is None:
         codes, groups = np.arange(len(prob)), np.arange(len(prob)).astype(object)
     else:
-        codes, uniques = pd.factorize(np.asarray(group_ids, dtype=object), sort=True)
-        groups = np.asarray(uniques, dtype=object)
-        if len(codes) != len(prob) or (codes < 0).any():
-            raise MetricError(
-                f"{np.count_nonzero(codes >= 0)} group ids stand beside {len(prob)} patches: "
-                "give each patch the patient it came from"
-            )
-    called = prob >= threshold if called is None else np.asarray(called, dtype=bool)
+        codes, groups = check_groups(group_ids, len(prob))
+    called = prob >= threshold if y_pred is None else np.asarray(y_pred, dtype=bool)
     order = np.argsort(-prob, kind="stable")
     falling = prob[order]
     starts = np.flatnonzero(np.concatenate([[True], falling[1:] != falling[:-1]]))
-    return Ranked(
+    return SortedScores(
         target[order], called[order].astype(np.float64), codes[order], groups, falling[starts], starts
     )
+
+
+def check_groups(group_ids: ArrayLike, n_patches: int) -> tuple[NDArray[np.intp], NDArray[np.object_]]:
+    """Return the index of each patch's group, and the ids of the groups in sorted order.
+
+    Raises:
+        MetricError: If a patch has no group.
+    """
+    codes, groups = group_codes(group_ids)
+    if len(codes) != n_patches or (codes < 0).any():
+        raise MetricError(
+            f"{np.count_nonzero(codes >= 0)} group ids for {n_patches} patches: "
+            "give the patient of each patch"
+        )
+    return codes, groups

@@ -11,8 +11,8 @@ from biopsy.data.predictions import decide, tabulate_predictions, write_predicti
 from biopsy.models.classifier import Classifier, score_classes
 from biopsy.recipes import Recipe
 from biopsy.statistics.calibrators import LEAST_SPREAD, fit_calibrator, spread_of
-from biopsy.statistics.conformal import Promise, fit_conformal, fit_plain
-from biopsy.statistics.intervals import FEWEST_GROUPS
+from biopsy.statistics.conformal import Promise, fit_conformal, split_conformal
+from biopsy.statistics.resampling import FEWEST_GROUPS
 from biopsy.statistics.thresholds import choose_threshold
 from biopsy.training.runs import Run
 
@@ -55,7 +55,7 @@ def fit_abstention(
             f"{unit}s stand on several sides of this split, so errors on {chosen_on} promise nothing about a "
             f"new {unit}"
         )
-    plain = fit_plain(probs, target, alpha, promise=promise).to_dict()
+    plain = split_conformal(probs, target, alpha, promise=promise).to_dict()
     return fitted | {"chosen_on": chosen_on, "per_patch_quantiles": plain["quantiles"]}
 
 

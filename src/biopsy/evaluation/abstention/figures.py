@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from biopsy.core.errors import MetricError
 from biopsy.plotting.style import BASELINE, INK, MUTED, NEGATIVE, POSITIVE, new_figure, styled
-from biopsy.statistics.risk_coverage import trace_risk
+from biopsy.statistics.risk_coverage import risk_coverage_curve
 
 FEWEST_DRAWN = 0.02  # share kept below which a curve is a handful of patches, and jumps
 
@@ -32,7 +32,7 @@ def draw_risk_coverage(
     Raises:
         MetricError: If there are no patches, or a confidence is no number.
     """
-    curve = trace_risk(wrong, confidence)
+    curve = risk_coverage_curve(wrong, confidence)
     figure, axes = new_figure(height_in=3.9)
     drawn = curve.coverage >= FEWEST_DRAWN
     axes.plot(100 * curve.coverage[drawn], 100 * curve.risk[drawn], color=POSITIVE, label="this model")

@@ -7,7 +7,13 @@ import numpy as np
 
 from biopsy.data.packs import Pack
 from biopsy.statistics.conformal import abstain, predict_sets
-from biopsy.statistics.risk_coverage import COVERAGES, estimate_risk, estimate_shares, ideal_area, trace_risk
+from biopsy.statistics.risk_coverage import (
+    COVERAGES,
+    estimate_risk,
+    estimate_shares,
+    optimal_aurc,
+    risk_coverage_curve,
+)
 
 
 def measure_abstention(
@@ -139,11 +145,11 @@ def _measure_risk(
 ) -> dict[str, Any]:
     wrong = pred != target
     confidence = probs[np.arange(len(pred)), pred]
-    curve, found = trace_risk(wrong, confidence), estimate_risk(wrong, confidence, groups, **how)
+    curve, found = risk_coverage_curve(wrong, confidence), estimate_risk(wrong, confidence, groups, **how)
     error = float(wrong.mean())
     return {
         "area": found.area.to_dict(),
-        "ideal_area": ideal_area(error),
+        "ideal_area": optimal_aurc(error),
         "error": error,
         "at": [
             {

@@ -19,7 +19,8 @@ from biopsy.statistics.intervals import estimate_metric
 from biopsy.statistics.metrics import METRICS, Metric, measure
 from biopsy.statistics.multiclass import MULTICLASS_METRICS, ClassSample
 from biopsy.statistics.paired import Difference, Sample, adjust_holm, sample_seeds, subtract
-from biopsy.statistics.weighted_counts import Ranked
+from biopsy.statistics.resampling import Resampler
+from biopsy.statistics.weighted_counts import SortedScores
 
 FORMAT = "biopsy-comparison/1"
 BY_GROUP = ("auroc", "sensitivity", "specificity", "balanced_accuracy")
@@ -63,7 +64,7 @@ class Ground:
         """Give the id of each patch's unit."""
         return group_by_unit(frame, self.unit).astype(object)
 
-    def sample(self, frame: pd.DataFrame) -> Ranked | ClassSample:
+    def sample(self, frame: pd.DataFrame) -> SortedScores | ClassSample:
         """Return what one seed says, ready for metrics."""
         return ScoredPatches.of_predictions(frame, self.class_names, self.positive_class, self.unit).sample()
 
@@ -98,8 +99,8 @@ def compare_rivals(rivals: Sequence[Rival], ground: Ground, *, metric: str = "au
         "positive_class": ground.positive_class,
         "unit": ground.unit,
         "n_patches": len(frame),
-        "n_patients": result.n_groups,
-        "interval": {"level": LEVEL, "method": f"paired {result.method}, Student's t", "seed": 0},
+        "n_patients": result.resampler.n_groups,
+        "interval": {"level": LEVEL, "method": f"paired {result.resampler.method}, Student's t", "seed": 0},
         "correction": "Holm over the comparisons, metric by metric",
         "rivals": [
             {
@@ -117,14 +118,15 @@ def compare_rivals(rivals: Sequence[Rival], ground: Ground, *, metric: str = "au
 
 def sample_rival(rival: Rival, ground: Ground) -> Sample:
     """Measure a rival, the mean of its seeds, on the sample and on every reweighting of the patients."""
-    return sample_seeds([ground.sample(frame) for frame in rival.frames], seed=0)
+    samples = [ground.sample(frame) for frame in rival.frames]
+    return sample_seeds(samples, Resampler(len(samples[0].groups), unit=ground.unit, level=LEVEL))
 
 
 def measure_seeds(
     frames: Sequence[pd.DataFrame], ground: Ground, names: Sequence[str] | None = None
 ) -> dict[str, list[float]]:
     """Return each metric of each seed."""
-    rows = [measure(ground.sample(frame).tally(), names) for frame in frames]
+    rows = [measure(ground.sample(frame).count(), names) for frame in frames]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
@@ -136,9 +138,7 @@ def _describe(sample: Sample, seeds: Mapping[str, list[float]], ground: Ground) 
         if not np.isnan(found).any()
     }
     values = {
-        name: estimate_metric(
-            metric, sample.samples[0], sample.result, level=LEVEL, unit=ground.unit
-        ).to_dict()
+        name: estimate_metric(metric, sample.samples[0], sample.result).to_dict()
         for name, metric in ground.metrics.items()
     }
     return {"patch": values, "over_seeds": over_seeds}
@@ -151,9 +151,7 @@ def _subtract_all(
     ground: Ground,
 ) -> list[dict[str, Any]]:
     """Give each rival's differences from the reference, with corrected p-values and the spread over seeds."""
-    found: list[dict[str, Difference]] = [
-        subtract(sample, samples[0], level=LEVEL, unit=ground.unit) for sample in samples[1:]
-    ]
+    found: list[dict[str, Difference]] = [subtract(sample, samples[0]) for sample in samples[1:]]
     holm = {name: adjust_holm([one[name].p for one in found]) for name in ground.metrics}
     paired = [set(rival.seeds) == set(rivals[0].seeds) for rival in rivals]
     return [

@@ -31,7 +31,8 @@ from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_logits
 from biopsy.models.networks import describe
 from biopsy.reporting.document import plural
-from biopsy.statistics.intervals import describe_method, estimate_mean
+from biopsy.statistics.intervals import describe_method
+from biopsy.statistics.resampling import clustered_mean
 from biopsy.training.runs import Run
 
 Traced = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -63,7 +64,7 @@ def judge_method(
     score, gains, n_better = _score(traced[name]), {}, {}
     for baseline in BASELINES:
         gain = score - _score(traced[baseline])
-        gains[baseline] = estimate_mean(gain, group_ids, seed=seed, unit=unit).to_dict()
+        gains[baseline] = clustered_mean(gain, group_ids, seed=seed, unit=unit).to_dict()
         n_better[baseline] = int((gain > 0).sum())
     record = {
         "name": name,
@@ -83,7 +84,7 @@ def describe_curves(
     """Give the mean curves of deletion and insertion, and the areas under them with their intervals."""
     found: dict[str, Any] = {}
     for name, curve in zip(("deletion", "insertion"), curves, strict=True):
-        area = estimate_mean(area_under(curve), group_ids, seed=seed, unit=unit, bounds=(0.0, 1.0))
+        area = clustered_mean(area_under(curve), group_ids, seed=seed, unit=unit, bounds=(0.0, 1.0))
         found[name] = area.to_dict() | {"curve": curve.mean(axis=0).tolist()}
     return found
 

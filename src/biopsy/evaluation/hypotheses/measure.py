@@ -19,11 +19,11 @@ from biopsy.models.inference import predict_logits
 from biopsy.models.networks import describe
 from biopsy.reporting.document import plural
 from biopsy.slide_io.stain import combine_stains, separate_stains
-from biopsy.statistics.contrasts import contrast_groups, estimate_ratio
-from biopsy.statistics.intervals import Interval, describe_method, estimate_metric, replicate
-from biopsy.statistics.metrics import METRICS
+from biopsy.statistics.contrasts import contrast_groups
+from biopsy.statistics.intervals import describe_method, estimate_metrics
 from biopsy.statistics.paired import estimate_differences
-from biopsy.statistics.weighted_counts import rank
+from biopsy.statistics.resampling import Interval, clustered_ratio
+from biopsy.statistics.weighted_counts import sort_scores
 from biopsy.training.runs import Run
 
 BLUE_YELLOW = 10.0  # of CIELAB's b*: blue from -10 down, yellow from 10 up; between them grey, pink and red
@@ -399,7 +399,7 @@ def _measure_share(
     if not known.any() or area.mean() < LEAST_AREA:
         ratio = Interval(float("nan"), reason=f"hardly any pixel is {colour}")
     else:
-        ratio = estimate_ratio(saliency, area, group_ids[known], seed=seed, unit=unit)
+        ratio = clustered_ratio(saliency, area, group_ids[known], seed=seed, unit=unit)
     each = pd.DataFrame({"area": area, "saliency": saliency}).groupby(group_ids[known]).mean()
     return {
         "area_share": area.mean() if known.any() else None,
@@ -412,9 +412,8 @@ def _measure_share(
 def _auroc(
     truth: np.ndarray, prob: np.ndarray, group_ids: np.ndarray, *, seed: int, unit: str
 ) -> dict[str, Any]:
-    ranked = rank(truth, prob, group_ids=group_ids)
-    result = replicate(ranked, seed=seed, names=["auroc"])
-    return estimate_metric(METRICS["auroc"], ranked, result, level=0.95, unit=unit).to_dict()
+    scores = sort_scores(truth, prob, group_ids=group_ids)
+    return estimate_metrics(scores, seed=seed, names=["auroc"], unit=unit)["auroc"].to_dict()
 
 
 def _judge(estimate: Mapping[str, Any], neutral: float) -> str:

@@ -1,0 +1,324 @@
+"""Confidence intervals with the patient as the unit: one mechanism for every statistic.
+
+A statistic is a function of one weight per group. Below 100 groups each is left out once (jackknife), from
+100 on whole groups are drawn with replacement (bootstrap); the replicates give a standard error on a scale
+without the statistic's bounds, and Student's t with the degrees of freedom of the groups that carry it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from scipy.special import expit, logit
+
+from biopsy.core.errors import MetricError
+from biopsy.core.seeds import make_rng
+
+Floats = NDArray[np.float64]
+Method = Literal["jackknife", "bootstrap"]
+Bounds = tuple[float, float]
+Statistic = Callable[[Floats], ArrayLike]
+"""One weight per group, ``(n_groups,)``, in; one number or several, ``(k,)``, out."""
+
+BOOTSTRAP_FROM = 100  # groups; below it the bootstrap's own error shows: docs/concepts/intervals.md
+DRAWS = 2000
+FEWEST_GROUPS = 5
+MOST_UNDEFINED = 0.05  # share of bootstrap draws that may miss, say, the few patients with positive patches
+SHARE: Bounds = (0.0, 1.0)
+UNBOUNDED: Bounds = (-np.inf, np.inf)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and its confidence interval; where there is none, the reason."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    reason: str | None = None
+
+    def to_dict(self) -> dict[str, float | str | None]:
+        """Return what `metrics.json` holds: an undefined value becomes null."""
+        value = None if np.isnan(self.value) else self.value
+        return {"value": value, "low": self.low, "high": self.high, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class InformativeGroups:
+    """The groups that an interval can learn from: those with patches that the statistic depends on.
+
+    Attributes:
+        n_patches: Such patches in each group, ``(n_groups,)``.
+        description: What they are, in words.
+    """
+
+    n_patches: Floats
+    description: str = "patches"
+
+    @property
+    def n(self) -> int:
+        """Number of groups with such patches."""
+        return int(np.count_nonzero(self.n_patches))
+
+    @property
+    def freedom(self) -> float:
+        """Degrees of freedom of Student's t."""
+        return self.n - 1
+
+
+def fewest_informative(candidates: Sequence[InformativeGroups]) -> InformativeGroups:
+    """Return the one of several that leaves the fewest degrees of freedom."""
+    return min(candidates, key=lambda one: (one.freedom, one.description))
+
+
+@dataclass(frozen=True)
+class Resampler:
+    """How a sample's groups are reweighted, and how replicates become an interval.
+
+    Attributes:
+        n_groups: Groups (patients, slides or patches) of the sample.
+        seed: For the bootstrap; the same seed and number of groups give the same weights.
+        unit: What a group is, for the reasons.
+        level: Nominal coverage.
+        draws: Bootstrap draws.
+        bootstrap_from: Groups from which the bootstrap is used; None always leaves one out.
+    """
+
+    n_groups: int
+    seed: int = 0
+    unit: str = "patient"
+    level: float = 0.95
+    draws: int = DRAWS
+    bootstrap_from: int | None = BOOTSTRAP_FROM
+
+    def __post_init__(self) -> None:
+        check_level(self.level)
+
+    @property
+    def method(self) -> Method:
+        few = self.bootstrap_from is None or self.n_groups < self.bootstrap_from
+        return "jackknife" if few else "bootstrap"
+
+    def resample_weights(self) -> Iterator[Floats]:
+        """Yield the weights of the groups, ``(n_groups,)``, of each replicate."""
+        if self.method == "jackknife":
+            for left_out in range(self.n_groups):
+                weight = np.ones(self.n_groups)
+                weight[left_out] = 0
+                yield weight
+        else:
+            rng = make_rng(self.seed, "bootstrap")
+            for _ in range(self.draws):
+                drawn = rng.integers(self.n_groups, size=self.n_groups)
+                yield np.bincount(drawn, minlength=self.n_groups).astype(np.float64)
+
+    def replicate(self, statistic: Statistic) -> tuple[Floats, Floats]:
+        """Return a statistic on the sample, ``(k,)``, and on each replicate, ``(n_replicates, k)``."""
+        values = np.atleast_1d(np.asarray(statistic(np.ones(self.n_groups)), np.float64))
+        rows = [
+            np.atleast_1d(statistic(weight)) if weight.any() else np.full(values.shape, np.nan)
+            for weight in self.resample_weights()
+        ]
+        return values, np.array(rows, np.float64).reshape(len(rows), *values.shape)
+
+    def standard_error(self, replicates: Floats) -> float:
+        """Return the standard error that replicates imply (Efron and Tibshirani 1993, eq. 6.6 and 11.5)."""
+        n = len(replicates)
+        sum_of_squares = float(((replicates - replicates.mean()) ** 2).sum())
+        return float(
+            np.sqrt(sum_of_squares * (n - 1) / n if self.method == "jackknife" else sum_of_squares / (n - 1))
+        )
+
+    def interval(
+        self,
+        value: float,
+        replicates: Floats,
+        informative: InformativeGroups,
+        *,
+        bounds: Bounds = UNBOUNDED,
+        share: bool = False,
+        undefined: str | None = None,
+    ) -> Interval:
+        """Return a value with the interval that its replicates allow, or with the reason for none.
+
+        Args:
+            value: On the sample; NaN where undefined.
+            replicates: On each replicate, ``(n_replicates,)``, NaN where undefined.
+            informative: The groups an interval can learn from.
+            bounds: Range of the statistic; its interval is made on a scale without them.
+            share: Whether it is a share of patches that are each right or wrong: exactly 0 or 1, it gets
+                `bound_interval`.
+            undefined: Why the value may be NaN; by default that the informative patches are missing.
+        """
+        if np.isnan(value):
+            return Interval(value, reason=f"undefined: {undefined or 'no ' + informative.description}")
+        if informative.n < FEWEST_GROUPS:
+            return Interval(
+                value,
+                reason=f"only {informative.n} {self.unit}(s) with {informative.description}: an interval "
+                f"needs {FEWEST_GROUPS}",
+            )
+        if share and value in SHARE:
+            return bound_interval(value, informative.n, self.level)
+        missing = np.isnan(replicates)
+        if missing.mean() > (MOST_UNDEFINED if self.method == "bootstrap" else 0):
+            return Interval(value, reason=f"undefined when {self.unit}s are left out: no interval")
+        replicates = replicates[~missing]
+        if not np.ptp(replicates) > 1e-12:
+            return Interval(value, reason=f"the estimate does not vary between {self.unit}s")
+        if value in bounds:
+            return Interval(value, reason=f"the estimate is exactly {value:g}, its bound")
+        return self._student_interval(value, replicates, bounds, informative.freedom)
+
+    def _student_interval(self, value: float, replicates: Floats, bounds: Bounds, freedom: float) -> Interval:
+        """Return the value plus and minus Student's t standard errors on the scale of `link`.
+
+        Where a replicate lands exactly on a bound, which that scale does not have, the standard error of the
+        plain scale is carried over by the derivative at the value (delta method).
+        """
+        if np.isin(replicates, bounds).any():
+            error = self.standard_error(replicates) * link_derivative(value, bounds)
+        else:
+            error = self.standard_error(link(replicates, bounds))
+        half = float(stats.t.ppf((1 + self.level) / 2, freedom)) * error
+        low, high = inverse_link(link(np.array(value), bounds) + np.array([-half, half]), bounds)
+        return Interval(value, float(low), float(high))
+
+    def estimate(
+        self,
+        statistic: Statistic,
+        informative: Sequence[InformativeGroups],
+        *,
+        bounds: Bounds = UNBOUNDED,
+        share: bool = False,
+        undefined: str | None = None,
+    ) -> list[Interval]:
+        """Return each number of a statistic with its interval; arguments as of `interval`."""
+        values, replicates = self.replicate(statistic)
+        return [
+            self.interval(value, column, groups, bounds=bounds, share=share, undefined=undefined)
+            for value, column, groups in zip(values.tolist(), replicates.T, informative, strict=True)
+        ]
+
+
+def link(values: Floats, bounds: Bounds) -> Floats:
+    """Map a statistic to a scale without bounds: logit between two, logarithm above one, else identity."""
+    low, high = bounds
+    if np.isinf(low):
+        return values
+    return np.log(values - low) if np.isinf(high) else logit((values - low) / (high - low))
+
+
+def inverse_link(values: Floats, bounds: Bounds) -> Floats:
+    """Return the inverse of `link`."""
+    low, high = bounds
+    if np.isinf(low):
+        return values
+    return low + np.exp(values) if np.isinf(high) else low + (high - low) * expit(values)
+
+
+def link_derivative(value: float, bounds: Bounds) -> float:
+    """Return the derivative of `link` at a value between the bounds."""
+    low, high = bounds
+    if np.isinf(low):
+        return 1.0
+    return 1 / (value - low) if np.isinf(high) else (high - low) / ((value - low) * (high - value))
+
+
+def bound_interval(value: float, n_groups: int, level: float) -> Interval:
+    """Return the interval of a share that is exactly 0 or 1, where replicates do not vary.
+
+    Clopper and Pearson's limit with the patient as the trial: if in none of ``n`` patients a single patch is
+    wrong, the share of patients with a wrong patch, and so (with patients of equal weight) the share of
+    wrong patches, is at most ``1 - ((1 - level) / 2) ** (1 / n)``.
+    """
+    widest = 1 - ((1 - level) / 2) ** (1 / n_groups)
+    return Interval(value, 1 - widest, 1.0) if value == 1 else Interval(value, 0.0, widest)
+
+
+def check_level(level: float) -> None:
+    """Refuse a nominal coverage that is none."""
+    if not 0 < level < 1:
+        raise MetricError(f"level is {level!r}: the nominal coverage lies between 0 and 1, such as 0.95")
+
+
+def group_codes(group_ids: ArrayLike) -> tuple[NDArray[np.intp], NDArray[np.object_]]:
+    """Return the index of each patch's group, and the ids of the groups in sorted order."""
+    codes, groups = pd.factorize(np.asarray(group_ids, dtype=object), sort=True)
+    return codes, np.asarray(groups, dtype=object)
+
+
+def sum_groups(codes: NDArray[np.intp], n_groups: int, *columns: ArrayLike) -> Floats:
+    """Return the sum of each column within each group, ``(n_groups, n_columns)``."""
+    sums = [np.bincount(codes, np.asarray(column, np.float64), n_groups) for column in columns]
+    return np.stack(sums, axis=1).astype(np.float64)
+
+
+def divide(above: ArrayLike, below: ArrayLike) -> Floats:
+    """Return a quotient, NaN where the denominator is not above 0."""
+    above, below = np.asarray(above, np.float64), np.asarray(below, np.float64)
+    return np.divide(above, below, out=np.full(below.shape, np.nan), where=below > 0)
+
+
+def clustered_mean(
+    values: ArrayLike,
+    group_ids: ArrayLike,
+    *,
+    seed: int,
+    unit: str = "patient",
+    bounds: Bounds = UNBOUNDED,
+    level: float = 0.95,
+    draws: int = DRAWS,
+) -> Interval:
+    """Return the mean over patches with an interval over groups.
+
+    Two methods on the same patches are compared, paired, by giving the differences as values.
+
+    Args:
+        values: One per patch, finite, shape ``(n,)``.
+        group_ids: The patient (slide, patch) of each.
+        seed, unit, bounds, level, draws: As of `Resampler`.
+
+    Raises:
+        MetricError: If there is no value, one is not finite, or the lengths differ.
+    """
+    values, group_ids = np.asarray(values, float), np.asarray(group_ids, dtype=object)
+    if not values.size or values.shape != group_ids.shape or not np.isfinite(values).all():
+        raise MetricError(
+            f"values of shape {values.shape} for {len(group_ids)} patches: give one finite value per patch"
+        )
+    return clustered_ratio(
+        values, np.ones(len(values)), group_ids, seed=seed, unit=unit, bounds=bounds, level=level, draws=draws
+    )
+
+
+def clustered_ratio(
+    numerator: ArrayLike,
+    denominator: ArrayLike,
+    group_ids: ArrayLike,
+    *,
+    seed: int,
+    unit: str = "patient",
+    bounds: Bounds = (0.0, np.inf),
+    level: float = 0.95,
+    draws: int = DRAWS,
+) -> Interval:
+    """Return the sum of one quantity over patches divided by the sum of another, with an interval.
+
+    Args:
+        numerator: One per patch.
+        denominator: One per patch, none below 0.
+        group_ids: The patient (slide, patch) of each.
+        seed, unit, bounds, level, draws: As of `Resampler`.
+    """
+    codes, groups = group_codes(group_ids)
+    sums = sum_groups(codes, len(groups), numerator, denominator)
+    resampler = Resampler(len(groups), seed, unit, level, draws)
+    [interval] = resampler.estimate(
+        lambda weight: divide(*(weight @ sums)), [InformativeGroups(sums[:, 1])], bounds=bounds
+    )
+    return interval
