@@ -125,10 +125,11 @@ POPULATIONS = {
     "mixed": Population(),
     "rare": Population(prevalence=(0.3, 5.7)),
     "one class": Population(prevalence=(2.0, 3.0), one_class=True),
-    "Pareto": Population(size_exponent=1.5, hardness=0.5),
+    "Pareto": Population(size_exponent=1.5),
+    "Pareto, harder": Population(size_exponent=1.5, hardness=0.5),
 }
-"""Cohorts of the coverage table: both classes in every patient, few patients with positive patches, patients
-of one class each, a few patients with most patches, which are also the harder ones."""
+"""Cohorts of the coverage table: both classes in every patient; few patients with positive patches; patients
+of one class each; a few patients with most patches; the same, and those are the harder ones."""
 
 
 @dataclass(frozen=True)

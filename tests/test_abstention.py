@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from biopsy.cli.evaluation import _say_abstention
 from biopsy.core.errors import MetricError
@@ -107,7 +108,11 @@ def test_intervals_are_the_jackknifes():
     logit = np.log(np.array(without) / (1 - np.array(without)))
     error = np.sqrt(19 / 20 * ((logit - logit.mean()) ** 2).sum())
     centre = np.log(found.area.value / (1 - found.area.value))
-    assert np.log(found.area.low / (1 - found.area.low)) == pytest.approx(centre - 2.093024 * error)
+    sizes = np.unique(patients, return_counts=True)[1]
+    effective = sizes.sum() ** 2 / (sizes**2).sum()
+    assert np.log(found.area.low / (1 - found.area.low)) == pytest.approx(
+        centre - stats.t.ppf(0.975, effective - 1) * error
+    )
 
 
 def test_shares_weigh_patients_or_patches():

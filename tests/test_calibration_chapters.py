@@ -68,7 +68,7 @@ def test_the_calibration_chapter(facts):
     (table,) = (block for block in section.blocks if isinstance(block, Table))
     assert table.columns == ["", "before calibration", "after calibration"]
     ece = facts.metrics["calibration"]["after"]["ece"]["value"]
-    assert table.rows[0][2].startswith(f"{ece:.3f} (") and len(table.rows) == 9
+    assert table.rows[0][2].startswith(f"{ece:.3f} none") and len(table.rows) == 9
     pictures = [one for block in section.blocks if isinstance(block, Pictures) for one in block.items]
     assert [one.caption.split(":")[0] for one in pictures] == ["Before calibration", "After calibration"]
     assert all(isinstance(one, Picture) and "Predicted probability of IDC" in one.svg for one in pictures)
@@ -154,16 +154,22 @@ def test_what_is_said_of_a_slope(after, text):
 
 
 @pytest.mark.parametrize(
-    ("model", "text"),
+    ("gains", "half", "text"),
     [
-        ([0.3, 0.1, 0.0, 0.1], "probabilities of 0.20, 0.40."),
-        ([0.3, 0.1, 0.1, 0.1], "probabilities of 0.20 to 0.40."),
-        ([0.3, 0.0, -0.1, 0.0], "At no threshold probability"),
+        ([0.0, 0.1, 0.0, 0.1], 0.05, "probabilities of 0.20, 0.40."),
+        ([0.0, 0.1, 0.1, 0.1], 0.05, "probabilities of 0.20 to 0.40."),
+        ([0.0, 0.1, 0.1, 0.1], 0.2, "at 0.20 to 0.40, but the 95 % intervals of the difference include 0."),
+        ([0.0, 0.1, 0.1, 0.0], None, "at 0.20 to 0.30, but this has no interval: a reason."),
+        ([0.0, 0.0, -0.1, 0.0], 0.05, "At no threshold probability"),
     ],
 )
-def test_where_acting_pays(model, text):
-    curve = {"thresholds": [0.1, 0.2, 0.3, 0.4], "model": model, "treat_all": [0.3, 0.0, -0.1, -0.2]}
-    assert text in say_benefit(curve)
+def test_where_acting_pays_as_far_as_intervals_allow(gains, half, text):
+    ends = [(None, None) if half is None else (gain - half, gain + half) for gain in gains]
+    marked = [
+        {"threshold": at, "gain": {"value": gain, "low": low, "high": high, "reason": "a reason"}}
+        for at, gain, (low, high) in zip([0.1, 0.2, 0.3, 0.4], gains, ends, strict=True)
+    ]
+    assert text in say_benefit({"marked": marked})
 
 
 def test_rules_in_words():

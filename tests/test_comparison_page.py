@@ -6,7 +6,8 @@ import pytest
 
 from biopsy.core.errors import MetricError
 from biopsy.evaluation.comparison.figures import SHOWN, draw_differences
-from biopsy.evaluation.comparison.page import say_verdict
+from biopsy.evaluation.comparison.measure import NETWORKS
+from biopsy.evaluation.comparison.page import ONE_SEED, say_verdict
 from biopsy.plotting.style import svg
 
 
@@ -23,9 +24,9 @@ def entry(value, low=None, high=None, reason=None, p=None, p_holm=None, **seeds)
     }
 
 
-def document(*entries, unit="patient"):
+def document(*entries, unit="patient", compares="recipes"):
     differences = [
-        {"of": f"new {place}", "to": "old", "metrics": dict.fromkeys(SHOWN, found)}
+        {"of": f"new {place}", "to": "old", "compares": compares, "metrics": dict.fromkeys(SHOWN, found)}
         for place, found in enumerate(entries)
     ]
     return {
@@ -83,3 +84,9 @@ def test_an_undefined_difference_is_left_out_of_the_figure():
 def test_the_verdict_says_no_more_than_was_found(found, said):
     made = document(found, found)
     assert re.search(said, say_verdict(made, made["differences"][0]))
+
+
+def test_a_single_seed_gives_no_verdict_on_recipes():
+    made = document(entry(0.03, 0.01, 0.05, p=0.004, p_holm=0.008), compares=NETWORKS)
+    verdict = say_verdict(made, made["differences"][0])
+    assert "for these two trained networks" in verdict and ONE_SEED in verdict

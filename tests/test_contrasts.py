@@ -46,7 +46,9 @@ def test_the_interval_of_the_difference_is_the_jackknifes():
     without = np.array([difference(groups != name) for name in names])
     n = len(names)
     error = np.sqrt(((without - without.mean()) ** 2).sum() * (n - 1) / n)
-    half = stats.t.ppf(0.975, n - 1) * error
+    sizes = np.array([[np.sum(kind & (groups == name)) for name in names] for kind in (chosen, ~chosen)])
+    effective = (sizes.sum(axis=1) ** 2 / (sizes**2).sum(axis=1)).min()
+    half = stats.t.ppf(0.975, effective - 1) * error
     found = contrast_groups(values, chosen, groups, seed=0).difference_sd
     assert found.low == pytest.approx(found.value - half, rel=1e-9)
     assert found.high == pytest.approx(found.value + half, rel=1e-9)
@@ -127,7 +129,9 @@ def test_a_ratio_is_that_of_the_sums_with_the_jackknife_on_the_log_scale():
     assert found.value == pytest.approx(above.sum() / below.sum())
     without = np.log([above[groups != g].sum() / below[groups != g].sum() for g in range(8)])
     error = np.sqrt(((without - without.mean()) ** 2).sum() * 7 / 8)
-    assert found.low == pytest.approx(found.value * np.exp(-stats.t.ppf(0.975, 7) * error))
+    sizes = np.bincount(groups, below)
+    half = stats.t.ppf(0.975, sizes.sum() ** 2 / (sizes**2).sum() - 1) * error
+    assert found.low == pytest.approx(found.value * np.exp(-half))
     assert clustered_ratio(below, below, groups, seed=0).reason is not None
     assert np.isnan(clustered_ratio(above, np.zeros(160), groups, seed=0).value)
 

@@ -11,6 +11,7 @@ from biopsy.core.errors import MetricError
 from biopsy.statistics.calibration import calibration_error, ece_floor
 from biopsy.statistics.decisions import (
     count_calls,
+    estimate_benefit_gain,
     estimate_net_benefit,
     estimate_predictive_values,
     estimate_rates,
@@ -108,6 +109,20 @@ def test_at_the_samples_own_prevalence_predictive_values_are_its_own():
         assert stated[name].low < stated[name].value < stated[name].high
     rarer = estimate_predictive_values(calls, 0, 0.02)
     assert rarer["ppv"].value < here["ppv"].value and rarer["npv"].value > here["npv"].value
+
+
+def test_gain_over_the_better_reference_is_paired():
+    target, prob, groups = draw(n_groups=12)
+    thresholds = [0.1, 0.4]
+    calls = count_calls(target, prob, groups, thresholds, seed=0)
+    for at, threshold in enumerate(thresholds):
+        act_on_all = net_benefit(target, np.ones(len(target)), [threshold])[0]
+        gain, model = estimate_benefit_gain(calls, at), estimate_net_benefit(calls, at)
+        assert gain.value == pytest.approx(model.value - max(act_on_all, 0.0))
+        if act_on_all <= 0:
+            assert (gain.low, gain.high) == pytest.approx((model.low, model.high))
+        else:
+            assert gain.high - gain.low < model.high - model.low
 
 
 def test_few_patients_allow_no_interval():

@@ -91,6 +91,7 @@ def test_subgroups_and_prevalence():
     found = biopsy.evaluate_predictions(target, probs, GROUPS, subgroups={"site": site}, prevalence=0.02)
     chosen = site == "north"
     north = found["subgroups"]["site"]["north"]
+    assert found["subgroup_intervals"] == {"level": 0.95, "n_subgroups": 2, "corrected": False}
     assert north["n_patches"] == chosen.sum()
     assert north["patch"]["auroc"]["value"] == pytest.approx(
         sk.roc_auc_score(target[chosen], probs[chosen, 1])
@@ -284,3 +285,16 @@ def test_a_report_of_predictions_goes_where_it_is_told(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="out="):
         biopsy.report(biopsy.evaluate_predictions([0, 1], [0.1, 0.9]))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_warning_where_a_few_patients_hold_most_patches():
+    """Twelve patients, two of them with 200 of 250 patches."""
+    sizes = np.array([100, 100, *[5] * 10])
+    groups = np.repeat([f"p{k}" for k in range(12)], sizes)
+    rng = np.random.default_rng(0)
+    target = rng.integers(0, 2, len(groups))
+    prob = np.clip(0.3 * target + rng.random(len(groups)) * 0.7, 0, 1)
+    [warning] = biopsy.evaluate_predictions(target, prob, groups)["warnings"]
+    assert f"worth {sizes.sum() ** 2 / (sizes**2).sum():.1f} of equal size" in warning
+    even = np.repeat([f"p{k}" for k in range(10)], 25)
+    assert biopsy.evaluate_predictions(target, prob, even)["warnings"] == []

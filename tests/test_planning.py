@@ -31,9 +31,9 @@ def test_a_number_worked_by_hand():
     sample = sort_scores(target, prob, group_ids=np.repeat(np.arange(6), 10))
     influences = influence_groups([sample], "accuracy")
     # The jackknife of a mean over patients of equal size: each patient's mean less that of all, 0.9 - 0.85
-    assert influences == pytest.approx([0.05, -0.05, 0.05, -0.15, -0.05, 0.15])
+    assert influences.values == pytest.approx([0.05, -0.05, 0.05, -0.15, -0.05, 0.15])
     sd = math.sqrt((0.0025 * 4 + 0.0225 * 2) / 5)
-    assert np.std(influences, ddof=1) == pytest.approx(sd)
+    assert np.std(influences.values, ddof=1) == pytest.approx(sd)
     # (z.975 + z.8)² (sd / difference)² = 7.849 * 0.011 / 0.0025 = 34.5, and about z² / 2 = 2 more for t
     assert plan_patients(sd, 6, difference=0.05).n_patients == 37
 
@@ -42,10 +42,26 @@ def test_influences_are_those_of_the_interval():
     target, prob, _, groups = draw_pair(np.random.default_rng(0), 15)
     influences = influence_groups([sort_scores(target, prob, group_ids=groups)], "brier")
     interval = estimate_patch_metrics(target, prob, groups, seed=0)["brier"]
-    error = np.std(influences, ddof=1) / np.sqrt(15)
+    error = np.std(influences.values, ddof=1) / np.sqrt(15)
     slope = 1 / (interval.value * (1 - interval.value))
     half = (np.log(interval.high / (1 - interval.high)) - np.log(interval.low / (1 - interval.low))) / 2
     assert stats.t.ppf(0.975, 14) * error * slope == pytest.approx(half, rel=0.02)
+
+
+def test_degrees_of_freedom_are_those_of_patients_who_carry_the_metric():
+    """Of twenty patients eight have positive patches: sensitivity is planned from what those are worth."""
+    target, prob, _, groups = draw_pair(np.random.default_rng(0), 20)
+    target = np.where(groups < 8, target, 0)
+    found = influence_groups([sort_scores(target, prob, group_ids=groups)], "sensitivity")
+    positives = np.bincount(groups, target)
+    assert (
+        found.effective == pytest.approx(positives.sum() ** 2 / (positives**2).sum()) and found.effective < 8
+    )
+    sd = float(np.std(found.values, ddof=1))
+    few, all_carry = (
+        plan_patients(sd, 20, effective=effective, difference=sd / 2) for effective in (found.effective, 20)
+    )
+    assert few.n_patients > all_carry.n_patients and few.high > all_carry.high and few.low < all_carry.low
 
 
 def test_what_is_asked_moves_the_number():
@@ -68,7 +84,7 @@ def test_the_promised_power_is_reached():
     target, first, second, groups = draw_pair(rng, 300, gain=0.5)
     pair = [sort_scores(target, prob, group_ids=groups) for prob in (first, second)]
     one, other = (influence_groups([scores], "auroc") for scores in pair)
-    need = plan_patients(float(np.std(one - other, ddof=1)), 300, difference=truth)
+    need = plan_patients(float(np.std(one.values - other.values, ddof=1)), 300, difference=truth)
     assert 20 < need.n_patients < 40
     n_cohorts, seen = 200, 0
     for _ in range(n_cohorts):

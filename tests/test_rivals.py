@@ -20,14 +20,21 @@ from biopsy.core.errors import MetricError, RunError
 from biopsy.core.files import MANIFEST, write_json
 from biopsy.data.predictions import make_predictions, write_predictions
 from biopsy.evaluation.comparison.compare import gather_rivals
-from biopsy.evaluation.comparison.measure import compare_rivals
-from biopsy.evaluation.comparison.page import say_verdict
-from biopsy.statistics.paired import adjust_holm, estimate_differences, sample_seeds, subtract
+from biopsy.evaluation.comparison.measure import NETWORKS, RECIPES, compare_rivals
+from biopsy.evaluation.comparison.page import ONE_SEED, say_verdict
+from biopsy.statistics.paired import (
+    adjust_holm,
+    estimate_differences,
+    sample_seeds,
+    satterthwaite,
+    subtract,
+)
 from biopsy.statistics.resampling import Resampler
 from biopsy.statistics.weighted_counts import sort_scores
 from biopsy.training.runs import Run
 from biopsy.training.study import Study
 from conftest import write_pack
+from report_facts import Page
 from test_paired import draw_pair
 
 RUN_KEYS = {
@@ -164,6 +171,44 @@ def test_p_is_the_paired_t_of_scipy():
     assert (found.interval.low, found.interval.high) == pytest.approx(tuple(expected.confidence_interval()))
 
 
+def test_a_recipe_with_several_seeds_does_not_differ_from_itself():
+    """Two times three seeds of one recipe: over patients alone one difference in three looks significant."""
+    found = []
+    for k in range(60):
+        rng = np.random.default_rng(k)
+        groups, target = np.repeat(np.arange(15), 30), rng.integers(0, 2, 450)
+        patient = rng.normal(0, 0.5, 15)[groups]
+        noise = rng.normal(0, 1, 450)
+        recipes = []
+        for _ in range(2):
+            gains = rng.normal(1.5, 0.4, 3)  # training seeds differ in how far they part the classes
+            probs = [expit(gain * target + patient + noise) for gain in gains]
+            scores = [sort_scores(target, prob, group_ids=groups) for prob in probs]
+            recipes.append(sample_seeds(scores, Resampler(15), names=["auroc"]))
+        found.append(subtract(*recipes)["auroc"])
+    over_patients = [one.over_patients.low > 0 or one.over_patients.high < 0 for one in found]
+    assert np.mean(over_patients) > 0.3 and np.mean([one.p < 0.05 for one in found]) < 0.12
+    assert all((one.p < 0.05) == (one.interval.low > 0 or one.interval.high < 0) for one in found)
+
+
+def test_variances_add_with_satterthwaites_degrees_of_freedom():
+    """Welch's t test: the variances of two means with their own degrees of freedom."""
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(0, 1, 6), rng.normal(0.5, 3, 9)
+    error, freedom = satterthwaite([(np.var(x, ddof=1) / len(x), len(x) - 1) for x in (first, second)])
+    welch = stats.ttest_ind(first, second, equal_var=False)
+    assert freedom == pytest.approx(welch.df)
+    assert (first.mean() - second.mean()) / error == pytest.approx(welch.statistic)
+
+
+def test_one_seed_a_recipe_speaks_of_trained_networks(pair, tmp_path):
+    document = biopsy.compare(pair[0], out=tmp_path / "out")
+    [one] = document["differences"]
+    assert one["compares"] == NETWORKS and ONE_SEED in say_verdict(document, one)
+    assert ONE_SEED in Page((tmp_path / "out" / "report.html").read_text()).text
+    assert one["metrics"]["ece"]["low"] is None and one["metrics"]["ece"]["p"] is None
+
+
 def test_holm_by_hand():
     """Holm (1979): .005 * 4, then .01 * 3, .03 * 2, and .04 not below what came before."""
     assert adjust_holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
@@ -249,6 +294,8 @@ def test_studies_pool_their_folds_and_keep_seeds_apart(pack, tmp_path):
     difference = np.subtract(seeds[1], seeds[0])
     entry = document["differences"][0]["metrics"]["auroc"]
     assert entry["value"] == pytest.approx(difference.mean()) and entry["low"] < entry["value"]
+    assert document["differences"][0]["compares"] == RECIPES
+    assert entry["high"] - entry["low"] > entry["over_patients"]["high"] - entry["over_patients"]["low"]
     expected = {"mean": difference.mean(), "sd": difference.std(ddof=1), "min": difference.min()}
     assert {key: entry["over_seeds"][key] for key in expected} == pytest.approx(expected)
     assert entry["over_seeds"]["n"] == 3 and entry["over_seeds"]["paired"] is True
@@ -394,4 +441,5 @@ def test_a_difference_there_is_is_found_and_said():
     assert found.p < 0.001 and found.interval.low > 0
     assert subtract(samples[1], samples[0])["auroc"].p == pytest.approx(found.p)
     with pytest.raises(MetricError, match="not of the same patients"):
-        subtract(samples[0], sample_seeds([sort_scores(target, first)], Resampler(5), names=["auroc"]))
+        alone = sort_scores(target[:50], first[:50])
+        subtract(samples[0], sample_seeds([alone], Resampler(50), names=["auroc"]))

@@ -97,6 +97,9 @@ def test_numbers_follow_from_the_pooled_predictions(finished):
     assert sum(entry["pooled"]["confusion"].values()) == 72
     spread = {"mean": np.mean(by_seed), "sd": np.std(by_seed, ddof=1)}
     assert entry["over_seeds"]["auroc"] == pytest.approx(spread, abs=1e-12)
+    by_fold = table.groupby("fold")["auroc"].mean()
+    within = {"mean": by_fold.mean(), "min": by_fold.min(), "max": by_fold.max(), "n_folds": 3}
+    assert entry["within_folds"]["auroc"] == pytest.approx(within, abs=1e-12)
     for found, (_, rows) in zip(entry["folds"], table.groupby("fold"), strict=True):
         gain = rows["auroc"] - rows["baseline_auroc"]
         assert found["auroc"] == pytest.approx({"mean": rows["auroc"].mean(), "sd": rows["auroc"].std()})

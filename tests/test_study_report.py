@@ -52,6 +52,32 @@ def test_folds_are_named_by_whom_they_test():
     assert "patient-1" in page and not re.search("8863|8865|8867", page)
 
 
+def test_folds_that_test_equally_many_patients_stay_apart():
+    """Two folds of 24 patients each, two seeds: today's page must say two folds, not one with four seeds."""
+    table = pd.DataFrame({"fold": [0, 1, 0, 1], "tested": ["24 patients"] * 4, "seed": [0, 0, 1, 1]})
+    assert name_folds(table) == ["0 (24 patients)", "1 (24 patients)"] * 2
+    facts = make_study()
+    runs = facts.table.assign(tested="24 patients", fold=[0, 1, 2] * 3, seed=[0, 0, 0, 1, 1, 1, 2, 2, 2])
+    page = Page(render_report(report_of_study(replace(facts, table=runs)))).text
+    assert "3 folds, 3 seeds, 9 runs" in page
+    spread = spread_over_seeds(runs.assign(fold=name_folds(runs)))
+    assert len(spread) == 3 and spread["n_seeds"].tolist() == [3, 3, 3]
+
+
+def test_pooled_numbers_stand_beside_the_means_within_folds():
+    facts = make_study()
+    within = {"auroc": {"mean": 0.925, "min": 0.893, "max": 0.951, "n_folds": 3}}
+    page = Page(
+        render_report(report_of_study(replace(facts, metrics={**facts.metrics, "within_folds": within})))
+    )
+    assert "mean within folds" in page.text and "0.925 0.893 0.951" in page.text
+    alone = {"auroc": {"mean": 0.9, "min": 0.9, "max": 0.9, "n_folds": 1}}
+    page = Page(
+        render_report(report_of_study(replace(facts, metrics={**facts.metrics, "within_folds": alone})))
+    )
+    assert "mean within folds" not in page.text
+
+
 def test_spread_over_seeds_is_by_fold():
     spread = spread_over_seeds(pd.DataFrame({"fold": [1, 1, 0], "auroc": [0.5, 0.7, 0.9]}))
     assert spread.loc[1].tolist() == pytest.approx([0.6, 0.5, 0.7, 2])

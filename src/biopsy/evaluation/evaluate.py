@@ -21,7 +21,7 @@ from biopsy.evaluation.colour_baseline import colour_baseline
 from biopsy.evaluation.operating_points import measure_decisions
 from biopsy.evaluation.results import Evaluation
 from biopsy.evaluation.scored import ScoredPatches
-from biopsy.evaluation.subgroups import measure_subgroups, pick_columns
+from biopsy.evaluation.subgroups import describe_intervals, measure_subgroups, pick_columns
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_logits
@@ -127,6 +127,8 @@ def evaluate(
             "threshold": threshold,
         },
     )
+    columns = pick_columns(pack.table.iloc[rows])
+    subgroups = measure_subgroups(scored, columns, seed=run.info["seed"], level=LEVEL)
     metrics = {
         "format": FORMAT,
         "side": side,
@@ -153,12 +155,11 @@ def evaluate(
             len(np.unique(groups)), seed=run.info["seed"], level=LEVEL, unit=pack.unit
         ),
         "baseline": _compare_with_colour(run, pack, sides, side, probs) if _is_own(run, pack) else None,
-        "subgroups": measure_subgroups(
-            scored, pick_columns(pack.table.iloc[rows]), seed=run.info["seed"], level=LEVEL
-        ),
+        "subgroups": subgroups,
+        "subgroup_intervals": describe_intervals(subgroups, LEVEL),
         "warnings": [
             *run.info.get("warnings", []),
-            *filter(None, [warn_of_spread(classifier, logits, side)]),
+            *filter(None, [warn_of_spread(classifier, logits, side), scored.warn_unequal_groups()]),
         ],
         "times_opened": openings and openings["times"],
         "ledger": openings,

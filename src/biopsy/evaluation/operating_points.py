@@ -8,6 +8,7 @@ import numpy as np
 from biopsy.statistics.decisions import (
     Calls,
     count_calls,
+    estimate_benefit_gain,
     estimate_net_benefit,
     estimate_predictive_values,
     estimate_rates,
@@ -95,7 +96,11 @@ def _describe_curve(truth: np.ndarray, prob: np.ndarray, calls: Calls, start: in
         "model": net_benefit(truth, prob, CURVE),
         "treat_all": net_benefit(truth, np.ones(len(truth)), CURVE),
         "marked": [
-            {"threshold": float(value), **estimate_net_benefit(calls, start + k).to_dict()}
+            {
+                "threshold": float(value),
+                **estimate_net_benefit(calls, start + k).to_dict(),
+                "gain": estimate_benefit_gain(calls, start + k).to_dict(),
+            }
             for k, value in enumerate(MARKED)
         ],
     }

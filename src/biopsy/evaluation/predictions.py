@@ -26,7 +26,7 @@ from biopsy.evaluation.evaluate import FORMAT, LEVEL, check_classes, measure_pre
 from biopsy.evaluation.operating_points import measure_decisions
 from biopsy.evaluation.results import Evaluation
 from biopsy.evaluation.scored import ScoredPatches
-from biopsy.evaluation.subgroups import measure_subgroups, pick_columns
+from biopsy.evaluation.subgroups import describe_intervals, measure_subgroups, pick_columns
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_logits
@@ -212,6 +212,7 @@ def _measure(
     reliability = measure_reliability(scored, seed=seed, level=LEVEL)
     options: dict[str, Any] = {"seed": seed, "unit": scored.unit, "level": LEVEL}
     decisions: dict[str, Any] = {}
+    subgroups = measure_subgroups(scored, columns, seed=seed, level=LEVEL)
     if threshold is not None:
         arrays = scored.is_positive, scored.prob, scored.group_ids
         decisions = measure_decisions(*arrays, [threshold], prevalence=prevalence, **options)
@@ -231,7 +232,9 @@ def _measure(
         "abstention": None,
         "interval": describe_method(n_groups, seed=seed, level=LEVEL, unit=scored.unit),
         "baseline": None,
-        "subgroups": measure_subgroups(scored, columns, seed=seed, level=LEVEL),
+        "subgroups": subgroups,
+        "subgroup_intervals": describe_intervals(subgroups, LEVEL),
+        "warnings": [*filter(None, [scored.warn_unequal_groups()])],
         "times_opened": None,
         "ledger": None,
         "evaluated": datetime.now(UTC).isoformat(timespec="seconds"),

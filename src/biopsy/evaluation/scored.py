@@ -9,7 +9,10 @@ import pandas as pd
 from biopsy.data.packs import Pack, group_by_unit
 from biopsy.data.predictions import decide
 from biopsy.statistics.multiclass import ClassSample, class_sample
+from biopsy.statistics.resampling import InformativeGroups
 from biopsy.statistics.weighted_counts import SortedScores, sort_scores
+
+UNEQUAL = 0.7  # effective over actual number of patients: docs/concepts/intervals.md
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,18 @@ class ScoredPatches:
             return class_sample(self.target, self.probs, self.class_names, group_ids=ids, pred=self.pred)
         y_pred = self.pred == self.positive_index
         return sort_scores(self.is_positive, self.prob, group_ids=ids, y_pred=y_pred)
+
+    def warn_unequal_groups(self) -> str | None:
+        """Return a warning if a few patients hold most patches: intervals then depend on who they are."""
+        counts = np.unique(self.group_ids, return_counts=True)[1].astype(float)
+        groups = InformativeGroups(counts)
+        if self.unit == "patch" or groups.n < 2 or groups.effective >= UNEQUAL * groups.n:
+            return None
+        return (
+            f"{groups.n} {self.unit}s of very different size are worth {groups.effective:.1f} of equal size: "
+            f"if {self.unit}s with more patches are harder, pooled metrics are too optimistic and their "
+            f"intervals too narrow; read the means over {self.unit}s"
+        )
 
     def confusion(self) -> np.ndarray:
         """Return patches by true class (rows) and called class (columns)."""

@@ -245,26 +245,37 @@ def _signed(value: float | None) -> str:
 
 
 def say_benefit(curve: Mapping[str, Any]) -> str:
-    """Say between which threshold probabilities the model is worth more than acting on all or on none."""
-    better = [
-        model > max(everyone, 0.0) for model, everyone in zip(curve["model"], curve["treat_all"], strict=True)
-    ]
-    spans: list[list[float]] = []
-    for at, is_better, follows in zip(curve["thresholds"], better, [False, *better], strict=False):
-        if is_better and follows:
-            spans[-1][1] = at
-        elif is_better:
-            spans.append([at, at])
-    if not spans:
+    """Return where the model is worth more than acting on all or on no patches, as far as intervals allow."""
+    points = [(point["threshold"], point["gain"]) for point in curve["marked"]]
+    spans = _join_thresholds([(at, gain["low"] is not None and gain["low"] > 0) for at, gain in points])
+    if spans:
         return (
-            "At no threshold probability is the net benefit higher than that of acting on all or on "
-            "no patches."
+            "Net benefit is higher than that of acting on all or on no patches, with the whole 95 % interval "
+            f"of the difference above 0, at threshold probabilities of {spans}."
         )
-    named = ", ".join(f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}" for low, high in spans)
+    higher = _join_thresholds([(at, gain["value"] > 0) for at, gain in points])
+    if not higher:
+        return "At no threshold probability is net benefit higher than that of acting on all or no patches."
+    reason = next((gain["reason"] for _, gain in points if gain["value"] > 0 and gain["low"] is None), None)
     return (
-        "Net benefit is higher than that of acting on all or on no patches at threshold "
-        f"probabilities of {named}."
+        f"Net benefit is estimated to be higher than that of acting on all or on no patches at {higher}, but "
+        + (
+            f"this has no interval: {reason}."
+            if reason
+            else "the 95 % intervals of the difference include 0."
+        )
     )
+
+
+def _join_thresholds(points: Sequence[tuple[float, bool]]) -> str:
+    """Write the runs of thresholds that are chosen, such as ``0.10 to 0.35, 0.50``; empty without any."""
+    spans: list[list[float]] = []
+    for (at, chosen), follows in zip(points, [False, *(chosen for _, chosen in points)], strict=False):
+        if chosen and follows:
+            spans[-1][1] = at
+        elif chosen:
+            spans.append([at, at])
+    return ", ".join(f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}" for low, high in spans)
 
 
 MOST_SLIDES = 4
@@ -361,7 +372,10 @@ def _table_of_subgroups(subgroups: Mapping[str, Mapping[str, Any]], n_classes: i
             )
     columns = ["column", "subgroup", "patches", f"{unit}s"]
     columns += [metric_label(name, n_classes) for name in shown]
-    note = f"95 % intervals in brackets.{reasons.text}"
+    note = (
+        f"95 % intervals in brackets, each by itself: not corrected for {len(rows)} subgroups. About one in "
+        f"twenty misses the true value by chance.{reasons.text}"
+    )
     return Table(columns, rows, caption="Subgroups", note=note, text_columns=2)
 
 

@@ -83,6 +83,7 @@ def summarise(table: pd.DataFrame, pooled: pd.DataFrame, metrics: dict[str, Any]
             for frame in pool_by_seed(pooled[pooled["recipe"] == recipe])
         ]
         entry["pooled"] = measure_pooled(seeds)
+        entry["within_folds"] = _average_folds(rows)
         entry["over_seeds"] = _spread([measure(one.sample().count()) for one in seeds])
         document["recipes"][recipe] = entry
     return document
@@ -146,6 +147,20 @@ def _summarise_folds(rows: pd.DataFrame) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _average_folds(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Return the mean over folds of each fold's own metrics (means over its seeds), least and greatest.
+
+    Pooled, predictions of different folds' models are ranked together; here each model is judged by itself.
+    """
+    shown = [name for name in dict.fromkeys((*SHOWN, *SHOWN_OF_CLASSES)) if name in rows]
+    by_fold = rows.groupby("fold", dropna=False)[shown].mean()
+    return {
+        name: {"mean": values.mean(), "min": values.min(), "max": values.max(), "n_folds": len(values)}
+        for name, values in by_fold.items()
+        if values.notna().all()
+    }
 
 
 def pool_by_seed(pooled: pd.DataFrame) -> list[pd.DataFrame]:

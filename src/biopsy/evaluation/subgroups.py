@@ -1,5 +1,6 @@
 """The same numbers within groups of patches that a joined column names: site, scanner, age, grade."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def measure_subgroups(
 
     Returns:
         Column -> value -> ``n_patches``, ``n_patients`` and ``patch``: the metrics of `SHOWN` (for more than
-        two classes `SHOWN_OF_CLASSES`) with intervals over patients.
+        two classes `SHOWN_OF_CLASSES`) with intervals over patients, each by itself (`describe_intervals`).
     """
     shown = SHOWN_OF_CLASSES if scored.positive_class is None else SHOWN
     found: dict[str, dict[str, Any]] = {}
@@ -56,6 +57,12 @@ def measure_subgroups(
                 "patch": {name: interval.to_dict() for name, interval in metrics.items()},
             }
     return found
+
+
+def describe_intervals(subgroups: Mapping[str, Mapping[str, Any]], level: float) -> dict[str, Any] | None:
+    """Return the entry ``subgroup_intervals`` of ``metrics.json``: intervals are not simultaneous."""
+    n_subgroups = sum(map(len, subgroups.values()))
+    return {"level": level, "n_subgroups": n_subgroups, "corrected": False} if n_subgroups else None
 
 
 def _label(column: pd.Series) -> pd.Series | None:

@@ -42,6 +42,7 @@ def gather_study(study: Study) -> dict[str, StudyFacts]:
                 **entry.get("pooled", {}),
                 "positive_class": first["positive_class"],
                 "split": study.info["split"],
+                "within_folds": entry.get("within_folds", {}),
             },
             class_names=first["class_names"],
             baselines=_baseline_by_group(rows),

@@ -85,10 +85,21 @@ def report_of_study(facts: StudyFacts, *, hide_ids: bool = False) -> ReportDocum
 
 
 def name_folds(table: pd.DataFrame) -> list[str]:
-    """Name each run's fold by whom it tests, where the table says so in a few words, else by its number."""
-    tested = table["tested"].astype(str) if "tested" in table else pd.Series([""] * len(table))
-    short = tested.str.len().between(1, 24).to_numpy()
-    return [who if fits else str(fold) for who, fits, fold in zip(tested, short, table["fold"], strict=True)]
+    """Name each run's fold: by the ids it tests where the table has few of them, else by its index.
+
+    How many patients a fold tests names no fold: two folds may test equally many.
+    """
+    if "tested" not in table:
+        return [str(fold) for fold in table["fold"]]
+    tested = table["tested"].astype(str)
+    counted = tested.str.fullmatch(r"\d+ (patients?|slides?|patchs?|patches)")
+    names = []
+    for fold, who, is_count in zip(table["fold"], tested, counted, strict=True):
+        if is_count:
+            names.append(f"{fold} ({who})")
+        else:
+            names.append(who if 1 <= len(who) <= 24 else str(fold))
+    return names
 
 
 def spread_over_seeds(table: pd.DataFrame, metric: str = "auroc") -> pd.DataFrame:
@@ -237,6 +248,7 @@ def _describe_pooled(facts: StudyFacts) -> Section:
     blocks: list[Block] = [
         Text("Metrics of the pooled out-of-fold predictions of all runs."),
         table_of_metrics(facts.metrics, facts.unit),
+        *_compare_pooling(facts),
     ]
     if facts.metrics.get("classification_report"):
         blocks.append(table_of_classes(facts.metrics["classification_report"]))
@@ -250,6 +262,28 @@ def _describe_pooled(facts: StudyFacts) -> Section:
         caption = "Counts summed over all runs, each at its own decision threshold."
         blocks.append(Pictures([Picture(caption, svg(figure, "confusion"))], across=1))
     return Section("pooled", "Pooled out-of-fold performance", blocks)
+
+
+def _compare_pooling(facts: StudyFacts) -> list[Block]:
+    """Return the pooled metrics beside the means within folds; nothing of a single fold."""
+    within, pooled = facts.metrics.get("within_folds", {}), facts.metrics.get("patch") or {}
+    rows = [
+        [
+            metric_label(name, len(facts.class_names)),
+            number((pooled.get(name) or {}).get("value")),
+            *(number(found[key]) for key in ("mean", "min", "max")),
+        ]
+        for name, found in within.items()
+        if found["n_folds"] > 1
+    ]
+    if not rows:
+        return []
+    note = (
+        "Pooled, predictions of the models of different folds are ranked together; within folds each model "
+        "is evaluated by itself (mean of seeds). They differ where the models' scores differ in scale."
+    )
+    columns = ["", "pooled", "mean within folds", "minimum", "maximum"]
+    return [Table(columns, rows, caption="Pooled and within folds", note=note)]
 
 
 def _describe_runs(facts: StudyFacts) -> Section:

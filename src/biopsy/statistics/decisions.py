@@ -154,6 +154,23 @@ def estimate_net_benefit(calls: Calls, at: int) -> Interval:
     )
 
 
+def estimate_benefit_gain(calls: Calls, at: int) -> Interval:
+    """Return the net benefit at the threshold number ``at`` minus that of the better reference strategy.
+
+    The strategies are acting on all patches and on none; the better one on the sample is the reference on
+    every reweighting, so the difference is paired.
+    """
+    odds = calls.thresholds[at] / (1 - calls.thresholds[at])
+    pos, neg, _, _ = calls.counts(calls.by_group, at)
+    act_on_all = pos.sum() > odds * neg.sum()
+
+    def gain(pos: Floats, neg: Floats, tp: Floats, fp: Floats) -> Floats:
+        reference = pos - odds * neg if act_on_all else 0.0
+        return divide(tp - odds * fp - reference, pos + neg)
+
+    return _estimate(calls, at, gain, InformativeGroups(pos + neg), bounds=UNBOUNDED)
+
+
 def net_benefit(target: ArrayLike, prob: ArrayLike, thresholds: ArrayLike) -> Floats:
     """Return the net benefit at each threshold probability, ``(k,)``; see `estimate_net_benefit`.
 

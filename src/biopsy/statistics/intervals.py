@@ -96,6 +96,8 @@ class PatientSummary:
 def estimate_metric(metric: Metric, sample: GroupedSample, result: Replicates) -> Interval:
     """Return one metric with its interval, or with the reason why it has none."""
     value = result.value[metric.name]
+    if metric.no_interval and not np.isnan(value):
+        return Interval(value, reason=metric.no_interval)
     return result.resampler.interval(
         value,
         result.replicates[metric.name],
@@ -176,7 +178,7 @@ def estimate_class_metrics(
 def measure_groups(
     target: ArrayLike, prob: ArrayLike, group_ids: ArrayLike, threshold: float = 0.5
 ) -> tuple[NDArray[np.object_], dict[str, Floats]]:
-    """Compute every metric within each group.
+    """Compute every metric within each group, but for those that need many patients (`Metric.pooled_only`).
 
     Returns:
         The group ids in sorted order, and per metric one value for each, NaN where undefined.
@@ -184,11 +186,12 @@ def measure_groups(
     scores = sort_scores(target, prob, threshold, group_ids=group_ids)
     order = np.argsort(scores.group, kind="stable")
     cuts = np.flatnonzero(np.diff(scores.group[order])) + 1
+    names = [metric.name for metric in METRICS.values() if not metric.pooled_only]
     rows = [
-        measure(sort_scores(scores.y_true[own], scores.y_prob[own], threshold).count())
+        measure(sort_scores(scores.y_true[own], scores.y_prob[own], threshold).count(), names)
         for own in np.split(order, cuts)
     ]
-    return scores.groups, {name: np.array([row[name] for row in rows]) for name in METRICS}
+    return scores.groups, {name: np.array([row[name] for row in rows]) for name in names}
 
 
 def estimate_patient_metrics(
@@ -200,13 +203,14 @@ def estimate_patient_metrics(
     level: float = 0.95,
     unit: str = "patient",
 ) -> dict[str, PatientSummary]:
-    """Return every metric as a mean over patients, each computed within one patient and weighing the same.
+    """Return metrics as means over patients, each computed within one patient and weighing the same.
 
-    Patients in whom a metric is undefined (no positive patch, say) are left out of it and ``n_defined`` says
-    how many remain. The interval is Student's t over those patients, on the metric's unbounded scale.
+    Calibration error, slope and intercept are left out: within one patient they are noise. Patients in whom
+    a metric is undefined (no positive patch, say) are left out of it and ``n_defined`` says how many remain.
+    The interval is Student's t over those patients, on the metric's unbounded scale.
     """
     _, table = measure_groups(target, prob, group_ids, threshold)
-    return {m.name: summarise_groups(m, table[m.name], level, unit) for m in METRICS.values()}
+    return {name: summarise_groups(METRICS[name], values, level, unit) for name, values in table.items()}
 
 
 def summarise_groups(metric: Metric, values: Floats, level: float, unit: str) -> PatientSummary:

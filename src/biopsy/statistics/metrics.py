@@ -49,6 +49,8 @@ class Metric:
         ideal: The value of a perfect classifier.
         share: Whether it is a share of patches that are each right or wrong.
         undefined: Why it may be undefined although its needs are met.
+        no_interval: Why it gets no interval; empty where it gets one.
+        pooled_only: Whether it takes the patches of many patients, and is not computed within one.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Metric:
     ideal: float
     share: bool
     undefined: str
+    no_interval: str
+    pooled_only: bool
 
     def compute(self, counts: Counts) -> float:
         """Return the metric, or NaN where it is undefined."""
@@ -96,20 +100,35 @@ def metric(
     ideal: float = 1.0,
     share: bool = False,
     undefined: str = "no patches",
+    no_interval: str = "",
+    pooled_only: bool = False,
 ) -> Callable[[Callable[[Any], float]], Callable[[Any], float]]:
     """Register a function of a weighted sample under its own name.
 
     Args:
         of: `WeightedCounts` for two classes, `multiclass.ClassCounts` for more. Both have ``y_true``,
             ``y_pred``, ``y_prob`` and ``sample_weight`` beside their counts.
-        kind, needs, bounds, better, ideal, share, undefined: As in `Metric`.
+        kind, needs, bounds, better, ideal, share, undefined, no_interval, pooled_only: As in `Metric`.
         label: By default the name with spaces.
     """
 
     def register(fn: Callable[[Any], float]) -> Callable[[Any], float]:
         name = fn.__name__
         shown = label or name.replace("_", " ")
-        made = Metric(name, shown, fn, kind, tuple(needs), bounds, better, ideal, share, undefined)
+        made = Metric(
+            name,
+            shown,
+            fn,
+            kind,
+            tuple(needs),
+            bounds,
+            better,
+            ideal,
+            share,
+            undefined,
+            no_interval,
+            pooled_only,
+        )
         registry(of).add(name, made, fn)
         return fn
 
@@ -117,6 +136,10 @@ def metric(
 
 
 BOTH = ("n_pos", "n_neg")
+NO_ECE_INTERVAL = (
+    "no interval for the calibration error: it is biased upwards in small samples, and intervals around it "
+    "did not reach their nominal coverage in simulation; see ece_floor and the calibration slope"
+)
 
 
 @metric("ranking", label="AUROC", needs=BOTH)
@@ -190,7 +213,14 @@ def nll(counts: WeightedCounts) -> float:
     return float(counts.pos @ loss_pos + counts.neg @ loss_neg) / counts.n
 
 
-@metric("probability", label="expected calibration error", better="lower", ideal=0.0)
+@metric(
+    "probability",
+    label="expected calibration error",
+    better="lower",
+    ideal=0.0,
+    no_interval=NO_ECE_INTERVAL,
+    pooled_only=True,
+)
 def ece(counts: WeightedCounts) -> float:
     return calibration_error(counts.scores.prob, counts.pos, counts.neg)
 
@@ -200,6 +230,7 @@ def ece(counts: WeightedCounts) -> float:
     needs=BOTH,
     bounds=UNBOUNDED,
     better="near",
+    pooled_only=True,
     undefined="one cut separates the classes or all probabilities are equal: no finite slope fits",
 )
 def calibration_slope(counts: WeightedCounts) -> float:
@@ -208,7 +239,7 @@ def calibration_slope(counts: WeightedCounts) -> float:
     return fit_recalibration(scores.logits, counts.pos, counts.neg, start=scores.recalibration)[1]
 
 
-@metric("probability", needs=BOTH, bounds=UNBOUNDED, better="near", ideal=0.0)
+@metric("probability", needs=BOTH, bounds=UNBOUNDED, better="near", ideal=0.0, pooled_only=True)
 def calibration_intercept(counts: WeightedCounts) -> float:
     """Return the shift of the logit that makes the mean right; above 0 too few positives are promised."""
     return fit_intercept(counts.scores.logits, counts.pos, counts.neg, start=counts.scores.shift)

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from biopsy.core.errors import MetricError
 from biopsy.statistics.calibration import calibration_error
-from biopsy.statistics.metrics import METRICS, metric, registry
+from biopsy.statistics.metrics import METRICS, NO_ECE_INTERVAL, metric, registry
 from biopsy.statistics.resampling import Floats, InformativeGroups, divide, fewest_informative
 from biopsy.statistics.weighted_counts import (
     LOG_CLIP,
@@ -266,7 +266,13 @@ def brier(counts: ClassCounts) -> float:
 
 
 @metric(
-    "probability", of=ClassCounts, label="expected calibration error, top label", better="lower", ideal=0.0
+    "probability",
+    of=ClassCounts,
+    label="expected calibration error, top label",
+    better="lower",
+    ideal=0.0,
+    no_interval=NO_ECE_INTERVAL,
+    pooled_only=True,
 )
 def ece(counts: ClassCounts) -> float:
     """Return the calibration error of the called class's probability (Guo et al. 2017), equal-mass bins."""

@@ -9,8 +9,8 @@ from scipy import stats
 
 from biopsy.core.errors import MetricError
 from biopsy.statistics.intervals import GroupedSample, Replicates, average, replicate
-from biopsy.statistics.metrics import registry
-from biopsy.statistics.resampling import DRAWS, Interval, Resampler, fewest_informative
+from biopsy.statistics.metrics import Metric, registry
+from biopsy.statistics.resampling import DRAWS, Floats, Interval, Resampler, fewest_informative
 from biopsy.statistics.weighted_counts import sort_scores
 
 SAME = "the two do not differ, whichever group is left out"
@@ -18,30 +18,39 @@ SAME = "the two do not differ, whichever group is left out"
 
 @dataclass(frozen=True)
 class Sample:
-    """What one classifier says, ready to be compared: sorted, and measured on every reweighting.
+    """Predictions of one classifier, or of one recipe's seeds, measured on every reweighting.
 
     Attributes:
-        samples: One a seed, of the same patches and groups.
-        result: The mean of their metrics, on the sample and on each of its reweightings.
+        samples: One per seed, of the same patches and groups.
+        by_seed: Each metric of each seed, ``(n_seeds,)``.
+        result: The mean over seeds of their metrics, on the sample and on each of its reweightings.
     """
 
     samples: Sequence[GroupedSample]
+    by_seed: dict[str, Floats]
     result: Replicates
+
+    def seed_variance(self, name: str) -> float:
+        """Return the variance of the mean over seeds of a metric that training seeds cause."""
+        values = self.by_seed[name]
+        return float(np.var(values, ddof=1)) / len(values)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of the first less that of the second, and how easily chance alone gives as much.
+    """A metric of the first minus that of the second.
 
     Attributes:
-        interval: The difference with its interval.
-        p: Of Student's t, two-sided: the difference over the standard error that its replicates imply, with
-            one degree of freedom less than the groups that carry the metric. 1 where the two are the same,
-            None where there is no interval.
+        interval: Over patients and, where both have several seeds, over seeds: of recipes, then. With one
+            seed for either it is that of two trained networks.
+        p: Two-sided, of Student's t for the same standard error and degrees of freedom. 1 where the two are
+            the same, None where there is no interval.
+        over_patients: The interval over patients alone.
     """
 
     interval: Interval
     p: float | None
+    over_patients: Interval
 
 
 def sample_seeds(
@@ -55,7 +64,9 @@ def sample_seeds(
         names: Which metrics; all if not given.
     """
     names = None if names is None else list(names)
-    return Sample(samples, average([replicate(one, resampler, names) for one in samples]))
+    results = [replicate(one, resampler, names) for one in samples]
+    by_seed = {name: np.array([one.value[name] for one in results]) for name in results[0].value}
+    return Sample(samples, by_seed, average(results))
 
 
 def subtract(first: Sample, second: Sample) -> dict[str, Difference]:
@@ -63,7 +74,9 @@ def subtract(first: Sample, second: Sample) -> dict[str, Difference]:
 
     Both are measured on every reweighting of the patients and the differences' spread is taken, so what makes
     a patient hard for both cancels. The interval is on the plain scale: a difference has no bounds to keep
-    away from unless the two are as far apart as can be.
+    away from unless the two are as far apart as can be. With several seeds on both sides the variances of the
+    seeds' means are added to that over patients, with Satterthwaite's degrees of freedom; seeds of two
+    recipes are taken as independent, also where their numbers are the same.
 
     Raises:
         MetricError: If the two are not of the same groups.
@@ -73,26 +86,52 @@ def subtract(first: Sample, second: Sample) -> dict[str, Difference]:
         raise MetricError(
             f"the two samples are not of the same {resampler.unit}s: compare predictions of the same patches"
         )
-    differences, known = {}, registry(type(first.samples[0].count()))
-    for name in first.result.value:
-        metric, samples = known[name], (*first.samples, *second.samples)
-        value = first.result.value[name] - second.result.value[name]
-        replicates = first.result.replicates[name] - second.result.replicates[name]
-        if value == 0 and not np.any(replicates):
-            differences[name] = Difference(Interval(0.0, reason=SAME), 1.0)
-            continue
-        why = None
-        if np.isnan(value):
-            counts = (one.count() for one in samples)
-            why = next(metric.why_undefined(one) for one in counts if np.isnan(metric.compute(one)))
-        informative = fewest_informative([one.informative_groups(metric.needs) for one in samples])
-        interval = resampler.interval(value, replicates, informative, undefined=why)
-        p = None
-        if interval.low is not None:
-            error = resampler.standard_error(replicates[~np.isnan(replicates)])
-            p = float(2 * stats.t.sf(abs(value) / error, informative.freedom))
-        differences[name] = Difference(interval, p)
-    return differences
+    known = registry(type(first.samples[0].count()))
+    return {name: _subtract_metric(known[name], first, second) for name in first.result.value}
+
+
+def _subtract_metric(metric: Metric, first: Sample, second: Sample) -> Difference:
+    name, resampler = metric.name, first.result.resampler
+    samples = (*first.samples, *second.samples)
+    value = first.result.value[name] - second.result.value[name]
+    replicates = first.result.replicates[name] - second.result.replicates[name]
+    if value == 0 and not np.any(replicates):
+        same = Interval(0.0, reason=SAME)
+        return Difference(same, 1.0, same)
+    if metric.no_interval and not np.isnan(value):
+        none = Interval(value, reason=metric.no_interval)
+        return Difference(none, None, none)
+    why = None
+    if np.isnan(value):
+        counts = (one.count() for one in samples)
+        why = next(metric.why_undefined(one) for one in counts if np.isnan(metric.compute(one)))
+    informative = fewest_informative([one.informative_groups(metric.needs) for one in samples])
+    over_patients = resampler.interval(value, replicates, informative, undefined=why)
+    if over_patients.low is None:
+        return Difference(over_patients, None, over_patients)
+    variances = [(resampler.standard_error(replicates[~np.isnan(replicates)]) ** 2, informative.freedom)]
+    if min(len(first.samples), len(second.samples)) > 1:
+        variances += [(one.seed_variance(name), len(one.samples) - 1) for one in (first, second)]
+    error, freedom = satterthwaite(variances)
+    half = float(stats.t.ppf((1 + resampler.level) / 2, freedom)) * error
+    p = float(2 * stats.t.sf(abs(value) / error, freedom))
+    return Difference(Interval(value, value - half, value + half), p, over_patients)
+
+
+def satterthwaite(variances: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return the standard error and degrees of freedom of a sum of independent estimates.
+
+    Source: Satterthwaite 1946, "An approximate distribution of estimates of variance components".
+
+    Args:
+        variances: Variance and degrees of freedom of each.
+
+    Example:
+        >>> satterthwaite([(4.0, 10.0), (0.0, 2.0)])
+        (2.0, 10.0)
+    """
+    total = sum(variance for variance, _ in variances)
+    return float(np.sqrt(total)), total**2 / sum(variance**2 / freedom for variance, freedom in variances)
 
 
 def estimate_differences(

@@ -2,7 +2,8 @@
 
 A statistic is a function of one weight per group. Below 100 groups each is left out once (jackknife), from
 100 on whole groups are drawn with replacement (bootstrap); the replicates give a standard error on a scale
-without the statistic's bounds, and Student's t with the degrees of freedom of the groups that carry it.
+without the statistic's bounds, and Student's t with as many degrees of freedom as the groups that carry the
+statistic are worth: ``(sum n)² / sum n² - 1`` for groups with ``n`` patches that it depends on.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ Statistic = Callable[[Floats], ArrayLike]
 BOOTSTRAP_FROM = 100  # groups; below it the bootstrap's own error shows: docs/concepts/intervals.md
 DRAWS = 2000
 FEWEST_GROUPS = 5
+FEWEST_EFFECTIVE = 2.0  # groups of equal size; t with less than one degree of freedom spans everything
 MOST_UNDEFINED = 0.05  # share of bootstrap draws that may miss, say, the few patients with positive patches
 SHARE: Bounds = (0.0, 1.0)
 UNBOUNDED: Bounds = (-np.inf, np.inf)
@@ -65,14 +67,23 @@ class InformativeGroups:
         return int(np.count_nonzero(self.n_patches))
 
     @property
+    def effective(self) -> float:
+        """Effective number of groups, ``(sum n)² / sum n²`` (Kish 1965): `n` where all have equally many."""
+        squares = float((self.n_patches**2).sum())
+        return float(self.n_patches.sum()) ** 2 / squares if squares > 0 else 0.0
+
+    @property
     def freedom(self) -> float:
         """Degrees of freedom of Student's t."""
-        return self.n - 1
+        return self.effective - 1
 
 
 def fewest_informative(candidates: Sequence[InformativeGroups]) -> InformativeGroups:
-    """Return the one of several that leaves the fewest degrees of freedom."""
-    return min(candidates, key=lambda one: (one.freedom, one.description))
+    """Return the one of several that is too few for an interval, else with the fewest degrees of freedom."""
+    return min(
+        candidates,
+        key=lambda one: (one.n, 0.0) if one.n < FEWEST_GROUPS else (FEWEST_GROUPS, one.effective),
+    )
 
 
 @dataclass(frozen=True)
@@ -162,8 +173,15 @@ class Resampler:
                 reason=f"only {informative.n} {self.unit}(s) with {informative.description}: an interval "
                 f"needs {FEWEST_GROUPS}",
             )
+        if informative.effective < FEWEST_EFFECTIVE:
+            return Interval(
+                value,
+                reason=f"one {self.unit} has most of the {informative.description}: an interval needs the "
+                f"equivalent of {FEWEST_EFFECTIVE:g} {self.unit}s of equal size, these are worth "
+                f"{informative.effective:.1f}",
+            )
         if share and value in SHARE:
-            return bound_interval(value, informative.n, self.level)
+            return bound_interval(value, informative.effective, self.level)
         missing = np.isnan(replicates)
         if missing.mean() > (MOST_UNDEFINED if self.method == "bootstrap" else 0):
             return Interval(value, reason=f"undefined when {self.unit}s are left out: no interval")
@@ -229,12 +247,12 @@ def link_derivative(value: float, bounds: Bounds) -> float:
     return 1 / (value - low) if np.isinf(high) else (high - low) / ((value - low) * (high - value))
 
 
-def bound_interval(value: float, n_groups: int, level: float) -> Interval:
+def bound_interval(value: float, n_groups: float, level: float) -> Interval:
     """Return the interval of a share that is exactly 0 or 1, where replicates do not vary.
 
     Clopper and Pearson's limit with the patient as the trial: if in none of ``n`` patients a single patch is
-    wrong, the share of patients with a wrong patch, and so (with patients of equal weight) the share of
-    wrong patches, is at most ``1 - ((1 - level) / 2) ** (1 / n)``.
+    wrong, the share of patients with a wrong patch, and so (with patients of equal weight, or as many as
+    unequal ones are worth) the share of wrong patches, is at most ``1 - ((1 - level) / 2) ** (1 / n)``.
     """
     widest = 1 - ((1 - level) / 2) ** (1 / n_groups)
     return Interval(value, 1 - widest, 1.0) if value == 1 else Interval(value, 0.0, widest)

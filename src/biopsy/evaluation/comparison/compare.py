@@ -263,8 +263,9 @@ def _plan(
         influence_groups([ground.sample(frame) for frame in rival.frames], metric, unit=ground.unit)
         for rival in rivals
     ]
+    effective = min(one.effective for one in influences)
     asked = {"difference": difference, "power": power}
-    n_groups = len(influences[0])
+    n_groups = len(influences[0].values)
     document: dict[str, Any] = {
         "metric": metric,
         **asked,
@@ -272,17 +273,25 @@ def _plan(
         "unit": ground.unit,
         "from": [rival.name for rival in rivals],
         "n_patients_at_hand": n_groups,
+        "n_effective_patients": effective,
         "patches_per_patient": len(rivals[0].frames[0]) / n_groups,
     }
     if len(rivals) == 2:
         needs = {
-            "paired": plan_patients(float(np.std(influences[1] - influences[0], ddof=1)), n_groups, **asked)
+            "paired": plan_patients(
+                float(np.std(influences[1].values - influences[0].values, ddof=1)),
+                n_groups,
+                effective=effective,
+                **asked,
+            )
         }
-        document["correlation"] = float(stats.pearsonr(*influences).statistic)
+        document["correlation"] = float(stats.pearsonr(*(one.values for one in influences)).statistic)
     else:
-        sd = float(np.std(influences[0], ddof=1))
+        sd = float(np.std(influences[0].values, ddof=1))
         needs = {
-            f"correlation {rho:g}": plan_patients(sd * np.sqrt(2 * (1 - rho)), n_groups, **asked)
+            f"correlation {rho:g}": plan_patients(
+                sd * np.sqrt(2 * (1 - rho)), n_groups, effective=effective, **asked
+            )
             for rho in CORRELATIONS
         }
     return document | {"needs": [{"assumed": name, **vars(need)} for name, need in needs.items()]}

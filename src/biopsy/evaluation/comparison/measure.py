@@ -1,7 +1,8 @@
 """Classifiers compared on the same test patches: paired differences, the spread over seeds, what changed.
 
-The first is the reference: a difference is another's number less its own. Of every metric the interval is
-over patients; with several comparisons the p-values are corrected by Holm's procedure, metric by metric.
+The first is the reference: a difference is another's number less its own. With several seeds on both sides
+intervals are over patients and seeds, and speak of recipes; with one seed they are over patients and speak of
+two trained networks. The p-values of several comparisons are corrected by Holm's procedure, metric by metric.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from biopsy.statistics.resampling import Resampler
 from biopsy.statistics.weighted_counts import SortedScores
 
 FORMAT = "biopsy-comparison/1"
+RECIPES, NETWORKS = "recipes", "trained networks"
 BY_GROUP = ("auroc", "sensitivity", "specificity", "balanced_accuracy")
 BY_GROUP_OF_CLASSES = ("accuracy", "f1_weighted")  # defined where a patient lacks a class
 
@@ -88,7 +90,6 @@ def compare_rivals(rivals: Sequence[Rival], ground: Ground, *, metric: str = "au
         metric: The one that was to answer, chosen before looking.
     """
     samples = [sample_rival(rival, ground) for rival in rivals]
-    by_seed = [measure_seeds(rival.frames, ground) for rival in rivals]
     result, frame = samples[0].result, rivals[0].frames[0]
     return {
         "format": FORMAT,
@@ -107,11 +108,11 @@ def compare_rivals(rivals: Sequence[Rival], ground: Ground, *, metric: str = "au
                 "name": rival.name,
                 "seeds": list(rival.seeds),
                 **rival.about,
-                **_describe(sample, seeds, ground),
+                **_describe(sample, ground),
             }
-            for rival, sample, seeds in zip(rivals, samples, by_seed, strict=True)
+            for rival, sample in zip(rivals, samples, strict=True)
         ],
-        "differences": _subtract_all(rivals, samples, by_seed, ground),
+        "differences": _subtract_all(rivals, samples, ground),
         "by_group": [] if ground.unit == "patch" else _compare_groups(rivals, ground),
     }
 
@@ -130,12 +131,12 @@ def measure_seeds(
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def _describe(sample: Sample, seeds: Mapping[str, list[float]], ground: Ground) -> dict[str, Any]:
+def _describe(sample: Sample, ground: Ground) -> dict[str, Any]:
     """Return a rival's own numbers."""
     over_seeds = {
-        name: {"mean": float(np.mean(found)), "sd": _sd(found)}
-        for name, found in seeds.items()
-        if not np.isnan(found).any()
+        name: {"mean": float(np.mean(values)), "sd": _sd(values)}
+        for name, values in sample.by_seed.items()
+        if not np.isnan(values).any()
     }
     values = {
         name: estimate_metric(metric, sample.samples[0], sample.result).to_dict()
@@ -144,13 +145,12 @@ def _describe(sample: Sample, seeds: Mapping[str, list[float]], ground: Ground) 
     return {"patch": values, "over_seeds": over_seeds}
 
 
-def _subtract_all(
-    rivals: Sequence[Rival],
-    samples: Sequence[Sample],
-    by_seed: Sequence[Mapping[str, list[float]]],
-    ground: Ground,
-) -> list[dict[str, Any]]:
-    """Give each rival's differences from the reference, with corrected p-values and the spread over seeds."""
+def _subtract_all(rivals: Sequence[Rival], samples: Sequence[Sample], ground: Ground) -> list[dict[str, Any]]:
+    """Return each rival's differences from the reference, with corrected p-values and the spread over seeds.
+
+    ``compares`` says whether interval and p-value speak of recipes (several seeds on both sides) or of two
+    trained networks.
+    """
     found: list[dict[str, Difference]] = [subtract(sample, samples[0]) for sample in samples[1:]]
     holm = {name: adjust_holm([one[name].p for one in found]) for name in ground.metrics}
     paired = [set(rival.seeds) == set(rivals[0].seeds) for rival in rivals]
@@ -158,12 +158,16 @@ def _subtract_all(
         {
             "of": rivals[place].name,
             "to": rivals[0].name,
+            "compares": RECIPES if min(len(rivals[0].frames), len(rivals[place].frames)) > 1 else NETWORKS,
             "metrics": {
                 name: {
                     **difference.interval.to_dict(),
                     "p": difference.p,
                     "p_holm": holm[name][place - 1],
-                    "over_seeds": spread_seeds(by_seed[place][name], by_seed[0][name], paired[place]),
+                    "over_patients": difference.over_patients.to_dict(),
+                    "over_seeds": spread_seeds(
+                        samples[place].by_seed[name], samples[0].by_seed[name], paired[place]
+                    ),
                 }
                 for name, difference in one.items()
             },
@@ -172,7 +176,9 @@ def _subtract_all(
     ]
 
 
-def spread_seeds(first: Sequence[float], second: Sequence[float], paired: bool) -> dict[str, Any]:
+def spread_seeds(
+    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, paired: bool
+) -> dict[str, Any]:
     """Give how far a difference moves from training to training.
 
     Args:

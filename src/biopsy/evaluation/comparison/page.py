@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from biopsy.evaluation.comparison.figures import draw_differences
+from biopsy.evaluation.comparison.measure import RECIPES
 from biopsy.plotting.style import svg
 from biopsy.reporting.document import (
     Block,
@@ -35,6 +36,10 @@ from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.reporting.pseudonyms import KINDS, Aliases
 
 ALPHA = 0.05
+ONE_SEED = (
+    "With a single training seed this compares two trained networks and gives no p-value for the recipes: "
+    "train each with at least three seeds."
+)
 
 
 @dataclass(frozen=True)
@@ -126,12 +131,17 @@ def say_verdict(document: Mapping[str, Any], one: Mapping[str, Any]) -> str:
     amount = f"{label} of {of} is {abs(found['value']):.3f} {side} that of {to}"
     if found["low"] is None:
         return f"{amount}; {found['reason']}, so this does not generalise to other {units}."
-    level = document["interval"]["level"]
-    interval = f"{level:.0%} interval {found['low']:+.3f} to {found['high']:+.3f}, p {say_p(found['p_holm'])}"
+    level, of_recipes = document["interval"]["level"], one["compares"] == RECIPES
+    over = f"{units} and seeds" if of_recipes else units
+    interval = f"{level:.0%} interval over {over} {found['low']:+.3f} to {found['high']:+.3f}"
+    interval += f", p {say_p(found['p_holm'])}"
     several = " after Holm's correction" if len(document["differences"]) > 1 else ""
     if found["p_holm"] < ALPHA:
-        return f"{amount} ({interval}{several}): significant."
-    return f"{amount} ({interval}{several}): no significant difference; equivalence is not established."
+        verdict = "significant" if of_recipes else "significant for these two trained networks"
+    else:
+        verdict = "no significant difference; equivalence is not established"
+    alone = "" if of_recipes else f" {ONE_SEED}"
+    return f"{amount} ({interval}{several}): {verdict}.{alone}"
 
 
 def say_p(p: float | None) -> str:
@@ -207,8 +217,11 @@ def _warn_reader(facts: ComparisonFacts) -> list[str]:
             "narrow if "
             "patches are correlated."
         )
-    if any(len(rival["seeds"]) < 3 for rival in facts.document["rivals"]):
-        warnings.append("Fewer than three training seeds: differences may be due to the seed.")
+    seeds = min(len(rival["seeds"]) for rival in facts.document["rivals"])
+    if seeds == 1:
+        warnings.append(ONE_SEED)
+    elif seeds < 3:
+        warnings.append("Fewer than three training seeds: intervals over seeds are wide and uncertain.")
     return warnings
 
 
@@ -216,7 +229,8 @@ def _describe_differences(facts: ComparisonFacts) -> Section:
     m = facts.document
     caption = (
         f"Difference from {m['reference']}, with unadjusted {m['interval']['level']:.0%} intervals over "
-        f"{facts.units} (hollow dots: no interval). Pale bars: range over seeds."
+        f"{facts.units}, and over seeds where both models have several (hollow dots: no interval). "
+        "Pale bars: range over seeds."
     )
     blocks: list[Block] = [Pictures([Picture(caption, facts.figure)], across=1)]
     several = len(m["differences"]) > 1
@@ -238,7 +252,9 @@ def _describe_differences(facts: ComparisonFacts) -> Section:
                 ]
             )
         note = (
-            f"p: paired Student's t test, with the standard error from resampling {facts.units}. "
+            f"Intervals and p of {one['compares']}: paired Student's t, with the standard error from "
+            f"resampling {facts.units}"
+            + (" and the variance between seeds. " if one["compares"] == RECIPES else ". ")
             + (f"Adjusted p: Holm over {len(m['differences'])} comparisons, per metric. " if several else "")
             + f"{metric_label(m['metric'], len(m['class_names']))} is the primary metric, the others "
             "are secondary."
@@ -282,7 +298,7 @@ def _describe_seeds(facts: ComparisonFacts) -> Section | None:
     if not rows:
         return None
     note = (
-        "Variability of the difference between trainings, which the interval over patients does not include. "
+        f"Variability of the difference between trainings, part of intervals over {facts.units} and seeds. "
         "Paired by seed where both have the same seeds, otherwise every pair of seeds."
     )
     columns = ["classifier", "metric", "mean difference", "SD over seeds", "range", "of"]
