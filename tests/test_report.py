@@ -89,7 +89,8 @@ def test_tables_hold_what_was_measured(report):
     recall0, precision0 = c["tn"] / (c["tn"] + c["fp"]), c["tn"] / (c["tn"] + c["fn"])
     assert f"not IDC {precision0:.3f} {recall0:.3f}" in page
     for name, found in facts.metrics["patch"].items():
-        assert f"{found['value']:.3f} {found['low']:.3f} to {found['high']:.3f}" in page, name
+        interval = "none" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}"
+        assert f"{found['value']:.3f} {interval}" in page and (found["low"] is None) == (name == "ece"), name
     assert "scanner A & B 9 2 0.777" in page
     assert "accuracy 0.837 - " + f"{facts.metrics['patch']['accuracy']['value']:.3f}" in page
     assert "15478 64 0 - - " in page, "a patient with one class has no AUROC"

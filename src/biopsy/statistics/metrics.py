@@ -114,20 +114,9 @@ def metric(
 
     def register(fn: Callable[[Any], float]) -> Callable[[Any], float]:
         name = fn.__name__
-        shown = label or name.replace("_", " ")
+        shown, needed = label or name.replace("_", " "), tuple(needs)
         made = Metric(
-            name,
-            shown,
-            fn,
-            kind,
-            tuple(needs),
-            bounds,
-            better,
-            ideal,
-            share,
-            undefined,
-            no_interval,
-            pooled_only,
+            name, shown, fn, kind, needed, bounds, better, ideal, share, undefined, no_interval, pooled_only
         )
         registry(of).add(name, made, fn)
         return fn
@@ -264,14 +253,13 @@ def specificity_at_sensitivity_98(counts: WeightedCounts) -> float:
 def measure(counts: Counts, names: Iterable[str] | None = None) -> dict[str, float]:
     """Return every metric (or those named) of one weighted sample, NaN where undefined.
 
-        Raises:
-            MetricError: For a name that is not on the list.
+    Raises:
+        MetricError: For a name that is not on the list.
 
-        Example:
-            >>> from biopsy.statistics.resampling import SHARE, UNBOUNDED, Bounds
-    from biopsy.statistics.weighted_counts import sort_scores
-            >>> measure(sort_scores([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.9]).count(), ["auroc", "sensitivity"])
-            {'auroc': 0.75, 'sensitivity': 0.5}
+    Example:
+        >>> from biopsy.statistics.weighted_counts import sort_scores
+        >>> measure(sort_scores([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.9]).count(), ["auroc", "sensitivity"])
+        {'auroc': 0.75, 'sensitivity': 0.5}
     """
     known = registry(type(counts))
     names = list(known if names is None else names)
