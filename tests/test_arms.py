@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from biopsy.core.errors import SplitError
 from biopsy.data.audit import audit_pack, find_spoilers
 from biopsy.data.leakage import check_no_leakage, find_overlap
 from biopsy.data.packs import Pack
-from biopsy.data.protocols import PROTOCOLS, Request
+from biopsy.data.protocols import LEAK_PROTOCOLS, PROTOCOLS, Request
 from biopsy.data.splits import find_split, load_split, make_split, save_split
 from biopsy.experiments.leakage import make_leak_splits, matched
 
@@ -31,8 +32,11 @@ class Table:
     class_names = ("non_idc", "idc")
 
     def __init__(self, group_ids: np.ndarray, target: np.ndarray) -> None:
-        self.table = pd.DataFrame({"patch_id": [f"p{row:03d}" for row in range(len(target))]})
+        ids = [f"p{row:03d}" for row in range(len(target))]
+        place = np.arange(len(target))
+        self.table = pd.DataFrame({"patch_id": ids, "x": 50 * (place % 7), "y": 50 * (place // 7)})
         self.group_ids, self.target = group_ids, target
+        self.info = SimpleNamespace(patch_px=50)
 
 
 def divide(table: Table, protocol: str, seed: int, order: np.ndarray | None = None) -> np.ndarray:
@@ -59,55 +63,115 @@ def divide(table: Table, protocol: str, seed: int, order: np.ndarray | None = No
 
 counts = st.tuples(st.integers(1, 9), st.integers(1, 9))
 others = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=4).map(
-    lambda more: [(9, 9), *more]
+    lambda more: [(18, 18), (9, 9), *more]  # the first gives the placebo, having most of its rarer class
 )
+
+
+def lay_out(*patients):
+    groups, target = [], []
+    for name, (n_negative, n_positive) in zip("abcdefgh", patients, strict=False):
+        groups += [name] * (n_negative + n_positive)
+        target += [0] * n_negative + [1] * n_positive
+    return Table(np.array(groups), np.array(target))
 
 
 @given(counts, counts, others, st.integers(0, 99), st.randoms())
 @settings(max_examples=60, deadline=None)
-def test_laws_of_the_two_arms(tested, validating, others, seed, shuffler):
-    groups, target = [], []
-    for name, (n_negative, n_positive) in zip("abcdefg", [tested, validating, *others], strict=False):
-        groups += [name] * (n_negative + n_positive)
-        target += [0] * n_negative + [1] * n_positive
-    table = Table(np.array(groups), np.array(target))
-    apart, leak = divide(table, "leak-apart", seed), divide(table, "leak-with", seed)
-    of_tested = table.group_ids == "a"
+def test_laws_of_the_arms(tested, validating, others, seed, shuffler):
+    table = lay_out(tested, validating, *others)
+    arms = {name: divide(table, f"leak-{name}", seed) for name in ("apart", "with", "placebo")}
+    of_tested, of_placebo = table.group_ids == "a", table.group_ids == "c"
     for side in ("test", "val"):
-        assert ((apart == side) == (leak == side)).all()
-    assert ((apart == "val") == (table.group_ids == "b")).all()
+        assert all(((sides == side) == (arms["apart"] == side)).all() for sides in arms.values())
+    assert ((arms["apart"] == "val") == (table.group_ids == "b")).all()
+    trains = {name: sides == "train" for name, sides in arms.items()}
     for class_index, n_tested in enumerate(tested):
         member = table.target == class_index
-        assert (member & (apart == "test")).sum() == (n_tested + 1) // 2
-        assert (member & (apart == "train")).sum() == (member & (leak == "train")).sum()
-    check_no_leakage(table.group_ids, apart)
-    assert not (of_tested & (apart == "train")).any()
-    assert ((of_tested & (leak == "train")) == (of_tested & (apart != "test"))).all()
-    assert (find_overlap(table.group_ids, leak).keys() == {"a"}) == (max(tested) > 1)
-    order = np.array(shuffler.sample(range(len(target)), len(target)))
-    assert (divide(table, "leak-with", seed, order) == leak).all()
+        assert (member & (arms["apart"] == "test")).sum() == (n_tested + 1) // 2
+        assert len({(member & train).sum() for train in trains.values()}) == 1
+        assert (member & of_placebo & trains["placebo"]).sum() == n_tested // 2
+    assert not (of_tested & (trains["apart"] | trains["placebo"])).any()
+    assert not (of_placebo & (trains["apart"] | trains["with"])).any()
+    assert ((of_tested & trains["with"]) == (of_tested & (arms["with"] != "test"))).all()
+    rest = ~of_tested & ~of_placebo
+    assert (trains["with"][rest] == trains["placebo"][rest]).all()  # they differ in whose patches are added
+    check_no_leakage(table.group_ids, arms["apart"])
+    check_no_leakage(table.group_ids, arms["placebo"])
+    assert (find_overlap(table.group_ids, arms["with"]).keys() == {"a"}) == (max(tested) > 1)
+    order = np.array(shuffler.sample(range(len(rest)), len(rest)))
+    for name, sides in arms.items():
+        assert (divide(table, f"leak-{name}", seed, order) == sides).all()
 
 
-def test_the_tested_half_is_the_same_for_every_seed_and_the_rest_is_drawn(make_pack: MakePack) -> None:
+def test_no_patch_of_the_blocked_half_touches_a_tested_one():
+    table = lay_out((36, 12), (9, 9), (30, 30), (40, 20))
+    rng = np.random.default_rng(0)
+    place = rng.permutation(49)[:48]  # of the tested patient: a square, the classes mixed
+    table.table.loc[:47, "x"], table.table.loc[:47, "y"] = 50 * (place % 7), 50 * (place // 7)
+    for seed in range(5):
+        leaking, placebo = (divide(table, f"leak-blocked-{arm}", seed) for arm in ("with", "placebo"))
+        tested, leaked = (np.flatnonzero((leaking == side)[:48]) for side in ("test", "train"))
+        xy = table.table[["x", "y"]].to_numpy()
+        distance = np.abs(xy[leaked, None] - xy[None, tested]).max(axis=2)
+        assert len(leaked) >= 8 and distance.min() > 50
+        assert np.bincount(table.target[tested]).tolist()[1] == 6  # half of the rarer class
+        assert ((leaking == "test") == (placebo == "test")).all()
+        assert count(table, leaking == "train") == count(table, placebo == "train")
+        random = divide(table, "leak-with", seed)
+        close = np.abs(xy[random == "train"][:, None] - xy[None, random == "test"]).max(axis=2).min(axis=1)
+        assert (close <= 50).any()
+
+
+def test_without_coordinates_or_another_patient_arms_are_missing(make_pack: MakePack) -> None:
+    lost = make_pack("lost.pack", n_patients=4, columns={"x": pd.NA, "y": pd.NA})
+    assert sorted(make_leak_splits(lost, "8863", "8865")) == ["leak-apart", "leak-placebo", "leak-with"]
+    with pytest.raises(SplitError, match="no coordinates"):
+        make_split(lost, protocol="leak-blocked-with", test_patients=["8863"], val_patients=["8865"])
+    single = np.concatenate([[0, 1] * 12, np.zeros(24, int), np.ones(24, int)])
+    two = make_pack("two.pack", n_patients=6, columns={"target": single})
+    assert sorted(make_leak_splits(two, "8863", "8865")) == ["leak-apart", "leak-blocked-with", "leak-with"]
+    with pytest.raises(SplitError, match="there is no placebo"):
+        make_split(two, protocol="leak-placebo", test_patients=["8863"], val_patients=["8865"])
+
+
+def test_who_gives_the_placebo(make_pack: MakePack) -> None:
+    target = np.concatenate([[0, 1] * 12, [0] * 10 + [1] * 2, [0] * 8 + [1] * 4, [0, 1] * 12])
+    pack = make_pack(n_patients=6, columns={"target": target})
+    for asked, wanted in ((None, "8871"), ("8869", "8869")):
+        made = make_leak_splits(pack, "8863", "8865", placebo_id=asked)
+        assert {split.parameters["placebo"] for split in made.values()} == {wanted}
+        trained = pack.group_ids[made["leak-placebo"].sides(pack) == "train"]
+        assert wanted in trained and wanted not in pack.group_ids[made["leak-with"].sides(pack) == "train"]
+    scarce = make_leak_splits(pack, "8863", "8865", placebo_id="8867")["leak-with"]
+    assert scarce.parameters["leaked"] == 3 + 2  # as many as the placebo has
+
+
+def test_every_draw_follows_the_seed(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6)
     made = [make_leak_splits(pack, "8863", "8865", seed) for seed in (0, 0, 1)]
-    sides = [[split.sides(pack) for split in pair] for pair in made]
-    assert (sides[0][1] == sides[1][1]).all() and (sides[0][1] != sides[2][1]).any()
-    assert (sides[0][0] == sides[2][0]).all()
-    assert ((sides[0][1] == "test") == (sides[2][1] == "test")).all()
-    assert count(pack, sides[0][0] == "train") == count(pack, sides[2][1] == "train") == [24, 24]
-    other = make_leak_splits(pack, "8867", "8865")[0].sides(pack)
-    halves = [(arm == "test")[pack.group_ids == who] for arm, who in ((sides[0][0], "8863"), (other, "8867"))]
+    assert list(made[0]) == list(LEAK_PROTOCOLS)
+    for protocol in made[0]:
+        first, again, other = (splits[protocol].sides(pack) for splits in made)
+        assert (first == again).all()
+        assert ((first == "test") != (other == "test")).any() or "blocked" in protocol
+        assert (first == "train").sum() == (other == "train").sum()
+    elsewhere = make_leak_splits(pack, "8867", "8865")["leak-with"].sides(pack)
+    halves = [
+        (sides == "test")[pack.group_ids == who]
+        for sides, who in ((made[0]["leak-with"].sides(pack), "8863"), (elsewhere, "8867"))
+    ]
     assert halves[0].tolist() != halves[1].tolist()  # of each slide, a half of its own
 
 
 def test_arms_are_kept_in_the_pack_and_used_by_name(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6)
-    apart, leak = make_leak_splits(pack, "8863", "8865", seed=3)
+    made = make_leak_splits(pack, "8863", "8865", seed=3)
+    apart, leak = made["leak-apart"], made["leak-with"]
     assert (apart.name, leak.name) == ("leak-apart-8863-s3", "leak-with-8863-s3")
     assert (apart.overlap, leak.overlap) == (False, True)
     assert not leak.is_published and leak.may_overlap and not apart.may_overlap
-    for split in (apart, leak):
+    for split in made.values():
+        assert split.may_overlap is split.overlap is split.protocol.endswith("with")
         save_split(pack, split)
         again = load_split(pack, split.name)
         assert (again.sides(pack) == split.sides(pack)).all() and again.parameters == split.parameters
@@ -120,7 +184,8 @@ def test_arms_are_kept_in_the_pack_and_used_by_name(make_pack: MakePack) -> None
 
 def test_an_arm_that_should_not_leak_and_does_is_refused(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6)
-    apart, leak = make_leak_splits(pack, "8863", "8865")
+    made = make_leak_splits(pack, "8863", "8865")
+    apart, leak = made["leak-apart"], made["leak-with"]
     save_split(pack, replace(apart, table=leak.table))
     with pytest.raises(SplitError, match="patient 8863 is in train and test"):
         load_split(pack, apart.name).sides(pack)
@@ -128,7 +193,7 @@ def test_an_arm_that_should_not_leak_and_does_is_refused(make_pack: MakePack) ->
 
 def test_ids_that_are_no_file_names_stay_apart(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=4, columns={"patient_id": np.repeat(["a/1", "a 1", "c", "d"], 12)})
-    names = {make_leak_splits(pack, who, "c")[0].name for who in ("a/1", "a 1")}
+    names = {make_leak_splits(pack, who, "c")["leak-apart"].name for who in ("a/1", "a 1")}
     assert len(names) == 2 and all(name.startswith("leak-apart-a-1-") for name in names)
 
 
@@ -156,7 +221,7 @@ def test_what_cannot_be_measured_is_refused(make_pack: MakePack) -> None:
     scarce = make_pack("scarce.pack", n_patients=3, columns={"target": [0, 1] * 12 + [1] * 12})
     with pytest.raises(SplitError, match=r"3 non_idc patches of 8863 would train and the others have 0"):
         make_leak_splits(scarce, "8863", "8865")
-    with pytest.raises(SplitError, match="one patient while another validates; to test: \\[\\]"):
+    with pytest.raises(SplitError, match=r"one patient while another validates .* to test: \[\]"):
         find_split(make_pack(n_patients=3), "leak-with")
 
 

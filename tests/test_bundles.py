@@ -7,9 +7,12 @@ import subprocess
 import sys
 import zipfile
 
+import imagecodecs
 import numpy as np
 import pytest
+import tifffile
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -86,7 +89,28 @@ def test_the_script_runs_onnx_by_itself(bundle, trained_run, tmp_path):
     wanted = dict(zip(["non_idc", "idc"], our_probs(trained_run.classifier, patch[None])[0], strict=True))
     assert found == pytest.approx(wanted, abs=1e-5)
     code = (bundle.path / "run_onnx.py").read_text()
-    assert "torch" not in code and "biopsy" not in code and len(code.splitlines()) <= 16
+    assert "torch" not in code and "biopsy" not in code and len(code.splitlines()) <= 40
+
+
+def test_the_script_refuses_what_predict_refuses(bundle, tmp_path):
+    patch = draw(1, 16)[0]
+    Image.fromarray(patch).save(tmp_path / "right.png")
+    Image.fromarray(patch).save(tmp_path / "right.jpg", quality=95)
+    Image.fromarray(np.tile(patch, (5, 5, 1))).save(tmp_path / "large.png")
+    Image.fromarray(patch).save(tmp_path / "two.tif", save_all=True, append_images=[Image.fromarray(patch)])
+    Image.fromarray(patch).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    (tmp_path / "deep.png").write_bytes(imagecodecs.png_encode(patch.astype(np.uint16) * 257))
+    tifffile.imwrite(tmp_path / "deep.tif", patch.astype(np.uint16) * 257, photometric="rgb")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "right.png").read_bytes()[:200])
+    (tmp_path / "text.png").write_text("no image")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    command = [sys.executable, str(bundle.path / "run_onnx.py"), *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert [line.partition(" ")[0] for line in done.stdout.splitlines()] == ["right.jpg", "right.png"]
+    assert done.returncode == 3 and "large.png: is 80x80 px, the classifier takes 16x16" in done.stderr
+    made = predict(bundle.path, tmp_path, out=tmp_path / "ours.csv", device="cpu")
+    assert len(made.skipped) == len(done.stderr.splitlines()) == len(names) - 2
+    assert made.frame["patch_id"].tolist() == ["right.jpg", "right.png"]
 
 
 def test_nothing_in_a_bundle_names_a_folder_of_this_machine(bundle):

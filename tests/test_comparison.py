@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from biopsy.core.errors import RunError
+from biopsy.data.protocols import LEAK_PROTOCOLS
 from biopsy.data.splits import make_split, save_split
 from biopsy.experiments.leakage import choose_apart, choose_leaking, compare_splits, count_side, list_leaks
 from biopsy.recipes import load_recipe
@@ -69,11 +70,10 @@ def test_a_published_split_that_cannot_be_made_leaves_the_other_arm(make_pack):
 def test_the_next_in_order_validates_the_leak(make_pack):
     pack = make_pack(n_patients=6)
     arms = list_leaks(pack, ["8863", "8867", "8865"], seed=2)
-    assert [(arm.tested, arm.place, arm.kind) for arm in arms[:3]] == [
-        ("8863", 0, "leak-apart"),
-        ("8863", 0, "leak-with"),
-        ("8867", 1, "leak-apart"),
-    ]
-    for arm, validates in zip(arms[::2], ("8867", "8865", "8863"), strict=True):
-        sides = arm.split.sides(pack)
-        assert set(pack.group_ids[sides == "val"]) == {validates} and arm.split.seed == 2
+    n = len(LEAK_PROTOCOLS)
+    assert [arm.kind for arm in arms] == [*LEAK_PROTOCOLS] * 3
+    assert [(arm.tested, arm.place) for arm in arms[::n]] == [("8863", 0), ("8867", 1), ("8865", 2)]
+    for index, arm in enumerate(arms):
+        validates, placebo = ("8867", "8865", "8863")[index // n], ("8865", "8863", "8867")[index // n]
+        assert set(pack.group_ids[arm.split.sides(pack) == "val"]) == {validates} and arm.split.seed == 2
+        assert arm.split.parameters["placebo"] == placebo

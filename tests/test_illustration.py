@@ -200,6 +200,57 @@ def test_another_method_joins_and_the_same_one_replaces(judged, tmp_path):
     assert len(list((tmp_path / "saliency").iterdir())) == 1
 
 
+def test_several_layers_in_one_call(judged, tmp_path):
+    layers = ["stem.2", "blocks.0.conv1"]
+    written = biopsy.explain(
+        judged,
+        errors=1,
+        method=["saliency", "activations"],
+        layer=layers,
+        out=tmp_path / "maps",
+        device="cpu",
+    )
+    assert [(sheet["method"], sheet["layer"]) for sheet in written["sheets"]] == [
+        ("saliency", None),
+        *(("activations", layer) for layer in layers),
+    ]
+    pictures = [tmp_path / "maps" / entry["picture"] for entry in written["patches"]]
+    assert len(set(pictures)) == len(pictures) == 3 * len({e["patch_id"] for e in written["patches"]})
+    assert all(picture.is_file() for picture in pictures)
+    done = call(
+        *("explain", judged.path, "--random", 1, "--layer", layers[0], "--layer", layers[1]),
+        *("--out", tmp_path / "cli", "--device", "cpu", "--json"),
+    )
+    assert done.exit_code == 0, done.stderr
+    assert [sheet["layer"] for sheet in json.loads(done.stdout)["sheets"]] == layers
+
+
+def test_patches_are_drawn_at_random_by_the_seed(judged, tmp_path):
+    frame, _ = judged.predictions("test")
+
+    def draw(**asked):
+        options = {"method": "saliency", "device": "cpu", "out": tmp_path / "maps", **asked}
+        written = biopsy.explain(options.pop("model", judged), **options)
+        return [entry["patch_id"] for entry in written["patches"]]
+
+    kept = judged.path / "explain" / "examples.safetensors"
+    before = kept.read_bytes() if kept.exists() else None
+    first = draw(random=6)
+    assert len(set(first)) == 6 and set(first) <= set(frame["patch_id"])
+    assert first == draw(random=6) == draw(random=9)[:6]
+    assert first != draw(random=6, seed=1)
+    assert len(draw(random=10_000)) == len(frame)
+    assert (kept.read_bytes() if kept.exists() else None) == before  # the report's examples are others
+    pack, place = judged.open_pack(), judged.path / "classifier"
+    of_pack = draw(model=place, data=pack.path, random=4)
+    assert of_pack == draw(model=place, data=pack.path, random=4)
+    (tmp_path / "images").mkdir()
+    for row in range(8):
+        cv2.imwrite(str(tmp_path / "images" / f"{row}.png"), pack.patches[row][..., ::-1])
+    drawn = [draw(model=place, data=tmp_path / "images", random=3, seed=seed) for seed in range(4)]
+    assert all(len(set(names)) == 3 for names in drawn) and len(set(map(tuple, drawn))) > 1
+
+
 def test_names_of_patches_never_become_paths(judged, tmp_path, monkeypatch):
     pack = judged.open_pack()
     bad = "../../a/b c.png"
@@ -221,6 +272,9 @@ def test_names_of_patches_never_become_paths(judged, tmp_path, monkeypatch):
         ({"data": "images"}, RunError, "is explained on its own pack: for data='images' name its classifier"),
         ({"method": ["saliency", "gradcam"]}, RecipeError, "'gradcam'; did you mean 'grad_cam'"),
         ({"errors": 0}, RunError, "errors=0 shows nothing"),
+        ({"random": -1}, RunError, "random=-1 of"),
+        ({"random": 2, "patch": ["nobody"]}, RunError, "not both"),
+        ({"layer": ["stem.0", "stem.2"], "faithfulness": True}, RecipeError, "one layer at a time"),
         ({"method": "gradcam"}, RecipeError, "no way to explain is called 'gradcam'"),
         ({"layer": "stem.9"}, RecipeError, r"no layer 'stem.9'; nearest: stem\."),
         ({"method": "saliency", "layer": "stem.0"}, RecipeError, "cannot be chosen: saliency"),

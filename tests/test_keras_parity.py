@@ -247,7 +247,8 @@ def test_ten_steps_follow_keras(keras, double, recipe, name, lr):
     Keras is given the loss that the Keras of the posts computed: see the test above.
     """
     train = load_recipe(recipe).train
-    assert name == "sgd" or (train.optimiser, train.lr) == (name, lr)
+    optimiser_name = train.optimiser.removesuffix("-keras2")  # Keras 2's formulas are tested by hand
+    assert name == "sgd" or (optimiser_name, train.lr) == (name, lr)
     px, one_output = (
         (32, True) if recipe == "vgg16-pcam" else (load_recipe(recipe).preprocessing.input_px, False)
     )

@@ -131,6 +131,12 @@ def test_what_the_authors_left_open_are_parameters():
     types = [row.type for row in describe(network, 50)]
     assert (types.count("Conv2d"), types.count("Linear"), types.count("Dropout")) == (3, 2, 1)
     assert network(torch.rand(2, 3, 50, 50)).shape == (2, 2)
+    counts = [
+        [row.type for row in describe(build_network("baruah", n_classes=2, input_px=50, **params), 50)]
+        for params in ({}, {"dropout_last": True}, {"dropout_last": True, "n_dense": 3})
+    ]
+    assert [types.count("Dropout") for types in counts] == [2, 3, 4]
+    assert counts[1][-2:] == ["Dropout", "Linear"] and counts[0][-2] == "ReLU"
     three = build_network("dabydeen_hedges", n_classes=2, input_px=50, widths=[64, 128, 128], dropout=0.0)
     assert [row.output_shape[0] for row in describe(three, 50) if row.type == "MaxPool2d"] == [64, 128, 128]
     with pytest.raises(RecipeError, match="at least 2 convolutions"):

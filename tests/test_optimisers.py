@@ -65,6 +65,16 @@ def test_rmsprop_of_keras_by_hand():
     assert np.allclose(run("rmsprop"), weight, rtol=1e-9, atol=0)
 
 
+def test_rmsprop_of_keras_2_by_hand():
+    """keras 2.2, optimizers.RMSprop: a = rho * a + (1 - rho) * g^2, p -= lr * g / (sqrt(a) + e)."""
+    weight, v = START.copy(), np.zeros(4)
+    for gradient in GRADIENTS:
+        v = 0.9 * v + 0.1 * gradient**2
+        weight -= LR * gradient / (np.sqrt(v) + 1e-7)
+    assert np.allclose(run("rmsprop-keras2"), weight, rtol=1e-9, atol=0)
+    assert not np.allclose(run("rmsprop"), weight, rtol=1e-3, atol=0)
+
+
 def test_sgd_with_momentum_by_hand():
     weight, velocity = START.copy(), np.zeros(4)
     for gradient in GRADIENTS:
@@ -155,8 +165,9 @@ def test_refusals():
         make_optimiser("adam", [torch.zeros(1)], 0.1)
     with pytest.raises(RecipeError, match=r"'adam' takes no momentum=0\.9"):
         make_optimiser("adam", params, 0.1, momentum=0.9)
-    with pytest.raises(RecipeError, match="takes no weight_decay"):
-        make_optimiser("rmsprop", params, 0.1, weight_decay=0.1)
+    for name in ("rmsprop", "rmsprop-keras2"):
+        with pytest.raises(RecipeError, match="takes no weight_decay"):
+            make_optimiser(name, params, 0.1, weight_decay=0.1)
     with pytest.raises(RecipeError, match="did you mean 'cosine'"):
         learning_rate(0, lr=0.1, schedule="cosin")
     with pytest.raises(RecipeError, match="needs total_steps"):

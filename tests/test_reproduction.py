@@ -9,6 +9,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from biopsy.core.errors import MetricError, RecipeError, RunError, SplitError
+from biopsy.data.protocols import LEAK_PROTOCOLS
 from biopsy.data.splits import make_split, save_split
 from biopsy.experiments import reproduction
 from biopsy.experiments.budget import Speed
@@ -100,13 +101,13 @@ def changed(paper, tmp_path, name, *replacements):
 def test_every_arm_is_there_and_all_make_the_same_updates(finished):
     made, records = finished
     names = [f"tiny-paper-{arm}-s0" for arm in ("published", "apart0", "apart1")]
-    names += [f"tiny-paper-leak-{a}{p}-s{s}" for s in (0, 1) for p in (0, 1) for a in ("apart", "with")]
+    names += [f"tiny-paper-{arm}{p}-s{s}" for s in (0, 1) for p in (0, 1) for arm in LEAK_PROTOCOLS]
     assert sorted(made.info["runs"]) == sorted(names) == sorted(run.path.name for run in made.runs())
     # 60 patches, 48 of them trained on as published less 4 that validate; 36 with patients apart: 5 batches
     plan = made.info["papers"]["tiny-paper"]["plan"]
     assert (plan["epochs"], plan["steps_per_epoch"], plan["updates"]) == (2, 5, 10)
     assert {run.log()[-1]["step"] for run in made.runs()} == {10}
-    assert {record["arm"] for record in records} == {"published", "apart", "leak-with", "leak-apart"}
+    assert {record["arm"] for record in records} == {"published", "apart", *LEAK_PROTOCOLS}
     assert made.info["status"] == "finished" and made.info["test_patients"] == list(TESTED)
 
 
@@ -115,10 +116,11 @@ def test_both_arms_train_on_as_many_patches(finished, pack):
     counts = {run.path.name: int((run.sides(pack) == "train").sum()) for run in made.runs()}
     assert {counts[name] for name in counts if "-leak" not in name} == {36}
     assert len({counts[name] for name in counts if "-leak" in name}) == 1
+    leaking = ("published", "leak-with", "leak-blocked-with")
     for run in made.runs():
         sides, arm = run.sides(pack), made.info["runs"][run.path.name]["arm"]
         tested, learned = (set(pack.group_ids[sides == side]) for side in ("test", "train"))
-        assert bool(tested & learned) == (arm in ("published", "leak-with")), run.path.name
+        assert bool(tested & learned) == (arm in leaking), run.path.name
         assert run.info["split"]["as_published"] is (arm == "published")
 
 
@@ -132,14 +134,14 @@ def test_each_arm_follows_its_own_rules(finished):
             assert run.info["chosen_epoch"] == 2
 
 
-def test_pairs_of_the_leak_test_the_same_patches_and_differ_by_one_patient(finished, pack):
+def test_arms_of_the_leak_test_the_same_patches_and_differ_by_one_patient(finished, pack):
     made, _ = finished
     runs = {run.path.name: run for run in made.runs()}
     for place, tested in enumerate(TESTED):
         for seed in (0, 1):
-            pair = [runs[f"tiny-paper-leak-{arm}{place}-s{seed}"] for arm in ("apart", "with")]
+            pair = [runs[f"tiny-paper-leak-{arm}{place}-s{seed}"] for arm in ("apart", "with", "placebo")]
             frames = [run.predictions("test")[0]["patch_id"].tolist() for run in pair]
-            assert frames[0] == frames[1] and len(frames[0]) == 6
+            assert frames[0] == frames[1] == frames[2] and len(frames[0]) == 6
             assert set(pack.group_ids[pair[1].sides(pack) == "val"]) == {TESTED[1 - place]}
             assert set(pack.group_ids[pair[1].sides(pack) == "test"]) == {tested}
 
@@ -163,7 +165,7 @@ def test_numbers_follow_from_the_predictions(finished):
     gaps = np.array(
         [
             [
-                scores[f"tiny-paper-leak-with{p}-s{s}"] - scores[f"tiny-paper-leak-apart{p}-s{s}"]
+                scores[f"tiny-paper-leak-with{p}-s{s}"] - scores[f"tiny-paper-leak-placebo{p}-s{s}"]
                 for s in (0, 1)
             ]
             for p in (0, 1)
@@ -175,7 +177,7 @@ def test_numbers_follow_from_the_predictions(finished):
     over_seeds = gaps.mean(axis=0)
     assert entry["leak"]["auroc"]["mean"] == pytest.approx(over_seeds.mean())
     assert entry["leak"]["auroc"]["sd"] == pytest.approx(over_seeds.std(ddof=1))
-    assert entry["label"] == "" and entry["updates"] == 10 and entry["n_runs"] == 11
+    assert entry["label"] == "" and entry["updates"] == 10 and entry["n_runs"] == 23
 
 
 def test_the_table_has_a_row_a_metric(finished):
@@ -187,7 +189,7 @@ def test_the_table_has_a_row_a_metric(finished):
     assert table.iloc[1]["corrected"] == 0.75 and np.isnan(table.iloc[1]["published"])
     assert table["colour_alone"].notna().tolist() == [False, False, True]
     runs = pd.read_csv(made.path / "runs.csv", keep_default_na=False)
-    assert len(runs) == 11 and set(runs["arm"]) == {"published", "apart", "leak-with", "leak-apart"}
+    assert len(runs) == 23 and set(runs["arm"]) == {"published", "apart", *LEAK_PROTOCOLS}
     text = write_markdown(list_rows(made.summary()))
     lines = text.splitlines()
     assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
@@ -372,7 +374,7 @@ def test_reproduce_from_the_command_line(finished, paper, pack, tmp_path, monkey
     assert done.stdout == write_markdown(list_rows(finished[0].summary()))
     asked = CliRunner().invoke(app, [*base, "--json"])
     summary = json.loads(asked.stdout)
-    assert summary["papers"]["tiny-paper"]["n_runs"] == 11 and summary["path"] == str(finished[0].path)
+    assert summary["papers"]["tiny-paper"]["n_runs"] == 23 and summary["path"] == str(finished[0].path)
     assert CliRunner().invoke(app, ["reproduce", str(paper)]).exit_code == 2
     wrong = CliRunner().invoke(app, [*base, "--seeds", "one"])
     assert wrong.exit_code == 2

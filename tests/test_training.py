@@ -47,7 +47,10 @@ def slow(*values):
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
-@pytest.mark.parametrize("optimiser", ["adagrad", "adam", *slow("adagrad-keras2", "adamw", "sgd", "rmsprop")])
+@pytest.mark.parametrize(
+    "optimiser",
+    ["adagrad", "adam", *slow("adagrad-keras2", "adamw", "sgd", "rmsprop", "rmsprop-keras2")],
+)
 def test_resumed_equals_never_interrupted(pack, tmp_path, optimiser):
     settings = (
         *(THREE, f"train.optimiser={optimiser}", "train.lr=0.001", "train.sampling=oversample"),

@@ -167,6 +167,9 @@ def _count_tree(folder: Path) -> dict[str, dict[str, int]]:
     return count_tree(folder)
 
 
+_COUNTS = {"odd_sizes": "padded to a square", "duplicates": "identical copies left out"}
+
+
 def _print_pack(pack: "Pack") -> None:
     info = pack.info
     mpp = "unknown" if info.mpp is None else f"{info.mpp:g}"
@@ -174,7 +177,8 @@ def _print_pack(pack: "Pack") -> None:
     for name, count in info.counts.items():
         if isinstance(count, dict):
             count = ", ".join(f"{key} {value:,}" for key, value in count.items()) or "none"
-        print(f"  {name.replace('_', ' ')}: {count:,}" if isinstance(count, int) else f"  {name}: {count}")
+        label = _COUNTS.get(name, name.replace("_", " "))
+        print(f"  {label}: {count:,}" if isinstance(count, int) else f"  {label}: {count}")
 
 
 def inspect(
@@ -197,13 +201,20 @@ def inspect(
         raise typer.Exit(KNOWN_ERROR)
 
 
+def _spell_sizes(padded: Mapping[str, Any]) -> str:
+    sizes = ", ".join(
+        f"{each['width']} x {each['height']} px: {each['count']:,}" for each in padded["by_size"]
+    )
+    return f"{padded['count']:,} patches" + (f" ({sizes})" if sizes else "")
+
+
 def _print_audit(audit: Mapping[str, Any]) -> None:
     exact, labels, groups, division = (
         audit[key] for key in ("exact_duplicates", "label_conflicts", "groups", "split")
     )
     print(f"audit: {audit['paths']['audit']}")
     print(f"  unreadable files: {audit['unreadable']['count']:,}")
-    print(f"  odd sizes: {audit['odd_sizes']['count']:,}")
+    print(f"  padded to a square: {_spell_sizes(audit['odd_sizes'])}")
     print(f"  blank patches: {audit['blank']['count']:,}")
     print(f"  exact duplicates: {exact['patches']:,} patches in {exact['count']:,} groups")
     print(f"  near duplicates: {audit['near_duplicates']['count']:,} pairs")
@@ -225,8 +236,8 @@ def split(
     protocol: Annotated[
         str,
         typer.Option(
-            help="official, patients, folds, leave-one-out, site, kaggle-rows, as-published, leak-apart or "
-            "leak-with.",
+            help="official, patients, folds, leave-one-out, site, kaggle-rows, as-published, "
+            "leak-apart, leak-with, leak-placebo, leak-blocked-with or leak-blocked-placebo.",
             show_default=False,
         ),
     ],

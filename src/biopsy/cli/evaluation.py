@@ -501,6 +501,8 @@ def explain(
     errors: Annotated[
         int, typer.Option(help="Without --patch: number of misclassified patches, plus as many correct.")
     ] = 5,
+    random: Annotated[int, typer.Option(help="Instead: number of patches drawn at random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of --random.")] = 0,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -508,7 +510,8 @@ def explain(
         ),
     ] = None,
     layer: Annotated[
-        str | None, typer.Option(help="Layer that activations or grad_cam look at.", metavar="L")
+        list[str] | None,
+        typer.Option(help="Layer that activations or grad_cam look at; may be repeated.", metavar="L"),
     ] = None,
     faithfulness: Annotated[
         bool, typer.Option("--faithfulness", help="Also run faithfulness tests (about one minute).")
@@ -523,6 +526,8 @@ def explain(
         data=data,
         patch=patch or (),
         errors=errors,
+        random=random,
+        seed=seed,
         method=method or (),
         layer=layer,
         faithfulness=faithfulness,

@@ -4,7 +4,8 @@ import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -114,6 +115,7 @@ ALWAYS_TRAIN = -1
 # Best of this many random assignments; fewer where there are very many groups, which chance balances.
 N_DRAWS = 20_000
 MAX_ASSIGNED = 2_000_000
+N_LINES = 16  # drawn through a slide, of which one blocks half of it
 
 Plan = tuple[np.ndarray, dict[str, Any]]
 
@@ -344,73 +346,156 @@ def _sides_by_case(request: Request, cases: Cases) -> Plan:
     }
 
 
-def train_apart(request: Request) -> Plan:
-    """Test half of one patient, validate on another, train on all others: the arm without a leak."""
-    test, _, val = halve_tested(request)
-    sides = np.full(len(test), "train", dtype="<U5")
-    sides[request.group_ids == request.test_ids[0]] = ""
-    sides[val] = "val"
-    sides[test] = "test"
-    return sides, _named_note(request)
+@dataclass(frozen=True)
+class Leak:
+    """What the arms of a leakage experiment have in common, as masks of patches ``(n_patches,)``.
 
-
-def train_with_leak(request: Request) -> Plan:
-    """As `train_apart`, but the tested patient's other half trains in place of as many patches of others.
-
-    Which of the others give way is drawn with the seed, class by class, so that both arms train on the same
-    number of patches of each class.
+    Attributes:
+        test: The tested half of one patient.
+        val: All of the validating patient.
+        leaked: Patches of the other half that train in the arm with the leak.
+        placebo: As many of each class of another patient who has both classes, which train in the placebo arm
+            and nowhere else; nobody's where no such patient is left.
+        base: Everybody else, who trains in the arm without either.
+        replaced: As many of ``base`` of each class, which give way to ``leaked`` or to ``placebo``.
+        placebo_id: That other patient, "" where there is none.
+        touching: Share of ``leaked`` that lies beside a tested patch; None without coordinates.
     """
-    sides, parameters = train_apart(request)
-    _, leaked, _ = halve_tested(request)
-    ids, target = request.pack.table["patch_id"].to_numpy(str), request.pack.target
-    rng = make_rng(request.seed, "leak", "replaced")
-    for class_index, name in enumerate(request.pack.class_names):
-        others = np.flatnonzero((sides == "train") & (target == class_index))
-        n_leaked = int((leaked & (target == class_index)).sum())
-        if n_leaked > len(others):
-            raise SplitError(
-                f"{n_leaked:,} {name} patches of {request.test_ids[0]} would train and the others have "
-                f"{len(others):,} to give way; test another {request.unit}"
-            )
-        others = others[np.argsort(ids[others])]
-        sides[rng.choice(others, n_leaked, replace=False)] = ""
-    sides[leaked] = "train"
-    return sides, parameters | {"leaked": int(leaked.sum())}
+
+    test: np.ndarray
+    val: np.ndarray
+    leaked: np.ndarray
+    placebo: np.ndarray
+    base: np.ndarray
+    replaced: np.ndarray
+    placebo_id: str
+    touching: float | None
 
 
-def halve_tested(request: Request) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mark the tested half of the patient named for testing, its other half, and the validating patient.
+def make_leak_arm(request: Request, *, arm: Literal["apart", "with", "placebo"], blocked: bool) -> Plan:
+    """One arm of a leakage experiment; all arms test and validate on the same patches (see `draw_leak`).
 
-    The half is drawn once per patient, whatever the seed, class by class (the larger half of an odd number is
-    tested), so that every arm and every seed has the same test patches.
+    ``apart`` trains on neither the tested patient nor the one of the placebo. In ``with`` the other half of
+    the tested patient trains, in ``placebo`` patches of the other patient, in place of the same patches of
+    the others: both train on as many patches of each class as ``apart``.
+    """
+    leak = draw_leak(request, blocked=blocked)
+    if arm == "placebo" and not leak.placebo_id:
+        raise SplitError(
+            f"no {request.unit} but the tested and the validating one has patches of both classes: there is "
+            "no placebo, compare with leak-apart"
+        )
+    train = leak.base.copy()
+    if arm != "apart":
+        train &= ~leak.replaced
+        train |= leak.leaked if arm == "with" else leak.placebo
+    sides = np.select([leak.test, leak.val, train], ["test", "val", "train"], "").astype("<U5")
+    note = {"placebo": leak.placebo_id, "touching": leak.touching, "half": "blocked" if blocked else "random"}
+    leaked = {"leaked": int(leak.leaked.sum())} if arm == "with" else {}
+    return sides, _named_note(request) | note | leaked
+
+
+def draw_leak(request: Request, *, blocked: bool) -> Leak:
+    """Draw which patches of one patient are tested, which leak, and what they replace.
+
+    The tested half is drawn class by class (the larger half of an odd number), or, ``blocked``, it is one
+    side of a line through the slide with half of the patches of the rarer class on either side; then patches
+    beside a tested one do not leak. All draws follow the seed, whatever the order of patches.
 
     Raises:
-        SplitError: If not one known patient each is named, or the tested half has one class only.
+        SplitError: If not one known patient each is named to test and to validate, the tested half has one
+            class only, patches to be blocked have no coordinates, or too few others can give way.
     """
-    unit, tested, validating = request.unit, request.test_ids, request.val_ids
+    whose, validates, placebo_id = _name_leak(request)
+    rng = make_rng(request.seed, "leak", request.test_ids[0], "blocked" if blocked else "random")
+    table, target = request.pack.table, request.pack.target
+    order = np.argsort(table["patch_id"].to_numpy(str))
+    rows = order[whose[order]]
+    places = table[["x", "y"]].astype("Float64").to_numpy(float, na_value=np.nan)
+    test = np.zeros(len(target), bool)
+    test[rows] = _cut_by_line(places[rows], target[rows], rng) if blocked else _halve(target[rows], rng)
+    if len(np.unique(target[test])) < 2:
+        only = request.pack.class_names[np.bincount(target[whose]).argmax()]
+        raise SplitError(
+            f"{request.unit} {request.test_ids[0]} has {only} patches only: test one of both classes"
+        )
+    rest = whose & ~test
+    beside = _find_beside(places, rest, test, request.pack.info.patch_px)
+    others = request.group_ids == placebo_id
+    base = ~whose & ~validates & ~others
+    leaked, placebo, replaced = np.zeros((3, len(target)), bool)
+    for class_index, name in enumerate(request.pack.class_names):
+        of_class = order[target[order] == class_index]
+        may_leak = of_class[(rest & ~beside if blocked else rest)[of_class]]
+        of_other, of_base = of_class[others[of_class]], of_class[base[of_class]]
+        n_leaked = min(len(may_leak), len(of_other)) if placebo_id else len(may_leak)
+        if n_leaked > len(of_base):
+            raise SplitError(
+                f"{n_leaked:,} {name} patches of {request.test_ids[0]} would train and the others have "
+                f"{len(of_base):,} to give way; test another {request.unit}"
+            )
+        leaked[rng.choice(may_leak, n_leaked, replace=False)] = True
+        replaced[rng.choice(of_base, n_leaked, replace=False)] = True
+        if placebo_id:
+            placebo[rng.choice(of_other, n_leaked, replace=False)] = True
+    known = leaked.any() and np.isfinite(places[whose]).all()
+    touching = float(beside[leaked].mean()) if known else None
+    return Leak(test, validates, leaked, placebo, base, replaced, placebo_id, touching)
+
+
+def _name_leak(request: Request) -> tuple[np.ndarray, np.ndarray, str]:
+    """Return the patches of the tested and of the validating patient, and who gives the placebo."""
+    unit, tested, validating = request.unit, request.test_ids[:1], request.val_ids
     if unit == "patch":
         raise SplitError(
             f"{request.pack.path.name} names neither patients nor slides: a leak between them cannot be "
             "measured; prepare it with --patients"
         )
-    check_known(tested + validating, request.group_ids, unit)
-    if len(tested) != 1 or len(validating) != 1 or tested == validating:
+    check_known(request.test_ids + validating, request.group_ids, unit)
+    if not tested or len(request.test_ids) > 2 or len(validating) != 1 or validating[0] in request.test_ids:
         raise SplitError(
-            f"the leak is measured on one {unit} while another validates; "
-            f"to test: {list(tested)}, to validate: {list(validating)}"
+            f"the leak is measured on one {unit} while another validates (a second one named to test gives "
+            f"the placebo); to test: {list(request.test_ids)}, to validate: {list(validating)}"
         )
-    whose, target = request.group_ids == tested[0], request.pack.target
-    ids = request.pack.table["patch_id"].to_numpy(str)
-    rng = make_rng(0, "leak", tested[0])
-    test = np.zeros(len(target), bool)
+    whose, validates = request.group_ids == tested[0], request.group_ids == validating[0]
+    if len(request.test_ids) == 2:
+        return whose, validates, request.test_ids[1]
+    counts = pd.crosstab(request.group_ids, request.pack.target).drop([tested[0], validating[0]])
+    rarer = counts.min(axis=1) if counts.shape[1] > 1 else counts.iloc[:0, 0]
+    has_both = len(rarer) and rarer.max() > 0
+    return whose, validates, str(rarer.idxmax()) if has_both else ""
+
+
+def _halve(target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Mark half of the patches of each class, of an odd number the larger half."""
+    half = np.zeros(len(target), bool)
     for class_index in np.unique(target):
-        rows = np.flatnonzero(whose & (target == class_index))
-        rows = rng.permutation(rows[np.argsort(ids[rows])])
-        test[rows[: (len(rows) + 1) // 2]] = True
-    if len(np.unique(target[test])) < 2:
-        only = request.pack.class_names[target[test][0]]
-        raise SplitError(f"{unit} {tested[0]} has {only} patches only: test one of both classes")
-    return test, whose & ~test, request.group_ids == validating[0]
+        rows = rng.permutation(np.flatnonzero(target == class_index))
+        half[rows[: (len(rows) + 1) // 2]] = True
+    return half
+
+
+def _cut_by_line(places: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Mark the patches on one side of a line that halves the rarer class; of 16 drawn, the most even one."""
+    if not np.isfinite(places).all():
+        raise SplitError("patches of the tested slide have no coordinates: half of it cannot be blocked")
+    names, counts = np.unique(target, return_counts=True)
+    rarer = target == names[counts.argmin()]
+    angles = rng.uniform(0, 2 * np.pi, N_LINES)
+    along = np.stack([np.cos(angles), np.sin(angles)], axis=1) @ places.T
+    marked = along > np.median(along[:, rarer], axis=1, keepdims=True)
+    return np.asarray(marked[np.abs(marked.mean(axis=1) - 0.5).argmin()])
+
+
+def _find_beside(places: np.ndarray, rest: np.ndarray, test: np.ndarray, patch_px: int) -> np.ndarray:
+    """Mark the patches of ``rest`` that touch a tested one, at corners too; none without places."""
+    beside = np.zeros(len(rest), bool)
+    if rest.any() and np.isfinite(places[rest | test]).all():
+        from scipy.spatial import KDTree  # slow to import, and no other protocol needs it
+
+        distance, _ = KDTree(places[test]).query(places[rest], p=np.inf)
+        beside[rest] = distance <= patch_px
+    return beside
 
 
 def check_known(names: Sequence[str], known: np.ndarray, unit: str) -> None:
@@ -452,11 +537,16 @@ PROTOCOLS: dict[str, Callable[[Request], Plan]] = {
     "site": leave_one_site_out,
     "kaggle-rows": cut_rows,
     "as-published": follow_recipe,
-    "leak-apart": train_apart,
-    "leak-with": train_with_leak,
+    "leak-apart": partial(make_leak_arm, arm="apart", blocked=False),
+    "leak-with": partial(make_leak_arm, arm="with", blocked=False),
+    "leak-placebo": partial(make_leak_arm, arm="placebo", blocked=False),
+    "leak-blocked-with": partial(make_leak_arm, arm="with", blocked=True),
+    "leak-blocked-placebo": partial(make_leak_arm, arm="placebo", blocked=True),
 }
+
+LEAK_PROTOCOLS = tuple(name for name in PROTOCOLS if name.startswith("leak-"))
 
 # Splits that repeat what was published, whether or not patients overlap in them.
 PUBLISHED = ("as-published", "kaggle-rows")
 # All splits in which patients may stand on two sides: a leak must be made to be measured.
-MAY_OVERLAP = (*PUBLISHED, "leak-with")
+MAY_OVERLAP = (*PUBLISHED, "leak-with", "leak-blocked-with")

@@ -27,13 +27,14 @@ def split(
     Args:
         pack: The pack, or its path.
         protocol: ``official``, ``patients``, ``folds``, ``leave-one-out``, ``site``, ``kaggle-rows``,
-            ``as-published``, ``leak-apart`` or ``leak-with``.
+            ``as-published``, or an arm of a leakage experiment (``leak-apart``, ``leak-with``,
+            ``leak-placebo``, ``leak-blocked-with``, ``leak-blocked-placebo``).
         name: What to call it; the protocol's name by default.
         seed: Same seed and same patients give the same sides, whatever the order of patches.
         recipe: For ``as-published``: the recipe whose publication is followed.
         cases: For ``official``: a csv of ``case_id, split``, or the published ``cases_*.txt``.
-        test_patients: Patients that are tested; for ``leave-one-out``, each in turn; for ``leak-apart`` and
-            ``leak-with``, the one of which half is tested.
+        test_patients: Patients that are tested; for ``leave-one-out``, each in turn; for ``leak-...``
+            the one of which half is tested, and if wanted the one that gives the placebo.
         val_patients: Patients that validate.
         folds: Number of folds.
         unit: What is kept apart; the pack's own unit by default.

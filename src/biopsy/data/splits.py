@@ -24,7 +24,7 @@ from biopsy.core.text import normalize_id
 from biopsy.data.leakage import SIDES, check_no_leakage, find_overlap, leave_out_siblings
 from biopsy.data.official_splits import Cases
 from biopsy.data.packs import Pack, Unit, group_by_unit
-from biopsy.data.protocols import MAY_OVERLAP, PROTOCOLS, PUBLISHED, Request
+from biopsy.data.protocols import LEAK_PROTOCOLS, MAY_OVERLAP, PROTOCOLS, PUBLISHED, Request
 from biopsy.statistics.resampling import FEWEST_GROUPS
 
 __all__ = [
@@ -182,13 +182,15 @@ def make_split(
     Args:
         pack: The pack.
         protocol: ``"official"``, ``"patients"``, ``"folds"``, ``"leave-one-out"``, ``"site"``,
-            ``"kaggle-rows"``, ``"as-published"``, ``"leak-apart"`` or ``"leak-with"``.
+            ``"kaggle-rows"``, ``"as-published"``, or an arm of a leakage experiment: ``"leak-apart"``,
+            ``"leak-with"``, ``"leak-placebo"``, ``"leak-blocked-with"`` or ``"leak-blocked-placebo"``.
         name: Its name in the pack; the protocol's name by default.
         seed: Same seed and same patients give the same split, whatever the order of patches.
         recipe: For ``as-published``, the ``[as_published.split]`` table of a recipe.
         cases: For ``official``, a csv with ``case_id,split`` or the published lists (`protocols.read_cases`).
         test_patients: Patients that test (``patients``), or are left out in turn (``leave-one-out``);
-            slides or sites where the protocol divides those; the one of which half is tested (``leak-...``).
+            slides or sites where the protocol divides those; for ``leak-...`` the one of which half is
+            tested, and if wanted the one that gives the placebo.
         val_patients: Patients that validate.
         n_folds: Number of ``folds``.
         fractions: Shares of patients for train, val and test, summing to 1.
@@ -478,7 +480,7 @@ def _state_limits(pack: Pack, protocol: str, counts: Sequence[Mapping[str, Any]]
         protocol: Of the split.
         counts: Of each fold's subsets as `_count` gives them, or of the one division.
     """
-    if pack.unit == "patch":
+    if pack.unit == "patch" or protocol in LEAK_PROTOCOLS:  # of these one patient is tested, on purpose
         return []
     tested = {
         name: sum(fold["test"]["groups_per_class"][name] for fold in counts) for name in pack.class_names
@@ -495,7 +497,7 @@ def _state_limits(pack: Pack, protocol: str, counts: Sequence[Mapping[str, Any]]
         text += f": no interval for {metrics}, which needs {FEWEST_GROUPS}"
         if present[name] < FEWEST_GROUPS:
             text += f"; nor does another split allow one, but leave-one-out reports each {pack.unit}"
-        elif len(counts) == 1 and protocol not in ("leak-apart", "leak-with"):
+        elif len(counts) == 1:
             text += "; --protocol folds or leave-one-out tests all of them"
         limits.append(text)
     return limits

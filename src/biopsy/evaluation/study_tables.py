@@ -91,7 +91,7 @@ def summarise(table: pd.DataFrame, pooled: pd.DataFrame, metrics: dict[str, Any]
 
 def describe_run(run: Run) -> dict[str, Any]:
     """Give a run's row of ``table.csv``."""
-    metrics, (frame, _) = run.metrics(), run.predictions("test")
+    metrics, (frame, _), log = run.metrics(), run.predictions("test"), run.log()
     groups = np.unique(group_by_unit(frame, metrics["unit"]))
     values, shown = metrics["patch"], _shown(metrics["positive_class"])
     baseline = metrics["baseline"] or {}
@@ -109,7 +109,10 @@ def describe_run(run: Run) -> dict[str, Any]:
         "threshold": (run.info["threshold"] or {}).get("value"),
         "chosen_epoch": run.info["chosen_epoch"],
         "epochs": run.info["epochs_done"],
-        "last_epochs_val_auroc": _mean_of_last(run.log()),
+        "last_epochs_val_auroc": _mean_of_last(log),
+        "last_train_accuracy": log[-1]["accuracy"],
+        "last_val_accuracy": log[-1]["val_accuracy"],
+        "accuracy_gap": log[-1]["accuracy"] - log[-1]["val_accuracy"],
         "seconds": round(run.info["seconds"], 1),
         "run": run.path.name,
     }

@@ -11,45 +11,59 @@ import pandas as pd
 from biopsy.core.errors import RunError, SplitError
 from biopsy.core.seeds import make_rng
 from biopsy.data.packs import Pack
-from biopsy.data.protocols import divide_groups
+from biopsy.data.protocols import LEAK_PROTOCOLS, divide_groups
 from biopsy.data.splits import Split, find_split, make_split, with_sides
 from biopsy.recipes import Recipe
 
 
-def make_leak_splits(pack: Pack, test_id: str, val_id: str, seed: int = 0) -> tuple[Split, Split]:
-    """Make the two splits between which only the leak of one slide differs.
+def make_leak_splits(
+    pack: Pack, test_id: str, val_id: str, seed: int = 0, *, placebo_id: str | None = None
+) -> dict[str, Split]:
+    """Make the splits between which only the leak of one slide differs, and its placebo.
 
-    Both test the same half of ``test_id`` (drawn once per slide, class by class, whatever the seed) and
-    validate on all of ``val_id``. The first trains on everybody else. The second trains on the other half of
-    ``test_id`` too, in place of as many patches of everybody else, drawn with ``seed``. Both train on the
-    same number of patches of each class.
+    Per design (a random half of ``test_id`` is tested, or a spatially blocked one) all test the same patches,
+    validate on all of ``val_id`` and train on as many patches of each class; see
+    `biopsy.data.protocols.draw_leak`. Every draw follows ``seed``, the tested half too.
+
+    * ``leak-apart`` trains on everybody else but the patient of the placebo.
+    * ``leak-with`` trains on the other half of ``test_id``, in place of as many patches of the others.
+    * ``leak-placebo`` trains on as many patches of another patient with both classes, in place of the same
+      patches: what is gained by one more such patient, without a leak.
+    * ``leak-blocked-with`` and ``leak-blocked-placebo``: the same with a half of which no patch that trains
+      touches a tested one.
 
     Args:
         pack: The patches; they name patients or slides.
         test_id: The patient (slide, where no patients are named) that is tested.
         val_id: The one that validates.
-        seed: Of the patches that give way.
+        seed: Of all draws.
+        placebo_id: Who gives the placebo; by default the one of both classes with most patches of its rarer
+            class.
 
     Returns:
-        ``(apart, with_leak)``, named ``leak-apart-<test_id>-s<seed>`` and ``leak-with-<test_id>-s<seed>``,
-        of the protocols ``leak-apart`` and ``leak-with``; keep them with `save_split`.
+        Protocol to split, named ``<protocol>-<test_id>-s<seed>``; keep them with `save_split`. Placebos are
+        missing where no other patient has both classes, blocked halves where patches have no coordinates.
 
     Raises:
         SplitError: If a patient is not known, the tested one has one class only, or the others have too few
             patches of a class to give way.
     """
-    apart, with_leak = (
-        make_split(
+    is_known = pack.table.loc[pack.group_ids == test_id, ["x", "y"]].notna().all(axis=None)
+    made: dict[str, Split] = {}
+    for protocol in LEAK_PROTOCOLS:
+        if "blocked" in protocol and not is_known:
+            continue
+        if protocol.endswith("placebo") and not made["leak-apart"].parameters["placebo"]:
+            continue
+        made[protocol] = make_split(
             pack,
             protocol=protocol,
             name=f"{protocol}-{_spell(test_id)}-s{seed}",
             seed=seed,
-            test_patients=(test_id,),
+            test_patients=(test_id,) if placebo_id is None else (test_id, placebo_id),
             val_patients=(val_id,),
         )
-        for protocol in ("leak-apart", "leak-with")
-    )
-    return apart, with_leak
+    return made
 
 
 def matched(one: Split, other: Split, pack: Pack, seed: int = 0) -> tuple[Split, Split]:
@@ -101,7 +115,7 @@ def _spell(group_id: str) -> str:
     return spelled if spelled == group_id else f"{spelled}-{sha256(group_id.encode()).hexdigest()[:6]}"
 
 
-PUBLISHED, APART, LEAK_WITH, LEAK_APART = "published", "apart", "leak-with", "leak-apart"
+PUBLISHED, APART = "published", "apart"
 
 MIN_PATCHES = 50  # of each class: fewer in a slide and half of them rank nothing
 VAL_SHARE = 0.15  # of the training side, where a data set's own validation side is tested
@@ -113,7 +127,7 @@ class Arm:
     """What trains and what is tested in some runs of a comparison.
 
     Attributes:
-        kind: ``published``, ``apart``, ``leak-with`` or ``leak-apart``.
+        kind: ``published``, ``apart``, or the protocol of an arm of the leak.
         split: With sides.
         tested: The patient or slide that is tested alone, "" where a whole side is.
         place: Its place among those that are tested, None for a whole side.
@@ -232,20 +246,20 @@ def choose_leaking(pack: Pack) -> list[str]:
 
 
 def list_leaks(pack: Pack, test_ids: Sequence[str], seed: int) -> list[Arm]:
-    """Give, for each of some patients, the arms without and with its patches among the training patches.
+    """Return, for each of some patients, the arms of `make_leak_splits`; the next in order validates.
 
-    The next in order validates.
+    Where three or more are named, the one after that gives the placebo.
 
     Raises:
         SplitError: If one of them is not known, or has one class only.
     """
     arms = []
     for place, tested in enumerate(test_ids):
-        validates = test_ids[(place + 1) % len(test_ids)]
-        pair = make_leak_splits(pack, tested, validates, seed)
-        arms += [
-            Arm(kind, split, tested, place) for kind, split in zip((LEAK_APART, LEAK_WITH), pair, strict=True)
-        ]
+        validates, placebo = (test_ids[(place + step) % len(test_ids)] for step in (1, 2))
+        splits = make_leak_splits(
+            pack, tested, validates, seed, placebo_id=placebo if len(test_ids) > 2 else None
+        )
+        arms += [Arm(protocol, split, tested, place) for protocol, split in splits.items()]
     return arms
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from biopsy.evaluation.provenance_sections import describe_reproduction
 from biopsy.experiments.figures import PANELS, draw_reproduction
+from biopsy.experiments.reproduction_summary import CONTRASTS
 from biopsy.experiments.sweep_page import mean_sd
 from biopsy.plotting.style import svg
 from biopsy.reporting.document import (
@@ -79,7 +80,7 @@ def _summarise(papers: Mapping[str, Any], unit: str, *, hide_ids: bool) -> Summa
             Headline(
                 f"AUROC, {arm} the tested {unit} in training", _mean_of_slides(papers[name], key), beside=name
             )
-            for arm, key in (("with", "with"), ("without", "apart"))
+            for arm, key in (("with", "arm"), ("without", "reference"))
         ]
     return Summary(
         question="What was published, what does it reproduce to with the published split, and with a "
@@ -89,8 +90,8 @@ def _summarise(papers: Mapping[str, Any], unit: str, *, hide_ids: bool) -> Summa
         unit="",
         findings=[
             f"{name}: training on patches of the tested {unit} adds "
-            f"{mean_sd(papers[name]['leak']['auroc'], '+')} to the AUROC on other patches of it (mean of "
-            f"{unit}s, over seeds)."
+            f"{mean_sd(papers[name]['leak']['auroc'], '+')} to the AUROC on other patches of it"
+            f"{_name_reference(papers[name], unit)} (mean of {unit}s, over seeds)."
             for name in leaks
         ]
         + [
@@ -99,6 +100,12 @@ def _summarise(papers: Mapping[str, Any], unit: str, *, hide_ids: bool) -> Summa
         ],
         not_for=NOT_FOR,
     )
+
+
+def _name_reference(entry: Mapping[str, Any], unit: str) -> str:
+    if entry["leak"]["reference"] != CONTRASTS["leak"][1]:
+        return ""
+    return f", compared with as many patches of another {unit} with both classes"
 
 
 def _mean_of_slides(entry: Mapping[str, Any], arm: str) -> float | None:
@@ -188,29 +195,40 @@ def _describe_table(papers: Mapping[str, Any]) -> Section:
     )
 
 
+TITLES = {
+    "leak": "leakage, random half",
+    "blocked_leak": "leakage, blocked half",
+    "placebo": "placebo",
+    "leak_and_placebo": "leakage and placebo",
+}
+
+
 def _describe_leak(papers: Mapping[str, Any], unit: str) -> Section:
     rows = []
     for name, entry in papers.items():
-        for slide in entry["leak"]["slides"]:
-            gap = slide["auroc"]
-            rows.append(
-                [
-                    name,
-                    str(slide["tested"]),
-                    mean_sd(slide["with"]["auroc"]),
-                    mean_sd(slide["apart"]["auroc"]),
-                    mean_sd(gap, "+"),
-                    f"{number(gap['min'])} to {number(gap['max'])}",
-                    mean_sd(slide["balanced_accuracy"], "+"),
-                    number(slide["n_patches"]),
-                    number(len(slide["seeds"])),
-                ]
-            )
+        for contrast, title in TITLES.items():
+            for slide in entry[contrast]["slides"]:
+                gap = slide["auroc"]
+                rows.append(
+                    [
+                        name,
+                        title,
+                        str(slide["tested"]),
+                        mean_sd(slide["arm"]["auroc"]),
+                        mean_sd(slide["reference"]["auroc"]),
+                        mean_sd(gap, "+"),
+                        f"{number(gap['min'])} to {number(gap['max'])}",
+                        mean_sd(slide["balanced_accuracy"], "+"),
+                        number(sum(slide["n_patches"]) / len(slide["n_patches"]), 0),
+                        number(len(slide["seeds"])),
+                    ]
+                )
     columns = [
         "recipe",
+        "comparison",
         unit,
-        "AUROC, leaky",
-        "AUROC, clean",
+        "AUROC, arm",
+        "AUROC, reference",
         "difference",
         "range over seeds",
         "difference, balanced accuracy",
@@ -218,11 +236,12 @@ def _describe_leak(papers: Mapping[str, Any], unit: str) -> Section:
         "seeds",
     ]
     note = (
-        "Same test patches, same number of training patches; leaky: these include the other half of "
-        "the tested "
-        f"{unit}. Paired by seed."
+        "All arms of a comparison test the same patches and train on equally many of each class. Leakage: "
+        f"the other half of the tested {unit} trains, compared with as many patches of another {unit} with "
+        "both classes (placebo). Blocked: no training patch touches a tested one. Placebo: compared with "
+        "neither. Paired by seed, which also draws the tested half."
     )
-    return Section("leak", "Patient leakage", [Table(columns, rows, note=note, text_columns=2)])
+    return Section("leak", "Patient leakage", [Table(columns, rows, note=note, text_columns=3)])
 
 
 def _describe_slides(papers: Mapping[str, Any], unit: str) -> Section | None:

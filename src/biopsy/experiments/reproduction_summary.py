@@ -11,15 +11,22 @@ from biopsy.core.tables import write_csv
 from biopsy.data.packs import group_by_unit
 from biopsy.evaluation.scored import ScoredPatches
 from biopsy.evaluation.study_tables import describe_run, measure_pooled
-from biopsy.experiments.leakage import APART, LEAK_APART, LEAK_WITH, PUBLISHED
+from biopsy.experiments.leakage import APART, PUBLISHED
 from biopsy.training.runs import Run
 from biopsy.training.study import Study
 
-SUMMARY_FORMAT = "biopsy-reproduction-metrics/1"
+SUMMARY_FORMAT = "biopsy-reproduction-metrics/2"
 COMPARED = ("accuracy", "balanced_accuracy", "auroc")
 """Posts claim accuracy; balanced accuracy and AUROC do not depend on how common the classes are."""
 SMOKE_SHARE = 0.1  # of the published updates: below it a row says nothing about the method
 MIN_GROUPS = 5  # fewer patients allow no interval
+CONTRASTS = {
+    "leak": ("leak-with", "leak-placebo"),
+    "blocked_leak": ("leak-blocked-with", "leak-blocked-placebo"),
+    "placebo": ("leak-placebo", "leak-apart"),
+    "leak_and_placebo": ("leak-with", "leak-apart"),
+}
+"""Differences between arms of the leakage experiment, on the same test patches: arm and its reference."""
 
 Frames = Mapping[str, pd.DataFrame]
 
@@ -67,14 +74,14 @@ def summarise(
 def _summarise_paper(
     paper: Mapping[str, Any], table: pd.DataFrame, frames: Frames, metrics: Mapping[str, Any]
 ) -> dict[str, Any]:
-    arms = {kind: table[table["arm"] == kind] for kind in (PUBLISHED, APART, LEAK_WITH, LEAK_APART)}
+    arms = {kind: table[table["arm"] == kind] for kind in (PUBLISHED, APART)}
     missing, updates = paper["missing"], int(table["updates"].min())
     return {
         "claim": paper["claim"],
         "corrected": paper["corrected"],
         PUBLISHED: _summarise_arm(arms[PUBLISHED], missing.get(PUBLISHED)),
         APART: _summarise_arm(arms[APART], missing.get(APART)) | _estimate(arms[APART], frames, metrics),
-        "leak": _summarise_leak(arms[LEAK_WITH], arms[LEAK_APART], missing.get("leak")),
+        **_compare_arms(table, missing.get("leak")),
         "updates": updates,
         "published_updates": paper["published_updates"] or None,
         "n_runs": len(table),
@@ -133,26 +140,40 @@ def _estimate(rows: pd.DataFrame, frames: Frames, metrics: Mapping[str, Any]) ->
     return {"interval": {name: pooled["patch"][name] for name in COMPARED} | {"about": pooled["interval"]}}
 
 
-def _summarise_leak(leaking: pd.DataFrame, apart: pd.DataFrame, reason: str | None) -> dict[str, Any]:
-    """Give what training patches of the tested slide add: paired by slide and seed, same test patches."""
-    pairs = leaking.merge(apart, on=["place", "seed"], suffixes=("_with", "_apart"))
-    for name in COMPARED:
-        pairs[name] = pairs[f"{name}_with"] - pairs[f"{name}_apart"]
+def _compare_arms(table: pd.DataFrame, reason: str | None) -> dict[str, Any]:
+    """Return each of `CONTRASTS`; without a placebo the leak is compared with the arm that has neither."""
+    pairs = dict(CONTRASTS)
+    if CONTRASTS["leak"][1] not in set(table["arm"]):
+        pairs["leak"] = pairs["leak_and_placebo"]
+    return {name: _compare_pair(table, *pair, reason) for name, pair in pairs.items()}
+
+
+def _compare_pair(table: pd.DataFrame, arm: str, reference: str, reason: str | None) -> dict[str, Any]:
+    """Return what one arm scores above another: paired by slide and seed, on the same test patches."""
+    first, second = (table[table["arm"] == kind] for kind in (arm, reference))
+    pairs = first.merge(second, on=["place", "seed"], suffixes=("", "_reference"))
+    differences = pairs[list(COMPARED)] - pairs[[f"{name}_reference" for name in COMPARED]].to_numpy()
     slides = [
         {
-            "tested": rows["tested_with"].iloc[0],
-            "n_patches": int(rows["n_patches_with"].iloc[0]),
-            "n_train": int(rows["n_train_with"].iloc[0]),
+            "tested": rows["tested"].iloc[0],
+            "n_patches": rows["n_patches"].tolist(),
+            "n_train": rows["n_train"].tolist(),
             "seeds": rows["seed"].tolist(),
-            **{name: spread(rows[name]) | {"values": rows[name].tolist()} for name in COMPARED},
-            "with": {name: spread(rows[f"{name}_with"]) for name in COMPARED},
-            "apart": {name: spread(rows[f"{name}_apart"]) for name in COMPARED},
+            **{
+                name: spread(differences.loc[rows.index, name])
+                | {"values": differences.loc[rows.index, name].tolist()}
+                for name in COMPARED
+            },
+            "arm": {name: spread(rows[name]) for name in COMPARED},
+            "reference": {name: spread(rows[f"{name}_reference"]) for name in COMPARED},
         }
         for _, rows in pairs.sort_values(["place", "seed"]).groupby("place")
     ]
     whole = _keep_whole(pairs, len(slides))
-    by_seed = whole.groupby("seed")[list(COMPARED)].mean() if len(whole) else whole
+    by_seed = differences.loc[whole.index].groupby(whole["seed"]).mean()
     return {
+        "arm": arm,
+        "reference": reference,
         "reason": None if slides else reason or "no pair of runs has been judged",
         "seeds": sorted(set(whole["seed"].tolist())),
         **{name: spread(by_seed[name]) for name in COMPARED},
@@ -180,7 +201,8 @@ def list_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     for recipe, entry in summary["papers"].items():
         for metric in COMPARED:
             interval = (entry[APART]["interval"] or {}).get(metric, {})
-            arms = {"as_published": entry[PUBLISHED], "patients_apart": entry[APART], "leak": entry["leak"]}
+            arms = {"as_published": entry[PUBLISHED], "patients_apart": entry[APART]}
+            arms |= {name: entry[name] for name in CONTRASTS}
             rows.append(
                 {
                     "recipe": recipe,

@@ -115,7 +115,10 @@ class Train(_Table):
 
     loss: Literal["cross-entropy", "binary-cross-entropy"] = "cross-entropy"
     """``binary-cross-entropy``: every class has a sigmoid of its own, and their losses are averaged."""
-    optimiser: Literal["adagrad-keras2", "adagrad", "adam", "adamw", "sgd", "rmsprop"] = "adam"
+    optimiser: Literal["adagrad-keras2", "adagrad", "adam", "adamw", "sgd", "rmsprop", "rmsprop-keras2"] = (
+        "adam"
+    )
+    """``...-keras2``: as Keras 2 had it, where accumulator or epsilon were others than in Keras 3."""
     lr: PositiveFloat = 1e-3
     momentum: float = Field(default=0.0, ge=0, lt=1)
     nesterov: bool = False

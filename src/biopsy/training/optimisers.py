@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from biopsy.core.errors import RecipeError, suggest
 
@@ -26,7 +26,7 @@ class KerasAdam(Adam):
 
 
 class KerasRMSprop(Optimizer):
-    """RMSprop with Keras's rho of .9 and the epsilon inside the root."""
+    """RMSprop as in Keras 3: rho .9 and the epsilon inside the root, sqrt(v + e)."""
 
     def __init__(self, params: Iterable[Tensor], lr: float) -> None:
         super().__init__(params, {"lr": lr, "rho": 0.9, "eps": KERAS_EPSILON})
@@ -52,6 +52,7 @@ _OPTIMISERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "adamw": (AdamW, {"fused": True}),
     "sgd": (SGD, {"fused": True}),
     "rmsprop": (KerasRMSprop, {}),
+    "rmsprop-keras2": (RMSprop, {"alpha": 0.9, "eps": KERAS_EPSILON}),  # torch's own: sqrt(v) + e
 }
 OPTIMISERS = tuple(_OPTIMISERS)
 
@@ -69,7 +70,8 @@ def make_optimiser(
 
     Args:
         name: ``adagrad`` (Keras 3 and tf.keras 2: accumulator from .1), ``adagrad-keras2`` (Keras 2.2: from
-            0), ``adam``, ``rmsprop`` (both with Keras's formula), ``adamw``, ``sgd``.
+            0), ``adam``, ``rmsprop`` (Keras 3: epsilon inside the root), ``rmsprop-keras2`` (Keras 2: beside
+            it), ``adamw``, ``sgd``.
         params: The network's parameters; frozen ones are left out.
         lr: Learning rate; :func:`set_learning_rate` changes it before each step.
         weight_decay: Penalty on the weights (``adamw``: taken off the weights themselves); not on biases
@@ -86,8 +88,8 @@ def make_optimiser(
         raise RecipeError(f"optimiser {name!r} takes no momentum={momentum!r}; use 'sgd'")
     if nesterov and not momentum:
         raise RecipeError("nesterov=True needs momentum above 0; set train.momentum")
-    if weight_decay and name == "rmsprop":
-        raise RecipeError(f"optimiser 'rmsprop' takes no weight_decay={weight_decay!r}; use 'adamw'")
+    if weight_decay and name.startswith("rmsprop"):
+        raise RecipeError(f"optimiser {name!r} takes no weight_decay={weight_decay!r}; use 'adamw'")
     trained = [parameter for parameter in params if parameter.requires_grad]
     if not trained:
         raise RecipeError("no parameter of the network is to be trained; unfreeze some of it")

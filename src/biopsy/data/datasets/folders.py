@@ -1,12 +1,13 @@
 """Any tree of class folders: ``[split/]<class>/.../<image>``, below any number of folders that hold it all.
 
 Folders named train, val or test at the top (or training, validation, test_set and the like) give a patch its
-own side; every other top folder is a class. Trees whose classes stand a level lower, below folders of
-patients or folds, are refused. The patch's id is its path from there on; who is who comes with
-``--patients``: a csv, or a pattern for the path.
+own side; every other top folder is a class. Refused are trees whose classes stand a level lower, below
+folders of patients or folds, or below a folder beside such sides that is none. The patch's id is its path
+from there on; who is who comes with ``--patients``: a csv, or a pattern for the path.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 
 import pandas as pd
@@ -52,6 +53,11 @@ def recognise(archive: Archive) -> bool:
             f"{archive.path}: below {_name_some(below)} lie {' and '.join(sorted(second))}, likely the "
             "classes: sort images into <class>/<patient>/ and name patients by --patients, or say --dataset "
             "folders if the upper folders are the classes"
+        )
+    if unknown := _find_unknown_sides(paths):
+        raise DataError(
+            f"{archive.path}: {_name_some(unknown)} holds class folders as train, val and test do: rename it "
+            "to one of these, or say --dataset folders if it is a class"
         )
     return bool(paths) and 2 * sum(_split_path(path)[1] is not None for path in paths) >= len(paths)
 
@@ -119,6 +125,16 @@ def _list_below(paths: list[list[str]]) -> dict[str, set[str]]:
     return below
 
 
+def _find_unknown_sides(paths: list[list[str]]) -> set[str]:
+    """Return top folders that are no side and hold nothing but the classes that the sides hold."""
+    classes = {path[1] for path in paths if len(path) > 2 and find_side(path[0])}
+    below: dict[str, set[str]] = {}
+    for path in paths:
+        if len(path) > 1 and not find_side(path[0]):
+            below.setdefault(path[0], set()).add(path[1] if len(path) > 2 else "")
+    return {top for top, names in below.items() if names <= classes and top not in classes}
+
+
 def _warn_of_levels(paths: list[list[str]]) -> None:
     """Warn where folders were taken for sides or classes that may be something else."""
     guessed = {path[0] for path in paths if find_side(path[0]) and path[0].lower() not in SIDE_BY_FOLDER}
@@ -127,10 +143,12 @@ def _warn_of_levels(paths: list[list[str]]) -> None:
     below = _list_below(paths)
     if len(below) > MANY_CLASSES:
         _log.warning("%d folders are taken for classes: are they patients? see --patients", len(below))
-    shared = set.intersection(*below.values())
-    if len(below) > 1 and len(shared) > 1 and not _are_classes(set(below)):
+    holders = Counter(name for names in below.values() for name in names)
+    shared = {name for name, n_holders in holders.items() if n_holders > 1}
+    is_shared_by_all = all(names & shared for names in below.values())
+    if len(shared) > 1 and is_shared_by_all and not _are_classes(set(below)):
         _log.warning(
-            "%s are taken for classes; each of them holds the folders %s: if those are the classes, sort "
+            "%s are taken for classes; several of them hold the folders %s: if those are the classes, sort "
             "images into <class>/<patient>/",
             *(_name_some(below), _name_some(shared)),
         )

@@ -144,14 +144,12 @@ PICTURE_PX = 288  # a patch's own picture is enlarged to about this height
 
 
 def write_explained(
-    classifier: Classifier, explained: Explained, place: Path, *, named_layer: str | None = None
+    classifier: Classifier, explained: Explained, place: Path, *, named_layers: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Write sheets, pictures and ``explain.json`` into a folder; gives what the latter holds."""
     examples = explained.examples
     stems = {
-        file_name(
-            f"{part.method}-{named_layer}" if part.layer and part.layer == named_layer else part.method
-        ): part
+        file_name(f"{part.method}-{part.layer}" if part.layer in named_layers else part.method): part
         for part in explained.illustrations
     }
     names = [f"{index:02d}-{file_name(each)}.png" for index, each in enumerate(examples["patch_id"], start=1)]

@@ -1,7 +1,7 @@
 """`explain`: patches are chosen, explained and written as sheets."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -65,6 +65,14 @@ def pick_examples(frame: pd.DataFrame, errors: int, seed: int) -> list[str]:
         part["patch_id"] for _, part in shuffled[shuffled["pred"] == shuffled["target"]].groupby("target")
     ]
     return _in_turn(kinds)[:errors] + _in_turn(right)[:errors]
+
+
+def draw_patches(patch_ids: Iterable[str], n: int, seed: int) -> list[str]:
+    """Draw some patches at random, all where there are no more, whatever the order of ``patch_ids``."""
+    ids = sorted(patch_ids)
+    if n < 1 or not ids:
+        raise RunError(f"random={n!r} of {len(ids):,} patches shows nothing: ask for 1 or more")
+    return [str(name) for name in make_rng(seed, "random examples").permutation(ids)[:n]]
 
 
 def _in_turn(lists: Sequence[Sequence[str]]) -> list[str]:
@@ -149,6 +157,10 @@ def _read_pack(classifier: Classifier, pack: Pack, named: Sequence[str]) -> Patc
     return Patches([ids[row] for row in rows], pack.patches[rows], pack.sizes[rows], target)
 
 
+def _list_ids(path: Path) -> list[str]:
+    return Pack.open(path).table["patch_id"].astype(str).tolist() if is_pack(path) else [*_list_images(path)]
+
+
 def _check_named(place: Path, named: Sequence[str], known: Sequence[str]) -> list[str]:
     for name in named:
         if name not in known:
@@ -211,8 +223,10 @@ def explain(
     data: Path | str | None = None,
     patch: Sequence[str] = (),
     errors: int = N_EXAMPLES,
+    random: int = 0,
+    seed: int = 0,
     method: Sequence[str] | str = (),
-    layer: str | None = None,
+    layer: Sequence[str] | str | None = None,
     faithfulness: bool = False,
     out: Path | str | None = None,
     device: str = "auto",
@@ -230,9 +244,12 @@ def explain(
         errors: Where none is named: how many errors, the surest first and of both kinds in turn, and how many
             patches that were called right, drawn with the run's seed. They are of the test side once it has
             been opened, until then of validation.
+        random: Instead of those: how many patches of that side (or of ``data``), drawn at random.
+        seed: Of that draw.
         method: One or more of ``biopsy.evaluation.explanation.methods.METHODS``; by default saliency,
             Grad-CAM (integrated gradients where the network allows none) and activations.
-        layer: For methods that look at one; by default the first convolution, for Grad-CAM the last maps.
+        layer: One or more, for methods that look at one; by default the first convolution, for Grad-CAM the
+            last maps.
         faithfulness: Also test, about a minute long, whether the maps mean anything: each method that was
             named, or all, against random and edge-detector maps. Writes ``explain/faithfulness.json`` in the
             run.
@@ -251,7 +268,19 @@ def explain(
     methods, run = (method,) if isinstance(method, str) else tuple(method), _open_run(model)
     place = Path(out or (run.path / FOLDER if run is not None else FOLDER))
     refuse_inputs(place, data, model.path if isinstance(model, Run | Classifier) else model)
-    options: dict[str, Any] = {"patch": patch, "errors": errors, "method": methods, "layer": layer}
+    layers = (layer,) if isinstance(layer, str) else tuple(dict.fromkeys(layer or ()))
+    if random and patch:
+        raise RunError("patches are named or drawn at random, not both")
+    if faithfulness and len(layers) > 1:
+        raise RecipeError(f"faithfulness is tested on one layer at a time, not {', '.join(layers)}")
+    options: dict[str, Any] = {
+        "patch": patch,
+        "errors": errors,
+        "random": random,
+        "seed": seed,
+        "method": methods,
+        "layers": layers,
+    }
     if run is not None:
         if data is not None:
             raise RunError(
@@ -268,12 +297,14 @@ def explain(
                 else "faithfulness is measured on the patches a run was judged on: name the run"
             )
         explained = explain_others(classifier, data, **options, device=device)
-    document = write_explained(classifier, explained, place, named_layer=layer)
-    if run is not None and not patch:
+    document = write_explained(classifier, explained, place, named_layers=layers)
+    if run is not None and not patch and not random:
         with contextlib.suppress(OSError):  # a folder that cannot be written to gets none
             keep_explained(run, explained)
     if run is not None and faithfulness:
-        document["faithfulness"] = measure_faithfulness(run, methods=methods, layer=layer, device=device)
+        document["faithfulness"] = measure_faithfulness(
+            run, methods=methods, layer=layers[0] if layers else None, device=device
+        )
     return Explanations(document, explained.examples)
 
 
@@ -282,8 +313,10 @@ def explain_examples(
     *,
     patch: Sequence[str] = (),
     errors: int = N_EXAMPLES,
+    random: int = 0,
+    seed: int = 0,
     method: Sequence[str] = (),
-    layer: str | None = None,
+    layers: Sequence[str] = (),
     device: str = "auto",
 ) -> Explained:
     """Choose examples of a run and explain them without writing anything; see `explain`."""
@@ -294,10 +327,15 @@ def explain_examples(
         ids = find_named(run, pack, sides, patch)
     else:
         frame, _ = run.predictions(run.judged_side)
-        ids = pick_examples(frame.assign(patch_id=frame["patch_id"].astype(str)), errors, run.info["seed"])
+        frame = frame.assign(patch_id=frame["patch_id"].astype(str))
+        ids = (
+            draw_patches(frame["patch_id"], random, seed)
+            if random
+            else pick_examples(frame, errors, run.info["seed"])
+        )
     rows = pack.rows_of(ids)
     chosen = Patches(ids, pack.patches[rows], pack.sizes[rows], pack.target[rows])
-    return _explain_chosen(classifier, chosen, sides[rows], method, layer, Engine(device))
+    return _explain_chosen(classifier, chosen, sides[rows], method, layers, Engine(device))
 
 
 def explain_others(
@@ -306,12 +344,16 @@ def explain_others(
     *,
     patch: Sequence[str] = (),
     errors: int = N_EXAMPLES,
+    random: int = 0,
+    seed: int = 0,
     method: Sequence[str] = (),
-    layer: str | None = None,
+    layers: Sequence[str] = (),
     device: str = "auto",
 ) -> Explained:
     """Choose examples of a pack or of images and explain them; see `explain`."""
     _check_errors(errors)
+    if random:
+        patch = draw_patches(_list_ids(Path(data)), random, seed)
     found, engine = gather_patches(classifier, data, patch, 2 * errors), Engine(device)
     classifier = classifier.single_patch()
     if not patch and found.target is not None:
@@ -331,7 +373,7 @@ def explain_others(
             found.sizes[picked],
             found.target[picked],
         )
-    return _explain_chosen(classifier, found, np.full(len(found.patch_ids), ""), method, layer, engine)
+    return _explain_chosen(classifier, found, np.full(len(found.patch_ids), ""), method, layers, engine)
 
 
 def _explain_chosen(
@@ -339,22 +381,16 @@ def _explain_chosen(
     chosen: Patches,
     sides: np.ndarray,
     method: Sequence[str],
-    layer: str | None,
+    layers: Sequence[str],
     engine: Engine,
 ) -> Explained:
-    methods = list(dict.fromkeys(method)) or _pick_methods(classifier, layer)
-    if layer is not None and not any(find_method(name).takes_layer for name in methods):
-        raise RecipeError(f"layer={layer!r} cannot be chosen: {methods[0]} looks at the whole network")
+    methods = list(dict.fromkeys(method)) or _pick_methods(classifier, layers)
+    if layers and not any(find_method(name).takes_layer for name in methods):
+        raise RecipeError(f"layer={layers[0]!r} cannot be chosen: {methods[0]} looks at the whole network")
     found = [
-        explain_patches(
-            classifier,
-            chosen.pixels,
-            chosen.sizes,
-            name,
-            layer=layer if find_method(name).takes_layer else None,
-            engine=engine,
-        )
+        explain_patches(classifier, chosen.pixels, chosen.sizes, name, layer=layer, engine=engine)
         for name in methods
+        for layer in _choose_layers(name, layers)
     ]
     examples = pd.DataFrame({"patch_id": chosen.patch_ids, "side": sides})
     examples = examples.join(read_calls(classifier, chosen.target, found[0].probs))
@@ -364,9 +400,13 @@ def _explain_chosen(
     return Explained(examples, patches, [_illustrate(each, chosen.sizes, classifier) for each in found])
 
 
-def _pick_methods(classifier: Classifier, layer: str | None) -> list[str]:
+def _choose_layers(method: str, layers: Sequence[str]) -> Sequence[str | None]:
+    return layers if layers and find_method(method).takes_layer else (None,)
+
+
+def _pick_methods(classifier: Classifier, layers: Sequence[str]) -> list[str]:
     """Give the methods that are shown where none is named."""
-    if layer is not None:
+    if layers:
         return ["activations"]
     try:
         find_last_maps(classifier.base_network, classifier.info.preprocessing.input_px)

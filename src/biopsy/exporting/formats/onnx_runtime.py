@@ -1,4 +1,4 @@
-"""ONNX, with a script of a few lines that runs it."""
+"""ONNX, with a script that runs it and refuses what `predict` does."""
 
 import warnings
 from pathlib import Path
@@ -16,18 +16,36 @@ OPSET = 17
 
 RUN_ONNX = '''\
 """Probabilities of patches by ONNX Runtime alone: python run_onnx.py PATCH.png ..."""
-import json, sys
+import io, json, sys
 from pathlib import Path
 import numpy, onnxruntime
 from PIL import Image
 folder = Path(__file__).parent
 config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
 session = onnxruntime.InferenceSession(folder / "model.onnx")
+side = config["patch_size_pixels"]
+def read(name):
+    data = Path(name).read_bytes()
+    image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "TIFF", "BMP", "WEBP"))
+    if image.size != (side, side):
+        raise ValueError(f"is {image.width}x{image.height} px, the classifier takes {side}x{side}")
+    if image.mode not in ("RGB", "L") or getattr(image, "n_frames", 1) > 1 or "transparency" in image.info:
+        raise ValueError(f"is of mode {image.mode} or has several frames; save it as 8-bit RGB")
+    depths = [data[24]] if image.format == "PNG" else getattr(image, "tag_v2", {}).get(258, [8])
+    if max(depths) > 8:
+        raise ValueError("has 16 bits a channel; save it as 8-bit RGB")
+    return image.convert("RGB")
+skipped = 0
 for name in sys.argv[1:]:
-    patch = Image.open(name).convert("RGB").resize([config["patch_size_pixels"]] * 2)
-    pixels = numpy.asarray(patch, numpy.float32).transpose(2, 0, 1)[None] / 255
+    try:
+        pixels = numpy.asarray(read(name), numpy.float32).transpose(2, 0, 1)[None] / 255
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        print(f"skipped: {name}: {error}", file=sys.stderr)
+        skipped += 1
+        continue
     scores = numpy.exp(session.run(None, {"patches": pixels})[0][0].astype(float))
     print(name, dict(zip(config["class_names"], (scores / scores.sum()).tolist())))
+sys.exit(3 if skipped else 0)
 '''
 
 

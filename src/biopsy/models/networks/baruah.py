@@ -23,11 +23,12 @@ def baruah(
     dense: int = 128,
     n_dense: int = 2,
     dropout: float = 0.5,
+    dropout_last: bool = False,
 ) -> SequentialNetwork:
     """Convolutions of ``filters``, twice as many with each, then dense layers of equal width.
 
     What the author left open are parameters: the number of filters and of layers. A dropout stands before
-    the first dense layer and after each but the last, as in the post's code.
+    each dense layer, as in the post's code.
 
     Args:
         n_classes: Number of logits.
@@ -37,6 +38,8 @@ def baruah(
         dense: Width of the dense layers.
         n_dense: One or more.
         dropout: Share dropped.
+        dropout_last: Drop after the last dense layer too, so that a dropout follows each: as the post's
+            text suggests and its code does not do.
     """
     if n_convolutions < N_POOLED or n_dense < 1:
         raise RecipeError(
@@ -56,10 +59,11 @@ def baruah(
     layers["flatten"] = FlattenChannelsLast()
     n_features = channels * width * height
     for number in range(1, n_dense + 1):
-        if number <= 2:
-            layers[f"drop{number}"] = Dropout(dropout)
+        layers[f"drop{number}"] = Dropout(dropout)
         layers[f"dense{number}"] = nn.Linear(n_features, dense)
         layers[f"dense{number}_relu"] = nn.ReLU(inplace=True)
         n_features = dense
+    if dropout_last:
+        layers[f"drop{n_dense + 1}"] = Dropout(dropout)
     stages = {f"stage{number}": f"conv{number}" for number in range(1, n_convolutions + 1)}
     return SequentialNetwork(layers, stages | {"dense": "flatten"}, nn.Linear(dense, n_classes))

@@ -1,0 +1,599 @@
+"""Inputs of the kinds that users of such tools report: each is read right, or refused and named.
+
+``docs/reliability.md`` tables what becomes of them.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import unicodedata
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import shapely
+import tifffile
+from typer.testing import CliRunner
+
+import biopsy
+from biopsy.cli import app
+from biopsy.core.errors import DataError, RunError, SplitError
+from biopsy.data.packs import Pack
+from biopsy.data.splits import make_split
+from conftest import PROJECT, encode_png
+from scn_files import write_scn
+
+PATIENTS = ("P01", "P02", "P03", "P04")
+
+
+def draw(seed: int, px: int = 16, dark: bool = False) -> np.ndarray:
+    ground = [150, 80, 150] if dark else [225, 170, 200]
+    noise = np.random.default_rng(seed).integers(-25, 25, (px, px, 3))
+    return np.clip(np.array(ground) + noise, 0, 255).astype(np.uint8)
+
+
+def write_folders(
+    root: Path, patients: Iterable[str] = PATIENTS, classes: tuple[str, ...] = ("benign", "malignant")
+) -> list[tuple[str, str]]:
+    """Write class folders with two patches a patient and class; return patch ids and their patients."""
+    rows = []
+    for patient in patients:
+        for k, name in enumerate(classes):
+            (root / name).mkdir(parents=True, exist_ok=True)
+            for number in range(2):
+                path = root / name / f"{patient}_{number}.png"
+                path.write_bytes(encode_png(draw(len(rows), dark=k == 1)))
+                rows.append((f"{name}/{patient}_{number}", patient))
+    return rows
+
+
+def write_table(path: Path, rows: Iterable[tuple], head: str = "patch_id,patient_id", sep: str = ",") -> Path:
+    lines = [head, *(sep.join(map(str, row)) for row in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def call(*arguments: object) -> tuple[int, str, str]:
+    """Run a command; return its exit code, what it printed and what it said."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.stdout, done.stderr
+
+
+def prepare(source: Path, **options: object) -> Pack:
+    return biopsy.prepare(source, source.with_name("made.pack"), **options)  # type: ignore[arg-type]
+
+
+def count_torn(pack: Pack, split: "biopsy.Split") -> int:
+    """Count the named patients who stand on two sides."""
+    sides = split.sides(pack) if not split.n_folds else split.sides(pack, 0)
+    known = pd.DataFrame({"patient": pack.table["patient_id"], "side": sides})
+    known = known[(known["side"] != "") & known["patient"].notna()]
+    return int(known.groupby("patient")["side"].nunique().gt(1).sum())
+
+
+# --- ids of patients
+
+
+@pytest.mark.parametrize(
+    ("spell", "n_patients"),
+    [
+        pytest.param(lambda p, n: p + "\t" * n, 4, id="tab after some"),
+        pytest.param(lambda p, n: "\u2003" * n + p, 4, id="em space before some"),
+        pytest.param(lambda p, n: p + "\u200b" * n, 4, id="zero-width space after some"),
+        pytest.param(lambda p, n: f"{int(p[1:])}" + ".00" * n, 4, id="1 and 1.00"),
+        pytest.param(lambda p, n: f"{p} a" if n else f"{p}  a", 4, id="one and two spaces inside"),
+        pytest.param(
+            lambda p, n: unicodedata.normalize("NFD" if n else "NFC", f"Müller {p}"), 4, id="NFC and NFD"
+        ),
+        pytest.param(lambda p, n: {"P01": "007", "P02": "7.5"}.get(p, p), 4, id="007 stays 007"),
+    ],
+)
+def test_patient_ids_from_spreadsheets(tmp_path, spell, n_patients):
+    rows = write_folders(tmp_path / "d")
+    spelt = [(patch, spell(patient, patch.endswith("_1"))) for patch, patient in rows]
+    pack = prepare(tmp_path / "d", patients=write_table(tmp_path / "a.csv", spelt))
+    assert pack.info.counts["patients"] == n_patients
+    assert count_torn(pack, make_split(pack, protocol="patients", seed=3)) == 0
+    if "7.5" in set(pack.table["patient_id"]):
+        assert "007" in set(pack.table["patient_id"])
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        pytest.param(lambda p, n: p.lower() if n else p, id="letter case"),
+        pytest.param(lambda p, n: p.replace("0", "") if n else p, id="leading zeros"),
+        pytest.param(lambda p, n: p.replace("P", "\uff30") if n else p, id="full-width letters"),
+    ],
+)
+def test_patient_ids_that_look_alike_are_named(tmp_path, caplog, spell):
+    rows = write_folders(tmp_path / "d")
+    spelt = [(patch, spell(patient, patch.endswith("_1"))) for patch, patient in rows]
+    pack = prepare(tmp_path / "d", patients=write_table(tmp_path / "a.csv", spelt))
+    assert pack.info.counts["patients"] == 8 and "P01" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("NaN", "#N/A", "-", "n/a"),
+        ("TRUE", "FALSE", "inf", "1e5"),
+        ("NULL", "<NA>", "nil", "."),
+        ("None", "undefined", "?", "0"),
+    ],
+    ids=" ".join,
+)
+def test_patients_named_like_missing_values(tmp_path, names):
+    rows = write_folders(tmp_path / "d")
+    given = dict(zip(PATIENTS, names, strict=True))
+    table = write_table(tmp_path / "a.csv", [(patch, given[patient]) for patch, patient in rows])
+    assert set(prepare(tmp_path / "d", patients=table).table["patient_id"]) == set(names)
+
+
+@pytest.mark.parametrize(
+    "blank",
+    [
+        pytest.param(lambda rows: {rows[0][0], rows[5][0]}, id="two patches of two patients"),
+        pytest.param(
+            lambda rows: {patch for patch, p in rows if p == "P02"}, id="all patches of one patient"
+        ),
+        pytest.param(lambda rows: {patch for patch, _ in rows if "malignant" in patch}, id="a whole class"),
+    ],
+)
+@pytest.mark.parametrize("protocol", ["patients", "folds", "leave-one-out"])
+def test_patches_without_a_patient_tear_no_named_one_apart(tmp_path, blank, protocol):
+    rows = write_folders(tmp_path / "d", [f"P{n:02d}" for n in range(8)])
+    nameless = blank(rows)
+    table = write_table(tmp_path / "a.csv", [(p, "" if p in nameless else who) for p, who in rows])
+    pack = prepare(tmp_path / "d", patients=table)
+    assert pack.unit == "patient"
+    try:
+        split = make_split(pack, protocol=protocol, n_folds=3)
+    except SplitError:
+        return
+    assert count_torn(pack, split) == 0
+    sides = split.assign(pack, 0 if split.n_folds else None)
+    assert set(sides[pack.table["patient_id"].isna()]) == {""}
+    assert len(split.parameters["unknown_patients"]["first"]) == len(nameless)
+
+
+# --- lists of cases
+
+
+def split_by_list(tmp_path: Path, rows: Iterable[tuple], head: str, sep: str = ",") -> tuple[int, str]:
+    people = tuple(f"0{n}" for n in range(8))
+    table = write_table(tmp_path / "a.csv", write_folders(tmp_path / "d", people))
+    pack = prepare(tmp_path / "d", patients=table)
+    cases = write_table(tmp_path / "c.csv", rows, head, sep)
+    code, _, said = call("split", pack.path, "--protocol", "official", "--cases", cases)
+    return code, said
+
+
+SIDE_OF = {f"0{n}": "train" if n < 4 else "val" if n < 6 else "test" for n in range(8)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "head", "sep", "named"),
+    [
+        pytest.param(
+            [(p.removeprefix("0"), side) for p, side in SIDE_OF.items()],
+            "case_id,split",
+            ",",
+            "none of the 8",
+            id="every leading zero lost",
+        ),
+        pytest.param(
+            [(f"{p}.png", side) for p, side in SIDE_OF.items()], "case_id,split", ",", "none of the 8",
+            id="file names for ids",
+        ),
+        pytest.param(
+            [(p, side) for p, side in SIDE_OF.items() if p != "03"], "case_id,split", ",", "'03'",
+            id="one patient missing from the list",
+        ),
+        pytest.param(
+            [*SIDE_OF.items(), ("99", "test")], "case_id;split", ";", "'99'",
+            id="semicolons, one case too many",
+        ),
+    ],
+)  # fmt: skip
+def test_lists_that_match_in_part_or_not_at_all(tmp_path, rows, head, sep, named):
+    code, said = split_by_list(tmp_path, rows, head, sep)
+    assert named in said and (code == 1) == (named == "none of the 8")
+
+
+@pytest.mark.parametrize(
+    ("rows", "head"),
+    [
+        pytest.param([(p + " ", s.upper()) for p, s in SIDE_OF.items()], "Case_ID,Split", id="capitals"),
+        pytest.param(
+            [(p, {"val": "validation"}.get(s, s)) for p, s in SIDE_OF.items()], "case_id,split",
+            id="validation spelt out",
+        ),
+    ],
+)  # fmt: skip
+def test_lists_that_differ_in_spelling_alone_are_read(tmp_path, rows, head):
+    code, said = split_by_list(tmp_path, rows, head)
+    assert code == 0 and "not in" not in said
+
+
+def test_a_case_listed_on_two_sides_is_refused(tmp_path):
+    code, said = split_by_list(tmp_path, [*SIDE_OF.items(), ("03", "test")], "case_id,split")
+    assert code == 1 and "03" in said
+
+
+# --- folders and archives
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        pytest.param([("case_a", "normal"), ("case_a", "tumour"), ("case_b", "normal"), ("case_b", "tumour")],
+                     id="two cases with normal and tumour"),
+        pytest.param([("fold1", "0"), ("fold1", "1"), ("fold2", "0"), ("fold2", "1")], id="folds"),
+        pytest.param([("Training", "A"), ("Training", "B"), ("Holdout", "A"), ("Holdout", "B")],
+                     id="Training and Holdout"),
+        pytest.param([("case_a", "A"), ("case_a", "B"), ("case_b", "A"), ("case_b", "B"), ("case_c", "B")],
+                     id="a case of one class"),
+    ],
+)  # fmt: skip
+def test_folders_of_patients_or_sides_are_no_classes(tmp_path, caplog, tree):
+    for n, parts in enumerate(tree * 2):
+        folder = tmp_path.joinpath("d", *parts)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{n}.png").write_bytes(encode_png(draw(n)))
+    tops = {top for top, _ in tree}
+    try:
+        biopsy.prepare(tmp_path / "d", tmp_path / "p", positive=tree[0][0])
+    except DataError as error:
+        assert any(name in str(error) for name in tops)
+    else:
+        assert "are taken for classes" in caplog.text
+
+
+def write_zip(path: Path, names: Iterable[str]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for n, name in enumerate(names):
+            info = zipfile.ZipInfo("x")
+            info.filename = info.orig_filename = name
+            info.create_system = 0
+            archive.writestr(info, encode_png(draw(n, dark="malignant" in name)))
+    return path
+
+
+CLASS_FILES = [f"{c}/P{n}.png" for c in ("benign", "malignant") for n in range(4)]
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        pytest.param(lambda n, name: "a b\\" + name.replace("/", "\\"), id="a folder with a blank"),
+        pytest.param(lambda n, name: name.replace("/", "\\") if n % 2 else name, id="both kinds of slashes"),
+        pytest.param(lambda n, name: "x\\y/z\\" + name, id="mixed in one name"),
+    ],
+)
+def test_zips_of_windows_with_class_folders(tmp_path, spell):
+    names = [spell(n, name) for n, name in enumerate(CLASS_FILES)]
+    pack = prepare(write_zip(tmp_path / "w.zip", names), positive="malignant")
+    assert pack.class_names == ["benign", "malignant"] and len(pack) == 8
+
+
+@pytest.mark.parametrize("start", ["C:\\data\\", "\\\\server\\share\\", "..\\"])
+def test_zips_of_windows_whose_names_lead_out_are_refused(tmp_path, start):
+    names = [start + name.replace("/", "\\") for name in CLASS_FILES]
+    with pytest.raises(DataError):
+        prepare(write_zip(tmp_path / "w.zip", names))
+    assert not (tmp_path / "made.pack").exists()
+
+
+def idc_names(spell: Callable[[int, str], str]) -> list[str]:
+    names = [
+        f"IDC_regular_ps50_idx5/{p}/{c}/{p}_idx5_x{n * 50 + 1}_y{c * 50 + 1}_class{c}.png"
+        for p in ("8863", "8865", "8867", "8913")
+        for c in (0, 1)
+        for n in range(3)
+    ]
+    return [spell(n, name) for n, name in enumerate(names)]
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        pytest.param(lambda n, name: name.replace("/", "\\") if n % 2 else name, id="every other file"),
+        pytest.param(lambda n, name: name.removeprefix("IDC_regular_ps50_idx5/").replace("/", "\\"),
+                     id="patients at the root"),
+        pytest.param(lambda n, name: "my data\\" + name, id="below another folder"),
+    ],
+)  # fmt: skip
+def test_zips_of_windows_in_the_layout_of_idc(tmp_path, spell):
+    pack = prepare(write_zip(tmp_path / "w.zip", idc_names(spell)))
+    assert sorted(set(pack.table["patient_id"])) == ["8863", "8865", "8867", "8913"] and len(pack) == 24
+    assert count_torn(pack, make_split(pack, protocol="patients", seed=1)) == 0
+
+
+def test_both_spellings_of_one_file_in_a_zip_are_one_patch(tmp_path):
+    with zipfile.ZipFile(tmp_path / "w.zip", "w") as archive:
+        for n, name in enumerate(idc_names(lambda n, name: name)):
+            for spelt in (name, "copy\\" + name.replace("/", "\\")):
+                info = zipfile.ZipInfo("x")
+                info.filename = info.orig_filename = spelt
+                archive.writestr(info, encode_png(draw(n)))
+    pack = prepare(tmp_path / "w.zip")
+    assert len(pack) == 24 and pack.info.counts["duplicates"] == 24
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(b"M\xfcller_0.png", id="Latin-1"),
+        pytest.param("\u0416\u0438\u0432_0.png".encode("koi8-r"), id="KOI8-R"),
+        pytest.param(b"\xff\xfe\x00x"[:2] + b"_0.png", id="no text at all"),
+        pytest.param("e\u0301_0.png".encode(), id="decomposed letters"),
+    ],
+)
+def test_file_names_of_older_systems(tmp_path, name, trained_run):
+    for k, folder in enumerate((b"benign", b"malignant")):
+        place = os.fsencode(tmp_path / "d") + b"/" + folder
+        os.makedirs(place)
+        for n, spelt in enumerate((name, b"plain.png")):
+            with open(place + b"/" + spelt, "wb") as file:
+                file.write(encode_png(draw(10 * k + n)))
+    code, _, said = call("prepare", tmp_path / "d", "--out", tmp_path / "p")
+    assert code == 0 and len(Pack.open(tmp_path / "p")) == 4, said
+    code, _, said = call(
+        "predict", trained_run.path, tmp_path / "d", "--out", tmp_path / "q.csv", "--device", "cpu"
+    )
+    assert code == 0 and len(pd.read_csv(tmp_path / "q.csv")) == 4, said
+
+
+# --- streams
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437"])
+@pytest.mark.parametrize("arguments", ["inspect p --json", "inspect p", "split p --protocol patients --json"])
+def test_streams_that_cannot_hold_a_name(tmp_path, encoding, arguments):
+    rows = write_folders(tmp_path / "d", ["\u0416A", "\u0416B", "\u0416C"], ("\u4e00", "\u4e8c"))
+    table = write_table(tmp_path / "a.csv", rows)
+    biopsy.prepare(tmp_path / "d", tmp_path / "p", patients=table, positive="\u4e8c")
+    command = [sys.executable, "-c", "from biopsy.cli import main; main()", *arguments.split()]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(PROJECT / "src")},
+    )
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr.decode(encoding)
+    if "--json" in arguments:
+        json.loads(done.stdout.decode(encoding))
+
+
+# --- slides
+
+
+def write_slide(path: Path, pixels: np.ndarray | None = None, **options: object) -> Path:
+    """Write a tiled TIFF of 4 um/px with tissue in its middle."""
+    if pixels is None:
+        pixels = np.full((400, 500, 3), 244, np.uint8)
+        pixels[60:340, 80:420] = np.tile(draw(0, 20), (14, 17, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {
+        "tile": (256, 256),
+        "photometric": "rgb",
+        "resolution": (2500, 2500),
+        "resolutionunit": "CENTIMETER",
+        "compression": "deflate",
+        "metadata": None,
+    }
+    tifffile.imwrite(path, pixels, **(plain | options))
+    return path
+
+
+def map_slides(run: "biopsy.Run", source: Path, out: Path) -> pd.DataFrame:
+    """Map slides by the command; return ``status.csv``."""
+    code, _, said = call("slide", run.path, source, "--out", out, "--device", "cpu")
+    assert code in (0, 1, 3), said
+    assert (out / "status.csv").exists(), said
+    status = pd.read_csv(out / "status.csv", dtype=str, keep_default_na=False)
+    if code == 0:
+        assert set(status["status"]) == {"done"}
+    return status
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda d: write_slide(d / ("é" * 120 + ".tif")), id="a name of 244 bytes"),
+        pytest.param(lambda d: (d / "cut.tif").write_bytes((d / "zz.tif").read_bytes()[:999]), id="cut"),
+        pytest.param(lambda d: (d / "gone.tif").symlink_to(d / "nowhere.tif"), id="a dangling link"),
+        pytest.param(lambda d: (d / "empty.tif").write_bytes(b""), id="an empty file"),
+        pytest.param(lambda d: (write_slide(d / "t.tif"), write_slide(d / "T.tif")), id="twins but for case"),
+        pytest.param(lambda d: (write_slide(d / "a" / "s.tif"), write_slide(d / "b" / "s.tif")),
+                     id="one name in two folders"),
+        pytest.param(lambda d: write_slide(d / "line\nbreak.tif"), id="a line break in the name"),
+        pytest.param(lambda d: write_slide(d / "-rf.tif"), id="a name like an option"),
+        pytest.param(lambda d: (d / "text.svs").write_text("no slide"), id="text named .svs"),
+    ],
+)  # fmt: skip
+def test_one_slides_trouble_does_not_end_a_cohort(tmp_path, trained_run, spoil):
+    write_slide(tmp_path / "d" / "zz.tif")
+    spoil(tmp_path / "d")
+    status = map_slides(trained_run, tmp_path / "d", tmp_path / "m")
+    assert status.set_index("slide").loc["zz", "status"] == "done"
+    assert (tmp_path / "m" / "zz" / "summary.json").exists()
+    failed = status[status["status"] == "failed"]
+    assert failed["reason"].ne("").all() and not failed["reason"].str.contains("Traceback|Error\\(").any()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(
+            "\ufeffslide;mpp\r\n001.tif;4,0\r\n;\r\n", id="byte order mark, semicolons, decimal comma"
+        ),
+        pytest.param("SLIDE\tMpp\n001.tif\t\n", id="tabs, capitals, no resolution"),
+        pytest.param('"slide" , "mpp"\n"001.tif\u00a0", "4"\n"",""\n', id="quotes and blanks"),
+        pytest.param("slide\n\n001.tif\n\n", id="one column, blank lines"),
+    ],
+)
+def test_lists_of_slides_from_spreadsheets(tmp_path, trained_run, text):
+    write_slide(tmp_path / "s" / "001.tif")
+    (tmp_path / "s" / "a.csv").write_text(text, encoding="utf-8")
+    status = map_slides(trained_run, tmp_path / "s" / "a.csv", tmp_path / "m")
+    assert status["slide"].tolist() == ["001"] and status["status"].tolist() == ["done"]
+
+
+def to_deep(pixels: np.ndarray, bits: int) -> np.ndarray:
+    return pixels.astype(np.uint16) << (bits - 8)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "options"),
+    [
+        pytest.param(lambda a: to_deep(a, 10), {}, id="10 of 16 bits"),
+        pytest.param(lambda a: to_deep(a[..., 0], 16), {"photometric": "minisblack"}, id="grey of 16 bits"),
+        pytest.param(lambda a: a.astype(np.float32) / 255, {}, id="floating point"),
+        pytest.param(lambda a: np.concatenate([255 - a, a[..., :1]], axis=2),
+                     {"photometric": "separated"}, id="CMYK"),
+        pytest.param(lambda a: np.moveaxis(a, 2, 0), {"photometric": "minisblack", "planarconfig": None},
+                     id="a channel a page"),
+        pytest.param(lambda a: np.stack([a, a, a]), {}, id="three focal planes"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("tile", [(256, 256), None], ids=["tiles", "strips"])
+def test_slides_whose_colours_are_not_known_are_refused(tmp_path, trained_run, pixels, options, tile):
+    reference = tifffile.imread(write_slide(tmp_path / "d" / "ok.tif"))
+    write_slide(tmp_path / "d" / "odd.tif", pixels(reference), **(options | {"tile": tile}))
+    status = map_slides(trained_run, tmp_path / "d", tmp_path / "m").set_index("slide")
+    assert status.loc["ok", "status"] == "done" and status.loc["odd", "status"] == "failed"
+    assert re.search("bit|mode|channel|page|plane|float|CMYK|colour|RGB", status.loc["odd", "reason"])
+
+
+# --- annotations
+
+
+def feature(area: shapely.Geometry, name: object, **properties: object) -> dict[str, object]:
+    about = {"objectType": "annotation", "classification": {"name": name}, **properties}
+    if name is None:
+        del about["classification"]
+    return {"type": "Feature", "geometry": shapely.geometry.mapping(area), "properties": about}
+
+
+REGION, TUMOUR = shapely.box(80, 60, 400, 320), shapely.box(120, 100, 280, 260)
+
+
+def nest(outer: dict, *inner: dict) -> dict:
+    return {**outer, "properties": {**outer["properties"], "childObjects": list(inner)}}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        pytest.param(
+            {"type": "FeatureCollection", "features": [
+                nest(feature(REGION, "Region*"), nest(feature(REGION, None), feature(TUMOUR, "Tumor")))]},
+            id="nested twice",
+        ),
+        pytest.param([nest(feature(REGION, "Region*"), feature(TUMOUR, "Tumor"))], id="a bare list"),
+        pytest.param(nest(feature(REGION, "Region*"), feature(TUMOUR, "Tumor")), id="one feature alone"),
+        pytest.param(
+            {"type": "FeatureCollection", "features": [
+                nest(feature(REGION, "Region*"),
+                     feature(shapely.MultiPolygon([shapely.box(120, 100, 200, 260),
+                                                   shapely.box(200, 100, 280, 260)]), "Tumor"))]},
+            id="a child of two parts",
+        ),
+        pytest.param(
+            {"type": "FeatureCollection", "features": [
+                nest(feature(REGION, "Region*", classification={"name": "Region*", "colorRGB": -65536}),
+                     feature(TUMOUR, "Tumor", classification={"name": "Tumor", "colorRGB": -65536},
+                             isLocked=False, measurements=[]))]},
+            id="classes as before QuPath 0.4",
+        ),
+    ],
+)  # fmt: skip
+def test_nested_objects_of_qupath(tmp_path, document):
+    write_slide(tmp_path / "s" / "case01.tif")
+    (tmp_path / "s" / "case01.geojson").write_text(json.dumps(document))
+    options = {"mpp": 4.0, "patch_px": 20, "classes": ["tumour=Tumor"], "rest": "normal"}
+    pack = prepare(tmp_path / "s", **options)
+    assert pack.info.counts["per_class"] == {"normal": 208 - 64, "tumour": 64}
+
+
+@pytest.mark.parametrize("corner", [(400, 300), (100, 0), (0, 60)], ids=str)
+@pytest.mark.parametrize("crop", [True, False], ids=["cropped", "--no-crop"])
+def test_slides_with_bounds_and_qupaths_origin(tmp_path, corner, crop):
+    pixels = tifffile.imread(write_slide(tmp_path / "x.tif"))
+    (tmp_path / "s").mkdir()
+    write_scn(tmp_path / "s" / "case01.scn", pixels, corner=corner, size=(1200, 900), mpp=4.0)
+    moved = (0, 0) if crop else corner
+    areas = [shapely.affinity.translate(area, *moved) for area in (REGION, TUMOUR)]
+    document = [feature(areas[0], "Region*"), feature(areas[1], "Tumor")]
+    (tmp_path / "s" / "case01.geojson").write_text(
+        json.dumps({"type": "FeatureCollection", "features": document})
+    )
+    pack = prepare(tmp_path / "s", mpp=4.0, patch_px=20, classes=["tumour=Tumor"], rest="normal", crop=crop)
+    assert pack.info.counts["per_class"] == {"normal": 208 - 64, "tumour": 64}
+    tissue = pack.patches.reshape(len(pack), -1).mean(axis=1)
+    assert (tissue < 235).all()  # every patch of the region is cut from tissue
+
+
+# --- runs that were moved
+
+
+def interrupted(tmp_path: Path, make_pack: Callable[..., Pack]) -> tuple[Path, Path]:
+    """Return a run that was stopped after an epoch, and its pack, in one folder."""
+    pack = make_pack("d.pack", n_patients=6, own_sides=("train", "val", "test"))
+
+    def stop(record: dict) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        biopsy.train(
+            "residual-small",
+            pack,
+            overrides={"preprocessing.input_px": 8, "train.epochs": 2, "model.params.base_channels": 4},
+            out=tmp_path / "r",
+            device="cpu",
+            on_epoch=stop,
+        )
+    return tmp_path / "r", pack.path
+
+
+@pytest.mark.parametrize("where", ["beside", "named", "renamed", "link"])
+def test_a_run_resumes_elsewhere_with_its_pack(tmp_path, make_pack, where):
+    run, pack = interrupted(tmp_path, make_pack)
+    place = tmp_path / "other"
+    place.mkdir()
+    shutil.move(run, place / "r")
+    target = (
+        place
+        / ("data" if where in ("named", "link") else ".")
+        / ("new.pack" if where == "renamed" else pack.name)
+    )
+    target.parent.mkdir(exist_ok=True)
+    shutil.move(pack, target)
+    data = target
+    if where == "link":
+        data = place / "alias.pack"
+        data.symlink_to(target)
+    resumed = biopsy.train(resume=place / "r", data=None if where == "beside" else data, device="cpu")
+    assert resumed.info["status"] == "finished"
+    assert resumed.open_pack(verify=False).path.resolve() == target.resolve()
+
+
+def test_a_run_does_not_resume_with_another_pack(tmp_path, make_pack):
+    run, pack = interrupted(tmp_path, make_pack)
+    shutil.move(pack, tmp_path / "elsewhere")
+    other = make_pack("d.pack", n_patients=6, seed=1, own_sides=("train", "val", "test"))
+    for data in (None, other.path):
+        with pytest.raises(RunError):
+            biopsy.train(resume=run, data=data, device="cpu")
+    assert biopsy.Run.open(run).info["status"] != "finished"
