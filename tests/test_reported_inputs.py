@@ -407,6 +407,7 @@ def map_slides(run: "biopsy.Run", source: Path, out: Path) -> pd.DataFrame:
     return status
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -432,6 +433,7 @@ def test_one_slides_trouble_does_not_end_a_cohort(tmp_path, trained_run, spoil):
     assert failed["reason"].ne("").all() and not failed["reason"].str.contains("Traceback|Error\\(").any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -454,6 +456,7 @@ def to_deep(pixels: np.ndarray, bits: int) -> np.ndarray:
     return pixels.astype(np.uint16) << (bits - 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pixels", "options"),
     [
@@ -559,7 +562,7 @@ def interrupted(tmp_path: Path, make_pack: Callable[..., Pack]) -> tuple[Path, P
         biopsy.train(
             "residual-small",
             pack,
-            overrides={"preprocessing.input_px": 8, "train.epochs": 2, "model.params.base_channels": 4},
+            overrides={"preprocessing.input_px": 16, "train.epochs": 2, "model.params.base_channels": 4},
             out=tmp_path / "r",
             device="cpu",
             on_epoch=stop,
@@ -567,6 +570,7 @@ def interrupted(tmp_path: Path, make_pack: Callable[..., Pack]) -> tuple[Path, P
     return tmp_path / "r", pack.path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["beside", "named", "renamed", "link"])
 def test_a_run_resumes_elsewhere_with_its_pack(tmp_path, make_pack, where):
     run, pack = interrupted(tmp_path, make_pack)
@@ -589,6 +593,7 @@ def test_a_run_resumes_elsewhere_with_its_pack(tmp_path, make_pack, where):
     assert resumed.open_pack(verify=False).path.resolve() == target.resolve()
 
 
+@pytest.mark.slow
 def test_a_run_does_not_resume_with_another_pack(tmp_path, make_pack):
     run, pack = interrupted(tmp_path, make_pack)
     shutil.move(pack, tmp_path / "elsewhere")
