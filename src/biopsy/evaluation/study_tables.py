@@ -90,7 +90,7 @@ def summarise(table: pd.DataFrame, pooled: pd.DataFrame, metrics: dict[str, Any]
 
 
 def describe_run(run: Run) -> dict[str, Any]:
-    """Give a run's row of ``table.csv``."""
+    """Return a run's row of ``table.csv``."""
     metrics, (frame, _), log = run.metrics(), run.predictions("test"), run.log()
     groups = np.unique(group_by_unit(frame, metrics["unit"]))
     values, shown = metrics["patch"], _shown(metrics["positive_class"])
@@ -127,13 +127,13 @@ def _or_nan(value: float | None) -> float:
 
 
 def _mean_of_last(log: list[dict[str, Any]], n_epochs: int = 5) -> float | None:
-    """Give the mean validation AUROC of the last epochs: single epochs swing."""
+    """Return the mean validation AUROC of the last epochs: single epochs swing."""
     values = [record["val_auroc"] for record in log[-n_epochs:] if record["val_auroc"] is not None]
     return float(np.mean(values)) if values else None
 
 
 def _summarise_folds(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """Give mean and spread over seeds on every fold, and the gain over colour alone on the same patches."""
+    """Return mean and spread over seeds on every fold, and the gain over colour alone on the same patches."""
     found = []
     for fold, of_fold in rows.groupby("fold", dropna=False):
         gain = of_fold["auroc"] - of_fold["baseline_auroc"]
@@ -167,7 +167,7 @@ def _average_folds(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def pool_by_seed(pooled: pd.DataFrame) -> list[pd.DataFrame]:
-    """Give the predictions of the seeds that have finished the same folds, those that most have finished."""
+    """Return predictions per seed, of the seeds that have finished the folds that most have finished."""
     folds = pooled.fillna({"fold": -1}).groupby("seed")["fold"].agg(lambda values: tuple(sorted(set(values))))
     counts = folds.value_counts().to_dict()
     widest = max(counts, key=lambda found: (counts[found], len(found)))

@@ -103,7 +103,7 @@ def name_folds(table: pd.DataFrame) -> list[str]:
 
 
 def spread_over_seeds(table: pd.DataFrame, metric: str = "auroc") -> pd.DataFrame:
-    """Give mean, least and greatest value over the seeds of every fold, and how many seeds there are."""
+    """Return mean, least and greatest value over the seeds of every fold, and how many seeds there are."""
     spread = table.groupby("fold", sort=False)[metric].agg(["mean", "min", "max", "count"])
     return spread.rename(columns={"min": "low", "max": "high", "count": "n_seeds"})
 

@@ -14,7 +14,7 @@ from biopsy.core.errors import MetricError, RunError, suggest
 from biopsy.core.files import update_directory, write_atomic, write_json
 from biopsy.core.results import Result
 from biopsy.core.tables import write_csv
-from biopsy.evaluation.comparison.measure import Ground, Rival, compare_rivals, find_changed
+from biopsy.evaluation.comparison.measure import EvaluationSet, ModelPredictions, compare_models, find_changed
 from biopsy.evaluation.comparison.page import (
     ComparisonFacts,
     hide_comparison,
@@ -43,7 +43,7 @@ class Comparison(Result):
         """The metric, and what is compared or planned."""
         if "needs" in self:
             return f"Sample size for a difference in {self['metric']}"
-        names = [rival["name"] for rival in self["rivals"]]
+        names = [model["name"] for model in self["models"]]
         return f"Comparison with {names[0]}, {self['metric']}: {', '.join(names[1:])}"
 
     def to_frame(self) -> pd.DataFrame:
@@ -68,11 +68,11 @@ def compare(
 
     Args:
         runs: Two or more evaluated runs and studies; a study of several recipes stands for one each.
-        metric: The metric that is to answer; the others are given beside it.
-        plan: Instead, say how many patients it takes to see ``difference``: from the spread between the
-            patients of one run, or from the paired differences of two. Nothing is written.
-        difference: To be seen, in units of the metric.
-        power: How often it is to be seen, were it the truth.
+        metric: Primary metric; the others are given beside it.
+        plan: Instead, plan the number of patients needed to detect ``difference``: from the variance between
+            the patients of one run, or of the paired differences of two. Nothing is written.
+        difference: Difference to be detected, in units of the metric.
+        power: Probability of detecting it.
         out: The comparison's own folder; without it, ``comparisons/`` gets one.
         hide_ids: Replace patient, slide and patch ids by numbers in all that is written.
 
@@ -83,28 +83,28 @@ def compare(
         RunError: If they were not tested on the same patches of one pack, or there is nothing to compare.
         MetricError: If the metric does not exist, or its spread allows no plan.
     """
-    rivals, ground = gather_rivals([runs] if isinstance(runs, Run | Study | Path | str) else list(runs))
-    if metric not in ground.metrics:
-        raise MetricError(f"metric {metric!r} does not exist: {suggest(metric, ground.metrics)}")
+    models, test_set = gather_models([runs] if isinstance(runs, Run | Study | Path | str) else list(runs))
+    if metric not in test_set.metrics:
+        raise MetricError(f"metric {metric!r} does not exist: {suggest(metric, test_set.metrics)}")
     if plan:
-        return Comparison(_plan(rivals, ground, metric, difference, power))
-    if len(rivals) < 2:
+        return Comparison(_plan(models, test_set, metric, difference, power))
+    if len(models) < 2:
         raise RunError("a comparison needs two or more runs or studies: name another beside the first")
-    folder = _place(rivals, out)
+    folder = _choose_folder(models, out)
     names, adopt = (DOCUMENT, TABLE, FIGURE, CHANGED, PAGE), (folder / DOCUMENT).is_file()
     with update_directory(folder, *names, last=DOCUMENT, adopt=adopt) as partial:
-        document = compare_rivals(rivals, ground, metric=metric)
+        document = compare_models(models, test_set, metric=metric)
         changed = None
-        if len(rivals) == 2:
-            changed, document["changed"] = find_changed(rivals[0], rivals[1], ground)
-        facts = ComparisonFacts(document, changed, _open_patches(rivals[0]), rivals[0].frames[0])
+        if len(models) == 2:
+            changed, document["changed"] = find_changed(models[0], models[1], test_set)
+        facts = ComparisonFacts(document, changed, _open_patches(models[0]), models[0].frames[0])
         if hide_ids:
             facts = hide_comparison(facts)
         _write(partial, facts)
     return Comparison({**facts.document, "path": str(folder)})
 
 
-def gather_rivals(items: Sequence[Run | Study | Path | str]) -> tuple[list[Rival], Ground]:
+def gather_models(items: Sequence[Run | Study | Path | str]) -> tuple[list[ModelPredictions], EvaluationSet]:
     """Read the predictions of what is compared, and check that they are of the same patches.
 
     Raises:
@@ -113,20 +113,20 @@ def gather_rivals(items: Sequence[Run | Study | Path | str]) -> tuple[list[Rival
     pairs = [pair for item in items for pair in _read(item)]
     if not pairs:
         raise RunError("nothing was named to compare: give runs or studies")
-    counts, seen = Counter(rival.name for rival, _ in pairs), Counter[str]()
-    rivals = []
-    for rival, _ in pairs:
-        seen[rival.name] += 1
-        name = rival.name if counts[rival.name] == 1 else f"{rival.name} ({seen[rival.name]})"
-        rivals.append(Rival(name, rival.seeds, rival.frames, rival.about))
-    ground = pairs[0][1]
-    for rival, (_, other) in zip(rivals[1:], pairs[1:], strict=True):
-        _check_same(rivals[0], ground, rival, other)
-    return rivals, ground
+    counts, seen = Counter(model.name for model, _ in pairs), Counter[str]()
+    models = []
+    for model, _ in pairs:
+        seen[model.name] += 1
+        name = model.name if counts[model.name] == 1 else f"{model.name} ({seen[model.name]})"
+        models.append(ModelPredictions(name, model.seeds, model.frames, model.about))
+    test_set = pairs[0][1]
+    for model, (_, other) in zip(models[1:], pairs[1:], strict=True):
+        _check_same(models[0], test_set, model, other)
+    return models, test_set
 
 
-def _read(item: Run | Study | Path | str) -> Iterator[tuple[Rival, Ground]]:
-    """Give a run as it is, and every recipe of a study."""
+def _read(item: Run | Study | Path | str) -> Iterator[tuple[ModelPredictions, EvaluationSet]]:
+    """Return a run as it is, and every recipe of a study."""
     if isinstance(item, Study) or (not isinstance(item, Run) and is_study(item)):
         yield from _read_study(Study.open(item))
         return
@@ -134,12 +134,14 @@ def _read(item: Run | Study | Path | str) -> Iterator[tuple[Rival, Ground]]:
     frame, about = run.predictions("test")
     seed = run.info["seed"]
     yield (
-        Rival(run.path.resolve().name, [seed], [_order(frame)], _tell(run, "run", run.path)),
-        _find_ground(run, about["pack_sha256"]),
+        ModelPredictions(
+            run.path.resolve().name, [seed], [_order(frame)], _describe_source(run, "run", run.path)
+        ),
+        _find_test_set(run, about["pack_sha256"]),
     )
 
 
-def _read_study(study: Study) -> Iterator[tuple[Rival, Ground]]:
+def _read_study(study: Study) -> Iterator[tuple[ModelPredictions, EvaluationSet]]:
     judged = study.judged_runs()
     if not judged:
         raise RunError(f"{study.path} has no evaluated run: give the command that made it again")
@@ -154,18 +156,18 @@ def _read_study(study: Study) -> Iterator[tuple[Rival, Ground]]:
         frames = pool_by_seed(pooled[pooled["recipe"] == recipe])
         run = next(run for run in judged if run.info["recipe"] == recipe)
         about = {
-            **_tell(run, "study", study.path),
+            **_describe_source(run, "study", study.path),
             "fold": None,
             "folds": sorted(frames[0]["fold"].dropna().unique()),
         }
         yield (
-            Rival(
+            ModelPredictions(
                 name if len(recipes) == 1 else f"{name}/{recipe}",
                 [int(frame["seed"].iloc[0]) for frame in frames],
                 [_order(frame) for frame in frames],
                 about,
             ),
-            _find_ground(run, study.info["pack"]["content_sha256"]),
+            _find_test_set(run, study.info["pack"]["content_sha256"]),
         )
 
 
@@ -173,7 +175,7 @@ def _order(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.sort_values("patch_id", kind="stable").reset_index(drop=True)
 
 
-def _tell(run: Run, kind: str, path: Path) -> dict[str, Any]:
+def _describe_source(run: Run, kind: str, path: Path) -> dict[str, Any]:
     split = run.info["split"]
     return {
         "kind": kind,
@@ -185,43 +187,48 @@ def _tell(run: Run, kind: str, path: Path) -> dict[str, Any]:
     }
 
 
-def _find_ground(run: Run, pack_sha256: str) -> Ground:
+def _find_test_set(run: Run, pack_sha256: str) -> EvaluationSet:
     metrics = run.metrics()
     pack = {"path": run.info["pack"]["path"], "content_sha256": pack_sha256}
-    return Ground(pack, metrics["class_names"], metrics["positive_class"], metrics["unit"])
+    return EvaluationSet(pack, metrics["class_names"], metrics["positive_class"], metrics["unit"])
 
 
-def _check_same(reference: Rival, ground: Ground, rival: Rival, other: Ground) -> None:
-    if other.pack["content_sha256"] != ground.pack["content_sha256"]:
+def _check_same(
+    reference: ModelPredictions, test_set: EvaluationSet, model: ModelPredictions, other: EvaluationSet
+) -> None:
+    if other.pack["content_sha256"] != test_set.pack["content_sha256"]:
         raise RunError(
-            f"{reference.name} was tested on {_say_pack(ground)} and {rival.name} on {_say_pack(other)}: "
+            f"{reference.name} was tested on {_name_pack(test_set)} and {model.name} on {_name_pack(other)}: "
             "only what was tested on one pack can be compared"
         )
-    if (list(other.class_names), other.positive_class) != (list(ground.class_names), ground.positive_class):
-        raise RunError(f"{reference.name} and {rival.name} tell other classes apart: nothing to compare")
-    first, second = (set(one.frames[0]["patch_id"]) for one in (reference, rival))
+    if (list(other.class_names), other.positive_class) != (
+        list(test_set.class_names),
+        test_set.positive_class,
+    ):
+        raise RunError(f"{reference.name} and {model.name} tell other classes apart: nothing to compare")
+    first, second = (set(one.frames[0]["patch_id"]) for one in (reference, model))
     if first != second:
         raise RunError(
-            f"{reference.name} was tested on {len(first):,} patches ({_say_split(reference)}) and "
-            f"{rival.name} on {len(second):,} ({_say_split(rival)}), of which they share "
+            f"{reference.name} was tested on {len(first):,} patches ({_name_split(reference)}) and "
+            f"{model.name} on {len(second):,} ({_name_split(model)}), of which they share "
             f"{len(first & second):,}: only the same test patches can be compared"
         )
 
 
-def _say_pack(ground: Ground) -> str:
-    return f"{Path(ground.pack['path']).name} ({ground.pack['content_sha256'][:12]})"
+def _name_pack(test_set: EvaluationSet) -> str:
+    return f"{Path(test_set.pack['path']).name} ({test_set.pack['content_sha256'][:12]})"
 
 
-def _say_split(rival: Rival) -> str:
-    folds = rival.about.get("folds") or [rival.about["fold"]]
+def _name_split(model: ModelPredictions) -> str:
+    folds = model.about.get("folds") or [model.about["fold"]]
     named = ", ".join(str(int(fold)) for fold in folds if fold is not None)
-    return f"split {rival.about['split']}" + (f", fold {named}" if named else "")
+    return f"split {model.about['split']}" + (f", fold {named}" if named else "")
 
 
-def _open_patches(rival: Rival) -> Callable[[str], np.ndarray] | None:
-    """Give a way to the pixels, None where the pack is out of reach."""
-    path = Path(rival.about["path"])
-    run = Study.open(path).judged_runs()[0] if rival.about["kind"] == "study" else Run.open(path)
+def _open_patches(model: ModelPredictions) -> Callable[[str], np.ndarray] | None:
+    """Return a way to the pixels, None where the pack is out of reach."""
+    path = Path(model.about["path"])
+    run = Study.open(path).judged_runs()[0] if model.about["kind"] == "study" else Run.open(path)
     try:
         pack = run.open_pack(verify=False)
     except RunError:
@@ -235,9 +242,9 @@ def _open_patches(rival: Rival) -> Callable[[str], np.ndarray] | None:
     return get_patch
 
 
-def _place(rivals: Sequence[Rival], out: Path | str | None) -> Path:
+def _choose_folder(models: Sequence[ModelPredictions], out: Path | str | None) -> Path:
     """Choose the folder; one that an earlier comparison left is written anew."""
-    name = "-against-".join(rival.name.replace("/", "-").replace(" ", "") for rival in reversed(rivals))
+    name = "-against-".join(model.name.replace("/", "-").replace(" ", "") for model in reversed(models))
     folder = Path(out) if out is not None else Path("comparisons") / name[:120]
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / DOCUMENT).exists()):
         raise RunError(f"{folder} is not empty and holds no comparison: name another with --out")
@@ -254,14 +261,14 @@ def _write(folder: Path, facts: ComparisonFacts) -> None:
 
 
 def _plan(
-    rivals: Sequence[Rival], ground: Ground, metric: str, difference: float, power: float
+    models: Sequence[ModelPredictions], test_set: EvaluationSet, metric: str, difference: float, power: float
 ) -> dict[str, Any]:
-    """Say how many patients it takes, from one rival's patients or from two rivals' paired ones."""
-    if len(rivals) > 2:
-        raise RunError(f"a plan is made from one run or from a pair: {len(rivals)} were named")
+    """Return how many patients it takes, from one model's patients or from two models' paired ones."""
+    if len(models) > 2:
+        raise RunError(f"a plan is made from one run or from a pair: {len(models)} were named")
     influences = [
-        influence_groups([ground.sample(frame) for frame in rival.frames], metric, unit=ground.unit)
-        for rival in rivals
+        influence_groups([test_set.sample(frame) for frame in model.frames], metric, unit=test_set.unit)
+        for model in models
     ]
     effective = min(one.effective for one in influences)
     asked = {"difference": difference, "power": power}
@@ -270,13 +277,13 @@ def _plan(
         "metric": metric,
         **asked,
         "level": 0.95,
-        "unit": ground.unit,
-        "from": [rival.name for rival in rivals],
+        "unit": test_set.unit,
+        "from": [model.name for model in models],
         "n_patients_at_hand": n_groups,
         "n_effective_patients": effective,
-        "patches_per_patient": len(rivals[0].frames[0]) / n_groups,
+        "patches_per_patient": len(models[0].frames[0]) / n_groups,
     }
-    if len(rivals) == 2:
+    if len(models) == 2:
         needs = {
             "paired": plan_patients(
                 float(np.std(influences[1].values - influences[0].values, ddof=1)),

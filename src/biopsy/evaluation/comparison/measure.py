@@ -30,13 +30,13 @@ BY_GROUP_OF_CLASSES = ("accuracy", "f1_weighted")  # defined where a patient lac
 
 
 @dataclass(frozen=True)
-class Rival:
+class ModelPredictions:
     """One of those compared: a run, or the runs of one recipe over folds and seeds.
 
     Attributes:
         name: Told apart from the others' names.
         seeds: Training seeds, one a table.
-        frames: The predictions of each seed; all rivals have the same patches in the same order.
+        frames: The predictions of each seed; all models have the same patches in the same order.
         about: Where it comes from: ``kind``, ``path``, ``recipe``, ``split``, ``fold``.
     """
 
@@ -47,8 +47,8 @@ class Rival:
 
 
 @dataclass(frozen=True)
-class Ground:
-    """What all rivals were tested on.
+class EvaluationSet:
+    """What all models were tested on.
 
     Attributes:
         pack: Path and hash of the pack.
@@ -63,7 +63,7 @@ class Ground:
     unit: str
 
     def groups(self, frame: pd.DataFrame) -> np.ndarray:
-        """Give the id of each patch's unit."""
+        """Return the id of each patch's unit."""
         return group_by_unit(frame, self.unit).astype(object)
 
     def sample(self, frame: pd.DataFrame) -> SortedScores | ClassSample:
@@ -81,58 +81,60 @@ class Ground:
         return BY_GROUP if self.positive_class is not None else BY_GROUP_OF_CLASSES
 
 
-def compare_rivals(rivals: Sequence[Rival], ground: Ground, *, metric: str = "auroc") -> dict[str, Any]:
-    """Give what ``comparison.json`` holds, but for what changed from patch to patch.
+def compare_models(
+    models: Sequence[ModelPredictions], test_set: EvaluationSet, *, metric: str = "auroc"
+) -> dict[str, Any]:
+    """Return what ``comparison.json`` holds, but for what changed from patch to patch.
 
     Args:
-        rivals: Two or more, the reference first.
-        ground: What they were tested on.
+        models: Two or more, the reference first.
+        test_set: What they were tested on.
         metric: The one that was to answer, chosen before looking.
     """
-    samples = [sample_rival(rival, ground) for rival in rivals]
-    result, frame = samples[0].result, rivals[0].frames[0]
+    samples = [sample_model(model, test_set) for model in models]
+    result, frame = samples[0].result, models[0].frames[0]
     return {
         "format": FORMAT,
-        "reference": rivals[0].name,
+        "reference": models[0].name,
         "metric": metric,
-        "pack": ground.pack,
-        "class_names": list(ground.class_names),
-        "positive_class": ground.positive_class,
-        "unit": ground.unit,
+        "pack": test_set.pack,
+        "class_names": list(test_set.class_names),
+        "positive_class": test_set.positive_class,
+        "unit": test_set.unit,
         "n_patches": len(frame),
         "n_patients": result.resampler.n_groups,
         "interval": {"level": LEVEL, "method": f"paired {result.resampler.method}, Student's t", "seed": 0},
         "correction": "Holm over the comparisons, metric by metric",
-        "rivals": [
+        "models": [
             {
-                "name": rival.name,
-                "seeds": list(rival.seeds),
-                **rival.about,
-                **_describe(sample, ground),
+                "name": model.name,
+                "seeds": list(model.seeds),
+                **model.about,
+                **_describe(sample, test_set),
             }
-            for rival, sample in zip(rivals, samples, strict=True)
+            for model, sample in zip(models, samples, strict=True)
         ],
-        "differences": _subtract_all(rivals, samples, ground),
-        "by_group": [] if ground.unit == "patch" else _compare_groups(rivals, ground),
+        "differences": _subtract_all(models, samples, test_set),
+        "by_group": [] if test_set.unit == "patch" else _compare_groups(models, test_set),
     }
 
 
-def sample_rival(rival: Rival, ground: Ground) -> Sample:
-    """Measure a rival, the mean of its seeds, on the sample and on every reweighting of the patients."""
-    samples = [ground.sample(frame) for frame in rival.frames]
-    return sample_seeds(samples, Resampler(len(samples[0].groups), unit=ground.unit, level=LEVEL))
+def sample_model(model: ModelPredictions, test_set: EvaluationSet) -> Sample:
+    """Measure a model, the mean of its seeds, on the sample and on every reweighting of the patients."""
+    samples = [test_set.sample(frame) for frame in model.frames]
+    return sample_seeds(samples, Resampler(len(samples[0].groups), unit=test_set.unit, level=LEVEL))
 
 
 def measure_seeds(
-    frames: Sequence[pd.DataFrame], ground: Ground, names: Sequence[str] | None = None
+    frames: Sequence[pd.DataFrame], test_set: EvaluationSet, names: Sequence[str] | None = None
 ) -> dict[str, list[float]]:
     """Return each metric of each seed."""
-    rows = [measure(ground.sample(frame).count(), names) for frame in frames]
+    rows = [measure(test_set.sample(frame).count(), names) for frame in frames]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def _describe(sample: Sample, ground: Ground) -> dict[str, Any]:
-    """Return a rival's own numbers."""
+def _describe(sample: Sample, test_set: EvaluationSet) -> dict[str, Any]:
+    """Return a model's own numbers."""
     over_seeds = {
         name: {"mean": float(np.mean(values)), "sd": _sd(values)}
         for name, values in sample.by_seed.items()
@@ -140,25 +142,27 @@ def _describe(sample: Sample, ground: Ground) -> dict[str, Any]:
     }
     values = {
         name: estimate_metric(metric, sample.samples[0], sample.result).to_dict()
-        for name, metric in ground.metrics.items()
+        for name, metric in test_set.metrics.items()
     }
     return {"patch": values, "over_seeds": over_seeds}
 
 
-def _subtract_all(rivals: Sequence[Rival], samples: Sequence[Sample], ground: Ground) -> list[dict[str, Any]]:
-    """Return each rival's differences from the reference, with corrected p-values and the spread over seeds.
+def _subtract_all(
+    models: Sequence[ModelPredictions], samples: Sequence[Sample], test_set: EvaluationSet
+) -> list[dict[str, Any]]:
+    """Return each model's differences from the reference, with corrected p-values and the spread over seeds.
 
     ``compares`` says whether interval and p-value speak of recipes (several seeds on both sides) or of two
     trained networks.
     """
     found: list[dict[str, Difference]] = [subtract(sample, samples[0]) for sample in samples[1:]]
-    holm = {name: adjust_holm([one[name].p for one in found]) for name in ground.metrics}
-    paired = [set(rival.seeds) == set(rivals[0].seeds) for rival in rivals]
+    holm = {name: adjust_holm([one[name].p for one in found]) for name in test_set.metrics}
+    paired = [set(model.seeds) == set(models[0].seeds) for model in models]
     return [
         {
-            "of": rivals[place].name,
-            "to": rivals[0].name,
-            "compares": RECIPES if min(len(rivals[0].frames), len(rivals[place].frames)) > 1 else NETWORKS,
+            "of": models[place].name,
+            "to": models[0].name,
+            "compares": RECIPES if min(len(models[0].frames), len(models[place].frames)) > 1 else NETWORKS,
             "metrics": {
                 name: {
                     **difference.interval.to_dict(),
@@ -179,7 +183,7 @@ def _subtract_all(rivals: Sequence[Rival], samples: Sequence[Sample], ground: Gr
 def spread_seeds(
     first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, paired: bool
 ) -> dict[str, Any]:
-    """Give how far a difference moves from training to training.
+    """Return how far a difference moves from training to training.
 
     Args:
         first: A number of each seed of the one.
@@ -209,41 +213,45 @@ def _sd(values: Sequence[float] | np.ndarray) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def _compare_groups(rivals: Sequence[Rival], ground: Ground) -> list[dict[str, Any]]:
-    """Give every patient's (slide's) own numbers and differences, without intervals: it is one patient."""
-    groups, found = ground.groups(rivals[0].frames[0]), []
-    target = rivals[0].frames[0]["target"].to_numpy(int)
+def _compare_groups(models: Sequence[ModelPredictions], test_set: EvaluationSet) -> list[dict[str, Any]]:
+    """Return every patient's (slide's) own numbers and differences, without intervals: it is one patient."""
+    groups, found = test_set.groups(models[0].frames[0]), []
+    target = models[0].frames[0]["target"].to_numpy(int)
     for group in sorted(set(groups.tolist())):
         rows = np.flatnonzero(groups == group)
         each = [
-            measure_seeds([f.iloc[rows] for f in rival.frames], ground, ground.by_group) for rival in rivals
+            measure_seeds([f.iloc[rows] for f in model.frames], test_set, test_set.by_group)
+            for model in models
         ]
         found.append(
             {
                 "group": group,
                 "n_patches": len(rows),
                 "per_class": {
-                    name: int((target[rows] == place).sum()) for place, name in enumerate(ground.class_names)
+                    name: int((target[rows] == place).sum())
+                    for place, name in enumerate(test_set.class_names)
                 },
                 "values": {
-                    rival.name: {name: float(np.mean(seeds)) for name, seeds in values.items()}
-                    for rival, values in zip(rivals, each, strict=True)
+                    model.name: {name: float(np.mean(seeds)) for name, seeds in values.items()}
+                    for model, values in zip(models, each, strict=True)
                 },
                 "differences": {
-                    rival.name: {
+                    model.name: {
                         name: spread_seeds(
-                            values[name], each[0][name], set(rival.seeds) == set(rivals[0].seeds)
+                            values[name], each[0][name], set(model.seeds) == set(models[0].seeds)
                         )
-                        for name in ground.by_group
+                        for name in test_set.by_group
                     }
-                    for rival, values in zip(rivals[1:], each[1:], strict=True)
+                    for model, values in zip(models[1:], each[1:], strict=True)
                 },
             }
         )
     return found
 
 
-def find_changed(before: Rival, after: Rival, ground: Ground) -> tuple[pd.DataFrame, dict[str, Any]]:
+def find_changed(
+    before: ModelPredictions, after: ModelPredictions, test_set: EvaluationSet
+) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Find the patches whose call turned from right to wrong or back.
 
     With several seeds a patch is called what most of them call it.
@@ -254,9 +262,9 @@ def find_changed(before: Rival, after: Rival, ground: Ground) -> tuple[pd.DataFr
     """
     frame = before.frames[0]
     target, index = frame["target"].to_numpy(int), np.arange(len(frame))
-    (calls_before, prob_before), (calls_after, prob_after) = (_vote(one, ground) for one in (before, after))
+    (calls_before, prob_before), (calls_after, prob_after) = (_vote(one, test_set) for one in (before, after))
     right_before, right_after = calls_before == target, calls_after == target
-    names = np.array(ground.class_names, dtype=object)
+    names = np.array(test_set.class_names, dtype=object)
     table = frame[["patch_id", "patient_id", "slide_id", "x", "y"]].assign(
         target=names[target],
         pred_before=names[calls_before],
@@ -281,17 +289,18 @@ def find_changed(before: Rival, after: Rival, ground: Ground) -> tuple[pd.DataFr
         "turned_right": gained,
         "mcnemar_p_if_patches_were_independent": p,
         "by_class": _count_turned(table, table["target"].to_numpy()),
-        "by_group": {} if ground.unit == "patch" else _count_turned(table, ground.groups(frame)),
+        "by_group": {} if test_set.unit == "patch" else _count_turned(table, test_set.groups(frame)),
     }
     return turned.loc[order].reset_index(drop=True), summary
 
 
-def _vote(rival: Rival, ground: Ground) -> tuple[np.ndarray, np.ndarray]:
-    """Give the class most seeds call, ties to the likelier, and mean probabilities ``(n, n_classes)``."""
+def _vote(model: ModelPredictions, test_set: EvaluationSet) -> tuple[np.ndarray, np.ndarray]:
+    """Return the class most seeds call, ties to the likelier, and mean probabilities ``(n, n_classes)``."""
     probs = np.mean(
-        [frame[[f"prob_{name}" for name in ground.class_names]].to_numpy() for frame in rival.frames], axis=0
+        [frame[[f"prob_{name}" for name in test_set.class_names]].to_numpy() for frame in model.frames],
+        axis=0,
     )
-    votes = sum(np.eye(len(ground.class_names))[frame["pred"].to_numpy(int)] for frame in rival.frames)
+    votes = sum(np.eye(len(test_set.class_names))[frame["pred"].to_numpy(int)] for frame in model.frames)
     return (votes + probs / 2).argmax(axis=1), probs
 
 

@@ -94,8 +94,8 @@ def hide_comparison(facts: ComparisonFacts) -> ComparisonFacts:
 
 
 def list_differences(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Give one row a classifier and metric: both values, difference, interval, p, spread over seeds."""
-    values = {rival["name"]: rival["patch"] for rival in document["rivals"]}
+    """Return one row a classifier and metric: both values, difference, interval, p, spread over seeds."""
+    values = {model["name"]: model["patch"] for model in document["models"]}
     rows = []
     for one in document["differences"]:
         for name, found in one["metrics"].items():
@@ -170,10 +170,10 @@ def report_of_comparison(facts: ComparisonFacts) -> ReportDocument:
         _describe_seeds(facts),
         _describe_groups(facts),
         *_describe_changed(facts),
-        _describe_rivals(facts),
+        _describe_models(facts),
     ]
     return ReportDocument(
-        title=" and ".join(rival["name"] for rival in m["rivals"]),
+        title=" and ".join(model["name"] for model in m["models"]),
         subtitle=f"A comparison on the same {size}; the reference is {m['reference']}",
         summary=_summarise(facts),
         sections=[section for section in sections if section is not None],
@@ -186,9 +186,9 @@ def _summarise(facts: ComparisonFacts) -> Summary:
     m, name = facts.document, facts.document["metric"]
     label = metric_label(name, len(m["class_names"]))
     heads = [
-        Headline(f"{label} of {rival['name']}", value["value"], value["low"], value["high"], value["reason"])
-        for rival in m["rivals"][:3]
-        for value in [rival["patch"][name]]
+        Headline(f"{label} of {model['name']}", value["value"], value["low"], value["high"], value["reason"])
+        for model in m["models"][:3]
+        for value in [model["patch"][name]]
     ]
     return Summary(
         question=f"Is {label} of {' or '.join(one['of'] for one in m['differences'])} better than that of "
@@ -207,9 +207,9 @@ def _summarise(facts: ComparisonFacts) -> Summary:
 
 def _warn_reader(facts: ComparisonFacts) -> list[str]:
     warnings = [
-        f"{rival['name']}: patient overlap between subsets; the results do not generalise to new patients."
-        for rival in facts.document["rivals"]
-        if rival.get("patients_overlap")
+        f"{model['name']}: patient overlap between subsets; the results do not generalise to new patients."
+        for model in facts.document["models"]
+        if model.get("patients_overlap")
     ]
     if facts.unit == "patch":
         warnings.append(
@@ -217,7 +217,7 @@ def _warn_reader(facts: ComparisonFacts) -> list[str]:
             "narrow if "
             "patches are correlated."
         )
-    seeds = min(len(rival["seeds"]) for rival in facts.document["rivals"])
+    seeds = min(len(model["seeds"]) for model in facts.document["models"])
     if seeds == 1:
         warnings.append(ONE_SEED)
     elif seeds < 3:
@@ -401,19 +401,19 @@ def _group_patches(
     return list(groups.items())
 
 
-def _describe_rivals(facts: ComparisonFacts) -> Section:
+def _describe_models(facts: ComparisonFacts) -> Section:
     m = facts.document
     rows = [
         [
-            rival["name"],
-            rival["recipe"],
-            rival["kind"],
-            rival["split"],
-            ", ".join(map(str, rival["seeds"])),
-            number(rival["patch"]["auroc"]["value"]),
-            interval_of(rival["patch"]["auroc"]),
+            model["name"],
+            model["recipe"],
+            model["kind"],
+            model["split"],
+            ", ".join(map(str, model["seeds"])),
+            number(model["patch"]["auroc"]["value"]),
+            interval_of(model["patch"]["auroc"]),
         ]
-        for rival in m["rivals"]
+        for model in m["models"]
     ]
     columns = ["name", "recipe", "kind", "split", "seeds", "AUROC", "interval"]
     notes = Bullets(

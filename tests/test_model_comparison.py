@@ -19,8 +19,8 @@ from biopsy.cli import app
 from biopsy.core.errors import MetricError, RunError
 from biopsy.core.files import MANIFEST, write_json
 from biopsy.data.predictions import make_predictions, write_predictions
-from biopsy.evaluation.comparison.compare import gather_rivals
-from biopsy.evaluation.comparison.measure import NETWORKS, RECIPES, compare_rivals
+from biopsy.evaluation.comparison.compare import gather_models
+from biopsy.evaluation.comparison.measure import NETWORKS, RECIPES, compare_models
 from biopsy.evaluation.comparison.page import ONE_SEED, say_verdict
 from biopsy.statistics.paired import (
     adjust_holm,
@@ -109,7 +109,7 @@ def write_study(
 
 def measure_only(*items):
     """Compare without writing anything."""
-    return compare_rivals(*gather_rivals(items))
+    return compare_models(*gather_models(items))
 
 
 def draw_prob(pack, seed, gain=1.2):
@@ -141,7 +141,7 @@ def found(pair, tmp_path_factory):
     return biopsy.compare(pair[0], out=out), out
 
 
-def test_differences_are_the_rivals_less_the_references(found, pack, pair):
+def test_differences_are_the_models_less_the_references(found, pack, pair):
     document, _ = found
     (weak, strong), (first, second) = pair
     (one,) = document["differences"]
@@ -220,7 +220,7 @@ def test_a_run_against_itself_is_exactly_zero(pair, tmp_path):
     (weak, _), _ = pair
     document = biopsy.compare([weak, weak.path], out=tmp_path / "same")
     (one,) = document["differences"]
-    assert [rival["name"] for rival in document["rivals"]] == ["weak (1)", "weak (2)"]
+    assert [model["name"] for model in document["models"]] == ["weak (1)", "weak (2)"]
     for entry in one["metrics"].values():
         assert (entry["value"], entry["p"], entry["p_holm"], entry["low"]) == (0.0, 1.0, 1.0, None)
     assert document["changed"]["turned_wrong"] == document["changed"]["turned_right"] == 0
@@ -299,7 +299,7 @@ def test_studies_pool_their_folds_and_keep_seeds_apart(pack, tmp_path):
     expected = {"mean": difference.mean(), "sd": difference.std(ddof=1), "min": difference.min()}
     assert {key: entry["over_seeds"][key] for key in expected} == pytest.approx(expected)
     assert entry["over_seeds"]["n"] == 3 and entry["over_seeds"]["paired"] is True
-    own = document["rivals"][0]["over_seeds"]["auroc"]
+    own = document["models"][0]["over_seeds"]["auroc"]
     assert own == pytest.approx({"mean": np.mean(seeds[0]), "sd": np.std(seeds[0], ddof=1)})
     assert len(document["by_group"]) == 9
     first = document["by_group"][0]
@@ -341,7 +341,7 @@ def test_three_slides_are_shown_one_by_one_without_an_interval(tmp_path):
 def test_a_study_of_two_recipes_stands_for_both(pack, tmp_path):
     made = write_study(tmp_path / "both", pack, {0: draw_prob(pack, 0)}, recipes=("a", "b"))
     document = measure_only(made)
-    assert [rival["name"] for rival in document["rivals"]] == ["both/a", "both/b"]
+    assert [model["name"] for model in document["models"]] == ["both/a", "both/b"]
 
 
 def test_more_than_two_classes_are_compared_by_their_own_registrations(tmp_path):
@@ -356,7 +356,7 @@ def test_more_than_two_classes_are_compared_by_their_own_registrations(tmp_path)
     assert entries["auroc"]["value"] == pytest.approx(macro[1] - macro[0]) and entries["auroc"]["low"] > 0
     right = [(p.argmax(axis=1) == pack.target).mean() for p in probs]
     assert entries["accuracy"]["value"] == pytest.approx(right[1] - right[0])
-    assert found["rivals"][1]["patch"]["accuracy"]["low"] is not None
+    assert found["models"][1]["patch"]["accuracy"]["low"] is not None
     assert "accuracy of run1" in (tmp_path / "out" / "report.html").read_text()
     with pytest.raises(MetricError, match="metric 'sensitivity' does not exist"):
         biopsy.compare(runs, metric="sensitivity")
