@@ -89,9 +89,9 @@ def _summarise(papers: Mapping[str, Any], unit: str, *, hide_ids: bool) -> Summa
         unit="",
         findings=[
             *(
-                f"{name}: training on patches of the tested {unit} changes the AUROC on other patches of it by "
-                f"{mean_sd(papers[name]['leak']['auroc'], '+')}{_name_reference(papers[name], unit)} (mean over "
-                f"{plural(unit)}, ± standard deviation over seeds)."
+                f"{name}: training on patches of the tested {unit} changes the AUROC on other patches of it "
+                f"by {mean_sd(papers[name]['leak']['auroc'], '+')}{_name_reference(papers[name], unit)} "
+                f"(mean over {plural(unit)}, ± standard deviation over seeds)."
                 for name in leaks
             ),
             "All trainings that are compared have the same number of patches and of updates.",
