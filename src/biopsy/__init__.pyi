@@ -1,5 +1,8 @@
 """Public names and the modules that define them; `biopsy` imports each when it is first used."""
 
+from .app.commands import serve as serve
+from .app.commands import view as view
+from .app.queue import next as next
 from .core.errors import ArchiveError as ArchiveError
 from .core.errors import BiopsyError as BiopsyError
 from .core.errors import DataError as DataError

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from biopsy.cli import data, evaluation, slides, tools, training
+from biopsy.cli import data, evaluation, slides, tools, training, viewing
 from biopsy.cli.console import fail, interrupted, show_log
 from biopsy.core.errors import BiopsyError
 
@@ -69,7 +69,7 @@ def start(
         os.environ["BIOPSY_ACCEPT_LICENCE"] = accept_licence
 
 
-for group in (tools, data, training, evaluation, slides):
+for group in (tools, data, training, evaluation, slides, viewing):
     group.register(app)
 
 

@@ -9,10 +9,9 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from biopsy.core.errors import MetricError
 from biopsy.plotting.style import (
+    CLASS_COLOURS,
     MUTED,
     WIDTH_IN,
-    class_colour,
-    legend_above,
     new_figure,
     shorten,
     styled,
@@ -38,7 +37,7 @@ def draw_sides(sides: Sequence[str], counts: np.ndarray, class_names: Sequence[s
     figure, axes = new_figure(WIDTH_IN, 1.0 + 0.22 * max(len(sides), 2) * max(len(class_names), 2))
     for index, name in enumerate(class_names):
         rows = np.arange(len(sides)) + (index - (len(class_names) - 1) / 2) * height
-        colour = class_colour(index)
+        colour = CLASS_COLOURS[index % len(CLASS_COLOURS)]
         axes.barh(rows, counts[:, index], height=0.9 * height, color=colour, label=shorten(name))
         for row, count, total in zip(rows, counts[:, index], counts.sum(axis=1), strict=True):
             share = f" ({count / total:.0%})" if total else ""
@@ -59,7 +58,7 @@ def draw_sides(sides: Sequence[str], counts: np.ndarray, class_names: Sequence[s
     axes.set_ylim(len(sides) - 0.45, -0.55)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
-    legend_above(axes)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=0.1, columnspacing=1.2)
     return figure
 
 
@@ -84,7 +83,7 @@ def draw_balance(patient_ids: Sequence[object], counts: np.ndarray, class_names:
             f"counts {counts.shape} do not fit {len(patient_ids)} patients x {len(class_names)} classes"
         )
     order = np.argsort(-counts.sum(axis=1), kind="stable")
-    figure, axes = open_rows(len(order))
+    figure, axes = _open_rows(len(order))
     left = np.zeros(len(order))
     for index, name in enumerate(class_names):
         values = counts[order, index]
@@ -93,24 +92,22 @@ def draw_balance(patient_ids: Sequence[object], counts: np.ndarray, class_names:
             values,
             left=left,
             height=0.72,
-            color=class_colour(index),
+            color=CLASS_COLOURS[index % len(CLASS_COLOURS)],
             label=shorten(name),
         )
         left += values
     axes.set_xlabel("Patches")
-    name_rows(axes, [patient_ids[index] for index in order])
-    legend_above(axes, len(class_names))
+    _name_rows(axes, [patient_ids[index] for index in order])
+    _legend_above(axes, len(class_names))
     return figure
 
 
-def open_rows(n_rows: int, row_in: float = 0.2) -> tuple[Figure, Axes]:
-    """Open a figure with one row a patient, high enough for their names."""
+def _open_rows(n_rows: int, row_in: float = 0.2) -> tuple[Figure, Axes]:
     named = n_rows <= NAMED_ROWS
     return new_figure(WIDTH_IN, 1.0 + max(n_rows, 3) * row_in if named else 6.0)
 
 
-def name_rows(axes: Axes, names: Sequence[object]) -> None:
-    """Write the name of each row at its left, or how many there are."""
+def _name_rows(axes: Axes, names: Sequence[object]) -> None:
     n_rows = len(names)
     axes.set_ylim(n_rows - 0.4, -0.6)
     if n_rows <= NAMED_ROWS:
@@ -121,3 +118,14 @@ def name_rows(axes: Axes, names: Sequence[object]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
+
+
+def _legend_above(axes: Axes, columns: int) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1.0),
+            ncols=min(columns, 3),
+            borderaxespad=0.1,
+            columnspacing=1.2,
+        )

@@ -256,20 +256,47 @@ class _ImageSource:
                         decoded.append(pixels)
                 if known:
                     about = pd.DataFrame({"patch_id": [image.name for image in known]})
-                    yield _Chunk(about, [image.source for image in known], *_pad(decoded, patch_px))
+                    yield _Chunk(about, [image.source for image in known], *pad_patches(decoded, patch_px))
 
 
 def _load(image: _Image, patch_px: int) -> np.ndarray | str:
     """Give the pixels of an image, or the reason why there are none."""
     try:
-        data = image.read()
-        header = read_header(data)
-        if max(header.width, header.height) > patch_px:
-            size = f"{header.width}x{header.height}"
-            return f"is {size} px where the classifier takes patches of {patch_px}x{patch_px}"
-        return decode(data)
+        return decode_patch(image.read(), patch_px)
     except DataError as error:
         return str(error)
+
+
+def decode_patch(data: bytes | memoryview, patch_px: int) -> np.ndarray:
+    """Return the pixels of an image file, uint8 ``(h, w, 3)``, at most ``patch_px`` a side.
+
+    Raises:
+        DataError: With the reason alone, if it is no image, damaged or larger than the classifier takes.
+    """
+    header = read_header(data)
+    if max(header.width, header.height) > patch_px:
+        size = f"{header.width}x{header.height}"
+        raise DataError(f"is {size} px where the classifier takes patches of {patch_px}x{patch_px}")
+    return decode(data)
+
+
+def predict_patches(
+    classifier: Classifier, about: pd.DataFrame, patches: np.ndarray, sizes: np.ndarray, *, engine: Engine
+) -> pd.DataFrame:
+    """Predict patches in memory, as `predict` does those of files.
+
+    Args:
+        classifier: The classifier.
+        about: ``patch_id`` of each patch, and ``x, y, slide_id, patient_id`` where they are known.
+        patches: uint8 ``(n, patch_px, patch_px, 3)``, padded as `pad_patches` does.
+        sizes: True ``(width, height)`` of each.
+        engine: Device and precision.
+
+    Returns:
+        One row a patch: the columns of `Prediction.frame`, without ``source``.
+    """
+    answer = _predict_chunk(classifier, _Chunk(about, [""] * len(about), patches, sizes), engine)
+    return _decide(classifier, [answer]).drop(columns="source")
 
 
 def _spell(image: _Image) -> str:
@@ -324,7 +351,7 @@ def _read_file(path: Path) -> bytes:
         raise DataError(f"cannot be read: {error.strerror}") from None
 
 
-def _pad(images: list[np.ndarray], patch_px: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pad images as a pack does; gives patches and true sizes."""
+def pad_patches(images: Sequence[np.ndarray], patch_px: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pad images as a pack does; return patches and their true ``(width, height)``."""
     sizes = np.array([(image.shape[1], image.shape[0]) for image in images])
     return np.stack([pad(image, patch_px) for image in images]), sizes

@@ -49,9 +49,9 @@ class Headline:
 
 @dataclass(frozen=True)
 class Summary:
-    """The first screen: the result in one sentence, its numbers, and what they must not be used for."""
+    """The reader's page: what was asked, the answer, and what it must not be used for."""
 
-    verdict: str
+    question: str
     headlines: Sequence[Headline]
     unit: str
     findings: Sequence[str] = ()
@@ -77,12 +77,11 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names with their values; closed behind the title ``fold`` where one is given."""
+    """Names with their values."""
 
     kind: ClassVar[str] = "facts"
     items: Sequence[tuple[str, str]]
     caption: str = ""
-    fold: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,29 +108,21 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as SVG text (only from ``plotting.style.svg``) or an image as bytes, with its caption.
-
-    ``alt`` describes it to readers who cannot see it, where the caption does not.
-    """
+    """A figure as SVG text (only from ``figures.style.svg``) or an image as bytes, with its caption."""
 
     caption: str
     svg: str = ""
     image: bytes = b""
-    alt: str = ""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Figures side by side on a wide screen, at most ``across`` in a row (4: two on screen, four in print).
-
-    With ``fold`` they are closed behind that title.
-    """
+    """Figures that stand side by side on a wide screen, at most ``across`` in a row."""
 
     kind: ClassVar[str] = "pictures"
     items: Sequence[Picture]
     across: int = 2
     caption: str = ""
-    fold: str = ""
 
 
 @dataclass(frozen=True)
@@ -162,33 +153,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Cases:
-    """Patches looked at closely, in named groups; all after the first ``n_open`` are folded."""
+    """Patches looked at closely, in named groups."""
 
     kind: ClassVar[str] = "cases"
     caption: str
     groups: Sequence[tuple[str, Sequence[Case]]]
-    n_open: int = 6
-
-    @property
-    def n_folded(self) -> int:
-        return max(0, sum(len(cases) for _, cases in self.groups) - self.n_open)
-
-    @property
-    def shown(self) -> list[tuple[str, list[Case]]]:
-        return self._pick(range(self.n_open))
-
-    @property
-    def folded(self) -> list[tuple[str, list[Case]]]:
-        return self._pick(range(self.n_open, self.n_open + self.n_folded))
-
-    def _pick(self, places: range) -> list[tuple[str, list[Case]]]:
-        picked, start = [], 0
-        for heading, cases in self.groups:
-            chosen = [case for place, case in enumerate(cases, start) if place in places]
-            start += len(cases)
-            if chosen:
-                picked.append((heading, chosen))
-        return picked
 
 
 @dataclass(frozen=True)
@@ -239,7 +208,7 @@ class ReportDocument:
         subtitle: What was judged, in one line.
         summary: The reader's page.
         sections: Chapters in order.
-        warnings: What limits the result; directly below the verdict.
+        warnings: What a reader must know before any number; the first lines of the page.
         footer: Last line: what made this.
     """
 
@@ -249,6 +218,11 @@ class ReportDocument:
     sections: Sequence[Section]
     warnings: Sequence[str] = field(default_factory=tuple)
     footer: str = ""
+
+
+def plural(unit: str) -> str:
+    """Name many of a unit: patients, slides, patches."""
+    return "patches" if unit == "patch" else f"{unit}s"
 
 
 def number(value: object, digits: int = 3) -> str:
@@ -281,6 +255,11 @@ def interval_of(estimate: Mapping[str, Any] | None) -> str:
     if not estimate:
         return "-"
     return interval_text(estimate.get("low"), estimate.get("high"), estimate.get("reason"))
+
+
+def estimate_text(estimate: Mapping[str, Any]) -> str:
+    """Write a number with its interval in brackets."""
+    return f"{number(estimate.get('value'))} ({interval_of(estimate)})"
 
 
 def headline(

@@ -64,7 +64,7 @@ class Answer(NamedTuple):
     """What became of a slide: its view and logits ``(n, n_classes)``, or the reason why there are none.
 
     ``software`` is the name and version of what computed them, ``unlike`` says of the patches that were
-    checked which are unlike anything in training, bool ``(n_checked,)``.
+    checked which are unlike anything in training, in the order of the grid, bool ``(n_checked,)``.
     """
 
     task: SlideTask
@@ -210,6 +210,7 @@ class _Gathered:
         self._network = network
         self._logits: np.ndarray | None = None
         self._checked: list[_Found] = []
+        self._places: list[np.ndarray] = []  # of the checked patches of each piece, in the grid
         self._error: DataError | None = None
         self._done = 0
 
@@ -221,7 +222,7 @@ class _Gathered:
                 piece.view,
                 self._logits,
                 self._network.runtime.software,
-                self._network.find_unlike(self._checked),
+                self._find_unlike(),
                 piece.error or self._error,
             )
             if piece.view is not None:
@@ -237,12 +238,18 @@ class _Gathered:
                 self._logits = np.empty((len(piece.view.grid), found.logits.shape[1]), np.float32)
             self._logits[piece.block.index] = found.logits
             self._checked.append(found._replace(logits=found.logits[:0]))
+            self._places.append(piece.block.index[piece.view.checked[piece.block.index]])
         except DataError as error:
             self._error = self._error or error
         self._done += len(piece.block.index)
         if on_progress:
             on_progress(self._done, len(piece.view.grid))
         return None
+
+    def _find_unlike(self) -> np.ndarray:
+        """Return `Answer.unlike`: in the order of the grid, not of the pieces."""
+        unlike = self._network.find_unlike(self._checked)
+        return unlike[np.argsort(np.concatenate(self._places))] if len(unlike) else unlike
 
 
 class _ReadAhead:

@@ -33,6 +33,7 @@ def make_map(
     *,
     about: Mapping[str, Any],
     picture: np.ndarray | None = None,
+    ood: np.ndarray | None = None,
 ) -> SlideMap:
     """Turn a slide's logits into its map, as the classifier reads them.
 
@@ -52,6 +53,7 @@ def make_map(
         None if info.positive_class is None else (classifier.threshold or 0.5),
         dict(about),
         picture,
+        ood,
     )
 
 
@@ -205,6 +207,7 @@ class Mapper:
             self.classifier,
             about=self._describe(source, place, answer.software) | _describe_novelty(answer.unlike),
             picture=view.thumbnail,
+            ood=_spread(view.checked, answer.unlike),
         )
 
     def _map_stitched(self, source: Source) -> Mapped:
@@ -250,6 +253,15 @@ class Mapper:
             "versions": dict([*self._about["versions"].items(), software]),
             "command": repeat_command(source.path, self._model, settings),
         }
+
+
+def _spread(checked: np.ndarray, unlike: np.ndarray) -> np.ndarray | None:
+    """Return what was found of the checked patches by patch, NaN for the others; None where none was."""
+    if not len(unlike):
+        return None
+    ood = np.full(len(checked), np.nan, np.float32)
+    ood[checked] = unlike
+    return ood
 
 
 def _describe_novelty(unlike: np.ndarray) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from biopsy.core.errors import FileFormatError, SlideError
 from biopsy.core.files import replace_atomic
 from biopsy.core.loaders import parse_json, refusing
 from biopsy.core.tables import read_parquet_table
-from biopsy.plotting.style import BASELINE, class_colour
+from biopsy.plotting.style import BASELINE, CLASS_COLOURS
 from biopsy.slides.grids import PatchGrid
 
 FORMAT: Final = "biopsy-map/1"
@@ -43,6 +43,8 @@ class SlideMap:
             the likeliest class.
         about: How it was made: classifier, where the mpp came from, versions.
         picture: The slide at low resolution, uint8 ``(H, W, 3)``; None where it was not kept.
+        ood: 1 where a patch is out-of-distribution, 0 where not, NaN where it was not checked, float
+            ``(n_patches,)``; None where no patch was.
     """
 
     name: str
@@ -54,6 +56,7 @@ class SlideMap:
     threshold: float | None
     about: dict[str, Any] = field(default_factory=dict)
     picture: np.ndarray | None = field(default=None, repr=False)
+    ood: np.ndarray | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.grid)
@@ -102,13 +105,14 @@ class SlideMap:
         return pred
 
     def to_frame(self) -> pd.DataFrame:
-        """Give one row a patch: ``x, y`` at level 0, ``prob`` and ``prob_<class>``, ``abstained``."""
+        """Give one row a patch: ``x, y`` at level 0, ``prob``, ``prob_<class>``, ``abstained``, ``ood``."""
         frame = pd.DataFrame({"x": self.grid.x, "y": self.grid.y})
         if self.positive_index is not None:
             frame["prob"] = self.probs[:, self.positive_index]
         for index, name in enumerate(self.class_names):
             frame[f"prob_{name}"] = self.probs[:, index]
-        return frame.assign(abstained=self.abstained)
+        frame["abstained"] = self.abstained
+        return frame if self.ood is None else frame.assign(ood=self.ood.astype(np.float32))
 
     def to_parquet(self, path: Path | str) -> Path:
         """Write the map as a table, its grid and how it was made in the file's metadata."""
@@ -151,6 +155,7 @@ class SlideMap:
             probs,
             frame["abstained"].to_numpy(bool),
             *(known[name] for name in (*_CLASSES, "about")),
+            ood=frame["ood"].to_numpy(np.float32) if "ood" in frame else None,
         )
 
     def to_geojson(self, path: Path | str, *, detections: bool = False) -> Path:
@@ -359,5 +364,9 @@ def _short(value: float) -> float:
 
 
 def _colour(slide_map: SlideMap, name: str) -> list[int]:
-    colour = BASELINE if name == ABSTAINED else class_colour(slide_map.class_names.index(name))
+    colour = (
+        BASELINE
+        if name == ABSTAINED
+        else CLASS_COLOURS[slide_map.class_names.index(name) % len(CLASS_COLOURS)]
+    )
     return [round(255 * value) for value in to_rgb(colour)]

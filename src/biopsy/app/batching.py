@@ -1,0 +1,124 @@
+"""Patches of many clients in one batch: whatever waits while a batch is computed is the next batch."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from biopsy.core.errors import BiopsyError
+from biopsy.evaluation.predict import pad_patches, predict_patches
+from biopsy.models.classifier import Classifier
+from biopsy.models.engine import Engine
+
+BATCH = 256
+
+
+class Busy(BiopsyError):
+    """More is waiting than the queue holds.
+
+    Attributes:
+        retry_after_s: When there should be room again.
+    """
+
+    def __init__(self, retry_after_s: int) -> None:
+        super().__init__(f"the queue is full: try again in {retry_after_s} s")
+        self.retry_after_s = retry_after_s
+
+
+@dataclass
+class _Request:
+    names: list[str]
+    images: list[np.ndarray]
+    answer: "Future[pd.DataFrame]" = field(default_factory=Future)
+
+
+class Batcher:
+    """Predicts patches of one classifier in a thread of its own.
+
+    Args:
+        classifier: The classifier.
+        engine: Device and precision.
+        max_waiting: Patches that may wait; more are refused.
+        on_batch: Called with the number of patches of each batch.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        *,
+        engine: Engine,
+        max_waiting: int,
+        on_batch: Callable[[int], None] = lambda n: None,
+    ) -> None:
+        self.classifier, self.max_waiting, self.waiting = classifier, max_waiting, 0
+        self._engine, self._on_batch = engine, on_batch
+        self._lock = threading.Lock()
+        self._queue: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._per_patch_s = 0.01  # until it is measured
+        self._thread = threading.Thread(target=self._work, daemon=True, name="batches")
+        self._thread.start()
+
+    def reserve(self, n: int) -> None:
+        """Take room for ``n`` patches; `submit` or `release` gives it back.
+
+        Raises:
+            Busy: If there is none.
+        """
+        with self._lock:
+            if self.waiting + n > self.max_waiting:
+                raise Busy(max(1, round(self.waiting * self._per_patch_s)))
+            self.waiting += n
+
+    def release(self, n: int) -> None:
+        """Give room back."""
+        with self._lock:
+            self.waiting -= n
+
+    def submit(self, names: list[str], images: list[np.ndarray]) -> "Future[pd.DataFrame]":
+        """Predict patches for which room was reserved; their frame is as `predict_patches` returns it."""
+        request = _Request(names, images)
+        self._queue.put(request)
+        return request.answer
+
+    def close(self) -> None:
+        """Finish what waits, and end the thread."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (request := self._queue.get()) is not None:
+            batch, n = [request], len(request.images)
+            while n < BATCH and not self._queue.empty():
+                following = self._queue.get()
+                if following is None:
+                    self._queue.put(None)  # the end, after this batch
+                    break
+                batch.append(following)
+                n += len(following.images)
+            self._answer(batch, n)
+
+    def _answer(self, batch: list[_Request], n: int) -> None:
+        start = time.perf_counter()
+        try:
+            patches, sizes = pad_patches(
+                [image for request in batch for image in request.images], self.classifier.info.patch_px
+            )
+            about = pd.DataFrame({"patch_id": [name for request in batch for name in request.names]})
+            frame = predict_patches(self.classifier, about, patches, sizes, engine=self._engine)
+        except Exception as error:  # handed to those who wait, or they would wait forever
+            for request in batch:
+                request.answer.set_exception(error)
+        else:
+            at = 0
+            for request in batch:
+                request.answer.set_result(frame.iloc[at : at + len(request.images)])
+                at += len(request.images)
+        finally:
+            self.release(n)
+        self._per_patch_s = (time.perf_counter() - start) / n
+        self._on_batch(n)

@@ -1,0 +1,114 @@
+"""`view` and `serve`: what they take, and that the packages they need are there."""
+
+import os
+import webbrowser
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from biopsy.core.errors import DataError, MissingExtra
+from biopsy.models.classifier import Classifier
+from biopsy.training.runs import Run
+
+VIEW_PORT, SERVE_PORT = 8765, 8780
+
+
+def view(
+    paths: Path | str | Sequence[Path | str],
+    *,
+    model: Run | Classifier | Path | str | None = None,
+    mpp: float | None = None,
+    annotations: Path | str | None = None,
+    who: str | None = None,
+    queue: Path | str | None = None,
+    port: int | None = None,
+    no_browser: bool = False,
+) -> None:
+    """Open a page in the browser that shows slides, their maps and patches, and records corrections.
+
+    The page is served to this machine only, until Ctrl-C. What is said about patches and regions is appended
+    at once to the file of annotations, and exported from the page as GeoJSON for QuPath and as a label sheet
+    for ``biopsy prepare --labels``.
+
+    Args:
+        paths: A slide, a map (``map.parquet``, a slide's folder, or the folder of ``biopsy slide``), a run, a
+            folder of slides or a pack; or several of these. A map is joined with its slide where that is
+            found.
+        model: A run, classifier or bundle that explains patches; by default that of the run.
+        mpp: Micrometres per pixel at level 0, for slides that do not say.
+        annotations: The file of annotations; by default ``NAME.annotations.jsonl`` beside the first path.
+        who: Name of the reviewer; by default that of the user's account. The page can change it.
+        queue: Queue of patches to label, as ``biopsy next`` writes it.
+        port: Port of the page; by default the first free one from 8765.
+        no_browser: Only print the address.
+
+    Raises:
+        DataError: If a path does not exist or holds nothing to look at, or the port is taken.
+        MissingExtra: If the packages of the extra ``app`` are not installed.
+    """
+    _require_extra("the viewer")
+    from biopsy.app.viewer import make_viewer
+    from biopsy.app.web import bind, run_server
+
+    app = make_viewer(paths, model=model, mpp=mpp, annotations=annotations, who=who, queue=queue)
+    listener = bind("127.0.0.1", port, default=VIEW_PORT)
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+
+    def announce() -> None:
+        print(address, flush=True)
+        if not no_browser and not webbrowser.open(address):
+            print("no browser could be started: open the address in one", flush=True)
+
+    run_server(app, listener, on_start=announce)
+
+
+def serve(
+    models: Run | Classifier | Path | str | Sequence[Run | Classifier | Path | str],
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    token: str | None = None,
+    root: Path | str | None = None,
+    out: Path | str = "biopsy-jobs",
+    device: str = "auto",
+) -> None:
+    """Answer requests over HTTP: images and slides in, predictions and maps out, until Ctrl-C.
+
+    ``POST /predict`` predicts images as ``biopsy predict`` does, the patches of many clients in one batch;
+    ``POST /slides`` maps slides as ``biopsy slide`` does, in the background: a job that is interrupted is
+    resumed when the server starts again. ``/openapi.json`` describes everything.
+
+    Args:
+        models: Runs, classifiers or bundles; each is named as its folder.
+        host: Address to listen on. One that other machines reach needs a token.
+        port: By default the first free one from 8780.
+        token: That requests must bear (``Authorization: Bearer TOKEN``); by default the environment variable
+            ``BIOPSY_TOKEN``, which other users of this machine cannot read off the command line.
+        root: Folder below which clients may name slides by path; without it they can only upload.
+        out: Folder of the slide jobs and their results.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+
+    Raises:
+        RunError: If a model is none of these.
+        DataError: If the port is taken, or there is no token where other machines reach the server.
+        MissingExtra: If the packages of the extra ``app`` are not installed.
+    """
+    _require_extra("the service")
+    from biopsy.app.service import make_service
+    from biopsy.app.web import bind, is_loopback, run_server
+
+    token = token or os.environ.get("BIOPSY_TOKEN") or None
+    local = is_loopback(host)
+    if not local and token is None:
+        raise DataError(f"{host} is reached from other machines: give a --token that requests must bear")
+    hosts = frozenset({"127.0.0.1", "localhost", "[::1]"}) if local else None
+    app = make_service(models, out=out, root=root, token=token, device=device, hosts=hosts)
+    listener = bind(host, port, default=SERVE_PORT)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    run_server(app, listener, on_start=lambda: print(address, flush=True))
+
+
+def _require_extra(what: str) -> None:
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        if find_spec(package) is None:
+            raise MissingExtra("app", what)

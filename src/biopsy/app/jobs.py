@@ -1,0 +1,235 @@
+"""Slides that are mapped in the background: one folder a job, finished also after the server was killed."""
+
+import logging
+import os
+import queue
+import secrets
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from biopsy.app.annotations import now
+from biopsy.app.batching import Busy
+from biopsy.core.errors import BiopsyError, DataError
+from biopsy.core.files import read_json, write_json
+from biopsy.models.classifier import Classifier
+from biopsy.slide_io.backends import SLIDE_SUFFIXES
+from biopsy.slides.cohorts import slide
+from biopsy.slides.outputs import MAP, SUMMARY
+
+logger = logging.getLogger(__name__)
+
+FORMAT: Final = "biopsy-job/1"
+DOCUMENT = "job.json"
+RESULTS = {
+    SUMMARY: "application/json",
+    "regions.geojson": "application/geo+json",
+    MAP: "application/vnd.apache.parquet",
+    "heatmap.tiff": "image/tiff",
+}
+"""Files of a finished job that are given out: of the slide itself none, its label and macro image least."""
+_RETRY_S = 60
+
+
+class Jobs:
+    """The queue of slides.
+
+    Args:
+        folder: One folder a job; jobs that were not finished when the server ended are queued again.
+        classifiers: By name.
+        root: Folder below which slides may be named by path; None for nowhere.
+        device: Where the arithmetic runs.
+        max_waiting: Jobs that may wait; more are refused.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        classifiers: Mapping[str, Classifier],
+        *,
+        root: Path | None,
+        device: str,
+        max_waiting: int,
+    ) -> None:
+        self.folder, self.root = folder, None if root is None else root.resolve()
+        self._classifiers, self._device, self._max_waiting = classifiers, device, max_waiting
+        self._jobs: dict[str, dict[str, Any]] = {}
+        self._progress: dict[str, tuple[int, int]] = {}
+        self._lock = threading.Lock()
+        self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._resume()
+        self._thread = threading.Thread(target=self._work, daemon=True, name="slides")
+        self._thread.start()
+
+    def _resume(self) -> None:
+        found = []
+        for path in self.folder.glob(f"*/{DOCUMENT}"):
+            try:
+                found.append(read_json(path, format=FORMAT))
+            except DataError as error:
+                logger.warning("job left out: %s", error)
+        for job in sorted(found, key=lambda job: str(job["created"])):
+            self._jobs[job["id"]] = job
+            if job["status"] in ("queued", "running"):
+                self._set(job["id"], status="queued")
+                self._queue.put(job["id"])
+
+    def find(self, path: str) -> Path:
+        """Return a slide below the root.
+
+        Raises:
+            PermissionError: If there is no root, or the path leads out of it.
+            DataError: If there is no such slide.
+        """
+        if self.root is None:
+            raise PermissionError("slides cannot be named by path: the server was started without --root")
+        try:
+            resolved = (self.root / path).resolve()
+        except (OSError, ValueError):
+            raise DataError("the path is no path") from None
+        if not resolved.is_relative_to(self.root):
+            raise PermissionError("the path leads out of the folder that may be read")
+        if not resolved.is_file() or resolved.suffix.lower() not in SLIDE_SUFFIXES:
+            raise DataError(f"{path!r} is no slide below the root")
+        return resolved
+
+    def require_room(self) -> None:
+        """Refuse another job while too many wait.
+
+        Raises:
+            Busy: If there is no room.
+        """
+        if sum(job["status"] in ("queued", "uploading") for job in self._jobs.values()) >= self._max_waiting:
+            raise Busy(_RETRY_S)
+
+    def create(self, model: str, name: str, mpp: float | None) -> tuple[str, Path]:
+        """Make a job that waits for its upload; return its id and where the upload goes."""
+        if Path(name).suffix.lower() not in SLIDE_SUFFIXES:
+            raise DataError(f"{name!r} does not end like a slide: {' '.join(SLIDE_SUFFIXES)}")
+        with self._lock:
+            self.require_room()
+            identity = secrets.token_hex(8)
+            self._jobs[identity] = {
+                "format": FORMAT,
+                "id": identity,
+                "model": model,
+                "classifier": self._classifiers[model].sha256,
+                "name": name,
+                "mpp": mpp,
+                "path": None,
+                "status": "uploading",
+                "error": None,
+                "created": now(),
+                "finished": None,
+            }
+        place = self.folder / identity / "upload"
+        place.mkdir(parents=True)
+        return identity, place / f"slide{Path(name).suffix.lower()}"
+
+    def start(self, identity: str, path: Path) -> None:
+        """Queue a job whose slide is there."""
+        self._set(identity, status="queued", path=str(path))
+        self._queue.put(identity)
+
+    def drop(self, identity: str) -> None:
+        """Forget a job whose upload was cut off, or that a client wants removed with all its files.
+
+        Raises:
+            DataError: If it is being worked on.
+        """
+        with self._lock:
+            if self._jobs[identity]["status"] == "running":
+                raise DataError("the slide is being mapped: remove the job when it is finished")
+            del self._jobs[identity]
+        shutil.rmtree(self.folder / identity, ignore_errors=True)
+
+    def get(self, identity: str) -> dict[str, Any]:
+        """Return what is known of a job.
+
+        Raises:
+            KeyError: If there is none.
+        """
+        job = self._jobs[identity]
+        done, total = self._progress.get(identity, (0, 0))
+        hidden = ("format", "path", "document_sha256")
+        return {
+            **{key: value for key, value in job.items() if key not in hidden},
+            "progress": 1.0 if job["status"] == "done" else done / total if total else 0.0,
+            "results": sorted(self._files(identity)) if job["status"] == "done" else [],
+        }
+
+    def list(self) -> "list[dict[str, Any]]":
+        """Return all jobs, oldest first."""
+        return [self.get(identity) for identity in list(self._jobs)]
+
+    def count(self) -> dict[str, int]:
+        """Return how many jobs there are by status."""
+        counts = dict.fromkeys(("queued", "running", "done", "failed"), 0)
+        for job in list(self._jobs.values()):
+            counts[job["status"]] = counts.get(job["status"], 0) + 1
+        return counts
+
+    def result(self, identity: str, name: str) -> Path:
+        """Return a file of a finished job.
+
+        Raises:
+            KeyError: If there is none.
+        """
+        if self._jobs[identity]["status"] != "done" or name not in RESULTS:
+            raise KeyError(name)
+        return self._files(identity)[name]
+
+    def _files(self, identity: str) -> dict[str, Path]:
+        maps = self.folder / identity / "maps"
+        return {path.name: path for name in RESULTS for path in maps.glob(f"*/{name}")}
+
+    def _set(self, identity: str, **changes: Any) -> None:
+        with self._lock:
+            job = self._jobs[identity] | changes
+            self._jobs[identity] = job
+            write_json(self.folder / identity / DOCUMENT, job)
+
+    def close(self) -> None:
+        """End the thread when the slide at hand is finished."""
+        self._queue.put(None)
+        self._thread.join(timeout=5)
+
+    def _work(self) -> None:
+        while (identity := self._queue.get()) is not None:
+            if identity in self._jobs:
+                self._map(identity)
+
+    def _map(self, identity: str) -> None:
+        job = self._jobs[identity]
+        self._set(identity, status="running")
+        place = self.folder / identity
+
+        def on_progress(done: int, total: int, what: str | None = None) -> None:
+            self._progress[identity] = done, total
+
+        try:
+            if job["model"] not in self._classifiers:
+                raise DataError(f"the server has no model {job['model']!r} any more")
+            slide(
+                self._classifiers[job["model"]],
+                [job["path"]],
+                out=place / "maps",
+                mpp=job["mpp"],
+                device=self._device,
+                on_progress=on_progress,
+            )
+        except (BiopsyError, OSError) as error:
+            reason = str(error).replace(job["path"], job["name"]).replace(os.fspath(place), "")
+            self._finish(identity, "failed", reason)
+        except Exception as error:
+            logger.exception("job %s failed", identity)
+            self._finish(identity, "failed", f"internal error ({type(error).__name__})")
+        else:
+            self._finish(identity, "done")
+
+    def _finish(self, identity: str, status: str, error: str | None = None) -> None:
+        shutil.rmtree(self.folder / identity / "upload", ignore_errors=True)
+        self._set(identity, status=status, error=error, finished=now())

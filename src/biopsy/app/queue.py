@@ -1,0 +1,226 @@
+"""What to label next: patches that are uncertain, unlike training, and spread over patients (`next`)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from biopsy.core.errors import DataError
+from biopsy.core.files import refuse_inputs
+from biopsy.core.tables import read_csv_table, write_csv
+from biopsy.data.labels import refuse_decided
+from biopsy.data.packs import Pack, is_pack
+from biopsy.data.predictions import IDENTITY
+from biopsy.evaluation.predict import predict_patches
+from biopsy.models.classifier import Classifier
+from biopsy.models.engine import Engine
+from biopsy.slides.mapping import Mapper
+from biopsy.slides.sources import list_sources
+from biopsy.training.open_model import open_classifier
+from biopsy.training.runs import Run
+
+COLUMNS = (
+    *("patch_id", "label", "suggested", "decision", "who", "when", "reason"),
+    *("slide", "patient_id", "x", "y", "side", "prob", "uncertainty", "novelty"),
+)
+
+
+def next(
+    model: Run | Classifier | Path | str,
+    paths: Path | str | Sequence[Path | str],
+    *,
+    budget: int = 100,
+    out: Path | str = "queue.csv",
+    mpp: float | None = None,
+    device: str = "auto",
+) -> pd.DataFrame:
+    """Choose the patches whose labels would teach a model most, and write them as a queue.
+
+    Patches rank by the mean of two percentiles: how near their probability is to the threshold, and how far
+    they are from training (where the model knows). Patients take turns, so that none fills the queue, and
+    patches beside each other on a slide are not chosen together while there are others. Patches that the run
+    was trained on are left out. ``biopsy view PACK --queue FILE`` shows the queue; its file is also a label
+    sheet for ``biopsy prepare --labels`` once the column ``decision`` is filled in.
+
+    Args:
+        model: A run, classifier or bundle.
+        paths: Packs, slides or folders of slides.
+        budget: Number of patches to choose.
+        out: The queue's file.
+        mpp: Micrometres per pixel at level 0, for slides that do not say.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+
+    Returns:
+        The queue, most informative first: the columns of a label sheet, ``slide, patient_id, x, y, side``
+        (level-0 pixels), ``prob``, ``uncertainty`` (0-1) and ``novelty`` (multiple of the limit).
+
+    Raises:
+        DataError: If a path does not exist, or there is no patch to choose from.
+    """
+    if budget < 1:
+        raise DataError(f"budget={budget}: expected at least 1")
+    named = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    refuse_inputs(out, *named)
+    refuse_decided(Path(out))
+    classifier = open_classifier(model)
+    run = _open_run(model)
+    parts = [_from_pack(classifier, Pack.open(path), run, device) for path in named if is_pack(path)]
+    slides = [path for path in named if not is_pack(path)]
+    if slides:
+        parts += _from_slides(model, slides, mpp, device)
+    candidates = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    if candidates.empty:
+        raise DataError(f"{', '.join(map(str, named))} holds no patch that the model was not trained on")
+    chosen = candidates.iloc[choose(candidates, budget)].reset_index(drop=True)
+    queue = chosen.reindex(columns=list(COLUMNS))
+    _write(Path(out), queue)
+    return queue
+
+
+def choose(candidates: pd.DataFrame, budget: int) -> np.ndarray:
+    """Return the rows to label, most informative first.
+
+    Args:
+        candidates: ``uncertainty``, ``novelty`` (NaN where unknown), ``patient_id``, ``slide``, ``x``, ``y``,
+            ``side`` of each patch.
+        budget: How many at most.
+    """
+    score = candidates["uncertainty"].rank(pct=True).to_numpy()
+    novelty = candidates["novelty"].rank(pct=True).to_numpy(float)
+    score = np.where(np.isnan(novelty), score, (score + novelty) / 2)
+    order = np.argsort(-score, kind="stable")
+    patients = candidates["patient_id"].fillna(candidates["slide"]).fillna("").to_numpy(str)
+    waiting: dict[str, list[int]] = {}
+    for row in order:
+        waiting.setdefault(patients[row], []).append(int(row))
+    x, y, side = (candidates[name].to_numpy(float) for name in ("x", "y", "side"))
+    slides = candidates["slide"].fillna("").to_numpy(str)
+    chosen: list[int] = []
+    beside: dict[str, list[int]] = {name: [] for name in waiting}  # neighbours of chosen ones, for the end
+    taken: dict[str, list[int]] = {}
+
+    def is_beside(row: int) -> bool:
+        near = taken.get(slides[row], [])
+        return bool(
+            (np.maximum(np.abs(x[near] - x[row]), np.abs(y[near] - y[row])) <= 1.01 * side[row]).any()
+        )
+
+    for queues, may_touch in ((waiting, False), (beside, True)):
+        while len(chosen) < budget and any(queues.values()):
+            for patient, rows in queues.items():
+                while rows and not may_touch and is_beside(rows[0]):
+                    beside[patient].append(rows.pop(0))
+                if rows and len(chosen) < budget:
+                    row = rows.pop(0)
+                    chosen.append(row)
+                    taken.setdefault(slides[row], []).append(row)
+    return np.array(chosen, int)
+
+
+def read_queue(path: Path | str) -> pd.DataFrame:
+    """Read a queue that `next` wrote; numbers as numbers.
+
+    Raises:
+        DataError: If the file is missing or no queue.
+    """
+    queue = read_csv_table(path, required=["patch_id", "slide", "x", "y", "side", "reason"])
+    for name in ("x", "y", "side", "prob"):
+        queue[name] = pd.to_numeric(queue.get(name), errors="coerce")
+    return queue
+
+
+def _open_run(model: Run | Classifier | Path | str) -> Run | None:
+    if isinstance(model, Run):
+        return model
+    if isinstance(model, Classifier) or not (Path(model) / "run.json").is_file():
+        return None
+    return Run.open(model)
+
+
+def _from_pack(classifier: Classifier, pack: Pack, run: Run | None, device: str) -> pd.DataFrame:
+    classifier.check_pack(pack)
+    rows = np.arange(len(pack))
+    if run is not None and run.info["pack"]["content_sha256"] == pack.info.content_sha256:
+        rows = np.flatnonzero(run.sides(pack) != "train")
+    if not len(rows):
+        return pd.DataFrame()
+    about = pack.table[list(IDENTITY)].iloc[rows].reset_index(drop=True)
+    frame = predict_patches(classifier, about, pack.patches[rows], pack.sizes[rows], engine=Engine(device))
+    names = classifier.info.class_names
+    distances = [name for name in ("colour_distance", "feature_distance") if name in frame]
+    probs = frame[[f"prob_{name}" for name in names]].to_numpy(float)
+    table = pack.table.iloc[rows].reset_index(drop=True)
+    novelty = frame[distances].max(axis=1).to_numpy(float) if distances else np.full(len(rows), np.nan)
+    known = pd.DataFrame(
+        {
+            "patch_id": table["patch_id"].astype(str),
+            "label": [pack.class_names[index] for index in pack.target[rows]],
+            "slide": table["slide_id"].fillna(table["patient_id"]).astype("string"),
+            "patient_id": table["patient_id"].astype("string"),
+            "x": table["x"].astype(float),
+            "y": table["y"].astype(float),
+            "side": float(pack.info.patch_px),
+        }
+    )
+    return _describe(known, probs, classifier, novelty)
+
+
+def _from_slides(
+    model: Run | Classifier | Path | str, paths: list[Path], mpp: float | None, device: str
+) -> list[pd.DataFrame]:
+    mapper = Mapper(model, mpp, None, False, "auto", device, None, None)
+    parts, errors = [], []
+    for mapped in mapper.map(list_sources(paths, mpp)):
+        if mapped.slide_map is None:
+            errors.append(mapped.error)
+            continue
+        grid, name = mapped.slide_map.grid, mapped.source.name
+        known = pd.DataFrame({"x": grid.x, "y": grid.y}).assign(
+            patch_id=[f"{name}@{x},{y}" for x, y in zip(grid.x, grid.y, strict=True)],
+            label=None,
+            slide=name,
+            patient_id=name,
+            side=grid.patch_px * grid.scale,
+        )
+        unlike = mapped.slide_map.ood
+        novelty = np.full(len(known), np.nan) if unlike is None else np.where(unlike == 1, 2.0, np.nan)
+        parts.append(_describe(known, mapped.slide_map.probs.astype(float), mapper.classifier, novelty))
+    if not parts and errors:
+        raise errors[0] or DataError("no slide could be read")
+    return parts
+
+
+def _describe(
+    known: pd.DataFrame, probs: np.ndarray, classifier: Classifier, novelty: np.ndarray
+) -> pd.DataFrame:
+    """Add what ranks patches: uncertainty, 1 at the threshold (or where two classes are equally likely)."""
+    names, positive = classifier.info.class_names, classifier.positive_index
+    if positive is None:
+        first, second = -np.sort(-probs, axis=1)[:, :2].T
+        shown, uncertainty, suggested = first, 1 - (first - second), probs.argmax(axis=1)
+    else:
+        shown, threshold = probs[:, positive], classifier.threshold or 0.5
+        room = np.where(shown >= threshold, max(1 - threshold, 1e-9), max(threshold, 1e-9))
+        uncertainty = 1 - np.abs(shown - threshold) / room
+        suggested = np.where(shown >= threshold, positive, 1 - positive)
+    reasons = [
+        f"P {prob:.2f}" + (f"; unlike training ({far:.1f} times the limit)" if far > 1 else "")
+        for prob, far in zip(shown, novelty, strict=True)
+    ]
+    return known.assign(
+        prob=shown,
+        uncertainty=uncertainty.clip(0, 1),
+        novelty=novelty,
+        reason=reasons,
+        suggested=[names[index] for index in suggested],
+        decision=None,
+        who=None,
+        when=None,
+    )
+
+
+def _write(path: Path, queue: pd.DataFrame) -> None:
+    if path.suffix.lower() != ".csv":
+        raise DataError(f"{path} is no name of a csv file: a queue is a csv")
+    write_csv(path, queue.round({"prob": 6, "uncertainty": 6, "novelty": 4}))

@@ -1,0 +1,527 @@
+"""What can be looked at: slides with their maps, slides put together from packs, sheets of patches.
+
+`open_sources` turns the paths that a user names into `Entry` records, one a slide, which open their `Scene`
+when it is first looked at, and `Sheet` records, one a pack.
+"""
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from biopsy.app.pictures import BlankPicture, Picture, SlidePicture, StitchedPicture
+from biopsy.core.errors import DataError, RunError, SlideError
+from biopsy.core.files import read_json
+from biopsy.core.tables import read_csv_table
+from biopsy.data.packs import Pack, is_pack
+from biopsy.data.predictions import decide
+from biopsy.evaluation.neighbours import count_neighbours, rank_doubts
+from biopsy.models.classifier import Classifier
+from biopsy.slide_io.reader import open_slide
+from biopsy.slides.grids import PatchGrid
+from biopsy.slides.maps import SlideMap, find_regions
+from biopsy.slides.outputs import FORMAT as SUMMARY_FORMAT
+from biopsy.slides.outputs import MAP, SUMMARY
+from biopsy.slides.sources import Source, list_sources
+from biopsy.slides.stitching import stitch_slide
+from biopsy.training.open_model import open_classifier
+from biopsy.training.runs import Run
+
+MAX_OPEN = 12  # slides that are kept open
+_STATUS = "status.csv"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes of a slide or pack.
+
+    Attributes:
+        names: In order.
+        positive: Index of the positive class; None for more than two.
+        threshold: Probability of the positive class from which a patch is predicted positive.
+    """
+
+    names: list[str]
+    positive: int | None
+    threshold: float | None
+
+    def decide(self, probs: np.ndarray) -> np.ndarray:
+        """Return the predicted class of each patch, -1 where there is no probability."""
+        pred = decide(np.nan_to_num(probs), self.positive, self.threshold)
+        return np.where(np.isnan(probs).any(axis=1), -1, pred)
+
+
+@dataclass(frozen=True)
+class Patches:
+    """What is known of patches, row by row; whatever is None is not known.
+
+    Attributes:
+        probs: Probability of each class ``(n, n_classes)``, NaN where a patch was not predicted.
+        abstained: bool ``(n,)``.
+        ood: 1 where a patch is out-of-distribution, 0 where not, NaN where it was not checked, ``(n,)``.
+        target: Annotated class ``(n,)``.
+        ids: Of the patches in their pack.
+        rows: Of the patches in their pack.
+    """
+
+    probs: np.ndarray | None = None
+    abstained: np.ndarray | None = None
+    ood: np.ndarray | None = None
+    target: np.ndarray | None = None
+    ids: np.ndarray | None = None
+    rows: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An open slide.
+
+    Attributes:
+        picture: Its pixels.
+        mpp: Micrometres per pixel of level 0.
+        grid: Where its patches lie; None for a slide without a map.
+        patches: What is known of them.
+        labels: The classes.
+        slide_map: The map that was read or made of predictions.
+        notes: What a reader must know, such as that the slide's file is missing.
+        corner: Where what was scanned begins at level 0: QuPath counts from there.
+    """
+
+    picture: Picture
+    mpp: float
+    grid: PatchGrid | None = None
+    patches: Patches = Patches()
+    labels: Labels | None = None
+    slide_map: SlideMap | None = None
+    notes: tuple[str, ...] = ()
+    corner: tuple[int, int] = (0, 0)
+
+    @cached_property
+    def regions(self) -> list[dict[str, Any]]:
+        """Regions of the map: class, rings at level 0, area and mean probability."""
+        if self.slide_map is None:
+            return []
+        return [
+            {
+                "class": region.class_name,
+                "rings": [
+                    np.asarray(ring.coords).round(1).tolist()
+                    for ring in (region.polygon.exterior, *region.polygon.interiors)
+                ],
+                "area_mm2": region.area_mm2,
+                "mean_prob": None if np.isnan(region.mean_prob) else region.mean_prob,
+            }
+            for region in find_regions(self.slide_map)
+        ]
+
+    def layer(self) -> bytes:
+        """Return the cells for the browser: a float32 plane for each class, then a byte of flags a cell.
+
+        Bits of the flags: 1 a patch lies here, 2 abstained, 4 out-of-distribution, 8 the annotated class is
+        known, and the class itself from bit 4.
+        """
+        grid, patches = self.grid, self.patches
+        assert grid is not None and self.labels is not None
+        rows, columns = grid.shape
+        if self.slide_map is not None:
+            probs = np.moveaxis(self.slide_map.cells(), 2, 0).astype("<f4")
+        else:
+            probs = np.full((len(self.labels.names), rows, columns), np.nan, "<f4")
+        flags = np.zeros((rows, columns), np.uint8)
+        target = (
+            None if patches.target is None else 8 | (np.clip(patches.target, 0, 15).astype(np.uint8) << 4)
+        )
+        for dy in range(grid.steps):
+            for dx in range(grid.steps):
+                place = grid.row + dy, grid.column + dx
+                flags[place] |= 1
+                if patches.ood is not None:
+                    flags[place] |= 4 * (patches.ood == 1).astype(np.uint8)
+                if target is not None:
+                    flags[place] |= target
+        if self.slide_map is not None:
+            flags |= 2 * self.slide_map.cells_abstained().astype(np.uint8)
+        return probs.tobytes() + flags.tobytes()
+
+    def patch_at(self, x: float, y: float) -> int | None:
+        """Return the patch that covers a place at level 0, the nearest by its centre, None without one."""
+        if self.grid is None:
+            return None
+        side = self.grid.patch_px * self.grid.scale
+        left, top = self.grid.x_px * self.grid.scale, self.grid.y_px * self.grid.scale
+        inside = np.flatnonzero((left <= x) & (x < left + side) & (top <= y) & (y < top + side))
+        if not len(inside):
+            return None
+        distance = (left[inside] + side / 2 - x) ** 2 + (top[inside] + side / 2 - y) ** 2
+        return int(inside[distance.argmin()])
+
+
+@dataclass
+class Entry:
+    """A slide of the list.
+
+    Attributes:
+        key: Names it in addresses.
+        name: Names it for people.
+        open: Opens it.
+        facts: What the list shows and sorts by: ``positive_mm2``, ``abstained_share``, ``ood_share``,
+            ``n_patches``, ``n_errors``; None where unknown.
+        sheet: Key of the sheet its patches are on.
+    """
+
+    key: str
+    name: str
+    open: Callable[[], Scene]
+    facts: dict[str, float | None] = field(default_factory=dict)
+    sheet: str | None = None
+
+
+@dataclass
+class Sheet:
+    """The patches of a pack, with the predictions of a run where there is one.
+
+    Attributes:
+        key: Names it in addresses.
+        name: Names it for people.
+        pack: The pack.
+        labels: Its classes.
+        patches: What is known of its patches.
+        run: The run.
+    """
+
+    key: str
+    name: str
+    pack: Pack
+    labels: Labels
+    patches: Patches
+    run: Run | None = None
+
+    def pixels(self, row: int) -> np.ndarray:
+        """Return a patch as it was cut, uint8 ``(h, w, 3)``."""
+        width, height = self.pack.sizes[row]
+        return np.array(self.pack.patches[row, :height, :width])
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """One row a patch: the pack's columns and ``label, pred, prob, error, abstained, subset, doubt``."""
+        pack, names = self.pack, np.array([*self.labels.names, None], object)
+        frame = pack.table.drop(columns=["sha256"], errors="ignore").assign(label=names[pack.target])
+        probs = self.patches.probs
+        if probs is not None:
+            pred = self.labels.decide(probs)
+            shown = probs.max(axis=1) if self.labels.positive is None else probs[:, self.labels.positive]
+            frame = frame.assign(prob=shown, pred=names[pred], error=(pred != pack.target) & (pred >= 0))
+        if self.patches.abstained is not None:
+            frame["abstained"] = self.patches.abstained
+        if self.run is not None:
+            frame["subset"] = self.run.sides(pack)
+        counts = count_neighbours(pack.table, pack.target, len(pack.class_names))
+        voices = np.full((len(pack), len(pack.class_names)), np.nan) if probs is None else probs
+        if np.isfinite(counts).any() or probs is not None:
+            frame["doubt"] = rank_doubts(counts, pack.target, voices)["doubt"].to_numpy()
+        return frame.assign(row=np.arange(len(pack)))
+
+
+@dataclass
+class Exhibit:
+    """Everything that one page shows.
+
+    Attributes:
+        title: Its heading.
+        entries: The slides, by key.
+        sheets: The sheets of patches, by key.
+        classifier: Explains a patch; None where no model was named.
+        report: The run's report, a file.
+        notes: What could not be shown.
+    """
+
+    title: str
+    entries: dict[str, Entry]
+    sheets: dict[str, Sheet]
+    classifier: Classifier | None = None
+    report: Path | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._scenes: OrderedDict[str, Scene] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def scene(self, key: str) -> Scene:
+        """Return an open slide.
+
+        Raises:
+            SlideError: If there is none of this key, or it cannot be opened.
+        """
+        if key not in self.entries:
+            raise SlideError(f"there is no slide {key!r} on this page")
+        with self._lock:
+            if key not in self._scenes:
+                self._scenes[key] = self.entries[key].open()
+            self._scenes.move_to_end(key)
+            while len(self._scenes) > MAX_OPEN:  # one that is being read is closed when that is done
+                self._scenes.popitem(last=False)
+            return self._scenes[key]
+
+    def sheet(self, key: str) -> Sheet:
+        """Return a sheet.
+
+        Raises:
+            DataError: If there is none of this key.
+        """
+        if key not in self.sheets:
+            raise DataError(f"there is no sheet {key!r} on this page")
+        return self.sheets[key]
+
+
+def open_sources(
+    paths: Sequence[Path], *, model: Run | Classifier | Path | str | None = None, mpp: float | None = None
+) -> Exhibit:
+    """Find out what the paths name: runs, packs, maps, folders of maps, slides, folders of slides.
+
+    A map is joined with its slide: one that is named too, the one that ``status.csv`` names, or one of that
+    name beside the map. The slide's fingerprint in the map's ``summary.json`` must agree.
+
+    Args:
+        paths: What to show.
+        model: Explains patches; that of a run by default.
+        mpp: Micrometres per pixel at level 0, for slides that do not say.
+
+    Raises:
+        DataError: If a path does not exist or holds nothing to look at.
+    """
+    runs = [path for path in paths if (path / "run.json").is_file()]
+    maps = {path: found for path in paths if path not in runs and (found := _list_maps(path))}
+    sources = list_sources([path for path in paths if path not in runs and path not in maps], mpp)
+    exhibit = Exhibit(", ".join(path.resolve().name for path in paths), {}, {})
+    for run in (Run.open(path) for path in runs):
+        _add_run(exhibit, run, mpp)
+    used: set[str] = set()
+    for path, files in maps.items():
+        known = _read_status(path if path.is_dir() else path.parent.parent)
+        for file in files:
+            source, note = _find_slide(file, sources, known, mpp)
+            used |= set() if source is None else {source.name}
+            _add_map(exhibit, file, source, note)
+    sheets: dict[Path, Sheet] = {}
+    for source in sources:
+        if source.pack is not None and source.path not in sheets:
+            sheets[source.path] = _add_pack(exhibit, source.pack)
+        if source.name not in used:
+            _add_source(exhibit, source, sheets.get(source.path))
+    if model is not None:
+        exhibit.classifier = open_classifier(model)
+    return exhibit
+
+
+def _list_maps(path: Path) -> list[Path]:
+    """Return the maps that a path names: itself, the one in a slide's folder, those in a folder of them."""
+    if path.suffix == ".parquet":
+        return [path]
+    if not path.is_dir() or is_pack(path):
+        return []
+    return [path / MAP] if (path / MAP).is_file() else sorted(path.glob(f"*/{MAP}"))
+
+
+def _read_status(folder: Path) -> dict[str, str]:
+    try:
+        table = read_csv_table(folder / _STATUS, required=["slide", "source"])
+    except DataError:
+        return {}
+    return dict(zip(table["slide"], table["source"], strict=True))
+
+
+def _find_slide(
+    file: Path, sources: Iterable[Source], known: dict[str, str], mpp: float | None
+) -> tuple[Source | None, str | None]:
+    """Return the slide of a map, or a note that says why it is shown without."""
+    name = file.parent.name
+    summary = _read_summary(file)
+    wanted = summary.get("question", {}).get("slide")
+    mpp = summary.get("question", {}).get("mpp") or mpp
+    named = [Path(known[name])] if name in known else []
+    file_name = str(summary.get("source") or "")
+    if file_name == Path(file_name).name:
+        named += [
+            folder / file_name for folder in (file.parent, file.parent.parent, file.parent.parent.parent)
+        ]
+    candidates = [source for source in sources if source.name == name]
+    for path in named:
+        try:
+            candidates += [source for source in list_sources([path], mpp) if source.name == name]
+        except DataError:
+            continue
+    for source in candidates:
+        try:
+            if wanted is None or source.fingerprint() == wanted:
+                return source, None
+        except (OSError, DataError):
+            continue
+    if candidates:
+        return None, f"{candidates[0].path} is not the slide that this map was made of: its content differs"
+    return None, "the slide's file was not found: name it beside the map to see it"
+
+
+def _read_summary(file: Path) -> dict[str, Any]:
+    try:
+        return read_json(file.parent / SUMMARY, format=SUMMARY_FORMAT)
+    except (OSError, DataError):
+        return {}
+
+
+def _add_map(exhibit: Exhibit, file: Path, source: Source | None, note: str | None) -> None:
+    summary = _read_summary(file)
+    positive, checked = summary.get("positive") or {}, summary.get("unlike_training") or {}
+    facts = {
+        "n_patches": summary.get("n_patches"),
+        "positive_mm2": positive.get("area_mm2"),
+        "abstained_share": summary.get("abstained_share"),
+        "ood_share": checked.get("share"),
+    }
+    name = file.parent.name if summary else file.stem
+    _add(exhibit, Entry(_key(file, name), name, lambda: _open_map(file, source, note), facts))
+
+
+def _open_map(file: Path, source: Source | None, note: str | None) -> Scene:
+    slide_map = SlideMap.from_parquet(file)
+    grid, notes, patches = slide_map.grid, (note,) if note else (), Patches()
+    picture: Picture = BlankPicture(grid.width, grid.height)
+    if source is not None:
+        try:
+            scene = _open_source(source)
+        except (OSError, DataError) as error:
+            notes = (str(error),)
+        else:
+            picture, patches = scene.picture, scene.patches
+            if (picture.width, picture.height) != (grid.width, grid.height):
+                raise SlideError(
+                    f"{source.path} has {picture.width} x {picture.height} pixels, the map {file} is of a "
+                    f"slide of {grid.width} x {grid.height}: it is a map of another slide"
+                )
+    target = patches.target if patches.target is not None and len(patches.target) == len(slide_map) else None
+    known = Patches(slide_map.probs, slide_map.abstained, slide_map.ood, target, patches.ids, patches.rows)
+    labels = Labels(slide_map.class_names, slide_map.positive_index, slide_map.threshold)
+    return Scene(picture, grid.slide_mpp, grid, known, labels, slide_map, notes, grid.corner)
+
+
+def _open_source(source: Source) -> Scene:
+    """Open a slide by itself: a file, or patches of a pack with their annotated classes."""
+    if source.pack is None:
+        slide = open_slide(source.path, mpp=source.mpp)
+        return Scene(SlidePicture(slide), slide.mpp, corner=slide.corner)
+    pack, index = source.pack, source.index
+    assert index is not None
+    stitched = stitch_slide(pack, source.name, index, mpp=source.mpp)
+    patches = Patches(target=stitched.target, ids=pack.table["patch_id"].to_numpy(str)[index], rows=index)
+    return Scene(
+        StitchedPicture(pack, stitched),
+        stitched.grid.slide_mpp,
+        stitched.grid,
+        patches,
+        Labels(pack.class_names, pack.positive_index, None),
+    )
+
+
+def _add_source(exhibit: Exhibit, source: Source, sheet: Sheet | None) -> None:
+    facts = {"n_patches": None if source.index is None else float(len(source.index))}
+    if sheet is not None and source.index is not None:
+        positive, mpp = sheet.labels.positive, sheet.pack.info.mpp
+        if positive is not None and mpp:
+            n_positive = int((sheet.pack.target[source.index] == positive).sum())
+            facts["positive_mm2"] = n_positive * (sheet.pack.info.patch_px * mpp / 1000) ** 2
+    key = _key(source.path, source.name)
+    _add(exhibit, Entry(key, source.name, lambda: _open_source(source), facts, sheet.key if sheet else None))
+
+
+def _add_pack(exhibit: Exhibit, pack: Pack) -> Sheet:
+    labels = Labels(pack.class_names, pack.positive_index, None)
+    sheet = Sheet(_key(pack.path, ""), pack.path.name, pack, labels, Patches(target=pack.target))
+    exhibit.sheets[sheet.key] = sheet
+    return sheet
+
+
+def _add_run(exhibit: Exhibit, run: Run, mpp: float | None) -> None:
+    """Add a run's pack with its predictions, the stitched slides and the report beside it."""
+    pack = run.open_pack(verify=False)
+    classifier = run.classifier
+    labels = Labels(pack.class_names, pack.positive_index, classifier.threshold)
+    probs, abstained = _read_predictions(run, pack, exhibit.notes)
+    patches = Patches(probs, abstained, None, pack.target, pack.table["patch_id"].to_numpy(str))
+    sheet = Sheet(_key(run.path, ""), run.path.name, pack, labels, patches, run)
+    exhibit.sheets[sheet.key] = sheet
+    exhibit.classifier = classifier
+    if (run.path / "report.html").is_file():
+        exhibit.report = run.path / "report.html"
+    try:
+        sources = list_sources([pack.path], mpp)
+    except SlideError:
+        return  # patches without coordinates
+    pred = labels.decide(probs)
+    for source in sources:
+        index = source.index
+        assert index is not None
+        called = pred[index]
+        cell_mm2 = (pack.info.patch_px * (pack.info.mpp or np.nan) / 1000) ** 2
+        n_known = int((called >= 0).sum())
+        facts: dict[str, float | None] = {
+            "n_patches": float(len(index)),
+            "n_errors": float(((called >= 0) & (called != pack.target[index])).sum()) if n_known else None,
+            "positive_mm2": None if not n_known else float((called == labels.positive).sum() * cell_mm2),
+            "abstained_share": float(abstained[index].sum() / n_known) if n_known else None,
+        }
+        key = _key(run.path, source.name)
+        _add(exhibit, Entry(key, source.name, _opener(source, sheet), facts, sheet.key))
+
+
+def _read_predictions(run: Run, pack: Pack, notes: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return probabilities ``(n, n_classes)``, NaN without a prediction, and which patches abstained."""
+    probs = np.full((len(pack), len(pack.class_names)), np.nan)
+    abstained = np.zeros(len(pack), bool)
+    for side in {run.val_side, run.judged_side}:
+        try:
+            frame = run.predictions(side)[0]
+        except RunError as error:
+            notes.append(str(error))
+            continue
+        rows = pack.rows_of(frame["patch_id"])
+        probs[rows] = frame[[f"prob_{name}" for name in pack.class_names]].to_numpy(float)
+        if "abstained" in frame:
+            abstained[rows] = frame["abstained"].fillna(False).to_numpy(bool)
+    return probs, abstained
+
+
+def _opener(source: Source, sheet: Sheet) -> Callable[[], Scene]:
+    def open_scene() -> Scene:
+        scene = _open_source(source)
+        index = source.index
+        probs, abstained = sheet.patches.probs, sheet.patches.abstained
+        assert probs is not None and abstained is not None and scene.grid is not None
+        slide_map = SlideMap(
+            source.name,
+            scene.grid,
+            probs[index].astype(np.float32),
+            abstained[index],
+            sheet.labels.names,
+            None if sheet.labels.positive is None else sheet.labels.names[sheet.labels.positive],
+            sheet.labels.threshold if sheet.labels.positive is not None else None,
+        )
+        known = Patches(
+            slide_map.probs, slide_map.abstained, None, scene.patches.target, scene.patches.ids, index
+        )
+        return Scene(scene.picture, scene.mpp, scene.grid, known, sheet.labels, slide_map)
+
+    return open_scene
+
+
+def _add(exhibit: Exhibit, entry: Entry) -> None:
+    exhibit.entries[entry.key] = entry
+
+
+def _key(path: Path, name: str) -> str:
+    return hashlib.sha256(f"{path.resolve()}\0{name}".encode()).hexdigest()[:12]

@@ -1,0 +1,236 @@
+"""What the viewer and the service share: requests refused, answers without tracebacks, the server."""
+
+import asyncio
+import hmac
+import ipaddress
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from biopsy.core.errors import BiopsyError, DataError, RunError
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY = 2**20  # bytes of a request, where nothing else is said
+BODY_S = 60.0  # seconds in which a small request must have arrived
+_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+Headers = dict[str, str]
+
+
+class TooLarge(HTTPException):
+    """A request's body is larger than is read."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(413, f"the request is larger than {limit:,} bytes")
+
+
+class Guard:
+    """Refuses requests by another site's page, without the token, too large or too slow.
+
+    Args:
+        app: What is guarded.
+        hosts: Names under which the server is reached; None for any. A page of another site could otherwise
+            reach a server on this machine by a name that it makes resolve to it (DNS rebinding).
+        token: That requests must bear; None for none.
+        open_paths: Paths that need no token.
+        limit: Returns for a path how many bytes a request may have, and in how many seconds they must come.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        hosts: frozenset[str] | None = None,
+        token: str | None = None,
+        open_paths: frozenset[str] = frozenset(),
+        limit: Callable[[str], tuple[int, float]] = lambda path: (MAX_BODY, BODY_S),
+    ) -> None:
+        self.app, self.hosts, self.token, self.open_paths, self.limit = app, hosts, token, open_paths, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or hand the request on."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        most, seconds = self.limit(scope["path"])
+        refusal = self._refuse(scope["path"], headers, most)
+        if refusal is not None:
+            return await refusal(scope, receive, send)
+        started = False
+
+        async def send_on(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                names = {name for name, _ in message["headers"]}
+                message["headers"] = [
+                    *message["headers"],
+                    *((k.encode(), v.encode()) for k, v in _HEADERS.items() if k.encode() not in names),
+                ]
+            await send(message)
+
+        try:
+            await self.app(scope, _limited(receive, most, seconds), send_on)
+        except TooLarge as error:
+            if not started:
+                await answer(error.status_code, error.detail)(scope, receive, send)
+        except TimeoutError:
+            if not started:
+                await answer(408, f"the request did not arrive within {seconds:g} s")(scope, receive, send)
+
+    def _refuse(self, path: str, headers: Headers, most: int) -> JSONResponse | None:
+        host = headers.get("host", "")
+        if self.hosts is not None and _host_name(host) not in self.hosts:
+            return answer(421, f"this server is not called {host!r}")
+        origin = headers.get("origin")
+        if origin not in (None, "null") and urlsplit(origin).netloc != host:
+            return answer(403, "requests of other sites' pages are refused")
+        if origin == "null":
+            return answer(403, "requests of pages without an origin are refused")
+        if self.token is not None and path not in self.open_paths:
+            given = headers.get("authorization", "").removeprefix("Bearer ").strip()
+            if not hmac.compare_digest(given.encode(), self.token.encode()):
+                refusal = answer(401, "a token is needed: send the header Authorization: Bearer TOKEN")
+                refusal.headers["www-authenticate"] = "Bearer"
+                return refusal
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length) > most:
+            return answer(413, f"the request is larger than {most:,} bytes")
+        return None
+
+
+def _host_name(host: str) -> str:
+    return host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
+
+
+def _limited(receive: Receive, most: int, seconds: float) -> Receive:
+    """Return a ``receive`` that refuses more bytes, or a later end, than is allowed."""
+    n_bytes, deadline, complete = 0, asyncio.get_running_loop().time() + seconds, False
+
+    async def read() -> Message:
+        nonlocal n_bytes, complete
+        if complete:
+            return await receive()
+        async with asyncio.timeout_at(deadline):
+            message = await receive()
+        n_bytes += len(message.get("body", b""))
+        complete = not message.get("more_body", False)
+        if n_bytes > most:
+            raise TooLarge(most)
+        return message
+
+    return read
+
+
+def answer(status: int, message: str, **headers: str) -> JSONResponse:
+    """Return an error as every error is returned: ``{"error": message}``."""
+    return JSONResponse({"error": message}, status, headers or None)
+
+
+def name_errors(app: FastAPI) -> None:
+    """Answer every error with one line of JSON: a known one with its reason, another one without."""
+
+    async def known(request: Request, error: Exception) -> JSONResponse:
+        status = 409 if isinstance(error, RunError) else 422 if isinstance(error, DataError) else 400
+        return answer(status, str(error))
+
+    async def http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        return answer(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+
+    async def missing(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, OSError)
+        return answer(404, f"a file cannot be read: {error.strerror or 'unknown reason'}")
+
+    app.add_exception_handler(BiopsyError, known)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(OSError, missing)
+    app.add_exception_handler(Exception, _internal)
+
+
+async def _internal(request: Request, error: Exception) -> JSONResponse:
+    logger.error("%s %s failed: %s: %s", request.method, request.url.path, type(error).__name__, error)
+    return answer(500, "internal error; the server's log names it")
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether an address is reached from this machine only."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def bind(host: str, port: int | None, *, default: int) -> socket.socket:
+    """Return a listening socket on a port; without one, on the first free one from ``default``.
+
+    Raises:
+        DataError: If the port is taken, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for candidate in [port] if port is not None else [*range(default, default + 20), 0]:
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, candidate))
+            listener.listen(512)
+        except OSError as error:
+            listener.close()
+            if port is not None:
+                raise DataError(
+                    f"cannot listen on {host}:{port}: {error.strerror}; name another --port"
+                ) from None
+            reason = error.strerror
+            continue
+        return listener
+    raise DataError(f"cannot listen on {host}: {reason}")
+
+
+def run_server(app: Any, listener: socket.socket, *, on_start: Callable[[], Awaitable[None] | None]) -> None:
+    """Serve until Ctrl-C.
+
+    Args:
+        app: The ASGI application.
+        listener: As `bind` returns it.
+        on_start: Called once requests are answered.
+    """
+    import uvicorn
+
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_keep_alive=10, lifespan="on", server_header=False
+    )
+    server = uvicorn.Server(config)
+
+    async def serve() -> None:
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started and not task.done():
+            await asyncio.sleep(0.02)
+        if server.started:
+            on_start()
+        await task
+
+    try:
+        asyncio.run(serve())
+    except KeyboardInterrupt:
+        pass
+    finally:
+        listener.close()

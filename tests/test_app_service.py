@@ -1,0 +1,365 @@
+"""The REST interface: equal to ``biopsy predict``, bounded, and unmoved by what hostile clients send."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+import biopsy
+from biopsy.app.batching import Batcher, Busy
+from biopsy.app.service import Limits, make_service
+from biopsy.core.errors import DataError, RunError
+from biopsy.models.engine import Engine
+from conftest import encode_png
+from slide_maps import make_classifier, save_classifier
+
+LIMITS = Limits(images=20, image_bytes=50_000, predict_bytes=500_000, upload_bytes=5_000_000, waiting_jobs=3)
+
+
+@pytest.fixture
+def images(trained_run, tmp_path):
+    """Ten patches as PNG files."""
+    pack = trained_run.open_pack(verify=False)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for row in range(10):
+        (folder / f"{row}.png").write_bytes(encode_png(pack.patches[row]))
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture
+def client(trained_run, tmp_path):
+    app = make_service(trained_run, out=tmp_path / "jobs", device="cpu", limits=LIMITS)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+
+
+def send(client, files, **options):
+    parts = [("images", (path.name, path.read_bytes())) for path in files]
+    return client.post("/predict", files=parts, **options)
+
+
+def test_predictions_are_those_of_predict(client, trained_run, images, tmp_path):
+    expected = biopsy.predict(trained_run, images, out=tmp_path / "p.csv", device="cpu").frame
+    answer = send(client, images).json()
+    found = answer["predictions"]
+    assert [item["name"] for item in found] == expected["patch_id"].tolist()
+    for item, row in zip(found, expected.to_dict("records"), strict=True):
+        assert item["prob"] == pytest.approx(row["prob"], abs=1e-6)
+        assert item["probs"]["idc"] == pytest.approx(row["prob_idc"], abs=1e-6)
+        assert item["pred"] == trained_run.classifier.info.class_names[row["pred"]]
+        assert item["ood"]["feature_distance"] == pytest.approx(row["feature_distance"], rel=1e-4)
+        assert item["ood"]["out_of_distribution"] == row["unlike_training"]
+    assert answer["classifier_sha256"] == trained_run.classifier.sha256
+    alone = send(client, images[:1]).json()["predictions"][0]
+    assert alone["prob"] == pytest.approx(found[0]["prob"], abs=1e-6)
+
+
+def test_many_clients_at_once_get_their_own_answers(client, images):
+    expected = {item["name"]: item["prob"] for item in send(client, images).json()["predictions"]}
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda n: send(client, [images[n % 10], images[(n + 3) % 10]]), range(32)))
+    for n, answer in enumerate(answers):
+        names = [images[n % 10].stem, images[(n + 3) % 10].stem]
+        predictions = answer.json()["predictions"]
+        assert [Path(item["name"]).stem for item in predictions] == names
+        for item in predictions:
+            assert item["prob"] == pytest.approx(expected[item["name"]], abs=1e-6)
+
+
+def test_models_health_metrics_and_description(client, images):
+    send(client, images[:3])
+    [model] = client.get("/models").json()
+    assert model["class_names"] == ["non_idc", "idc"] and model["patch_px"] == 16
+    assert client.get("/health").json()["status"] == "ok"
+    metrics = client.get("/metrics")
+    assert metrics.headers["content-type"].startswith("text/plain")
+    assert 'biopsy_patches_total{model="run"} 3.0' in metrics.text
+    assert 'biopsy_requests_total{path="/predict",status="200"} 1.0' in metrics.text
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {"/predict", "/slides", "/slides/{identity}", "/models", "/health", "/metrics"} <= set(paths)
+
+
+def test_images_of_another_kind_are_named_and_the_others_predicted(client, images, tmp_path):
+    large = tmp_path / "large.png"
+    large.write_bytes(encode_png(np.zeros((17, 40, 3), np.uint8)))
+    text, cut = tmp_path / "text.png", tmp_path / "cut.png"
+    text.write_text("no image")
+    cut.write_bytes(images[0].read_bytes()[:-30])
+    answer = send(client, [images[0], large, text, cut])
+    assert answer.status_code == 200
+    assert [item["name"] for item in answer.json()["predictions"]] == [images[0].name]
+    assert [item["source"] for item in answer.json()["skipped"]] == ["large.png", "text.png", "cut.png"]
+    assert send(client, [text]).status_code == 422
+    bomb = tmp_path / "bomb.png"
+    header = bytearray(encode_png(np.zeros((1, 1, 3), np.uint8)))
+    header[16:24] = (100_000).to_bytes(4, "big") * 2
+    bomb.write_bytes(header)
+    refused = send(client, [bomb])
+    assert refused.status_code == 422 and "Traceback" not in refused.text
+
+
+def test_limits_are_kept(client, images):
+    assert send(client, images * 3).status_code == 413
+    assert client.post("/predict", content=b"x" * 600_000).status_code == 413
+    chunks = (b"x" * 50_000 for _ in range(20))  # without a content-length
+    form = {"content-type": "multipart/form-data; boundary=b"}
+    assert client.post("/predict", content=chunks, headers=form).status_code in (400, 413)
+    assert client.post("/predict").status_code == 422
+    assert client.post("/predict?model=other", files=[("images", ("a.png", b"x"))]).status_code == 404
+    huge = client.post("/slides", json={"path": "x" * 100_000})
+    assert huge.status_code in (413, 422)
+    deep = client.post("/slides", content=b"[" * 50_000, headers={"content-type": "application/json"})
+    assert deep.status_code in (400, 422) and set(deep.json()) == {"error"}
+    assert client.get("/health").status_code == 200
+
+
+def test_a_full_queue_says_when_to_come_back(trained_run, images, tmp_path):
+    limits = replace(LIMITS, waiting_patches=5)
+    app = make_service(trained_run, out=tmp_path / "jobs", device="cpu", limits=limits)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        refused = send(client, images)
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+        assert send(client, images[:5]).status_code == 200  # and nothing of the refused one is left waiting
+        assert app.state.service.batchers["run"].waiting == 0
+
+
+def test_nothing_accepted_is_lost_when_the_queue_overflows(trained_run):
+    classifier, pack = trained_run.classifier, trained_run.open_pack(verify=False)
+    batcher = Batcher(classifier, engine=Engine("cpu"), max_waiting=30)
+    accepted, refused = [], 0
+    for n in range(300):
+        try:
+            batcher.reserve(1)
+        except Busy as busy:
+            refused += 1
+            assert busy.retry_after_s >= 1
+            continue
+        accepted.append((n, batcher.submit([str(n)], [np.asarray(pack.patches[n % 10])])))
+    answers = [(n, future.result(timeout=60)) for n, future in accepted]
+    batcher.close()
+    assert refused and len(answers) + refused == 300 and batcher.waiting == 0
+    assert all(frame["patch_id"].tolist() == [str(n)] for n, frame in answers)
+
+
+def test_an_error_in_a_batch_reaches_those_who_wait(trained_run, monkeypatch):
+    monkeypatch.setattr("biopsy.app.batching.predict_patches", lambda *args, **options: 1 / 0)
+    batcher = Batcher(trained_run.classifier, engine=Engine("cpu"), max_waiting=30)
+    batcher.reserve(1)
+    with pytest.raises(ZeroDivisionError):
+        batcher.submit(["a"], [np.zeros((16, 16, 3), np.uint8)]).result(timeout=60)
+    batcher.close()
+    assert batcher.waiting == 0
+
+
+def test_a_token_is_needed_where_there_is_one(trained_run, images, tmp_path):
+    app = make_service(trained_run, out=tmp_path / "jobs", device="cpu", token="secret")
+    with TestClient(app) as client:
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secre"}):
+            refused = client.get("/models", headers=headers)
+            assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer"
+        assert client.get("/models", headers={"authorization": "Bearer secret"}).status_code == 200
+        assert client.get("/health").status_code == 200
+        assert send(client, images[:1]).status_code == 401
+
+
+def test_another_machine_needs_a_token_and_a_taken_port_is_named(trained_run, tmp_path, monkeypatch):
+    monkeypatch.delenv("BIOPSY_TOKEN", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="--token"):
+        biopsy.serve(trained_run, host="0.0.0.0")
+    from biopsy.app.web import bind
+
+    with bind("127.0.0.1", None, default=8900) as taken:
+        with pytest.raises(DataError, match=str(taken.getsockname()[1])):
+            bind("127.0.0.1", taken.getsockname()[1], default=8900)
+        with bind("127.0.0.1", None, default=taken.getsockname()[1]) as free:
+            assert free.getsockname()[1] != taken.getsockname()[1]
+    with pytest.raises(RunError):
+        make_service(tmp_path, out=tmp_path / "jobs")
+
+
+@pytest.fixture
+def slides(make_slide, tmp_path):
+    """A service that may read slides below a folder with one slide in it."""
+    root = tmp_path / "slides"
+    root.mkdir()
+    path = make_slide("case.tiff", width=900, height=600)
+    path.rename(root / "case.tiff")
+    (tmp_path / "secret.tiff").write_bytes(b"secret")
+    (root / "link.tiff").symlink_to(tmp_path / "secret.tiff")
+    app = make_service(make_classifier(), out=tmp_path / "jobs", root=root, device="cpu", limits=LIMITS)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client, root / "case.tiff"
+
+
+def wait_for(client, identity, *, seconds=60):
+    for _ in range(seconds * 20):
+        job = client.get(f"/slides/{identity}").json()
+        if job["status"] in ("done", "failed"):
+            return job
+        time.sleep(0.05)
+    raise AssertionError(job)
+
+
+def test_a_slide_below_the_root_is_mapped(slides, tmp_path):
+    client, path = slides
+    answer = client.post("/slides", json={"path": "case.tiff"})
+    assert answer.status_code == 202
+    job = wait_for(client, answer.json()["id"])
+    assert job["status"] == "done" and job["progress"] == 1 and str(tmp_path) not in json.dumps(job)
+    regions = client.get(f"/slides/{job['id']}/regions.geojson")
+    assert regions.json()["type"] == "FeatureCollection"
+    expected = biopsy.slide(make_classifier(), path, device="cpu")
+    import io
+
+    import pandas as pd
+
+    frame = pd.read_parquet(io.BytesIO(client.get(f"/slides/{job['id']}/map.parquet").content))
+    np.testing.assert_allclose(frame["prob"], expected.to_frame()["prob"], atol=1e-6)
+    for name in ("label.png", "macro.png", "job.json", "upload", "..%2fjob.json", "overlay.png"):
+        assert client.get(f"/slides/{job['id']}/{name}").status_code == 404
+    assert client.delete(f"/slides/{job['id']}").status_code == 200
+    assert client.get(f"/slides/{job['id']}").status_code == 404
+    assert not (tmp_path / "jobs" / job["id"]).exists()
+
+
+def test_an_uploaded_slide_is_mapped_and_not_kept(slides, tmp_path):
+    client, path = slides
+    answer = client.post("/slides?name=mine.tiff", content=path.read_bytes())
+    job = wait_for(client, answer.json()["id"])
+    assert job["status"] == "done" and job["name"] == "mine.tiff"
+    assert not list((tmp_path / "jobs").rglob("upload"))
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("../secret.tiff", 403),
+        ("/etc/passwd", 403),
+        ("link.tiff", 403),
+        ("nothing.tiff", 422),
+        ("case\0.tiff", 422),
+        ("", 422),
+        (".", 422),
+        ("case.tiff/../../secret.tiff", 403),
+    ],
+)
+def test_paths_out_of_the_root_are_refused(slides, path, status):
+    client, _ = slides
+    refused = client.post("/slides", json={"path": path})
+    assert refused.status_code == status and set(refused.json()) == {"error"}
+    assert not client.get("/slides").json()
+
+
+def test_without_a_root_no_path_is_read(client):
+    assert client.post("/slides", json={"path": "case.tiff"}).status_code == 403
+
+
+def test_bad_uploads_leave_nothing(slides, tmp_path):
+    client, _ = slides
+    assert client.post("/slides", content=b"x").status_code == 422
+    assert client.post("/slides?name=../../evil.sh", content=b"x").status_code == 422
+    assert client.post("/slides?name=a.svs", content=b"").status_code == 400
+    assert client.post("/slides?name=a.svs", content=b"x" * 6_000_000).status_code == 413
+    assert client.post("/slides?name=a.svs&mpp=-1", content=b"x").status_code == 422
+    chunks = (b"x" * 500_000 for _ in range(20))
+    assert client.post("/slides?name=a.svs", content=chunks).status_code == 413
+    assert not client.get("/slides").json() and not list((tmp_path / "jobs").iterdir())
+    job = wait_for(client, client.post("/slides?name=a.svs", content=b"no slide").json()["id"])
+    assert job["status"] == "failed" and job["error"] and str(tmp_path) not in job["error"]
+
+
+def test_jobs_are_bounded(slides, monkeypatch):
+    client, _ = slides
+    going = threading.Event()
+    monkeypatch.setattr("biopsy.app.jobs.slide", lambda *args, **options: going.wait(30))
+    answers = [client.post("/slides", json={"path": "case.tiff"}) for _ in range(6)]
+    codes = [answer.status_code for answer in answers]
+    going.set()
+    assert codes[:3] == [202] * 3 and codes[-1] == 429 and int(answers[-1].headers["retry-after"]) > 0
+
+
+def start_server(folder, *arguments):
+    code = (
+        "import sys, biopsy\n"
+        "biopsy.serve(sys.argv[1], port=0, root=sys.argv[2], out=sys.argv[3], device='cpu')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], cwd=folder, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+@pytest.mark.slow
+def test_a_killed_server_finishes_its_slides_when_it_is_back(make_slide, tmp_path):
+    root = tmp_path / "slides"
+    root.mkdir()
+    make_slide("case.tiff", width=6000, height=5000).rename(root / "case.tiff")
+    save_classifier(tmp_path / "classifier")
+    arguments = (str(tmp_path / "classifier"), str(root), str(tmp_path / "jobs"))
+    process, address = start_server(tmp_path, *arguments)
+    try:
+        identity = httpx.post(f"{address}/slides", json={"path": "case.tiff"}).json()["id"]
+        for _ in range(600):
+            if httpx.get(f"{address}/slides/{identity}").json()["status"] == "running":
+                break
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    document = json.loads((tmp_path / "jobs" / identity / "job.json").read_text())
+    assert document["status"] in ("running", "queued")
+    process, address = start_server(tmp_path, *arguments)
+    try:
+        with httpx.Client(base_url=address) as client:
+            assert wait_for(client, identity)["status"] == "done"
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+def test_slow_clients_and_cut_uploads_are_let_go(make_slide, tmp_path):
+    """Over a real socket: a body that does not come, and one that ends before its length."""
+    import socket
+
+    save_classifier(tmp_path / "classifier")
+    process, address = start_server(
+        tmp_path, str(tmp_path / "classifier"), str(tmp_path), str(tmp_path / "jobs")
+    )
+    try:
+        host, port = address.removeprefix("http://").split(":")
+        head = f"POST /slides?name=a.svs HTTP/1.1\r\nHost: {host}\r\nContent-Length: 1000\r\n\r\n".encode()
+        with socket.create_connection((host, int(port))) as cut:
+            cut.sendall(head + b"x" * 10)
+        slow = socket.create_connection((host, int(port)))
+        slow.sendall(head)
+        for _ in range(100):
+            if not httpx.get(f"{address}/slides").json()[1:]:
+                break
+            time.sleep(0.05)
+        assert httpx.get(f"{address}/health").status_code == 200
+        slow.close()
+        for _ in range(100):
+            if not httpx.get(f"{address}/slides").json():
+                break
+            time.sleep(0.05)
+        assert not httpx.get(f"{address}/slides").json() and not list((tmp_path / "jobs").iterdir())
+    finally:
+        process.kill()
+        process.wait()
