@@ -72,7 +72,7 @@ def make_closeups(mistakes, *, patch_px=50, overview=True, seed=0):
 
     names = {one["patch_id"] for part in mistakes.about["galleries"].values() for one in part}
     closeups = {
-        name: Closeup(noise(), noise(), noise() if overview else None, [noise() for _ in range(3)])
+        name: Closeup(noise(), noise(), False, noise() if overview else None, [noise() for _ in range(3)])
         for name in sorted(names)
     }
     return Closeups(closeups, "Saliency shows this; it is not that.")

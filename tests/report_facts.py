@@ -92,8 +92,8 @@ def make_facts(patient_ids=("10286", "11053", "12810", "13016", "14038", "15478"
                 "sides": {"test": {"patches": 384, "groups": 6}},
             },
             "pack": {"dataset": "idc", "n_patches": 8151, "path": f"/home/ann/{first}.pack"},
-            "command": f"biopsy train cancernet-2020 --data /home/ann/{first}.pack "
-            f"--test-patients {second},{third}",
+            "command": f"biopsy train cancernet-2020 --data /home/ann/{first}.pack --test-patients "
+            f"{second},{third}",
             "chosen_epoch": 2,
             "parameters": {"total": 1_235_133, "trainable": 1_233_533},
             "environment": {"biopsy": "0.1.0", "cpu": "some processor"},
@@ -177,8 +177,13 @@ class Page(HTMLParser):
         assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
 
     def handle_data(self, data):
-        if "style" not in self.open:
+        if not {"style", "script"} & set(self.open):
             self.words.append(data)
+
+    @property
+    def sections(self):
+        """Ids of the sections, in order."""
+        return [attributes["id"] for tag, attributes in self.tags if tag == "section"]
 
     @property
     def text(self):

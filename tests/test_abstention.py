@@ -356,7 +356,10 @@ def test_the_chapter_holds_the_promise_to_account():
     section = describe_abstention(facts)
     assert section.id == "abstention" and [block.kind for block in section.blocks][-1] == "pictures"
     text = words(facts)
-    assert "fitted on 1,000 patches of 25 patients (val), with the patient as the exchangeable unit" in text
+    assert (
+        "fitted on 1,000 patches of 25 patients (validation subset), with the patient as the exchangeable "
+        "unit" in text
+    )
     assert "of a new patient, at least 90 % have their true class in the set" in text
     assert "at most 10 % of each class are misclassified without abstention" in text
     assert "The coverage guarantee was met on these patients. Coverage: not IDC" in text
@@ -372,7 +375,7 @@ def test_the_chapter_holds_the_promise_to_account():
 def test_the_chapter_of_a_refusal_says_why_and_what_the_plain_version_would_promise():
     text = words(chapter(fit(POPULATION.draw(1, 400, seed=0))))
     assert "No coverage guarantee and no abstention: an error rate of 0.1 needs at least" in text
-    assert "there is 1." in text and "with the coverage that it reached" in text
+    assert "there is 1." in text and "its target and the coverage that it reached" in text
     assert "The coverage guarantee was" not in text and "Risk-coverage" in text
 
 

@@ -66,9 +66,9 @@ def test_the_calibration_chapter(facts):
     section = describe_calibration(facts)
     assert section.id == "calibration" and FITTED["warning"].capitalize() in texts(section)
     (table,) = (block for block in section.blocks if isinstance(block, Table))
-    assert table.columns == ["", "before calibration", "after calibration"]
+    assert table.columns == ["measure", "before calibration", "after calibration"]
     ece = facts.metrics["calibration"]["after"]["ece"]["value"]
-    assert table.rows[0][2].startswith(f"{ece:.3f} none") and len(table.rows) == 9
+    assert table.rows[0][2].startswith(f"{ece:.3f} (a)") and len(table.rows) == 9
     pictures = [one for block in section.blocks if isinstance(block, Pictures) for one in block.items]
     assert [one.caption.split(":")[0] for one in pictures] == ["Before calibration", "After calibration"]
     assert all(isinstance(one, Picture) and "Predicted probability of IDC" in one.svg for one in pictures)
@@ -81,7 +81,7 @@ def test_without_calibration_there_is_one_column(facts):
     section = describe_calibration(replace(facts, metrics={**facts.metrics, "calibration": plain}))
     assert texts(section).startswith("Not calibrated: all 9 patches are of class 0.")
     (table,) = (block for block in section.blocks if isinstance(block, Table))
-    assert table.columns == ["", "not calibrated"]
+    assert table.columns == ["measure", "not calibrated"]
 
 
 def test_more_than_two_classes_have_a_table_only(facts):
@@ -115,13 +115,13 @@ def test_metrics_from_before_make_no_chapter():
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({}, "Temperature, fitted on 712 patches of 1 patient of the validation subset. Scores are "
+        ({}, "Temperature scaling, fitted on 712 patches of 1 patient of the validation subset. Scores are "
              "multiplied by 0.500 (a temperature of 2.000)."),
         ({"unit": "patch"}, "fitted on 712 patches of the validation subset"),
         ({"n_patients": 9}, "of 9 patients of"),
         ({"intercepts": [0, 1.0]}, "and shifted."),
         ({"prior": MOVED}, "scores were corrected to the validation prevalence"),
-        ({"prior": LEFT}, "no correction was applied"),
+        ({"prior": LEFT}, "this was not corrected"),
         ({"method": "none"}, "The probabilities are those of the network."),
     ],
 )  # fmt: skip

@@ -51,7 +51,6 @@ def _shuffle_within(truth, rng):
 def test_pale_positives_that_are_missed_are_found_out():
     found = judge_less_stained(*make_table(), **OPTIONS)
     assert found["verdict"] == "held"
-    assert found["answer"].startswith("Held here: missed positives hold less stain than found ones, by ")
     measure = found["measures"][0]
     assert measure["auroc"]["low"] > 0.7 and measure["difference_sd"]["low"] > 0.5
     assert measure["mean_chosen"] < measure["mean_others"]
@@ -60,12 +59,11 @@ def test_pale_positives_that_are_missed_are_found_out():
     missed = (truth == 1) & ~called
     assert measure["n_chosen"] == missed.sum()
     assert measure["mean_chosen"] == pytest.approx(properties["stain"][missed].mean())
-    assert "galleries" in found["note"]
 
 
 def test_varied_negatives_that_are_called_are_found_out():
     found = judge_heterogeneous(*make_table(), **OPTIONS)
-    assert found["verdict"] == "held" and "vary more within themselves" in found["answer"]
+    assert found["verdict"] == "held"
     assert found["measures"][0]["mean_chosen"] > found["measures"][0]["mean_others"]
 
 
@@ -74,26 +72,23 @@ def test_shuffled_calls_show_nothing_but_for_the_one_in_twenty(judge):
     verdicts = [judge(*make_table(seed=seed, effect=False), **OPTIONS)["verdict"] for seed in range(40)]
     assert verdicts.count("not seen") >= 35, "more than 5 of 40 at 1 in 20: chance does that in 1 of 70"
     found = judge(*make_table(effect=False), **OPTIONS)
-    assert found["answer"].startswith("Not seen here:")
     assert found["measures"][0]["auroc"]["low"] < 0.5 < found["measures"][0]["auroc"]["high"]
 
 
 def test_the_opposite_is_called_the_opposite():
     properties, truth, called, groups = make_table()
     found = judge_less_stained(1 - properties, truth, called, groups, **OPTIONS)
-    assert found["verdict"] == "opposite"
-    assert found["answer"].startswith("Not seen here, rather the opposite: missed positives hold more stain")
+    assert found["verdict"] == "opposite" and found["measures"][0]["auroc"]["high"] < 0.5
 
 
 def test_three_slides_cannot_say():
     found = judge_less_stained(*make_table(n_patients=3), seed=0, unit="slide")
     assert found["verdict"] == "unsaid"
-    assert found["answer"].startswith("Cannot be said from 3 slides (only 3 slide(s) with missed patches")
-    assert "Taken as it is: missed positives hold less stain" in found["answer"]
+    assert found["measures"][0]["auroc"]["reason"] in found["answer"] and "3 slides" in found["answer"]
     assert sorted(found["measures"][0]["by_group"]) == ["8863", "8864", "8865"]
     properties, truth, _, groups = make_table()
     none = judge_less_stained(properties, truth, truth == 1, groups, **OPTIONS)
-    assert none["verdict"] == "unsaid" and none["answer"] == "Cannot be said: undefined: no missed patches."
+    assert none["verdict"] == "unsaid" and none["measures"][0]["auroc"]["value"] is None
 
 
 # --- colour
@@ -118,7 +113,7 @@ def test_saliency_on_blue_beyond_its_share_is_found_out():
     without = {"grey": rng.random(240), "eosin only": prob}
     shares = make_shares(240, 1.5, rng)
     found = judge_blue_yellow(truth, prob, without, shares, groups, **OPTIONS)
-    assert found["verdict"] == "held" and found["answer"].startswith("Held here for blue: blue pixels are ")
+    assert found["verdict"] == "held"
     ratio = found["saliency"]["blue"]["ratio"]
     assert ratio["value"] == pytest.approx(shares["blue_saliency"].sum() / shares["blue_area"].sum())
     assert ratio["low"] < 1.5 < ratio["high"] or ratio["value"] == pytest.approx(1.5, abs=0.05)
@@ -195,7 +190,8 @@ def test_a_run_is_measured_once_and_read_again(judged, monkeypatch):
         "blue and yellow",
     ]
     for entry in found["conjectures"]:
-        assert entry["answer"].split()[0] in ("Held", "Not", "Cannot") and entry["answer"].endswith(".")
+        assert entry["verdict"] in ("held", "opposite", "not seen", "unsaid")
+        assert entry["answer"].endswith(".")
     assert found == read_json(judged / "explain" / "conjectures.json")
     (judged / "explain" / "conjectures.json").unlink()
     assert measure_conjectures(judged, device="cpu") == found, "the same twice"

@@ -103,7 +103,7 @@ def test_few_patients_and_no_errors_say_so():
 def test_what_users_name_is_escaped():
     bad = ["<script>alert(1)</script>", "a&b\"'$x_{$", "c", "d", "e", "f"]
     page = render_chapter(make_error_facts(bad))
-    assert "script" not in {tag for tag, _ in page.tags}
+    assert len([tag for tag, _ in page.tags if tag == "script"]) == 1  # the page's own
     assert f"patient {bad[0]}" in page.text or f"patient {bad[1]}" in page.text
 
 

@@ -261,4 +261,4 @@ def test_a_network_without_convolutions_has_no_first_layer():
 def test_every_method_says_what_it_shows_and_what_not():
     assert {"saliency", "activations"} <= set(METHODS)
     for method in METHODS.values():
-        assert method.shows and method.shows_not and method.compute.__doc__
+        assert method.shows and method.caveat and method.compute.__doc__

@@ -82,8 +82,7 @@ def test_the_report_shows_maps_and_answers():
     facts = add_explanations(make_small_facts(IDS))
     text = render_report(report_of_run(facts))
     page = Page(text).text
-    for heading in ("Saliency maps show", "Published hypotheses"):
-        assert heading in page
+    assert {"explanation", "conjectures"} <= set(Page(text).sections)
     assert "saliency: it shows <what>." in page and "activation 8" in text
     for entry in facts.results["hypotheses"]["conjectures"]:
         assert entry["claim"] in page and entry["answer"] in page
@@ -91,7 +90,7 @@ def test_the_report_shows_maps_and_answers():
             assert f"{measure['auroc']['value']:.3f}" in page
     difference = facts.results["hypotheses"]["conjectures"][2]["auroc"]["grey"]["difference"]
     assert f"{difference['value']:.3f} ({difference['low']:.3f} to {difference['high']:.3f})" in page
-    assert "the network applied again to 77, drawn with seed 11" in page
+    assert "hypotheses about saliency on 77" in page and "(seed 11)" in page
     assert len(figures(text)) - len(figures(render_report(report_of_run(make_small_facts(IDS))))) == 2
     for name in facts.results["explanation"].examples["patch_id"]:
         assert name in text
@@ -104,20 +103,17 @@ def test_ids_are_hidden_in_sheets_and_tables():
     for name in (*IDS, *facts.results["explanation"].examples["patch_id"]):
         assert name not in visible and name not in html.unescape(visible)
     assert len(re.findall(r"p 0\.\d\d, patch \d+", text)) == 4
-    assert "stain, missed patient-" in Page(text).text
+    assert "stain, false negatives patient-" in Page(text).text
 
 
 def test_a_report_without_them_has_no_such_chapters():
-    page = Page(render_report(report_of_run(make_small_facts()))).text
-    assert "Saliency maps show" not in page and "conjectures" not in page
+    page = Page(render_report(report_of_run(make_small_facts())))
+    assert not {"explanation", "conjectures"} & set(page.sections)
 
 
 def test_the_report_says_whether_maps_mean_anything():
     facts = add_explanations(make_small_facts(IDS))
-    assert (
-        "has not been tested for this run (`biopsy explain RUN --faithfulness`"
-        in Page(render_report(report_of_run(facts))).text
-    )
+    assert "biopsy explain RUN --faithfulness" in Page(render_report(report_of_run(facts))).text
     facts = replace(facts, results={**facts.results, "faithfulness": make_faithfulness()})
     text = render_report(report_of_run(facts, hide_ids=True))
     page = Page(text).text
@@ -127,7 +123,7 @@ def test_the_report_says_whether_maps_mean_anything():
         for gain in each["gain"].values():
             assert f"{gain['value']:.3f} ({gain['low']:.3f} to {gain['high']:.3f})" in page
     assert "grad_cam needs maps" in page
-    assert "deletion: lower is better" in text and "48 patches of 8 patient(s), predicted IDC" in page
+    assert "deletion: lower is better" in text and "48 patches of 8 patients, predicted IDC" in page
 
 
 def make_faithfulness():

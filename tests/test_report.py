@@ -1,5 +1,7 @@
 """Reports of runs: every number is the metrics', nothing leaves the page, no id or markup gets through."""
 
+import base64
+import hashlib
 import html
 import re
 import xml.etree.ElementTree as ElementTree
@@ -11,7 +13,7 @@ import pytest
 from biopsy.evaluation.evaluate import measure_predictions
 from biopsy.evaluation.provenance_sections import describe_data
 from biopsy.evaluation.scored import ScoredPatches
-from biopsy.reporting.compose import report_of_run
+from biopsy.reporting.compose import report_of_run, state_verdict
 from biopsy.reporting.document import (
     Bullets,
     Gallery,
@@ -45,11 +47,15 @@ def report():
     return render_report(report_of_run(make_facts()))
 
 
-def test_nothing_leaves_the_page_and_nothing_runs(report):
+def test_nothing_leaves_the_page_and_only_its_own_script_runs(report):
     page = Page(report)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
-    assert not {"script", "link", "iframe", "object", "embed", "form"} & {tag for tag, _ in page.tags}
+    assert not {"link", "iframe", "object", "embed", "form"} & {tag for tag, _ in page.tags}
+    (script,) = re.findall(r"<script>(.*?)</script>", report, flags=re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = (a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
+    assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
     for tag, attributes in page.tags:
         assert not [name for name in attributes if name.startswith("on")]
         for name in ("src", "href", "xlink:href", "srcset", "data"):
@@ -76,7 +82,8 @@ def test_summary_numbers_are_the_metrics(report):
         shown = f"{label} {found['value']:.3f} 95 % interval {interval}, over patients"
         assert shown in page
     assert "colour-only baseline: 0.612" in page and "Research use only" in page
-    assert "distinguish IDC from not IDC in patches of patients not seen in training?" in page
+    assert "On 6 patients not seen in training, the model distinguishes IDC from not IDC" in page
+    assert "Test patients (6): 10286, 11053, 12810, 13016, 14038, 15478." in page
     assert "evaluated 4 times, by 2 runs" in page
 
 
@@ -110,6 +117,29 @@ def test_four_slides_are_put_together_again(report):
     assert "2 more are not shown" in text and "200 µm" in text
 
 
+def with_auroc(facts, value, low, high, gain=None):
+    auroc = {"value": value, "low": low, "high": high, "reason": None if low else "only 3 patients"}
+    baseline = None if gain is None else {"auroc": 0.6, "gain": dict(zip(("low", "high"), gain, strict=True))}
+    metrics = {**facts.metrics, "patch": {**facts.metrics["patch"], "auroc": auroc}, "baseline": baseline}
+    return replace(facts, metrics=metrics)
+
+
+@pytest.mark.parametrize(
+    ("auroc", "gain", "words"),
+    [
+        ((0.8, 0.7, 0.9), None, "better than chance (AUROC 0.800, 95 % interval 0.700 to 0.900)."),
+        ((0.8, 0.7, 0.9), (0.1, 0.3), "and better than a colour-only baseline (0.600)."),
+        ((0.8, 0.7, 0.9), (-0.1, 0.3), "not shown to be better than a colour-only baseline (0.600)."),
+        ((0.8, 0.7, 0.9), (-0.3, -0.1), "but worse than a colour-only baseline (0.600)."),
+        ((0.6, 0.4, 0.8), None, "not shown to distinguish IDC from not IDC patches better than chance"),
+        ((0.9, None, None), None, "cannot be generalised to other patients (only 3 patients)."),
+        ((None, None, None), None, "AUROC is not defined: only 3 patients."),
+    ],
+)
+def test_the_verdict_says_no_more_than_the_intervals(auroc, gain, words):
+    assert words in state_verdict(with_auroc(make_small_facts(), *auroc, gain))
+
+
 def test_overlap_and_other_warnings_come_first():
     facts = make_small_facts()
     metrics = {
@@ -119,7 +149,8 @@ def test_overlap_and_other_warnings_come_first():
     }
     text = Page(render_report(report_of_run(replace(facts, metrics=metrics)))).text
     body = text[text.index("Reproducibility") :]  # after the contents
-    assert body.index("Patient overlap between subsets") < body.index("CancerNet, 2020")
+    assert body.index("no result for new patients") < body.index("Patient overlap between subsets")
+    assert body.index("Patient overlap between subsets") < body.index("Research use only")
     assert (
         "the test subset is also the validation subset" in body
         and "A colour-only baseline reaches AUROC 0.999" in body
@@ -161,7 +192,7 @@ def test_what_users_name_is_escaped():
     facts = make_facts((*bad, "d4", "e5", "f6"), recipe={"title": bad[0], "origin": {"flaws": bad}})
     text = render_report(report_of_run(facts))
     page = Page(text)
-    assert "script" not in {tag for tag, _ in page.tags}
+    assert "<script>alert" not in text
     assert all(name in page.text for name in bad)
     for drawn in figures(text):
         ElementTree.fromstring(drawn)
@@ -210,8 +241,7 @@ def test_no_ids_at_all_still_make_a_report():
     for hide_ids in (False, True):
         text = Page(render_report(report_of_run(facts, hide_ids=hide_ids))).text
         assert (
-            "The data have neither patient nor slide ids" in text
-            and "in patches not seen in training" in text
+            "The data have neither patient nor slide ids" in text and "patches not seen in training" in text
         )
         assert "Predictions on the slides" not in text and "Metrics of each" not in text
 

@@ -250,7 +250,7 @@ def test_three_classes_have_a_table_and_a_report(make_pack, tmp_path):
     )
     assert pooled["patch"]["accuracy"]["value"] == row["accuracy"]
     text = Page(report(made)[0].read_text()).text
-    assert f"{metrics['n_patches']} patches of {metrics['n_patients']} patients" in text
+    assert f"{metrics['n_patches']} patches of 1 patient" in text
     for name in (*pack.class_names, "macro average", "Cohen's kappa"):
         assert name in text
 

@@ -19,7 +19,11 @@ def test_study_report_keeps_seeds_apart_from_patients():
     text = render_report(report_of_study(facts))
     page = Page(text).text
     assert "8865 0.760 0.750 0.770 3 0.650 +0.110" in page
-    assert "mean of folds over 3 seeds: 0.750 to 0.770; colour-only baseline, mean of folds: 0.650" in page
+    assert (
+        "mean of folds: 0.760 (0.750 to 0.770 over 3 seeds); colour-only baseline, mean of folds: 0.650"
+        in page
+    )
+    assert "a mean AUROC of 0.760 (3 folds and 3 seeds); a colour-only baseline reaches 0.650." in page
     assert f"no interval: {facts.metrics['patch']['auroc']['reason']}" in page
     assert "3 folds, 3 seeds, 9 runs" in page and "8867 2 64 0.820 0.650" in page
     for drawn in figures(text):

@@ -400,7 +400,7 @@ def _signed(value: float | None) -> str:
 
 
 def _print_plan(found: Mapping[str, Any]) -> None:
-    from biopsy.reporting.document import plural
+    from biopsy.core.text import plural
 
     units = plural(found["unit"])
     print(

@@ -1,4 +1,4 @@
-"""Ids and names from spreadsheets, archives and file systems, brought to one spelling where they enter.
+"""Ids and names from outside, brought to one spelling where they enter; plurals.
 
 Whatever is read from outside (names in archives and folders, cells of tables, lists of cases, options) goes
 through `normalize_name` or `normalize_id`, so that two spellings of one patient are one patient everywhere.
@@ -49,6 +49,36 @@ def file_name(text: str) -> str:
         'body.conv_1_a'
     """
     return re.sub(r"[^\w.-]", "_", text)[:120]
+
+
+def plural(noun: str) -> str:
+    """Return the plural of a regular noun.
+
+    Example:
+        >>> plural("patient"), plural("patch"), plural("class")
+        ('patients', 'patches', 'classes')
+    """
+    return noun + ("es" if noun.endswith(("ch", "s", "x")) else "s")
+
+
+def capitalize(text: str) -> str:
+    """Return a text with its first letter in upper case, the others as they are.
+
+    Example:
+        >>> capitalize("macro AUROC")
+        'Macro AUROC'
+    """
+    return text[:1].upper() + text[1:]
+
+
+def count(n: int, noun: str) -> str:
+    """Return a number of things in words.
+
+    Example:
+        >>> count(1, "patient"), count(8151, "patch")
+        ('1 patient', '8,151 patches')
+    """
+    return f"{n:,} {noun if n == 1 else plural(noun)}"
 
 
 def normalize_id(text: str) -> str:

@@ -9,9 +9,10 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from biopsy.core.errors import MetricError
 from biopsy.plotting.style import (
-    CLASS_COLOURS,
     MUTED,
     WIDTH_IN,
+    class_colour,
+    legend_above,
     new_figure,
     shorten,
     styled,
@@ -37,7 +38,7 @@ def draw_sides(sides: Sequence[str], counts: np.ndarray, class_names: Sequence[s
     figure, axes = new_figure(WIDTH_IN, 1.0 + 0.22 * max(len(sides), 2) * max(len(class_names), 2))
     for index, name in enumerate(class_names):
         rows = np.arange(len(sides)) + (index - (len(class_names) - 1) / 2) * height
-        colour = CLASS_COLOURS[index % len(CLASS_COLOURS)]
+        colour = class_colour(index)
         axes.barh(rows, counts[:, index], height=0.9 * height, color=colour, label=shorten(name))
         for row, count, total in zip(rows, counts[:, index], counts.sum(axis=1), strict=True):
             share = f" ({count / total:.0%})" if total else ""
@@ -58,7 +59,7 @@ def draw_sides(sides: Sequence[str], counts: np.ndarray, class_names: Sequence[s
     axes.set_ylim(len(sides) - 0.45, -0.55)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=0.1, columnspacing=1.2)
+    legend_above(axes)
     return figure
 
 
@@ -83,7 +84,7 @@ def draw_balance(patient_ids: Sequence[object], counts: np.ndarray, class_names:
             f"counts {counts.shape} do not fit {len(patient_ids)} patients x {len(class_names)} classes"
         )
     order = np.argsort(-counts.sum(axis=1), kind="stable")
-    figure, axes = _open_rows(len(order))
+    figure, axes = open_rows(len(order))
     left = np.zeros(len(order))
     for index, name in enumerate(class_names):
         values = counts[order, index]
@@ -92,22 +93,24 @@ def draw_balance(patient_ids: Sequence[object], counts: np.ndarray, class_names:
             values,
             left=left,
             height=0.72,
-            color=CLASS_COLOURS[index % len(CLASS_COLOURS)],
+            color=class_colour(index),
             label=shorten(name),
         )
         left += values
     axes.set_xlabel("Patches")
-    _name_rows(axes, [patient_ids[index] for index in order])
-    _legend_above(axes, len(class_names))
+    name_rows(axes, [patient_ids[index] for index in order])
+    legend_above(axes, len(class_names))
     return figure
 
 
-def _open_rows(n_rows: int, row_in: float = 0.2) -> tuple[Figure, Axes]:
+def open_rows(n_rows: int, row_in: float = 0.2) -> tuple[Figure, Axes]:
+    """Open a figure with one row a patient, high enough for their names."""
     named = n_rows <= NAMED_ROWS
     return new_figure(WIDTH_IN, 1.0 + max(n_rows, 3) * row_in if named else 6.0)
 
 
-def _name_rows(axes: Axes, names: Sequence[object]) -> None:
+def name_rows(axes: Axes, names: Sequence[object]) -> None:
+    """Write the name of each row at its left, or how many there are."""
     n_rows = len(names)
     axes.set_ylim(n_rows - 0.4, -0.6)
     if n_rows <= NAMED_ROWS:
@@ -118,14 +121,3 @@ def _name_rows(axes: Axes, names: Sequence[object]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
-
-
-def _legend_above(axes: Axes, columns: int) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(
-            loc="lower left",
-            bbox_to_anchor=(0, 1.0),
-            ncols=min(columns, 3),
-            borderaxespad=0.1,
-            columnspacing=1.2,
-        )

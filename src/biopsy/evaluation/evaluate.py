@@ -84,14 +84,14 @@ def evaluate(
     pack, sides, about = _choose_patches(run, classifier, side, data, split)
     if side == "val" and about["test_is_validation"]:
         raise RunError(
-            f"{run.path.name} has no validation subset: as published, it was tuned on its test "
-            "subset; evaluate that"
+            f"{run.path.name} has no validation subset: as published, it was tuned on its test subset; "
+            "evaluate that"
         )
     rows = np.flatnonzero(sides == side)
     if not len(rows):
         raise RunError(
-            f"split {about['name']!r} has no {subset_name(side)} patches in {pack.path.name}: "
-            "make another with `biopsy split`"
+            f"split {about['name']!r} has no {subset_name(side)} patches in {pack.path.name}: make another "
+            "with `biopsy split`"
         )
     engine = Engine("auto", run.recipe.train.precision)
     network = engine.place(classifier.network)
@@ -249,8 +249,8 @@ def _choose_patches(
     if _is_own(run, pack):
         if split_name is not None:
             raise RunError(
-                f"split={split_name!r} goes with data= of another pack: "
-                f"{run.path.name} is judged on its own split"
+                f"split={split_name!r} goes with data= of another pack: {run.path.name} is judged on its own "
+                "split"
             )
         if data is not None:
             pack.verify()
@@ -287,8 +287,8 @@ def check_classes(pack: Pack, classifier: Classifier) -> None:
     ours = (classifier.info.class_names, classifier.info.positive_class)
     if theirs != ours:
         raise RunError(
-            f"{pack.path} has the classes {theirs[0]}, positive {theirs[1]!r}; "
-            f"the run learned {ours[0]}, positive {ours[1]!r}"
+            f"{pack.path} has the classes {theirs[0]}, positive {theirs[1]!r}; the run learned {ours[0]}, "
+            f"positive {ours[1]!r}"
         )
 
 

@@ -11,14 +11,17 @@ from matplotlib.patches import FancyBboxPatch
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from biopsy.core.errors import MetricError
-from biopsy.data.figures import NAMED_ROWS, _legend_above, _name_rows, _open_rows
+from biopsy.data.figures import NAMED_ROWS, name_rows, open_rows
 from biopsy.plotting.style import (
     BASELINE,
+    DASHED,
     INK,
+    MODEL,
     MUTED,
     NEGATIVE,
     POSITIVE,
     WIDTH_IN,
+    legend_above,
     new_figure,
     shorten,
     styled,
@@ -47,7 +50,7 @@ def draw_confusion(tp: int, fp: int, fn: int, tn: int, *, negative: str, positiv
         total = sum(count for count, _ in cells)
         for column, (count, name) in enumerate(cells):
             share = count / total if total else float("nan")
-            _draw_cell(axes, column, row, NEGATIVE if row == column else POSITIVE, share)
+            _draw_cell(axes, column, row, share)
             axes.text(column, row - 0.23, name, ha="center", va="center", fontsize=9)
             axes.text(column, row + 0.03, f"{count:,}", ha="center", va="center", fontsize=16)
             shown = f"{share:.1%} of {shorten(truth, 14)}" if total else f"no {shorten(truth, 14)} patch"
@@ -79,12 +82,12 @@ def draw_confusion_matrix(counts: np.ndarray, class_names: Sequence[str]) -> Fig
         total = counts[row].sum()
         for column in range(n_classes):
             share = counts[row, column] / total if total else float("nan")
-            _draw_cell(axes, column, row, NEGATIVE if row == column else POSITIVE, share)
-            shown = f"{counts[row, column]:,}"
-            if np.isfinite(share):
-                shown += f"\n{share:.0%}"
-            axes.text(column, row, shown, ha="center", va="center", fontsize=8.5, linespacing=1.3)
-    names = [shorten(name, 12 if n_classes <= 3 else 18) for name in class_names]
+            _draw_cell(axes, column, row, share)
+            shown = f"{counts[row, column]:,}" + (f"\n{share:.0%}" if counts[row, column] else "")
+            colour = INK if counts[row, column] else MUTED
+            style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8.5, "linespacing": 1.3}
+            axes.text(column, row, shown, color=colour, **style)
+    names = [shorten(name, 12 if n_classes <= 3 else 22) for name in class_names]
     _label_cells(axes, names, names)
     if n_classes > 3:
         axes.tick_params(axis="x", labelrotation=40)
@@ -96,9 +99,10 @@ def draw_confusion_matrix(counts: np.ndarray, class_names: Sequence[str]) -> Fig
     return figure
 
 
-def _draw_cell(axes: Axes, column: int, row: int, colour: str, share: float) -> None:
-    strength = 0.06 + 0.34 * (share if np.isfinite(share) else 0.0)
-    tint = tuple(1 - strength * (1 - channel) for channel in to_rgb(colour))
+def _draw_cell(axes: Axes, column: int, row: int, share: float) -> None:
+    """Shade a cell by the share of the true class; the diagonal, which is correct, is framed."""
+    strength = 0.04 + 0.46 * (share if np.isfinite(share) else 0.0)
+    tint = tuple(1 - strength * (1 - channel) for channel in to_rgb(MODEL))
     axes.add_patch(
         FancyBboxPatch(
             (column - 0.46, row - 0.45),
@@ -106,7 +110,8 @@ def _draw_cell(axes: Axes, column: int, row: int, colour: str, share: float) -> 
             0.9,
             boxstyle="round,pad=0,rounding_size=0.05",
             fc=tint,
-            ec="none",
+            ec=INK if row == column else "none",
+            linewidth=0.9,
         )
     )
 
@@ -114,7 +119,7 @@ def _draw_cell(axes: Axes, column: int, row: int, colour: str, share: float) -> 
 def _label_cells(axes: Axes, columns: list[str], rows: list[str]) -> None:
     axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
     axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), [f"{shorten(name)}" for name in rows])
+    axes.set_yticks(range(len(rows)), [shorten(name, 22) for name in rows])
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     axes.set_ylabel("True class", color=MUTED)
     axes.grid(False)
@@ -145,16 +150,16 @@ def draw_roc(
     target, prob = _check_pair(target, prob)
     figure, axes = new_figure(height_in=4.1)
     if band is not None:
-        axes.fill_between(*band, color=POSITIVE, alpha=0.16, linewidth=0, label="95 % interval")
+        axes.fill_between(*band, color=MODEL, alpha=0.16, linewidth=0, label="95 % interval")
     false_positive_rate, sensitivity, _ = roc_curve(target, prob)
-    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label="chance")
-    axes.plot(false_positive_rate, sensitivity, color=POSITIVE, label=label)
+    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=DASHED, label="chance")
+    axes.plot(false_positive_rate, sensitivity, color=MODEL, label=label)
     if operating_point is not None:
         reached, specificity = operating_point
         axes.plot([1 - specificity], [reached], "o", color=INK, markersize=6, label="decision threshold")
     _frame_unit_square(axes)
     axes.set(xlabel="1 - specificity", ylabel="Sensitivity")
-    axes.legend(loc="lower right")
+    legend_above(axes)
     return figure
 
 
@@ -184,16 +189,16 @@ def draw_precision_recall(
         prevalence,
         color=MUTED,
         linewidth=0.9,
-        linestyle=(0, (4, 3)),
+        linestyle=DASHED,
         label=f"baseline: prevalence {prevalence:.2f}",
     )
     ppv, sensitivity, _ = precision_recall_curve(target, prob, drop_intermediate=True)
-    axes.step(sensitivity, ppv, where="post", color=POSITIVE, label=label)
+    axes.step(sensitivity, ppv, where="post", color=MODEL, label=label)
     if operating_point is not None:
         axes.plot(*operating_point, "o", color=INK, markersize=6, label="decision threshold")
     _frame_unit_square(axes)
     axes.set(xlabel="Recall (sensitivity)", ylabel="Precision (positive predictive value)")
-    axes.legend(loc="lower left")
+    legend_above(axes, 2)
     return figure
 
 
@@ -220,12 +225,12 @@ def draw_reliability(
     bins = reliability_bins(target, prob, n_bins=n_bins)
     figure = Figure(figsize=(WIDTH_IN, 4.3), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.6, 1))
-    upper.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label="perfect calibration")
+    upper.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=DASHED, label="perfect calibration")
     upper.plot(
-        bins.mean_prob, bins.observed, "-o", color=POSITIVE, markersize=4.5, linewidth=1.1, label="this model"
+        bins.mean_prob, bins.observed, "-o", color=MODEL, markersize=4.5, linewidth=1.1, label="this model"
     )
     upper.set(xlim=(-0.015, 1.015), ylim=(-0.015, 1.015), ylabel="Observed frequency")
-    upper.legend(loc="upper left")
+    legend_above(upper)
     edges = np.linspace(0, 1, 41)
     lower.hist(
         [prob[target == 0], prob[target == 1]],
@@ -235,7 +240,7 @@ def draw_reliability(
         label=list(class_names),
     )
     lower.set(xlabel="Predicted probability of the positive class", ylabel="Patches")
-    lower.legend(loc="upper center", ncols=2)
+    legend_above(lower)
     lower.grid(False)
     return figure
 
@@ -291,17 +296,13 @@ def draw_patient_metric(
     order = np.argsort(np.where(np.isfinite(values), -values, np.inf), kind="stable")
     defined = np.isfinite(values[order])
     rows = np.arange(len(order))
-    figure, axes = _open_rows(len(order))
+    figure, axes = open_rows(len(order))
     if interval is not None:
         axes.axvspan(*interval, color=MUTED, alpha=0.14, linewidth=0, label="95 % interval")
     if overall is not None:
-        axes.axvline(
-            overall, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"all patches {overall:.3f}"
-        )
+        axes.axvline(overall, color=INK, linewidth=1, linestyle=DASHED, label=f"all patches {overall:.3f}")
     size = 14 + 60 * n_patches[order] / max(int(n_patches.max(initial=1)), 1)
-    axes.scatter(
-        values[order][defined], rows[defined], s=size[defined], color=NEGATIVE, zorder=3, linewidth=0
-    )
+    axes.scatter(values[order][defined], rows[defined], s=size[defined], color=MODEL, zorder=3, linewidth=0)
     if len(order) <= NAMED_ROWS:
         for row in rows[~defined]:
             axes.annotate(
@@ -338,8 +339,8 @@ def draw_patient_metric(
     axes.set_xlabel(metric)
     shown = [*values[np.isfinite(values)], *(interval or ()), *([] if overall is None else [overall])]
     axes.set_xlim(min(shown, default=0.0) - 0.04, max([1.0, *shown]) + 0.02)
-    _name_rows(axes, [patient_ids[index] for index in order])
-    _legend_above(axes, 2)
+    name_rows(axes, [patient_ids[index] for index in order])
+    legend_above(axes, 2)
     return figure
 
 
@@ -367,7 +368,7 @@ def draw_patient_probs(
     names = np.unique(who)
     medians = np.array([np.median(prob[who == name]) for name in names])
     names = names[np.argsort(-medians, kind="stable")]
-    figure, axes = _open_rows(len(names), row_in=0.26)
+    figure, axes = open_rows(len(names), row_in=0.26)
     for value, (label, colour, offset) in enumerate(
         zip(class_names, (NEGATIVE, POSITIVE), (0.16, -0.16), strict=True)
     ):
@@ -384,12 +385,10 @@ def draw_patient_probs(
                 q50, rows, "o", color="white", markeredgecolor=colour, markersize=4.5, label=shorten(label)
             )
     if threshold is not None:
-        axes.axvline(
-            threshold, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"threshold {threshold:.2f}"
-        )
+        axes.axvline(threshold, color=INK, linewidth=1, linestyle=DASHED, label=f"threshold {threshold:.2f}")
     axes.set(xlabel=f"Predicted probability of {shorten(class_names[1], 24)}", xlim=(-0.015, 1.015))
-    _name_rows(axes, names.tolist())
-    _legend_above(axes, 3)
+    name_rows(axes, names.tolist())
+    legend_above(axes, 3)
     return figure
 
 
@@ -415,11 +414,11 @@ def draw_decision_curve(curve: Mapping[str, Any], *, level: float = 0.95) -> Fig
         low, high = ([one[end] for one in known] for end in ("low", "high"))
         marks = [one["threshold"] for one in known]
         axes.fill_between(
-            marks, low, high, color=POSITIVE, alpha=0.16, linewidth=0, label=f"{100 * level:g} % interval"
+            marks, low, high, color=MODEL, alpha=0.16, linewidth=0, label=f"{100 * level:g} % interval"
         )
-    axes.plot(at, treat_all, color=NEGATIVE, linewidth=1.2, linestyle=(0, (4, 2)), label="act on all patches")
+    axes.plot(at, treat_all, color=INK, linewidth=1.2, linestyle=DASHED, label="act on all patches")
     axes.axhline(0, color=BASELINE, linewidth=1.2, label="act on none")
-    axes.plot(at, model, color=POSITIVE, label="act on predicted positives")
+    axes.plot(at, model, color=MODEL, label="act on predicted positives")
     top = max(float(model.max()), float(treat_all.max()), 0.01)
     axes.set(
         xlim=(0, 1),
@@ -427,5 +426,5 @@ def draw_decision_curve(curve: Mapping[str, Any], *, level: float = 0.95) -> Fig
         xlabel="Threshold probability",
         ylabel="Net benefit (true positives per patch)",
     )
-    axes.legend(loc="upper right")
+    legend_above(axes, 2)
     return figure

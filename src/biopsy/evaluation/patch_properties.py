@@ -23,6 +23,17 @@ PROPERTIES = {
 }
 """Each property and its unit; amounts as `imaging.stain.separate_stains` gives them."""
 
+
+def property_name(name: str) -> str:
+    """Return a property as a reader sees it.
+
+    Example:
+        >>> property_name("tissue_frac"), property_name("nuclear_density")
+        ('tissue fraction', 'nuclear density')
+    """
+    return name.replace("_frac", "_fraction").replace("_", " ")
+
+
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 

@@ -265,8 +265,8 @@ def _read_labels(y_true: ArrayLike) -> np.ndarray:
 def _refuse_missing(name: str, missing: Any) -> None:
     if missing.any():
         raise MetricError(
-            f"{name} is missing in {missing.sum():,} rows, first in row {int(missing.argmax())}: "
-            "fill these in or leave the patches out"
+            f"{name} is missing in {missing.sum():,} rows, first in row {int(missing.argmax())}: fill these "
+            "in or leave the patches out"
         )
 
 
@@ -315,8 +315,8 @@ def _name_classes(
         names = sorted({str(label) for label in labels})
         if len(names) != n_classes:
             raise MetricError(
-                f"y_true names {len(names)} classes ({', '.join(names)}) and y_prob is of {n_classes}: "
-                "name all by class_names, in the order of its columns"
+                f"y_true names {len(names)} classes ({', '.join(names)}) and y_prob is of {n_classes}: name "
+                "all by class_names, in the order of its columns"
             )
     else:
         names = [str(index) for index in range(n_classes)]

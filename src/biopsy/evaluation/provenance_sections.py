@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from biopsy.core.subsets import subset_name
+from biopsy.core.text import plural
 from biopsy.data.figures import draw_balance, draw_sides
 from biopsy.data.leakage import SIDES
 from biopsy.plotting.style import svg
@@ -29,12 +30,13 @@ from biopsy.reporting.registry import section
 from biopsy.statistics.metrics import METRICS
 from biopsy.training.figures import QUANTITIES, draw_network, draw_training
 
+MOST_CLASS_COLUMNS = 4
 NOT_SHOWN = ("format", "pack_sha256", "dataset", "unit", "counts")  # of the audit
 
 
 @section("baseline", order=130)
 def describe_baseline(facts: RunFacts) -> Section | None:
-    """The colour-only model beside this one."""
+    """Return the colour-only model beside this one."""
     theirs, ours = facts.baseline, facts.pooled.get("auroc", {})
     if theirs.get("value") is None or ours.get("value") is None:
         return None
@@ -48,14 +50,15 @@ def describe_baseline(facts: RunFacts) -> Section | None:
         rows.append(["difference, paired", number(gain), interval_of(known)])
     verdict = (
         f"The AUROC of the model is {number(gain)} higher than that of the baseline"
-        + (", a difference that is not significant." if (known.get("low") or 0) < 0 else ".")
+        + ("." if (known.get("low") or 0) > 0 else "; that it is higher on others is not established.")
         if gain > 0
-        else f"The AUROC of the model is not higher than that of the baseline ({number(gain)}); the "
-        "model may "
-        "rely on staining rather than morphology."
+        else f"The AUROC of the model is not higher than that of the baseline ({number(gain)}); the model "
+        "may rely on staining rather than morphology."
     )
-    note = "Baseline: logistic regression on colour and stain statistics, trained on the same split."
-    table = Table(["", "AUROC", "95 % interval"], rows, caption="Model and colour-only baseline", note=note)
+    note = "Baseline: logistic regression on colour and stain statistics of the same training subset."
+    table = Table(
+        ["model", "AUROC", "95 % interval"], rows, caption="Model and colour-only baseline", note=note
+    )
     return Section("baseline", "Colour-only baseline", [table, Text(verdict)])
 
 
@@ -63,7 +66,7 @@ def describe_baseline(facts: RunFacts) -> Section | None:
 def describe_data(facts: RunFacts) -> Section:
     """Pack, split, audit, balance, and how often the test side was looked at."""
     if not facts.is_run:
-        return Section("data", "Data", _draw_classes_by_group(facts))
+        return Section("data", "Data", [Pictures(_draw_classes_by_group(facts))])
     pack, split = facts.run.get("pack", {}), facts.run.get("split", {})
     blocks: list[Block] = [
         Facts(
@@ -76,18 +79,18 @@ def describe_data(facts: RunFacts) -> Section:
                 ("split", split.get("name")),
                 ("protocol", split.get("protocol")),
                 ("fold", split.get("fold")),
-                ("patients in several subsets", split.get("patients_overlap")),
+                (f"{plural(facts.unit)} in several subsets", split.get("patients_overlap")),
                 ("test subset used for validation", split.get("val_is_test") or None),
             )
         )
     ]
     if split.get("sides"):
         blocks.append(_table_of_sides(split["sides"], facts))
-        blocks += _draw_sides(split["sides"], facts)
-    blocks += _draw_classes_by_group(facts)
+    pictures = [*_draw_sides(split.get("sides") or {}, facts), *_draw_classes_by_group(facts)]
+    blocks += [Pictures(pictures)] if pictures else []
     if facts.audit is not None:
         shown = {key: value for key, value in facts.audit.items() if key not in NOT_SHOWN}
-        blocks.append(Facts(flatten(shown), caption="Data audit"))
+        blocks.append(Facts(flatten(shown), fold="Data audit"))
     blocks.append(Text(say_openings(facts.ledger or facts.metrics.get("times_opened"))))
     return Section("data", "Data", blocks)
 
@@ -102,12 +105,13 @@ def _table_of_sides(sides: Mapping[str, Any], facts: RunFacts) -> Table:
             rows.append([subset_name(side), number(counts.get("patches")), number(groups), *shown])
         else:
             rows.append([subset_name(side), number(counts), "-", *["-"] * len(facts.class_names)])
-    return Table(
-        ["subset", "patches", f"{facts.unit}s", *facts.class_names], rows, caption="Subsets of the split"
-    )
+    columns = ["subset", "patches", plural(facts.unit), *facts.class_names]
+    if len(facts.class_names) > MOST_CLASS_COLUMNS:  # turned, a row a class: the table fits the page
+        columns, *rows = map(list, zip(columns, *rows, strict=True))
+    return Table(columns, rows, caption="Subsets of the split")
 
 
-def _draw_sides(sides: Mapping[str, Any], facts: RunFacts) -> list[Block]:
+def _draw_sides(sides: Mapping[str, Any], facts: RunFacts) -> list[Picture]:
     known = {
         side: counts["per_class"]
         for side, counts in sides.items()
@@ -118,12 +122,12 @@ def _draw_sides(sides: Mapping[str, Any], facts: RunFacts) -> list[Block]:
     counts = np.array(
         [[per_class.get(name, 0) for name in facts.class_names] for per_class in known.values()]
     )
-    figure = draw_sides(list(known), counts, facts.class_names)
+    figure = draw_sides([subset_name(side) for side in known], counts, facts.class_names)
     caption = "Patches of each subset of the split, by class."
-    return [Pictures([Picture(caption, svg(figure, "sides"))], across=1)]
+    return [Picture(caption, svg(figure, "sides"))]
 
 
-def _draw_classes_by_group(facts: RunFacts) -> list[Block]:
+def _draw_classes_by_group(facts: RunFacts) -> list[Picture]:
     groups = facts.group_ids
     known = groups.notna().to_numpy()
     if not known.any():
@@ -133,7 +137,7 @@ def _draw_classes_by_group(facts: RunFacts) -> list[Block]:
     np.add.at(counts, (codes, facts.predictions["target"].to_numpy(int)[known]), 1)
     figure = draw_balance(names.tolist(), counts, facts.class_names)
     caption = f"Patches of each {facts.unit}{facts.on_side}, by class."
-    return [Pictures([Picture(caption, svg(figure, "balance"))], across=1)]
+    return [Picture(caption, svg(figure, "balance"))]
 
 
 @section("training", order=150)
@@ -177,7 +181,7 @@ def describe_training(facts: RunFacts) -> Section | None:
     if facts.network:
         figure = draw_network([tuple(row) for row in facts.network], input_shape=facts.input_shape)  # type: ignore[misc]
         caption = "Layers from input to output, with output shape (channels, height, width) and parameters."
-        blocks.append(Pictures([Picture(caption, svg(figure, "network"))], across=1))
+        blocks.append(Pictures([Picture(caption, svg(figure, "network"))], across=1, fold="Layers"))
     return Section("training", "Training and architecture", blocks)
 
 
@@ -213,7 +217,7 @@ def describe_recipe(facts: RunFacts) -> Section | None:
         source = ", ".join(str(origin[key]) for key in ("authors", "title", "year") if origin.get(key))
         blocks.append(
             Table(
-                ["", "published", f"corrected, {facts.positive} positive", "this run", "95 % interval"],
+                ["metric", "published", f"corrected, {facts.positive} positive", "this run", "95 % interval"],
                 rows,
                 caption="Published and observed metrics",
                 note=f"Source: {source}. Comparable only on the same data and split; this run used the split "
@@ -223,7 +227,9 @@ def describe_recipe(facts: RunFacts) -> Section | None:
     if origin.get("flaws"):
         blocks += [Text("Known flaws of the published result:"), Bullets(origin["flaws"])]
     if origin.get("not_stated"):
-        blocks.append(Text(f"Not stated by the source, chosen by us: {'; '.join(origin['not_stated'])}."))
+        blocks.append(
+            Text(f"Not stated by the source, chosen for this recipe: {'; '.join(origin['not_stated'])}.")
+        )
     if facts.recipe.get("notes"):
         blocks.append(Text(str(facts.recipe["notes"])))
     if facts.recipe_toml:

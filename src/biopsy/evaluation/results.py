@@ -89,8 +89,8 @@ class Evaluation(Result):
         """Draw observed frequency against predicted probability (of more classes: of the predicted one)."""
         from biopsy.evaluation.calibration.figures import draw_calibration
 
-        positive = self.document["positive_class"] or "the predicted class"
-        return draw_calibration(self.document["calibration"]["after"]["bins"], positive=positive)
+        bins = self.document["calibration"]["after"]["bins"]
+        return draw_calibration(bins, positive=self.document["positive_class"])
 
     def plot_confusion(self) -> "Figure":
         """Draw the confusion matrix."""

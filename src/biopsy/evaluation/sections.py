@@ -8,6 +8,7 @@ import pandas as pd
 
 from biopsy.core.errors import DataError
 from biopsy.core.subsets import subset_name
+from biopsy.core.text import count
 from biopsy.evaluation.figures import (
     draw_confusion,
     draw_confusion_matrix,
@@ -27,11 +28,10 @@ from biopsy.reporting.document import (
     Section,
     Table,
     Text,
-    estimate_text,
     metric_label,
     number,
 )
-from biopsy.reporting.elements import Footnotes, table_of_metrics
+from biopsy.reporting.elements import Footnotes, say_rule, table_of_metrics
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import section
 from biopsy.slide_io.mosaic import stitch, stitch_values
@@ -57,7 +57,11 @@ def describe_numbers(facts: RunFacts) -> Section:
 def picture_of_confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Pictures:
     """Return the confusion matrix of more than two classes as a figure."""
     figure = draw_confusion_matrix(np.asarray(matrix), class_names)
-    return Pictures([Picture("Patches by true and predicted class.", svg(figure, "confusion"))], across=1)
+    caption = (
+        "Patches by true class (rows) and predicted class (columns), with the share of the true class. The "
+        "diagonal is correct."
+    )
+    return Pictures([Picture(caption, svg(figure, "confusion"))], across=1)
 
 
 def table_of_classes(report: Sequence[Mapping[str, Any]], note: str = "") -> Table:
@@ -77,33 +81,29 @@ def table_of_classes(report: Sequence[Mapping[str, Any]], note: str = "") -> Tab
 def _say_calls(facts: RunFacts) -> str:
     if not facts.is_binary:
         return "Each patch is assigned the class of highest probability."
-    threshold = "frozen threshold" if facts.is_run else "threshold"
+    threshold = "decision threshold" if facts.is_run else "threshold"
     return (
-        f"At the {threshold} {number(facts.threshold)}. The recall of {facts.positive} is the sensitivity, "
+        f"At the {threshold}, {number(facts.threshold)}. The recall of {facts.positive} is the sensitivity, "
         f"that of {facts.negative} the specificity."
     )
 
 
 def _table_of_one_against_rest(per_class: Mapping[str, Mapping[str, Any]]) -> Table:
     names = ("auroc", "sensitivity", "specificity", "ppv", "f1")
-    rows = [[name, *(estimate_text(m.get(key, {})) for key in names)] for name, m in per_class.items()]
+    reasons = Footnotes()
+    rows = [[name, *(reasons.estimate(m.get(key, {})) for key in names)] for name, m in per_class.items()]
     return Table(
         ["class", *(metric_label(key) for key in names)],
         rows,
         caption="Each class against the rest",
-        note="One-vs-rest: the class is positive, all others together are negative.",
+        note="The class is taken as positive, all others together as negative. 95 % intervals in brackets."
+        + reasons.text,
     )
 
 
 def _confusion_pictures(facts: RunFacts) -> list[Picture]:
-    chosen = facts.metrics.get("threshold") or {}
-    rule, side = chosen.get("rule", "rule not stated"), chosen.get("chosen_on", "a subset not stated")
-    named = {
-        "confusion": f"At the frozen threshold {number(facts.threshold)} ({rule}, chosen on {side}).",
-        "at_half": "At threshold 0.5.",
-    }
-    if not facts.is_run:
-        named["confusion"] = f"At the threshold {number(facts.threshold)}."
+    name = "decision threshold" if facts.is_run else "threshold"
+    named = {"confusion": f"At the {name}, {number(facts.threshold)}.", "at_half": "At threshold 0.5."}
     return [
         Picture(caption, svg(_draw_quadrants(facts, counts), key))
         for key, caption in named.items()
@@ -130,13 +130,13 @@ def describe_curves(facts: RunFacts) -> Section | None:
         pr_point = None if None in (reached[0], reached[2]) else (reached[0], reached[2])
         pictures = [
             Picture(
-                "ROC curve: sensitivity against the false positive rate at every threshold. Dot: the "
-                "decision threshold.",
+                "ROC curve: sensitivity against the false positive rate (1 - specificity) at every "
+                "threshold.",
                 svg(draw_roc(target, prob, operating_point=roc_point), "roc"),
             ),
             Picture(
-                f"Precision-recall curve of {facts.positive}. The baseline is its prevalence. Dot: the "
-                "decision threshold.",
+                f"Precision-recall curve of {facts.positive}. A model without skill has the precision of the "
+                "dashed line, the prevalence.",
                 svg(draw_precision_recall(target, prob, operating_point=pr_point), "pr"),
             ),
         ]
@@ -145,21 +145,12 @@ def describe_curves(facts: RunFacts) -> Section | None:
     names = (facts.negative, facts.positive)
     pictures.append(
         Picture(
-            "Reliability diagram: observed frequency against predicted probability, in bins of equal size. "
-            "Below: histogram of the predicted probabilities.",
+            "Reliability diagram: observed frequency against predicted probability, in bins of as many "
+            "patches each. Below: histogram of the predicted probabilities.",
             svg(draw_reliability(target, prob, class_names=names), "reliability"),
         )
     )
     return Section("curves", "Discrimination and calibration", [Pictures(pictures)])
-
-
-RULES = {
-    "youden": "highest sensitivity + specificity",
-    "argmax": "probability 0.5",
-    "cost": "minimum cost, a false negative costing {} false positives",
-    "sensitivity": "sensitivity of {}",
-    "specificity": "specificity of {}",
-}
 
 
 @section("decisions", order=40)
@@ -172,20 +163,13 @@ def describe_decisions(facts: RunFacts) -> Section | None:
     if "at_prevalence" in facts.metrics:
         blocks.append(_table_at_prevalence(facts.metrics["at_prevalence"]))
     caption = (
-        f"Decision curve (Vickers and Elkin 2006) for {facts.positive} at the prevalence of these "
-        "patches: true "
-        "positives minus false positives weighted by the odds of the threshold probability, per patch. The "
-        "model is useful where its curve lies above both reference strategies."
+        f"Decision curve (Vickers and Elkin 2006) for {facts.positive} at the prevalence of these patches. "
+        "Net benefit: true positives minus false positives, weighted by the odds of the threshold "
+        "probability, per patch. The model is useful where its curve lies above acting on all and on none."
     )
     picture = Picture(caption, svg(draw_decision_curve(curve), "decision-curve"))
     blocks += [Pictures([picture], across=1), Text(say_benefit(curve))]
     return Section("decisions", "Decision thresholds and net benefit", blocks)
-
-
-def say_rule(rule: str) -> str:
-    """Write a threshold's rule in words."""
-    name, _, asked = rule.partition("=")
-    return RULES[name].format(asked) if name in RULES else rule
 
 
 def _table_of_points(points: Sequence[Mapping[str, Any]], side: str | None) -> Table:
@@ -212,7 +196,7 @@ def _table_of_points(points: Sequence[Mapping[str, Any]], side: str | None) -> T
                 _signed(point["drift"][name]),
             ]
         rows.append(row)
-    chosen_on = points[0]["chosen_on"]
+    chosen_on = subset_name(points[0]["chosen_on"])
     heads = [
         f"{name} {part}" for name in ("sensitivity", "specificity") for part in (chosen_on, subset_name(side))
     ]
@@ -220,9 +204,8 @@ def _table_of_points(points: Sequence[Mapping[str, Any]], side: str | None) -> T
         ["rule", "threshold", heads[0], heads[1], "drift", heads[2], heads[3], "drift"],
         rows,
         caption="Operating points",
-        note=f"Every threshold was chosen on {chosen_on} and is fixed; the first one is the decision "
-        "threshold. "
-        f"Drift: {subset_name(side)} minus {chosen_on}.{reasons.text}",
+        note=f"Every threshold was chosen on the {chosen_on} subset and kept; the first one is the decision "
+        f"threshold. Drift: {subset_name(side)} minus {chosen_on}. 95 % intervals in brackets.{reasons.text}",
     )
 
 
@@ -236,7 +219,8 @@ def _table_at_prevalence(asked: Mapping[str, Any]) -> Table:
         ["rule", "positive predictive value", "negative predictive value"],
         rows,
         caption=f"Predictive values at a prevalence of {100 * asked['prevalence']:g} %",
-        note="By Bayes' rule, with the sensitivity and specificity above." + reasons.text,
+        note="By Bayes' rule from sensitivity and specificity above. 95 % intervals in brackets."
+        + reasons.text,
     )
 
 
@@ -279,18 +263,25 @@ def _join_thresholds(points: Sequence[tuple[float, bool]]) -> str:
 
 
 MOST_SLIDES = 4
+PANEL_NAMES = {
+    "tissue": "Tissue",
+    "target": "Annotated classes",
+    "prob": "Map of predicted probabilities",
+    "error": "Map of errors",
+}
 SLIDE_SIDE_PX = 640
-LONG_TABLE = 16
+LONG_TABLE = 30  # rows, beyond which a table is folded
 
 
 @section("patients", order=60)
 def describe_patients(facts: RunFacts) -> Section | None:
-    """One row a patient or slide, and every subgroup."""
+    """Return one row a patient or slide, and every subgroup."""
     groups = facts.group_ids
     blocks: list[Block] = []
-    if facts.is_binary and groups.notna().any():
+    if groups.notna().any():
         known = groups.notna().to_numpy()
-        blocks += _blocks_by_group(facts, groups[known].astype(str).to_numpy(), known)
+        describe = _blocks_by_group if facts.is_binary else _classes_by_group
+        blocks += describe(facts, groups[known].astype(str).to_numpy(), known)
     if facts.metrics.get("subgroups"):
         blocks.append(_table_of_subgroups(facts.metrics["subgroups"], len(facts.class_names), facts.unit))
     if not blocks:
@@ -308,7 +299,8 @@ def _blocks_by_group(facts: RunFacts, who: np.ndarray, known: np.ndarray) -> lis
     interval = None if auroc.get("low") is None else (auroc["low"], auroc["high"])
     pictures = [
         Picture(
-            f"AUROC within each {facts.unit}. Larger dots hold more patches.",
+            f"AUROC within each {facts.unit}. Larger dots: more patches. Band and dashed line: AUROC of all "
+            "patches together with its interval.",
             svg(
                 draw_patient_metric(
                     names.tolist(),
@@ -322,9 +314,8 @@ def _blocks_by_group(facts: RunFacts, who: np.ndarray, known: np.ndarray) -> lis
             ),
         ),
         Picture(
-            f"Predicted probabilities within each {facts.unit}: median (dot), interquartile range "
-            "(thick line) "
-            "and 5th to 95th percentile (thin line).",
+            f"Predicted probabilities within each {facts.unit}: median (circle), interquartile range (thick "
+            "line) and 5th to 95th percentile (thin line).",
             svg(
                 draw_patient_probs(
                     who.tolist(),
@@ -348,10 +339,31 @@ def _blocks_by_group(facts: RunFacts, who: np.ndarray, known: np.ndarray) -> lis
         for i, name in enumerate(names)
     ]
     columns = [facts.unit, "patches", facts.positive, *(metric_label(key) for key in shown)]
-    title = f"Metrics of each {facts.unit} ({len(rows)})"
     note = "Dash: undefined, because only one class occurs."
-    fold = title if len(rows) >= LONG_TABLE else ""
-    return [Pictures(pictures), Table(columns, rows, caption="" if fold else title, note=note, fold=fold)]
+    return [Pictures(pictures), table_by_group(facts.unit, columns, rows, note=note)]
+
+
+def _classes_by_group(facts: RunFacts, who: np.ndarray, known: np.ndarray) -> list[Block]:
+    """Return the table of patients of more than two classes: their classes, and how many are correct."""
+    table = facts.predictions[known]
+    rows = []
+    for name in np.unique(who):
+        part = table[who == name]
+        counts = part["target"].value_counts()
+        classes = ", ".join(f"{facts.class_names[index]} ({n:,})" for index, n in counts.items())
+        correct = int((part["target"] == part["pred"]).sum())
+        rows.append([name, classes, number(len(part)), number(correct), number(correct / len(part))])
+    columns = [facts.unit, "true classes (patches)", "patches", "correct", "accuracy"]
+    return [table_by_group(facts.unit, columns, rows, text_columns=2)]
+
+
+def table_by_group(
+    unit: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, note: str = "", text_columns: int = 1
+) -> Table:
+    """Return a table of one row a patient or slide, folded where it is long."""
+    title = f"Metrics of each {unit} ({len(rows)})"
+    fold = title if len(rows) > LONG_TABLE else ""
+    return Table(columns, rows, "" if fold else title, note, text_columns=text_columns, fold=fold)
 
 
 def _table_of_subgroups(subgroups: Mapping[str, Mapping[str, Any]], n_classes: int, unit: str) -> Table:
@@ -400,13 +412,13 @@ def describe_slides(facts: RunFacts) -> Section | None:
     for name in chosen:
         rows = placed[placed[column] == name]
         n_positive = number(int(rows["is_positive"].sum()))
-        caption = f"{kind.capitalize()} {name}: {number(len(rows))} patches, {n_positive} {facts.positive}"
+        caption = f"{kind.capitalize()} {name}: {count(len(rows), 'patch')}, {n_positive} {facts.positive}"
         try:
             pictures = _slide_pictures(facts, rows, f"slide-{name}")
         except DataError as error:
             blocks.append(Text(f"{caption}. Not drawn: {error}.", "note"))
         else:
-            blocks.append(Pictures(pictures, across=2, caption=caption))
+            blocks.append(Pictures(pictures, across=4, caption=caption))
     left_out = len(counts) - len(chosen)
     if left_out:
         blocks.append(
@@ -438,5 +450,5 @@ def _slide_pictures(facts: RunFacts, rows: pd.DataFrame, name: str) -> list[Pict
             threshold=facts.threshold,
             panels=[panel],
         )
-        pictures.append(Picture("", svg(figure, f"{name}-{panel}")))
+        pictures.append(Picture("", svg(figure, f"{name}-{panel}"), alt=f"{PANEL_NAMES[panel]} of {name}"))
     return pictures

@@ -8,7 +8,7 @@ from matplotlib.colors import to_rgb
 
 from biopsy.data.packs import Pack
 from biopsy.evaluation.neighbours import find_step, place_on_slides
-from biopsy.plotting.style import CLASS_COLOURS
+from biopsy.plotting.style import class_colour
 from biopsy.slide_io.mosaic import stitch
 
 OVERVIEW_PX = 112
@@ -72,7 +72,7 @@ class SlideViews:
             patch, (right - left, bottom - top), interpolation=cv2.INTER_AREA
         )
         index = int(self._pack.target[row])
-        colour = [round(255 * part) for part in to_rgb(CLASS_COLOURS[index % len(CLASS_COLOURS)])]
+        colour = [round(255 * part) for part in to_rgb(class_colour(index))]
         thick = 2 if index == 0 else 4  # told apart in a grey print too
         cv2.rectangle(image, (left + 1, top + 1), (right - 2, bottom - 2), colour, thick)
 

@@ -12,13 +12,15 @@ from biopsy.core.errors import MetricError
 from biopsy.plotting.style import (
     BASELINE,
     INK,
+    MODEL,
     MUTED,
-    NEGATIVE,
-    POSITIVE,
     PROBABILITY_MAP,
     RULE,
+    SERIES_COLOURS,
+    TEST,
     VALIDATION,
     WIDTH_IN,
+    legend_above,
     new_figure,
     shorten,
     styled,
@@ -58,7 +60,7 @@ def draw_folds(
             part,
             row + spread,
             "o",
-            color=NEGATIVE,
+            color=MODEL,
             markersize=6,
             alpha=0.75,
             markeredgewidth=0,
@@ -93,7 +95,7 @@ def draw_folds(
     axes.set_xlabel(metric)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=0.1, columnspacing=1.2)
+    legend_above(axes)
     return figure
 
 
@@ -101,8 +103,8 @@ PANELS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "aur
 ROW_IN = 0.3
 MARKS: Mapping[str, dict[str, Any]] = {
     "published": {"marker": "D", "color": INK, "markerfacecolor": "white", "markeredgewidth": 1.4},
-    "as published": {"marker": "o", "color": POSITIVE},
-    "patients apart": {"marker": "o", "color": NEGATIVE},
+    "as published": {"marker": "o", "color": SERIES_COLOURS[0]},
+    "patients apart": {"marker": "o", "color": MODEL},
     "colour alone": {"marker": "s", "color": BASELINE, "markerfacecolor": "white", "markeredgewidth": 1.4},
 }
 
@@ -184,9 +186,8 @@ def _draw_leaks(axes: Axes, leaks: Mapping[tuple[str, str], Sequence[float]]) ->
     """A row a slide of a recipe: each seed's gain from training patches of that slide, and their mean."""
     names, last = [], None
     for row, ((recipe, tested), values) in enumerate(leaks.items()):
-        axes.plot(
-            values, [row] * len(values), "o", color=POSITIVE, markersize=5, alpha=0.6, markeredgewidth=0
-        )
+        dots: dict[str, Any] = {"markersize": 5, "alpha": 0.6, "markeredgewidth": 0}
+        axes.plot(values, [row] * len(values), "o", color=SERIES_COLOURS[0], **dots)
         axes.plot([np.mean(values)] * 2, [row - 0.3, row + 0.3], color=INK, linewidth=1.8)
         names.append(
             f"{shorten(recipe, 22)}  {shorten(tested, 10)}" if recipe != last else shorten(tested, 10)
@@ -207,7 +208,6 @@ def _frame(axes: Axes, names: Sequence[str], label: str) -> None:
 
 
 WIDE_RANGE = 8  # from this ratio of largest to smallest value on, an axis of numbers is logarithmic
-TEST = NEGATIVE
 
 
 @styled
@@ -290,7 +290,7 @@ def _draw_line(
         dashes = (0, (3, 3))
         axes.axvline(place[best[0]], color=INK, linewidth=0.9, linestyle=dashes, zorder=0, label="chosen")
     axes.set(xlabel=key, ylabel=f"{metric} (dots: seeds)")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=0.1)
+    legend_above(axes)
     return figure
 
 
@@ -318,7 +318,7 @@ def _draw_map(
             axes.plot(
                 [column - 0.5, column + 0.5, column + 0.5, column - 0.5, column - 0.5],
                 [row - 0.5, row - 0.5, row + 0.5, row + 0.5, row - 0.5],
-                color=VALIDATION,
+                color=INK,
                 linewidth=2.6,
                 clip_on=False,
                 solid_joinstyle="miter",

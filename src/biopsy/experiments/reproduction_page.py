@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from biopsy.core.text import count, plural
 from biopsy.evaluation.provenance_sections import describe_reproduction
 from biopsy.experiments.figures import PANELS, draw_reproduction
 from biopsy.experiments.reproduction_summary import CONTRASTS
@@ -61,8 +62,8 @@ def report_of_reproduction(facts: ReproductionFacts, *, hide_ids: bool = False) 
     ]
     return ReportDocument(
         title=f"Published recipes on {study['pack']['name']}",
-        subtitle=f"Reproduction {study.get('name', '')}: {len(papers)} "
-        f"recipe{'s' if len(papers) > 1 else ''}, {sum(entry['n_runs'] for entry in papers.values())} runs",
+        subtitle=f"Reproduction {study.get('name', '')}: {count(len(papers), 'recipe')}, "
+        f"{count(sum(entry['n_runs'] for entry in papers.values()), 'run')}",
         summary=_summarise(papers, facts.summary["unit"], hide_ids=hide_ids),
         sections=[section for section in sections if section is not None],
         warnings=_warn_reader(papers, facts.summary["unit"]),
@@ -83,19 +84,17 @@ def _summarise(papers: Mapping[str, Any], unit: str, *, hide_ids: bool) -> Summa
             for arm, key in (("with", "arm"), ("without", "reference"))
         ]
     return Summary(
-        question="What was published, what does it reproduce to with the published split, and with a "
-        "split by "
-        f"{unit if unit != 'patch' else 'patient'}?",
+        verdict=_state_verdict(papers, leaks, unit),
         headlines=headlines,
         unit="",
         findings=[
-            f"{name}: training on patches of the tested {unit} adds "
-            f"{mean_sd(papers[name]['leak']['auroc'], '+')} to the AUROC on other patches of it"
-            f"{_name_reference(papers[name], unit)} (mean of {unit}s, over seeds)."
-            for name in leaks
-        ]
-        + [
-            "Both arms of a comparison have equal numbers of training patches and updates.",
+            *(
+                f"{name}: training on patches of the tested {unit} changes the AUROC on other patches of it "
+                f"by {mean_sd(papers[name]['leak']['auroc'], '+')}{_name_reference(papers[name], unit)} "
+                f"(mean over {plural(unit)}, ± standard deviation over seeds)."
+                for name in leaks
+            ),
+            "All trainings that are compared have the same number of patches and of updates.",
             *([HIDDEN] if hide_ids else []),
         ],
         not_for=NOT_FOR,
@@ -106,6 +105,22 @@ def _name_reference(entry: Mapping[str, Any], unit: str) -> str:
     if entry["leak"]["reference"] != CONTRASTS["leak"][1]:
         return ""
     return f", compared with as many patches of another {unit} with both classes"
+
+
+def _state_verdict(papers: Mapping[str, Any], leaks: Mapping[str, float], unit: str) -> str:
+    """Return the result in one sentence: how much leakage raises the AUROC, at most and at least."""
+    of = count(len(papers), "published recipe")
+    if not leaks:
+        return f"{of} reproduced; the effect of leakage between training and test was not measured."
+    high = max(leaks, key=lambda name: leaks[name])
+    text = (
+        f"{of} reproduced: with patches of the tested {unit} in training, the AUROC on other patches of it "
+        f"changes by {leaks[high]:+.3f} ({high})"
+    )
+    if len(leaks) > 1:
+        low = min(leaks, key=lambda name: leaks[name])
+        text += f" at most and {leaks[low]:+.3f} ({low}) at least"
+    return f"{text}."
 
 
 def _mean_of_slides(entry: Mapping[str, Any], arm: str) -> float | None:
@@ -122,20 +137,20 @@ def _warn_reader(papers: Mapping[str, Any], unit: str) -> list[str]:
     smoke = [name for name, entry in papers.items() if "smoke" in entry["label"]]
     if smoke:
         warnings.append(
-            f"Smoke test only, less than a tenth of the published updates: {', '.join(smoke)}. "
-            "These rows show that the recipe runs, not its performance."
+            f"Smoke test only, less than a tenth of the published updates: {', '.join(smoke)}. These rows "
+            "show that the recipe runs, not its performance."
         )
     without = [name for name, entry in papers.items() if "method only" in entry["label"]]
     if without:
         warnings.append(
-            f"Method only, with random initial weights where the publication used pretrained ones: "
+            "Method only, with random initial weights where the publication used pretrained ones: "
             f"{', '.join(without)}."
         )
     tested = [name for name, entry in papers.items() if entry["published"]["test_is_validation"]]
     if tested:
         warnings.append(
-            f"As published, the test subset is also the validation subset: {', '.join(tested)}. "
-            "Results are optimistic."
+            f"As published, the test subset is also the validation subset: {', '.join(tested)}. Results are "
+            "optimistic."
         )
     if unit == "patch":
         warnings.append("The data have neither patient nor slide ids: leakage cannot be measured.")
@@ -179,8 +194,7 @@ def _describe_table(papers: Mapping[str, Any]) -> Section:
             rows,
             note="Mean ± standard deviation over seeds. Corrected: the published result with the positive "
             "class named, on the published split. Leakage: increase from training patches of the tested "
-            "slide, "
-            "mean over slides.",
+            "slide, mean over slides.",
             text_columns=2,
         ),
     ]
@@ -287,8 +301,7 @@ def _describe_lengths(papers: Mapping[str, Any], asked: Mapping[str, Any]) -> Se
         "label",
     ]
     note = (
-        "Smoke: less than a tenth of the published updates. Early stopping is disabled, so that both "
-        "arms make "
-        "the same number of updates; the epoch is selected as the recipe specifies."
+        "Smoke: less than a tenth of the published updates. Early stopping is disabled, so that both arms "
+        "make the same number of updates; the epoch is selected as the recipe specifies."
     )
     return Section("lengths", "Training length", [Table(columns, rows, note=note)])

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from biopsy.core.text import capitalize, count, plural
 from biopsy.evaluation.figures import draw_confusion
 from biopsy.evaluation.provenance_sections import describe_reproduction
-from biopsy.evaluation.sections import picture_of_confusion, table_of_classes
+from biopsy.evaluation.sections import LONG_TABLE, picture_of_confusion, table_by_group, table_of_classes
 from biopsy.experiments.figures import draw_folds
 from biopsy.plotting.style import svg
 from biopsy.reporting.document import (
@@ -75,8 +76,9 @@ def report_of_study(facts: StudyFacts, *, hide_ids: bool = False) -> ReportDocum
     ]
     return ReportDocument(
         title=str(title),
-        subtitle=f"Study {facts.study.get('name', '')}: {n_folds} folds, {n_seeds} seeds, {len(table)} runs; "
-        f"{number(m.get('n_patches'))} patches of {number(m.get('n_patients'))} {facts.unit}s",
+        subtitle=f"Study {facts.study.get('name', '')}: {count(n_folds, 'fold')}, {count(n_seeds, 'seed')}, "
+        f"{count(len(table), 'run')}; {count(m.get('n_patches') or 0, 'patch')} of "
+        f"{count(m.get('n_patients') or 0, facts.unit)}",
         summary=_summarise(facts),
         sections=[section for section in sections if section is not None],
         warnings=_warn_reader(facts),
@@ -111,20 +113,17 @@ def spread_over_seeds(table: pd.DataFrame, metric: str = "auroc") -> pd.DataFram
 def _summarise(facts: StudyFacts) -> Summary:
     pooled, n_classes = facts.metrics.get("patch") or {}, len(facts.class_names)
     names = ("sensitivity", "specificity") if n_classes == 2 else ("accuracy", "balanced_accuracy")
-    what = f"is {facts.positive} detected" if n_classes == 2 else f"are {n_classes} classes distinguished"
     seeds = facts.table.groupby("seed")["auroc"].mean()
-    spread = f"mean of folds over {len(seeds)} seeds: {number(seeds.min())} to {number(seeds.max())}"
+    spread = f"mean of folds: {number(seeds.mean())}"
+    if len(seeds) > 1:
+        spread += f" ({number(seeds.min())} to {number(seeds.max())} over {len(seeds)} seeds)"
     colour = _mean_baseline(facts)
     beside = spread if colour is None else f"{spread}; colour-only baseline, mean of folds: {number(colour)}"
-    apart = not facts.metrics.get("split", {}).get("patients_overlap") and facts.unit != "patch"
-    seen = f"Every patch was predicted by runs not trained on its {facts.unit}. " if apart else ""
     return Summary(
-        question=f"How well {what} in {facts.unit}s left out of training, and how much does this vary "
-        "between "
-        "seeds?",
+        verdict=_state_verdict(facts, seeds, colour),
         headlines=[
             headline(
-                f"{'AUROC' if n_classes == 2 else 'Macro AUROC'}, out of fold",
+                f"{capitalize(_ranking(facts))}, out-of-fold predictions pooled",
                 pooled.get("auroc", {}),
                 beside=beside,
             ),
@@ -132,11 +131,31 @@ def _summarise(facts: StudyFacts) -> Summary:
         ],
         unit=facts.unit,
         findings=[
-            f"{seen}Intervals reflect sampling of {facts.unit}s, the spread over seeds reflects training.",
+            f"Intervals are over {plural(facts.unit)}; the spread over seeds is that of repeated training.",
             *([HIDDEN] if facts.ids_hidden else []),
         ],
         not_for=NOT_FOR,
     )
+
+
+def _state_verdict(facts: StudyFacts, seeds: pd.Series, colour: float | None) -> str:
+    """Return the result in one sentence: the mean over folds and seeds, beside the colour-only baseline."""
+    n_groups = facts.metrics.get("n_patches" if facts.unit == "patch" else "n_patients") or 0
+    where = f"On {count(n_groups, facts.unit)}"
+    if facts.unit != "patch" and not facts.metrics.get("split", {}).get("patients_overlap"):
+        where += ", each left out of training in one fold"
+    n_classes = len(facts.class_names)
+    task = f"{facts.positive} patches" if n_classes == 2 else f"{n_classes} classes"
+    runs = f"{count(facts.table['fold'].nunique(), 'fold')} and {count(len(seeds), 'seed')}"
+    text = f"{where}, the model recognises {task} with a mean {_ranking(facts)} of {number(seeds.mean())}"
+    text += f" ({runs})"
+    if colour is None:
+        return f"{text}."
+    return f"{text}; a colour-only baseline reaches {number(colour)}."
+
+
+def _ranking(facts: StudyFacts) -> str:
+    return "AUROC" if len(facts.class_names) == 2 else "macro AUROC"
 
 
 def _warn_reader(facts: StudyFacts) -> list[str]:
@@ -148,9 +167,8 @@ def _warn_reader(facts: StudyFacts) -> list[str]:
     ours, colour = facts.table["auroc"].mean(), _mean_baseline(facts)
     if colour is not None and colour >= ours:
         warnings.append(
-            f"A colour-only baseline reaches a mean AUROC of {number(colour)} (this model: "
-            f"{number(ours)}); the "
-            "model may rely on staining rather than morphology."
+            f"A colour-only baseline reaches a mean AUROC of {number(colour)} (this model: {number(ours)}); "
+            "the model may rely on staining rather than morphology."
         )
     return warnings
 
@@ -188,7 +206,7 @@ def _describe_folds(facts: StudyFacts) -> Section:
             Pictures(
                 [
                     Picture(
-                        "AUROC of every run (dots: seeds; dotted line: chance).",
+                        "AUROC of every run, by fold. A dot is a run with one seed; dotted line: chance.",
                         svg(figure, "folds"),
                     )
                 ],
@@ -230,9 +248,7 @@ def _describe_groups(facts: StudyFacts) -> Section | None:
         "difference",
     ]
     note = "Dash: undefined, because only one class occurs, or not measured."
-    fold = f"Metrics of each {unit} ({len(rows)})" if len(rows) > 16 else ""
-    blocks: list[Block] = [Table(columns, rows, note=note, fold=fold)]
-    return Section("groups", f"Per-{unit} results", blocks)
+    return Section("groups", f"Per-{unit} results", [table_by_group(unit, columns, rows, note=note)])
 
 
 def _measure_groups(facts: StudyFacts, part: pd.DataFrame, who: pd.Series) -> dict[str, float]:
@@ -246,7 +262,10 @@ def _measure_groups(facts: StudyFacts, part: pd.DataFrame, who: pd.Series) -> di
 
 def _describe_pooled(facts: StudyFacts) -> Section:
     blocks: list[Block] = [
-        Text("Metrics of the pooled out-of-fold predictions of all runs."),
+        Text(
+            "The test predictions of all folds and seeds, taken together. A ranking metric such as AUROC "
+            "then compares probabilities of different models: read it beside the mean over folds above."
+        ),
         table_of_metrics(facts.metrics, facts.unit),
         *_compare_pooling(facts),
     ]
@@ -295,5 +314,7 @@ def _describe_runs(facts: StudyFacts) -> Section:
         )
     headings = [RUN_COLUMNS.get(name, metric_label(name)) for name in shown]
     return Section(
-        "runs", "All runs", [Table(headings, rows, fold=f"{len(rows)} runs" if len(rows) > 16 else "")]
+        "runs",
+        "All runs",
+        [Table(headings, rows, fold=f"{len(rows)} runs" if len(rows) > LONG_TABLE else "")],
     )

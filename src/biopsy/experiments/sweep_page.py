@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from biopsy.core.text import count
 from biopsy.evaluation.provenance_sections import describe_reproduction
 from biopsy.experiments.figures import draw_sweep
 from biopsy.plotting.style import svg
@@ -74,8 +75,8 @@ def report_of_sweep(facts: SweepFacts, *, hide_ids: bool = False) -> ReportDocum
     ]
     return ReportDocument(
         title=f"{next(iter(study['recipes']))}: {', '.join(facts.summary['grid'])}",
-        subtitle=f"Sweep {study.get('name', '')}: {len(combinations)} combinations, {len(seeds)} "
-        f"seed{'s' if len(seeds) > 1 else ''}, split {split}",
+        subtitle=f"Sweep {study.get('name', '')}: {count(len(combinations), 'combination')}, "
+        f"{count(len(seeds), 'seed')}, split {split}",
         summary=_summarise(facts, hide_ids=hide_ids),
         sections=sections,
         warnings=_warn_reader(facts),
@@ -85,17 +86,17 @@ def report_of_sweep(facts: SweepFacts, *, hide_ids: bool = False) -> ReportDocum
 
 def _summarise(facts: SweepFacts, *, hide_ids: bool) -> Summary:
     best, by = facts.summary["best"], facts.summary["chosen_by"]
-    findings = [
-        "The best combination is chosen on validation; its test metrics are unbiased by the choice. The best "
-        "of all test metrics is optimistic.",
-        say_openings(facts.summary["ledger"]),
-        *([HIDDEN] if hide_ids else []),
-    ]
+    verdict = "No combination has been evaluated on validation."
     headlines = []
     if best is not None:
         name = "validation AUROC" if by == "val_auroc" else "validation loss"
-        findings.insert(0, f"Chosen by {name}: {say_values(best['values'])}.")
-        beside = f"mean of {best['n_seeds']} seed{'s' if best['n_seeds'] > 1 else ''}"
+        tested = ", ".join(
+            f"{label} {number(best[key]['mean'])}"
+            for key, label in METRICS.items()
+            if key in best and best[key]["mean"] is not None
+        )
+        verdict = f"The {name} chooses {say_values(best['values'])}; its means on the test subset: {tested}."
+        beside = f"mean of {count(best['n_seeds'], 'seed')}"
         headlines = [
             Headline("AUROC on validation", best["val_auroc"]["mean"], beside=beside),
             *(
@@ -104,11 +105,15 @@ def _summarise(facts: SweepFacts, *, hide_ids: bool) -> Summary:
             ),
         ]
     return Summary(
-        question=f"Which {' and '.join(facts.summary['grid'])} is best on validation, and how much does "
-        "performance depend on it?",
+        verdict=verdict,
         headlines=headlines,
         unit=facts.summary["unit"],
-        findings=findings,
+        findings=[
+            "The choice was made on validation, so the test metrics of the chosen combination are not biased "
+            "by it. The best of all test metrics would be.",
+            say_openings(facts.summary["ledger"]),
+            *([HIDDEN] if hide_ids else []),
+        ],
         not_for=NOT_FOR,
     )
 
@@ -149,9 +154,8 @@ def _describe_settings(facts: SweepFacts) -> Section:
             columns,
             rows,
             caption="All combinations",
-            note="Mean ± standard deviation over seeds. Right of the validation AUROC: test subset, "
-            "each run at "
-            "the threshold chosen on its validation subset.",
+            note="Mean ± standard deviation over seeds. Right of the validation AUROC: test subset, each run "
+            "at the threshold chosen on its validation subset.",
             text_columns=len(keys) + 1,
         ),
     ]

@@ -9,6 +9,7 @@ for, which is told apart by the same readers and in the same print.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -23,6 +24,7 @@ from biopsy.plotting.style import INK, MUTED, WIDTH_IN, shorten, styled
 COLOURS, SIGNED_COLOURS = "inferno", "cividis"
 ALPHA = 0.65  # of the map over the tissue
 HEAD_IN, LABEL_IN, FOOT_IN, GAP = 0.22, 0.2, 0.42, 0.06  # of a sheet; the gap is a share of a cell
+CONSTANT = 1 / 255  # of the scale: what the maps of a page cannot show as a difference
 FULL_SCALE = 99.0  # percentile of a map that gets the last colour: a few pixels must not darken all others
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
@@ -55,6 +57,11 @@ def scale_maps(maps: np.ndarray, *, axis: tuple[int, ...] | None = None, signed:
     full = np.percentile(size, FULL_SCALE, axis=axis, keepdims=True)
     full = np.where(full > 0, full, size.max(axis=axis, keepdims=True))  # a map that is 0 nearly everywhere
     return np.clip(np.divide(kept, full, out=np.zeros_like(kept), where=full > 0), -1, 1)
+
+
+def is_constant(values: np.ndarray) -> bool:
+    """Return whether a scaled map has the same value at every pixel, and so highlights nothing."""
+    return float(np.ptp(values)) < CONSTANT
 
 
 def superimpose(
@@ -119,6 +126,10 @@ def draw_overlays(
             inch = cell * (1 - GAP) / max(image.shape[:2])
             extent = (left, left + image.shape[1] * inch, top - image.shape[0] * inch, top)
             sheet.imshow(image, interpolation="none", extent=extent, aspect="auto")
+            if column and is_constant(row.maps[column - 1]):
+                middle = (extent[0] + extent[1]) / 2, (extent[2] + extent[3]) / 2
+                style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7.5, "color": "white"}
+                sheet.text(*middle, "constant", **style, bbox={"fc": INK, "ec": "none", "pad": 1.5})
             if index == 0:
                 y = (height - 0.6 * HEAD_IN) / height
                 title = shorten(title, 20)

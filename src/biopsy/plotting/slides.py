@@ -14,13 +14,15 @@ from matplotlib.lines import Line2D
 from biopsy.core.errors import DataError
 from biopsy.plotting.style import (
     BASELINE,
-    CLASS_COLOURS,
+    FALSE_NEGATIVE,
+    FALSE_POSITIVE,
     INK,
     MUTED,
-    NEGATIVE,
     POSITIVE,
     PROBABILITY_MAP,
     RULE,
+    TISSUE,
+    class_colour,
     shorten,
     styled,
 )
@@ -130,22 +132,23 @@ def draw_scale_bar(axes: Axes, columns: int, rows: int, um_per_cell: float) -> N
 def _draw_classes(axes: Axes, target: np.ndarray, class_names: Sequence[str], extent: Extent) -> None:
     image = np.full((*target.shape, 4), (1.0, 1.0, 1.0, 0.0))
     for index in range(len(class_names)):
-        image[np.round(target) == index] = (*to_rgb(CLASS_COLOURS[index % len(CLASS_COLOURS)]), 1.0)
+        image[np.round(target) == index] = (*to_rgb(class_colour(index)), 1.0)
     axes.imshow(image, extent=extent, interpolation="none")
-    colours = [CLASS_COLOURS[index % len(CLASS_COLOURS)] for index in range(len(class_names))]
+    colours = [class_colour(index) for index in range(len(class_names))]
     _draw_legend(axes, colours, [shorten(name, 14) for name in class_names])
 
 
 def _draw_errors(axes: Axes, target: np.ndarray, prob: np.ndarray, threshold: float, extent: Extent) -> None:
-    """Draw what was missed and what was called wrongly over what was right, light."""
+    """Draw false negatives, false positives and, in two greys, what is correct."""
     called, known = prob >= threshold, np.isfinite(prob) & np.isfinite(target)
     image = np.full((*target.shape, 4), (1.0, 1.0, 1.0, 0.0))
     image[known] = (*to_rgb(RULE), 1.0)
     image[known & (target == 1) & called] = (*to_rgb(MUTED), 1.0)
-    image[known & (target == 1) & ~called] = (*to_rgb(NEGATIVE), 1.0)
-    image[known & (target == 0) & called] = (*to_rgb(POSITIVE), 1.0)
+    image[known & (target == 1) & ~called] = (*to_rgb(FALSE_NEGATIVE), 1.0)
+    image[known & (target == 0) & called] = (*to_rgb(FALSE_POSITIVE), 1.0)
     axes.imshow(image, extent=extent, interpolation="none")
-    _draw_legend(axes, [NEGATIVE, POSITIVE, MUTED], ["missed", "false alarm", "found"])
+    names = ["false negative", "false positive", "true positive", "true negative"]
+    _draw_legend(axes, [FALSE_NEGATIVE, FALSE_POSITIVE, MUTED, RULE], names)
 
 
 def _draw_legend(axes: Axes, colours: Sequence[str], names: Sequence[str]) -> None:
@@ -155,7 +158,7 @@ def _draw_legend(axes: Axes, colours: Sequence[str], names: Sequence[str]) -> No
         names,
         loc="upper center",
         bbox_to_anchor=(0.5, -0.01),
-        ncols=min(len(marks), 3),
+        ncols=2 if len(marks) == 4 else min(len(marks), 3),
         columnspacing=1.0,
         handletextpad=0.2,
     )
@@ -259,7 +262,7 @@ def draw_overlay(
 def outline_tissue(picture: np.ndarray, tissue: np.ndarray) -> np.ndarray:
     """Draw the outline of the tissue mask ``(H, W)`` on a slide's picture ``(H, W, 3)``, pixel for pixel."""
     contours, _ = cv2.findContours(tissue.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    colour = [round(255 * value) for value in to_rgb(CLASS_COLOURS[2])]
+    colour = [round(255 * value) for value in to_rgb(TISSUE)]
     width = max(1, round(max(picture.shape[:2]) / 800))
     return cv2.drawContours(np.ascontiguousarray(picture).copy(), contours, -1, colour, width)
 
@@ -274,7 +277,7 @@ def colour_probs(prob: np.ndarray, pred: np.ndarray) -> np.ndarray:
 
 def colour_classes(pred: np.ndarray, n_classes: int) -> np.ndarray:
     """Give the classes' colours, uint8 ``(rows, columns, 3)``; grey abstained, white has no patch."""
-    colours = [to_rgb(CLASS_COLOURS[index % len(CLASS_COLOURS)]) for index in range(n_classes)]
+    colours = [to_rgb(class_colour(index)) for index in range(n_classes)]
     palette = np.array([*colours, to_rgb(BASELINE), (1.0, 1.0, 1.0)])  # the last two are -2 and -1
     return (255 * palette[pred]).round().astype(np.uint8)
 
@@ -308,10 +311,7 @@ def _list_marks(
             Line2D([], [], color=POSITIVE, linewidth=1.4, label=f"predicted {shorten(class_names[positive])}")
         )
     elif not has_bar:
-        marks += [
-            _square(CLASS_COLOURS[index % len(CLASS_COLOURS)], shorten(name))
-            for index, name in enumerate(class_names)
-        ]
+        marks += [_square(class_colour(index), shorten(name)) for index, name in enumerate(class_names)]
     if (pred == -2).any():
         marks.append(_square(BASELINE, "abstained"))
     return marks

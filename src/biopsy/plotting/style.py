@@ -1,7 +1,8 @@
 """The one look of every figure, and how a figure becomes SVG, PNG or JPEG.
 
-Colours are those of Okabe and Ito (2008), told apart by readers of every common colour vision; probability
-maps use cividis (Nunez et al. 2018) for the same reason and because it stays ordered in grey print.
+Colours of classes are those of Okabe and Ito (2008), those of other series of Tol's muted scheme (2021), told
+apart by readers of every common colour vision; probability maps use cividis (Nunez et al. 2018) for the same
+reason and because it stays ordered in grey print. A colour has one meaning in all figures.
 """
 
 import base64
@@ -21,13 +22,21 @@ INK = "#1f2933"
 MUTED = "#6b7280"
 RULE = "#d5d9df"
 WASH = "#f3f5f7"
+# One meaning each: two classes, this model, what it is compared with, kinds of errors, subsets of the split.
 POSITIVE = "#d55e00"
 NEGATIVE = "#0072b2"
-TRAIN = "#0072b2"
-VALIDATION = "#d55e00"
+MODEL = "#6a3d9a"
 BASELINE = "#7a7f87"
-CLASS_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a7f87", "#f0e442")
+FALSE_NEGATIVE = "#c51b7d"
+FALSE_POSITIVE = "#e6ab02"
+TRAIN = "#1b9e77"
+VALIDATION = "#a6761d"
+TEST = MODEL
+TISSUE = "#009e73"
+CLASS_COLOURS = (NEGATIVE, POSITIVE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b3a1a", "#f0e442")
+SERIES_COLOURS = ("#882255", "#44aa99", "#999933", "#332288", "#cc6677", "#117733", "#aa4499", "#88ccee")
 PROBABILITY_MAP = "cividis"
+DASHED = (0, (4, 3))
 
 WIDTH_IN = 4.6  # 331 pt: at 350 px, a phone's column, the 9 pt text is still 9.5 px
 FONT_STACK = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
@@ -80,6 +89,23 @@ def new_figure(width_in: float = WIDTH_IN, height_in: float = 3.3) -> tuple[Figu
     """Open a figure with one pair of axes."""
     figure = Figure(figsize=(width_in, height_in), layout="constrained")
     return figure, figure.subplots()
+
+
+def legend_above(axes: Axes, columns: int = 3) -> None:
+    """Put the legend above the axes, where it covers no data."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1.0),
+            ncols=min(columns, 3),
+            borderaxespad=0.1,
+            columnspacing=1.2,
+        )
+
+
+def class_colour(index: int) -> str:
+    """Return the colour of a class by its index."""
+    return CLASS_COLOURS[index % len(CLASS_COLOURS)]
 
 
 def shorten(text: object, limit: int = 18) -> str:

@@ -1,12 +1,9 @@
-"""Reports: one HTML file that says what was done, how sure it is, and shows the mistakes.
-
-Everything a page needs is inside it: styles, vector figures, pictures. It asks nothing of a network and runs
-no script.
-"""
+"""The report of a run: its summary, its warnings, and the sections that features register."""
 
 from collections.abc import Sequence
 
 from biopsy.core.subsets import subset_name
+from biopsy.core.text import capitalize, count, plural
 from biopsy.reporting.checklist import describe_checklist
 from biopsy.reporting.document import (
     Facts,
@@ -19,7 +16,7 @@ from biopsy.reporting.document import (
     metric_label,
     number,
 )
-from biopsy.reporting.elements import say_openings
+from biopsy.reporting.elements import say_openings, say_rule
 from biopsy.reporting.facts import RunFacts, hide_run
 from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.reporting.registry import list_results, list_sections
@@ -45,9 +42,9 @@ def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
     about = f"Run {name}, evaluated on the {subset_name(m.get('side', 'test'))} subset"
     if not facts.is_run:
         title, about = "Evaluation of predictions", "Predictions from outside biopsy"
-    size = f"{number(m.get('n_patches'))} patches"
+    size = count(m.get("n_patches") or 0, "patch")
     if facts.unit != "patch":
-        size += f" of {number(m.get('n_patients'))} {facts.unit}s"
+        size += f" of {count(m.get('n_patients') or 0, facts.unit)}"
     return ReportDocument(
         title=title,
         subtitle=f"{about}: {size}",
@@ -85,22 +82,20 @@ def warn_reader(facts: RunFacts) -> list[str]:
         )
     if m.get("side") == "val":
         warnings.append(
-            "These are results on the validation subset, on which epoch and threshold were chosen: they "
-            "are optimistic."
+            "These are results on the validation subset, on which epoch and threshold were chosen: they are "
+            "optimistic."
         )
     if facts.unit == "patch":
         warnings.append(
             "The data have neither patient nor slide ids: the unit is the patch, and intervals are too "
-            "narrow if "
-            "patches are correlated."
+            "narrow if patches are correlated."
         )
-    warnings += [f"{text[0].upper()}{text[1:]}." for text in m.get("warnings", [])]
+    warnings += [f"{capitalize(text)}." for text in m.get("warnings", [])]
     ours, colour = facts.pooled.get("auroc", {}).get("value"), facts.baseline.get("value")
     if ours is not None and colour is not None and colour >= ours:
         warnings.append(
-            f"A colour-only baseline reaches AUROC {number(colour)} (this model: {number(ours)}); the "
-            "model may rely "
-            "on staining rather than morphology."
+            f"A colour-only baseline reaches AUROC {number(colour)} (this model: {number(ours)}); the model "
+            "may rely on staining rather than morphology."
         )
     return warnings
 
@@ -114,8 +109,8 @@ def _summarise(facts: RunFacts) -> Summary:
             beside += f" ({interval_text(colour['low'], colour['high'], None)})"
     meanings = (
         {
-            "sensitivity": f"share of {facts.positive} patches detected",
-            "specificity": f"share of {facts.negative} patches predicted negative",
+            "sensitivity": f"share of {facts.positive} patches predicted {facts.positive}",
+            "specificity": f"share of {facts.negative} patches predicted {facts.negative}",
         }
         if facts.is_binary
         else {
@@ -123,40 +118,103 @@ def _summarise(facts: RunFacts) -> Summary:
             "balanced_accuracy": "mean recall over classes",
         }
     )
-    label = "AUROC" if facts.is_binary else "Macro AUROC"
-    headlines = [headline(label, facts.pooled.get("auroc", {}), beside=beside, mark=colour.get("value"))]
+    headlines = [
+        headline(
+            capitalize(_ranking(facts)),
+            facts.pooled.get("auroc", {}),
+            beside=beside,
+            mark=colour.get("value"),
+        )
+    ]
     headlines += [
-        headline(metric_label(name).capitalize(), facts.pooled.get(name, {}), beside=meaning)
+        headline(capitalize(metric_label(name)), facts.pooled.get(name, {}), beside=meaning)
         for name, meaning in meanings.items()
     ]
     return Summary(
-        question=_ask(facts),
+        verdict=state_verdict(facts),
         headlines=headlines,
         unit=facts.unit,
         findings=[
             _say_threshold(facts),
+            *_say_groups(facts),
             say_openings(facts.ledger or m.get("times_opened"))
             if facts.is_run
-            else "Whether these patches were excluded from training is not recorded.",
+            else "Whether the model was trained on these patches is not recorded.",
             *([HIDDEN] if facts.ids_hidden else []),
         ],
         not_for=NOT_FOR,
     )
 
 
-def _ask(facts: RunFacts) -> str:
+def _ranking(facts: RunFacts) -> str:
+    return "AUROC" if facts.is_binary else "macro AUROC"
+
+
+def state_verdict(facts: RunFacts) -> str:
+    """Return the result in one sentence: on whom, better than chance or not, better than colour or not."""
+    m, auroc = facts.metrics, facts.pooled.get("auroc", {})
     task = (
-        f"{facts.positive} from {facts.negative}" if facts.is_binary else f"{len(facts.class_names)} classes"
+        f"{facts.positive} from {facts.negative} patches"
+        if facts.is_binary
+        else f"{len(facts.class_names)} classes of patches"
     )
-    new = "patches" if facts.unit == "patch" else f"patches of {facts.unit}s"
-    overlap = facts.metrics.get("split", {}).get("patients_overlap")
-    if overlap:
-        return (
-            f"How well does the model distinguish {task} in patches of {facts.unit}s that are also "
-            "in the training data?"
+    value, low = auroc.get("value"), auroc.get("low")
+    n_groups = m.get("n_patches" if facts.unit == "patch" else "n_patients") or 0
+    where = f"On {count(n_groups, facts.unit)}"
+    if m.get("split", {}).get("patients_overlap"):
+        where = (
+            f"This is no result for new {plural(facts.unit)}: on {count(n_groups, facts.unit)} that are also "
+            "in the training data"
         )
-    suffix = f" in {new} not seen in training" if facts.is_run else ""
-    return f"How well does the model distinguish {task}{suffix}?"
+    elif facts.is_run and m.get("side") != "val":
+        where += " not seen in training"
+    elif facts.is_run:
+        where += " of the validation subset"
+    if value is None:
+        reason = (auroc.get("reason") or "not measured").removeprefix("undefined: ")
+        if facts.is_binary:
+            return f"{where}, the {_ranking(facts)} is not defined: {reason}."
+        share = number(facts.pooled.get("accuracy", {}).get("value"))
+        return (
+            f"{where}, the accuracy over {task} is {share}; the {_ranking(facts)} is not defined ({reason})."
+        )
+    if low is None:
+        reason = auroc.get("reason") or "there is no interval"
+        return (
+            f"{where}, the model distinguishes {task} with {_ranking(facts)} {number(value)}; this cannot be "
+            f"generalised to other {plural(facts.unit)} ({reason})."
+        )
+    level = f"{_ranking(facts)} {number(value)}, 95 % interval {number(low)} to {number(auroc['high'])}"
+    if low <= 0.5:
+        return f"{where}, the model is not shown to distinguish {task} better than chance ({level})."
+    return f"{where}, the model distinguishes {task} better than chance ({level}){_beside_colour(facts)}."
+
+
+def _beside_colour(facts: RunFacts) -> str:
+    """Return how the model stands to the colour-only baseline; nothing where there is none."""
+    colour, gain = facts.baseline.get("value"), (facts.metrics.get("baseline") or {}).get("gain") or {}
+    if colour is None:
+        return ""
+    if gain.get("low") is not None and gain["low"] > 0:
+        return f" and better than a colour-only baseline ({number(colour)})"
+    if gain.get("high") is not None and gain["high"] < 0:
+        return f", but worse than a colour-only baseline ({number(colour)})"
+    return f"; it is not shown to be better than a colour-only baseline ({number(colour)})"
+
+
+MOST_NAMED = 12  # test patients named on the first page; the table of patients lists all
+
+
+def _say_groups(facts: RunFacts) -> list[str]:
+    """Name the evaluated patients or slides, where they are few."""
+    names = sorted(facts.group_ids.dropna().astype(str).unique())
+    if not names or facts.unit == "patch":
+        return []
+    kind = f"{subset_name(facts.metrics.get('side', 'test')).capitalize()} {plural(facts.unit)}"
+    kind = kind if facts.is_run else plural(facts.unit).capitalize()
+    if len(names) > MOST_NAMED:
+        return [f"{kind}: {len(names):,}, listed under Per-{facts.unit} results."]
+    return [f"{kind} ({len(names)}): {', '.join(names)}."]
 
 
 def _say_threshold(facts: RunFacts) -> str:
@@ -168,9 +226,9 @@ def _say_threshold(facts: RunFacts) -> str:
             f"Patches with a probability of at least {number(facts.threshold)} are predicted "
             f"{facts.positive}."
         )
+    rule = threshold.get("rule")
     return (
-        f"Patches with a probability of at least {number(facts.threshold)} are predicted "
-        f"{facts.positive}; the "
-        f"threshold was chosen on {threshold.get('chosen_on', 'a subset not stated')} by the rule "
-        f"{threshold.get('rule', 'not stated')!r}."
+        f"Patches with a probability of at least {number(facts.threshold)} are predicted {facts.positive}. "
+        f"The threshold was chosen on the {subset_name(threshold['chosen_on'])} subset"
+        + (f" ({say_rule(rule)})." if rule else ".")
     )

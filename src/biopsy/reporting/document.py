@@ -49,9 +49,9 @@ class Headline:
 
 @dataclass(frozen=True)
 class Summary:
-    """The reader's page: what was asked, the answer, and what it must not be used for."""
+    """The first screen: the result in one sentence, its numbers, and what they must not be used for."""
 
-    question: str
+    verdict: str
     headlines: Sequence[Headline]
     unit: str
     findings: Sequence[str] = ()
@@ -77,11 +77,12 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names with their values."""
+    """Names with their values; closed behind the title ``fold`` where one is given."""
 
     kind: ClassVar[str] = "facts"
     items: Sequence[tuple[str, str]]
     caption: str = ""
+    fold: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,21 +109,29 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as SVG text (only from ``figures.style.svg``) or an image as bytes, with its caption."""
+    """A figure as SVG text (only from ``plotting.style.svg``) or an image as bytes, with its caption.
+
+    ``alt`` describes it to readers who cannot see it, where the caption does not.
+    """
 
     caption: str
     svg: str = ""
     image: bytes = b""
+    alt: str = ""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Figures that stand side by side on a wide screen, at most ``across`` in a row."""
+    """Figures side by side on a wide screen, at most ``across`` in a row (4: two on screen, four in print).
+
+    With ``fold`` they are closed behind that title.
+    """
 
     kind: ClassVar[str] = "pictures"
     items: Sequence[Picture]
     across: int = 2
     caption: str = ""
+    fold: str = ""
 
 
 @dataclass(frozen=True)
@@ -153,11 +162,33 @@ class Case:
 
 @dataclass(frozen=True)
 class Cases:
-    """Patches looked at closely, in named groups."""
+    """Patches looked at closely, in named groups; all after the first ``n_open`` are folded."""
 
     kind: ClassVar[str] = "cases"
     caption: str
     groups: Sequence[tuple[str, Sequence[Case]]]
+    n_open: int = 6
+
+    @property
+    def n_folded(self) -> int:
+        return max(0, sum(len(cases) for _, cases in self.groups) - self.n_open)
+
+    @property
+    def shown(self) -> list[tuple[str, list[Case]]]:
+        return self._pick(range(self.n_open))
+
+    @property
+    def folded(self) -> list[tuple[str, list[Case]]]:
+        return self._pick(range(self.n_open, self.n_open + self.n_folded))
+
+    def _pick(self, places: range) -> list[tuple[str, list[Case]]]:
+        picked, start = [], 0
+        for heading, cases in self.groups:
+            chosen = [case for place, case in enumerate(cases, start) if place in places]
+            start += len(cases)
+            if chosen:
+                picked.append((heading, chosen))
+        return picked
 
 
 @dataclass(frozen=True)
@@ -208,7 +239,7 @@ class ReportDocument:
         subtitle: What was judged, in one line.
         summary: The reader's page.
         sections: Chapters in order.
-        warnings: What a reader must know before any number; the first lines of the page.
+        warnings: What limits the result; directly below the verdict.
         footer: Last line: what made this.
     """
 
@@ -218,11 +249,6 @@ class ReportDocument:
     sections: Sequence[Section]
     warnings: Sequence[str] = field(default_factory=tuple)
     footer: str = ""
-
-
-def plural(unit: str) -> str:
-    """Name many of a unit: patients, slides, patches."""
-    return "patches" if unit == "patch" else f"{unit}s"
 
 
 def number(value: object, digits: int = 3) -> str:
@@ -255,11 +281,6 @@ def interval_of(estimate: Mapping[str, Any] | None) -> str:
     if not estimate:
         return "-"
     return interval_text(estimate.get("low"), estimate.get("high"), estimate.get("reason"))
-
-
-def estimate_text(estimate: Mapping[str, Any]) -> str:
-    """Write a number with its interval in brackets."""
-    return f"{number(estimate.get('value'))} ({interval_of(estimate)})"
 
 
 def headline(

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from biopsy.core.text import count
 from biopsy.plotting.style import jpeg, png
 from biopsy.reporting.document import (
     Table,
@@ -17,7 +18,7 @@ from biopsy.reporting.document import (
 
 
 class Footnotes:
-    """Reasons for missing intervals, each said once under the table and pointed to by a letter."""
+    """Reasons for missing intervals, each stated once under the table and pointed to by a letter."""
 
     def __init__(self) -> None:
         self._reasons: list[str] = []
@@ -32,17 +33,14 @@ class Footnotes:
         return f"none ({ascii_lowercase[self._reasons.index(reason)]})"
 
     def estimate(self, estimate: Mapping[str, Any]) -> str:
-        """Write a number and its interval in one cell."""
-        interval = self.interval(estimate)
-        return (
-            f"{number(estimate.get('value'))} {interval if interval.startswith('none') else f'({interval})'}"
-        )
+        """Write a number and its interval in one cell: ``0.842 (0.790 to 0.890)``, or ``0.842 (a)``."""
+        interval = self.interval(estimate).removeprefix("none ")
+        return f"{number(estimate.get('value'))} {interval if interval.startswith('(') else f'({interval})'}"
 
     @property
     def text(self) -> str:
-        return "".join(
-            f" ({letter}) {why}." for letter, why in zip(ascii_lowercase, self._reasons, strict=False)
-        )
+        lettered = zip(ascii_lowercase, self._reasons, strict=False)
+        return "".join(f" ({letter}) No interval: {why}." for letter, why in lettered)
 
 
 def table_of_metrics(metrics: Mapping[str, Any], unit: str, on_side: str = " on the test subset") -> Table:
@@ -63,7 +61,7 @@ def table_of_metrics(metrics: Mapping[str, Any], unit: str, on_side: str = " on 
                 number(defined),
             ]
         rows.append(row)
-    columns = ["", "all patches", "95 % interval"]
+    columns = ["metric", "all patches", "95 % interval"]
     if each:
         columns += [f"mean of {unit}s", "95 % interval", "median", "worst", f"{unit}s"]
     method = metrics.get("interval", {})
@@ -94,9 +92,24 @@ def say_openings(ledger: Mapping[str, Any] | int | None) -> str:
     if ledger is None:
         return "This subset is not in the ledger of test evaluations."
     times, runs = (ledger, None) if isinstance(ledger, int) else (ledger.get("times"), ledger.get("runs"))
-    text = f"This test subset has been evaluated {number(times)} time{'' if times == 1 else 's'}"
+    text = f"This test subset has been evaluated {count(times or 0, 'time')}"
     if runs is not None:
-        text += f", by {number(runs)} run{'' if runs == 1 else 's'}"
+        text += f", by {count(runs, 'run')}"
     if isinstance(ledger, Mapping) and ledger.get("kept_with") == "run":
         text += "; the pack is read-only, so the ledger is kept with the run and may be incomplete"
     return f"{text}. Repeated evaluation makes test results optimistic."
+
+
+RULES = {
+    "youden": "highest sensitivity + specificity",
+    "argmax": "probability 0.5",
+    "cost": "minimum cost, a false negative costing {} false positives",
+    "sensitivity": "sensitivity of {}",
+    "specificity": "specificity of {}",
+}
+
+
+def say_rule(rule: str) -> str:
+    """Write a threshold's rule in words."""
+    name, _, asked = rule.partition("=")
+    return RULES[name].format(asked) if name in RULES else rule

@@ -1,16 +1,20 @@
 """Reports: one HTML file that says what was done, how sure it is, and shows the mistakes.
 
-Everything a page needs is inside it: styles, vector figures, pictures. It asks nothing of a network and runs
-no script.
+Everything a page needs is inside it: styles, vector figures, pictures, and one script, which sorts and
+filters tables and enlarges pictures. It asks nothing of a network, and reads the same without the script.
 """
 
 import base64
+import hashlib
+import re
 from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from biopsy.core.text import plural
 from biopsy.reporting.document import (
+    Picture,
     ReportDocument,
     number,
 )
@@ -25,7 +29,9 @@ HIDDEN = "Patient, slide and patch ids are replaced by numbers in this report."
 
 def render_report(document: ReportDocument) -> str:
     """Write a report as one self-contained HTML page; every text in it is escaped."""
-    return render("report.html", report=document)
+    script = _environment().loader.get_source(_environment(), "report.js")[0]  # type: ignore[union-attr]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return render("report.html", report=document, script=Markup(script), script_hash=f"sha256-{digest}")
 
 
 def render(template: str, **values: object) -> str:
@@ -44,6 +50,17 @@ def breakable(text: object) -> Markup:
     return Markup("_<wbr>").join(escape(part) for part in str(text).split("_"))
 
 
+def mark_code(text: object) -> Markup:
+    """Escape a text, and set what stands between backticks as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+def draw_inline(picture: Picture) -> Markup:
+    """Return the SVG of a figure, which `style.svg` has escaped, with a description for screen readers."""
+    label = escape(picture.alt or picture.caption)
+    return Markup(picture.svg.replace("<svg ", f'<svg aria-label="{label}" ', 1))
+
+
 @cache
 def _environment() -> Environment:
     environment = Environment(
@@ -54,6 +71,6 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        embed=embed, number=number, breakable=breakable, drawn=Markup
-    )  # drawn: SVG that style.svg escaped
+        embed=embed, number=number, breakable=breakable, drawn=draw_inline, plural=plural, code=mark_code
+    )
     return environment

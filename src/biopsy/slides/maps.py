@@ -19,7 +19,7 @@ from biopsy.core.errors import FileFormatError, SlideError
 from biopsy.core.files import replace_atomic
 from biopsy.core.loaders import parse_json, refusing
 from biopsy.core.tables import read_parquet_table
-from biopsy.plotting.style import BASELINE, CLASS_COLOURS
+from biopsy.plotting.style import BASELINE, class_colour
 from biopsy.slides.grids import PatchGrid
 
 FORMAT: Final = "biopsy-map/1"
@@ -364,9 +364,5 @@ def _short(value: float) -> float:
 
 
 def _colour(slide_map: SlideMap, name: str) -> list[int]:
-    colour = (
-        BASELINE
-        if name == ABSTAINED
-        else CLASS_COLOURS[slide_map.class_names.index(name) % len(CLASS_COLOURS)]
-    )
+    colour = BASELINE if name == ABSTAINED else class_colour(slide_map.class_names.index(name))
     return [round(255 * value) for value in to_rgb(colour)]

@@ -14,8 +14,7 @@ from biopsy.slides.outputs import FORMAT as SLIDE_FORMAT
 from biopsy.slides.outputs import OVERLAY, SUMMARY
 from biopsy.training.runs import Run
 
-MAPS = "slides"
-"""Folder of a run in which its report looks for mapped slides."""
+MAPS = "slidesFolder of a run in which its report looks for mapped slides."
 MOST_MAPS, MAP_PX = 12, 1200
 
 logger = logging.getLogger(__name__)
@@ -50,8 +49,8 @@ def describe_maps(facts: RunFacts) -> Section | None:
     ]
     blocks: list[Block] = [
         Text(
-            "Each cell of the grid is one patch, read from the slide at the classifier's own resolution. "
-            "Cells without colour contain no tissue."
+            "Each cell of the grid is one patch, read from the slide at the resolution (µm per pixel) of the "
+            "training data. Cells without colour contain no tissue."
         ),
         Pictures(pictures, across=1),
         _table_of_areas([found for found, _ in maps], facts.positive),
@@ -76,10 +75,18 @@ def _table_of_areas(summaries: Sequence[Mapping[str, Any]], positive: str) -> Ta
                 number((summary.get("unlike_training") or {}).get("share")),
             ]
         )
-    columns = ["slide", "patches", "mapped, mm2", f"{positive}, mm2", "range", "largest region", "abstained"]
+    columns = [
+        "slide",
+        "patches",
+        "mapped, mm²",
+        f"{positive}, mm²",
+        "range",
+        "largest region, mm²",
+        "abstained",
+    ]
     columns.append("out of distribution")
     note = (
-        "Range: from the area whose calibrated probability is .9 or more to the area where it is .1 or more. "
+        "Range: from the area with a calibrated probability of at least 0.9 to the area with at least 0.1. "
         "Abstained: share of cells on which the classifier abstains. Out of distribution: share of up to 250 "
         "patches whose colours or features lie beyond the 99th percentile of validation; far above 1 %, "
         "probabilities and areas are unreliable."

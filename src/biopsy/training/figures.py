@@ -15,12 +15,12 @@ from biopsy.plotting.style import (
     BASELINE,
     INK,
     MUTED,
-    NEGATIVE,
     RULE,
     TRAIN,
     VALIDATION,
     WASH,
     WIDTH_IN,
+    legend_above,
     shorten,
     styled,
 )
@@ -89,7 +89,7 @@ def _draw_quantity(
         axes.yaxis.set_minor_locator(NullLocator())
     axes.set(xlabel="epoch", ylabel=ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    axes.legend(loc="best")
+    legend_above(axes)
 
 
 Row = tuple[str, str, tuple[int, ...], int]
@@ -206,7 +206,7 @@ def _draw_block(axes: Axes, block: Block, lines: list[tuple[str, str, str]], top
             linewidth=0.8,
         )
     )
-    axes.text(0.27, box_top + 0.15, shorten(block.title, 30), va="center", fontsize=9, color=NEGATIVE)
+    axes.text(0.27, box_top + 0.15, shorten(block.title, 30), va="center", fontsize=9, color=INK)
     axes.text(WIDTH_IN - 0.27, box_top + 0.15, f"{block.parameters:,}", va="center", ha="right", fontsize=9)
     for index, (kind, shape, count) in enumerate(lines):
         y = box_top + 0.15 + LINE_IN * (index + 1)

@@ -113,13 +113,12 @@ def _warn_unsettled(record: dict[str, Any] | None, n_updates: int) -> str | None
         return None
     if not record["reestimated"]:
         return (
-            f"batch-norm statistics had not settled after {n_updates:,} updates, and are left so, as "
-            "published: predictions differ from what was learned"
+            f"the running statistics of batch normalisation had not converged after {n_updates:,} updates "
+            "and are kept, as published: predictions differ from those during training"
         )
     return (
-        f"batch-norm statistics had not settled after {n_updates:,} updates and were re-estimated over "
-        f"{record['n_patches']:,} training patches; validation while training, and with it the choice of the "
-        "epoch, was measured without"
+        f"the running statistics of batch normalisation had not converged after {n_updates:,} updates and "
+        f"were recomputed on {record['n_patches']:,} training patches; the epoch was chosen before that"
     )
 
 

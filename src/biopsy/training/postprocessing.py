@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from biopsy.core.text import count
 from biopsy.data.predictions import decide, tabulate_predictions, write_predictions
 from biopsy.models.classifier import Classifier, score_classes
 from biopsy.recipes import Recipe
@@ -120,7 +121,7 @@ def settle(
 def _warn_few(n_groups: int, unit: str) -> str | None:
     if unit == "patch" or n_groups >= FEWEST_GROUPS:
         return None
-    return f"calibrated on {n_groups} {unit}{'s' * (n_groups > 1)} only: what fits there may not fit the next"
+    return f"calibrated on {count(n_groups, unit)} only: calibration may not generalise to others"
 
 
 def _freeze(truth: np.ndarray, prob: np.ndarray, rule: str, chosen_on: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from biopsy.core.errors import MetricError
-from biopsy.plotting.style import BASELINE, INK, MUTED, NEGATIVE, POSITIVE, new_figure, styled
+from biopsy.plotting.style import BASELINE, DASHED, INK, MODEL, MUTED, legend_above, new_figure, styled
 from biopsy.statistics.risk_coverage import risk_coverage_curve
 
 FEWEST_DRAWN = 0.02  # share kept below which a curve is a handful of patches, and jumps
@@ -35,7 +35,7 @@ def draw_risk_coverage(
     curve = risk_coverage_curve(wrong, confidence)
     figure, axes = new_figure(height_in=3.9)
     drawn = curve.coverage >= FEWEST_DRAWN
-    axes.plot(100 * curve.coverage[drawn], 100 * curve.risk[drawn], color=POSITIVE, label="this model")
+    axes.plot(100 * curve.coverage[drawn], 100 * curve.risk[drawn], color=MODEL, label="this model")
     share = np.linspace(FEWEST_DRAWN, 1, 200)
     error = curve.risk[-1]
     axes.plot(
@@ -43,19 +43,19 @@ def draw_risk_coverage(
         100 * np.maximum(0, share - (1 - error)) / share,
         color=MUTED,
         linewidth=1,
-        linestyle=(0, (4, 3)),
+        linestyle=DASHED,
         label="optimal order",
     )
     axes.axhline(100 * error, color=BASELINE, linewidth=1, linestyle=(0, (1, 2)), label="random order")
     for bar in intervals:
         if bar.get("low") is not None:
             x, low, high = (100 * float(bar[name] or 0) for name in ("coverage", "low", "high"))
-            axes.plot([x, x], [low, high], color=POSITIVE, linewidth=3.5, alpha=0.3, solid_capstyle="butt")
+            axes.plot([x, x], [low, high], color=MODEL, linewidth=3.5, alpha=0.3, solid_capstyle="butt")
     if kept is not None:
         axes.plot(100 * kept[0], 100 * kept[1], "o", color=INK, markersize=6, label="conformal sets")
     axes.set(xlim=(0, 101.5), xlabel="Coverage (%)", ylabel="Selective risk: error rate (%)")
     axes.set_ylim(bottom=0)
-    _place_legend(axes)
+    legend_above(axes, 2)
     return figure
 
 
@@ -75,8 +75,8 @@ def draw_promise(
         MetricError: If there is nothing to draw.
     """
     drawn = [
-        (f"{unit}s as the unit", ours, NEGATIVE),
-        ("patches taken as independent", plain, BASELINE),
+        (f"{unit} as the unit", ours, MODEL),
+        ("patch as the unit (naive)", plain, BASELINE),
     ]
     if all(values is None or not len(values) for _, values, _ in drawn):
         raise MetricError(f"no {unit} to draw")
@@ -85,7 +85,7 @@ def draw_promise(
         if values is not None:
             _draw_patients(axes, np.sort(values), f"{name}: mean {100 * values.mean():.1f} %", colour)
     axes.axhline(
-        100 * promised, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"target: {100 * promised:g} %"
+        100 * promised, color=INK, linewidth=1, linestyle=DASHED, label=f"target: {100 * promised:g} %"
     )
     axes.set(
         xlim=(0, 101.5),
@@ -93,13 +93,8 @@ def draw_promise(
         ylabel="Coverage: true class in set (%)",
     )
     axes.set_ylim(top=101.5)
-    _place_legend(axes)
+    legend_above(axes, 2)
     return figure
-
-
-def _place_legend(axes: Axes) -> None:
-    """Put the legend above the axes, where no curve runs."""
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.01), borderaxespad=0)
 
 
 def _draw_patients(axes: Axes, values: np.ndarray, label: str, colour: str) -> None:

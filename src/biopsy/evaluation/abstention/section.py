@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from biopsy.core.subsets import subset_name
+from biopsy.core.text import count, plural
 from biopsy.evaluation.abstention.figures import draw_promise, draw_risk_coverage
 from biopsy.plotting.style import svg
 from biopsy.reporting.document import Block, Picture, Pictures, Section, Table, Text, interval_of, number
@@ -35,8 +37,8 @@ def describe_abstention(facts: RunFacts) -> Section | None:
     if found["chosen_on"] == facts.metrics.get("side"):
         blocks.append(
             Text(
-                "The prediction sets were fitted on these patches: their coverage here is no test of "
-                "the guarantee.",
+                "The prediction sets were fitted on these patches: coverage here does not test the "
+                "guarantee.",
                 "warning",
             )
         )
@@ -56,16 +58,14 @@ def say_promise(found: Mapping[str, Any]) -> str:
     what = "patches of each class" if each else "patches"
     return (
         "The model abstains on a patch unless its conformal prediction set contains the predicted class "
-        "only. "
-        f"The sets were fitted on {number(found['n_calibration_patches'])} patches of "
-        f"{number(found['n_calibration_patients'])} {unit}s ({found['chosen_on']}), with the {unit} as the "
-        f"exchangeable unit. {'Class-conditional' if each else 'Marginal'} coverage guarantee: of the "
-        f"{what} of "
-        f"a new {unit}, at least {100 * found['promised_coverage']:g} % have their true class in the set, on "
-        f"average over {unit}s. Hence at most {100 * found['alpha']:g} % of "
-        f"{'each class' if each else 'patches'} "
-        "are misclassified without abstention; the error rate among the remaining patches has no guarantee. "
-        f"Method: {found['method']}{', per class (Mondrian)' if each else ''}."
+        f"only. The sets were fitted on {count(found['n_calibration_patches'], 'patch')} of "
+        f"{count(found['n_calibration_patients'], unit)} ({subset_name(found['chosen_on'])} subset), with "
+        f"the {unit} as the exchangeable unit. {'Class-conditional' if each else 'Marginal'} coverage "
+        f"guarantee: of the {what} of a new {unit}, at least {100 * found['promised_coverage']:g} % have "
+        f"their true class in the set, on average over {plural(unit)}. Hence at most "
+        f"{100 * found['alpha']:g} % of {'each class' if each else 'patches'} are misclassified without "
+        "abstention; the error rate among the remaining patches has no guarantee. Method: "
+        f"{found['method']}{', per class (Mondrian)' if each else ''}."
     )
 
 
@@ -83,11 +83,11 @@ def say_verdict(found: Mapping[str, Any], unit: str) -> str:
     gap = number(max(0.0, *(promised - one["value"] for one in coverages.values())))
     return {
         "kept": f"The coverage guarantee was met on these {unit}s. Coverage: {reached}.",
-        "broken": f"The coverage guarantee was violated on these {unit}s, by {gap}. Coverage: "
-        f"{reached}. Either "
-        f"these {unit}s differ from those used for calibration, or the model was overfitted to the latter.",
-        "open": f"Inconclusive: coverage is {gap} below target, within sampling error for so few {unit}s. "
-        f"Coverage: {reached}.",
+        "broken": f"The coverage guarantee was violated on these {plural(unit)}, by {gap}. Coverage: "
+        f"{reached}. Either these {plural(unit)} differ from those used for calibration, or the model was "
+        "overfitted to the latter.",
+        "open": f"Inconclusive: coverage is {gap} below target, within sampling error for so few "
+        f"{plural(unit)}. Coverage: {reached}.",
     }[found["verdict"]]
 
 
@@ -95,9 +95,8 @@ def _say_refusal(found: Mapping[str, Any]) -> str:
     if "per_patch" not in found:
         return "The risk-coverage curve below needs no guarantee: patches are ordered by confidence."
     return (
-        "Split conformal prediction that treats patches as independent would state a guarantee "
-        "nevertheless; it "
-        "is shown below with the coverage that it reached."
+        "Split conformal prediction that treats patches as independent would state a guarantee nevertheless; "
+        "below, its target and the coverage that it reached."
     )
 
 
@@ -119,7 +118,7 @@ def _table_of_shares(found: Mapping[str, Any], unit: str) -> Table:
             row += [reasons.estimate(_pick(found, place)[name])] if ours else []
             rows.append([*row, reasons.estimate(_pick(plain, place)[name])])
     return Table(
-        ["patches", "", "target", *([f"unit: {unit}"] if ours else []), "unit: patch (naive)"],
+        ["patches", "measure", "target", *([f"unit: {unit}"] if ours else []), "unit: patch (naive)"],
         rows,
         caption="Target and observed coverage",
         note=f"Mean over {unit}s with equal weights. 95 % intervals in brackets."
@@ -152,10 +151,10 @@ def _table_of_risk(risk: Mapping[str, Any]) -> Table:
         ["coverage", "lowest confidence", "selective risk (error rate)"],
         rows,
         caption="Risk-coverage",
-        note=f"AURC {reasons.estimate(risk['area'])}; optimal AURC {number(risk['ideal_area'])}, random "
-        "order "
-        f"{number(risk['error'])}. Coverage: share of patches, most confident first. Confidence: probability "
-        "of the predicted class." + reasons.text,
+        note=f"Area under the risk-coverage curve (AURC): {reasons.estimate(risk['area'])}; with errors last "
+        f"(optimal) {number(risk['ideal_area'])}, in random order {number(risk['error'])}. Coverage: share "
+        "of patches kept, most confident first. Confidence: probability of the predicted "
+        "class." + reasons.text,
     )
 
 
@@ -171,7 +170,8 @@ def _draw(facts: RunFacts, found: Mapping[str, Any]) -> list[Picture]:
     figure = draw_risk_coverage(pred != target, confidence, intervals=bars, kept=kept)
     pictures = [
         Picture(
-            "Risk-coverage curve: error rate among the most confident patches. Bars: 95 % intervals.",
+            "Risk-coverage curve: error rate among the most confident patches, against their share. Bars: 95 "
+            "% intervals.",
             svg(figure, "risk"),
         )
     ]
@@ -184,8 +184,8 @@ def _draw(facts: RunFacts, found: Mapping[str, Any]) -> list[Picture]:
         )
         drawn = draw_promise(ours, plain, found["promised_coverage"], unit=facts.unit)
         caption = (
-            f"Coverage of each {facts.unit}, all classes. The guarantee holds for the mean over "
-            f"{facts.unit}s."
+            f"Coverage of each {facts.unit}, all classes. The guarantee is about the mean over "
+            f"{plural(facts.unit)}."
         )
         pictures.append(Picture(caption, svg(drawn, "promise")))
     return pictures

@@ -4,14 +4,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from biopsy.core.subsets import subset_name
+from biopsy.core.text import capitalize, count, plural
 from biopsy.evaluation.calibration.figures import draw_calibration
 from biopsy.plotting.style import svg
-from biopsy.reporting.document import Block, Picture, Pictures, Section, Table, Text, number, plural
+from biopsy.reporting.document import Block, Picture, Pictures, Section, Table, Text, number
 from biopsy.reporting.elements import Footnotes
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import section
 from biopsy.statistics.calibrators import LEFT, MOVED
 
+METHODS = {
+    "platt": "Platt scaling",
+    "intercept": "Intercept correction",
+    "temperature": "Temperature scaling",
+    "isotonic": "Isotonic regression",
+}
 ROWS = {
     "ece": "expected calibration error (ECE)",
     "ece_floor": "ECE expected of a perfectly calibrated model",
@@ -32,29 +39,29 @@ def describe_calibration(facts: RunFacts) -> Section | None:
     if not found:
         return None
     blocks: list[Block] = [Text(say_calibration(found))]
-    blocks += [Text(f"{text[0].upper()}{text[1:]}.", "warning") for text in [found.get("warning")] if text]
+    blocks += [Text(f"{capitalize(text)}.", "warning") for text in [found.get("warning")] if text]
     sides = {"after": found["after"]}
     if found["method"] != "none":
         sides = {"before": found["before"], **sides}
     blocks.append(_table(sides, facts.on_side))
     if "bins" in found["after"]:
-        positive = facts.positive if facts.is_binary else "the predicted class"
+        positive = facts.positive if facts.is_binary else None
+        measured = "observed frequency against predicted probability"
+        measured = measured if positive else "accuracy against the probability of the predicted class"
         titles = {
             "before": "Before calibration",
             "after": "After calibration" if len(sides) > 1 else "Not calibrated",
         }
         pictures = [
             Picture(
-                f"{titles[name]}: observed frequency against predicted probability, in bins of equal size.",
+                f"{titles[name]}: {measured}, in bins of as many patches each. A bin with patches of too few "
+                f"{plural(facts.unit)} has no interval.",
                 svg(draw_calibration(side["bins"], positive=positive), f"calibration-{name}"),
             )
             for name, side in sides.items()
         ]
-        note = (
-            f"Vertical lines: 95 % intervals over {plural(facts.unit)}, for bins with patches of "
-            "enough of them."
-        )
-        blocks.append(Pictures(pictures, caption=note))
+        caption = f"Reliability diagrams (vertical lines: 95 % intervals over {plural(facts.unit)})"
+        blocks.append(Pictures(pictures, caption=caption))
     if "calibration_slope" in found["after"]:
         blocks.append(Text(say_slope(found["after"], facts.positive)))
     return Section("calibration", "Calibration", blocks)
@@ -66,14 +73,12 @@ def say_calibration(found: Mapping[str, Any]) -> str:
         reason = found.get("reason")
         why = f": {reason.removeprefix('not calibrated: ')}" if reason else ""
         return f"Not calibrated{why}. The probabilities are those of the network."
-    where = f"{number(found['n_patches'])} patches"
+    where = count(found["n_patches"], "patch")
     if found["unit"] != "patch":
-        where += f" of {number(found['n_patients'])} {found['unit']}{'s' * (found['n_patients'] != 1)}"
-    text = (
-        f"{found['method'].capitalize()}, fitted on {where} of the {subset_name(found['fitted_on'])} subset."
-    )
+        where += f" of {count(found['n_patients'], found['unit'])}"
+    text = f"{METHODS[found['method']]}, fitted on {where} of the {subset_name(found['fitted_on'])} subset."
     if found.get("reason"):
-        text += f" {found['asked'].capitalize()} was requested, but {found['reason']}."
+        text += f" {METHODS[found['asked']]} was requested, but {found['reason']}."
     if found["method"] == "intercept":
         text += " An intercept is added to the scores of each class."
     elif "slope" in found:
@@ -81,12 +86,10 @@ def say_calibration(found: Mapping[str, Any]) -> str:
         text += " (a temperature of " + number(1 / found["slope"]) + ")"
         text += " and shifted." if any(found["intercepts"]) else "."
     about = {
-        MOVED: " Class weights or resampling changed the training prevalence; before temperature "
-        "scaling, scores "
-        "were corrected to the validation prevalence.",
-        LEFT: " Class weights or resampling changed the training prevalence; no correction was applied, "
-        "because it "
-        "fits validation worse.",
+        MOVED: " Class weights or resampling changed the training prevalence; before temperature scaling, "
+        "scores were corrected to the validation prevalence.",
+        LEFT: " Class weights or resampling changed the training prevalence; this was not corrected, because "
+        "the correction fits the validation subset worse.",
     }
     return text + about.get(found.get("prior") or "", "")
 
@@ -121,7 +124,8 @@ def _table(sides: Mapping[str, Mapping[str, Any]], judged: str) -> Table:
         cells = [_cell(side, key, reasons) for side in sides.values()]
         if any(cells):
             rows.append([label, *cells])
-    heads = ["", *(f"{name} calibration" for name in sides)] if len(sides) > 1 else ["", "not calibrated"]
+    heads = ["measure", *(f"{name} calibration" for name in sides)]
+    heads = heads if len(sides) > 1 else ["measure", "not calibrated"]
     note = "95 % intervals in brackets; the expected ECE and the terms of the Brier score have none."
     return Table(heads, rows, caption=f"Calibration{judged}", note=note + reasons.text)
 

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from biopsy.core.errors import MetricError
-from biopsy.plotting.style import CLASS_COLOURS, INK, WIDTH_IN, new_figure, shorten, styled
+from biopsy.plotting.style import INK, SERIES_COLOURS, WIDTH_IN, legend_above, new_figure, shorten, styled
 
 # Those that live between bounds of like width, so that one axis serves them all.
 SHOWN = {
@@ -41,7 +41,7 @@ def draw_differences(differences: Sequence[Mapping[str, Any]]) -> Figure:
     figure, axes = new_figure(WIDTH_IN, 1.3 + (0.16 + 0.2 * len(differences)) * len(names))
     step = 0.7 / len(differences)
     for place, one in enumerate(differences):
-        colour = CLASS_COLOURS[place % len(CLASS_COLOURS)]
+        colour = SERIES_COLOURS[place % len(SERIES_COLOURS)]
         label: str | None = shorten(one["of"], 40)
         for row, name in enumerate(names):
             found = one["metrics"][name]
@@ -74,6 +74,5 @@ def draw_differences(differences: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_xlabel(f"Difference from {shorten(differences[0]['to'], 30)}")
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=1, borderaxespad=0.1)
+    legend_above(axes, 1)
     return figure

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from biopsy.core.text import count, plural
 from biopsy.evaluation.comparison.figures import draw_differences
 from biopsy.evaluation.comparison.measure import RECIPES
 from biopsy.plotting.style import svg
@@ -29,7 +30,6 @@ from biopsy.reporting.document import (
     interval_of,
     metric_label,
     number,
-    plural,
 )
 from biopsy.reporting.elements import encode_patch, pick_label
 from biopsy.reporting.html import HIDDEN, NOT_FOR
@@ -162,9 +162,9 @@ SEEDS_SHOWN = ("auroc", "accuracy", "balanced_accuracy", "sensitivity", "specifi
 def report_of_comparison(facts: ComparisonFacts) -> ReportDocument:
     """Compose the page of a comparison."""
     m = facts.document
-    size = f"{number(m['n_patches'])} patches"
+    size = count(m["n_patches"], "patch")
     if facts.unit != "patch":
-        size += f" of {number(m['n_patients'])} {facts.units}"
+        size += f" of {count(m['n_patients'], facts.unit)}"
     sections = [
         _describe_differences(facts),
         _describe_seeds(facts),
@@ -191,12 +191,10 @@ def _summarise(facts: ComparisonFacts) -> Summary:
         for value in [model["patch"][name]]
     ]
     return Summary(
-        question=f"Is {label} of {' or '.join(one['of'] for one in m['differences'])} better than that of "
-        f"{m['reference']}, on the same patches?",
+        verdict=" ".join(say_verdict(m, one) for one in m["differences"]),
         headlines=heads,
         unit=facts.unit,
         findings=[
-            *(say_verdict(m, one) for one in m["differences"]),
             "Use the interval of the paired difference below to compare models; overlap of the separate "
             f"intervals is not a test, because difficult {facts.units} affect both models.",
             *([HIDDEN] if facts.ids_hidden else []),
@@ -214,8 +212,7 @@ def _warn_reader(facts: ComparisonFacts) -> list[str]:
     if facts.unit == "patch":
         warnings.append(
             "The data have neither patient nor slide ids: the unit is the patch, and intervals are too "
-            "narrow if "
-            "patches are correlated."
+            "narrow if patches are correlated."
         )
     seeds = min(len(model["seeds"]) for model in facts.document["models"])
     if seeds == 1:
@@ -256,8 +253,8 @@ def _describe_differences(facts: ComparisonFacts) -> Section:
             f"resampling {facts.units}"
             + (" and the variance between seeds. " if one["compares"] == RECIPES else ". ")
             + (f"Adjusted p: Holm over {len(m['differences'])} comparisons, per metric. " if several else "")
-            + f"{metric_label(m['metric'], len(m['class_names']))} is the primary metric, the others "
-            "are secondary."
+            + f"{metric_label(m['metric'], len(m['class_names']))} is the primary metric, the others are "
+            "secondary."
         )
         if reasons:
             note += f" No interval: {'; '.join(reasons)}."
@@ -364,8 +361,7 @@ def _describe_changed(facts: ComparisonFacts) -> list[Section]:
         ),
         Text(
             f"McNemar's exact test, which assumes independent patches, gives p {p}; use the paired "
-            "difference "
-            "of accuracy above, which accounts for patients.",
+            "difference of accuracy above, which accounts for patients.",
             "note",
         ),
     ]

@@ -15,7 +15,7 @@ from biopsy.core.files import refuse_inputs, update_directory
 from biopsy.core.results import Result
 from biopsy.core.subsets import stored_side
 from biopsy.core.tables import write_csv
-from biopsy.core.text import file_name
+from biopsy.core.text import capitalize, file_name
 from biopsy.data.packs import Pack
 from biopsy.evaluation.errors.measure import FOLDER, SHOWN_EACH, Mistakes, measure_mistakes, read_mistakes
 from biopsy.evaluation.explanation.maps import explain_patches
@@ -23,7 +23,7 @@ from biopsy.evaluation.explanation.methods import find_method
 from biopsy.evaluation.hypotheses.measure import measure_conjectures
 from biopsy.evaluation.slide_context import SlideViews
 from biopsy.models.engine import Engine
-from biopsy.plotting.overlays import scale_maps, superimpose
+from biopsy.plotting.overlays import is_constant, scale_maps, superimpose
 from biopsy.plotting.sheets import lay_out_sheet
 from biopsy.plotting.style import png
 from biopsy.reporting.pseudonyms import Aliases
@@ -43,12 +43,14 @@ class Closeup:
     Attributes:
         patch: At its true size.
         overlay: What the network looks at, superimposed.
+        is_constant: Whether that map has the same value at every pixel.
         overview: Its place on the slide; None without coordinates.
         nearest: The training patches nearest to it.
     """
 
     patch: np.ndarray
     overlay: np.ndarray
+    is_constant: bool
     overview: np.ndarray | None
     nearest: list[np.ndarray]
 
@@ -219,14 +221,16 @@ def _assemble(pack: Pack, found: Mistakes, maps: np.ndarray, method_name: str) -
     closeups = {}
     for (name, entry), row, values in zip(entries.items(), rows, maps, strict=True):
         patch = true_patch(row)
+        values = values[: patch.shape[0], : patch.shape[1]] / 255
         closeups[name] = Closeup(
             patch,
-            superimpose(patch, values[: patch.shape[0], : patch.shape[1]] / 255),
+            superimpose(patch, values),
+            is_constant(values),
             views.overview(row),
             [true_patch(row_of[near["patch_id"]]) for near in entry["nearest"]],
         )
     method = find_method(method_name)
-    caption = f"{method_name.capitalize()} shows {method.shows}; it is not {method.shows_not}."
+    caption = f"{capitalize(method.title)}: {method.shows}. {method.caveat}."
     return Closeups(closeups, caption)
 
 

@@ -6,20 +6,22 @@ from typing import Any
 import cv2
 import numpy as np
 
+from biopsy.core.text import count, plural
 from biopsy.evaluation.errors.case_views import Closeup, ErrorFacts, errors, hide_errors, load_errors
 from biopsy.evaluation.errors.measure import AGAINST, KINDS
+from biopsy.evaluation.patch_properties import property_name
 from biopsy.plotting.style import jpeg
 from biopsy.reporting.document import Block, Bullets, Case, Cases, Section, Table, Text, number
 from biopsy.reporting.elements import Footnotes, pick_label
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import Result, section
 
-THUMBNAIL_PX = 80
+THUMBNAIL_PX = 144
 ERRORS = {"fn": ("false negatives", "true positives"), "fp": ("false positives", "true negatives")}
 VERDICTS = {
     "higher": "higher",
     "lower": "lower",
-    "not seen": "no difference detected",
+    "not seen": "none detected",
     "unsaid": "inconclusive",
 }
 ANSWERED = ("less stained", "heterogeneous")
@@ -39,7 +41,7 @@ ANSWERED = ("less stained", "heterogeneous")
     ),
 )
 def describe_mistakes(facts: RunFacts) -> Section | None:
-    """What is wrong, what goes with it, and the patches themselves."""
+    """Return the counts of errors, the properties associated with them, and the patches."""
     analysis: ErrorFacts | None = facts.results.get("errors")
     if analysis is None:
         return None
@@ -80,7 +82,7 @@ def _describe_zones(about: Mapping[str, Any]) -> list[Block]:
         rows.append(row)
     columns = ["zone", "patches", "false negatives", "false positives", "sensitivity", "specificity"]
     if several:
-        columns += [f"sensitivity, mean of {unit}s", f"specificity, mean of {unit}s"]
+        columns += [f"{name}, mean of {plural(unit)}" for name in ("sensitivity", "specificity")]
     errors, patches = (
         {name: sum(found[key] for key in keys) for name, found in zones.items()}
         for keys in (("fn", "fp"), ("n_patches",))
@@ -91,7 +93,8 @@ def _describe_zones(about: Mapping[str, Any]) -> list[Block]:
         caption = f"{share:.0%} of the errors, but {size:.0%} of the patches, lie at an annotated border"
     note = (
         "Border: at least one of the eight neighbours on the slide has another label, so that the label is "
-        f"less certain; deep: no neighbour in the data has.{reasons.text}"
+        "less certain; deep: all neighbours in the data have the same label. 95 % intervals in "
+        f"brackets.{reasons.text}"
     )
     return [Table(columns, rows, caption=caption, note=note)]
 
@@ -109,7 +112,7 @@ def _describe_contrasts(about: Mapping[str, Any]) -> list[Block]:
         rows.append(
             [
                 ERRORS[found["errors"]][0],
-                found["property"].replace("_", " "),
+                property_name(found["property"]),
                 number(found["mean_errors"], _digits(found)),
                 number(found["mean_others"], _digits(found)),
                 reasons.estimate(found["within"] if within else found["auroc"]),
@@ -117,17 +120,16 @@ def _describe_contrasts(about: Mapping[str, Any]) -> list[Block]:
             ]
         )
     chance = f"P(wrong > right) within a {unit} (AUC)" if within else "P(wrong > right) (AUC)"
-    columns = ["errors", "property", "mean, errors", "mean, correct", chance, ""]
+    columns = ["errors", "property", "mean, errors", "mean, correct", chance, "difference"]
     how = (
-        "P(wrong > right): probability that a misclassified patch has a higher value than a correct patch of "
-        f"the same class and {unit}, averaged over {unit}s"
+        "P(wrong > right): probability that a misclassified patch has a higher value than a correct patch "
+        f"of the same class and {unit}, averaged over {unit}s"
         if within
-        else "P(wrong > right): probability that a misclassified patch has a higher value than a "
-        "correct patch "
-        "of the same class. Without patient ids the unit is the patch, and intervals are too narrow"
+        else "P(wrong > right): probability that a misclassified patch has a higher value than a correct "
+        "patch of the same class. Without patient ids the unit is the patch, and intervals are too narrow"
     )
-    units = "; ".join(f"{name.replace('_', ' ')}: {text}" for name, text in about["properties"].items())
-    missing = [name.replace("_", " ") for name in about["properties"] if name not in _named(contrasts)]
+    units = "; ".join(f"{property_name(name)}: {text}" for name, text in about["properties"].items())
+    missing = [property_name(name) for name in about["properties"] if name not in _named(contrasts)]
     left_out = (
         f" Not measured, because the pixel size (µm) is unknown: {', '.join(missing)}." if missing else ""
     )
@@ -156,7 +158,7 @@ def _say_verdicts(contrasts: Sequence[Mapping[str, Any]]) -> str:
     said = []
     for kind in AGAINST:
         of = [found for found in contrasts if found["errors"] == kind and found["n_errors"]]
-        clear = [f"{found['verdict']} {found['property'].replace('_', ' ')}" for found in of]
+        clear = [f"{found['verdict']} {property_name(found['property'])}" for found in of]
         clear = [
             text for text, found in zip(clear, of, strict=True) if found["verdict"] in ("higher", "lower")
         ]
@@ -173,7 +175,7 @@ def _say_verdicts(contrasts: Sequence[Mapping[str, Any]]) -> str:
 def _by_group(contrasts: Sequence[Mapping[str, Any]], unit: str) -> list[Block]:
     rows = [
         [
-            f"{found['property'].replace('_', ' ')}, {ERRORS[found['errors']][0]}",
+            f"{property_name(found['property'])}, {ERRORS[found['errors']][0]}",
             str(name),
             number(each["n_chosen"]),
             number(each["n_others"]),
@@ -186,7 +188,7 @@ def _by_group(contrasts: Sequence[Mapping[str, Any]], unit: str) -> list[Block]:
     groups = {row[1] for row in rows}
     if len(groups) < 2:
         return []
-    columns = ["", unit, "errors", "correct", "P(wrong > right) (AUC)"]
+    columns = ["property", unit, "errors", "correct", "P(wrong > right) (AUC)"]
     return [Table(columns, rows, text_columns=2, fold=f"Properties of errors within each {unit}")]
 
 
@@ -224,10 +226,11 @@ def _explain_pictures(facts: RunFacts, analysis: ErrorFacts) -> str:
     assert analysis.closeups is not None
     reference = analysis.mistakes.about["training_reference"]
     return (
-        "Each row: the patch, its saliency map, its position on the slide where known, and the nearest three "
-        f"of {number(reference['n'])} training patches in the penultimate layer of the network, with class "
-        f"and distance ({reference['distance']}). Below: probability of {facts.positive}, patch id, and the "
-        f"properties unusual among correct patches of its class. {analysis.closeups.caption}"
+        "Each row: the patch, its saliency map, its position on the slide where known, and the nearest "
+        f"three of {count(reference['n'], 'training patch')} in the penultimate layer of the network, with "
+        f"class, patient and distance ({reference['distance']}). Below: probability of {facts.positive}, "
+        "patch id, and properties that are unusual among correctly classified patches of its class (the "
+        f"share of them with a lower or higher value). {analysis.closeups.caption}"
     )
 
 
@@ -250,17 +253,22 @@ def _group_cases(analysis: ErrorFacts, entries: Sequence[Mapping[str, Any]]) -> 
 
 def _reasons(entry: Mapping[str, Any], row: Any) -> list[str]:
     lines = [
-        f"{each['property'].replace('_', ' ')} {each['value']:.3g}, "
-        f"{'higher' if each['rank'] > 0.5 else 'lower'} than {max(each['rank'], 1 - each['rank']):.0%}"
+        f"{property_name(each['property'])} {_digits_of(each['value'])}, "
+        f"{'higher' if each['rank'] > 0.5 else 'lower'} than in {max(each['rank'], 1 - each['rank']):.0%}"
         for each in entry["unusual"]
     ]
     return lines + (["at an annotated border"] if str(row["zone"]) == "border" else [])
 
 
+def _digits_of(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def _pictures(closeup: Closeup | None, entry: Mapping[str, Any]) -> list[tuple[bytes, str]]:
     if closeup is None:
         return []
-    pictures = [(_encode(closeup.patch), "patch"), (_encode(closeup.overlay), "saliency")]
+    saliency = "saliency (constant)" if closeup.is_constant else "saliency"
+    pictures = [(_encode(closeup.patch), "patch"), (_encode(closeup.overlay), saliency)]
     if closeup.overview is not None:
         pictures.append((_encode(closeup.overview), "on the slide"))
     for image, near in zip(closeup.nearest, entry["nearest"], strict=True):

@@ -14,7 +14,7 @@ from biopsy.core.errors import DataError
 from biopsy.core.files import read_json, update_directory, write_json
 from biopsy.core.text import file_name
 from biopsy.models.classifier import Classifier
-from biopsy.plotting.overlays import Overlay, draw_overlays, superimpose
+from biopsy.plotting.overlays import Overlay, draw_overlays, is_constant, superimpose
 from biopsy.plotting.sheets import lay_out_sheet
 from biopsy.plotting.style import png, shorten
 from biopsy.reporting.pseudonyms import Aliases
@@ -59,14 +59,33 @@ class Explained:
     illustrations: list[Illustration]
 
 
+KINDS = {
+    "missed": "False negative",
+    "false alarm": "False positive",
+    "wrong": "Misclassified",
+    "right": "Correct",
+    "unlabelled": "No label",
+}
+
+
+def count_constant(explained: Explained) -> dict[str, tuple[int, int]]:
+    """Return the maps that have one value at every pixel: in how many patches, and of how many."""
+    counts = {
+        title: (sum(is_constant(maps[index]) for maps in part.maps), len(part.maps))
+        for part in explained.illustrations
+        for index, title in enumerate(part.titles)
+    }
+    return {title: (n, total) for title, (n, total) in counts.items() if n}
+
+
 def draw_sheet(explained: Explained, chosen: Sequence[int], parts: Sequence[Illustration]) -> Figure:
     """Draw some of the examples, by their places, with the maps of one or more methods beside each."""
     rows = []
     for place in chosen:
         example = explained.examples.iloc[place]
         name = shorten(example["patch_id"], 32)
-        true = f": {example['class']}" if example["class"] else ""
-        label = f"{example['kind']}{true}, p {example['prob']:.2f}, patch {name}"
+        true = f", true class {example['class']}" if example["class"] else ""
+        label = f"{KINDS[example['kind']]}{true}, p {example['prob']:.2f}, patch {name}"
         maps = np.concatenate([part.maps[place] for part in parts])
         rows.append(Overlay(label, explained.patches[place], maps))
     titles = [title for part in parts for title in part.titles]

@@ -16,6 +16,7 @@ from biopsy.core.errors import DataError, RecipeError, RunError
 from biopsy.core.files import refuse_inputs
 from biopsy.core.results import Result
 from biopsy.core.seeds import make_rng
+from biopsy.core.text import capitalize
 from biopsy.data.archives import open_archive
 from biopsy.data.packs import Pack, is_pack, pad
 from biopsy.evaluation.explanation.examples import (
@@ -46,8 +47,8 @@ def find_named(run: Run, pack: Pack, sides: np.ndarray, patch: Sequence[str]) ->
             )
         if side_of[name] == "test" and run.judged_side != "test":
             raise RunError(
-                f"patch {name!r} is of the test side, which has not been opened: "
-                f"`biopsy evaluate {run.path}` opens it"
+                f"patch {name!r} is of the test side, which has not been opened: `biopsy evaluate "
+                f"{run.path}` opens it"
             )
     return list(dict.fromkeys(patch))
 
@@ -430,7 +431,7 @@ def _illustrate(found: Explanation, sizes: np.ndarray, classifier: Classifier) -
         channels = _pick_channels(maps)
         maps, titles = maps[:, channels], [f"activation {channel + 1}" for channel in channels]
     scaled = scale_maps(maps, axis=(2, 3) if n_maps == 1 else (0, 2, 3), signed=method.signed)
-    caption = f"{method.title[0].upper()}{method.title[1:]}: {method.shows}. It is not {method.shows_not}."
+    caption = f"{capitalize(method.title)}: {method.shows}. {method.caveat}."
     if method.takes_layer:
         caption += f" Layer {found.layer}" + (
             f", {len(titles)} of its {n_maps} channels: some that vary and differ." if n_maps > 1 else "."

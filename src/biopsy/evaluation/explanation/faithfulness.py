@@ -11,6 +11,7 @@ import pandas as pd
 from biopsy.core.errors import DataError, RecipeError, RunError
 from biopsy.core.files import read_json, write_json
 from biopsy.core.seeds import make_rng
+from biopsy.core.text import count
 from biopsy.data.packs import Pack
 from biopsy.evaluation.explanation.faithfulness_measures import (
     BLUR,
@@ -30,7 +31,6 @@ from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_logits
 from biopsy.models.networks import describe
-from biopsy.reporting.document import plural
 from biopsy.statistics.intervals import describe_method
 from biopsy.statistics.resampling import clustered_mean
 from biopsy.training.runs import Run
@@ -39,7 +39,7 @@ Traced = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 BASELINES = {"random": "random maps", "edges": "edges"}
 ALIKE_FROM = 0.5  # rank correlation with the trained maps from which maps of random weights are called alike
-_VERBS = {"beats": "beats {}", "worse": "is worse than {}", "no better": "does not beat {}"}
+_VERBS = {"beats": "is better than {}", "worse": "is worse than {}", "no better": "is not better than {}"}
 
 
 def judge_method(
@@ -106,10 +106,11 @@ def say_answer(record: Mapping[str, Any], n_groups: int, unit: str) -> str:
             f"{abs(gain['value']):.2f} {'above' if gain['value'] >= 0 else 'below'} {BASELINES[baseline]}"
             for baseline, gain in record["gain"].items()
         ]
-        units = unit if n_groups == 1 else plural(unit)
         reason = record["gain"]["random"]["reason"]
-        parts.append(f"{title}: cannot be said from {n_groups} {units} ({reason}); taken as it is, ")
-        parts[-1] += " and ".join(found)
+        parts.append(
+            f"{title}: inconclusive with {count(n_groups, unit)} ({reason}); point estimate: "
+            + " and ".join(found)
+        )
     else:
         found = [
             f"{_VERBS[record['verdict'][baseline]].format(BASELINES[baseline])} {_spell_gain(gain)}"
@@ -118,8 +119,8 @@ def say_answer(record: Mapping[str, Any], n_groups: int, unit: str) -> str:
         parts.append(f"{title} {' and '.join(found)}")
     if record["randomised"]:
         alike = record["randomised"][-1]["rank_correlation"]
-        said = "hardly changes" if alike >= ALIKE_FROM else "changes"
-        parts.append(f"with all weights random its map {said} (rank correlation {alike:.2f})")
+        change = "hardly changes" if alike >= ALIKE_FROM else "changes"
+        parts.append(f"its map {change} when all weights are random (rank correlation {alike:.2f})")
     said = "; ".join(parts) + "."
     return said[0].upper() + said[1:]
 
@@ -257,8 +258,8 @@ def draw_patches(run: Run, pack: Pack, n_patches: int, *, seed: int) -> np.ndarr
     rows = rows[np.asarray(whole & called, bool)]
     if not len(rows):
         raise RunError(
-            f"no whole patch of the {run.judged_side} side is called {pack.info.positive_class}: "
-            "there is nothing of it that a map could mark"
+            f"no whole patch of the {run.judged_side} side is called {pack.info.positive_class}: there is "
+            "nothing of it that a map could mark"
         )
     rows = make_rng(seed, "faithfulness").permutation(rows)
     turn = pd.Series(pack.group_ids[rows]).groupby(pack.group_ids[rows]).cumcount().to_numpy()

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from biopsy.core.errors import MetricError
-from biopsy.plotting.style import BASELINE, CLASS_COLOURS, INK, WIDTH_IN, styled
+from biopsy.plotting.style import BASELINE, INK, SERIES_COLOURS, WIDTH_IN, styled
 
 _LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 _BASELINE_LINES = ("-", ":")
@@ -39,7 +39,7 @@ def draw_removal(
             title,
             pair,
             {
-                "color": CLASS_COLOURS[index % len(CLASS_COLOURS)],
+                "color": SERIES_COLOURS[index % len(SERIES_COLOURS)],
                 "linestyle": _LINES[index % len(_LINES)],
                 "linewidth": 1.4,
             },

@@ -6,7 +6,14 @@ from typing import Any
 import numpy as np
 
 from biopsy.core.subsets import subset_name
-from biopsy.evaluation.explanation.examples import Explained, draw_sheet, hide_explained, load_explained
+from biopsy.core.text import count
+from biopsy.evaluation.explanation.examples import (
+    Explained,
+    count_constant,
+    draw_sheet,
+    hide_explained,
+    load_explained,
+)
 from biopsy.evaluation.explanation.explain import explain
 from biopsy.evaluation.explanation.faithfulness import read_faithfulness
 from biopsy.evaluation.explanation.figures import draw_removal
@@ -34,30 +41,31 @@ def describe_attention(facts: RunFacts) -> Section | None:
     right = (explained.examples["kind"] == "right").to_numpy()
     pictures = []
     for name, chosen, title in (
-        ("wrong", ~right, "Misclassified: the most confident errors of each kind."),
-        ("right", right, "Correct: drawn at random from each class."),
+        ("wrong", ~right, "Misclassified patches: the most confident errors of each kind."),
+        ("right", right, "Correctly classified patches, drawn at random from each class."),
     ):
         if chosen.any():
             sheet = draw_sheet(explained, np.flatnonzero(chosen).tolist(), explained.illustrations)
             caption = (
-                f"{title} Above each: true class, probability of {facts.positive}, patch id."
+                f"{title} p: probability of {facts.positive}."
                 if facts.is_binary
-                else f"{title} Above each: true class, probability of the predicted class, patch id."
+                else f"{title} p: probability of the predicted class."
             )
             pictures.append(Picture(caption, svg(sheet, f"explained-{name}")))
     blocks: list[Block] = [
         Text(
-            "Saliency maps show which pixels influence the prediction; they are superimposed on the patch in "
-            "grey. Colours run from 0 to the 99th percentile, per patch (channel activations: over all "
-            "patches "
-            "shown). In signed maps grey is 0, yellow supports the class and blue opposes it."
+            "A saliency map shows which pixels of a patch influence the prediction; it is drawn over the "
+            "patch in grey. Its colours run from 0 to the 99th percentile of the map (channel activations: "
+            "of all patches shown). In maps with a sign, grey is 0, yellow supports the class and blue "
+            "opposes it."
         ),
+        *_say_constant(explained),
         Pictures(pictures),
         Bullets([part.caption for part in explained.illustrations]),
         Text(
             "Saliency maps are not evidence by themselves: an untrained network produces them as well. "
             + (
-                "Faithfulness has not been tested for this run (`biopsy explain RUN --faithfulness`)."
+                "Their faithfulness has not been tested for this run (`biopsy explain RUN --faithfulness`)."
                 if facts.results.get("faithfulness") is None
                 else "Their faithfulness is tested in the next section."
             ),
@@ -67,7 +75,16 @@ def describe_attention(facts: RunFacts) -> Section | None:
     return Section("explanation", "Saliency", blocks)
 
 
-TITLES = {"random": "random", "edges": "edges"}
+def _say_constant(explained: Explained) -> list[Block]:
+    counts = count_constant(explained)
+    if not counts:
+        return []
+    listed = ", ".join(f"{title} in {n} of {total} patches" for title, (n, total) in counts.items())
+    text = f"Constant maps, with the same value at every pixel, highlight nothing: {listed}."
+    return [Text(text, "warning")]
+
+
+TITLES = {"random": "random order", "edges": "edge detector"}
 
 
 @section(
@@ -87,20 +104,18 @@ def describe_faithfulness(facts: RunFacts) -> Section | None:
     settings, methods = found["settings"], found["methods"]
     baselines = {each["name"]: each for each in found["baselines"]}
     which = f"predicted {found['positive_class']}" if found["positive_class"] else "of any class"
-    units = "" if found["unit"] == "patch" else f" of {number(found['n_groups'])} {found['unit']}(s)"
+    units = "" if found["unit"] == "patch" else f" of {count(found['n_groups'], found['unit'])}"
     blocks: list[Block] = [
         Bullets([each["answer"] for each in methods]),
         Text(
-            f"Measured on {number(found['n_patches'])} patches{units}, {which}, of the "
+            f"Measured on {count(found['n_patches'], 'patch')}{units}, {which}, of the "
             f"{subset_name(found['side'])} subset (seed {found['seed']}). Each patch is divided into "
-            f"{settings['cells']} x {settings['cells']} cells. Deletion replaces cells by the blurred "
-            "patch, in "
-            "decreasing order of saliency; insertion restores them, starting from the blurred patch (Petsiuk "
-            "et al. 2018). The mean probability of the class is "
-            f"{number(found['prob']['untouched'])} on the original patches and "
-            f"{number(found['prob']['blurred'])} on the blurred ones. Gain: half the difference of the areas "
-            "under both curves, relative to a random order and to an edge detector, which is independent of "
-            "the network."
+            f"{settings['cells']} x {settings['cells']} cells. Deletion replaces cells by the blurred patch, "
+            "the most salient first; insertion restores them, starting from the blurred patch (Petsiuk et "
+            f"al. 2018). The mean probability of the class is {number(found['prob']['untouched'])} on the "
+            f"original patches and {number(found['prob']['blurred'])} on the blurred ones. Gain of a method: "
+            "half the difference of the areas under its two curves, minus the same of a random order, and "
+            "of an edge detector, which does not know the network."
         ),
         Pictures([Picture(_caption(found), svg(_draw(methods, baselines), "faithfulness"))], across=1),
         _table_of_gains(methods, baselines),
@@ -123,8 +138,8 @@ def _draw(methods: list[Mapping[str, Any]], baselines: Mapping[str, Mapping[str,
 
 def _caption(found: Mapping[str, Any]) -> str:
     return (
-        f"Mean probability of the class over {number(found['n_patches'])} patches when the most "
-        "salient cells are deleted first (left) or inserted first (right)."
+        f"Mean probability of the class over {number(found['n_patches'])} patches when the most salient "
+        "cells are deleted first (left) or inserted first (right)."
     )
 
 
@@ -137,10 +152,10 @@ def _table_of_gains(methods: list[Mapping[str, Any]], baselines: Mapping[str, Ma
     for name, each in baselines.items():
         areas = [number(each[key]["value"]) for key in ("deletion", "insertion")]
         rows.append([TITLES[name], *areas, "-", "-", "-", "-"])
-    columns = ["", "deletion", "insertion", "gain over random", "gain over edges", "better than random"]
+    columns = ["method", "deletion", "insertion", "gain over random", "gain over edges", "better than random"]
     note = (
-        "Deletion and insertion: area under the curve. Gains are paired by patch. The last two "
-        f"columns count patches.{reasons.text}"
+        "Deletion and insertion: area under the curve. Gains are paired by patch. The last two columns "
+        f"count patches.{reasons.text}"
     )
     return Table([*columns, "than edges"], rows, caption="Deletion and insertion", note=note)
 

@@ -12,12 +12,12 @@ from torch import nn
 from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import read_json, write_json
 from biopsy.core.seeds import make_rng
+from biopsy.core.text import count
 from biopsy.evaluation.explanation.maps import explain_patches
 from biopsy.evaluation.patch_properties import measure_properties
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_logits
 from biopsy.models.networks import describe
-from biopsy.reporting.document import plural
 from biopsy.slide_io.stain import combine_stains, separate_stains
 from biopsy.statistics.contrasts import contrast_groups
 from biopsy.statistics.intervals import describe_method, estimate_metrics
@@ -93,13 +93,14 @@ MOST_MULTIPLICATIONS = 5e11  # of one pass over these: some seconds on two cores
 LEAST_AREA = 1e-3  # a colour with a smaller share of the area is as good as not there
 
 _WRONG_GALLERY = (
-    "The post pins its two conjectures to the wrong galleries (its 'misclassified negatives' are negatives "
-    "called positive); here each is measured where it can be true."
+    "The publication shows the two hypotheses beside the wrong kind of error; each is tested here on the "
+    "kind that it can be true of."
 )
+FOUND = ("false negatives", "true positives")
 _LEADS = {
-    "held": "Held here",
-    "opposite": "Not seen here, rather the opposite",
-    "not seen": "Not seen here",
+    "held": "Supported by these data",
+    "opposite": "Not supported by these data, which show the opposite",
+    "not seen": "Not supported by these data",
 }
 
 
@@ -214,7 +215,7 @@ def judge_less_stained(
     """
     of = truth == 1
     measures = [
-        _contrast(name, -1, properties[name][of], ~called[of], group_ids[of], ("missed", "found"), seed, unit)
+        _contrast(name, -1, properties[name][of], ~called[of], group_ids[of], FOUND, seed, unit)
         for name in ("stain", "haematoxylin", "eosin")
     ]
     return {
@@ -223,7 +224,10 @@ def judge_less_stained(
         "source": "the VGG16 post",
         "among": "positive patches",
         **_judge_contrast(
-            measures[0], ("missed positives hold {} stain than found ones", "less", "more"), group_ids, unit
+            measures[0],
+            ("false negatives are {} stained than true positives", "less", "more"),
+            group_ids,
+            unit,
         ),
         "note": _WRONG_GALLERY,
         "measures": measures,
@@ -241,7 +245,7 @@ def judge_heterogeneous(
 ) -> dict[str, Any]:
     """Ask whether false alarms vary more within themselves than true negatives; see `judge_less_stained`."""
     of = truth == 0
-    names = ("false positive", "true negative")
+    names = ("false positives", "true negatives")
     measures = [
         _contrast(
             "heterogeneity", 1, properties["heterogeneity"][of], called[of], group_ids[of], names, seed, unit
@@ -254,7 +258,7 @@ def judge_heterogeneous(
         "among": "negative patches",
         **_judge_contrast(
             measures[0],
-            ("false positives vary {} within themselves than true negatives", "more", "less"),
+            ("false positives are {} heterogeneous than true negatives", "more", "less"),
             group_ids,
             unit,
         ),
@@ -300,8 +304,8 @@ def judge_blue_yellow(
     if auroc["as it is"]["auroc"]["value"] is not None and "grey" in auroc:
         before, grey = auroc["as it is"]["auroc"]["value"], auroc["grey"]
         parts.append(
-            f"in grey the AUROC is {grey['auroc']['value']:.3f} instead of {before:.3f}, "
-            f"a difference of {_estimate(grey['difference'], '+.3f')}"
+            f"on patches converted to grey the AUROC is {grey['auroc']['value']:.3f} instead of {before:.3f} "
+            f"(difference {_estimate(grey['difference'], '+.3f')})"
         )
     which = [colour for colour, found in verdicts.items() if found == verdict]
     of = "" if verdict == "unsaid" else f" for {' and '.join(which)}"
@@ -313,8 +317,8 @@ def judge_blue_yellow(
         "among": "all patches",
         "verdict": verdict,
         "answer": f"{lead} {'; '.join(parts)}.",
-        "note": "Nuclei are what is blue in H&E, so a network that looks at nuclei looks at blue. It has "
-        "never seen patches without colour: part of what it loses there is strangeness.",
+        "note": "In H&E nuclei are blue, so a network that uses nuclei uses blue pixels. Patches without "
+        "colour lie outside the training distribution, which explains a part of the loss.",
         "auroc": auroc,
         "saliency": saliency,
     }
@@ -383,7 +387,7 @@ def _judge_contrast(
     auroc, difference = measure["auroc"], measure["difference_sd"]
     verdict = _judge(auroc, 0.5)
     if auroc["value"] is None:
-        return {"verdict": verdict, "answer": f"Cannot be said: {auroc['reason']}."}
+        return {"verdict": verdict, "answer": f"Not tested: {auroc['reason']}."}
     sentence, more, less = words
     said = sentence.format(more if (difference["value"] or 0) >= 0 else less)
     size = "" if difference["value"] is None else f", by {abs(difference['value']):.2f} standard deviations"
@@ -427,17 +431,15 @@ def _judge(estimate: Mapping[str, Any], neutral: float) -> str:
 def _lead(verdict: str, group_ids: np.ndarray, unit: str, reason: str | None, of: str = "") -> str:
     if verdict != "unsaid":
         return f"{_LEADS[verdict]}{of}:"
-    n = len(np.unique(group_ids))
-    units = unit if n == 1 else plural(unit)
-    return f"Cannot be said from {n:,} {units} ({reason}). Taken as it is:"
+    return f"Inconclusive with {count(len(np.unique(group_ids)), unit)} ({reason}). Point estimate:"
 
 
 def _say_share(colour: str, found: Mapping[str, Any]) -> str:
     if found["ratio"]["value"] is None:
         return str(found["ratio"]["reason"])
     return (
-        f"{colour} pixels are {found['area_share']:.1%} of the area and hold {found['saliency_share']:.1%} "
-        f"of the saliency, {_estimate(found['ratio'], '.2f')} times their share"
+        f"{colour} pixels make up {found['area_share']:.1%} of the area and {found['saliency_share']:.1%} of "
+        f"the saliency (ratio {_estimate(found['ratio'], '.2f')})"
     )
 
 

@@ -5,6 +5,7 @@ from string import capwords
 from typing import Any
 
 from biopsy.core.subsets import subset_name
+from biopsy.core.text import count, plural
 from biopsy.evaluation.explanation.section import MOST_GROUPS
 from biopsy.evaluation.hypotheses.measure import measure_conjectures, read_conjectures
 from biopsy.evaluation.patch_properties import PROPERTIES
@@ -26,21 +27,20 @@ from biopsy.reporting.registry import Result, section
     ),
 )
 def describe_conjectures(facts: RunFacts) -> Section | None:
-    """The posts' three conjectures: a sentence each, and the numbers behind it."""
+    """Return each published hypothesis, whether the data support it, and the numbers."""
     found = facts.results.get("hypotheses")
     if found is None:
         return None
     drawn = found["n_measured"] < found["n_patches"] or found["n_asked"] < found["n_patches"]
     size = (
-        f" Measured on {number(found['n_measured'])} patches, the network applied again to "
-        f"{number(found['n_asked'])}, drawn with seed {found['seed']} from {number(found['n_patches'])}."
+        f" Measured on {number(found['n_measured'])} of {count(found['n_patches'], 'patch')} (seed "
+        f"{found['seed']}); hypotheses about saliency on {number(found['n_asked'])}."
     )
     blocks: list[Block] = [
         Text(
-            "The publication of this recipe states hypotheses about its errors and saliency. Each is "
-            "tested here "
-            f"on the {subset_name(found['side'])} subset, with intervals over {found['unit']}s."
-            + (size if drawn else "")
+            "The publication of this recipe states hypotheses about errors and saliency. Each is tested "
+            f"here on the {subset_name(found['side'])} subset, with 95 % intervals over "
+            f"{plural(found['unit'])}." + (size if drawn else "")
         )
     ]
     each = {entry["name"]: entry for entry in found["conjectures"]}
@@ -60,7 +60,7 @@ def _table_of_contrasts(compared: list[tuple[Any, Any]], unit: str) -> Table:
     rows, reasons = [], Footnotes()
     for _, m in compared:
         row = [
-            f"{m['property']}: {m['chosen']} against {m['others']}",
+            f"{m['property']}: {m['chosen']} and {m['others']}",
             f"{number(m['n_chosen'])} / {number(m['n_others'])}",
             f"{number(m['mean_chosen'])} / {number(m['mean_others'])}",
             reasons.estimate(m["difference_sd"]),
@@ -69,8 +69,8 @@ def _table_of_contrasts(compared: list[tuple[Any, Any]], unit: str) -> Table:
         if unit != "patch":
             row.append(reasons.estimate(m["within"] or {}))
         rows.append(row)
-    columns = ["", "patches", "means", "difference in SD", "AUROC"]
-    columns += [f"AUROC within {unit}s, mean"] if unit != "patch" else []
+    columns = ["comparison", "patches", "means", "difference in SD", "AUROC"]
+    columns += [f"AUROC within {plural(unit)}, mean"] if unit != "patch" else []
     units = "; ".join(
         f"{name}: {PROPERTIES[name]}" for name in dict.fromkeys(m["property"] for _, m in compared)
     )
@@ -99,8 +99,8 @@ def _table_of_saliency(entry: Mapping[str, Any]) -> Table:
         shares = [number(found["area_share"]), number(found["saliency_share"])]
         rows.append([colour, *shares, reasons.estimate(found["ratio"])])
     note = (
-        "Blue and yellow: a b* of CIELAB beyond -10 and 10; purple counts as blue. A ratio of 1: "
-        f"saliency is independent of colour.{reasons.text}"
+        "Blue and yellow: a b* of CIELAB beyond -10 and 10; purple counts as blue. A ratio of 1: saliency "
+        f"is independent of colour.{reasons.text}"
     )
     return Table(
         ["pixels", "share of the area", "share of the saliency", "ratio"],
@@ -111,7 +111,7 @@ def _table_of_saliency(entry: Mapping[str, Any]) -> Table:
 
 
 def _tables_by_group(compared: list[tuple[Any, Any]], unit: str) -> list[Block]:
-    """List the values patient by patient, which with few of them is all there is."""
+    """Return the values of each patient, which with few of them is all there is."""
     rows = [
         [
             f"{measure['property']}, {measure['chosen']}",
@@ -126,5 +126,5 @@ def _tables_by_group(compared: list[tuple[Any, Any]], unit: str) -> list[Block]:
     if not rows:
         return []
     title = f"Per-{unit} results"
-    columns = ["", unit, "chosen", "others", "AUROC"]
+    columns = ["property", unit, "errors", "correct", "AUROC"]
     return [Table(columns, rows, text_columns=2, fold=title, note="Dash: only one of the two groups occurs.")]

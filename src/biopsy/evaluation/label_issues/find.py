@@ -19,7 +19,7 @@ from biopsy.data.packs import Pack
 from biopsy.evaluation.label_issues.page import Doubt, DoubtsPage, render_doubts
 from biopsy.evaluation.neighbours import count_neighbours, rank_doubts
 from biopsy.evaluation.slide_context import SlideViews
-from biopsy.plotting.style import CLASS_COLOURS, jpeg
+from biopsy.plotting.style import class_colour, jpeg
 from biopsy.training.runs import Run
 from biopsy.training.study import Study, is_study
 
@@ -190,8 +190,6 @@ def _lay_out(
         Doubt(number, row["patch_id"], row["label"], row["suggested"], row["reason"], *images)
         for number, (row, images) in enumerate(zip(sheet.to_dict("records"), pictures, strict=True), start=1)
     ]
-    colours = [
-        (name, CLASS_COLOURS[index % len(CLASS_COLOURS)]) for index, name in enumerate(pack.class_names)
-    ]
+    colours = [(name, class_colour(index)) for index, name in enumerate(pack.class_names)]
     placed = bool(pack.table[["x", "y"]].notna().all(axis=1).any())
     return DoubtsPage(pack.path.name, *counts, doubted, colours, placed, SHEET)

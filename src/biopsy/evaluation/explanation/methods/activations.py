@@ -15,9 +15,8 @@ from biopsy.evaluation.explanation.methods.registry import Question, register_me
 
 @register_method(
     "activations",
-    shows="what channels of one layer gave out at each place",
-    shows_not="class activation mapping: no class enters it, and a channel that lights up may count for "
-    "nothing in the decision",
+    shows="the output of single channels of one layer",
+    caveat="It does not depend on a class, and an active channel need not influence the prediction",
     find_layer=find_first_layer,
     per_class=False,
 )
@@ -28,9 +27,9 @@ def activations(asked: Question) -> Tensor:
 
 @register_method(
     "Grad-CAM",
-    shows="where those maps of a late layer are high that raise the score of the class, each weighted by the "
-    "mean of its gradient (Selvaraju et al. 2017); what lowers the score is left out",
-    shows_not="sharper than that layer's grid, which is coarse and is only blown up to the patch",
+    shows="the channels of a late layer, weighted by the mean gradient of the class score and summed; "
+    "negative values are set to 0 (Selvaraju et al. 2017)",
+    caveat="Its resolution is that of the layer, which is coarse; it is enlarged to the size of the patch",
     find_layer=find_last_maps,
 )
 def grad_cam(asked: Question) -> Tensor:

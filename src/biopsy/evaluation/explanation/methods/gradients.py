@@ -32,9 +32,9 @@ def input_gradient(network: nn.Module, batch: Tensor, class_index: Tensor) -> Te
 
 @register_method(
     "saliency",
-    shows="how much the score of the class, before the softmax, would change if that pixel changed a little: "
-    "the absolute input gradient, the largest of the three colours (Simonyan et al. 2014)",
-    shows_not="what the network recognised there, nor whether the pixel speaks for the class or against it",
+    shows="the absolute gradient of the class score (before the softmax) with respect to each pixel, the "
+    "largest of its three colour channels (Simonyan et al. 2014)",
+    caveat="It does not show what was recognised, nor whether a pixel supports or opposes the class",
 )
 def saliency(asked: Question) -> Tensor:
     """Give the absolute input gradient, the largest over channels."""
@@ -44,9 +44,9 @@ def saliency(asked: Question) -> Tensor:
 
 @register_method(
     "SmoothGrad",
-    shows="the absolute value of the input gradient's mean over noisy copies of the patch (Smilkov et al. "
-    "2017), so that what differs from copy to copy fades",
-    shows_not="what the network recognised there; a smooth map is easier to look at, not truer",
+    shows="the absolute value of the input gradient averaged over noisy copies of the patch (Smilkov et al. "
+    "2017)",
+    caveat="It does not show what was recognised; a smoother map need not be more faithful",
 )
 def smoothgrad(asked: Question) -> Tensor:
     """Give the saliency of the gradient averaged over noisy copies; the noise is the same every time."""
@@ -61,10 +61,9 @@ def smoothgrad(asked: Question) -> Tensor:
 
 @register_method(
     "integrated gradients",
-    shows="how much each pixel adds to the score of the class, or takes from it, on the way from white glass "
-    "to the patch (Sundararajan et al. 2017); all together they are the difference of the two scores",
-    shows_not="what would happen if that pixel alone were taken away; and white, which the way starts from, "
-    "is itself something the network has an opinion on",
+    shows="the contribution of each pixel to the difference between the class score of the patch and that of "
+    "a white image (Sundararajan et al. 2017)",
+    caveat="It is not the effect of removing a single pixel, and depends on the choice of the white baseline",
     signed=True,
 )
 def integrated_gradients(asked: Question) -> Tensor:

@@ -145,8 +145,8 @@ def check_maps(found: list[Tensor], layer: str) -> Tensor:
     if not found or found[-1].dim() != 4:
         shape = tuple(found[-1].shape[1:]) if found else "nothing"
         raise RecipeError(
-            f"layer {layer!r} gives {shape} for each patch, not maps of height and width: "
-            "name a convolution, or what follows one"
+            f"layer {layer!r} gives {shape} for each patch, not maps of height and width: name a "
+            "convolution, or what follows one"
         )
     return found[-1]
 

@@ -11,10 +11,9 @@ BATCH_SIZE = 256
 
 @register_method(
     "occlusion",
-    shows="by how much the score of the class falls where a window, an eighth of the patch wide and moved by "
-    "half of that, is painted in the patch's mean colour (Zeiler and Fergus 2014); below 0 it rises",
-    shows_not="what several places do together: each window is hidden alone, and of two that say the same "
-    "neither seems to matter",
+    shows="the decrease of the class score when a window, an eighth of the patch wide, is replaced by the "
+    "mean colour of the patch (Zeiler and Fergus 2014)",
+    caveat="Windows are replaced one at a time: of two that carry the same information neither may matter",
     signed=True,
 )
 def occlusion(asked: Question) -> Tensor:

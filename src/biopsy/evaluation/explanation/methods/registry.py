@@ -51,7 +51,7 @@ class Method:
         title: What a reader calls it.
         compute: Gives maps ``(B, n_maps, h, w)``; they may be of another size than the batch, and cover it.
         shows: What a map shows, in a sentence for a reader.
-        shows_not: What it must not be taken for.
+        caveat: What it must not be taken for.
         find_layer: For a method that looks at one layer: gives the one it takes by default, of a network and
             the side of its input.
         per_class: Whether it depends on the class that is asked about.
@@ -62,7 +62,7 @@ class Method:
     title: str
     compute: Compute
     shows: str
-    shows_not: str
+    caveat: str
     find_layer: FindLayer | None
     per_class: bool
     signed: bool
@@ -80,7 +80,7 @@ def register_method(
     title: str,
     *,
     shows: str,
-    shows_not: str,
+    caveat: str,
     find_layer: FindLayer | None = None,
     per_class: bool = True,
     signed: bool = False,
@@ -89,7 +89,7 @@ def register_method(
 
     def register(compute: Compute) -> Compute:
         name = compute.__name__
-        method = Method(name, title, compute, shows, shows_not, find_layer, per_class, signed)
+        method = Method(name, title, compute, shows, caveat, find_layer, per_class, signed)
         METHODS.add(name, method, compute)
         return compute
 

@@ -8,7 +8,7 @@ from biopsy.evaluation.explanation.methods import Question, input_gradient, regi
 @register_method(
     "gradient times input",
     shows="to first order, what each pixel adds to the score",
-    shows_not="what pixels do together",
+    caveat="what pixels do together",
     signed=True,
 )
 def example_gradient_times_input(asked: Question) -> Tensor:
