@@ -6,7 +6,7 @@ against the rest, of the classification report and of the pooled out-of-fold pre
 again by scikit-learn from the stored predictions. The networks are small and trained briefly: the differences
 are the result, the accuracies are not.
 
-Command (about ten minutes on one core)::
+Command (about five minutes on one core)::
 
     python benchmarks/breakhis.py breakhis_100x_subset.zip --out studies/breakhis
 
@@ -31,7 +31,7 @@ from biopsy.training.study import Study
 
 RESULTS = Path(__file__).parent / "results" / "breakhis.csv"
 MPP = 0.65  # published nowhere; what most accounts have for "100X"
-SETTINGS = {"preprocessing.input_px": 64, "train.epochs": 4}
+SETTINGS = {"preprocessing.input_px": 64, "train.epochs": 2}
 TASKS = {"subtypes": None, "malignant": "malignant"}
 
 Comparison = tuple[str, str, float | None, float]

@@ -56,6 +56,10 @@ def scores(frame):
 def test_every_fold_and_seed_has_a_row(finished):
     made, records = finished
     table = made.table()
+    for run, row in zip(made.runs(), table.itertuples(), strict=True):
+        last = run.log()[-1]
+        assert (row.last_train_accuracy, row.last_val_accuracy) == (last["accuracy"], last["val_accuracy"])
+        assert row.accuracy_gap == last["accuracy"] - last["val_accuracy"]
     assert sorted(zip(table["fold"], table["seed"], strict=True)) == [
         (f, s) for f in range(3) for s in (0, 1)
     ]
