@@ -10,17 +10,16 @@ import pytest
 import shapely
 import shapely.affinity
 import torch
-from typer.testing import CliRunner
 
 import biopsy
 from annotation_files import asap, asap_annotation, imagescope, write_annotations
-from biopsy.cli import app
 from biopsy.core.errors import DataError, SlideError
 from biopsy.data.prepare import prepare
 from biopsy.phantom.slides import make_phantom_slide
 from biopsy.slide_io.annotations import read_annotations
 from biopsy.slide_io.pyramids import write_pyramid
 from biopsy.slides.maps import SlideMap
+from command_line import call
 from conftest import draw_slide
 from host_models import make_classifier
 from scn_files import write_scn
@@ -180,7 +179,7 @@ def test_slides_and_annotations_without_partner_are_named(slides):
     write_annotations(folder / "case.tiff.geojson", [("Tumor", TUMOUR)])
     out = str(folder.with_suffix(".pack"))
     flags = ["--out", out, "--mpp", "1", "--patch-px", "16", "--positive", "Tumor"]
-    done = CliRunner().invoke(app, ["prepare", str(folder), *flags])
+    done = call("prepare", str(folder), *flags)
     assert done.exit_code == 3, done.stderr
     for wanted in (
         "alone.tiff: has no annotations",

@@ -14,9 +14,7 @@ import tifffile
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from biopsy.cli import app
 from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import read_json
 from biopsy.evaluation.predict import predict
@@ -26,6 +24,7 @@ from biopsy.exporting.host_network import HostNetwork
 from biopsy.models.importers.wsinfer import load_script
 from biopsy.models.networks import list_networks
 from biopsy.training.open_model import open_classifier
+from command_line import call
 from conftest import encode_png
 from host_models import ask_host, draw, make_classifier, our_probs
 
@@ -215,7 +214,7 @@ def test_pixel_size_is_stated_where_it_is_not_known(trained_run, tmp_path):
 
 
 def test_the_command_prints_how_well_they_agree(trained_run, tmp_path):
-    done = CliRunner().invoke(app, ["export", str(trained_run.path), str(tmp_path / "bundle")])
+    done = call("export", str(trained_run.path), str(tmp_path / "bundle"))
     assert done.exit_code == 0, done.stderr
     assert done.stdout.startswith(str(tmp_path / "bundle")) and "ONNX Runtime and TorchScript" in done.stdout
     assert "on 120 patches" in done.stderr

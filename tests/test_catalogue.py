@@ -3,15 +3,10 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
 
 import biopsy
-from biopsy.cli import app
 from biopsy.phantom.slides import make_phantom_slide
-
-
-def call(*arguments: object):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+from command_line import call
 
 
 @pytest.mark.parametrize("kind", ["datasets", "models", "recipes"])

@@ -12,14 +12,12 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
 
 import biopsy
-from biopsy.cli import app
-from biopsy.cli.console import comma_list, print_blocks, print_json, print_table
-from biopsy.cli.training import EpochLines, epoch_line
+from biopsy.cli.console import EpochLines, epoch_line, print_blocks, print_json, print_table
 from biopsy.core.files import SEAL
 from biopsy.training.runs import Run
+from command_line import call
 
 RECORD = {
     "epoch": 3,
@@ -36,10 +34,6 @@ RECORD = {
 }
 
 
-def call(*arguments: object):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 @pytest.fixture
 def replace(monkeypatch):
     """``replace(name, function_or_error)``: what a verb calls; an error is raised."""
@@ -52,6 +46,13 @@ def replace(monkeypatch):
         monkeypatch.setitem(vars(biopsy), name, raising if isinstance(what, BaseException) else what)
 
     return put
+
+
+def predicted(skipped=()):
+    """What `biopsy.predict` returns for three patches, two of them training patches."""
+    frame, names = pd.DataFrame({"pred": [1, 0, 1]}), ["non_idc", "idc"]
+    about = {"class_names": names, "n_training": 2, "skipped": list(skipped)}
+    return SimpleNamespace(path=Path("x.csv"), frame=frame, **about)
 
 
 # --- errors and exit codes
@@ -78,7 +79,8 @@ def test_known_errors_are_one_line_and_exit_1(replace, error, said):
 
 def test_a_defect_of_ours_is_not_hidden(replace):
     replace("evaluate", ZeroDivisionError("ours"))
-    assert isinstance(call("evaluate", "some-run").exception, ZeroDivisionError)
+    with pytest.raises(ZeroDivisionError):
+        call("evaluate", "some-run")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_interrupted_training_says_how_to_go_on(replace):
     replace("train", KeyboardInterrupt("runs/one"))
     result = call("train", "--data", "x.pack", "cancernet-2020")
     assert result.exit_code == 130 and result.stdout == ""
-    assert result.stderr == "interrupted; go on with `biopsy train --resume runs/one`\n"
+    assert result.stderr.count("\n") == 1 and "`biopsy train --resume runs/one`" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -144,7 +146,7 @@ def test_interrupting_another_verb_says_to_run_it_again(replace, verb, arguments
     replace(verb, KeyboardInterrupt())
     result = call(verb, *arguments)
     assert result.exit_code == 130
-    assert result.stderr.startswith("interrupted; ") and "run the same command again" in result.stderr
+    assert result.stderr.startswith("error: interrupted") and "run the same command again" in result.stderr
 
 
 # --- what goes where
@@ -168,8 +170,8 @@ def test_training_prints_the_run_on_stdout_and_epochs_on_stderr(replace):
     assert head == "run runs/one" and len(lines) == 2
     assert len(set(map(len, lines))) == 1, "lines of epochs are aligned"
     assert asked["overrides"] == ["train.lr=0.1", "train.epochs=2"]
-    assert (asked["recipe"], asked["data"], asked["fold"], asked["device"]) == ("r", Path("p"), 1, "auto")
-    assert asked["resume"] is None and asked["tensorboard"] is False
+    assert asked.keys() == {"recipe", "data", "fold", "overrides"}, "defaults are the function's own"
+    assert (asked["recipe"], asked["data"], asked["fold"]) == ("r", Path("p"), 1)
 
 
 def test_an_epoch_is_one_line_with_everything_in_it():
@@ -194,30 +196,33 @@ def test_skipped_input_is_named_counted_and_exits_3(replace, verb, exit_code):
     known = {"dataset": "idc", "patch_px": 50, "mpp": None, "positive_class": "idc"}
     info = SimpleNamespace(skipped=skipped, counts={"patches": 12_000, "per_class": {"idc": 5}}, **known)
     replace("prepare", lambda *args, **options: SimpleNamespace(path=Path("x.pack"), info=info))
-    frame = pd.DataFrame({"pred": ["idc", "non_idc", "idc"]})
-    replace(
-        "predict",
-        lambda *args, **options: SimpleNamespace(path=Path("x.csv"), frame=frame, skipped=skipped),
-    )
+    replace("predict", lambda **options: predicted(skipped=skipped))
     result = call(verb, "a", *(["--out", "x.pack"] if verb == "prepare" else ["b"]))
     assert result.exit_code == exit_code
     assert "skipped 0.png: is no image" in result.stderr
-    assert "and 5 more" in result.stderr and "25 inputs could not be read" in result.stderr
+    assert "5 more" in result.stderr and "25 inputs" in result.stderr
     assert result.stdout.startswith("x.")
     assert ("12,000" in result.stdout) == (verb == "prepare")
 
 
 def test_nothing_skipped_exits_0(replace):
-    frame = pd.DataFrame({"pred": ["idc", "non_idc", "idc"]})
-    replace("predict", lambda *args, **options: SimpleNamespace(path=Path("x.csv"), frame=frame, skipped=[]))
+    replace("predict", lambda **options: predicted())
     result = call("predict", "a", "b", "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout) == {
         "path": "x.csv",
         "n_patches": 3,
-        "pred": {"idc": 2, "non_idc": 1},
+        "pred": {"non_idc": 1, "idc": 2},
+        "n_training": 2,
         "skipped": [],
     }
+
+
+def test_predicted_classes_are_named_and_training_patches_counted(replace):
+    replace("predict", lambda **options: predicted())
+    result = call("predict", "a", "b")
+    assert "1 non_idc, 2 idc" in result.stdout
+    assert result.stderr.startswith("warning: 2 ") and "training" in result.stderr
 
 
 @pytest.mark.parametrize(("spoilers", "exit_code"), [([], 0), (["patient 8863 is in train and test"], 1)])
@@ -226,7 +231,7 @@ def test_inspect_exits_1_when_something_would_spoil_a_result(replace, spoilers, 
     replace("inspect", lambda *args, **options: audit)
     result = call("inspect", "x.pack", "--json")
     assert result.exit_code == exit_code
-    assert ("would spoil a result: patient 8863" in result.stderr) == bool(spoilers)
+    assert ("patient 8863" in result.stderr) == bool(spoilers)
     assert json.loads(result.stdout)["spoilers"] == spoilers
 
 
@@ -239,8 +244,19 @@ def test_lists_in_flags_reach_the_function(replace):
 
     replace("study", study)
     assert call("study", "one", "two", "--data", "p", "--seeds", "3, 4").exit_code == 0
-    assert asked["seeds"] == (3, 4) and asked["recipes"] == ["one", "two"]
-    assert comma_list(" a,b ,,c") == ("a", "b", "c") and comma_list(None) == ()
+    assert asked == {"recipes": ("one", "two"), "seeds": (3, 4)} | {"on_epoch": asked["on_epoch"]}
+    assert call("study", "one", "--data", "p", "--seeds", "3", "--seeds", "4,", "two").exit_code == 0
+    assert asked["seeds"] == (3, 4) and asked["recipes"] == ("one", "two")
+
+
+def test_lists_whose_values_hold_commas_are_repeated(replace):
+    asked = {}
+    replace(
+        "sweep", lambda **options: asked.update(options) or SimpleNamespace(path="s", info={"failed": {}})
+    )
+    grid = ("--grid", "train.lr=1,2", "--grid", "a=[1,2]")
+    assert call("sweep", "one", "--data", "p", *grid, "--set", "b=[1, 2]").exit_code == 0
+    assert asked["grid"] == ["train.lr=1,2", "a=[1,2]"] and asked["overrides"] == ["b=[1, 2]"]
 
 
 @pytest.mark.parametrize("verb", ["study", "sweep"])
@@ -249,7 +265,7 @@ def test_runs_that_failed_are_named(replace, verb):
     replace(verb, lambda *asked, **options: made)
     result = call(verb, "one", "--data", "p", *(["--grid", "train.lr=1,2"] if verb == "sweep" else []))
     assert (result.exit_code, result.stdout) == (0, "s\n")
-    assert result.stderr == "failed: one-s0: its loss is nan\n"
+    assert result.stderr == "warning: failed: one-s0: its loss is nan\n"
 
 
 def test_reports_are_named_one_a_line(replace):
@@ -257,19 +273,54 @@ def test_reports_are_named_one_a_line(replace):
     replace("report", lambda runs, **options: asked.update(options) or [run / "report.html" for run in runs])
     result = call("report", "a", "b", "--hide-ids")
     assert result.stdout.split() == [str(Path("a/report.html")), str(Path("b/report.html"))]
-    assert asked == {"out": None, "hide_ids": True, "complete": False}
+    assert asked == {"hide_ids": True}
 
 
-def test_what_the_library_logs_is_on_stderr(replace):
-    def fetch(name, out, **options):
-        logging.getLogger("biopsy.somewhere").info("licence: CC0")
-        logging.getLogger("biopsy.somewhere").warning("slow")
-        return SimpleNamespace(path=Path("there"), kept=(Path("x.h5"),))
+def fetch_and_log(name, out, **options):
+    for _ in range(2):
+        logging.getLogger("biopsy.somewhere").info("device: cpu (auto)")
+    logging.getLogger("biopsy.somewhere").debug("details")
+    logging.getLogger("biopsy.somewhere").warning("slow")
+    return SimpleNamespace(path=Path("there"), kept=())
 
-    replace("fetch", fetch)
+
+def test_what_the_library_logs_is_on_stderr_and_said_once(replace):
+    replace("fetch", fetch_and_log)
     result = call("fetch", "pcam", "--out", "there")
     assert result.stdout == "there\n"
-    assert result.stderr.splitlines() == ["licence: CC0", "warning: slow", "1 were there already: x.h5"]
+    assert result.stderr.splitlines() == ["device: cpu (auto)", "warning: slow"]
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_options_that_all_commands_have(replace, place, tmp_path):
+    """How much is printed is chosen; a file gets all of it."""
+
+    def fetch(*options):
+        command = ["fetch", "pcam", "--out", "there"]
+        return call(*([*options, *command] if place == "before" else [*command, *options]))
+
+    replace("fetch", fetch_and_log)
+    assert fetch("-q").stderr == "warning: slow\n" and fetch("--quiet").stdout == "there\n"
+    full = fetch("-v").stderr.splitlines()
+    assert [line.partition("biopsy.")[2] for line in full[1:]] == [
+        "somewhere: device: cpu (auto)",
+        "somewhere: details",
+        "somewhere: slow",
+    ]
+    assert fetch("--log-file", tmp_path / "log.txt").stdout == "there\n"
+    text = (tmp_path / "log.txt").read_text()
+    assert all(part in text for part in ("fetch pcam --out there", "device: cpu (auto)", "details", "slow"))
+    assert json.loads(fetch("--json").stdout) == {"path": "there"}
+
+
+def test_verbose_errors_show_where_they_come_from(replace):
+    replace("evaluate", biopsy.PackError("altered"))
+    assert "Traceback" in call("evaluate", "run", "-v").stderr
+    assert call("evaluate", "run").stderr == "error: altered\n"
+
+
+def test_a_log_file_that_cannot_be_written_is_an_error(replace, tmp_path):
+    assert call("list", "models", "--log-file", tmp_path / "missing" / "log.txt").exit_code == 1
 
 
 def test_json_holds_no_nan_and_no_numpy(capsys):
@@ -320,7 +371,7 @@ def test_from_archive_to_report(make_idc_zip, tmp_path, monkeypatch):
     assert sum(counts[side]["groups"] for side in ("train", "val", "test")) == 8
     folds = call("split", "tiny.pack", "--protocol", "folds", "--folds", 4)
     assert folds.exit_code == 0, folds.stderr
-    assert folds.stdout.splitlines()[1].split()[:4] == ["fold", "side", "patches", "patients"]
+    assert folds.stdout.splitlines()[1].split()[:4] == ["fold", "subset", "patches", "patients"]
     published = call("split", "tiny.pack", "--protocol", "as-published", "--recipe", "cancernet-2020")
     assert "PATIENTS OVERLAP" in published.stdout
 
@@ -345,9 +396,17 @@ def test_from_archive_to_report(make_idc_zip, tmp_path, monkeypatch):
     shown = call("evaluate", "run", "--subset", "validation")
     assert shown.exit_code == 0 and "auroc" in shown.stdout
 
-    predicted = call("predict", "run", "tiny.pack", "--out", "out.csv", "--json")
-    assert predicted.exit_code == 0, predicted.stderr
-    assert json.loads(predicted.stdout)["n_patches"] == 96
+    made = call("predict", "run", "tiny.pack", "--out", "out.csv", "--json")
+    assert made.exit_code == 0, made.stderr
+    document = json.loads(made.stdout)
+    assert document["n_patches"] == sum(document["pred"].values()) == 96
+    assert document["n_training"] == counts["train"]["patches"]
+
+    evaluated = call("evaluate", "run", "--csv", "tables")
+    assert evaluated.exit_code == 0, evaluated.stderr
+    table = pd.read_csv("tables/metrics.csv").set_index("metric")
+    assert table.loc["auroc", "value"] == metrics["patch"]["auroc"]["value"]
+    assert len(pd.read_csv("tables/predictions.csv")) == counts["test"]["patches"]
 
     reported = call("report", "run", "--hide-ids")
     assert reported.exit_code == 0, reported.stderr

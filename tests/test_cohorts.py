@@ -15,19 +15,18 @@ import openslide
 import pandas as pd
 import pytest
 import tifffile
-from typer.testing import CliRunner
 
 import biopsy
 import biopsy.core.files as files
 import biopsy.slides.cohorts as cohorts
 import biopsy.slides.outputs as outputs
-from biopsy.cli import app
 from biopsy.core.errors import DataError, SlideError, UserFileError
 from biopsy.core.files import LOCK, MANIFEST, sha256_file, write_json
 from biopsy.slide_io.annotations import read_annotations
 from biopsy.slide_io.reader import open_slide
 from biopsy.slides.cohorts import SlideCohort, slide
 from biopsy.slides.maps import SlideMap
+from command_line import call
 from conftest import abandon
 from slide_maps import make_classifier, save_classifier
 
@@ -125,7 +124,7 @@ def test_what_fails_is_named_and_the_rest_done(make_slide, tmp_path):
     make_slide("coarse.tiff", mpp=3.0)
     (tmp_path / "notes.txt").write_text("no slide")
     model = save_classifier(tmp_path / "models" / "c")
-    result = CliRunner().invoke(app, ["slide", str(model), str(tmp_path), "--out", str(tmp_path / "out")])
+    result = call("slide", str(model), str(tmp_path), "--out", str(tmp_path / "out"))
     assert result.exit_code == 3, result.output
     assert "2 inputs could not be read" in result.stderr and "too coarse" in result.stderr
     status = pd.read_csv(tmp_path / "out" / "status.csv")
@@ -150,8 +149,8 @@ def test_no_slide_ends_a_cohort(make_slide, tmp_path):
     (folder / "folder").mkdir()
     model = save_classifier(tmp_path / "c")
     arguments = ["slide", str(model), str(folder), str(tmp_path / "list.csv"), "--out", str(tmp_path / "out")]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 3, (result.output, result.exception)
+    result = call(*arguments)
+    assert result.exit_code == 3, result.output
     status = pd.read_csv(tmp_path / "out" / "status.csv").set_index("slide")
     done = set(status.index[status["status"] == "done"])
     assert {"a", "z", "twin_tif", "twin_tiff", "%FC"} < done and len(done) == 6

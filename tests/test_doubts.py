@@ -8,14 +8,13 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
 
 import biopsy
-from biopsy.cli import app
 from biopsy.core.errors import DataError, RunError
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import make_predictions, write_predictions
 from biopsy.training.runs import Run
+from command_line import call
 from report_facts import Page
 from tiny_runs import copy_run
 
@@ -124,9 +123,7 @@ def test_a_closed_test_side_is_not_looked_at(noisy, tmp_path):
 
 def test_the_page_is_whole_and_sends_nothing(noisy, tmp_path):
     run, _, _ = noisy
-    called = CliRunner().invoke(
-        app, ["label-issues", str(run.path), "--out", str(tmp_path / "out"), "--n", "4"]
-    )
+    called = call("label-issues", str(run.path), "--out", str(tmp_path / "out"), "--n", "4")
     assert called.exit_code == 0, called.output
     assert "4 are listed" in called.stdout and "biopsy prepare SOURCE --labels" in called.stdout
     text = (tmp_path / "out" / "labels.html").read_text()
@@ -139,9 +136,7 @@ def test_the_page_is_whole_and_sends_nothing(noisy, tmp_path):
     assert "yes: " in page.text and "no: " in page.text
     sheet = pd.read_csv(tmp_path / "out" / "labels.csv")
     assert len(sheet) == 4 and all((tmp_path / "out" / name).is_file() for name in sheet["picture"])
-    again = CliRunner().invoke(
-        app, ["label-issues", str(run.path), "--out", str(tmp_path / "out"), "--n", "2", "--json"]
-    )
+    again = call("label-issues", str(run.path), "--out", str(tmp_path / "out"), "--n", "2", "--json")
     assert '"n_listed": 2' in again.stdout, "a sheet without decisions may be written anew"
     assert len(list((tmp_path / "out" / "pictures").iterdir())) == 2
 

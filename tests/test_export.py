@@ -8,14 +8,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 import biopsy
-from biopsy.cli import app
 from biopsy.core.errors import DataError, RecipeError, SplitError
 from biopsy.data.export_tree import FOLDER_BY_SIDE, count_tree, export_tree, name_files
 from biopsy.data.splits import find_split, make_split, save_split
 from biopsy.recipes import load_recipe
+from command_line import call
 from conftest import draw_patches, encode_png
 
 SIDE_BY_FOLDER = {folder: side for side, folder in FOLDER_BY_SIDE.items()}
@@ -203,13 +202,13 @@ def test_arrays_have_no_files_to_export(make_patches, tree, tmp_path):
 
 def test_the_command_line_counts_the_tree(source, tree, tmp_path):
     command = ["prepare", str(source), "--out", str(tmp_path / "idc.pack"), "--export-tree", str(tree)]
-    done = CliRunner().invoke(app, command)
+    done = call(*command)
     assert done.exit_code == 0 and "warning: patients stand on more than one side" in done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[-4:]]
     assert rows[0] == ["side", "0", "1"]
     assert {row[0]: {"0": int(row[1]), "1": int(row[2])} for row in rows[1:]} == count_tree(tree)
     command = [*command[:-1], str(tree.with_name("second")), "--split", "patients", "--json"]
-    done = CliRunner().invoke(app, command)
+    done = call(*command)
     assert json.loads(done.stdout)["tree"] == count_tree(tree.with_name("second"))
 
 

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import expit, softmax
-from typer.testing import CliRunner
 
 import biopsy
-from biopsy.cli import app
 from biopsy.models.classifier import Classifier
 from biopsy.models.importers.keras import import_keras, load_keras_into
 from biopsy.models.importers.keras_files import read_keras
 from biopsy.models.networks import build_network
+from command_line import call
 from conftest import encode_png
 from keras_files import (
     build,
@@ -182,7 +181,7 @@ def cancernet_file(tmp_path):
 def test_an_imported_classifier_predicts_like_any_other(cancernet_file, make_pack, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path, layers = cancernet_file
-    made = CliRunner().invoke(app, ["import-keras", str(path), "--model", "cancernet-2020", "--out", "mine"])
+    made = call("import-keras", str(path), "--model", "cancernet-2020", "--out", "mine")
     assert made.exit_code == 0 and made.stdout == "mine\n", made.stderr
     pack = make_pack(patch_px=50)
     found = biopsy.predict("mine", pack.path, device="cpu")
@@ -194,7 +193,7 @@ def test_an_imported_classifier_predicts_like_any_other(cancernet_file, make_pac
     assert found.frame["pred"].tolist() == (found.frame["prob"] >= 0.5).astype(int).tolist()
     assert not {"unlike_training", "colour_distance", "feature_distance"} & set(found.frame)
     (tmp_path / "patch.png").write_bytes(encode_png(pack.patches[0]))
-    asked = CliRunner().invoke(app, ["predict", "mine", "patch.png", "--device", "cpu", "--json"])
+    asked = call("predict", "mine", "patch.png", "--device", "cpu", "--json")
     assert asked.exit_code == 0 and json.loads(asked.stdout)["n_patches"] == 1, asked.stderr
 
 

@@ -7,16 +7,15 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
 
 import biopsy
-from biopsy.cli import app
 from biopsy.core.errors import DataError, RecipeError, RunError
 from biopsy.core.files import read_json
 from biopsy.evaluation.explanation.explain import explain_examples
 from biopsy.evaluation.explanation.methods import find_method
 from biopsy.evaluation.hypotheses.measure import measure_conjectures
 from biopsy.experiments.reports import gather_run
+from command_line import call
 from report_facts import Page
 from tiny_runs import copy_run, train_tiny
 
@@ -31,10 +30,6 @@ def judged(trained_run, tmp_path_factory):
 @pytest.fixture
 def unopened(trained_run, tmp_path):
     return copy_run(trained_run, tmp_path)
-
-
-def call(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 # --- which patches

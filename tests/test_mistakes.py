@@ -5,10 +5,8 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
 
 import biopsy
-from biopsy.cli import app
 from biopsy.core.errors import RunError
 from biopsy.core.files import read_json, sha256_file
 from biopsy.evaluation.errors import measure as module
@@ -17,6 +15,7 @@ from biopsy.evaluation.errors.measure import contrast_mistakes, find_unusual, me
 from biopsy.evaluation.errors.nearest_training_patches import find_alike
 from biopsy.evaluation.patch_properties import PROPERTIES
 from biopsy.models.engine import Engine
+from command_line import call
 from tiny_runs import copy_run
 
 
@@ -213,7 +212,7 @@ def test_closeups_show_every_patch_of_the_galleries(judged, found):
 
 
 def test_the_verb_writes_a_table_and_pictures(judged, found, tmp_path):
-    called = CliRunner().invoke(app, ["errors", str(judged.path), "--n", "5", "--out", str(tmp_path / "m")])
+    called = call("errors", str(judged.path), "--n", "5", "--out", str(tmp_path / "m"))
     assert called.exit_code == 0, called.output
     listed = pd.read_csv(tmp_path / "m" / "errors.csv", dtype={"patient_id": str})
     wrong = found.table[found.table["kind"].isin(["fn", "fp"])]
@@ -222,7 +221,7 @@ def test_the_verb_writes_a_table_and_pictures(judged, found, tmp_path):
         assert (tmp_path / "m" / picture).is_file()
     assert len(list((tmp_path / "m" / "uncertain").iterdir())) == 5
     assert "false negatives" in called.stdout and "errors.csv" in called.stdout
-    as_json = CliRunner().invoke(app, ["errors", str(judged.path), "--n", "5", "--json"])
+    as_json = call("errors", str(judged.path), "--n", "5", "--json")
     assert json.loads(as_json.stdout) == found.about
 
 

@@ -6,12 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn import metrics as sk
-from typer.testing import CliRunner
 
 import biopsy
-from biopsy.cli import app
 from biopsy.core.errors import DataError, MetricError, RunError
 from biopsy.data.predictions import write_predictions
+from command_line import call
 from report_facts import Page
 
 GROUPS = np.repeat([f"p{k}" for k in range(10)], 20)
@@ -265,7 +264,7 @@ def test_the_command(tmp_path):
         site=np.where(GROUPS > "p4", "x", "y"),
     )
     page = tmp_path / "page.html"
-    done = CliRunner().invoke(app, ["evaluate", str(path), "--subgroups", "site", "--report", str(page)])
+    done = call("evaluate", str(path), "--subgroups", "site", "--report", str(page))
     assert done.exit_code == 0 and page.is_file()
     accuracy = (probs.argmax(axis=1) == target).mean()
     assert (
@@ -273,10 +272,10 @@ def test_the_command(tmp_path):
         and "weighted average" in done.stdout
         and "200 patches" in done.stdout
     )
-    done = CliRunner().invoke(app, ["evaluate", str(path), "--json"])
+    done = call("evaluate", str(path), "--json")
     assert json.loads(done.stdout)["patch"]["accuracy"]["value"] == pytest.approx(accuracy)
     write(path, target=target, prob=probs[:, 1] * 9)
-    refused = CliRunner().invoke(app, ["evaluate", str(path)])
+    refused = call("evaluate", str(path))
     assert refused.exit_code == 1 and refused.stderr.count("\n") == 1 and "logits" in refused.stderr
 
 

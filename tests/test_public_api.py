@@ -1,77 +1,90 @@
-"""The command line and the functions are one thing: same names, same parameters, same defaults."""
+"""The public names, and the commands that are made of the public functions without importing them."""
 
 import inspect
+import json
+import re
 import subprocess
 import sys
+import typing
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
-import typer
+from cyclopts import App
 
 import biopsy
-from biopsy.cli import app
+from biopsy.cli import build_app
+from biopsy.cli.results import COMMANDS
+from biopsy.cli.signatures import list_functions, read_function
+from command_line import call
 
-ROOT = typer.main.get_command(app)
-VERBS = ROOT.commands  # type: ignore[attr-defined]
-COMMANDS = {name.replace("-", "_"): command for name, command in VERBS.items()}
-
-ONLY_COMMAND_LINE = {"as_json"}  # how a result is printed
-ONLY_FUNCTION = {"on_progress", "on_epoch", "transform"}  # functions: a command line has none
-FLAGS = {"as_json": "--json", "overrides": "--set"}
+HEAVY = {"torch", "numpy", "pandas", "matplotlib", "sklearn", "scipy", "cv2", "h5py", "pyarrow", "pydantic"}
 
 
-def spell(default: object) -> object:
-    """Write a default as the command line would: nothing, a text, a number, or a list with commas."""
-    if default is inspect.Parameter.empty or default in (None, (), [], ""):
-        return None
-    if isinstance(default, tuple | list):
-        return ",".join(map(str, default))
-    return str(default) if isinstance(default, Path) else default
+@pytest.fixture(scope="module")
+def app() -> App:
+    return build_app()
 
 
-def parameters_of(function: object) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(function).parameters)  # type: ignore[arg-type]
-
-
-def public_functions() -> set[str]:
-    functions = {name for name in biopsy.__all__ if inspect.isfunction(getattr(biopsy, name))}
-    return functions - {"evaluate_predictions"}  # of arrays; of a table it is `biopsy evaluate`
+def parameters_of(name: str) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(getattr(biopsy, name)).parameters)
 
 
 def test_every_command_is_a_function_and_every_function_a_command():
-    assert set(COMMANDS) == public_functions()
+    functions = {name for name in biopsy.__all__ if inspect.isfunction(getattr(biopsy, name))}
+    assert set(COMMANDS) == functions - {"evaluate_predictions"}  # of arrays; of a table it is `evaluate`
+    assert set(list_functions()) == functions
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_a_command_takes_what_its_function_takes(name):
-    command = parameters_of(COMMANDS[name].callback)
-    function = parameters_of(getattr(biopsy, name))
-    assert set(command) - ONLY_COMMAND_LINE == set(function) - ONLY_FUNCTION
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_the_source_says_of_a_function_is_what_importing_it_says(name):
+    """Same parameters, defaults and docstring; a callback is a parameter that takes nothing from a shell."""
+    read, imported = read_function(*list_functions()[name]), parameters_of(name)
+    assert [*read.signature.parameters, *read.callbacks] == sorted(
+        imported, key=lambda parameter: parameter in read.callbacks
+    )
+    for parameter, item in read.signature.parameters.items():
+        assert item.default == imported[parameter].default
+        assert item.kind == imported[parameter].kind
+    for parameter in read.callbacks:
+        assert "Callable" in str(imported[parameter].annotation)
+    assert inspect.cleandoc(read.doc) == inspect.getdoc(getattr(biopsy, name))
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_defaults_are_the_same(name):
-    function = parameters_of(getattr(biopsy, name))
-    for parameter, item in parameters_of(COMMANDS[name].callback).items():
-        if parameter not in ONLY_COMMAND_LINE:
-            assert spell(item.default) == spell(function[parameter].default), parameter
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_reads_types_that_its_function_takes(name):
+    read = read_function(*list_functions()[name])
+    hints = typing.get_type_hints(getattr(biopsy, name))
+    for parameter, item in read.signature.parameters.items():
+        assert set(_members(item.annotation)) <= set(_members(hints[parameter])), parameter
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_flags_are_spelled_as_parameters(name):
-    for parameter in COMMANDS[name].params:
-        if parameter.param_type_name == "option" and parameter.name != "help":
-            flag = FLAGS.get(parameter.name, f"--{parameter.name.replace('_', '-')}")
-            assert parameter.opts == [flag]
+def _members(hint: object) -> list[object]:
+    """Return the plain types and choices that a type is a union or a sequence of."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return list(arguments)
+    if origin in (Sequence, Iterable):
+        return [("each", member) for argument in arguments for member in _members(argument)]
+    return [member for argument in arguments for member in _members(argument)] or [hint]
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS))
+@pytest.mark.parametrize("name", COMMANDS)
+def test_parameters_are_options_of_their_name_documented_once(name, app):
+    command = app[name.replace("_", "-")]
+    for argument in command.assemble_argument_collection():
+        parameter = argument.field_info.name
+        expected = {parameter.upper(), f"--{parameter.replace('_', '-')}"}
+        negative = {f"--no-{parameter}"} if argument.field_info.default is True else set()
+        assert set(argument.names) <= ({"--set"} if parameter == "overrides" else expected | negative)
+        assert len(re.findall(rf"^    {parameter}: \S", command.help, re.MULTILINE)) == 1
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_functions_are_typed_and_documented(name):
-    function = getattr(biopsy, name)
-    signature = inspect.signature(function)
+    signature = inspect.signature(getattr(biopsy, name))
     assert signature.return_annotation is not inspect.Parameter.empty
     assert all(item.annotation is not inspect.Parameter.empty for item in signature.parameters.values())
-    assert function.__doc__ and COMMANDS[name].help
     kinds = [item.kind for item in signature.parameters.values()]
     assert inspect.Parameter.VAR_KEYWORD not in kinds
     assert sum(kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for kind in kinds) <= 2
@@ -81,7 +94,6 @@ def test_public_names_are_all_there_and_listed():
     for name in biopsy.__all__:
         assert getattr(biopsy, name) is not None
     assert set(biopsy.__all__) <= set(dir(biopsy))
-    assert list(biopsy.__all__) == sorted(biopsy.__all__)
 
 
 def test_an_unknown_name_is_refused():
@@ -100,14 +112,48 @@ def test_errors_can_be_caught_by_their_public_names():
 def test_importing_the_package_and_any_help_load_nothing_heavy():
     code = (
         "import sys\n"
-        "from typer.testing import CliRunner\n"
-        "import biopsy\n"
-        "from biopsy.cli import app\n"
-        f"for arguments in [[], *([name] for name in {sorted(VERBS)})]:\n"
-        "    result = CliRunner().invoke(app, [*arguments, '--help'])\n"
-        "    assert result.exit_code == 0 and result.stdout.strip() and not result.stderr, arguments\n"
-        "heavy = {'torch', 'numpy', 'pandas', 'matplotlib', 'sklearn', 'scipy', 'cv2', 'h5py', 'pyarrow'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "from command_line import call\n"
+        f"for name in {['', *COMMANDS]}:\n"
+        "    result = call(*filter(None, [name.replace('_', '-'), '--help']))\n"
+        "    assert result.exit_code == 0 and result.stdout.strip() and not result.stderr, name\n"
+        f"heavy = {HEAVY} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tests
+    )
     assert done.returncode == 0, done.stderr
+
+
+def test_wrong_names_get_the_nearest_one():
+    for wrong, right in [
+        (["trian"], "train"),
+        (["evaluate", "run", "--subst", "test"], "--subset"),
+        (["evaluate", "run", "--subset", "tset"], "test"),
+    ]:
+        result = call(*wrong)
+        assert result.exit_code == 2 and result.stdout == ""
+        assert result.stderr.count("\n") == 1 and right in result.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_every_command_and_option(shell, app):
+    script = app.generate_completion(shell=shell)
+    for name in COMMANDS:
+        assert name.replace("_", "-") in script
+    for option in ("subset", "trust-model", "log-file"):
+        assert option in script
+
+
+def test_the_reference_page_is_up_to_date():
+    project = Path(__file__).resolve().parents[1]
+    page = project / "docs" / "reference" / "commands.md"
+    code = [sys.executable, str(page.with_name("make_commands.py")), "--print"]
+    made = subprocess.run(code, capture_output=True, text=True, check=True).stdout
+    assert page.read_text(encoding="utf-8") == made, "run: python docs/reference/make_commands.py"
+
+
+def test_json_of_any_command_is_json(capsys):
+    listed = call("list", "recipes", "--json")
+    assert json.loads(listed.stdout) == json.loads(json.dumps(biopsy.list("recipes"), default=str))

@@ -19,13 +19,12 @@ import pandas as pd
 import pytest
 import shapely
 import tifffile
-from typer.testing import CliRunner
 
 import biopsy
-from biopsy.cli import app
 from biopsy.core.errors import DataError, RunError, SplitError
 from biopsy.data.packs import Pack
 from biopsy.data.splits import make_split
+from command_line import call as run_command
 from conftest import PROJECT, encode_png
 from scn_files import write_scn
 
@@ -61,8 +60,7 @@ def write_table(path: Path, rows: Iterable[tuple], head: str = "patch_id,patient
 
 def call(*arguments: object) -> tuple[int, str, str]:
     """Run a command; return its exit code, what it printed and what it said."""
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    done = run_command(*arguments)
     return done.exit_code, done.stdout, done.stderr
 
 

@@ -74,8 +74,8 @@ def finished(paper, pack, tmp_path_factory):
 
 def ask(paper, pack, out, *, seeds=(0,), test_patients=TESTED, leak_seeds=(), **options):
     return reproduce(
-        [paper],
         pack,
+        [paper],
         seeds=seeds,
         test_patients=test_patients,
         leak_seeds=leak_seeds,
@@ -308,9 +308,9 @@ def test_refusals(finished, pack, paper, tmp_path, make_pack):
     with pytest.raises(RecipeError, match="cancernet-2019 was published on 'idc'"):
         ask("cancernet-2019", pack, tmp_path / "study")
     with pytest.raises(RecipeError, match="no recipe was published on 'synthetic'"):
-        reproduce([], pack, out=tmp_path / "study")
+        reproduce(pack, [], out=tmp_path / "study")
     with pytest.raises(RecipeError, match="two of the papers have the same name"):
-        reproduce([paper, paper], pack, out=tmp_path / "study")
+        reproduce(pack, [paper, paper], out=tmp_path / "study")
     with pytest.raises(RunError, match="needs at least one seed"):
         ask(paper, pack, tmp_path / "study", seeds=())
     with pytest.raises(RunError, match="a budget of 0 is no number of minutes above 0"):
@@ -362,21 +362,20 @@ def test_the_figure_shows_both_arms_and_every_seed_of_the_leak(finished):
 
 
 def test_reproduce_from_the_command_line(finished, paper, pack, tmp_path, monkeypatch):
-    from typer.testing import CliRunner
 
-    from biopsy.cli import app
+    from command_line import call
 
     monkeypatch.chdir(tmp_path)
     base = ["reproduce", str(paper), "--data", str(pack.path), "--seeds", "0", "--leak-seeds", ""]
     base += ["--test-patients", ",".join(TESTED), "--out", str(finished[0].path), "--device", "cpu"]
-    done = CliRunner().invoke(app, base)
+    done = call(*base)
     assert done.exit_code == 0, done.stderr
     assert done.stdout == write_markdown(list_rows(finished[0].summary()))
-    asked = CliRunner().invoke(app, [*base, "--json"])
+    asked = call(*base, "--json")
     summary = json.loads(asked.stdout)
     assert summary["papers"]["tiny-paper"]["n_runs"] == 23 and summary["path"] == str(finished[0].path)
-    assert CliRunner().invoke(app, ["reproduce", str(paper)]).exit_code == 2
-    wrong = CliRunner().invoke(app, [*base, "--seeds", "one"])
+    assert call("reproduce", str(paper)).exit_code == 2
+    wrong = call(*base, "--seeds", "one")
     assert wrong.exit_code == 2
-    refused = CliRunner().invoke(app, ["reproduce", "residual-small", "--data", str(pack.path)])
+    refused = call("reproduce", "residual-small", "--data", str(pack.path))
     assert refused.exit_code == 1 and "claims nothing" in refused.stderr and refused.stderr.count("\n") == 1

@@ -282,21 +282,20 @@ def test_figures_refuse_what_does_not_fit():
 
 
 def test_sweep_from_the_command_line(finished, tmp_path, monkeypatch):
-    from typer.testing import CliRunner
 
-    from biopsy.cli import app
+    from command_line import call
 
     monkeypatch.chdir(tmp_path)
     pack = finished[0].runs()[0].open_pack()
     base = ["sweep", RECIPE, "--data", str(pack.path), "--split", "patients", "--device", "cpu"]
     fast = ["--set", "train.epochs=1", "--set", "preprocessing.input_px=8"]
-    done = CliRunner().invoke(app, [*base, *fast, "--grid", "train.lr=0.01,0.02", "--name", "rates"])
+    done = call(*base, *fast, "--grid", "train.lr=0.01,0.02", "--name", "rates")
     assert done.exit_code == 0, done.stderr
     assert done.stdout == "studies/rates\n" and "epoch   1" in done.stderr
     assert len(json.loads((tmp_path / "studies/rates/metrics.json").read_text())["combinations"]) == 2
-    wrong = CliRunner().invoke(app, [*base, "--grid", "train.rl=1"])
+    wrong = call(*base, "--grid", "train.rl=1")
     assert wrong.exit_code == 1 and "did you mean 'train.lr'" in wrong.stderr and wrong.stdout == ""
-    assert CliRunner().invoke(app, base).exit_code == 2
+    assert call(*base).exit_code == 2
 
 
 def test_the_base_recipe_is_what_is_kept(finished):

@@ -8,15 +8,14 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import transforms
-from typer.testing import CliRunner
 
-from biopsy.cli import app
 from biopsy.core.errors import RunError
 from biopsy.core.files import sha256_file
 from biopsy.evaluation.predict import predict
 from biopsy.exporting.bundles import export
 from biopsy.models.importers.wsinfer import load_script, open_wsinfer
 from biopsy.training.open_model import open_classifier
+from command_line import call
 from conftest import encode_png
 from host_models import draw, our_probs
 
@@ -108,7 +107,7 @@ def test_code_runs_only_if_its_hash_is_named(make_model, tmp_path):
         open_classifier(folder)
     with pytest.raises(RunError, match=f"has the SHA-256 {digest}, not 00ff: it was not run"):
         open_classifier(folder, trust_model="00ff")
-    done = CliRunner().invoke(app, ["predict", str(folder), str(folder), "--trust-model", "00ff"])
+    done = call("predict", str(folder), str(folder), "--trust-model", "00ff")
     assert done.exit_code == 1 and "it was not run" in done.stderr
 
 

@@ -14,7 +14,7 @@ VIEW_PORT, SERVE_PORT = 8765, 8780
 
 
 def view(
-    paths: Path | str | Sequence[Path | str],
+    paths: Sequence[Path | str] | Path | str,
     *,
     model: Run | Classifier | Path | str | None = None,
     mpp: float | None = None,
@@ -31,15 +31,14 @@ def view(
     for ``biopsy prepare --labels``.
 
     Args:
-        paths: A slide, a map (``map.parquet``, a slide's folder, or the folder of ``biopsy slide``), a run, a
-            folder of slides or a pack; or several of these. A map is joined with its slide where that is
-            found.
-        model: A run, classifier or bundle that explains patches; by default that of the run.
-        mpp: Micrometres per pixel at level 0, for slides that do not say.
-        annotations: The file of annotations; by default ``NAME.annotations.jsonl`` beside the first path.
-        who: Name of the reviewer; by default that of the user's account. The page can change it.
+        paths: Slides, maps (``map.parquet``, a slide's folder, or the folder of ``biopsy slide``), runs,
+            folders of slides and packs. A map is joined with its slide where that is found.
+        model: Run, classifier or bundle that explains patches (default: the run's).
+        mpp: Pixel size at level 0 in µm. Required for slides that do not record it.
+        annotations: File of annotations (default: ``NAME.annotations.jsonl`` beside the first path).
+        who: Name of the reviewer (default: the user's account). The page can change it.
         queue: Queue of patches to label, as ``biopsy next`` writes it.
-        port: Port of the page; by default the first free one from 8765.
+        port: Port of the page (default: the first free one from 8765).
         no_browser: Only print the address.
 
     Raises:
@@ -63,7 +62,7 @@ def view(
 
 
 def serve(
-    models: Run | Classifier | Path | str | Sequence[Run | Classifier | Path | str],
+    models: Sequence[Run | Classifier | Path | str] | Run | Classifier | Path | str,
     *,
     host: str = "127.0.0.1",
     port: int | None = None,
@@ -81,12 +80,12 @@ def serve(
     Args:
         models: Runs, classifiers or bundles; each is named as its folder.
         host: Address to listen on. One that other machines reach needs a token.
-        port: By default the first free one from 8780.
-        token: That requests must bear (``Authorization: Bearer TOKEN``); by default the environment variable
-            ``BIOPSY_TOKEN``, which other users of this machine cannot read off the command line.
+        port: Port (default: the first free one from 8780).
+        token: Token that requests must bear, ``Authorization: Bearer TOKEN`` (default: the environment
+            variable ``BIOPSY_TOKEN``, which other users of this machine cannot read off the command line).
         root: Folder below which clients may name slides by path; without it they can only upload.
         out: Folder of the slide jobs and their results.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+        device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
         RunError: If a model is none of these.

@@ -28,7 +28,7 @@ COLUMNS = (
 
 def next(
     model: Run | Classifier | Path | str,
-    paths: Path | str | Sequence[Path | str],
+    paths: Sequence[Path | str] | Path | str,
     *,
     budget: int = 100,
     out: Path | str = "queue.csv",
@@ -44,12 +44,12 @@ def next(
     sheet for ``biopsy prepare --labels`` once the column ``decision`` is filled in.
 
     Args:
-        model: A run, classifier or bundle.
+        model: Run, classifier or bundle.
         paths: Packs, slides or folders of slides.
         budget: Number of patches to choose.
-        out: The queue's file.
-        mpp: Micrometres per pixel at level 0, for slides that do not say.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+        out: Output file of the queue.
+        mpp: Pixel size at level 0 in µm. Required for slides that do not record it.
+        device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Returns:
         The queue, most informative first: the columns of a label sheet, ``slide, patient_id, x, y, side``

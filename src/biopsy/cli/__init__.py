@@ -1,13 +1,13 @@
-"""The command line: each verb is a library call plus printing.
+"""The command line: the public functions, with how their results are printed.
 
-One file per group of verbs; ``console`` holds how things are printed, ``app`` joins the groups and turns
-known errors into one line and an exit code. Nothing heavy is imported before a verb runs: the functions are
-reached through ``biopsy.<verb>``, which loads them when first used.
+``signatures`` reads the parameters of the functions from their source, ``app`` makes commands of them and
+runs one, ``results`` prints what it returned, ``console`` holds how things are printed. Nothing heavy is
+imported before a command runs.
 
-To add a verb, write a function here whose parameters carry the names of the library function's, export that
-function from ``biopsy``, and register it in the ``register`` of its group; a test compares the two.
+To add a command, name the function in ``biopsy/__init__.pyi`` and in ``results.COMMANDS``. Its parameters are
+declared once, in its signature and docstring.
 """
 
-from biopsy.cli.app import app, main
+from biopsy.cli.app import build_app, main, run
 
-__all__ = ["app", "main"]
+__all__ = ["build_app", "main", "run"]

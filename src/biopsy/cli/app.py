@@ -1,85 +1,253 @@
-"""The application: all verbs, and what becomes of an error."""
+"""The application: a command for each public function, the options all have, and what becomes of an error."""
 
+import contextlib
 import gc
+import inspect
 import io
 import os
+import re
+import shlex
 import sys
-from typing import Annotated, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
-import typer
-from typer.core import TyperGroup
+from cyclopts import App, CycloptsError, Group, Parameter, Token
 
-from biopsy.cli import data, evaluation, slides, tools, training, viewing
-from biopsy.cli.console import fail, interrupted, show_log
+import biopsy
+from biopsy.cli.console import EpochLines, log, progress, set_up_log
+from biopsy.cli.results import COMMANDS, GROUPS, show
+from biopsy.cli.signatures import PublicFunction, list_functions, read_function
 from biopsy.core.errors import BiopsyError
 
+KNOWN_ERROR, USAGE, INTERRUPTED = 1, 2, 130
 
-class Verbs(TyperGroup):
-    """Turns errors that are known into one line and exit code 1; a traceback is a defect of ours."""
+OPTIONS = frozenset({"data", "out"})
+"""Positional parameters of functions that are options of commands, except ``out`` of ``export``."""
+VERBATIM = frozenset({"overrides", "grid", "patch"})
+"""Lists whose values may hold commas: the option is repeated instead."""
+METAVARS = {"overrides": "KEY=VALUE", "grid": "KEY=VALUE,..."}
 
-    def invoke(self, ctx: Any) -> Any:
-        """Run the verb that was asked for."""
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            interrupted("nothing half-written is left under a final name, run the same command again")
-        except BrokenPipeError:
-            raise
-        except BiopsyError as error:
-            fail(str(error))
-        except OSError as error:  # a path that is missing or forbidden, a full disk
-            named = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-            fail(": ".join(part for part in (named, error.strerror or str(error)) if part))
+HELP = """Train, evaluate, explain and run breast-histopathology patch classifiers.
+
+Research use only: not a medical device, not for diagnosis."""
+
+Flag = Parameter(negative=(), show_default=False)
+Common = Group("Common options", sort_key=99)
 
 
-app = typer.Typer(
-    cls=Verbs,
-    name="biopsy",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+def build_app(names: Iterable[str] = COMMANDS, *, quote: str = "") -> App:
+    """Return the application with some commands; code in its help stands between ``quote``."""
+    app = App(
+        name="biopsy",
+        help=HELP,
+        version=lambda: f"biopsy {biopsy.__version__}",
+        help_format="plaintext",
+        group_arguments=Group("Arguments", sort_key=1),
+        group_parameters=Group("Options", sort_key=2),
+        result_action="return_value",
+        suppress_keyboard_interrupt=False,
+    )
+    functions = list_functions()
+    groups = {name: Group(name, sort_key=index) for index, name in enumerate(GROUPS)}
+    for name in names:
+        command, function = COMMANDS[name], read_function(*functions[name])
+        text = _format_doc(function, quote)
+        app.command(
+            _as_command(name, function, text), name=name.replace("_", "-"), group=groups[command.group]
+        )
+    app.command(_install_completion(app), name="--install-completion")
+    app.meta.default(_make_launcher(app))
+    return app
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
-        from biopsy import __version__
+def _install_completion(app: App) -> Callable[..., None]:
+    def install_completion(shell: Literal["bash", "zsh", "fish", "powershell"] | None = None) -> None:
+        """Install shell completion, and name the file.
 
-        print(f"biopsy {__version__}")
-        raise typer.Exit
+        Args:
+            shell: Shell (default: the current one).
+        """
+        print(app.install_completion(shell=shell))
 
-
-@app.callback()
-def start(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
-    ] = False,
-    accept_licence: Annotated[
-        str | None,
-        typer.Option(help="Licences of weights that you accept, with commas."),
-    ] = None,
-) -> None:
-    """Train, judge and run breast-histopathology patch classifiers that can be trusted.
-
-    Research use only: not a medical device, not for diagnosis.
-    """
-    show_log()
-    if accept_licence is not None:
-        os.environ["BIOPSY_ACCEPT_LICENCE"] = accept_licence
+    return install_completion
 
 
-for group in (tools, data, training, evaluation, slides, viewing):
-    group.register(app)
+def _format_doc(function: PublicFunction, quote: str) -> str:
+    """Return a docstring as a terminal or Markdown shows it: unwrapped, options written as such."""
+    text, _, rest = function.doc.partition("\nArgs:\n")
+    text = re.sub(r"(?<!\n)\n(?!\n)", " ", text)
+    doc = f"{text}\n\nArgs:\n" + re.sub(r"\n {8}(?=\S)", " ", rest)
+
+    def write_code(code: re.Match[str]) -> str:
+        parameter = function.signature.parameters.get(code[1])
+        is_option = parameter is not None and parameter.kind is parameter.KEYWORD_ONLY
+        return f"{quote}{_flag(code[1]) if is_option or code[1] in OPTIONS else code[1]}{quote}"
+
+    doc = re.sub(r"``(.+?)``", write_code, doc)
+    return doc if quote else re.sub(r"`(.+?)`", r"\1", doc)
+
+
+def _flag(name: str) -> str:
+    return "--set" if name == "overrides" else f"--{name.replace('_', '-')}"
+
+
+def _as_command(name: str, function: PublicFunction, doc: str) -> Callable[..., None]:
+    """Return a function of the command line's own types that says what is to be called."""
+
+    def command(*args: Any, **kwargs: Any) -> None: ...
+
+    parameters = [_as_parameter(name, item) for item in function.signature.parameters.values()]
+    parameters.sort(key=lambda item: item.kind)
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {item.name: item.annotation for item in parameters}
+    command.__name__, command.__doc__ = name, doc
+    command.callbacks = function.callbacks  # type: ignore[attr-defined]
+    return command
+
+
+def _as_parameter(command: str, item: inspect.Parameter) -> inspect.Parameter:
+    """Return a parameter as the command line takes it: argument or option, its name, how lists are read."""
+    kind, hint, default = item.kind, item.annotation, item.default
+    is_list = "Sequence" in str(hint)
+    if kind is item.POSITIONAL_OR_KEYWORD and (command, item.name) != ("export", "out"):
+        kind = item.KEYWORD_ONLY if item.name in OPTIONS else item.POSITIONAL_ONLY
+        if is_list and kind is item.POSITIONAL_ONLY:  # may stand before and after options
+            required = Parameter(required=default is item.empty)
+            each = Annotated[get_args(hint)[0], required]  # type: ignore[valid-type]
+            return item.replace(kind=item.VAR_POSITIONAL, annotation=each, default=item.empty)
+    if (command, item.name) == ("slide", "out"):  # optional for one slide in Python, whose map is returned
+        default = item.empty
+    parameter = Parameter(
+        name="--set" if item.name == "overrides" else None,
+        metavar=METAVARS.get(item.name),
+        converter=_split_commas if is_list and item.name not in VERBATIM else None,
+        negative=None if default is True else (),
+        show_default=_spell if default not in (item.empty, None, (), False) else False,
+    )
+    return item.replace(kind=kind, annotation=Annotated[hint, parameter], default=default)
+
+
+def _spell(default: object) -> str:
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _split_commas(hint: Any, tokens: Sequence[Token]) -> tuple[Any, ...]:
+    """Read ``"0,1,2"``, or several of them, as a list; nothing is an empty list."""
+    texts = [part.strip() for token in tokens for part in token.value.split(",")]
+    if texts == [""]:
+        return ()
+    texts = [text for text in texts if text]
+    numbers = "int" in str(hint)
+    if not texts or (numbers and not all(re.fullmatch(r"[+-]?\d+", text) for text in texts)):
+        kind = "whole numbers" if numbers else "values"
+        raise ValueError(f"expected {kind} separated by commas, such as {'0,1,2' if numbers else 'a,b'}")
+    return tuple(map(int, texts)) if numbers else tuple(texts)
+
+
+def _make_launcher(app: App) -> Callable[..., int]:
+    def launch(
+        *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+        as_json: Annotated[bool, Parameter("--json", group=Common), Flag] = False,
+        quiet: Annotated[bool, Parameter(("--quiet", "-q"), group=Common), Flag] = False,
+        verbose: Annotated[bool, Parameter(("--verbose", "-v"), group=Common), Flag] = False,
+        log_file: Annotated[Path | None, Parameter(group=Common)] = None,
+        accept_licence: Annotated[str | None, Parameter(group=Common)] = None,
+    ) -> int:
+        """Run a command.
+
+        Args:
+            tokens: The command and its arguments.
+            as_json: Print the result as JSON.
+            quiet: Print results, warnings and errors only: no progress, no log.
+            verbose: Print the log in full, with time, module and the traceback of an error.
+            log_file: File to which the full log is appended.
+            accept_licence: Weight licences to accept (comma-separated).
+        """
+        set_up_log(quiet=quiet, verbose=verbose, file=log_file)
+        if accept_licence is not None:
+            os.environ["BIOPSY_ACCEPT_LICENCE"] = accept_licence
+        command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
+        if command.__name__ not in COMMANDS:  # help, completion
+            return command(*bound.args, **bound.kwargs) or 0
+        log.debug("biopsy %s: %s", biopsy.__version__, shlex.join(tokens))
+        return _run_command(command, dict(bound.arguments), as_json=as_json, quiet=quiet)
+
+    return launch
+
+
+def _run_command(command: Any, arguments: dict[str, Any], *, as_json: bool, quiet: bool) -> int:
+    """Call the public function with what was given, and print what it returns."""
+    name = command.__name__
+    if name == "train" and "resume" not in arguments and not {"recipe", "data"} <= set(arguments):
+        raise CycloptsError(msg="train needs a recipe and --data PACK, or --resume RUN")
+    try:
+        with _watch(name, command.callbacks, quiet=quiet) as callbacks:
+            result = getattr(biopsy, name)(**arguments, **callbacks)
+    except KeyboardInterrupt as stop:
+        resumable = name == "train" and stop.args
+        step = (
+            f"continue with `biopsy train --resume {stop.args[0]}`"
+            if resumable
+            else "run the same command again"
+        )
+        log.error("interrupted: finished work is kept; %s", step)
+        return INTERRUPTED
+    return show(name, result, arguments, as_json=as_json)
+
+
+@contextlib.contextmanager
+def _watch(name: str, callbacks: Sequence[str], *, quiet: bool) -> Iterator[dict[str, Callable[..., None]]]:
+    """Give the callbacks by which a function's progress is shown."""
+    if "on_epoch" in callbacks:
+        yield {"on_epoch": EpochLines()}
+    elif "on_progress" in callbacks and not quiet:
+        with progress(name, unit="bytes" if name == "fetch" else "patches") as advance:
+            yield {"on_progress": advance}
+    else:
+        yield {}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line, and return its exit code; an error that is known is one line."""
+    set_up_log()
+    try:
+        names = [name for name in COMMANDS if name.replace("_", "-") in arguments] or COMMANDS
+        return build_app(names).meta(arguments, exit_on_error=False, print_error=False) or 0
+    except CycloptsError as error:
+        log.error("%s", error)
+        return USAGE
+    except KeyboardInterrupt:
+        log.error("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except (BiopsyError, OSError) as error:
+        log.debug("traceback", exc_info=True)
+        log.error("%s", _describe(error))
+        return KNOWN_ERROR
+
+
+def _describe(error: BiopsyError | OSError) -> str:
+    """Return the message of an error; of one of the system, the path that is missing or the full disk."""
+    if isinstance(error, BiopsyError):
+        return str(error)
+    paths = " -> ".join(str(path) for path in (error.filename, error.filename2) if path is not None)
+    return ": ".join(part for part in (paths, error.strerror or str(error)) if part)
 
 
 def main() -> None:
-    """Run the command line; what a stream's encoding cannot hold is escaped."""
+    """Run the command line that was called; what a stream's encoding cannot hold is escaped."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = KNOWN_ERROR
     finally:
         if "torch" not in sys.modules:  # whose own libraries want to be taken apart in order
             gc.freeze()  # or Python would look through all that is loaded for garbage before it ends
+    sys.exit(code)

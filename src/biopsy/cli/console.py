@@ -1,42 +1,65 @@
-"""How the command line prints, and the arguments and options that several commands share."""
+"""How the command line prints: log, progress, tables, JSON."""
 
 import contextlib
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, NoReturn, Protocol
-
-import typer
+from typing import Any
 
 MAX_MESSAGE = 900  # characters of an error or warning
-MAX_NAMED = 20  # skipped files named one by one before the rest is only counted
 
-KNOWN_ERROR, USAGE, SKIPPED, INTERRUPTED = 1, 2, 3, 130
-"""Exit codes beside 0: known error, wrong usage, finished but input was skipped, Ctrl-C."""
+log = logging.getLogger("biopsy.cli")
 
 
-def say(text: str) -> None:
-    """Print a line of progress or log."""
-    print(text, file=sys.stderr, flush=True)
+class StderrHandler(logging.Handler):
+    """Prints log records on whatever stderr is at that moment; what the library repeats, once."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.printed: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record: as one line, or in full where a format was set."""
+        line = record.getMessage()
+        if record.levelno == logging.INFO and record.name != log.name:
+            if line in self.printed:
+                return
+            self.printed.add(line)
+        if self.formatter is not None:
+            line = self.format(record)
+        elif record.levelno >= logging.WARNING:
+            line = f"{record.levelname.lower()}: {cut(' '.join(line.split()))}"
+        print(line, file=sys.stderr, flush=True)
 
 
-def fail(message: str) -> NoReturn:
-    """Print a known error as one line and leave with its exit code."""
-    say("error: " + _cut(" ".join(message.split())))
-    raise typer.Exit(KNOWN_ERROR)
-
-
-def _cut(message: str) -> str:
+def cut(message: str) -> str:
     """Cut a message that holds a cell or name of any length."""
     return message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + " ..."
 
 
-def interrupted(how_to_go_on: str) -> NoReturn:
-    """Say how to go on after Ctrl-C, and leave."""
-    say(f"interrupted; {how_to_go_on}")
-    raise typer.Exit(INTERRUPTED)
+def set_up_log(*, quiet: bool = False, verbose: bool = False, file: Path | None = None) -> None:
+    """Send what the library and the command line log to stderr, and all of it to a file.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    logger = logging.getLogger("biopsy")
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    for handler in logger.handlers:
+        handler.close()
+    printing = StderrHandler(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+    in_full = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if verbose:
+        printing.setFormatter(in_full)
+    logger.handlers[:] = [printing]
+    if file is not None:
+        keeping = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
+        keeping.setFormatter(in_full)
+        logger.addHandler(keeping)
 
 
 def print_json(document: object) -> None:
@@ -92,34 +115,48 @@ def _cell(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def name_skipped(skipped: Sequence[Mapping[str, str]], where: str) -> None:
-    """Name and count the input that could not be read, and leave with exit code 3 if there was any."""
-    for item in skipped[:MAX_NAMED]:
-        say(_cut(f"skipped {item['source']}: {item['reason']}"))
-    if len(skipped) > MAX_NAMED:
-        say(f"... and {len(skipped) - MAX_NAMED:,} more, all named in {where}")
-    if skipped:
-        one = len(skipped) == 1
-        inputs = "1 input" if one else f"{len(skipped):,} inputs"
-        say(f"{inputs} could not be read and {'was' if one else 'were'} skipped")
-        raise typer.Exit(SKIPPED)
+class EpochLines:
+    """Prints each epoch's record as one aligned line on stderr, under the run it belongs to."""
+
+    def __init__(self) -> None:
+        self.run: str | None = None
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        """Print one record."""
+        if record["run"] != self.run:
+            self.run = record["run"]
+            log.info("run %s", self.run)
+        log.info("%s", epoch_line(record))
 
 
-class OnProgress(Protocol):
-    """Moves the bar to ``done`` of ``total``; ``what`` says what is being done, where that changes."""
-
-    def __call__(self, done: int, total: int | None, what: str | None = None) -> None:
-        """Show it."""
+def epoch_line(record: Mapping[str, Any]) -> str:
+    """Write an epoch's record as one line: loss, metrics, learning rate, speed, time left."""
+    auroc = record["val_auroc"]
+    parts = [
+        f"epoch {record['epoch']:3d}",
+        f"loss {record['loss']:7.4f}",
+        f"accuracy {record['accuracy']:.3f}",
+        f"val loss {record['val_loss']:7.4f}",
+        f"accuracy {record['val_accuracy']:.3f}",
+        "auroc     -" if auroc is None else f"auroc {auroc:.3f}",
+        f"lr {record['lr']:.2e}",
+        f"{record['images_per_s']:7,.0f} images/s",
+        f"{timedelta(seconds=round(record['time_left_s']))} left",
+    ]
+    return "  ".join(parts) + ("  best so far" if record["best"] else "")
 
 
 @contextlib.contextmanager
-def progress(what: str, *, unit: str = "patches") -> Iterator[OnProgress]:
-    """Show one bar with rate and time left on stderr; silent where that is not a terminal."""
+def progress(what: str, *, unit: str = "patches") -> Iterator[Callable[..., None]]:
+    """Show one bar with rate and time left on stderr, where that is a terminal.
+
+    The callback takes what is done and what there is in all, or the progress of a download.
+    """
     from rich.console import Console
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda done, total, what=None: None
+        yield lambda *state: None
         return
     from rich.progress import (
         BarColumn,
@@ -143,54 +180,12 @@ def progress(what: str, *, unit: str = "patches") -> Iterator[OnProgress]:
         TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn(), console=console
     ) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done, total, what=None: bar.update(task, completed=done, total=total, description=what)
 
+        def advance(done: Any, total: int | None = None) -> None:
+            if unit == "bytes":
+                step = f"{done.step} {done.file}"
+                bar.update(task, completed=done.done_bytes, total=done.total_bytes, description=step)
+            else:
+                bar.update(task, completed=done, total=total)
 
-class StderrHandler(logging.Handler):
-    """Prints log records on whatever stderr is at that moment."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        say(level + _cut(record.getMessage()))
-
-
-def show_log() -> None:
-    """Print what the library logs, once a record."""
-    logger = logging.getLogger("biopsy")
-    logger.setLevel(logging.INFO)
-    logger.handlers[:] = [StderrHandler()]
-    logger.propagate = False
-
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines.")]
-Data = Annotated[
-    Path | None, typer.Option(help="A pack, or an archive to make one from.", metavar="PACK|SOURCE")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-PackPath = Annotated[Path, typer.Argument(metavar="PACK", show_default=False)]
-Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
-Setting = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Change a recipe's value; may be repeated.", metavar="KEY=VALUE"),
-]
-SplitName = Annotated[str | None, typer.Option(help="Name of a split of the pack.")]
-TrustModel = Annotated[
-    str | None,
-    typer.Option(help="Hash of a WSInfer model's TorchScript, whose code may then run.", metavar="SHA256"),
-]
-
-
-def comma_list(text: str | None) -> tuple[str, ...]:
-    """Read ``"a,b"`` as ``("a", "b")``; nothing is an empty list."""
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
-
-
-def seed_list(text: str, flag: str = "--seeds") -> tuple[int, ...]:
-    """Read ``"0,1,2"`` as ``(0, 1, 2)``."""
-    try:
-        seeds = tuple(int(part) for part in comma_list(text))
-    except ValueError:
-        seeds = ()
-    if not seeds:
-        raise typer.BadParameter(f"{flag} {text!r} is no list of whole numbers such as 0,1,2")
-    return seeds
+        yield advance

@@ -47,16 +47,18 @@ class Inspection(Result):
 def inspect(
     pack: Pack | Path | str, *, split: str | Split | None = None, out: Path | str | None = None
 ) -> Inspection:
-    """Audit a pack and draw what is in it.
+    """Audit a pack and draw its patches, classes and subsets; exit with 1 on blocking issues.
 
-    Writes ``audit.json`` into the pack and pictures into ``inspection/`` below it: a sheet of each class,
-    the balance of classes per patient, each slide put together again where coordinates are known, and the
-    classes of the sides (or folds) of the split.
+    Writes ``audit.json`` into the pack and pictures into ``inspection/`` in it: a sheet of each class, the
+    class balance per patient, each slide reassembled where coordinates are known, and the classes of each
+    subset (or fold) of the split. Blocking issues are label conflicts, and patients or duplicates in two
+    subsets of the split; a published split, or one made to measure a leak, may overlap.
 
     Args:
-        pack: The pack, or its path.
-        split: Name of a split whose sides are audited too: patients and duplicates on two sides.
-        out: Folder for the pictures instead; with a pack that cannot be written to, for the audit as well.
+        pack: Pack to audit.
+        split: Name of a split whose subsets are audited too: patients and duplicates in two subsets.
+        out: Output folder of the pictures, and of the audit of a read-only pack (default: ``inspection/``
+            in the pack).
 
     Returns:
         The audit (see the formats' reference), and beside it ``spoilers``, what would spoil a result, one

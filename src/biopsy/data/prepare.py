@@ -41,33 +41,44 @@ def prepare(
     recipe: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> Pack:
-    """Read an archive of patches as it is, or cut annotated slides, and write a pack.
+    """Decode an archive of patches, or cut annotated slides into patches, and write a pack.
+
+    The same command again opens the pack that is there; a pack of another source is never overwritten. Files
+    that cannot be read are skipped, named and counted.
+
+    The tree of ``export_tree`` holds the source's files, unchanged, as
+    ``training|validation|testing/<class>/<file>``. Class folders are the numbers of the classes in the pack,
+    so that Keras, which sorts folders by name, numbers them alike. Files of one name take their whole path
+    with ``__`` for ``/``. Patches in no subset are left out and counted; where a published split validates on
+    the test subset, its files are in both folders. The folder must not exist. PCam's h5 files hold arrays,
+    not files: no tree can be made of them.
 
     Args:
-        source: A zip or a folder in one of the layouts of `biopsy.data.datasets`, or a folder of slides with
-            a ``.geojson`` of their name beside each (see `biopsy.data.cutting` for the rules).
-        out: The folder of the new pack. One made from the same source with the same options is opened again.
-        dataset: Name of the layout; None to recognise it.
-        patients: A csv that names each patch's patient, slide or site, or a pattern searched in its path.
-        labels: A csv that overrides labels (see `biopsy.data.labels.relabel`).
-        join: A csv whose columns are added (see `biopsy.data.tables.join_columns`).
-        positive: The positive class; several, as a list or separated by commas, are folded into one.
-        mpp: Micrometres a pixel; None for the dataset's own. Of slides: at which patches are cut.
-        patch_px: Side of the patches cut from slides, in pixels at ``mpp``.
-        stride_px: Step of the grid of patches, by default their side.
-        label_frac: Share of a patch that an annotation must cover for the patch to be of its class.
-        classes: Of slides, ``NAME=ANNOTATED`` for each class, or a name alone; ``=ANNOTATED`` leaves the area
-            out. By default the annotated names.
-        rest: Class of what lies in the region and in no annotation; by default such patches are left out.
-        region: Annotated class that limits where labels are valid.
-        slide_mpp: Micrometres a pixel of slides that do not say: a number, or a csv of ``slide, mpp``.
-        annotations: Of slides, a folder of annotation files, or one file; by default those beside the slides.
-        crop: Whether QuPath cropped slides to what was scanned, as it does unless it is told ``--no-crop``.
-        export_tree: Also write the source's files, unchanged, into this folder as
-            ``training|validation|testing/<class>/`` (see `biopsy.data.export_tree.export_tree`).
-        split: The tree's split: one of the pack, or a protocol that needs nothing more.
-        recipe: Whose published split the tree has, where no split is named; ``cancernet-2020`` by default.
-        on_progress: Called with the patches done and the patches in all.
+        source: Zip or folder of patches, or folder of slides with annotations beside them.
+        out: Output folder of the pack.
+        dataset: Layout of the source, as ``biopsy list datasets`` names it (default: recognised).
+        patients: Patients of the patches: a csv, or a regular expression searched in each path.
+        labels: A csv of labels that override those of the source.
+        join: A csv of further columns, such as site, scanner or age.
+        positive: Positive class; several, separated by commas, are merged into one.
+        mpp: Pixel size in µm. Required if the source does not record it; for slides, the resolution at
+            which patches are cut.
+        patch_px: Side in pixels of the patches cut from slides.
+        stride_px: Stride in pixels of the patches cut from slides (default: the patch size).
+        label_frac: Minimum fraction of a patch covered by its class, for patches cut from slides.
+        classes: Classes of patches cut from slides and their annotations, ``NAME=ANNOTATED`` each or a
+            name alone; ``=ANNOTATED`` excludes an area (default: the annotated names).
+        rest: Class assigned to unannotated tissue inside the region (default: such patches are left out).
+        region: Annotation class that outlines the fully annotated area.
+        slide_mpp: Pixel size in µm of slides that do not record it: one value, or a csv with columns
+            ``slide,mpp``.
+        annotations: Annotations of slides (GeoJSON; XML of ASAP, HALO or ImageScope): folder, or one file
+            (default: beside the slides).
+        crop: Whether QuPath cropped slides to their scanned bounds on export.
+        export_tree: Output folder of a tree of the original files, sorted by subset and class.
+        split: Split of the tree: one of the pack, or a protocol without further options.
+        recipe: Recipe whose published split the tree has, without a split (default: ``cancernet-2020``).
+        on_progress: Called with the numbers of patches done and in all.
 
     Returns:
         The pack. Files that could not be read are in ``pack.info.skipped`` with the reason.

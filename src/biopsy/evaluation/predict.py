@@ -12,12 +12,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from biopsy.core.errors import DataError
+from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import refuse_inputs
 from biopsy.core.text import normalize_name, printable
 from biopsy.data.archives import MAX_ENTRY_BYTES, open_archive
 from biopsy.data.labels import refuse_decided
-from biopsy.data.packs import TABLE, Pack, is_pack, pad
+from biopsy.data.packs import TABLE, Pack, is_pack, pad, patch_sha256
 from biopsy.data.predictions import (
     IDENTITY,
     check_name,
@@ -51,12 +51,14 @@ class Prediction:
         path: Where it was written.
         skipped: What could not be read: ``source`` and ``reason``.
         class_names: Names of the classes that ``pred`` counts.
+        n_training: How many of the patches the model was trained on; None where its run or pack is missing.
     """
 
     frame: pd.DataFrame
     path: Path
     skipped: Skipped
     class_names: list[str]
+    n_training: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,19 +81,21 @@ def predict(
 ) -> Prediction:
     """Predict patches from images, folders, zips and packs, and write one table.
 
-    A file that is no image, or larger than the patches the classifier was trained on, is skipped and named.
-    Patches unlike anything in training are flagged in ``unlike_training``, not refused.
+    Files that are no image, or larger than the classifier's patches, are skipped, named and counted.
+    Out-of-distribution patches are flagged in ``unlike_training``. The column ``side`` names the subset of
+    patches that the run was trained, validated or tested on, recognised by their pixels.
 
     Args:
-        model: A finished run, a classifier, a bundle, or the folder of a WSInfer model.
-        paths: What to predict.
-        out: The table to write; by default ``predictions.csv`` (or ``.parquet``), or ``submission.csv``, in
-            the current folder.
-        format: Of the table, where ``out`` does not say; ``"kaggle"`` writes Kaggle's ``id,label`` instead:
-            the file's name without its ending, and the probability of the positive class.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
-        trust_model: SHA-256 of a WSInfer model's TorchScript, which is code and runs only if it is named.
-        on_progress: Called with patches done and patches in all.
+        model: Finished run, classifier, bundle, or folder of a WSInfer model.
+        paths: Images, folders, zips and packs.
+        out: Output table, ``.csv`` or ``.parquet`` (default: ``predictions.csv``, or ``submission.csv``
+            for kaggle).
+        format: Format of the table without ``out``; ``kaggle`` writes ``id,label``: the file name without
+            its suffix, and the probability of the positive class.
+        device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        trust_model: SHA-256 of a WSInfer model's TorchScript, which is code and runs only if its hash is
+            given.
+        on_progress: Called with the numbers of patches done and in all.
 
     Raises:
         RunError: If the model is none of these, or not trusted.
@@ -99,6 +103,7 @@ def predict(
             has more than two classes or two patches the same id.
     """
     classifier = open_classifier(model, trust_model=trust_model)
+    subsets = _subsets_by_hash(model)
     engine = Engine(device)
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     skipped: Skipped = []
@@ -116,6 +121,7 @@ def predict(
     for source in sources:
         answers = []
         for chunk in source.read(classifier, skipped):
+            chunk.about["side"] = _find_subsets(chunk, subsets)
             answers.append(_predict_chunk(classifier, chunk, engine))
             done += len(chunk.about)
             if on_progress:
@@ -135,7 +141,36 @@ def predict(
         "skipped": skipped,
     }
     write = write_submission if format == "kaggle" else write_predictions
-    return Prediction(frame, write(path, frame, about), skipped, classifier.info.class_names)
+    n_training = int((frame["side"] == "train").sum()) if subsets else None
+    return Prediction(frame, write(path, frame, about), skipped, classifier.info.class_names, n_training)
+
+
+def _subsets_by_hash(model: Run | Classifier | Path | str) -> dict[str, str]:
+    """Return the subset of each patch of a run's pack by its hash; none where the run or pack is missing."""
+    if isinstance(model, Classifier):
+        return {}
+    if not isinstance(model, Run):
+        folder = next(
+            (path for path in (Path(model), Path(model).parent) if (path / "run.json").is_file()), None
+        )
+        if folder is None:
+            return {}
+        model = Run.open(folder)
+    try:
+        pack = model.open_pack(verify=False)
+    except RunError:
+        return {}
+    sides = model.sides(pack)
+    order = np.argsort(sides == "train", kind="stable")  # of equal patches in two subsets, training is named
+    return dict(zip(pack.table["sha256"].to_numpy(str)[order], sides[order], strict=True))
+
+
+def _find_subsets(chunk: _Chunk, subsets: dict[str, str]) -> list[str | None]:
+    """Return the subset of each patch whose pixels the run knows."""
+    if not subsets:
+        return [None] * len(chunk.about)
+    patches = zip(chunk.patches, chunk.sizes, strict=True)
+    return [subsets.get(patch_sha256(patch[:height, :width])) or None for patch, (width, height) in patches]
 
 
 def _list_read(

@@ -11,10 +11,10 @@ Rows = list[Row]  # before `list` is a function of this module
 
 
 def list(kind: Kind) -> Rows:
-    """List what is shipped, one row each, from the registers themselves.
+    """List the shipped data sets, models or recipes, with licences, published numbers and cost.
 
     Args:
-        kind: ``"datasets"``, ``"models"`` or ``"recipes"``.
+        kind: What to list.
 
     Returns:
         For data sets what they are recognised by, how a pack is made of them, counts, resolution, licence and

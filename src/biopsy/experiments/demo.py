@@ -29,10 +29,12 @@ SETTINGS = ("train.epochs=12",)  # of 40: what two cores do in about a minute
 
 
 def demo(*, out: Path | str = "biopsy-demo", on_epoch: OnEpoch | None = None) -> Path:
-    """Write a synthetic cohort, prepare and inspect it, train CancerNet, judge it, map a slide and report.
+    """Run everything on a synthetic cohort: pack, training, evaluation, slide map and report.
+
+    Takes minutes on two cores and downloads nothing. The same command continues an interrupted demonstration.
 
     Args:
-        out: The demonstration's folder; an earlier demonstration in it is gone on with.
+        out: Output folder.
         on_epoch: Called with each epoch's record.
 
     Returns:

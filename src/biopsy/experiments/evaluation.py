@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from biopsy.core.errors import DataError, RunError
+from biopsy.core.files import update_directory
 from biopsy.core.subsets import stored_side
+from biopsy.core.tables import write_csv
 from biopsy.data.packs import Pack
 from biopsy.evaluation.evaluate import evaluate as evaluate_run
 from biopsy.evaluation.predictions import evaluate_classifier, evaluate_table, is_table
@@ -13,6 +15,8 @@ from biopsy.evaluation.results import Evaluation
 from biopsy.models.classifier import DOCUMENT, Classifier
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
+
+METRICS_CSV, PREDICTIONS_CSV = "metrics.csv", "predictions.csv"
 
 
 def evaluate(
@@ -26,27 +30,30 @@ def evaluate(
     threshold: float | None = None,
     subgroups: Sequence[str] = (),
     report: Path | str | None = None,
+    csv: Path | str | None = None,
 ) -> Evaluation:
-    """Evaluate a run on its test or validation subset or on another pack, or a table of predictions.
+    """Evaluate a run, or a table of any program's predictions; 95 % intervals over patients.
 
     For a run, ``predictions/test.parquet`` and ``evaluation/metrics.json`` (validation: ``val.parquet`` and
-    ``metrics-val.json``; another pack: both under ``external/<pack>/``) are written into it. Each evaluation
-    of a test subset is recorded in the pack's ledger. For a table, only the report is written.
+    ``metrics-val.json``; another pack: both under ``external/<pack>/``) are written into it, and each
+    evaluation of a test subset is recorded in the pack's ledger. For a table, only the report and the csv are
+    written.
 
     Args:
-        run: A finished run; a classifier, with ``data``; or a csv or Parquet table with a row per patch: the
-            true class (``y_true``, ``target``, ``label``, ...), the positive class's probability (``prob``)
-            or each class's (``prob_<class>``), and the patient (``patient_id``, ``groups``, ...).
-        subset: ``"test"`` or ``"validation"``.
-        data: Another pack with the same classes; all its patches are evaluated unless ``split`` is given.
-            The run's own pack is recognised by its content and evaluated on the run's own split.
-        split: With another pack: the split of that pack whose ``subset`` is evaluated.
-        prevalence: Also give PPV and NPV where this share of patches is positive.
-        positive: Of a table of two classes: the positive one.
-        threshold: Of a table: the probability from which a patch is predicted positive; by default the one
-            written with it, else 0.5.
-        subgroups: Of a table: columns within whose values the metrics are repeated.
-        report: Also write the report to this HTML file.
+        run: Finished run; classifier, with ``data``; or csv or Parquet table with a row per patch: true
+            class (``y_true``, ``target``, ``label``), probability of the positive class (``prob``) or of
+            each class (``prob_<class>``), and patient (``patient_id``, ``groups``).
+        subset: Subset of the split to evaluate.
+        data: Another pack with the same classes (default: the run's own); the run's own pack, where it
+            has moved, is recognised by its content.
+        split: With another pack: split whose subset is evaluated (default: all patches).
+        prevalence: Prevalence at which PPV and NPV are also computed.
+        positive: Of a table of two classes: the positive class.
+        threshold: Of a table: probability from which a patch is predicted positive (default: the one
+            written with it, else 0.5).
+        subgroups: Of a table: columns within whose values metrics are repeated.
+        report: Output file of the HTML report.
+        csv: Output folder of ``metrics.csv`` and ``predictions.csv``.
 
     Returns:
         The numbers with their intervals; `Evaluation.to_dict` is what ``metrics.json`` holds.
@@ -78,7 +85,16 @@ def evaluate(
         from biopsy.experiments.reports import report as write_report  # draws: loaded only for a report
 
         write_report(evaluation, out=report)
+    if csv is not None:
+        _write_csv(Path(csv), evaluation)
     return evaluation
+
+
+def _write_csv(folder: Path, evaluation: Evaluation) -> None:
+    """Write the metrics and the predictions as tables for a spreadsheet."""
+    with update_directory(folder, METRICS_CSV, PREDICTIONS_CSV) as partial:
+        write_csv(partial / METRICS_CSV, evaluation.to_frame().reset_index())
+        write_csv(partial / PREDICTIONS_CSV, evaluation.predictions)
 
 
 def _refuse(what: str, **given: object) -> None:

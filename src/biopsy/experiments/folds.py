@@ -28,22 +28,24 @@ def study(
     device: str = "auto",
     on_epoch: OnEpoch | None = None,
 ) -> Study:
-    """Train and judge recipes over folds and seeds, and pool what they say of patients they have not seen.
+    """Train and evaluate recipes over folds and seeds, and pool their test predictions.
 
-    The same command goes on where an interrupted one stopped: finished runs are kept, half-trained ones are
-    resumed. A run whose loss diverges is named under ``failed`` in ``study.json``; the others go on.
+    The same command continues an interrupted study: finished runs are kept, unfinished ones resumed. A run
+    whose loss diverges is named under ``failed`` in ``study.json``; the others continue.
 
     Args:
-        recipes: Names, TOML files or recipes.
-        data: A pack, or what `biopsy.prepare` reads.
-        split: Name of a split of the pack; its folds are all run.
-        folds: Number of folds, where the split is yet to be made by patient.
-        seeds: Training seeds; at least three for a headline figure.
-        overrides: ``{"table.key": value}`` changes, made in every recipe.
-        name: Name of the study under ``studies/``.
-        out: The study's own folder instead.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
-        on_epoch: Called with each epoch's record, which also names ``run``, ``recipe``, ``fold``, ``seed``.
+        recipes: Names of recipes, or TOML files.
+        data: Pack, or an archive to prepare.
+        split: Split of the pack; all its folds are run (default: the data set's own, else by patient).
+        folds: Number of folds, if the split is yet to be made by patient.
+        seeds: Training seeds; at least three for a headline result.
+        overrides: Changes of recipe settings, ``KEY=VALUE`` such as ``train.epochs=2``; may be repeated
+            (in Python: a list or a mapping).
+        name: Name of the study in ``studies/``; the same name continues it.
+        out: Output folder of the study (default: ``studies/NAME``).
+        device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        on_epoch: Called with each epoch's record, which also names ``run``, ``recipe``, ``fold``,
+            ``seed``.
 
     Raises:
         RunError: If the folder holds a study that asked something else.

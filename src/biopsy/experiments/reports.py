@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def report(
-    runs: Reported | Sequence[Reported],
+    runs: Sequence[Reported] | Reported,
     *,
     out: Path | str | None = None,
     hide_ids: bool = False,
@@ -38,12 +38,11 @@ def report(
     """Write one self-contained HTML report for each run, study or evaluation of predictions.
 
     Args:
-        runs: Evaluated runs, studies, and what `evaluate_predictions` returned.
-        out: The file to write, for one run; a folder, for several. By default ``report.html`` in each;
-            needed for predictions.
+        runs: Evaluated runs and studies; in Python also results of `evaluate_predictions`.
+        out: Output file for one run, folder for several (default: ``report.html`` in each).
         hide_ids: Replace patient, slide and patch ids by numbers, for sharing.
-        complete: First run the commands whose results the report of a run lacks (error analysis, saliency,
-            published hypotheses); without it the report names them.
+        complete: First run the commands whose results the report of a run lacks (error analysis,
+            saliency, published hypotheses); without it the report names them.
 
     Returns:
         The paths of the reports.

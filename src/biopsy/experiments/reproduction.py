@@ -47,8 +47,8 @@ SAME_PATCHES = ({"hcd", "pcam"},)  # data sets of which one was made of the othe
 
 
 def reproduce(
-    papers: Sequence[str | Path | Recipe],
     data: Pack | Path | str,
+    papers: Sequence[str | Path | Recipe] = (),
     *,
     budget: float | None = None,
     seeds: Sequence[int] = (0, 1, 2),
@@ -63,26 +63,27 @@ def reproduce(
 ) -> Study:
     """Run published recipes as published and with patients apart, and measure the leak slide by slide.
 
-    All runs of a recipe make the same number of updates; both arms of a comparison train on the same number
-    of patches. The same command goes on where an interrupted one stopped; recipes and seeds may be added, and
-    a recipe keeps the length that was planned for it first.
+    All runs of a recipe make the same number of updates; both models of a comparison train on the same number
+    of patches. The same command continues an interrupted study; recipes and seeds may be added, and a recipe
+    keeps its first planned length.
 
     Args:
-        papers: Recipes that claim something; none takes all that were published on the pack's data set.
-        data: A pack, or what `biopsy.prepare` reads.
-        budget: Minutes that everything asked may take; without it, runs have the length of the recipe.
-        seeds: Training seeds of both arms.
-        split: The split that keeps patients apart; by default the data set's own, else ``test_patients`` left
-            out in turn, else by patient.
-        test_patients: Patients (slides, where no patients are named) whose leak is measured; by default the
-            three with most patches of their rarer class. The next in order validates.
-        leak_seeds: Seeds of the leak's pairs of runs; none leaves it out.
-        overrides: ``{"table.key": value}`` changes, made in every recipe.
-        name: Name of the study under ``studies/``.
-        out: The study's own folder instead.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
-        on_epoch: Called with each epoch's record, which also names ``run``, ``recipe``, ``seed``, ``arm`` and
-            whom it tests.
+        data: Pack, or an archive to prepare.
+        papers: Recipes with published results (default: all published on the pack's data set).
+        budget: Time limit of all runs in minutes (default: full length).
+        seeds: Training seeds of both models of a comparison.
+        split: Split that keeps patients apart (default: the data set's own, else ``test_patients`` left
+            out in turn, else by patient).
+        test_patients: Ids of patients or slides whose leak is measured (default: the three with most
+            patches of their rarer class).
+        leak_seeds: Seeds of the leak's pairs of runs; an empty value leaves it out.
+        overrides: Changes of recipe settings, ``KEY=VALUE`` such as ``train.epochs=2``; may be repeated
+            (in Python: a list or a mapping).
+        name: Name of the study in ``studies/``; the same name continues it.
+        out: Output folder of the study (default: ``studies/NAME``).
+        device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        on_epoch: Called with each epoch's record, which also names ``run``, ``recipe``, ``seed``, ``arm``
+            and the tested patient.
 
     Raises:
         RecipeError: If a recipe claims nothing, or was published on other data.

@@ -151,24 +151,26 @@ def sweep(
     device: str = "auto",
     on_epoch: OnEpoch | None = None,
 ) -> Study:
-    """Train and judge a recipe with every combination of some settings, and choose one on validation.
+    """Train and evaluate every combination of some settings, and choose one on validation.
 
-    The same command goes on where an interrupted one stopped; seeds, and values of the same settings, may be
-    added. Every combination is tested, which the ledger counts; only validation says which is best.
+    The same command continues an interrupted sweep; seeds, and values of the same settings, may be added.
+    Every combination is tested, which the ledger counts; the choice rests on validation alone.
 
     Args:
-        recipe: A shipped name, a TOML file, or a recipe.
-        data: A pack, or what `biopsy.prepare` reads.
-        grid: ``"table.key=value,value"`` each; every value of one with every value of the others.
-        split: As for `biopsy.train`.
-        fold: Which fold tests, for a split with folds.
+        recipe: Name of a recipe, or TOML file.
+        data: Pack, or an archive to prepare.
+        grid: Setting and its values, ``KEY=VALUE,VALUE``; may be repeated, for every combination. Commas
+            in brackets and quotes belong to a value.
+        split: Split of the pack (default: the data set's own, else by patient).
+        fold: Fold to test, of a split with folds.
         seeds: Training seeds of every combination.
-        overrides: ``{"table.key": value}`` changes of every combination.
-        name: Name of the study under ``studies/``.
-        out: The study's own folder instead.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
-        on_epoch: Called with each epoch's record, which also names ``run``, ``recipe``, ``fold``, ``seed``
-            and the settings of the grid.
+        overrides: Changes of recipe settings, ``KEY=VALUE`` such as ``train.epochs=2``; may be repeated
+            (in Python: a list or a mapping).
+        name: Name of the study in ``studies/``; the same name continues it.
+        out: Output folder of the study (default: ``studies/NAME``).
+        device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        on_epoch: Called with each epoch's record, which also names ``run``, ``recipe``, ``fold``,
+            ``seed`` and the settings of the grid.
 
     Raises:
         RecipeError: If a combination cannot be built; nothing is trained then.

@@ -55,18 +55,17 @@ def export(
     data: Pack | Path | str | None = None,
     mpp: float | None = None,
 ) -> Bundle:
-    """Write a bundle: a folder that WSInfer, QuPath's WSInfer extension and ONNX Runtime run as it is.
+    """Write a bundle: a folder that WSInfer, QuPath's WSInfer extension and ONNX Runtime run.
 
-    The exported networks give calibrated scores, so that the softmax these programs apply gives the
-    classifier's own probabilities. That is tried out on patches of the pack before anything is left at
-    ``out``.
+    The exported networks give calibrated scores, so that the softmax of these programs gives the classifier's
+    own probabilities. Their agreement is tested on patches of a pack before anything is left in the output
+    folder.
 
     Args:
-        model: A finished run, or a classifier.
-        out: The bundle's folder; it must not exist.
-        data: The pack on whose patches parity is tried; by default the one the run was trained on. Labels are
-            not looked at.
-        mpp: Micrometres per pixel of the patches, where the classifier does not know.
+        model: Finished run, or classifier.
+        out: Output folder; must not exist.
+        data: Pack on whose patches agreement is tested (default: the run's own). Labels are not read.
+        mpp: Pixel size of the patches in µm. Required if the classifier does not record it.
 
     Raises:
         RunError: If the model is not finished, there is something at ``out``, the exported networks give

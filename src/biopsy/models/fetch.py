@@ -13,15 +13,16 @@ PREFIX = "weights:"
 
 
 def fetch(name: str, out: Path | str, *, on_progress: OnProgress | None = None) -> FetchResult:
-    """Download a public data set or pretrained weights, or go on with a download that was interrupted.
+    """Download a public data set or pretrained weights; the only command that uses the network.
 
-    Files appear under their final names only when whole and checked; what is there already is not fetched
-    again. kagglehub and Hugging Face show their own progress, so ``on_progress`` hears only of other files.
+    An interrupted download is continued; files appear under their final names only when complete and
+    verified. Prints the folder to give to ``prepare``, or the one that ``$BIOPSY_WEIGHTS`` should name.
 
     Args:
-        name: ``"idc"``, ``"pcam"``, ``"hcd"``, or ``"weights:TAG"`` with a tag of ``biopsy list models``,
-            such as ``weights:torchvision:resnet18``.
-        out: The folder to put it in; created if missing. For weights, the one that ``$BIOPSY_WEIGHTS`` names.
+        name: ``idc``, ``pcam``, ``hcd``, or ``weights:TAG`` with a tag of ``biopsy list models``, such as
+            ``weights:torchvision:resnet18``.
+        out: Output folder, created if missing.
+        on_progress: Called with a `Progress`; kagglehub and Hugging Face show their own.
 
     Raises:
         DataError: If no data set has that name, or the weights that came are not those that were published.

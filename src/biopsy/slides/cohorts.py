@@ -73,7 +73,7 @@ class SlideCohort:
 
 def slide(
     model: Run | Classifier | Path | str,
-    slides: Path | str | Sequence[Path | str],
+    slides: Sequence[Path | str] | Path | str,
     *,
     out: Path | str | None = None,
     mpp: float | None = None,
@@ -84,23 +84,25 @@ def slide(
     trust_model: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> SlideMap | SlideCohort:
-    """Map slides: the classifier's probability on a grid over the tissue, and files that QuPath opens.
+    """Map whole slides: probabilities over the tissue, and files that open in QuPath.
 
-    A slide is read at the classifier's own resolution or not at all. One that fails is named and does not
-    stop the others. Run again after an interruption, what is finished is kept.
+    A slide is read at the classifier's own resolution or not at all. One that cannot be read is named and
+    skipped; finished ones are not mapped again.
 
     Args:
-        model: A finished run, a classifier, a bundle, or the folder of a WSInfer model.
-        slides: One slide, whose map is given back; or several, as files, folders, csv files with the columns
-            ``slide[,mpp]``, and packs whose patches know their coordinates.
-        out: Folder for a folder a slide and ``status.csv``; needed for more than one slide.
-        mpp: Micrometres per pixel at level 0, for slides that do not say.
-        stride_um: Step of the grid; by default a patch's side. With overlap, cells have the mean.
+        model: Finished run, classifier, bundle, or folder of a WSInfer model.
+        slides: Slides, folders of slides, csv files with columns ``slide[,mpp]``, and packs with
+            coordinates.
+        out: Output folder: one subfolder per slide, plus ``status.csv``. Required for more than one
+            slide.
+        mpp: Pixel size at level 0 in µm. Required for slides that do not record it.
+        stride_um: Stride of the grid in µm (default: the patch size); with overlap, cells have the mean.
         detections: Also write every cell as a QuPath detection with its probabilities.
-        precision: ``"auto"`` (bfloat16 where the processor has it), ``"fp32"`` or ``"bf16"``.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
-        trust_model: SHA-256 of a WSInfer model's TorchScript, which is code and runs only if it is named.
-        on_progress: Called with patches done and patches in all of the slide at hand.
+        precision: Arithmetic: ``auto`` is bf16 where the processor has it.
+        device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        trust_model: SHA-256 of a WSInfer model's TorchScript, which is code and runs only if its hash is
+            given.
+        on_progress: Called with the numbers of patches done and in all of the current slide.
 
     Returns:
         The map of one slide; of several a `SlideCohort`.

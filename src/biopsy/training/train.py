@@ -61,31 +61,30 @@ def train(
     transform: Transform | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> Run:
-    """Train a recipe on the training patients of a pack, or go on with an interrupted run.
+    """Train a recipe on the training patients of a pack, or resume an interrupted run.
 
-    The run never looks at the test side: `biopsy.evaluate` does, and counts it. (One publication validated on
-    its test side; its recipe does so on its ``as-published`` split, and the run and its report say it.)
-
-    A question that a finished run has answered is not trained again: the run in ``out``, or without ``out``
-    the one in ``runs/``, is given back if recipe, pack, sides, seed and initial weights are the same.
+    The test subset is not read: `biopsy.evaluate` does, and counts it. (One publication validated on its test
+    subset; its recipe does so on its ``as-published`` split, and the run and its report say so.) A finished
+    run, in ``out`` or in ``runs/``, with the same recipe, pack, split, seed and initial weights is returned
+    without training again.
 
     Args:
-        recipe: A shipped name, a TOML file, or a recipe.
-        data: A pack, or an archive or folder, which is prepared into a pack beside it first.
-        split: Name of a split of the pack or of a protocol, or a split; by default the data set's own, else
-            by patient.
-        fold: Which fold tests, for a split with folds.
-        seed: Of initial weights, order, augmentation and dropout.
-        overrides: Changes of the recipe, such as ``{"train.epochs": 2}``.
-        out: The run's own folder; by default a new one under ``runs/``.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
-        plot: Also write loss, accuracy and AUROC against epochs to this file (.png, .svg or .pdf).
-        tensorboard: Also write TensorBoard's event files into the run.
-        resume: A run to go on with; recipe, split and seed are then the run's own. Its pack is looked for
-            where it was and beside the run; ``data`` names it where it has moved elsewhere.
+        recipe: Name of a recipe, or TOML file.
+        data: Pack, or an archive to prepare. With ``resume``: the run's pack, where it has moved.
+        split: Split of the pack, or a protocol without further options (default: the data set's own, else
+            by patient).
+        fold: Fold to test, of a split with folds.
+        seed: Random seed of initial weights, order, augmentation and dropout.
+        overrides: Changes of recipe settings, ``KEY=VALUE`` such as ``train.epochs=2``; may be repeated
+            (in Python: a list or a mapping).
+        out: Output folder of the run (default: a new folder in ``runs/``).
+        device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        plot: Output file of the training curves: loss, accuracy and AUROC (.png, .svg or .pdf).
+        tensorboard: Also write TensorBoard events into the run.
+        resume: Run to resume; recipe, split and seed are its own.
         transform: Of training patches, after the recipe's augmentation: a transform of
-            ``torchvision.transforms.v2``, called for each patch, or any function of a batch
-            ``(B, 3, input_px, input_px)``, float32 RGB in 0-1, that keeps shape and type. Such a run is never
+            ``torchvision.transforms.v2``, called for each patch, or any function of a batch ``(B, 3,
+            input_px, input_px)``, float32 RGB in 0-1, that keeps shape and type. Such a run is never
             taken for the answer to another call; resuming it needs the transform again.
         on_epoch: Called with each epoch's record.
 

@@ -19,7 +19,7 @@ from biopsy.data.packs import group_by_unit
 from biopsy.data.predictions import IDENTITY
 from biopsy.models.classifier import Classifier
 from biopsy.recipes import Recipe, load_recipe, recipe_toml
-from biopsy.statistics.calibrators import check_method
+from biopsy.statistics.calibrators import Method, check_method
 from biopsy.training.postprocessing import logger, settle_run, write_validation
 from biopsy.training.runs import Run, hash_question
 
@@ -47,17 +47,16 @@ class Recalibration(Result):
         return pd.DataFrame(self["thresholds"])
 
 
-def calibrate(run: Run | Path | str, *, method: str = "platt") -> Recalibration:
-    """Fit the calibrator of a finished run anew on its stored validation predictions.
+def calibrate(run: Run | Path | str, *, method: Method = "platt") -> Recalibration:
+    """Refit a run's calibration and decision thresholds on its validation predictions.
 
-    Thresholds are frozen again, ``classifier/`` and ``predictions/val.parquet`` are written anew, and the
-    recipe in the run says the method. What was made with the former probabilities (the test side's
-    predictions, numbers and pages) is removed, so that nobody reads it: `biopsy.evaluate` makes it again, and
-    that counts as one more opening of the test side.
+    ``classifier/``, ``predictions/val.parquet`` and the recipe in the run are rewritten. Outputs made with
+    the former probabilities (predictions, numbers and pages of the test subset) are removed;
+    `biopsy.evaluate` makes them again and counts as one more evaluation of the test subset.
 
     Args:
-        run: A finished run; it may have been made before there was calibration.
-        method: ``"platt"``, ``"intercept"``, ``"temperature"``, ``"isotonic"`` (two classes) or ``"none"``.
+        run: Finished run.
+        method: Calibration method; ``isotonic`` takes two classes.
 
     Returns:
         ``run``, ``calibrator`` and ``thresholds`` as in ``classifier.json``, and what was ``removed``.

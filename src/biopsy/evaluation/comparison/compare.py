@@ -61,20 +61,21 @@ def compare(
     out: Path | str | None = None,
     hide_ids: bool = False,
 ) -> Comparison:
-    """Compare runs or studies that were tested on the same patches, patient by patient.
+    """Compare models tested on the same patches, with intervals over patients; or plan a comparison.
 
-    The first is the reference. Writes ``comparison.json``, ``comparison.csv``, ``figure.svg``,
-    ``report.html`` and, of two, ``changed.csv``: the patches whose call turned.
+    The first run or study is the reference. Writes ``comparison.json``, ``comparison.csv``, ``figure.svg``,
+    ``report.html`` and, of two, ``changed.csv``: the patches whose predicted class differs.
 
     Args:
-        runs: Two or more evaluated runs and studies; a study of several recipes stands for one each.
-        metric: Primary metric; the others are given beside it.
-        plan: Instead, plan the number of patients needed to detect ``difference``: from the variance between
-            the patients of one run, or of the paired differences of two. Nothing is written.
-        difference: Difference to be detected, in units of the metric.
-        power: Probability of detecting it.
-        out: The comparison's own folder; without it, ``comparisons/`` gets one.
-        hide_ids: Replace patient, slide and patch ids by numbers in all that is written.
+        runs: Evaluated runs and studies, two or more; a study of several recipes stands for one model
+            each.
+        metric: Primary metric; the others are reported too.
+        plan: Compute the number of patients a comparison needs, from the spread between the patients of
+            one run or the paired differences of two; nothing is written.
+        difference: With a plan: difference to detect, in units of the metric.
+        power: With a plan: desired power (probability of detecting the difference).
+        out: Output folder of the comparison (default: a new folder in ``comparisons/``).
+        hide_ids: Replace patient, slide and patch ids by numbers in everything written.
 
     Returns:
         What ``comparison.json`` holds, with its ``path``; with ``plan``, the plan.

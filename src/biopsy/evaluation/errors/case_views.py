@@ -114,12 +114,12 @@ def errors(
     complete record is kept in the run's ``errors/``.
 
     Args:
-        run: A finished run that tells two classes apart.
-        subset: ``"test"`` or ``"validation"``, already evaluated (default: the subset evaluated last).
+        run: Finished run of two classes, already evaluated.
+        subset: Subset to analyse (default: the one evaluated last).
         n: Number of patches of each kind to picture.
         out: Output folder (default: ``errors/`` in the run).
         hypotheses: Also test the published hypotheses about errors and saliency; the report shows them.
-        device: Device on which the network runs.
+        device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Returns:
         The content of ``errors.json`` (see the file formats page) and the table.

@@ -232,30 +232,29 @@ def explain(
     out: Path | str | None = None,
     device: str = "auto",
 ) -> Explanations:
-    """Show what a model looks at, on patches that are named or on some it got wrong and some it got right.
+    """Draw saliency maps of patches: sheets, one picture per patch, and ``explain.json``.
 
-    Writes a sheet ``<method>.png``, a folder ``<method>/`` with a picture of each patch, and
-    ``explain.json``. What other methods wrote there before stays.
+    Writes a sheet ``<method>.png`` and a folder ``<method>/`` for each method; sheets of other methods are
+    kept. Without named patches, the most confident errors of both kinds and as many correct patches are drawn
+    with the run's seed: of the test subset once it has been evaluated, until then of validation.
 
     Args:
-        model: A finished run, which is explained on its own pack; or a classifier, which needs ``data``.
-        data: For a classifier: a pack, a folder or zip of images, or an image. Of images, which say not what
-            they are, the first are shown.
-        patch: Ids of patches. Those of a test side that has not been opened are refused.
-        errors: Where none is named: how many errors, the surest first and of both kinds in turn, and how many
-            patches that were called right, drawn with the run's seed. They are of the test side once it has
-            been opened, until then of validation.
-        random: Instead of those: how many patches of that side (or of ``data``), drawn at random.
-        seed: Of that draw.
-        method: One or more of ``biopsy.evaluation.explanation.methods.METHODS``; by default saliency,
-            Grad-CAM (integrated gradients where the network allows none) and activations.
-        layer: One or more, for methods that look at one; by default the first convolution, for Grad-CAM the
-            last maps.
-        faithfulness: Also test, about a minute long, whether the maps mean anything: each method that was
-            named, or all, against random and edge-detector maps. Writes ``explain/faithfulness.json`` in the
-            run.
-        out: Where to write; by default ``explain/`` in the run, for a classifier in the current folder.
-        device: Where the network is asked.
+        model: Finished run, explained on its own pack; or a classifier, which needs ``data``.
+        data: For a classifier: a pack, a folder or zip of images, or an image.
+        patch: Id of a patch; may be repeated. Test patches are refused until the test subset has been
+            evaluated.
+        errors: Number of misclassified patches without named ones, plus as many correct ones.
+        random: Number of patches drawn at random instead, of that subset or of ``data``.
+        seed: Random seed of that draw.
+        method: Explanation methods: saliency, smoothgrad, grad_cam, integrated_gradients, occlusion or
+            activations (default: saliency, activations, and grad_cam or, where the network allows none,
+            integrated_gradients).
+        layer: Layers of activations (default: the first convolution) or grad_cam (default: the last
+            feature maps).
+        faithfulness: Also run faithfulness tests (deletion/insertion, weight randomisation; about one
+            minute); written to ``explain/faithfulness.json`` in the run.
+        out: Output folder (default: ``explain/`` in the run; for a classifier, in the current folder).
+        device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Returns:
         What ``explain.json`` holds, and with ``faithfulness`` what that file holds under this name; see the

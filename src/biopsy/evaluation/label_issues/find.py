@@ -59,15 +59,15 @@ class _Models:
 def label_issues(run: Run | Study | Path | str, *, out: Path | str, n: int = 100) -> Doubts:
     """List probable label errors; write a sheet and a page of pictures for expert review.
 
-    A label is compared with the labels of its eight neighbours on the slide, one vote each, and with one vote
-    of the models that were not trained on the patch; see `neighbours.rank_doubts`. Labels are never changed:
-    a person fills in the column ``decision`` (``yes`` for the suggested class, ``no`` for the current label,
-    or a class), and ``prepare --labels`` reads the sheet. Rows without a decision keep their label.
+    A label is compared with the labels of its eight neighbours on the slide and with the models that were not
+    trained on the patch, one vote each. Labels are never changed: an expert fills in the column ``decision``
+    (``yes`` for the suggested class, ``no`` for the current label, or a class), and ``prepare --labels``
+    reads the sheet. Rows without a decision keep their label; a sheet with decisions is never overwritten.
 
     Args:
-        run: A run (its validation patches, and its test patches once they have been opened) or a study (the
-            test patches of all its runs).
-        out: Folder for ``labels.csv``, ``labels.html`` and ``pictures/``.
+        run: Run (its validation patches, and its test patches once evaluated) or study (the test patches
+            of its runs).
+        out: Output folder of ``labels.csv``, ``labels.html`` and ``pictures/``.
         n: Maximum number of labels to list.
 
     Raises:

@@ -213,21 +213,21 @@ def import_keras(
     mpp: float | None = None,
     patch_px: int | None = None,
 ) -> Classifier:
-    """Make a classifier of a model that was trained in Keras, from its file alone.
+    """Convert a model saved by Keras (.h5, .weights.h5, .keras) into a classifier.
 
     The probabilities are Keras's own (two sigmoids become ``p1 / (p0 + p1)``). Nothing is calibrated: the
-    likeliest class is called. What the training patches were like is not in the file, so predictions say
-    nothing on patches unlike them.
+    most probable class is predicted. The file says nothing about its training patches, so out-of-distribution
+    patches are not flagged.
 
     Args:
         file: ``.h5``, ``.weights.h5`` or ``.keras``; read as data, no code in it is executed.
-        model: A recipe, shipped or a TOML file, or the network of a shipped one: says which network it is and
-            how patches are resized, scaled and ordered. The input's side is the file's, where it says it.
-        out: The classifier's folder; it must not exist.
-        class_names: In the order of the outputs; by default those of the recipe's data set.
-        positive: Of two classes the one whose recall is called sensitivity; by default the second.
-        mpp: Micrometres per pixel of the patches it was trained on; by default the data set's.
-        patch_px: Side of a patch as cut from the slide; by default the data set's.
+        model: Recipe (name or TOML file) of the network, or a network of a shipped recipe; also says how
+            patches are resized, scaled and ordered.
+        out: Output folder of the classifier; must not exist.
+        class_names: Names of the outputs in their order (default: those of the recipe's data set).
+        positive: Positive class of two (default: the second).
+        mpp: Pixel size of the patches in µm (default: the data set's).
+        patch_px: Side of the patches in pixels, as cut from the slide (default: the data set's).
 
     Raises:
         DataError: If the file cannot be read, holds code, or is of another architecture.

@@ -1,0 +1,628 @@
+"""What each command prints of its result, as text or as JSON, and its exit code."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from biopsy.cli.console import log, print_blocks, print_json, print_table
+from biopsy.core.subsets import subset_name
+
+FAILED, SKIPPED = 1, 3
+MAX_NAMED = 20  # skipped files named one by one before the rest is only counted
+MUCH = 0.1  # share of out-of-distribution patches from which a slide is named
+
+COUNTS = {"odd_sizes": "padded to a square", "duplicates": "identical copies left out"}
+
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Command:
+    """How the result of a command is printed.
+
+    Attributes:
+        group: Heading of the help under which the command stands.
+        text: Prints the result, given the options of the call.
+        document: Returns what ``--json`` prints.
+        skipped: Returns the input that could not be read, and where all of it is named.
+    """
+
+    group: str
+    text: Callable[[Any, Options], None]
+    document: Callable[[Any], object] = dict
+    skipped: Callable[[Any], tuple[Sequence[Mapping[str, str]], Path]] | None = None
+
+
+def show(name: str, result: Any, options: Options, *, as_json: bool) -> int:
+    """Print the result of a command; return the exit code."""
+    command = COMMANDS[name]
+    if as_json:
+        print_json(command.document(result))
+    else:
+        command.text(result, options)
+    if name == "inspect":
+        return _name_issues(result["spoilers"])
+    if command.skipped is not None:
+        return _name_skipped(*command.skipped(result))
+    return 0
+
+
+def _name_issues(issues: Sequence[str]) -> int:
+    for issue in issues:
+        log.warning("blocking issue: %s", issue)
+    return FAILED if issues else 0
+
+
+def _name_skipped(skipped: Sequence[Mapping[str, str]], where: Path) -> int:
+    """Name and count the input that could not be read."""
+    for item in skipped[:MAX_NAMED]:
+        log.warning("skipped %s: %s", item["source"], item["reason"])
+    if len(skipped) > MAX_NAMED:
+        log.warning("%s more skipped inputs are listed in %s", f"{len(skipped) - MAX_NAMED:,}", where)
+    if skipped:
+        log.warning(
+            "%s", "1 input was skipped" if len(skipped) == 1 else f"{len(skipped):,} inputs were skipped"
+        )
+    return SKIPPED if skipped else 0
+
+
+def _print_path(result: Any, options: Options) -> None:
+    print(result.path)
+
+
+def _path(result: Any) -> object:
+    return {"path": result.path}
+
+
+# --- data
+
+
+def _print_fetch(result: Any, options: Options) -> None:
+    if result.kept:
+        log.info("already there: %s", ", ".join(path.name for path in result.kept))
+    print(result.path)
+
+
+def _pack_document(pack: Any) -> object:
+    return {"path": pack.path, **pack.info.model_dump()}
+
+
+def _print_pack(pack: Any, options: Options) -> None:
+    info = pack.info
+    mpp = "unknown" if info.mpp is None else f"{info.mpp:g}"
+    print(f"{pack.path}: {info.dataset}, {info.patch_px} px at {mpp} um/px, positive: {info.positive_class}")
+    for name, count in info.counts.items():
+        if isinstance(count, dict):
+            count = ", ".join(f"{key} {value:,}" for key, value in count.items()) or "none"
+        label = COUNTS.get(name, name.replace("_", " "))
+        print(f"  {label}: {count:,}" if isinstance(count, int) else f"  {label}: {count}")
+    if "export_tree" in options:
+        from biopsy.data.export_tree import count_tree
+
+        tree = count_tree(options["export_tree"])
+        print(f"{options['export_tree']}: original files, class folders numbered in the order of the classes")
+        print_table([[side, *n.values()] for side, n in tree.items()], ["subset", *tree["training"]])
+
+
+def _spell_sizes(padded: Mapping[str, Any]) -> str:
+    sizes = ", ".join(
+        f"{size['width']} x {size['height']} px: {size['count']:,}" for size in padded["by_size"]
+    )
+    return f"{padded['count']:,} patches" + (f" ({sizes})" if sizes else "")
+
+
+def _print_audit(audit: Mapping[str, Any], options: Options) -> None:
+    exact, labels, groups, division = (
+        audit[key] for key in ("exact_duplicates", "label_conflicts", "groups", "split")
+    )
+    print(f"audit: {audit['paths']['audit']}")
+    print(f"  unreadable files: {audit['unreadable']['count']:,}")
+    print(f"  padded to a square: {_spell_sizes(audit['odd_sizes'])}")
+    print(f"  blank patches: {audit['blank']['count']:,}")
+    print(f"  exact duplicates: {exact['patches']:,} patches in {exact['count']:,} groups")
+    print(f"  near duplicates: {audit['near_duplicates']['count']:,} pairs")
+    conflicts = labels["same_pixels"]["count"], labels["same_place"]["count"]
+    print("  label conflicts: {:,} with equal pixels, {:,} at the same position".format(*conflicts))
+    if groups["count"]:
+        print(f"  {audit['unit']}s: {groups['count']:,}, of one class {groups['one_class']['count']:,}")
+        if groups["unknown"]:
+            print(f"  patches without a known {audit['unit']}: {groups['unknown']:,}")
+    if division and division["may_overlap"] and division["patients_overlap"]:
+        why = "as published" if division["is_published"] else "on purpose"
+        print(f"  PATIENTS OVERLAP in split {division['name']}, {why}: {division['overlap']['count']:,}")
+    for picture in audit["paths"]["pictures"]:
+        print(f"picture: {picture}")
+
+
+def _split_document(split: Any) -> object:
+    names = ("name", "protocol", "unit", "seed", "parameters")
+    return {name: getattr(split, name) for name in names} | {"patients_overlap": split.overlap}
+
+
+def _print_split(split: Any, options: Options) -> None:
+    print(f"split {split.name!r} ({split.protocol}) by {split.unit}, seed {split.seed}")
+    if split.overlap:
+        why = "as published" if split.is_published else "on purpose"
+        print(f"PATIENTS OVERLAP between subsets, {why}: results on it do not apply to new patients")
+    if split.val_is_test:
+        print(
+            "the test subset is also the validation subset, as published: all choices are made on test data"
+        )
+    counts = split.parameters["counts"]
+    rows = []
+    for fold, subsets in enumerate(counts.get("folds", [counts])):
+        for side, count in subsets.items():
+            if count["patches"]:
+                first = [fold, side] if split.n_folds else [side]
+                rows.append([*first, count["patches"], count["groups"], *count["per_class"].values()])
+    header = [*(["fold"] if split.n_folds else []), "subset", "patches", f"{split.unit}s"]
+    print_table(rows, header + list(count["per_class"]))
+
+
+# --- training and experiments
+
+
+def _print_study(study: Any, options: Options) -> None:
+    _name_failed(study)
+    print(study.path)
+
+
+def _name_failed(study: Any) -> None:
+    for run, reason in study.info["failed"].items():
+        log.warning("failed: %s: %s", run, reason)
+
+
+def _print_reproduction(study: Any, options: Options) -> None:
+    from biopsy.experiments.reproduction_summary import list_rows, write_markdown
+
+    _name_failed(study)
+    log.info("study %s", study.path)
+    print(write_markdown(list_rows(study.summary())), end="")
+
+
+# --- evaluation
+
+
+def _print_metrics(metrics: Mapping[str, Any], options: Options) -> None:
+    split, unit, opened = metrics["split"], metrics["unit"], metrics["ledger"]
+    if split["patients_overlap"]:
+        print("PATIENTS OVERLAP on this split: these results do not apply to new patients.")
+    for warning in metrics.get("warnings", []):
+        print(f"WARNING: {warning}")
+    groups = "" if unit == "patch" else f" of {metrics['n_patients']:,} {unit}s"
+    where = f"{subset_name(metrics['side'])} subset of split {split['name']}: " if metrics["side"] else ""
+    print(f"{where}{metrics['n_patches']:,} patches{groups}")
+    if opened:
+        print(f"this test subset has been evaluated {opened['times']} times, by {opened['runs']} runs")
+    if metrics["baseline"]:
+        print(
+            f"colour-only baseline: AUROC {_number(metrics['baseline']['auroc'])}{_gain(metrics['baseline'])}"
+        )
+    if metrics.get("abstention"):
+        print(say_abstention(metrics["abstention"]))
+    if metrics["positive_class"] is not None:
+        _print_threshold(metrics)
+    _print_estimates(metrics)
+    _print_classes(metrics["classification_report"])
+    if metrics["positive_class"] is not None:
+        _print_decisions(metrics)
+    _print_subgroups(metrics)
+
+
+def say_abstention(abstention: Mapping[str, Any]) -> str:
+    if abstention["quantiles"] is None:
+        return f"no abstention: {abstention['reason']}"
+    share, scope = abstention["patient"]["abstained"]["value"], abstention["promise"].replace("-", " ")
+    target = f"target coverage {abstention['promised_coverage']:g} of {scope}"
+    return f"abstains on {100 * share:.1f} % of patches; {target}: {abstention['verdict']}"
+
+
+def _print_threshold(metrics: Mapping[str, Any]) -> None:
+    threshold, confusion = metrics["threshold"], metrics["confusion"]
+    counts = "  ".join(f"{name.upper()} {confusion[name]:,}" for name in ("tp", "fp", "fn", "tn"))
+    print(f"positive class {metrics['positive_class']}: {counts}")
+    chosen_on = threshold["chosen_on"]
+    print(
+        f"at threshold {threshold['value']:.3f}"
+        + (f" ({threshold['rule']}, chosen on {chosen_on})" if chosen_on else "")
+    )
+
+
+def _print_estimates(metrics: Mapping[str, Any]) -> None:
+    """Print every metric with its interval."""
+    header = ["metric", "patches", f"95 % interval, by {metrics['interval']['unit']}"]
+    per_patient = metrics.get("patient", {})
+    rows = []
+    for name, estimate in metrics["patch"].items():
+        rows.append([name, _number(estimate), _interval(estimate)])
+        if per_patient:
+            summary = per_patient.get(name, {})
+            rows[-1] += [summary.get("value"), summary.get("worst")]
+    print_table(rows, header + (["mean of patients", "worst"] if per_patient else []))
+
+
+def _print_classes(report: Sequence[Mapping[str, Any]]) -> None:
+    """Print the classification report."""
+    rows = [
+        [
+            row["class"] if "class" in row else f"{row['average']} average",
+            *(_number(row[key]) for key in ("precision", "recall", "f1")),
+            row["n"],
+        ]
+        for row in report
+    ]
+    print_table(rows, ["class", "precision", "recall", "F1", "patches"])
+
+
+def _print_subgroups(metrics: Mapping[str, Any]) -> None:
+    """Print the metrics within each value of each column."""
+    rows, names = [], list[str]()
+    for column, values in metrics["subgroups"].items():
+        for value, part in values.items():
+            names = list(part["patch"])
+            estimates = [f"{_number(item)} ({_interval(item)})" for item in part["patch"].values()]
+            rows.append([column, value, part["n_patches"], part["n_patients"], *estimates])
+    if rows:
+        print_table(rows, ["column", "subgroup", "patches", "patients", *names])
+
+
+def _print_decisions(metrics: Mapping[str, Any]) -> None:
+    """Print where each threshold was chosen and what it reaches here, and PPV and NPV at a prevalence."""
+    chosen = [point for point in metrics["operating_points"] if point["chosen_on"]]
+    rows = [
+        [point["rule"], f"{point['threshold']:.3f}"]
+        + [
+            f"{_number(point['where_chosen'][name])} -> {_number(point['achieved'][name])}"
+            for name in ("sensitivity", "specificity")
+        ]
+        for point in chosen
+    ]
+    if chosen:
+        print_table(
+            rows, ["threshold by", "from", "sensitivity, chosen -> here", "specificity, chosen -> here"]
+        )
+    if "at_prevalence" in metrics:
+        table = metrics["at_prevalence"]
+        rows = [
+            [point["rule"]]
+            + [
+                _number(point[name]) + ("" if point[name]["low"] is None else f" ({_interval(point[name])})")
+                for name in ("ppv", "npv")
+            ]
+            for point in table["points"]
+        ]
+        print_table(rows, [f"at prevalence {table['prevalence']:g}", "PPV", "NPV"])
+
+
+def _gain(baseline: Mapping[str, Any]) -> str:
+    """Write how much better than colour the model is, where there is an interval."""
+    gain = baseline.get("gain") or {}
+    if gain.get("low") is None:
+        return ""
+    return f"; gain of the model {gain['value']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})"
+
+
+def _number(estimate: Mapping[str, Any] | float | None) -> str:
+    value = estimate["value"] if isinstance(estimate, Mapping) else estimate
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def _interval(estimate: Mapping[str, Any]) -> str:
+    if estimate["low"] is None:
+        return f"none: {estimate['reason']}"
+    return f"{estimate['low']:.3f} to {estimate['high']:.3f}"
+
+
+def _print_calibration(result: Mapping[str, Any], options: Options) -> None:
+    print(f"{result['run']}: {_say_calibrator(result['calibrator'])}")
+    for threshold in result["thresholds"]:
+        print(f"threshold {threshold['value']:.3f} ({threshold['rule']}, chosen on {threshold['chosen_on']})")
+    if result["removed"]:
+        print(f"removed outdated outputs: {', '.join(result['removed'])}")
+
+
+def _say_calibrator(calibrator: Mapping[str, Any]) -> str:
+    if calibrator["method"] == "none":
+        return "not calibrated"
+    text = f"{calibrator['method']}, fitted on {calibrator['n_patches']:,} patches"
+    if calibrator["unit"] != "patch":
+        text += (
+            f" of {calibrator['n_patients']:,} {calibrator['unit']}{'s' * (calibrator['n_patients'] != 1)}"
+        )
+    text += f", slope {calibrator['slope']:.4g}" if "slope" in calibrator else ""
+    return text + (f" ({calibrator['reason']})" if calibrator.get("reason") else "")
+
+
+def _prediction_document(prediction: Any) -> object:
+    frame, names = prediction.frame, prediction.class_names
+    counts = {name: int((frame["pred"] == index).sum()) for index, name in enumerate(names)}
+    return {
+        "path": prediction.path,
+        "n_patches": len(frame),
+        "pred": counts,
+        "n_training": prediction.n_training,
+        "skipped": prediction.skipped,
+    }
+
+
+def _print_prediction(prediction: Any, options: Options) -> None:
+    document: Any = _prediction_document(prediction)
+    print(prediction.path)
+    counts = ", ".join(f"{count:,} {name}" for name, count in document["pred"].items() if count)
+    print(f"{document['n_patches']:,} patches: {counts or 'none'}")
+    if prediction.n_training:
+        log.warning("%s of these patches were used for training (column side)", f"{prediction.n_training:,}")
+
+
+def _print_comparison(comparison: Mapping[str, Any], options: Options) -> None:
+    if "needs" in comparison:
+        _print_plan(comparison)
+        return
+    from biopsy.evaluation.comparison.page import say_verdict
+    from biopsy.statistics.resampling import FEWEST_GROUPS
+
+    unit = comparison["unit"]
+    groups = "" if unit == "patch" else f" of {comparison['n_patients']:,} {unit}(s)"
+    print(f"{comparison['n_patches']:,} common test patches{groups}; reference: {comparison['reference']}")
+    for difference in comparison["differences"]:
+        print(f"\n{say_verdict(comparison, difference)}")
+        _print_difference(comparison, difference)
+        if comparison["n_patients"] < FEWEST_GROUPS:
+            _print_groups(comparison, difference["of"])
+    if "changed" in comparison:
+        changed = comparison["changed"]
+        print(
+            f"\ncorrect to wrong: {changed['turned_wrong']:,}, wrong to correct: "
+            f"{changed['turned_right']:,}; correct in both {changed['both_right']:,}, wrong in both "
+            f"{changed['both_wrong']:,}"
+        )
+    log.info("comparison %s", comparison["path"])
+
+
+def _print_difference(comparison: Mapping[str, Any], difference: Mapping[str, Any]) -> None:
+    """Print the metrics of two models and their difference."""
+    from biopsy.evaluation.comparison.page import list_differences, say_p
+
+    rows, reasons = [], dict[str, None]()
+    for row in list_differences({**comparison, "differences": [difference]}):
+        if row["low"] is None:
+            reasons[str(row["reason"])] = None
+        rows.append(
+            [
+                row["metric"],
+                row["reference_value"],
+                row["value"],
+                _signed(row["difference"]),
+                _range(row["low"], row["high"]),
+                say_p(row["p_holm"]),
+                _range(row["seeds_min"], row["seeds_max"]) if row["seeds_n"] > 1 else "",
+            ]
+        )
+    header = ["metric", difference["to"], difference["of"], "difference"]
+    print_table(rows, [*header, f"95 % interval, by {comparison['unit']}", "p (Holm)", "over seeds"])
+    if reasons:
+        print(f"no interval: {'; '.join(reasons)}")
+
+
+def _print_groups(comparison: Mapping[str, Any], name: str) -> None:
+    """Print the differences within each patient, where there are too few for an interval."""
+    from biopsy.reporting.document import metric_label
+
+    first, *_, last = comparison["by_group"][0]["differences"][name]
+    rows = []
+    for entry in comparison["by_group"]:
+        row = [entry["group"], entry["n_patches"]]
+        for metric in (first, last):
+            seeds = entry["differences"][name][metric]
+            row += [
+                _signed(seeds["mean"]),
+                _range(seeds["min"], seeds["max"]) if seeds["n"] > 1 else "one seed",
+            ]
+        rows.append(row)
+    labels = [metric_label(metric, len(comparison["class_names"])) for metric in (first, last)]
+    header = [comparison["unit"], "patches"]
+    for label in labels:
+        header += [f"difference in {label}", "over seeds"]
+    print_table(rows, header)
+
+
+def _range(low: float | None, high: float | None) -> str:
+    return "none" if low is None or high is None else f"{low:+.3f} to {high:+.3f}"
+
+
+def _signed(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:+.3f}"
+
+
+def _print_plan(plan: Mapping[str, Any]) -> None:
+    from biopsy.core.text import plural
+
+    units = plural(plan["unit"])
+    print(
+        f"{units} needed to detect a difference of {plan['difference']:g} in {plan['metric']} with power "
+        f"{plan['power']:g}, from the spread between {plan['n_patients_at_hand']:,} {units} of "
+        f"{' and '.join(plan['from'])}"
+    )
+    rows = [
+        [need["assumed"], f"{need['sd']:.3f}", need["n_patients"], f"{need['low']:,} to {need['high']:,}"]
+        for need in plan["needs"]
+    ]
+    print_table(rows, ["assumed", f"sd between {units}", units, "95 % interval"])
+    if len(plan["from"]) == 1:
+        print(
+            f"correlation: between the two classifiers' values over {units}; 0.5 is also the number needed "
+            "against a fixed value. Two runs give their own correlation."
+        )
+    if plan["unit"] != "patch":
+        print(f"with about {plan['patches_per_patient']:,.0f} patches each")
+
+
+def _print_errors(analysis: Mapping[str, Any], options: Options) -> None:
+    counts = analysis["counts"]
+    print(
+        f"{subset_name(analysis['side'])} subset: {counts['fn']:,} false negatives among "
+        f"{counts['fn'] + counts['tp']:,} {analysis['positive_class']} patches, {counts['fp']:,} false "
+        f"positives among {counts['fp'] + counts['tn']:,} others"
+    )
+    for zone, part in analysis["zones"].items():
+        print(f"{zone}: {part['fn'] + part['fp']:,} errors on {part['n_patches']:,} patches")
+    rows = [_contrast_row(row) for row in analysis["contrasts"] if row["n_errors"] and row["n_others"]]
+    if rows:
+        print_table(rows, ["errors", "property", "mean, wrong", "mean, right", "P(wrong > right) (AUC)", ""])
+        if any(row[4].endswith(")") for row in rows):
+            print(f"95 % intervals are simultaneous over {analysis['n_comparisons']} comparisons")
+    print(options.get("out", options["run"] / "errors") / "errors.csv")
+
+
+def _contrast_row(contrast: Mapping[str, Any]) -> list[str]:
+    estimate = contrast["within"] or contrast["auroc"]
+    text = _number(estimate)
+    if estimate["low"] is not None:
+        text += f" ({_interval(estimate)})"
+    means = [f"{contrast[f'mean_{kind}']:.4g}" for kind in ("errors", "others")]
+    return [contrast["errors"], contrast["property"], *means, text, estimate["reason"] or contrast["verdict"]]
+
+
+def _label_document(result: Any) -> object:
+    about = {"path": result.path, "page": result.page, "n_listed": len(result.table)}
+    return {**about, "n_patches": result.n_patches, "n_doubted": result.n_doubted}
+
+
+def _print_label_issues(result: Any, options: Options) -> None:
+    print(
+        f"{result.n_doubted:,} of {result.n_patches:,} labels are doubtful; {len(result.table):,} are listed"
+    )
+    print(result.path, result.page, sep="\n")
+    print(
+        f"fill in the column decision, then run: biopsy prepare SOURCE --labels {result.path} --out NEW.pack"
+    )
+
+
+def _print_explanations(result: Mapping[str, Any], options: Options) -> None:
+    place = options.get("out") or (Path("explain") if "data" in options else options["model"] / "explain")
+    columns = ("kind", "class", "called", "prob", "patch_id")
+    patches = {str(entry["patch_id"]): entry for entry in result["patches"]}.values()  # one entry per method
+    print_table([[entry[key] for key in columns] for entry in patches], columns)
+    for sheet in result["sheets"]:
+        print(place / sheet["picture"])
+    if "faithfulness" in options:
+        tests = result["faithfulness"]
+        print(f"\nfaithfulness, {tests['n_patches']} patches of {tests['n_groups']} {tests['unit']}(s):")
+        for method in tests["methods"]:
+            print(method["answer"])
+        for method in tests["refused"]:
+            print(f"{method['name']}: {method['reason']}")
+
+
+# --- slides
+
+
+def _finished(cohort: Any) -> Any:
+    return cohort.status[cohort.status["status"] == "done"]
+
+
+def _slides_document(cohort: Any) -> object:
+    names = ["slide", "source", "n_patches", "mpp", "mpp_source", "positive_mm2", "unlike_training"]
+    slides = _finished(cohort)[names].to_dict("records")
+    return {"out": cohort.out, "slides": slides, "skipped": cohort.failed}
+
+
+def _print_slides(cohort: Any, options: Options) -> None:
+    rows = [
+        [row.slide, int(row.n_patches), float(row.mpp), row.mpp_source, row.positive_mm2]
+        for row in _finished(cohort).itertuples()
+    ]
+    print_table(rows, ["slide", "patches", "um/px", "from", "positive mm2"])
+    print(cohort.out)
+
+
+def _skipped_slides(cohort: Any) -> tuple[Sequence[Mapping[str, str]], Path]:
+    done = _finished(cohort)
+    for row in done[done["unlike_training"] >= MUCH].itertuples():
+        log.warning(
+            "%s: %s of the checked patches look out-of-distribution (1-2 %% expected); predictions for this "
+            "slide may be unreliable",
+            row.slide,
+            f"{row.unlike_training:.0%}",
+        )
+    return cohort.failed, cohort.out / "status.csv"
+
+
+def _print_queue(queue: Any, options: Options) -> None:
+    names = ["patch_id", "patient_id", "prob", "reason"]
+    print_table(queue[names].head(MAX_NAMED).to_numpy().tolist(), names)
+    print(options.get("out", "queue.csv"))
+
+
+def _print_nothing(result: None, options: Options) -> None:
+    """Print nothing: the command ran until it was stopped."""
+
+
+# --- others
+
+
+def _print_reports(paths: Iterable[Path], options: Options) -> None:
+    print(*paths, sep="\n")
+
+
+def _print_demo(path: Path, options: Options) -> None:
+    print(f"report: {path}")
+
+
+def _print_list(rows: Any, options: Options) -> None:
+    print_blocks(rows)
+
+
+def _print_bundle(bundle: Any, options: Options) -> None:
+    parity = bundle.parity
+    print(bundle.path)
+    rows = [[pair, f"{known['probs']:.1e}"] for pair, known in parity["largest_difference"].items()]
+    print_table(rows, ["", "largest difference of a probability"])
+    log.info("on %s patches; tolerance %g", f"{parity['n_patches']:,}", parity["tolerance"])
+
+
+def _print_classifier(classifier: Any, options: Options) -> None:
+    print(options["out"])
+
+
+GROUPS = ("Start", "Data", "Training", "Evaluation", "Prediction")
+COMMANDS = {
+    "demo": Command("Start", _print_demo, lambda path: {"report": path}),
+    "list": Command("Start", _print_list, list),
+    "fetch": Command("Data", _print_fetch, _path),
+    "prepare": Command(
+        "Data",
+        _print_pack,
+        _pack_document,
+        lambda pack: (pack.info.skipped, pack.path / "pack.json"),
+    ),
+    "inspect": Command("Data", _print_audit),
+    "split": Command("Data", _print_split, _split_document),
+    "label_issues": Command("Data", _print_label_issues, _label_document),
+    "train": Command("Training", _print_path, _path),
+    "study": Command("Training", _print_study, _path),
+    "sweep": Command("Training", _print_study, _path),
+    "reproduce": Command(
+        "Training", _print_reproduction, lambda study: {"path": study.path, **study.summary()}
+    ),
+    "import_keras": Command("Training", _print_classifier, lambda classifier: {"sha256": classifier.sha256}),
+    "evaluate": Command("Evaluation", _print_metrics),
+    "calibrate": Command("Evaluation", _print_calibration),
+    "compare": Command("Evaluation", _print_comparison),
+    "errors": Command("Evaluation", _print_errors),
+    "explain": Command("Evaluation", _print_explanations),
+    "report": Command("Evaluation", _print_reports, lambda paths: {"paths": paths}),
+    "predict": Command(
+        "Prediction",
+        _print_prediction,
+        _prediction_document,
+        lambda prediction: (prediction.skipped, prediction.path),
+    ),
+    "slide": Command("Prediction", _print_slides, _slides_document, _skipped_slides),
+    "next": Command("Prediction", _print_queue, lambda queue: queue.to_dict("records")),
+    "view": Command("Prediction", _print_nothing, lambda result: {}),
+    "serve": Command("Prediction", _print_nothing, lambda result: {}),
+    "export": Command("Prediction", _print_bundle, lambda bundle: {"path": bundle.path, **bundle.parity}),
+}
+"""Every command, with the heading of the help under which it stands."""
