@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -203,7 +204,7 @@ class _Metrics:
         waiting.set_function(lambda: sum(batcher.waiting for batcher in service.batchers.values()))
         jobs = Gauge("biopsy_jobs", "Slide jobs", ["status"], registry=registry)
         for status in ("queued", "running", "done", "failed"):
-            jobs.labels(status).set_function(lambda status=status: service.jobs.count()[status])
+            jobs.labels(status).set_function(partial(service.count_jobs, status))
 
 
 class _Measured:
@@ -257,7 +258,7 @@ class _Service:
                 classifier,
                 engine=engine,
                 max_waiting=self.limits.waiting_patches,
-                on_batch=lambda n, name=name: self._count_batch(name, n),
+                on_batch=partial(self._count_batch, name),
             )
         self.jobs = Jobs(
             self._out,
@@ -272,6 +273,10 @@ class _Service:
         for batcher in self.batchers.values():
             batcher.close()
         self.jobs.close()
+
+    def count_jobs(self, status: str) -> int:
+        """Return how many slide jobs have a status."""
+        return self.jobs.count()[status]
 
     def _count_batch(self, model: str, n: int) -> None:
         self.metrics.patches.labels(model).inc(n)

@@ -1,7 +1,7 @@
 """The page on which slides, maps and patches are looked at and corrected (`view`)."""
 
 import getpass
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -102,7 +102,7 @@ class _Viewer:
 
     def add_routes(self, app: FastAPI) -> None:
         """Add every address."""
-        for path, handler in {
+        handlers: dict[str, Callable[..., Any]] = {
             "/": self.index,
             "/report": self.report,
             "/api/state": self.state,
@@ -121,7 +121,8 @@ class _Viewer:
             "/api/annotations": self.said,
             "/api/export/{key}.geojson": self.export_geojson,
             "/api/export/{key}.csv": self.export_labels,
-        }.items():
+        }
+        for path, handler in handlers.items():
             app.add_api_route(path, handler, methods=["GET"], response_model=None)
         app.add_api_route("/api/annotations", self.say, methods=["POST"], response_model=None)
 

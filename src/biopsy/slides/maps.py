@@ -154,7 +154,10 @@ class SlideMap:
             PatchGrid(column, row, **place),
             probs,
             frame["abstained"].to_numpy(bool),
-            *(known[name] for name in (*_CLASSES, "about")),
+            known["class_names"],
+            known["positive_class"],
+            known["threshold"],
+            known["about"],
             ood=frame["ood"].to_numpy(np.float32) if "ood" in frame else None,
         )
 
