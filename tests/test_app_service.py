@@ -243,6 +243,18 @@ def test_an_uploaded_slide_is_mapped_and_not_kept(slides, tmp_path):
     assert not list((tmp_path / "jobs").rglob("upload"))
 
 
+def test_two_servers_do_not_share_a_folder_and_cut_uploads_are_removed(trained_run, tmp_path):
+    cut = tmp_path / "jobs" / "0123456789abcdef" / "upload"
+    cut.mkdir(parents=True)
+    (cut / "slide.svs").write_bytes(b"half")
+    (tmp_path / "jobs" / "mine").mkdir()
+    with TestClient(make_service(trained_run, out=tmp_path / "jobs", device="cpu")) as client:
+        assert not cut.parent.exists() and (tmp_path / "jobs" / "mine").exists()
+        assert not client.get("/slides").json()
+        with pytest.raises(DataError, match="another server"):
+            TestClient(make_service(trained_run, out=tmp_path / "jobs", device="cpu")).__enter__()
+
+
 @pytest.mark.parametrize(
     ("path", "status"),
     [
@@ -276,7 +288,7 @@ def test_bad_uploads_leave_nothing(slides, tmp_path):
     assert client.post("/slides?name=a.svs&mpp=-1", content=b"x").status_code == 422
     chunks = (b"x" * 500_000 for _ in range(20))
     assert client.post("/slides?name=a.svs", content=chunks).status_code == 413
-    assert not client.get("/slides").json() and not list((tmp_path / "jobs").iterdir())
+    assert not client.get("/slides").json() and not list((tmp_path / "jobs").glob("*/"))
     job = wait_for(client, client.post("/slides?name=a.svs", content=b"no slide").json()["id"])
     assert job["status"] == "failed" and job["error"] and str(tmp_path) not in job["error"]
 
@@ -359,7 +371,7 @@ def test_slow_clients_and_cut_uploads_are_let_go(make_slide, tmp_path):
             if not httpx.get(f"{address}/slides").json():
                 break
             time.sleep(0.05)
-        assert not httpx.get(f"{address}/slides").json() and not list((tmp_path / "jobs").iterdir())
+        assert not httpx.get(f"{address}/slides").json() and not list((tmp_path / "jobs").glob("*/"))
     finally:
         process.kill()
         process.wait()

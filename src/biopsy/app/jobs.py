@@ -3,6 +3,7 @@
 import logging
 import os
 import queue
+import re
 import secrets
 import shutil
 import threading
@@ -10,10 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from filelock import FileLock, Timeout
+
 from biopsy.app.annotations import now
 from biopsy.app.batching import Busy
 from biopsy.core.errors import BiopsyError, DataError
-from biopsy.core.files import read_json, write_json
+from biopsy.core.files import LOCK, read_json, write_json
 from biopsy.models.classifier import Classifier
 from biopsy.slide_io.backends import SLIDE_SUFFIXES
 from biopsy.slides.cohorts import slide
@@ -31,6 +34,7 @@ RESULTS = {
 }
 """Files of a finished job that are given out: of the slide itself none, its label and macro image least."""
 _RETRY_S = 60
+_ID = re.compile("[0-9a-f]{16}")
 
 
 class Jobs:
@@ -60,11 +64,20 @@ class Jobs:
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         folder.mkdir(parents=True, exist_ok=True)
+        self._hold = FileLock(folder / LOCK)
+        try:
+            self._hold.acquire(timeout=0)
+        except Timeout:
+            raise DataError(f"{folder} is in use by another server: name another --out") from None
         self._resume()
         self._thread = threading.Thread(target=self._work, daemon=True, name="slides")
         self._thread.start()
 
     def _resume(self) -> None:
+        """Queue what was not finished, and remove uploads that were cut off with the server."""
+        for path in self.folder.iterdir():
+            if _ID.fullmatch(path.name) and [item.name for item in path.iterdir()] == ["upload"]:
+                shutil.rmtree(path, ignore_errors=True)
         found = []
         for path in self.folder.glob(f"*/{DOCUMENT}"):
             try:
@@ -196,6 +209,7 @@ class Jobs:
         """End the thread when the slide at hand is finished."""
         self._queue.put(None)
         self._thread.join(timeout=5)
+        self._hold.release()
 
     def _work(self) -> None:
         while (identity := self._queue.get()) is not None:
