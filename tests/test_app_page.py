@@ -63,7 +63,7 @@ def show(browser):
     yield show_paths
     for server in servers:
         server.kill()
-        server.wait()
+        server.communicate()
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,13 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -303,16 +305,20 @@ def test_jobs_are_bounded(slides, monkeypatch):
     assert codes[:3] == [202] * 3 and codes[-1] == 429 and int(answers[-1].headers["retry-after"]) > 0
 
 
-def start_server(folder, *arguments):
+@contextmanager
+def serving(folder, *arguments):
+    """Serve in a process of its own, killed at the end; yields the process and its address."""
     code = (
         "import sys, biopsy\n"
         "biopsy.serve(sys.argv[1], port=0, root=sys.argv[2], out=sys.argv[3], device='cpu')"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], cwd=folder, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    return process, process.stdout.readline().strip()
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process, process.stdout.readline().strip()
+        finally:
+            process.kill()
 
 
 @pytest.mark.slow
@@ -321,57 +327,52 @@ def test_a_killed_server_finishes_its_slides_when_it_is_back(make_slide, tmp_pat
     root.mkdir()
     make_slide("case.tiff", width=6000, height=5000).rename(root / "case.tiff")
     save_classifier(tmp_path / "classifier")
-    arguments = (str(tmp_path / "classifier"), str(root), str(tmp_path / "jobs"))
-    process, address = start_server(tmp_path, *arguments)
-    try:
-        identity = httpx.post(f"{address}/slides", json={"path": "case.tiff"}).json()["id"]
-        for _ in range(600):
-            if httpx.get(f"{address}/slides/{identity}").json()["status"] == "running":
-                break
+    arguments = (tmp_path / "classifier", root, tmp_path / "jobs")
+    with (
+        serving(tmp_path, *arguments) as (process, address),
+        httpx.Client(base_url=address, timeout=60) as client,
+    ):
+        identity = client.post("/slides", json={"path": "case.tiff"}).json()["id"]
+        while client.get(f"/slides/{identity}").json()["status"] == "queued":
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
-    finally:
-        process.kill()
-        process.wait()
     document = json.loads((tmp_path / "jobs" / identity / "job.json").read_text())
-    assert document["status"] in ("running", "queued")
-    process, address = start_server(tmp_path, *arguments)
-    try:
-        with httpx.Client(base_url=address) as client:
-            assert wait_for(client, identity)["status"] == "done"
+    assert document["status"] == "running"
+    with (
+        serving(tmp_path, *arguments) as (process, address),
+        httpx.Client(base_url=address, timeout=60) as client,
+    ):
+        assert wait_for(client, identity)["status"] == "done"
         process.send_signal(signal.SIGINT)
-        process.wait(20)
-    finally:
-        process.kill()
+        process.wait(30)
 
 
 @pytest.mark.slow
-def test_slow_clients_and_cut_uploads_are_let_go(make_slide, tmp_path):
+def test_slow_clients_and_cut_uploads_are_let_go(tmp_path):
     """Over a real socket: a body that does not come, and one that ends before its length."""
-    import socket
-
     save_classifier(tmp_path / "classifier")
-    process, address = start_server(
-        tmp_path, str(tmp_path / "classifier"), str(tmp_path), str(tmp_path / "jobs")
-    )
-    try:
-        host, port = address.removeprefix("http://").split(":")
-        head = f"POST /slides?name=a.svs HTTP/1.1\r\nHost: {host}\r\nContent-Length: 1000\r\n\r\n".encode()
-        with socket.create_connection((host, int(port))) as cut:
+
+    def wait_for_jobs(client, n):
+        for _ in range(200):
+            if len(client.get("/slides").json()) == n:
+                return
+            time.sleep(0.05)
+        raise AssertionError(client.get("/slides").json())
+
+    with (
+        serving(tmp_path, tmp_path / "classifier", tmp_path, tmp_path / "jobs") as (_, address),
+        httpx.Client(base_url=address, timeout=60) as client,
+    ):
+        place = client.base_url.host, client.base_url.port
+        head = (
+            f"POST /slides?name=a.svs HTTP/1.1\r\nHost: {place[0]}\r\nContent-Length: 1000\r\n\r\n".encode()
+        )
+        with socket.create_connection(place) as cut, socket.create_connection(place) as slow:
             cut.sendall(head + b"x" * 10)
-        slow = socket.create_connection((host, int(port)))
-        slow.sendall(head)
-        for _ in range(100):
-            if not httpx.get(f"{address}/slides").json()[1:]:
-                break
-            time.sleep(0.05)
-        assert httpx.get(f"{address}/health").status_code == 200
-        slow.close()
-        for _ in range(100):
-            if not httpx.get(f"{address}/slides").json():
-                break
-            time.sleep(0.05)
-        assert not httpx.get(f"{address}/slides").json() and not list((tmp_path / "jobs").glob("*/"))
-    finally:
-        process.kill()
-        process.wait()
+            slow.sendall(head)
+            wait_for_jobs(client, 2)
+            assert client.get("/health").status_code == 200
+            cut.close()
+            wait_for_jobs(client, 1)
+        wait_for_jobs(client, 0)
+        assert not list((tmp_path / "jobs").glob("*/"))
