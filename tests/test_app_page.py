@@ -110,7 +110,7 @@ def test_a_phantom_slide_is_seen_mapped_and_corrected(show, phantom):
     assert page.locator("#threshold-value").inner_text() == "0.900"
     frame = pd.read_parquet(maps / "phantom" / "map.parquet")
     for row in frame.sample(3, random_state=1).itertuples():
-        page.mouse.click(*place_on_screen(page, row.x + 30, row.y + 30))
+        page.mouse.click(*place_on_screen(page, row.x + 8, row.y + 8))
         page.wait_for_timeout(400)
         facts = facts_of(page)
         assert facts["place"] == f"{row.x}, {row.y}"
