@@ -9,6 +9,8 @@ import doctest
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,9 @@ from cyclopts import UnknownCommandError, UnknownOptionError
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
+import biopsy
 from biopsy.cli import build_app
+from biopsy.core import errors as errors_module
 
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGE = PROJECT / "src" / "biopsy"
@@ -127,3 +131,27 @@ def test_examples_in_docstrings(path, tmp_path, monkeypatch):
         runner.run(test, out=said.append)
     assert runner.tries > 0
     assert runner.failures == 0, "".join(said)
+
+
+def test_the_reference_has_every_public_name():
+    text = (PROJECT / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^::: biopsy\.(\w+)$", text, re.MULTILINE))
+    public = {name for name in biopsy.__all__ if not name.startswith("_")}
+    errors = {name for name in public if name in vars(errors_module)}
+    assert named == public - errors
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path, monkeypatch):
+    """Dead links, missing anchors, pages in no menu and references to nothing fail."""
+    pytest.importorskip("mkdocs", reason="the docs dependency group is not installed")
+    monkeypatch.setenv("NO_MKDOCS_2_WARNING", "1")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
+    subprocess.run(command, cwd=PROJECT, check=True, timeout=300)
+    assert (tmp_path / "site" / "reference" / "api.html").stat().st_size > 100_000
+    assert "leakage" in (tmp_path / "site" / "search" / "search_index.json").read_text()
+
+
+def test_pictures_are_small():
+    pictures = [path for path in (PROJECT / "docs" / "images").iterdir() if path.suffix in (".png", ".jpg")]
+    assert pictures and max(path.stat().st_size for path in pictures) < 300_000

@@ -177,7 +177,10 @@ class Pack:
                 ``target``, ``class``, ...) and if possible ``patient_id``, ``slide_id``, ``x``, ``y``; other
                 columns become subgroups.
             root: Folder that paths start from; by default the table's.
-            class_names, positive_class, mpp, out: As in `from_arrays`.
+            class_names: As in `from_arrays`.
+            positive_class: As in `from_arrays`.
+            mpp: As in `from_arrays`.
+            out: As in `from_arrays`.
 
         Raises:
             DataError: If columns are not recognised, labels are of no class, or no file can be read. Files
@@ -210,8 +213,11 @@ class Pack:
                 transform must not be among its own.
             patients: The patient of each, or the name of a column; by default what the items say.
             labels: The class of each, where the items do not say.
-            class_names, positive_class, mpp, columns, out: As in `from_arrays`; class names are the data
-                set's own where it has them.
+            class_names: As in `from_arrays`; by default the data set's own where it has them.
+            positive_class: As in `from_arrays`.
+            mpp: As in `from_arrays`.
+            columns: As in `from_arrays`.
+            out: As in `from_arrays`.
 
         Raises:
             DataError: If it is a stream or a dictionary of splits, or items are none of these.

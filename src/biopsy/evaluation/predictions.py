@@ -95,7 +95,7 @@ def evaluate_predictions(
         MetricError: If lengths differ, values are missing, probabilities are none or do not sum to one, there
             is one class only, a class is unknown, or a patch id comes twice.
 
-    Example:
+    Examples:
         >>> y_true, y_prob = [0, 1, 1, 0, 1, 0], [0.2, 0.9, 0.4, 0.3, 0.8, 0.1]
         >>> evaluation = evaluate_predictions(y_true, y_prob, groups=["a", "a", "b", "b", "c", "c"])
         >>> evaluation["patch"]["auroc"]["value"]

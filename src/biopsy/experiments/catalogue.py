@@ -25,7 +25,7 @@ def list(kind: Kind) -> Rows:
     Raises:
         BiopsyError: If there is no such kind.
 
-    Example:
+    Examples:
         >>> [row["name"] for row in list("recipes")][:3]
         ['baruah-2019', 'cancernet-2019', 'cancernet-2020']
     """
