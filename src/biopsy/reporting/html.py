@@ -20,9 +20,9 @@ from biopsy.reporting.document import (
 )
 
 NOT_FOR = (
-    "Research use only: this is not a medical device, and no number here has been confirmed in a clinic.",
-    "It must not be used to diagnose, to grade, to choose a treatment, or to leave a slide unread.",
-    "It holds for tissue, stain, scanner and resolution like those tested, and says nothing about others.",
+    "Research use only: the model is not a medical device and has not been validated clinically.",
+    "It must not be used to diagnose, to grade, to choose a treatment, or in place of reading a slide.",
+    "The results hold only for tissue, stain, scanner and resolution like those tested.",
 )
 HIDDEN = "Patient, slide and patch ids are replaced by numbers in this report."
 
