@@ -47,12 +47,13 @@ class Inspection(Result):
 def inspect(
     pack: Pack | Path | str, *, split: str | Split | None = None, out: Path | str | None = None
 ) -> Inspection:
-    """Audit a pack and draw its patches, classes and subsets; exit with 1 on blocking issues.
+    """Audit a pack for problems that would invalidate a result, and draw what is in it.
 
     Writes ``audit.json`` into the pack and pictures into ``inspection/`` in it: a sheet of each class, the
     class balance per patient, each slide reassembled where coordinates are known, and the classes of each
-    subset (or fold) of the split. Blocking issues are label conflicts, and patients or duplicates in two
-    subsets of the split; a published split, or one made to measure a leak, may overlap.
+    subset (or fold) of the split. Label conflicts, and patients or duplicates in two subsets of the split,
+    are blocking issues, on which the command exits with 1; a published split, or one made to measure a leak,
+    may overlap.
 
     Args:
         pack: Pack to audit.
