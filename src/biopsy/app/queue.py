@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import DataError
-from biopsy.core.files import refuse_inputs
+from biopsy.core.files import check_outputs, refuse_inputs, update_directory
 from biopsy.core.tables import read_csv_table, write_csv
 from biopsy.data.labels import refuse_decided
 from biopsy.data.packs import Pack, is_pack
@@ -63,6 +63,7 @@ def next(
     named = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     refuse_inputs(out, *named)
     refuse_decided(Path(out))
+    check_outputs(Path(out).parent, Path(out).name)
     classifier = open_classifier(model)
     run = _open_run(model)
     parts = [_from_pack(classifier, Pack.open(path), run, device) for path in named if is_pack(path)]
@@ -223,4 +224,5 @@ def _describe(
 def _write(path: Path, queue: pd.DataFrame) -> None:
     if path.suffix.lower() != ".csv":
         raise DataError(f"{path} is no name of a csv file: a queue is a csv")
-    write_csv(path, queue.round({"prob": 6, "uncertainty": 6, "novelty": 4}))
+    with update_directory(path.parent, path.name) as folder:
+        write_csv(folder / path.name, queue.round({"prob": 6, "uncertainty": 6, "novelty": 4}))

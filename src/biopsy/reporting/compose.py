@@ -210,8 +210,9 @@ def _say_groups(facts: RunFacts) -> list[str]:
     names = sorted(facts.group_ids.dropna().astype(str).unique())
     if not names or facts.unit == "patch":
         return []
-    kind = f"{subset_name(facts.metrics.get('side', 'test')).capitalize()} {plural(facts.unit)}"
-    kind = kind if facts.is_run else plural(facts.unit).capitalize()
+    kind = plural(facts.unit).capitalize()
+    if facts.is_run:
+        kind = f"{subset_name(facts.metrics.get('side', 'test')).capitalize()} {plural(facts.unit)}"
     if len(names) > MOST_NAMED:
         return [f"{kind}: {len(names):,}, listed under Per-{facts.unit} results."]
     return [f"{kind} ({len(names)}): {', '.join(names)}."]
