@@ -24,13 +24,13 @@ class Command:
     Attributes:
         group: Heading of the help under which the command stands.
         text: Prints the result, given the options of the call.
-        document: Returns what ``--json`` prints.
+        document: Returns what ``--json`` prints, given the options.
         skipped: Returns the input that could not be read, and where all of it is named.
     """
 
     group: str
     text: Callable[[Any, Options], None]
-    document: Callable[[Any], object] = dict
+    document: Callable[[Any, Options], object] = lambda result, options: dict(result)
     skipped: Callable[[Any], tuple[Sequence[Mapping[str, str]], Path]] | None = None
 
 
@@ -38,7 +38,7 @@ def show(name: str, result: Any, options: Options, *, as_json: bool) -> int:
     """Print the result of a command; return the exit code."""
     command = COMMANDS[name]
     if as_json:
-        print_json(command.document(result))
+        print_json(command.document(result, options))
     else:
         command.text(result, options)
     if name == "inspect":
@@ -71,7 +71,7 @@ def _print_path(result: Any, options: Options) -> None:
     print(result.path)
 
 
-def _path(result: Any) -> object:
+def _path(result: Any, options: Options) -> object:
     return {"path": result.path}
 
 
@@ -84,8 +84,18 @@ def _print_fetch(result: Any, options: Options) -> None:
     print(result.path)
 
 
-def _pack_document(pack: Any) -> object:
-    return {"path": pack.path, **pack.info.model_dump()}
+def _count_tree(folder: Path) -> dict[str, dict[str, int]]:
+    """Return the files of an exported tree, by subset and class."""
+    from biopsy.data.export_tree import count_tree
+
+    return count_tree(folder)
+
+
+def _pack_document(pack: Any, options: Options) -> object:
+    document = {"path": pack.path, **pack.info.model_dump()}
+    if "export_tree" in options:
+        document["tree"] = _count_tree(options["export_tree"])
+    return document
 
 
 def _print_pack(pack: Any, options: Options) -> None:
@@ -98,9 +108,7 @@ def _print_pack(pack: Any, options: Options) -> None:
         label = COUNTS.get(name, name.replace("_", " "))
         print(f"  {label}: {count:,}" if isinstance(count, int) else f"  {label}: {count}")
     if "export_tree" in options:
-        from biopsy.data.export_tree import count_tree
-
-        tree = count_tree(options["export_tree"])
+        tree = _count_tree(options["export_tree"])
         print(f"{options['export_tree']}: original files, class folders numbered in the order of the classes")
         print_table([[side, *n.values()] for side, n in tree.items()], ["subset", *tree["training"]])
 
@@ -135,7 +143,7 @@ def _print_audit(audit: Mapping[str, Any], options: Options) -> None:
         print(f"picture: {picture}")
 
 
-def _split_document(split: Any) -> object:
+def _split_document(split: Any, options: Options) -> object:
     names = ("name", "protocol", "unit", "seed", "parameters")
     return {name: getattr(split, name) for name in names} | {"patients_overlap": split.overlap}
 
@@ -334,7 +342,7 @@ def _say_calibrator(calibrator: Mapping[str, Any]) -> str:
     return text + (f" ({calibrator['reason']})" if calibrator.get("reason") else "")
 
 
-def _prediction_document(prediction: Any) -> object:
+def _prediction_document(prediction: Any, options: Options) -> object:
     frame, names = prediction.frame, prediction.class_names
     counts = {name: int((frame["pred"] == index).sum()) for index, name in enumerate(names)}
     return {
@@ -347,7 +355,7 @@ def _prediction_document(prediction: Any) -> object:
 
 
 def _print_prediction(prediction: Any, options: Options) -> None:
-    document: Any = _prediction_document(prediction)
+    document: Any = _prediction_document(prediction, options)
     print(prediction.path)
     counts = ", ".join(f"{count:,} {name}" for name, count in document["pred"].items() if count)
     print(f"{document['n_patches']:,} patches: {counts or 'none'}")
@@ -484,7 +492,7 @@ def _contrast_row(contrast: Mapping[str, Any]) -> list[str]:
     return [contrast["errors"], contrast["property"], *means, text, estimate["reason"] or contrast["verdict"]]
 
 
-def _label_document(result: Any) -> object:
+def _label_document(result: Any, options: Options) -> object:
     about = {"path": result.path, "page": result.page, "n_listed": len(result.table)}
     return {**about, "n_patches": result.n_patches, "n_doubted": result.n_doubted}
 
@@ -522,7 +530,7 @@ def _finished(cohort: Any) -> Any:
     return cohort.status[cohort.status["status"] == "done"]
 
 
-def _slides_document(cohort: Any) -> object:
+def _slides_document(cohort: Any, options: Options) -> object:
     names = ["slide", "source", "n_patches", "mpp", "mpp_source", "positive_mm2", "unlike_training"]
     slides = _finished(cohort)[names].to_dict("records")
     return {"out": cohort.out, "slides": slides, "skipped": cohort.failed}
@@ -588,8 +596,8 @@ def _print_classifier(classifier: Any, options: Options) -> None:
 
 GROUPS = ("Start", "Data", "Training", "Evaluation", "Prediction")
 COMMANDS = {
-    "demo": Command("Start", _print_demo, lambda path: {"report": path}),
-    "list": Command("Start", _print_list, list),
+    "demo": Command("Start", _print_demo, lambda path, options: {"report": path}),
+    "list": Command("Start", _print_list, lambda rows, options: rows),
     "fetch": Command("Data", _print_fetch, _path),
     "prepare": Command(
         "Data",
@@ -604,15 +612,19 @@ COMMANDS = {
     "study": Command("Training", _print_study, _path),
     "sweep": Command("Training", _print_study, _path),
     "reproduce": Command(
-        "Training", _print_reproduction, lambda study: {"path": study.path, **study.summary()}
+        "Training", _print_reproduction, lambda study, options: {"path": study.path, **study.summary()}
     ),
-    "import_keras": Command("Training", _print_classifier, lambda classifier: {"sha256": classifier.sha256}),
+    "import_keras": Command(
+        "Training",
+        _print_classifier,
+        lambda classifier, options: {"path": options["out"], "sha256": classifier.sha256},
+    ),
     "evaluate": Command("Evaluation", _print_metrics),
     "calibrate": Command("Evaluation", _print_calibration),
     "compare": Command("Evaluation", _print_comparison),
     "errors": Command("Evaluation", _print_errors),
     "explain": Command("Evaluation", _print_explanations),
-    "report": Command("Evaluation", _print_reports, lambda paths: {"paths": paths}),
+    "report": Command("Evaluation", _print_reports, lambda paths, options: {"paths": paths}),
     "predict": Command(
         "Prediction",
         _print_prediction,
@@ -620,9 +632,11 @@ COMMANDS = {
         lambda prediction: (prediction.skipped, prediction.path),
     ),
     "slide": Command("Prediction", _print_slides, _slides_document, _skipped_slides),
-    "next": Command("Prediction", _print_queue, lambda queue: queue.to_dict("records")),
-    "view": Command("Prediction", _print_nothing, lambda result: {}),
-    "serve": Command("Prediction", _print_nothing, lambda result: {}),
-    "export": Command("Prediction", _print_bundle, lambda bundle: {"path": bundle.path, **bundle.parity}),
+    "next": Command("Prediction", _print_queue, lambda queue, options: queue.to_dict("records")),
+    "view": Command("Prediction", _print_nothing, lambda result, options: {}),
+    "serve": Command("Prediction", _print_nothing, lambda result, options: {}),
+    "export": Command(
+        "Prediction", _print_bundle, lambda bundle, options: {"path": bundle.path, **bundle.parity}
+    ),
 }
 """Every command, with the heading of the help under which it stands."""
