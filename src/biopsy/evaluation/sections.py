@@ -30,6 +30,7 @@ from biopsy.reporting.document import (
     Text,
     metric_label,
     number,
+    signed,
 )
 from biopsy.reporting.elements import Footnotes, say_rule, table_of_metrics
 from biopsy.reporting.facts import RunFacts
@@ -193,7 +194,7 @@ def _table_of_points(points: Sequence[Mapping[str, Any]], side: str | None) -> T
             row += [
                 number(point["where_chosen"][name]),
                 reasons.estimate(point["achieved"][name]),
-                _signed(point["drift"][name]),
+                signed(point["drift"][name]),
             ]
         rows.append(row)
     chosen_on = subset_name(points[0]["chosen_on"])
@@ -222,10 +223,6 @@ def _table_at_prevalence(asked: Mapping[str, Any]) -> Table:
         note="By Bayes' rule from sensitivity and specificity above. 95 % intervals in brackets."
         + reasons.text,
     )
-
-
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.3f}"
 
 
 def say_benefit(curve: Mapping[str, Any]) -> str:

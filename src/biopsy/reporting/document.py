@@ -269,6 +269,16 @@ def number(value: object, digits: int = 3) -> str:
     return str(value)
 
 
+def signed(value: float | None) -> str:
+    """Return a difference with its sign; a dash where there is none.
+
+    Example:
+        >>> signed(0.0423), signed(None)
+        ('+0.042', '-')
+    """
+    return "-" if value is None or math.isnan(value) else f"{value:+.3f}"
+
+
 def interval_text(low: float | None, high: float | None, reason: str | None) -> str:
     """Write an interval, or why there is none."""
     if low is None or high is None:

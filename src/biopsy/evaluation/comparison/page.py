@@ -30,6 +30,7 @@ from biopsy.reporting.document import (
     interval_of,
     metric_label,
     number,
+    signed,
 )
 from biopsy.reporting.elements import encode_patch, pick_label
 from biopsy.reporting.html import HIDDEN, NOT_FOR
@@ -242,7 +243,7 @@ def _describe_differences(facts: ComparisonFacts) -> Section:
                     metric_label(row["metric"], len(m["class_names"])),
                     number(row["reference_value"]),
                     number(row["value"]),
-                    _signed(found["value"]),
+                    signed(found["value"]),
                     "none" if found["low"] is None else f"{found['low']:+.3f} to {found['high']:+.3f}",
                     say_p(found["p"]),
                     *([say_p(found["p_holm"])] if several else []),
@@ -271,10 +272,6 @@ def _describe_differences(facts: ComparisonFacts) -> Section:
     return Section("differences", "Differences", blocks)
 
 
-def _signed(value: float | None) -> str:
-    return "-" if value is None or np.isnan(value) else f"{value:+.3f}"
-
-
 def _describe_seeds(facts: ComparisonFacts) -> Section | None:
     m = facts.document
     rows = []
@@ -286,9 +283,9 @@ def _describe_seeds(facts: ComparisonFacts) -> Section | None:
                     [
                         one["of"],
                         metric_label(name, len(m["class_names"])),
-                        _signed(seeds["mean"]),
+                        signed(seeds["mean"]),
                         number(seeds["sd"]),
-                        f"{_signed(seeds['min'])} to {_signed(seeds['max'])}",
+                        f"{signed(seeds['min'])} to {signed(seeds['max'])}",
                         f"{seeds['n']} seeds" if seeds["paired"] else f"{seeds['n']} pairs of seeds",
                     ]
                 )
@@ -319,10 +316,10 @@ def _describe_groups(facts: ComparisonFacts) -> Section | None:
                     number(entry["n_patches"]),
                     number(values[one["to"]][first]),
                     number(values[one["of"]][first]),
-                    _signed(seeds["mean"]),
+                    signed(seeds["mean"]),
                     number(seeds["sd"]),
-                    "-" if seeds["n"] < 2 else f"{_signed(seeds['min'])} to {_signed(seeds['max'])}",
-                    _signed(entry["differences"][one["of"]][last]["mean"]),
+                    "-" if seeds["n"] < 2 else f"{signed(seeds['min'])} to {signed(seeds['max'])}",
+                    signed(entry["differences"][one["of"]][last]["mean"]),
                 ]
             )
         columns = [

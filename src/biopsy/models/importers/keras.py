@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from biopsy.core.errors import DataError, RecipeError, RunError, suggest
 from biopsy.core.files import sha256_file
+from biopsy.core.text import count
 from biopsy.data.datasets import hcd, idc
 from biopsy.models.classifier import Classifier, ClassifierInfo
 from biopsy.models.engine import outputs_of
@@ -175,7 +176,7 @@ def _shapes(item: Place | Layer) -> str:
 
 def _count(items: Sequence[Place | Layer]) -> str:
     counts = Counter(item.kind for item in items)
-    return ", ".join(f"{n} {kind}{'s' * (n > 1)}" for kind, n in counts.items()) or "no layer with weights"
+    return ", ".join(count(n, kind) for kind, n in counts.items()) or "no layer with weights"
 
 
 def _guess(layers: list[Layer]) -> str:
