@@ -79,7 +79,7 @@ def test_nothing_runs_off_the_page_and_nothing_is_asked_of_a_network(page):
 
 def test_a_table_that_scrolls_says_so(page):
     tables = page.evaluate(
-        "[...document.querySelectorAll('.scroll')].filter(e => e.clientWidth).map(e =>"
+        "[...document.querySelectorAll('.scroll')].filter(e => e.checkVisibility()).map(e =>"
         " [e.scrollWidth > e.clientWidth + 1, !e.previousElementSibling.hidden, e.tabIndex === 0])"
     )
     assert tables and all(scrolls == cue == focus for scrolls, cue, focus in tables)
@@ -105,9 +105,10 @@ def test_a_table_is_sorted_and_filtered(page):
     known = [float(value) for value in ascending if value != "-"]
     assert known == sorted(known) and ascending[-1] == "-"
     page.locator("#patients th button", has_text="AUROC").first.click()
-    assert [float(v) for v in page.evaluate(column) if v != "-"] == known[::-1]
+    descending = page.evaluate(column)
+    assert [float(value) for value in descending[:-1]] == known[::-1] and descending[-1] == "-"
     assert table.locator("th[aria-sort=descending]").count() == 1
-    page.locator("#numbers input[type=search]").first.fill("sensitivity .9")
+    page.locator("#numbers input[type=search]").first.fill("specificity at")
     assert page.locator("#numbers table").first.locator("tbody tr:visible").count() == 2
 
 
@@ -173,7 +174,7 @@ def test_only_its_own_script_runs(browser, report_path, tmp_path):
 def test_it_is_read_without_its_script_as_well(browser, report_path):
     page = browser.new_page(java_script_enabled=False)
     page.goto(report_path.as_uri())
-    assert page.locator("nav a").first.is_visible() and page.locator("#patients table").is_visible()
+    assert page.locator("nav a").first.is_visible() and page.locator("#patients table").first.is_visible()
     page.close()
 
 

@@ -26,11 +26,11 @@
     const number = /^[+-]?[\d,]*\.?\d+(e[+-]?\d+)?/i.exec(text);
     return { text, number: number && Number(number[0].replaceAll(",", "")) };
   };
-  const compare = (column) => (one, other) => {
+  const compare = (column, sign) => (one, other) => {  // what is no number comes last either way
     const [a, b] = [value(one, column), value(other, column)];
-    if (a.number !== null && b.number !== null) return a.number - b.number;
+    if (a.number !== null && b.number !== null) return sign * (a.number - b.number);
     if ((a.number === null) !== (b.number === null)) return a.number === null ? 1 : -1;
-    return a.text.localeCompare(b.text, "en", { numeric: true });
+    return sign * a.text.localeCompare(b.text, "en", { numeric: true });
   };
   for (const table of document.querySelectorAll("main table")) {
     const body = table.tBodies[0];
@@ -42,8 +42,7 @@
           const descending = head.getAttribute("aria-sort") === "ascending";
           for (const cell of table.tHead.rows[0].cells) cell.removeAttribute("aria-sort");
           head.setAttribute("aria-sort", descending ? "descending" : "ascending");
-          const rows = [...body.rows].sort(compare(column));
-          body.append(...(descending ? rows.reverse() : rows));
+          body.append(...[...body.rows].sort(compare(column, descending ? -1 : 1)));
         });
         head.append(button);
       });
