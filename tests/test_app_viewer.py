@@ -13,8 +13,10 @@ from fastapi.testclient import TestClient
 import biopsy
 from biopsy.app.viewer import make_viewer
 from biopsy.core.errors import DataError, UserFileError
+from biopsy.slide_io.pyramids import write_pyramid
 from biopsy.slides.cohorts import slide
 from biopsy.slides.maps import SlideMap
+from conftest import draw_slide
 from slide_maps import make_classifier, make_map
 from tiny_runs import copy_run
 
@@ -32,12 +34,18 @@ def decode(response):
     return cv2.imdecode(np.frombuffer(response.content, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
 
 
-@pytest.fixture
-def mapped(make_slide, tmp_path):
-    """A slide, and the folder of its map."""
-    path = make_slide("case.tiff", width=1400, height=900)
-    slide(make_classifier(), [path], out=tmp_path / "maps", device="cpu", precision="fp32")
-    return path, tmp_path / "maps"
+def map_slide(place):
+    """Write a slide and the folder of its map."""
+    path = place / "case.tiff"
+    write_pyramid(path, draw_slide(1400, 900), width=1400, height=900, mpp=0.5, tile_px=64)
+    slide(make_classifier(), [path], out=place / "maps", device="cpu", precision="fp32")
+    return path, place / "maps"
+
+
+@pytest.fixture(scope="module")
+def mapped(tmp_path_factory):
+    """A slide, and the folder of its map, for all tests."""
+    return map_slide(tmp_path_factory.mktemp("mapped"))
 
 
 @pytest.fixture
@@ -129,8 +137,8 @@ def test_abstained_and_out_of_distribution_patches_are_flagged(tmp_path):
     assert client.get(f"/api/slides/{key}/patch?x=25&y=5").json()["ood"] is True
 
 
-def test_a_map_of_another_slide_is_not_laid_over_it(mapped, make_slide, tmp_path):
-    path, maps = mapped
+def test_a_map_of_another_slide_is_not_laid_over_it(make_slide, tmp_path):
+    path, maps = map_slide(tmp_path)
     path.unlink()
     other = make_slide("case.tiff", width=1400, height=900, seed=1)
     client = open_page(maps, other)

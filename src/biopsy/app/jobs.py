@@ -61,7 +61,7 @@ class Jobs:
         self._classifiers, self._device, self._max_waiting = classifiers, device, max_waiting
         self._jobs: dict[str, dict[str, Any]] = {}
         self._progress: dict[str, tuple[int, int]] = {}
-        self._lock = threading.Lock()
+        self._lock, self._closing = threading.Lock(), threading.Event()
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         folder.mkdir(parents=True, exist_ok=True)
         self._hold = FileLock(folder / LOCK)
@@ -206,13 +206,14 @@ class Jobs:
             write_json(self.folder / identity / DOCUMENT, job)
 
     def close(self) -> None:
-        """End the thread when the slide at hand is finished."""
+        """Stop: what waits is queued again when the server is back, as is the slide at hand if it takes long."""
+        self._closing.set()
         self._queue.put(None)
         self._thread.join(timeout=5)
         self._hold.release()
 
     def _work(self) -> None:
-        while (identity := self._queue.get()) is not None:
+        while (identity := self._queue.get()) is not None and not self._closing.is_set():
             if identity in self._jobs:
                 self._map(identity)
 
