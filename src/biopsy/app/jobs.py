@@ -206,7 +206,7 @@ class Jobs:
             write_json(self.folder / identity / DOCUMENT, job)
 
     def close(self) -> None:
-        """Stop: what waits is queued again when the server is back, as is the slide at hand if it takes long."""
+        """Stop; what is not finished then is queued again when the server is back."""
         self._closing.set()
         self._queue.put(None)
         self._thread.join(timeout=5)
