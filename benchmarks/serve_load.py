@@ -80,11 +80,12 @@ def load(address: str, images: list[bytes], clients: int, seconds: float, n: int
     """Send requests from many clients; return their number, errors and latencies."""
     latencies: list[float] = []
     errors: list[str] = []
-    lock, end = threading.Lock(), time.perf_counter() + seconds
+    lock, sessions = threading.Lock(), [httpx.Client(base_url=address, timeout=120) for _ in range(clients)]
+    end = time.perf_counter() + seconds
 
     def client(number: int) -> None:
         rng = np.random.default_rng(number)
-        with httpx.Client(base_url=address, timeout=120) as session:
+        with sessions[number] as session:
             while time.perf_counter() < end:
                 chosen = rng.choice(len(images), n)
                 files = [("images", (f"{index}.png", images[index])) for index in chosen]
