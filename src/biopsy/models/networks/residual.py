@@ -4,6 +4,7 @@ It reads any input of 16 px or more, since it averages over the whole patch befo
 """
 
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from biopsy.models.networks.layers import BatchNorm2d, Dropout, require_size
 from biopsy.models.networks.registry import register_network
 from biopsy.models.networks.stages import StagedNetwork
 
+Shortcut = Literal["strided", "pooled"]
 STAGE_WIDTHS = (1, 2, 4, 5)
 """Channels of each stage, in multiples of ``base_channels``: half precision keeps the weights below 1 MB."""
 
@@ -20,7 +22,7 @@ STAGE_WIDTHS = (1, 2, 4, 5)
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut; with ``stride=2`` it halves the picture."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
         self.norm1 = BatchNorm2d(out_channels)
@@ -29,8 +31,11 @@ class ResidualBlock(nn.Module):
         self.norm2.initial_weight = 0.0  # a block begins as its shortcut (Goyal et al. 2017)
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels or stride != 1:
+            pooled = shortcut == "pooled" and stride != 1
             self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), BatchNorm2d(out_channels)
+                *([nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)] if pooled else []),
+                nn.Conv2d(in_channels, out_channels, 1, 1 if pooled else stride, bias=False),
+                BatchNorm2d(out_channels),
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,7 +46,7 @@ class ResidualBlock(nn.Module):
 class ResidualNet(StagedNetwork):
     """A stem that halves the picture, four stages of one block, global average pooling, dropout, the head."""
 
-    def __init__(self, n_classes: int, base_channels: int, dropout: float) -> None:
+    def __init__(self, n_classes: int, base_channels: int, dropout: float, shortcut: Shortcut) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(3, base_channels, 3, stride=2, padding=1, bias=False),
@@ -51,7 +56,7 @@ class ResidualNet(StagedNetwork):
         channels = [base_channels, *(base_channels * factor for factor in STAGE_WIDTHS)]
         self.blocks = nn.Sequential(
             *(
-                ResidualBlock(before, after, stride=1 if stage == 0 else 2)
+                ResidualBlock(before, after, 1 if stage == 0 else 2, shortcut)
                 for stage, (before, after) in enumerate(pairwise(channels))
             )
         )
@@ -77,8 +82,17 @@ class ResidualNet(StagedNetwork):
 
 @register_network
 def residual(
-    *, n_classes: int, input_px: int | tuple[int, int], base_channels: int = 24, dropout: float = 0.0
+    *,
+    n_classes: int,
+    input_px: int | tuple[int, int],
+    base_channels: int = 24,
+    dropout: float = 0.0,
+    shortcut: Shortcut = "strided",
 ) -> ResidualNet:
-    """Build the residual network; ``base_channels=24`` gives about 420,000 parameters."""
+    """Build the residual network; ``base_channels=24`` gives about 420,000 parameters.
+
+    A shortcut that halves the picture takes every second pixel (``"strided"``) or the mean of two by two
+    (``"pooled"``, He et al. 2019).
+    """
     require_size("residual", input_px, 16)
-    return ResidualNet(n_classes, base_channels, dropout)
+    return ResidualNet(n_classes, base_channels, dropout, shortcut)
