@@ -282,8 +282,13 @@ def signed(value: float | None) -> str:
 def interval_text(low: float | None, high: float | None, reason: str | None) -> str:
     """Write an interval, or why there is none."""
     if low is None or high is None:
-        return f"no interval: {reason}" if reason else "no interval"
+        return explain_missing(reason) if reason else "no interval"
     return f"{number(low)} to {number(high)}"
+
+
+def explain_missing(reason: str) -> str:
+    """Return why an interval is missing, or the metric itself."""
+    return reason if reason.startswith("undefined") else f"no interval: {reason}"
 
 
 def interval_of(estimate: Mapping[str, Any] | None) -> str:

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from biopsy.core.text import count
+from biopsy.core.text import capitalize, count
 from biopsy.plotting.style import jpeg, png
 from biopsy.reporting.document import (
     Table,
+    explain_missing,
     interval_of,
     metric_label,
     number,
@@ -40,7 +41,7 @@ class Footnotes:
     @property
     def text(self) -> str:
         lettered = zip(ascii_lowercase, self._reasons, strict=False)
-        return "".join(f" ({letter}) No interval: {why}." for letter, why in lettered)
+        return "".join(f" ({letter}) {capitalize(explain_missing(why))}." for letter, why in lettered)
 
 
 def table_of_metrics(metrics: Mapping[str, Any], unit: str, on_side: str = " on the test subset") -> Table:
