@@ -14,7 +14,8 @@ from biopsy.slides.outputs import FORMAT as SLIDE_FORMAT
 from biopsy.slides.outputs import OVERLAY, SUMMARY
 from biopsy.training.runs import Run
 
-MAPS = "slidesFolder of a run in which its report looks for mapped slides."
+MAPS = "slides"
+"""Folder of a run in which its report looks for mapped slides."""
 MOST_MAPS, MAP_PX = 12, 1200
 
 logger = logging.getLogger(__name__)
