@@ -106,9 +106,9 @@ def train_on_phantom(folder: Path, options: argparse.Namespace) -> Run:
         prepare(write_archive(folder / "phantom.zip", **size, seed=options.seed), pack)
     thirds = (1 / 3, 1 / 3, 1 / 3)
     split = make_split(pack, protocol="patients", name="thirds", fractions=thirds, seed=options.seed)
-    settings = [f"train.epochs={options.epochs}", "train.lr=0.002", "train.checkpoint=last"]
+    settings = [f"train.epochs={options.epochs}", "model.context=0"]
     return train(
-        "residual-small",
+        "idc-small",
         pack,
         split=split,
         seed=options.seed,

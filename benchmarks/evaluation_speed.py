@@ -36,6 +36,7 @@ SETTINGS = (
     "model.params.base_channels=4",
     "train.epochs=4",
     "train.batch_size=8",
+    "model.context=0",
 )
 
 
@@ -84,7 +85,7 @@ def make_run(folder: Path, n_patches: int, n_patients: int) -> None:
         origin={"source": "benchmarks/evaluation_speed.py"},
     )
     train(
-        "residual-small",
+        "idc-small",
         Pack.open(pack),
         split="official",
         overrides=SETTINGS,

@@ -278,4 +278,4 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> "Run":
 
     place = tmp_path_factory.mktemp("trained")
     pack = write_pack(place, n_patients=15, patches_per_patient=8, own_sides=("train", "val", "test"))
-    return train_tiny(pack, place / "run", *LIVELY, recipe="residual-small")
+    return train_tiny(pack, place / "run", *LIVELY, recipe="idc-small")

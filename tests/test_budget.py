@@ -75,7 +75,7 @@ def test_validation_takes_a_quarter_of_the_time_at_most():
 )
 def test_full_length_is_the_recipes_own(settings, length):
     base = ("train.epochs=10", "train.batch_size=8", "train.drop_last=false")
-    recipe = load_recipe("residual-small", [*base, *settings])
+    recipe = load_recipe("idc-small", [*base, *settings])
     target = np.array([0] * 20 + [1] * 8)
     assert full_length(recipe, target) == Length(*length)
     set_so = with_length(recipe, Length(2, 9)).train

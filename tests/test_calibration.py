@@ -253,7 +253,7 @@ def test_doing_it_again_is_as_if_it_had_been_so_from_the_start(run, tmp_path):
             tmp_path / method,
             *LIVELY,
             f"decision.calibration={method}",
-            recipe="residual-small",
+            recipe="idc-small",
         )
         calibrate(run, method=method)
         redone = Run.open(run.path)

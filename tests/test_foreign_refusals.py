@@ -259,7 +259,7 @@ def test_wrong_requests_are_refused(cancernet_file, tmp_path, caplog):
             RecipeError,
             "positive='cancer' is none of two classes; there are non_idc, idc",
         ),
-        ({"model": "residual-small"}, RecipeError, r"residual-small with class_names=\[\] and patch_px=None"),
+        ({"model": "idc-small"}, RecipeError, r"idc-small with class_names=\[\] and patch_px=None"),
         (
             {"class_names": ["a", "b", "c"]},
             DataError,

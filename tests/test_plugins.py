@@ -24,8 +24,8 @@ import biopsy
 from biopsy.data.packs import Pack
 place = Path(sys.argv[1])
 settings = ("model.name=example_mean", "model.params={}", "preprocessing.input_px=8", "train.epochs=1",
-            "train.batch_size=8")
-biopsy.train("residual-small", Pack.open(place / "tiny.pack"), overrides=settings, out=place / "run",
+            "train.batch_size=8", "model.context=0")
+biopsy.train("idc-small", Pack.open(place / "tiny.pack"), overrides=settings, out=place / "run",
              device="cpu")
 """
 

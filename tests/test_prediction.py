@@ -246,7 +246,7 @@ def test_refusals(trained_run, folder, make_pack, tmp_path):
     (tmp_path / "patch.xyz").write_text("what is this")
     with pytest.raises(ArchiveError, match="is neither a zip nor a folder"):
         ask(trained_run, tmp_path / "patch.xyz")
-    with pytest.raises(RunError, match="is neither a run nor a classifier"):
+    with pytest.raises(RunError, match="is neither a run, a classifier"):
         ask(tmp_path, folder)
     with pytest.raises(
         DataError, match=r"predictions cannot be written to 'table.xlsx'; use .parquet or .csv"

@@ -558,7 +558,7 @@ def interrupted(tmp_path: Path, make_pack: Callable[..., Pack]) -> tuple[Path, P
 
     with pytest.raises(KeyboardInterrupt):
         biopsy.train(
-            "residual-small",
+            "idc-small",
             pack,
             overrides={"preprocessing.input_px": 16, "train.epochs": 2, "model.params.base_channels": 4},
             out=tmp_path / "r",

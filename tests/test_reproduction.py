@@ -301,10 +301,8 @@ def test_own_sides_are_one_arm_and_five_patients_give_an_interval(make_pack, pap
 
 
 def test_refusals(finished, pack, paper, tmp_path, make_pack):
-    with pytest.raises(
-        RecipeError, match=r"residual-small claims nothing .*recipes with a claim: .*cancernet"
-    ):
-        ask("residual-small", pack, tmp_path / "study")
+    with pytest.raises(RecipeError, match=r"idc-small claims nothing .*recipes with a claim: .*cancernet"):
+        ask("idc-small", pack, tmp_path / "study")
     with pytest.raises(RecipeError, match="cancernet-2019 was published on 'idc'"):
         ask("cancernet-2019", pack, tmp_path / "study")
     with pytest.raises(RecipeError, match="no recipe was published on 'synthetic'"):
@@ -377,5 +375,5 @@ def test_reproduce_from_the_command_line(finished, paper, pack, tmp_path, monkey
     assert call("reproduce", str(paper)).exit_code == 2
     wrong = call(*base, "--seeds", "one")
     assert wrong.exit_code == 2
-    refused = call("reproduce", "residual-small", "--data", str(pack.path))
+    refused = call("reproduce", "idc-small", "--data", str(pack.path))
     assert refused.exit_code == 1 and "claims nothing" in refused.stderr and refused.stderr.count("\n") == 1

@@ -48,7 +48,7 @@ def test_a_finished_run_holds_what_the_formats_page_says(trained_run):
 def test_run_json_says_what_was_asked_and_what_came_of_it(trained_run):
     info, pack = trained_run.info, trained_run.open_pack()
     assert info["format"] == "biopsy-run/1" and info["status"] == "finished"
-    assert re.fullmatch(r"residual-small-s0-\d{8}T\d{6}-[0-9a-f]{4}", info["id"])
+    assert re.fullmatch(r"idc-small-s0-\d{8}T\d{6}-[0-9a-f]{4}", info["id"])
     assert info["epochs"] == info["epochs_done"] == 4
     aurocs = [record["val_auroc"] for record in trained_run.log()]
     assert info["chosen_epoch"] == 1 + aurocs.index(max(aurocs))
@@ -81,7 +81,7 @@ def test_its_own_recipe_trains_the_same_again(trained_run, tmp_path):
     words = shlex.split(trained_run.info["command"])
     assert words[:2] == ["biopsy", "train"] and words[2] == "run/recipe.toml"
     assert words[3:] == ["--data", "tiny.pack", "--split", "official", "--seed", "0"]
-    assert trained_run.recipe == load_recipe("residual-small", (*TINY, *LIVELY))
+    assert trained_run.recipe == load_recipe("idc-small", (*TINY, *LIVELY))
     again = train(trained_run.path / "recipe.toml", trained_run.open_pack(), out=tmp_path / "again")
     assert again.info["id"] != trained_run.info["id"]
     for name in ("weights.safetensors", "classifier.json"):

@@ -72,7 +72,7 @@ def test_every_value_meets_every_other_once(rates, n_sizes):
 
 def test_a_value_written_twice_is_one_combination():
     assert len(combine(RECIPE, ["train.lr=0.01,1e-2,0.010"], ())) == 1
-    assert len(combine("residual-small", ["model.params.base_channels=4,8", "train.fraction=0.5,1"], ())) == 4
+    assert len(combine("idc-small", ["model.params.base_channels=4,8", "train.fraction=0.5,1"], ())) == 4
 
 
 def test_values_are_spelled_for_readers():

@@ -16,7 +16,7 @@ def test_from_an_archive_to_a_report_without_names(make_idc_zip, tmp_path):
     pack = biopsy.prepare(source, tmp_path / "idc.pack")
     assert len(pack) == 60 and pack.info.counts["patients"] == 6
 
-    run = biopsy.train("residual-small", pack, seed=1, overrides=LIVELY, out=tmp_path / "run", device="cpu")
+    run = biopsy.train("idc-small", pack, seed=1, overrides=LIVELY, out=tmp_path / "run", device="cpu")
     metrics = biopsy.evaluate(run)
     assert metrics["times_opened"] == 1 and metrics["n_patches"] == 10
 

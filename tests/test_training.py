@@ -156,7 +156,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(pack, tmp_path):
 
 def test_learns_what_can_be_learned(pack, tmp_path):
     settings = (*LIVELY, "train.epochs=8", "train.lr=0.01")
-    run = train_tiny(pack, tmp_path / "run", *settings, recipe="residual-small")
+    run = train_tiny(pack, tmp_path / "run", *settings, recipe="idc-small")
     assert max(record["val_auroc"] for record in run.log()) > 0.9
     assert run.info["chosen_epoch"] == max(run.log(), key=lambda r: (r["val_auroc"], -r["epoch"]))["epoch"]
 

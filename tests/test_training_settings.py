@@ -78,7 +78,7 @@ SIGMOID = ("train.loss=binary-cross-entropy", "train.monitor=val_loss", "decisio
 
 def test_sigmoid_outputs_from_loss_to_classifier(pack, tmp_path, monkeypatch):
     monkeypatch.setattr("biopsy.training.batch_norm.MOST_DISAGREEMENT", np.inf)  # the log's statistics stay
-    run = train_tiny(pack, tmp_path / "run", *LIVELY, *SIGMOID, recipe="residual-small")
+    run = train_tiny(pack, tmp_path / "run", *LIVELY, *SIGMOID, recipe="idc-small")
     classifier = run.classifier
     assert classifier.info.outputs == "sigmoid"
     frame, _ = run.predictions("val")
@@ -117,7 +117,7 @@ def test_softmax_runs_have_no_accuracy_per_output(whole):
 
 def test_the_lowest_validation_loss_stops_and_is_kept(pack, tmp_path):
     options = ("train.monitor=val_loss", "train.early_stopping_patience=1", "train.epochs=30")
-    run = train_tiny(pack, tmp_path / "run", *LIVELY, *options, "train.lr=0.05", recipe="residual-small")
+    run = train_tiny(pack, tmp_path / "run", *LIVELY, *options, "train.lr=0.05", recipe="idc-small")
     losses = [record["val_loss"] for record in run.log()]
     assert run.info["chosen_epoch"] == 1 + int(np.argmin(losses)) == len(losses) - 1 < 29
     assert losses == sorted(losses[:-1], reverse=True) + losses[-1:] and losses[-1] >= losses[-2]

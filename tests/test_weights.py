@@ -38,7 +38,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "weights"
 
 
-def recipe_with(*settings, recipe="residual-small"):
+def recipe_with(*settings, recipe="idc-small"):
     return load_recipe(recipe, ["preprocessing.input_px=64", "model.pretrained=true", *settings])
 
 
@@ -65,7 +65,7 @@ def test_every_known_weight_says_what_one_must_know():
         assert find_weights(known.tag) == known
         assert known.file and known.page and known.licence and known.digest
         assert set(known.feed) == {"channel_order", "scale", "mean", "std"}
-        assert load_recipe("residual-small", [f"preprocessing.{k}={v}" for k, v in known.feed.items()])
+        assert load_recipe("idc-small", [f"preprocessing.{k}={v}" for k, v in known.feed.items()])
         assert locate(known) is None
 
 
@@ -226,14 +226,14 @@ def test_a_run_starts_from_weights_and_goes_on_without_the_file(make_pack, tmp_p
     settings = ("preprocessing.input_px=16", "model.params.base_channels=4", "model.pretrained=true")
     settings += (f"model.weights={path}", "model.trainable=stage3", "train.epochs=1")
     pack = make_pack(n_patients=7, patches_per_patient=6)
-    run = train_tiny(pack, tmp_path / "run", *settings, recipe="residual-small")
+    run = train_tiny(pack, tmp_path / "run", *settings, recipe="idc-small")
     assert run.info["weights"]["sha256"] == sha256_file(path)
     assert run.info["weights"]["trainable"] == "stage3"
     assert run.info["parameters"]["trainable"] < run.info["parameters"]["total"] - 100
     path.unlink()
     classifier = run.classifier
-    assert same_states(classifier.network.stem, source.stem)
-    assert not same_states(classifier.network.blocks[-1], source.blocks[-1])
+    assert same_states(classifier.base_network.stem, source.stem)
+    assert not same_states(classifier.base_network.blocks[-1], source.blocks[-1])
     assert classifier.info.licence.endswith("the weights it began with: not stated")
 
 

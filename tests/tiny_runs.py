@@ -13,11 +13,22 @@ from biopsy.training.train import train
 
 TINY = ("preprocessing.input_px=8", "train.epochs=2", "train.batch_size=8", "train.lr=0.02")
 
-# CancerNet's normalisation takes hundreds of steps to settle and calls all patches alike until then; this
-# network tells them apart after a few epochs.
+# CancerNet's normalisation takes hundreds of steps to settle and calls all patches alike until then; the
+# network of idc-small tells them apart after a few epochs.
 LIVELY = (
     "preprocessing.input_px=16",
     "model.params.base_channels=4",
+    "model.tta=none",
+    "model.context=0",
+    "train.optimiser=adamw",
+    "train.momentum=0",
+    "train.nesterov=false",
+    "train.schedule=cosine",
+    "train.warmup_epochs=1",
+    "train.label_smoothing=0",
+    "train.ema_decay=0",
+    "train.checkpoint=best",
+    "train.precision=fp32",
     "train.epochs=4",
     "train.batch_size=8",
     "train.lr=0.02",

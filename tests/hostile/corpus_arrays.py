@@ -116,7 +116,7 @@ INPUTS = [
         lambda folder: (folder / "w.pth").write_bytes(pickle.dumps(Code(), protocol=2)),
         (
             "train",
-            "residual-small",
+            "idc-small",
             "--data",
             "in.pack",
             "--set",

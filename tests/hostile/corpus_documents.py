@@ -116,7 +116,7 @@ INPUTS += [
     Input(
         f"toml_set_{trick}",
         lambda folder: None,
-        ("train", "residual-small", "--data", "in.pack", "--set", f"train.lr={value}"),
+        ("train", "idc-small", "--data", "in.pack", "--set", f"train.lr={value}"),
     )
     for trick, value in {"deep": "[" * 5000, "digits": DIGITS, "nan": "nan", "table": "{a = {b = 1}}"}.items()
 ]

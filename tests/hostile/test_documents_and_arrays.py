@@ -31,7 +31,7 @@ def material(tmp_path_factory):
     pack = write_pack(
         place, "in.pack", n_patients=9, patches_per_patient=8, own_sides=("train", "val", "test")
     )
-    run = train_tiny(pack, place / "in.run", *LIVELY, recipe="residual-small")
+    run = train_tiny(pack, place / "in.run", *LIVELY, recipe="idc-small")
     biopsy.evaluate(run)
     for row in pack.table.iloc[:24].itertuples():
         file = place / "tree" / ("benign", "malignant")[row.target] / f"{row.patch_id}.png"

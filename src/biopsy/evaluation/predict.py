@@ -1,5 +1,6 @@
 """Prediction: patches of any origin through a trained classifier, into one table."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +37,10 @@ from biopsy.slide_io.images import IMAGE_SUFFIXES, decode, read_header
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
 
+logger = logging.getLogger(__name__)
+
 CHUNK = 2048  # patches held in memory at once
+MUCH_UNLIKE = 0.1  # share of out-of-distribution patches from which a warning is logged
 
 Skipped = list[dict[str, str]]
 
@@ -86,7 +90,8 @@ def predict(
     patches that the run was trained, validated or tested on, recognised by their pixels.
 
     Args:
-        model: Finished run, classifier, bundle, or folder of a WSInfer model.
+        model: Finished run, classifier, bundle, folder of a WSInfer model, or the name of a shipped
+            classifier.
         paths: Images, folders, zips and packs.
         out: Output table, ``.csv`` or ``.parquet`` (default: ``predictions.csv``, or ``submission.csv``
             for kaggle).
@@ -132,6 +137,7 @@ def predict(
         first = f"; {skipped[0]['source']}: {skipped[0]['reason']}" if skipped else ""
         raise DataError(f"no patch could be read from {', '.join(map(str, paths))}{first}")
     frame = pd.concat(frames, ignore_index=True)
+    _warn_of_novelty(frame)
     about = {
         "classifier_sha256": classifier.sha256,
         "pack_sha256": None,
@@ -196,6 +202,17 @@ def _check_submission(
         )
     check_name(path)
     give_ids([name for source in sources for name in source.names])
+
+
+def _warn_of_novelty(frame: pd.DataFrame) -> None:
+    n_unlike = int(frame.get("unlike_training", pd.Series(dtype=bool)).sum())
+    if n_unlike > MUCH_UNLIKE * len(frame):
+        logger.warning(
+            "%d of %d patches look out-of-distribution: their predictions may be unreliable, see the column "
+            "unlike_training",
+            n_unlike,
+            len(frame),
+        )
 
 
 class _Answer(NamedTuple):

@@ -1,17 +1,17 @@
-"""What is shipped: data sets it can read or fetch, networks it can build, recipes it can train."""
+"""What is shipped: data sets it can read or fetch, networks, recipes, trained classifiers."""
 
 from collections.abc import Callable
 from typing import Literal
 
 from biopsy.core.errors import BiopsyError, suggest
 
-Kind = Literal["datasets", "models", "recipes"]
+Kind = Literal["datasets", "models", "recipes", "classifiers"]
 Row = dict[str, object]
 Rows = list[Row]  # before `list` is a function of this module
 
 
 def list(kind: Kind) -> Rows:
-    """List the shipped data sets, models or recipes, with licences, published numbers and cost.
+    """List what is shipped, with licences, published numbers and cost.
 
     Args:
         kind: What to list.
@@ -20,7 +20,8 @@ def list(kind: Kind) -> Rows:
         For data sets what they are recognised by, how a pack is made of them, counts, resolution, licence and
         citation; for models parameters (with two classes and the input of its recipe), stages and licence,
         then known pretrained weights with licence, preprocessing and whether their file is at hand; for
-        recipes the published and the corrected numbers and the cost. The rows of a list have the same keys.
+        recipes the published and the corrected numbers and the cost; for classifiers what they were trained
+        on and are fed. The rows of a list have the same keys.
 
     Raises:
         BiopsyError: If there is no such kind.
@@ -113,8 +114,25 @@ def _list_recipes() -> Rows:
     return rows
 
 
+def _list_classifiers() -> Rows:
+    from biopsy.models.classifier import WEIGHTS, Classifier
+    from biopsy.models.shipped import FOLDER, list_shipped
+
+    rows: Rows = []
+    for name in list_shipped():
+        info, folder = Classifier.load(FOLDER / name).info, FOLDER / name
+        row = {"name": name, "description": info.description, "classes": ", ".join(info.class_names)}
+        row |= {"patch": f"{info.patch_px} px at {info.mpp:g} um/px", "network": info.network}
+        row |= {"recipe": info.recipe, "bytes": (folder / WEIGHTS).stat().st_size}
+        rows.append(
+            row | {"licence": info.licence, "citation": info.citation, "card": str(folder / "README.md")}
+        )
+    return rows
+
+
 _LISTS: dict[str, Callable[[], Rows]] = {
     "datasets": _list_datasets,
     "models": _list_models,
     "recipes": _list_recipes,
+    "classifiers": _list_classifiers,
 }

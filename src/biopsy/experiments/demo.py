@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 
 MARK, FORMAT = "demo.json", "biopsy-demo/1"
 N_PATIENTS, PATCHES_PER_PATIENT = 36, 100  # five patients on the test side, the fewest that allow an interval
-RECIPE = "cancernet-2020"
+RECIPE = "idc-small"
 NEXT_PATIENT = str(FIRST_PATIENT + N_PATIENTS)
 SLIDE, SLIDE_PX = "slide.tiff", (1600, 1200)  # at 2 um/px
-SETTINGS = ("train.epochs=12",)  # of 40: what two cores do in about a minute
+SETTINGS = ("train.epochs=4",)  # of 8: what two cores do in about a minute
 
 
 def demo(*, out: Path | str = "biopsy-demo", on_epoch: OnEpoch | None = None) -> Path:

@@ -13,6 +13,7 @@ from biopsy.evaluation.evaluate import evaluate as evaluate_run
 from biopsy.evaluation.predictions import evaluate_classifier, evaluate_table, is_table
 from biopsy.evaluation.results import Evaluation
 from biopsy.models.classifier import DOCUMENT, Classifier
+from biopsy.models.shipped import is_shipped
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
 
@@ -71,7 +72,9 @@ def evaluate(
         evaluation = evaluate_table(
             table, positive=positive, threshold=threshold, subgroups=subgroups, prevalence=prevalence
         )
-    elif isinstance(run, Classifier) or (not isinstance(run, Run) and (Path(run) / DOCUMENT).is_file()):
+    elif isinstance(run, Classifier) or (
+        not isinstance(run, Run) and (is_shipped(run) or (Path(run) / DOCUMENT).is_file())
+    ):
         _refuse("a classifier", positive=positive, threshold=threshold, subgroups=subgroups or None)
         if data is None:
             raise RunError("a classifier has no patches of its own: name a pack with data=")

@@ -13,6 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
 
+import cv2
 import numpy as np
 
 from biopsy.core.errors import BiopsyError, DataError, RunError
@@ -24,6 +25,7 @@ from biopsy.models.classifier import WEIGHTS, Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.importers.wsinfer import is_wsinfer
 from biopsy.models.inference import predict_logits
+from biopsy.phantom.cohort import iter_patches
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
 
@@ -62,9 +64,10 @@ def export(
     folder.
 
     Args:
-        model: Finished run, or classifier.
+        model: Finished run, classifier, or name of a shipped classifier.
         out: Output folder; must not exist.
-        data: Pack on whose patches agreement is tested (default: the run's own). Labels are not read.
+        data: Pack on whose patches agreement is tested (default: the run's own; of a classifier, synthetic
+            patches). Labels are not read.
         mpp: Pixel size of the patches in µm. Required if the classifier does not record it.
 
     Raises:
@@ -81,14 +84,20 @@ def export(
         raise RunError(f"{model} is a model in WSInfer's form already: give it to other programs as it is")
     classifier = _with_mpp(open_classifier(model), mpp, model)
     run = _find_run(model)
-    pack = _find_pack(run, data, model)
-    classifier.check_pack(pack)
-    patches = _choose_patches(pack, classifier.info.patch_px)
+    pack = _find_pack(run, data)
+    if pack is None:
+        patches = draw_patches(classifier.info.patch_px)
+    else:
+        classifier.check_pack(pack)
+        patches = _choose_patches(pack, classifier.info.patch_px)
     with create_directory(out) as folder:
         classifier.save(folder)
         write_networks(classifier, folder)
         parity = measure_parity(classifier, folder, patches)
-        parity["pack"] = {"name": pack.path.name, "content_sha256": pack.info.content_sha256}
+        parity["pack"] = {
+            "name": "synthetic patches" if pack is None else pack.path.name,
+            "content_sha256": None if pack is None else pack.info.content_sha256,
+        }
         _require_parity(parity)
         write_json(folder / PARITY, parity)
         (folder / CARD).write_text(card_of_run(gather_card(classifier, run, parity)), encoding="utf-8")
@@ -202,12 +211,16 @@ def _find_run(model: Run | Classifier | Path | str) -> Run | None:
     )
 
 
-def _find_pack(run: Run | None, data: Pack | Path | str | None, model: object) -> Pack:
+def _find_pack(run: Run | None, data: Pack | Path | str | None) -> Pack | None:
     if data is not None:
         return Pack.open(data)
-    if run is None:
-        raise DataError(f"parity is tried on real patches, and {model} names no pack: pass --data PACK")
-    return run.open_pack(verify=False)
+    return None if run is None else run.open_pack(verify=False)
+
+
+def draw_patches(patch_px: int) -> np.ndarray:
+    """Return synthetic patches, uint8 ``(n, patch_px, patch_px, 3)``."""
+    images = [patch.image for patch in iter_patches(n_patients=1, patches_per_patient=PARITY_PATCHES)]
+    return np.stack([cv2.resize(image, (patch_px, patch_px)) for image in images])
 
 
 def _choose_patches(pack: Pack, patch_px: int) -> np.ndarray:

@@ -101,9 +101,11 @@ def _describe_use(info: Mapping[str, Any]) -> list[str]:
 
 def _describe_data(facts: CardFacts) -> list[str]:
     pack = facts.classifier.get("pack") or {}
+    basis = [facts.classifier[key] for key in ("description", "citation") if facts.classifier.get(key)]
     if facts.run is None:
         return [
             "## Data",
+            *basis,
             f"Trained on {pack.get('name', 'data that are not recorded')}; no run at hand says more.",
         ]
     about, split = facts.run["pack"], facts.run["split"]
@@ -115,6 +117,7 @@ def _describe_data(facts: CardFacts) -> list[str]:
     ]
     lines = [
         "## Data",
+        *basis,
         f"Pack {about['name']} ({about['dataset']}, content {about['content_sha256'][:12]}), split "
         f"{split['name']!r} ({split['protocol']}) by {unit}, seed {facts.run['seed']}.",
         _table(["side", "patches", f"{unit}s", *facts.classifier["class_names"]], rows),

@@ -23,7 +23,7 @@ from biopsy.statistics.calibrators import Calibrator, Method, calibrator_from_di
 from biopsy.statistics.conformal import abstain, predict_sets
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +124,10 @@ class ClassifierInfo(BaseModel):
     """Limits beyond which a patch is unlike anything in training."""
     single_patch: dict[str, Any] = {}
     """With ``context``: calibrator, thresholds and conformal sets for patches without coordinates."""
+    description: str = ""
+    """On which data and how many patients it stands, in one sentence."""
+    citation: str = ""
+    """Of the data."""
     licence: str = "as the data it was trained on allow"
     pack: dict[str, Any] = {}
     """Name and content hash of the pack it learned from."""
@@ -177,7 +181,7 @@ class Classifier:
             tensors, _ = read_tensors(weights, keep=_is_extra)
         except DataError as error:
             raise RunError(str(error)) from None
-        extras = {name.removeprefix(_EXTRA): tensor for name, tensor in tensors.items()}
+        extras = {name.removeprefix(_EXTRA): tensor.astype(np.float64) for name, tensor in tensors.items()}
         parts = ("mean", "spread", "precision")
         needed = {f"{kind}_{part}" for kind in _Limits.model_fields for part in parts}
         if info.unlike_training is not None and not needed <= extras.keys():
@@ -285,8 +289,13 @@ class Classifier:
             ) from None
         return network.eval()
 
-    def save(self, path: Path | str) -> None:
+    def save(self, path: Path | str, *, precision: Literal["fp32", "fp16"] = "fp32") -> None:
         """Write the classifier folder, whole or not at all; of one that is there, replace its two files.
+
+        Args:
+            path: The folder.
+            precision: ``"fp16"`` halves the file: kernels and matrices are rounded to half precision, biases
+                and batch-norm statistics are not. It is read back as float32.
 
         Raises:
             UserFileError: If the folder holds something, and no classifier.
@@ -301,6 +310,8 @@ class Classifier:
             for name, tensor in self.base_network.state_dict().items()
         }
         tensors |= {_EXTRA + name: torch.from_numpy(np.array(array)) for name, array in self.extras.items()}
+        if precision == "fp16":
+            tensors = {name: _halve(name, tensor) for name, tensor in tensors.items()}
         path, content = Path(path), save(tensors)
         digest = hashlib.sha256(content).hexdigest()
         self.info = self.info.model_copy(update={"weights_sha256": digest, "version": __version__})
@@ -431,6 +442,13 @@ class Classifier:
 
 def _is_extra(name: str) -> bool:
     return name.startswith(_EXTRA)
+
+
+def _halve(name: str, tensor: "Tensor") -> "Tensor":
+    """Round kernels and matrices to half precision, reference statistics to single precision."""
+    if _is_extra(name):
+        return tensor.float()
+    return tensor.half() if tensor.is_floating_point() and tensor.ndim > 1 else tensor
 
 
 def score_classes(logits: np.ndarray, outputs: str) -> np.ndarray:

@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from biopsy.core.errors import RecipeError, suggest
+from biopsy.models.classifier import WEIGHTS, Classifier
 from biopsy.models.networks.libraries import split_name
+from biopsy.models.shipped import FOLDER, list_shipped
 from biopsy.models.weight_files import SUFFIXES
 
 NOT_STATED = "not stated"
@@ -74,8 +76,8 @@ def find_weights(tag: str) -> Weights:
     """Give what is known about weights by their tag.
 
     Args:
-        tag: One of :func:`list_weights`, ``torchvision:NETWORK.TAG`` or ``timm:NETWORK.TAG``; without the
-            last part, the library's default for that network.
+        tag: One of :func:`list_weights`, a classifier that ships, ``torchvision:NETWORK.TAG`` or
+            ``timm:NETWORK.TAG``; without the last part, the library's default for that network.
 
     Raises:
         RecipeError: If the tag is unknown.
@@ -85,13 +87,29 @@ def find_weights(tag: str) -> Weights:
         return _find_timm(name)
     if library == "torchvision":
         return _find_torchvision(name)
+    if tag in list_shipped():
+        return _find_shipped(tag)
     known = {weights.tag: weights for weights in KERAS_WEIGHTS}
     if tag not in known:
         raise RecipeError(
-            f"no weights are called {tag!r}; {suggest(tag, known)}; also torchvision:NETWORK.TAG, "
-            f"timm:NETWORK.TAG and the path of a file ({', '.join(SUFFIXES)})"
+            f"no weights are called {tag!r}; {suggest(tag, [*known, *list_shipped()])}; also "
+            f"torchvision:NETWORK.TAG, timm:NETWORK.TAG and the path of a file ({', '.join(SUFFIXES)})"
         )
     return known[tag]
+
+
+def _find_shipped(name: str) -> Weights:
+    info = Classifier.load(FOLDER / name).info
+    return Weights(
+        tag=name,
+        networks=(info.network,),
+        file=WEIGHTS,
+        page="this package",
+        licence="apache-2.0",
+        digest=f"sha256:{info.weights_sha256}",
+        feed={key: getattr(info.preprocessing, key) for key in ("channel_order", "scale")}
+        | {key: list(getattr(info.preprocessing, key)) for key in ("mean", "std")},
+    )
 
 
 def _find_torchvision(name: str) -> Weights:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from biopsy.models.engine import Engine
 
 QUANTILE = 0.99
+LEAST_AREA = 0.1  # share of a patch that must be image rather than padding
 REFERENCE_PATCHES = 2000  # of up to a few hundred features; asking a large network for more takes minutes
 
 
@@ -70,11 +71,12 @@ def fit_reference(
 def measure_novelty(
     classifier: Classifier, patches: np.ndarray, sizes: np.ndarray | None, features: np.ndarray
 ) -> pd.DataFrame:
-    """Say how far patches are from training.
+    """Return how far patches are from training.
 
     Returns:
         ``colour_distance`` and ``feature_distance``, each as a multiple of its limit, and
-        ``unlike_training``: whether either is above 1. Empty for a classifier without a reference.
+        ``unlike_training``: whether either is above 1, the patch is grey, or its true size is less than a
+        tenth of a patch. Empty for a classifier without a reference.
     """
     about = classifier.info.unlike_training
     if about is None:
@@ -86,7 +88,15 @@ def measure_novelty(
             for kind, values in measured.items()
         }
     )
-    return frame.assign(unlike_training=(frame > 1).any(axis=1))
+    return frame.assign(unlike_training=(frame > 1).any(axis=1) | _is_no_patch(patches, sizes))
+
+
+def _is_no_patch(patches: np.ndarray, sizes: np.ndarray | None) -> np.ndarray:
+    """Return which patches are grey, which no H&E stain is, or nearly all padding, bool ``(n,)``."""
+    grey = ~(np.diff(patches.astype(np.int16), axis=-1).any(axis=(1, 2, 3)))
+    if sizes is None:
+        return grey
+    return grey | (np.prod(sizes, axis=1) < LEAST_AREA * np.prod(patches.shape[1:3]))
 
 
 def _measure(

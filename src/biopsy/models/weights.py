@@ -16,6 +16,7 @@ from biopsy.core.files import sha256_file
 from biopsy.models.known_weights import KERAS_WEIGHTS, NOT_STATED, Weights, find_weights
 from biopsy.models.networks import build_network, count_parameters
 from biopsy.models.networks.stages import freeze
+from biopsy.models.shipped import FOLDER as SHIPPED
 from biopsy.models.weight_files import SUFFIXES, fill_network
 from biopsy.recipes import Recipe, list_recipes, load_recipe
 
@@ -28,6 +29,7 @@ def locate(weights: Weights) -> Path | None:
     import torch
 
     folders = (
+        SHIPPED / weights.tag,
         weights_folder(),
         Path(torch.hub.get_dir()) / "checkpoints",
         Path("~/.keras/models").expanduser(),

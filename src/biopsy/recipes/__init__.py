@@ -42,7 +42,7 @@ def load_recipe(recipe: str | Path | Recipe, overrides: Overrides = ()) -> Recip
     Args:
         recipe: A shipped name, the path of a ``.toml`` file, or a recipe.
         overrides: ``{"table.key": value}``, or ``"table.key=value"`` each, the value read as TOML, else taken
-            as text.
+            as text. Naming ``model.weights`` also sets ``model.pretrained``.
 
     Raises:
         RecipeError: If there is no such recipe, key or value; the message names the nearest right one.
@@ -52,8 +52,12 @@ def load_recipe(recipe: str | Path | Recipe, overrides: Overrides = ()) -> Recip
         0.005
     """
     document = recipe.model_dump() if isinstance(recipe, Recipe) else _read(recipe)
-    for line in setting_lines(overrides):
+    lines = setting_lines(overrides)
+    for line in lines:
         _override(document, line)
+    changed = {line.partition("=")[0].strip() for line in lines}
+    if "model.weights" in changed and "model.pretrained" not in changed and document["model"]["weights"]:
+        document["model"]["pretrained"] = True
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:

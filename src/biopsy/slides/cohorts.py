@@ -90,7 +90,8 @@ def slide(
     skipped; finished ones are not mapped again.
 
     Args:
-        model: Finished run, classifier, bundle, or folder of a WSInfer model.
+        model: Finished run, classifier, bundle, folder of a WSInfer model, or the name of a shipped
+            classifier.
         slides: Slides, folders of slides, csv files with columns ``slide[,mpp]``, and packs with
             coordinates.
         out: Output folder: one subfolder per slide, plus ``status.csv``. Required for more than one

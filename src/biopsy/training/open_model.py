@@ -1,18 +1,20 @@
-"""Opening what a user names as a model: a run, a classifier, a bundle, a model of WSInfer's."""
+"""Opening what a user names as a model: a run, a classifier, a bundle, a shipped name, a WSInfer model."""
 
 from pathlib import Path
 
-from biopsy.core.errors import RunError
+from biopsy.core.errors import RunError, suggest
 from biopsy.models.classifier import DOCUMENT, Classifier
+from biopsy.models.shipped import is_shipped, list_shipped, open_shipped
 from biopsy.training.runs import Run
 
 
 def open_classifier(model: Run | Classifier | Path | str, *, trust_model: str | None = None) -> Classifier:
-    """Give the classifier of a run, of a folder, of a bundle, of a WSInfer model, or the one given.
+    """Return the classifier of a run, folder, bundle or WSInfer model, or the one that ships by that name.
 
     Args:
-        model: A finished run, a classifier, a bundle (its classifier is read, its TorchScript is not), or the
-            folder of a WSInfer model.
+        model: A finished run, a classifier, a bundle (its classifier is read, its TorchScript is not), the
+            folder of a WSInfer model, or a name of `biopsy.models.shipped.list_shipped`, which a local model
+            of the same name hides.
         trust_model: SHA-256 of a WSInfer model's TorchScript, which runs only if this is named.
 
     Raises:
@@ -21,6 +23,8 @@ def open_classifier(model: Run | Classifier | Path | str, *, trust_model: str | 
     if isinstance(model, Classifier):
         return model
     if not isinstance(model, Run):
+        if is_shipped(model):
+            return open_shipped(model)
         if (Path(model) / DOCUMENT).is_file():
             return Classifier.load(model)
         from biopsy.models.importers.wsinfer import is_wsinfer, open_wsinfer
@@ -32,4 +36,7 @@ def open_classifier(model: Run | Classifier | Path | str, *, trust_model: str | 
     except RunError as error:
         if isinstance(model, Run) or (Path(model) / "run.json").exists():
             raise
-        raise RunError(f"{model} is neither a run nor a classifier nor a bundle") from error
+        raise RunError(
+            f"{model} is neither a run, a classifier, a bundle nor a classifier that ships: "
+            f"{suggest(str(model), list_shipped())}"
+        ) from error

@@ -1,0 +1,160 @@
+"""Build a classifier that ships with the package: weights in half precision, classifier.json, model card.
+
+    python benchmarks/shipped.py idc --run RUN                       from a finished run
+    python benchmarks/shipped.py idc --data idc.pack --split lo-8863   trains the recipe first
+
+From one run the files are the same bit for bit. A training is the same bit for bit on one machine and
+version; elsewhere its AUROC on validation patches may differ by TOLERANCE_AUROC. Rounding may move a
+probability by TOLERANCE_PROB; files of more than MAX_BYTES are refused.
+
+The recipe `pcam-small` does not fit: SqueezeNet's 723,000 weights take 1.4 MB in half precision. What ships
+as `pcam` is the network of `idc-small`, trained on PCam's patches of 96 px without context.
+"""
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+import biopsy
+from biopsy.exporting.model_card import card_of_run, gather_card
+from biopsy.models.classifier import WEIGHTS, Classifier
+from biopsy.models.engine import Engine
+from biopsy.models.inference import predict_logits, predict_with_features
+from biopsy.models.out_of_distribution import measure_novelty
+from biopsy.models.shipped import FOLDER
+
+MAX_BYTES = 1_000_000
+OOD_QUANTILE = 0.95
+TOLERANCE_PROB, TOLERANCE_AUROC = 0.01, 0.01
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """How a classifier is trained, and the data it stands on."""
+
+    recipe: str
+    data: str
+    citation: str
+    licence: str
+    overrides: dict[str, object] = field(default_factory=dict)
+
+
+SHIPPED = {
+    "idc": Shipped(
+        recipe="idc-small",
+        data="the Kaggle release of IDC (breast, scans reduced to 4 um/px)",
+        citation="Data: Cruz-Roa et al. 2014 (SPIE 9041, 904103); Janowczyk and Madabhushi 2016 (J Pathol "
+        "Inform 7:29); Kaggle release by P. Mooney.",
+        licence="Apache-2.0; the data are CC0, as their Kaggle page says",
+    ),
+    "pcam": Shipped(
+        recipe="idc-small",
+        data="PCam (lymph nodes of breast-cancer patients, 0.972 um/px)",
+        citation="Data: Veeling et al. 2018 (MICCAI), from Camelyon16 (Ehteshami Bejnordi et al. 2017, "
+        "JAMA).",
+        licence="Apache-2.0; the data are CC0 1.0",
+        overrides={"preprocessing.input_px": 96, "model.context": 0.0},
+    ),
+}
+
+
+def build(name: str, run: biopsy.Run, out: Path) -> Classifier:
+    """Write the files of one classifier from a finished run, and check them."""
+    known, original = SHIPPED[name], run.classifier
+    original.info = original.info.model_copy(
+        update={
+            "description": describe(known.data, run),
+            "citation": known.citation,
+            "licence": known.licence,
+        }
+    )
+    tighten(original, run)
+    rounded = Classifier(original.info, original.base_network, original.extras)
+    rounded.save(out, precision="fp16")
+    rounded = Classifier.load(out)
+    (out / "README.md").write_text(card_of_run(gather_card(rounded, run)), encoding="utf-8")
+    size = sum(path.stat().st_size for path in out.iterdir())
+    if size > MAX_BYTES:
+        raise SystemExit(f"{out} has {size:,} bytes, {WEIGHTS} among them; at most {MAX_BYTES:,} ship")
+    compare(original, rounded, run)
+    print(f"{out}: {size:,} bytes\n{rounded.info.description}")
+    return rounded
+
+
+def tighten(classifier: Classifier, run: biopsy.Run) -> None:
+    """Lower the out-of-distribution limits to the `OOD_QUANTILE` of validation patches.
+
+    These are few, and some lie at slide edges: beyond their 99th percentile not even skin is found.
+    """
+    pack = run.open_pack()
+    rows = np.flatnonzero(run.sides(pack) == run.val_side)
+    rows = np.sort(np.random.default_rng(0).choice(rows, min(len(rows), 1000), replace=False))
+    patches, sizes = np.array(pack.patches[rows]), pack.sizes[rows]
+    _, features = predict_with_features(classifier, patches, sizes, engine=Engine("cpu"))
+    distances, about = measure_novelty(classifier, patches, sizes, features), classifier.info.unlike_training
+    assert about is not None
+    limits = {
+        kind: limit * float(np.quantile(distances[f"{kind}_distance"], OOD_QUANTILE))
+        for kind, limit in about["limits"].items()
+    }
+    classifier.info.unlike_training = about | {"quantile": OOD_QUANTILE, "limits": limits}
+
+
+def describe(data: str, run: biopsy.Run) -> str:
+    """Return the sentence that says on how few patients a classifier stands."""
+    sides, unit = run.info["split"]["sides"], run.info["split"]["unit"]
+
+    def count(side: str) -> str:
+        n_patches, n_groups = sides[side]["patches"], sides[side]["groups"]
+        of = "" if unit == "patch" else f" of {n_groups} {unit}{'s' * (n_groups != 1)}"
+        return f"{n_patches:,} patches{of}"
+
+    text = f"Trained on {count('train')} of {data}, calibrated on {count('val')}"
+    text += f", tested on {count('test')}" if sides.get("test", {}).get("patches") else ", not tested"
+    few = "slides and patients are not named, so their number is unknown"
+    return f"{text}; {few if unit == 'patch' else f'too few {unit}s to say how it does on the next one'}."
+
+
+def compare(original: Classifier, rounded: Classifier, run: biopsy.Run) -> None:
+    """Print what rounding changed on the validation patches, and refuse too much."""
+    pack = run.open_pack()
+    rows = np.flatnonzero(run.sides(pack) == run.val_side)
+    probs, positive = [], original.positive_index
+    for classifier in (original, rounded):
+        single = classifier.single_patch()
+        logits = predict_logits(
+            single.network, single.info.preprocessing, pack.patches, pack.sizes, rows, engine=Engine("cpu")
+        )
+        probs.append(single.probs(logits)[:, positive])
+    difference = float(np.abs(probs[0] - probs[1]).max())
+    aurocs = [roc_auc_score(pack.target[rows] == positive, prob) for prob in probs]
+    print(
+        f"{len(rows):,} validation patches, each by itself: largest difference of a probability "
+        f"{difference:.1e}, AUROC {aurocs[0]:.4f} and {aurocs[1]:.4f} rounded"
+    )
+    if not difference <= TOLERANCE_PROB:
+        raise SystemExit(f"rounding moves a probability by {difference:.2g}: at most {TOLERANCE_PROB}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=SHIPPED)
+    parser.add_argument("--run", type=Path, help="finished run; without it, one is trained")
+    parser.add_argument("--data", type=Path, help="pack to train on")
+    parser.add_argument("--split", help="split of that pack")
+    parser.add_argument("--out", type=Path, help="folder (default: the package's own)")
+    given = parser.parse_args()
+    if given.run is None:
+        known = SHIPPED[given.name]
+        run = biopsy.train(known.recipe, given.data, split=given.split, seed=0, overrides=known.overrides)
+        biopsy.evaluate(run)
+    else:
+        run = biopsy.Run.open(given.run)
+    build(given.name, run, given.out or FOLDER / given.name)
+
+
+if __name__ == "__main__":
+    main()

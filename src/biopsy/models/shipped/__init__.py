@@ -1,0 +1,35 @@
+"""Classifiers that ship with the package, by name: ``idc`` and ``pcam``, each a folder here.
+
+A folder is a classifier (``classifier.json``, ``weights.safetensors`` in half precision) with its model card,
+``README.md``. ``benchmarks/shipped.py`` makes it from a finished run.
+"""
+
+import logging
+from pathlib import Path
+
+from biopsy.models.classifier import DOCUMENT, Classifier
+
+logger = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).parent
+_MODEL_FILES = (DOCUMENT, "run.json", "config.json")  # of a classifier or bundle, a run, a WSInfer model
+
+
+def list_shipped() -> list[str]:
+    """Return the names of the classifiers that ship, in alphabetical order."""
+    return sorted(path.parent.name for path in FOLDER.glob(f"*/{DOCUMENT}"))
+
+
+def is_shipped(model: Path | str) -> bool:
+    """Return whether a name means a classifier that ships: one has that name, and no local model does."""
+    path = Path(model)
+    return str(path) in list_shipped() and not any((path / name).is_file() for name in _MODEL_FILES)
+
+
+def open_shipped(name: Path | str) -> Classifier:
+    """Open a classifier that ships, and log how few patients it stands on."""
+    if Path(name).exists():
+        logger.info("%s: the classifier that ships with biopsy; ./%s holds no model", name, name)
+    classifier = Classifier.load(FOLDER / str(name))
+    logger.info("%s: %s", name, classifier.info.description)
+    return classifier
