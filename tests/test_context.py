@@ -1,6 +1,5 @@
 """Context: neighbours by hand, missing ones without effect, no look at another slide."""
 
-
 import numpy as np
 import pandas as pd
 import pytest
