@@ -49,6 +49,7 @@ $ biopsy export runs/lower bundle
 $ biopsy import-keras model.keras --model cancernet-2020 --out classifiers/mine
 $ biopsy study cancernet-2020 --data idc.pack --folds 5 --seeds 0,1,2
 $ biopsy sweep cancernet-2020 --data idc.pack --grid train.lr=0.01,0.001 --grid train.batch_size=32,128
+$ biopsy probe h-optimus-0 lunit-s16=lunit.safetensors --data pcam.pack --split site
 $ biopsy reproduce --data idc.pack --test-patients 8863,8865,8867 --budget 240
 ```
 

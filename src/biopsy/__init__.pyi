@@ -39,6 +39,8 @@ from .experiments.catalogue import list as list
 from .experiments.demo import demo as demo
 from .experiments.evaluation import evaluate as evaluate
 from .experiments.folds import study as study
+from .experiments.probes import Probe as Probe
+from .experiments.probes import probe as probe
 from .experiments.reports import report as report
 from .experiments.reproduction import reproduce as reproduce
 from .experiments.sweeps import sweep as sweep

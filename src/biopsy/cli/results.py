@@ -181,6 +181,33 @@ def _name_failed(study: Any) -> None:
         log.warning("failed: %s: %s", run, reason)
 
 
+def _print_probe(probe: Any, options: Options) -> None:
+    def estimate(row: Mapping[str, Any], name: str, sign: str = "") -> str:
+        if row[name] is None:
+            return ""
+        low, high = (row[f"{name}_{end}"] for end in ("low", "high"))
+        interval = "" if low is None else f" ({low:{sign}.3f} to {high:{sign}.3f})"
+        return f"{row[name]:{sign}.3f}{interval}"
+
+    rows = [
+        [
+            row["encoder"],
+            estimate(row, "auroc"),
+            estimate(row, "difference", "+"),
+            row["knn_auroc"],
+            estimate(row, "balanced_accuracy"),
+            estimate(row, "ece"),
+            row["n_features"],
+            row["ms_per_patch"],
+            row["licence"],
+        ]
+        for row in probe["rows"]
+    ]
+    header = ["encoder", "AUROC (95 %)", "difference from the first", "k-NN AUROC", "balanced accuracy"]
+    print_table(rows, [*header, "ECE", "features", "ms a patch", "licence"])
+    print(probe["path"])
+
+
 def _print_reproduction(study: Any, options: Options) -> None:
     from biopsy.experiments.reproduction_summary import list_rows, write_markdown
 
@@ -611,6 +638,7 @@ COMMANDS = {
     "train": Command("Training", _print_path, _path),
     "study": Command("Training", _print_study, _path),
     "sweep": Command("Training", _print_study, _path),
+    "probe": Command("Training", _print_probe),
     "reproduce": Command(
         "Training", _print_reproduction, lambda study, options: {"path": study.path, **study.summary()}
     ),

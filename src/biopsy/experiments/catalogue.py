@@ -5,7 +5,7 @@ from typing import Literal
 
 from biopsy.core.errors import BiopsyError, suggest
 
-Kind = Literal["datasets", "models", "recipes", "classifiers"]
+Kind = Literal["datasets", "models", "recipes", "classifiers", "encoders"]
 Row = dict[str, object]
 Rows = list[Row]  # before `list` is a function of this module
 
@@ -21,7 +21,8 @@ def list(kind: Kind) -> Rows:
         citation; for models parameters (with two classes and the input of its recipe), stages and licence,
         then known pretrained weights with licence, preprocessing and whether their file is at hand; for
         recipes the published and the corrected numbers and the cost; for classifiers what they were trained
-        on and are fed. The rows of a list have the same keys.
+        on and are fed; for encoders constructor, feed, licence, gate and whether the weights are at hand. The
+        rows of a list have the same keys.
 
     Raises:
         BiopsyError: If there is no such kind.
@@ -130,9 +131,28 @@ def _list_classifiers() -> Rows:
     return rows
 
 
+def _list_encoders() -> Rows:
+    from biopsy.models.known_weights import find_weights
+    from biopsy.models.networks.encoders import list_encoders
+    from biopsy.models.weights import locate
+
+    rows: Rows = []
+    for encoder in list_encoders():
+        path, (mean, std) = locate(find_weights(encoder.tag)), encoder.feed
+        row: Row = {"name": encoder.name, "model.name": encoder.tag, "licence": encoder.licence}
+        row |= {"gated": encoder.is_gated, "parameters": f"{encoder.millions:g} million"}
+        row |= {"n_features": encoder.n_features, "pooling": encoder.pooling, "mpp": encoder.mpp}
+        row |= {"input_px": encoder.input_px, "mean": mean, "std": std, "timm": encoder.architecture}
+        row |= {"arguments": {key: str(value) for key, value in encoder.arguments.items()}}
+        row |= {"file": f"{encoder.hub}: {encoder.file}", "not_checked": encoder.unchecked}
+        rows.append(row | {"at_hand": "no" if path is None else str(path)})
+    return rows
+
+
 _LISTS: dict[str, Callable[[], Rows]] = {
     "datasets": _list_datasets,
     "models": _list_models,
     "recipes": _list_recipes,
     "classifiers": _list_classifiers,
+    "encoders": _list_encoders,
 }

@@ -53,12 +53,14 @@ def fetch(name: str, out: Path | str, *, on_progress: OnProgress | None = None) 
 
 def _fetch_from_hub(weights: Weights, out: Path) -> FetchResult:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
     assert weights.hub is not None
     repository, file = weights.hub
     try:
         came = Path(hf_hub_download(repository, file, local_dir=out / ".biopsy-hub"))
+    except GatedRepoError:
+        raise DownloadError(f"{repository} is gated: get {file} from {weights.page}") from None
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise DownloadError(f"{file} of {repository} did not come: {str(error).splitlines()[0]}") from None
     came.replace(out / weights.file)

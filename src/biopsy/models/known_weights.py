@@ -1,10 +1,12 @@
 """Pretrained weights that are known: whose they are, under which licence, how they are fed."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from biopsy.core.errors import RecipeError, suggest
 from biopsy.models.classifier import WEIGHTS, Classifier
+from biopsy.models.networks.encoders import PREFIX, find_encoder
 from biopsy.models.networks.libraries import split_name
 from biopsy.models.shipped import FOLDER, list_shipped
 from biopsy.models.weight_files import SUFFIXES
@@ -76,12 +78,15 @@ def find_weights(tag: str) -> Weights:
     """Give what is known about weights by their tag.
 
     Args:
-        tag: One of :func:`list_weights`, a classifier that ships, ``torchvision:NETWORK.TAG`` or
-            ``timm:NETWORK.TAG``; without the last part, the library's default for that network.
+        tag: One of :func:`list_weights`, a classifier that ships, ``hf-hub:ORG/NAME`` of an encoder,
+            ``torchvision:NETWORK.TAG`` or ``timm:NETWORK.TAG``; without the last part, the library's default
+            for that network.
 
     Raises:
         RecipeError: If the tag is unknown.
     """
+    if tag.startswith(PREFIX):
+        return _find_encoder(tag)
     library, _, name = tag.partition(":")
     if library == "timm":
         return _find_timm(name)
@@ -96,6 +101,20 @@ def find_weights(tag: str) -> Weights:
             f"torchvision:NETWORK.TAG, timm:NETWORK.TAG and the path of a file ({', '.join(SUFFIXES)})"
         )
     return known[tag]
+
+
+def _find_encoder(tag: str) -> Weights:
+    encoder = find_encoder(tag)
+    mean, std = encoder.feed
+    return Weights(
+        tag=encoder.tag,
+        networks=(encoder.tag,),
+        file=encoder.hub.replace("/", "--") + Path(encoder.file).suffix,
+        page=encoder.page,
+        licence=encoder.licence,
+        feed={"channel_order": "rgb", "scale": 1 / 255, "mean": list(mean), "std": list(std)},
+        hub=(encoder.hub, encoder.file),
+    )
 
 
 def _find_shipped(name: str) -> Weights:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from biopsy.core.errors import DataError, FileFormatError
 from biopsy.core.loaders import open_regular, read_tensors, refusing
+from biopsy.models.networks.encoders import PREFIX, fill_encoder
 from biopsy.models.networks.libraries import LibraryNetwork, split_name, timm_size
 from biopsy.models.networks.stages import StagedNetwork
 
@@ -45,7 +46,9 @@ def fill_network(network: nn.Module, name: str, path: Path) -> bool:
     try:
         if own.keys() == network.state_dict().keys():
             return _fill_own(network, own)
-        if not isinstance(network, LibraryNetwork):
+        if isinstance(network, LibraryNetwork) and name.startswith(PREFIX):
+            fill_encoder(network, name, tensors)
+        elif not isinstance(network, LibraryNetwork):
             _fill_in_order(_base(network), tensors)
         elif split_name(name)[0] == "timm":
             _fill_timm(network, name, path)

@@ -5,6 +5,7 @@ Nothing is downloaded. A tag is looked up by its file's name in ``$BIOPSY_WEIGHT
 """
 
 import hashlib
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ from biopsy.core.errors import DataError, RecipeError
 from biopsy.core.files import sha256_file
 from biopsy.models.known_weights import KERAS_WEIGHTS, NOT_STATED, Weights, find_weights
 from biopsy.models.networks import build_network, count_parameters
+from biopsy.models.networks.encoders import PREFIX, find_encoder
 from biopsy.models.networks.stages import freeze
 from biopsy.models.shipped import FOLDER as SHIPPED
 from biopsy.models.weight_files import SUFFIXES, fill_network
 from biopsy.recipes import Recipe, list_recipes, load_recipe
 
+logger = logging.getLogger(__name__)
+
 FOLDER_VARIABLE, LICENCE_VARIABLE = "BIOPSY_WEIGHTS", "BIOPSY_ACCEPT_LICENCE"
+MOST_RESIZED = 2.5  # factor between the um/px of patches and of an encoder from which that is said
 OPEN_LICENCES = ("apache-2.0", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc0-1.0", "mit", NOT_STATED)
 
 
@@ -78,7 +83,7 @@ def make_network(
     record |= dict.fromkeys(("weights", "file", "sha256", "licence", "page"))
     notes: list[str] = []
     if model.pretrained and load:
-        path, known = _choose(recipe)
+        path, known = choose_weights(recipe)
         record |= {
             "weights": known.tag if known else path.name,
             "file": path.name,
@@ -96,6 +101,57 @@ def make_network(
     return network, record
 
 
+def feed_as_encoder(recipe: Recipe, patch_px: int, mpp: float | None) -> Recipe:
+    """Return a recipe with ``preprocessing.feed = "encoder"`` worked out, any other as it is.
+
+    Args:
+        recipe: Gets the input size at which patches are nearest to the encoder's um/px, and the channel
+            order, scale, mean and std that its weights were trained with.
+        patch_px: Side of a patch.
+        mpp: Micrometres per pixel of the patches; None where unknown.
+    """
+    if recipe.preprocessing.feed == "recipe":
+        return recipe
+    name, known = recipe.model.name, _known_feed(recipe)
+    changes: dict[str, Any] = {f"preprocessing.{key}": value for key, value in known.items()}
+    if name.startswith(PREFIX):
+        encoder = find_encoder(name)
+        changes["model.name"] = encoder.tag
+        input_px = encoder.fit_input(None if mpp is None else patch_px * mpp)
+        changes["preprocessing.input_px"] = input_px
+        logger.info("%s", _say_resolution(patch_px, mpp, input_px, encoder.mpp))
+    if name.startswith("torchvision:squeezenet"):
+        changes["model.params"] = {**recipe.model.params, "head": "linear"}
+    return load_recipe(recipe, {**changes, "preprocessing.feed": "recipe"})
+
+
+def _known_feed(recipe: Recipe) -> dict[str, Any]:
+    name, tag = recipe.model.name, recipe.model.weights
+    if not recipe.model.pretrained and not name.startswith(PREFIX):
+        return {}
+    by_file = [weights for weights in KERAS_WEIGHTS if tag and weights.file == Path(tag).name]
+    if by_file:
+        return by_file[0].feed
+    is_tag = bool(tag) and Path(tag).suffix.lower() not in SUFFIXES and "/" not in tag
+    return find_weights(tag if is_tag else name).feed if is_tag or ":" in name else {}
+
+
+def _say_resolution(patch_px: int, mpp: float | None, input_px: int, encoder_mpp: float) -> str:
+    """Say how patches are brought to an encoder's um/px, and how far that is from what it was trained on."""
+    resized = f"patches of {patch_px} px are resized to {input_px} px"
+    if mpp is None:
+        return f"{resized}; their um/px is unknown, the encoder was trained at {encoder_mpp:g} um/px"
+    text = (
+        f"{resized}, {patch_px * mpp / input_px:.3g} um/px; the encoder was trained at {encoder_mpp:g} um/px"
+    )
+    factor = mpp / encoder_mpp
+    if factor > MOST_RESIZED:
+        text += f". At {mpp:g} um/px they lack the detail that it was trained on: expect less of it"
+    elif factor < 1 / MOST_RESIZED:
+        text += f". At {mpp:g} um/px they show a smaller field than it was trained on: expect less of it"
+    return text
+
+
 def describe_weights(network: nn.Module, record: dict[str, Any]) -> str:
     """Say in a line what a network begins with and how much of it is trained."""
     total, trainable = count_parameters(network)
@@ -108,18 +164,28 @@ def describe_weights(network: nn.Module, record: dict[str, Any]) -> str:
     return f"{begins}{note}; {total:,} parameters, {trainable:,} trainable, {total - trainable:,} frozen"
 
 
-def _choose(recipe: Recipe) -> tuple[Path, Weights | None]:
-    """Give the file of a recipe's weights and what is known about it."""
+def choose_weights(recipe: Recipe) -> tuple[Path, Weights | None]:
+    """Return the file of a recipe's weights and what is known about it.
+
+    Raises:
+        RecipeError: If there is none, they are of another network, or their licence was not accepted.
+        DataError: If the file's hash is another one.
+    """
     model = recipe.model
     path = Path(model.weights).expanduser()
-    is_path = path.suffix.lower() in SUFFIXES or len(path.parts) > 1
+    is_path = not model.weights.startswith(PREFIX) and (
+        path.suffix.lower() in SUFFIXES or len(path.parts) > 1
+    )
     if is_path:
         known = next((weights for weights in KERAS_WEIGHTS if weights.file == path.name), None)
+        if model.name.startswith(PREFIX):
+            known = find_weights(model.name)
+            require_licence(known)
         if not path.is_file():
             raise RecipeError(f"there is no file {model.weights!r} for model.weights; {_say_without()}")
     else:
         known = _find_default(recipe) if not model.weights else find_weights(model.weights)
-        if model.name.partition(".")[0] not in known.networks:
+        if not {model.name, model.name.partition(".")[0]} & {*known.networks}:
             raise RecipeError(
                 f"the weights {known.tag!r} are of {' or '.join(known.networks)}, the recipe's network is "
                 f"{model.name!r}"

@@ -67,13 +67,16 @@ class Preprocessing(_Table):
     std: Annotated[list[PositiveFloat], Channels] = [1.0, 1.0, 1.0]
     standardise: Literal["none", "featurewise"] = "none"
     """``featurewise`` replaces mean and std by those of the training patches."""
+    feed: Literal["recipe", "encoder"] = "recipe"
+    """``encoder``: input size, channel order, scale, mean and std are not those above but the ones of the
+    pretrained weights, and patches are resized to the encoder's um/px."""
 
 
 class Model(_Table):
     """Which network, and its parameters."""
 
     name: str
-    """A network of this package, or any of ``timm:NAME`` and ``torchvision:NAME``."""
+    """A network of this package, or any of ``timm:NAME``, ``torchvision:NAME`` and ``hf-hub:ORG/NAME``."""
     params: dict[str, Any] = {}
     pretrained: bool = False
     """Start from ``weights`` rather than from random ones."""
@@ -115,10 +118,19 @@ class Train(_Table):
 
     loss: Literal["cross-entropy", "binary-cross-entropy"] = "cross-entropy"
     """``binary-cross-entropy``: every class has a sigmoid of its own, and their losses are averaged."""
-    optimiser: Literal["adagrad-keras2", "adagrad", "adam", "adamw", "sgd", "rmsprop", "rmsprop-keras2"] = (
-        "adam"
-    )
-    """``...-keras2``: as Keras 2 had it, where accumulator or epsilon were others than in Keras 3."""
+    optimiser: Literal[
+        "adagrad-keras2",
+        "adagrad",
+        "adam",
+        "adamw",
+        "sgd",
+        "rmsprop",
+        "rmsprop-keras2",
+        "logistic-regression",
+    ] = "adam"
+    """``...-keras2``: as Keras 2 had it, where accumulator or epsilon were others than in Keras 3.
+    ``logistic-regression`` fits the head alone, on the frozen network's features, with the L2 penalty that
+    serves best on training patients left out in turn."""
     lr: PositiveFloat = 1e-3
     momentum: float = Field(default=0.0, ge=0, lt=1)
     nesterov: bool = False

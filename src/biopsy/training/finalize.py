@@ -15,25 +15,25 @@ from biopsy.models.out_of_distribution import fit_reference
 from biopsy.models.preprocessing import Preprocessing
 from biopsy.recipes import Recipe
 from biopsy.training.batch_norm import settle_batch_norm
-from biopsy.training.checkpoints import Progress, load_weights
+from biopsy.training.checkpoints import Progress
 from biopsy.training.fit import Task
 from biopsy.training.postprocessing import settle_run, warn_of_spread, write_validation
+from biopsy.training.probe import PROBE
 from biopsy.training.runs import Run
 
 logger = logging.getLogger(__name__)
 
 
 def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress) -> None:
-    """Take the chosen epoch's weights, settle the decision on validation, and write what comes out.
+    """Settle the decision on validation, and write what comes out.
 
     Args:
         run: Gets ``classifier/`` and ``predictions/val.parquet``, and what was chosen in its record.
-        network: On the engine's device; its weights are replaced by the chosen epoch's.
+        network: With the chosen epoch's weights, on the engine's device.
         task: What was learned.
         progress: Which epoch was best, and how far training came.
     """
     chosen_epoch = progress.best_epoch if task.keep_best else None
-    load_weights(run.path / "checkpoints", network, chosen_epoch)
     recipe, pack = task.recipe, task.pack
     info = ClassifierInfo(
         network=recipe.model.name,
@@ -51,15 +51,17 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
     if run.info["weights"]["pretrained"]:
         info.licence += f", and as that of the weights it began with: {run.info['weights']['licence']}"
     network = task.engine.place(network)
-    normalisation = settle_batch_norm(
-        network,
-        task.preprocessing,
-        pack,
-        task.train,
-        engine=task.engine,
-        seed=task.seed,
-        reestimate=not run.info["split"]["as_published"],
-    )
+    normalisation = None
+    if recipe.train.optimiser != PROBE:  # whose network is frozen, statistics and all
+        normalisation = settle_batch_norm(
+            network,
+            task.preprocessing,
+            pack,
+            task.train,
+            engine=task.engine,
+            seed=task.seed,
+            reestimate=not run.info["split"]["as_published"],
+        )
     classifier = Classifier(info, network)
     logits = predict_logits(
         task.engine.place(classifier.network),
@@ -133,7 +135,7 @@ def fit_preprocessing(
         train: Rows of the training patches.
         published: Whether to standardise as on the split of the publication.
     """
-    settings = recipe.preprocessing.model_dump(exclude={"standardise"})
+    settings = recipe.preprocessing.model_dump(exclude={"standardise", "feed"})
     standardise = recipe.preprocessing.standardise
     if published:
         standardise = recipe.as_published.standardise or standardise

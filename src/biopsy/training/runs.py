@@ -33,6 +33,7 @@ SETTLED_BEFORE = {
     "decision.calibration": "none",
     "decision.operating_points": Decision().operating_points,
     "as_published.calibration": "none",
+    "preprocessing.feed": "recipe",
     "model.tta": "none",
     "model.context": 0.0,
     "train.nesterov": False,

@@ -27,13 +27,14 @@ from biopsy.data.splits import SIDES, Split, find_split, list_splits, make_split
 from biopsy.models.context import has_coordinates
 from biopsy.models.engine import Engine
 from biopsy.models.networks import count_parameters
-from biopsy.models.weights import describe_weights, make_network
+from biopsy.models.weights import describe_weights, feed_as_encoder, make_network
 from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
 from biopsy.statistics.calibrators import check_method
-from biopsy.training.checkpoints import LAST
+from biopsy.training.checkpoints import LAST, load_weights
 from biopsy.training.figures import draw_training
 from biopsy.training.finalize import complete, fit_preprocessing
 from biopsy.training.fit import OnEpoch, Task, fit, optimiser_of
+from biopsy.training.probe import PROBE, check_probe, fit_probe
 from biopsy.training.runs import Run, describe_environment, find_answer, hash_question, name_run
 from biopsy.training.sampling import order_epoch, take_fraction, weigh_classes
 from biopsy.training.transforms import Transform, check_transform, describe_transform
@@ -104,11 +105,12 @@ def train(
     elif recipe is None or data is None:
         raise RunError("training needs a recipe and data, or resume= and the folder of an interrupted run")
     else:
-        asked = load_recipe(recipe, overrides)
+        asked, pack = load_recipe(recipe, overrides), open_data(data)
+        asked = feed_as_encoder(asked, pack.info.patch_px, pack.info.mpp)
         engine = Engine(device, asked.train.precision)
         if transform is not None:
             check_transform(transform, asked.preprocessing.input_px)
-        run, pack = _begin(asked, open_data(data), split, fold, seed, out, transform)
+        run, pack = _begin(asked, pack, split, fold, seed, out, transform)
     if run.info["status"] != "finished":
         try:
             with FileLock(run.path / LOCK, timeout=0):
@@ -239,7 +241,10 @@ def _check(recipe: Recipe, pack: Pack, split: Split, sides: np.ndarray, network:
             f"model.context={recipe.model.context:g} needs coordinates of the patches, and "
             f"{pack.path.name} has none: train with --set model.context=0"
         )
-    optimiser_of(recipe, network)
+    if recipe.train.optimiser == PROBE:
+        check_probe(recipe)
+    else:
+        optimiser_of(recipe, network)
 
 
 def _repeat(path: Path, pack: Pack, split: Split, fold: int | None, seed: int) -> str:
@@ -341,7 +346,11 @@ def _train(
     begun = (folder / LAST).exists()  # the checkpoint's weights replace those that training began with
     network, _ = make_network(recipe, len(pack.class_names), seed, load=not begun)
     try:
-        progress = fit(network, task, folder, note)
+        if recipe.train.optimiser == PROBE:
+            progress = fit_probe(network, task, run.info["weights"], note)
+        else:
+            progress = fit(network, task, folder, note)
+            load_weights(folder, network, progress.best_epoch if task.keep_best else None)
     except KeyboardInterrupt:
         run.update(status="interrupted")
         raise KeyboardInterrupt(str(run.path)) from None

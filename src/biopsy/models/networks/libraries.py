@@ -15,8 +15,9 @@ from biopsy.core.errors import RecipeError, suggest
 from biopsy.models.networks.layers import size_of
 from biopsy.models.networks.stages import StagedNetwork
 
-PARAMETERS = {"timm": ("drop_rate", "drop_path_rate"), "torchvision": ("dropout",)}
-"""What a recipe may set; which of them a network takes, its library says."""
+PARAMETERS = {"timm": ("drop_rate", "drop_path_rate"), "torchvision": ("dropout", "head")}
+"""What a recipe may set; which of them a network takes, its library says. ``head="linear"`` gives SqueezeNet,
+whose own head is a convolution, a linear layer on the mean of its last map."""
 _EXPECTED = (RuntimeError, AssertionError, ValueError, TypeError, IndexError, ZeroDivisionError)
 
 
@@ -168,6 +169,7 @@ def _build_torchvision(
     import torchvision
 
     settings: dict[str, Any] = {"weights": None, "num_classes": n_classes, **parameters}
+    head_kind = settings.pop("head", "own")
     if model.startswith("vit_"):
         settings["image_size"] = size[0]
     elif model.startswith("maxvit"):
@@ -178,6 +180,10 @@ def _build_torchvision(
     if model.startswith("squeezenet"):
         body = nn.Sequential()
         body.add_module("features", whole.features)
+        if head_kind == "linear":
+            body.add_module("pool", nn.AdaptiveAvgPool2d(1))
+            body.add_module("flatten", nn.Flatten())
+            return body, nn.Linear(512, n_classes)
         return body, nn.Sequential(*whole.classifier, nn.Flatten())
     name, head = [item for item in whole.named_modules() if isinstance(item[1], nn.Linear)][-1]
     parent, _, child = name.rpartition(".")

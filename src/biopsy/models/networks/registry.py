@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from biopsy.core.errors import RecipeError, suggest
 from biopsy.core.plugins import Registry
 from biopsy.core.seeds import derive
-from biopsy.models.networks import libraries
+from biopsy.models.networks import encoders, libraries
 from biopsy.models.networks.layers import initialise
 
 
@@ -46,6 +46,8 @@ def network_parameters(name: str) -> dict[str, Any]:
     Raises:
         RecipeError: If no network has that name.
     """
+    if name.startswith(encoders.PREFIX):
+        return {"drop_path_rate": None}
     if ":" in name:
         return dict.fromkeys(libraries.PARAMETERS[libraries.split_name(name)[0]])
     signature = inspect.signature(_find(name)).parameters.values()
@@ -63,7 +65,7 @@ def build_network(
     """Build a network by name; PyTorch's global random state is left as it was.
 
     Args:
-        name: One of :func:`list_networks`, ``timm:NAME`` or ``torchvision:NAME``.
+        name: One of :func:`list_networks`, ``timm:NAME``, ``torchvision:NAME`` or ``hf-hub:ORG/NAME``.
         n_classes: Number of logits.
         input_px: Side of the square input, or its ``(width, height)``.
         seed: Seed of the initial weights (Keras's rule, see ``layers.initialise``; a library's own for its
@@ -85,6 +87,8 @@ def build_network(
     with torch.random.fork_rng(devices=[]):
         if ":" in name:
             torch.manual_seed(derive(seed or 0, "initial weights", name))
+            if name.startswith(encoders.PREFIX):
+                return encoders.build_encoder(name, n_classes=n_classes, input_px=input_px, **parameters)
             return libraries.build_library_network(name, n_classes=n_classes, input_px=input_px, **parameters)
         network = _find(name)(n_classes=n_classes, input_px=input_px, **parameters)
     if seed is not None:

@@ -1,0 +1,213 @@
+"""`biopsy probe`: encoders compared by a logistic regression on their features, on the same patients."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from biopsy.core.errors import RecipeError
+from biopsy.core.files import write_json
+from biopsy.core.loaders import map_array
+from biopsy.core.results import Result
+from biopsy.core.tables import write_csv
+from biopsy.data.packs import Pack
+from biopsy.evaluation.comparison.compare import compare
+from biopsy.evaluation.evaluate import evaluate
+from biopsy.evaluation.predictions import evaluate_predictions
+from biopsy.models.networks.encoders import PREFIX, find_encoder
+from biopsy.models.weights import choose_weights, feed_as_encoder
+from biopsy.recipes import Overrides, load_recipe, setting_lines
+from biopsy.training.fit import OnEpoch
+from biopsy.training.probe import FOLDER, neighbour_votes
+from biopsy.training.runs import DOCUMENT as RUN
+from biopsy.training.runs import Run
+from biopsy.training.train import open_data, train
+
+RECIPE, FORMAT = "probe", "biopsy-probe/1"
+DOCUMENT, TABLE = "probe.json", "probe.csv"
+SHOWN = ("auroc", "balanced_accuracy", "ece")
+
+
+class Probe(Result):
+    """Encoders compared on a pack; ``probe["rows"]`` is one row each, the first is the reference."""
+
+    @property
+    def heading(self) -> str:
+        """What was compared, and on which patches."""
+        return f"Encoders on {self['pack']}, split {self['split']}"
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per encoder: metrics with intervals, difference from the first, cost."""
+        return pd.DataFrame(self["rows"])
+
+
+def probe(
+    encoders: Sequence[str] | str,
+    data: Pack | Path | str,
+    *,
+    split: str | None = None,
+    fold: int | None = None,
+    seed: int = 0,
+    overrides: Overrides = (),
+    out: Path | str | None = None,
+    device: str = "auto",
+    on_epoch: OnEpoch | None = None,
+) -> Probe:
+    """Compare encoders by a logistic regression on their features, tested on the same patients.
+
+    Features are computed once for each encoder and kept in the pack; differences are paired, the first encoder
+    is the reference. The same command continues an interrupted comparison. The test subset is opened once for
+    each encoder, which the ledger counts.
+
+    Args:
+        encoders: Names of ``biopsy list encoders``, ``hf-hub:ORG/NAME``, ``timm:NAME`` or
+            ``torchvision:NAME``; ``NAME=FILE`` names the file of its weights.
+        data: Pack, or an archive to prepare.
+        split: Split of the pack (default: the data set's own, else by patient).
+        fold: Fold to test, of a split with folds.
+        seed: Seed of folds and of random weights.
+        overrides: Changes of recipe settings, ``KEY=VALUE`` such as ``train.precision=fp32``; may be repeated
+            (in Python: a list or a mapping).
+        out: Output folder (default: ``probes/<pack>``).
+        device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        on_epoch: Called with each probe's record.
+
+    Raises:
+        RecipeError: If an encoder is unknown, its weights are not at hand, or their licence was not accepted;
+            nothing is computed then.
+        DataError: If a file of weights is another one than it should be.
+    """
+    names = [encoders] if isinstance(encoders, str) else list(encoders)
+    pack = open_data(data)
+    settings = {name: _settings(name, setting_lines(overrides)) for name in names}
+    for lines in settings.values():
+        recipe = load_recipe(RECIPE, lines)
+        recipe = feed_as_encoder(recipe, pack.info.patch_px, pack.info.mpp)
+        if recipe.model.pretrained:
+            choose_weights(recipe)
+    folder = Path(out) if out is not None else Path("probes") / pack.path.stem
+    runs = [
+        _train(pack, folder / f"{_slug(name)}-s{seed}", lines, split, fold, seed, device, on_epoch)
+        for name, lines in settings.items()
+    ]
+    rows = [_row(name, run, pack) for name, run in zip(settings, runs, strict=True)]
+    if len(runs) > 1:
+        _add_differences(rows, runs, folder / "comparison")
+    document = {
+        "format": FORMAT,
+        "pack": pack.path.name,
+        "split": runs[0].info["split"]["name"],
+        "rows": rows,
+    }
+    write_csv(folder / TABLE, pd.DataFrame(rows))
+    write_json(folder / DOCUMENT, document)
+    return Probe(document | {"path": str(folder)})
+
+
+def _settings(name: str, overrides: Sequence[str]) -> list[str]:
+    """Return the settings of the recipe for ``NAME`` or ``NAME=FILE``."""
+    encoder, _, file = name.partition("=")
+    if not encoder:
+        raise RecipeError(f"{name!r} names no encoder: write NAME or NAME=FILE")
+    if ":" not in encoder or encoder.startswith(PREFIX):
+        encoder = find_encoder(encoder).tag
+    return [f"model.name={encoder}", *([f"model.weights={file}"] if file else []), *overrides]
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name.partition("=")[0])
+
+
+def _train(
+    pack: Pack,
+    path: Path,
+    lines: Sequence[str],
+    split: str | None,
+    fold: int | None,
+    seed: int,
+    device: str,
+    on_epoch: OnEpoch | None,
+) -> Run:
+    """Train and evaluate a probe, or go on with one that was interrupted."""
+    if (path / RUN).is_file() and Run.open(path).info["status"] != "finished":
+        run = train(resume=path, device=device, on_epoch=on_epoch)
+    else:
+        run = train(
+            RECIPE,
+            pack,
+            split=split,
+            fold=fold,
+            seed=seed,
+            overrides=lines,
+            out=path,
+            device=device,
+            on_epoch=on_epoch,
+        )
+    if run.judged_side != "test":
+        evaluate(run)
+    return run
+
+
+def _row(name: str, run: Run, pack: Pack) -> dict[str, Any]:
+    metrics, record = run.metrics(), run.log()[-1]
+    input_px = run.recipe.preprocessing.input_px
+    um = None if pack.info.mpp is None else pack.info.patch_px * pack.info.mpp
+    row: dict[str, Any] = {"encoder": name.partition("=")[0]}
+    for metric in SHOWN:
+        estimate = metrics["patch"].get(metric) or {}
+        row |= {metric: estimate.get("value")}
+        row |= {f"{metric}_{end}": estimate.get(end) for end in ("low", "high")}
+    return row | {
+        "knn_auroc": _neighbours(run, pack, record),
+        "difference": None,
+        "difference_low": None,
+        "difference_high": None,
+        "p_holm": None,
+        "C": record["penalty"],
+        "n_features": record["n_features"],
+        "parameters": run.info["parameters"]["total"],
+        "input_px": input_px,
+        "um_per_px": None if um is None else um / input_px,
+        "feature_seconds": record["feature_seconds"],
+        "ms_per_patch": 1000 * record["feature_seconds"] / len(pack),
+        "licence": run.info["weights"]["licence"],
+        "weights": run.info["weights"]["weights"] or "random",
+        "run": run.path.name,
+    }
+
+
+def _neighbours(run: Run, pack: Pack, record: dict[str, Any]) -> float | None:
+    """Return the AUROC of k nearest neighbours on the test subset; None where features are not kept."""
+    path, positive = pack.path / FOLDER / record["features"], pack.positive_index
+    if positive is None or not path.is_file():
+        return None
+    features, sides = map_array(path, dtype=np.float32, ndim=2), run.sides(pack)
+    train_rows, test = (np.flatnonzero(sides == side) for side in ("train", "test"))
+    votes = neighbour_votes(
+        np.asarray(features[train_rows]),
+        pack.target[train_rows],
+        np.asarray(features[test]),
+        n_classes=len(pack.class_names),
+    )
+    found = evaluate_predictions(
+        (pack.target[test] == positive).astype(int), votes[:, positive], groups=pack.group_ids[test]
+    )
+    return found["patch"]["auroc"]["value"]
+
+
+def _add_differences(rows: list[dict[str, Any]], runs: list[Run], folder: Path) -> None:
+    """Add each encoder's paired difference in AUROC from the first."""
+    table = compare(runs, out=folder).to_frame()
+    table = table[table["metric"] == "auroc"].set_index("classifier")
+    for row in rows[1:]:
+        found = table.loc[row["run"]]
+        keys = {
+            "difference": "difference",
+            "difference_low": "low",
+            "difference_high": "high",
+            "p_holm": "p_holm",
+        }
+        row |= {ours: None if pd.isna(found[key]) else float(found[key]) for ours, key in keys.items()}

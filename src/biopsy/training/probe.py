@@ -1,0 +1,310 @@
+"""Probes: a logistic regression on the features of a frozen network.
+
+Features are computed once for all patches of a pack and kept in it, ``features/<hash>.npy``, by a hash of
+network, weights, preprocessing and patches; every later probe of the same network reads them.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from biopsy.core.errors import FileFormatError, RecipeError
+from biopsy.core.files import read_json, replace_atomic, sha256_file, write_json
+from biopsy.core.loaders import map_array
+from biopsy.data.packs import Pack
+from biopsy.models.engine import Engine
+from biopsy.models.preprocessing import Preprocessing
+from biopsy.recipes import Recipe
+from biopsy.recipes.schema import Augmentation
+from biopsy.training.checkpoints import Progress
+from biopsy.training.fit import OnEpoch, Task
+from biopsy.training.sampling import weigh_classes
+
+logger = logging.getLogger(__name__)
+
+PROBE = "logistic-regression"
+FOLDER, FORMAT = "features", "biopsy-features/1"
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Inverse strengths of the L2 penalty, scikit-learn's ``C``, of which one is chosen."""
+MOST_FOLDS = 5
+BATCH_SIZE = 64
+MAX_ITERATIONS = 500
+
+
+def check_probe(recipe: Recipe) -> None:
+    """Refuse settings that a probe of a frozen network cannot have.
+
+    Raises:
+        RecipeError: Naming the setting and its value.
+    """
+    faults = {
+        "model.trainable=head": recipe.model.trainable != "head",
+        "model.tta=none": recipe.model.tta != "none",
+        "no augmentation": recipe.augmentation != Augmentation(),
+        "train.sampling=none": recipe.train.sampling != "none",
+        "train.loss=cross-entropy": recipe.train.loss != "cross-entropy",
+    }
+    if wanted := [setting for setting, is_wrong in faults.items() if is_wrong]:
+        raise RecipeError(f"train.optimiser={PROBE} needs {', '.join(wanted)}: features are computed once")
+
+
+def fit_probe(network: torch.nn.Module, task: Task, weights: dict[str, Any], on_epoch: OnEpoch) -> Progress:
+    """Fit the linear head of a network on its cached features.
+
+    Args:
+        network: With a linear ``head``, whose weights are replaced.
+        task: What to learn.
+        weights: What the run records of the network's weights.
+        on_epoch: Called with the one record.
+
+    Returns:
+        A history of one record, with the penalty that was chosen.
+    """
+    head = getattr(network, "head", None)
+    if not isinstance(head, torch.nn.Linear):
+        raise RecipeError(f"{task.recipe.model.name} has no linear head to fit: use a library's network")
+    started, pack, rows = time.perf_counter(), task.pack, task.train
+    network = task.engine.place(network)
+    features, about = cached_features(
+        network, pack, task.preprocessing, task.engine, identity=_identify(task, weights)
+    )
+    names, groups = pack.class_names, pack.group_ids[rows]
+    class_weight = weigh_classes(pack.target[rows], len(names), task.recipe.train.class_weights)
+    coefficients, intercepts, penalty = fit_logistic(
+        np.asarray(features[rows]),
+        pack.target[rows],
+        groups,
+        n_classes=len(names),
+        class_weight=None if class_weight is None else np.asarray(class_weight),
+        seed=task.seed,
+    )
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(coefficients))
+        head.bias.copy_(torch.from_numpy(intercepts))
+    record = {"epoch": 1, "step": 1, "lr": 0.0, "best": True, "time_left_s": 0.0, "penalty": penalty}
+    record |= _score("", features[rows] @ coefficients.T + intercepts, pack.target[rows], pack)
+    record |= _score("val_", features[task.val] @ coefficients.T + intercepts, pack.target[task.val], pack)
+    record |= {
+        "seconds": time.perf_counter() - started,
+        "images_per_s": len(pack) / about["seconds"],
+        "features": about["file"],
+        "feature_seconds": about["seconds"],
+        "n_features": features.shape[1],
+    }
+    on_epoch(record)
+    return Progress(epoch=1, step=1, best_epoch=1, best_value=record["val_auroc"], history=[record])
+
+
+def _identify(task: Task, weights: dict[str, Any]) -> dict[str, Any]:
+    """Return what features depend on beside the pack."""
+    return {
+        "network": task.recipe.model.name,
+        "params": task.recipe.model.params,
+        "weights": weights["sha256"] or f"random, seed {task.seed}",
+        "preprocessing": {key: value for key, value in vars(task.preprocessing).items()},
+        "precision": task.engine.precision,
+    }
+
+
+def cached_features(
+    network: torch.nn.Module,
+    pack: Pack,
+    preprocessing: Preprocessing,
+    engine: Engine,
+    *,
+    identity: dict[str, Any],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return the features of all patches of a pack, computed once and kept in it.
+
+    Args:
+        network: Placed on the engine's device, with ``features``.
+        pack: Keeps them, where it can be written to.
+        preprocessing: Of the network.
+        engine: Device and precision.
+        identity: What they depend on, beside the pack's content.
+        on_progress: Called with patches done and patches in all.
+
+    Returns:
+        float32 ``(n, n_features)``, and the ``file`` and the ``seconds`` that computing them took.
+    """
+    about = {"pack": pack.info.content_sha256, **identity}
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=list).encode()).hexdigest()
+    path = pack.path / FOLDER / f"{digest[:16]}.npy"
+    try:
+        known = read_json(path.with_suffix(".json"), format=FORMAT)
+        if known["sha256"] == sha256_file(path):
+            logger.info("features of %s are kept in the pack: %s", identity["network"], path.name)
+            return map_array(path, dtype=np.float32, ndim=2), known
+        logger.warning("features are computed again: %s was changed", path)
+    except FileFormatError as error:
+        if error.reason != "missing":
+            logger.warning("features are computed again: %s", error)
+    logger.info("features of %s are computed for %d patches", identity["network"], len(pack))
+    started = time.perf_counter()
+    features = _compute(network, pack, preprocessing, engine, on_progress)
+    about |= {"format": FORMAT, "file": path.name, "seconds": time.perf_counter() - started}
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with replace_atomic(path) as partial, partial.open("wb") as file:
+            np.save(file, features)
+        write_json(path.with_suffix(".json"), about | {"sha256": sha256_file(path)})
+    except OSError as error:
+        logger.warning("features are not kept in the pack (%s): they are computed again next time", error)
+    return features, about
+
+
+def _compute(
+    network: torch.nn.Module,
+    pack: Pack,
+    preprocessing: Preprocessing,
+    engine: Engine,
+    on_progress: Callable[[int, int], None] | None,
+) -> np.ndarray:
+    was_training, chunks = network.training, []
+    network.eval()
+    features: Any = _Features(network)
+    try:
+        for start in range(0, len(pack), BATCH_SIZE):
+            rows = slice(start, start + BATCH_SIZE)
+            sizes = pack.sizes[rows]
+            batch = preprocessing.prepare(
+                np.asarray(pack.patches[rows]), sizes[:, 0], sizes[:, 1], device=engine.device
+            )
+            chunks.append(engine.predict(features, batch).float().cpu().numpy())
+            if on_progress:
+                on_progress(min(start + BATCH_SIZE, len(pack)), len(pack))
+    finally:
+        network.train(was_training)
+    return np.concatenate(chunks)
+
+
+class _Features(torch.nn.Module):
+    """A network that gives its features rather than its logits."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.network.features(batch)  # type: ignore[operator]
+
+
+def fit_logistic(
+    features: np.ndarray,
+    target: np.ndarray,
+    groups: np.ndarray,
+    *,
+    n_classes: int,
+    class_weight: np.ndarray | None = None,
+    penalties: Sequence[float] = PENALTIES,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Fit a logistic regression whose penalty is chosen by the log loss on groups left out in turn.
+
+    Args:
+        features: ``(n, n_features)``; standardised inside.
+        target: Class of each, ``(n,)``; every class must occur.
+        groups: The patient of each, ``(n,)``: none is on both sides of a fold.
+        n_classes: Number of classes.
+        class_weight: One a class; None weighs all patches alike.
+        penalties: scikit-learn's ``C`` to choose from.
+        seed: Of the folds.
+
+    Returns:
+        Coefficients ``(n_classes, n_features)`` and intercepts ``(n_classes,)`` for the features as they are,
+        float32, and the ``C`` that was chosen.
+    """
+    mean, spread = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64)
+    spread[spread == 0] = 1.0
+    scaled = ((features - mean) / spread).astype(np.float32)
+    weights = np.ones(len(target)) if class_weight is None else class_weight[target]
+    penalty = _choose_penalty(scaled, target, groups, weights, penalties, n_classes, seed)
+    model = _fit(scaled, target, weights, penalty)
+    coefficients, intercepts = model.coef_.astype(np.float64), model.intercept_.astype(np.float64)
+    if n_classes == 2:
+        coefficients = np.concatenate([np.zeros_like(coefficients), coefficients])
+        intercepts = np.concatenate([np.zeros_like(intercepts), intercepts])
+    coefficients = coefficients / spread
+    return (
+        coefficients.astype(np.float32),
+        (intercepts - coefficients @ mean).astype(np.float32),
+        penalty,
+    )
+
+
+def _choose_penalty(
+    scaled: np.ndarray,
+    target: np.ndarray,
+    groups: np.ndarray,
+    weights: np.ndarray,
+    penalties: Sequence[float],
+    n_classes: int,
+    seed: int,
+) -> float:
+    from sklearn.metrics import log_loss
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    n_folds = min(MOST_FOLDS, len(np.unique(groups)))
+    if n_folds < 2:
+        logger.warning("one training patient: the penalty of the probe is not chosen but C=1")
+        return 1.0
+    losses = np.zeros(len(penalties))
+    folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
+    for kept, held_out in folds.split(scaled, target, groups):
+        if len(np.unique(target[kept])) < n_classes:
+            continue
+        for place, penalty in enumerate(penalties):
+            probs = _fit(scaled[kept], target[kept], weights[kept], penalty).predict_proba(scaled[held_out])
+            losses[place] += len(held_out) * log_loss(
+                target[held_out], probs, sample_weight=weights[held_out], labels=range(n_classes)
+            )
+    return float(penalties[int(losses.argmin())]) if losses.any() else 1.0
+
+
+def _fit(scaled: np.ndarray, target: np.ndarray, weights: np.ndarray, penalty: float) -> Any:
+    import warnings
+
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # weak penalties on separable features
+        return LogisticRegression(C=penalty, max_iter=MAX_ITERATIONS).fit(scaled, target, weights)
+
+
+def _score(prefix: str, logits: np.ndarray, target: np.ndarray, pack: Pack) -> dict[str, Any]:
+    from scipy.special import softmax
+    from sklearn.metrics import log_loss, roc_auc_score
+
+    probs, positive = softmax(logits.astype(np.float64), axis=1), pack.positive_index
+    labels = range(len(pack.class_names))
+    auroc = None
+    if positive is not None and len(np.unique(target)) == 2:
+        auroc = float(roc_auc_score(target == positive, probs[:, positive]))
+    return {
+        f"{prefix}loss": float(log_loss(target, probs, labels=labels)),
+        f"{prefix}accuracy": float((logits.argmax(axis=1) == target).mean()),
+        f"{prefix}auroc": auroc,
+    }
+
+
+def neighbour_votes(
+    train: np.ndarray, target: np.ndarray, features: np.ndarray, *, n_classes: int, n_neighbours: int = 20
+) -> np.ndarray:
+    """Return the share of each class among the nearest training patches, ``(n, n_classes)``.
+
+    Nearest by the cosine of the features, as in the k-NN evaluation of DINO (Caron et al. 2021), unweighted.
+    """
+    from sklearn.neighbors import KNeighborsClassifier
+
+    model = KNeighborsClassifier(min(n_neighbours, len(train)), metric="cosine").fit(train, target)
+    votes = np.zeros((len(features), n_classes))
+    votes[:, model.classes_] = model.predict_proba(features)
+    return votes
