@@ -58,9 +58,9 @@ def probe(
 ) -> Probe:
     """Compare encoders by a logistic regression on their features, tested on the same patients.
 
-    Features are computed once for each encoder and kept in the pack; differences are paired, the first encoder
-    is the reference. The same command continues an interrupted comparison. The test subset is opened once for
-    each encoder, which the ledger counts.
+    Features are computed once for each encoder and kept in the pack; differences are paired, the first
+    encoder is the reference. The same command continues an interrupted comparison. The test subset is opened
+    once for each encoder, which the ledger counts.
 
     Args:
         encoders: Names of ``biopsy list encoders``, ``hf-hub:ORG/NAME``, ``timm:NAME`` or
