@@ -268,10 +268,10 @@ def test_weights_that_cannot_be_had_are_refused(settings, message):
 def test_a_licence_that_restricts_use_must_be_accepted(name, tag, monkeypatch):
     recipe = recipe_with(f"model.name={name}", f"model.weights={tag}")
     with pytest.raises(RecipeError, match=r"licence 'cc-by-nc-4.0', .* BIOPSY_ACCEPT_LICENCE=cc-by-nc-4.0"):
-        weights_module._choose(recipe)
+        weights_module.choose_weights(recipe)
     monkeypatch.setenv("BIOPSY_ACCEPT_LICENCE", "other, CC-BY-NC-4.0")
     with pytest.raises(RecipeError, match="are not on this machine"):
-        weights_module._choose(recipe)
+        weights_module.choose_weights(recipe)
 
 
 def test_a_file_with_another_hash_is_refused(tmp_path):
