@@ -31,7 +31,7 @@ def measure_decisions(
     unit: str,
     level: float = 0.95,
 ) -> dict[str, Any]:
-    """Give ``operating_points``, ``decision_curve`` and, where asked for, ``at_prevalence``.
+    """Return ``operating_points``, ``decision_curve`` and, where asked for, ``at_prevalence``.
 
     Args:
         truth: 1 where a patch is positive, ``(n,)``.
@@ -66,7 +66,7 @@ def measure_decisions(
 
 
 def _describe_point(calls: Calls, k: int, frozen: Mapping[str, Any]) -> dict[str, Any]:
-    """Give what one threshold promised, reached where it was chosen, and reaches here."""
+    """Return what one threshold targets, reached where it was chosen, and reaches here."""
     rates = estimate_rates(calls, k)
     chosen = {name: frozen.get(name) for name in ("sensitivity", "specificity")}
     return {
@@ -84,13 +84,13 @@ def _describe_point(calls: Calls, k: int, frozen: Mapping[str, Any]) -> dict[str
 
 
 def _promise(rule: str) -> dict[str, float] | None:
-    """Give the sensitivity or specificity a rule asks for; None where it asks for neither."""
+    """Return the sensitivity or specificity a rule asks for; None where it asks for neither."""
     name = rule.partition("=")[0]
     return {name: parse_rule(rule)[1]} if name in ("sensitivity", "specificity") else None
 
 
 def _describe_curve(truth: np.ndarray, prob: np.ndarray, calls: Calls, start: int) -> dict[str, Any]:
-    """Give the net benefit of the model, of treating all and (always 0) none, per patch."""
+    """Return the net benefit of the model, of treating all and (always 0) none, per patch."""
     return {
         "thresholds": CURVE,
         "model": net_benefit(truth, prob, CURVE),

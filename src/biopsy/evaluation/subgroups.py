@@ -66,7 +66,7 @@ def describe_intervals(subgroups: Mapping[str, Mapping[str, Any]], level: float)
 
 
 def _label(column: pd.Series) -> pd.Series | None:
-    """Give each patch the name of its subgroup, or None for a column that makes none."""
+    """Return the name of each patch's subgroup, or None for a column that makes none."""
     n_values = column.nunique()
     if n_values < 2:
         return None

@@ -28,7 +28,7 @@ class ReliabilityBins:
         high: Highest probability in the bin.
         n: Patches in the bin.
         n_positive: Positive patches among them.
-        mean_prob: What the classifier promised.
+        mean_prob: Mean predicted probability.
         observed: What happened: the share of positive patches.
     """
 
@@ -41,7 +41,7 @@ class ReliabilityBins:
 
 
 def clipped_logit(prob: ArrayLike) -> Floats:
-    """Give ``log(p / (1 - p))`` with probabilities held inside ``[1e-6, 1 - 1e-6]``."""
+    """Return ``log(p / (1 - p))`` with probabilities held inside ``[1e-6, 1 - 1e-6]``."""
     return scipy.special.logit(np.clip(np.asarray(prob, dtype=np.float64), LOGIT_CLIP, 1 - LOGIT_CLIP))
 
 
@@ -57,13 +57,13 @@ def assign_bins(mass: Floats, n_bins: int) -> NDArray[np.intp]:
 
 
 def bin_patches(prob: ArrayLike, *, n_bins: int = N_BINS) -> NDArray[np.intp]:
-    """Give the bin of each patch, 0 the lowest, as `assign_bins` cuts them; some numbers may be left out."""
+    """Return the bin of each patch, 0 the lowest, as of `assign_bins`; some numbers may be left out."""
     _, of_patch, mass = np.unique(-np.asarray(prob, np.float64), return_inverse=True, return_counts=True)
     return n_bins - 1 - assign_bins(mass.astype(np.float64), n_bins)[of_patch]
 
 
 def calibration_error(prob: Floats, pos: Floats, neg: Floats, n_bins: int = N_BINS) -> float:
-    """Give the expected calibration error: the gap between promised and observed, averaged over patches.
+    """Return the expected calibration error: mean absolute gap of predicted and observed frequency.
 
     Source: Naeini et al. 2015 (ECE), with equal-mass bins as in Nixon et al. 2019.
     """
@@ -74,7 +74,7 @@ def calibration_error(prob: Floats, pos: Floats, neg: Floats, n_bins: int = N_BI
 
 
 def reliability_bins(target: ArrayLike, prob: ArrayLike, *, n_bins: int = N_BINS) -> ReliabilityBins:
-    """Give the table behind a reliability plot: the same bins as the calibration error's.
+    """Return the table behind a reliability plot: the same bins as the calibration error's.
 
     Args:
         target: 0 or 1 per patch, shape ``(n_patches,)``.
@@ -95,7 +95,7 @@ def reliability_bins(target: ArrayLike, prob: ArrayLike, *, n_bins: int = N_BINS
 
 
 def ece_floor(prob: ArrayLike, *, seed: int, draws: int = 200, n_bins: int = N_BINS) -> float:
-    """Give the calibration error that a perfect classifier would show on these same probabilities.
+    """Return the calibration error that a perfect classifier would show on these same probabilities.
 
     Labels are drawn from the probabilities themselves, ``draws`` times; the mean error is what chance alone
     makes of a finite sample. Labels are drawn independently, so patients who differ raise the real floor.

@@ -52,13 +52,13 @@ class Scaling:
     reason: str | None = None
 
     def scale(self, scores: Floats) -> Floats:
-        """Give calibrated scores ``(n, n_classes)``."""
+        """Return calibrated scores ``(n, n_classes)``."""
         if self.slope == 1 and not any(self.intercepts):
             return scores
         return self.slope * scores + (np.array(self.intercepts) if self.intercepts else 0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give what ``classifier.json`` holds."""
+        """Return what ``classifier.json`` holds."""
         known: dict[str, Any] = {"method": self.method}
         if self.method != "none":
             known |= {"slope": self.slope, "intercepts": list(self.intercepts), "prior": self.prior}
@@ -83,7 +83,7 @@ class Isotonic:
     reason: str | None = None
 
     def scale(self, scores: Floats) -> Floats:
-        """Give calibrated scores ``(n, 2)``: logarithms of the probabilities."""
+        """Return calibrated scores ``(n, 2)``: logarithms of the probabilities."""
         positive = self.positive_index
         prob = np.interp(
             scipy.special.expit(scores[:, positive] - scores[:, 1 - positive]), self.prob, self.calibrated
@@ -92,7 +92,7 @@ class Isotonic:
         return np.log(np.maximum(pair, LEAST_PROB))
 
     def to_dict(self) -> dict[str, Any]:
-        """Give what ``classifier.json`` holds."""
+        """Return what ``classifier.json`` holds."""
         return {
             "method": self.method,
             "positive_index": self.positive_index,
@@ -129,7 +129,7 @@ def calibrator_from_dict(record: Mapping[str, Any]) -> Calibrator:
 
 
 def check_method(method: str, n_classes: int = 2) -> Method:
-    """Give a method back if it exists and can serve that many classes.
+    """Return a method's name if it exists and serves that many classes.
 
     Raises:
         MetricError: If not.
@@ -206,7 +206,7 @@ def fit_calibrator(
 
 
 def mean_nll(scores: Floats, target: ArrayLike) -> float:
-    """Give the mean negative log-likelihood of classes, in nats."""
+    """Return the mean negative log-likelihood of classes, in nats."""
     return -float(scipy.special.log_softmax(scores, axis=1)[np.arange(len(scores)), target].mean())
 
 

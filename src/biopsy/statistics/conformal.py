@@ -66,13 +66,13 @@ class Conformal:
     reason: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Give what ``classifier.json`` holds."""
+        """Return what ``classifier.json`` holds."""
         quantiles = None if self.quantiles is None else list(self.quantiles)
         return {"method": METHOD, **asdict(self), "quantiles": quantiles}
 
 
 def groups_needed(alpha: float) -> int:
-    """Give the fewest calibration patients that can promise an error rate: ``ceil(1 / alpha) - 1``.
+    """Return the fewest calibration patients that can promise an error rate: ``ceil(1 / alpha) - 1``.
 
     With fewer, more than ``alpha`` of the mass stands at infinity and every set is the set of all classes.
 
@@ -89,7 +89,7 @@ def groups_needed(alpha: float) -> int:
 
 
 def score_targets(probs: ArrayLike, target: ArrayLike) -> Floats:
-    """Give 1 minus the probability of each patch's true class, shape ``(n_patches,)``.
+    """Return 1 minus the probability of each patch's true class, shape ``(n_patches,)``.
 
     Raises:
         MetricError: If shapes do not agree, a target is no class, or a probability is none.
@@ -107,7 +107,7 @@ def score_targets(probs: ArrayLike, target: ArrayLike) -> Floats:
 
 
 def hierarchical_quantile(scores: ArrayLike, group_ids: ArrayLike, alpha: float) -> float:
-    """Give the quantile of the module's formula, infinite with fewer groups than `groups_needed`.
+    """Return the quantile of the module's formula, infinite with fewer groups than `groups_needed`.
 
     Args:
         scores: One a patch, shape ``(n_patches,)``.
@@ -192,7 +192,7 @@ def split_conformal(
 
 
 def predict_sets(probs: ArrayLike, quantiles: ArrayLike) -> Flags:
-    """Say of each class whether it is in the patch's set, shape ``(n_patches, n_classes)``.
+    """Return, for each class, whether it is in the patch's set, shape ``(n_patches, n_classes)``.
 
     Args:
         probs: Shape ``(n_patches, n_classes)``.
@@ -202,7 +202,7 @@ def predict_sets(probs: ArrayLike, quantiles: ArrayLike) -> Flags:
 
 
 def abstain(sets: Flags, pred: ArrayLike) -> Flags:
-    """Say which patches get no answer: those whose set is not the called class alone.
+    """Return which patches get no answer: those whose set is not the called class alone.
 
     That is a set of several classes, an empty one, or (two classes with a threshold far from one half) the
     one class that the threshold does not call. A kept patch is wrong only if its set misses the true class,

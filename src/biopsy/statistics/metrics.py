@@ -230,7 +230,7 @@ def calibration_slope(counts: WeightedCounts) -> float:
 
 @metric("probability", needs=BOTH, bounds=UNBOUNDED, better="near", ideal=0.0, pooled_only=True)
 def calibration_intercept(counts: WeightedCounts) -> float:
-    """Return the shift of the logit that makes the mean right; above 0 too few positives are promised."""
+    """Return the shift of the logit that makes the mean right; above 0 if predictions are too low."""
     return fit_intercept(counts.scores.logits, counts.pos, counts.neg, start=counts.scores.shift)
 
 

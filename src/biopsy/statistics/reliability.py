@@ -1,4 +1,4 @@
-"""Where probabilities go wrong: the share found in each bin, and what the Brier score is made of."""
+"""Reliability: observed frequency per bin of predicted probability, and the terms of the Brier score."""
 
 from dataclasses import asdict, dataclass
 
@@ -27,7 +27,7 @@ class ReliabilityBin:
         high: Highest probability in it.
         n: Patches.
         n_groups: Patients (slides, patches) that have some in it.
-        mean_prob: What was promised.
+        mean_prob: Mean predicted probability.
         observed: The share found positive, with an interval over groups.
     """
 
@@ -48,7 +48,7 @@ class BrierParts:
     """The Brier score, taken apart over bins: ``reliability - resolution + uncertainty + within_bins``.
 
     Attributes:
-        reliability: Squared gap between promised and found, averaged over patches; 0 is right.
+        reliability: Mean squared gap of predicted and observed frequency; 0 is ideal.
         resolution: How far the bins' shares lie from the share in all; higher is better.
         uncertainty: Of the target itself: prevalence times one less it.
         within_bins: What is left because probabilities differ within a bin.
@@ -134,10 +134,10 @@ def decompose_brier(target: ArrayLike, prob: ArrayLike, *, n_bins: int = N_BINS)
     truth, prob = check_binary(target, prob)
     bins = np.unique(bin_patches(prob, n_bins=n_bins), return_inverse=True)[1]
     n = np.bincount(bins)
-    promised, found, prevalence = np.bincount(bins, prob) / n, np.bincount(bins, truth) / n, truth.mean()
+    predicted, observed, prevalence = np.bincount(bins, prob) / n, np.bincount(bins, truth) / n, truth.mean()
     share = n / len(truth)
-    reliability = float(share @ (promised - found) ** 2)
-    resolution = float(share @ (found - prevalence) ** 2)
+    reliability = float(share @ (predicted - observed) ** 2)
+    resolution = float(share @ (observed - prevalence) ** 2)
     uncertainty = float(prevalence * (1 - prevalence))
     brier = float(((prob - truth) ** 2).mean())
     return BrierParts(reliability, resolution, uncertainty, brier - (reliability - resolution + uncertainty))

@@ -60,7 +60,7 @@ def parse_rule(rule: str) -> tuple[str, float]:
 
 
 def place_cuts(prob: Floats) -> Floats:
-    """Give one threshold above all distinct falling probabilities, between neighbours, and below all.
+    """Return one threshold above all distinct falling probabilities, between neighbours, and below all.
 
     The outermost lie midway to 1 and 0. Two neighbours with no number between them are cut at the upper one.
     """

@@ -187,7 +187,7 @@ class WeightedCounts:
 
 
 def check_binary(target: ArrayLike, prob: ArrayLike) -> tuple[Floats, Floats]:
-    """Give both as float64 arrays of one length.
+    """Return both as float64 arrays of one length.
 
     Raises:
         MetricError: If there are no patches, lengths differ, a target is neither 0 nor 1, or a probability

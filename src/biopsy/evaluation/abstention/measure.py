@@ -26,7 +26,7 @@ def measure_abstention(
     seed: int,
     level: float = 0.95,
 ) -> dict[str, Any]:
-    """Give the ``abstention`` entry of ``metrics.json``.
+    """Return the ``abstention`` entry of ``metrics.json``.
 
     A promise is a mean over patients, so it is held against ``by_class`` (promised of each class) or
     ``patient`` (of all patches), where every patient weighs the same; ``patch``, where every patch weighs the
@@ -90,7 +90,7 @@ def count_sets(sets: np.ndarray, pred: np.ndarray) -> dict[str, int]:
 
 
 def judge_promise(promised: float, coverages: Sequence[dict[str, Any]]) -> str:
-    """Say whether a promise was ``kept``, ``broken``, or missed by no more than chance allows (``open``).
+    """Return whether a promise was ``kept``, ``broken``, or missed by no more than chance allows (``open``).
 
     Args:
         promised: Coverage.
@@ -110,7 +110,7 @@ def _measure_sets(
     class_names: list[str],
     **how: Any,
 ) -> dict[str, Any]:
-    """Give coverage, abstention and error where patients weigh the same, where patches do, and by class."""
+    """Return coverage, abstention and error where patients weigh the same, where patches do, and by class."""
     unanswered, wrong = abstain(sets, pred), pred != target
     parts = {
         "coverage": sets[np.arange(len(target)), target],

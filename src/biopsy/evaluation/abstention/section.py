@@ -70,7 +70,7 @@ def say_promise(found: Mapping[str, Any]) -> str:
 
 
 def say_verdict(found: Mapping[str, Any], unit: str) -> str:
-    """Say whether the coverage guarantee was met on the evaluated patients, and by how much it was missed."""
+    """Return whether the coverage guarantee was met on the evaluated patients, and the shortfall."""
     promised = found["promised_coverage"]
     if found["promise"] == "each-class":
         coverages = {f"{name} ": one["coverage"] for name, one in found["by_class"].items()}
@@ -192,12 +192,12 @@ def _draw(facts: RunFacts, found: Mapping[str, Any]) -> list[Picture]:
 
 
 def _cover_groups(held: np.ndarray, groups: pd.Series) -> np.ndarray:
-    """Give the share of each group's patches whose set holds the true class."""
+    """Return the share of each group's patches whose set holds the true class."""
     return pd.Series(held).groupby(groups.to_numpy()).mean().to_numpy()
 
 
 def _probs(facts: RunFacts) -> np.ndarray:
-    """Give the probabilities of all classes, shape ``(n, n_classes)``."""
+    """Return the probabilities of all classes, shape ``(n, n_classes)``."""
     table, names = facts.predictions, list(facts.class_names)
     if not facts.is_binary:
         return table[[f"prob_{name}" for name in names]].to_numpy(float)

@@ -26,7 +26,7 @@ def measure_calibration(
     unit: str,
     level: float = 0.95,
 ) -> dict[str, Any]:
-    """Give the ``calibration`` entry of ``metrics.json``.
+    """Return the ``calibration`` entry of ``metrics.json``.
 
     Args:
         classifier: Its calibrator is judged.

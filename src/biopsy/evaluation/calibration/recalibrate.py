@@ -128,7 +128,7 @@ def _remove_stale(folder: Path) -> list[str]:
 
 
 def _ask_again(run: Run, recipe: Recipe) -> str | None:
-    """Give the question that the run answers now; None where its pack is out of reach, or it had none."""
+    """Return the question that the run answers now; None where its pack is out of reach, or it had none."""
     if not run.info.get("question_sha256"):
         return None
     try:

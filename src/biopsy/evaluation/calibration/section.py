@@ -68,7 +68,7 @@ def describe_calibration(facts: RunFacts) -> Section | None:
 
 
 def say_calibration(found: Mapping[str, Any]) -> str:
-    """Say in words which calibrator stands behind the probabilities, and what it was fitted on."""
+    """Return in words which calibrator stands behind the probabilities, and what it was fitted on."""
     if found["method"] == "none":
         reason = found.get("reason")
         why = f": {reason.removeprefix('not calibrated: ')}" if reason else ""
