@@ -300,6 +300,7 @@ def _print_subgroups(metrics: Mapping[str, Any]) -> None:
             rows.append([column, value, part["n_patches"], part["n_patients"], *estimates])
     if rows:
         print_table(rows, ["column", "subgroup", "patches", "patients", *names])
+        print("intervals of subgroups each hold by themselves: not corrected for the number of subgroups")
 
 
 def _print_decisions(metrics: Mapping[str, Any]) -> None:
@@ -435,7 +436,8 @@ def _print_difference(comparison: Mapping[str, Any], difference: Mapping[str, An
             ]
         )
     header = ["metric", difference["to"], difference["of"], "difference"]
-    print_table(rows, [*header, f"95 % interval, by {comparison['unit']}", "p (Holm)", "over seeds"])
+    by = f"{comparison['unit']} and seed" if difference["compares"] == "recipes" else comparison["unit"]
+    print_table(rows, [*header, f"95 % interval, by {by}", "p (Holm)", "over seeds"])
     if reasons:
         print(f"no interval: {'; '.join(reasons)}")
 
