@@ -4,9 +4,9 @@ Cohorts come from the five populations of `simulated_cohorts` (both classes in e
 patients of one class, Pareto sizes, Pareto sizes with the larger patients harder), 60 patches per patient on
 average. Every cohort gets the interval of `biopsy.statistics` (Student's t with ``(sum n)² / sum n² - 1``
 degrees of freedom) and the same with one degree of freedom less than the groups that carry the metric;
-up to 50 patients cohorts of the first kind also get the percentile bootstrap over patients and the textbook
-interval that takes patches as independent (DeLong for AUROC, Wilson for shares). ECE is measured although no
-interval of it is given. The truth comes from one cohort of 60,000 patients.
+cohorts of the first kind also get the percentile bootstrap over patients and the textbook interval that takes
+patches as independent (DeLong for AUROC, Wilson for shares). ECE is measured although no interval of it is
+given. The truth comes from one cohort of 60,000 patients.
 
 For the type I error, two models of equal performance in the population are compared on the same patches: the
 share of cohorts with p < 0.05.
@@ -33,14 +33,7 @@ from scipy import stats
 from biopsy.evaluation.scored import UNEQUAL
 from biopsy.statistics.intervals import replicate, summarise_groups
 from biopsy.statistics.metrics import METRICS, measure
-from biopsy.statistics.resampling import (
-    BOOTSTRAP_FROM,
-    InformativeGroups,
-    Interval,
-    Resampler,
-    divide,
-    sum_groups,
-)
+from biopsy.statistics.resampling import InformativeGroups, Interval, Resampler, divide, sum_groups
 from biopsy.statistics.weighted_counts import SortedScores, sort_scores
 from simulated_cohorts import POPULATIONS, Cohort
 
@@ -48,7 +41,6 @@ N_PATIENTS = (5, 10, 20, 50, 150)
 N_PAIRED = (10, 15, 20)
 PATCHES_PER_PATIENT = 60
 NAMES = ("auroc", "sensitivity", "specificity", "brier", "ece", "calibration_slope")
-BOOTSTRAPPED = ("auroc", "sensitivity", "specificity", "brier")  # the others cost most of the time
 PATIENT_MEAN = "sensitivity, mean over patients"
 THRESHOLDS = {"rare": 0.05, "one class": 0.4}
 LEVEL = 0.95
@@ -109,10 +101,9 @@ def percentile_bootstrap(scores: SortedScores, seed: int, draws: int) -> dict[st
 def estimate(scores: SortedScores, seed: int, draws: int) -> dict[str, dict[str, Interval]]:
     """Return intervals with effective degrees of freedom, and with those of the number of groups."""
     resampler = Resampler(len(scores.groups), seed, draws=draws)
-    names = NAMES if resampler.method == "jackknife" else BOOTSTRAPPED
-    result = replicate(scores, resampler, names)
+    result = replicate(scores, resampler, NAMES)
     methods: dict[str, dict[str, Interval]] = {"effective": {}, "groups": {}}
-    for name in names:
+    for name in NAMES:
         metric, groups = METRICS[name], scores.informative_groups(METRICS[name].needs)
         plain = InformativeGroups((groups.n_patches > 0).astype(float), groups.description)
         for method, informative in (("effective", groups), ("groups", plain)):
@@ -133,7 +124,7 @@ def judge_cohort(seed: int, *, kind: str, n_patients: int, draws: int, truth: di
     cohort = POPULATIONS[kind].draw(n_patients, PATCHES_PER_PATIENT, seed=seed)
     scores = sort_cohort(cohort, kind)
     methods = estimate(scores, seed, draws)
-    if kind == "mixed" and n_patients < BOOTSTRAP_FROM:
+    if kind == "mixed":
         methods["percentile bootstrap"] = percentile_bootstrap(scores, seed, draws)
         methods["patches as independent"] = assume_independence(cohort, scores)
     warned = scores.informative_groups().effective < UNEQUAL * n_patients

@@ -266,7 +266,7 @@ def test_what_is_written(found):
     row = table.set_index("metric").loc["auroc"]
     assert row["difference"] == pytest.approx(row["value"] - row["reference_value"])
     page = (out / "report.html").read_text()
-    assert not re.search(r"(src|href)=\"(?!data:|#)", page) and "<script" not in page
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page)
     assert page.count("data:image/png") >= 6 and "8863" in page
 
 
