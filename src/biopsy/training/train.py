@@ -3,6 +3,7 @@
 import logging
 import shlex
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from filelock import FileLock, Timeout
 
 from biopsy.core.errors import (
     DataError,
-    MissingExtra,
     PackError,
     RunError,
     SplitError,
@@ -34,6 +34,7 @@ from biopsy.training.checkpoints import LAST, load_weights
 from biopsy.training.figures import draw_training
 from biopsy.training.finalize import complete, fit_preprocessing
 from biopsy.training.fit import OnEpoch, Task, fit, optimiser_of
+from biopsy.training.loggers import open_loggers
 from biopsy.training.probe import PROBE, check_probe, fit_probe
 from biopsy.training.runs import Run, describe_environment, find_answer, hash_question, name_run
 from biopsy.training.sampling import order_epoch, take_fraction, weigh_classes
@@ -58,6 +59,8 @@ def train(
     device: str = "auto",
     plot: Path | str | None = None,
     tensorboard: bool = False,
+    mlflow: bool = False,
+    wandb: bool = False,
     resume: Run | Path | str | None = None,
     transform: Transform | None = None,
     on_epoch: OnEpoch | None = None,
@@ -82,6 +85,8 @@ def train(
         device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         plot: Output file of the training curves: loss, accuracy and AUROC (.png, .svg or .pdf).
         tensorboard: Also write TensorBoard events into the run.
+        mlflow: Also log settings and epochs to MLflow, where ``MLFLOW_TRACKING_URI`` says.
+        wandb: Also log settings and epochs to Weights & Biases (``WANDB_MODE=offline`` keeps them here).
         resume: Run to resume; recipe, split and seed are its own.
         transform: Of training patches, after the recipe's augmentation: a transform of
             ``torchvision.transforms.v2``, called for each patch, or any function of a batch ``(B, 3,
@@ -112,9 +117,11 @@ def train(
             check_transform(transform, asked.preprocessing.input_px)
         run, pack = _begin(asked, pack, split, fold, seed, out, transform)
     if run.info["status"] != "finished":
+        chosen = {"tensorboard": tensorboard, "mlflow": mlflow, "wandb": wandb}
+        loggers = [name for name, is_on in chosen.items() if is_on]
         try:
             with FileLock(run.path / LOCK, timeout=0):
-                _train(run, pack, engine, tensorboard, transform, on_epoch)
+                _train(run, pack, engine, loggers, transform, on_epoch)
         except Timeout:
             raise RunError(f"{run.path} is being trained by another process") from None
         except OSError as error:
@@ -308,7 +315,7 @@ def _train(
     run: Run,
     pack: Pack,
     engine: Engine,
-    tensorboard: bool,
+    logger_names: Sequence[str],
     transform: Transform | None,
     on_epoch: OnEpoch | None,
 ) -> None:
@@ -330,15 +337,14 @@ def _train(
         transform=transform,
     )
     run.update(status="running", device=str(engine.device), precision=engine.precision)
-    writer = _open_tensorboard(run.path) if tensorboard else None
+    loggers, is_finished = open_loggers(logger_names, run), False
 
     def note(record: dict[str, Any]) -> None:
         run.write_log([*(past for past in run.log() if past["epoch"] < record["epoch"]), record])
         run.update(epochs_done=record["epoch"], seconds=before + time.perf_counter() - started)
-        if writer:
-            for name, value in record.items():
-                if isinstance(value, float):
-                    writer.add_scalar(name, value, record["epoch"])
+        values = {name: value for name, value in record.items() if isinstance(value, float)}
+        for epoch_logger in loggers:
+            epoch_logger.log(values, record["epoch"])
         if on_epoch:
             on_epoch(record | {"run": str(run.path)})
 
@@ -351,6 +357,7 @@ def _train(
         else:
             progress = fit(network, task, folder, note)
             load_weights(folder, network, progress.best_epoch if task.keep_best else None)
+        is_finished = True
     except KeyboardInterrupt:
         run.update(status="interrupted")
         raise KeyboardInterrupt(str(run.path)) from None
@@ -361,18 +368,10 @@ def _train(
         run.update(status="failed", reason=str(error))
         raise
     finally:
-        if writer:
-            writer.close()
+        for epoch_logger in loggers:
+            epoch_logger.close(is_finished=is_finished)
     pack.require_unchanged()
     pack.verify()
     run.write_log(progress.history)
     complete(run, network, task, progress)
     run.update(status="finished", seconds=before + time.perf_counter() - started)
-
-
-def _open_tensorboard(path: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise MissingExtra("tensorboard", "--tensorboard") from None
-    return SummaryWriter(path / "tensorboard")
