@@ -122,7 +122,7 @@ def _list_classifiers() -> Rows:
     rows: Rows = []
     for name in list_shipped():
         info, folder = Classifier.load(FOLDER / name).info, FOLDER / name
-        row = {"name": name, "description": info.description, "classes": ", ".join(info.class_names)}
+        row: Row = {"name": name, "description": info.description, "classes": ", ".join(info.class_names)}
         row |= {"patch": f"{info.patch_px} px at {info.mpp:g} um/px", "network": info.network}
         row |= {"recipe": info.recipe, "bytes": (folder / WEIGHTS).stat().st_size}
         rows.append(

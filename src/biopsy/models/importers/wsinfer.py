@@ -49,7 +49,7 @@ class HostConfig(BaseModel):
 class WSInferClassifier(Classifier):
     """A WSInfer model that is asked as any other classifier; it cannot be saved as one."""
 
-    def save(self, path: Path | str) -> None:
+    def save(self, path: Path | str, *, precision: Literal["fp32", "fp16"] = "fp32") -> None:
         """Refuse: the weights are inside code of somebody else's.
 
         Raises:

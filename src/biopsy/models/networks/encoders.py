@@ -114,7 +114,7 @@ class PooledTokens(nn.Module):
         tokens = self.vit.forward_features(patches)  # type: ignore[operator]
         if self.pooling == "cls":
             return tokens[:, 0]
-        mean = tokens[:, self.vit.num_prefix_tokens :].mean(dim=1)  # type: ignore[misc]
+        mean = tokens[:, self.vit.num_prefix_tokens :].mean(dim=1)
         return torch.cat([tokens[:, 0], mean], dim=1)
 
 
