@@ -253,7 +253,7 @@ def abandon(folder: Path, *, is_folder: bool = False) -> Path:
     """Leave in a folder what a process that was killed leaves there."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    path = folder / f".biopsy-{files._machine()}-{ended.pid}-0badcafe.partial"
+    path = folder / f".biopsy-{files.machine_id()}-{ended.pid}-0badcafe.partial"
     if is_folder:
         path.mkdir(parents=True)
         (path / "half").write_text("half")

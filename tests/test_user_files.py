@@ -309,7 +309,11 @@ def test_what_is_read_is_not_written(tmp_path):
 
 def test_what_a_dead_process_left_goes_and_nothing_else(tmp_path):
     dead = [abandon(tmp_path, is_folder=True), abandon(tmp_path)]
-    mine = [".mine.partial", ".biopsy.partial", f".biopsy-{files._machine()}-{os.getppid()}-0badcafe.partial"]
+    mine = [
+        ".mine.partial",
+        ".biopsy.partial",
+        f".biopsy-{files.machine_id()}-{os.getppid()}-0badcafe.partial",
+    ]
     mine += [f".biopsy-00000000-{dead[0].name.split('-')[2]}-0badcafe.partial", "x.partial"]
     for name in mine:
         (tmp_path / name).write_text("mine")
@@ -388,6 +392,8 @@ STUDY = f"cancernet-2020 --data own.pack {SETTINGS}"
 JUDGED = ("evaluate run",)
 CASES = {
     "list": Case("list models"),
+    "doctor": Case("doctor"),
+    "verify": Case("verify run"),
     "fetch": Case("fetch idc --out fetched", "fetched"),
     "prepare": Case("prepare idc.zip --out new.pack --export-tree tree", "new.pack", is_new=True),
     "inspect": Case(

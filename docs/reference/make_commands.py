@@ -42,6 +42,9 @@ $ biopsy explain runs/lower --method grad_cam --layer body.relu2_2 --errors 10 -
 $ biopsy report runs/lower studies/loso --out reports --hide-ids
 $ biopsy predict runs/lower a.png folder/ archive.zip other.pack --out table.parquet
 $ biopsy slide runs/lower slides/ case.svs --out maps --stride-um 100 --detections
+$ biopsy slide runs/lower slides/ --out maps --shard 3/8
+$ biopsy verify runs/lower --retrain
+$ biopsy doctor --path maps
 $ biopsy next runs/lower idc.pack --budget 50 --out queue.csv
 $ biopsy view idc.pack --queue queue.csv --who ada
 $ biopsy serve runs/lower classifier --root slides --port 8780

@@ -3,6 +3,8 @@
 from .app.commands import serve as serve
 from .app.commands import view as view
 from .app.queue import next as next
+from .checks.doctor import doctor as doctor
+from .checks.verify import verify as verify
 from .core.errors import ArchiveError as ArchiveError
 from .core.errors import BiopsyError as BiopsyError
 from .core.errors import DataError as DataError

@@ -43,6 +43,8 @@ def show(name: str, result: Any, options: Options, *, as_json: bool) -> int:
         command.text(result, options)
     if name == "inspect":
         return _name_issues(result["spoilers"])
+    if name in ("verify", "doctor"):
+        return 0 if result.passed else FAILED
     if command.skipped is not None:
         return _name_skipped(*command.skipped(result))
     return 0
@@ -623,10 +625,21 @@ def _print_classifier(classifier: Any, options: Options) -> None:
     print(options["out"])
 
 
+def _print_checks(report: Any, options: Options) -> None:
+    """Print a line per check, and the remedy below it."""
+    width = max(len(row["name"]) for row in report["checks"])
+    for row in report["checks"]:
+        print(f"{row['status']}  {row['name']:<{width}}  {row['detail']}")
+        if row["remedy"]:
+            print(f"      {'':<{width}}  -> {row['remedy']}")
+    print(report.heading)
+
+
 GROUPS = ("Start", "Data", "Training", "Evaluation", "Prediction")
 COMMANDS = {
     "demo": Command("Start", _print_demo, lambda path, options: {"report": path}),
     "list": Command("Start", _print_list, lambda rows, options: rows),
+    "doctor": Command("Start", _print_checks),
     "fetch": Command("Data", _print_fetch, _path),
     "prepare": Command(
         "Data",
@@ -654,6 +667,7 @@ COMMANDS = {
     "compare": Command("Evaluation", _print_comparison),
     "errors": Command("Evaluation", _print_errors),
     "explain": Command("Evaluation", _print_explanations),
+    "verify": Command("Evaluation", _print_checks),
     "report": Command("Evaluation", _print_reports, lambda paths, options: {"paths": paths}),
     "predict": Command(
         "Prediction",

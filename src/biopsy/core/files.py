@@ -53,7 +53,7 @@ Entries = dict[str, str | None]
 
 # --- temporary names
 @functools.cache
-def _machine() -> str:
+def machine_id() -> str:
     """Return eight digits that two processes share if each can see whether the other one is alive."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
@@ -67,7 +67,7 @@ def _temporary(folder: Path, target: Path) -> Iterator[Path]:
     """Yield a temporary name in ``folder`` for what becomes ``target``; remove what is left under it."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_abandoned(folder)
-    partial = folder / f".biopsy-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.partial"
+    partial = folder / f".biopsy-{machine_id()}-{os.getpid()}-{secrets.token_hex(4)}.partial"
     _in_use.add(partial.name)
     try:
         yield partial
@@ -88,11 +88,12 @@ def remove_abandoned(folder: Path | str) -> None:
     with contextlib.suppress(OSError):
         for name in os.listdir(folder):
             owner = _PARTIAL.fullmatch(name)
-            if owner and owner[1] == _machine() and not _is_alive(int(owner[2])) and name not in _in_use:
+            if owner and owner[1] == machine_id() and not is_alive(int(owner[2])) and name not in _in_use:
                 _remove(Path(folder) / name)
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Say whether another process of this machine lives; True where that cannot be known."""
     if pid == os.getpid():
         return False  # what this process itself writes is known to `_in_use`
     if os.name != "posix":
@@ -267,6 +268,15 @@ def hold_outputs(folder: Path | str, *names: str, adopt: bool = False) -> Iterat
             entries = _read_manifest(folder)
             there: Entries = {name: sha256_file(folder / name) for name in names if (folder / name).is_file()}
             _write_manifest(folder, {name: entries[name] for name in entries if name not in names} | there)
+
+
+def find_changed(folder: Path | str) -> list[str] | None:
+    """Return the files of a folder's manifest that were changed or removed since; None without a manifest."""
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        return None
+    entries = _read_manifest(folder)
+    return [name for name, sha256 in entries.items() if not _holds(folder / name, sha256)]
 
 
 def remove_outputs(folder: Path | str, *documents: str) -> tuple[list[str], list[str]]:

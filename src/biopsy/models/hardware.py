@@ -24,7 +24,7 @@ def pick_device(name: str) -> str:
     Raises:
         RecipeError: If the device does not exist here.
     """
-    if name == "cpu" or (name == "auto" and not _has_nvidia_driver()):
+    if name == "cpu" or (name == "auto" and not has_nvidia_driver()):
         return "cpu"
     return str(torch_device(name))
 
@@ -77,7 +77,8 @@ def keep_freed_memory() -> None:
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
-def _has_nvidia_driver() -> bool:
+def has_nvidia_driver() -> bool:
+    """Say whether the driver's library is there; whether PyTorch can use it is another question."""
     try:
         ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:

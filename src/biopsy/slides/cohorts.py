@@ -4,25 +4,36 @@ Each slide gets a folder of its own, which is made under a temporary name and re
 that is there already only the files of an earlier map are replaced. Its ``summary.json``, written last, holds
 the question it answers (slide, classifier, settings); a slide whose folder answers the same question is not
 mapped again. ``status.csv`` names every slide and what became of it.
+
+Several processes share one folder with ``shard``: each takes slides that are neither finished nor claimed by
+another, its own share of the list first. What is finished is known by the slides' folders, so that
+``status.csv`` is the same whoever writes it last.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from filelock import FileLock, Timeout
 
+from biopsy.core.claims import Claims
 from biopsy.core.errors import DataError, SlideError, UserFileError
 from biopsy.core.files import (
     LOCK,
     check_outputs,
     hold_outputs,
+    read_json,
     refuse_inputs,
     remove_abandoned,
     update_directory,
+    write_json,
 )
 from biopsy.core.tables import write_csv
 from biopsy.core.text import printable
@@ -36,6 +47,8 @@ from biopsy.slides.sources import Source, list_sources, refuse_own_data
 from biopsy.training.runs import Run
 
 STATUS = "status.csv"
+_FAILED = ".failed.json"
+_LOCK_S, _POLL_S = 10.0, 2.0
 COLUMNS = (
     *("slide", "source", "status", "reason", "n_patches", "mpp", "mpp_source", "positive_mm2"),
     "unlike_training",
@@ -82,6 +95,7 @@ def slide(
     precision: Precision = "auto",
     device: str = "auto",
     trust_model: str | None = None,
+    shard: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> SlideMap | SlideCohort:
     """Map whole slides: probabilities over the tissue, and files that open in QuPath.
@@ -103,6 +117,9 @@ def slide(
         device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         trust_model: SHA-256 of a WSInfer model's TorchScript, which is code and runs only if its hash is
             given.
+        shard: ``I/N``: process I of N that share ``out``, on one machine or many. It begins with its share
+            of the slides, continues with any that no other process has finished or claimed, takes over
+            those of processes that died, and ends when all slides are done.
         on_progress: Called with the numbers of patches done and in all of the current slide.
 
     Returns:
@@ -117,8 +134,9 @@ def slide(
     single = isinstance(slides, Path | str)
     sources = list_sources([Path(slides)] if isinstance(slides, Path | str) else [*map(Path, slides)], mpp)
     single = single and len(sources) == 1 and sources[0].pack is None
+    first = None if shard is None else _first_of_shard(shard, len(sources))
     if out is None:
-        if not single:
+        if not single or shard is not None:
             raise DataError("several slides need a place for their maps: pass out=DIR")
         return _take(next(mapper.map(sources)))
     out = Path(out)
@@ -131,8 +149,16 @@ def slide(
     check_outputs(out, STATUS)
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(out / LOCK, timeout=0), hold_outputs(out, STATUS):
-            cohort = _map_into(out, sources, mapper)
+        if first is None:
+            with FileLock(out / LOCK, timeout=0), Claims(out) as claims, hold_outputs(out, STATUS):
+                if claims.list_others():
+                    raise DataError(f"{out} is in use by processes with --shard: pass --shard I/N as they do")
+                cohort = _map_into(out, sources, mapper)
+        else:
+            with contextlib.suppress(NotImplementedError), FileLock(out / LOCK, timeout=_LOCK_S):
+                pass  # no process without --shard is at work
+            with Claims(out) as claims:
+                cohort = _map_shard(out, [*sources[first:], *sources[:first]], sources, mapper, claims)
     except Timeout:
         raise DataError(f"{out} is in use by another process") from None
     failed = cohort.failed
@@ -142,45 +168,108 @@ def slide(
     return SlideMap.from_parquet(out / sources[0].name / MAP) if single else cohort
 
 
+def _first_of_shard(shard: str, n_slides: int) -> int:
+    """Return the slide that process I of N begins with."""
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", shard)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise DataError(f"shard={shard!r} is none: give I/N with I from 1 to N, such as 3/8")
+    return (int(match[1]) - 1) * n_slides // int(match[2])
+
+
 def _map_into(out: Path, sources: Sequence[Source], mapper: Mapper) -> SlideCohort:
-    """Map what is not finished yet, one thread writing while the next slide is read."""
-    rows = {source.name: _row(source, "waiting") for source in sources}
-    questions, open_sources = {}, []
-    for source in sources:
-        try:
-            questions[source.name] = question = mapper.question(source)
-        except (OSError, DataError) as error:
-            rows[source.name] = _row(source, "failed", reason=str(error))
-            continue
-        remove_abandoned(out / source.name)
-        finished = read_finished(out / source.name, question)
-        if finished is not None:
-            rows[source.name] = _row(source, "done", finished)
-            continue
-        try:
-            check_outputs(out / source.name, *list_files())
-            open_sources.append(source)
-        except UserFileError as error:
-            rows[source.name] = _row(source, "failed", reason=str(error))
+    """Map what is not finished yet; ``status.csv`` is written after every slide."""
+    looked = {source.name: _look(out, source, mapper) for source in sources}
+    rows = {source.name: looked[source.name] or _row(source, "waiting") for source in sources}
+
+    def write(mapped: Mapped) -> None:
+        rows[mapped.source.name] = _write(out, mapped, mapper)
+        _write_status(out, rows)
+
+    _map_all(mapper, [source for source in sources if looked[source.name] is None], write)
+    return SlideCohort(out, _write_status(out, rows))
+
+
+def _look(out: Path, source: Source, mapper: Mapper) -> dict[str, Any] | None:
+    """Return a slide's row if it is finished or cannot be mapped, else None."""
+    try:
+        question = mapper.question(source)
+    except (OSError, DataError) as error:
+        return _row(source, "failed", reason=str(error))
+    remove_abandoned(out / source.name)
+    finished = read_finished(out / source.name, question)
+    if finished is not None:
+        return _row(source, "done", finished)
+    try:
+        check_outputs(out / source.name, *list_files())
+    except UserFileError as error:
+        return _row(source, "failed", reason=str(error))
+    return None
+
+
+def _map_all(mapper: Mapper, sources: Iterable[Source], write: Callable[[Mapped], None]) -> None:
+    """Map slides, one thread writing while the next slide is read."""
     with ThreadPoolExecutor(1) as writer:
         mapper.meanwhile = lambda: writer.submit(prepare_to_draw)
         writing: Future[None] | None = None
-
-        def write(mapped: Mapped) -> None:
-            source = mapped.source
-            rows[source.name] = _write(out, mapped, mapper, questions[source.name])
-            _write_status(out, rows)
-
-        for mapped in mapper.map(open_sources):
+        for mapped in mapper.map(sources):
             if writing is not None:
                 writing.result()
             writing = writer.submit(write, mapped)
         if writing is not None:
             writing.result()
-    return SlideCohort(out, _write_status(out, rows))
 
 
-def _write(out: Path, mapped: Mapped, mapper: Mapper, question: Mapping[str, Any]) -> dict[str, Any]:
+def _map_shard(
+    out: Path, ordered: Sequence[Source], sources: Sequence[Source], mapper: Mapper, claims: Claims
+) -> SlideCohort:
+    """Map what no other process has finished, claimed or, since this one began, failed at; wait for those."""
+    started, settled = claims.now(), set[str]()
+
+    def choose() -> Iterator[Source]:
+        for source in ordered:
+            failure = claims.folder / f"{source.name}{_FAILED}"
+            if failure.exists() and failure.stat().st_mtime >= started:
+                settled.add(source.name)
+            if source.name in settled or not claims.take(source.name):
+                continue
+            if _look(out, source, mapper) is None:
+                yield source
+            else:
+                settled.add(source.name)
+                claims.release(source.name)
+
+    def write(mapped: Mapped) -> None:
+        name = mapped.source.name
+        row = _write(out, mapped, mapper)
+        if row["status"] == "failed":
+            write_json(claims.folder / f"{name}{_FAILED}", {"reason": row["reason"]})
+        else:
+            (claims.folder / f"{name}{_FAILED}").unlink(missing_ok=True)
+        settled.add(name)
+        claims.release(name)
+
+    while len(settled) < len(ordered):
+        chosen = choose()
+        first = next(chosen, None)
+        if first is not None:
+            _map_all(mapper, chain([first], chosen), write)
+        elif len(settled) < len(ordered):  # others are at the rest, and may die
+            time.sleep(_POLL_S)
+    while not claims.take(STATUS):  # one process at a time gathers what there is
+        time.sleep(0.2)
+    with hold_outputs(out, STATUS):
+        rows = {source.name: _gather(out, source, mapper, claims) for source in sources}
+        return SlideCohort(out, _write_status(out, rows))
+
+
+def _gather(out: Path, source: Source, mapper: Mapper, claims: Claims) -> dict[str, Any]:
+    """Return the row of a slide that this or another process has mapped or failed at."""
+    if (row := _look(out, source, mapper)) is not None:
+        return row
+    return _row(source, "failed", reason=read_json(claims.folder / f"{source.name}{_FAILED}")["reason"])
+
+
+def _write(out: Path, mapped: Mapped, mapper: Mapper) -> dict[str, Any]:
     source = mapped.source
     try:
         slide_map = _take(mapped)
@@ -192,7 +281,7 @@ def _write(out: Path, mapped: Mapped, mapper: Mapper, question: Mapping[str, Any
                 target=mapped.target,
                 is_calibrated=mapper.is_calibrated,
                 detections=mapper.detections,
-                question=question,
+                question=mapper.question(source),
             )
     except (OSError, DataError) as error:
         return _row(source, "failed", reason=str(error))

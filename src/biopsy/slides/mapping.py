@@ -1,7 +1,8 @@
 """One classifier and its settings applied to slides of any origin; from logits to a map."""
 
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -140,11 +141,17 @@ class Mapper:
         self.is_calibrated = is_calibrated(self.classifier)
         self.meanwhile: Callable[[], object] | None = None
         self._model, self._mpp, self._on_progress = model, mpp, on_progress
+        self._questions: dict[str, dict[str, Any]] = {}
         self._kind = self.device.partition(":")[0]
         self._about = describe_model(self.classifier, self.precision, self._kind)
 
     def question(self, source: Source) -> dict[str, Any]:
-        """Give everything that defines a slide's outputs."""
+        """Give everything that defines a slide's outputs; the slide is read for it once."""
+        if source.name not in self._questions:
+            self._questions[source.name] = self._describe_question(source)
+        return self._questions[source.name]
+
+    def _describe_question(self, source: Source) -> dict[str, Any]:
         return {
             "slide": source.fingerprint(),
             "mpp": source.mpp,
@@ -158,22 +165,32 @@ class Mapper:
             "biopsy": self._about["versions"]["biopsy"],
         }
 
-    def map(self, sources: Sequence[Source]) -> Iterator[Mapped]:
-        """Map slides in their order; those that are files are read ahead."""
+    def map(self, sources: Iterable[Source]) -> Iterator[Mapped]:
+        """Map slides in their order; of those that are files, the next is taken and read ahead."""
         for are_stitched, group in groupby(sources, lambda source: source.pack is not None):
-            alike = list(group)
-            yield from (map(self._map_stitched, alike) if are_stitched else self._map_files(alike))
+            map_them = self._map_stitched_all if are_stitched else self._map_files
+            yield from map_them(group)
 
-    def _map_files(self, sources: list[Source]) -> Iterator[Mapped]:
+    def _map_stitched_all(self, sources: Iterator[Source]) -> Iterator[Mapped]:
+        return map(self._map_stitched, sources)
+
+    def _map_files(self, sources: Iterator[Source]) -> Iterator[Mapped]:
+        taken: deque[Source] = deque()
+
+        def start(source: Source) -> SlideTask:
+            taken.append(source)
+            return SlideTask(source.path, source.mpp)
+
         answers = predict_slides(
-            (SlideTask(source.path, source.mpp) for source in sources),
+            map(start, sources),
             self.classifier,
             device=self.device,
             precision=self.precision,
             stride_um=self.stride_um,
             on_progress=self._report,
         )
-        for source, answer in zip(sources, answers, strict=True):
+        for answer in answers:
+            source = taken.popleft()
             if answer.error is not None or answer.view is None:
                 yield Mapped(source, error=answer.error)
                 continue

@@ -167,7 +167,7 @@ class Run:
         """Return the entry ``files`` of ``run.json`` with the hashes of files that were just written."""
         return {**self.info.get("files", {}), **{name: sha256_file(self.path / name) for name in names}}
 
-    def _require_unchanged(self, name: str) -> Path:
+    def require_unchanged(self, name: str) -> Path:
         """Return the path of a file of the run, refused if it is not the one that ``run.json`` records.
 
         Runs of the first versions recorded none.
@@ -185,7 +185,7 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """The recipe with every default filled in, as it was trained."""
-        return load_recipe(self._require_unchanged("recipe.toml"))
+        return load_recipe(self.require_unchanged("recipe.toml"))
 
     @property
     def classifier(self) -> Classifier:
@@ -197,7 +197,7 @@ class Run:
         self.require_finished()
         classifier = Classifier.load(self.path / "classifier")
         for name in ("classifier/classifier.json", "classifier/weights.safetensors"):
-            self._require_unchanged(name)
+            self.require_unchanged(name)
         if classifier.frozen != self.info.get("threshold"):
             raise RunError(
                 f"{self.path / 'classifier'} has another threshold than {DOCUMENT} records: "
@@ -208,7 +208,7 @@ class Run:
     def load_for_calibration(self) -> Classifier:
         """Read the classifier to fit all but its weights again, also where an earlier fit was cut off."""
         self.require_finished()
-        self._require_unchanged("classifier/weights.safetensors")
+        self.require_unchanged("classifier/weights.safetensors")
         return Classifier.load(self.path / "classifier")
 
     def require_finished(self) -> None:
@@ -267,7 +267,7 @@ class Run:
 
     def sides(self, pack: Pack) -> np.ndarray:
         """Give the side of every patch of the pack: ``train``, ``val``, ``test`` or ``""``."""
-        path = self._require_unchanged("split.csv")
+        path = self.require_unchanged("split.csv")
         try:
             split = read_csv_table(path, required=["patch_id", "side"])
         except FileFormatError as error:
@@ -286,7 +286,7 @@ class Run:
         """Give one record an epoch."""
         if not (self.path / "log.jsonl").exists():
             return []
-        path = self._require_unchanged("log.jsonl")
+        path = self.require_unchanged("log.jsonl")
         try:
             lines = read_text(path, max_bytes=MAX_LOG_BYTES).splitlines()
             records = [parse_json(line, path, allow_nan=True) for line in lines]
@@ -311,7 +311,7 @@ class Run:
                 f"`biopsy evaluate {self.path} --subset {subset_name(side)}`"
             )
         frame, about = read_predictions(path)
-        self._require_same_classifier(path, about)
+        self.require_same_classifier(path, about)
         return frame, about
 
     @property
@@ -327,10 +327,10 @@ class Run:
         metrics = read_json(
             path, format="biopsy-metrics/1", remedy=f"run `biopsy evaluate {self.path}` again"
         )
-        self._require_same_classifier(path, metrics)
+        self.require_same_classifier(path, metrics)
         return metrics
 
-    def _require_same_classifier(self, path: Path, about: Mapping[str, Any]) -> None:
+    def require_same_classifier(self, path: Path, about: Mapping[str, Any]) -> None:
         """Refuse numbers of another classifier than the run's; the first versions did not say of which."""
         theirs, ours = about.get("classifier_sha256"), self.info.get("classifier_sha256")
         if None not in (theirs, ours) and theirs != ours:

@@ -25,12 +25,14 @@ class Exporter:
         predict: Returns the probabilities ``(n, n_classes)`` that programs get from what was written, of
             patches, uint8 ``(n, patch_px, patch_px, 3)``; None where nothing was written.
         packages: Packages that decide what it gives; their versions are kept.
+        code: The file that is code: in a bundle from elsewhere it runs only if its hash is named.
     """
 
     name: str
     write: Callable[[Classifier, Path], None]
     predict: Callable[[Classifier, Path, np.ndarray], np.ndarray | None]
     packages: tuple[str, ...] = ()
+    code: str | None = None
 
 
 FORMATS: Registry[Exporter] = Registry("biopsy.exporters", "biopsy.exporting.formats")

@@ -59,4 +59,4 @@ def describe_for_host(classifier: Classifier) -> dict[str, Any]:
     }
 
 
-register_exporter(Exporter("TorchScript", write, predict))
+register_exporter(Exporter("TorchScript", write, predict, code=SCRIPT))

@@ -1,0 +1,1 @@
+"""Checks of what was written (`verify`) and of this machine (`doctor`): PASS, WARN or FAIL."""

@@ -1,0 +1,115 @@
+"""The result of checks: one row each, with what to do about those that did not pass."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+
+from biopsy.core.errors import BiopsyError, MissingExtra
+from biopsy.core.results import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT: Final = "biopsy-checks/1"
+
+Status = Literal["PASS", "WARN", "FAIL"]
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check.
+
+    Attributes:
+        name: What was checked.
+        status: ``PASS``, ``WARN`` (not checked, or worse than it could be) or ``FAIL``.
+        detail: What was found, with the tolerance where numbers were compared.
+        remedy: What to do; empty where the check passed.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CheckReport(Result):
+    """Result of `verify` and `doctor`.
+
+    ``report["checks"]`` lists ``name``, ``status``, ``detail`` and ``remedy`` of every check,
+    ``report["status"]`` is the worst of them, ``report["subject"]`` what was checked.
+    """
+
+    @classmethod
+    def of(cls, subject: str, checks: Sequence[Check]) -> "CheckReport":
+        """Return the report of some checks."""
+        found = {check.status for check in checks}
+        worst = next((status for status in ("FAIL", "WARN") if status in found), "PASS")
+        rows = [asdict(check) for check in checks]
+        return cls({"format": FORMAT, "subject": subject, "status": worst, "checks": rows})
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed; warnings do not count."""
+        return self["status"] != "FAIL"
+
+    @property
+    def heading(self) -> str:
+        """What was checked and how many checks there are of each status."""
+        statuses = [row["status"] for row in self["checks"]]
+        counts = ", ".join(f"{statuses.count(status)} {status}" for status in ("PASS", "WARN", "FAIL"))
+        return f"{self['subject']}: {counts}"
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a row per check: ``status``, ``detail`` and ``remedy`` by ``name``."""
+        import pandas as pd
+
+        return pd.DataFrame(self["checks"]).set_index("name")
+
+
+class Checklist(list[Check]):
+    """Checks as they are made: what a failing one raises becomes its detail."""
+
+    def add(self, name: str, status: Status, detail: str, remedy: str = "") -> None:
+        """Add a check whose outcome is known."""
+        self.append(Check(name, status, detail, "" if status == "PASS" else remedy))
+
+    def run(self, name: str, function: Callable[[], tuple[str, Value]], remedy: str) -> Value | None:
+        """Add a check that passes unless its function raises.
+
+        Args:
+            name: What is checked.
+            function: Returns the detail and a value.
+            remedy: What to do if it raises.
+
+        Returns:
+            The function's value; None if the check did not pass.
+        """
+        try:
+            detail, value = function()
+        except MissingExtra as error:
+            self.add(name, "WARN", f"not checked: {error}", "install the extra, then verify again")
+        except (BiopsyError, OSError) as error:
+            self.add(name, "FAIL", str(error), remedy)
+        else:
+            self.add(name, "PASS", detail)
+            return value
+        return None
+
+    def require(self, name: str, is_so: bool, detail: str, remedy: str) -> None:
+        """Add a check that passes if a statement holds."""
+        self.add(name, "PASS" if is_so else "FAIL", detail, remedy)
+
+
+def describe_differences(expected: Any, found: Any, path: str = "") -> list[str]:
+    """Return where two JSON documents differ, as dotted names of entries."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        keys = [*expected, *(key for key in found if key not in expected)]
+        missing = object()
+        pairs = ((f"{path}.{key}", expected.get(key, missing), found.get(key, missing)) for key in keys)
+    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        pairs = ((f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(expected, found, strict=True)))
+    else:
+        return [] if expected == found else [path.removeprefix(".")]
+    return [name for place, a, b in pairs for name in describe_differences(a, b, place)]

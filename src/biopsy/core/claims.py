@@ -1,0 +1,129 @@
+"""Claims: which of several processes, on one machine or on many, works on what in a folder they share.
+
+A claim is a small file that only one process can create, also on network file systems where locks do not
+work. Its owner touches it every few seconds. A claim is abandoned if its owner is known to have died (a
+process of this machine) or has not touched it for `STALE_S`; it is then taken over. Claims keep work from
+being done twice; that results are whole does not depend on them (`biopsy.core.files`).
+"""
+
+import contextlib
+import json
+import os
+import platform
+import secrets
+from pathlib import Path
+from threading import Event, Thread
+
+from biopsy.core.errors import FileFormatError
+from biopsy.core.files import is_alive, machine_id
+from biopsy.core.loaders import load_json
+
+FOLDER = ".biopsy-claims"
+HEARTBEAT_S = 10.0
+STALE_S = 90.0
+_ENDING = ".claim"
+
+
+class Claims:
+    """The claims of this process in a folder; a context in which they are kept alive and then released.
+
+    Args:
+        folder: The folder that several processes share; claims lie in `FOLDER` below it.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder) / FOLDER
+        self._held: set[Path] = set()
+        self._ended = Event()
+        self._clock = self.folder / f".clock-{secrets.token_hex(4)}"
+        self._thread = Thread(target=self._keep_alive, daemon=True)
+
+    def __enter__(self) -> "Claims":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        for path in (*self._held, self._clock):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others have claims there
+            self.folder.rmdir()
+
+    def take(self, name: str) -> bool:
+        """Claim a name; return whether this process has it now."""
+        path = self.folder / f"{name}{_ENDING}"
+        if path in self._held:
+            return True
+        if self._create(path):
+            return True
+        content = _read(path)
+        if self._is_abandoned(path):
+            _set_aside(path, content)
+            return self._create(path)
+        return False
+
+    def release(self, name: str) -> None:
+        """Give a claim back."""
+        path = self.folder / f"{name}{_ENDING}"
+        self._held.discard(path)
+        path.unlink(missing_ok=True)
+
+    def list_others(self) -> list[str]:
+        """Return the names that other processes have claimed and have not abandoned."""
+        paths = sorted(set(self.folder.glob(f"*{_ENDING}")) - self._held)
+        return [path.name.removesuffix(_ENDING) for path in paths if not self._is_abandoned(path)]
+
+    def now(self) -> float:
+        """Return the time by the clock of the file system, which machines need not share."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._clock.write_bytes(b"")
+        return self._clock.stat().st_mtime
+
+    def _create(self, path: Path) -> bool:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                json.dump({"host": platform.node(), "machine": machine_id(), "pid": os.getpid()}, file)
+        except (FileExistsError, FileNotFoundError):  # the folder may be removed by one that ends
+            return False
+        self._held.add(path)
+        return True
+
+    def _is_abandoned(self, path: Path) -> bool:
+        try:
+            touched = path.stat().st_mtime
+        except FileNotFoundError:
+            return True
+        with contextlib.suppress(FileFormatError, KeyError, TypeError):
+            owner = load_json(path)
+            is_here = owner["machine"] == machine_id() and owner["pid"] != os.getpid()
+            if is_here and not is_alive(owner["pid"]):
+                return True
+        return self.now() - touched > STALE_S
+
+    def _keep_alive(self) -> None:
+        while not self._ended.wait(HEARTBEAT_S):
+            for path in tuple(self._held):
+                with contextlib.suppress(OSError):
+                    os.utime(path)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _set_aside(path: Path, content: bytes) -> None:
+    """Remove a claim that was found abandoned, unless another process has just taken it over."""
+    aside = path.with_name(f".{secrets.token_hex(8)}")
+    try:
+        os.rename(path, aside)
+    except FileNotFoundError:
+        return
+    if _read(aside) != content:
+        with contextlib.suppress(OSError):
+            os.link(aside, path)
+    aside.unlink(missing_ok=True)
