@@ -256,7 +256,7 @@ def describe_reproduction(record: Mapping[str, Any]) -> Section:
         ("status", record.get("status")),
         ("transform (not part of the command)", record.get("transform")),
     )
-    blocks += [Facts(facts), Facts(flatten(record.get("environment") or {}), caption="Environment")]
+    blocks += [Facts(facts), Facts(flatten(record.get("environment") or {}), fold="Environment")]
     return Section("reproduce", "Reproducibility", blocks)
 
 
