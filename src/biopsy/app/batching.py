@@ -111,14 +111,14 @@ class Batcher:
             about = pd.DataFrame({"patch_id": [name for request in batch for name in request.names]})
             frame = predict_patches(self.classifier, about, patches, sizes, engine=self._engine)
         except Exception as error:  # handed to those who wait, or they would wait forever
+            self.release(n)
             for request in batch:
                 request.answer.set_exception(error)
         else:
+            self.release(n)  # before the answers, so that a client that has one finds room
             at = 0
             for request in batch:
                 request.answer.set_result(frame.iloc[at : at + len(request.images)])
                 at += len(request.images)
-        finally:
-            self.release(n)
         self._per_patch_s = (time.perf_counter() - start) / n
         self._on_batch(n)
