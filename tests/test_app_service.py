@@ -165,6 +165,18 @@ def test_an_error_in_a_batch_reaches_those_who_wait(trained_run, monkeypatch):
     assert batcher.waiting == 0
 
 
+def test_clients_that_have_gone_cost_the_others_nothing(trained_run):
+    pack = trained_run.open_pack(verify=False)
+    batcher = Batcher(trained_run.classifier, engine=Engine("cpu"), max_waiting=300)
+    batcher.reserve(60)
+    futures = [batcher.submit([str(n)], [np.asarray(pack.patches[n])]) for n in range(60)]
+    gone = [future.cancel() for future in futures[1::2]]
+    for n in range(0, 60, 2):
+        assert futures[n].result(timeout=60)["patch_id"].tolist() == [str(n)]
+    batcher.close()
+    assert any(gone) and batcher.waiting == 0
+
+
 def test_a_token_is_needed_where_there_is_one(trained_run, images, tmp_path):
     app = make_service(trained_run, out=tmp_path / "jobs", device="cpu", token="secret")
     with TestClient(app) as client:

@@ -103,22 +103,23 @@ class Batcher:
             self._answer(batch, n)
 
     def _answer(self, batch: list[_Request], n: int) -> None:
-        start = time.perf_counter()
+        batch = [request for request in batch if request.answer.set_running_or_notify_cancel()]
+        images = [image for request in batch for image in request.images]
+        start, frame, failure = time.perf_counter(), pd.DataFrame(), None
         try:
-            patches, sizes = pad_patches(
-                [image for request in batch for image in request.images], self.classifier.info.patch_px
-            )
-            about = pd.DataFrame({"patch_id": [name for request in batch for name in request.names]})
-            frame = predict_patches(self.classifier, about, patches, sizes, engine=self._engine)
+            if images:  # else all clients have gone
+                patches, sizes = pad_patches(images, self.classifier.info.patch_px)
+                about = pd.DataFrame({"patch_id": [name for request in batch for name in request.names]})
+                frame = predict_patches(self.classifier, about, patches, sizes, engine=self._engine)
         except Exception as error:  # handed to those who wait, or they would wait forever
-            self.release(n)
-            for request in batch:
-                request.answer.set_exception(error)
-        else:
-            self.release(n)  # before the answers, so that a client that has one finds room
-            at = 0
-            for request in batch:
-                request.answer.set_result(frame.iloc[at : at + len(request.images)])
-                at += len(request.images)
+            failure = error
         self._per_patch_s = (time.perf_counter() - start) / n
-        self._on_batch(n)
+        self._on_batch(len(images))
+        self.release(n)  # before the answers, so that a client that has one finds room
+        at = 0
+        for request in batch:
+            if failure is not None:
+                request.answer.set_exception(failure)
+            else:
+                request.answer.set_result(frame.iloc[at : at + len(request.images)])
+            at += len(request.images)
