@@ -26,7 +26,7 @@ from biopsy.evaluation.operating_points import measure_decisions
 from biopsy.models.classifier import Classifier
 from biopsy.recipes import load_recipe
 from biopsy.reporting.document import plural
-from biopsy.training.postprocessing import settle_run
+from biopsy.training.postprocessing import fit_run_postprocessing
 from biopsy.training.runs import Run
 from biopsy.training.study import Study
 
@@ -35,17 +35,17 @@ SHOWN = ("ece", "brier", "nll", "calibration_slope", "calibration_intercept")
 
 
 def read_side(run: Run, classifier: Classifier, side: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Give logits, targets and groups of a side's stored predictions."""
+    """Return logits, targets and groups of a side's stored predictions."""
     frame, _ = run.predictions(side)
     logits = frame[[f"logit_{name}" for name in classifier.info.class_names]].to_numpy(float)
     return logits, frame["target"].to_numpy(int), frame[f"{run.info['pack']['unit']}_id"].to_numpy(str)
 
 
 def measure(run: Run, method: str) -> dict[str, Any]:
-    """Give a run's row for one method."""
+    """Return a run's row for one method."""
     classifier, unit = run.classifier, run.info["pack"]["unit"]
     recipe = load_recipe(run.recipe, [f"decision.calibration={method}"])
-    settle_run(run, recipe, classifier, *read_side(run, classifier, "val"))
+    fit_run_postprocessing(run, recipe, classifier, *read_side(run, classifier, "val"))
     logits, target, groups = read_side(run, classifier, "test")
     options: dict[str, Any] = {"seed": run.info["seed"], "unit": unit}
     found = measure_calibration(classifier, logits, target, groups, **options)

@@ -69,12 +69,12 @@ SHARES = (
 
 
 def both(prob: np.ndarray) -> np.ndarray:
-    """Give the probabilities of both classes from that of the positive one."""
+    """Return the probabilities of both classes from that of the positive one."""
     return np.stack([1 - prob, prob], axis=1)
 
 
 def simulate(options: argparse.Namespace) -> Iterator[dict[str, object]]:
-    """Give one row a population, error rate, number of patients and method."""
+    """Return one row a population, error rate, number of patients and method."""
     for population, alpha, n in (
         (name, alpha, n) for name in POPULATIONS for alpha in ALPHAS for n in options.patients
     ):

@@ -2,7 +2,8 @@
 
 * ``properties`` and ``border``: what `biopsy errors` records of finished runs, a row a contrast or zone;
 * ``flipped``: labels of a study's tested slides are flipped on purpose, each with the same chance, and ranked
-  by `judging.neighbours.rank_doubts`; how many of them come first, by which witness. The models are as they
+  by `evaluation.neighbours.rank_label_issues`;
+  how many of them come first, by which witness. The models are as they
   were: trained on labels of other slides that nobody flipped.
 
 Commands, as they were run for ``results/errors-*.csv``::
@@ -22,8 +23,8 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import average_precision_score
 
-from biopsy.evaluation.errors.measure import measure_mistakes
-from biopsy.evaluation.neighbours import count_neighbours, rank_doubts
+from biopsy.evaluation.errors.measure import measure_errors
+from biopsy.evaluation.neighbours import count_neighbours, rank_label_issues
 from biopsy.training.runs import Run
 from biopsy.training.study import Study
 
@@ -33,8 +34,8 @@ SEEDS = range(10)
 
 
 def list_contrasts(run: Run) -> list[dict[str, Any]]:
-    """Give what goes with the errors of a run."""
-    found = measure_mistakes(run, device="cpu")
+    """Return what goes with the errors of a run."""
+    found = measure_errors(run, device="cpu")
     rows = []
     for each in found.about["contrasts"]:
         estimate = each["within"] or each["auroc"]
@@ -59,8 +60,8 @@ def list_contrasts(run: Run) -> list[dict[str, Any]]:
 
 
 def list_zones(run: Run) -> list[dict[str, Any]]:
-    """Give the errors of a run at the border and deep inside."""
-    found = measure_mistakes(run, device="cpu")
+    """Return the errors of a run at the border and deep inside."""
+    found = measure_errors(run, device="cpu")
     return [
         {
             **_name(run, found.table),
@@ -91,7 +92,7 @@ def flip_labels(study: Study) -> list[dict[str, Any]]:
                 "both": (counts, probs),
             }
             for witness, (voices, said) in witnesses.items():
-                doubt = rank_doubts(voices, label, said)["doubt"].to_numpy()
+                doubt = rank_label_issues(voices, label, said)["doubt"].to_numpy()
                 for name in np.unique(slide[tested]):
                     on = tested & (slide == name)
                     listed = on & (doubt > 0.5)

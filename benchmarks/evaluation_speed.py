@@ -104,7 +104,7 @@ def draw_logits(target: np.ndarray, group_ids: np.ndarray) -> np.ndarray:
 
 
 def read_peak_mb() -> int:
-    """Give the most memory this process has held (Linux); `resource` would count what it was forked from."""
+    """Return the most memory this process has held (Linux); `resource` would count its parent too."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) // 1000 for line in lines if line.startswith("VmHWM"))
 
@@ -144,7 +144,7 @@ def evaluate_apart(folder: Path, cores: int) -> dict[str, object]:
 
 
 def describe_machine(cores: int) -> dict[str, object]:
-    """Give what a reader needs to compare: processor, cores, load by others, versions."""
+    """Return what a reader needs to compare: processor, cores, load by others, versions."""
     from importlib.metadata import version
 
     names = [

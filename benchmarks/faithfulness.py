@@ -44,7 +44,7 @@ from pointing import find_tumour_cells, judge_pointing
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "faithfulness.csv"
 COHORT = {"n_patients": 30, "patches_per_patient": 120}
-SETTINGS = ["augmentation.quarter_turns=true", "train.epochs=8"]
+SETTINGS = ["augmentation.rot90=true", "train.epochs=8"]
 
 
 def measure_run(path: Path) -> list[dict[str, object]]:
@@ -88,7 +88,7 @@ def measure_pointing(run: Run, n_patches: int, seed: int) -> dict[str, dict[str,
 
 
 def tabulate(run: Run, found: dict[str, Any], data: str, seconds: float) -> list[dict[str, object]]:
-    """Give one row a method, and print what it says."""
+    """Return one row a method, and print what it says."""
     rows = []
     for each in [*found["methods"], *found["baselines"]]:
         print(each.get("answer", ""))

@@ -73,7 +73,7 @@ def select(
     candidates = pd.DataFrame(
         {
             "uncertainty": uncertainty,
-            "novelty": ((others @ precision) * others).sum(axis=1),
+            "ood_score": ((others @ precision) * others).sum(axis=1),
             "patient_id": table["patient_id"].to_numpy(str),
             "slide": table["slide_id"].fillna(table["patient_id"]).to_numpy(str),
             "x": table["x"].to_numpy(float),

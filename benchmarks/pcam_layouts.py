@@ -68,7 +68,7 @@ def write_h5(pack: Pack, folder: Path) -> None:
 
 
 def name_splits(pack: Pack) -> np.ndarray:
-    """Give PCam's name of each patch's side."""
+    """Return PCam's name of each patch's side."""
     return pack.table["own_side"].map(SPLIT_OF_SIDE).to_numpy(str)
 
 
@@ -90,7 +90,7 @@ def compare(pack: Pack, first: Pack, *, each_once: bool = False) -> None:
 
 
 def describe(pack: Pack, source: Path, seconds: float, split: Split) -> dict[str, object]:
-    """Give a layout's row of the table."""
+    """Return a layout's row of the table."""
     files = [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]
     counts = split.parameters["counts"]
     negative, positive = pack.info.counts["per_class"].values()

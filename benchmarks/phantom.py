@@ -51,12 +51,12 @@ TEST_SLIDES = ("8863", "8865", "8867")
 SETTINGS = {
     # The recipe's own optimiser and augmentation. Only the number of epochs and the jitter differ: one real
     # scanner is further from the phantom's than two patients of one laboratory are from each other.
-    "cancernet": ["augmentation.hed_jitter=0.15", "augmentation.quarter_turns=true"],
+    "cancernet": ["augmentation.hed_jitter=0.15", "augmentation.rot90=true"],
     "residual": [
         "model.name=residual",
         "preprocessing.input_px=50",
         "augmentation.hed_jitter=0.1",
-        "augmentation.quarter_turns=true",
+        "augmentation.rot90=true",
         "augmentation.rotation_deg=0.0",
         "augmentation.shift=0.0",
         "augmentation.zoom=0.0",
@@ -151,7 +151,7 @@ def fit(network: str, pack: Pack, folder: Path, options: argparse.Namespace) -> 
 
 
 def ask(run: Run, pack: Pack, index: np.ndarray) -> np.ndarray:
-    """Give the probability of IDC of some patches."""
+    """Return the probability of IDC of some patches."""
     classifier = run.classifier
     sizes, engine = pack.sizes, Engine("cpu")
     logits = predict_logits(
@@ -163,7 +163,7 @@ def ask(run: Run, pack: Pack, index: np.ndarray) -> np.ndarray:
 def row(
     network: str, data: str, target: np.ndarray, probs: np.ndarray, options: argparse.Namespace
 ) -> dict[str, object]:
-    """Give one line of results, and print it."""
+    """Return one line of results, and print it."""
     auroc = roc_auc_score(target, probs)
     print(f"{network:10} {data:30} AUROC {auroc:.4f}  ({int(target.sum())} IDC of {len(target)})", flush=True)
     return {

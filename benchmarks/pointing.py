@@ -78,7 +78,7 @@ def find_tumour_cells(
     patches_per_patient: float = 250,
     seed: int = 0,
 ) -> NDArray[np.bool_]:
-    """Give which pixels of a cohort's patches are tumour cells: the truth that no label tells.
+    """Return which pixels of a cohort's patches are tumour cells: the truth that no label tells.
 
     Args:
         places: Patient and place (x, y as in the patches' names) of each patch.

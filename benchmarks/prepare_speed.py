@@ -51,7 +51,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def describe_machine() -> dict[str, object]:
-    """Give what a reader needs to compare: processor, cores, load by others, versions."""
+    """Return what a reader needs to compare: processor, cores, load by others, versions."""
     processor = platform.processor()
     if Path("/proc/cpuinfo").exists():
         names = [
@@ -95,7 +95,7 @@ def read_by_pillow(source: Path) -> np.ndarray:
 
 
 def time_prepare(source: Path, out: Path) -> tuple[float, float]:
-    """Give patches per second of `prepare` as a whole and of its reading."""
+    """Return patches per second of `prepare` as a whole and of its reading."""
     calls: list[tuple[float, int]] = []
     start = time.perf_counter()
     n_patches = len(
@@ -107,7 +107,7 @@ def time_prepare(source: Path, out: Path) -> tuple[float, float]:
 
 
 def time_pillow(source: Path) -> float:
-    """Give patches per second of the usual loop."""
+    """Return patches per second of the usual loop."""
     start = time.perf_counter()
     return len(read_by_pillow(source)) / (time.perf_counter() - start)
 
@@ -150,7 +150,7 @@ def write_full_size_archive(path: Path, n_patches: int, n_painted: int = 2000) -
 
 
 def read_memory() -> dict[str, int]:
-    """Give this process's memory by kind, in kB (Linux)."""
+    """Return this process's memory by kind, in kB (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith(("Vm", "Rss"))}
 

@@ -23,7 +23,7 @@ from biopsy.exporting.model_card import card_of_run, gather_card
 from biopsy.models.classifier import WEIGHTS, Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_logits, predict_with_features
-from biopsy.models.out_of_distribution import measure_novelty
+from biopsy.models.out_of_distribution import out_of_distribution_scores
 from biopsy.models.shipped import FOLDER
 
 MAX_BYTES = 1_000_000
@@ -56,7 +56,11 @@ SHIPPED = {
         citation="Data: Veeling et al. 2018 (MICCAI), from Camelyon16 (Ehteshami Bejnordi et al. 2017, "
         "JAMA).",
         licence="Apache-2.0; the data are CC0 1.0",
-        overrides={"preprocessing.input_px": 96, "model.context": 0.0},
+        overrides={
+            "preprocessing.input_px": 96,
+            "model.context": 0.0,
+            "model.params.shortcut": "strided",
+        },
     ),
 }
 
@@ -94,13 +98,16 @@ def tighten(classifier: Classifier, run: biopsy.Run) -> None:
     rows = np.sort(np.random.default_rng(0).choice(rows, min(len(rows), 1000), replace=False))
     patches, sizes = np.array(pack.patches[rows]), pack.sizes[rows]
     _, features = predict_with_features(classifier, patches, sizes, engine=Engine("cpu"))
-    distances, about = measure_novelty(classifier, patches, sizes, features), classifier.info.unlike_training
+    distances, about = (
+        out_of_distribution_scores(classifier, patches, sizes, features),
+        classifier.info.out_of_distribution,
+    )
     assert about is not None
     limits = {
         kind: limit * float(np.quantile(distances[f"{kind}_distance"], OOD_QUANTILE))
         for kind, limit in about["limits"].items()
     }
-    classifier.info.unlike_training = about | {"quantile": OOD_QUANTILE, "limits": limits}
+    classifier.info.out_of_distribution = about | {"quantile": OOD_QUANTILE, "limits": limits}
 
 
 def describe(data: str, run: biopsy.Run) -> str:

@@ -154,7 +154,7 @@ class UnevenPatients:
     size_with_margin: float = 0.0
 
     def coverage(self, quantile: float) -> float:
-        """Give the share of patches, every patient weighing the same, that score at most ``quantile``."""
+        """Return the share of patches, every patient weighing the same, that score at most ``quantile``."""
         if quantile >= 1:
             return 1.0
         return float(norm.cdf((self.margin - logit(1 - quantile)) / np.sqrt(1 + self.patient_sd**2)))

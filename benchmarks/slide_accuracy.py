@@ -62,21 +62,21 @@ COMMAND = [sys.executable, "-c", "from biopsy.cli import main; main()", "slide"]
 
 
 def shares(tumour: shapely.MultiPolygon, x: np.ndarray, y: np.ndarray, side: float) -> np.ndarray:
-    """Give the share of every square that lies in the tumour."""
+    """Return the share of every square that lies in the tumour."""
     shapely.prepare(tumour)
     squares = shapely.box(x, y, x + side, y + side)
     return shapely.area(shapely.intersection(squares, tumour)) / side**2
 
 
 def dice(one: np.ndarray, other: np.ndarray) -> float:
-    """Give the Dice overlap of two masks, cut to what both cover."""
+    """Return the Dice overlap of two masks, cut to what both cover."""
     rows, columns = np.minimum(one.shape, other.shape)
     one, other = one[:rows, :columns], other[:rows, :columns]
     return float(2 * (one & other).sum() / (one.sum() + other.sum()))
 
 
 def measure(slide_map: biopsy.SlideMap, truth: PhantomTruth) -> tuple[float, float, np.ndarray]:
-    """Give AUROC of the patches and Dice of the cells against the outline, and the cells called tumour."""
+    """Return AUROC of the patches and Dice of the cells against the outline, and the cells called tumour."""
     grid, positive = slide_map.grid, slide_map.positive_index
     assert positive is not None
     inside = shares(truth.tumour, grid.x, grid.y, grid.patch_px * grid.scale) >= 0.5
@@ -179,7 +179,7 @@ def write_formats(folder: Path, image: np.ndarray, mpp: float) -> dict[str, Path
 
 
 def compare(first: biopsy.SlideMap, other: biopsy.SlideMap) -> dict[str, object]:
-    """Give how far one map's probabilities are from another's, and what only one of them has."""
+    """Return how far one map's probabilities are from another's, and what only one of them has."""
     one, two = (
         dict(zip(zip(table.grid.column, table.grid.row, strict=True), table.probs[:, 1], strict=True))
         for table in (first, other)
@@ -196,7 +196,7 @@ def compare(first: biopsy.SlideMap, other: biopsy.SlideMap) -> dict[str, object]
 
 
 def find_huge(model: Path, work: Path) -> tuple[Path, Path]:
-    """Give the run's classifier told that its patches are 50 um wide, and the huge slide; drawn once."""
+    """Return the run's classifier told that its patches are 50 um wide, and the huge slide; drawn once."""
     classifier = open_classifier(model)
     classifier.info = classifier.info.model_copy(update={"mpp": 50 / classifier.info.patch_px})
     classifier.save(work / "fine-classifier")
@@ -291,12 +291,12 @@ def watch(command: list[str | Path], is_moment: Callable[[float], object] = lamb
 
 
 def find_partial(out: Path) -> list[Path]:
-    """Give the folders that are being written."""
+    """Return the folders that are being written."""
     return [path for path in out.glob(".*.partial") if path.is_dir()]
 
 
 def empty(work: Path, name: str) -> Path:
-    """Give a place where nothing is yet."""
+    """Return a place where nothing is yet."""
     shutil.rmtree(work / name, ignore_errors=True)
     return work / name
 

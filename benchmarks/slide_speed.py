@@ -98,7 +98,7 @@ def write_bundle(run: Path, work: Path) -> Path:
 
 
 def environment(out: Path) -> dict[str, str]:
-    """Give the environment of both tools: compiled sources are kept, as after any installation."""
+    """Return the environment of both tools: compiled sources are kept, as after any installation."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return kept | {"PYTHONPYCACHEPREFIX": str(out.parent.resolve() / "compiled")}
 
@@ -186,7 +186,7 @@ def compare_modes(run: Path, work: Path, annotated: pd.DataFrame) -> dict[str, f
 
 
 def find_time(work: Path, bundle: Path) -> dict[str, float]:
-    """Give processor seconds of each part of the default mode, one thread, without starting Python."""
+    """Return processor seconds of each part of the default mode, one thread, without starting Python."""
     from biopsy.models.hardware import pick_precision
     from biopsy.slides.grids import cut_blocks
     from biopsy.slides.inference import SlideTask, open_view, predict_slides

@@ -137,7 +137,7 @@ def start_biopsy(path: Path, precision: str) -> Callable[[], int]:
 
 
 def measure_matrix_speed() -> float:
-    """Give the machine's GFLOP/s in a 2048 x 2048 float32 product, the best of ten."""
+    """Return the machine's GFLOP/s in a 2048 x 2048 float32 product, the best of ten."""
     import torch
 
     left, right = torch.rand(2, 2048, 2048)
@@ -150,7 +150,7 @@ def measure_matrix_speed() -> float:
 
 
 def count_operations() -> float:
-    """Give the floating-point operations of one training step, in GFLOP per patch.
+    """Return the floating-point operations of one training step, in GFLOP per patch.
 
     Three times those of the forward pass: the gradients by weights and by inputs cost as much again each.
     (PyTorch counts the backward pass of a depthwise convolution as if it were a dense one.)
@@ -264,7 +264,7 @@ def compare(source: Path, n_patches: int, repeats: int, stacks: list[str]) -> No
 
 
 def describe_machine() -> dict[str, object]:
-    """Give what a reader needs to compare."""
+    """Return what a reader needs to compare."""
     processor = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()

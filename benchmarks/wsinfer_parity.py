@@ -38,7 +38,7 @@ HEADER += ["slide_shared_patches", "slide_largest_difference", "wsinfer"]
 
 
 def run_wsinfer(python: str, bundle: Path, slides: Path, results: Path) -> pd.DataFrame:
-    """Give WSInfer's table of the one slide in a folder."""
+    """Return WSInfer's table of the one slide in a folder."""
     subprocess.run([python, "-c", VALIDATE, str(bundle / "config.json")], check=True)
     flags = ["--config", bundle / "config.json", "--model-path", bundle / "torchscript_model.pt"]
     places = ["--wsi-dir", slides, "--results-dir", results, "--num-workers", "1"]  # its GeoJSON wants one

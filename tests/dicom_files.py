@@ -15,7 +15,7 @@ LONG = ("OB", "SQ")
 
 
 def element(group: int, tag: int, kind: str, value: bytes | str | int) -> bytes:
-    """Give one data element."""
+    """Return one data element."""
     if kind == "US":
         value = struct.pack("<H", value)
     elif kind == "UL":
@@ -31,7 +31,7 @@ def element(group: int, tag: int, kind: str, value: bytes | str | int) -> bytes:
 
 
 def sequence(group: int, tag: int, item: bytes) -> bytes:
-    """Give a sequence of one item."""
+    """Return a sequence of one item."""
     return element(group, tag, "SQ", struct.pack("<HHI", 0xFFFE, 0xE000, len(item)) + item)
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from biopsy.evaluation.errors.case_views import Closeup, Closeups, ErrorFacts
-from biopsy.evaluation.errors.measure import KINDS, Mistakes, contrast_mistakes, find_unusual, pick_galleries
+from biopsy.evaluation.errors.case_views import CaseView, CaseViews, ErrorFacts
+from biopsy.evaluation.errors.measure import KINDS, ErrorRecord, contrast_errors, find_unusual, pick_galleries
 from biopsy.evaluation.neighbours import count_neighbours, find_zones, measure_zones
 from biopsy.evaluation.patch_properties import PROPERTIES
 from report_facts import NAMES, THRESHOLD, make_facts
@@ -45,7 +45,7 @@ def make_mistakes(predictions, *, unit="patient", n=4, seed=0):
         "n_groups": len(np.unique(groups)),
         "counts": {name: int((kind == name).sum()) for name in KINDS},
         "properties": PROPERTIES,
-        **contrast_mistakes(table, groups, seed=0, unit=unit),
+        **contrast_errors(table, groups, seed=0, unit=unit),
         "zones": measure_zones(table["zone"].to_numpy(object), *sample, seed=0, unit=unit),
         "training_reference": {"n": 2000, "distance": "1 is the median distance"},
         "galleries": {
@@ -60,10 +60,10 @@ def make_mistakes(predictions, *, unit="patient", n=4, seed=0):
             for name, places in pick_galleries(table, THRESHOLD, n).items()
         },
     }
-    return Mistakes(about, table)
+    return ErrorRecord(about, table)
 
 
-def make_closeups(mistakes, *, patch_px=50, overview=True, seed=0):
+def draw_case_views(mistakes, *, patch_px=50, overview=True, seed=0):
     """Noise in place of tissue: as large as JPEG can be."""
     rng = np.random.default_rng(seed)
 
@@ -71,16 +71,16 @@ def make_closeups(mistakes, *, patch_px=50, overview=True, seed=0):
         return rng.integers(0, 256, (patch_px, patch_px, 3), dtype=np.uint8)
 
     names = {one["patch_id"] for part in mistakes.about["galleries"].values() for one in part}
-    closeups = {
-        name: Closeup(noise(), noise(), False, noise() if overview else None, [noise() for _ in range(3)])
+    case_views = {
+        name: CaseView(noise(), noise(), False, noise() if overview else None, [noise() for _ in range(3)])
         for name in sorted(names)
     }
-    return Closeups(closeups, "Saliency shows this; it is not that.")
+    return CaseViews(case_views, "Saliency shows this; it is not that.")
 
 
 def make_error_facts(*arguments, unit="patient", n=4, patch_px=50, **changes):
     """Facts with mistakes and their pictures."""
     facts = make_facts(*arguments, **changes)
     mistakes = make_mistakes(facts.predictions, unit=unit, n=n)
-    analysis = ErrorFacts(mistakes, make_closeups(mistakes, patch_px=patch_px))
+    analysis = ErrorFacts(mistakes, draw_case_views(mistakes, patch_px=patch_px))
     return replace(facts, results={"errors": analysis})

@@ -64,7 +64,7 @@ def keras_layers(network):
 
 
 def name_layers(layers):
-    """Give ``(name, class, weights)`` as Keras names layers: by class, with a running number."""
+    """Return ``(name, class, weights)`` as Keras names layers: by class, with a running number."""
     counts, named = {}, []
     for kind, weights in layers:
         stem = re.sub("([a-z])([A-Z])", r"\1_\2", kind).lower()

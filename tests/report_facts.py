@@ -191,5 +191,5 @@ class Page(HTMLParser):
 
 
 def figures(text):
-    """Give the source of every figure in a page."""
+    """Return the source of every figure in a page."""
     return re.findall(r"<svg .*?</svg>", text, flags=re.DOTALL)

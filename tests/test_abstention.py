@@ -11,8 +11,8 @@ from scipy import stats
 
 from biopsy.cli.results import say_abstention
 from biopsy.core.errors import MetricError
-from biopsy.evaluation.abstention.figures import draw_promise, draw_risk_coverage
-from biopsy.evaluation.abstention.measure import count_sets, judge_promise, measure_abstention
+from biopsy.evaluation.abstention.figures import draw_coverage, draw_risk_coverage
+from biopsy.evaluation.abstention.measure import count_sets, judge_coverage, measure_abstention
 from biopsy.evaluation.abstention.section import MEASURES, describe_abstention, say_verdict
 from biopsy.reporting.document import ReportDocument, Summary
 from biopsy.reporting.html import render_report
@@ -206,7 +206,7 @@ def test_a_promise_and_what_became_of_it():
         assert entry["per_patch"][weight]["abstained"]["value"] < shares["abstained"]
     assert sum(entry["sets"].values()) == len(NEW.prob)
     assert entry["sets"]["kept"] == round(len(NEW.prob) * (1 - entry["patch"]["abstained"]["value"]))
-    assert entry["verdict"] == judge_promise(0.9, [entry["patient"]["coverage"]])
+    assert entry["verdict"] == judge_coverage(0.9, [entry["patient"]["coverage"]])
     assert entry["risk_coverage"]["at"][0]["risk"]["value"] == entry["risk_coverage"]["error"]
 
 
@@ -218,7 +218,7 @@ def test_a_promise_to_each_class_is_held_against_each():
         each = [sets[(NEW.target == k) & (NEW.patient_ids == p), k].mean() for p in range(30)]
         assert entry["by_class"][name]["coverage"]["value"] == pytest.approx(np.mean(each))
     coverages = [shares["coverage"] for shares in entry["by_class"].values()]
-    assert entry["verdict"] == judge_promise(0.9, coverages)
+    assert entry["verdict"] == judge_coverage(0.9, coverages)
 
 
 def test_the_sets_of_one_promise_lie_on_the_curve():
@@ -291,13 +291,13 @@ def test_sets_are_counted_by_what_they_hold():
 def test_a_verdict_needs_an_interval_to_be_against():
     kept, short = {"value": 0.91, "high": 0.95}, {"value": 0.88, "high": 0.91}
     missed, bare = {"value": 0.80, "high": 0.85}, {"value": 0.80, "high": None}
-    assert [judge_promise(0.9, [one]) for one in (kept, short, missed, bare)] == [
+    assert [judge_coverage(0.9, [one]) for one in (kept, short, missed, bare)] == [
         "kept",
         "open",
         "broken",
         "open",
     ]
-    assert [judge_promise(0.9, [kept, other]) for other in (kept, short, missed)] == [
+    assert [judge_coverage(0.9, [kept, other]) for other in (kept, short, missed)] == [
         "kept",
         "open",
         "broken",
@@ -323,10 +323,10 @@ def test_figures_show_what_they_are_given():
     figure = draw_risk_coverage(wrong, confidence, intervals=bars, kept=(0.7, 0.05))
     line = figure.axes[0].lines[0]
     assert line.get_xdata()[-1] == 100 and line.get_ydata()[-1] == pytest.approx(100 * wrong.mean())
-    figure = draw_promise(np.array([0.9, 0.7]), np.array([0.6, 0.8]), 0.9)
+    figure = draw_coverage(np.array([0.9, 0.7]), np.array([0.6, 0.8]), 0.9)
     assert figure.axes[0].lines[0].get_ydata().tolist() == [70, 90]
     with pytest.raises(MetricError, match="no slide to draw"):
-        draw_promise(None, np.array([]), 0.9, unit="slide")
+        draw_coverage(None, np.array([]), 0.9, unit="slide")
 
 
 def chapter(conformal, **changes):

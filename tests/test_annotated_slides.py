@@ -58,7 +58,7 @@ def raster(polygon, width=600, height=400):
 
 
 def shares(pack, polygon, scale=2.0):
-    """Give by pixels what share of each patch a polygon covers."""
+    """Return by pixels what share of each patch a polygon covers."""
     mask = raster(polygon)
     side = round(pack.info.patch_px * scale)
     corners = (pack.table[["x", "y"]].to_numpy(int) * scale).round().astype(int)
@@ -309,7 +309,7 @@ def test_a_map_corrected_in_qupath_gives_its_labels_back(slides, tmp_path):
 
 
 def labels(pack):
-    """Give the class at each place that has one."""
+    """Return the class at each place that has one."""
     places = pack.table[["x", "y"]].to_numpy(int).tolist()
     return {(x, y): target for (x, y), target in zip(places, pack.target.tolist(), strict=True)}
 

@@ -17,7 +17,7 @@ def candidates(n=60, patients=3, **columns):
     frame = pd.DataFrame(
         {
             "uncertainty": rng.uniform(size=n),
-            "novelty": np.nan,
+            "ood_score": np.nan,
             "patient_id": [f"p{index % patients}" for index in range(n)],
             "slide": [f"p{index % patients}" for index in range(n)],
             "x": np.arange(n) // patients % 5 * 100.0,
@@ -39,9 +39,9 @@ def test_the_most_uncertain_come_first_and_patients_take_turns():
 
 
 def test_novel_patches_come_before_equally_uncertain_ones():
-    novelty = np.zeros(60)
-    novelty[7] = 5
-    frame = candidates(uncertainty=0.5, novelty=novelty)
+    ood_score = np.zeros(60)
+    ood_score[7] = 5
+    frame = candidates(uncertainty=0.5, ood_score=ood_score)
     assert choose(frame, 1).tolist() == [7]
 
 

@@ -62,7 +62,7 @@ def test_predictions_are_those_of_predict(client, trained_run, images, tmp_path)
         assert item["probs"]["idc"] == pytest.approx(row["prob_idc"], abs=1e-6)
         assert item["pred"] == trained_run.classifier.info.class_names[row["pred"]]
         assert item["ood"]["feature_distance"] == pytest.approx(row["feature_distance"], rel=1e-4)
-        assert item["ood"]["out_of_distribution"] == row["unlike_training"]
+        assert item["ood"]["out_of_distribution"] == row["out_of_distribution"]
     assert answer["classifier_sha256"] == trained_run.classifier.sha256
     alone = send(client, images[:1]).json()["predictions"][0]
     assert alone["prob"] == pytest.approx(found[0]["prob"], abs=1e-6)

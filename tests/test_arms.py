@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from biopsy.core.errors import SplitError
-from biopsy.data.audit import audit_pack, find_spoilers
+from biopsy.data.audit import audit_pack, find_blocking_issues
 from biopsy.data.leakage import check_no_leakage, find_overlap
 from biopsy.data.packs import Pack
 from biopsy.data.protocols import LEAK_PROTOCOLS, PROTOCOLS, Request
@@ -77,6 +77,7 @@ def lay_out(*patients):
 
 @given(counts, counts, others, st.integers(0, 99), st.randoms())
 @settings(max_examples=60, deadline=None)
+@pytest.mark.slow
 def test_laws_of_the_arms(tested, validating, others, seed, shuffler):
     table = lay_out(tested, validating, *others)
     arms = {name: divide(table, f"leak-{name}", seed) for name in ("apart", "with", "placebo")}
@@ -177,7 +178,7 @@ def test_arms_are_kept_in_the_pack_and_used_by_name(make_pack: MakePack) -> None
         assert (again.sides(pack) == split.sides(pack)).all() and again.parameters == split.parameters
         assert (find_split(pack, split.name).sides(pack) == split.sides(pack)).all()
         audit = audit_pack(pack, again)
-        assert audit["split"]["patients_overlap"] is split.overlap and find_spoilers(audit) == []
+        assert audit["split"]["patients_overlap"] is split.overlap and find_blocking_issues(audit) == []
     with pytest.raises(SplitError, match="patient 8863 is in train and test"):
         check_no_leakage(pack.group_ids, leak.sides(pack))
 

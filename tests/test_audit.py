@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from biopsy.core.files import read_json, sha256_file, write_json
 from biopsy.data import duplicates
-from biopsy.data.audit import LIST_LIMIT, audit_pack, find_spoilers
+from biopsy.data.audit import LIST_LIMIT, audit_pack, find_blocking_issues
 from biopsy.data.duplicates import MAX_BITS, find_near_duplicates, hash_patches
 from biopsy.data.packs import PIXELS, TABLE, Pack, content_sha256, patch_sha256
 from biopsy.data.splits import make_split
@@ -40,7 +40,7 @@ def alter(pack: Pack, change: Callable[[np.ndarray, pd.DataFrame], None]) -> Pac
 def test_a_clean_pack_has_nothing_to_say(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=5)
     audit = audit_pack(pack, make_split(pack, protocol="patients"))
-    assert find_spoilers(audit) == []
+    assert find_blocking_issues(audit) == []
     for kind in ("unreadable", "odd_sizes", "blank", "exact_duplicates", "near_duplicates"):
         assert audit[kind]["count"] == 0, kind
     assert audit["coordinates"]["known"] == 60
@@ -67,7 +67,7 @@ def test_duplicates_and_conflicts_are_named(make_pack: MakePack) -> None:
     assert audit["exact_duplicates"]["items"] == [[ids[2], ids[14]], [ids[40], ids[47]]]
     assert audit["label_conflicts"]["same_pixels"]["items"] == [[ids[40], ids[47]]]
     assert audit["split"]["duplicates_across_sides"]["items"] == [[ids[2], ids[14]]]
-    reasons = find_spoilers(audit)
+    reasons = find_blocking_issues(audit)
     assert len(reasons) == 2
     assert (
         f"1 label conflicts: patches of the same pixels with different labels, such as {ids[40]}"
@@ -92,7 +92,7 @@ def test_blank_duplicates_are_counted_apart_and_spoil_nothing(make_pack: MakePac
     audit = audit_pack(pack, make_split(pack, protocol="leave-one-out"))
     assert audit["blank"]["count"] == audit["exact_duplicates"]["blank_patches"] == 3
     assert audit["label_conflicts"]["same_pixels_blank"]["count"] == 1
-    assert find_spoilers(audit) == []
+    assert find_blocking_issues(audit) == []
 
 
 def test_one_place_with_two_classes_is_a_conflict(make_pack: MakePack) -> None:
@@ -106,7 +106,7 @@ def test_one_place_with_two_classes_is_a_conflict(make_pack: MakePack) -> None:
     assert pack.target[5:9].tolist() == [0, 1, 1, 1]
     assert [ids[5], ids[6]] in audit["label_conflicts"]["same_place"]["items"]
     assert audit["label_conflicts"]["same_place"]["count"] == 1
-    assert "patches of the same place with different labels" in find_spoilers(audit)[0]
+    assert "patches of the same place with different labels" in find_blocking_issues(audit)[0]
 
 
 def test_places_off_the_grid_are_counted(make_pack: MakePack) -> None:
@@ -130,8 +130,8 @@ def test_a_patient_on_two_sides_spoils_unless_published(make_pack: MakePack) -> 
     audit = audit_pack(pack, published)
     assert audit["split"]["patients_overlap"] is True
     assert audit["split"]["overlap"]["count"] == 4
-    assert find_spoilers(audit) == []
-    reasons = find_spoilers(audit_pack(pack, replace(published, protocol="patients", name="mine")))
+    assert find_blocking_issues(audit) == []
+    reasons = find_blocking_issues(audit_pack(pack, replace(published, protocol="patients", name="mine")))
     assert reasons == [
         "4 patients on two sides of split 'mine', such as 8863 in "
         f"{' and '.join(audit['split']['overlap']['items']['8863'])}; split by patient"
@@ -142,7 +142,7 @@ def test_a_named_patient_on_two_sides_spoils_whatever_others_lack(make_pack: Mak
     ids = [None, *np.repeat(["P0", "P1", "P2", "P3"], 12).tolist()[1:]]
     pack = make_pack(n_patients=4, columns={"patient_id": ids, "slide_id": None})
     split = make_split(pack, protocol="patients")
-    assert find_spoilers(audit_pack(pack, split)) == []
+    assert find_blocking_issues(audit_pack(pack, split)) == []
     sides = split.sides(pack)
     sides[1] = "test" if sides[2] != "test" else "train"
     table = split.table.assign(side=sides)
@@ -152,7 +152,7 @@ def test_a_named_patient_on_two_sides_spoils_whatever_others_lack(make_pack: Mak
         "unknown": 1,
     }
     assert list(audit["split"]["overlap"]["items"]) == ["P0"]
-    assert len(find_spoilers(audit)) == 1
+    assert len(find_blocking_issues(audit)) == 1
 
 
 def test_patches_that_name_nobody(make_pack: MakePack) -> None:
@@ -237,4 +237,4 @@ def test_duplicates_of_pcam(data_dir: Path, tmp_path: Path) -> None:
     audit = audit_pack(pack, make_split(pack, protocol="official"))
     assert (audit["exact_duplicates"]["patches"], audit["exact_duplicates"]["count"]) == (1_164, 511)
     assert audit["label_conflicts"]["same_pixels"]["count"] == 0
-    assert find_spoilers(audit) == []
+    assert find_blocking_issues(audit) == []

@@ -37,7 +37,7 @@ def test_everything_off_is_the_identity_bit_for_bit():
     assert torch.equal(Augmentation().augment(batch, generator()), batch)
 
 
-@pytest.mark.parametrize("settings", [POST, Augmentation(quarter_turns=True), Augmentation(hed_jitter=0.2)])
+@pytest.mark.parametrize("settings", [POST, Augmentation(rot90=True), Augmentation(hed_jitter=0.2)])
 def test_the_same_generator_gives_the_same_batch_and_another_gives_another(settings):
     batch = make_batch(16)
     first, same, other = (settings.augment(batch, generator(seed)) for seed in (1, 1, 2))
@@ -63,7 +63,7 @@ def test_global_randomness_is_left_alone():
 
 def test_quarter_turns_and_flips_only_move_pixels():
     batch = make_batch(200, 9, 9)
-    settings = Augmentation(quarter_turns=True, flip_horizontal=True, flip_vertical=True)
+    settings = Augmentation(rot90=True, flip_horizontal=True, flip_vertical=True)
     moved = settings.augment(batch, generator())
     assert moved.is_contiguous(memory_format=torch.channels_last)
     seen = set()
@@ -205,4 +205,4 @@ def test_refusals(settings, message):
 
 def test_quarter_turns_of_a_patch_that_is_not_square_are_refused():
     with pytest.raises(RecipeError, match="needs square patches"):
-        Augmentation(quarter_turns=True).augment(make_batch(2, 6, 8), generator())
+        Augmentation(rot90=True).augment(make_batch(2, 6, 8), generator())

@@ -11,7 +11,7 @@ from biopsy.models.engine import Engine
 from biopsy.models.networks import build_network
 from biopsy.models.preprocessing import Preprocessing
 from biopsy.reporting.compose import warn_reader
-from biopsy.training.batch_norm import settle_batch_norm
+from biopsy.training.batch_norm import reestimate_batch_norm
 from biopsy.training.postprocessing import warn_of_spread
 from biopsy.training.train import train
 from report_facts import make_small_facts
@@ -26,9 +26,9 @@ def pack(make_pack):
     return make_pack(n_patients=6, own_sides=("train", "val", "test"))
 
 
-def settle(network, pack, **options):
+def fit_postprocessing(network, pack, **options):
     engine = Engine("cpu")
-    return settle_batch_norm(
+    return reestimate_batch_norm(
         engine.place(network), PREPROCESSING, pack, np.arange(len(pack)), engine=engine, seed=0, **options
     )
 
@@ -39,7 +39,7 @@ def inputs(pack):
 
 def test_new_statistics_are_those_of_the_patches(pack):
     network = build_network("cancernet", n_classes=2, input_px=8)
-    record = settle(network, pack)
+    record = fit_postprocessing(network, pack)
     assert record["reestimated"] and not record["settled"] and record["n_patches"] == len(pack)
     seen = []
     first = next(module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d))
@@ -49,26 +49,26 @@ def test_new_statistics_are_those_of_the_patches(pack):
     np.testing.assert_allclose(first.running_mean, seen[0].mean((0, 2, 3)), rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(first.running_var, seen[0].var((0, 2, 3)), rtol=1e-3)
     assert first.momentum == 0.01 and not any(module.training for module in network.modules())
-    again = settle(network, pack)  # settled now, so nothing moves
+    again = fit_postprocessing(network, pack)  # settled now, so nothing moves
     assert again["settled"] and not again["reestimated"] and again["disagreement"] < 0.01
 
 
 def test_looking_changes_nothing(pack):
     network = build_network("cancernet", n_classes=2, input_px=8)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    record = settle(network, pack, reestimate=False)
+    record = fit_postprocessing(network, pack, reestimate=False)
     assert not record["settled"] and not record["reestimated"]
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
 def test_a_network_without_batch_normalisation_has_nothing_to_settle(pack):
-    assert settle(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2)), pack) is None
+    assert fit_postprocessing(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2)), pack) is None
 
 
 def test_a_short_run_says_so_everywhere_and_is_the_same_when_resumed(pack, tmp_path, monkeypatch):
     run = train_tiny(pack, tmp_path / "run")
     assert run.info["batch_norm"]["reestimated"]
-    (said,) = (text for text in run.info["warnings"] if "batch-norm" in text)
+    (said,) = (text for text in run.info["warnings"] if "batch normalisation" in text)
     metrics = evaluate(run)
     assert said in metrics["warnings"]
     facts = replace(
@@ -80,7 +80,7 @@ def test_a_short_run_says_so_everywhere_and_is_the_same_when_resumed(pack, tmp_p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("biopsy.training.finalize.settle_batch_norm", stop)
+        patched.setattr("biopsy.training.finalize.reestimate_batch_norm", stop)
         train_tiny(pack, tmp_path / "stopped")
     resumed = train(resume=tmp_path / "stopped", device="cpu")
     assert_same_run(run, resumed)

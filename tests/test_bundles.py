@@ -77,7 +77,9 @@ def test_a_bundle_is_predicted_as_its_run(bundle, trained_run, tmp_path):
         for n, model in enumerate([trained_run, bundle.path])
     )
     subsets = other.frame["side"]  # which a bundle, without the run, does not know
-    assert one.frame.assign(side=subsets).equals(other.frame) and one.frame["unlike_training"].notna().all()
+    assert (
+        one.frame.assign(side=subsets).equals(other.frame) and one.frame["out_of_distribution"].notna().all()
+    )
 
 
 def test_the_script_runs_onnx_by_itself(bundle, trained_run, tmp_path):

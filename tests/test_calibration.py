@@ -18,7 +18,7 @@ from biopsy.models.classifier import Classifier, score_classes
 from biopsy.recipes import load_recipe
 from biopsy.statistics.calibrators import fit_calibrator
 from biopsy.statistics.thresholds import choose_threshold
-from biopsy.training.postprocessing import find_trained_prior, settle
+from biopsy.training.postprocessing import find_trained_prior, fit_postprocessing
 from biopsy.training.runs import Run
 from tiny_runs import LIVELY, assert_same_run, copy_run, train_tiny
 
@@ -31,13 +31,13 @@ def run(trained_run, tmp_path):
 
 
 def read(run, side="val"):
-    """Give logits, target and the whole table of a run's predictions."""
+    """Return logits, target and the whole table of a run's predictions."""
     frame, _ = run.predictions(side)
     return frame[["logit_non_idc", "logit_idc"]].to_numpy(), frame["target"].to_numpy(int), frame
 
 
 def stub(class_names=("non_idc", "idc"), outputs="softmax"):
-    """Give a classifier without a network, for what needs only its record."""
+    """Return a classifier without a network, for what needs only its record."""
     from biopsy.models.classifier import ClassifierInfo
     from biopsy.models.preprocessing import Preprocessing
 
@@ -58,7 +58,9 @@ def stub(class_names=("non_idc", "idc"), outputs="softmax"):
 
 def settle_stub(logits, target, groups, method="temperature", **options):
     classifier = stub(**options)
-    settle(classifier, logits, target, groups, method=method, rules=RULES, chosen_on="val", unit="patient")
+    fit_postprocessing(
+        classifier, logits, target, groups, method=method, rules=RULES, chosen_on="val", unit="patient"
+    )
     return classifier
 
 
@@ -188,7 +190,9 @@ def test_constant_and_nan_logits():
 def test_patches_without_patients_are_their_own_unit():
     logits, target, groups = draw(n_groups=3)
     classifier = stub()
-    settle(classifier, logits, target, groups, method="platt", rules=RULES, chosen_on="val", unit="patch")
+    fit_postprocessing(
+        classifier, logits, target, groups, method="platt", rules=RULES, chosen_on="val", unit="patch"
+    )
     assert classifier.info.calibrator["warning"] is None
 
 
@@ -259,7 +263,7 @@ def test_doing_it_again_is_as_if_it_had_been_so_from_the_start(run, tmp_path):
         redone = Run.open(run.path)
         one, other = (found.classifier.info.model_dump(exclude={"pack"}) for found in (redone, again))
         assert one == other
-        assert redone.info["question_sha256"] == again.info["question_sha256"]
+        assert redone.info["config_sha256"] == again.info["config_sha256"]
         assert redone.recipe == again.recipe
         assert_same_run(redone, again)
         assert redone.info["recalibrated"]["method"] == method
@@ -310,7 +314,7 @@ def test_runs_from_before_there_was_calibration_load_and_can_be_calibrated(run):
         del recipe[table][key]
     (run.path / "recipe.toml").write_text(tomli_w.dumps(recipe))
     info = json.loads((run.path / "run.json").read_text())
-    younger = ("recalibrated", "question_sha256", "files", "document_sha256")
+    younger = ("recalibrated", "config_sha256", "files", "document_sha256")
     (run.path / "run.json").write_text(json.dumps({k: v for k, v in info.items() if k not in younger}))
     old = Run.open(run.path)
     metrics = evaluate(old)
@@ -324,7 +328,7 @@ def test_it_needs_no_pack(run):
     pack = run.open_pack(verify=False).path
     pack.rename(pack.with_name("elsewhere.pack"))
     assert calibrate(run, method="platt")["calibrator"]["method"] == "platt"
-    assert Run.open(run.path).info["question_sha256"] is None
+    assert Run.open(run.path).info["config_sha256"] is None
 
 
 def test_what_cannot_be_calibrated_is_refused(run, tmp_path):

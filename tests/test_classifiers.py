@@ -93,9 +93,9 @@ def test_altered_weights_are_refused(saved):
         ({"conformal": {"quantiles": [0.5]}}, "conformal"),
         ({"calibrator": {"method": "isotonic", "prob": [0.5]}}, "calibrator"),
         ({"calibrator": {"method": "magic"}}, "calibrator.method"),
-        ({"unlike_training": {"limits": {"feature": 1}}}, "unlike_training.limits.colour"),
+        ({"out_of_distribution": {"limits": {"feature": 1}}}, "out_of_distribution.limits.colour"),
         (
-            {"unlike_training": {"limits": {"feature": 1, "colour": 1}}},
+            {"out_of_distribution": {"limits": {"feature": 1, "colour": 1}}},
             "lacks what training patches are like",
         ),
         ({"network": "cancernett"}, "no network is called 'cancernett'; did you mean 'cancernet'"),

@@ -225,14 +225,19 @@ def test_predicted_classes_are_named_and_training_patches_counted(replace):
     assert result.stderr.startswith("warning: 2 ") and "training" in result.stderr
 
 
-@pytest.mark.parametrize(("spoilers", "exit_code"), [([], 0), (["patient 8863 is in train and test"], 1)])
-def test_inspect_exits_1_when_something_would_spoil_a_result(replace, spoilers, exit_code):
-    audit = {"spoilers": spoilers, "paths": {"audit": Path("x.pack/audit.json"), "pictures": [Path("a.png")]}}
+@pytest.mark.parametrize(
+    ("blocking_issues", "exit_code"), [([], 0), (["patient 8863 is in train and test"], 1)]
+)
+def test_inspect_exits_1_when_something_would_spoil_a_result(replace, blocking_issues, exit_code):
+    audit = {
+        "blocking_issues": blocking_issues,
+        "paths": {"audit": Path("x.pack/audit.json"), "pictures": [Path("a.png")]},
+    }
     replace("inspect", lambda *args, **options: audit)
     result = call("inspect", "x.pack", "--json")
     assert result.exit_code == exit_code
-    assert ("patient 8863" in result.stderr) == bool(spoilers)
-    assert json.loads(result.stdout)["spoilers"] == spoilers
+    assert ("patient 8863" in result.stderr) == bool(blocking_issues)
+    assert json.loads(result.stdout)["blocking_issues"] == blocking_issues
 
 
 def test_lists_in_flags_reach_the_function(replace):
@@ -357,6 +362,7 @@ def test_blocks_leave_out_what_is_not_known(capsys):
 # --- the real thing
 
 
+@pytest.mark.slow
 def test_from_archive_to_report(make_idc_zip, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = make_idc_zip(n_patients=8, patches_per_patient=12, patch_px=50)

@@ -34,7 +34,7 @@ FILES = {"heatmap.tiff", "map.parquet", "overlay.png", "regions.geojson", "summa
 
 
 def contents(folder):
-    """Give every file under a folder; the lock says nothing."""
+    """Return every file under a folder; the lock says nothing."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
@@ -98,6 +98,7 @@ def test_the_heat_map_lies_over_the_slide(mapped):
     assert (pixels[heatmap.height // 2, heatmap.width // 2] != 255).any()
 
 
+@pytest.mark.slow
 def test_finished_slides_are_kept_and_changed_questions_asked_again(make_slide, tmp_path):
     model, path, out = save_classifier(tmp_path / "c"), make_slide("a.tiff"), tmp_path / "out"
 
@@ -136,6 +137,7 @@ def test_what_fails_is_named_and_the_rest_done(make_slide, tmp_path):
     assert not (tmp_path / "out" / "coarse").exists()
 
 
+@pytest.mark.slow
 def test_no_slide_ends_a_cohort(make_slide, tmp_path):
     folder = tmp_path / "s"
     folder.mkdir()
@@ -353,6 +355,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same(make_slide, tmp_path)
     assert contents(out) == whole
 
 
+@pytest.mark.slow
 def test_killed_between_writing_and_renaming(make_slide, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass

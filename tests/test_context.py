@@ -127,6 +127,7 @@ def test_a_pack_is_predicted_with_context_and_images_without(pack, run, tmp_path
     assert np.allclose(frame["prob"], single.probs(alone[:2])[:, pack.positive_index], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_slide_map_is_made_with_context(pack, run, tmp_path):
     result = biopsy.slide(run, pack.path, out=tmp_path / "maps", device="cpu", precision="fp32", mpp=4.0)
     predicted = predict(run, pack.path, out=tmp_path / "pack.parquet").frame

@@ -41,7 +41,7 @@ def pages_with(pattern: str) -> list[Path]:
 
 
 def find_command_lines(text: str) -> list[list[str]]:
-    """Give the arguments of every ``biopsy`` call in the shell blocks of a page."""
+    """Return the arguments of every ``biopsy`` call in the shell blocks of a page."""
     calls = []
     for language, block in FENCE.findall(text):
         if language not in SHELLS:

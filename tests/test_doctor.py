@@ -62,6 +62,7 @@ def test_a_package_that_does_not_load_fails(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="ulimit")
+@pytest.mark.slow
 def test_few_open_files_are_seen_from_the_command_line(tmp_path):
     code = "from biopsy.cli import main; main()"
     command = f"ulimit -n 100; exec {sys.executable} -c '{code}' doctor --path '{tmp_path}' --json"

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from biopsy.evaluation.errors.case_views import ErrorFacts, hide_errors
-from biopsy.evaluation.errors.section import describe_mistakes
+from biopsy.evaluation.errors.section import describe_errors
 from biopsy.reporting.compose import report_of_run
 from biopsy.reporting.document import ReportDocument, Summary
 from biopsy.reporting.facts import hide_run
 from biopsy.reporting.html import render_report
-from error_facts import TRAINED, make_closeups, make_error_facts, make_mistakes
+from error_facts import TRAINED, draw_case_views, make_error_facts, make_mistakes
 from report_facts import THRESHOLD, Page, make_facts, make_predictions
 
 IDS = ("10286", "11053", "12810", "13016", "14038", "15478")
@@ -29,7 +29,7 @@ def page(facts):
 
 def render_chapter(facts):
     summary = Summary("Asked?", [], unit="patient")
-    return Page(render_report(ReportDocument("t", "s", summary, [describe_mistakes(facts)])))
+    return Page(render_report(ReportDocument("t", "s", summary, [describe_errors(facts)])))
 
 
 def test_mistakes_are_the_surest_and_named(page, facts):
@@ -62,12 +62,12 @@ def test_the_table_holds_the_record(facts):
 
 
 def test_the_conjectures_are_answered_by_name(facts):
-    conjectures = [
+    hypotheses = [
         {"name": name, "source": "the VGG16 post", "claim": f"{name}.", "answer": f"Held here: {name}."}
         for name in ("less stained", "heterogeneous", "blue and yellow")
     ]
     text = render_chapter(
-        replace(facts, results={**facts.results, "hypotheses": {"conjectures": conjectures}})
+        replace(facts, results={**facts.results, "hypotheses": {"hypotheses": hypotheses}})
     ).text
     assert "The VGG16 post: “less stained.” Held here: less stained." in text
     assert "“heterogeneous.”" in text and "blue and yellow" not in text
@@ -76,8 +76,8 @@ def test_the_conjectures_are_answered_by_name(facts):
 def test_patches_without_patients_or_places_say_so():
     table = make_predictions(("a", "b")).assign(patient_id=None, slide_id=None, x=np.nan, y=np.nan)
     mistakes = make_mistakes(table, unit="patch")
-    closeups = make_closeups(mistakes, overview=False)
-    changes = {"results": {"errors": ErrorFacts(mistakes, closeups)}}
+    case_views = draw_case_views(mistakes, overview=False)
+    changes = {"results": {"errors": ErrorFacts(mistakes, case_views)}}
     facts = replace(make_facts(get_patch=None), predictions=table, **changes)
     text = render_chapter(facts).text
     assert "no coordinates; errors at annotated borders cannot be counted" in text
@@ -108,12 +108,12 @@ def test_what_users_name_is_escaped():
 
 
 def test_a_run_without_the_record_has_no_such_chapter():
-    assert describe_mistakes(make_facts(get_patch=None)) is None
+    assert describe_errors(make_facts(get_patch=None)) is None
 
 
 def test_no_id_of_judged_or_training_patients_gets_through(facts):
     hidden = hide_run(facts, {"errors": hide_errors})
-    document = ReportDocument("t", "s", Summary("?", [], unit="patient"), [describe_mistakes(hidden)])
+    document = ReportDocument("t", "s", Summary("?", [], unit="patient"), [describe_errors(hidden)])
     text = render_report(document)
     assert "Error analysis" in text and "IDC 1.50" in text
     for name in (*IDS, TRAINED):

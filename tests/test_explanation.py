@@ -173,7 +173,7 @@ def test_maps_lie_on_the_true_pixels_of_each_patch():
     np.testing.assert_allclose(maps[0].mean(axis=0), [0, 0, 0, 0.25, 0.75, 1, 1, 1], atol=1e-6)
     assert maps[1, :4, 5].min() == 1 and maps[1, :4, 0].max() == 0
     assert maps[1, 4:].max() == 0 and maps[1, :, 6:].max() == 0
-    padded = make_classifier(network, input_px=4, odd_sizes="pad")
+    padded = make_classifier(network, input_px=4, resize_mode="pad")
     maps = explain_patches(padded, draw_patches(2, 8), sizes, engine=CPU).maps[:, 0]
     np.testing.assert_allclose(maps[1, 0], [0, 0, 0, 0.25, 0.75, 1, 0, 0], atol=1e-6)
     assert maps[1, 4:].max() == 0

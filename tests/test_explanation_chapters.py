@@ -51,14 +51,14 @@ def add_explanations(facts, n=4):
         {f"{c}_{w}": rng.random(n_all) for c in ("blue", "yellow") for w in ("area", "saliency")}
     )
     called, options = facts.predictions["prob"].to_numpy() > 0.5, {"seed": 0, "unit": "patient"}
-    conjectures = {
+    hypotheses = {
         "side": "test",
         "unit": "patient",
         "seed": 11,
         "n_patches": n_all,
         "n_measured": n_all,
         "n_asked": 77,
-        "conjectures": [
+        "hypotheses": [
             judge_less_stained(properties, truth, called, groups, **options),
             judge_heterogeneous(properties, truth, called, groups, **options),
             judge_blue_yellow(
@@ -71,7 +71,7 @@ def add_explanations(facts, n=4):
             ),
         ],
     }
-    results = {"explanation": Explained(examples, patches, parts), "hypotheses": conjectures}
+    results = {"explanation": Explained(examples, patches, parts), "hypotheses": hypotheses}
     return replace(facts, results={**facts.results, **results})
 
 
@@ -82,13 +82,13 @@ def test_the_report_shows_maps_and_answers():
     facts = add_explanations(make_small_facts(IDS))
     text = render_report(report_of_run(facts))
     page = Page(text).text
-    assert {"explanation", "conjectures"} <= set(Page(text).sections)
+    assert {"explanation", "hypotheses"} <= set(Page(text).sections)
     assert "saliency: it shows <what>." in page and "activation 8" in text
-    for entry in facts.results["hypotheses"]["conjectures"]:
+    for entry in facts.results["hypotheses"]["hypotheses"]:
         assert entry["claim"] in page and entry["answer"] in page
         for measure in entry.get("measures", ()):
             assert f"{measure['auroc']['value']:.3f}" in page
-    difference = facts.results["hypotheses"]["conjectures"][2]["auroc"]["grey"]["difference"]
+    difference = facts.results["hypotheses"]["hypotheses"][2]["auroc"]["grey"]["difference"]
     assert f"{difference['value']:.3f} ({difference['low']:.3f} to {difference['high']:.3f})" in page
     assert "hypotheses about saliency on 77" in page and "(seed 11)" in page
     assert len(figures(text)) - len(figures(render_report(report_of_run(make_small_facts(IDS))))) == 2
@@ -108,7 +108,7 @@ def test_ids_are_hidden_in_sheets_and_tables():
 
 def test_a_report_without_them_has_no_such_chapters():
     page = Page(render_report(report_of_run(make_small_facts())))
-    assert not {"explanation", "conjectures"} & set(page.sections)
+    assert not {"explanation", "hypotheses"} & set(page.sections)
 
 
 def test_the_report_says_whether_maps_mean_anything():

@@ -14,27 +14,27 @@ import biopsy
 from biopsy.core.errors import DataError, RecipeError, RunError
 from biopsy.core.files import read_json
 from biopsy.evaluation.explanation.faithfulness import (
+    all_deletion_insertion_curves,
     compare_randomised,
+    compare_with_baselines,
+    describe_gain,
     draw_patches,
     explain_all,
     find_edges,
-    judge_gain,
     judge_method,
     measure_faithfulness,
     read_faithfulness,
-    say_answer,
-    trace_all,
 )
 from biopsy.evaluation.explanation.faithfulness_measures import (
     CELLS,
     STEPS,
     area_under,
     blur_patches,
+    deletion_insertion_curves,
     randomise_cascading,
     rank_cells,
     rank_correlation,
     structural_similarity,
-    trace_removal,
 )
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_logits
@@ -93,7 +93,7 @@ def corner():
     classifier, patches = make_classifier(Corner(), input_px=SIDE), draw_corners(16)
     maps, layers, refused = explain_all(classifier, patches, np.ones(16, int), (), None, CPU)
     assert refused == [] and layers["grad_cam"] == "conv"
-    return classifier, patches, maps, trace_all(ask_of(classifier), patches, maps, seed=0)
+    return classifier, patches, maps, all_deletion_insertion_curves(ask_of(classifier), patches, maps, seed=0)
 
 
 GROUPS = np.repeat(np.arange(8), 2).astype(str)
@@ -134,13 +134,14 @@ def test_maps_that_know_nothing_do_not_win(corner):
     classifier, patches = corner[:2]
     rng = np.random.default_rng(5)
     others = {"saliency": rng.random(patches.shape[:3]), "occlusion": find_edges(patches)}
-    again = trace_all(ask_of(classifier), patches, others, seed=1)
+    again = all_deletion_insertion_curves(ask_of(classifier), patches, others, seed=1)
     drawn = judge("saliency", again)
     assert drawn["verdict"]["random"] != "beats" and abs(drawn["gain"]["random"]["value"]) < 0.1
     edges = judge("occlusion", again)
     assert edges["gain"]["edges"]["value"] == 0 and edges["verdict"]["edges"] == "unsaid"
     wrong = judge(
-        "saliency", trace_all(ask_of(classifier), patches, {"saliency": -traced_map(corner)}, seed=0)
+        "saliency",
+        all_deletion_insertion_curves(ask_of(classifier), patches, {"saliency": -traced_map(corner)}, seed=0),
     )
     assert wrong["verdict"]["random"] == "worse" and "is worse than random maps by 0." in wrong["answer"]
 
@@ -192,10 +193,10 @@ def test_curves_by_hand():
     values = np.zeros((1, 12, 12))
     values[0, 0, 0] = 1
     ask = lambda versions: versions[:, 0, 0, 0] / 255.0  # noqa: E731
-    deleted, inserted = trace_removal(ask, patches, np.zeros_like(patches), rank_cells(values))
+    deleted, inserted = deletion_insertion_curves(ask, patches, np.zeros_like(patches), rank_cells(values))
     assert deleted.tolist() == [[1.0] + [0.0] * STEPS] and inserted.tolist() == [[0.0] + [1.0] * STEPS]
     assert area_under(deleted)[0] == pytest.approx(0.5 / STEPS)
-    deleted, inserted = trace_removal(ask, patches, np.zeros_like(patches), rank_cells(-values))
+    deleted, inserted = deletion_insertion_curves(ask, patches, np.zeros_like(patches), rank_cells(-values))
     assert deleted.tolist() == [[1.0] * STEPS + [0.0]] and inserted.tolist() == [[0.0] * STEPS + [1.0]]
 
 
@@ -297,8 +298,8 @@ def test_tumour_cells_of_phantom_lie_in_the_tumour_and_are_darker():
     ("low", "high", "verdict"), [(0.1, 0.2, "beats"), (-0.2, -0.1, "worse"), (-0.1, 0.1, "no better")]
 )
 def test_a_gain_is_judged_by_its_interval(low, high, verdict):
-    assert judge_gain({"low": low, "high": high}) == verdict
-    assert judge_gain({"low": None, "high": None}) == "unsaid"
+    assert compare_with_baselines({"low": low, "high": high}) == verdict
+    assert compare_with_baselines({"low": None, "high": None}) == "unsaid"
 
 
 def test_answers_are_plain_sentences():
@@ -311,20 +312,20 @@ def test_answers_are_plain_sentences():
         "verdict": {"random": "beats", "edges": "no better"},
         "randomised": [{"rank_correlation": 0.1}, {"rank_correlation": 0.71}],
     }
-    assert say_answer(record, 12, "patient") == (
+    assert describe_gain(record, 12, "patient") == (
         "Grad-CAM is better than random maps by 0.12 (0.05 to 0.19) and is not better than edges (-0.02, "
         "-0.06 to 0.02); its map hardly changes when all weights are random (rank correlation 0.71)."
     )
     worse = record | {"verdict": {"random": "worse", "edges": "worse"}, "randomised": []}
     worse["gain"] = {key: {"value": -0.2, "low": -0.3, "high": -0.1} for key in ("random", "edges")}
-    assert say_answer(worse, 12, "patient") == (
+    assert describe_gain(worse, 12, "patient") == (
         "Grad-CAM is worse than random maps by 0.20 (0.10 to 0.30) and is worse than edges by 0.20 (0.10 to "
         "0.30)."
     )
     few = record | {"verdict": {"random": "unsaid", "edges": "unsaid"}}
     none = {"value": 0.1, "low": None, "reason": "only 1 patient(s)"}
     few["gain"] = {"random": none, "edges": none}
-    assert say_answer(few, 1, "patient").startswith(
+    assert describe_gain(few, 1, "patient").startswith(
         "Grad-CAM: inconclusive with 1 patient (only 1 patient(s))"
     )
 

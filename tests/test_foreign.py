@@ -191,7 +191,7 @@ def test_an_imported_classifier_predicts_like_any_other(cancernet_file, make_pac
     wanted = softmax(predict_by_hand(layers, batch), axis=1)
     np.testing.assert_allclose(found.frame[["prob_non_idc", "prob_idc"]][:8], wanted, atol=1e-5)
     assert found.frame["pred"].tolist() == (found.frame["prob"] >= 0.5).astype(int).tolist()
-    assert not {"unlike_training", "colour_distance", "feature_distance"} & set(found.frame)
+    assert not {"out_of_distribution", "colour_distance", "feature_distance"} & set(found.frame)
     (tmp_path / "patch.png").write_bytes(encode_png(pack.patches[0]))
     asked = call("predict", "mine", "patch.png", "--device", "cpu", "--json")
     assert asked.exit_code == 0 and json.loads(asked.stdout)["n_patches"] == 1, asked.stderr
@@ -207,7 +207,7 @@ def test_what_is_recorded(cancernet_file, tmp_path):
     assert (info.class_names, info.positive_class) == (["non_idc", "idc"], "idc")
     assert (info.mpp, info.patch_px, info.preprocessing.input_px) == (4.0, 50, 48)
     assert info.thresholds == [{"value": 0.5, "rule": "argmax", "chosen_on": "nothing"}]
-    assert info.calibrator == {"method": "none"} and info.unlike_training is None
+    assert info.calibrator == {"method": "none"} and info.out_of_distribution is None
     assert info.imported == {
         "library": "keras",
         "format": "keras",

@@ -15,7 +15,7 @@ from biopsy.models.networks.stages import freeze
 from biopsy.models.preprocessing import Preprocessing
 from biopsy.training.augmentation import Augmentation
 from biopsy.training.batches import Batches
-from biopsy.training.cached_features import compute_front, predict_rest
+from biopsy.training.cached_features import cache_backbone_features, predict_rest
 from conftest import write_pack
 from tiny_runs import train_tiny, weights
 
@@ -69,7 +69,7 @@ def test_the_rest_gives_the_logits_of_the_whole(pack, tmp_path, name, trainable)
     network, batches = make_network(name, trainable), make_batches(pack)
     rows, order = np.arange(5, 60), np.random.default_rng(0).permutation(np.arange(5, 60))
     network.eval()
-    with compute_front(network, batches, rows, 999, engine=ENGINE, folder=tmp_path) as (rest, fed):
+    with cache_backbone_features(network, batches, rows, 999, engine=ENGINE, folder=tmp_path) as (rest, fed):
         assert fed.front is not None and fed.front.values.dtype == np.float32
         for (patches, target), (outputs, same) in zip(
             batches.iterate(order), fed.iterate(order), strict=True
@@ -86,7 +86,10 @@ def test_the_front_sees_every_patch_once(pack, tmp_path):
     network, seen = make_network(), []
     hook = network.body[0].register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
     rows = np.arange(3, 50)
-    with compute_front(network, make_batches(pack), rows, 999, engine=ENGINE, folder=tmp_path) as (_, fed):
+    with cache_backbone_features(network, make_batches(pack), rows, 999, engine=ENGINE, folder=tmp_path) as (
+        _,
+        fed,
+    ):
         for _ in range(3):
             list(fed.iterate(rows))
     hook.remove()
@@ -106,7 +109,9 @@ def test_where_it_cannot_help_nothing_is_computed(pack, tmp_path, caplog, traina
     network, batches = make_network(trainable=trainable), make_batches(pack, **settings)
     with (
         caplog.at_level(logging.INFO),
-        compute_front(network, batches, np.arange(47), n_visits, engine=ENGINE, folder=tmp_path) as given,
+        cache_backbone_features(
+            network, batches, np.arange(47), n_visits, engine=ENGINE, folder=tmp_path
+        ) as given,
     ):
         assert given == (network, batches)
     assert caplog.messages == []
@@ -123,12 +128,17 @@ def test_what_would_take_too_much_room_is_not_kept(pack, tmp_path, caplog, monke
         monkeypatch.setattr(frozen.shutil, "disk_usage", lambda folder: usage)
     with (
         caplog.at_level(logging.INFO),
-        compute_front(network, batches, np.arange(47), 999, engine=ENGINE, folder=tmp_path) as given,
+        cache_backbone_features(
+            network, batches, np.arange(47), 999, engine=ENGINE, folder=tmp_path
+        ) as given,
     ):
         assert given == (network, batches)
     assert "for 47 patches: it is computed in every epoch instead" in caplog.text
     monkeypatch.undo()
-    with compute_front(network, batches, np.arange(47), 999, engine=ENGINE, folder=tmp_path) as (_, fed):
+    with cache_backbone_features(network, batches, np.arange(47), 999, engine=ENGINE, folder=tmp_path) as (
+        _,
+        fed,
+    ):
         assert fed.front.values.nbytes == n_bytes
 
 

@@ -13,7 +13,7 @@ from biopsy.core.errors import DataError, RecipeError, RunError
 from biopsy.core.files import read_json
 from biopsy.evaluation.explanation.explain import explain_examples
 from biopsy.evaluation.explanation.methods import find_method
-from biopsy.evaluation.hypotheses.measure import measure_conjectures
+from biopsy.evaluation.hypotheses.measure import measure_hypotheses
 from biopsy.experiments.reports import gather_run
 from command_line import call
 from report_facts import Page
@@ -83,6 +83,7 @@ def test_until_it_is_opened_the_test_side_is_left_alone(unopened):
     assert [entry["patch_id"] for entry in named["patches"]] == [of_train]
 
 
+@pytest.mark.slow
 def test_three_classes_are_explained_by_the_likeliest(make_pack, tmp_path):
     pack = make_pack(n_patients=6, patches_per_patient=9, n_classes=3, own_sides=("train", "val", "test"))
     run = train_tiny(pack, tmp_path / "run", "train.epochs=1")
@@ -94,7 +95,7 @@ def test_three_classes_are_explained_by_the_likeliest(make_pack, tmp_path):
     biopsy.evaluate(run)
     page = Page(biopsy.report(run, complete=True)[0].read_text()).text
     assert "p: probability of the predicted class" in page
-    assert "conjectures" not in page and not (run.path / "explain" / "conjectures.json").exists()
+    assert "Published hypotheses" not in page and not (run.path / "explain" / "hypotheses.json").exists()
 
 
 # --- a classifier and other patches
@@ -221,6 +222,7 @@ def test_several_layers_in_one_call(judged, tmp_path):
     assert [sheet["layer"] for sheet in json.loads(done.stdout)["sheets"]] == layers
 
 
+@pytest.mark.slow
 def test_patches_are_drawn_at_random_by_the_seed(judged, tmp_path):
     frame, _ = judged.predictions("test")
 
@@ -318,14 +320,15 @@ def test_a_report_computes_nothing_and_names_what_it_lacks(judged):
         assert f"{command} {judged.path}" in page.text
 
 
+@pytest.mark.slow
 def test_a_complete_report_runs_what_is_missing_and_reads_it_again(judged):
     shutil.rmtree(judged.path / "explain", ignore_errors=True)
-    measure_conjectures(judged)
+    measure_hypotheses(judged)
     (path,) = biopsy.report(judged, complete=True)
     page = Page(path.read_text()).text
-    assert {"explanation", "conjectures"} <= set(Page(path.read_text()).sections)
+    assert {"explanation", "hypotheses"} <= set(Page(path.read_text()).sections)
     made = {file.name for file in (judged.path / "explain").iterdir()}
-    assert {"explain.json", "conjectures.json", "saliency.png", "activations.png"} <= made
+    assert {"explain.json", "hypotheses.json", "saliency.png", "activations.png"} <= made
     before = (judged.path / "explain" / "explain.json").stat().st_mtime_ns
     assert str(judged.predictions("test")[0]["patient_id"].iloc[0]) in page
     gather_run(judged)

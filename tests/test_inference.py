@@ -89,7 +89,7 @@ def test_odd_sizes_are_stretched_from_their_true_size(network, patches):
     assert is_close(found[[4, 11]], alone)
     rest = np.delete(np.arange(18), [4, 11])
     assert is_close(found[rest], ask(network, patches)[rest])
-    kept = ask(network, padded, sizes, preprocessing=Preprocessing(input_px=8, odd_sizes="pad"))
+    kept = ask(network, padded, sizes, preprocessing=Preprocessing(input_px=8, resize_mode="pad"))
     assert is_close(kept, ask(network, padded))
     assert not is_close(kept[4], found[4])
 

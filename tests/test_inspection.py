@@ -23,10 +23,10 @@ def names(paths):
 def test_audit_and_pictures_of_a_pack(make_pack):
     pack = make_pack(n_patients=3, patch_px=50)
     found = inspect(pack)
-    assert found["spoilers"] == []
+    assert found["blocking_issues"] == []
     assert found["paths"]["audit"] == pack.path / "audit.json"
     kept = read_json(pack.path / "audit.json", format="biopsy-audit/1")
-    assert kept == {key: value for key, value in found.items() if key not in ("paths", "spoilers")}
+    assert kept == {key: value for key, value in found.items() if key not in ("paths", "blocking_issues")}
     assert names(found["paths"]["pictures"]) == [
         "classes.png",
         "patients.svg",
@@ -71,7 +71,7 @@ def test_inspecting_does_not_change_what_the_pack_is(make_pack, monkeypatch):
     pack = make_pack(patch_px=50)
     inspect(pack)
     Pack.open(pack.path).verify()
-    assert inspect(pack.path)["spoilers"] == []
+    assert inspect(pack.path)["blocking_issues"] == []
 
 
 def test_patches_on_the_class_sheet_come_from_every_patient_first(make_pack, monkeypatch):
@@ -97,9 +97,12 @@ def test_a_patient_on_two_sides_spoils_the_result(make_pack, monkeypatch):
     leaking = Split("mine", "patients", "patient", 0, {}, table, None, pack.info.content_sha256)
     save_split(pack, leaking)
     found = inspect(pack, split="mine")
-    assert len(found["spoilers"]) == 1
-    assert split_patient(pack, table, "train") in found["spoilers"][0] and "mine" in found["spoilers"][0]
-    assert inspect(pack, split=split)["spoilers"] == []
+    assert len(found["blocking_issues"]) == 1
+    assert (
+        split_patient(pack, table, "train") in found["blocking_issues"][0]
+        and "mine" in found["blocking_issues"][0]
+    )
+    assert inspect(pack, split=split)["blocking_issues"] == []
 
 
 def split_patient(pack, table, side):
@@ -113,8 +116,8 @@ def test_a_label_conflict_spoils_the_result(make_pack):
     y = pack.table["y"].copy()
     x[11], y[11] = x[0], y[0]  # the first patient's last patch, of the other class, at its first one's place
     conflicting = make_pack("conflict.pack", columns={"x": x, "y": y})
-    spoilers = inspect(conflicting)["spoilers"]
-    assert len(spoilers) == 1 and "the same place" in spoilers[0]
+    blocking_issues = inspect(conflicting)["blocking_issues"]
+    assert len(blocking_issues) == 1 and "the same place" in blocking_issues[0]
 
 
 def test_where_nothing_is_known_less_is_drawn(make_pack):
@@ -197,4 +200,8 @@ def test_an_unknown_split_is_refused(make_pack):
 
 def test_audit_is_the_library_s_own(make_pack):
     pack = make_pack()
-    assert {**inspect(pack), "paths": 0, "spoilers": 0} == {**audit_pack(pack), "paths": 0, "spoilers": 0}
+    assert {**inspect(pack), "paths": 0, "blocking_issues": 0} == {
+        **audit_pack(pack),
+        "paths": 0,
+        "blocking_issues": 0,
+    }

@@ -112,7 +112,7 @@ def shake(model):
 
 
 def to_keras(network):
-    """Give a network's weights in Keras's order and shapes."""
+    """Return a network's weights in Keras's order and shapes."""
     return [weight for _, weights in keras_layers(network) for weight in weights]
 
 
@@ -170,7 +170,7 @@ def test_an_imported_model_gives_kerass_outputs_on_real_patches(keras, recipe, t
 
 
 def keras_optimiser(keras, name, lr, decay=0.0):
-    """Give Keras's optimiser; of Python's own numbers it would keep float32's digits alone."""
+    """Return Keras's optimiser; of Python's own numbers it would keep float32's digits alone."""
     optimisers, lr = keras.optimizers, np.float64(lr)
     if name == "adagrad":
         schedule = optimisers.schedules.InverseTimeDecay(lr, decay_steps=1, decay_rate=np.float64(decay))

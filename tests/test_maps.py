@@ -157,9 +157,9 @@ def test_a_slide_of_other_colours_is_unlike_training(asked, make_slide):
     same, swapped = predict_slides([SlideTask(path), SlideTask(other)], classifier, stride_um=8.0)
     assert len(same.unlike) == min(len(alone), N_CHECKED) == same.view.checked.sum()
     assert same.unlike.mean() < 0.05 and swapped.unlike.mean() > 0.9
-    assert biopsy.slide(classifier, path).about["unlike_training"]["share"] < 0.1
+    assert biopsy.slide(classifier, path).about["out_of_distribution"]["share"] < 0.1
     plain = biopsy.slide(make_classifier(), path)
-    assert plain.about["unlike_training"] is None
+    assert plain.about["out_of_distribution"] is None
 
 
 def test_precision_that_is_named_is_used():

@@ -11,7 +11,7 @@ from biopsy.core.errors import RecipeError
 from biopsy.evaluation.explanation.maps import explain_patches
 from biopsy.evaluation.explanation.methods import (
     METHODS,
-    Question,
+    ExplanationRequest,
     find_last_maps,
     find_layer,
     gradients,
@@ -35,7 +35,7 @@ PEERS = ["cancernet", "residual", "vgg16"]
 def ask(network, patches, class_index=1, layer=None, blank=1.0):
     batch = torch.from_numpy(patches).permute(0, 3, 1, 2).float() / 255
     index = torch.full((len(patches),), class_index)
-    return Question(network.eval(), batch, index, torch.full((3, 1, 1), blank), layer)
+    return ExplanationRequest(network.eval(), batch, index, torch.full((3, 1, 1), blank), layer)
 
 
 # --- every network

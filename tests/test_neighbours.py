@@ -13,7 +13,7 @@ from biopsy.evaluation.neighbours import (
     find_zones,
     measure_zones,
     place_on_slides,
-    rank_doubts,
+    rank_label_issues,
 )
 
 
@@ -94,7 +94,7 @@ def test_doubt_is_the_share_of_voices_after_laplace():
     counts = np.array([[7.0, 1.0], [8.0, 0.0], [np.nan, np.nan], [np.nan, np.nan], [0.0, 1.0]])
     target = np.array([1, 0, 1, 1, 0])
     probs = np.array([[np.nan, np.nan], [0.9, 0.1], [0.8, 0.2], [np.nan, np.nan], [np.nan, np.nan]])
-    found = rank_doubts(counts, target, probs)
+    found = rank_label_issues(counts, target, probs)
     np.testing.assert_allclose(found["doubt"], [8 / 10, 1.1 / 11, 1.8 / 3, 0.5, 2 / 3])
     assert found["suggested"].tolist() == [0, 1, 0, 0, 1]
     assert found["n_for"].fillna(-1).tolist() == [7, 0, -1, -1, 1]
@@ -102,7 +102,7 @@ def test_doubt_is_the_share_of_voices_after_laplace():
 
 def test_of_several_classes_the_one_with_most_voices_is_suggested():
     counts, probs = np.array([[1.0, 3.0, 4.0], [1.0, 3.0, 4.0]]), np.array([[0.1, 0.8, 0.1], [0.1, 0.1, 0.8]])
-    found = rank_doubts(counts, np.array([2, 0]), probs)
+    found = rank_label_issues(counts, np.array([2, 0]), probs)
     assert found["suggested"].tolist() == [1, 2]
     np.testing.assert_allclose(found["doubt"], [4.8 / 11, 5.8 / 11])
 
@@ -118,7 +118,7 @@ def test_flipped_labels_come_first_and_a_model_helps():
     counts = count_neighbours(table, label, 2)
     share = {}
     for name, probs in (("neighbours", nothing), ("both", np.stack([1 - prob, prob], axis=1))):
-        found = rank_doubts(counts, label, probs)
+        found = rank_label_issues(counts, label, probs)
         share[name] = flipped[found["doubt"].to_numpy().argsort()[::-1][: flipped.sum()]].mean()
         listed = found["doubt"] > 0.5
         assert (found["suggested"] == 1 - label).all()

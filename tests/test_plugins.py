@@ -82,6 +82,7 @@ def run_code(code: str, site: Path, *arguments: str) -> subprocess.CompletedProc
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
+@pytest.mark.slow
 def test_what_a_package_adds_is_used_in_every_process(site, tmp_path):
     write_pack(tmp_path, n_patients=9, patches_per_patient=6, own_sides=("train", "val", "test"))
     (tmp_path / "patches").mkdir()

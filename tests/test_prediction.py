@@ -101,7 +101,7 @@ def test_csv_and_parquet_hold_the_same(trained_run, folder):
         pd.testing.assert_frame_equal(frame, found.frame, check_exact=True)
         tables.append(frame)
     pd.testing.assert_frame_equal(*tables, check_exact=True)
-    assert tables[0]["unlike_training"].dtype == bool
+    assert tables[0]["out_of_distribution"].dtype == bool
 
 
 def test_kaggles_csv_holds_the_probability_of_the_positive_class(trained_run, folder):
@@ -176,11 +176,11 @@ def test_what_is_unlike_training_is_flagged_not_refused(trained_run, tmp_path):
     for index, patch in enumerate(noise):
         (tmp_path / f"{index}.png").write_bytes(encode_png(patch))
     found = ask(trained_run, tmp_path).frame
-    assert found["unlike_training"].all() and (found["colour_distance"] > 1).all()
+    assert found["out_of_distribution"].all() and (found["colour_distance"] > 1).all()
     known = ask(trained_run, trained_run.open_pack().path).frame
-    assert known["unlike_training"].mean() < 0.25
+    assert known["out_of_distribution"].mean() < 0.25
     far = known["colour_distance"].gt(1) | known["feature_distance"].gt(1)
-    assert known["unlike_training"].tolist() == far.tolist()
+    assert known["out_of_distribution"].tolist() == far.tolist()
 
 
 def test_a_run_its_folder_and_its_classifier_are_one_model(trained_run, folder):
@@ -218,7 +218,7 @@ def test_more_than_two_classes_take_the_likeliest(trained_run, folder, tmp_path)
             "positive_class": None,
             "thresholds": [],
             "calibrator": {"method": "none"},
-            "unlike_training": None,
+            "out_of_distribution": None,
         }
     )
     Classifier(info, build_network("residual", n_classes=3, input_px=16, base_channels=4, seed=0)).save(
@@ -227,7 +227,7 @@ def test_more_than_two_classes_take_the_likeliest(trained_run, folder, tmp_path)
     found = ask(tmp_path / "three", folder, trained_run.open_pack().path).frame
     probs = found[["prob_a", "prob_b", "prob_c"]].to_numpy()
     assert found["pred"].tolist() == probs.argmax(axis=1).tolist()
-    assert "prob" not in found and "unlike_training" not in found
+    assert "prob" not in found and "out_of_distribution" not in found
     assert found["target"].isna().all()  # the pack's classes are not the classifier's
     with pytest.raises(DataError, match="the classifier has 3 classes: write csv or parquet"):
         ask(tmp_path / "three", folder, format="kaggle")

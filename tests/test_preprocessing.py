@@ -48,7 +48,7 @@ def test_other_filters_are_opencvs(name, flag, width, height):
 
 def test_padding_is_kept_where_asked():
     _, kept = padded(12, 50)
-    preprocessing = Preprocessing(input_px=50, odd_sizes="pad")
+    preprocessing = Preprocessing(input_px=50, resize_mode="pad")
     assert np.array_equal(preprocessing.resize_patches(kept, np.array([12]), np.array([50])), kept)
 
 
@@ -86,7 +86,7 @@ def test_training_and_prediction_see_the_same_numbers():
     ("settings", "message"),
     [
         ({"resize": "bicubik"}, "resize='bicubik' is not possible; did you mean 'bicubic'"),
-        ({"odd_sizes": "crop"}, "odd_sizes='crop'"),
+        ({"resize_mode": "crop"}, "resize_mode='crop'"),
         ({"channel_order": "rbg"}, "channel_order='rbg'"),
         ({"input_px": 0}, "input_px=0"),
         ({"std": (1, 0, 1)}, "above 0"),

@@ -213,6 +213,7 @@ def test_its_report_is_one_page_that_can_hide_ids(finished, tmp_path):
 # --- going on
 
 
+@pytest.mark.slow
 def test_asking_again_trains_nothing_and_seeds_and_recipes_may_be_added(finished, paper, pack, tmp_path):
     place = tmp_path / "study"
     first = ask(paper, pack, place, budget=None)
@@ -253,12 +254,13 @@ def test_an_interrupted_reproduction_goes_on(finished, paper, pack, tmp_path):
 def test_a_budget_that_is_too_short_is_said(paper, pack, tmp_path, monkeypatch, caplog):
     speed = Speed(update_s=1.0, patch_s=0.0, fixed_s=30.0)
     monkeypatch.setattr(reproduction, "measure_speed", lambda *args, **options: speed)
-    monkeypatch.setattr(reproduction, "answer_questions", lambda study, *args, **options: study)
+    monkeypatch.setattr(reproduction, "run_all", lambda study, *args, **options: study)
     made = ask(paper, pack, tmp_path / "study", budget=1)
     assert made.info["papers"]["tiny-paper"]["plan"]["updates"] == 1
     assert "the budget of 1 minutes is too short: runs as short as can be take about 2" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_budget_is_shared_out_once_and_kept(finished, paper, pack, tmp_path, monkeypatch):
     speed = Speed(update_s=1.0, patch_s=0.0, fixed_s=0.0)
     monkeypatch.setattr(reproduction, "measure_speed", lambda *args, **options: speed)

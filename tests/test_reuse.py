@@ -34,11 +34,11 @@ def test_an_answered_question_is_not_trained_again(pack, tmp_path, monkeypatch, 
     elsewhere = train(
         RECIPE, pack, overrides=ONE, out=tmp_path / "elsewhere", device="cpu", on_epoch=epochs.append
     )
-    assert len(epochs) == 1 and elsewhere.info["question_sha256"] == first.info["question_sha256"]
+    assert len(epochs) == 1 and elsewhere.info["config_sha256"] == first.info["config_sha256"]
     for options in ({"seed": 1}, {"split": "as-published"}, {"overrides": (*ONE, "train.lr=0.5")}):
         other = train(RECIPE, pack, **{"overrides": ONE, "device": "cpu", **options})
         assert other.path != first.path
-        assert other.info["question_sha256"] != first.info["question_sha256"]
+        assert other.info["config_sha256"] != first.info["config_sha256"]
         with pytest.raises(RunError, match="is not empty"):
             train(RECIPE, pack, **{"overrides": ONE, "device": "cpu", **options}, out=first.path)
 

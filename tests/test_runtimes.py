@@ -28,14 +28,14 @@ def classifier_of(network, *, px=32, patches=PATCHES, **preprocessing):
     if isinstance(network, str):
         network = build_network(network, n_classes=2, input_px=px, seed=0)
     how = Preprocessing(input_px=px, **preprocessing)
-    settle(network, how.prepare(patches))
+    fit_postprocessing(network, how.prepare(patches))
     return Classifier(
         make_classifier().info.model_copy(update={"patch_px": 32, "preprocessing": how}), network
     )
 
 
-def settle(network, batch):
-    """Give normalisations the statistics of a batch, as training does, and scales and shifts of their own."""
+def fit_postprocessing(network, batch):
+    """Give normalisations the statistics of a batch, as training does, and random scales and shifts."""
     generator = torch.Generator().manual_seed(1)
     for layer in network.modules():
         if isinstance(layer, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
@@ -48,7 +48,7 @@ def settle(network, batch):
 
 
 def off_by(found, wanted):
-    """Give the largest difference, as a share of what differs from patch to patch."""
+    """Return the largest difference, as a share of what differs from patch to patch."""
     assert np.ptp(wanted, axis=0).max() > 1e-5
     return np.abs(found - wanted).max() / np.ptp(wanted, axis=0).max()
 
@@ -155,6 +155,7 @@ def bundle(tmp_path):
     return tmp_path / "bundle"
 
 
+@pytest.mark.slow
 def test_a_bundle_is_asked_without_pytorch(bundle):
     wanted = by_torch(Classifier.load(bundle), PATCHES)
     np.save(bundle / "patches.npy", PATCHES)

@@ -90,7 +90,7 @@ def map_slide(name, path, classifier):
 
 
 def prob_at(slide_map):
-    """Give the probability of every place on the grid, NaN where no patch lies."""
+    """Return the probability of every place on the grid, NaN where no patch lies."""
     probs = np.full((2 * SIZE["height"] // 48, 2 * SIZE["width"] // 48), np.nan)
     probs[slide_map.grid.row, slide_map.grid.column] = slide_map.probs[:, 1]
     return probs

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn.utils.class_weight import compute_class_weight
 
 from biopsy.core.errors import DataError
-from biopsy.training.sampling import cut_passes, order_epoch, take_fraction, weigh_classes
+from biopsy.training.sampling import class_weights, sample_epoch, sample_passes, take_fraction
 
 METHODS = ("none", "undersample", "oversample")
 targets = st.lists(st.integers(0, 2), min_size=4, max_size=60).map(np.array).filter(lambda t: len(set(t)) > 1)
@@ -15,7 +15,7 @@ targets = st.lists(st.integers(0, 2), min_size=4, max_size=60).map(np.array).fil
 
 def order(target, sampling, *, index=None, seed=0, epoch=1):
     index = np.arange(len(target)) if index is None else index
-    return order_epoch(index, target, sampling=sampling, seed=seed, epoch=epoch)
+    return sample_epoch(index, target, sampling=sampling, seed=seed, epoch=epoch)
 
 
 @given(targets, st.sampled_from(METHODS), st.integers(0, 99))
@@ -78,7 +78,7 @@ def test_a_fraction_depends_on_the_seed_and_one_takes_all():
 def test_passes_follow_each_other_without_gap_or_end(per_pass, epochs):
     step, taken = 0, []
     for n_steps in epochs:
-        pieces = list(cut_passes(step, n_steps, per_pass))
+        pieces = list(sample_passes(step, n_steps, per_pass))
         taken += [(number, batch) for number, start, stop in pieces for batch in range(start, stop)]
         step += n_steps
     assert taken == [(1 + step // per_pass, step % per_pass) for step in range(sum(epochs))]
@@ -86,19 +86,19 @@ def test_passes_follow_each_other_without_gap_or_end(per_pass, epochs):
 
 def test_weights_of_cancernet():
     target = np.repeat([0, 1], [198_738, 78_786])  # the IDC patches, docs/datasets/idc.md
-    assert weigh_classes(target, 2, "largest") == pytest.approx([1, 2.5225], abs=1e-4)
-    assert weigh_classes(target, 2, "none") is None
+    assert class_weights(target, 2, "largest") == pytest.approx([1, 2.5225], abs=1e-4)
+    assert class_weights(target, 2, "none") is None
 
 
 @given(targets.filter(lambda target: len(set(target)) == 3))
 @settings(max_examples=30, deadline=None)
 def test_balanced_weights_are_scikit_learns(target):
     theirs = compute_class_weight("balanced", classes=np.arange(3), y=target)
-    np.testing.assert_allclose(weigh_classes(target, 3, "balanced"), theirs, rtol=1e-12)
+    np.testing.assert_allclose(class_weights(target, 3, "balanced"), theirs, rtol=1e-12)
 
 
 @pytest.mark.parametrize("method", ["largest", "balanced"])
 def test_a_class_without_patches_has_no_weight(method):
     message = rf"class weights '{method}' need every class in training, found counts \[2, 0, 1\]"
     with pytest.raises(DataError, match=message):
-        weigh_classes(np.array([0, 0, 2]), 3, method)
+        class_weights(np.array([0, 0, 2]), 3, method)

@@ -53,6 +53,7 @@ def test_one_process_at_a_time_has_a_claim(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_of_many_that_find_an_abandoned_claim_one_gets_it(tmp_path):
     leave_claim(tmp_path, "a", pid=ended_pid())
     code = (
@@ -100,6 +101,7 @@ def slides(make_slide, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_shards_one_after_another_leave_what_one_process_leaves(slides, tmp_path):
     model = save_classifier(tmp_path / "c")
     slide(model, slides, out=tmp_path / "whole")
@@ -111,6 +113,7 @@ def test_shards_one_after_another_leave_what_one_process_leaves(slides, tmp_path
     } == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_what_another_process_has_is_left_to_it_while_it_lives(slides, tmp_path):
     model, out = save_classifier(tmp_path / "c"), tmp_path / "out"
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)

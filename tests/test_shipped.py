@@ -44,7 +44,7 @@ def test_each_is_small_and_complete(name):
     classifier = Classifier.load(FOLDER / name)
     info = classifier.info
     assert info.patch_px == PX[name]
-    assert info.mpp is not None and info.unlike_training is not None and info.thresholds
+    assert info.mpp is not None and info.out_of_distribution is not None and info.thresholds
     assert info.calibrator["method"] != "none"
     assert info.calibrator["fitted_on"] == "val"
     assert "patches" in info.description and info.citation.startswith("Data: ")
@@ -99,7 +99,7 @@ def test_predict_by_name(name, patch, tmp_path, caplog):
     info = Classifier.load(FOLDER / name).info
     assert list(frame["patch_id"]) == ["patch.png"]
     assert 0 <= frame["prob"][0] <= 1
-    assert frame["unlike_training"].dtype == bool
+    assert frame["out_of_distribution"].dtype == bool
     assert f"{name}: {info.description}" in caplog.messages
     called = call("predict", name, patch, "--out", tmp_path / "again.csv", "--json")
     assert called.exit_code == 0
@@ -205,7 +205,7 @@ def test_input_that_is_no_such_patch_is_said_to_be(name, patch, tmp_path, caplog
     write_png(folder / "large.png", np.zeros((px + 1, px + 1, 3), np.uint8))
     prediction = biopsy.predict(name, folder, out=tmp_path / "predictions.csv")
     assert [item["source"].rpartition("/")[2] for item in prediction.skipped] == ["large.png"]
-    unlike = prediction.frame.set_index("patch_id")["unlike_training"]
+    unlike = prediction.frame.set_index("patch_id")["out_of_distribution"]
     assert unlike.to_dict() == {"grey.png": True, "tiny.png": True, "white.png": True}
     assert any("out-of-distribution" in message for message in caplog.messages)
 

@@ -218,7 +218,7 @@ def test_every_site_is_left_out_in_its_turn(make_pack, tmp_path, monkeypatch):
     pack = make_pack(**PATCHES, columns={"site_id": sites})
     asked = []
     monkeypatch.setattr(
-        "biopsy.experiments.folds.answer_questions",
+        "biopsy.experiments.folds.run_all",
         lambda found, pack, questions, *_, **options: asked.extend(questions) or found,
     )
     ask(pack, tmp_path / "study", split="site", seeds=(0, 1))

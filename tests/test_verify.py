@@ -133,6 +133,7 @@ def test_a_pack_passes_with_its_splits(make_pack):
     assert statuses(verify(pack)) == {"files": "FAIL"}
 
 
+@pytest.mark.slow
 def test_a_bundle_passes_and_code_is_not_run_unasked(trained_run, tmp_path):
     bundle = export(trained_run, tmp_path / "bundle").path
     found = statuses(verify(bundle))
@@ -159,6 +160,7 @@ def test_networks_of_other_weights_are_found(trained_run, tmp_path):
     assert {"ONNX Runtime", "OpenVINO"} <= failed(verify(bundle))
 
 
+@pytest.mark.slow
 def test_parity_patches_are_tissue_of_the_size_wanted():
     patches = draw_patches(24)
     assert patches.shape[1:] == (24, 24, 3) and patches.dtype == np.uint8 and len(patches) == 256

@@ -98,7 +98,7 @@ def test_a_wsinfer_model_predicts_images(make_model, tmp_path):
     (tmp_path / "patch.png").write_bytes(encode_png(draw(1, 16)[0]))
     found = predict(folder, tmp_path / "patch.png", out=tmp_path / "p.csv", device="cpu", trust_model=digest)
     assert found.frame.filter(like="prob_").sum(axis=1).iloc[0] == pytest.approx(1)
-    assert "unlike_training" not in found.frame
+    assert "out_of_distribution" not in found.frame
 
 
 def test_code_runs_only_if_its_hash_is_named(make_model, tmp_path):

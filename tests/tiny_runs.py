@@ -54,7 +54,7 @@ def train_tiny(
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
-    """Give the weights of the classifier that came out."""
+    """Return the weights of the classifier that came out."""
     return load_file(run.path / "classifier" / "weights.safetensors")
 
 

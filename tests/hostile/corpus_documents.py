@@ -78,7 +78,7 @@ INPUTS += [
         ("classifier", "class_names", ["idc", "non_idc"]),
         ("classifier", "thresholds", [{"value": 0.0001, "rule": "youden", "chosen_on": "val"}]),
         ("classifier", "calibrator", {"method": "isotonic", "prob": [0.1]}),
-        ("classifier", "unlike_training", {"limits": {}}),
+        ("classifier", "out_of_distribution", {"limits": {}}),
         ("metrics", "patch", {"auroc": {"value": 9.9}}),
     )
 ]

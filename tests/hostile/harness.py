@@ -64,7 +64,7 @@ class Server:
 
 
 def check(server: Server, entry: Input, material: Path, folder: Path) -> None:
-    """Give an input to its command, and require all that must hold."""
+    """Return an input to its command, and require all that must hold."""
     shutil.copytree(material, folder, symlinks=True)
     (folder / "notes").mkdir()
     (folder / "notes" / "mine.txt").write_text("the user's own")

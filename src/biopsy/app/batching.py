@@ -75,7 +75,7 @@ class Batcher:
             self.waiting += n
 
     def release(self, n: int) -> None:
-        """Give room back."""
+        """Return room back."""
         with self._lock:
             self.waiting -= n
 

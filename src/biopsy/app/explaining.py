@@ -9,12 +9,12 @@ import numpy as np
 from biopsy.app.pictures import encode_jpeg
 from biopsy.app.scenes import Sheet
 from biopsy.data.packs import pad
-from biopsy.evaluation.errors.nearest_training_patches import find_alike
+from biopsy.evaluation.errors.nearest_training_patches import find_nearest_training_patches
 from biopsy.evaluation.explanation.maps import explain_patches
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_with_features
-from biopsy.models.out_of_distribution import measure_novelty
+from biopsy.models.out_of_distribution import out_of_distribution_scores
 from biopsy.plotting.overlays import scale_maps, superimpose
 
 _SIDE_PX = 240
@@ -35,21 +35,23 @@ def explain_patch(classifier: Classifier, pixels: np.ndarray) -> dict[str, Any]:
     patches = pad(pixels, classifier.info.patch_px)[None]
     sizes = np.array([[pixels.shape[1], pixels.shape[0]]])
     _, features = predict_with_features(classifier, patches, sizes, engine=engine)
-    novelty = measure_novelty(classifier, patches, sizes, features)
+    ood_score = out_of_distribution_scores(classifier, patches, sizes, features)
     explanation = explain_patches(classifier, patches, sizes, "saliency", engine=engine)
     saliency = scale_maps(explanation.maps[0, 0, : pixels.shape[0], : pixels.shape[1]])
     return {
         "image": _picture(pixels),
         "saliency": _picture(superimpose(pixels, saliency)),
         "class": classifier.info.class_names[int(explanation.class_index[0])],
-        "ood": None if novelty.empty else {name: value.item() for name, value in novelty.iloc[0].items()},
+        "ood": None if ood_score.empty else {name: value.item() for name, value in ood_score.iloc[0].items()},
     }
 
 
 def find_nearest(classifier: Classifier, sheet: Sheet, row: int) -> list[dict[str, Any]]:
-    """Return the training patches that are nearest to a patch of a run, with pictures; see `find_alike`."""
+    """Return the training patches nearest to a patch of a run, with pictures."""
     assert sheet.run is not None
-    [nearest] = find_alike(sheet.run, sheet.pack, classifier, np.array([row]), engine=Engine("auto")).nearest
+    [nearest] = find_nearest_training_patches(
+        sheet.run, sheet.pack, classifier, np.array([row]), engine=Engine("auto")
+    ).nearest
     rows = sheet.pack.rows_of([item["patch_id"] for item in nearest])
     return [
         {**item, "row": int(index), "image": _picture(sheet.pixels(int(index)))}

@@ -78,13 +78,13 @@ class Jobs:
         for path in self.folder.iterdir():
             if _ID.fullmatch(path.name) and [item.name for item in path.iterdir()] == ["upload"]:
                 shutil.rmtree(path, ignore_errors=True)
-        found = []
+        result = []
         for path in self.folder.glob(f"*/{DOCUMENT}"):
             try:
-                found.append(read_json(path, format=FORMAT))
+                result.append(read_json(path, format=FORMAT))
             except DataError as error:
                 logger.warning("job left out: %s", error)
-        for job in sorted(found, key=lambda job: str(job["created"])):
+        for job in sorted(result, key=lambda job: str(job["created"])):
             self._jobs[job["id"]] = job
             if job["status"] in ("queued", "running"):
                 self._set(job["id"], status="queued")

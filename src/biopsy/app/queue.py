@@ -22,7 +22,7 @@ from biopsy.training.runs import Run
 
 COLUMNS = (
     *("patch_id", "label", "suggested", "decision", "who", "when", "reason"),
-    *("slide", "patient_id", "x", "y", "side", "prob", "uncertainty", "novelty"),
+    *("slide", "patient_id", "x", "y", "side", "prob", "uncertainty", "ood_score"),
 )
 
 
@@ -53,7 +53,7 @@ def next(
 
     Returns:
         The queue, most informative first: the columns of a label sheet, ``slide, patient_id, x, y, side``
-        (level-0 pixels), ``prob``, ``uncertainty`` (0-1) and ``novelty`` (multiple of the limit).
+        (level-0 pixels), ``prob``, ``uncertainty`` (0-1) and ``ood_score`` (multiple of the limit).
 
     Raises:
         DataError: If a path does not exist, or there is no patch to choose from.
@@ -83,13 +83,13 @@ def choose(candidates: pd.DataFrame, budget: int) -> np.ndarray:
     """Return the rows to label, most informative first.
 
     Args:
-        candidates: ``uncertainty``, ``novelty`` (NaN where unknown), ``patient_id``, ``slide``, ``x``, ``y``,
+        candidates: ``uncertainty``, ``ood_score`` (NaN if unknown), ``patient_id``, ``slide``, ``x``, ``y``,
             ``side`` of each patch.
         budget: How many at most.
     """
     score = candidates["uncertainty"].rank(pct=True).to_numpy()
-    novelty = candidates["novelty"].rank(pct=True).to_numpy(float)
-    score = np.where(np.isnan(novelty), score, (score + novelty) / 2)
+    ood_score = candidates["ood_score"].rank(pct=True).to_numpy(float)
+    score = np.where(np.isnan(ood_score), score, (score + ood_score) / 2)
     order = np.argsort(-score, kind="stable")
     patients = candidates["patient_id"].fillna(candidates["slide"]).fillna("").to_numpy(str)
     waiting: dict[str, list[int]] = {}
@@ -152,7 +152,7 @@ def _from_pack(classifier: Classifier, pack: Pack, run: Run | None, device: str)
     distances = [name for name in ("colour_distance", "feature_distance") if name in frame]
     probs = frame[[f"prob_{name}" for name in names]].to_numpy(float)
     table = pack.table.iloc[rows].reset_index(drop=True)
-    novelty = frame[distances].max(axis=1).to_numpy(float) if distances else np.full(len(rows), np.nan)
+    ood_score = frame[distances].max(axis=1).to_numpy(float) if distances else np.full(len(rows), np.nan)
     known = pd.DataFrame(
         {
             "patch_id": table["patch_id"].astype(str),
@@ -164,7 +164,7 @@ def _from_pack(classifier: Classifier, pack: Pack, run: Run | None, device: str)
             "side": float(pack.info.patch_px),
         }
     )
-    return _describe(known, probs, classifier, novelty)
+    return _describe(known, probs, classifier, ood_score)
 
 
 def _from_slides(
@@ -185,15 +185,15 @@ def _from_slides(
             side=grid.patch_px * grid.scale,
         )
         unlike = mapped.slide_map.ood
-        novelty = np.full(len(known), np.nan) if unlike is None else np.where(unlike == 1, 2.0, np.nan)
-        parts.append(_describe(known, mapped.slide_map.probs.astype(float), mapper.classifier, novelty))
+        ood_score = np.full(len(known), np.nan) if unlike is None else np.where(unlike == 1, 2.0, np.nan)
+        parts.append(_describe(known, mapped.slide_map.probs.astype(float), mapper.classifier, ood_score))
     if not parts and errors:
         raise errors[0] or DataError("no slide could be read")
     return parts
 
 
 def _describe(
-    known: pd.DataFrame, probs: np.ndarray, classifier: Classifier, novelty: np.ndarray
+    known: pd.DataFrame, probs: np.ndarray, classifier: Classifier, ood_score: np.ndarray
 ) -> pd.DataFrame:
     """Add what ranks patches: uncertainty, 1 at the threshold (or where two classes are equally likely)."""
     names, positive = classifier.info.class_names, classifier.positive_index
@@ -207,12 +207,12 @@ def _describe(
         suggested = np.where(shown >= threshold, positive, 1 - positive)
     reasons = [
         f"P {prob:.2f}" + (f"; unlike training ({far:.1f} times the limit)" if far > 1 else "")
-        for prob, far in zip(shown, novelty, strict=True)
+        for prob, far in zip(shown, ood_score, strict=True)
     ]
     return known.assign(
         prob=shown,
         uncertainty=uncertainty.clip(0, 1),
-        novelty=novelty,
+        ood_score=ood_score,
         reason=reasons,
         suggested=[names[index] for index in suggested],
         decision=None,
@@ -225,4 +225,4 @@ def _write(path: Path, queue: pd.DataFrame) -> None:
     if path.suffix.lower() != ".csv":
         raise DataError(f"{path} is no name of a csv file: a queue is a csv")
     with update_directory(path.parent, path.name) as folder:
-        write_csv(folder / path.name, queue.round({"prob": 6, "uncertainty": 6, "novelty": 4}))
+        write_csv(folder / path.name, queue.round({"prob": 6, "uncertainty": 6, "ood_score": 4}))

@@ -22,7 +22,7 @@ from biopsy.core.files import read_json
 from biopsy.core.tables import read_csv_table
 from biopsy.data.packs import Pack, is_pack
 from biopsy.data.predictions import decide
-from biopsy.evaluation.neighbours import count_neighbours, rank_doubts
+from biopsy.evaluation.neighbours import count_neighbours, rank_label_issues
 from biopsy.models.classifier import Classifier
 from biopsy.slide_io.reader import open_slide
 from biopsy.slides.grids import PatchGrid
@@ -225,7 +225,7 @@ class Sheet:
         counts = count_neighbours(pack.table, pack.target, len(pack.class_names))
         voices = np.full((len(pack), len(pack.class_names)), np.nan) if probs is None else probs
         if np.isfinite(counts).any() or probs is not None:
-            frame["doubt"] = rank_doubts(counts, pack.target, voices)["doubt"].to_numpy()
+            frame["doubt"] = rank_label_issues(counts, pack.target, voices)["doubt"].to_numpy()
         return frame.assign(row=np.arange(len(pack)))
 
 
@@ -297,7 +297,7 @@ def open_sources(
         DataError: If a path does not exist or holds nothing to look at.
     """
     runs = [path for path in paths if (path / "run.json").is_file()]
-    maps = {path: found for path in paths if path not in runs and (found := _list_maps(path))}
+    maps = {path: result for path in paths if path not in runs and (result := _list_maps(path))}
     sources = list_sources([path for path in paths if path not in runs and path not in maps], mpp)
     exhibit = Exhibit(", ".join(path.resolve().name for path in paths), {}, {})
     for run in (Run.open(path) for path in runs):
@@ -377,7 +377,7 @@ def _read_summary(file: Path) -> dict[str, Any]:
 
 def _add_map(exhibit: Exhibit, file: Path, source: Source | None, note: str | None) -> None:
     summary = _read_summary(file)
-    positive, checked = summary.get("positive") or {}, summary.get("unlike_training") or {}
+    positive, checked = summary.get("positive") or {}, summary.get("out_of_distribution") or {}
     facts = {
         "n_patches": summary.get("n_patches"),
         "positive_mm2": positive.get("area_mm2"),

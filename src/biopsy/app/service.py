@@ -453,12 +453,12 @@ class _Service:
             if len(body) > 2**16:
                 raise HTTPException(413, "the JSON is larger than 65,536 bytes")
         try:
-            asked = SlideByPath.model_validate(parse_json(body, "request"))
+            requested = SlideByPath.model_validate(parse_json(body, "request"))
         except ValidationError as error:
             first = error.errors()[0]
             raise HTTPException(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-        path = self.jobs.find(asked.path)
-        identity, _ = self.jobs.create(self._pick(asked.model), path.name, asked.mpp)
+        path = self.jobs.find(requested.path)
+        identity, _ = self.jobs.create(self._pick(requested.model), path.name, requested.mpp)
         self.jobs.start(identity, path)
         return self.jobs.get(identity)
 

@@ -585,16 +585,16 @@ def _read_queue(path: Path | str | None, exhibit: Exhibit) -> list[dict[str, Any
         for sheet in exhibit.sheets.values()
         for row, patch_id in enumerate(sheet.pack.table["patch_id"].astype(str))
     }
-    found = []
+    result = []
     for item in read_queue(path).to_dict("records"):
         item = {name: _plain(value) for name, value in item.items()}
         if item["patch_id"] in rows:
             key, row = rows[item["patch_id"]]
-            found.append({**item, "place": key, "patch": row, "slide_key": places.get(item["slide"])})
+            result.append({**item, "place": key, "patch": row, "slide_key": places.get(item["slide"])})
         elif item["slide"] in places:
-            found.append({**item, "place": None, "patch": None, "slide_key": places[item["slide"]]})
-    if not found:
+            result.append({**item, "place": None, "patch": None, "slide_key": places[item["slide"]]})
+    if not result:
         exhibit.notes.append(
             f"none of the patches of {path} is on this page: name the pack or slides as well"
         )
-    return found
+    return result

@@ -44,8 +44,8 @@ class CheckReport(Result):
     @classmethod
     def of(cls, subject: str, checks: Sequence[Check]) -> "CheckReport":
         """Return the report of some checks."""
-        found = {check.status for check in checks}
-        worst = next((status for status in ("FAIL", "WARN") if status in found), "PASS")
+        result = {check.status for check in checks}
+        worst = next((status for status in ("FAIL", "WARN") if status in result), "PASS")
         rows = [asdict(check) for check in checks]
         return cls({"format": FORMAT, "subject": subject, "status": worst, "checks": rows})
 

@@ -182,8 +182,8 @@ def _recompute_metrics(path: Path, frame: pd.DataFrame, run: Run) -> str:
         frame, stored["class_names"], stored["positive_class"], stored["unit"]
     )
     threshold = (stored["threshold"] or {}).get("value")
-    found = plain(measure_predictions(scored, threshold, seed=run.info["seed"]))
-    differences = describe_differences({name: stored.get(name) for name in found}, found)
+    result = plain(measure_predictions(scored, threshold, seed=run.info["seed"]))
+    differences = describe_differences({name: stored.get(name) for name in result}, result)
     if differences:
         raise RunError(f"{path} does not follow from the predictions: {_list(differences)} differ")
     return f"recomputed from {len(frame):,} predictions: equal"
@@ -383,12 +383,12 @@ def _verify_map(checks: Checklist, folder: Path, prefix: str = "") -> None:
         return
     regions = find_regions(slide_map)
     positive = summary.get("positive")
-    found = plain(
+    result = plain(
         outputs.summarise(
             slide_map, regions, is_calibrated=positive is not None and positive["expected_mm2"] is not None
         )
     )
-    differences = describe_differences({name: summary.get(name) for name in found}, found)
+    differences = describe_differences({name: summary.get(name) for name in result}, result)
     detail = f"{_list(differences)} differ" if differences else "areas and shares follow from the map"
     checks.require(f"{prefix}areas", not differences, detail, remedy)
     with TemporaryDirectory() as place:

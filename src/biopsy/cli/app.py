@@ -198,7 +198,7 @@ def _run_command(command: Any, arguments: dict[str, Any], *, as_json: bool, quie
 
 @contextlib.contextmanager
 def _watch(name: str, callbacks: Sequence[str], *, quiet: bool) -> Iterator[dict[str, Callable[..., None]]]:
-    """Give the callbacks by which a function's progress is shown."""
+    """Return the callbacks by which a function's progress is shown."""
     if "on_epoch" in callbacks:
         yield {"on_epoch": EpochLines()}
     elif "on_progress" in callbacks and not quiet:

@@ -42,7 +42,7 @@ def show(name: str, result: Any, options: Options, *, as_json: bool) -> int:
     else:
         command.text(result, options)
     if name == "inspect":
-        return _name_issues(result["spoilers"])
+        return _name_issues(result["blocking_issues"])
     if name in ("verify", "doctor"):
         return 0 if result.passed else FAILED
     if command.skipped is not None:
@@ -525,12 +525,12 @@ def _contrast_row(contrast: Mapping[str, Any]) -> list[str]:
 
 def _label_document(result: Any, options: Options) -> object:
     about = {"path": result.path, "page": result.page, "n_listed": len(result.table)}
-    return {**about, "n_patches": result.n_patches, "n_doubted": result.n_doubted}
+    return {**about, "n_patches": result.n_patches, "n_issues": result.n_issues}
 
 
 def _print_label_issues(result: Any, options: Options) -> None:
     print(
-        f"{result.n_doubted:,} of {result.n_patches:,} labels are doubtful; {len(result.table):,} are listed"
+        f"{result.n_issues:,} of {result.n_patches:,} labels are doubtful; {len(result.table):,} are listed"
     )
     print(result.path, result.page, sep="\n")
     print(
@@ -562,7 +562,7 @@ def _finished(cohort: Any) -> Any:
 
 
 def _slides_document(cohort: Any, options: Options) -> object:
-    names = ["slide", "source", "n_patches", "mpp", "mpp_source", "positive_mm2", "unlike_training"]
+    names = ["slide", "source", "n_patches", "mpp", "mpp_source", "positive_mm2", "out_of_distribution"]
     slides = _finished(cohort)[names].to_dict("records")
     return {"out": cohort.out, "slides": slides, "skipped": cohort.failed}
 
@@ -578,12 +578,12 @@ def _print_slides(cohort: Any, options: Options) -> None:
 
 def _skipped_slides(cohort: Any) -> tuple[Sequence[Mapping[str, str]], Path]:
     done = _finished(cohort)
-    for row in done[done["unlike_training"] >= MUCH].itertuples():
+    for row in done[done["out_of_distribution"] >= MUCH].itertuples():
         log.warning(
             "%s: %s of the checked patches look out-of-distribution (1-2 %% expected); predictions for this "
             "slide may be unreliable",
             row.slide,
-            f"{row.unlike_training:.0%}",
+            f"{row.out_of_distribution:.0%}",
         )
     return cohort.failed, cohort.out / "status.csv"
 

@@ -142,7 +142,7 @@ def _find_definition(name: str, module: str) -> tuple[ast.expr | None, str]:
     if assigned := re.search(rf"^{name}(?:: \w+)? = (.+)$", source, re.MULTILINE):
         return ast.parse(assigned[1], mode="eval").body, module
     imports = re.finditer(r"from (biopsy[\w.]*) import (\([^)]*\)|[^\n(]+)", source)
-    for origin, names in (found.groups() for found in imports):
+    for origin, names in (result.groups() for result in imports):
         if re.search(rf"\b{name}\b", names):
             return _find_definition(name, origin)
     return None, module

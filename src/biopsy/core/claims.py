@@ -64,7 +64,7 @@ class Claims:
         return False
 
     def release(self, name: str) -> None:
-        """Give a claim back."""
+        """Return a claim back."""
         path = self.folder / f"{name}{_ENDING}"
         self._held.discard(path)
         path.unlink(missing_ok=True)

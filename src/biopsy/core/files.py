@@ -353,9 +353,9 @@ def _require_ours(folder: Path, name: str, entries: Entries) -> None:
     if path is None:
         return
     edited = name in entries and path.is_file() and not path.is_symlink()
-    found = "was changed since biopsy wrote it" if edited else "was not written by biopsy"
+    result = "was changed since biopsy wrote it" if edited else "was not written by biopsy"
     advice = "move it away, or choose another name or folder to write to"
-    raise UserFileError(path, "edited" if edited else "foreign", f"{found}: {advice}")
+    raise UserFileError(path, "edited" if edited else "foreign", f"{result}: {advice}")
 
 
 def _unlink(folder: Path, name: str) -> None:

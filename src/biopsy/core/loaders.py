@@ -181,24 +181,24 @@ def map_array(path: Path | str, *, dtype: type, ndim: int) -> np.ndarray:
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
-        shape, is_fortran, found = read_header(file, max_header_size=MAX_ARRAY_HEADER)
-        if found != np.dtype(dtype) or len(shape) != ndim or is_fortran:
+        shape, is_fortran, result = read_header(file, max_header_size=MAX_ARRAY_HEADER)
+        if result != np.dtype(dtype) or len(shape) != ndim or is_fortran:
             raise FileFormatError(
                 path,
                 "value",
-                f"holds {found} of shape {shape} where {ndim}-dimensional {np.dtype(dtype)} was expected",
+                f"holds {result} of shape {shape} where {ndim}-dimensional {np.dtype(dtype)} was expected",
             )
         if min(shape) < 0:
             raise FileFormatError(path, "value", f"says that its shape is {shape}")
         offset, size = file.tell(), os.fstat(file.fileno()).st_size
-        n_bytes = offset + math.prod(shape) * found.itemsize
+        n_bytes = offset + math.prod(shape) * result.itemsize
         if n_bytes != size:
             raise FileFormatError(
                 path, "syntax", f"has {size:,} bytes where its shape {shape} takes {n_bytes:,}"
             )
         if n_bytes == offset:  # nothing can be mapped
-            return np.empty(shape, found)
-        return np.memmap(file, found, "r", offset, shape)
+            return np.empty(shape, result)
+        return np.memmap(file, result, "r", offset, shape)
 
 
 def read_tensors(

@@ -12,7 +12,7 @@ import numpy as np
 
 
 def derive(seed: int, *names: object) -> int:
-    """Give a seed for one named purpose, in ``[0, 2**63)``, the same on every machine.
+    """Return a seed for one named purpose, in ``[0, 2**63)``, the same on every machine.
 
     Example:
         >>> derive(0, "epoch", 3) == derive(0, "epoch", 3) != derive(0, "epoch", 4)
@@ -23,5 +23,5 @@ def derive(seed: int, *names: object) -> int:
 
 
 def make_rng(seed: int, *names: object) -> np.random.Generator:
-    """Give a numpy generator for one named purpose."""
+    """Return a numpy generator for one named purpose."""
     return np.random.default_rng(derive(seed, *names))

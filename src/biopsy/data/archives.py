@@ -69,7 +69,7 @@ class Archive(Protocol):
     unread: list[str]
 
     def read(self, entry: Entry) -> bytes | memoryview:
-        """Give an entry's bytes; raises DataError with the reason alone."""
+        """Return an entry's bytes; raises DataError with the reason alone."""
 
     def same(self, one: Entry, other: Entry) -> bool:
         """Say whether two entries hold the same bytes."""
@@ -90,7 +90,7 @@ class ZipArchive:
         self._read_bytes = 0
 
     def read(self, entry: Entry) -> bytes | memoryview:
-        """Give an entry's bytes, checked against the zip's checksum."""
+        """Return an entry's bytes, checked against the zip's checksum."""
         packed = self._slice(entry)
         data = packed if entry.method == _STORED else _inflate(packed, entry)
         if zlib.crc32(data) != entry.crc:
@@ -124,7 +124,7 @@ class ZipArchive:
         return _hash_rows((entry.name, entry.size, entry.crc) for entry in self.entries)
 
     def _release_pages(self, n_bytes: int) -> None:
-        """Give pages back now and then: reading a large zip should not take its size in memory."""
+        """Return pages back now and then: reading a large zip should not take its size in memory."""
         self._read_bytes += n_bytes
         if self._read_bytes > _RELEASE_BYTES and hasattr(mmap, "MADV_DONTNEED"):
             self._read_bytes = 0

@@ -55,18 +55,18 @@ def audit_pack(pack: Pack, split: Split | None = None) -> dict[str, Any]:
     }
 
 
-def find_spoilers(audit: dict[str, Any]) -> list[str]:
+def find_blocking_issues(audit: dict[str, Any]) -> list[str]:
     """Say in a line each what would spoil a result; an empty list means that nothing would.
 
     A split that is published, or made to measure a leak, is exempt: its overlap is stated as what it is.
     """
     reasons = []
     for kind, words in (("same_pixels", "the same pixels"), ("same_place", "the same place")):
-        found = audit["label_conflicts"][kind]
-        if found["count"]:
-            first = found["items"][0]
+        result = audit["label_conflicts"][kind]
+        if result["count"]:
+            first = result["items"][0]
             reasons.append(
-                f"{found['count']:,} label conflicts: patches of {words} with different labels, such as "
+                f"{result['count']:,} label conflicts: patches of {words} with different labels, such as "
                 f"{' and '.join(first[:2])}; correct them with `biopsy prepare --labels CSV`"
             )
     split = audit["split"]

@@ -138,7 +138,9 @@ def pack_table(
     if not len(frame) or frame[file].isna().any():
         raise DataError(f"{path}: column {file} names no file in {int(frame[file].isna().sum())} rows")
     ids = {
-        name: found for name, names in ID_COLUMNS.items() if (found := find(names)) not in (None, file, label)
+        name: result
+        for name, names in ID_COLUMNS.items()
+        if (result := find(names)) not in (None, file, label)
     }
     folder = path.parent if root is None else Path(root)
     texts = frame[file].astype(str)
@@ -369,14 +371,14 @@ def _read_table(path: Path) -> pd.DataFrame:
 def _take_apart(item: Any) -> tuple[Any, Any, Any]:
     """Return image, label and patient of one item of a data set; None what it does not hold."""
     if isinstance(item, Mapping):
-        found = [
+        result = [
             next((item[key] for key in keys if key in item), None)
             for keys in (IMAGE_KEYS, (*LABEL_COLUMNS, "labels", "y"), ID_COLUMNS["patient_id"])
         ]
-        if found[0] is None:
+        if result[0] is None:
             keys = ", ".join(map(str, item))
             raise DataError(f"an item has the keys {keys}; one of {', '.join(IMAGE_KEYS)} is needed")
-        return found[0], found[1], found[2]
+        return result[0], result[1], result[2]
     if isinstance(item, tuple | list) and len(item) in (2, 3):
         image, label, *rest = item
         return image, label.item() if hasattr(label, "item") else label, rest[0] if rest else None

@@ -94,7 +94,7 @@ class Cutting:
         return {(annotated or name).strip(): name.strip() for name, _, annotated in pairs}
 
     def to_dict(self) -> dict[str, Any]:
-        """Give what ``pack.json`` records."""
+        """Return what ``pack.json`` records."""
         classes = None if self.classes is None else list(self.classes)
         paths = {"slide_mpp": self.slide_mpp, "annotations": self.annotations}
         texts = {name: str(value) if isinstance(value, Path) else value for name, value in paths.items()}
@@ -121,7 +121,7 @@ class Cut:
 
 
 def name_classes(all_notes: Sequence[Annotations], cutting: Cutting) -> list[str]:
-    """Give the classes in order, ``rest`` first.
+    """Return the classes in order, ``rest`` first.
 
     Raises:
         DataError: If an annotation is of a class that ``classes`` does not name, or there is only one.
@@ -129,9 +129,9 @@ def name_classes(all_notes: Sequence[Annotations], cutting: Cutting) -> list[str
     names = cutting.names
     if names is None:
         every = {name for notes in all_notes for name in notes.class_names()}
-        found = sorted(name for name in every if not name.endswith("*") and name != cutting.region)
+        result = sorted(name for name in every if not name.endswith("*") and name != cutting.region)
     else:
-        found = list(dict.fromkeys(name for name in names.values() if name))
+        result = list(dict.fromkeys(name for name in names.values() if name))
         for notes in all_notes:
             for item in notes.items:
                 name = item.class_name
@@ -141,7 +141,7 @@ def name_classes(all_notes: Sequence[Annotations], cutting: Cutting) -> list[str
                         f"not name ({suggest(name, names)}): name it, or ={name} to leave its area out"
                     )
     rest = [] if cutting.rest is None else [cutting.rest]
-    class_names = [*rest, *(name for name in found if name != cutting.rest)]
+    class_names = [*rest, *(name for name in result if name != cutting.rest)]
     if len(class_names) < 2:
         raise DataError(
             f"there is only one class ({', '.join(class_names) or 'none'}): annotate another, or name with "
@@ -206,7 +206,7 @@ def cut_slide(slide: Slide, notes: Annotations, class_names: Sequence[str], cutt
 
 
 def _edges(size: int, side: float, step: float) -> np.ndarray:
-    """Give where patches begin along one side of the slide, so that each ends inside it."""
+    """Return where patches begin along one side of the slide, so that each ends inside it."""
     return np.arange(max(0, int((size - side) / step + 1e-6) + 1) if size >= side else 0) * step
 
 
@@ -219,9 +219,9 @@ def _tissue_shares(slide: Slide, left: np.ndarray, top: np.ndarray, side: float)
 def _collect_areas(
     notes: Annotations, slide: Slide, class_names: Sequence[str], cutting: Cutting
 ) -> tuple[dict[str, BaseGeometry], BaseGeometry]:
-    """Give the area of each class, and where labels are valid, within the slide."""
+    """Return the area of each class, and where labels are valid, within the slide."""
     whole = shapely.box(0, 0, slide.width, slide.height)
-    found: dict[str, list[BaseGeometry]] = {}
+    result: dict[str, list[BaseGeometry]] = {}
     for item in notes.items:
         if item.polygon.intersection(whole).area < 0.5 * item.polygon.area:
             left, upper, right, lower = item.polygon.bounds
@@ -230,8 +230,8 @@ def _collect_areas(
                 f"{right:.0f}, y {upper:.0f} to {lower:.0f}, mostly outside the {slide.width} x "
                 f"{slide.height} px of {slide.path.name}: is it another slide's?"
             )
-        found.setdefault(item.class_name, []).append(item.polygon)
-    united = {name: shapely.union_all(parts).intersection(whole) for name, parts in found.items()}
+        result.setdefault(item.class_name, []).append(item.polygon)
+    united = {name: shapely.union_all(parts).intersection(whole) for name, parts in result.items()}
     valid = united.pop(cutting.region, None)
     if valid is None:
         if cutting.rest is not None:
@@ -252,7 +252,7 @@ def _collect_areas(
 
 
 def _measure_areas(areas: dict[str, BaseGeometry], mm2: float) -> dict[str, dict[str, float]]:
-    """Give the area of each class, and by how much two overlap, where they do."""
+    """Return the area of each class, and by how much two overlap, where they do."""
     overlaps = {
         f"{one} and {other}": areas[one].intersection(areas[other]).area * mm2
         for one, other in combinations(sorted(areas), 2)

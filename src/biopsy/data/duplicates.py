@@ -29,7 +29,7 @@ _WEIGHTS = np.left_shift(np.uint64(1), np.arange(64, dtype=np.uint64))
 
 
 def hash_patches(patches: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Give the difference hash and the spread of grey values of every patch.
+    """Return the difference hash and the spread of grey values of every patch.
 
     Args:
         patches: uint8 ``(N, H, W, 3)`` RGB, may be memory-mapped.
@@ -70,8 +70,10 @@ def find_near_duplicates(
     Returns:
         Pairs of rows ``(n_pairs, 2)``, smaller first, sorted, and the correlation of their grey values.
     """
-    found = [candidates[pair] for pair in _close_pairs(hashes[candidates])]
-    pairs = np.unique(np.sort(np.concatenate(found), axis=1), axis=0) if found else np.empty((0, 2), np.int64)
+    result = [candidates[pair] for pair in _close_pairs(hashes[candidates])]
+    pairs = (
+        np.unique(np.sort(np.concatenate(result), axis=1), axis=0) if result else np.empty((0, 2), np.int64)
+    )
     likeness = np.array(
         [_correlate(_grey(patches[a], sizes[a]), _grey(patches[b], sizes[b])) for a, b in pairs]
     )

@@ -114,7 +114,7 @@ def count_tree(folder: Path | str) -> TreeCounts:
 
 
 def name_files(sources: list[str]) -> list[str]:
-    """Give every source its file name, or its path in one word where several have that name.
+    """Return every source its file name, or its path in one word where several have that name.
 
     Raises:
         DataError: If two would still have the same name.

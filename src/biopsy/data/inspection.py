@@ -14,7 +14,7 @@ from biopsy.core.errors import DataError, PackError
 from biopsy.core.files import check_outputs, refuse_inputs, update_directory, write_atomic, write_json
 from biopsy.core.results import Result
 from biopsy.core.seeds import make_rng
-from biopsy.data.audit import audit_pack, find_spoilers
+from biopsy.data.audit import audit_pack, find_blocking_issues
 from biopsy.data.figures import draw_balance, draw_sides
 from biopsy.data.packs import Pack
 from biopsy.data.splits import SIDES, Split, find_split
@@ -32,16 +32,16 @@ SLIDE_PX = 1000  # longest side of a slide's picture, in pixels of the picture
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Inspection(Result):
-    """Result of an inspection: the content of ``audit.json``, ``spoilers`` and ``paths``."""
+    """Result of an inspection: the content of ``audit.json``, ``blocking_issues`` and ``paths``."""
 
     @property
     def heading(self) -> str:
         """Number of problems that would invalidate a result."""
-        return f"Inspection: {len(self['spoilers']):,} blocking issues"
+        return f"Inspection: {len(self['blocking_issues']):,} blocking issues"
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per problem that would invalidate a result."""
-        return pd.DataFrame({"blocking issue": self["spoilers"]})
+        return pd.DataFrame({"blocking issue": self["blocking_issues"]})
 
 
 def inspect(
@@ -62,7 +62,7 @@ def inspect(
             in the pack).
 
     Returns:
-        The audit (see the formats' reference), and beside it ``spoilers``, what would spoil a result, one
+        The audit (see the file formats), ``blocking_issues``, what would invalidate a result, one
         sentence each, and ``paths``: ``audit`` and ``pictures``.
 
     Raises:
@@ -83,7 +83,7 @@ def inspect(
         if division is not None:
             pictures.append(_draw_split(pack, division, partial))
     paths = {"audit": audit_path, "pictures": [folder / picture.name for picture in pictures]}
-    return Inspection({**audit, "spoilers": find_spoilers(audit), "paths": paths})
+    return Inspection({**audit, "blocking_issues": find_blocking_issues(audit), "paths": paths})
 
 
 def _write_audit(pack: Pack, audit: dict[str, Any], out: Path | str | None) -> Path:

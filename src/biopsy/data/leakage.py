@@ -22,10 +22,10 @@ def check_no_leakage(group_ids: np.ndarray, sides: np.ndarray, *, unit: str = "p
     Example:
         >>> check_no_leakage(np.array(["a", "a", "b"]), np.array(["train", "train", "test"]))
     """
-    found = find_overlap(group_ids, sides)
-    if found:
-        patient, where = next(iter(found.items()))
-        more = f" (and {len(found) - 1:,} more {unit}s are on two sides)" if len(found) > 1 else ""
+    result = find_overlap(group_ids, sides)
+    if result:
+        patient, where = next(iter(result.items()))
+        more = f" (and {len(result) - 1:,} more {unit}s are on two sides)" if len(result) > 1 else ""
         raise SplitError(f"{unit} {patient} is in {' and '.join(where)}{more}; split by {unit}, not by patch")
 
 
@@ -37,12 +37,12 @@ def leave_out_siblings(patient_ids: np.ndarray, sides: np.ndarray) -> None:
 
 
 def find_overlap(group_ids: np.ndarray, sides: np.ndarray) -> dict[str, list[str]]:
-    """Give each group that stands on two sides or more, with its sides."""
+    """Return each group that stands on two sides or more, with its sides."""
     codes, names = pd.factorize(np.asarray(group_ids, dtype=str), sort=True)
     on_side = np.stack(
         [np.bincount(codes[sides == side], minlength=len(names)) > 0 for side in SIDES], axis=1
     )
     return {
-        str(names[group]): [side for side, found in zip(SIDES, on_side[group], strict=True) if found]
+        str(names[group]): [side for side, result in zip(SIDES, on_side[group], strict=True) if result]
         for group in np.flatnonzero(on_side.sum(axis=1) > 1)
     }

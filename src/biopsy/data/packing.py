@@ -260,8 +260,8 @@ def prepare(
         archive = annotated_slides.open_slides(source) if is_apart else open_archive(source)
         layout = None if is_apart else _find_dataset(archive, dataset, cutting)
         name = annotated_slides.NAME if layout is None else layout.name
-        asked = _describe_request(archive, name, patients, labels, join, positive, mpp, cutting)
-        if (known := _open_finished(out, asked)) is not None:
+        requested = _describe_request(archive, name, patients, labels, join, positive, mpp, cutting)
+        if (known := _open_finished(out, requested)) is not None:
             return known
         if layout is not None and layout.needs_mpp and mpp is None:
             raise DataError(f"{archive.path} ({layout.name}) states no um/px: say it with --mpp")
@@ -277,7 +277,7 @@ def prepare(
             "source": archive.path.name,
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
             "version": version("biopsy"),
-            "asked": asked,
+            "asked": requested,
             **records,
         }
         try:
@@ -292,7 +292,7 @@ def prepare(
 
 
 def _find_dataset(archive: Archive, dataset: str | None, cutting: Cutting | None) -> Dataset | None:
-    """Give the archive's layout, None for annotated slides; refuse answers that do not belong to it."""
+    """Return the archive's layout, None for annotated slides; refuse answers that do not belong to it."""
     if dataset == annotated_slides.NAME or (dataset is None and annotated_slides.recognise(archive)):
         if not annotated_slides.recognise(archive):
             raise DataError(f"{archive.path} is no folder of {annotated_slides.LOOKS_FOR}")
@@ -360,7 +360,7 @@ def _describe_request(
 
 
 def _open_finished(out: Path, asked: dict[str, Any]) -> Pack | None:
-    """Give the pack at ``out`` if it answers the same request; refuse to overwrite anything else."""
+    """Return the pack at ``out`` if it answers the same request; refuse to overwrite anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not is_pack(out):
@@ -450,7 +450,7 @@ def finish_listing(
 
 
 def _make_table(listing: Listing, written: Written) -> pd.DataFrame:
-    """Give the pack's table: what the layout said, for the rows whose pixels were written."""
+    """Return the pack's table: what the layout said, for the rows whose pixels were written."""
     table = listing.table.iloc[written.rows].reset_index(drop=True)
     index = {name: position for position, name in enumerate(listing.class_names)}
     table["target"] = table["class_name"].map(index).astype(np.int64)

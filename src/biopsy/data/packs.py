@@ -100,9 +100,9 @@ class Pack:
         path = Path(path)
         info = _read_info(path)
         for name, size in info.files.items():
-            found = (path / name).stat().st_size if (path / name).exists() else None
-            if found != size:
-                what = "is missing" if found is None else f"has {found:,} bytes where {size:,} were written"
+            result = (path / name).stat().st_size if (path / name).exists() else None
+            if result != size:
+                what = "is missing" if result is None else f"has {result:,} bytes where {size:,} were written"
                 raise PackError(
                     f"{path / name} {what}: the pack is damaged, make it again with `biopsy prepare`"
                 )
@@ -279,16 +279,16 @@ class Pack:
         return group_by_unit(self.table, self.unit)
 
     def rows_of(self, patch_ids: Sequence[str] | pd.Series) -> np.ndarray:
-        """Give the rows of patches by their ids, int64 ``(n,)``, in the order asked for.
+        """Return the rows of patches by their ids, int64 ``(n,)``, in the order asked for.
 
         Raises:
             PackError: If the pack has no patch of an id.
         """
-        asked = pd.Index(patch_ids).astype(str)
-        rows = pd.Index(self.table["patch_id"].astype(str)).get_indexer(asked)
+        requested = pd.Index(patch_ids).astype(str)
+        rows = pd.Index(self.table["patch_id"].astype(str)).get_indexer(requested)
         if (rows < 0).any():
             raise PackError(
-                f"{self.path} has no patch {asked[rows < 0][0]!r}: give the pack that the patches are from"
+                f"{self.path} has no patch {requested[rows < 0][0]!r}: name the pack they are from"
             )
         return rows
 
@@ -298,10 +298,10 @@ class Pack:
         Raises:
             PackError: If pixels, labels or ids were altered.
         """
-        found = content_sha256(self.patches, self.table)
-        if found != self.info.content_sha256:
+        result = content_sha256(self.patches, self.table)
+        if result != self.info.content_sha256:
             raise PackError(
-                f"{self.path} was altered: its content hashes to {found[:12]} where "
+                f"{self.path} was altered: its content hashes to {result[:12]} where "
                 f"{self.info.content_sha256[:12]} was written; make it again with `biopsy prepare`"
             )
 

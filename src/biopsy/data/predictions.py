@@ -23,7 +23,7 @@ FORMAT = "biopsy-predictions/1"
 IDENTITY = ("patch_id", "patient_id", "slide_id", "x", "y")
 _TEXT = ("patch_id", "patient_id", "slide_id", "side", "source")
 _WHOLE = ("x", "y", "fold", "target", "pred")
-_YES_NO = ("abstained", "unlike_training")
+_YES_NO = ("abstained", "out_of_distribution")
 _FLOAT = re.compile(r"^(prob|logit)_|_distance$")
 _KEY = b"biopsy"
 _REMEDY = "make it again with `biopsy evaluate` or `biopsy predict`"
@@ -43,7 +43,7 @@ def make_predictions(
     threshold: float | None = 0.5,
     abstained: np.ndarray | None = None,
 ) -> pd.DataFrame:
-    """Give the predictions of some patches of a pack.
+    """Return the predictions of some patches of a pack.
 
     Args:
         pack: The patches.
@@ -250,14 +250,14 @@ def class_columns(frame: pd.DataFrame) -> list[str]:
 
 
 def decide(probs: np.ndarray, positive_index: int | None, threshold: float | None) -> np.ndarray:
-    """Give the class that each patch is called, ``(n,)``; threshold as in `tabulate_predictions`."""
+    """Return the class that each patch is called, ``(n,)``; threshold as in `tabulate_predictions`."""
     if positive_index is None or threshold is None:
         return probs.argmax(axis=1)
     return np.where(probs[:, positive_index] >= threshold, positive_index, 1 - positive_index)
 
 
 def _with_types(frame: pd.DataFrame) -> pd.DataFrame:
-    """Give columns the same types however they were kept: text, whole numbers and numbers, nulls in each."""
+    """Return columns of the same types however they were stored: text, integers, floats, nulls in each."""
     types = dict.fromkeys(_TEXT, "string") | dict.fromkeys(_WHOLE, "Int64") | dict.fromkeys(_YES_NO, "bool")
     floats = [name for name in frame.columns if name == "prob" or _FLOAT.search(name)]
     types |= dict.fromkeys(floats, "float64")
@@ -275,7 +275,7 @@ FORMAT_SUBMISSIONS = "biopsy-submission/1"
 
 
 def give_ids(patch_ids: Sequence[str]) -> list[str]:
-    """Give each patch the id Kaggle knows it by: its file's name without folders and ending.
+    """Return each patch the id Kaggle knows it by: its file's name without folders and ending.
 
     Raises:
         DataError: If two patches have the same id, which Kaggle refuses.

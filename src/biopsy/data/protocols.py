@@ -86,7 +86,7 @@ def cut_rows(request: "Request") -> "Plan":
 
 
 def _read(recipe: Mapping[str, Any] | None, method: str, **kinds: Callable[[Any], Any]) -> list[Any]:
-    """Give the recipe's values of a method's keys, in order."""
+    """Return the recipe's values of a method's keys, in order."""
     try:
         return [kind((recipe or {})[key]) for key, kind in kinds.items()]
     except KeyError as error:
@@ -97,7 +97,7 @@ def _read(recipe: Mapping[str, Any] | None, method: str, **kinds: Callable[[Any]
 
 
 def _sort_paths(request: "Request") -> np.ndarray:
-    """Give the rows of the pack in order of their paths in the archive."""
+    """Return the rows of the pack in order of their paths in the archive."""
     return np.argsort(request.pack.table["source"].to_numpy(str), kind="stable")
 
 
@@ -189,8 +189,8 @@ def divide_groups(
     for part, share in enumerate(wanted):
         held = (draws == part).astype(np.float64)
         for discrepancy, table in ((of_patches, counts), (of_groups, counts > 0)):
-            found = held @ table / table.sum(axis=0)
-            discrepancy += ((found - share) ** 2).sum(axis=1) / share
+            result = held @ table / table.sum(axis=0)
+            discrepancy += ((result - share) ** 2).sum(axis=1) / share
     return draws[np.lexsort((of_patches, of_groups.round(9)))[0]][codes]
 
 
@@ -319,15 +319,15 @@ def _sides_by_case(request: Request, cases: Cases) -> Plan:
         )
     side_of = read_cases(cases)
     groups = sorted(set(request.group_ids.tolist()))
-    found = {group: side_of[group] for group in groups if group in side_of}
-    if not found:
+    result = {group: side_of[group] for group in groups if group in side_of}
+    if not result:
         raise SplitError(
             f"none of the {len(groups)} {request.unit}s, such as {groups[0]!r}, is among the {len(side_of)} "
             f"listed cases, such as {next(iter(side_of))!r}"
         )
-    sides = pd.Series(request.group_ids).map(found).fillna("").to_numpy(str)
-    absent = [case for case in side_of if case not in found]
-    unlisted = [group for group in groups if group not in found]
+    sides = pd.Series(request.group_ids).map(result).fillna("").to_numpy(str)
+    absent = [case for case in side_of if case not in result]
+    unlisted = [group for group in groups if group not in result]
     if absent:
         logger.warning(
             "%d of %d listed cases are not in %s: %s",
@@ -338,7 +338,7 @@ def _sides_by_case(request: Request, cases: Cases) -> Plan:
             "%d of %d %ss are in no list and left out: %s",
             *(len(unlisted), len(groups), request.unit, list_unmatched(unlisted, absent)),
         )
-    listed, present = list(side_of.values()), list(found.values())
+    listed, present = list(side_of.values()), list(result.values())
     return sides, {
         "sides_from": "published lists of cases",
         "cases": {side: {"listed": listed.count(side), "found": present.count(side)} for side in SIDES},

@@ -100,7 +100,7 @@ class Split:
         return bool(self.parameters.get("val_is_test", False))
 
     def sides(self, pack: Pack, fold: int | None = None) -> np.ndarray:
-        """Give each patch its side, in the pack's order.
+        """Return each patch its side, in the pack's order.
 
         Args:
             pack: The pack the split was made for.
@@ -120,7 +120,7 @@ class Split:
         return sides
 
     def assign(self, pack: Pack, fold: int | None = None) -> np.ndarray:
-        """Give each patch its side as `sides` does, without looking for overlap (for audits)."""
+        """Return each patch its side as `sides` does, without looking for overlap (for audits)."""
         if not self.n_folds:
             if fold is not None:
                 raise SplitError(f"split {self.name!r} has sides, not folds; leave out fold={fold}")
@@ -246,7 +246,7 @@ def make_split(
 
 
 def with_sides(split: Split, pack: Pack, sides: np.ndarray, *, name: str, note: Mapping[str, Any]) -> Split:
-    """Give a split other sides and another name, checked and counted anew; ``note`` is recorded."""
+    """Return a split other sides and another name, checked and counted anew; ``note`` is recorded."""
     table = pd.DataFrame({"patch_id": pack.table["patch_id"].to_numpy(), "side": sides})
     changed = replace(split, name=_check_name(name), parameters={**split.parameters, **note}, table=table)
     return _check_split(changed, pack)

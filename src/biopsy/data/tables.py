@@ -50,7 +50,7 @@ def normalize_cells(cells: pd.Series, spell: Callable[[str], str] = normalize_na
     return pd.Series(spelt, index=cells.index, name=cells.name, dtype=object)
 
 
-def read_patch_table(path: Path | str, aliases: dict[str, str] | None = None) -> pd.DataFrame:
+def read_patch_table(path: Path | str, pseudonymizer: dict[str, str] | None = None) -> pd.DataFrame:
     """Read a csv about patches, patients or slides: text in one spelling, keys as the pack has them.
 
     Args:
@@ -61,7 +61,7 @@ def read_patch_table(path: Path | str, aliases: dict[str, str] | None = None) ->
         FileFormatError: If it is no csv, or two columns are one.
     """
     keys = {name: name for name in (*_PATCH_KEYS, *ID_COLUMNS)}
-    rows = read_csv_table(path, aliases=keys | (aliases or {}))
+    rows = read_csv_table(path, pseudonymizer=keys | (pseudonymizer or {}))
     for name in rows.columns:
         rows[name] = normalize_cells(rows[name], normalize_id if name in ID_COLUMNS else normalize_name)
     for name in {"patch_id", "id"} & set(rows.columns):
@@ -70,7 +70,7 @@ def read_patch_table(path: Path | str, aliases: dict[str, str] | None = None) ->
 
 
 def describe_file(path: Path | str) -> dict[str, str]:
-    """Give a file's name and hash, for the record."""
+    """Return a file's name and hash, for the record."""
     return {"file": Path(path).name, "sha256": sha256_file(path)}
 
 
@@ -104,10 +104,10 @@ def add_people(table: pd.DataFrame, people: str | Path) -> tuple[pd.DataFrame, d
         DataError: If the csv or pattern names nobody of the table.
     """
     is_csv = Path(people).is_file() or str(people).lower().endswith((".csv", ".csv.gz"))
-    found, record = _look_up_people(table, people) if is_csv else _match_people(table, str(people))
+    result, record = _look_up_people(table, people) if is_csv else _match_people(table, str(people))
     completed = {}
-    for column in found:
-        given, own = found[column], table[column]
+    for column in result:
+        given, own = result[column], table[column]
         if given.isna().all():
             raise DataError(f"--patients {people} gives none of the {len(table):,} patches a {column}")
         differing = given.notna() & own.notna() & (given != own)
@@ -258,9 +258,9 @@ def _match_people(table: pd.DataFrame, pattern: str) -> tuple[pd.DataFrame, dict
         )
     groups = {column: expression.groupindex[name] for name, column in named.items()} or {"patient_id": 1}
     matches = [expression.search(source) for source in table["source"]]
-    found = pd.DataFrame(
+    result = pd.DataFrame(
         {column: [match and match[group] for match in matches] for column, group in groups.items()},
         index=table.index,
         dtype=object,
     )
-    return found.apply(normalize_cells, spell=normalize_id), {"pattern": pattern}
+    return result.apply(normalize_cells, spell=normalize_id), {"pattern": pattern}

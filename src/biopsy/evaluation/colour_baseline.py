@@ -61,7 +61,7 @@ def colour_baseline(pack: Pack, sides: np.ndarray, *, seed: int = 0, side: str =
 def _score(
     target: np.ndarray, probs: np.ndarray, positive_index: int | None
 ) -> tuple[float | None, str | None]:
-    """Give the AUROC of the positive class, or the mean over the classes that are there."""
+    """Return the AUROC of the positive class, or the mean over the classes that are there."""
     indices = range(probs.shape[1]) if positive_index is None else [positive_index]
     scores = [
         float(roc_auc_score(target == index, probs[:, index]))

@@ -216,10 +216,10 @@ def _measure_decision(
     """Return the entries on the calibrator and, for two classes, on thresholds and what acting gains."""
     options: dict[str, Any] = {"seed": seed, "unit": scored.unit, "level": LEVEL}
     target, groups = scored.target, scored.group_ids
-    found = {"calibration": measure_calibration(classifier, logits, target, groups, **options)}
+    result = {"calibration": measure_calibration(classifier, logits, target, groups, **options)}
     if scored.positive_index is None:
-        return found
-    return found | measure_decisions(
+        return result
+    return result | measure_decisions(
         scored.is_positive,
         scored.prob,
         groups,
@@ -243,7 +243,7 @@ def count_calls(truth: np.ndarray, prob: np.ndarray, threshold: float) -> dict[s
 def _choose_patches(
     run: Run, classifier: Classifier, side: str, data: Pack | Path | str | None, split_name: str | None
 ) -> tuple[Pack, np.ndarray, dict[str, Any]]:
-    """Give the pack, the side of each of its patches, and the ``split`` entry of ``metrics.json``."""
+    """Return the pack, the side of each of its patches, and the ``split`` entry of ``metrics.json``."""
     pack = run.open_pack() if data is None else Pack.open(data)
     check_classes(pack, classifier)
     if _is_own(run, pack):
@@ -314,7 +314,7 @@ def _find_overlap(run: Run, pack: Pack, judged: np.ndarray) -> bool | None:
 def _compare_with_colour(
     run: Run, pack: Pack, sides: np.ndarray, side: str, probs: np.ndarray
 ) -> dict[str, Any]:
-    """Give the colour-only baseline; for two classes with intervals, and the gain over it, paired."""
+    """Return the colour-only baseline; for two classes with intervals, and the gain over it, paired."""
     result = colour_baseline(pack, sides, seed=run.info["seed"], side=side)
     rows, theirs = result.pop("index"), result.pop("probs")
     positive = pack.positive_index

@@ -249,11 +249,11 @@ def _check_pair(
     target: np.ndarray, prob: np.ndarray, *, both_classes: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     target, prob = np.asarray(target), np.asarray(prob, dtype=float)
-    found = set(np.unique(target).tolist())
-    if not found <= {0, 1}:
-        raise MetricError(f"targets are {sorted(found)}; a binary curve needs 0 and 1")
-    if both_classes and found != {0, 1}:
-        raise MetricError(f"only class {sorted(found)} occurs; a ranking curve needs both classes")
+    result = set(np.unique(target).tolist())
+    if not result <= {0, 1}:
+        raise MetricError(f"targets are {sorted(result)}; a binary curve needs 0 and 1")
+    if both_classes and result != {0, 1}:
+        raise MetricError(f"only class {sorted(result)} occurs; a ranking curve needs both classes")
     if not np.isfinite(prob).all():
         raise MetricError(f"{int((~np.isfinite(prob)).sum())} probabilities are not finite")
     return target.astype(int), prob

@@ -32,7 +32,7 @@ def place_on_slides(table: pd.DataFrame) -> Slides:
 
 
 def find_step(slides: Slides) -> float:
-    """Give the commonest distance, the longer of x and y, from a place to the nearest one of its slide."""
+    """Return the commonest distance, the longer of x and y, from a place to the nearest one of its slide."""
     nearest = [np.empty(0)]
     for _, places in slides:
         distinct = np.unique(places, axis=0)
@@ -85,8 +85,8 @@ def find_zones(counts: np.ndarray, target: np.ndarray) -> pd.DataFrame:
     n_against = n_neighbours - counts[np.arange(len(counts)), target]
     zone = np.where(n_against > 0, "border", "deep").astype(object)
     zone[~(n_neighbours > 0)] = None
-    found = pd.DataFrame({"n_neighbours": n_neighbours, "n_against": n_against}).astype("Int64")
-    return found.assign(zone=pd.array(zone, dtype="string"))
+    result = pd.DataFrame({"n_neighbours": n_neighbours, "n_against": n_against}).astype("Int64")
+    return result.assign(zone=pd.array(zone, dtype="string"))
 
 
 def measure_zones(
@@ -115,7 +115,7 @@ def measure_zones(
         ``patch``: sensitivity and specificity over its patches, with intervals over groups; ``patient``:
         their means over groups, None where the unit is the patch.
     """
-    found, zones = {}, pd.Series(zone, dtype="string")
+    result, zones = {}, pd.Series(zone, dtype="string")
     for zone_name in ZONES:
         chosen = zones.eq(zone_name).fillna(False).to_numpy(bool)
         if not chosen.any():
@@ -124,20 +124,20 @@ def measure_zones(
         called = sample[1] >= threshold
         scores = sort_scores(sample[0], sample[1], threshold, group_ids=sample[2])
         pooled = estimate_metrics(scores, seed=seed, names=SHOWN, unit=unit)
-        each = None if unit == "patch" else estimate_patient_metrics(*sample, unit=unit)
-        found[zone_name] = {
+        item = None if unit == "patch" else estimate_patient_metrics(*sample, unit=unit)
+        result[zone_name] = {
             "n_patches": int(chosen.sum()),
             "n_positive": int(sample[0].sum()),
             "n_groups": len(np.unique(sample[2])),
             "fn": int(((sample[0] == 1) & ~called).sum()),
             "fp": int(((sample[0] == 0) & called).sum()),
             "patch": {name: interval.to_dict() for name, interval in pooled.items()},
-            "patient": None if each is None else {name: each[name].to_dict() for name in SHOWN},
+            "patient": None if item is None else {name: item[name].to_dict() for name in SHOWN},
         }
-    return found
+    return result
 
 
-def rank_doubts(counts: np.ndarray, target: np.ndarray, probs: np.ndarray) -> pd.DataFrame:
+def rank_label_issues(counts: np.ndarray, target: np.ndarray, probs: np.ndarray) -> pd.DataFrame:
     """Say how many witnesses speak against each label.
 
     The witnesses are the neighbours' labels, a voice each, and a model that was not trained on the patch, one

@@ -48,7 +48,7 @@ def measure_decisions(
     """
     at = [*(frozen["value"] for frozen in thresholds), *MARKED]
     calls = count_calls(truth, prob, group_ids, at, seed=seed, unit=unit, level=level)
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "operating_points": [_describe_point(calls, k, frozen) for k, frozen in enumerate(thresholds)],
         "decision_curve": _describe_curve(truth, prob, calls, len(thresholds)),
     }
@@ -61,8 +61,8 @@ def measure_decisions(
             }
             for k, frozen in enumerate(thresholds)
         ]
-        found["at_prevalence"] = {"prevalence": prevalence, "points": points}
-    return found
+        result["at_prevalence"] = {"prevalence": prevalence, "points": points}
+    return result
 
 
 def _describe_point(calls: Calls, k: int, frozen: Mapping[str, Any]) -> dict[str, Any]:

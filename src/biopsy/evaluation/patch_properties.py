@@ -75,7 +75,7 @@ def measure_properties(
 
 
 def _measure(images: np.ndarray, mpp: float | None) -> np.ndarray:
-    """Give the properties of patches of one size, ``(n, n_properties)``."""
+    """Return the properties of patches of one size, ``(n, n_properties)``."""
     n, (height, width) = len(images), images.shape[1:3]
     amounts = separate_stains(images).reshape(n, -1, 3)
     haematoxylin, both = amounts[..., 0], amounts[..., 0] + amounts[..., 1]

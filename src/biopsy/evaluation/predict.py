@@ -32,7 +32,7 @@ from biopsy.data.splits import FOLDER as SPLITS
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_with_features
-from biopsy.models.out_of_distribution import measure_novelty
+from biopsy.models.out_of_distribution import out_of_distribution_scores
 from biopsy.slide_io.images import IMAGE_SUFFIXES, decode, read_header
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
@@ -51,7 +51,7 @@ class Prediction:
 
     Attributes:
         frame: The table: the columns of every predictions file, ``source`` (the path that was given),
-            ``colour_distance``, ``feature_distance`` (multiples of their limits) and ``unlike_training``.
+            ``colour_distance``, ``feature_distance`` (multiples of their limits) and ``out_of_distribution``.
         path: Where it was written.
         skipped: What could not be read: ``source`` and ``reason``.
         class_names: Names of the classes that ``pred`` counts.
@@ -86,7 +86,7 @@ def predict(
     """Predict patches from images, folders, zips and packs, and write one table.
 
     Files that are no image, or larger than the classifier's patches, are skipped, named and counted.
-    Out-of-distribution patches are flagged in ``unlike_training``. The column ``side`` names the subset of
+    Patches unlike training have ``out_of_distribution``. The column ``side`` names the subset of
     patches that the run was trained, validated or tested on, recognised by their pixels.
 
     Args:
@@ -205,11 +205,11 @@ def _check_submission(
 
 
 def _warn_of_novelty(frame: pd.DataFrame) -> None:
-    n_unlike = int(frame.get("unlike_training", pd.Series(dtype=bool)).sum())
+    n_unlike = int(frame.get("out_of_distribution", pd.Series(dtype=bool)).sum())
     if n_unlike > MUCH_UNLIKE * len(frame):
         logger.warning(
             "%d of %d patches look out-of-distribution: their predictions may be unreliable, see the column "
-            "unlike_training",
+            "out_of_distribution",
             n_unlike,
             len(frame),
         )
@@ -221,13 +221,13 @@ class _Answer(NamedTuple):
     about: pd.DataFrame
     sources: list[str]
     logits: np.ndarray
-    novelty: pd.DataFrame
+    ood_score: pd.DataFrame
 
 
 def _predict_chunk(classifier: Classifier, chunk: _Chunk, engine: Engine) -> _Answer:
     logits, features = predict_with_features(classifier, chunk.patches, chunk.sizes, engine=engine)
-    novelty = measure_novelty(classifier, chunk.patches, chunk.sizes, features)
-    return _Answer(chunk.about, chunk.sources, logits, novelty)
+    ood_score = out_of_distribution_scores(classifier, chunk.patches, chunk.sizes, features)
+    return _Answer(chunk.about, chunk.sources, logits, ood_score)
 
 
 def _decide(classifier: Classifier, answers: list[_Answer]) -> pd.DataFrame:
@@ -246,9 +246,9 @@ def _decide(classifier: Classifier, answers: list[_Answer]) -> pd.DataFrame:
         threshold=classifier.threshold,
         abstained=classifier.abstains(probs),
     )
-    novelty = pd.concat([answer.novelty for answer in answers], ignore_index=True)
+    ood_score = pd.concat([answer.ood_score for answer in answers], ignore_index=True)
     sources = pd.array([source for answer in answers for source in answer.sources], dtype="string")
-    return pd.concat([frame.assign(source=sources), novelty], axis=1)
+    return pd.concat([frame.assign(source=sources), ood_score], axis=1)
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,7 @@ class _ImageSource:
 
 
 def _load(image: _Image, patch_px: int) -> np.ndarray | str:
-    """Give the pixels of an image, or the reason why there are none."""
+    """Return the pixels of an image, or the reason why there are none."""
     try:
         return decode_patch(image.read(), patch_px)
     except DataError as error:

@@ -365,18 +365,18 @@ def table_by_group(
 
 def _table_of_subgroups(subgroups: Mapping[str, Mapping[str, Any]], n_classes: int, unit: str) -> Table:
     rows, reasons = [], Footnotes()
-    shown = [name for values in subgroups.values() for found in values.values() for name in found["patch"]][
+    shown = [name for values in subgroups.values() for result in values.values() for name in result["patch"]][
         :3
     ]
     for column, values in subgroups.items():
-        for value, found in values.items():
+        for value, result in values.items():
             rows.append(
                 [
                     column,
                     str(value),
-                    number(found.get("n_patches")),
-                    number(found.get("n_patients")),
-                    *(reasons.estimate(found["patch"].get(key, {})) for key in shown),
+                    number(result.get("n_patches")),
+                    number(result.get("n_patients")),
+                    *(reasons.estimate(result["patch"].get(key, {})) for key in shown),
                 ]
             )
     columns = ["column", "subgroup", "patches", f"{unit}s"]

@@ -25,7 +25,7 @@ class SlideViews:
         self._overviews: dict[int, tuple[np.ndarray, float]] = {}
 
     def overview(self, row: int) -> np.ndarray | None:
-        """Give the whole slide, about `OVERVIEW_PX` wide or high, with a box where a patch lies."""
+        """Return the whole slide, about `OVERVIEW_PX` wide or high, with a box where a patch lies."""
         if self._slide_of[row] < 0:
             return None
         index = int(self._slide_of[row])
@@ -43,7 +43,7 @@ class SlideViews:
         return image
 
     def surroundings(self, row: int) -> np.ndarray | None:
-        """Give a patch in a dark box and those around it, each framed in the colour of its label."""
+        """Return a patch in a dark box and those around it, each framed in the colour of its label."""
         if self._slide_of[row] < 0:
             return None
         rows, places = self._slides[int(self._slide_of[row])]
@@ -100,7 +100,7 @@ class SlideViews:
 
     @cached_property
     def _slide_of(self) -> np.ndarray:
-        found = np.full(len(self._pack), -1)
+        result = np.full(len(self._pack), -1)
         for index, (rows, _) in enumerate(self._slides):
-            found[rows] = index
-        return found
+            result[rows] = index
+        return result

@@ -134,11 +134,11 @@ def _mean_of_last(log: list[dict[str, Any]], n_epochs: int = 5) -> float | None:
 
 def _summarise_folds(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """Return mean and spread over seeds on every fold, and the gain over colour alone on the same patches."""
-    found = []
+    result = []
     for fold, of_fold in rows.groupby("fold", dropna=False):
         gain = of_fold["auroc"] - of_fold["baseline_auroc"]
         shown = [name for name in dict.fromkeys((*SHOWN, *SHOWN_OF_CLASSES)) if name in of_fold]
-        found.append(
+        result.append(
             {
                 "fold": None if pd.isna(fold) else int(fold),
                 "tested": of_fold["tested"].iloc[0],
@@ -149,7 +149,7 @@ def _summarise_folds(rows: pd.DataFrame) -> list[dict[str, Any]]:
                 "gain": {"mean": gain.mean(), "sd": gain.std(ddof=1), "min": gain.min(), "max": gain.max()},
             }
         )
-    return found
+    return result
 
 
 def _average_folds(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
@@ -187,7 +187,7 @@ def measure_pooled(seeds: Sequence[ScoredPatches]) -> dict[str, Any]:
     resampler = Resampler(len(samples[0].groups), unit=first.unit, level=LEVEL)
     mean = average([replicate(sample, resampler) for sample in samples])
     matrix = np.sum([one.confusion() for one in seeds], axis=0)
-    found = {
+    result = {
         "n_patches": len(first),
         "n_patients": resampler.n_groups,
         "n_seeds": len(seeds),
@@ -200,11 +200,11 @@ def measure_pooled(seeds: Sequence[ScoredPatches]) -> dict[str, Any]:
         "interval": describe_method(resampler.n_groups, seed=0, level=LEVEL, unit=first.unit),
     }
     if first.positive_index is None:
-        return found | {"confusion_matrix": matrix}
+        return result | {"confusion_matrix": matrix}
     positive, negative = first.positive_index, 1 - first.positive_index
     cells = {"tp": (positive, positive), "fp": (negative, positive), "fn": (positive, negative)}
     cells["tn"] = (negative, negative)
-    return found | {"confusion": {name: int(matrix[cell]) for name, cell in cells.items()}}
+    return result | {"confusion": {name: int(matrix[cell]) for name, cell in cells.items()}}
 
 
 def _spread(seeds: Sequence[dict[str, float]]) -> dict[str, dict[str, Any]]:
@@ -212,7 +212,10 @@ def _spread(seeds: Sequence[dict[str, float]]) -> dict[str, dict[str, Any]]:
     shown = [name for name in dict.fromkeys((*SHOWN, *SHOWN_OF_CLASSES)) if name in seeds[0]]
     values = {name: [seed[name] for seed in seeds] for name in shown}
     return {
-        name: {"mean": float(np.mean(found)), "sd": float(np.std(found, ddof=1)) if len(found) > 1 else None}
-        for name, found in values.items()
-        if not np.isnan(found).any()
+        name: {
+            "mean": float(np.mean(result)),
+            "sd": float(np.std(result, ddof=1)) if len(result) > 1 else None,
+        }
+        for name, result in values.items()
+        if not np.isnan(result).any()
     }

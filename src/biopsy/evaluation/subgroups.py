@@ -42,21 +42,21 @@ def measure_subgroups(
         two classes `SHOWN_OF_CLASSES`) with intervals over patients, each by itself (`describe_intervals`).
     """
     shown = SHOWN_OF_CLASSES if scored.positive_class is None else SHOWN
-    found: dict[str, dict[str, Any]] = {}
+    result: dict[str, dict[str, Any]] = {}
     for column in columns:
         labels = _label(columns[column])
         if labels is None:
             continue
-        found[str(column)] = {}
+        result[str(column)] = {}
         for value in sorted(labels.dropna().unique()):
             part = scored.take(labels.eq(value).fillna(False).to_numpy(bool))
             metrics = estimate_metrics(part.sample(), seed=seed, names=shown, level=level, unit=scored.unit)
-            found[str(column)][str(value)] = {
+            result[str(column)][str(value)] = {
                 "n_patches": len(part),
                 "n_patients": len(np.unique(part.group_ids)),
                 "patch": {name: interval.to_dict() for name, interval in metrics.items()},
             }
-    return found
+    return result
 
 
 def describe_intervals(subgroups: Mapping[str, Mapping[str, Any]], level: float) -> dict[str, Any] | None:

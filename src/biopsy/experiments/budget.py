@@ -38,7 +38,7 @@ class Speed:
     fixed_s: float
 
     def cost(self, length: "Length", n_val: float, n_test: float) -> float:
-        """Give the seconds of a run of some length."""
+        """Return the seconds of a run of some length."""
         looks = length.epochs * n_val + n_test
         return self.fixed_s + self.patch_s * looks + self.update_s * length.updates
 
@@ -74,15 +74,15 @@ class Need:
     n_test: float
 
     def full_cost(self) -> float:
-        """Give the seconds of a run at full length."""
+        """Return the seconds of a run at full length."""
         return self.speed.cost(self.full, self.n_val, self.n_test)
 
     def total(self, length: Length) -> float:
-        """Give the seconds of all runs at some length."""
+        """Return the seconds of all runs at some length."""
         return self.n_runs * self.speed.cost(length, self.n_val, self.n_test)
 
     def fit(self, seconds: float) -> Length:
-        """Give the longest length whose runs take no more than some seconds each, at least one update.
+        """Return the longest length whose runs take no more than some seconds each, at least one update.
 
         As many of the recipe's looks at validation are kept as a quarter of the time allows.
         """
@@ -98,7 +98,7 @@ class Need:
 
 
 def full_length(recipe: Recipe, target: np.ndarray) -> Length:
-    """Give the recipe's own epochs and updates in each.
+    """Return the recipe's own epochs and updates in each.
 
     Args:
         recipe: The recipe.
@@ -117,7 +117,7 @@ def full_length(recipe: Recipe, target: np.ndarray) -> Length:
 
 
 def with_length(recipe: Recipe, length: Length) -> Recipe:
-    """Give a recipe whose runs make exactly so many updates, whatever validation says on the way."""
+    """Return a recipe whose runs make exactly so many updates, whatever validation says on the way."""
     lines = [f"train.epochs={length.epochs}", f"train.steps_per_epoch={length.steps_per_epoch}", NEVER_STOP]
     return load_recipe(recipe, lines)
 
@@ -140,7 +140,7 @@ def measure_speed(recipe: Recipe, pack: Pack, split: Split, *, device: str) -> S
 
 
 def share_out(seconds: float, needs: Mapping[str, Need]) -> dict[str, Length]:
-    """Give every recipe a length, so that all runs together take no more than some seconds.
+    """Return every recipe a length, so that all runs together take no more than some seconds.
 
     Every run may take as long as any other; what a short recipe leaves over goes to the others.
     """
@@ -160,7 +160,7 @@ def share_out(seconds: float, needs: Mapping[str, Need]) -> dict[str, Length]:
 
 
 def describe_plan(length: Length, full: Length, speed: Speed | None, minutes: float | None) -> dict[str, Any]:
-    """Give the entry of a recipe's length in ``study.json``."""
+    """Return the entry of a recipe's length in ``study.json``."""
     return {
         **asdict(length),
         "updates": length.updates,

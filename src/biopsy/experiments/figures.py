@@ -174,9 +174,9 @@ def _mark(
 def _reach(
     spread: Mapping[str, float | None], interval: Mapping[str, float | None] | None = None
 ) -> tuple[float, float] | None:
-    """Give the interval over patients, where there is none the range over seeds."""
-    for found, low, high in ((interval or {}, "low", "high"), (spread, "min", "max")):
-        ends = found.get(low), found.get(high)
+    """Return the interval over patients, where there is none the range over seeds."""
+    for result, low, high in ((interval or {}, "low", "high"), (spread, "min", "max")):
+        ends = result.get(low), result.get(high)
         if ends[0] is not None and ends[1] is not None:
             return ends[0], ends[1]
     return None
@@ -235,7 +235,7 @@ def draw_sweep(
         MetricError: If there is no setting, or not one value of each a run.
     """
     validation = np.asarray(validation, dtype=float)
-    counts = {len(found) for found in values.values()} | {len(validation)}
+    counts = {len(result) for result in values.values()} | {len(validation)}
     if not values or len(counts) > 1 or not len(validation):
         raise MetricError(f"{len(validation)} runs have {len(values)} settings; one value of each is needed")
     keys = list(values)
@@ -276,11 +276,11 @@ def _draw_line(
         axes.set_xticks(range(len(names)), [shorten(name) for name in names])
         axes.set_xlim(-0.5, len(names) - 0.5)
     order = sorted(names, key=place.__getitem__)
-    for side, found in sides.items():
+    for side, result in sides.items():
         colour = _colour(side)
         x = [place[name] for (name,) in points]
-        axes.plot(x, found, "o", color=colour, markersize=5.5, alpha=0.7, markeredgewidth=0)
-        means = _means(points, found)
+        axes.plot(x, result, "o", color=colour, markersize=5.5, alpha=0.7, markeredgewidth=0)
+        means = _means(points, result)
         mean = [means[(name,)] for name in order]
         if place is numbers:
             axes.plot([place[name] for name in order], mean, color=colour, label=side)
@@ -303,7 +303,7 @@ def _draw_map(
 ) -> Figure:
     """A cell a combination: its colour is validation, the numbers in it validation and test."""
     rows, columns = (list(dict.fromkeys(point[axis] for point in points)) for axis in (0, 1))
-    means = {side: _means(points, found) for side, found in sides.items()}
+    means = {side: _means(points, result) for side, result in sides.items()}
     grid = np.array([[means["validation"].get((row, column), np.nan) for column in columns] for row in rows])
     figure, axes = new_figure(WIDTH_IN, 1.5 + 0.52 * len(rows))
     image = axes.imshow(np.ma.masked_invalid(grid), cmap=PROBABILITY_MAP, aspect="auto")
@@ -311,7 +311,9 @@ def _draw_map(
     middle = float(known.min() + known.max()) / 2 if len(known) else 0.0
     for row, column in np.ndindex(grid.shape):
         point = (rows[row], columns[column])
-        written = [f"{found[point]:.3f}" for found in means.values() if np.isfinite(found.get(point, np.nan))]
+        written = [
+            f"{result[point]:.3f}" for result in means.values() if np.isfinite(result.get(point, np.nan))
+        ]
         colour = "white" if grid[row, column] <= middle else "black"
         axes.text(column, row, "\n".join(written), ha="center", va="center", color=colour, fontsize=8)
         if point == best:
@@ -346,10 +348,10 @@ def _draw_ranks(
     sign = 1 if metric == "loss" else -1
     order = sorted(means, key=lambda point: (not np.isfinite(means[point]), sign * means[point]))
     figure, axes = new_figure(WIDTH_IN, 1.3 + 0.3 * max(len(order), 2))
-    for offset, (side, found) in zip((-0.13, 0.13), sides.items(), strict=False):
+    for offset, (side, result) in zip((-0.13, 0.13), sides.items(), strict=False):
         rows = np.array([order.index(point) for point in points])
         axes.plot(
-            found,
+            result,
             rows + offset,
             "o",
             color=_colour(side),
@@ -372,12 +374,12 @@ def _draw_ranks(
 
 
 def _means(points: Sequence[tuple[str, ...]], values: np.ndarray) -> dict[tuple[str, ...], float]:
-    """Give the mean of each combination's runs, NaN where none is known."""
+    """Return the mean of each combination's runs, NaN where none is known."""
     groups: dict[tuple[str, ...], list[float]] = {}
     for point, value in zip(points, values, strict=True):
         groups.setdefault(point, []).append(float(value))
-    known = {point: [value for value in found if np.isfinite(value)] for point, found in groups.items()}
-    return {point: float(np.mean(found)) if found else float("nan") for point, found in known.items()}
+    known = {point: [value for value in result if np.isfinite(value)] for point, result in groups.items()}
+    return {point: float(np.mean(result)) if result else float("nan") for point, result in known.items()}
 
 
 def _colour(side: str) -> str:

@@ -8,7 +8,7 @@ from biopsy.core.errors import RunError
 from biopsy.data.packs import Pack
 from biopsy.data.splits import Split, find_split, list_splits, make_split, save_split
 from biopsy.evaluation.study_tables import write_tables
-from biopsy.experiments.run_specs import Question, answer_questions, hash_split, open_study, place_study
+from biopsy.experiments.run_specs import RunSpec, hash_split, open_study, place_study, run_all
 from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
 from biopsy.training.fit import OnEpoch
 from biopsy.training.study import Study
@@ -58,24 +58,24 @@ def study(
         raise RunError("two recipes of a study have the same name: change `name` in one of the files")
     pack = open_data(data)
     chosen = _find_split(pack, split, folds, loaded)
-    found = open_study(
+    result = open_study(
         place_study(name or "-".join([*(recipe.name for recipe in loaded), chosen.name]), out),
-        question="folds and seeds",
+        spec="folds and seeds",
         pack=pack,
         recipes=loaded,
         seeds=seeds,
         same={},
         split=chosen,
     )
-    questions = _list_questions(loaded, chosen, seeds)
-    return answer_questions(found, pack, questions, write_tables, device=device, on_epoch=on_epoch)
+    specs = _list_run_specs(loaded, chosen, seeds)
+    return run_all(result, pack, specs, write_tables, device=device, on_epoch=on_epoch)
 
 
-def _list_questions(recipes: Sequence[Recipe], split: Split, seeds: Sequence[int]) -> list[Question]:
-    """Give every run of the study, seed by seed, so that an early look sees every fold."""
+def _list_run_specs(recipes: Sequence[Recipe], split: Split, seeds: Sequence[int]) -> list[RunSpec]:
+    """Return every run of the study, seed by seed, so that an early look sees every fold."""
     folds: Sequence[int | None] = range(split.n_folds) if split.n_folds else (None,)
     return [
-        Question(f"{recipe.name}{'' if fold is None else f'-f{fold}'}-s{seed}", recipe, split, fold, seed)
+        RunSpec(f"{recipe.name}{'' if fold is None else f'-f{fold}'}-s{seed}", recipe, split, fold, seed)
         for seed, recipe, fold in itertools.product(seeds, recipes, folds)
     ]
 

@@ -110,7 +110,7 @@ def _trim(split: Split, pack: Pack, n_train: int, seed: int) -> Split:
 
 
 def _spell(group_id: str) -> str:
-    """Give an id as part of a split's name; ids that only then look alike stay apart by a few digits."""
+    """Return an id as part of a split's name; ids that only then look alike stay apart by a few digits."""
     spelled = re.sub(r"[^A-Za-z0-9._-]", "-", group_id)
     return spelled if spelled == group_id else f"{spelled}-{sha256(group_id.encode()).hexdigest()[:6]}"
 
@@ -185,7 +185,7 @@ def compare_splits(pack: Pack, recipe: Recipe, apart: Split | None) -> Compariso
 
 
 def choose_apart(pack: Pack, name: str | None, test_ids: Sequence[str]) -> Split | None:
-    """Give the split that keeps patients apart: the named one, the data set's own, or by who is tested.
+    """Return the split that keeps patients apart: the named one, the data set's own, or by who is tested.
 
     Where the data set's own sides lack a test side, its validation side is tested, and 15 % of its training
     side validates.
@@ -233,7 +233,7 @@ def _test_on_validation(pack: Pack, official: Split) -> Split:
 
 
 def choose_leaking(pack: Pack) -> list[str]:
-    """Give the patients or slides whose leak is measured: the three with most patches of their rarer class.
+    """Return the patients or slides whose leak is measured: the three with most patches of their rarer class.
 
     Those with fewer than 50 patches of a class are passed over.
     """
@@ -287,7 +287,7 @@ def _say_nobody(pack: Pack) -> str:
 
 
 def _take_fold(pack: Pack, split: Split, fold: int) -> tuple[Split, str, int]:
-    """Give a fold of a split as a split with sides, whom it tests, and the fold."""
+    """Return a fold of a split as a split with sides, whom it tests, and the fold."""
     sides = split.sides(pack, fold)
     tested = np.unique(pack.group_ids[sides == "test"])
     taken = with_sides(split, pack, sides, name=f"{split.name}-{fold}", note={"fold": fold})

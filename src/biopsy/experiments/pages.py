@@ -14,7 +14,7 @@ from biopsy.experiments.sweep_page import SweepFacts, report_of_sweep
 from biopsy.recipes import load_recipe, recipe_toml
 from biopsy.reporting.document import ReportDocument
 from biopsy.reporting.facts import StudyFacts
-from biopsy.reporting.pseudonyms import KINDS, Aliases
+from biopsy.reporting.pseudonyms import KINDS, Pseudonymizer
 from biopsy.training.study import Study
 
 
@@ -53,13 +53,13 @@ def gather_study(study: Study) -> dict[str, StudyFacts]:
 
 
 def _baseline_by_group(rows: Any) -> dict[str, float]:
-    """Give the colour-only AUROC of each patient that is tested alone in a fold."""
+    """Return the colour-only AUROC of each patient that is tested alone in a fold."""
     alone = rows[~rows["tested"].astype(str).str.contains(" ")].dropna(subset=["baseline_auroc"])
     return dict(zip(alone["tested"].astype(str), alone["baseline_auroc"].astype(float), strict=True))
 
 
 def compose_study(study: Study, *, hide_ids: bool) -> list[tuple[str, ReportDocument]]:
-    """Give the pages of a study: file name and report each.
+    """Return the pages of a study: file name and report each.
 
     Raises:
         RunError: If none of its runs has been evaluated.
@@ -83,7 +83,7 @@ def _gather_sweep(study: Study) -> SweepFacts:
         table=study.table(),
         figure=sweeps.describe_figure(study),
         recipe_toml="".join(study.info["recipes"].values()),
-        aliases=_name_ids(study),
+        pseudonymizer=_name_ids(study),
     )
 
 
@@ -91,12 +91,12 @@ def _gather_reproduction(study: Study) -> ReproductionFacts:
     return ReproductionFacts(
         study={**study.info, "environment": study.judged_runs()[0].info["environment"]},
         summary=study.summary(),
-        aliases=_name_ids(study),
+        pseudonymizer=_name_ids(study),
     )
 
 
-def _name_ids(study: Study) -> Aliases:
+def _name_ids(study: Study) -> Pseudonymizer:
     """Number everybody that the study's runs tested."""
     frames = [run.predictions("test")[0] for run in study.judged_runs()]
     ids = pd.concat(frames)[[f"{kind}_id" for kind in KINDS]].drop_duplicates()
-    return Aliases({kind: ids[f"{kind}_id"] for kind in KINDS}, study.info["pack"]["content_sha256"])
+    return Pseudonymizer({kind: ids[f"{kind}_id"] for kind in KINDS}, study.info["pack"]["content_sha256"])

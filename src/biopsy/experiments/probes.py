@@ -192,10 +192,10 @@ def _neighbours(run: Run, pack: Pack, record: dict[str, Any]) -> float | None:
         np.asarray(features[test]),
         n_classes=len(pack.class_names),
     )
-    found = evaluate_predictions(
+    result = evaluate_predictions(
         (pack.target[test] == positive).astype(int), votes[:, positive], groups=pack.group_ids[test]
     )
-    return found["patch"]["auroc"]["value"]
+    return result["patch"]["auroc"]["value"]
 
 
 def _add_differences(rows: list[dict[str, Any]], runs: list[Run], folder: Path) -> None:
@@ -203,11 +203,11 @@ def _add_differences(rows: list[dict[str, Any]], runs: list[Run], folder: Path) 
     table = compare(runs, out=folder).to_frame()
     table = table[table["metric"] == "auroc"].set_index("classifier")
     for row in rows[1:]:
-        found = table.loc[row["run"]]
+        result = table.loc[row["run"]]
         keys = {
             "difference": "difference",
             "difference_low": "low",
             "difference_high": "high",
             "p_holm": "p_holm",
         }
-        row |= {ours: None if pd.isna(found[key]) else float(found[key]) for ours, key in keys.items()}
+        row |= {ours: None if pd.isna(result[key]) else float(result[key]) for ours, key in keys.items()}

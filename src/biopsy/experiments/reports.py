@@ -50,18 +50,18 @@ def report(
     Raises:
         RunError: If a run has not been evaluated, or there is no such run.
     """
-    asked = [runs] if isinstance(runs, Run | Study | Evaluation | Path | str) else list(runs)
-    asked = [item.run if isinstance(item, Evaluation) and item.run else item for item in asked]
-    if out is None and any(isinstance(item, Evaluation) for item in asked):
+    requested = [runs] if isinstance(runs, Run | Study | Evaluation | Path | str) else list(runs)
+    requested = [item.run if isinstance(item, Evaluation) and item.run else item for item in requested]
+    if out is None and any(isinstance(item, Evaluation) for item in requested):
         raise RunError('predictions have no folder: say where the report goes, such as out="report.html"')
     out = None if out is None else Path(out)
     written: list[Path] = []
-    for item in asked:
-        path = _place(item, PAGE, out, several=len(asked) > 1)
+    for item in requested:
+        path = _place(item, PAGE, out, several=len(requested) > 1)
         if path != out:
             check_outputs(path.parent, path.name, adopt=out is None)
         for name, page in _compose(item, hide_ids, complete=complete):
-            path = _place(item, name, out, several=len(asked) > 1)
+            path = _place(item, name, out, several=len(requested) > 1)
             if path in written:
                 raise RunError(f"{path} would be the report of two runs: name another --out for one of them")
             if path == out:

@@ -32,7 +32,7 @@ from biopsy.experiments.leakage import (
     why_no_leak,
 )
 from biopsy.experiments.reproduction_summary import write_tables
-from biopsy.experiments.run_specs import Question, answer_questions, check_networks, open_study, place_study
+from biopsy.experiments.run_specs import RunSpec, check_networks, open_study, place_study, run_all
 from biopsy.plotting.style import png
 from biopsy.recipes import Overrides, Recipe, list_recipes, load_recipe, setting_lines
 from biopsy.training.fit import OnEpoch
@@ -107,7 +107,7 @@ def reproduce(
     leaks = {} if no_leak else {seed: list_leaks(pack, test_ids, seed) for seed in leak_seeds}
     study = open_study(
         place_study(name or f"reproduction-{pack.path.stem}", out),
-        question=KIND,
+        spec=KIND,
         pack=pack,
         recipes=list(recipes.values()),
         seeds=seeds,
@@ -128,32 +128,32 @@ def reproduce(
         leak_seeds=sorted({*study.info.get("leak_seeds", []), *leaks}),
     )
     planned = [with_length(recipe, _read_length(plans[name])) for name, recipe in recipes.items()]
-    questions = _list_questions(planned, compared, seeds, leaks)
-    study = answer_questions(study, pack, questions, write_tables, device=device, on_epoch=on_epoch)
+    specs = _list_run_specs(planned, compared, seeds, leaks)
+    study = run_all(study, pack, specs, write_tables, device=device, on_epoch=on_epoch)
     if study.judged_runs():
         write_output(study.path / "figure.png", png(draw_reproduction(study.summary()["papers"])))
     return study
 
 
 def choose_papers(papers: Sequence[str | Path | Recipe], pack: Pack) -> list[Recipe]:
-    """Give the recipes of some papers, or of all that were published on the pack's data set.
+    """Return the recipes of some papers, or of all that were published on the pack's data set.
 
     Raises:
         RecipeError: If a recipe claims nothing or was published on other data, or there is none.
     """
     dataset = pack.info.dataset
-    asked = [papers] if isinstance(papers, str | Path | Recipe) else list(papers)
+    requested = [papers] if isinstance(papers, str | Path | Recipe) else list(papers)
     known = [recipe for recipe in map(load_recipe, list_recipes()) if recipe.origin.claim]
-    if not asked:
-        found = [recipe for recipe in known if _is_of(recipe, dataset)]
-        if not found:
+    if not requested:
+        result = [recipe for recipe in known if _is_of(recipe, dataset)]
+        if not result:
             raise RecipeError(
                 f"no recipe was published on {dataset!r}, the data set of {pack.path.name}; published ones: "
                 + ", ".join(f"{recipe.name} ({recipe.origin.dataset})" for recipe in known)
             )
-        return found
-    found = [load_recipe(paper) for paper in asked]
-    for recipe in found:
+        return result
+    result = [load_recipe(paper) for paper in requested]
+    for recipe in result:
         if not recipe.origin.claim:
             raise RecipeError(
                 f"{recipe.name} claims nothing (its origin.claim is empty), so there is nothing to "
@@ -164,9 +164,9 @@ def choose_papers(papers: Sequence[str | Path | Recipe], pack: Pack) -> list[Rec
                 f"{recipe.name} was published on {recipe.origin.dataset!r}, {pack.path.name} holds "
                 f"{dataset!r}: give a pack of that data set, or `biopsy train` the recipe on this one"
             )
-    if len({recipe.name for recipe in found}) < len(found):
+    if len({recipe.name for recipe in result}) < len(result):
         raise RecipeError("two of the papers have the same name: change `name` in one of the files")
-    return found
+    return result
 
 
 def _is_of(recipe: Recipe, dataset: str) -> bool:
@@ -214,7 +214,7 @@ def _plan(
     started, needs = time.perf_counter(), {}
     for name, recipe in new.items():
         n_seeds, leaks = asked
-        arms = [*compared[name].arms * n_seeds, *(arm for found in leaks.values() for arm in found)]
+        arms = [*compared[name].arms * n_seeds, *(arm for result in leaks.values() for arm in result)]
         speed = measure_speed(recipe, pack, compared[name].arms[-1].split, device=device)
         n_val, n_test = (
             float(np.mean([count_side(pack, arm.split, side) for arm in arms])) for side in ("val", "test")
@@ -245,24 +245,24 @@ def _read_length(plan: Mapping[str, Any]) -> Length:
     return Length(plan["epochs"], plan["steps_per_epoch"])
 
 
-def _list_questions(
+def _list_run_specs(
     recipes: Sequence[Recipe],
     compared: Mapping[str, Comparison],
     seeds: Sequence[int],
     leaks: Mapping[int, Sequence[Arm]],
-) -> list[Question]:
-    """Give every run, seed by seed, so that an early look sees every recipe and arm."""
+) -> list[RunSpec]:
+    """Return every run, seed by seed, so that an early look sees every recipe and arm."""
     return [
-        _ask(recipe, arm, seed)
+        _run_papers(recipe, arm, seed)
         for seed in sorted({*seeds, *leaks})
         for recipe in recipes
         for arm in (*(compared[recipe.name].arms if seed in seeds else ()), *leaks.get(seed, ()))
     ]
 
 
-def _ask(recipe: Recipe, arm: Arm, seed: int) -> Question:
+def _run_papers(recipe: Recipe, arm: Arm, seed: int) -> RunSpec:
     place = "" if arm.place is None else str(arm.place)
-    return Question(
+    return RunSpec(
         name=f"{recipe.name}-{arm.kind}{place}-s{seed}",
         recipe=recipe,
         split=arm.split,

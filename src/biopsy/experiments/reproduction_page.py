@@ -24,7 +24,7 @@ from biopsy.reporting.document import (
     number,
 )
 from biopsy.reporting.html import HIDDEN, NOT_FOR
-from biopsy.reporting.pseudonyms import Aliases
+from biopsy.reporting.pseudonyms import Pseudonymizer
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ReproductionFacts:
 
     study: Mapping[str, Any]
     summary: Mapping[str, Any]
-    aliases: Aliases
+    pseudonymizer: Pseudonymizer
 
 
 def report_of_reproduction(facts: ReproductionFacts, *, hide_ids: bool = False) -> ReportDocument:
@@ -49,10 +49,10 @@ def report_of_reproduction(facts: ReproductionFacts, *, hide_ids: bool = False) 
         facts: The study's records.
         hide_ids: Replace patient, slide and patch ids by numbers everywhere, and say so.
     """
-    study: Mapping[str, Any] = facts.aliases.nested(facts.study) if hide_ids else facts.study
+    study: Mapping[str, Any] = facts.pseudonymizer.nested(facts.study) if hide_ids else facts.study
     papers: Mapping[str, Any] = facts.summary["papers"]
     if hide_ids:
-        papers = facts.aliases.nested(papers)
+        papers = facts.pseudonymizer.nested(papers)
     sections = [
         _describe_table(papers),
         *([_describe_leak(papers, facts.summary["unit"])] if _leaks(papers) else []),

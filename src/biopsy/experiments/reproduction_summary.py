@@ -97,7 +97,7 @@ def _label(updates: int, published: int, *, method_only: bool) -> str:
 
 
 def _summarise_arm(rows: pd.DataFrame, reason: str | None) -> dict[str, Any]:
-    """Give an arm's numbers: of each fold over seeds, and of the mean over folds over seeds."""
+    """Return an arm's numbers: of each fold over seeds, and of the mean over folds over seeds."""
     folds = [
         {
             "tested": of_fold["tested"].iloc[0],
@@ -129,14 +129,14 @@ def _keep_whole(rows: pd.DataFrame, n_folds: int) -> pd.DataFrame:
 
 
 def _estimate(rows: pd.DataFrame, frames: Frames, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Give intervals over patients of the means over seeds, where one side of five or more was tested."""
-    found = [frames[run] for run in rows["run"]]
-    if not found or rows["place"].notna().any() or metrics["positive_class"] is None:
+    """Return intervals over patients of the means over seeds, where one side of five or more was tested."""
+    result = [frames[run] for run in rows["run"]]
+    if not result or rows["place"].notna().any() or metrics["positive_class"] is None:
         return {}
-    if len(np.unique(group_by_unit(found[0], metrics["unit"]))) < MIN_GROUPS:
+    if len(np.unique(group_by_unit(result[0], metrics["unit"]))) < MIN_GROUPS:
         return {}
     about = metrics["class_names"], metrics["positive_class"], metrics["unit"]
-    pooled = measure_pooled([ScoredPatches.of_predictions(frame, *about) for frame in found])
+    pooled = measure_pooled([ScoredPatches.of_predictions(frame, *about) for frame in result])
     return {"interval": {name: pooled["patch"][name] for name in COMPARED} | {"about": pooled["interval"]}}
 
 
@@ -182,7 +182,7 @@ def _compare_pair(table: pd.DataFrame, arm: str, reference: str, reason: str | N
 
 
 def spread(values: Iterable[float]) -> dict[str, float | None]:
-    """Give mean, standard deviation, least and greatest of some values; None where there are none.
+    """Return mean, standard deviation, least and greatest of some values; None where there are none.
 
     Example:
         >>> spread([0.5, 0.75])["mean"]
@@ -196,7 +196,7 @@ def spread(values: Iterable[float]) -> dict[str, float | None]:
 
 
 def list_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Give the rows of ``table.csv``: one a recipe and metric."""
+    """Return the rows of ``table.csv``: one a recipe and metric."""
     rows = []
     for recipe, entry in summary["papers"].items():
         for metric in COMPARED:
@@ -210,8 +210,8 @@ def list_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "published": entry["claim"].get(metric),
                     "corrected": entry["corrected"].get(metric),
                     **{
-                        f"{arm}{'' if key == 'mean' else f'_{key}'}": found[metric][key]
-                        for arm, found in arms.items()
+                        f"{arm}{'' if key == 'mean' else f'_{key}'}": result[metric][key]
+                        for arm, result in arms.items()
                         for key in ("mean", "sd")
                     },
                     "patients_apart_low": interval.get("low"),
@@ -229,7 +229,7 @@ def list_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _describe(run: Run, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a run's row of ``runs.csv``."""
+    """Return a run's row of ``runs.csv``."""
     row, log = describe_run(run), run.log()
     kept = ("n_patches", *COMPARED, "baseline_auroc", "threshold", "chosen_epoch", "seconds", "run")
     return {

@@ -27,7 +27,7 @@ OUTPUTS = ("table.csv", "runs.csv", "figure.png")
 
 
 @dataclass(frozen=True)
-class Question:
+class RunSpec:
     """One run of a study.
 
     Attributes:
@@ -51,10 +51,10 @@ class Question:
         return {"recipe": self.recipe.name, "fold": self.fold, "seed": self.seed, **self.about}
 
 
-def answer_questions(
+def run_all(
     study: Study,
     pack: Pack,
-    questions: Sequence[Question],
+    specs: Sequence[RunSpec],
     write_tables: Callable[[Study], None],
     *,
     device: str,
@@ -64,21 +64,21 @@ def answer_questions(
 
     Finished runs are kept, half-trained ones are resumed; one whose loss diverges is named under ``failed``.
     """
-    asked = {question.name: question.describe() for question in questions}
-    study.update(runs={**study.info.get("runs", {}), **asked})
+    requested = {spec.name: spec.describe() for spec in specs}
+    study.update(runs={**study.info.get("runs", {}), **requested})
     failed: dict[str, str] = {}
     with hold_outputs(study.path, *OUTPUTS, adopt=True):
-        for question in questions:
+        for spec in specs:
 
-            def note(record: dict[str, Any], question: Question = question) -> None:
+            def note(record: dict[str, Any], spec: RunSpec = spec) -> None:
                 if on_epoch:
-                    on_epoch(record | asked[question.name])
+                    on_epoch(record | requested[spec.name])
 
             try:
-                run = _answer(study.path / "runs" / question.name, question, pack, device, note)
+                run = _run(study.path / "runs" / spec.name, spec, pack, device, note)
             except TrainingDiverged as error:
-                logger.warning("%s: %s", question.name, error)
-                failed[question.name] = str(error)
+                logger.warning("%s: %s", spec.name, error)
+                failed[spec.name] = str(error)
                 continue
             if not (run.path / "evaluation" / "metrics.json").exists():
                 evaluate(run)
@@ -88,14 +88,14 @@ def answer_questions(
     return study
 
 
-def _answer(path: Path, question: Question, pack: Pack, device: str, on_epoch: OnEpoch) -> Run:
+def _run(path: Path, spec: RunSpec, pack: Pack, device: str, on_epoch: OnEpoch) -> Run:
     if not path.exists():
         return train(
-            question.recipe,
+            spec.recipe,
             pack,
-            split=question.split,
-            fold=question.fold,
-            seed=question.seed,
+            split=spec.split,
+            fold=spec.fold,
+            seed=spec.seed,
             out=path,
             device=device,
             on_epoch=on_epoch,
@@ -114,14 +114,14 @@ def check_networks(recipes: Iterable[Recipe], pack: Pack) -> None:
     """
     seen = set()
     for recipe in recipes:
-        asked = (recipe.model.model_dump_json(), recipe.preprocessing.input_px)
-        if asked not in seen:
+        requested = (recipe.model.model_dump_json(), recipe.preprocessing.input_px)
+        if requested not in seen:
             make_network(recipe, len(pack.class_names), seed=0)
-            seen.add(asked)
+            seen.add(requested)
 
 
 def place_study(name: str, out: Path | str | None) -> Path:
-    """Give a study's folder: ``out``, else ``studies/<name>``.
+    """Return a study's folder: ``out``, else ``studies/<name>``.
 
     Raises:
         RunError: If the name is none for a folder.
@@ -138,7 +138,7 @@ def place_study(name: str, out: Path | str | None) -> Path:
 def open_study(
     path: Path,
     *,
-    question: str,
+    spec: str,
     pack: Pack,
     recipes: Sequence[Recipe],
     seeds: Iterable[int],
@@ -159,11 +159,11 @@ def open_study(
     Raises:
         RunError: If the folder holds a study that asked something else.
     """
-    asked: dict[str, Any] = {
+    requested: dict[str, Any] = {
         "format": FORMAT,
         "name": path.name,
         "status": "running",
-        "question": question,
+        "question": spec,
         **same,
         "split": None if split is None else describe_split(split),
         "pack": {
@@ -175,14 +175,14 @@ def open_study(
         "seeds": sorted({*seeds}),
     }
     if (path / DOCUMENT).exists():
-        found = Study.open(path).info
-        _require_same(path, found, asked, tuple(same))
-        asked["recipes"] = {**found["recipes"], **asked["recipes"]}
-        asked["seeds"] = sorted({*found["seeds"], *asked["seeds"]})
-        asked = {**found, **asked}
+        result = Study.open(path).info
+        _require_same(path, result, requested, tuple(same))
+        requested["recipes"] = {**result["recipes"], **requested["recipes"]}
+        requested["seeds"] = sorted({*result["seeds"], *requested["seeds"]})
+        requested = {**result, **requested}
     elif path.exists() and any(path.iterdir()):
         raise RunError(f"{path} is not empty and holds no study: give this study another --name")
-    write_json(path / DOCUMENT, asked)
+    write_json(path / DOCUMENT, requested)
     return Study.open(path)
 
 
@@ -203,7 +203,7 @@ def _require_same(path: Path, found: dict[str, Any], asked: dict[str, Any], same
 
 
 def describe_split(split: Split) -> dict[str, Any]:
-    """Give the entry of a split in ``study.json``."""
+    """Return the entry of a split in ``study.json``."""
     return {
         "name": split.name,
         "protocol": split.protocol,
@@ -216,5 +216,5 @@ def describe_split(split: Split) -> dict[str, Any]:
 
 
 def hash_split(split: Split) -> str:
-    """Give a hash of who stands on which side."""
+    """Return a hash of who stands on which side."""
     return hashlib.sha256(split.table.to_csv(index=False).encode()).hexdigest()

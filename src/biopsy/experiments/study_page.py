@@ -186,14 +186,14 @@ def _describe_folds(facts: StudyFacts) -> Section:
         baseline = table.groupby("fold", sort=False)["baseline_auroc"].first().astype(float).to_dict()
     figure = draw_folds(table["fold"].tolist(), table["auroc"].to_numpy(float), baseline=baseline)
     rows = []
-    for fold, found in spread_over_seeds(table).iterrows():
+    for fold, result in spread_over_seeds(table).iterrows():
         colour = None if baseline is None else baseline[fold]
-        gain = None if colour is None else found["mean"] - colour
+        gain = None if colour is None else result["mean"] - colour
         rows.append(
             [
                 str(fold),
-                *(number(float(found[key])) for key in ("mean", "low", "high")),
-                number(int(found["n_seeds"])),
+                *(number(float(result[key])) for key in ("mean", "low", "high")),
+                number(int(result["n_seeds"])),
                 number(colour),
                 "-" if gain is None else f"{gain:+.3f}",
             ]
@@ -256,8 +256,8 @@ def _measure_groups(facts: StudyFacts, part: pd.DataFrame, who: pd.Series) -> di
     if len(facts.class_names) > 2:
         return (part["target"] == part["pred"]).groupby(who).mean().astype(float).to_dict()
     index = list(facts.class_names).index(facts.positive)
-    names, found = measure_groups((part["target"] == index).astype(int), part["prob"], who.to_numpy())
-    return dict(zip(names.tolist(), found["auroc"].tolist(), strict=True))
+    names, result = measure_groups((part["target"] == index).astype(int), part["prob"], who.to_numpy())
+    return dict(zip(names.tolist(), result["auroc"].tolist(), strict=True))
 
 
 def _describe_pooled(facts: StudyFacts) -> Section:
@@ -290,10 +290,10 @@ def _compare_pooling(facts: StudyFacts) -> list[Block]:
         [
             metric_label(name, len(facts.class_names)),
             number((pooled.get(name) or {}).get("value")),
-            *(number(found[key]) for key in ("mean", "min", "max")),
+            *(number(result[key]) for key in ("mean", "min", "max")),
         ]
-        for name, found in within.items()
-        if found["n_folds"] > 1
+        for name, result in within.items()
+        if result["n_folds"] > 1
     ]
     if not rows:
         return []

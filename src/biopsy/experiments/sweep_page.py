@@ -25,7 +25,7 @@ from biopsy.reporting.document import (
 )
 from biopsy.reporting.elements import say_openings
 from biopsy.reporting.html import HIDDEN, NOT_FOR
-from biopsy.reporting.pseudonyms import Aliases
+from biopsy.reporting.pseudonyms import Pseudonymizer
 
 METRICS = {
     "auroc": "AUROC",
@@ -53,7 +53,7 @@ class SweepFacts:
     table: pd.DataFrame
     figure: Mapping[str, Any]
     recipe_toml: str
-    aliases: Aliases
+    pseudonymizer: Pseudonymizer
 
 
 def report_of_sweep(facts: SweepFacts, *, hide_ids: bool = False) -> ReportDocument:
@@ -63,8 +63,8 @@ def report_of_sweep(facts: SweepFacts, *, hide_ids: bool = False) -> ReportDocum
         facts: The study's records.
         hide_ids: Replace patient, slide and patch ids by numbers everywhere, and say so.
     """
-    study = facts.aliases.nested(facts.study) if hide_ids else facts.study
-    recipe_toml = facts.aliases.text(facts.recipe_toml) if hide_ids else facts.recipe_toml
+    study = facts.pseudonymizer.nested(facts.study) if hide_ids else facts.study
+    recipe_toml = facts.pseudonymizer.text(facts.recipe_toml) if hide_ids else facts.recipe_toml
     combinations, seeds = facts.summary["combinations"], facts.study["seeds"]
     split = study["split"]["name"]
     sections = [

@@ -17,7 +17,7 @@ from biopsy.core.files import write_json, write_output
 from biopsy.data.packs import Pack
 from biopsy.evaluation.study_tables import SHOWN, describe_run
 from biopsy.experiments.figures import draw_sweep
-from biopsy.experiments.run_specs import Question, answer_questions, check_networks, open_study, place_study
+from biopsy.experiments.run_specs import RunSpec, check_networks, open_study, place_study, run_all
 from biopsy.plotting.style import png
 from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
 from biopsy.training.fit import OnEpoch
@@ -61,7 +61,7 @@ def read_grid(grid: Iterable[str]) -> dict[str, list[str]]:
         >>> read_grid(["model.params.stage_widths=[32,64],[64,128]", "model.trainable=head,all"])
         {'model.params.stage_widths': ['[32,64]', '[64,128]'], 'model.trainable': ['head', 'all']}
     """
-    found: dict[str, list[str]] = {}
+    result: dict[str, list[str]] = {}
     for line in [grid] if isinstance(grid, str) else grid:
         key, equals, text = line.partition("=")
         key, values = key.strip(), [value.strip() for value in _cut(text)]
@@ -69,16 +69,16 @@ def read_grid(grid: Iterable[str]) -> dict[str, list[str]]:
             raise RecipeError(f"--grid {line!r} has no '=': write --grid train.lr=0.01,0.001")
         if not all(values):
             raise RecipeError(f"--grid {line!r} lacks a value: write --grid train.lr=0.01,0.001")
-        if key in found:
+        if key in result:
             raise RecipeError(f"--grid names {key!r} twice: give all its values in one")
-        found[key] = values
-    if not found:
+        result[key] = values
+    if not result:
         raise RecipeError("a sweep needs a grid of values: write --grid train.lr=0.01,0.001")
-    return found
+    return result
 
 
 def combine(recipe: str | Path | Recipe, grid: Iterable[str], overrides: Sequence[str]) -> list[Combination]:
-    """Give every combination of a grid's values, in order, each once.
+    """Return every combination of a grid's values, in order, each once.
 
     Args:
         recipe: A shipped name, a TOML file, or a recipe.
@@ -89,18 +89,18 @@ def combine(recipe: str | Path | Recipe, grid: Iterable[str], overrides: Sequenc
         RecipeError: If a recipe has no such setting or may not have such a value, or a setting is both in the
             grid and among the overrides.
     """
-    asked = read_grid(grid)
-    twice = sorted(asked.keys() & {override.partition("=")[0].strip() for override in overrides})
+    requested = read_grid(grid)
+    twice = sorted(requested.keys() & {override.partition("=")[0].strip() for override in overrides})
     if twice:
         raise RecipeError(f"{twice[0]} stands in --grid and in --set: leave it out of one")
-    found: dict[str, Combination] = {}
-    for values in itertools.product(*asked.values()):
-        lines = [f"{key}={value}" for key, value in zip(asked, values, strict=True)]
+    result: dict[str, Combination] = {}
+    for values in itertools.product(*requested.values()):
+        lines = [f"{key}={value}" for key, value in zip(requested, values, strict=True)]
         changed = load_recipe(recipe, [*overrides, *lines])
         document = changed.model_dump()
-        combination = Combination({key: _find(document, key) for key in asked}, changed)
-        found.setdefault(combination.name, combination)
-    return list(found.values())
+        combination = Combination({key: _find(document, key) for key in requested}, changed)
+        result.setdefault(combination.name, combination)
+    return list(result.values())
 
 
 def spell(value: object) -> str:
@@ -187,15 +187,15 @@ def sweep(
     chosen.sides(pack, fold)
     study = open_study(
         place_study(name or f"sweep-{base.name}-{chosen.name}", out),
-        question=KIND,
+        spec=KIND,
         pack=pack,
         recipes=[base],
         seeds=seeds,
         same={"grid": list(combinations[0].values), "fold": fold},
         split=chosen,
     )
-    questions = [
-        Question(
+    specs = [
+        RunSpec(
             name=f"{combination.name}-s{seed}",
             recipe=combination.recipe,
             split=chosen,
@@ -206,7 +206,7 @@ def sweep(
         for seed in seeds
         for combination in combinations
     ]
-    study = answer_questions(study, pack, questions, write_tables, device=device, on_epoch=on_epoch)
+    study = run_all(study, pack, specs, write_tables, device=device, on_epoch=on_epoch)
     if study.judged_runs():
         write_output(study.path / "figure.png", png(draw_sweep(**describe_figure(study))))
     return study
@@ -226,7 +226,7 @@ def write_tables(study: Study) -> None:
 def summarise(
     rows: Sequence[dict[str, Any]], keys: Sequence[str], metrics: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Give mean and spread over seeds of every combination, and name the best by validation.
+    """Return mean and spread over seeds of every combination, and name the best by validation.
 
     Args:
         rows: One a run: the settings of the grid by name, ``seed``, ``val_auroc``, ``val_loss`` and the
@@ -267,7 +267,7 @@ def _summarise_combination(rows: Sequence[dict[str, Any]], keys: Sequence[str]) 
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float | None]:
-    """Give mean and standard deviation of some values; None where one is missing, or there is one only."""
+    """Return mean and standard deviation of some values; None where one is missing, or there is one only."""
     known = np.array([np.nan if value is None else value for value in values], dtype=float)
     if not len(known) or not np.isfinite(known).all():
         return {"mean": None, "sd": None}
@@ -275,7 +275,7 @@ def spread(values: Sequence[float | None]) -> dict[str, float | None]:
 
 
 def describe_figure(study: Study) -> dict[str, Any]:
-    """Give what the figure of a sweep is drawn from: the arguments of `draw_sweep`."""
+    """Return what the figure of a sweep is drawn from: the arguments of `draw_sweep`."""
     runs = study.judged_runs()
     rows = [_describe(run, study.info) for run in runs]
     summary = summarise(rows, study.info["grid"], [run.metrics() for run in runs])
@@ -293,7 +293,7 @@ def describe_figure(study: Study) -> dict[str, Any]:
 
 
 def _describe(run: Run, info: dict[str, Any]) -> dict[str, Any]:
-    """Give a run's row: the settings of the grid, what validation said of the chosen epoch, the test side."""
+    """Return a run's row: the settings of the grid, validation at the chosen epoch, the test subset."""
     about, log = info["runs"][run.path.name], run.log()
     chosen = next(record for record in log if record["epoch"] == run.info["chosen_epoch"])
     row = describe_run(run)

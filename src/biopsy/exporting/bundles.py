@@ -143,9 +143,9 @@ def measure_parity(classifier: Classifier, folder: Path, patches: np.ndarray) ->
     probs = {"PyTorch": single.probs(logits)}
     versions = {"torch": version("torch")}
     for name, form in FORMATS.items():
-        found = form.predict(single, folder, patches)
-        if found is not None:
-            probs[name] = found
+        result = form.predict(single, folder, patches)
+        if result is not None:
+            probs[name] = result
             versions |= {package: version(package) for package in form.packages}
     differences = {
         f"{one} and {other}": {"probs": float(np.abs(probs[one] - probs[other]).max())}
@@ -186,7 +186,7 @@ def _describe(classifier: Classifier, files: dict[str, str]) -> dict[str, Any]:
 
 
 def _with_mpp(classifier: Classifier, mpp: float | None, model: object) -> Classifier:
-    """Give a classifier that can be saved again without changing the one it came from, and knows its mpp."""
+    """Return a classifier that can be saved without changing the original, and knows its mpp."""
     known = classifier.info.mpp
     if mpp is not None and not 0 < mpp < 1000:
         raise RunError(f"mpp is {mpp}; micrometres a pixel lie between 0 and 1000")
@@ -224,7 +224,7 @@ def draw_patches(patch_px: int) -> np.ndarray:
 
 
 def _choose_patches(pack: Pack, patch_px: int) -> np.ndarray:
-    """Give whole patches from all over the pack, uint8 ``(n, patch_px, patch_px, 3)``."""
+    """Return whole patches from all over the pack, uint8 ``(n, patch_px, patch_px, 3)``."""
     whole = np.flatnonzero((pack.sizes == patch_px).all(axis=1))
     if not len(whole):
         raise DataError(f"{pack.path} has no whole patch of {patch_px} px: parity cannot be tried on it")

@@ -37,13 +37,13 @@ class HostNetwork(nn.Module):
         self.eval()
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Give the scores."""
+        """Return the scores."""
         logits = self.network(self.standardise(self.resize(patches)))
         return self.calibrate(functional.logsigmoid(logits) if self.is_sigmoid else logits)
 
 
 def make_resize(preprocessing: Preprocessing, patch_px: int) -> nn.Module:
-    """Give the module that resizes ``(B, 3, patch_px, patch_px)`` as the preprocessing does 8-bit pixels."""
+    """Return the module that resizes ``(B, 3, patch_px, patch_px)`` as preprocessing does 8-bit pixels."""
     if patch_px == preprocessing.input_px:
         return nn.Identity()
     kind = {"nearest": _Nearest, "bilinear": _Bilinear, "bicubic": _Bicubic}[preprocessing.resize]
@@ -146,7 +146,7 @@ class _Standardise(nn.Module):
 
 
 def make_calibration(calibrator: Calibrator) -> nn.Module:
-    """Give the module that turns scores into scores whose softmax are the calibrated probabilities."""
+    """Return the module that turns scores into scores whose softmax are the calibrated probabilities."""
     return _Isotonic(calibrator) if isinstance(calibrator, Isotonic) else _Scaling(calibrator)
 
 

@@ -61,7 +61,7 @@ class _Limits(BaseModel):
     feature: _Limit
 
 
-class _UnlikeTraining(BaseModel):
+class _OutOfDistribution(BaseModel):
     limits: _Limits
 
 
@@ -73,7 +73,7 @@ class _Parts(BaseModel):
     calibrator: _Calibrator = _Calibrator(method="none")
     thresholds: list[_Threshold] = []
     conformal: _Conformal = _Conformal()
-    unlike_training: _UnlikeTraining | None = None
+    out_of_distribution: _OutOfDistribution | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "_Parts":
@@ -120,7 +120,7 @@ class ClassifierInfo(BaseModel):
     """``value``, ``rule``, ``chosen_on``, and what it achieved there; the first one is used."""
     conformal: dict[str, Any] = {}
     """``quantiles`` of the sets that say which patches get no answer, or why there are none."""
-    unlike_training: dict[str, Any] | None = None
+    out_of_distribution: dict[str, Any] | None = None
     """Limits beyond which a patch is unlike anything in training."""
     single_patch: dict[str, Any] = {}
     """With ``context``: calibrator, thresholds and conformal sets for patches without coordinates."""
@@ -184,7 +184,7 @@ class Classifier:
         extras = {name.removeprefix(_EXTRA): tensor.astype(np.float64) for name, tensor in tensors.items()}
         parts = ("mean", "spread", "precision")
         needed = {f"{kind}_{part}" for kind in _Limits.model_fields for part in parts}
-        if info.unlike_training is not None and not needed <= extras.keys():
+        if info.out_of_distribution is not None and not needed <= extras.keys():
             raise RunError(f"{weights} lacks what training patches are like: {remedy}")
         return cls(info, None, extras, path)
 
@@ -452,6 +452,6 @@ def _halve(name: str, tensor: "Tensor") -> "Tensor":
 
 
 def score_classes(logits: np.ndarray, outputs: str) -> np.ndarray:
-    """Give scores ``(N, n_classes)`` whose softmax are the probabilities: of sigmoids, their logarithms."""
+    """Return scores ``(N, n_classes)`` whose softmax are the probabilities: of sigmoids, their logarithms."""
     logits = logits.astype(np.float64)
     return -np.logaddexp(0, -logits) if outputs == "sigmoid" else logits

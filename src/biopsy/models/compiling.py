@@ -112,13 +112,13 @@ class _FromBytesCentred(nn.Module):
 
 
 def _split(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Give what bfloat16 keeps of numbers, and what is left."""
+    """Return what bfloat16 keeps of numbers, and what is left."""
     coarse = weight.bfloat16().float()
     return coarse, weight - coarse
 
 
 def _take_bytes(network: nn.Module, preprocessing: Preprocessing) -> nn.Module:
-    """Give a network that takes bytes instead of what the preprocessing makes of them."""
+    """Return a network that takes bytes instead of what the preprocessing makes of them."""
     if isinstance(network, SequentialNetwork) and not any(preprocessing.mean):
         first = network.body[0]
         if isinstance(first, SeparableConv2d) or (isinstance(first, nn.Conv2d) and first.groups == 1):
@@ -127,7 +127,7 @@ def _take_bytes(network: nn.Module, preprocessing: Preprocessing) -> nn.Module:
 
 
 def convert(classifier: Classifier) -> Any:
-    """Give OpenVINO's model of a classifier's network: bytes ``(16, input_px, input_px, 3)`` to logits
+    """Return OpenVINO's model of a classifier's network: bytes ``(16, input_px, input_px, 3)`` to logits
     and features.
 
     Raises:
@@ -177,8 +177,8 @@ def _largest_difference(classifier: Classifier, model: Any) -> float:
     noise = (colours + rng.integers(0, 64, shape)).astype(np.uint8)
     with torch.inference_mode():
         wanted = classifier.network(preprocessing.prepare(noise)).numpy()
-    found = CompiledRuntime(classifier, model, "fp32", n_threads=1).ask(noise)
-    return float(np.abs(found - wanted).max() / max(1e-9, np.ptp(wanted, axis=0).max()))
+    result = CompiledRuntime(classifier, model, "fp32", n_threads=1).ask(noise)
+    return float(np.abs(result - wanted).max() / max(1e-9, np.ptp(wanted, axis=0).max()))
 
 
 def write_compiled(classifier: Classifier, folder: Path) -> None:

@@ -88,12 +88,12 @@ class Engine:
         return loss.detach(), logits.detach()
 
     def predict(self, network: nn.Module, batch: Tensor) -> Tensor:
-        """Give float32 logits ``(B, n_classes)`` of a network in evaluation mode, without gradients."""
+        """Return float32 logits ``(B, n_classes)`` of a network in evaluation mode, without gradients."""
         with torch.inference_mode(), self.autocast():
             return network(batch).float()
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """Give the context in which the network is called."""
+        """Return the context in which the network is called."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 

@@ -19,7 +19,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 def pick_device(name: str) -> str:
-    """Give the device that a name stands for: ``auto`` is a GPU where there is one, else the processor.
+    """Return the device that a name stands for: ``auto`` is a GPU where there is one, else the processor.
 
     Raises:
         RecipeError: If the device does not exist here.
@@ -52,7 +52,7 @@ def torch_device(name: str) -> "torch.device":
 
 
 def pick_precision(precision: Precision, device: str) -> Literal["fp32", "bf16"]:
-    """Give the arithmetic: ``auto`` is bfloat16 where the device multiplies it in hardware."""
+    """Return the arithmetic: ``auto`` is bfloat16 where the device multiplies it in hardware."""
     if precision != "auto":
         return precision
     if device == "cpu":
@@ -63,7 +63,7 @@ def pick_precision(precision: Precision, device: str) -> Literal["fp32", "bf16"]
 
 
 def count_cores() -> int:
-    """Give the cores this process may use."""
+    """Return the cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -27,7 +27,7 @@ def predict_logits(
     engine: Engine,
     on_progress: OnProgress | None = None,
 ) -> np.ndarray:
-    """Give the logits of patches, float32 ``(n, n_classes)``.
+    """Return the logits of patches, float32 ``(n, n_classes)``.
 
     Args:
         network: Already placed on the engine's device; left in the mode it was in.
@@ -51,7 +51,7 @@ def predict_with_features(
     engine: Engine,
     on_progress: OnProgress | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Give logits ``(n, n_classes)`` and the penultimate layer ``(n, n_features)``, both float32."""
+    """Return logits ``(n, n_classes)`` and the penultimate layer ``(n, n_features)``, both float32."""
     network = engine.place(classifier.network)
     batches = _ask(
         network, classifier.info.preprocessing, patches, sizes, index, engine, on_progress, with_features=True

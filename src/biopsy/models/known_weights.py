@@ -70,12 +70,12 @@ SHOWN = ("torchvision:vgg16", "torchvision:squeezenet1_1", "torchvision:resnet18
 
 
 def list_weights() -> list[Weights]:
-    """Give weights that are worth knowing; every other tag of timm and torchvision works as well."""
+    """Return weights that are worth knowing; every other tag of timm and torchvision works as well."""
     return [*KERAS_WEIGHTS, *(find_weights(f"{name}.IMAGENET1K_V1") for name in SHOWN)]
 
 
 def find_weights(tag: str) -> Weights:
-    """Give what is known about weights by their tag.
+    """Return what is known about weights by their tag.
 
     Args:
         tag: One of :func:`list_weights`, a classifier that ships, ``hf-hub:ORG/NAME`` of an encoder,

@@ -48,18 +48,18 @@ class CompiledRuntime:
         self._own = threading.local()
 
     def ask(self, patches: np.ndarray) -> np.ndarray:
-        """Give logits ``(n, n_classes)`` of patches, uint8 ``(n, H, W, 3)``."""
+        """Return logits ``(n, n_classes)`` of patches, uint8 ``(n, H, W, 3)``."""
         return self._compute(0, patches)
 
     def features(self, patches: np.ndarray) -> np.ndarray:
-        """Give the penultimate layer ``(n, n_features)`` of patches."""
+        """Return the penultimate layer ``(n, n_features)`` of patches."""
         return self._compute(1, patches)
 
     def _compute(self, output: int, patches: np.ndarray) -> np.ndarray:
         if not hasattr(self._own, "request"):
             self._own.request = self._compiled.create_infer_request()
             self._own.filled = empty_batch(self._preprocessing.input_px)
-        resized, found = self._preprocessing.resize_patches(patches), []
+        resized, result = self._preprocessing.resize_patches(patches), []
         for start in range(0, len(resized), _CPU_BATCH):
             batch = resized[start : start + _CPU_BATCH]
             n = len(batch)
@@ -67,8 +67,8 @@ class CompiledRuntime:
                 self._own.filled[:n] = batch
                 batch = self._own.filled
             answer = self._own.request.infer([np.ascontiguousarray(batch)], share_inputs=True)
-            found.append(answer[output][:n].copy())
-        return np.concatenate(found)
+            result.append(answer[output][:n].copy())
+        return np.concatenate(result)
 
 
 def read_compiled(folder: Path, classifier: Classifier) -> Any:
@@ -89,11 +89,11 @@ def read_compiled(folder: Path, classifier: Classifier) -> Any:
 
 
 def describe_origin(classifier: Classifier) -> dict[str, Any]:
-    """Give what a compiled network is made from; another weight or scale makes another network."""
+    """Return what a compiled network is made from; another weight or scale makes another network."""
     preprocessing = {key: str(value) for key, value in vars(classifier.info.preprocessing).items()}
     return {"weights_sha256": classifier.info.weights_sha256, "preprocessing": preprocessing}
 
 
 def empty_batch(input_px: int) -> np.ndarray:
-    """Give a batch of the one size that compiled networks take, uint8 ``(16, input_px, input_px, 3)``."""
+    """Return a batch of the one size that compiled networks take, uint8 ``(16, input_px, input_px, 3)``."""
     return np.zeros((_CPU_BATCH, input_px, input_px, 3), np.uint8)

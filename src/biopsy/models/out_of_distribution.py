@@ -35,7 +35,7 @@ def fit_reference(
     """Store in a classifier what training patches are like, and how far validation patches are from them.
 
     Args:
-        classifier: Gets ``info.unlike_training`` and its ``extras``.
+        classifier: Gets ``info.out_of_distribution`` and its ``extras``.
         patches: uint8 ``(N, H, W, 3)``.
         sizes: True ``(width, height)`` of each patch.
         train: Rows of training patches; at most `REFERENCE_PATCHES` of them are drawn.
@@ -60,7 +60,7 @@ def fit_reference(
             f"{kind}_precision": np.linalg.pinv(covariance, hermitian=True),
         }
         limits[kind] = float(np.quantile(_distance(classifier, kind, unseen[kind]), QUANTILE))
-    classifier.info.unlike_training = {
+    classifier.info.out_of_distribution = {
         "method": "squared Mahalanobis distance, Ledoit-Wolf covariance",
         "quantile": QUANTILE,
         "chosen_on": f"{len(held_out)} validation patches",
@@ -68,17 +68,17 @@ def fit_reference(
     }
 
 
-def measure_novelty(
+def out_of_distribution_scores(
     classifier: Classifier, patches: np.ndarray, sizes: np.ndarray | None, features: np.ndarray
 ) -> pd.DataFrame:
     """Return how far patches are from training.
 
     Returns:
         ``colour_distance`` and ``feature_distance``, each as a multiple of its limit, and
-        ``unlike_training``: whether either is above 1, the patch is grey, or its true size is less than a
+        ``out_of_distribution``: whether either is above 1, the patch is grey, or its true size is less than a
         tenth of a patch. Empty for a classifier without a reference.
     """
-    about = classifier.info.unlike_training
+    about = classifier.info.out_of_distribution
     if about is None:
         return pd.DataFrame(index=range(len(patches)))
     measured = {"colour": colour_features(patches, sizes), "feature": features}
@@ -88,7 +88,7 @@ def measure_novelty(
             for kind, values in measured.items()
         }
     )
-    return frame.assign(unlike_training=(frame > 1).any(axis=1) | _is_no_patch(patches, sizes))
+    return frame.assign(out_of_distribution=(frame > 1).any(axis=1) | _is_no_patch(patches, sizes))
 
 
 def _is_no_patch(patches: np.ndarray, sizes: np.ndarray | None) -> np.ndarray:
@@ -96,7 +96,8 @@ def _is_no_patch(patches: np.ndarray, sizes: np.ndarray | None) -> np.ndarray:
     grey: np.ndarray = ~np.diff(patches.astype(np.int16), axis=-1).any(axis=(1, 2, 3))
     if sizes is None:
         return grey
-    return grey | (np.prod(sizes, axis=1) < LEAST_AREA * np.prod(patches.shape[1:3]))
+    small: np.ndarray = np.prod(sizes, axis=1) < LEAST_AREA * np.prod(patches.shape[1:3])
+    return grey | small
 
 
 def _measure(

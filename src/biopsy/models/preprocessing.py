@@ -32,7 +32,7 @@ class Preprocessing:
     Attributes:
         input_px: Side of the square the network sees.
         resize: ``nearest`` is Pillow's (so Keras's ``flow_from_directory``); the other two are OpenCV's.
-        odd_sizes: ``stretch`` crops a patch back to its true width and height and stretches that to the
+        resize_mode: ``stretch`` crops a patch back to its true width and height and stretches that to the
             square; ``pad`` keeps the padding at its right and bottom.
         channel_order: Order in which the network is fed; patches themselves are RGB.
         scale: Factor on the 0-255 values.
@@ -45,14 +45,14 @@ class Preprocessing:
 
     input_px: int
     resize: Resize = "nearest"
-    odd_sizes: OddSizes = "stretch"
+    resize_mode: OddSizes = "stretch"
     channel_order: ChannelOrder = "rgb"
     scale: float = 1 / 255
     mean: Sequence[float] = (0.0, 0.0, 0.0)
     std: Sequence[float] = (1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
-        for name, options in (("resize", Resize), ("odd_sizes", OddSizes), ("channel_order", ChannelOrder)):
+        for name, options in (("resize", Resize), ("resize_mode", OddSizes), ("channel_order", ChannelOrder)):
             value = getattr(self, name)
             if value not in get_args(options):
                 raise RecipeError(
@@ -86,7 +86,7 @@ class Preprocessing:
         if patches.ndim != 4 or patches.shape[-1] != 3 or patches.dtype != np.uint8:
             raise DataError(f"patches are {patches.dtype} {patches.shape}; uint8 (N, H, W, 3) is needed")
         resized = self._resize(patches)
-        if self.odd_sizes == "pad" or widths is None or heights is None:
+        if self.resize_mode == "pad" or widths is None or heights is None:
             return resized
         height_px, width_px = patches.shape[1:3]
         odd = np.flatnonzero((np.asarray(widths) != width_px) | (np.asarray(heights) != height_px))
@@ -157,7 +157,7 @@ def _nearest_places(width: int, height: int, input_px: int) -> np.ndarray:
 
 
 def nearest_index(source_px: int, target_px: int) -> np.ndarray:
-    """Give the source pixel of each target pixel as Pillow takes it, int64 ``(target_px,)``.
+    """Return the source pixel of each target pixel as Pillow takes it, int64 ``(target_px,)``.
 
     Pillow steps through the source by repeated addition in double precision, starting half a step in; where
     a step lands on a pixel's border the rounding of that sum decides, so the sum is repeated here.

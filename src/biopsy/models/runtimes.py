@@ -33,14 +33,14 @@ class Runtime(Protocol):
     in_threads: bool
 
     def ask(self, patches: np.ndarray) -> np.ndarray:
-        """Give logits ``(n, n_classes)`` of patches, uint8 ``(n, H, W, 3)``."""
+        """Return logits ``(n, n_classes)`` of patches, uint8 ``(n, H, W, 3)``."""
 
     def features(self, patches: np.ndarray) -> np.ndarray:
-        """Give the penultimate layer ``(n, n_features)`` of patches."""
+        """Return the penultimate layer ``(n, n_features)`` of patches."""
 
 
 def list_runtimes() -> dict[str, str]:
-    """Give what could run a network here, with versions; another one gives other last digits."""
+    """Return what could run a network here, with versions; another one gives other last digits."""
     return {name: version(name) for name in ("openvino", "torch") if find_spec(name)}
 
 
@@ -48,7 +48,7 @@ def list_runtimes() -> dict[str, str]:
 def open_runtime(
     classifier: Classifier, device: str, precision: Literal["fp32", "bf16"], *, n_threads: int
 ) -> Iterator[Runtime]:
-    """Give the fastest runtime there is for a classifier on a device.
+    """Return the fastest runtime there is for a classifier on a device.
 
     Args:
         classifier: What is asked.
@@ -87,11 +87,11 @@ class TorchRuntime:
         self._engine = engine
 
     def ask(self, patches: np.ndarray) -> np.ndarray:
-        """Give logits ``(n, n_classes)`` of patches, uint8 ``(n, H, W, 3)``."""
+        """Return logits ``(n, n_classes)`` of patches, uint8 ``(n, H, W, 3)``."""
         return self._compute(self._network, patches)
 
     def features(self, patches: np.ndarray) -> np.ndarray:
-        """Give the penultimate layer ``(n, n_features)`` of patches."""
+        """Return the penultimate layer ``(n, n_features)`` of patches."""
         return self._compute(self._network.features, patches)
 
     def _compute(self, function: Any, patches: np.ndarray) -> np.ndarray:
@@ -107,7 +107,7 @@ class TorchRuntime:
 
 
 def _find_model(classifier: Classifier) -> Any:
-    """Give OpenVINO's model that lies beside a classifier, or one made now; None where it cannot be had."""
+    """Return OpenVINO's model that lies beside a classifier, or one made now; None where it cannot be had."""
     kept = None if classifier.path is None else classifier.path / FOLDER
     if kept is not None and kept.is_dir():
         return read_compiled(kept, classifier)

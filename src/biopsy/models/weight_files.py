@@ -66,13 +66,13 @@ def fill_network(network: nn.Module, name: str, path: Path) -> bool:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix.lower() == ".safetensors":
         return read_tensors(path, framework="pt")[0]
-    found = _load_pickled(path)
+    result = _load_pickled(path)
     for key in ("state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        if isinstance(result, dict) and isinstance(result.get(key), dict):
+            result = result[key]
+    if not isinstance(result, dict) or not all(isinstance(value, Tensor) for value in result.values()):
         raise DataError(f"{path} holds no weights by name")
-    return found
+    return result
 
 
 def _load_pickled(path: Path) -> Any:
@@ -141,7 +141,7 @@ def _fill_in_order(base: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def _base(network: nn.Module) -> nn.Module:
-    """Give what lies before the head."""
+    """Return what lies before the head."""
     if isinstance(network, LibraryNetwork):
         return network.body
     stages = network.stages() if isinstance(network, StagedNetwork) else []

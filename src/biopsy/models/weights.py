@@ -30,7 +30,7 @@ OPEN_LICENCES = ("apache-2.0", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc0
 
 
 def locate(weights: Weights) -> Path | None:
-    """Give the file of some weights if it is on this machine."""
+    """Return the file of some weights if it is on this machine."""
     import torch
 
     folders = (
@@ -51,7 +51,7 @@ def locate(weights: Weights) -> Path | None:
 
 
 def weights_folder() -> Path:
-    """Give the folder in which people put weights."""
+    """Return the folder in which people put weights."""
     return Path(os.environ.get(FOLDER_VARIABLE) or "~/.cache/biopsy/weights").expanduser()
 
 
@@ -191,14 +191,14 @@ def choose_weights(recipe: Recipe) -> tuple[Path, Weights | None]:
                 f"{model.name!r}"
             )
         require_licence(known)
-        found = locate(known)
-        if found is None:
+        result = locate(known)
+        if result is None:
             raise RecipeError(
                 f"the weights {known.tag!r} are not on this machine: get {known.file} from {known.page} and "
                 f"put it into {weights_folder()} (${FOLDER_VARIABLE} can name another folder), or point "
                 f"at it with --set model.weights=PATH; {_say_without()}"
             )
-        path = found
+        path = result
         require_digest(path, known.digest)
     require_digest(path, f"sha256:{model.weights_sha256}" if model.weights_sha256 else "")
     return path, known
@@ -229,10 +229,10 @@ def require_digest(path: Path, digest: str) -> None:
         return
     algorithm, _, wanted = digest.partition(":")
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, algorithm).hexdigest()
-    if not found.startswith(wanted.lower()):
+        result = hashlib.file_digest(file, algorithm).hexdigest()
+    if not result.startswith(wanted.lower()):
         raise DataError(
-            f"{path} has the {algorithm} {found}, expected was {wanted}: it is another file, or was cut "
+            f"{path} has the {algorithm} {result}, expected was {wanted}: it is another file, or was cut "
             "short; get it again"
         )
 

@@ -41,17 +41,17 @@ class Anatomy:
     gland_bounds: Floats  # (n, 4): left, top, right, bottom of each gland in micrometres
 
     def glands_within(self, left_um: float, top_um: float, right_um: float, bottom_um: float) -> list[Gland]:
-        """Give the glands and vessels that may touch a rectangle."""
+        """Return the glands and vessels that may touch a rectangle."""
         left, top, right, bottom = self.gland_bounds.T
         near = (left < right_um) & (right > left_um) & (top < bottom_um) & (bottom > top_um)
         return [self.glands[i] for i in np.flatnonzero(near)]
 
     def read(self, name: str, x_um: Floats, y_um: Floats) -> Floats:
-        """Give a slow map at points, arrays ``(H, W)`` in micrometres."""
+        """Return a slow map at points, arrays ``(H, W)`` in micrometres."""
         return self.read_all((name,), x_um, y_um)[name]
 
     def read_all(self, names: Iterable[str], x_um: Floats, y_um: Floats) -> dict[str, Floats]:
-        """Give several slow maps at the same points."""
+        """Return several slow maps at the same points."""
         column = x_um * np.float32(1 / CELL_UM) - np.float32(0.5)
         row = y_um * np.float32(1 / CELL_UM) - np.float32(0.5)
         return {name: _interpolate(self.maps[name], column, row) for name in names}
@@ -112,13 +112,13 @@ def plan_slide(seed: int, patient: str, *, tissue_mm2: float, tumour_frac: float
 
 
 def fat_share(habit: Habit, fat: Floats, tumour: Floats) -> Floats:
-    """Give the chance in [0, 1] that a place is fat; a tumour pushes most, not all, of it aside."""
+    """Return the chance in [0, 1] that a place is fat; a tumour pushes most, not all, of it aside."""
     wanted = 1.3 * (fat - 0.8 + 2.0 * habit.fat) - np.clip(tumour / 100, -0.3, 0.8 + 1.4 * habit.fat_pushed)
     return np.clip(wanted, 0, 1)
 
 
 def _smooth(rng: np.random.Generator, shape: tuple[int, int], slow_um: float, fast_um: float) -> Floats:
-    """Give noise with two length scales, of mean 0 and spread 1."""
+    """Return noise with two length scales, of mean 0 and spread 1."""
     total = np.zeros(shape, np.float32)
     for scale_um, weight in ((slow_um, 1.0), (fast_um, 0.45)):
         white = rng.standard_normal(shape, dtype=np.float32)
@@ -140,7 +140,7 @@ def _outline(rng: np.random.Generator, shape: tuple[int, int], tissue_mm2: float
 
 
 def _region(rng: np.random.Generator, tissue: NDArray[np.bool_], tumour_frac: float) -> NDArray[np.bool_]:
-    """Give one connected region, holes filled, that covers ``tumour_frac`` of the tissue."""
+    """Return one connected region, holes filled, that covers ``tumour_frac`` of the tissue."""
     depth = ndimage.distance_transform_edt(np.pad(tissue, 1))[1:-1, 1:-1]
     inside = np.argwhere(tissue & (depth >= 0.35 * depth.max()))
     centre = inside[rng.integers(len(inside))]

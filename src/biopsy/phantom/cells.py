@@ -14,7 +14,7 @@ from biopsy.phantom.region import Region, Weave, fibre_axes, ramp
 def place_nuclei(
     anatomy: Anatomy, weave: Weave, region: Region, epithelium: Floats, gland: Floats, bed: Floats
 ) -> Floats:
-    """Give all nuclei of a region but those that line glands and vessels.
+    """Return all nuclei of a region but those that line glands and vessels.
 
     Args:
         anatomy: The slide.
@@ -83,7 +83,7 @@ def _keep(points: Points, kept: np.ndarray) -> tuple[Floats, Floats, Floats]:
 
 
 def _fibre_direction(anatomy: Anatomy, x_um: Floats, y_um: Floats) -> Floats:
-    """Give the angle of the line of constant ``across`` through points, by finite differences."""
+    """Return the angle of the line of constant ``across`` through points, by finite differences."""
     if len(x_um) == 0:
         return x_um
     step = np.float32(6.0)
@@ -99,7 +99,7 @@ _FAR_UM = 1e3
 
 
 def draw_fat(anatomy: Anatomy, weave: Weave, region: Region, occupied: Floats) -> tuple[Floats, Floats]:
-    """Give how much of each pixel is fat and how much of that is wall, both in [0, 1].
+    """Return how much of each pixel is fat and how much of that is wall, both in [0, 1].
 
     Args:
         anatomy: The slide.
@@ -146,7 +146,7 @@ def _round_corners(gap_um: Floats, um: float) -> Floats:
 
 
 def _nearest(region: Region, centres: Floats, reach: float) -> tuple[Floats, Floats, Floats]:
-    """Give the distance to the nearest and the second nearest centre, less part of its size, and the limit.
+    """Return the distance to the nearest and the second nearest centre, less part of its size, and the limit.
 
     ``centres`` is (n, 4): x, y, size and limit. Each is only compared over its own
     neighbourhood, ``reach`` micrometres to each side.

@@ -41,7 +41,7 @@ class PhantomPatch(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Give the path IDC would use inside its root folder."""
+        """Return the path IDC would use inside its root folder."""
         stem = f"{self.patient_id}_idx5_x{self.x}_y{self.y}_class{self.target}.png"
         return f"{self.patient_id}/{self.target}/{stem}"
 
@@ -49,7 +49,7 @@ class PhantomPatch(NamedTuple):
 def iter_patches(
     n_patients: int = 12, patches_per_patient: float = 250, seed: int = 0
 ) -> Iterator[PhantomPatch]:
-    """Give every patch of a cohort, patient by patient, block by block of the slide.
+    """Return every patch of a cohort, patient by patient, block by block of the slide.
 
     Args:
         n_patients: Number of patients, one slide each, 1 or more.
@@ -139,7 +139,7 @@ def paint_patient(
 
 
 def plan_cohort(n_patients: int, patches_per_patient: float, seed: int) -> list[tuple[str, int, float]]:
-    """Give name, number of patches and tumour share of every patient."""
+    """Return name, number of patches and tumour share of every patient."""
     if n_patients < 1 or patches_per_patient < 20:
         raise ValueError(
             f"a phantom cohort needs n_patients >= 1 and patches_per_patient >= 20; "
@@ -179,7 +179,7 @@ def _patient_patches(seed: int, patient: str, n_patches: int, tumour_frac: float
 
 
 def _patch_shares(painter: SlidePainter, name: str) -> NDArray[np.float64]:
-    """Give the share of each patch inside a mask, ``(rows, columns)`` in patches."""
+    """Return the share of each patch inside a mask, ``(rows, columns)`` in patches."""
     width, height = painter.size_px(MPP)
     rows, columns = height // PATCH_PX, width // PATCH_PX
     mask = painter.mask(name, 0, 0, columns * PATCH_PX, rows * PATCH_PX, MPP)
@@ -189,7 +189,7 @@ def _patch_shares(painter: SlidePainter, name: str) -> NDArray[np.float64]:
 def _encoded(
     plan: list[tuple[str, int, float]], seed: int, workers: int
 ) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
-    """Give each patient's files in order; at most ``workers`` patients are in memory beside the one given."""
+    """Return each patient's files in order; at most ``workers`` patients are held beside the one yielded."""
 
     def encode(patient: str, n_patches: int, tumour_frac: float) -> list[tuple[str, bytes]]:
         return [(p.name, _png(p.image)) for p in _patient_patches(seed, patient, n_patches, tumour_frac)]

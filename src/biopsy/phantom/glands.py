@@ -123,7 +123,7 @@ def _blobs(
     squeeze: NDArray[np.float64],
     rough: float,
 ) -> Floats:
-    """Give one wavy ellipse for each of k centres, (k, n, 2): the largest has its points about 5 um apart."""
+    """Return one wavy ellipse for each of k centres, (k, n, 2): points are 5 um apart on the largest."""
     n_blobs, n_points = len(centres), int(np.clip(2 * np.pi * radius.max() / 5, 16, 160))
     turn = np.linspace(0, 2 * np.pi, n_points, endpoint=False)
     wave = np.arange(2, 7)[:, None]

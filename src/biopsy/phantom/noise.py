@@ -26,13 +26,13 @@ class Field:
         self._per_um = (1.0 / (scale_um * stretch), 1.0 / scale_um)
 
     def at(self, x_um: Floats, y_um: Floats) -> Floats:
-        """Give the field at points; both arrays ``(H, W)`` in micrometres, ``stretch`` acts along x."""
+        """Return the field at points; both arrays ``(H, W)`` in micrometres, ``stretch`` acts along x."""
         column, row = (_wrap(axis, per_um) for axis, per_um in zip((x_um, y_um), self._per_um, strict=True))
         return np.asarray(cv2.remap(self._table, column, row, cv2.INTER_CUBIC), np.float32)
 
 
 def _wrap(axis_um: Floats, per_um: float) -> Floats:
-    """Give the table's column or row at each point; the table has a margin of 3 for the interpolation."""
+    """Return the table's column or row at each point; the table has a margin of 3 for the interpolation."""
     turns = axis_um * np.float32(per_um / _TABLE)
     turns -= np.floor(turns)
     turns *= np.float32(_TABLE)
@@ -57,7 +57,7 @@ class Jitter:
         self._table = rng.random((_TABLE, _TABLE, 9), dtype=np.float32)
 
     def within(self, x_um: float, y_um: float, width_um: float, height_um: float) -> Points:
-        """Give the points of every cell that touches a rectangle."""
+        """Return the points of every cell that touches a rectangle."""
         columns = np.arange(np.floor(x_um / self.spacing_um), np.ceil((x_um + width_um) / self.spacing_um))
         rows = np.arange(np.floor(y_um / self.spacing_um), np.ceil((y_um + height_um) / self.spacing_um))
         column, row = (axis.ravel().astype(np.int64) for axis in np.meshgrid(columns, rows))

@@ -127,7 +127,7 @@ def draw_look(seed: int, patient: str) -> Look:
 
 
 def transmit(density: Floats) -> Floats:
-    """Give the share of light that passes, ``exp(-density)``, in [0, 1]."""
+    """Return the share of light that passes, ``exp(-density)``, in [0, 1]."""
     return np.exp(-density)
 
 

@@ -91,7 +91,7 @@ class Region:
         return *self.origin_um, self.shape[1] * self.um, self.shape[0] * self.um
 
     def pick(self, values: Floats, x_um: Floats, y_um: Floats) -> Floats:
-        """Give a grid's values at points; points outside get the border's."""
+        """Return a grid's values at points; points outside get the border's."""
         left, top = self.origin_um
         column = np.clip(((x_um - left) / self.um).astype(np.int64), 0, values.shape[1] - 1)
         row = np.clip(((y_um - top) / self.um).astype(np.int64), 0, values.shape[0] - 1)
@@ -101,7 +101,7 @@ class Region:
 def fibre_axes(
     anatomy: Anatomy, maps: dict[str, Floats], x_um: Floats, y_um: Floats
 ) -> tuple[Floats, Floats]:
-    """Give coordinates along and across the collagen, bent by the slow warps."""
+    """Return coordinates along and across the collagen, bent by the slow warps."""
     cos, sin = np.float32(np.cos(anatomy.fibre_angle)), np.float32(np.sin(anatomy.fibre_angle))
     bent_x, bent_y = x_um + maps["warp_x"], y_um + maps["warp_y"]
     return cos * bent_x + sin * bent_y, cos * bent_y - sin * bent_x

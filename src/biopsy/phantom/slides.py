@@ -58,11 +58,11 @@ class SlidePainter:
         return Weave(self.anatomy)
 
     def size_px(self, mpp: float) -> tuple[int, int]:
-        """Give the slide's width and height in pixels of ``mpp`` micrometres."""
+        """Return the slide's width and height in pixels of ``mpp`` micrometres."""
         return round(self.anatomy.width_um / mpp), round(self.anatomy.height_um / mpp)
 
     def paint(self, x_px: int, y_px: int, width_px: int, height_px: int, mpp: float) -> NDArray[np.uint8]:
-        """Give a rectangle as RGB, ``(height, width, 3)``; pixels are counted from the slide's corner."""
+        """Return a rectangle as RGB, ``(height, width, 3)``; pixels are counted from the slide's corner."""
         image = np.empty((height_px, width_px, 3), np.uint8)
         for top in range(y_px // _TILE_PX * _TILE_PX, y_px + height_px, _TILE_PX):
             for left in range(x_px // _TILE_PX * _TILE_PX, x_px + width_px, _TILE_PX):
@@ -77,12 +77,12 @@ class SlidePainter:
     def mask(
         self, name: str, x_px: int, y_px: int, width_px: int, height_px: int, mpp: float
     ) -> NDArray[np.bool_]:
-        """Give where ``"tumour"`` or ``"tissue"`` is, ``(height, width)``."""
+        """Return where ``"tumour"`` or ``"tissue"`` is, ``(height, width)``."""
         x, y = self._grid(x_px, y_px, width_px, height_px, mpp)
         return self.anatomy.read(name, x, y) > 0
 
     def nests(self, x_px: int, y_px: int, width_px: int, height_px: int, mpp: float) -> NDArray[np.bool_]:
-        """Give which pixels are mostly tumour cells, ``(height, width)``; of the region much is stroma."""
+        """Return which pixels are mostly tumour cells, ``(height, width)``; of the region much is stroma."""
         corner_um, shape = (mpp * x_px, mpp * y_px), (height_px, width_px)
         return nest_region(self.anatomy, self._weave, *corner_um, shape, mpp) >= 0.5
 
@@ -286,7 +286,7 @@ class _Section:
             self._scale = 1.0
 
     def read(self, x: int, y: int, width: int, height: int) -> np.ndarray | None:
-        """Give a rectangle of the slide, None where it is only glass."""
+        """Return a rectangle of the slide, None where it is only glass."""
         tile: np.ndarray | None = None
         for left, top in self.corners:
             first, upper = max(x, left), max(y, top)
@@ -299,7 +299,7 @@ class _Section:
         return tile
 
     def _part(self, x: int, y: int, width: int, height: int) -> np.ndarray:
-        """Give a rectangle of the section at the slide's mpp, enlarged where it was drawn coarser."""
+        """Return a rectangle of the section at the slide's mpp, enlarged where it was drawn coarser."""
         if self._scale == 1:
             return self._image[y : y + height, x : x + width]
         scale = self._scale
@@ -331,7 +331,7 @@ def _paint(painter: SlidePainter, mpp: float, workers: int) -> np.ndarray:
 
 
 def _filling_mm2(seed: int, patient: str, width_um: float, height_um: float, n_sections: int) -> float:
-    """Give the area of tissue whose section is about as large as its place on the slide."""
+    """Return the area of tissue whose section is about as large as its place on the slide."""
     columns, rows = _grid(width_um, height_um, n_sections)
     anatomy = plan_painter(seed, patient, tissue_mm2=4.0, tumour_frac=0.0).anatomy
     aspect = anatomy.width_um / anatomy.height_um
@@ -340,7 +340,7 @@ def _filling_mm2(seed: int, patient: str, width_um: float, height_um: float, n_s
 
 
 def _grid(width_um: float, height_um: float, n_sections: int) -> tuple[int, int]:
-    """Give columns and rows of places that are as square as can be."""
+    """Return columns and rows of places that are as square as can be."""
     columns = min(range(1, n_sections + 1), key=lambda n: abs(width_um / n - height_um / -(-n_sections // n)))
     return columns, -(-n_sections // columns)
 
@@ -348,7 +348,7 @@ def _grid(width_um: float, height_um: float, n_sections: int) -> tuple[int, int]
 def _lay_out(
     painter: SlidePainter, width_um: float, height_um: float, n_sections: int
 ) -> list[tuple[float, float]]:
-    """Give the sections' upper left corners in micrometres, each in the middle of its place."""
+    """Return the sections' upper left corners in micrometres, each in the middle of its place."""
     columns, rows = _grid(width_um, height_um, n_sections)
     section = painter.anatomy.width_um, painter.anatomy.height_um
     place = width_um / columns, height_um / rows
@@ -397,7 +397,7 @@ def _polygons(shape: object) -> MultiPolygon:
 
 
 def _collection(tumour: MultiPolygon, sections: tuple[tuple[int, int, int, int], ...]) -> dict[str, object]:
-    """Give the GeoJSON that QuPath exports for annotations of these classes."""
+    """Return the GeoJSON that QuPath exports for annotations of these classes."""
     shapes = [(TUMOUR, part) for part in tumour.geoms] + [(VALID, box(*section)) for section in sections]
     features = [
         {

@@ -23,7 +23,7 @@ _NO_TISSUE_UM = -60.0  # this far outside the outline not even its roughest edge
 def light_region(
     anatomy: Anatomy, weave: Weave, look: Look, x_um: float, y_um: float, shape: tuple[int, int], um: float
 ) -> Floats:
-    """Give the light that passes a region, ``(height, width, 3)`` in [0, 1], at ``um`` micrometres/px."""
+    """Return the light that passes a region, ``(height, width, 3)`` in [0, 1], at ``um`` micrometres/px."""
     x, y, margin = _grid(x_um, y_um, shape, um)
     if anatomy.read("tissue", x[::8, ::8], y[::8, ::8]).max() < _NO_TISSUE_UM:
         return np.ones((*shape, 3), np.float32)
@@ -40,7 +40,7 @@ def light_region(
 def nest_region(
     anatomy: Anatomy, weave: Weave, x_um: float, y_um: float, shape: tuple[int, int], um: float
 ) -> Floats:
-    """Give how much of each place tumour cells fill, ``(height, width)`` in [0, 1]."""
+    """Return how much of each place tumour cells fill, ``(height, width)`` in [0, 1]."""
     x, y, margin = _grid(x_um, y_um, shape, um)
     region = Region.make(anatomy, weave, x, y, um)
     organs = _draw_organs(anatomy, region)
@@ -49,7 +49,7 @@ def nest_region(
 
 
 def _grid(x_um: float, y_um: float, shape: tuple[int, int], um: float) -> tuple[Floats, Floats, int]:
-    """Give the places of a region's pixels with a margin around it, and the margin's width."""
+    """Return the places of a region's pixels with a margin around it, and the margin's width."""
     margin = int(np.ceil(_MARGIN_UM / um))
     columns = x_um + (np.arange(-margin, shape[1] + margin) + 0.5) * um
     rows = y_um + (np.arange(-margin, shape[0] + margin) + 0.5) * um
@@ -127,7 +127,7 @@ def _draw(anatomy: Anatomy, weave: Weave, region: Region) -> _Amounts:
 
 
 def _beside(organs: _Organs) -> Floats:
-    """Give where tumour may grow: not in what was there before."""
+    """Return where tumour may grow: not in what was there before."""
     return np.asarray(1 - np.maximum(organs.gland, 0.8 * organs.bed), np.float32)
 
 

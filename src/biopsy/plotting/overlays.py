@@ -119,7 +119,7 @@ def draw_overlays(
         bottom = height - HEAD_IN - (index + 1) * (cell + LABEL_IN)
         shown = [row.patch]
         shown += [
-            superimpose(row.patch, each, signed=has) for each, has in zip(row.maps, signed, strict=True)
+            superimpose(row.patch, item, signed=has) for item, has in zip(row.maps, signed, strict=True)
         ]
         for column, (image, title) in enumerate(zip(shown, ["patch", *titles], strict=True)):
             left, top = column * cell, bottom + cell * (1 - GAP)

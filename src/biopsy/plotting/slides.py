@@ -101,7 +101,7 @@ def draw_slide(
 
 
 def round_length_um(span_um: float) -> float:
-    """Give the largest of 1, 2, 5 times a power of ten that is at most a quarter of ``span_um``.
+    """Return the largest of 1, 2, 5 times a power of ten that is at most a quarter of ``span_um``.
 
     Example:
         >>> round_length_um(9000.0)
@@ -268,7 +268,7 @@ def outline_tissue(picture: np.ndarray, tissue: np.ndarray) -> np.ndarray:
 
 
 def colour_probs(prob: np.ndarray, pred: np.ndarray) -> np.ndarray:
-    """Give a probability map's colours, uint8 ``(rows, columns, 3)``; grey abstained, white has no patch."""
+    """Return a probability map's colours, uint8 ``(rows, columns, 3)``; grey: abstained, white: no patch."""
     image = matplotlib.colormaps[PROBABILITY_MAP](np.nan_to_num(prob))[..., :3]
     image[pred == -2] = to_rgb(BASELINE)
     image[pred == -1] = 1.0
@@ -276,7 +276,7 @@ def colour_probs(prob: np.ndarray, pred: np.ndarray) -> np.ndarray:
 
 
 def colour_classes(pred: np.ndarray, n_classes: int) -> np.ndarray:
-    """Give the classes' colours, uint8 ``(rows, columns, 3)``; grey abstained, white has no patch."""
+    """Return the classes' colours, uint8 ``(rows, columns, 3)``; grey abstained, white has no patch."""
     colours = [to_rgb(class_colour(index)) for index in range(n_classes)]
     palette = np.array([*colours, to_rgb(BASELINE), (1.0, 1.0, 1.0)])  # the last two are -2 and -1
     return (255 * palette[pred]).round().astype(np.uint8)

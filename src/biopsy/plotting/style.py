@@ -81,7 +81,7 @@ R = TypeVar("R")
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """Give a drawing function the package's style while it runs, and leave matplotlib's settings alone."""
+    """Return a drawing function the package's style while it runs, and leave matplotlib's settings alone."""
     return cast(Callable[P, R], matplotlib.rc_context(STYLE)(draw))
 
 

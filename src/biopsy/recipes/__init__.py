@@ -32,7 +32,7 @@ _SHIPPED = Path(__file__).parent
 
 
 def list_recipes() -> list[str]:
-    """Give the names of the recipes that are shipped, in alphabetical order."""
+    """Return the names of the recipes that are shipped, in alphabetical order."""
     return sorted(path.stem for path in _SHIPPED.glob("*.toml"))
 
 
@@ -124,7 +124,7 @@ def _override(document: dict[str, Any], override: str) -> None:
 
 
 def _leaves(model: type, prefix: str = "") -> Iterable[str]:
-    """Give the dotted names of every setting that defines a result."""
+    """Return the dotted names of every setting that defines a result."""
     for name, field in model.model_fields.items():  # type: ignore[attr-defined]
         if not prefix and name not in DEFINING_TABLES:
             continue

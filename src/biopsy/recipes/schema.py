@@ -59,7 +59,7 @@ class Preprocessing(_Table):
 
     input_px: PositiveInt = 48
     resize: Literal["nearest", "bilinear", "bicubic"] = "nearest"
-    odd_sizes: Literal["stretch", "pad"] = "stretch"
+    resize_mode: Literal["stretch", "pad"] = "stretch"
     """``stretch`` crops a padded patch back to its true size and stretches it; ``pad`` keeps the padding."""
     channel_order: Literal["rgb", "bgr"] = "rgb"
     scale: PositiveFloat = 1 / 255
@@ -106,7 +106,7 @@ class Augmentation(_Table):
     flip_horizontal: bool = False
     flip_vertical: bool = False
     fill: Literal["nearest"] = "nearest"
-    quarter_turns: bool = False
+    rot90: bool = False
     hed_jitter: float = Field(default=0.0, ge=0, le=1)
     """How far the haematoxylin and eosin amounts of a patch may be scaled, up or down, as a share."""
     stain_transfer: float = Field(default=0.0, ge=0, le=1)

@@ -163,7 +163,7 @@ def describe_checklist(sections: Sequence[Section], *, has_subgroups: bool = Fal
 
 
 def _find(item: Item, headings: dict[str, str]) -> list[tuple[str, str]]:
-    """Give the anchors and headings of the chapters that answer an item."""
+    """Return the anchors and headings of the chapters that answer an item."""
     return [
         ("patients" if chapter == "subgroups" else chapter, headings[chapter])
         for chapter in item.chapters

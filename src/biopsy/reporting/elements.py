@@ -47,12 +47,12 @@ class Footnotes:
 def table_of_metrics(metrics: Mapping[str, Any], unit: str, on_side: str = " on the test subset") -> Table:
     """Make the table of all metrics, pooled over patches and as means over patients."""
     pooled, n_classes = metrics.get("patch") or {}, len(metrics.get("class_names", ("", "")))
-    each = metrics.get("patient") or {}
+    item = metrics.get("patient") or {}
     rows, reasons = [], Footnotes()
     for name, estimate in pooled.items():
         row = [metric_label(name, n_classes), number(estimate.get("value")), reasons.interval(estimate)]
-        if each:
-            within = each.get(name) or {}
+        if item:
+            within = item.get(name) or {}
             defined = within.get("n_defined")
             row += [
                 number(within.get("value")),
@@ -63,7 +63,7 @@ def table_of_metrics(metrics: Mapping[str, Any], unit: str, on_side: str = " on 
             ]
         rows.append(row)
     columns = ["metric", "all patches", "95 % interval"]
-    if each:
+    if item:
         columns += [f"mean of {unit}s", "95 % interval", "median", "worst", f"{unit}s"]
     method = metrics.get("interval", {})
     note = f"Intervals: {method.get('method', 'not stated')}, unit {unit}."
@@ -112,5 +112,5 @@ RULES = {
 
 def say_rule(rule: str) -> str:
     """Write a threshold's rule in words."""
-    name, _, asked = rule.partition("=")
-    return RULES[name].format(asked) if name in RULES else rule
+    name, _, requested = rule.partition("=")
+    return RULES[name].format(requested) if name in RULES else rule

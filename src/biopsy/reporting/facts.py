@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.subsets import subset_name
-from biopsy.reporting.pseudonyms import KINDS, Aliases
+from biopsy.reporting.pseudonyms import KINDS, Pseudonymizer
 from biopsy.training.figures import Row
 
 
@@ -145,58 +145,64 @@ class StudyFacts:
 
 
 def pick_groups(predictions: pd.DataFrame, unit: str) -> pd.Series:
-    """Give the id column that the unit names, or the first that is filled."""
+    """Return the id column that the unit names, or the first that is filled."""
     for column in (f"{unit}_id", "patient_id", "slide_id"):
         if column != "patch_id" and column in predictions and predictions[column].notna().any():
             return predictions[column]
     return pd.Series([None] * len(predictions), index=predictions.index, dtype=object)
 
 
-def hide_run(facts: RunFacts, hide: Mapping[str, Callable[[Any, Aliases], Any]]) -> RunFacts:
+def hide_run(facts: RunFacts, hide: Mapping[str, Callable[[Any, Pseudonymizer], Any]]) -> RunFacts:
     """Replace every id in the facts of a run by a pseudonym.
 
     Args:
         facts: The run's records.
         hide: For each of ``facts.results``, the function that replaces the ids in it.
     """
-    aliases = _name_aliases(facts.predictions, str(facts.run.get("pack", {}).get("content_sha256", "")))
+    pseudonymizer = _pseudonymize_names(
+        facts.predictions, str(facts.run.get("pack", {}).get("content_sha256", ""))
+    )
     show = facts.get_patch
     return replace(
         facts,
-        run=aliases.nested(facts.run),
-        metrics=aliases.nested(facts.metrics),
-        predictions=aliases.table(facts.predictions),
-        recipe=aliases.nested(facts.recipe),
-        recipe_toml=aliases.text(facts.recipe_toml),
-        get_patch=None if show is None else lambda alias: show(aliases.original("patch", alias)),
-        audit=None if facts.audit is None else aliases.nested(facts.audit),
+        run=pseudonymizer.nested(facts.run),
+        metrics=pseudonymizer.nested(facts.metrics),
+        predictions=pseudonymizer.table(facts.predictions),
+        recipe=pseudonymizer.nested(facts.recipe),
+        recipe_toml=pseudonymizer.text(facts.recipe_toml),
+        get_patch=None if show is None else lambda alias: show(pseudonymizer.original("patch", alias)),
+        audit=None if facts.audit is None else pseudonymizer.nested(facts.audit),
         results={
-            name: None if value is None else hide[name](value, aliases)
+            name: None if value is None else hide[name](value, pseudonymizer)
             for name, value in facts.results.items()
         },
-        missing=[(title, aliases.text(command)) for title, command in facts.missing],
+        missing=[(title, pseudonymizer.text(command)) for title, command in facts.missing],
         ids_hidden=True,
     )
 
 
 def hide_study(facts: StudyFacts) -> StudyFacts:
     """Replace every id in the facts of a study by a number."""
-    aliases = _name_aliases(facts.predictions, str(facts.study.get("pack", {}).get("content_sha256", "")))
+    pseudonymizer = _pseudonymize_names(
+        facts.predictions, str(facts.study.get("pack", {}).get("content_sha256", ""))
+    )
     kind = "slide" if facts.unit == "slide" else "patient"
-    table = aliases.table(facts.table).sort_values(["fold", "seed"]).reset_index(drop=True)
+    table = pseudonymizer.table(facts.table).sort_values(["fold", "seed"]).reset_index(drop=True)
     return replace(
         facts,
-        study=aliases.nested(facts.study),
+        study=pseudonymizer.nested(facts.study),
         table=table,
-        predictions=aliases.table(facts.predictions),
-        metrics=aliases.nested(facts.metrics),
-        baselines={aliases.of(kind, name): value for name, value in facts.baselines.items()},
-        recipe=aliases.nested(facts.recipe),
-        recipe_toml=aliases.text(facts.recipe_toml),
+        predictions=pseudonymizer.table(facts.predictions),
+        metrics=pseudonymizer.nested(facts.metrics),
+        baselines={pseudonymizer.of(kind, name): value for name, value in facts.baselines.items()},
+        recipe=pseudonymizer.nested(facts.recipe),
+        recipe_toml=pseudonymizer.text(facts.recipe_toml),
         ids_hidden=True,
     )
 
 
-def _name_aliases(predictions: pd.DataFrame, salt: str) -> Aliases:
+def _pseudonymize_names(predictions: pd.DataFrame, salt: str) -> Pseudonymizer:
     columns = {kind: f"{kind}_id" for kind in KINDS}
-    return Aliases({kind: predictions[name] for kind, name in columns.items() if name in predictions}, salt)
+    return Pseudonymizer(
+        {kind: predictions[name] for kind, name in columns.items() if name in predictions}, salt
+    )

@@ -23,7 +23,7 @@ _UNUSUAL = re.compile(r"[^A-Za-z0-9._-]")  # such an id would be cut by the expr
 _TOKEN = re.compile(r"[^\s,;:'\"()\[\]{}=]+")
 
 
-class Aliases:
+class Pseudonymizer:
     """Numbers in place of ids.
 
     Args:
@@ -31,7 +31,7 @@ class Aliases:
         salt: Mixed into the order of numbers.
 
     Example:
-        >>> aliases = Aliases({"patient": ["8863", "8865"]})
+        >>> aliases = Pseudonymizer({"patient": ["8863", "8865"]})
         >>> sorted(aliases.of("patient", name) for name in ("8863", "8865"))
         ['1', '2']
     """
@@ -59,11 +59,11 @@ class Aliases:
         self._unusual = re.compile(rf"(?<![A-Za-z0-9])(?:{names})(?![A-Za-z0-9])") if names else None
 
     def of(self, kind: str, name: object) -> str:
-        """Give the number of an id; an id that was never named becomes ``hidden``."""
+        """Return the number of an id; an id that was never named becomes ``hidden``."""
         return self._numbers[kind].get(str(name), "hidden")
 
     def original(self, kind: str, alias: str) -> str:
-        """Give the id behind a number."""
+        """Return the id behind a number."""
         return self._names[kind][alias]
 
     def text(self, text: str) -> str:

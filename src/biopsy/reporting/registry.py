@@ -13,7 +13,7 @@ from typing import Any
 from biopsy.core.plugins import Registry
 from biopsy.reporting.document import Section
 from biopsy.reporting.facts import RunFacts
-from biopsy.reporting.pseudonyms import Aliases
+from biopsy.reporting.pseudonyms import Pseudonymizer
 from biopsy.training.runs import Run
 
 Compose = Callable[[RunFacts], Section | None]
@@ -33,7 +33,7 @@ class Result:
     """
 
     load: Callable[[Run], Any]
-    hide: Callable[[Any, Aliases], Any] = lambda value, aliases: aliases.nested(value)
+    hide: Callable[[Any, Pseudonymizer], Any] = lambda value, pseudonymizer: pseudonymizer.nested(value)
     title: str = ""
     command: str = ""
     make: Callable[[Run], Any] | None = None

@@ -94,7 +94,7 @@ class Annotations:
         return replace(self, items=moved)
 
     def class_names(self) -> list[str]:
-        """Give the classes there are, in order of their names."""
+        """Return the classes there are, in order of their names."""
         return sorted({item.class_name for item in self.items})
 
 

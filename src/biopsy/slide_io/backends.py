@@ -68,10 +68,10 @@ class Backend(Protocol):
     """Where what was scanned begins, in pixels of level 0: QuPath counts from there."""
 
     def tile_px(self, level: int) -> tuple[int, int] | None:
-        """Give width and height of a level's native tiles, None where it has none."""
+        """Return width and height of a level's native tiles, None where it has none."""
 
     def read(self, level: int, left: int, top: int, width: int, height: int) -> np.ndarray:
-        """Give a rectangle that lies inside a level, uint8 ``(height, width, 3)``."""
+        """Return a rectangle that lies inside a level, uint8 ``(height, width, 3)``."""
 
     def close(self) -> None:
         """Let go of the file."""
@@ -86,8 +86,8 @@ class OpenSlideBackend:
         self._path = path
         self._slide = openslide.OpenSlide(path)
         self._slide.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
-        found = self._slide.properties
-        self.format = found[openslide.PROPERTY_NAME_VENDOR]
+        result = self._slide.properties
+        self.format = result[openslide.PROPERTY_NAME_VENDOR]
         self._pages = _read_level_pages(path, self._slide.level_dimensions)
         _check_pages(path, self._pages, is_plain=self.format in PLAIN_TIFF)
         self._downsamples = self._slide.level_downsamples
@@ -96,20 +96,20 @@ class OpenSlideBackend:
             for size, downsample in zip(self._slide.level_dimensions, self._downsamples, strict=True)
         )
         self.recorded = Recorded(
-            mpp_x=_number(found, openslide.PROPERTY_NAME_MPP_X),
-            mpp_y=_number(found, openslide.PROPERTY_NAME_MPP_Y),
-            objective=_number(found, openslide.PROPERTY_NAME_OBJECTIVE_POWER),
+            mpp_x=_number(result, openslide.PROPERTY_NAME_MPP_X),
+            mpp_y=_number(result, openslide.PROPERTY_NAME_MPP_Y),
+            objective=_number(result, openslide.PROPERTY_NAME_OBJECTIVE_POWER),
         )
-        self.corner = _find_corner(found)
+        self.corner = _find_corner(result)
 
     def tile_px(self, level: int) -> tuple[int, int] | None:
-        """Give the size of a level's native tiles."""
-        found = self._slide.properties
-        width, height = (found.get(f"openslide.level[{level}].tile-{side}") for side in ("width", "height"))
+        """Return the size of a level's native tiles."""
+        result = self._slide.properties
+        width, height = (result.get(f"openslide.level[{level}].tile-{side}") for side in ("width", "height"))
         return (int(width), int(height)) if width and height else None
 
     def read(self, level: int, left: int, top: int, width: int, height: int) -> np.ndarray:
-        """Give a rectangle inside a level; transparent pixels become white."""
+        """Return a rectangle inside a level; transparent pixels become white."""
         import openslide
 
         downsample = self._downsamples[level]
@@ -149,11 +149,11 @@ class ImageBackend:
         self.recorded = Recorded(*_tiff_mpp(path)) if self.format == "tiff" else Recorded()
 
     def tile_px(self, level: int) -> tuple[int, int] | None:
-        """Give None: there are no tiles."""
+        """Return None: there are no tiles."""
         return None
 
     def read(self, level: int, left: int, top: int, width: int, height: int) -> np.ndarray:
-        """Give a copy of a rectangle."""
+        """Return a copy of a rectangle."""
         return self._pixels[top : top + height, left : left + width].copy()
 
     def close(self) -> None:
@@ -220,7 +220,7 @@ def _check_pages(path: Path, pages: "list[TiffPage]", *, is_plain: bool) -> None
 
 
 def _whole_downsample(base: tuple[int, int], size: tuple[int, int], downsample: float) -> float:
-    """Give the whole number a level was reduced by; OpenSlide divides sizes, which were rounded: 2.0005."""
+    """Return the whole number a level was reduced by; OpenSlide divides sizes, which were rounded: 2.0005."""
     whole = max(1, round(downsample))
     near = all(abs(whole_side / whole - side) < 1 for whole_side, side in zip(base, size, strict=True))
     return float(whole) if near else downsample
@@ -231,7 +231,7 @@ def _advice(reason: str) -> str:
 
 
 def _number(found: Any, name: str) -> float | None:
-    """Give a property as a number, None where it is missing or none."""
+    """Return a property as a number, None where it is missing or none."""
     try:
         value = float(found.get(name, ""))
     except ValueError:
@@ -240,7 +240,7 @@ def _number(found: Any, name: str) -> float | None:
 
 
 def _tiff_mpp(path: Path) -> tuple[float | None, float | None]:
-    """Give um/px across and down from a TIFF's resolution tags, None where their unit is none."""
+    """Return um/px across and down from a TIFF's resolution tags, None where their unit is none."""
     import tifffile
 
     try:
@@ -249,27 +249,27 @@ def _tiff_mpp(path: Path) -> tuple[float | None, float | None]:
     except tifffile.TiffFileError:
         return None, None
     um = {2: 25400.0, 3: 10000.0}.get(tags.valueof("ResolutionUnit", 2))
-    found = tags.valueof("XResolution"), tags.valueof("YResolution")
+    result = tags.valueof("XResolution"), tags.valueof("YResolution")
     if um is None:
         return None, None
-    x, y = (um * value[1] / value[0] if value and value[0] and value[1] else None for value in found)
+    x, y = (um * value[1] / value[0] if value and value[0] and value[1] else None for value in result)
     return x, y
 
 
 def list_slide_files(folder: Path) -> list[Path]:
-    """Give the slides in a folder by name; of a DICOM series, whose levels are files, the first file."""
+    """Return the slides in a folder by name; of a DICOM series, whose levels are files, the first file."""
     files = sorted(
         path for path in folder.iterdir() if path.suffix.lower() in SLIDE_SUFFIXES and not path.is_dir()
     )
-    found: dict[str, Path] = {}
+    result: dict[str, Path] = {}
     for path in files:
         series = _read_series(path) if path.suffix.lower() == ".dcm" and path.is_file() else None
-        found.setdefault(series or path.name, path)
-    return list(found.values())
+        result.setdefault(series or path.name, path)
+    return list(result.values())
 
 
 def _read_series(path: Path) -> str | None:
-    """Give the id of the DICOM series that a file belongs to, None where it cannot be read."""
+    """Return the id of the DICOM series that a file belongs to, None where it cannot be read."""
     import openslide
 
     try:
@@ -295,7 +295,7 @@ class TiffBackend(OpenSlideBackend):
         self._cache = TileCache(CACHE_BYTES)
 
     def read(self, level: int, left: int, top: int, width: int, height: int) -> np.ndarray:
-        """Give a rectangle inside a level."""
+        """Return a rectangle inside a level."""
         page = self._level_pages[level]
         if page is None:
             return super().read(level, left, top, width, height)
@@ -353,7 +353,7 @@ class TileCache:
         self._tiles: OrderedDict[Place, Future[np.ndarray]] = OrderedDict()
 
     def get(self, place: Place, make: Callable[[int, int, int], np.ndarray]) -> np.ndarray:
-        """Give a tile; the first to ask makes it."""
+        """Return a tile; the first to ask makes it."""
         with self._lock:
             future = self._tiles.get(place)
             if future is not None:

@@ -10,7 +10,7 @@ _BLOCK = 32  # rectangles a side that are compared with one piece cut out of a p
 def share_of_mask(
     mask: np.ndarray, left: np.ndarray, top: np.ndarray, width: float, height: float
 ) -> np.ndarray:
-    """Give the share of a mask that is true in every rectangle.
+    """Return the share of a mask that is true in every rectangle.
 
     Args:
         mask: bool ``(H, W)``.
@@ -35,7 +35,7 @@ def share_of_mask(
 def share_of_polygon(
     polygon: BaseGeometry, left: np.ndarray, top: np.ndarray, width: float, height: float
 ) -> np.ndarray:
-    """Give the share of every rectangle that lies in a polygon, by its exact area.
+    """Return the share of every rectangle that lies in a polygon, by its exact area.
 
     Args:
         polygon: Valid; with holes, or several in one.

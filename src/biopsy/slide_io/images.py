@@ -193,7 +193,7 @@ def _decode_by_rules(data: Data) -> np.ndarray:
 
 
 def _bits(image: Image.Image, data: Data) -> int:
-    """Give the bits a channel of the file, which Pillow's modes hide for RGB."""
+    """Return the bits a channel of the file, which Pillow's modes hide for RGB."""
     if image.format == "PNG":
         return memoryview(data)[24]
     depth = getattr(image, "tag_v2", {}).get(_TIFF_DEPTH, 8)

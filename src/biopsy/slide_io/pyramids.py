@@ -76,8 +76,8 @@ def write_pyramid(
     if isinstance(source, np.ndarray):
         image = source
         if image.shape[:2] != (height, width):
-            found = f"{image.shape[1]} x {image.shape[0]}"
-            raise SlideError(f"{path.name}: the array is {found} pixels, not {width} x {height}")
+            result = f"{image.shape[1]} x {image.shape[0]}"
+            raise SlideError(f"{path.name}: the array is {result} pixels, not {width} x {height}")
         channels, dtype = (1 if image.ndim == 2 else image.shape[2]), str(image.dtype)
         source = lambda x, y, w, h: image[y : y + h, x : x + w]  # noqa: E731
     _check(path.name, width, height, mpp, tile_px, compression, channels, dtype)
@@ -124,7 +124,7 @@ class _Level:
         return -(-self.height // self.tile_px)
 
     def spooled(self, spool: IO[bytes]) -> Iterator[bytes]:
-        """Give the encoded tiles back."""
+        """Return the encoded tiles back."""
         for offset, n_bytes in self.places:
             spool.seek(offset)
             yield spool.read(n_bytes)
@@ -158,7 +158,7 @@ class _Coder:
         self._nothing = self._encode(np.full((tile_px, tile_px, *self.depth), self.background, dtype))
 
     def encode(self, tile: Tile) -> bytes:
-        """Give a tile's bytes, one at the edge padded by its last row and column."""
+        """Return a tile's bytes, one at the edge padded by its last row and column."""
         if tile is None:
             return self._nothing
         missing = self.tile_px - tile.shape[0], self.tile_px - tile.shape[1]
@@ -193,7 +193,7 @@ class _Coder:
 def _first_tiles(
     plan: list[_Level], coder: _Coder, source: Source, spool: IO[bytes], pool: ThreadPoolExecutor
 ) -> Iterator[bytes]:
-    """Give level 0's encoded tiles, and make the other levels' on the way."""
+    """Return level 0's encoded tiles, and make the other levels' on the way."""
     base, px = plan[0], coder.tile_px
 
     def get(place: tuple[int, int]) -> tuple[Tile, bytes]:

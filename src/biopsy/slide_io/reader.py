@@ -80,11 +80,11 @@ class Slide:
         self._backend.close()
 
     def tile_px(self, level: int = 0) -> tuple[int, int] | None:
-        """Give width and height of a level's tiles in the file, None where it has none."""
+        """Return width and height of a level's tiles in the file, None where it has none."""
         return self._backend.tile_px(level)
 
     def read(self, x: float, y: float, width: int, height: int, *, level: int = 0) -> np.ndarray:
-        """Give a rectangle of one level.
+        """Return a rectangle of one level.
 
         Args:
             x: Left edge in pixels of level 0, as in OpenSlide; taken to the nearest pixel of the level.
@@ -100,7 +100,7 @@ class Slide:
         return self._read_level(level, round(x / downsample), round(y / downsample), width, height)
 
     def level_for(self, mpp: float) -> tuple[int, float]:
-        """Give the level that is read for a resolution, and how many of its pixels make one wanted pixel.
+        """Return the level that is read for a resolution, and how many of its pixels make one wanted pixel.
 
         The level is the coarsest that is as fine as wanted. The scale is a whole number where it is within
         1 % of one, so that pixels are taken, or averaged, as they are.
@@ -114,7 +114,7 @@ class Slide:
         return level, float(whole) if abs(scale / whole - 1) <= SAME_MPP else scale
 
     def level_0_px(self, mpp: float) -> float:
-        """Give how many pixels of level 0, along one side, make one pixel of `read_at`.
+        """Return how many pixels of level 0, along one side, make one pixel of `read_at`.
 
         Lay grids out by this: where `level_for` takes a whole number, it is not ``mpp / self.mpp``.
 
@@ -125,7 +125,7 @@ class Slide:
         return scale * self.levels[level].downsample
 
     def read_at(self, x: float, y: float, width: int, height: int, *, mpp: float) -> np.ndarray:
-        """Give a rectangle at a wanted resolution.
+        """Return a rectangle at a wanted resolution.
 
         It is taken from the level that `level_for` names: averaged down over the area each pixel covers,
         copied where the level is within 1 %, enlarged linearly where the slide is up to 1.5 times too coarse.
@@ -148,7 +148,7 @@ class Slide:
         return self._read_scaled(x, y, width, height, level, scale)
 
     def overview(self, *, mpp: float) -> np.ndarray:
-        """Give the whole slide at a resolution, block by block, in memory bounded by the answer.
+        """Return the whole slide at a resolution, block by block, in memory bounded by the answer.
 
         Returns:
             uint8 ``(H, W, 3)`` RGB; ``mpp`` is exact but for the rounding of height and width.
@@ -179,14 +179,14 @@ class Slide:
         return whole
 
     def thumbnail(self, max_px: int) -> np.ndarray:
-        """Give the whole slide, its longer side at most ``max_px`` pixels; a small slide as it is."""
+        """Return the whole slide, its longer side at most ``max_px`` pixels; a small slide as it is."""
         longer = max(self.width, self.height)
         if longer <= max_px:
             return self.read(0, 0, self.width, self.height)
         return self.overview(mpp=self.mpp * longer / max_px)
 
     def _finer_level(self, mpp: float) -> int:
-        """Give the coarsest level that is as fine as wanted, or within 1 %."""
+        """Return the coarsest level that is as fine as wanted, or within 1 %."""
         check_mpp(self.path.name, self.mpp, mpp)
         fine = [n for n in range(len(self.levels)) if self._scale(n, mpp) >= 1 - SAME_MPP]
         return max(fine, key=lambda n: self.levels[n].downsample, default=0)
@@ -241,13 +241,13 @@ def _open_backend(path: Path) -> Backend:
 
 
 def _count_earlier(start: float, scale: float) -> int:
-    """Give how many resampled pixels earlier to begin, so that the first begins where a source pixel does."""
+    """Return how many resampled pixels earlier to begin, so that the first begins at a source pixel."""
     begins = (start - np.arange(_EARLIER_PX)) * scale
     return int((np.abs(begins - np.rint(begins)) / _NEAR_PX).astype(int).argmin())
 
 
 def _covering(n: int, scale: float) -> int:
-    """Give how many source pixels ``n`` resampled ones need, so that as many whole ones come out."""
+    """Return how many source pixels ``n`` resampled ones need, so that as many whole ones come out."""
     n_source = int(np.ceil(n * scale))
     while round(n_source / scale) < n:
         n_source += 1

@@ -22,7 +22,7 @@ _DENSITY = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)
 
 
 def separate_stains(rgb: np.ndarray) -> np.ndarray:
-    """Give the amounts of haematoxylin, eosin and what neither explains.
+    """Return the amounts of haematoxylin, eosin and what neither explains.
 
     Args:
         rgb: uint8 ``(..., 3)``.
@@ -39,7 +39,7 @@ def separate_stains(rgb: np.ndarray) -> np.ndarray:
 
 
 def combine_stains(amounts: np.ndarray) -> np.ndarray:
-    """Give the colours that amounts of stain make, the inverse of `separate_stains`.
+    """Return the colours that amounts of stain make, the inverse of `separate_stains`.
 
     Args:
         amounts: float ``(..., 3)``: haematoxylin, eosin and residual.
@@ -68,7 +68,7 @@ def colour_features(
     index: np.ndarray | None = None,
     chunk: int = 256,
 ) -> np.ndarray:
-    """Give mean, standard deviation and percentiles of RGB and of stain amounts.
+    """Return mean, standard deviation and percentiles of RGB and of stain amounts.
 
     Args:
         patches: uint8 ``(N, H, W, 3)`` RGB, may be memory-mapped.
@@ -104,7 +104,7 @@ def group_by_size(patches: np.ndarray, sizes: np.ndarray | None) -> Iterator[tup
 
 
 def _describe(images: np.ndarray) -> np.ndarray:
-    """Give the features of patches of one size, ``(n, 35)``."""
+    """Return the features of patches of one size, ``(n, 35)``."""
     stains = separate_stains(images)[..., :2]
     described = []
     for values in [images[..., channel] for channel in range(3)] + [stains[..., stain] for stain in range(2)]:

@@ -42,7 +42,7 @@ _DENSITY = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)
 
 
 def find_tissue_of(slide: Slide) -> tuple[np.ndarray, np.ndarray]:
-    """Give a slide's thumbnail, uint8 ``(H, W, 3)``, and where tissue is on it, bool ``(H, W)``.
+    """Return a slide's thumbnail, uint8 ``(H, W, 3)``, and where tissue is on it, bool ``(H, W)``.
 
     Raises:
         SlideError: As `find_tissue`.
@@ -52,7 +52,7 @@ def find_tissue_of(slide: Slide) -> tuple[np.ndarray, np.ndarray]:
 
 
 def find_tissue(thumbnail: np.ndarray, *, mpp: float) -> np.ndarray:
-    """Give where tissue is on a picture of a slide stained with haematoxylin and eosin.
+    """Return where tissue is on a picture of a slide stained with haematoxylin and eosin.
 
     Args:
         thumbnail: uint8 ``(H, W, 3)`` RGB of the whole slide.
@@ -98,7 +98,7 @@ def _is_stained(density: np.ndarray, least: float) -> np.ndarray:
 
 
 def _densities(image: np.ndarray, mpp: float) -> np.ndarray:
-    """Give the optical densities above the glass's own, ``(H, W, 3)`` in red, green and blue, smoothed."""
+    """Return the optical densities above the glass's own, ``(H, W, 3)`` in red, green and blue, smoothed."""
     density = cv2.LUT(image, _DENSITY)
     density = cv2.GaussianBlur(density, (0, 0), max(_SMOOTH_UM / mpp, 0.5))
     step = int(np.ceil(np.sqrt(image.size / _SAMPLE)))
@@ -133,5 +133,5 @@ def _margin(mpp: float) -> int:
 
 def _large(mask: np.ndarray, mpp: float) -> np.ndarray:
     """Keep the pieces that are not specks."""
-    _, labels, found, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
-    return mask & (found[:, cv2.CC_STAT_AREA] * (mpp / 1000) ** 2 >= _SMALLEST_MM2)[labels]
+    _, labels, result, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
+    return mask & (result[:, cv2.CC_STAT_AREA] * (mpp / 1000) ** 2 >= _SMALLEST_MM2)[labels]

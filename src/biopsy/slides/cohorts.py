@@ -51,7 +51,7 @@ _FAILED = ".failed.json"
 _LOCK_S, _POLL_S = 10.0, 2.0
 COLUMNS = (
     *("slide", "source", "status", "reason", "n_patches", "mpp", "mpp_source", "positive_mm2"),
-    "unlike_training",
+    "out_of_distribution",
 )
 
 
@@ -62,7 +62,7 @@ class SlideCohort:
     Attributes:
         out: The folder that holds a folder a slide and ``status.csv``.
         status: One row a slide: ``slide, source, status`` (``done`` or ``failed``), ``reason``,
-            ``n_patches``, ``mpp``, ``mpp_source``, ``positive_mm2``, ``unlike_training`` (share of the
+            ``n_patches``, ``mpp``, ``mpp_source``, ``positive_mm2``, ``out_of_distribution`` (share of the
             checked patches that are unlike anything in training).
     """
 
@@ -306,19 +306,19 @@ def _row(
     if document is None:
         return row
     mpp, positive = document["mpp"], document["positive"] or {}
-    checked = document.get("unlike_training") or {}
+    checked = document.get("out_of_distribution") or {}
     return row | {
         "n_patches": document["n_patches"],
         "mpp": mpp["slide"],
         "mpp_source": mpp["source"],
         "positive_mm2": positive.get("area_mm2"),
-        "unlike_training": checked.get("share"),
+        "out_of_distribution": checked.get("share"),
     }
 
 
 def _write_status(out: Path, rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     table = pd.DataFrame(list(rows.values()), columns=COLUMNS).astype(
-        {"n_patches": "Int64", "unlike_training": float}
+        {"n_patches": "Int64", "out_of_distribution": float}
     )
     write_csv(out / STATUS, table)
     return table

@@ -118,7 +118,7 @@ class Block:
 
 
 def pick_stride(patch_px: int, mpp: float, stride_um: float | None) -> int:
-    """Give the step of a grid in pixels of ``mpp``; None steps by whole patches.
+    """Return the step of a grid in pixels of ``mpp``; None steps by whole patches.
 
     A step cuts the side of a patch into equal parts of whole pixels, so that every cell of the map is
     covered by the same number of patches and areas are exact.
@@ -200,7 +200,7 @@ def lay_grid(
 
 
 def cut_blocks(grid: PatchGrid, downsample: float) -> Iterator[Block]:
-    """Give the pieces in which a grid's patches are read, row by row.
+    """Return the pieces in which a grid's patches are read, row by row.
 
     Patches of a piece lie close together, so that each tile of the file is decoded once and then cut; a piece
     is read no larger than a few megapixels, whatever the slide's size.

@@ -19,7 +19,7 @@ import numpy as np
 from biopsy.core.errors import DataError, SlideError
 from biopsy.models.classifier import Classifier
 from biopsy.models.hardware import count_cores
-from biopsy.models.out_of_distribution import measure_novelty
+from biopsy.models.out_of_distribution import out_of_distribution_scores
 from biopsy.models.runtimes import Runtime, open_runtime
 from biopsy.slide_io.reader import Slide, open_slide
 from biopsy.slide_io.tissue import find_tissue_of
@@ -106,7 +106,7 @@ def open_view(task: SlideTask, classifier: Classifier, stride_um: float | None =
         slide.close()
         raise
     checked = np.zeros(len(grid), bool)
-    if info.unlike_training is not None:
+    if info.out_of_distribution is not None:
         checked[np.linspace(0, len(grid) - 1, min(len(grid), N_CHECKED)).astype(int)] = True
     return View(slide, thumbnail, tissue, grid, downsample, level, checked)
 
@@ -121,7 +121,7 @@ def predict_slides(
     n_threads: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Iterator[Answer]:
-    """Give the logits of every patch of every slide, slide by slide in their order.
+    """Return the logits of every patch of every slide, slide by slide in their order.
 
     While one slide is asked about, the next is opened and read. A slide that fails does not stop the others.
 
@@ -200,7 +200,9 @@ class _Network(NamedTuple):
             return np.zeros(0, bool)
         checked = np.concatenate([piece.checked for piece in known])
         features = np.concatenate([piece.features for piece in known])
-        return measure_novelty(self.classifier, checked, None, features)["unlike_training"].to_numpy()
+        return out_of_distribution_scores(self.classifier, checked, None, features)[
+            "out_of_distribution"
+        ].to_numpy()
 
 
 class _Gathered:
@@ -231,13 +233,13 @@ class _Gathered:
             return answer
         assert piece.view is not None and piece.coming is not None
         try:
-            found = piece.coming.result()
-            if not isinstance(found, _Found):
-                found = self._network.ask(*found)
+            result = piece.coming.result()
+            if not isinstance(result, _Found):
+                result = self._network.ask(*result)
             if self._logits is None:
-                self._logits = np.empty((len(piece.view.grid), found.logits.shape[1]), np.float32)
-            self._logits[piece.block.index] = found.logits
-            self._checked.append(found._replace(logits=found.logits[:0]))
+                self._logits = np.empty((len(piece.view.grid), result.logits.shape[1]), np.float32)
+            self._logits[piece.block.index] = result.logits
+            self._checked.append(result._replace(logits=result.logits[:0]))
             self._places.append(piece.block.index[piece.view.checked[piece.block.index]])
         except DataError as error:
             self._error = self._error or error
@@ -265,7 +267,7 @@ class _ReadAhead:
         self._open_next()
 
     def read(self, network: _Network) -> Iterator[_Piece]:
-        """Give the pieces of all slides as they are handed out, and the end of each slide."""
+        """Return the pieces of all slides as they are handed out, and the end of each slide."""
         while self._opening:
             task, opened = self._opening.popleft()
             try:

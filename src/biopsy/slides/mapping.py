@@ -91,7 +91,7 @@ def is_calibrated(classifier: Classifier) -> bool:
 
 
 def repeat_command(source: Path, model: object, settings: Mapping[str, Any]) -> str:
-    """Give the command that maps a slide again; folders are left to the reader."""
+    """Return the command that maps a slide again; folders are left to the reader."""
     named = "CLASSIFIER" if isinstance(model, Classifier) else Path(str(getattr(model, "path", model))).name
     words = ["biopsy", "slide", named, printable(source.name), "--out", "DIR"]
     for flag, value in settings.items():
@@ -146,7 +146,7 @@ class Mapper:
         self._about = describe_model(self.classifier, self.precision, self._kind)
 
     def question(self, source: Source) -> dict[str, Any]:
-        """Give everything that defines a slide's outputs; the slide is read for it once."""
+        """Return everything that defines a slide's outputs; the slide is read for it once."""
         if source.name not in self._questions:
             self._questions[source.name] = self._describe_question(source)
         return self._questions[source.name]
@@ -222,7 +222,8 @@ class Mapper:
             view.grid,
             answer.logits,
             self.classifier,
-            about=self._describe(source, place, answer.software) | _describe_novelty(answer.unlike),
+            about=self._describe(source, place, answer.software)
+            | _describe_out_of_distribution(answer.unlike),
             picture=view.thumbnail,
             ood=_spread(view.checked, answer.unlike),
         )
@@ -281,8 +282,8 @@ def _spread(checked: np.ndarray, unlike: np.ndarray) -> np.ndarray | None:
     return ood
 
 
-def _describe_novelty(unlike: np.ndarray) -> dict[str, Any]:
+def _describe_out_of_distribution(unlike: np.ndarray) -> dict[str, Any]:
     """Say how much of a slide is unlike training; nothing where the classifier cannot tell."""
     if not len(unlike):
-        return {"unlike_training": None}
-    return {"unlike_training": {"n_checked": len(unlike), "share": float(unlike.mean())}}
+        return {"out_of_distribution": None}
+    return {"out_of_distribution": {"n_checked": len(unlike), "share": float(unlike.mean())}}

@@ -81,19 +81,19 @@ class SlideMap:
         return (self.grid.cell_um / 1000) ** 2
 
     def cells(self) -> np.ndarray:
-        """Give the probabilities by cell, ``(rows, columns, n_classes)``, NaN where no patch lies.
+        """Return the probabilities by cell, ``(rows, columns, n_classes)``, NaN where no patch lies.
 
         A cell is one step of the grid a side; with overlap it has the mean of all patches that cover it.
         """
         return _average(self.probs, self.grid)
 
     def cells_abstained(self) -> np.ndarray:
-        """Give the cells of which at least half of the patches abstained, bool ``(rows, columns)``."""
+        """Return the cells of which at least half of the patches abstained, bool ``(rows, columns)``."""
         share = _average(self.abstained[:, None].astype(np.float32), self.grid)[..., 0]
         return np.nan_to_num(share) >= 0.5
 
     def cells_pred(self) -> np.ndarray:
-        """Give each cell's class, int ``(rows, columns)``: -1 where no patch lies, -2 where abstained."""
+        """Return each cell's class, int ``(rows, columns)``: -1 where no patch lies, -2 where abstained."""
         probs, positive = self.cells(), self.positive_index
         empty = np.isnan(probs[..., 0])
         if positive is None or self.threshold is None:
@@ -105,7 +105,7 @@ class SlideMap:
         return pred
 
     def to_frame(self) -> pd.DataFrame:
-        """Give one row a patch: ``x, y`` at level 0, ``prob``, ``prob_<class>``, ``abstained``, ``ood``."""
+        """Return one row a patch: ``x, y`` at level 0, ``prob``, ``prob_<class>``, ``abstained``, ``ood``."""
         frame = pd.DataFrame({"x": self.grid.x, "y": self.grid.y})
         if self.positive_index is not None:
             frame["prob"] = self.probs[:, self.positive_index]
@@ -174,7 +174,7 @@ class SlideMap:
 
 
 def check_probs(probs: np.ndarray, name: str) -> np.ndarray:
-    """Give probabilities as float32, refused where one is not a number.
+    """Return probabilities as float32, refused where one is not a number.
 
     Raises:
         SlideError: If a probability is not in 0 to 1.
@@ -222,7 +222,7 @@ class Region:
 
 
 def find_regions(slide_map: SlideMap) -> list[Region]:
-    """Give the regions of every class and where the map abstained, largest first within each.
+    """Return the regions of every class and where the map abstained, largest first within each.
 
     Two cells of a class that touch at a corner only belong to two regions.
     """
@@ -231,15 +231,15 @@ def find_regions(slide_map: SlideMap) -> list[Region]:
     regions = []
     for index, name in [*enumerate(slide_map.class_names), (-2, ABSTAINED)]:
         prob = probs[..., index if index >= 0 else positive or 0]
-        found = _join(slide_map, pred == index, prob, name)
-        regions += sorted(found, key=lambda region: -region.n_cells)
+        result = _join(slide_map, pred == index, prob, name)
+        regions += sorted(result, key=lambda region: -region.n_cells)
     return regions
 
 
 def _join(slide_map: SlideMap, mask: np.ndarray, prob: np.ndarray, name: str) -> list[Region]:
-    _, labels, found, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
+    _, labels, result, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
     regions = []
-    for number, (left, top, width, height, _) in enumerate(found[1:].tolist(), start=1):
+    for number, (left, top, width, height, _) in enumerate(result[1:].tolist(), start=1):
         place = slice(top, top + height), slice(left, left + width)
         inside = labels[place] == number
         values = prob[place][inside]
@@ -258,7 +258,7 @@ def _join(slide_map: SlideMap, mask: np.ndarray, prob: np.ndarray, name: str) ->
 
 
 def outline(mask: np.ndarray, left: int = 0, top: int = 0) -> Polygon:
-    """Give the outline of cells that hang together, in cells, without corners on straight edges.
+    """Return the outline of cells that hang together, in cells, without corners on straight edges.
 
     Args:
         mask: bool ``(rows, columns)``, one piece connected along edges.
@@ -285,7 +285,7 @@ Feature = dict[str, Any]
 
 
 def collect_regions(slide_map: SlideMap, regions: Iterable[Region]) -> Iterator[Feature]:
-    """Give one annotation a region, with its area, cells and probability as measurements."""
+    """Return one annotation a region, with its area, cells and probability as measurements."""
     for region in regions:
         measurements = {
             "Area mm^2": region.area_mm2,
@@ -304,7 +304,7 @@ def collect_regions(slide_map: SlideMap, regions: Iterable[Region]) -> Iterator[
 
 
 def collect_detections(slide_map: SlideMap) -> Iterator[Feature]:
-    """Give one detection a cell, with the probability of each class as measurements."""
+    """Return one detection a cell, with the probability of each class as measurements."""
     probs, pred = slide_map.cells(), slide_map.cells_pred()
     grid, side = slide_map.grid, slide_map.cell_px
     names = {**dict(enumerate(slide_map.class_names)), -2: ABSTAINED}
@@ -354,7 +354,7 @@ def _from_corner(slide_map: SlideMap, polygon: Polygon) -> Polygon:
 
 
 def _rings(polygon: Polygon) -> list[list[list[float]]]:
-    """Give closed rings, the outer one first; whole numbers where level 0 has them."""
+    """Return closed rings, the outer one first; whole numbers where level 0 has them."""
     polygon = shapely.geometry.polygon.orient(polygon)
     return [
         [[_short(x), _short(y)] for x, y in ring.coords] for ring in (polygon.exterior, *polygon.interiors)

@@ -28,7 +28,7 @@ SURE, POSSIBLE = 0.9, 0.1
 
 
 def summarise(slide_map: SlideMap, regions: Sequence[Region], *, is_calibrated: bool) -> dict[str, Any]:
-    """Give areas in mm2 and shares of what was mapped.
+    """Return areas in mm2 and shares of what was mapped.
 
     ``positive`` holds the area called positive at the threshold and, where probabilities are calibrated,
     ``expected_mm2`` (the sum of the probabilities: what they promise on average) and the range from the area
@@ -85,7 +85,7 @@ def _measure_positive(slide_map: SlideMap, pred: np.ndarray, is_calibrated: bool
         return None
     prob = slide_map.cells()[..., positive]
     prob, cell_mm2 = prob[~np.isnan(prob)], slide_map.cell_mm2
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "class": slide_map.positive_class,
         "threshold": slide_map.threshold,
         "area_mm2": float((pred == positive).sum() * cell_mm2),
@@ -95,13 +95,13 @@ def _measure_positive(slide_map: SlideMap, pred: np.ndarray, is_calibrated: bool
         "reason": "the classifier's probabilities are not calibrated",
     }
     if is_calibrated:
-        found |= {
+        result |= {
             "expected_mm2": float(prob.sum(dtype=float) * cell_mm2),
             "low_mm2": float((prob >= SURE).sum() * cell_mm2),
             "high_mm2": float((prob >= POSSIBLE).sum() * cell_mm2),
             "reason": None,
         }
-    return found
+    return result
 
 
 FORMAT: Final = "biopsy-slide/1"
@@ -244,14 +244,14 @@ def write_outputs(
             for file, output in OUTPUTS.items()
             if output.draws
         ]
-        found = [output.write(folder / file, mapped) for file, output in OUTPUTS.items() if not output.draws]
-        found += [each.result() for each in drawing]
+        result = [output.write(folder / file, mapped) for file, output in OUTPUTS.items() if not output.draws]
+        result += [item.result() for item in drawing]
     document = {
         "format": FORMAT,
         "slide": slide_map.name,
         **slide_map.about,
         **summarise(slide_map, mapped.regions, is_calibrated=is_calibrated),
-        **{key: value for one in found if one for key, value in one.items()},
+        **{key: value for one in result if one for key, value in one.items()},
         "question": dict(question),
     }
     write_json(folder / SUMMARY, document)  # the last of all
@@ -266,7 +266,7 @@ def _shrink(picture: np.ndarray, tissue: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def read_finished(folder: Path, question: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Give a slide's summary if its outputs are there and answer this question, else None."""
+    """Return a slide's summary if its outputs are there and answer this question, else None."""
     try:
         document = read_json(folder / SUMMARY, format=FORMAT)
     except (OSError, DataError):

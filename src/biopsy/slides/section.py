@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 def load_maps(run: Run) -> list[tuple[dict[str, Any], bytes]]:
     """Return the slides mapped into the run's own folder, their overlays small enough for a page."""
-    found = []
+    result = []
     for path in sorted((run.path / MAPS).glob(f"*/{SUMMARY}"))[:MOST_MAPS]:
         overlay = cv2.imread(str(path.parent / OVERLAY))
         if overlay is None:
@@ -32,12 +32,12 @@ def load_maps(run: Run) -> list[tuple[dict[str, Any], bytes]]:
         scale = min(1.0, MAP_PX / max(overlay.shape))
         small = cv2.resize(overlay, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         image = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
-        found.append((read_json(path, format=SLIDE_FORMAT), image))
-    return found
+        result.append((read_json(path, format=SLIDE_FORMAT), image))
+    return result
 
 
 @section(
-    "maps", order=90, slide_maps=Result(load_maps, hide=lambda maps, aliases: None)
+    "maps", order=90, slide_maps=Result(load_maps, hide=lambda maps, pseudonymizer: None)
 )  # a name is drawn on each
 def describe_maps(facts: RunFacts) -> Section | None:
     """The mapped slides: pictures, and areas with the range that calibration allows."""
@@ -45,8 +45,8 @@ def describe_maps(facts: RunFacts) -> Section | None:
     if not maps:
         return None
     pictures = [
-        Picture(f"{found['slide']}: probability of {facts.positive} over the tissue.", image=image)
-        for found, image in maps
+        Picture(f"{result['slide']}: probability of {facts.positive} over the tissue.", image=image)
+        for result, image in maps
     ]
     blocks: list[Block] = [
         Text(
@@ -54,7 +54,7 @@ def describe_maps(facts: RunFacts) -> Section | None:
             "training data. Cells without colour contain no tissue."
         ),
         Pictures(pictures, across=1),
-        _table_of_areas([found for found, _ in maps], facts.positive),
+        _table_of_areas([result for result, _ in maps], facts.positive),
     ]
     return Section("maps", "Whole-slide maps", blocks)
 
@@ -62,18 +62,18 @@ def describe_maps(facts: RunFacts) -> Section | None:
 def _table_of_areas(summaries: Sequence[Mapping[str, Any]], positive: str) -> Table:
     rows = []
     for summary in summaries:
-        found = summary.get("positive") or {}
-        low, high = found.get("low_mm2"), found.get("high_mm2")
+        result = summary.get("positive") or {}
+        low, high = result.get("low_mm2"), result.get("high_mm2")
         rows.append(
             [
                 str(summary["slide"]),
                 number(summary.get("n_patches")),
                 number(summary.get("mapped_mm2"), 2),
-                number(found.get("area_mm2"), 2),
+                number(result.get("area_mm2"), 2),
                 f"{number(low, 2)} to {number(high, 2)}" if low is not None else "not calibrated",
                 number(summary.get("classes", {}).get(positive, {}).get("largest_region_mm2"), 2),
                 number(summary.get("abstained_share")),
-                number((summary.get("unlike_training") or {}).get("share")),
+                number((summary.get("out_of_distribution") or {}).get("share")),
             ]
         )
     columns = [

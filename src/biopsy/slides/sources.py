@@ -74,7 +74,7 @@ def list_sources(paths: Sequence[Path], mpp: float | None) -> list[Source]:
 
 
 def _tell_apart(sources: list[Source]) -> list[Source]:
-    """Give every source a name of its own, also where upper and lower case are one."""
+    """Return every source a name of its own, also where upper and lower case are one."""
     twins: dict[str, list[Source]] = {}
     for source in sources:
         twins.setdefault(source.name.casefold(), []).append(source)
@@ -109,7 +109,7 @@ def refuse_own_data(out: Path, sources: Sequence[Source]) -> None:
         mirax = place.with_name(f"{place.name}.mrxs")
         slide = above.get(place) or (mirax if mirax.exists() else None)
         slide = slide or next(
-            (read_from[each] for each in (place, *place.parents) if each in read_from), None
+            (read_from[item] for item in (place, *place.parents) if item in read_from), None
         )
         if slide is not None:
             raise UserFileError(
@@ -135,12 +135,12 @@ def _expand(path: Path, mpp: float | None) -> Iterator[Source]:
     elif path.suffix.lower() == ".csv":
         yield from _read_csv(path, mpp)
     elif os.path.isdir(path):
-        found = list_slide_files(path)
-        if not found:
+        result = list_slide_files(path)
+        if not result:
             raise DataError(
                 f"{path} holds no slide: files ending in {' '.join(SLIDE_SUFFIXES)} are looked for"
             )
-        for file in found:
+        for file in result:
             yield Source(_clean(file.stem), file, mpp)
     elif os.path.exists(path) or os.path.islink(path):
         yield Source(_clean(path.stem), path, mpp)
@@ -149,7 +149,9 @@ def _expand(path: Path, mpp: float | None) -> Iterator[Source]:
 
 
 def _read_csv(path: Path, mpp: float | None) -> Iterator[Source]:
-    table = read_csv_table(path, aliases={"slide": "slide", "mpp": "mpp"}, required=["slide"]).fillna("")
+    table = read_csv_table(path, pseudonymizer={"slide": "slide", "mpp": "mpp"}, required=["slide"]).fillna(
+        ""
+    )
     table = table.map(str.strip)
     table = table[(table != "").any(axis=1)]
     if table.empty:

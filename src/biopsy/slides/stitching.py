@@ -36,7 +36,7 @@ class Stitched:
 
 
 def list_slides(pack: Pack) -> dict[str, np.ndarray]:
-    """Give the rows of every slide of a pack whose patches know where they lay.
+    """Return the rows of every slide of a pack whose patches know where they lay.
 
     Raises:
         SlideError: If no patch does.
@@ -102,7 +102,7 @@ def stitch_slide(pack: Pack, name: str, index: np.ndarray, *, mpp: float | None 
 def predict_stitched(
     pack: Pack, index: np.ndarray, classifier: Classifier, *, engine: "Engine"
 ) -> np.ndarray:
-    """Give the logits of a slide's patches, ``(n, n_classes)``."""
+    """Return the logits of a slide's patches, ``(n, n_classes)``."""
     from biopsy.models.inference import predict_logits
 
     network = engine.place(classifier.network)
@@ -112,7 +112,7 @@ def predict_stitched(
 
 
 def _find_stride(x: np.ndarray, y: np.ndarray, patch_px: int, name: str) -> int:
-    """Give the step of the grid on which patches lie: the largest that divides a patch and all distances."""
+    """Return the step of the grid on which patches lie: the largest divisor of a patch and all distances."""
     distances = np.concatenate([x - x.min(), y - y.min(), [patch_px]])
     stride_px = int(np.gcd.reduce(distances))
     if stride_px < patch_px / 16:

@@ -347,8 +347,8 @@ def _fit_linear(
         return float(value), gradient
 
     start = np.append([1.0] if with_slope else [], np.zeros(n_classes))
-    found = scipy.optimize.minimize(loss, start, jac=True, method="BFGS", options={"gtol": 1e-9}).x
-    return float(found[0]) if with_slope else 1.0, found[-n_classes:] - found[-n_classes]
+    result = scipy.optimize.minimize(loss, start, jac=True, method="BFGS", options={"gtol": 1e-9}).x
+    return float(result[0]) if with_slope else 1.0, result[-n_classes:] - result[-n_classes]
 
 
 def _check_slope(slope: float) -> float:

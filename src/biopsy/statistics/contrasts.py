@@ -98,10 +98,10 @@ def contrast_groups(
     )
     by_group, within = pd.DataFrame(), None
     if unit != "patch":
-        each = [_auroc(values[codes == code], chosen[codes == code]) for code in range(n_groups)]
-        columns = {"n_chosen": sums[:, 0].astype(int), "n_others": sums[:, 3].astype(int), "auroc": each}
+        item = [_auroc(values[codes == code], chosen[codes == code]) for code in range(n_groups)]
+        columns = {"n_chosen": sums[:, 0].astype(int), "n_others": sums[:, 3].astype(int), "auroc": item}
         by_group = pd.DataFrame(columns, index=scores.groups)
-        within = summarise_groups(AUROC, np.array(each), level, unit)
+        within = summarise_groups(AUROC, np.array(item), level, unit)
     return Contrast(
         int(chosen.sum()),
         int((~chosen).sum()),

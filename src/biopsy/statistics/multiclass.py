@@ -81,8 +81,8 @@ class ClassSample:
         """Sums over each group's patches of log loss and of squared error, ``(n_groups, 2)``."""
         wanted = np.eye(len(self.class_names))[self.target]
         held = np.clip(self.prob[np.arange(len(self.target)), self.target], LOG_CLIP, 1 - LOG_CLIP)
-        each = -np.log(held), ((self.prob - wanted) ** 2).sum(axis=1)
-        return np.stack([np.bincount(self.group, loss, len(self.groups)) for loss in each], axis=1)
+        item = -np.log(held), ((self.prob - wanted) ** 2).sum(axis=1)
+        return np.stack([np.bincount(self.group, loss, len(self.groups)) for loss in item], axis=1)
 
     @cached_property
     def one_vs_rest(self) -> list[SortedScores]:

@@ -13,8 +13,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
-from scipy.special import expit, logit
+from scipy.special import expit, logit, stdtrit
 
 from biopsy.core.errors import MetricError
 from biopsy.core.seeds import make_rng
@@ -202,7 +201,7 @@ class Resampler:
             error = self.standard_error(replicates) * link_derivative(value, bounds)
         else:
             error = self.standard_error(link(replicates, bounds))
-        half = float(stats.t.ppf((1 + self.level) / 2, freedom)) * error
+        half = float(stdtrit(freedom, (1 + self.level) / 2)) * error
         low, high = inverse_link(link(np.array(value), bounds) + np.array([-half, half]), bounds)
         return Interval(value, float(low), float(high))
 

@@ -144,8 +144,8 @@ def estimate_risk(
     wrong = wrong[order]
 
     def measure(weight: Floats) -> Floats:
-        each = weight[group]
-        mass, errors = np.add.reduceat(each, starts), np.add.reduceat(each * wrong, starts)
+        item = weight[group]
+        mass, errors = np.add.reduceat(item, starts), np.add.reduceat(item * wrong, starts)
         return np.append(area_under(mass, errors), risk_at(mass, errors, coverages))
 
     informative = InformativeGroups(np.bincount(group).astype(np.float64))

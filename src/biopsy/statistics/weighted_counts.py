@@ -54,12 +54,12 @@ class SortedScores:
 
     def count(self, weight: Floats | None = None) -> "WeightedCounts":
         """Count the sample with one weight per *group* (all 1 if not given)."""
-        each = np.ones(len(self.y_true)) if weight is None else weight[self.group]
-        each_pos = each * self.y_true
+        item = np.ones(len(self.y_true)) if weight is None else weight[self.group]
+        each_pos = item * self.y_true
         pos = np.add.reduceat(each_pos, self.starts)
-        neg = np.add.reduceat(each, self.starts) - pos
+        neg = np.add.reduceat(item, self.starts) - pos
         tp = float(each_pos @ self.y_pred)
-        return WeightedCounts(self, pos, neg, tp=tp, fp=float(each @ self.y_pred) - tp, sample_weight=each)
+        return WeightedCounts(self, pos, neg, tp=tp, fp=float(item @ self.y_pred) - tp, sample_weight=item)
 
     def informative_groups(self, needs: Iterable[str] = ()) -> InformativeGroups:
         """Return the groups with patches of the scarcest of several of `NEEDS`; all without a need."""

@@ -30,7 +30,7 @@ class Augmentation:
         shear_deg: Shear angle in degrees.
         flip_horizontal: Mirror left to right in half of the cases.
         flip_vertical: Mirror top to bottom in half of the cases.
-        quarter_turns: Turn by 0, 90, 180 or 270 degrees, pixel by pixel; the patches must be square.
+        rot90: Turn by 0, 90, 180 or 270 degrees, pixel by pixel; the patches must be square.
         hed_jitter: Haematoxylin and eosin are each scaled by 1 plus or minus this, and offset within plus or
             minus this (Tellez et al. 2018).
         fill: What lies beyond the border: its nearest pixel.
@@ -42,7 +42,7 @@ class Augmentation:
     shear_deg: float = 0.0
     flip_horizontal: bool = False
     flip_vertical: bool = False
-    quarter_turns: bool = False
+    rot90: bool = False
     hed_jitter: float = 0.0
     fill: Literal["nearest"] = "nearest"
 
@@ -87,9 +87,9 @@ class Augmentation:
             A new batch, or the same one where nothing is to be done.
         """
         warped = bool(self.rotation_deg or self.zoom or self.shift or self.shear_deg)
-        moved = self.flip_horizontal or self.flip_vertical or self.quarter_turns
-        if self.quarter_turns and batch.shape[2] != batch.shape[3]:
-            raise RecipeError(f"quarter_turns needs square patches, these are {tuple(batch.shape[2:])}")
+        moved = self.flip_horizontal or self.flip_vertical or self.rot90
+        if self.rot90 and batch.shape[2] != batch.shape[3]:
+            raise RecipeError(f"rot90 needs square patches, these are {tuple(batch.shape[2:])}")
         n = len(batch)
         move = self._draw_moves(n, generator) if moved else torch.zeros(n, dtype=torch.long)
         if warped:
@@ -107,7 +107,7 @@ class Augmentation:
         coins = torch.rand(3, n, generator=generator)
         across = (coins[0] < 0.5) & self.flip_horizontal
         down = (coins[1] < 0.5) & self.flip_vertical
-        turns = (coins[2] * 4).long() * self.quarter_turns
+        turns = (coins[2] * 4).long() * self.rot90
         return turns * 4 + across * 2 + down
 
     def _draw_matrix(self, batch: Tensor, generator: Generator) -> Tensor:
@@ -164,7 +164,7 @@ def move_pixels(batch: Tensor, move: Tensor) -> Tensor:
 
     Args:
         batch: ``(B, C, H, W)``; square where a quarter turn is asked for.
-        move: ``(B,)`` on the CPU, ``4 * quarter_turns + 2 * flip_horizontal + flip_vertical``.
+        move: ``(B,)`` on the CPU, ``4 * rot90 + 2 * flip_horizontal + flip_vertical``.
     """
     n, channels, height, width = batch.shape
     places = _move_places(height, width)[move] + torch.arange(n)[:, None] * height * width
@@ -218,7 +218,7 @@ def _move_places(height: int, width: int) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _move_matrices() -> Tensor:
-    """Give the same 16 moves as matrices ``(16, 2, 2)`` about the centre, from result to source."""
+    """Return the same 16 moves as matrices ``(16, 2, 2)`` about the centre, from result to source."""
     matrices = []
     for turns in range(4):
         angle = turns * math.pi / 2

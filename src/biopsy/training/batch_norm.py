@@ -25,7 +25,7 @@ MOST_DISAGREEMENT = 0.3
 """Mean square between scores by running and by batch statistics, in variances of the latter."""
 
 
-def settle_batch_norm(
+def reestimate_batch_norm(
     network: torch.nn.Module,
     preprocessing: Preprocessing,
     pack: Pack,

@@ -17,7 +17,7 @@ from biopsy.training.transforms import Transform, apply_transform
 
 
 @dataclass(frozen=True)
-class FrontOutputs:
+class CachedFeatures:
     """What the frozen first stages of a network make of patches.
 
     Attributes:
@@ -29,7 +29,7 @@ class FrontOutputs:
     places: np.ndarray
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Give the outputs of patches of the pack, ``(len(rows), ..., C)``."""
+        """Return the outputs of patches of the pack, ``(len(rows), ..., C)``."""
         return self.values[self.places[rows]]
 
 
@@ -66,10 +66,10 @@ class Batches:
     drop_last: bool = False
     device: torch.device | str = "cpu"
     seed: int = 0
-    front: FrontOutputs | None = None
+    front: CachedFeatures | None = None
 
     def count(self, n_patches: int) -> int:
-        """Give the number of batches that many patches make."""
+        """Return the number of batches that many patches make."""
         return n_patches // self.batch_size if self.drop_last else -(-n_patches // self.batch_size)
 
     def iterate(
@@ -96,7 +96,7 @@ class Batches:
                 yield self._finish(*ahead.popleft().result(), number, epoch)
 
     def load(self, order: np.ndarray, number: int, *, epoch: int = 0) -> tuple[Tensor, Tensor]:
-        """Give one batch ``(B, 3, input_px, input_px)`` float and its targets ``(B,)`` by its number."""
+        """Return one batch ``(B, 3, input_px, input_px)`` float and its targets ``(B,)`` by its number."""
         return self._finish(*self._gather(order, number), number, epoch)
 
     def _gather(self, order: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ from torch import nn
 from biopsy.models.engine import Engine
 from biopsy.models.networks.stages import split_frozen
 from biopsy.training.augmentation import Augmentation
-from biopsy.training.batches import Batches, FrontOutputs, to_batch
+from biopsy.training.batches import Batches, CachedFeatures, to_batch
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +29,10 @@ BATCH_SIZE = 256
 
 
 @contextlib.contextmanager
-def compute_front(
+def cache_backbone_features(
     network: nn.Module, batches: Batches, rows: np.ndarray, n_visits: int, *, engine: Engine, folder: Path
 ) -> Iterator[tuple[nn.Module, Batches]]:
-    """Give what is left to train and batches of what it takes, the frozen front's outputs computed once.
+    """Return what is left to train and batches of what it takes, the frozen front's outputs computed once.
 
     They are kept in an unnamed file until the context is left. Network and batches come back as they are
     where nothing is frozen, where augmentation draws, where the training sees fewer patches than there are,
@@ -74,11 +74,11 @@ def compute_front(
         places = np.full(len(batches.patches), -1)
         places[rows] = np.arange(len(rows))
         values = np.memmap(file, np.float32, mode="r", shape=shape)
-        yield rest, replace(batches, front=FrontOutputs(values, places))
+        yield rest, replace(batches, front=CachedFeatures(values, places))
 
 
-def predict_rest(rest: nn.Module, front: FrontOutputs, rows: np.ndarray, *, engine: Engine) -> np.ndarray:
-    """Give the logits of patches whose front is computed, float32 ``(len(rows), n_classes)``."""
+def predict_rest(rest: nn.Module, front: CachedFeatures, rows: np.ndarray, *, engine: Engine) -> np.ndarray:
+    """Return the logits of patches whose front is computed, float32 ``(len(rows), n_classes)``."""
     training = rest.training
     rest.eval()
     try:

@@ -14,10 +14,10 @@ from biopsy.models.inference import predict_logits
 from biopsy.models.out_of_distribution import fit_reference
 from biopsy.models.preprocessing import Preprocessing
 from biopsy.recipes import Recipe
-from biopsy.training.batch_norm import settle_batch_norm
+from biopsy.training.batch_norm import reestimate_batch_norm
 from biopsy.training.checkpoints import Progress
 from biopsy.training.fit import Task
-from biopsy.training.postprocessing import settle_run, warn_of_spread, write_validation
+from biopsy.training.postprocessing import fit_run_postprocessing, warn_of_spread, write_validation
 from biopsy.training.probe import PROBE
 from biopsy.training.runs import Run
 
@@ -53,7 +53,7 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
     network = task.engine.place(network)
     normalisation = None
     if recipe.train.optimiser != PROBE:  # whose network is frozen, statistics and all
-        normalisation = settle_batch_norm(
+        normalisation = reestimate_batch_norm(
             network,
             task.preprocessing,
             pack,
@@ -72,12 +72,12 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
         engine=task.engine,
     )
     val = pack.target[task.val], pack.group_ids[task.val]
-    settle_run(run, recipe, classifier, logits, *val)
+    fit_run_postprocessing(run, recipe, classifier, logits, *val)
     if recipe.model.context:
         single = classifier.info.model_dump(include={"calibrator", "thresholds", "conformal"})
         classifier.info.single_patch, classifier.info.context = single, recipe.model.context
         logits = classifier.add_context(logits, pack.table.iloc[task.val])
-        settle_run(run, recipe, classifier, logits, *val)
+        fit_run_postprocessing(run, recipe, classifier, logits, *val)
     warnings = [
         _warn_unsettled(normalisation, progress.step),
         warn_of_spread(classifier, logits, run.val_side),
@@ -127,7 +127,7 @@ def _warn_unsettled(record: dict[str, Any] | None, n_updates: int) -> str | None
 def fit_preprocessing(
     recipe: Recipe, pack: Pack, train: np.ndarray, *, published: bool = False
 ) -> Preprocessing:
-    """Give the recipe's preprocessing, mean and std taken from training patches where it says so.
+    """Return the recipe's preprocessing, mean and std taken from training patches where it says so.
 
     Args:
         recipe: What to do.

@@ -24,10 +24,10 @@ from biopsy.models.preprocessing import Preprocessing
 from biopsy.recipes import Recipe
 from biopsy.training.augmentation import Augmentation
 from biopsy.training.batches import Batches
-from biopsy.training.cached_features import compute_front, predict_rest
+from biopsy.training.cached_features import cache_backbone_features, predict_rest
 from biopsy.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from biopsy.training.optimisers import learning_rate, make_optimiser, set_learning_rate
-from biopsy.training.sampling import cut_passes, order_epoch, weigh_classes
+from biopsy.training.sampling import class_weights, sample_epoch, sample_passes
 from biopsy.training.stain_transfer import fit_stain_transfer
 from biopsy.training.transforms import Transform
 from biopsy.training.weight_averaging import WeightAverage
@@ -76,7 +76,9 @@ def fit(network: torch.nn.Module, task: Task, folder: Path, on_epoch: OnEpoch) -
     steps = settings.steps_per_epoch or batches.count(len(_order(task, 1)))
     rows = np.union1d(task.train, task.val)
     n_visits = (settings.epochs - progress.epoch) * (steps * settings.batch_size + len(task.val))
-    front = compute_front(network, batches, rows, n_visits, engine=task.engine, folder=folder.parent)
+    front = cache_backbone_features(
+        network, batches, rows, n_visits, engine=task.engine, folder=folder.parent
+    )
     devices = [task.engine.device] if task.engine.device.type == "cuda" else []
     with front as (learner, batches), torch.random.fork_rng(devices=devices):
         while progress.epoch < settings.epochs and not _is_stale(task, progress):
@@ -113,7 +115,7 @@ def _run_epoch(
 ) -> dict[str, Any]:
     """Make an epoch's updates and look at validation; gives the epoch's record."""
     settings, epoch, started = task.recipe.train, progress.epoch + 1, time.perf_counter()
-    weights = weigh_classes(task.pack.target[task.train], len(task.pack.class_names), settings.class_weights)
+    weights = class_weights(task.pack.target[task.train], len(task.pack.class_names), settings.class_weights)
     outputs = outputs_of(settings.loss)
     loss_fn = make_loss(
         outputs,
@@ -168,9 +170,9 @@ def _run_epoch(
 
 
 def _order(task: Task, number: int) -> np.ndarray:
-    """Give the rows of a pass; a last batch of one patch is left out, it has no spread to normalise by."""
+    """Return the rows of a pass; a last batch of one patch is left out, it has no spread to normalise by."""
     settings = task.recipe.train
-    order = order_epoch(
+    order = sample_epoch(
         task.train, task.pack.target, sampling=settings.sampling, seed=task.seed, epoch=number
     )
     return order[:-1] if len(order) % settings.batch_size == 1 else order
@@ -179,12 +181,12 @@ def _order(task: Task, number: int) -> np.ndarray:
 def _next_batches(task: Task, batches: Batches, step: int, n_steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the batches of the next updates, over shuffled passes that follow each other without end."""
     per_pass = batches.count(len(_order(task, 1)))
-    for number, start, stop in cut_passes(step, n_steps, per_pass):
+    for number, start, stop in sample_passes(step, n_steps, per_pass):
         yield from batches.iterate(_order(task, number), epoch=number, start=start, stop=stop)
 
 
 def _validate(network: torch.nn.Module, task: Task, batches: Batches) -> dict[str, Any]:
-    """Give loss (unweighted), accuracy and, for two classes, AUROC on validation."""
+    """Return loss (unweighted), accuracy and, for two classes, AUROC on validation."""
     pack, rows, outputs = task.pack, task.val, outputs_of(task.recipe.train.loss)
     if batches.front is not None:
         logits = predict_rest(network, batches.front, rows, engine=task.engine)

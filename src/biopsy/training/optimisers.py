@@ -117,7 +117,7 @@ def learning_rate(
     factor: float = 0.1,
     patience: int = 3,
 ) -> float:
-    """Give the learning rate of one update, from nothing but its number and what was seen before it.
+    """Return the learning rate of one update, from nothing but its number and what was seen before it.
 
     Args:
         step: Updates done before this one; the first is 0.

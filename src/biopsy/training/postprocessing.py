@@ -30,7 +30,7 @@ def fit_abstention(
     chosen_on: str,
     patients_overlap: bool,
 ) -> dict[str, Any]:
-    """Give the ``conformal`` entry of ``classifier.json``.
+    """Return the ``conformal`` entry of ``classifier.json``.
 
     Args:
         probs: Calibrated probabilities of the calibration patches, ``(n, n_classes)``.
@@ -65,7 +65,7 @@ logger = logging.getLogger(__name__)
 MOST_TURNED = 0.01  # of the calls
 
 
-def settle(
+def fit_postprocessing(
     classifier: Classifier,
     logits: np.ndarray,
     target: np.ndarray,
@@ -155,7 +155,7 @@ def warn_of_spread(classifier: Classifier, logits: np.ndarray, side: str) -> str
 
 
 def find_trained_prior(recipe: Recipe, counts: Sequence[int]) -> np.ndarray | None:
-    """Give the share of each class as training saw it, where weights or sampling bent it; else None.
+    """Return the share of each class as training saw it, where weights or sampling bent it; else None.
 
     A class weight of max / count (or any other constant / count) makes all classes count alike, and so does
     resampling to equal shares; both together turn their shares round.
@@ -171,7 +171,7 @@ def find_trained_prior(recipe: Recipe, counts: Sequence[int]) -> np.ndarray | No
     return seen / seen.sum()
 
 
-def settle_run(
+def fit_run_postprocessing(
     run: Run,
     recipe: Recipe,
     classifier: Classifier,
@@ -179,11 +179,11 @@ def settle_run(
     target: np.ndarray,
     group_ids: np.ndarray,
 ) -> None:
-    """Do as `settle` what the recipe of a run asks for; logits, target and ids are those of validation."""
+    """Call `fit_postprocessing` with the recipe of a run; logits, target and ids are of validation."""
     split, published = run.info["split"], run.info["split"]["as_published"]
     decision = recipe.as_published if published else recipe.decision
     counts = split["sides"]["train"]["per_class"]
-    settle(
+    fit_postprocessing(
         classifier,
         logits,
         target,

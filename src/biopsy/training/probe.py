@@ -24,7 +24,7 @@ from biopsy.recipes import Recipe
 from biopsy.recipes.schema import Augmentation
 from biopsy.training.checkpoints import Progress
 from biopsy.training.fit import OnEpoch, Task
-from biopsy.training.sampling import weigh_classes
+from biopsy.training.sampling import class_weights
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def fit_probe(network: torch.nn.Module, task: Task, weights: dict[str, Any], on_
         network, pack, task.preprocessing, task.engine, identity=_identify(task, weights)
     )
     names, groups = pack.class_names, pack.group_ids[rows]
-    class_weight = weigh_classes(pack.target[rows], len(names), task.recipe.train.class_weights)
+    class_weight = class_weights(pack.target[rows], len(names), task.recipe.train.class_weights)
     coefficients, intercepts, penalty = fit_logistic(
         np.asarray(features[rows]),
         pack.target[rows],

@@ -228,10 +228,10 @@ class Run:
         Raises:
             RunError: If it is gone or its content differs from what was trained on.
         """
-        asked = self.info["pack"]
+        requested = self.info["pack"]
         folder = self.path.resolve().parent
-        moved = [place / asked["name"] for place in (folder, folder.parent)]
-        places = [Path(asked["path"]), *(place for place in moved if is_pack(place))]
+        moved = [place / requested["name"] for place in (folder, folder.parent)]
+        places = [Path(requested["path"]), *(place for place in moved if is_pack(place))]
         failures = []
         for place in places:
             try:
@@ -244,7 +244,7 @@ class Run:
                 pack.verify()
             return pack
         raise RunError(
-            f"{self.path.name} was trained on {asked['path']}: {failures[0]}; bring that pack back, name it "
+            f"{self.path.name} was trained on {requested['path']}: {failures[0]}; restore that pack, name it "
             "with --data where the command takes it, or train anew"
         )
 
@@ -266,7 +266,7 @@ class Run:
             )
 
     def sides(self, pack: Pack) -> np.ndarray:
-        """Give the side of every patch of the pack: ``train``, ``val``, ``test`` or ``""``."""
+        """Return the side of every patch of the pack: ``train``, ``val``, ``test`` or ``""``."""
         path = self.require_unchanged("split.csv")
         try:
             split = read_csv_table(path, required=["patch_id", "side"])
@@ -283,7 +283,7 @@ class Run:
         return "test" if self.info["split"].get("val_is_test") else "val"
 
     def log(self) -> list[dict[str, Any]]:
-        """Give one record an epoch."""
+        """Return one record an epoch."""
         if not (self.path / "log.jsonl").exists():
             return []
         path = self.require_unchanged("log.jsonl")
@@ -339,10 +339,10 @@ class Run:
             )
 
 
-def hash_question(
+def hash_config(
     recipe: Recipe, pack: Pack, sides: np.ndarray, split: Mapping[str, Any], seed: int, weights: str | None
 ) -> str:
-    """Give a hash of everything that defines a run's result: equal questions need one run.
+    """Return a hash of everything that defines a run's result: equal questions need one run.
 
     Args:
         recipe: Its defining tables count, not where it comes from.
@@ -352,13 +352,13 @@ def hash_question(
         seed: Of training.
         weights: Hash of the file that training starts from; None for random weights.
     """
-    asked = recipe.model_dump(mode="json", include=set(DEFINING_TABLES))
+    requested = recipe.model_dump(mode="json", include=set(DEFINING_TABLES))
     for name, before in SETTLED_BEFORE.items():
         table, _, key = name.partition(".")
-        if asked[table][key] == before:
-            del asked[table][key]
+        if requested[table][key] == before:
+            del requested[table][key]
     question = {
-        "recipe": asked,
+        "recipe": requested,
         "pack": pack.info.content_sha256,
         "classes": [pack.class_names, pack.info.positive_class],
         "sides": hashlib.sha256("\n".join(sides.tolist()).encode()).hexdigest(),
@@ -369,14 +369,14 @@ def hash_question(
     return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
 
 
-def find_answer(question_sha256: str, folders: Iterable[Path]) -> Run | None:
-    """Give the finished run among these folders that answers a question, None where there is none."""
+def find_cached_run(config_sha256: str, folders: Iterable[Path]) -> Run | None:
+    """Return the finished run among these folders that answers a question, None where there is none."""
     for path in folders:
         try:
             run = Run.open(path)
         except RunError:
             continue
-        if run.info["status"] == "finished" and run.info.get("question_sha256") == question_sha256:
+        if run.info["status"] == "finished" and run.info.get("config_sha256") == config_sha256:
             return run
     return None
 

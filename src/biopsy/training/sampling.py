@@ -9,7 +9,7 @@ from biopsy.core.seeds import make_rng
 
 
 def take_fraction(index: np.ndarray, target: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Give a share of the training rows, drawn once for a run: of each class alike, at least one patch.
+    """Return a share of the training rows, drawn once for a run: of each class alike, at least one patch.
 
     With the same seed a smaller share is part of every larger one.
 
@@ -29,7 +29,7 @@ def take_fraction(index: np.ndarray, target: np.ndarray, fraction: float, seed: 
     return np.sort(np.concatenate(kept))
 
 
-def cut_passes(step: int, n_steps: int, steps_per_pass: int) -> Iterator[tuple[int, int, int]]:
+def sample_passes(step: int, n_steps: int, steps_per_pass: int) -> Iterator[tuple[int, int, int]]:
     """Say which batches of which passes over the patches the next updates take.
 
     Passes follow each other without end, each shuffled anew; an epoch may begin and end within one.
@@ -43,7 +43,7 @@ def cut_passes(step: int, n_steps: int, steps_per_pass: int) -> Iterator[tuple[i
         ``(number of the pass from 1, first batch, batch to stop before)``.
 
     Example:
-        >>> list(cut_passes(step=3, n_steps=4, steps_per_pass=5))
+        >>> list(sample_passes(step=3, n_steps=4, steps_per_pass=5))
         [(1, 3, 5), (2, 0, 2)]
     """
     end = step + n_steps
@@ -54,8 +54,10 @@ def cut_passes(step: int, n_steps: int, steps_per_pass: int) -> Iterator[tuple[i
         step += stop - start
 
 
-def order_epoch(index: np.ndarray, target: np.ndarray, *, sampling: str, seed: int, epoch: int) -> np.ndarray:
-    """Give the rows of one pass over the training patches in the order in which they are seen.
+def sample_epoch(
+    index: np.ndarray, target: np.ndarray, *, sampling: str, seed: int, epoch: int
+) -> np.ndarray:
+    """Return the rows of one pass over the training patches in the order in which they are seen.
 
     Args:
         index: Rows of the training patches, ``(n,)``.
@@ -83,8 +85,8 @@ def order_epoch(index: np.ndarray, target: np.ndarray, *, sampling: str, seed: i
     return make_rng(seed, "order", epoch).permutation(index)
 
 
-def weigh_classes(target: np.ndarray, n_classes: int, method: str) -> np.ndarray | None:
-    """Give a weight for each class, float64 ``(n_classes,)``, or None where all count the same.
+def class_weights(target: np.ndarray, n_classes: int, method: str) -> np.ndarray | None:
+    """Return a weight for each class, float64 ``(n_classes,)``, or None where all count the same.
 
     ``"largest"`` is max(count) / count (the CancerNet post), ``"balanced"`` total / (n_classes * count)
     (King & Zeng 2001, as scikit-learn has it).

@@ -53,21 +53,21 @@ class Study:
         write_json(self.path / DOCUMENT, self.info)
 
     def runs(self) -> list[Run]:
-        """Give its runs, whatever their status, in the order of recipe, fold and seed, then as asked."""
-        found = [Run.open(path.parent) for path in (self.path / "runs").glob("*/run.json")]
-        asked = {name: place for place, name in enumerate(self.info.get("runs", ()))}
+        """Return its runs, whatever their status, in the order of recipe, fold and seed, then as asked."""
+        result = [Run.open(path.parent) for path in (self.path / "runs").glob("*/run.json")]
+        requested = {name: place for place, name in enumerate(self.info.get("runs", ()))}
         return sorted(
-            found,
+            result,
             key=lambda run: (
                 run.info["recipe"],
                 run.info["split"]["fold"] or 0,
                 run.info["seed"],
-                asked.get(run.path.name, 0),
+                requested.get(run.path.name, 0),
             ),
         )
 
     def judged_runs(self) -> list[Run]:
-        """Give the runs that have been evaluated."""
+        """Return the runs that have been evaluated."""
         return [run for run in self.runs() if (run.path / "evaluation" / "metrics.json").exists()]
 
     def summary(self) -> dict[str, Any]:

@@ -36,8 +36,8 @@ from biopsy.training.finalize import complete, fit_preprocessing
 from biopsy.training.fit import OnEpoch, Task, fit, optimiser_of
 from biopsy.training.loggers import open_loggers
 from biopsy.training.probe import PROBE, check_probe, fit_probe
-from biopsy.training.runs import Run, describe_environment, find_answer, hash_question, name_run
-from biopsy.training.sampling import order_epoch, take_fraction, weigh_classes
+from biopsy.training.runs import Run, describe_environment, find_cached_run, hash_config, name_run
+from biopsy.training.sampling import class_weights, sample_epoch, take_fraction
 from biopsy.training.transforms import Transform, check_transform, describe_transform
 
 logger = logging.getLogger(__name__)
@@ -110,12 +110,12 @@ def train(
     elif recipe is None or data is None:
         raise RunError("training needs a recipe and data, or resume= and the folder of an interrupted run")
     else:
-        asked, pack = load_recipe(recipe, overrides), open_data(data)
-        asked = feed_as_encoder(asked, pack.info.patch_px, pack.info.mpp)
-        engine = Engine(device, asked.train.precision)
+        requested, pack = load_recipe(recipe, overrides), open_data(data)
+        requested = feed_as_encoder(requested, pack.info.patch_px, pack.info.mpp)
+        engine = Engine(device, requested.train.precision)
         if transform is not None:
-            check_transform(transform, asked.preprocessing.input_px)
-        run, pack = _begin(asked, pack, split, fold, seed, out, transform)
+            check_transform(transform, requested.preprocessing.input_px)
+        run, pack = _begin(requested, pack, split, fold, seed, out, transform)
     if run.info["status"] != "finished":
         chosen = {"tensorboard": tensorboard, "mlflow": mlflow, "wandb": wandb}
         loggers = [name for name, is_on in chosen.items() if is_on]
@@ -164,7 +164,7 @@ def _begin(
     network, weights = make_network(recipe, len(pack.class_names), seed)
     _check(recipe, pack, split, sides, network)
     used = take_fraction(np.flatnonzero(sides == "train"), pack.target, recipe.train.fraction, seed)
-    used = order_epoch(used, pack.target, sampling=recipe.train.sampling, seed=seed, epoch=1)
+    used = sample_epoch(used, pack.target, sampling=recipe.train.sampling, seed=seed, epoch=1)
     total, trainable = count_parameters(network)
     run_id = name_run(recipe.name, seed)
     path = Path(out) if out is not None else RUNS / run_id
@@ -203,12 +203,12 @@ def _begin(
         "environment": describe_environment(),
     }
     if transform is not None:
-        info |= {"transform": describe_transform(transform), "question_sha256": None}
+        info |= {"transform": describe_transform(transform), "config_sha256": None}
     else:
-        info["question_sha256"] = hash_question(recipe, pack, sides, info["split"], seed, weights["sha256"])
-        found = find_answer(info["question_sha256"], sorted(RUNS.glob("*")) if out is None else [path])
-        if found is not None:
-            return _use_again(found, pack), pack
+        info["config_sha256"] = hash_config(recipe, pack, sides, info["split"], seed, weights["sha256"])
+        result = find_cached_run(info["config_sha256"], sorted(RUNS.glob("*")) if out is None else [path])
+        if result is not None:
+            return _use_again(result, pack), pack
     logger.info("%s: %s", recipe.model.name, describe_weights(network, weights))
     table = pd.DataFrame({"patch_id": pack.table["patch_id"], "side": sides})
     return Run.create(path, info, recipe, table), pack
@@ -241,7 +241,7 @@ def _check(recipe: Recipe, pack: Pack, split: Split, sides: np.ndarray, network:
             f"all training patches of split {split.name!r} are {pack.class_names[target[0]]!r}: "
             "nothing can be learned from one class"
         )
-    weigh_classes(target, len(pack.class_names), recipe.train.class_weights)
+    class_weights(target, len(pack.class_names), recipe.train.class_weights)
     check_method(recipe.decision.calibration, len(pack.class_names))
     if recipe.model.context and not has_coordinates(pack.table[sides != ""]):
         raise DataError(
@@ -255,7 +255,7 @@ def _check(recipe: Recipe, pack: Pack, split: Split, sides: np.ndarray, network:
 
 
 def _repeat(path: Path, pack: Pack, split: Split, fold: int | None, seed: int) -> str:
-    """Give the command that trains the same again; the run's own recipe holds every changed setting."""
+    """Return the command that trains the same again; the run's own recipe holds every changed setting."""
     words = ["biopsy", "train", f"{path.name}/recipe.toml", "--data", pack.path.name, "--split", split.name]
     words += [] if fold is None else ["--fold", str(fold)]
     return shlex.join([*words, "--seed", str(seed)])

@@ -139,7 +139,7 @@ def list_patches(archive: Archive, cutting: Cutting) -> tuple[Listing, dict[str,
 def _cut(
     slide_id: str, case: "_Case", notes: Annotations, class_names: Sequence[str], cutting: Cutting
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Give the rows of one slide, and its record."""
+    """Return the rows of one slide, and its record."""
     if notes.repaired:
         number, fault = next(iter(notes.repaired.items()))
         _log.warning(
@@ -205,12 +205,12 @@ def _list_notes(archive: FolderArchive, annotations: Path | str | None) -> dict[
     if not path.is_dir():
         return {path.name: path}
     folder = FolderArchive(path)
-    found = {
+    result = {
         entry.name: folder.path_of(entry) for entry in folder.entries if entry.name.lower().endswith(SUFFIXES)
     }
-    if not found:
+    if not result:
         raise DataError(f"{path} holds no annotations: files ending in {' '.join(SUFFIXES)} are looked for")
-    return found
+    return result
 
 
 def _pair(
@@ -233,18 +233,18 @@ def _pair(
     for name in notes:
         stem = name.rpartition(".")[0]
         stems = [stem] if annotations is None else [stem, stem.rpartition("/")[2]]
-        found = next((known[stem] for stem in stems for known in named if stem in known), [])
-        if not found and len(notes) == len(slides) == 1 and annotations is not None:
-            found = list(slides)
-        taken = [pairs[slide][1] for slide in found if slide in pairs]
-        if not found:
+        result = next((known[stem] for stem in stems for known in named if stem in known), [])
+        if not result and len(notes) == len(slides) == 1 and annotations is not None:
+            result = list(slides)
+        taken = [pairs[slide][1] for slide in result if slide in pairs]
+        if not result:
             alone.append({"source": name, "reason": "has no slide of its name"})
-        elif len(found) > 1:
-            alone.append({"source": name, "reason": f"could be of {' or '.join(found)}: add the ending"})
+        elif len(result) > 1:
+            alone.append({"source": name, "reason": f"could be of {' or '.join(result)}: add the ending"})
         elif taken:
-            alone.append({"source": name, "reason": f"{taken[0]} annotates {found[0]} already"})
+            alone.append({"source": name, "reason": f"{taken[0]} annotates {result[0]} already"})
         else:
-            pairs[found[0]] = slides[found[0]], name
+            pairs[result[0]] = slides[result[0]], name
     where = "beside it (--annotations names another folder)" if annotations is None else f"in {annotations}"
     wanted = ".geojson" if annotations is None else " ".join(SUFFIXES)
     alone += [
@@ -260,22 +260,22 @@ def _slide_id(slide: Entry) -> str:
 
 
 def _stated_mpp(stated: float | str | Path | None, names: Sequence[str]) -> dict[str, float | None]:
-    """Give what the user says of each slide's mpp; a csv names its file, with or without ending."""
+    """Return what the user says of each slide's mpp; a csv names its file, with or without ending."""
     try:
         value = None if stated is None else float(stated)  # type: ignore[arg-type]
         return dict.fromkeys(names, value)
     except (TypeError, ValueError):
         pass
     headings = {name: name for name in ("slide", "mpp")}
-    rows = read_csv_table(stated, aliases=headings, required=("slide", "mpp"))  # type: ignore[arg-type]
+    rows = read_csv_table(stated, pseudonymizer=headings, required=("slide", "mpp"))  # type: ignore[arg-type]
     rows = rows.assign(slide=normalize_cells(rows["slide"]), mpp=normalize_cells(rows["mpp"]))
     rows = rows[rows["mpp"].notna()]  # the others have their own
     known = dict(zip(rows["slide"], pd.to_numeric(rows["mpp"], errors="coerce"), strict=True))
-    found: dict[str, float | None] = {}
+    result: dict[str, float | None] = {}
     for name in names:
         file = name.rpartition("/")[2]
         spelled = next((key for key in (name, file, file.rpartition(".")[0]) if key in known), None)
         if spelled is not None and pd.isna(known[spelled]):
             raise DataError(f"{stated} gives slide {spelled} an mpp that is no number")
-        found[name] = None if spelled is None else float(known[spelled])
-    return found
+        result[name] = None if spelled is None else float(known[spelled])
+    return result

@@ -172,13 +172,13 @@ def drop_copies(
 
 
 def refuse_empty(skipped: Sequence[Skipped]) -> DataError:
-    """Give the error for a source of which nothing can be read, naming the first reason."""
+    """Return the error for a source of which nothing can be read, naming the first reason."""
     first = skipped[0] if skipped else Skipped(source="no image", reason="was found")
     return DataError(f"no patch can be read: {len(skipped):,} skipped, {first['source']} {first['reason']}")
 
 
 def find_positive(class_names: Sequence[str]) -> str | None:
-    """Give the positive one of two class names where that goes without saying."""
+    """Return the positive one of two class names where that goes without saying."""
     spelled = {name.lower().replace("tumor", "tumour").replace("-", "_"): name for name in class_names}
     for negative, positive in POSITIVE_BY_NEGATIVE.items():
         if spelled.keys() == {negative, positive}:

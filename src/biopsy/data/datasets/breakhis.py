@@ -91,11 +91,11 @@ def list_patches(archive: Archive, magnification: int | None = None) -> Listing:
             rows.append((patch_id, *_describe(match), entry.name, f"{match['magnification']}X"))
             entries.append(entry)
     table = pd.DataFrame(rows, columns=_COLUMNS)
-    found = sorted(table["magnification"].unique(), key=lambda name: int(name[:-1]))
-    if len(found) > 1:
+    result = sorted(table["magnification"].unique(), key=lambda name: int(name[:-1]))
+    if len(result) > 1:
         raise DataError(
-            f"{archive.path} holds the magnifications {', '.join(found)}, which are not mixed: name one, "
-            f"such as --dataset breakhis-{found[0].lower()}"
+            f"{archive.path} holds the magnifications {', '.join(result)}, which are not mixed: name one, "
+            f"such as --dataset breakhis-{result[0].lower()}"
         )
     present = set(table["class_name"])
     return Listing(

@@ -107,7 +107,7 @@ def _strip_common(paths: list[list[str]]) -> list[list[str]]:
 
 
 def _split_path(path: list[str]) -> tuple[str | None, str | None]:
-    """Give a path's own side and class, None where it has none."""
+    """Return a path's own side and class, None where it has none."""
     folders = path[:-1]
     side = find_side(folders[0]) if folders else None
     if side is not None:

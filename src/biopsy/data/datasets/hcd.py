@@ -81,11 +81,11 @@ def _list_by_csv(archive: Archive, labels_entry: Entry) -> Listing:
         row, label = labels[patch_id]
         rows.append((patch_id, None, None, None, pd.NA, pd.NA, CLASS_NAMES[label], entry.name, None, row))
         entries.append(entry)
-    found = {row[0] for row in rows}
+    result = {row[0] for row in rows}
     skipped += [
         {"source": f"{labels_entry.name}#{row}", "reason": f"has no image: {patch_id}.tif is missing"}
         for patch_id, (row, _) in labels.items()
-        if patch_id not in found
+        if patch_id not in result
     ]
     n_other = len(archive.entries) - len(images) - 1
     counts = {"duplicates": n_copies, "unlabelled": len(unlabelled), "other_files": n_other}
@@ -100,7 +100,7 @@ def _read_labels(archive: Archive, entry: Entry) -> dict[str, tuple[int, int]]:
     except DataError as error:
         raise ArchiveError(f"{where} {error}") from None
     headings = {name: name for name in ("id", "label")}
-    table = parse_csv(content, where, aliases=headings, required=("id", "label"))
+    table = parse_csv(content, where, pseudonymizer=headings, required=("id", "label"))
     table = table.assign(id=normalize_cells(table["id"]), label=normalize_cells(table["label"]))
     wrong = table[table["id"].isna() | ~table["label"].isin(["0", "1"])]
     if len(wrong):

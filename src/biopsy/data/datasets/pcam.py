@@ -78,9 +78,9 @@ def list_patches(archive: Archive) -> Listing:
     for split in sorted(SPLITS):
         x, y = files.get((split, "x.h5")), files.get((split, "y.h5"))
         if x is None or y is None:
-            if found := x or y:
+            if result := x or y:
                 lacking = "labels (..._y.h5)" if y is None else "pixels (..._x.h5)"
-                skipped.append(Skipped(source=found.name, reason=f"has no {lacking} beside it"))
+                skipped.append(Skipped(source=result.name, reason=f"has no {lacking} beside it"))
             continue
         paths.append(archive.path_of(x))
         shapes.append(_read_shape(paths[-1]))
@@ -130,8 +130,8 @@ def _open_array(path: Path, key: str) -> Iterator[h5py.Dataset]:
 def _read_shape(path: Path) -> tuple[int, ...]:
     with _open_array(path, "x") as array:
         if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8:
-            found = f"{array.dtype} {array.shape}"
-            raise ArchiveError(f"{path} holds {found} where uint8 (n, height, width, 3) is expected")
+            result = f"{array.dtype} {array.shape}"
+            raise ArchiveError(f"{path} holds {result} where uint8 (n, height, width, 3) is expected")
         if len(array) > MAX_PATCHES or max(array.shape[1:3]) > MAX_PATCH_PX:
             raise ArchiveError(
                 f"{path} holds patches of the shape {array.shape} where at most {MAX_PATCHES:,} of "

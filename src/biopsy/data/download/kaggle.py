@@ -44,7 +44,7 @@ def download_from_kaggle(data: KaggleData, out: Path) -> Path:
     ask = kagglehub.competition_download if data.kind == "competition" else kagglehub.dataset_download
     try:
         with _cache_at(cache):
-            found = Path(ask(data.handle))
+            result = Path(ask(data.handle))
     except (UnauthenticatedError, CredentialError) as error:
         raise DownloadError(_refusal(data, error)) from error
     except (BackendError, DataCorruptionError, zipfile.BadZipFile, OSError) as error:
@@ -55,10 +55,10 @@ def download_from_kaggle(data: KaggleData, out: Path) -> Path:
             f"Kaggle's {data.handle} could not be downloaded ({_one_line(error)}); fetch again to go on,"
             f" or download it by hand from {data.page}"
         ) from error
-    if not found.is_relative_to(cache):
-        return found
+    if not result.is_relative_to(cache):
+        return result
     folder = out / data.folder
-    os.replace(found, folder)
+    os.replace(result, folder)
     shutil.rmtree(cache)
     return folder
 

@@ -250,9 +250,9 @@ def _check(file: RemoteFile, path: Path, advice: str) -> None:
         return
     algorithm, _, published = file.checksum.partition(":")
     with open(path, "rb") as content:
-        found = hashlib.file_digest(content, algorithm).hexdigest()
-    if found != published:
-        raise DownloadError(f"{file.name} has {algorithm} {found}, published is {published}; {advice}")
+        result = hashlib.file_digest(content, algorithm).hexdigest()
+    if result != published:
+        raise DownloadError(f"{file.name} has {algorithm} {result}, published is {published}; {advice}")
 
 
 def _size(path: Path) -> int:

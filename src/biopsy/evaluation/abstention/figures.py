@@ -60,7 +60,7 @@ def draw_risk_coverage(
 
 
 @styled
-def draw_promise(
+def draw_coverage(
     ours: np.ndarray | None, plain: np.ndarray | None, promised: float, *, unit: str = "patient"
 ) -> Figure:
     """Draw the share of each patient's patches whose set holds the true class, worst patient first.

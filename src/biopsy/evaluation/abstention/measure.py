@@ -72,7 +72,7 @@ def measure_abstention(
     if quantiles is not None:
         entry |= {"sets": count_sets(predict_sets(probs, quantiles), pred), **measure(quantiles)}
         held = entry["by_class"].values() if known["promise"] == "each-class" else [entry["patient"]]
-        entry["verdict"] = judge_promise(1 - known["alpha"], [shares["coverage"] for shares in held])
+        entry["verdict"] = judge_coverage(1 - known["alpha"], [shares["coverage"] for shares in held])
     if (plain := known.get("per_patch_quantiles")) is not None:
         entry["per_patch"] = {"quantiles": plain, **measure(plain)}
     return entry | {"risk_coverage": _measure_risk(target, probs, pred, groups, **how)}
@@ -89,17 +89,17 @@ def count_sets(sets: np.ndarray, pred: np.ndarray) -> dict[str, int]:
     }
 
 
-def judge_promise(promised: float, coverages: Sequence[dict[str, Any]]) -> str:
+def judge_coverage(promised: float, coverages: Sequence[dict[str, Any]]) -> str:
     """Return whether a promise was ``kept``, ``broken``, or missed by no more than chance allows (``open``).
 
     Args:
         promised: Coverage.
         coverages: Estimates of what it was promised of, all of which must reach it.
     """
-    found = [(one["value"], one["high"]) for one in coverages]
-    if any(high is not None and high < promised for _, high in found):
+    result = [(one["value"], one["high"]) for one in coverages]
+    if any(high is not None and high < promised for _, high in result):
         return "broken"
-    return "kept" if all(value >= promised for value, _ in found) else "open"
+    return "kept" if all(value >= promised for value, _ in result) else "open"
 
 
 def _measure_sets(
@@ -145,17 +145,17 @@ def _measure_risk(
 ) -> dict[str, Any]:
     wrong = pred != target
     confidence = probs[np.arange(len(pred)), pred]
-    curve, found = risk_coverage_curve(wrong, confidence), estimate_risk(wrong, confidence, groups, **how)
+    curve, result = risk_coverage_curve(wrong, confidence), estimate_risk(wrong, confidence, groups, **how)
     error = float(wrong.mean())
     return {
-        "area": found.area.to_dict(),
+        "area": result.area.to_dict(),
         "ideal_area": optimal_aurc(error),
         "error": error,
         "at": [
             {
                 "coverage": share,
                 "confidence": float(curve.confidence[np.searchsorted(curve.coverage, share - 1e-12)]),
-                "risk": found.at[share].to_dict(),
+                "risk": result.at[share].to_dict(),
             }
             for share in COVERAGES
         ],

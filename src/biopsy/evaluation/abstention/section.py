@@ -8,7 +8,7 @@ import pandas as pd
 
 from biopsy.core.subsets import subset_name
 from biopsy.core.text import count, plural
-from biopsy.evaluation.abstention.figures import draw_promise, draw_risk_coverage
+from biopsy.evaluation.abstention.figures import draw_coverage, draw_risk_coverage
 from biopsy.plotting.style import svg
 from biopsy.reporting.document import Block, Picture, Pictures, Section, Table, Text, interval_of, number
 from biopsy.reporting.elements import Footnotes
@@ -26,15 +26,15 @@ MEASURES = {
 @section("abstention", order=50)
 def describe_abstention(facts: RunFacts) -> Section | None:
     """The promise, the table that holds it to account, and risk against coverage."""
-    found = facts.metrics.get("abstention")
-    if not found:
+    result = facts.metrics.get("abstention")
+    if not result:
         return None
-    blocks: list[Block] = [Text(say_promise(found))]
-    if found["quantiles"] is None:
-        blocks.append(Text(_say_refusal(found), "note"))
+    blocks: list[Block] = [Text(describe_coverage(result))]
+    if result["quantiles"] is None:
+        blocks.append(Text(_say_refusal(result), "note"))
     else:
-        blocks.append(Text(say_verdict(found, facts.unit), _tone(found["verdict"])))
-    if found["chosen_on"] == facts.metrics.get("side"):
+        blocks.append(Text(say_verdict(result, facts.unit), _tone(result["verdict"])))
+    if result["chosen_on"] == facts.metrics.get("side"):
         blocks.append(
             Text(
                 "The prediction sets were fitted on these patches: coverage here does not test the "
@@ -42,30 +42,30 @@ def describe_abstention(facts: RunFacts) -> Section | None:
                 "warning",
             )
         )
-    if "per_patch" in found:
-        blocks.append(_table_of_shares(found, facts.unit))
-    blocks += [_table_of_risk(found["risk_coverage"]), Pictures(_draw(facts, found))]
+    if "per_patch" in result:
+        blocks.append(_table_of_shares(result, facts.unit))
+    blocks += [_table_of_risk(result["risk_coverage"]), Pictures(_draw(facts, result))]
     return Section("abstention", "Abstention", blocks)
 
 
-def say_promise(found: Mapping[str, Any]) -> str:
+def describe_coverage(found: Mapping[str, Any]) -> str:
     """Describe the coverage guarantee, what it is based on, and when the model abstains."""
     if found["alpha"] is None:
         return f"No abstention: {found['reason']}."
     if found["quantiles"] is None:
         return f"No coverage guarantee and no abstention: {found['reason']}."
-    unit, each = found["unit"], found["promise"] == "each-class"
-    what = "patches of each class" if each else "patches"
+    unit, item = found["unit"], found["promise"] == "each-class"
+    what = "patches of each class" if item else "patches"
     return (
         "The model abstains on a patch unless its conformal prediction set contains the predicted class "
         f"only. The sets were fitted on {count(found['n_calibration_patches'], 'patch')} of "
         f"{count(found['n_calibration_patients'], unit)} ({subset_name(found['chosen_on'])} subset), with "
-        f"the {unit} as the exchangeable unit. {'Class-conditional' if each else 'Marginal'} coverage "
+        f"the {unit} as the exchangeable unit. {'Class-conditional' if item else 'Marginal'} coverage "
         f"guarantee: of the {what} of a new {unit}, at least {100 * found['promised_coverage']:g} % have "
         f"their true class in the set, on average over {plural(unit)}. Hence at most "
-        f"{100 * found['alpha']:g} % of {'each class' if each else 'patches'} are misclassified without "
+        f"{100 * found['alpha']:g} % of {'each class' if item else 'patches'} are misclassified without "
         "abstention; the error rate among the remaining patches has no guarantee. Method: "
-        f"{found['method']}{', per class (Mondrian)' if each else ''}."
+        f"{found['method']}{', per class (Mondrian)' if item else ''}."
     )
 
 
@@ -106,14 +106,14 @@ def _tone(verdict: str) -> str:
 
 def _table_of_shares(found: Mapping[str, Any], unit: str) -> Table:
     """Make the table of what was promised and reached: all patches, then each class."""
-    ours, plain, each = found.get("sets"), found["per_patch"], found["promise"] == "each-class"
+    ours, plain, item = found.get("sets"), found["per_patch"], found["promise"] == "each-class"
     promised = {"coverage": f"at least {number(found['promised_coverage'])}"}
     promised["error"] = f"at most {number(found['alpha'])}"
     scopes = {"all": ("patient",)} | {name: ("by_class", name) for name in plain["by_class"]}
     reasons, rows = Footnotes(), []
     for scope, place in scopes.items():
         for name, label in MEASURES.items():
-            of_this = promised.get(name, "-") if (scope != "all") == each else "-"
+            of_this = promised.get(name, "-") if (scope != "all") == item else "-"
             row = [scope, label, of_this]
             row += [reasons.estimate(_pick(found, place)[name])] if ours else []
             rows.append([*row, reasons.estimate(_pick(plain, place)[name])])
@@ -182,7 +182,7 @@ def _draw(facts: RunFacts, found: Mapping[str, Any]) -> list[Picture]:
             None if quantiles is None else _cover_groups(scores <= np.array(quantiles)[target], groups)
             for quantiles in (found["quantiles"], found["per_patch"]["quantiles"])
         )
-        drawn = draw_promise(ours, plain, found["promised_coverage"], unit=facts.unit)
+        drawn = draw_coverage(ours, plain, found["promised_coverage"], unit=facts.unit)
         caption = (
             f"Coverage of each {facts.unit}, all classes. The guarantee is about the mean over "
             f"{plural(facts.unit)}."

@@ -34,8 +34,8 @@ def draw_calibration(
         label = f"{100 * level:g} % interval"
         axes.vlines(at, low, high, color=MODEL, alpha=0.45, linewidth=1.6, label=label)
     promised = [one["mean_prob"] for one in bins]
-    found = [one["observed"]["value"] for one in bins]
-    axes.plot(promised, found, "-o", color=MODEL, markersize=4.5, linewidth=1.1, label="this model")
+    result = [one["observed"]["value"] for one in bins]
+    axes.plot(promised, result, "-o", color=MODEL, markersize=4.5, linewidth=1.1, label="this model")
     axes.set(
         xlim=(-0.02, 1.02),
         ylim=(-0.02, 1.02),

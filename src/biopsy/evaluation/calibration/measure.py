@@ -75,11 +75,11 @@ def measure_reliability(scored: ScoredPatches, *, seed: int, level: float = 0.95
     else:
         names, truth, prob = MEASURED, scored.is_positive, scored.prob
     bins = estimate_reliability(truth, prob, scored.group_ids, **options)
-    found = {
+    result = {
         **{name: value.to_dict() for name, value in estimate_metrics(sample, names=names, **options).items()},
         "ece_floor": ece_floor(prob, seed=seed),
         "bins": [one.to_dict() for one in bins],
     }
     if scored.positive_class is not None:
-        found["brier_parts"] = decompose_brier(truth, prob).to_dict()
-    return found
+        result["brier_parts"] = decompose_brier(truth, prob).to_dict()
+    return result

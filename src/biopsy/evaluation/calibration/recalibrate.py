@@ -1,7 +1,7 @@
 """Calibration as a stage: what is fitted and frozen on validation patients once the weights are chosen.
 
-`settle` does it at the end of training, `calibrate` again on a finished run. To freeze something else on
-validation, do it in `settle`, and both have it.
+`fit_postprocessing` does it at the end of training, `calibrate` again on a finished run. To fix
+something else on validation, do it in `fit_postprocessing`, and both have it.
 """
 
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ from biopsy.data.predictions import IDENTITY
 from biopsy.models.classifier import Classifier
 from biopsy.recipes import Recipe, load_recipe, recipe_toml
 from biopsy.statistics.calibrators import Method, check_method
-from biopsy.training.postprocessing import logger, settle_run, write_validation
-from biopsy.training.runs import Run, hash_question
+from biopsy.training.postprocessing import fit_run_postprocessing, logger, write_validation
+from biopsy.training.runs import Run, hash_config
 
 STALE = ("predictions/test.parquet", "evaluation", "external", "explain", "errors", "report.html")
 """What a run holds that was made with its former probabilities."""
 _STALE_DOCUMENTS = (
     *("predictions/test.parquet", "evaluation/metrics.json", "evaluation/metrics-val.json", "report.html"),
-    *("errors/errors.json", "errors/errors.parquet", "explain/conjectures.json", "explain/faithfulness.json"),
+    *("errors/errors.json", "errors/errors.parquet", "explain/hypotheses.json", "explain/faithfulness.json"),
     *("external/*/evaluation/metrics.json", "external/*/evaluation/metrics-val.json"),
     *("external/*/predictions/test.parquet", "external/*/predictions/val.parquet"),
 )
@@ -82,8 +82,8 @@ def _calibrate(run: Run, classifier: Classifier, method: str) -> Recalibration:
     recipe = load_recipe(run.recipe, [f"{table}.calibration={method}"])
     logits = frame[[f"logit_{name}" for name in classifier.info.class_names]].to_numpy(np.float64)
     target, group_ids = frame["target"].to_numpy(int), group_by_unit(frame, unit)
-    settle_run(run, recipe, classifier, logits, target, group_ids)
-    question_sha256 = _ask_again(run, recipe)
+    fit_run_postprocessing(run, recipe, classifier, logits, target, group_ids)
+    config_sha256 = _ask_again(run, recipe)
     removed = _remove_stale(run.path)
     classifier.save(run.path / "classifier")
     write_validation(run, classifier, frame[[*IDENTITY, "side", "fold", "target"]], logits, about)
@@ -92,7 +92,7 @@ def _calibrate(run: Run, classifier: Classifier, method: str) -> Recalibration:
         threshold=classifier.frozen,
         classifier_sha256=classifier.sha256,
         files=run.hash_files("classifier/classifier.json", "classifier/weights.safetensors", "recipe.toml"),
-        question_sha256=question_sha256,
+        config_sha256=config_sha256,
         recalibrated={
             "method": method,
             "before": before["method"],
@@ -129,13 +129,11 @@ def _remove_stale(folder: Path) -> list[str]:
 
 def _ask_again(run: Run, recipe: Recipe) -> str | None:
     """Return the question that the run answers now; None where its pack is out of reach, or it had none."""
-    if not run.info.get("question_sha256"):
+    if not run.info.get("config_sha256"):
         return None
     try:
         pack = run.open_pack(verify=False)
     except RunError:
         return None
     info = run.info
-    return hash_question(
-        recipe, pack, run.sides(pack), info["split"], info["seed"], info["weights"]["sha256"]
-    )
+    return hash_config(recipe, pack, run.sides(pack), info["split"], info["seed"], info["weights"]["sha256"])

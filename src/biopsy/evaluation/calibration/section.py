@@ -35,16 +35,16 @@ ROWS = {
 @section("calibration", order=30)
 def describe_calibration(facts: RunFacts) -> Section | None:
     """What was fitted and on how many, the numbers and the plot before and after, and what the slope says."""
-    found = facts.metrics.get("calibration")
-    if not found:
+    result = facts.metrics.get("calibration")
+    if not result:
         return None
-    blocks: list[Block] = [Text(say_calibration(found))]
-    blocks += [Text(f"{capitalize(text)}.", "warning") for text in [found.get("warning")] if text]
-    sides = {"after": found["after"]}
-    if found["method"] != "none":
-        sides = {"before": found["before"], **sides}
+    blocks: list[Block] = [Text(say_calibration(result))]
+    blocks += [Text(f"{capitalize(text)}.", "warning") for text in [result.get("warning")] if text]
+    sides = {"after": result["after"]}
+    if result["method"] != "none":
+        sides = {"before": result["before"], **sides}
     blocks.append(_table(sides, facts.on_side))
-    if "bins" in found["after"]:
+    if "bins" in result["after"]:
         positive = facts.positive if facts.is_binary else None
         measured = "observed frequency against predicted probability"
         measured = measured if positive else "accuracy against the probability of the predicted class"
@@ -62,8 +62,8 @@ def describe_calibration(facts: RunFacts) -> Section | None:
         ]
         caption = f"Reliability diagrams (vertical lines: 95 % intervals over {plural(facts.unit)})"
         blocks.append(Pictures(pictures, caption=caption))
-    if "calibration_slope" in found["after"]:
-        blocks.append(Text(say_slope(found["after"], facts.positive)))
+    if "calibration_slope" in result["after"]:
+        blocks.append(Text(say_slope(result["after"], facts.positive)))
     return Section("calibration", "Calibration", blocks)
 
 

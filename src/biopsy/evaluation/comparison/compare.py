@@ -272,11 +272,11 @@ def _plan(
         for model in models
     ]
     effective = min(one.effective for one in influences)
-    asked = {"difference": difference, "power": power}
+    requested = {"difference": difference, "power": power}
     n_groups = len(influences[0].values)
     document: dict[str, Any] = {
         "metric": metric,
-        **asked,
+        **requested,
         "level": 0.95,
         "unit": test_set.unit,
         "from": [model.name for model in models],
@@ -290,7 +290,7 @@ def _plan(
                 float(np.std(influences[1].values - influences[0].values, ddof=1)),
                 n_groups,
                 effective=effective,
-                **asked,
+                **requested,
             )
         }
         document["correlation"] = float(stats.pearsonr(*(one.values for one in influences)).statistic)
@@ -298,7 +298,7 @@ def _plan(
         sd = float(np.std(influences[0].values, ddof=1))
         needs = {
             f"correlation {rho:g}": plan_patients(
-                sd * np.sqrt(2 * (1 - rho)), n_groups, effective=effective, **asked
+                sd * np.sqrt(2 * (1 - rho)), n_groups, effective=effective, **requested
             )
             for rho in CORRELATIONS
         }

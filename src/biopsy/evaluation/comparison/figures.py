@@ -44,18 +44,18 @@ def draw_differences(differences: Sequence[Mapping[str, Any]]) -> Figure:
         colour = SERIES_COLOURS[place % len(SERIES_COLOURS)]
         label: str | None = shorten(one["of"], 40)
         for row, name in enumerate(names):
-            found = one["metrics"][name]
-            if found["value"] is None or np.isnan(found["value"]):
+            result = one["metrics"][name]
+            if result["value"] is None or np.isnan(result["value"]):
                 continue
             at = row + (place - (len(differences) - 1) / 2) * step
-            has_interval = found["low"] is not None
-            seeds = found.get("over_seeds") or {}
+            has_interval = result["low"] is not None
+            seeds = result.get("over_seeds") or {}
             if seeds.get("n", 0) > 1:
                 axes.plot([seeds["min"], seeds["max"]], [at] * 2, color=colour, linewidth=5, alpha=0.25)
             if has_interval:
-                axes.plot([found["low"], found["high"]], [at] * 2, color=colour, linewidth=1.6)
+                axes.plot([result["low"], result["high"]], [at] * 2, color=colour, linewidth=1.6)
             axes.plot(
-                found["value"],
+                result["value"],
                 at,
                 "o",
                 color=colour,

@@ -155,8 +155,8 @@ def _subtract_all(
     ``compares`` says whether interval and p-value speak of recipes (several seeds on both sides) or of two
     trained networks.
     """
-    found: list[dict[str, Difference]] = [subtract(sample, samples[0]) for sample in samples[1:]]
-    holm = {name: adjust_holm([one[name].p for one in found]) for name in test_set.metrics}
+    result: list[dict[str, Difference]] = [subtract(sample, samples[0]) for sample in samples[1:]]
+    holm = {name: adjust_holm([one[name].p for one in result]) for name in test_set.metrics}
     paired = [set(model.seeds) == set(models[0].seeds) for model in models]
     return [
         {
@@ -176,7 +176,7 @@ def _subtract_all(
                 for name, difference in one.items()
             },
         }
-        for place, one in enumerate(found, start=1)
+        for place, one in enumerate(result, start=1)
     ]
 
 
@@ -215,15 +215,15 @@ def _sd(values: Sequence[float] | np.ndarray) -> float | None:
 
 def _compare_groups(models: Sequence[ModelPredictions], test_set: EvaluationSet) -> list[dict[str, Any]]:
     """Return every patient's (slide's) own numbers and differences, without intervals: it is one patient."""
-    groups, found = test_set.groups(models[0].frames[0]), []
+    groups, result = test_set.groups(models[0].frames[0]), []
     target = models[0].frames[0]["target"].to_numpy(int)
     for group in sorted(set(groups.tolist())):
         rows = np.flatnonzero(groups == group)
-        each = [
+        item = [
             measure_seeds([f.iloc[rows] for f in model.frames], test_set, test_set.by_group)
             for model in models
         ]
-        found.append(
+        result.append(
             {
                 "group": group,
                 "n_patches": len(rows),
@@ -233,20 +233,20 @@ def _compare_groups(models: Sequence[ModelPredictions], test_set: EvaluationSet)
                 },
                 "values": {
                     model.name: {name: float(np.mean(seeds)) for name, seeds in values.items()}
-                    for model, values in zip(models, each, strict=True)
+                    for model, values in zip(models, item, strict=True)
                 },
                 "differences": {
                     model.name: {
                         name: spread_seeds(
-                            values[name], each[0][name], set(model.seeds) == set(models[0].seeds)
+                            values[name], item[0][name], set(model.seeds) == set(models[0].seeds)
                         )
                         for name in test_set.by_group
                     }
-                    for model, values in zip(models[1:], each[1:], strict=True)
+                    for model, values in zip(models[1:], item[1:], strict=True)
                 },
             }
         )
-    return found
+    return result
 
 
 def find_changed(

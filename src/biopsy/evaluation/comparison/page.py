@@ -34,7 +34,7 @@ from biopsy.reporting.document import (
 )
 from biopsy.reporting.elements import encode_patch, pick_label
 from biopsy.reporting.html import HIDDEN, NOT_FOR
-from biopsy.reporting.pseudonyms import KINDS, Aliases
+from biopsy.reporting.pseudonyms import KINDS, Pseudonymizer
 
 ALPHA = 0.05
 ONE_SEED = (
@@ -78,18 +78,20 @@ class ComparisonFacts:
 def hide_comparison(facts: ComparisonFacts) -> ComparisonFacts:
     """Replace every id in a comparison by a number."""
     table = facts.predictions
-    aliases = Aliases({kind: table[f"{kind}_id"] for kind in KINDS}, facts.document["pack"]["content_sha256"])
+    pseudonymizer = Pseudonymizer(
+        {kind: table[f"{kind}_id"] for kind in KINDS}, facts.document["pack"]["content_sha256"]
+    )
     show, changed = facts.get_patch, facts.changed
     if changed is not None:
         order = changed["change"].abs()
-        changed = aliases.table(changed.assign(_order=range(len(order)))).sort_values("_order")
+        changed = pseudonymizer.table(changed.assign(_order=range(len(order)))).sort_values("_order")
         changed = changed.drop(columns="_order").reset_index(drop=True)
     return replace(
         facts,
-        document=aliases.nested(facts.document),
+        document=pseudonymizer.nested(facts.document),
         changed=changed,
-        get_patch=None if show is None else lambda alias: show(aliases.original("patch", alias)),
-        predictions=aliases.table(table),
+        get_patch=None if show is None else lambda alias: show(pseudonymizer.original("patch", alias)),
+        predictions=pseudonymizer.table(table),
         ids_hidden=True,
     )
 
@@ -99,8 +101,8 @@ def list_differences(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     values = {model["name"]: model["patch"] for model in document["models"]}
     rows = []
     for one in document["differences"]:
-        for name, found in one["metrics"].items():
-            seeds = found["over_seeds"]
+        for name, result in one["metrics"].items():
+            seeds = result["over_seeds"]
             rows.append(
                 {
                     "classifier": one["of"],
@@ -108,10 +110,10 @@ def list_differences(document: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "metric": name,
                     "reference_value": values[one["to"]][name]["value"],
                     "value": values[one["of"]][name]["value"],
-                    "difference": found["value"],
-                    **{key: found[key] for key in ("low", "high", "p", "p_holm")},
+                    "difference": result["value"],
+                    **{key: result[key] for key in ("low", "high", "p", "p_holm")},
                     **{f"seeds_{key}": seeds[key] for key in ("n", "sd", "min", "max")},
-                    "reason": found["reason"],
+                    "reason": result["reason"],
                 }
             )
     return rows
@@ -120,24 +122,24 @@ def list_differences(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 def say_verdict(document: Mapping[str, Any], one: Mapping[str, Any]) -> str:
     """Return the result of a comparison in the primary metric, as a sentence."""
     name = document["metric"]
-    found, label = one["metrics"][name], metric_label(name, len(document["class_names"]))
+    result, label = one["metrics"][name], metric_label(name, len(document["class_names"]))
     of, to, units = one["of"], one["to"], plural(document["unit"])
-    if found["value"] is None or np.isnan(found["value"]):
-        return f"{label} of {of} and {to} cannot be compared: {found['reason']}."
-    if found["p"] == 1 and found["value"] == 0:
+    if result["value"] is None or np.isnan(result["value"]):
+        return f"{label} of {of} and {to} cannot be compared: {result['reason']}."
+    if result["p"] == 1 and result["value"] == 0:
         return (
             f"{of} and {to} have identical {label} (also in every leave-one-{document['unit']}-out sample)."
         )
-    side = "above" if found["value"] > 0 else "below"
-    amount = f"{label} of {of} is {abs(found['value']):.3f} {side} that of {to}"
-    if found["low"] is None:
-        return f"{amount}; {found['reason']}, so this does not generalise to other {units}."
+    side = "above" if result["value"] > 0 else "below"
+    amount = f"{label} of {of} is {abs(result['value']):.3f} {side} that of {to}"
+    if result["low"] is None:
+        return f"{amount}; {result['reason']}, so this does not generalise to other {units}."
     level, of_recipes = document["interval"]["level"], one["compares"] == RECIPES
     over = f"{units} and seeds" if of_recipes else units
-    interval = f"{level:.0%} interval over {over} {found['low']:+.3f} to {found['high']:+.3f}"
-    interval += f", p {say_p(found['p_holm'])}"
+    interval = f"{level:.0%} interval over {over} {result['low']:+.3f} to {result['high']:+.3f}"
+    interval += f", p {say_p(result['p_holm'])}"
     several = " after Holm's correction" if len(document["differences"]) > 1 else ""
-    if found["p_holm"] < ALPHA:
+    if result["p_holm"] < ALPHA:
         verdict = "significant" if of_recipes else "significant for these two trained networks"
     else:
         verdict = "no significant difference; equivalence is not established"
@@ -235,18 +237,18 @@ def _describe_differences(facts: ComparisonFacts) -> Section:
     for one in m["differences"]:
         rows, reasons = [], dict[str, None]()
         for row in list_differences({**m, "differences": [one]}):
-            found = one["metrics"][row["metric"]]
-            if found["low"] is None and found["reason"]:
-                reasons[found["reason"]] = None
+            result = one["metrics"][row["metric"]]
+            if result["low"] is None and result["reason"]:
+                reasons[result["reason"]] = None
             rows.append(
                 [
                     metric_label(row["metric"], len(m["class_names"])),
                     number(row["reference_value"]),
                     number(row["value"]),
-                    signed(found["value"]),
-                    "none" if found["low"] is None else f"{found['low']:+.3f} to {found['high']:+.3f}",
-                    say_p(found["p"]),
-                    *([say_p(found["p_holm"])] if several else []),
+                    signed(result["value"]),
+                    "none" if result["low"] is None else f"{result['low']:+.3f} to {result['high']:+.3f}",
+                    say_p(result["p"]),
+                    *([say_p(result["p_holm"])] if several else []),
                 ]
             )
         note = (
@@ -276,8 +278,8 @@ def _describe_seeds(facts: ComparisonFacts) -> Section | None:
     m = facts.document
     rows = []
     for one in m["differences"]:
-        for name, found in one["metrics"].items():
-            seeds = found["over_seeds"]
+        for name, result in one["metrics"].items():
+            seeds = result["over_seeds"]
             if name in SEEDS_SHOWN and seeds["n"] > 1:
                 rows.append(
                     [
@@ -341,20 +343,20 @@ def _describe_groups(facts: ComparisonFacts) -> Section | None:
 
 
 def _describe_changed(facts: ComparisonFacts) -> list[Section]:
-    changed, found = facts.changed, facts.document.get("changed")
-    if changed is None or not found:
+    changed, result = facts.changed, facts.document.get("changed")
+    if changed is None or not result:
         return []
-    lost, gained = found["turned_wrong"], found["turned_right"]
-    p = say_p(found["mcnemar_p_if_patches_were_independent"])
+    lost, gained = result["turned_wrong"], result["turned_right"]
+    p = say_p(result["mcnemar_p_if_patches_were_independent"])
     blocks: list[Block] = [
         Facts(
             [
-                ("correct by both", number(found["both_right"])),
-                ("wrong by both", number(found["both_wrong"])),
+                ("correct by both", number(result["both_right"])),
+                ("wrong by both", number(result["both_wrong"])),
                 ("correct to wrong", number(lost)),
                 ("wrong to correct", number(gained)),
             ],
-            caption=f"From {found['before']} to {found['after']}",
+            caption=f"From {result['before']} to {result['after']}",
         ),
         Text(
             f"McNemar's exact test, which assumes independent patches, gives p {p}; use the paired "
@@ -362,11 +364,11 @@ def _describe_changed(facts: ComparisonFacts) -> list[Section]:
             "note",
         ),
     ]
-    kinds = ("by_class", "by_group") if found["by_group"] else ("by_class",)
+    kinds = ("by_class", "by_group") if result["by_group"] else ("by_class",)
     for key in kinds:
         rows = [
             [name, *(number(one[k]) for k in ("n_patches", "turned_wrong", "turned_right"))]
-            for name, one in found[key].items()
+            for name, one in result[key].items()
         ]
         what = "class" if key == "by_class" else facts.unit
         fold = f"Changes per {what} ({len(rows)})" if len(rows) > LONG_TABLE else ""

@@ -17,16 +17,16 @@ from biopsy.core.subsets import stored_side
 from biopsy.core.tables import write_csv
 from biopsy.core.text import capitalize, file_name
 from biopsy.data.packs import Pack
-from biopsy.evaluation.errors.measure import FOLDER, SHOWN_EACH, Mistakes, measure_mistakes, read_mistakes
+from biopsy.evaluation.errors.measure import FOLDER, SHOWN_EACH, ErrorRecord, measure_errors, read_errors
 from biopsy.evaluation.explanation.maps import explain_patches
 from biopsy.evaluation.explanation.methods import find_method
-from biopsy.evaluation.hypotheses.measure import measure_conjectures
+from biopsy.evaluation.hypotheses.measure import measure_hypotheses
 from biopsy.evaluation.slide_context import SlideViews
 from biopsy.models.engine import Engine
 from biopsy.plotting.overlays import is_constant, scale_maps, superimpose
 from biopsy.plotting.sheets import lay_out_sheet
 from biopsy.plotting.style import png
-from biopsy.reporting.pseudonyms import Aliases
+from biopsy.reporting.pseudonyms import Pseudonymizer
 from biopsy.training.runs import Run
 
 TABLE = "errors.csv"
@@ -37,7 +37,7 @@ PICTURE_PX = 288  # a patch's own picture is enlarged to about this height
 
 
 @dataclass(frozen=True)
-class Closeup:
+class CaseView:
     """Pictures of one patch, uint8 ``(height, width, 3)``.
 
     Attributes:
@@ -56,15 +56,15 @@ class Closeup:
 
 
 @dataclass(frozen=True)
-class Closeups:
-    """Pictures of the patches of `Mistakes` that are looked at closely.
+class CaseViews:
+    """Pictures of the patches of `ErrorRecord` that are looked at closely.
 
     Attributes:
         of: By ``patch_id``.
         caption: What the superimposed map shows and what it does not.
     """
 
-    of: Mapping[str, Closeup]
+    of: Mapping[str, CaseView]
     caption: str
 
 
@@ -93,8 +93,8 @@ class ErrorAnalysis(Result):
 class ErrorFacts:
     """Content of the report's section on a run's errors."""
 
-    mistakes: Mistakes
-    closeups: Closeups | None
+    mistakes: ErrorRecord
+    case_views: CaseViews | None
 
 
 def errors(
@@ -133,56 +133,56 @@ def errors(
     names = (TABLE, *(f"{folder}/*" for folder in GALLERIES.values()))
     with update_directory(place, *names) as partial:
         side = None if subset is None else stored_side(subset)
-        found = measure_mistakes(run, side=side, n=n, device=device)
-        closeups = look_closer(run, found, device=device)
+        result = measure_errors(run, side=side, n=n, device=device)
+        case_views = make_case_views(run, result, device=device)
         pictures: dict[str, str] = {}
         for kind, folder in GALLERIES.items():
             (partial / folder).mkdir()
-            for index, each in enumerate(found.about["galleries"][kind], start=1):
-                name = each["patch_id"]
+            for index, item in enumerate(result.about["galleries"][kind], start=1):
+                name = item["patch_id"]
                 file = f"{folder}/{index:02d}-{file_name(name)}.png"
-                (partial / file).write_bytes(png(_lay_out(closeups.of[name])))
+                (partial / file).write_bytes(png(_lay_out(case_views.of[name])))
                 pictures.setdefault(name, file)
-        table = _list_errors(found, pictures)
+        table = _list_errors(result, pictures)
         write_csv(partial / TABLE, table)
     if hypotheses:
-        measure_conjectures(run, device=device)
-    return ErrorAnalysis(found.about, table)
+        measure_hypotheses(run, device=device)
+    return ErrorAnalysis(result.about, table)
 
 
 def load_errors(run: Run) -> ErrorFacts | None:
     """Return the error analysis of the subset evaluated last; None where there is none."""
-    found = read_mistakes(run)
-    if found is None:
+    result = read_errors(run)
+    if result is None:
         return None
     try:
         arrays, about = read_arrays(run.path / FOLDER / MAPS, format=MAPS_FORMAT)
     except DataError:
         return None
-    names = list(_list_entries(found))
-    if about["classifier_sha256"] != found.about["classifier_sha256"] or about["patch_ids"] != names:
+    names = list(_list_entries(result))
+    if about["classifier_sha256"] != result.about["classifier_sha256"] or about["patch_ids"] != names:
         return None
-    return ErrorFacts(found, _assemble(run.open_pack(verify=False), found, arrays["maps"], about["method"]))
+    return ErrorFacts(result, _assemble(run.open_pack(verify=False), result, arrays["maps"], about["method"]))
 
 
-def hide_errors(analysis: ErrorFacts, aliases: Aliases) -> ErrorFacts:
+def hide_errors(analysis: ErrorFacts, pseudonymizer: Pseudonymizer) -> ErrorFacts:
     """Replace ids of evaluated patches; leave out to whom the nearest training patches belong."""
     known = analysis.mistakes.about["galleries"]
-    about = aliases.nested(analysis.mistakes.about)
+    about = pseudonymizer.nested(analysis.mistakes.about)
     for entries, originals in zip(about["galleries"].values(), known.values(), strict=True):
         for entry, original in zip(entries, originals, strict=True):
-            entry["patch_id"] = aliases.of("patch", original["patch_id"])
+            entry["patch_id"] = pseudonymizer.of("patch", original["patch_id"])
             entry["nearest"] = [
                 {**near, "patch_id": None, "patient_id": None, "slide_id": None} for near in entry["nearest"]
             ]
-    closeups = analysis.closeups
-    if closeups is not None:
-        views = {aliases.of("patch", name): view for name, view in closeups.of.items()}
-        closeups = Closeups(views, closeups.caption)
-    return ErrorFacts(Mistakes(about, aliases.table(analysis.mistakes.table)), closeups)
+    case_views = analysis.case_views
+    if case_views is not None:
+        views = {pseudonymizer.of("patch", name): view for name, view in case_views.of.items()}
+        case_views = CaseViews(views, case_views.caption)
+    return ErrorFacts(ErrorRecord(about, pseudonymizer.table(analysis.mistakes.table)), case_views)
 
 
-def look_closer(run: Run, found: Mistakes, *, device: str = "auto") -> Closeups:
+def make_case_views(run: Run, found: ErrorRecord, *, device: str = "auto") -> CaseViews:
     """Return the pictures of the patches in a record's galleries; their saliency is kept in the run.
 
     Maps are those that `explain_patches` gives by default, each on its own scale.
@@ -203,11 +203,11 @@ def look_closer(run: Run, found: Mistakes, *, device: str = "auto") -> Closeups:
     return _assemble(pack, found, maps, explained.method)
 
 
-def _list_entries(found: Mistakes) -> dict[str, Any]:
-    return {each["patch_id"]: each for part in found.about["galleries"].values() for each in part}
+def _list_entries(found: ErrorRecord) -> dict[str, Any]:
+    return {item["patch_id"]: item for part in found.about["galleries"].values() for item in part}
 
 
-def _assemble(pack: Pack, found: Mistakes, maps: np.ndarray, method_name: str) -> Closeups:
+def _assemble(pack: Pack, found: ErrorRecord, maps: np.ndarray, method_name: str) -> CaseViews:
     """Put pictures of the pack's patches beside their maps, uint8 ``(n, H, W)``."""
     entries = _list_entries(found)
     row_of = dict(zip(pack.table["patch_id"].astype(str), range(len(pack)), strict=True))
@@ -218,11 +218,11 @@ def _assemble(pack: Pack, found: Mistakes, maps: np.ndarray, method_name: str) -
         width, height = pack.sizes[row]
         return np.asarray(pack.patches[row, :height, :width])
 
-    closeups = {}
+    case_views = {}
     for (name, entry), row, values in zip(entries.items(), rows, maps, strict=True):
         patch = true_patch(row)
         values = values[: patch.shape[0], : patch.shape[1]] / 255
-        closeups[name] = Closeup(
+        case_views[name] = CaseView(
             patch,
             superimpose(patch, values),
             is_constant(values),
@@ -231,15 +231,15 @@ def _assemble(pack: Pack, found: Mistakes, maps: np.ndarray, method_name: str) -
         )
     method = find_method(method_name)
     caption = f"{capitalize(method.title)}: {method.shows}. {method.caveat}."
-    return Closeups(closeups, caption)
+    return CaseViews(case_views, caption)
 
 
-def _list_errors(found: Mistakes, pictures: Mapping[str, str]) -> pd.DataFrame:
-    """Give every mistake, missed ones first, the surest first."""
+def _list_errors(found: ErrorRecord, pictures: Mapping[str, str]) -> pd.DataFrame:
+    """Return every mistake, missed ones first, the surest first."""
     table = found.table[found.table["kind"].isin(["fn", "fp"])].drop(columns="sampled")
     sure = table["prob"].where(table["kind"] == "fn", -table["prob"])
     table = table.assign(sure=sure).sort_values(["kind", "sure", "patch_id"]).drop(columns="sure")
-    entries = {each["patch_id"]: each for kind in ("fn", "fp") for each in found.about["galleries"][kind]}
+    entries = {item["patch_id"]: item for kind in ("fn", "fp") for item in found.about["galleries"][kind]}
     nearest = [
         "; ".join(
             f"{near['patch_id']} ({near['class']}, {near['distance']:.2f})"
@@ -252,13 +252,13 @@ def _list_errors(found: Mistakes, pictures: Mapping[str, str]) -> pd.DataFrame:
     return table.assign(nearest_training=nearest, picture=[pictures.get(name) for name in table["patch_id"]])
 
 
-def _lay_out(closeup: Closeup) -> np.ndarray:
+def _lay_out(case_view: CaseView) -> np.ndarray:
     """Put the pictures of a patch side by side, those of patches enlarged pixel by pixel."""
-    times = max(1, PICTURE_PX // max(closeup.patch.shape[:2]))
+    times = max(1, PICTURE_PX // max(case_view.patch.shape[:2]))
     images = [
         image.repeat(times, axis=0).repeat(times, axis=1)
-        for image in (closeup.patch, closeup.overlay, *closeup.nearest)
+        for image in (case_view.patch, case_view.overlay, *case_view.nearest)
     ]
-    if closeup.overview is not None:
-        images.insert(2, closeup.overview.repeat(2, axis=0).repeat(2, axis=1))
+    if case_view.overview is not None:
+        images.insert(2, case_view.overview.repeat(2, axis=0).repeat(2, axis=1))
     return lay_out_sheet(images, columns=len(images), gap_px=8)

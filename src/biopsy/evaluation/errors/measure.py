@@ -16,7 +16,7 @@ from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import read_json, replace_atomic, sha256_file, write_json
 from biopsy.core.tables import read_parquet_table
 from biopsy.data.packs import Pack
-from biopsy.evaluation.errors.nearest_training_patches import find_alike
+from biopsy.evaluation.errors.nearest_training_patches import find_nearest_training_patches
 from biopsy.evaluation.hypotheses.measure import MOST_MEASURED, draw_rows, key_of_subset
 from biopsy.evaluation.neighbours import count_neighbours, find_zones, measure_zones
 from biopsy.evaluation.patch_properties import PROPERTIES, measure_properties
@@ -38,7 +38,7 @@ MOST_GROUPS = 24  # patients listed one by one
 
 
 @dataclass(frozen=True)
-class Mistakes:
+class ErrorRecord:
     """What is known of a run's mistakes on one side.
 
     Attributes:
@@ -50,9 +50,9 @@ class Mistakes:
     table: pd.DataFrame
 
 
-def measure_mistakes(
+def measure_errors(
     run: Run | Path | str, *, side: str | None = None, n: int = SHOWN_EACH, device: str = "auto"
-) -> Mistakes:
+) -> ErrorRecord:
     """Find a run's mistakes on one side, measure them, and keep the record in the run.
 
     Where the record is there already, for the same classifier, side and ``n``, it is read. A folder that
@@ -74,32 +74,32 @@ def measure_mistakes(
         raise RunError(f"{run.path} has more than two classes: error analysis needs two")
     if n < 1:
         raise RunError(f"n={n!r}: expected at least 1")
-    asked = {**key_of_subset(run, FORMAT, side, frame, predicted), "n": n}
+    requested = {**key_of_subset(run, FORMAT, side, frame, predicted), "n": n}
     place = run.path / FOLDER
-    known = _read_known(place, asked)
+    known = _read_known(place, requested)
     if known is not None:
         return known
-    found = _measure(run, frame, asked, device)
+    result = _measure(run, frame, requested, device)
     try:
-        _write(place, found)
+        _write(place, result)
     except OSError:
-        return found
-    return _read_known(place, asked) or found
+        return result
+    return _read_known(place, requested) or result
 
 
-def read_mistakes(run: Run) -> Mistakes | None:
+def read_errors(run: Run) -> ErrorRecord | None:
     """Return what is known of the errors on the subset evaluated last; None where nothing is."""
     side = run.judged_side
     frame, predicted = run.predictions(side)
     return _read_known(run.path / FOLDER, key_of_subset(run, FORMAT, side, frame, predicted))
 
 
-def _measure(run: Run, frame: pd.DataFrame, asked: Mapping[str, Any], device: str) -> Mistakes:
+def _measure(run: Run, frame: pd.DataFrame, asked: Mapping[str, Any], device: str) -> ErrorRecord:
     pack, classifier = run.open_pack(verify=False), run.classifier
     seed, n, threshold = asked["seed"], asked["n"], classifier.threshold
     assert pack.positive_index is not None and threshold is not None
     rows = pack.rows_of(frame["patch_id"])
-    table = tabulate_mistakes(pack, rows, frame["prob"].to_numpy(float), threshold)
+    table = tabulate_errors(pack, rows, frame["prob"].to_numpy(float), threshold)
     sampled = draw_rows(len(table), MOST_MEASURED, seed)
     galleries = pick_galleries(table, threshold, n)
     shown = sorted({place for places in galleries.values() for place in places})
@@ -107,7 +107,7 @@ def _measure(run: Run, frame: pd.DataFrame, asked: Mapping[str, Any], device: st
     properties = measure_properties(pack.patches, pack.sizes, index=rows[measured], mpp=pack.info.mpp)
     table = table.join(properties.set_axis(measured))
     table.insert(len(table.columns) - len(PROPERTIES), "sampled", np.isin(np.arange(len(table)), sampled))
-    alike = find_alike(run, pack, classifier, rows[shown], engine=Engine(device))
+    alike = find_nearest_training_patches(run, pack, classifier, rows[shown], engine=Engine(device))
     groups, truth = pack.group_ids[rows], (pack.target[rows] == pack.positive_index).astype(int)
     options: dict[str, Any] = {"seed": seed, "unit": pack.unit}
     sample = table.iloc[sampled]
@@ -120,7 +120,7 @@ def _measure(run: Run, frame: pd.DataFrame, asked: Mapping[str, Any], device: st
         "threshold": threshold,
         "counts": {kind: int((table["kind"] == kind).sum()) for kind in KINDS},
         "properties": PROPERTIES,
-        **contrast_mistakes(sample, groups[sampled], **options),
+        **contrast_errors(sample, groups[sampled], **options),
         "zones": measure_zones(
             table["zone"].to_numpy(object), truth, frame["prob"].to_numpy(float), groups, threshold, **options
         ),
@@ -137,10 +137,10 @@ def _measure(run: Run, frame: pd.DataFrame, asked: Mapping[str, Any], device: st
             for kind, places in galleries.items()
         },
     }
-    return Mistakes(about, table)
+    return ErrorRecord(about, table)
 
 
-def tabulate_mistakes(pack: Pack, rows: np.ndarray, prob: np.ndarray, threshold: float) -> pd.DataFrame:
+def tabulate_errors(pack: Pack, rows: np.ndarray, prob: np.ndarray, threshold: float) -> pd.DataFrame:
     """Say of each patch how it was called and where it lies.
 
     Args:
@@ -167,7 +167,7 @@ def tabulate_mistakes(pack: Pack, rows: np.ndarray, prob: np.ndarray, threshold:
 
 
 def pick_galleries(table: pd.DataFrame, threshold: float, n: int) -> dict[str, list[int]]:
-    """Give the rows looked at closely: the surest ``fn`` and ``fp``, and those nearest to the threshold."""
+    """Return the rows looked at closely: the surest ``fn`` and ``fp``, and those nearest to the threshold."""
     ordered = table.assign(near=(table["prob"] - threshold).abs(), far=-table["prob"])
     kinds = {"fn": ["prob", "patch_id"], "fp": ["far", "patch_id"]}
     galleries = {
@@ -177,7 +177,7 @@ def pick_galleries(table: pd.DataFrame, threshold: float, n: int) -> dict[str, l
     return {**galleries, "uncertain": ordered.sort_values(["near", "patch_id"]).index[:n].tolist()}
 
 
-def contrast_mistakes(
+def contrast_errors(
     sample: pd.DataFrame, group_ids: np.ndarray, *, seed: int, unit: str, level: float = 0.95
 ) -> dict[str, Any]:
     """Compare every property between errors and patches of the same class that were called right.
@@ -196,18 +196,18 @@ def contrast_mistakes(
         ``n_comparisons``, ``level_each``, ``draws`` of a bootstrap, and ``contrasts``, a record each.
     """
     kinds = sample["kind"].to_numpy(str)
-    asked = [
+    requested = [
         (name, wrong, right)
         for wrong, right in AGAINST.items()
         for name in PROPERTIES
         if sample[name].notna().all()
     ]
-    possible = [one for one in asked if all((kinds == kind).any() for kind in one[1:])]
+    possible = [one for one in requested if all((kinds == kind).any() for kind in one[1:])]
     level_each = 1 - (1 - level) / max(1, len(possible))
     contrasts = []
-    for name, wrong, right in asked:
+    for name, wrong, right in requested:
         among = np.isin(kinds, (wrong, right))
-        found = contrast_groups(
+        result = contrast_groups(
             sample[name].to_numpy(float)[among],
             kinds[among] == wrong,
             group_ids[among],
@@ -217,26 +217,26 @@ def contrast_mistakes(
             level=level_each,
             draws=DRAWS,
         )
-        within = None if found.within is None else found.within.to_dict()
-        few = len(found.by_group) <= MOST_GROUPS
+        within = None if result.within is None else result.within.to_dict()
+        few = len(result.by_group) <= MOST_GROUPS
         contrasts.append(
             {
                 "property": name,
                 "errors": wrong,
                 "others": right,
-                "n_errors": found.n_chosen,
-                "n_others": found.n_others,
-                "mean_errors": found.mean_chosen,
-                "mean_others": found.mean_others,
+                "n_errors": result.n_chosen,
+                "n_others": result.n_others,
+                "mean_errors": result.mean_chosen,
+                "mean_others": result.mean_others,
                 "within": within,
-                "auroc": found.auroc.to_dict(),
-                "difference_sd": found.difference_sd.to_dict(),
-                "verdict": _judge(within or found.auroc.to_dict()),
-                "by_group": found.by_group.replace({np.nan: None}).to_dict(orient="index") if few else {},
+                "auroc": result.auroc.to_dict(),
+                "difference_sd": result.difference_sd.to_dict(),
+                "verdict": _judge(within or result.auroc.to_dict()),
+                "by_group": result.by_group.replace({np.nan: None}).to_dict(orient="index") if few else {},
             }
         )
-    each = {"n_comparisons": len(possible), "level_each": level_each, "draws": DRAWS}
-    return {**each, "contrasts": contrasts}
+    item = {"n_comparisons": len(possible), "level_each": level_each, "draws": DRAWS}
+    return {**item, "contrasts": contrasts}
 
 
 def _judge(estimate: Mapping[str, Any]) -> str:
@@ -256,23 +256,23 @@ def find_unusual(row: pd.Series, sample: pd.DataFrame) -> list[dict[str, Any]]:
     like = sample[(sample["kind"] == right) & (sample["patch_id"] != row["patch_id"])]
     if len(like) < FEWEST_RIGHT:
         return []
-    found: list[dict[str, Any]] = []
+    result: list[dict[str, Any]] = []
     for name in PROPERTIES:
         value, others = row[name], like[name].to_numpy(float)
         rank = float(((others < value) + 0.5 * (others == value)).mean())
         if not np.isnan(value) and (rank <= UNUSUAL or rank >= 1 - UNUSUAL):
-            found.append({"property": name, "value": float(value), "rank": rank})
-    return sorted(found, key=lambda each: -abs(each["rank"] - 0.5))[:2]
+            result.append({"property": name, "value": float(value), "rank": rank})
+    return sorted(result, key=lambda each: -abs(each["rank"] - 0.5))[:2]
 
 
-def _write(place: Path, found: Mistakes) -> None:
+def _write(place: Path, found: ErrorRecord) -> None:
     place.mkdir(exist_ok=True)
     with replace_atomic(place / TABLE) as partial:
         found.table.to_parquet(partial, index=False)
     write_json(place / DOCUMENT, {**found.about, "table_sha256": sha256_file(place / TABLE)})
 
 
-def _read_known(place: Path, asked: Mapping[str, Any]) -> Mistakes | None:
+def _read_known(place: Path, asked: Mapping[str, Any]) -> ErrorRecord | None:
     """Read what was measured before, if it answers the same question."""
     try:
         about = read_json(place / DOCUMENT, format=FORMAT)
@@ -282,4 +282,4 @@ def _read_known(place: Path, asked: Mapping[str, Any]) -> Mistakes | None:
     except DataError:
         return None
     same = len(table) == asked["n_patches"] and all(about.get(key) == asked[key] for key in asked)
-    return Mistakes(about, table) if same else None
+    return ErrorRecord(about, table) if same else None

@@ -19,7 +19,7 @@ _TIMES = 2  # a network that can be asked again about n patches in some seconds 
 
 
 @dataclass(frozen=True)
-class Alike:
+class NearestTrainingPatches:
     """The nearest training patches of some patches.
 
     Attributes:
@@ -32,14 +32,16 @@ class Alike:
     nearest: list[list[dict[str, Any]]]
 
 
-def find_alike(run: Run, pack: Pack, classifier: Classifier, rows: np.ndarray, *, engine: Engine) -> Alike:
+def find_nearest_training_patches(
+    run: Run, pack: Pack, classifier: Classifier, rows: np.ndarray, *, engine: Engine
+) -> NearestTrainingPatches:
     """Find the training patches that are nearest to some patches in the network's penultimate layer.
 
     Each feature is divided by its standard deviation over the training patches. A distance of 1 is the median
     distance of a training patch to the nearest one of another patient (slide, patch).
 
     Args:
-        run: Says which patches were trained on; at most `novelty.REFERENCE_PATCHES` of them are drawn with
+        run: Says which patches were trained on; at most `ood_score.REFERENCE_PATCHES` of them are drawn with
             its seed, fewer for a network that computes much.
         pack: The run's.
         classifier: The run's.
@@ -55,11 +57,11 @@ def find_alike(run: Run, pack: Pack, classifier: Classifier, rows: np.ndarray, *
     _, features = predict_with_features(
         classifier, pack.patches, pack.sizes, np.concatenate([drawn, rows]), engine=engine
     )
-    known, asked = np.split(features.astype(np.float64), [len(drawn)])
+    known, requested = np.split(features.astype(np.float64), [len(drawn)])
     spread = known.std(axis=0)
-    known, asked = (values / np.where(spread > 0, spread, np.inf) for values in (known, asked))
+    known, requested = (values / np.where(spread > 0, spread, np.inf) for values in (known, requested))
     unit = _typical_distance(known, pack.group_ids[drawn])
-    distance = _distances(asked, known) / unit
+    distance = _distances(requested, known) / unit
     about = {
         "n": len(drawn),
         "distance": f"1 is the median distance of a training patch to the nearest one of another {pack.unit}",
@@ -77,17 +79,17 @@ def find_alike(run: Run, pack: Pack, classifier: Classifier, rows: np.ndarray, *
         ]
         for index, places in enumerate(order)
     ]
-    return Alike(about, nearest)
+    return NearestTrainingPatches(about, nearest)
 
 
 def _distances(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Give Euclidean distances ``(n_one, n_other)``."""
+    """Return Euclidean distances ``(n_one, n_other)``."""
     squares = (one**2).sum(axis=1)[:, None] + (other**2).sum(axis=1)[None] - 2 * one @ other.T
     return np.sqrt(np.clip(squares, 0, None))
 
 
 def _typical_distance(known: np.ndarray, group_ids: np.ndarray) -> float:
-    """Give the median distance to the nearest patch of another group; of any where there is one group."""
+    """Return the median distance to the nearest patch of another group; of any where there is one group."""
     distance = _distances(known, known)
     same = (
         group_ids[:, None] == group_ids[None]

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 from biopsy.core.text import count, plural
-from biopsy.evaluation.errors.case_views import Closeup, ErrorFacts, errors, hide_errors, load_errors
+from biopsy.evaluation.errors.case_views import CaseView, ErrorFacts, errors, hide_errors, load_errors
 from biopsy.evaluation.errors.measure import AGAINST, KINDS
 from biopsy.evaluation.patch_properties import property_name
 from biopsy.plotting.style import jpeg
@@ -40,7 +40,7 @@ ANSWERED = ("less stained", "heterogeneous")
         applies=lambda run: run.info["threshold"] is not None,
     ),
 )
-def describe_mistakes(facts: RunFacts) -> Section | None:
+def describe_errors(facts: RunFacts) -> Section | None:
     """Return the counts of errors, the properties associated with them, and the patches."""
     analysis: ErrorFacts | None = facts.results.get("errors")
     if analysis is None:
@@ -49,7 +49,7 @@ def describe_mistakes(facts: RunFacts) -> Section | None:
     blocks: list[Block] = [Text(_say_how_many(facts, about)), *_describe_zones(about)]
     blocks += _describe_contrasts(about)
     answers = [
-        _say_conjecture(each) for each in (facts.results.get("hypotheses") or {}).get("conjectures", ())
+        _describe_hypothesis(item) for item in (facts.results.get("hypotheses") or {}).get("hypotheses", ())
     ]
     if any(answers):
         blocks.append(Bullets([answer for answer in answers if answer]))
@@ -74,17 +74,17 @@ def _describe_zones(about: Mapping[str, Any]) -> list[Block]:
         ]
     rows, reasons = [], Footnotes()
     several = unit != "patch" and about["n_groups"] > 1
-    for name, found in zones.items():
-        row = [name, number(found["n_patches"]), number(found["fn"]), number(found["fp"])]
-        row += [reasons.estimate(found["patch"][metric]) for metric in ("sensitivity", "specificity")]
+    for name, result in zones.items():
+        row = [name, number(result["n_patches"]), number(result["fn"]), number(result["fp"])]
+        row += [reasons.estimate(result["patch"][metric]) for metric in ("sensitivity", "specificity")]
         if several:
-            row += [reasons.estimate(found["patient"][metric]) for metric in ("sensitivity", "specificity")]
+            row += [reasons.estimate(result["patient"][metric]) for metric in ("sensitivity", "specificity")]
         rows.append(row)
     columns = ["zone", "patches", "false negatives", "false positives", "sensitivity", "specificity"]
     if several:
         columns += [f"{name}, mean of {plural(unit)}" for name in ("sensitivity", "specificity")]
     errors, patches = (
-        {name: sum(found[key] for key in keys) for name, found in zones.items()}
+        {name: sum(result[key] for key in keys) for name, result in zones.items()}
         for keys in (("fn", "fp"), ("n_patches",))
     )
     caption = "Errors at annotated borders and elsewhere"
@@ -106,17 +106,17 @@ def _describe_contrasts(about: Mapping[str, Any]) -> list[Block]:
         return [Text("No comparison: no class has both misclassified and correct patches.", "note")]
     within = unit != "patch"
     rows, reasons = [], Footnotes()
-    for found in contrasts:
-        if not (found["n_errors"] and found["n_others"]):
+    for result in contrasts:
+        if not (result["n_errors"] and result["n_others"]):
             continue
         rows.append(
             [
-                ERRORS[found["errors"]][0],
-                property_name(found["property"]),
-                number(found["mean_errors"], _digits(found)),
-                number(found["mean_others"], _digits(found)),
-                reasons.estimate(found["within"] if within else found["auroc"]),
-                VERDICTS[found["verdict"]],
+                ERRORS[result["errors"]][0],
+                property_name(result["property"]),
+                number(result["mean_errors"], _digits(result)),
+                number(result["mean_others"], _digits(result)),
+                reasons.estimate(result["within"] if within else result["auroc"]),
+                VERDICTS[result["verdict"]],
             ]
         )
     chance = f"P(wrong > right) within a {unit} (AUC)" if within else "P(wrong > right) (AUC)"
@@ -146,7 +146,7 @@ def _describe_contrasts(about: Mapping[str, Any]) -> list[Block]:
 
 
 def _named(contrasts: Sequence[Mapping[str, Any]]) -> set[str]:
-    return {found["property"] for found in contrasts}
+    return {result["property"] for result in contrasts}
 
 
 def _digits(found: Mapping[str, Any]) -> int:
@@ -157,15 +157,15 @@ def _say_verdicts(contrasts: Sequence[Mapping[str, Any]]) -> str:
     """Write one sentence a kind of error."""
     said = []
     for kind in AGAINST:
-        of = [found for found in contrasts if found["errors"] == kind and found["n_errors"]]
-        clear = [f"{found['verdict']} {property_name(found['property'])}" for found in of]
+        of = [result for result in contrasts if result["errors"] == kind and result["n_errors"]]
+        clear = [f"{result['verdict']} {property_name(result['property'])}" for result in of]
         clear = [
-            text for text, found in zip(clear, of, strict=True) if found["verdict"] in ("higher", "lower")
+            text for text, result in zip(clear, of, strict=True) if result["verdict"] in ("higher", "lower")
         ]
         wrong, right = ERRORS[kind]
         if clear:
             said.append(f"{wrong.capitalize()} have {', '.join(clear)} than {right}.")
-        elif of and all(found["verdict"] == "unsaid" for found in of):
+        elif of and all(result["verdict"] == "unsaid" for result in of):
             said.append(f"Inconclusive: too few {wrong} to test which properties are associated with them.")
         elif of:
             said.append(f"No property is significantly associated with {wrong}.")
@@ -175,15 +175,15 @@ def _say_verdicts(contrasts: Sequence[Mapping[str, Any]]) -> str:
 def _by_group(contrasts: Sequence[Mapping[str, Any]], unit: str) -> list[Block]:
     rows = [
         [
-            f"{property_name(found['property'])}, {ERRORS[found['errors']][0]}",
+            f"{property_name(result['property'])}, {ERRORS[result['errors']][0]}",
             str(name),
-            number(each["n_chosen"]),
-            number(each["n_others"]),
-            number(each["auroc"]),
+            number(item["n_chosen"]),
+            number(item["n_others"]),
+            number(item["auroc"]),
         ]
-        for found in contrasts
-        for name, each in found["by_group"].items()
-        if each["auroc"] is not None
+        for result in contrasts
+        for name, item in result["by_group"].items()
+        if item["auroc"] is not None
     ]
     groups = {row[1] for row in rows}
     if len(groups) < 2:
@@ -192,7 +192,7 @@ def _by_group(contrasts: Sequence[Mapping[str, Any]], unit: str) -> list[Block]:
     return [Table(columns, rows, text_columns=2, fold=f"Properties of errors within each {unit}")]
 
 
-def _say_conjecture(found: Mapping[str, Any]) -> str:
+def _describe_hypothesis(found: Mapping[str, Any]) -> str:
     if found["name"] not in ANSWERED:
         return ""
     return f"{found['source'][0].upper()}{found['source'][1:]}: “{found['claim']}” {found['answer']}"
@@ -217,20 +217,20 @@ def _galleries(facts: RunFacts, analysis: ErrorFacts) -> list[Block]:
             else f" ({len(entries)})"
         )
         blocks.append(Cases(title + of, _group_cases(analysis, entries)))
-    if analysis.closeups is not None and any(isinstance(block, Cases) for block in blocks):
+    if analysis.case_views is not None and any(isinstance(block, Cases) for block in blocks):
         blocks.insert(0, Text(_explain_pictures(facts, analysis), "note"))
     return blocks
 
 
 def _explain_pictures(facts: RunFacts, analysis: ErrorFacts) -> str:
-    assert analysis.closeups is not None
+    assert analysis.case_views is not None
     reference = analysis.mistakes.about["training_reference"]
     return (
         "Each row: the patch, its saliency map, its position on the slide where known, and the nearest "
         f"three of {count(reference['n'], 'training patch')} in the penultimate layer of the network, with "
         f"class, patient and distance ({reference['distance']}). Below: probability of {facts.positive}, "
         "patch id, and properties that are unusual among correctly classified patches of its class (the "
-        f"share of them with a lower or higher value). {analysis.closeups.caption}"
+        f"share of them with a lower or higher value). {analysis.case_views.caption}"
     )
 
 
@@ -240,22 +240,22 @@ def _group_cases(analysis: ErrorFacts, entries: Sequence[Mapping[str, Any]]) -> 
     groups: dict[str, list[Case]] = {}
     for entry in entries:
         row = rows.loc[entry["patch_id"]]
-        closeup = None if analysis.closeups is None else analysis.closeups.of[entry["patch_id"]]
+        case_view = None if analysis.case_views is None else analysis.case_views.of[entry["patch_id"]]
         lines = [
             number(float(row["prob"])),
             str(entry["patch_id"]),
             KINDS[row["kind"]],
             *_reasons(entry, row),
         ]
-        groups.setdefault(row["who"], []).append(Case(_pictures(closeup, entry), lines))
+        groups.setdefault(row["who"], []).append(Case(_pictures(case_view, entry), lines))
     return list(groups.items())
 
 
 def _reasons(entry: Mapping[str, Any], row: Any) -> list[str]:
     lines = [
-        f"{property_name(each['property'])} {_digits_of(each['value'])}, "
-        f"{'higher' if each['rank'] > 0.5 else 'lower'} than in {max(each['rank'], 1 - each['rank']):.0%}"
-        for each in entry["unusual"]
+        f"{property_name(item['property'])} {_digits_of(item['value'])}, "
+        f"{'higher' if item['rank'] > 0.5 else 'lower'} than in {max(item['rank'], 1 - item['rank']):.0%}"
+        for item in entry["unusual"]
     ]
     return lines + (["at an annotated border"] if str(row["zone"]) == "border" else [])
 
@@ -264,14 +264,14 @@ def _digits_of(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _pictures(closeup: Closeup | None, entry: Mapping[str, Any]) -> list[tuple[bytes, str]]:
-    if closeup is None:
+def _pictures(case_view: CaseView | None, entry: Mapping[str, Any]) -> list[tuple[bytes, str]]:
+    if case_view is None:
         return []
-    saliency = "saliency (constant)" if closeup.is_constant else "saliency"
-    pictures = [(_encode(closeup.patch), "patch"), (_encode(closeup.overlay), saliency)]
-    if closeup.overview is not None:
-        pictures.append((_encode(closeup.overview), "on the slide"))
-    for image, near in zip(closeup.nearest, entry["nearest"], strict=True):
+    saliency = "saliency (constant)" if case_view.is_constant else "saliency"
+    pictures = [(_encode(case_view.patch), "patch"), (_encode(case_view.overlay), saliency)]
+    if case_view.overview is not None:
+        pictures.append((_encode(case_view.overview), "on the slide"))
+    for image, near in zip(case_view.nearest, entry["nearest"], strict=True):
         who = near["patient_id"] or near["slide_id"] or ""
         pictures.append((_encode(image), f"{near['class']} {who} {near['distance']:.2f}".replace("  ", " ")))
     return pictures

@@ -17,7 +17,7 @@ from biopsy.models.classifier import Classifier
 from biopsy.plotting.overlays import Overlay, draw_overlays, is_constant, superimpose
 from biopsy.plotting.sheets import lay_out_sheet
 from biopsy.plotting.style import png, shorten
-from biopsy.reporting.pseudonyms import Aliases
+from biopsy.reporting.pseudonyms import Pseudonymizer
 from biopsy.training.runs import Run
 
 
@@ -150,9 +150,9 @@ def load_explained(run: Run) -> Explained | None:
     return Explained(examples, patches, parts)
 
 
-def hide_explained(explained: Explained, aliases: Aliases) -> Explained:
+def hide_explained(explained: Explained, pseudonymizer: Pseudonymizer) -> Explained:
     """Replace the patch ids, in the order that the pictures have."""
-    names = [aliases.of("patch", name) for name in explained.examples["patch_id"]]
+    names = [pseudonymizer.of("patch", name) for name in explained.examples["patch_id"]]
     return replace(explained, examples=explained.examples.assign(patch_id=names))
 
 
@@ -171,7 +171,7 @@ def write_explained(
         file_name(f"{part.method}-{part.layer}" if part.layer in named_layers else part.method): part
         for part in explained.illustrations
     }
-    names = [f"{index:02d}-{file_name(each)}.png" for index, each in enumerate(examples["patch_id"], start=1)]
+    names = [f"{index:02d}-{file_name(item)}.png" for index, item in enumerate(examples["patch_id"], start=1)]
     outputs = [name for stem in stems for name in (f"{stem}.png", f"{stem}/*")]
     with update_directory(place, DOCUMENT, *outputs, last=DOCUMENT) as partial:
         document = _read_before(place / DOCUMENT, classifier.sha256)

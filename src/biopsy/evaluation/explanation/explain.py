@@ -54,7 +54,7 @@ def find_named(run: Run, pack: Pack, sides: np.ndarray, patch: Sequence[str]) ->
 
 
 def pick_examples(frame: pd.DataFrame, errors: int, seed: int) -> list[str]:
-    """Give the surest errors, of both kinds in turn, then right ones of each class, drawn by the seed."""
+    """Return the surest errors, of both kinds in turn, then right ones of each class, drawn by the seed."""
     probs = frame[[name for name in frame if name.startswith("prob_")]].to_numpy(float)
     sure = frame.assign(sure=probs[np.arange(len(frame)), frame["target"]]).sort_values(["sure", "patch_id"])
     wrong = sure[sure["pred"] != sure["target"]]
@@ -354,26 +354,26 @@ def explain_others(
     _check_errors(errors)
     if random:
         patch = draw_patches(_list_ids(Path(data)), random, seed)
-    found, engine = gather_patches(classifier, data, patch, 2 * errors), Engine(device)
+    result, engine = gather_patches(classifier, data, patch, 2 * errors), Engine(device)
     classifier = classifier.single_patch()
-    if not patch and found.target is not None:
+    if not patch and result.target is not None:
         network = engine.place(classifier.network)
         logits = predict_logits(
-            network, classifier.info.preprocessing, found.pixels, found.sizes, engine=engine
+            network, classifier.info.preprocessing, result.pixels, result.sizes, engine=engine
         )
-        calls = read_calls(classifier, found.target, classifier.probs(logits))
+        calls = read_calls(classifier, result.target, classifier.probs(logits))
         names = classifier.info.class_names
         frame = pd.DataFrame(classifier.probs(logits), columns=[f"prob_{name}" for name in names]).assign(
-            patch_id=found.patch_ids, target=found.target, pred=calls["called"].map(names.index)
+            patch_id=result.patch_ids, target=result.target, pred=calls["called"].map(names.index)
         )
-        picked = pd.Index(found.patch_ids).get_indexer(pick_examples(frame, errors, 0))
-        found = Patches(
-            [found.patch_ids[row] for row in picked],
-            found.pixels[picked],
-            found.sizes[picked],
-            found.target[picked],
+        picked = pd.Index(result.patch_ids).get_indexer(pick_examples(frame, errors, 0))
+        result = Patches(
+            [result.patch_ids[row] for row in picked],
+            result.pixels[picked],
+            result.sizes[picked],
+            result.target[picked],
         )
-    return _explain_chosen(classifier, found, np.full(len(found.patch_ids), ""), method, layers, engine)
+    return _explain_chosen(classifier, result, np.full(len(result.patch_ids), ""), method, layers, engine)
 
 
 def _explain_chosen(
@@ -387,17 +387,17 @@ def _explain_chosen(
     methods = list(dict.fromkeys(method)) or _pick_methods(classifier, layers)
     if layers and not any(find_method(name).takes_layer for name in methods):
         raise RecipeError(f"layer={layers[0]!r} cannot be chosen: {methods[0]} looks at the whole network")
-    found = [
+    result = [
         explain_patches(classifier, chosen.pixels, chosen.sizes, name, layer=layer, engine=engine)
         for name in methods
         for layer in _choose_layers(name, layers)
     ]
     examples = pd.DataFrame({"patch_id": chosen.patch_ids, "side": sides})
-    examples = examples.join(read_calls(classifier, chosen.target, found[0].probs))
+    examples = examples.join(read_calls(classifier, chosen.target, result[0].probs))
     patches = [
         pixels[:height, :width] for pixels, (width, height) in zip(chosen.pixels, chosen.sizes, strict=True)
     ]
-    return Explained(examples, patches, [_illustrate(each, chosen.sizes, classifier) for each in found])
+    return Explained(examples, patches, [_illustrate(item, chosen.sizes, classifier) for item in result])
 
 
 def _choose_layers(method: str, layers: Sequence[str]) -> Sequence[str | None]:
@@ -405,7 +405,7 @@ def _choose_layers(method: str, layers: Sequence[str]) -> Sequence[str | None]:
 
 
 def _pick_methods(classifier: Classifier, layers: Sequence[str]) -> list[str]:
-    """Give the methods that are shown where none is named."""
+    """Return the methods that are shown where none is named."""
     if layers:
         return ["activations"]
     try:
@@ -437,12 +437,12 @@ def _illustrate(found: Explanation, sizes: np.ndarray, classifier: Classifier) -
         )
     if method.per_class and len(set(found.class_index)) == 1:
         caption += f" The class is {classifier.info.class_names[found.class_index[0]]}."
-    cut = [each[:, :height, :width] for each, (width, height) in zip(scaled, sizes, strict=True)]
+    cut = [item[:, :height, :width] for item, (width, height) in zip(scaled, sizes, strict=True)]
     return Illustration(found.method, found.layer, titles, cut, caption, method.signed)
 
 
 def _pick_channels(maps: np.ndarray) -> np.ndarray:
-    """Give the channel that varies most, then those that vary and are least like the ones before."""
+    """Return the channel that varies most, then those that vary and are least like the ones before."""
     values = maps.transpose(1, 0, 2, 3).reshape(maps.shape[1], -1)
     spread = values.std(axis=1)
     centred = (values - values.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1)[:, None]

@@ -19,11 +19,11 @@ from biopsy.evaluation.explanation.faithfulness_measures import (
     STEPS,
     area_under,
     blur_patches,
+    deletion_insertion_curves,
     randomise_cascading,
     rank_cells,
     rank_correlation,
     structural_similarity,
-    trace_removal,
 )
 from biopsy.evaluation.explanation.maps import explain_patches
 from biopsy.evaluation.explanation.methods import METHODS, find_method
@@ -51,7 +51,7 @@ def judge_method(
     seed: int,
     unit: str,
 ) -> dict[str, Any]:
-    """Give the record of a method.
+    """Return the record of a method.
 
     Args:
         name: Of the method.
@@ -72,25 +72,25 @@ def judge_method(
         **describe_curves(traced[name], group_ids, seed=seed, unit=unit),
         "gain": gains,
         "n_better": n_better,
-        "verdict": {baseline: judge_gain(gain) for baseline, gain in gains.items()},
+        "verdict": {baseline: compare_with_baselines(gain) for baseline, gain in gains.items()},
         "randomised": list(randomised),
     }
-    return record | {"answer": say_answer(record, len(np.unique(group_ids)), unit)}
+    return record | {"answer": describe_gain(record, len(np.unique(group_ids)), unit)}
 
 
 def describe_curves(
     curves: tuple[np.ndarray, np.ndarray], group_ids: np.ndarray, *, seed: int, unit: str
 ) -> dict[str, Any]:
-    """Give the mean curves of deletion and insertion, and the areas under them with their intervals."""
-    found: dict[str, Any] = {}
+    """Return the mean curves of deletion and insertion, and the areas under them with their intervals."""
+    result: dict[str, Any] = {}
     for name, curve in zip(("deletion", "insertion"), curves, strict=True):
         area = clustered_mean(area_under(curve), group_ids, seed=seed, unit=unit, bounds=(0.0, 1.0))
-        found[name] = area.to_dict() | {"curve": curve.mean(axis=0).tolist()}
-    return found
+        result[name] = area.to_dict() | {"curve": curve.mean(axis=0).tolist()}
+    return result
 
 
-def judge_gain(gain: Mapping[str, Any]) -> str:
-    """Give ``beats``, ``worse``, ``no better``, or ``unsaid`` where there is no interval."""
+def compare_with_baselines(gain: Mapping[str, Any]) -> str:
+    """Return ``beats``, ``worse``, ``no better``, or ``unsaid`` where there is no interval."""
     if gain["low"] is None:
         return "unsaid"
     if gain["low"] > 0:
@@ -98,25 +98,25 @@ def judge_gain(gain: Mapping[str, Any]) -> str:
     return "worse" if gain["high"] < 0 else "no better"
 
 
-def say_answer(record: Mapping[str, Any], n_groups: int, unit: str) -> str:
+def describe_gain(record: Mapping[str, Any], n_groups: int, unit: str) -> str:
     """Say in plain sentences what was found of a method."""
     title, parts = record["title"], []
     if "unsaid" in record["verdict"].values():
-        found = [
+        result = [
             f"{abs(gain['value']):.2f} {'above' if gain['value'] >= 0 else 'below'} {BASELINES[baseline]}"
             for baseline, gain in record["gain"].items()
         ]
         reason = record["gain"]["random"]["reason"]
         parts.append(
             f"{title}: inconclusive with {count(n_groups, unit)} ({reason}); point estimate: "
-            + " and ".join(found)
+            + " and ".join(result)
         )
     else:
-        found = [
+        result = [
             f"{_VERBS[record['verdict'][baseline]].format(BASELINES[baseline])} {_spell_gain(gain)}"
             for baseline, gain in record["gain"].items()
         ]
-        parts.append(f"{title} {' and '.join(found)}")
+        parts.append(f"{title} {' and '.join(result)}")
     if record["randomised"]:
         alike = record["randomised"][-1]["rank_correlation"]
         change = "hardly changes" if alike >= ALIKE_FROM else "changes"
@@ -189,20 +189,20 @@ def measure_faithfulness(
 
     def ask(versions: np.ndarray) -> np.ndarray:
         logits = predict_logits(network, classifier.info.preprocessing, versions, engine=engine)
-        each = np.repeat(class_index, len(versions) // len(patches))
-        return classifier.probs(logits)[np.arange(len(versions)), each]
+        item = np.repeat(class_index, len(versions) // len(patches))
+        return classifier.probs(logits)[np.arange(len(versions)), item]
 
     class_index = np.full(len(rows), classifier.positive_index or 0)
     if classifier.positive_index is None:
         logits = predict_logits(network, classifier.info.preprocessing, patches, engine=engine)
         class_index = logits.argmax(axis=1)
     maps, layers, refused = explain_all(classifier, patches, class_index, methods, layer, engine)
-    traced = trace_all(ask, patches, maps, seed=seed)
+    traced = all_deletion_insertion_curves(ask, patches, maps, seed=seed)
     likeness = compare_randomised(
         classifier, patches[:N_RANDOMISED], class_index[:N_RANDOMISED], maps, layers, engine, seed=seed
     )
     options: dict[str, Any] = {"seed": seed, "unit": pack.unit}
-    found = [
+    result = [
         {**judge_method(name, traced, likeness[name], groups, **options), "layer": layers[name]}
         for name in maps
     ]
@@ -224,7 +224,7 @@ def measure_faithfulness(
             "n_randomised": min(N_RANDOMISED, len(rows)),
         },
         "prob": {"untouched": traced["edges"][0][:, 0].mean(), "blurred": traced["edges"][0][:, -1].mean()},
-        "methods": found,
+        "methods": result,
         "baselines": [
             {"name": name, **describe_curves(traced[name], groups, **options)} for name in BASELINES
         ],
@@ -236,13 +236,13 @@ def measure_faithfulness(
 
 
 def read_faithfulness(run: Run) -> dict[str, Any] | None:
-    """Give what was measured of this classifier on the side judged now; None where nothing was."""
+    """Return what was measured of this classifier on the side judged now; None where nothing was."""
     try:
         known = read_json(run.path / FOLDER / DOCUMENT, format=FORMAT)
     except DataError:
         return None
-    asked = (run.classifier.sha256, run.judged_side)
-    return known if (known["classifier_sha256"], known["side"]) == asked else None
+    requested = (run.classifier.sha256, run.judged_side)
+    return known if (known["classifier_sha256"], known["side"]) == requested else None
 
 
 def draw_patches(run: Run, pack: Pack, n_patches: int, *, seed: int) -> np.ndarray:
@@ -283,7 +283,7 @@ def explain_all(
     layer: str | None,
     engine: Engine,
 ) -> tuple[dict[str, np.ndarray], dict[str, str | None], list[dict[str, str]]]:
-    """Give the maps ``(n, H, W)`` of each method, the layer it looked at, and the methods that were refused.
+    """Return the maps ``(n, H, W)`` of each method, its layer, and the methods that were refused.
 
     Raises:
         RecipeError: If a method that was named cannot be tested.
@@ -291,7 +291,7 @@ def explain_all(
     maps: dict[str, np.ndarray] = {}
     layers: dict[str, str | None] = {}
     refused = []
-    for name in methods or [each.name for each in METHODS.values() if each.per_class]:
+    for name in methods or [item.name for item in METHODS.values() if item.per_class]:
         method = find_method(name)
         if not method.per_class:
             raise RecipeError(
@@ -307,18 +307,19 @@ def explain_all(
     return maps, layers, refused
 
 
-def trace_all(
+def all_deletion_insertion_curves(
     ask: Callable[[np.ndarray], np.ndarray], patches: np.ndarray, maps: Mapping[str, np.ndarray], *, seed: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Give the curves of deletion and insertion, ``(n, STEPS + 1)`` each, of methods and baselines."""
+    """Return the curves of deletion and insertion, ``(n, STEPS + 1)`` each, of methods and baselines."""
     blurred = blur_patches(patches)
     every = {**maps, "edges": find_edges(patches)}
     traced = {
-        name: trace_removal(ask, patches, blurred, rank_cells(values)) for name, values in every.items()
+        name: deletion_insertion_curves(ask, patches, blurred, rank_cells(values))
+        for name, values in every.items()
     }
     rng = make_rng(seed, "random maps")
     random = [
-        trace_removal(ask, patches, blurred, rank_cells(_draw_maps(rng, patches.shape[:3])))
+        deletion_insertion_curves(ask, patches, blurred, rank_cells(_draw_maps(rng, patches.shape[:3])))
         for _ in range(N_RANDOM)
     ]
     deleted, inserted = zip(*random, strict=True)
@@ -326,7 +327,7 @@ def trace_all(
 
 
 def find_edges(patches: np.ndarray) -> np.ndarray:
-    """Give the length of the grey picture's gradient (Sobel), ``(n, H, W)``: a map that asks no network."""
+    """Return the length of the grey picture's gradient (Sobel), ``(n, H, W)``: a map that asks no network."""
     grey = patches.mean(axis=3).astype(np.float32)
     return np.stack([np.hypot(cv2.Sobel(g, cv2.CV_32F, 1, 0), cv2.Sobel(g, cv2.CV_32F, 0, 1)) for g in grey])
 
@@ -347,20 +348,20 @@ def compare_randomised(
         By method one record a step: ``from_layer`` (it and all behind it are random), ``rank_correlation``
         and ``ssim`` of the maps' absolute values, means over patches.
     """
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in maps}
+    result: dict[str, list[dict[str, Any]]] = {name: [] for name in maps}
     for from_layer, network in randomise_cascading(classifier.base_network, seed=seed):
         other = Classifier(classifier.info, network)
         for name in maps:
             trained = np.abs(maps[name][: len(patches)])
             again = np.abs(_explain(other, patches, class_index, name, layers[name], engine)[0])
-            found[name].append(
+            result[name].append(
                 {
                     "from_layer": from_layer,
                     "rank_correlation": rank_correlation(trained, again).mean(),
                     "ssim": structural_similarity(trained, again).mean(),
                 }
             )
-    return found
+    return result
 
 
 def _explain(
@@ -376,10 +377,10 @@ def _explain(
     for index in np.unique(class_index):
         of = class_index == index
         name = classifier.info.class_names[index]
-        found = explain_patches(
+        result = explain_patches(
             classifier, patches[of], None, method, name, layer, channels="mean", engine=engine
         )
-        maps[of], layer = found.maps[:, 0], found.layer
+        maps[of], layer = result.maps[:, 0], result.layer
     return maps, layer
 
 

@@ -28,7 +28,7 @@ def blur_patches(patches: np.ndarray) -> np.ndarray:
 
 
 def rank_cells(maps: np.ndarray) -> np.ndarray:
-    """Give the rank of every pixel's cell, 0 for the cell that a map marks most.
+    """Return the rank of every pixel's cell, 0 for the cell that a map marks most.
 
     Args:
         maps: ``(n, H, W)``; a cell counts by its mean. Cells of equal value follow each other from the upper
@@ -49,10 +49,10 @@ def rank_cells(maps: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def trace_removal(
+def deletion_insertion_curves(
     ask: Ask, patches: np.ndarray, blurred: np.ndarray, ranks: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Give the class's probability as cells are deleted, and as they are inserted, in an order.
+    """Return the class's probability as cells are deleted, and as they are inserted, in an order.
 
     Args:
         ask: Gives the probability of the class in question for patches ``(n * m, H, W, 3)``, of which the
@@ -75,12 +75,12 @@ def trace_removal(
 
 
 def area_under(curves: np.ndarray) -> np.ndarray:
-    """Give the mean height of curves ``(n, STEPS + 1)`` by trapezia, ``(n,)``."""
+    """Return the mean height of curves ``(n, STEPS + 1)`` by trapezia, ``(n,)``."""
     return (curves[:, 1:] + curves[:, :-1]).mean(axis=1) / 2
 
 
 def _cell_of_pixels(shape: tuple[int, ...]) -> np.ndarray:
-    """Give the cell that each pixel belongs to, ``(H, W)``."""
+    """Return the cell that each pixel belongs to, ``(H, W)``."""
     rows, columns = (np.arange(side) * CELLS // side for side in shape)
     return rows[:, None] * CELLS + columns
 
@@ -128,7 +128,7 @@ def _draw_anew(weight: torch.Tensor, generator: torch.Generator) -> None:
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Give Spearman's correlation of each pair of maps ``(n, H, W)``; 0 where one of them is constant."""
+    """Return Spearman's correlation of each pair of maps ``(n, H, W)``; 0 where one of them is constant."""
     a, b = (rankdata(maps.reshape(len(maps), -1), axis=1) for maps in (first, second))
     a, b = (ranks - ranks.mean(axis=1, keepdims=True) for ranks in (a, b))
     norm = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
@@ -136,7 +136,7 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def structural_similarity(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Give the SSIM of each pair of maps ``(n, H, W)``, each divided by its own highest absolute value.
+    """Return the SSIM of each pair of maps ``(n, H, W)``, each divided by its own highest absolute value.
 
     Wang et al. 2004, Image quality assessment, eq. 13, with Gaussian windows. 1 is the same map.
     """

@@ -13,7 +13,7 @@ _BASELINE_LINES = ("-", ":")
 
 
 @styled
-def draw_removal(
+def draw_deletion_insertion(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     baselines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
 ) -> Figure:

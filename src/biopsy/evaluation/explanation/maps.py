@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from biopsy.core.errors import RecipeError, suggest
-from biopsy.evaluation.explanation.methods import Question, find_layer, find_method
+from biopsy.evaluation.explanation.methods import ExplanationRequest, find_layer, find_method
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 
@@ -68,19 +68,19 @@ def explain_patches(
     Raises:
         RecipeError: If the method, the class or the layer does not exist, or the method takes no layer.
     """
-    asked, classifier = find_method(method), classifier.single_patch()
+    requested, classifier = find_method(method), classifier.single_patch()
     if channels not in get_args(Channels):
         raise RecipeError(f"channels={channels!r} is not possible; {suggest(channels, get_args(Channels))}")
-    if layer is not None and not asked.takes_layer:
+    if layer is not None and not requested.takes_layer:
         raise RecipeError(f"layer={layer!r} cannot be chosen: {method} looks at the whole network")
     fixed = _find_class(classifier, target_class)
-    engine, stretched = engine or Engine("auto"), classifier.info.preprocessing.odd_sizes == "stretch"
+    engine, stretched = engine or Engine("auto"), classifier.info.preprocessing.resize_mode == "stretch"
     network, preprocessing = engine.place(classifier.base_network), classifier.info.preprocessing
     predictor = engine.place(classifier.network)
     if layer is not None:
         find_layer(network, layer)
-    elif asked.find_layer is not None:
-        layer = asked.find_layer(network, preprocessing.input_px)
+    elif requested.find_layer is not None:
+        layer = requested.find_layer(network, preprocessing.input_px)
     blank = preprocessing.standardise(torch.ones(1, 3, 1, 1, device=engine.device))[0]
     logits, maps = [], []
     for start in range(0, len(patches), BATCH_SIZE):
@@ -92,9 +92,9 @@ def explain_patches(
             logits.append(predictor(batch).float())
         likeliest = logits[-1].argmax(dim=1)
         class_index = likeliest if fixed is None else torch.full_like(likeliest, fixed)
-        found = asked.compute(Question(network, batch, class_index, blank, layer)).float()
-        found = found.mean(dim=1, keepdim=True) if channels == "mean" else found
-        maps.append(_to_patches(found, patches.shape[1:3], size, stretched=stretched))
+        result = requested.compute(ExplanationRequest(network, batch, class_index, blank, layer)).float()
+        result = result.mean(dim=1, keepdim=True) if channels == "mean" else result
+        maps.append(_to_patches(result, patches.shape[1:3], size, stretched=stretched))
     every = torch.cat(logits).cpu().numpy()
     return Explanation(
         method,

@@ -16,7 +16,7 @@ from biopsy.evaluation.explanation.examples import (
 )
 from biopsy.evaluation.explanation.explain import explain
 from biopsy.evaluation.explanation.faithfulness import read_faithfulness
-from biopsy.evaluation.explanation.figures import draw_removal
+from biopsy.evaluation.explanation.figures import draw_deletion_insertion
 from biopsy.plotting.style import svg
 from biopsy.reporting.document import Block, Bullets, Picture, Pictures, Section, Table, Text, number
 from biopsy.reporting.elements import Footnotes
@@ -98,31 +98,32 @@ TITLES = {"random": "random order", "edges": "edge detector"}
 )
 def describe_faithfulness(facts: RunFacts) -> Section | None:
     """A sentence, a row and two curves for every method that was tested."""
-    found = facts.results.get("faithfulness")
-    if found is None:
+    result = facts.results.get("faithfulness")
+    if result is None:
         return None
-    settings, methods = found["settings"], found["methods"]
-    baselines = {each["name"]: each for each in found["baselines"]}
-    which = f"predicted {found['positive_class']}" if found["positive_class"] else "of any class"
-    units = "" if found["unit"] == "patch" else f" of {count(found['n_groups'], found['unit'])}"
+    settings, methods = result["settings"], result["methods"]
+    baselines = {item["name"]: item for item in result["baselines"]}
+    which = f"predicted {result['positive_class']}" if result["positive_class"] else "of any class"
+    units = "" if result["unit"] == "patch" else f" of {count(result['n_groups'], result['unit'])}"
     blocks: list[Block] = [
-        Bullets([each["answer"] for each in methods]),
+        Bullets([item["answer"] for item in methods]),
         Text(
-            f"Measured on {count(found['n_patches'], 'patch')}{units}, {which}, of the "
-            f"{subset_name(found['side'])} subset (seed {found['seed']}). Each patch is divided into "
+            f"Measured on {count(result['n_patches'], 'patch')}{units}, {which}, of the "
+            f"{subset_name(result['side'])} subset (seed {result['seed']}). Each patch is divided into "
             f"{settings['cells']} x {settings['cells']} cells. Deletion replaces cells by the blurred patch, "
             "the most salient first; insertion restores them, starting from the blurred patch (Petsiuk et "
-            f"al. 2018). The mean probability of the class is {number(found['prob']['untouched'])} on the "
-            f"original patches and {number(found['prob']['blurred'])} on the blurred ones. Gain of a method: "
+            f"al. 2018). The mean probability of the class is {number(result['prob']['untouched'])} on the "
+            f"original patches and {number(result['prob']['blurred'])} on the blurred ones. "
+            "Gain of a method: "
             "half the difference of the areas under its two curves, minus the same of a random order, and "
             "of an edge detector, which does not know the network."
         ),
-        Pictures([Picture(_caption(found), svg(_draw(methods, baselines), "faithfulness"))], across=1),
+        Pictures([Picture(_caption(result), svg(_draw(methods, baselines), "faithfulness"))], across=1),
         _table_of_gains(methods, baselines),
         _table_of_randomisation(methods, settings),
     ]
-    if found["refused"]:
-        blocks.append(Text(" ".join(f"Not tested: {each['reason']}." for each in found["refused"]), "note"))
+    if result["refused"]:
+        blocks.append(Text(" ".join(f"Not tested: {item['reason']}." for item in result["refused"]), "note"))
     return Section("faithfulness", "Faithfulness of the saliency maps", blocks)
 
 
@@ -130,7 +131,7 @@ def _draw(methods: list[Mapping[str, Any]], baselines: Mapping[str, Mapping[str,
     def pair(each: Mapping[str, Any]) -> tuple[list[float], list[float]]:
         return each["deletion"]["curve"], each["insertion"]["curve"]
 
-    return draw_removal(
+    return draw_deletion_insertion(
         {each["title"]: pair(each) for each in methods},
         {TITLES[name]: pair(each) for name, each in baselines.items()},
     )
@@ -145,12 +146,12 @@ def _caption(found: Mapping[str, Any]) -> str:
 
 def _table_of_gains(methods: list[Mapping[str, Any]], baselines: Mapping[str, Mapping[str, Any]]) -> Table:
     rows, reasons = [], Footnotes()
-    for each in methods:
-        areas = [number(each[name]["value"]) for name in ("deletion", "insertion")]
-        gains = [reasons.estimate(each["gain"][name]) for name in TITLES]
-        rows.append([each["title"], *areas, *gains, *(number(each["n_better"][name]) for name in TITLES)])
-    for name, each in baselines.items():
-        areas = [number(each[key]["value"]) for key in ("deletion", "insertion")]
+    for item in methods:
+        areas = [number(item[name]["value"]) for name in ("deletion", "insertion")]
+        gains = [reasons.estimate(item["gain"][name]) for name in TITLES]
+        rows.append([item["title"], *areas, *gains, *(number(item["n_better"][name]) for name in TITLES)])
+    for name, item in baselines.items():
+        areas = [number(item[key]["value"]) for key in ("deletion", "insertion")]
         rows.append([TITLES[name], *areas, "-", "-", "-", "-"])
     columns = ["method", "deletion", "insertion", "gain over random", "gain over edges", "better than random"]
     note = (
@@ -164,7 +165,7 @@ def _table_of_randomisation(methods: list[Mapping[str, Any]], settings: Mapping[
     steps = [step["from_layer"] for step in methods[0]["randomised"]] if methods else []
     rows = []
     for place, name in enumerate(steps):
-        cells = [each["randomised"][place] for each in methods]
+        cells = [item["randomised"][place] for item in methods]
         rows.append([name, *(f"{c['rank_correlation']:.2f} / {c['ssim']:.2f}" for c in cells)])
     note = (
         "The weights of the named layer and of all later layers are randomised, and the maps of "
@@ -172,7 +173,7 @@ def _table_of_randomisation(methods: list[Mapping[str, Any]], settings: Mapping[
         "structural similarity (SSIM). Maps that stay similar depend on the image, not on what was learned."
     )
     return Table(
-        ["randomised from", *(each["title"] for each in methods)],
+        ["randomised from", *(item["title"] for item in methods)],
         rows,
         caption="Cascading weight randomisation (Adebayo et al. 2018)",
         note=note,

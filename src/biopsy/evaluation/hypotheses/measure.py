@@ -53,7 +53,7 @@ REMOVALS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def share_saliency(patches: np.ndarray, maps: np.ndarray, sizes: np.ndarray | None = None) -> pd.DataFrame:
-    """Give the share of blue and of yellow pixels in each patch's area and in its saliency.
+    """Return the share of blue and of yellow pixels in each patch's area and in its saliency.
 
     Blue and yellow are those of CIELAB's b* axis beyond `BLUE_YELLOW`; what is purple counts as blue.
 
@@ -85,8 +85,8 @@ def share_saliency(patches: np.ndarray, maps: np.ndarray, sizes: np.ndarray | No
     return pd.DataFrame(shares)
 
 
-FORMAT = "biopsy-conjectures/1"
-PATH = Path("explain", "conjectures.json")
+FORMAT = "biopsy-hypotheses/1"
+PATH = Path("explain", "hypotheses.json")
 MOST_MEASURED = 5_000  # patches whose stain and spread are measured
 MOST_ASKED, FEWEST_ASKED = 1_000, 100  # patches that the network is asked about again
 MOST_MULTIPLICATIONS = 5e11  # of one pass over these: some seconds on two cores
@@ -104,7 +104,7 @@ _LEADS = {
 }
 
 
-def measure_conjectures(run: Run | Path | str, *, device: str = "auto") -> dict[str, Any]:
+def measure_hypotheses(run: Run | Path | str, *, device: str = "auto") -> dict[str, Any]:
     """Measure the posts' conjectures on the judged side of a run, and keep them in the run.
 
     Writes ``explain/conjectures.json``; where that is there already, for the same classifier and side, it is
@@ -126,11 +126,11 @@ def measure_conjectures(run: Run | Path | str, *, device: str = "auto") -> dict[
     frame, about = run.predictions(side)
     if "prob" not in frame:
         raise RunError(f"{run.path} tells more than two classes apart: the conjectures are about two")
-    asked = key_of_subset(run, FORMAT, side, frame, about)
+    requested = key_of_subset(run, FORMAT, side, frame, about)
     path = run.path / PATH
-    known = _read_known(path, asked)
+    known = _read_known(path, requested)
     if known is None:
-        write_json(path, {**asked, **_measure(run, frame, seed, device)})
+        write_json(path, {**requested, **_measure(run, frame, seed, device)})
         known = read_json(path, format=FORMAT)
     return known
 
@@ -148,14 +148,14 @@ def key_of_subset(
     }
 
 
-def read_conjectures(run: Run) -> dict[str, Any] | None:
+def read_hypotheses(run: Run) -> dict[str, Any] | None:
     """Return what was measured on the subset evaluated last; None where nothing was."""
     side = run.judged_side
     return _read_known(run.path / PATH, key_of_subset(run, FORMAT, side, *run.predictions(side)))
 
 
 def _measure(run: Run, frame: pd.DataFrame, seed: int, device: str) -> dict[str, Any]:
-    """Give the document less what was asked."""
+    """Return the document less what was asked."""
     pack, classifier, engine = run.open_pack(verify=False), run.classifier.single_patch(), Engine(device)
     rows = pack.rows_of(frame["patch_id"])
     truth, groups = (pack.target[rows] == pack.positive_index).astype(int), pack.group_ids[rows]
@@ -186,7 +186,7 @@ def _measure(run: Run, frame: pd.DataFrame, seed: int, device: str) -> dict[str,
         "n_asked": len(again),
         "threshold": threshold,
         "interval": describe_method(len(np.unique(groups)), **options),
-        "conjectures": [
+        "hypotheses": [
             judge_less_stained(properties, *calls, **options),
             judge_heterogeneous(properties, *calls, **options),
             judge_blue_yellow(truth[again], intact, without, shares, groups[again], **options),
@@ -297,17 +297,17 @@ def judge_blue_yellow(
             "auroc": _auroc(truth, other, group_ids, **options),
             "difference": difference.to_dict(),
         }
-    verdicts = {colour: _judge(found["ratio"], 1.0) for colour, found in saliency.items()}
+    verdicts = {colour: _judge(result["ratio"], 1.0) for colour, result in saliency.items()}
     order = ("held", "opposite", "not seen", "unsaid")
     verdict = min(verdicts.values(), key=order.index)
-    parts = [_say_share(colour, found) for colour, found in saliency.items()]
+    parts = [_say_share(colour, result) for colour, result in saliency.items()]
     if auroc["as it is"]["auroc"]["value"] is not None and "grey" in auroc:
         before, grey = auroc["as it is"]["auroc"]["value"], auroc["grey"]
         parts.append(
             f"on patches converted to grey the AUROC is {grey['auroc']['value']:.3f} instead of {before:.3f} "
             f"(difference {_estimate(grey['difference'], '+.3f')})"
         )
-    which = [colour for colour, found in verdicts.items() if found == verdict]
+    which = [colour for colour, result in verdicts.items() if result == verdict]
     of = "" if verdict == "unsaid" else f" for {' and '.join(which)}"
     lead = _lead(verdict, group_ids, unit, saliency[which[0]]["ratio"]["reason"], of)
     return {
@@ -337,7 +337,7 @@ def draw_rows(n: int, most: int, seed: int) -> np.ndarray:
     return (
         np.arange(n)
         if n <= most
-        else np.sort(make_rng(seed, "conjectures", most).choice(n, most, replace=False))
+        else np.sort(make_rng(seed, "hypotheses", most).choice(n, most, replace=False))
     )
 
 
@@ -361,7 +361,7 @@ def _contrast(
     unit: str,
 ) -> dict[str, Any]:
     """Compare a property in the direction of the conjecture: -1 where the chosen are to have less of it."""
-    found = contrast_groups(
+    result = contrast_groups(
         direction * values.to_numpy(), chosen, group_ids, seed=seed, unit=unit, names=names
     )
     return {
@@ -369,21 +369,21 @@ def _contrast(
         "direction": "more" if direction > 0 else "less",
         "chosen": names[0],
         "others": names[1],
-        "n_chosen": found.n_chosen,
-        "n_others": found.n_others,
-        "mean_chosen": direction * found.mean_chosen,
-        "mean_others": direction * found.mean_others,
-        "difference_sd": found.difference_sd.to_dict(),
-        "auroc": found.auroc.to_dict(),
-        "within": None if found.within is None else found.within.to_dict(),
-        "by_group": found.by_group.replace({np.nan: None}).to_dict(orient="index"),
+        "n_chosen": result.n_chosen,
+        "n_others": result.n_others,
+        "mean_chosen": direction * result.mean_chosen,
+        "mean_others": direction * result.mean_others,
+        "difference_sd": result.difference_sd.to_dict(),
+        "auroc": result.auroc.to_dict(),
+        "within": None if result.within is None else result.within.to_dict(),
+        "by_group": result.by_group.replace({np.nan: None}).to_dict(orient="index"),
     }
 
 
 def _judge_contrast(
     measure: Mapping[str, Any], words: tuple[str, str, str], group_ids: np.ndarray, unit: str
 ) -> dict[str, str]:
-    """Give verdict and answer: does the AUROC's interval lie above .5?"""
+    """Return verdict and answer: does the AUROC's interval lie above .5?"""
     auroc, difference = measure["auroc"], measure["difference_sd"]
     verdict = _judge(auroc, 0.5)
     if auroc["value"] is None:
@@ -404,12 +404,12 @@ def _measure_share(
         ratio = Interval(float("nan"), reason=f"hardly any pixel is {colour}")
     else:
         ratio = clustered_ratio(saliency, area, group_ids[known], seed=seed, unit=unit)
-    each = pd.DataFrame({"area": area, "saliency": saliency}).groupby(group_ids[known]).mean()
+    item = pd.DataFrame({"area": area, "saliency": saliency}).groupby(group_ids[known]).mean()
     return {
         "area_share": area.mean() if known.any() else None,
         "saliency_share": saliency.mean() if known.any() else None,
         "ratio": ratio.to_dict(),
-        "by_group": each.to_dict(orient="index") if unit != "patch" else {},
+        "by_group": item.to_dict(orient="index") if unit != "patch" else {},
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from biopsy.core.subsets import subset_name
 from biopsy.core.text import count, plural
 from biopsy.evaluation.explanation.section import MOST_GROUPS
-from biopsy.evaluation.hypotheses.measure import measure_conjectures, read_conjectures
+from biopsy.evaluation.hypotheses.measure import measure_hypotheses, read_hypotheses
 from biopsy.evaluation.patch_properties import PROPERTIES
 from biopsy.reporting.document import Block, Section, Table, Text, number
 from biopsy.reporting.elements import Footnotes
@@ -19,41 +19,41 @@ from biopsy.reporting.registry import Result, section
     "hypotheses",
     order=120,
     hypotheses=Result(
-        read_conjectures,
+        read_hypotheses,
         title="Published hypotheses about errors and saliency",
         command="biopsy errors {run} --hypotheses",
-        make=measure_conjectures,
+        make=measure_hypotheses,
         applies=lambda run: bool(run.recipe.origin.claim) and run.info["threshold"] is not None,
     ),
 )
-def describe_conjectures(facts: RunFacts) -> Section | None:
+def describe_hypotheses(facts: RunFacts) -> Section | None:
     """Return each published hypothesis, whether the data support it, and the numbers."""
-    found = facts.results.get("hypotheses")
-    if found is None:
+    result = facts.results.get("hypotheses")
+    if result is None:
         return None
-    drawn = found["n_measured"] < found["n_patches"] or found["n_asked"] < found["n_patches"]
+    drawn = result["n_measured"] < result["n_patches"] or result["n_asked"] < result["n_patches"]
     size = (
-        f" Measured on {number(found['n_measured'])} of {count(found['n_patches'], 'patch')} (seed "
-        f"{found['seed']}); hypotheses about saliency on {number(found['n_asked'])}."
+        f" Measured on {number(result['n_measured'])} of {count(result['n_patches'], 'patch')} (seed "
+        f"{result['seed']}); hypotheses about saliency on {number(result['n_asked'])}."
     )
     blocks: list[Block] = [
         Text(
             "The publication of this recipe states hypotheses about errors and saliency. Each is tested "
-            f"here on the {subset_name(found['side'])} subset, with 95 % intervals over "
-            f"{plural(found['unit'])}." + (size if drawn else "")
+            f"here on the {subset_name(result['side'])} subset, with 95 % intervals over "
+            f"{plural(result['unit'])}." + (size if drawn else "")
         )
     ]
-    each = {entry["name"]: entry for entry in found["conjectures"]}
-    for entry in each.values():
+    item = {entry["name"]: entry for entry in result["hypotheses"]}
+    for entry in item.values():
         blocks.append(Text(f"\u201c{entry['claim']}\u201d ({entry['source']}). {entry['answer']}"))
-    compared = [(entry, measure) for entry in each.values() for measure in entry.get("measures", ())]
+    compared = [(entry, measure) for entry in item.values() for measure in entry.get("measures", ())]
     if compared:
-        blocks.append(_table_of_contrasts(compared, found["unit"]))
-    for entry in each.values():
+        blocks.append(_table_of_contrasts(compared, result["unit"]))
+    for entry in item.values():
         if "auroc" in entry:
             blocks += [_table_of_colour(entry), _table_of_saliency(entry)]
-    blocks += _tables_by_group(compared, found["unit"])
-    return Section("conjectures", "Published hypotheses", blocks)
+    blocks += _tables_by_group(compared, result["unit"])
+    return Section("hypotheses", "Published hypotheses", blocks)
 
 
 def _table_of_contrasts(compared: list[tuple[Any, Any]], unit: str) -> Table:
@@ -84,10 +84,10 @@ def _table_of_contrasts(compared: list[tuple[Any, Any]], unit: str) -> Table:
 
 def _table_of_colour(entry: Mapping[str, Any]) -> Table:
     rows, reasons = [], Footnotes()
-    for name, found in entry["auroc"].items():
-        difference = found.get("difference")
+    for name, result in entry["auroc"].items():
+        difference = result.get("difference")
         rows.append(
-            [name, reasons.estimate(found["auroc"]), reasons.estimate(difference) if difference else "-"]
+            [name, reasons.estimate(result["auroc"]), reasons.estimate(difference) if difference else "-"]
         )
     note = f"Differences are paired, over the same patches. {entry['note']}{reasons.text}"
     return Table(["patches", "AUROC", "difference"], rows, caption="AUROC without colour", note=note)
@@ -95,9 +95,9 @@ def _table_of_colour(entry: Mapping[str, Any]) -> Table:
 
 def _table_of_saliency(entry: Mapping[str, Any]) -> Table:
     rows, reasons = [], Footnotes()
-    for colour, found in entry["saliency"].items():
-        shares = [number(found["area_share"]), number(found["saliency_share"])]
-        rows.append([colour, *shares, reasons.estimate(found["ratio"])])
+    for colour, result in entry["saliency"].items():
+        shares = [number(result["area_share"]), number(result["saliency_share"])]
+        rows.append([colour, *shares, reasons.estimate(result["ratio"])])
     note = (
         "Blue and yellow: a b* of CIELAB beyond -10 and 10; purple counts as blue. A ratio of 1: saliency "
         f"is independent of colour.{reasons.text}"

@@ -16,8 +16,8 @@ from biopsy.core.files import refuse_inputs, update_directory, write_atomic
 from biopsy.core.tables import write_csv
 from biopsy.data.labels import refuse_decided
 from biopsy.data.packs import Pack
-from biopsy.evaluation.label_issues.page import Doubt, DoubtsPage, render_doubts
-from biopsy.evaluation.neighbours import count_neighbours, rank_doubts
+from biopsy.evaluation.label_issues.page import LabelIssue, LabelIssuesPage, render_label_issues
+from biopsy.evaluation.neighbours import count_neighbours, rank_label_issues
 from biopsy.evaluation.slide_context import SlideViews
 from biopsy.plotting.style import class_colour, jpeg
 from biopsy.training.runs import Run
@@ -28,7 +28,7 @@ COLUMNS = ("patch_id", "label", "suggested", "decision", "who", "when", "reason"
 
 
 @dataclass(frozen=True)
-class Doubts:
+class LabelIssues:
     """The result of `label_issues`.
 
     Attributes:
@@ -36,14 +36,14 @@ class Doubts:
         path: Where the sheet was written.
         page: The page of pictures beside it.
         n_patches: Number of labels checked.
-        n_doubted: Number of probable label errors; the sheet may list fewer.
+        n_issues: Number of probable label errors; the sheet may list fewer.
     """
 
     table: pd.DataFrame
     path: Path
     page: Path
     n_patches: int
-    n_doubted: int
+    n_issues: int
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class _Models:
     allowed: np.ndarray  # bool, (n_patches,)
 
 
-def label_issues(run: Run | Study | Path | str, *, out: Path | str, n: int = 100) -> Doubts:
+def label_issues(run: Run | Study | Path | str, *, out: Path | str, n: int = 100) -> LabelIssues:
     """List probable label errors; write a sheet and a page of pictures for expert review.
 
     A label is compared with the labels of its eight neighbours on the slide and with the models that were not
@@ -80,36 +80,36 @@ def label_issues(run: Run | Study | Path | str, *, out: Path | str, n: int = 100
     refuse_inputs(place, run.path if isinstance(run, Run | Study) else run)
     refuse_decided(place / SHEET)
     with update_directory(place, SHEET, PAGE, f"{PICTURES}/*", last=SHEET) as partial:
-        sheet, n_patches, n_doubted = _write_sheet(partial, _hear(run), n)
-    return Doubts(sheet, place / SHEET, place / PAGE, n_patches, n_doubted)
+        sheet, n_patches, n_issues = _write_sheet(partial, _collect_predictions(run), n)
+    return LabelIssues(sheet, place / SHEET, place / PAGE, n_patches, n_issues)
 
 
-def _write_sheet(place: Path, heard: _Models, n: int) -> tuple[pd.DataFrame, int, int]:
-    """Write sheet, page and pictures into an empty folder; return the sheet and the counts of `Doubts`."""
-    pack = heard.pack
+def _write_sheet(place: Path, predictions_of: _Models, n: int) -> tuple[pd.DataFrame, int, int]:
+    """Write sheet, page and pictures into an empty folder; return sheet and counts of `LabelIssues`."""
+    pack = predictions_of.pack
     counts = count_neighbours(pack.table, pack.target, len(pack.class_names))
-    found = rank_doubts(counts, pack.target, heard.probs).assign(row=np.arange(len(pack)))
-    voices = np.nan_to_num(counts).sum(axis=1) + ~np.isnan(heard.probs).any(axis=1)
-    found = found[(voices > 0) & heard.allowed]
-    if found.empty:
+    result = rank_label_issues(counts, pack.target, predictions_of.probs).assign(row=np.arange(len(pack)))
+    voices = np.nan_to_num(counts).sum(axis=1) + ~np.isnan(predictions_of.probs).any(axis=1)
+    result = result[(voices > 0) & predictions_of.allowed]
+    if result.empty:
         raise RunError(
             f"cannot check labels of {pack.path}: patches have no coordinates and no cross-validated model "
             "covers them"
         )
-    doubted = found[found["doubt"] > 0.5]
+    doubted = result[result["doubt"] > 0.5]
     order = doubted.assign(patch_id=pack.table["patch_id"].iloc[doubted["row"]].to_numpy(str))
     chosen = order.sort_values(["doubt", "patch_id"], ascending=[False, True]).head(n)
-    sheet, pictures = _compose(pack, chosen, heard)
+    sheet, pictures = _compose(pack, chosen, predictions_of)
     (place / PICTURES).mkdir()
     for name, picture in zip(sheet["picture"], pictures, strict=True):
         (place / name).write_bytes(picture[0])
-    page = _lay_out(pack, sheet, pictures, (len(found), len(doubted)))
-    write_atomic(place / PAGE, render_doubts(page))
+    page = _lay_out(pack, sheet, pictures, (len(result), len(doubted)))
+    write_atomic(place / PAGE, render_label_issues(page))
     write_csv(place / SHEET, sheet)
-    return sheet, len(found), len(doubted)
+    return sheet, len(result), len(doubted)
 
 
-def _hear(run: Run | Study | Path | str) -> _Models:
+def _collect_predictions(run: Run | Study | Path | str) -> _Models:
     """Gather predictions of patches that were not trained on: of test sides, else of validation."""
     if isinstance(run, Study) or (not isinstance(run, Run) and is_study(run)):
         study = Study.open(run)
@@ -130,7 +130,7 @@ def _hear(run: Run | Study | Path | str) -> _Models:
 
 
 def _average(pack: Pack, frames: list[pd.DataFrame]) -> tuple[np.ndarray, np.ndarray]:
-    """Give each patch's mean probabilities, NaN where it was not predicted, and over how many models."""
+    """Return each patch's mean probabilities, NaN where it was not predicted, and over how many models."""
     names = [f"prob_{name}" for name in pack.class_names]
     empty = pd.DataFrame(columns=["patch_id", *names]).astype(dict.fromkeys(names, float))
     every = pd.concat([frame[["patch_id", *names]] for frame in frames]) if frames else empty
@@ -141,9 +141,9 @@ def _average(pack: Pack, frames: list[pd.DataFrame]) -> tuple[np.ndarray, np.nda
 
 
 def _compose(
-    pack: Pack, chosen: pd.DataFrame, heard: _Models
+    pack: Pack, chosen: pd.DataFrame, predictions_of: _Models
 ) -> tuple[pd.DataFrame, list[tuple[bytes, bytes]]]:
-    """Give the sheet, and for each row the patch among those around it, and the patch by itself."""
+    """Return the sheet, and for each row the patch among those around it, and the patch by itself."""
     views, pictures, rows = SlideViews(pack), [], []
     labels = pack.table.get("original_class", pd.Series(pack.target).map(dict(enumerate(pack.class_names))))
     for number, one in enumerate(chosen.itertuples(), start=1):
@@ -160,7 +160,9 @@ def _compose(
                 "decision": None,
                 "who": None,
                 "when": None,
-                "reason": _give_reason(one, pack.class_names[one.suggested], int(heard.n_heard[one.row])),
+                "reason": _give_reason(
+                    one, pack.class_names[one.suggested], int(predictions_of.n_heard[one.row])
+                ),
                 "doubt": round(float(one.doubt), 3),
                 **{name: about[name] for name in ("patient_id", "slide_id", "x", "y")},
                 "picture": f"{PICTURES}/{number:04d}.jpg",
@@ -185,11 +187,11 @@ def _lay_out(
     sheet: pd.DataFrame,
     pictures: list[tuple[bytes, bytes]],
     counts: tuple[int, int],
-) -> DoubtsPage:
+) -> LabelIssuesPage:
     doubted = [
-        Doubt(number, row["patch_id"], row["label"], row["suggested"], row["reason"], *images)
+        LabelIssue(number, row["patch_id"], row["label"], row["suggested"], row["reason"], *images)
         for number, (row, images) in enumerate(zip(sheet.to_dict("records"), pictures, strict=True), start=1)
     ]
     colours = [(name, class_colour(index)) for index, name in enumerate(pack.class_names)]
     placed = bool(pack.table[["x", "y"]].notna().all(axis=1).any())
-    return DoubtsPage(pack.path.name, *counts, doubted, colours, placed, SHEET)
+    return LabelIssuesPage(pack.path.name, *counts, doubted, colours, placed, SHEET)

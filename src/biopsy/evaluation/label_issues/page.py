@@ -7,7 +7,7 @@ from biopsy.reporting.html import render
 
 
 @dataclass(frozen=True)
-class Doubt:
+class LabelIssue:
     """One doubted label.
 
     Attributes:
@@ -30,13 +30,13 @@ class Doubt:
 
 
 @dataclass(frozen=True)
-class DoubtsPage:
+class LabelIssuesPage:
     """Everything the page says.
 
     Attributes:
         pack: Name of the pack.
         n_patches: Number of labels checked.
-        n_doubted: Number of probable label errors.
+        n_issues: Number of probable label errors.
         doubted: Those on the page.
         colours: Name and colour of each class.
         placed: Whether patches have coordinates.
@@ -45,13 +45,13 @@ class DoubtsPage:
 
     pack: str
     n_patches: int
-    n_doubted: int
-    doubted: Sequence[Doubt]
+    n_issues: int
+    doubted: Sequence[LabelIssue]
     colours: Sequence[tuple[str, str]]
     placed: bool
     sheet: str
 
 
-def render_doubts(page: DoubtsPage) -> str:
+def render_label_issues(page: LabelIssuesPage) -> str:
     """Write the page as one self-contained HTML file without scripts."""
     return render("doubts.html", page=page)

@@ -77,8 +77,8 @@ def predict(classifier: Classifier, folder: Path, patches: np.ndarray) -> np.nda
     except ImportError:
         raise MissingExtra("export", "comparing ONNX with PyTorch") from None
     session = onnxruntime.InferenceSession(str(folder / ONNX), providers=["CPUExecutionProvider"])
-    found = [session.run(None, {"patches": part.numpy()})[0] for part in host_batches(patches)]
-    return softmax(np.concatenate(found))
+    result = [session.run(None, {"patches": part.numpy()})[0] for part in host_batches(patches)]
+    return softmax(np.concatenate(result))
 
 
 register_exporter(Exporter("ONNX Runtime", write, predict, ("onnxruntime",)))

@@ -43,7 +43,7 @@ def _write_script(script: torch.jit.ScriptModule, path: Path) -> None:
 
 
 def describe_for_host(classifier: Classifier) -> dict[str, Any]:
-    """Give ``config.json`` as WSInfer 0.6's schema and QuPath's extension want it.
+    """Return ``config.json`` as WSInfer 0.6's schema and QuPath's extension want it.
 
     The patch is asked for at its own size: all further resizing is inside the network, by its own filter.
     """

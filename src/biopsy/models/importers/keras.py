@@ -60,10 +60,10 @@ def load_keras_into(path: Path | str, module: nn.Module) -> None:
         DataError: If the file cannot be read, holds code, or is of another architecture; says at which layer,
             and of which shipped network the file may be.
     """
-    carry(read_keras(path), module, "the network")
+    copy_weights(read_keras(path), module, "the network")
 
 
-def carry(file: KerasFile, module: nn.Module, what: str) -> None:
+def copy_weights(file: KerasFile, module: nn.Module, what: str) -> None:
     """Copy the weights of a file that was read; ``what`` names the module in errors."""
     places = list_places(module)
     layers, difference = file.layers, _find_difference(file.layers, places)
@@ -101,10 +101,10 @@ def compare_steps(file: KerasFile, network: nn.Module, what: str) -> str:
     theirs, outputs = list_steps(file.config)
     ours = [step for step, _, _ in _walk(network)]
     pairs = zip_longest(ours, theirs, fillvalue="nothing more")
-    for number, (wanted, found) in enumerate(pairs, start=1):
-        if wanted != found:
+    for number, (wanted, result) in enumerate(pairs, start=1):
+        if wanted != result:
             raise DataError(
-                f"{file.path} does not fit {what}: its step {number} is {found} where {wanted} is expected; "
+                f"{file.path} does not fit {what}: its step {number} is {result} where {wanted} is expected; "
                 f"{_guess(file.layers)}"
             )
     return outputs
@@ -181,7 +181,7 @@ def _count(items: Sequence[Place | Layer]) -> str:
 
 def _guess(layers: list[Layer]) -> str:
     """Say which shipped recipes have a network with such layers."""
-    found = []
+    result = []
     for name in list_recipes():
         recipe = load_recipe(name)
         if ":" in recipe.model.name:  # of another library
@@ -191,9 +191,9 @@ def _guess(layers: list[Layer]) -> str:
                 recipe.model.name, n_classes=2, input_px=recipe.preprocessing.input_px, **recipe.model.params
             )
         if not _find_difference(layers, list_places(network)):
-            found.append(name)
+            result.append(name)
     return (
-        f"its layers are those of {' or '.join(found)}" if found else "no shipped recipe has such a network"
+        f"its layers are those of {' or '.join(result)}" if result else "no shipped recipe has such a network"
     )
 
 
@@ -249,13 +249,13 @@ def import_keras(
     if Path(out).exists():
         raise RunError(f"{out} exists already: name a folder that does not")
     read = read_keras(file)
-    settings = recipe.preprocessing.model_dump(exclude={"standardise"})
+    settings = recipe.preprocessing.model_dump(exclude={"standardise", "feed"})
     settings["input_px"] = read.input_px or settings["input_px"]
     network = build_network(
         recipe.model.name, n_classes=len(names), input_px=settings["input_px"], **recipe.model.params
     )
     said = compare_steps(read, network, recipe.model.name)
-    carry(read, network, recipe.model.name)
+    copy_weights(read, network, recipe.model.name)
     outputs = outputs_of(recipe.train.loss)
     if said == "softmax" or any(isinstance(module, OneLogit) for module in network.modules()):
         outputs = "softmax"
@@ -280,7 +280,7 @@ def import_keras(
 
 
 def _find_recipe(model: str | Path) -> Recipe:
-    """Give the recipe of that name, or the first shipped one whose network has that name."""
+    """Return the recipe of that name, or the first shipped one whose network has that name."""
     recipes = list_recipes()
     if Path(model).suffix == ".toml" or str(model) in recipes:
         return load_recipe(model)

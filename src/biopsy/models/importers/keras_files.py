@@ -59,14 +59,14 @@ def _walk(node: Any) -> list[ConfigLayer]:
         )
     if class_name in _CONTAINERS:
         layers = config if isinstance(config, list) else config["layers"]  # a list before Keras 2.2.3
-        return [found for layer in layers for found in _walk(layer)]
+        return [result for layer in layers for result in _walk(layer)]
     if config.get("data_format") == "channels_first":
         raise DataError(f"has channels first in {config['name']!r}; only channels last are read")
     return [ConfigLayer(str(config["name"]), class_name, config)]
 
 
 def list_steps(layers: list[ConfigLayer]) -> tuple[list[str], str]:
-    """Give what happens to a patch, step by step, and what is done to the last numbers.
+    """Return what happens to a patch, step by step, and what is done to the last numbers.
 
     Returns:
         Steps such as ``"convolution"`` or ``"relu"``, without what changes nothing in prediction, and
@@ -93,7 +93,7 @@ def list_steps(layers: list[ConfigLayer]) -> tuple[list[str], str]:
 
 
 def find_input_px(layers: list[ConfigLayer]) -> int | None:
-    """Give the side of the square input; None where the file leaves it open.
+    """Return the side of the square input; None where the file leaves it open.
 
     Raises:
         DataError: If it is no square of three channels, or larger than any patch.
@@ -147,7 +147,7 @@ class KerasFile:
     order_is_certain: bool = True
 
     def by_name(self) -> list[Layer]:
-        """Give the layers in order of their names, ``conv2d_10`` after ``conv2d_9``."""
+        """Return the layers in order of their names, ``conv2d_10`` after ``conv2d_9``."""
         return sorted(self.layers, key=lambda layer: _natural(layer.name))
 
 

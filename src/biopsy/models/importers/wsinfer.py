@@ -146,7 +146,7 @@ class _HostedNetwork(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Give logits ``(B, n_classes)``, of a single output those of both classes."""
+        """Return logits ``(B, n_classes)``, of a single output those of both classes."""
         if self.weights is not None:  # along rows, then along columns, each time to 8 bits as Pillow does
             levels = torch.matmul((patches * 255).round().double(), self.weights)
             levels = torch.matmul(self.weights.T, (levels + 0.5).floor())
@@ -169,12 +169,12 @@ class _HostedNetwork(nn.Module):
         return logits
 
     def features(self, patches: Tensor) -> Tensor:
-        """Give nothing, ``(B, 0)``: what lies inside the script is not known."""
+        """Return nothing, ``(B, 0)``: what lies inside the script is not known."""
         return patches.new_empty(len(patches), 0)
 
 
 def _pillow_weights(source_px: int, target_px: int) -> Tensor:
-    """Give what each source pixel counts in each target pixel, ``(source_px, target_px)``.
+    """Return what each source pixel counts in each target pixel, ``(source_px, target_px)``.
 
     Pillow's BILINEAR, which torchvision's Resize uses for its images: a triangle as wide as two target pixels
     (never less than two source pixels), in whole numbers of 22 bits.

@@ -15,13 +15,13 @@ KERAS_EPS, KERAS_MOMENTUM = 1e-3, 0.01
 
 
 def size_of(input_px: int | tuple[int, int]) -> tuple[int, int]:
-    """Give ``(width, height)`` of a network's input, which may be said as the side of a square."""
+    """Return ``(width, height)`` of a network's input, which may be said as the side of a square."""
     width, height = (input_px, input_px) if isinstance(input_px, int) else input_px
     return width, height
 
 
 def require_size(network: str, input_px: int | tuple[int, int], least_px: int) -> tuple[int, int]:
-    """Give ``(width, height)`` of an input, refused where nothing of it would be left after the last pooling.
+    """Return ``(width, height)`` of an input, refused where nothing would be left after the last pooling.
 
     Raises:
         RecipeError: If a side is below ``least_px``.

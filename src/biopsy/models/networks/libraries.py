@@ -37,16 +37,16 @@ class LibraryNetwork(StagedNetwork):
         self.size = size
 
     def features(self, patches: Tensor) -> Tensor:
-        """Give the penultimate layer, ``(B, F)``; a map's mean over the patch."""
+        """Return the penultimate layer, ``(B, F)``; a map's mean over the patch."""
         values = self.body(patches)
         return values.mean(dim=(2, 3)) if values.ndim == 4 else values
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Give logits ``(B, n_classes)``."""
+        """Return logits ``(B, n_classes)``."""
         return self.head(self.body(patches))
 
     def stages(self) -> list[tuple[str, nn.Module]]:
-        """Give the body's children, those without weights joined to the one before, and the head.
+        """Return the body's children, those without weights joined to the one before, and the head.
 
         A child that is itself called ``head`` (it normalises or pools) is the stage ``before_head``.
         """
@@ -116,7 +116,7 @@ def build_library_network(
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Give library and network of ``timm:NAME`` or ``torchvision:NAME``.
+    """Return library and network of ``timm:NAME`` or ``torchvision:NAME``.
 
     Raises:
         RecipeError: If the library has no such network; says the nearest names.
@@ -145,7 +145,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def timm_size(model: str, size: tuple[int, int]) -> dict[str, Any]:
-    """Give the argument by which timm builds a network for one size of input, where it needs to know."""
+    """Return the argument by which timm builds a network for one size of input, where it needs to know."""
     from timm.models import get_pretrained_cfg
 
     settings = get_pretrained_cfg(model)

@@ -18,10 +18,10 @@ class Network(Protocol):
     """What every registered network offers beside being an ``nn.Module``."""
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Give logits ``(B, n_classes)`` for patches ``(B, 3, H, W)``."""
+        """Return logits ``(B, n_classes)`` for patches ``(B, 3, H, W)``."""
 
     def features(self, patches: Tensor) -> Tensor:
-        """Give the penultimate layer, ``(B, F)``."""
+        """Return the penultimate layer, ``(B, F)``."""
 
 
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
@@ -36,12 +36,12 @@ def register_network(builder: Builder) -> Builder:
 
 
 def list_networks() -> list[str]:
-    """Give the names of all networks, plug-ins' too; libraries' are ``timm:NAME``, ``torchvision:NAME``."""
+    """Return the names of all networks, plug-ins' too; libraries' are ``timm:NAME``, ``torchvision:NAME``."""
     return sorted(_BUILDERS)
 
 
 def network_parameters(name: str) -> dict[str, Any]:
-    """Give the parameters a recipe may set for a network, with their defaults (None: the library's own).
+    """Return the parameters a recipe may set for a network, with their defaults (None: the library's own).
 
     Raises:
         RecipeError: If no network has that name.

@@ -87,7 +87,7 @@ def residual(
     input_px: int | tuple[int, int],
     base_channels: int = 24,
     dropout: float = 0.0,
-    shortcut: Shortcut = "strided",
+    shortcut: Shortcut = "pooled",
 ) -> ResidualNet:
     """Build the residual network; ``base_channels=24`` gives about 420,000 parameters.
 

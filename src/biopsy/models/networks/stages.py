@@ -25,11 +25,11 @@ class StagedNetwork(nn.Module):
     n_frozen: int = 0
 
     def stages(self) -> list[tuple[str, nn.Module]]:
-        """Give name and module of every stage from input to output; the last is called ``head``."""
+        """Return name and module of every stage from input to output; the last is called ``head``."""
         raise NotImplementedError
 
     def cut(self, place: int) -> tuple[nn.Module, nn.Module] | None:
-        """Give what lies before a stage and what begins with it; None where the network is no mere row."""
+        """Return what lies before a stage and what begins with it; None where the network is no mere row."""
         modules = [module for _, module in self.stages()]
         return nn.Sequential(*modules[:place]), nn.Sequential(*modules[place:])
 
@@ -76,16 +76,16 @@ class SequentialNetwork(StagedNetwork):
         self._slices = dict(zip(stages, pairwise(starts), strict=True))
 
     def features(self, patches: Tensor) -> Tensor:
-        """Give the penultimate layer, ``(B, F)``."""
+        """Return the penultimate layer, ``(B, F)``."""
         return self.body(patches)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Give logits ``(B, n_classes)``."""
+        """Return logits ``(B, n_classes)``."""
         features = self.body(patches)
         return self.head(features if self.drop is None else self.drop(features))
 
     def stages(self) -> list[tuple[str, nn.Module]]:
-        """Give name and module of every stage; the modules share their layers with the network."""
+        """Return name and module of every stage; the modules share their layers with the network."""
         parts = {name: [*self.body[start:end]] for name, (start, end) in self._slices.items()}
         last = [self.head] if self.drop is None else [self.drop, self.head]
         parts["head"] = parts.get("head", []) + last
@@ -93,7 +93,7 @@ class SequentialNetwork(StagedNetwork):
 
 
 def list_stages(network: nn.Module) -> list[str]:
-    """Give the names of a network's stages from input to output; none where it is not staged."""
+    """Return the names of a network's stages from input to output; none where it is not staged."""
     return [name for name, _ in network.stages()] if isinstance(network, StagedNetwork) else []
 
 
@@ -128,7 +128,7 @@ def freeze(network: nn.Module, trainable: str) -> None:
 
 
 def split_frozen(network: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """Give the frozen front of a network and the trained rest, one behind the other.
+    """Return the frozen front of a network and the trained rest, one behind the other.
 
     Both share their layers with the network. The front's outputs depend on nothing random.
 

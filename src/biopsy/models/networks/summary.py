@@ -70,8 +70,8 @@ def _layers(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
     if isinstance(module, LibraryNetwork):
         head = [*walk(module.head, "head.")] or [("head", module.head)]
         return [*walk(module.body, "body."), *head]
-    found: list[tuple[str, nn.Module]] = []
+    result: list[tuple[str, nn.Module]] = []
     for name, child in module.named_children():
         whole = isinstance(child, SeparableConv2d) or not any(child.children())
-        found += [(prefix + name, child)] if whole else _layers(child, f"{prefix}{name}.")
-    return found
+        result += [(prefix + name, child)] if whole else _layers(child, f"{prefix}{name}.")
+    return result

@@ -9,16 +9,16 @@ from biopsy.evaluation.explanation.methods.layers import (
 )
 from biopsy.evaluation.explanation.methods.registry import (
     METHODS,
+    ExplanationRequest,
     Method,
-    Question,
     find_method,
     register_method,
 )
 
 __all__ = [
     "METHODS",
+    "ExplanationRequest",
     "Method",
-    "Question",
     "find_first_layer",
     "find_last_maps",
     "find_layer",

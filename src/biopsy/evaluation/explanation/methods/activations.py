@@ -10,7 +10,7 @@ from biopsy.evaluation.explanation.methods.layers import (
     layer_output,
     watch_layer,
 )
-from biopsy.evaluation.explanation.methods.registry import Question, register_method
+from biopsy.evaluation.explanation.methods.registry import ExplanationRequest, register_method
 
 
 @register_method(
@@ -20,8 +20,8 @@ from biopsy.evaluation.explanation.methods.registry import Question, register_me
     find_layer=find_first_layer,
     per_class=False,
 )
-def activations(asked: Question) -> Tensor:
-    """Give the output of a layer, a map for each of its channels."""
+def activations(asked: ExplanationRequest) -> Tensor:
+    """Return the output of a layer, a map for each of its channels."""
     return layer_output(asked.network, asked.batch, str(asked.layer))
 
 
@@ -32,12 +32,12 @@ def activations(asked: Question) -> Tensor:
     caveat="Its resolution is that of the layer, which is coarse; it is enlarged to the size of the patch",
     find_layer=find_last_maps,
 )
-def grad_cam(asked: Question) -> Tensor:
-    """Give the layer's maps, weighted by the mean gradient of the class's score, added up and rectified."""
+def grad_cam(asked: ExplanationRequest) -> Tensor:
+    """Return the layer's maps, weighted by the mean gradient of the class's score, added up and rectified."""
     layer = str(asked.layer)
-    with torch.enable_grad(), watch_layer(asked.network, layer) as found:
+    with torch.enable_grad(), watch_layer(asked.network, layer) as result:
         score = asked.scores(asked.batch).sum()
-        maps = check_maps(found, layer)
+        maps = check_maps(result, layer)
         (gradient,) = torch.autograd.grad(score, maps)
     weights = gradient.mean(dim=(2, 3), keepdim=True)
     return (weights * maps.detach()).sum(dim=1, keepdim=True).clamp(min=0)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from biopsy.evaluation.explanation.methods.registry import Question, register_method
+from biopsy.evaluation.explanation.methods.registry import ExplanationRequest, register_method
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ COMPLETE_WITHIN = 0.02  # of the difference of the two scores, which are logits,
 
 
 def input_gradient(network: nn.Module, batch: Tensor, class_index: Tensor) -> Tensor:
-    """Give the gradient of each patch's class score, before softmax or sigmoid, ``(B, 3, S, S)``.
+    """Return the gradient of each patch's class score, before softmax or sigmoid, ``(B, 3, S, S)``.
 
     It flows through weights that are frozen as well; no weight's own gradient is touched.
     """
@@ -36,8 +36,8 @@ def input_gradient(network: nn.Module, batch: Tensor, class_index: Tensor) -> Te
     "largest of its three colour channels (Simonyan et al. 2014)",
     caveat="It does not show what was recognised, nor whether a pixel supports or opposes the class",
 )
-def saliency(asked: Question) -> Tensor:
-    """Give the absolute input gradient, the largest over channels."""
+def saliency(asked: ExplanationRequest) -> Tensor:
+    """Return the absolute input gradient, the largest over channels."""
     gradient = input_gradient(asked.network, asked.batch, asked.class_index)
     return gradient.abs().amax(dim=1, keepdim=True)
 
@@ -48,8 +48,8 @@ def saliency(asked: Question) -> Tensor:
     "2017)",
     caveat="It does not show what was recognised; a smoother map need not be more faithful",
 )
-def smoothgrad(asked: Question) -> Tensor:
-    """Give the saliency of the gradient averaged over noisy copies; the noise is the same every time."""
+def smoothgrad(asked: ExplanationRequest) -> Tensor:
+    """Return the saliency of the gradient averaged over noisy copies; the noise is the same every time."""
     batch, generator = asked.batch, torch.Generator().manual_seed(NOISE_SEED)
     spread = NOISE * (batch.amax(dim=(1, 2, 3), keepdim=True) - batch.amin(dim=(1, 2, 3), keepdim=True))
     total = torch.zeros_like(batch)
@@ -66,8 +66,8 @@ def smoothgrad(asked: Question) -> Tensor:
     caveat="It is not the effect of removing a single pixel, and depends on the choice of the white baseline",
     signed=True,
 )
-def integrated_gradients(asked: Question) -> Tensor:
-    """Give the gradients' integral along the line from white, summed over channels.
+def integrated_gradients(asked: ExplanationRequest) -> Tensor:
+    """Return the gradients' integral along the line from white, summed over channels.
 
     Steps are doubled, patch by patch, until the values add up to the difference of the scores
     (`COMPLETE_WITHIN`) or there are `MOST_STEPS`.
@@ -94,8 +94,8 @@ def integrated_gradients(asked: Question) -> Tensor:
     return total.sum(dim=1, keepdim=True)
 
 
-def integrate_gradients(asked: Question, n_steps: int) -> Tensor:
-    """Give integrated gradients, ``(B, 3, S, S)``, by Gauss and Legendre's rule with so many steps."""
+def integrate_gradients(asked: ExplanationRequest, n_steps: int) -> Tensor:
+    """Return integrated gradients, ``(B, 3, S, S)``, by Gauss and Legendre's rule with so many steps."""
     places, weights = np.polynomial.legendre.leggauss(n_steps)
     way, total = asked.batch - asked.blank, torch.zeros_like(asked.batch)
     for place, weight in zip((1 + places) / 2, weights / 2, strict=True):

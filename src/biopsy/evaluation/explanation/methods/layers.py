@@ -26,7 +26,7 @@ class _Passage(NamedTuple):
 
 
 def find_layer(network: nn.Module, name: str) -> str:
-    """Give the name of a layer back.
+    """Return the name of a layer back.
 
     Raises:
         RecipeError: If there is no module of that name, with the nearest one.
@@ -39,7 +39,7 @@ def find_layer(network: nn.Module, name: str) -> str:
 
 
 def find_first_layer(network: nn.Module, input_px: int) -> str:
-    """Give the first convolution, or the rectifier behind it, whose output is what the next layer sees.
+    """Return the first convolution, or the rectifier behind it, whose output is what the next layer sees.
 
     Raises:
         RecipeError: If the network has no convolution.
@@ -57,7 +57,7 @@ def find_first_layer(network: nn.Module, input_px: int) -> str:
 
 
 def find_last_maps(network: nn.Module, input_px: int) -> str:
-    """Give the layer or block whose maps are the last before the network pools or flattens them.
+    """Return the layer or block whose maps are the last before the network pools or flattens them.
 
     It is what follows the last convolution at the same size: its rectifier, or the block that adds to it or
     joins it with others. Convolutions of the head, as SqueezeNet has one, already count classes.
@@ -66,22 +66,22 @@ def find_last_maps(network: nn.Module, input_px: int) -> str:
         RecipeError: If there is none: no convolution, or a transformer, whose convolutions cut the patch into
             tokens before anything is looked at.
     """
-    passed = [each for each in _follow(network, input_px) if each.name.split(".")[0] != "head"]
+    passed = [item for item in _follow(network, input_px) if item.name.split(".")[0] != "head"]
     convolutions = [
         place
-        for place, each in enumerate(passed)
-        if isinstance(each.module, nn.Conv2d | SeparableConv2d) and each.shape[-2:] > (1, 1)
+        for place, item in enumerate(passed)
+        if isinstance(item.module, nn.Conv2d | SeparableConv2d) and item.shape[-2:] > (1, 1)
     ]
     if not convolutions:
         raise RecipeError(f"grad_cam weighs the maps of a convolution and the network has none: {_INSTEAD}")
     last, tail = passed[convolutions[-1]], passed[convolutions[-1] + 1 :]
-    kinds = [type(each.module).__name__ for each in tail]
+    kinds = [type(item.module).__name__ for item in tail]
     if any("Atten" in kind and "Pool" not in kind for kind in kinds) or any(len(e.shape) == 3 for e in tail):
         raise RecipeError(
             f"grad_cam needs maps, and behind its last convolution {last.name} the network works on tokens: "
             f"{_INSTEAD}"
         )
-    same = [each for each in tail if len(each.shape) == 4 and each.shape[-2:] == last.shape[-2:]]
+    same = [item for item in tail if len(item.shape) == 4 and item.shape[-2:] == last.shape[-2:]]
     ends = [e for e in same if isinstance(e.module, _ACTIVATIONS) or any(e.module.children())]
     return _innermost(passed, ends[-1] if ends else last).name
 
@@ -92,10 +92,10 @@ def list_layers(network: nn.Module, input_px: int) -> list[str]:
         f"{name}." for name, module in network.named_modules() if isinstance(module, SeparableConv2d)
     )
     return [
-        each.name
-        for each in _follow(network, input_px)
-        if (isinstance(each.module, SeparableConv2d) or not any(each.module.children()))
-        and not each.name.startswith(inside)
+        item.name
+        for item in _follow(network, input_px)
+        if (isinstance(item.module, SeparableConv2d) or not any(item.module.children()))
+        and not item.name.startswith(inside)
     ]
 
 
@@ -105,14 +105,14 @@ def has_convolution(network: nn.Module) -> bool:
 
 
 def layer_output(network: nn.Module, batch: Tensor, layer: str) -> Tensor:
-    """Give what a layer puts out, ``(B, C, h, w)``.
+    """Return what a layer puts out, ``(B, C, h, w)``.
 
     Raises:
         RecipeError: If that is no picture.
     """
-    with torch.no_grad(), watch_layer(network, layer) as found:
+    with torch.no_grad(), watch_layer(network, layer) as result:
         network(batch)
-    return check_maps(found, layer)
+    return check_maps(result, layer)
 
 
 @contextmanager
@@ -121,23 +121,23 @@ def watch_layer(network: nn.Module, layer: str) -> Iterator[list[Tensor]]:
 
     What is kept is a copy: the next layer may write over the layer's own output.
     """
-    found: list[Tensor] = []
+    result: list[Tensor] = []
 
     def keep(module: nn.Module, given: object, output: object) -> Tensor | None:
         if not isinstance(output, Tensor):
             return None
-        found.append(output.detach().clone().requires_grad_(torch.is_grad_enabled()))
-        return found[-1].clone()
+        result.append(output.detach().clone().requires_grad_(torch.is_grad_enabled()))
+        return result[-1].clone()
 
     handle = network.get_submodule(layer).register_forward_hook(keep)
     try:
-        yield found
+        yield result
     finally:
         handle.remove()
 
 
 def check_maps(found: list[Tensor], layer: str) -> Tensor:
-    """Give the last output that was kept.
+    """Return the last output that was kept.
 
     Raises:
         RecipeError: If that is no picture.
@@ -178,9 +178,9 @@ def _follow(network: nn.Module, input_px: int) -> list[_Passage]:
 
 def _innermost(passed: list[_Passage], block: _Passage) -> _Passage:
     """Go from a block to the layer inside it that gives the same output, if only that call of it does."""
-    names = [each.name for each in passed]
+    names = [item.name for item in passed]
     while True:
-        before = [each for each in passed[: passed.index(block)] if each.name.startswith(f"{block.name}.")]
+        before = [item for item in passed[: passed.index(block)] if item.name.startswith(f"{block.name}.")]
         if not before or before[-1].output != block.output or names.count(before[-1].name) > 1:
             return block
         block = before[-1]

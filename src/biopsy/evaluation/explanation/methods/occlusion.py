@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from biopsy.evaluation.explanation.methods.registry import Question, register_method
+from biopsy.evaluation.explanation.methods.registry import ExplanationRequest, register_method
 
 WINDOWS = 8  # as many windows lie side by side along a patch
 BATCH_SIZE = 256
@@ -16,14 +16,14 @@ BATCH_SIZE = 256
     caveat="Windows are replaced one at a time: of two that carry the same information neither may matter",
     signed=True,
 )
-def occlusion(asked: Question) -> Tensor:
-    """Give each pixel's mean, over the windows that hide it, of the score's fall."""
+def occlusion(asked: ExplanationRequest) -> Tensor:
+    """Return each pixel's mean, over the windows that hide it, of the score's fall."""
     window = max(1, asked.batch.shape[-1] // WINDOWS)
     hidden = asked.batch.mean(dim=(2, 3), keepdim=True)
     return occlude(asked, hidden, window, max(1, window // 2))
 
 
-def occlude(asked: Question, hidden: Tensor, window: int, stride: int) -> Tensor:
+def occlude(asked: ExplanationRequest, hidden: Tensor, window: int, stride: int) -> Tensor:
     """Occlude with a window of some side and stride, in pixels of the network's input.
 
     Args:

@@ -16,7 +16,7 @@ from biopsy.core.plugins import Registry
 
 
 @dataclass(frozen=True)
-class Question:
+class ExplanationRequest:
     """What a method is asked.
 
     Attributes:
@@ -34,11 +34,11 @@ class Question:
     layer: str | None = None
 
     def scores(self, batch: Tensor) -> Tensor:
-        """Give the score of the class asked about for patches in the place of the batch, ``(B,)``."""
+        """Return the score of the class asked about for patches in the place of the batch, ``(B,)``."""
         return self.network(batch).gather(1, self.class_index[:, None])[:, 0]
 
 
-Compute = Callable[[Question], Tensor]
+Compute = Callable[[ExplanationRequest], Tensor]
 FindLayer = Callable[[nn.Module, int], str]
 
 
@@ -97,7 +97,7 @@ def register_method(
 
 
 def find_method(name: str) -> Method:
-    """Give a method by name.
+    """Return a method by name.
 
     Raises:
         RecipeError: If there is none, with the nearest name.

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from biopsy.evaluation.explanation.methods import Question, input_gradient, register_method
+from biopsy.evaluation.explanation.methods import ExplanationRequest, input_gradient, register_method
 
 
 @register_method(
@@ -11,6 +11,6 @@ from biopsy.evaluation.explanation.methods import Question, input_gradient, regi
     caveat="what pixels do together",
     signed=True,
 )
-def example_gradient_times_input(asked: Question) -> Tensor:
+def example_gradient_times_input(asked: ExplanationRequest) -> Tensor:
     gradient = input_gradient(asked.network, asked.batch, asked.class_index)
     return (gradient * asked.batch).sum(dim=1, keepdim=True)

@@ -9,13 +9,13 @@ import pytest
 from biopsy.core.errors import RunError
 from biopsy.core.files import read_json
 from biopsy.evaluation.evaluate import evaluate
-from biopsy.evaluation.hypotheses import measure as conjectures
+from biopsy.evaluation.hypotheses import measure as hypotheses
 from biopsy.evaluation.hypotheses.measure import (
     REMOVALS,
     judge_blue_yellow,
     judge_heterogeneous,
     judge_less_stained,
-    measure_conjectures,
+    measure_hypotheses,
     share_saliency,
 )
 from biopsy.slide_io.stain import combine_stains, separate_stains
@@ -181,44 +181,44 @@ def judged(trained_run, tmp_path_factory):
 
 
 def test_a_run_is_measured_once_and_read_again(judged, monkeypatch):
-    found = measure_conjectures(judged, device="cpu")
-    assert found["format"] == "biopsy-conjectures/1" and found["side"] == "test"
+    found = measure_hypotheses(judged, device="cpu")
+    assert found["format"] == "biopsy-hypotheses/1" and found["side"] == "test"
     assert (found["n_measured"], found["n_asked"], found["n_groups"]) == (40, 40, 5)
-    assert [entry["name"] for entry in found["conjectures"]] == [
+    assert [entry["name"] for entry in found["hypotheses"]] == [
         "less stained",
         "heterogeneous",
         "blue and yellow",
     ]
-    for entry in found["conjectures"]:
+    for entry in found["hypotheses"]:
         assert entry["verdict"] in ("held", "opposite", "not seen", "unsaid")
         assert entry["answer"].endswith(".")
-    assert found == read_json(judged / "explain" / "conjectures.json")
-    (judged / "explain" / "conjectures.json").unlink()
-    assert measure_conjectures(judged, device="cpu") == found, "the same twice"
-    monkeypatch.setattr(conjectures, "_measure", None)  # from here on it may only be read
-    assert measure_conjectures(judged) == found
+    assert found == read_json(judged / "explain" / "hypotheses.json")
+    (judged / "explain" / "hypotheses.json").unlink()
+    assert measure_hypotheses(judged, device="cpu") == found, "the same twice"
+    monkeypatch.setattr(hypotheses, "_measure", None)  # from here on it may only be read
+    assert measure_hypotheses(judged) == found
 
 
 def test_the_network_is_asked_about_few_patches_where_it_is_slow(judged, monkeypatch):
     from biopsy.models.networks import build_network
 
     counts = [
-        conjectures.count_asked(build_network(name, n_classes=2, input_px=px), px)
+        hypotheses.count_asked(build_network(name, n_classes=2, input_px=px), px)
         for name, px in (("cancernet", 48), ("vgg16", 96))
     ]
-    assert counts[0] == conjectures.MOST_ASKED and 100 <= counts[1] < 300
-    monkeypatch.setattr(conjectures, "MOST_MEASURED", 15)
-    monkeypatch.setattr(conjectures, "MOST_ASKED", 10)
-    monkeypatch.setattr(conjectures, "FEWEST_ASKED", 5)
-    (judged / "explain" / "conjectures.json").unlink(missing_ok=True)
-    found = measure_conjectures(judged, device="cpu")
+    assert counts[0] == hypotheses.MOST_ASKED and 100 <= counts[1] < 300
+    monkeypatch.setattr(hypotheses, "MOST_MEASURED", 15)
+    monkeypatch.setattr(hypotheses, "MOST_ASKED", 10)
+    monkeypatch.setattr(hypotheses, "FEWEST_ASKED", 5)
+    (judged / "explain" / "hypotheses.json").unlink(missing_ok=True)
+    found = measure_hypotheses(judged, device="cpu")
     assert (found["n_patches"], found["n_measured"], found["n_asked"]) == (40, 15, 10)
-    (judged / "explain" / "conjectures.json").unlink()
+    (judged / "explain" / "hypotheses.json").unlink()
 
 
 def test_a_test_side_that_is_closed_stays_closed(trained_run, tmp_path):
     shutil.copytree(trained_run.path, tmp_path / "run")
-    found = measure_conjectures(tmp_path / "run", device="cpu")
+    found = measure_hypotheses(tmp_path / "run", device="cpu")
     assert found["side"] == "val" and not (tmp_path / "run" / "predictions" / "test.parquet").exists()
 
 
@@ -229,4 +229,4 @@ def test_more_than_two_classes_are_refused(trained_run, tmp_path, monkeypatch):
     frame = pd.DataFrame({"patch_id": ["a"]})
     monkeypatch.setattr(Run, "predictions", lambda self, side: (frame, {"classifier_sha256": ""}))
     with pytest.raises(RunError, match="more than two classes"):
-        measure_conjectures(run)
+        measure_hypotheses(run)

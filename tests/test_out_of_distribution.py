@@ -8,7 +8,7 @@ from biopsy.models.classifier import Classifier, ClassifierInfo
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_with_features
 from biopsy.models.networks import build_network
-from biopsy.models.out_of_distribution import fit_reference, measure_novelty
+from biopsy.models.out_of_distribution import fit_reference, out_of_distribution_scores
 from biopsy.models.preprocessing import Preprocessing
 from biopsy.slide_io.stain import colour_features
 from conftest import draw_patches
@@ -40,17 +40,17 @@ def classifier():
 
 def measure(classifier, patches, sizes=None):
     _, features = predict_with_features(classifier, patches, sizes, engine=ENGINE)
-    return measure_novelty(classifier, patches, sizes, features)
+    return out_of_distribution_scores(classifier, patches, sizes, features)
 
 
 def test_one_in_a_hundred_validation_patches_is_beyond_each_limit(classifier):
     found = measure(classifier, PATCHES[VAL], SIZES[VAL])
     for kind in ("colour", "feature"):
         assert (found[f"{kind}_distance"] > 1).sum() == 3  # of 240, above the 99th percentile
-    assert 3 <= found["unlike_training"].sum() <= 6
+    assert 3 <= found["out_of_distribution"].sum() <= 6
     beyond = (found[["colour_distance", "feature_distance"]] > 1).any(axis=1)
-    assert found["unlike_training"].tolist() == beyond.tolist()
-    assert classifier.info.unlike_training["chosen_on"] == "240 validation patches"
+    assert found["out_of_distribution"].tolist() == beyond.tolist()
+    assert classifier.info.out_of_distribution["chosen_on"] == "240 validation patches"
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_one_in_a_hundred_validation_patches_is_beyond_each_limit(classifier):
     ids=["noise", "inverted", "green stain", "half the light", "empty glass"],
 )
 def test_foreign_patches_are_flagged(classifier, alter):
-    assert measure(classifier, alter(PATCHES[VAL[:50]]))["unlike_training"].all()
+    assert measure(classifier, alter(PATCHES[VAL[:50]]))["out_of_distribution"].all()
 
 
 def test_colour_distance_is_scikit_learns(classifier):
@@ -85,6 +85,6 @@ def test_it_is_kept_with_the_classifier(classifier, tmp_path):
 
 
 def test_without_a_reference_nothing_is_said(classifier):
-    info = classifier.info.model_copy(update={"unlike_training": None})
+    info = classifier.info.model_copy(update={"out_of_distribution": None})
     found = measure(Classifier(info, classifier.network), PATCHES[:4])
     assert found.shape == (4, 0)

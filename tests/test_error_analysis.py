@@ -10,9 +10,9 @@ import biopsy
 from biopsy.core.errors import RunError
 from biopsy.core.files import read_json, sha256_file
 from biopsy.evaluation.errors import measure as module
-from biopsy.evaluation.errors.case_views import look_closer
-from biopsy.evaluation.errors.measure import contrast_mistakes, find_unusual, measure_mistakes, pick_galleries
-from biopsy.evaluation.errors.nearest_training_patches import find_alike
+from biopsy.evaluation.errors.case_views import make_case_views
+from biopsy.evaluation.errors.measure import contrast_errors, find_unusual, measure_errors, pick_galleries
+from biopsy.evaluation.errors.nearest_training_patches import find_nearest_training_patches
 from biopsy.evaluation.patch_properties import PROPERTIES
 from biopsy.models.engine import Engine
 from command_line import call
@@ -37,7 +37,7 @@ def verdicts(found):
 
 
 def test_what_goes_with_errors_by_construction_is_found_and_nothing_else():
-    found = contrast_mistakes(*make_sample(seed=1), seed=0, unit="patient")
+    found = contrast_errors(*make_sample(seed=1), seed=0, unit="patient")
     said = verdicts(found)
     assert said.pop(("fn", "stain")) == "lower" and said.pop(("fp", "sharpness")) == "higher"
     assert set(said.values()) == {"not seen"} and len(said) == 2 * len(PROPERTIES) - 2
@@ -49,7 +49,7 @@ def test_what_goes_with_errors_by_construction_is_found_and_nothing_else():
 def test_without_an_effect_all_intervals_together_hold():
     alarms = 0
     for seed in range(100):
-        found = contrast_mistakes(*make_sample(seed=seed, pale=0), seed=0, unit="patient")
+        found = contrast_errors(*make_sample(seed=seed, pale=0), seed=0, unit="patient")
         alarms += set(verdicts(found).values()) != {"not seen"}
     assert alarms <= 10, "5 % of 100 are 5; more than 10 are chance in 1 of 90"
 
@@ -58,7 +58,7 @@ def test_a_contrast_is_the_mean_of_the_aurocs_within_patients():
     from sklearn.metrics import roc_auc_score
 
     sample, groups = make_sample(n_patients=6)
-    found = contrast_mistakes(sample, groups, seed=0, unit="patient")
+    found = contrast_errors(sample, groups, seed=0, unit="patient")
     each = next(one for one in found["contrasts"] if (one["errors"], one["property"]) == ("fn", "eosin"))
     among = sample["kind"].isin(["fn", "tp"]).to_numpy()
     known = {
@@ -81,7 +81,7 @@ def test_patients_that_differ_do_not_make_a_contrast():
     table = pd.DataFrame({name: rng.normal(1, 0.1, len(groups)) for name in PROPERTIES})
     table["stain"] -= np.where(pale, 0.3, 0)
     wrong = rng.random(len(groups)) < np.where(pale, 0.6, 0.1)
-    found = contrast_mistakes(table.assign(kind=np.where(wrong, "fn", "tp")), groups, seed=0, unit="patient")
+    found = contrast_errors(table.assign(kind=np.where(wrong, "fn", "tp")), groups, seed=0, unit="patient")
     stain = next(one for one in found["contrasts"] if one["property"] == "stain")
     assert stain["auroc"]["high"] < 0.5, "over all patches it does"
     assert stain["within"]["low"] < 0.5 < stain["within"]["high"] and stain["verdict"] == "not seen"
@@ -90,7 +90,7 @@ def test_patients_that_differ_do_not_make_a_contrast():
 @pytest.mark.parametrize("kinds", ["fn", "tp", "tn"])
 def test_nothing_to_compare_says_so(kinds):
     sample, groups = make_sample(n_patients=5, each=10)
-    found = contrast_mistakes(sample.assign(kind=kinds), groups, seed=0, unit="patient")
+    found = contrast_errors(sample.assign(kind=kinds), groups, seed=0, unit="patient")
     assert found["n_comparisons"] == 0
     assert {one["verdict"] for one in found["contrasts"]} == {"unsaid"}
     assert all("undefined: no" in one["auroc"]["reason"] for one in found["contrasts"])
@@ -98,20 +98,20 @@ def test_nothing_to_compare_says_so(kinds):
 
 def test_few_patients_get_a_reason_and_patches_no_within():
     sample, groups = make_sample(n_patients=3, each=30, pale=5)
-    few = contrast_mistakes(sample, groups, seed=0, unit="patient")["contrasts"][0]
+    few = contrast_errors(sample, groups, seed=0, unit="patient")["contrasts"][0]
     assert few["verdict"] == "unsaid" and "an interval needs 5" in few["within"]["reason"]
-    patches = contrast_mistakes(sample, sample["patch_id"].to_numpy(str), seed=0, unit="patch")["contrasts"]
+    patches = contrast_errors(sample, sample["patch_id"].to_numpy(str), seed=0, unit="patch")["contrasts"]
     assert all(one["within"] is None and one["by_group"] == {} for one in patches)
     assert {one["verdict"] for one in patches if one["property"] == "stain" and one["errors"] == "fn"} == {
         "lower"
     }
-    lonely = contrast_mistakes(sample, sample["patch_id"].to_numpy(str), seed=0, unit="patient")["contrasts"]
+    lonely = contrast_errors(sample, sample["patch_id"].to_numpy(str), seed=0, unit="patient")["contrasts"]
     assert lonely[0]["within"]["value"] is None and lonely[0]["verdict"] == "unsaid"
 
 
 def test_a_property_that_was_not_measured_is_left_out():
     sample, groups = make_sample()
-    found = contrast_mistakes(sample.assign(nuclear_density=np.nan), groups, seed=0, unit="patient")
+    found = contrast_errors(sample.assign(nuclear_density=np.nan), groups, seed=0, unit="patient")
     assert found["n_comparisons"] == 14
     assert "nuclear_density" not in {one["property"] for one in found["contrasts"]}
 
@@ -151,7 +151,7 @@ def judged(trained_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(judged):
-    return measure_mistakes(judged, n=5, device="cpu")
+    return measure_errors(judged, n=5, device="cpu")
 
 
 def test_counts_and_kinds_are_those_of_the_evaluation(judged, found):
@@ -173,23 +173,23 @@ def test_the_record_is_written_once_and_gives_its_numbers_again(judged, found, m
     assert found.about == about
     table = pd.read_parquet(place / "errors.parquet")
     pd.testing.assert_frame_equal(table, found.table)
-    again = contrast_mistakes(
+    again = contrast_errors(
         table, table["patient_id"].to_numpy(str), seed=judged.info["seed"], unit="patient"
     )
     assert json.loads(json.dumps(again)) == {key: found.about[key] for key in again}
-    other = measure_mistakes(judged, n=2, device="cpu")
+    other = measure_errors(judged, n=2, device="cpu")
     assert len(other.about["galleries"]["uncertain"]) == 2
     (place / "errors.json").unlink()
-    assert measure_mistakes(judged, n=5, device="cpu").about == found.about, "the same twice"
+    assert measure_errors(judged, n=5, device="cpu").about == found.about, "the same twice"
     monkeypatch.setattr(module, "_measure", None)  # from here on it may only be read
-    assert measure_mistakes(judged, n=5).about == found.about
+    assert measure_errors(judged, n=5).about == found.about
 
 
 def test_the_nearest_patches_are_of_training_and_a_training_patch_is_its_own(judged):
     pack, classifier = judged.open_pack(), judged.classifier
     sides = judged.sides(pack)
     rows = np.concatenate([np.flatnonzero(sides == "train")[:3], np.flatnonzero(sides == "test")[:3]])
-    alike = find_alike(judged, pack, classifier, rows, engine=Engine("cpu"))
+    alike = find_nearest_training_patches(judged, pack, classifier, rows, engine=Engine("cpu"))
     side_of = dict(zip(pack.table["patch_id"], sides, strict=True))
     for row, nearest in zip(rows, alike.nearest, strict=True):
         assert len(nearest) == 3 and {side_of[one["patch_id"]] for one in nearest} == {"train"}
@@ -202,13 +202,13 @@ def test_the_nearest_patches_are_of_training_and_a_training_patch_is_its_own(jud
 
 
 def test_closeups_show_every_patch_of_the_galleries(judged, found):
-    closeups = look_closer(judged, found, device="cpu")
+    case_views = make_case_views(judged, found, device="cpu")
     names = {one["patch_id"] for part in found.about["galleries"].values() for one in part}
-    assert set(closeups.of) == names
-    for closeup in closeups.of.values():
-        assert closeup.patch.shape == closeup.overlay.shape == (16, 16, 3)
-        assert closeup.overview is not None and len(closeup.nearest) == 3
-    assert "it is not" in closeups.caption
+    assert set(case_views.of) == names
+    for case_view in case_views.of.values():
+        assert case_view.patch.shape == case_view.overlay.shape == (16, 16, 3)
+        assert case_view.overview is not None and len(case_view.nearest) == 3
+    assert "does not" in case_views.caption
 
 
 def test_the_verb_writes_a_table_and_pictures(judged, found, tmp_path):
@@ -230,20 +230,20 @@ def test_patches_without_coordinates_or_patients_have_no_zone(trained_run, tmp_p
     pack = run.open_pack()
     monkeypatch.setattr(biopsy.Run, "open_pack", lambda self, verify=True: pack)
     pack.table = pack.table.assign(x=pd.array([None] * len(pack), "Int64"), patient_id=None, slide_id=None)
-    found = measure_mistakes(run, n=3, device="cpu")
+    found = measure_errors(run, n=3, device="cpu")
     assert found.about["side"] == "val" and found.about["zones"] == {} and found.about["unit"] == "patch"
     assert all(one["within"] is None for one in found.about["contrasts"])
-    closeups = look_closer(run, found, device="cpu")
-    assert all(closeup.overview is None for closeup in closeups.of.values())
+    case_views = make_case_views(run, found, device="cpu")
+    assert all(case_view.overview is None for case_view in case_views.of.values())
     assert not (run.path / "predictions" / "test.parquet").exists(), "nothing is opened"
 
 
 def test_refusals(judged, trained_run, tmp_path, monkeypatch):
     with pytest.raises(RunError, match="n=0: expected at least 1"):
-        measure_mistakes(judged, n=0)
+        measure_errors(judged, n=0)
     with pytest.raises(RunError, match=r"test.parquet does not exist: make it with `biopsy evaluate"):
-        measure_mistakes(copy_run(trained_run, tmp_path), side="test")
+        measure_errors(copy_run(trained_run, tmp_path), side="test")
     frame = pd.DataFrame({"patch_id": ["a"]})
     monkeypatch.setattr(biopsy.Run, "predictions", lambda self, side: (frame, {"classifier_sha256": ""}))
     with pytest.raises(RunError, match="more than two classes"):
-        measure_mistakes(judged)
+        measure_errors(judged)
