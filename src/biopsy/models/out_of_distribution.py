@@ -96,8 +96,8 @@ def _is_no_patch(patches: np.ndarray, sizes: np.ndarray | None) -> np.ndarray:
     grey: np.ndarray = ~np.diff(patches.astype(np.int16), axis=-1).any(axis=(1, 2, 3))
     if sizes is None:
         return grey
-    small: np.ndarray = np.prod(sizes, axis=1) < LEAST_AREA * np.prod(patches.shape[1:3])
-    return grey | small
+    is_small = np.asarray(np.prod(sizes, axis=1) < LEAST_AREA * np.prod(patches.shape[1:3]))
+    return grey | is_small
 
 
 def _measure(
