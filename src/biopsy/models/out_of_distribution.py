@@ -93,7 +93,7 @@ def out_of_distribution_scores(
 
 def _is_no_patch(patches: np.ndarray, sizes: np.ndarray | None) -> np.ndarray:
     """Return which patches are grey, which no H&E stain is, or nearly all padding, bool ``(n,)``."""
-    grey: np.ndarray = ~np.diff(patches.astype(np.int16), axis=-1).any(axis=(1, 2, 3))
+    grey = np.asarray(~np.diff(patches.astype(np.int16), axis=-1).any(axis=(1, 2, 3)))
     if sizes is None:
         return grey
     is_small = np.asarray(np.prod(sizes, axis=1) < LEAST_AREA * np.prod(patches.shape[1:3]))
