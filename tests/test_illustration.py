@@ -315,7 +315,7 @@ def test_a_report_computes_nothing_and_names_what_it_lacks(judged):
     (path,) = biopsy.report(judged)
     page = Page(path.read_text())
     assert not (judged.path / "explain").exists() and not (judged.path / "errors").exists()
-    assert not {"explanation", "mistakes"} & set(page.sections) and "missing" in page.sections
+    assert not {"explanation", "errors"} & set(page.sections) and "missing" in page.sections
     for command in ("biopsy explain", "biopsy errors"):
         assert f"{command} {judged.path}" in page.text
 

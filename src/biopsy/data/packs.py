@@ -288,7 +288,7 @@ class Pack:
         rows = pd.Index(self.table["patch_id"].astype(str)).get_indexer(requested)
         if (rows < 0).any():
             raise PackError(
-                f"{self.path} has no patch {requested[rows < 0][0]!r}: name the pack they are from"
+                f"{self.path} has no patch {requested[rows < 0][0]!r}: give the pack they are from"
             )
         return rows
 

@@ -1,4 +1,4 @@
-"""Reports: one HTML file that says what was done, how sure it is, and shows the mistakes.
+"""Reports: one HTML file that says what was done, how sure it is, and shows the errors.
 
 Everything a page needs is inside it: styles, vector figures, pictures, and one script, which sorts and
 filters tables and enlarges pictures. It asks nothing of a network, and reads the same without the script.

@@ -316,7 +316,7 @@ class Run:
 
     @property
     def judged_side(self) -> str:
-        """The side whose mistakes may be looked at: ``test`` once it has been opened, until then ``val``."""
+        """The side whose errors may be looked at: ``test`` once it has been opened, until then ``val``."""
         return "test" if (self.path / "predictions" / "test.parquet").exists() else "val"
 
     def metrics(self) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class ErrorAnalysis(Result):
 class ErrorFacts:
     """Content of the report's section on a run's errors."""
 
-    mistakes: ErrorRecord
+    record: ErrorRecord
     case_views: CaseViews | None
 
 
@@ -167,8 +167,8 @@ def load_errors(run: Run) -> ErrorFacts | None:
 
 def hide_errors(analysis: ErrorFacts, pseudonymizer: Pseudonymizer) -> ErrorFacts:
     """Replace ids of evaluated patches; leave out to whom the nearest training patches belong."""
-    known = analysis.mistakes.about["galleries"]
-    about = pseudonymizer.nested(analysis.mistakes.about)
+    known = analysis.record.about["galleries"]
+    about = pseudonymizer.nested(analysis.record.about)
     for entries, originals in zip(about["galleries"].values(), known.values(), strict=True):
         for entry, original in zip(entries, originals, strict=True):
             entry["patch_id"] = pseudonymizer.of("patch", original["patch_id"])
@@ -179,7 +179,7 @@ def hide_errors(analysis: ErrorFacts, pseudonymizer: Pseudonymizer) -> ErrorFact
     if case_views is not None:
         views = {pseudonymizer.of("patch", name): view for name, view in case_views.of.items()}
         case_views = CaseViews(views, case_views.caption)
-    return ErrorFacts(ErrorRecord(about, pseudonymizer.table(analysis.mistakes.table)), case_views)
+    return ErrorFacts(ErrorRecord(about, pseudonymizer.table(analysis.record.table)), case_views)
 
 
 def make_case_views(run: Run, found: ErrorRecord, *, device: str = "auto") -> CaseViews:

@@ -39,7 +39,7 @@ MOST_GROUPS = 24  # patients listed one by one
 
 @dataclass(frozen=True)
 class ErrorRecord:
-    """What is known of a run's mistakes on one side.
+    """What is known of a run's errors on one subset.
 
     Attributes:
         about: What ``errors.json`` holds.
@@ -53,7 +53,7 @@ class ErrorRecord:
 def measure_errors(
     run: Run | Path | str, *, side: str | None = None, n: int = SHOWN_EACH, device: str = "auto"
 ) -> ErrorRecord:
-    """Find a run's mistakes on one side, measure them, and keep the record in the run.
+    """Find a run's errors on one subset, measure them, and keep the record in the run.
 
     Where the record is there already, for the same classifier, side and ``n``, it is read. A folder that
     cannot be written to gets none. Nothing is opened by this: a side must have been predicted.

@@ -45,7 +45,7 @@ def describe_errors(facts: RunFacts) -> Section | None:
     analysis: ErrorFacts | None = facts.results.get("errors")
     if analysis is None:
         return None
-    about = analysis.mistakes.about
+    about = analysis.record.about
     blocks: list[Block] = [Text(_say_how_many(facts, about)), *_describe_zones(about)]
     blocks += _describe_contrasts(about)
     answers = [
@@ -53,7 +53,7 @@ def describe_errors(facts: RunFacts) -> Section | None:
     ]
     if any(answers):
         blocks.append(Bullets([answer for answer in answers if answer]))
-    return Section("mistakes", "Error analysis", blocks + _galleries(facts, analysis))
+    return Section("errors", "Error analysis", blocks + _galleries(facts, analysis))
 
 
 def _say_how_many(facts: RunFacts, about: Mapping[str, Any]) -> str:
@@ -204,10 +204,10 @@ def _galleries(facts: RunFacts, analysis: ErrorFacts) -> list[Block]:
         "fp": f"False positives: {facts.negative} predicted {facts.positive}",
         "uncertain": "Least certain: probability closest to the threshold",
     }
-    counts = analysis.mistakes.about["counts"]
+    counts = analysis.record.about["counts"]
     blocks: list[Block] = []
     for kind, title in titles.items():
-        entries = analysis.mistakes.about["galleries"][kind]
+        entries = analysis.record.about["galleries"][kind]
         if not entries:
             blocks.append(Text(f"{title}: none."))
             continue
@@ -224,7 +224,7 @@ def _galleries(facts: RunFacts, analysis: ErrorFacts) -> list[Block]:
 
 def _explain_pictures(facts: RunFacts, analysis: ErrorFacts) -> str:
     assert analysis.case_views is not None
-    reference = analysis.mistakes.about["training_reference"]
+    reference = analysis.record.about["training_reference"]
     return (
         "Each row: the patch, its saliency map, its position on the slide where known, and the nearest "
         f"three of {count(reference['n'], 'training patch')} in the penultimate layer of the network, with "
@@ -235,7 +235,7 @@ def _explain_pictures(facts: RunFacts, analysis: ErrorFacts) -> str:
 
 
 def _group_cases(analysis: ErrorFacts, entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Case]]]:
-    table = analysis.mistakes.table
+    table = analysis.record.table
     rows = table.assign(who=pick_label(table)).set_index(table["patch_id"].astype(str))
     groups: dict[str, list[Case]] = {}
     for entry in entries:

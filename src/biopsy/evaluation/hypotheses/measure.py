@@ -105,9 +105,9 @@ _LEADS = {
 
 
 def measure_hypotheses(run: Run | Path | str, *, device: str = "auto") -> dict[str, Any]:
-    """Measure the posts' conjectures on the judged side of a run, and keep them in the run.
+    """Measure the posts' hypotheses on the judged side of a run, and keep them in the run.
 
-    Writes ``explain/conjectures.json``; where that is there already, for the same classifier and side, it is
+    Writes ``explain/hypotheses.json``; where that is there already, for the same classifier and side, it is
     read. Of a large side a sample is measured, drawn with the run's seed. The side is the test side once it
     has been opened, else validation: nothing is opened by this.
 
@@ -125,7 +125,7 @@ def measure_hypotheses(run: Run | Path | str, *, device: str = "auto") -> dict[s
     side, seed = run.judged_side, run.info["seed"]
     frame, about = run.predictions(side)
     if "prob" not in frame:
-        raise RunError(f"{run.path} tells more than two classes apart: the conjectures are about two")
+        raise RunError(f"{run.path} tells more than two classes apart: the hypotheses are about two")
     requested = key_of_subset(run, FORMAT, side, frame, about)
     path = run.path / PATH
     known = _read_known(path, requested)

@@ -54,4 +54,4 @@ class LabelIssuesPage:
 
 def render_label_issues(page: LabelIssuesPage) -> str:
     """Write the page as one self-contained HTML file without scripts."""
-    return render("doubts.html", page=page)
+    return render("label_issues.html", page=page)
