@@ -124,7 +124,8 @@ def test_no_id_of_judged_or_training_patients_gets_through(facts):
 
 
 @pytest.mark.slow
-def test_five_thousand_patches_stay_under_five_megabytes():
+def test_five_thousand_patches_of_noise_stay_under_seven_megabytes():
+    """Noise compresses worst; pictures of up to 96 px are kept whole, so that they can be enlarged."""
     ids = [f"p{i:02d}" for i in range(20)]
     noise = np.random.default_rng(0)
     facts = make_error_facts(
@@ -134,4 +135,4 @@ def test_five_thousand_patches_stay_under_five_megabytes():
         patch_px=96,
         get_patch=lambda _: noise.integers(0, 256, (96, 96, 3), dtype=np.uint8),
     )
-    assert len(render_report(report_of_run(facts)).encode()) < 5_000_000
+    assert len(render_report(report_of_run(facts)).encode()) < 7_000_000

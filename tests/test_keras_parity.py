@@ -138,7 +138,9 @@ def compare_outputs(keras, recipe, patches, folder, suffixes):
         for weights in (model.weights, model.trainable_weights)
     )
     assert (total, trainable) == PARAMETERS[recipe]
-    preprocessing = Preprocessing(**load_recipe(recipe).preprocessing.model_dump(exclude={"standardise"}))
+    preprocessing = Preprocessing(
+        **load_recipe(recipe).preprocessing.model_dump(exclude={"standardise", "feed"})
+    )
     theirs = model.predict(preprocessing.prepare(patches).permute(0, 2, 3, 1).numpy(), verbose=0)
     theirs = np.hstack([1 - theirs, theirs]) if theirs.shape[1] == 1 else theirs
     for suffix in suffixes:
