@@ -28,13 +28,13 @@ def classifier_of(network, *, px=32, patches=PATCHES, **preprocessing):
     if isinstance(network, str):
         network = build_network(network, n_classes=2, input_px=px, seed=0)
     how = Preprocessing(input_px=px, **preprocessing)
-    fit_postprocessing(network, how.prepare(patches))
+    set_statistics(network, how.prepare(patches))
     return Classifier(
         make_classifier().info.model_copy(update={"patch_px": 32, "preprocessing": how}), network
     )
 
 
-def fit_postprocessing(network, batch):
+def set_statistics(network, batch):
     """Give normalisations the statistics of a batch, as training does, and random scales and shifts."""
     generator = torch.Generator().manual_seed(1)
     for layer in network.modules():

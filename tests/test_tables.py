@@ -38,7 +38,7 @@ def test_cells_are_text_and_only_an_empty_one_is_missing(write):
 def test_spreadsheets_save_in_several_ways(write, newline, delimiter, encoding):
     rows = [["Slide ", "mpp"], ["ä.tif", "0.5"], ["", ""], ["b.tif", ""]]
     text = newline.join(delimiter.join(row) for row in rows) + newline * 2
-    table = read_csv_table(write(text.encode(encoding)), pseudonymizer={"slide": "slide"}, required=["slide"])
+    table = read_csv_table(write(text.encode(encoding)), aliases={"slide": "slide"}, required=["slide"])
     assert table.columns.tolist() == ["slide", "mpp"]
     assert table["slide"].tolist() == ["ä.tif", "b.tif"]
     assert table["mpp"].isna().tolist() == [False, True]
@@ -80,7 +80,7 @@ def test_refusals(write, content, reason):
     path = write(content)
     with pytest.raises(FileFormatError) as caught:
         read_csv_table(
-            path, pseudonymizer={"patient": "patient_id", "patient_id": "patient_id"}, required=["patient_id"]
+            path, aliases={"patient": "patient_id", "patient_id": "patient_id"}, required=["patient_id"]
         )
     assert (caught.value.path, caught.value.reason) == (path, reason)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500

@@ -1,5 +1,6 @@
 """Typed results: a JSON document with its tables, at home in a notebook."""
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
@@ -31,13 +32,13 @@ class Result(Mapping[str, Any]):
         return len(self.document)
 
     @property
+    @abstractmethod
     def heading(self) -> str:
         """One sentence above the table."""
-        raise NotImplementedError
 
+    @abstractmethod
     def to_frame(self) -> "pd.DataFrame":
         """Return the result as a table."""
-        raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of the JSON document."""

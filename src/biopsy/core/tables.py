@@ -37,7 +37,7 @@ _NUMBER = r"[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,
 
 
 def read_csv_table(
-    path: Path | str, *, pseudonymizer: Mapping[str, str] | None = None, required: Sequence[str] = ()
+    path: Path | str, *, aliases: Mapping[str, str] | None = None, required: Sequence[str] = ()
 ) -> pd.DataFrame:
     """Read a csv file, every cell as text.
 
@@ -53,19 +53,19 @@ def read_csv_table(
 
     Raises:
         FileFormatError: If it is missing, too large, not UTF-8, no table, lacks a column, or two columns have
-            one name, as written or by ``pseudonymizer``.
+            one name, as written or by ``aliases``.
     """
     content = read_bytes(path, max_bytes=MAX_CSV_BYTES)
     if content.startswith(b"\x1f\x8b"):
         content = _gunzip(path, content)
-    return parse_csv(content, path, pseudonymizer=pseudonymizer, required=required)
+    return parse_csv(content, path, aliases=aliases, required=required)
 
 
 def parse_csv(
     content: bytes,
     path: Path | str,
     *,
-    pseudonymizer: Mapping[str, str] | None = None,
+    aliases: Mapping[str, str] | None = None,
     required: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Read the content of a csv file as `read_csv_table` does; ``path`` is what errors call it."""
@@ -78,7 +78,7 @@ def parse_csv(
             f"has {len(header):,} columns and about {n_cells:,} cells where at most {MAX_COLUMNS:,} columns "
             f"and {MAX_CELLS:,} cells are read",
         )
-    names = _name_columns(path, header, pseudonymizer or {})
+    names = _name_columns(path, header, aliases or {})
     missing = [name for name in required if name not in names]
     if missing:
         raise FileFormatError(
@@ -266,11 +266,11 @@ def _read_header(path: Path | str, content: bytes) -> tuple[str, list[str]]:
     return delimiter, header
 
 
-def _name_columns(path: Path | str, header: Sequence[str], pseudonymizer: Mapping[str, str]) -> list[str]:
+def _name_columns(path: Path | str, header: Sequence[str], aliases: Mapping[str, str]) -> list[str]:
     names: list[str] = []
     for number, written in enumerate(header):
         name = written.strip() or f"Unnamed: {number}"
-        name = pseudonymizer.get(name.lower(), name)
+        name = aliases.get(name.lower(), name)
         if name in names:
             twice = header[names.index(name)].strip()
             raise FileFormatError(

@@ -52,7 +52,7 @@ def read_cases(cases: Cases) -> dict[str, str]:
 def _read_case_table(path: Path) -> list[tuple[str, str]]:
     columns = ("case_id", "split")
     try:
-        table = read_csv_table(path, pseudonymizer={name: name for name in columns}, required=columns)
+        table = read_csv_table(path, aliases={name: name for name in columns}, required=columns)
     except DataError as error:
         raise SplitError(f"the list of cases {error}") from None
     pairs = []

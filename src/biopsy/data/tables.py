@@ -50,7 +50,7 @@ def normalize_cells(cells: pd.Series, spell: Callable[[str], str] = normalize_na
     return pd.Series(spelt, index=cells.index, name=cells.name, dtype=object)
 
 
-def read_patch_table(path: Path | str, pseudonymizer: dict[str, str] | None = None) -> pd.DataFrame:
+def read_patch_table(path: Path | str, aliases: dict[str, str] | None = None) -> pd.DataFrame:
     """Read a csv about patches, patients or slides: text in one spelling, keys as the pack has them.
 
     Args:
@@ -61,7 +61,7 @@ def read_patch_table(path: Path | str, pseudonymizer: dict[str, str] | None = No
         FileFormatError: If it is no csv, or two columns are one.
     """
     keys = {name: name for name in (*_PATCH_KEYS, *ID_COLUMNS)}
-    rows = read_csv_table(path, pseudonymizer=keys | (pseudonymizer or {}))
+    rows = read_csv_table(path, aliases=keys | (aliases or {}))
     for name in rows.columns:
         rows[name] = normalize_cells(rows[name], normalize_id if name in ID_COLUMNS else normalize_name)
     for name in {"patch_id", "id"} & set(rows.columns):

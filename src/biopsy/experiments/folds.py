@@ -60,7 +60,7 @@ def study(
     chosen = _find_split(pack, split, folds, loaded)
     result = open_study(
         place_study(name or "-".join([*(recipe.name for recipe in loaded), chosen.name]), out),
-        spec="folds and seeds",
+        kind="folds and seeds",
         pack=pack,
         recipes=loaded,
         seeds=seeds,

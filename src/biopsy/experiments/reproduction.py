@@ -107,7 +107,7 @@ def reproduce(
     leaks = {} if no_leak else {seed: list_leaks(pack, test_ids, seed) for seed in leak_seeds}
     study = open_study(
         place_study(name or f"reproduction-{pack.path.stem}", out),
-        spec=KIND,
+        kind=KIND,
         pack=pack,
         recipes=list(recipes.values()),
         seeds=seeds,

@@ -1,4 +1,4 @@
-"""Questions of a study: what its runs are asked, its folder, and the loop that answers one after another."""
+"""Runs of a study: their specifications, the folder of the study, and the loop that trains them in turn."""
 
 import hashlib
 import logging
@@ -138,7 +138,7 @@ def place_study(name: str, out: Path | str | None) -> Path:
 def open_study(
     path: Path,
     *,
-    spec: str,
+    kind: str,
     pack: Pack,
     recipes: Sequence[Recipe],
     seeds: Iterable[int],
@@ -149,7 +149,7 @@ def open_study(
 
     Args:
         path: The folder.
-        question: The kind of study.
+        kind: The kind of study.
         pack: What is learned from and judged on.
         recipes: Before what the study itself changes in them.
         seeds: Of training.
@@ -163,7 +163,7 @@ def open_study(
         "format": FORMAT,
         "name": path.name,
         "status": "running",
-        "question": spec,
+        "question": kind,
         **same,
         "split": None if split is None else describe_split(split),
         "pack": {

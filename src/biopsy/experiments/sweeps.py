@@ -187,7 +187,7 @@ def sweep(
     chosen.sides(pack, fold)
     study = open_study(
         place_study(name or f"sweep-{base.name}-{chosen.name}", out),
-        spec=KIND,
+        kind=KIND,
         pack=pack,
         recipes=[base],
         seeds=seeds,

@@ -149,9 +149,7 @@ def _expand(path: Path, mpp: float | None) -> Iterator[Source]:
 
 
 def _read_csv(path: Path, mpp: float | None) -> Iterator[Source]:
-    table = read_csv_table(path, pseudonymizer={"slide": "slide", "mpp": "mpp"}, required=["slide"]).fillna(
-        ""
-    )
+    table = read_csv_table(path, aliases={"slide": "slide", "mpp": "mpp"}, required=["slide"]).fillna("")
     table = table.map(str.strip)
     table = table[(table != "").any(axis=1)]
     if table.empty:

@@ -54,14 +54,11 @@ class StainTransfer:
         """
         group = torch.from_numpy(self.group[rows])
         draw, chosen = torch.rand(2, len(rows), generator=generator)
-        to = torch.tensor(
-            [
-                int(lenders[int(u * len(lenders))]) if len(lenders) else int(own)
-                for u, own, lenders in zip(
-                    draw.tolist(), group, [self.lenders[i] for i in target.tolist()], strict=True
-                )
-            ]
-        )
+        to = group.clone()
+        for label, lenders in enumerate(self.lenders):
+            if len(lenders):
+                of_class = target == label
+                to[of_class] = lenders[(draw[of_class].double() * len(lenders)).long()]
         scale = self.sd[to, target] / self.sd[group, target]
         shift = self.mean[to, target] - scale * self.mean[group, target]
         known = (chosen < self.probability) & torch.isfinite(scale + shift).all(1)

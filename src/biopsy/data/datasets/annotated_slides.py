@@ -267,7 +267,7 @@ def _stated_mpp(stated: float | str | Path | None, names: Sequence[str]) -> dict
     except (TypeError, ValueError):
         pass
     headings = {name: name for name in ("slide", "mpp")}
-    rows = read_csv_table(stated, pseudonymizer=headings, required=("slide", "mpp"))  # type: ignore[arg-type]
+    rows = read_csv_table(stated, aliases=headings, required=("slide", "mpp"))  # type: ignore[arg-type]
     rows = rows.assign(slide=normalize_cells(rows["slide"]), mpp=normalize_cells(rows["mpp"]))
     rows = rows[rows["mpp"].notna()]  # the others have their own
     known = dict(zip(rows["slide"], pd.to_numeric(rows["mpp"], errors="coerce"), strict=True))

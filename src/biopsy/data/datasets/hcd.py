@@ -100,7 +100,7 @@ def _read_labels(archive: Archive, entry: Entry) -> dict[str, tuple[int, int]]:
     except DataError as error:
         raise ArchiveError(f"{where} {error}") from None
     headings = {name: name for name in ("id", "label")}
-    table = parse_csv(content, where, pseudonymizer=headings, required=("id", "label"))
+    table = parse_csv(content, where, aliases=headings, required=("id", "label"))
     table = table.assign(id=normalize_cells(table["id"]), label=normalize_cells(table["label"]))
     wrong = table[table["id"].isna() | ~table["label"].isin(["0", "1"])]
     if len(wrong):

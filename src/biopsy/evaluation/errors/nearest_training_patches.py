@@ -41,8 +41,8 @@ def find_nearest_training_patches(
     distance of a training patch to the nearest one of another patient (slide, patch).
 
     Args:
-        run: Says which patches were trained on; at most `ood_score.REFERENCE_PATCHES` of them are drawn with
-            its seed, fewer for a network that computes much.
+        run: Says which patches were trained on; at most `REFERENCE_PATCHES` of them are drawn with its seed,
+            fewer for a network that computes much.
         pack: The run's.
         classifier: The run's.
         rows: The patches asked about.

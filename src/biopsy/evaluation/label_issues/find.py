@@ -84,13 +84,13 @@ def label_issues(run: Run | Study | Path | str, *, out: Path | str, n: int = 100
     return LabelIssues(sheet, place / SHEET, place / PAGE, n_patches, n_issues)
 
 
-def _write_sheet(place: Path, predictions_of: _Models, n: int) -> tuple[pd.DataFrame, int, int]:
+def _write_sheet(place: Path, models: _Models, n: int) -> tuple[pd.DataFrame, int, int]:
     """Write sheet, page and pictures into an empty folder; return sheet and counts of `LabelIssues`."""
-    pack = predictions_of.pack
+    pack = models.pack
     counts = count_neighbours(pack.table, pack.target, len(pack.class_names))
-    result = rank_label_issues(counts, pack.target, predictions_of.probs).assign(row=np.arange(len(pack)))
-    voices = np.nan_to_num(counts).sum(axis=1) + ~np.isnan(predictions_of.probs).any(axis=1)
-    result = result[(voices > 0) & predictions_of.allowed]
+    result = rank_label_issues(counts, pack.target, models.probs).assign(row=np.arange(len(pack)))
+    voices = np.nan_to_num(counts).sum(axis=1) + ~np.isnan(models.probs).any(axis=1)
+    result = result[(voices > 0) & models.allowed]
     if result.empty:
         raise RunError(
             f"cannot check labels of {pack.path}: patches have no coordinates and no cross-validated model "
@@ -99,7 +99,7 @@ def _write_sheet(place: Path, predictions_of: _Models, n: int) -> tuple[pd.DataF
     doubted = result[result["doubt"] > 0.5]
     order = doubted.assign(patch_id=pack.table["patch_id"].iloc[doubted["row"]].to_numpy(str))
     chosen = order.sort_values(["doubt", "patch_id"], ascending=[False, True]).head(n)
-    sheet, pictures = _compose(pack, chosen, predictions_of)
+    sheet, pictures = _compose(pack, chosen, models)
     (place / PICTURES).mkdir()
     for name, picture in zip(sheet["picture"], pictures, strict=True):
         (place / name).write_bytes(picture[0])
@@ -141,7 +141,7 @@ def _average(pack: Pack, frames: list[pd.DataFrame]) -> tuple[np.ndarray, np.nda
 
 
 def _compose(
-    pack: Pack, chosen: pd.DataFrame, predictions_of: _Models
+    pack: Pack, chosen: pd.DataFrame, models: _Models
 ) -> tuple[pd.DataFrame, list[tuple[bytes, bytes]]]:
     """Return the sheet, and for each row the patch among those around it, and the patch by itself."""
     views, pictures, rows = SlideViews(pack), [], []
@@ -160,9 +160,7 @@ def _compose(
                 "decision": None,
                 "who": None,
                 "when": None,
-                "reason": _give_reason(
-                    one, pack.class_names[one.suggested], int(predictions_of.n_heard[one.row])
-                ),
+                "reason": _give_reason(one, pack.class_names[one.suggested], int(models.n_heard[one.row])),
                 "doubt": round(float(one.doubt), 3),
                 **{name: about[name] for name in ("patient_id", "slide_id", "x", "y")},
                 "picture": f"{PICTURES}/{number:04d}.jpg",
