@@ -10,7 +10,7 @@ from biopsy.core.subsets import subset_name
 
 FAILED, SKIPPED = 1, 3
 MAX_NAMED = 20  # skipped files named one by one before the rest is only counted
-MUCH = 0.1  # share of out-of-distribution patches from which a slide is named
+MUCH = 3  # times the expected share of out-of-distribution patches from which a slide is named
 
 COUNTS = {"odd_sizes": "padded to a square", "duplicates": "identical copies left out"}
 
@@ -577,14 +577,19 @@ def _print_slides(cohort: Any, options: Options) -> None:
 
 
 def _skipped_slides(cohort: Any) -> tuple[Sequence[Mapping[str, str]], Path]:
-    done = _finished(cohort)
-    for row in done[done["out_of_distribution"] >= MUCH].itertuples():
-        log.warning(
-            "%s: %s of the checked patches look out-of-distribution (1-2 %% expected); predictions for this "
-            "slide may be unreliable",
-            row.slide,
-            f"{row.out_of_distribution:.0%}",
-        )
+    from biopsy.models.out_of_distribution import expected_share
+
+    for row in _finished(cohort).itertuples():
+        low, high = expected_share(row.out_of_distribution_quantile)
+        if row.out_of_distribution >= MUCH * high:
+            log.warning(
+                "%s: %s of the checked patches look out-of-distribution (%.0f-%.0f %% expected); predictions for "
+                "this slide may be unreliable",
+                row.slide,
+                f"{row.out_of_distribution:.0%}",
+                100 * low,
+                100 * high,
+            )
     return cohort.failed, cohort.out / "status.csv"
 
 

@@ -68,6 +68,14 @@ def fit_reference(
     }
 
 
+def expected_share(quantile: float) -> tuple[float, float]:
+    """Return the share of patches like those of training that a limit at this quantile flags, low and high.
+
+    Either of two distances may be beyond its limit: as many patches as one flags, or twice as many.
+    """
+    return 1 - quantile, 2 * (1 - quantile)
+
+
 def out_of_distribution_scores(
     classifier: Classifier, patches: np.ndarray, sizes: np.ndarray | None, features: np.ndarray
 ) -> pd.DataFrame:

@@ -51,7 +51,7 @@ _FAILED = ".failed.json"
 _LOCK_S, _POLL_S = 10.0, 2.0
 COLUMNS = (
     *("slide", "source", "status", "reason", "n_patches", "mpp", "mpp_source", "positive_mm2"),
-    "out_of_distribution",
+    *("out_of_distribution", "out_of_distribution_quantile"),
 )
 
 
@@ -63,7 +63,8 @@ class SlideCohort:
         out: The folder that holds a folder a slide and ``status.csv``.
         status: One row a slide: ``slide, source, status`` (``done`` or ``failed``), ``reason``,
             ``n_patches``, ``mpp``, ``mpp_source``, ``positive_mm2``, ``out_of_distribution`` (share of the
-            checked patches that are unlike anything in training).
+            checked patches that are unlike anything in training) and ``out_of_distribution_quantile`` (of
+            validation, where the classifier's limit lies).
     """
 
     out: Path
@@ -313,12 +314,13 @@ def _row(
         "mpp_source": mpp["source"],
         "positive_mm2": positive.get("area_mm2"),
         "out_of_distribution": checked.get("share"),
+        "out_of_distribution_quantile": checked.get("quantile"),
     }
 
 
 def _write_status(out: Path, rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     table = pd.DataFrame(list(rows.values()), columns=COLUMNS).astype(
-        {"n_patches": "Int64", "out_of_distribution": float}
+        {"n_patches": "Int64", "out_of_distribution": float, "out_of_distribution_quantile": float}
     )
     write_csv(out / STATUS, table)
     return table

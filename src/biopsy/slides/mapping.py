@@ -223,7 +223,7 @@ class Mapper:
             answer.logits,
             self.classifier,
             about=self._describe(source, place, answer.software)
-            | _describe_out_of_distribution(answer.unlike),
+            | _describe_out_of_distribution(answer.unlike, self.classifier),
             picture=view.thumbnail,
             ood=_spread(view.checked, answer.unlike),
         )
@@ -282,8 +282,15 @@ def _spread(checked: np.ndarray, unlike: np.ndarray) -> np.ndarray | None:
     return ood
 
 
-def _describe_out_of_distribution(unlike: np.ndarray) -> dict[str, Any]:
-    """Say how much of a slide is unlike training; nothing where the classifier cannot tell."""
-    if not len(unlike):
+def _describe_out_of_distribution(unlike: np.ndarray, classifier: Classifier) -> dict[str, Any]:
+    """Return how much of a slide is unlike training; nothing where the classifier cannot tell."""
+    reference = classifier.info.out_of_distribution
+    if reference is None or not len(unlike):
         return {"out_of_distribution": None}
-    return {"out_of_distribution": {"n_checked": len(unlike), "share": float(unlike.mean())}}
+    return {
+        "out_of_distribution": {
+            "n_checked": len(unlike),
+            "share": float(unlike.mean()),
+            "quantile": reference["quantile"],
+        }
+    }

@@ -7,6 +7,7 @@ from typing import Any
 import cv2
 
 from biopsy.core.files import read_json
+from biopsy.models.out_of_distribution import QUANTILE, expected_share
 from biopsy.reporting.document import Block, Picture, Pictures, Section, Table, Text, number
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import Result, section
@@ -86,10 +87,13 @@ def _table_of_areas(summaries: Sequence[Mapping[str, Any]], positive: str) -> Ta
         "abstained",
     ]
     columns.append("out of distribution")
+    checked = [summary["out_of_distribution"] for summary in summaries if summary.get("out_of_distribution")]
+    quantile = checked[0].get("quantile", QUANTILE) if checked else QUANTILE
+    low, high = expected_share(quantile)
     note = (
         "Range: from the area with a calibrated probability of at least 0.9 to the area with at least 0.1. "
         "Abstained: share of cells on which the classifier abstains. Out of distribution: share of up to 250 "
-        "patches whose colours or features lie beyond the 99th percentile of validation; far above 1 %, "
-        "probabilities and areas are unreliable."
+        f"patches whose colours or features lie beyond the {100 * quantile:.0f}th percentile of validation; far "
+        f"above the {100 * low:.0f}-{100 * high:.0f} % expected, probabilities and areas are unreliable."
     )
     return Table(columns, rows, caption="Areas", note=note)
