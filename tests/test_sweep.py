@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from biopsy.core.errors import MetricError, RecipeError, RunError
+from biopsy.core.errors import MetricError, MissingExtra, RecipeError, RunError
 from biopsy.evaluation.study_tables import SHOWN
+from biopsy.experiments import run_specs, search
 from biopsy.experiments.figures import draw_sweep
 from biopsy.experiments.reports import report
+from biopsy.experiments.search import read_space, suggest
 from biopsy.experiments.sweeps import combine, read_grid, spell, summarise, sweep
 from biopsy.recipes import load_recipe
 from biopsy.training.study import Study
@@ -295,10 +297,102 @@ def test_sweep_from_the_command_line(finished, tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "studies/rates/metrics.json").read_text())["combinations"]) == 2
     wrong = call(*base, "--grid", "train.rl=1")
     assert wrong.exit_code == 1 and "did you mean 'train.lr'" in wrong.stderr and wrong.stdout == ""
-    assert call(*base).exit_code == 2
+    assert call(*base).exit_code == 1
+    ranges = ["--search", "train.lr=1e-3..1e-1 log", "--trials", "2"]
+    searched = call(*base, *fast, *ranges, "--name", "search")
+    assert searched.exit_code == 0, searched.stderr
+    kept = json.loads((tmp_path / "studies/search/metrics.json").read_text())
+    assert len(kept["combinations"]) == 2 and kept["ledger"] is None
 
 
 def test_the_base_recipe_is_what_is_kept(finished):
     assert load_recipe(RECIPE).train.lr == 0.01  # so one row of the grid is the recipe as it is
     kept = finished[0].info["recipes"]
     assert list(kept) == [RECIPE] and "lr = 0.01" in kept[RECIPE]
+
+
+# --- search
+
+
+SPACE = ("train.lr=1e-4..1e-1 log", "train.batch_size=8,16")
+
+
+def look_for(data, out, *, search=SPACE, trials=4, **options):
+    return ask(data, out, grid=(), search=search, trials=trials, **options)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train.lr=0.1..0.01", "range is empty"),
+        ("train.lr=0.1..0.1", "range is empty"),
+        ("train.lr=0..0.1 log", "begins above 0"),
+        ("train.lr=a..b", "ends of a range are numbers"),
+        ("train.lr=0.1", "neither a range nor a choice"),
+        ("train.lr=", "has no range"),
+        ("train.rl=0.1..0.2", "did you mean 'train.lr'"),
+        ("train.lr=-1..0.1", "train.lr: Input should be greater than 0"),
+        ("train.epochs=1..3", "stands in --search and in --set"),
+        ("model.trainable=all,block9", "block9"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused_before_anything_is_trained(finished, tmp_path, line, message):
+    pack = finished[0].runs()[0].open_pack()
+    with pytest.raises(RecipeError, match=message):
+        look_for(pack, tmp_path / "search", search=[line])
+    assert not (tmp_path / "search").exists()
+
+
+def test_a_search_or_a_grid_but_not_both(finished, tmp_path):
+    pack = finished[0].runs()[0].open_pack()
+    with pytest.raises(RecipeError, match="either --grid or --search"):
+        ask(pack, tmp_path / "search", search=SPACE)
+    with pytest.raises(RecipeError, match="at least one trial"):
+        look_for(pack, tmp_path / "search", trials=0)
+
+
+def test_suggestions_lie_in_the_space_and_learn_from_validation():
+    space = read_space(["train.lr=1e-4..1e-1 log", "train.batch_size=8..64", "model.trainable=head,all"])
+    trials = []
+    for _ in range(40):
+        values = suggest(space, trials, seed=3)
+        assert 1e-4 <= values["train.lr"] <= 1e-1 and values["model.trainable"] in ("head", "all")
+        assert isinstance(values["train.batch_size"], int) and 8 <= values["train.batch_size"] <= 64
+        trials.append((values, -abs(np.log10(values["train.lr"]) + 2)))  # best at 0.01
+    assert suggest(space, trials, seed=3) == suggest(space, trials, seed=3) != suggest(space, trials, seed=4)
+    off = [abs(np.log10(values["train.lr"]) + 2) for values, _ in trials]
+    assert np.mean(off[-15:]) < 0.5 * np.mean(off[:10])
+
+
+def test_a_search_that_was_stopped_ends_as_one_that_was_not(finished, tmp_path, monkeypatch):
+    pack = finished[0].runs()[0].open_pack()
+    monkeypatch.setattr(run_specs, "evaluate", lambda run: pytest.fail("the test subset was read"))
+    whole = look_for(pack, tmp_path / "whole")
+    calls = []
+
+    def stop(record):
+        calls.append(record)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        look_for(pack, tmp_path / "search", on_epoch=stop)
+    made = look_for(pack, tmp_path / "search")
+    tables = [study.table().drop(columns="seconds") for study in (made, whole)]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+    assert len(tables[0]) == 4 and not any((run.path / "evaluation").exists() for run in made.runs())
+    assert not {"auroc", "sensitivity"} & set(tables[0])
+    best = tables[0].loc[tables[0]["val_auroc"].idxmax()]
+    assert made.summary()["best"]["values"]["train.lr"] == best["train.lr"]
+    more = look_for(pack, tmp_path / "search", trials=5)
+    pd.testing.assert_frame_equal(more.table().drop(columns="seconds")[:4], tables[0], check_exact=True)
+    with pytest.raises(RunError, match="asked about another search"):
+        look_for(pack, tmp_path / "search", seeds=(1,))
+    (path,) = report(more, out=tmp_path / "report.html")
+    assert "has not been evaluated" in Page(path.read_text()).text
+
+
+def test_a_search_without_optuna_names_the_extra(monkeypatch):
+    monkeypatch.setattr(search, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match="search"):
+        read_space(SPACE)

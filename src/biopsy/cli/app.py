@@ -24,9 +24,9 @@ KNOWN_ERROR, USAGE, INTERRUPTED = 1, 2, 130
 
 OPTIONS = frozenset({"data", "out"})
 """Positional parameters of functions that are options of commands, except ``out`` of ``export``."""
-VERBATIM = frozenset({"overrides", "grid", "patch"})
+VERBATIM = frozenset({"overrides", "grid", "search", "patch"})
 """Lists whose values may hold commas: the option is repeated instead."""
-METAVARS = {"overrides": "KEY=VALUE", "grid": "KEY=VALUE,..."}
+METAVARS = {"overrides": "KEY=VALUE", "grid": "KEY=VALUE,...", "search": "KEY=LOW..HIGH"}
 
 HELP = """Train, evaluate, explain and run breast-histopathology patch classifiers.
 

@@ -583,8 +583,8 @@ def _skipped_slides(cohort: Any) -> tuple[Sequence[Mapping[str, str]], Path]:
         low, high = expected_share(row.out_of_distribution_quantile)
         if row.out_of_distribution >= MUCH * high:
             log.warning(
-                "%s: %s of the checked patches look out-of-distribution (%.0f-%.0f %% expected); predictions for "
-                "this slide may be unreliable",
+                "%s: %s of the checked patches look out-of-distribution (%.0f-%.0f %% expected); predictions "
+                "for this slide may be unreliable",
                 row.slide,
                 f"{row.out_of_distribution:.0%}",
                 100 * low,

@@ -91,7 +91,7 @@ def summarise(table: pd.DataFrame, pooled: pd.DataFrame, metrics: dict[str, Any]
 
 def describe_run(run: Run) -> dict[str, Any]:
     """Return a run's row of ``table.csv``."""
-    metrics, (frame, _), log = run.metrics(), run.predictions("test"), run.log()
+    metrics, (frame, _) = run.metrics(), run.predictions("test")
     groups = np.unique(group_by_unit(frame, metrics["unit"]))
     values, shown = metrics["patch"], _shown(metrics["positive_class"])
     baseline = metrics["baseline"] or {}
@@ -106,6 +106,14 @@ def describe_run(run: Run) -> dict[str, Any]:
         else None,
         **{name: _or_nan(values[name]["value"]) for name in shown},
         "baseline_auroc": _or_nan(baseline.get("auroc")),
+        **describe_training(run),
+    }
+
+
+def describe_training(run: Run) -> dict[str, Any]:
+    """Return what a run's row of ``table.csv`` says of its training."""
+    log = run.log()
+    return {
         "threshold": (run.info["threshold"] or {}).get("value"),
         "chosen_epoch": run.info["chosen_epoch"],
         "epochs": run.info["epochs_done"],

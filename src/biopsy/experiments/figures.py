@@ -249,6 +249,40 @@ def draw_sweep(
     return _draw_ranks(keys, points, sides, metric, marked)
 
 
+@styled
+def draw_search(
+    values: Mapping[str, Sequence[Any]],
+    validation: np.ndarray,
+    *,
+    metric: str = "AUROC",
+    best: Mapping[str, Any] | None = None,
+) -> Figure:
+    """Draw the validation metric of every trial of a search against each setting.
+
+    Args:
+        values: Setting to its value in each run, ``n_runs`` of each.
+        validation: The metric on validation, ``(n_runs,)``.
+        metric: Its name, on the axis.
+        best: Setting to value of the trial that validation chose, which is marked.
+    """
+    figure = Figure(figsize=(WIDTH_IN, 3.0), layout="constrained")
+    panels = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
+    for key, axes in zip(values, panels, strict=True):
+        numbers = [value for value in values[key] if isinstance(value, int | float)]
+        x: list[Any] = list(values[key])
+        if len(numbers) < len(x):
+            x = [shorten(_spell(value)) for value in x]
+        elif min(numbers) > 0 and max(numbers) / min(numbers) >= WIDE_RANGE:
+            axes.set_xscale("log")
+        axes.plot(x, validation, "o", color=_colour("validation"), markersize=5.5, alpha=0.7)
+        if best is not None:
+            mark = best[key] if len(numbers) == len(x) else shorten(_spell(best[key]))
+            axes.axvline(mark, color=INK, linewidth=0.9, linestyle=(0, (3, 3)), zorder=0)
+        axes.set_xlabel(key)
+    panels[0].set_ylabel(f"validation {metric} (dashed: chosen)")
+    return figure
+
+
 def _draw_line(
     key: str,
     values: Sequence[Any],

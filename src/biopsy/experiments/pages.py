@@ -64,7 +64,7 @@ def compose_study(study: Study, *, hide_ids: bool) -> list[tuple[str, ReportDocu
     Raises:
         RunError: If none of its runs has been evaluated.
     """
-    if not study.judged_runs():
+    if not (study.judged_runs() or (study.info.get("search") and sweeps.shown_runs(study))):
         raise RunError(f"{study.path} has no evaluated run: give the command that made it again")
     if study.info["question"] == sweeps.KIND:
         return [("report.html", report_of_sweep(_gather_sweep(study), hide_ids=hide_ids))]
@@ -78,10 +78,10 @@ def compose_study(study: Study, *, hide_ids: bool) -> list[tuple[str, ReportDocu
 
 def _gather_sweep(study: Study) -> SweepFacts:
     return SweepFacts(
-        study={**study.info, "environment": study.judged_runs()[0].info["environment"]},
+        study={**study.info, "environment": sweeps.shown_runs(study)[0].info["environment"]},
         summary=study.summary(),
         table=study.table(),
-        figure=sweeps.describe_figure(study),
+        figure=sweeps.draw_study(study),
         recipe_toml="".join(study.info["recipes"].values()),
         pseudonymizer=_name_ids(study),
     )
@@ -97,6 +97,7 @@ def _gather_reproduction(study: Study) -> ReproductionFacts:
 
 def _name_ids(study: Study) -> Pseudonymizer:
     """Number everybody that the study's runs tested."""
-    frames = [run.predictions("test")[0] for run in study.judged_runs()]
-    ids = pd.concat(frames)[[f"{kind}_id" for kind in KINDS]].drop_duplicates()
+    columns = [f"{kind}_id" for kind in KINDS]
+    frames = [run.predictions("test")[0] for run in study.judged_runs()] or [pd.DataFrame(columns=columns)]
+    ids = pd.concat(frames)[columns].drop_duplicates()
     return Pseudonymizer({kind: ids[f"{kind}_id"] for kind in KINDS}, study.info["pack"]["content_sha256"])

@@ -54,25 +54,26 @@ class RunSpec:
 def run_all(
     study: Study,
     pack: Pack,
-    specs: Sequence[RunSpec],
+    specs: Iterable[RunSpec],
     write_tables: Callable[[Study], None],
     *,
+    judge: bool = True,
     device: str,
     on_epoch: OnEpoch | None,
 ) -> Study:
     """Train and judge what has not been yet, and write the study's tables after every run.
 
     Finished runs are kept, half-trained ones are resumed; one whose loss diverges is named under ``failed``.
+    Specifications may be made while runs finish. Without ``judge`` the test subset is not evaluated.
     """
-    requested = {spec.name: spec.describe() for spec in specs}
-    study.update(runs={**study.info.get("runs", {}), **requested})
     failed: dict[str, str] = {}
     with hold_outputs(study.path, *OUTPUTS, adopt=True):
         for spec in specs:
+            study.update(runs={**study.info.get("runs", {}), spec.name: spec.describe()})
 
             def note(record: dict[str, Any], spec: RunSpec = spec) -> None:
                 if on_epoch:
-                    on_epoch(record | requested[spec.name])
+                    on_epoch(record | spec.describe())
 
             try:
                 run = _run(study.path / "runs" / spec.name, spec, pack, device, note)
@@ -80,9 +81,9 @@ def run_all(
                 logger.warning("%s: %s", spec.name, error)
                 failed[spec.name] = str(error)
                 continue
-            if not (run.path / "evaluation" / "metrics.json").exists():
+            if judge and not (run.path / "evaluation" / "metrics.json").exists():
                 evaluate(run)
-                write_tables(study)
+            write_tables(study)
         write_tables(study)
     study.update(status="finished", failed=failed)
     return study

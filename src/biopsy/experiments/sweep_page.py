@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from biopsy.core.text import count
 from biopsy.evaluation.provenance_sections import describe_reproduction
-from biopsy.experiments.figures import draw_sweep
 from biopsy.plotting.style import svg
 from biopsy.reporting.document import (
     Block,
@@ -43,7 +43,7 @@ class SweepFacts:
         study: What ``study.json`` holds, with ``environment``.
         summary: What ``metrics.json`` holds.
         table: One row a run.
-        figure: The arguments of `draw_sweep`.
+        figure: Every run against the settings.
         recipe_toml: The recipe before the settings of the grid.
         aliases: Numbers for everybody who is tested.
     """
@@ -51,7 +51,7 @@ class SweepFacts:
     study: Mapping[str, Any]
     summary: Mapping[str, Any]
     table: pd.DataFrame
-    figure: Mapping[str, Any]
+    figure: Figure
     recipe_toml: str
     pseudonymizer: Pseudonymizer
 
@@ -95,13 +95,18 @@ def _summarise(facts: SweepFacts, *, hide_ids: bool) -> Summary:
             for key, label in METRICS.items()
             if key in best and best[key]["mean"] is not None
         )
-        verdict = f"The {name} chooses {say_values(best['values'])}; its means on the test subset: {tested}."
+        verdict = f"The {name} chooses {say_values(best['values'])}; " + (
+            f"its means on the test subset: {tested}."
+            if tested
+            else "the test subset has not been evaluated: `biopsy evaluate` does so with the chosen run."
+        )
         beside = f"mean of {count(best['n_seeds'], 'seed')}"
         headlines = [
             Headline("AUROC on validation", best["val_auroc"]["mean"], beside=beside),
             *(
                 Headline(f"{label} on test", best[name]["mean"], reason="see the spread over seeds")
                 for name, label in list(METRICS.items())[:2]
+                if name in best
             ),
         ]
     return Summary(
@@ -109,9 +114,15 @@ def _summarise(facts: SweepFacts, *, hide_ids: bool) -> Summary:
         headlines=headlines,
         unit=facts.summary["unit"],
         findings=[
-            "The choice was made on validation, so the test metrics of the chosen combination are not biased "
-            "by it. The best of all test metrics would be.",
-            say_openings(facts.summary["ledger"]),
+            *(
+                ["The best of many validation metrics is optimistic: expect less on new patients."]
+                if facts.study.get("search")
+                else [
+                    "The choice was made on validation, so the test metrics of the chosen combination are "
+                    "not biased by it. The best of all test metrics would be.",
+                    say_openings(facts.summary["ledger"]),
+                ]
+            ),
             *([HIDDEN] if hide_ids else []),
         ],
         not_for=NOT_FOR,
@@ -146,7 +157,10 @@ def _describe_settings(facts: SweepFacts) -> Section:
         )
     columns = [*keys, "", "validation AUROC", *metrics.values(), "seeds"]
     picture = Picture(
-        "AUROC of every run on validation and test, by setting.", svg(draw_sweep(**facts.figure), "sweep")
+        "AUROC of every run on validation, by setting."
+        if facts.study.get("search")
+        else "AUROC of every run on validation and test, by setting.",
+        svg(facts.figure, "sweep"),
     )
     blocks: list[Block] = [
         Pictures([picture], across=1),
@@ -154,8 +168,13 @@ def _describe_settings(facts: SweepFacts) -> Section:
             columns,
             rows,
             caption="All combinations",
-            note="Mean ± standard deviation over seeds. Right of the validation AUROC: test subset, each run "
-            "at the threshold chosen on its validation subset.",
+            note="Mean ± standard deviation over seeds."
+            + (
+                " Right of the validation AUROC: test subset, each run at the threshold chosen on its "
+                "validation subset."
+                if metrics
+                else ""
+            ),
             text_columns=len(keys) + 1,
         ),
     ]

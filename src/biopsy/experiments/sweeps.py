@@ -3,21 +3,24 @@
 import hashlib
 import itertools
 import json
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from biopsy.core.errors import RecipeError, RunError
 from biopsy.core.files import write_json, write_output
 from biopsy.data.packs import Pack
-from biopsy.evaluation.study_tables import SHOWN, describe_run
-from biopsy.experiments.figures import draw_sweep
+from biopsy.evaluation.study_tables import SHOWN, describe_run, describe_training
+from biopsy.experiments.figures import draw_search, draw_sweep
 from biopsy.experiments.run_specs import RunSpec, check_networks, open_study, place_study, run_all
+from biopsy.experiments.search import Trial, list_ends, read_space, suggest
 from biopsy.plotting.style import png
 from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
 from biopsy.training.fit import OnEpoch
@@ -73,7 +76,10 @@ def read_grid(grid: Iterable[str]) -> dict[str, list[str]]:
             raise RecipeError(f"--grid names {key!r} twice: give all its values in one")
         result[key] = values
     if not result:
-        raise RecipeError("a sweep needs a grid of values: write --grid train.lr=0.01,0.001")
+        raise RecipeError(
+            "a sweep needs a grid of values or a search: write --grid train.lr=0.01,0.001 or "
+            "--search 'train.lr=1e-4..1e-1 log'"
+        )
     return result
 
 
@@ -96,11 +102,16 @@ def combine(recipe: str | Path | Recipe, grid: Iterable[str], overrides: Sequenc
     result: dict[str, Combination] = {}
     for values in itertools.product(*requested.values()):
         lines = [f"{key}={value}" for key, value in zip(requested, values, strict=True)]
-        changed = load_recipe(recipe, [*overrides, *lines])
-        document = changed.model_dump()
-        combination = Combination({key: _find(document, key) for key in requested}, changed)
+        combination = _combination(recipe, list(requested), [*overrides, *lines])
         result.setdefault(combination.name, combination)
     return list(result.values())
+
+
+def _combination(recipe: str | Path | Recipe, keys: Sequence[str], lines: Sequence[str]) -> Combination:
+    """Return the combination that some overrides make."""
+    changed = load_recipe(recipe, lines)
+    document = changed.model_dump()
+    return Combination({key: _find(document, key) for key in keys}, changed)
 
 
 def spell(value: object) -> str:
@@ -141,7 +152,9 @@ def sweep(
     recipe: str | Path | Recipe,
     data: Pack | Path | str,
     *,
-    grid: Iterable[str],
+    grid: Iterable[str] = (),
+    search: Iterable[str] = (),
+    trials: int = 20,
     split: str | None = None,
     fold: int | None = None,
     seeds: Sequence[int] = (0,),
@@ -151,16 +164,20 @@ def sweep(
     device: str = "auto",
     on_epoch: OnEpoch | None = None,
 ) -> Study:
-    """Train and evaluate every combination of some settings, and choose one on validation.
+    """Train every combination of some settings, or search ranges of them, and choose one on validation.
 
     The same command continues an interrupted sweep; seeds, and values of the same settings, may be added.
-    Every combination is tested, which the ledger counts; the choice rests on validation alone.
+    Every combination of a grid is tested, which the ledger counts; the choice rests on validation alone. A
+    search (extra ``search``, Optuna's TPE) does not evaluate the test subset at all.
 
     Args:
         recipe: Name of a recipe, or TOML file.
         data: Pack, or an archive to prepare.
         grid: Setting and its values, ``KEY=VALUE,VALUE``; may be repeated, for every combination. Commas
             in brackets and quotes belong to a value.
+        search: Setting and its range, ``KEY=LOW..HIGH`` or ``"KEY=LOW..HIGH log"``, or a choice,
+            ``KEY=VALUE,VALUE``, instead of a grid; may be repeated.
+        trials: Combinations that a search tries.
         split: Split of the pack (default: the data set's own, else by patient).
         fold: Fold to test, of a split with folds.
         seeds: Training seeds of every combination.
@@ -177,25 +194,39 @@ def sweep(
         RunError: If the folder holds a study that asked something else.
     """
     changed = setting_lines(overrides)
-    combinations = combine(recipe, grid, changed)
+    ranges = [search] if isinstance(search, str) else list(search)
+    space = read_space(ranges) if ranges else {}
+    if space and grid:
+        raise RecipeError("a sweep takes either --grid or --search")
+    if space and trials < 1:
+        raise RecipeError(f"a search needs at least one trial, got --trials {trials}")
+    base = load_recipe(recipe, changed)
+    if space:
+        combinations = [_with_values(base, values, changed) for values in list_ends(space)]
+    else:
+        combinations = combine(recipe, grid, changed)
     if not seeds:
         raise RunError("a sweep needs at least one seed")
-    base = load_recipe(recipe, changed)
     pack = open_data(data)
     check_networks([combination.recipe for combination in combinations], pack)
     chosen = choose_split(pack, split, base)
     chosen.sides(pack, fold)
     study = open_study(
-        place_study(name or f"sweep-{base.name}-{chosen.name}", out),
+        place_study(name or f"{'search' if space else 'sweep'}-{base.name}-{chosen.name}", out),
         kind=KIND,
         pack=pack,
         recipes=[base],
         seeds=seeds,
-        same={"grid": list(combinations[0].values), "fold": fold},
+        same={
+            "grid": list(combinations[0].values),
+            "fold": fold,
+            "search": {"ranges": ranges, "seeds": list(seeds)} if space else None,
+        },
         split=chosen,
     )
-    specs = [
-        RunSpec(
+
+    def specify(combination: Combination, seed: int) -> RunSpec:
+        return RunSpec(
             name=f"{combination.name}-s{seed}",
             recipe=combination.recipe,
             split=chosen,
@@ -203,24 +234,66 @@ def sweep(
             seed=seed,
             about=combination.values,
         )
-        for seed in seeds
-        for combination in combinations
-    ]
-    study = run_all(study, pack, specs, write_tables, device=device, on_epoch=on_epoch)
-    if study.judged_runs():
-        write_output(study.path / "figure.png", png(draw_sweep(**describe_figure(study))))
+
+    def search_specs() -> Iterator[RunSpec]:
+        done: list[Trial] = []
+        while len(done) < trials:
+            values = suggest(space, done, seed=seeds[0])
+            specs = [specify(_with_values(base, values, changed), seed) for seed in seeds]
+            yield from specs
+            done.append((values, _score([study.path / "runs" / spec.name for spec in specs])))
+
+    specs = (
+        search_specs()
+        if space
+        else [specify(combination, seed) for seed in seeds for combination in combinations]
+    )
+    study = run_all(study, pack, specs, write_tables, judge=not space, device=device, on_epoch=on_epoch)
+    if shown_runs(study):
+        write_output(study.path / "figure.png", png(draw_study(study)))
     return study
+
+
+def _with_values(base: Recipe, values: Mapping[str, Any], overrides: Sequence[str]) -> Combination:
+    """Return the combination of some values of a search.
+
+    Raises:
+        RecipeError: If the recipe has no such setting or may not have such a value, or one is overridden too.
+    """
+    for key in values.keys() & {line.partition("=")[0].strip() for line in overrides}:
+        raise RecipeError(f"{key} stands in --search and in --set: leave it out of one")
+    return _combination(base, list(values), setting_lines(values))
+
+
+def _score(paths: Sequence[Path]) -> float | None:
+    """Return the mean AUROC on validation of a trial's runs, or minus the loss; None where one diverged."""
+    runs = [Run.open(path) for path in paths]
+    if any(run.info["status"] != "finished" for run in runs):
+        return None
+    records = [_chosen_record(run) for run in runs]
+    scores = [
+        -record["val_loss"] if record["val_auroc"] is None else record["val_auroc"] for record in records
+    ]
+    mean = float(np.mean(scores))
+    return mean if math.isfinite(mean) else None
+
+
+def shown_runs(study: Study) -> list[Run]:
+    """Return the runs that a sweep's table shows: those evaluated; of a search, those trained."""
+    if study.info.get("search"):
+        return [run for run in study.runs() if run.info["status"] == "finished"]
+    return study.judged_runs()
 
 
 def write_tables(study: Study) -> None:
     """Write ``table.csv`` and ``metrics.json`` from the runs judged so far."""
-    runs = study.judged_runs()
+    runs = shown_runs(study)
     if not runs:
         return
     rows = [_describe(run, study.info) for run in runs]
     table = pd.DataFrame([{key: _cell(value) for key, value in row.items()} for row in rows])
     study.write_table(table)
-    write_json(study.path / "metrics.json", summarise(rows, study.info["grid"], [r.metrics() for r in runs]))
+    write_json(study.path / "metrics.json", summarise(rows, study.info["grid"], _metrics(study)))
 
 
 def summarise(
@@ -232,7 +305,7 @@ def summarise(
         rows: One a run: the settings of the grid by name, ``seed``, ``val_auroc``, ``val_loss`` and the
             metrics of the test side.
         keys: The settings of the grid.
-        metrics: ``metrics.json`` of the runs.
+        metrics: ``metrics.json`` of the runs; none of a search, which does not evaluate the test subset.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -247,8 +320,8 @@ def summarise(
     openings = [found["ledger"] for found in metrics if found["ledger"]]
     return {
         "format": SUMMARY_FORMAT,
-        "positive_class": metrics[0]["positive_class"],
-        "unit": metrics[0]["unit"],
+        "positive_class": metrics[0]["positive_class"] if metrics else None,
+        "unit": metrics[0]["unit"] if metrics else "",
         "grid": list(keys),
         "chosen_by": by,
         "best": None if by is None else max(complete, key=lambda entry: sign * entry[by]["mean"]),
@@ -262,7 +335,7 @@ def _summarise_combination(rows: Sequence[dict[str, Any]], keys: Sequence[str]) 
         "values": {key: rows[0][key] for key in keys},
         "n_seeds": len(rows),
         **{name: spread([row[name] for row in rows]) for name in (*CHOSEN_BY, *SHOWN) if name in rows[0]},
-        "baseline_auroc": spread([row["baseline_auroc"] for row in rows])["mean"],
+        "baseline_auroc": spread([row.get("baseline_auroc") for row in rows])["mean"],
     }
 
 
@@ -274,29 +347,37 @@ def spread(values: Sequence[float | None]) -> dict[str, float | None]:
     return {"mean": float(known.mean()), "sd": float(known.std(ddof=1)) if len(known) > 1 else None}
 
 
-def describe_figure(study: Study) -> dict[str, Any]:
-    """Return what the figure of a sweep is drawn from: the arguments of `draw_sweep`."""
-    runs = study.judged_runs()
-    rows = [_describe(run, study.info) for run in runs]
-    summary = summarise(rows, study.info["grid"], [run.metrics() for run in runs])
+def _metrics(study: Study) -> list[dict[str, Any]]:
+    return [run.metrics() for run in study.judged_runs()] if not study.info.get("search") else []
+
+
+def draw_study(study: Study) -> Figure:
+    """Draw every run of a sweep against the settings that were tried."""
+    rows = [_describe(run, study.info) for run in shown_runs(study)]
+    summary = summarise(rows, study.info["grid"], _metrics(study))
     metric = summary["chosen_by"] or CHOSEN_BY[0]
-    best = summary["best"]
-    return {
-        "values": {key: [row[key] for row in rows] for key in study.info["grid"]},
-        "validation": np.array([_number(row[metric]) for row in rows]),
-        "test": np.array([_number(row[metric.removeprefix("val_")]) for row in rows])
-        if metric == "val_auroc"
-        else None,
-        "metric": "AUROC" if metric == "val_auroc" else "loss",
-        "best": None if best is None else best["values"],
-    }
+    name, best = ("AUROC" if metric == "val_auroc" else "loss"), summary["best"]
+    values = {key: [row[key] for row in rows] for key in study.info["grid"]}
+    validation = np.array([_number(row[metric]) for row in rows])
+    marked = None if best is None else best["values"]
+    if study.info.get("search"):
+        return draw_search(values, validation, metric=name, best=marked)
+    test = np.array([_number(row["auroc"]) for row in rows]) if metric == "val_auroc" else None
+    return draw_sweep(values, validation, test, metric=name, best=marked)
+
+
+def _chosen_record(run: Run) -> dict[str, Any]:
+    """Return what the epoch that a run kept reached on validation."""
+    return next(record for record in run.log() if record["epoch"] == run.info["chosen_epoch"])
 
 
 def _describe(run: Run, info: dict[str, Any]) -> dict[str, Any]:
     """Return a run's row: the settings of the grid, validation at the chosen epoch, the test subset."""
-    about, log = info["runs"][run.path.name], run.log()
-    chosen = next(record for record in log if record["epoch"] == run.info["chosen_epoch"])
-    row = describe_run(run)
+    about, chosen = info["runs"][run.path.name], _chosen_record(run)
+    if info.get("search"):
+        row = {"recipe": run.info["recipe"], "seed": run.info["seed"], **describe_training(run)}
+    else:
+        row = describe_run(run)
     return {
         **{key: about[key] for key in info["grid"]},
         "seed": row.pop("seed"),

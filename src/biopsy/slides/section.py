@@ -93,7 +93,7 @@ def _table_of_areas(summaries: Sequence[Mapping[str, Any]], positive: str) -> Ta
     note = (
         "Range: from the area with a calibrated probability of at least 0.9 to the area with at least 0.1. "
         "Abstained: share of cells on which the classifier abstains. Out of distribution: share of up to 250 "
-        f"patches whose colours or features lie beyond the {100 * quantile:.0f}th percentile of validation; far "
-        f"above the {100 * low:.0f}-{100 * high:.0f} % expected, probabilities and areas are unreliable."
+        f"patches whose colours or features lie beyond the {100 * quantile:.0f}th percentile of validation; "
+        f"far above the {100 * low:.0f}-{100 * high:.0f} % expected, probabilities and areas are unreliable."
     )
     return Table(columns, rows, caption="Areas", note=note)
