@@ -123,6 +123,8 @@ def suggest(space: "Mapping[str, BaseDistribution]", trials: Sequence[Trial], *,
 
 
 def _round(value: Any, distribution: "BaseDistribution") -> Any:
-    if not isinstance(value, float) or not hasattr(distribution, "low"):
+    from optuna.distributions import FloatDistribution
+
+    if not isinstance(distribution, FloatDistribution):
         return value
     return min(max(float(f"{value:.{N_DIGITS}g}"), distribution.low), distribution.high)
