@@ -1,0 +1,421 @@
+"""What becomes of a command that is interrupted, or meets a full disk, and is then run again.
+
+Command (POSIX only)::
+
+    python benchmarks/faults.py [--points 10] [--seed 0] [--commands train,slide] [--faults SIGKILL]
+
+Small phantom inputs are made once. Each command (`prepare`, `train`, `evaluate`, `slide`, `study`, `sweep`)
+runs three times undisturbed: what is equal in all three (files; of JSON and csv files, values) is what a
+disturbed one must come to. Every point is a process of its own, forked from this one:
+
+* ``SIGKILL``, ``SIGTERM``, ``SIGINT``: sent at, or up to 20 ms after, a random one of the command's file
+  operations (opening to write, renaming, making, removing; counted by an audit hook), four points in five;
+  else at a random time of the run;
+* ``disk full``: no file may grow beyond a random size (RLIMIT_FSIZE), or file operations fail with ENOSPC
+  from a random one on;
+* ``read-only``: every file operation that changes the folder fails with EROFS;
+* ``few handles``: a random limit of 16 to 64 open files (RLIMIT_NOFILE);
+* ``two at once``: the command is started twice in the same folder.
+
+Then the same command (of a training, ``biopsy train --resume``) runs undisturbed. A point passes if the
+disturbed process ended by its signal, with its result, or with an error and no traceback; the second run
+succeeded; and its files are those of an undisturbed one, with no temporary file left. The count of openings
+in a pack's ledger may be higher: each was one.
+
+Results: `results/faults.csv`, one row a command and fault, shown in `docs/reliability.md`.
+"""
+
+import argparse
+import csv
+import errno
+import hashlib
+import importlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import biopsy
+from biopsy.cli import app
+from biopsy.core.files import LOCK, MANIFEST, find_changed
+from biopsy.phantom.cohort import write_archive
+from biopsy.phantom.slides import make_phantom_slide
+
+RESULTS = Path(__file__).parent / "results" / "faults.csv"
+TINY = (
+    *("preprocessing.input_px=16", "model.params.base_channels=4", "model.tta=none", "model.context=0"),
+    *("train.epochs=2", "train.batch_size=16", "train.precision=fp32"),
+)
+SETTINGS = [word for setting in TINY for word in ("--set", setting)]
+STUDY = ("idc-small", "--data", "in.pack", "--split", "patients", "--device", "cpu", "--seeds", "0,1")
+COMMANDS = {
+    "prepare": ("prepare", "cohort.zip", "--out", "out.pack"),
+    "train": (
+        *(
+            "train",
+            "idc-small",
+            "--data",
+            "in.pack",
+            "--split",
+            "patients",
+            "--out",
+            "out",
+            "--device",
+            "cpu",
+        ),
+        *SETTINGS,
+    ),
+    "evaluate": ("evaluate", "in.run"),
+    "slide": ("slide", "in.run", "slides", "--out", "out", "--device", "cpu"),
+    "study": ("study", *STUDY, "--out", "out", *SETTINGS),
+    "sweep": ("sweep", *STUDY[:-1], "0", "--grid", "train.lr=0.1,0.05", "--out", "out", *SETTINGS),
+}
+INPUTS = {
+    "in.pack": ("prepare", "cohort.zip", "--out", "in.pack"),
+    "in.run": (*COMMANDS["train"][:6], "--out", "in.run", "--device", "cpu", *SETTINGS),
+}
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
+FAULTS = (*SIGNALS, "disk full", "read-only", "few handles", "two at once")
+CHANGING = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
+VOLATILE = {"times", "seconds", "document_sha256"}
+"""Values that a second attempt may change: counts of openings, durations, hashes of such files."""
+SKIPPED = {MANIFEST, LOCK, "ledger.jsonl"}
+
+
+Disturbance = Callable[[int], None]
+"""Called in the process with 0 before the command, and with n at its nth file operation."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a process ended: exit code (negative: the signal), what it printed, file operations, seconds."""
+
+    code: int
+    text: str
+    operations: int
+    seconds: float
+
+
+# --- processes
+def start(
+    folder: Path, command: Callable[[], int], disturb: Disturbance | None = None
+) -> tuple[int, Path, float]:
+    """Fork a process that runs a command in a folder; return its id, the file of what it prints, the time."""
+    descriptor, log = tempfile.mkstemp(suffix=".log", dir=folder.parent)
+    began, pid = time.monotonic(), os.fork()
+    if pid:
+        os.close(descriptor)
+        return pid, Path(log), began
+    code = 99
+    try:
+        os.chdir(folder)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        count = count_operations(folder, disturb)
+        code = command()
+        sys.stdout.flush()
+        os.write(1, f"\noperations={count[0]}".encode())
+    except BaseException:
+        traceback.print_exc(file=sys.stdout)
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
+
+
+def wait(process: tuple[int, Path, float]) -> Outcome:
+    """Wait for a process that `start` has made."""
+    pid, log, began = process
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    text, _, operations = log.read_text(errors="replace").partition("\noperations=")
+    log.unlink()
+    return Outcome(code, text, int(operations or 0), time.monotonic() - began)
+
+
+def run(folder: Path, words: tuple[str, ...], disturb: Disturbance | None = None) -> Outcome:
+    """Run a command line in a folder, in a process of its own."""
+    return wait(start(folder, lambda: app.run([*words, "--quiet"]), disturb))
+
+
+def count_operations(folder: Path, disturb: Disturbance | None) -> list[int]:
+    """Count, in this process from now on, the operations that change files in a folder."""
+    count = [0]
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, mode, flags = arguments
+            writes = set(mode) & set("wax+") if isinstance(mode, str) else flags & (os.O_WRONLY | os.O_RDWR)
+        else:
+            path, writes = arguments[0] if arguments else 0, event in CHANGING
+        if writes and isinstance(path, str | bytes | os.PathLike):
+            if os.path.abspath(os.fsdecode(path)).startswith(f"{folder}{os.sep}"):
+                count[0] += 1
+                if disturb:
+                    disturb(count[0])
+
+    if disturb:
+        disturb(0)
+    sys.addaudithook(hook)
+    return count
+
+
+# --- faults
+def send(number: signal.Signals, operation: int | None, delay: float) -> Disturbance:
+    """Return what sends a signal some seconds after a file operation, or after the start."""
+
+    def disturb(n: int) -> None:
+        if n == (operation or 0):
+            if delay:
+                threading.Timer(delay, os.kill, (os.getpid(), number)).start()
+            else:
+                os.kill(os.getpid(), number)
+
+    return disturb
+
+
+def fail_from(operation: int, code: int) -> Disturbance:
+    """Return what lets file operations fail from one on."""
+
+    def disturb(n: int) -> None:
+        if n >= operation:
+            raise OSError(code, os.strerror(code))
+
+    return disturb
+
+
+def limit(kind: int, value: int) -> Disturbance:
+    """Return what limits the process from its start."""
+
+    def disturb(n: int) -> None:
+        if n == 0:
+            resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
+
+    return disturb
+
+
+def draw_fault(
+    fault: str, index: int, rng: random.Random, whole: Outcome, largest: int
+) -> tuple[Disturbance, bool]:
+    """Draw one point of a fault; say whether it lies between the first and the last write."""
+    operation = rng.randint(1, whole.operations)
+    if fault in SIGNALS:
+        number = signal.Signals[fault]
+        if index % 5 == 4:
+            return send(number, None, rng.uniform(0.01, whole.seconds)), False
+        return send(number, operation, rng.choice([0, rng.uniform(0.0005, 0.02)])), True
+    if fault == "disk full":
+        if index % 2:
+            return fail_from(operation, errno.ENOSPC), True
+        return limit(resource.RLIMIT_FSIZE, rng.randint(0, largest)), True
+    if fault == "read-only":
+        return fail_from(1, errno.EROFS), False
+    return limit(resource.RLIMIT_NOFILE, rng.randint(16, 64)), False
+
+
+@dataclass
+class Row:
+    """Points of a command and fault: all, between writes, after the command had ended, passed."""
+
+    command: str
+    fault: str
+    points: int = 0
+    between_writes: int = 0
+    ended_before: int = 0
+    passed: int = 0
+
+
+# --- results
+def read_values(folder: Path) -> dict[str, Any]:
+    """Return what a folder holds: of JSON and csv files each value, of others a hash."""
+    values: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file() or path.name in SKIPPED or path.name.endswith(".lock"):
+            continue
+        if path.suffix == ".json":
+            values |= flatten(json.loads(path.read_text()), name)
+        elif path.suffix == ".jsonl":
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            values |= flatten(lines, name)
+        elif path.suffix == ".csv":
+            values |= flatten(list(csv.reader(path.open(newline=""))), name)
+        else:
+            values[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return values
+
+
+def flatten(value: Any, name: str) -> dict[str, Any]:
+    """Return the values of a document by their place in it."""
+    if not isinstance(value, dict | list) or not value:
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {
+        place: leaf
+        for key, item in items
+        if key not in VOLATILE
+        for place, leaf in flatten(item, f"{name}/{key}").items()
+    }
+
+
+def find_difference(values: dict[str, Any], whole: dict[str, Any], stable: set[str]) -> str | None:
+    """Return the first place where a folder's values are not those of an undisturbed run."""
+    for place in sorted(whole.keys() ^ values.keys()):
+        return f"{place} {'is missing' if place in whole else 'is left over'}"
+    return next((f"{place} differs" for place in sorted(stable) if values[place] != whole[place]), None)
+
+
+def find_changed_outputs(folder: Path) -> str | None:
+    """Return a file that a manifest lists and that is not what it says."""
+    for manifest in folder.rglob(MANIFEST):
+        for name in find_changed(manifest.parent) or ():
+            return f"{manifest.parent.relative_to(folder) / name} is not what its manifest says"
+    return None
+
+
+def find_fault(outcome: Outcome, codes: set[int]) -> str | None:
+    """Return what is wrong with how a process ended."""
+    if "Traceback" in outcome.text:
+        return "traceback: " + outcome.text.strip().splitlines()[-1][:200]
+    return None if outcome.code in codes else f"exit code {outcome.code}: {outcome.text.strip()[-200:]}"
+
+
+# --- the campaign
+class Campaign:
+    """The inputs, and a folder in which every point finds them anew under the same names."""
+
+    def __init__(self, work: Path) -> None:
+        self.inputs, self.folder = work / "inputs", work / "here"
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        check(wait(start(self.folder, make_sources)))
+        for words in INPUTS.values():
+            check(run(self.folder, words))
+        shutil.rmtree(self.inputs, ignore_errors=True)
+        shutil.copytree(self.folder, self.inputs)
+
+    def renew(self) -> None:
+        """Bring the folder back to what it held before the command."""
+        shutil.rmtree(self.folder)
+        shutil.copytree(self.inputs, self.folder)
+
+    def measure(self, words: tuple[str, ...]) -> tuple[Outcome, dict[str, Any], set[str], int]:
+        """Run a command three times; return an outcome, its values, the stable ones, its largest file."""
+        results = []
+        for _ in range(3):
+            self.renew()
+            outcome = check(run(self.folder, words))
+            results.append(read_values(self.folder))
+        first = results[0]
+        stable = {name for name in first if all(result.get(name) == first[name] for result in results)}
+        before = {path.relative_to(self.inputs) for path in self.inputs.rglob("*")}
+        new = [path for path in self.folder.rglob("*") if path.relative_to(self.folder) not in before]
+        return outcome, first, stable, max(path.stat().st_size for path in new if path.is_file())
+
+    def try_point(
+        self, words: tuple[str, ...], disturb: Disturbance | None, codes: set[int]
+    ) -> tuple[bool, str]:
+        """Disturb a command (None: run it twice); return whether it ended all the same, and what is wrong."""
+        self.renew()
+        if disturb is None:
+            both = [start(self.folder, lambda: app.run([*words, "--quiet"])) for _ in range(2)]
+            outcomes = [wait(process) for process in both]
+        else:
+            outcomes = [run(self.folder, words, disturb)]
+        wrong = next(filter(None, (find_fault(outcome, codes) for outcome in outcomes)), "")
+        again = words
+        if words[0] == "train" and (run_file := self.folder / "out" / "run.json").exists():
+            is_finished = json.loads(run_file.read_text())["status"] == "finished"
+            again = words if is_finished else ("train", "--resume", "out", "--device", "cpu")
+        wrong = wrong or find_fault(run(self.folder, again), {0}) or ""
+        return all(outcome.code == 0 for outcome in outcomes), wrong
+
+
+def make_sources() -> int:
+    """Write the cohort and the slides."""
+    write_archive("cohort.zip", n_patients=10, patches_per_patient=24, seed=0)
+    for index in range(3):
+        make_phantom_slide(
+            f"slides/{index}.tiff", seed=index, patient=str(99000 + index), width=500, height=400, mpp=2.0
+        )
+    return 0
+
+
+def check(outcome: Outcome) -> Outcome:
+    """Return the outcome of a process that must succeed."""
+    if outcome.code:
+        raise SystemExit(f"an undisturbed command failed with {outcome.code}: {outcome.text}")
+    return outcome
+
+
+def try_command(
+    campaign: Campaign, command: str, faults: Sequence[str], n_points: int, seed: int
+) -> Iterator[Row]:
+    """Try all faults on one command."""
+    words = COMMANDS[command]
+    whole, values, stable, largest = campaign.measure(words)
+    for fault in faults:
+        row = Row(command, fault)
+        for index in range(1 if fault == "read-only" else n_points):
+            rng = random.Random(f"{seed} {command} {fault} {index}")
+            codes = {0, 1, 3}
+            if fault == "two at once":
+                disturb, between = None, False
+            else:
+                disturb, between = draw_fault(fault, index, rng, whole, largest)
+            if fault in SIGNALS:
+                codes = {0, 130 if fault == "SIGINT" else -signal.Signals[fault]}
+            ended, wrong = campaign.try_point(words, disturb, codes)
+            if not wrong:
+                wrong = find_difference(read_values(campaign.folder), values, stable) or ""
+                wrong = wrong or find_changed_outputs(campaign.folder) or ""
+            row.points += 1
+            row.between_writes += between
+            row.ended_before += ended and fault != "two at once"
+            row.passed += not wrong
+            if wrong:
+                print(f"{command}, {fault}, point {index}: {wrong}", flush=True)
+        yield row
+
+
+def main() -> None:
+    """Run the campaign, and add to the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--points", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commands", default=",".join(COMMANDS))
+    parser.add_argument("--faults", default=",".join(FAULTS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    for name in COMMANDS:
+        getattr(biopsy, name)  # imported once, not in every process
+    importlib.import_module("torch._dynamo")
+    with tempfile.TemporaryDirectory() as work:
+        campaign = Campaign(Path(work).resolve())
+        rows = pd.read_csv(arguments.out).to_dict("records") if arguments.out.exists() else []
+        for command in arguments.commands.split(","):
+            for row in try_command(
+                campaign, command, arguments.faults.split(","), arguments.points, arguments.seed
+            ):
+                new = {**asdict(row), "seed": arguments.seed, "biopsy": biopsy.__version__}
+                print(", ".join(f"{key} {value}" for key, value in new.items()), flush=True)
+                old = [one for one in rows if (one["command"], one["fault"]) != (row.command, row.fault)]
+                rows = [*old, new]
+                pd.DataFrame(rows).to_csv(arguments.out, index=False)
+
+
+if __name__ == "__main__":
+    main()
