@@ -121,6 +121,7 @@ def start(
         return pid, Path(log), began
     code = 99
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which programs in the background ignore
         os.chdir(folder)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
@@ -345,9 +346,9 @@ class Campaign:
 def make_sources() -> int:
     """Write the cohort and the slides."""
     write_archive("cohort.zip", n_patients=10, patches_per_patient=24, seed=0)
-    for index in range(3):
+    for index in range(2):
         make_phantom_slide(
-            f"slides/{index}.tiff", seed=index, patient=str(99000 + index), width=500, height=400, mpp=2.0
+            f"slides/{index}.tiff", seed=index, patient=str(99000 + index), width=400, height=300, mpp=2.0
         )
     return 0
 

@@ -1,5 +1,6 @@
 """Several processes on one output folder: claims, dead owners, and the same result as of one process."""
 
+import errno
 import json
 import os
 import re
@@ -14,10 +15,9 @@ import pandas as pd
 import pytest
 
 from biopsy.core import claims as module
-from biopsy.core.claims import FOLDER, Claims
+from biopsy.core.claims import FOLDER, Claims, first_of_shard
 from biopsy.core.errors import DataError, SlideError
 from biopsy.core.files import LOCK, machine_id
-from biopsy.slides import cohorts
 from biopsy.slides.cohorts import slide
 from conftest import PROJECT
 from slide_maps import save_classifier
@@ -79,6 +79,29 @@ def test_a_claim_is_taken_over_from_the_dead_only(tmp_path, owner, is_taken):
     leave_claim(tmp_path, "a", **owner)
     with Claims(tmp_path) as claims:
         assert claims.take("a") is is_taken
+
+
+def test_what_a_killed_process_leaves_is_removed_by_the_next(tmp_path):
+    code = (
+        "import os, signal, sys\nfrom biopsy.core import files\nfrom biopsy.core.claims import Claims\n"
+        "files._remove = lambda path: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "with Claims(sys.argv[1]) as claims:\n    claims.take('a') and claims.now()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode < 0
+    assert len(list((tmp_path / FOLDER).iterdir())) == 2  # the claim, and the file that told the time
+    with Claims(tmp_path) as claims:
+        assert claims.take("a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_claim_that_cannot_be_written_is_not_left(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(module.json, "dump", fail)
+    with Claims(tmp_path) as claims, pytest.raises(OSError, match="no space"):
+        claims.take("a")
+    assert list(tmp_path.rglob("*.claim")) == []
 
 
 def test_a_claim_is_kept_alive(tmp_path, monkeypatch):
@@ -145,7 +168,7 @@ def test_shards_need_a_folder_and_a_failed_slide_fails(slides, tmp_path):
 
 
 def test_shards_begin_at_their_part():
-    assert [cohorts._first_of_shard(f"{i}/3", 10) for i in (1, 2, 3)] == [0, 3, 6]
+    assert [first_of_shard(f"{i}/3", 10) for i in (1, 2, 3)] == [0, 3, 6]
 
 
 @pytest.mark.slow

@@ -3,13 +3,19 @@
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from biopsy.core.errors import RunError
+from biopsy.core.claims import FOLDER
+from biopsy.core.errors import DataError, RunError
+from biopsy.core.files import machine_id
 from biopsy.data.packs import Pack
 from biopsy.data.splits import make_split, save_split
 from biopsy.experiments.folds import study
@@ -152,6 +158,43 @@ def test_interrupted_and_continued_equals_uninterrupted(finished, tmp_path):
     pd.testing.assert_frame_equal(whole.predictions(), first_seed, check_exact=True)
     uninterrupted = made.table().query("seed == 0").drop(columns="seconds").reset_index(drop=True)
     pd.testing.assert_frame_equal(whole.table().drop(columns="seconds"), uninterrupted, check_exact=True)
+
+
+def test_a_shard_begins_with_its_part_and_does_all_that_no_other_does(finished, tmp_path):
+    made, _ = finished
+    pack, begun = made.runs()[0].open_pack(), []
+    with pytest.raises(DataError, match="I/N"):
+        ask(pack, tmp_path / "study", folds=3, shard="3/2")
+    (tmp_path / "study" / f".biopsy-{machine_id()}-999999999-0123abcd.partial").mkdir(parents=True)
+    whole = ask(pack, tmp_path / "study", folds=3, shard="3/3", on_epoch=lambda r: begun.append(r["fold"]))
+    assert begun == [2, 0, 1]
+    first_seed = made.predictions().query("seed == 0").reset_index(drop=True)
+    pd.testing.assert_frame_equal(whole.predictions(), first_seed, check_exact=True)
+    assert not (whole.path / FOLDER).exists()
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_is_killed_leave_what_one_leaves(finished, tmp_path):
+    made, _ = finished
+    out = tmp_path / "study"
+    command = [sys.executable, "-c", "from biopsy.cli import main; main()", "study", RECIPE, "--folds", "3"]
+    command += [word for setting in FAST for word in ("--set", setting)]
+    command += ["--data", made.info["pack"]["path"], "--seeds", "0,1", "--out", str(out), "--device", "cpu"]
+    processes = [
+        subprocess.Popen([*command, "--shard", f"{i}/2"], stderr=subprocess.PIPE, text=True) for i in (1, 2)
+    ]
+    while processes[0].poll() is None and not list(out.glob("runs/*-f[01]-s0/checkpoints")):
+        time.sleep(0.01)
+    assert processes[0].poll() is None  # killed with a run in work
+    processes[0].send_signal(signal.SIGKILL)
+    processes[0].communicate()
+    _, errors = processes[1].communicate()
+    assert processes[1].returncode == 0, errors
+    shared = Study.open(out)
+    assert shared.info["status"] == "finished" and weights(shared) == weights(made)
+    pd.testing.assert_frame_equal(shared.predictions(), made.predictions(), check_exact=True)
+    tables = [one.table().drop(columns="seconds") for one in (shared, made)]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 
 def test_seeds_and_recipes_may_be_added(pack, tmp_path):

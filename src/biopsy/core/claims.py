@@ -10,18 +10,22 @@ import contextlib
 import json
 import os
 import platform
-import secrets
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from threading import Event, Thread
 
-from biopsy.core.errors import FileFormatError
-from biopsy.core.files import is_alive, machine_id
+from biopsy.core.errors import DataError, FileFormatError
+from biopsy.core.files import is_alive, machine_id, temporary_path
 from biopsy.core.loaders import load_json
 
 FOLDER = ".biopsy-claims"
 HEARTBEAT_S = 10.0
 STALE_S = 90.0
 _ENDING = ".claim"
+_WAIT_S, _POLL_S = 0.2, 2.0
 
 
 class Claims:
@@ -35,7 +39,6 @@ class Claims:
         self.folder = Path(folder) / FOLDER
         self._held: set[Path] = set()
         self._ended = Event()
-        self._clock = self.folder / f".clock-{secrets.token_hex(4)}"
         self._thread = Thread(target=self._keep_alive, daemon=True)
 
     def __enter__(self) -> "Claims":
@@ -45,7 +48,7 @@ class Claims:
     def __exit__(self, *error: object) -> None:
         self._ended.set()
         self._thread.join()
-        for path in (*self._held, self._clock):
+        for path in self._held:
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # others have claims there
             self.folder.rmdir()
@@ -64,10 +67,21 @@ class Claims:
         return False
 
     def release(self, name: str) -> None:
-        """Return a claim back."""
+        """Give a claim back, if this process has it."""
         path = self.folder / f"{name}{_ENDING}"
-        self._held.discard(path)
-        path.unlink(missing_ok=True)
+        if path in self._held:
+            self._held.discard(path)
+            path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def wait_for(self, name: str) -> Iterator[None]:
+        """Wait until this process has a name, and hold it for a block."""
+        while not self.take(name):
+            time.sleep(_WAIT_S)
+        try:
+            yield
+        finally:
+            self.release(name)
 
     def list_others(self) -> list[str]:
         """Return the names that other processes have claimed and have not abandoned."""
@@ -76,9 +90,13 @@ class Claims:
 
     def now(self) -> float:
         """Return the time by the clock of the file system, which machines need not share."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._clock.write_bytes(b"")
-        return self._clock.stat().st_mtime
+        while True:
+            with (
+                contextlib.suppress(FileNotFoundError),  # a process that ends may remove the folder
+                temporary_path(self.folder, self.folder) as path,
+            ):
+                path.write_bytes(b"")
+                return path.stat().st_mtime
 
     def _create(self, path: Path) -> bool:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -87,6 +105,9 @@ class Claims:
                 json.dump({"host": platform.node(), "machine": machine_id(), "pid": os.getpid()}, file)
         except (FileExistsError, FileNotFoundError):  # the folder may be removed by one that ends
             return False
+        except OSError:  # a full disk: a claim that names nobody would be waited for
+            path.unlink(missing_ok=True)
+            raise
         self._held.add(path)
         return True
 
@@ -109,6 +130,58 @@ class Claims:
                     os.utime(path)
 
 
+def first_of_shard(shard: str, n: int) -> int:
+    """Return which of n items process I of N, ``"I/N"``, begins with.
+
+    Raises:
+        DataError: If ``shard`` is not ``I/N`` with I from 1 to N.
+    """
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", shard)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise DataError(f"shard={shard!r} is none: give I/N with I from 1 to N, such as 3/8")
+    return (int(match[1]) - 1) * n // int(match[2])
+
+
+def share_work(
+    claims: Claims,
+    names: Sequence[str],
+    is_finished: Callable[[str], bool],
+    work: Callable[[Iterator[str]], None],
+) -> None:
+    """Work on every name that no other process has finished or claimed, until all are finished.
+
+    Args:
+        claims: Of this process, in the folder that is shared.
+        names: What there is to do, in the order in which this process tries it.
+        is_finished: Says whether a name, which this process has claimed, needs no more work.
+        work: Finishes the names that it is given; it may release each when it is finished.
+    """
+    finished = set[str]()
+
+    def choose() -> Iterator[str]:
+        for name in names:
+            if name in finished or not claims.take(name):
+                continue
+            if not is_finished(name):
+                chosen.append(name)
+                yield name
+            else:
+                finished.add(name)
+                claims.release(name)
+
+    while len(finished) < len(names):
+        chosen: list[str] = []
+        iterator = choose()
+        first = next(iterator, None)
+        if first is not None:
+            work(chain([first], iterator))
+        for name in chosen:
+            finished.add(name)
+            claims.release(name)
+        if first is None and len(finished) < len(names):  # others are at the rest, and may die
+            time.sleep(_POLL_S)
+
+
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -118,12 +191,11 @@ def _read(path: Path) -> bytes:
 
 def _set_aside(path: Path, content: bytes) -> None:
     """Remove a claim that was found abandoned, unless another process has just taken it over."""
-    aside = path.with_name(f".{secrets.token_hex(8)}")
-    try:
-        os.rename(path, aside)
-    except FileNotFoundError:
-        return
-    if _read(aside) != content:
-        with contextlib.suppress(OSError):
-            os.link(aside, path)
-    aside.unlink(missing_ok=True)
+    with temporary_path(path.parent, path) as aside:
+        try:
+            os.rename(path, aside)
+        except FileNotFoundError:
+            return
+        if _read(aside) != content:
+            with contextlib.suppress(OSError):
+                os.link(aside, path)

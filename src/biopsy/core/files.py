@@ -63,7 +63,7 @@ def machine_id() -> str:
 
 
 @contextlib.contextmanager
-def _temporary(folder: Path, target: Path) -> Iterator[Path]:
+def temporary_path(folder: Path, target: Path) -> Iterator[Path]:
     """Yield a temporary name in ``folder`` for what becomes ``target``; remove what is left under it."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_abandoned(folder)
@@ -83,13 +83,21 @@ def _temporary(folder: Path, target: Path) -> Iterator[Path]:
 def remove_abandoned(folder: Path | str) -> None:
     """Remove temporary files and folders of processes that have died from a folder, if it exists.
 
-    Only names that `_temporary` gives are looked at, and of these only those of this machine.
+    Only names that `temporary_path` gives are looked at, and of these only those of this machine.
     """
     with contextlib.suppress(OSError):
         for name in os.listdir(folder):
             owner = _PARTIAL.fullmatch(name)
             if owner and owner[1] == machine_id() and not is_alive(int(owner[2])) and name not in _in_use:
                 _remove(Path(folder) / name)
+
+
+def is_vacant(folder: Path | str) -> bool:
+    """Say whether a folder does not exist, or holds nothing but temporary files of this package."""
+    folder = Path(folder)
+    return not folder.exists() or (
+        folder.is_dir() and all(_PARTIAL.fullmatch(path.name) for path in folder.iterdir())
+    )
 
 
 def is_alive(pid: int) -> bool:
@@ -130,7 +138,7 @@ def replace_atomic(path: Path | str) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "a device or pipe"
         raise UserFileError(path, "not-a-file", f"is {kind} where a file is to be written: name a file")
-    with _temporary(path.parent, path) as partial:
+    with temporary_path(path.parent, path) as partial:
         yield partial
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
@@ -150,7 +158,7 @@ def create_directory(path: Path | str) -> Iterator[Path]:
     if path.is_symlink():
         path = path.resolve()
     _require_free(path)
-    with _temporary(path.parent, path) as partial:
+    with temporary_path(path.parent, path) as partial:
         partial.mkdir()
         yield partial
         _require_free(path)
@@ -211,7 +219,7 @@ def update_directory(
     if folder.is_symlink():
         folder = folder.resolve()
     check_outputs(folder, *names, adopt=adopt)
-    with _temporary(folder if folder.exists() else folder.parent, folder) as partial:
+    with temporary_path(folder if folder.exists() else folder.parent, folder) as partial:
         partial.mkdir()
         yield partial
         written: Entries = {

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from biopsy.core.errors import DataError
-from biopsy.core.files import read_json, write_json
+from biopsy.core.files import is_vacant, read_json, write_json
 from biopsy.data.inspection import inspect
 from biopsy.data.packing import prepare
 from biopsy.data.packs import Pack
@@ -68,7 +68,7 @@ def _claim(folder: Path) -> None:
     """Take a new or empty folder, or one that a demonstration has been given."""
     if (folder / MARK).is_file():
         read_json(folder / MARK, format=FORMAT)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif not is_vacant(folder):
         raise DataError(f"{folder} is not empty and holds no demonstration: name another folder with --out")
     else:
         write_json(folder / MARK, {"format": FORMAT})

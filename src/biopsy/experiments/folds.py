@@ -26,6 +26,7 @@ def study(
     name: str | None = None,
     out: Path | str | None = None,
     device: str = "auto",
+    shard: str | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> Study:
     """Train and evaluate recipes over folds and seeds, and pool their test predictions.
@@ -44,11 +45,15 @@ def study(
         name: Name of the study in ``studies/``; the same name continues it.
         out: Output folder of the study (default: ``studies/NAME``).
         device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        shard: ``I/N``: process I of N that share the study's folder, on one machine or many. It begins with
+            its share of the runs, continues with any that no other process has finished or claimed, takes
+            over those of processes that died, and ends when all runs are done.
         on_epoch: Called with each epoch's record, which also names ``run``, ``recipe``, ``fold``,
             ``seed``.
 
     Raises:
         RunError: If the folder holds a study that asked something else.
+        DataError: If ``shard`` is not ``I/N``.
     """
     changed = setting_lines(overrides)
     loaded = [load_recipe(recipe, changed) for recipe in ([recipes] if isinstance(recipes, str) else recipes)]
@@ -68,7 +73,7 @@ def study(
         split=chosen,
     )
     specs = _list_run_specs(loaded, chosen, seeds)
-    return run_all(result, pack, specs, write_tables, device=device, on_epoch=on_epoch)
+    return run_all(result, pack, specs, write_tables, device=device, on_epoch=on_epoch, shard=shard)
 
 
 def _list_run_specs(recipes: Sequence[Recipe], split: Split, seeds: Sequence[int]) -> list[RunSpec]:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from biopsy.core.errors import RecipeError, RunError
-from biopsy.core.files import write_output
 from biopsy.data.packs import Pack
 from biopsy.experiments.budget import (
     Length,
@@ -20,7 +19,6 @@ from biopsy.experiments.budget import (
     share_out,
     with_length,
 )
-from biopsy.experiments.figures import draw_reproduction
 from biopsy.experiments.leakage import (
     Arm,
     Comparison,
@@ -33,7 +31,6 @@ from biopsy.experiments.leakage import (
 )
 from biopsy.experiments.reproduction_summary import write_tables
 from biopsy.experiments.run_specs import RunSpec, check_networks, open_study, place_study, run_all
-from biopsy.plotting.style import png
 from biopsy.recipes import Overrides, Recipe, list_recipes, load_recipe, setting_lines
 from biopsy.training.fit import OnEpoch
 from biopsy.training.study import Study
@@ -129,10 +126,7 @@ def reproduce(
     )
     planned = [with_length(recipe, _read_length(plans[name])) for name, recipe in recipes.items()]
     specs = _list_run_specs(planned, compared, seeds, leaks)
-    study = run_all(study, pack, specs, write_tables, device=device, on_epoch=on_epoch)
-    if study.judged_runs():
-        write_output(study.path / "figure.png", png(draw_reproduction(study.summary()["papers"])))
-    return study
+    return run_all(study, pack, specs, write_tables, device=device, on_epoch=on_epoch)
 
 
 def choose_papers(papers: Sequence[str | Path | Recipe], pack: Pack) -> list[Recipe]:

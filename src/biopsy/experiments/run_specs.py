@@ -3,19 +3,21 @@
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from biopsy.core.claims import Claims, first_of_shard, share_work
 from biopsy.core.errors import RunError, TrainingDiverged
-from biopsy.core.files import hold_outputs, write_json
+from biopsy.core.files import check_outputs, hold_outputs, is_vacant, write_json
 from biopsy.data.packs import Pack
 from biopsy.data.splits import Split
 from biopsy.evaluation.evaluate import evaluate
 from biopsy.models.weights import make_network
 from biopsy.recipes import Recipe, recipe_toml
 from biopsy.training.fit import OnEpoch
+from biopsy.training.runs import DOCUMENT as RUN
 from biopsy.training.runs import Run
 from biopsy.training.study import DOCUMENT, FORMAT, Study
 from biopsy.training.train import train
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 OUTPUTS = ("table.csv", "runs.csv", "figure.png")
 """What a study writes for people to open, and perhaps to change."""
+STUDY = "study"
+"""Claim of the process that writes what stands in the study's own folder."""
 
 
 @dataclass(frozen=True)
@@ -60,33 +64,84 @@ def run_all(
     judge: bool = True,
     device: str,
     on_epoch: OnEpoch | None,
+    shard: str | None = None,
 ) -> Study:
     """Train and judge what has not been yet, and write the study's tables after every run.
 
     Finished runs are kept, half-trained ones are resumed; one whose loss diverges is named under ``failed``.
     Specifications may be made while runs finish. Without ``judge`` the test subset is not evaluated.
+    Processes that are at one study share the runs that are known; each ends when all are done.
     """
-    failed: dict[str, str] = {}
-    with hold_outputs(study.path, *OUTPUTS, adopt=True):
-        for spec in specs:
-            study.update(runs={**study.info.get("runs", {}), spec.name: spec.describe()})
+    batches = [specs] if isinstance(specs, Sequence) else ([spec] for spec in specs)
+    by_name: dict[str, RunSpec] = {}
+    check_outputs(study.path, *OUTPUTS, adopt=True)
+    with Claims(study.path) as claims:
+        started = claims.now()
 
-            def note(record: dict[str, Any], spec: RunSpec = spec) -> None:
-                if on_epoch:
-                    on_epoch(record | spec.describe())
+        def is_finished(name: str) -> bool:
+            path = study.path / "runs" / name
+            return _is_done(path, judge=judge) or _has_failed(path, since=started)
 
-            try:
-                run = _run(study.path / "runs" / spec.name, spec, pack, device, note)
-            except TrainingDiverged as error:
-                logger.warning("%s: %s", spec.name, error)
-                failed[spec.name] = str(error)
-                continue
-            if judge and not (run.path / "evaluation" / "metrics.json").exists():
-                evaluate(run)
-            write_tables(study)
-        write_tables(study)
-    study.update(status="finished", failed=failed)
+        def work(names: Iterator[str]) -> None:
+            for name in names:
+                path = study.path / "runs" / name
+                _train_and_evaluate(path, by_name[name], pack, device, on_epoch, judge=judge)
+                claims.release(name)
+                if claims.take(STUDY):
+                    _write(Study.open(study.path), write_tables)
+                    claims.release(STUDY)
+
+        for batch in batches:
+            names = [spec.name for spec in batch]
+            by_name |= {spec.name: spec for spec in batch}
+            with claims.wait_for(STUDY):
+                study = Study.open(study.path)
+                new = {name: by_name[name].describe() for name in names}
+                study.update(runs={**study.info.get("runs", {}), **new})
+            first = 0 if shard is None else first_of_shard(shard, len(names))
+            share_work(claims, [*names[first:], *names[:first]], is_finished, work)
+        with claims.wait_for(STUDY):
+            study = Study.open(study.path)
+            _write(study, write_tables)
+            runs = [run for run in study.runs() if run.path.name in by_name]
+            failed = {run.path.name: run.info["reason"] for run in runs if run.info["status"] == "failed"}
+            study.update(status="finished", failed=failed)
     return study
+
+
+def _write(study: Study, write_tables: Callable[[Study], None]) -> None:
+    with hold_outputs(study.path, *OUTPUTS, adopt=True):
+        write_tables(study)
+
+
+def _is_done(path: Path, *, judge: bool) -> bool:
+    if judge:
+        return (path / "evaluation" / "metrics.json").exists()
+    return (path / RUN).exists() and Run.open(path).info["status"] == "finished"
+
+
+def _has_failed(path: Path, *, since: float) -> bool:
+    """Say whether the loss of a run has diverged after some time."""
+    document = path / RUN
+    return (
+        document.exists() and document.stat().st_mtime >= since and Run.open(path).info["status"] == "failed"
+    )
+
+
+def _train_and_evaluate(
+    path: Path, spec: RunSpec, pack: Pack, device: str, on_epoch: OnEpoch | None, *, judge: bool
+) -> None:
+    def note(record: dict[str, Any]) -> None:
+        if on_epoch:
+            on_epoch(record | spec.describe())
+
+    try:
+        run = _run(path, spec, pack, device, note)
+    except TrainingDiverged as error:
+        logger.warning("%s: %s", spec.name, error)
+        return
+    if judge and not _is_done(path, judge=True):
+        evaluate(run)
 
 
 def _run(path: Path, spec: RunSpec, pack: Pack, device: str, on_epoch: OnEpoch) -> Run:
@@ -181,7 +236,7 @@ def open_study(
         requested["recipes"] = {**result["recipes"], **requested["recipes"]}
         requested["seeds"] = sorted({*result["seeds"], *requested["seeds"]})
         requested = {**result, **requested}
-    elif path.exists() and any(path.iterdir()):
+    elif not is_vacant(path):
         raise RunError(f"{path} is not empty and holds no study: give this study another --name")
     write_json(path / DOCUMENT, requested)
     return Study.open(path)

@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from biopsy.core.errors import RecipeError, RunError
-from biopsy.core.files import write_json, write_output
+from biopsy.core.files import write_atomic, write_json
 from biopsy.data.packs import Pack
 from biopsy.evaluation.study_tables import SHOWN, describe_run, describe_training
 from biopsy.experiments.figures import draw_search, draw_sweep
@@ -162,6 +162,7 @@ def sweep(
     name: str | None = None,
     out: Path | str | None = None,
     device: str = "auto",
+    shard: str | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> Study:
     """Train every combination of some settings, or search ranges of them, and choose one on validation.
@@ -186,18 +187,24 @@ def sweep(
         name: Name of the study in ``studies/``; the same name continues it.
         out: Output folder of the study (default: ``studies/NAME``).
         device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        shard: ``I/N``: process I of N that share the study's folder, on one machine or many. It begins with
+            its share of the runs, continues with any that no other process has finished or claimed, takes
+            over those of processes that died, and ends when all runs are done.
         on_epoch: Called with each epoch's record, which also names ``run``, ``recipe``, ``fold``,
             ``seed`` and the settings of the grid.
 
     Raises:
         RecipeError: If a combination cannot be built; nothing is trained then.
         RunError: If the folder holds a study that asked something else.
+        DataError: If ``shard`` is not ``I/N``.
     """
     changed = setting_lines(overrides)
     ranges = [search] if isinstance(search, str) else list(search)
     space = read_space(ranges) if ranges else {}
     if space and grid:
         raise RecipeError("a sweep takes either --grid or --search")
+    if space and shard is not None:
+        raise RecipeError("a trial of a search depends on those before it: leave --shard out")
     if space and trials < 1:
         raise RecipeError(f"a search needs at least one trial, got --trials {trials}")
     base = load_recipe(recipe, changed)
@@ -248,10 +255,16 @@ def sweep(
         if space
         else [specify(combination, seed) for seed in seeds for combination in combinations]
     )
-    study = run_all(study, pack, specs, write_tables, judge=not space, device=device, on_epoch=on_epoch)
-    if shown_runs(study):
-        write_output(study.path / "figure.png", png(draw_study(study)))
-    return study
+    return run_all(
+        study,
+        pack,
+        specs,
+        write_tables,
+        judge=not space,
+        device=device,
+        on_epoch=on_epoch,
+        shard=shard,
+    )
 
 
 def _with_values(base: Recipe, values: Mapping[str, Any], overrides: Sequence[str]) -> Combination:
@@ -286,7 +299,7 @@ def shown_runs(study: Study) -> list[Run]:
 
 
 def write_tables(study: Study) -> None:
-    """Write ``table.csv`` and ``metrics.json`` from the runs judged so far."""
+    """Write ``table.csv``, ``metrics.json`` and ``figure.png`` from the runs judged so far."""
     runs = shown_runs(study)
     if not runs:
         return
@@ -294,6 +307,7 @@ def write_tables(study: Study) -> None:
     table = pd.DataFrame([{key: _cell(value) for key, value in row.items()} for row in rows])
     study.write_table(table)
     write_json(study.path / "metrics.json", summarise(rows, study.info["grid"], _metrics(study)))
+    write_atomic(study.path / "figure.png", png(draw_study(study)))
 
 
 def summarise(

@@ -11,19 +11,16 @@ another, its own share of the list first. What is finished is known by the slide
 """
 
 import contextlib
-import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from biopsy.core.claims import Claims
+from biopsy.core.claims import Claims, first_of_shard, share_work
 from biopsy.core.errors import DataError, SlideError, UserFileError
 from biopsy.core.files import (
     LOCK,
@@ -48,7 +45,7 @@ from biopsy.training.runs import Run
 
 STATUS = "status.csv"
 _FAILED = ".failed.json"
-_LOCK_S, _POLL_S = 10.0, 2.0
+_LOCK_S = 10.0
 COLUMNS = (
     *("slide", "source", "status", "reason", "n_patches", "mpp", "mpp_source", "positive_mm2"),
     *("out_of_distribution", "out_of_distribution_quantile"),
@@ -135,7 +132,7 @@ def slide(
     single = isinstance(slides, Path | str)
     sources = list_sources([Path(slides)] if isinstance(slides, Path | str) else [*map(Path, slides)], mpp)
     single = single and len(sources) == 1 and sources[0].pack is None
-    first = None if shard is None else _first_of_shard(shard, len(sources))
+    first = None if shard is None else first_of_shard(shard, len(sources))
     if out is None:
         if not single or shard is not None:
             raise DataError("several slides need a place for their maps: pass out=DIR")
@@ -167,14 +164,6 @@ def slide(
         reason = failed[0]["reason"]
         raise SlideError(reason if len(cohort) == 1 else f"none of {len(cohort)} slides was mapped; {reason}")
     return SlideMap.from_parquet(out / sources[0].name / MAP) if single else cohort
-
-
-def _first_of_shard(shard: str, n_slides: int) -> int:
-    """Return the slide that process I of N begins with."""
-    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", shard)
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise DataError(f"shard={shard!r} is none: give I/N with I from 1 to N, such as 3/8")
-    return (int(match[1]) - 1) * n_slides // int(match[2])
 
 
 def _map_into(out: Path, sources: Sequence[Source], mapper: Mapper) -> SlideCohort:
@@ -224,20 +213,12 @@ def _map_shard(
     out: Path, ordered: Sequence[Source], sources: Sequence[Source], mapper: Mapper, claims: Claims
 ) -> SlideCohort:
     """Map what no other process has finished, claimed or, since this one began, failed at; wait for those."""
-    started, settled = claims.now(), set[str]()
+    started, by_name = claims.now(), {source.name: source for source in ordered}
 
-    def choose() -> Iterator[Source]:
-        for source in ordered:
-            failure = claims.folder / f"{source.name}{_FAILED}"
-            if failure.exists() and failure.stat().st_mtime >= started:
-                settled.add(source.name)
-            if source.name in settled or not claims.take(source.name):
-                continue
-            if _look(out, source, mapper) is None:
-                yield source
-            else:
-                settled.add(source.name)
-                claims.release(source.name)
+    def is_finished(name: str) -> bool:
+        failure = claims.folder / f"{name}{_FAILED}"
+        has_failed = failure.exists() and failure.stat().st_mtime >= started
+        return has_failed or _look(out, by_name[name], mapper) is not None
 
     def write(mapped: Mapped) -> None:
         name = mapped.source.name
@@ -246,19 +227,13 @@ def _map_shard(
             write_json(claims.folder / f"{name}{_FAILED}", {"reason": row["reason"]})
         else:
             (claims.folder / f"{name}{_FAILED}").unlink(missing_ok=True)
-        settled.add(name)
         claims.release(name)
 
-    while len(settled) < len(ordered):
-        chosen = choose()
-        first = next(chosen, None)
-        if first is not None:
-            _map_all(mapper, chain([first], chosen), write)
-        elif len(settled) < len(ordered):  # others are at the rest, and may die
-            time.sleep(_POLL_S)
-    while not claims.take(STATUS):  # one process at a time gathers what there is
-        time.sleep(0.2)
-    with hold_outputs(out, STATUS):
+    def work(names: Iterator[str]) -> None:
+        _map_all(mapper, (by_name[name] for name in names), write)
+
+    share_work(claims, list(by_name), is_finished, work)
+    with claims.wait_for(STATUS), hold_outputs(out, STATUS):  # one process at a time gathers what there is
         rows = {source.name: _gather(out, source, mapper, claims) for source in sources}
         return SlideCohort(out, _write_status(out, rows))
 
