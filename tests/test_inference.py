@@ -5,24 +5,32 @@ import pytest
 import torch
 
 import biopsy.models.inference as inference
+from biopsy.models import compiling, runtimes
 from biopsy.models.classifier import Classifier, ClassifierInfo
 from biopsy.models.engine import Engine
-from biopsy.models.inference import predict_logits, predict_with_features
+from biopsy.models.inference import (
+    open_predictor,
+    predict_classifier,
+    predict_logits,
+    predict_with_features,
+)
 from biopsy.models.networks import build_network
 from biopsy.models.preprocessing import Preprocessing
 from conftest import draw_patches
 
 ENGINE = Engine("cpu")
+PREPROCESSING = Preprocessing(input_px=8)
 PATCHES = draw_patches(n_patients=2, patches_per_patient=9)[0]
 
 
-def make_network():
+def make_network(name="cancernet", preprocessing=PREPROCESSING):
     """A network whose normalisation knows the patches: untrained, its logits would be next to nothing."""
-    network = build_network("cancernet", n_classes=2, input_px=8, seed=0)
+    torch.manual_seed(0)  # of dropout
+    network = build_network(name, n_classes=2, input_px=preprocessing.input_px, seed=0)
     for module in network.modules():
         if hasattr(module, "running_mean"):
             module.momentum = 1.0
-    network.train()(Preprocessing(input_px=8).prepare(PATCHES))
+    network.train()(preprocessing.prepare(PATCHES))
     return network.eval()
 
 
@@ -104,18 +112,61 @@ def test_the_networks_mode_is_left_as_it_was(patches, training):
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
-def test_features_are_what_the_last_layer_sees(network, patches):
+def make_classifier(name="cancernet", network=None, **changes):
     info = ClassifierInfo(
-        network="cancernet",
+        network=name,
         class_names=["a", "b"],
         positive_class="b",
         patch_px=16,
         mpp=None,
-        preprocessing=Preprocessing(input_px=8),
+        preprocessing=changes.pop("preprocessing", Preprocessing(input_px=8)),
+        **changes,
     )
+    return Classifier(info, network or make_network(name, info.preprocessing))
+
+
+def test_features_are_what_the_last_layer_sees(network, patches):
     index = np.array([5, 2])
-    logits, features = predict_with_features(Classifier(info, network), patches, index=index, engine=ENGINE)
+    logits, features = predict_with_features(
+        make_classifier(network=network), patches, index=index, engine=ENGINE
+    )
     assert features.shape == (2, 256)
     head = network.head
     assert is_close(features @ head.weight.detach().numpy().T + head.bias.detach().numpy(), logits)
     assert is_close(logits, ask(network, patches, index=index))
+
+
+@pytest.mark.parametrize("name", ["cancernet", "baruah", "residual"])
+@pytest.mark.parametrize("tta", ["none", "d4"])
+def test_what_openvino_computes_is_within_1e5_of_pytorch(name, tta, monkeypatch):
+    monkeypatch.setattr(runtimes, "WORTH_CONVERTING", 1)
+    classifier = make_classifier(name, tta=tta, preprocessing=Preprocessing(input_px=32, resize="bilinear"))
+    rng = np.random.default_rng(0)
+    index, sizes = rng.permutation(np.repeat(np.arange(18), 9)), rng.integers(5, 17, (18, 2))
+    preprocessing = classifier.info.preprocessing
+    wanted = predict_logits(classifier.network, preprocessing, PATCHES, sizes, index, engine=ENGINE)
+    with open_predictor(classifier, ENGINE, len(index)) as predictor:
+        assert predictor.software[0] == "openvino"
+        logits, features = predictor.logits_and_features(PATCHES, sizes, index)
+        assert np.array_equal(predictor.logits(PATCHES, sizes, index), logits)
+    probs = classifier.probs(wanted)[:, 1]
+    assert np.ptp(probs) > 2e-3
+    np.testing.assert_allclose(classifier.probs(logits)[:, 1], probs, rtol=0, atol=1e-5)
+    widths, heights = sizes[index].T
+    with torch.inference_mode():
+        batch = preprocessing.prepare(PATCHES[index], widths, heights)
+        np.testing.assert_allclose(features, classifier.network.features(batch).numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_few_patches_are_not_worth_a_conversion(monkeypatch):
+    def refuse(_):
+        raise AssertionError("converted")
+
+    monkeypatch.setattr(compiling, "try_to_convert", refuse)
+    classifier = make_classifier()
+    assert predict_classifier(classifier, PATCHES, engine=ENGINE).shape == (18, 2)
+    with (
+        pytest.raises(AssertionError, match="converted"),
+        open_predictor(classifier, ENGINE, runtimes.WORTH_CONVERTING),
+    ):
+        pass

@@ -1,5 +1,6 @@
 """Patches of many clients in one batch: whatever waits while a batch is computed is the next batch."""
 
+import contextlib
 import queue
 import threading
 import time
@@ -14,6 +15,8 @@ from biopsy.core.errors import BiopsyError
 from biopsy.evaluation.predict import pad_patches, predict_patches
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
+from biopsy.models.inference import open_predictor
+from biopsy.models.runtimes import WORTH_CONVERTING
 
 BATCH = 256
 
@@ -56,7 +59,8 @@ class Batcher:
         on_batch: Callable[[int], None] = lambda n: None,
     ) -> None:
         self.classifier, self.max_waiting, self.waiting = classifier, max_waiting, 0
-        self._engine, self._on_batch = engine, on_batch
+        self._on_batch, self._opened = on_batch, contextlib.ExitStack()
+        self._predictor = self._opened.enter_context(open_predictor(classifier, engine, WORTH_CONVERTING))
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._per_patch_s = 0.01  # until it is measured
@@ -89,6 +93,7 @@ class Batcher:
         """Finish what waits, and end the thread."""
         self._queue.put(None)
         self._thread.join()
+        self._opened.close()
 
     def _work(self) -> None:
         while (request := self._queue.get()) is not None:
@@ -110,7 +115,7 @@ class Batcher:
             if images:  # else all clients have gone
                 patches, sizes = pad_patches(images, self.classifier.info.patch_px)
                 about = pd.DataFrame({"patch_id": [name for request in batch for name in request.names]})
-                frame = predict_patches(self.classifier, about, patches, sizes, engine=self._engine)
+                frame = predict_patches(self.classifier, about, patches, sizes, predictor=self._predictor)
         except Exception as error:  # handed to those who wait, or they would wait forever
             failure = error
         self._per_patch_s = (time.perf_counter() - start) / n

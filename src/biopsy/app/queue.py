@@ -15,6 +15,7 @@ from biopsy.data.predictions import IDENTITY
 from biopsy.evaluation.predict import predict_patches
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
+from biopsy.models.inference import open_predictor
 from biopsy.slides.mapping import Mapper
 from biopsy.slides.sources import list_sources
 from biopsy.training.open_model import open_classifier
@@ -147,7 +148,8 @@ def _from_pack(classifier: Classifier, pack: Pack, run: Run | None, device: str)
     if not len(rows):
         return pd.DataFrame()
     about = pack.table[list(IDENTITY)].iloc[rows].reset_index(drop=True)
-    frame = predict_patches(classifier, about, pack.patches[rows], pack.sizes[rows], engine=Engine(device))
+    with open_predictor(classifier, Engine(device), len(rows)) as predictor:
+        frame = predict_patches(classifier, about, pack.patches[rows], pack.sizes[rows], predictor=predictor)
     names = classifier.info.class_names
     distances = [name for name in ("colour_distance", "feature_distance") if name in frame]
     probs = frame[[f"prob_{name}" for name in names]].to_numpy(float)

@@ -26,7 +26,7 @@ from biopsy.exporting.formats.registry import FORMATS
 from biopsy.models.classifier import DOCUMENT as CLASSIFIER
 from biopsy.models.classifier import Classifier, score_classes
 from biopsy.models.engine import Engine
-from biopsy.models.inference import predict_logits
+from biopsy.models.inference import predict_classifier, predict_logits
 from biopsy.slides import outputs
 from biopsy.slides.maps import SlideMap, collect_regions, find_regions, write_geojson
 from biopsy.training.fit import OnEpoch
@@ -217,8 +217,7 @@ def _recompute_sample(frame: pd.DataFrame, classifier: Classifier, pack: Pack, p
         chosen = np.flatnonzero(slides.isin(set(slides.iloc[chosen[:4]])))
     rows = pack.rows_of(frame["patch_id"].iloc[chosen])
     engine = Engine("auto", precision)  # type: ignore[arg-type]
-    network, preprocessing = engine.place(classifier.network), classifier.info.preprocessing
-    logits = predict_logits(network, preprocessing, pack.patches, pack.sizes, rows, engine=engine)
+    logits = predict_classifier(classifier, pack.patches, pack.sizes, rows, engine=engine)
     table = pack.table.iloc[rows]
     logits = classifier.for_patches(table).add_context(logits, table)
     columns = [f"logit_{name}" for name in classifier.info.class_names]

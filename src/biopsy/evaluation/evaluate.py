@@ -24,7 +24,7 @@ from biopsy.evaluation.scored import ScoredPatches
 from biopsy.evaluation.subgroups import describe_intervals, measure_subgroups, pick_columns
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
-from biopsy.models.inference import predict_logits
+from biopsy.models.inference import open_predictor
 from biopsy.statistics.calibration import ece_floor
 from biopsy.statistics.decisions import check_prevalence
 from biopsy.statistics.intervals import (
@@ -94,10 +94,8 @@ def evaluate(
             "with `biopsy split`"
         )
     engine = Engine("auto", run.recipe.train.precision)
-    network = engine.place(classifier.network)
-    logits = predict_logits(
-        network, classifier.info.preprocessing, pack.patches, pack.sizes, rows, engine=engine
-    )
+    with open_predictor(classifier, engine, len(rows)) as predictor:
+        logits = predictor.logits(pack.patches, pack.sizes, rows)
     pack.require_unchanged()
     classifier_sha256 = classifier.sha256
     classifier = classifier.for_patches(pack.table.iloc[rows])
@@ -125,6 +123,7 @@ def evaluate(
             "classifier_sha256": classifier_sha256,
             "split": about["name"],
             "threshold": threshold,
+            "software": dict([predictor.software]),
         },
     )
     columns = pick_columns(pack.table.iloc[rows])

@@ -31,7 +31,7 @@ from biopsy.data.predictions import (
 from biopsy.data.splits import FOLDER as SPLITS
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
-from biopsy.models.inference import predict_with_features
+from biopsy.models.inference import Predictor, open_predictor
 from biopsy.models.out_of_distribution import out_of_distribution_scores
 from biopsy.slide_io.images import IMAGE_SUFFIXES, decode, read_header
 from biopsy.training.open_model import open_classifier
@@ -123,16 +123,17 @@ def predict(
         _check_submission(classifier, path, sources)
     n_patches, done = sum(map(len, sources)) + len(skipped), 0
     frames = []
-    for source in sources:
-        answers = []
-        for chunk in source.read(classifier, skipped):
-            chunk.about["side"] = _find_subsets(chunk, subsets)
-            answers.append(_predict_chunk(classifier, chunk, engine))
-            done += len(chunk.about)
-            if on_progress:
-                on_progress(done + len(skipped), n_patches)
-        if answers:
-            frames.append(_decide(classifier, answers))
+    with open_predictor(classifier, engine, n_patches) as predictor:
+        for source in sources:
+            answers = []
+            for chunk in source.read(classifier, skipped):
+                chunk.about["side"] = _find_subsets(chunk, subsets)
+                answers.append(_predict_chunk(classifier, chunk, predictor))
+                done += len(chunk.about)
+                if on_progress:
+                    on_progress(done + len(skipped), n_patches)
+            if answers:
+                frames.append(_decide(classifier, answers))
     if not frames:
         first = f"; {skipped[0]['source']}: {skipped[0]['reason']}" if skipped else ""
         raise DataError(f"no patch could be read from {', '.join(map(str, paths))}{first}")
@@ -145,6 +146,7 @@ def predict(
         "threshold": classifier.frozen,
         "sources": [str(source) for source in paths],
         "skipped": skipped,
+        "software": dict([predictor.software]),
     }
     write = write_submission if format == "kaggle" else write_predictions
     n_training = int((frame["side"] == "train").sum()) if subsets else None
@@ -224,8 +226,8 @@ class _Answer(NamedTuple):
     ood_score: pd.DataFrame
 
 
-def _predict_chunk(classifier: Classifier, chunk: _Chunk, engine: Engine) -> _Answer:
-    logits, features = predict_with_features(classifier, chunk.patches, chunk.sizes, engine=engine)
+def _predict_chunk(classifier: Classifier, chunk: _Chunk, predictor: Predictor) -> _Answer:
+    logits, features = predictor.logits_and_features(chunk.patches, chunk.sizes)
     ood_score = out_of_distribution_scores(classifier, chunk.patches, chunk.sizes, features)
     return _Answer(chunk.about, chunk.sources, logits, ood_score)
 
@@ -333,7 +335,12 @@ def decode_patch(data: bytes | memoryview, patch_px: int) -> np.ndarray:
 
 
 def predict_patches(
-    classifier: Classifier, about: pd.DataFrame, patches: np.ndarray, sizes: np.ndarray, *, engine: Engine
+    classifier: Classifier,
+    about: pd.DataFrame,
+    patches: np.ndarray,
+    sizes: np.ndarray,
+    *,
+    predictor: Predictor,
 ) -> pd.DataFrame:
     """Predict patches in memory, as `predict` does those of files.
 
@@ -342,12 +349,12 @@ def predict_patches(
         about: ``patch_id`` of each patch, and ``x, y, slide_id, patient_id`` where they are known.
         patches: uint8 ``(n, patch_px, patch_px, 3)``, padded as `pad_patches` does.
         sizes: True ``(width, height)`` of each.
-        engine: Device and precision.
+        predictor: The classifier's, see `open_predictor`.
 
     Returns:
         One row a patch: the columns of `Prediction.frame`, without ``source``.
     """
-    answer = _predict_chunk(classifier, _Chunk(about, [""] * len(about), patches, sizes), engine)
+    answer = _predict_chunk(classifier, _Chunk(about, [""] * len(about), patches, sizes), predictor)
     return _decide(classifier, [answer]).drop(columns="source")
 
 

@@ -29,7 +29,7 @@ from biopsy.evaluation.scored import ScoredPatches
 from biopsy.evaluation.subgroups import describe_intervals, measure_subgroups, pick_columns
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
-from biopsy.models.inference import predict_logits
+from biopsy.models.inference import predict_classifier
 from biopsy.statistics.decisions import check_prevalence
 from biopsy.statistics.intervals import describe_method
 from biopsy.statistics.multiclass import SUM_TOLERANCE
@@ -172,9 +172,8 @@ def evaluate_classifier(
     if not len(rows):
         raise RunError(f"{split!r} has no {side} patches in {pack.path.name}")
     engine = Engine("auto")
-    network, table = engine.place(classifier.network), pack.table.iloc[rows]
-    preprocessing = classifier.info.preprocessing
-    logits = predict_logits(network, preprocessing, pack.patches, pack.sizes, rows, engine=engine)
+    table = pack.table.iloc[rows]
+    logits = predict_classifier(classifier, pack.patches, pack.sizes, rows, engine=engine)
     classifier = classifier.for_patches(table)
     logits = classifier.add_context(logits, table)
     probs = classifier.probs(logits)

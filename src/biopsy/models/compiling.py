@@ -31,7 +31,7 @@ from biopsy.models.preprocessing import Preprocessing
 logger = logging.getLogger(__name__)
 
 _CENTRE = 192.0  # between the tissue and the glass, in bytes
-_TOLERANCE = 1e-3  # of what logits differ by from patch to patch
+_TOLERANCE = 1e-4  # of what logits differ by from patch to patch
 
 
 class _FromBytes(nn.Module):

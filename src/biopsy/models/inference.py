@@ -1,20 +1,140 @@
 """Asking a network: pixels in, logits and features out."""
 
+import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import cast
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
-from biopsy.models.networks import Network
-from biopsy.models.networks.symmetry import N_VIEWS, SymmetryAveraged
+from biopsy.models.hardware import count_cores
 from biopsy.models.preprocessing import Preprocessing
+from biopsy.models.runtimes import Runtime, TorchRuntime, open_runtime
 
 BATCH_SIZE = 256
+_THREAD_CHUNK = 64  # patches that a thread takes at once
 OnProgress = Callable[[int, int], None]
+_Answer = TypeVar("_Answer")
+
+
+class Predictor:
+    """A network, run by whatever runs it fastest here.
+
+    Attributes:
+        software: What runs it: name and version.
+    """
+
+    def __init__(self, runtime: Runtime, preprocessing: Preprocessing) -> None:
+        self.software = runtime.software
+        self._runtime = runtime
+        self._preprocessing = preprocessing
+
+    def logits(
+        self,
+        patches: np.ndarray,
+        sizes: np.ndarray | None = None,
+        index: np.ndarray | None = None,
+        *,
+        on_progress: OnProgress | None = None,
+    ) -> np.ndarray:
+        """Return the logits of patches, float32 ``(n, n_classes)``.
+
+        Args:
+            patches: uint8 ``(N, H, W, 3)``, an array or a memory map.
+            sizes: True ``(width, height)`` of each patch; None where none is padded.
+            index: Rows wanted, in this order; None for all.
+            on_progress: Called with patches done and patches in all after each batch.
+        """
+        return np.concatenate(list(self._run(self._runtime.ask, patches, sizes, index, on_progress)))
+
+    def logits_and_features(
+        self,
+        patches: np.ndarray,
+        sizes: np.ndarray | None = None,
+        index: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return logits ``(n, n_classes)`` and the penultimate layer ``(n, n_features)``, both float32."""
+        logits, features = zip(
+            *self._run(self._runtime.ask_with_features, patches, sizes, index, None), strict=True
+        )
+        return np.concatenate(logits), np.concatenate(features)
+
+    def _run(
+        self,
+        ask: Callable[[np.ndarray], _Answer],
+        patches: np.ndarray,
+        sizes: np.ndarray | None,
+        index: np.ndarray | None,
+        on_progress: OnProgress | None,
+    ) -> Iterator[_Answer]:
+        """Yield what is answered chunk by chunk: each in a thread, or in this one, resized ahead."""
+        index = np.arange(len(patches)) if index is None else np.asarray(index)
+        in_threads = self._runtime.in_threads
+        size = _THREAD_CHUNK if in_threads else BATCH_SIZE
+        chunks = [index[start : start + size] for start in range(0, len(index), size)] or [index]
+
+        def resize(rows: np.ndarray) -> np.ndarray:
+            widths, heights = (None, None) if sizes is None else sizes[rows].T
+            return self._preprocessing.resize_patches(patches[rows], widths, heights)
+
+        def work(rows: np.ndarray) -> Any:
+            return ask(resize(rows)) if in_threads else resize(rows)
+
+        n_threads, done = min(count_cores(), len(chunks)), 0
+        with ThreadPoolExecutor(n_threads) as pool:
+            rest = iter(chunks)
+            waiting = deque(pool.submit(work, rows) for rows in islice(rest, 2 * n_threads))
+            for rows in chunks:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(work, following) for following in islice(rest, 1))
+                yield result if in_threads else ask(result)
+                done += len(rows)
+                if on_progress:
+                    on_progress(done, len(index))
+
+
+@contextlib.contextmanager
+def open_predictor(classifier: Classifier, engine: Engine, n_patches: int) -> Iterator[Predictor]:
+    """Return a classifier ready to be asked about so many patches.
+
+    On a CPU, OpenVINO runs it where it is installed, computes the same as PyTorch, and the patches are enough
+    to earn the conversion back; elsewhere PyTorch does.
+    """
+    with open_runtime(
+        classifier, str(engine.device), engine.precision, n_threads=count_cores(), n_patches=n_patches
+    ) as runtime:
+        yield Predictor(runtime, classifier.info.preprocessing)
+
+
+def predict_classifier(
+    classifier: Classifier,
+    patches: np.ndarray,
+    sizes: np.ndarray | None = None,
+    index: np.ndarray | None = None,
+    *,
+    engine: Engine,
+) -> np.ndarray:
+    """Return a classifier's logits of patches, each by itself; see `Predictor.logits`."""
+    with open_predictor(classifier, engine, len(patches if index is None else index)) as predictor:
+        return predictor.logits(patches, sizes, index)
+
+
+def predict_with_features(
+    classifier: Classifier,
+    patches: np.ndarray,
+    sizes: np.ndarray | None = None,
+    index: np.ndarray | None = None,
+    *,
+    engine: Engine,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a classifier's logits and features of patches; see `Predictor.logits_and_features`."""
+    with open_predictor(classifier, engine, len(patches if index is None else index)) as predictor:
+        return predictor.logits_and_features(patches, sizes, index)
 
 
 def predict_logits(
@@ -27,75 +147,20 @@ def predict_logits(
     engine: Engine,
     on_progress: OnProgress | None = None,
 ) -> np.ndarray:
-    """Return the logits of patches, float32 ``(n, n_classes)``.
+    """Return the logits of a network as PyTorch computes them, float32 ``(n, n_classes)``.
+
+    For networks in training, and as the reference that everything faster is compared with.
 
     Args:
         network: Already placed on the engine's device; left in the mode it was in.
         preprocessing: As in training.
-        patches: uint8 ``(N, H, W, 3)``, an array or a memory map.
-        sizes: True ``(width, height)`` of each patch; None where none is padded.
-        index: Rows wanted, in this order; None for all.
+        patches, sizes, index, on_progress: As of `Predictor.logits`.
         engine: Device and precision.
-        on_progress: Called with patches done and patches in all after each batch.
     """
-    batches = _ask(network, preprocessing, patches, sizes, index, engine, on_progress, with_features=False)
-    return np.concatenate([logits for logits, _ in batches])
-
-
-def predict_with_features(
-    classifier: Classifier,
-    patches: np.ndarray,
-    sizes: np.ndarray | None = None,
-    index: np.ndarray | None = None,
-    *,
-    engine: Engine,
-    on_progress: OnProgress | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return logits ``(n, n_classes)`` and the penultimate layer ``(n, n_features)``, both float32."""
-    network = engine.place(classifier.network)
-    batches = _ask(
-        network, classifier.info.preprocessing, patches, sizes, index, engine, on_progress, with_features=True
-    )
-    logits, features = zip(*batches, strict=True)
-    return np.concatenate(logits), np.concatenate(features)
-
-
-def _ask(
-    network: torch.nn.Module,
-    preprocessing: Preprocessing,
-    patches: np.ndarray,
-    sizes: np.ndarray | None,
-    index: np.ndarray | None,
-    engine: Engine,
-    on_progress: OnProgress | None,
-    *,
-    with_features: bool,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield logits and features batch by batch, the next batch being prepared meanwhile."""
-    index = np.arange(len(patches)) if index is None else np.asarray(index)
-    size = BATCH_SIZE // N_VIEWS if isinstance(network, SymmetryAveraged) else BATCH_SIZE
-    chunks = [index[start : start + size] for start in range(0, len(index), size)] or [index]
-
-    def prepare(rows: np.ndarray) -> torch.Tensor:
-        widths, heights = (None, None) if sizes is None else sizes[rows].T
-        return preprocessing.prepare(patches[rows], widths, heights, device=engine.device)
-
     training = network.training
     network.eval()
     try:
-        with ThreadPoolExecutor(1) as worker:
-            waiting = worker.submit(prepare, chunks[0])
-            done = 0
-            for number, rows in enumerate(chunks, start=1):
-                batch = waiting.result()
-                if number < len(chunks):
-                    waiting = worker.submit(prepare, chunks[number])
-                with torch.inference_mode(), engine.autocast():
-                    logits = network(batch)
-                    features = cast(Network, network).features(batch) if with_features else logits[:, :0]
-                yield logits.float().cpu().numpy(), features.float().cpu().numpy()
-                done += len(rows)
-                if on_progress:
-                    on_progress(done, len(index))
+        predictor = Predictor(TorchRuntime(network, preprocessing, engine), preprocessing)
+        return predictor.logits(patches, sizes, index, on_progress=on_progress)
     finally:
         network.train(training)

@@ -49,26 +49,27 @@ class CompiledRuntime:
 
     def ask(self, patches: np.ndarray) -> np.ndarray:
         """Return logits ``(n, n_classes)`` of patches, uint8 ``(n, H, W, 3)``."""
-        return self._compute(0, patches)
+        return self._compute(patches, 1)[0]
 
-    def features(self, patches: np.ndarray) -> np.ndarray:
-        """Return the penultimate layer ``(n, n_features)`` of patches."""
-        return self._compute(1, patches)
+    def ask_with_features(self, patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return logits and the penultimate layer ``(n, n_features)`` of patches."""
+        logits, *features = self._compute(patches, len(self._compiled.outputs))
+        return logits, features[0] if features else logits[:, :0]
 
-    def _compute(self, output: int, patches: np.ndarray) -> np.ndarray:
+    def _compute(self, patches: np.ndarray, n_outputs: int) -> list[np.ndarray]:
         if not hasattr(self._own, "request"):
             self._own.request = self._compiled.create_infer_request()
             self._own.filled = empty_batch(self._preprocessing.input_px)
         resized, result = self._preprocessing.resize_patches(patches), []
-        for start in range(0, len(resized), _CPU_BATCH):
+        for start in range(0, max(1, len(resized)), _CPU_BATCH):
             batch = resized[start : start + _CPU_BATCH]
             n = len(batch)
             if n < _CPU_BATCH:
                 self._own.filled[:n] = batch
                 batch = self._own.filled
             answer = self._own.request.infer([np.ascontiguousarray(batch)], share_inputs=True)
-            result.append(answer[output][:n].copy())
-        return np.concatenate(result)
+            result.append([answer[output][:n].copy() for output in range(n_outputs)])
+        return [np.concatenate(parts) for parts in zip(*result, strict=True)]
 
 
 def read_compiled(folder: Path, classifier: Classifier) -> Any:

@@ -19,6 +19,10 @@ from biopsy.models.openvino_runtime import _CPU_BATCH, _GPU_BATCH, FOLDER, Compi
 
 if TYPE_CHECKING:
     from biopsy.models.engine import Engine
+    from biopsy.models.preprocessing import Preprocessing
+
+WORTH_CONVERTING = 1024
+"""Patches from which OpenVINO is faster even where the network has to be converted first."""
 
 
 class Runtime(Protocol):
@@ -35,8 +39,8 @@ class Runtime(Protocol):
     def ask(self, patches: np.ndarray) -> np.ndarray:
         """Return logits ``(n, n_classes)`` of patches, uint8 ``(n, H, W, 3)``."""
 
-    def features(self, patches: np.ndarray) -> np.ndarray:
-        """Return the penultimate layer ``(n, n_features)`` of patches."""
+    def ask_with_features(self, patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return logits and the penultimate layer ``(n, n_features)`` of patches."""
 
 
 def list_runtimes() -> dict[str, str]:
@@ -46,7 +50,12 @@ def list_runtimes() -> dict[str, str]:
 
 @contextlib.contextmanager
 def open_runtime(
-    classifier: Classifier, device: str, precision: Literal["fp32", "bf16"], *, n_threads: int
+    classifier: Classifier,
+    device: str,
+    precision: Literal["fp32", "bf16"],
+    *,
+    n_threads: int,
+    n_patches: int | None = None,
 ) -> Iterator[Runtime]:
     """Return the fastest runtime there is for a classifier on a device.
 
@@ -55,11 +64,13 @@ def open_runtime(
         device: ``cpu``, ``cuda``, ``cuda:1`` ...
         precision: Of the arithmetic.
         n_threads: How many threads will ask.
+        n_patches: How many patches will be asked about; None: as many as a slide has.
 
     Raises:
         RunError: If the classifier lies in a bundle whose compiled network is damaged, or that of another.
     """
-    model = _find_model(classifier) if device == "cpu" and find_spec("openvino") else None
+    is_possible = device == "cpu" and find_spec("openvino") is not None
+    model = _find_model(classifier, n_patches) if is_possible else None
     if model is not None:
         yield CompiledRuntime(classifier, model, precision, n_threads=n_threads)
         return
@@ -71,46 +82,59 @@ def open_runtime(
     if device == "cpu":
         torch.set_num_threads(1)  # every call runs in the thread that makes it
     try:
-        yield TorchRuntime(classifier, Engine(device, precision))
+        yield TorchRuntime(
+            classifier.network,
+            classifier.info.preprocessing,
+            Engine(device, precision),
+            in_threads=device == "cpu",
+        )
     finally:
         torch.set_num_threads(before)
 
 
 class TorchRuntime:
-    """A network as PyTorch runs it."""
+    """A network in evaluation mode as PyTorch runs it."""
 
-    def __init__(self, classifier: Classifier, engine: "Engine") -> None:
+    def __init__(
+        self, network: Any, preprocessing: "Preprocessing", engine: "Engine", *, in_threads: bool = False
+    ) -> None:
+        from biopsy.models.networks.symmetry import N_VIEWS, SymmetryAveraged
+
         self.software = ("torch", version("torch"))
-        self.in_threads = engine.device.type == "cpu"
-        self._network = engine.place(classifier.network.eval())
-        self._preprocessing = classifier.info.preprocessing
+        self.in_threads = in_threads
+        self._network = engine.place(network)
+        self._preprocessing = preprocessing
         self._engine = engine
+        size = _CPU_BATCH if in_threads else _GPU_BATCH
+        self._batch_size = size // N_VIEWS if isinstance(network, SymmetryAveraged) else size
 
     def ask(self, patches: np.ndarray) -> np.ndarray:
         """Return logits ``(n, n_classes)`` of patches, uint8 ``(n, H, W, 3)``."""
         return self._compute(self._network, patches)
 
-    def features(self, patches: np.ndarray) -> np.ndarray:
-        """Return the penultimate layer ``(n, n_features)`` of patches."""
-        return self._compute(self._network.features, patches)
+    def ask_with_features(self, patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return logits and the penultimate layer ``(n, n_features)`` of patches."""
+        return self.ask(patches), self._compute(self._network.features, patches)
 
     def _compute(self, function: Any, patches: np.ndarray) -> np.ndarray:
-        size = _CPU_BATCH if self.in_threads else _GPU_BATCH
+        size = self._batch_size
         parts = [
             self._engine.predict(
                 function,
                 self._preprocessing.prepare(patches[start : start + size], device=self._engine.device),
             )
-            for start in range(0, len(patches), size)
+            for start in range(0, max(1, len(patches)), size)
         ]
         return np.concatenate([part.cpu().numpy() for part in parts])
 
 
-def _find_model(classifier: Classifier) -> Any:
+def _find_model(classifier: Classifier, n_patches: int | None) -> Any:
     """Return OpenVINO's model that lies beside a classifier, or one made now; None where it cannot be had."""
     kept = None if classifier.path is None else classifier.path / FOLDER
     if kept is not None and kept.is_dir():
         return read_compiled(kept, classifier)
+    if n_patches is not None and n_patches < WORTH_CONVERTING:
+        return None
     from biopsy.models.compiling import try_to_convert
 
     return try_to_convert(classifier)

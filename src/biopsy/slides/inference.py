@@ -190,7 +190,9 @@ class _Network(NamedTuple):
     def ask(self, resized: np.ndarray, checked: np.ndarray) -> _Found:
         """Ask about a piece: all its patches at the network's size, the checked ones as they were cut."""
         logits = self.runtime.ask(resized)
-        features = self.runtime.features(checked) if len(checked) else np.zeros((0, 0), np.float32)
+        features = (
+            self.runtime.ask_with_features(checked)[1] if len(checked) else np.zeros((0, 0), np.float32)
+        )
         return _Found(logits, checked, features)
 
     def find_unlike(self, pieces: list[_Found]) -> np.ndarray:

@@ -103,12 +103,9 @@ def predict_stitched(
     pack: Pack, index: np.ndarray, classifier: Classifier, *, engine: "Engine"
 ) -> np.ndarray:
     """Return the logits of a slide's patches, ``(n, n_classes)``."""
-    from biopsy.models.inference import predict_logits
+    from biopsy.models.inference import predict_classifier
 
-    network = engine.place(classifier.network)
-    return predict_logits(
-        network, classifier.info.preprocessing, pack.patches, pack.sizes, index, engine=engine
-    )
+    return predict_classifier(classifier, pack.patches, pack.sizes, index, engine=engine)
 
 
 def _find_stride(x: np.ndarray, y: np.ndarray, patch_px: int, name: str) -> int:

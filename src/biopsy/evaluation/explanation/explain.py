@@ -30,7 +30,7 @@ from biopsy.evaluation.explanation.maps import Explanation, explain_patches
 from biopsy.evaluation.explanation.methods import find_last_maps, find_method, has_convolution
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
-from biopsy.models.inference import predict_logits
+from biopsy.models.inference import predict_classifier
 from biopsy.plotting.overlays import scale_maps
 from biopsy.slide_io.images import IMAGE_SUFFIXES, decode, read_header
 from biopsy.training.open_model import open_classifier
@@ -357,10 +357,7 @@ def explain_others(
     result, engine = gather_patches(classifier, data, patch, 2 * errors), Engine(device)
     classifier = classifier.single_patch()
     if not patch and result.target is not None:
-        network = engine.place(classifier.network)
-        logits = predict_logits(
-            network, classifier.info.preprocessing, result.pixels, result.sizes, engine=engine
-        )
+        logits = predict_classifier(classifier, result.pixels, result.sizes, engine=engine)
         calls = read_calls(classifier, result.target, classifier.probs(logits))
         names = classifier.info.class_names
         frame = pd.DataFrame(classifier.probs(logits), columns=[f"prob_{name}" for name in names]).assign(

@@ -29,7 +29,7 @@ from biopsy.evaluation.explanation.maps import explain_patches
 from biopsy.evaluation.explanation.methods import METHODS, find_method
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
-from biopsy.models.inference import predict_logits
+from biopsy.models.inference import open_predictor, predict_classifier
 from biopsy.models.networks import describe
 from biopsy.statistics.intervals import describe_method
 from biopsy.statistics.resampling import clustered_mean
@@ -188,16 +188,17 @@ def measure_faithfulness(
     patches, groups = pack.patches[rows], pack.group_ids[rows]
 
     def ask(versions: np.ndarray) -> np.ndarray:
-        logits = predict_logits(network, classifier.info.preprocessing, versions, engine=engine)
+        logits = predictor.logits(versions)
         item = np.repeat(class_index, len(versions) // len(patches))
         return classifier.probs(logits)[np.arange(len(versions)), item]
 
     class_index = np.full(len(rows), classifier.positive_index or 0)
     if classifier.positive_index is None:
-        logits = predict_logits(network, classifier.info.preprocessing, patches, engine=engine)
-        class_index = logits.argmax(axis=1)
+        class_index = predict_classifier(classifier, patches, engine=engine).argmax(axis=1)
     maps, layers, refused = explain_all(classifier, patches, class_index, methods, layer, engine)
-    traced = all_deletion_insertion_curves(ask, patches, maps, seed=seed)
+    n_versions = 2 * (STEPS + 1) * len(patches) * (len(maps) + 1 + N_RANDOM)
+    with open_predictor(classifier, engine, n_versions) as predictor:
+        traced = all_deletion_insertion_curves(ask, patches, maps, seed=seed)
     likeness = compare_randomised(
         classifier, patches[:N_RANDOMISED], class_index[:N_RANDOMISED], maps, layers, engine, seed=seed
     )

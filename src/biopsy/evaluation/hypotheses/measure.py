@@ -16,7 +16,7 @@ from biopsy.core.text import count
 from biopsy.evaluation.explanation.maps import explain_patches
 from biopsy.evaluation.patch_properties import measure_properties
 from biopsy.models.engine import Engine
-from biopsy.models.inference import predict_logits
+from biopsy.models.inference import open_predictor
 from biopsy.models.networks import describe
 from biopsy.slide_io.stain import combine_stains, separate_stains
 from biopsy.statistics.contrasts import contrast_groups
@@ -166,16 +166,16 @@ def _measure(run: Run, frame: pd.DataFrame, seed: int, device: str) -> dict[str,
     properties = measure_properties(pack.patches, pack.sizes, index=rows[measured])
     calls = (truth[measured], prob[measured] >= threshold, groups[measured])
 
-    preprocessing, network = classifier.info.preprocessing, engine.place(classifier.network)
-    again = draw_rows(len(rows), count_asked(network, preprocessing.input_px), seed)
+    n_asked = count_asked(classifier.network, classifier.info.preprocessing.input_px)
+    again = draw_rows(len(rows), n_asked, seed)
     patches, sizes = pack.patches[rows[again]], pack.sizes[rows[again]]
 
     def predict(versions: np.ndarray) -> np.ndarray:
-        logits = predict_logits(network, preprocessing, versions, sizes, engine=engine)
-        return classifier.probs(logits)[:, pack.positive_index]
+        return classifier.probs(predictor.logits(versions, sizes))[:, pack.positive_index]
 
-    intact = predict(patches)
-    without = {name: predict(remove(patches)) for name, remove in REMOVALS.items()}
+    with open_predictor(classifier, engine, len(patches) * (1 + len(REMOVALS))) as predictor:
+        intact = predict(patches)
+        without = {name: predict(remove(patches)) for name, remove in REMOVALS.items()}
     maps = explain_patches(classifier, patches, sizes, "saliency", engine=engine).maps[:, 0]
     shares = share_saliency(patches, maps, sizes)
     return {
