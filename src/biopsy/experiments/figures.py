@@ -274,6 +274,7 @@ def draw_search(
             x = [shorten(_spell(value)) for value in x]
         elif min(numbers) > 0 and max(numbers) / min(numbers) >= WIDE_RANGE:
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.plot(x, validation, "o", color=_colour("validation"), markersize=5.5, alpha=0.7)
         if best is not None:
             mark = best[key] if len(numbers) == len(x) else shorten(_spell(best[key]))

@@ -98,7 +98,7 @@ def _summarise(facts: SweepFacts, *, hide_ids: bool) -> Summary:
         verdict = f"The {name} chooses {say_values(best['values'])}; " + (
             f"its means on the test subset: {tested}."
             if tested
-            else "the test subset has not been evaluated: `biopsy evaluate` does so with the chosen run."
+            else "the test subset has not been evaluated."
         )
         beside = f"mean of {count(best['n_seeds'], 'seed')}"
         headlines = [
