@@ -163,6 +163,19 @@ def test_colour_alone_does_not_solve_it(cohort):
     assert 0.6 < roc_auc_score(target, score[:, 1]) <= 0.85
 
 
+def test_high_grade_keeps_the_outlines_and_enlarges_the_nuclei():
+    plain, high = (
+        plan_painter(3, "90002", tissue_mm2=0.6, tumour_frac=0.3, high_grade=g) for g in (False, True)
+    )
+    width, height = plain.size_px(4.0)
+    assert (width, height) == high.size_px(4.0)
+    for name in ("tumour", "tissue"):
+        masks = [painter.mask(name, 0, 0, width, height, 4.0) for painter in (plain, high)]
+        assert np.array_equal(*masks)
+    assert high.anatomy.habit.nucleus_um > 2 * plain.anatomy.habit.nucleus_um
+    assert not np.array_equal(plain.paint(0, 0, 50, 50, 4.0), high.paint(0, 0, 50, 50, 4.0))
+
+
 def test_fields_and_points_do_not_depend_on_the_region():
     rng = np.random.default_rng(0)
     field, points = Field(rng, 20.0), Jitter(rng, 15.0)

@@ -463,7 +463,6 @@ def place(trained_run, make_slide, make_idc_zip, tmp_path, monkeypatch, request)
     monkeypatch.setattr(demo, "N_PATIENTS", 12)
     monkeypatch.setattr(demo, "PATCHES_PER_PATIENT", 20)
     monkeypatch.setattr(demo, "SLIDE_PX", (600, 450))
-    monkeypatch.setattr(demo, "SETTINGS", ("train.epochs=1", "train.batch_size=16"))
     source = Source("idc", "IDC", "none", "none", files=(RemoteFile((tmp_path / "idc.zip").as_uri()),))
     monkeypatch.setattr(collection, "find_source", lambda name: source)
     return tmp_path

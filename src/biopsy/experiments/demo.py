@@ -21,11 +21,17 @@ from biopsy.training.train import train
 logger = logging.getLogger(__name__)
 
 MARK, FORMAT = "demo.json", "biopsy-demo/1"
-N_PATIENTS, PATCHES_PER_PATIENT = 36, 100  # five patients on the test side, the fewest that allow an interval
-RECIPE = "idc-small"
+N_PATIENTS, PATCHES_PER_PATIENT = 80, 45  # twelve patients in the test subset: enough for intervals
+RECIPE, SHIPPED = "probe", "idc"
 NEXT_PATIENT = str(FIRST_PATIENT + N_PATIENTS)
 SLIDE, SLIDE_PX = "slide.tiff", (1600, 1200)  # at 2 um/px
-SETTINGS = ("train.epochs=4",)  # of 8: what two cores do in about a minute
+SETTINGS = (
+    "model.name=residual",
+    f"model.weights={SHIPPED}",
+    "preprocessing.feed=recipe",
+    "preprocessing.input_px=112",
+)
+"""A logistic regression on features of the classifier that ships; enlarged patches show it the nuclei."""
 
 
 def demo(*, out: Path | str = "biopsy-demo", on_epoch: OnEpoch | None = None) -> Path:
@@ -48,7 +54,9 @@ def demo(*, out: Path | str = "biopsy-demo", on_epoch: OnEpoch | None = None) ->
     archive = folder / "cohort.zip"
     if not archive.exists():
         logger.info("synthetic cohort of %d patients in the layout of IDC: %s", N_PATIENTS, archive)
-        write_archive(archive, n_patients=N_PATIENTS, patches_per_patient=PATCHES_PER_PATIENT, seed=0)
+        write_archive(
+            archive, n_patients=N_PATIENTS, patches_per_patient=PATCHES_PER_PATIENT, seed=0, high_grade=True
+        )
     pack = prepare(archive, folder / "cohort.pack")
     logger.info("pack of %d patches: %s", len(pack), pack.path)
     inspect(pack, split="patients")
@@ -59,8 +67,12 @@ def demo(*, out: Path | str = "biopsy-demo", on_epoch: OnEpoch | None = None) ->
     path, (width, height) = folder / SLIDE, SLIDE_PX
     if not path.exists():
         logger.info("a synthetic slide of a patient never seen: %s", path)
-        make_phantom_slide(path, seed=0, patient=NEXT_PATIENT, width=width, height=height, mpp=2.0)
+        make_phantom_slide(
+            path, seed=0, patient=NEXT_PATIENT, width=width, height=height, mpp=2.0, high_grade=True
+        )
     slide(run, path, out=run.path / MAPS)
+    logger.info("the same slide by the classifier that ships, trained on real tissue: %s", folder / SHIPPED)
+    slide(SHIPPED, path, out=folder / SHIPPED)
     return report([run], complete=True)[0]
 
 

@@ -62,7 +62,9 @@ def _interpolate(values: Floats, column: Floats, row: Floats) -> Floats:
     return np.asarray(cv2.remap(values, column, row, cv2.INTER_LINEAR, borderMode=edge), np.float32)
 
 
-def plan_slide(seed: int, patient: str, *, tissue_mm2: float, tumour_frac: float) -> Anatomy:
+def plan_slide(
+    seed: int, patient: str, *, tissue_mm2: float, tumour_frac: float, high_grade: bool = False
+) -> Anatomy:
     """Lay out one patient's slide.
 
     Args:
@@ -70,9 +72,10 @@ def plan_slide(seed: int, patient: str, *, tissue_mm2: float, tumour_frac: float
         patient: The patient's name; names the random stream.
         tissue_mm2: Area of tissue, above 0.
         tumour_frac: Share of the tissue inside the tumour region, in [0, 1); the region is in one piece.
+        high_grade: As `draw_habit` takes it.
     """
     rng = make_rng(seed, "phantom", patient, "anatomy")
-    habit = draw_habit(seed, patient)
+    habit = draw_habit(seed, patient, high_grade=high_grade)
     aspect = rng.uniform(0.65, 1.5)
     height_um = np.ceil(1000 * np.sqrt(tissue_mm2 / _FILLED / aspect) / 200) * 200
     width_um = np.ceil(1000 * np.sqrt(tissue_mm2 / _FILLED * aspect) / 200) * 200

@@ -71,6 +71,7 @@ def write_archive(
     n_patients: int = 12,
     patches_per_patient: float = 250,
     seed: int = 0,
+    high_grade: bool = False,
     root: str = ROOT,
     workers: int | None = None,
     on_patient: Callable[[str, int], None] | None = None,
@@ -85,6 +86,7 @@ def write_archive(
         n_patients: Number of patients, named from 90001 on.
         patches_per_patient: Mean number of patches, at least 20; may be fractional, the total is exact.
         seed: The cohort's seed.
+        high_grade: As `plan_painter` takes it: morphology tells the tumour better than colour.
         root: Folder above the patients; ``""`` puts the patients at the top, as Kaggle's newer archive does.
         workers: Threads; None takes one per core.
         on_patient: Called with a patient's name and number of patches when that patient is written.
@@ -102,7 +104,7 @@ def write_archive(
             archive = stack.enter_context(zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED))
         else:
             folder = stack.enter_context(create_directory(path))
-        for patient, files in _encoded(plan, seed, workers or os.cpu_count() or 1):
+        for patient, files in _encoded(plan, seed, workers or os.cpu_count() or 1, high_grade):
             for name, png in files:
                 if is_zip:
                     archive.writestr(_entry(prefix + name), png)
@@ -117,7 +119,7 @@ def write_archive(
 
 
 def paint_patient(
-    seed: int, patient: str, n_patches: int, tumour_frac: float
+    seed: int, patient: str, n_patches: int, tumour_frac: float, *, high_grade: bool = False
 ) -> tuple[SlidePainter, NDArray[np.int64]]:
     """Plan one patient's slide and choose its patches.
 
@@ -127,7 +129,9 @@ def paint_patient(
     patch_mm2 = (PATCH_PX * MPP / 1000) ** 2
     tissue_mm2 = n_patches * patch_mm2
     while True:
-        painter = plan_painter(seed, patient, tissue_mm2=tissue_mm2, tumour_frac=tumour_frac)
+        painter = plan_painter(
+            seed, patient, tissue_mm2=tissue_mm2, tumour_frac=tumour_frac, high_grade=high_grade
+        )
         share = _patch_shares(painter, "tissue")
         enough = np.argwhere(share >= _TISSUE_SHARE)
         if len(enough) >= n_patches:
@@ -158,8 +162,10 @@ def plan_cohort(n_patients: int, patches_per_patient: float, seed: int) -> list[
     ]
 
 
-def _patient_patches(seed: int, patient: str, n_patches: int, tumour_frac: float) -> Iterator[PhantomPatch]:
-    painter, places = paint_patient(seed, patient, n_patches, tumour_frac)
+def _patient_patches(
+    seed: int, patient: str, n_patches: int, tumour_frac: float, *, high_grade: bool = False
+) -> Iterator[PhantomPatch]:
+    painter, places = paint_patient(seed, patient, n_patches, tumour_frac, high_grade=high_grade)
     tumour = _patch_shares(painter, "tumour")
     blocks = places // _BLOCK
     for block in np.unique(blocks, axis=0):
@@ -187,12 +193,13 @@ def _patch_shares(painter: SlidePainter, name: str) -> NDArray[np.float64]:
 
 
 def _encoded(
-    plan: list[tuple[str, int, float]], seed: int, workers: int
+    plan: list[tuple[str, int, float]], seed: int, workers: int, high_grade: bool
 ) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
     """Return each patient's files in order; at most ``workers`` patients are held beside the one yielded."""
 
     def encode(patient: str, n_patches: int, tumour_frac: float) -> list[tuple[str, bytes]]:
-        return [(p.name, _png(p.image)) for p in _patient_patches(seed, patient, n_patches, tumour_frac)]
+        patches = _patient_patches(seed, patient, n_patches, tumour_frac, high_grade=high_grade)
+        return [(patch.name, _png(patch.image)) for patch in patches]
 
     with ThreadPoolExecutor(workers) as pool:
         waiting: list[tuple[str, Future[list[tuple[str, bytes]]]]] = []

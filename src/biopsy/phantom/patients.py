@@ -1,6 +1,6 @@
 """What sets one patient apart: tissue and tumour, and how the slide was cut, stained and scanned."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -46,11 +46,17 @@ class Habit:
     debris: float  # grey-brown granular artefact over fat
 
 
-def draw_habit(seed: int, patient: str) -> Habit:
-    """Draw a patient's traits; the same seed and patient give the same traits."""
+def draw_habit(seed: int, patient: str, *, high_grade: bool = False) -> Habit:
+    """Draw a patient's traits; the same seed and patient give the same traits.
+
+    Args:
+        seed: The cohort's seed.
+        patient: The patient's name.
+        high_grade: Solid tumour of large nuclei in tissue crowded with small ones.
+    """
     rng = make_rng(seed, "phantom", patient, "habit")
     nucleus_um = rng.uniform(3.3, 4.7)
-    return Habit(
+    habit = Habit(
         nest_um=rng.uniform(30, 65),
         cord_um=rng.uniform(12, 26),
         cords=rng.uniform(0.0, 1.0),
@@ -80,6 +86,22 @@ def draw_habit(seed: int, patient: str) -> Habit:
         bleeding=max(0.0, rng.uniform(-1.0, 1.0)),
         debris=max(0.0, rng.uniform(-4.0, 1.0)),
     )
+    if not high_grade:
+        return habit
+    return replace(
+        habit,
+        fill=0.6 + 0.4 * habit.fill,
+        tubules=0.0,
+        cleft=0.0,
+        nucleus_um=2.25 * habit.nucleus_um,
+        nucleus_gap_um=5.4 * habit.nucleus_um,
+        nucleus_stain=0.6,
+        cytoplasm_h=0.1,
+        cytoplasm_e=0.8 * habit.stroma_e,
+        proliferation=0.0,
+        cellularity=4 * habit.cellularity,
+        lymphocytes=1.5 * habit.lymphocytes,
+    )
 
 
 INKS = {  # optical density of the inks that mark a specimen's margin, per channel
@@ -106,14 +128,20 @@ class Look:
     ink: str | None
 
 
-def draw_look(seed: int, patient: str) -> Look:
-    """Draw a patient's stain and scanner; the same seed and patient give the same look."""
+def draw_look(seed: int, patient: str, *, stain_spread: float = 0.2) -> Look:
+    """Draw a patient's stain and scanner; the same seed and patient give the same look.
+
+    Args:
+        seed: The cohort's seed.
+        patient: The patient's name.
+        stain_spread: Standard deviation of the logarithm of the amounts of haematoxylin and eosin.
+    """
     rng = make_rng(seed, "phantom", patient, "look")
     # Ratios read off stroma and the darkest nuclei of real IDC patches, none of the benchmark's test slides.
     haematoxylin = np.array([0.84, 0.98, 0.53]) * rng.normal(1.0, [0.07, 0.06, 0.08])
     eosin = np.array([0.11, 0.56, 0.33]) * rng.normal(1.0, [0.2, 0.06, 0.09])
     blood = np.array([0.16, 1.15, 0.72]) * rng.normal(1.0, [0.25, 0.08, 0.12])
-    amounts = np.exp(rng.normal(0.0, [0.2, 0.2, 0.1]))
+    amounts = np.exp(rng.normal(0.0, [stain_spread, stain_spread, 0.1]))
     stains = np.stack([haematoxylin, eosin, blood]) * amounts[:, None]
     return Look(
         stains=np.clip(stains, 0.005, None).astype(np.float32),

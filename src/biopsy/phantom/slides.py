@@ -108,13 +108,22 @@ class SlidePainter:
 
 
 def plan_painter(
-    seed: int, patient: str, *, tissue_mm2: float, tumour_frac: float | None = None
+    seed: int, patient: str, *, tissue_mm2: float, tumour_frac: float | None = None, high_grade: bool = False
 ) -> SlidePainter:
-    """Plan a slide without drawing it; without ``tumour_frac`` the share is drawn from the patient's name."""
+    """Plan a slide without drawing it.
+
+    Args:
+        seed: The cohort's seed.
+        patient: The patient's name.
+        tissue_mm2: Area of tissue.
+        tumour_frac: Share of the tissue inside the tumour (default: drawn from the patient's name).
+        high_grade: Large tumour nuclei in crowded tissue, and stains that differ widely between patients:
+            colour tells little of the tumour.
+    """
     if tumour_frac is None:
         tumour_frac = float(make_rng(seed, "phantom", patient, "share").beta(1.4, 3.2))
-    anatomy = plan_slide(seed, patient, tissue_mm2=tissue_mm2, tumour_frac=tumour_frac)
-    return SlidePainter(anatomy, draw_look(seed, patient))
+    anatomy = plan_slide(seed, patient, tissue_mm2=tissue_mm2, tumour_frac=tumour_frac, high_grade=high_grade)
+    return SlidePainter(anatomy, draw_look(seed, patient, stain_spread=0.4 if high_grade else 0.2))
 
 
 def make_slide(
@@ -187,6 +196,7 @@ def make_phantom_slide(
     mpp: float,
     patient: str = "90001",
     tumour_frac: float = 0.3,
+    high_grade: bool = False,
     tissue_mm2: float | None = None,
     n_sections: int = 1,
     drawn_mpp: float | None = None,
@@ -205,6 +215,7 @@ def make_phantom_slide(
         mpp: Micrometres per pixel.
         patient: Names the tissue.
         tumour_frac: Share of the tissue inside the tumour, in [0, 1).
+        high_grade: As `plan_painter` takes it.
         tissue_mm2: Area of tissue of one section; by default what fills the slide.
         n_sections: How often the section is laid on the slide.
         drawn_mpp: Resolution at which tissue is drawn, by default ``mpp``; then averaged or enlarged to it.
@@ -231,7 +242,9 @@ def make_phantom_slide(
     workers = workers or os.cpu_count() or 1
     if tissue_mm2 is None:
         tissue_mm2 = _filling_mm2(seed, patient, width * mpp, height * mpp, n_sections)
-    painter = plan_painter(seed, patient, tissue_mm2=tissue_mm2, tumour_frac=tumour_frac)
+    painter = plan_painter(
+        seed, patient, tissue_mm2=tissue_mm2, tumour_frac=tumour_frac, high_grade=high_grade
+    )
     corners = _lay_out(painter, width * mpp, height * mpp, n_sections)
     section = _Section(painter, mpp, drawn_mpp or mpp, [_pixels(corner, mpp) for corner in corners], workers)
     if path.suffix.lower() == ".svs":
