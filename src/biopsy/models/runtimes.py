@@ -130,11 +130,11 @@ class TorchRuntime:
 
 def _find_model(classifier: Classifier, n_patches: int | None) -> Any:
     """Return OpenVINO's model that lies beside a classifier, or one made now; None where it cannot be had."""
+    if n_patches is not None and n_patches < WORTH_CONVERTING:
+        return None
     kept = None if classifier.path is None else classifier.path / FOLDER
     if kept is not None and kept.is_dir():
         return read_compiled(kept, classifier)
-    if n_patches is not None and n_patches < WORTH_CONVERTING:
-        return None
     from biopsy.models.compiling import try_to_convert
 
     return try_to_convert(classifier)
