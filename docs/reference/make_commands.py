@@ -23,7 +23,7 @@ Each command is the function of the same name in `biopsy`, each option its param
 * Exit codes: **0** success; **1** an error, in one line, or blocking issues (`inspect`); **2** wrong usage;
   **3** finished, but input that could not be read was skipped, named and counted; **130** interrupted.
 * `biopsy --install-completion` installs completion for bash, zsh, fish or PowerShell.
-* Only `fetch` uses the network.
+* Only `fetch`, `publish` and classifiers named `hf:ORG/NAME` use the network.
 
 ```console
 $ biopsy prepare archive.zip --out idc.pack --export-tree datasets/idc
@@ -49,6 +49,7 @@ $ biopsy next runs/lower idc.pack --budget 50 --out queue.csv
 $ biopsy view idc.pack --queue queue.csv --who ada
 $ biopsy serve runs/lower classifier --root slides --port 8780
 $ biopsy export runs/lower bundle
+$ biopsy publish bundle lab/breast-idc
 $ biopsy import-keras model.keras --model cancernet-2020 --out classifiers/mine
 $ biopsy study cancernet-2020 --data idc.pack --folds 5 --seeds 0,1,2
 $ biopsy sweep cancernet-2020 --data idc.pack --grid train.lr=0.01,0.001 --grid train.batch_size=32,128

@@ -10,6 +10,7 @@ from .core.errors import BiopsyError as BiopsyError
 from .core.errors import DataError as DataError
 from .core.errors import DownloadError as DownloadError
 from .core.errors import FileFormatError as FileFormatError
+from .core.errors import HubError as HubError
 from .core.errors import MetricError as MetricError
 from .core.errors import MissingExtra as MissingExtra
 from .core.errors import PackError as PackError
@@ -47,6 +48,7 @@ from .experiments.reports import report as report
 from .experiments.reproduction import reproduce as reproduce
 from .experiments.sweeps import sweep as sweep
 from .exporting.bundles import export as export
+from .exporting.hub import publish as publish
 from .models.classifier import Classifier as Classifier
 from .models.fetch import fetch as fetch
 from .models.importers.keras import import_keras as import_keras

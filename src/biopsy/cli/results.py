@@ -1,7 +1,7 @@
 """What each command prints of its result, as text or as JSON, and its exit code."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -626,6 +626,11 @@ def _print_bundle(bundle: Any, options: Options) -> None:
     log.info("on %s patches; tolerance %g", f"{parity['n_patches']:,}", parity["tolerance"])
 
 
+def _print_publication(publication: Any, options: Options) -> None:
+    log.info("%d files: %s", len(publication.files), publication.url)
+    print(publication.model)
+
+
 def _print_classifier(classifier: Any, options: Options) -> None:
     print(options["out"])
 
@@ -687,5 +692,6 @@ COMMANDS = {
     "export": Command(
         "Prediction", _print_bundle, lambda bundle, options: {"path": bundle.path, **bundle.parity}
     ),
+    "publish": Command("Prediction", _print_publication, lambda result, options: asdict(result)),
 }
 """Every command, with the heading of the help under which it stands."""

@@ -15,6 +15,7 @@
     ├── RunError (RuntimeError)       a run that cannot go on, be resumed or be judged
     │   └── TrainingDiverged          a loss that is not finite
     ├── DownloadError (OSError)       a file that could not be fetched whole
+    │   └── HubError                  a repository of the Hugging Face hub that cannot be read or written
     └── MissingExtra (ImportError)    an optional dependency that is not installed
 
 Messages are one line: what was asked, what was found, what to do. The command line prints them as they
@@ -99,6 +100,21 @@ class TrainingDiverged(RunError):
 
 class DownloadError(BiopsyError, OSError):
     """A file could not be fetched whole."""
+
+
+class HubError(DownloadError):
+    """A repository of the Hugging Face hub cannot be read or written.
+
+    Attributes:
+        repository: ``ORG/NAME``.
+        reason: A code for programs: ``name``, ``missing``, ``revision``, ``gated``, ``offline``, ``refused``
+            or ``not-a-classifier``.
+    """
+
+    def __init__(self, repository: str, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.repository = repository
+        self.reason = reason
 
 
 class MissingExtra(BiopsyError, ImportError):

@@ -90,8 +90,8 @@ def predict(
     patches that the run was trained, validated or tested on, recognised by their pixels.
 
     Args:
-        model: Finished run, classifier, bundle, folder of a WSInfer model, or the name of a shipped
-            classifier.
+        model: Finished run, classifier, bundle, folder of a WSInfer model, name of a shipped classifier, or
+            ``hf:ORG/NAME[@REVISION]`` on the Hugging Face hub.
         paths: Images, folders, zips and packs.
         out: Output table, ``.csv`` or ``.parquet`` (default: ``predictions.csv``, or ``submission.csv``
             for kaggle).
@@ -141,6 +141,7 @@ def predict(
     _warn_of_novelty(frame)
     about = {
         "classifier_sha256": classifier.sha256,
+        "classifier_source": classifier.source,
         "pack_sha256": None,
         "split": None,
         "threshold": classifier.frozen,

@@ -20,7 +20,7 @@ from biopsy.core.errors import BiopsyError, DataError, RunError
 from biopsy.core.files import create_directory, sha256_file, write_json
 from biopsy.data.packs import Pack
 from biopsy.exporting.formats.registry import FORMATS
-from biopsy.exporting.model_card import card_of_run, gather_card
+from biopsy.exporting.model_card import card_of_run, gather_card, metadata_of_run
 from biopsy.models.classifier import WEIGHTS, Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.importers.wsinfer import is_wsinfer
@@ -100,7 +100,8 @@ def export(
         }
         _require_parity(parity)
         write_json(folder / PARITY, parity)
-        (folder / CARD).write_text(card_of_run(gather_card(classifier, run, parity)), encoding="utf-8")
+        facts = gather_card(classifier, run, parity)
+        (folder / CARD).write_text(metadata_of_run(facts) + "\n" + card_of_run(facts), encoding="utf-8")
         files = {
             path.relative_to(folder).as_posix(): sha256_file(path)
             for path in sorted(folder.rglob("*"))

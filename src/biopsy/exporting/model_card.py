@@ -4,6 +4,7 @@ Headings after Mitchell et al. 2019, "Model Cards for Model Reporting". Everythi
 records of the run and the classifier; what they do not hold the card says is not known.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ SHOWN: tuple[str, ...] = (
     "ppv",
 )
 SHOWN += ("npv", "f1_macro", "kappa", "brier", "ece", "calibration_slope")
+HUB_METRICS = {"auroc": "roc_auc", "sensitivity": "recall", "ppv": "precision"}
+"""Names that the Hugging Face hub has for metrics; others keep ours."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,39 @@ def card_of_run(facts: CardFacts) -> str:
     if facts.parity is not None:
         parts += _describe_parity(facts.parity)
     return "\n\n".join(parts) + "\n"
+
+
+def metadata_of_run(facts: CardFacts) -> str:
+    """Return the YAML block that begins a card on the hub: licence, task, tags, and metrics of the test."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    info = facts.classifier
+    name = str(info.get("recipe") or info["network"])
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=str(info["pack"].get("name", "unknown")),
+            dataset_name=str(info["pack"].get("name", "unknown")),
+            dataset_split=facts.metrics["side"],
+            metric_type=HUB_METRICS.get(metric, metric),
+            metric_name=metric,
+            metric_value=facts.metrics["patch"][metric]["value"],
+        )
+        for metric in (SHOWN if facts.metrics else ())
+        if facts.metrics and facts.metrics["patch"].get(metric, {}).get("value") is not None
+    ]
+    licence = info["licence"]
+    is_identifier = re.fullmatch(r"[a-z0-9.-]+", licence.lower())
+    data = ModelCardData(
+        license=licence.lower() if is_identifier else "other",
+        license_name=None if is_identifier else re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-"),
+        library_name="biopsy",
+        pipeline_tag="image-classification",
+        tags=["histopathology", "breast-cancer", "h-and-e", "safetensors"],
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
 
 
 def _describe_model(info: Mapping[str, Any]) -> list[str]:

@@ -143,6 +143,7 @@ class Classifier:
         info: What ``classifier.json`` says.
         extras: Named float arrays stored beside the weights (the reference of the unlike-training check).
         path: The folder it was read from, None if it was not.
+        source: Of one from the Hugging Face hub, ``hf:ORG/NAME@COMMIT``; None of others.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class Classifier:
         self.info = info.model_copy(update={"weights_sha256": ""}) if in_memory else info
         self.extras = extras or {}
         self.path = path
+        self.source: str | None = None
         self._base_network = None if base_network is None else base_network.eval()
 
     @classmethod

@@ -13,7 +13,7 @@ PREFIX = "weights:"
 
 
 def fetch(name: str, out: Path | str, *, on_progress: OnProgress | None = None) -> FetchResult:
-    """Download a public data set or pretrained weights; the only command that uses the network.
+    """Download a public data set or pretrained weights.
 
     An interrupted download is continued; files appear under their final names only when complete and
     verified. Prints the folder to give to ``prepare``, or the one that ``$BIOPSY_WEIGHTS`` should name.

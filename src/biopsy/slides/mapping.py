@@ -15,6 +15,7 @@ from biopsy.core.errors import DataError
 from biopsy.core.text import printable
 from biopsy.models.classifier import Classifier
 from biopsy.models.hardware import Precision, pick_device, pick_precision
+from biopsy.models.hub import is_on_hub
 from biopsy.models.runtimes import list_runtimes
 from biopsy.slides.grids import PatchGrid
 from biopsy.slides.inference import Answer, OnProgress, SlideTask, predict_slides
@@ -66,6 +67,7 @@ def describe_model(classifier: Classifier, precision: str, device: str) -> dict[
     return {
         "classifier": {
             "sha256": classifier.sha256,
+            "source": classifier.source,
             "weights_sha256": info.weights_sha256,
             "network": info.network,
             "recipe": info.recipe,
@@ -92,7 +94,10 @@ def is_calibrated(classifier: Classifier) -> bool:
 
 def repeat_command(source: Path, model: object, settings: Mapping[str, Any]) -> str:
     """Return the command that maps a slide again; folders are left to the reader."""
-    named = "CLASSIFIER" if isinstance(model, Classifier) else Path(str(getattr(model, "path", model))).name
+    if isinstance(model, Classifier):
+        named = "CLASSIFIER"
+    else:
+        named = str(model) if is_on_hub(model) else Path(str(getattr(model, "path", model))).name
     words = ["biopsy", "slide", named, printable(source.name), "--out", "DIR"]
     for flag, value in settings.items():
         if value is True:
@@ -140,7 +145,8 @@ class Mapper:
         self.detections = detections
         self.is_calibrated = is_calibrated(self.classifier)
         self.meanwhile: Callable[[], object] | None = None
-        self._model, self._mpp, self._on_progress = model, mpp, on_progress
+        self._model = self.classifier.source or model
+        self._mpp, self._on_progress = mpp, on_progress
         self._questions: dict[str, dict[str, Any]] = {}
         self._kind = self.device.partition(":")[0]
         self._about = describe_model(self.classifier, self.precision, self._kind)

@@ -1,9 +1,10 @@
-"""Opening what a user names as a model: a run, a classifier, a bundle, a shipped name, a WSInfer model."""
+"""Opening what a user names as a model: run, classifier, bundle, shipped name, hub name, WSInfer model."""
 
 from pathlib import Path
 
 from biopsy.core.errors import RunError, suggest
 from biopsy.models.classifier import DOCUMENT, Classifier
+from biopsy.models.hub import is_on_hub, open_from_hub
 from biopsy.models.shipped import is_shipped, list_shipped, open_shipped
 from biopsy.training.runs import Run
 
@@ -14,15 +15,18 @@ def open_classifier(model: Run | Classifier | Path | str, *, trust_model: str | 
     Args:
         model: A finished run, a classifier, a bundle (its classifier is read, its TorchScript is not), the
             folder of a WSInfer model, or a name of `biopsy.models.shipped.list_shipped`, which a local model
-            of the same name hides.
+            of the same name hides; or ``hf:ORG/NAME[@REVISION]`` on the Hugging Face hub.
         trust_model: SHA-256 of a WSInfer model's TorchScript, which runs only if this is named.
 
     Raises:
         RunError: If it is none of these, or not finished, altered or not trusted.
+        HubError: If the hub does not give it.
     """
     if isinstance(model, Classifier):
         return model
     if not isinstance(model, Run):
+        if is_on_hub(model):
+            return open_from_hub(model)
         if is_shipped(model):
             return open_shipped(model)
         if (Path(model) / DOCUMENT).is_file():

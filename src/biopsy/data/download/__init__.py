@@ -2,8 +2,8 @@
 
 ``transfer`` moves one file over HTTP (resumed, checked, renamed when whole); ``kaggle`` hands Kaggle's data
 over to kagglehub; ``collection`` fetches everything that belongs to one data set, whose record in
-`biopsy.data.datasets` says what is where and under which terms. Nothing else in the package touches the
-network.
+`biopsy.data.datasets` says what is where and under which terms. Beside it, only weights and
+classifiers of the Hugging Face hub (`biopsy.models`) use the network.
 """
 
 from biopsy.data.datasets.sources import KaggleData, RemoteFile, Source

@@ -1,0 +1,117 @@
+"""Classifiers on the Hugging Face hub, named ``hf:ORG/NAME`` or ``hf:ORG/NAME@REVISION``.
+
+Only ``classifier.json``, ``weights.safetensors`` and the model card are downloaded, none of which is code.
+The hub's own library caches them, so that a revision once downloaded opens without a network.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from biopsy.core.errors import HubError
+from biopsy.models.classifier import DOCUMENT, WEIGHTS, Classifier
+
+logger = logging.getLogger(__name__)
+
+PREFIX, CARD = "hf:", "README.md"
+_NAME = r"[\w.-]+/[\w.-]+"
+
+
+def is_on_hub(model: object) -> bool:
+    """Return whether a model is named as one on the hub."""
+    return isinstance(model, str | Path) and str(model).startswith(PREFIX)
+
+
+def require_repository(name: str) -> str:
+    """Return the name of a repository, if it is one.
+
+    Raises:
+        HubError: If it is not ``ORG/NAME``.
+    """
+    if not re.fullmatch(_NAME, name):
+        raise HubError(name, "name", f"{name!r} names no repository of the hub: expected ORG/NAME")
+    return name
+
+
+def open_from_hub(model: Path | str) -> Classifier:
+    """Open a classifier of the hub, and log its commit and licence.
+
+    Args:
+        model: ``hf:ORG/NAME``, or ``hf:ORG/NAME@REVISION`` with a branch, tag or commit hash.
+
+    Returns:
+        The classifier; its ``source`` is ``hf:ORG/NAME@COMMIT``, which opens the same files again.
+
+    Raises:
+        HubError: If there is no such repository or revision, access is refused, the hub cannot be reached and
+            the revision is not cached, or the repository holds no classifier.
+        RunError: If the classifier is damaged or of a newer format.
+    """
+    repository, _, revision = str(model).removeprefix(PREFIX).partition("@")
+    folder = _download(require_repository(repository), revision or None)
+    if not all((folder / name).is_file() for name in (DOCUMENT, WEIGHTS)):
+        raise HubError(
+            repository,
+            "not-a-classifier",
+            f"{repository} at commit {folder.name} lacks {DOCUMENT} or {WEIGHTS}: it is no biopsy classifier",
+        )
+    classifier = Classifier.load(folder)
+    classifier.source = f"{PREFIX}{repository}@{folder.name}"
+    logger.info("%s: licence of the weights: %s", classifier.source, _read_licence(folder, classifier))
+    return classifier
+
+
+@contextmanager
+def hub_errors(repository: str) -> Iterator[None]:
+    """Raise what the hub's library raises as a `HubError`."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    try:
+        yield
+    except GatedRepoError:
+        message = f"{repository} is gated: ask for access on its page, then {login}"
+        raise HubError(repository, "gated", message) from None
+    except RepositoryNotFoundError:
+        message = f"the hub has no repository {repository}, or it is private: check the name, or {login}"
+        raise HubError(repository, "missing", message) from None
+    except RevisionNotFoundError:
+        message = f"{repository} has no such revision: name one of its branches, tags or commits"
+        raise HubError(repository, "revision", message) from None
+    except LocalEntryNotFoundError:
+        message = f"the hub cannot be reached and {repository} is not cached at this revision: go online once"
+        raise HubError(repository, "offline", message) from None
+    except HfHubHTTPError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise HubError(repository, "refused", f"the hub refused {repository} ({reason}): {login}") from None
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(repository):
+        folder = snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=[DOCUMENT, WEIGHTS, CARD],
+            endpoint=os.environ.get("HF_ENDPOINT"),
+        )
+    return Path(folder)
+
+
+def _read_licence(folder: Path, classifier: Classifier) -> str:
+    """Return the licence that the card's metadata states, or the classifier's own record."""
+    from huggingface_hub.repocard import metadata_load
+
+    card = folder / CARD
+    stated = (metadata_load(card) if card.is_file() else None) or {}
+    return str(stated.get("license_name") or stated.get("license") or classifier.info.licence)

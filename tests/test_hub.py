@@ -1,0 +1,94 @@
+"""The Hugging Face hub: what is published opens again, pinned; what cannot be opened is refused by reason."""
+
+import shutil
+
+import numpy as np
+import pytest
+from huggingface_hub.repocard import metadata_load
+
+from biopsy.core.errors import DataError, HubError, RunError
+from biopsy.core.files import read_json
+from biopsy.evaluation.predict import predict
+from biopsy.exporting.bundles import export
+from biopsy.exporting.hub import publish
+from biopsy.training.open_model import open_classifier
+from command_line import call
+from conftest import encode_png
+from hub_server import hub  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def bundle(trained_run, tmp_path_factory):
+    return export(trained_run, tmp_path_factory.mktemp("hub") / "bundle").path
+
+
+def test_what_is_published_predicts_the_same_at_the_commit_named(hub, bundle, trained_run, tmp_path):  # noqa: F811
+    result = publish(bundle, "lab/breast")
+    assert hub.repositories["lab/breast"][result.commit].keys() == set(result.files)
+    patch = trained_run.open_pack(verify=False).patches[0]
+    (tmp_path / "patch.png").write_bytes(encode_png(np.array(patch)))
+    remote = predict("hf:lab/breast", tmp_path / "patch.png", out=tmp_path / "remote.csv")
+    local = predict(bundle, tmp_path / "patch.png", out=tmp_path / "local.csv")
+    np.testing.assert_array_equal(remote.frame.filter(like="prob_"), local.frame.filter(like="prob_"))
+    assert read_json(tmp_path / "remote.csv.json")["classifier_source"] == result.model
+    assert open_classifier("hf:lab/breast").source == result.model == f"hf:lab/breast@{result.commit}"
+
+
+def test_a_commit_stays_pinned_and_opens_offline(hub, bundle, trained_run):  # noqa: F811
+    first = publish(bundle, "lab/breast")
+    digest = open_classifier(first.model).sha256
+    hub.repositories["lab/breast"]["f" * 40] = {"README.md": b"# emptied"}
+    assert open_classifier(first.model).sha256 == digest
+    with pytest.raises(HubError) as error:
+        open_classifier("hf:lab/breast")
+    assert (error.value.reason, error.value.repository) == ("not-a-classifier", "lab/breast")
+    hub.stop()
+    assert open_classifier(first.model).sha256 == digest
+    with pytest.raises(HubError) as error:
+        open_classifier("hf:lab/other")
+    assert error.value.reason == "offline"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("lab/none", "missing"), ("lab/breast@v9", "revision"), ("breast", "name"), ("a/b/c", "name")],
+)
+def test_what_the_hub_does_not_have_is_refused(hub, name, reason):  # noqa: F811
+    hub.repositories["lab/breast"] = {"a" * 40: {"README.md": b"# nothing"}}
+    with pytest.raises(HubError) as error:
+        open_classifier(f"hf:{name}")
+    assert error.value.reason == reason and "\n" not in str(error.value)
+
+
+def test_no_code_is_downloaded(hub, bundle):  # noqa: F811
+    folder = open_classifier(publish(bundle, "lab/breast").model).path
+    assert {path.name for path in folder.iterdir()} == {"classifier.json", "weights.safetensors", "README.md"}
+
+
+def test_only_an_unaltered_bundle_is_published(hub, bundle, tmp_path):  # noqa: F811
+    with pytest.raises(DataError):
+        publish(tmp_path, "lab/breast")
+    copied = shutil.copytree(bundle, tmp_path / "copied")
+    (copied / "patients.csv").write_text("a name")
+    (copied / "README.md").write_text("---\nlicense: mit\n---\n# Edited by hand\n")
+    result = publish(copied, "lab/breast")
+    files = hub.repositories["lab/breast"][result.commit]
+    assert "patients.csv" not in files and b"Edited by hand" in files["README.md"]
+    with (copied / "weights.safetensors").open("ab") as file:
+        file.write(b"0")
+    with pytest.raises(RunError):
+        publish(copied, "lab/breast")
+
+
+def test_the_card_begins_with_what_the_hub_reads(bundle, trained_run):
+    metadata = metadata_load(bundle / "README.md")
+    assert metadata["library_name"] == "biopsy" and metadata["pipeline_tag"] == "image-classification"
+    assert metadata["license"] == "other" and metadata["license_name"]
+    assert (bundle / "README.md").read_text().startswith("---\n")
+
+
+def test_the_commands(hub, bundle, tmp_path):  # noqa: F811
+    published = call("publish", bundle, "lab/breast", "--json")
+    assert published.exit_code == 0
+    missing = call("predict", "hf:lab/none", str(tmp_path), "--out", str(tmp_path / "p.csv"))
+    assert missing.exit_code == 1 and missing.stderr.count("\n") == 1
