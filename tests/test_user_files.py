@@ -514,7 +514,12 @@ def call(words: str, *, codes: tuple[int, ...] = (0,)) -> str:
 
 
 def test_every_command_has_a_case():
-    elsewhere = {"view", "serve", "probe"}  # test_app_viewer, test_app_service, test_encoders
+    elsewhere = {
+        "view",
+        "serve",
+        "probe",
+        "publish",
+    }  # test_app_viewer, test_app_service, test_encoders, test_hub
     assert {name.replace("_", "-") for name in COMMANDS} - elsewhere == CASES.keys()
 
 

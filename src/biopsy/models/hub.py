@@ -114,4 +114,5 @@ def _read_licence(folder: Path, classifier: Classifier) -> str:
 
     card = folder / CARD
     stated = (metadata_load(card) if card.is_file() else None) or {}
-    return str(stated.get("license_name") or stated.get("license") or classifier.info.licence)
+    licence = stated.get("license", "other")
+    return classifier.info.licence if licence == "other" else str(licence)
