@@ -519,7 +519,7 @@ def test_every_command_has_a_case():
         "serve",
         "probe",
         "publish",
-    }  # test_app_viewer, test_app_service, test_encoders, test_hub
+    }  # in their own files
     assert {name.replace("_", "-") for name in COMMANDS} - elsewhere == CASES.keys()
 
 
