@@ -87,6 +87,11 @@ def test_training_curves_hold_the_log_and_mark_the_chosen_epoch():
     assert lr.get_yscale() == "log" and loss.get_xlabel() == "epoch"
 
 
+def test_a_learning_rate_of_zero_is_not_drawn_on_a_logarithmic_scale():
+    (axes,) = draw_training([{"epoch": 1, "loss": 0.2, "lr": 0.0}], quantities=["lr"]).axes
+    assert axes.get_yscale() == "linear"
+
+
 def test_confusion_names_the_quadrants_where_they_stand():
     figure = draw_confusion(8, 3, 2, 27, negative="not IDC", positive="IDC")
     place = {t.get_text(): t.get_position() for t in figure.axes[0].texts}

@@ -82,7 +82,7 @@ def _draw_quantity(
             linestyle=(0, (2, 2)),
             label=f"selected epoch {chosen_epoch}",
         )
-    if quantity == "lr":
+    if quantity == "lr" and any(record.get("lr") for record in records):  # a logistic regression has none
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=8))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
