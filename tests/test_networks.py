@@ -15,6 +15,7 @@ from biopsy.models.networks import (
     register_network,
 )
 from biopsy.models.networks.layers import BatchNorm1d, BatchNorm2d, Dropout, FlattenChannelsLast, OneLogit
+from biopsy.models.weight_files import fill_network
 
 NAMES = list_networks()
 
@@ -300,6 +301,28 @@ def test_squeezenet_is_torchvisions():
     patches = torch.rand(3, 3, 64, 64)
     assert torch.equal(network(patches), theirs(patches))
     assert torch.equal(network.features(patches), theirs.features(patches).mean((2, 3)))
+
+
+def test_the_first_fire_modules_of_squeezenet_are_torchvisions(tmp_path):
+    whole = torchvision.models.squeezenet1_1(weights=None).eval()
+    torch.save(whole.state_dict(), tmp_path / "squeezenet.pth")
+    name = "torchvision:squeezenet1_1"
+    network = build_network(name, n_classes=3, input_px=64, seed=0, n_fire=6).eval()
+    assert not fill_network(network, name, tmp_path / "squeezenet.pth")
+    patches = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        wanted = whole.features[:11](patches).mean(dim=(2, 3))
+        assert torch.allclose(network.features(patches), wanted, atol=1e-6)
+        assert torch.allclose(network.head(network.features(patches)), network(patches))
+    assert sum(parameter.numel() for parameter in network.body.parameters()) == 336_320
+
+
+@pytest.mark.parametrize(
+    ("name", "n_fire"), [("squeezenet1_1", 0), ("squeezenet1_1", 9), ("squeezenet1_1", 2.5), ("resnet18", 2)]
+)
+def test_fire_modules_that_a_network_does_not_have_are_refused(name, n_fire):
+    with pytest.raises(RecipeError):
+        build_network(f"torchvision:{name}", n_classes=2, input_px=64, n_fire=n_fire)
 
 
 def test_resnet_with_its_last_layer_apart_is_torchvisions():

@@ -19,8 +19,9 @@ from biopsy.core.files import sha256_file
 from biopsy.evaluation.provenance_sections import describe_training
 from biopsy.experiments.catalogue import list as list_
 from biopsy.models import weights as weights_module
-from biopsy.models.known_weights import KERAS_WEIGHTS, find_weights, list_weights
+from biopsy.models.known_weights import KNOWN_WEIGHTS, find_weights, list_weights
 from biopsy.models.networks import build_network
+from biopsy.models.weight_files import fill_network
 from biopsy.models.weights import describe_weights, locate, make_network
 from biopsy.recipes import load_recipe
 from tiny_runs import train_tiny
@@ -66,7 +67,7 @@ def test_every_known_weight_says_what_one_must_know():
         assert known.file and known.page and known.licence and known.digest
         assert set(known.feed) == {"channel_order", "scale", "mean", "std"}
         assert load_recipe("idc-small", [f"preprocessing.{k}={v}" for k, v in known.feed.items()])
-        assert locate(known) is None
+        assert locate(known) is None or known.package
 
 
 def test_random_weights_are_those_of_the_seed():
@@ -105,7 +106,7 @@ def test_a_head_of_other_classes_is_left_random_and_said(tmp_path):
 
 def test_keras_vgg16_without_top_fills_the_blocks(tmp_path):
     source = build_network("vgg16", n_classes=2, input_px=64, seed=5)
-    path = tmp_path / KERAS_WEIGHTS[0].file
+    path = tmp_path / KNOWN_WEIGHTS[0].file
     write_keras(path, source.named_modules())
     network, record = make_network(recipe_with(f"model.weights={path}", recipe="vgg16-pcam"), 2, seed=0)
     assert torch.equal(network.body.block5_conv3.weight, source.body.block5_conv3.weight)
@@ -169,12 +170,32 @@ def test_files_that_libraries_fetched_are_found(tmp_path):
     cached.parent.mkdir(parents=True)
     cached.write_bytes(b"x")
     assert locate(known) == cached
-    keras = tmp_path / ".keras" / "models" / KERAS_WEIGHTS[0].file
+    keras = tmp_path / ".keras" / "models" / KNOWN_WEIGHTS[0].file
     keras.parent.mkdir(parents=True)
     keras.write_bytes(b"x")
-    assert locate(KERAS_WEIGHTS[0]) == keras
+    assert locate(KNOWN_WEIGHTS[0]) == keras
     row = next(row for row in list_("models") if row["name"] == "keras-vgg16")
     assert row["at_hand"] == str(keras) and row["licence"] == "cc-by-4.0"
+
+
+def test_weights_that_a_package_brings_along_are_found_and_renamed(folder, tmp_path, monkeypatch):
+    known = find_weights("efficientnet-lite0")
+    package = tmp_path / known.package / "models"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    network = build_network("timm:tf_efficientnet_lite0", n_classes=2, input_px=32, seed=1)
+    tensors = {f"_{key}": value for key, value in network.body.state_dict().items()}
+    tensors |= {"_fc.weight": torch.zeros(1000, 1280), "_fc.bias": torch.zeros(1000)}
+    torch.save(tensors, package / known.file)
+    assert locate(known) == package / known.file
+    other = build_network("timm:tf_efficientnet_lite0", n_classes=2, input_px=32, seed=2)
+    assert not fill_network(other, "timm:tf_efficientnet_lite0", package / known.file)
+    for key, value in other.body.state_dict().items():
+        assert torch.equal(value, network.body.state_dict()[key])
+    torch.save(dict(list(tensors.items())[1:]), package / known.file)
+    with pytest.raises(DataError):
+        fill_network(other, "timm:tf_efficientnet_lite0", package / known.file)
 
 
 @pytest.mark.data
@@ -196,8 +217,8 @@ def test_a_missing_file_is_refused_with_what_to_do(folder):
     with pytest.raises(RecipeError) as caught:
         make_network(recipe_with(recipe="vgg16-pcam"), 2, seed=0)
     for part in (
-        KERAS_WEIGHTS[0].file,
-        KERAS_WEIGHTS[0].page,
+        KNOWN_WEIGHTS[0].file,
+        KNOWN_WEIGHTS[0].page,
         str(folder),
         "--set model.weights=PATH",
         "--set model.pretrained=false",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from biopsy.core.errors import RunError
+from biopsy.core.text import count, plural
 from biopsy.models.classifier import Classifier
 from biopsy.reporting.document import interval_of, metric_label, number
 from biopsy.training.runs import Run
@@ -156,7 +157,7 @@ def _describe_data(facts: CardFacts) -> list[str]:
         *basis,
         f"Pack {about['name']} ({about['dataset']}, content {about['content_sha256'][:12]}), split "
         f"{split['name']!r} ({split['protocol']}) by {unit}, seed {facts.run['seed']}.",
-        _table(["side", "patches", f"{unit}s", *facts.classifier["class_names"]], rows),
+        _table(["side", "patches", plural(unit), *facts.classifier["class_names"]], rows),
     ]
     if split["patients_overlap"]:
         lines.append("**Patients overlap between sides: the figures below say nothing about a new patient.**")
@@ -181,7 +182,7 @@ def _describe_metrics(metrics: Mapping[str, Any] | None) -> list[str]:
     lines = [
         "## Metrics",
         f"On the {metrics['side']} side: {number(metrics['n_patches'])} patches of "
-        f"{_count(metrics['n_patients'], unit)}; 95 % intervals over {unit}s, "
+        f"{count(metrics['n_patients'], unit)}; 95 % intervals over {plural(unit)}, "
         f"method {metrics.get('interval', {}).get('method', 'not stated')}.",
         _table(["", "all patches", "95 % interval"], rows),
     ]
@@ -232,9 +233,7 @@ def _describe_limits(facts: CardFacts) -> list[str]:
     lines = [NOT_A_DEVICE]
     n_patients = (facts.metrics or {}).get("n_patients")
     if n_patients is not None and n_patients < 10:
-        lines.append(
-            f"Tested on {_count(n_patients, 'patient')}: too few to say how it does on the next one."
-        )
+        lines.append(f"Tested on {count(n_patients, 'patient')}: too few to say how it does on the next one.")
     lines += [
         "Other scanners, stains, laboratories and magnifications were not tested unless named above.",
         "Probabilities hold for the share of positive patches seen in validation; elsewhere they shift.",
@@ -253,10 +252,6 @@ def _describe_parity(parity: Mapping[str, Any]) -> list[str]:
         f"{parity['pack']['name']}, of which at most {parity['tolerance']:g} is allowed:",
         _table(["", "probability"], rows),
     ]
-
-
-def _count(n: int, what: str) -> str:
-    return f"{number(n)} {what}" if n == 1 else f"{number(n)} {what}s"
 
 
 def _spell_calibrator(calibrator: Mapping[str, Any]) -> str:

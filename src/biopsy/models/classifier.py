@@ -447,10 +447,10 @@ def _is_extra(name: str) -> bool:
 
 
 def _halve(name: str, tensor: "Tensor") -> "Tensor":
-    """Round kernels and matrices to half precision, reference statistics to single precision."""
-    if _is_extra(name):
-        return tensor.float()
-    return tensor.half() if tensor.is_floating_point() and tensor.ndim > 1 else tensor
+    """Round kernels and matrices to half precision, vectors of the reference to single precision."""
+    if tensor.is_floating_point() and tensor.ndim > 1:
+        return tensor.half()
+    return tensor.float() if _is_extra(name) else tensor
 
 
 def score_classes(logits: np.ndarray, outputs: str) -> np.ndarray:

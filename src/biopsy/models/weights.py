@@ -1,12 +1,14 @@
 """Where pretrained weights may lie, what is checked before they are used, and a network made with them.
 
 Nothing is downloaded. A tag is looked up by its file's name in ``$BIOPSY_WEIGHTS`` (by default
-``~/.cache/biopsy/weights``) and where torch, Keras and Hugging Face keep what they fetched.
+``~/.cache/biopsy/weights``), where torch, Keras and Hugging Face keep what they fetched, and in the Python
+package that brings it along.
 """
 
 import hashlib
 import logging
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import nn
 
 from biopsy.core.errors import DataError, RecipeError
 from biopsy.core.files import sha256_file
-from biopsy.models.known_weights import KERAS_WEIGHTS, NOT_STATED, Weights, find_weights
+from biopsy.models.known_weights import KNOWN_WEIGHTS, NOT_STATED, Weights, find_weights
 from biopsy.models.networks import build_network, count_parameters
 from biopsy.models.networks.encoders import PREFIX, find_encoder
 from biopsy.models.networks.stages import freeze
@@ -33,11 +35,13 @@ def locate(weights: Weights) -> Path | None:
     """Return the file of some weights if it is on this machine."""
     import torch
 
+    package = find_spec(weights.package) if weights.package else None
     folders = (
         SHIPPED / weights.tag,
         weights_folder(),
         Path(torch.hub.get_dir()) / "checkpoints",
         Path("~/.keras/models").expanduser(),
+        *(Path(place) / "models" for place in (package and package.submodule_search_locations) or ()),
     )
     for folder in folders:
         if (folder / weights.file).is_file():
@@ -129,7 +133,7 @@ def _known_feed(recipe: Recipe) -> dict[str, Any]:
     name, tag = recipe.model.name, recipe.model.weights
     if not recipe.model.pretrained and not name.startswith(PREFIX):
         return {}
-    by_file = [weights for weights in KERAS_WEIGHTS if tag and weights.file == Path(tag).name]
+    by_file = [weights for weights in KNOWN_WEIGHTS if tag and weights.file == Path(tag).name]
     if by_file:
         return by_file[0].feed
     is_tag = bool(tag) and Path(tag).suffix.lower() not in SUFFIXES and "/" not in tag
@@ -177,7 +181,7 @@ def choose_weights(recipe: Recipe) -> tuple[Path, Weights | None]:
         path.suffix.lower() in SUFFIXES or len(path.parts) > 1
     )
     if is_path:
-        known = next((weights for weights in KERAS_WEIGHTS if weights.file == path.name), None)
+        known = next((weights for weights in KNOWN_WEIGHTS if weights.file == path.name), None)
         if model.name.startswith(PREFIX):
             known = find_weights(model.name)
             require_licence(known)
@@ -208,7 +212,7 @@ def _find_default(recipe: Recipe) -> Weights:
     name = recipe.model.name
     if ":" in name:
         return find_weights(name)
-    fitting = [weights.tag for weights in KERAS_WEIGHTS if name in weights.networks]
+    fitting = [weights.tag for weights in KNOWN_WEIGHTS if name in weights.networks]
     raise RecipeError(
         f"model.pretrained needs model.weights: for {name!r} "
         f"{'known are ' + ', '.join(fitting) if fitting else 'no tag is known'}, or give the path of a file"

@@ -15,9 +15,10 @@ from biopsy.core.errors import RecipeError, suggest
 from biopsy.models.networks.layers import size_of
 from biopsy.models.networks.stages import StagedNetwork
 
-PARAMETERS = {"timm": ("drop_rate", "drop_path_rate"), "torchvision": ("dropout", "head")}
+PARAMETERS = {"timm": ("drop_rate", "drop_path_rate"), "torchvision": ("dropout", "head", "n_fire")}
 """What a recipe may set; which of them a network takes, its library says. ``head="linear"`` gives SqueezeNet,
-whose own head is a convolution, a linear layer on the mean of its last map."""
+whose own head is a convolution, a linear layer on the mean of its last map. ``n_fire`` keeps the first of
+SqueezeNet's eight fire modules, with a linear layer on the mean of the last map that is left."""
 _EXPECTED = (RuntimeError, AssertionError, ValueError, TypeError, IndexError, ZeroDivisionError)
 
 
@@ -28,13 +29,17 @@ class LibraryNetwork(StagedNetwork):
         body: Patches to features ``(B, F)`` or to a map ``(B, F, height, width)``.
         head: What the body gives, to logits.
         size: ``(width, height)`` of the input.
+        is_cut: Whether the library's network has more layers behind those of the body.
     """
 
-    def __init__(self, body: nn.Module, head: nn.Module, size: tuple[int, int]) -> None:
+    def __init__(
+        self, body: nn.Module, head: nn.Module, size: tuple[int, int], *, is_cut: bool = False
+    ) -> None:
         super().__init__()
         self.body = body
         self.head = head
         self.size = size
+        self.is_cut = is_cut
 
     def features(self, patches: Tensor) -> Tensor:
         """Return the penultimate layer, ``(B, F)``; a map's mean over the patch."""
@@ -112,7 +117,7 @@ def build_library_network(
         raise RecipeError(
             f"{name} cannot be built for input_px={input_px!r} with {parameters or 'no parameters'}: {reason}"
         ) from None
-    return LibraryNetwork(body, head, size).train()
+    return LibraryNetwork(body, head, size, is_cut=parameters.get("n_fire") is not None).train()
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -169,7 +174,7 @@ def _build_torchvision(
     import torchvision
 
     settings: dict[str, Any] = {"weights": None, "num_classes": n_classes, **parameters}
-    head_kind = settings.pop("head", "own")
+    head_kind, n_fire = settings.pop("head", "own"), settings.pop("n_fire", None)
     if model.startswith("vit_"):
         settings["image_size"] = size[0]
     elif model.startswith("maxvit"):
@@ -179,16 +184,27 @@ def _build_torchvision(
     whole = torchvision.models.get_model(model, **settings)
     if model.startswith("squeezenet"):
         body = nn.Sequential()
-        body.add_module("features", whole.features)
-        if head_kind == "linear":
+        body.add_module("features", whole.features if n_fire is None else _keep_fire(whole.features, n_fire))
+        if head_kind == "linear" or n_fire is not None:
             body.add_module("pool", nn.AdaptiveAvgPool2d(1))
             body.add_module("flatten", nn.Flatten())
-            return body, nn.Linear(512, n_classes)
+            n_features = body.eval()(torch.zeros(1, 3, *size[::-1])).shape[1]
+            return body, nn.Linear(n_features, n_classes)
         return body, nn.Sequential(*whole.classifier, nn.Flatten())
+    if n_fire is not None:
+        raise RecipeError(f"n_fire counts the fire modules of SqueezeNet; {model} has none")
     name, head = [item for item in whole.named_modules() if isinstance(item[1], nn.Linear)][-1]
     parent, _, child = name.rpartition(".")
     setattr(whole.get_submodule(parent), child, nn.Identity())
     return whole, head
+
+
+def _keep_fire(features: nn.Sequential, n_fire: object) -> nn.Sequential:
+    """Return the layers of SqueezeNet up to its n-th fire module."""
+    places = [place for place, layer in enumerate(features) if type(layer).__name__ == "Fire"]
+    if not isinstance(n_fire, int) or not 1 <= n_fire <= len(places):
+        raise RecipeError(f"n_fire must be a whole number from 1 to {len(places)}, not {n_fire!r}")
+    return features[: places[n_fire - 1] + 1]
 
 
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
