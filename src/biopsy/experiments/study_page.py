@@ -94,7 +94,7 @@ def name_folds(table: pd.DataFrame) -> list[str]:
     if "tested" not in table:
         return [str(fold) for fold in table["fold"]]
     tested = table["tested"].astype(str)
-    counted = tested.str.fullmatch(r"\d+ (patients?|slides?|patchs?|patches)")
+    counted = tested.str.fullmatch(r"\d+ (patients?|slides?|patch|patches)")
     names = []
     for fold, who, is_count in zip(table["fold"], tested, counted, strict=True):
         if is_count:
