@@ -447,10 +447,11 @@ def _is_extra(name: str) -> bool:
 
 
 def _halve(name: str, tensor: "Tensor") -> "Tensor":
-    """Round kernels and matrices to half precision, vectors of the reference to single precision."""
-    if tensor.is_floating_point() and tensor.ndim > 1:
-        return tensor.half()
-    return tensor.float() if _is_extra(name) else tensor
+    """Round kernels, matrices and the features' precision matrix to half precision, what else describes
+    training patches to single precision."""
+    if _is_extra(name) and name != f"{_EXTRA}feature_precision":
+        return tensor.float()
+    return tensor.half() if tensor.is_floating_point() and tensor.ndim > 1 else tensor
 
 
 def score_classes(logits: np.ndarray, outputs: str) -> np.ndarray:
