@@ -4,11 +4,11 @@ Command::
 
     python benchmarks/next_to_label.py ENCODER PACK [--seeds 3] [--tests 8863,8865,8867]
 
-ENCODER is a classifier of other data (here `pcam`, which ships), whose penultimate layer gives the features; PACK
-is IDC. On these features a logistic regression is trained: 50 labels at random to begin with, then rounds
-of 50 more, up to 300, from all patients but the tested one. Three ways to choose: at random; the patches
-nearest to the threshold; `biopsy.app.queue.choose`, which also takes novelty (Mahalanobis distance from
-what is labelled), lets patients take turns and keeps neighbours apart. The measure is AUROC on the whole
+ENCODER is a classifier of other data (here `pcam`, which ships), whose penultimate layer gives the features;
+PACK is IDC. On these features a logistic regression is trained: 50 labels at random to begin with, then
+rounds of 50 more, up to 300, from all patients but the tested one. Three ways to choose: at random; the
+patches nearest to the threshold; `biopsy.app.queue.choose`, which also takes novelty (Mahalanobis distance
+from what is labelled), lets patients take turns and keeps neighbours apart. The measure is AUROC on the whole
 slide left out; mean over slides and seeds, and in how many of these pairs a way beats random.
 
 Rows go to ``results/next-to-label.csv``.
