@@ -90,8 +90,9 @@ INPUTS = {
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
 FAULTS = (*SIGNALS, "disk full", "read-only", "few handles", "two at once")
 CHANGING = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
-VOLATILE = {"ledger", "times_opened", "seconds", "document_sha256"}
-"""Values that a second attempt or a second process may change: openings, durations, hashes of such files."""
+VOLATILE = {"ledger", "times_opened", "seconds", "made", "evaluated", "started", "document_sha256"}
+"""Values that a second attempt or a second process may change: openings, durations, times, hashes of such
+files."""
 SKIPPED = {MANIFEST, LOCK, "ledger.jsonl"}
 
 

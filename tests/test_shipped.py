@@ -8,6 +8,7 @@ import zipfile
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 
 import biopsy
@@ -215,10 +216,10 @@ def test_input_that_is_no_such_patch_is_said_to_be(name, patch, tmp_path, caplog
 def test_skin_is_said_to_be_out_of_distribution(name, data_dir, tmp_path):
     called = call("slide", name, data_dir / "wsi" / "CMU-1-Small-Region.svs", "--out", tmp_path / "maps")
     assert called.exit_code == 0, called.stderr
-    status = (tmp_path / "maps" / "status.csv").read_text()
-    share = float(status.splitlines()[1].rpartition(",")[2])
-    assert share >= 0.1
-    assert "unlike" in called.stderr or "out-of-distribution" in called.stderr
+    [slide] = pd.read_csv(tmp_path / "maps" / "status.csv").to_dict("records")
+    assert slide["out_of_distribution"] >= 0.2
+    assert slide["out_of_distribution_quantile"] == 0.95
+    assert "5-10 % expected" in called.stderr
 
 
 @pytest.mark.data
