@@ -17,7 +17,7 @@ from biopsy.training.augmentation import Augmentation
 from biopsy.training.batches import Batches
 from biopsy.training.cached_features import cache_backbone_features, predict_rest
 from conftest import write_pack
-from tiny_runs import train_tiny, weights
+from tiny_runs import interrupt_at, train_tiny, weights
 
 ENGINE = Engine("cpu")
 PLAIN = (  # no augmentation, and a rate at which the network moves
@@ -173,13 +173,8 @@ def test_what_is_frozen_stays_as_it_was(pack, tmp_path):
 
 def test_a_resumed_training_computes_it_again(pack, tmp_path, caplog):
     whole = train_tiny(pack, tmp_path / "whole", *FROZEN)
-
-    def stop(record):
-        if record["epoch"] == 1:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        train_tiny(pack, tmp_path / "cut", *FROZEN, on_epoch=stop)
+        train_tiny(pack, tmp_path / "cut", *FROZEN, on_epoch=interrupt_at(1))
     caplog.clear()
     with caplog.at_level(logging.INFO):
         resumed = training.train(resume=tmp_path / "cut", device="cpu")

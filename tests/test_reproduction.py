@@ -21,6 +21,7 @@ from biopsy.recipes import load_recipe
 from biopsy.training.study import Study
 from conftest import write_pack
 from report_facts import Page
+from tiny_runs import interrupt_at
 
 PAPER = """
 format = "biopsy-recipe/1"
@@ -236,15 +237,8 @@ def test_asking_again_trains_nothing_and_seeds_and_recipes_may_be_added(finished
 
 def test_an_interrupted_reproduction_goes_on(finished, paper, pack, tmp_path):
     made, _ = finished
-    calls = []
-
-    def stop(record):
-        calls.append(record)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        ask(paper, pack, tmp_path / "study", on_epoch=stop)
+        ask(paper, pack, tmp_path / "study", on_epoch=interrupt_at(3))
     assert len(Study.open(tmp_path / "study").judged_runs()) == 1
     whole = ask(paper, pack, tmp_path / "study").summary()["papers"]["tiny-paper"]
     uninterrupted = made.summary()["papers"]["tiny-paper"]

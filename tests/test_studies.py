@@ -24,7 +24,7 @@ from biopsy.recipes import load_recipe
 from biopsy.training.study import Study
 from conftest import write_pack
 from report_facts import Page
-from tiny_runs import TINY
+from tiny_runs import TINY, interrupt_at
 
 FAST = (*TINY, "train.epochs=1")
 RECIPE = "cancernet-2020"
@@ -140,15 +140,8 @@ def test_asking_again_trains_and_opens_nothing(finished, tmp_path):
 def test_interrupted_and_continued_equals_uninterrupted(finished, tmp_path):
     made, _ = finished
     pack = made.runs()[0].open_pack()
-    calls = []
-
-    def stop(record):
-        calls.append(record)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        ask(pack, tmp_path / "cut", folds=3, on_epoch=stop)
+        ask(pack, tmp_path / "cut", folds=3, on_epoch=interrupt_at(2))
     cut = Study.open(tmp_path / "cut")
     assert cut.info["status"] == "running" and repr(cut) == "<Study cut: running, 2 runs>"
     assert [run.info["status"] for run in cut.runs()] == ["finished", "interrupted"]

@@ -20,6 +20,7 @@ from biopsy.recipes import load_recipe
 from biopsy.training.study import Study
 from conftest import write_pack
 from report_facts import Page
+from tiny_runs import interrupt_at
 
 FAST = ("preprocessing.input_px=8", "train.epochs=1")
 RECIPE = "cancernet-2020"
@@ -199,16 +200,9 @@ def test_asking_again_trains_nothing_and_more_may_be_asked(finished, tmp_path):
 
 def test_an_interrupted_sweep_goes_on(finished, tmp_path):
     made, _ = finished
-    calls = []
-
-    def stop(record):
-        calls.append(record)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
     pack = made.runs()[0].open_pack()
     with pytest.raises(KeyboardInterrupt):
-        ask(pack, tmp_path / "sweep", on_epoch=stop)
+        ask(pack, tmp_path / "sweep", on_epoch=interrupt_at(2))
     assert len(Study.open(tmp_path / "sweep").table()) == 1
     whole = ask(pack, tmp_path / "sweep")
     first = made.table().query("seed == 0").drop(columns="seconds").reset_index(drop=True)
@@ -368,15 +362,8 @@ def test_a_search_that_was_stopped_ends_as_one_that_was_not(finished, tmp_path, 
     pack = finished[0].runs()[0].open_pack()
     monkeypatch.setattr(run_specs, "evaluate", lambda run: pytest.fail("the test subset was read"))
     whole = look_for(pack, tmp_path / "whole")
-    calls = []
-
-    def stop(record):
-        calls.append(record)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        look_for(pack, tmp_path / "search", on_epoch=stop)
+        look_for(pack, tmp_path / "search", on_epoch=interrupt_at(3))
     made = look_for(pack, tmp_path / "search")
     tables = [study.table().drop(columns="seconds") for study in (made, whole)]
     pd.testing.assert_frame_equal(*tables, check_exact=True)

@@ -20,7 +20,7 @@ from biopsy.data.splits import make_split, save_split
 from biopsy.training.runs import Run
 from biopsy.training.train import train
 from conftest import abandon, write_pack
-from tiny_runs import LIVELY, assert_same_run, train_tiny, weights
+from tiny_runs import LIVELY, assert_same_run, interrupt_at, train_tiny, weights
 
 RECIPE = "cancernet-2020"
 THREE = "train.epochs=3"
@@ -57,13 +57,8 @@ def test_resumed_equals_never_interrupted(pack, tmp_path, optimiser):
         *("train.schedule=one-cycle", "train.ema_decay=0.9"),
     )
     whole = train_tiny(pack, tmp_path / "whole", *settings)
-
-    def stop(record):
-        if record["epoch"] == 2:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt, match=r"cut$"):  # the command line says how to go on with it
-        train_tiny(pack, tmp_path / "cut", *settings, on_epoch=stop)
+        train_tiny(pack, tmp_path / "cut", *settings, on_epoch=interrupt_at(2))
     assert Run.open(tmp_path / "cut").info["status"] == "interrupted"
     assert_same_run(whole, train(resume=tmp_path / "cut", device="cpu"))
 

@@ -8,7 +8,7 @@ import biopsy.training.fit as fitting
 from biopsy.training.batches import Batches
 from biopsy.training.train import train
 from conftest import write_pack
-from tiny_runs import LIVELY, assert_same_run, train_tiny
+from tiny_runs import LIVELY, assert_same_run, interrupt_at, train_tiny
 
 THREE = "train.epochs=3"
 
@@ -27,13 +27,10 @@ def whole(pack, tmp_path_factory):
 def test_an_epoch_may_be_a_number_of_updates(pack, tmp_path):
     whole = train_tiny(pack, tmp_path / "whole", "train.epochs=4", "train.steps_per_epoch=3")
     assert [record["step"] for record in whole.log()] == [3, 6, 9, 12]
-
-    def stop(record):
-        if record["epoch"] == 3:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        train_tiny(pack, tmp_path / "cut", "train.epochs=4", "train.steps_per_epoch=3", on_epoch=stop)
+        train_tiny(
+            pack, tmp_path / "cut", "train.epochs=4", "train.steps_per_epoch=3", on_epoch=interrupt_at(3)
+        )
     assert_same_run(whole, train(resume=tmp_path / "cut", device="cpu"))
 
 

@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 from biopsy.core.errors import RecipeError, RunError
 from biopsy.training.train import train
 from biopsy.training.transforms import apply_transform, check_transform, describe_transform
-from tiny_runs import assert_same_run, train_tiny, weights
+from tiny_runs import assert_same_run, interrupt_at, train_tiny, weights
 
 BATCH = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -100,14 +100,9 @@ def test_a_run_with_a_transform_answers_no_other_call(make_pack, tmp_path, monke
 
 def test_resuming_needs_the_same_transform_and_gives_the_same_run(make_pack, tmp_path):
     pack, jitter = make_pack(), v2.ColorJitter(brightness=0.3)
-
-    def stop(record):
-        if record["epoch"] == 1:
-            raise KeyboardInterrupt
-
     whole = train_tiny(pack, tmp_path / "whole", transform=jitter)
     with pytest.raises(KeyboardInterrupt):
-        train_tiny(pack, tmp_path / "run", transform=jitter, on_epoch=stop)
+        train_tiny(pack, tmp_path / "run", transform=jitter, on_epoch=interrupt_at(1))
     with pytest.raises(RunError, match="resume it with the same transform"):
         train(resume=tmp_path / "run")
     assert_same_run(train(resume=tmp_path / "run", transform=jitter), whole)

@@ -1,6 +1,8 @@
 """Short trainings on small packs, for the tests of what runs leave behind."""
 
 import shutil
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,17 @@ def train_tiny(
 ) -> Run:
     """Train a recipe on patches of 8 px for two epochs; ``settings`` and ``options`` change that."""
     return train(recipe, pack, overrides=(*TINY, *settings), out=out, device="cpu", **options)
+
+
+def interrupt_at(n: int) -> Callable[[dict[str, Any]], None]:
+    """Return an ``on_epoch`` that interrupts the command at its n-th epoch, as Ctrl-C does."""
+    epochs = count(1)
+
+    def stop(record: dict[str, Any]) -> None:
+        if next(epochs) == n:
+            raise KeyboardInterrupt
+
+    return stop
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:

@@ -106,11 +106,11 @@ def describe_run(run: Run) -> dict[str, Any]:
         else None,
         **{name: _or_nan(values[name]["value"]) for name in shown},
         "baseline_auroc": _or_nan(baseline.get("auroc")),
-        **describe_training(run),
+        **training_columns(run),
     }
 
 
-def describe_training(run: Run) -> dict[str, Any]:
+def training_columns(run: Run) -> dict[str, Any]:
     """Return what a run's row of ``table.csv`` says of its training."""
     log = run.log()
     return {

@@ -140,7 +140,7 @@ def measure_speed(recipe: Recipe, pack: Pack, split: Split, *, device: str) -> S
 
 
 def share_out(seconds: float, needs: Mapping[str, Need]) -> dict[str, Length]:
-    """Return every recipe a length, so that all runs together take no more than some seconds.
+    """Return a length for every recipe, so that all runs together take no more than some seconds.
 
     Every run may take as long as any other; what a short recipe leaves over goes to the others.
     """

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from biopsy.core.errors import RecipeError, RunError
 from biopsy.data.packs import Pack
@@ -19,6 +20,7 @@ from biopsy.experiments.budget import (
     share_out,
     with_length,
 )
+from biopsy.experiments.figures import draw_reproduction
 from biopsy.experiments.leakage import (
     Arm,
     Comparison,
@@ -126,7 +128,11 @@ def reproduce(
     )
     planned = [with_length(recipe, _read_length(plans[name])) for name, recipe in recipes.items()]
     specs = _list_run_specs(planned, compared, seeds, leaks)
-    return run_all(study, pack, specs, write_tables, device=device, on_epoch=on_epoch)
+    return run_all(study, pack, specs, write_tables, draw=_draw, device=device, on_epoch=on_epoch)
+
+
+def _draw(study: Study) -> Figure:
+    return draw_reproduction(study.summary()["papers"])
 
 
 def choose_papers(papers: Sequence[str | Path | Recipe], pack: Pack) -> list[Recipe]:

@@ -6,14 +6,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from biopsy.core.files import write_atomic, write_json
+from biopsy.core.files import write_json
 from biopsy.core.tables import write_csv
 from biopsy.data.packs import group_by_unit
 from biopsy.evaluation.scored import ScoredPatches
 from biopsy.evaluation.study_tables import describe_run, measure_pooled
-from biopsy.experiments.figures import draw_reproduction
 from biopsy.experiments.leakage import APART, PUBLISHED
-from biopsy.plotting.style import png
 from biopsy.training.runs import Run
 from biopsy.training.study import Study
 
@@ -34,7 +32,7 @@ Frames = Mapping[str, pd.DataFrame]
 
 
 def write_tables(study: Study) -> None:
-    """Write ``runs.csv``, ``table.csv``, ``metrics.json`` and ``figure.png`` from the runs judged so far."""
+    """Write ``runs.csv``, ``table.csv`` and ``metrics.json`` from the runs judged so far."""
     runs = study.judged_runs()
     if not runs:
         return
@@ -48,7 +46,6 @@ def write_tables(study: Study) -> None:
     summary = summarise(study.info["papers"], table, frames, runs[0].metrics())
     write_json(study.path / "metrics.json", summary)
     study.write_table(pd.DataFrame(list_rows(summary)))
-    write_atomic(study.path / "figure.png", png(draw_reproduction(summary["papers"])))
 
 
 def summarise(

@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from biopsy.core.claims import Claims, first_of_shard, share_work
 from biopsy.core.errors import RunError, TrainingDiverged
-from biopsy.core.files import check_outputs, hold_outputs, is_vacant, write_json
+from biopsy.core.files import check_outputs, hold_outputs, is_vacant, write_atomic, write_json
 from biopsy.data.packs import Pack
 from biopsy.data.splits import Split
 from biopsy.evaluation.evaluate import evaluate
 from biopsy.models.weights import make_network
+from biopsy.plotting.style import png
 from biopsy.recipes import Recipe, recipe_toml
 from biopsy.training.fit import OnEpoch
 from biopsy.training.runs import DOCUMENT as RUN
@@ -61,12 +64,13 @@ def run_all(
     specs: Iterable[RunSpec],
     write_tables: Callable[[Study], None],
     *,
+    draw: Callable[[Study], Figure] | None = None,
     judge: bool = True,
     device: str,
     on_epoch: OnEpoch | None,
     shard: str | None = None,
 ) -> Study:
-    """Train and judge what has not been yet, and write the study's tables after every run.
+    """Train and judge what has not been yet; write the study's tables after every run, its figure at the end.
 
     Finished runs are kept, half-trained ones are resumed; one whose loss diverges is named under ``failed``.
     Specifications may be made while runs finish. Without ``judge`` the test subset is not evaluated.
@@ -102,16 +106,20 @@ def run_all(
             share_work(claims, [*names[first:], *names[:first]], is_finished, work)
         with claims.wait_for(STUDY):
             study = Study.open(study.path)
-            _write(study, write_tables)
+            _write(study, write_tables, draw)
             runs = [run for run in study.runs() if run.path.name in by_name]
             failed = {run.path.name: run.info["reason"] for run in runs if run.info["status"] == "failed"}
             study.update(status="finished", failed=failed)
     return study
 
 
-def _write(study: Study, write_tables: Callable[[Study], None]) -> None:
+def _write(
+    study: Study, write_tables: Callable[[Study], None], draw: Callable[[Study], Figure] | None = None
+) -> None:
     with hold_outputs(study.path, *OUTPUTS, adopt=True):
         write_tables(study)
+        if draw and (study.path / "metrics.json").exists():
+            write_atomic(study.path / "figure.png", png(draw(study)))
 
 
 def _is_done(path: Path, *, judge: bool) -> bool:

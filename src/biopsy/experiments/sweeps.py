@@ -15,13 +15,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from biopsy.core.errors import RecipeError, RunError
-from biopsy.core.files import write_atomic, write_json
+from biopsy.core.files import write_json
 from biopsy.data.packs import Pack
-from biopsy.evaluation.study_tables import SHOWN, describe_run, describe_training
+from biopsy.evaluation.study_tables import SHOWN, describe_run, training_columns
 from biopsy.experiments.figures import draw_search, draw_sweep
 from biopsy.experiments.run_specs import RunSpec, check_networks, open_study, place_study, run_all
 from biopsy.experiments.search import Trial, list_ends, read_space, suggest
-from biopsy.plotting.style import png
 from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
 from biopsy.training.fit import OnEpoch
 from biopsy.training.runs import Run
@@ -260,6 +259,7 @@ def sweep(
         pack,
         specs,
         write_tables,
+        draw=draw_study,
         judge=not space,
         device=device,
         on_epoch=on_epoch,
@@ -299,7 +299,7 @@ def shown_runs(study: Study) -> list[Run]:
 
 
 def write_tables(study: Study) -> None:
-    """Write ``table.csv``, ``metrics.json`` and ``figure.png`` from the runs judged so far."""
+    """Write ``table.csv`` and ``metrics.json`` from the runs judged so far."""
     runs = shown_runs(study)
     if not runs:
         return
@@ -307,7 +307,6 @@ def write_tables(study: Study) -> None:
     table = pd.DataFrame([{key: _cell(value) for key, value in row.items()} for row in rows])
     study.write_table(table)
     write_json(study.path / "metrics.json", summarise(rows, study.info["grid"], _metrics(study)))
-    write_atomic(study.path / "figure.png", png(draw_study(study)))
 
 
 def summarise(
@@ -389,7 +388,7 @@ def _describe(run: Run, info: dict[str, Any]) -> dict[str, Any]:
     """Return a run's row: the settings of the grid, validation at the chosen epoch, the test subset."""
     about, chosen = info["runs"][run.path.name], _chosen_record(run)
     if info.get("search"):
-        row = {"recipe": run.info["recipe"], "seed": run.info["seed"], **describe_training(run)}
+        row = {"recipe": run.info["recipe"], "seed": run.info["seed"], **training_columns(run)}
     else:
         row = describe_run(run)
     return {

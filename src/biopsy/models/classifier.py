@@ -121,7 +121,7 @@ class ClassifierInfo(BaseModel):
     conformal: dict[str, Any] = {}
     """``quantiles`` of the sets that say which patches get no answer, or why there are none."""
     out_of_distribution: dict[str, Any] | None = None
-    """Limits beyond which a patch is unlike anything in training."""
+    """Limits beyond which a patch is out of distribution."""
     single_patch: dict[str, Any] = {}
     """With ``context``: calibrator, thresholds and conformal sets for patches without coordinates."""
     description: str = ""

@@ -1,4 +1,4 @@
-"""Patches unlike anything in training: another stain, another scanner, no tissue, no slide at all.
+"""Patches out of the training distribution: another stain, another scanner, no tissue, no slide at all.
 
 Two squared Mahalanobis distances from the training patches: by colour statistics, and by the network's
 penultimate layer (Lee et al. 2018, without their classes). The limit of each is the 99th percentile over

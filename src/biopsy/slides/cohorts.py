@@ -60,7 +60,7 @@ class SlideCohort:
         out: The folder that holds a folder a slide and ``status.csv``.
         status: One row a slide: ``slide, source, status`` (``done`` or ``failed``), ``reason``,
             ``n_patches``, ``mpp``, ``mpp_source``, ``positive_mm2``, ``out_of_distribution`` (share of the
-            checked patches that are unlike anything in training) and ``out_of_distribution_quantile`` (of
+            checked patches that are out of distribution) and ``out_of_distribution_quantile`` (of
             validation, where the classifier's limit lies).
     """
 

@@ -64,7 +64,7 @@ class Answer(NamedTuple):
     """What became of a slide: its view and logits ``(n, n_classes)``, or the reason why there are none.
 
     ``software`` is the name and version of what computed them, ``unlike`` says of the patches that were
-    checked which are unlike anything in training, in the order of the grid, bool ``(n_checked,)``.
+    checked which are out of distribution, in the order of the grid, bool ``(n_checked,)``.
     """
 
     task: SlideTask
