@@ -8,7 +8,7 @@ import biopsy
 from biopsy.core.errors import DataError, SlideError
 from biopsy.models.engine import Engine
 from biopsy.models.hardware import pick_precision
-from biopsy.models.inference import predict_logits
+from biopsy.models.inference import open_predictor, predict_logits
 from biopsy.models.out_of_distribution import fit_reference
 from biopsy.slide_io.reader import open_slide
 from biopsy.slides.grids import PatchGrid
@@ -152,7 +152,8 @@ def test_a_slide_of_other_colours_is_unlike_training(asked, make_slide):
             [slide.read_at(x, y, 16, 16, mpp=1.0) for x, y in zip(view.grid.x, view.grid.y, strict=True)]
         )
     sizes, rows = np.full((len(patches), 2), 16), np.arange(len(patches))
-    fit_reference(classifier, patches, sizes, rows, rows, engine=Engine("cpu"), seed=0)
+    with open_predictor(classifier, Engine("cpu"), 1) as predictor:
+        fit_reference(classifier, predictor, patches, sizes, rows, rows, seed=0)
     other = make_slide("other.tiff", pixels=np.ascontiguousarray(pixels[..., ::-1]))
     same, swapped = predict_slides([SlideTask(path), SlideTask(other)], classifier, stride_um=8.0)
     assert len(same.unlike) == min(len(alone), N_CHECKED) == same.view.checked.sum()

@@ -6,7 +6,7 @@ from sklearn.covariance import LedoitWolf
 
 from biopsy.models.classifier import Classifier, ClassifierInfo
 from biopsy.models.engine import Engine
-from biopsy.models.inference import predict_with_features
+from biopsy.models.inference import open_predictor, predict_with_features
 from biopsy.models.networks import build_network
 from biopsy.models.out_of_distribution import fit_reference, out_of_distribution_scores
 from biopsy.models.preprocessing import Preprocessing
@@ -29,7 +29,8 @@ def make_classifier(seed=0):
         preprocessing=Preprocessing(input_px=8),
     )
     classifier = Classifier(info, build_network("cancernet", n_classes=2, input_px=8, seed=0))
-    fit_reference(classifier, PATCHES, SIZES, TRAIN, VAL, engine=ENGINE, seed=seed)
+    with open_predictor(classifier, ENGINE, 1) as predictor:
+        fit_reference(classifier, predictor, PATCHES, SIZES, TRAIN, VAL, seed=seed)
     return classifier
 
 

@@ -15,7 +15,7 @@ from biopsy.models.classifier import Classifier
 from biopsy.slide_io.stain import colour_features
 
 if TYPE_CHECKING:
-    from biopsy.models.engine import Engine
+    from biopsy.models.inference import Predictor
 
 QUANTILE = 0.99
 LEAST_AREA = 0.1  # share of a patch that must be image rather than padding
@@ -24,23 +24,23 @@ REFERENCE_PATCHES = 2000  # of up to a few hundred features; asking a large netw
 
 def fit_reference(
     classifier: Classifier,
+    predictor: "Predictor",
     patches: np.ndarray,
     sizes: np.ndarray,
     train: np.ndarray,
     val: np.ndarray,
     *,
-    engine: "Engine",
     seed: int,
 ) -> None:
     """Store in a classifier what training patches are like, and how far validation patches are from them.
 
     Args:
         classifier: Gets ``info.out_of_distribution`` and its ``extras``.
+        predictor: The classifier's, see `open_predictor`.
         patches: uint8 ``(N, H, W, 3)``.
         sizes: True ``(width, height)`` of each patch.
         train: Rows of training patches; at most `REFERENCE_PATCHES` of them are drawn.
         val: Rows of validation patches.
-        engine: Device and precision.
         seed: Of the draw.
     """
     from sklearn.covariance import ledoit_wolf  # imports for a second
@@ -49,7 +49,7 @@ def fit_reference(
     drawn = np.sort(rng.choice(train, min(len(train), REFERENCE_PATCHES), replace=False))
     held_out = np.sort(rng.choice(val, min(len(val), REFERENCE_PATCHES), replace=False))
     limits: dict[str, float] = {}
-    known, unseen = (_measure(classifier, patches, sizes, rows, engine) for rows in (drawn, held_out))
+    known, unseen = (_measure(predictor, patches, sizes, rows) for rows in (drawn, held_out))
     for kind, values in known.items():
         mean, spread = values.mean(axis=0), values.std(axis=0)
         spread[spread == 0] = 1
@@ -109,11 +109,9 @@ def _is_no_patch(patches: np.ndarray, sizes: np.ndarray | None) -> np.ndarray:
 
 
 def _measure(
-    classifier: Classifier, patches: np.ndarray, sizes: np.ndarray, rows: np.ndarray, engine: "Engine"
+    predictor: "Predictor", patches: np.ndarray, sizes: np.ndarray, rows: np.ndarray
 ) -> dict[str, np.ndarray]:
-    from biopsy.models.inference import predict_with_features
-
-    _, features = predict_with_features(classifier, patches, sizes, rows, engine=engine)
+    _, features = predictor.logits_and_features(patches, sizes, rows)
     return {
         "colour": colour_features(patches, sizes, index=rows).astype(np.float64),
         "feature": features.astype(np.float64),

@@ -10,8 +10,8 @@ from biopsy.data.packs import Pack
 from biopsy.data.predictions import IDENTITY
 from biopsy.models.classifier import Classifier, ClassifierInfo
 from biopsy.models.engine import outputs_of
-from biopsy.models.inference import predict_logits
-from biopsy.models.out_of_distribution import fit_reference
+from biopsy.models.inference import open_predictor
+from biopsy.models.out_of_distribution import REFERENCE_PATCHES, fit_reference
 from biopsy.models.preprocessing import Preprocessing
 from biopsy.recipes import Recipe
 from biopsy.training.batch_norm import reestimate_batch_norm
@@ -63,14 +63,10 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
             reestimate=not run.info["split"]["as_published"],
         )
     classifier = Classifier(info, network)
-    logits = predict_logits(
-        task.engine.place(classifier.network),
-        task.preprocessing,
-        pack.patches,
-        pack.sizes,
-        task.val,
-        engine=task.engine,
-    )
+    n_patches = len(task.val) + sum(min(len(rows), REFERENCE_PATCHES) for rows in (task.train, task.val))
+    with open_predictor(classifier, task.engine, n_patches) as predictor:
+        logits = predictor.logits(pack.patches, pack.sizes, task.val)
+        fit_reference(classifier, predictor, pack.patches, pack.sizes, task.train, task.val, seed=task.seed)
     val = pack.target[task.val], pack.group_ids[task.val]
     fit_run_postprocessing(run, recipe, classifier, logits, *val)
     if recipe.model.context:
@@ -84,9 +80,6 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
     ]
     for message in filter(None, warnings):
         logger.warning("%s", message)
-    fit_reference(
-        classifier, pack.patches, pack.sizes, task.train, task.val, engine=task.engine, seed=task.seed
-    )
     classifier.base_network.to("cpu")
     classifier.save(run.path / "classifier")
     split = run.info["split"]
