@@ -14,6 +14,7 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from biopsy.data.packing import prepare
 from biopsy.phantom.cells import stamp_nuclei
 from biopsy.phantom.cohort import (
     PATCH_PX,
@@ -52,9 +53,10 @@ def archive(tmp_path_factory):
 
 def test_archive_has_idc_names_that_agree_with_their_folders(archive):
     with zipfile.ZipFile(archive) as zipped:
-        names = zipped.namelist()
+        note, *names = zipped.namelist()
         assert all(entry.compress_type == zipfile.ZIP_STORED for entry in zipped.infolist())
         image = cv2.imdecode(np.frombuffer(zipped.read(names[0]), np.uint8), cv2.IMREAD_UNCHANGED)
+    assert note == "IDC_regular_ps50_idx5/SYNTHETIC.txt"
     assert image.shape == (PATCH_PX, PATCH_PX, 3) and image.dtype == np.uint8
     assert len(names) == len(set(names)) == 66
     parsed = [NAME.fullmatch(name) for name in names]
@@ -76,14 +78,20 @@ def test_folder_holds_the_same_files_as_the_zip(archive, tmp_path):
     folder = write_archive(tmp_path / "tree", n_patients=3, patches_per_patient=22)
     with zipfile.ZipFile(archive) as zipped:
         in_zip = {name: zipped.read(name) for name in zipped.namelist()}
-    in_folder = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.png")}
+    in_folder = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
     assert in_folder == in_zip
+
+
+def test_a_pack_of_it_is_known_as_synthetic_and_no_other(archive, make_pack, tmp_path):
+    assert prepare(archive, tmp_path / "phantom.pack").info.is_synthetic
+    assert not make_pack().info.is_synthetic
 
 
 def test_patients_at_the_top_when_no_root_is_wanted(tmp_path):
     path = write_archive(tmp_path / "p.zip", n_patients=1, patches_per_patient=20, root="")
     with zipfile.ZipFile(path) as zipped:
-        assert all(name.startswith("90001/") for name in zipped.namelist())
+        note, *names = zipped.namelist()
+    assert note == "SYNTHETIC.txt" and all(name.startswith("90001/") for name in names)
 
 
 def test_patches_are_the_slide_and_labels_its_mask(cohort):

@@ -210,3 +210,21 @@ def test_a_users_own_file_needs_little(tmp_path):
     path.write_text("name = 'mine'\n[model]\nname = 'residual'\n[preprocessing]\ninput_px = 32\n")
     recipe = load_recipe(path, ["model.params.base_channels=8"])
     assert (recipe.name, recipe.model.params, recipe.train.epochs) == ("mine", {"base_channels": 8}, 10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "encoder"),
+    [
+        ([], "vit_small_patch16_224.dino"),
+        (["model.name=hf-hub:owner/weights", "model.weights=FILE"], "owner/weights"),
+        (["model.name=residual", "model.weights=idc", "preprocessing.feed=recipe"], "idc"),
+    ],
+)
+def test_heading_of_a_probe_names_its_encoder(settings, encoder):
+    assert load_recipe("probe", settings).heading.endswith(f"features of `{encoder}`")
+
+
+def test_heading_without_an_encoder_is_the_title():
+    recipe = load_recipe("idc-small")
+    assert recipe.heading == recipe.title
+    assert recipe.model_copy(update={"title": ""}).heading == "idc-small"

@@ -140,6 +140,13 @@ def test_the_verdict_says_no_more_than_the_intervals(auroc, gain, words):
     assert words in state_verdict(with_auroc(make_small_facts(), *auroc, gain))
 
 
+def test_a_synthetic_cohort_is_named_beside_the_verdict():
+    facts = make_small_facts()
+    drawn = replace(facts, run={**facts.run, "pack": {**facts.run.get("pack", {}), "synthetic": True}})
+    told = report_of_run(drawn).summary.verdict.removeprefix(report_of_run(facts).summary.verdict)
+    assert "synthetic" in told and "synthetic" not in report_of_run(facts).summary.verdict
+
+
 def test_overlap_and_other_warnings_come_first():
     facts = make_small_facts()
     metrics = {

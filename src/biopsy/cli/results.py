@@ -223,6 +223,10 @@ def _print_reproduction(study: Any, options: Options) -> None:
 
 def _print_metrics(metrics: Mapping[str, Any], options: Options) -> None:
     split, unit, opened = metrics["split"], metrics["unit"], metrics["ledger"]
+    if metrics.get("title"):
+        print(metrics["title"])
+    if metrics.get("synthetic"):
+        print("The patients are synthetic: these results say nothing about real tissue.")
     if split["patients_overlap"]:
         print("PATIENTS OVERLAP on this split: these results do not apply to new patients.")
     for warning in metrics.get("warnings", []):

@@ -30,6 +30,9 @@ MAX_ENTRY_BYTES = 2**29
 MAX_INFLATION = 100
 """How many times its packed size an entry of over `_FREE_BYTES` may have; images are compressed already."""
 
+SYNTHETIC = "SYNTHETIC.txt"
+"""A file of this name says that the patches beside it are synthetic; reports then say so."""
+
 _FREE_BYTES = 2**24
 
 _PIXEL_SUFFIXES = (*IMAGE_SUFFIXES, ".h5", ".hdf5", ".geojson")  # the last lie beside slides

@@ -21,7 +21,7 @@ import pandas as pd
 
 from biopsy.core.errors import DataError, PackError
 from biopsy.core.files import create_directory, sha256_file
-from biopsy.data.archives import Archive, open_archive
+from biopsy.data.archives import SYNTHETIC, Archive, open_archive
 from biopsy.data.cutting import Cutting
 from biopsy.data.datasets import annotated_slides, find_dataset
 from biopsy.data.datasets.base import Dataset, Listing, Skipped, find_positive, refuse_empty
@@ -278,6 +278,7 @@ def prepare(
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
             "version": version("biopsy"),
             "asked": requested,
+            "synthetic": any(entry.name.rpartition("/")[2] == SYNTHETIC for entry in archive.entries),
             **records,
         }
         try:

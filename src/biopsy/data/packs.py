@@ -66,6 +66,11 @@ class PackInfo(BaseModel):
     table_sha256: str = ""
     """Of the table's file; empty in packs of the first versions."""
 
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether the source said that its patches are drawn."""
+        return bool(self.origin.get("synthetic"))
+
 
 class Pack:
     """Patches and who they belong to, read from a pack folder.

@@ -130,7 +130,9 @@ def evaluate(
     subgroups = measure_subgroups(scored, columns, seed=run.info["seed"], level=LEVEL)
     metrics = {
         "format": FORMAT,
+        "title": run.recipe.heading,
         "side": side,
+        "synthetic": pack.info.is_synthetic,
         "positive_class": pack.info.positive_class,
         "class_names": pack.class_names,
         "n_patches": len(rows),

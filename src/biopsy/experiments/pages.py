@@ -46,7 +46,7 @@ def gather_study(study: Study) -> dict[str, StudyFacts]:
             },
             class_names=first["class_names"],
             baselines=_baseline_by_group(rows),
-            recipe=recipe.model_dump(),
+            recipe=recipe.model_dump() | {"title": recipe.heading},
             recipe_toml=recipe_toml(recipe),
         )
     return facts

@@ -23,6 +23,7 @@ from biopsy.reporting.document import (
     interval_text,
     number,
 )
+from biopsy.reporting.elements import say_synthetic
 from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.reporting.pseudonyms import Pseudonymizer
 
@@ -64,14 +65,14 @@ def report_of_reproduction(facts: ReproductionFacts, *, hide_ids: bool = False) 
         title=f"Published recipes on {study['pack']['name']}",
         subtitle=f"Reproduction {study.get('name', '')}: {count(len(papers), 'recipe')}, "
         f"{count(sum(entry['n_runs'] for entry in papers.values()), 'run')}",
-        summary=_summarise(papers, facts.summary["unit"], hide_ids=hide_ids),
+        summary=_summarise(papers, study["pack"], facts.summary["unit"], hide_ids=hide_ids),
         sections=[section for section in sections if section is not None],
         warnings=_warn_reader(papers, facts.summary["unit"]),
         footer=f"Written by biopsy {(study.get('environment') or {}).get('biopsy', '')}".strip() + ".",
     )
 
 
-def _summarise(papers: Mapping[str, Any], unit: str, *, hide_ids: bool) -> Summary:
+def _summarise(papers: Mapping[str, Any], pack: Mapping[str, Any], unit: str, *, hide_ids: bool) -> Summary:
     """Answer for the recipe with the largest leak; the table holds the others."""
     leaks = {name: entry["leak"]["auroc"]["mean"] for name, entry in papers.items() if _leaks({name: entry})}
     headlines = []
@@ -84,7 +85,7 @@ def _summarise(papers: Mapping[str, Any], unit: str, *, hide_ids: bool) -> Summa
             for arm, key in (("with", "arm"), ("without", "reference"))
         ]
     return Summary(
-        verdict=_state_verdict(papers, leaks, unit),
+        verdict=_state_verdict(papers, leaks, unit) + say_synthetic(pack),
         headlines=headlines,
         unit="",
         findings=[

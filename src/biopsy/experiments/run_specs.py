@@ -234,6 +234,7 @@ def open_study(
             "path": str(pack.path.resolve()),
             "name": pack.path.name,
             "content_sha256": pack.info.content_sha256,
+            "synthetic": pack.info.is_synthetic,
         },
         "recipes": {recipe.name: recipe_toml(recipe) for recipe in recipes},
         "seeds": sorted({*seeds}),

@@ -23,7 +23,7 @@ from biopsy.reporting.document import (
     Table,
     number,
 )
-from biopsy.reporting.elements import say_openings
+from biopsy.reporting.elements import say_openings, say_synthetic
 from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.reporting.pseudonyms import Pseudonymizer
 
@@ -110,7 +110,7 @@ def _summarise(facts: SweepFacts, *, hide_ids: bool) -> Summary:
             ),
         ]
     return Summary(
-        verdict=verdict,
+        verdict=verdict + say_synthetic(facts.study["pack"]),
         headlines=headlines,
         unit=facts.summary["unit"],
         findings=[

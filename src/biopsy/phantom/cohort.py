@@ -16,6 +16,7 @@ from scipy import stats
 
 from biopsy.core.files import create_directory, replace_atomic
 from biopsy.core.seeds import make_rng
+from biopsy.data.archives import SYNTHETIC
 from biopsy.phantom.slides import MPP, SlidePainter, plan_painter
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ FIRST_PATIENT = 90001  # real IDC ids are 8863 to 16896
 TUMOUR_SHARE = 0.5  # a patch is IDC when at least this share of its area lies in the tumour region
 _BLOCK = 4  # patches painted at once, to a side: one tile of the painter
 _TISSUE_SHARE = 0.12  # patches with less tissue are background, as good as absent from IDC
+_NOTICE = "Drawn by biopsy.phantom: no patient, no tissue.\n"
 _MEAN_TUMOUR_SHARE = 0.28  # 78,786 of 277,524 patches of the Kaggle release
 
 
@@ -76,7 +78,7 @@ def write_archive(
     workers: int | None = None,
     on_patient: Callable[[str, int], None] | None = None,
 ) -> Path:
-    """Write a cohort as IDC's PNG tree, into a zip of stored entries or a folder.
+    """Write a cohort as IDC's PNG tree, a zip of stored entries or a folder, marked synthetic.
 
     Same arguments and library versions give the same bytes, whatever the number of workers. Memory is that of
     a few slides.
@@ -102,8 +104,11 @@ def write_archive(
         if is_zip:
             partial = stack.enter_context(replace_atomic(path))
             archive = stack.enter_context(zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED))
+            archive.writestr(_entry(prefix + SYNTHETIC), _NOTICE)
         else:
             folder = stack.enter_context(create_directory(path))
+            (folder / root).mkdir(parents=True, exist_ok=True)
+            (folder / root / SYNTHETIC).write_text(_NOTICE)
         for patient, files in _encoded(plan, seed, workers or os.cpu_count() or 1, high_grade):
             for name, png in files:
                 if is_zip:

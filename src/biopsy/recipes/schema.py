@@ -213,3 +213,10 @@ class Recipe(_Table):
     as_published: AsPublished = AsPublished()
     sources: dict[str, str] = {}
     """Dotted setting -> where its value comes from."""
+
+    @property
+    def heading(self) -> str:
+        """The title, in which the encoder's name stands for "a frozen encoder"; without a title the name."""
+        family, _, weights = self.model.name.rpartition(":")
+        encoder = weights if family else self.model.weights or self.model.name
+        return self.title.replace("a frozen encoder", f"`{encoder}`") or self.name

@@ -16,7 +16,7 @@ from biopsy.reporting.document import (
     metric_label,
     number,
 )
-from biopsy.reporting.elements import say_openings, say_rule
+from biopsy.reporting.elements import say_openings, say_rule, say_synthetic
 from biopsy.reporting.facts import RunFacts, hide_run
 from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.reporting.registry import list_results, list_sections
@@ -131,7 +131,7 @@ def _summarise(facts: RunFacts) -> Summary:
         for name, meaning in meanings.items()
     ]
     return Summary(
-        verdict=state_verdict(facts),
+        verdict=state_verdict(facts) + say_synthetic(facts.run.get("pack", {})),
         headlines=headlines,
         unit=facts.unit,
         findings=[

@@ -88,6 +88,13 @@ def encode_patch(image: np.ndarray) -> bytes:
     return png(image) if max(image.shape[:2]) <= 64 else jpeg(image)
 
 
+def say_synthetic(pack: Mapping[str, Any]) -> str:
+    """Return the sentence that follows the result of a synthetic pack; empty for any other."""
+    return (
+        " The patients are synthetic: this says nothing about real tissue." if pack.get("synthetic") else ""
+    )
+
+
 def say_openings(ledger: Mapping[str, Any] | int | None) -> str:
     """Say how often the test subset has been evaluated."""
     if ledger is None:

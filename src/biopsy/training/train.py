@@ -190,6 +190,7 @@ def _begin(
             "name": pack.path.name,
             "dataset": pack.info.dataset,
             "content_sha256": pack.info.content_sha256,
+            "synthetic": pack.info.is_synthetic,
             "n_patches": len(pack),
             "n_patients": pack.info.counts["patients"],
             "unit": pack.unit,
