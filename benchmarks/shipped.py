@@ -22,7 +22,7 @@ from sklearn.metrics import roc_auc_score
 
 import biopsy
 from biopsy.core.text import count, plural
-from biopsy.exporting.model_card import card_of_run, gather_card
+from biopsy.exporting.model_card import card_of_run, gather_card, metadata_of_run
 from biopsy.models.classifier import WEIGHTS, Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_logits, predict_with_features
@@ -78,7 +78,8 @@ def build(name: str, run: biopsy.Run, out: Path) -> Classifier:
     rounded = Classifier(original.info, original.base_network, original.extras)
     rounded.save(out, precision="fp16")
     rounded = Classifier.load(out)
-    (out / "README.md").write_text(card_of_run(gather_card(rounded, run)), encoding="utf-8")
+    facts = gather_card(rounded, run)
+    (out / "README.md").write_text(f"{metadata_of_run(facts)}\n{card_of_run(facts)}", encoding="utf-8")
     size = sum(path.stat().st_size for path in out.iterdir())
     if size > MAX_BYTES:
         raise SystemExit(f"{out} has {size:,} bytes, {WEIGHTS} among them; at most {MAX_BYTES:,} ship")

@@ -1,9 +1,13 @@
 """The Hugging Face hub: what is published opens again, pinned; what cannot be opened is refused by reason."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from huggingface_hub import close_session
 from huggingface_hub.repocard import metadata_load
 
 from biopsy.core.errors import DataError, HubError, RunError
@@ -58,6 +62,33 @@ def test_what_the_hub_does_not_have_is_refused(hub, name, reason):  # noqa: F811
     with pytest.raises(HubError) as error:
         open_classifier(f"hf:{name}")
     assert error.value.reason == reason and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5://127.0.0.1:9", "none://proxy", "refusing"])
+def test_a_proxy_that_does_not_work_is_an_error_of_ours(hub, bundle, proxy, monkeypatch, request):  # noqa: F811
+    """No server at its port, kinds that cannot be used, and a server that is no proxy."""
+    monkeypatch.setenv("HTTPS_PROXY", os.environ["HF_ENDPOINT"] if proxy == "refusing" else proxy)
+    monkeypatch.delenv("HF_ENDPOINT")
+    close_session()  # the library asks for the proxy once
+    request.addfinalizer(close_session)
+    for work in (lambda: open_classifier("hf:lab/breast"), lambda: publish(bundle, "lab/breast")):
+        with pytest.raises(HubError) as error:
+            work()
+        assert error.value.reason == "offline" and "\n" not in str(error.value)
+
+
+@pytest.mark.slow  # a process of its own: the hub's library reads the setting when it is imported
+@pytest.mark.parametrize("options", [[], ["--quiet"]])
+def test_quiet_has_no_progress_bar_of_the_hub(hub, bundle, tmp_path, options):  # noqa: F811
+    publish(bundle, "lab/breast")
+    (tmp_path / "patch.png").write_bytes(encode_png(np.zeros((16, 16, 3), np.uint8)))
+    program = "from biopsy.cli.app import main; main()"
+    command = [sys.executable, "-c", program, "predict", "hf:lab/breast", "patch.png", *options]
+    environment = {name: value for name, value in os.environ.items() if "PROGRESS" not in name}
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "TQDM_DISABLE": ""}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0
+    assert ("it/s" in result.stderr or "%|" in result.stderr) == (not options)
 
 
 def test_no_code_is_downloaded(hub, bundle):  # noqa: F811

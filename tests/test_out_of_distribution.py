@@ -8,7 +8,7 @@ from biopsy.models.classifier import Classifier, ClassifierInfo
 from biopsy.models.engine import Engine
 from biopsy.models.inference import open_predictor, predict_with_features
 from biopsy.models.networks import build_network
-from biopsy.models.out_of_distribution import fit_reference, out_of_distribution_scores
+from biopsy.models.out_of_distribution import fit_reference, out_of_distribution_scores, say_unexpected
 from biopsy.models.preprocessing import Preprocessing
 from biopsy.slide_io.stain import colour_features
 from conftest import draw_patches
@@ -89,3 +89,17 @@ def test_without_a_reference_nothing_is_said(classifier):
     info = classifier.info.model_copy(update={"out_of_distribution": None})
     found = measure(Classifier(info, classifier.network), PATCHES[:4])
     assert found.shape == (4, 0)
+
+
+def test_with_another_augmentation_patches_are_told_by_colour_alone(classifier):
+    patches = np.concatenate([PATCHES[VAL][:5], 255 - PATCHES[VAL][:5]])
+    own, other = measure(classifier, patches), measure(classifier.with_tta("d4"), patches)
+    assert list(other) == ["colour_distance", "out_of_distribution"]
+    assert other["colour_distance"].equals(own["colour_distance"])
+    assert other["out_of_distribution"].tolist() == (other["colour_distance"] > 1).tolist()
+    assert other["out_of_distribution"][5:].all()
+
+
+@pytest.mark.parametrize(("quantile", "limit"), [(0.99, 0.04), (0.95, 0.2)])
+def test_a_share_is_unusual_from_twice_what_the_limit_lets_expect(quantile, limit):
+    assert say_unexpected(limit + 0.001, quantile) and say_unexpected(limit - 0.001, quantile) is None

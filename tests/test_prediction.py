@@ -183,6 +183,17 @@ def test_what_is_unlike_training_is_flagged_not_refused(trained_run, tmp_path):
     assert known["out_of_distribution"].tolist() == far.tolist()
 
 
+def test_the_augmentation_that_predicted_is_written_beside_the_predictions(trained_run, folder):
+    own, turned = (
+        ask(trained_run, folder, out="own.parquet"),
+        ask(trained_run, folder, out="d4.parquet", tta="d4"),
+    )
+    assert read_predictions(own.path)[1]["tta"] == "none"
+    about = read_predictions(turned.path)[1]
+    assert about["tta"] == "d4" and about["classifier_sha256"] != trained_run.classifier.sha256
+    assert not np.allclose(own.frame["prob"], turned.frame["prob"])
+
+
 def test_a_run_its_folder_and_its_classifier_are_one_model(trained_run, folder):
     models = (trained_run, trained_run.path, trained_run.path / "classifier", trained_run.classifier)
     frames = [ask(model, folder).frame for model in models]

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+from huggingface_hub.repocard import metadata_load
 
 import biopsy
 from biopsy.core.errors import DataError, RecipeError, RunError
@@ -51,6 +52,9 @@ def test_each_is_small_and_complete(name):
     assert "patches" in info.description and info.citation.startswith("Data: ")
     card = (FOLDER / name / "README.md").read_text()
     assert info.description in card and info.citation in card and info.licence in card
+    metadata = metadata_load(FOLDER / name / "README.md")
+    assert (metadata["license"], metadata["library_name"]) == ("apache-2.0", "biopsy")
+    assert metadata["pipeline_tag"] == "image-classification" and metadata["tags"]
     assert (info.context > 0) == (name == "idc")
     [row] = [row for row in biopsy.list("classifiers") if row["name"] == name]
     assert row["description"] == info.description

@@ -105,3 +105,15 @@ def test_a_recipe_asks_for_it(tmp_path):
     )
     names = [f"logit_{name}" for name in pack.class_names]
     assert np.allclose(logits, frame[names].to_numpy(np.float32), atol=1e-5)
+
+
+def test_another_augmentation_leaves_calibration_and_takes_no_compiled_network(classifier, tmp_path):
+    classifier.save(tmp_path / "classifier")
+    loaded, patches = Classifier.load(tmp_path / "classifier"), draw(5, 18)
+    single = loaded.with_tta("none")
+    assert np.array_equal(predict(single, patches), predict(loaded, patches, loaded.base_network))
+    assert (loaded.info.tta, single.info.tta, single.path) == ("d4", "none", None)
+    assert single.sha256 != loaded.sha256 and single.threshold == loaded.threshold
+    assert loaded.with_tta(None) is loaded.with_tta("d4") is loaded
+    again = single.with_tta("d4")
+    assert np.array_equal(predict(again, patches), predict(loaded, patches)) and again.sha256 == loaded.sha256

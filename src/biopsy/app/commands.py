@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from biopsy.core.errors import DataError, MissingExtra
-from biopsy.models.classifier import Classifier
+from biopsy.models.classifier import Classifier, Tta
 from biopsy.training.runs import Run
 
 VIEW_PORT, SERVE_PORT = 8765, 8780
@@ -70,6 +70,7 @@ def serve(
     root: Path | str | None = None,
     out: Path | str = "biopsy-jobs",
     device: str = "auto",
+    tta: Tta | None = None,
 ) -> None:
     """Answer requests over HTTP: images and slides in, predictions and maps out, until Ctrl-C.
 
@@ -86,6 +87,8 @@ def serve(
         root: Folder below which clients may name slides by path; without it they can only upload.
         out: Folder of the slide jobs and their results.
         device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        tta: Test-time augmentation: ``none`` predicts one view of each patch, ``d4`` averages its eight
+            symmetries in eight times the time (default: the classifier's own, with which it was calibrated).
 
     Raises:
         RunError: If a model is none of these.
@@ -101,7 +104,7 @@ def serve(
     if not local and token is None:
         raise DataError(f"{host} is reached from other machines: give a --token that requests must bear")
     hosts = frozenset({"127.0.0.1", "localhost", "[::1]"}) if local else None
-    app = make_service(models, out=out, root=root, token=token, device=device, hosts=hosts)
+    app = make_service(models, out=out, root=root, token=token, device=device, tta=tta, hosts=hosts)
     listener = bind(host, port, default=SERVE_PORT)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     run_server(app, listener, on_start=lambda: print(address, flush=True))

@@ -172,7 +172,7 @@ def _from_pack(classifier: Classifier, pack: Pack, run: Run | None, device: str)
 def _from_slides(
     model: Run | Classifier | Path | str, paths: list[Path], mpp: float | None, device: str
 ) -> list[pd.DataFrame]:
-    mapper = Mapper(model, mpp, None, False, "auto", device, None, None)
+    mapper = Mapper(model, mpp, None, False, "auto", device, None, None, None)
     parts, errors = [], []
     for mapped in mapper.map(list_sources(paths, mpp)):
         if mapped.slide_map is None:

@@ -29,7 +29,7 @@ from biopsy.core.errors import DataError
 from biopsy.core.loaders import parse_json
 from biopsy.core.text import printable
 from biopsy.evaluation.predict import decode_patch
-from biopsy.models.classifier import Classifier
+from biopsy.models.classifier import Classifier, Tta
 from biopsy.models.engine import Engine
 from biopsy.statistics.conformal import predict_sets
 from biopsy.training.open_model import open_classifier
@@ -68,7 +68,7 @@ class OutOfDistribution(BaseModel):
 
     score: float
     colour_distance: float
-    feature_distance: float
+    feature_distance: float | None = Field(description="Null with another --tta than the classifier's own")
     out_of_distribution: bool
 
 
@@ -113,6 +113,7 @@ def make_service(
     root: Path | str | None = None,
     token: str | None = None,
     device: str = "auto",
+    tta: Tta | None = None,
     hosts: frozenset[str] | None = None,
     limits: Limits | None = None,
 ) -> FastAPI:
@@ -124,13 +125,14 @@ def make_service(
         root: Folder below which slides may be named by path.
         token: That requests must bear.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+        tta: Another test-time augmentation than the classifiers' own.
         hosts: Names under which the server is reached; None for any.
         limits: What a request may ask for.
     """
     several = [models] if isinstance(models, Run | Classifier | Path | str) else list(models)
     if not several:
         raise DataError("no model was named: give a run, classifier or bundle")
-    classifiers = _name_models(several)
+    classifiers = _name_models(several, tta)
     limits = limits or Limits()
     service = _Service(classifiers, Path(out), root, device, limits)
 
@@ -166,11 +168,11 @@ def make_service(
     return app
 
 
-def _name_models(models: Sequence[Run | Classifier | Path | str]) -> dict[str, Classifier]:
+def _name_models(models: Sequence[Run | Classifier | Path | str], tta: Tta | None) -> dict[str, Classifier]:
     """Open every model; those of one name get a number."""
     classifiers: dict[str, Classifier] = {}
     for model in models:
-        classifier = open_classifier(model)
+        classifier = open_classifier(model, tta=tta)
         path = model.path if isinstance(model, Run | Classifier) else Path(model)
         name = "model" if path is None else path.resolve().name
         taken = sum(other == name or other.startswith(f"{name}-") for other in classifiers)
@@ -505,14 +507,14 @@ async def _receive(request: Request, place: Path) -> None:
 
 
 def _describe_ood(row: dict[Any, Any]) -> OutOfDistribution | None:
-    if _number(row.get("feature_distance")) is None:
+    colour, feature = _number(row.get("colour_distance")), _number(row.get("feature_distance"))
+    if colour is None:
         return None
-    colour, feature = float(row["colour_distance"]), float(row["feature_distance"])
     return OutOfDistribution(
-        score=max(colour, feature),
+        score=colour if feature is None else max(colour, feature),
         colour_distance=colour,
         feature_distance=feature,
-        out_of_distribution=max(colour, feature) > 1,
+        out_of_distribution=bool(row["out_of_distribution"]),
     )
 
 

@@ -165,6 +165,8 @@ def _make_launcher(app: App) -> Callable[..., int]:
             accept_licence: Weight licences to accept (comma-separated).
         """
         set_up_log(quiet=quiet, verbose=verbose, file=log_file)
+        if quiet:  # the bars of libraries that download
+            os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
         if accept_licence is not None:
             os.environ["BIOPSY_ACCEPT_LICENCE"] = accept_licence
         command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)

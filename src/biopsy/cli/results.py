@@ -10,7 +10,6 @@ from biopsy.core.subsets import subset_name
 
 FAILED, SKIPPED = 1, 3
 MAX_NAMED = 20  # skipped files named one by one before the rest is only counted
-MUCH = 2  # times the largest expected share of out-of-distribution patches from which a slide is named
 
 COUNTS = {"odd_sizes": "padded to a square", "duplicates": "identical copies left out"}
 
@@ -581,19 +580,12 @@ def _print_slides(cohort: Any, options: Options) -> None:
 
 
 def _skipped_slides(cohort: Any) -> tuple[Sequence[Mapping[str, str]], Path]:
-    from biopsy.models.out_of_distribution import expected_share
+    from biopsy.models.out_of_distribution import say_unexpected
 
     for row in _finished(cohort).itertuples():
-        low, high = expected_share(row.out_of_distribution_quantile)
-        if row.out_of_distribution >= MUCH * high:
-            log.warning(
-                "%s: %s of the checked patches look out-of-distribution (%.0f-%.0f %% expected); predictions "
-                "for this slide may be unreliable",
-                row.slide,
-                f"{row.out_of_distribution:.0%}",
-                100 * low,
-                100 * high,
-            )
+        warning = say_unexpected(row.out_of_distribution, row.out_of_distribution_quantile)
+        if warning is not None:
+            log.warning("%s: %s", row.slide, warning)
     return cohort.failed, cohort.out / "status.csv"
 
 

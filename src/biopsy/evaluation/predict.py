@@ -29,10 +29,10 @@ from biopsy.data.predictions import (
     write_submission,
 )
 from biopsy.data.splits import FOLDER as SPLITS
-from biopsy.models.classifier import Classifier
+from biopsy.models.classifier import Classifier, Tta
 from biopsy.models.engine import Engine
 from biopsy.models.inference import Predictor, open_predictor
-from biopsy.models.out_of_distribution import out_of_distribution_scores
+from biopsy.models.out_of_distribution import out_of_distribution_scores, say_unexpected
 from biopsy.slide_io.images import IMAGE_SUFFIXES, decode, read_header
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
@@ -40,7 +40,6 @@ from biopsy.training.runs import Run
 logger = logging.getLogger(__name__)
 
 CHUNK = 2048  # patches held in memory at once
-MUCH_UNLIKE = 0.1  # share of out-of-distribution patches from which a warning is logged
 
 Skipped = list[dict[str, str]]
 
@@ -80,6 +79,7 @@ def predict(
     out: Path | str | None = None,
     format: Literal["csv", "parquet", "kaggle"] = "csv",
     device: str = "auto",
+    tta: Tta | None = None,
     trust_model: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Prediction:
@@ -98,6 +98,8 @@ def predict(
         format: Format of the table without ``out``; ``kaggle`` writes ``id,label``: the file name without
             its suffix, and the probability of the positive class.
         device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        tta: Test-time augmentation: ``none`` predicts one view of each patch, ``d4`` averages its eight
+            symmetries in eight times the time (default: the classifier's own, with which it was calibrated).
         trust_model: SHA-256 of a WSInfer model's TorchScript, which is code and runs only if its hash is
             given.
         on_progress: Called with the numbers of patches done and in all.
@@ -107,7 +109,7 @@ def predict(
         DataError: If a path does not exist, or nothing could be read at all; for Kaggle, if the classifier
             has more than two classes or two patches the same id.
     """
-    classifier = open_classifier(model, trust_model=trust_model)
+    classifier = open_classifier(model, trust_model=trust_model, tta=tta)
     subsets = _subsets_by_hash(model)
     engine = Engine(device)
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
@@ -138,13 +140,14 @@ def predict(
         first = f"; {skipped[0]['source']}: {skipped[0]['reason']}" if skipped else ""
         raise DataError(f"no patch could be read from {', '.join(map(str, paths))}{first}")
     frame = pd.concat(frames, ignore_index=True)
-    _warn_of_novelty(frame)
+    _warn_of_novelty(frame, classifier)
     about = {
         "classifier_sha256": classifier.sha256,
         "classifier_source": classifier.source,
         "pack_sha256": None,
         "split": None,
         "threshold": classifier.frozen,
+        "tta": classifier.info.tta,
         "sources": [str(source) for source in paths],
         "skipped": skipped,
         "software": dict([predictor.software]),
@@ -207,15 +210,14 @@ def _check_submission(
     give_ids([name for source in sources for name in source.names])
 
 
-def _warn_of_novelty(frame: pd.DataFrame) -> None:
-    n_unlike = int(frame.get("out_of_distribution", pd.Series(dtype=bool)).sum())
-    if n_unlike > MUCH_UNLIKE * len(frame):
-        logger.warning(
-            "%d of %d patches look out-of-distribution: their predictions may be unreliable, see the column "
-            "out_of_distribution",
-            n_unlike,
-            len(frame),
-        )
+def _warn_of_novelty(frame: pd.DataFrame, classifier: Classifier) -> None:
+    """Log where more patches look out-of-distribution than the classifier's own quantile lets expect."""
+    reference = classifier.info.out_of_distribution
+    if reference is None:
+        return
+    share = float(frame["out_of_distribution"].mean())
+    if (expected := say_unexpected(share, reference["quantile"])) is not None:
+        logger.warning("%s (column out_of_distribution)", expected)
 
 
 class _Answer(NamedTuple):

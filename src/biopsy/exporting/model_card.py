@@ -97,11 +97,11 @@ def metadata_of_run(facts: CardFacts) -> str:
         for metric in (SHOWN if facts.metrics else ())
         if facts.metrics and facts.metrics["patch"].get(metric, {}).get("value") is not None
     ]
-    licence = info["licence"]
-    is_identifier = re.fullmatch(r"[a-z0-9.-]+", licence.lower())
+    licence, _, _ = info["licence"].lower().partition(";")  # what follows is said of the data
+    is_identifier = re.fullmatch(r"[a-z0-9.-]+", licence)
     data = ModelCardData(
-        license=licence.lower() if is_identifier else "other",
-        license_name=None if is_identifier else re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-"),
+        license=licence if is_identifier else "other",
+        license_name=None if is_identifier else re.sub(r"[^a-z0-9.]+", "-", licence).strip("-"),
         library_name="biopsy",
         pipeline_tag="image-classification",
         tags=["histopathology", "breast-cancer", "h-and-e", "safetensors"],

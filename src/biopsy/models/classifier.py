@@ -94,6 +94,9 @@ class _Parts(BaseModel):
         return self
 
 
+Tta = Literal["none", "d4"]
+
+
 class ClassifierInfo(BaseModel):
     """What ``classifier.json`` holds."""
 
@@ -110,7 +113,7 @@ class ClassifierInfo(BaseModel):
     """Micrometres per pixel at which patches were cut; None where the data did not say."""
     preprocessing: Preprocessing
     outputs: Literal["softmax", "sigmoid"] = "softmax"
-    tta: Literal["none", "d4"] = "none"
+    tta: Tta = "none"
     """``d4``: logits and features are means over the eight symmetries of the patch."""
     context: float = 0.0
     """Decay length of the weights of neighbouring patches in the mean logits, in patch sides; 0: none."""
@@ -334,6 +337,29 @@ class Classifier:
         """Index of the positive class, None for more than two classes."""
         positive = self.info.positive_class
         return None if positive is None else self.info.class_names.index(positive)
+
+    def with_tta(self, tta: Tta | None) -> "Classifier":
+        """Return the classifier with another test-time augmentation (None: its own).
+
+        Calibration and thresholds stay those that were fitted with its own, and that is logged. Features have
+        another distribution: out-of-distribution patches are then found by their colours alone.
+        """
+        if tta is None or tta == self.info.tta:
+            return self
+        logger.warning(
+            "tta=%s: calibration and thresholds were fitted with tta=%s; out-of-distribution patches are "
+            "found by colour alone",
+            tta,
+            self.info.tta,
+        )
+        other, reference = copy.copy(self), self.info.out_of_distribution
+        if reference is not None:
+            limits = {kind: limit for kind, limit in reference["limits"].items() if kind != "feature"}
+            reference = {**reference, "limits": limits}
+        other.info = self.info.model_copy(update={"tta": tta, "out_of_distribution": reference})
+        other._base_network = self.base_network
+        other.path = None  # a compiled network that lies there has the other augmentation
+        return other
 
     def single_patch(self) -> "Classifier":
         """Return the classifier that takes each patch by itself: this one, where it uses no context."""

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from biopsy.core.errors import HubError
 from biopsy.models.classifier import DOCUMENT, WEIGHTS, Classifier
@@ -75,6 +76,7 @@ def hub_errors(repository: str) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
+    transport = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)  # the errors of its HTTP library
     login = "log in with `hf auth login` or set HF_TOKEN"
     try:
         yield
@@ -93,6 +95,10 @@ def hub_errors(repository: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise HubError(repository, "refused", f"the hub refused {repository} ({reason}): {login}") from None
+    except (*transport, OSError, ImportError, ValueError) as error:  # of the connection or the proxy
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        message = f"the hub cannot be reached for {repository} ({reason}): check the network and HTTPS_PROXY"
+        raise HubError(repository, "offline", message) from None
 
 
 def _download(repository: str, revision: str | None) -> Path:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from biopsy.models.inference import Predictor
 
 QUANTILE = 0.99
+MUCH = 2  # times the expected share
 LEAST_AREA = 0.1  # share of a patch that must be image rather than padding
 REFERENCE_PATCHES = 2000  # of up to a few hundred features; asking a large network for more takes minutes
 
@@ -76,6 +77,20 @@ def expected_share(quantile: float) -> tuple[float, float]:
     return 1 - quantile, 2 * (1 - quantile)
 
 
+def say_unexpected(share: float, quantile: float) -> str | None:
+    """Return the warning about a share of out-of-distribution patches; None where it is not unusual.
+
+    It is unusual from twice the upper expected share on.
+    """
+    low, high = expected_share(quantile)
+    if share < MUCH * high:
+        return None
+    return (
+        f"{share:.0%} of the patches look out-of-distribution ({100 * low:.0f}-{100 * high:.0f} % expected): "
+        "their predictions may be unreliable"
+    )
+
+
 def out_of_distribution_scores(
     classifier: Classifier, patches: np.ndarray, sizes: np.ndarray | None, features: np.ndarray
 ) -> pd.DataFrame:
@@ -84,7 +99,8 @@ def out_of_distribution_scores(
     Returns:
         ``colour_distance`` and ``feature_distance``, each as a multiple of its limit, and
         ``out_of_distribution``: whether either is above 1, the patch is grey, or its true size is less than a
-        tenth of a patch. Empty for a classifier without a reference.
+        tenth of a patch. Without ``feature_distance`` where another test-time augmentation was asked for
+        (`Classifier.with_tta`); empty for a classifier without a reference.
     """
     about = classifier.info.out_of_distribution
     if about is None:
@@ -92,8 +108,8 @@ def out_of_distribution_scores(
     measured = {"colour": colour_features(patches, sizes), "feature": features}
     frame = pd.DataFrame(
         {
-            f"{kind}_distance": _distance(classifier, kind, values) / about["limits"][kind]
-            for kind, values in measured.items()
+            f"{kind}_distance": _distance(classifier, kind, measured[kind]) / limit
+            for kind, limit in about["limits"].items()
         }
     )
     return frame.assign(out_of_distribution=(frame > 1).any(axis=1) | _is_no_patch(patches, sizes))

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -108,7 +109,10 @@ def _describe(images: np.ndarray) -> np.ndarray:
     stains = separate_stains(images)[..., :2]
     described = []
     for values in [images[..., channel] for channel in range(3)] + [stains[..., stain] for stain in range(2)]:
-        ordered = np.sort(values.reshape(len(images), -1).astype(np.float32), axis=1)
+        flat = values.reshape(len(images), -1)
+        # bytes are then sorted by radix, in a ninth of the time
+        kind: Literal["stable"] | None = "stable" if flat.dtype == np.uint8 else None
+        ordered = np.sort(flat, axis=1, kind=kind).astype(np.float32)
         described += [ordered.mean(axis=1), ordered.std(axis=1)]
         described += list(_percentiles(ordered))
     return np.stack(described, axis=1)

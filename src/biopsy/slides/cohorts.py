@@ -34,7 +34,7 @@ from biopsy.core.files import (
 )
 from biopsy.core.tables import write_csv
 from biopsy.core.text import printable
-from biopsy.models.classifier import Classifier
+from biopsy.models.classifier import Classifier, Tta
 from biopsy.models.hardware import Precision
 from biopsy.slides.inference import OnProgress
 from biopsy.slides.mapping import Mapped, Mapper
@@ -92,6 +92,7 @@ def slide(
     detections: bool = False,
     precision: Precision = "auto",
     device: str = "auto",
+    tta: Tta | None = None,
     trust_model: str | None = None,
     shard: str | None = None,
     on_progress: OnProgress | None = None,
@@ -113,6 +114,8 @@ def slide(
         detections: Also write every cell as a QuPath detection with its probabilities.
         precision: Arithmetic: ``auto`` is bf16 where the processor has it.
         device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        tta: Test-time augmentation: ``none`` predicts one view of each patch, ``d4`` averages its eight
+            symmetries in eight times the time (default: the classifier's own, with which it was calibrated).
         trust_model: SHA-256 of a WSInfer model's TorchScript, which is code and runs only if its hash is
             given.
         shard: ``I/N``: process I of N that share ``out``, on one machine or many. It begins with its share
@@ -128,7 +131,7 @@ def slide(
         DataError: If a path does not exist or ``out`` is missing or in use.
         SlideError: If no slide could be mapped.
     """
-    mapper = Mapper(model, mpp, stride_um, detections, precision, device, trust_model, on_progress)
+    mapper = Mapper(model, mpp, stride_um, detections, precision, device, tta, trust_model, on_progress)
     single = isinstance(slides, Path | str)
     sources = list_sources([Path(slides)] if isinstance(slides, Path | str) else [*map(Path, slides)], mpp)
     single = single and len(sources) == 1 and sources[0].pack is None

@@ -13,7 +13,7 @@ import pandas as pd
 
 from biopsy.core.errors import DataError
 from biopsy.core.text import printable
-from biopsy.models.classifier import Classifier
+from biopsy.models.classifier import Classifier, Tta
 from biopsy.models.hardware import Precision, pick_device, pick_precision
 from biopsy.models.hub import is_on_hub
 from biopsy.models.runtimes import list_runtimes
@@ -73,6 +73,7 @@ def describe_model(classifier: Classifier, precision: str, device: str) -> dict[
             "recipe": info.recipe,
             "mpp": info.mpp,
             "patch_px": info.patch_px,
+            "tta": info.tta,
             "calibrator": info.calibrator.get("method", "none"),
             "threshold": info.thresholds[0] if info.thresholds else None,
             "licence": info.licence,
@@ -135,13 +136,15 @@ class Mapper:
         detections: bool,
         precision: Precision,
         device: str,
+        tta: Tta | None,
         trust_model: str | None,
         on_progress: OnProgress | None,
     ) -> None:
-        self.classifier = open_classifier(model, trust_model=trust_model)
+        self.classifier = open_classifier(model, trust_model=trust_model, tta=tta)
         self.device = pick_device(device)
         self.precision = pick_precision(precision, self.device)
         self.stride_um = stride_um
+        self.tta = tta
         self.detections = detections
         self.is_calibrated = is_calibrated(self.classifier)
         self.meanwhile: Callable[[], object] | None = None
@@ -269,6 +272,7 @@ class Mapper:
             "stride-um": self.stride_um,
             "detections": self.detections,
             "precision": self.precision,
+            "tta": self.tta,
         }
         return {
             "source": printable(source.path.name),

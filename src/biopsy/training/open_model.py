@@ -3,13 +3,15 @@
 from pathlib import Path
 
 from biopsy.core.errors import RunError, suggest
-from biopsy.models.classifier import DOCUMENT, Classifier
+from biopsy.models.classifier import DOCUMENT, Classifier, Tta
 from biopsy.models.hub import is_on_hub, open_from_hub
 from biopsy.models.shipped import is_shipped, list_shipped, open_shipped
 from biopsy.training.runs import Run
 
 
-def open_classifier(model: Run | Classifier | Path | str, *, trust_model: str | None = None) -> Classifier:
+def open_classifier(
+    model: Run | Classifier | Path | str, *, trust_model: str | None = None, tta: Tta | None = None
+) -> Classifier:
     """Return the classifier of a run, folder, bundle or WSInfer model, or the one that ships by that name.
 
     Args:
@@ -17,11 +19,16 @@ def open_classifier(model: Run | Classifier | Path | str, *, trust_model: str | 
             folder of a WSInfer model, or a name of `biopsy.models.shipped.list_shipped`, which a local model
             of the same name hides; or ``hf:ORG/NAME[@REVISION]`` on the Hugging Face hub.
         trust_model: SHA-256 of a WSInfer model's TorchScript, which runs only if this is named.
+        tta: Another test-time augmentation than the classifier's own.
 
     Raises:
         RunError: If it is none of these, or not finished, altered or not trusted.
         HubError: If the hub does not give it.
     """
+    return _open(model, trust_model).with_tta(tta)
+
+
+def _open(model: Run | Classifier | Path | str, trust_model: str | None) -> Classifier:
     if isinstance(model, Classifier):
         return model
     if not isinstance(model, Run):
