@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -81,27 +82,42 @@ def test_a_claim_is_taken_over_from_the_dead_only(tmp_path, owner, is_taken):
         assert claims.take("a") is is_taken
 
 
-def test_what_a_killed_process_leaves_is_removed_by_the_next(tmp_path):
+@pytest.mark.parametrize(("moment", "n_left"), [("Path.write_text", 0), ("os.link", 1), ("files._remove", 2)])
+def test_what_a_killed_process_leaves_is_removed_by_the_next(tmp_path, moment, n_left):
+    """Killed before its claim is written, before it is in place, and before its temporary name is removed."""
     code = (
-        "import os, signal, sys\nfrom biopsy.core import files\nfrom biopsy.core.claims import Claims\n"
-        "files._remove = lambda path: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "with Claims(sys.argv[1]) as claims:\n    claims.take('a') and claims.now()\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom biopsy.core import files\n"
+        "from biopsy.core.claims import Claims\n"
+        f"{moment} = lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "with Claims(sys.argv[1]) as claims:\n    claims.take('a')\n"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode < 0
-    assert len(list((tmp_path / FOLDER).iterdir())) == 2  # the claim, and the file that told the time
+    assert len(list((tmp_path / FOLDER).iterdir())) == n_left
     with Claims(tmp_path) as claims:
-        assert claims.take("a")
+        assert claims.take("a")  # at once, not when it is stale
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_claims_without_hard_links(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EPERM, "no hard links")
+
+    monkeypatch.setattr(module.os, "link", fail)
+    with Claims(tmp_path) as one, Claims(tmp_path) as other:
+        assert one.take("a") and not other.take("a") and other.take("b")
+        owner = json.loads((tmp_path / FOLDER / "a.claim").read_text())
+        assert owner["pid"] == os.getpid()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_claim_that_cannot_be_written_is_not_left(tmp_path, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError(errno.ENOSPC, "no space left")
 
-    monkeypatch.setattr(module.json, "dump", fail)
+    monkeypatch.setattr(Path, "write_text", fail)
     with Claims(tmp_path) as claims, pytest.raises(OSError, match="no space"):
         claims.take("a")
-    assert list(tmp_path.rglob("*.claim")) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_claim_is_kept_alive(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ being done twice; that results are whole does not depend on them (`biopsy.core.f
 """
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ FOLDER = ".biopsy-claims"
 HEARTBEAT_S = 10.0
 STALE_S = 90.0
 _ENDING = ".claim"
+_NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _WAIT_S, _POLL_S = 0.2, 2.0
 
 
@@ -99,15 +101,18 @@ class Claims:
                 return path.stat().st_mtime
 
     def _create(self, path: Path) -> bool:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        owner = json.dumps({"host": platform.node(), "machine": machine_id(), "pid": os.getpid()})
         try:
-            with open(path, "x", encoding="utf-8") as file:
-                json.dump({"host": platform.node(), "machine": machine_id(), "pid": os.getpid()}, file)
+            with temporary_path(self.folder, path) as partial:
+                partial.write_text(owner, encoding="utf-8")
+                try:
+                    os.link(partial, path)  # whole, or not at all
+                except OSError as error:
+                    if error.errno not in _NO_LINKS:
+                        raise
+                    _write_new(path, owner)
         except (FileExistsError, FileNotFoundError):  # the folder may be removed by one that ends
             return False
-        except OSError:  # a full disk: a claim that names nobody would be waited for
-            path.unlink(missing_ok=True)
-            raise
         self._held.add(path)
         return True
 
@@ -180,6 +185,17 @@ def share_work(
             claims.release(name)
         if first is None and len(finished) < len(names):  # others are at the rest, and may die
             time.sleep(_POLL_S)
+
+
+def _write_new(path: Path, content: str) -> None:
+    """Create a file on a file system without hard links; a process killed meanwhile leaves it empty."""
+    with open(path, "x", encoding="utf-8") as file:
+        try:
+            file.write(content)
+            file.flush()
+        except OSError:  # a full disk: a claim that names nobody would be waited for
+            path.unlink(missing_ok=True)
+            raise
 
 
 def _read(path: Path) -> bytes:

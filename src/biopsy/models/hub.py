@@ -76,7 +76,8 @@ def hub_errors(repository: str) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
-    transport = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)  # the errors of its HTTP library
+    of_http = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)  # whichever library it asks with
+    unreachable: tuple[type[Exception], ...] = (*of_http, OSError, ImportError, ValueError)
     login = "log in with `hf auth login` or set HF_TOKEN"
     try:
         yield
@@ -95,7 +96,7 @@ def hub_errors(repository: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise HubError(repository, "refused", f"the hub refused {repository} ({reason}): {login}") from None
-    except (*transport, OSError, ImportError, ValueError) as error:  # of the connection or the proxy
+    except unreachable as error:  # the connection or the proxy
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         message = f"the hub cannot be reached for {repository} ({reason}): check the network and HTTPS_PROXY"
         raise HubError(repository, "offline", message) from None
