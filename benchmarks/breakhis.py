@@ -143,12 +143,13 @@ def compare_report(
     columns = sk.precision_recall_fscore_support(y_true, y_pred, **options)
     of_class = dict(zip(names, np.transpose(columns), strict=True))
     for row in rows:
-        if "class" in row:
-            theirs = of_class[row["class"]]
-        elif row["average"] == "micro":
+        if row["name"] in of_class:
+            theirs = of_class[row["name"]]
+        elif row["name"] == "micro average":
             theirs = [sk.accuracy_score(y_true, y_pred)] * 3 + [len(y_true)]
         else:
-            averaged = sk.precision_recall_fscore_support(y_true, y_pred, average=row["average"], **options)
+            average = row["name"].removesuffix(" average")
+            averaged = sk.precision_recall_fscore_support(y_true, y_pred, average=average, **options)
             theirs = [*averaged[:3], len(y_true)]
         for key, value in zip(("precision", "recall", "f1", "n"), theirs, strict=True):
             yield "report", key, row[key], float("nan") if row[key] is None else float(value)

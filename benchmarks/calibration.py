@@ -21,11 +21,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from biopsy.core.files import plain
+from biopsy.core.text import plural
+from biopsy.data.predictions import decide
 from biopsy.evaluation.calibration.measure import measure_calibration
-from biopsy.evaluation.operating_points import measure_decisions
+from biopsy.evaluation.measure import measure_decisions
+from biopsy.evaluation.scored import ScoredPatches
 from biopsy.models.classifier import Classifier
 from biopsy.recipes import load_recipe
-from biopsy.reporting.document import plural
 from biopsy.training.postprocessing import fit_run_postprocessing
 from biopsy.training.runs import Run
 from biopsy.training.study import Study
@@ -47,12 +50,21 @@ def measure(run: Run, method: str) -> dict[str, Any]:
     recipe = load_recipe(run.recipe, [f"decision.calibration={method}"])
     fit_run_postprocessing(run, recipe, classifier, *read_side(run, classifier, "val"))
     logits, target, groups = read_side(run, classifier, "test")
-    options: dict[str, Any] = {"seed": run.info["seed"], "unit": unit}
-    found = measure_calibration(classifier, logits, target, groups, **options)
-    positive = classifier.positive_index
-    assert positive is not None
-    prob, truth = classifier.probs(logits)[:, positive], (target == positive).astype(int)
-    decisions = measure_decisions(truth, prob, groups, classifier.info.thresholds, prevalence=None, **options)
+    probs, positive = classifier.probs(logits), classifier.positive_index
+    assert positive is not None and classifier.threshold is not None
+    scored = ScoredPatches(
+        target=target,
+        probs=probs,
+        pred=decide(probs, positive, classifier.threshold),
+        group_ids=groups,
+        class_names=classifier.info.class_names,
+        positive_class=classifier.info.positive_class,
+        unit=unit,
+        seed=run.info["seed"],
+    )
+    found = plain(measure_calibration(classifier, logits, scored))
+    decisions = plain(measure_decisions(scored, classifier.info.thresholds))
+    truth = scored.is_positive
     names = np.unique(groups)
     row: dict[str, Any] = {
         "run": run.path.name,

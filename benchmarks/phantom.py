@@ -87,8 +87,8 @@ def measure_colour(pack: Pack, folder: Path, options: argparse.Namespace) -> lis
     split = make_split(pack, protocol="folds", n_folds=5, seed=options.seed)
     probs = np.zeros(len(pack))
     for fold in range(5):
-        result = colour_baseline(pack, split.sides(pack, fold), seed=options.seed)
-        probs[result["index"]] = result["probs"][:, 1]
+        sides = split.sides(pack, fold)
+        probs[sides == "test"] = colour_baseline(pack, sides, seed=options.seed)[1][:, 1]
     return [row("colour", "phantom, all folds", pack.target, probs, options)]
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biopsy.core.errors import DataError
+from biopsy.core.files import plain
 from biopsy.phantom.cohort import PATCH_PX, paint_patient, plan_cohort
 from biopsy.phantom.slides import MPP, SlidePainter
 from biopsy.statistics.resampling import clustered_mean
@@ -34,14 +35,15 @@ def judge_pointing(
         return {"n_patches": 0}
     found, groups = point_at(maps[mixed], truth[mixed]), group_ids[mixed]
     shares = {
-        name: clustered_mean(values, groups, seed=seed, unit=unit, bounds=(0.0, 1.0)).to_dict()
+        name: clustered_mean(values, groups, seed=seed, unit=unit, bounds=(0.0, 1.0))
         for name, values in found.items()
     }
     gains = {
-        f"{name}_gain": clustered_mean(found[name] - found["area"], groups, seed=seed, unit=unit).to_dict()
+        f"{name}_gain": clustered_mean(found[name] - found["area"], groups, seed=seed, unit=unit)
         for name in ("hit", "mass")
     }
-    return {"n_patches": int(mixed.sum()), "n_groups": len(np.unique(groups)), **shares, **gains}
+    counts = {"n_patches": int(mixed.sum()), "n_groups": len(np.unique(groups))}
+    return plain({**counts, **shares, **gains})
 
 
 def point_at(maps: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:

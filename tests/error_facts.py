@@ -5,10 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
+from biopsy.core.files import plain
 from biopsy.evaluation.errors.case_views import CaseView, CaseViews, ErrorFacts
 from biopsy.evaluation.errors.measure import KINDS, ErrorRecord, contrast_errors, find_unusual, pick_galleries
 from biopsy.evaluation.neighbours import count_neighbours, find_zones, measure_zones
 from biopsy.evaluation.patch_properties import PROPERTIES
+from biopsy.evaluation.scored import ScoredPatches
 from report_facts import NAMES, THRESHOLD, make_facts
 
 TRAINED = "16896"  # a patient only seen in training
@@ -26,7 +28,16 @@ def make_mistakes(predictions, *, unit="patient", n=4, seed=0):
     names = ["patch_id", "patient_id", "slide_id", "x", "y", "target", "prob"]
     table = pd.concat([predictions[names].assign(kind=kind, sampled=True), zones, properties], axis=1)
     groups = table["patient_id" if unit == "patient" else "patch_id"].to_numpy(str)
-    sample = target, predictions["prob"].to_numpy(float), groups, THRESHOLD
+    prob = predictions["prob"].to_numpy(float)
+    scored = ScoredPatches(
+        target=target,
+        probs=np.stack([1 - prob, prob], axis=1),
+        pred=called.to_numpy(int),
+        group_ids=groups,
+        class_names=NAMES,
+        positive_class=NAMES[1],
+        unit=unit,
+    )
     nearest = [
         {
             "patch_id": f"{TRAINED}_{i}",
@@ -46,7 +57,7 @@ def make_mistakes(predictions, *, unit="patient", n=4, seed=0):
         "counts": {name: int((kind == name).sum()) for name in KINDS},
         "properties": PROPERTIES,
         **contrast_errors(table, groups, seed=0, unit=unit),
-        "zones": measure_zones(table["zone"].to_numpy(object), *sample, seed=0, unit=unit),
+        "zones": measure_zones(table["zone"].to_numpy(object), scored, THRESHOLD),
         "training_reference": {"n": 2000, "distance": "1 is the median distance"},
         "galleries": {
             name: [
@@ -60,7 +71,7 @@ def make_mistakes(predictions, *, unit="patient", n=4, seed=0):
             for name, places in pick_galleries(table, THRESHOLD, n).items()
         },
     }
-    return ErrorRecord(about, table)
+    return ErrorRecord(plain(about), table)
 
 
 def draw_case_views(mistakes, *, patch_px=50, overview=True, seed=0):

@@ -7,9 +7,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 
+from biopsy.core.files import plain
 from biopsy.reporting.facts import RunFacts, StudyFacts
-from biopsy.statistics.intervals import describe_method, estimate_patch_metrics, estimate_patient_metrics
+from biopsy.statistics.intervals import describe_method, estimate_metrics, estimate_patient_metrics
 from biopsy.statistics.multiclass import classification_report
+from biopsy.statistics.reliability import estimate_reliability
+from biopsy.statistics.weighted_counts import sort_scores
 
 NAMES = ["not IDC", "IDC"]
 THRESHOLD = 0.43
@@ -44,6 +47,18 @@ def make_predictions(patient_ids, patches_per_patient=64, seed=0):
     return table.assign(pred=(table["prob"] >= THRESHOLD).astype(int))
 
 
+def estimate_patch_metrics(target, prob, group_ids, threshold=0.5, *, y_pred=None, **resampling):
+    """Every metric of two classes pooled over patches, with its interval over groups."""
+    sample = sort_scores(target, prob, threshold, group_ids=group_ids, y_pred=y_pred)
+    return estimate_metrics(sample, **resampling)
+
+
+def reliability_bins(target, prob, **options):
+    """The bins of the calibration error, each patch its own group."""
+    bins = estimate_reliability(target, prob, np.arange(len(prob)), seed=0, **options)
+    return pd.DataFrame([{**vars(one), "observed": one.observed.value} for one in bins])
+
+
 def make_metrics(table):
     target, prob, groups = table["target"], table["prob"], table["patient_id"]
     called = prob >= THRESHOLD
@@ -55,7 +70,7 @@ def make_metrics(table):
     }
     patch = estimate_patch_metrics(target, prob, groups, THRESHOLD, seed=0)
     patients = estimate_patient_metrics(target, prob, groups, THRESHOLD)
-    return {
+    metrics = {
         "side": "test",
         "positive_class": "IDC",
         "n_patches": len(table),
@@ -63,12 +78,12 @@ def make_metrics(table):
         "split": {"name": "patients", "patients_overlap": False},
         "threshold": {"value": THRESHOLD, "rule": "youden", "chosen_on": "val"},
         "confusion": counts,
-        "at_half": {"confusion": counts},
+        "at_half": counts,
         "classification_report": classification_report(
             [[counts["tn"], counts["fp"]], [counts["fn"], counts["tp"]]], NAMES
         ),
-        "patch": {name: found.to_dict() for name, found in patch.items()},
-        "patient": {name: found.to_dict() for name, found in patients.items()},
+        "patch": patch,
+        "patient": patients,
         "interval": describe_method(groups.nunique(), seed=0),
         "baseline": {"auroc": 0.612, "reason": None, "interval": {"value": 0.612, "low": 0.55, "high": 0.67}},
         "subgroups": {
@@ -76,6 +91,7 @@ def make_metrics(table):
         },
         "times_opened": {"times": 4, "runs": 2, "kept_with": "pack"},
     }
+    return plain(metrics)
 
 
 def make_facts(patient_ids=("10286", "11053", "12810", "13016", "14038", "15478"), **changes):

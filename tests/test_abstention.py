@@ -1,8 +1,5 @@
 """Abstention: shares and risk against coverage, laws and hand-worked tables; the entry and the chapter."""
 
-import json
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,12 +8,15 @@ from scipy import stats
 
 from biopsy.cli.results import say_abstention
 from biopsy.core.errors import MetricError
+from biopsy.core.files import plain
 from biopsy.evaluation.abstention.figures import draw_coverage, draw_risk_coverage
-from biopsy.evaluation.abstention.measure import count_sets, judge_coverage, measure_abstention
+from biopsy.evaluation.abstention.measure import SetCounts, count_sets, judge_coverage, measure_abstention
 from biopsy.evaluation.abstention.section import MEASURES, describe_abstention, say_verdict
+from biopsy.evaluation.scored import ScoredPatches
 from biopsy.reporting.document import ReportDocument, Summary
 from biopsy.reporting.html import render_report
 from biopsy.statistics.conformal import predict_sets
+from biopsy.statistics.resampling import Interval
 from biopsy.statistics.risk_coverage import (
     COVERAGES,
     estimate_risk,
@@ -181,13 +181,16 @@ def fit(cohort, alpha=0.1, **changes):
 
 
 def judge(conformal, cohort, threshold=0.5, unit="patient"):
-    groups = cohort.patient_ids
-    pack = SimpleNamespace(
-        target=cohort.target, group_ids=groups.astype(str), class_names=["a", "b"], unit=unit
+    scored = ScoredPatches(
+        target=cohort.target,
+        probs=both(cohort.prob),
+        pred=(cohort.prob >= threshold).astype(int),
+        group_ids=cohort.patient_ids.astype(str),
+        class_names=["a", "b"],
+        positive_class="b",
+        unit=unit,
     )
-    rows, pred = np.arange(len(cohort.prob)), (cohort.prob >= threshold).astype(int)
-    entry = measure_abstention(conformal, pack, rows, both(cohort.prob), pred, seed=0)
-    return json.loads(json.dumps(entry))  # what a file gives back
+    return plain(measure_abstention(conformal, scored))  # what a file gives back
 
 
 POPULATION = UnevenPatients()
@@ -206,7 +209,7 @@ def test_a_promise_and_what_became_of_it():
         assert entry["per_patch"][weight]["abstained"]["value"] < shares["abstained"]
     assert sum(entry["sets"].values()) == len(NEW.prob)
     assert entry["sets"]["kept"] == round(len(NEW.prob) * (1 - entry["patch"]["abstained"]["value"]))
-    assert entry["verdict"] == judge_coverage(0.9, [entry["patient"]["coverage"]])
+    assert entry["verdict"] == judge_coverage(0.9, [Interval(**entry["patient"]["coverage"])])
     assert entry["risk_coverage"]["at"][0]["risk"]["value"] == entry["risk_coverage"]["error"]
 
 
@@ -217,7 +220,7 @@ def test_a_promise_to_each_class_is_held_against_each():
     for k, name in enumerate("ab"):
         each = [sets[(NEW.target == k) & (NEW.patient_ids == p), k].mean() for p in range(30)]
         assert entry["by_class"][name]["coverage"]["value"] == pytest.approx(np.mean(each))
-    coverages = [shares["coverage"] for shares in entry["by_class"].values()]
+    coverages = [Interval(**shares["coverage"]) for shares in entry["by_class"].values()]
     assert entry["verdict"] == judge_coverage(0.9, coverages)
 
 
@@ -238,7 +241,7 @@ def test_too_few_patients_promise_nothing():
     assert conformal["quantiles"] is None and conformal["per_patch_quantiles"] is not None
     entry = judge(conformal, NEW)
     assert "needs at least ceil(1/0.1) - 1 = 9 calibration patients; there is 1" in entry["reason"]
-    assert "patient" not in entry and "verdict" not in entry
+    assert entry["patient"] is None and entry["verdict"] is None
     assert entry["per_patch"]["patient"]["coverage"]["value"] > 0 and entry["risk_coverage"]["at"]
 
 
@@ -253,7 +256,7 @@ def test_patients_on_several_sides_promise_nothing():
 def test_a_classifier_from_before_says_so():
     entry = judge({}, NEW)
     assert entry["alpha"] is None and "made before" in entry["reason"]
-    assert "per_patch" not in entry and entry["risk_coverage"]["area"]["value"] > 0
+    assert entry["per_patch"] is None and entry["risk_coverage"]["area"]["value"] > 0
 
 
 def test_with_the_patch_as_the_unit_both_are_one():
@@ -269,28 +272,30 @@ def test_three_classes():
     target, names, about = np.array([rng.choice(3, p=p) for p in probs]), ["a", "b", "c"], {"unit": "patient"}
     about |= {"promise": "each-class", "class_names": names, "chosen_on": "val", "patients_overlap": False}
     conformal = fit_abstention(probs[:600], target[:600], groups[:600], 0.1, **about)
-    pack = SimpleNamespace(target=target, group_ids=groups, class_names=names, unit="patient")
-    rows = np.arange(600, 900)
-    pred = probs[rows].argmax(axis=1)
-    entry = measure_abstention(conformal, pack, rows, probs[rows], pred, seed=0)
-    assert list(entry["by_class"]) == names and len(entry["quantiles"]) == 3
-    assert entry["patch"]["coverage"]["value"] > 0.85
-    assert entry["risk_coverage"]["error"] == np.mean(pred != target[rows])
+    scored = ScoredPatches(
+        target=target[600:],
+        probs=probs[600:],
+        pred=probs[600:].argmax(axis=1),
+        group_ids=groups[600:],
+        class_names=names,
+        positive_class=None,
+        unit="patient",
+    )
+    entry = measure_abstention(conformal, scored)
+    assert list(entry.by_class) == names and len(entry.quantiles) == 3
+    assert entry.patch.coverage.value > 0.85
+    assert entry.risk_coverage.error == np.mean(scored.pred != scored.target)
 
 
 def test_sets_are_counted_by_what_they_hold():
     sets = np.array([[True, False], [False, True], [True, True], [False, False], [True, False]])
-    assert count_sets(sets, np.array([0, 1, 1, 0, 1])) == {
-        "kept": 2,
-        "several": 1,
-        "empty": 1,
-        "against_threshold": 1,
-    }
+    expected = SetCounts(kept=2, several=1, empty=1, against_threshold=1)
+    assert count_sets(sets, np.array([0, 1, 1, 0, 1])) == expected
 
 
 def test_a_verdict_needs_an_interval_to_be_against():
-    kept, short = {"value": 0.91, "high": 0.95}, {"value": 0.88, "high": 0.91}
-    missed, bare = {"value": 0.80, "high": 0.85}, {"value": 0.80, "high": None}
+    kept, short = Interval(0.91, 0.88, 0.95), Interval(0.88, 0.84, 0.91)
+    missed, bare = Interval(0.80, 0.76, 0.85), Interval(0.80)
     assert [judge_coverage(0.9, [one]) for one in (kept, short, missed, bare)] == [
         "kept",
         "open",
@@ -331,14 +336,10 @@ def test_figures_show_what_they_are_given():
 
 def chapter(conformal, **changes):
     table = make_predictions(tuple("abcdefgh"), seed=1)
-    pack = SimpleNamespace(
-        target=table["target"].to_numpy(),
-        group_ids=table["patient_id"].to_numpy(),
-        class_names=NAMES,
-        unit="patient",
-    )
-    probs, rows = both(table["prob"].to_numpy()), np.arange(len(table))
-    entry = measure_abstention(conformal, pack, rows, probs, table["pred"].to_numpy(), seed=0)
+    prob = table["prob"].to_numpy()
+    predictions = table.assign(**{f"prob_{NAMES[0]}": 1 - prob, f"prob_{NAMES[1]}": prob})
+    scored = ScoredPatches.of_predictions(predictions, NAMES, NAMES[1], "patient")
+    entry = plain(measure_abstention(conformal, scored))
     metrics = make_metrics(table) | {"abstention": entry} | changes
     return make_small_facts(tuple("abcdefgh"), predictions=table, metrics=metrics)
 

@@ -41,7 +41,7 @@ def test_a_run_with_few_validation_patients_promises_nothing_and_says_so(trained
     run = copy_run(trained_run, tmp_path)
     metrics = evaluate(run)
     entry = metrics["abstention"]
-    assert entry["reason"] == FEW and entry["n_calibration_patients"] == 5 and "verdict" not in entry
+    assert entry["reason"] == FEW and entry["n_calibration_patients"] == 5 and entry["verdict"] is None
     assert not run.predictions("test")[0]["abstained"].any()
     names, (table, _) = metrics["class_names"], run.predictions("test")
     section = describe_abstention(RunFacts(run.info, metrics, table, names))

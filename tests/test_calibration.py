@@ -229,8 +229,8 @@ def test_operating_points_drift_from_validation_to_test(run):
         assert one["where_chosen"] == {name: frozen[name] for name in names}
         drift = [value - frozen[name] for name, value in zip(names, reached, strict=True)]
         assert [one["drift"][name] for name in names] == pytest.approx(drift)
-    promised = [one["promised"] for one in metrics["operating_points"]]
-    assert promised == [None, {"sensitivity": 0.95}, {"specificity": 0.9}, None]
+    targets = [one["target"] for one in metrics["operating_points"]]
+    assert targets == [None, {"sensitivity": 0.95}, {"specificity": 0.9}, None]
     first, there = metrics["operating_points"][0], metrics["at_prevalence"]
     assert there["prevalence"] == 0.02 and len(there["points"]) == 4
     sensitivity, specificity = (first["achieved"][name]["value"] for name in ("sensitivity", "specificity"))

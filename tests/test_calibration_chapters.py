@@ -6,17 +6,19 @@ import numpy as np
 import pytest
 
 from biopsy.core.errors import MetricError
+from biopsy.core.files import plain
 from biopsy.evaluation.calibration.figures import draw_calibration
 from biopsy.evaluation.calibration.measure import MEASURED
 from biopsy.evaluation.calibration.section import describe_calibration, say_calibration, say_slope
 from biopsy.evaluation.figures import draw_decision_curve
-from biopsy.evaluation.operating_points import measure_decisions
-from biopsy.evaluation.sections import describe_curves, describe_decisions, say_benefit, say_rule
+from biopsy.evaluation.measure import measure_decisions
+from biopsy.evaluation.scored import ScoredPatches
+from biopsy.evaluation.sections import describe_decisions, say_benefit, say_rule
 from biopsy.reporting.document import Picture, Pictures, Table, Text
 from biopsy.statistics.calibration import ece_floor
 from biopsy.statistics.calibrators import LEFT, MOVED
-from biopsy.statistics.intervals import estimate_patch_metrics
 from biopsy.statistics.reliability import decompose_brier, estimate_reliability
+from report_facts import NAMES, estimate_patch_metrics
 from report_facts import make_small_facts as run_facts
 
 FITTED = {
@@ -36,26 +38,30 @@ FITTED = {
 def side(target, prob, groups):
     metrics = estimate_patch_metrics(target, prob, groups, seed=0)
     return {
-        **{name: metrics[name].to_dict() for name in MEASURED},
+        **{name: metrics[name] for name in MEASURED},
         "ece_floor": ece_floor(prob, seed=0),
-        "brier_parts": decompose_brier(target, prob).to_dict(),
-        "bins": [one.to_dict() for one in estimate_reliability(target, prob, groups, seed=0)],
+        "brier_parts": decompose_brier(target, prob),
+        "bins": estimate_reliability(target, prob, groups, seed=0),
     }
 
 
 @pytest.fixture(scope="module")
 def facts():
-    plain = run_facts()
-    table = plain.predictions
-    target, prob, groups = plain.is_positive, table["prob"].to_numpy(), table["patient_id"].to_numpy(str)
+    bare = run_facts()
+    table = bare.predictions
+    target, prob, groups = bare.is_positive, table["prob"].to_numpy(), table["patient_id"].to_numpy(str)
     thresholds = [
         {"value": 0.43, "rule": "youden", "chosen_on": "val", "sensitivity": 0.9, "specificity": 0.8},
         {"value": 0.2, "rule": "sensitivity=0.95", "chosen_on": "val"},
     ]
     extreme = prob**3 / (prob**3 + (1 - prob) ** 3)
     found = {**FITTED, "before": side(target, extreme, groups), "after": side(target, prob, groups)}
-    decisions = measure_decisions(target, prob, groups, thresholds, prevalence=0.02, seed=0, unit="patient")
-    return replace(plain, metrics={**plain.metrics, "calibration": found, **decisions})
+    scored = ScoredPatches.of_predictions(
+        table.assign(**{"prob_not IDC": 1 - prob, "prob_IDC": prob}), NAMES, "IDC", "patient"
+    )
+    decisions = measure_decisions(scored, thresholds, prevalence=0.02)
+    metrics = {**bare.metrics, "calibration": found, **vars(decisions)}
+    return replace(bare, metrics=plain(metrics))
 
 
 def texts(section):
@@ -101,11 +107,6 @@ def test_the_decision_chapter(facts):
     assert points.rows[0][4] == f"{reached - 0.9:+.3f}" and points.rows[1][4] == "-"
     assert prevalence.caption == "Predictive values at a prevalence of 2 %" and len(prevalence.rows) == 2
     assert "at threshold probabilities of" in texts(section)
-
-
-def test_reliability_is_drawn_once(facts):
-    assert describe_curves(facts).heading == "Discrimination"
-    assert describe_curves(run_facts()).heading == "Discrimination and calibration"
 
 
 def test_metrics_from_before_make_no_chapter():

@@ -7,8 +7,8 @@ from sklearn.metrics import roc_auc_score
 
 from biopsy.core.errors import MetricError
 from biopsy.statistics.contrasts import contrast_groups
-from biopsy.statistics.intervals import estimate_patch_metrics
 from biopsy.statistics.resampling import clustered_ratio
+from report_facts import estimate_patch_metrics
 
 
 def draw(n_groups=12, each=30, shift=0.0, spread=0.5, seed=0):
@@ -31,7 +31,7 @@ def test_values_are_scikit_learns_and_numpys():
     assert (found.mean_chosen, found.mean_others) == (pytest.approx(a.mean()), pytest.approx(b.mean()))
     one = groups == "g003"
     assert found.by_group["auroc"]["g003"] == pytest.approx(roc_auc_score(chosen[one], values[one]))
-    assert found.within.mean.value == pytest.approx(found.by_group["auroc"].mean())
+    assert found.within.value == pytest.approx(found.by_group["auroc"].mean())
 
 
 def test_the_interval_of_the_difference_is_the_jackknifes():
@@ -83,7 +83,7 @@ def test_a_contrast_between_patients_is_not_taken_for_one_within():
     chosen = rng.random(1000) < np.where(level > 0, 0.7, 0.2)
     found = contrast_groups(level + rng.normal(size=1000), chosen, groups, seed=0)
     assert found.auroc.low > 0.5
-    assert found.within.mean.low < 0.5 < found.within.mean.high
+    assert found.within.low < 0.5 < found.within.high
 
 
 def test_few_patients_have_values_and_a_reason():

@@ -17,8 +17,8 @@ from biopsy.statistics.decisions import (
     estimate_rates,
     net_benefit,
 )
-from biopsy.statistics.intervals import estimate_patch_metrics
 from biopsy.statistics.reliability import decompose_brier, estimate_reliability
+from report_facts import estimate_patch_metrics
 
 TEN = ([0, 0, 0, 1, 0, 1, 0, 1, 1, 1], [0.1, 0.1, 0.2, 0.2, 0.4, 0.4, 0.6, 0.6, 0.9, 0.9])
 

@@ -8,7 +8,7 @@ import pytest
 
 import biopsy
 from biopsy.core.errors import RunError
-from biopsy.core.files import read_json, sha256_file
+from biopsy.core.files import plain, read_json, sha256_file
 from biopsy.evaluation.errors import measure as module
 from biopsy.evaluation.errors.case_views import make_case_views
 from biopsy.evaluation.errors.measure import contrast_errors, find_unusual, measure_errors, pick_galleries
@@ -67,7 +67,7 @@ def test_a_contrast_is_the_mean_of_the_aurocs_within_patients():
         )
         for name in np.unique(groups)
     }
-    assert each["within"]["value"] == pytest.approx(np.mean(list(known.values())))
+    assert each["within"].value == pytest.approx(np.mean(list(known.values())))
     assert {name: one["auroc"] for name, one in each["by_group"].items()} == pytest.approx(known)
     assert each["n_errors"] == (sample["kind"] == "fn").sum()
     assert each["mean_errors"] == pytest.approx(sample["eosin"][sample["kind"] == "fn"].mean())
@@ -83,8 +83,8 @@ def test_patients_that_differ_do_not_make_a_contrast():
     wrong = rng.random(len(groups)) < np.where(pale, 0.6, 0.1)
     found = contrast_errors(table.assign(kind=np.where(wrong, "fn", "tp")), groups, seed=0, unit="patient")
     stain = next(one for one in found["contrasts"] if one["property"] == "stain")
-    assert stain["auroc"]["high"] < 0.5, "over all patches it does"
-    assert stain["within"]["low"] < 0.5 < stain["within"]["high"] and stain["verdict"] == "not seen"
+    assert stain["auroc"].high < 0.5, "over all patches it does"
+    assert stain["within"].low < 0.5 < stain["within"].high and stain["verdict"] == "not seen"
 
 
 @pytest.mark.parametrize("kinds", ["fn", "tp", "tn"])
@@ -93,20 +93,20 @@ def test_nothing_to_compare_says_so(kinds):
     found = contrast_errors(sample.assign(kind=kinds), groups, seed=0, unit="patient")
     assert found["n_comparisons"] == 0
     assert {one["verdict"] for one in found["contrasts"]} == {"unsaid"}
-    assert all("undefined: no" in one["auroc"]["reason"] for one in found["contrasts"])
+    assert all("undefined: no" in one["auroc"].reason for one in found["contrasts"])
 
 
 def test_few_patients_get_a_reason_and_patches_no_within():
     sample, groups = make_sample(n_patients=3, each=30, pale=5)
     few = contrast_errors(sample, groups, seed=0, unit="patient")["contrasts"][0]
-    assert few["verdict"] == "unsaid" and "an interval needs 5" in few["within"]["reason"]
+    assert few["verdict"] == "unsaid" and "an interval needs 5" in few["within"].reason
     patches = contrast_errors(sample, sample["patch_id"].to_numpy(str), seed=0, unit="patch")["contrasts"]
     assert all(one["within"] is None and one["by_group"] == {} for one in patches)
     assert {one["verdict"] for one in patches if one["property"] == "stain" and one["errors"] == "fn"} == {
         "lower"
     }
     lonely = contrast_errors(sample, sample["patch_id"].to_numpy(str), seed=0, unit="patient")["contrasts"]
-    assert lonely[0]["within"]["value"] is None and lonely[0]["verdict"] == "unsaid"
+    assert np.isnan(lonely[0]["within"].value) and lonely[0]["verdict"] == "unsaid"
 
 
 def test_a_property_that_was_not_measured_is_left_out():
@@ -176,7 +176,7 @@ def test_the_record_is_written_once_and_gives_its_numbers_again(judged, found, m
     again = contrast_errors(
         table, table["patient_id"].to_numpy(str), seed=judged.info["seed"], unit="patient"
     )
-    assert json.loads(json.dumps(again)) == {key: found.about[key] for key in again}
+    assert plain(again) == {key: found.about[key] for key in again}
     other = measure_errors(judged, n=2, device="cpu")
     assert len(other.about["galleries"]["uncertain"]) == 2
     (place / "errors.json").unlink()

@@ -151,7 +151,7 @@ def test_validation_is_predicted_as_training_left_it(trained_run, judged):
 def test_colour_alone_stands_beside_it(judged):
     pack = judged.open_pack()
     baseline = judged.metrics()["baseline"]
-    assert baseline["auroc"] == colour_baseline(pack, judged.sides(pack))["auroc"]
+    assert baseline["auroc"] == colour_baseline(pack, judged.sides(pack))[0].auroc
     assert baseline.keys() == {"name", "features", "C", "n_train", "auroc", "reason", "interval", "gain"}
     ours = judged.metrics()["patch"]["auroc"]["value"]
     assert baseline["interval"]["value"] == pytest.approx(baseline["auroc"])
@@ -316,5 +316,5 @@ def test_patches_that_name_nobody_are_their_own_unit(make_pack, tmp_path):
     run = train_tiny(Pack.open(pack.path), tmp_path / "run", "train.epochs=1")
     metrics = evaluate(run)
     assert metrics["unit"] == metrics["interval"]["unit"] == "patch"
-    assert metrics["split"]["patients_overlap"] is None and "patient" not in metrics
+    assert metrics["split"]["patients_overlap"] is None and metrics["patient"] is None
     assert metrics["n_patients"] == metrics["n_patches"]

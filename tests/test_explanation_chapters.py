@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from biopsy.core.files import plain
 from biopsy.evaluation.explanation.examples import Explained, Illustration
 from biopsy.evaluation.explanation.faithfulness import describe_curves, judge_method
 from biopsy.evaluation.hypotheses.measure import judge_blue_yellow, judge_heterogeneous, judge_less_stained
@@ -71,7 +72,7 @@ def add_explanations(facts, n=4):
             ),
         ],
     }
-    results = {"explanation": Explained(examples, patches, parts), "hypotheses": hypotheses}
+    results = {"explanation": Explained(examples, patches, parts), "hypotheses": plain(hypotheses)}
     return replace(facts, results={**facts.results, **results})
 
 
@@ -134,23 +135,26 @@ def make_faithfulness():
         for name in ("saliency", "occlusion", "random", "edges")
     }
     steps = [{"from_layer": name, "rank_correlation": 0.3, "ssim": 0.2} for name in ("head", "body.conv1_1")]
-    return {
-        "side": "test",
-        "seed": 3,
-        "positive_class": "IDC",
-        "unit": "patient",
-        "n_patches": 48,
-        "n_groups": 8,
-        "settings": {"cells": 12, "n_randomised": 6},
-        "prob": {"untouched": 0.9, "blurred": 0.2},
-        "methods": [
-            judge_method(name, traced, steps, groups, **options) for name in ("saliency", "occlusion")
-        ],
-        "baselines": [
-            {"name": name, **describe_curves(traced[name], groups, **options)} for name in ("random", "edges")
-        ],
-        "refused": [{"name": "grad_cam", "reason": "grad_cam needs maps"}],
-    }
+    return plain(
+        {
+            "side": "test",
+            "seed": 3,
+            "positive_class": "IDC",
+            "unit": "patient",
+            "n_patches": 48,
+            "n_groups": 8,
+            "settings": {"cells": 12, "n_randomised": 6},
+            "prob": {"untouched": 0.9, "blurred": 0.2},
+            "methods": [
+                judge_method(name, traced, steps, groups, **options) for name in ("saliency", "occlusion")
+            ],
+            "baselines": [
+                {"name": name, **describe_curves(traced[name], groups, **options)}
+                for name in ("random", "edges")
+            ],
+            "refused": [{"name": "grad_cam", "reason": "grad_cam needs maps"}],
+        }
+    )
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ from biopsy.evaluation.explanation.faithfulness_measures import (
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_logits
 from biopsy.phantom.cohort import iter_patches
+from biopsy.statistics.resampling import Interval
 from pointing import find_tumour_cells, judge_pointing, point_at
 from test_explanation import draw_patches as draw_noise
 from test_explanation import make_classifier
@@ -122,7 +123,7 @@ def test_faithful_methods_find_the_corner_and_beat_both_baselines(corner, name):
     truth[CORNER] = True
     found = judge(name, traced)
     assert found["verdict"] == {"random": "beats", "edges": "beats"}
-    assert found["gain"]["random"]["value"] > 0.1 and found["n_better"]["random"] == 16
+    assert found["gain"]["random"].value > 0.1 and found["n_better"]["random"] == 16
     pointing = judge_pointing(maps[name], truth, GROUPS, seed=0, unit="patient")
     assert pointing["mass"]["value"] > 2 * pointing["area"]["value"]
     if name not in ("occlusion", "grad_cam"):  # windows reach beyond, and a channel's weight has no place
@@ -136,9 +137,9 @@ def test_maps_that_know_nothing_do_not_win(corner):
     others = {"saliency": rng.random(patches.shape[:3]), "occlusion": find_edges(patches)}
     again = all_deletion_insertion_curves(ask_of(classifier), patches, others, seed=1)
     drawn = judge("saliency", again)
-    assert drawn["verdict"]["random"] != "beats" and abs(drawn["gain"]["random"]["value"]) < 0.1
+    assert drawn["verdict"]["random"] != "beats" and abs(drawn["gain"]["random"].value) < 0.1
     edges = judge("occlusion", again)
-    assert edges["gain"]["edges"]["value"] == 0 and edges["verdict"]["edges"] == "unsaid"
+    assert edges["gain"]["edges"].value == 0 and edges["verdict"]["edges"] == "unsaid"
     wrong = judge(
         "saliency",
         all_deletion_insertion_curves(ask_of(classifier), patches, {"saliency": -traced_map(corner)}, seed=0),
@@ -298,16 +299,16 @@ def test_tumour_cells_of_phantom_lie_in_the_tumour_and_are_darker():
     ("low", "high", "verdict"), [(0.1, 0.2, "beats"), (-0.2, -0.1, "worse"), (-0.1, 0.1, "no better")]
 )
 def test_a_gain_is_judged_by_its_interval(low, high, verdict):
-    assert compare_with_baselines({"low": low, "high": high}) == verdict
-    assert compare_with_baselines({"low": None, "high": None}) == "unsaid"
+    assert compare_with_baselines(Interval(0.0, low, high)) == verdict
+    assert compare_with_baselines(Interval(0.0)) == "unsaid"
 
 
 def test_answers_are_plain_sentences():
     record = {
         "title": "Grad-CAM",
         "gain": {
-            "random": {"value": 0.12, "low": 0.05, "high": 0.19, "reason": None},
-            "edges": {"value": -0.02, "low": -0.06, "high": 0.02, "reason": None},
+            "random": Interval(0.12, 0.05, 0.19),
+            "edges": Interval(-0.02, -0.06, 0.02),
         },
         "verdict": {"random": "beats", "edges": "no better"},
         "randomised": [{"rank_correlation": 0.1}, {"rank_correlation": 0.71}],
@@ -317,13 +318,13 @@ def test_answers_are_plain_sentences():
         "-0.06 to 0.02); its map hardly changes when all weights are random (rank correlation 0.71)."
     )
     worse = record | {"verdict": {"random": "worse", "edges": "worse"}, "randomised": []}
-    worse["gain"] = {key: {"value": -0.2, "low": -0.3, "high": -0.1} for key in ("random", "edges")}
+    worse["gain"] = dict.fromkeys(("random", "edges"), Interval(-0.2, -0.3, -0.1))
     assert describe_gain(worse, 12, "patient") == (
         "Grad-CAM is worse than random maps by 0.20 (0.10 to 0.30) and is worse than edges by 0.20 (0.10 to "
         "0.30)."
     )
     few = record | {"verdict": {"random": "unsaid", "edges": "unsaid"}}
-    none = {"value": 0.1, "low": None, "reason": "only 1 patient(s)"}
+    none = Interval(0.1, reason="only 1 patient(s)")
     few["gain"] = {"random": none, "edges": none}
     assert describe_gain(few, 1, "patient").startswith(
         "Grad-CAM: inconclusive with 1 patient (only 1 patient(s))"

@@ -18,7 +18,6 @@ from biopsy.evaluation.figures import (
     draw_patient_metric,
     draw_patient_probs,
     draw_precision_recall,
-    draw_reliability,
     draw_roc,
 )
 from biopsy.experiments.figures import draw_folds
@@ -63,15 +62,6 @@ def test_precision_recall_shows_the_prevalence_floor():
     possible = {(round(TARGET[called].sum() / 5, 9), round(TARGET[called].mean(), 9)) for called in calls}
     drawn = {(round(r, 9), round(p, 9)) for r, p in zip(recall, precision, strict=True)} - {(0.0, 1.0)}
     assert drawn <= possible and {r for r, _ in drawn} == {r for r, _ in possible}
-
-
-def test_reliability_of_a_perfect_forecast_lies_on_the_diagonal():
-    prob = np.repeat([0.2, 0.8], 50)
-    target = np.concatenate([np.arange(50) < 10, np.arange(50) < 40]).astype(int)
-    figure = draw_reliability(target, prob, n_bins=2, class_names=("not IDC", "IDC"))
-    np.testing.assert_allclose(line(figure.axes[0], "this model"), [[0.2, 0.2], [0.8, 0.8]])
-    heights = sum(patch.get_height() for patch in figure.axes[1].patches)
-    assert heights == 100 and "IDC" in words(figure)
 
 
 def test_training_curves_hold_the_log_and_mark_the_chosen_epoch():

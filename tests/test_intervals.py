@@ -11,12 +11,13 @@ from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 
 from biopsy.core.errors import MetricError
+from biopsy.core.files import plain
 from biopsy.statistics.calibration import clipped_logit
 from biopsy.statistics.intervals import (
+    IntervalMethod,
     describe_method,
     estimate_metric,
     estimate_metrics,
-    estimate_patch_metrics,
     estimate_patient_metrics,
     measure_groups,
     replicate,
@@ -24,6 +25,7 @@ from biopsy.statistics.intervals import (
 from biopsy.statistics.metrics import METRICS, measure
 from biopsy.statistics.resampling import InformativeGroups, Resampler, fewest_informative
 from biopsy.statistics.weighted_counts import sort_scores
+from report_facts import estimate_patch_metrics
 from simulated_cohorts import POPULATIONS, Population
 
 # five patients, three patches each
@@ -169,7 +171,7 @@ def test_fewer_than_five_patients_have_no_interval():
     for name, interval in ours.items():
         assert interval.low is interval.high is None, name
     assert ours["accuracy"].reason == "only 4 slide(s) with patches: an interval needs 5"
-    assert describe_method(4, seed=0)["method"] == "none"
+    assert describe_method(4, seed=0).method == "none"
 
 
 def test_patients_who_do_not_carry_a_metric_do_not_count_for_it():
@@ -237,13 +239,13 @@ def test_a_share_at_its_bound_gets_the_exact_limit_over_patients():
 
 def test_undefined_values_say_why_and_become_null():
     ours = estimate_patch_metrics(np.zeros(10, int), np.full(10, 0.2), np.arange(10), seed=0)
-    assert ours["auroc"].to_dict() == {
+    assert plain(ours["auroc"]) == {
         "value": None,
         "low": None,
         "high": None,
         "reason": "undefined: no positive patches",
     }
-    json.dumps({name: interval.to_dict() for name, interval in ours.items()}, allow_nan=False)
+    json.dumps(plain(ours), allow_nan=False)
 
 
 def test_mean_over_patients_by_hand():
@@ -255,14 +257,14 @@ def test_mean_over_patients_by_hand():
     accuracy = ours["accuracy"]
     shares = np.array(right) / 4
     left_out = (shares.sum() - shares) / 5
-    assert accuracy.mean.value == pytest.approx(0.75)
+    assert accuracy.value == pytest.approx(0.75)
     assert (accuracy.n_defined, accuracy.median, accuracy.worst) == (6, 0.75, 0.5)
-    assert (accuracy.mean.low, accuracy.mean.high) == pytest.approx(student_on_logit(0.75, left_out, [1] * 6))
-    assert ours["specificity"].to_dict()["reason"] == "undefined in every patient"
+    assert (accuracy.low, accuracy.high) == pytest.approx(student_on_logit(0.75, left_out, [1] * 6))
+    assert ours["specificity"].reason == "undefined in every patient"
     target[:4] = 0
     again = estimate_patient_metrics(target, prob, patients)["sensitivity"]
     assert again.n_defined == 5
-    assert again.mean.value == pytest.approx(np.mean(shares[1:]))
+    assert again.value == pytest.approx(np.mean(shares[1:]))
 
 
 def test_worst_patient_is_the_one_furthest_from_ideal():
@@ -284,16 +286,9 @@ def test_groups_are_measured_on_their_own():
 
 
 def test_method_is_stated():
-    assert describe_method(20, seed=7, unit="slide") == {
-        "method": "jackknife-t",
-        "unit": "slide",
-        "n_groups": 20,
-        "level": 0.95,
-        "draws": None,
-        "seed": None,
-    }
-    assert describe_method(100, seed=7, draws=50) | {"draws": 50, "seed": 7, "method": "bootstrap-se"} == (
-        describe_method(100, seed=7, draws=50)
+    assert describe_method(20, seed=7, unit="slide") == IntervalMethod("slide", 0.95, 20, "jackknife-t")
+    assert describe_method(100, seed=7, draws=50) == IntervalMethod(
+        "patient", 0.95, 100, "bootstrap-se", 50, 7
     )
 
 

@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 import biopsy
 from biopsy.core.errors import MetricError, RunError
-from biopsy.core.files import MANIFEST, write_json
+from biopsy.core.files import MANIFEST, plain, write_json
 from biopsy.data.predictions import make_predictions, write_predictions
 from biopsy.evaluation.comparison.compare import gather_models
 from biopsy.evaluation.comparison.measure import NETWORKS, RECIPES, compare_models
@@ -108,7 +108,7 @@ def write_study(
 
 def measure_only(*items):
     """Compare without writing anything."""
-    return compare_models(*gather_models(items))
+    return plain(compare_models(*gather_models(items)))
 
 
 def draw_prob(pack, seed, gain=1.2):

@@ -9,12 +9,18 @@ from scipy.special import expit, logit
 from sklearn import metrics as sk
 
 from biopsy.core.errors import MetricError
-from biopsy.statistics.calibration import reliability_bins
-from biopsy.statistics.intervals import estimate_class_metrics, estimate_metrics, replicate
+from biopsy.statistics.intervals import estimate_metrics, estimate_one_vs_rest, replicate
 from biopsy.statistics.metrics import METRICS, measure, metric
-from biopsy.statistics.multiclass import MULTICLASS_METRICS, ClassCounts, class_sample, classification_report
+from biopsy.statistics.multiclass import (
+    MULTICLASS_METRICS,
+    ClassCounts,
+    ClassReport,
+    class_sample,
+    classification_report,
+)
 from biopsy.statistics.resampling import Resampler
 from biopsy.statistics.weighted_counts import WeightedCounts, sort_scores
+from report_facts import reliability_bins
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -133,7 +139,8 @@ def test_bootstrap_draws_whole_patients():
 
 def test_each_class_against_the_rest_stands_beside_the_pooled_numbers():
     target, probs, groups = draw()
-    pooled, per_class = estimate_class_metrics(class_sample(target, probs, NAMES, group_ids=groups), seed=0)
+    sample = class_sample(target, probs, NAMES, group_ids=groups)
+    pooled, per_class = estimate_metrics(sample, seed=0), estimate_one_vs_rest(sample, seed=0)
     assert list(per_class) == NAMES and set(per_class["a"]) == set(METRICS)
     recalls = sk.recall_score(target, probs.argmax(axis=1), average=None)
     assert [per_class[name]["sensitivity"].value for name in NAMES] == pytest.approx(recalls.tolist())
@@ -164,26 +171,22 @@ def test_classification_report_equals_scikit_learn():
     rows = classification_report(sk.confusion_matrix(target, pred), NAMES)
     theirs = sk.classification_report(target, pred, target_names=NAMES, output_dict=True)
     for row in rows[:4]:
-        other = theirs[row["class"]]
-        assert [row[k] for k in ("precision", "recall", "f1", "n")] == pytest.approx(
+        other = theirs[row.name]
+        assert [row.precision, row.recall, row.f1, row.n] == pytest.approx(
             [other[k] for k in ("precision", "recall", "f1-score", "support")], abs=1e-12
         )
     for row, key in zip(rows[4:6], ("macro avg", "weighted avg"), strict=True):
-        assert [row[k] for k in ("precision", "recall", "f1", "n")] == pytest.approx(
+        assert [row.precision, row.recall, row.f1, row.n] == pytest.approx(
             [theirs[key][k] for k in ("precision", "recall", "f1-score", "support")], abs=1e-12
         )
-    assert rows[6] == {
-        "average": "micro",
-        **dict.fromkeys(("precision", "recall", "f1"), rows[6]["recall"]),
-        "n": 240,
-    }
-    assert rows[6]["recall"] == pytest.approx(theirs["accuracy"], abs=1e-12)
+    assert rows[6] == ClassReport("micro average", *[rows[6].recall] * 3, 240)
+    assert rows[6].recall == pytest.approx(theirs["accuracy"], abs=1e-12)
 
 
 def test_a_class_never_called_has_no_precision():
     rows = classification_report([[5, 0, 0], [2, 3, 0], [1, 1, 0]], NAMES[:3])
-    assert rows[2] == {"class": "c", "precision": None, "recall": 0.0, "f1": 0.0, "n": 2}
-    assert rows[3]["precision"] is None and rows[3]["recall"] == pytest.approx((1 + 0.6 + 0) / 3)
+    assert math.isnan(rows[2].precision) and (rows[2].recall, rows[2].f1, rows[2].n) == (0, 0, 2)
+    assert math.isnan(rows[3].precision) and rows[3].recall == pytest.approx((1 + 0.6 + 0) / 3)
 
 
 def test_one_registration_adds_a_metric_that_is_no_function_of_a_confusion_table(own_registrations):

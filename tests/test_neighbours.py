@@ -15,6 +15,7 @@ from biopsy.evaluation.neighbours import (
     place_on_slides,
     rank_label_issues,
 )
+from biopsy.evaluation.scored import ScoredPatches
 
 
 def make_table(rows, columns, *, step=50, slide="8863"):
@@ -70,6 +71,18 @@ def test_without_coordinates_or_slide_there_is_nothing_to_count():
     assert find_step(place_on_slides(table.assign(x=pd.NA))) == 1.0
 
 
+def score(target, prob, groups, unit="slide"):
+    return ScoredPatches(
+        target=target,
+        probs=np.stack([1 - prob, prob], axis=1),
+        pred=(prob >= 0.5).astype(int),
+        group_ids=groups,
+        class_names=["deep", "tumour"],
+        positive_class="tumour",
+        unit=unit,
+    )
+
+
 def test_zones_add_up_and_the_border_is_harder_where_it_was_made_harder():
     rng = np.random.default_rng(1)
     table = pd.concat([make_table(12, 12, slide=str(s)) for s in range(12)], ignore_index=True)
@@ -77,17 +90,16 @@ def test_zones_add_up_and_the_border_is_harder_where_it_was_made_harder():
     zone = find_zones(count_neighbours(table, target, 2), target)["zone"].to_numpy(object)
     wrong = rng.random(len(table)) < np.where(zone == "border", 0.4, 0.05)
     prob = np.where((target == 1) ^ wrong, 0.9, 0.1)
-    found = measure_zones(zone, target, prob, table["slide_id"].to_numpy(str), 0.5, seed=0, unit="slide")
-    assert sum(part["n_patches"] for part in found.values()) == len(table)
-    assert sum(part["fn"] + part["fp"] for part in found.values()) == wrong.sum()
-    border, deep = (found[name]["patch"]["sensitivity"] for name in ("border", "deep"))
-    assert border["high"] < deep["low"] and border["low"] < 0.6 < border["high"]
-    assert found["deep"]["patient"]["specificity"]["low"] is not None
-    few = measure_zones(zone[:144], target[:144], prob[:144], np.full(144, "a"), 0.5, seed=0, unit="slide")
-    assert (
-        few["deep"]["patch"]["sensitivity"]["reason"] and few["deep"]["patch"]["sensitivity"]["low"] is None
-    )
-    assert measure_zones(np.full(4, None), target[:4], prob[:4], target[:4], 0.5, seed=0, unit="patch") == {}
+    slides = table["slide_id"].to_numpy(str)
+    found = measure_zones(zone, score(target, prob, slides), 0.5)
+    assert sum(part.n_patches for part in found.values()) == len(table)
+    assert sum(part.fn + part.fp for part in found.values()) == wrong.sum()
+    border, deep = (found[name].patch["sensitivity"] for name in ("border", "deep"))
+    assert border.high < deep.low and border.low < 0.6 < border.high
+    assert found["deep"].patient["specificity"].low is not None
+    few = measure_zones(zone[:144], score(target[:144], prob[:144], np.full(144, "a")), 0.5)
+    assert few["deep"].patch["sensitivity"].reason and few["deep"].patch["sensitivity"].low is None
+    assert measure_zones(np.full(4, None), score(target[:4], prob[:4], target[:4], unit="patch"), 0.5) == {}
 
 
 def test_doubt_is_the_share_of_voices_after_laplace():

@@ -101,7 +101,7 @@ def test_subgroups_and_prevalence():
 def test_without_groups_no_interval_is_over_patients(caplog):
     target, probs = draw()
     found = biopsy.evaluate_predictions(target, probs)
-    assert found["unit"] == "patch" and found["n_patients"] == 200 and "patient" not in found
+    assert found["unit"] == "patch" and found["n_patients"] == 200 and found["patient"] is None
     assert "no interval is over patients" in caplog.text
 
 

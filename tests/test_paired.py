@@ -6,8 +6,8 @@ from scipy.special import expit, logit
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from biopsy.core.errors import MetricError
-from biopsy.statistics.intervals import estimate_patch_metrics
 from biopsy.statistics.paired import estimate_differences
+from report_facts import estimate_patch_metrics
 
 
 def draw_pair(rng, n_patients, patches=40, gain=0.0):

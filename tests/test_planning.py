@@ -8,10 +8,10 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from biopsy.core.errors import MetricError
-from biopsy.statistics.intervals import estimate_patch_metrics
 from biopsy.statistics.paired import estimate_differences
 from biopsy.statistics.power import influence_groups, plan_patients, reach_power
 from biopsy.statistics.weighted_counts import sort_scores
+from report_facts import estimate_patch_metrics
 from test_paired import draw_pair
 
 

@@ -10,7 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from biopsy.evaluation.evaluate import measure_predictions
+from biopsy.core.files import plain
+from biopsy.evaluation.measure import measure_performance
 from biopsy.evaluation.provenance_sections import describe_data
 from biopsy.evaluation.scored import ScoredPatches
 from biopsy.reporting.compose import report_of_run, state_verdict
@@ -269,7 +270,7 @@ def test_three_classes_are_reported_under_their_usual_names():
         "n_patches": len(table),
         "n_patients": 6,
         "threshold": None,
-        **measure_predictions(scored, None, seed=0),
+        **plain(measure_performance(scored, None)),
         "interval": {"unit": "patient"},
         "baseline": None,
     }

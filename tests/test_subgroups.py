@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score, roc_auc_score
 
+from biopsy.core.files import plain
+from biopsy.evaluation.measure import MOST_VALUES, SHOWN, SHOWN_OF_CLASSES, measure_subgroups, pick_columns
 from biopsy.evaluation.scored import ScoredPatches
-from biopsy.evaluation.subgroups import MOST_VALUES, SHOWN, SHOWN_OF_CLASSES, measure_subgroups, pick_columns
 
 N_PATIENTS, EACH = 8, 8
 PATIENT = np.repeat(np.arange(N_PATIENTS), EACH)
@@ -20,7 +21,7 @@ def measure(make_pack):
         probs = np.random.default_rng(0).dirichlet([1.0] * n_classes, len(pack))
         rows = np.arange(len(pack)) if rows is None else rows
         scored = ScoredPatches.of_pack(pack, rows, probs[rows], 0.5)
-        found = measure_subgroups(scored, pick_columns(pack.table.iloc[rows]), seed=0)
+        found = plain(measure_subgroups(scored, pick_columns(pack.table.iloc[rows])))
         return pack, probs[rows], found
 
     return measure

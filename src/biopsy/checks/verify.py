@@ -19,7 +19,7 @@ from biopsy.data.packs import Pack
 from biopsy.data.predictions import decide, read_predictions
 from biopsy.data.splits import list_splits, load_split
 from biopsy.evaluation.evaluate import FORMAT as METRICS_FORMAT
-from biopsy.evaluation.evaluate import measure_predictions
+from biopsy.evaluation.measure import measure_performance
 from biopsy.evaluation.scored import ScoredPatches
 from biopsy.exporting import bundles
 from biopsy.exporting.formats.registry import FORMATS
@@ -179,10 +179,10 @@ def _recompute_metrics(path: Path, frame: pd.DataFrame, run: Run) -> str:
     """Compare all that follows from probabilities alone with what ``metrics.json`` holds."""
     stored = read_json(path, format=METRICS_FORMAT)
     scored = ScoredPatches.of_predictions(
-        frame, stored["class_names"], stored["positive_class"], stored["unit"]
+        frame, stored["class_names"], stored["positive_class"], stored["unit"], seed=run.info["seed"]
     )
     threshold = (stored["threshold"] or {}).get("value")
-    result = plain(measure_predictions(scored, threshold, seed=run.info["seed"]))
+    result = plain(measure_performance(scored, threshold))
     differences = describe_differences({name: stored.get(name) for name in result}, result)
     if differences:
         raise RunError(f"{path} does not follow from the predictions: {_list(differences)} differ")

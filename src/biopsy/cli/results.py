@@ -272,7 +272,7 @@ def _print_threshold(metrics: Mapping[str, Any]) -> None:
 def _print_estimates(metrics: Mapping[str, Any]) -> None:
     """Print every metric with its interval."""
     header = ["metric", "patches", f"95 % interval, by {metrics['interval']['unit']}"]
-    per_patient = metrics.get("patient", {})
+    per_patient = metrics["patient"] or {}
     rows = []
     for name, estimate in metrics["patch"].items():
         rows.append([name, _number(estimate), _interval(estimate)])
@@ -285,11 +285,7 @@ def _print_estimates(metrics: Mapping[str, Any]) -> None:
 def _print_classes(report: Sequence[Mapping[str, Any]]) -> None:
     """Print the classification report."""
     rows = [
-        [
-            row["class"] if "class" in row else f"{row['average']} average",
-            *(_number(row[key]) for key in ("precision", "recall", "f1")),
-            row["n"],
-        ]
+        [row["name"], *(_number(row[key]) for key in ("precision", "recall", "f1")), row["n"]]
         for row in report
     ]
     print_table(rows, ["class", "precision", "recall", "F1", "patches"])
@@ -323,7 +319,7 @@ def _print_decisions(metrics: Mapping[str, Any]) -> None:
         print_table(
             rows, ["threshold by", "from", "sensitivity, chosen -> here", "specificity, chosen -> here"]
         )
-    if "at_prevalence" in metrics:
+    if metrics["at_prevalence"]:
         table = metrics["at_prevalence"]
         rows = [
             [point["rule"]]

@@ -26,6 +26,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -486,7 +487,9 @@ def _warn_unsealed(path: Path | str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Turn numpy values, paths and non-finite numbers into what JSON can hold."""
+    """Turn dataclasses, numpy values, paths and non-finite numbers into what JSON can hold."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

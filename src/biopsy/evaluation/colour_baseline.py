@@ -3,7 +3,7 @@
 A network that does not beat it has learned stain.
 """
 
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -14,48 +14,60 @@ from sklearn.preprocessing import StandardScaler
 from biopsy.core.seeds import make_rng
 from biopsy.data.packs import Pack
 from biopsy.slide_io.stain import FEATURE_NAMES, colour_features
+from biopsy.statistics.resampling import Interval
 
 C = 1.0  # inverse strength of the L2 penalty on standardised features
 MAX_TRAIN_PATCHES = 50_000
 
 
-def colour_baseline(pack: Pack, sides: np.ndarray, *, seed: int = 0, side: str = "test") -> dict[str, Any]:
-    """Fit a logistic regression on colour statistics of the train side and score another side.
+@dataclass(frozen=True, kw_only=True)
+class ColourBaseline:
+    """The colour-only baseline: the ``baseline`` entry of ``metrics.json``.
+
+    Attributes:
+        auroc: Of the positive class; of more than two classes the mean over classes, one against rest; None
+            with a ``reason``.
+        interval: The AUROC with its interval, for two classes.
+        gain: AUROC of the evaluated model minus that of the baseline, paired, for two classes.
+    """
+
+    name: str = "logistic regression on colour statistics"
+    features: list[str] = field(default_factory=lambda: list(FEATURE_NAMES))
+    C: float = C
+    n_train: int
+    auroc: float | None = None
+    reason: str | None = None
+    interval: Interval | None = None
+    gain: Interval | None = None
+
+
+def colour_baseline(
+    pack: Pack, sides: np.ndarray, *, seed: int = 0, side: str = "test"
+) -> tuple[ColourBaseline, np.ndarray]:
+    """Fit a logistic regression on colour statistics of the training subset and score another subset.
 
     Args:
         pack: The patches.
-        sides: The side of each patch, ``(n_patches,)``.
+        sides: The subset of each patch, ``(n_patches,)``.
         seed: Seed of the draw of 50,000 patches to learn from, where there are more.
-        side: The side that is scored.
+        side: The subset that is scored.
 
     Returns:
-        ``auroc`` (of the positive class; for more than two classes the mean over classes, one against
-        rest; None with a ``reason`` where it cannot be had), ``index`` (rows of the pack on that side,
-        ``(n,)``), ``probs`` ``(n, n_classes)`` or None, and what it is: ``name``, ``features``, ``C``,
-        ``n_train``.
+        The baseline, and its probabilities on that subset, ``(n, n_classes)``; empty where none was fitted.
     """
     train, index = np.flatnonzero(sides == "train"), np.flatnonzero(sides == side)
     if len(train) > MAX_TRAIN_PATCHES:
         train = np.sort(make_rng(seed, "colour baseline").choice(train, MAX_TRAIN_PATCHES, replace=False))
-    result: dict[str, Any] = {
-        "name": "logistic regression on colour statistics",
-        "features": list(FEATURE_NAMES),
-        "C": C,
-        "n_train": len(train),
-        "index": index,
-        "probs": None,
-        "auroc": None,
-        "reason": None,
-    }
     classes = np.unique(pack.target[train])
+    probs = np.zeros((len(index), len(pack.class_names)))
     if len(classes) < 2 or not len(index):
-        return result | {"reason": f"train has {len(classes)} classes and {side} {len(index)} patches"}
+        why = f"train has {len(classes)} classes and {side} {len(index)} patches"
+        return ColourBaseline(n_train=len(train), reason=why), probs[:0]
     model = make_pipeline(StandardScaler(), LogisticRegression(C=C, solver="newton-cholesky"))
     model.fit(colour_features(pack.patches, pack.sizes, index=train), pack.target[train])
-    probs = np.zeros((len(index), len(pack.class_names)))
     probs[:, classes] = model.predict_proba(colour_features(pack.patches, pack.sizes, index=index))
     auroc, reason = _score(pack.target[index], probs, pack.positive_index)
-    return result | {"probs": probs, "auroc": auroc, "reason": reason}
+    return ColourBaseline(n_train=len(train), auroc=auroc, reason=reason), probs
 
 
 def _score(

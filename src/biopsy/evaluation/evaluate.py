@@ -1,12 +1,14 @@
 """Evaluation: the numbers of a run on one side, with intervals over patients, and the count of openings."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from biopsy.core.errors import RunError
 from biopsy.core.files import read_json, write_json
@@ -15,27 +17,27 @@ from biopsy.data.ledger import count_openings, record_opening
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import make_predictions, write_predictions
 from biopsy.data.splits import find_split
-from biopsy.evaluation.abstention.measure import measure_abstention
-from biopsy.evaluation.calibration.measure import measure_calibration
-from biopsy.evaluation.colour_baseline import colour_baseline
-from biopsy.evaluation.operating_points import measure_decisions
+from biopsy.evaluation.abstention.measure import Abstention, measure_abstention
+from biopsy.evaluation.calibration.measure import measure_calibration, measure_reliability
+from biopsy.evaluation.colour_baseline import ColourBaseline, colour_baseline
+from biopsy.evaluation.measure import (
+    Decisions,
+    Performance,
+    Subgroup,
+    SubgroupIntervals,
+    measure_decisions,
+    measure_performance,
+    measure_subgroups,
+    pick_columns,
+)
 from biopsy.evaluation.results import Evaluation
 from biopsy.evaluation.scored import ScoredPatches
-from biopsy.evaluation.subgroups import describe_intervals, measure_subgroups, pick_columns
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.inference import open_predictor
-from biopsy.statistics.calibration import ece_floor
 from biopsy.statistics.decisions import check_prevalence
-from biopsy.statistics.intervals import (
-    describe_method,
-    estimate_class_metrics,
-    estimate_metrics,
-    estimate_patient_metrics,
-)
-from biopsy.statistics.multiclass import ClassSample, classification_report
+from biopsy.statistics.intervals import IntervalMethod, describe_method, estimate_metrics
 from biopsy.statistics.paired import estimate_differences
-from biopsy.statistics.resampling import Interval
 from biopsy.statistics.weighted_counts import sort_scores
 from biopsy.training.postprocessing import warn_of_spread
 from biopsy.training.runs import Run
@@ -43,7 +45,90 @@ from biopsy.training.runs import Run
 logger = logging.getLogger(__name__)
 
 FORMAT = "biopsy-metrics/1"
-LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class SplitUse:
+    """Which split was evaluated, and what limits its results."""
+
+    name: str | None = None
+    fold: int | None = None
+    patients_overlap: bool | None = None
+    test_is_validation: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics(Performance, Decisions):
+    """Content of ``metrics.json``; the file formats page says what each entry means."""
+
+    format: str = FORMAT
+    title: str | None = None
+    side: str | None = None
+    synthetic: bool = False
+    positive_class: str | None
+    class_names: list[str]
+    n_patches: int
+    n_patients: int
+    unit: str
+    split: SplitUse = SplitUse()
+    threshold: Mapping[str, Any] | None
+    classifier_sha256: str | None = None
+    calibration: Mapping[str, Any]
+    abstention: Abstention | None = None
+    interval: IntervalMethod
+    baseline: ColourBaseline | None = None
+    subgroups: dict[str, dict[str, Subgroup]]
+    subgroup_intervals: SubgroupIntervals | None
+    warnings: list[str]
+    times_opened: int | None = None
+    ledger: Mapping[str, Any] | None = None
+    evaluated: str
+
+
+def measure(
+    scored: ScoredPatches,
+    columns: pd.DataFrame,
+    thresholds: Sequence[Mapping[str, Any]],
+    *,
+    prevalence: float | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    warnings: Sequence[str] = (),
+) -> Metrics:
+    """Measure all that follows from the patches and their probabilities.
+
+    Args:
+        scored: The patches.
+        columns: Columns within whose values metrics are repeated, a row per patch.
+        thresholds: As in ``classifier.json``; the first one decides.
+        prevalence: At which PPV and NPV are also computed.
+        calibration: As `measure_calibration` gives it; without it probabilities count as not calibrated.
+        warnings: What else limits the result.
+    """
+    threshold = thresholds[0] if thresholds else None
+    subgroups = measure_subgroups(scored, columns)
+    n_subgroups, interval = (
+        sum(map(len, subgroups.values())),
+        describe_method(scored.n_groups, **scored.resampling),
+    )
+    if calibration is None:
+        reliability = measure_reliability(scored)
+        calibration = {"method": "none", "before": reliability, "after": reliability}
+    return Metrics(
+        positive_class=scored.positive_class,
+        class_names=list(scored.class_names),
+        n_patches=len(scored),
+        n_patients=scored.n_groups,
+        unit=scored.unit,
+        threshold=threshold and {key: threshold[key] for key in ("value", "rule", "chosen_on")},
+        **vars(measure_performance(scored, threshold["value"] if threshold else None)),
+        calibration=calibration,
+        **vars(measure_decisions(scored, thresholds, prevalence=prevalence)),
+        interval=interval,
+        subgroups=subgroups,
+        subgroup_intervals=SubgroupIntervals(interval.level, n_subgroups) if n_subgroups else None,
+        warnings=[*warnings, *filter(None, [scored.warn_unequal_groups()])],
+        evaluated=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
 
 
 def evaluate(
@@ -81,8 +166,8 @@ def evaluate(
         raise RunError(f"side={side!r} cannot be judged: test or val")
     if prevalence is not None:
         check_prevalence(prevalence)
-    pack, sides, about = _choose_patches(run, classifier, side, data, split)
-    if side == "val" and about["test_is_validation"]:
+    pack, sides, split_use = _choose_patches(run, classifier, side, data, split)
+    if side == "val" and split_use.test_is_validation:
         raise RunError(
             f"{run.path.name} has no validation subset: as published, it was tuned on its test subset; "
             "evaluate that"
@@ -90,7 +175,7 @@ def evaluate(
     rows = np.flatnonzero(sides == side)
     if not len(rows):
         raise RunError(
-            f"split {about['name']!r} has no {subset_name(side)} patches in {pack.path.name}: make another "
+            f"split {split_use.name!r} has no {subset_name(side)} patches in {pack.path.name}: make another "
             "with `biopsy split`"
         )
     engine = Engine("auto", run.recipe.train.precision)
@@ -98,153 +183,112 @@ def evaluate(
         logits = predictor.logits(pack.patches, pack.sizes, rows)
     pack.require_unchanged()
     classifier_sha256 = classifier.sha256
-    classifier = classifier.for_patches(pack.table.iloc[rows])
-    logits = classifier.add_context(logits, pack.table.iloc[rows])
-    probs = classifier.probs(logits)
-    threshold, groups = classifier.frozen, pack.group_ids[rows]
-    scored = ScoredPatches.of_pack(pack, rows, probs, classifier.threshold)
+    predicted = predict_rows(
+        classifier, pack, rows, logits, side=side, fold=split_use.fold, seed=run.info["seed"]
+    )
     place = run.path if _is_own(run, pack) else run.path / "external" / pack.path.stem
-    openings = _open_ledger(run, pack, about, side)
+    openings = _open_ledger(run, pack, split_use, side) if side == "test" else None
+    write_predictions(
+        place / "predictions" / f"{side}.parquet",
+        predicted.frame,
+        {
+            "pack_sha256": pack.info.content_sha256,
+            "classifier_sha256": classifier_sha256,
+            "split": split_use.name,
+            "threshold": predicted.classifier.frozen,
+            "software": dict([predictor.software]),
+        },
+    )
+    scored = predicted.scored
+    metrics = replace(
+        predicted.measure(
+            predicted.classifier.info.thresholds,
+            prevalence,
+            [
+                *run.info.get("warnings", []),
+                *filter(None, [warn_of_spread(predicted.classifier, predicted.logits, side)]),
+            ],
+        ),
+        title=run.recipe.heading,
+        side=side,
+        synthetic=pack.info.is_synthetic,
+        split=split_use,
+        classifier_sha256=classifier_sha256,
+        abstention=measure_abstention(predicted.classifier.info.conformal, scored),
+        baseline=_compare_with_colour(pack, sides, side, scored) if _is_own(run, pack) else None,
+        times_opened=None if openings is None else openings["times"],
+        ledger=openings,
+    )
+    path = place / "evaluation" / ("metrics.json" if side == "test" else f"metrics-{side}.json")
+    write_json(path, metrics)
+    return Evaluation(read_json(path, format=FORMAT), predicted.frame, run.path)
+
+
+@dataclass(frozen=True)
+class PredictedRows:
+    """Rows of a pack as a classifier predicts them.
+
+    Attributes:
+        classifier: As it serves these patches: with or without their neighbours.
+        logits: With context, before calibration, ``(n, n_classes)``.
+        scored: The patches with their probabilities.
+        frame: The table of predictions.
+        columns: What was joined to the pack.
+    """
+
+    classifier: Classifier
+    logits: np.ndarray
+    scored: ScoredPatches
+    frame: pd.DataFrame
+    columns: pd.DataFrame
+
+    def measure(
+        self, thresholds: Sequence[Mapping[str, Any]], prevalence: float | None, warnings: Sequence[str] = ()
+    ) -> Metrics:
+        """Measure the predictions and the classifier's calibrator."""
+        return measure(
+            self.scored,
+            self.columns,
+            thresholds,
+            prevalence=prevalence,
+            calibration=measure_calibration(self.classifier, self.logits, self.scored),
+            warnings=warnings,
+        )
+
+
+def predict_rows(
+    classifier: Classifier,
+    pack: Pack,
+    rows: np.ndarray,
+    logits: np.ndarray,
+    *,
+    side: str,
+    fold: int | None = None,
+    seed: int,
+) -> PredictedRows:
+    """Turn the logits of some rows of a pack into probabilities and decisions."""
+    table = pack.table.iloc[rows]
+    classifier = classifier.for_patches(table)
+    logits = classifier.add_context(logits, table)
+    probs = classifier.probs(logits)
     frame = make_predictions(
         pack,
         rows,
         logits,
         probs,
         sides=side,
-        fold=about["fold"],
+        fold=fold,
         threshold=classifier.threshold,
         abstained=classifier.abstains(probs),
     )
-    write_predictions(
-        place / "predictions" / f"{side}.parquet",
-        frame,
-        {
-            "pack_sha256": pack.info.content_sha256,
-            "classifier_sha256": classifier_sha256,
-            "split": about["name"],
-            "threshold": threshold,
-            "software": dict([predictor.software]),
-        },
-    )
-    columns = pick_columns(pack.table.iloc[rows])
-    subgroups = measure_subgroups(scored, columns, seed=run.info["seed"], level=LEVEL)
-    metrics = {
-        "format": FORMAT,
-        "title": run.recipe.heading,
-        "side": side,
-        "synthetic": pack.info.is_synthetic,
-        "positive_class": pack.info.positive_class,
-        "class_names": pack.class_names,
-        "n_patches": len(rows),
-        "n_patients": len(np.unique(groups)),
-        "unit": pack.unit,
-        "split": about,
-        "threshold": threshold,
-        "classifier_sha256": classifier_sha256,
-        **measure_predictions(scored, classifier.threshold, seed=run.info["seed"]),
-        **_measure_decision(classifier, scored, logits, prevalence, run.info["seed"]),
-        "abstention": measure_abstention(
-            classifier.info.conformal,
-            pack,
-            rows,
-            probs,
-            frame["pred"].to_numpy(int),
-            seed=run.info["seed"],
-            level=LEVEL,
-        ),
-        "interval": describe_method(
-            len(np.unique(groups)), seed=run.info["seed"], level=LEVEL, unit=pack.unit
-        ),
-        "baseline": _compare_with_colour(run, pack, sides, side, probs) if _is_own(run, pack) else None,
-        "subgroups": subgroups,
-        "subgroup_intervals": describe_intervals(subgroups, LEVEL),
-        "warnings": [
-            *run.info.get("warnings", []),
-            *filter(None, [warn_of_spread(classifier, logits, side), scored.warn_unequal_groups()]),
-        ],
-        "times_opened": openings and openings["times"],
-        "ledger": openings,
-        "evaluated": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    path = place / "evaluation" / ("metrics.json" if side == "test" else f"metrics-{side}.json")
-    write_json(path, metrics)
-    return Evaluation(read_json(path, format=FORMAT), frame, run.path)
-
-
-def measure_predictions(scored: ScoredPatches, threshold: float | None, *, seed: int) -> dict[str, Any]:
-    """Return the entries of ``metrics.json`` that follow from probabilities alone.
-
-    Args:
-        scored: The patches.
-        threshold: At which they are called positive; 0.5 if not given.
-        seed: Of bootstrap draws and of the simulated calibration floor.
-    """
-    options: dict[str, Any] = {"seed": seed, "level": LEVEL, "unit": scored.unit}
-    sample, matrix = scored.sample(), scored.confusion()
-    report = {"classification_report": classification_report(matrix, scored.class_names)}
-    if isinstance(sample, ClassSample):
-        pooled, per_class = estimate_class_metrics(sample, **options)
-        return {
-            "confusion_matrix": matrix,
-            **report,
-            "patch": _to_dicts(pooled),
-            "one_vs_rest": {name: _to_dicts(intervals) for name, intervals in per_class.items()},
-        }
-    truth, prob, value = scored.is_positive, scored.prob, 0.5 if threshold is None else threshold
-    document: dict[str, Any] = {
-        "confusion": count_calls(truth, prob, value),
-        "at_half": count_calls(truth, prob, 0.5),
-        **report,
-        "prevalence": float(truth.mean()),
-        "patch": _to_dicts(estimate_metrics(sample, **options)),
-        "ece_floor": ece_floor(prob, seed=seed),
-    }
-    if scored.unit != "patch":
-        patients = estimate_patient_metrics(
-            truth, prob, scored.group_ids, value, level=LEVEL, unit=scored.unit
-        )
-        document["patient"] = {name: summary.to_dict() for name, summary in patients.items()}
-    return document
-
-
-def _to_dicts(intervals: Mapping[str, Interval]) -> dict[str, Any]:
-    return {name: interval.to_dict() for name, interval in intervals.items()}
-
-
-def _measure_decision(
-    classifier: Classifier, scored: ScoredPatches, logits: np.ndarray, prevalence: float | None, seed: int
-) -> dict[str, Any]:
-    """Return the entries on the calibrator and, for two classes, on thresholds and what acting gains."""
-    options: dict[str, Any] = {"seed": seed, "unit": scored.unit, "level": LEVEL}
-    target, groups = scored.target, scored.group_ids
-    result = {"calibration": measure_calibration(classifier, logits, target, groups, **options)}
-    if scored.positive_index is None:
-        return result
-    return result | measure_decisions(
-        scored.is_positive,
-        scored.prob,
-        groups,
-        classifier.info.thresholds,
-        prevalence=prevalence,
-        **options,
-    )
-
-
-def count_calls(truth: np.ndarray, prob: np.ndarray, threshold: float) -> dict[str, int]:
-    """Count true and false positives and negatives at a threshold."""
-    called = prob >= threshold
-    return {
-        "tp": int((called & (truth == 1)).sum()),
-        "fp": int((called & (truth == 0)).sum()),
-        "fn": int((~called & (truth == 1)).sum()),
-        "tn": int((~called & (truth == 0)).sum()),
-    }
+    scored = ScoredPatches.of_pack(pack, rows, probs, classifier.threshold, seed=seed)
+    return PredictedRows(classifier, logits, scored, frame, pick_columns(table))
 
 
 def _choose_patches(
     run: Run, classifier: Classifier, side: str, data: Pack | Path | str | None, split_name: str | None
-) -> tuple[Pack, np.ndarray, dict[str, Any]]:
-    """Return the pack, the side of each of its patches, and the ``split`` entry of ``metrics.json``."""
+) -> tuple[Pack, np.ndarray, SplitUse]:
+    """Return the pack, the side of each of its patches, and what is said of the split."""
     pack = run.open_pack() if data is None else Pack.open(data)
     check_classes(pack, classifier)
     if _is_own(run, pack):
@@ -255,9 +299,13 @@ def _choose_patches(
             )
         if data is not None:
             pack.verify()
-        about = {key: run.info["split"][key] for key in ("name", "fold", "patients_overlap")}
-        about["test_is_validation"] = bool(run.info["split"].get("val_is_test", False))
-        return pack, run.sides(pack), about
+        own = run.info["split"]
+        is_validation = bool(own.get("val_is_test", False))
+        return (
+            pack,
+            run.sides(pack),
+            SplitUse(own["name"], own["fold"], own["patients_overlap"], is_validation),
+        )
     pack.verify()
     classifier.check_pack(pack)
     sides = np.full(len(pack), side)
@@ -269,9 +317,7 @@ def _choose_patches(
                 "name a split with sides, or none to judge all its patches"
             )
         sides = split.sides(pack)
-    overlap = _find_overlap(run, pack, sides == side)
-    about = {"name": split_name, "fold": None, "patients_overlap": overlap, "test_is_validation": False}
-    return pack, sides, about
+    return pack, sides, SplitUse(split_name, patients_overlap=_find_overlap(run, pack, sides == side))
 
 
 def _is_own(run: Run, pack: Pack) -> bool:
@@ -312,41 +358,29 @@ def _find_overlap(run: Run, pack: Pack, judged: np.ndarray) -> bool | None:
     return bool(len(seen))
 
 
-def _compare_with_colour(
-    run: Run, pack: Pack, sides: np.ndarray, side: str, probs: np.ndarray
-) -> dict[str, Any]:
-    """Return the colour-only baseline; for two classes with intervals, and the gain over it, paired."""
-    result = colour_baseline(pack, sides, seed=run.info["seed"], side=side)
-    rows, theirs = result.pop("index"), result.pop("probs")
-    positive = pack.positive_index
-    if positive is None or result["auroc"] is None:
-        return result
-    truth, groups = (pack.target[rows] == positive).astype(int), pack.group_ids[rows]
-    seed, alone = run.info["seed"], sort_scores(truth, theirs[:, positive], group_ids=groups)
-    interval = estimate_metrics(alone, seed=seed, names=["auroc"], level=LEVEL, unit=pack.unit)["auroc"]
-    gain = estimate_differences(
-        truth,
-        probs[:, positive],
-        theirs[:, positive],
-        groups,
-        names=["auroc"],
-        seed=seed,
-        level=LEVEL,
-        unit=pack.unit,
+def _compare_with_colour(pack: Pack, sides: np.ndarray, side: str, scored: ScoredPatches) -> ColourBaseline:
+    """Return the colour-only baseline; for two classes with its interval and the paired gain over it."""
+    baseline, probs = colour_baseline(pack, sides, seed=scored.seed, side=side)
+    if scored.positive_index is None or baseline.auroc is None:
+        return baseline
+    truth, prob, groups = scored.is_positive, probs[:, scored.positive_index], scored.group_ids
+    alone = sort_scores(truth, prob, group_ids=groups)
+    gain = estimate_differences(truth, scored.prob, prob, groups, names=["auroc"], **scored.resampling)
+    return replace(
+        baseline,
+        interval=estimate_metrics(alone, ["auroc"], **scored.resampling)["auroc"],
+        gain=gain["auroc"],
     )
-    return result | {"interval": interval.to_dict(), "gain": gain["auroc"].to_dict()}
 
 
-def _open_ledger(run: Run, pack: Pack, split: dict[str, Any], side: str) -> dict[str, Any] | None:
-    if side != "test":
-        return None
+def _open_ledger(run: Run, pack: Pack, split: SplitUse, side: str) -> Mapping[str, Any]:
     entry = {
         "run": run.info["id"],
         "recipe": run.info["recipe"],
         "seed": run.info["seed"],
-        "split": split["name"] or "all patches",
-        "fold": split["fold"],
+        "split": split.name or "all patches",
+        "fold": split.fold,
         "side": side,
     }
     record_opening(pack, run.path, entry)
-    return count_openings(pack, split=entry["split"], fold=split["fold"], run_dir=run.path)
+    return count_openings(pack, split=entry["split"], fold=split.fold, run_dir=run.path)

@@ -26,7 +26,6 @@ from biopsy.plotting.style import (
     shorten,
     styled,
 )
-from biopsy.statistics.calibration import N_BINS, reliability_bins
 
 
 @styled
@@ -202,58 +201,13 @@ def draw_precision_recall(
     return figure
 
 
-@styled
-def draw_reliability(
-    target: np.ndarray,
-    prob: np.ndarray,
-    *,
-    n_bins: int = N_BINS,
-    class_names: Sequence[str] = ("negative", "positive"),
-) -> Figure:
-    """Draw how often the positive class was found against how often it was promised.
-
-    Args:
-        target: 0 or 1, shape ``(n,)``.
-        prob: Probability of the positive class, shape ``(n,)``.
-        n_bins: Bins of equal mass, those of the calibration error.
-        class_names: Name of the negative and of the positive class.
-
-    Raises:
-        MetricError: If a target is not 0 or 1, or a probability is not finite.
-    """
-    target, prob = _check_pair(target, prob, both_classes=False)
-    bins = reliability_bins(target, prob, n_bins=n_bins)
-    figure = Figure(figsize=(WIDTH_IN, 4.3), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.6, 1))
-    upper.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=DASHED, label="perfect calibration")
-    upper.plot(
-        bins.mean_prob, bins.observed, "-o", color=MODEL, markersize=4.5, linewidth=1.1, label="this model"
-    )
-    upper.set(xlim=(-0.015, 1.015), ylim=(-0.015, 1.015), ylabel="Observed frequency")
-    legend_above(upper)
-    edges = np.linspace(0, 1, 41)
-    lower.hist(
-        [prob[target == 0], prob[target == 1]],
-        bins=edges.tolist(),
-        stacked=True,
-        color=[NEGATIVE, POSITIVE],
-        label=list(class_names),
-    )
-    lower.set(xlabel="Predicted probability of the positive class", ylabel="Patches")
-    legend_above(lower)
-    lower.grid(False)
-    return figure
-
-
-def _check_pair(
-    target: np.ndarray, prob: np.ndarray, *, both_classes: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
+def _check_pair(target: np.ndarray, prob: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     target, prob = np.asarray(target), np.asarray(prob, dtype=float)
-    result = set(np.unique(target).tolist())
-    if not result <= {0, 1}:
-        raise MetricError(f"targets are {sorted(result)}; a binary curve needs 0 and 1")
-    if both_classes and result != {0, 1}:
-        raise MetricError(f"only class {sorted(result)} occurs; a ranking curve needs both classes")
+    classes = set(np.unique(target).tolist())
+    if not classes <= {0, 1}:
+        raise MetricError(f"targets are {sorted(classes)}; a binary curve needs 0 and 1")
+    if classes != {0, 1}:
+        raise MetricError(f"only class {sorted(classes)} occurs; a ranking curve needs both classes")
     if not np.isfinite(prob).all():
         raise MetricError(f"{int((~np.isfinite(prob)).sum())} probabilities are not finite")
     return target.astype(int), prob

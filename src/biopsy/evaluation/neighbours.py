@@ -1,13 +1,14 @@
 """Patches beside each other on a slide: whose label disagrees with its neighbours, who lies at the border."""
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
 
-from biopsy.statistics.intervals import estimate_metrics, estimate_patient_metrics
-from biopsy.statistics.weighted_counts import sort_scores
+from biopsy.evaluation.scored import ScoredPatches
+from biopsy.statistics.intervals import PatientSummary, estimate_metrics, estimate_patient_metrics
+from biopsy.statistics.resampling import Interval
 
 REACH = 1.25  # steps of the grid: a patch has eight neighbours, up, down, left, right and diagonal
 ZONES = {
@@ -89,51 +90,47 @@ def find_zones(counts: np.ndarray, target: np.ndarray) -> pd.DataFrame:
     return result.assign(zone=pd.array(zone, dtype="string"))
 
 
-def measure_zones(
-    zone: np.ndarray,
-    truth: np.ndarray,
-    prob: np.ndarray,
-    group_ids: np.ndarray,
-    threshold: float,
-    *,
-    seed: int,
-    unit: str,
-) -> dict[str, dict[str, Any]]:
-    """Count errors at the annotated border apart from those deep inside.
+@dataclass(frozen=True)
+class Zone:
+    """Errors in one of `ZONES`: over its patches, and as means over patients (None without ids)."""
+
+    n_patches: int
+    n_positive: int
+    n_groups: int
+    fn: int
+    fp: int
+    patch: dict[str, Interval]
+    patient: dict[str, PatientSummary] | None
+
+
+def measure_zones(zone: np.ndarray, scored: ScoredPatches, threshold: float) -> dict[str, Zone]:
+    """Count errors at the annotated border apart from those deep inside, for each of `ZONES` that occurs.
 
     Args:
         zone: As `find_zones` gives it, ``(n,)``; patches without one are left out.
-        truth: 1 where a patch is positive.
-        prob: Probability of the positive class.
-        group_ids: Patient (slide, patch) of each.
-        threshold: From which a patch is called positive.
-        seed: Of bootstrap draws.
-        unit: What a group is.
-
-    Returns:
-        For each of `ZONES` that occurs: ``n_patches``, ``n_positive``, ``n_groups``, ``fn``, ``fp``;
-        ``patch``: sensitivity and specificity over its patches, with intervals over groups; ``patient``:
-        their means over groups, None where the unit is the patch.
+        scored: The patches, of two classes.
+        threshold: From which a patch is predicted positive.
     """
     result, zones = {}, pd.Series(zone, dtype="string")
-    for zone_name in ZONES:
-        chosen = zones.eq(zone_name).fillna(False).to_numpy(bool)
+    for name in ZONES:
+        chosen = zones.eq(name).fillna(False).to_numpy(bool)
         if not chosen.any():
             continue
-        sample = truth[chosen], prob[chosen], group_ids[chosen], threshold
-        called = sample[1] >= threshold
-        scores = sort_scores(sample[0], sample[1], threshold, group_ids=sample[2])
-        pooled = estimate_metrics(scores, seed=seed, names=SHOWN, unit=unit)
-        item = None if unit == "patch" else estimate_patient_metrics(*sample, unit=unit)
-        result[zone_name] = {
-            "n_patches": int(chosen.sum()),
-            "n_positive": int(sample[0].sum()),
-            "n_groups": len(np.unique(sample[2])),
-            "fn": int(((sample[0] == 1) & ~called).sum()),
-            "fp": int(((sample[0] == 0) & called).sum()),
-            "patch": {name: interval.to_dict() for name, interval in pooled.items()},
-            "patient": None if item is None else {name: item[name].to_dict() for name in SHOWN},
-        }
+        part = scored.take(chosen)
+        truth, wrong = part.is_positive, part.pred != part.target
+        patient = None
+        if part.unit != "patch":
+            means = estimate_patient_metrics(truth, part.prob, part.group_ids, threshold, unit=part.unit)
+            patient = {metric: means[metric] for metric in SHOWN}
+        result[name] = Zone(
+            n_patches=len(part),
+            n_positive=int(truth.sum()),
+            n_groups=part.n_groups,
+            fn=int((wrong & (truth == 1)).sum()),
+            fp=int((wrong & (truth == 0)).sum()),
+            patch=estimate_metrics(part.sample(), SHOWN, **part.resampling),
+            patient=patient,
+        )
     return result
 
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
@@ -19,19 +19,15 @@ from biopsy.data.building import index_labels
 from biopsy.data.datasets.base import find_positive
 from biopsy.data.ledger import record_opening
 from biopsy.data.packs import Pack
-from biopsy.data.predictions import decide, make_predictions, read_metadata, tabulate_predictions
+from biopsy.data.predictions import decide, read_metadata, tabulate_predictions
 from biopsy.data.splits import find_split
-from biopsy.evaluation.calibration.measure import measure_calibration, measure_reliability
-from biopsy.evaluation.evaluate import FORMAT, LEVEL, check_classes, measure_predictions
-from biopsy.evaluation.operating_points import measure_decisions
+from biopsy.evaluation.evaluate import SplitUse, check_classes, measure, predict_rows
 from biopsy.evaluation.results import Evaluation
 from biopsy.evaluation.scored import ScoredPatches
-from biopsy.evaluation.subgroups import describe_intervals, measure_subgroups, pick_columns
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_classifier
 from biopsy.statistics.decisions import check_prevalence
-from biopsy.statistics.intervals import describe_method
 from biopsy.statistics.multiclass import SUM_TOLERANCE
 
 logger = logging.getLogger(__name__)
@@ -128,17 +124,15 @@ def evaluate_predictions(
         class_names=names,
         positive_class=positive,
         unit="patch" if groups is None else unit,
+        seed=seed,
     )
     frame = tabulate_predictions(
         about.assign(target=target), names, positive_index, None, probs, threshold=cut
     )
-    frozen = (
-        None
-        if cut is None
-        else {"value": cut, "rule": "0.5" if threshold is None else "given", "chosen_on": None}
-    )
-    document = _measure(scored, pd.DataFrame(columns_of), frozen, prevalence, seed)
-    return Evaluation(plain(document), frame)
+    rule = "0.5" if threshold is None else "given"
+    thresholds = [] if cut is None else [{"value": cut, "rule": rule, "chosen_on": None}]
+    metrics = measure(scored, pd.DataFrame(columns_of), thresholds, prevalence=prevalence)
+    return Evaluation(plain(metrics), frame)
 
 
 def evaluate_classifier(
@@ -171,73 +165,13 @@ def evaluate_classifier(
     rows = np.flatnonzero(sides == side)
     if not len(rows):
         raise RunError(f"{split!r} has no {side} patches in {pack.path.name}")
-    engine = Engine("auto")
-    table = pack.table.iloc[rows]
-    logits = predict_classifier(classifier, pack.patches, pack.sizes, rows, engine=engine)
-    classifier = classifier.for_patches(table)
-    logits = classifier.add_context(logits, table)
-    probs = classifier.probs(logits)
+    logits = predict_classifier(classifier, pack.patches, pack.sizes, rows, engine=Engine("auto"))
+    predicted = predict_rows(classifier, pack, rows, logits, side=side, seed=seed)
     entry = {"run": classifier.sha256[:12], "split": split or "all patches", "fold": None, "side": side}
     record_opening(pack, classifier.path or Path(), entry)
-    scored = ScoredPatches.of_pack(pack, rows, probs, classifier.threshold)
-    frozen = classifier.info.thresholds[0] if classifier.info.thresholds else None
-    document = _measure(scored, pick_columns(table), frozen, prevalence, seed)
-    options: dict[str, Any] = {"seed": seed, "unit": scored.unit, "level": LEVEL}
-    document["calibration"] = measure_calibration(
-        classifier, logits, scored.target, scored.group_ids, **options
-    )
-    document["split"]["name"] = split
-    frame = make_predictions(
-        pack,
-        rows,
-        logits,
-        probs,
-        sides=side,
-        threshold=classifier.threshold,
-        abstained=classifier.abstains(probs),
-    )
-    return Evaluation(plain(document), frame)
-
-
-def _measure(
-    scored: ScoredPatches,
-    columns: pd.DataFrame,
-    threshold: dict[str, Any] | None,
-    prevalence: float | None,
-    seed: int,
-) -> dict[str, Any]:
-    """Return what ``metrics.json`` holds, of patches that no run predicted."""
-    n_groups = len(np.unique(scored.group_ids))
-    reliability = measure_reliability(scored, seed=seed, level=LEVEL)
-    options: dict[str, Any] = {"seed": seed, "unit": scored.unit, "level": LEVEL}
-    decisions: dict[str, Any] = {}
-    subgroups = measure_subgroups(scored, columns, seed=seed, level=LEVEL)
-    if threshold is not None:
-        arrays = scored.is_positive, scored.prob, scored.group_ids
-        decisions = measure_decisions(*arrays, [threshold], prevalence=prevalence, **options)
-    return {
-        "format": FORMAT,
-        "side": None,
-        "positive_class": scored.positive_class,
-        "class_names": list(scored.class_names),
-        "n_patches": len(scored),
-        "n_patients": n_groups,
-        "unit": scored.unit,
-        "split": {"name": None, "fold": None, "patients_overlap": None, "test_is_validation": False},
-        "threshold": threshold,
-        **measure_predictions(scored, None if threshold is None else threshold["value"], seed=seed),
-        "calibration": {"method": "none", "before": reliability, "after": reliability},
-        **decisions,
-        "abstention": None,
-        "interval": describe_method(n_groups, seed=seed, level=LEVEL, unit=scored.unit),
-        "baseline": None,
-        "subgroups": subgroups,
-        "subgroup_intervals": describe_intervals(subgroups, LEVEL),
-        "warnings": [*filter(None, [scored.warn_unequal_groups()])],
-        "times_opened": None,
-        "ledger": None,
-        "evaluated": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    thresholds = predicted.classifier.info.thresholds[:1]
+    metrics = replace(predicted.measure(thresholds, prevalence), split=SplitUse(split))
+    return Evaluation(plain(metrics), predicted.frame)
 
 
 def _read_vector(name: str, values: ArrayLike, n: int | None = None) -> np.ndarray:

@@ -40,9 +40,7 @@ class Evaluation(Result):
 
     def classification_report(self) -> pd.DataFrame:
         """Return precision, recall, F1 and patches of each class, and their averages."""
-        rows = pd.DataFrame(self.document["classification_report"])
-        averages = rows.pop("average") + " average"
-        rows.index = pd.Index(rows.pop("class").fillna(averages), name="class")
+        rows = pd.DataFrame(self.document["classification_report"]).set_index("name").rename_axis("class")
         return rows.astype({"precision": float, "recall": float, "f1": float})
 
     def confusion_matrix(self) -> pd.DataFrame:

@@ -9,7 +9,7 @@ import pandas as pd
 from biopsy.data.packs import Pack, group_by_unit
 from biopsy.data.predictions import decide
 from biopsy.statistics.multiclass import ClassSample, class_sample
-from biopsy.statistics.resampling import InformativeGroups
+from biopsy.statistics.resampling import InformativeGroups, Resampling
 from biopsy.statistics.weighted_counts import SortedScores, sort_scores
 
 UNEQUAL = 0.7  # effective over actual number of patients: docs/concepts/intervals.md
@@ -22,11 +22,12 @@ class ScoredPatches:
     Attributes:
         target: Index into ``class_names``, ``(n,)``.
         probs: ``(n, n_classes)``.
-        pred: The class each patch is called, ``(n,)``.
+        pred: The predicted class, ``(n,)``.
         group_ids: The patient (slide, patch) of each.
         class_names: Names of the classes.
         positive_class: For two classes, the one whose recall is called sensitivity; else None.
         unit: What a group is: ``patient``, ``slide`` or ``patch``.
+        seed: Of bootstrap draws and of the simulated calibration floor.
     """
 
     target: np.ndarray
@@ -36,10 +37,11 @@ class ScoredPatches:
     class_names: Sequence[str]
     positive_class: str | None
     unit: str
+    seed: int = 0
 
     @classmethod
     def of_pack(
-        cls, pack: Pack, rows: np.ndarray, probs: np.ndarray, threshold: float | None
+        cls, pack: Pack, rows: np.ndarray, probs: np.ndarray, threshold: float | None, *, seed: int = 0
     ) -> "ScoredPatches":
         """Return rows of a pack with their probabilities; threshold as in `tabulate_predictions`."""
         return cls(
@@ -50,13 +52,20 @@ class ScoredPatches:
             class_names=pack.class_names,
             positive_class=pack.info.positive_class,
             unit=pack.unit,
+            seed=seed,
         )
 
     @classmethod
     def of_predictions(
-        cls, frame: pd.DataFrame, class_names: Sequence[str], positive_class: str | None, unit: str
+        cls,
+        frame: pd.DataFrame,
+        class_names: Sequence[str],
+        positive_class: str | None,
+        unit: str,
+        *,
+        seed: int = 0,
     ) -> "ScoredPatches":
-        """Return what a table of predictions holds, each patch called as it says."""
+        """Return what a table of predictions holds."""
         return cls(
             target=frame["target"].to_numpy(int),
             probs=frame[[f"prob_{name}" for name in class_names]].to_numpy(float),
@@ -65,6 +74,7 @@ class ScoredPatches:
             class_names=class_names,
             positive_class=positive_class,
             unit=unit,
+            seed=seed,
         )
 
     def __len__(self) -> int:
@@ -74,6 +84,15 @@ class ScoredPatches:
         """Return some of the patches."""
         arrays = {name: getattr(self, name)[chosen] for name in ("target", "probs", "pred", "group_ids")}
         return replace(self, **arrays)
+
+    @property
+    def resampling(self) -> Resampling:
+        """How intervals over the groups are made."""
+        return {"seed": self.seed, "unit": self.unit}
+
+    @property
+    def n_groups(self) -> int:
+        return len(np.unique(self.group_ids))
 
     @property
     def positive_index(self) -> int | None:
@@ -111,7 +130,7 @@ class ScoredPatches:
         )
 
     def confusion(self) -> np.ndarray:
-        """Return patches by true class (rows) and called class (columns)."""
+        """Return patches by true class (rows) and predicted class (columns)."""
         n_classes = len(self.class_names)
         cell = self.target * n_classes + self.pred
         return np.bincount(cell, minlength=n_classes**2).reshape(n_classes, n_classes)

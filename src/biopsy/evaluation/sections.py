@@ -16,7 +16,6 @@ from biopsy.evaluation.figures import (
     draw_patient_metric,
     draw_patient_probs,
     draw_precision_recall,
-    draw_reliability,
     draw_roc,
 )
 from biopsy.plotting.slides import ALL_PANELS, draw_slide
@@ -68,11 +67,7 @@ def picture_of_confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[
 def table_of_classes(report: Sequence[Mapping[str, Any]], note: str = "") -> Table:
     """Return the classification report: precision, recall and F1 of each class, and their averages."""
     rows = [
-        [
-            row["class"] if "class" in row else f"{row['average']} average",
-            *(number(row[key]) for key in ("precision", "recall", "f1", "n")),
-        ]
-        for row in report
+        [row["name"], *(number(row[key]) for key in ("precision", "recall", "f1", "n"))] for row in report
     ]
     return Table(
         ["class", "precision", "recall", "F1", "patches"], rows, caption="Classification report", note=note
@@ -108,7 +103,7 @@ def _confusion_pictures(facts: RunFacts) -> list[Picture]:
     return [
         Picture(caption, svg(_draw_quadrants(facts, counts), key))
         for key, caption in named.items()
-        if (counts := facts.metrics.get(key, {}).get("confusion", facts.metrics.get(key)))
+        if (counts := facts.metrics.get(key))
     ]
 
 
@@ -119,39 +114,26 @@ def _draw_quadrants(facts: RunFacts, counts: Mapping[str, int]) -> Any:
 
 @section("curves", order=20)
 def describe_curves(facts: RunFacts) -> Section | None:
-    """Ranking and calibration, for two classes of which both occur."""
+    """Ranking curves, for two classes of which both occur."""
     target = facts.is_positive
-    if not facts.is_binary:
+    if not facts.is_binary or not 0 < target.sum() < len(target):
         return None
     prob = facts.predictions["prob"].to_numpy(float)
-    pictures = []
-    if 0 < target.sum() < len(target):
-        reached = [facts.pooled.get(name, {}).get("value") for name in ("sensitivity", "specificity", "ppv")]
-        roc_point = None if None in reached[:2] else (reached[0], reached[1])
-        pr_point = None if None in (reached[0], reached[2]) else (reached[0], reached[2])
-        pictures = [
-            Picture(
-                "ROC curve: sensitivity against the false positive rate (1 - specificity) at every "
-                "threshold.",
-                svg(draw_roc(target, prob, operating_point=roc_point), "roc"),
-            ),
-            Picture(
-                f"Precision-recall curve of {facts.positive}. A model without skill has the precision of the "
-                "dashed line, the prevalence.",
-                svg(draw_precision_recall(target, prob, operating_point=pr_point), "pr"),
-            ),
-        ]
-    if "calibration" in facts.metrics:  # which has a chapter of its own
-        return Section("curves", "Discrimination", [Pictures(pictures)]) if pictures else None
-    names = (facts.negative, facts.positive)
-    pictures.append(
+    reached = [facts.pooled.get(name, {}).get("value") for name in ("sensitivity", "specificity", "ppv")]
+    roc_point = None if None in reached[:2] else (reached[0], reached[1])
+    pr_point = None if None in (reached[0], reached[2]) else (reached[0], reached[2])
+    pictures = [
         Picture(
-            "Reliability diagram: observed frequency against predicted probability, in bins of as many "
-            "patches each. Below: histogram of the predicted probabilities.",
-            svg(draw_reliability(target, prob, class_names=names), "reliability"),
-        )
-    )
-    return Section("curves", "Discrimination and calibration", [Pictures(pictures)])
+            "ROC curve: sensitivity against the false positive rate (1 - specificity) at every threshold.",
+            svg(draw_roc(target, prob, operating_point=roc_point), "roc"),
+        ),
+        Picture(
+            f"Precision-recall curve of {facts.positive}. A model without skill has the precision of the "
+            "dashed line, the prevalence.",
+            svg(draw_precision_recall(target, prob, operating_point=pr_point), "pr"),
+        ),
+    ]
+    return Section("curves", "Discrimination", [Pictures(pictures)])
 
 
 @section("decisions", order=40)
@@ -161,7 +143,7 @@ def describe_decisions(facts: RunFacts) -> Section | None:
     if not points or not curve:
         return None
     blocks: list[Block] = [_table_of_points(points, facts.metrics.get("side"))]
-    if "at_prevalence" in facts.metrics:
+    if facts.metrics.get("at_prevalence"):
         blocks.append(_table_at_prevalence(facts.metrics["at_prevalence"]))
     caption = (
         f"Decision curve (Vickers and Elkin 2006) for {facts.positive} at the prevalence of these patches. "

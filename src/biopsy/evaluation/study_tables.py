@@ -9,7 +9,7 @@ import pandas as pd
 from biopsy.core.files import write_json
 from biopsy.data.packs import group_by_unit
 from biopsy.data.predictions import write_predictions
-from biopsy.evaluation.evaluate import LEVEL
+from biopsy.evaluation.measure import Confusion
 from biopsy.evaluation.scored import ScoredPatches
 from biopsy.statistics.intervals import average, describe_method, estimate_metric, replicate
 from biopsy.statistics.metrics import measure, registry
@@ -101,9 +101,7 @@ def describe_run(run: Run) -> dict[str, Any]:
         "seed": run.info["seed"],
         "tested": " ".join(sorted(groups)) if len(groups) <= 3 else f"{len(groups)} {metrics['unit']}s",
         "n_patches": metrics["n_patches"],
-        "n_positive": sum(metrics["confusion"][key] for key in ("tp", "fn"))
-        if "confusion" in metrics
-        else None,
+        "n_positive": metrics["confusion"] and metrics["confusion"]["tp"] + metrics["confusion"]["fn"],
         **{name: _or_nan(values[name]["value"]) for name in shown},
         "baseline_auroc": _or_nan(baseline.get("auroc")),
         **training_columns(run),
@@ -192,7 +190,7 @@ def measure_pooled(seeds: Sequence[ScoredPatches]) -> dict[str, Any]:
         seeds: The predictions of each seed.
     """
     first, samples = seeds[0], [one.sample() for one in seeds]
-    resampler = Resampler(len(samples[0].groups), unit=first.unit, level=LEVEL)
+    resampler = Resampler(len(samples[0].groups), unit=first.unit)
     mean = average([replicate(sample, resampler) for sample in samples])
     matrix = np.sum([one.confusion() for one in seeds], axis=0)
     result = {
@@ -201,18 +199,17 @@ def measure_pooled(seeds: Sequence[ScoredPatches]) -> dict[str, Any]:
         "n_seeds": len(seeds),
         "class_names": list(first.class_names),
         "patch": {
-            name: estimate_metric(metric, samples[0], mean).to_dict()
+            name: estimate_metric(metric, samples[0], mean)
             for name, metric in registry(type(samples[0].count())).items()
         },
         "classification_report": classification_report(matrix, first.class_names),
-        "interval": describe_method(resampler.n_groups, seed=0, level=LEVEL, unit=first.unit),
+        "interval": describe_method(resampler.n_groups, seed=0, unit=first.unit),
     }
     if first.positive_index is None:
         return result | {"confusion_matrix": matrix}
     positive, negative = first.positive_index, 1 - first.positive_index
-    cells = {"tp": (positive, positive), "fp": (negative, positive), "fn": (positive, negative)}
-    cells["tn"] = (negative, negative)
-    return result | {"confusion": {name: int(matrix[cell]) for name, cell in cells.items()}}
+    cells = (positive, positive), (negative, positive), (positive, negative), (negative, negative)
+    return result | {"confusion": Confusion(*(int(matrix[cell]) for cell in cells))}
 
 
 def _spread(seeds: Sequence[dict[str, float]]) -> dict[str, dict[str, Any]]:

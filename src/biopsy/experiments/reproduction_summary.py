@@ -43,9 +43,8 @@ def write_tables(study: Study) -> None:
         for run in runs
         if study.info["runs"][run.path.name]["arm"] == APART
     }
-    summary = summarise(study.info["papers"], table, frames, runs[0].metrics())
-    write_json(study.path / "metrics.json", summary)
-    study.write_table(pd.DataFrame(list_rows(summary)))
+    write_json(study.path / "metrics.json", summarise(study.info["papers"], table, frames, runs[0].metrics()))
+    study.write_table(pd.DataFrame(list_rows(study.summary())))
 
 
 def summarise(

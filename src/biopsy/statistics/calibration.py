@@ -4,8 +4,6 @@ The functions that the metrics call take a sample as *distinct probabilities, hi
 weight of positive and of negative patches at each: the form in which weighting patients anew is cheap.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import scipy
 from numpy.typing import ArrayLike, NDArray
@@ -17,27 +15,6 @@ Floats = NDArray[np.float64]
 N_BINS = 15  # Guo et al. 2017, "On calibration of modern neural networks", sec. 4
 IDENTITY = (0.0, 1.0)  # intercept and slope of probabilities that mean what they say
 LOGIT_CLIP = 1e-6  # probabilities are held inside [1e-6, 1 - 1e-6] before their logit is taken
-
-
-@dataclass(frozen=True)
-class ReliabilityBins:
-    """Equal-mass bins of predicted probability, lowest first; every field has shape ``(n_filled,)``.
-
-    Attributes:
-        low: Lowest probability in the bin.
-        high: Highest probability in the bin.
-        n: Patches in the bin.
-        n_positive: Positive patches among them.
-        mean_prob: Mean predicted probability.
-        observed: What happened: the share of positive patches.
-    """
-
-    low: Floats
-    high: Floats
-    n: NDArray[np.int64]
-    n_positive: NDArray[np.int64]
-    mean_prob: Floats
-    observed: Floats
 
 
 def clipped_logit(prob: ArrayLike) -> Floats:
@@ -71,27 +48,6 @@ def calibration_error(prob: Floats, pos: Floats, neg: Floats, n_bins: int = N_BI
     bins = assign_bins(mass, n_bins)
     gap = np.bincount(bins, prob * mass - pos)
     return float(np.abs(gap).sum() / mass.sum())
-
-
-def reliability_bins(target: ArrayLike, prob: ArrayLike, *, n_bins: int = N_BINS) -> ReliabilityBins:
-    """Return the table behind a reliability plot: the same bins as the calibration error's.
-
-    Args:
-        target: 0 or 1 per patch, shape ``(n_patches,)``.
-        prob: Probability of the positive class, shape ``(n_patches,)``.
-        n_bins: Bins asked for; ties may leave fewer.
-    """
-    target, prob = np.asarray(target, dtype=np.int64), np.asarray(prob, dtype=np.float64)
-    bins = bin_patches(prob, n_bins=n_bins)
-    rows = [(prob[bins == b], target[bins == b]) for b in np.unique(bins)]
-    return ReliabilityBins(
-        low=np.array([p.min() for p, _ in rows]),
-        high=np.array([p.max() for p, _ in rows]),
-        n=np.array([len(p) for p, _ in rows]),
-        n_positive=np.array([t.sum() for _, t in rows]),
-        mean_prob=np.array([p.mean() for p, _ in rows]),
-        observed=np.array([t.mean() for _, t in rows]),
-    )
 
 
 def ece_floor(prob: ArrayLike, *, seed: int, draws: int = 200, n_bins: int = N_BINS) -> float:

@@ -1,6 +1,7 @@
 """A measured value in two sets of patches, compared over patients."""
 
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
 import pandas as pd
@@ -11,11 +12,11 @@ from biopsy.core.errors import MetricError
 from biopsy.statistics.intervals import PatientSummary, summarise_groups
 from biopsy.statistics.metrics import METRICS
 from biopsy.statistics.resampling import (
-    DRAWS,
     Floats,
     InformativeGroups,
     Interval,
     Resampler,
+    Resampling,
     fewest_informative,
     sum_groups,
 )
@@ -56,11 +57,8 @@ def contrast_groups(
     chosen: ArrayLike,
     group_ids: ArrayLike,
     *,
-    seed: int,
-    unit: str = "patient",
     names: tuple[str, str] = ("chosen", "other"),
-    level: float = 0.95,
-    draws: int = DRAWS,
+    **resampling: Unpack[Resampling],
 ) -> Contrast:
     """Compare a value between chosen patches and the others.
 
@@ -68,11 +66,8 @@ def contrast_groups(
         values: What was measured, shape ``(n,)``.
         chosen: True for the patches of interest.
         group_ids: The patient (slide, patch) of each.
-        seed: For the bootstrap, used from 100 groups on.
-        unit: What a group is.
         names: What the chosen and the others are called in reasons, such as ``("missed", "found")``.
-        level: Nominal coverage.
-        draws: Bootstrap draws.
+        **resampling: As of `Resampler`.
 
     Raises:
         MetricError: If the lengths differ or a value is not finite.
@@ -89,7 +84,7 @@ def contrast_groups(
     informative = fewest_informative(
         [InformativeGroups(sums[:, 3 * k], f"{name} patches") for k, name in enumerate(names)]
     )
-    resampler = Resampler(n_groups, seed, unit, level, draws)
+    resampler = Resampler(n_groups, **resampling)
     [difference] = resampler.estimate(
         lambda weight: _difference_sd(weight @ sums), [informative], undefined="the value does not vary"
     )
@@ -97,11 +92,11 @@ def contrast_groups(
         lambda weight: AUROC.compute(scores.count(weight)), [informative], bounds=AUROC.bounds
     )
     by_group, within = pd.DataFrame(), None
-    if unit != "patch":
+    if resampler.unit != "patch":
         item = [_auroc(values[codes == code], chosen[codes == code]) for code in range(n_groups)]
         columns = {"n_chosen": sums[:, 0].astype(int), "n_others": sums[:, 3].astype(int), "auroc": item}
         by_group = pd.DataFrame(columns, index=scores.groups)
-        within = summarise_groups(AUROC, np.array(item), level, unit)
+        within = summarise_groups(AUROC, np.array(item), resampler.level, resampler.unit)
     return Contrast(
         int(chosen.sum()),
         int((~chosen).sum()),

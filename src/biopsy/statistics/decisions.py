@@ -6,13 +6,13 @@ left out or drawn anew without looking at patches again.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from biopsy.core.errors import MetricError
 from biopsy.statistics.resampling import (
-    DRAWS,
     SHARE,
     UNBOUNDED,
     Bounds,
@@ -20,6 +20,7 @@ from biopsy.statistics.resampling import (
     InformativeGroups,
     Interval,
     Resampler,
+    Resampling,
     divide,
     fewest_informative,
     group_codes,
@@ -59,11 +60,7 @@ def count_calls(
     prob: ArrayLike,
     group_ids: ArrayLike,
     thresholds: Sequence[float] | Floats,
-    *,
-    seed: int,
-    unit: str = "patient",
-    level: float = 0.95,
-    draws: int = DRAWS,
+    **resampling: Unpack[Resampling],
 ) -> Calls:
     """Count calls at thresholds; a patch is called positive where ``prob >= threshold``.
 
@@ -72,10 +69,7 @@ def count_calls(
         prob: Probability of the positive class.
         group_ids: The patient (slide, patch) of each.
         thresholds: Any number of them, in any order.
-        seed: Of the bootstrap, used from 100 groups on.
-        unit: What a group is.
-        level: Nominal coverage.
-        draws: Bootstrap draws.
+        **resampling: As of `Resampler`.
 
     Raises:
         MetricError: If a target is not 0 or 1, or a probability not in 0-1.
@@ -85,7 +79,7 @@ def count_calls(
     called = [prob >= threshold for threshold in thresholds]
     columns = [truth, 1 - truth, *(truth * call for call in called), *((1 - truth) * call for call in called)]
     by_group = sum_groups(codes, len(groups), *columns)
-    resampler = Resampler(len(groups), seed, unit, level, draws)
+    resampler = Resampler(len(groups), **resampling)
     _, replicates = resampler.replicate(lambda weight: weight @ by_group)
     return Calls(np.asarray(thresholds, np.float64), by_group, replicates, resampler)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,12 +11,12 @@ from biopsy.statistics.metrics import METRICS, Counts, Metric, measure, registry
 from biopsy.statistics.multiclass import ClassSample
 from biopsy.statistics.resampling import (
     BOOTSTRAP_FROM,
-    DRAWS,
     FEWEST_GROUPS,
     Floats,
     InformativeGroups,
     Interval,
     Resampler,
+    Resampling,
 )
 from biopsy.statistics.weighted_counts import sort_scores
 
@@ -80,17 +80,12 @@ def average(results: Sequence[Replicates]) -> Replicates:
 
 
 @dataclass(frozen=True)
-class PatientSummary:
+class PatientSummary(Interval):
     """A metric computed within each patient: the mean with its interval, the median, the worst patient."""
 
-    mean: Interval
-    n_defined: int
-    median: float | None
-    worst: float | None
-
-    def to_dict(self) -> dict[str, float | int | str | None]:
-        extra = {"n_defined": self.n_defined, "median": self.median, "worst": self.worst}
-        return self.mean.to_dict() | extra
+    n_defined: int = 0
+    median: float | None = None
+    worst: float | None = None
 
 
 def estimate_metric(metric: Metric, sample: GroupedSample, result: Replicates) -> Interval:
@@ -108,71 +103,25 @@ def estimate_metric(metric: Metric, sample: GroupedSample, result: Replicates) -
     )
 
 
-def estimate_patch_metrics(
-    target: ArrayLike,
-    prob: ArrayLike,
-    group_ids: ArrayLike,
-    threshold: float = 0.5,
-    *,
-    seed: int,
-    level: float = 0.95,
-    draws: int = DRAWS,
-    unit: str = "patient",
-    y_pred: ArrayLike | None = None,
+def estimate_metrics(
+    sample: GroupedSample, names: Iterable[str] | None = None, **resampling: Unpack[Resampling]
 ) -> dict[str, Interval]:
-    """Return every metric pooled over patches, with an interval over groups of patches.
-
-    Args:
-        target: 0 or 1 per patch, shape ``(n_patches,)``.
-        prob: Probability of the positive class per patch.
-        group_ids: The patient (slide, or patch where no ids exist) of each patch.
-        threshold: A patch is called positive where ``prob >= threshold``.
-        seed: For the bootstrap, used from 100 groups on.
-        level: Nominal coverage.
-        draws: Bootstrap draws.
-        unit: What a group is, for the reasons.
-        y_pred: Which patches are called positive, where that is not a matter of one threshold.
+    """Return every metric of a sample's kind (or those named), with an interval over its groups.
 
     Raises:
-        MetricError: For values that allow no metric, patches without a group, or a level outside 0-1.
+        MetricError: For a name that is not registered, or a level outside 0-1.
     """
-    sample = sort_scores(target, prob, threshold, group_ids=group_ids, y_pred=y_pred)
-    return estimate_metrics(sample, seed=seed, level=level, draws=draws, unit=unit)
-
-
-def estimate_metrics(
-    sample: GroupedSample,
-    *,
-    seed: int,
-    names: Iterable[str] | None = None,
-    level: float = 0.95,
-    draws: int = DRAWS,
-    unit: str = "patient",
-) -> dict[str, Interval]:
-    """Return every metric of a sample's kind (or those named), with an interval over its groups."""
-    result = replicate(sample, Resampler(len(sample.groups), seed, unit, level, draws), names)
+    result = replicate(sample, Resampler(len(sample.groups), **resampling), names)
     known = registry(type(sample.count()))
     return {name: estimate_metric(known[name], sample, result) for name in result.value}
 
 
-def estimate_class_metrics(
-    sample: ClassSample, *, seed: int, level: float = 0.95, draws: int = DRAWS, unit: str = "patient"
-) -> tuple[dict[str, Interval], dict[str, dict[str, Interval]]]:
-    """Return every metric of more than two classes, and those of each class against the rest.
-
-    Args:
-        sample: From `multiclass.class_sample`.
-        seed, level, draws, unit: As in `estimate_patch_metrics`.
-
-    Returns:
-        Metric to interval; class name to metric of two classes to interval.
-    """
-    options: dict[str, Any] = {"seed": seed, "level": level, "draws": draws, "unit": unit}
-    per_class = {
-        name: estimate_metrics(one, **options)
-        for name, one in zip(sample.class_names, sample.one_vs_rest, strict=True)
-    }
-    return estimate_metrics(sample, **options), per_class
+def estimate_one_vs_rest(
+    sample: ClassSample, **resampling: Unpack[Resampling]
+) -> dict[str, dict[str, Interval]]:
+    """Return the metrics of two classes of each class against the rest, by class name."""
+    classes = zip(sample.class_names, sample.one_vs_rest, strict=True)
+    return {name: estimate_metrics(scores, **resampling) for name, scores in classes}
 
 
 def measure_groups(
@@ -218,7 +167,7 @@ def summarise_groups(metric: Metric, values: Floats, level: float, unit: str) ->
     defined = values[~np.isnan(values)]
     n = len(defined)
     if n == 0:
-        return PatientSummary(Interval(float("nan"), reason=f"undefined in every {unit}"), 0, None, None)
+        return PatientSummary(float("nan"), reason=f"undefined in every {unit}")
     mean = float(defined.mean())
     if n < FEWEST_GROUPS:
         interval = Interval(mean, reason=f"defined in only {n} {unit}(s): an interval needs {FEWEST_GROUPS}")
@@ -229,16 +178,25 @@ def summarise_groups(metric: Metric, values: Floats, level: float, unit: str) ->
             mean, without_one, InformativeGroups(np.ones(n)), bounds=metric.bounds, share=metric.share
         )
     worst = float(defined[np.argmax(np.abs(defined - metric.ideal))])
-    return PatientSummary(interval, n, float(np.median(defined)), worst)
+    return PatientSummary(**vars(interval), n_defined=n, median=float(np.median(defined)), worst=worst)
 
 
-def describe_method(
-    n_groups: int, *, seed: int, level: float = 0.95, draws: int = DRAWS, unit: str = "patient"
-) -> dict[str, float | int | str | None]:
-    """Return the ``interval`` entry of `metrics.json`: how the intervals over ``n_groups`` were made."""
-    entry: dict[str, float | int | str | None] = {"unit": unit, "level": level, "n_groups": n_groups}
-    if n_groups < FEWEST_GROUPS:
-        return entry | {"method": "none", "draws": None, "seed": None}
-    if n_groups < BOOTSTRAP_FROM:
-        return entry | {"method": "jackknife-t", "draws": None, "seed": None}
-    return entry | {"method": "bootstrap-se", "draws": draws, "seed": seed}
+@dataclass(frozen=True)
+class IntervalMethod:
+    """How intervals over groups were made: the ``interval`` entry of `metrics.json`."""
+
+    unit: str
+    level: float
+    n_groups: int
+    method: str
+    draws: int | None = None
+    seed: int | None = None
+
+
+def describe_method(n_groups: int, **resampling: Unpack[Resampling]) -> IntervalMethod:
+    """Return how the intervals of ``n_groups`` groups are made."""
+    used = Resampler(n_groups, **resampling)
+    if n_groups >= BOOTSTRAP_FROM:
+        return IntervalMethod(used.unit, used.level, n_groups, "bootstrap-se", used.draws, used.seed)
+    method = "none" if n_groups < FEWEST_GROUPS else "jackknife-t"
+    return IntervalMethod(used.unit, used.level, n_groups, method)

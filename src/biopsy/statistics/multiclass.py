@@ -9,7 +9,6 @@ probability. The numbers equal scikit-learn's.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -332,7 +331,18 @@ def check_class_probs(target: NDArray, probs: Floats, class_names: Sequence[str]
             raise MetricError(f"{wrong.sum()} rows have {what}; the first is row {at}: {probs[at].tolist()}")
 
 
-def classification_report(confusion: ArrayLike, class_names: Sequence[str]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class ClassReport:
+    """A row of the classification report: a class or an average over classes; NaN where undefined."""
+
+    name: str
+    precision: float
+    recall: float
+    f1: float
+    n: int
+
+
+def classification_report(confusion: ArrayLike, class_names: Sequence[str]) -> list[ClassReport]:
     """Return precision, recall, F1 and patches of each class, and their averages, from a confusion matrix.
 
     Args:
@@ -340,33 +350,19 @@ def classification_report(confusion: ArrayLike, class_names: Sequence[str]) -> l
         class_names: Names of the classes.
 
     Returns:
-        A row per class with its name as ``class``, then rows with ``average``: ``"macro"`` (plain mean),
-        ``"weighted"`` (by patches of each class) and ``"micro"`` (over all patches: all three are accuracy).
-        None where a class is never called (precision), has no patches (recall), or neither (F1), and in a
-        mean over such a class.
+        A row per class, then ``macro average`` (plain mean), ``weighted average`` (by patches of each class)
+        and ``micro average`` (over all patches: all three are accuracy). NaN where a class is never called
+        (precision), has no patches (recall), or neither (F1), and in a mean over such a class.
     """
     matrix = np.asarray(confusion, np.float64)
     right, n_true, n_called = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
-
-    columns = {
-        "precision": divide(right, n_called),
-        "recall": divide(right, n_true),
-        "f1": divide(2 * right, n_true + n_called),
-    }
-    accuracy, n = right.sum() / matrix.sum(), int(matrix.sum())
-    rows: list[dict[str, Any]] = [
-        {"class": name, **{key: _or_none(values[k]) for key, values in columns.items()}, "n": int(n_true[k])}
-        for k, name in enumerate(class_names)
+    columns = [divide(right, n_called), divide(right, n_true), divide(2 * right, n_true + n_called)]
+    occurs, n = n_true > 0, matrix.sum()
+    rows = {name: ([column[k] for column in columns], n_true[k]) for k, name in enumerate(class_names)}
+    rows["macro average"] = [column.mean() for column in columns], n
+    rows["weighted average"] = [column[occurs] @ n_true[occurs] / n for column in columns], n
+    rows["micro average"] = [right.sum() / n] * 3, n
+    return [
+        ClassReport(name, float(precision), float(recall), float(f1), int(total))
+        for name, ((precision, recall, f1), total) in rows.items()
     ]
-    macro = {key: _or_none(values.mean()) for key, values in columns.items()}
-    weighted = {
-        key: _or_none(values[n_true > 0] @ n_true[n_true > 0] / matrix.sum())
-        for key, values in columns.items()
-    }
-    micro: dict[str, float | None] = dict.fromkeys(columns, float(accuracy))
-    averages = {"macro": macro, "weighted": weighted, "micro": micro}
-    return rows + [{"average": name, **values, "n": n} for name, values in averages.items()]
-
-
-def _or_none(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)

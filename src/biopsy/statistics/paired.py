@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -10,7 +11,7 @@ from scipy import stats
 from biopsy.core.errors import MetricError
 from biopsy.statistics.intervals import GroupedSample, Replicates, average, replicate
 from biopsy.statistics.metrics import Metric, registry
-from biopsy.statistics.resampling import DRAWS, Floats, Interval, Resampler, fewest_informative
+from biopsy.statistics.resampling import Floats, Interval, Resampler, Resampling, fewest_informative
 from biopsy.statistics.weighted_counts import sort_scores
 
 SAME = "the two do not differ, whichever group is left out"
@@ -142,10 +143,7 @@ def estimate_differences(
     *,
     names: Iterable[str] | None = None,
     thresholds: Sequence[float] = (0.5, 0.5),
-    seed: int,
-    level: float = 0.95,
-    draws: int = DRAWS,
-    unit: str = "patient",
+    **resampling: Unpack[Resampling],
 ) -> dict[str, Interval]:
     """Return each metric of the first minus that of the second, as `subtract`.
 
@@ -156,10 +154,7 @@ def estimate_differences(
         group_ids: The patient (slide, or patch where no ids exist) of each patch.
         names: Which metrics; all if not given.
         thresholds: At which the first and the second call a patch positive.
-        seed: For the bootstrap, used from 100 groups on.
-        level: Nominal coverage.
-        draws: Bootstrap draws.
-        unit: What a group is, for the reasons.
+        **resampling: As of `Resampler`.
 
     Raises:
         MetricError: For values that allow no metric, patches without a group, or a level outside 0-1.
@@ -168,7 +163,7 @@ def estimate_differences(
         sort_scores(target, prob, at, group_ids=group_ids)
         for prob, at in zip((first, second), thresholds, strict=True)
     )
-    resampler = Resampler(len(one.groups), seed, unit, level, draws)
+    resampler = Resampler(len(one.groups), **resampling)
     names = None if names is None else list(names)
     differences = subtract(*(sample_seeds([scores], resampler, names=names) for scores in (one, other)))
     return {name: difference.interval for name, difference in differences.items()}

@@ -1,17 +1,18 @@
 """Reliability: observed frequency per bin of predicted probability, and the terms of the Brier score."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from biopsy.statistics.calibration import N_BINS, bin_patches
 from biopsy.statistics.resampling import (
-    DRAWS,
     SHARE,
     InformativeGroups,
     Interval,
     Resampler,
+    Resampling,
     divide,
     group_codes,
 )
@@ -38,10 +39,6 @@ class ReliabilityBin:
     mean_prob: float
     observed: Interval
 
-    def to_dict(self) -> dict[str, object]:
-        """Return what `metrics.json` holds."""
-        return {**vars(self), "observed": self.observed.to_dict()}
-
 
 @dataclass(frozen=True)
 class BrierParts:
@@ -59,20 +56,14 @@ class BrierParts:
     uncertainty: float
     within_bins: float
 
-    def to_dict(self) -> dict[str, float]:
-        return asdict(self)
-
 
 def estimate_reliability(
     target: ArrayLike,
     prob: ArrayLike,
     group_ids: ArrayLike,
     *,
-    seed: int,
     n_bins: int = N_BINS,
-    unit: str = "patient",
-    level: float = 0.95,
-    draws: int = DRAWS,
+    **resampling: Unpack[Resampling],
 ) -> list[ReliabilityBin]:
     """Return the reliability table: the bins of the calibration error, lowest first.
 
@@ -82,11 +73,8 @@ def estimate_reliability(
         target: 0 or 1 per patch, ``(n,)``.
         prob: Probability of the positive class.
         group_ids: The patient (slide, patch) of each.
-        seed: Of the bootstrap, used from 100 groups on.
         n_bins: Bins asked for; ties may leave fewer.
-        unit: What a group is.
-        level: Nominal coverage.
-        draws: Bootstrap draws.
+        **resampling: As of `Resampler`.
 
     Raises:
         MetricError: If a target is not 0 or 1, or a probability not in 0-1.
@@ -96,7 +84,7 @@ def estimate_reliability(
     codes, groups = group_codes(group_ids)
     shape, cell = (len(groups), bins.max() + 1), codes * (bins.max() + 1) + bins
     n, n_pos = (np.bincount(cell, weight, shape[0] * shape[1]).reshape(shape) for weight in (None, truth))
-    observed = Resampler(len(groups), seed, unit, level, draws).estimate(
+    observed = Resampler(len(groups), **resampling).estimate(
         lambda weight: divide(weight @ n_pos, weight @ n),
         [InformativeGroups(column) for column in n.T],
         bounds=SHARE,

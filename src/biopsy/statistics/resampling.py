@@ -8,7 +8,7 @@ statistic are worth: ``(sum n)² / sum n² - 1`` for groups with ``n`` patches t
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Required, TypedDict, Unpack
 
 import numpy as np
 import pandas as pd
@@ -33,19 +33,23 @@ SHARE: Bounds = (0.0, 1.0)
 UNBOUNDED: Bounds = (-np.inf, np.inf)
 
 
+class Resampling(TypedDict, total=False):
+    """How intervals over groups are made: the arguments of `Resampler` that functions hand on to it."""
+
+    seed: Required[int]
+    unit: str
+    level: float
+    draws: int
+
+
 @dataclass(frozen=True)
 class Interval:
-    """A value and its confidence interval; where there is none, the reason."""
+    """A value (NaN where undefined) and its confidence interval; where there is none, the reason."""
 
     value: float
     low: float | None = None
     high: float | None = None
     reason: str | None = None
-
-    def to_dict(self) -> dict[str, float | str | None]:
-        """Return what `metrics.json` holds: an undefined value becomes null."""
-        value = None if np.isnan(self.value) else self.value
-        return {"value": value, "low": self.low, "high": self.high, "reason": self.reason}
 
 
 @dataclass(frozen=True)
@@ -285,11 +289,8 @@ def clustered_mean(
     values: ArrayLike,
     group_ids: ArrayLike,
     *,
-    seed: int,
-    unit: str = "patient",
     bounds: Bounds = UNBOUNDED,
-    level: float = 0.95,
-    draws: int = DRAWS,
+    **resampling: Unpack[Resampling],
 ) -> Interval:
     """Return the mean over patches with an interval over groups.
 
@@ -298,7 +299,8 @@ def clustered_mean(
     Args:
         values: One per patch, finite, shape ``(n,)``.
         group_ids: The patient (slide, patch) of each.
-        seed, unit, bounds, level, draws: As of `Resampler`.
+        bounds: Range of the mean.
+        **resampling: As of `Resampler`.
 
     Raises:
         MetricError: If there is no value, one is not finite, or the lengths differ.
@@ -308,9 +310,7 @@ def clustered_mean(
         raise MetricError(
             f"values of shape {values.shape} for {len(group_ids)} patches: give one finite value per patch"
         )
-    return clustered_ratio(
-        values, np.ones(len(values)), group_ids, seed=seed, unit=unit, bounds=bounds, level=level, draws=draws
-    )
+    return clustered_ratio(values, np.ones(len(values)), group_ids, bounds=bounds, **resampling)
 
 
 def clustered_ratio(
@@ -318,11 +318,8 @@ def clustered_ratio(
     denominator: ArrayLike,
     group_ids: ArrayLike,
     *,
-    seed: int,
-    unit: str = "patient",
     bounds: Bounds = (0.0, np.inf),
-    level: float = 0.95,
-    draws: int = DRAWS,
+    **resampling: Unpack[Resampling],
 ) -> Interval:
     """Return the sum of one quantity over patches divided by the sum of another, with an interval.
 
@@ -330,12 +327,12 @@ def clustered_ratio(
         numerator: One per patch.
         denominator: One per patch, none below 0.
         group_ids: The patient (slide, patch) of each.
-        seed, unit, bounds, level, draws: As of `Resampler`.
+        bounds: Range of the ratio.
+        **resampling: As of `Resampler`.
     """
     codes, groups = group_codes(group_ids)
     sums = sum_groups(codes, len(groups), numerator, denominator)
-    resampler = Resampler(len(groups), seed, unit, level, draws)
-    [interval] = resampler.estimate(
+    [interval] = Resampler(len(groups), **resampling).estimate(
         lambda weight: divide(*(weight @ sums)), [InformativeGroups(sums[:, 1])], bounds=bounds
     )
     return interval

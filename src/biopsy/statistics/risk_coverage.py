@@ -7,18 +7,19 @@ the surest share of patches is kept, for every share. Intervals are over patient
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from biopsy.core.errors import MetricError
 from biopsy.statistics.resampling import (
-    DRAWS,
     SHARE,
     Floats,
     InformativeGroups,
     Interval,
     Resampler,
+    Resampling,
     divide,
     sum_groups,
 )
@@ -111,11 +112,8 @@ def estimate_risk(
     confidence: ArrayLike,
     group_ids: ArrayLike,
     *,
-    seed: int,
     coverages: Sequence[float] = COVERAGES,
-    level: float = 0.95,
-    draws: int = DRAWS,
-    unit: str = "patient",
+    **resampling: Unpack[Resampling],
 ) -> RiskEstimate:
     """Return the area under risk against coverage, and the risk at stated coverages, with intervals.
 
@@ -123,11 +121,8 @@ def estimate_risk(
         wrong: Which patches were called wrongly.
         confidence: Of each call.
         group_ids: The patient of each patch.
-        seed: For the bootstrap, used from 100 groups on.
         coverages: Shares of patches to keep, each in (0, 1].
-        level: Nominal coverage of the intervals.
-        draws: Bootstrap draws.
-        unit: What a group is, for the reasons.
+        **resampling: As of `Resampler`.
 
     Raises:
         MetricError: As `risk_coverage_curve`, and for a level or a coverage that is none.
@@ -149,7 +144,7 @@ def estimate_risk(
         return np.append(area_under(mass, errors), risk_at(mass, errors, coverages))
 
     informative = InformativeGroups(np.bincount(group).astype(np.float64))
-    intervals = Resampler(len(groups), seed, unit, level, draws).estimate(
+    intervals = Resampler(len(groups), **resampling).estimate(
         measure, [informative] * (1 + len(coverages)), bounds=SHARE, share=True
     )
     return RiskEstimate(intervals[0], dict(zip(coverages, intervals[1:], strict=True)))
@@ -161,10 +156,7 @@ def estimate_shares(
     *,
     of: dict[str, ArrayLike] | None = None,
     equal_groups: bool,
-    seed: int,
-    level: float = 0.95,
-    draws: int = DRAWS,
-    unit: str = "patient",
+    **resampling: Unpack[Resampling],
 ) -> dict[str, Interval]:
     """Return shares of patches with intervals over groups.
 
@@ -173,10 +165,7 @@ def estimate_shares(
         group_ids: The patient of each patch.
         of: Name -> out of which patches; all where not given.
         equal_groups: Every patient weighs the same (a conformal promise is about those), or every patch.
-        seed: For the bootstrap, used from 100 groups on.
-        level: Nominal coverage.
-        draws: Bootstrap draws.
-        unit: What a group is, for the reasons.
+        **resampling: As of `Resampler`.
     """
     groups, group, size = np.unique(np.asarray(group_ids), return_inverse=True, return_counts=True)
     weight_of_patch = 1 / size[group] if equal_groups else np.ones(len(group))
@@ -186,7 +175,7 @@ def estimate_shares(
     above = sum_groups(
         group, len(groups), *(weight_of_patch * (chosen[name] & within[name]) for name in parts)
     )
-    intervals = Resampler(len(groups), seed, unit, level, draws).estimate(
+    intervals = Resampler(len(groups), **resampling).estimate(
         lambda weight: divide(weight @ above, weight @ below),
         [InformativeGroups(column, "patches" if column.all() else "such patches") for column in below.T],
         bounds=SHARE,

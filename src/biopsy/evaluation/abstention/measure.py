@@ -1,12 +1,14 @@
-"""Abstention judged: what the conformal sets promised, what they kept, and risk against coverage."""
+"""Abstention measured: the coverage that conformal sets target and reach, and risk against coverage."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from biopsy.data.packs import Pack
+from biopsy.evaluation.scored import ScoredPatches
 from biopsy.statistics.conformal import abstain, predict_sets
+from biopsy.statistics.resampling import Interval
 from biopsy.statistics.risk_coverage import (
     COVERAGES,
     estimate_risk,
@@ -15,148 +17,190 @@ from biopsy.statistics.risk_coverage import (
     risk_coverage_curve,
 )
 
+BEFORE = "the classifier was made before there were conformal sets"
 
-def measure_abstention(
-    conformal: dict[str, Any],
-    pack: Pack,
-    rows: np.ndarray,
-    probs: np.ndarray,
-    pred: np.ndarray,
-    *,
-    seed: int,
-    level: float = 0.95,
-) -> dict[str, Any]:
-    """Return the ``abstention`` entry of ``metrics.json``.
 
-    A promise is a mean over patients, so it is held against ``by_class`` (promised of each class) or
-    ``patient`` (of all patches), where every patient weighs the same; ``patch``, where every patch weighs the
-    same, stands beside them.
+@dataclass(frozen=True)
+class SetCounts:
+    """Patches by what their set holds: the predicted class alone, several classes, none, another alone."""
+
+    kept: int
+    several: int
+    empty: int
+    against_threshold: int
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Shares of patches: true class in the set, abstentions, errors that are kept, errors among the kept."""
+
+    coverage: Interval
+    abstained: Interval
+    error: Interval
+    error_among_kept: Interval
+
+
+@dataclass(frozen=True)
+class SetShares:
+    """What sets of given quantiles reach: with patients weighing the same, patches the same, and by class."""
+
+    quantiles: list[float]
+    patient: Shares
+    patch: Shares
+    by_class: dict[str, Shares]
+
+
+@dataclass(frozen=True)
+class RiskAt:
+    """Error rate of the most confident patches, and the lowest confidence among them."""
+
+    coverage: float
+    confidence: float
+    risk: Interval
+
+
+@dataclass(frozen=True)
+class Risk:
+    """Area under the risk-coverage curve, the least that the error rate allows, and points of the curve."""
+
+    area: Interval
+    ideal_area: float
+    error: float
+    at: list[RiskAt]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abstention:
+    """The ``abstention`` entry of ``metrics.json``.
+
+    Attributes:
+        alpha, promise, reason, n_calibration_patients, n_calibration_patches, unit, method, chosen_on: As
+            the classifier has them.
+        promised_coverage: ``1 - alpha``.
+        quantiles, patient, patch, by_class: Of the sets that abstain, as in `SetShares`; None without any.
+        sets: Their counts.
+        verdict: Whether the target coverage, a mean over patients, is reached (``kept``, ``broken`` or
+            ``open``): of each class, or of all patches.
+        per_patch: The shares of split conformal sets that take patches as independent.
+        risk_coverage: Risk against coverage.
+    """
+
+    alpha: float | None
+    promise: str | None
+    promised_coverage: float | None
+    reason: str | None
+    n_calibration_patients: int | None
+    n_calibration_patches: int | None
+    unit: str
+    method: str | None
+    chosen_on: str | None
+    quantiles: list[float] | None = None
+    patient: Shares | None = None
+    patch: Shares | None = None
+    by_class: dict[str, Shares] | None = None
+    sets: SetCounts | None
+    verdict: str | None
+    per_patch: SetShares | None
+    risk_coverage: Risk
+
+
+def measure_abstention(conformal: Mapping[str, Any], scored: ScoredPatches) -> Abstention:
+    """Measure the classifier's prediction sets on patches.
 
     Args:
-        conformal: As the classifier has it; empty in classifiers made before there was one.
-        pack: Targets, patients and class names.
-        rows: The judged patches, ``(n,)``.
-        probs: Their calibrated probabilities, ``(n, n_classes)``.
-        pred: The class each was called.
-        seed: Of bootstrap draws.
-        level: Nominal coverage of the intervals.
-
-    Returns:
-        ``alpha``, ``promise``, ``promised_coverage``, ``quantiles``, ``reason``, ``n_calibration_patients``,
-        ``n_calibration_patches``, ``unit``, ``method``, ``chosen_on``; ``sets`` (counts), ``patient``,
-        ``patch`` and each class of ``by_class`` (each: ``coverage``, ``abstained``, ``error``,
-        ``error_among_kept``) and ``verdict`` where there is a promise; ``per_patch`` with the same of the
-        plain version; ``risk_coverage``.
+        conformal: The entry of ``classifier.json``; empty in classifiers made before there was one.
+        scored: The patches.
     """
-    target, groups = pack.target[rows], pack.group_ids[rows]
-    how = {"seed": seed, "level": level, "unit": pack.unit}
-    before = {"reason": "the classifier was made before there were conformal sets"}
-    known: dict[str, Any] = conformal if "quantiles" in conformal else before
-    alpha, quantiles = known.get("alpha"), known.get("quantiles")
-    entry: dict[str, Any] = {
-        "alpha": alpha,
-        "promise": known.get("promise"),
-        "promised_coverage": None if alpha is None else 1 - alpha,
-        "quantiles": quantiles,
-        "reason": known.get("reason"),
-        "n_calibration_patients": known.get("n_patients"),
-        "n_calibration_patches": known.get("n_patches"),
-        "unit": known.get("unit", pack.unit),
-        "method": known.get("method"),
-        "chosen_on": known.get("chosen_on"),
-    }
-
-    def measure(quantiles: list[float]) -> dict[str, Any]:
-        return _measure_sets(predict_sets(probs, quantiles), target, pred, groups, pack.class_names, **how)
-
+    alpha, quantiles, plain = (conformal.get(key) for key in ("alpha", "quantiles", "per_patch_quantiles"))
+    shares, sets, verdict = None, None, None
     if quantiles is not None:
-        entry |= {"sets": count_sets(predict_sets(probs, quantiles), pred), **measure(quantiles)}
-        held = entry["by_class"].values() if known["promise"] == "each-class" else [entry["patient"]]
-        entry["verdict"] = judge_coverage(1 - known["alpha"], [shares["coverage"] for shares in held])
-    if (plain := known.get("per_patch_quantiles")) is not None:
-        entry["per_patch"] = {"quantiles": plain, **measure(plain)}
-    return entry | {"risk_coverage": _measure_risk(target, probs, pred, groups, **how)}
+        shares = _measure_sets(quantiles, scored)
+        sets = count_sets(predict_sets(scored.probs, quantiles), scored.pred)
+        held = shares.by_class.values() if conformal["promise"] == "each-class" else [shares.patient]
+        verdict = judge_coverage(1 - conformal["alpha"], [part.coverage for part in held])
+    return Abstention(
+        alpha=alpha,
+        promise=conformal.get("promise"),
+        promised_coverage=None if alpha is None else 1 - alpha,
+        reason=conformal["reason"] if "quantiles" in conformal else BEFORE,
+        n_calibration_patients=conformal.get("n_patients"),
+        n_calibration_patches=conformal.get("n_patches"),
+        unit=conformal.get("unit", scored.unit),
+        method=conformal.get("method"),
+        chosen_on=conformal.get("chosen_on"),
+        sets=sets,
+        verdict=verdict,
+        per_patch=None if plain is None else _measure_sets(plain, scored),
+        risk_coverage=_measure_risk(scored),
+        **({} if shares is None else vars(shares)),
+    )
 
 
-def count_sets(sets: np.ndarray, pred: np.ndarray) -> dict[str, int]:
-    """Count patches by what their set holds: the called class alone, another alone, several, none."""
-    size, has_called = sets.sum(axis=1), sets[np.arange(len(sets)), np.asarray(pred, int)]
-    return {
-        "kept": int((~abstain(sets, pred)).sum()),
-        "several": int((size > 1).sum()),
-        "empty": int((size == 0).sum()),
-        "against_threshold": int(((size == 1) & ~has_called).sum()),
-    }
+def count_sets(sets: np.ndarray, pred: np.ndarray) -> SetCounts:
+    """Count patches by what their set ``(n, n_classes)`` holds beside the predicted class."""
+    size, has_pred = sets.sum(axis=1), sets[np.arange(len(sets)), np.asarray(pred, int)]
+    return SetCounts(
+        kept=int((~abstain(sets, pred)).sum()),
+        several=int((size > 1).sum()),
+        empty=int((size == 0).sum()),
+        against_threshold=int(((size == 1) & ~has_pred).sum()),
+    )
 
 
-def judge_coverage(promised: float, coverages: Sequence[dict[str, Any]]) -> str:
-    """Return whether a promise was ``kept``, ``broken``, or missed by no more than chance allows (``open``).
-
-    Args:
-        promised: Coverage.
-        coverages: Estimates of what it was promised of, all of which must reach it.
-    """
-    result = [(one["value"], one["high"]) for one in coverages]
-    if any(high is not None and high < promised for _, high in result):
+def judge_coverage(target: float, coverages: Iterable[Interval]) -> str:
+    """Return whether every coverage reaches the target: ``kept``, ``open`` (within chance) or ``broken``."""
+    coverages = list(coverages)
+    if any(coverage.high is not None and coverage.high < target for coverage in coverages):
         return "broken"
-    return "kept" if all(value >= promised for value, _ in result) else "open"
+    return "kept" if all(coverage.value >= target for coverage in coverages) else "open"
 
 
-def _measure_sets(
-    sets: np.ndarray,
-    target: np.ndarray,
-    pred: np.ndarray,
-    groups: np.ndarray,
-    class_names: list[str],
-    **how: Any,
-) -> dict[str, Any]:
-    """Return coverage, abstention and error where patients weigh the same, where patches do, and by class."""
-    unanswered, wrong = abstain(sets, pred), pred != target
+def _measure_sets(quantiles: list[float], scored: ScoredPatches) -> SetShares:
+    sets, target = predict_sets(scored.probs, quantiles), scored.target
+    abstained, wrong = abstain(sets, scored.pred), scored.pred != target
     parts = {
         "coverage": sets[np.arange(len(target)), target],
-        "abstained": unanswered,
-        "error": wrong & ~unanswered,
+        "abstained": abstained,
+        "error": wrong & ~abstained,
         "error_among_kept": wrong,
     }
 
-    def measure(chosen: np.ndarray, equal_groups: bool) -> dict[str, Any]:
+    def measure(chosen: np.ndarray, equal_groups: bool) -> Shares:
         shares = estimate_shares(
             {name: part[chosen] for name, part in parts.items()},
-            groups[chosen],
-            of={"error_among_kept": ~unanswered[chosen]},
+            scored.group_ids[chosen],
+            of={"error_among_kept": ~abstained[chosen]},
             equal_groups=equal_groups,
-            **how,
+            **scored.resampling,
         )
-        return {name: share.to_dict() for name, share in shares.items()}
+        return Shares(**shares)
 
     every = np.ones(len(target), bool)
     patch = measure(every, False)
-    return {
-        "patient": patch if how["unit"] == "patch" else measure(every, True),  # each patch its own patient
-        "patch": patch,
-        "by_class": {
-            name: measure(target == k, True) for k, name in enumerate(class_names) if (target == k).any()
+    return SetShares(
+        quantiles=quantiles,
+        patient=patch if scored.unit == "patch" else measure(every, True),  # each patch its own patient
+        patch=patch,
+        by_class={
+            name: measure(target == k, True)
+            for k, name in enumerate(scored.class_names)
+            if (target == k).any()
         },
-    }
+    )
 
 
-def _measure_risk(
-    target: np.ndarray, probs: np.ndarray, pred: np.ndarray, groups: np.ndarray, **how: Any
-) -> dict[str, Any]:
-    wrong = pred != target
-    confidence = probs[np.arange(len(pred)), pred]
-    curve, result = risk_coverage_curve(wrong, confidence), estimate_risk(wrong, confidence, groups, **how)
+def _measure_risk(scored: ScoredPatches) -> Risk:
+    wrong = scored.pred != scored.target
+    confidence = scored.probs[np.arange(len(wrong)), scored.pred]
+    curve = risk_coverage_curve(wrong, confidence)
+    estimate = estimate_risk(wrong, confidence, scored.group_ids, **scored.resampling)
     error = float(wrong.mean())
-    return {
-        "area": result.area.to_dict(),
-        "ideal_area": optimal_aurc(error),
-        "error": error,
-        "at": [
-            {
-                "coverage": share,
-                "confidence": float(curve.confidence[np.searchsorted(curve.coverage, share - 1e-12)]),
-                "risk": result.at[share].to_dict(),
-            }
-            for share in COVERAGES
-        ],
-    }
+    at = [
+        RiskAt(
+            share,
+            float(curve.confidence[np.searchsorted(curve.coverage, share - 1e-12)]),
+            estimate.at[share],
+        )
+        for share in COVERAGES
+    ]
+    return Risk(estimate.area, optimal_aurc(error), error, at)

@@ -42,7 +42,7 @@ def describe_abstention(facts: RunFacts) -> Section | None:
                 "warning",
             )
         )
-    if "per_patch" in result:
+    if result["per_patch"]:
         blocks.append(_table_of_shares(result, facts.unit))
     blocks += [_table_of_risk(result["risk_coverage"]), Pictures(_draw(facts, result))]
     return Section("abstention", "Abstention", blocks)
@@ -92,7 +92,7 @@ def say_verdict(found: Mapping[str, Any], unit: str) -> str:
 
 
 def _say_refusal(found: Mapping[str, Any]) -> str:
-    if "per_patch" not in found:
+    if not found["per_patch"]:
         return "The risk-coverage curve below needs no guarantee: patches are ordered by confidence."
     return (
         "Split conformal prediction that treats patches as independent would state a guarantee nevertheless; "
@@ -163,7 +163,7 @@ def _draw(facts: RunFacts, found: Mapping[str, Any]) -> list[Picture]:
     target, pred = (table[name].to_numpy(int) for name in ("target", "pred"))
     probs = _probs(facts)
     kept = None
-    if "patch" in found and found["patch"]["error_among_kept"]["value"] is not None:
+    if found["patch"] and found["patch"]["error_among_kept"]["value"] is not None:
         kept = (1 - found["patch"]["abstained"]["value"], found["patch"]["error_among_kept"]["value"])
     bars = [{"coverage": at["coverage"], **at["risk"]} for at in found["risk_coverage"]["at"]]
     confidence = probs[np.arange(len(pred)), pred]
@@ -176,7 +176,7 @@ def _draw(facts: RunFacts, found: Mapping[str, Any]) -> list[Picture]:
         )
     ]
     groups = facts.group_ids
-    if "per_patch" in found and facts.unit != "patch" and groups.notna().all():
+    if found["per_patch"] and facts.unit != "patch" and groups.notna().all():
         scores = 1 - probs[np.arange(len(target)), target]
         ours, plain = (
             None if quantiles is None else _cover_groups(scores <= np.array(quantiles)[target], groups)

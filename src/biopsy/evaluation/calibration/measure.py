@@ -1,6 +1,7 @@
-"""Did the calibrator help where it was not fitted? The same probabilities before and after, side by side."""
+"""Calibration measured before and after the calibrator, on patches that it was not fitted on."""
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import softmax
@@ -10,76 +11,67 @@ from biopsy.models.classifier import Classifier, score_classes
 from biopsy.statistics.calibration import ece_floor
 from biopsy.statistics.intervals import estimate_metrics
 from biopsy.statistics.multiclass import ClassSample
-from biopsy.statistics.reliability import decompose_brier, estimate_reliability
+from biopsy.statistics.reliability import BrierParts, ReliabilityBin, decompose_brier, estimate_reliability
+from biopsy.statistics.resampling import Interval
 
 MEASURED_OF_CLASSES = ("ece", "brier", "nll")
 MEASURED = ("ece", "brier", "nll", "calibration_slope", "calibration_intercept")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reliability:
+    """Metrics of `MEASURED`, the ECE of a perfect classifier, and the bins of the reliability diagram.
+
+    With more than two classes the bins and the ECE are those of the predicted class; slope, intercept and
+    parts of the Brier score are None.
+    """
+
+    ece: Interval
+    brier: Interval
+    nll: Interval
+    calibration_slope: Interval | None = None
+    calibration_intercept: Interval | None = None
+    ece_floor: float
+    bins: list[ReliabilityBin]
+    brier_parts: BrierParts | None = None
+
+
 def measure_calibration(
-    classifier: Classifier,
-    logits: np.ndarray,
-    target: np.ndarray,
-    group_ids: np.ndarray,
-    *,
-    seed: int,
-    unit: str,
-    level: float = 0.95,
-) -> dict[str, Any]:
+    classifier: Classifier, logits: np.ndarray, scored: ScoredPatches
+) -> Mapping[str, object]:
     """Return the ``calibration`` entry of ``metrics.json``.
 
     Args:
-        classifier: Its calibrator is judged.
-        logits: Of the judged patches, ``(n, n_classes)``.
-        target: Their classes, ``(n,)``.
-        group_ids: The patient (slide, patch) of each.
-        seed: Of bootstrap draws and of the simulated floor.
-        unit: What a group is.
-        level: Nominal coverage.
+        classifier: Its calibrator is measured.
+        logits: Of the patches, ``(n, n_classes)``.
+        scored: The patches; their probabilities are made from the logits.
 
     Returns:
-        What ``classifier.json`` says of the calibrator, ``before`` and ``after``: the metrics of `MEASURED`
-        (for more than two classes `MEASURED_OF_CLASSES`) with intervals, ``ece_floor``, the ``bins`` of the
-        reliability plot and, for two classes, ``brier_parts``.
+        What ``classifier.json`` says of the calibrator, and `Reliability` ``before`` and ``after`` it.
     """
     scores = score_classes(logits, classifier.info.outputs)
     calibrated = classifier.calibrator.scale(scores)
 
-    def measure(of: np.ndarray) -> dict[str, Any]:
-        scored = ScoredPatches(
-            target=target,
-            probs=softmax(of, axis=1),
-            pred=of.argmax(axis=1),
-            group_ids=group_ids,
-            class_names=classifier.info.class_names,
-            positive_class=classifier.info.positive_class,
-            unit=unit,
-        )
-        return measure_reliability(scored, seed=seed, level=level)
+    def measure(of: np.ndarray) -> Reliability:
+        return measure_reliability(replace(scored, probs=softmax(of, axis=1), pred=of.argmax(axis=1)))
 
     before = measure(scores)
     after = before if calibrated is scores else measure(calibrated)
     return {**classifier.info.calibrator, "before": before, "after": after}
 
 
-def measure_reliability(scored: ScoredPatches, *, seed: int, level: float = 0.95) -> dict[str, Any]:
-    """Return what ``before`` and ``after`` of `measure_calibration` hold.
-
-    With more than two classes the bins, the floor and the calibration error are those of the called class.
-    """
-    sample = scored.sample()
-    options: dict[str, Any] = {"seed": seed, "unit": scored.unit, "level": level}
+def measure_reliability(scored: ScoredPatches) -> Reliability:
+    """Measure how far probabilities agree with observed frequencies."""
+    sample, parts = scored.sample(), None
     names: tuple[str, ...]
     if isinstance(sample, ClassSample):
         names, truth, prob = MEASURED_OF_CLASSES, scored.target == scored.pred, scored.probs.max(axis=1)
     else:
         names, truth, prob = MEASURED, scored.is_positive, scored.prob
-    bins = estimate_reliability(truth, prob, scored.group_ids, **options)
-    result = {
-        **{name: value.to_dict() for name, value in estimate_metrics(sample, names=names, **options).items()},
-        "ece_floor": ece_floor(prob, seed=seed),
-        "bins": [one.to_dict() for one in bins],
-    }
-    if scored.positive_class is not None:
-        result["brier_parts"] = decompose_brier(truth, prob).to_dict()
-    return result
+        parts = decompose_brier(truth, prob)
+    return Reliability(
+        **estimate_metrics(sample, names, **scored.resampling),
+        ece_floor=ece_floor(prob, seed=scored.seed),
+        bins=estimate_reliability(truth, prob, scored.group_ids, **scored.resampling),
+        brier_parts=parts,
+    )

@@ -44,7 +44,7 @@ def describe_calibration(facts: RunFacts) -> Section | None:
     if result["method"] != "none":
         sides = {"before": result["before"], **sides}
     blocks.append(_table(sides, facts.on_side))
-    if "bins" in result["after"]:
+    if result["after"].get("bins"):
         positive = facts.positive if facts.is_binary else None
         measured = "observed frequency against predicted probability"
         measured = measured if positive else "accuracy against the probability of the predicted class"
@@ -62,7 +62,7 @@ def describe_calibration(facts: RunFacts) -> Section | None:
         ]
         caption = f"Reliability diagrams (vertical lines: 95 % intervals over {plural(facts.unit)})"
         blocks.append(Pictures(pictures, caption=caption))
-    if "calibration_slope" in result["after"]:
+    if result["after"].get("calibration_slope"):
         blocks.append(Text(say_slope(result["after"], facts.positive)))
     return Section("calibration", "Calibration", blocks)
 
@@ -131,6 +131,7 @@ def _table(sides: Mapping[str, Mapping[str, Any]], judged: str) -> Table:
 
 
 def _cell(side: Mapping[str, Any], key: str, reasons: Footnotes) -> str:
-    if key in side:
+    if side.get(key) is not None:
         return number(side[key]) if key == "ece_floor" else reasons.estimate(side[key])
-    return number(side.get("brier_parts", {})[key]) if key in side.get("brier_parts", {}) else ""
+    parts = side.get("brier_parts") or {}
+    return number(parts[key]) if key in parts else ""

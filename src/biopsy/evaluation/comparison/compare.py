@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from biopsy.core.errors import MetricError, RunError, suggest
-from biopsy.core.files import update_directory, write_atomic, write_json
+from biopsy.core.files import plain, update_directory, write_atomic, write_json
 from biopsy.core.results import Result
 from biopsy.core.tables import write_csv
 from biopsy.evaluation.comparison.measure import EvaluationSet, ModelPredictions, compare_models, find_changed
@@ -98,7 +98,7 @@ def compare(
         changed = None
         if len(models) == 2:
             changed, document["changed"] = find_changed(models[0], models[1], test_set)
-        facts = ComparisonFacts(document, changed, _open_patches(models[0]), models[0].frames[0])
+        facts = ComparisonFacts(plain(document), changed, _open_patches(models[0]), models[0].frames[0])
         if hide_ids:
             facts = hide_comparison(facts)
         _write(partial, facts)

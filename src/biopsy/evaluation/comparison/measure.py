@@ -14,7 +14,6 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from biopsy.data.packs import group_by_unit
-from biopsy.evaluation.evaluate import LEVEL
 from biopsy.evaluation.scored import ScoredPatches
 from biopsy.statistics.intervals import estimate_metric
 from biopsy.statistics.metrics import METRICS, Metric, measure
@@ -103,7 +102,11 @@ def compare_models(
         "unit": test_set.unit,
         "n_patches": len(frame),
         "n_patients": result.resampler.n_groups,
-        "interval": {"level": LEVEL, "method": f"paired {result.resampler.method}, Student's t", "seed": 0},
+        "interval": {
+            "level": result.resampler.level,
+            "method": f"paired {result.resampler.method}, Student's t",
+            "seed": 0,
+        },
         "correction": "Holm over the comparisons, metric by metric",
         "models": [
             {
@@ -122,7 +125,7 @@ def compare_models(
 def sample_model(model: ModelPredictions, test_set: EvaluationSet) -> Sample:
     """Measure a model, the mean of its seeds, on the sample and on every reweighting of the patients."""
     samples = [test_set.sample(frame) for frame in model.frames]
-    return sample_seeds(samples, Resampler(len(samples[0].groups), unit=test_set.unit, level=LEVEL))
+    return sample_seeds(samples, Resampler(len(samples[0].groups), unit=test_set.unit))
 
 
 def measure_seeds(
@@ -141,7 +144,7 @@ def _describe(sample: Sample, test_set: EvaluationSet) -> dict[str, Any]:
         if not np.isnan(values).any()
     }
     values = {
-        name: estimate_metric(metric, sample.samples[0], sample.result).to_dict()
+        name: estimate_metric(metric, sample.samples[0], sample.result)
         for name, metric in test_set.metrics.items()
     }
     return {"patch": values, "over_seeds": over_seeds}
@@ -165,10 +168,10 @@ def _subtract_all(
             "compares": RECIPES if min(len(models[0].frames), len(models[place].frames)) > 1 else NETWORKS,
             "metrics": {
                 name: {
-                    **difference.interval.to_dict(),
+                    **vars(difference.interval),
                     "p": difference.p,
                     "p_holm": holm[name][place - 1],
-                    "over_patients": difference.over_patients.to_dict(),
+                    "over_patients": difference.over_patients,
                     "over_seeds": spread_seeds(
                         samples[place].by_seed[name], samples[0].by_seed[name], paired[place]
                     ),

@@ -13,15 +13,17 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import DataError, RunError
-from biopsy.core.files import read_json, replace_atomic, sha256_file, write_json
+from biopsy.core.files import plain, read_json, replace_atomic, sha256_file, write_json
 from biopsy.core.tables import read_parquet_table
 from biopsy.data.packs import Pack
 from biopsy.evaluation.errors.nearest_training_patches import find_nearest_training_patches
 from biopsy.evaluation.hypotheses.measure import MOST_MEASURED, draw_rows, key_of_subset
 from biopsy.evaluation.neighbours import count_neighbours, find_zones, measure_zones
 from biopsy.evaluation.patch_properties import PROPERTIES, measure_properties
+from biopsy.evaluation.scored import ScoredPatches
 from biopsy.models.engine import Engine
 from biopsy.statistics.contrasts import contrast_groups
+from biopsy.statistics.resampling import Interval
 from biopsy.training.runs import Run
 
 FORMAT = "biopsy-errors/1"
@@ -108,22 +110,20 @@ def _measure(run: Run, frame: pd.DataFrame, asked: Mapping[str, Any], device: st
     table = table.join(properties.set_axis(measured))
     table.insert(len(table.columns) - len(PROPERTIES), "sampled", np.isin(np.arange(len(table)), sampled))
     alike = find_nearest_training_patches(run, pack, classifier, rows[shown], engine=Engine(device))
-    groups, truth = pack.group_ids[rows], (pack.target[rows] == pack.positive_index).astype(int)
-    options: dict[str, Any] = {"seed": seed, "unit": pack.unit}
+    names = [f"prob_{name}" for name in pack.class_names]
+    scored = ScoredPatches.of_pack(pack, rows, frame[names].to_numpy(float), threshold, seed=seed)
     sample = table.iloc[sampled]
     about = {
         **asked,
         "positive_class": pack.info.positive_class,
         "unit": pack.unit,
-        "n_groups": len(np.unique(groups)),
+        "n_groups": scored.n_groups,
         "n_measured": len(sampled),
         "threshold": threshold,
         "counts": {kind: int((table["kind"] == kind).sum()) for kind in KINDS},
         "properties": PROPERTIES,
-        **contrast_errors(sample, groups[sampled], **options),
-        "zones": measure_zones(
-            table["zone"].to_numpy(object), truth, frame["prob"].to_numpy(float), groups, threshold, **options
-        ),
+        **contrast_errors(sample, scored.group_ids[sampled], seed=seed, unit=pack.unit),
+        "zones": measure_zones(table["zone"].to_numpy(object), scored, threshold),
         "training_reference": alike.about,
         "galleries": {
             kind: [
@@ -137,7 +137,7 @@ def _measure(run: Run, frame: pd.DataFrame, asked: Mapping[str, Any], device: st
             for kind, places in galleries.items()
         },
     }
-    return ErrorRecord(about, table)
+    return ErrorRecord(plain(about), table)
 
 
 def tabulate_errors(pack: Pack, rows: np.ndarray, prob: np.ndarray, threshold: float) -> pd.DataFrame:
@@ -217,7 +217,6 @@ def contrast_errors(
             level=level_each,
             draws=DRAWS,
         )
-        within = None if result.within is None else result.within.to_dict()
         few = len(result.by_group) <= MOST_GROUPS
         contrasts.append(
             {
@@ -228,10 +227,10 @@ def contrast_errors(
                 "n_others": result.n_others,
                 "mean_errors": result.mean_chosen,
                 "mean_others": result.mean_others,
-                "within": within,
-                "auroc": result.auroc.to_dict(),
-                "difference_sd": result.difference_sd.to_dict(),
-                "verdict": _judge(within or result.auroc.to_dict()),
+                "within": result.within,
+                "auroc": result.auroc,
+                "difference_sd": result.difference_sd,
+                "verdict": _judge(result.within or result.auroc),
                 "by_group": result.by_group.replace({np.nan: None}).to_dict(orient="index") if few else {},
             }
         )
@@ -239,10 +238,10 @@ def contrast_errors(
     return {**item, "contrasts": contrasts}
 
 
-def _judge(estimate: Mapping[str, Any]) -> str:
-    if estimate["low"] is None:
+def _judge(estimate: Interval) -> str:
+    if estimate.low is None or estimate.high is None:
         return "unsaid"
-    return "higher" if estimate["low"] > 0.5 else "lower" if estimate["high"] < 0.5 else "not seen"
+    return "higher" if estimate.low > 0.5 else "lower" if estimate.high < 0.5 else "not seen"
 
 
 def find_unusual(row: pd.Series, sample: pd.DataFrame) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import cv2
 import numpy as np
@@ -32,7 +32,7 @@ from biopsy.models.engine import Engine
 from biopsy.models.inference import open_predictor, predict_classifier
 from biopsy.models.networks import describe
 from biopsy.statistics.intervals import describe_method
-from biopsy.statistics.resampling import clustered_mean
+from biopsy.statistics.resampling import Interval, Resampling, clustered_mean
 from biopsy.training.runs import Run
 
 Traced = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -47,9 +47,7 @@ def judge_method(
     traced: Traced,
     randomised: Sequence[Mapping[str, Any]],
     group_ids: np.ndarray,
-    *,
-    seed: int,
-    unit: str,
+    **resampling: Unpack[Resampling],
 ) -> dict[str, Any]:
     """Return the record of a method.
 
@@ -58,44 +56,43 @@ def judge_method(
         traced: Curves of deletion and insertion, by method and baseline.
         randomised: One record a step of weight randomisation.
         group_ids: Patient (slide, patch) of each patch.
-        seed: Of bootstrap draws.
-        unit: What a group is.
+        **resampling: As of `Resampler`, ``unit`` among them.
     """
     score, gains, n_better = _score(traced[name]), {}, {}
     for baseline in BASELINES:
         gain = score - _score(traced[baseline])
-        gains[baseline] = clustered_mean(gain, group_ids, seed=seed, unit=unit).to_dict()
+        gains[baseline] = clustered_mean(gain, group_ids, **resampling)
         n_better[baseline] = int((gain > 0).sum())
     record = {
         "name": name,
         "title": find_method(name).title,
-        **describe_curves(traced[name], group_ids, seed=seed, unit=unit),
+        **describe_curves(traced[name], group_ids, **resampling),
         "gain": gains,
         "n_better": n_better,
         "verdict": {baseline: compare_with_baselines(gain) for baseline, gain in gains.items()},
         "randomised": list(randomised),
     }
-    return record | {"answer": describe_gain(record, len(np.unique(group_ids)), unit)}
+    return record | {"answer": describe_gain(record, len(np.unique(group_ids)), resampling["unit"])}
 
 
 def describe_curves(
-    curves: tuple[np.ndarray, np.ndarray], group_ids: np.ndarray, *, seed: int, unit: str
+    curves: tuple[np.ndarray, np.ndarray], group_ids: np.ndarray, **resampling: Unpack[Resampling]
 ) -> dict[str, Any]:
     """Return the mean curves of deletion and insertion, and the areas under them with their intervals."""
     result: dict[str, Any] = {}
     for name, curve in zip(("deletion", "insertion"), curves, strict=True):
-        area = clustered_mean(area_under(curve), group_ids, seed=seed, unit=unit, bounds=(0.0, 1.0))
-        result[name] = area.to_dict() | {"curve": curve.mean(axis=0).tolist()}
+        area = clustered_mean(area_under(curve), group_ids, bounds=(0.0, 1.0), **resampling)
+        result[name] = {**vars(area), "curve": curve.mean(axis=0).tolist()}
     return result
 
 
-def compare_with_baselines(gain: Mapping[str, Any]) -> str:
+def compare_with_baselines(gain: Interval) -> str:
     """Return ``beats``, ``worse``, ``no better``, or ``unsaid`` where there is no interval."""
-    if gain["low"] is None:
+    if gain.low is None or gain.high is None:
         return "unsaid"
-    if gain["low"] > 0:
+    if gain.low > 0:
         return "beats"
-    return "worse" if gain["high"] < 0 else "no better"
+    return "worse" if gain.high < 0 else "no better"
 
 
 def describe_gain(record: Mapping[str, Any], n_groups: int, unit: str) -> str:
@@ -103,10 +100,10 @@ def describe_gain(record: Mapping[str, Any], n_groups: int, unit: str) -> str:
     title, parts = record["title"], []
     if "unsaid" in record["verdict"].values():
         result = [
-            f"{abs(gain['value']):.2f} {'above' if gain['value'] >= 0 else 'below'} {BASELINES[baseline]}"
+            f"{abs(gain.value):.2f} {'above' if gain.value >= 0 else 'below'} {BASELINES[baseline]}"
             for baseline, gain in record["gain"].items()
         ]
-        reason = record["gain"]["random"]["reason"]
+        reason = record["gain"]["random"].reason
         parts.append(
             f"{title}: inconclusive with {count(n_groups, unit)} ({reason}); point estimate: "
             + " and ".join(result)
@@ -130,16 +127,13 @@ def _score(curves: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     return (area_under(inserted) - area_under(deleted)) / 2
 
 
-def _spell_gain(gain: Mapping[str, Any]) -> str:
-    by = f"by {gain['value']:.2f}" if gain["low"] > 0 else f"({gain['value']:.2f}"
-    interval = f"{gain['low']:.2f} to {gain['high']:.2f}"
-    if gain["low"] > 0:
-        return f"{by} ({interval})"
-    return (
-        f"by {-gain['value']:.2f} ({-gain['high']:.2f} to {-gain['low']:.2f})"
-        if gain["high"] < 0
-        else (f"{by}, {interval})")
-    )
+def _spell_gain(gain: Interval) -> str:
+    assert gain.low is not None and gain.high is not None
+    if gain.low > 0:
+        return f"by {gain.value:.2f} ({gain.low:.2f} to {gain.high:.2f})"
+    if gain.high < 0:
+        return f"by {-gain.value:.2f} ({-gain.high:.2f} to {-gain.low:.2f})"
+    return f"({gain.value:.2f}, {gain.low:.2f} to {gain.high:.2f})"
 
 
 FORMAT = "biopsy-faithfulness/1"
@@ -202,7 +196,7 @@ def measure_faithfulness(
     likeness = compare_randomised(
         classifier, patches[:N_RANDOMISED], class_index[:N_RANDOMISED], maps, layers, engine, seed=seed
     )
-    options: dict[str, Any] = {"seed": seed, "unit": pack.unit}
+    options: Resampling = {"seed": seed, "unit": pack.unit}
     result = [
         {**judge_method(name, traced, likeness[name], groups, **options), "layer": layers[name]}
         for name in maps

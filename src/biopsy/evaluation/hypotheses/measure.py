@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import cv2
 import numpy as np
@@ -22,7 +22,7 @@ from biopsy.slide_io.stain import combine_stains, separate_stains
 from biopsy.statistics.contrasts import contrast_groups
 from biopsy.statistics.intervals import describe_method, estimate_metrics
 from biopsy.statistics.paired import estimate_differences
-from biopsy.statistics.resampling import Interval, clustered_ratio
+from biopsy.statistics.resampling import Interval, Resampling, clustered_ratio
 from biopsy.statistics.weighted_counts import sort_scores
 from biopsy.training.runs import Run
 
@@ -160,7 +160,7 @@ def _measure(run: Run, frame: pd.DataFrame, seed: int, device: str) -> dict[str,
     rows = pack.rows_of(frame["patch_id"])
     truth, groups = (pack.target[rows] == pack.positive_index).astype(int), pack.group_ids[rows]
     prob, threshold = frame["prob"].to_numpy(float), run.info["threshold"]["value"]
-    options: dict[str, Any] = {"seed": seed, "unit": pack.unit}
+    options: Resampling = {"seed": seed, "unit": pack.unit}
 
     measured = draw_rows(len(rows), MOST_MEASURED, seed)
     properties = measure_properties(pack.patches, pack.sizes, index=rows[measured])
@@ -199,9 +199,7 @@ def judge_less_stained(
     truth: np.ndarray,
     called: np.ndarray,
     group_ids: np.ndarray,
-    *,
-    seed: int,
-    unit: str,
+    **resampling: Unpack[Resampling],
 ) -> dict[str, Any]:
     """Ask whether missed positives hold less stain than found ones.
 
@@ -210,12 +208,11 @@ def judge_less_stained(
         truth: 1 where a patch is positive, ``(n,)``.
         called: Whether it was called positive.
         group_ids: Patient (slide, patch) of each.
-        seed: Of bootstrap draws.
-        unit: What a group is.
+        **resampling: As of `Resampler`, ``unit`` among them.
     """
     of = truth == 1
     measures = [
-        _contrast(name, -1, properties[name][of], ~called[of], group_ids[of], FOUND, seed, unit)
+        _contrast(name, -1, properties[name][of], ~called[of], group_ids[of], FOUND, **resampling)
         for name in ("stain", "haematoxylin", "eosin")
     ]
     return {
@@ -227,7 +224,7 @@ def judge_less_stained(
             measures[0],
             ("false negatives are {} stained than true positives", "less", "more"),
             group_ids,
-            unit,
+            resampling["unit"],
         ),
         "note": _WRONG_GALLERY,
         "measures": measures,
@@ -239,16 +236,20 @@ def judge_heterogeneous(
     truth: np.ndarray,
     called: np.ndarray,
     group_ids: np.ndarray,
-    *,
-    seed: int,
-    unit: str,
+    **resampling: Unpack[Resampling],
 ) -> dict[str, Any]:
     """Ask whether false alarms vary more within themselves than true negatives; see `judge_less_stained`."""
     of = truth == 0
     names = ("false positives", "true negatives")
     measures = [
         _contrast(
-            "heterogeneity", 1, properties["heterogeneity"][of], called[of], group_ids[of], names, seed, unit
+            "heterogeneity",
+            1,
+            properties["heterogeneity"][of],
+            called[of],
+            group_ids[of],
+            names,
+            **resampling,
         )
     ]
     return {
@@ -260,7 +261,7 @@ def judge_heterogeneous(
             measures[0],
             ("false positives are {} heterogeneous than true negatives", "more", "less"),
             group_ids,
-            unit,
+            resampling["unit"],
         ),
         "note": _WRONG_GALLERY,
         "measures": measures,
@@ -273,9 +274,7 @@ def judge_blue_yellow(
     without: Mapping[str, np.ndarray],
     shares: pd.DataFrame,
     group_ids: np.ndarray,
-    *,
-    seed: int,
-    unit: str,
+    **resampling: Unpack[Resampling],
 ) -> dict[str, Any]:
     """Ask whether blue and yellow pixels get more saliency than their share, and what colour is worth.
 
@@ -285,31 +284,34 @@ def judge_blue_yellow(
         without: The same of the patches with colour taken out, by name.
         shares: As `share_saliency` gives them.
         group_ids: Patient (slide, patch) of each.
-        seed: Of bootstrap draws.
-        unit: What a group is.
+        **resampling: As of `Resampler`, ``unit`` among them.
     """
-    options: dict[str, Any] = {"seed": seed, "unit": unit}
-    saliency = {colour: _measure_share(shares, colour, group_ids, **options) for colour in COLOURS}
-    auroc = {"as it is": {"auroc": _auroc(truth, prob, group_ids, **options)}}
+    saliency = {colour: _measure_share(shares, colour, group_ids, **resampling) for colour in COLOURS}
+    auroc: dict[str, dict[str, Interval]] = {
+        "as it is": {"auroc": _auroc(truth, prob, group_ids, **resampling)}
+    }
     for name, other in without.items():
-        difference = estimate_differences(truth, other, prob, group_ids, names=["auroc"], **options)["auroc"]
+        difference = estimate_differences(truth, other, prob, group_ids, names=["auroc"], **resampling)[
+            "auroc"
+        ]
         auroc[name] = {
-            "auroc": _auroc(truth, other, group_ids, **options),
-            "difference": difference.to_dict(),
+            "auroc": _auroc(truth, other, group_ids, **resampling),
+            "difference": difference,
         }
     verdicts = {colour: _judge(result["ratio"], 1.0) for colour, result in saliency.items()}
     order = ("held", "opposite", "not seen", "unsaid")
     verdict = min(verdicts.values(), key=order.index)
     parts = [_say_share(colour, result) for colour, result in saliency.items()]
-    if auroc["as it is"]["auroc"]["value"] is not None and "grey" in auroc:
-        before, grey = auroc["as it is"]["auroc"]["value"], auroc["grey"]
+    before = auroc["as it is"]["auroc"].value
+    if not np.isnan(before) and "grey" in auroc:
+        grey = auroc["grey"]
         parts.append(
-            f"on patches converted to grey the AUROC is {grey['auroc']['value']:.3f} instead of {before:.3f} "
+            f"on patches converted to grey the AUROC is {grey['auroc'].value:.3f} instead of {before:.3f} "
             f"(difference {_estimate(grey['difference'], '+.3f')})"
         )
     which = [colour for colour, result in verdicts.items() if result == verdict]
     of = "" if verdict == "unsaid" else f" for {' and '.join(which)}"
-    lead = _lead(verdict, group_ids, unit, saliency[which[0]]["ratio"]["reason"], of)
+    lead = _lead(verdict, group_ids, resampling["unit"], saliency[which[0]]["ratio"].reason, of)
     return {
         "name": "blue and yellow",
         "claim": "The network attends to blue and yellow pixels.",
@@ -357,13 +359,10 @@ def _contrast(
     chosen: np.ndarray,
     group_ids: np.ndarray,
     names: tuple[str, str],
-    seed: int,
-    unit: str,
+    **resampling: Unpack[Resampling],
 ) -> dict[str, Any]:
     """Compare a property in the direction of the conjecture: -1 where the chosen are to have less of it."""
-    result = contrast_groups(
-        direction * values.to_numpy(), chosen, group_ids, seed=seed, unit=unit, names=names
-    )
+    result = contrast_groups(direction * values.to_numpy(), chosen, group_ids, names=names, **resampling)
     return {
         "property": name,
         "direction": "more" if direction > 0 else "less",
@@ -373,9 +372,9 @@ def _contrast(
         "n_others": result.n_others,
         "mean_chosen": direction * result.mean_chosen,
         "mean_others": direction * result.mean_others,
-        "difference_sd": result.difference_sd.to_dict(),
-        "auroc": result.auroc.to_dict(),
-        "within": None if result.within is None else result.within.to_dict(),
+        "difference_sd": result.difference_sd,
+        "auroc": result.auroc,
+        "within": result.within,
         "by_group": result.by_group.replace({np.nan: None}).to_dict(orient="index"),
     }
 
@@ -386,46 +385,46 @@ def _judge_contrast(
     """Return verdict and answer: does the AUROC's interval lie above .5?"""
     auroc, difference = measure["auroc"], measure["difference_sd"]
     verdict = _judge(auroc, 0.5)
-    if auroc["value"] is None:
-        return {"verdict": verdict, "answer": f"Not tested: {auroc['reason']}."}
+    if np.isnan(auroc.value):
+        return {"verdict": verdict, "answer": f"Not tested: {auroc.reason}."}
     sentence, more, less = words
-    said = sentence.format(more if (difference["value"] or 0) >= 0 else less)
-    size = "" if difference["value"] is None else f", by {abs(difference['value']):.2f} standard deviations"
-    lead = _lead(verdict, group_ids, unit, auroc["reason"])
-    return {"verdict": verdict, "answer": f"{lead} {said}{size}; AUROC {_estimate(auroc, '.3f')}."}
+    statement = sentence.format(less if difference.value < 0 else more)
+    size = "" if np.isnan(difference.value) else f", by {abs(difference.value):.2f} standard deviations"
+    lead = _lead(verdict, group_ids, unit, auroc.reason)
+    return {"verdict": verdict, "answer": f"{lead} {statement}{size}; AUROC {_estimate(auroc, '.3f')}."}
 
 
 def _measure_share(
-    shares: pd.DataFrame, colour: str, group_ids: np.ndarray, *, seed: int, unit: str
+    shares: pd.DataFrame, colour: str, group_ids: np.ndarray, **resampling: Unpack[Resampling]
 ) -> dict[str, Any]:
     known = shares[f"{colour}_saliency"].notna().to_numpy()
     area, saliency = (shares[f"{colour}_{what}"].to_numpy()[known] for what in ("area", "saliency"))
     if not known.any() or area.mean() < LEAST_AREA:
         ratio = Interval(float("nan"), reason=f"hardly any pixel is {colour}")
     else:
-        ratio = clustered_ratio(saliency, area, group_ids[known], seed=seed, unit=unit)
+        ratio = clustered_ratio(saliency, area, group_ids[known], **resampling)
     item = pd.DataFrame({"area": area, "saliency": saliency}).groupby(group_ids[known]).mean()
     return {
         "area_share": area.mean() if known.any() else None,
         "saliency_share": saliency.mean() if known.any() else None,
-        "ratio": ratio.to_dict(),
-        "by_group": item.to_dict(orient="index") if unit != "patch" else {},
+        "ratio": ratio,
+        "by_group": item.to_dict(orient="index") if resampling["unit"] != "patch" else {},
     }
 
 
 def _auroc(
-    truth: np.ndarray, prob: np.ndarray, group_ids: np.ndarray, *, seed: int, unit: str
-) -> dict[str, Any]:
+    truth: np.ndarray, prob: np.ndarray, group_ids: np.ndarray, **resampling: Unpack[Resampling]
+) -> Interval:
     scores = sort_scores(truth, prob, group_ids=group_ids)
-    return estimate_metrics(scores, seed=seed, names=["auroc"], unit=unit)["auroc"].to_dict()
+    return estimate_metrics(scores, ["auroc"], **resampling)["auroc"]
 
 
-def _judge(estimate: Mapping[str, Any], neutral: float) -> str:
-    if estimate["low"] is None:
+def _judge(estimate: Interval, neutral: float) -> str:
+    if estimate.low is None or estimate.high is None:
         return "unsaid"
-    if estimate["low"] > neutral:
+    if estimate.low > neutral:
         return "held"
-    return "opposite" if estimate["high"] < neutral else "not seen"
+    return "opposite" if estimate.high < neutral else "not seen"
 
 
 def _lead(verdict: str, group_ids: np.ndarray, unit: str, reason: str | None, of: str = "") -> str:
@@ -435,16 +434,16 @@ def _lead(verdict: str, group_ids: np.ndarray, unit: str, reason: str | None, of
 
 
 def _say_share(colour: str, found: Mapping[str, Any]) -> str:
-    if found["ratio"]["value"] is None:
-        return str(found["ratio"]["reason"])
+    if np.isnan(found["ratio"].value):
+        return str(found["ratio"].reason)
     return (
         f"{colour} pixels make up {found['area_share']:.1%} of the area and {found['saliency_share']:.1%} of "
         f"the saliency (ratio {_estimate(found['ratio'], '.2f')})"
     )
 
 
-def _estimate(estimate: Mapping[str, Any], style: str) -> str:
+def _estimate(estimate: Interval, style: str) -> str:
     """Write a number, with its interval in brackets where it has one."""
-    if estimate["low"] is None:
-        return f"{estimate['value']:{style}}"
-    return f"{estimate['value']:{style}} ({estimate['low']:{style}} to {estimate['high']:{style}})"
+    if estimate.low is None:
+        return f"{estimate.value:{style}}"
+    return f"{estimate.value:{style}} ({estimate.low:{style}} to {estimate.high:{style}})"

@@ -1,0 +1,272 @@
+"""What an evaluation measures of scored patches: metrics, operating points, net benefit, subgroups."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from biopsy.data.packs import COLUMNS
+from biopsy.evaluation.scored import ScoredPatches
+from biopsy.statistics.calibration import ece_floor
+from biopsy.statistics.decisions import (
+    Calls,
+    count_calls,
+    estimate_benefit_gain,
+    estimate_net_benefit,
+    estimate_predictive_values,
+    estimate_rates,
+    net_benefit,
+)
+from biopsy.statistics.intervals import (
+    PatientSummary,
+    estimate_metrics,
+    estimate_one_vs_rest,
+    estimate_patient_metrics,
+)
+from biopsy.statistics.multiclass import ClassReport, ClassSample, classification_report
+from biopsy.statistics.resampling import Interval
+from biopsy.statistics.thresholds import parse_rule
+
+CURVE = np.arange(1, 100) / 100  # threshold probabilities of the decision curve
+MARKED = np.arange(1, 20) / 20  # those with an interval
+
+SHOWN = ("auroc", "sensitivity", "specificity", "balanced_accuracy")
+SHOWN_OF_CLASSES = ("accuracy", "balanced_accuracy", "f1_macro", "auroc")
+MOST_VALUES = 12
+RELABELLED = ("label_before", "label_by", "label_at")
+PCAM = ("coord_x", "coord_y", "tumor_patch", "center_tumor_patch")  # place and label once more
+OWN_COLUMNS = {*COLUMNS, "own_side", "row", "label_share", *RELABELLED, *PCAM}
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """True and false positives and negatives."""
+
+    tp: int
+    fp: int
+    fn: int
+    tn: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Performance:
+    """What follows from probabilities alone; None where it is not defined for the number of classes."""
+
+    patch: dict[str, Interval]
+    classification_report: list[ClassReport]
+    confusion: Confusion | None = None
+    at_half: Confusion | None = None
+    prevalence: float | None = None
+    ece_floor: float | None = None
+    patient: dict[str, PatientSummary] | None = None
+    confusion_matrix: np.ndarray | None = None
+    one_vs_rest: dict[str, dict[str, Interval]] | None = None
+
+
+def measure_performance(scored: ScoredPatches, threshold: float | None) -> Performance:
+    """Return the metrics over patches and over patients, at a threshold (0.5 if None) and at 0.5."""
+    sample, matrix = scored.sample(), scored.confusion()
+    report = classification_report(matrix, scored.class_names)
+    pooled = estimate_metrics(sample, **scored.resampling)
+    if isinstance(sample, ClassSample):
+        return Performance(
+            patch=pooled,
+            classification_report=report,
+            confusion_matrix=matrix,
+            one_vs_rest=estimate_one_vs_rest(sample, **scored.resampling),
+        )
+    truth, prob, value = scored.is_positive, scored.prob, 0.5 if threshold is None else threshold
+    patients = None
+    if scored.unit != "patch":
+        patients = estimate_patient_metrics(truth, prob, scored.group_ids, value, unit=scored.unit)
+    return Performance(
+        patch=pooled,
+        classification_report=report,
+        confusion=_count(truth, prob >= value),
+        at_half=_count(truth, prob >= 0.5),
+        prevalence=float(truth.mean()),
+        ece_floor=ece_floor(prob, seed=scored.seed),
+        patient=patients,
+    )
+
+
+def _count(truth: np.ndarray, pred: np.ndarray) -> Confusion:
+    tp, fp = int((pred & (truth == 1)).sum()), int((pred & (truth == 0)).sum())
+    return Confusion(tp, fp, int(truth.sum()) - tp, int((truth == 0).sum()) - fp)
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A threshold: what its rule targets, reached where it was chosen, and reaches on these patches."""
+
+    rule: str
+    threshold: float
+    chosen_on: str | None
+    target: dict[str, float] | None
+    where_chosen: dict[str, float | None]
+    achieved: dict[str, Interval]
+    drift: dict[str, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetBenefit(Interval):
+    """Net benefit at a threshold probability, and its gain over acting on all or on no patches."""
+
+    threshold: float
+    gain: Interval
+
+
+@dataclass(frozen=True)
+class DecisionCurve:
+    """Net benefit per patch of the model and of treating all (of treating none it is 0)."""
+
+    thresholds: np.ndarray
+    model: np.ndarray
+    treat_all: np.ndarray
+    marked: list[NetBenefit]
+
+
+@dataclass(frozen=True)
+class PredictiveValues:
+    """PPV and NPV at a threshold and a stated prevalence."""
+
+    rule: str
+    threshold: float
+    ppv: Interval
+    npv: Interval
+
+
+@dataclass(frozen=True)
+class AtPrevalence:
+    """Predictive values of each threshold at a stated prevalence."""
+
+    prevalence: float
+    points: list[PredictiveValues]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decisions:
+    """What frozen thresholds do on these patches, and whether acting on them pays; of two classes."""
+
+    operating_points: list[OperatingPoint] | None = None
+    decision_curve: DecisionCurve | None = None
+    at_prevalence: AtPrevalence | None = None
+
+
+def measure_decisions(
+    scored: ScoredPatches, thresholds: Sequence[Mapping[str, Any]], *, prevalence: float | None = None
+) -> Decisions:
+    """Return operating points, decision curve and, with a prevalence, predictive values; of two classes.
+
+    Args:
+        scored: The patches.
+        thresholds: As in ``classifier.json``: ``value``, ``rule``, ``chosen_on`` and what was reached there.
+        prevalence: At which PPV and NPV are worked out.
+
+    Raises:
+        MetricError: If the prevalence is not between 0 and 1.
+    """
+    if scored.positive_class is None:
+        return Decisions()
+    truth, prob = scored.is_positive, scored.prob
+    at = [*(frozen["value"] for frozen in thresholds), *MARKED]
+    calls = count_calls(truth, prob, scored.group_ids, at, **scored.resampling)
+    values = None
+    if prevalence is not None:
+        points = [
+            PredictiveValues(
+                frozen["rule"], frozen["value"], **estimate_predictive_values(calls, k, prevalence)
+            )
+            for k, frozen in enumerate(thresholds)
+        ]
+        values = AtPrevalence(prevalence, points)
+    marked = [
+        NetBenefit(
+            **vars(estimate_net_benefit(calls, k)),
+            threshold=float(value),
+            gain=estimate_benefit_gain(calls, k),
+        )
+        for k, value in enumerate(MARKED, start=len(thresholds))
+    ]
+    everybody = net_benefit(truth, np.ones(len(truth)), CURVE)
+    return Decisions(
+        operating_points=[_operating_point(calls, k, frozen) for k, frozen in enumerate(thresholds)],
+        decision_curve=DecisionCurve(CURVE, net_benefit(truth, prob, CURVE), everybody, marked),
+        at_prevalence=values,
+    )
+
+
+def _operating_point(calls: Calls, k: int, frozen: Mapping[str, Any]) -> OperatingPoint:
+    rates, rule = estimate_rates(calls, k), frozen["rule"]
+    name = rule.partition("=")[0]
+    chosen = {name: frozen.get(name) for name in ("sensitivity", "specificity")}
+    return OperatingPoint(
+        rule=rule,
+        threshold=frozen["value"],
+        chosen_on=frozen["chosen_on"],
+        target={name: parse_rule(rule)[1]} if name in chosen else None,
+        where_chosen=chosen,
+        achieved=rates,
+        drift={name: None if value is None else rates[name].value - value for name, value in chosen.items()},
+    )
+
+
+@dataclass(frozen=True)
+class Subgroup:
+    """The metrics within one value of a column, each interval by itself."""
+
+    n_patches: int
+    n_patients: int
+    patch: dict[str, Interval]
+
+
+@dataclass(frozen=True)
+class SubgroupIntervals:
+    """How many subgroups there are; their intervals are not simultaneous."""
+
+    level: float
+    n_subgroups: int
+    corrected: bool = False
+
+
+def pick_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the columns of a pack's table that were joined, and ``site_id``."""
+    return table[[name for name in table.columns if name == "site_id" or name not in OWN_COLUMNS]]
+
+
+def measure_subgroups(scored: ScoredPatches, columns: pd.DataFrame) -> dict[str, dict[str, Subgroup]]:
+    """Return the metrics of every value of every column, by column and value.
+
+    Numbers with more than `MOST_VALUES` distinct values are cut at their quartiles over these patches; text
+    with more is left out.
+
+    Args:
+        scored: The patches.
+        columns: A row per patch in the same order.
+    """
+    shown = SHOWN_OF_CLASSES if scored.positive_class is None else SHOWN
+    result: dict[str, dict[str, Subgroup]] = {}
+    for column in columns:
+        labels = _label(columns[column])
+        if labels is None:
+            continue
+        result[str(column)] = {}
+        for value in sorted(labels.dropna().unique()):
+            part = scored.take(labels.eq(value).fillna(False).to_numpy(bool))
+            metrics = estimate_metrics(part.sample(), shown, **scored.resampling)
+            result[str(column)][str(value)] = Subgroup(len(part), part.n_groups, metrics)
+    return result
+
+
+def _label(column: pd.Series) -> pd.Series | None:
+    """Return the name of each patch's subgroup, or None for a column that makes none."""
+    n_values = column.nunique()
+    if n_values < 2:
+        return None
+    if n_values <= MOST_VALUES:
+        return column.astype("string")
+    if pd.api.types.is_numeric_dtype(column):
+        return pd.qcut(column.astype(float), 4, duplicates="drop").astype("string")
+    return None
