@@ -28,9 +28,9 @@ from pathlib import Path
 import numpy as np
 
 from biopsy.core.seeds import make_rng
-from biopsy.data.packing import prepare
 from biopsy.data.packs import is_pack
 from biopsy.data.predictions import read_predictions
+from biopsy.data.prepare import prepare
 from biopsy.data.splits import make_split
 from biopsy.evaluation.evaluate import evaluate
 from biopsy.phantom.cohort import write_archive

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from biopsy.data.packing import prepare
+from biopsy.data.prepare import prepare
 from biopsy.evaluation.evaluate import evaluate
 from biopsy.evaluation.explanation.faithfulness import (
     draw_patches,

@@ -33,8 +33,8 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from biopsy.data.packing import prepare
 from biopsy.data.packs import Pack
+from biopsy.data.prepare import prepare
 from biopsy.data.splits import make_split
 from biopsy.evaluation.colour_baseline import colour_baseline
 from biopsy.models.engine import Engine

@@ -44,7 +44,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from biopsy.data.packing import prepare
+from biopsy.data.prepare import prepare
 from biopsy.phantom.cohort import iter_patches
 
 RESULTS = Path(__file__).parent / "results"

@@ -216,7 +216,7 @@ def draw_files(source: Path, n_patches: int, folder: Path) -> tuple[Path, Path]:
 
 def compare(source: Path, n_patches: int, repeats: int, stacks: list[str]) -> None:
     """Take turns, print and write down the medians."""
-    from biopsy.data.packing import prepare
+    from biopsy.data.prepare import prepare
 
     with tempfile.TemporaryDirectory() as folder:
         tree, archive = draw_files(source, n_patches, Path(folder))

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from biopsy.core.errors import SplitError
 from biopsy.data.audit import audit_pack, find_blocking_issues
-from biopsy.data.leakage import check_no_leakage, find_overlap
 from biopsy.data.packs import Pack
 from biopsy.data.protocols import LEAK_PROTOCOLS, PROTOCOLS, Request
-from biopsy.data.splits import find_split, load_split, make_split, save_split
+from biopsy.data.splits import check_no_leakage, find_overlap, find_split, load_split, make_split, save_split
 from biopsy.experiments.leakage import make_leak_splits, matched
 
 MakePack = Callable[..., Pack]

@@ -231,7 +231,7 @@ def test_hash_looks_at_the_real_part_only(make_patches: MakePatches) -> None:
 
 @pytest.mark.data
 def test_duplicates_of_pcam(data_dir: Path, tmp_path: Path) -> None:
-    from biopsy.data.packing import prepare
+    from biopsy.data.prepare import prepare
 
     pack = prepare(data_dir / "pcam" / "pcam_train_valid.zip", tmp_path / "pcam.pack")
     audit = audit_pack(pack, make_split(pack, protocol="official"))

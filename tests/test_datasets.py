@@ -13,7 +13,7 @@ from PIL import Image
 from biopsy.core.errors import ArchiveError, DataError
 from biopsy.data.archives import open_archive
 from biopsy.data.datasets import DATASETS, find_dataset
-from biopsy.data.packing import prepare
+from biopsy.data.prepare import prepare
 
 TREES = Path(__file__).parent / "trees"
 # tree -> layout, patches, patients, slides, targets in order, own sides

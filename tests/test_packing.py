@@ -16,9 +16,8 @@ from PIL import Image
 
 from biopsy.core.errors import ArchiveError, DataError, PackError
 from biopsy.data import packing
-from biopsy.data import packing as blocks
-from biopsy.data.packing import prepare
 from biopsy.data.packs import Pack, pad
+from biopsy.data.prepare import prepare
 
 
 def add(path, name, data):
@@ -53,8 +52,8 @@ def test_pixels_are_pillows_in_order_of_names(make_idc_zip, tmp_path):
 def test_twice_the_same_whatever_the_cores_and_the_blocks(make_idc_zip, tmp_path, monkeypatch):
     source = make_idc_zip(n_patients=3)
     one = prepare(source, tmp_path / "one.pack")
-    monkeypatch.setattr(blocks, "_BLOCK_BYTES", 5 * 16 * 16 * 3)
-    monkeypatch.setattr(blocks.os, "cpu_count", lambda: 5)
+    monkeypatch.setattr(packing, "_BLOCK_BYTES", 5 * 16 * 16 * 3)
+    monkeypatch.setattr(packing.os, "cpu_count", lambda: 5)
     two = prepare(source, tmp_path / "two.pack")
     for name in ("patches.npy", "patches.parquet"):
         assert (one.path / name).read_bytes() == (two.path / name).read_bytes()
@@ -124,8 +123,8 @@ def test_a_larger_patch_late_in_the_set_is_not_cut(make_idc_zip, tmp_path, monke
         encode(Image.new("RGB", (20, 18), "red")),
     )
     whole = prepare(source, tmp_path / "whole.pack")
-    monkeypatch.setattr(blocks, "_SAMPLE_ROWS", 3)
-    monkeypatch.setattr(blocks, "_BLOCK_BYTES", 5 * 16 * 16 * 3)
+    monkeypatch.setattr(packing, "_SAMPLE_ROWS", 3)
+    monkeypatch.setattr(packing, "_BLOCK_BYTES", 5 * 16 * 16 * 3)
     pack = prepare(source, tmp_path / "late.pack")
     assert pack.patches.shape == (73, 20, 20, 3)
     assert (pack.patches[-1] == (255, 0, 0)).all()
@@ -144,7 +143,7 @@ def lying_png(n_px):
 def test_what_decodes_sets_the_size_not_a_header_that_lies(
     make_idc_zip, tmp_path, monkeypatch, n_px, sample_rows
 ):
-    monkeypatch.setattr(blocks, "_SAMPLE_ROWS", sample_rows)
+    monkeypatch.setattr(packing, "_SAMPLE_ROWS", sample_rows)
     source = make_idc_zip()
     for index in range(3):
         add(source, f"8863/0/8863_idx5_x{9001 + index}_y1_class0.png", lying_png(n_px))
@@ -158,7 +157,7 @@ def test_what_decodes_sets_the_size_not_a_header_that_lies(
 def test_a_patch_unlike_all_others_in_size_is_skipped_and_named(
     make_idc_zip, tmp_path, monkeypatch, sample_rows
 ):
-    monkeypatch.setattr(blocks, "_SAMPLE_ROWS", sample_rows)
+    monkeypatch.setattr(packing, "_SAMPLE_ROWS", sample_rows)
     source = make_idc_zip(n_patients=1)
     add(source, "8863/0/8863_idx5_x1_y9001_class0.png", encode(Image.new("RGB", (900, 16))))
     add(source, "8863/0/8863_idx5_x51_y9001_class0.png", encode(Image.new("RGB", (64, 3))))
@@ -182,12 +181,12 @@ def test_patches_of_two_very_different_sizes_are_refused(tmp_path):
 
 def test_memory_ahead_of_the_writing_is_bounded(make_idc_zip, tmp_path, monkeypatch):
     source = make_idc_zip()
-    monkeypatch.setattr(blocks, "_BLOCK_BYTES", 16 * 16 * 3)
-    monkeypatch.setattr(blocks, "_AHEAD_BYTES", 2 * 16 * 16 * 3)
-    monkeypatch.setattr(blocks.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(packing, "_BLOCK_BYTES", 16 * 16 * 3)
+    monkeypatch.setattr(packing, "_AHEAD_BYTES", 2 * 16 * 16 * 3)
+    monkeypatch.setattr(packing.os, "cpu_count", lambda: 8)
     decoded, written = [], []
-    honest = blocks._decode_block
-    monkeypatch.setattr(blocks, "_decode_block", lambda *args: decoded.append(args) or honest(*args))
+    honest = packing._decode_block
+    monkeypatch.setattr(packing, "_decode_block", lambda *args: decoded.append(args) or honest(*args))
     prepare(
         source,
         tmp_path / "x.pack",
@@ -219,7 +218,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(make_idc_zip, tmp_path, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(
-        *{"pixels": (blocks, "_write_header"), "table": (packing, "finish_pack")}[stage], fail
+        *{"pixels": (packing, "_write_header"), "table": (packing, "finish_pack")}[stage], fail
     )
     with pytest.raises(DataError, match=r"the disk at .*x.pack is full; nothing was left there"):
         prepare(make_idc_zip(), tmp_path / "out" / "x.pack")
@@ -228,7 +227,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(make_idc_zip, tmp_path, monk
 
 def test_too_little_space_is_known_before_anything_is_written(make_idc_zip, tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(blocks.shutil, "disk_usage", lambda path: usage(1000))
+    monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: usage(1000))
     with pytest.raises(
         DataError,
         match=r"padded to the largest \(.*class[01].png, 16 px\) need 0.00 GB, and 0.00 GB are free",

@@ -9,11 +9,10 @@ import pandas as pd
 import pytest
 
 from biopsy.core.errors import SplitError
-from biopsy.data.official_splits import read_cases
 from biopsy.data.packs import Pack
-from biopsy.data.protocols import PROTOCOLS, Request, follow_recipe
-from biopsy.data.split import split as split_pack
+from biopsy.data.protocols import PROTOCOLS, Request, follow_recipe, read_cases
 from biopsy.data.splits import find_split, load_split, make_split, save_split
+from biopsy.data.splits import split as split_pack
 
 MakePack = Callable[..., Pack]
 BARUAH = {

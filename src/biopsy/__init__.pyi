@@ -25,7 +25,7 @@ from .data.inspection import Inspection as Inspection
 from .data.inspection import inspect as inspect
 from .data.packs import Pack as Pack
 from .data.prepare import prepare as prepare
-from .data.split import split as split
+from .data.splits import split as split
 from .evaluation.calibration.recalibrate import Recalibration as Recalibration
 from .evaluation.calibration.recalibrate import calibrate as calibrate
 from .evaluation.comparison.compare import Comparison as Comparison

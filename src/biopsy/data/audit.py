@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 
 from biopsy.data.duplicates import BLANK_SD, MAX_BITS, MIN_CORRELATION, find_near_duplicates, hash_patches
-from biopsy.data.leakage import SIDES, find_overlap
 from biopsy.data.packs import Pack
-from biopsy.data.splits import Split
+from biopsy.data.protocols import SIDES
+from biopsy.data.splits import Split, find_overlap
 
 FORMAT = "biopsy-audit/1"
 LIST_LIMIT = 100

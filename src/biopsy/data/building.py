@@ -6,13 +6,15 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from biopsy.core.errors import DataError, PackError, suggest
 from biopsy.core.files import create_directory
@@ -21,8 +23,8 @@ from biopsy.core.tables import infer_numbers, read_csv_table, read_parquet_table
 from biopsy.core.text import normalize_id
 from biopsy.data.archives import MAX_ENTRY_BYTES
 from biopsy.data.datasets.base import Listing, find_positive
-from biopsy.data.packing import finish_listing, write_pixels
-from biopsy.data.packs import PIXELS, Pack, is_pack
+from biopsy.data.packing import write_listing
+from biopsy.data.packs import Origin, Pack, is_pack
 from biopsy.data.tables import RESERVED
 from biopsy.slide_io.images import decode, read_header
 
@@ -36,6 +38,7 @@ ID_COLUMNS = {
     "site_id": ("site_id", "site"),
     "patch_id": ("patch_id", "image_id", "id"),
 }
+Columns: TypeAlias = Mapping[str, ArrayLike] | pd.DataFrame
 IMAGE_KEYS = ("image", "img", "pixel_values", "x")
 
 
@@ -83,45 +86,41 @@ class FilePixels:
                 yield error
 
 
-def pack_arrays(
+@dataclass
+class ImageSource:
+    """Images and what is known of them, before they are a pack.
+
+    Attributes:
+        name: ``arrays``, ``table`` or ``dataset``.
+        table: One row an image, without its class.
+        labels: Class of each, ``(n,)``: names, or indices.
+        class_names: Names by index, where the source states them.
+    """
+
+    name: str
+    table: pd.DataFrame
+    pixels: MadePixels | FilePixels
+    labels: ArrayLike
+    class_names: Sequence[str] | None = None
+
+
+def read_arrays(
     images: np.ndarray | Sequence[np.ndarray],
-    labels: Any,
-    patients: Any = None,
-    *,
-    class_names: Sequence[str] | None = None,
-    positive_class: str | None = None,
-    mpp: float | None = None,
-    columns: Mapping[str, Any] | pd.DataFrame | None = None,
-    out: Path | str | None = None,
-) -> Pack:
-    """Make a pack of arrays; see `Pack.from_arrays`."""
+    labels: ArrayLike,
+    patients: ArrayLike | None,
+    columns: Columns | None,
+) -> ImageSource:
+    """Return arrays as images; see `Pack.from_arrays`."""
     if not len(images):
         raise DataError("there are no images: give one per patch")
     if isinstance(images, np.ndarray) and images.ndim != 4:
         raise DataError(f"images have shape {images.shape}: give uint8 (n, height, width, 3) RGB")
     table = _make_table(len(images), patients, columns)
-    return _build(
-        table,
-        MadePixels(lambda row: to_rgb(images[row])),
-        labels,
-        class_names,
-        positive_class,
-        mpp,
-        out,
-        "arrays",
-    )
+    return ImageSource("arrays", table, MadePixels(lambda row: to_rgb(images[row])), labels)
 
 
-def pack_table(
-    path: Path | str,
-    *,
-    class_names: Sequence[str] | None = None,
-    positive_class: str | None = None,
-    mpp: float | None = None,
-    root: Path | str | None = None,
-    out: Path | str | None = None,
-) -> Pack:
-    """Make a pack of the image files that a table names; see `Pack.from_table`."""
+def read_image_table(path: Path | str, root: Path | str | None) -> ImageSource:
+    """Return the image files that a table names; see `Pack.from_table`."""
     path = Path(path)
     frame = _read_table(path)
     lower = {str(name).lower(): str(name) for name in frame.columns}
@@ -151,43 +150,32 @@ def pack_table(
         known["patch_id"] = texts
     table = _make_table(len(frame), None, known).assign(source=texts.to_numpy())
     pixels = FilePixels([folder / name for name in texts])
-    return _build(table, pixels, frame[label].to_numpy(), class_names, positive_class, mpp, out, "table")
+    return ImageSource("table", table, pixels, frame[label].to_numpy())
 
 
-def pack_dataset(
-    dataset: Any,
-    patients: Any = None,
-    *,
-    labels: Any = None,
-    class_names: Sequence[str] | None = None,
-    positive_class: str | None = None,
-    mpp: float | None = None,
-    columns: Mapping[str, Any] | pd.DataFrame | None = None,
-    out: Path | str | None = None,
-) -> Pack:
-    """Make a pack of a torch or Hugging Face data set; see `Pack.from_dataset`."""
+def read_dataset(
+    dataset: Any, patients: ArrayLike | str | None, labels: ArrayLike | None, columns: Columns | None
+) -> ImageSource:
+    """Return the images of a torch or Hugging Face data set; see `Pack.from_dataset`."""
     if isinstance(dataset, Mapping):
         raise DataError(f"the data set has the splits {', '.join(map(str, dataset))}: give one of them")
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise DataError(
             f"{type(dataset).__name__} has no length and no items by number: load it whole, not as a stream"
         )
-    n, names = len(dataset), getattr(dataset, "column_names", None)
+    n, names, class_names = len(dataset), getattr(dataset, "column_names", None), None
     if not n:
         raise DataError("the data set is empty")
     if names is not None:  # of Hugging Face: columns are read without decoding images
         if labels is None:
             label = _pick(names, (*LABEL_COLUMNS, "labels"))
-            labels, class_names = (
-                dataset[label],
-                class_names or getattr(dataset.features[label], "names", None),
-            )
+            labels, class_names = dataset[label], getattr(dataset.features[label], "names", None)
         if patients is None:
             patients = next((name for name in ID_COLUMNS["patient_id"] if name in names), None)
         if isinstance(patients, str):
             patients = dataset[_pick(names, (patients,))]
     else:
-        class_names = class_names or getattr(dataset, "classes", None)
+        class_names = getattr(dataset, "classes", None)
         if labels is None:
             labels = getattr(dataset, "targets", None)
         if labels is None:
@@ -197,7 +185,7 @@ def pack_dataset(
                 patients = [part[2] for part in parts]
     table = _make_table(n, _plain_list(patients), columns)
     pixels = MadePixels(lambda row: to_rgb(_take_apart(dataset[row])[0]))
-    return _build(table, pixels, _plain_list(labels), class_names, positive_class, mpp, out, "dataset")
+    return ImageSource("dataset", table, pixels, _plain_list(labels), class_names)
 
 
 def index_labels(labels: Any, class_names: Sequence[str]) -> np.ndarray:
@@ -258,13 +246,13 @@ def to_rgb(image: Any) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def _make_table(n: int, patients: Any, columns: Mapping[str, Any] | pd.DataFrame | None) -> pd.DataFrame:
+def _make_table(n: int, patients: ArrayLike | None, columns: Columns | None) -> pd.DataFrame:
     """Return what is known of patches besides their class."""
     known = {} if columns is None else {str(name): columns[name] for name in columns}
     if patients is not None:
         known["patient_id"] = patients
     for name, values in known.items():
-        if np.ndim(values) != 1 or len(values) != n:
+        if np.shape(values) != (n,):
             raise DataError(
                 f"{name} has shape {np.shape(values)} for {n:,} patches: give one value per patch"
             )
@@ -286,45 +274,40 @@ def _make_table(n: int, patients: Any, columns: Mapping[str, Any] | pd.DataFrame
     return table.assign(source=table["patch_id"])
 
 
-def _build(
-    table: pd.DataFrame,
-    pixels: MadePixels | FilePixels,
-    labels: Any,
+def build_pack(
+    source: ImageSource,
     class_names: Sequence[str] | None,
     positive_class: str | None,
     mpp: float | None,
     out: Path | str | None,
-    dataset: str,
 ) -> Pack:
     """Write a pack and open it; where one of the same content lies there, that is opened."""
-    if np.ndim(labels) != 1 or len(labels) != len(table):
+    table, labels = source.table, source.labels
+    if np.shape(labels) != (len(table),):
         raise DataError(f"labels have shape {np.shape(labels)} for {len(table):,} images: give one per image")
     if mpp is not None and not 0 < mpp < 1000:
         raise DataError(f"mpp is {mpp}: micrometres per pixel lie between 0 and 1000")
-    names, positive = _name_classes(labels, class_names, positive_class)
+    names, positive = _name_classes(labels, class_names or source.class_names, positive_class)
     target = index_labels(labels, names)
     listing = Listing(
         table=table.assign(class_name=np.array(names, dtype=object)[target]),
-        pixels=pixels,
+        pixels=source.pixels,
         class_names=names,
         positive_class=positive,
         mpp=mpp,
     )
-    origin = {
-        "source": dataset,
-        "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "version": version("biopsy"),
-    }
+    made = datetime.now(UTC).isoformat(timespec="seconds")
+    origin = Origin(source=source.name, made=made, version=version("biopsy"))
     place = PACKS if out is None else Path(out).parent
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place, prefix=".biopsy-") as temporary:
-        made = Path(temporary) / "new.pack"
-        with create_directory(made) as folder:
-            finish_listing(folder, dataset, listing, write_pixels(folder / PIXELS, listing), origin, mpp)
-        identity = _identify(Pack.open(made))
-        final = PACKS / f"{dataset}-{identity[:12]}.pack" if out is None else Path(out)
+        new = Path(temporary) / "new.pack"
+        with create_directory(new) as folder:
+            write_listing(folder, source.name, listing, origin, mpp)
+        identity = _identify(Pack.open(new))
+        final = PACKS / f"{source.name}-{identity[:12]}.pack" if out is None else Path(out)
         if not final.exists() or (final.is_dir() and not any(final.iterdir())):
-            os.replace(made, final)
+            os.replace(new, final)
         elif not is_pack(final):
             raise DataError(f"{final} exists and is not a pack: name another out=")
         elif _identify(Pack.open(final)) != identity:

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import shapely
@@ -93,7 +92,7 @@ class Cutting:
         pairs = [part.partition("=") for part in self.classes]
         return {(annotated or name).strip(): name.strip() for name, _, annotated in pairs}
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return what ``pack.json`` records."""
         classes = None if self.classes is None else list(self.classes)
         paths = {"slide_mpp": self.slide_mpp, "annotations": self.annotations}
@@ -110,14 +109,16 @@ class Cut:
         y: Upper edges.
         target: Index of the class.
         share: Share of the patch that its class covers.
-        record: What is written down of the slide: areas, overlaps, and patches left out by reason.
+        left_out: Patches without a label, by reason.
+        areas: ``area_mm2`` of each class, and ``overlap_mm2`` of each two.
     """
 
     x: np.ndarray
     y: np.ndarray
     target: np.ndarray
     share: np.ndarray
-    record: dict[str, Any]
+    left_out: dict[str, int]
+    areas: dict[str, dict[str, float]]
 
 
 def name_classes(all_notes: Sequence[Annotations], cutting: Cutting) -> list[str]:
@@ -197,12 +198,14 @@ def cut_slide(slide: Slide, notes: Annotations, class_names: Sequence[str], cutt
     row, column = np.nonzero(reasons == "")
     target = shares[:, row, column].argmax(axis=0)
     names, counts = np.unique(reasons[reasons != ""], return_counts=True)
-    record = {
-        "patches": len(row),
-        "left_out": dict(zip(names.tolist(), counts.tolist(), strict=True)),
-        **_measure_areas(areas, (slide.mpp / 1000) ** 2),
-    }
-    return Cut(column * cutting.step_px, row * cutting.step_px, target, shares[target, row, column], record)
+    return Cut(
+        x=column * cutting.step_px,
+        y=row * cutting.step_px,
+        target=target,
+        share=shares[target, row, column],
+        left_out=dict(zip(names.tolist(), counts.tolist(), strict=True)),
+        areas=_measure_areas(areas, (slide.mpp / 1000) ** 2),
+    )
 
 
 def _edges(size: int, side: float, step: float) -> np.ndarray:

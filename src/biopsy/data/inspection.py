@@ -17,7 +17,8 @@ from biopsy.core.seeds import make_rng
 from biopsy.data.audit import audit_pack, find_blocking_issues
 from biopsy.data.figures import draw_balance, draw_sides
 from biopsy.data.packs import Pack
-from biopsy.data.splits import SIDES, Split, find_split
+from biopsy.data.protocols import SIDES
+from biopsy.data.splits import Split, find_split
 from biopsy.plotting.sheets import draw_class_sheet
 from biopsy.plotting.slides import draw_slide
 from biopsy.plotting.style import png, svg

@@ -5,7 +5,6 @@ import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -21,7 +20,7 @@ _HEADINGS = {name: name for name in ("label", "who", "when", "decision", "sugges
 
 def relabel(
     table: pd.DataFrame, path: Path | str, class_names: Sequence[str]
-) -> tuple[pd.DataFrame, list[str], dict[str, Any]]:
+) -> tuple[pd.DataFrame, list[str], dict[str, object]]:
     """Override labels by a csv and keep who, when, and what was before.
 
     Args:

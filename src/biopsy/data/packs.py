@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Required
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from typing_extensions import TypedDict
 
 from biopsy.core.errors import DataError, FileFormatError, PackError
 from biopsy.core.files import read_json, sha256_file, write_json
@@ -40,6 +41,37 @@ _REMEDY = "bring the file back, or make the pack again with `biopsy prepare`"
 Unit = Literal["patient", "slide", "patch"]
 
 
+class PackCounts(TypedDict, total=False):
+    """How much a pack holds; preparation adds what it left out, by reason."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    patches: Required[int]
+    patients: Required[int]
+    slides: Required[int]
+    per_class: Required[dict[str, int]]
+    skipped: int
+    odd_sizes: int
+
+
+class Origin(TypedDict, total=False):
+    """What was read, when and by which version, and what files of the user changed or added."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    source: str
+    made: str
+    version: str
+    request: dict[str, object]
+    """Source and options; the same request opens the pack again."""
+    synthetic: bool
+    annotations: dict[str, object]
+    patients: dict[str, object]
+    patients_missing: dict[str, int]
+    labels: dict[str, object]
+    join: dict[str, object]
+
+
 class PackInfo(BaseModel):
     """What ``pack.json`` holds."""
 
@@ -54,10 +86,8 @@ class PackInfo(BaseModel):
     mpp: float | None = Field(gt=0, allow_inf_nan=False)
     """Micrometres per pixel of the patches; None where unknown."""
     patch_px: PositiveInt = Field(le=MAX_PATCH_PX)
-    counts: dict[str, Any]
-    """``patches``, ``patients``, ``slides``, ``per_class`` and what preparation counted."""
-    origin: dict[str, Any]
-    """What was read, when, by which version; relabelled and joined files, with their hashes."""
+    counts: PackCounts
+    origin: Origin
     skipped: list[dict[str, str]] = []
     """Input that could not be read: ``source`` and ``reason``."""
     files: dict[str, int]
@@ -151,18 +181,10 @@ class Pack:
         Raises:
             DataError: If images, labels or columns do not fit together, or images are not uint8 RGB.
         """
-        from biopsy.data.building import pack_arrays
+        from biopsy.data.building import build_pack, read_arrays
 
-        return pack_arrays(
-            images,
-            labels,
-            patients,
-            class_names=class_names,
-            positive_class=positive_class,
-            mpp=mpp,
-            columns=columns,
-            out=out,
-        )
+        source = read_arrays(images, labels, patients, columns)
+        return build_pack(source, class_names, positive_class, mpp, out)
 
     @classmethod
     def from_table(
@@ -182,20 +204,15 @@ class Pack:
                 ``target``, ``class``, ...) and if possible ``patient_id``, ``slide_id``, ``x``, ``y``; other
                 columns become subgroups.
             root: Folder that paths start from; by default the table's.
-            class_names: As in `from_arrays`.
-            positive_class: As in `from_arrays`.
-            mpp: As in `from_arrays`.
-            out: As in `from_arrays`.
+            class_names, positive_class, mpp, out: As in `from_arrays`.
 
         Raises:
             DataError: If columns are not recognised, labels are of no class, or no file can be read. Files
                 that cannot be read are in ``info.skipped``.
         """
-        from biopsy.data.building import pack_table
+        from biopsy.data.building import build_pack, read_image_table
 
-        return pack_table(
-            path, class_names=class_names, positive_class=positive_class, mpp=mpp, root=root, out=out
-        )
+        return build_pack(read_image_table(path, root), class_names, positive_class, mpp, out)
 
     @classmethod
     def from_dataset(
@@ -219,26 +236,15 @@ class Pack:
             patients: The patient of each, or the name of a column; by default what the items say.
             labels: The class of each, where the items do not say.
             class_names: As in `from_arrays`; by default the data set's own where it has them.
-            positive_class: As in `from_arrays`.
-            mpp: As in `from_arrays`.
-            columns: As in `from_arrays`.
-            out: As in `from_arrays`.
+            positive_class, mpp, columns, out: As in `from_arrays`.
 
         Raises:
             DataError: If it is a stream or a dictionary of splits, or items are none of these.
         """
-        from biopsy.data.building import pack_dataset
+        from biopsy.data.building import build_pack, read_dataset
 
-        return pack_dataset(
-            dataset,
-            patients,
-            labels=labels,
-            class_names=class_names,
-            positive_class=positive_class,
-            mpp=mpp,
-            columns=columns,
-            out=out,
-        )
+        source = read_dataset(dataset, patients, labels, columns)
+        return build_pack(source, class_names, positive_class, mpp, out)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -420,8 +426,8 @@ def finish_pack(
     positive_class: str | None,
     mpp: float | None,
     patch_px: int,
-    counts: Mapping[str, Any] | None = None,
-    origin: Mapping[str, Any] | None = None,
+    counts: Mapping[str, int] | None = None,
+    origin: Origin | None = None,
     skipped: Sequence[dict[str, str]] = (),
 ) -> None:
     """Write the table and ``pack.json`` beside the pixels that already lie in ``folder``.
@@ -440,14 +446,14 @@ def finish_pack(
         positive_class=positive_class,
         mpp=mpp,
         patch_px=patch_px,
-        counts={
-            "patches": len(table),
-            "patients": int(table["patient_id"].nunique()),
-            "slides": int(table["slide_id"].nunique()),
-            "per_class": dict(zip(class_names, per_class.tolist(), strict=True)),
-            **(counts or {}),
-        },
-        origin=dict(origin or {}),
+        counts=PackCounts(
+            patches=len(table),
+            patients=int(table["patient_id"].nunique()),
+            slides=int(table["slide_id"].nunique()),
+            per_class=dict(zip(class_names, per_class.tolist(), strict=True)),
+            **(counts or {}),  # type: ignore[typeddict-item]
+        ),
+        origin=origin or {},
         skipped=list(skipped),
         files={name: (folder / name).stat().st_size for name in (PIXELS, TABLE)},
         content_sha256=table_sha256(table),
@@ -476,8 +482,6 @@ def _read_info(path: Path) -> PackInfo:
         raise PackError(
             f"{path / DOCUMENT} names the classes {names}, positive {positive!r}: it was changed; {_REMEDY}"
         )
-    if missing := {"patches", "patients", "slides", "per_class"} - info.counts.keys():
-        raise PackError(f"{path / DOCUMENT} counts no {', '.join(sorted(missing))}; {_REMEDY}")
     return info
 
 

@@ -1,20 +1,35 @@
-"""Preparation by name: a pack, and the folder tree of a recipe's own split beside it."""
+"""Preparation: a pack of an archive of patches or of annotated slides, and the folder tree of a split."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import errno
+import gc
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from biopsy.core.errors import DataError
-from biopsy.data import packing
+from biopsy.core.errors import DataError, PackError
+from biopsy.core.files import create_directory, sha256_file
+from biopsy.data.archives import SYNTHETIC, Archive, open_archive
 from biopsy.data.cutting import REGION, Cutting
-from biopsy.data.packing import Progress
-from biopsy.data.packs import Pack, is_pack
+from biopsy.data.datasets import annotated_slides, find_dataset
+from biopsy.data.datasets.base import Dataset, Listing, find_positive, refuse_empty
+from biopsy.data.labels import fold_classes, relabel
+from biopsy.data.packing import Progress, write_listing
+from biopsy.data.packs import Origin, Pack, is_pack
+from biopsy.data.tables import add_people, check_ids, join_columns
 
 if TYPE_CHECKING:  # what only a tree needs would take a third of the time that a small archive does
     from biopsy.data.splits import Split
 
 TREE_RECIPE = "cancernet-2020"
 """Whose post has the tree, and whose split it gets where no other is named."""
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+logger = logging.getLogger(__name__)
 
 
 def prepare(
@@ -92,6 +107,8 @@ def prepare(
         raise DataError("--split and --recipe say how --export-tree sorts files: name its folder")
     if split is not None and recipe is not None:
         raise DataError("the tree has one split: name --split or --recipe, not both")
+    if mpp is not None and not 0 < mpp < 1000:
+        raise DataError(f"mpp is {mpp}; micrometres a pixel lie between 0 and 1000")
     cutting = None
     if patch_px is not None:
         if mpp is None:
@@ -105,34 +122,212 @@ def prepare(
             "--stride-px, --classes, --rest, --slide-mpp and --annotations are for slides: say --patch-px as "
             "well"
         )
+    if is_pack(source):
+        raise DataError(f"{source} is a pack already: use it as it is")
     if export_tree is not None:
         from biopsy.data.export_tree import check_exportable
+        from biopsy.data.export_tree import export_tree as write_tree
         from biopsy.recipes import load_recipe
 
         published = load_recipe(recipe or TREE_RECIPE).as_published.split
-        if not is_pack(source):
-            check_exportable(source, export_tree)
-    pack = packing.prepare(
-        source,
-        out,
-        dataset=dataset,
-        patients=patients,
-        labels=labels,
-        join=join,
-        positive=positive,
-        mpp=mpp,
-        cutting=cutting,
-        on_progress=on_progress,
-    )
+        check_exportable(source, export_tree)
+    out = Path(out)
+    with _collector_paused():
+        archive, layout = _open_source(source, dataset, cutting)
+        request = _describe_request(
+            archive, layout, positive, cutting, patients=patients, labels=labels, join=join, mpp=mpp
+        )
+        pack = _open_finished(out, request)
+        if pack is None:
+            listing, origin = _list_patches(archive, layout, cutting, request, mpp)
+            groups = {} if layout is None else layout.groups
+            _complete(listing, origin, patients, labels, join, positive, groups)
+            _warn(listing, archive, {} if layout is None else layout.expected)
+            _write(out, layout.name if layout else annotated_slides.NAME, listing, origin, mpp, on_progress)
+            pack = Pack.open(out)
     if export_tree is not None:
-        from biopsy.data.export_tree import export_tree as write_tree
-
-        sides = _choose_split(pack, split, published)
-        write_tree(pack, source, export_tree, sides, on_progress=on_progress)
+        write_tree(pack, source, export_tree, _choose_split(pack, split, published), on_progress=on_progress)
     return pack
 
 
-def _choose_split(pack: Pack, name: str | None, published: Mapping[str, Any]) -> "Split":
+def _open_source(
+    source: Path | str, dataset: str | None, cutting: Cutting | None
+) -> tuple[Archive, Dataset | None]:
+    """Return the archive and its layout, None for annotated slides."""
+    if cutting is not None and cutting.annotations is not None:
+        return annotated_slides.open_slides(source), None
+    archive = open_archive(source)
+    return archive, _find_dataset(archive, dataset, cutting)
+
+
+def _find_dataset(archive: Archive, dataset: str | None, cutting: Cutting | None) -> Dataset | None:
+    """Return the archive's layout, None for annotated slides; refuse answers that do not belong to it."""
+    if dataset == annotated_slides.NAME or (dataset is None and annotated_slides.recognise(archive)):
+        if not annotated_slides.recognise(archive):
+            raise DataError(f"{archive.path} is no folder of {annotated_slides.LOOKS_FOR}")
+        if cutting is None:
+            raise DataError(
+                f"{archive.path} holds annotated slides: say how patches are cut, --mpp (um/px) and "
+                "--patch-px (their side)"
+            )
+        return None
+    layout = find_dataset(archive, dataset)
+    if cutting is not None:
+        raise DataError(
+            f"{archive.path} holds patches ({layout.name}): --patch-px and what goes with it are for "
+            f"{annotated_slides.LOOKS_FOR}"
+        )
+    return layout
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Spare the garbage collector walking half a million entries again and again; none of them is a cycle."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _describe_request(
+    archive: Archive,
+    layout: Dataset | None,
+    positive: str | Sequence[str] | None,
+    cutting: Cutting | None,
+    **options: str | Path | float | None,
+) -> dict[str, object]:
+    """Return the source and the options, files by their hashes, by which a finished pack is found again."""
+
+    def describe(option: str | Path | float | None) -> str | float | None:
+        if option is None or isinstance(option, float | int):
+            return option
+        return sha256_file(option) if Path(option).is_file() else str(option)
+
+    request: dict[str, object] = {
+        "fingerprint": archive.fingerprint(),
+        "dataset": annotated_slides.NAME if layout is None else layout.name,
+    }
+    described = {name: describe(option) for name, option in options.items()}
+    described["positive"] = positive if isinstance(positive, str | None) else ",".join(positive)
+    request |= {name: value for name, value in described.items() if value is not None}
+    if cutting is not None:
+        request["cutting"] = cutting.to_dict() | {
+            "slide_mpp": describe(cutting.slide_mpp),
+            "annotations": cutting.annotations and annotated_slides.fingerprint_notes(cutting.annotations),
+        }
+    return request
+
+
+def _open_finished(out: Path, request: dict[str, object]) -> Pack | None:
+    """Return the pack at ``out`` if it answers the same request; refuse to overwrite anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not is_pack(out):
+        raise DataError(f"{out} exists and is not a pack: choose another --out, or remove it")
+    pack = Pack.open(out)
+    if pack.info.origin.get("request") != request:
+        raise PackError(
+            f"{out} is a pack of another source or other options: choose another --out, or remove it"
+        )
+    logger.info("%s was made from the same source before and is used again", out)
+    return pack
+
+
+def _list_patches(
+    archive: Archive,
+    layout: Dataset | None,
+    cutting: Cutting | None,
+    request: dict[str, object],
+    mpp: float | None,
+) -> tuple[Listing, Origin]:
+    """Return the patches of the source, and the beginning of what is recorded of them."""
+    origin = Origin(
+        source=archive.path.name,
+        made=datetime.now(UTC).isoformat(timespec="seconds"),
+        version=version("biopsy"),
+        request=request,
+        synthetic=any(entry.name.rpartition("/")[2] == SYNTHETIC for entry in archive.entries),
+    )
+    if layout is None:
+        assert cutting is not None  # `_find_dataset` refuses slides without it
+        listing, origin["annotations"] = annotated_slides.list_patches(archive, cutting)
+        return listing, origin
+    if layout.needs_mpp and mpp is None:
+        raise DataError(f"{archive.path} ({layout.name}) states no um/px: say it with --mpp")
+    return layout.list_patches(archive), origin
+
+
+def _complete(
+    listing: Listing,
+    origin: Origin,
+    patients: str | Path | None,
+    labels: Path | str | None,
+    join: Path | str | None,
+    positive: str | Sequence[str] | None,
+    groups: Mapping[str, Sequence[str]],
+) -> None:
+    """Bring in what the user adds, in place, and record it."""
+    if listing.table.empty:
+        raise refuse_empty(listing.skipped)
+    if patients is not None:
+        listing.table, origin["patients"] = add_people(listing.table, patients)
+    if labels is not None:
+        listing.table, class_names, origin["labels"] = relabel(listing.table, labels, listing.class_names)
+        if class_names != listing.class_names:
+            listing.class_names, listing.positive_class = class_names, find_positive(class_names)
+    if positive is not None:
+        listing.table, listing.class_names, listing.positive_class = fold_classes(
+            listing.table, listing.class_names, positive, groups
+        )
+    elif len(listing.class_names) == 2 and listing.positive_class is None:
+        raise DataError(
+            f"which of the classes {' and '.join(listing.class_names)} is positive? name it: --positive"
+        )
+    if join is not None:
+        listing.table, origin["join"] = join_columns(listing.table, join)
+    listing.table, missing = check_ids(listing.table)
+    if missing:
+        origin["patients_missing"] = missing
+
+
+def _write(
+    out: Path,
+    dataset: str,
+    listing: Listing,
+    origin: Origin,
+    mpp: float | None,
+    on_progress: Progress | None,
+) -> None:
+    try:
+        with create_directory(out) as folder:
+            write_listing(folder, dataset, listing, origin, mpp, on_progress)
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise DataError(f"the disk at {out} is full; nothing was left there") from None
+        raise DataError(f"{out} cannot be written: {error.strerror or error}") from None
+
+
+def _warn(listing: Listing, archive: Archive, expected: dict[str, int]) -> None:
+    """Say once what a user should know before training."""
+    table = listing.table
+    if archive.unread:
+        logger.warning("%s beside the patches was not read", ", ".join(archive.unread))
+    if listing.counts.get("duplicates"):
+        logger.info("%s identical copies were left out", f"{listing.counts['duplicates']:,}")
+    if table["class_name"].nunique() == 1:
+        logger.warning("all patches are of one class, %s", table["class_name"].iloc[0])
+    if table["patient_id"].notna().all() and table["patient_id"].nunique() == 1:
+        logger.warning(
+            "all patches are of one patient, %s: no split by patient is possible", table["patient_id"].iloc[0]
+        )
+    if expected:
+        logger.info("%s of the full dataset's %s patches", f"{len(table):,}", f"{expected['patches']:,}")
+
+
+def _choose_split(pack: Pack, name: str | None, published: Mapping[str, object]) -> "Split":
     """Find the split by name; without one, or for ``as-published``, make the recipe's own."""
     from biopsy.data.splits import find_split, list_splits, make_split
 

@@ -5,17 +5,21 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from biopsy.core.errors import SplitError, suggest
+from biopsy.core.errors import DataError, SplitError, suggest
+from biopsy.core.loaders import read_bytes
 from biopsy.core.seeds import make_rng
-from biopsy.core.text import list_unmatched
-from biopsy.data.leakage import SIDES
-from biopsy.data.official_splits import Cases, read_cases
+from biopsy.core.tables import read_csv_table
+from biopsy.core.text import list_unmatched, normalize_id
 from biopsy.data.packs import Pack, Unit
+
+SIDES = ("train", "val", "test")
+Cases = Path | str | Sequence[Path | str]
 
 
 def follow_recipe(request: "Request") -> "Plan":
@@ -61,7 +65,7 @@ def take_first_files(request: "Request") -> "Plan":
     sides = np.full(len(target), "", dtype="<U5")
     sides[taken[:n_test]] = "test"
     sides[taken[n_test:]] = "train"
-    for side in recipe.get("undersample", ()):
+    for side in recipe.get("undersample", ()):  # type: ignore[attr-defined]
         rows = rng.permutation(np.flatnonzero(sides == side))
         per_class = np.bincount(target[rows])
         n_rarest = per_class[per_class > 0].min(initial=len(rows))
@@ -85,7 +89,7 @@ def cut_rows(request: "Request") -> "Plan":
     return sides, {"n_rows": n_rows, "dropped_rows": [first, second]}
 
 
-def _read(recipe: Mapping[str, Any] | None, method: str, **kinds: Callable[[Any], Any]) -> list[Any]:
+def _read(recipe: Mapping[str, object] | None, method: str, **kinds: Callable[[Any], Any]) -> list[Any]:
     """Return the recipe's values of a method's keys, in order."""
     try:
         return [kind((recipe or {})[key]) for key, kind in kinds.items()]
@@ -117,7 +121,7 @@ N_DRAWS = 20_000
 MAX_ASSIGNED = 2_000_000
 N_LINES = 16  # drawn through a slide, of which one blocks half of it
 
-Plan = tuple[np.ndarray, dict[str, Any]]
+Plan = tuple[np.ndarray, dict[str, object]]
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ class Request:
     test_ids: tuple[str, ...]
     val_ids: tuple[str, ...]
     cases: Cases | None
-    recipe: Mapping[str, Any] | None
+    recipe: Mapping[str, object] | None
 
 
 def divide_groups(
@@ -521,12 +525,81 @@ def _number(ids: np.ndarray, order: Sequence[str]) -> np.ndarray:
     return pd.Series(ids).map(number).fillna(ALWAYS_TRAIN).to_numpy(np.int64)
 
 
-def _balance_note(request: Request) -> dict[str, Any]:
+def _balance_note(request: Request) -> dict[str, object]:
     return {"method": f"best balanced of {N_DRAWS:,} random assignments of {request.unit}s"}
 
 
-def _named_note(request: Request) -> dict[str, Any]:
+def _named_note(request: Request) -> dict[str, object]:
     return {"test_named": list(request.test_ids), "val_named": list(request.val_ids)}
+
+
+MAX_LIST_BYTES = 2**24
+
+# Spellings of a side in lists made by others.
+SIDE_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"} | {
+    "test": "test",
+    "testing": "test",
+}
+
+
+def read_cases(cases: Cases) -> dict[str, str]:
+    """Read which case is on which side.
+
+    Args:
+        cases: A csv with the columns ``case_id`` and ``split``; a folder that holds ``cases_train.txt``,
+            ``cases_val.txt`` and ``cases_test.txt`` with one id a line; or those three files.
+
+    Returns:
+        The side of each case.
+
+    Raises:
+        SplitError: If a list is missing, a side is unknown, or a case stands on two sides.
+    """
+    if isinstance(cases, str | Path) and not Path(cases).is_dir():
+        pairs = _read_case_table(Path(cases))
+    else:
+        paths = [Path(cases)] if isinstance(cases, str | Path) else [Path(path) for path in cases]
+        pairs = [pair for side in SIDES for pair in _read_case_list(paths, side)]
+    side_of: dict[str, str] = {}
+    for case, side in pairs:
+        if side_of.setdefault(case, side) != side:
+            raise SplitError(
+                f"case {case} is listed in {side_of[case]} and in {side}; it must be in one of them"
+            )
+    if not side_of:
+        raise SplitError(f"{cases} lists no cases")
+    return side_of
+
+
+def _read_case_table(path: Path) -> list[tuple[str, str]]:
+    columns = ("case_id", "split")
+    try:
+        table = read_csv_table(path, aliases={name: name for name in columns}, required=columns)
+    except DataError as error:
+        raise SplitError(f"the list of cases {error}") from None
+    pairs = []
+    for case, word in table[list(columns)].fillna("").itertuples(index=False):
+        case, word = normalize_id(case), word.strip().lower()
+        if not case or word not in SIDE_WORDS:
+            raise SplitError(f"{path}: case {case!r} has the split {word!r}; use train, val or test")
+        pairs.append((case, SIDE_WORDS[word]))
+    return pairs
+
+
+def _read_case_list(paths: list[Path], side: str) -> list[tuple[str, str]]:
+    name = f"cases_{side}.txt"
+    candidates = [path / name if path.is_dir() else path for path in paths]
+    for path in candidates:
+        if path.name == name and path.is_file():
+            try:
+                text = read_bytes(path, max_bytes=MAX_LIST_BYTES).decode("utf-8-sig")
+            except UnicodeDecodeError:
+                raise SplitError(f"{path} is not UTF-8: save it as UTF-8") from None
+            cases = map(normalize_id, text.splitlines())
+            return [(case, side) for case in cases if case]
+    raise SplitError(
+        f"{name} was not found in {', '.join(map(str, paths))}; all three published lists are needed"
+    )
 
 
 PROTOCOLS: dict[str, Callable[[Request], Plan]] = {

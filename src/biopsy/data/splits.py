@@ -10,37 +10,22 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Required
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
+from typing_extensions import TypedDict
 
 from biopsy.core.errors import FileFormatError, SplitError, UserFileError, suggest
 from biopsy.core.files import read_json, sha256_file, update_directory, write_json
 from biopsy.core.loaders import validate
 from biopsy.core.tables import read_csv_table, write_csv
 from biopsy.core.text import normalize_id
-from biopsy.data.leakage import SIDES, check_no_leakage, find_overlap, leave_out_siblings
-from biopsy.data.official_splits import Cases
 from biopsy.data.packs import Pack, Unit, group_by_unit
-from biopsy.data.protocols import LEAK_PROTOCOLS, MAY_OVERLAP, PROTOCOLS, PUBLISHED, Request
+from biopsy.data.protocols import LEAK_PROTOCOLS, MAY_OVERLAP, PROTOCOLS, PUBLISHED, SIDES, Cases, Request
+from biopsy.recipes import load_recipe
 from biopsy.statistics.resampling import FEWEST_GROUPS
-
-__all__ = [
-    "FORMAT",
-    "SIDES",
-    "Split",
-    "check_no_leakage",
-    "find_split",
-    "list_splits",
-    "load_split",
-    "make_split",
-    "read_split",
-    "save_split",
-    "with_sides",
-    "write_split",
-]
 
 FORMAT = "biopsy-split/1"
 _REMEDY = "bring the file back, or make the split again with `biopsy split`"
@@ -54,6 +39,28 @@ NAMED = 20  # patches without an id that are listed one by one
 logger = logging.getLogger(__name__)
 
 
+class SubsetCounts(TypedDict, total=False):
+    """Patches and groups (units) of a subset; groups are null where patches name nobody."""
+
+    patches: Required[int]
+    groups: Required[int | None]
+    per_class: Required[dict[str, int]]
+    groups_per_class: dict[str, int]
+
+
+class SplitParameters(TypedDict, total=False):
+    """What else defines a split, as its protocol records it, and what was counted and is odd."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    val_is_test: bool
+    placebo: str
+    unknown_patients: dict[str, object]
+    counts: dict[str, SubsetCounts] | dict[str, list[dict[str, SubsetCounts]]]
+    warnings: list[str]
+    limits: list[str]
+
+
 @dataclass(frozen=True)
 class Split:
     """Which patch is on which side.
@@ -63,8 +70,7 @@ class Split:
         protocol: How it was made, one of `biopsy.data.protocols.PROTOCOLS`.
         unit: What was kept together.
         seed: Seed of random assignments.
-        parameters: What else defines it, ``counts`` of patches, groups (units) and classes by side (a list of
-            those under ``folds``), and ``warnings``.
+        parameters: What else defines it, and its ``counts`` by side (a list of those under ``folds``).
         table: One row a patch: ``patch_id`` and ``side``, or ``patch_id`` and ``fold``.
         overlap: Whether a patient stands on two sides; None where patches name nobody.
         pack_sha256: Content hash of the pack it was made for.
@@ -74,7 +80,7 @@ class Split:
     protocol: str
     unit: Unit
     seed: int
-    parameters: dict[str, Any]
+    parameters: SplitParameters
     table: pd.DataFrame
     overlap: bool | None
     pack_sha256: str = ""
@@ -162,13 +168,69 @@ class Split:
         return table.set_index("patch_id")[column].loc[ids].to_numpy()
 
 
+def split(
+    pack: Pack | Path | str,
+    *,
+    protocol: str,
+    name: str | None = None,
+    seed: int = 0,
+    recipe: str | Path | None = None,
+    cases: Cases | None = None,
+    test_patients: Sequence[str] = (),
+    val_patients: Sequence[str] = (),
+    folds: int = 5,
+    unit: Unit | None = None,
+    unknown_patients: UnknownPatients = "leave-out",
+) -> Split:
+    """Divide a pack's patients into train, validation and test subsets, or folds, and store the split.
+
+    Args:
+        pack: Pack to split.
+        protocol: ``official``, ``patients``, ``folds``, ``leave-one-out``, ``site``, ``kaggle-rows``,
+            ``as-published``, or one of a leakage experiment: ``leak-apart``, ``leak-with``,
+            ``leak-placebo``, ``leak-blocked-with`` or ``leak-blocked-placebo``.
+        name: Name of the split in the pack (default: the protocol).
+        seed: Random seed; the order of patches has no influence.
+        recipe: For ``as-published``: the recipe whose published split is made.
+        cases: For ``official``: lists of cases, a csv with columns ``case_id,split`` or a folder of
+            ``cases_train.txt``, ``cases_val.txt`` and ``cases_test.txt``.
+        test_patients: Ids of test patients; for ``leave-one-out``, each in turn; for ``leak-...``, the one
+            of which half is tested, and optionally the one that gives the placebo.
+        val_patients: Ids of validation patients.
+        folds: Number of folds.
+        unit: Unit kept within one subset (default: the pack's own).
+        unknown_patients: Patches without a patient, in a pack where others have one: left out, or each a
+            unit of its own.
+
+    Raises:
+        SplitError: If these patients cannot be divided so, or one would stand on two sides.
+        RecipeError: If no recipe has that name.
+    """
+    pack = Pack.open(pack)
+    made = make_split(
+        pack,
+        protocol=protocol,
+        name=name,
+        seed=seed,
+        recipe=None if recipe is None else load_recipe(recipe).as_published.split,
+        cases=cases,
+        test_patients=test_patients,
+        val_patients=val_patients,
+        n_folds=folds,
+        unit=unit,
+        unknown_patients=unknown_patients,
+    )
+    save_split(pack, made)
+    return made
+
+
 def make_split(
     pack: Pack | Path | str,
     *,
     protocol: str,
     name: str | None = None,
     seed: int = 0,
-    recipe: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, object] | None = None,
     cases: Cases | None = None,
     test_patients: Sequence[str] = (),
     val_patients: Sequence[str] = (),
@@ -177,28 +239,11 @@ def make_split(
     unit: Unit | None = None,
     unknown_patients: UnknownPatients = "leave-out",
 ) -> Split:
-    """Divide a pack's patches into sides or folds and check the result.
+    """Divide a pack's patches as `split` does, without storing the result.
 
     Args:
-        pack: The pack.
-        protocol: ``"official"``, ``"patients"``, ``"folds"``, ``"leave-one-out"``, ``"site"``,
-            ``"kaggle-rows"``, ``"as-published"``, or an arm of a leakage experiment: ``"leak-apart"``,
-            ``"leak-with"``, ``"leak-placebo"``, ``"leak-blocked-with"`` or ``"leak-blocked-placebo"``.
-        name: Its name in the pack; the protocol's name by default.
-        seed: Same seed and same patients give the same split, whatever the order of patches.
-        recipe: For ``as-published``, the ``[as_published.split]`` table of a recipe.
-        cases: For ``official``, a csv with ``case_id,split`` or the published lists (`protocols.read_cases`).
-        test_patients: Patients that test (``patients``), or are left out in turn (``leave-one-out``);
-            slides or sites where the protocol divides those; for ``leak-...`` the one of which half is
-            tested, and if wanted the one that gives the placebo.
-        val_patients: Patients that validate.
-        n_folds: Number of ``folds``.
+        recipe: The ``[as_published.split]`` table of a recipe.
         fractions: Shares of patients for train, val and test, summing to 1.
-        unit: ``"slide"`` lets ``leave-one-out`` leave out slides of patients that have several. By default
-            what the pack names: patients, else slides, else single patches.
-        unknown_patients: What becomes of patches without a patient (slide) in a pack that names others:
-            ``"leave-out"``, since each may be of somebody on another side, or ``"alone"``, each by itself. In
-            a data set's own sides and published splits they stay where those put them.
 
     Raises:
         SplitError: If the split cannot be made, would leak where it must not, or would leave a side empty.
@@ -231,13 +276,13 @@ def make_split(
     values[~aside] = assigned
     if nameless.any():
         treatment = "left out" if aside.any() else "as given" if is_given else "each alone"
-        parameters |= {"unknown_patients": _note_nameless(pack, unit, nameless, treatment)}
+        parameters["unknown_patients"] = _note_nameless(pack, unit, nameless, treatment)
     split = Split(
         name=_check_name(name or protocol),
         protocol=protocol,
         unit=unit,
         seed=seed,
-        parameters=parameters,
+        parameters=SplitParameters(**parameters),  # type: ignore[typeddict-item]
         table=pd.DataFrame({"patch_id": pack.table["patch_id"].to_numpy(), column: values}),
         overlap=None,
         pack_sha256=pack.info.content_sha256,
@@ -245,10 +290,13 @@ def make_split(
     return _check_split(split, pack)
 
 
-def with_sides(split: Split, pack: Pack, sides: np.ndarray, *, name: str, note: Mapping[str, Any]) -> Split:
+def with_sides(
+    split: Split, pack: Pack, sides: np.ndarray, *, name: str, note: Mapping[str, object]
+) -> Split:
     """Return a split other sides and another name, checked and counted anew; ``note`` is recorded."""
     table = pd.DataFrame({"patch_id": pack.table["patch_id"].to_numpy(), "side": sides})
-    changed = replace(split, name=_check_name(name), parameters={**split.parameters, **note}, table=table)
+    parameters = SplitParameters(**{**split.parameters, **note})  # type: ignore[typeddict-item]
+    changed = replace(split, name=_check_name(name), parameters=parameters, table=table)
     return _check_split(changed, pack)
 
 
@@ -344,7 +392,7 @@ class _Document(BaseModel):
     protocol: str
     unit: Unit
     seed: int
-    parameters: dict[str, Any]
+    parameters: SplitParameters
     patients_overlap: bool | None
     pack_sha256: str
     table_sha256: str = ""
@@ -396,7 +444,7 @@ def _choose_unit(pack: Pack, protocol: str, unit: Unit | None) -> Unit:
     )
 
 
-def _note_nameless(pack: Pack, unit: Unit, nameless: np.ndarray, treatment: str) -> dict[str, Any]:
+def _note_nameless(pack: Pack, unit: Unit, nameless: np.ndarray, treatment: str) -> dict[str, object]:
     first = pack.table["patch_id"][nameless].head(NAMED).tolist()
     logger.warning(
         "%s of %s patches have no %s_id and are %s: %s%s",
@@ -417,7 +465,7 @@ def _check_name(name: str) -> str:
 def _check_split(split: Split, pack: Pack) -> Split:
     """Refuse an empty or leaking side, count every side, and note what is odd."""
     folds: list[int | None] = list(range(split.n_folds)) if split.n_folds else [None]
-    counts: list[dict[str, Any]] = []
+    counts: list[dict[str, SubsetCounts]] = []
     warnings: list[str] = []
     overlap = False
     for fold in folds:
@@ -440,27 +488,23 @@ def _check_split(split: Split, pack: Pack) -> Split:
     if warnings:
         more = f" (and {len(warnings) - 1} more warnings)" if len(warnings) > 1 else ""
         logger.warning("split %s: %s%s", split.name, warnings[0], more)
-    noted = {
-        "counts": {"folds": counts} if split.n_folds else counts[0],
-        "warnings": warnings,
-        "limits": limits,
-    }
+    noted = SplitParameters(
+        counts={"folds": counts} if split.n_folds else counts[0], warnings=warnings, limits=limits
+    )
     overlap_known = None if pack.unit == "patch" else overlap
     return replace(split, parameters=split.parameters | noted, overlap=overlap_known)
 
 
-def _count(pack: Pack, chosen: np.ndarray) -> dict[str, Any]:
+def _count(pack: Pack, chosen: np.ndarray) -> SubsetCounts:
     per_class = np.bincount(pack.target[chosen], minlength=len(pack.class_names))
-    count = {
-        "patches": int(chosen.sum()),
-        "groups": None,
-        "per_class": dict(zip(pack.class_names, per_class.tolist(), strict=True)),
-    }
+    count = SubsetCounts(
+        patches=int(chosen.sum()),
+        groups=None,
+        per_class=dict(zip(pack.class_names, per_class.tolist(), strict=True)),
+    )
     if pack.unit != "patch":
-        count |= {
-            "groups": len(pd.unique(pack.group_ids[chosen])),
-            "groups_per_class": _carriers(pack, chosen),
-        }
+        count["groups"] = len(pd.unique(pack.group_ids[chosen]))
+        count["groups_per_class"] = _carriers(pack, chosen)
     return count
 
 
@@ -472,7 +516,7 @@ def _carriers(pack: Pack, chosen: np.ndarray) -> dict[str, int]:
     }
 
 
-def _state_limits(pack: Pack, protocol: str, counts: Sequence[Mapping[str, Any]]) -> list[str]:
+def _state_limits(pack: Pack, protocol: str, counts: Sequence[Mapping[str, SubsetCounts]]) -> list[str]:
     """Return which intervals the tested patients will not allow, class by class, and what would.
 
     Args:
@@ -501,3 +545,43 @@ def _state_limits(pack: Pack, protocol: str, counts: Sequence[Mapping[str, Any]]
             text += "; --protocol folds or leave-one-out tests all of them"
         limits.append(text)
     return limits
+
+
+def check_no_leakage(group_ids: np.ndarray, sides: np.ndarray, *, unit: str = "patient") -> None:
+    """Refuse sides on two of which one patient stands.
+
+    Args:
+        group_ids: The patient of each patch, ``(n_patches,)``.
+        sides: The side of each patch; ``""`` is on none.
+        unit: What a group is, for the message.
+
+    Raises:
+        SplitError: Naming the first patient and its sides.
+
+    Example:
+        >>> check_no_leakage(np.array(["a", "a", "b"]), np.array(["train", "train", "test"]))
+    """
+    result = find_overlap(group_ids, sides)
+    if result:
+        patient, where = next(iter(result.items()))
+        more = f" (and {len(result) - 1:,} more {unit}s are on two sides)" if len(result) > 1 else ""
+        raise SplitError(f"{unit} {patient} is in {' and '.join(where)}{more}; split by {unit}, not by patch")
+
+
+def leave_out_siblings(patient_ids: np.ndarray, sides: np.ndarray) -> None:
+    """Leave out other slides of the tested patient, then those of the validating one, in place."""
+    for side, others in (("test", ("train", "val")), ("val", ("train",))):
+        held = np.isin(patient_ids, np.unique(patient_ids[sides == side]))
+        sides[held & np.isin(sides, others)] = ""
+
+
+def find_overlap(group_ids: np.ndarray, sides: np.ndarray) -> dict[str, list[str]]:
+    """Return each group that stands on two sides or more, with its sides."""
+    codes, names = pd.factorize(np.asarray(group_ids, dtype=str), sort=True)
+    on_side = np.stack(
+        [np.bincount(codes[sides == side], minlength=len(names)) > 0 for side in SIDES], axis=1
+    )
+    return {
+        str(names[group]): [side for side, result in zip(SIDES, on_side[group], strict=True) if result]
+        for group in np.flatnonzero(on_side.sum(axis=1) > 1)
+    }

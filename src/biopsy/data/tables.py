@@ -4,7 +4,6 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -88,7 +87,7 @@ def check_keys(path: Path | str, keys: pd.Series) -> None:
         )
 
 
-def add_people(table: pd.DataFrame, people: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+def add_people(table: pd.DataFrame, people: str | Path) -> tuple[pd.DataFrame, dict[str, object]]:
     """Fill ``patient_id``, ``slide_id`` and ``site_id`` from a csv or from a pattern for the path.
 
     Args:
@@ -173,7 +172,7 @@ def check_ids(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, int]]:
     return table.assign(patient_id=patient_id), counts
 
 
-def join_columns(table: pd.DataFrame, path: Path | str) -> tuple[pd.DataFrame, dict[str, Any]]:
+def join_columns(table: pd.DataFrame, path: Path | str) -> tuple[pd.DataFrame, dict[str, object]]:
     """Add the columns of a csv, matched by ``patch_id``, else ``patient_id``, else ``slide_id``.
 
     A column ``site`` or ``site_id`` also fills ``site_id`` where the dataset has none. Empty cells stay null.
@@ -230,7 +229,7 @@ def _say_unmatched(path: Path | str, keys: pd.Index, known: pd.Series) -> None:
         )
 
 
-def _look_up_people(table: pd.DataFrame, path: Path | str) -> tuple[pd.DataFrame, dict[str, Any]]:
+def _look_up_people(table: pd.DataFrame, path: Path | str) -> tuple[pd.DataFrame, dict[str, object]]:
     rows = read_patch_table(path, _PERSON_COLUMNS)
     key = next((name for name in (*_PATCH_KEYS, "slide_id") if name in rows.columns), None)
     values = [name for name in ID_COLUMNS if name in rows.columns and name != key]
@@ -246,7 +245,7 @@ def _look_up_people(table: pd.DataFrame, path: Path | str) -> tuple[pd.DataFrame
     return people.reindex(known).set_axis(table.index), {**describe_file(path), "key": key}
 
 
-def _match_people(table: pd.DataFrame, pattern: str) -> tuple[pd.DataFrame, dict[str, Any]]:
+def _match_people(table: pd.DataFrame, pattern: str) -> tuple[pd.DataFrame, dict[str, object]]:
     try:
         expression = re.compile(pattern)
     except re.error as error:

@@ -8,7 +8,7 @@ import numpy as np
 from biopsy.core.subsets import subset_name
 from biopsy.core.text import plural
 from biopsy.data.figures import draw_balance, draw_sides
-from biopsy.data.leakage import SIDES
+from biopsy.data.protocols import SIDES
 from biopsy.plotting.style import svg
 from biopsy.reporting.document import (
     Block,

@@ -6,8 +6,8 @@ from pathlib import Path
 from biopsy.core.errors import DataError
 from biopsy.core.files import is_vacant, read_json, write_json
 from biopsy.data.inspection import inspect
-from biopsy.data.packing import prepare
 from biopsy.data.packs import Pack
+from biopsy.data.prepare import prepare
 from biopsy.evaluation.evaluate import evaluate
 from biopsy.experiments.reports import report
 from biopsy.phantom.cohort import FIRST_PATIENT, write_archive

@@ -21,9 +21,10 @@ from biopsy.core.errors import (
     TrainingDiverged,
 )
 from biopsy.core.files import LOCK, NO_SPACE, refuse_inputs, replace_atomic
-from biopsy.data.packing import prepare
 from biopsy.data.packs import Pack, is_pack
-from biopsy.data.splits import SIDES, Split, find_split, list_splits, make_split
+from biopsy.data.prepare import prepare
+from biopsy.data.protocols import SIDES
+from biopsy.data.splits import Split, find_split, list_splits, make_split
 from biopsy.models.context import has_coordinates
 from biopsy.models.engine import Engine
 from biopsy.models.networks import count_parameters

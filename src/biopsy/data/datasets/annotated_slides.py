@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +21,7 @@ from biopsy.core.files import sha256_file
 from biopsy.core.loaders import open_regular
 from biopsy.core.tables import read_csv_table
 from biopsy.data.archives import Archive, Entry, FolderArchive
-from biopsy.data.cutting import Cutting, cut_slide, name_classes
+from biopsy.data.cutting import Cut, Cutting, cut_slide, name_classes
 from biopsy.data.datasets.base import Listing, Skipped, find_positive
 from biopsy.data.tables import normalize_cells
 from biopsy.slide_io.annotations import SUFFIXES, Annotations, read_annotations
@@ -87,7 +86,7 @@ def fingerprint_notes(annotations: Path | str) -> str:
     return sha256_file(path)
 
 
-def list_patches(archive: Archive, cutting: Cutting) -> tuple[Listing, dict[str, Any]]:
+def list_patches(archive: Archive, cutting: Cutting) -> tuple[Listing, dict[str, object]]:
     """Cut every annotated slide of a folder.
 
     Returns:
@@ -118,10 +117,10 @@ def list_patches(archive: Archive, cutting: Cutting) -> tuple[Listing, dict[str,
     class_names = name_classes(list(read.values()), cutting)
     tables, records, left_out = [], {}, Counter[str]()
     for slide_id, case in cases.items():
-        table, record = _cut(slide_id, case, read[slide_id], class_names, cutting)
+        table, cut, about = _cut(slide_id, case, read[slide_id], class_names, cutting)
         tables.append(table)
-        records[slide_id] = record
-        left_out.update(record["left_out"])
+        left_out.update(cut.left_out)
+        records[slide_id] = about | {"patches": len(table), "left_out": cut.left_out, **cut.areas}
     table = pd.concat(tables, ignore_index=True)
     others = [name for name in class_names if name != cutting.rest]
     listing = Listing(
@@ -138,8 +137,8 @@ def list_patches(archive: Archive, cutting: Cutting) -> tuple[Listing, dict[str,
 
 def _cut(
     slide_id: str, case: "_Case", notes: Annotations, class_names: Sequence[str], cutting: Cutting
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Return the rows of one slide, and its record."""
+) -> tuple[pd.DataFrame, Cut, dict[str, object]]:
+    """Return the rows of one slide, where they come from, and what is recorded of slide and annotations."""
     if notes.repaired:
         number, fault = next(iter(notes.repaired.items()))
         _log.warning(
@@ -151,7 +150,11 @@ def _cut(
         _log.warning("%s: left out: %s", notes.path, counts)
     with open_slide(case.path, mpp=case.mpp) as slide:
         cut = cut_slide(slide, notes, class_names, cutting)
-        about = {"annotations": case.notes, "mpp": slide.mpp, "mpp_source": slide.mpp_source}
+        about: dict[str, object] = {
+            "annotations": case.notes,
+            "mpp": slide.mpp,
+            "mpp_source": slide.mpp_source,
+        }
         about |= {"corner_px": list(slide.corner)} if any(slide.corner) else {}
     table = pd.DataFrame(
         {
@@ -166,8 +169,8 @@ def _cut(
             "label_share": cut.share,
         }
     )
-    features = {"features": len(notes.items), "repaired": sorted(notes.repaired), "ignored": notes.ignored}
-    return table, about | cut.record | features
+    about |= {"features": len(notes.items), "repaired": sorted(notes.repaired), "ignored": notes.ignored}
+    return table, cut, about
 
 
 class SlidePatches:
