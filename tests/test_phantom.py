@@ -14,7 +14,7 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from biopsy.data.packing import prepare
+from biopsy.data.prepare import prepare
 from biopsy.phantom.cells import stamp_nuclei
 from biopsy.phantom.cohort import (
     PATCH_PX,
