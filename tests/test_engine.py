@@ -10,7 +10,7 @@ from biopsy.core.errors import RecipeError
 from biopsy.models.engine import Engine, count_correct, make_loss, outputs_of
 from biopsy.models.networks import build_network
 from biopsy.models.preprocessing import Preprocessing
-from biopsy.training.augmentation import Augmentation
+from biopsy.recipes.schema import Augmentation
 from biopsy.training.batches import Batches
 from biopsy.training.optimisers import make_optimiser
 

@@ -13,7 +13,7 @@ from biopsy.models.inference import predict_logits
 from biopsy.models.networks import build_network
 from biopsy.models.networks.stages import freeze
 from biopsy.models.preprocessing import Preprocessing
-from biopsy.training.augmentation import Augmentation
+from biopsy.recipes.schema import Augmentation
 from biopsy.training.batches import Batches
 from biopsy.training.cached_features import cache_backbone_features, predict_rest
 from conftest import write_pack

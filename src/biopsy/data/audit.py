@@ -1,13 +1,13 @@
 """The audit: what in a pack, or in a split of it, would spoil a result, and what one should know of it."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pandas as pd
 
 from biopsy.data.duplicates import BLANK_SD, MAX_BITS, MIN_CORRELATION, find_near_duplicates, hash_patches
-from biopsy.data.packs import Pack
+from biopsy.data.packs import Pack, PackCounts
 from biopsy.data.protocols import SIDES
 from biopsy.data.splits import Split, find_overlap
 
@@ -16,7 +16,62 @@ LIST_LIMIT = 100
 """Lists are cut to this length; the count beside them is always whole."""
 
 
-def audit_pack(pack: Pack, split: Split | None = None) -> dict[str, Any]:
+class Findings(TypedDict):
+    """How many, and the first `LIST_LIMIT` of them."""
+
+    count: int
+    items: list[Any]
+
+
+class Overlap(TypedDict):
+    """How many patients (slides) are in several subsets, and in which the first of them are."""
+
+    count: int
+    items: dict[str, list[str]]
+
+
+class SplitAudit(TypedDict):
+    """What of a split would spoil a result, or is to be known of it."""
+
+    name: str
+    protocol: str
+    is_published: bool
+    may_overlap: bool
+    patients_overlap: bool | None
+    overlap: Overlap
+    duplicates_across_sides: Findings
+    near_duplicates_across_sides: Findings
+
+
+class LabelConflicts(TypedDict):
+    """Patches of the same pixels, or of the same place on a slide, whose labels differ."""
+
+    same_pixels: Findings
+    same_pixels_blank: Findings
+    same_place: Findings
+    repeated_places: int
+
+
+class Audit(TypedDict):
+    """What ``audit.json`` holds."""
+
+    format: str
+    pack_sha256: str
+    dataset: str
+    unit: str
+    counts: PackCounts
+    unreadable: Findings
+    odd_sizes: dict[str, object]
+    blank: Findings
+    exact_duplicates: dict[str, object]
+    near_duplicates: dict[str, object]
+    label_conflicts: LabelConflicts
+    coordinates: dict[str, object]
+    groups: dict[str, object]
+    split: SplitAudit | None
+
+
+def audit_pack(pack: Pack, split: Split | None = None) -> Audit:
     """Look for everything in a pack that would spoil a result.
 
     Args:
@@ -55,14 +110,15 @@ def audit_pack(pack: Pack, split: Split | None = None) -> dict[str, Any]:
     }
 
 
-def find_blocking_issues(audit: dict[str, Any]) -> list[str]:
+def find_blocking_issues(audit: Audit) -> list[str]:
     """Say in a line each what would spoil a result; an empty list means that nothing would.
 
     A split that is published, or made to measure a leak, is exempt: its overlap is stated as what it is.
     """
     reasons = []
-    for kind, words in (("same_pixels", "the same pixels"), ("same_place", "the same place")):
-        result = audit["label_conflicts"][kind]
+    conflicts = audit["label_conflicts"]
+    pixels, place = conflicts["same_pixels"], conflicts["same_place"]
+    for result, words in ((pixels, "the same pixels"), (place, "the same place")):
         if result["count"]:
             first = result["items"][0]
             reasons.append(
@@ -88,7 +144,7 @@ def find_blocking_issues(audit: dict[str, Any]) -> list[str]:
     return reasons
 
 
-def _audit_sizes(pack: Pack) -> dict[str, Any]:
+def _audit_sizes(pack: Pack) -> dict[str, object]:
     odd = (pack.sizes != pack.info.patch_px).any(axis=1)
     sizes, counts = np.unique(pack.sizes[odd], axis=0, return_counts=True)
     by_size = [
@@ -97,7 +153,7 @@ def _audit_sizes(pack: Pack) -> dict[str, Any]:
     return {"by_size": by_size, **_listed_ids(pack, odd)}
 
 
-def _audit_exact(pack: Pack, pictures: np.ndarray, blank: np.ndarray) -> dict[str, Any]:
+def _audit_exact(pack: Pack, pictures: np.ndarray, blank: np.ndarray) -> dict[str, object]:
     repeated = np.bincount(pictures)[pictures] > 1
     return {
         "patches": int(repeated.sum()),
@@ -106,7 +162,7 @@ def _audit_exact(pack: Pack, pictures: np.ndarray, blank: np.ndarray) -> dict[st
     }
 
 
-def _audit_near(pack: Pack, pairs: np.ndarray, likeness: np.ndarray) -> dict[str, Any]:
+def _audit_near(pack: Pack, pairs: np.ndarray, likeness: np.ndarray) -> dict[str, object]:
     order = np.argsort(-likeness, kind="stable")
     return {
         "method": f"difference hash of 64 bits, at most {MAX_BITS} apart, then correlation of grey values "
@@ -118,8 +174,7 @@ def _audit_near(pack: Pack, pairs: np.ndarray, likeness: np.ndarray) -> dict[str
     }
 
 
-def _audit_labels(pack: Pack, pictures: np.ndarray, blank: np.ndarray) -> dict[str, Any]:
-    """Find patches of the same pixels, or of the same place on a slide, whose labels differ."""
+def _audit_labels(pack: Pack, pictures: np.ndarray, blank: np.ndarray) -> LabelConflicts:
     table = pack.table
     whose = table["slide_id"].where(table["slide_id"].notna(), table["patient_id"])
     known = (whose.notna() & table["x"].notna() & table["y"].notna()).to_numpy()
@@ -135,7 +190,7 @@ def _audit_labels(pack: Pack, pictures: np.ndarray, blank: np.ndarray) -> dict[s
     }
 
 
-def _audit_coordinates(pack: Pack) -> dict[str, Any]:
+def _audit_coordinates(pack: Pack) -> dict[str, object]:
     """Count patches with a place, and those that stand off the grid most of them share."""
     places = pack.table[["x", "y"]].dropna().astype(np.int64).to_numpy()
     if not len(places):
@@ -149,7 +204,7 @@ def _audit_coordinates(pack: Pack) -> dict[str, Any]:
     }
 
 
-def _audit_groups(pack: Pack) -> dict[str, Any]:
+def _audit_groups(pack: Pack) -> dict[str, object]:
     """Count the classes of every patient (slide, where no patients are named), and patches of no known."""
     if pack.unit == "patch":
         return {"count": None, "one_class": None, "items": [], "unknown": len(pack)}
@@ -172,7 +227,7 @@ def _audit_groups(pack: Pack) -> dict[str, Any]:
 
 def _audit_split(
     pack: Pack, split: Split, pictures: np.ndarray, blank: np.ndarray, near: np.ndarray
-) -> dict[str, Any]:
+) -> SplitAudit:
     repeated = (np.bincount(pictures)[pictures] > 1) & ~blank
     overlap: dict[str, list[str]] = {}
     across = np.zeros(len(pictures), bool)
@@ -221,10 +276,10 @@ def _pair_ids(pack: Pack, pairs: np.ndarray) -> list[list[str]]:
     return pack.table["patch_id"].to_numpy(object)[pairs].tolist()
 
 
-def _listed_ids(pack: Pack, chosen: np.ndarray) -> dict[str, Any]:
+def _listed_ids(pack: Pack, chosen: np.ndarray) -> Findings:
     return _listed(pack.table["patch_id"][chosen].tolist())
 
 
-def _listed(items: Iterable[Any]) -> dict[str, Any]:
+def _listed(items: Iterable[Any]) -> Findings:
     items = list(items)
     return {"count": len(items), "items": items[:LIST_LIMIT]}

@@ -5,7 +5,6 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +13,7 @@ from biopsy.core.errors import DataError, PackError
 from biopsy.core.files import check_outputs, refuse_inputs, update_directory, write_atomic, write_json
 from biopsy.core.results import Result
 from biopsy.core.seeds import make_rng
-from biopsy.data.audit import audit_pack, find_blocking_issues
+from biopsy.data.audit import Audit, audit_pack, find_blocking_issues
 from biopsy.data.figures import draw_balance, draw_sides
 from biopsy.data.packs import Pack
 from biopsy.data.protocols import SIDES
@@ -87,7 +86,7 @@ def inspect(
     return Inspection({**audit, "blocking_issues": find_blocking_issues(audit), "paths": paths})
 
 
-def _write_audit(pack: Pack, audit: dict[str, Any], out: Path | str | None) -> Path:
+def _write_audit(pack: Pack, audit: Audit, out: Path | str | None) -> Path:
     path = pack.path / "audit.json"
     try:
         write_json(path, audit)

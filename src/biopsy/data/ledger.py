@@ -1,4 +1,4 @@
-"""The ledger: how many times a test side has been looked at.
+"""The ledger: how many times a test subset has been looked at.
 
 One JSON line an opening in the pack's ``ledger.jsonl``, appended under a lock. For a pack that cannot be
 written the ledger is kept with the run, marked as such: it then knows of that run's openings only.
@@ -10,10 +10,10 @@ import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from biopsy.core.errors import FileFormatError
 from biopsy.core.loaders import open_regular, parse_json, read_bytes, validate
@@ -28,8 +28,6 @@ logger = logging.getLogger(__name__)
 class _Opening(BaseModel):
     """What a line of the ledger must hold to be counted."""
 
-    model_config = ConfigDict(extra="allow")
-
     run: str
     split: str
     fold: int | None
@@ -37,8 +35,21 @@ class _Opening(BaseModel):
     kept_with: Literal["pack", "run"]
 
 
-def record_opening(pack: Pack, run_dir: Path | str, entry: Mapping[str, Any]) -> Path:
-    """Note that a side of a pack was looked at.
+class OpeningCount(TypedDict):
+    """How often a subset was looked at.
+
+    ``kept_with`` is ``run`` where the pack could not be written at some time, so that the count may be too
+    low; each of the ``unreadable`` lines may be an opening.
+    """
+
+    times: int
+    runs: int
+    kept_with: Literal["pack", "run"]
+    unreadable: int
+
+
+def record_opening(pack: Pack, run_dir: Path | str, entry: Mapping[str, object]) -> Path:
+    """Note that a subset of a pack was looked at.
 
     Args:
         pack: The pack.
@@ -58,11 +69,6 @@ def record_opening(pack: Pack, run_dir: Path | str, entry: Mapping[str, Any]) ->
         return _append(Path(run_dir) / FILE, line | {"kept_with": "run"})
 
 
-def read_openings(pack: Pack, run_dir: Path | str | None = None) -> list[dict[str, Any]]:
-    """Return what a pack's ledger holds, and a run's own where one is named, without unreadable lines."""
-    return _read_all(pack, run_dir)[0]
-
-
 def count_openings(
     pack: Pack,
     *,
@@ -70,32 +76,27 @@ def count_openings(
     fold: int | None = None,
     side: str = "test",
     run_dir: Path | str | None = None,
-) -> dict[str, Any]:
-    """Count how often a side was looked at, and for how many runs.
+) -> OpeningCount:
+    """Count how often a subset was looked at, and for how many runs.
 
     Args:
         pack: The pack.
         split: Name of the split.
         fold: The fold that was tested; None for a split without folds.
-        side: The side.
+        side: The subset.
         run_dir: A run whose own ledger counts as well.
-
-    Returns:
-        ``times``, ``runs``, and ``kept_with``: ``"run"`` where the pack could not be written at some time, so
-        that the count may be too low, else ``"pack"``; ``unreadable`` lines, each of which may be an opening.
     """
-    wanted = {"split": split, "fold": fold, "side": side}
     every, n_unreadable = _read_all(pack, run_dir)
-    entries = [entry for entry in every if all(entry[key] == value for key, value in wanted.items())]
-    return {
-        "times": len(entries),
-        "runs": len({entry["run"] for entry in entries}),
-        "kept_with": "run" if any(entry["kept_with"] == "run" for entry in entries) else "pack",
-        "unreadable": n_unreadable,
-    }
+    entries = [entry for entry in every if (entry.split, entry.fold, entry.side) == (split, fold, side)]
+    return OpeningCount(
+        times=len(entries),
+        runs=len({entry.run for entry in entries}),
+        kept_with="run" if any(entry.kept_with == "run" for entry in entries) else "pack",
+        unreadable=n_unreadable,
+    )
 
 
-def _append(path: Path, line: Mapping[str, Any]) -> Path:
+def _append(path: Path, line: Mapping[str, object]) -> Path:
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path.parent} is read-only")
     if path.exists():
@@ -114,17 +115,15 @@ def _ends_whole(path: Path) -> bool:
     return not content or content.endswith(b"\n")
 
 
-def _read_all(pack: Pack, run_dir: Path | str | None) -> tuple[list[dict[str, Any]], int]:
+def _read_all(pack: Pack, run_dir: Path | str | None) -> tuple[list[_Opening], int]:
     """Return the entries of the pack's ledger and the run's, and how many lines cannot be read."""
-    entries: list[dict[str, Any]] = []
+    entries: list[_Opening] = []
     n_unreadable = 0
     for path in [folder / FILE for folder in (pack.path, *([Path(run_dir)] if run_dir else []))]:
         lines = read_bytes(path, max_bytes=MAX_BYTES).splitlines() if path.exists() else []
         for number, line in enumerate(lines, start=1):
             try:
-                entry = parse_json(line, path)
-                validate(path, _Opening, entry)
-                entries.append(entry)
+                entries.append(validate(path, _Opening, parse_json(line, path)))
             except FileFormatError as error:
                 n_unreadable += 1
                 logger.warning("line %d of the ledger is not counted: %s", number, error)

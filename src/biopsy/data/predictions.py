@@ -5,12 +5,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, cast
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from biopsy.core.errors import DataError, FileFormatError, UserFileError
 from biopsy.core.files import plain, read_json, replace_atomic, sha256_file, write_json
@@ -20,6 +22,16 @@ from biopsy.data.packs import Pack, hash_columns
 from biopsy.slide_io.images import IMAGE_SUFFIXES
 
 FORMAT = "biopsy-predictions/1"
+
+
+class FrozenThreshold(TypedDict):
+    """The probability from which a patch is called positive, how it was chosen, and on which subset."""
+
+    value: Annotated[float, Field(ge=0, le=1.001)]  # just above 1 where nothing is called positive
+    rule: str
+    chosen_on: str | None
+
+
 IDENTITY = ("patch_id", "patient_id", "slide_id", "x", "y")
 _TEXT = ("patch_id", "patient_id", "slide_id", "side", "source")
 _WHOLE = ("x", "y", "fold", "target", "pred")
@@ -30,6 +42,17 @@ _REMEDY = "make it again with `biopsy evaluate` or `biopsy predict`"
 
 _CONTENT = "content_sha256"
 _NEEDED = (*IDENTITY, "side", "fold", "target", "pred", "abstained")
+
+
+class PredictionsInfo(TypedDict, total=False):
+    """What predictions were made with, as it is stored beside them."""
+
+    format: str
+    pack_sha256: str
+    classifier_sha256: str
+    split: str
+    fold: int | None
+    threshold: FrozenThreshold | None
 
 
 def make_predictions(
@@ -113,7 +136,7 @@ def tabulate_predictions(
     return _with_types(frame)
 
 
-def write_predictions(path: Path | str, frame: pd.DataFrame, metadata: Mapping[str, Any]) -> Path:
+def write_predictions(path: Path | str, frame: pd.DataFrame, metadata: Mapping[str, object]) -> Path:
     """Write predictions as Parquet or CSV, by the ending of ``path``, whole or not at all.
 
     Args:
@@ -139,7 +162,7 @@ def write_predictions(path: Path | str, frame: pd.DataFrame, metadata: Mapping[s
     return path
 
 
-def write_described_csv(path: Path, table: pd.DataFrame, metadata: Mapping[str, Any]) -> None:
+def write_described_csv(path: Path, table: pd.DataFrame, metadata: Mapping[str, object]) -> None:
     """Write a csv, and its metadata with its own hash into ``<name>.csv.json`` beside it."""
     write_csv(path, table)
     write_json(_beside(path), {**metadata, "sha256": sha256_file(path)})
@@ -175,7 +198,7 @@ def _is_unchanged(path: Path) -> bool:
         return False
 
 
-def _read_beside(path: Path) -> dict[str, Any] | None:
+def _read_beside(path: Path) -> dict[str, object] | None:
     """Return the metadata beside a csv; None where there is none of this package."""
     try:
         about = read_json(_beside(path), may_lack_hash=True)
@@ -184,7 +207,7 @@ def _read_beside(path: Path) -> dict[str, Any] | None:
     return about if str(about.get("format")).startswith("biopsy-") else None
 
 
-def read_predictions(path: Path | str) -> tuple[pd.DataFrame, dict[str, Any]]:
+def read_predictions(path: Path | str) -> tuple[pd.DataFrame, PredictionsInfo]:
     """Read predictions and their metadata from Parquet or CSV.
 
     Raises:
@@ -213,7 +236,7 @@ def read_predictions(path: Path | str) -> tuple[pd.DataFrame, dict[str, Any]]:
     about.pop("sha256", None)  # of a csv's text, by which it is known to be replaceable
     if about.pop(_CONTENT, None) not in (None, _hash_content(frame, about)):
         raise FileFormatError(path, "altered", f"was changed since it was written; {_REMEDY}")
-    return frame, about
+    return frame, cast(PredictionsInfo, about)
 
 
 def _are_classes(frame: pd.DataFrame) -> bool:
@@ -223,7 +246,7 @@ def _are_classes(frame: pd.DataFrame) -> bool:
     return bool(known.all(axis=None) and frame["pred"].notna().all())
 
 
-def _hash_content(frame: pd.DataFrame, about: Mapping[str, Any]) -> str:
+def _hash_content(frame: pd.DataFrame, about: Mapping[str, object]) -> str:
     """Hash what reported numbers rest on; columns that were joined may come and go."""
     names = [name for name in frame if name in _NEEDED or _FLOAT.search(str(name))]
     known = {key: value for key, value in about.items() if key != _CONTENT}
@@ -231,7 +254,7 @@ def _hash_content(frame: pd.DataFrame, about: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_metadata(path: Path | str) -> dict[str, Any]:
+def read_metadata(path: Path | str) -> PredictionsInfo:
     """Return what stands beside a table of predictions; empty for a table of another program's."""
     path = Path(path)
     try:
@@ -241,7 +264,8 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
             about = read_json(_beside(path), may_lack_hash=True)
     except FileFormatError:
         return {}
-    return about if isinstance(about, dict) and about.get("format") == FORMAT else {}
+    is_ours = isinstance(about, dict) and about.get("format") == FORMAT
+    return cast(PredictionsInfo, about) if is_ours else {}
 
 
 def class_columns(frame: pd.DataFrame) -> list[str]:
@@ -300,7 +324,7 @@ def check_name(path: Path | str) -> Path:
     return path
 
 
-def write_submission(path: Path | str, frame: pd.DataFrame, metadata: Mapping[str, Any]) -> Path:
+def write_submission(path: Path | str, frame: pd.DataFrame, metadata: Mapping[str, object]) -> Path:
     """Write the probability of the positive class of each patch, in order, and ``<name>.csv.json`` beside it.
 
     Args:

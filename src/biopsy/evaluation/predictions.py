@@ -360,14 +360,14 @@ def evaluate_table(
     if positive is None and class_names is not None and len(class_names) == 2 and prob is not None:
         same = [k for k, name in enumerate(of_classes) if np.array_equal(table[name], table[prob])]
         positive = class_names[same[0]] if len(same) == 1 else None
-    known = read_metadata(path).get("threshold") or {}
+    frozen = read_metadata(path).get("threshold")
     return evaluate_predictions(
         table[truth].to_numpy(),
         table[of_classes if class_names is not None else prob].to_numpy(),
         None if group is None else table[group].map(_spell, na_action="ignore").to_numpy(object),
         class_names=class_names,
         positive_class=positive,
-        threshold=known.get("value") if threshold is None else threshold,
+        threshold=frozen["value"] if threshold is None and frozen else threshold,
         subgroups=table[list(subgroups)],
         patch_ids=None if ids is None else table[ids].to_numpy(object),
         prevalence=prevalence,

@@ -15,7 +15,7 @@ from biopsy.statistics.intervals import average, describe_method, estimate_metri
 from biopsy.statistics.metrics import measure, registry
 from biopsy.statistics.multiclass import classification_report
 from biopsy.statistics.resampling import Resampler
-from biopsy.training.runs import Run
+from biopsy.training.runs import EpochRecord, Run
 from biopsy.training.study import Study
 
 SUMMARY_FORMAT = "biopsy-study-metrics/1"
@@ -132,7 +132,7 @@ def _or_nan(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def _mean_of_last(log: list[dict[str, Any]], n_epochs: int = 5) -> float | None:
+def _mean_of_last(log: list[EpochRecord], n_epochs: int = 5) -> float | None:
     """Return the mean validation AUROC of the last epochs: single epochs swing."""
     values = [record["val_auroc"] for record in log[-n_epochs:] if record["val_auroc"] is not None]
     return float(np.mean(values)) if values else None

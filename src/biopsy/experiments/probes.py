@@ -23,7 +23,7 @@ from biopsy.recipes import Overrides, load_recipe, setting_lines
 from biopsy.training.fit import OnEpoch
 from biopsy.training.probe import FOLDER, neighbour_votes
 from biopsy.training.runs import DOCUMENT as RUN
-from biopsy.training.runs import Run
+from biopsy.training.runs import EpochRecord, Run
 from biopsy.training.train import open_data, train
 
 RECIPE, FORMAT = "probe", "biopsy-probe/1"
@@ -179,7 +179,7 @@ def _row(name: str, run: Run, pack: Pack) -> dict[str, Any]:
     }
 
 
-def _neighbours(run: Run, pack: Pack, record: dict[str, Any]) -> float | None:
+def _neighbours(run: Run, pack: Pack, record: EpochRecord) -> float | None:
     """Return the AUROC of k nearest neighbours on the test subset; None where features are not kept."""
     path, positive = pack.path / FOLDER / record["features"], pack.positive_index
     if positive is None or not path.is_file():

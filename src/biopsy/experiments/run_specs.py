@@ -21,7 +21,7 @@ from biopsy.plotting.style import png
 from biopsy.recipes import Recipe, recipe_toml
 from biopsy.training.fit import OnEpoch
 from biopsy.training.runs import DOCUMENT as RUN
-from biopsy.training.runs import Run
+from biopsy.training.runs import EpochRecord, Run
 from biopsy.training.study import DOCUMENT, FORMAT, Study
 from biopsy.training.train import train
 
@@ -139,9 +139,9 @@ def _has_failed(path: Path, *, since: float) -> bool:
 def _train_and_evaluate(
     path: Path, spec: RunSpec, pack: Pack, device: str, on_epoch: OnEpoch | None, *, judge: bool
 ) -> None:
-    def note(record: dict[str, Any]) -> None:
+    def note(record: EpochRecord) -> None:
         if on_epoch:
-            on_epoch(record | spec.describe())
+            on_epoch({**record, **spec.describe()})  # type: ignore[typeddict-item]
 
     try:
         run = _run(path, spec, pack, device, note)

@@ -23,7 +23,7 @@ from biopsy.experiments.run_specs import RunSpec, check_networks, open_study, pl
 from biopsy.experiments.search import Trial, list_ends, read_space, suggest
 from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
 from biopsy.training.fit import OnEpoch
-from biopsy.training.runs import Run
+from biopsy.training.runs import EpochRecord, Run
 from biopsy.training.study import Study
 from biopsy.training.train import choose_split, open_data
 
@@ -379,7 +379,7 @@ def draw_study(study: Study) -> Figure:
     return draw_sweep(values, validation, test, metric=name, best=marked)
 
 
-def _chosen_record(run: Run) -> dict[str, Any]:
+def _chosen_record(run: Run) -> EpochRecord:
     """Return what the epoch that a run kept reached on validation."""
     return next(record for record in run.log() if record["epoch"] == run.info["chosen_epoch"])
 

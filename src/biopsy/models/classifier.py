@@ -6,17 +6,18 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Required
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt
+from typing_extensions import TypedDict
 
 from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import create_directory, plain, read_json, sha256_file, write_atomic, write_json
 from biopsy.core.loaders import read_tensors, validate
 from biopsy.data.packs import MAX_PATCH_PX, Pack
-from biopsy.data.predictions import decide
+from biopsy.data.predictions import FrozenThreshold, decide
 from biopsy.models.context import average_neighbours, has_coordinates
 from biopsy.models.preprocessing import Preprocessing, Resize
 from biopsy.statistics.calibrators import Calibrator, Method, calibrator_from_dict
@@ -37,61 +38,70 @@ _Shares = list[Annotated[FiniteFloat, Field(ge=0, le=1)]]
 _Limit = Annotated[FiniteFloat, Field(gt=0)]
 
 
-class _Threshold(BaseModel):
-    value: float = Field(ge=0, le=1.001)  # just above 1 where nothing is called positive
-    rule: str
-    chosen_on: str | None
+KINDS = ("colour", "feature")
+"""Of the distances by which patches out of distribution are found."""
 
 
-class _Calibrator(BaseModel):
-    method: Method
-    slope: FiniteFloat = 1.0
-    intercepts: list[FiniteFloat] = []
-    positive_index: Literal[0, 1] = 0
-    prob: _Shares = []
-    calibrated: _Shares = []
+class Threshold(FrozenThreshold, total=False):
+    """A decision threshold, and what it achieved where it was chosen."""
+
+    sensitivity: float | None
+    specificity: float | None
 
 
-class _Conformal(BaseModel):
-    quantiles: list[FiniteFloat] | None = None
+class CalibratorRecord(TypedDict, total=False):
+    """How scores become calibrated (see ``statistics.calibrators``), and on what that was fitted."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    method: Required[Method]
+    slope: FiniteFloat
+    intercepts: list[FiniteFloat]
+    positive_index: Literal[0, 1]
+    prob: _Shares
+    calibrated: _Shares
+    prior: str | None
+    reason: str
+    asked: str
+    fitted_on: str
+    n_patches: int
+    n_patients: int
+    unit: str
+    warning: str | None
 
 
-class _Limits(BaseModel):
-    colour: _Limit
-    feature: _Limit
+class ConformalRecord(TypedDict, total=False):
+    """Quantiles of the sets that say which patches get no answer, or why there are none."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    method: str
+    alpha: float
+    promise: str
+    quantiles: list[FiniteFloat] | None
+    n_patients: int
+    n_patches: int
+    unit: str
+    reason: str | None
+    chosen_on: str
+    per_patch_quantiles: list[float] | None
 
 
-class _OutOfDistribution(BaseModel):
-    limits: _Limits
+class OutOfDistribution(TypedDict, total=False):
+    """Limits of the distances (`KINDS`) beyond which a patch is out of distribution."""
+
+    method: str
+    quantile: float
+    chosen_on: str
+    limits: Required[dict[str, _Limit]]
 
 
-class _Parts(BaseModel):
-    """What the dictionaries of a `ClassifierInfo` must hold."""
+class SinglePatch(TypedDict, total=False):
+    """What replaces the parts of the same names for patches without coordinates."""
 
-    class_names: list[str] = Field(min_length=1)
-    positive_class: str | None
-    calibrator: _Calibrator = _Calibrator(method="none")
-    thresholds: list[_Threshold] = []
-    conformal: _Conformal = _Conformal()
-    out_of_distribution: _OutOfDistribution | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> "_Parts":
-        names, calibrator = self.class_names, self.calibrator
-        knots = len(calibrator.prob)
-        faults = {
-            "class_names: a class stands twice": len(set(names)) < len(names),
-            f"positive_class: {self.positive_class!r} is no class": self.positive_class not in (None, *names),
-            "thresholds: there is no positive class": bool(self.thresholds) and self.positive_class is None,
-            "conformal: one quantile a class is needed": self.conformal.quantiles is not None
-            and len(self.conformal.quantiles) != len(names),
-            "calibrator: one intercept a class is needed": len(calibrator.intercepts) not in (0, len(names)),
-            "calibrator: isotonic knots are missing": calibrator.method == "isotonic"
-            and not (len(calibrator.calibrated) == knots > 0 and len(names) == 2),
-        }
-        if fault := next((fault for fault, is_so in faults.items() if is_so), None):
-            raise ValueError(fault)
-        return self
+    calibrator: CalibratorRecord
+    thresholds: list[Threshold]
+    conformal: ConformalRecord
 
 
 Tta = Literal["none", "d4"]
@@ -104,7 +114,7 @@ class ClassifierInfo(BaseModel):
 
     format: Literal["biopsy-classifier/1"] = FORMAT
     network: str
-    params: dict[str, Any] = {}
+    params: dict[str, object] = {}
     class_names: list[str] = Field(min_length=1)
     positive_class: str | None
     patch_px: PositiveInt = Field(le=MAX_PATCH_PX)
@@ -117,26 +127,51 @@ class ClassifierInfo(BaseModel):
     """``d4``: logits and features are means over the eight symmetries of the patch."""
     context: float = 0.0
     """Decay length of the weights of neighbouring patches in the mean logits, in patch sides; 0: none."""
-    calibrator: dict[str, Any] = {"method": "none"}
-    """How scores become calibrated: a record of ``statistics.calibrators``, and what it was fitted on."""
-    thresholds: list[dict[str, Any]] = []
-    """``value``, ``rule``, ``chosen_on``, and what it achieved there; the first one is used."""
-    conformal: dict[str, Any] = {}
-    """``quantiles`` of the sets that say which patches get no answer, or why there are none."""
-    out_of_distribution: dict[str, Any] | None = None
-    """Limits beyond which a patch is out of distribution."""
-    single_patch: dict[str, Any] = {}
-    """With ``context``: calibrator, thresholds and conformal sets for patches without coordinates."""
+    calibrator: CalibratorRecord = {"method": "none"}
+    thresholds: list[Threshold] = []
+    """The first one is used."""
+    conformal: ConformalRecord = {}
+    out_of_distribution: OutOfDistribution | None = None
+    single_patch: SinglePatch = {}
+    """Of a classifier with ``context``."""
     description: str = ""
     """On which data and how many patients it stands, in one sentence."""
     citation: str = ""
     """Of the data."""
     licence: str = "as the data it was trained on allow"
-    pack: dict[str, Any] = {}
+    pack: dict[str, str] = {}
     """Name and content hash of the pack it learned from."""
     recipe: str | None = None
     version: str = ""
     weights_sha256: str = ""
+
+    def require_consistent(self) -> "ClassifierInfo":
+        """Refuse parts that do not fit each other.
+
+        Raises:
+            DataError: Naming the part.
+        """
+        names, calibrator, quantiles = self.class_names, self.calibrator, self.conformal.get("quantiles")
+        n_knots = len(calibrator.get("prob", []))
+        limits = (
+            dict.fromkeys(KINDS) if self.out_of_distribution is None else self.out_of_distribution["limits"]
+        )
+        missing = [kind for kind in KINDS if kind not in limits]
+        faults = {
+            "class_names: a class stands twice": len(set(names)) < len(names),
+            f"positive_class: {self.positive_class!r} is no class": self.positive_class not in (None, *names),
+            "thresholds: there is no positive class": bool(self.thresholds) and self.positive_class is None,
+            "conformal: one quantile a class is needed": quantiles is not None
+            and len(quantiles) != len(names),
+            "calibrator: one intercept a class is needed": len(calibrator.get("intercepts", []))
+            not in (0, len(names)),
+            "calibrator: isotonic knots are missing": calibrator["method"] == "isotonic"
+            and not (len(calibrator.get("calibrated", [])) == n_knots > 0 and len(names) == 2),
+            f"out_of_distribution.limits.{' and '.join(missing)}: missing": bool(missing),
+        }
+        if fault := next((fault for fault, is_so in faults.items() if is_so), None):
+            raise DataError(f"{DOCUMENT}: {fault}")
+        return self
 
 
 class Classifier:
@@ -175,8 +210,7 @@ class Classifier:
             remedy = "bring it back, or train again"
             document = read_json(path / DOCUMENT, format=FORMAT, remedy=remedy, may_lack_hash=True)
             info = validate(path / DOCUMENT, ClassifierInfo, document)
-            for part in ({}, info.single_patch):
-                validate(path / DOCUMENT, _Parts, document | part)
+            info.require_consistent().model_copy(update=dict(info.single_patch)).require_consistent()
         except DataError as error:
             raise RunError(f"{path} is not a classifier: {error}") from None
         weights = path / WEIGHTS
@@ -188,7 +222,7 @@ class Classifier:
             raise RunError(str(error)) from None
         extras = {name.removeprefix(_EXTRA): tensor.astype(np.float64) for name, tensor in tensors.items()}
         parts = ("mean", "spread", "precision")
-        needed = {f"{kind}_{part}" for kind in _Limits.model_fields for part in parts}
+        needed = {f"{kind}_{part}" for kind in KINDS for part in parts}
         if info.out_of_distribution is not None and not needed <= extras.keys():
             raise RunError(f"{weights} lacks what training patches are like: {remedy}")
         return cls(info, None, extras, path)
@@ -238,7 +272,7 @@ class Classifier:
             raise RunError(f"positive_class={positive_class!r} is none of two classes {names}")
         if binary and not 0 <= threshold <= 1:
             raise RunError(f"threshold={threshold!r} is no probability")
-        frozen = {"value": float(threshold), "rule": "given", "chosen_on": None}
+        frozen = Threshold(value=float(threshold), rule="given", chosen_on=None)
         info = ClassifierInfo(
             network=f"wrapped:{type(module).__module__}.{type(module).__qualname__}",
             class_names=names,
@@ -283,9 +317,9 @@ class Classifier:
                 "does not hold: wrap the module again with Classifier.wrap"
             )
         tensors, _ = read_tensors(weights, framework="pt", keep=lambda name: not _is_extra(name))
-        network = build_network(
-            info.network, n_classes=len(info.class_names), input_px=info.preprocessing.input_px, **info.params
-        )
+        n_classes, input_px = len(info.class_names), info.preprocessing.input_px
+        parameters: Any = info.params
+        network = build_network(info.network, n_classes=n_classes, input_px=input_px, **parameters)
         try:
             network.load_state_dict(tensors)
         except RuntimeError as error:
@@ -355,7 +389,7 @@ class Classifier:
         other, reference = copy.copy(self), self.info.out_of_distribution
         if reference is not None:
             limits = {kind: limit for kind, limit in reference["limits"].items() if kind != "feature"}
-            reference = {**reference, "limits": limits}
+            reference = OutOfDistribution(**{**reference, "limits": limits})
         other.info = self.info.model_copy(update={"tta": tta, "out_of_distribution": reference})
         other._base_network = self.base_network
         other.path = None  # a compiled network that lies there has the other augmentation
@@ -366,7 +400,7 @@ class Classifier:
         if not self.info.context:
             return self
         single = copy.copy(self)
-        changes = {"context": 0.0, "single_patch": {}, **self.info.single_patch}
+        changes: dict[str, object] = {"context": 0.0, "single_patch": {}, **self.info.single_patch}
         single.info = self.info.model_copy(update=changes)
         return single
 
@@ -461,11 +495,12 @@ class Classifier:
         return abstain(predict_sets(probs, quantiles), decide(probs, self.positive_index, self.threshold))
 
     @property
-    def frozen(self) -> dict[str, Any] | None:
-        """``value``, ``rule`` and ``chosen_on`` of the threshold that decides; None where there is none."""
+    def frozen(self) -> FrozenThreshold | None:
+        """The threshold that decides; None where there is none."""
         if not self.info.thresholds:
             return None
-        return {key: self.info.thresholds[0][key] for key in ("value", "rule", "chosen_on")}
+        first = self.info.thresholds[0]
+        return FrozenThreshold(value=first["value"], rule=first["rule"], chosen_on=first["chosen_on"])
 
 
 def _is_extra(name: str) -> bool:

@@ -1,8 +1,8 @@
 """Pretrained weights that are known: whose they are, under which licence, how they are fed."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict
 
 from biopsy.core.errors import RecipeError, suggest
 from biopsy.models.classifier import WEIGHTS, Classifier
@@ -12,9 +12,16 @@ from biopsy.models.shipped import FOLDER, list_shipped
 from biopsy.models.weight_files import SUFFIXES
 
 NOT_STATED = "not stated"
-# Keras's "caffe" mode: BGR, 0-255, minus the mean of ImageNet
-CAFFE = {"channel_order": "bgr", "scale": 1.0, "mean": [103.939, 116.779, 123.68], "std": [1.0, 1.0, 1.0]}
 SWAG = ("https://github.com/facebookresearch/SWAG/blob/main/LICENSE", "cc-by-nc-4.0")
+
+
+class Feed(TypedDict):
+    """The preprocessing that weights were trained with, in a recipe's words."""
+
+    channel_order: Literal["rgb", "bgr"]
+    scale: float
+    mean: list[float]
+    std: list[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +35,6 @@ class Weights:
         page: Where they are described or fetched from.
         licence: Short name, lower case; ``not stated`` where the source says none for the weights.
         digest: ``ALGORITHM:HEX``, where the source states one; the hex may be its beginning.
-        feed: The preprocessing they were trained with, in a recipe's words.
         url: Where the file itself is, if that is known.
         hub: Repository and file on Hugging Face.
         package: Python package that brings the file along.
@@ -40,11 +46,14 @@ class Weights:
     page: str
     licence: str
     digest: str = ""
-    feed: dict[str, Any] = field(default_factory=dict)
+    feed: Feed
     url: str = ""
     hub: tuple[str, str] | None = None
     package: str = ""
 
+
+# Keras's "caffe" mode: BGR, 0-255, minus the mean of ImageNet
+CAFFE = Feed(channel_order="bgr", scale=1.0, mean=[103.939, 116.779, 123.68], std=[1.0, 1.0, 1.0])
 
 KNOWN_WEIGHTS = (
     Weights(
@@ -138,8 +147,12 @@ def _find_shipped(name: str) -> Weights:
         page="this package",
         licence="apache-2.0",
         digest=f"sha256:{info.weights_sha256}",
-        feed={key: getattr(info.preprocessing, key) for key in ("channel_order", "scale")}
-        | {key: list(getattr(info.preprocessing, key)) for key in ("mean", "std")},
+        feed=Feed(
+            channel_order=info.preprocessing.channel_order,
+            scale=info.preprocessing.scale,
+            mean=list(info.preprocessing.mean),
+            std=list(info.preprocessing.std),
+        ),
     )
 
 

@@ -89,7 +89,7 @@ def read_compiled(folder: Path, classifier: Classifier) -> Any:
     return openvino.Core().read_model(folder / MODEL)
 
 
-def describe_origin(classifier: Classifier) -> dict[str, Any]:
+def describe_origin(classifier: Classifier) -> dict[str, object]:
     """Return what a compiled network is made from; another weight or scale makes another network."""
     preprocessing = {key: str(value) for key, value in vars(classifier.info.preprocessing).items()}
     return {"weights_sha256": classifier.info.weights_sha256, "preprocessing": preprocessing}

@@ -10,13 +10,13 @@ import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import nn
 
 from biopsy.core.errors import DataError, RecipeError
 from biopsy.core.files import sha256_file
-from biopsy.models.known_weights import KNOWN_WEIGHTS, NOT_STATED, Weights, find_weights
+from biopsy.models.known_weights import KNOWN_WEIGHTS, NOT_STATED, Feed, Weights, find_weights
 from biopsy.models.networks import build_network, count_parameters
 from biopsy.models.networks.encoders import PREFIX, find_encoder
 from biopsy.models.networks.stages import freeze
@@ -59,9 +59,22 @@ def weights_folder() -> Path:
     return Path(os.environ.get(FOLDER_VARIABLE) or "~/.cache/biopsy/weights").expanduser()
 
 
+class StartWeights(TypedDict):
+    """What a network begins with, as a run records it; None for what does not apply."""
+
+    pretrained: bool
+    weights: str | None
+    file: str | None
+    sha256: str | None
+    licence: str | None
+    page: str | None
+    trainable: str
+    note: str | None
+
+
 def make_network(
     recipe: Recipe, n_classes: int, seed: int, *, load: bool = True
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[nn.Module, StartWeights]:
     """Build the network of a recipe, with its initial weights and its frozen stages.
 
     Args:
@@ -71,8 +84,7 @@ def make_network(
         load: False where other weights are about to be loaded over them, those of a checkpoint say.
 
     Returns:
-        The network, and what a run records about its weights: ``pretrained``, ``weights``, ``file``,
-        ``sha256``, ``licence``, ``page``, ``trainable`` and ``note``; None for what does not apply.
+        The network, and what it begins with.
 
     Raises:
         RecipeError: If network, weights or stage are unknown, the file is not there, or its licence was not
@@ -83,17 +95,23 @@ def make_network(
     network = build_network(
         model.name, n_classes=n_classes, input_px=recipe.preprocessing.input_px, seed=seed, **model.params
     )
-    record: dict[str, Any] = {"pretrained": model.pretrained}
-    record |= dict.fromkeys(("weights", "file", "sha256", "licence", "page"))
+    record = StartWeights(
+        pretrained=model.pretrained,
+        weights=None,
+        file=None,
+        sha256=None,
+        licence=None,
+        page=None,
+        trainable=model.trainable,
+        note=None,
+    )
     notes: list[str] = []
     if model.pretrained and load:
         path, known = choose_weights(recipe)
-        record |= {
-            "weights": known.tag if known else path.name,
-            "file": path.name,
-            "sha256": sha256_file(path),
-        }
-        record |= {"licence": known.licence if known else NOT_STATED, "page": known.page if known else None}
+        record["weights"] = known.tag if known else path.name
+        record["file"], record["sha256"] = path.name, sha256_file(path)
+        record["licence"] = known.licence if known else NOT_STATED
+        record["page"] = known.page if known else None
         name = known.tag if known and known.tag.startswith("timm:") else model.name
         if not fill_network(network, name, path):
             notes.append("the head is random")
@@ -101,7 +119,7 @@ def make_network(
     elif not model.pretrained:
         notes += _note_missing(recipe)
     freeze(network, model.trainable)
-    record |= {"trainable": model.trainable, "note": "; ".join(notes) or None}
+    record["note"] = "; ".join(notes) or None
     return network, record
 
 
@@ -117,7 +135,7 @@ def feed_as_encoder(recipe: Recipe, patch_px: int, mpp: float | None) -> Recipe:
     if recipe.preprocessing.feed == "recipe":
         return recipe
     name, known = recipe.model.name, _known_feed(recipe)
-    changes: dict[str, Any] = {f"preprocessing.{key}": value for key, value in known.items()}
+    changes: dict[str, Any] = {f"preprocessing.{key}": value for key, value in (known or {}).items()}
     if name.startswith(PREFIX):
         encoder = find_encoder(name)
         changes["model.name"] = encoder.tag
@@ -129,15 +147,15 @@ def feed_as_encoder(recipe: Recipe, patch_px: int, mpp: float | None) -> Recipe:
     return load_recipe(recipe, {**changes, "preprocessing.feed": "recipe"})
 
 
-def _known_feed(recipe: Recipe) -> dict[str, Any]:
+def _known_feed(recipe: Recipe) -> Feed | None:
     name, tag = recipe.model.name, recipe.model.weights
     if not recipe.model.pretrained and not name.startswith(PREFIX):
-        return {}
+        return None
     by_file = [weights for weights in KNOWN_WEIGHTS if tag and weights.file == Path(tag).name]
     if by_file:
         return by_file[0].feed
     is_tag = bool(tag) and Path(tag).suffix.lower() not in SUFFIXES and "/" not in tag
-    return find_weights(tag if is_tag else name).feed if is_tag or ":" in name else {}
+    return find_weights(tag if is_tag else name).feed if is_tag or ":" in name else None
 
 
 def _say_resolution(patch_px: int, mpp: float | None, input_px: int, encoder_mpp: float) -> str:
@@ -156,7 +174,7 @@ def _say_resolution(patch_px: int, mpp: float | None, input_px: int, encoder_mpp
     return text
 
 
-def describe_weights(network: nn.Module, record: dict[str, Any]) -> str:
+def describe_weights(network: nn.Module, record: StartWeights) -> str:
     """Say in a line what a network begins with and how much of it is trained."""
     total, trainable = count_parameters(network)
     begins = (

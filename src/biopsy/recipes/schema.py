@@ -98,17 +98,20 @@ class Model(_Table):
 class Augmentation(_Table):
     """Random changes of each training patch; everything off by default."""
 
-    rotation_deg: NonNegativeFloat = 0.0
+    rotation_deg: float = Field(default=0.0, ge=0, le=180)
     zoom: float = Field(default=0.0, ge=0, lt=1)
+    """Each side is scaled within 1 plus or minus this."""
     shift: float = Field(default=0.0, ge=0, lt=1)
     """Largest shift in either axis, as a share of the side."""
-    shear_deg: NonNegativeFloat = 0.0
+    shear_deg: float = Field(default=0.0, ge=0, le=90)
     flip_horizontal: bool = False
     flip_vertical: bool = False
     fill: Literal["nearest"] = "nearest"
     rot90: bool = False
+    """Turn by 0, 90, 180 or 270 degrees, pixel by pixel; patches must be square."""
     hed_jitter: float = Field(default=0.0, ge=0, le=1)
-    """How far the haematoxylin and eosin amounts of a patch may be scaled, up or down, as a share."""
+    """How far the haematoxylin and eosin amounts of a patch may be scaled, up or down, and offset, as a share
+    (Tellez et al. 2018)."""
     stain_transfer: float = Field(default=0.0, ge=0, le=1)
     """Probability that a patch is given the stain that its class has in another training patient."""
 

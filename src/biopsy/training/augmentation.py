@@ -6,121 +6,65 @@ All draws come from a CPU generator, so every device sees the same ones.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from biopsy.core.errors import RecipeError, suggest
+from biopsy.core.errors import RecipeError
+from biopsy.recipes.schema import Augmentation
 from biopsy.slide_io.stain import STAINS
 
 
-@dataclass(frozen=True, kw_only=True)
-class Augmentation:
-    """The ranges from which each patch draws; with none given a batch comes back as it is.
+def augment(settings: Augmentation, batch: Tensor, generator: Generator) -> Tensor:
+    """Change every patch of a batch by its own draw from the ranges of a recipe.
 
-    Attributes:
-        rotation_deg: Rotation within plus or minus so many degrees.
-        zoom: Each side is scaled within 1 plus or minus this.
-        shift: Shift along each side, as a share of it.
-        shear_deg: Shear angle in degrees.
-        flip_horizontal: Mirror left to right in half of the cases.
-        flip_vertical: Mirror top to bottom in half of the cases.
-        rot90: Turn by 0, 90, 180 or 270 degrees, pixel by pixel; the patches must be square.
-        hed_jitter: Haematoxylin and eosin are each scaled by 1 plus or minus this, and offset within plus or
-            minus this (Tellez et al. 2018).
-        fill: What lies beyond the border: its nearest pixel.
+    Args:
+        settings: Of the recipe; its stain transfer is another module's.
+        batch: ``(B, 3, H, W)`` float RGB in 0-1, on any device.
+        generator: A CPU generator; the same state gives the same batch.
+
+    Returns:
+        A new batch, or the same one where nothing is to be done.
     """
+    warped = bool(settings.rotation_deg or settings.zoom or settings.shift or settings.shear_deg)
+    moved = settings.flip_horizontal or settings.flip_vertical or settings.rot90
+    if settings.rot90 and batch.shape[2] != batch.shape[3]:
+        raise RecipeError(f"rot90 needs square patches, these are {tuple(batch.shape[2:])}")
+    n = len(batch)
+    move = _draw_moves(settings, n, generator) if moved else torch.zeros(n, dtype=torch.long)
+    if warped:
+        matrix = _draw_matrix(settings, batch, generator)
+        matrix[:, :, :2] = matrix[:, :, :2] @ _move_matrices()[move]
+        batch = warp(batch, matrix)
+    elif moved:
+        batch = move_pixels(batch, move)
+    if settings.hed_jitter:
+        spread = (torch.rand(2, n, 2, generator=generator) * 2 - 1) * settings.hed_jitter
+        batch = change_stain(batch, scale=1 + spread[0], offset=spread[1])
+    return batch
 
-    rotation_deg: float = 0.0
-    zoom: float = 0.0
-    shift: float = 0.0
-    shear_deg: float = 0.0
-    flip_horizontal: bool = False
-    flip_vertical: bool = False
-    rot90: bool = False
-    hed_jitter: float = 0.0
-    fill: Literal["nearest"] = "nearest"
 
-    def __post_init__(self) -> None:
-        for name, limit in (
-            ("rotation_deg", 180),
-            ("zoom", 1),
-            ("shift", 1),
-            ("shear_deg", 90),
-            ("hed_jitter", 1),
-        ):
-            if not 0 <= getattr(self, name) <= limit:
-                raise RecipeError(f"{name}={getattr(self, name)!r} must lie in 0 to {limit}")
-        if self.zoom == 1:
-            raise RecipeError("zoom=1 would shrink a patch to nothing; it must be below 1")
-        if self.fill != "nearest":
-            raise RecipeError(f"fill={self.fill!r} is not possible; known: nearest")
+def _draw_moves(settings: Augmentation, n: int, generator: Generator) -> Tensor:
+    coins = torch.rand(3, n, generator=generator)
+    across = (coins[0] < 0.5) & settings.flip_horizontal
+    down = (coins[1] < 0.5) & settings.flip_vertical
+    turns = (coins[2] * 4).long() * settings.rot90
+    return turns * 4 + across * 2 + down
 
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, object] | object) -> "Augmentation":
-        """Build from a mapping or from any object with attributes of these names.
 
-        Raises:
-            RecipeError: If a mapping has another key, or a value is out of range.
-        """
-        names = [field.name for field in fields(cls)]
-        if not isinstance(settings, Mapping):
-            settings = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
-        for name in settings:
-            if name not in names:
-                raise RecipeError(f"augmentation has no {name!r}; {suggest(str(name), names)}")
-        return cls(**settings)
-
-    def augment(self, batch: Tensor, generator: Generator) -> Tensor:
-        """Change every patch of a batch by its own draw.
-
-        Args:
-            batch: ``(B, 3, H, W)`` float RGB in 0-1, on any device.
-            generator: A CPU generator; the same state gives the same batch.
-
-        Returns:
-            A new batch, or the same one where nothing is to be done.
-        """
-        warped = bool(self.rotation_deg or self.zoom or self.shift or self.shear_deg)
-        moved = self.flip_horizontal or self.flip_vertical or self.rot90
-        if self.rot90 and batch.shape[2] != batch.shape[3]:
-            raise RecipeError(f"rot90 needs square patches, these are {tuple(batch.shape[2:])}")
-        n = len(batch)
-        move = self._draw_moves(n, generator) if moved else torch.zeros(n, dtype=torch.long)
-        if warped:
-            matrix = self._draw_matrix(batch, generator)
-            matrix[:, :, :2] = matrix[:, :, :2] @ _move_matrices()[move]
-            batch = warp(batch, matrix)
-        elif moved:
-            batch = move_pixels(batch, move)
-        if self.hed_jitter:
-            spread = (torch.rand(2, n, 2, generator=generator) * 2 - 1) * self.hed_jitter
-            batch = change_stain(batch, scale=1 + spread[0], offset=spread[1])
-        return batch
-
-    def _draw_moves(self, n: int, generator: Generator) -> Tensor:
-        coins = torch.rand(3, n, generator=generator)
-        across = (coins[0] < 0.5) & self.flip_horizontal
-        down = (coins[1] < 0.5) & self.flip_vertical
-        turns = (coins[2] * 4).long() * self.rot90
-        return turns * 4 + across * 2 + down
-
-    def _draw_matrix(self, batch: Tensor, generator: Generator) -> Tensor:
-        n, _, height, width = batch.shape
-        draw = torch.rand(6, n, generator=generator, dtype=torch.float64) * 2 - 1
-        return affine_matrix(
-            rotation_deg=draw[0] * self.rotation_deg,
-            shift_x_px=draw[1] * self.shift * width,
-            shift_y_px=draw[2] * self.shift * height,
-            shear_deg=draw[3] * self.shear_deg,
-            zoom_x=1 + draw[4] * self.zoom,
-            zoom_y=1 + draw[5] * self.zoom,
-        )
+def _draw_matrix(settings: Augmentation, batch: Tensor, generator: Generator) -> Tensor:
+    n, _, height, width = batch.shape
+    draw = torch.rand(6, n, generator=generator, dtype=torch.float64) * 2 - 1
+    return affine_matrix(
+        rotation_deg=draw[0] * settings.rotation_deg,
+        shift_x_px=draw[1] * settings.shift * width,
+        shift_y_px=draw[2] * settings.shift * height,
+        shear_deg=draw[3] * settings.shear_deg,
+        zoom_x=1 + draw[4] * settings.zoom,
+        zoom_y=1 + draw[5] * settings.zoom,
+    )
 
 
 def affine_matrix(
@@ -179,7 +123,7 @@ def change_stain(batch: Tensor, *, scale: Tensor, offset: Tensor) -> Tensor:
     Args:
         batch: ``(B, 3, H, W)`` RGB in 0-1.
         scale: ``(B, 2)``, factors of haematoxylin and eosin.
-        offset: ``(B, 2)``, added to their amounts (see ``imaging.stain.separate_stains``).
+        offset: ``(B, 2)``, added to their amounts (see ``slide_io.stain.separate_stains``).
     """
     n = len(batch)
     stains = torch.from_numpy(STAINS)

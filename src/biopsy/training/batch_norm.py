@@ -7,7 +7,7 @@ Rethinking "batch" in BatchNorm, sec. 3).
 """
 
 from copy import deepcopy
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -25,6 +25,15 @@ MOST_DISAGREEMENT = 0.3
 """Mean square between scores by running and by batch statistics, in variances of the latter."""
 
 
+class NormalisationRecord(TypedDict):
+    """Whether running statistics had settled (see `MOST_DISAGREEMENT`), and whether they were replaced."""
+
+    settled: bool
+    disagreement: float
+    reestimated: bool
+    n_patches: int
+
+
 def reestimate_batch_norm(
     network: torch.nn.Module,
     preprocessing: Preprocessing,
@@ -34,7 +43,7 @@ def reestimate_batch_norm(
     engine: Engine,
     seed: int,
     reestimate: bool = True,
-) -> dict[str, Any] | None:
+) -> NormalisationRecord | None:
     """Re-estimate the running statistics of a trained network over its training patches, if unsettled.
 
     Settled statistics predict about what the statistics of each batch do. The pass is over the training
@@ -50,8 +59,7 @@ def reestimate_batch_norm(
         reestimate: Whether unsettled statistics are replaced, or only recorded.
 
     Returns:
-        ``settled``, ``disagreement`` (see `MOST_DISAGREEMENT`), ``reestimated`` and the ``n_patches`` that
-        trained; None where no batch normalisation was trained, or on one patch.
+        None where no batch normalisation was trained, or on one patch.
     """
     network.train()
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from biopsy.core.seeds import derive
 from biopsy.models.preprocessing import Preprocessing, to_unit
-from biopsy.training.augmentation import Augmentation
+from biopsy.recipes.schema import Augmentation
+from biopsy.training.augmentation import augment
 from biopsy.training.stain_transfer import StainTransfer
 from biopsy.training.transforms import Transform, apply_transform
 
@@ -122,7 +123,7 @@ class Batches:
             batch = self.stain_transfer.apply(batch, chosen, labels, generator)
         if self.augmentation is not None:
             generator = torch.Generator().manual_seed(derive(self.seed, "augmentation", epoch, number))
-            batch = self.augmentation.augment(batch, generator)
+            batch = augment(self.augmentation, batch, generator)
         if self.transform is not None:
             batch = apply_transform(self.transform, batch, derive(self.seed, "transform", epoch, number))
         return self.preprocessing.standardise(batch), target

@@ -19,7 +19,7 @@ from torch import nn
 
 from biopsy.models.engine import Engine
 from biopsy.models.networks.stages import split_frozen
-from biopsy.training.augmentation import Augmentation
+from biopsy.recipes.schema import Augmentation
 from biopsy.training.batches import Batches, CachedFeatures, to_batch
 
 logger = logging.getLogger(__name__)

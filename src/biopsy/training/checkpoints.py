@@ -17,6 +17,7 @@ from safetensors.torch import save
 from biopsy.core.errors import FileFormatError, RunError
 from biopsy.core.files import write_atomic
 from biopsy.core.loaders import parse_json, read_tensors, validate
+from biopsy.training.runs import EpochRecord
 from biopsy.training.weight_averaging import WeightAverage
 
 FORMAT = "biopsy-checkpoint/1"
@@ -33,7 +34,7 @@ class Progress:
     """Optimiser updates made."""
     best_epoch: int | None = None
     best_value: float | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[EpochRecord] = field(default_factory=list)
     """The log, one record an epoch."""
 
 

@@ -1,20 +1,20 @@
 """What a training run leaves behind: the classifier, its thresholds, and its predictions on validation."""
 
 import logging
-from typing import Any
+from copy import deepcopy
 
 import numpy as np
 import torch
 
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import IDENTITY
-from biopsy.models.classifier import Classifier, ClassifierInfo
+from biopsy.models.classifier import Classifier, ClassifierInfo, SinglePatch
 from biopsy.models.engine import outputs_of
 from biopsy.models.inference import open_predictor
 from biopsy.models.out_of_distribution import REFERENCE_PATCHES, fit_reference
 from biopsy.models.preprocessing import Preprocessing
 from biopsy.recipes import Recipe
-from biopsy.training.batch_norm import reestimate_batch_norm
+from biopsy.training.batch_norm import NormalisationRecord, reestimate_batch_norm
 from biopsy.training.checkpoints import Progress
 from biopsy.training.fit import Task
 from biopsy.training.postprocessing import fit_run_postprocessing, warn_of_spread, write_validation
@@ -70,8 +70,11 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
     val = pack.target[task.val], pack.group_ids[task.val]
     fit_run_postprocessing(run, recipe, classifier, logits, *val)
     if recipe.model.context:
-        single = classifier.info.model_dump(include={"calibrator", "thresholds", "conformal"})
-        classifier.info.single_patch, classifier.info.context = single, recipe.model.context
+        alone = deepcopy(classifier.info)
+        classifier.info.single_patch = SinglePatch(
+            calibrator=alone.calibrator, thresholds=alone.thresholds, conformal=alone.conformal
+        )
+        classifier.info.context = recipe.model.context
         logits = classifier.add_context(logits, pack.table.iloc[task.val])
         fit_run_postprocessing(run, recipe, classifier, logits, *val)
     warnings = [
@@ -103,7 +106,7 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
     )
 
 
-def _warn_unsettled(record: dict[str, Any] | None, n_updates: int) -> str | None:
+def _warn_unsettled(record: NormalisationRecord | None, n_updates: int) -> str | None:
     if record is None or record["settled"]:
         return None
     if not record["reestimated"]:

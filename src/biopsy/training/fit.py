@@ -22,11 +22,11 @@ from biopsy.models.engine import Engine, count_correct, make_loss, outputs_of
 from biopsy.models.inference import predict_logits
 from biopsy.models.preprocessing import Preprocessing
 from biopsy.recipes import Recipe
-from biopsy.training.augmentation import Augmentation
 from biopsy.training.batches import Batches
 from biopsy.training.cached_features import cache_backbone_features, predict_rest
 from biopsy.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from biopsy.training.optimisers import learning_rate, make_optimiser, set_learning_rate
+from biopsy.training.runs import EpochRecord
 from biopsy.training.sampling import class_weights, sample_epoch, sample_passes
 from biopsy.training.stain_transfer import fit_stain_transfer
 from biopsy.training.transforms import Transform
@@ -34,7 +34,7 @@ from biopsy.training.weight_averaging import WeightAverage
 
 logger = logging.getLogger(__name__)
 
-OnEpoch = Callable[[dict[str, Any]], None]
+OnEpoch = Callable[[EpochRecord], None]
 CHECK_EVERY = 50  # updates between two looks at the loss: on a GPU each look waits for it
 
 
@@ -112,7 +112,7 @@ def _run_epoch(
     progress: Progress,
     steps: int,
     average: WeightAverage | None,
-) -> dict[str, Any]:
+) -> EpochRecord:
     """Make an epoch's updates and look at validation; gives the epoch's record."""
     settings, epoch, started = task.recipe.train, progress.epoch + 1, time.perf_counter()
     weights = class_weights(task.pack.target[task.train], len(task.pack.class_names), settings.class_weights)
@@ -158,15 +158,19 @@ def _run_epoch(
         raise _diverged(
             validation["val_loss"], f"epoch {epoch}, on validation after {len(losses)} steps", epoch - 1
         )
-    record = {"epoch": epoch, "loss": mean_loss, **accuracy, **validation, "lr": lr}
     progress.epoch, progress.step = epoch, progress.step + len(losses)
     ended = time.perf_counter()
-    return record | {
-        "step": progress.step,
-        "images_per_s": n_seen / (trained - started),
-        "seconds": ended - started,
-        "time_left_s": (ended - started) * (settings.epochs - epoch),
-    }
+    return EpochRecord(
+        epoch=epoch,
+        loss=mean_loss,
+        **accuracy,  # type: ignore[typeddict-item]
+        **validation,
+        lr=lr,
+        step=progress.step,
+        images_per_s=n_seen / (trained - started),
+        seconds=ended - started,
+        time_left_s=(ended - started) * (settings.epochs - epoch),
+    )
 
 
 def _order(task: Task, number: int) -> np.ndarray:
@@ -209,12 +213,10 @@ def _validate(network: torch.nn.Module, task: Task, batches: Batches) -> dict[st
     }
 
 
-def _note_best(task: Task, progress: Progress, record: dict[str, Any]) -> None:
+def _note_best(task: Task, progress: Progress, record: EpochRecord) -> None:
     """Remember the epoch if its monitored value is the best: the highest AUROC or the lowest loss."""
-    monitor = task.recipe.train.monitor
-    if monitor == "val_auroc" and record["val_auroc"] is None:
-        monitor = "val_loss"  # AUROC needs both classes in validation
-    value = record[monitor] if monitor == "val_auroc" else -record[monitor]
+    auroc = record["val_auroc"] if task.recipe.train.monitor == "val_auroc" else None
+    value = -record["val_loss"] if auroc is None else auroc  # AUROC needs both classes in validation
     record["best"] = math.isfinite(value) and (progress.best_value is None or value > progress.best_value)
     if record["best"]:
         progress.best_epoch, progress.best_value = record["epoch"], value
@@ -234,7 +236,7 @@ def _make_batches(task: Task) -> Batches:
         heights=task.pack.sizes[:, 1],
         preprocessing=task.preprocessing,
         stain_transfer=fit_stain_transfer(task.pack, task.train, augmentation.stain_transfer, task.seed),
-        augmentation=Augmentation.from_settings(augmentation),
+        augmentation=augmentation.model_copy(update={"stain_transfer": 0.0}),
         transform=task.transform,
         batch_size=settings.batch_size,
         drop_last=settings.drop_last and len(_order(task, 1)) > settings.batch_size,

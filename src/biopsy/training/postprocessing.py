@@ -2,14 +2,14 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 
 from biopsy.core.text import count
 from biopsy.data.predictions import decide, tabulate_predictions, write_predictions
-from biopsy.models.classifier import Classifier, score_classes
+from biopsy.models.classifier import CalibratorRecord, Classifier, ConformalRecord, Threshold, score_classes
 from biopsy.recipes import Recipe
 from biopsy.statistics.calibrators import LEAST_SPREAD, fit_calibrator, spread_of
 from biopsy.statistics.conformal import Promise, fit_conformal, split_conformal
@@ -29,7 +29,7 @@ def fit_abstention(
     unit: str,
     chosen_on: str,
     patients_overlap: bool,
-) -> dict[str, Any]:
+) -> ConformalRecord:
     """Return the ``conformal`` entry of ``classifier.json``.
 
     Args:
@@ -42,11 +42,6 @@ def fit_abstention(
         unit: What a group is.
         chosen_on: The side these patches are of.
         patients_overlap: Whether patients stand on several sides, so that errors here promise nothing.
-
-    Returns:
-        ``method``, ``alpha``, ``promise``, ``quantiles`` (one a class), ``n_patients``, ``n_patches``,
-        ``unit``, ``reason`` (why there are no quantiles), ``chosen_on``, and ``per_patch_quantiles``: the
-        plain version's.
     """
     how: dict[str, Any] = {"promise": promise, "unit": unit, "class_names": class_names}
     fitted = fit_conformal(probs, target, group_ids, alpha, **how).to_dict()
@@ -57,7 +52,8 @@ def fit_abstention(
             f"new {unit}"
         )
     plain = split_conformal(probs, target, alpha, promise=promise).to_dict()
-    return fitted | {"chosen_on": chosen_on, "per_patch_quantiles": plain["quantiles"]}
+    record = fitted | {"chosen_on": chosen_on, "per_patch_quantiles": plain["quantiles"]}
+    return cast(ConformalRecord, record)
 
 
 logger = logging.getLogger(__name__)
@@ -99,7 +95,7 @@ def fit_postprocessing(
     fitted = fit_calibrator(
         scores, target, method, n_groups=n_groups, positive_index=at, trained_prior=trained_prior
     )
-    info.calibrator = fitted.to_dict()
+    info.calibrator = cast(CalibratorRecord, fitted.to_dict())
     if method != "none":
         info.calibrator |= {
             "asked": method,
@@ -124,15 +120,15 @@ def _warn_few(n_groups: int, unit: str) -> str | None:
     return f"calibrated on {count(n_groups, unit)} only: calibration may not generalise to others"
 
 
-def _freeze(truth: np.ndarray, prob: np.ndarray, rule: str, chosen_on: str) -> dict[str, Any]:
+def _freeze(truth: np.ndarray, prob: np.ndarray, rule: str, chosen_on: str) -> Threshold:
     chosen = choose_threshold(truth, prob, rule)
-    return {
-        "value": chosen.value,
-        "rule": chosen.rule,
-        "chosen_on": chosen_on,
-        "sensitivity": chosen.sensitivity,
-        "specificity": chosen.specificity,
-    }
+    return Threshold(
+        value=chosen.value,
+        rule=chosen.rule,
+        chosen_on=chosen_on,
+        sensitivity=chosen.sensitivity,
+        specificity=chosen.specificity,
+    )
 
 
 def warn_of_spread(classifier: Classifier, logits: np.ndarray, side: str) -> str | None:
@@ -212,7 +208,7 @@ def write_validation(
     classifier: Classifier,
     about: pd.DataFrame,
     logits: np.ndarray,
-    metadata: Mapping[str, Any],
+    metadata: Mapping[str, object],
 ) -> None:
     """Write ``predictions/val.parquet``: what a classifier, once settled, says of validation.
 

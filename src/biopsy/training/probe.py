@@ -8,8 +8,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +20,12 @@ from biopsy.core.loaders import map_array
 from biopsy.data.packs import Pack
 from biopsy.models.engine import Engine
 from biopsy.models.preprocessing import Preprocessing
+from biopsy.models.weights import StartWeights
 from biopsy.recipes import Recipe
 from biopsy.recipes.schema import Augmentation
 from biopsy.training.checkpoints import Progress
 from biopsy.training.fit import OnEpoch, Task
+from biopsy.training.runs import EpochRecord
 from biopsy.training.sampling import class_weights
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,13 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 MOST_FOLDS = 5
 BATCH_SIZE = 64
 MAX_ITERATIONS = 500
+
+
+class CachedFile(NamedTuple):
+    """Where features are kept, and the seconds that computing them took."""
+
+    file: str
+    seconds: float
 
 
 def check_probe(recipe: Recipe) -> None:
@@ -54,7 +63,7 @@ def check_probe(recipe: Recipe) -> None:
         raise RecipeError(f"train.optimiser={PROBE} needs {', '.join(wanted)}: features are computed once")
 
 
-def fit_probe(network: torch.nn.Module, task: Task, weights: dict[str, Any], on_epoch: OnEpoch) -> Progress:
+def fit_probe(network: torch.nn.Module, task: Task, weights: StartWeights, on_epoch: OnEpoch) -> Progress:
     """Fit the linear head of a network on its cached features.
 
     Args:
@@ -87,21 +96,27 @@ def fit_probe(network: torch.nn.Module, task: Task, weights: dict[str, Any], on_
     with torch.no_grad():
         head.weight.copy_(torch.from_numpy(coefficients))
         head.bias.copy_(torch.from_numpy(intercepts))
-    record = {"epoch": 1, "step": 1, "lr": 0.0, "best": True, "time_left_s": 0.0, "penalty": penalty}
-    record |= _score("", features[rows] @ coefficients.T + intercepts, pack.target[rows], pack)
-    record |= _score("val_", features[task.val] @ coefficients.T + intercepts, pack.target[task.val], pack)
-    record |= {
-        "seconds": time.perf_counter() - started,
-        "images_per_s": len(pack) / about["seconds"],
-        "features": about["file"],
-        "feature_seconds": about["seconds"],
-        "n_features": features.shape[1],
-    }
+    train, val = (features[of] @ coefficients.T + intercepts for of in (rows, task.val))
+    record = EpochRecord(
+        epoch=1,
+        step=1,
+        lr=0.0,
+        best=True,
+        time_left_s=0.0,
+        penalty=penalty,
+        **_score("", train, pack.target[rows], pack),  # type: ignore[typeddict-item]
+        **_score("val_", val, pack.target[task.val], pack),
+        seconds=time.perf_counter() - started,
+        images_per_s=len(pack) / about.seconds,
+        features=about.file,
+        feature_seconds=about.seconds,
+        n_features=features.shape[1],
+    )
     on_epoch(record)
     return Progress(epoch=1, step=1, best_epoch=1, best_value=record["val_auroc"], history=[record])
 
 
-def _identify(task: Task, weights: dict[str, Any]) -> dict[str, Any]:
+def _identify(task: Task, weights: StartWeights) -> dict[str, object]:
     """Return what features depend on beside the pack."""
     return {
         "network": task.recipe.model.name,
@@ -118,9 +133,9 @@ def cached_features(
     preprocessing: Preprocessing,
     engine: Engine,
     *,
-    identity: dict[str, Any],
+    identity: Mapping[str, object],
     on_progress: Callable[[int, int], None] | None = None,
-) -> tuple[np.ndarray, dict[str, Any]]:
+) -> tuple[np.ndarray, CachedFile]:
     """Return the features of all patches of a pack, computed once and kept in it.
 
     Args:
@@ -132,7 +147,7 @@ def cached_features(
         on_progress: Called with patches done and patches in all.
 
     Returns:
-        float32 ``(n, n_features)``, and the ``file`` and the ``seconds`` that computing them took.
+        float32 ``(n, n_features)``, and where they are kept.
     """
     about = {"pack": pack.info.content_sha256, **identity}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=list).encode()).hexdigest()
@@ -141,7 +156,7 @@ def cached_features(
         known = read_json(path.with_suffix(".json"), format=FORMAT)
         if known["sha256"] == sha256_file(path):
             logger.info("features of %s are kept in the pack: %s", identity["network"], path.name)
-            return map_array(path, dtype=np.float32, ndim=2), known
+            return map_array(path, dtype=np.float32, ndim=2), CachedFile(path.name, known["seconds"])
         logger.warning("features are computed again: %s was changed", path)
     except FileFormatError as error:
         if error.reason != "missing":
@@ -149,7 +164,8 @@ def cached_features(
     logger.info("features of %s are computed for %d patches", identity["network"], len(pack))
     started = time.perf_counter()
     features = _compute(network, pack, preprocessing, engine, on_progress)
-    about |= {"format": FORMAT, "file": path.name, "seconds": time.perf_counter() - started}
+    seconds = time.perf_counter() - started
+    about |= {"format": FORMAT, "file": path.name, "seconds": seconds}
     try:
         path.parent.mkdir(exist_ok=True)
         with replace_atomic(path) as partial, partial.open("wb") as file:
@@ -157,7 +173,7 @@ def cached_features(
         write_json(path.with_suffix(".json"), about | {"sha256": sha256_file(path)})
     except OSError as error:
         logger.warning("features are not kept in the pack (%s): they are computed again next time", error)
-    return features, about
+    return features, CachedFile(path.name, seconds)
 
 
 def _compute(

@@ -8,11 +8,12 @@ import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Required
 
 import numpy as np
 import pandas as pd
 from pydantic import BaseModel, Field, NonNegativeInt, model_validator
+from typing_extensions import TypedDict
 
 from biopsy.core.errors import DataError, FileFormatError, PackError, RunError
 from biopsy.core.files import create_directory, read_json, sha256_file, write_atomic, write_json
@@ -20,7 +21,7 @@ from biopsy.core.loaders import parse_json, read_text, validate
 from biopsy.core.subsets import subset_name
 from biopsy.core.tables import read_csv_table, write_csv
 from biopsy.data.packs import Pack, is_pack
-from biopsy.data.predictions import read_predictions
+from biopsy.data.predictions import FrozenThreshold, PredictionsInfo, read_predictions
 from biopsy.models.classifier import Classifier
 from biopsy.recipes import DEFINING_TABLES, Recipe, load_recipe, recipe_toml
 from biopsy.recipes.schema import Decision
@@ -41,6 +42,35 @@ SETTLED_BEFORE = {
     "train.ema_decay": 0.0,
 }
 """Settings younger than the first runs, and the values with which those runs answer the same question."""
+
+
+class EpochRecord(TypedDict, total=False):
+    """What is logged of an epoch; a probe has but one, with the penalty that was chosen and its features."""
+
+    epoch: Required[int]
+    step: int
+    loss: float
+    accuracy: float
+    binary_accuracy: float
+    val_loss: float
+    val_accuracy: float
+    val_binary_accuracy: float
+    val_auroc: float | None
+    auroc: float | None
+    lr: float
+    best: bool
+    images_per_s: float
+    seconds: float
+    time_left_s: float
+    penalty: float
+    features: str
+    feature_seconds: float
+    n_features: int
+    run: str
+    """For a caller's ``on_epoch``: path of the run, and of a study's its recipe, fold and seed."""
+    recipe: str
+    fold: int | None
+    seed: int
 
 
 class _Count(BaseModel):
@@ -88,9 +118,9 @@ class _Document(BaseModel):
     epochs_done: NonNegativeInt
     seconds: float = Field(ge=0)
     started: str
-    environment: dict[str, Any]
+    environment: dict[str, object]
     chosen_epoch: int | None = None
-    threshold: dict[str, Any] | None = None
+    threshold: FrozenThreshold | None = None
     files: dict[str, str] = {}
 
     @model_validator(mode="after")
@@ -282,7 +312,7 @@ class Run:
         """The side that validates: ``val``, or ``test`` where the published split had it so."""
         return "test" if self.info["split"].get("val_is_test") else "val"
 
-    def log(self) -> list[dict[str, Any]]:
+    def log(self) -> list[EpochRecord]:
         """Return one record an epoch."""
         if not (self.path / "log.jsonl").exists():
             return []
@@ -298,11 +328,11 @@ class Run:
             raise RunError(f"{error}; remove it to go without a log") from None
         return records
 
-    def write_log(self, records: Iterable[Mapping[str, Any]]) -> None:
+    def write_log(self, records: Iterable[EpochRecord]) -> None:
         """Write the whole log again, one line an epoch."""
         write_atomic(self.path / "log.jsonl", "".join(f"{json.dumps(record)}\n" for record in records))
 
-    def predictions(self, side: str) -> tuple[pd.DataFrame, dict[str, Any]]:
+    def predictions(self, side: str) -> tuple[pd.DataFrame, PredictionsInfo]:
         """Read the predictions of one side and their metadata."""
         path = self.path / "predictions" / f"{side}.parquet"
         if not path.exists():
@@ -330,7 +360,7 @@ class Run:
         self.require_same_classifier(path, metrics)
         return metrics
 
-    def require_same_classifier(self, path: Path, about: Mapping[str, Any]) -> None:
+    def require_same_classifier(self, path: Path, about: Mapping[str, object]) -> None:
         """Refuse numbers of another classifier than the run's; the first versions did not say of which."""
         theirs, ours = about.get("classifier_sha256"), self.info.get("classifier_sha256")
         if None not in (theirs, ours) and theirs != ours:
@@ -387,7 +417,7 @@ def name_run(recipe: str, seed: int) -> str:
     return f"{recipe}-s{seed}-{now}-{secrets.token_hex(2)}"
 
 
-def describe_environment() -> dict[str, Any]:
+def describe_environment() -> dict[str, str | int | None]:
     """Say on what a run was made: versions, processor, cores."""
     import platform
 

@@ -37,7 +37,14 @@ from biopsy.training.finalize import complete, fit_preprocessing
 from biopsy.training.fit import OnEpoch, Task, fit, optimiser_of
 from biopsy.training.loggers import open_loggers
 from biopsy.training.probe import PROBE, check_probe, fit_probe
-from biopsy.training.runs import Run, describe_environment, find_cached_run, hash_config, name_run
+from biopsy.training.runs import (
+    EpochRecord,
+    Run,
+    describe_environment,
+    find_cached_run,
+    hash_config,
+    name_run,
+)
 from biopsy.training.sampling import class_weights, sample_epoch, take_fraction
 from biopsy.training.transforms import Transform, check_transform, describe_transform
 
@@ -341,14 +348,14 @@ def _train(
     run.update(status="running", device=str(engine.device), precision=engine.precision)
     loggers, is_finished = open_loggers(logger_names, run), False
 
-    def note(record: dict[str, Any]) -> None:
+    def note(record: EpochRecord) -> None:
         run.write_log([*(past for past in run.log() if past["epoch"] < record["epoch"]), record])
         run.update(epochs_done=record["epoch"], seconds=before + time.perf_counter() - started)
         values = {name: value for name, value in record.items() if isinstance(value, float)}
         for epoch_logger in loggers:
             epoch_logger.log(values, record["epoch"])
         if on_epoch:
-            on_epoch(record | {"run": str(run.path)})
+            on_epoch({**record, "run": str(run.path)})
 
     folder = run.path / "checkpoints"
     begun = (folder / LAST).exists()  # the checkpoint's weights replace those that training began with

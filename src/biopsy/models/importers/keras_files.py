@@ -32,7 +32,7 @@ class ConfigLayer(NamedTuple):
 
     name: str
     class_name: str
-    settings: dict[str, Any]
+    settings: dict[str, object]
 
 
 def list_config_layers(model: Any) -> list[ConfigLayer]:

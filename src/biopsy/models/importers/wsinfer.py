@@ -31,7 +31,7 @@ class Transform(BaseModel):
     """A step between the patch as read and the model."""
 
     name: Literal["Resize", "ToTensor", "Normalize"]
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, object] = {}
 
 
 class HostConfig(BaseModel):

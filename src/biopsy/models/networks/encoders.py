@@ -57,7 +57,7 @@ class Encoder:
     licence: str
     is_gated: bool
     feed: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, object] = field(default_factory=dict)
     pooling: Literal["cls", "cls+mean"] = "cls"
     mpp: float = 0.5
     input_px: int = 224
@@ -97,7 +97,7 @@ class Encoder:
         """Build the network without a head, with random weights: patches to ``(B, n_features)``."""
         import timm
 
-        known = {"global_pool": "token", **self.arguments, **arguments, "img_size": input_px}
+        known: dict[str, Any] = {"global_pool": "token", **self.arguments, **arguments, "img_size": input_px}
         known |= {name: _layer(known[name]) for name in SWIGLU if name in known}
         return PooledTokens(timm.create_model(self.architecture, num_classes=0, **known), self.pooling)
 

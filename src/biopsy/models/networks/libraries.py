@@ -149,7 +149,7 @@ def split_name(name: str) -> tuple[str, str]:
     return library, model
 
 
-def timm_size(model: str, size: tuple[int, int]) -> dict[str, Any]:
+def timm_size(model: str, size: tuple[int, int]) -> dict[Any, Any]:
     """Return the argument by which timm builds a network for one size of input, where it needs to know."""
     from timm.models import get_pretrained_cfg
 

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ def list_networks() -> list[str]:
     return sorted(_BUILDERS)
 
 
-def network_parameters(name: str) -> dict[str, Any]:
+def network_parameters(name: str) -> dict[str, object]:
     """Return the parameters a recipe may set for a network, with their defaults (None: the library's own).
 
     Raises:
