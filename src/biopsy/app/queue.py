@@ -206,10 +206,11 @@ def _from_slides(
     mapper = Mapper(model, mpp, None, False, "auto", device, None, None, None)
     parts, errors = [], []
     for mapped in mapper.map(list_sources(paths, mpp)):
-        if mapped.slide_map is None:
-            errors.append(mapped.error)
+        if isinstance(mapped.result, DataError):
+            errors.append(mapped.result)
             continue
-        grid, name = mapped.slide_map.grid, mapped.source.name
+        slide_map = mapped.result.slide_map
+        grid, name = slide_map.grid, mapped.source.name
         known = pd.DataFrame({"x": grid.x, "y": grid.y}).assign(
             patch_id=[f"{name}@{x},{y}" for x, y in zip(grid.x, grid.y, strict=True)],
             label=None,
@@ -217,9 +218,9 @@ def _from_slides(
             patient_id=name,
             side=grid.patch_px * grid.scale,
         )
-        unlike = mapped.slide_map.ood
+        unlike = slide_map.ood
         ood_score = np.full(len(known), np.nan) if unlike is None else np.where(unlike == 1, 2.0, np.nan)
-        parts.append(_describe(known, mapped.slide_map.probs.astype(float), mapper.classifier, ood_score))
+        parts.append(_describe(known, slide_map.probs.astype(float), mapper.classifier, ood_score))
     if not parts and errors:
         raise errors[0] or DataError("no slide could be read")
     return parts

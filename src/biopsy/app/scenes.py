@@ -343,8 +343,8 @@ def _find_slide(
     """Return the slide of a map, or a note that says why it is shown without."""
     name = file.parent.name
     summary = _read_summary(file)
-    wanted = summary.get("question", {}).get("slide")
-    mpp = summary.get("question", {}).get("mpp") or mpp
+    wanted = summary.get("request", {}).get("slide")
+    mpp = summary.get("request", {}).get("mpp") or mpp
     named = [Path(known[name])] if name in known else []
     file_name = str(summary.get("source") or "")
     if file_name == Path(file_name).name:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import cv2
 import numpy as np
@@ -20,7 +20,7 @@ from biopsy.core.errors import BiopsyError, DataError, RunError
 from biopsy.core.files import create_directory, sha256_file, write_json
 from biopsy.data.packs import Pack
 from biopsy.exporting.formats.registry import FORMATS
-from biopsy.exporting.model_card import card_of_run, gather_card, metadata_of_run
+from biopsy.exporting.model_card import Parity, card_of_run, gather_card, metadata_of_run
 from biopsy.models.classifier import WEIGHTS, Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.importers.wsinfer import is_wsinfer
@@ -47,7 +47,7 @@ class Bundle:
     """
 
     path: Path
-    parity: dict[str, Any]
+    parity: Parity
 
 
 def export(
@@ -128,16 +128,13 @@ def write_networks(classifier: Classifier, folder: Path) -> None:
             raise RunError(f"the network {classifier.info.network} cannot be exported: {reason}") from error
 
 
-def measure_parity(classifier: Classifier, folder: Path, patches: np.ndarray) -> dict[str, Any]:
+def measure_parity(classifier: Classifier, folder: Path, patches: np.ndarray) -> Parity:
     """Compare what the classifier and what `write_networks` wrote say of the same patches.
 
     Args:
         classifier: On the CPU.
         folder: Holds what `write_networks` wrote.
         patches: uint8 ``(n, patch_px, patch_px, 3)``.
-
-    Returns:
-        ``parity.json``: for each two of them, the largest difference of a probability.
     """
     info, single = classifier.info, classifier.single_patch()
     logits = predict_logits(single.network, info.preprocessing, patches, engine=Engine("cpu"))
@@ -152,16 +149,16 @@ def measure_parity(classifier: Classifier, folder: Path, patches: np.ndarray) ->
         f"{one} and {other}": {"probs": float(np.abs(probs[one] - probs[other]).max())}
         for one, other in combinations(probs, 2)
     }
-    return {
-        "format": PARITY_FORMAT,
-        "n_patches": len(patches),
-        "tolerance": TOLERANCE,
-        "largest_difference": differences,
-        "versions": versions,
-    }
+    return Parity(
+        format=PARITY_FORMAT,
+        n_patches=len(patches),
+        tolerance=TOLERANCE,
+        largest_difference=differences,
+        versions=versions,
+    )
 
 
-def _require_parity(parity: dict[str, Any]) -> None:
+def _require_parity(parity: Parity) -> None:
     """Refuse what does not say the same; NaN is refused as well."""
     for pair, values in parity["largest_difference"].items():
         if not values["probs"] <= parity["tolerance"]:
@@ -171,7 +168,7 @@ def _require_parity(parity: dict[str, Any]) -> None:
             )
 
 
-def _describe(classifier: Classifier, files: dict[str, str]) -> dict[str, Any]:
+def _describe(classifier: Classifier, files: dict[str, str]) -> dict[str, object]:
     info = classifier.info
     return {
         "format": FORMAT,

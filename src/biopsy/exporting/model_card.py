@@ -4,14 +4,17 @@ Headings after Mitchell et al. 2019, "Model Cards for Model Reporting". Everythi
 records of the run and the classifier; what they do not hold the card says is not known.
 """
 
+import contextlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Required
+
+from typing_extensions import TypedDict
 
 from biopsy.core.errors import RunError
 from biopsy.core.text import count, plural
-from biopsy.models.classifier import Classifier
+from biopsy.models.classifier import CalibratorRecord, Classifier, ClassifierInfo
 from biopsy.reporting.document import interval_of, metric_label, number
 from biopsy.training.runs import Run
 
@@ -30,41 +33,48 @@ HUB_METRICS = {"auroc": "roc_auc", "sensitivity": "recall", "ppv": "precision"}
 """Names that the Hugging Face hub has for metrics; others keep ours."""
 
 
+class Parity(TypedDict, total=False):
+    """What ``parity.json`` holds: for each two programs, the largest difference of a probability."""
+
+    format: Required[str]
+    n_patches: Required[int]
+    tolerance: Required[float]
+    largest_difference: Required[dict[str, dict[str, float]]]
+    versions: Required[dict[str, str]]
+    pack: dict[str, str | None]
+
+
 @dataclass(frozen=True)
 class CardFacts:
     """What a card is written from.
 
     Attributes:
-        classifier: What ``classifier.json`` holds.
-        run: What ``run.json`` holds; None where only the classifier is at hand.
-        metrics: What ``metrics.json`` holds; None where nothing was evaluated.
-        parity: What ``parity.json`` holds; None outside a bundle.
+        info: The classifier's.
+        run: None where only the classifier is at hand.
+        metrics: None where nothing was evaluated.
+        parity: None outside a bundle.
     """
 
-    classifier: Mapping[str, Any]
-    run: Mapping[str, Any] | None = None
+    info: ClassifierInfo
+    run: Run | None = None
     metrics: Mapping[str, Any] | None = None
-    parity: Mapping[str, Any] | None = None
+    parity: Parity | None = None
 
 
-def gather_card(
-    classifier: Classifier, run: Run | None, parity: Mapping[str, Any] | None = None
-) -> CardFacts:
+def gather_card(classifier: Classifier, run: Run | None, parity: Parity | None = None) -> CardFacts:
     """Read what a card needs; a run that was not evaluated has no metrics."""
     metrics = None
     if run is not None:
-        try:
+        with contextlib.suppress(RunError):
             metrics = run.metrics()
-        except RunError:
-            metrics = None
-    return CardFacts(classifier.info.model_dump(), None if run is None else run.info, metrics, parity)
+    return CardFacts(classifier.info, run, metrics, parity)
 
 
 def card_of_run(facts: CardFacts) -> str:
     """Write the card as markdown."""
-    info = facts.classifier
+    info = facts.info
     parts = [
-        f"# {info.get('recipe') or info['network']}: {' / '.join(info['class_names'])}",
+        f"# {info.recipe or info.network}: {' / '.join(info.class_names)}",
         f"**{NOT_A_DEVICE}**",
         *_describe_model(info),
         *_describe_use(info),
@@ -82,13 +92,13 @@ def metadata_of_run(facts: CardFacts) -> str:
     """Return the YAML block that begins a card on the hub: licence, task, tags, and metrics of the test."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    info = facts.classifier
-    name = str(info.get("recipe") or info["network"])
+    info = facts.info
+    name, dataset = info.recipe or info.network, info.pack.get("name", "unknown")
     results = [
         EvalResult(
             task_type="image-classification",
-            dataset_type=str(info["pack"].get("name", "unknown")),
-            dataset_name=str(info["pack"].get("name", "unknown")),
+            dataset_type=dataset,
+            dataset_name=dataset,
             dataset_split=facts.metrics["side"],
             metric_type=HUB_METRICS.get(metric, metric),
             metric_name=metric,
@@ -97,7 +107,7 @@ def metadata_of_run(facts: CardFacts) -> str:
         for metric in (SHOWN if facts.metrics else ())
         if facts.metrics and facts.metrics["patch"].get(metric, {}).get("value") is not None
     ]
-    licence, _, _ = info["licence"].lower().partition(";")  # what follows is said of the data
+    licence, _, _ = info.licence.lower().partition(";")  # what follows is said of the data
     is_identifier = re.fullmatch(r"[a-z0-9.-]+", licence)
     data = ModelCardData(
         license=licence if is_identifier else "other",
@@ -111,41 +121,41 @@ def metadata_of_run(facts: CardFacts) -> str:
     return f"---\n{data.to_yaml()}\n---\n"
 
 
-def _describe_model(info: Mapping[str, Any]) -> list[str]:
+def _describe_model(info: ClassifierInfo) -> list[str]:
     rows = {
-        "network": info["network"],
-        "classes": ", ".join(info["class_names"]),
-        "positive class": info.get("positive_class") or "none, more than two classes",
-        "patch": f"{info['patch_px']} x {info['patch_px']} px at {_mpp(info)}, fed at "
-        f"{info['preprocessing']['input_px']} px",
-        "calibration": _spell_calibrator(info["calibrator"]),
+        "network": info.network,
+        "classes": ", ".join(info.class_names),
+        "positive class": info.positive_class or "none, more than two classes",
+        "patch": f"{info.patch_px} x {info.patch_px} px at {_mpp(info)}, fed at "
+        f"{info.preprocessing.input_px} px",
+        "calibration": _spell_calibrator(info.calibrator),
         "threshold": _spell_threshold(info),
-        "licence of the weights": info["licence"],
-        "made with": f"biopsy {info.get('version') or 'of unknown version'}",
-        "SHA-256 of the weights": info.get("weights_sha256") or "not saved yet",
+        "licence of the weights": info.licence,
+        "made with": f"biopsy {info.version or 'of unknown version'}",
+        "SHA-256 of the weights": info.weights_sha256 or "not saved yet",
     }
     return ["## Model", _table(["", ""], rows.items())]
 
 
-def _describe_use(info: Mapping[str, Any]) -> list[str]:
+def _describe_use(info: ClassifierInfo) -> list[str]:
     return [
         "## Intended use",
-        f"Research on H&E-stained slides: to colour patches of {info['patch_px']} px at {_mpp(info)} by the "
-        f"probability of {info.get('positive_class') or 'each class'}, and to compare methods. Not for "
+        f"Research on H&E-stained slides: to colour patches of {info.patch_px} px at {_mpp(info)} by the "
+        f"probability of {info.positive_class or 'each class'}, and to compare methods. Not for "
         "decisions on patients; not for other stains, organs or magnifications than those below.",
     ]
 
 
 def _describe_data(facts: CardFacts) -> list[str]:
-    pack = facts.classifier.get("pack") or {}
-    basis = [facts.classifier[key] for key in ("description", "citation") if facts.classifier.get(key)]
+    info = facts.info
+    basis = [text for text in (info.description, info.citation) if text]
     if facts.run is None:
         return [
             "## Data",
             *basis,
-            f"Trained on {pack.get('name', 'data that are not recorded')}; no run at hand says more.",
+            f"Trained on {info.pack.get('name', 'data that are not recorded')}; no run at hand says more.",
         ]
-    about, split = facts.run["pack"], facts.run["split"]
+    about, split = facts.run.info["pack"], facts.run.info["split"]
     unit = split["unit"]
     rows = [
         [side, number(count["patches"]), number(count["groups"]), *map(number, count["per_class"].values())]
@@ -156,8 +166,8 @@ def _describe_data(facts: CardFacts) -> list[str]:
         "## Data",
         *basis,
         f"Pack {about['name']} ({about['dataset']}, content {about['content_sha256'][:12]}), split "
-        f"{split['name']!r} ({split['protocol']}) by {unit}, seed {facts.run['seed']}.",
-        _table(["side", "patches", plural(unit), *facts.classifier["class_names"]], rows),
+        f"{split['name']!r} ({split['protocol']}) by {unit}, seed {facts.run.info['seed']}.",
+        _table(["side", "patches", plural(unit), *info.class_names], rows),
     ]
     if split["patients_overlap"]:
         lines.append("**Patients overlap between sides: the figures below say nothing about a new patient.**")
@@ -244,7 +254,7 @@ def _describe_limits(facts: CardFacts) -> list[str]:
     return ["## Limits", "\n".join(f"* {line}" for line in lines)]
 
 
-def _describe_parity(parity: Mapping[str, Any]) -> list[str]:
+def _describe_parity(parity: Parity) -> list[str]:
     rows = [[pair, f"{values['probs']:.1e}"] for pair, values in parity["largest_difference"].items()]
     return [
         "## Parity",
@@ -254,21 +264,21 @@ def _describe_parity(parity: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _spell_calibrator(calibrator: Mapping[str, Any]) -> str:
+def _spell_calibrator(calibrator: CalibratorRecord) -> str:
     if calibrator["method"] == "none":
         return f"none ({calibrator['reason']})" if calibrator.get("reason") else "none"
     return f"{calibrator['method']}, inside the exported model"
 
 
-def _spell_threshold(info: Mapping[str, Any]) -> str:
-    if not info.get("thresholds"):
+def _spell_threshold(info: ClassifierInfo) -> str:
+    if not info.thresholds:
         return "none, the likeliest class is called"
-    first = info["thresholds"][0]
-    return f"{number(first['value'])} on the probability of {info['positive_class']} ({first['rule']})"
+    first = info.thresholds[0]
+    return f"{number(first['value'])} on the probability of {info.positive_class} ({first['rule']})"
 
 
-def _mpp(info: Mapping[str, Any]) -> str:
-    return "an unknown pixel size" if info.get("mpp") is None else f"{info['mpp']:g} um/px"
+def _mpp(info: ClassifierInfo) -> str:
+    return "an unknown pixel size" if info.mpp is None else f"{info.mpp:g} um/px"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

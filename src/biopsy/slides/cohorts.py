@@ -2,7 +2,7 @@
 
 Each slide gets a folder of its own, which is made under a temporary name and renamed when it is whole; in one
 that is there already only the files of an earlier map are replaced. Its ``summary.json``, written last, holds
-the question it answers (slide, classifier, settings); a slide whose folder answers the same question is not
+the request it was made for (slide, classifier, settings); a slide of the same request is not
 mapped again. ``status.csv`` names every slide and what became of it.
 
 Several processes share one folder with ``shard``: each takes slides that are neither finished nor claimed by
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from filelock import FileLock, Timeout
@@ -39,7 +38,15 @@ from biopsy.models.hardware import Precision
 from biopsy.slides.inference import OnProgress
 from biopsy.slides.mapping import Mapped, Mapper
 from biopsy.slides.maps import SlideMap
-from biopsy.slides.outputs import MAP, SUMMARY, list_files, prepare_to_draw, read_finished, write_outputs
+from biopsy.slides.outputs import (
+    MAP,
+    SUMMARY,
+    SlideSummary,
+    list_files,
+    prepare_to_draw,
+    read_finished,
+    write_outputs,
+)
 from biopsy.slides.sources import Source, list_sources, refuse_own_data
 from biopsy.training.runs import Run
 
@@ -139,7 +146,10 @@ def slide(
     if out is None:
         if not single or shard is not None:
             raise DataError("several slides need a place for their maps: pass out=DIR")
-        return _take(next(mapper.map(sources)))
+        result = next(mapper.map(sources)).result
+        if isinstance(result, DataError):
+            raise result
+        return result.slide_map
     out = Path(out)
     lists = [
         path for path in ([slides] if isinstance(slides, Path | str) else slides) if Path(path).is_file()
@@ -182,14 +192,14 @@ def _map_into(out: Path, sources: Sequence[Source], mapper: Mapper) -> SlideCoho
     return SlideCohort(out, _write_status(out, rows))
 
 
-def _look(out: Path, source: Source, mapper: Mapper) -> dict[str, Any] | None:
+def _look(out: Path, source: Source, mapper: Mapper) -> dict[str, object] | None:
     """Return a slide's row if it is finished or cannot be mapped, else None."""
     try:
-        question = mapper.question(source)
+        request = mapper.request(source)
     except (OSError, DataError) as error:
         return _row(source, "failed", reason=str(error))
     remove_abandoned(out / source.name)
-    finished = read_finished(out / source.name, question)
+    finished = read_finished(out / source.name, request)
     if finished is not None:
         return _row(source, "done", finished)
     try:
@@ -241,42 +251,34 @@ def _map_shard(
         return SlideCohort(out, _write_status(out, rows))
 
 
-def _gather(out: Path, source: Source, mapper: Mapper, claims: Claims) -> dict[str, Any]:
+def _gather(out: Path, source: Source, mapper: Mapper, claims: Claims) -> dict[str, object]:
     """Return the row of a slide that this or another process has mapped or failed at."""
     if (row := _look(out, source, mapper)) is not None:
         return row
     return _row(source, "failed", reason=read_json(claims.folder / f"{source.name}{_FAILED}")["reason"])
 
 
-def _write(out: Path, mapped: Mapped, mapper: Mapper) -> dict[str, Any]:
+def _write(out: Path, mapped: Mapped, mapper: Mapper) -> dict[str, object]:
     source = mapped.source
     try:
-        slide_map = _take(mapped)
+        if isinstance(mapped.result, DataError):
+            raise mapped.result
         with update_directory(out / source.name, *list_files(), last=SUMMARY) as folder:
             document = write_outputs(
                 folder,
-                slide_map,
-                tissue=mapped.tissue,
-                target=mapped.target,
+                mapped.result,
                 is_calibrated=mapper.is_calibrated,
-                detections=mapper.detections,
-                question=mapper.question(source),
+                request=mapper.request(source),
             )
     except (OSError, DataError) as error:
         return _row(source, "failed", reason=str(error))
     return _row(source, "done", document)
 
 
-def _take(mapped: Mapped) -> SlideMap:
-    if mapped.slide_map is None:
-        raise mapped.error or SlideError(f"{mapped.source.path} was not mapped")
-    return mapped.slide_map
-
-
 def _row(
-    source: Source, status: str, document: Mapping[str, Any] | None = None, *, reason: str = ""
-) -> dict[str, Any]:
-    row = {
+    source: Source, status: str, document: SlideSummary | None = None, *, reason: str = ""
+) -> dict[str, object]:
+    row: dict[str, object] = {
         "slide": source.name,
         "source": printable(str(source.path)),
         "status": status,
@@ -284,19 +286,18 @@ def _row(
     }
     if document is None:
         return row
-    mpp, positive = document["mpp"], document["positive"] or {}
-    checked = document.get("out_of_distribution") or {}
+    mpp, positive, checked = document["mpp"], document["positive"], document.get("out_of_distribution")
     return row | {
         "n_patches": document["n_patches"],
         "mpp": mpp["slide"],
         "mpp_source": mpp["source"],
-        "positive_mm2": positive.get("area_mm2"),
-        "out_of_distribution": checked.get("share"),
-        "out_of_distribution_quantile": checked.get("quantile"),
+        "positive_mm2": positive and positive["area_mm2"],
+        "out_of_distribution": checked and checked["share"],
+        "out_of_distribution_quantile": checked and checked["quantile"],
     }
 
 
-def _write_status(out: Path, rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+def _write_status(out: Path, rows: Mapping[str, Mapping[str, object]]) -> pd.DataFrame:
     table = pd.DataFrame(list(rows.values()), columns=COLUMNS).astype(
         {"n_patches": "Int64", "out_of_distribution": float, "out_of_distribution_quantile": float}
     )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from biopsy.core.errors import DataError
+from biopsy.core.errors import DataError, SlideError
 from biopsy.core.text import printable
 from biopsy.models.classifier import Classifier, Tta
 from biopsy.models.hardware import Precision, pick_device, pick_precision
@@ -20,7 +20,7 @@ from biopsy.models.runtimes import list_runtimes
 from biopsy.slides.grids import PatchGrid
 from biopsy.slides.inference import Answer, OnProgress, SlideTask, predict_slides
 from biopsy.slides.maps import SlideMap, check_probs
-from biopsy.slides.outputs import list_files
+from biopsy.slides.outputs import MappedSlide, OutOfDistributionShare, list_files
 from biopsy.slides.sources import Source
 from biopsy.slides.stitching import predict_stitched, stitch_slide
 from biopsy.training.open_model import open_classifier
@@ -33,7 +33,7 @@ def make_map(
     logits: np.ndarray,
     classifier: Classifier,
     *,
-    about: Mapping[str, Any],
+    about: Mapping[str, object],
     picture: np.ndarray | None = None,
     ood: np.ndarray | None = None,
 ) -> SlideMap:
@@ -59,7 +59,7 @@ def make_map(
     )
 
 
-def describe_model(classifier: Classifier, precision: str, device: str) -> dict[str, Any]:
+def _describe_model(classifier: Classifier, precision: str, device: str) -> dict[str, Any]:
     """Say which classifier answered, on what and with which versions."""
     from biopsy import __version__
 
@@ -93,7 +93,7 @@ def is_calibrated(classifier: Classifier) -> bool:
     return classifier.info.calibrator.get("method", "none") != "none"
 
 
-def repeat_command(source: Path, model: object, settings: Mapping[str, Any]) -> str:
+def repeat_command(source: Path, model: object, settings: Mapping[str, object]) -> str:
     """Return the command that maps a slide again; folders are left to the reader."""
     if isinstance(model, Classifier):
         named = "CLASSIFIER"
@@ -109,17 +109,10 @@ def repeat_command(source: Path, model: object, settings: Mapping[str, Any]) -> 
 
 
 class Mapped(NamedTuple):
-    """A slide's map, or the reason why there is none.
-
-    ``tissue`` is the mask on the map's picture where tissue was sought, ``target`` the annotated class of
-    each patch where it is known.
-    """
+    """A slide with its map, or the reason why there is none."""
 
     source: Source
-    slide_map: SlideMap | None = None
-    tissue: np.ndarray | None = None
-    target: np.ndarray | None = None
-    error: DataError | None = None
+    result: MappedSlide | DataError
 
 
 class Mapper:
@@ -150,17 +143,17 @@ class Mapper:
         self.meanwhile: Callable[[], object] | None = None
         self._model = self.classifier.source or model
         self._mpp, self._on_progress = mpp, on_progress
-        self._questions: dict[str, dict[str, Any]] = {}
+        self._requests: dict[str, dict[str, object]] = {}
         self._kind = self.device.partition(":")[0]
-        self._about = describe_model(self.classifier, self.precision, self._kind)
+        self._about = _describe_model(self.classifier, self.precision, self._kind)
 
-    def question(self, source: Source) -> dict[str, Any]:
+    def request(self, source: Source) -> dict[str, object]:
         """Return everything that defines a slide's outputs; the slide is read for it once."""
-        if source.name not in self._questions:
-            self._questions[source.name] = self._describe_question(source)
-        return self._questions[source.name]
+        if source.name not in self._requests:
+            self._requests[source.name] = self._describe_request(source)
+        return self._requests[source.name]
 
-    def _describe_question(self, source: Source) -> dict[str, Any]:
+    def _describe_request(self, source: Source) -> dict[str, object]:
         return {
             "slide": source.fingerprint(),
             "mpp": source.mpp,
@@ -201,12 +194,13 @@ class Mapper:
         for answer in answers:
             source = taken.popleft()
             if answer.error is not None or answer.view is None:
-                yield Mapped(source, error=answer.error)
+                yield Mapped(source, answer.error or SlideError(f"{source.path} was not mapped"))
                 continue
             try:
-                yield Mapped(source, self._make_map(source, answer), answer.view.tissue)
+                slide_map, tissue = self._make_map(source, answer), answer.view.tissue
+                yield Mapped(source, MappedSlide(slide_map, tissue, detections=self.detections))
             except DataError as error:
-                yield Mapped(source, error=error)
+                yield Mapped(source, error)
 
     def _report(self, done: int, total: int) -> None:
         if self.meanwhile is not None:
@@ -232,7 +226,7 @@ class Mapper:
             answer.logits,
             self.classifier,
             about=self._describe(source, place, answer.software)
-            | _describe_out_of_distribution(answer.unlike, self.classifier),
+            | {"out_of_distribution": _measure_out_of_distribution(answer.unlike, self.classifier)},
             picture=view.thumbnail,
             ood=_spread(view.checked, answer.unlike),
         )
@@ -262,11 +256,13 @@ class Mapper:
                 picture=stitched.picture,
             )
         except DataError as error:
-            return Mapped(source, error=error)
-        same = source.pack.class_names == self.classifier.info.class_names
-        return Mapped(source, slide_map, target=stitched.target if same else None)
+            return Mapped(source, error)
+        target = stitched.target if source.pack.class_names == self.classifier.info.class_names else None
+        return Mapped(source, MappedSlide(slide_map, target=target, detections=self.detections))
 
-    def _describe(self, source: Source, place: dict[str, Any], software: tuple[str, str]) -> dict[str, Any]:
+    def _describe(
+        self, source: Source, place: Mapping[str, object], software: tuple[str, str]
+    ) -> dict[str, object]:
         settings = {
             "mpp": source.mpp,
             "stride-um": self.stride_um,
@@ -292,15 +288,11 @@ def _spread(checked: np.ndarray, unlike: np.ndarray) -> np.ndarray | None:
     return ood
 
 
-def _describe_out_of_distribution(unlike: np.ndarray, classifier: Classifier) -> dict[str, Any]:
-    """Return how much of a slide is unlike training; nothing where the classifier cannot tell."""
+def _measure_out_of_distribution(unlike: np.ndarray, classifier: Classifier) -> OutOfDistributionShare | None:
+    """Return how much of a slide is out of distribution; None where the classifier cannot tell."""
     reference = classifier.info.out_of_distribution
     if reference is None or not len(unlike):
-        return {"out_of_distribution": None}
-    return {
-        "out_of_distribution": {
-            "n_checked": len(unlike),
-            "share": float(unlike.mean()),
-            "quantile": reference["quantile"],
-        }
-    }
+        return None
+    return OutOfDistributionShare(
+        n_checked=len(unlike), share=float(unlike.mean()), quantile=reference["quantile"]
+    )

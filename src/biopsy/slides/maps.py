@@ -54,7 +54,7 @@ class SlideMap:
     class_names: list[str]
     positive_class: str | None
     threshold: float | None
-    about: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, object] = field(default_factory=dict)
     picture: np.ndarray | None = field(default=None, repr=False)
     ood: np.ndarray | None = field(default=None, repr=False)
 
@@ -281,7 +281,7 @@ def _to_level_0(points: np.ndarray, slide_map: SlideMap) -> np.ndarray:
     return (points * grid.stride_px + grid.origin_px) * grid.scale
 
 
-Feature = dict[str, Any]
+Feature = dict[str, object]
 
 
 def collect_regions(slide_map: SlideMap, regions: Iterable[Region]) -> Iterator[Feature]:

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypedDict, cast
 
 import cv2
 import numpy as np
@@ -27,7 +27,63 @@ SURE, POSSIBLE = 0.9, 0.1
 """Probabilities between which calibration leaves open whether a cell is positive."""
 
 
-def summarise(slide_map: SlideMap, regions: Sequence[Region], *, is_calibrated: bool) -> dict[str, Any]:
+class ClassArea(TypedDict):
+    """Area of the cells of one class, its share of what was mapped, and its regions."""
+
+    area_mm2: float
+    share: float
+    n_regions: int
+    largest_region_mm2: float
+
+
+class PositiveArea(TypedDict):
+    """Area called positive, and what calibrated probabilities say of it (else None, with the reason)."""
+
+    class_name: str | None
+    threshold: float | None
+    area_mm2: float
+    expected_mm2: float | None
+    low_mm2: float | None
+    high_mm2: float | None
+    reason: str | None
+
+
+class OutOfDistributionShare(TypedDict):
+    """Share of the checked patches that are out of distribution, and the quantile of the limit."""
+
+    n_checked: int
+    share: float
+    quantile: float
+
+
+class SlideSummary(TypedDict, total=False):
+    """What ``summary.json`` holds beside how the map was made."""
+
+    slide: str
+    n_patches: int
+    n_cells: int
+    cell_um: float
+    mapped_mm2: float
+    classes: dict[str, ClassArea]
+    abstained_share: float
+    positive: PositiveArea | None
+    out_of_distribution: OutOfDistributionShare | None
+    mpp: dict[str, float | str | None]
+    request: dict[str, object]
+
+
+class Confusion(TypedDict):
+    """A map of two classes compared with the annotated class of its patches."""
+
+    n_positive: int
+    auroc: float | None
+    tp: int
+    fp: int
+    fn: int
+    tn: int
+
+
+def summarise(slide_map: SlideMap, regions: Sequence[Region], *, is_calibrated: bool) -> SlideSummary:
     """Return areas in mm2 and shares of what was mapped.
 
     ``positive`` holds the area called positive at the threshold and, where probabilities are calibrated,
@@ -44,24 +100,24 @@ def summarise(slide_map: SlideMap, regions: Sequence[Region], *, is_calibrated: 
     classes = {}
     for index, name in enumerate(slide_map.class_names):
         own = [region for region in regions if region.class_name == name]
-        classes[name] = {
-            "area_mm2": float((pred == index).sum() * cell_mm2),
-            "share": float((pred == index).sum() / n_cells),
-            "n_regions": len(own),
-            "largest_region_mm2": max((region.area_mm2 for region in own), default=0.0),
-        }
-    return {
-        "n_patches": len(slide_map),
-        "n_cells": n_cells,
-        "cell_um": slide_map.grid.cell_um,
-        "mapped_mm2": n_cells * cell_mm2,
-        "classes": classes,
-        "abstained_share": float((pred == -2).sum() / n_cells),
-        "positive": _measure_positive(slide_map, pred, is_calibrated),
-    }
+        classes[name] = ClassArea(
+            area_mm2=float((pred == index).sum() * cell_mm2),
+            share=float((pred == index).sum() / n_cells),
+            n_regions=len(own),
+            largest_region_mm2=max((region.area_mm2 for region in own), default=0.0),
+        )
+    return SlideSummary(
+        n_patches=len(slide_map),
+        n_cells=n_cells,
+        cell_um=slide_map.grid.cell_um,
+        mapped_mm2=n_cells * cell_mm2,
+        classes=classes,
+        abstained_share=float((pred == -2).sum() / n_cells),
+        positive=_measure_positive(slide_map, pred, is_calibrated),
+    )
 
 
-def compare_with_target(slide_map: SlideMap, target: np.ndarray) -> dict[str, Any]:
+def compare_with_target(slide_map: SlideMap, target: np.ndarray) -> Confusion:
     """Compare a map of two classes with the annotated class of its patches, ``(n_patches,)``."""
     from sklearn.metrics import roc_auc_score  # imports for a second
 
@@ -69,39 +125,31 @@ def compare_with_target(slide_map: SlideMap, target: np.ndarray) -> dict[str, An
     assert positive is not None
     is_positive, prob = target == positive, slide_map.probs[:, positive]
     called = prob >= np.float32(slide_map.threshold if slide_map.threshold is not None else 0.5)
-    return {
-        "n_positive": int(is_positive.sum()),
-        "auroc": float(roc_auc_score(is_positive, prob)) if len(set(is_positive.tolist())) == 2 else None,
-        "tp": int((called & is_positive).sum()),
-        "fp": int((called & ~is_positive).sum()),
-        "fn": int((~called & is_positive).sum()),
-        "tn": int((~called & ~is_positive).sum()),
-    }
+    return Confusion(
+        n_positive=int(is_positive.sum()),
+        auroc=float(roc_auc_score(is_positive, prob)) if len(set(is_positive.tolist())) == 2 else None,
+        tp=int((called & is_positive).sum()),
+        fp=int((called & ~is_positive).sum()),
+        fn=int((~called & is_positive).sum()),
+        tn=int((~called & ~is_positive).sum()),
+    )
 
 
-def _measure_positive(slide_map: SlideMap, pred: np.ndarray, is_calibrated: bool) -> dict[str, Any] | None:
+def _measure_positive(slide_map: SlideMap, pred: np.ndarray, is_calibrated: bool) -> PositiveArea | None:
     positive = slide_map.positive_index
     if positive is None:
         return None
     prob = slide_map.cells()[..., positive]
     prob, cell_mm2 = prob[~np.isnan(prob)], slide_map.cell_mm2
-    result: dict[str, Any] = {
-        "class": slide_map.positive_class,
-        "threshold": slide_map.threshold,
-        "area_mm2": float((pred == positive).sum() * cell_mm2),
-        "expected_mm2": None,
-        "low_mm2": None,
-        "high_mm2": None,
-        "reason": "the classifier's probabilities are not calibrated",
-    }
-    if is_calibrated:
-        result |= {
-            "expected_mm2": float(prob.sum(dtype=float) * cell_mm2),
-            "low_mm2": float((prob >= SURE).sum() * cell_mm2),
-            "high_mm2": float((prob >= POSSIBLE).sum() * cell_mm2),
-            "reason": None,
-        }
-    return result
+    return PositiveArea(
+        class_name=slide_map.positive_class,
+        threshold=slide_map.threshold,
+        area_mm2=float((pred == positive).sum() * cell_mm2),
+        expected_mm2=float(prob.sum(dtype=float) * cell_mm2) if is_calibrated else None,
+        low_mm2=float((prob >= SURE).sum() * cell_mm2) if is_calibrated else None,
+        high_mm2=float((prob >= POSSIBLE).sum() * cell_mm2) if is_calibrated else None,
+        reason=None if is_calibrated else "the classifier's probabilities are not calibrated",
+    )
 
 
 FORMAT: Final = "biopsy-slide/1"
@@ -114,13 +162,13 @@ _HEATMAP_PX = 1024  # cells are drawn larger until the heat map's longer side is
 
 @dataclass(frozen=True)
 class MappedSlide:
-    """What is known of one slide when its outputs are written.
+    """The map of one slide, and what else its outputs are made of.
 
     Attributes:
         slide_map: The map, with its picture.
         tissue: The tissue mask, bool, of the picture's size; None where tissue was not sought.
         target: Annotated class of each patch; None where it is not known.
-        detections: Whether one QuPath detection a cell was asked for.
+        detections: Whether each cell is written as a QuPath detection.
     """
 
     slide_map: SlideMap
@@ -134,7 +182,7 @@ class MappedSlide:
         return find_regions(self.slide_map)
 
 
-Write = Callable[[Path, MappedSlide], dict[str, Any] | None]
+Write = Callable[[Path, MappedSlide], Mapping[str, object] | None]
 
 
 class Output(NamedTuple):
@@ -193,7 +241,7 @@ def _write_detections(path: Path, mapped: MappedSlide) -> None:
 
 
 @slide_output(TISSUE)
-def _write_tissue(path: Path, mapped: MappedSlide) -> dict[str, Any] | None:
+def _write_tissue(path: Path, mapped: MappedSlide) -> dict[str, float] | None:
     from biopsy.plotting.slides import outline_tissue
     from biopsy.plotting.style import jpeg
 
@@ -207,7 +255,7 @@ def _write_tissue(path: Path, mapped: MappedSlide) -> dict[str, Any] | None:
 
 
 @slide_output(PANELS, draws=True)
-def _write_panels(path: Path, mapped: MappedSlide) -> dict[str, Any] | None:
+def _write_panels(path: Path, mapped: MappedSlide) -> dict[str, Confusion] | None:
     from biopsy.plotting.style import png
 
     if mapped.target is None or mapped.slide_map.positive_index is None:
@@ -217,27 +265,17 @@ def _write_panels(path: Path, mapped: MappedSlide) -> dict[str, Any] | None:
 
 
 def write_outputs(
-    folder: Path,
-    slide_map: SlideMap,
-    *,
-    tissue: np.ndarray | None = None,
-    target: np.ndarray | None = None,
-    is_calibrated: bool,
-    detections: bool = False,
-    question: Mapping[str, Any],
-) -> dict[str, Any]:
+    folder: Path, mapped: MappedSlide, *, is_calibrated: bool, request: Mapping[str, object]
+) -> SlideSummary:
     """Write everything that is known of one slide into an empty folder.
 
     Args:
         folder: An existing folder.
-        slide_map, tissue, target, detections: As in `MappedSlide`.
+        mapped: The slide.
         is_calibrated: Whether the classifier's probabilities were calibrated.
-        question: What the outputs answer: equal questions need not be asked again.
-
-    Returns:
-        What ``summary.json`` holds.
+        request: What defines the outputs: for an equal request they are not made again.
     """
-    mapped = MappedSlide(slide_map, tissue, target, detections)
+    slide_map = mapped.slide_map
     with ThreadPoolExecutor(1) as painter:
         drawing = [
             painter.submit(output.write, folder / file, mapped)
@@ -251,11 +289,11 @@ def write_outputs(
         "slide": slide_map.name,
         **slide_map.about,
         **summarise(slide_map, mapped.regions, is_calibrated=is_calibrated),
-        **{key: value for one in result if one for key, value in one.items()},
-        "question": dict(question),
+        **{key: value for entries in result if entries for key, value in entries.items()},
+        "request": dict(request),
     }
     write_json(folder / SUMMARY, document)  # the last of all
-    return document
+    return cast(SlideSummary, document)
 
 
 def _shrink(picture: np.ndarray, tissue: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -265,13 +303,13 @@ def _shrink(picture: np.ndarray, tissue: np.ndarray) -> tuple[np.ndarray, np.nda
     return cv2.resize(picture, size, interpolation=cv2.INTER_AREA), mask
 
 
-def read_finished(folder: Path, question: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return a slide's summary if its outputs are there and answer this question, else None."""
+def read_finished(folder: Path, request: Mapping[str, object]) -> SlideSummary | None:
+    """Return a slide's summary if its outputs are there and are those of this request, else None."""
     try:
         document = read_json(folder / SUMMARY, format=FORMAT)
     except (OSError, DataError):
         return None
-    return document if document.get("question") == dict(question) else None
+    return cast(SlideSummary, document) if document.get("request") == dict(request) else None
 
 
 def prepare_to_draw() -> None:

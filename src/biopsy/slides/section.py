@@ -1,8 +1,8 @@
 """A chapter on the whole slides that a run has mapped into its own folder."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import cast
 
 import cv2
 
@@ -12,7 +12,7 @@ from biopsy.reporting.document import Block, Picture, Pictures, Section, Table, 
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import Result, section
 from biopsy.slides.outputs import FORMAT as SLIDE_FORMAT
-from biopsy.slides.outputs import OVERLAY, SUMMARY
+from biopsy.slides.outputs import OVERLAY, SUMMARY, SlideSummary
 from biopsy.training.runs import Run
 
 MAPS = "slides"
@@ -22,7 +22,7 @@ MOST_MAPS, MAP_PX = 12, 1200
 logger = logging.getLogger(__name__)
 
 
-def load_maps(run: Run) -> list[tuple[dict[str, Any], bytes]]:
+def load_maps(run: Run) -> list[tuple[SlideSummary, bytes]]:
     """Return the slides mapped into the run's own folder, their overlays small enough for a page."""
     result = []
     for path in sorted((run.path / MAPS).glob(f"*/{SUMMARY}"))[:MOST_MAPS]:
@@ -33,7 +33,7 @@ def load_maps(run: Run) -> list[tuple[dict[str, Any], bytes]]:
         scale = min(1.0, MAP_PX / max(overlay.shape))
         small = cv2.resize(overlay, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         image = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
-        result.append((read_json(path, format=SLIDE_FORMAT), image))
+        result.append((cast(SlideSummary, read_json(path, format=SLIDE_FORMAT)), image))
     return result
 
 
@@ -60,21 +60,22 @@ def describe_maps(facts: RunFacts) -> Section | None:
     return Section("maps", "Whole-slide maps", blocks)
 
 
-def _table_of_areas(summaries: Sequence[Mapping[str, Any]], positive: str) -> Table:
+def _table_of_areas(summaries: Sequence[SlideSummary], positive: str) -> Table:
     rows = []
     for summary in summaries:
-        result = summary.get("positive") or {}
-        low, high = result.get("low_mm2"), result.get("high_mm2")
+        area, own = summary["positive"], summary["classes"].get(positive)
+        low, high = (area["low_mm2"], area["high_mm2"]) if area else (None, None)
+        checked = summary.get("out_of_distribution")
         rows.append(
             [
                 str(summary["slide"]),
                 number(summary.get("n_patches")),
                 number(summary.get("mapped_mm2"), 2),
-                number(result.get("area_mm2"), 2),
+                number(area and area["area_mm2"], 2),
                 f"{number(low, 2)} to {number(high, 2)}" if low is not None else "not calibrated",
-                number(summary.get("classes", {}).get(positive, {}).get("largest_region_mm2"), 2),
+                number(own and own["largest_region_mm2"], 2),
                 number(summary.get("abstained_share")),
-                number((summary.get("out_of_distribution") or {}).get("share")),
+                number(checked and checked["share"]),
             ]
         )
     columns = [
@@ -87,8 +88,8 @@ def _table_of_areas(summaries: Sequence[Mapping[str, Any]], positive: str) -> Ta
         "abstained",
     ]
     columns.append("out of distribution")
-    checked = [summary["out_of_distribution"] for summary in summaries if summary.get("out_of_distribution")]
-    quantile = checked[0].get("quantile", QUANTILE) if checked else QUANTILE
+    quantiles = [share["quantile"] for summary in summaries if (share := summary.get("out_of_distribution"))]
+    quantile = quantiles[0] if quantiles else QUANTILE
     low, high = expected_share(quantile)
     note = (
         "Range: from the area with a calibrated probability of at least 0.9 to the area with at least 0.1. "

@@ -4,7 +4,6 @@ import io
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +41,7 @@ def _write_script(script: torch.jit.ScriptModule, path: Path) -> None:
                 kept.writestr(zipfile.ZipInfo(name), whole.read(name))
 
 
-def describe_for_host(classifier: Classifier) -> dict[str, Any]:
+def describe_for_host(classifier: Classifier) -> dict[str, object]:
     """Return ``config.json`` as WSInfer 0.6's schema and QuPath's extension want it.
 
     The patch is asked for at its own size: all further resizing is inside the network, by its own filter.
