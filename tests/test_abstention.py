@@ -9,9 +9,14 @@ from scipy import stats
 from biopsy.cli.results import say_abstention
 from biopsy.core.errors import MetricError
 from biopsy.core.files import plain
-from biopsy.evaluation.abstention.figures import draw_coverage, draw_risk_coverage
 from biopsy.evaluation.abstention.measure import SetCounts, count_sets, judge_coverage, measure_abstention
-from biopsy.evaluation.abstention.section import MEASURES, describe_abstention, say_verdict
+from biopsy.evaluation.abstention.section import (
+    MEASURES,
+    describe_abstention,
+    draw_coverage,
+    draw_risk_coverage,
+    say_verdict,
+)
 from biopsy.evaluation.scored import ScoredPatches
 from biopsy.reporting.document import ReportDocument, Summary
 from biopsy.reporting.html import render_report

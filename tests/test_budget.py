@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from biopsy.data.splits import make_split
-from biopsy.experiments.budget import (
+from biopsy.experiments.reproduction import (
     MARGIN,
     Length,
     Need,

@@ -7,9 +7,13 @@ import pytest
 
 from biopsy.core.errors import MetricError
 from biopsy.core.files import plain
-from biopsy.evaluation.calibration.figures import draw_calibration
 from biopsy.evaluation.calibration.measure import MEASURED
-from biopsy.evaluation.calibration.section import describe_calibration, say_calibration, say_slope
+from biopsy.evaluation.calibration.section import (
+    describe_calibration,
+    draw_calibration,
+    say_calibration,
+    say_slope,
+)
 from biopsy.evaluation.figures import draw_decision_curve
 from biopsy.evaluation.measure import measure_decisions
 from biopsy.evaluation.scored import ScoredPatches

@@ -5,9 +5,8 @@ import re
 import pytest
 
 from biopsy.core.errors import MetricError
-from biopsy.evaluation.comparison.figures import SHOWN, draw_differences
 from biopsy.evaluation.comparison.measure import NETWORKS
-from biopsy.evaluation.comparison.page import ONE_SEED, say_verdict
+from biopsy.evaluation.comparison.page import ONE_SEED, SHOWN, draw_differences, say_verdict
 from biopsy.plotting.style import svg
 
 

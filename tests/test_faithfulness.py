@@ -14,26 +14,24 @@ import biopsy
 from biopsy.core.errors import DataError, RecipeError, RunError
 from biopsy.core.files import read_json
 from biopsy.evaluation.explanation.faithfulness import (
+    CELLS,
+    STEPS,
     all_deletion_insertion_curves,
+    area_under,
+    blur_patches,
     compare_randomised,
     compare_with_baselines,
+    deletion_insertion_curves,
     describe_gain,
     draw_patches,
     explain_all,
     find_edges,
     judge_method,
     measure_faithfulness,
-    read_faithfulness,
-)
-from biopsy.evaluation.explanation.faithfulness_measures import (
-    CELLS,
-    STEPS,
-    area_under,
-    blur_patches,
-    deletion_insertion_curves,
     randomise_cascading,
     rank_cells,
     rank_correlation,
+    read_faithfulness,
     structural_similarity,
 )
 from biopsy.models.engine import Engine

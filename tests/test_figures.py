@@ -22,7 +22,7 @@ from biopsy.evaluation.figures import (
 )
 from biopsy.experiments.figures import draw_folds
 from biopsy.plotting import style
-from biopsy.plotting.sheets import draw_class_sheet, lay_out_sheet
+from biopsy.plotting.patches import draw_class_sheet, lay_out_sheet
 from biopsy.plotting.slides import draw_slide, round_length_um
 from biopsy.training.figures import draw_network, draw_training, group_layers
 

@@ -132,7 +132,7 @@ def test_the_page_is_whole_and_sends_nothing(noisy, tmp_path):
     images = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
     assert len(images) == 8 and all(source.startswith("data:image/jpeg;base64,") for source in images)
     assert not re.search(r"https?://", text)
-    assert sum(attributes.get("class") == "doubt" for _, attributes in page.tags) == 4
+    assert sum(attributes.get("class") == "issue" for _, attributes in page.tags) == 4
     assert "yes: " in page.text and "no: " in page.text
     sheet = pd.read_csv(tmp_path / "out" / "labels.csv")
     assert len(sheet) == 4 and all((tmp_path / "out" / name).is_file() for name in sheet["picture"])

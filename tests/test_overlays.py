@@ -6,7 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from biopsy.core.errors import DataError
-from biopsy.plotting.overlays import ALPHA, COLOURS, Overlay, draw_overlays, scale_maps, superimpose
+from biopsy.plotting.patches import ALPHA, COLOURS, Overlay, draw_overlays, scale_maps, superimpose
 from biopsy.plotting.style import svg
 
 LUMA = np.array([0.299, 0.587, 0.114])

@@ -12,10 +12,9 @@ from biopsy.core.errors import MetricError, RecipeError, RunError, SplitError
 from biopsy.data.protocols import LEAK_PROTOCOLS
 from biopsy.data.splits import make_split, save_split
 from biopsy.experiments import reproduction
-from biopsy.experiments.budget import Speed
 from biopsy.experiments.figures import draw_reproduction
 from biopsy.experiments.reports import report
-from biopsy.experiments.reproduction import choose_papers, reproduce
+from biopsy.experiments.reproduction import Speed, choose_papers, reproduce
 from biopsy.experiments.reproduction_summary import COMPARED, list_rows, write_markdown
 from biopsy.recipes import load_recipe
 from biopsy.training.study import Study

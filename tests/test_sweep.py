@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from biopsy.core.errors import MetricError, MissingExtra, RecipeError, RunError
 from biopsy.evaluation.study_tables import SHOWN
-from biopsy.experiments import run_specs, search
+from biopsy.experiments import run_specs, sweeps
 from biopsy.experiments.figures import draw_sweep
 from biopsy.experiments.reports import report
-from biopsy.experiments.search import read_space, suggest
-from biopsy.experiments.sweeps import combine, read_grid, spell, summarise, sweep
+from biopsy.experiments.sweeps import combine, read_grid, read_space, spell, suggest, summarise, sweep
 from biopsy.recipes import load_recipe
 from biopsy.training.study import Study
 from conftest import write_pack
@@ -380,6 +379,6 @@ def test_a_search_that_was_stopped_ends_as_one_that_was_not(finished, tmp_path, 
 
 
 def test_a_search_without_optuna_names_the_extra(monkeypatch):
-    monkeypatch.setattr(search, "find_spec", lambda name: None)
+    monkeypatch.setattr(sweeps, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match="search"):
         read_space(SPACE)

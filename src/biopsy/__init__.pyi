@@ -34,7 +34,7 @@ from .evaluation.errors.case_views import ErrorAnalysis as ErrorAnalysis
 from .evaluation.errors.case_views import errors as errors
 from .evaluation.explanation.explain import Explanations as Explanations
 from .evaluation.explanation.explain import explain as explain
-from .evaluation.label_issues.find import label_issues as label_issues
+from .evaluation.label_issues import label_issues as label_issues
 from .evaluation.predict import predict as predict
 from .evaluation.predictions import evaluate_predictions as evaluate_predictions
 from .evaluation.results import Evaluation as Evaluation

@@ -15,7 +15,7 @@ from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_with_features
 from biopsy.models.out_of_distribution import out_of_distribution_scores
-from biopsy.plotting.overlays import scale_maps, superimpose
+from biopsy.plotting.patches import scale_maps, superimpose
 
 _SIDE_PX = 240
 

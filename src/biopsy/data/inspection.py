@@ -18,7 +18,7 @@ from biopsy.data.figures import draw_balance, draw_sides
 from biopsy.data.packs import Pack
 from biopsy.data.protocols import SIDES
 from biopsy.data.splits import Split, find_split
-from biopsy.plotting.sheets import draw_class_sheet
+from biopsy.plotting.patches import draw_class_sheet
 from biopsy.plotting.slides import draw_slide
 from biopsy.plotting.style import png, svg
 from biopsy.slide_io.mosaic import stitch, stitch_values

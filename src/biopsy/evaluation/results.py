@@ -85,7 +85,7 @@ class Evaluation(Result):
 
     def plot_calibration(self) -> "Figure":
         """Draw observed frequency against predicted probability (of more classes: of the predicted one)."""
-        from biopsy.evaluation.calibration.figures import draw_calibration
+        from biopsy.evaluation.calibration.section import draw_calibration
 
         bins = self.document["calibration"]["after"]["bins"]
         return draw_calibration(bins, positive=self.document["positive_class"])

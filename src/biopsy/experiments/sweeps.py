@@ -1,4 +1,8 @@
-"""Sweeps: one recipe with every combination of some settings, the best chosen on validation."""
+"""Sweeps: one recipe with combinations of settings, of a grid or suggested, the best chosen on validation.
+
+A suggestion of Optuna's tree-structured Parzen estimator follows from the seed and the trials before it,
+which the study's own folder keeps: an interrupted search continues with the suggestions it would have had.
+"""
 
 import hashlib
 import itertools
@@ -7,25 +11,144 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from biopsy.core.errors import RecipeError, RunError
+from biopsy.core.errors import FileFormatError, MissingExtra, RecipeError, RunError
 from biopsy.core.files import write_json
+from biopsy.core.loaders import parse_toml
+from biopsy.core.seeds import derive
 from biopsy.data.packs import Pack
 from biopsy.evaluation.study_tables import SHOWN, describe_run, training_columns
 from biopsy.experiments.figures import draw_search, draw_sweep
 from biopsy.experiments.run_specs import RunSpec, check_networks, open_study, place_study, run_all
-from biopsy.experiments.search import Trial, list_ends, read_space, suggest
 from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
 from biopsy.training.fit import OnEpoch
 from biopsy.training.runs import EpochRecord, Run
 from biopsy.training.study import Study
 from biopsy.training.train import choose_split, open_data
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+N_DIGITS = 3  # of a suggested number that is not whole
+_RANGE = re.compile(r"(?P<low>[^\s,]+?)\.\.(?P<high>[^\s,]+)(?P<log>\s+log)?")
+
+Values = Mapping[str, Any]
+Trial = tuple[Values, float | None]
+"""Setting to value, and the score on validation (higher is better); None where training diverged."""
+
+
+def read_space(search: Iterable[str]) -> "dict[str, BaseDistribution]":
+    """Read ``"train.lr=1e-4..1e-1 log"`` as a setting and its range; whole ends make whole numbers.
+
+    ``KEY=VALUE,VALUE`` is a choice among values.
+
+    Raises:
+        RecipeError: If a line is neither, a range is empty, or a setting is named again.
+        MissingExtra: If Optuna is not installed.
+    """
+    if find_spec("optuna") is None:
+        raise MissingExtra("search", "a search")
+    from optuna.distributions import CategoricalDistribution
+
+    space: dict[str, BaseDistribution] = {}
+    for line in [search] if isinstance(search, str) else search:
+        key, equals, text = (part.strip() for part in line.partition("="))
+        if not equals or not text:
+            raise RecipeError(f"--search {line!r} has no range: write --search 'train.lr=1e-4..1e-1 log'")
+        if key in space:
+            raise RecipeError(f"--search names {key!r} twice")
+        if match := _RANGE.fullmatch(text):
+            space[key] = _read_range(line, match)
+        elif ".." in text or "," not in text:
+            raise RecipeError(
+                f"--search {line!r} is neither a range nor a choice: write 'train.lr=1e-4..1e-1 log' or "
+                "'train.batch_size=32,64'"
+            )
+        else:
+            space[key] = CategoricalDistribution([_read_value(key, value) for value in text.split(",")])
+    return space
+
+
+def _read_range(line: str, match: re.Match[str]) -> "BaseDistribution":
+    from optuna.distributions import FloatDistribution, IntDistribution
+
+    ends, log = (match["low"], match["high"]), match["log"] is not None
+    try:
+        low, high = (float(end) for end in ends)
+    except ValueError:
+        raise RecipeError(f"--search {line!r}: the ends of a range are numbers") from None
+    if not low < high:
+        raise RecipeError(f"--search {line!r}: the range is empty, its low end must be below its high end")
+    if log and low <= 0:
+        raise RecipeError(f"--search {line!r}: a range on a logarithmic scale begins above 0")
+    if all(re.fullmatch(r"[+-]?\d+", end) for end in ends):
+        return IntDistribution(int(low), int(high), log=log)
+    return FloatDistribution(low, high, log=log)
+
+
+def _read_value(key: str, text: str) -> Any:
+    """Read a value as ``--set`` does: TOML, else text."""
+    try:
+        return parse_toml(f"value = {text.strip()}", f"--search {key}")["value"]
+    except FileFormatError:
+        return text.strip()
+
+
+def list_ends(space: "Mapping[str, BaseDistribution]") -> list[Values]:
+    """Return combinations that between them hold the ends of every range and every choice."""
+    values = [getattr(d, "choices", None) or (d.low, d.high) for d in space.values()]  # type: ignore[attr-defined]
+    n = max(map(len, values))
+    return [
+        {key: options[min(i, len(options) - 1)] for key, options in zip(space, values, strict=True)}
+        for i in range(n)
+    ]
+
+
+def suggest(space: "Mapping[str, BaseDistribution]", trials: Sequence[Trial], *, seed: int) -> Values:
+    """Return the settings of the next trial.
+
+    Args:
+        space: As `read_space` gives it.
+        trials: Those before it, in order.
+        seed: Same seed, space and trials give the same suggestion.
+    """
+    import optuna
+
+    sampler = optuna.samplers.TPESampler(seed=derive(seed, "search", len(trials)) % 2**32)
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        state = optuna.trial.TrialState
+        for values, score in trials:
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=dict(values),
+                    distributions=dict(space),
+                    value=score,
+                    state=state.FAIL if score is None else state.COMPLETE,
+                )
+            )
+        suggested = study.ask(dict(space)).params
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+    return {key: _round(suggested[key], space[key]) for key in space}
+
+
+def _round(value: Any, distribution: "BaseDistribution") -> Any:
+    from optuna.distributions import FloatDistribution
+
+    if not isinstance(distribution, FloatDistribution):
+        return value
+    return min(max(float(f"{value:.{N_DIGITS}g}"), distribution.low), distribution.high)
+
 
 _OPENING, _CLOSING, _QUOTES = "[{(", ")}]", "\"'"
 

@@ -1,12 +1,14 @@
 """Report section on calibration, before and after the calibrator."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.figure import Figure
+
+from biopsy.core.errors import MetricError
 from biopsy.core.subsets import subset_name
 from biopsy.core.text import capitalize, count, plural
-from biopsy.evaluation.calibration.figures import draw_calibration
-from biopsy.plotting.style import svg
+from biopsy.plotting.style import DASHED, MODEL, MUTED, legend_above, new_figure, styled, svg
 from biopsy.reporting.document import Block, Picture, Pictures, Section, Table, Text, number
 from biopsy.reporting.elements import Footnotes
 from biopsy.reporting.facts import RunFacts
@@ -135,3 +137,40 @@ def _cell(side: Mapping[str, Any], key: str, reasons: Footnotes) -> str:
         return number(side[key]) if key == "ece_floor" else reasons.estimate(side[key])
     parts = side.get("brier_parts") or {}
     return number(parts[key]) if key in parts else ""
+
+
+@styled
+def draw_calibration(
+    bins: Sequence[Mapping[str, Any]], *, positive: str | None = "positive", level: float = 0.95
+) -> Figure:
+    """Draw observed frequency against predicted probability, with the interval of each bin.
+
+    Args:
+        bins: ``mean_prob`` and ``observed`` (``value``, ``low``, ``high``) each, as in `metrics.json`.
+        positive: Name of the positive class; None where the bins are of the predicted class.
+        level: Nominal coverage of the intervals.
+
+    Raises:
+        MetricError: If there is no bin.
+    """
+    if not bins:
+        raise MetricError("no bins to draw: evaluate at least one patch")
+    figure, axes = new_figure(height_in=4.1)
+    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=DASHED, label="perfect calibration")
+    known = [one for one in bins if one["observed"]["low"] is not None]
+    if known:
+        at = [one["mean_prob"] for one in known]
+        low, high = ([one["observed"][end] for one in known] for end in ("low", "high"))
+        label = f"{100 * level:g} % interval"
+        axes.vlines(at, low, high, color=MODEL, alpha=0.45, linewidth=1.6, label=label)
+    promised = [one["mean_prob"] for one in bins]
+    result = [one["observed"]["value"] for one in bins]
+    axes.plot(promised, result, "-o", color=MODEL, markersize=4.5, linewidth=1.1, label="this model")
+    axes.set(
+        xlim=(-0.02, 1.02),
+        ylim=(-0.02, 1.02),
+        xlabel=f"Predicted probability of {positive}" if positive else "Probability of the predicted class",
+        ylabel=f"Observed frequency of {positive}" if positive else "Accuracy",
+    )
+    legend_above(axes)
+    return figure

@@ -21,10 +21,9 @@ from biopsy.evaluation.errors.measure import FOLDER, SHOWN_EACH, ErrorRecord, me
 from biopsy.evaluation.explanation.maps import explain_patches
 from biopsy.evaluation.explanation.methods import find_method
 from biopsy.evaluation.hypotheses.measure import measure_hypotheses
-from biopsy.evaluation.slide_context import SlideViews
+from biopsy.evaluation.neighbours import SlideViews
 from biopsy.models.engine import Engine
-from biopsy.plotting.overlays import is_constant, scale_maps, superimpose
-from biopsy.plotting.sheets import lay_out_sheet
+from biopsy.plotting.patches import is_constant, lay_out_sheet, scale_maps, superimpose
 from biopsy.plotting.style import png
 from biopsy.reporting.pseudonyms import Pseudonymizer
 from biopsy.training.runs import Run

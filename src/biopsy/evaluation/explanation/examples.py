@@ -14,8 +14,7 @@ from biopsy.core.errors import DataError
 from biopsy.core.files import read_json, update_directory, write_json
 from biopsy.core.text import file_name
 from biopsy.models.classifier import Classifier
-from biopsy.plotting.overlays import Overlay, draw_overlays, is_constant, superimpose
-from biopsy.plotting.sheets import lay_out_sheet
+from biopsy.plotting.patches import Overlay, draw_overlays, is_constant, lay_out_sheet, superimpose
 from biopsy.plotting.style import png, shorten
 from biopsy.reporting.pseudonyms import Pseudonymizer
 from biopsy.training.runs import Run

@@ -31,7 +31,7 @@ from biopsy.evaluation.explanation.methods import find_last_maps, find_method, h
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_classifier
-from biopsy.plotting.overlays import scale_maps
+from biopsy.plotting.patches import scale_maps
 from biopsy.slide_io.images import IMAGE_SUFFIXES, decode, read_header
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run

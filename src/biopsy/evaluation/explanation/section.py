@@ -1,10 +1,12 @@
 """Sections of the report on saliency and its faithfulness."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
+from biopsy.core.errors import MetricError
 from biopsy.core.subsets import subset_name
 from biopsy.core.text import count
 from biopsy.evaluation.explanation.examples import (
@@ -16,8 +18,7 @@ from biopsy.evaluation.explanation.examples import (
 )
 from biopsy.evaluation.explanation.explain import explain
 from biopsy.evaluation.explanation.faithfulness import read_faithfulness
-from biopsy.evaluation.explanation.figures import draw_deletion_insertion
-from biopsy.plotting.style import svg
+from biopsy.plotting.style import BASELINE, INK, SERIES_COLOURS, WIDTH_IN, styled, svg
 from biopsy.reporting.document import Block, Bullets, Picture, Pictures, Section, Table, Text, number
 from biopsy.reporting.elements import Footnotes
 from biopsy.reporting.facts import RunFacts
@@ -178,3 +179,55 @@ def _table_of_randomisation(methods: list[Mapping[str, Any]], settings: Mapping[
         caption="Cascading weight randomisation (Adebayo et al. 2018)",
         note=note,
     )
+
+
+_LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
+_BASELINE_LINES = ("-", ":")
+
+
+@styled
+def draw_deletion_insertion(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    baselines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+) -> Figure:
+    """Draw the mean curves of deletion at the left and of insertion at the right.
+
+    Args:
+        curves: Of each method, by what a reader calls it: deletion and insertion, from no cell to all.
+        baselines: The same of the baselines, drawn in grey.
+
+    Raises:
+        MetricError: If there is no curve.
+    """
+    if not curves:
+        raise MetricError("there is no curve to draw: no method was tested")
+    figure = Figure(figsize=(WIDTH_IN, 2.9), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    lines = [
+        (title, pair, {"color": BASELINE, "linestyle": style, "linewidth": 2.2})
+        for (title, pair), style in zip(baselines.items(), _BASELINE_LINES, strict=False)
+    ]
+    lines += [
+        (
+            title,
+            pair,
+            {
+                "color": SERIES_COLOURS[index % len(SERIES_COLOURS)],
+                "linestyle": _LINES[index % len(_LINES)],
+                "linewidth": 1.4,
+            },
+        )
+        for index, (title, pair) in enumerate(curves.items())
+    ]
+    headings = ("deletion: lower is better", "insertion: higher is better")
+    for which, (panel, heading) in enumerate(zip(panels, headings, strict=True)):
+        for title, pair, look in lines:
+            panel.plot(np.linspace(0, 1, len(pair[which])), pair[which], label=title, **look)
+        panel.set_xlabel(f"Share of cells {('deleted', 'inserted')[which]}", color=INK)
+        panel.set_title(heading)
+        panel.set_xlim(0, 1)
+        panel.set_ylim(0, 1)
+    panels[0].set_ylabel("Mean probability")
+    handles, titles = panels[0].get_legend_handles_labels()
+    figure.legend(handles, titles, loc="outside lower center", ncols=3)
+    return figure

@@ -16,10 +16,9 @@ from biopsy.core.files import refuse_inputs, update_directory, write_atomic
 from biopsy.core.tables import write_csv
 from biopsy.data.labels import refuse_decided
 from biopsy.data.packs import Pack
-from biopsy.evaluation.label_issues.page import LabelIssue, LabelIssuesPage, render_label_issues
-from biopsy.evaluation.neighbours import count_neighbours, rank_label_issues
-from biopsy.evaluation.slide_context import SlideViews
+from biopsy.evaluation.neighbours import SlideViews, count_neighbours, rank_label_issues
 from biopsy.plotting.style import class_colour, jpeg
+from biopsy.reporting.html import render
 from biopsy.training.runs import Run
 from biopsy.training.study import Study, is_study
 
@@ -32,7 +31,7 @@ class LabelIssues:
     """The result of `label_issues`.
 
     Attributes:
-        table: The sheet: one row a doubted label, most doubted first.
+        table: The sheet: one row per probable label error, the most probable first.
         path: Where the sheet was written.
         page: The page of pictures beside it.
         n_patches: Number of labels checked.
@@ -51,8 +50,8 @@ class _Models:
     """What models say of patches they were not trained on, and which patches may be looked at."""
 
     pack: Pack
-    probs: np.ndarray  # mean over models, (n_patches, n_classes); NaN where none may speak
-    n_heard: np.ndarray  # models that speak of each patch, (n_patches,)
+    probs: np.ndarray  # mean over models, (n_patches, n_classes); NaN without any
+    n_models: np.ndarray  # models of each patch, (n_patches,)
     allowed: np.ndarray  # bool, (n_patches,)
 
 
@@ -88,25 +87,38 @@ def _write_sheet(place: Path, models: _Models, n: int) -> tuple[pd.DataFrame, in
     """Write sheet, page and pictures into an empty folder; return sheet and counts of `LabelIssues`."""
     pack = models.pack
     counts = count_neighbours(pack.table, pack.target, len(pack.class_names))
-    result = rank_label_issues(counts, pack.target, models.probs).assign(row=np.arange(len(pack)))
-    voices = np.nan_to_num(counts).sum(axis=1) + ~np.isnan(models.probs).any(axis=1)
-    result = result[(voices > 0) & models.allowed]
-    if result.empty:
+    votes = rank_label_issues(counts, pack.target, models.probs).assign(row=np.arange(len(pack)))
+    n_votes = np.nan_to_num(counts).sum(axis=1) + ~np.isnan(models.probs).any(axis=1)
+    checked = votes[(n_votes > 0) & models.allowed]
+    if checked.empty:
         raise RunError(
             f"cannot check labels of {pack.path}: patches have no coordinates and no cross-validated model "
             "covers them"
         )
-    doubted = result[result["doubt"] > 0.5]
-    order = doubted.assign(patch_id=pack.table["patch_id"].iloc[doubted["row"]].to_numpy(str))
+    issues = checked[checked["doubt"] > 0.5]
+    order = issues.assign(patch_id=pack.table["patch_id"].iloc[issues["row"]].to_numpy(str))
     chosen = order.sort_values(["doubt", "patch_id"], ascending=[False, True]).head(n)
     sheet, pictures = _compose(pack, chosen, models)
     (place / PICTURES).mkdir()
-    for name, picture in zip(sheet["picture"], pictures, strict=True):
-        (place / name).write_bytes(picture[0])
-    page = _lay_out(pack, sheet, pictures, (len(result), len(doubted)))
-    write_atomic(place / PAGE, render_label_issues(page))
+    for name, (around, _) in zip(sheet["picture"], pictures, strict=True):
+        (place / name).write_bytes(around)
+    page = {
+        "pack": pack.path.name,
+        "n_patches": len(checked),
+        "n_issues": len(issues),
+        "issues": [
+            {**row, "number": number, "around": around, "patch": patch}
+            for number, (row, (around, patch)) in enumerate(
+                zip(sheet.to_dict("records"), pictures, strict=True), start=1
+            )
+        ],
+        "colours": [(name, class_colour(index)) for index, name in enumerate(pack.class_names)],
+        "placed": bool(pack.table[["x", "y"]].notna().all(axis=1).any()),
+        "sheet": SHEET,
+    }
+    write_atomic(place / PAGE, render("label_issues.html", page=page))
     write_csv(place / SHEET, sheet)
-    return sheet, len(result), len(doubted)
+    return sheet, len(checked), len(issues)
 
 
 def _collect_predictions(run: Run | Study | Path | str) -> _Models:
@@ -120,13 +132,14 @@ def _collect_predictions(run: Run | Study | Path | str) -> _Models:
         runs = [Run.open(run)]
     pack = runs[0].open_pack(verify=False)
     closed = np.full(len(pack), True)
-    for one in runs:
-        closed &= (one.sides(pack) == "test") & (one.judged_side != "test")
-    first, n_first = _average(pack, [one.predictions("test")[0] for one in runs if one.judged_side == "test"])
-    second, n_second = _average(pack, [one.predictions(one.val_side)[0] for one in runs])
-    known = n_first > 0
-    probs = np.where(known[:, None], first, second)
-    return _Models(pack, probs, np.where(known, n_first, n_second), ~closed)
+    for member in runs:
+        closed &= (member.sides(pack) == "test") & (member.judged_side != "test")
+    tested = [member.predictions("test")[0] for member in runs if member.judged_side == "test"]
+    first, n_first = _average(pack, tested)
+    second, n_second = _average(pack, [member.predictions(member.val_side)[0] for member in runs])
+    is_tested = n_first > 0
+    probs = np.where(is_tested[:, None], first, second)
+    return _Models(pack, probs, np.where(is_tested, n_first, n_second), ~closed)
 
 
 def _average(pack: Pack, frames: list[pd.DataFrame]) -> tuple[np.ndarray, np.ndarray]:
@@ -146,22 +159,24 @@ def _compose(
     """Return the sheet, and for each row the patch among those around it, and the patch by itself."""
     views, pictures, rows = SlideViews(pack), [], []
     labels = pack.table.get("original_class", pd.Series(pack.target).map(dict(enumerate(pack.class_names))))
-    for number, one in enumerate(chosen.itertuples(), start=1):
-        about = pack.table.iloc[one.row]
-        width, height = pack.sizes[one.row]
-        patch = np.asarray(pack.patches[one.row, :height, :width])
-        around = views.surroundings(one.row)
+    for number, issue in enumerate(chosen.itertuples(), start=1):
+        about = pack.table.iloc[issue.row]
+        width, height = pack.sizes[issue.row]
+        patch = np.asarray(pack.patches[issue.row, :height, :width])
+        suggested, around = pack.class_names[issue.suggested], views.surroundings(issue.row)
         pictures.append((jpeg(patch if around is None else around, quality=75), jpeg(patch)))
         rows.append(
             {
                 "patch_id": about["patch_id"],
-                "label": labels.iloc[one.row],
-                "suggested": pack.class_names[one.suggested],
+                "label": labels.iloc[issue.row],
+                "suggested": suggested,
                 "decision": None,
                 "who": None,
                 "when": None,
-                "reason": _give_reason(one, pack.class_names[one.suggested], int(models.n_heard[one.row])),
-                "doubt": round(float(one.doubt), 3),
+                "reason": _give_reason(
+                    issue, pack.class_names[issue.suggested], int(models.n_models[issue.row])
+                ),
+                "doubt": round(float(issue.doubt), 3),
                 **{name: about[name] for name in ("patient_id", "slide_id", "x", "y")},
                 "picture": f"{PICTURES}/{number:04d}.jpg",
             }
@@ -170,26 +185,11 @@ def _compose(
     return pd.DataFrame(rows, columns=names), pictures
 
 
-def _give_reason(one: Any, suggested: str, n_models: int) -> str:
-    """Write what the witnesses say."""
-    parts = ["no coordinates" if pd.isna(one.n_neighbours) else "no neighbours"]
-    if not pd.isna(one.n_neighbours) and one.n_neighbours:
-        parts = [f"{one.n_for} of {one.n_neighbours} neighbours are {suggested}"]
+def _give_reason(issue: Any, suggested: str, n_models: int) -> str:
+    """Return in words how neighbours and models vote."""
+    parts = ["no coordinates" if pd.isna(issue.n_neighbours) else "no neighbours"]
+    if not pd.isna(issue.n_neighbours) and issue.n_neighbours:
+        parts = [f"{issue.n_for} of {issue.n_neighbours} neighbours are {suggested}"]
     who = "a model that was" if n_models == 1 else f"the mean of {n_models} models that were"
-    said = f"{who} not trained on it gives {suggested} {one.prob:.2f}"
-    return "; ".join([*parts, said if n_models else "every model was trained on it"])
-
-
-def _lay_out(
-    pack: Pack,
-    sheet: pd.DataFrame,
-    pictures: list[tuple[bytes, bytes]],
-    counts: tuple[int, int],
-) -> LabelIssuesPage:
-    doubted = [
-        LabelIssue(number, row["patch_id"], row["label"], row["suggested"], row["reason"], *images)
-        for number, (row, images) in enumerate(zip(sheet.to_dict("records"), pictures, strict=True), start=1)
-    ]
-    colours = [(name, class_colour(index)) for index, name in enumerate(pack.class_names)]
-    placed = bool(pack.table[["x", "y"]].notna().all(axis=1).any())
-    return LabelIssuesPage(pack.path.name, *counts, doubted, colours, placed, SHEET)
+    prediction = f"{who} not trained on it gives {suggested} {issue.prob:.2f}"
+    return "; ".join([*parts, prediction if n_models else "every model was trained on it"])

@@ -1,1 +1,0 @@
-"""Label issues: labels that neighbours and model contradict."""
