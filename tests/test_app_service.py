@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import httpx
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from biopsy.app.batching import Batcher, Busy
 from biopsy.app.service import Limits, make_service
 from biopsy.core.errors import DataError, RunError
 from biopsy.models.engine import Engine
+from biopsy.slide_io.reader import open_slide
 from conftest import encode_png
 from slide_maps import make_classifier, save_classifier
 
@@ -247,6 +249,31 @@ def test_a_slide_below_the_root_is_mapped(slides, tmp_path):
     assert client.delete(f"/slides/{job['id']}").status_code == 200
     assert client.get(f"/slides/{job['id']}").status_code == 404
     assert not (tmp_path / "jobs" / job["id"]).exists()
+
+
+def test_tiles_of_a_slide_below_the_root_are_its_pixels(slides):
+    client, path = slides
+    job = client.post("/slides", json={"path": "case.tiff"}).json()["id"]
+    about = client.get(f"/slides/{job}/tiles").json()
+    assert (about["width"], about["height"], about["levels"], about["tile_px"]) == (900, 600, 2, 512)
+    answer = client.get(f"/slides/{job}/tiles/0/1_0.jpg")
+    assert answer.headers["content-type"] == "image/jpeg"
+    tile = cv2.imdecode(np.frombuffer(answer.content, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    with open_slide(path) as slide:
+        expected = slide.read_at(512, 0, 388, 512, mpp=slide.mpp)
+    assert tile.shape == expected.shape
+    smooth = [cv2.blur(image.astype(np.float32), (9, 9)) for image in (tile, expected)]
+    assert np.abs(smooth[0] - smooth[1]).mean() < 2 < np.abs(smooth[0] - np.flip(smooth[1], 1)).mean()
+    missing = [
+        f"/slides/{job}/tiles/0/2_0.jpg",
+        f"/slides/{job}/tiles/2/0_0.jpg",
+        "/slides/none/tiles/0/0_0.jpg",
+    ]
+    assert {client.get(address).status_code for address in missing} <= {404, 422}
+    assert wait_for(client, job)["status"] == "done"
+    uploaded = client.post("/slides?name=mine.tiff", content=path.read_bytes()).json()["id"]
+    wait_for(client, uploaded)
+    assert client.get(f"/slides/{uploaded}/tiles").status_code == 404
 
 
 def test_an_uploaded_slide_is_mapped_and_not_kept(slides, tmp_path):

@@ -32,7 +32,7 @@ RESULTS = {
     MAP: "application/vnd.apache.parquet",
     "heatmap.tiff": "image/tiff",
 }
-"""Files of a finished job that are given out: of the slide itself none, its label and macro image least."""
+"""Files of a finished job that are given out; never the label and macro images of a slide."""
 _RETRY_S = 60
 _ID = re.compile("[0-9a-f]{16}")
 
@@ -194,6 +194,17 @@ class Jobs:
         if self._jobs[identity]["status"] != "done" or name not in RESULTS:
             raise KeyError(name)
         return self._files(identity)[name]
+
+    def slide_file(self, identity: str) -> tuple[Path, float | None]:
+        """Return the slide of a job and its stated mpp.
+
+        Raises:
+            KeyError: If there is no such job, or its slide was uploaded and is not kept.
+        """
+        job = self._jobs[identity]
+        if job["path"] is None or not Path(job["path"]).is_file():
+            raise KeyError(identity)
+        return Path(job["path"]), job["mpp"]
 
     def _files(self, identity: str) -> dict[str, Path]:
         maps = self.folder / identity / "maps"

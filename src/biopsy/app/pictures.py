@@ -1,7 +1,8 @@
 """Tiles of a slide: squares of `TILE_PX` pixels at level 0's resolution divided by powers of two."""
 
 import threading
-from functools import cached_property
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Protocol
 
 import cv2
@@ -10,7 +11,7 @@ import simplejpeg
 
 from biopsy.core.errors import SlideError
 from biopsy.data.packs import Pack
-from biopsy.slide_io.reader import Slide
+from biopsy.slide_io.reader import Slide, open_slide
 from biopsy.slide_io.tissue import THUMBNAIL_PX
 from biopsy.slides.stitching import Stitched
 
@@ -45,7 +46,7 @@ class SlidePicture:
     """A slide that is read from its file."""
 
     def __init__(self, slide: Slide) -> None:
-        self.width, self.height = slide.width, slide.height
+        self.width, self.height, self.mpp = slide.width, slide.height, slide.mpp
         self._slide, self._lock = slide, threading.Lock()
 
     @cached_property
@@ -65,6 +66,12 @@ class SlidePicture:
         if width * height * scale**2 > _MAX_READ_PX:
             return None
         return self._slide.read_at(x, y, width, height, mpp=mpp)
+
+
+@lru_cache(maxsize=8)
+def open_picture(path: Path, mpp: float | None) -> SlidePicture:
+    """Open a slide to be read in tiles; the last few stay open."""
+    return SlidePicture(open_slide(path, mpp=mpp))
 
 
 class StitchedPicture:

@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from biopsy.app.batching import Batcher, Busy
 from biopsy.app.jobs import RESULTS, Jobs
+from biopsy.app.pictures import TILE_PX, SlidePicture, count_levels, encode_jpeg, open_picture, read_tile
 from biopsy.app.web import Guard, answer, name_errors
 from biopsy.core.errors import DataError
 from biopsy.core.loaders import parse_json
@@ -307,6 +308,9 @@ class _Service:
         app.get("/slides", summary="All slide jobs")(self.list_slides)
         app.get("/slides/{identity}", summary="Status and progress of a slide job")(self.slide)
         app.delete("/slides/{identity}", summary="Remove a slide job and its files")(self.remove_slide)
+        app.get("/slides/{identity}/tiles", summary="Size and levels of a slide's tiles")(self.tiles)
+        tile = "/slides/{identity}/tiles/{level}/{column}_{row}.jpg"
+        app.get(tile, summary="A tile of a slide, JPEG; level 0 is full resolution")(self.tile)
         app.get("/slides/{identity}/{file}", summary=f"A result: {', '.join(RESULTS)}")(self.result)
 
     # --- what there is
@@ -480,6 +484,23 @@ class _Service:
         self.slide(identity)
         self.jobs.drop(identity)
         return {"removed": identity}
+
+    def _picture(self, identity: str) -> SlidePicture:
+        try:
+            return open_picture(*self.jobs.slide_file(identity))
+        except KeyError:
+            raise HTTPException(404, "there is no such job, or its upload is no longer kept") from None
+
+    def tiles(self, identity: str) -> dict[str, Any]:
+        """Describe a slide's tiles; each level has half the pixels a side of the one before."""
+        picture = self._picture(identity)
+        size = {"width": picture.width, "height": picture.height, "mpp": picture.mpp}
+        return {**size, "tile_px": TILE_PX, "levels": count_levels(picture)}
+
+    def tile(self, identity: str, level: int, column: int, row: int) -> Response:
+        """Return a tile."""
+        pixels = read_tile(self._picture(identity), level, column, row)
+        return Response(encode_jpeg(pixels), media_type="image/jpeg")
 
     def result(self, identity: str, file: str) -> FileResponse:
         """Return a file of a finished job."""
