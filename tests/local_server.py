@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from biopsy.data.download import Patience, RemoteFile, Source, fetch_source
+from biopsy.data.datasets.base import RemoteFile, Source
+from biopsy.data.download import Patience, fetch_source
 
 BODY = np.random.default_rng(0).bytes(3_000_000)
 QUICK = Patience(tries=3, backoff_s=0.0, timeout_s=5.0)

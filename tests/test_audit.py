@@ -11,9 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from biopsy.core.files import read_json, sha256_file, write_json
-from biopsy.data import duplicates
-from biopsy.data.audit import LIST_LIMIT, audit_pack, find_blocking_issues
-from biopsy.data.duplicates import MAX_BITS, find_near_duplicates, hash_patches
+from biopsy.data import audit as duplicates
+from biopsy.data.audit import (
+    LIST_LIMIT,
+    MAX_BITS,
+    audit_pack,
+    find_blocking_issues,
+    find_near_duplicates,
+    hash_patches,
+)
 from biopsy.data.packs import PIXELS, TABLE, Pack, content_sha256, patch_sha256
 from biopsy.data.splits import make_split
 

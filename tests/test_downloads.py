@@ -8,7 +8,9 @@ import shutil
 import pytest
 
 from biopsy.core.errors import DownloadError
-from biopsy.data.download import Patience, RemoteFile, transfer
+from biopsy.data import download as transfer
+from biopsy.data.datasets.base import RemoteFile
+from biopsy.data.download import Patience
 from local_server import BODY, QUICK, Disk, data_file, get, names, sha256
 
 

@@ -10,8 +10,8 @@ from types import ModuleType
 import pytest
 
 from biopsy.core.errors import DataError, DownloadError, MissingExtra
-from biopsy.data.download import KaggleData, RemoteFile, Source, describe, fetch, fetch_source, find_source
-from biopsy.data.download.collection import needed_bytes
+from biopsy.data.datasets.base import KaggleData, RemoteFile, Source
+from biopsy.data.download import describe, fetch, fetch_source, find_source, needed_bytes
 from local_server import QUICK, Disk, data_file, names
 
 SOURCES = ("hcd", "idc", "pcam")

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from biopsy.core.errors import DataError
-from biopsy.data.labels import fold_classes, relabel
+from biopsy.data.tables import fold_classes, relabel
 
 CLASSES = ["normal", "in_situ", "invasive"]
 

@@ -6,8 +6,8 @@ import torch
 from torchvision.transforms import v2
 
 from biopsy.core.errors import RecipeError, RunError
+from biopsy.training.augmentation import apply_transform, check_transform, describe_transform
 from biopsy.training.train import train
-from biopsy.training.transforms import apply_transform, check_transform, describe_transform
 from tiny_runs import assert_same_run, interrupt_at, train_tiny, weights
 
 BATCH = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -28,7 +28,8 @@ from biopsy.core.files import (
     write_json,
     write_output,
 )
-from biopsy.data.download import RemoteFile, Source, collection
+from biopsy.data import download as collection
+from biopsy.data.datasets.base import RemoteFile, Source
 from biopsy.experiments import demo
 from command_line import call as run_command
 from conftest import abandon

@@ -10,9 +10,9 @@ import pandas as pd
 from biopsy.core.errors import DataError
 from biopsy.core.files import check_outputs, refuse_inputs, update_directory
 from biopsy.core.tables import read_csv_table, write_csv
-from biopsy.data.labels import refuse_decided
 from biopsy.data.packs import Pack, is_pack
 from biopsy.data.predictions import IDENTITY
+from biopsy.data.tables import refuse_decided
 from biopsy.evaluation.predict import predict_patches
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine

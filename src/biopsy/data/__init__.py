@@ -1,8 +1,9 @@
 """Patches and who they belong to.
 
-``archives`` reads a zip or a folder alike, ``datasets/`` knows the layouts, ``packing`` writes what they hold
-into a `packs.Pack` with the help of ``labels`` (corrections and folded classes) and ``columns`` (who is who,
-joined csv files); ``cutting`` says where patches lie on annotated slides and what they are. Everything after
-works from a pack: ``splits`` divides it, ``audit`` looks for what would spoil a result, ``predictions`` is
-the table every number is computed from. Numpy and pandas, no torch.
+``archives`` reads a zip or a folder alike, ``datasets/`` knows the layouts, ``download`` fetches them;
+``prepare`` brings in a user's ``tables`` and ``packing`` writes all into a `packs.Pack`; ``building`` makes
+one of arrays, tables of files and data sets. ``cutting`` says where patches lie on annotated slides and
+what they are. Everything after works from a pack: ``protocols`` divide it and ``splits`` keep that,
+``audit`` looks for what would spoil a result, ``predictions`` is the table every number is computed from.
+Numpy and pandas, no torch.
 """

@@ -16,10 +16,9 @@ from biopsy.data.archives import SYNTHETIC, Archive, open_archive
 from biopsy.data.cutting import REGION, Cutting
 from biopsy.data.datasets import annotated_slides, find_dataset
 from biopsy.data.datasets.base import Dataset, Listing, find_positive, refuse_empty
-from biopsy.data.labels import fold_classes, relabel
 from biopsy.data.packing import Progress, write_listing
 from biopsy.data.packs import Origin, Pack, is_pack
-from biopsy.data.tables import add_people, check_ids, join_columns
+from biopsy.data.tables import add_people, check_ids, fold_classes, join_columns, relabel
 
 if TYPE_CHECKING:  # what only a tree needs would take a third of the time that a small archive does
     from biopsy.data.splits import Split

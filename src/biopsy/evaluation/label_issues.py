@@ -14,8 +14,8 @@ import pandas as pd
 from biopsy.core.errors import RunError
 from biopsy.core.files import refuse_inputs, update_directory, write_atomic
 from biopsy.core.tables import write_csv
-from biopsy.data.labels import refuse_decided
 from biopsy.data.packs import Pack
+from biopsy.data.tables import refuse_decided
 from biopsy.evaluation.neighbours import SlideViews, count_neighbours, rank_label_issues
 from biopsy.plotting.style import class_colour, jpeg
 from biopsy.reporting.html import render

@@ -17,7 +17,6 @@ from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import refuse_inputs
 from biopsy.core.text import normalize_name, printable
 from biopsy.data.archives import MAX_ENTRY_BYTES, open_archive
-from biopsy.data.labels import refuse_decided
 from biopsy.data.packs import TABLE, Pack, is_pack, pad, patch_sha256
 from biopsy.data.predictions import (
     IDENTITY,
@@ -29,6 +28,7 @@ from biopsy.data.predictions import (
     write_submission,
 )
 from biopsy.data.splits import FOLDER as SPLITS
+from biopsy.data.tables import refuse_decided
 from biopsy.models.classifier import Classifier, Tta
 from biopsy.models.engine import Engine
 from biopsy.models.inference import Predictor, open_predictor

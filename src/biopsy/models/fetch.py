@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from biopsy.core.errors import DownloadError
-from biopsy.data.download import FetchResult, RemoteFile, Source, fetch_source
+from biopsy.data.datasets.base import RemoteFile, Source
+from biopsy.data.download import FetchResult, OnProgress, fetch_source
 from biopsy.data.download import fetch as fetch_data
-from biopsy.data.download.transfer import OnProgress
 from biopsy.models.known_weights import Weights, find_weights
 from biopsy.models.weights import require_digest, require_licence
 

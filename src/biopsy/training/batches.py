@@ -12,9 +12,7 @@ from torch import Tensor
 from biopsy.core.seeds import derive
 from biopsy.models.preprocessing import Preprocessing, to_unit
 from biopsy.recipes.schema import Augmentation
-from biopsy.training.augmentation import augment
-from biopsy.training.stain_transfer import StainTransfer
-from biopsy.training.transforms import Transform, apply_transform
+from biopsy.training.augmentation import StainTransfer, Transform, apply_transform, augment
 
 
 @dataclass(frozen=True)

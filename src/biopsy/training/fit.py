@@ -22,14 +22,13 @@ from biopsy.models.engine import Engine, count_correct, make_loss, outputs_of
 from biopsy.models.inference import predict_logits
 from biopsy.models.preprocessing import Preprocessing
 from biopsy.recipes import Recipe
+from biopsy.training.augmentation import Transform, fit_stain_transfer
 from biopsy.training.batches import Batches
 from biopsy.training.cached_features import cache_backbone_features, predict_rest
 from biopsy.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from biopsy.training.optimisers import learning_rate, make_optimiser, set_learning_rate
 from biopsy.training.runs import EpochRecord
 from biopsy.training.sampling import class_weights, sample_epoch, sample_passes
-from biopsy.training.stain_transfer import fit_stain_transfer
-from biopsy.training.transforms import Transform
 from biopsy.training.weight_averaging import WeightAverage
 
 logger = logging.getLogger(__name__)

@@ -31,6 +31,7 @@ from biopsy.models.networks import count_parameters
 from biopsy.models.weights import describe_weights, feed_as_encoder, make_network
 from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
 from biopsy.statistics.calibrators import check_method
+from biopsy.training.augmentation import Transform, check_transform, describe_transform
 from biopsy.training.checkpoints import LAST, load_weights
 from biopsy.training.figures import draw_training
 from biopsy.training.finalize import complete, fit_preprocessing
@@ -46,7 +47,6 @@ from biopsy.training.runs import (
     name_run,
 )
 from biopsy.training.sampling import class_weights, sample_epoch, take_fraction
-from biopsy.training.transforms import Transform, check_transform, describe_transform
 
 logger = logging.getLogger(__name__)
 

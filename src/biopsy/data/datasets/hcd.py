@@ -16,13 +16,13 @@ from biopsy.data.datasets.base import (
     SIDE_BY_FOLDER,
     Dataset,
     ImageFiles,
+    KaggleData,
     Listing,
     Skipped,
     drop_copies,
     is_image,
     register_dataset,
 )
-from biopsy.data.datasets.sources import KaggleData
 from biopsy.data.tables import normalize_cells
 
 CLASS_NAMES = ["normal", "tumour"]

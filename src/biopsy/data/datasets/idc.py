@@ -13,13 +13,14 @@ from biopsy.data.archives import Archive, Entry
 from biopsy.data.datasets.base import (
     Dataset,
     ImageFiles,
+    KaggleData,
     Listing,
+    RemoteFile,
     Skipped,
     drop_copies,
     is_image,
     register_dataset,
 )
-from biopsy.data.datasets.sources import KaggleData, RemoteFile
 
 CLASS_NAMES = ["non_idc", "idc"]
 MPP = 4.0  # scans called 40x (about 0.25 micrometres a pixel), reduced 16 times

@@ -19,8 +19,7 @@ from biopsy.core.hdf5 import find_dataset, open_hdf5
 from biopsy.core.tables import infer_numbers, read_csv_table
 from biopsy.core.text import normalize_id
 from biopsy.data.archives import Archive, Entry, FolderArchive
-from biopsy.data.datasets.base import SIDE_BY_FOLDER, Dataset, Listing, Skipped, register_dataset
-from biopsy.data.datasets.sources import RemoteFile
+from biopsy.data.datasets.base import SIDE_BY_FOLDER, Dataset, Listing, RemoteFile, Skipped, register_dataset
 from biopsy.data.packs import MAX_PATCH_PX
 from biopsy.data.tables import normalize_cells
 

@@ -1,6 +1,5 @@
 """Models of other libraries, read as data: nothing of Keras's that came with them is executed.
 
-``keras_files`` reads what Keras wrote, ``keras_config`` what it says about the layers, ``keras`` carries the
-weights into a network of ours, and ``importing`` makes a classifier of it. ``wsinfer`` runs TorchScript,
-which is code, once it is trusted.
+``keras_files`` reads what Keras wrote, ``keras`` carries the weights into a network of ours and makes a
+classifier of it. ``wsinfer`` runs TorchScript, which is code, once it is trusted.
 """

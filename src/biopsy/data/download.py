@@ -1,9 +1,16 @@
-"""One file over HTTP: continued where it stopped, checked, and renamed only when it is whole.
+"""The real data sets, fetched from where they are published, as `biopsy.data.datasets` says.
 
-Bytes are collected in ``NAME.biopsy-partial``, which outlives an interruption; the next call asks the server
-for the rest. A server that sends the whole file instead is taken at its word and the file starts again.
+A file over HTTP is continued where it stopped, checked, and renamed only when it is whole: bytes are
+collected in ``NAME.biopsy-partial``, which outlives an interruption; the next call asks the server for the
+rest. A server that sends the whole file instead is taken at its word and the file starts again.
+
+Kaggle's data come through Kaggle's own client: kagglehub resumes, checks and unpacks. It does so in a cache
+folder; ours lies inside the output folder, so that the space is taken where it was checked and the finished
+folder need only be renamed. (Its ``output_dir`` would refuse to go on after an interruption.) Beside it,
+only weights and classifiers of the Hugging Face hub (`biopsy.models`) use the network.
 """
 
+import contextlib
 import gzip
 import hashlib
 import http.client
@@ -13,6 +20,7 @@ import re
 import shutil
 import time
 import urllib.request
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,11 +28,13 @@ from pathlib import Path
 from typing import Literal
 from urllib.error import HTTPError
 
-from biopsy.core.errors import DownloadError
+from biopsy.core.errors import DataError, DownloadError, MissingExtra, suggest
 from biopsy.core.files import replace_atomic
-from biopsy.data.datasets.sources import RemoteFile
+from biopsy.data.datasets import list_datasets
+from biopsy.data.datasets.base import KaggleData, RemoteFile, Source
 
 logger = logging.getLogger(__name__)
+
 
 BLOCK_BYTES = 1 << 20
 PARTIAL = ".biopsy-partial"
@@ -285,3 +295,213 @@ class _Meter:
         if self._on_progress is not None:
             rate = (done - self.start) / max(self._reported - self._began, 1e-9)
             self._on_progress(Progress(self.file, self.step, done, self.total, rate))
+
+
+CACHE_VARIABLE = "KAGGLEHUB_CACHE"  # kagglehub's documented way to move its cache
+
+
+def require_kagglehub() -> None:
+    """Raise MissingExtra if kagglehub is not installed."""
+    try:
+        import kagglehub  # noqa: F401
+    except ImportError:
+        raise MissingExtra("fetch", "downloading from Kaggle") from None
+
+
+def download_from_kaggle(data: KaggleData, out: Path) -> Path:
+    """Download and unpack, and give the folder that holds the files.
+
+    That folder is ``out/<name>``, except inside Kaggle's own notebooks, where the data are mounted already
+    and stay where they are.
+
+    Raises:
+        MissingExtra: If kagglehub is not installed.
+        DownloadError: If Kaggle refuses, or the download fails.
+    """
+    require_kagglehub()
+    import kagglehub
+    from kagglehub.exceptions import BackendError, CredentialError, DataCorruptionError, UnauthenticatedError
+
+    cache = out.resolve() / ".biopsy-kagglehub"
+    ask = kagglehub.competition_download if data.kind == "competition" else kagglehub.dataset_download
+    try:
+        with _cache_at(cache):
+            result = Path(ask(data.handle))
+    except (UnauthenticatedError, CredentialError) as error:
+        raise DownloadError(_refusal(data, error)) from error
+    except (BackendError, DataCorruptionError, zipfile.BadZipFile, OSError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise DownloadError(_refusal(data, error)) from error
+        raise DownloadError(
+            f"Kaggle's {data.handle} could not be downloaded ({_one_line(error)}); fetch again to go on,"
+            f" or download it by hand from {data.page}"
+        ) from error
+    if not result.is_relative_to(cache):
+        return result
+    folder = out / data.folder
+    os.replace(result, folder)
+    shutil.rmtree(cache)
+    return folder
+
+
+def _refusal(data: KaggleData, error: Exception) -> str:
+    rules = f", accept the rules at {data.page}/rules" if data.kind == "competition" else ""
+    return (
+        f"Kaggle refused {data.handle} ({_one_line(error)}); log in at kaggle.com{rules},"
+        " create an API token in your account's settings, put it into ~/.kaggle/access_token and fetch again"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def _cache_at(folder: Path) -> Iterator[None]:
+    before = os.environ.get(CACHE_VARIABLE)
+    os.environ[CACHE_VARIABLE] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[CACHE_VARIABLE]
+        else:
+            os.environ[CACHE_VARIABLE] = before
+
+
+PACKED = ".biopsy-packed"
+"""How the name of a packed file ends that goes as soon as it is unpacked."""
+
+
+@dataclass(frozen=True)
+class FetchResult:
+    """What a fetch left behind.
+
+    Attributes:
+        name: The data set.
+        path: What to give to ``prepare``.
+        fetched: Files and folders that came now.
+        kept: Those that were there already.
+    """
+
+    name: str
+    path: Path
+    fetched: tuple[Path, ...]
+    kept: tuple[Path, ...]
+
+
+def fetch(name: str, out: Path | str, *, on_progress: OnProgress | None = None) -> FetchResult:
+    """Download a public data set, or go on with a download that was interrupted.
+
+    Files appear under their final names only when whole and checked; what is there already is not fetched
+    again. kagglehub shows its own progress, so ``on_progress`` hears only of the other files.
+
+    Args:
+        name: ``"idc"``, ``"pcam"`` or ``"hcd"``.
+        out: The folder to put it in; created if missing.
+        on_progress: Called a few times a second with a ``Progress``.
+
+    Raises:
+        DataError: If no data set has that name.
+        MissingExtra: If it is on Kaggle and kagglehub is not installed.
+        DownloadError: If there is too little room, the server refuses, the connection keeps failing or a
+            checksum is wrong.
+    """
+    return fetch_source(find_source(name), out, on_progress=on_progress)
+
+
+def find_source(name: str) -> Source:
+    """Return what is downloaded of the data set of that name.
+
+    Raises:
+        DataError: If there is none, with the nearest right name.
+    """
+    sources = {source.name: source for dataset in list_datasets() if (source := dataset.source)}
+    if name not in sources:
+        raise DataError(f"no data set {name!r} to fetch; {suggest(name, sources)}")
+    return sources[name]
+
+
+def describe(name: str) -> str:
+    """Say in a few lines what a data set is, how much room it takes, its licence and what it asks for.
+
+    Example:
+        >>> print(describe("pcam").splitlines()[0])
+        PatchCamelyon (PCam), the published HDF5 files
+    """
+    source = find_source(name)
+    lines = [
+        source.title,
+        f"room needed: {needed_bytes(source, Path()) / 1e9:.1f} GB at most",
+        f"licence: {source.licence}",
+        f"credentials: {source.credentials}",
+    ]
+    return "\n".join([*lines, f"page: {source.kaggle.page}"] if source.kaggle else lines)
+
+
+def fetch_source(
+    source: Source,
+    out: Path | str,
+    *,
+    on_progress: OnProgress | None = None,
+    patience: Patience | None = None,
+) -> FetchResult:
+    """Fetch a source that need not be a data set's: a mirror, or a set of one's own. See ``fetch``."""
+    out = Path(out)
+    if source.kaggle is not None:
+        require_kagglehub()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DownloadError(f"{out} cannot be used as a folder ({error.strerror or error})") from None
+    check_disk(out, needed_bytes(source, out), source.name)
+    logger.info("%s; licence: %s; credentials: %s", source.title, source.licence, source.credentials)
+    path, fetched, kept = out, [], []
+    if source.kaggle is not None:
+        path = out / source.kaggle.folder
+        if path.exists():
+            kept.append(path)
+        else:
+            path = download_from_kaggle(source.kaggle, out)
+            fetched.append(path)
+    for file in source.files:
+        target = out / file.final_name
+        if target.exists():
+            kept.append(target)
+        else:
+            _fetch_file(file, out, on_progress, patience)
+            fetched.append(target)
+    return FetchResult(source.name, path, tuple(fetched), tuple(kept))
+
+
+def needed_bytes(source: Source, out: Path) -> int:
+    """Room that is still needed in ``out``, in bytes: a packed file goes as soon as it is unpacked."""
+    missing = [file for file in source.files if not (out / file.final_name).exists()]
+    packed = max((file.size_bytes or 0 for file in missing if file.unpacked_bytes is not None), default=0)
+    final = sum(
+        (file.size_bytes or 0) if file.unpacked_bytes is None else file.unpacked_bytes for file in missing
+    )
+    there = sum(path.stat().st_size for file in missing for path in _parts(file, out) if path.exists())
+    kaggle = source.kaggle
+    kaggle_bytes = kaggle.needed_bytes if kaggle is not None and not (out / kaggle.folder).exists() else 0
+    return max(packed + final + kaggle_bytes - there, 0)
+
+
+def _fetch_file(
+    file: RemoteFile, out: Path, on_progress: OnProgress | None, patience: Patience | None
+) -> None:
+    path, is_packed = out / file.name, file.unpacked_bytes is not None
+    own = is_packed and not path.exists()  # a packed file that was there before is the user's and stays
+    path = out / f"{file.name}{PACKED}" if own else path
+    download(file, path, on_progress=on_progress, patience=patience)
+    if is_packed:
+        unpack(path, out / file.final_name, on_progress=on_progress)
+    if own:
+        path.unlink()
+
+
+def _parts(file: RemoteFile, out: Path) -> list[Path]:
+    """What an interrupted fetch may have left: the packed file, or the beginning of it."""
+    name = file.name if file.unpacked_bytes is None else f"{file.name}{PACKED}"
+    return [out / file.name, out / name, out / f"{name}{PARTIAL}"]
