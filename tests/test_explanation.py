@@ -7,7 +7,9 @@ from torch import nn
 
 from biopsy.core.errors import RecipeError
 from biopsy.evaluation.explanation.maps import explain_patches
-from biopsy.evaluation.explanation.methods import METHODS, find_first_layer, find_layer, input_gradient
+from biopsy.evaluation.explanation.methods import METHODS
+from biopsy.evaluation.explanation.methods.gradients import input_gradient
+from biopsy.evaluation.explanation.methods.layers import find_first_layer, find_layer
 from biopsy.models.classifier import Classifier, ClassifierInfo
 from biopsy.models.engine import Engine
 from biopsy.models.networks import build_network, list_networks

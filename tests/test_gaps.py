@@ -4,16 +4,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from biopsy.experiments.reproduction_summary import COMPARED, CONTRASTS, spread, summarise
+from biopsy.evaluation.study_tables import Spread
+from biopsy.experiments.reproduction_summary import COMPARED, CONTRASTS, summarise
 
 BASELINE = {"published_updates": 100, "method_only": False, "missing": {}, "claim": {}, "corrected": {}}
 
 
 def test_spread_of_some_values():
-    assert spread([]) == {"mean": None, "sd": None, "min": None, "max": None}
-    assert spread([0.5]) == {"mean": 0.5, "sd": None, "min": 0.5, "max": 0.5}
-    assert spread([0.5, 1.0])["sd"] == pytest.approx(np.sqrt(0.125))
-    assert spread([0.5, float("nan")])["mean"] is None
+    assert Spread.of([]) == Spread()
+    assert Spread.of([0.5]) == Spread(mean=0.5, sd=None, min=0.5, max=0.5)
+    assert Spread.of([0.5, 1.0]).sd == pytest.approx(np.sqrt(0.125))
+    assert Spread.of([0.5, float("nan")]).mean is None
 
 
 def run_row(arm, place, seed, auroc, **more):
@@ -31,7 +32,7 @@ def test_a_seed_that_lacks_a_slide_is_in_no_mean():
     rows = [run_row("leak-with", p, s, 0.9) for p in (0, 1) for s in (0, 1)]
     rows += [run_row("leak-apart", p, s, a) for p, s, a in ((0, 0, 0.8), (1, 0, 0.6), (0, 1, 0.1))]
     leak = summarise({"p": BASELINE}, pd.DataFrame(rows), {}, METRICS)["papers"]["p"]["leak"]
-    assert leak["seeds"] == [0] and leak["auroc"]["mean"] == pytest.approx(0.2)
+    assert leak["seeds"] == [0] and leak["auroc"].mean == pytest.approx(0.2)
     assert leak["reference"] == "leak-apart"  # there is no placebo
     assert [slide["seeds"] for slide in leak["slides"]] == [[0, 1], [0]]
 
@@ -44,7 +45,7 @@ def test_each_arm_is_compared_with_its_reference_on_the_same_patches():
     for name, (arm, reference) in CONTRASTS.items():
         found = entry[name]
         assert (found["arm"], found["reference"], found["seeds"]) == (arm, reference, [0, 1])
-        assert found["auroc"]["mean"] == pytest.approx(wanted[name])
+        assert found["auroc"].mean == pytest.approx(wanted[name])
         assert found["slides"][0]["auroc"]["values"] == pytest.approx([wanted[name]] * 2)
 
 

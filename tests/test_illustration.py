@@ -11,7 +11,7 @@ import pytest
 import biopsy
 from biopsy.core.errors import DataError, RecipeError, RunError
 from biopsy.core.files import read_json
-from biopsy.evaluation.explanation.explain import explain_examples
+from biopsy.evaluation.explanation.explain import Selection, explain_examples
 from biopsy.evaluation.explanation.methods import find_method
 from biopsy.evaluation.hypotheses.measure import measure_hypotheses
 from biopsy.experiments.reports import gather_run
@@ -38,7 +38,7 @@ def unopened(trained_run, tmp_path):
 def test_errors_are_the_surest_and_right_ones_of_each_class(judged):
     frame, _ = judged.predictions("test")
     wrong = frame[frame["pred"] != frame["target"]]
-    examples = explain_examples(judged, errors=3, device="cpu").examples
+    examples = explain_examples(judged, Selection(errors=3), device="cpu").examples
     assert (examples["side"] == "test").all()
     right = examples[examples["kind"] == "right"]
     assert len(right) == 3 and len(examples) == 3 + min(3, len(wrong))
@@ -46,7 +46,7 @@ def test_errors_are_the_surest_and_right_ones_of_each_class(judged):
     assert (right["class"] == right["called"]).all()
     shown = frame.set_index("patch_id").loc[examples["patch_id"]]
     np.testing.assert_allclose(examples["prob"], shown["prob"], atol=1e-5)
-    again = explain_examples(judged, errors=3, device="cpu").examples
+    again = explain_examples(judged, Selection(errors=3), device="cpu").examples
     pd.testing.assert_frame_equal(examples, again)
 
 
@@ -61,7 +61,7 @@ def test_mistakes_come_in_turn_surest_first(judged, monkeypatch):
         pred=(prob >= judged.info["threshold"]["value"]).astype(int),
     )
     monkeypatch.setattr(biopsy.Run, "predictions", lambda self, side: (frame, about))
-    shown = explain_examples(judged, errors=4, device="cpu").examples["patch_id"][:4].tolist()
+    shown = explain_examples(judged, Selection(errors=4), device="cpu").examples["patch_id"][:4].tolist()
     wrong = frame[frame["pred"] != frame["target"]]
     missed = wrong[wrong["target"] == 1].sort_values("prob")["patch_id"].tolist()
     alarms = wrong[wrong["target"] == 0].sort_values("prob", ascending=False)["patch_id"].tolist()

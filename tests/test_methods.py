@@ -9,15 +9,9 @@ from torch import nn
 
 from biopsy.core.errors import RecipeError
 from biopsy.evaluation.explanation.maps import explain_patches
-from biopsy.evaluation.explanation.methods import (
-    METHODS,
-    ExplanationRequest,
-    find_last_maps,
-    find_layer,
-    gradients,
-    occlusion,
-)
+from biopsy.evaluation.explanation.methods import METHODS, ExplanationRequest, gradients, occlusion
 from biopsy.evaluation.explanation.methods.gradients import COMPLETE_WITHIN, integrate_gradients
+from biopsy.evaluation.explanation.methods.layers import find_last_maps, find_layer
 from biopsy.evaluation.explanation.methods.occlusion import occlude
 from biopsy.models.networks import build_network, list_networks
 from test_explanation import CPU, PX, draw_patches, make_classifier, make_linear, make_network

@@ -106,6 +106,7 @@ def test_numbers_follow_from_the_pooled_predictions(finished):
     assert entry["pooled"]["n_seeds"] == 2 and entry["pooled"]["n_patches"] == 36
     assert sum(entry["pooled"]["confusion"].values()) == 72
     spread = {"mean": np.mean(by_seed), "sd": np.std(by_seed, ddof=1)}
+    spread |= {"min": min(by_seed), "max": max(by_seed)}
     assert entry["over_seeds"]["auroc"] == pytest.approx(spread, abs=1e-12)
     by_fold = table.groupby("fold")["auroc"].mean()
     within = {"mean": by_fold.mean(), "min": by_fold.min(), "max": by_fold.max(), "n_folds": 3}

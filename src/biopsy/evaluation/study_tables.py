@@ -1,6 +1,7 @@
 """What a study's runs add up to: pooled predictions, one row a run, and the spread over seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,30 @@ SHOWN = (
     "calibration_slope",
 )
 SHOWN_OF_CLASSES = ("auroc", "accuracy", "balanced_accuracy", "f1_macro", "kappa", "nll", "brier", "ece")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean, standard deviation, least and greatest of some values; None where there are none."""
+
+    mean: float | None = None
+    sd: float | None = None
+    min: float | None = None
+    max: float | None = None
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> "Spread":
+        """Summarise values; without a mean where there is none, or one is not finite.
+
+        Example:
+            >>> Spread.of([0.5, 0.75]).mean
+            0.625
+        """
+        given = np.array([value for value in values if value is not None], dtype=float)
+        if not len(given) or not np.isfinite(given).all():
+            return cls()
+        sd = float(given.std(ddof=1)) if len(given) > 1 else None
+        return cls(float(given.mean()), sd, float(given.min()), float(given.max()))
 
 
 def write_tables(study: Study) -> None:
@@ -212,15 +237,8 @@ def measure_pooled(seeds: Sequence[ScoredPatches]) -> dict[str, Any]:
     return result | {"confusion": Confusion(*(int(matrix[cell]) for cell in cells))}
 
 
-def _spread(seeds: Sequence[dict[str, float]]) -> dict[str, dict[str, Any]]:
-    """Return mean and standard deviation over seeds of the pooled metrics."""
+def _spread(seeds: Sequence[dict[str, float]]) -> dict[str, Spread]:
+    """Return the spread over seeds of the pooled metrics that are defined for all."""
     shown = [name for name in dict.fromkeys((*SHOWN, *SHOWN_OF_CLASSES)) if name in seeds[0]]
-    values = {name: [seed[name] for seed in seeds] for name in shown}
-    return {
-        name: {
-            "mean": float(np.mean(result)),
-            "sd": float(np.std(result, ddof=1)) if len(result) > 1 else None,
-        }
-        for name, result in values.items()
-        if not np.isnan(result).any()
-    }
+    spreads = {name: Spread.of(seed[name] for seed in seeds) for name in shown}
+    return {name: spread for name, spread in spreads.items() if spread.mean is not None}

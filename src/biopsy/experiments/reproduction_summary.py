@@ -1,6 +1,6 @@
 """What a reproduction adds up to: the claim, what it comes to here, and how much of it is the leak."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from biopsy.core.files import write_json
 from biopsy.core.tables import write_csv
 from biopsy.data.packs import group_by_unit
 from biopsy.evaluation.scored import ScoredPatches
-from biopsy.evaluation.study_tables import describe_run, measure_pooled
+from biopsy.evaluation.study_tables import Spread, describe_run, measure_pooled
 from biopsy.experiments.leakage import APART, PUBLISHED
 from biopsy.training.runs import Run
 from biopsy.training.study import Study
@@ -102,7 +102,7 @@ def _summarise_arm(rows: pd.DataFrame, reason: str | None) -> dict[str, Any]:
             "tested": of_fold["tested"].iloc[0],
             "n_patches": int(of_fold["n_patches"].iloc[0]),
             "seeds": sorted(of_fold["seed"].tolist()),
-            **{name: spread(of_fold[name]) for name in COMPARED},
+            **{name: Spread.of(of_fold[name]) for name in COMPARED},
             "colour_auroc": _plain(of_fold["baseline_auroc"].iloc[0]),
         }
         for _, of_fold in rows.groupby("place", dropna=False, sort=True)
@@ -113,7 +113,7 @@ def _summarise_arm(rows: pd.DataFrame, reason: str | None) -> dict[str, Any]:
         "reason": None if folds else reason or "no run has been judged",
         "n_train": int(rows["n_train"].iloc[0]) if folds else None,
         "seeds": sorted(set(whole["seed"].tolist())),
-        **{name: spread(by_seed[name]) for name in COMPARED},
+        **{name: Spread.of(by_seed[name]) for name in COMPARED},
         "colour_auroc": _plain(by_seed["baseline_auroc"].mean()) if len(whole) else None,
         "test_is_validation": bool(rows["val_is_test"].any()),
         "folds": folds,
@@ -159,12 +159,14 @@ def _compare_pair(table: pd.DataFrame, arm: str, reference: str, reason: str | N
             "n_train": rows["n_train"].tolist(),
             "seeds": rows["seed"].tolist(),
             **{
-                name: spread(differences.loc[rows.index, name])
-                | {"values": differences.loc[rows.index, name].tolist()}
+                name: {
+                    **vars(Spread.of(differences.loc[rows.index, name])),
+                    "values": differences.loc[rows.index, name].tolist(),
+                }
                 for name in COMPARED
             },
-            "arm": {name: spread(rows[name]) for name in COMPARED},
-            "reference": {name: spread(rows[f"{name}_reference"]) for name in COMPARED},
+            "arm": {name: Spread.of(rows[name]) for name in COMPARED},
+            "reference": {name: Spread.of(rows[f"{name}_reference"]) for name in COMPARED},
         }
         for _, rows in pairs.sort_values(["place", "seed"]).groupby("place")
     ]
@@ -175,23 +177,9 @@ def _compare_pair(table: pd.DataFrame, arm: str, reference: str, reason: str | N
         "reference": reference,
         "reason": None if slides else reason or "no pair of runs has been judged",
         "seeds": sorted(set(whole["seed"].tolist())),
-        **{name: spread(by_seed[name]) for name in COMPARED},
+        **{name: Spread.of(by_seed[name]) for name in COMPARED},
         "slides": slides,
     }
-
-
-def spread(values: Iterable[float]) -> dict[str, float | None]:
-    """Return mean, standard deviation, least and greatest of some values; None where there are none.
-
-    Example:
-        >>> spread([0.5, 0.75])["mean"]
-        0.625
-    """
-    known = np.array([value for value in values if value is not None], dtype=float)
-    if not len(known) or not np.isfinite(known).all():
-        return {"mean": None, "sd": None, "min": None, "max": None}
-    sd = float(known.std(ddof=1)) if len(known) > 1 else None
-    return {"mean": float(known.mean()), "sd": sd, "min": float(known.min()), "max": float(known.max())}
 
 
 def list_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:

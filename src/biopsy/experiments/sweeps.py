@@ -24,7 +24,7 @@ from biopsy.core.files import write_json
 from biopsy.core.loaders import parse_toml
 from biopsy.core.seeds import derive
 from biopsy.data.packs import Pack
-from biopsy.evaluation.study_tables import SHOWN, describe_run, training_columns
+from biopsy.evaluation.study_tables import SHOWN, Spread, describe_run, training_columns
 from biopsy.experiments.figures import draw_search, draw_sweep
 from biopsy.experiments.run_specs import RunSpec, check_networks, open_study, place_study, run_all
 from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
@@ -449,9 +449,7 @@ def summarise(
     combinations = [_summarise_combination(found, keys) for found in groups.values()]
     n_seeds = max(entry["n_seeds"] for entry in combinations)
     complete = [entry for entry in combinations if entry["n_seeds"] == n_seeds]
-    by = next(
-        (name for name in CHOSEN_BY if all(entry[name]["mean"] is not None for entry in complete)), None
-    )
+    by = next((name for name in CHOSEN_BY if all(entry[name].mean is not None for entry in complete)), None)
     sign = 1 if by == "val_auroc" else -1
     openings = [found["ledger"] for found in metrics if found["ledger"]]
     return {
@@ -460,7 +458,7 @@ def summarise(
         "unit": metrics[0]["unit"] if metrics else "",
         "grid": list(keys),
         "chosen_by": by,
-        "best": None if by is None else max(complete, key=lambda entry: sign * entry[by]["mean"]),
+        "best": None if by is None else max(complete, key=lambda entry: sign * entry[by].mean),
         "combinations": combinations,
         "ledger": max(openings, key=lambda found: found["times"], default=None),
     }
@@ -470,17 +468,13 @@ def _summarise_combination(rows: Sequence[dict[str, Any]], keys: Sequence[str]) 
     return {
         "values": {key: rows[0][key] for key in keys},
         "n_seeds": len(rows),
-        **{name: spread([row[name] for row in rows]) for name in (*CHOSEN_BY, *SHOWN) if name in rows[0]},
-        "baseline_auroc": spread([row.get("baseline_auroc") for row in rows])["mean"],
+        **{
+            name: Spread.of(_number(row[name]) for row in rows)
+            for name in (*CHOSEN_BY, *SHOWN)
+            if name in rows[0]
+        },
+        "baseline_auroc": Spread.of(_number(row.get("baseline_auroc")) for row in rows).mean,
     }
-
-
-def spread(values: Sequence[float | None]) -> dict[str, float | None]:
-    """Return mean and standard deviation of some values; None where one is missing, or there is one only."""
-    known = np.array([np.nan if value is None else value for value in values], dtype=float)
-    if not len(known) or not np.isfinite(known).all():
-        return {"mean": None, "sd": None}
-    return {"mean": float(known.mean()), "sd": float(known.std(ddof=1)) if len(known) > 1 else None}
 
 
 def _metrics(study: Study) -> list[dict[str, Any]]:

@@ -51,39 +51,39 @@ def describe_abstention(facts: RunFacts) -> Section | None:
     return Section("abstention", "Abstention", blocks)
 
 
-def describe_coverage(found: Mapping[str, Any]) -> str:
+def describe_coverage(entry: Mapping[str, Any]) -> str:
     """Describe the coverage guarantee, what it is based on, and when the model abstains."""
-    if found["alpha"] is None:
-        return f"No abstention: {found['reason']}."
-    if found["quantiles"] is None:
-        return f"No coverage guarantee and no abstention: {found['reason']}."
-    unit, item = found["unit"], found["promise"] == "each-class"
+    if entry["alpha"] is None:
+        return f"No abstention: {entry['reason']}."
+    if entry["quantiles"] is None:
+        return f"No coverage guarantee and no abstention: {entry['reason']}."
+    unit, item = entry["unit"], entry["promise"] == "each-class"
     what = "patches of each class" if item else "patches"
     return (
         "The model abstains on a patch unless its conformal prediction set contains the predicted class "
-        f"only. The sets were fitted on {count(found['n_calibration_patches'], 'patch')} of "
-        f"{count(found['n_calibration_patients'], unit)} ({subset_name(found['chosen_on'])} subset), with "
+        f"only. The sets were fitted on {count(entry['n_calibration_patches'], 'patch')} of "
+        f"{count(entry['n_calibration_patients'], unit)} ({subset_name(entry['chosen_on'])} subset), with "
         f"the {unit} as the exchangeable unit. {'Class-conditional' if item else 'Marginal'} coverage "
-        f"guarantee: of the {what} of a new {unit}, at least {100 * found['promised_coverage']:g} % have "
+        f"guarantee: of the {what} of a new {unit}, at least {100 * entry['promised_coverage']:g} % have "
         f"their true class in the set, on average over {plural(unit)}. Hence at most "
-        f"{100 * found['alpha']:g} % of {'each class' if item else 'patches'} are misclassified without "
+        f"{100 * entry['alpha']:g} % of {'each class' if item else 'patches'} are misclassified without "
         "abstention; the error rate among the remaining patches has no guarantee. Method: "
-        f"{found['method']}{', per class (Mondrian)' if item else ''}."
+        f"{entry['method']}{', per class (Mondrian)' if item else ''}."
     )
 
 
-def say_verdict(found: Mapping[str, Any], unit: str) -> str:
+def say_verdict(entry: Mapping[str, Any], unit: str) -> str:
     """Return whether the coverage guarantee was met on the evaluated patients, and the shortfall."""
-    promised = found["promised_coverage"]
-    if found["promise"] == "each-class":
-        coverages = {f"{name} ": one["coverage"] for name, one in found["by_class"].items()}
+    target = entry["promised_coverage"]
+    if entry["promise"] == "each-class":
+        coverages = {f"{name} ": one["coverage"] for name, one in entry["by_class"].items()}
     else:
-        coverages = {"": found["patient"]["coverage"]}
+        coverages = {"": entry["patient"]["coverage"]}
     reached = "; ".join(
         f"{name}{number(one['value'])} ({interval_of(one)})" for name, one in coverages.items()
     )
-    reached += f"; target {number(promised)}"
-    gap = number(max(0.0, *(promised - one["value"] for one in coverages.values())))
+    reached += f"; target {number(target)}"
+    gap = number(max(0.0, *(target - one["value"] for one in coverages.values())))
     return {
         "kept": f"The coverage guarantee was met on these {unit}s. Coverage: {reached}.",
         "broken": f"The coverage guarantee was violated on these {plural(unit)}, by {gap}. Coverage: "
@@ -91,11 +91,11 @@ def say_verdict(found: Mapping[str, Any], unit: str) -> str:
         "overfitted to the latter.",
         "open": f"Inconclusive: coverage is {gap} below target, within sampling error for so few "
         f"{plural(unit)}. Coverage: {reached}.",
-    }[found["verdict"]]
+    }[entry["verdict"]]
 
 
-def _say_refusal(found: Mapping[str, Any]) -> str:
-    if not found["per_patch"]:
+def _say_refusal(entry: Mapping[str, Any]) -> str:
+    if not entry["per_patch"]:
         return "The risk-coverage curve below needs no guarantee: patches are ordered by confidence."
     return (
         "Split conformal prediction that treats patches as independent would state a guarantee nevertheless; "
@@ -107,38 +107,38 @@ def _tone(verdict: str) -> str:
     return "warning" if verdict == "broken" else "note"
 
 
-def _table_of_shares(found: Mapping[str, Any], unit: str) -> Table:
-    """Make the table of what was promised and reached: all patches, then each class."""
-    ours, plain, item = found.get("sets"), found["per_patch"], found["promise"] == "each-class"
-    promised = {"coverage": f"at least {number(found['promised_coverage'])}"}
-    promised["error"] = f"at most {number(found['alpha'])}"
+def _table_of_shares(entry: Mapping[str, Any], unit: str) -> Table:
+    """Return the table of target and observed coverage: all patches, then each class."""
+    ours, plain, item = entry.get("sets"), entry["per_patch"], entry["promise"] == "each-class"
+    target = {"coverage": f"at least {number(entry['promised_coverage'])}"}
+    target["error"] = f"at most {number(entry['alpha'])}"
     scopes = {"all": ("patient",)} | {name: ("by_class", name) for name in plain["by_class"]}
     reasons, rows = Footnotes(), []
     for scope, place in scopes.items():
         for name, label in MEASURES.items():
-            of_this = promised.get(name, "-") if (scope != "all") == item else "-"
+            of_this = target.get(name, "-") if (scope != "all") == item else "-"
             row = [scope, label, of_this]
-            row += [reasons.estimate(_pick(found, place)[name])] if ours else []
+            row += [reasons.estimate(_pick(entry, place)[name])] if ours else []
             rows.append([*row, reasons.estimate(_pick(plain, place)[name])])
     return Table(
         ["patches", "measure", "target", *([f"unit: {unit}"] if ours else []), "unit: patch (naive)"],
         rows,
         caption="Target and observed coverage",
         note=f"Mean over {unit}s with equal weights. 95 % intervals in brackets."
-        + (_say_sets(found) if ours else "")
+        + (_say_sets(entry) if ours else "")
         + reasons.text,
         text_columns=2,
     )
 
 
-def _pick(found: Mapping[str, Any], place: tuple[str, ...]) -> Mapping[str, Any]:
+def _pick(entry: Mapping[str, Any], place: tuple[str, ...]) -> Mapping[str, Any]:
     for key in place:
-        found = found[key]
-    return found
+        entry = entry[key]
+    return entry
 
 
-def _say_sets(found: Mapping[str, Any]) -> str:
-    sets = found["sets"]
+def _say_sets(entry: Mapping[str, Any]) -> str:
+    sets = entry["sets"]
     said = f" Abstentions: {number(sets['several'])} sets of several classes, {number(sets['empty'])} empty"
     against = sets["against_threshold"]
     return said + (f", {number(against)} of the class not predicted at the threshold." if against else ".")
@@ -161,14 +161,14 @@ def _table_of_risk(risk: Mapping[str, Any]) -> Table:
     )
 
 
-def _draw(facts: RunFacts, found: Mapping[str, Any]) -> list[Picture]:
+def _draw(facts: RunFacts, entry: Mapping[str, Any]) -> list[Picture]:
     table = facts.predictions
     target, pred = (table[name].to_numpy(int) for name in ("target", "pred"))
     probs = _probs(facts)
     kept = None
-    if found["patch"] and found["patch"]["error_among_kept"]["value"] is not None:
-        kept = (1 - found["patch"]["abstained"]["value"], found["patch"]["error_among_kept"]["value"])
-    bars = [{"coverage": at["coverage"], **at["risk"]} for at in found["risk_coverage"]["at"]]
+    if entry["patch"] and entry["patch"]["error_among_kept"]["value"] is not None:
+        kept = (1 - entry["patch"]["abstained"]["value"], entry["patch"]["error_among_kept"]["value"])
+    bars = [{"coverage": at["coverage"], **at["risk"]} for at in entry["risk_coverage"]["at"]]
     confidence = probs[np.arange(len(pred)), pred]
     figure = draw_risk_coverage(pred != target, confidence, intervals=bars, kept=kept)
     pictures = [
@@ -179,13 +179,13 @@ def _draw(facts: RunFacts, found: Mapping[str, Any]) -> list[Picture]:
         )
     ]
     groups = facts.group_ids
-    if found["per_patch"] and facts.unit != "patch" and groups.notna().all():
+    if entry["per_patch"] and facts.unit != "patch" and groups.notna().all():
         scores = 1 - probs[np.arange(len(target)), target]
         ours, plain = (
             None if quantiles is None else _cover_groups(scores <= np.array(quantiles)[target], groups)
-            for quantiles in (found["quantiles"], found["per_patch"]["quantiles"])
+            for quantiles in (entry["quantiles"], entry["per_patch"]["quantiles"])
         )
-        drawn = draw_coverage(ours, plain, found["promised_coverage"], unit=facts.unit)
+        drawn = draw_coverage(ours, plain, entry["promised_coverage"], unit=facts.unit)
         caption = (
             f"Coverage of each {facts.unit}, all classes. The guarantee is about the mean over "
             f"{plural(facts.unit)}."
@@ -260,14 +260,14 @@ def draw_risk_coverage(
 
 @styled
 def draw_coverage(
-    ours: np.ndarray | None, plain: np.ndarray | None, promised: float, *, unit: str = "patient"
+    ours: np.ndarray | None, plain: np.ndarray | None, target: float, *, unit: str = "patient"
 ) -> Figure:
     """Draw the share of each patient's patches whose set holds the true class, worst patient first.
 
     Args:
         ours: One share a patient, of sets with the patient as the unit; None where they were refused.
         plain: The same of sets that take patches as independent.
-        promised: What was promised on the mean over patients.
+        target: Target coverage, of the mean over patients.
         unit: What is drawn: patient or slide.
 
     Raises:
@@ -283,9 +283,7 @@ def draw_coverage(
     for name, values, colour in drawn:
         if values is not None:
             _draw_patients(axes, np.sort(values), f"{name}: mean {100 * values.mean():.1f} %", colour)
-    axes.axhline(
-        100 * promised, color=INK, linewidth=1, linestyle=DASHED, label=f"target: {100 * promised:g} %"
-    )
+    axes.axhline(100 * target, color=INK, linewidth=1, linestyle=DASHED, label=f"target: {100 * target:g} %")
     axes.set(
         xlim=(0, 101.5),
         xlabel=f"{unit.capitalize()}s, lowest coverage first (%)",

@@ -69,31 +69,31 @@ def describe_calibration(facts: RunFacts) -> Section | None:
     return Section("calibration", "Calibration", blocks)
 
 
-def say_calibration(found: Mapping[str, Any]) -> str:
+def say_calibration(entry: Mapping[str, Any]) -> str:
     """Return in words which calibrator stands behind the probabilities, and what it was fitted on."""
-    if found["method"] == "none":
-        reason = found.get("reason")
+    if entry["method"] == "none":
+        reason = entry.get("reason")
         why = f": {reason.removeprefix('not calibrated: ')}" if reason else ""
         return f"Not calibrated{why}. The probabilities are those of the network."
-    where = count(found["n_patches"], "patch")
-    if found["unit"] != "patch":
-        where += f" of {count(found['n_patients'], found['unit'])}"
-    text = f"{METHODS[found['method']]}, fitted on {where} of the {subset_name(found['fitted_on'])} subset."
-    if found.get("reason"):
-        text += f" {METHODS[found['asked']]} was requested, but {found['reason']}."
-    if found["method"] == "intercept":
+    where = count(entry["n_patches"], "patch")
+    if entry["unit"] != "patch":
+        where += f" of {count(entry['n_patients'], entry['unit'])}"
+    text = f"{METHODS[entry['method']]}, fitted on {where} of the {subset_name(entry['fitted_on'])} subset."
+    if entry.get("reason"):
+        text += f" {METHODS[entry['asked']]} was requested, but {entry['reason']}."
+    if entry["method"] == "intercept":
         text += " An intercept is added to the scores of each class."
-    elif "slope" in found:
-        text += f" Scores are multiplied by {number(found['slope'])}"
-        text += " (a temperature of " + number(1 / found["slope"]) + ")"
-        text += " and shifted." if any(found["intercepts"]) else "."
+    elif "slope" in entry:
+        text += f" Scores are multiplied by {number(entry['slope'])}"
+        text += " (a temperature of " + number(1 / entry["slope"]) + ")"
+        text += " and shifted." if any(entry["intercepts"]) else "."
     about = {
         MOVED: " Class weights or resampling changed the training prevalence; before temperature scaling, "
         "scores were corrected to the validation prevalence.",
         LEFT: " Class weights or resampling changed the training prevalence; this was not corrected, because "
         "the correction fits the validation subset worse.",
     }
-    return text + about.get(found.get("prior") or "", "")
+    return text + about.get(entry.get("prior") or "", "")
 
 
 def say_slope(after: Mapping[str, Any], positive: str) -> str:

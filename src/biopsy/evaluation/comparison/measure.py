@@ -15,6 +15,7 @@ from scipy.stats import binomtest
 
 from biopsy.data.packs import group_by_unit
 from biopsy.evaluation.scored import ScoredPatches
+from biopsy.evaluation.study_tables import Spread
 from biopsy.statistics.intervals import estimate_metric
 from biopsy.statistics.metrics import METRICS, Metric, measure
 from biopsy.statistics.multiclass import MULTICLASS_METRICS, ClassSample
@@ -138,11 +139,8 @@ def measure_seeds(
 
 def _describe(sample: Sample, test_set: EvaluationSet) -> dict[str, Any]:
     """Return a model's own numbers."""
-    over_seeds = {
-        name: {"mean": float(np.mean(values)), "sd": _sd(values)}
-        for name, values in sample.by_seed.items()
-        if not np.isnan(values).any()
-    }
+    spreads = {name: Spread.of(values) for name, values in sample.by_seed.items()}
+    over_seeds = {name: spread for name, spread in spreads.items() if spread.mean is not None}
     values = {
         name: estimate_metric(metric, sample.samples[0], sample.result)
         for name, metric in test_set.metrics.items()

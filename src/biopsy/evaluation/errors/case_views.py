@@ -181,34 +181,34 @@ def hide_errors(analysis: ErrorFacts, pseudonymizer: Pseudonymizer) -> ErrorFact
     return ErrorFacts(ErrorRecord(about, pseudonymizer.table(analysis.record.table)), case_views)
 
 
-def make_case_views(run: Run, found: ErrorRecord, *, device: str = "auto") -> CaseViews:
+def make_case_views(run: Run, record: ErrorRecord, *, device: str = "auto") -> CaseViews:
     """Return the pictures of the patches in a record's galleries; their saliency is kept in the run.
 
     Maps are those that `explain_patches` gives by default, each on its own scale.
     """
     pack, classifier = run.open_pack(verify=False), run.classifier
-    names = list(_list_entries(found))
+    names = list(_list_entries(record))
     rows = pack.rows_of(names)
     explained = explain_patches(classifier, pack.patches[rows], pack.sizes[rows], engine=Engine(device))
     maps = np.round(255 * scale_maps(explained.maps[:, 0], axis=(1, 2))).astype(np.uint8)
     about = {
         "format": MAPS_FORMAT,
-        "classifier_sha256": found.about["classifier_sha256"],
+        "classifier_sha256": record.about["classifier_sha256"],
         "patch_ids": names,
         "method": explained.method,
     }
     with contextlib.suppress(OSError):  # a folder that cannot be written to gets none
         write_arrays(run.path / FOLDER / MAPS, {"maps": maps}, about)
-    return _assemble(pack, found, maps, explained.method)
+    return _assemble(pack, record, maps, explained.method)
 
 
-def _list_entries(found: ErrorRecord) -> dict[str, Any]:
-    return {item["patch_id"]: item for part in found.about["galleries"].values() for item in part}
+def _list_entries(record: ErrorRecord) -> dict[str, Any]:
+    return {item["patch_id"]: item for part in record.about["galleries"].values() for item in part}
 
 
-def _assemble(pack: Pack, found: ErrorRecord, maps: np.ndarray, method_name: str) -> CaseViews:
+def _assemble(pack: Pack, record: ErrorRecord, maps: np.ndarray, method_name: str) -> CaseViews:
     """Put pictures of the pack's patches beside their maps, uint8 ``(n, H, W)``."""
-    entries = _list_entries(found)
+    entries = _list_entries(record)
     row_of = dict(zip(pack.table["patch_id"].astype(str), range(len(pack)), strict=True))
     rows = [row_of[name] for name in entries]
     views = SlideViews(pack)
@@ -233,12 +233,12 @@ def _assemble(pack: Pack, found: ErrorRecord, maps: np.ndarray, method_name: str
     return CaseViews(case_views, caption)
 
 
-def _list_errors(found: ErrorRecord, pictures: Mapping[str, str]) -> pd.DataFrame:
+def _list_errors(record: ErrorRecord, pictures: Mapping[str, str]) -> pd.DataFrame:
     """Return every mistake, missed ones first, the surest first."""
-    table = found.table[found.table["kind"].isin(["fn", "fp"])].drop(columns="sampled")
+    table = record.table[record.table["kind"].isin(["fn", "fp"])].drop(columns="sampled")
     sure = table["prob"].where(table["kind"] == "fn", -table["prob"])
     table = table.assign(sure=sure).sort_values(["kind", "sure", "patch_id"]).drop(columns="sure")
-    entries = {item["patch_id"]: item for kind in ("fn", "fp") for item in found.about["galleries"][kind]}
+    entries = {item["patch_id"]: item for kind in ("fn", "fp") for item in record.about["galleries"][kind]}
     nearest = [
         "; ".join(
             f"{near['patch_id']} ({near['class']}, {near['distance']:.2f})"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,8 @@ from biopsy.evaluation.explanation.examples import (
 )
 from biopsy.evaluation.explanation.faithfulness import FOLDER, measure_faithfulness
 from biopsy.evaluation.explanation.maps import Explanation, explain_patches
-from biopsy.evaluation.explanation.methods import find_last_maps, find_method, has_convolution
+from biopsy.evaluation.explanation.methods import find_method
+from biopsy.evaluation.explanation.methods.layers import find_last_maps, has_convolution
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_classifier
@@ -86,13 +87,13 @@ def read_calls(classifier: Classifier, target: np.ndarray | None, probs: np.ndar
     if positive is not None:
         prob = probs[:, positive]
         called = np.where(prob >= (0.5 if threshold is None else threshold), positive, 1 - positive)
-    said = {"called": [names[i] for i in called], "prob": prob}
+    columns = {"called": [names[i] for i in called], "prob": prob}
     if target is None:
-        return pd.DataFrame({"class": "", **said, "kind": "unlabelled"})
+        return pd.DataFrame({"class": "", **columns, "kind": "unlabelled"})
     kinds = np.where(called == target, "right", "wrong").astype(object)
     if positive is not None:
         kinds[(kinds == "wrong")] = np.where(target == positive, "missed", "false alarm")[kinds == "wrong"]
-    return pd.DataFrame({"class": [names[i] for i in target], **said, "kind": kinds})
+    return pd.DataFrame({"class": [names[i] for i in target], **columns, "kind": kinds})
 
 
 MOST_LABELLED = 2_000  # patches of a pack among which examples are sought
@@ -273,21 +274,19 @@ def explain(
         raise RunError("patches are named or drawn at random, not both")
     if faithfulness and len(layers) > 1:
         raise RecipeError(f"faithfulness is tested on one layer at a time, not {', '.join(layers)}")
-    options: dict[str, Any] = {
-        "patch": patch,
-        "errors": errors,
-        "random": random,
-        "seed": seed,
-        "method": methods,
-        "layers": layers,
-    }
+    if errors < 1:
+        raise RunError(f"errors={errors!r} shows nothing: ask for 1 or more, or name patches")
+    selection = Selection(patch=patch, errors=errors, random=random, seed=seed)
     if run is not None:
         if data is not None:
             raise RunError(
                 f"{run.path} is a run and is explained on its own pack: for data={str(data)!r} name its "
                 f"classifier, {run.path / 'classifier'}"
             )
-        explained, classifier = explain_examples(run, **options, device=device), run.classifier
+        explained, classifier = (
+            explain_examples(run, selection, methods, layers, device=device),
+            run.classifier,
+        )
     else:
         classifier = open_classifier(cast(Classifier | Path | str, model))
         if data is None or faithfulness:
@@ -296,7 +295,7 @@ def explain(
                 if data is None
                 else "faithfulness is measured on the patches a run was judged on: name the run"
             )
-        explained = explain_others(classifier, data, **options, device=device)
+        explained = explain_others(classifier, data, selection, methods, layers, device=device)
     document = write_explained(classifier, explained, place, named_layers=layers)
     if run is not None and not patch and not random:
         with contextlib.suppress(OSError):  # a folder that cannot be written to gets none
@@ -308,52 +307,55 @@ def explain(
     return Explanations(document, explained.examples)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which patches are explained; the arguments of `explain`."""
+
+    patch: Sequence[str] = ()
+    errors: int = N_EXAMPLES
+    random: int = 0
+    seed: int = 0
+
+
 def explain_examples(
     run: Run,
-    *,
-    patch: Sequence[str] = (),
-    errors: int = N_EXAMPLES,
-    random: int = 0,
-    seed: int = 0,
-    method: Sequence[str] = (),
+    selection: Selection,
+    methods: Sequence[str] = (),
     layers: Sequence[str] = (),
+    *,
     device: str = "auto",
 ) -> Explained:
     """Choose examples of a run and explain them without writing anything; see `explain`."""
     pack, classifier = run.open_pack(verify=False), run.classifier
     sides = run.sides(pack)
-    _check_errors(errors)
-    if patch:
-        ids = find_named(run, pack, sides, patch)
+    if selection.patch:
+        ids = find_named(run, pack, sides, selection.patch)
     else:
         frame, _ = run.predictions(run.judged_side)
         frame = frame.assign(patch_id=frame["patch_id"].astype(str))
         ids = (
-            draw_patches(frame["patch_id"], random, seed)
-            if random
-            else pick_examples(frame, errors, run.info["seed"])
+            draw_patches(frame["patch_id"], selection.random, selection.seed)
+            if selection.random
+            else pick_examples(frame, selection.errors, run.info["seed"])
         )
     rows = pack.rows_of(ids)
     chosen = Patches(ids, pack.patches[rows], pack.sizes[rows], pack.target[rows])
-    return _explain_chosen(classifier, chosen, sides[rows], method, layers, Engine(device))
+    return _explain_chosen(classifier, chosen, sides[rows], methods, layers, Engine(device))
 
 
 def explain_others(
     classifier: Classifier,
     data: Path | str,
-    *,
-    patch: Sequence[str] = (),
-    errors: int = N_EXAMPLES,
-    random: int = 0,
-    seed: int = 0,
-    method: Sequence[str] = (),
+    selection: Selection,
+    methods: Sequence[str] = (),
     layers: Sequence[str] = (),
+    *,
     device: str = "auto",
 ) -> Explained:
     """Choose examples of a pack or of images and explain them; see `explain`."""
-    _check_errors(errors)
-    if random:
-        patch = draw_patches(_list_ids(Path(data)), random, seed)
+    patch, errors = selection.patch, selection.errors
+    if selection.random:
+        patch = draw_patches(_list_ids(Path(data)), selection.random, selection.seed)
     result, engine = gather_patches(classifier, data, patch, 2 * errors), Engine(device)
     classifier = classifier.single_patch()
     if not patch and result.target is not None:
@@ -370,18 +372,18 @@ def explain_others(
             result.sizes[picked],
             result.target[picked],
         )
-    return _explain_chosen(classifier, result, np.full(len(result.patch_ids), ""), method, layers, engine)
+    return _explain_chosen(classifier, result, np.full(len(result.patch_ids), ""), methods, layers, engine)
 
 
 def _explain_chosen(
     classifier: Classifier,
     chosen: Patches,
     sides: np.ndarray,
-    method: Sequence[str],
+    methods: Sequence[str],
     layers: Sequence[str],
     engine: Engine,
 ) -> Explained:
-    methods = list(dict.fromkeys(method)) or _pick_methods(classifier, layers)
+    methods = list(dict.fromkeys(methods)) or _pick_methods(classifier, layers)
     if layers and not any(find_method(name).takes_layer for name in methods):
         raise RecipeError(f"layer={layers[0]!r} cannot be chosen: {methods[0]} looks at the whole network")
     result = [
@@ -412,11 +414,6 @@ def _pick_methods(classifier: Classifier, layers: Sequence[str]) -> list[str]:
     else:
         where = "grad_cam"
     return ["saliency", where, *(["activations"] if has_convolution(classifier.base_network) else [])]
-
-
-def _check_errors(errors: int) -> None:
-    if errors < 1:
-        raise RunError(f"errors={errors!r} shows nothing: ask for 1 or more, or name patches")
 
 
 def _illustrate(found: Explanation, sizes: np.ndarray, classifier: Classifier) -> Illustration:

@@ -138,9 +138,9 @@ def _draw(methods: list[Mapping[str, Any]], baselines: Mapping[str, Mapping[str,
     )
 
 
-def _caption(found: Mapping[str, Any]) -> str:
+def _caption(result: Mapping[str, Any]) -> str:
     return (
-        f"Mean probability of the class over {number(found['n_patches'])} patches when the most salient "
+        f"Mean probability of the class over {number(result['n_patches'])} patches when the most salient "
         "cells are deleted first (left) or inserted first (right)."
     )
 

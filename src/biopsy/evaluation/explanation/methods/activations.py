@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from biopsy.evaluation.explanation.methods import ExplanationRequest, register_method
 from biopsy.evaluation.explanation.methods.layers import (
     check_maps,
     find_first_layer,
@@ -10,7 +11,6 @@ from biopsy.evaluation.explanation.methods.layers import (
     layer_output,
     watch_layer,
 )
-from biopsy.evaluation.explanation.methods.registry import ExplanationRequest, register_method
 
 
 @register_method(
@@ -20,9 +20,9 @@ from biopsy.evaluation.explanation.methods.registry import ExplanationRequest, r
     find_layer=find_first_layer,
     per_class=False,
 )
-def activations(asked: ExplanationRequest) -> Tensor:
+def activations(request: ExplanationRequest) -> Tensor:
     """Return the output of a layer, a map for each of its channels."""
-    return layer_output(asked.network, asked.batch, str(asked.layer))
+    return layer_output(request.network, request.batch, str(request.layer))
 
 
 @register_method(
@@ -32,11 +32,11 @@ def activations(asked: ExplanationRequest) -> Tensor:
     caveat="Its resolution is that of the layer, which is coarse; it is enlarged to the size of the patch",
     find_layer=find_last_maps,
 )
-def grad_cam(asked: ExplanationRequest) -> Tensor:
+def grad_cam(request: ExplanationRequest) -> Tensor:
     """Return the layer's maps, weighted by the mean gradient of the class's score, added up and rectified."""
-    layer = str(asked.layer)
-    with torch.enable_grad(), watch_layer(asked.network, layer) as result:
-        score = asked.scores(asked.batch).sum()
+    layer = str(request.layer)
+    with torch.enable_grad(), watch_layer(request.network, layer) as result:
+        score = request.scores(request.batch).sum()
         maps = check_maps(result, layer)
         (gradient,) = torch.autograd.grad(score, maps)
     weights = gradient.mean(dim=(2, 3), keepdim=True)

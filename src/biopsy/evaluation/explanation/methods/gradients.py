@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from biopsy.evaluation.explanation.methods.registry import ExplanationRequest, register_method
+from biopsy.evaluation.explanation.methods import ExplanationRequest, register_method
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +36,9 @@ def input_gradient(network: nn.Module, batch: Tensor, class_index: Tensor) -> Te
     "largest of its three colour channels (Simonyan et al. 2014)",
     caveat="It does not show what was recognised, nor whether a pixel supports or opposes the class",
 )
-def saliency(asked: ExplanationRequest) -> Tensor:
+def saliency(request: ExplanationRequest) -> Tensor:
     """Return the absolute input gradient, the largest over channels."""
-    gradient = input_gradient(asked.network, asked.batch, asked.class_index)
+    gradient = input_gradient(request.network, request.batch, request.class_index)
     return gradient.abs().amax(dim=1, keepdim=True)
 
 
@@ -48,14 +48,14 @@ def saliency(asked: ExplanationRequest) -> Tensor:
     "2017)",
     caveat="It does not show what was recognised; a smoother map need not be more faithful",
 )
-def smoothgrad(asked: ExplanationRequest) -> Tensor:
+def smoothgrad(request: ExplanationRequest) -> Tensor:
     """Return the saliency of the gradient averaged over noisy copies; the noise is the same every time."""
-    batch, generator = asked.batch, torch.Generator().manual_seed(NOISE_SEED)
+    batch, generator = request.batch, torch.Generator().manual_seed(NOISE_SEED)
     spread = NOISE * (batch.amax(dim=(1, 2, 3), keepdim=True) - batch.amin(dim=(1, 2, 3), keepdim=True))
     total = torch.zeros_like(batch)
     for _ in range(DRAWS):
         noise = torch.randn(batch.shape[1:], generator=generator).to(batch.device)
-        total += input_gradient(asked.network, batch + spread * noise, asked.class_index)
+        total += input_gradient(request.network, batch + spread * noise, request.class_index)
     return (total / DRAWS).abs().amax(dim=1, keepdim=True)
 
 
@@ -66,22 +66,22 @@ def smoothgrad(asked: ExplanationRequest) -> Tensor:
     caveat="It is not the effect of removing a single pixel, and depends on the choice of the white baseline",
     signed=True,
 )
-def integrated_gradients(asked: ExplanationRequest) -> Tensor:
+def integrated_gradients(request: ExplanationRequest) -> Tensor:
     """Return the gradients' integral along the line from white, summed over channels.
 
     Steps are doubled, patch by patch, until the values add up to the difference of the scores
     (`COMPLETE_WITHIN`) or there are `MOST_STEPS`.
     """
     with torch.no_grad():
-        difference = asked.scores(asked.batch) - asked.scores(asked.blank.expand_as(asked.batch))
+        difference = request.scores(request.batch) - request.scores(request.blank.expand_as(request.batch))
     allowed = COMPLETE_WITHIN * difference.abs().clamp(min=1.0)
     total, open_rows = (
-        torch.zeros_like(asked.batch),
-        torch.arange(len(asked.batch), device=asked.batch.device),
+        torch.zeros_like(request.batch),
+        torch.arange(len(request.batch), device=request.batch.device),
     )
     n_steps, gap = FEWEST_STEPS, difference
     while len(open_rows) and n_steps <= MOST_STEPS:
-        part = replace(asked, batch=asked.batch[open_rows], class_index=asked.class_index[open_rows])
+        part = replace(request, batch=request.batch[open_rows], class_index=request.class_index[open_rows])
         total[open_rows] = integrate_gradients(part, n_steps)
         gap = (total[open_rows].sum(dim=(1, 2, 3)) - difference[open_rows]).abs()
         wrong = gap > allowed[open_rows]
@@ -94,12 +94,12 @@ def integrated_gradients(asked: ExplanationRequest) -> Tensor:
     return total.sum(dim=1, keepdim=True)
 
 
-def integrate_gradients(asked: ExplanationRequest, n_steps: int) -> Tensor:
+def integrate_gradients(request: ExplanationRequest, n_steps: int) -> Tensor:
     """Return integrated gradients, ``(B, 3, S, S)``, by Gauss and Legendre's rule with so many steps."""
     places, weights = np.polynomial.legendre.leggauss(n_steps)
-    way, total = asked.batch - asked.blank, torch.zeros_like(asked.batch)
+    way, total = request.batch - request.blank, torch.zeros_like(request.batch)
     for place, weight in zip((1 + places) / 2, weights / 2, strict=True):
         total += float(weight) * input_gradient(
-            asked.network, asked.blank + float(place) * way, asked.class_index
+            request.network, request.blank + float(place) * way, request.class_index
         )
     return way * total

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from biopsy.evaluation.explanation.methods.registry import ExplanationRequest, register_method
+from biopsy.evaluation.explanation.methods import ExplanationRequest, register_method
 
 WINDOWS = 8  # as many windows lie side by side along a patch
 BATCH_SIZE = 256
@@ -16,18 +16,18 @@ BATCH_SIZE = 256
     caveat="Windows are replaced one at a time: of two that carry the same information neither may matter",
     signed=True,
 )
-def occlusion(asked: ExplanationRequest) -> Tensor:
+def occlusion(request: ExplanationRequest) -> Tensor:
     """Return each pixel's mean, over the windows that hide it, of the score's fall."""
-    window = max(1, asked.batch.shape[-1] // WINDOWS)
-    hidden = asked.batch.mean(dim=(2, 3), keepdim=True)
-    return occlude(asked, hidden, window, max(1, window // 2))
+    window = max(1, request.batch.shape[-1] // WINDOWS)
+    hidden = request.batch.mean(dim=(2, 3), keepdim=True)
+    return occlude(request, hidden, window, max(1, window // 2))
 
 
-def occlude(asked: ExplanationRequest, hidden: Tensor, window: int, stride: int) -> Tensor:
+def occlude(request: ExplanationRequest, hidden: Tensor, window: int, stride: int) -> Tensor:
     """Occlude with a window of some side and stride, in pixels of the network's input.
 
     Args:
-        asked: The question.
+        request: Network, batch and class.
         hidden: What stands in the window, ``(B, 3, 1, 1)`` or ``(B, 3, S, S)``.
         window: Side; windows at the right and lower edge are cut off there.
         stride: From one window to the next.
@@ -35,21 +35,21 @@ def occlude(asked: ExplanationRequest, hidden: Tensor, window: int, stride: int)
     Returns:
         ``(B, 1, S, S)``.
     """
-    side = asked.batch.shape[-1]
+    side = request.batch.shape[-1]
     starts = range(0, stride * -(-max(side - window, 0) // stride) + 1, stride)
-    masks = torch.zeros(len(starts) ** 2, 1, side, side, dtype=torch.bool, device=asked.batch.device)
+    masks = torch.zeros(len(starts) ** 2, 1, side, side, dtype=torch.bool, device=request.batch.device)
     for place, mask in enumerate(masks):
         top, left = starts[place // len(starts)], starts[place % len(starts)]
         mask[:, top : top + window, left : left + window] = True
-    weight = masks.to(asked.batch.dtype)
+    weight = masks.to(request.batch.dtype)
     maps = []
     with torch.no_grad():
-        scores = asked.scores(asked.batch)
-        for patch, fill, index, score in zip(asked.batch, hidden, asked.class_index, scores, strict=True):
+        scores = request.scores(request.batch)
+        for patch, fill, index, score in zip(request.batch, hidden, request.class_index, scores, strict=True):
             versions = (
                 torch.where(part, fill, patch).contiguous(memory_format=torch.channels_last)
                 for part in masks.split(BATCH_SIZE)
             )
-            left_over = torch.cat([asked.network(version)[:, index] for version in versions])
+            left_over = torch.cat([request.network(version)[:, index] for version in versions])
             maps.append(torch.einsum("m,mchw->chw", score - left_over, weight) / weight.sum(dim=0))
     return torch.stack(maps)
