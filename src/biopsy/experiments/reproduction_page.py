@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from biopsy.core.text import count, plural
+from biopsy.core.text import capitalize, count, plural
 from biopsy.evaluation.provenance_sections import describe_reproduction
 from biopsy.experiments.figures import PANELS, draw_reproduction
 from biopsy.experiments.reproduction_summary import CONTRASTS
@@ -20,6 +20,7 @@ from biopsy.reporting.document import (
     Section,
     Summary,
     Table,
+    Text,
     interval_text,
     number,
 )
@@ -181,12 +182,11 @@ def _describe_table(papers: Mapping[str, Any]) -> Section:
                     else interval_text(interval["low"], interval["high"], interval["reason"]),
                     number(entry["apart"]["colour_auroc"]) if metric == "auroc" else "-",
                     mean_sd(entry["leak"][metric], "+"),
-                    entry["label"] or "-",
                 ]
             )
     columns = (
         "recipe,metric,published,corrected,as published,split by patient,interval,colour-only "
-        "baseline,leakage,label"
+        "baseline,leakage"
     )
     blocks: list[Block] = [
         Pictures([Picture(caption, svg(figure, "reproduction"))], across=1),
@@ -219,44 +219,36 @@ TITLES = {
 
 
 def _describe_leak(papers: Mapping[str, Any], unit: str) -> Section:
-    rows = []
-    for name, entry in papers.items():
-        for contrast, title in TITLES.items():
-            for slide in entry[contrast]["slides"]:
-                gap = slide["auroc"]
-                rows.append(
-                    [
-                        name,
-                        title,
-                        str(slide["tested"]),
-                        mean_sd(slide["arm"]["auroc"]),
-                        mean_sd(slide["reference"]["auroc"]),
-                        mean_sd(gap, "+"),
-                        f"{number(gap['min'])} to {number(gap['max'])}",
-                        mean_sd(slide["balanced_accuracy"], "+"),
-                        number(sum(slide["n_patches"]) / len(slide["n_patches"]), 0),
-                        number(len(slide["seeds"])),
-                    ]
-                )
-    columns = [
-        "recipe",
-        "comparison",
-        unit,
-        "AUROC, arm",
-        "AUROC, reference",
-        "difference",
-        "range over seeds",
-        "difference, balanced accuracy",
-        "tested patches",
-        "seeds",
-    ]
+    tables: list[Block] = []
+    for contrast, title in TITLES.items():
+        rows = [
+            [
+                name,
+                str(slide["tested"]),
+                mean_sd(slide["arm"]["auroc"]),
+                mean_sd(slide["reference"]["auroc"]),
+                mean_sd(slide["auroc"], "+"),
+                mean_sd(slide["balanced_accuracy"], "+"),
+                number(sum(slide["n_patches"]) / len(slide["n_patches"]), 0),
+                number(len(slide["seeds"])),
+            ]
+            for name, entry in papers.items()
+            for slide in entry[contrast]["slides"]
+        ]
+        if rows:
+            tables.append(Table(_leak_columns(unit), rows, caption=capitalize(title), text_columns=2))
     note = (
         "All arms of a comparison test the same patches and train on equally many of each class. Leakage: "
         f"the other half of the tested {unit} trains, compared with as many patches of another {unit} with "
         "both classes (placebo). Blocked: no training patch touches a tested one. Placebo: compared with "
         "neither. Paired by seed, which also draws the tested half."
     )
-    return Section("leak", "Patient leakage", [Table(columns, rows, note=note, text_columns=3)])
+    return Section("leak", "Patient leakage", [Text(note), *tables])
+
+
+def _leak_columns(unit: str) -> list[str]:
+    auroc = ["AUROC, arm", "AUROC, reference", "difference"]
+    return ["recipe", unit, *auroc, "difference, balanced accuracy", "tested patches", "seeds"]
 
 
 def _describe_slides(papers: Mapping[str, Any], unit: str) -> Section | None:
