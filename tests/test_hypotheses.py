@@ -50,45 +50,45 @@ def _shuffle_within(truth, rng):
 
 def test_pale_positives_that_are_missed_are_found_out():
     found = judge_less_stained(*make_table(), **OPTIONS)
-    assert found["verdict"] == "held"
-    measure = found["measures"][0]
-    assert measure["auroc"].low > 0.7 and measure["difference_sd"].low > 0.5
-    assert measure["mean_chosen"] < measure["mean_others"]
-    assert measure["within"].value > 0.7 and len(measure["by_group"]) == 12
+    assert found.verdict == "held"
+    measure = found.measures[0]
+    assert measure.auroc.low > 0.7 and measure.difference_sd.low > 0.5
+    assert measure.mean_chosen < measure.mean_others
+    assert measure.within.value > 0.7 and len(measure.by_group) == 12
     properties, truth, called, _ = make_table()
     missed = (truth == 1) & ~called
-    assert measure["n_chosen"] == missed.sum()
-    assert measure["mean_chosen"] == pytest.approx(properties["stain"][missed].mean())
+    assert measure.n_chosen == missed.sum()
+    assert measure.mean_chosen == pytest.approx(properties["stain"][missed].mean())
 
 
 def test_varied_negatives_that_are_called_are_found_out():
     found = judge_heterogeneous(*make_table(), **OPTIONS)
-    assert found["verdict"] == "held"
-    assert found["measures"][0]["mean_chosen"] > found["measures"][0]["mean_others"]
+    assert found.verdict == "held"
+    assert found.measures[0].mean_chosen > found.measures[0].mean_others
 
 
 @pytest.mark.parametrize("judge", [judge_less_stained, judge_heterogeneous])
 def test_shuffled_calls_show_nothing_but_for_the_one_in_twenty(judge):
-    verdicts = [judge(*make_table(seed=seed, effect=False), **OPTIONS)["verdict"] for seed in range(40)]
+    verdicts = [judge(*make_table(seed=seed, effect=False), **OPTIONS).verdict for seed in range(40)]
     assert verdicts.count("not seen") >= 35, "more than 5 of 40 at 1 in 20: chance does that in 1 of 70"
     found = judge(*make_table(effect=False), **OPTIONS)
-    assert found["measures"][0]["auroc"].low < 0.5 < found["measures"][0]["auroc"].high
+    assert found.measures[0].auroc.low < 0.5 < found.measures[0].auroc.high
 
 
 def test_the_opposite_is_called_the_opposite():
     properties, truth, called, groups = make_table()
     found = judge_less_stained(1 - properties, truth, called, groups, **OPTIONS)
-    assert found["verdict"] == "opposite" and found["measures"][0]["auroc"].high < 0.5
+    assert found.verdict == "opposite" and found.measures[0].auroc.high < 0.5
 
 
 def test_three_slides_cannot_say():
     found = judge_less_stained(*make_table(n_patients=3), seed=0, unit="slide")
-    assert found["verdict"] == "unsaid"
-    assert found["measures"][0]["auroc"].reason in found["answer"] and "3 slides" in found["answer"]
-    assert sorted(found["measures"][0]["by_group"]) == ["8863", "8864", "8865"]
+    assert found.verdict == "unsaid"
+    assert found.measures[0].auroc.reason in found.answer and "3 slides" in found.answer
+    assert sorted(found.measures[0].by_group) == ["8863", "8864", "8865"]
     properties, truth, _, groups = make_table()
     none = judge_less_stained(properties, truth, truth == 1, groups, **OPTIONS)
-    assert none["verdict"] == "unsaid" and np.isnan(none["measures"][0]["auroc"].value)
+    assert none.verdict == "unsaid" and np.isnan(none.measures[0].auroc.value)
 
 
 # --- colour
@@ -113,17 +113,17 @@ def test_saliency_on_blue_beyond_its_share_is_found_out():
     without = {"grey": rng.random(240), "eosin only": prob}
     shares = make_shares(240, 1.5, rng)
     found = judge_blue_yellow(truth, prob, without, shares, groups, **OPTIONS)
-    assert found["verdict"] == "held"
-    ratio = found["saliency"]["blue"]["ratio"]
+    assert found.verdict == "held"
+    ratio = found.saliency["blue"].ratio
     assert ratio.value == pytest.approx(shares["blue_saliency"].sum() / shares["blue_area"].sum())
     assert ratio.low < 1.5 < ratio.high or ratio.value == pytest.approx(1.5, abs=0.05)
-    assert "hardly any pixel is yellow" in found["answer"]
-    assert found["auroc"]["grey"]["difference"].high < 0
-    assert found["auroc"]["eosin only"]["difference"].value == 0
+    assert "hardly any pixel is yellow" in found.answer
+    assert found.auroc["grey"]["difference"].high < 0
+    assert found.auroc["eosin only"]["difference"].value == 0
     fair = judge_blue_yellow(truth, prob, without, make_shares(240, 1.0, rng), groups, **OPTIONS)
-    assert fair["verdict"] == "not seen"
+    assert fair.verdict == "not seen"
     shunned = judge_blue_yellow(truth, prob, without, make_shares(240, 0.6, rng), groups, **OPTIONS)
-    assert shunned["verdict"] == "opposite"
+    assert shunned.verdict == "opposite"
 
 
 def test_one_class_alone_has_no_auroc_but_a_share():
@@ -137,8 +137,8 @@ def test_one_class_alone_has_no_auroc_but_a_share():
         groups,
         **OPTIONS,
     )
-    assert np.isnan(found["auroc"]["grey"]["auroc"].value) and "AUROC" not in found["answer"]
-    assert found["verdict"] == "held"
+    assert np.isnan(found.auroc["grey"]["auroc"].value) and "AUROC" not in found.answer
+    assert found.verdict == "held"
 
 
 def test_colours_are_taken_out():

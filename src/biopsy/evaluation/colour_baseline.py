@@ -47,10 +47,8 @@ def colour_baseline(
     """Fit a logistic regression on colour statistics of the training subset and score another subset.
 
     Args:
-        pack: The patches.
         sides: The subset of each patch, ``(n_patches,)``.
         seed: Seed of the draw of 50,000 patches to learn from, where there are more.
-        side: The subset that is scored.
 
     Returns:
         The baseline, and its probabilities on that subset, ``(n, n_classes)``; empty where none was fitted.

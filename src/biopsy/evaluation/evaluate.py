@@ -97,12 +97,10 @@ def measure(
     """Measure all that follows from the patches and their probabilities.
 
     Args:
-        scored: The patches.
         columns: Columns within whose values metrics are repeated, a row per patch.
         thresholds: As in ``classifier.json``; the first one decides.
         prevalence: At which PPV and NPV are also computed.
         calibration: As `measure_calibration` gives it; without it probabilities count as not calibrated.
-        warnings: What else limits the result.
     """
     threshold = thresholds[0] if thresholds else None
     subgroups = measure_subgroups(scored, columns)

@@ -21,6 +21,7 @@ from biopsy.plotting.style import (
     NEGATIVE,
     POSITIVE,
     WIDTH_IN,
+    annotate,
     legend_above,
     new_figure,
     shorten,
@@ -37,8 +38,6 @@ def draw_confusion(tp: int, fp: int, fn: int, tn: int, *, negative: str, positiv
         fp: Negative patches called positive.
         fn: Positive patches called negative: a cancer missed, the error that costs most.
         tn: Negative patches called negative.
-        negative: Name of the negative class.
-        positive: Name of the positive class.
     """
     figure, axes = new_figure(height_in=3.1)
     rows = (
@@ -66,7 +65,6 @@ def draw_confusion_matrix(counts: np.ndarray, class_names: Sequence[str]) -> Fig
 
     Args:
         counts: Patches, shape ``(n_classes, n_classes)``, true class by row, called class by column.
-        class_names: One name a class.
 
     Raises:
         MetricError: If the shape does not fit the names.
@@ -139,7 +137,6 @@ def draw_roc(
     Args:
         target: 0 or 1, shape ``(n,)``; both must occur.
         prob: Probability of the positive class, shape ``(n,)``.
-        label: Name of the curve.
         operating_point: ``(sensitivity, specificity)`` at the frozen threshold, marked on the curve.
         band: ``(false_positive_rate, low, high)`` of the curve's interval.
 
@@ -175,7 +172,6 @@ def draw_precision_recall(
     Args:
         target: 0 or 1, shape ``(n,)``; both must occur.
         prob: Probability of the positive class, shape ``(n,)``.
-        label: Name of the curve.
         operating_point: ``(sensitivity, ppv)`` at the frozen threshold.
 
     Raises:
@@ -258,38 +254,12 @@ def draw_patient_metric(
     size = 14 + 60 * n_patches[order] / max(int(n_patches.max(initial=1)), 1)
     axes.scatter(values[order][defined], rows[defined], s=size[defined], color=MODEL, zorder=3, linewidth=0)
     if len(order) <= NAMED_ROWS:
+        beside = ("axes fraction", "data")
         for row in rows[~defined]:
-            axes.annotate(
-                "not defined",
-                (0.02, row),
-                (0, 0),
-                textcoords="offset points",
-                va="center",
-                color=MUTED,
-                fontsize=8,
-                xycoords=("axes fraction", "data"),
-            )
+            annotate(axes, "not defined", (0.02, row), va="center", xycoords=beside)
         for row, count in zip(rows, n_patches[order], strict=True):
-            axes.annotate(
-                f"{count:,}",
-                (1.0, row),
-                (4, 0),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                va="center",
-                color=MUTED,
-                fontsize=8,
-                annotation_clip=False,
-            )
-        axes.annotate(
-            "patches",
-            (1.0, 1.0),
-            (4, 3),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            color=MUTED,
-            fontsize=8,
-        )
+            annotate(axes, f"{count:,}", (1.0, row), (4, 0), va="center", xycoords=beside)
+        annotate(axes, "patches", (1.0, 1.0), (4, 3), xycoords="axes fraction")
     axes.set_xlabel(metric)
     shown = [*values[np.isfinite(values)], *(interval or ()), *([] if overall is None else [overall])]
     axes.set_xlim(min(shown, default=0.0) - 0.04, max([1.0, *shown]) + 0.02)
@@ -353,7 +323,6 @@ def draw_decision_curve(curve: Mapping[str, Any], *, level: float = 0.95) -> Fig
     Args:
         curve: ``thresholds``, ``model``, ``treat_all`` and ``marked`` (``threshold``, ``low``, ``high``), as
             `metrics.json` holds them.
-        level: Nominal coverage of the intervals.
 
     Raises:
         MetricError: If the curve has no point.

@@ -161,7 +161,6 @@ def measure_decisions(
     """Return operating points, decision curve and, with a prevalence, predictive values; of two classes.
 
     Args:
-        scored: The patches.
         thresholds: As in ``classifier.json``: ``value``, ``rule``, ``chosen_on`` and what was reached there.
         prevalence: At which PPV and NPV are worked out.
 
@@ -243,7 +242,6 @@ def measure_subgroups(scored: ScoredPatches, columns: pd.DataFrame) -> dict[str,
     with more is left out.
 
     Args:
-        scored: The patches.
         columns: A row per patch in the same order.
     """
     shown = SHOWN_OF_CLASSES if scored.positive_class is None else SHOWN

@@ -58,7 +58,6 @@ def count_neighbours(table: pd.DataFrame, target: np.ndarray, n_classes: int) ->
         table: ``x``, ``y``, ``slide_id`` and ``patient_id`` of *all* patches of the slides, as in a pack's
             table.
         target: Index of the class of each, ``(n,)``.
-        n_classes: How many classes there are.
 
     Returns:
         float ``(n, n_classes)``; NaN for a patch that lies on no slide.

@@ -348,7 +348,6 @@ def predict_patches(
     """Predict patches in memory, as `predict` does those of files.
 
     Args:
-        classifier: The classifier.
         about: ``patch_id`` of each patch, and ``x, y, slide_id, patient_id`` where they are known.
         patches: uint8 ``(n, patch_px, patch_px, 3)``, padded as `pad_patches` does.
         sizes: True ``(width, height)`` of each.

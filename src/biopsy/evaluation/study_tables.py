@@ -210,9 +210,6 @@ def measure_pooled(seeds: Sequence[ScoredPatches]) -> dict[str, Any]:
 
     The mean over seeds is taken in the sample and in each of its reweightings, so the interval is that of the
     mean and says nothing of the spread between seeds.
-
-    Args:
-        seeds: The predictions of each seed.
     """
     first, samples = seeds[0], [one.sample() for one in seeds]
     resampler = Resampler(len(samples[0].groups), unit=first.unit)

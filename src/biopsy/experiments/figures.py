@@ -40,7 +40,6 @@ def draw_folds(
     Args:
         folds: The fold of each run, shape ``(n_runs,)``; rows keep the order of first appearance.
         values: The metric of each run, shape ``(n_runs,)``; NaN is left out.
-        metric: Its name, on the axis.
         baseline: Value of the colour-only baseline by fold, drawn as a grey diamond.
 
     Raises:
@@ -228,7 +227,6 @@ def draw_sweep(
         values: Setting to its value in each run, ``n_runs`` of each.
         validation: The metric on validation, ``(n_runs,)``; NaN is left out.
         test: The same on the test side; None shows validation alone.
-        metric: Its name, on the axis.
         best: Setting to value of the combination that validation chose, which is marked.
 
     Raises:
@@ -262,7 +260,6 @@ def draw_search(
     Args:
         values: Setting to its value in each run, ``n_runs`` of each.
         validation: The metric on validation, ``(n_runs,)``.
-        metric: Its name, on the axis.
         best: Setting to value of the trial that validation chose, which is marked.
     """
     figure = Figure(figsize=(WIDTH_IN, 3.0), layout="constrained")

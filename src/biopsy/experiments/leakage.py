@@ -36,7 +36,6 @@ def make_leak_splits(
         pack: The patches; they name patients or slides.
         test_id: The patient (slide, where no patients are named) that is tested.
         val_id: The one that validates.
-        seed: Of all draws.
         placebo_id: Who gives the placebo; by default the one of both classes with most patches of its rarer
             class.
 
@@ -71,12 +70,6 @@ def matched(one: Split, other: Split, pack: Pack, seed: int = 0) -> tuple[Split,
 
     The classes keep their shares. What is left out is drawn with ``seed`` and is on no side; validation and
     test stay as they are.
-
-    Args:
-        one: A split with sides.
-        other: Another split of the same pack.
-        pack: Their pack.
-        seed: Of the draw.
 
     Returns:
         The two in the same order; the trimmed one is called ``<name>-matched-s<seed>``.
@@ -156,7 +149,6 @@ def compare_splits(pack: Pack, recipe: Recipe, apart: Split | None) -> Compariso
     """Divide a pack as a recipe's authors did and with patients apart, with as many training patches.
 
     Args:
-        pack: The patches.
         recipe: Its ``as_published.split`` is followed; where it undersamples, so do the training sides before
             they are made equal.
         apart: The split with patients apart, each fold of which is an arm; None where there is none.
@@ -191,7 +183,6 @@ def choose_apart(pack: Pack, name: str | None, test_ids: Sequence[str]) -> Split
     side validates.
 
     Args:
-        pack: The patches.
         name: A split of the pack, or a protocol.
         test_ids: Patients that are left out in turn, where the data set has no sides of its own.
 

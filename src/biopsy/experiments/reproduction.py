@@ -118,7 +118,6 @@ def full_length(recipe: Recipe, target: np.ndarray) -> Length:
     """Return the recipe's own epochs and updates in each.
 
     Args:
-        recipe: The recipe.
         target: Classes of the training patches, ``(n,)``.
     """
     settings, per_class = recipe.train, np.bincount(target)
@@ -346,12 +345,8 @@ def _plan(
 
     Args:
         study: Holds the plans of an earlier command.
-        recipes: By name.
-        pack: The patches.
-        compared: Recipe to its arms.
         asked: How many seeds, and the arms of the leak by seed.
         budget: Minutes for all runs; None for full length.
-        device: Where they are trained.
     """
     plans = {name: entry["plan"] for name, entry in study.info.get("papers", {}).items()}
     new = {name: recipe for name, recipe in recipes.items() if name not in plans}

@@ -48,7 +48,6 @@ def report_of_reproduction(facts: ReproductionFacts, *, hide_ids: bool = False) 
     """Compose the report of a reproduction.
 
     Args:
-        facts: The study's records.
         hide_ids: Replace patient, slide and patch ids by numbers everywhere, and say so.
     """
     study: Mapping[str, Any] = facts.pseudonymizer.nested(facts.study) if hide_ids else facts.study

@@ -212,11 +212,8 @@ def open_study(
     """Make a study's folder, or check that it asks the same; seeds and recipes may be added.
 
     Args:
-        path: The folder.
-        kind: The kind of study.
         pack: What is learned from and judged on.
         recipes: Before what the study itself changes in them.
-        seeds: Of training.
         same: What else must be the same when the study is gone on with: name to value, as JSON keeps it.
         split: The split that all runs follow, where there is one.
 

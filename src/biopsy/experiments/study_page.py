@@ -53,7 +53,6 @@ def report_of_study(facts: StudyFacts, *, hide_ids: bool = False) -> ReportDocum
     """Compose the report of a study.
 
     Args:
-        facts: The study's records.
         hide_ids: Replace patient, slide and patch ids by numbers everywhere, and say so.
     """
     if hide_ids and not facts.ids_hidden:

@@ -60,7 +60,6 @@ def report_of_sweep(facts: SweepFacts, *, hide_ids: bool = False) -> ReportDocum
     """Compose the report of a sweep.
 
     Args:
-        facts: The study's records.
         hide_ids: Replace patient, slide and patch ids by numbers everywhere, and say so.
     """
     study = facts.pseudonymizer.nested(facts.study) if hide_ids else facts.study

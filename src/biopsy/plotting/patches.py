@@ -73,7 +73,6 @@ def superimpose(
         patch: uint8 ``(H, W, 3)`` RGB.
         values: The map, 0-1, ``(H, W)``; one with a sign from -1.
         alpha: 0 shows only the tissue, 1 only the map.
-        signed: Whether the map has a sign.
 
     Returns:
         uint8 ``(H, W, 3)``.
@@ -97,7 +96,6 @@ def draw_overlays(
 
     Args:
         rows: What is shown, all with as many maps as there are titles.
-        titles: One a map, above its column.
         signed: Which maps have a sign; none by default.
 
     Raises:
@@ -163,8 +161,6 @@ def lay_out_sheet(
 
     Args:
         patches: Images ``(h, w, 3)`` uint8; a smaller one stands at the upper left of its cell.
-        columns: Patches in a row.
-        gap_px: Space between cells.
         background: Grey level of gaps and empty cells.
 
     Returns:
@@ -194,7 +190,6 @@ def draw_class_sheet(sheets: Sequence[tuple[str, Sequence[np.ndarray]]], *, colu
 
     Args:
         sheets: ``(title, patches)`` a class; a class without patches is named and left empty.
-        columns: Patches in a row.
 
     Raises:
         DataError: If no class has a patch.

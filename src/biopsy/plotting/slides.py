@@ -22,6 +22,7 @@ from biopsy.plotting.style import (
     PROBABILITY_MAP,
     RULE,
     TISSUE,
+    annotate,
     class_colour,
     shorten,
     styled,
@@ -51,7 +52,6 @@ def draw_slide(
         target: Annotated class by grid cell, shape ``(rows, columns)``, NaN where there is no patch.
         prob: Probability by grid cell, same shape, NaN where there is no patch.
         um_per_cell: Side of a cell in µm (patch_px times mpp), for the scale bar; None draws none.
-        class_names: Names by class index.
         threshold: The frozen threshold, marked on the colour bar.
         panels: Which of ``tissue target prob error``, in which order; errors need a threshold (.5 if None).
 
@@ -117,16 +117,7 @@ def draw_scale_bar(axes: Axes, columns: int, rows: int, um_per_cell: float) -> N
     cells = length_um / um_per_cell
     text = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"
     axes.plot([0, cells], [rows, rows], color=INK, linewidth=3, solid_capstyle="butt", clip_on=False)
-    axes.annotate(
-        text,
-        (cells / 2, rows),
-        (0, -4),
-        textcoords="offset points",
-        ha="center",
-        va="top",
-        fontsize=8.5,
-        annotation_clip=False,
-    )
+    annotate(axes, text, (cells / 2, rows), (0, -4), color=INK, fontsize=8.5, ha="center", va="top")
 
 
 def _draw_classes(axes: Axes, target: np.ndarray, class_names: Sequence[str], extent: Extent) -> None:
@@ -179,15 +170,7 @@ def draw_colour_bar(axes: Axes, threshold: float | None) -> None:
     axes.tick_params(length=0, pad=2, labelsize=8)
     if threshold is not None and 0 <= threshold <= 1:
         axes.axvline(threshold, color="white", linewidth=1.4)
-        axes.annotate(
-            "threshold",
-            (threshold, 1),
-            (0, 2),
-            textcoords="offset points",
-            ha="center",
-            fontsize=7.5,
-            annotation_clip=False,
-        )
+        annotate(axes, "threshold", (threshold, 1), (0, 2), color=INK, fontsize=7.5, ha="center")
 
 
 WIDTH_IN, BOTTOM_IN_MAPS, TOP_IN_MAPS = 6.4, 0.78, 0.3
@@ -217,10 +200,7 @@ def draw_overlay(
         pred: Class by cell, ``(rows, columns)``; -1 where there is none, -2 where the classifier abstained.
         extent: Left, right, bottom and top of the cells in pixels of the picture.
         um_per_px: Micrometres in a pixel of the picture.
-        class_names: Names by class index.
         positive: Index of the positive class, whose regions are outlined.
-        threshold: Marked on the colour bar.
-        title: Written above.
     """
     height_px, width_px = picture.shape[:2]
     width_in = min(WIDTH_IN, HIGHEST_IN * width_px / height_px)

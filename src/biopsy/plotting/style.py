@@ -91,6 +91,21 @@ def new_figure(width_in: float = WIDTH_IN, height_in: float = 3.3) -> tuple[Figu
     return figure, figure.subplots()
 
 
+def annotate(
+    axes: Axes,
+    text: str,
+    xy: tuple[Any, Any],
+    offset: tuple[float, float] = (0, 0),
+    *,
+    color: str = MUTED,
+    fontsize: float = 8,
+    **options: Any,
+) -> None:
+    """Write a text at a point, moved by an offset in points; it may lie outside the axes."""
+    options |= {"color": color, "fontsize": fontsize, "annotation_clip": False}
+    axes.annotate(text, xy, offset, textcoords="offset points", **options)
+
+
 def legend_above(axes: Axes, columns: int = 3) -> None:
     """Put the legend above the axes, where it covers no data."""
     if axes.get_legend_handles_labels()[0]:
@@ -121,7 +136,6 @@ def svg(figure: Figure, name: str = "figure") -> str:
     Text stays text in the reader's own sans-serif; opaque pictures are stored as JPEG where that is smaller.
 
     Args:
-        figure: The figure.
         name: Sets the element ids apart when several figures stand in one page.
     """
     buffer = io.StringIO()

@@ -140,7 +140,6 @@ def describe_checklist(sections: Sequence[Section], *, has_subgroups: bool = Fal
     """The items of two reporting guidelines, each linked to the chapters that answer it, or "not done".
 
     Args:
-        sections: The chapters of the report.
         has_subgroups: Whether the chapter on patients compares subgroups.
     """
     headings = dict([TOP, *((section.id, section.heading) for section in sections)])

@@ -26,7 +26,6 @@ def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
     """Compose the report of a run.
 
     Args:
-        facts: The run's records.
         hide_ids: Replace patient, slide and patch ids by numbers everywhere, and say so.
     """
     if hide_ids and not facts.ids_hidden:

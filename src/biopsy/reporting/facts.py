@@ -156,7 +156,6 @@ def hide_run(facts: RunFacts, hide: Mapping[str, Callable[[Any, Pseudonymizer], 
     """Replace every id in the facts of a run by a pseudonym.
 
     Args:
-        facts: The run's records.
         hide: For each of ``facts.results``, the function that replaces the ids in it.
     """
     pseudonymizer = _pseudonymize_names(

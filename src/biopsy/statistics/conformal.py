@@ -112,7 +112,6 @@ def hierarchical_quantile(scores: ArrayLike, group_ids: ArrayLike, alpha: float)
     Args:
         scores: One a patch, shape ``(n_patches,)``.
         group_ids: The patient of each patch; every group has the same mass, whatever its size.
-        alpha: Error rate promised.
 
     Raises:
         MetricError: Without patches, or if ``alpha`` is no error rate.
@@ -149,9 +148,7 @@ def fit_conformal(
         probs: Calibrated probabilities, shape ``(n_patches, n_classes)``, of patients not learned from.
         target: Index of the true class.
         group_ids: The patient (slide, or patch where no ids exist) of each patch.
-        alpha: Error rate promised.
         promise: Of the patches of each class, or of all together.
-        unit: What a group is.
         class_names: For the reason; their numbers where not given.
 
     Returns:

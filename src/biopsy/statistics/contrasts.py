@@ -65,7 +65,6 @@ def contrast_groups(
     Args:
         values: What was measured, shape ``(n,)``.
         chosen: True for the patches of interest.
-        group_ids: The patient (slide, patch) of each.
         names: What the chosen and the others are called in reasons, such as ``("missed", "found")``.
         **resampling: As of `Resampler`.
 

@@ -66,8 +66,6 @@ def count_calls(
 
     Args:
         target: 0 or 1 per patch, ``(n,)``.
-        prob: Probability of the positive class.
-        group_ids: The patient (slide, patch) of each.
         thresholds: Any number of them, in any order.
         **resampling: As of `Resampler`.
 

@@ -293,7 +293,6 @@ def class_sample(
         target: Index into ``class_names`` per patch, shape ``(n_patches,)``.
         probs: Probabilities, shape ``(n_patches, n_classes)``, each row summing to one.
         class_names: At least three.
-        group_ids: Patient (or slide) per patch.
         pred: The class each patch is called; that of its highest probability if not given.
 
     Raises:
@@ -347,7 +346,6 @@ def classification_report(confusion: ArrayLike, class_names: Sequence[str]) -> l
 
     Args:
         confusion: Patches by true class (rows) and called class (columns).
-        class_names: Names of the classes.
 
     Returns:
         A row per class, then ``macro average`` (plain mean), ``weighted average`` (by patches of each class)

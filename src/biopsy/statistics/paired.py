@@ -62,7 +62,6 @@ def sample_seeds(
     Args:
         samples: One per seed, of the same ``group_ids``.
         resampler: The same for all that are compared.
-        names: Which metrics; all if not given.
     """
     names = None if names is None else list(names)
     results = [replicate(one, resampler, names) for one in samples]
@@ -152,7 +151,6 @@ def estimate_differences(
         first: Probability of the positive class per patch, by the one.
         second: The same, by the other.
         group_ids: The patient (slide, or patch where no ids exist) of each patch.
-        names: Which metrics; all if not given.
         thresholds: At which the first and the second call a patch positive.
         **resampling: As of `Resampler`.
 

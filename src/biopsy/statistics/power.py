@@ -107,7 +107,6 @@ def plan_patients(
         effective: How many patients of equal size those that carry the metric are worth; all by default. It
             says how uncertain ``sd`` is: ``(effective - 1) sd² / sigma²`` is taken as chi-square.
         power: Probability of detecting the difference.
-        level: Of the interval.
 
     Raises:
         MetricError: If difference, power, level or variance allow no plan.

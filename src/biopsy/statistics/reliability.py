@@ -71,8 +71,6 @@ def estimate_reliability(
 
     Args:
         target: 0 or 1 per patch, ``(n,)``.
-        prob: Probability of the positive class.
-        group_ids: The patient (slide, patch) of each.
         n_bins: Bins asked for; ties may leave fewer.
         **resampling: As of `Resampler`.
 
@@ -109,7 +107,6 @@ def decompose_brier(target: ArrayLike, prob: ArrayLike, *, n_bins: int = N_BINS)
 
     Args:
         target: 0 or 1 per patch, ``(n,)``.
-        prob: Probability of the positive class.
         n_bins: Bins of equal mass, those of the calibration error.
 
     Raises:

@@ -298,8 +298,6 @@ def clustered_mean(
 
     Args:
         values: One per patch, finite, shape ``(n,)``.
-        group_ids: The patient (slide, patch) of each.
-        bounds: Range of the mean.
         **resampling: As of `Resampler`.
 
     Raises:
@@ -326,8 +324,6 @@ def clustered_ratio(
     Args:
         numerator: One per patch.
         denominator: One per patch, none below 0.
-        group_ids: The patient (slide, patch) of each.
-        bounds: Range of the ratio.
         **resampling: As of `Resampler`.
     """
     codes, groups = group_codes(group_ids)

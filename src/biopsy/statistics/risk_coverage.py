@@ -118,9 +118,6 @@ def estimate_risk(
     """Return the area under risk against coverage, and the risk at stated coverages, with intervals.
 
     Args:
-        wrong: Which patches were called wrongly.
-        confidence: Of each call.
-        group_ids: The patient of each patch.
         coverages: Shares of patches to keep, each in (0, 1].
         **resampling: As of `Resampler`.
 
@@ -162,7 +159,6 @@ def estimate_shares(
 
     Args:
         parts: Name -> which patches count, bool ``(n_patches,)``.
-        group_ids: The patient of each patch.
         of: Name -> out of which patches; all where not given.
         equal_groups: Every patient weighs the same (a conformal promise is about those), or every patch.
         **resampling: As of `Resampler`.

@@ -109,7 +109,6 @@ def measure_abstention(conformal: Mapping[str, Any], scored: ScoredPatches) -> A
 
     Args:
         conformal: The entry of ``classifier.json``; empty in classifiers made before there was one.
-        scored: The patches.
     """
     alpha, quantiles, plain = (conformal.get(key) for key in ("alpha", "quantiles", "per_patch_quantiles"))
     shares, sets, verdict = None, None, None

@@ -148,7 +148,6 @@ def draw_calibration(
     Args:
         bins: ``mean_prob`` and ``observed`` (``value``, ``low``, ``high``) each, as in `metrics.json`.
         positive: Name of the positive class; None where the bins are of the predicted class.
-        level: Nominal coverage of the intervals.
 
     Raises:
         MetricError: If there is no bin.

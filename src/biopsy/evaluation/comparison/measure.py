@@ -88,7 +88,6 @@ def compare_models(
 
     Args:
         models: Two or more, the reference first.
-        test_set: What they were tested on.
         metric: The one that was to answer, chosen before looking.
     """
     samples = [sample_model(model, test_set) for model in models]

@@ -145,7 +145,6 @@ def tabulate_errors(pack: Pack, rows: np.ndarray, prob: np.ndarray, threshold: f
 
     Args:
         pack: Of two classes.
-        rows: The judged patches.
         prob: Probability of the positive class, ``(n,)``.
         threshold: From which a patch is called positive.
 
@@ -187,8 +186,6 @@ def contrast_errors(
 
     Args:
         sample: ``kind`` and the columns of `PROPERTIES`.
-        group_ids: Patient (slide, patch) of each row.
-        seed: Of bootstrap draws.
         unit: What a group is; where it is the patch, there is nothing to compare within.
         level: Nominal coverage of all intervals together.
 

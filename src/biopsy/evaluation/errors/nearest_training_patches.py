@@ -43,10 +43,6 @@ def find_nearest_training_patches(
     Args:
         run: Says which patches were trained on; at most `REFERENCE_PATCHES` of them are drawn with its seed,
             fewer for a network that computes much.
-        pack: The run's.
-        classifier: The run's.
-        rows: The patches asked about.
-        engine: Device and precision.
     """
     train = np.flatnonzero(run.sides(pack) == "train")
     most = min(

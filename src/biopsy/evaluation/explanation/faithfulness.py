@@ -196,10 +196,8 @@ def judge_method(
     """Return the record of a method.
 
     Args:
-        name: Of the method.
         traced: Curves of deletion and insertion, by method and baseline.
         randomised: One record a step of weight randomisation.
-        group_ids: Patient (slide, patch) of each patch.
         **resampling: As of `Resampler`, ``unit`` among them.
     """
     score, gains, n_better = _score(traced[name]), {}, {}
@@ -308,7 +306,6 @@ def measure_faithfulness(
         methods: Which; all that tell classes apart and that the network allows, by default.
         layer: For Grad-CAM, the layer it looks at.
         n_patches: How many; by default 48, and fewer for a network that computes much.
-        device: Where the network is asked.
 
     Returns:
         What the file holds; see the file formats page.

@@ -1,6 +1,7 @@
 """The published hypotheses about errors and saliency, measured on the patches a run was evaluated on."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -20,7 +21,7 @@ from biopsy.models.inference import open_predictor
 from biopsy.models.networks import describe
 from biopsy.slide_io.stain import combine_stains, separate_stains
 from biopsy.statistics.contrasts import contrast_groups
-from biopsy.statistics.intervals import describe_method, estimate_metrics
+from biopsy.statistics.intervals import PatientSummary, describe_method, estimate_metrics
 from biopsy.statistics.paired import estimate_differences
 from biopsy.statistics.resampling import Interval, Resampling, clustered_ratio
 from biopsy.statistics.weighted_counts import sort_scores
@@ -113,7 +114,6 @@ def measure_hypotheses(run: Run | Path | str, *, device: str = "auto") -> dict[s
 
     Args:
         run: A finished run that tells two classes apart.
-        device: Where the network is asked.
 
     Returns:
         What the file holds; see the file formats page.
@@ -194,20 +194,76 @@ def _measure(run: Run, frame: pd.DataFrame, seed: int, device: str) -> dict[str,
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class PropertyContrast:
+    """A property compared in the direction of a hypothesis: above 0 and 0.5 support it.
+
+    Attributes:
+        direction: ``more`` or ``less``: what the chosen patches are to have of it.
+        by_group: Patient to ``n_chosen``, ``n_others`` and ``auroc``.
+    """
+
+    property: str
+    direction: str
+    chosen: str
+    others: str
+    n_chosen: int
+    n_others: int
+    mean_chosen: float
+    mean_others: float
+    difference_sd: Interval
+    auroc: Interval
+    within: PatientSummary | None
+    by_group: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class ColourShare:
+    """A colour's share of the area and of the saliency, their ratio, and both shares by patient."""
+
+    area_share: float | None
+    saliency_share: float | None
+    ratio: Interval
+    by_group: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hypothesis:
+    """A published hypothesis and what the data say.
+
+    Attributes:
+        verdict: ``held``, ``opposite``, ``not seen`` or ``unsaid`` (without an interval).
+        answer: The same in a sentence.
+        measures: The properties that were compared.
+        auroc: With colour and with each of `REMOVALS`: ``auroc``, and ``difference`` from the former.
+        saliency: By colour.
+    """
+
+    name: str
+    claim: str
+    source: str
+    among: str
+    verdict: str
+    answer: str
+    note: str
+    measures: list[PropertyContrast] = field(default_factory=list)
+    auroc: dict[str, dict[str, Interval]] | None = None
+    saliency: dict[str, ColourShare] | None = None
+
+
 def judge_less_stained(
     properties: pd.DataFrame,
     truth: np.ndarray,
     called: np.ndarray,
     group_ids: np.ndarray,
     **resampling: Unpack[Resampling],
-) -> dict[str, Any]:
+) -> Hypothesis:
     """Ask whether missed positives hold less stain than found ones.
 
     Args:
         properties: As `measure_properties` gives them, one row a patch.
         truth: 1 where a patch is positive, ``(n,)``.
         called: Whether it was called positive.
-        group_ids: Patient (slide, patch) of each.
         **resampling: As of `Resampler`, ``unit`` among them.
     """
     of = truth == 1
@@ -215,20 +271,18 @@ def judge_less_stained(
         _contrast(name, -1, properties[name][of], ~called[of], group_ids[of], FOUND, **resampling)
         for name in ("stain", "haematoxylin", "eosin")
     ]
-    return {
-        "name": "less stained",
-        "claim": "Less stained patches are taken for negative.",
-        "source": "the VGG16 post",
-        "among": "positive patches",
-        **_judge_contrast(
-            measures[0],
-            ("false negatives are {} stained than true positives", "less", "more"),
-            group_ids,
-            resampling["unit"],
-        ),
-        "note": _WRONG_GALLERY,
-        "measures": measures,
-    }
+    words = ("false negatives are {} stained than true positives", "less", "more")
+    verdict, answer = _judge_contrast(measures[0], words, group_ids, resampling["unit"])
+    return Hypothesis(
+        name="less stained",
+        claim="Less stained patches are taken for negative.",
+        source="the VGG16 post",
+        among="positive patches",
+        verdict=verdict,
+        answer=answer,
+        note=_WRONG_GALLERY,
+        measures=measures,
+    )
 
 
 def judge_heterogeneous(
@@ -237,7 +291,7 @@ def judge_heterogeneous(
     called: np.ndarray,
     group_ids: np.ndarray,
     **resampling: Unpack[Resampling],
-) -> dict[str, Any]:
+) -> Hypothesis:
     """Ask whether false alarms vary more within themselves than true negatives; see `judge_less_stained`."""
     of = truth == 0
     names = ("false positives", "true negatives")
@@ -252,20 +306,18 @@ def judge_heterogeneous(
             **resampling,
         )
     ]
-    return {
-        "name": "heterogeneous",
-        "claim": "Patches of high internal heterogeneity are taken for cancer.",
-        "source": "the VGG16 post",
-        "among": "negative patches",
-        **_judge_contrast(
-            measures[0],
-            ("false positives are {} heterogeneous than true negatives", "more", "less"),
-            group_ids,
-            resampling["unit"],
-        ),
-        "note": _WRONG_GALLERY,
-        "measures": measures,
-    }
+    words = ("false positives are {} heterogeneous than true negatives", "more", "less")
+    verdict, answer = _judge_contrast(measures[0], words, group_ids, resampling["unit"])
+    return Hypothesis(
+        name="heterogeneous",
+        claim="Patches of high internal heterogeneity are taken for cancer.",
+        source="the VGG16 post",
+        among="negative patches",
+        verdict=verdict,
+        answer=answer,
+        note=_WRONG_GALLERY,
+        measures=measures,
+    )
 
 
 def judge_blue_yellow(
@@ -275,7 +327,7 @@ def judge_blue_yellow(
     shares: pd.DataFrame,
     group_ids: np.ndarray,
     **resampling: Unpack[Resampling],
-) -> dict[str, Any]:
+) -> Hypothesis:
     """Ask whether blue and yellow pixels get more saliency than their share, and what colour is worth.
 
     Args:
@@ -283,7 +335,6 @@ def judge_blue_yellow(
         prob: Probability of the positive class, of the patches as they are.
         without: The same of the patches with colour taken out, by name.
         shares: As `share_saliency` gives them.
-        group_ids: Patient (slide, patch) of each.
         **resampling: As of `Resampler`, ``unit`` among them.
     """
     saliency = {colour: _measure_share(shares, colour, group_ids, **resampling) for colour in COLOURS}
@@ -298,7 +349,7 @@ def judge_blue_yellow(
             "auroc": _auroc(truth, other, group_ids, **resampling),
             "difference": difference,
         }
-    verdicts = {colour: _judge(result["ratio"], 1.0) for colour, result in saliency.items()}
+    verdicts = {colour: _judge(share.ratio, 1.0) for colour, share in saliency.items()}
     order = ("held", "opposite", "not seen", "unsaid")
     verdict = min(verdicts.values(), key=order.index)
     parts = [_say_share(colour, result) for colour, result in saliency.items()]
@@ -311,19 +362,19 @@ def judge_blue_yellow(
         )
     which = [colour for colour, result in verdicts.items() if result == verdict]
     of = "" if verdict == "unsaid" else f" for {' and '.join(which)}"
-    lead = _lead(verdict, group_ids, resampling["unit"], saliency[which[0]]["ratio"].reason, of)
-    return {
-        "name": "blue and yellow",
-        "claim": "The network attends to blue and yellow pixels.",
-        "source": "the saliency post",
-        "among": "all patches",
-        "verdict": verdict,
-        "answer": f"{lead} {'; '.join(parts)}.",
-        "note": "In H&E nuclei are blue, so a network that uses nuclei uses blue pixels. Patches without "
+    lead = _lead(verdict, group_ids, resampling["unit"], saliency[which[0]].ratio.reason, of)
+    return Hypothesis(
+        name="blue and yellow",
+        claim="The network attends to blue and yellow pixels.",
+        source="the saliency post",
+        among="all patches",
+        verdict=verdict,
+        answer=f"{lead} {'; '.join(parts)}.",
+        note="In H&E nuclei are blue, so a network that uses nuclei uses blue pixels. Patches without "
         "colour lie outside the training distribution, which explains a part of the loss.",
-        "auroc": auroc,
-        "saliency": saliency,
-    }
+        auroc=auroc,
+        saliency=saliency,
+    )
 
 
 def count_asked(network: nn.Module, input_px: int) -> int:
@@ -360,43 +411,43 @@ def _contrast(
     group_ids: np.ndarray,
     names: tuple[str, str],
     **resampling: Unpack[Resampling],
-) -> dict[str, Any]:
+) -> PropertyContrast:
     """Compare a property in the direction of the conjecture: -1 where the chosen are to have less of it."""
     result = contrast_groups(direction * values.to_numpy(), chosen, group_ids, names=names, **resampling)
-    return {
-        "property": name,
-        "direction": "more" if direction > 0 else "less",
-        "chosen": names[0],
-        "others": names[1],
-        "n_chosen": result.n_chosen,
-        "n_others": result.n_others,
-        "mean_chosen": direction * result.mean_chosen,
-        "mean_others": direction * result.mean_others,
-        "difference_sd": result.difference_sd,
-        "auroc": result.auroc,
-        "within": result.within,
-        "by_group": result.by_group.replace({np.nan: None}).to_dict(orient="index"),
-    }
+    return PropertyContrast(
+        property=name,
+        direction="more" if direction > 0 else "less",
+        chosen=names[0],
+        others=names[1],
+        n_chosen=result.n_chosen,
+        n_others=result.n_others,
+        mean_chosen=direction * result.mean_chosen,
+        mean_others=direction * result.mean_others,
+        difference_sd=result.difference_sd,
+        auroc=result.auroc,
+        within=result.within,
+        by_group=result.by_group.to_dict(orient="index"),
+    )
 
 
 def _judge_contrast(
-    measure: Mapping[str, Any], words: tuple[str, str, str], group_ids: np.ndarray, unit: str
-) -> dict[str, str]:
+    measure: PropertyContrast, words: tuple[str, str, str], group_ids: np.ndarray, unit: str
+) -> tuple[str, str]:
     """Return verdict and answer: does the AUROC's interval lie above .5?"""
-    auroc, difference = measure["auroc"], measure["difference_sd"]
+    auroc, difference = measure.auroc, measure.difference_sd
     verdict = _judge(auroc, 0.5)
     if np.isnan(auroc.value):
-        return {"verdict": verdict, "answer": f"Not tested: {auroc.reason}."}
+        return verdict, f"Not tested: {auroc.reason}."
     sentence, more, less = words
     statement = sentence.format(less if difference.value < 0 else more)
     size = "" if np.isnan(difference.value) else f", by {abs(difference.value):.2f} standard deviations"
     lead = _lead(verdict, group_ids, unit, auroc.reason)
-    return {"verdict": verdict, "answer": f"{lead} {statement}{size}; AUROC {_estimate(auroc, '.3f')}."}
+    return verdict, f"{lead} {statement}{size}; AUROC {_estimate(auroc, '.3f')}."
 
 
 def _measure_share(
     shares: pd.DataFrame, colour: str, group_ids: np.ndarray, **resampling: Unpack[Resampling]
-) -> dict[str, Any]:
+) -> ColourShare:
     known = shares[f"{colour}_saliency"].notna().to_numpy()
     area, saliency = (shares[f"{colour}_{what}"].to_numpy()[known] for what in ("area", "saliency"))
     if not known.any() or area.mean() < LEAST_AREA:
@@ -404,12 +455,12 @@ def _measure_share(
     else:
         ratio = clustered_ratio(saliency, area, group_ids[known], **resampling)
     item = pd.DataFrame({"area": area, "saliency": saliency}).groupby(group_ids[known]).mean()
-    return {
-        "area_share": area.mean() if known.any() else None,
-        "saliency_share": saliency.mean() if known.any() else None,
-        "ratio": ratio,
-        "by_group": item.to_dict(orient="index") if resampling["unit"] != "patch" else {},
-    }
+    return ColourShare(
+        area_share=area.mean() if known.any() else None,
+        saliency_share=saliency.mean() if known.any() else None,
+        ratio=ratio,
+        by_group=item.to_dict(orient="index") if resampling["unit"] != "patch" else {},
+    )
 
 
 def _auroc(
@@ -433,12 +484,12 @@ def _lead(verdict: str, group_ids: np.ndarray, unit: str, reason: str | None, of
     return f"Inconclusive with {count(len(np.unique(group_ids)), unit)} ({reason}). Point estimate:"
 
 
-def _say_share(colour: str, found: Mapping[str, Any]) -> str:
-    if np.isnan(found["ratio"].value):
-        return str(found["ratio"].reason)
+def _say_share(colour: str, share: ColourShare) -> str:
+    if np.isnan(share.ratio.value):
+        return str(share.ratio.reason)
     return (
-        f"{colour} pixels make up {found['area_share']:.1%} of the area and {found['saliency_share']:.1%} of "
-        f"the saliency (ratio {_estimate(found['ratio'], '.2f')})"
+        f"{colour} pixels make up {share.area_share:.1%} of the area and {share.saliency_share:.1%} of "
+        f"the saliency (ratio {_estimate(share.ratio, '.2f')})"
     )
 
 

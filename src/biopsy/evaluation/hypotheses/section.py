@@ -46,11 +46,11 @@ def describe_hypotheses(facts: RunFacts) -> Section | None:
     item = {entry["name"]: entry for entry in result["hypotheses"]}
     for entry in item.values():
         blocks.append(Text(f"\u201c{entry['claim']}\u201d ({entry['source']}). {entry['answer']}"))
-    compared = [(entry, measure) for entry in item.values() for measure in entry.get("measures", ())]
+    compared = [(entry, measure) for entry in item.values() for measure in entry["measures"]]
     if compared:
         blocks.append(_table_of_contrasts(compared, result["unit"]))
     for entry in item.values():
-        if "auroc" in entry:
+        if entry["auroc"]:
             blocks += [_table_of_colour(entry), _table_of_saliency(entry)]
     blocks += _tables_by_group(compared, result["unit"])
     return Section("hypotheses", "Published hypotheses", blocks)

@@ -27,10 +27,8 @@ def occlude(request: ExplanationRequest, hidden: Tensor, window: int, stride: in
     """Occlude with a window of some side and stride, in pixels of the network's input.
 
     Args:
-        request: Network, batch and class.
         hidden: What stands in the window, ``(B, 3, 1, 1)`` or ``(B, 3, S, S)``.
         window: Side; windows at the right and lower edge are cut off there.
-        stride: From one window to the next.
 
     Returns:
         ``(B, 1, S, S)``.
