@@ -76,6 +76,8 @@ STYLE: dict[Any, Any] = {
     "ytick.labelsize": 8.5,
 }
 
+_LONG_LABEL = 14  # characters of a legend's label of which no three fit side by side
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -107,12 +109,14 @@ def annotate(
 
 
 def legend_above(axes: Axes, columns: int = 3) -> None:
-    """Put the legend above the axes, where it covers no data."""
-    if axes.get_legend_handles_labels()[0]:
+    """Put the legend above the axes, where it covers no data; long labels take two columns."""
+    labels = axes.get_legend_handles_labels()[1]
+    if labels:
+        columns = min(columns, 2 if max(map(len, labels)) > _LONG_LABEL else 3)
         axes.legend(
             loc="lower left",
             bbox_to_anchor=(0, 1.0),
-            ncols=min(columns, 3),
+            ncols=columns,
             borderaxespad=0.1,
             columnspacing=1.2,
         )

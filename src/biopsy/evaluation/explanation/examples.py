@@ -58,6 +58,7 @@ class Explained:
     illustrations: list[Illustration]
 
 
+LABEL_CHARACTERS = 74  # that fit above a row of maps
 KINDS = {
     "missed": "False negative",
     "false alarm": "False positive",
@@ -82,9 +83,9 @@ def draw_sheet(explained: Explained, chosen: Sequence[int], parts: Sequence[Illu
     rows = []
     for place in chosen:
         example = explained.examples.iloc[place]
-        name = shorten(example["patch_id"], 32)
         true = f", true class {example['class']}" if example["class"] else ""
-        label = f"{KINDS[example['kind']]}{true}, p {example['prob']:.2f}, patch {name}"
+        label = f"{KINDS[example['kind']]}{true}, p {example['prob']:.2f}, patch "
+        label += shorten(example["patch_id"], min(32, max(10, LABEL_CHARACTERS - len(label))))
         maps = np.concatenate([part.maps[place] for part in parts])
         rows.append(Overlay(label, explained.patches[place], maps))
     titles = [title for part in parts for title in part.titles]
