@@ -276,7 +276,7 @@ def test_three_are_corrected_and_have_no_table_of_changes(pair, pack, tmp_path):
     document = biopsy.compare([weak, third, strong], out=tmp_path / "out")
     p, holm = ([one["metrics"]["auroc"][key] for one in document["differences"]] for key in ("p", "p_holm"))
     assert holm == adjust_holm(p) and holm != p
-    assert "changed" not in document and not (tmp_path / "out" / "changed.csv").exists()
+    assert document["changed"] is None and not (tmp_path / "out" / "changed.csv").exists()
     assert "Adjusted p: Holm over 2 comparisons" in (tmp_path / "out" / "report.html").read_text()
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,14 @@ from biopsy.core.errors import MetricError, RunError, suggest
 from biopsy.core.files import plain, update_directory, write_atomic, write_json
 from biopsy.core.results import Result
 from biopsy.core.tables import write_csv
-from biopsy.evaluation.comparison.measure import EvaluationSet, ModelPredictions, compare_models, find_changed
+from biopsy.evaluation.comparison.measure import (
+    EvaluationSet,
+    ModelPredictions,
+    PackId,
+    Source,
+    compare_models,
+    find_changed,
+)
 from biopsy.evaluation.comparison.page import (
     ComparisonFacts,
     hide_comparison,
@@ -97,7 +104,8 @@ def compare(
         document = compare_models(models, test_set, metric=metric)
         changed = None
         if len(models) == 2:
-            changed, document["changed"] = find_changed(models[0], models[1], test_set)
+            changed, turned = find_changed(models[0], models[1], test_set)
+            document = replace(document, changed=turned)
         facts = ComparisonFacts(plain(document), changed, _open_patches(models[0]), models[0].frames[0])
         if hide_ids:
             facts = hide_comparison(facts)
@@ -119,7 +127,7 @@ def gather_models(items: Sequence[Run | Study | Path | str]) -> tuple[list[Model
     for model, _ in pairs:
         seen[model.name] += 1
         name = model.name if counts[model.name] == 1 else f"{model.name} ({seen[model.name]})"
-        models.append(ModelPredictions(name, model.seeds, model.frames, model.about))
+        models.append(replace(model, name=name))
     test_set = pairs[0][1]
     for model, (_, other) in zip(models[1:], pairs[1:], strict=True):
         _check_same(models[0], test_set, model, other)
@@ -156,17 +164,14 @@ def _read_study(study: Study) -> Iterator[tuple[ModelPredictions, EvaluationSet]
     for recipe in recipes:
         frames = pool_by_seed(pooled[pooled["recipe"] == recipe])
         run = next(run for run in judged if run.info["recipe"] == recipe)
-        about = {
-            **_describe_source(run, "study", study.path),
-            "fold": None,
-            "folds": sorted(frames[0]["fold"].dropna().unique()),
-        }
+        folds = sorted(frames[0]["fold"].dropna().unique())
+        source = replace(_describe_source(run, "study", study.path), fold=None, folds=folds)
         yield (
             ModelPredictions(
                 name if len(recipes) == 1 else f"{name}/{recipe}",
                 [int(frame["seed"].iloc[0]) for frame in frames],
                 [_order(frame) for frame in frames],
-                about,
+                source,
             ),
             _find_test_set(run, study.info["pack"]["content_sha256"]),
         )
@@ -176,28 +181,23 @@ def _order(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.sort_values("patch_id", kind="stable").reset_index(drop=True)
 
 
-def _describe_source(run: Run, kind: str, path: Path) -> dict[str, Any]:
+def _describe_source(run: Run, kind: str, path: Path) -> Source:
     split = run.info["split"]
-    return {
-        "kind": kind,
-        "path": str(path),
-        "recipe": run.info["recipe"],
-        "split": split["name"],
-        "fold": split["fold"],
-        "patients_overlap": split["patients_overlap"],
-    }
+    return Source(
+        kind, str(path), run.info["recipe"], split["name"], split["fold"], split["patients_overlap"]
+    )
 
 
 def _find_test_set(run: Run, pack_sha256: str) -> EvaluationSet:
     metrics = run.metrics()
-    pack = {"path": run.info["pack"]["path"], "content_sha256": pack_sha256}
+    pack = PackId(run.info["pack"]["path"], pack_sha256)
     return EvaluationSet(pack, metrics["class_names"], metrics["positive_class"], metrics["unit"])
 
 
 def _check_same(
     reference: ModelPredictions, test_set: EvaluationSet, model: ModelPredictions, other: EvaluationSet
 ) -> None:
-    if other.pack["content_sha256"] != test_set.pack["content_sha256"]:
+    if other.pack.content_sha256 != test_set.pack.content_sha256:
         raise RunError(
             f"{reference.name} was tested on {_name_pack(test_set)} and {model.name} on {_name_pack(other)}: "
             "only what was tested on one pack can be compared"
@@ -217,19 +217,19 @@ def _check_same(
 
 
 def _name_pack(test_set: EvaluationSet) -> str:
-    return f"{Path(test_set.pack['path']).name} ({test_set.pack['content_sha256'][:12]})"
+    return f"{Path(test_set.pack.path).name} ({test_set.pack.content_sha256[:12]})"
 
 
 def _name_split(model: ModelPredictions) -> str:
-    folds = model.about.get("folds") or [model.about["fold"]]
+    folds = [*model.source.folds, model.source.fold]
     named = ", ".join(str(int(fold)) for fold in folds if fold is not None)
-    return f"split {model.about['split']}" + (f", fold {named}" if named else "")
+    return f"split {model.source.split}" + (f", fold {named}" if named else "")
 
 
 def _open_patches(model: ModelPredictions) -> Callable[[str], np.ndarray] | None:
     """Return a way to the pixels, None where the pack is out of reach."""
-    path = Path(model.about["path"])
-    run = Study.open(path).judged_runs()[0] if model.about["kind"] == "study" else Run.open(path)
+    path = Path(model.source.path)
+    run = Study.open(path).judged_runs()[0] if model.source.kind == "study" else Run.open(path)
     try:
         pack = run.open_pack(verify=False)
     except RunError:

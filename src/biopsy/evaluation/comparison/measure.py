@@ -6,8 +6,7 @@ two trained networks. The p-values of several comparisons are corrected by Holm'
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -20,13 +19,26 @@ from biopsy.statistics.intervals import estimate_metric
 from biopsy.statistics.metrics import METRICS, Metric, measure
 from biopsy.statistics.multiclass import MULTICLASS_METRICS, ClassSample
 from biopsy.statistics.paired import Difference, Sample, adjust_holm, sample_seeds, subtract
-from biopsy.statistics.resampling import Resampler
+from biopsy.statistics.resampling import Interval, Resampler
 from biopsy.statistics.weighted_counts import SortedScores
 
 FORMAT = "biopsy-comparison/1"
 RECIPES, NETWORKS = "recipes", "trained networks"
 BY_GROUP = ("auroc", "sensitivity", "specificity", "balanced_accuracy")
 BY_GROUP_OF_CLASSES = ("accuracy", "f1_weighted")  # defined where a patient lacks a class
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: a run or, of ``kind`` study, the runs of a recipe over its folds."""
+
+    kind: str
+    path: str
+    recipe: str
+    split: str
+    fold: int | None
+    patients_overlap: bool | None
+    folds: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -37,13 +49,20 @@ class ModelPredictions:
         name: Told apart from the others' names.
         seeds: Training seeds, one a table.
         frames: The predictions of each seed; all models have the same patches in the same order.
-        about: Where it comes from: ``kind``, ``path``, ``recipe``, ``split``, ``fold``.
     """
 
     name: str
     seeds: Sequence[int]
     frames: Sequence[pd.DataFrame]
-    about: Mapping[str, Any] = field(default_factory=dict)
+    source: Source
+
+
+@dataclass(frozen=True)
+class PackId:
+    """Path and hash of a pack."""
+
+    path: str
+    content_sha256: str
 
 
 @dataclass(frozen=True)
@@ -51,13 +70,12 @@ class EvaluationSet:
     """What all models were tested on.
 
     Attributes:
-        pack: Path and hash of the pack.
         class_names: Names by class index.
         positive_class: One of them; None with more than two.
         unit: What counts as one independent observation: patient, slide or patch.
     """
 
-    pack: Mapping[str, Any]
+    pack: PackId
     class_names: Sequence[str]
     positive_class: str | None
     unit: str
@@ -81,45 +99,138 @@ class EvaluationSet:
         return BY_GROUP if self.positive_class is not None else BY_GROUP_OF_CLASSES
 
 
+@dataclass(frozen=True)
+class SeedSpread(Spread):
+    """How far a difference moves from training to training, over ``n`` seeds or pairs of seeds."""
+
+    n: int = 0
+    paired: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricDifference(Interval):
+    """A model's difference from the reference, with its p-value as it is and after Holm's correction."""
+
+    p: float | None
+    p_holm: float | None
+    over_patients: Interval
+    over_seeds: SeedSpread
+
+
+@dataclass(frozen=True)
+class ModelDifference:
+    """Differences of one model from the reference.
+
+    ``compares`` says whether intervals and p-values speak of recipes (several seeds on both sides) or of two
+    trained networks.
+    """
+
+    of: str
+    to: str
+    compares: str
+    metrics: dict[str, MetricDifference]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelResult(Source):
+    """A model's own metrics."""
+
+    name: str
+    seeds: Sequence[int]
+    patch: dict[str, Interval]
+    over_seeds: dict[str, Spread]
+
+
+@dataclass(frozen=True)
+class GroupResult:
+    """A patient's (slide's) metrics and differences by model, without intervals: it is one patient."""
+
+    group: str
+    n_patches: int
+    per_class: dict[str, int]
+    values: dict[str, dict[str, float]]
+    differences: dict[str, dict[str, SeedSpread]]
+
+
+@dataclass(frozen=True)
+class Turned:
+    """Patches whose prediction turned from right to wrong and back."""
+
+    n_patches: int
+    turned_wrong: int
+    turned_right: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangedPredictions:
+    """Predictions of two models, patch by patch; McNemar's p assumes patches that are independent."""
+
+    before: str
+    after: str
+    both_right: int
+    both_wrong: int
+    turned_wrong: int
+    turned_right: int
+    mcnemar_p_if_patches_were_independent: float
+    by_class: dict[str, Turned]
+    by_group: dict[str, Turned]
+
+
+@dataclass(frozen=True)
+class PairedIntervals:
+    """How the intervals of differences are made."""
+
+    level: float
+    method: str
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonDocument:
+    """Content of ``comparison.json``; the file formats page says what each entry means."""
+
+    format: str = FORMAT
+    reference: str
+    metric: str
+    pack: PackId
+    class_names: list[str]
+    positive_class: str | None
+    unit: str
+    n_patches: int
+    n_patients: int
+    interval: PairedIntervals
+    correction: str = "Holm over the comparisons, metric by metric"
+    models: list[ModelResult]
+    differences: list[ModelDifference]
+    by_group: list[GroupResult]
+    changed: ChangedPredictions | None = None
+
+
 def compare_models(
     models: Sequence[ModelPredictions], test_set: EvaluationSet, *, metric: str = "auroc"
-) -> dict[str, Any]:
-    """Return what ``comparison.json`` holds, but for what changed from patch to patch.
+) -> ComparisonDocument:
+    """Compare models, but for what changed from patch to patch.
 
     Args:
         models: Two or more, the reference first.
-        metric: The one that was to answer, chosen before looking.
+        metric: The primary one, chosen before looking.
     """
     samples = [sample_model(model, test_set) for model in models]
-    result, frame = samples[0].result, models[0].frames[0]
-    return {
-        "format": FORMAT,
-        "reference": models[0].name,
-        "metric": metric,
-        "pack": test_set.pack,
-        "class_names": list(test_set.class_names),
-        "positive_class": test_set.positive_class,
-        "unit": test_set.unit,
-        "n_patches": len(frame),
-        "n_patients": result.resampler.n_groups,
-        "interval": {
-            "level": result.resampler.level,
-            "method": f"paired {result.resampler.method}, Student's t",
-            "seed": 0,
-        },
-        "correction": "Holm over the comparisons, metric by metric",
-        "models": [
-            {
-                "name": model.name,
-                "seeds": list(model.seeds),
-                **model.about,
-                **_describe(sample, test_set),
-            }
-            for model, sample in zip(models, samples, strict=True)
-        ],
-        "differences": _subtract_all(models, samples, test_set),
-        "by_group": [] if test_set.unit == "patch" else _compare_groups(models, test_set),
-    }
+    resampler = samples[0].result.resampler
+    return ComparisonDocument(
+        reference=models[0].name,
+        metric=metric,
+        pack=test_set.pack,
+        class_names=list(test_set.class_names),
+        positive_class=test_set.positive_class,
+        unit=test_set.unit,
+        n_patches=len(models[0].frames[0]),
+        n_patients=resampler.n_groups,
+        interval=PairedIntervals(resampler.level, f"paired {resampler.method}, Student's t"),
+        models=[_describe(model, sample, test_set) for model, sample in zip(models, samples, strict=True)],
+        differences=_subtract_all(models, samples, test_set),
+        by_group=[] if test_set.unit == "patch" else _compare_groups(models, test_set),
+    )
 
 
 def sample_model(model: ModelPredictions, test_set: EvaluationSet) -> Sample:
@@ -136,53 +247,49 @@ def measure_seeds(
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def _describe(sample: Sample, test_set: EvaluationSet) -> dict[str, Any]:
+def _describe(model: ModelPredictions, sample: Sample, test_set: EvaluationSet) -> ModelResult:
     """Return a model's own numbers."""
     spreads = {name: Spread.of(values) for name, values in sample.by_seed.items()}
-    over_seeds = {name: spread for name, spread in spreads.items() if spread.mean is not None}
-    values = {
-        name: estimate_metric(metric, sample.samples[0], sample.result)
-        for name, metric in test_set.metrics.items()
-    }
-    return {"patch": values, "over_seeds": over_seeds}
+    return ModelResult(
+        **vars(model.source),
+        name=model.name,
+        seeds=model.seeds,
+        patch={
+            name: estimate_metric(metric, sample.samples[0], sample.result)
+            for name, metric in test_set.metrics.items()
+        },
+        over_seeds={name: spread for name, spread in spreads.items() if spread.mean is not None},
+    )
 
 
 def _subtract_all(
     models: Sequence[ModelPredictions], samples: Sequence[Sample], test_set: EvaluationSet
-) -> list[dict[str, Any]]:
-    """Return each model's differences from the reference, with corrected p-values and the spread over seeds.
-
-    ``compares`` says whether interval and p-value speak of recipes (several seeds on both sides) or of two
-    trained networks.
-    """
-    result: list[dict[str, Difference]] = [subtract(sample, samples[0]) for sample in samples[1:]]
-    holm = {name: adjust_holm([one[name].p for one in result]) for name in test_set.metrics}
-    paired = [set(model.seeds) == set(models[0].seeds) for model in models]
-    return [
-        {
-            "of": models[place].name,
-            "to": models[0].name,
-            "compares": RECIPES if min(len(models[0].frames), len(models[place].frames)) > 1 else NETWORKS,
-            "metrics": {
-                name: {
-                    **vars(difference.interval),
-                    "p": difference.p,
-                    "p_holm": holm[name][place - 1],
-                    "over_patients": difference.over_patients,
-                    "over_seeds": spread_seeds(
-                        samples[place].by_seed[name], samples[0].by_seed[name], paired[place]
-                    ),
-                }
-                for name, difference in one.items()
-            },
+) -> list[ModelDifference]:
+    """Return each model's differences from the reference, p-values corrected over the models."""
+    reference, base = models[0], samples[0]
+    results: list[dict[str, Difference]] = [subtract(sample, base) for sample in samples[1:]]
+    holm = {name: adjust_holm([result[name].p for result in results]) for name in test_set.metrics}
+    differences = []
+    for place, (model, sample, result) in enumerate(zip(models[1:], samples[1:], results, strict=True)):
+        paired = set(model.seeds) == set(reference.seeds)
+        metrics = {
+            name: MetricDifference(
+                **vars(difference.interval),
+                p=difference.p,
+                p_holm=holm[name][place],
+                over_patients=difference.over_patients,
+                over_seeds=spread_seeds(sample.by_seed[name], base.by_seed[name], paired),
+            )
+            for name, difference in result.items()
         }
-        for place, one in enumerate(result, start=1)
-    ]
+        compares = RECIPES if min(len(reference.frames), len(model.frames)) > 1 else NETWORKS
+        differences.append(ModelDifference(model.name, reference.name, compares, metrics))
+    return differences
 
 
 def spread_seeds(
     first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, paired: bool
-) -> dict[str, Any]:
+) -> SeedSpread:
     """Return how far a difference moves from training to training.
 
     Args:
@@ -192,73 +299,73 @@ def spread_seeds(
             the one is set against every seed of the other, and ``sd`` adds the two variances.
     """
     if np.isnan([*first, *second]).any():
-        return {"mean": None, "sd": None, "min": None, "max": None, "n": 0, "paired": paired}
+        return SeedSpread(paired=paired)
     differences = np.subtract(first, second) if paired else np.subtract.outer(first, second).ravel()
     if paired:
         sd = _sd(differences)
     else:
         of_each = _sd(first), _sd(second)
         sd = None if None in of_each else float(np.hypot(*of_each))  # type: ignore[arg-type]
-    return {
-        "mean": float(np.mean(first) - np.mean(second)),
-        "sd": sd,
-        "min": float(differences.min()),
-        "max": float(differences.max()),
-        "n": len(differences),
-        "paired": paired,
-    }
+    return SeedSpread(
+        mean=float(np.mean(first) - np.mean(second)),
+        sd=sd,
+        min=float(differences.min()),
+        max=float(differences.max()),
+        n=len(differences),
+        paired=paired,
+    )
 
 
 def _sd(values: Sequence[float] | np.ndarray) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def _compare_groups(models: Sequence[ModelPredictions], test_set: EvaluationSet) -> list[dict[str, Any]]:
-    """Return every patient's (slide's) own numbers and differences, without intervals: it is one patient."""
-    groups, result = test_set.groups(models[0].frames[0]), []
+def _compare_groups(models: Sequence[ModelPredictions], test_set: EvaluationSet) -> list[GroupResult]:
+    groups, results = test_set.groups(models[0].frames[0]), []
     target = models[0].frames[0]["target"].to_numpy(int)
     for group in sorted(set(groups.tolist())):
         rows = np.flatnonzero(groups == group)
-        item = [
-            measure_seeds([f.iloc[rows] for f in model.frames], test_set, test_set.by_group)
+        measured = {
+            model.name: measure_seeds([f.iloc[rows] for f in model.frames], test_set, test_set.by_group)
             for model in models
-        ]
-        result.append(
-            {
-                "group": group,
-                "n_patches": len(rows),
-                "per_class": {
+        }
+        base = measured[models[0].name]
+        results.append(
+            GroupResult(
+                group=group,
+                n_patches=len(rows),
+                per_class={
                     name: int((target[rows] == place).sum())
                     for place, name in enumerate(test_set.class_names)
                 },
-                "values": {
-                    model.name: {name: float(np.mean(seeds)) for name, seeds in values.items()}
-                    for model, values in zip(models, item, strict=True)
+                values={
+                    model: {name: float(np.mean(seeds)) for name, seeds in values.items()}
+                    for model, values in measured.items()
                 },
-                "differences": {
+                differences={
                     model.name: {
                         name: spread_seeds(
-                            values[name], item[0][name], set(model.seeds) == set(models[0].seeds)
+                            measured[model.name][name], base[name], set(model.seeds) == set(models[0].seeds)
                         )
                         for name in test_set.by_group
                     }
-                    for model, values in zip(models[1:], item[1:], strict=True)
+                    for model in models[1:]
                 },
-            }
+            )
         )
-    return result
+    return results
 
 
 def find_changed(
     before: ModelPredictions, after: ModelPredictions, test_set: EvaluationSet
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Find the patches whose call turned from right to wrong or back.
+) -> tuple[pd.DataFrame, ChangedPredictions]:
+    """Find the patches whose prediction turned from right to wrong or back.
 
-    With several seeds a patch is called what most of them call it.
+    With several seeds the prediction of a patch is that of most of them.
 
     Returns:
         A row a patch that turned, the greatest change of the true class's probability first; and counts, by
-        class and by patient. McNemar's exact p-value takes patches for independent, which they are not.
+        class and by patient.
     """
     frame = before.frames[0]
     target, index = frame["target"].to_numpy(int), np.arange(len(frame))
@@ -280,17 +387,17 @@ def find_changed(
     order = turned["change"].abs().sort_values(ascending=False, kind="stable").index
     lost, gained = (int((table["turned"] == to).sum()) for to in ("wrong", "right"))
     p = float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
-    summary: dict[str, Any] = {
-        "before": before.name,
-        "after": after.name,
-        "both_right": int((right_before & right_after).sum()),
-        "both_wrong": int((~right_before & ~right_after).sum()),
-        "turned_wrong": lost,
-        "turned_right": gained,
-        "mcnemar_p_if_patches_were_independent": p,
-        "by_class": _count_turned(table, table["target"].to_numpy()),
-        "by_group": {} if test_set.unit == "patch" else _count_turned(table, test_set.groups(frame)),
-    }
+    summary = ChangedPredictions(
+        before=before.name,
+        after=after.name,
+        both_right=int((right_before & right_after).sum()),
+        both_wrong=int((~right_before & ~right_after).sum()),
+        turned_wrong=lost,
+        turned_right=gained,
+        mcnemar_p_if_patches_were_independent=p,
+        by_class=_count_turned(table, table["target"].to_numpy()),
+        by_group={} if test_set.unit == "patch" else _count_turned(table, test_set.groups(frame)),
+    )
     return turned.loc[order].reset_index(drop=True), summary
 
 
@@ -304,12 +411,8 @@ def _vote(model: ModelPredictions, test_set: EvaluationSet) -> tuple[np.ndarray,
     return (votes + probs / 2).argmax(axis=1), probs
 
 
-def _count_turned(table: pd.DataFrame, by: np.ndarray) -> dict[str, dict[str, int]]:
+def _count_turned(table: pd.DataFrame, by: np.ndarray) -> dict[str, Turned]:
     return {
-        str(name): {
-            "n_patches": len(rows),
-            "turned_wrong": int((rows == "wrong").sum()),
-            "turned_right": int((rows == "right").sum()),
-        }
+        str(name): Turned(len(rows), int((rows == "wrong").sum()), int((rows == "right").sum()))
         for name, rows in table["turned"].groupby(by)
     }
