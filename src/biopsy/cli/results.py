@@ -407,7 +407,7 @@ def _print_comparison(comparison: Mapping[str, Any], options: Options) -> None:
         _print_difference(comparison, difference)
         if comparison["n_patients"] < FEWEST_GROUPS:
             _print_groups(comparison, difference["of"])
-    if "changed" in comparison:
+    if comparison["changed"]:
         changed = comparison["changed"]
         print(
             f"\ncorrect to wrong: {changed['turned_wrong']:,}, wrong to correct: "
