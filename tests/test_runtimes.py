@@ -55,7 +55,7 @@ def off_by(found, wanted):
 
 def ask(classifier, patches, precision="fp32", n_threads=1):
     with open_runtime(classifier, "cpu", precision, n_threads=n_threads) as runtime:
-        return runtime.software[0], runtime.ask(patches)
+        return runtime.software[0], runtime.logits(patches)
 
 
 def run_torch(classifier):
@@ -63,7 +63,7 @@ def run_torch(classifier):
 
 
 def by_torch(classifier, patches=PATCHES):
-    return run_torch(classifier).ask(patches)
+    return run_torch(classifier).logits(patches)
 
 
 @pytest.mark.parametrize("network", ["cancernet", "baruah", "dabydeen_hedges", "residual", "vgg16"])
@@ -71,9 +71,9 @@ def test_a_compiled_network_says_what_pytorch_says(network):
     classifier = classifier_of(network)
     with open_runtime(classifier, "cpu", "fp32", n_threads=1) as runtime:
         assert runtime.software[0] == "openvino"
-        logits, features = runtime.ask_with_features(PATCHES)
+        logits, features = runtime.logits_and_features(PATCHES)
     assert off_by(logits, by_torch(classifier)) < 1e-4
-    assert off_by(features, run_torch(classifier).ask_with_features(PATCHES)[1]) < 1e-4
+    assert off_by(features, run_torch(classifier).logits_and_features(PATCHES)[1]) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_many_threads_ask_one_network():
     classifier = classifier_of("cancernet")
     _, alone = ask(classifier, PATCHES)
     with open_runtime(classifier, "cpu", "fp32", n_threads=4) as runtime, ThreadPoolExecutor(4) as pool:
-        for found in pool.map(runtime.ask, [PATCHES] * 12):
+        for found in pool.map(runtime.logits, [PATCHES] * 12):
             assert np.array_equal(found, alone)
 
 
@@ -171,7 +171,7 @@ from biopsy.slides import cohorts
 from biopsy.training.open_model import open_classifier
 from biopsy.models.runtimes import open_runtime
 with open_runtime(open_classifier({str(bundle)!r}), "cpu", "fp32", n_threads=2) as runtime:
-    numpy.save({str(bundle / "logits.npy")!r}, runtime.ask(numpy.load({str(bundle / "patches.npy")!r})))
+    numpy.save({str(bundle / "logits.npy")!r}, runtime.logits(numpy.load({str(bundle / "patches.npy")!r})))
 """
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
     assert off_by(np.load(bundle / "logits.npy"), wanted) < 1e-4

@@ -147,21 +147,21 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def combine(said: list[Annotation]) -> tuple[str | None, str]:
+def combine(records: list[Annotation]) -> tuple[str | None, str]:
     """Return the class that reviewers agree on, None where they do not or are unsure, and the reason."""
-    labels = {None if record.verdict == "unsure" else record.label for record in said}
+    labels = {None if record.verdict == "unsure" else record.label for record in records}
     if len(labels) > 1:
-        parts = ", ".join(f"{record.who}: {record.label or record.verdict}" for record in said)
+        parts = ", ".join(f"{record.who}: {record.label or record.verdict}" for record in records)
         return None, f"reviewers disagree ({parts})"
     label = labels.pop()
-    record = said[-1]
+    record = records[-1]
     if label is None and record.verdict == "wrong":
         return None, "wrong, but no class was named"
     return label, f"{record.verdict}; shown as {record.shown}" if record.shown else record.verdict
 
 
 def label_sheet(
-    pack: Pack, places: Iterable[tuple[str, np.ndarray]], said: dict[str, list[Annotation]]
+    pack: Pack, places: Iterable[tuple[str, np.ndarray]], by_target: dict[str, list[Annotation]]
 ) -> pd.DataFrame:
     """Return the sheet that ``prepare --labels`` reads: one row an annotated patch of a pack.
 
@@ -169,14 +169,13 @@ def label_sheet(
     before that. Patches on which reviewers disagree or are unsure have no decision.
 
     Args:
-        pack: The pack.
         places: Name of each slide and its rows of the pack.
-        said: As `Annotations.current` returns it.
+        by_target: As `Annotations.current` returns it.
     """
     ids = pack.table["patch_id"].to_numpy(str)
     by_patch: dict[str, list[Annotation]] = {}
     rows_of = {name: rows for name, rows in places}
-    for records in said.values():
+    for records in by_target.values():
         for record in records:
             if record.is_region and record.slide in rows_of:
                 for row in _rows_inside(pack, rows_of[record.slide], record):
@@ -184,7 +183,7 @@ def label_sheet(
     known = set(ids)
     by_patch |= {
         target: [record for record in records if not record.is_region]
-        for target, records in said.items()
+        for target, records in by_target.items()
         if target in known
     }
     labels = pack.table.get("original_class", pd.Series(pack.target).map(dict(enumerate(pack.class_names))))
@@ -216,17 +215,16 @@ def _rows_inside(pack: Pack, rows: np.ndarray, record: Annotation) -> np.ndarray
 
 
 def to_features(
-    said: dict[str, list[Annotation]], slide: str, class_names: list[str], corner: tuple[int, int]
-) -> Iterator[dict[str, Any]]:
-    """Return what was said of a slide as features that QuPath opens, each with its class.
+    by_target: dict[str, list[Annotation]], slide: str, class_names: list[str], corner: tuple[int, int]
+) -> Iterator[dict[str, object]]:
+    """Return the annotations of a slide as features that QuPath opens, each with its class.
 
     Args:
-        said: As `Annotations.current` returns it.
-        slide: Name of the slide.
+        by_target: As `Annotations.current` returns it.
         class_names: In order, which fixes their colours.
         corner: Where what was scanned begins at level 0: QuPath counts from there.
     """
-    for target, records in said.items():
+    for target, records in by_target.items():
         records = [record for record in records if record.slide == slide and record.polygon]
         if not records:
             continue

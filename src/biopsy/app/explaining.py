@@ -1,7 +1,6 @@
 """One patch in depth: saliency, distance from training, the nearest training patches."""
 
 import base64
-from typing import Any
 
 import cv2
 import numpy as np
@@ -20,11 +19,10 @@ from biopsy.plotting.patches import scale_maps, superimpose
 _SIDE_PX = 240
 
 
-def explain_patch(classifier: Classifier, pixels: np.ndarray) -> dict[str, Any]:
+def explain_patch(classifier: Classifier, pixels: np.ndarray) -> dict[str, object]:
     """Return what the classifier makes of a patch.
 
     Args:
-        classifier: The classifier.
         pixels: uint8 ``(h, w, 3)``.
 
     Returns:
@@ -46,7 +44,7 @@ def explain_patch(classifier: Classifier, pixels: np.ndarray) -> dict[str, Any]:
     }
 
 
-def find_nearest(classifier: Classifier, sheet: Sheet, row: int) -> list[dict[str, Any]]:
+def find_nearest(classifier: Classifier, sheet: Sheet, row: int) -> list[dict[str, object]]:
     """Return the training patches nearest to a patch of a run, with pictures."""
     assert sheet.run is not None
     [nearest] = find_nearest_training_patches(

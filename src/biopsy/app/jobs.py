@@ -159,7 +159,7 @@ class Jobs:
             del self._jobs[identity]
         shutil.rmtree(self.folder / identity, ignore_errors=True)
 
-    def get(self, identity: str) -> dict[str, Any]:
+    def get(self, identity: str) -> dict[str, object]:
         """Return what is known of a job.
 
         Raises:
@@ -174,7 +174,7 @@ class Jobs:
             "results": sorted(self._files(identity)) if job["status"] == "done" else [],
         }
 
-    def list(self) -> "list[dict[str, Any]]":
+    def list(self) -> "list[dict[str, object]]":
         """Return all jobs, oldest first."""
         return [self.get(identity) for identity in list(self._jobs)]
 

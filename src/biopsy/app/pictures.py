@@ -37,7 +37,6 @@ class Picture(Protocol):
             x: Left edge at level 0.
             y: Upper edge at level 0.
             width: Of the result, in pixels.
-            height: Of the result.
             downsample: Level-0 pixels in a pixel of the result, along a side.
         """
 
@@ -128,10 +127,7 @@ def read_tile(picture: Picture, level: int, column: int, row: int) -> np.ndarray
     """Return one tile, uint8 ``(h, w, 3)``; at the right and lower edge it is smaller than `TILE_PX`.
 
     Args:
-        picture: The slide.
         level: 0 is full resolution; each further one has half the pixels a side.
-        column: From the left.
-        row: From the top.
 
     Raises:
         SlideError: If there is no such tile.

@@ -97,8 +97,6 @@ def choose_by(
     Args:
         strategy: As `next` takes it.
         candidates: As `choose` takes them.
-        budget: How many at most.
-        seed: Of the draw.
     """
     drawn = np.random.default_rng(seed).permutation(len(candidates))
     if strategy == "random":
@@ -117,7 +115,6 @@ def choose(candidates: pd.DataFrame, budget: int) -> np.ndarray:
     Args:
         candidates: ``uncertainty``, ``ood_score`` (NaN if unknown), ``patient_id``, ``slide``, ``x``, ``y``,
             ``side`` of each patch.
-        budget: How many at most.
     """
     score = candidates["uncertainty"].rank(pct=True).to_numpy()
     ood_score = candidates["ood_score"].rank(pct=True).to_numpy(float)

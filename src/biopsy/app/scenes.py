@@ -104,7 +104,7 @@ class Scene:
     corner: tuple[int, int] = (0, 0)
 
     @cached_property
-    def regions(self) -> list[dict[str, Any]]:
+    def regions(self) -> list[dict[str, object]]:
         """Regions of the map: class, rings at level 0, area and mean probability."""
         if self.slide_map is None:
             return []
@@ -289,7 +289,6 @@ def open_sources(
     name beside the map. The slide's fingerprint in the map's ``summary.json`` must agree.
 
     Args:
-        paths: What to show.
         model: Explains patches; that of a run by default.
         mpp: Micrometres per pixel at level 0, for slides that do not say.
 

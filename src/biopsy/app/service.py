@@ -122,13 +122,8 @@ def make_service(
 
     Args:
         models: Runs, classifiers or bundles; each is named as its folder.
-        out: Folder of slide jobs.
-        root: Folder below which slides may be named by path.
-        token: That requests must bear.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
-        tta: Another test-time augmentation than the classifiers' own.
         hosts: Names under which the server is reached; None for any.
-        limits: What a request may ask for.
     """
     several = [models] if isinstance(models, Run | Classifier | Path | str) else list(models)
     if not several:

@@ -77,7 +77,7 @@ def _account() -> str:
         return "reviewer"
 
 
-class Said(BaseModel):
+class NewAnnotation(BaseModel):
     """What the page sends when something is annotated."""
 
     place: str = Field(max_length=40)
@@ -118,13 +118,13 @@ class _Viewer:
             "/api/sheets/{key}/patches/{row}": self.sheet_patch,
             "/api/sheets/{key}/explain/{row}": self.explain_on_sheet,
             "/api/sheets/{key}/nearest/{row}": self.nearest,
-            "/api/annotations": self.said,
+            "/api/annotations": self.list_annotations,
             "/api/export/{key}.geojson": self.export_geojson,
             "/api/export/{key}.csv": self.export_labels,
         }
         for path, handler in handlers.items():
             app.add_api_route(path, handler, methods=["GET"], response_model=None)
-        app.add_api_route("/api/annotations", self.say, methods=["POST"], response_model=None)
+        app.add_api_route("/api/annotations", self.annotate, methods=["POST"], response_model=None)
 
     # --- the page
     def index(self) -> Response:
@@ -310,8 +310,8 @@ class _Viewer:
         return explain_patch(self.exhibit.classifier, pixels)
 
     # --- annotations
-    def said(self) -> dict[str, Any]:
-        """Return what is said of each target, for the page to draw."""
+    def list_annotations(self) -> dict[str, Any]:
+        """Return the annotations of each target, for the page to draw."""
         result = []
         for target, records in self.annotations.current().items():
             label, reason = combine(records)
@@ -331,38 +331,38 @@ class _Viewer:
             )
         return {"annotations": result}
 
-    def say(self, said: Said, request: Request) -> dict[str, Any]:
-        if (said.verdict is None) == (said.label is None):
+    def annotate(self, new: NewAnnotation, request: Request) -> dict[str, Any]:
+        if (new.verdict is None) == (new.label is None):
             raise DataError("give a verdict (right, wrong, unsure, removed) or a label (a class)")
-        self.annotations.add(self._make_annotation(said))
-        return self.said()
+        self.annotations.add(self._make_annotation(new))
+        return self.list_annotations()
 
-    def _make_annotation(self, said: Said) -> Annotation:
-        place, labels = self._look_up(said)
+    def _make_annotation(self, new: NewAnnotation) -> Annotation:
+        place, labels = self._look_up(new)
         shown = place.pop("shown")
-        if said.label is not None and (labels is None or said.label not in labels.names):
+        if new.label is not None and (labels is None or new.label not in labels.names):
             raise DataError(
-                f"{said.label!r} is no class here; known: {', '.join(labels.names if labels else [])}"
+                f"{new.label!r} is no class here; known: {', '.join(labels.names if labels else [])}"
             )
-        verdict: Verdict = said.verdict or ("right" if said.label == shown else "wrong")
-        label = said.label
+        verdict: Verdict = new.verdict or ("right" if new.label == shown else "wrong")
+        label = new.label
         if label is None and verdict == "right":
             label = shown
         elif label is None and verdict == "wrong" and labels is not None and len(labels.names) == 2 and shown:
             label = labels.names[1 - labels.names.index(shown)]
-        who = (said.who or self.who).strip() or self.who
+        who = (new.who or self.who).strip() or self.who
         return Annotation(**place, verdict=verdict, shown=shown, label=label, who=who, when=now())
 
-    def _look_up(self, said: Said) -> tuple[dict[str, Any], Labels | None]:
+    def _look_up(self, new: NewAnnotation) -> tuple[dict[str, Any], Labels | None]:
         """Return what is annotated and the class that is shown there."""
-        if said.place in self.exhibit.sheets:
-            sheet = self.exhibit.sheet(said.place)
-            if said.patch is None:
+        if new.place in self.exhibit.sheets:
+            sheet = self.exhibit.sheet(new.place)
+            if new.patch is None:
                 raise DataError("on a sheet only patches can be annotated")
-            _require_row(sheet, said.patch)
-            shown = _shown(sheet.labels, sheet.patches, said.patch)
-            patch_id = str(sheet.pack.table["patch_id"].iloc[said.patch])
-            place = self._find_on_slide(sheet, said.patch)
+            _require_row(sheet, new.patch)
+            shown = _shown(sheet.labels, sheet.patches, new.patch)
+            patch_id = str(sheet.pack.table["patch_id"].iloc[new.patch])
+            place = self._find_on_slide(sheet, new.patch)
             slide = None if place is None else self.exhibit.entries[place["key"]].name
             polygon = None if place is None else _square(*place["box"])
             return (
@@ -375,23 +375,23 @@ class _Viewer:
                 },
                 sheet.labels,
             )
-        scene, name = self.exhibit.scene(said.place), self.exhibit.entries[said.place].name
-        if said.patch is None:
-            if said.region is None or (said.polygon is None and said.verdict != "removed"):
+        scene, name = self.exhibit.scene(new.place), self.exhibit.entries[new.place].name
+        if new.patch is None:
+            if new.region is None or (new.polygon is None and new.verdict != "removed"):
                 raise DataError("give a patch, or the id and polygon of a region")
-            shown = _majority(scene, said.polygon) if said.polygon else None
-            region = {"target": said.region, "slide": name, "polygon": said.polygon, "shown": shown}
+            shown = _majority(scene, new.polygon) if new.polygon else None
+            region = {"target": new.region, "slide": name, "polygon": new.polygon, "shown": shown}
             return region, scene.labels
-        if scene.grid is None or scene.labels is None or said.patch >= len(scene.grid):
+        if scene.grid is None or scene.labels is None or new.patch >= len(scene.grid):
             raise DataError("there is no such patch")
         ids = scene.patches.ids
         return (
             {
-                "target": self._target_on_slide(said.place, scene, said.patch),
-                "patch_id": None if ids is None else str(ids[said.patch]),
+                "target": self._target_on_slide(new.place, scene, new.patch),
+                "patch_id": None if ids is None else str(ids[new.patch]),
                 "slide": name,
-                "polygon": _square(*_corner(scene, said.patch)),
-                "shown": _shown(scene.labels, scene.patches, said.patch),
+                "polygon": _square(*_corner(scene, new.patch)),
+                "shown": _shown(scene.labels, scene.patches, new.patch),
             },
             scene.labels,
         )

@@ -209,7 +209,6 @@ def run_server(app: Any, listener: socket.socket, *, on_start: Callable[[], Awai
     """Serve until Ctrl-C.
 
     Args:
-        app: The ASGI application.
         listener: As `bind` returns it.
         on_start: Called once requests are answered.
     """

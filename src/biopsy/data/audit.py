@@ -194,7 +194,6 @@ def audit_pack(pack: Pack, split: Split | None = None) -> Audit:
     """Look for everything in a pack that would spoil a result.
 
     Args:
-        pack: The pack.
         split: A split of it, of which overlap and duplicates between sides are then looked for.
 
     Returns:

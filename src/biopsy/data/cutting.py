@@ -155,10 +155,7 @@ def cut_slide(slide: Slide, notes: Annotations, class_names: Sequence[str], cutt
     """Lay the grid over a slide and label its patches.
 
     Args:
-        slide: Open.
-        notes: Its annotations.
         class_names: Of all slides, see `name_classes`.
-        cutting: The rules.
 
     Raises:
         DataError: If the annotations are another slide's, or there is no region where ``rest`` needs one.

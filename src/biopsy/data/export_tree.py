@@ -55,7 +55,6 @@ def export_tree(
         pack: The patches, made from ``source``.
         source: The archive or folder the pack was made from.
         folder: The tree; it appears when it is whole.
-        split: A split with sides of the pack.
         on_progress: Called with the files written and the files in all.
 
     Returns:

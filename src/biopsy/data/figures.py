@@ -26,7 +26,6 @@ def draw_sides(sides: Sequence[str], counts: np.ndarray, class_names: Sequence[s
     Args:
         sides: Names of the sides (or folds), from top to bottom.
         counts: Patches, shape ``(n_sides, n_classes)``.
-        class_names: One name a column.
 
     Raises:
         MetricError: If the shape does not fit.
@@ -71,9 +70,7 @@ def draw_balance(patient_ids: Sequence[object], counts: np.ndarray, class_names:
     """Draw patches per patient and class, the patient with most first.
 
     Args:
-        patient_ids: One id a row.
         counts: Patches, shape ``(n_patients, n_classes)``.
-        class_names: One name a column.
 
     Raises:
         MetricError: If the shape does not fit.

@@ -52,7 +52,6 @@ def record_opening(pack: Pack, run_dir: Path | str, entry: Mapping[str, object])
     """Note that a subset of a pack was looked at.
 
     Args:
-        pack: The pack.
         run_dir: The run's folder, which keeps the note where the pack cannot be written.
         entry: ``run, recipe, seed, split, fold, side`` and ``command``; time, hash of the pack and
             place of the ledger are added.
@@ -80,10 +79,7 @@ def count_openings(
     """Count how often a subset was looked at, and for how many runs.
 
     Args:
-        pack: The pack.
-        split: Name of the split.
         fold: The fold that was tested; None for a split without folds.
-        side: The subset.
         run_dir: A run whose own ledger counts as well.
     """
     every, n_unreadable = _read_all(pack, run_dir)

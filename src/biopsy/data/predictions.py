@@ -69,12 +69,10 @@ def make_predictions(
     """Return the predictions of some patches of a pack.
 
     Args:
-        pack: The patches.
         index: Which rows of the pack were predicted, ``(n,)``.
         logits: Before calibration, ``(n, n_classes)``.
         probs: After calibration, ``(n, n_classes)``.
         sides: The side of each predicted patch, ``(n,)``, or of all of them.
-        fold: The fold they were tested in.
         threshold: As in `tabulate_predictions`.
         abstained: As in `tabulate_predictions`.
 
@@ -330,7 +328,6 @@ def write_submission(path: Path | str, frame: pd.DataFrame, metadata: Mapping[st
     Args:
         path: ``*.csv``.
         frame: Predictions of two classes, with ``patch_id`` and ``prob``.
-        metadata: What they were made with, and what was skipped.
 
     Raises:
         DataError: If the ending is another one, or two patches have one id.

@@ -109,7 +109,6 @@ class Split:
         """Return each patch its side, in the pack's order.
 
         Args:
-            pack: The pack the split was made for.
             fold: For a split with folds, the one that tests; the next one (of another patient) validates, the
                 others train.
 
@@ -341,7 +340,6 @@ def find_split(pack: Pack, name: str | None = None) -> Split:
     """Load a split, or make the one whose protocol's name needs nothing more to be said.
 
     Args:
-        pack: The pack.
         name: A split's name, or a protocol's. None means ``"official"`` where the data set has its own sides,
             else ``"patients"``.
 
@@ -520,8 +518,6 @@ def _state_limits(pack: Pack, protocol: str, counts: Sequence[Mapping[str, Subse
     """Return which intervals the tested patients will not allow, class by class, and what would.
 
     Args:
-        pack: The patches.
-        protocol: Of the split.
         counts: Of each fold's subsets as `_count` gives them, or of the one division.
     """
     if pack.unit == "patch" or protocol in LEAK_PROTOCOLS:  # of these one patient is tested, on purpose

@@ -58,7 +58,6 @@ def read_patch_table(path: Path | str, aliases: dict[str, str] | None = None) ->
     """Read a csv about patches, patients or slides: text in one spelling, keys as the pack has them.
 
     Args:
-        path: The file.
         aliases: Headings in lower case, and what their columns are called; those of keys are known.
 
     Raises:
@@ -96,7 +95,6 @@ def add_people(table: pd.DataFrame, people: str | Path) -> tuple[pd.DataFrame, d
     """Fill ``patient_id``, ``slide_id`` and ``site_id`` from a csv or from a pattern for the path.
 
     Args:
-        table: A listing's table.
         people: A csv with a column patch_id, id, source or slide_id and at least one of patient_id, slide_id
             (or wsi) and site_id; or a regular expression searched in ``source``, whose groups named patient,
             slide or site (or whose first group, the patient) are the ids.
@@ -279,7 +277,6 @@ def relabel(
     """Override labels by a csv and keep who, when, and what was before.
 
     Args:
-        table: A listing's table.
         path: A csv with a column ``patch_id`` or ``source``, a column ``label`` (a class name, or its index
             where no class is called so), and optionally ``who`` and ``when``. A label that is no class yet
             becomes one, with a warning. With a column ``decision``, as in the sheet of ``label-issues``, that
@@ -364,7 +361,6 @@ def fold_classes(
     class (their names joined by ``+``) and the rest ``other``; what they were stays in ``original_class``.
 
     Args:
-        table: A listing's table.
         class_names: The classes of the dataset, in order.
         positive: Names of positive classes, as a list or separated by commas, or the name of a group.
         groups: Groups of classes that have a name of their own; every class becomes that of its group.

@@ -177,7 +177,7 @@ def _largest_difference(classifier: Classifier, model: Any) -> float:
     noise = (colours + rng.integers(0, 64, shape)).astype(np.uint8)
     with torch.inference_mode():
         wanted = classifier.network(preprocessing.prepare(noise)).numpy()
-    result = CompiledRuntime(classifier, model, "fp32", n_threads=1).ask(noise)
+    result = CompiledRuntime(classifier, model, "fp32", n_threads=1).logits(noise)
     return float(np.abs(result - wanted).max() / max(1e-9, np.ptp(wanted, axis=0).max()))
 
 

@@ -69,7 +69,6 @@ class Engine:
 
         Args:
             network: In training mode, on this device.
-            optimiser: Over the network's parameters.
             batch: ``(B, 3, H, W)`` float, as ``Preprocessing`` gives it.
             target: ``(B,)`` class indices.
             loss_fn: ``(logits, target) -> scalar``, see :func:`make_loss`.

@@ -1,4 +1,4 @@
-"""Asking a network: pixels in, logits and features out."""
+"""Inference: pixels in, logits and features out."""
 
 import contextlib
 from collections import deque
@@ -19,7 +19,7 @@ from biopsy.models.runtimes import Runtime, TorchRuntime, open_runtime
 BATCH_SIZE = 256
 _THREAD_CHUNK = 64  # patches that a thread takes at once
 OnProgress = Callable[[int, int], None]
-_Answer = TypeVar("_Answer")
+_Output = TypeVar("_Output")
 
 
 class Predictor:
@@ -50,7 +50,7 @@ class Predictor:
             index: Rows wanted, in this order; None for all.
             on_progress: Called with patches done and patches in all after each batch.
         """
-        return np.concatenate(list(self._run(self._runtime.ask, patches, sizes, index, on_progress)))
+        return np.concatenate(list(self._run(self._runtime.logits, patches, sizes, index, on_progress)))
 
     def logits_and_features(
         self,
@@ -60,19 +60,19 @@ class Predictor:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return logits ``(n, n_classes)`` and the penultimate layer ``(n, n_features)``, both float32."""
         logits, features = zip(
-            *self._run(self._runtime.ask_with_features, patches, sizes, index, None), strict=True
+            *self._run(self._runtime.logits_and_features, patches, sizes, index, None), strict=True
         )
         return np.concatenate(logits), np.concatenate(features)
 
     def _run(
         self,
-        ask: Callable[[np.ndarray], _Answer],
+        predict: Callable[[np.ndarray], _Output],
         patches: np.ndarray,
         sizes: np.ndarray | None,
         index: np.ndarray | None,
         on_progress: OnProgress | None,
-    ) -> Iterator[_Answer]:
-        """Yield what is answered chunk by chunk: each in a thread, or in this one, resized ahead."""
+    ) -> Iterator[_Output]:
+        """Yield the outputs chunk by chunk: each in a thread, or in this one, resized ahead."""
         index = np.arange(len(patches)) if index is None else np.asarray(index)
         in_threads = self._runtime.in_threads
         size = _THREAD_CHUNK if in_threads else BATCH_SIZE
@@ -83,7 +83,7 @@ class Predictor:
             return self._preprocessing.resize_patches(patches[rows], widths, heights)
 
         def work(rows: np.ndarray) -> Any:
-            return ask(resize(rows)) if in_threads else resize(rows)
+            return predict(resize(rows)) if in_threads else resize(rows)
 
         n_threads, done = min(count_cores(), len(chunks)), 0
         with ThreadPoolExecutor(n_threads) as pool:
@@ -92,7 +92,7 @@ class Predictor:
             for rows in chunks:
                 result = waiting.popleft().result()
                 waiting.extend(pool.submit(work, following) for following in islice(rest, 1))
-                yield result if in_threads else ask(result)
+                yield result if in_threads else predict(result)
                 done += len(rows)
                 if on_progress:
                     on_progress(done, len(index))
@@ -100,7 +100,7 @@ class Predictor:
 
 @contextlib.contextmanager
 def open_predictor(classifier: Classifier, engine: Engine, n_patches: int) -> Iterator[Predictor]:
-    """Return a classifier ready to be asked about so many patches.
+    """Return a classifier ready to predict so many patches.
 
     On a CPU, OpenVINO runs it where it is installed, computes the same as PyTorch, and the patches are enough
     to earn the conversion back; elsewhere PyTorch does.
@@ -153,9 +153,7 @@ def predict_logits(
 
     Args:
         network: Already placed on the engine's device; left in the mode it was in.
-        preprocessing: As in training.
         patches, sizes, index, on_progress: As of `Predictor.logits`.
-        engine: Device and precision.
     """
     training = network.training
     network.eval()

@@ -27,7 +27,7 @@ class CompiledRuntime:
         classifier: Says how patches are brought to size.
         model: OpenVINO's model of its network, as `compiling.convert` gives it.
         precision: ``fp32`` or ``bf16``.
-        n_threads: How many threads will ask.
+        n_threads: Threads that will predict at once.
     """
 
     in_threads = True
@@ -47,11 +47,11 @@ class CompiledRuntime:
         self._compiled = openvino.Core().compile_model(model, "CPU", settings)
         self._own = threading.local()
 
-    def ask(self, patches: np.ndarray) -> np.ndarray:
+    def logits(self, patches: np.ndarray) -> np.ndarray:
         """Return logits ``(n, n_classes)`` of patches, uint8 ``(n, H, W, 3)``."""
         return self._compute(patches, 1)[0]
 
-    def ask_with_features(self, patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def logits_and_features(self, patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return logits and the penultimate layer ``(n, n_features)`` of patches."""
         logits, *features = self._compute(patches, len(self._compiled.outputs))
         return logits, features[0] if features else logits[:, :0]

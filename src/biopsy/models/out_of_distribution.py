@@ -41,8 +41,6 @@ def fit_reference(
         patches: uint8 ``(N, H, W, 3)``.
         sizes: True ``(width, height)`` of each patch.
         train: Rows of training patches; at most `REFERENCE_PATCHES` of them are drawn.
-        val: Rows of validation patches.
-        seed: Of the draw.
     """
     from sklearn.covariance import ledoit_wolf  # imports for a second
 

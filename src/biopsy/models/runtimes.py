@@ -1,4 +1,4 @@
-"""What runs a network that is only asked: OpenVINO on a processor; PyTorch on a GPU, or where that cannot.
+"""What runs a network in prediction: OpenVINO on a processor; PyTorch on a GPU, or where that cannot.
 
 Both take patches as bytes and give logits. Compiled by OpenVINO a small network answers on a CPU about twice
 as fast as PyTorch does: its normalisations and activations disappear into the convolutions. A bundle holds
@@ -26,20 +26,20 @@ WORTH_CONVERTING = 1024
 
 
 class Runtime(Protocol):
-    """A network with its preprocessing, ready to be asked from any thread.
+    """A network with its preprocessing, ready to predict from any thread.
 
     Attributes:
         software: What runs it: name and version.
-        in_threads: Whether many threads should ask at once, or one of them with all there is.
+        in_threads: Whether many threads should predict at once, or one with all cores.
     """
 
     software: tuple[str, str]
     in_threads: bool
 
-    def ask(self, patches: np.ndarray) -> np.ndarray:
+    def logits(self, patches: np.ndarray) -> np.ndarray:
         """Return logits ``(n, n_classes)`` of patches, uint8 ``(n, H, W, 3)``."""
 
-    def ask_with_features(self, patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def logits_and_features(self, patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return logits and the penultimate layer ``(n, n_features)`` of patches."""
 
 
@@ -60,10 +60,7 @@ def open_runtime(
     """Return the fastest runtime there is for a classifier on a device.
 
     Args:
-        classifier: What is asked.
         device: ``cpu``, ``cuda``, ``cuda:1`` ...
-        precision: Of the arithmetic.
-        n_threads: How many threads will ask.
         n_patches: How many patches will be asked about; None: as many as a slide has.
 
     Raises:
@@ -108,13 +105,13 @@ class TorchRuntime:
         size = _CPU_BATCH if in_threads else _GPU_BATCH
         self._batch_size = size // N_VIEWS if isinstance(network, SymmetryAveraged) else size
 
-    def ask(self, patches: np.ndarray) -> np.ndarray:
+    def logits(self, patches: np.ndarray) -> np.ndarray:
         """Return logits ``(n, n_classes)`` of patches, uint8 ``(n, H, W, 3)``."""
         return self._compute(self._network, patches)
 
-    def ask_with_features(self, patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def logits_and_features(self, patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return logits and the penultimate layer ``(n, n_features)`` of patches."""
-        return self.ask(patches), self._compute(self._network.features, patches)
+        return self.logits(patches), self._compute(self._network.features, patches)
 
     def _compute(self, function: Any, patches: np.ndarray) -> np.ndarray:
         size = self._batch_size

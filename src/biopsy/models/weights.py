@@ -80,7 +80,6 @@ def make_network(
     Args:
         recipe: Whose tables ``model`` and ``preprocessing`` count.
         n_classes: Number of logits.
-        seed: Of the weights that are random.
         load: False where other weights are about to be loaded over them, those of a checkpoint say.
 
     Returns:

@@ -68,7 +68,6 @@ def plan_slide(
     """Lay out one patient's slide.
 
     Args:
-        seed: The cohort's seed.
         patient: The patient's name; names the random stream.
         tissue_mm2: Area of tissue, above 0.
         tumour_frac: Share of the tissue inside the tumour region, in [0, 1); the region is in one piece.

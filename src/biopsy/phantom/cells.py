@@ -17,9 +17,6 @@ def place_nuclei(
     """Return all nuclei of a region but those that line glands and vessels.
 
     Args:
-        anatomy: The slide.
-        weave: Its texture.
-        region: Where.
         epithelium: Share of each pixel that is living tumour epithelium.
         gland: Share that is normal gland.
         bed: Share that is the loose stroma of a lobule.
@@ -102,9 +99,6 @@ def draw_fat(anatomy: Anatomy, weave: Weave, region: Region, occupied: Floats) -
     """Return how much of each pixel is fat and how much of that is wall, both in [0, 1].
 
     Args:
-        anatomy: The slide.
-        weave: Its texture.
-        region: Where.
         occupied: Share of each pixel that holds epithelium; fat grows round it.
     """
     share = fat_share(anatomy.habit, region.maps["fat"], region.maps["tumour"])
@@ -180,7 +174,6 @@ def stamp_nuclei(shape: tuple[int, int], origin_um: tuple[float, float], um: flo
 
     Args:
         shape: Height and width of the grid.
-        origin_um: Position of the grid's corner.
         um: Micrometres per pixel.
         nuclei: (n, 6): x, y, long and short radius in micrometres, angle in radians, amount of stain.
     """

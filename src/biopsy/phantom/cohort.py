@@ -87,7 +87,6 @@ def write_archive(
         path: ``*.zip`` writes a zip, replacing an existing one; anything else a new folder.
         n_patients: Number of patients, named from 90001 on.
         patches_per_patient: Mean number of patches, at least 20; may be fractional, the total is exact.
-        seed: The cohort's seed.
         high_grade: As `plan_painter` takes it: morphology tells the tumour better than colour.
         root: Folder above the patients; ``""`` puts the patients at the top, as Kaggle's newer archive does.
         workers: Threads; None takes one per core.

@@ -50,8 +50,6 @@ def draw_habit(seed: int, patient: str, *, high_grade: bool = False) -> Habit:
     """Draw a patient's traits; the same seed and patient give the same traits.
 
     Args:
-        seed: The cohort's seed.
-        patient: The patient's name.
         high_grade: Solid tumour of large nuclei in tissue crowded with small ones.
     """
     rng = make_rng(seed, "phantom", patient, "habit")
@@ -132,8 +130,6 @@ def draw_look(seed: int, patient: str, *, stain_spread: float = 0.2) -> Look:
     """Draw a patient's stain and scanner; the same seed and patient give the same look.
 
     Args:
-        seed: The cohort's seed.
-        patient: The patient's name.
         stain_spread: Standard deviation of the logarithm of the amounts of haematoxylin and eosin.
     """
     rng = make_rng(seed, "phantom", patient, "look")

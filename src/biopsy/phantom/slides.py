@@ -113,9 +113,6 @@ def plan_painter(
     """Plan a slide without drawing it.
 
     Args:
-        seed: The cohort's seed.
-        patient: The patient's name.
-        tissue_mm2: Area of tissue.
         tumour_frac: Share of the tissue inside the tumour (default: drawn from the patient's name).
         high_grade: Large tumour nuclei in crowded tissue, and stains that differ widely between patients:
             colour tells little of the tumour.
@@ -132,7 +129,6 @@ def make_slide(
     """Draw a whole slide.
 
     Args:
-        seed: The cohort's seed.
         patient: The patient's name; seed and name decide everything, with the same library versions.
         mpp: Micrometres per pixel. The same tissue is drawn at any ``mpp``.
         tissue_mm2: Area of tissue; 20 mm2 are about 500 patches of 200 um.
@@ -213,16 +209,13 @@ def make_phantom_slide(
         width: Of the slide, in pixels.
         height: Of the slide, in pixels.
         mpp: Micrometres per pixel.
-        patient: Names the tissue.
         tumour_frac: Share of the tissue inside the tumour, in [0, 1).
         high_grade: As `plan_painter` takes it.
         tissue_mm2: Area of tissue of one section; by default what fills the slide.
-        n_sections: How often the section is laid on the slide.
         drawn_mpp: Resolution at which tissue is drawn, by default ``mpp``; then averaged or enlarged to it.
             About 0.4 megapixels a second are drawn on one core.
         tile_px: Side of the file's tiles.
         compression: ``jpeg`` or ``deflate``.
-        quality: Of JPEG.
         workers: Threads; one per core by default.
 
     Raises:

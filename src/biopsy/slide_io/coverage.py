@@ -17,7 +17,6 @@ def share_of_mask(
         left: Left edges in pixels of the mask, ``(n_columns,)``; fractions count.
         top: Upper edges, ``(n_rows,)``.
         width: Of every rectangle, in pixels of the mask.
-        height: Of every rectangle.
 
     Returns:
         Shares ``(n_rows, n_columns)``.
@@ -41,8 +40,6 @@ def share_of_polygon(
         polygon: Valid; with holes, or several in one.
         left: Left edges in the polygon's units, rising, ``(n_columns,)``.
         top: Upper edges, rising, ``(n_rows,)``.
-        width: Of every rectangle.
-        height: Of every rectangle.
 
     Returns:
         Shares ``(n_rows, n_columns)``.

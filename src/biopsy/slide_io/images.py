@@ -106,7 +106,6 @@ def decode(data: Data, *, max_px: int = MAX_PX) -> np.ndarray:
 
     Args:
         data: The file's bytes.
-        max_px: Pixels of the largest image that is decoded.
 
     Returns:
         uint8 ``(height, width, 3)`` RGB.

@@ -85,7 +85,6 @@ def stitch_values(
     Args:
         values: One number a patch, shape ``(n,)``.
         x: Left edge of each patch in patch pixels.
-        y: Upper edge of each patch.
         patch_px: Side of a patch, and of a cell.
 
     Returns:

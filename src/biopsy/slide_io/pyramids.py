@@ -55,8 +55,6 @@ def write_pyramid(
         path: The file to be; one already there is replaced.
         source: The image ``(height, width)`` or ``(height, width, 3)``, or a function that gives rectangles
             of it. It is called once for every tile, row by row; None stands for a tile of background.
-        width: Pixels.
-        height: Pixels.
         mpp: Micrometres per pixel of level 0.
         tile_px: Side of a tile, a multiple of 16.
         compression: ``jpeg`` (8-bit RGB, lossy) or ``deflate`` (anything, lossless).

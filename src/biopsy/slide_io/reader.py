@@ -89,8 +89,6 @@ class Slide:
         Args:
             x: Left edge in pixels of level 0, as in OpenSlide; taken to the nearest pixel of the level.
             y: Upper edge in pixels of level 0.
-            width: Pixels of the level.
-            height: Pixels of the level.
             level: Which level; 0 is the finest.
 
         Returns:

@@ -50,21 +50,20 @@ def resolve_mpp(name: str, recorded: Recorded, stated: float | None = None) -> t
 
     Args:
         name: The slide's name, for messages.
-        recorded: What its file says.
         stated: What the user says. Where it agrees with the slide's own value, the slide's own is used.
 
     Raises:
         SlideError: If there is no value, or the one there is cannot be true.
     """
-    doubt = _doubt(recorded)
+    fault = _find_fault(recorded)
     if stated is None:
-        if doubt:
-            raise SlideError(f"{name} {doubt}; {_STATE}")
+        if fault:
+            raise SlideError(f"{name} {fault}; {_STATE}")
         return _own(recorded), "slide"
     low, high = PLAUSIBLE_MPP
     if not low <= stated <= high:
         raise SlideError(f"stated mpp {stated!r} for {name} is not in [{low:g}, {high:g}] um/px")
-    if not doubt:
+    if not fault:
         own = _own(recorded)
         if not _agree(stated, own):
             raise SlideError(
@@ -89,7 +88,6 @@ def check_mpp(
     Args:
         name: The slide's name, for messages.
         slide_mpp: Micrometres per pixel of its level 0.
-        wanted_mpp: What is needed.
         purpose: What is done at that resolution, for the message.
 
     Raises:
@@ -113,7 +111,7 @@ def _own(recorded: Recorded) -> float:
     return sum(values) / len(values)
 
 
-def _doubt(recorded: Recorded) -> str | None:
+def _find_fault(recorded: Recorded) -> str | None:
     """Say what is wrong with a slide's own value; None if it holds up."""
     values, objective = _values(recorded), recorded.objective
     if not values:

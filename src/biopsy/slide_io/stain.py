@@ -75,7 +75,6 @@ def colour_features(
         patches: uint8 ``(N, H, W, 3)`` RGB, may be memory-mapped.
         sizes: True ``(width, height)`` of each patch, ``(N, 2)``; the rest is padding and not counted.
         index: Which patches, ``(n,)``; all by default.
-        chunk: Patches that a thread works on at once.
 
     Returns:
         float32 ``(n, 35)`` with the columns `FEATURE_NAMES`: RGB in 0-255, stains as

@@ -206,7 +206,6 @@ def cut_blocks(grid: PatchGrid, downsample: float) -> Iterator[Block]:
     is read no larger than a few megapixels, whatever the slide's size.
 
     Args:
-        grid: The patches.
         downsample: Side of a pixel that the classifier sees, in pixels of the level that is read.
     """
     rows_px = max(grid.patch_px, int(_READ_ROWS / downsample))

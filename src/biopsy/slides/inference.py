@@ -60,7 +60,7 @@ class View:
     checked: np.ndarray
 
 
-class Answer(NamedTuple):
+class SlideLogits(NamedTuple):
     """What became of a slide: its view and logits ``(n, n_classes)``, or the reason why there are none.
 
     ``software`` is the name and version of what computed them, ``unlike`` says of the patches that were
@@ -120,16 +120,13 @@ def predict_slides(
     stride_um: float | None = None,
     n_threads: int | None = None,
     on_progress: OnProgress | None = None,
-) -> Iterator[Answer]:
+) -> Iterator[SlideLogits]:
     """Return the logits of every patch of every slide, slide by slide in their order.
 
     While one slide is asked about, the next is opened and read. A slide that fails does not stop the others.
 
     Args:
-        tasks: The slides.
-        classifier: The network and how to feed it.
         device: ``cpu``, ``cuda``, ``cuda:1`` ...
-        precision: Of the arithmetic.
         stride_um: Step of the grid; by default a patch's side.
         n_threads: Threads that read; by default one a core.
         on_progress: Called with patches done and patches in all of the slide at hand.
@@ -147,15 +144,15 @@ def predict_slides(
         for piece in ahead.read(network):
             waiting.append(piece)
             while len(waiting) > 2 * n_threads:
-                if answer := slide.add(waiting.popleft(), on_progress):
-                    yield answer
+                if result := slide.add(waiting.popleft(), on_progress):
+                    yield result
         while waiting:
-            if answer := slide.add(waiting.popleft(), on_progress):
-                yield answer
+            if result := slide.add(waiting.popleft(), on_progress):
+                yield result
 
 
 class _Piece(NamedTuple):
-    """A part of a slide on its way: its answer comes; the last of a slide has no block."""
+    """A part of a slide on its way: its result comes; the last of a slide has no block."""
 
     task: SlideTask
     view: View | None
@@ -179,19 +176,19 @@ class _Network(NamedTuple):
     classifier: Classifier
 
     def read(self, view: View, block: Block) -> _Found | tuple[np.ndarray, np.ndarray]:
-        """Read a piece in a thread; gives what is found, or what to ask where one thread asks for all."""
+        """Read a piece in a thread; return its logits, or the patches where one thread predicts for all."""
         grid = view.grid
         image = view.slide.read_at(block.x, block.y, block.width_px, block.height_px, mpp=grid.mpp)
         patches = block.cut(image, grid.patch_px)
         resized = self.classifier.info.preprocessing.resize_patches(patches)
         checked = patches[view.checked[block.index]]
-        return self.ask(resized, checked) if self.runtime.in_threads else (resized, checked)
+        return self.predict(resized, checked) if self.runtime.in_threads else (resized, checked)
 
-    def ask(self, resized: np.ndarray, checked: np.ndarray) -> _Found:
+    def predict(self, resized: np.ndarray, checked: np.ndarray) -> _Found:
         """Ask about a piece: all its patches at the network's size, the checked ones as they were cut."""
-        logits = self.runtime.ask(resized)
+        logits = self.runtime.logits(resized)
         features = (
-            self.runtime.ask_with_features(checked)[1] if len(checked) else np.zeros((0, 0), np.float32)
+            self.runtime.logits_and_features(checked)[1] if len(checked) else np.zeros((0, 0), np.float32)
         )
         return _Found(logits, checked, features)
 
@@ -218,10 +215,10 @@ class _Gathered:
         self._error: DataError | None = None
         self._done = 0
 
-    def add(self, piece: _Piece, on_progress: OnProgress | None) -> Answer | None:
-        """Take a piece; gives the slide's answer when it was the last one."""
+    def add(self, piece: _Piece, on_progress: OnProgress | None) -> SlideLogits | None:
+        """Take a piece; gives the slide's result when it was the last one."""
         if piece.block is None:
-            answer = Answer(
+            whole = SlideLogits(
                 piece.task,
                 piece.view,
                 self._logits,
@@ -232,12 +229,12 @@ class _Gathered:
             if piece.view is not None:
                 piece.view.slide.close()
             self.__init__(self._network)  # type: ignore[misc]
-            return answer
+            return whole
         assert piece.view is not None and piece.coming is not None
         try:
             result = piece.coming.result()
             if not isinstance(result, _Found):
-                result = self._network.ask(*result)
+                result = self._network.predict(*result)
             if self._logits is None:
                 self._logits = np.empty((len(piece.view.grid), result.logits.shape[1]), np.float32)
             self._logits[piece.block.index] = result.logits
@@ -251,7 +248,7 @@ class _Gathered:
         return None
 
     def _find_unlike(self) -> np.ndarray:
-        """Return `Answer.unlike`: in the order of the grid, not of the pieces."""
+        """Return `SlideLogits.unlike`: in the order of the grid, not of the pieces."""
         unlike = self._network.find_unlike(self._checked)
         return unlike[np.argsort(np.concatenate(self._places))] if len(unlike) else unlike
 

@@ -18,7 +18,7 @@ from biopsy.models.hardware import Precision, pick_device, pick_precision
 from biopsy.models.hub import is_on_hub
 from biopsy.models.runtimes import list_runtimes
 from biopsy.slides.grids import PatchGrid
-from biopsy.slides.inference import Answer, OnProgress, SlideTask, predict_slides
+from biopsy.slides.inference import OnProgress, SlideLogits, SlideTask, predict_slides
 from biopsy.slides.maps import SlideMap, check_probs
 from biopsy.slides.outputs import MappedSlide, OutOfDistributionShare, list_files
 from biopsy.slides.sources import Source
@@ -183,7 +183,7 @@ class Mapper:
             taken.append(source)
             return SlideTask(source.path, source.mpp)
 
-        answers = predict_slides(
+        results = predict_slides(
             map(start, sources),
             self.classifier,
             device=self.device,
@@ -191,13 +191,13 @@ class Mapper:
             stride_um=self.stride_um,
             on_progress=self._report,
         )
-        for answer in answers:
+        for result in results:
             source = taken.popleft()
-            if answer.error is not None or answer.view is None:
-                yield Mapped(source, answer.error or SlideError(f"{source.path} was not mapped"))
+            if result.error is not None or result.view is None:
+                yield Mapped(source, result.error or SlideError(f"{source.path} was not mapped"))
                 continue
             try:
-                slide_map, tissue = self._make_map(source, answer), answer.view.tissue
+                slide_map, tissue = self._make_map(source, result), result.view.tissue
                 yield Mapped(source, MappedSlide(slide_map, tissue, detections=self.detections))
             except DataError as error:
                 yield Mapped(source, error)
@@ -209,9 +209,9 @@ class Mapper:
         if self._on_progress is not None:
             self._on_progress(done, total)
 
-    def _make_map(self, source: Source, answer: Answer) -> SlideMap:
-        assert answer.view is not None and answer.logits is not None
-        view = answer.view
+    def _make_map(self, source: Source, result: SlideLogits) -> SlideMap:
+        assert result.view is not None and result.logits is not None
+        view = result.view
         place = {
             "slide": view.slide.mpp,
             "source": view.slide.mpp_source,
@@ -223,12 +223,12 @@ class Mapper:
         return make_map(
             source.name,
             view.grid,
-            answer.logits,
+            result.logits,
             self.classifier,
-            about=self._describe(source, place, answer.software)
-            | {"out_of_distribution": _measure_out_of_distribution(answer.unlike, self.classifier)},
+            about=self._describe(source, place, result.software)
+            | {"out_of_distribution": _measure_out_of_distribution(result.unlike, self.classifier)},
             picture=view.thumbnail,
-            ood=_spread(view.checked, answer.unlike),
+            ood=_spread(view.checked, result.unlike),
         )
 
     def _map_stitched(self, source: Source) -> Mapped:

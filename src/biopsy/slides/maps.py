@@ -262,8 +262,6 @@ def outline(mask: np.ndarray, left: int = 0, top: int = 0) -> Polygon:
 
     Args:
         mask: bool ``(rows, columns)``, one piece connected along edges.
-        left: Column of the mask's first cell.
-        top: Row of the mask's first cell.
 
     Example:
         >>> outline(np.array([[True, True], [True, False]])).area

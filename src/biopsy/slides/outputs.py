@@ -91,7 +91,6 @@ def summarise(slide_map: SlideMap, regions: Sequence[Region], *, is_calibrated: 
     that is positive with probability .9 or more (``low_mm2``) to that with .1 or more (``high_mm2``).
 
     Args:
-        slide_map: The map.
         regions: Its regions, as `find_regions` gives them.
         is_calibrated: Whether the classifier's probabilities were calibrated on patients of their own.
     """
@@ -201,7 +200,6 @@ def slide_output(file: str, *, draws: bool = False) -> Callable[[Write], Write]:
     What it returns, by name, is added to ``summary.json``.
 
     Args:
-        file: Name of the file.
         draws: Whether matplotlib draws it: such files are written by a thread of their own.
     """
 
@@ -271,8 +269,6 @@ def write_outputs(
 
     Args:
         folder: An existing folder.
-        mapped: The slide.
-        is_calibrated: Whether the classifier's probabilities were calibrated.
         request: What defines the outputs: for an equal request they are not made again.
     """
     slide_map = mapped.slide_map

@@ -57,9 +57,6 @@ def stitch_slide(pack: Pack, name: str, index: np.ndarray, *, mpp: float | None 
     """Put one slide together.
 
     Args:
-        pack: The patches.
-        name: What to call it.
-        index: Its rows.
         mpp: Micrometres per pixel, where the pack does not say.
 
     Raises:

@@ -39,7 +39,6 @@ def augment(settings: Augmentation, batch: Tensor, generator: Generator) -> Tens
     """Change every patch of a batch by its own draw from the ranges of a recipe.
 
     Args:
-        settings: Of the recipe; its stain transfer is another module's.
         batch: ``(B, 3, H, W)`` float RGB in 0-1, on any device.
         generator: A CPU generator; the same state gives the same batch.
 
@@ -251,7 +250,6 @@ def fit_stain_transfer(pack: Pack, rows: np.ndarray, probability: float, seed: i
     Args:
         pack: Pack of the patches; its group ids are those of patients, or of slides where patients are
             unknown.
-        rows: Rows of the training patches.
         probability: Probability that a patch is recoloured; 0 for none.
         seed: Seed of the draw of the patches that are measured.
 

@@ -51,10 +51,6 @@ def reestimate_batch_norm(
 
     Args:
         network: Placed on the engine's device; gets the new statistics and comes back in evaluation mode.
-        preprocessing: As in training.
-        pack: The patches.
-        rows: Those that trained.
-        engine: Device and precision.
         seed: Of the order.
         reestimate: Whether unsettled statistics are replaced, or only recorded.
 

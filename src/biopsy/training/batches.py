@@ -80,9 +80,6 @@ class Batches:
         ``start`` gives exactly the batches that an uninterrupted pass would have given from there.
 
         Args:
-            order: Indices of patches; one may come more than once.
-            epoch: Part of the augmentation's seed.
-            start: Number of the first batch wanted.
             stop: Number of the batch to stop before; None for all.
         """
         numbers = range(start, self.count(len(order)) if stop is None else stop)

@@ -40,11 +40,7 @@ def cache_backbone_features(
 
     Args:
         network: Placed on the engine's device.
-        batches: Of its input.
-        rows: Every patch that training and validation use.
         n_visits: How many patches the training will see, each as often as it is seen.
-        engine: Device and precision.
-        folder: Where there is disk space.
     """
     parts = split_frozen(network)
     if (

@@ -151,7 +151,6 @@ def draw_network(rows: Sequence[Row], *, input_shape: tuple[int, ...], title: st
     Args:
         rows: ``(name, type, output_shape, parameters)`` a layer, in order; shapes without the batch.
         input_shape: What goes in, such as ``(3, 48, 48)``.
-        title: Written above.
 
     Raises:
         RecipeError: If there is no layer.

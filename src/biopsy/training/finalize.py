@@ -29,9 +29,6 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
 
     Args:
         run: Gets ``classifier/`` and ``predictions/val.parquet``, and what was chosen in its record.
-        network: With the chosen epoch's weights, on the engine's device.
-        task: What was learned.
-        progress: Which epoch was best, and how far training came.
     """
     chosen_epoch = progress.best_epoch if task.keep_best else None
     recipe, pack = task.recipe, task.pack
@@ -126,9 +123,6 @@ def fit_preprocessing(
     """Return the recipe's preprocessing, mean and std taken from training patches where it says so.
 
     Args:
-        recipe: What to do.
-        pack: The patches.
-        train: Rows of the training patches.
         published: Whether to standardise as on the split of the publication.
     """
     settings = recipe.preprocessing.model_dump(exclude={"standardise", "feed"})

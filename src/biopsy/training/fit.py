@@ -59,8 +59,6 @@ def fit(network: torch.nn.Module, task: Task, folder: Path, on_epoch: OnEpoch) -
 
     Args:
         network: With its initial weights.
-        task: What to learn.
-        folder: Where checkpoints are kept, one after each epoch.
         on_epoch: Called with each epoch's record after its checkpoint is written.
 
     Raises:

@@ -19,7 +19,6 @@ def open_classifier(
             folder of a WSInfer model, or a name of `biopsy.models.shipped.list_shipped`, which a local model
             of the same name hides; or ``hf:ORG/NAME[@REVISION]`` on the Hugging Face hub.
         trust_model: SHA-256 of a WSInfer model's TorchScript, which runs only if this is named.
-        tta: Another test-time augmentation than the classifier's own.
 
     Raises:
         RunError: If it is none of these, or not finished, altered or not trusted.

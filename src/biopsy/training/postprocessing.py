@@ -39,8 +39,6 @@ def fit_abstention(
         alpha: Error rate promised.
         promise: Of the patches of each class, or of all together.
         class_names: In the order of the columns of ``probs``.
-        unit: What a group is.
-        chosen_on: The side these patches are of.
         patients_overlap: Whether patients stand on several sides, so that errors here promise nothing.
     """
     how: dict[str, Any] = {"promise": promise, "unit": unit, "class_names": class_names}
@@ -81,9 +79,6 @@ def fit_postprocessing(
         target: Their classes, ``(n,)``.
         group_ids: The patient (slide, patch) of each.
         method: One of ``statistics.calibrators.METHODS``.
-        rules: Of the thresholds; the first one decides.
-        chosen_on: The side these patches are of.
-        unit: What a group is.
         trained_prior: As `find_trained_prior` gives it.
 
     Raises:
@@ -155,10 +150,6 @@ def find_trained_prior(recipe: Recipe, counts: Sequence[int]) -> np.ndarray | No
 
     A class weight of max / count (or any other constant / count) makes all classes count alike, and so does
     resampling to equal shares; both together turn their shares round.
-
-    Args:
-        recipe: Its class weights and its sampling.
-        counts: Training patches of each class before resampling.
     """
     n_times = (recipe.train.class_weights != "none") + (recipe.train.sampling != "none")
     if not n_times:
@@ -213,7 +204,6 @@ def write_validation(
     """Write ``predictions/val.parquet``: what a classifier, once settled, says of validation.
 
     Args:
-        run: Whose validation side it is.
         classifier: With calibrator and thresholds.
         about: `IDENTITY`, side, fold and target of each patch.
         logits: ``(n, n_classes)``.

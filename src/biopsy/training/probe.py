@@ -68,8 +68,6 @@ def fit_probe(network: torch.nn.Module, task: Task, weights: StartWeights, on_ep
 
     Args:
         network: With a linear ``head``, whose weights are replaced.
-        task: What to learn.
-        weights: What the run records of the network's weights.
         on_epoch: Called with the one record.
 
     Returns:
@@ -141,9 +139,6 @@ def cached_features(
     Args:
         network: Placed on the engine's device, with ``features``.
         pack: Keeps them, where it can be written to.
-        preprocessing: Of the network.
-        engine: Device and precision.
-        identity: What they depend on, beside the pack's content.
         on_progress: Called with patches done and patches in all.
 
     Returns:
@@ -228,10 +223,8 @@ def fit_logistic(
         features: ``(n, n_features)``; standardised inside.
         target: Class of each, ``(n,)``; every class must occur.
         groups: The patient of each, ``(n,)``: none is on both sides of a fold.
-        n_classes: Number of classes.
         class_weight: One a class; None weighs all patches alike.
         penalties: scikit-learn's ``C`` to choose from.
-        seed: Of the folds.
 
     Returns:
         Coefficients ``(n_classes, n_features)`` and intercepts ``(n_classes,)`` for the features as they are,

@@ -167,7 +167,7 @@ class Run:
         return cls(path, info)
 
     @classmethod
-    def create(cls, path: Path, info: Mapping[str, Any], recipe: Recipe, split: pd.DataFrame) -> "Run":
+    def create(cls, path: Path, info: Mapping[str, object], recipe: Recipe, split: pd.DataFrame) -> "Run":
         """Write a new run's folder whole: ``run.json``, ``recipe.toml`` and ``split.csv``.
 
         Raises:
@@ -370,7 +370,7 @@ class Run:
 
 
 def hash_config(
-    recipe: Recipe, pack: Pack, sides: np.ndarray, split: Mapping[str, Any], seed: int, weights: str | None
+    recipe: Recipe, pack: Pack, sides: np.ndarray, split: Mapping[str, object], seed: int, weights: str | None
 ) -> str:
     """Return a hash of everything that defines a run's result: equal questions need one run.
 
@@ -379,7 +379,6 @@ def hash_config(
         pack: Its content and its classes count, not where it lies.
         sides: Side of every patch.
         split: Its entry in ``run.json``: whether it is published, and whether its test side validates.
-        seed: Of training.
         weights: Hash of the file that training starts from; None for random weights.
     """
     requested = recipe.model_dump(mode="json", include=set(DEFINING_TABLES))

@@ -15,9 +15,7 @@ def take_fraction(index: np.ndarray, target: np.ndarray, fraction: float, seed: 
 
     Args:
         index: Rows of the training patches, ascending, ``(n,)``.
-        target: Class of every row of the pack.
         fraction: Above 0, at most 1.
-        seed: The run's seed.
     """
     if fraction == 1:
         return index
@@ -33,11 +31,6 @@ def sample_passes(step: int, n_steps: int, steps_per_pass: int) -> Iterator[tupl
     """Say which batches of which passes over the patches the next updates take.
 
     Passes follow each other without end, each shuffled anew; an epoch may begin and end within one.
-
-    Args:
-        step: Updates made so far.
-        n_steps: Updates to make.
-        steps_per_pass: Batches in one pass.
 
     Yields:
         ``(number of the pass from 1, first batch, batch to stop before)``.
@@ -61,11 +54,9 @@ def sample_epoch(
 
     Args:
         index: Rows of the training patches, ``(n,)``.
-        target: Class of every row of the pack.
         sampling: ``"none"``: every patch once. ``"undersample"``: as many patches of each class as the
             rarest has, drawn once for the whole run. ``"oversample"``: as many as the commonest has; every
             patch at least as often as the class allows, the remainder drawn for each epoch.
-        seed: The run's seed.
         epoch: Number of the pass, counted from 1.
     """
     classes = [index[target[index] == label] for label in np.unique(target[index])]

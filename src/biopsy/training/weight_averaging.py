@@ -25,11 +25,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after an update.
-
-        Args:
-            step: Updates made so far, this one included.
-        """
+        """Take in the weights after an update."""
         decay = min(self.decay, (1 + step) / (10 + step))
         averaged: list[Tensor] = []
         current: list[Tensor] = []

@@ -124,7 +124,7 @@ function paintLayers(context, scale, drawing) {
     context.globalAlpha = 1;
   }
   if (regions && $("show-regions").checked) paintRegions(context, scale);
-  for (const said of annotations) if (said.slide === slide.name && said.polygon) paintAnnotation(context, scale, said);
+  for (const annotation of annotations) if (annotation.slide === slide.name && annotation.polygon) paintAnnotation(context, scale, annotation);
   if (chosen?.box) {
     const [x, y, side] = chosen.box;
     context.lineWidth = 4 / scale; context.strokeStyle = "#fff"; context.strokeRect(x, y, side, side);
@@ -152,15 +152,15 @@ function paintRegions(context, scale) {
   }
 }
 
-function paintAnnotation(context, scale, said) {
-  const colour = said.disagree ? "#000" : VERDICT_COLOURS[said.verdict];
-  trace(context, [said.polygon], 3 / scale, colour);
-  const [x, y] = said.polygon[0], size = 14 / scale;
+function paintAnnotation(context, scale, annotation) {
+  const colour = annotation.disagree ? "#000" : VERDICT_COLOURS[annotation.verdict];
+  trace(context, [annotation.polygon], 3 / scale, colour);
+  const [x, y] = annotation.polygon[0], size = 14 / scale;
   context.fillStyle = colour;
   context.fillRect(x, y, size * 1.3, size * 1.3);
   context.fillStyle = "#fff";
   context.font = `bold ${size}px system-ui`;
-  context.fillText(said.disagree ? "≠" : MARKS[said.verdict], x + size * 0.2, y + size);
+  context.fillText(annotation.disagree ? "≠" : MARKS[annotation.verdict], x + size * 0.2, y + size);
 }
 
 async function loadRegions() {
@@ -214,14 +214,14 @@ function followMinimap(event) {
 
 // --- a patch
 async function clickPlace(x, y) {
-  const regionsHere = annotations.filter((said) => said.region && said.slide === slide.name && said.polygon);
+  const regionsHere = annotations.filter((annotation) => annotation.region && annotation.slide === slide.name && annotation.polygon);
   const flag = 20 / zoomer.scale;  // a region is chosen by the flag at its first corner
   const flagged = regionsHere.find(({ polygon: [[left, top]] }) => x >= left && y >= top && x < left + flag && y < top + flag);
   const response = flagged || !slide.grid ? null : await fetch(`api/slides/${slide.key}/patch?x=${x}&y=${y}`);
   if (response?.ok) chosen = await response.json();
   else if (response && response.status !== 404) throw new Error((await response.json()).error);
   else {
-    const region = flagged ?? regionsHere.find((said) => inside(said.polygon, x, y));
+    const region = flagged ?? regionsHere.find((annotation) => inside(annotation.polygon, x, y));
     chosen = region ? { place: slide.key, region: region.target, polygon: region.polygon, target: region.target } : null;
   }
   showPatch();
@@ -256,7 +256,7 @@ function showPatch() {
     chosen.label && ["annotated", chosen.label],
     chosen.ood !== null && chosen.ood !== undefined && ["out-of-distribution", chosen.ood ? "yes" : "no"],
     ...["patient_id", "subset", "doubt"].map((name) => chosen.columns?.[name] != null && [name.replace("_", " "), typeof chosen.columns[name] === "number" ? percent(chosen.columns[name]) : chosen.columns[name]]),
-    ...annotations.filter((said) => said.target === chosen.target).map((said) => ["annotation", `${said.disagree ? said.reason : said.label ?? said.verdict} (${said.who.join(", ")})`]),
+    ...annotations.filter((annotation) => annotation.target === chosen.target).map((annotation) => ["annotation", `${annotation.disagree ? annotation.reason : annotation.label ?? annotation.verdict} (${annotation.who.join(", ")})`]),
   ].filter(Boolean);
   $("facts").replaceChildren(...facts.flatMap(([name, value]) => [element("dt", name), element("dd", value)]));
   const onSheet = chosen.columns !== undefined;
@@ -333,16 +333,16 @@ const loadAnnotations = async () => takeAnnotations(await getJson("api/annotatio
 
 function takeAnnotations(answer) {
   annotations = answer.annotations;
-  const count = (verdict) => annotations.filter((said) => said.verdict === verdict && !said.disagree).length;
-  const disagree = annotations.filter((said) => said.disagree).length;
+  const count = (verdict) => annotations.filter((annotation) => annotation.verdict === verdict && !annotation.disagree).length;
+  const disagree = annotations.filter((annotation) => annotation.disagree).length;
   $("annotation-count").textContent = `${count("right")} right, ${count("wrong")} wrong, ${count("unsure")} unsure${disagree ? `, ${disagree} disputed` : ""}`;
   markSheet();
   zoomer.changed();
 }
 
-async function annotate(said) {
+async function annotate(annotation) {
   if (!chosen) return;
-  const body = { place: chosen.place, who: $("who").value, ...said };
+  const body = { place: chosen.place, who: $("who").value, ...annotation };
   if (chosen.region) Object.assign(body, { region: chosen.region, polygon: chosen.polygon });
   else body.patch = chosen.patch;
   const target = chosen;
@@ -432,7 +432,7 @@ async function choosePatch(key, row) {
 }
 
 function markSheet() {
-  const verdicts = new Map(annotations.map((said) => [said.target, said.verdict]));
+  const verdicts = new Map(annotations.map((annotation) => [annotation.target, annotation.verdict]));
   for (const tile of $("patches").children) {
     for (const verdict of Object.keys(MARKS)) tile.classList.toggle(verdict, verdicts.get(tile.dataset.target) === verdict);
   }

@@ -37,6 +37,9 @@ POSITIVE_BY_NEGATIVE = {
 
 Skipped = dict[str, str]
 
+COLUMNS = ["patch_id", "patient_id", "slide_id", "site_id", "x", "y", "class_name", "source"]
+"""That every listing's table has."""
+
 _SIDE = re.compile(
     r"(train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?)(?:[ _-]?(?:set|data|images|patches|split))?"
 )
@@ -145,8 +148,8 @@ class Listing:
     """What a layout found in an archive, before any pixel is decoded."""
 
     table: pd.DataFrame
-    """One row a patch: ``patch_id, patient_id, slide_id, site_id, x, y, class_name, source``, and where the
-    dataset has them ``own_side`` (train, val, test) and ``row`` (its place in the dataset's own list)."""
+    """One row a patch: `COLUMNS`, and where the dataset has them ``own_side`` (train, val, test) and ``row``
+    (its place in the dataset's own list)."""
     pixels: Pixels
     """In the order of ``table``."""
     class_names: list[str]
@@ -213,7 +216,6 @@ def drop_copies(
     """Keep one of each group of entries that stand for the same patch.
 
     Args:
-        archive: Where the entries are.
         keyed: Entries under the name that says which patch they are.
 
     Returns:

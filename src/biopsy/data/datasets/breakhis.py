@@ -17,6 +17,7 @@ import pandas as pd
 from biopsy.core.errors import DataError
 from biopsy.data.archives import Archive, Entry
 from biopsy.data.datasets.base import (
+    COLUMNS,
     Dataset,
     ImageFiles,
     Listing,
@@ -44,17 +45,6 @@ _NAME = re.compile(
     r"-(?P<magnification>40|100|200|400)-[0-9]+\.[a-z]+",
     re.IGNORECASE,
 )
-_COLUMNS = [
-    "patch_id",
-    "patient_id",
-    "slide_id",
-    "site_id",
-    "x",
-    "y",
-    "class_name",
-    "source",
-    "magnification",
-]
 
 
 def recognise(archive: Archive) -> bool:
@@ -90,7 +80,7 @@ def list_patches(archive: Archive, magnification: int | None = None) -> Listing:
         if magnification in (None, int(match["magnification"])):
             rows.append((patch_id, *_describe(match), entry.name, f"{match['magnification']}X"))
             entries.append(entry)
-    table = pd.DataFrame(rows, columns=_COLUMNS)
+    table = pd.DataFrame(rows, columns=[*COLUMNS, "magnification"])
     result = sorted(table["magnification"].unique(), key=lambda name: int(name[:-1]))
     if len(result) > 1:
         raise DataError(

@@ -15,6 +15,7 @@ import pandas as pd
 from biopsy.core.errors import DataError
 from biopsy.data.archives import Archive
 from biopsy.data.datasets.base import (
+    COLUMNS,
     POSITIVE_BY_NEGATIVE,
     SIDE_BY_FOLDER,
     Dataset,
@@ -79,8 +80,7 @@ def list_patches(archive: Archive) -> Listing:
     for stem, twice, (key, entry) in zip(stems, stems.duplicated(keep=False), kept, strict=True):
         side, class_name = _split_path(key.split("/"))
         rows.append((key if twice else stem, None, None, None, pd.NA, pd.NA, class_name, entry.name, side))
-    columns = ["patch_id", "patient_id", "slide_id", "site_id", "x", "y", "class_name", "source", "own_side"]
-    table = pd.DataFrame(rows, columns=columns)
+    table = pd.DataFrame(rows, columns=[*COLUMNS, "own_side"])
     if table["own_side"].isna().all():
         table = table.drop(columns="own_side")
     class_names = sorted(set(table["class_name"]), key=_natural)

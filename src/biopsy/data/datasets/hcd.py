@@ -13,6 +13,7 @@ from biopsy.core.errors import ArchiveError, DataError
 from biopsy.core.tables import parse_csv
 from biopsy.data.archives import Archive, Entry
 from biopsy.data.datasets.base import (
+    COLUMNS,
     SIDE_BY_FOLDER,
     Dataset,
     ImageFiles,
@@ -29,18 +30,6 @@ CLASS_NAMES = ["normal", "tumour"]
 MPP = 0.972  # PCam's
 LABELS = "train_labels.csv"
 
-_COLUMNS = [
-    "patch_id",
-    "patient_id",
-    "slide_id",
-    "site_id",
-    "x",
-    "y",
-    "class_name",
-    "source",
-    "own_side",
-    "row",
-]
 _SORTED = re.compile(r"(?:^|/)(?P<side>[^/]+)/(?P<label>pos|neg)/(?P<id>[^/]+)\.tif$", re.IGNORECASE)
 _ID = re.compile(r"[0-9a-f]{40}")  # ids are SHA-1 hashes
 
@@ -148,7 +137,7 @@ def _list_by_folders(archive: Archive) -> Listing:
 def _make_listing(
     archive: Archive, rows: list[tuple], entries: list[Entry], skipped: list[Skipped], counts: dict[str, int]
 ) -> Listing:
-    table = pd.DataFrame(rows, columns=_COLUMNS)
+    table = pd.DataFrame(rows, columns=[*COLUMNS, "own_side", "row"])
     unused = [name for name in ("own_side", "row") if table[name].isna().all()]
     return Listing(
         table=table.drop(columns=unused),

@@ -11,6 +11,7 @@ import pandas as pd
 
 from biopsy.data.archives import Archive, Entry
 from biopsy.data.datasets.base import (
+    COLUMNS,
     Dataset,
     ImageFiles,
     KaggleData,
@@ -61,9 +62,8 @@ def list_patches(archive: Archive) -> Listing:
         patient, label, patch_id = key.split("/")
         x, y = (int(place) for place in _PLACE.findall(patch_id)[-1])
         rows.append((patch_id, patient, patient, None, x, y, CLASS_NAMES[int(label)], entry.name))
-    columns = ["patch_id", "patient_id", "slide_id", "site_id", "x", "y", "class_name", "source"]
     return Listing(
-        table=pd.DataFrame(rows, columns=columns),
+        table=pd.DataFrame(rows, columns=COLUMNS),
         pixels=ImageFiles(archive, [entry for _, entry in kept]),
         class_names=CLASS_NAMES,
         positive_class="idc",

@@ -180,57 +180,37 @@ def _make_table(
 _ADDRESS = "https://zenodo.org/records/2546921/files/camelyonpatch_level_2_split_{part}?download=1"
 _IMAGE_BYTES = 96 * 96 * 3
 _HDF5_BYTES = 1 << 16  # headers of an uncompressed HDF5 file, generously
-
-
-def _remote_file(part: str, size_bytes: int, sha256: str, unpacked_bytes: int) -> RemoteFile:
-    url = _ADDRESS.format(part=part)
-    return RemoteFile(url, size_bytes, f"sha256:{sha256}", unpacked_bytes + _HDF5_BYTES)
-
+_COUNTS = {"train": 262_144, "valid": 32_768, "test": 32_768}
 
 # Sizes and SHA-256: TensorFlow Datasets, patch_camelyon/checksums.tsv, taken from these Zenodo files; the
 # same SHA-256 stand in torchvision's prototype PCAM for the authors' own copies.
+_PACKED = {
+    "train_x": (6_421_353_462, "d619e741468a7ab35c7e4a75e6821b7e7e6c9411705d45708f2a0efc8960656c"),
+    "train_y": (21_378, "b74126d2c01b20d3661f9b46765d29cf4e4fba6faba29c8e0d09d406331ab75a"),
+    "valid_x": (805_965_320, "f82ee1670d027b4ec388048d9eabc2186b77c009655dae76d624c0ecb053ccb2"),
+    "valid_y": (3_038, "ce1ae30f08feb468447971cfd0472e7becd0ad96d877c64120c72571439ae48c"),
+    "test_x": (800_875_929, "79174c2201ad521602a5888be8f36ee10875f37403dd3f2086caf2182ef87245"),
+    "test_y": (3_040, "0a522005fccc8bbd04c5a117bfaf81d8da2676f03a29d7499f71d0a0bd6068ef"),
+}
 # MD5 of the csv files: github.com/basveeling/pcam issue 4. The README there has them too, but with those of
 # validation and test exchanged (issues 1 and 4; torchvision pull request 6644).
+_META = {
+    "train": "md5:5a3dd671e465cfd74b5b822125e65b0a",
+    "valid": "md5:67589e00a4a37ec317f2d1932c7502ca",
+    "test": "md5:3455fd69135b66734e1008f3af684566",
+}
+
+
+def _packed_file(part: str, size_bytes: int, sha256: str) -> RemoteFile:
+    split, _, kind = part.partition("_")
+    unpacked_bytes = _COUNTS[split] * (_IMAGE_BYTES if kind == "x" else 1) + _HDF5_BYTES
+    url = _ADDRESS.format(part=f"{part}.h5.gz")
+    return RemoteFile(url, size_bytes, f"sha256:{sha256}", unpacked_bytes)
+
+
 _FILES = (
-    _remote_file(
-        "train_x.h5.gz",
-        6_421_353_462,
-        "d619e741468a7ab35c7e4a75e6821b7e7e6c9411705d45708f2a0efc8960656c",
-        262_144 * _IMAGE_BYTES,
-    ),
-    _remote_file(
-        "train_y.h5.gz",
-        21_378,
-        "b74126d2c01b20d3661f9b46765d29cf4e4fba6faba29c8e0d09d406331ab75a",
-        262_144,
-    ),
-    _remote_file(
-        "valid_x.h5.gz",
-        805_965_320,
-        "f82ee1670d027b4ec388048d9eabc2186b77c009655dae76d624c0ecb053ccb2",
-        32_768 * _IMAGE_BYTES,
-    ),
-    _remote_file(
-        "valid_y.h5.gz",
-        3_038,
-        "ce1ae30f08feb468447971cfd0472e7becd0ad96d877c64120c72571439ae48c",
-        32_768,
-    ),
-    _remote_file(
-        "test_x.h5.gz",
-        800_875_929,
-        "79174c2201ad521602a5888be8f36ee10875f37403dd3f2086caf2182ef87245",
-        32_768 * _IMAGE_BYTES,
-    ),
-    _remote_file(
-        "test_y.h5.gz",
-        3_040,
-        "0a522005fccc8bbd04c5a117bfaf81d8da2676f03a29d7499f71d0a0bd6068ef",
-        32_768,
-    ),
-    RemoteFile(_ADDRESS.format(part="train_meta.csv"), checksum="md5:5a3dd671e465cfd74b5b822125e65b0a"),
-    RemoteFile(_ADDRESS.format(part="valid_meta.csv"), checksum="md5:67589e00a4a37ec317f2d1932c7502ca"),
-    RemoteFile(_ADDRESS.format(part="test_meta.csv"), checksum="md5:3455fd69135b66734e1008f3af684566"),
+    *(_packed_file(part, *published) for part, published in _PACKED.items()),
+    *(RemoteFile(_ADDRESS.format(part=f"{part}_meta.csv"), checksum=md5) for part, md5 in _META.items()),
 )
 
 register_dataset(

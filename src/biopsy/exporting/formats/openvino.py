@@ -15,7 +15,7 @@ def predict(classifier: Classifier, folder: Path, patches: np.ndarray) -> np.nda
     if not (folder / FOLDER).is_dir():
         return None
     runtime = CompiledRuntime(classifier, read_compiled(folder / FOLDER, classifier), "fp32", n_threads=1)
-    return classifier.probs(runtime.ask(patches))
+    return classifier.probs(runtime.logits(patches))
 
 
 register_exporter(Exporter("OpenVINO", write_compiled, predict, ("openvino",)))

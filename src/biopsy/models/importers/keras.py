@@ -87,8 +87,6 @@ def compare_steps(file: KerasFile, network: nn.Module, what: str) -> str:
 
     Args:
         file: Not compared where it holds weights alone.
-        network: A row of layers.
-        what: Names the network in errors.
 
     Returns:
         What the file does to the last numbers, ``softmax`` or ``sigmoid``; empty where it does not say.

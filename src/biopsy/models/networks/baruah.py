@@ -33,7 +33,6 @@ def baruah(
     Args:
         n_classes: Number of logits.
         input_px: Side of the square input, or its ``(width, height)``; the post has 50.
-        filters: Of the first convolution.
         n_convolutions: Two or more.
         dense: Width of the dense layers.
         n_dense: One or more.

@@ -125,7 +125,6 @@ def register_encoder(encoder: Encoder, function: Callable[..., object] = Encoder
     """Make an encoder known under its ``ORG/NAME``.
 
     Args:
-        encoder: What is known of it.
         function: Any function of the module that registers, where that is not this one.
     """
     ENCODERS.add(encoder.hub, encoder, function)
