@@ -34,18 +34,18 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 BATCH_SIZE, INPUT_PX = 32, 48
 CLASS_WEIGHTS = (1.0, 2.52)
 
 
-def start_keras(tree: Path) -> Callable[[], int]:
-    """Set up the post's training and give a function that does one pass and returns its patches."""
+def build_keras() -> Any:
+    """Return the post's network, compiled as in the post."""
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     import keras
     from keras import layers
-    from keras.src.legacy.preprocessing.image import ImageDataGenerator
 
     model = keras.Sequential([keras.Input((INPUT_PX, INPUT_PX, 3))])
     for stage in ((32,), (64, 64), (128, 128, 128)):
@@ -64,6 +64,14 @@ def start_keras(tree: Path) -> Callable[[], int]:
     model.add(layers.Activation("softmax"))
     rate = keras.optimizers.schedules.InverseTimeDecay(1e-2, decay_steps=1, decay_rate=1e-2 / 40)
     model.compile(loss="binary_crossentropy", optimizer=keras.optimizers.Adagrad(rate), metrics=["accuracy"])
+    return model
+
+
+def start_keras(tree: Path) -> Callable[[], int]:
+    """Set up the post's training and give a function that does one pass and returns its patches."""
+    model = build_keras()
+    from keras.src.legacy.preprocessing.image import ImageDataGenerator
+
     generator = ImageDataGenerator(
         rescale=1 / 255.0,
         rotation_range=20,

@@ -1,0 +1,283 @@
+"""Ours beside its peers, in turns in one run: training, prediction, metrics with intervals.
+
+* training: ``biopsy`` beside the post's own Keras code (both as in `training_speed.py`) and beside a plain
+  PyTorch loop: the same network, ``ImageFolder`` and ``DataLoader`` with the same kinds of augmentation;
+* prediction of the same patches by the same network: `biopsy.models.inference` beside ``keras.Model.predict``
+  and beside the plain loop (batches of 256);
+* sensitivity, specificity, AUROC, average precision and Brier score with intervals over patients:
+  every metric of `biopsy evaluate` beside a loop of 1,000 bootstrap samples over scikit-learn's
+  five.
+
+Every stack is a process of its own that sleeps while another works. The first pass of each (tracing,
+conversion, warming up) is not counted. Ratios are of passes in the same turn.
+
+    python benchmarks/peers.py ../shared/data/idc/idc_kaggle_subset.zip --turns 5
+
+Results: `results/peers.csv`, one row a task and peer.
+"""
+
+import argparse
+import csv
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from training_speed import BATCH_SIZE, INPUT_PX, describe_machine, draw_files, start_biopsy, start_keras
+
+RESULTS = Path(__file__).parent / "results" / "peers.csv"
+N_PATIENTS, N_BOOTSTRAP = 50, 1000
+Pass = Callable[[], int]
+
+
+def train_biopsy(tree: Path, pack: Path) -> Pass:
+    """Set up ours; the pass returns its patches."""
+    return start_biopsy(pack, "fp32")
+
+
+def train_keras(tree: Path, pack: Path) -> Pass:
+    """Set up the post's code."""
+    return start_keras(tree)
+
+
+def train_pytorch(tree: Path, pack: Path) -> Pass:
+    """Set up what a tutorial on PyTorch does, with two workers."""
+    import torch
+
+    from biopsy.models.networks import build_network
+
+    network = build_network("cancernet", n_classes=2, input_px=INPUT_PX, seed=0).train()
+    optimiser = torch.optim.Adagrad(network.parameters(), 1e-2)
+    loss_fn = torch.nn.CrossEntropyLoss()
+    loader = _load_folder(tree, augment=True, batch_size=BATCH_SIZE)
+
+    def run() -> int:
+        n = 0
+        for batch, target in loader:
+            optimiser.zero_grad()
+            loss = loss_fn(network(batch), target)
+            loss.backward()
+            optimiser.step()
+            n += len(target)
+        return n
+
+    return run
+
+
+def predict_biopsy(tree: Path, pack: Path) -> Pass:
+    """Set up our inference on a pack, the network opened as `predict` opens it."""
+    from biopsy.data.packs import Pack
+    from biopsy.models.classifier import Classifier, ClassifierInfo
+    from biopsy.models.engine import Engine
+    from biopsy.models.inference import open_predictor
+    from biopsy.models.networks import build_network
+    from biopsy.models.preprocessing import Preprocessing
+    from biopsy.models.runtimes import WORTH_CONVERTING
+
+    data = Pack.open(pack)
+    info = ClassifierInfo(
+        network="cancernet",
+        class_names=data.class_names,
+        positive_class=data.class_names[1],
+        patch_px=data.info.patch_px,
+        mpp=None,
+        preprocessing=Preprocessing(input_px=INPUT_PX),
+    )
+    classifier = Classifier(info, build_network("cancernet", n_classes=2, input_px=INPUT_PX, seed=0))
+    predictor = open_predictor(classifier, Engine("cpu"), WORTH_CONVERTING).__enter__()
+    return lambda: len(predictor.logits(data.patches, data.sizes))
+
+
+def predict_keras(tree: Path, pack: Path) -> Pass:
+    """Set up ``predict`` of the post's network on its own generator."""
+    from keras.src.legacy.preprocessing.image import ImageDataGenerator
+
+    from training_speed import build_keras
+
+    model = build_keras()
+    flow = ImageDataGenerator(rescale=1 / 255.0).flow_from_directory(
+        tree, target_size=(INPUT_PX, INPUT_PX), shuffle=False, batch_size=256
+    )
+    return lambda: len(model.predict(flow, verbose=0))
+
+
+def predict_pytorch(tree: Path, pack: Path) -> Pass:
+    """Set up the plain loop in evaluation mode."""
+    import torch
+
+    from biopsy.models.networks import build_network
+
+    network = build_network("cancernet", n_classes=2, input_px=INPUT_PX, seed=0).eval()
+    loader = _load_folder(tree, augment=False, batch_size=256)
+
+    def run() -> int:
+        with torch.inference_mode():
+            return sum(len(network(batch).softmax(dim=1)) for batch, _ in loader)
+
+    return run
+
+
+def _load_folder(tree: Path, *, augment: bool, batch_size: int) -> Any:
+    """Return a DataLoader as tutorials write it."""
+    from torch.utils.data import DataLoader
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    change = [
+        transforms.RandomHorizontalFlip(),
+        transforms.RandomVerticalFlip(),
+        transforms.RandomAffine(20, translate=(0.1, 0.1), scale=(0.95, 1.05), shear=3),
+    ]
+    steps = [transforms.Resize((INPUT_PX, INPUT_PX)), *(change if augment else []), transforms.ToTensor()]
+    folder = ImageFolder(str(tree), transforms.Compose(steps))
+    return DataLoader(
+        folder, batch_size, shuffle=augment, drop_last=augment, num_workers=2, persistent_workers=True
+    )
+
+
+def _draw_predictions(n_patches: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return classes, probabilities and patients."""
+    rng = np.random.default_rng(0)
+    groups = np.sort(rng.integers(0, N_PATIENTS, n_patches))
+    y_true = (rng.random(n_patches) < rng.beta(1.5, 3.5, N_PATIENTS)[groups]).astype(int)
+    score = rng.normal(0, 0.6, N_PATIENTS)[groups] + 2 * y_true - 1.3 + rng.normal(0, 1, n_patches)
+    return y_true, 1 / (1 + np.exp(-score)), groups
+
+
+def measure_biopsy(tree: Path, pack: Path) -> Pass:
+    """Set up every metric with its interval over patients."""
+    from biopsy.statistics.intervals import estimate_patch_metrics
+
+    y_true, y_prob, groups = _draw_predictions(20_000)
+
+    def run() -> int:
+        estimate_patch_metrics(y_true, y_prob, groups, seed=0)
+        return len(y_true)
+
+    return run
+
+
+def measure_sklearn(tree: Path, pack: Path) -> Pass:
+    """Set up a bootstrap over patients of five metrics."""
+    from sklearn import metrics
+
+    y_true, y_prob, groups = _draw_predictions(20_000)
+    rows = [np.flatnonzero(groups == group) for group in range(N_PATIENTS)]
+    rng = np.random.default_rng(1)
+
+    def run() -> int:
+        values = []
+        for _ in range(N_BOOTSTRAP):
+            index = np.concatenate([rows[group] for group in rng.integers(0, N_PATIENTS, N_PATIENTS)])
+            truth, prob = y_true[index], y_prob[index]
+            values.append(
+                [
+                    metrics.recall_score(truth, prob >= 0.5),
+                    metrics.recall_score(truth, prob >= 0.5, pos_label=0),
+                    metrics.roc_auc_score(truth, prob),
+                    metrics.average_precision_score(truth, prob),
+                    metrics.brier_score_loss(truth, prob),
+                ]
+            )
+        np.quantile(values, [0.025, 0.975], axis=0)
+        return len(y_true)
+
+    return run
+
+
+TASKS: dict[str, dict[str, Callable[[Path, Path], Pass]]] = {
+    "train": {"biopsy": train_biopsy, "keras": train_keras, "pytorch": train_pytorch},
+    "predict": {"biopsy": predict_biopsy, "keras": predict_keras, "pytorch": predict_pytorch},
+    "metrics": {"biopsy": measure_biopsy, "scikit-learn": measure_sklearn},
+}
+
+
+def work(pipe: Connection, start: Callable[[Path, Path], Pass], tree: Path, pack: Path) -> None:
+    """Do a pass whenever told to, and send its rate."""
+    run = start(tree, pack)
+    while pipe.recv():
+        begin = time.perf_counter()
+        n = run()
+        pipe.send(n / (time.perf_counter() - begin))
+
+
+def take_turns(task: str, tree: Path, pack: Path, turns: int) -> dict[str, list[float]]:
+    """Return the rates of every stack, turn by turn."""
+    context = multiprocessing.get_context("spawn")
+    pipes = {}
+    for name, start in TASKS[task].items():
+        pipes[name], theirs = context.Pipe()
+        context.Process(target=work, args=(theirs, start, tree, pack)).start()
+    rates: dict[str, list[float]] = {name: [] for name in pipes}
+    for turn in range(turns + 1):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            rate = pipe.recv()
+            if turn:
+                rates[name].append(rate)
+                print(f"{task} {turn}/{turns} {name:>12} {rate:10.0f} per s", flush=True)
+    for pipe in pipes.values():
+        pipe.send(False)
+    return rates
+
+
+def summarise(task: str, rates: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Return a row for each peer: medians, and the ratio with its range over turns."""
+    rows = []
+    for name, theirs in rates.items():
+        if name == "biopsy":
+            continue
+        ratios = [ours / other for ours, other in zip(rates["biopsy"], theirs, strict=True)]
+        rows.append(
+            {
+                "task": task,
+                "peer": name,
+                "biopsy_per_s": round(statistics.median(rates["biopsy"])),
+                "peer_per_s": round(statistics.median(theirs)),
+                "ratio": round(statistics.median(ratios), 2),
+                "ratio_min": round(min(ratios), 2),
+                "ratio_max": round(max(ratios), 2),
+                "turns": len(ratios),
+            }
+        )
+    return rows
+
+
+def compare(source: Path, n_patches: int, turns: int, tasks: list[str]) -> None:
+    """Run the tasks one after another, print and append their rows."""
+    from biopsy.data.packing import prepare
+
+    load = round(os.getloadavg()[0], 1)
+    with tempfile.TemporaryDirectory() as folder:
+        tree, archive = draw_files(source, n_patches, Path(folder))
+        pack = prepare(archive, Path(folder) / "subset.pack").path
+        for task in tasks:
+            about = {"patches": n_patches, "load_at_start": load} | describe_machine()
+            rows = [row | about for row in summarise(task, take_turns(task, tree, pack, turns))]
+            is_new = not RESULTS.exists()
+            with open(RESULTS, "a", newline="") as file:
+                writer = csv.DictWriter(file, rows[0])
+                if is_new:
+                    writer.writeheader()
+                writer.writerows(rows)
+            for row in rows:
+                print("{task} beside {peer}: {ratio} ({ratio_min}-{ratio_max})".format(**row), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help="a zip in IDC's layout")
+    parser.add_argument("--patches", type=int, default=2048)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    arguments = parser.parse_args()
+    compare(arguments.source, arguments.patches, arguments.turns, arguments.tasks)
