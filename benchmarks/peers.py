@@ -2,6 +2,7 @@
 
 * training: ``biopsy`` beside the post's own Keras code (both as in `training_speed.py`) and beside a plain
   PyTorch loop: the same network, ``ImageFolder`` and ``DataLoader`` with the same kinds of augmentation;
+* training of the recommended recipe, ``idc-small``, beside a plain loop over the same network;
 * prediction of the same patches by the same network: `biopsy.models.inference` beside ``keras.Model.predict``
   and beside the plain loop (batches of 256);
 * sensitivity, specificity, AUROC, average precision and Brier score with intervals over patients:
@@ -23,7 +24,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ import numpy as np
 from training_speed import BATCH_SIZE, INPUT_PX, describe_machine, draw_files, start_biopsy, start_keras
 
 RESULTS = Path(__file__).parent / "results" / "peers.csv"
+IDC_RECIPE = "idc-small"
 N_PATIENTS, N_BOOTSTRAP = 50, 1000
 Pass = Callable[[], int]
 
@@ -50,13 +52,92 @@ def train_keras(tree: Path, pack: Path) -> Pass:
 def train_pytorch(tree: Path, pack: Path) -> Pass:
     """Set up what a tutorial on PyTorch does, with two workers."""
     import torch
+    from torchvision import transforms
 
     from biopsy.models.networks import build_network
 
     network = build_network("cancernet", n_classes=2, input_px=INPUT_PX, seed=0).train()
     optimiser = torch.optim.Adagrad(network.parameters(), 1e-2)
-    loss_fn = torch.nn.CrossEntropyLoss()
-    loader = _load_folder(tree, augment=True, batch_size=BATCH_SIZE)
+    change = [
+        transforms.RandomHorizontalFlip(),
+        transforms.RandomVerticalFlip(),
+        transforms.RandomAffine(20, translate=(0.1, 0.1), scale=(0.95, 1.05), shear=3),
+    ]
+    return _loop(network, optimiser, _load_folder(tree, INPUT_PX, BATCH_SIZE, change))
+
+
+def train_idc_biopsy(tree: Path, pack: Path) -> Pass:
+    """Set up the recommended recipe as it trains: in its precision, with averaged weights."""
+    from biopsy.data.packs import Pack
+    from biopsy.models.engine import Engine, make_loss
+    from biopsy.models.weights import make_network
+    from biopsy.recipes import load_recipe
+    from biopsy.training.batches import Batches
+    from biopsy.training.finalize import fit_preprocessing
+    from biopsy.training.fit import optimiser_of
+    from biopsy.training.weight_averaging import WeightAverage
+
+    recipe, data = load_recipe(IDC_RECIPE), Pack.open(pack)
+    settings, rows = recipe.train, np.arange(len(data))
+    engine = Engine("cpu", settings.precision)
+    network = engine.place(make_network(recipe, 2, 0)[0]).train()
+    optimiser = optimiser_of(recipe, network)
+    average = WeightAverage(network, settings.ema_decay)
+    loss_fn = make_loss("softmax", label_smoothing=settings.label_smoothing)
+    batches = Batches(
+        patches=data.patches,
+        target=data.target,
+        widths=data.sizes[:, 0],
+        heights=data.sizes[:, 1],
+        preprocessing=fit_preprocessing(recipe, data, rows),
+        augmentation=recipe.augmentation,
+        batch_size=settings.batch_size,
+        drop_last=True,
+    )
+    rng = np.random.default_rng(0)
+
+    def run() -> int:
+        n = 0
+        for number, (batch, target) in enumerate(batches.iterate(rng.permutation(rows))):
+            engine.train_step(network, optimiser, batch, target, loss_fn)
+            average.update(number + 1)
+            n += len(target)
+        return n
+
+    return run
+
+
+def train_idc_pytorch(tree: Path, pack: Path) -> Pass:
+    """Set up a plain loop over the same network, with a colour jitter in place of the stains'."""
+    import torch
+    from torchvision import transforms
+
+    from biopsy.models.weights import make_network
+    from biopsy.recipes import load_recipe
+
+    recipe = load_recipe(IDC_RECIPE)
+    network = make_network(recipe, 2, 0)[0].train()
+    optimiser = torch.optim.SGD(
+        network.parameters(), 0.05, momentum=0.9, nesterov=True, weight_decay=recipe.train.weight_decay
+    )
+    change = [
+        transforms.RandomHorizontalFlip(),
+        transforms.RandomVerticalFlip(),
+        transforms.ColorJitter(0.2, 0.2, 0.2),
+    ]
+    return _loop(
+        network,
+        optimiser,
+        _load_folder(tree, recipe.preprocessing.input_px, recipe.train.batch_size, change),
+        label_smoothing=recipe.train.label_smoothing,
+    )
+
+
+def _loop(network: Any, optimiser: Any, loader: Any, *, label_smoothing: float = 0.0) -> Pass:
+    """Return a pass of the loop that tutorials on PyTorch write."""
+    import torch
+
+    loss_fn = torch.nn.CrossEntropyLoss(label_smoothing=label_smoothing)
 
     def run() -> int:
         n = 0
@@ -115,7 +196,7 @@ def predict_pytorch(tree: Path, pack: Path) -> Pass:
     from biopsy.models.networks import build_network
 
     network = build_network("cancernet", n_classes=2, input_px=INPUT_PX, seed=0).eval()
-    loader = _load_folder(tree, augment=False, batch_size=256)
+    loader = _load_folder(tree, INPUT_PX, 256)
 
     def run() -> int:
         with torch.inference_mode():
@@ -124,21 +205,22 @@ def predict_pytorch(tree: Path, pack: Path) -> Pass:
     return run
 
 
-def _load_folder(tree: Path, *, augment: bool, batch_size: int) -> Any:
-    """Return a DataLoader as tutorials write it."""
+def _load_folder(tree: Path, input_px: int, batch_size: int, change: Sequence[Any] = ()) -> Any:
+    """Return a DataLoader as tutorials write it, with two workers; shuffled if the patches are changed."""
     from torch.utils.data import DataLoader
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
-    change = [
-        transforms.RandomHorizontalFlip(),
-        transforms.RandomVerticalFlip(),
-        transforms.RandomAffine(20, translate=(0.1, 0.1), scale=(0.95, 1.05), shear=3),
-    ]
-    steps = [transforms.Resize((INPUT_PX, INPUT_PX)), *(change if augment else []), transforms.ToTensor()]
+    steps = [transforms.Resize((input_px, input_px)), *change, transforms.ToTensor()]
     folder = ImageFolder(str(tree), transforms.Compose(steps))
+    is_training = bool(change)
     return DataLoader(
-        folder, batch_size, shuffle=augment, drop_last=augment, num_workers=2, persistent_workers=True
+        folder,
+        batch_size,
+        shuffle=is_training,
+        drop_last=is_training,
+        num_workers=2,
+        persistent_workers=True,
     )
 
 
@@ -153,12 +235,13 @@ def _draw_predictions(n_patches: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 def measure_biopsy(tree: Path, pack: Path) -> Pass:
     """Set up every metric with its interval over patients."""
-    from biopsy.statistics.intervals import estimate_patch_metrics
+    from biopsy.statistics.intervals import estimate_metrics
+    from biopsy.statistics.weighted_counts import sort_scores
 
     y_true, y_prob, groups = _draw_predictions(20_000)
 
     def run() -> int:
-        estimate_patch_metrics(y_true, y_prob, groups, seed=0)
+        estimate_metrics(sort_scores(y_true, y_prob, 0.5, group_ids=groups), seed=0)
         return len(y_true)
 
     return run
@@ -194,6 +277,7 @@ def measure_sklearn(tree: Path, pack: Path) -> Pass:
 
 TASKS: dict[str, dict[str, Callable[[Path, Path], Pass]]] = {
     "train": {"biopsy": train_biopsy, "keras": train_keras, "pytorch": train_pytorch},
+    "train-idc": {"biopsy": train_idc_biopsy, "pytorch": train_idc_pytorch},
     "predict": {"biopsy": predict_biopsy, "keras": predict_keras, "pytorch": predict_pytorch},
     "metrics": {"biopsy": measure_biopsy, "scikit-learn": measure_sklearn},
 }
@@ -252,7 +336,7 @@ def summarise(task: str, rates: dict[str, list[float]]) -> list[dict[str, Any]]:
 
 def compare(source: Path, n_patches: int, turns: int, tasks: list[str]) -> None:
     """Run the tasks one after another, print and append their rows."""
-    from biopsy.data.packing import prepare
+    from biopsy.data.prepare import prepare
 
     load = round(os.getloadavg()[0], 1)
     with tempfile.TemporaryDirectory() as folder:
