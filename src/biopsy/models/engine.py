@@ -22,40 +22,24 @@ class Engine:
     Args:
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1`` ...
         precision: ``fp32``, or ``bf16`` for mixed precision.
-        compile: Hand networks to ``torch.compile``: pays in long runs only, and needs a C++ compiler on CPU.
-        deterministic: Ask the operators for the same bits every time; on the CPU they give them anyway.
 
     Raises:
         RecipeError: If the device or the precision does not exist here.
     """
 
-    def __init__(
-        self,
-        device: str = "auto",
-        precision: Precision = "fp32",
-        *,
-        compile: bool = False,
-        deterministic: bool = False,
-    ) -> None:
+    def __init__(self, device: str = "auto", precision: Precision = "fp32") -> None:
         if precision not in get_args(Precision):
             raise RecipeError(
                 f"precision={precision!r} is not possible; {suggest(precision, get_args(Precision))}"
             )
         self.device = torch_device(device)
         self.precision = precision
-        self.compile = compile
         if self.device.type == "cpu":
             keep_freed_memory()
-        if deterministic:
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.backends.cudnn.benchmark = False
 
     def place(self, network: nn.Module) -> nn.Module:
-        """Put a network on the device, in channels-last memory; with ``compile``, ready to be compiled."""
-        network = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if self.compile:
-            network.compile()
-        return network
+        """Put a network on the device, in channels-last memory."""
+        return network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def train_step(
         self,

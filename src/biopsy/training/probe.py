@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -120,7 +120,7 @@ def _identify(task: Task, weights: StartWeights) -> dict[str, object]:
         "network": task.recipe.model.name,
         "params": task.recipe.model.params,
         "weights": weights["sha256"] or f"random, seed {task.seed}",
-        "preprocessing": {key: value for key, value in vars(task.preprocessing).items()},
+        "preprocessing": dict(vars(task.preprocessing)),
         "precision": task.engine.precision,
     }
 
@@ -132,14 +132,12 @@ def cached_features(
     engine: Engine,
     *,
     identity: Mapping[str, object],
-    on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[np.ndarray, CachedFile]:
     """Return the features of all patches of a pack, computed once and kept in it.
 
     Args:
         network: Placed on the engine's device, with ``features``.
         pack: Keeps them, where it can be written to.
-        on_progress: Called with patches done and patches in all.
 
     Returns:
         float32 ``(n, n_features)``, and where they are kept.
@@ -158,7 +156,7 @@ def cached_features(
             logger.warning("features are computed again: %s", error)
     logger.info("features of %s are computed for %d patches", identity["network"], len(pack))
     started = time.perf_counter()
-    features = _compute(network, pack, preprocessing, engine, on_progress)
+    features = _compute(network, pack, preprocessing, engine)
     seconds = time.perf_counter() - started
     about |= {"format": FORMAT, "file": path.name, "seconds": seconds}
     try:
@@ -172,11 +170,7 @@ def cached_features(
 
 
 def _compute(
-    network: torch.nn.Module,
-    pack: Pack,
-    preprocessing: Preprocessing,
-    engine: Engine,
-    on_progress: Callable[[int, int], None] | None,
+    network: torch.nn.Module, pack: Pack, preprocessing: Preprocessing, engine: Engine
 ) -> np.ndarray:
     was_training, chunks = network.training, []
     network.eval()
@@ -189,8 +183,6 @@ def _compute(
                 np.asarray(pack.patches[rows]), sizes[:, 0], sizes[:, 1], device=engine.device
             )
             chunks.append(engine.predict(features, batch).float().cpu().numpy())
-            if on_progress:
-                on_progress(min(start + BATCH_SIZE, len(pack)), len(pack))
     finally:
         network.train(was_training)
     return np.concatenate(chunks)
@@ -214,7 +206,6 @@ def fit_logistic(
     *,
     n_classes: int,
     class_weight: np.ndarray | None = None,
-    penalties: Sequence[float] = PENALTIES,
     seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Fit a logistic regression whose penalty is chosen by the log loss on groups left out in turn.
@@ -224,7 +215,6 @@ def fit_logistic(
         target: Class of each, ``(n,)``; every class must occur.
         groups: The patient of each, ``(n,)``: none is on both sides of a fold.
         class_weight: One a class; None weighs all patches alike.
-        penalties: scikit-learn's ``C`` to choose from.
 
     Returns:
         Coefficients ``(n_classes, n_features)`` and intercepts ``(n_classes,)`` for the features as they are,
@@ -234,7 +224,7 @@ def fit_logistic(
     spread[spread == 0] = 1.0
     scaled = ((features - mean) / spread).astype(np.float32)
     weights = np.ones(len(target)) if class_weight is None else class_weight[target]
-    penalty = _choose_penalty(scaled, target, groups, weights, penalties, n_classes, seed)
+    penalty = _choose_penalty(scaled, target, groups, weights, n_classes, seed)
     model = _fit(scaled, target, weights, penalty)
     coefficients, intercepts = model.coef_.astype(np.float64), model.intercept_.astype(np.float64)
     if n_classes == 2:
@@ -253,7 +243,6 @@ def _choose_penalty(
     target: np.ndarray,
     groups: np.ndarray,
     weights: np.ndarray,
-    penalties: Sequence[float],
     n_classes: int,
     seed: int,
 ) -> float:
@@ -264,17 +253,17 @@ def _choose_penalty(
     if n_folds < 2:
         logger.warning("one training patient: the penalty of the probe is not chosen but C=1")
         return 1.0
-    losses = np.zeros(len(penalties))
+    losses = np.zeros(len(PENALTIES))
     folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
     for kept, held_out in folds.split(scaled, target, groups):
         if len(np.unique(target[kept])) < n_classes:
             continue
-        for place, penalty in enumerate(penalties):
+        for place, penalty in enumerate(PENALTIES):
             probs = _fit(scaled[kept], target[kept], weights[kept], penalty).predict_proba(scaled[held_out])
             losses[place] += len(held_out) * log_loss(
                 target[held_out], probs, sample_weight=weights[held_out], labels=range(n_classes)
             )
-    return float(penalties[int(losses.argmin())]) if losses.any() else 1.0
+    return float(PENALTIES[int(losses.argmin())]) if losses.any() else 1.0
 
 
 def _fit(scaled: np.ndarray, target: np.ndarray, weights: np.ndarray, penalty: float) -> Any:
