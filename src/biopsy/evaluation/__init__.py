@@ -1,10 +1,11 @@
-"""Judging: how good a run is, on patients it has not seen.
+"""Evaluation: how good predictions are on patients that the model has not seen.
 
-``evaluation`` writes the numbers of a run with their intervals and notes each opening of a test side,
-``baseline`` says what colour alone would reach, ``subgroups`` repeats the numbers within joined columns.
-``methods`` are ways to ask what a network looks at, ``explanation`` brings their maps to patches,
-``illustration`` chooses patches and writes pictures (``examples`` are its records); ``properties`` measures
-patches, ``colour`` takes colour out, and ``hypotheses`` puts numbers to what the posts guessed.
-May use learning and all rooms above it. To add a question to every evaluation, give it a module here and an
-entry in `evaluation.evaluate`.
+``evaluate`` evaluates a run and assembles ``metrics.json``; ``predictions`` evaluates a classifier or
+anybody's table. Both make ``scored`` patches, which ``measure`` (metrics, operating points, subgroups) and
+the feature folders measure; ``figures`` and ``sections`` show the results in the report. ``predict`` predicts
+patches of any origin, ``neighbours`` knows where patches lie on their slide, ``study_tables`` pools the runs
+of a study.
+
+To measure one more thing, return a frozen dataclass from its own module and add a field to
+`evaluate.Metrics`.
 """

@@ -1,8 +1,7 @@
-"""Studies: functions that combine several features, and runs that make runs.
+"""Experiments: runs that make runs, and commands that combine several features.
 
-``folds`` trains recipes over folds and seeds, ``sweeps`` (with ``search``) over settings, ``reproduction`` as
-they were published and with patients apart, for as long as ``budget`` allows. ``run_specs`` is what all three
-share; ``study_page``, ``sweep_page`` and ``reproduction_page`` are their reports. ``evaluation``,
-``catalogue``, ``probes``, ``reports`` and ``demo`` stand behind commands. May import every feature but
-``exporting``, ``app``, ``checks`` and the command line.
+``folds`` trains recipes over folds and seeds, ``sweeps`` over settings, ``reproduction`` as they were
+published and with patients apart (``leakage`` makes the splits). ``run_specs`` is the loop that all three
+share; ``study_page``, ``sweep_page`` and ``reproduction_page`` are their reports, which ``reports`` writes.
+``evaluation``, ``catalogue``, ``probes`` and ``demo`` stand behind commands.
 """

@@ -1,12 +1,7 @@
-"""Sharing: what leaves the machine for other people's eyes.
+"""Reports: what a run or a study found, as one HTML file.
 
-``document`` holds the plain parts a report is made of (headline, table, pictures, gallery, ...), ``report``
-turns a ``ReportDocument`` into one self-contained HTML file and composes the report of a run, ``study`` that
-of a study, from the ``facts`` they are given; ``numbers``, ``cases`` and ``evidence`` build their chapters;
-``identities`` replaces ids by numbers before anything is built. Templates and styles lie in ``templates``;
-``inspection`` draws what is in a pack; ``bundles`` exports a model for other programs (``host_network`` is
-what they run) with its model card from ``cards``. May use everything above it: figures, imaging and
-statistics most of all.
-
-To add a chapter, write a function ``describe_<what>(facts) -> Section`` and name it in ``report_of_run``.
+``document`` holds the parts of a report as plain records, ``elements`` what several sections share, ``html``
+renders a `ReportDocument` with the templates in ``templates``. ``facts`` are the records that a report is
+written from, ``registry`` finds the sections, ``compose`` puts the report of a run together, ``checklist``
+links it to two reporting guidelines, and ``pseudonyms`` replaces ids before anything is written.
 """
