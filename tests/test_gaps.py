@@ -31,22 +31,22 @@ METRICS = {"positive_class": "idc", "unit": "patient", "class_names": ["non_idc"
 def test_a_seed_that_lacks_a_slide_is_in_no_mean():
     rows = [run_row("leak-with", p, s, 0.9) for p in (0, 1) for s in (0, 1)]
     rows += [run_row("leak-apart", p, s, a) for p, s, a in ((0, 0, 0.8), (1, 0, 0.6), (0, 1, 0.1))]
-    leak = summarise({"p": BASELINE}, pd.DataFrame(rows), {}, METRICS)["papers"]["p"]["leak"]
-    assert leak["seeds"] == [0] and leak["auroc"].mean == pytest.approx(0.2)
-    assert leak["reference"] == "leak-apart"  # there is no placebo
-    assert [slide["seeds"] for slide in leak["slides"]] == [[0, 1], [0]]
+    leak = summarise({"p": BASELINE}, pd.DataFrame(rows), {}, METRICS).papers["p"].leak
+    assert leak.seeds == [0] and leak.auroc.mean == pytest.approx(0.2)
+    assert leak.reference == "leak-apart"  # there is no placebo
+    assert [slide.seeds for slide in leak.slides] == [[0, 1], [0]]
 
 
 def test_each_arm_is_compared_with_its_reference_on_the_same_patches():
     scores = {"apart": 0.5, "with": 0.9, "placebo": 0.6, "blocked-with": 0.7, "blocked-placebo": 0.65}
     rows = [run_row(f"leak-{arm}", 0, seed, auroc) for arm, auroc in scores.items() for seed in (0, 1)]
-    entry = summarise({"p": BASELINE}, pd.DataFrame(rows), {}, METRICS)["papers"]["p"]
+    entry = summarise({"p": BASELINE}, pd.DataFrame(rows), {}, METRICS).papers["p"]
     wanted = {"leak": 0.3, "blocked_leak": 0.05, "placebo": 0.1, "leak_and_placebo": 0.4}
     for name, (arm, reference) in CONTRASTS.items():
-        found = entry[name]
-        assert (found["arm"], found["reference"], found["seeds"]) == (arm, reference, [0, 1])
-        assert found["auroc"].mean == pytest.approx(wanted[name])
-        assert found["slides"][0]["auroc"]["values"] == pytest.approx([wanted[name]] * 2)
+        found = getattr(entry, name)
+        assert (found.arm, found.reference, found.seeds) == (arm, reference, [0, 1])
+        assert found.auroc.mean == pytest.approx(wanted[name])
+        assert found.slides[0].auroc.values == pytest.approx([wanted[name]] * 2)
 
 
 @pytest.mark.parametrize(
@@ -61,4 +61,4 @@ def test_each_arm_is_compared_with_its_reference_on_the_same_patches():
 def test_what_a_row_is_worth_is_said(updates, published, method_only, label):
     paper = BASELINE | {"published_updates": published, "method_only": method_only}
     rows = [run_row("published", None, 0, 0.9, updates=updates)]
-    assert summarise({"p": paper}, pd.DataFrame(rows), {}, METRICS)["papers"]["p"]["label"] == label
+    assert summarise({"p": paper}, pd.DataFrame(rows), {}, METRICS).papers["p"].label == label

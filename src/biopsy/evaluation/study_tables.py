@@ -12,10 +12,10 @@ from biopsy.data.packs import group_by_unit
 from biopsy.data.predictions import write_predictions
 from biopsy.evaluation.measure import Confusion
 from biopsy.evaluation.scored import ScoredPatches
-from biopsy.statistics.intervals import average, describe_method, estimate_metric, replicate
+from biopsy.statistics.intervals import IntervalMethod, average, describe_method, estimate_metric, replicate
 from biopsy.statistics.metrics import measure, registry
-from biopsy.statistics.multiclass import classification_report
-from biopsy.statistics.resampling import Resampler
+from biopsy.statistics.multiclass import ClassReport, classification_report
+from biopsy.statistics.resampling import Interval, Resampler
 from biopsy.training.runs import EpochRecord, Run
 from biopsy.training.study import Study
 
@@ -205,33 +205,49 @@ def pool_by_seed(pooled: pd.DataFrame) -> list[pd.DataFrame]:
     return [pooled[pooled["seed"] == seed] for seed in folds.index[[found == widest for found in folds]]]
 
 
-def measure_pooled(seeds: Sequence[ScoredPatches]) -> dict[str, Any]:
-    """Return the metrics of out-of-fold predictions, mean over seeds, with an interval over patients.
+@dataclass(frozen=True, kw_only=True)
+class PooledMetrics:
+    """Metrics of out-of-fold predictions, means over seeds with intervals over patients; counts are sums."""
+
+    n_patches: int
+    n_patients: int
+    n_seeds: int
+    class_names: list[str]
+    patch: dict[str, Interval]
+    classification_report: list[ClassReport]
+    interval: IntervalMethod
+    confusion: Confusion | None
+    confusion_matrix: np.ndarray | None
+
+
+def measure_pooled(seeds: Sequence[ScoredPatches]) -> PooledMetrics:
+    """Measure the predictions of each seed.
 
     The mean over seeds is taken in the sample and in each of its reweightings, so the interval is that of the
     mean and says nothing of the spread between seeds.
     """
-    first, samples = seeds[0], [one.sample() for one in seeds]
-    resampler = Resampler(len(samples[0].groups), unit=first.unit)
+    first, samples = seeds[0], [scored.sample() for scored in seeds]
+    resampler = Resampler(first.n_groups, unit=first.unit)
     mean = average([replicate(sample, resampler) for sample in samples])
-    matrix = np.sum([one.confusion() for one in seeds], axis=0)
-    result = {
-        "n_patches": len(first),
-        "n_patients": resampler.n_groups,
-        "n_seeds": len(seeds),
-        "class_names": list(first.class_names),
-        "patch": {
+    matrix, confusion = np.sum([scored.confusion() for scored in seeds], axis=0), None
+    if first.positive_index is not None:
+        positive, negative = first.positive_index, 1 - first.positive_index
+        cells = (positive, positive), (negative, positive), (positive, negative), (negative, negative)
+        confusion = Confusion(*(int(matrix[cell]) for cell in cells))
+    return PooledMetrics(
+        n_patches=len(first),
+        n_patients=resampler.n_groups,
+        n_seeds=len(seeds),
+        class_names=list(first.class_names),
+        patch={
             name: estimate_metric(metric, samples[0], mean)
             for name, metric in registry(type(samples[0].count())).items()
         },
-        "classification_report": classification_report(matrix, first.class_names),
-        "interval": describe_method(resampler.n_groups, seed=0, unit=first.unit),
-    }
-    if first.positive_index is None:
-        return result | {"confusion_matrix": matrix}
-    positive, negative = first.positive_index, 1 - first.positive_index
-    cells = (positive, positive), (negative, positive), (positive, negative), (negative, negative)
-    return result | {"confusion": Confusion(*(int(matrix[cell]) for cell in cells))}
+        classification_report=classification_report(matrix, first.class_names),
+        interval=describe_method(resampler.n_groups, seed=0, unit=first.unit),
+        confusion=confusion,
+        confusion_matrix=None if confusion else matrix,
+    )
 
 
 def _spread(seeds: Sequence[dict[str, float]]) -> dict[str, Spread]:

@@ -1,6 +1,7 @@
 """What a reproduction adds up to: the claim, what it comes to here, and how much of it is the leak."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from biopsy.data.packs import group_by_unit
 from biopsy.evaluation.scored import ScoredPatches
 from biopsy.evaluation.study_tables import Spread, describe_run, measure_pooled
 from biopsy.experiments.leakage import APART, PUBLISHED
+from biopsy.statistics.intervals import IntervalMethod
+from biopsy.statistics.resampling import Interval
 from biopsy.training.runs import Run
 from biopsy.training.study import Study
 
@@ -47,10 +50,104 @@ def write_tables(study: Study) -> None:
     study.write_table(pd.DataFrame(list_rows(study.summary())))
 
 
+@dataclass(frozen=True, kw_only=True)
+class ComparedMetrics:
+    """The spread of each of `COMPARED`."""
+
+    accuracy: Spread
+    balanced_accuracy: Spread
+    auroc: Spread
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldSummary(ComparedMetrics):
+    """A fold over seeds."""
+
+    tested: str
+    n_patches: int
+    seeds: list[int]
+    colour_auroc: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmSummary(ComparedMetrics):
+    """Over seeds, means over folds; ``reason`` says why there are none."""
+
+    reason: str | None
+    n_train: int | None
+    seeds: list[int]
+    colour_auroc: float | None
+    test_is_validation: bool
+    folds: list[FoldSummary]
+    interval: Mapping[str, Interval | IntervalMethod] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedSpread(Spread):
+    """Differences paired by seed, and their spread."""
+
+    values: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideDifference:
+    """What an arm scores above its reference on one slide, seed by seed, and what both score."""
+
+    tested: str
+    n_patches: list[int]
+    n_train: list[int]
+    seeds: list[int]
+    accuracy: PairedSpread
+    balanced_accuracy: PairedSpread
+    auroc: PairedSpread
+    arm: ComparedMetrics
+    reference: ComparedMetrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmDifference(ComparedMetrics):
+    """What an arm scores above its reference on the same test patches, means over slides over seeds."""
+
+    arm: str
+    reference: str
+    reason: str | None
+    seeds: list[int]
+    slides: list[SlideDifference]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperSummary:
+    """A recipe: the claim, what it comes to here, each of `CONTRASTS`, and what the row is worth."""
+
+    claim: Mapping[str, float]
+    corrected: Mapping[str, float]
+    published: ArmSummary
+    apart: ArmSummary
+    leak: ArmDifference
+    blocked_leak: ArmDifference
+    placebo: ArmDifference
+    leak_and_placebo: ArmDifference
+    updates: int
+    published_updates: int | None
+    n_runs: int
+    minutes: float
+    label: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproductionSummary:
+    """Content of a reproduction's ``metrics.json``."""
+
+    format: str = SUMMARY_FORMAT
+    positive_class: str | None
+    unit: str
+    papers: dict[str, PaperSummary]
+
+
 def summarise(
     papers: Mapping[str, Any], table: pd.DataFrame, frames: Frames, metrics: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Give, for each recipe, the claim, both arms, the leak of each slide, and what the row is worth.
+) -> ReproductionSummary:
+    """Summarise each recipe that has been run.
 
     Args:
         papers: Recipe to its entry in ``study.json``.
@@ -58,35 +155,35 @@ def summarise(
         frames: Run to its test predictions, for the runs with patients apart.
         metrics: ``metrics.json`` of any of the runs, for class names and unit.
     """
-    return {
-        "format": SUMMARY_FORMAT,
-        "positive_class": metrics["positive_class"],
-        "unit": metrics["unit"],
-        "papers": {
+    return ReproductionSummary(
+        positive_class=metrics["positive_class"],
+        unit=metrics["unit"],
+        papers={
             name: _summarise_paper(paper, table[table["recipe"] == name], frames, metrics)
             for name, paper in papers.items()
             if (table["recipe"] == name).any()
         },
-    }
+    )
 
 
 def _summarise_paper(
     paper: Mapping[str, Any], table: pd.DataFrame, frames: Frames, metrics: Mapping[str, Any]
-) -> dict[str, Any]:
+) -> PaperSummary:
     arms = {kind: table[table["arm"] == kind] for kind in (PUBLISHED, APART)}
     missing, updates = paper["missing"], int(table["updates"].min())
-    return {
-        "claim": paper["claim"],
-        "corrected": paper["corrected"],
-        PUBLISHED: _summarise_arm(arms[PUBLISHED], missing.get(PUBLISHED)),
-        APART: _summarise_arm(arms[APART], missing.get(APART)) | _estimate(arms[APART], frames, metrics),
+    interval = _estimate(arms[APART], frames, metrics)
+    return PaperSummary(
+        claim=paper["claim"],
+        corrected=paper["corrected"],
+        published=_summarise_arm(arms[PUBLISHED], missing.get(PUBLISHED)),
+        apart=_summarise_arm(arms[APART], missing.get(APART), interval),
         **_compare_arms(table, missing.get("leak")),
-        "updates": updates,
-        "published_updates": paper["published_updates"] or None,
-        "n_runs": len(table),
-        "minutes": float(table["seconds"].sum() / 60),
-        "label": _label(updates, paper["published_updates"], method_only=paper["method_only"]),
-    }
+        updates=updates,
+        published_updates=paper["published_updates"] or None,
+        n_runs=len(table),
+        minutes=float(table["seconds"].sum() / 60),
+        label=_label(updates, paper["published_updates"], method_only=paper["method_only"]),
+    )
 
 
 def _label(updates: int, published: int, *, method_only: bool) -> str:
@@ -95,30 +192,36 @@ def _label(updates: int, published: int, *, method_only: bool) -> str:
     return ", ".join(part for part in (length, "method only" if method_only else "") if part)
 
 
-def _summarise_arm(rows: pd.DataFrame, reason: str | None) -> dict[str, Any]:
+def _spreads(table: pd.DataFrame) -> dict[str, Spread]:
+    return {name: Spread.of(table[name]) for name in COMPARED}
+
+
+def _summarise_arm(
+    rows: pd.DataFrame, reason: str | None, interval: Mapping[str, Interval | IntervalMethod] | None = None
+) -> ArmSummary:
     """Return an arm's numbers: of each fold over seeds, and of the mean over folds over seeds."""
     folds = [
-        {
-            "tested": of_fold["tested"].iloc[0],
-            "n_patches": int(of_fold["n_patches"].iloc[0]),
-            "seeds": sorted(of_fold["seed"].tolist()),
-            **{name: Spread.of(of_fold[name]) for name in COMPARED},
-            "colour_auroc": _plain(of_fold["baseline_auroc"].iloc[0]),
-        }
+        FoldSummary(
+            tested=of_fold["tested"].iloc[0],
+            n_patches=int(of_fold["n_patches"].iloc[0]),
+            seeds=sorted(of_fold["seed"].tolist()),
+            **_spreads(of_fold),
+            colour_auroc=_plain(of_fold["baseline_auroc"].iloc[0]),
+        )
         for _, of_fold in rows.groupby("place", dropna=False, sort=True)
     ]
     whole = _keep_whole(rows, len(folds))
     by_seed = whole.groupby("seed")[[*COMPARED, "baseline_auroc"]].mean() if len(whole) else whole
-    return {
-        "reason": None if folds else reason or "no run has been judged",
-        "n_train": int(rows["n_train"].iloc[0]) if folds else None,
-        "seeds": sorted(set(whole["seed"].tolist())),
-        **{name: Spread.of(by_seed[name]) for name in COMPARED},
-        "colour_auroc": _plain(by_seed["baseline_auroc"].mean()) if len(whole) else None,
-        "test_is_validation": bool(rows["val_is_test"].any()),
-        "folds": folds,
-        "interval": None,
-    }
+    return ArmSummary(
+        reason=None if folds else reason or "no run has been judged",
+        n_train=int(rows["n_train"].iloc[0]) if folds else None,
+        seeds=sorted(set(whole["seed"].tolist())),
+        **_spreads(by_seed),
+        colour_auroc=_plain(by_seed["baseline_auroc"].mean()) if len(whole) else None,
+        test_is_validation=bool(rows["val_is_test"].any()),
+        folds=folds,
+        interval=interval,
+    )
 
 
 def _keep_whole(rows: pd.DataFrame, n_folds: int) -> pd.DataFrame:
@@ -127,19 +230,21 @@ def _keep_whole(rows: pd.DataFrame, n_folds: int) -> pd.DataFrame:
     return rows[rows["seed"].isin(counts.index[counts == n_folds])]
 
 
-def _estimate(rows: pd.DataFrame, frames: Frames, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return intervals over patients of the means over seeds, where one side of five or more was tested."""
-    result = [frames[run] for run in rows["run"]]
-    if not result or rows["place"].notna().any() or metrics["positive_class"] is None:
-        return {}
-    if len(np.unique(group_by_unit(result[0], metrics["unit"]))) < MIN_GROUPS:
-        return {}
+def _estimate(
+    rows: pd.DataFrame, frames: Frames, metrics: Mapping[str, Any]
+) -> Mapping[str, Interval | IntervalMethod] | None:
+    """Return intervals over patients of the means over seeds, where one subset of five or more was tested."""
+    tested = [frames[run] for run in rows["run"]]
+    if not tested or rows["place"].notna().any() or metrics["positive_class"] is None:
+        return None
+    if len(np.unique(group_by_unit(tested[0], metrics["unit"]))) < MIN_GROUPS:
+        return None
     about = metrics["class_names"], metrics["positive_class"], metrics["unit"]
-    pooled = measure_pooled([ScoredPatches.of_predictions(frame, *about) for frame in result])
-    return {"interval": {name: pooled["patch"][name] for name in COMPARED} | {"about": pooled["interval"]}}
+    pooled = measure_pooled([ScoredPatches.of_predictions(frame, *about) for frame in tested])
+    return {**{name: pooled.patch[name] for name in COMPARED}, "about": pooled.interval}
 
 
-def _compare_arms(table: pd.DataFrame, reason: str | None) -> dict[str, Any]:
+def _compare_arms(table: pd.DataFrame, reason: str | None) -> dict[str, ArmDifference]:
     """Return each of `CONTRASTS`; without a placebo the leak is compared with the arm that has neither."""
     pairs = dict(CONTRASTS)
     if CONTRASTS["leak"][1] not in set(table["arm"]):
@@ -147,39 +252,39 @@ def _compare_arms(table: pd.DataFrame, reason: str | None) -> dict[str, Any]:
     return {name: _compare_pair(table, *pair, reason) for name, pair in pairs.items()}
 
 
-def _compare_pair(table: pd.DataFrame, arm: str, reference: str, reason: str | None) -> dict[str, Any]:
-    """Return what one arm scores above another: paired by slide and seed, on the same test patches."""
+def _compare_pair(table: pd.DataFrame, arm: str, reference: str, reason: str | None) -> ArmDifference:
     first, second = (table[table["arm"] == kind] for kind in (arm, reference))
     pairs = first.merge(second, on=["place", "seed"], suffixes=("", "_reference"))
-    differences = pairs[list(COMPARED)] - pairs[[f"{name}_reference" for name in COMPARED]].to_numpy()
-    slides = [
-        {
-            "tested": rows["tested"].iloc[0],
-            "n_patches": rows["n_patches"].tolist(),
-            "n_train": rows["n_train"].tolist(),
-            "seeds": rows["seed"].tolist(),
-            **{
-                name: {
-                    **vars(Spread.of(differences.loc[rows.index, name])),
-                    "values": differences.loc[rows.index, name].tolist(),
-                }
-                for name in COMPARED
-            },
-            "arm": {name: Spread.of(rows[name]) for name in COMPARED},
-            "reference": {name: Spread.of(rows[f"{name}_reference"]) for name in COMPARED},
+    of_reference = pairs[[f"{name}_reference" for name in COMPARED]].set_axis(COMPARED, axis=1)
+    differences = pairs[list(COMPARED)] - of_reference
+    slides = []
+    for _, rows in pairs.sort_values(["place", "seed"]).groupby("place"):
+        gains = differences.loc[rows.index]
+        paired = {
+            name: PairedSpread(**vars(spread), values=gains[name].tolist())
+            for name, spread in _spreads(gains).items()
         }
-        for _, rows in pairs.sort_values(["place", "seed"]).groupby("place")
-    ]
+        slides.append(
+            SlideDifference(
+                tested=rows["tested"].iloc[0],
+                n_patches=rows["n_patches"].tolist(),
+                n_train=rows["n_train"].tolist(),
+                seeds=rows["seed"].tolist(),
+                **paired,
+                arm=ComparedMetrics(**_spreads(rows)),
+                reference=ComparedMetrics(**_spreads(of_reference.loc[rows.index])),
+            )
+        )
     whole = _keep_whole(pairs, len(slides))
     by_seed = differences.loc[whole.index].groupby(whole["seed"]).mean()
-    return {
-        "arm": arm,
-        "reference": reference,
-        "reason": None if slides else reason or "no pair of runs has been judged",
-        "seeds": sorted(set(whole["seed"].tolist())),
-        **{name: Spread.of(by_seed[name]) for name in COMPARED},
-        "slides": slides,
-    }
+    return ArmDifference(
+        arm=arm,
+        reference=reference,
+        reason=None if slides else reason or "no pair of runs has been judged",
+        seeds=sorted(set(whole["seed"].tolist())),
+        **_spreads(by_seed),
+        slides=slides,
+    )
 
 
 def list_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
