@@ -6,11 +6,11 @@ Command::
 
 ENCODER is a classifier of other data (here `pcam`, which ships), whose penultimate layer gives the features;
 PACK is IDC. On these features a logistic regression is trained: 50 labels at random to begin with, then
-rounds of 50 more, up to 300, from all patients but the tested one. Four ways to choose: at random; the
-patches nearest to the threshold; the strategies `informative` of `biopsy next`, which also takes novelty
-(Mahalanobis distance from what is labelled), lets patients take turns and keeps neighbours apart, and
-`mixed`. The measure is AUROC on the whole slide left out; mean over slides and seeds, and in how many of
-these pairs a way beats random.
+rounds of 50 more, up to 300, from all patients but the tested one. Three ways to choose: at random; the
+patches nearest to the threshold; the strategy `informative` of `biopsy next`, which also takes novelty
+(Mahalanobis distance from what is labelled), lets patients take turns and keeps neighbours apart. The measure
+is AUROC on the whole slide left out; mean over slides and seeds, and in how many of these pairs a way beats
+random.
 
 Rows go to ``results/next-to-label.csv``.
 """
@@ -28,7 +28,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from biopsy.app.queue import choose_by
+from biopsy.app.queue import choose
 from biopsy.data.packs import Pack
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_with_features
@@ -36,7 +36,7 @@ from biopsy.training.open_model import open_classifier
 
 RESULTS = Path(__file__).parent / "results" / "next-to-label.csv"
 START, STEP, ROUNDS = 50, 50, 5
-WAYS = ("random", "uncertain", "informative", "mixed")
+WAYS = ("random", "uncertain", "informative")
 
 
 def compute_features(encoder: str, pack: Pack) -> np.ndarray:
@@ -82,7 +82,7 @@ def select(
             "side": float(pack.info.patch_px),
         }
     )
-    return pool[choose_by("mixed" if way == "mixed" else "informative", candidates, STEP, seed)[0]]
+    return pool[choose(candidates, STEP)]
 
 
 def learn(way: str, test: str, seed: int, features: np.ndarray, pack: Pack) -> list[float]:

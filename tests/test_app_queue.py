@@ -6,7 +6,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 import biopsy
-from biopsy.app.queue import choose, choose_by, read_queue
+from biopsy.app.queue import choose, read_queue
 from biopsy.app.viewer import make_viewer
 from biopsy.core.errors import DataError, UserFileError
 from slide_maps import make_classifier
@@ -54,23 +54,18 @@ def test_neighbours_are_not_chosen_together_while_there_are_others():
     assert sorted(choose(frame, 100)) == list(range(25))  # in the end all, each once
 
 
-def test_mixed_is_random_and_informative_in_turn():
-    frame = candidates()
-    rows, is_random = choose_by("mixed", frame, 20, seed=3)
-    assert len(rows) == len(set(rows.tolist())) == 20
-    drawn, _ = choose_by("random", frame, 60, seed=3)
-    informative, _ = choose_by("informative", frame, 20, seed=3)
-    assert rows[0] == drawn[0] and rows[1] == informative[0] and is_random[:2].tolist() == [True, False]
-    assert 8 <= is_random.sum() <= 12
-    assert set(rows[is_random]) <= set(drawn[:20]) and set(rows[~is_random]) <= set(informative)
-    assert sorted(choose_by("mixed", frame, 100, seed=3)[0]) == list(range(60))
+def test_random_is_the_default_and_follows_the_seed(trained_run, tmp_path):
+    pack = trained_run.open_pack(verify=False)
 
+    def ask(name, **options):
+        out = tmp_path / f"{name}.csv"
+        return biopsy.next(trained_run, pack.path, budget=12, out=out, device="cpu", **options)[
+            "patch_id"
+        ].tolist()
 
-def test_random_follows_the_seed_and_is_no_ranking():
-    frame = candidates(600)
-    first, other = (choose_by("random", frame, 200, seed=seed)[0] for seed in (0, 1))
-    assert first.tolist() == choose_by("random", frame, 200, seed=0)[0].tolist() != other.tolist()
-    assert abs(frame["uncertainty"].iloc[first].mean() - frame["uncertainty"].mean()) < 0.05
+    first = ask("first")
+    assert first == ask("again", strategy="random", seed=0) and len(set(first)) == 12
+    assert first != ask("other", seed=1) and first != ask("ranked", strategy="informative")
 
 
 def test_the_queue_of_a_pack_leaves_out_what_was_trained_on(trained_run, tmp_path):

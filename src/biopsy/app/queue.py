@@ -1,4 +1,4 @@
-"""What to label next: patches at random, and uncertain ones or ones unlike training (`next`)."""
+"""What to label next: patches at random, or uncertain ones and ones unlike training (`next`)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ from biopsy.slides.sources import list_sources
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
 
-Strategy = Literal["mixed", "random", "informative"]
+Strategy = Literal["random", "informative"]
 COLUMNS = (
     *("patch_id", "label", "suggested", "decision", "who", "when", "reason"),
     *("slide", "patient_id", "x", "y", "side", "prob", "uncertainty", "ood_score"),
@@ -34,7 +34,7 @@ def next(
     paths: Sequence[Path | str] | Path | str,
     *,
     budget: int = 100,
-    strategy: Strategy = "mixed",
+    strategy: Strategy = "random",
     seed: int = 0,
     out: Path | str = "queue.csv",
     mpp: float | None = None,
@@ -42,18 +42,18 @@ def next(
 ) -> pd.DataFrame:
     """Choose patches to label, and write them as a queue.
 
-    Every second patch is drawn at random, since informative patches alone did not teach more than random ones
-    on the data tried. Informative patches rank by the mean of two percentiles: how near their probability is
-    to the threshold, and how far they are from training (where the model knows). Patients take turns, and
-    patches beside each other on a slide are not chosen together while there are others. Patches that the run
-    was trained on are left out. ``biopsy view PACK --queue FILE`` shows the queue; its file is also a label
-    sheet for ``biopsy prepare --labels`` once the column ``decision`` is filled in.
+    Patches are drawn at random unless ``strategy`` says otherwise, since informative patches did not teach
+    more than random ones on the data tried. Informative patches rank by the mean of two percentiles: how near
+    their probability is to the threshold, and how far they are from training (if the model knows). Patients
+    take turns, and patches beside each other on a slide are not chosen together while there are others.
+    Patches that the run was trained on are left out. ``biopsy view PACK --queue FILE`` shows the queue; its
+    file is also a label sheet for ``biopsy prepare --labels`` once the column ``decision`` is filled in.
 
     Args:
         model: Run, classifier or bundle.
         paths: Packs, slides or folders of slides.
         budget: Number of patches to choose.
-        strategy: ``mixed`` (random and informative in turn), ``random`` or ``informative``.
+        strategy: How patches are chosen: ``random`` or ``informative``.
         seed: Seed of the random patches.
         out: Output file of the queue.
         mpp: Pixel size at level 0 in µm. Required for slides that do not record it.
@@ -81,32 +81,14 @@ def next(
     candidates = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
     if candidates.empty:
         raise DataError(f"{', '.join(map(str, named))} holds no patch that the model was not trained on")
-    rows, is_random = choose_by(strategy, candidates, budget, seed)
+    if strategy == "random":
+        rows = np.random.default_rng(seed).permutation(len(candidates))[:budget]
+    else:
+        rows = choose(candidates, budget)
     chosen = candidates.iloc[rows].reset_index(drop=True)
-    chosen["reason"] = np.where(is_random, "random; ", "") + chosen["reason"]
     queue = chosen.reindex(columns=list(COLUMNS))
     _write(Path(out), queue)
     return queue
-
-
-def choose_by(
-    strategy: Strategy, candidates: pd.DataFrame, budget: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows to label in their order, and which of them were drawn at random, bool.
-
-    Args:
-        strategy: As `next` takes it.
-        candidates: As `choose` takes them.
-    """
-    drawn = np.random.default_rng(seed).permutation(len(candidates))
-    if strategy == "random":
-        return drawn[:budget], np.ones(min(budget, len(drawn)), bool)
-    informative = choose(candidates, budget)
-    if strategy == "informative":
-        return informative, np.zeros(len(informative), bool)
-    turns = np.stack([drawn[: len(informative)], informative], axis=1).ravel()
-    first = np.sort(np.unique(turns, return_index=True)[1])[:budget]
-    return turns[first], first % 2 == 0
 
 
 def choose(candidates: pd.DataFrame, budget: int) -> np.ndarray:
