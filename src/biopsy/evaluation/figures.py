@@ -332,10 +332,10 @@ def draw_decision_curve(curve: Mapping[str, Any], *, level: float = 0.95) -> Fig
         raise MetricError("the decision curve has no threshold: give at least one")
     model, treat_all = (np.asarray(curve[name], float) for name in ("model", "treat_all"))
     figure, axes = new_figure(height_in=3.6)
-    known = [one for one in curve["marked"] if one["low"] is not None]
-    if known:
-        low, high = ([one[end] for one in known] for end in ("low", "high"))
-        marks = [one["threshold"] for one in known]
+    bounded = [point for point in curve["marked"] if point["low"] is not None]
+    if bounded:
+        low, high = ([point[end] for point in bounded] for end in ("low", "high"))
+        marks = [point["threshold"] for point in bounded]
         axes.fill_between(
             marks, low, high, color=MODEL, alpha=0.16, linewidth=0, label=f"{100 * level:g} % interval"
         )

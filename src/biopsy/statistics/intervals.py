@@ -73,8 +73,8 @@ def average(results: Sequence[Replicates]) -> Replicates:
     A metric that is undefined in one of them is undefined in the mean.
     """
     return Replicates(
-        {name: float(np.mean([one.value[name] for one in results])) for name in results[0].value},
-        {name: np.mean([one.replicates[name] for one in results], axis=0) for name in results[0].value},
+        {name: float(np.mean([result.value[name] for result in results])) for name in results[0].value},
+        {name: np.mean([result.replicates[name] for result in results], axis=0) for name in results[0].value},
         results[0].resampler,
     )
 

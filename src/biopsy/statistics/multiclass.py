@@ -236,7 +236,7 @@ def mcc(counts: ClassCounts) -> float:
 def auroc(counts: ClassCounts) -> float:
     """Return the mean over classes of the AUROC of each class against the rest."""
     compute = METRICS["auroc"].compute
-    return float(np.mean([compute(one.count(counts.weight)) for one in counts.sample.one_vs_rest]))
+    return float(np.mean([compute(scores.count(counts.weight)) for scores in counts.sample.one_vs_rest]))
 
 
 @metric("ranking", of=ClassCounts, label="AUROC, micro")

@@ -64,8 +64,8 @@ def sample_seeds(
         resampler: The same for all that are compared.
     """
     names = None if names is None else list(names)
-    results = [replicate(one, resampler, names) for one in samples]
-    by_seed = {name: np.array([one.value[name] for one in results]) for name in results[0].value}
+    results = [replicate(sample, resampler, names) for sample in samples]
+    by_seed = {name: np.array([result.value[name] for result in results]) for name in results[0].value}
     return Sample(samples, by_seed, average(results))
 
 
@@ -103,15 +103,15 @@ def _subtract_metric(metric: Metric, first: Sample, second: Sample) -> Differenc
         return Difference(none, None, none)
     why = None
     if np.isnan(value):
-        counts = (one.count() for one in samples)
-        why = next(metric.why_undefined(one) for one in counts if np.isnan(metric.compute(one)))
-    informative = fewest_informative([one.informative_groups(metric.needs) for one in samples])
+        counts = (sample.count() for sample in samples)
+        why = next(metric.why_undefined(count) for count in counts if np.isnan(metric.compute(count)))
+    informative = fewest_informative([sample.informative_groups(metric.needs) for sample in samples])
     over_patients = resampler.interval(value, replicates, informative, undefined=why)
     if over_patients.low is None:
         return Difference(over_patients, None, over_patients)
     variances = [(resampler.standard_error(replicates[~np.isnan(replicates)]) ** 2, informative.freedom)]
     if min(len(first.samples), len(second.samples)) > 1:
-        variances += [(one.seed_variance(name), len(one.samples) - 1) for one in (first, second)]
+        variances += [(sample.seed_variance(name), len(sample.samples) - 1) for sample in (first, second)]
     error, freedom = satterthwaite(variances)
     half = float(stats.t.ppf((1 + resampler.level) / 2, freedom)) * error
     p = float(2 * stats.t.sf(abs(value) / error, freedom))
@@ -157,13 +157,13 @@ def estimate_differences(
     Raises:
         MetricError: For values that allow no metric, patches without a group, or a level outside 0-1.
     """
-    one, other = (
+    ours, theirs = (
         sort_scores(target, prob, at, group_ids=group_ids)
         for prob, at in zip((first, second), thresholds, strict=True)
     )
-    resampler = Resampler(len(one.groups), **resampling)
+    resampler = Resampler(len(ours.groups), **resampling)
     names = None if names is None else list(names)
-    differences = subtract(*(sample_seeds([scores], resampler, names=names) for scores in (one, other)))
+    differences = subtract(*(sample_seeds([scores], resampler, names=names) for scores in (ours, theirs)))
     return {name: difference.interval for name, difference in differences.items()}
 
 

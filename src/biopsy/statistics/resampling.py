@@ -85,7 +85,7 @@ def fewest_informative(candidates: Sequence[InformativeGroups]) -> InformativeGr
     """Return the one of several that is too few for an interval, else with the fewest degrees of freedom."""
     return min(
         candidates,
-        key=lambda one: (one.n, 0.0) if one.n < FEWEST_GROUPS else (FEWEST_GROUPS, one.effective),
+        key=lambda groups: (groups.n, 0.0) if groups.n < FEWEST_GROUPS else (FEWEST_GROUPS, groups.effective),
     )
 
 

@@ -76,14 +76,14 @@ def say_verdict(entry: Mapping[str, Any], unit: str) -> str:
     """Return whether the coverage guarantee was met on the evaluated patients, and the shortfall."""
     target = entry["promised_coverage"]
     if entry["promise"] == "each-class":
-        coverages = {f"{name} ": one["coverage"] for name, one in entry["by_class"].items()}
+        coverages = {f"{name} ": estimate["coverage"] for name, estimate in entry["by_class"].items()}
     else:
         coverages = {"": entry["patient"]["coverage"]}
     reached = "; ".join(
-        f"{name}{number(one['value'])} ({interval_of(one)})" for name, one in coverages.items()
+        f"{name}{number(estimate['value'])} ({interval_of(estimate)})" for name, estimate in coverages.items()
     )
     reached += f"; target {number(target)}"
-    gap = number(max(0.0, *(target - one["value"] for one in coverages.values())))
+    gap = number(max(0.0, *(target - estimate["value"] for estimate in coverages.values())))
     return {
         "kept": f"The coverage guarantee was met on these {unit}s. Coverage: {reached}.",
         "broken": f"The coverage guarantee was violated on these {plural(unit)}, by {gap}. Coverage: "

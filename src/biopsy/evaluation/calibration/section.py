@@ -156,15 +156,15 @@ def draw_calibration(
         raise MetricError("no bins to draw: evaluate at least one patch")
     figure, axes = new_figure(height_in=4.1)
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=DASHED, label="perfect calibration")
-    known = [one for one in bins if one["observed"]["low"] is not None]
-    if known:
-        at = [one["mean_prob"] for one in known]
-        low, high = ([one["observed"][end] for one in known] for end in ("low", "high"))
+    bounded = [row for row in bins if row["observed"]["low"] is not None]
+    if bounded:
+        at = [row["mean_prob"] for row in bounded]
+        low, high = ([row["observed"][end] for row in bounded] for end in ("low", "high"))
         label = f"{100 * level:g} % interval"
         axes.vlines(at, low, high, color=MODEL, alpha=0.45, linewidth=1.6, label=label)
-    promised = [one["mean_prob"] for one in bins]
-    result = [one["observed"]["value"] for one in bins]
-    axes.plot(promised, result, "-o", color=MODEL, markersize=4.5, linewidth=1.1, label="this model")
+    predicted = [row["mean_prob"] for row in bins]
+    observed = [row["observed"]["value"] for row in bins]
+    axes.plot(predicted, observed, "-o", color=MODEL, markersize=4.5, linewidth=1.1, label="this model")
     axes.set(
         xlim=(-0.02, 1.02),
         ylim=(-0.02, 1.02),
