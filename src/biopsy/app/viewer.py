@@ -96,7 +96,7 @@ class _Viewer:
     """The addresses of the page."""
 
     def __init__(
-        self, exhibit: Exhibit, annotations: Annotations, who: str, queue: list[dict[str, Any]]
+        self, exhibit: Exhibit, annotations: Annotations, who: str, queue: list[dict[str, object]]
     ) -> None:
         self.exhibit, self.annotations, self.who, self.queue = exhibit, annotations, who, queue
 
@@ -135,7 +135,7 @@ class _Viewer:
             raise HTTPException(404, "there is no report beside what is shown: `biopsy report RUN` writes it")
         return FileResponse(self.exhibit.report, headers={"content-security-policy": "sandbox allow-popups"})
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         exhibit = self.exhibit
         return {
             "title": exhibit.title,
@@ -156,7 +156,7 @@ class _Viewer:
         }
 
     # --- slides
-    def slide(self, key: str) -> dict[str, Any]:
+    def slide(self, key: str) -> dict[str, object]:
         scene = self.exhibit.scene(key)
         document = {
             "key": key,
@@ -195,17 +195,17 @@ class _Viewer:
             raise HTTPException(404, "this slide has no map")
         return Response(scene.layer(), media_type="application/octet-stream")
 
-    def regions(self, key: str) -> list[dict[str, Any]]:
+    def regions(self, key: str) -> list[dict[str, object]]:
         return self.exhibit.scene(key).regions
 
-    def patch(self, key: str, x: float, y: float) -> dict[str, Any]:
+    def patch(self, key: str, x: float, y: float) -> dict[str, object]:
         scene = self.exhibit.scene(key)
         index = scene.patch_at(x, y)
         if index is None:
             raise HTTPException(404, "no patch lies here")
         return self._describe(key, scene, index)
 
-    def _describe(self, key: str, scene: Scene, index: int) -> dict[str, Any]:
+    def _describe(self, key: str, scene: Scene, index: int) -> dict[str, object]:
         grid = scene.grid
         assert grid is not None and scene.labels is not None
         left, top, side = _corner(scene, index)
@@ -220,7 +220,7 @@ class _Viewer:
             **_describe_patch(scene.labels, scene.patches, index, self.exhibit.classifier),
         }
 
-    def explain_on_slide(self, key: str, index: int) -> dict[str, Any]:
+    def explain_on_slide(self, key: str, index: int) -> dict[str, object]:
         scene = self.exhibit.scene(key)
         if scene.grid is None or not 0 <= index < len(scene.grid):
             raise HTTPException(404, "there is no such patch")
@@ -247,7 +247,7 @@ class _Viewer:
         descending: bool = False,
         column: str = "",
         value: str = "",
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         sheet = self.exhibit.sheet(key)
         frame = sheet.frame
         if column:
@@ -269,7 +269,7 @@ class _Viewer:
             "patch_px": sheet.pack.info.patch_px,
         }
 
-    def sheet_patch(self, key: str, row: int) -> dict[str, Any]:
+    def sheet_patch(self, key: str, row: int) -> dict[str, object]:
         sheet = self.exhibit.sheet(key)
         _require_row(sheet, row)
         record = sheet.frame.iloc[row]
@@ -287,13 +287,13 @@ class _Viewer:
         _require_row(sheet, row)
         return _jpeg(sheet.pixels(row))
 
-    def explain_on_sheet(self, key: str, row: int) -> dict[str, Any]:
+    def explain_on_sheet(self, key: str, row: int) -> dict[str, object]:
         sheet = self.exhibit.sheet(key)
         _require_row(sheet, row)
         nearest = f"api/sheets/{key}/nearest/{row}" if sheet.run is not None else None
         return self._explain(sheet.pixels(row)) | {"nearest": nearest}
 
-    def nearest(self, key: str, row: int) -> list[dict[str, Any]]:
+    def nearest(self, key: str, row: int) -> list[dict[str, object]]:
         sheet = self.exhibit.sheet(key)
         _require_row(sheet, row)
         if sheet.run is None or self.exhibit.classifier is None:
@@ -302,7 +302,7 @@ class _Viewer:
 
         return find_nearest(self.exhibit.classifier, sheet, row)
 
-    def _explain(self, pixels: np.ndarray) -> dict[str, Any]:
+    def _explain(self, pixels: np.ndarray) -> dict[str, object]:
         if self.exhibit.classifier is None:
             raise HTTPException(404, "no model was named that could explain: pass --model")
         from biopsy.app.explaining import explain_patch
@@ -310,7 +310,7 @@ class _Viewer:
         return explain_patch(self.exhibit.classifier, pixels)
 
     # --- annotations
-    def list_annotations(self) -> dict[str, Any]:
+    def list_annotations(self) -> dict[str, object]:
         """Return the annotations of each target, for the page to draw."""
         result = []
         for target, records in self.annotations.current().items():
@@ -331,7 +331,7 @@ class _Viewer:
             )
         return {"annotations": result}
 
-    def annotate(self, new: NewAnnotation, request: Request) -> dict[str, Any]:
+    def annotate(self, new: NewAnnotation, request: Request) -> dict[str, object]:
         if (new.verdict is None) == (new.label is None):
             raise DataError("give a verdict (right, wrong, unsure, removed) or a label (a class)")
         self.annotations.add(self._make_annotation(new))
@@ -463,7 +463,7 @@ def _colour_maps() -> dict[str, list[list[int]]]:
     }
 
 
-def _describe_labels(labels: Labels | None) -> dict[str, Any] | None:
+def _describe_labels(labels: Labels | None) -> dict[str, object] | None:
     if labels is None:
         return None
     colours = [CLASS_COLOURS[index % len(CLASS_COLOURS)] for index in range(len(labels.names))]
@@ -478,9 +478,9 @@ def _describe_labels(labels: Labels | None) -> dict[str, Any] | None:
 
 def _describe_patch(
     labels: Labels, patches: Patches, index: int, classifier: Classifier | None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return what is known of one patch: probabilities, decision, prediction set, truth."""
-    document: dict[str, Any] = {
+    document: dict[str, object] = {
         "probs": None,
         "pred": None,
         "set": None,
@@ -561,7 +561,7 @@ def _require_row(sheet: Sheet, row: int) -> None:
         raise HTTPException(404, "there is no such patch")
 
 
-def _row(sheet: Sheet, record: dict[Any, Any]) -> dict[str, Any]:
+def _row(sheet: Sheet, record: dict[Any, Any]) -> dict[str, object]:
     names = ("row", "patch_id", "label", "pred", "prob", "error", "abstained", "doubt", "patient_id")
     return {name: _plain(record[name]) for name in names if name in record}
 
@@ -573,7 +573,7 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _read_queue(path: Path | str | None, exhibit: Exhibit) -> list[dict[str, Any]]:
+def _read_queue(path: Path | str | None, exhibit: Exhibit) -> list[dict[str, object]]:
     """Return the patches that `next` chose, as places on this page; those that are not on it are left out."""
     if path is None:
         return []

@@ -90,7 +90,7 @@ def open_loggers(names: Iterable[str], run: Run) -> list[EpochLogger]:
     return loggers
 
 
-def _flatten(run: Run) -> dict[str, Any]:
+def _flatten(run: Run) -> dict[str, object]:
     """Return the settings that define a run, by dotted name."""
     tables = run.recipe.model_dump(include={"preprocessing", "model", "augmentation", "train", "decision"})
     settings = {f"{table}.{key}": str(value) for table, keys in tables.items() for key, value in keys.items()}
