@@ -5,7 +5,7 @@ Biases keep them follows their own environment variables (``MLFLOW_TRACKING_URI`
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from biopsy.core.errors import MissingExtra
 from biopsy.training.runs import Run
