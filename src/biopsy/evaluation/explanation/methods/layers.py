@@ -1,4 +1,4 @@
-"""Layers of a network by the order in which a patch passes them, and what they put out."""
+"""Layers of a network in the order that a patch passes them, and methods that look at what one puts out."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from biopsy.core.errors import RecipeError
+from biopsy.evaluation.explanation.methods import ExplanationRequest, register_method
 from biopsy.models.networks.layers import SeparableConv2d
 
 _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.SiLU, nn.GELU, nn.ELU, nn.Hardswish)
@@ -188,3 +189,33 @@ def _innermost(passed: list[_Passage], block: _Passage) -> _Passage:
 
 def _kind(network: nn.Module, name: str) -> str:
     return type(network.get_submodule(name)).__name__
+
+
+@register_method(
+    "activations",
+    shows="the output of single channels of one layer",
+    caveat="It does not depend on a class, and an active channel need not influence the prediction",
+    find_layer=find_first_layer,
+    per_class=False,
+)
+def activations(request: ExplanationRequest) -> Tensor:
+    """Return the output of a layer, a map for each of its channels."""
+    return layer_output(request.network, request.batch, str(request.layer))
+
+
+@register_method(
+    "Grad-CAM",
+    shows="the channels of a late layer, weighted by the mean gradient of the class score and summed; "
+    "negative values are set to 0 (Selvaraju et al. 2017)",
+    caveat="Its resolution is that of the layer, which is coarse; it is enlarged to the size of the patch",
+    find_layer=find_last_maps,
+)
+def grad_cam(request: ExplanationRequest) -> Tensor:
+    """Return the layer's maps, weighted by the mean gradient of the class's score, added up and rectified."""
+    layer = str(request.layer)
+    with torch.enable_grad(), watch_layer(request.network, layer) as result:
+        score = request.scores(request.batch).sum()
+        maps = check_maps(result, layer)
+        (gradient,) = torch.autograd.grad(score, maps)
+    weights = gradient.mean(dim=(2, 3), keepdim=True)
+    return (weights * maps.detach()).sum(dim=1, keepdim=True).clamp(min=0)
