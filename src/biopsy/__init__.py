@@ -17,8 +17,9 @@ import os
 
 import lazy_loader
 
-# OpenMP's threads spin while they wait, which on a shared machine takes the cores from those they wait for: a
-# short spin is as fast on an idle machine and several times faster on a busy one. Read when OpenMP is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# OpenMP's threads spin while they wait, which on a shared machine takes the cores from those they wait for.
+# This short spin costs 2 % on an idle machine, and beside one competing process more than a third of the
+# speed remains (docs/performance.md). Read when OpenMP is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
