@@ -450,3 +450,8 @@ def test_demo_leaves_another_folder_alone(tmp_path):
     result = call("demo", "--out", tmp_path)
     assert result.exit_code == 1 and "is not empty and holds no demonstration" in result.stderr
     assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_the_module_runs_as_the_command_does():
+    result = subprocess.run([sys.executable, "-m", "biopsy", "--version"], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.strip() == f"biopsy {biopsy.__version__}"
