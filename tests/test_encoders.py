@@ -319,6 +319,7 @@ def test_settings_that_a_probe_cannot_have_are_refused(setting, tiny, make_pack,
 # --- from a pack to a table
 
 
+@pytest.mark.slow
 def test_features_are_computed_once_and_again_when_changed(tiny, make_pack, tmp_path, monkeypatch):
     pack = make_pack(n_patients=12, patches_per_patient=6)
     settings = [f"model.name={tiny.tag}", "train.precision=fp32"]
@@ -352,6 +353,7 @@ def test_features_are_computed_once_and_again_when_changed(tiny, make_pack, tmp_
     assert biopsy.Pack.open(pack.path).verify() is None
 
 
+@pytest.mark.slow
 def test_a_table_of_encoders(tiny, make_pack, tmp_path):
     pack = make_pack(n_patients=36, patches_per_patient=6, noise=60)
     other = register_tiny("second", pooling="cls+mean", n_features=48)

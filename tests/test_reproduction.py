@@ -22,6 +22,8 @@ from conftest import write_pack
 from report_facts import Page
 from tiny_runs import interrupt_at
 
+pytestmark = pytest.mark.slow
+
 PAPER = """
 format = "biopsy-recipe/1"
 name = "tiny-paper"

@@ -194,6 +194,7 @@ def test_two_processes_of_which_one_is_killed_leave_what_one_leaves(finished, tm
     pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 
+@pytest.mark.slow
 def test_seeds_and_recipes_may_be_added(pack, tmp_path):
     first = ask(pack, tmp_path / "study", split="patients")
     before = weights(first)

@@ -185,6 +185,7 @@ def test_without_auroc_on_validation_the_loss_chooses():
     assert (summary["chosen_by"], summary["best"]["values"]["train.lr"]) == ("val_loss", 0.2)
 
 
+@pytest.mark.slow
 def test_asking_again_trains_nothing_and_more_may_be_asked(finished, tmp_path):
     place = tmp_path / "sweep"
     pack = finished[0].runs()[0].open_pack()
@@ -199,6 +200,7 @@ def test_asking_again_trains_nothing_and_more_may_be_asked(finished, tmp_path):
     assert before.items() <= {r.path.name: (r.path / "run.json").read_text() for r in more.runs()}.items()
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_goes_on(finished, tmp_path):
     made, _ = finished
     pack = made.runs()[0].open_pack()
@@ -210,6 +212,7 @@ def test_an_interrupted_sweep_goes_on(finished, tmp_path):
     pd.testing.assert_frame_equal(whole.table().drop(columns="seconds"), first, check_exact=True)
 
 
+@pytest.mark.slow
 def test_its_report_is_one_page(finished, tmp_path):
     made, _ = finished
     (path,) = report(made, out=tmp_path / "report.html")
@@ -278,6 +281,7 @@ def test_figures_refuse_what_does_not_fit():
 # --- command line
 
 
+@pytest.mark.slow
 def test_sweep_from_the_command_line(finished, tmp_path, monkeypatch):
 
     from command_line import call
@@ -359,6 +363,7 @@ def test_suggestions_lie_in_the_space_and_learn_from_validation():
     assert np.mean(off[-15:]) < 0.5 * np.mean(off[:10])
 
 
+@pytest.mark.slow
 def test_a_search_that_was_stopped_ends_as_one_that_was_not(finished, tmp_path, monkeypatch):
     pack = finished[0].runs()[0].open_pack()
     monkeypatch.setattr(run_specs, "evaluate", lambda run: pytest.fail("the test subset was read"))

@@ -146,6 +146,7 @@ def test_a_bundle_passes_and_code_is_not_run_unasked(trained_run, tmp_path):
     assert failed(verify(bundle)) == {"files"}
 
 
+@pytest.mark.slow
 def test_networks_of_other_weights_are_found(trained_run, tmp_path):
     bundle = export(trained_run, tmp_path / "bundle").path
     classifier = trained_run.classifier
