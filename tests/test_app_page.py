@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -143,7 +144,7 @@ def test_regions_are_drawn_and_named_by_a_key(show, phantom):
     with page.expect_download() as download:
         page.locator("#export-geojson").click()
     assert download.value.suggested_filename == "phantom.geojson"
-    assert '"idc"' in open(download.value.path(), encoding="utf-8").read()
+    assert '"idc"' in Path(download.value.path()).read_text(encoding="utf-8")
 
 
 def test_wheel_drag_keys_and_pinch_move_the_slide(show, phantom):

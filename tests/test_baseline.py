@@ -6,6 +6,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from biopsy.data.packs import Pack
+from biopsy.data.prepare import prepare
 from biopsy.data.splits import make_split
 from biopsy.evaluation import colour_baseline as baseline
 from biopsy.evaluation.colour_baseline import colour_baseline
@@ -70,5 +71,4 @@ def test_whole_idc_slides_leave_one_out(idc_pack: Pack) -> None:
 
 @pytest.fixture
 def idc_pack(data_dir: Path, tmp_path: Path) -> Pack:
-    packing = pytest.importorskip("biopsy.data.packing")
-    return packing.prepare(data_dir / "idc" / "idc_kaggle_subset.zip", tmp_path / "idc.pack")
+    return prepare(data_dir / "idc" / "idc_kaggle_subset.zip", tmp_path / "idc.pack")
