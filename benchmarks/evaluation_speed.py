@@ -14,7 +14,6 @@ Results: `results/evaluation-speed.csv`, one row a measurement. The aim is 20 s 
 
 import argparse
 import contextlib
-import csv
 import json
 import os
 import platform
@@ -28,6 +27,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from recording import append_rows
 
 RESULTS = Path(__file__).parent / "results" / "evaluation-speed.csv"
 PATCH_PX = 16
@@ -186,11 +187,6 @@ if __name__ == "__main__":
             evaluate_apart(Path(place), arguments.cores) | describe_machine(arguments.cores)
             for _ in range(arguments.repeats)
         ]
-    new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append_rows(RESULTS, rows)
     for row in rows:
         print("\n".join(f"{key:>15}: {value}" for key, value in row.items()))

@@ -16,7 +16,6 @@ five for phantom.
 """
 
 import argparse
-import csv
 import os
 import platform
 import tempfile
@@ -41,6 +40,7 @@ from biopsy.phantom.cohort import write_archive
 from biopsy.training.runs import Run
 from biopsy.training.train import train
 from pointing import find_tumour_cells, judge_pointing
+from recording import append_rows
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "faithfulness.csv"
 COHORT = {"n_patients": 30, "patches_per_patient": 120}
@@ -138,16 +138,6 @@ def number(value: float | None) -> object:
     return "" if value is None else round(value, 4)
 
 
-def record(rows: list[dict[str, object]]) -> None:
-    """Append rows to the table, with its header where it is new."""
-    is_new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -163,7 +153,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows += measure_phantom(options.keep or Path(folder), options.seed)
     if not options.dry:
-        record(rows)
+        append_rows(RESULTS, rows)
 
 
 if __name__ == "__main__":

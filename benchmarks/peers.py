@@ -18,7 +18,6 @@ Results: `results/peers.csv`, one row a task and peer.
 """
 
 import argparse
-import csv
 import multiprocessing
 import os
 import statistics
@@ -31,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from recording import append_rows
 from training_speed import BATCH_SIZE, INPUT_PX, describe_machine, draw_files, start_biopsy, start_keras
 
 RESULTS = Path(__file__).parent / "results" / "peers.csv"
@@ -345,12 +345,7 @@ def compare(source: Path, n_patches: int, turns: int, tasks: list[str]) -> None:
         for task in tasks:
             about = {"patches": n_patches, "load_at_start": load} | describe_machine()
             rows = [row | about for row in summarise(task, take_turns(task, tree, pack, turns))]
-            is_new = not RESULTS.exists()
-            with open(RESULTS, "a", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
-                if is_new:
-                    writer.writeheader()
-                writer.writerows(rows)
+            append_rows(RESULTS, rows)
             for row in rows:
                 print("{task} beside {peer}: {ratio} ({ratio_min}-{ratio_max})".format(**row), flush=True)
 

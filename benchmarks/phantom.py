@@ -20,7 +20,6 @@ minutes to a quarter of an hour each.
 """
 
 import argparse
-import csv
 import os
 import platform
 import tempfile
@@ -43,6 +42,7 @@ from biopsy.phantom.cohort import iter_patches, write_archive
 from biopsy.phantom.slides import make_slide
 from biopsy.training.runs import Run
 from biopsy.training.train import train
+from recording import append_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -271,20 +271,9 @@ def main() -> None:
         for what in asked:
             rows = MEASURES[what](pack, Path(folder), options)
             if not options.dry:
-                record(RESULTS / f"phantom-{what}.csv", rows)
+                append_rows(RESULTS / f"phantom-{what}.csv", rows)
     if "pictures" in options.what:
         draw_pictures(options)
-
-
-def record(path: Path, rows: list[dict[str, object]]) -> None:
-    """Append rows to a table, with its header where it is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ shared, and the row says so. Rows are appended to ``results/prepare-speed.csv`` 
 """
 
 import argparse
-import csv
 import io
 import itertools
 import json
@@ -46,6 +45,7 @@ from PIL import Image
 
 from biopsy.data.prepare import prepare
 from biopsy.phantom.cohort import iter_patches
+from recording import append_rows
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -73,12 +73,7 @@ def describe_machine() -> dict[str, object]:
 def write_row(name: str, row: dict[str, object]) -> None:
     """Append a row to a csv in the results folder."""
     path = RESULTS / name
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    append_rows(path, [row])
     print("\n".join(f"{key:>18}: {value}" for key, value in row.items()))
 
 

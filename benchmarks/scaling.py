@@ -11,7 +11,6 @@ Results: ``results/scaling.csv``, a row a command and size.
 """
 
 import argparse
-import csv
 import os
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from recording import append_rows
 from training_speed import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "scaling.csv"
@@ -73,12 +73,7 @@ def note(command: str, size: int, measured: tuple[float, float]) -> None:
     seconds, peak_mb = measured
     row = {"command": command, "size": size, "seconds": round(seconds, 1), "peak_rss_mb": round(peak_mb)}
     row |= {"load": round(os.getloadavg()[0], 1)} | describe_machine()
-    is_new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    append_rows(RESULTS, [row])
     print(f"{command:>8} {size:>8,} {seconds:8.1f} s {peak_mb:8.0f} MB", flush=True)
 
 

@@ -16,7 +16,6 @@ A row is appended to ``results/serve-load.csv``.
 """
 
 import argparse
-import csv
 import os
 import platform
 import subprocess
@@ -34,6 +33,7 @@ import httpx
 import numpy as np
 
 from biopsy.data.packs import Pack
+from recording import append_rows
 
 RESULTS = Path(__file__).parent / "results" / "serve-load.csv"
 N_PATCHES = 512
@@ -169,12 +169,7 @@ def main() -> None:
         "torch": version("torch"),
         "fastapi": version("fastapi"),
     }
-    is_new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    append_rows(RESULTS, [row])
     for name, value in row.items():
         print(f"{name}: {value}")
 

@@ -31,7 +31,6 @@ Rows are appended to ``results/slide-maps.csv``, ``slide-formats.csv``, ``slide-
 """
 
 import argparse
-import csv
 import os
 import resource
 import shutil
@@ -53,6 +52,7 @@ from biopsy.phantom.slides import PhantomTruth, make_phantom_slide
 from biopsy.slide_io.pyramids import write_pyramid
 from biopsy.slide_io.reader import open_slide
 from biopsy.training.open_model import open_classifier
+from recording import append_rows
 
 RESULTS = Path(__file__).parent / "results"
 SIZE_UM = (6000, 4800)
@@ -321,12 +321,7 @@ def report(name: str, row: dict[str, object]) -> None:
         "load": round(os.getloadavg()[0], 1),
     }
     path = RESULTS / name
-    is_new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    append_rows(path, [row])
 
 
 def main() -> None:

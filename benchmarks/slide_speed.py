@@ -25,7 +25,6 @@ A row is appended to ``results/slide-speed.csv``.
 """
 
 import argparse
-import csv
 import json
 import os
 import random
@@ -50,6 +49,7 @@ from biopsy.models.importers.wsinfer import CONFIG, SCRIPT
 from biopsy.slide_io.pyramids import write_pyramid
 from biopsy.slides.stitching import list_slides, stitch_slide
 from biopsy.training.open_model import open_classifier
+from recording import append_rows
 
 RESULTS = Path(__file__).parent / "results"
 ENLARGED, MPP, PATCH_MPP = 8, 0.5, 1.0
@@ -244,12 +244,7 @@ def main() -> None:
     for key, value in row.items():
         print(f"{key}: {value}")
     path = RESULTS / "slide-speed.csv"
-    is_new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    append_rows(path, [row])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ A row is appended to ``results/training-speed.csv``; times of day with other loa
 """
 
 import argparse
-import csv
 import json
 import os
 import platform
@@ -35,6 +34,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from recording import append_rows
 
 RESULTS = Path(__file__).parent / "results"
 BATCH_SIZE, INPUT_PX = 32, 48
@@ -68,7 +69,7 @@ def build_keras() -> Any:
 
 
 def start_keras(tree: Path) -> Callable[[], int]:
-    """Set up the post's training and give a function that does one pass and returns its patches."""
+    """Set up the post's training and return a function that does a pass and returns its number of patches."""
     model = build_keras()
     from keras.src.legacy.preprocessing.image import ImageDataGenerator
 
@@ -262,12 +263,7 @@ def compare(source: Path, n_patches: int, repeats: int, stacks: list[str]) -> No
     row["share_of_matrix_speed"] = round(statistics.median(rates["biopsy"]) * operations / matrix_speed, 3)
     row |= describe_machine() | {"load_at_start": round(load, 1)}
     path = RESULTS / "training-speed.csv"
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    append_rows(path, [row])
     print("\n".join(f"{key:>22}: {value}" for key, value in row.items()))
 
 

@@ -94,7 +94,7 @@ def remove_abandoned(folder: Path | str) -> None:
 
 
 def is_vacant(folder: Path | str) -> bool:
-    """Say whether a folder does not exist, or holds nothing but temporary files of this package."""
+    """Return whether a folder does not exist, or holds nothing but temporary files of this package."""
     folder = Path(folder)
     return not folder.exists() or (
         folder.is_dir() and all(_PARTIAL.fullmatch(path.name) for path in folder.iterdir())
@@ -102,7 +102,7 @@ def is_vacant(folder: Path | str) -> bool:
 
 
 def is_alive(pid: int) -> bool:
-    """Say whether another process of this machine lives; True where that cannot be known."""
+    """Return whether another process of this machine lives; True where that cannot be known."""
     if pid == os.getpid():
         return False  # what this process itself writes is known to `_in_use`
     if os.name != "posix":
@@ -385,7 +385,7 @@ def _read_manifest(folder: Path, adopted: tuple[str, ...] = ()) -> Entries:
 
 
 def _is_inside(name: str) -> bool:
-    """Say whether a name, which somebody may have written into a manifest, leads nowhere else."""
+    """Return whether a name, which somebody may have written into a manifest, leads nowhere else."""
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 

@@ -258,5 +258,5 @@ def _check_values(path: Path | str, value: Any, allow_nan: bool) -> None:
 
 
 def _has_surrogate(text: str) -> bool:
-    """Say whether text holds half a character; those that stand for bytes of a file's name may."""
+    """Return whether text holds half a character; those that stand for bytes of a file's name may."""
     return re.search("[\ud800-\udc7f\udd00-\udfff]", text) is not None

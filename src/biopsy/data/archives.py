@@ -75,7 +75,7 @@ class Archive(Protocol):
         """Return an entry's bytes; raises DataError with the reason alone."""
 
     def same(self, one: Entry, other: Entry) -> bool:
-        """Say whether two entries hold the same bytes."""
+        """Return whether two entries hold the same bytes."""
 
     def fingerprint(self) -> str:
         """Hash names, sizes and checksums (of a folder: times) of all entries, without reading them."""
@@ -197,7 +197,7 @@ def open_archive(path: Path | str) -> Archive:
 
 
 def is_junk(name: str) -> bool:
-    """Say whether a name is hidden or left behind by macOS or Windows."""
+    """Return whether a name is hidden or left behind by macOS or Windows."""
     if "/." in name or name.startswith(".") or "__MACOSX" in name or name.endswith((".db", ".ini")):
         return _JUNK.search(name) is not None  # asked of the few names for which it can be true
     return False

@@ -30,7 +30,6 @@ PAIRS_AT_ONCE = 4_000_000
 _N_BANDS = MAX_BITS + 1  # hashes at most MAX_BITS apart agree in at least one of MAX_BITS + 1 bands
 _BAND_BITS = 64 // _N_BANDS
 _BITS_SET = np.array([number.bit_count() for number in range(2**16)], np.uint8)
-_WEIGHTS = np.left_shift(np.uint64(1), np.arange(64, dtype=np.uint64))
 
 
 def hash_patches(patches: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -229,7 +228,7 @@ def audit_pack(pack: Pack, split: Split | None = None) -> Audit:
 
 
 def find_blocking_issues(audit: Audit) -> list[str]:
-    """Say in a line each what would spoil a result; an empty list means that nothing would.
+    """Return a line for each thing that would spoil a result; an empty list means that nothing would.
 
     A split that is published, or made to measure a leak, is exempt: its overlap is stated as what it is.
     """

@@ -115,7 +115,7 @@ def _draw_classes(pack: Pack, folder: Path) -> Path:
 
 
 def _count_earlier(ids: np.ndarray) -> np.ndarray:
-    """Say of each element how many equal ones stand before it."""
+    """Return for each element how many equal ones stand before it."""
     seen: dict[str, int] = {}
     earlier = []
     for name in ids.tolist():

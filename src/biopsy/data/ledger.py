@@ -106,7 +106,7 @@ def _append(path: Path, line: Mapping[str, object]) -> Path:
 
 
 def _ends_whole(path: Path) -> bool:
-    """Say whether the last line was written to its end; one that was not must not swallow the next."""
+    """Return whether the last line was written to its end; one that was not must not swallow the next."""
     content = path.read_bytes()
     return not content or content.endswith(b"\n")
 

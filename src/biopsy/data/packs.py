@@ -463,7 +463,7 @@ def finish_pack(
 
 
 def is_pack(path: Path | str) -> bool:
-    """Say whether a path looks like a pack folder."""
+    """Return whether a path looks like a pack folder."""
     return (Path(path) / DOCUMENT).is_file()
 
 

@@ -441,7 +441,7 @@ def _read_classes(
 
 
 def _is_misspelt(name: str, class_names: Sequence[str], new_names: Sequence[str]) -> bool:
-    """Say whether a new class is a number, or so much like another that it is likely meant to be that."""
+    """Return whether a new class is a number, or so much like another that it is likely meant to be that."""
     others = [other for other in (*class_names, *new_names) if other != name]
     close = get_close_matches(name, class_names, n=1, cutoff=0.85)
     same_digits = bool(close) and re.findall("[0-9]+", name) == re.findall("[0-9]+", close[0])

@@ -338,7 +338,7 @@ def check_classes(pack: Pack, classifier: Classifier) -> None:
 
 
 def _find_overlap(run: Run, pack: Pack, judged: np.ndarray) -> bool | None:
-    """Say whether another pack of the same data set brings back patients the run learned from.
+    """Return whether another pack of the same data set brings back patients the run learned from.
 
     None where that cannot be known: ids of two data sets do not speak of the same people, and the pack that
     was learned from may be out of reach.

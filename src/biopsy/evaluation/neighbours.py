@@ -27,7 +27,7 @@ Slides = list[tuple[np.ndarray, np.ndarray]]
 
 
 def place_on_slides(table: pd.DataFrame) -> Slides:
-    """Give, for each slide, its rows ``(n,)`` of the table and their places ``(n, 2)``, in x and y.
+    """Return, for each slide, its rows ``(n,)`` of the table and their places ``(n, 2)``, in x and y.
 
     A patch without coordinates, or without ``slide_id`` and ``patient_id``, lies on none.
     """
@@ -74,7 +74,7 @@ def count_neighbours(table: pd.DataFrame, target: np.ndarray, n_classes: int) ->
 
 
 def find_zones(counts: np.ndarray, target: np.ndarray) -> pd.DataFrame:
-    """Say of each patch whether it lies at the annotated border.
+    """Return for each patch whether it lies at the annotated border.
 
     Patches that are not in the table cannot be counted: on a slide of which only one class was kept there is
     no border to be seen.
@@ -140,7 +140,7 @@ def measure_zones(zone: np.ndarray, scored: ScoredPatches, threshold: float) -> 
 
 
 def rank_label_issues(counts: np.ndarray, target: np.ndarray, probs: np.ndarray) -> pd.DataFrame:
-    """Say how many witnesses speak against each label.
+    """Return how many witnesses speak against each label.
 
     The witnesses are the neighbours' labels, a voice each, and a model that was not trained on the patch, one
     more voice divided as its probabilities are. With ``k`` of ``n`` voices for another class the doubt is

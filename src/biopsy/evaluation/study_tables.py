@@ -84,7 +84,7 @@ def write_tables(study: Study) -> None:
 
 
 def summarise(table: pd.DataFrame, pooled: pd.DataFrame, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Give, per recipe, the pooled numbers, their spread over seeds, and what was gained on each fold.
+    """Return, per recipe, the pooled numbers, their spread over seeds, and what was gained on each fold.
 
     Intervals are over patients, within one seed; the spread over seeds stands apart from them. A seed that
     has not judged the folds that the others have, or diverged on one, is in neither.

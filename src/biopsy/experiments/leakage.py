@@ -255,7 +255,7 @@ def list_leaks(pack: Pack, test_ids: Sequence[str], seed: int) -> list[Arm]:
 
 
 def why_no_leak(pack: Pack, test_ids: Sequence[str]) -> str | None:
-    """Say why the leak cannot be measured; None where it can."""
+    """Return why the leak cannot be measured; None where it can."""
     if pack.unit == "patch":
         return _say_nobody(pack)
     if len(test_ids) < 2:

@@ -54,7 +54,7 @@ class RunSpec:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
-        """Say which run of the study it is."""
+        """Return which run of the study it is."""
         return {"recipe": self.recipe.name, "fold": self.fold, "seed": self.seed, **self.about}
 
 
@@ -129,7 +129,7 @@ def _is_done(path: Path, *, judge: bool) -> bool:
 
 
 def _has_failed(path: Path, *, since: float) -> bool:
-    """Say whether the loss of a run has diverged after some time."""
+    """Return whether the loss of a run has diverged after some time."""
     document = path / RUN
     return (
         document.exists() and document.stat().st_mtime >= since and Run.open(path).info["status"] == "failed"

@@ -81,7 +81,7 @@ class Engine:
 
 
 def outputs_of(loss: str) -> Literal["softmax", "sigmoid"]:
-    """Say how the outputs of a network trained with a recipe's loss are read."""
+    """Return how the outputs of a network trained with a recipe's loss are read."""
     return "sigmoid" if loss == "binary-cross-entropy" else "softmax"
 
 

@@ -78,7 +78,7 @@ def keep_freed_memory() -> None:
 
 
 def has_nvidia_driver() -> bool:
-    """Say whether the driver's library is there; whether PyTorch can use it is another question."""
+    """Return whether the driver's library is there; whether PyTorch can use it is another question."""
     try:
         ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:

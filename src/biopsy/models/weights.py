@@ -274,7 +274,7 @@ def require_licence(weights: Weights) -> None:
 
 
 def _compare_feed(recipe: Recipe, known: Weights | None) -> list[str]:
-    """Say where a recipe feeds pretrained weights otherwise than they were trained."""
+    """Return where a recipe feeds pretrained weights otherwise than they were trained."""
     if known is None:
         return []
     settings = recipe.preprocessing.model_dump()

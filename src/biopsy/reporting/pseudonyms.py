@@ -106,7 +106,7 @@ class Pseudonymizer:
         return hidden.sort_values(by).reset_index(drop=True) if by else hidden
 
     def _are_ids(self, column: str, values: pd.Series) -> bool:
-        """Say whether folds are named by whom they leave out, such as the number of a patient."""
+        """Return whether folds are named by whom they leave out, such as the number of a patient."""
         known = self._numbers["patient"].keys() | self._numbers["slide"].keys()
         return column == "fold" and values.notna().all() and {str(value) for value in values} <= known
 

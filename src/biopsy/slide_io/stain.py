@@ -158,7 +158,7 @@ def find_nuclei(haematoxylin: np.ndarray, mpp: float) -> np.ndarray:
 
 
 def _is_round(blobs: np.ndarray) -> np.ndarray:
-    """Say where a peak falls off to all sides: an edge has peaks too, which fall off to two."""
+    """Return where a peak falls off to all sides: an edge has peaks too, which fall off to two."""
     across, down, both = (cv2.Sobel(blobs, cv2.CV_32F, *order, ksize=3) for order in ((2, 0), (0, 2), (1, 1)))
     curved = across * down - both**2
     return (LONGEST + 1) ** 2 * curved > LONGEST * (across + down) ** 2

@@ -193,7 +193,7 @@ class _Network(NamedTuple):
         return _Found(logits, checked, features)
 
     def find_unlike(self, pieces: list[_Found]) -> np.ndarray:
-        """Say of the checked patches of a slide which are unlike training, bool ``(n_checked,)``."""
+        """Return which checked patches of a slide are out of distribution, bool ``(n_checked,)``."""
         known = [piece for piece in pieces if len(piece.checked)]
         if not known:
             return np.zeros(0, bool)

@@ -89,7 +89,7 @@ def _describe_model(classifier: Classifier, precision: str, device: str) -> dict
 
 
 def is_calibrated(classifier: Classifier) -> bool:
-    """Say whether the classifier's probabilities were calibrated."""
+    """Return whether the classifier's probabilities were calibrated."""
     return classifier.info.calibrator.get("method", "none") != "none"
 
 

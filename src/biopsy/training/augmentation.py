@@ -168,7 +168,7 @@ def _send(draws: Tensor, batch: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _move_places(height: int, width: int) -> Tensor:
-    """Give, for each of the 16 moves, the source of every pixel: ``(16, H * W)``; 4 where not square."""
+    """Return, for each of the 16 moves, the source of every pixel: ``(16, H * W)``; 4 where not square."""
     grid = torch.arange(height * width).view(height, width)
     places = []
     for turns in range(4 if height == width else 1):

@@ -417,7 +417,7 @@ def name_run(recipe: str, seed: int) -> str:
 
 
 def describe_environment() -> dict[str, str | int | None]:
-    """Say on what a run was made: versions, processor, cores."""
+    """Return on what a run was made: versions, processor, cores."""
     import platform
 
     import sklearn

@@ -106,5 +106,5 @@ class Study:
 
 
 def is_study(path: Path | str) -> bool:
-    """Say whether a path looks like a study's folder."""
+    """Return whether a path looks like a study's folder."""
     return (Path(path) / DOCUMENT).is_file()

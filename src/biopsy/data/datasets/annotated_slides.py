@@ -56,7 +56,7 @@ class _Case:
 
 
 def recognise(archive: Archive) -> bool:
-    """Say whether it is a folder in which annotations lie beside slides."""
+    """Return whether it is a folder in which annotations lie beside slides."""
     return isinstance(archive, FolderArchive) and any(
         _pair(archive.entries, list(_list_notes(archive, None)))[0]
     )

@@ -206,7 +206,7 @@ def register_dataset(dataset: Dataset) -> Dataset:
 
 
 def is_image(entry: Entry) -> bool:
-    """Say whether an entry's name is that of an image."""
+    """Return whether an entry's name is that of an image."""
     return entry.name.lower().endswith(IMAGE_SUFFIXES)
 
 

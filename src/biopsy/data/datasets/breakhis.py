@@ -48,7 +48,7 @@ _NAME = re.compile(
 
 
 def recognise(archive: Archive) -> bool:
-    """Say whether at least half of the images are named as BreakHis's."""
+    """Return whether at least half of the images are named as BreakHis's."""
     images = [entry for entry in archive.entries if is_image(entry)]
     return bool(images) and 2 * sum(_match(entry) is not None for entry in images) >= len(images)
 
@@ -116,7 +116,7 @@ def _describe(match: re.Match[str]) -> tuple:
 
 
 def _find_contradiction(entry: Entry, match: re.Match[str]) -> str:
-    """Say which folder of an entry contradicts its name; empty where none does."""
+    """Return which folder of an entry contradicts its name; empty where none does."""
     subtype = _SUBTYPES[match["kind"].upper(), match["code"].upper()]
     kind = "benign" if match["kind"].upper() == "B" else "malignant"
     known = {

@@ -41,7 +41,7 @@ _PAIRS = [
 
 
 def recognise(archive: Archive) -> bool:
-    """Say whether at least half of the images lie in class folders.
+    """Return whether at least half of the images lie in class folders.
 
     Raises:
         DataError: If the classes likely stand a level lower; ``--dataset folders`` takes the tree as it is.
@@ -160,7 +160,7 @@ def _name_some(names: Iterable[str]) -> str:
 
 
 def _are_classes(names: set[str]) -> bool:
-    """Say whether folders have the names of two classes that usually stand beside each other."""
+    """Return whether folders have the names of two classes that usually stand beside each other."""
     spelt = {name.lower().replace("tumor", "tumour").replace("-", "_").replace(" ", "_") for name in names}
     return any(spelt == set(pair) for pair in _PAIRS)
 

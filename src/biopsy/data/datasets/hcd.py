@@ -35,7 +35,7 @@ _ID = re.compile(r"[0-9a-f]{40}")  # ids are SHA-1 hashes
 
 
 def recognise(archive: Archive) -> bool:
-    """Say whether the csv, or the sorted tree with Kaggle's ids, is there."""
+    """Return whether the csv, or the sorted tree with Kaggle's ids, is there."""
     if _find_labels(archive) is not None:
         return True
     matches = [_SORTED.search(entry.name) for entry in archive.entries if is_image(entry)]

@@ -35,7 +35,7 @@ _PLACE = re.compile(r"_x([0-9]+)_y([0-9]+)_class", re.IGNORECASE)
 
 
 def recognise(archive: Archive) -> bool:
-    """Say whether at least half of the images are named as IDC's."""
+    """Return whether at least half of the images are named as IDC's."""
     images = [entry for entry in archive.entries if is_image(entry)]
     return bool(images) and 2 * sum(_match(entry) is not None for entry in images) >= len(images)
 
@@ -78,7 +78,7 @@ def _match(entry: Entry) -> re.Match[str] | None:
 
 
 def _find_contradiction(entry: Entry, match: re.Match[str], patients: set[str]) -> str:
-    """Say where an entry's name contradicts its folders, or any slide; empty where it does not.
+    """Return where an entry's name contradicts its folders, or any slide; empty where it does not.
 
     The folder above the class is taken for a patient if it is a number or a patient of the set: patches
     sorted into ``training/<class>/`` and the like are read by their names alone.

@@ -62,7 +62,7 @@ class H5Patches:
 
 
 def recognise(archive: Archive) -> bool:
-    """Say whether one of the published files is there."""
+    """Return whether one of the published files is there."""
     return any(
         entry.name.endswith((".h5", ".h5.gz")) and "camelyonpatch_level_2" in entry.name
         for entry in archive.entries

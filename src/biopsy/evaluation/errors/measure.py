@@ -141,7 +141,7 @@ def _measure(run: Run, frame: pd.DataFrame, asked: Mapping[str, Any], device: st
 
 
 def tabulate_errors(pack: Pack, rows: np.ndarray, prob: np.ndarray, threshold: float) -> pd.DataFrame:
-    """Say of each patch how it was called and where it lies.
+    """Return for each patch how it was called and where it lies.
 
     Args:
         pack: Of two classes.

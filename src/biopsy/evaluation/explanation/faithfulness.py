@@ -403,7 +403,7 @@ def draw_patches(run: Run, pack: Pack, n_patches: int, *, seed: int) -> np.ndarr
 
 
 def count_patches(network: Any, input_px: int) -> int:
-    """Say how many patches can be tested in about a minute: fewer, the more a network computes."""
+    """Return how many patches can be tested in about a minute: fewer, the more a network computes."""
     multiplications = sum(
         row.parameters * np.prod(row.output_shape[1:], dtype=float) for row in describe(network, input_px)
     )

@@ -378,7 +378,7 @@ def judge_blue_yellow(
 
 
 def count_asked(network: nn.Module, input_px: int) -> int:
-    """Say of how many patches the network can be asked again in some seconds: fewer, the more it computes."""
+    """Return how many patches the network can predict in some seconds: fewer, the more it computes."""
     multiplications = sum(
         row.parameters * np.prod(row.output_shape[1:], dtype=float) for row in describe(network, input_px)
     )

@@ -149,7 +149,7 @@ def _of_kind(items: Sequence[Item], kind: str) -> list[Item]:
 
 
 def _find_difference(layers: list[Layer], places: list[Place]) -> str:
-    """Say at which layer a file differs from what is expected; empty where it does not."""
+    """Return at which layer a file differs from what is expected; empty where it does not."""
     strange = [layer for layer in layers if layer.kind == ""]
     if strange:
         return (
@@ -178,7 +178,7 @@ def _count(items: Sequence[Place | Layer]) -> str:
 
 
 def _guess(layers: list[Layer]) -> str:
-    """Say which shipped recipes have a network with such layers."""
+    """Return which shipped recipes have a network with such layers."""
     result = []
     for name in list_recipes():
         recipe = load_recipe(name)

@@ -260,7 +260,7 @@ def _read_groups(group: h5py.Group, path: Path) -> tuple[list[Layer], bool]:
 
 
 def _find_kind(arrays: list[np.ndarray]) -> str:
-    """Say which kind of layer has weights of such shapes; empty where none has."""
+    """Return which kind of layer has weights of such shapes; empty where none has."""
     match [array.ndim for array in arrays]:
         case [4] | [4, 1]:
             return "convolution"

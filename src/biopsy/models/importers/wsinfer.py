@@ -59,7 +59,7 @@ class WSInferClassifier(Classifier):
 
 
 def is_wsinfer(path: Path | str) -> bool:
-    """Say whether a folder looks like a WSInfer model, whole or not."""
+    """Return whether a folder looks like a WSInfer model, whole or not."""
     return (Path(path) / SCRIPT).is_file() or (Path(path) / CONFIG).is_file()
 
 

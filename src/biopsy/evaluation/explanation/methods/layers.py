@@ -101,7 +101,7 @@ def list_layers(network: nn.Module, input_px: int) -> list[str]:
 
 
 def has_convolution(network: nn.Module) -> bool:
-    """Say whether a network has a layer that sees the patch as a picture."""
+    """Return whether a network has a layer that sees the patch as a picture."""
     return any(isinstance(module, nn.Conv2d) for module in network.modules())
 
 
