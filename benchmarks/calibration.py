@@ -1,4 +1,4 @@
-"""What does calibration on validation do to the tested side, and what becomes of thresholds frozen there?
+"""What does calibration on validation do to the tested subset, and what becomes of thresholds frozen there?
 
 For every run of the studies named, each method is fitted on the run's stored validation predictions as
 `biopsy calibrate` does it, thresholds are frozen, and both are judged on the stored test predictions. No
@@ -37,9 +37,9 @@ METHODS = ("temperature", "platt", "isotonic")
 SHOWN = ("ece", "brier", "nll", "calibration_slope", "calibration_intercept")
 
 
-def read_side(run: Run, classifier: Classifier, side: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return logits, targets and groups of a side's stored predictions."""
-    frame, _ = run.predictions(side)
+def read_subset(run: Run, classifier: Classifier, subset: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return logits, targets and groups of a subset's stored predictions."""
+    frame, _ = run.predictions(subset)
     logits = frame[[f"logit_{name}" for name in classifier.info.class_names]].to_numpy(float)
     return logits, frame["target"].to_numpy(int), frame[f"{run.info['pack']['unit']}_id"].to_numpy(str)
 
@@ -48,8 +48,8 @@ def measure(run: Run, method: str) -> dict[str, Any]:
     """Return a run's row for one method."""
     classifier, unit = run.classifier, run.info["pack"]["unit"]
     recipe = load_recipe(run.recipe, [f"decision.calibration={method}"])
-    fit_run_postprocessing(run, recipe, classifier, *read_side(run, classifier, "val"))
-    logits, target, groups = read_side(run, classifier, "test")
+    fit_run_postprocessing(run, recipe, classifier, *read_subset(run, classifier, "validation"))
+    logits, target, groups = read_subset(run, classifier, "test")
     probs, positive = classifier.probs(logits), classifier.positive_index
     assert positive is not None and classifier.threshold is not None
     scored = ScoredPatches(
@@ -80,10 +80,10 @@ def measure(run: Run, method: str) -> dict[str, Any]:
         "slope_fitted": found.get("slope"),
         "prior": found.get("prior") or found.get("reason"),
     }
-    for side in ("before", "after"):
-        row |= {f"{name}_{side}": found[side][name]["value"] for name in SHOWN}
-        row[f"ece_floor_{side}"] = found[side]["ece_floor"]
-        row[f"brier_reliability_{side}"] = found[side]["brier_parts"]["reliability"]
+    for subset in ("before", "after"):
+        row |= {f"{name}_{subset}": found[subset][name]["value"] for name in SHOWN}
+        row[f"ece_floor_{subset}"] = found[subset]["ece_floor"]
+        row[f"brier_reliability_{subset}"] = found[subset]["brier_parts"]["reliability"]
     for point in decisions["operating_points"]:
         rule = point["rule"].replace("=", "_")
         for name in ("sensitivity", "specificity"):

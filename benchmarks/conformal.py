@@ -1,4 +1,4 @@
-"""Do conformal sets keep their promise for patches of new patients? Patients as the unit, and patches.
+"""Do conformal sets keep their guarantee for patches of new patients? Patients as the unit, and patches.
 
 * ``simulation``: cohorts of known truth (`simulated_cohorts.UnevenPatients`, 40 patches a
   patient on average), drawn anew for every repeat. ``even``: every patient has as many patches. ``uneven``:
@@ -7,7 +7,7 @@
 * ``phantom``: a phantom cohort of 60 patients, 100 patches each on average. The small residual network learns
   from 20 of them for few epochs, the last of which is taken, so that nothing is chosen on the other 40. Those
   are divided at random, many times, into patients to calibrate on (temperature, Youden's threshold, conformal
-  sets) and patients to test. One row a promise, error rate, number of patients and method:
+  sets) and patients to test. One row a guarantee, error rate, number of patients and method:
   ``results/conformal-phantom.csv``. Before that the run is calibrated on its own 20 validation patients and
   judged on its 20 test patients as any run is, which is printed.
 
@@ -36,7 +36,7 @@ from biopsy.evaluation.evaluate import evaluate
 from biopsy.phantom.cohort import write_archive
 from biopsy.statistics.calibrators import fit_calibrator
 from biopsy.statistics.conformal import (
-    Promise,
+    Guarantee,
     abstain,
     fit_conformal,
     groups_needed,
@@ -125,28 +125,34 @@ def measure_phantom(options: argparse.Namespace) -> Iterator[dict[str, object]]:
         run = train_on_phantom(options.folder or Path(temporary), options)
         metrics = evaluate(run)
         print({"auroc": metrics["patch"]["auroc"], **metrics["abstention"]}, flush=True)
-        sides = [
-            read_predictions(run.path / "predictions" / f"{side}.parquet")[0] for side in ("val", "test")
+        subsets = [
+            read_predictions(run.path / "predictions" / f"{subset}.parquet")[0]
+            for subset in ("validation", "test")
         ]
         names = run.classifier.info.class_names
-    logits = np.concatenate([side[[f"logit_{name}" for name in names]].to_numpy(float) for side in sides])
-    target = np.concatenate([side["target"].to_numpy(int) for side in sides])
-    patients = np.concatenate([side["patient_id"].to_numpy(str) for side in sides])
+    logits = np.concatenate(
+        [subset[[f"logit_{name}" for name in names]].to_numpy(float) for subset in subsets]
+    )
+    target = np.concatenate([subset["target"].to_numpy(int) for subset in subsets])
+    patients = np.concatenate([subset["patient_id"].to_numpy(str) for subset in subsets])
     every = np.unique(patients)
     asked = [
-        (promise, alpha, n) for promise in ("each-class", "all") for alpha in ALPHAS for n in (9, 19, 30)
+        (guarantee, alpha, n)
+        for guarantee in ("class-conditional", "marginal")
+        for alpha in ALPHAS
+        for n in (9, 19, 30)
     ]
-    for promise, alpha, n in asked:
+    for guarantee, alpha, n in asked:
         if n < groups_needed(alpha):
             continue
         found = np.empty((options.divisions, 2, len(SHARES)))
         for k in range(options.divisions):
             chosen = make_rng(options.seed, "division", k).permutation(every)[:n]
-            found[k] = divide(logits, target, patients, np.isin(patients, chosen), alpha, promise)
+            found[k] = divide(logits, target, patients, np.isin(patients, chosen), alpha, guarantee)
         for method, shares in zip(METHODS, found.swapaxes(0, 1), strict=True):
-            coverage = shares[:, 1:3].min(axis=1) if promise == "each-class" else shares[:, 0]
+            coverage = shares[:, 1:3].min(axis=1) if guarantee == "class-conditional" else shares[:, 0]
             yield {
-                "promise": promise,
+                "guarantee": guarantee,
                 "promised": 1 - alpha,
                 "calibration_patients": n,
                 "test_patients": len(every) - n,
@@ -168,7 +174,7 @@ def divide(
     patients: np.ndarray,
     calibrates: np.ndarray,
     alpha: float,
-    promise: Promise,
+    guarantee: Guarantee,
 ) -> np.ndarray:
     """Calibrate on some patients, test on the others: methods by `SHARES`, each patient weighing the same.
 
@@ -181,7 +187,7 @@ def divide(
     threshold = choose_threshold(target[calibrates], known[:, 1], "youden").value
     pred, rows = (new[:, 1] >= threshold).astype(int), []
     for unit in (patients[calibrates], np.arange(len(known))):
-        fitted = fit_conformal(known, target[calibrates], unit, alpha, promise=promise)
+        fitted = fit_conformal(known, target[calibrates], unit, alpha, guarantee=guarantee)
         sets = predict_sets(new, 1.0 if fitted.quantiles is None else fitted.quantiles)
         covered, kept = sets[np.arange(len(truth)), truth], ~abstain(sets, pred)
         wrong = kept & (pred != truth)

@@ -1,7 +1,7 @@
 """How long an evaluation takes, and how much memory: every number with every interval.
 
 A pack of noise and a run on it are made, then `biopsy.evaluate` judges the run's test
-side in a process of its own. All is as for any run (metrics and intervals over patients, calibration,
+subset in a process of its own. All is as for any run (metrics and intervals over patients, calibration,
 decisions, abstention, subgroups of two joined columns, colour alone, tables written) but for the network,
 whose logits are drawn from patients who differ in prevalence and in how hard they are. Patches have 16 px:
 pixels are mapped from the pack's file, and what the system holds of it counts as the process's memory.
@@ -32,7 +32,7 @@ from recording import append_rows
 
 RESULTS = Path(__file__).parent / "results" / "evaluation-speed.csv"
 PATCH_PX = 16
-LEARNING = {"train": (4, 50), "val": (20, 50)}  # patients and patches of each on the other sides
+LEARNING = {"train": (4, 50), "validation": (20, 50)}  # patients and patches of each on the other subsets
 SETTINGS = (
     "preprocessing.input_px=16",
     "model.params.base_channels=4",
@@ -43,12 +43,12 @@ SETTINGS = (
 
 
 def make_run(folder: Path, n_patches: int, n_patients: int) -> None:
-    """Write a pack with a test side of the asked size, and a run on it."""
+    """Write a pack with a test subset of the asked size, and a run on it."""
     from biopsy.data.packs import PIXELS, Pack, finish_pack, patch_sha256
     from biopsy.training.train import train
 
     rng = np.random.default_rng(0)
-    counts = [(side, n_each) for side, (n, n_each) in LEARNING.items() for _ in range(n)]
+    counts = [(subset, n_each) for subset, (n, n_each) in LEARNING.items() for _ in range(n)]
     counts += [("test", len(part)) for part in np.array_split(np.arange(n_patches), n_patients)]
     patient = np.repeat(np.arange(len(counts)), [n for _, n in counts])
     share = rng.beta(1.5, 3.5, len(counts)).clip(0.05, 0.95)
@@ -68,7 +68,7 @@ def make_run(folder: Path, n_patches: int, n_patients: int) -> None:
             "target": target,
             "width": PATCH_PX,
             "height": PATCH_PX,
-            "own_side": np.array([side for side, _ in counts])[patient],
+            "official_subset": np.array([subset for subset, _ in counts])[patient],
             "sha256": [patch_sha256(patch) for patch in patches],
             "source": "drawn",
         }

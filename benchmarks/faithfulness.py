@@ -48,7 +48,7 @@ SETTINGS = ["augmentation.rot90=true", "train.epochs=8"]
 
 
 def measure_run(path: Path) -> list[dict[str, object]]:
-    """Test the maps of a run on the side it was judged on."""
+    """Test the maps of a run on the subset it was judged on."""
     run = Run.open(path)
     started = time.process_time()
     found = measure_faithfulness(run)

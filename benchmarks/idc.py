@@ -63,7 +63,7 @@ def train_one(recipe: str, pack: Pack, slide: str, seed: int, out: Path) -> Run:
 def measure(run: Run) -> dict[str, object]:
     """Return one row: AUROC at every step after training, decision and calibration on the tested slide."""
     pack, classifier, engine = run.open_pack(verify=False), run.classifier, Engine("cpu")
-    rows = np.flatnonzero(run.sides(pack) == "test")
+    rows = np.flatnonzero(run.subsets(pack) == "test")
     table, target = pack.table.iloc[rows], pack.target[rows]
     length = classifier.info.context or 1.5
 

@@ -69,8 +69,8 @@ def measure_arms(pack: Pack, features: dict[str, np.ndarray], seeds: int) -> pd.
         validates, placebo = (SLIDES[(place + step) % len(SLIDES)] for step in (1, 2))
         for seed in range(seeds):
             for arm, split in make_leak_splits(pack, tested, validates, seed, placebo_id=placebo).items():
-                sides = split.sides(pack)
-                train, test = np.flatnonzero(sides == "train"), np.flatnonzero(sides == "test")
+                subsets = split.subsets(pack)
+                train, test = np.flatnonzero(subsets == "train"), np.flatnonzero(subsets == "test")
                 for model, values in features.items():
                     fitted = make_pipeline(
                         StandardScaler(), LogisticRegression(C=PENALTY[model], solver="newton-cholesky")

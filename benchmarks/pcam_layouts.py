@@ -8,8 +8,8 @@ From one archive of class folders (``data/<train|valid>/<0|1>/patchNNNNNNN.jpg``
   then tests on PCam's validation slides, which with Kaggle's csv alone nothing can;
 * ``h5/``: the published files ``camelyonpatch_level_2_split_<train|valid>_<x|y>.h5``, in order of file name;
 
-and prepares all three with `biopsy.prepare`. Pixels, labels and sides must agree patch by patch, or it stops.
-The packs stay: ``pcam-folders.pack``, ``pcam-hcd.pack`` (with sites), ``pcam-h5.pack``.
+and prepares all three with `biopsy.prepare`. Pixels, labels and subsets must agree patch by patch, or it
+stops. The packs stay: ``pcam-folders.pack``, ``pcam-hcd.pack`` (with sites), ``pcam-h5.pack``.
 
 Command::
 
@@ -38,7 +38,7 @@ from biopsy.data.packs import Pack
 from biopsy.data.splits import Split, make_split, save_split
 
 RESULTS = Path(__file__).parent / "results" / "pcam-layouts.csv"
-SPLIT_OF_SIDE = {"train": "train", "val": "valid"}
+SPLIT_OF_SIDE = {"train": "train", "validation": "valid"}
 
 
 def write_kaggle(pack: Pack, folder: Path) -> None:
@@ -69,18 +69,20 @@ def write_h5(pack: Pack, folder: Path) -> None:
 
 def name_splits(pack: Pack) -> np.ndarray:
     """Return PCam's name of each patch's side."""
-    return pack.table["own_side"].map(SPLIT_OF_SIDE).to_numpy(str)
+    return pack.table["official_subset"].map(SPLIT_OF_SIDE).to_numpy(str)
 
 
 def compare(pack: Pack, first: Pack, *, each_once: bool = False) -> None:
-    """Stop unless two packs hold the same pixels with the same labels on the same sides."""
+    """Stop unless two packs hold the same pixels with the same labels in the same subsets."""
 
     def list_patches(one: Pack) -> pd.DataFrame:
-        side = one.table["own_side" if "own_side" in one.table else "site_id"].replace("valid", "val")
-        table = pd.DataFrame(
-            {"sha256": one.table["sha256"], "target": one.target, "side": side.to_numpy(str)}
+        subset = one.table["official_subset" if "official_subset" in one.table else "site_id"].replace(
+            "valid", "validation"
         )
-        return table.sort_values(["sha256", "side"]).reset_index(drop=True)
+        table = pd.DataFrame(
+            {"sha256": one.table["sha256"], "target": one.target, "subset": subset.to_numpy(str)}
+        )
+        return table.sort_values(["sha256", "subset"]).reset_index(drop=True)
 
     ours, theirs = list_patches(pack), list_patches(first)
     if each_once:
@@ -104,7 +106,7 @@ def describe(pack: Pack, source: Path, seconds: float, split: Split) -> dict[str
         "patch_px": pack.info.patch_px,
         "mpp": pack.info.mpp,
         "split": split.protocol,
-        **{side: counts[side]["patches"] for side in ("train", "val", "test")},
+        **{subset: counts[subset]["patches"] for subset in ("train", "validation", "test")},
         "prepare_s": round(seconds, 1),
     }
 

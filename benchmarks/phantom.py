@@ -87,22 +87,22 @@ def measure_colour(pack: Pack, folder: Path, options: argparse.Namespace) -> lis
     split = make_split(pack, protocol="folds", n_folds=5, seed=options.seed)
     probs = np.zeros(len(pack))
     for fold in range(5):
-        sides = split.sides(pack, fold)
-        probs[sides == "test"] = colour_baseline(pack, sides, seed=options.seed)[1][:, 1]
+        subsets = split.subsets(pack, fold)
+        probs[subsets == "test"] = colour_baseline(pack, subsets, seed=options.seed)[1][:, 1]
     return [row("colour", "phantom, all folds", pack.target, probs, options)]
 
 
 def measure_residual(pack: Pack, folder: Path, options: argparse.Namespace) -> list[dict[str, object]]:
-    """Train the residual network on phantom patients and score those of the test side."""
+    """Train the residual network on phantom patients and score those of the test subset."""
     run = fit("residual", pack, folder, options)
-    test = np.flatnonzero(run.sides(pack) == "test")
+    test = np.flatnonzero(run.subsets(pack) == "test")
     return [row("residual", "phantom, test patients", pack.target[test], ask(run, pack, test), options)]
 
 
 def measure_transfer(pack: Pack, folder: Path, options: argparse.Namespace) -> list[dict[str, object]]:
     """Train CancerNet on phantom alone and score real patches."""
     run = fit("cancernet", pack, folder, options)
-    test = np.flatnonzero(run.sides(pack) == "test")
+    test = np.flatnonzero(run.subsets(pack) == "test")
     rows = [row("cancernet", "phantom, test patients", pack.target[test], ask(run, pack, test), options)]
     real = prepare(options.real, folder / "real.pack")
     rows += score_others("cancernet", run, real, options)
@@ -191,7 +191,7 @@ def draw_pictures(options: argparse.Namespace) -> None:
         real = prepare(options.real, Path(folder) / "real.pack")
         shown = ~real.table["patient_id"].isin(TEST_SLIDES) & (real.table["width"] == 50)
         shown &= real.table["height"] == 50
-        sides = {
+        subsets = {
             "phantom": (
                 np.stack([patch.image for patch in patches]),
                 np.array([patch.target for patch in patches]),
@@ -204,7 +204,7 @@ def draw_pictures(options: argparse.Namespace) -> None:
             ),
         }
         halves = []
-        for images, target, patients in sides.values():
+        for images, target, patients in subsets.values():
             sheets = [sheet(images[target == k], patients[target == k], seed=options.seed) for k in (0, 1)]
             halves.append(np.vstack([sheets[0], np.zeros((12, sheets[0].shape[1], 3), np.uint8), sheets[1]]))
     gap = np.full((halves[0].shape[0], 24, 3), 255, np.uint8)

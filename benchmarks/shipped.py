@@ -105,7 +105,7 @@ def tighten(classifier: Classifier, run: biopsy.Run) -> None:
 def measure_distances(classifier: Classifier, run: biopsy.Run) -> pd.DataFrame:
     """Return how far up to 1,000 validation patches are from training."""
     pack = run.open_pack()
-    rows = np.flatnonzero(run.sides(pack) == run.val_side)
+    rows = np.flatnonzero(run.subsets(pack) == run.validation_subset)
     rows = np.sort(np.random.default_rng(0).choice(rows, min(len(rows), 1000), replace=False))
     patches, sizes = np.array(pack.patches[rows]), pack.sizes[rows]
     _, features = predict_with_features(classifier, patches, sizes, engine=Engine("cpu"))
@@ -114,14 +114,14 @@ def measure_distances(classifier: Classifier, run: biopsy.Run) -> pd.DataFrame:
 
 def describe(data: str, run: biopsy.Run) -> str:
     """Return the sentence that says on how few patients a classifier stands."""
-    sides, unit = run.info["split"]["sides"], run.info["split"]["unit"]
+    subsets, unit = run.info["split"]["subsets"], run.info["split"]["unit"]
 
-    def count_of(side: str) -> str:
-        of = "" if unit == "patch" else f" of {count(sides[side]['groups'], unit)}"
-        return f"{count(sides[side]['patches'], 'patch')}{of}"
+    def count_of(subset: str) -> str:
+        of = "" if unit == "patch" else f" of {count(subsets[subset]['groups'], unit)}"
+        return f"{count(subsets[subset]['patches'], 'patch')}{of}"
 
-    text = f"Trained on {count_of('train')} of {data}, calibrated on {count_of('val')}"
-    text += f", tested on {count_of('test')}" if sides.get("test", {}).get("patches") else ", not tested"
+    text = f"Trained on {count_of('train')} of {data}, calibrated on {count_of('validation')}"
+    text += f", tested on {count_of('test')}" if subsets.get("test", {}).get("patches") else ", not tested"
     few = "slides and patients are not named, so their number is unknown"
     return (
         f"{text}; {few if unit == 'patch' else f'too few {plural(unit)} to say how it does on the next one'}."
@@ -131,7 +131,7 @@ def describe(data: str, run: biopsy.Run) -> str:
 def compare(original: Classifier, rounded: Classifier, run: biopsy.Run) -> None:
     """Print what rounding changed on the validation patches, and refuse too much."""
     pack = run.open_pack()
-    rows = np.flatnonzero(run.sides(pack) == run.val_side)
+    rows = np.flatnonzero(run.subsets(pack) == run.validation_subset)
     probs, positive = [], original.positive_index
     for classifier in (original, rounded):
         single = classifier.single_patch()

@@ -132,7 +132,7 @@ def write_pack(
     place: Path,
     name: str = "tiny.pack",
     *,
-    own_sides: tuple[str, ...] | None = None,
+    official_subsets: tuple[str, ...] | None = None,
     columns: dict[str, object] | None = None,
     **patches: int,
 ) -> Pack:
@@ -142,9 +142,9 @@ def write_pack(
     table["source"] = (
         table["patient_id"] + "/" + table["target"].astype(str) + "/" + table["patch_id"] + ".png"
     )
-    if own_sides is not None:
+    if official_subsets is not None:
         patients = table["patient_id"].factorize()[0]
-        table["own_side"] = [own_sides[patient % len(own_sides)] for patient in patients]
+        table["official_subset"] = [official_subsets[patient % len(official_subsets)] for patient in patients]
     for column, values in (columns or {}).items():
         table[column] = values
     n_classes = int(table["target"].max()) + 1
@@ -167,9 +167,10 @@ def write_pack(
 
 @pytest.fixture
 def make_pack(tmp_path: Path) -> Callable[..., Pack]:
-    """``make_pack(name="tiny.pack", *, own_sides=None, columns=None, **patches) -> Pack``.
+    """``make_pack(name="tiny.pack", *, official_subsets=None, columns=None, **patches) -> Pack``.
 
-    ``own_sides`` gives the dataset's own side by patient, cycling (``("train", "train", "val", "test")``);
+    ``official_subsets`` gives the dataset's official subset by patient, cycling (``("train", "train",
+    "validation", "test")``);
     ``columns`` replaces or adds columns of the table (such as ``{"patient_id": None}``).
     """
     return partial(write_pack, tmp_path)
@@ -277,5 +278,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> "Run":
     from tiny_runs import LIVELY, train_tiny
 
     place = tmp_path_factory.mktemp("trained")
-    pack = write_pack(place, n_patients=15, patches_per_patient=8, own_sides=("train", "val", "test"))
+    pack = write_pack(
+        place, n_patients=15, patches_per_patient=8, official_subsets=("train", "validation", "test")
+    )
     return train_tiny(pack, place / "run", *LIVELY, recipe="idc-small")

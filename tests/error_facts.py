@@ -49,7 +49,7 @@ def make_mistakes(predictions, *, unit="patient", n=4, seed=0):
         for i in range(3)
     ]
     about = {
-        "side": "test",
+        "subset": "test",
         "n_patches": len(table),
         "n_measured": len(table),
         "unit": unit,

@@ -76,7 +76,7 @@ def make_metrics(table):
         "n_patches": len(table),
         "n_patients": groups.nunique(),
         "split": {"name": "patients", "patients_overlap": False},
-        "threshold": {"value": THRESHOLD, "rule": "youden", "chosen_on": "val"},
+        "threshold": {"value": THRESHOLD, "rule": "youden", "chosen_on": "validation"},
         "confusion": counts,
         "at_half": counts,
         "classification_report": classification_report(

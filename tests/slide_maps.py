@@ -28,7 +28,7 @@ def make_classifier(
         "patch_px": patch_px,
         "mpp": mpp,
         "preprocessing": Preprocessing(input_px=12),
-        "thresholds": [{"value": 0.5, "rule": "youden", "chosen_on": "val"}] if n_classes == 2 else [],
+        "thresholds": [{"value": 0.5, "rule": "youden", "chosen_on": "validation"}] if n_classes == 2 else [],
     }
     return Classifier(ClassifierInfo(**about | info), network)
 

@@ -175,10 +175,10 @@ def test_a_coverage_that_is_none_is_refused():
 
 def fit(cohort, alpha=0.1, **changes):
     about = {
-        "promise": "each-class",
+        "guarantee": "class-conditional",
         "class_names": ["a", "b"],
         "unit": "patient",
-        "chosen_on": "val",
+        "chosen_on": "validation",
         "patients_overlap": False,
         **changes,
     }
@@ -202,9 +202,9 @@ POPULATION = UnevenPatients()
 NEW = POPULATION.draw(30, 40, seed=10)
 
 
-def test_a_promise_and_what_became_of_it():
-    entry = judge(fit(POPULATION.draw(25, 40, seed=0), promise="all"), NEW)
-    assert (entry["alpha"], entry["promised_coverage"], entry["reason"]) == (0.1, 0.9, None)
+def test_a_guarantee_and_what_became_of_it():
+    entry = judge(fit(POPULATION.draw(25, 40, seed=0), guarantee="marginal"), NEW)
+    assert (entry["alpha"], entry["target_coverage"], entry["reason"]) == (0.1, 0.9, None)
     assert (entry["n_calibration_patients"], entry["n_calibration_patches"]) == (25, 1000)
     for weight in ("patient", "patch"):
         shares = {name: share["value"] for name, share in entry[weight].items()}
@@ -218,7 +218,7 @@ def test_a_promise_and_what_became_of_it():
     assert entry["risk_coverage"]["at"][0]["risk"]["value"] == entry["risk_coverage"]["error"]
 
 
-def test_a_promise_to_each_class_is_held_against_each():
+def test_a_guarantee_to_each_class_is_held_against_each():
     conformal = fit(POPULATION.draw(25, 40, seed=0))
     entry = judge(conformal, NEW)
     sets = predict_sets(both(NEW.prob), conformal["quantiles"])
@@ -229,8 +229,8 @@ def test_a_promise_to_each_class_is_held_against_each():
     assert entry["verdict"] == judge_coverage(0.9, coverages)
 
 
-def test_the_sets_of_one_promise_lie_on_the_curve():
-    conformal = fit(POPULATION.draw(25, 40, seed=0), promise="all")
+def test_the_sets_of_one_guarantee_lie_on_the_curve():
+    conformal = fit(POPULATION.draw(25, 40, seed=0), guarantee="marginal")
     for threshold in (0.3, 0.5):
         entry = judge(conformal, NEW, threshold)
         pred = (NEW.prob >= threshold).astype(int)
@@ -241,7 +241,7 @@ def test_the_sets_of_one_promise_lie_on_the_curve():
         assert curve.risk[place] == pytest.approx(entry["patch"]["error_among_kept"]["value"])
 
 
-def test_too_few_patients_promise_nothing():
+def test_too_few_patients_guarantee_nothing():
     conformal = fit(POPULATION.draw(1, 400, seed=0))
     assert conformal["quantiles"] is None and conformal["per_patch_quantiles"] is not None
     entry = judge(conformal, NEW)
@@ -250,11 +250,12 @@ def test_too_few_patients_promise_nothing():
     assert entry["per_patch"]["patient"]["coverage"]["value"] > 0 and entry["risk_coverage"]["at"]
 
 
-def test_patients_on_several_sides_promise_nothing():
+def test_patients_on_several_subsets_guarantee_nothing():
     conformal = fit(POPULATION.draw(25, 40, seed=0), patients_overlap=True)
     assert conformal["quantiles"] is None
     assert conformal["reason"] == (
-        "patients stand on several sides of this split, so errors on val promise nothing about a new patient"
+        "patients stand in several subsets of this split, so errors on validation guarantee nothing "
+        "about a new patient"
     )
 
 
@@ -275,7 +276,12 @@ def test_three_classes():
     rng = np.random.default_rng(0)
     probs, groups = rng.dirichlet([0.5, 0.5, 0.5], 900), np.repeat(np.arange(30), 30).astype(str)
     target, names, about = np.array([rng.choice(3, p=p) for p in probs]), ["a", "b", "c"], {"unit": "patient"}
-    about |= {"promise": "each-class", "class_names": names, "chosen_on": "val", "patients_overlap": False}
+    about |= {
+        "guarantee": "class-conditional",
+        "class_names": names,
+        "chosen_on": "validation",
+        "patients_overlap": False,
+    }
     conformal = fit_abstention(probs[:600], target[:600], groups[:600], 0.1, **about)
     scored = ScoredPatches(
         target=target[600:],
@@ -302,15 +308,15 @@ def test_a_verdict_needs_an_interval_to_be_against():
     kept, short = Interval(0.91, 0.88, 0.95), Interval(0.88, 0.84, 0.91)
     missed, bare = Interval(0.80, 0.76, 0.85), Interval(0.80)
     assert [judge_coverage(0.9, [one]) for one in (kept, short, missed, bare)] == [
-        "kept",
-        "open",
-        "broken",
-        "open",
+        "met",
+        "inconclusive",
+        "violated",
+        "inconclusive",
     ]
     assert [judge_coverage(0.9, [kept, other]) for other in (kept, short, missed)] == [
-        "kept",
-        "open",
-        "broken",
+        "met",
+        "inconclusive",
+        "violated",
     ]
 
 
@@ -320,7 +326,7 @@ def test_the_command_line_says_it_in_a_line():
     assert refused["reason"] and refused["reason"] in say_abstention(refused)
     entry = judge(enough, NEW)
     share = 100 * entry["patient"]["abstained"]["value"]
-    for part in (f"{share:.1f} %", "0.9", "each class", entry["verdict"]):
+    for part in (f"{share:.1f} %", "0.9", "per class", entry["verdict"]):
         assert part in say_abstention(entry)
 
 
@@ -355,7 +361,7 @@ def words(facts):
     return Page(render_report(ReportDocument("Abstention", "", summary, [section]))).text
 
 
-def test_the_chapter_holds_the_promise_to_account():
+def test_the_chapter_holds_the_guarantee_to_account():
     facts = chapter(fit(POPULATION.draw(25, 40, seed=0)) | {"quantiles": [0.97, 0.97]})
     section = describe_abstention(facts)
     assert section.id == "abstention" and [block.kind for block in section.blocks][-1] == "pictures"
@@ -368,7 +374,7 @@ def test_the_chapter_holds_the_promise_to_account():
     assert "at most 10 % of each class are misclassified without abstention" in text
     assert "The coverage guarantee was met on these patients. Coverage: not IDC" in text
     assert "unit: patient unit: patch (naive)" in text
-    one = chapter(fit(POPULATION.draw(25, 40, seed=0), promise="all") | {"quantiles": [0.97, 0.97]})
+    one = chapter(fit(POPULATION.draw(25, 40, seed=0), guarantee="marginal") | {"quantiles": [0.97, 0.97]})
     said = describe_abstention(one).blocks
     assert "at most 10 % of patches are misclassified" in said[0].text and "Coverage: 1.000 (" in said[1].text
     columns = {(row[0], row[1]): row[2] for row in said[2].rows}
@@ -376,18 +382,18 @@ def test_the_chapter_holds_the_promise_to_account():
     assert columns["IDC", MEASURES["coverage"]] == "-"
 
 
-def test_the_chapter_of_a_refusal_says_why_and_what_the_plain_version_would_promise():
+def test_the_chapter_of_a_refusal_says_why_and_what_the_plain_version_would_guarantee():
     text = words(chapter(fit(POPULATION.draw(1, 400, seed=0))))
     assert "No coverage guarantee and no abstention: an error rate of 0.1 needs at least" in text
     assert "there is 1." in text and "its target and the coverage that it reached" in text
     assert "The coverage guarantee was" not in text and "Risk-coverage" in text
 
 
-def test_a_promise_missed_is_broken_or_open():
+def test_a_guarantee_missed_is_broken_or_open():
     section = describe_abstention(chapter(fit(POPULATION.draw(25, 40, seed=0)) | {"quantiles": [0.2, 0.2]}))
     assert "The coverage guarantee was violated on these patients, by" in section.blocks[1].text
     assert section.blocks[1].tone == "warning"
-    found = {"promise": "all", "promised_coverage": 0.9, "verdict": "open"}
+    found = {"guarantee": "marginal", "target_coverage": 0.9, "verdict": "inconclusive"}
     found["patient"] = {"coverage": {"value": 0.88, "low": 0.8, "high": 0.91, "reason": None}}
     assert say_verdict(found, "slide") == (
         "Inconclusive: coverage is 0.020 below target, within sampling error for so few slides. Coverage: "
@@ -395,8 +401,8 @@ def test_a_promise_missed_is_broken_or_open():
     )
 
 
-def test_a_report_on_the_calibration_side_says_it_tests_nothing():
-    text = words(chapter(fit(POPULATION.draw(25, 40, seed=0)), side="val"))
+def test_a_report_on_the_calibration_subset_says_it_tests_nothing():
+    text = words(chapter(fit(POPULATION.draw(25, 40, seed=0)), subset="validation"))
     assert "The prediction sets were fitted on these patches" in text
 
 

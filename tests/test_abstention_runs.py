@@ -49,12 +49,12 @@ def test_a_run_with_few_validation_patients_promises_nothing_and_says_so(trained
 
 
 def test_calibrating_again_fits_the_sets_again(promising):
-    info, (val, _) = promising.classifier.info, promising.predictions("val")
+    info, (val, _) = promising.classifier.info, promising.predictions("validation")
     probs = val[[f"prob_{name}" for name in info.class_names]].to_numpy()
     fit = fit_conformal(probs, val["target"].to_numpy(int), val["patient_id"].to_numpy(str), 0.25)
     assert info.conformal["quantiles"] == list(fit.quantiles) and info.conformal["reason"] is None
     assert (info.conformal["n_patients"], info.conformal["n_patches"]) == (5, 40)
-    assert (info.conformal["unit"], info.conformal["chosen_on"]) == ("patient", "val")
+    assert (info.conformal["unit"], info.conformal["chosen_on"]) == ("patient", "validation")
     assert Classifier.load(promising.path / "classifier").info.conformal == info.conformal
 
 
@@ -66,7 +66,7 @@ def test_what_is_judged_is_what_is_predicted(promising, tmp_path):
     alone = (sets.sum(axis=1) == 1) & sets[np.arange(len(test)), test["pred"].to_numpy(int)]
     assert (test["abstained"] == ~alone).all()
     assert entry["patch"]["abstained"]["value"] == pytest.approx(test["abstained"].mean())
-    assert entry["verdict"] in ("kept", "broken", "open") and entry["promised_coverage"] == 0.75
+    assert entry["verdict"] in ("met", "violated", "inconclusive") and entry["target_coverage"] == 0.75
 
     pack = promising.open_pack()
     found = predict(promising, pack.path, out=tmp_path / "new.parquet").frame.set_index("patch_id")
@@ -88,7 +88,7 @@ def test_a_classifier_from_before_is_read_and_answers_everything(trained_run, tm
     assert entry["alpha"] is None and "made before" in entry["reason"]
 
 
-@pytest.mark.parametrize("setting", ["error=0", "error=1", "error=-0.1", "error=nan", "promise=none"])
-def test_an_error_rate_or_promise_that_is_none_is_refused(setting):
+@pytest.mark.parametrize("setting", ["error=0", "error=1", "error=-0.1", "error=nan", "guarantee=none"])
+def test_an_error_rate_or_guarantee_that_is_none_is_refused(setting):
     with pytest.raises(RecipeError, match=setting.partition("=")[0]):
         load_recipe("cancernet-2020", [f"decision.abstention_{setting}"])

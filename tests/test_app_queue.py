@@ -79,7 +79,7 @@ def test_the_queue_of_a_pack_leaves_out_what_was_trained_on(trained_run, tmp_pat
         device="cpu",
     )
     assert len(queue) == 12 and queue["patch_id"].is_unique
-    sides = trained_run.sides(pack)[pack.rows_of(queue["patch_id"])]
+    sides = trained_run.subsets(pack)[pack.rows_of(queue["patch_id"])]
     assert "train" not in sides
     assert queue["patient_id"].nunique() == 10  # of the validation and test patients
     again = read_queue(tmp_path / "queue.csv")

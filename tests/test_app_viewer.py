@@ -167,7 +167,7 @@ def test_a_run_shows_stitched_slides_with_truth_and_a_sheet(run):
     pack = run.open_pack(verify=False)
     assert len(state["slides"]) == pack.table["slide_id"].nunique() and state["report"]
     assert client.get("/report").headers["content-security-policy"].startswith("sandbox")
-    frame, _ = run.predictions("val")
+    frame, _ = run.predictions("validation")
     row = frame.iloc[3]
     entry = next(item for item in state["slides"] if item["name"] == row["slide_id"])
     patch = client.get(f"/api/slides/{entry['key']}/patch?x={row['x'] + 2}&y={row['y'] + 2}").json()
@@ -196,7 +196,9 @@ def test_a_patch_is_explained(run):
     found = client.get(f"/api/sheets/{sheet['key']}/explain/0").json()
     assert found["saliency"].startswith("data:image/jpeg;base64,")
     nearest = client.get(found["nearest"]).json()
-    trained = run.open_pack(verify=False).table["patch_id"][run.sides(run.open_pack(verify=False)) == "train"]
+    trained = run.open_pack(verify=False).table["patch_id"][
+        run.subsets(run.open_pack(verify=False)) == "train"
+    ]
     assert len(nearest) == 3 and {item["patch_id"] for item in nearest} <= set(trained)
     assert found["ood"]["feature_distance"] > 0
 

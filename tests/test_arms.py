@@ -18,7 +18,7 @@ from biopsy.data.splits import check_no_leakage, find_overlap, find_split, load_
 from biopsy.experiments.leakage import make_leak_splits, matched
 
 MakePack = Callable[..., Pack]
-CANCERNET = {"method": "shuffled-paths", "seed": 42, "train": 0.8, "val": 0.1}
+CANCERNET = {"method": "shuffled-paths", "seed": 42, "train": 0.8, "validation": 0.1}
 
 
 def count(pack: Pack, chosen: np.ndarray) -> list[int]:
@@ -54,9 +54,9 @@ def divide(table: Table, protocol: str, seed: int, order: np.ndarray | None = No
         cases=None,
         recipe=None,
     )
-    sides, _ = PROTOCOLS[protocol](request)
-    back = np.empty_like(sides)
-    back[rows] = sides
+    subsets, _ = PROTOCOLS[protocol](request)
+    back = np.empty_like(subsets)
+    back[rows] = subsets
     return back
 
 
@@ -81,10 +81,10 @@ def test_laws_of_the_arms(tested, validating, others, seed, shuffler):
     table = lay_out(tested, validating, *others)
     arms = {name: divide(table, f"leak-{name}", seed) for name in ("apart", "with", "placebo")}
     of_tested, of_placebo = table.group_ids == "a", table.group_ids == "c"
-    for side in ("test", "val"):
-        assert all(((sides == side) == (arms["apart"] == side)).all() for sides in arms.values())
-    assert ((arms["apart"] == "val") == (table.group_ids == "b")).all()
-    trains = {name: sides == "train" for name, sides in arms.items()}
+    for subset in ("test", "validation"):
+        assert all(((subsets == subset) == (arms["apart"] == subset)).all() for subsets in arms.values())
+    assert ((arms["apart"] == "validation") == (table.group_ids == "b")).all()
+    trains = {name: subsets == "train" for name, subsets in arms.items()}
     for class_index, n_tested in enumerate(tested):
         member = table.target == class_index
         assert (member & (arms["apart"] == "test")).sum() == (n_tested + 1) // 2
@@ -99,8 +99,8 @@ def test_laws_of_the_arms(tested, validating, others, seed, shuffler):
     check_no_leakage(table.group_ids, arms["placebo"])
     assert (find_overlap(table.group_ids, arms["with"]).keys() == {"a"}) == (max(tested) > 1)
     order = np.array(shuffler.sample(range(len(rest)), len(rest)))
-    for name, sides in arms.items():
-        assert (divide(table, f"leak-{name}", seed, order) == sides).all()
+    for name, subsets in arms.items():
+        assert (divide(table, f"leak-{name}", seed, order) == subsets).all()
 
 
 def test_no_patch_of_the_blocked_half_touches_a_tested_one():
@@ -110,7 +110,7 @@ def test_no_patch_of_the_blocked_half_touches_a_tested_one():
     table.table.loc[:47, "x"], table.table.loc[:47, "y"] = 50 * (place % 7), 50 * (place // 7)
     for seed in range(5):
         leaking, placebo = (divide(table, f"leak-blocked-{arm}", seed) for arm in ("with", "placebo"))
-        tested, leaked = (np.flatnonzero((leaking == side)[:48]) for side in ("test", "train"))
+        tested, leaked = (np.flatnonzero((leaking == subset)[:48]) for subset in ("test", "train"))
         xy = table.table[["x", "y"]].to_numpy()
         distance = np.abs(xy[leaked, None] - xy[None, tested]).max(axis=2)
         assert len(leaked) >= 8 and distance.min() > 50
@@ -140,8 +140,8 @@ def test_who_gives_the_placebo(make_pack: MakePack) -> None:
     for asked, wanted in ((None, "8871"), ("8869", "8869")):
         made = make_leak_splits(pack, "8863", "8865", placebo_id=asked)
         assert {split.parameters["placebo"] for split in made.values()} == {wanted}
-        trained = pack.group_ids[made["leak-placebo"].sides(pack) == "train"]
-        assert wanted in trained and wanted not in pack.group_ids[made["leak-with"].sides(pack) == "train"]
+        trained = pack.group_ids[made["leak-placebo"].subsets(pack) == "train"]
+        assert wanted in trained and wanted not in pack.group_ids[made["leak-with"].subsets(pack) == "train"]
     scarce = make_leak_splits(pack, "8863", "8865", placebo_id="8867")["leak-with"]
     assert scarce.parameters["leaked"] == 3 + 2  # as many as the placebo has
 
@@ -151,14 +151,14 @@ def test_every_draw_follows_the_seed(make_pack: MakePack) -> None:
     made = [make_leak_splits(pack, "8863", "8865", seed) for seed in (0, 0, 1)]
     assert list(made[0]) == list(LEAK_PROTOCOLS)
     for protocol in made[0]:
-        first, again, other = (splits[protocol].sides(pack) for splits in made)
+        first, again, other = (splits[protocol].subsets(pack) for splits in made)
         assert (first == again).all()
         assert ((first == "test") != (other == "test")).any() or "blocked" in protocol
         assert (first == "train").sum() == (other == "train").sum()
-    elsewhere = make_leak_splits(pack, "8867", "8865")["leak-with"].sides(pack)
+    elsewhere = make_leak_splits(pack, "8867", "8865")["leak-with"].subsets(pack)
     halves = [
-        (sides == "test")[pack.group_ids == who]
-        for sides, who in ((made[0]["leak-with"].sides(pack), "8863"), (elsewhere, "8867"))
+        (subsets == "test")[pack.group_ids == who]
+        for subsets, who in ((made[0]["leak-with"].subsets(pack), "8863"), (elsewhere, "8867"))
     ]
     assert halves[0].tolist() != halves[1].tolist()  # of each slide, a half of its own
 
@@ -174,12 +174,12 @@ def test_arms_are_kept_in_the_pack_and_used_by_name(make_pack: MakePack) -> None
         assert split.may_overlap is split.overlap is split.protocol.endswith("with")
         save_split(pack, split)
         again = load_split(pack, split.name)
-        assert (again.sides(pack) == split.sides(pack)).all() and again.parameters == split.parameters
-        assert (find_split(pack, split.name).sides(pack) == split.sides(pack)).all()
+        assert (again.subsets(pack) == split.subsets(pack)).all() and again.parameters == split.parameters
+        assert (find_split(pack, split.name).subsets(pack) == split.subsets(pack)).all()
         audit = audit_pack(pack, again)
         assert audit["split"]["patients_overlap"] is split.overlap and find_blocking_issues(audit) == []
     with pytest.raises(SplitError, match="patient 8863 is in train and test"):
-        check_no_leakage(pack.group_ids, leak.sides(pack))
+        check_no_leakage(pack.group_ids, leak.subsets(pack))
 
 
 def test_an_arm_that_should_not_leak_and_does_is_refused(make_pack: MakePack) -> None:
@@ -188,7 +188,7 @@ def test_an_arm_that_should_not_leak_and_does_is_refused(make_pack: MakePack) ->
     apart, leak = made["leak-apart"], made["leak-with"]
     save_split(pack, replace(apart, table=leak.table))
     with pytest.raises(SplitError, match="patient 8863 is in train and test"):
-        load_split(pack, apart.name).sides(pack)
+        load_split(pack, apart.name).subsets(pack)
 
 
 def test_ids_that_are_no_file_names_stay_apart(make_pack: MakePack) -> None:
@@ -225,27 +225,27 @@ def test_what_cannot_be_measured_is_refused(make_pack: MakePack) -> None:
         find_split(make_pack(n_patients=3), "leak-with")
 
 
-def test_matched_trims_the_larger_training_side(make_pack: MakePack) -> None:
+def test_matched_trims_the_larger_training_subset(make_pack: MakePack) -> None:
     target = np.tile([0, 0, 0, 1], 30)
     pack = make_pack(n_patients=10, columns={"target": target})
     published = make_split(pack, protocol="as-published", recipe=CANCERNET)
     apart = make_split(pack, protocol="patients", test_patients=("8863", "8865", "8867"))
-    n_train = int((apart.sides(pack) == "train").sum())
+    n_train = int((apart.subsets(pack) == "train").sum())
     trimmed, same = matched(published, apart, pack, seed=2)
     assert same is apart
-    before, after = published.sides(pack), trimmed.sides(pack)
+    before, after = published.subsets(pack), trimmed.subsets(pack)
     assert (after == "train").sum() == n_train < (before == "train").sum()
     assert (before[after == "train"] == "train").all()
-    for side in ("val", "test"):
-        assert ((before == side) == (after == side)).all()
+    for subset in ("validation", "test"):
+        assert ((before == subset) == (after == subset)).all()
     share = pack.target[before == "train"].mean()
     assert pack.target[after == "train"].sum() == pytest.approx(share * n_train, abs=1)
     assert trimmed.name == "as-published-matched-s2" and trimmed.is_published and trimmed.overlap
     assert trimmed.parameters["counts"]["train"]["patches"] == n_train
     assert trimmed.parameters["matched"] == {"from": "as-published", "train_patches": n_train, "seed": 2}
-    again, other = (matched(apart, published, pack, seed=seed)[1].sides(pack) for seed in (2, 3))
+    again, other = (matched(apart, published, pack, seed=seed)[1].subsets(pack) for seed in (2, 3))
     assert (again == after).all() and (other != after).any()
     save_split(pack, trimmed)
-    assert (load_split(pack, trimmed.name).sides(pack) == after).all()
+    assert (load_split(pack, trimmed.name).subsets(pack) == after).all()
     with pytest.raises(SplitError, match="'folds' has folds"):
         matched(make_split(pack, protocol="folds"), apart, pack)

@@ -72,22 +72,22 @@ def test_duplicates_and_conflicts_are_named(make_pack: MakePack) -> None:
     assert (audit["exact_duplicates"]["patches"], audit["exact_duplicates"]["count"]) == (4, 2)
     assert audit["exact_duplicates"]["items"] == [[ids[2], ids[14]], [ids[40], ids[47]]]
     assert audit["label_conflicts"]["same_pixels"]["items"] == [[ids[40], ids[47]]]
-    assert audit["split"]["duplicates_across_sides"]["items"] == [[ids[2], ids[14]]]
+    assert audit["split"]["duplicates_across_subsets"]["items"] == [[ids[2], ids[14]]]
     reasons = find_blocking_issues(audit)
     assert len(reasons) == 2
     assert (
         f"1 label conflicts: patches of the same pixels with different labels, such as {ids[40]}"
         in reasons[0]
     )
-    assert f"1 pictures on two sides of split 'patients', such as {ids[2]} and {ids[14]}" in reasons[1]
+    assert f"1 pictures in two subsets of split 'patients', such as {ids[2]} and {ids[14]}" in reasons[1]
     together = make_split(pack, protocol="patients", test_patients=("8863", "8865"), val_patients=("8867",))
-    assert audit_pack(pack, together)["split"]["duplicates_across_sides"]["count"] == 0
+    assert audit_pack(pack, together)["split"]["duplicates_across_subsets"]["count"] == 0
 
 
 def test_duplicates_across_any_fold_are_found(make_pack: MakePack) -> None:
     pack = alter(make_pack(n_patients=5), lambda images, _: images.__setitem__(50, images[2]))
     split = make_split(pack, protocol="leave-one-out", test_patients=("8863", "8865"))
-    assert audit_pack(pack, split)["split"]["duplicates_across_sides"]["count"] == 1
+    assert audit_pack(pack, split)["split"]["duplicates_across_subsets"]["count"] == 1
 
 
 def test_blank_duplicates_are_counted_apart_and_spoil_nothing(make_pack: MakePack) -> None:
@@ -129,9 +129,9 @@ def test_places_of_different_patients_do_not_meet(make_pack: MakePack) -> None:
     assert audit_pack(make_pack(n_patients=3))["label_conflicts"]["repeated_places"] == 0
 
 
-def test_a_patient_on_two_sides_spoils_unless_published(make_pack: MakePack) -> None:
+def test_a_patient_on_two_subsets_spoils_unless_published(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=4)
-    recipe = {"method": "shuffled-paths", "seed": 42, "train": 0.8, "val": 0.1}
+    recipe = {"method": "shuffled-paths", "seed": 42, "train": 0.8, "validation": 0.1}
     published = make_split(pack, protocol="as-published", recipe=recipe)
     audit = audit_pack(pack, published)
     assert audit["split"]["patients_overlap"] is True
@@ -139,19 +139,19 @@ def test_a_patient_on_two_sides_spoils_unless_published(make_pack: MakePack) -> 
     assert find_blocking_issues(audit) == []
     reasons = find_blocking_issues(audit_pack(pack, replace(published, protocol="patients", name="mine")))
     assert reasons == [
-        "4 patients on two sides of split 'mine', such as 8863 in "
+        "4 patients in two subsets of split 'mine', such as 8863 in "
         f"{' and '.join(audit['split']['overlap']['items']['8863'])}; split by patient"
     ]
 
 
-def test_a_named_patient_on_two_sides_spoils_whatever_others_lack(make_pack: MakePack) -> None:
+def test_a_named_patient_on_two_subsets_spoils_whatever_others_lack(make_pack: MakePack) -> None:
     ids = [None, *np.repeat(["P0", "P1", "P2", "P3"], 12).tolist()[1:]]
     pack = make_pack(n_patients=4, columns={"patient_id": ids, "slide_id": None})
     split = make_split(pack, protocol="patients")
     assert find_blocking_issues(audit_pack(pack, split)) == []
-    sides = split.sides(pack)
-    sides[1] = "test" if sides[2] != "test" else "train"
-    table = split.table.assign(side=sides)
+    subsets = split.subsets(pack)
+    subsets[1] = "test" if subsets[2] != "test" else "train"
+    table = split.table.assign(subset=subsets)
     audit = audit_pack(pack, replace(split, table=table))
     assert audit["groups"] | {"items": []} == {"count": 4, "one_class": audit["groups"]["one_class"]} | {
         "items": [],

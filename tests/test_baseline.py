@@ -15,13 +15,13 @@ from biopsy.slide_io.stain import FEATURE_NAMES
 MakePack = Callable[..., Pack]
 
 
-def test_baseline_scores_the_named_side(make_pack: MakePack) -> None:
+def test_baseline_scores_the_named_subset(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=8, noise=2)
-    sides = make_split(pack, protocol="patients").sides(pack)
-    for side in ("val", "test"):
-        found, probs = colour_baseline(pack, sides, side=side)
+    subsets = make_split(pack, protocol="patients").subsets(pack)
+    for subset in ("validation", "test"):
+        found, probs = colour_baseline(pack, subsets, subset=subset)
         np.testing.assert_allclose(probs.sum(axis=1), 1)
-        assert found.auroc == roc_auc_score(pack.target[sides == side], probs[:, 1])
+        assert found.auroc == roc_auc_score(pack.target[subsets == subset], probs[:, 1])
     assert found.auroc is not None and found.auroc > 0.9  # more dark dots, more haematoxylin
     assert found.features == list(FEATURE_NAMES)
 
@@ -29,33 +29,33 @@ def test_baseline_scores_the_named_side(make_pack: MakePack) -> None:
 def test_shuffled_labels_score_about_chance(make_pack: MakePack) -> None:
     target = np.random.default_rng(0).integers(0, 2, 480)
     pack = make_pack(n_patients=40, columns={"target": target})
-    sides = np.where(np.arange(480) < 240, "train", "test")
-    assert colour_baseline(pack, sides)[0].auroc == pytest.approx(0.5, abs=0.1)
+    subsets = np.where(np.arange(480) < 240, "train", "test")
+    assert colour_baseline(pack, subsets)[0].auroc == pytest.approx(0.5, abs=0.1)
 
 
 def test_three_classes_are_scored_one_against_rest(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6, n_classes=3)
-    sides = np.where(pack.group_ids < "8869", "train", "test")
-    found, probs = colour_baseline(pack, sides)
-    target = np.eye(3)[pack.target[sides == "test"]]
+    subsets = np.where(pack.group_ids < "8869", "train", "test")
+    found, probs = colour_baseline(pack, subsets)
+    target = np.eye(3)[pack.target[subsets == "test"]]
     assert found.auroc == pytest.approx(roc_auc_score(target, probs, average="macro"))
 
 
 def test_no_score_without_two_classes(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=4)
-    sides = np.where(pack.target == 0, "train", "test")
-    assert colour_baseline(pack, sides)[0].reason == "train has 1 classes and test 24 patches"
-    sides = np.where((pack.target == 0) & (pack.group_ids == "8863"), "test", "train")
-    found, probs = colour_baseline(pack, sides)
-    assert found.auroc is None and found.reason == "the scored side has one class only"
+    subsets = np.where(pack.target == 0, "train", "test")
+    assert colour_baseline(pack, subsets)[0].reason == "train has 1 classes and test 24 patches"
+    subsets = np.where((pack.target == 0) & (pack.group_ids == "8863"), "test", "train")
+    found, probs = colour_baseline(pack, subsets)
+    assert found.auroc is None and found.reason == "the scored subset has one class only"
     assert len(probs) == 6
 
 
 def test_learns_from_a_draw_of_very_many(make_pack: MakePack, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baseline, "MAX_TRAIN_PATCHES", 20)
     pack = make_pack(n_patients=6)
-    sides = np.where(pack.group_ids < "8869", "train", "test")
-    first, again, other = (colour_baseline(pack, sides, seed=seed) for seed in (0, 0, 1))
+    subsets = np.where(pack.group_ids < "8869", "train", "test")
+    first, again, other = (colour_baseline(pack, subsets, seed=seed) for seed in (0, 0, 1))
     assert first[0].n_train == 20
     np.testing.assert_array_equal(first[1], again[1])
     assert not np.array_equal(first[1], other[1])
@@ -65,8 +65,8 @@ def test_learns_from_a_draw_of_very_many(make_pack: MakePack, monkeypatch: pytes
 def test_whole_idc_slides_leave_one_out(idc_pack: Pack) -> None:
     pack = idc_pack
     for slide, expected in (("8863", 0.93), ("8865", 0.93), ("8867", 0.94)):
-        sides = np.where(pack.group_ids == slide, "test", "train")
-        assert colour_baseline(pack, sides)[0].auroc == pytest.approx(expected, abs=0.02)
+        subsets = np.where(pack.group_ids == slide, "test", "train")
+        assert colour_baseline(pack, subsets)[0].auroc == pytest.approx(expected, abs=0.02)
 
 
 @pytest.fixture

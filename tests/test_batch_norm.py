@@ -23,7 +23,7 @@ PREPROCESSING = Preprocessing(input_px=8)
 
 @pytest.fixture
 def pack(make_pack):
-    return make_pack(n_patients=6, own_sides=("train", "val", "test"))
+    return make_pack(n_patients=6, official_subsets=("train", "validation", "test"))
 
 
 def fit_postprocessing(network, pack, **options):
@@ -104,8 +104,8 @@ def test_scores_that_barely_differ_are_recognised():
     target, groups = rng.integers(0, 2, 400), np.repeat(np.arange(8), 50)
     logits = np.stack([np.zeros(400), rng.normal(target, 1)], axis=1)
     flat = (logits * 1e-4 + [0.3, 0.8]).astype(np.float32)
-    assert warn_of_spread(settle_stub(logits, target, groups, "platt"), logits, "val") is None
+    assert warn_of_spread(settle_stub(logits, target, groups, "platt"), logits, "validation") is None
     classifier = settle_stub(flat, target, groups, "platt")
-    assert warn_of_spread(classifier, flat, "val")
+    assert warn_of_spread(classifier, flat, "validation")
     assert classifier.info.calibrator["method"] == "platt"  # and are calibrated all the same
     assert np.ptp(classifier.probs(flat)[:, 1]) > 0.5

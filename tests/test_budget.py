@@ -82,7 +82,7 @@ def test_full_length_is_the_recipes_own(settings, length):
     assert (set_so.epochs, set_so.steps_per_epoch, set_so.early_stopping_patience) == (2, 9, 0)
 
 
-def test_speed_is_measured_without_opening_the_test_side(make_pack):
+def test_speed_is_measured_without_opening_the_test_subset(make_pack):
     pack = make_pack(n_patients=6)
     split = make_split(pack, protocol="patients")
     speed = measure_speed(load_recipe("cancernet-2020", TINY), pack, split, device="cpu")

@@ -76,9 +76,10 @@ def test_a_bundle_is_predicted_as_its_run(bundle, trained_run, tmp_path):
         predict(model, pack, out=tmp_path / f"{n}.csv", device="cpu")
         for n, model in enumerate([trained_run, bundle.path])
     )
-    subsets = other.frame["side"]  # which a bundle, without the run, does not know
+    subsets = other.frame["subset"]  # which a bundle, without the run, does not know
     assert (
-        one.frame.assign(side=subsets).equals(other.frame) and one.frame["out_of_distribution"].notna().all()
+        one.frame.assign(subset=subsets).equals(other.frame)
+        and one.frame["out_of_distribution"].notna().all()
     )
 
 

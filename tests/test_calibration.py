@@ -30,9 +30,9 @@ def run(trained_run, tmp_path):
     return copy_run(trained_run, tmp_path)
 
 
-def read(run, side="val"):
+def read(run, subset="validation"):
     """Return logits, target and the whole table of a run's predictions."""
-    frame, _ = run.predictions(side)
+    frame, _ = run.predictions(subset)
     return frame[["logit_non_idc", "logit_idc"]].to_numpy(), frame["target"].to_numpy(int), frame
 
 
@@ -59,7 +59,7 @@ def stub(class_names=("non_idc", "idc"), outputs="softmax"):
 def settle_stub(logits, target, groups, method="temperature", **options):
     classifier = stub(**options)
     fit_postprocessing(
-        classifier, logits, target, groups, method=method, rules=RULES, chosen_on="val", unit="patient"
+        classifier, logits, target, groups, method=method, rules=RULES, chosen_on="validation", unit="patient"
     )
     return classifier
 
@@ -79,7 +79,7 @@ def test_training_calibrates_on_validation(trained_run):
     record, classifier = trained_run.classifier.info.calibrator, trained_run.classifier
     assert record["method"] == "platt"
     assert record["slope"] == fit_calibrator(logits, target).slope
-    assert (record["fitted_on"], record["n_patches"], record["n_patients"]) == ("val", 40, 5)
+    assert (record["fitted_on"], record["n_patches"], record["n_patients"]) == ("validation", 40, 5)
     assert record["unit"] == "patient" and record["warning"] is None
     np.testing.assert_array_equal(frame["prob"], classifier.probs(logits)[:, 1])
     scores = record["slope"] * logits + record["intercepts"]
@@ -96,7 +96,7 @@ def test_thresholds_are_chosen_on_calibrated_probabilities(trained_run):
         assert one == {
             "value": wanted.value,
             "rule": wanted.rule,
-            "chosen_on": "val",
+            "chosen_on": "validation",
             "sensitivity": wanted.sensitivity,
             "specificity": wanted.specificity,
         }
@@ -117,7 +117,7 @@ def test_calibrated_scores_are_what_an_export_puts_out(trained_run):
 
 
 def test_the_operating_points_are_the_recipes(make_pack, tmp_path):
-    pack = make_pack(n_patients=6, own_sides=("train", "val", "test"))
+    pack = make_pack(n_patients=6, official_subsets=("train", "validation", "test"))
     more = 'decision.operating_points=["specificity=0.8"]'
     run = train_tiny(pack, tmp_path / "run", more, "decision.threshold=cost=2", "decision.calibration=platt")
     assert [one["rule"] for one in run.classifier.info.thresholds] == ["cost=2", "specificity=0.8"]
@@ -143,7 +143,7 @@ def test_the_prevalence_that_training_saw_follows_from_weights_and_sampling():
 
 
 def test_more_than_two_classes_are_calibrated(make_pack, tmp_path):
-    pack = make_pack(n_patients=6, n_classes=3, own_sides=("train", "val", "test"))
+    pack = make_pack(n_patients=6, n_classes=3, official_subsets=("train", "validation", "test"))
     with pytest.raises(MetricError, match="'isotonic' is for two classes, found 3: use 'platt'"):
         train_tiny(pack, tmp_path / "refused", "decision.calibration=isotonic")
     run = train_tiny(pack, tmp_path / "run")
@@ -191,7 +191,7 @@ def test_patches_without_patients_are_their_own_unit():
     logits, target, groups = draw(n_groups=3)
     classifier = stub()
     fit_postprocessing(
-        classifier, logits, target, groups, method="platt", rules=RULES, chosen_on="val", unit="patch"
+        classifier, logits, target, groups, method="platt", rules=RULES, chosen_on="validation", unit="patch"
     )
     assert classifier.info.calibrator["warning"] is None
 
@@ -209,13 +209,13 @@ def test_before_and_after_stand_in_the_metrics(run):
     logits, target, _ = read(run, "test")
     raw = softmax(logits, axis=1)[:, 1]
     assert found["before"]["brier"]["value"] == pytest.approx(((raw - target) ** 2).mean())
-    for side in (found["before"], found["after"]):
-        parts = side["brier_parts"]
+    for subset in (found["before"], found["after"]):
+        parts = subset["brier_parts"]
         total = parts["reliability"] - parts["resolution"] + parts["uncertainty"] + parts["within_bins"]
-        assert total == pytest.approx(side["brier"]["value"])
-        assert sum(one["n"] for one in side["bins"]) == 40
-        gaps = [one["n"] * abs(one["mean_prob"] - one["observed"]["value"]) for one in side["bins"]]
-        assert sum(gaps) / 40 == pytest.approx(side["ece"]["value"])
+        assert total == pytest.approx(subset["brier"]["value"])
+        assert sum(one["n"] for one in subset["bins"]) == 40
+        gaps = [one["n"] * abs(one["mean_prob"] - one["observed"]["value"]) for one in subset["bins"]]
+        assert sum(gaps) / 40 == pytest.approx(subset["ece"]["value"])
 
 
 def test_operating_points_drift_from_validation_to_test(run):
@@ -241,7 +241,7 @@ def test_operating_points_drift_from_validation_to_test(run):
     assert curve["marked"][9]["value"] == pytest.approx(curve["model"][49])
 
 
-def test_a_prevalence_that_is_none_is_refused_before_the_test_side_is_opened(run):
+def test_a_prevalence_that_is_none_is_refused_before_the_test_subset_is_opened(run):
     with pytest.raises(MetricError, match=r"such as 0\.02"):
         evaluate(run, prevalence=2.0)
     assert not (run.path / "predictions" / "test.parquet").exists()
@@ -276,7 +276,7 @@ def test_stale_numbers_are_gone(run):
     settled = calibrate(run, method="isotonic")
     assert settled["removed"] == ["predictions/test.parquet", "evaluation", "report.html"]
     redone = Run.open(run.path)
-    assert redone.judged_side == "val" and not (run.path / "report.html").exists()
+    assert redone.evaluated_subset == "validation" and not (run.path / "report.html").exists()
     with pytest.raises(RunError, match="has not been evaluated: `biopsy evaluate"):
         redone.metrics()
     after = evaluate(redone)
@@ -292,9 +292,9 @@ def test_logits_stay_raw(run):
     after, _, table = read(run)
     np.testing.assert_array_equal(before, after)
     assert not np.array_equal(frame["prob"], table["prob"])
-    kept = ["patch_id", "patient_id", "x", "y", "side", "fold", "target"]
+    kept = ["patch_id", "patient_id", "x", "y", "subset", "fold", "target"]
     pd.testing.assert_frame_equal(frame[kept], table[kept])
-    about = run.predictions("val")[1]
+    about = run.predictions("validation")[1]
     assert about["classifier_sha256"] == Run.open(run.path).classifier.sha256
 
 

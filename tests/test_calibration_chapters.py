@@ -31,7 +31,7 @@ FITTED = {
     "intercepts": [],
     "prior": "as trained",
     "asked": "temperature",
-    "fitted_on": "val",
+    "fitted_on": "validation",
     "n_patches": 712,
     "n_patients": 1,
     "unit": "patient",
@@ -55,8 +55,8 @@ def facts():
     table = bare.predictions
     target, prob, groups = bare.is_positive, table["prob"].to_numpy(), table["patient_id"].to_numpy(str)
     thresholds = [
-        {"value": 0.43, "rule": "youden", "chosen_on": "val", "sensitivity": 0.9, "specificity": 0.8},
-        {"value": 0.2, "rule": "sensitivity=0.95", "chosen_on": "val"},
+        {"value": 0.43, "rule": "youden", "chosen_on": "validation", "sensitivity": 0.9, "specificity": 0.8},
+        {"value": 0.2, "rule": "sensitivity=0.95", "chosen_on": "validation"},
     ]
     extreme = prob**3 / (prob**3 + (1 - prob) ** 3)
     found = {**FITTED, "before": side(target, extreme, groups), "after": side(target, prob, groups)}

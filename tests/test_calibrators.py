@@ -323,7 +323,7 @@ def test_an_unknown_method_is_named():
 def test_what_is_written_reads_back_equal(method):
     scores, target = draw()
     fitted = fit_calibrator(scores, target, method, trained_prior=[0.4, 0.6])
-    read = calibrator_from_dict({**fitted.to_dict(), "fitted_on": "val"})
+    read = calibrator_from_dict({**fitted.to_dict(), "fitted_on": "validation"})
     assert read == fitted and isinstance(read, Isotonic if method == "isotonic" else Scaling)
     np.testing.assert_array_equal(read.scale(scores), fitted.scale(scores))
 

@@ -25,7 +25,7 @@ def make_classifier(n_classes=2, **changes):
         patch_px=16,
         mpp=4.0,
         preprocessing=Preprocessing(input_px=8, mean=(0.1, 0.2, 1 / 3)),
-        thresholds=[{"value": 1 / 3, "rule": "youden", "chosen_on": "val"}] if n_classes == 2 else [],
+        thresholds=[{"value": 1 / 3, "rule": "youden", "chosen_on": "validation"}] if n_classes == 2 else [],
         recipe="cancernet-2020",
         **changes,
     )
@@ -87,8 +87,8 @@ def test_altered_weights_are_refused(saved):
         ({"class_names": []}, "class_names"),
         ({"positive_class": "nobody"}, "positive_class"),
         ({"mpp": 0}, "mpp"),
-        ({"thresholds": [{"rule": "youden", "chosen_on": "val"}]}, "thresholds.0.value"),
-        ({"thresholds": [{"value": 7, "rule": "youden", "chosen_on": "val"}]}, "thresholds.0.value"),
+        ({"thresholds": [{"rule": "youden", "chosen_on": "validation"}]}, "thresholds.0.value"),
+        ({"thresholds": [{"value": 7, "rule": "youden", "chosen_on": "validation"}]}, "thresholds.0.value"),
         ({"conformal": {"quantiles": ["x", 1]}}, "conformal.quantiles"),
         ({"conformal": {"quantiles": [0.5]}}, "conformal"),
         ({"calibrator": {"method": "isotonic", "prob": [0.5]}}, "calibrator"),
@@ -119,7 +119,7 @@ def test_a_document_changed_by_hand_is_refused(saved):
 def test_the_hash_is_the_same_before_saving_and_after(tmp_path):
     classifier = make_classifier()
     classifier.info.thresholds = [
-        {"chosen_on": "val", "more": np.float64(1), "rule": "youden", "value": 0.25}
+        {"chosen_on": "validation", "more": np.float64(1), "rule": "youden", "value": 0.25}
     ]
     classifier.save(tmp_path / "saved")
     assert Classifier.load(tmp_path / "saved").sha256 == classifier.sha256

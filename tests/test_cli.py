@@ -374,7 +374,7 @@ def test_from_archive_to_report(make_idc_zip, tmp_path, monkeypatch):
     made = call("split", "tiny.pack", "--protocol", "patients", "--seed", 1, "--json")
     assert made.exit_code == 0, made.stderr
     counts = json.loads(made.stdout)["parameters"]["counts"]
-    assert sum(counts[side]["groups"] for side in ("train", "val", "test")) == 8
+    assert sum(counts[subset]["groups"] for subset in ("train", "validation", "test")) == 8
     folds = call("split", "tiny.pack", "--protocol", "folds", "--folds", 4)
     assert folds.exit_code == 0, folds.stderr
     assert folds.stdout.splitlines()[1].split()[:4] == ["fold", "subset", "patches", "patients"]

@@ -181,7 +181,7 @@ def test_join_fills_the_site(table, csv):
     ("text", "match"),
     [
         ("slide_id,target\ns1,1\n", "the pack has columns named target already; rename them"),
-        ("slide_id,own_side,sha256\ns1,1,2\n", "named own_side, sha256 already"),
+        ("slide_id,official_subset,sha256\ns1,1,2\n", "named official_subset, sha256 already"),
         ("name,age\ns1,1\n", "one of patch_id, patient_id, slide_id is needed"),
         ("slide_id,age\nS1,1\n", "no slide_id is one of the dataset's, such as 's1'"),
         ("slide_id,age\ns1,1\n,2\n", r"empty \(NaN\) in 1 rows"),

@@ -6,7 +6,7 @@ import pytest
 from biopsy.core.errors import RunError
 from biopsy.data.protocols import LEAK_PROTOCOLS
 from biopsy.data.splits import make_split, save_split
-from biopsy.experiments.leakage import choose_apart, choose_leaking, compare_splits, count_side, list_leaks
+from biopsy.experiments.leakage import choose_apart, choose_leaking, compare_splits, count_subset, list_leaks
 from biopsy.recipes import load_recipe
 
 TESTED = ("8863", "8865")
@@ -20,9 +20,9 @@ def test_undersampling_recipes_are_compared_after_undersampling(make_pack):
     split = make_split(pack, protocol="leave-one-out", test_patients=TESTED)
     found = compare_splits(pack, recipe, split)
     for arm in found.arms:
-        classes = np.bincount(pack.target[arm.split.sides(pack) == "train"])
+        classes = np.bincount(pack.target[arm.split.subsets(pack) == "train"])
         assert classes[0] == classes[1]
-    assert len({count_side(pack, arm.split, "train") for arm in found.arms}) == 1 and not found.missing
+    assert len({count_subset(pack, arm.split, "train") for arm in found.arms}) == 1 and not found.missing
 
 
 def test_who_is_kept_apart_and_whose_leak_is_measured(make_pack):
@@ -32,18 +32,20 @@ def test_who_is_kept_apart_and_whose_leak_is_measured(make_pack):
     assert choose_leaking(pack) == []  # none has 50 patches of each class
     save_split(pack, make_split(pack, protocol="patients", name="mine", seed=5))
     assert choose_apart(pack, "mine", TESTED).name == "mine"
-    own = make_pack("own.pack", n_patients=6, own_sides=("train", "val", "test"))
+    own = make_pack("own.pack", n_patients=6, official_subsets=("train", "validation", "test"))
     assert choose_apart(own, None, TESTED).protocol == "official"
 
 
 @pytest.mark.parametrize("ids", [{}, {"patient_id": None, "slide_id": None}])
-def test_own_sides_without_a_test_side_are_tested_on_validation(make_pack, ids):
-    pack = make_pack(n_patients=8, own_sides=("train", "train", "val", "train"), columns=ids)
-    own = pack.table["own_side"].to_numpy(str)
-    sides = choose_apart(pack, None, TESTED).sides(pack)
-    assert ((sides == "test") == (own == "val")).all()
-    assert set(sides[own == "train"]) == {"train", "val"}
-    assert (sides == "val").sum() < (sides == "train").sum() and set(pack.target[sides == "val"]) == {0, 1}
+def test_own_subsets_without_a_test_subset_are_tested_on_validation(make_pack, ids):
+    pack = make_pack(n_patients=8, official_subsets=("train", "train", "validation", "train"), columns=ids)
+    own = pack.table["official_subset"].to_numpy(str)
+    subsets = choose_apart(pack, None, TESTED).subsets(pack)
+    assert ((subsets == "test") == (own == "validation")).all()
+    assert set(subsets[own == "train"]) == {"train", "validation"}
+    assert (subsets == "validation").sum() < (subsets == "train").sum() and set(
+        pack.target[subsets == "validation"]
+    ) == {0, 1}
 
 
 def test_the_three_with_most_of_their_rarer_class_are_chosen(make_pack):
@@ -75,5 +77,8 @@ def test_the_next_in_order_validates_the_leak(make_pack):
     assert [(arm.tested, arm.place) for arm in arms[::n]] == [("8863", 0), ("8867", 1), ("8865", 2)]
     for index, arm in enumerate(arms):
         validates, placebo = ("8867", "8865", "8863")[index // n], ("8865", "8863", "8867")[index // n]
-        assert set(pack.group_ids[arm.split.sides(pack) == "val"]) == {validates} and arm.split.seed == 2
+        assert (
+            set(pack.group_ids[arm.split.subsets(pack) == "validation"]) == {validates}
+            and arm.split.seed == 2
+        )
         assert arm.split.parameters["placebo"] == placebo

@@ -1,4 +1,5 @@
-"""Conformal sets: hand-worked quantiles, the plain version against other packages, the promise simulated."""
+"""Conformal sets: hand-worked quantiles, the plain version against other packages, the guarantee
+simulated."""
 
 import numpy as np
 import pytest
@@ -60,8 +61,8 @@ def test_patients_needed():
 
 def test_too_few_patients_are_refused_in_words():
     prob, target = np.random.default_rng(0).random(400), np.tile([0, 1], 200)
-    for promise in ("each-class", "all"):
-        fit = fit_conformal(both(prob), target, np.repeat(np.arange(8), 50), 0.1, promise=promise)
+    for guarantee in ("class-conditional", "marginal"):
+        fit = fit_conformal(both(prob), target, np.repeat(np.arange(8), 50), 0.1, guarantee=guarantee)
         assert fit.quantiles is None and fit.n_patients == 8 and fit.n_patches == 400
         assert fit.reason == (
             "an error rate of 0.1 needs at least ceil(1/0.1) - 1 = 9 calibration patients; there are 8"
@@ -77,7 +78,7 @@ def test_each_class_needs_patients_who_have_it():
     fit = fit_conformal(both(prob), target, patients, 0.1, class_names=["not IDC", "IDC"])
     assert fit.quantiles is None and fit.n_patients == 20
     assert fit.reason.endswith("= 9 calibration patients with IDC; there are 5")
-    assert fit_conformal(both(prob), target, patients, 0.1, promise="all").quantiles is not None
+    assert fit_conformal(both(prob), target, patients, 0.1, guarantee="marginal").quantiles is not None
     one_class = fit_conformal(both(prob), np.zeros(400, int), patients, 0.1)
     assert one_class.reason.endswith("= 9 calibration patients with 1; there are 0")
 
@@ -115,7 +116,7 @@ def test_with_a_patch_a_patient_it_is_plain_split_conformal(seed, alpha):
     expected = np.sort(scores)[rank - 1] if rank <= len(scores) else np.inf
     assert hierarchical_quantile(scores, np.arange(len(scores)), alpha) == expected
     prob = 1 - scores
-    plain = split_conformal(both(prob), np.ones(len(scores), int), alpha, promise="all")
+    plain = split_conformal(both(prob), np.ones(len(scores), int), alpha, guarantee="marginal")
     assert plain.unit == "patch" and plain.n_patients == len(scores)
     assert plain.quantiles == (pytest.approx(expected),) * 2 if plain.quantiles else rank > len(scores)
 
@@ -124,7 +125,7 @@ def test_the_calibration_patients_themselves_are_covered():
     scores, groups = draw_scores(4)
     quantile = hierarchical_quantile(scores, groups, 0.2)
     each = [np.mean(scores[groups == k] <= quantile) for k in range(12)]
-    assert np.mean(each) >= 0.8 * 13 / 12  # K of K + 1 units carry the whole promise
+    assert np.mean(each) >= 0.8 * 13 / 12  # K of K + 1 units carry the whole guarantee
 
 
 def test_sets_of_three_classes():
@@ -142,13 +143,13 @@ def test_a_quantile_for_each_class_is_that_of_its_patches():
     probs, target, groups = rng.dirichlet([1, 1, 1], 600), rng.integers(0, 3, 600), rng.integers(0, 20, 600)
     fit = fit_conformal(probs, target, groups, 0.2)
     alone = [
-        fit_conformal(probs[target == k], target[target == k], groups[target == k], 0.2, promise="all")
+        fit_conformal(probs[target == k], target[target == k], groups[target == k], 0.2, guarantee="marginal")
         for k in range(3)
     ]
     assert fit.quantiles == tuple(one.quantiles[k] for k, one in enumerate(alone))
     assert len(set(fit.quantiles)) == 3
     assert (predict_sets(probs, fit.quantiles)[:, 1] == (1 - probs[:, 1] <= fit.quantiles[1])).all()
-    together = fit_conformal(probs, target, groups, 0.2, promise="all")
+    together = fit_conformal(probs, target, groups, 0.2, guarantee="marginal")
     assert set(together.quantiles) == {hierarchical_quantile(score_targets(probs, target), groups, 0.2)}
 
 
@@ -170,8 +171,10 @@ def test_the_class_that_is_positive_does_not_matter():
     assert one.quantiles == other.quantiles[::-1]
 
 
-@pytest.mark.parametrize(("promise", "shift"), [("all", 0.0), ("each-class", 0.0), ("each-class", 1.5)])
-def test_a_calibrator_changes_no_set_of_two_classes(promise, shift):
+@pytest.mark.parametrize(
+    ("guarantee", "shift"), [("marginal", 0.0), ("class-conditional", 0.0), ("class-conditional", 1.5)]
+)
+def test_a_calibrator_changes_no_set_of_two_classes(guarantee, shift):
     cohort = UnevenPatients(patient_sd=1).draw(30, 20, seed=1)
     new = UnevenPatients(patient_sd=1).draw(10, 20, seed=2)
 
@@ -182,7 +185,7 @@ def test_a_calibrator_changes_no_set_of_two_classes(promise, shift):
     sets = []
     for temperature in (0.5, 1.0, 3.0):
         known = cooled(cohort.prob, temperature)
-        fit = fit_conformal(known, cohort.target, cohort.patient_ids, 0.1, promise=promise)
+        fit = fit_conformal(known, cohort.target, cohort.patient_ids, 0.1, guarantee=guarantee)
         sets.append(predict_sets(cooled(new.prob, temperature), fit.quantiles))
     assert (sets[0] == sets[1]).all() and (sets[1] == sets[2]).all()
 
@@ -246,24 +249,26 @@ def simulate(population, n_patients, alpha, repeats):
     return found.mean(axis=0), found.std(axis=0) / np.sqrt(repeats)
 
 
-def test_each_class_has_its_promise_where_one_for_all_fails_the_rarer():
+def test_each_class_has_its_guarantee_where_one_for_all_fails_the_rarer():
     """Positives are 30 % of patches and score lower; .90 is promised, 40 patients calibrate, 30 times."""
-    population, held = Population(auroc=0.83), {"all": [], "each-class": []}
+    population, held = Population(auroc=0.83), {"marginal": [], "class-conditional": []}
     new = population.draw(1500, 20, seed=10**6)
     of_positives = new.target == 1
     for seed in range(30):
         cohort = population.draw(40, 40, seed=seed)
-        for promise, coverages in held.items():
-            fit = fit_conformal(both(cohort.prob), cohort.target, cohort.patient_ids, 0.1, promise=promise)
+        for guarantee, coverages in held.items():
+            fit = fit_conformal(
+                both(cohort.prob), cohort.target, cohort.patient_ids, 0.1, guarantee=guarantee
+            )
             coverages.append(predict_sets(both(new.prob), fit.quantiles)[of_positives, 1].mean())
-    assert np.mean(held["all"]) < 0.8
-    assert 0.9 < np.mean(held["each-class"]) < 0.9 + 2 / 41
+    assert np.mean(held["marginal"]) < 0.8
+    assert 0.9 < np.mean(held["class-conditional"]) < 0.9 + 2 / 41
 
 
 UNEVEN = UnevenPatients(size_sd=0.8, size_with_margin=0.5)
 
 
-def test_patients_keep_the_promise_where_patches_break_it():
+def test_patients_keep_the_guarantee_where_patches_break_it():
     (patients, patches), (_, error) = simulate(UNEVEN, 20, 0.1, repeats=150)
     assert 0.9 < patients < 0.9 + 2 / 21
     assert patches + 4 * error < 0.9
@@ -272,7 +277,7 @@ def test_patients_keep_the_promise_where_patches_break_it():
 @pytest.mark.slow
 @pytest.mark.parametrize("population", [UnevenPatients(), UNEVEN], ids=["even", "uneven"])
 @pytest.mark.parametrize(("n_patients", "alpha"), [(10, 0.1), (20, 0.1), (50, 0.1), (20, 0.05), (50, 0.05)])
-def test_the_promise_at_all_sizes(population, n_patients, alpha):
+def test_the_guarantee_at_all_sizes(population, n_patients, alpha):
     (patients, patches), error = simulate(population, n_patients, alpha, repeats=3000)
     assert 1 - alpha - 2 * error[0] <= patients <= 1 - alpha + 2 / (n_patients + 1) + 2 * error[0]
     assert patches + 2 * error[1] < 1 - alpha
@@ -304,7 +309,7 @@ def test_plain_sets_are_those_of_mapie_and_crepes(alpha, n_classes):
     rng = np.random.default_rng(n_classes)
     probs, new = rng.dirichlet(np.full(n_classes, 0.6), size=(2, 503))
     target = np.array([rng.choice(n_classes, p=p) for p in probs])
-    ours = predict_sets(new, split_conformal(probs, target, alpha, promise="all").quantiles)
+    ours = predict_sets(new, split_conformal(probs, target, alpha, guarantee="marginal").quantiles)
 
     mapie = SplitConformalClassifier(
         Given().fit(probs, target), confidence_level=1 - alpha, conformity_score="lac", prefit=True

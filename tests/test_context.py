@@ -99,7 +99,7 @@ def test_a_run_is_calibrated_and_evaluated_with_context(pack, run, tmp_path):
     assert info.context == 1.5 and info.single_patch["thresholds"] != info.thresholds
     run = copy_run(run, tmp_path)
     evaluate(run)
-    for side in ("val", "test"):
+    for side in ("validation", "test"):
         frame, _ = run.predictions(side)
         rows = pack.rows_of(frame["patch_id"])
         alone = single_logits(run, pack, rows)

@@ -16,13 +16,20 @@ from biopsy.data.datasets import DATASETS, find_dataset
 from biopsy.data.prepare import prepare
 
 TREES = Path(__file__).parent / "trees"
-# tree -> layout, patches, patients, slides, targets in order, own sides
+# tree -> layout, patches, patients, slides, targets in order, official subsets
 EXPECTED = {
     "idc": ("idc", 8, 2, 2, [0, 0, 1, 1, 0, 0, 1, 1], None),
-    "pcam": ("pcam", 10, 0, 4, [0, 0, 1, 1, 0, 0, 1, 1, 0, 0], ["train"] * 6 + ["val"] * 4),
+    "pcam": ("pcam", 10, 0, 4, [0, 0, 1, 1, 0, 0, 1, 1, 0, 0], ["train"] * 6 + ["validation"] * 4),
     "hcd": ("hcd", 6, 0, 0, None, None),
     "hcd_sorted": ("hcd", 8, 0, 0, None, None),
-    "folders": ("folders", 12, 0, 0, [0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1], ["train"] * 8 + ["val"] * 4),
+    "folders": (
+        "folders",
+        12,
+        0,
+        0,
+        [0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1],
+        ["train"] * 8 + ["validation"] * 4,
+    ),
     "breakhis": ("breakhis", 8, 4, 6, [0, 0, 1, 2, 3, 4, 5, 5], None),
     "classes": ("folders", 12, 0, 0, [0] * 4 + [1] * 4 + [2] * 4, None),
 }
@@ -48,7 +55,7 @@ def zip_folder(folder, path, prefix=""):
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_tree_is_recognised_and_read(name, tmp_path):
-    layout, n_patches, n_patients, n_slides, target, own_side = EXPECTED[name]
+    layout, n_patches, n_patients, n_slides, target, official_subset = EXPECTED[name]
     pack = prepare(TREES / name, tmp_path / "x.pack", mpp=0.65 if DATASETS[layout].needs_mpp else None)
     assert pack.info.dataset == layout
     assert (len(pack), pack.info.counts["patients"], pack.info.counts["slides"]) == (
@@ -61,8 +68,8 @@ def test_every_tree_is_recognised_and_read(name, tmp_path):
     assert pack.table["patch_id"].is_unique
     if target is not None:
         assert pack.target.tolist() == target
-    if own_side is not None:
-        assert pack.table["own_side"].tolist() == own_side
+    if official_subset is not None:
+        assert pack.table["official_subset"].tolist() == official_subset
     pack.verify()
 
 
@@ -186,7 +193,7 @@ def test_pcam_reads_pixels_labels_and_slides(tree, tmp_path):
     assert prepare(folder, tmp_path / "y.pack").unit == "patch"
 
 
-def test_pcam_sides_may_be_absent_but_not_halved(tree, tmp_path):
+def test_pcam_subsets_may_be_absent_but_not_halved(tree, tmp_path):
     folder = tree("pcam")
     (folder / "camelyonpatch_level_2_split_valid_y.h5").unlink()
     pack = prepare(folder, tmp_path / "x.pack")
@@ -195,7 +202,7 @@ def test_pcam_sides_may_be_absent_but_not_halved(tree, tmp_path):
         {"source": "camelyonpatch_level_2_split_valid_x.h5", "reason": "has no labels (..._y.h5) beside it"}
     ]
     (folder / "camelyonpatch_level_2_split_train_x.h5").unlink()
-    with pytest.raises(ArchiveError, match="holds no side of PCam with both"):
+    with pytest.raises(ArchiveError, match="holds no subset of PCam with both"):
         prepare(folder, tmp_path / "y.pack")
 
 
@@ -279,11 +286,13 @@ def test_hcd_sorted_tree(tree, tmp_path):
     folder = tree("hcd_sorted")
     pack = prepare(folder, tmp_path / "x.pack")
     assert pack.class_names == ["normal", "tumour"]
-    side = {file.stem: file.parts[-3] for file in folder.rglob("*.tif")}
+    subset = {file.stem: file.parts[-3] for file in folder.rglob("*.tif")}
     label = {file.stem: int(file.parts[-2] == "pos") for file in folder.rglob("*.tif")}
     assert pack.target.tolist() == [label[name] for name in pack.table["patch_id"]]
-    expected = [{"validation": "val"}.get(side[name], side[name]) for name in pack.table["patch_id"]]
-    assert pack.table["own_side"].tolist() == expected
+    expected = [
+        {"validation": "validation"}.get(subset[name], subset[name]) for name in pack.table["patch_id"]
+    ]
+    assert pack.table["official_subset"].tolist() == expected
 
     positive = next((folder / "train/pos").iterdir())
     shutil.copy(positive, folder / "test/neg" / positive.name)
@@ -293,7 +302,7 @@ def test_hcd_sorted_tree(tree, tmp_path):
     assert "one patch, two places" in pack.info.skipped[0]["reason"]
 
 
-def test_folders_keep_their_own_sides_and_classes(tree, tmp_path):
+def test_folders_keep_their_own_subsets_and_classes(tree, tmp_path):
     pack = prepare(TREES / "folders", tmp_path / "x.pack")
     assert pack.table["patch_id"].iloc[0] == "train/0/patch0000000"
     assert (pack.class_names, pack.info.positive_class, pack.info.mpp) == (["0", "1"], "1", None)
@@ -301,7 +310,7 @@ def test_folders_keep_their_own_sides_and_classes(tree, tmp_path):
     folder = tree("classes")
     pack = prepare(folder, tmp_path / "y.pack", patients=r"case(\d+)_", mpp=0.5)
     assert (pack.info.positive_class, pack.info.mpp, pack.unit) == (None, 0.5, "patient")
-    assert "own_side" not in pack.table
+    assert "official_subset" not in pack.table
     assert sorted(set(pack.table["patient_id"])) == ["8863", "8865"]
 
     shutil.copy(folder / "adenosis/case8863_00.png", folder / "adenosis/case8863_00.jpg")
@@ -413,11 +422,13 @@ def test_patients_and_folds_are_not_taken_for_classes(tmp_path, tops, classes):
     "tops",
     [("train_set", "val_set", "test_set"), ("Training Data", "Validation Data"), ("TRAIN", "valid-images")],
 )
-def test_folders_named_like_sides_are_sides_and_said(tmp_path, tops, caplog):
+def test_folders_named_like_subsets_are_subsets_and_said(tmp_path, tops, caplog):
     pack = prepare(make_tree(tmp_path / "x", tops, ("benign", "malignant")), tmp_path / "x.pack")
     assert pack.class_names == ["benign", "malignant"]
-    assert set(pack.table["own_side"]) == {"train", "val", "test"} - ({"test"} if len(tops) == 2 else set())
-    assert "taken for the data set's own sides" in caplog.text
+    assert set(pack.table["official_subset"]) == {"train", "validation", "test"} - (
+        {"test"} if len(tops) == 2 else set()
+    )
+    assert "taken for the data set's official subsets" in caplog.text
 
 
 def test_folders_below_classes_that_may_be_classes_are_said(tmp_path, caplog):
@@ -504,11 +515,11 @@ def test_real_idc_subset(data_dir, tmp_path):
 @pytest.mark.data
 def test_real_pcam_subset(data_dir, tmp_path):
     pack = prepare(data_dir / "pcam" / "pcam_train_valid.zip", tmp_path / "pcam.pack")
-    assert pack.table.groupby(["own_side", "target"]).size().to_dict() == {
+    assert pack.table.groupby(["official_subset", "target"]).size().to_dict() == {
         ("train", 0): 8000,
         ("train", 1): 8000,
-        ("val", 0): 1500,
-        ("val", 1): 1500,
+        ("validation", 0): 1500,
+        ("validation", 1): 1500,
     }
     same = pack.table["sha256"].value_counts()
     assert (int(same[same > 1].sum()), int((same > 1).sum())) == (1164, 511)

@@ -329,10 +329,10 @@ def test_features_are_computed_once_and_again_when_changed(tiny, make_pack, tmp_
     assert run.recipe.preprocessing.input_px == 128  # 64 um at 0.5 um/px
     assert record["n_features"] == 24 and record["penalty"] in PENALTIES
     [features] = (pack.path / "features").glob("*.npy")
-    kept, val = np.load(features), run.sides(pack) == "val"
+    kept, val = np.load(features), run.subsets(pack) == "validation"
     head = run.classifier.base_network.head
     wanted = kept[val] @ head.weight.detach().numpy().T + head.bias.detach().numpy()
-    frame, _ = run.predictions("val")
+    frame, _ = run.predictions("validation")
     np.testing.assert_allclose(frame[["logit_non_idc", "logit_idc"]], wanted, atol=1e-3)
 
     def refuse(*arguments):

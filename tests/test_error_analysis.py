@@ -187,18 +187,18 @@ def test_the_record_is_written_once_and_gives_its_numbers_again(judged, found, m
 
 def test_the_nearest_patches_are_of_training_and_a_training_patch_is_its_own(judged):
     pack, classifier = judged.open_pack(), judged.classifier
-    sides = judged.sides(pack)
-    rows = np.concatenate([np.flatnonzero(sides == "train")[:3], np.flatnonzero(sides == "test")[:3]])
+    subsets = judged.subsets(pack)
+    rows = np.concatenate([np.flatnonzero(subsets == "train")[:3], np.flatnonzero(subsets == "test")[:3]])
     alike = find_nearest_training_patches(judged, pack, classifier, rows, engine=Engine("cpu"))
-    side_of = dict(zip(pack.table["patch_id"], sides, strict=True))
+    subset_of = dict(zip(pack.table["patch_id"], subsets, strict=True))
     for row, nearest in zip(rows, alike.nearest, strict=True):
-        assert len(nearest) == 3 and {side_of[one["patch_id"]] for one in nearest} == {"train"}
+        assert len(nearest) == 3 and {subset_of[one["patch_id"]] for one in nearest} == {"train"}
         distances = [one["distance"] for one in nearest]
         assert distances == sorted(distances) and distances[0] >= 0
-        if sides[row] == "train":
+        if subsets[row] == "train":
             assert nearest[0]["patch_id"] == pack.table["patch_id"].iloc[row]
             assert nearest[0]["distance"] == pytest.approx(0, abs=1e-5)
-    assert alike.about["n"] == (sides == "train").sum()
+    assert alike.about["n"] == (subsets == "train").sum()
 
 
 def test_closeups_show_every_patch_of_the_galleries(judged, found):
@@ -231,7 +231,11 @@ def test_patches_without_coordinates_or_patients_have_no_zone(trained_run, tmp_p
     monkeypatch.setattr(biopsy.Run, "open_pack", lambda self, verify=True: pack)
     pack.table = pack.table.assign(x=pd.array([None] * len(pack), "Int64"), patient_id=None, slide_id=None)
     found = measure_errors(run, n=3, device="cpu")
-    assert found.about["side"] == "val" and found.about["zones"] == {} and found.about["unit"] == "patch"
+    assert (
+        found.about["subset"] == "validation"
+        and found.about["zones"] == {}
+        and found.about["unit"] == "patch"
+    )
     assert all(one["within"] is None for one in found.about["contrasts"])
     case_views = make_case_views(run, found, device="cpu")
     assert all(case_view.overview is None for case_view in case_views.of.values())
@@ -242,8 +246,8 @@ def test_refusals(judged, trained_run, tmp_path, monkeypatch):
     with pytest.raises(RunError, match="n=0: expected at least 1"):
         measure_errors(judged, n=0)
     with pytest.raises(RunError, match=r"test.parquet does not exist: make it with `biopsy evaluate"):
-        measure_errors(copy_run(trained_run, tmp_path), side="test")
+        measure_errors(copy_run(trained_run, tmp_path), subset="test")
     frame = pd.DataFrame({"patch_id": ["a"]})
-    monkeypatch.setattr(biopsy.Run, "predictions", lambda self, side: (frame, {"classifier_sha256": ""}))
+    monkeypatch.setattr(biopsy.Run, "predictions", lambda self, subset: (frame, {"classifier_sha256": ""}))
     with pytest.raises(RunError, match="more than two classes"):
         measure_errors(judged)

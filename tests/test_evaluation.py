@@ -24,18 +24,18 @@ NAMES = (
     "calibration_slope calibration_intercept specificity_at_sensitivity_95 specificity_at_sensitivity_98"
 ).split()
 KEYS = (
-    "format side positive_class n_patches n_patients split threshold confusion at_half patch patient "
+    "format subset positive_class n_patches n_patients split threshold confusion at_half patch patient "
     "ece_floor interval baseline subgroups subgroup_intervals times_opened"
 ).split()
 
 
 @pytest.fixture(scope="module")
 def judged(trained_run, tmp_path_factory):
-    """A copy of the shared run and of its pack, judged once on both sides."""
+    """A copy of the shared run and of its pack, judged once in both subsets."""
     place = tmp_path_factory.mktemp("judged")
     run = copy_run(trained_run, place)
     evaluate(run)
-    evaluate(run, side="val")
+    evaluate(run, subset="validation")
     return run
 
 
@@ -48,8 +48,8 @@ def edit(path, **fields):
     write_json(path, json.loads(path.read_text()) | fields)
 
 
-def read(run, side="test"):
-    frame, about = run.predictions(side)
+def read(run, subset="test"):
+    frame, about = run.predictions(subset)
     return frame["target"].to_numpy(int), frame["prob"].to_numpy(float), frame, about
 
 
@@ -61,7 +61,7 @@ def test_metrics_json_has_the_keys_of_the_formats_page(judged):
     metrics = json.loads((judged.path / "evaluation" / "metrics.json").read_text())
     assert metrics.pop(SEAL)
     assert metrics == judged.metrics() and set(KEYS) <= metrics.keys()
-    assert metrics["format"] == "biopsy-metrics/1" and metrics["side"] == "test"
+    assert metrics["format"] == "biopsy-metrics/1" and metrics["subset"] == "test"
     assert {"name", "patients_overlap"} <= metrics["split"].keys()
     assert {"value", "rule", "chosen_on"} == metrics["threshold"].keys()
     assert list(metrics["patch"]) == NAMES == list(METRICS)
@@ -127,21 +127,24 @@ def test_probabilities_follow_from_the_logits(judged):
     np.testing.assert_allclose(frame["prob"], wanted, rtol=1e-12)
     np.testing.assert_allclose(frame["prob_idc"] + frame["prob_non_idc"], 1, rtol=1e-12)
     assert about["classifier_sha256"] == judged.classifier.sha256
-    assert set(frame["side"]) == {"test"} and frame["patch_id"].is_unique
+    assert set(frame["subset"]) == {"test"} and frame["patch_id"].is_unique
 
 
 def test_the_threshold_was_chosen_on_validation_and_is_frozen(judged):
-    target, prob, *_ = read(judged, "val")
+    target, prob, *_ = read(judged, "validation")
     chosen = choose_threshold(target, prob, "youden")
-    wanted = {"value": chosen.value, "rule": "youden", "chosen_on": "val"}
+    wanted = {"value": chosen.value, "rule": "youden", "chosen_on": "validation"}
     assert judged.info["threshold"] == wanted == judged.metrics()["threshold"]
-    assert json.loads((judged.path / "evaluation" / "metrics-val.json").read_text())["threshold"] == wanted
+    assert (
+        json.loads((judged.path / "evaluation" / "metrics-validation.json").read_text())["threshold"]
+        == wanted
+    )
     on_test = choose_threshold(*read(judged)[:2], "youden")
     assert on_test.value != chosen.value  # else this test could not tell
 
 
 def test_validation_is_predicted_as_training_left_it(trained_run, judged):
-    before, after = trained_run.predictions("val")[0], judged.predictions("val")[0]
+    before, after = trained_run.predictions("validation")[0], judged.predictions("validation")[0]
     np.testing.assert_allclose(before["prob"], after["prob"], rtol=1e-5)
     assert before.drop(columns=before.filter(regex="prob|logit").columns).equals(
         after.drop(columns=after.filter(regex="prob|logit").columns)
@@ -151,19 +154,19 @@ def test_validation_is_predicted_as_training_left_it(trained_run, judged):
 def test_colour_alone_stands_beside_it(judged):
     pack = judged.open_pack()
     baseline = judged.metrics()["baseline"]
-    assert baseline["auroc"] == colour_baseline(pack, judged.sides(pack))[0].auroc
+    assert baseline["auroc"] == colour_baseline(pack, judged.subsets(pack))[0].auroc
     assert baseline.keys() == {"name", "features", "C", "n_train", "auroc", "reason", "interval", "gain"}
     ours = judged.metrics()["patch"]["auroc"]["value"]
     assert baseline["interval"]["value"] == pytest.approx(baseline["auroc"])
     assert baseline["gain"]["value"] == pytest.approx(ours - baseline["auroc"])
 
 
-def test_only_openings_of_the_test_side_are_counted(copied):
+def test_only_openings_of_the_test_subset_are_counted(copied):
     pack = copied.open_pack()
-    assert evaluate(copied, side="val")["times_opened"] is None
+    assert evaluate(copied, subset="validation")["times_opened"] is None
     assert not (pack.path / "ledger.jsonl").exists()
     assert [evaluate(copied)["times_opened"] for _ in range(2)] == [1, 2]
-    assert evaluate(copied, side="val")["ledger"] is None
+    assert evaluate(copied, subset="validation")["ledger"] is None
     edit(copied.path / "run.json", id="another")
     ledger = evaluate(copied.path)["ledger"]
     assert ledger == {"times": 3, "runs": 2, "kept_with": "pack", "unreadable": 0}
@@ -194,12 +197,12 @@ def test_a_pack_that_moved_is_known_by_its_content(judged, copied, tmp_path):
         evaluate(copied, data=moved, split="patients")
 
 
-def test_a_test_side_that_validated_is_said(copied):
+def test_a_test_subset_that_validated_is_said(copied):
     assert evaluate(copied)["split"]["test_is_validation"] is False
-    edit(copied.path / "run.json", split={**copied.info["split"], "val_is_test": True})
+    edit(copied.path / "run.json", split={**copied.info["split"], "test_is_validation": True})
     assert evaluate(copied.path)["split"]["test_is_validation"] is True
     with pytest.raises(RunError, match="has no validation subset: as published, it was tuned on its test"):
-        evaluate(copied.path, side="val")
+        evaluate(copied.path, subset="validation")
 
 
 def test_another_pack_is_judged_apart(copied, make_pack, caplog):
@@ -229,14 +232,14 @@ def test_patients_of_another_pack_are_compared_within_a_data_set(copied, make_pa
     assert evaluate(copied, data=other.path)["split"]["patients_overlap"] is overlap
 
 
-def test_a_side_of_another_packs_split_is_judged(copied, make_pack):
+def test_a_subset_of_another_packs_split_is_judged(copied, make_pack):
     other = make_pack(n_patients=8, patches_per_patient=6, seed=1)
     split = make_split(other, protocol="patients")
     metrics = evaluate(copied, data=other, split="patients")
-    assert metrics["n_patches"] == (split.sides(other) == "test").sum() < 48
+    assert metrics["n_patches"] == (split.subsets(other) == "test").sum() < 48
     assert metrics["split"]["name"] == "patients"
     save_split(other, make_split(other, protocol="folds", n_folds=4))
-    with pytest.raises(RunError, match=r"split 'folds' of tiny.pack has folds, .* name a split with sides"):
+    with pytest.raises(RunError, match=r"split 'folds' of tiny.pack has folds, .* name a split with subsets"):
         evaluate(copied, data=other, split="folds")
     with pytest.raises(SplitError, match="has no split 'patient'; did you mean 'patients'"):
         evaluate(copied, data=other, split="patient")
@@ -263,8 +266,8 @@ def test_a_pack_that_does_not_fit_is_refused(copied, make_pack, change, error, m
 
 
 def test_refusals(copied, make_pack):
-    with pytest.raises(RunError, match="side='train' cannot be judged: test or val"):
-        evaluate(copied, side="train")
+    with pytest.raises(RunError, match="subset='train' is unknown: expected 'test' or 'validation'"):
+        evaluate(copied, subset="train")
     with pytest.raises(RunError, match="split='patients' goes with data= of another pack"):
         evaluate(copied, split="patients")
     edit(copied.path / "run.json", status="interrupted")
@@ -272,15 +275,17 @@ def test_refusals(copied, make_pack):
         evaluate(copied.path)
 
 
-def test_a_side_without_patches_is_refused(make_pack, tmp_path):
-    pack = make_pack(n_patients=6, patches_per_patient=4, own_sides=("train", "val"))
+def test_a_subset_without_patches_is_refused(make_pack, tmp_path):
+    pack = make_pack(n_patients=6, patches_per_patient=4, official_subsets=("train", "validation"))
     run = train_tiny(pack, tmp_path / "run", "train.epochs=1")
     with pytest.raises(RunError, match=r"'official' has no test patches in tiny.pack: make another"):
         evaluate(run)
 
 
 def test_three_classes_from_training_to_report(make_pack, tmp_path):
-    pack = make_pack(n_patients=15, patches_per_patient=9, n_classes=3, own_sides=("train", "val", "test"))
+    pack = make_pack(
+        n_patients=15, patches_per_patient=9, n_classes=3, official_subsets=("train", "validation", "test")
+    )
     run = train_tiny(pack, tmp_path / "run", "train.epochs=1")
     assert run.info["threshold"] is None and run.log()[0]["val_auroc"] is None
     metrics = evaluate(run)

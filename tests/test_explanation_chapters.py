@@ -22,7 +22,7 @@ def add_explanations(facts, n=4):
     examples = pd.DataFrame(
         {
             "patch_id": table["patch_id"].to_numpy(),
-            "side": "test",
+            "subset": "test",
             "class": [NAMES[index] for index in table["target"]],
             "called": "IDC",
             "prob": table["prob"].to_numpy(),
@@ -53,7 +53,7 @@ def add_explanations(facts, n=4):
     )
     called, options = facts.predictions["prob"].to_numpy() > 0.5, {"seed": 0, "unit": "patient"}
     hypotheses = {
-        "side": "test",
+        "subset": "test",
         "unit": "patient",
         "seed": 11,
         "n_patches": n_all,
@@ -137,7 +137,7 @@ def make_faithfulness():
     steps = [{"from_layer": name, "rank_correlation": 0.3, "ssim": 0.2} for name in ("head", "body.conv1_1")]
     return plain(
         {
-            "side": "test",
+            "subset": "test",
             "seed": 3,
             "positive_class": "IDC",
             "unit": "patient",

@@ -11,13 +11,13 @@ import pytest
 
 import biopsy
 from biopsy.core.errors import DataError, RecipeError, SplitError
-from biopsy.data.export_tree import FOLDER_BY_SIDE, count_tree, export_tree, name_files
+from biopsy.data.export_tree import FOLDER_BY_SUBSET, count_tree, export_tree, name_files
 from biopsy.data.splits import find_split, make_split, save_split
 from biopsy.recipes import load_recipe
 from command_line import call
 from conftest import draw_patches, encode_png
 
-SIDE_BY_FOLDER = {folder: side for side, folder in FOLDER_BY_SIDE.items()}
+SUBSET_BY_FOLDER = {folder: subset for subset, folder in FOLDER_BY_SUBSET.items()}
 
 
 def read_tree(tree: Path) -> dict[str, bytes]:
@@ -37,20 +37,20 @@ def tree(tmp_path) -> Path:
 def test_the_tree_holds_the_sources_own_files_where_the_split_puts_them(source, tree, tmp_path):
     pack = biopsy.prepare(source, tmp_path / "idc.pack", export_tree=tree)
     published = load_recipe("cancernet-2020").as_published.split
-    sides = make_split(pack, protocol="as-published", recipe=published).sides(pack)
+    subsets = make_split(pack, protocol="as-published", recipe=published).subsets(pack)
     with zipfile.ZipFile(source) as archive:
         expected = {
-            f"{FOLDER_BY_SIDE[side]}/{target}/{Path(path).name}": archive.read(path)
-            for side, target, path in zip(sides, pack.target, pack.table["source"], strict=True)
+            f"{FOLDER_BY_SUBSET[subset]}/{target}/{Path(path).name}": archive.read(path)
+            for subset, target, path in zip(subsets, pack.target, pack.table["source"], strict=True)
         }
     assert read_tree(tree) == expected and len(expected) == len(pack)
     counts = count_tree(tree)
     assert list(counts) == ["training", "validation", "testing"]
     assert counts == {
-        FOLDER_BY_SIDE[side]: {
-            str(target): int(((sides == side) & (pack.target == target)).sum()) for target in (0, 1)
+        FOLDER_BY_SUBSET[subset]: {
+            str(target): int(((subsets == subset) & (pack.target == target)).sum()) for target in (0, 1)
         }
-        for side in FOLDER_BY_SIDE
+        for subset in FOLDER_BY_SUBSET
     }
 
 
@@ -81,7 +81,9 @@ def test_a_pack_that_is_there_already_gets_its_tree(source, tree, tmp_path):
         on_progress=lambda done, total: progress.append((done, total)),
     )
     assert (pack.path / "pack.json").stat().st_mtime_ns == written
-    patients = {folder: {name.split("_")[0] for name in names_in(tree, folder)} for folder in SIDE_BY_FOLDER}
+    patients = {
+        folder: {name.split("_")[0] for name in names_in(tree, folder)} for folder in SUBSET_BY_FOLDER
+    }
     assert patients["testing"] == {"8863"}
     assert not (patients["training"] & patients["testing"] or patients["training"] & patients["validation"])
     assert progress[-1] == (len(pack), len(pack))
@@ -103,15 +105,15 @@ def test_odd_sizes_and_left_out_patches(tmp_path, tree, caplog):
     caplog.set_level("INFO", logger="biopsy")
     biopsy.prepare(tmp_path / "odd.zip", pack.path, export_tree=tree, split="listed")
     assert sum(map(len, map(Counter, count_tree(tree).values()))) == 6
-    assert len(read_tree(tree)) == 36 and "12 patches are on no side of listed" in caplog.text
+    assert len(read_tree(tree)) == 36 and "12 patches are in no subset of listed" in caplog.text
     with zipfile.ZipFile(tmp_path / "odd.zip") as archive:
         originals = Counter(archive.read(name) for name in archive.namelist() if "8869" not in name)
     assert Counter(read_tree(tree).values()) == originals
 
 
-def test_where_the_test_side_validates_it_is_in_both_folders(source, tree, tmp_path):
+def test_where_the_test_subset_validates_it_is_in_both_folders(source, tree, tmp_path):
     pack = biopsy.prepare(source, tmp_path / "idc.pack")
-    recipe = {"method": "first-files", "count": 40, "test": 0.25, "val_is_test": True, "seed": 0}
+    recipe = {"method": "first-files", "count": 40, "test": 0.25, "test_is_validation": True, "seed": 0}
     split = make_split(pack, protocol="as-published", recipe=recipe)
     export_tree(pack, source, tree, split)
     assert sorted(names_in(tree, "validation")) == sorted(names_in(tree, "testing"))
@@ -203,7 +205,7 @@ def test_arrays_have_no_files_to_export(make_patches, tree, tmp_path):
 def test_the_command_line_counts_the_tree(source, tree, tmp_path):
     command = ["prepare", str(source), "--out", str(tmp_path / "idc.pack"), "--export-tree", str(tree)]
     done = call(*command)
-    assert done.exit_code == 0 and "warning: patients stand on more than one side" in done.stderr
+    assert done.exit_code == 0 and "warning: patients stand in more than one subset" in done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[-4:]]
     assert rows[0] == ["subset", "0", "1"]
     assert {row[0]: {"0": int(row[1]), "1": int(row[2])} for row in rows[1:]} == count_tree(tree)

@@ -345,7 +345,7 @@ def test_the_record_of_a_run_is_kept_and_the_same_twice(judged):
     path = judged.path / "explain" / "faithfulness.json"
     assert found == read_json(path) == read_faithfulness(judged)
     n_called = int((judged.predictions("test")[0]["pred"] == 1).sum())
-    assert (found["side"], found["n_patches"], found["positive_class"]) == ("test", min(6, n_called), "idc")
+    assert (found["subset"], found["n_patches"], found["positive_class"]) == ("test", min(6, n_called), "idc")
     assert [each["name"] for each in found["methods"]] == ["saliency", "grad_cam"]
     assert [each["name"] for each in found["baselines"]] == ["random", "edges"]
     for each in [*found["methods"], *found["baselines"]]:
@@ -399,6 +399,6 @@ def test_a_network_without_convolutions_is_tested_by_the_rest_and_nothing_called
     assert "grad_cam" not in maps and len(maps) == 4
     assert refused[0]["name"] == "grad_cam" and "integrated_gradients and occlusion" in refused[0]["reason"]
     frame, about = judged.predictions("test")
-    monkeypatch.setattr(biopsy.Run, "predictions", lambda self, side: (frame.assign(pred=0), about))
-    with pytest.raises(RunError, match="no whole patch of the test side is called idc"):
+    monkeypatch.setattr(biopsy.Run, "predictions", lambda self, subset: (frame.assign(pred=0), about))
+    with pytest.raises(RunError, match="no whole patch of the test subset is called idc"):
         measure_faithfulness(judged, device="cpu")

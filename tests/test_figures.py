@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from sklearn.metrics import roc_auc_score
 
 from biopsy.core.errors import DataError, MetricError, RecipeError
-from biopsy.data.figures import draw_balance, draw_sides
+from biopsy.data.figures import draw_balance, draw_subsets
 from biopsy.evaluation.figures import (
     draw_confusion,
     draw_confusion_matrix,
@@ -132,18 +132,18 @@ def test_balance_sorts_by_patches_and_stacks_classes():
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["b", "a"]
 
 
-def test_sides_show_every_class_with_its_count_and_share():
+def test_subsets_show_every_class_with_its_count_and_share():
     counts = np.array([[1500, 500], [0, 0], [30, 10]])
-    figure = draw_sides(["train", "val", "test"], counts, ["not IDC", "IDC"])
+    figure = draw_subsets(["train", "validation", "test"], counts, ["not IDC", "IDC"])
     axes = figure.axes[0]
     bars = {container.get_label(): [bar.get_width() for bar in container] for container in axes.containers}
     assert bars == {"not IDC": [1500, 0, 30], "IDC": [500, 0, 10]}
     tops = np.array([[bar.get_y() for bar in container] for container in axes.containers]).T.ravel()
     assert (np.diff(tops) >= 0.35).all()  # side by side: the classes of a side, then the next side
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["train", "val", "test"]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["train", "validation", "test"]
     assert axes.yaxis_inverted() and {"1,500 (75%)", "10 (25%)", "0"} <= set(words(figure))
-    with pytest.raises(MetricError, match=r"counts \(1, 2\) do not fit 2 sides x 2 classes"):
-        draw_sides(["train", "test"], np.array([[1, 2]]), ["a", "b"])
+    with pytest.raises(MetricError, match=r"counts \(1, 2\) do not fit 2 subsets x 2 classes"):
+        draw_subsets(["train", "test"], np.array([[1, 2]]), ["a", "b"])
 
 
 def test_patient_metric_puts_the_best_first_and_the_undefined_last():

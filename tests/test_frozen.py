@@ -154,7 +154,7 @@ def test_a_training_comes_out_as_without(pack, tmp_path, caplog, monkeypatch):
     assert once.info["chosen_epoch"] == each.info["chosen_epoch"]
     left, right = weights(once), weights(each)
     assert all(torch.allclose(left[name], right[name], atol=1e-5) for name in right)
-    logits = [run.predictions("val")[0].filter(like="logit").to_numpy() for run in (once, each)]
+    logits = [run.predictions("validation")[0].filter(like="logit").to_numpy() for run in (once, each)]
     np.testing.assert_allclose(*logits, atol=1e-5)
     files = [{path.name for path in run.path.rglob("*")} for run in (once, each)]
     assert files[0] == files[1]

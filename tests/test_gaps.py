@@ -21,7 +21,7 @@ def run_row(arm, place, seed, auroc, **more):
     values = {name: 0.5 for name in COMPARED} | {"auroc": auroc}
     shared = {"n_train": 9, "n_patches": 4, "baseline_auroc": 0.6, "seconds": 60, "updates": 50}
     return {"recipe": "p", "arm": arm, "tested": str(place), "place": place, "seed": seed, "run": "r"} | (
-        values | shared | {"val_is_test": False} | more
+        values | shared | {"test_is_validation": False} | more
     )
 
 

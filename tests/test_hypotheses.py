@@ -182,7 +182,7 @@ def judged(trained_run, tmp_path_factory):
 
 def test_a_run_is_measured_once_and_read_again(judged, monkeypatch):
     found = measure_hypotheses(judged, device="cpu")
-    assert found["format"] == "biopsy-hypotheses/1" and found["side"] == "test"
+    assert found["format"] == "biopsy-hypotheses/1" and found["subset"] == "test"
     assert (found["n_measured"], found["n_asked"], found["n_groups"]) == (40, 40, 5)
     assert [entry["name"] for entry in found["hypotheses"]] == [
         "less stained",
@@ -216,10 +216,12 @@ def test_the_network_is_asked_about_few_patches_where_it_is_slow(judged, monkeyp
     (judged / "explain" / "hypotheses.json").unlink()
 
 
-def test_a_test_side_that_is_closed_stays_closed(trained_run, tmp_path):
+def test_a_test_subset_that_is_closed_stays_closed(trained_run, tmp_path):
     shutil.copytree(trained_run.path, tmp_path / "run")
     found = measure_hypotheses(tmp_path / "run", device="cpu")
-    assert found["side"] == "val" and not (tmp_path / "run" / "predictions" / "test.parquet").exists()
+    assert (
+        found["subset"] == "validation" and not (tmp_path / "run" / "predictions" / "test.parquet").exists()
+    )
 
 
 def test_more_than_two_classes_are_refused(trained_run, tmp_path, monkeypatch):
@@ -227,6 +229,6 @@ def test_more_than_two_classes_are_refused(trained_run, tmp_path, monkeypatch):
 
     run = Run(tmp_path, trained_run.info)
     frame = pd.DataFrame({"patch_id": ["a"]})
-    monkeypatch.setattr(Run, "predictions", lambda self, side: (frame, {"classifier_sha256": ""}))
+    monkeypatch.setattr(Run, "predictions", lambda self, subset: (frame, {"classifier_sha256": ""}))
     with pytest.raises(RunError, match="more than two classes"):
         measure_hypotheses(run)

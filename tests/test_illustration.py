@@ -39,7 +39,7 @@ def test_errors_are_the_surest_and_right_ones_of_each_class(judged):
     frame, _ = judged.predictions("test")
     wrong = frame[frame["pred"] != frame["target"]]
     examples = explain_examples(judged, Selection(errors=3), device="cpu").examples
-    assert (examples["side"] == "test").all()
+    assert (examples["subset"] == "test").all()
     right = examples[examples["kind"] == "right"]
     assert len(right) == 3 and len(examples) == 3 + min(3, len(wrong))
     assert set(right["class"]) == set(frame["target"].map(dict(enumerate(["non_idc", "idc"]))))
@@ -60,7 +60,7 @@ def test_mistakes_come_in_turn_surest_first(judged, monkeypatch):
         prob_non_idc=1 - prob,
         pred=(prob >= judged.info["threshold"]["value"]).astype(int),
     )
-    monkeypatch.setattr(biopsy.Run, "predictions", lambda self, side: (frame, about))
+    monkeypatch.setattr(biopsy.Run, "predictions", lambda self, subset: (frame, about))
     shown = explain_examples(judged, Selection(errors=4), device="cpu").examples["patch_id"][:4].tolist()
     wrong = frame[frame["pred"] != frame["target"]]
     missed = wrong[wrong["target"] == 1].sort_values("prob")["patch_id"].tolist()
@@ -70,22 +70,24 @@ def test_mistakes_come_in_turn_surest_first(judged, monkeypatch):
     assert [name for name in shown if name in alarms] == alarms[:2]
 
 
-def test_until_it_is_opened_the_test_side_is_left_alone(unopened):
+def test_until_it_is_opened_the_test_subset_is_left_alone(unopened):
     written = biopsy.explain(unopened, errors=2, method="saliency", device="cpu")
-    assert {entry["side"] for entry in written["patches"]} == {"val"}
+    assert {entry["subset"] for entry in written["patches"]} == {"validation"}
     assert not (unopened.path / "predictions" / "test.parquet").exists()
     pack = unopened.open_pack()
-    of_test = pack.table["patch_id"][unopened.sides(pack) == "test"].iloc[0]
-    with pytest.raises(RunError, match=f"patch '{of_test}' is of the test side, which has not been opened"):
+    of_test = pack.table["patch_id"][unopened.subsets(pack) == "test"].iloc[0]
+    with pytest.raises(RunError, match=f"patch '{of_test}' is of the test subset, which has not been opened"):
         biopsy.explain(unopened, patch=[of_test], device="cpu")
-    of_train = pack.table["patch_id"][unopened.sides(pack) == "train"].iloc[0]
+    of_train = pack.table["patch_id"][unopened.subsets(pack) == "train"].iloc[0]
     named = biopsy.explain(unopened, patch=[of_train, of_train], method="saliency", device="cpu")
     assert [entry["patch_id"] for entry in named["patches"]] == [of_train]
 
 
 @pytest.mark.slow
 def test_three_classes_are_explained_by_the_likeliest(make_pack, tmp_path):
-    pack = make_pack(n_patients=6, patches_per_patient=9, n_classes=3, own_sides=("train", "val", "test"))
+    pack = make_pack(
+        n_patients=6, patches_per_patient=9, n_classes=3, official_subsets=("train", "validation", "test")
+    )
     run = train_tiny(pack, tmp_path / "run", "train.epochs=1")
     written = biopsy.explain(run, errors=2, method="saliency", device="cpu")
     assert {entry["kind"] for entry in written["patches"]} <= {"wrong", "right"}
@@ -107,7 +109,7 @@ def test_a_classifier_is_explained_on_a_pack(judged, tmp_path, monkeypatch):
     place = judged.path / "classifier"
     written = biopsy.explain(place, data=pack.path, errors=2, method="grad_cam", device="cpu")
     assert (tmp_path / "explain" / "grad_cam.png").is_file()
-    assert {entry["side"] for entry in written["patches"]} == {""}
+    assert {entry["subset"] for entry in written["patches"]} == {""}
     assert {entry["kind"] for entry in written["patches"]} <= {"missed", "false alarm", "right"}
     right = [entry for entry in written["patches"] if entry["kind"] == "right"]
     assert len(right) == 2 and {entry["class"] for entry in right} == {"non_idc", "idc"}
@@ -179,7 +181,9 @@ def test_sheets_pictures_and_table_are_written(judged, tmp_path):
     for entry in [*written["sheets"], *written["patches"]]:
         assert cv2.imread(str(tmp_path / "maps" / entry["picture"])).shape[1] > 50
     entry = written["patches"][0]
-    assert {"patch_id", "side", "class", "called", "prob", "kind", "method", "layer", "picture"} == set(entry)
+    assert {"patch_id", "subset", "class", "called", "prob", "kind", "method", "layer", "picture"} == set(
+        entry
+    )
     picture = cv2.imread(str(tmp_path / "maps" / entry["picture"]))
     assert picture.shape == (288, 2 * 288 + 8, 3), "the patch of 16 px and one map, each 18 times as large"
 
@@ -252,11 +256,11 @@ def test_patches_are_drawn_at_random_by_the_seed(judged, tmp_path):
 def test_names_of_patches_never_become_paths(judged, tmp_path, monkeypatch):
     pack = judged.open_pack()
     bad = "../../a/b c.png"
-    row = pack.table.index[judged.sides(pack) == "test"][0]
+    row = pack.table.index[judged.subsets(pack) == "test"][0]
     pack.table.loc[row, "patch_id"] = bad
-    sides = judged.sides(judged.open_pack())
+    subsets = judged.subsets(judged.open_pack())
     monkeypatch.setattr(biopsy.Run, "open_pack", lambda self, verify=True: pack)
-    monkeypatch.setattr(biopsy.Run, "sides", lambda self, pack: sides)
+    monkeypatch.setattr(biopsy.Run, "subsets", lambda self, pack: subsets)
     written = biopsy.explain(judged, patch=[bad], method="saliency", out=tmp_path / "x", device="cpu")
     assert written["patches"][0]["patch_id"] == bad
     assert written["patches"][0]["picture"] == "saliency/01-.._.._a_b_c.png.png"

@@ -10,7 +10,7 @@ from biopsy.core.errors import PackError, SplitError
 from biopsy.core.files import read_json
 from biopsy.data import inspection
 from biopsy.data.audit import audit_pack
-from biopsy.data.figures import draw_sides
+from biopsy.data.figures import draw_subsets
 from biopsy.data.inspection import inspect
 from biopsy.data.packs import PIXELS, Pack
 from biopsy.data.splits import Split, make_split, save_split
@@ -46,7 +46,7 @@ def test_audit_and_pictures_of_a_pack(make_pack):
 @pytest.mark.parametrize(
     ("options", "parts", "counts"),
     [
-        ({"protocol": "patients"}, ["train", "val", "test"], [42, 42, 6, 6, 12, 12]),
+        ({"protocol": "patients"}, ["train", "validation", "test"], [42, 42, 6, 6, 12, 12]),
         (
             {"protocol": "leave-one-out", "test_patients": ("8863", "8865"), "name": "two"},
             ["fold 0", "fold 1", "in no fold"],
@@ -57,7 +57,9 @@ def test_audit_and_pictures_of_a_pack(make_pack):
 def test_the_classes_of_a_split_are_drawn(make_pack, monkeypatch, options, parts, counts):
     pack = make_pack(n_patients=10)
     drawn = []
-    monkeypatch.setattr(inspection, "draw_sides", lambda *given: drawn.append(given) or draw_sides(*given))
+    monkeypatch.setattr(
+        inspection, "draw_subsets", lambda *given: drawn.append(given) or draw_subsets(*given)
+    )
     monkeypatch.setattr(inspection, "MAX_SLIDES", 1)
     split = make_split(pack, **options)
     picture = inspect(pack, split=split)["paths"]["pictures"][-1]
@@ -87,13 +89,13 @@ def test_patches_on_the_class_sheet_come_from_every_patient_first(make_pack, mon
         assert len({patches[patch.tobytes()] for patch in sheet}) == len(sheet) == 6, title
 
 
-def test_a_patient_on_two_sides_spoils_the_result(make_pack, monkeypatch):
+def test_a_patient_on_two_subsets_spoils_the_result(make_pack, monkeypatch):
     monkeypatch.setattr(inspection, "MAX_SLIDES", 1)
     pack = make_pack(n_patients=6)
     split = make_split(pack, protocol="patients")
     table = split.table.copy()
     whose = pack.table["patient_id"] == split_patient(pack, table, "train")
-    table.loc[np.flatnonzero(whose)[:2], "side"] = "test"
+    table.loc[np.flatnonzero(whose)[:2], "subset"] = "test"
     leaking = Split("mine", "patients", "patient", 0, {}, table, None, pack.info.content_sha256)
     save_split(pack, leaking)
     found = inspect(pack, split="mine")
@@ -105,9 +107,9 @@ def test_a_patient_on_two_sides_spoils_the_result(make_pack, monkeypatch):
     assert inspect(pack, split=split)["blocking_issues"] == []
 
 
-def split_patient(pack, table, side):
-    """Name the first patient with patches on a side."""
-    return pack.table["patient_id"][(table["side"] == side).to_numpy()].iloc[0]
+def split_patient(pack, table, subset):
+    """Name the first patient with patches in a subset."""
+    return pack.table["patient_id"][(table["subset"] == subset).to_numpy()].iloc[0]
 
 
 def test_a_label_conflict_spoils_the_result(make_pack):

@@ -120,8 +120,8 @@ def test_an_unknown_name_gets_the_nearest():
 
 
 def test_pcam_has_the_nine_published_files():
-    sides, kinds = ("train", "valid", "test"), ("x.h5", "y.h5", "meta.csv")
-    expected = {f"camelyonpatch_level_2_split_{side}_{kind}" for side in sides for kind in kinds}
+    subsets, kinds = ("train", "valid", "test"), ("x.h5", "y.h5", "meta.csv")
+    expected = {f"camelyonpatch_level_2_split_{subset}_{kind}" for subset in subsets for kind in kinds}
     assert {file.final_name for file in find_source("pcam").files} == expected
     assert all("zenodo.org/records/2546921/" in file.url for file in find_source("pcam").files)
     # 327,680 images of 96 x 96 x 3 bytes, and the largest packed file beside them

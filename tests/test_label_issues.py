@@ -51,15 +51,15 @@ def noisy(tmp_path_factory, trained_run):
     run = Run.open(shutil.copytree(trained_run.path, place / "run"))
     about = {"path": str(pack.path), "content_sha256": pack.info.content_sha256}
     run.update(pack={**run.info["pack"], **about}, files={}, classifier_sha256=None)
-    sides = pack.table["slide_id"].map({"8863": "train", "8864": "val", "8865": "test"})
-    pack.table[["patch_id"]].assign(side=sides).to_csv(run.path / "split.csv", index=False)
+    subsets = pack.table["slide_id"].map({"8863": "train", "8864": "validation", "8865": "test"})
+    pack.table[["patch_id"]].assign(subset=subsets).to_csv(run.path / "split.csv", index=False)
     true = pack.table["patch_id"].map(truth).to_numpy(int)
     logits = np.stack([np.zeros(len(pack)), 3 * (2 * true - 1) + rng.normal(0, 2, len(pack))], axis=1)
     probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    for side in ("val", "test"):
-        rows = np.flatnonzero(sides == side)
-        frame = make_predictions(pack, rows, logits[rows], probs[rows], sides=side)
-        write_predictions(run.path / "predictions" / f"{side}.parquet", frame, {"classifier_sha256": ""})
+    for subset in ("validation", "test"):
+        rows = np.flatnonzero(subsets == subset)
+        frame = make_predictions(pack, rows, logits[rows], probs[rows], subsets=subset)
+        write_predictions(run.path / "predictions" / f"{subset}.parquet", frame, {"classifier_sha256": ""})
     return run, truth, place
 
 
@@ -113,7 +113,7 @@ def test_only_models_that_were_not_trained_on_a_patch_speak(noisy, tmp_path):
     assert table.loc[~trained, "reason"].str.contains("a model that was not trained on it gives").all()
 
 
-def test_a_closed_test_side_is_not_looked_at(noisy, tmp_path):
+def test_a_closed_test_subset_is_not_looked_at(noisy, tmp_path):
     run, _, _ = noisy
     closed = Run.open(shutil.copytree(run.path, tmp_path / "run"))
     (closed.path / "predictions" / "test.parquet").unlink()
@@ -148,7 +148,7 @@ def test_without_coordinates_the_model_is_the_only_witness(trained_run, tmp_path
     monkeypatch.setattr(Run, "open_pack", lambda self, verify=True: pack)
     pack.table = pack.table.assign(x=pd.array([None] * len(pack), "Int64"))
     found = biopsy.label_issues(run, out=tmp_path / "out")
-    frame = pd.concat([run.predictions(side)[0] for side in ("val", "test")])
+    frame = pd.concat([run.predictions(subset)[0] for subset in ("validation", "test")])
     against = frame[(frame["prob_idc"] > 0.5) != (frame["target"] == 1)]
     assert set(found.table["patch_id"]) == set(against["patch_id"])
     assert found.table["reason"].str.startswith("no coordinates; ").all()

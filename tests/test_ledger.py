@@ -22,21 +22,21 @@ def entry(run: str = "r0", **other: object) -> dict[str, object]:
         "seed": 0,
         "split": "patients",
         "fold": None,
-        "side": "test",
+        "subset": "test",
     }
     return {**about, "command": "biopsy evaluate r0", **other}
 
 
-def test_openings_are_counted_by_split_fold_and_side(make_pack: MakePack, tmp_path: Path) -> None:
+def test_openings_are_counted_by_split_fold_and_subset(make_pack: MakePack, tmp_path: Path) -> None:
     pack = make_pack(n_patients=1)
     nobody = COUNTED | {"times": 0, "runs": 0}
     assert count_openings(pack, split="patients") == nobody
     for run in ("r0", "r0", "r1"):
         record_opening(pack, tmp_path, entry(run))
-    record_opening(pack, tmp_path, entry(side="val"))
+    record_opening(pack, tmp_path, entry(subset="validation"))
     record_opening(pack, tmp_path, entry(split="folds", fold=1))
     assert count_openings(pack, split="patients") == COUNTED | {"times": 3, "runs": 2}
-    assert count_openings(pack, split="patients", side="val")["times"] == 1
+    assert count_openings(pack, split="patients", subset="validation")["times"] == 1
     assert count_openings(pack, split="folds", fold=1)["times"] == 1
     assert count_openings(pack, split="folds", fold=0) == nobody
 
@@ -126,7 +126,7 @@ def test_processes_lose_nothing(make_pack: MakePack, tmp_path: Path) -> None:
         "import sys; from biopsy.data.packs import Pack; from biopsy.data.ledger import record_opening\n"
         "pack = Pack.open(sys.argv[1])\n"
         "for n in range(25):\n"
-        "    record_opening(pack, '.', dict(run=sys.argv[2], split='patients', fold=None, side='test'))"
+        "    record_opening(pack, '.', dict(run=sys.argv[2], split='patients', fold=None, subset='test'))"
     )
     command = [sys.executable, "-c", code, str(pack.path)]
     started = [subprocess.Popen([*command, f"r{number}"]) for number in range(4)]

@@ -50,7 +50,7 @@ RUN_KEYS = {
     "environment": {},
     "threshold": None,
 }
-SPLIT_KEYS = {"protocol": "folds", "unit": "patient", "as_published": False, "sides": {}}
+SPLIT_KEYS = {"protocol": "folds", "unit": "patient", "as_published": False, "subsets": {}}
 
 
 def write_run(path, pack, rows, prob, *, seed=0, fold=None, split="patients", recipe=None, threshold=0.5):
@@ -58,7 +58,7 @@ def write_run(path, pack, rows, prob, *, seed=0, fold=None, split="patients", re
     probs = np.stack([1 - prob, prob], axis=1) if prob.ndim == 1 else prob
     binary = pack.positive_index is not None
     frame = make_predictions(
-        pack, rows, np.log(probs), probs, sides="test", fold=fold, threshold=threshold if binary else None
+        pack, rows, np.log(probs), probs, subsets="test", fold=fold, threshold=threshold if binary else None
     )
     about = {"pack_sha256": pack.info.content_sha256, "split": split, "threshold": None}
     write_predictions(path / "predictions" / "test.parquet", frame, about)

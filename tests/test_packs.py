@@ -77,7 +77,7 @@ def test_an_altered_pixel_or_label_is_noticed(make_pack):
 def test_splits_and_audits_do_not_change_the_hash(make_pack):
     pack = make_pack()
     (pack.path / "splits").mkdir()
-    (pack.path / "splits" / "a.csv").write_text("patch_id,side\n")
+    (pack.path / "splits" / "a.csv").write_text("patch_id,subset\n")
     pack.table["age"] = 60
     pack.verify()
 

@@ -84,7 +84,9 @@ def run_code(code: str, site: Path, *arguments: str) -> subprocess.CompletedProc
 
 @pytest.mark.slow
 def test_what_a_package_adds_is_used_in_every_process(site, tmp_path):
-    write_pack(tmp_path, n_patients=9, patches_per_patient=6, own_sides=("train", "val", "test"))
+    write_pack(
+        tmp_path, n_patients=9, patches_per_patient=6, official_subsets=("train", "validation", "test")
+    )
     (tmp_path / "patches").mkdir()
     for number, name in enumerate(("a-1-benign", "a-2-malignant", "b-1-malignant")):
         patch = np.full((16, 16, 3), 50 * number, np.uint8)

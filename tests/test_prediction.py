@@ -57,7 +57,7 @@ def test_a_pack_is_predicted_as_training_left_it(trained_run):
     assert found.path.name == "predictions.csv" and found.skipped == []
     assert found.frame["patch_id"].tolist() == pack.table["patch_id"].tolist()
     assert found.frame["target"].tolist() == pack.target.tolist()
-    before = trained_run.predictions("val")[0].set_index("patch_id")
+    before = trained_run.predictions("validation")[0].set_index("patch_id")
     now = found.frame.set_index("patch_id").loc[before.index]
     columns = ["logit_non_idc", "logit_idc", "prob_non_idc", "prob_idc", "prob"]
     np.testing.assert_allclose(now[columns], before[columns], rtol=1e-4, atol=1e-5)
@@ -198,26 +198,26 @@ def test_a_run_its_folder_and_its_classifier_are_one_model(trained_run, folder):
     models = (trained_run, trained_run.path, trained_run.path / "classifier", trained_run.classifier)
     frames = [ask(model, folder).frame for model in models]
     assert all(frame.equals(frames[0]) for frame in frames[:3])
-    assert frames[3].equals(frames[0].assign(side=frames[3]["side"])), (
+    assert frames[3].equals(frames[0].assign(subset=frames[3]["subset"])), (
         "which has no run: subsets are not known"
     )
-    assert frames[3]["side"].isna().all()
+    assert frames[3]["subset"].isna().all()
 
 
 def test_patches_of_the_run_are_recognised_by_their_pixels(trained_run, tmp_path):
     """Whether they come from the pack or as images under other names; others have no subset."""
     pack = trained_run.open_pack()
-    sides, index = trained_run.sides(pack), [0, 1, 2, len(pack) - 1]
+    subsets, index = trained_run.subsets(pack), [0, 1, 2, len(pack) - 1]
     prediction = ask(trained_run, pack.path)
-    assert prediction.frame["side"].fillna("").tolist() == sides.tolist()
-    assert prediction.n_training == (sides == "train").sum() > 0
+    assert prediction.frame["subset"].fillna("").tolist() == subsets.tolist()
+    assert prediction.n_training == (subsets == "train").sum() > 0
     (tmp_path / "images").mkdir()
     for number in index:
         width, height = pack.sizes[number]
         (tmp_path / "images" / f"{number}.png").write_bytes(encode_png(pack.patches[number][:height, :width]))
     (tmp_path / "images" / "new.png").write_bytes(encode_png(255 - pack.patches[0]))
-    named = ask(trained_run, tmp_path / "images").frame.set_index("patch_id")["side"].fillna("")
-    assert named.to_dict() == {f"{number}.png": sides[number] for number in index} | {"new.png": ""}
+    named = ask(trained_run, tmp_path / "images").frame.set_index("patch_id")["subset"].fillna("")
+    assert named.to_dict() == {f"{number}.png": subsets[number] for number in index} | {"new.png": ""}
 
 
 def test_more_than_two_classes_take_the_likeliest(trained_run, folder, tmp_path):

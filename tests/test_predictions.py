@@ -28,7 +28,7 @@ def predict(pack: Pack, index: np.ndarray, **options: object) -> pd.DataFrame:
     logits = np.random.default_rng(0).normal(0, 3, (len(index), len(pack.class_names))).astype(np.float32)
     probs = np.exp(logits.astype(float))
     probs /= probs.sum(axis=1, keepdims=True)
-    return make_predictions(pack, index, logits, probs, sides="test", **options)  # type: ignore[arg-type]
+    return make_predictions(pack, index, logits, probs, subsets="test", **options)  # type: ignore[arg-type]
 
 
 def test_table_of_two_classes(make_pack: MakePack) -> None:
@@ -36,7 +36,7 @@ def test_table_of_two_classes(make_pack: MakePack) -> None:
     index = np.array([30, 2, 17])
     frame = predict(pack, index, fold=1, threshold=0.3)
     assert list(frame.columns) == [
-        *("patch_id", "patient_id", "slide_id", "x", "y", "side", "fold", "target"),
+        *("patch_id", "patient_id", "slide_id", "x", "y", "subset", "fold", "target"),
         *("logit_non_idc", "logit_idc", "prob_non_idc", "prob_idc", "pred", "abstained", "prob"),
     ]
     assert frame["patch_id"].tolist() == pack.table["patch_id"].iloc[index].tolist()
@@ -107,9 +107,9 @@ def test_impossible_predictions_are_refused(make_pack: MakePack, tmp_path: Path)
         wrong = probs.copy()
         wrong[3, 1] = bad
         with pytest.raises(DataError, match="must lie in 0 to 1 and be numbers"):
-            make_predictions(pack, index, logits, wrong, sides="test")
+            make_predictions(pack, index, logits, wrong, subsets="test")
     with pytest.raises(DataError, match=r"do not fit 12 patches, 2 classes"):
-        make_predictions(pack, index, logits, probs[:, :1], sides="test")
+        make_predictions(pack, index, logits, probs[:, :1], subsets="test")
     with pytest.raises(DataError, match=r"use .parquet or .csv"):
         write_predictions(tmp_path / "a.xlsx", predict(pack, index), {})
 
@@ -145,7 +145,7 @@ def test_predictions_changed_by_hand_are_refused(make_pack: MakePack, tmp_path: 
     frame = predict(make_pack(n_patients=1), np.arange(12))
     path = write_predictions(tmp_path / "a.csv", frame, {"threshold": 0.5})
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([*lines[:3], lines[3].replace("test", "val"), *lines[4:]]))
+    path.write_text("\n".join([*lines[:3], lines[3].replace("test", "validation"), *lines[4:]]))
     with pytest.raises(FileFormatError) as caught:
         read_predictions(path)
     assert caught.value.reason == "altered"

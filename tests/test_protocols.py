@@ -20,15 +20,15 @@ BARUAH = {
     "count": 60_000,
     "test": 0.15,
     "undersample": ["train", "test"],
-    "val_is_test": True,
+    "test_is_validation": True,
     "seed": 0,
 }
-CANCERNET = {"method": "shuffled-paths", "seed": 42, "train": 0.8, "val": 0.1}
+CANCERNET = {"method": "shuffled-paths", "seed": 42, "train": 0.8, "validation": 0.1}
 SHARES = (0.7, 0.15, 0.15)
 
 
-def patients_of(pack: Pack, sides: np.ndarray, side: str) -> set[str]:
-    return set(pack.group_ids[sides == side])
+def patients_of(pack: Pack, subsets: np.ndarray, subset: str) -> set[str]:
+    return set(pack.group_ids[subsets == subset])
 
 
 def test_leave_one_out_over_all_of_two_patients_leaves_none_to_train(make_pack: MakePack) -> None:
@@ -41,10 +41,10 @@ def test_leave_one_out_follows_the_order_named(make_pack: MakePack) -> None:
     order = ("8867", "8863", "8865")
     split = make_split(pack, protocol="leave-one-out", test_patients=order)
     for fold in range(3):
-        sides = split.sides(pack, fold)
-        assert patients_of(pack, sides, "test") == {order[fold]}
-        assert patients_of(pack, sides, "val") == {order[(fold + 1) % 3]}
-        assert {"8869", "8871", "8873", order[(fold + 2) % 3]} == patients_of(pack, sides, "train")
+        subsets = split.subsets(pack, fold)
+        assert patients_of(pack, subsets, "test") == {order[fold]}
+        assert patients_of(pack, subsets, "validation") == {order[(fold + 1) % 3]}
+        assert {"8869", "8871", "8873", order[(fold + 2) % 3]} == patients_of(pack, subsets, "train")
     assert make_split(pack, protocol="leave-one-out").n_folds == 6
 
 
@@ -55,18 +55,20 @@ def test_leaving_out_a_slide_leaves_out_its_patient(make_pack: MakePack) -> None
     split = make_split(
         pack, protocol="leave-one-out", unit="slide", test_patients=("8863a", "8865a", "8863b")
     )
-    assert set(pack.table["slide_id"][split.sides(pack, 2) == "val"]) == {"8865a"}  # not 8863a, next in order
-    sides = split.sides(pack, 0)
-    assert set(pack.table["slide_id"][sides == "test"]) == {"8863a"}
-    assert set(pack.table["slide_id"][sides == "val"]) == {"8865a"}
-    assert set(pack.table["slide_id"][sides == ""]) == {"8863b", "8865b"}
+    assert set(pack.table["slide_id"][split.subsets(pack, 2) == "validation"]) == {
+        "8865a"
+    }  # not 8863a, next in order
+    subsets = split.subsets(pack, 0)
+    assert set(pack.table["slide_id"][subsets == "test"]) == {"8863a"}
+    assert set(pack.table["slide_id"][subsets == "validation"]) == {"8865a"}
+    assert set(pack.table["slide_id"][subsets == ""]) == {"8863b", "8865b"}
     assert split.parameters["counts"]["folds"][0]["left_out"] == {
         "patches": 12,
         "groups": 2,
         "per_class": {"non_idc": 6, "idc": 6},
         "groups_per_class": {"non_idc": 2, "idc": 2},
     }
-    with pytest.raises(SplitError, match="no patches are left for val of fold 0"):
+    with pytest.raises(SplitError, match="no patches are left for validation of fold 0"):
         make_split(pack, protocol="leave-one-out", unit="slide", test_patients=("8863a", "8863b"))
 
 
@@ -75,12 +77,12 @@ def test_sites(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6, columns={"site_id": sites})
     split = make_split(pack, protocol="site")
     for fold, site in enumerate(("north", "south", "west")):
-        assert set(sites[split.sides(pack, fold) == "test"]) == {site}
-    named = make_split(pack, protocol="site", test_patients=("west",)).sides(pack)
+        assert set(sites[split.subsets(pack, fold) == "test"]) == {site}
+    named = make_split(pack, protocol="site", test_patients=("west",)).subsets(pack)
     assert set(sites[named == "test"]) == {"west"}
-    assert len(patients_of(pack, named, "val")) == 1
-    both = make_split(pack, protocol="site", test_patients=("west",), val_patients=("south",)).sides(pack)
-    assert set(sites[both == "val"]) == {"south"}
+    assert len(patients_of(pack, named, "validation")) == 1
+    both = make_split(pack, protocol="site", test_patients=("west",), val_patients=("south",)).subsets(pack)
+    assert set(sites[both == "validation"]) == {"south"}
     with pytest.raises(SplitError, match="no site is called 'wset'; did you mean 'west'"):
         make_split(pack, protocol="site", test_patients=("wset",))
 
@@ -89,27 +91,29 @@ def test_two_sites_and_patients_of_two_sites(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6, columns={"site_id": np.repeat(["north", "south"], 36)})
     with pytest.raises(SplitError, match="2 sites"):
         make_split(pack, protocol="site")
-    assert patients_of(pack, make_split(pack, protocol="site", test_patients=("south",)).sides(pack), "val")
+    assert patients_of(
+        pack, make_split(pack, protocol="site", test_patients=("south",)).subsets(pack), "validation"
+    )
     mixed = make_pack("mixed.pack", n_patients=6, columns={"site_id": ["north", "south", "west"] * 24})
     with pytest.raises(SplitError, match=r"patient 8863 is in .* and test"):
         make_split(mixed, protocol="site")
 
 
-def test_own_sides(make_pack: MakePack) -> None:
-    pack = make_pack(n_patients=8, own_sides=("train", "train", "val", "test"))
+def test_official_subsets(make_pack: MakePack) -> None:
+    pack = make_pack(n_patients=8, official_subsets=("train", "train", "validation", "test"))
     split = find_split(pack)
     assert split.protocol == "official"
-    assert (split.sides(pack) == pack.table["own_side"]).all()
+    assert (split.subsets(pack) == pack.table["official_subset"]).all()
 
 
-def test_own_sides_with_no_test_side_are_kept_and_said(make_pack: MakePack) -> None:
-    pack = make_pack(n_patients=4, own_sides=("train", "val"))
+def test_own_subsets_with_no_test_subset_are_kept_and_said(make_pack: MakePack) -> None:
+    pack = make_pack(n_patients=4, official_subsets=("train", "validation"))
     assert "test has no patches" in make_split(pack, protocol="official").parameters["warnings"]
 
 
-def test_own_sides_that_leak_are_refused(make_pack: MakePack) -> None:
-    pack = make_pack(n_patients=4, columns={"own_side": ["train", "val", "test"] * 16})
-    with pytest.raises(SplitError, match=r"patient 8863 is in train and val and test \(and 3 more"):
+def test_own_subsets_that_leak_are_refused(make_pack: MakePack) -> None:
+    pack = make_pack(n_patients=4, columns={"official_subset": ["train", "validation", "test"] * 16})
+    with pytest.raises(SplitError, match=r"patient 8863 is in train and validation and test \(and 3 more"):
         make_split(pack, protocol="official")
 
 
@@ -132,13 +136,13 @@ def test_official_cases_from_lists_and_from_csv(make_pack: MakePack, tmp_path: P
         for cases in (
             folder,
             tmp_path / "cases.csv",
-            [folder / f"cases_{side}.txt" for side in ("test", "train", "val")],
+            [folder / f"cases_{subset}.txt" for subset in ("test", "train", "val")],
         )
     ]
     for split in splits:
-        sides = split.sides(pack)
-        assert patients_of(pack, sides, "train") == {"8863", "8865", "8867"}
-        assert patients_of(pack, sides, "") == {"8873", "8875"}
+        subsets = split.subsets(pack)
+        assert patients_of(pack, subsets, "train") == {"8863", "8865", "8867"}
+        assert patients_of(pack, subsets, "") == {"8873", "8875"}
         assert split.parameters["cases"]["train"] == {"listed": 4, "found": 3}
         assert split.parameters["left_out"] == {"patients": 2, "patches": 24}
 
@@ -147,8 +151,8 @@ def test_listed_cases_that_are_nobody_are_named_with_the_likely_patient(
     make_pack: MakePack, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pack = make_pack(n_patients=8, columns={"patient_id": np.repeat([f"0{n}" for n in range(8)], 12)})
-    sides = ["train"] * 4 + ["val"] * 2 + ["test"] * 2
-    rows = "".join(f"{'3' if n == 3 else f'0{n}'},{side}\n" for n, side in enumerate(sides))
+    subsets = ["train"] * 4 + ["validation"] * 2 + ["test"] * 2
+    rows = "".join(f"{'3' if n == 3 else f'0{n}'},{subset}\n" for n, subset in enumerate(subsets))
     (tmp_path / "cases.csv").write_text("Case_ID;Split\n" + rows.replace(",", ";"))
     split = make_split(pack, protocol="official", cases=tmp_path / "cases.csv")
     assert split.parameters["left_out"]["patients"] == 1
@@ -164,14 +168,14 @@ def test_cases_are_read_in_one_spelling(make_pack: MakePack, tmp_path: Path) -> 
     split = make_split(pack, protocol="official", cases=tmp_path / "cases.csv")
     assert split.parameters["left_out"]["patients"] == 0
     named = make_split(pack, protocol="patients", test_patients=(" 8863\u00a0",), val_patients=("8865.0",))
-    assert (named.sides(pack)[:12] == "test").all()
+    assert (named.subsets(pack)[:12] == "test").all()
 
 
 def test_bad_lists_of_cases(make_pack: MakePack, tmp_path: Path) -> None:
     pack = make_pack(n_patients=4)
     folder = write_lists(tmp_path / "lists")
     (folder / "cases_val.txt").write_text("8863")
-    with pytest.raises(SplitError, match="case 8863 is listed in train and in val"):
+    with pytest.raises(SplitError, match="case 8863 is listed in train and in validation"):
         read_cases(folder)
     (folder / "cases_val.txt").unlink()
     with pytest.raises(SplitError, match=r"cases_val.txt was not found"):
@@ -197,10 +201,10 @@ def test_as_published_shuffles_sorted_paths_as_the_post_does(make_pack: MakePack
     random.shuffle(paths)
     n_train = int(len(paths) * 0.8)
     n_val = int(n_train * 0.1)
-    expected = {path: "test" for path in paths[n_train:]} | {path: "val" for path in paths[:n_val]}
+    expected = {path: "test" for path in paths[n_train:]} | {path: "validation" for path in paths[:n_val]}
     split = make_split(pack, protocol="as-published", recipe=CANCERNET)
-    sides = split.sides(pack)
-    assert [expected.get(path, "train") for path in pack.table["source"]] == sides.tolist()
+    subsets = split.subsets(pack)
+    assert [expected.get(path, "train") for path in pack.table["source"]] == subsets.tolist()
     assert split.overlap is True
     assert split.parameters["recipe"] == CANCERNET
 
@@ -238,24 +242,24 @@ def follow(recipe: dict[str, object], n_patches: int) -> np.ndarray:
     ],
 )
 def test_published_counts(recipe: dict[str, object], n_patches: int, expected: list[int]) -> None:
-    sides = follow(recipe, n_patches)
-    assert [int((sides == side).sum()) for side in ("train", "val", "test", "")] == expected
+    subsets = follow(recipe, n_patches)
+    assert [int((subsets == subset).sum()) for subset in ("train", "validation", "test", "")] == expected
 
 
 def test_first_files_are_the_first_by_path_and_undersampled() -> None:
-    sides, target = follow(BARUAH, 90_000), Rows(90_000).target
+    subsets, target = follow(BARUAH, 90_000), Rows(90_000).target
     first = np.argsort(np.arange(90_000).astype(str), kind="stable")[:60_000]
-    assert set(np.flatnonzero(sides)) <= set(first)
+    assert set(np.flatnonzero(subsets)) <= set(first)
     whole = follow(BARUAH | {"undersample": []}, 90_000)
     assert set(np.flatnonzero(whole)) == set(first)
-    for side in ("train", "test"):
-        kept = np.bincount(target[sides == side])
-        assert kept.tolist() == [target[whole == side].sum()] * 2  # the rarer class is kept whole
-        assert set(np.flatnonzero(sides == side)) <= set(np.flatnonzero(whole == side))
+    for subset in ("train", "test"):
+        kept = np.bincount(target[subsets == subset])
+        assert kept.tolist() == [target[whole == subset].sum()] * 2  # the rarer class is kept whole
+        assert set(np.flatnonzero(subsets == subset)) <= set(np.flatnonzero(whole == subset))
     only_train = follow(BARUAH | {"undersample": ["train"]}, 90_000)
     assert (only_train == "test").sum() == 9_000
-    assert (follow(BARUAH, 90_000) == sides).all()
-    assert (follow(BARUAH | {"seed": 1}, 90_000) != sides).any()
+    assert (follow(BARUAH, 90_000) == subsets).all()
+    assert (follow(BARUAH | {"seed": 1}, 90_000) != subsets).any()
 
 
 def test_what_tests_may_validate_where_it_was_published_so(make_pack: MakePack) -> None:
@@ -263,14 +267,14 @@ def test_what_tests_may_validate_where_it_was_published_so(make_pack: MakePack) 
     split = make_split(pack, protocol="as-published", recipe=BARUAH | {"test": 0.25}, name="baruah")
     save_split(pack, split)
     for made in (split, load_split(pack, "baruah")):
-        assert made.val_is_test and made.overlap is True and made.may_overlap
-        assert set(made.sides(pack)) <= {"train", "test", ""}
+        assert made.test_is_validation and made.overlap is True and made.may_overlap
+        assert set(made.subsets(pack)) <= {"train", "test", ""}
     assert split.parameters["warnings"] == [] and split.parameters["taken"] == 72
-    assert not make_split(pack, protocol="as-published", recipe=CANCERNET).val_is_test
+    assert not make_split(pack, protocol="as-published", recipe=CANCERNET).test_is_validation
     with pytest.raises(SplitError, match="'first-files' needs count, test and seed; 'test' is missing"):
         make_split(pack, protocol="as-published", recipe={"method": "first-files", "count": 5})
-    with pytest.raises(SplitError, match="no patches are left for val"):
-        make_split(pack, protocol="as-published", recipe=BARUAH | {"val_is_test": False})
+    with pytest.raises(SplitError, match="no patches are left for validation"):
+        make_split(pack, protocol="as-published", recipe=BARUAH | {"test_is_validation": False})
 
 
 def test_help_names_every_protocol() -> None:
@@ -282,21 +286,21 @@ def test_kaggle_rows_go_by_row_whatever_the_order(make_pack: MakePack) -> None:
     rows = np.random.default_rng(0).permutation(48)
     pack = make_pack(n_patients=4, columns={"row": rows, "patient_id": None, "slide_id": None})
     split = make_split(pack, protocol="kaggle-rows")
-    sides = split.sides(pack)
-    assert rows[sides == "train"].max() == 32
-    assert sorted(rows[sides == ""]) == [33, 43]
-    assert rows[sides == "test"].min() == 44
+    subsets = split.subsets(pack)
+    assert rows[subsets == "train"].max() == 32
+    assert sorted(rows[subsets == ""]) == [33, 43]
+    assert rows[subsets == "test"].min() == 44
     assert split.overlap is None
 
 
 @pytest.mark.data
 def test_official_lists_of_idc_hold_84_29_49_cases(data_dir: Path) -> None:
-    sides = list(read_cases(data_dir / "idc" / "official_split.csv").values())
-    assert [sides.count(side) for side in ("train", "val", "test")] == [84, 29, 49]
+    subsets = list(read_cases(data_dir / "idc" / "official_split.csv").values())
+    assert [subsets.count(subset) for subset in ("train", "validation", "test")] == [84, 29, 49]
 
 
 def test_left_out_patches_survive_the_csv(make_pack: MakePack, tmp_path: Path) -> None:
     pack = make_pack(n_patients=7)
     split = make_split(pack, protocol="official", cases=write_lists(tmp_path / "lists"))
     save_split(pack, split)
-    assert (load_split(pack, "official").sides(pack) == split.sides(pack)).all()
+    assert (load_split(pack, "official").subsets(pack) == split.subsets(pack)).all()

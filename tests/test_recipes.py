@@ -79,7 +79,7 @@ def test_the_vgg16_post_trains_as_long_as_it_says():
 def test_baruah_breaks_the_rules_only_as_published():
     recipe = load_recipe("baruah-2019")
     assert recipe.preprocessing.standardise == "featurewise" and recipe.as_published.standardise == "none"
-    assert recipe.as_published.split["val_is_test"] and recipe.as_published.threshold == "argmax"
+    assert recipe.as_published.split["test_is_validation"] and recipe.as_published.threshold == "argmax"
     n_train = 60_000 - round(60_000 * recipe.as_published.split["test"])
     balanced = 2 * n_train * 15_522 / 60_000  # as many of each class as IDC has
     steps = -(-balanced // recipe.train.batch_size)

@@ -166,15 +166,15 @@ def test_overlap_and_other_warnings_come_first():
     assert "not seen in training" not in text
 
 
-def test_the_classes_of_the_sides_are_drawn(report):
+def test_the_classes_of_the_subsets_are_drawn(report):
     assert "Patches of each subset of the split, by class." not in report  # its classes are not known
     facts = make_facts()
-    sides = {
+    subsets = {
         "train": {"patches": 4321, "groups": 3, "per_class": {facts.class_names[1]: 1321, "x": 3000}},
-        "val": {"patches": 0, "groups": 0, "per_class": dict.fromkeys(facts.class_names, 0)},
+        "validation": {"patches": 0, "groups": 0, "per_class": dict.fromkeys(facts.class_names, 0)},
         "left out": {"patches": 99, "groups": 1, "per_class": dict.fromkeys(facts.class_names, 49)},
     }
-    run = {**facts.run, "split": {**facts.run["split"], "sides": sides}}
+    run = {**facts.run, "split": {**facts.run["split"], "subsets": subsets}}
     blocks = [describe_data(each).blocks for each in (facts, replace(facts, run=run))]
     plain, drawn = ([p for b in part if isinstance(b, Pictures) for p in b.items] for part in blocks)
     captions, text = {picture.caption for picture in drawn}, "".join(picture.svg for picture in drawn)
@@ -264,7 +264,7 @@ def test_three_classes_are_reported_under_their_usual_names():
         table[f"prob_{name}"] = probs[:, k]
     scored = ScoredPatches.of_predictions(table, names, None, "patient")
     metrics = {
-        "side": "test",
+        "subset": "test",
         "positive_class": None,
         "class_names": names,
         "n_patches": len(table),

@@ -69,11 +69,11 @@ def prepare(source: Path, **options: object) -> Pack:
 
 
 def count_torn(pack: Pack, split: "biopsy.Split") -> int:
-    """Count the named patients who stand on two sides."""
-    sides = split.sides(pack) if not split.n_folds else split.sides(pack, 0)
-    known = pd.DataFrame({"patient": pack.table["patient_id"], "side": sides})
-    known = known[(known["side"] != "") & known["patient"].notna()]
-    return int(known.groupby("patient")["side"].nunique().gt(1).sum())
+    """Count the named patients who stand in two subsets."""
+    subsets = split.subsets(pack) if not split.n_folds else split.subsets(pack, 0)
+    known = pd.DataFrame({"patient": pack.table["patient_id"], "subset": subsets})
+    known = known[(known["subset"] != "") & known["patient"].notna()]
+    return int(known.groupby("patient")["subset"].nunique().gt(1).sum())
 
 
 # --- ids of patients
@@ -157,8 +157,8 @@ def test_patches_without_a_patient_tear_no_named_one_apart(tmp_path, blank, prot
     except SplitError:
         return
     assert count_torn(pack, split) == 0
-    sides = split.assign(pack, 0 if split.n_folds else None)
-    assert set(sides[pack.table["patient_id"].isna()]) == {""}
+    subsets = split.assign(pack, 0 if split.n_folds else None)
+    assert set(subsets[pack.table["patient_id"].isna()]) == {""}
     assert len(split.parameters["unknown_patients"]["first"]) == len(nameless)
 
 
@@ -174,29 +174,29 @@ def split_by_list(tmp_path: Path, rows: Iterable[tuple], head: str, sep: str = "
     return code, said
 
 
-SIDE_OF = {f"0{n}": "train" if n < 4 else "val" if n < 6 else "test" for n in range(8)}
+SUBSET_OF = {f"0{n}": "train" if n < 4 else "validation" if n < 6 else "test" for n in range(8)}
 
 
 @pytest.mark.parametrize(
     ("rows", "head", "sep", "named"),
     [
         pytest.param(
-            [(p.removeprefix("0"), side) for p, side in SIDE_OF.items()],
+            [(p.removeprefix("0"), subset) for p, subset in SUBSET_OF.items()],
             "case_id,split",
             ",",
             "none of the 8",
             id="every leading zero lost",
         ),
         pytest.param(
-            [(f"{p}.png", side) for p, side in SIDE_OF.items()], "case_id,split", ",", "none of the 8",
+            [(f"{p}.png", subset) for p, subset in SUBSET_OF.items()], "case_id,split", ",", "none of the 8",
             id="file names for ids",
         ),
         pytest.param(
-            [(p, side) for p, side in SIDE_OF.items() if p != "03"], "case_id,split", ",", "'03'",
+            [(p, subset) for p, subset in SUBSET_OF.items() if p != "03"], "case_id,split", ",", "'03'",
             id="one patient missing from the list",
         ),
         pytest.param(
-            [*SIDE_OF.items(), ("99", "test")], "case_id;split", ";", "'99'",
+            [*SUBSET_OF.items(), ("99", "test")], "case_id;split", ";", "'99'",
             id="semicolons, one case too many",
         ),
     ],
@@ -209,9 +209,9 @@ def test_lists_that_match_in_part_or_not_at_all(tmp_path, rows, head, sep, named
 @pytest.mark.parametrize(
     ("rows", "head"),
     [
-        pytest.param([(p + " ", s.upper()) for p, s in SIDE_OF.items()], "Case_ID,Split", id="capitals"),
+        pytest.param([(p + " ", s.upper()) for p, s in SUBSET_OF.items()], "Case_ID,Split", id="capitals"),
         pytest.param(
-            [(p, {"val": "validation"}.get(s, s)) for p, s in SIDE_OF.items()], "case_id,split",
+            [(p, {"validation": "validation"}.get(s, s)) for p, s in SUBSET_OF.items()], "case_id,split",
             id="validation spelt out",
         ),
     ],
@@ -221,8 +221,8 @@ def test_lists_that_differ_in_spelling_alone_are_read(tmp_path, rows, head):
     assert code == 0 and "not in" not in said
 
 
-def test_a_case_listed_on_two_sides_is_refused(tmp_path):
-    code, said = split_by_list(tmp_path, [*SIDE_OF.items(), ("03", "test")], "case_id,split")
+def test_a_case_listed_on_two_subsets_is_refused(tmp_path):
+    code, said = split_by_list(tmp_path, [*SUBSET_OF.items(), ("03", "test")], "case_id,split")
     assert code == 1 and "03" in said
 
 
@@ -241,7 +241,7 @@ def test_a_case_listed_on_two_sides_is_refused(tmp_path):
                      id="a case of one class"),
     ],
 )  # fmt: skip
-def test_folders_of_patients_or_sides_are_no_classes(tmp_path, caplog, tree):
+def test_folders_of_patients_or_subsets_are_no_classes(tmp_path, caplog, tree):
     for n, parts in enumerate(tree * 2):
         folder = tmp_path.joinpath("d", *parts)
         folder.mkdir(parents=True, exist_ok=True)
@@ -551,7 +551,7 @@ def test_slides_with_bounds_and_qupaths_origin(tmp_path, corner, crop):
 
 def interrupted(tmp_path: Path, make_pack: Callable[..., Pack]) -> tuple[Path, Path]:
     """Return a run that was stopped after an epoch, and its pack, in one folder."""
-    pack = make_pack("d.pack", n_patients=6, own_sides=("train", "val", "test"))
+    pack = make_pack("d.pack", n_patients=6, official_subsets=("train", "validation", "test"))
 
     def stop(record: dict) -> None:
         raise KeyboardInterrupt
@@ -595,7 +595,7 @@ def test_a_run_resumes_elsewhere_with_its_pack(tmp_path, make_pack, where):
 def test_a_run_does_not_resume_with_another_pack(tmp_path, make_pack):
     run, pack = interrupted(tmp_path, make_pack)
     shutil.move(pack, tmp_path / "elsewhere")
-    other = make_pack("d.pack", n_patients=6, seed=1, own_sides=("train", "val", "test"))
+    other = make_pack("d.pack", n_patients=6, seed=1, official_subsets=("train", "validation", "test"))
     for data in (None, other.path):
         with pytest.raises(RunError):
             biopsy.train(resume=run, data=data, device="cpu")

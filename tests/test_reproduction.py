@@ -48,7 +48,7 @@ batch_size = 8
 early_stopping_patience = 1
 
 [as_published]
-split = { method = "shuffled-paths", seed = 42, train = 0.8, val = 0.1 }
+split = { method = "shuffled-paths", seed = 42, train = 0.8, validation = 0.1 }
 """
 TESTED = ("8863", "8865")
 
@@ -115,13 +115,13 @@ def test_every_arm_is_there_and_all_make_the_same_updates(finished):
 
 def test_both_arms_train_on_as_many_patches(finished, pack):
     made, _ = finished
-    counts = {run.path.name: int((run.sides(pack) == "train").sum()) for run in made.runs()}
+    counts = {run.path.name: int((run.subsets(pack) == "train").sum()) for run in made.runs()}
     assert {counts[name] for name in counts if "-leak" not in name} == {36}
     assert len({counts[name] for name in counts if "-leak" in name}) == 1
     leaking = ("published", "leak-with", "leak-blocked-with")
     for run in made.runs():
-        sides, arm = run.sides(pack), made.info["runs"][run.path.name]["arm"]
-        tested, learned = (set(pack.group_ids[sides == side]) for side in ("test", "train"))
+        subsets, arm = run.subsets(pack), made.info["runs"][run.path.name]["arm"]
+        tested, learned = (set(pack.group_ids[subsets == subset]) for subset in ("test", "train"))
         assert bool(tested & learned) == (arm in leaking), run.path.name
         assert run.info["split"]["as_published"] is (arm == "published")
 
@@ -144,8 +144,8 @@ def test_arms_of_the_leak_test_the_same_patches_and_differ_by_one_patient(finish
             pair = [runs[f"tiny-paper-leak-{arm}{place}-s{seed}"] for arm in ("apart", "with", "placebo")]
             frames = [run.predictions("test")[0]["patch_id"].tolist() for run in pair]
             assert frames[0] == frames[1] == frames[2] and len(frames[0]) == 6
-            assert set(pack.group_ids[pair[1].sides(pack) == "val"]) == {TESTED[1 - place]}
-            assert set(pack.group_ids[pair[1].sides(pack) == "test"]) == {tested}
+            assert set(pack.group_ids[pair[1].subsets(pack) == "validation"]) == {TESTED[1 - place]}
+            assert set(pack.group_ids[pair[1].subsets(pack) == "test"]) == {tested}
 
 
 # --- what it adds up to
@@ -284,8 +284,8 @@ def test_without_patients_the_gap_is_not_measurable(make_pack, paper, tmp_path):
     assert said in Page(path.read_text()).text
 
 
-def test_own_sides_are_one_arm_and_five_patients_give_an_interval(make_pack, paper, tmp_path):
-    pack = make_pack(n_patients=15, patches_per_patient=8, own_sides=("train", "val", "test"))
+def test_own_subsets_are_one_arm_and_five_patients_give_an_interval(make_pack, paper, tmp_path):
+    pack = make_pack(n_patients=15, patches_per_patient=8, official_subsets=("train", "validation", "test"))
     made = ask(paper, pack, tmp_path / "study", test_patients=(), seeds=(0, 1))
     entry = made.summary()["papers"]["tiny-paper"]["apart"]
     assert len(entry["folds"]) == 1 and entry["seeds"] == [0, 1]
@@ -319,7 +319,7 @@ def test_refusals(finished, pack, paper, tmp_path, make_pack):
     leaking = make_pack("leaking.pack", n_patients=6)
     shuffled = load_recipe(paper).as_published.split
     save_split(leaking, make_split(leaking, protocol="as-published", name="leaks", recipe=shuffled))
-    with pytest.raises(RunError, match="patients stand on two sides of split 'leaks'"):
+    with pytest.raises(RunError, match="patients stand in two subsets of split 'leaks'"):
         ask(paper, leaking, tmp_path / "study", split="leaks")
     assert not (tmp_path / "study").exists()
 

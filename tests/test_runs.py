@@ -25,7 +25,7 @@ FILES = {
     "checkpoints/last.safetensors",
     "classifier/classifier.json",
     "classifier/weights.safetensors",
-    "predictions/val.parquet",
+    "predictions/validation.parquet",
 }
 
 
@@ -54,13 +54,13 @@ def test_run_json_says_what_was_asked_and_what_came_of_it(trained_run):
     assert info["chosen_epoch"] == 1 + aurocs.index(max(aurocs))
     assert info["pack"]["content_sha256"] == pack.info.content_sha256
     assert info["classifier_sha256"] == trained_run.classifier.sha256
-    sides = trained_run.sides(pack)
-    for side in ("train", "val", "test"):
-        target = pack.target[sides == side]
+    subsets = trained_run.subsets(pack)
+    for subset in ("train", "validation", "test"):
+        target = pack.target[subsets == subset]
         counts = {"patches": 40, "groups": 5, "per_class": {"non_idc": 20, "idc": 20}}
-        assert info["split"]["sides"][side] == counts
+        assert info["split"]["subsets"][subset] == counts
         assert np.bincount(target).tolist() == [20, 20]
-    assert info["split"]["sides"]["left out"]["patches"] == 0
+    assert info["split"]["subsets"]["left out"]["patches"] == 0
     assert info["split"]["name"] == "official" and info["split"]["patients_overlap"] is False
     assert {"python", "torch", "numpy", "cpu", "threads"} <= info["environment"].keys()
 
@@ -89,21 +89,21 @@ def test_its_own_recipe_trains_the_same_again(trained_run, tmp_path):
         assert same[0] == same[1]
 
 
-def test_sides_are_kept_as_they_were_trained(copied):
+def test_subsets_are_kept_as_they_were_trained(copied):
     pack = copied.open_pack()
     path = copied.path / "split.csv"
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    assert table["side"].tolist() == copied.sides(pack).tolist() == pack.table["own_side"].tolist()
-    moved = table.assign(side=table["side"].replace({"train": "test"}))
-    for changed in (table.iloc[::-1], table.iloc[1:], moved, table.rename(columns={"side": "x"})):
+    assert table["subset"].tolist() == copied.subsets(pack).tolist() == pack.table["official_subset"].tolist()
+    moved = table.assign(subset=table["subset"].replace({"train": "test"}))
+    for changed in (table.iloc[::-1], table.iloc[1:], moved, table.rename(columns={"subset": "x"})):
         changed.to_csv(path, index=False)
         with pytest.raises(RunError, match=r"split.csv was changed since the run wrote it"):
-            copied.sides(pack)
+            copied.subsets(pack)
     changed = table.iloc[::-1]
     changed.to_csv(path, index=False)
     copied.update(files={})  # as the first versions wrote it
     with pytest.raises(RunError, match=r"split.csv does not list the patches of"):
-        copied.sides(pack)
+        copied.subsets(pack)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_what_was_not_made_yet_is_named(copied):
 
 
 def test_a_new_run_does_not_overwrite_anything(copied, tmp_path):
-    table = pd.DataFrame({"patch_id": ["a"], "side": ["train"]})
+    table = pd.DataFrame({"patch_id": ["a"], "subset": ["train"]})
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("precious")
     for path in (copied.path, tmp_path / "thesis"):

@@ -48,7 +48,7 @@ def test_each_is_small_and_complete(name):
     assert info.patch_px == PX[name]
     assert info.mpp is not None and info.out_of_distribution is not None and info.thresholds
     assert info.calibrator["method"] != "none"
-    assert info.calibrator["fitted_on"] == "val"
+    assert info.calibrator["fitted_on"] == "validation"
     assert "patches" in info.description and info.citation.startswith("Data: ")
     card = (FOLDER / name / "README.md").read_text()
     assert info.description in card and info.citation in card and info.licence in card

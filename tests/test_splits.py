@@ -28,8 +28,8 @@ SHARES = (0.7, 0.15, 0.15)
 ids = st.lists(st.integers(0, 40), max_size=80).map(lambda extra: list(range(20)) + extra)
 
 
-def patients_of(pack: Pack, sides: np.ndarray, side: str) -> set[str]:
-    return set(pack.group_ids[sides == side])
+def patients_of(pack: Pack, subsets: np.ndarray, subset: str) -> set[str]:
+    return set(pack.group_ids[subsets == subset])
 
 
 @given(ids, st.integers(0, 99))
@@ -38,7 +38,7 @@ def test_every_patch_once_and_no_patient_twice(patient_ids: list[int], seed: int
     group_ids = np.array(patient_ids, dtype=str)
     parts = divide_groups(group_ids, np.array(patient_ids) % 2, SHARES, seed=seed)
     assert set(parts) == {0, 1, 2}
-    check_no_leakage(group_ids, np.array(["train", "val", "test"])[parts])
+    check_no_leakage(group_ids, np.array(["train", "validation", "test"])[parts])
 
 
 @given(ids, st.randoms())
@@ -61,7 +61,7 @@ def test_seed_moves_patients() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_classes_and_patches_are_balanced_between_sides(seed: int) -> None:
+def test_classes_and_patches_are_balanced_between_subsets(seed: int) -> None:
     rng = np.random.default_rng(seed)
     n_patches, share = rng.integers(20, 400, 60), rng.integers(0, 2, 60)  # patients of one class each
     group_ids = np.repeat(np.arange(60), n_patches).astype(str)
@@ -96,7 +96,7 @@ def test_patients_that_carry_a_class_are_shared_out(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_rare_class_reaches_every_side(seed: int) -> None:
+def test_a_rare_class_reaches_every_subset(seed: int) -> None:
     group_ids = np.repeat(np.arange(60), 10).astype(str)
     target = np.repeat(np.where(np.arange(60) < 8, 3, np.arange(60) % 3), 10)  # eight patients of class 3
     parts = divide_groups(group_ids, target, SHARES, seed=seed)
@@ -126,14 +126,18 @@ def test_leak_is_named() -> None:
         SplitError, match=r"patient 14-4659 is in train and test; split by patient, not by patch"
     ):
         check_no_leakage(group_ids, np.array(["train", "train", "test", ""]))
-    check_no_leakage(group_ids, np.array(["train", "val", "", "test"]))
+    check_no_leakage(group_ids, np.array(["train", "validation", "", "test"]))
 
 
 def test_patients_protocol_records_what_it_did(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=10)
     split = make_split(pack, protocol="patients", seed=1)
-    sides = split.sides(pack)
-    assert [len(patients_of(pack, sides, side)) for side in ("train", "val", "test")] == [7, 1, 2]
+    subsets = split.subsets(pack)
+    assert [len(patients_of(pack, subsets, subset)) for subset in ("train", "validation", "test")] == [
+        7,
+        1,
+        2,
+    ]
     assert split.overlap is False
     assert split.parameters["counts"]["train"] == {
         "patches": 84,
@@ -147,13 +151,13 @@ def test_patients_protocol_records_what_it_did(make_pack: MakePack) -> None:
 def test_named_patients_stay_where_they_are_put(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=10)
     split = make_split(pack, protocol="patients", test_patients=("8865", "8873"), val_patients=("8863",))
-    sides = split.sides(pack)
-    assert patients_of(pack, sides, "test") == {"8865", "8873"}
-    assert patients_of(pack, sides, "val") == {"8863"}
-    assert len(patients_of(pack, sides, "train")) == 7
-    only_test = make_split(pack, protocol="patients", test_patients=("8865",)).sides(pack)
+    subsets = split.subsets(pack)
+    assert patients_of(pack, subsets, "test") == {"8865", "8873"}
+    assert patients_of(pack, subsets, "validation") == {"8863"}
+    assert len(patients_of(pack, subsets, "train")) == 7
+    only_test = make_split(pack, protocol="patients", test_patients=("8865",)).subsets(pack)
     assert patients_of(pack, only_test, "test") == {"8865"}
-    assert len(patients_of(pack, only_test, "val")) == 2
+    assert len(patients_of(pack, only_test, "validation")) == 2
 
 
 @pytest.mark.parametrize(
@@ -165,16 +169,16 @@ def test_named_patients_stay_where_they_are_put(make_pack: MakePack) -> None:
         ({"protocol": "patients", "test_patients": ("8866",)}, "no patient is called '8866'; did you mean"),
         (
             {"protocol": "patients", "test_patients": ("8863",), "val_patients": ("8863",)},
-            "patient 8863 was named both for val and for test",
+            "patient 8863 was named both for validation and for test",
         ),
         (
             {"protocol": "patients", "test_patients": ("8863", "8865"), "val_patients": ("8867", "8869")},
             "0 remaining patients are too few",
         ),
-        ({"protocol": "folds"}, "4 patients are too few for 5 sides or folds"),
+        ({"protocol": "folds"}, "4 patients are too few for 5 subsets or folds"),
         ({"protocol": "folds", "n_folds": 2}, "2 folds are too few"),
         ({"protocol": "leave-one-out", "test_patients": ("8863",)}, "needs 2 or more patients"),
-        ({"protocol": "official"}, "brings no sides of its own"),
+        ({"protocol": "official"}, "brings no subsets of its own"),
         ({"protocol": "site"}, "48 of 48 patches have no site_id"),
         ({"protocol": "kaggle-rows"}, "does not keep the rows of Kaggle's train_labels.csv"),
         ({"protocol": "as-published"}, "name the recipe"),
@@ -192,8 +196,8 @@ def test_refusals(make_pack: MakePack, options: dict[str, object], message: str)
         make_split(make_pack(n_patients=4), **options)  # type: ignore[arg-type]
 
 
-def test_fewer_patients_than_sides(make_pack: MakePack) -> None:
-    with pytest.raises(SplitError, match="2 patients are too few for 3 sides"):
+def test_fewer_patients_than_subsets(make_pack: MakePack) -> None:
+    with pytest.raises(SplitError, match="2 patients are too few for 3 subsets"):
         make_split(make_pack(n_patients=2), protocol="patients")
 
 
@@ -201,16 +205,16 @@ def test_folds_test_every_patient_once(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=11)
     split = make_split(pack, protocol="folds", n_folds=4)
     assert split.n_folds == 4
-    tested = [patients_of(pack, split.sides(pack, fold), "test") for fold in range(4)]
+    tested = [patients_of(pack, split.subsets(pack, fold), "test") for fold in range(4)]
     assert sorted(patient for patients in tested for patient in patients) == sorted(set(pack.group_ids))
     for fold in range(4):
-        assert patients_of(pack, split.sides(pack, fold), "val") == tested[(fold + 1) % 4]
+        assert patients_of(pack, split.subsets(pack, fold), "validation") == tested[(fold + 1) % 4]
     with pytest.raises(SplitError, match="folds 0 to 3; name one, got None"):
-        split.sides(pack)
+        split.subsets(pack)
     with pytest.raises(SplitError, match="got 4"):
-        split.sides(pack, 4)
-    with pytest.raises(SplitError, match="has sides, not folds"):
-        make_split(pack, protocol="patients").sides(pack, 0)
+        split.subsets(pack, 4)
+    with pytest.raises(SplitError, match="has subsets, not folds"):
+        make_split(pack, protocol="patients").subsets(pack, 0)
 
 
 def test_patches_that_name_nobody_are_split_by_patch(make_pack: MakePack) -> None:
@@ -240,9 +244,9 @@ def test_a_patch_of_nobody_is_left_out_and_patients_stay_whole(
     assert (split.unit, split.overlap) == ("patient", False)
     nameless = pack.table["patient_id"].isna().to_numpy()
     for fold in range(split.n_folds) if split.n_folds else [None]:
-        sides = split.sides(pack, fold)
-        assert ((sides == "") == nameless).all()
-        check_no_leakage(pack.table["patient_id"][~nameless].to_numpy(str), sides[~nameless])
+        subsets = split.subsets(pack, fold)
+        assert ((subsets == "") == nameless).all()
+        check_no_leakage(pack.table["patient_id"][~nameless].to_numpy(str), subsets[~nameless])
     noted = split.parameters["unknown_patients"]
     assert (noted["patches"], noted["treatment"]) == (len(rows), "left out")
     assert noted["first"][0] == pack.table["patch_id"][0]
@@ -253,29 +257,29 @@ def test_what_others_get_does_not_depend_on_patches_of_nobody(make_pack: MakePac
     pack = make_pack(n_patients=6, columns=name_all_but(0, 1))
     known = Pack(pack.path, pack.info, pack.patches, pack.table[2:].reset_index(drop=True))
     for seed in range(3):
-        sides = make_split(pack, protocol="patients", seed=seed).sides(pack)
-        assert (sides[2:] == make_split(known, protocol="patients", seed=seed).sides(known)).all()
+        subsets = make_split(pack, protocol="patients", seed=seed).subsets(pack)
+        assert (subsets[2:] == make_split(known, protocol="patients", seed=seed).subsets(known)).all()
 
 
 def test_patches_of_nobody_may_be_counted_each_alone(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6, columns=name_all_but(*range(12)))
     split = make_split(pack, protocol="patients", unknown_patients="alone")
-    sides = split.sides(pack)
-    assert (sides != "").all() and len(set(sides[:12])) > 1
+    subsets = split.subsets(pack)
+    assert (subsets != "").all() and len(set(subsets[:12])) > 1
     assert split.parameters["counts"]["train"]["groups"] > 6
     assert split.parameters["unknown_patients"]["treatment"] == "each alone"
     assert len(set(pack.group_ids[:12])) == 12
     round_trip = save_split(pack, split) and load_split(pack, split.name)
-    assert (round_trip.sides(pack) == sides).all()
+    assert (round_trip.subsets(pack) == subsets).all()
 
 
-def test_own_sides_keep_patches_of_nobody_and_say_so(
+def test_own_subsets_keep_patches_of_nobody_and_say_so(
     make_pack: MakePack, caplog: pytest.LogCaptureFixture
 ) -> None:
-    own = {"own_side": np.repeat(["train", "val", "test"], 24)}
+    own = {"official_subset": np.repeat(["train", "validation", "test"], 24)}
     pack = make_pack(n_patients=6, columns=name_all_but(0) | own)
     split = make_split(pack, protocol="official")
-    assert split.sides(pack)[0] == "train"
+    assert split.subsets(pack)[0] == "train"
     assert split.parameters["unknown_patients"]["treatment"] == "as given"
     assert "1 of 72 patches have no patient_id and are as given" in caplog.text
 
@@ -284,11 +288,11 @@ def test_a_slide_of_nobody_stays_whole(make_pack: MakePack) -> None:
     columns = name_all_but(*range(24)) | {"slide_id": np.repeat(["s0", "s1", "s2", "s3", "s4", "s5"], 12)}
     pack = make_pack(n_patients=6, columns=columns)
     assert len(set(pack.group_ids[:24])) == 2
-    sides = make_split(pack, protocol="patients", unknown_patients="alone").sides(pack)
-    check_no_leakage(pack.table["slide_id"].to_numpy(str), sides, unit="slide")
+    subsets = make_split(pack, protocol="patients", unknown_patients="alone").subsets(pack)
+    check_no_leakage(pack.table["slide_id"].to_numpy(str), subsets, unit="slide")
 
 
-def test_one_class_on_a_side_is_noted(make_pack: MakePack, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_class_on_a_subset_is_noted(make_pack: MakePack, caplog: pytest.LogCaptureFixture) -> None:
     target = np.repeat([0, 1, 1, 0, 1, 0], 12)
     pack = make_pack(n_patients=6, columns={"target": target})
     split = make_split(pack, protocol="patients", test_patients=("8863",))
@@ -314,7 +318,7 @@ def test_order_of_rows_in_the_csv_is_free(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6)
     split = make_split(pack, protocol="patients")
     save_split(pack, replace(split, table=split.table[::-1]))
-    assert (load_split(pack, "patients").sides(pack) == split.sides(pack)).all()
+    assert (load_split(pack, "patients").subsets(pack) == split.subsets(pack)).all()
 
 
 def test_splits_of_other_packs_and_damaged_ones_are_refused(make_pack: MakePack) -> None:
@@ -330,7 +334,7 @@ def test_splits_of_other_packs_and_damaged_ones_are_refused(make_pack: MakePack)
     changed = {
         whole[: len(whole) // 2].rpartition("\n")[0]: "it lacks 3",
         whole.replace("train", "trian"): "is not a split",
-        whole.replace("side", "fold"): "is not a split",
+        whole.replace("subset", "fold"): "is not a split",
         whole.replace("patch_id", "patch"): "patch_id is missing",
     }
     for text, match in changed.items():
@@ -351,11 +355,11 @@ def test_a_hand_made_split_that_leaks_loads_but_is_not_used(make_pack: MakePack)
     pack = make_pack(n_patients=6)
     made = make_split(pack, protocol="patients")
     moved = made.table.copy()
-    moved.loc[0, "side"] = "val" if moved.loc[0, "side"] == "train" else "train"
+    moved.loc[0, "subset"] = "validation" if moved.loc[0, "subset"] == "train" else "train"
     save_split(pack, replace(made, table=moved))
     split = load_split(pack, "patients")
     with pytest.raises(SplitError, match="patient 8863 is in train and"):
-        split.sides(pack)
+        split.subsets(pack)
 
 
 def test_find_split_makes_what_needs_nothing_more(

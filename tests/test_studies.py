@@ -83,11 +83,11 @@ def test_every_fold_and_seed_has_a_row(finished):
 def test_every_patch_is_predicted_once_a_seed_by_a_run_that_never_saw_its_patient(finished):
     made, _ = finished
     pooled, pack = made.predictions(), made.runs()[0].open_pack()
-    assert set(pooled["side"]) == {"test"}
+    assert set(pooled["subset"]) == {"test"}
     for _, frame in pooled.groupby("seed"):
         assert sorted(frame["patch_id"]) == sorted(pack.table["patch_id"])
     for run in made.runs():
-        seen = pack.table["patient_id"][np.isin(run.sides(pack), ("train", "val"))]
+        seen = pack.table["patient_id"][np.isin(run.subsets(pack), ("train", "validation"))]
         tested = pooled[(pooled["fold"] == run.info["split"]["fold"]) & (pooled["seed"] == run.info["seed"])]
         assert len(tested) == 12 and not set(tested["patient_id"]) & set(seen)
 
@@ -263,11 +263,11 @@ def test_every_site_is_left_out_in_its_turn(make_pack, tmp_path, monkeypatch):
         lambda found, pack, questions, *_, **options: asked.extend(questions) or found,
     )
     ask(pack, tmp_path / "study", split="site", seeds=(0, 1))
-    tested = [set(sites[one.split.sides(pack, one.fold) == "test"]) for one in asked]
+    tested = [set(sites[one.split.subsets(pack, one.fold) == "test"]) for one in asked]
     assert tested == [{"north"}, {"south"}, {"west"}] * 2
     for one in asked:
-        sides = one.split.sides(pack, one.fold)
-        assert not set(sites[sides == "train"]) & set(sites[np.isin(sides, ("val", "test"))])
+        subsets = one.split.subsets(pack, one.fold)
+        assert not set(sites[subsets == "train"]) & set(sites[np.isin(subsets, ("validation", "test"))])
 
 
 def test_the_published_split_is_the_recipes_own(pack, tmp_path):
@@ -275,7 +275,7 @@ def test_the_published_split_is_the_recipes_own(pack, tmp_path):
     assert made.info["split"]["patients_overlap"] is True and len(made.table()) == 2
     assert set(made.table()["threshold"]) == {0.5}
     other = load_recipe(
-        RECIPE, [*FAST, "as_published.split={method='shuffled-paths', seed=1, train=0.8, val=0.1}"]
+        RECIPE, [*FAST, "as_published.split={method='shuffled-paths', seed=1, train=0.8, validation=0.1}"]
     )
     with pytest.raises(RunError, match="the recipes were not published on one split"):
         ask(pack, tmp_path / "two", split="as-published", recipes=("cancernet-2019", other), overrides=())

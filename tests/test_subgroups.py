@@ -65,7 +65,7 @@ def test_sites_count_and_what_makes_no_groups_does_not(measure):
         empty=None,
         note=[f"text {index % (MOST_VALUES + 1)}" for index in range(64)],
         label_before=np.array(["idc", "non_idc"])[PATIENT % 2],
-        own_side=np.array(["train", "test"])[PATIENT % 2],
+        official_subset=np.array(["train", "test"])[PATIENT % 2],
     )
     assert found.keys() == {"site_id"}
 

@@ -93,7 +93,7 @@ def test_a_recipe_asks_for_it(tmp_path):
     pack = write_pack(tmp_path, n_patients=8, patches_per_patient=8)
     run = train_tiny(pack, tmp_path / "run", "train.epochs=1", "model.tta=d4")
     assert run.classifier.info.tta == "d4"
-    frame, _ = run.predictions("val")
+    frame, _ = run.predictions("validation")
     rows = pack.rows_of(frame["patch_id"])
     logits = predict_logits(
         run.classifier.network,

@@ -25,7 +25,7 @@ def test_from_an_archive_to_a_report_without_names(make_idc_zip, tmp_path):
     assert not [patient for patient in PATIENTS if patient in page]
     assert "patient 1" in page and f"{metrics['patch']['auroc']['value']:.3f}" in page
     assert not re.search(r"(src|href)=\"(?!data:|#)", page)
-    assert pack.table["patient_id"][run.sides(pack) == "test"].nunique() == 1
+    assert pack.table["patient_id"][run.subsets(pack) == "test"].nunique() == 1
 
     files = {str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_file()}
     assert {
@@ -36,7 +36,7 @@ def test_from_an_archive_to_a_report_without_names(make_idc_zip, tmp_path):
         "checkpoints/last.safetensors",
         "classifier/classifier.json",
         "classifier/weights.safetensors",
-        "predictions/val.parquet",
+        "predictions/validation.parquet",
         "predictions/test.parquet",
         "evaluation/metrics.json",
         "report.html",
@@ -45,7 +45,7 @@ def test_from_an_archive_to_a_report_without_names(make_idc_zip, tmp_path):
 
     split = pd.read_csv(run.path / "split.csv", dtype=str)
     assert split["patch_id"].tolist() == pack.table["patch_id"].tolist()
-    assert split.groupby(pack.table["patient_id"].to_numpy())["side"].nunique().max() == 1
+    assert split.groupby(pack.table["patient_id"].to_numpy())["subset"].nunique().max() == 1
 
     predicted = biopsy.predict(run, source, out=tmp_path / "patches.parquet", device="cpu")
     assert len(predicted.frame) == 60 and predicted.skipped == []

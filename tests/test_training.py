@@ -88,7 +88,9 @@ def test_killed_while_a_checkpoint_is_written(pack, whole, tmp_path, monkeypatch
             assert moment > 4  # the best epoch's weights are written only when there is a new best
 
 
-@pytest.mark.parametrize("name", ["last.safetensors", "log.jsonl", "weights.safetensors", "val.parquet"])
+@pytest.mark.parametrize(
+    "name", ["last.safetensors", "log.jsonl", "weights.safetensors", "validation.parquet"]
+)
 def test_a_full_disk_is_named_and_the_run_goes_on(pack, whole, tmp_path, monkeypatch, name):
     replace, times = os.replace, []
 
@@ -181,8 +183,8 @@ def keep_in_training(pack, name, *counts):
     split = make_split(pack, protocol="patients")
     table = split.table.copy()
     for label, count in enumerate(counts):
-        rows = table.index[(table["side"] == "train") & (pack.target == label)]
-        table.loc[rows[count:], "side"] = ""
+        rows = table.index[(table["subset"] == "train") & (pack.target == label)]
+        table.loc[rows[count:], "subset"] = ""
     save_split(pack, type(split)(**{**vars(split), "name": name, "table": table}))
 
 
@@ -198,7 +200,7 @@ def test_a_last_batch_of_any_size_is_met(make_pack, tmp_path, counts, settings, 
     pack = make_pack(n_patients=8, patches_per_patient=8)
     keep_in_training(pack, "few", *counts)
     run = train_tiny(pack, tmp_path / "run", "train.epochs=1", *settings, split="few")
-    assert run.info["split"]["sides"]["train"]["patches"] == sum(counts)
+    assert run.info["split"]["subsets"]["train"]["patches"] == sum(counts)
     assert run.log()[0]["step"] == steps
 
 
@@ -223,7 +225,7 @@ def test_refusals(pack, whole, tmp_path):
         (["preprocessing.input_px=4"], {}, RecipeError, "input_px=4 must be at least 8"),
         (["model.params.dropout=0.1"], {}, RecipeError, "has no parameter 'dropout'"),
         ([], {"split": "patient"}, SplitError, "did you mean 'patients'"),
-        ([], {"fold": 1}, SplitError, "has sides, not folds"),
+        ([], {"fold": 1}, SplitError, "has subsets, not folds"),
         ([], {"plot": "curves.txt"}, RunError, r"curves.txt: its name must end in .png, .svg, .pdf"),
     ],
 )
@@ -267,7 +269,7 @@ def test_a_class_missing_from_training_is_refused(make_pack, tmp_path):
 
 def test_featurewise_statistics_come_from_training_patches(pack, tmp_path):
     run = train_tiny(pack, tmp_path / "run", "train.epochs=1", "preprocessing.standardise=featurewise")
-    patches = pack.patches[run.sides(pack) == "train"].reshape(-1, 3) / 255
+    patches = pack.patches[run.subsets(pack) == "train"].reshape(-1, 3) / 255
     found = run.classifier.info.preprocessing
     np.testing.assert_allclose(found.mean, patches.mean(axis=0), rtol=1e-9)
     np.testing.assert_allclose(found.std, patches.std(axis=0), rtol=1e-6)

@@ -50,7 +50,7 @@ def test_updates_go_through_shuffled_passes(pack, tmp_path, monkeypatch):
     monkeypatch.setattr(Batches, "_gather", note)
     options = ("train.steps_per_epoch=5", "train.batch_size=6", "train.drop_last=false")
     run = train_tiny(pack, tmp_path / "run", "train.epochs=5", *options)
-    rows = np.flatnonzero(run.sides(pack) == "train")
+    rows = np.flatnonzero(run.subsets(pack) == "train")
     passes = [seen[start : start + len(rows)] for start in range(0, len(seen), len(rows))]
     assert len(passes) == 4 and [sorted(each) for each in passes[:3]] == [rows.tolist()] * 3
     assert passes[0] != passes[1] != passes[2]
@@ -59,12 +59,12 @@ def test_updates_go_through_shuffled_passes(pack, tmp_path, monkeypatch):
 def test_a_fraction_of_the_training_patches_is_drawn_once(pack, tmp_path):
     options = ("train.fraction=0.4", "train.drop_last=false", "preprocessing.standardise=featurewise")
     run = train_tiny(pack, tmp_path / "run", *options)
-    sides = run.info["split"]["sides"]["train"]
-    assert sides["per_class"] == {"non_idc": 24, "idc": 24}
+    subsets = run.info["split"]["subsets"]["train"]
+    assert subsets["per_class"] == {"non_idc": 24, "idc": 24}
     assert run.info["split"]["used"]["per_class"] == {"non_idc": 10, "idc": 10}
     assert [record["step"] for record in run.log()] == [3, 6]  # 20 patches in batches of 8
     mean = run.classifier.info.preprocessing.mean
-    everything = pack.patches[run.sides(pack) == "train"].reshape(-1, 3).mean(axis=0) / 255
+    everything = pack.patches[run.subsets(pack) == "train"].reshape(-1, 3).mean(axis=0) / 255
     assert not np.allclose(mean, everything, rtol=1e-6)
     halved = train_tiny(pack, tmp_path / "halved", *options, "train.epochs=1", "train.sampling=undersample")
     assert halved.info["split"]["used"]["patches"] == 20
@@ -78,7 +78,7 @@ def test_sigmoid_outputs_from_loss_to_classifier(pack, tmp_path, monkeypatch):
     run = train_tiny(pack, tmp_path / "run", *LIVELY, *SIGMOID, recipe="idc-small")
     classifier = run.classifier
     assert classifier.info.outputs == "sigmoid"
-    frame, _ = run.predictions("val")
+    frame, _ = run.predictions("validation")
     logits = frame[["logit_non_idc", "logit_idc"]].to_numpy(np.float64)
     target, positive = frame["target"].to_numpy(), frame["prob_idc"].to_numpy()
     sigmoid = 1 / (1 + np.exp(-logits))
@@ -99,7 +99,7 @@ def test_sigmoids_are_ranked_by_their_common_probability(pack, tmp_path, monkeyp
 
     monkeypatch.setattr(fitting, "predict_logits", answer)
     run = train_tiny(pack, tmp_path / "run", *SIGMOID)
-    val = run.sides(pack) == "val"
+    val = run.subsets(pack) == "validation"
     logits = answer(None, None, None, None, np.flatnonzero(val), engine=None).astype(np.float64)
     sigmoid = 1 / (1 + np.exp(-logits))
     wanted = roc_auc_score(pack.target[val], sigmoid[:, 1] / sigmoid.sum(axis=1))
@@ -122,24 +122,24 @@ def test_the_lowest_validation_loss_stops_and_is_kept(pack, tmp_path):
 
 BARUAH = (
     'as_published.split={method = "first-files", count = 60, test = 0.3, undersample = ["train", "test"], '
-    "val_is_test = true, seed = 0}"
+    "test_is_validation = true, seed = 0}"
 )
 
 
-def test_a_test_side_that_validates_as_published(pack, tmp_path):
+def test_a_test_subset_that_validates_as_published(pack, tmp_path):
     options = (BARUAH, "as_published.checkpoint=best", "train.monitor=val_loss")
     run = train_tiny(pack, tmp_path / "run", *options, split="as-published")
     split = run.info["split"]
-    assert split["val_is_test"] is True and split["sides"]["val"]["patches"] == 0
-    n_test = split["sides"]["test"]["patches"]
-    assert 0 < n_test < 18 and len(set(split["sides"]["test"]["per_class"].values())) == 1
-    frame, _ = run.predictions("val")
-    sides = run.sides(pack)
-    assert sorted(frame["patch_id"]) == sorted(pack.table["patch_id"][sides == "test"])
-    assert set(frame["side"]) == {"test"}
+    assert split["test_is_validation"] is True and split["subsets"]["validation"]["patches"] == 0
+    n_test = split["subsets"]["test"]["patches"]
+    assert 0 < n_test < 18 and len(set(split["subsets"]["test"]["per_class"].values())) == 1
+    frame, _ = run.predictions("validation")
+    subsets = run.subsets(pack)
+    assert sorted(frame["patch_id"]) == sorted(pack.table["patch_id"][subsets == "test"])
+    assert set(frame["subset"]) == {"test"}
     assert run.info["threshold"] == {"value": 0.5, "rule": "argmax", "chosen_on": "test"}
     assert run.info["chosen_epoch"] == 1 + int(np.argmin([r["val_loss"] for r in run.log()]))
-    assert train_tiny(pack, tmp_path / "apart").info["split"]["val_is_test"] is False
+    assert train_tiny(pack, tmp_path / "apart").info["split"]["test_is_validation"] is False
 
 
 def test_standardisation_may_differ_as_published(pack, tmp_path):

@@ -363,7 +363,7 @@ params = { widths = [4], dense = 4 }
 epochs = 1
 batch_size = 8
 [as_published]
-split = { method = "shuffled-paths", seed = 42, train = 0.8, val = 0.1 }
+split = { method = "shuffled-paths", seed = 42, train = 0.8, validation = 0.1 }
 """
 
 
@@ -566,7 +566,12 @@ def test_a_user_keeps_all_files(place, tmp_path_factory, request):
 @pytest.mark.parametrize("place", [CASES["predict"]], indirect=True)
 @pytest.mark.parametrize(
     "out",
-    ["own.pack/patches.parquet", "own.pack/splits/mine.csv", "run/split.csv", "run/predictions/val.parquet"],
+    [
+        "own.pack/patches.parquet",
+        "own.pack/splits/mine.csv",
+        "run/split.csv",
+        "run/predictions/validation.parquet",
+    ],
 )
 def test_predictions_are_not_written_over_what_is_read(place, out):
     call("split own.pack --protocol patients --name mine")

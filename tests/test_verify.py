@@ -47,7 +47,9 @@ def test_a_run_as_written_passes(run):
     assert {"run.json", "recipe.toml", "split.csv", "classifier", "pack", "evaluation/metrics.json"} <= set(
         statuses(report)
     )
-    assert {f"predictions/{side}.parquet: sample" for side in ("val", "test")} <= set(statuses(report))
+    assert {f"predictions/{subset}.parquet: sample" for subset in ("validation", "test")} <= set(
+        statuses(report)
+    )
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
     assert report.to_frame()["status"].eq("PASS").all() and "recomputed" in repr(report)
 
@@ -109,13 +111,13 @@ def test_a_pack_that_is_gone_or_altered_fails(run):
 
 
 def test_an_unfinished_run_is_a_warning(make_pack, tmp_path):
-    run = train_tiny(make_pack(own_sides=("train", "val", "test")), tmp_path / "run")
+    run = train_tiny(make_pack(official_subsets=("train", "validation", "test")), tmp_path / "run")
     run.update(status="interrupted", epochs_done=1)
     assert statuses(verify(run))["training"] == "WARN"
 
 
 def test_training_again_gives_the_same_weights(make_pack, tmp_path):
-    run = train_tiny(make_pack(own_sides=("train", "val", "test")), tmp_path / "run")
+    run = train_tiny(make_pack(official_subsets=("train", "validation", "test")), tmp_path / "run")
     row = verify(run, retrain=True).to_frame().loc["training again"]
     assert row["status"] == "PASS" and "bit for bit" in row["detail"]
     run.update(seed=run.info["seed"] + 1)

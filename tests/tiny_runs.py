@@ -81,4 +81,4 @@ def assert_same_run(one: Run, other: Run) -> None:
     assert strip[0] == strip[1]
     for key in ("status", "epochs_done", "chosen_epoch", "stopped_early", "threshold"):
         assert one.info[key] == other.info[key]
-    assert one.predictions("val")[0].equals(other.predictions("val")[0])
+    assert one.predictions("validation")[0].equals(other.predictions("validation")[0])

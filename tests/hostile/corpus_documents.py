@@ -74,9 +74,9 @@ INPUTS += [
         ("pack", "patch_px", 10**9),
         ("run", "seed", 77),
         ("run", "status", "running"),
-        ("run", "threshold", {"value": 0.0001, "rule": "youden", "chosen_on": "val"}),
+        ("run", "threshold", {"value": 0.0001, "rule": "youden", "chosen_on": "validation"}),
         ("classifier", "class_names", ["idc", "non_idc"]),
-        ("classifier", "thresholds", [{"value": 0.0001, "rule": "youden", "chosen_on": "val"}]),
+        ("classifier", "thresholds", [{"value": 0.0001, "rule": "youden", "chosen_on": "validation"}]),
         ("classifier", "calibrator", {"method": "isotonic", "prob": [0.1]}),
         ("classifier", "out_of_distribution", {"limits": {}}),
         ("metrics", "patch", {"auroc": {"value": 9.9}}),
@@ -95,7 +95,7 @@ INPUTS += [
         "deep": DEEP.encode(),
         "digits": DIGITS.encode(),
         "bytes": b"\xff\xfe\0",
-        "types": b'{"run": [1], "split": 3, "fold": "x", "side": null, "kept_with": "pack"}',
+        "types": b'{"run": [1], "split": 3, "fold": "x", "subset": null, "kept_with": "pack"}',
     }.items()
 ]
 TRAIN = ("train", "r.toml", "--data", "in.pack")

@@ -29,7 +29,11 @@ def material(tmp_path_factory):
     """A folder with ``in.pack`` and ``in.run``, which finds its pack beside it, and ``tree`` of images."""
     place = tmp_path_factory.mktemp("made")
     pack = write_pack(
-        place, "in.pack", n_patients=9, patches_per_patient=8, own_sides=("train", "val", "test")
+        place,
+        "in.pack",
+        n_patients=9,
+        patches_per_patient=8,
+        official_subsets=("train", "validation", "test"),
     )
     run = train_tiny(pack, place / "in.run", *LIVELY, recipe="idc-small")
     biopsy.evaluate(run)

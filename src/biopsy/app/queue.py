@@ -154,7 +154,7 @@ def _from_pack(classifier: Classifier, pack: Pack, run: Run | None, device: str)
     classifier.check_pack(pack)
     rows = np.arange(len(pack))
     if run is not None and run.info["pack"]["content_sha256"] == pack.info.content_sha256:
-        rows = np.flatnonzero(run.sides(pack) != "train")
+        rows = np.flatnonzero(run.subsets(pack) != "train")
     if not len(rows):
         return pd.DataFrame()
     about = pack.table[list(IDENTITY)].iloc[rows].reset_index(drop=True)

@@ -221,7 +221,7 @@ class Sheet:
         if self.patches.abstained is not None:
             frame["abstained"] = self.patches.abstained
         if self.run is not None:
-            frame["subset"] = self.run.sides(pack)
+            frame["subset"] = self.run.subsets(pack)
         counts = count_neighbours(pack.table, pack.target, len(pack.class_names))
         voices = np.full((len(pack), len(pack.class_names)), np.nan) if probs is None else probs
         if np.isfinite(counts).any() or probs is not None:
@@ -482,9 +482,9 @@ def _read_predictions(run: Run, pack: Pack, notes: list[str]) -> tuple[np.ndarra
     """Return probabilities ``(n, n_classes)``, NaN without a prediction, and which patches abstained."""
     probs = np.full((len(pack), len(pack.class_names)), np.nan)
     abstained = np.zeros(len(pack), bool)
-    for side in {run.val_side, run.judged_side}:
+    for subset in {run.validation_subset, run.evaluated_subset}:
         try:
-            frame = run.predictions(side)[0]
+            frame = run.predictions(subset)[0]
         except RunError as error:
             notes.append(str(error))
             continue

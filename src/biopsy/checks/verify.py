@@ -113,11 +113,11 @@ def _verify_run(checks: Checklist, folder: Path, retrain: bool, on_epoch: OnEpoc
         lambda: ("is the one the run was trained on, unchanged", run.open_pack()),
         "bring the pack back to where it was, or beside the run",
     )
-    for side in ("val", "test"):
-        _verify_side(checks, run, side, classifier, pack)
+    for subset in ("validation", "test"):
+        _verify_subset(checks, run, subset, classifier, pack)
     for place in sorted((folder / "external").glob("*")):
-        for side in ("val", "test"):
-            _verify_side(checks, run, side, classifier, None, place)
+        for subset in ("validation", "test"):
+            _verify_subset(checks, run, subset, classifier, None, place)
     if retrain and pack is not None and classifier is not None:
         _retrain(checks, run, pack, on_epoch)
 
@@ -139,17 +139,17 @@ def _verify_outputs(checks: Checklist, folder: Path, prefix: str = "") -> None:
         )
 
 
-def _verify_side(
+def _verify_subset(
     checks: Checklist,
     run: Run,
-    side: str,
+    subset: str,
     classifier: Classifier | None,
     pack: Pack | None,
     place: Path | None = None,
 ) -> None:
     """Check the predictions and metrics of one subset of a run, or of another pack under ``external/``."""
     place = place or run.path
-    path = place / "predictions" / f"{side}.parquet"
+    path = place / "predictions" / f"{subset}.parquet"
     if not path.exists():
         return
     name = path.relative_to(run.path).as_posix()
@@ -158,7 +158,7 @@ def _verify_side(
     if read is None:
         return
     frame, precision = read, run.info.get("precision", "fp32")
-    metrics = place / "evaluation" / ("metrics.json" if side == "test" else f"metrics-{side}.json")
+    metrics = place / "evaluation" / ("metrics.json" if subset == "test" else f"metrics-{subset}.json")
     if metrics.exists():
         title = metrics.relative_to(run.path).as_posix()
         checks.run(title, lambda: (_recompute_metrics(metrics, frame, run), None), again)
@@ -252,11 +252,11 @@ def _retrain(checks: Checklist, run: Run, pack: Pack, on_epoch: OnEpoch | None) 
     with TemporaryDirectory() as folder:
         info = {key: value for key, value in run.info.items() if key not in _RESULTS}
         info |= {"status": "running", "epochs_done": 0, "seconds": 0.0}
-        split = pd.DataFrame({"patch_id": pack.table["patch_id"], "side": run.sides(pack)})
+        split = pd.DataFrame({"patch_id": pack.table["patch_id"], "subset": run.subsets(pack)})
         again = Run.create(Path(folder) / "run", info, run.recipe, split)
         again = train(resume=again, data=pack, on_epoch=on_epoch)
         same = again.classifier.info.weights_sha256 == classifier.info.weights_sha256
-        frames = [one.predictions("val")[0] for one in (run, again)]
+        frames = [one.predictions("validation")[0] for one in (run, again)]
     columns = [f"logit_{name}" for name in classifier.info.class_names]
     probs = [_softmax(classifier, frame[columns].to_numpy()) for frame in frames]
     difference, tolerance = np.abs(probs[0] - probs[1]).max(), TOLERANCE[run.info.get("precision", "fp32")]

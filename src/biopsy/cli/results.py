@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from biopsy.cli.console import log, print_blocks, print_json, print_table
-from biopsy.core.subsets import subset_name
 
 FAILED, SKIPPED = 1, 3
 MAX_NAMED = 20  # skipped files named one by one before the rest is only counted
@@ -111,7 +110,7 @@ def _print_pack(pack: Any, options: Options) -> None:
     if "export_tree" in options:
         tree = _count_tree(options["export_tree"])
         print(f"{options['export_tree']}: original files, class folders numbered in the order of the classes")
-        print_table([[side, *n.values()] for side, n in tree.items()], ["subset", *tree["training"]])
+        print_table([[subset, *n.values()] for subset, n in tree.items()], ["subset", *tree["training"]])
 
 
 def _spell_sizes(padded: Mapping[str, Any]) -> str:
@@ -154,16 +153,16 @@ def _print_split(split: Any, options: Options) -> None:
     if split.overlap:
         why = "as published" if split.is_published else "on purpose"
         print(f"PATIENTS OVERLAP between subsets, {why}: results on it do not apply to new patients")
-    if split.val_is_test:
+    if split.test_is_validation:
         print(
             "the test subset is also the validation subset, as published: all choices are made on test data"
         )
     counts = split.parameters["counts"]
     rows = []
     for fold, subsets in enumerate(counts.get("folds", [counts])):
-        for side, count in subsets.items():
+        for subset, count in subsets.items():
             if count["patches"]:
-                first = [fold, side] if split.n_folds else [side]
+                first = [fold, subset] if split.n_folds else [subset]
                 rows.append([*first, count["patches"], count["groups"], *count["per_class"].values()])
     header = [*(["fold"] if split.n_folds else []), "subset", "patches", f"{split.unit}s"]
     print_table(rows, header + list(count["per_class"]))
@@ -231,7 +230,7 @@ def _print_metrics(metrics: Mapping[str, Any], options: Options) -> None:
     for warning in metrics.get("warnings", []):
         print(f"WARNING: {warning}")
     groups = "" if unit == "patch" else f" of {metrics['n_patients']:,} {unit}s"
-    where = f"{subset_name(metrics['side'])} subset of split {split['name']}: " if metrics["side"] else ""
+    where = f"{metrics['subset']} subset of split {split['name']}: " if metrics["subset"] else ""
     print(f"{where}{metrics['n_patches']:,} patches{groups}")
     if opened:
         print(f"this test subset has been evaluated {opened['times']} times, by {opened['runs']} runs")
@@ -253,8 +252,9 @@ def _print_metrics(metrics: Mapping[str, Any], options: Options) -> None:
 def say_abstention(abstention: Mapping[str, Any]) -> str:
     if abstention["quantiles"] is None:
         return f"no abstention: {abstention['reason']}"
-    share, scope = abstention["patient"]["abstained"]["value"], abstention["promise"].replace("-", " ")
-    target = f"target coverage {abstention['promised_coverage']:g} of {scope}"
+    share = abstention["patient"]["abstained"]["value"]
+    scope = "per class" if abstention["guarantee"] == "class-conditional" else "over all classes"
+    target = f"target coverage {abstention['target_coverage']:g} {scope}"
     return f"abstains on {100 * share:.1f} % of patches; {target}: {abstention['verdict']}"
 
 
@@ -389,7 +389,9 @@ def _print_prediction(prediction: Any, options: Options) -> None:
     counts = ", ".join(f"{count:,} {name}" for name, count in document["pred"].items() if count)
     print(f"{document['n_patches']:,} patches: {counts or 'none'}")
     if prediction.n_training:
-        log.warning("%s of these patches were used for training (column side)", f"{prediction.n_training:,}")
+        log.warning(
+            "%s of these patches were used for training (column subset)", f"{prediction.n_training:,}"
+        )
 
 
 def _print_comparison(comparison: Mapping[str, Any], options: Options) -> None:
@@ -499,7 +501,7 @@ def _print_plan(plan: Mapping[str, Any]) -> None:
 def _print_errors(analysis: Mapping[str, Any], options: Options) -> None:
     counts = analysis["counts"]
     print(
-        f"{subset_name(analysis['side'])} subset: {counts['fn']:,} false negatives among "
+        f"{analysis['subset']} subset: {counts['fn']:,} false negatives among "
         f"{counts['fn'] + counts['tp']:,} {analysis['positive_class']} patches, {counts['fp']:,} false "
         f"positives among {counts['fp'] + counts['tn']:,} others"
     )

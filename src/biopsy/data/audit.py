@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from biopsy.data.packs import Pack, PackCounts
-from biopsy.data.protocols import SIDES
+from biopsy.data.protocols import SUBSETS
 from biopsy.data.splits import Split, find_overlap
 
 MAX_BITS = 4  # bits by which hashes of one picture may differ
@@ -157,8 +157,8 @@ class SplitAudit(TypedDict):
     may_overlap: bool
     patients_overlap: bool | None
     overlap: Overlap
-    duplicates_across_sides: Findings
-    near_duplicates_across_sides: Findings
+    duplicates_across_subsets: Findings
+    near_duplicates_across_subsets: Findings
 
 
 class LabelConflicts(TypedDict):
@@ -193,7 +193,7 @@ def audit_pack(pack: Pack, split: Split | None = None) -> Audit:
     """Look for everything in a pack that would spoil a result.
 
     Args:
-        split: A split of it, of which overlap and duplicates between sides are then looked for.
+        split: A split of it, of which overlap and duplicates between subsets are then looked for.
 
     Returns:
         What ``audit.json`` holds. Findings are ``{"count", "items"}`` with at most 100 items. A blank patch
@@ -247,16 +247,16 @@ def find_blocking_issues(audit: Audit) -> list[str]:
         return reasons
     overlap = split["overlap"]
     if overlap["count"]:
-        group, sides = next(iter(overlap["items"].items()))
+        group, subsets = next(iter(overlap["items"].items()))
         reasons.append(
-            f"{overlap['count']:,} {audit['unit']}s on two sides of split {split['name']!r}, such as {group} "
-            f"in {' and '.join(sides)}; split by {audit['unit']}"
+            f"{overlap['count']:,} {audit['unit']}s in two subsets of split {split['name']!r}, such as "
+            f"{group} in {' and '.join(subsets)}; split by {audit['unit']}"
         )
-    across = split["duplicates_across_sides"]
+    across = split["duplicates_across_subsets"]
     if across["count"]:
         reasons.append(
-            f"{across['count']:,} pictures on two sides of split {split['name']!r}, such as "
-            f"{' and '.join(across['items'][0][:2])}; keep their {audit['unit']}s on one side"
+            f"{across['count']:,} pictures in two subsets of split {split['name']!r}, such as "
+            f"{' and '.join(across['items'][0][:2])}; keep their {audit['unit']}s in one subset"
         )
     return reasons
 
@@ -350,13 +350,13 @@ def _audit_split(
     across = np.zeros(len(pictures), bool)
     near_across = np.zeros(len(near), bool)
     for fold in range(split.n_folds) if split.n_folds else [None]:
-        sides = split.assign(pack, fold)
-        side_index = np.select([sides == side for side in SIDES], range(len(SIDES)), -1)
-        across |= _differing(np.where(repeated & (side_index >= 0), pictures, -1), side_index)
-        first, second = side_index[near[:, 0]], side_index[near[:, 1]]
+        subsets = split.assign(pack, fold)
+        subset_index = np.select([subsets == subset for subset in SUBSETS], range(len(SUBSETS)), -1)
+        across |= _differing(np.where(repeated & (subset_index >= 0), pictures, -1), subset_index)
+        first, second = subset_index[near[:, 0]], subset_index[near[:, 1]]
         near_across |= (first != second) & (first >= 0) & (second >= 0)
         if pack.unit != "patch":
-            overlap = find_overlap(pack.group_ids, sides) | overlap
+            overlap = find_overlap(pack.group_ids, subsets) | overlap
     return {
         "name": split.name,
         "protocol": split.protocol,
@@ -364,8 +364,8 @@ def _audit_split(
         "may_overlap": split.may_overlap,
         "patients_overlap": None if pack.unit == "patch" else bool(overlap),
         "overlap": {"count": len(overlap), "items": dict(list(overlap.items())[:LIST_LIMIT])},
-        "duplicates_across_sides": _listed(_groups(pack, pictures, across)),
-        "near_duplicates_across_sides": _listed(_pair_ids(pack, near[near_across])),
+        "duplicates_across_subsets": _listed(_groups(pack, pictures, across)),
+        "near_duplicates_across_subsets": _listed(_pair_ids(pack, near[near_across])),
     }
 
 

@@ -14,11 +14,11 @@ from biopsy.data.packs import Pack
 from biopsy.data.splits import Split
 from biopsy.slide_io.images import IMAGE_SUFFIXES
 
-__all__ = ["FOLDER_BY_SIDE", "check_exportable", "count_tree", "export_tree"]
+__all__ = ["FOLDER_BY_SUBSET", "check_exportable", "count_tree", "export_tree"]
 
 _log = logging.getLogger(__name__)
 
-FOLDER_BY_SIDE = {"train": "training", "val": "validation", "test": "testing"}
+FOLDER_BY_SUBSET = {"train": "training", "validation": "validation", "test": "testing"}
 """As CancerNet's post names them."""
 
 TreeCounts = dict[str, dict[str, int]]
@@ -48,8 +48,8 @@ def export_tree(
 
     A class's folder is its number, the pack's ``target``, so that what sorts folders by name (Keras does)
     numbers classes as the pack does. A file keeps its name; where two would have the same, each is named by
-    its whole path with ``__`` for ``/``. Patches on no side are left out. Where the test side validates too,
-    its patches are in both folders.
+    its whole path with ``__`` for ``/``. Patches in no subset are left out. Where the test subset validates
+    too, its patches are in both folders.
 
     Args:
         pack: The patches, made from ``source``.
@@ -58,7 +58,7 @@ def export_tree(
         on_progress: Called with the files written and the files in all.
 
     Returns:
-        Files by folder of the side and folder of the class.
+        Files by folder of the subset and folder of the class.
 
     Raises:
         DataError: If the source is not the pack's, holds arrays and no files, or the disk is full.
@@ -66,26 +66,28 @@ def export_tree(
     """
     folder = Path(folder)
     if split.n_folds:
-        raise SplitError(f"split {split.name!r} has folds: a tree has one testing/; name a split with sides")
+        raise SplitError(
+            f"split {split.name!r} has folds: a tree has one testing/; name a split with subsets"
+        )
     _check_free(folder)
     archive = open_archive(source)
     if not pack.table["source"].str.lower().str.endswith(IMAGE_SUFFIXES).all():
         raise _refuse_arrays(archive)
     entries = {entry.name: entry for entry in archive.entries}
-    rows_of = {side: np.flatnonzero(split.sides(pack) == side) for side in FOLDER_BY_SIDE}
-    if split.val_is_test:
-        rows_of["val"] = rows_of["test"]
+    rows_of = {subset: np.flatnonzero(split.subsets(pack) == subset) for subset in FOLDER_BY_SUBSET}
+    if split.test_is_validation:
+        rows_of["validation"] = rows_of["test"]
     names = name_files(pack.table["source"].tolist())
     digits = len(str(len(pack.class_names) - 1))
     classes = [f"{target:0{digits}d}" for target in range(len(pack.class_names))]
     n_files, done = sum(map(len, rows_of.values())), 0
     try:
         with create_directory(folder) as tree:
-            for side, rows in rows_of.items():
+            for subset, rows in rows_of.items():
                 for name in classes:
-                    (tree / FOLDER_BY_SIDE[side] / name).mkdir(parents=True)
+                    (tree / FOLDER_BY_SUBSET[subset] / name).mkdir(parents=True)
                 for row in rows:
-                    place = tree / FOLDER_BY_SIDE[side] / classes[pack.target[row]]
+                    place = tree / FOLDER_BY_SUBSET[subset] / classes[pack.target[row]]
                     original = _read(archive, entries, pack.table["source"].iloc[row], pack)
                     (place / names[row]).write_bytes(original)
                     done += 1
@@ -95,20 +97,20 @@ def export_tree(
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
         raise DataError(f"{folder} cannot be written: {reason or error}; nothing was left there") from None
     if split.overlap:
-        _log.warning("patients stand on more than one side of %s, so also in several folders", split.name)
-    n_left_out = int((split.sides(pack) == "").sum())
+        _log.warning("patients stand in more than one subset of %s, so also in several folders", split.name)
+    n_left_out = int((split.subsets(pack) == "").sum())
     if n_left_out:
-        _log.info("%s patches are on no side of %s and were left out", f"{n_left_out:,}", split.name)
+        _log.info("%s patches are in no subset of %s and were left out", f"{n_left_out:,}", split.name)
     return count_tree(folder)
 
 
 def count_tree(folder: Path | str) -> TreeCounts:
-    """Count the files of a tree by side and class, in the order of `FOLDER_BY_SIDE` and of the classes."""
+    """Count the files of a tree by subset and class, ordered as `FOLDER_BY_SUBSET` and the classes."""
     return {
-        side: {
-            place.name: sum(1 for _ in place.iterdir()) for place in sorted((Path(folder) / side).iterdir())
+        subset: {
+            place.name: sum(1 for _ in place.iterdir()) for place in sorted((Path(folder) / subset).iterdir())
         }
-        for side in FOLDER_BY_SIDE.values()
+        for subset in FOLDER_BY_SUBSET.values()
     }
 
 

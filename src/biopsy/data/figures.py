@@ -20,23 +20,25 @@ from biopsy.plotting.style import (
 
 
 @styled
-def draw_sides(sides: Sequence[str], counts: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """Draw patches per side and class: a bar a class, its count and its share of the side at the end.
+def draw_subsets(subsets: Sequence[str], counts: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """Draw patches per subset and class: a bar a class, its count and its share of the subset at the end.
 
     Args:
-        sides: Names of the sides (or folds), from top to bottom.
-        counts: Patches, shape ``(n_sides, n_classes)``.
+        subsets: Names of the subsets (or folds), from top to bottom.
+        counts: Patches, shape ``(n_subsets, n_classes)``.
 
     Raises:
         MetricError: If the shape does not fit.
     """
     counts = np.asarray(counts)
-    if counts.shape != (len(sides), len(class_names)):
-        raise MetricError(f"counts {counts.shape} do not fit {len(sides)} sides x {len(class_names)} classes")
+    if counts.shape != (len(subsets), len(class_names)):
+        raise MetricError(
+            f"counts {counts.shape} do not fit {len(subsets)} subsets x {len(class_names)} classes"
+        )
     height = 0.8 / len(class_names)
-    figure, axes = new_figure(WIDTH_IN, 1.0 + 0.22 * max(len(sides), 2) * max(len(class_names), 2))
+    figure, axes = new_figure(WIDTH_IN, 1.0 + 0.22 * max(len(subsets), 2) * max(len(class_names), 2))
     for index, name in enumerate(class_names):
-        rows = np.arange(len(sides)) + (index - (len(class_names) - 1) / 2) * height
+        rows = np.arange(len(subsets)) + (index - (len(class_names) - 1) / 2) * height
         colour = class_colour(index)
         axes.barh(rows, counts[:, index], height=0.9 * height, color=colour, label=shorten(name))
         for row, count, total in zip(rows, counts[:, index], counts.sum(axis=1), strict=True):
@@ -54,8 +56,8 @@ def draw_sides(sides: Sequence[str], counts: np.ndarray, class_names: Sequence[s
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlim(0, 1.32 * max(int(counts.max(initial=0)), 1))  # room for the figures at the bars' ends
-    axes.set_yticks(range(len(sides)), [shorten(side) for side in sides])
-    axes.set_ylim(len(sides) - 0.45, -0.55)
+    axes.set_yticks(range(len(subsets)), [shorten(subset) for subset in subsets])
+    axes.set_ylim(len(subsets) - 0.45, -0.55)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     legend_above(axes)

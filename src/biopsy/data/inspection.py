@@ -14,9 +14,9 @@ from biopsy.core.files import check_outputs, refuse_inputs, update_directory, wr
 from biopsy.core.results import Result
 from biopsy.core.seeds import make_rng
 from biopsy.data.audit import Audit, audit_pack, find_blocking_issues
-from biopsy.data.figures import draw_balance, draw_sides
+from biopsy.data.figures import draw_balance, draw_subsets
 from biopsy.data.packs import Pack
-from biopsy.data.protocols import SIDES
+from biopsy.data.protocols import SUBSETS
 from biopsy.data.splits import Split, find_split
 from biopsy.plotting.patches import draw_class_sheet
 from biopsy.plotting.slides import draw_slide
@@ -138,18 +138,18 @@ def _draw_groups(pack: Pack, folder: Path) -> list[Path]:
 
 
 def _draw_split(pack: Pack, split: Split, folder: Path) -> Path:
-    """Draw the classes of each side, or of each fold and of what always trains."""
+    """Draw the classes of each subset, or of each fold and of what always trains."""
     if split.n_folds:
         of_fold = [(f"fold {fold}", split.assign(pack, fold) == "test") for fold in range(split.n_folds)]
         tested = np.any([member for _, member in of_fold], axis=0)
         parts = [*of_fold, ("in no fold", ~tested)]
     else:
-        sides = split.assign(pack)
-        parts = [(side or "left out", sides == side) for side in (*SIDES, "")]
+        subsets = split.assign(pack)
+        parts = [(subset or "left out", subsets == subset) for subset in (*SUBSETS, "")]
     parts = [(name, member) for name, member in parts if member.any()]
     counts = [np.bincount(pack.target[member], minlength=len(pack.class_names)) for _, member in parts]
     path = folder / f"split-{split.name}.svg"
-    figure = draw_sides([name for name, _ in parts], np.array(counts), pack.class_names)
+    figure = draw_subsets([name for name, _ in parts], np.array(counts), pack.class_names)
     write_atomic(path, svg(figure, "split"))
     return path
 

@@ -31,7 +31,7 @@ class _Opening(BaseModel):
     run: str
     split: str
     fold: int | None
-    side: str
+    subset: str
     kept_with: Literal["pack", "run"]
 
 
@@ -53,7 +53,7 @@ def record_opening(pack: Pack, run_dir: Path | str, entry: Mapping[str, object])
 
     Args:
         run_dir: The run's folder, which keeps the note where the pack cannot be written.
-        entry: ``run, recipe, seed, split, fold, side`` and ``command``; time, hash of the pack and
+        entry: ``run, recipe, seed, split, fold, subset`` and ``command``; time, hash of the pack and
             place of the ledger are added.
 
     Returns:
@@ -73,7 +73,7 @@ def count_openings(
     *,
     split: str,
     fold: int | None = None,
-    side: str = "test",
+    subset: str = "test",
     run_dir: Path | str | None = None,
 ) -> OpeningCount:
     """Count how often a subset was looked at, and for how many runs.
@@ -83,7 +83,7 @@ def count_openings(
         run_dir: A run whose own ledger counts as well.
     """
     every, n_unreadable = _read_all(pack, run_dir)
-    entries = [entry for entry in every if (entry.split, entry.fold, entry.side) == (split, fold, side)]
+    entries = [entry for entry in every if (entry.split, entry.fold, entry.subset) == (split, fold, subset)]
     return OpeningCount(
         times=len(entries),
         runs=len({entry.run for entry in entries}),

@@ -33,7 +33,7 @@ class FrozenThreshold(TypedDict):
 
 
 IDENTITY = ("patch_id", "patient_id", "slide_id", "x", "y")
-_TEXT = ("patch_id", "patient_id", "slide_id", "side", "source")
+_TEXT = ("patch_id", "patient_id", "slide_id", "subset", "source")
 _WHOLE = ("x", "y", "fold", "target", "pred")
 _YES_NO = ("abstained", "out_of_distribution")
 _FLOAT = re.compile(r"^(prob|logit)_|_distance$")
@@ -41,7 +41,7 @@ _KEY = b"biopsy"
 _REMEDY = "make it again with `biopsy evaluate` or `biopsy predict`"
 
 _CONTENT = "content_sha256"
-_NEEDED = (*IDENTITY, "side", "fold", "target", "pred", "abstained")
+_NEEDED = (*IDENTITY, "subset", "fold", "target", "pred", "abstained")
 
 
 class PredictionsInfo(TypedDict, total=False):
@@ -61,7 +61,7 @@ def make_predictions(
     logits: np.ndarray,
     probs: np.ndarray,
     *,
-    sides: np.ndarray | str,
+    subsets: np.ndarray | str,
     fold: int | None = None,
     threshold: float | None = 0.5,
     abstained: np.ndarray | None = None,
@@ -72,7 +72,7 @@ def make_predictions(
         index: Which rows of the pack were predicted, ``(n,)``.
         logits: Before calibration, ``(n, n_classes)``.
         probs: After calibration, ``(n, n_classes)``.
-        sides: The side of each predicted patch, ``(n,)``, or of all of them.
+        subsets: The subset of each predicted patch, ``(n,)``, or of all of them.
         threshold: As in `tabulate_predictions`.
         abstained: As in `tabulate_predictions`.
 
@@ -80,7 +80,9 @@ def make_predictions(
         The table, in the order of ``index``.
     """
     rows = pack.table.iloc[index]
-    about = rows[list(IDENTITY)].assign(side=sides, fold=fold, target=rows["target"]).reset_index(drop=True)
+    about = (
+        rows[list(IDENTITY)].assign(subset=subsets, fold=fold, target=rows["target"]).reset_index(drop=True)
+    )
     return tabulate_predictions(
         about, pack.class_names, pack.positive_index, logits, probs, threshold=threshold, abstained=abstained
     )
@@ -99,7 +101,7 @@ def tabulate_predictions(
     """Put what is known of patches, their logits and probabilities, and the decision into one table.
 
     Args:
-        about: ``patch_id`` and what else is known of `IDENTITY`, side, fold and target, ``n`` rows. What is
+        about: ``patch_id`` and what else is known of `IDENTITY`, subset, fold and target, ``n`` rows. What is
             missing is null.
         class_names: Names of the classes, in the order of the columns of ``logits``.
         positive_index: Index of the positive class; None for more than two classes.
@@ -121,7 +123,7 @@ def tabulate_predictions(
     probs = np.asarray(probs, np.float64)
     if not ((probs >= 0) & (probs <= 1)).all():
         raise DataError("probabilities must lie in 0 to 1 and be numbers; check the classifier's outputs")
-    frame = about.reindex(columns=[*IDENTITY, "side", "fold", "target"])
+    frame = about.reindex(columns=[*IDENTITY, "subset", "fold", "target"])
     for values, kind in ((logits, "logit"), (probs, "prob")):
         if values is None:
             continue

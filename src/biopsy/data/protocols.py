@@ -18,7 +18,7 @@ from biopsy.core.tables import read_csv_table
 from biopsy.core.text import list_unmatched, normalize_id
 from biopsy.data.packs import Pack, Unit
 
-SIDES = ("train", "val", "test")
+SUBSETS = ("train", "validation", "test")
 Cases = Path | str | Sequence[Path | str]
 
 
@@ -33,45 +33,45 @@ def follow_recipe(request: "Request") -> "Plan":
         raise SplitError(
             f"the recipe asks for the split method {method!r}; {suggest(method, PUBLISHED_METHODS)}"
         )
-    sides, parameters = PUBLISHED_METHODS[method](request)
-    return sides, {"recipe": dict(request.recipe), **parameters}
+    subsets, parameters = PUBLISHED_METHODS[method](request)
+    return subsets, {"recipe": dict(request.recipe), **parameters}
 
 
 def shuffle_paths(request: "Request") -> "Plan":
     """Shuffle the sorted paths with ``random``: train first, then test; the front of train validates."""
-    seed, train, val = _read(request.recipe, "shuffled-paths", seed=int, train=float, val=float)
+    seed, train, validation = _read(request.recipe, "shuffled-paths", seed=int, train=float, validation=float)
     order = list(_sort_paths(request))
     random.Random(seed).shuffle(order)
     n_train = int(len(order) * train)
-    n_val = int(n_train * val)
-    sides = np.full(len(order), "test", dtype="<U5")
-    sides[order[:n_train]] = "train"
-    sides[order[:n_val]] = "val"
-    return sides, {}
+    n_val = int(n_train * validation)
+    subsets = np.full(len(order), "test", dtype="<U10")
+    subsets[order[:n_train]] = "train"
+    subsets[order[:n_val]] = "validation"
+    return subsets, {}
 
 
 def take_first_files(request: "Request") -> "Plan":
-    """Divide the first files of a recursive glob at random, then undersample the sides the recipe names.
+    """Divide the first files of a recursive glob at random, then undersample the subsets the recipe names.
 
     A recursive glob gives paths in order of the folders; ours sorts them. Patches beyond the first ``count``,
-    and those that undersampling does not draw, are on no side. With ``val_is_test`` no patch is on the side
-    "val": what tests also validates, as was published.
+    and those that undersampling does not draw, are in no subset. With ``test_is_validation`` no patch is on
+    the subset "validation": what tests also validates, as was published.
     """
     count, share, seed = _read(request.recipe, "first-files", count=int, test=float, seed=int)
     recipe, target = request.recipe or {}, request.pack.target
     rng = make_rng(seed, "first-files")
     taken = rng.permutation(_sort_paths(request)[:count])
     n_test = round(len(taken) * share)
-    sides = np.full(len(target), "", dtype="<U5")
-    sides[taken[:n_test]] = "test"
-    sides[taken[n_test:]] = "train"
-    for side in recipe.get("undersample", ()):  # type: ignore[attr-defined]
-        rows = rng.permutation(np.flatnonzero(sides == side))
+    subsets = np.full(len(target), "", dtype="<U10")
+    subsets[taken[:n_test]] = "test"
+    subsets[taken[n_test:]] = "train"
+    for subset in recipe.get("undersample", ()):  # type: ignore[attr-defined]
+        rows = rng.permutation(np.flatnonzero(subsets == subset))
         per_class = np.bincount(target[rows])
         n_rarest = per_class[per_class > 0].min(initial=len(rows))
         for class_index in np.flatnonzero(per_class > n_rarest):
-            sides[rows[target[rows] == class_index][n_rarest:]] = ""
-    return sides, {"taken": len(taken), "val_is_test": bool(recipe.get("val_is_test", False))}
+            subsets[rows[target[rows] == class_index][n_rarest:]] = ""
+    return subsets, {"taken": len(taken), "test_is_validation": bool(recipe.get("test_is_validation", False))}
 
 
 def cut_rows(request: "Request") -> "Plan":
@@ -84,9 +84,9 @@ def cut_rows(request: "Request") -> "Plan":
     rows = table["row"].to_numpy(np.int64)
     n_rows = int(rows.max()) + 1
     first, second = int(n_rows * 0.7), int(n_rows * 0.9)
-    sides = np.select([rows < first, rows < second], ["train", "val"], "test")
-    sides[(rows == first) | (rows == second)] = ""
-    return sides, {"n_rows": n_rows, "dropped_rows": [first, second]}
+    subsets = np.select([rows < first, rows < second], ["train", "validation"], "test")
+    subsets[(rows == first) | (rows == second)] = ""
+    return subsets, {"n_rows": n_rows, "dropped_rows": [first, second]}
 
 
 def _read(recipe: Mapping[str, object] | None, method: str, **kinds: Callable[[Any], Any]) -> list[Any]:
@@ -181,7 +181,7 @@ def divide_groups(
     wanted = np.asarray(shares, dtype=float) / np.sum(shares)
     if len(names) < len(wanted):
         raise SplitError(
-            f"{len(names)} {unit}s are too few for {len(wanted)} sides or folds: one would be empty"
+            f"{len(names)} {unit}s are too few for {len(wanted)} subsets or folds: one would be empty"
         )
     counts = np.zeros((len(names), int(target.max()) + 1))
     np.add.at(counts, (codes, target), 1)
@@ -216,16 +216,18 @@ def split_by_patient(request: Request) -> Plan:
     both = sorted(set(request.test_ids) & set(request.val_ids))
     if both:
         raise SplitError(
-            f"{request.unit} {both[0]} was named both for val and for test; leave it in one of them"
+            f"{request.unit} {both[0]} was named both for validation and for test; leave it in one of them"
         )
-    sides = np.full(len(request.group_ids), "", dtype="<U5")
-    sides[np.isin(request.group_ids, request.val_ids)] = "val"
-    sides[np.isin(request.group_ids, request.test_ids)] = "test"
-    named = {"val": request.val_ids, "test": request.test_ids}
+    subsets = np.full(len(request.group_ids), "", dtype="<U10")
+    subsets[np.isin(request.group_ids, request.val_ids)] = "validation"
+    subsets[np.isin(request.group_ids, request.test_ids)] = "test"
+    named = {"validation": request.val_ids, "test": request.test_ids}
     shares = {
-        side: share for side, share in zip(SIDES, request.fractions, strict=True) if not named.get(side)
+        subset: share
+        for subset, share in zip(SUBSETS, request.fractions, strict=True)
+        if not named.get(subset)
     }
-    rest = sides == ""
+    rest = subsets == ""
     parts = divide_groups(
         request.group_ids[rest],
         request.pack.target[rest],
@@ -233,8 +235,8 @@ def split_by_patient(request: Request) -> Plan:
         seed=request.seed,
         unit="remaining " + request.unit if any(named.values()) else request.unit,
     )
-    sides[rest] = np.array(list(shares))[parts]
-    return sides, {"fractions": list(request.fractions), **_balance_note(request)} | _named_note(request)
+    subsets[rest] = np.array(list(shares))[parts]
+    return subsets, {"fractions": list(request.fractions), **_balance_note(request)} | _named_note(request)
 
 
 def split_into_folds(request: Request) -> Plan:
@@ -265,7 +267,7 @@ def leave_one_out(request: Request) -> Plan:
 
 
 def leave_one_site_out(request: Request) -> Plan:
-    """One fold for each site; sides by site where test sites are named."""
+    """One fold for each site; subsets by site where test sites are named."""
     sites = request.pack.table["site_id"]
     if sites.isna().any():
         raise SplitError(
@@ -274,7 +276,7 @@ def leave_one_site_out(request: Request) -> Plan:
         )
     site_ids = sites.to_numpy(str)
     if request.test_ids:
-        return _sides_by_site(request, site_ids)
+        return _subsets_by_site(request, site_ids)
     order = sorted(set(site_ids.tolist()))
     if len(order) < 3:
         raise SplitError(
@@ -284,13 +286,13 @@ def leave_one_site_out(request: Request) -> Plan:
     return _number(site_ids, order), {"order": order}
 
 
-def _sides_by_site(request: Request, site_ids: np.ndarray) -> Plan:
+def _subsets_by_site(request: Request, site_ids: np.ndarray) -> Plan:
     check_known(request.test_ids + request.val_ids, site_ids, "site")
-    sides = np.full(len(site_ids), "train", dtype="<U5")
-    sides[np.isin(site_ids, request.val_ids)] = "val"
-    sides[np.isin(site_ids, request.test_ids)] = "test"
+    subsets = np.full(len(site_ids), "train", dtype="<U10")
+    subsets[np.isin(site_ids, request.val_ids)] = "validation"
+    subsets[np.isin(site_ids, request.test_ids)] = "test"
     if not request.val_ids:
-        rest = sides == "train"
+        rest = subsets == "train"
         shares = request.fractions[:2]
         parts = divide_groups(
             request.group_ids[rest],
@@ -299,54 +301,58 @@ def _sides_by_site(request: Request, site_ids: np.ndarray) -> Plan:
             seed=request.seed,
             unit=f"remaining {request.unit}",
         )
-        sides[rest] = np.array(["train", "val"])[parts]
-    return sides, _named_note(request)
+        subsets[rest] = np.array(["train", "validation"])[parts]
+    return subsets, _named_note(request)
 
 
-def take_own_sides(request: Request) -> Plan:
-    """The data set's own sides: its own folders or files, or the published lists of cases."""
+def take_official_subsets(request: Request) -> Plan:
+    """The data set's official subsets: its own folders or files, or the published lists of cases."""
     if request.cases is not None:
-        return _sides_by_case(request, request.cases)
+        return _subsets_by_case(request, request.cases)
     table = request.pack.table
-    if "own_side" not in table.columns or table["own_side"].isna().all():
+    if "official_subset" not in table.columns or table["official_subset"].isna().all():
         raise SplitError(
-            f"{request.pack.path.name} ({request.pack.info.dataset}) brings no sides of its own; give the "
+            f"{request.pack.path.name} ({request.pack.info.dataset}) brings no subsets of its own; give the "
             "published lists of cases with --cases, or use the protocol 'patients'"
         )
-    return table["own_side"].fillna("").to_numpy(str), {"sides_from": "the data set's own folders or files"}
+    return table["official_subset"].fillna("").to_numpy(str), {
+        "subsets_from": "the data set's own folders or files"
+    }
 
 
-def _sides_by_case(request: Request, cases: Cases) -> Plan:
+def _subsets_by_case(request: Request, cases: Cases) -> Plan:
     if request.unit == "patch":
         raise SplitError(
             f"cases are patients; {request.pack.path.name} names none, prepare it with --patients"
         )
-    side_of = read_cases(cases)
+    subset_of = read_cases(cases)
     groups = sorted(set(request.group_ids.tolist()))
-    result = {group: side_of[group] for group in groups if group in side_of}
+    result = {group: subset_of[group] for group in groups if group in subset_of}
     if not result:
         raise SplitError(
-            f"none of the {len(groups)} {request.unit}s, such as {groups[0]!r}, is among the {len(side_of)} "
-            f"listed cases, such as {next(iter(side_of))!r}"
+            f"none of the {len(groups)} {request.unit}s, such as {groups[0]!r}, is among the "
+            f"{len(subset_of)} listed cases, such as {next(iter(subset_of))!r}"
         )
-    sides = pd.Series(request.group_ids).map(result).fillna("").to_numpy(str)
-    absent = [case for case in side_of if case not in result]
+    subsets = pd.Series(request.group_ids).map(result).fillna("").to_numpy(str)
+    absent = [case for case in subset_of if case not in result]
     unlisted = [group for group in groups if group not in result]
     if absent:
         logger.warning(
             "%d of %d listed cases are not in %s: %s",
-            *(len(absent), len(side_of), request.pack.path.name, list_unmatched(absent, unlisted)),
+            *(len(absent), len(subset_of), request.pack.path.name, list_unmatched(absent, unlisted)),
         )
     if unlisted:
         logger.warning(
             "%d of %d %ss are in no list and left out: %s",
             *(len(unlisted), len(groups), request.unit, list_unmatched(unlisted, absent)),
         )
-    listed, present = list(side_of.values()), list(result.values())
-    return sides, {
-        "sides_from": "published lists of cases",
-        "cases": {side: {"listed": listed.count(side), "found": present.count(side)} for side in SIDES},
-        "left_out": {"patients": len(unlisted), "patches": int((sides == "").sum())},
+    listed, present = list(subset_of.values()), list(result.values())
+    return subsets, {
+        "subsets_from": "published lists of cases",
+        "cases": {
+            subset: {"listed": listed.count(subset), "found": present.count(subset)} for subset in SUBSETS
+        },
+        "left_out": {"patients": len(unlisted), "patches": int((subsets == "").sum())},
     }
 
 
@@ -393,10 +399,10 @@ def make_leak_arm(request: Request, *, arm: Literal["apart", "with", "placebo"],
     if arm != "apart":
         train &= ~leak.replaced
         train |= leak.leaked if arm == "with" else leak.placebo
-    sides = np.select([leak.test, leak.val, train], ["test", "val", "train"], "").astype("<U5")
+    subsets = np.select([leak.test, leak.val, train], ["test", "validation", "train"], "").astype("<U10")
     note = {"placebo": leak.placebo_id, "touching": leak.touching, "half": "blocked" if blocked else "random"}
     leaked = {"leaked": int(leak.leaked.sum())} if arm == "with" else {}
-    return sides, _named_note(request) | note | leaked
+    return subsets, _named_note(request) | note | leaked
 
 
 def draw_leak(request: Request, *, blocked: bool) -> Leak:
@@ -535,40 +541,43 @@ def _named_note(request: Request) -> dict[str, object]:
 
 MAX_LIST_BYTES = 2**24
 
-# Spellings of a side in lists made by others.
-SIDE_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"} | {
+# Spellings of a subset in lists made by others.
+SUBSET_WORDS = {
+    "train": "train",
+    "training": "train",
     "test": "test",
     "testing": "test",
+    **dict.fromkeys(("val", "valid", "validation"), "validation"),
 }
 
 
 def read_cases(cases: Cases) -> dict[str, str]:
-    """Read which case is on which side.
+    """Read which case is in which subset.
 
     Args:
         cases: A csv with the columns ``case_id`` and ``split``; a folder that holds ``cases_train.txt``,
             ``cases_val.txt`` and ``cases_test.txt`` with one id a line; or those three files.
 
     Returns:
-        The side of each case.
+        The subset of each case.
 
     Raises:
-        SplitError: If a list is missing, a side is unknown, or a case stands on two sides.
+        SplitError: If a list is missing, a subset is unknown, or a case stands in two subsets.
     """
     if isinstance(cases, str | Path) and not Path(cases).is_dir():
         pairs = _read_case_table(Path(cases))
     else:
         paths = [Path(cases)] if isinstance(cases, str | Path) else [Path(path) for path in cases]
-        pairs = [pair for side in SIDES for pair in _read_case_list(paths, side)]
-    side_of: dict[str, str] = {}
-    for case, side in pairs:
-        if side_of.setdefault(case, side) != side:
+        pairs = [pair for subset in SUBSETS for pair in _read_case_list(paths, subset)]
+    subset_of: dict[str, str] = {}
+    for case, subset in pairs:
+        if subset_of.setdefault(case, subset) != subset:
             raise SplitError(
-                f"case {case} is listed in {side_of[case]} and in {side}; it must be in one of them"
+                f"case {case} is listed in {subset_of[case]} and in {subset}; it must be in one of them"
             )
-    if not side_of:
+    if not subset_of:
         raise SplitError(f"{cases} lists no cases")
-    return side_of
+    return subset_of
 
 
 def _read_case_table(path: Path) -> list[tuple[str, str]]:
@@ -580,14 +589,14 @@ def _read_case_table(path: Path) -> list[tuple[str, str]]:
     pairs = []
     for case, word in table[list(columns)].fillna("").itertuples(index=False):
         case, word = normalize_id(case), word.strip().lower()
-        if not case or word not in SIDE_WORDS:
-            raise SplitError(f"{path}: case {case!r} has the split {word!r}; use train, val or test")
-        pairs.append((case, SIDE_WORDS[word]))
+        if not case or word not in SUBSET_WORDS:
+            raise SplitError(f"{path}: case {case!r} has the split {word!r}; use train, validation or test")
+        pairs.append((case, SUBSET_WORDS[word]))
     return pairs
 
 
-def _read_case_list(paths: list[Path], side: str) -> list[tuple[str, str]]:
-    name = f"cases_{side}.txt"
+def _read_case_list(paths: list[Path], subset: str) -> list[tuple[str, str]]:
+    name = f"cases_{'val' if subset == 'validation' else subset}.txt"
     candidates = [path / name if path.is_dir() else path for path in paths]
     for path in candidates:
         if path.name == name and path.is_file():
@@ -596,14 +605,14 @@ def _read_case_list(paths: list[Path], side: str) -> list[tuple[str, str]]:
             except UnicodeDecodeError:
                 raise SplitError(f"{path} is not UTF-8: save it as UTF-8") from None
             cases = map(normalize_id, text.splitlines())
-            return [(case, side) for case in cases if case]
+            return [(case, subset) for case in cases if case]
     raise SplitError(
         f"{name} was not found in {', '.join(map(str, paths))}; all three published lists are needed"
     )
 
 
 PROTOCOLS: dict[str, Callable[[Request], Plan]] = {
-    "official": take_own_sides,
+    "official": take_official_subsets,
     "patients": split_by_patient,
     "folds": split_into_folds,
     "leave-one-out": leave_one_out,
@@ -621,5 +630,5 @@ LEAK_PROTOCOLS = tuple(name for name in PROTOCOLS if name.startswith("leak-"))
 
 # Splits that repeat what was published, whether or not patients overlap in them.
 PUBLISHED = ("as-published", "kaggle-rows")
-# All splits in which patients may stand on two sides: a leak must be made to be measured.
+# All splits in which patients may stand in two subsets: a leak must be made to be measured.
 MAY_OVERLAP = (*PUBLISHED, "leak-with", "leak-blocked-with")

@@ -1,6 +1,6 @@
 """The Split: which patch trains, validates and tests, with patients kept apart.
 
-A split is kept in the pack as ``splits/<name>.csv`` (one row a patch: its side, or its fold) with
+A split is kept in the pack as ``splits/<name>.csv`` (one row a patch: its subset, or its fold) with
 ``<name>.json`` beside it (protocol, seed, parameters, counts, the pack's hash). How patches are divided is in
 `biopsy.data.protocols`.
 """
@@ -23,7 +23,7 @@ from biopsy.core.loaders import validate
 from biopsy.core.tables import read_csv_table, write_csv
 from biopsy.core.text import normalize_id
 from biopsy.data.packs import Pack, Unit, group_by_unit
-from biopsy.data.protocols import LEAK_PROTOCOLS, MAY_OVERLAP, PROTOCOLS, PUBLISHED, SIDES, Cases, Request
+from biopsy.data.protocols import LEAK_PROTOCOLS, MAY_OVERLAP, PROTOCOLS, PUBLISHED, SUBSETS, Cases, Request
 from biopsy.recipes import load_recipe
 from biopsy.statistics.resampling import FEWEST_GROUPS
 
@@ -53,7 +53,7 @@ class SplitParameters(TypedDict, total=False):
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
-    val_is_test: bool
+    test_is_validation: bool
     placebo: str
     unknown_patients: dict[str, object]
     counts: dict[str, SubsetCounts] | dict[str, list[dict[str, SubsetCounts]]]
@@ -63,16 +63,16 @@ class SplitParameters(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Split:
-    """Which patch is on which side.
+    """Which patch is in which subset.
 
     Attributes:
         name: Its name in the pack.
         protocol: How it was made, one of `biopsy.data.protocols.PROTOCOLS`.
         unit: What was kept together.
         seed: Seed of random assignments.
-        parameters: What else defines it, and its ``counts`` by side (a list of those under ``folds``).
-        table: One row a patch: ``patch_id`` and ``side``, or ``patch_id`` and ``fold``.
-        overlap: Whether a patient stands on two sides; None where patches name nobody.
+        parameters: What else defines it, and its ``counts`` by subset (a list of those under ``folds``).
+        table: One row a patch: ``patch_id`` and ``subset``, or ``patch_id`` and ``fold``.
+        overlap: Whether a patient stands in two subsets; None where patches name nobody.
         pack_sha256: Content hash of the pack it was made for.
     """
 
@@ -87,7 +87,7 @@ class Split:
 
     @property
     def n_folds(self) -> int:
-        """Number of folds, 0 where patches have sides."""
+        """Number of folds, 0 where patches have subsets."""
         return int(self.table["fold"].max()) + 1 if "fold" in self.table else 0
 
     @property
@@ -97,54 +97,56 @@ class Split:
 
     @property
     def may_overlap(self) -> bool:
-        """Whether patients may stand on two sides: in a published split, or one made to measure the leak."""
+        """Whether patients may stand in two subsets: in a published split, or one made to measure the
+        leak."""
         return self.protocol in MAY_OVERLAP
 
     @property
-    def val_is_test(self) -> bool:
-        """Whether the test side validates too, as one publication had it; no patch is then on "val"."""
-        return bool(self.parameters.get("val_is_test", False))
+    def test_is_validation(self) -> bool:
+        """Whether the test subset validates too, as one publication had it; no patch is then on
+        "validation"."""
+        return bool(self.parameters.get("test_is_validation", False))
 
-    def sides(self, pack: Pack, fold: int | None = None) -> np.ndarray:
-        """Return each patch its side, in the pack's order.
+    def subsets(self, pack: Pack, fold: int | None = None) -> np.ndarray:
+        """Return each patch its subset, in the pack's order.
 
         Args:
             fold: For a split with folds, the one that tests; the next one (of another patient) validates, the
                 others train.
 
         Returns:
-            ``"train"``, ``"val"``, ``"test"`` or ``""`` (left out), ``(n_patches,)``.
+            ``"train"``, ``"validation"``, ``"test"`` or ``""`` (left out), ``(n_patches,)``.
 
         Raises:
             SplitError: If the split is another pack's, the fold does not exist, or patients overlap in a
                 split that is not exempt (`may_overlap`).
         """
-        sides = self.assign(pack, fold)
+        subsets = self.assign(pack, fold)
         if not self.may_overlap and pack.unit != "patch":
-            check_no_leakage(pack.group_ids, sides, unit=pack.unit)
-        return sides
+            check_no_leakage(pack.group_ids, subsets, unit=pack.unit)
+        return subsets
 
     def assign(self, pack: Pack, fold: int | None = None) -> np.ndarray:
-        """Return each patch its side as `sides` does, without looking for overlap (for audits)."""
+        """Return each patch its subset as `subsets` does, without looking for overlap (for audits)."""
         if not self.n_folds:
             if fold is not None:
-                raise SplitError(f"split {self.name!r} has sides, not folds; leave out fold={fold}")
-            return self._align(pack, "side").astype("<U5")
+                raise SplitError(f"split {self.name!r} has subsets, not folds; leave out fold={fold}")
+            return self._align(pack, "subset").astype("<U10")
         if fold is None or not 0 <= fold < self.n_folds:
             raise SplitError(
                 f"split {self.name!r} has the folds 0 to {self.n_folds - 1}; name one, got {fold}"
             )
         folds = self._align(pack, "fold")
-        sides = np.full(len(folds), "train", dtype="<U5")
+        subsets = np.full(len(folds), "train", dtype="<U10")
         several_slides = self.unit == "slide" and pack.unit == "patient"
         next_fold = self._next_patient(pack, folds, fold) if several_slides else (fold + 1) % self.n_folds
         if next_fold is not None:
-            sides[folds == next_fold] = "val"
-        sides[folds == fold] = "test"
-        sides[folds == LEFT_OUT] = ""
+            subsets[folds == next_fold] = "validation"
+        subsets[folds == fold] = "test"
+        subsets[folds == LEFT_OUT] = ""
         if several_slides:
-            leave_out_siblings(pack.group_ids, sides)
-        return sides
+            leave_out_siblings(pack.group_ids, subsets)
+        return subsets
 
     def _next_patient(self, pack: Pack, folds: np.ndarray, fold: int) -> int | None:
         """Return the next fold that holds no slide of the tested patient, None where there is none."""
@@ -202,7 +204,7 @@ def split(
             unit of its own.
 
     Raises:
-        SplitError: If these patients cannot be divided so, or one would stand on two sides.
+        SplitError: If these patients cannot be divided so, or one would stand in two subsets.
         RecipeError: If no recipe has that name.
     """
     pack = Pack.open(pack)
@@ -245,7 +247,7 @@ def make_split(
         fractions: Shares of patients for train, val and test, summing to 1.
 
     Raises:
-        SplitError: If the split cannot be made, would leak where it must not, or would leave a side empty.
+        SplitError: If the split cannot be made, would leak where it must not, or would leave a subset empty.
     """
     pack = Pack.open(pack)
     if protocol not in PROTOCOLS:
@@ -270,8 +272,8 @@ def make_split(
         recipe=recipe,
     )
     assigned, parameters = PROTOCOLS[protocol](request)
-    column = "side" if assigned.dtype.kind == "U" else "fold"
-    values = np.full(len(pack), "" if column == "side" else LEFT_OUT, assigned.dtype)
+    column = "subset" if assigned.dtype.kind == "U" else "fold"
+    values = np.full(len(pack), "" if column == "subset" else LEFT_OUT, assigned.dtype)
     values[~aside] = assigned
     if nameless.any():
         treatment = "left out" if aside.any() else "as given" if is_given else "each alone"
@@ -289,11 +291,11 @@ def make_split(
     return _check_split(split, pack)
 
 
-def with_sides(
-    split: Split, pack: Pack, sides: np.ndarray, *, name: str, note: Mapping[str, object]
+def with_subsets(
+    split: Split, pack: Pack, subsets: np.ndarray, *, name: str, note: Mapping[str, object]
 ) -> Split:
-    """Return a split other sides and another name, checked and counted anew; ``note`` is recorded."""
-    table = pd.DataFrame({"patch_id": pack.table["patch_id"].to_numpy(), "side": sides})
+    """Return a split other subsets and another name, checked and counted anew; ``note`` is recorded."""
+    table = pd.DataFrame({"patch_id": pack.table["patch_id"].to_numpy(), "subset": subsets})
     parameters = SplitParameters(**{**split.parameters, **note})  # type: ignore[typeddict-item]
     changed = replace(split, name=_check_name(name), parameters=parameters, table=table)
     return _check_split(changed, pack)
@@ -340,8 +342,8 @@ def find_split(pack: Pack, name: str | None = None) -> Split:
     """Load a split, or make the one whose protocol's name needs nothing more to be said.
 
     Args:
-        name: A split's name, or a protocol's. None means ``"official"`` where the data set has its own sides,
-            else ``"patients"``.
+        name: A split's name, or a protocol's. None means ``"official"`` where the data set has its official
+            subsets, else ``"patients"``.
 
     Returns:
         The split; a new one is made with seed 0 and kept in the pack where that can be written.
@@ -350,7 +352,7 @@ def find_split(pack: Pack, name: str | None = None) -> Split:
         SplitError: If it is neither a split nor such a protocol.
     """
     if name is None:
-        own = "own_side" in pack.table.columns and pack.table["own_side"].notna().any()
+        own = "official_subset" in pack.table.columns and pack.table["official_subset"].notna().any()
         name = "official" if own else "patients"
     if name in list_splits(pack) or name not in PROTOCOLS:
         return load_split(pack, name)
@@ -412,14 +414,14 @@ def read_split(path: Path | str) -> Split:
         table = read_csv_table(path, required=["patch_id"])
     except FileFormatError as error:
         raise SplitError(str(error)) from None
-    sides = set(table["side"].fillna("")) if "side" in table else set()
+    subsets = set(table["subset"].fillna("")) if "subset" in table else set()
     folds = table["fold"].fillna("") if "fold" in table else pd.Series(dtype=str)
     are_folds = len(folds) > 0 and folds.str.fullmatch(f"{LEFT_OUT}|[0-9]{{1,6}}").all()
-    if not sides <= {*SIDES, ""} or not (sides or are_folds):
+    if not subsets <= {*SUBSETS, ""} or not (subsets or are_folds):
         raise SplitError(
-            f"{path} is not a split: it needs patch_id and side (train, val, test) or fold (numbers)"
+            f"{path} is not a split: it needs patch_id and subset (train, validation, test) or fold (numbers)"
         )
-    values = {"side": table["side"].fillna("")} if sides else {"fold": folds.astype("int64")}
+    values = {"subset": table["subset"].fillna("")} if subsets else {"fold": folds.astype("int64")}
     return Split(
         name=about.name,
         protocol=about.protocol,
@@ -461,25 +463,25 @@ def _check_name(name: str) -> str:
 
 
 def _check_split(split: Split, pack: Pack) -> Split:
-    """Refuse an empty or leaking side, count every side, and note what is odd."""
+    """Refuse an empty or leaking subset, count every subset, and note what is odd."""
     folds: list[int | None] = list(range(split.n_folds)) if split.n_folds else [None]
     counts: list[dict[str, SubsetCounts]] = []
     warnings: list[str] = []
     overlap = False
     for fold in folds:
-        sides = split.assign(pack, fold)
+        subsets = split.assign(pack, fold)
         where = "" if fold is None else f" of fold {fold}"
-        counts.append({side or "left_out": _count(pack, sides == side) for side in (*SIDES, "")})
-        for side in ("train", "test") if split.val_is_test else SIDES:
-            n_classes = sum(n_patches > 0 for n_patches in counts[-1][side]["per_class"].values())
-            if n_classes == 0 and not (split.protocol == "official" and (sides != "").any()):
-                raise SplitError(f"no patches are left for {side}{where}; name other {split.unit}s")
+        counts.append({subset or "left_out": _count(pack, subsets == subset) for subset in (*SUBSETS, "")})
+        for subset in ("train", "test") if split.test_is_validation else SUBSETS:
+            n_classes = sum(n_patches > 0 for n_patches in counts[-1][subset]["per_class"].values())
+            if n_classes == 0 and not (split.protocol == "official" and (subsets != "").any()):
+                raise SplitError(f"no patches are left for {subset}{where}; name other {split.unit}s")
             if n_classes < 2:
-                warnings.append(f"{side}{where} has {'one class only' if n_classes else 'no patches'}")
+                warnings.append(f"{subset}{where} has {'one class only' if n_classes else 'no patches'}")
         if pack.unit != "patch":
             if not split.may_overlap:
-                check_no_leakage(pack.group_ids, sides, unit=pack.unit)
-            overlap = overlap or bool(find_overlap(pack.group_ids, sides))
+                check_no_leakage(pack.group_ids, subsets, unit=pack.unit)
+            overlap = overlap or bool(find_overlap(pack.group_ids, subsets))
     limits = _state_limits(pack, split.protocol, counts)
     for text in limits:
         logger.warning("split %s: %s", split.name, text)
@@ -543,41 +545,43 @@ def _state_limits(pack: Pack, protocol: str, counts: Sequence[Mapping[str, Subse
     return limits
 
 
-def check_no_leakage(group_ids: np.ndarray, sides: np.ndarray, *, unit: str = "patient") -> None:
-    """Refuse sides on two of which one patient stands.
+def check_no_leakage(group_ids: np.ndarray, subsets: np.ndarray, *, unit: str = "patient") -> None:
+    """Refuse subsets on two of which one patient stands.
 
     Args:
         group_ids: The patient of each patch, ``(n_patches,)``.
-        sides: The side of each patch; ``""`` is on none.
+        subsets: The subset of each patch; ``""`` is on none.
         unit: What a group is, for the message.
 
     Raises:
-        SplitError: Naming the first patient and its sides.
+        SplitError: Naming the first patient and its subsets.
 
     Example:
         >>> check_no_leakage(np.array(["a", "a", "b"]), np.array(["train", "train", "test"]))
     """
-    result = find_overlap(group_ids, sides)
+    result = find_overlap(group_ids, subsets)
     if result:
         patient, where = next(iter(result.items()))
-        more = f" (and {len(result) - 1:,} more {unit}s are on two sides)" if len(result) > 1 else ""
+        more = f" (and {len(result) - 1:,} more {unit}s are in two subsets)" if len(result) > 1 else ""
         raise SplitError(f"{unit} {patient} is in {' and '.join(where)}{more}; split by {unit}, not by patch")
 
 
-def leave_out_siblings(patient_ids: np.ndarray, sides: np.ndarray) -> None:
+def leave_out_siblings(patient_ids: np.ndarray, subsets: np.ndarray) -> None:
     """Leave out other slides of the tested patient, then those of the validating one, in place."""
-    for side, others in (("test", ("train", "val")), ("val", ("train",))):
-        held = np.isin(patient_ids, np.unique(patient_ids[sides == side]))
-        sides[held & np.isin(sides, others)] = ""
+    for subset, others in (("test", ("train", "validation")), ("validation", ("train",))):
+        held = np.isin(patient_ids, np.unique(patient_ids[subsets == subset]))
+        subsets[held & np.isin(subsets, others)] = ""
 
 
-def find_overlap(group_ids: np.ndarray, sides: np.ndarray) -> dict[str, list[str]]:
-    """Return each group that stands on two sides or more, with its sides."""
+def find_overlap(group_ids: np.ndarray, subsets: np.ndarray) -> dict[str, list[str]]:
+    """Return each group that stands in two subsets or more, with its subsets."""
     codes, names = pd.factorize(np.asarray(group_ids, dtype=str), sort=True)
-    on_side = np.stack(
-        [np.bincount(codes[sides == side], minlength=len(names)) > 0 for side in SIDES], axis=1
+    in_subset = np.stack(
+        [np.bincount(codes[subsets == subset], minlength=len(names)) > 0 for subset in SUBSETS], axis=1
     )
     return {
-        str(names[group]): [side for side, result in zip(SIDES, on_side[group], strict=True) if result]
-        for group in np.flatnonzero(on_side.sum(axis=1) > 1)
+        str(names[group]): [
+            subset for subset, result in zip(SUBSETS, in_subset[group], strict=True) if result
+        ]
+        for group in np.flatnonzero(in_subset.sum(axis=1) > 1)
     }

@@ -27,7 +27,7 @@ RESERVED = {
     *COLUMNS,
     "class_name",
     "original_class",
-    "own_side",
+    "official_subset",
     "row",
     "label_share",
     "label_before",

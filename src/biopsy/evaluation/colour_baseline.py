@@ -42,24 +42,24 @@ class ColourBaseline:
 
 
 def colour_baseline(
-    pack: Pack, sides: np.ndarray, *, seed: int = 0, side: str = "test"
+    pack: Pack, subsets: np.ndarray, *, seed: int = 0, subset: str = "test"
 ) -> tuple[ColourBaseline, np.ndarray]:
     """Fit a logistic regression on colour statistics of the training subset and score another subset.
 
     Args:
-        sides: The subset of each patch, ``(n_patches,)``.
+        subsets: The subset of each patch, ``(n_patches,)``.
         seed: Seed of the draw of 50,000 patches to learn from, where there are more.
 
     Returns:
         The baseline, and its probabilities on that subset, ``(n, n_classes)``; empty where none was fitted.
     """
-    train, index = np.flatnonzero(sides == "train"), np.flatnonzero(sides == side)
+    train, index = np.flatnonzero(subsets == "train"), np.flatnonzero(subsets == subset)
     if len(train) > MAX_TRAIN_PATCHES:
         train = np.sort(make_rng(seed, "colour baseline").choice(train, MAX_TRAIN_PATCHES, replace=False))
     classes = np.unique(pack.target[train])
     probs = np.zeros((len(index), len(pack.class_names)))
     if len(classes) < 2 or not len(index):
-        why = f"train has {len(classes)} classes and {side} {len(index)} patches"
+        why = f"train has {len(classes)} classes and {subset} {len(index)} patches"
         return ColourBaseline(n_train=len(train), reason=why), probs[:0]
     model = make_pipeline(StandardScaler(), LogisticRegression(C=C, solver="newton-cholesky"))
     model.fit(colour_features(pack.patches, pack.sizes, index=train), pack.target[train])
@@ -78,4 +78,4 @@ def _score(
         for index in indices
         if 0 < (target == index).sum() < len(target)
     ]
-    return (float(np.mean(scores)), None) if scores else (None, "the scored side has one class only")
+    return (float(np.mean(scores)), None) if scores else (None, "the scored subset has one class only")

@@ -1,4 +1,4 @@
-"""Evaluation: the numbers of a run on one side, with intervals over patients, and the count of openings."""
+"""Evaluation: the numbers of a run on one subset, with intervals over patients, and the count of openings."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,6 @@ import pandas as pd
 
 from biopsy.core.errors import RunError
 from biopsy.core.files import read_json, write_json
-from biopsy.core.subsets import subset_name
 from biopsy.data.ledger import count_openings, record_opening
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import make_predictions, write_predictions
@@ -63,7 +62,7 @@ class Metrics(Performance, Decisions):
 
     format: str = FORMAT
     title: str | None = None
-    side: str | None = None
+    subset: str | None = None
     synthetic: bool = False
     positive_class: str | None
     class_names: list[str]
@@ -132,48 +131,48 @@ def measure(
 def evaluate(
     run: Run | Path | str,
     *,
-    side: str = "test",
+    subset: str = "test",
     data: Pack | Path | str | None = None,
     split: str | None = None,
     prevalence: float | None = None,
 ) -> Evaluation:
-    """Judge a run on its test or validation side, or on another pack, and keep the numbers in the run.
+    """Judge a run on its test or validation subset, or on another pack, and keep the numbers in the run.
 
-    Writes ``predictions/<side>.parquet`` and ``evaluation/metrics.json`` (for validation
-    ``metrics-val.json``; for another pack both under ``external/<pack>/``). Opening a test side is recorded
-    in the pack's ledger.
+    Writes ``predictions/<subset>.parquet`` and ``evaluation/metrics.json`` (for validation
+    ``metrics-validation.json``; for another pack both under ``external/<pack>/``). Opening a test subset is
+    recorded in the pack's ledger.
 
     Args:
         run: A finished run.
-        side: ``"test"`` or ``"val"``.
+        subset: ``"test"`` or ``"validation"``.
         data: Another pack with the same classes, of which all patches are judged unless ``split`` is given.
             The run's own pack is known by its content wherever it lies, and judged on the run's own split.
-        split: With another pack: the split of that pack whose ``side`` is judged.
+        split: With another pack: the split of that pack whose ``subset`` is judged.
         prevalence: Also work out ppv and npv where this share of patches is positive.
 
     Returns:
         The numbers, which ``metrics.json`` holds; see the file formats page.
 
     Raises:
-        RunError: If the run has not finished, its pack changed, or there is nothing on that side.
+        RunError: If the run has not finished, its pack changed, or that subset is empty.
         DataError: If the other pack's patches are of another resolution or larger than the classifier's.
     """
     run = Run.open(run)
     classifier = run.classifier
-    if side not in ("test", "val"):
-        raise RunError(f"side={side!r} cannot be judged: test or val")
+    if subset not in ("test", "validation"):
+        raise RunError(f"subset={subset!r} is unknown: expected 'test' or 'validation'")
     if prevalence is not None:
         check_prevalence(prevalence)
-    pack, sides, split_use = _choose_patches(run, classifier, side, data, split)
-    if side == "val" and split_use.test_is_validation:
+    pack, subsets, split_use = _choose_patches(run, classifier, subset, data, split)
+    if subset == "validation" and split_use.test_is_validation:
         raise RunError(
             f"{run.path.name} has no validation subset: as published, it was tuned on its test subset; "
             "evaluate that"
         )
-    rows = np.flatnonzero(sides == side)
+    rows = np.flatnonzero(subsets == subset)
     if not len(rows):
         raise RunError(
-            f"split {split_use.name!r} has no {subset_name(side)} patches in {pack.path.name}: make another "
+            f"split {split_use.name!r} has no {subset} patches in {pack.path.name}: make another "
             "with `biopsy split`"
         )
     engine = Engine("auto", run.recipe.train.precision)
@@ -182,12 +181,12 @@ def evaluate(
     pack.require_unchanged()
     classifier_sha256 = classifier.sha256
     predicted = predict_rows(
-        classifier, pack, rows, logits, side=side, fold=split_use.fold, seed=run.info["seed"]
+        classifier, pack, rows, logits, subset=subset, fold=split_use.fold, seed=run.info["seed"]
     )
     place = run.path if _is_own(run, pack) else run.path / "external" / pack.path.stem
-    openings = _open_ledger(run, pack, split_use, side) if side == "test" else None
+    openings = _open_ledger(run, pack, split_use, subset) if subset == "test" else None
     write_predictions(
-        place / "predictions" / f"{side}.parquet",
+        place / "predictions" / f"{subset}.parquet",
         predicted.frame,
         {
             "pack_sha256": pack.info.content_sha256,
@@ -204,20 +203,20 @@ def evaluate(
             prevalence,
             [
                 *run.info.get("warnings", []),
-                *filter(None, [warn_of_spread(predicted.classifier, predicted.logits, side)]),
+                *filter(None, [warn_of_spread(predicted.classifier, predicted.logits, subset)]),
             ],
         ),
         title=run.recipe.heading,
-        side=side,
+        subset=subset,
         synthetic=pack.info.is_synthetic,
         split=split_use,
         classifier_sha256=classifier_sha256,
         abstention=measure_abstention(predicted.classifier.info.conformal, scored),
-        baseline=_compare_with_colour(pack, sides, side, scored) if _is_own(run, pack) else None,
+        baseline=_compare_with_colour(pack, subsets, subset, scored) if _is_own(run, pack) else None,
         times_opened=None if openings is None else openings["times"],
         ledger=openings,
     )
-    path = place / "evaluation" / ("metrics.json" if side == "test" else f"metrics-{side}.json")
+    path = place / "evaluation" / ("metrics.json" if subset == "test" else f"metrics-{subset}.json")
     write_json(path, metrics)
     return Evaluation(read_json(path, format=FORMAT), predicted.frame, run.path)
 
@@ -260,7 +259,7 @@ def predict_rows(
     rows: np.ndarray,
     logits: np.ndarray,
     *,
-    side: str,
+    subset: str,
     fold: int | None = None,
     seed: int,
 ) -> PredictedRows:
@@ -274,7 +273,7 @@ def predict_rows(
         rows,
         logits,
         probs,
-        sides=side,
+        subsets=subset,
         fold=fold,
         threshold=classifier.threshold,
         abstained=classifier.abstains(probs),
@@ -284,9 +283,9 @@ def predict_rows(
 
 
 def _choose_patches(
-    run: Run, classifier: Classifier, side: str, data: Pack | Path | str | None, split_name: str | None
+    run: Run, classifier: Classifier, subset: str, data: Pack | Path | str | None, split_name: str | None
 ) -> tuple[Pack, np.ndarray, SplitUse]:
-    """Return the pack, the side of each of its patches, and what is said of the split."""
+    """Return the pack, the subset of each of its patches, and what is said of the split."""
     pack = run.open_pack() if data is None else Pack.open(data)
     check_classes(pack, classifier)
     if _is_own(run, pack):
@@ -298,24 +297,24 @@ def _choose_patches(
         if data is not None:
             pack.verify()
         own = run.info["split"]
-        is_validation = bool(own.get("val_is_test", False))
+        is_validation = bool(own.get("test_is_validation", False))
         return (
             pack,
-            run.sides(pack),
+            run.subsets(pack),
             SplitUse(own["name"], own["fold"], own["patients_overlap"], is_validation),
         )
     pack.verify()
     classifier.check_pack(pack)
-    sides = np.full(len(pack), side)
+    subsets = np.full(len(pack), subset)
     if split_name is not None:
         split = find_split(pack, split_name)
         if split.n_folds:
             raise RunError(
                 f"split {split_name!r} of {pack.path.name} has folds, each of which is tested in its turn: "
-                "name a split with sides, or none to judge all its patches"
+                "name a split with subsets, or none to judge all its patches"
             )
-        sides = split.sides(pack)
-    return pack, sides, SplitUse(split_name, patients_overlap=_find_overlap(run, pack, sides == side))
+        subsets = split.subsets(pack)
+    return pack, subsets, SplitUse(split_name, patients_overlap=_find_overlap(run, pack, subsets == subset))
 
 
 def _is_own(run: Run, pack: Pack) -> bool:
@@ -349,16 +348,18 @@ def _find_overlap(run: Run, pack: Pack, judged: np.ndarray) -> bool | None:
         learned = run.open_pack(verify=False)
     except RunError:
         return None
-    chosen_on = np.isin(run.sides(learned), ("train", "val"))
+    chosen_on = np.isin(run.subsets(learned), ("train", "validation"))
     seen = np.intersect1d(learned.group_ids[chosen_on], pack.group_ids[judged])
     if len(seen):
         logger.warning("%d of the judged %ss were learned from, %s first", len(seen), pack.unit, seen[0])
     return bool(len(seen))
 
 
-def _compare_with_colour(pack: Pack, sides: np.ndarray, side: str, scored: ScoredPatches) -> ColourBaseline:
+def _compare_with_colour(
+    pack: Pack, subsets: np.ndarray, subset: str, scored: ScoredPatches
+) -> ColourBaseline:
     """Return the colour-only baseline; for two classes with its interval and the paired gain over it."""
-    baseline, probs = colour_baseline(pack, sides, seed=scored.seed, side=side)
+    baseline, probs = colour_baseline(pack, subsets, seed=scored.seed, subset=subset)
     if scored.positive_index is None or baseline.auroc is None:
         return baseline
     truth, prob, groups = scored.is_positive, probs[:, scored.positive_index], scored.group_ids
@@ -371,14 +372,14 @@ def _compare_with_colour(pack: Pack, sides: np.ndarray, side: str, scored: Score
     )
 
 
-def _open_ledger(run: Run, pack: Pack, split: SplitUse, side: str) -> Mapping[str, Any]:
+def _open_ledger(run: Run, pack: Pack, split: SplitUse, subset: str) -> Mapping[str, Any]:
     entry = {
         "run": run.info["id"],
         "recipe": run.info["recipe"],
         "seed": run.info["seed"],
         "split": split.name or "all patches",
         "fold": split.fold,
-        "side": side,
+        "subset": subset,
     }
     record_opening(pack, run.path, entry)
     return count_openings(pack, split=entry["split"], fold=split.fold, run_dir=run.path)

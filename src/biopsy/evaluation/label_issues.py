@@ -122,7 +122,7 @@ def _write_sheet(place: Path, models: _Models, n: int) -> tuple[pd.DataFrame, in
 
 
 def _collect_predictions(run: Run | Study | Path | str) -> _Models:
-    """Gather predictions of patches that were not trained on: of test sides, else of validation."""
+    """Gather predictions of patches that were not trained on: of test subsets, else of validation."""
     if isinstance(run, Study) or (not isinstance(run, Run) and is_study(run)):
         study = Study.open(run)
         runs = study.judged_runs()
@@ -133,10 +133,10 @@ def _collect_predictions(run: Run | Study | Path | str) -> _Models:
     pack = runs[0].open_pack(verify=False)
     closed = np.full(len(pack), True)
     for member in runs:
-        closed &= (member.sides(pack) == "test") & (member.judged_side != "test")
-    tested = [member.predictions("test")[0] for member in runs if member.judged_side == "test"]
+        closed &= (member.subsets(pack) == "test") & (member.evaluated_subset != "test")
+    tested = [member.predictions("test")[0] for member in runs if member.evaluated_subset == "test"]
     first, n_first = _average(pack, tested)
-    second, n_second = _average(pack, [member.predictions(member.val_side)[0] for member in runs])
+    second, n_second = _average(pack, [member.predictions(member.validation_subset)[0] for member in runs])
     is_tested = n_first > 0
     probs = np.where(is_tested[:, None], first, second)
     return _Models(pack, probs, np.where(is_tested, n_first, n_second), ~closed)

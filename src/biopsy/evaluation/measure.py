@@ -37,7 +37,7 @@ SHOWN_OF_CLASSES = ("accuracy", "balanced_accuracy", "f1_macro", "auroc")
 MOST_VALUES = 12
 RELABELLED = ("label_before", "label_by", "label_at")
 PCAM = ("coord_x", "coord_y", "tumor_patch", "center_tumor_patch")  # place and label once more
-OWN_COLUMNS = {*COLUMNS, "own_side", "row", "label_share", *RELABELLED, *PCAM}
+OWN_COLUMNS = {*COLUMNS, "official_subset", "row", "label_share", *RELABELLED, *PCAM}
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def predict(
     """Predict patches from images, folders, zips and packs, and write one table.
 
     Files that are no image, or larger than the classifier's patches, are skipped, named and counted.
-    Patches unlike training have ``out_of_distribution``. The column ``side`` names the subset of
+    Patches unlike training have ``out_of_distribution``. The column ``subset`` names the subset of
     patches that the run was trained, validated or tested on, recognised by their pixels.
 
     Args:
@@ -129,7 +129,7 @@ def predict(
         for source in sources:
             answers = []
             for chunk in source.read(classifier, skipped):
-                chunk.about["side"] = _find_subsets(chunk, subsets)
+                chunk.about["subset"] = _find_subsets(chunk, subsets)
                 answers.append(_predict_chunk(classifier, chunk, predictor))
                 done += len(chunk.about)
                 if on_progress:
@@ -153,7 +153,7 @@ def predict(
         "software": dict([predictor.software]),
     }
     write = write_submission if format == "kaggle" else write_predictions
-    n_training = int((frame["side"] == "train").sum()) if subsets else None
+    n_training = int((frame["subset"] == "train").sum()) if subsets else None
     return Prediction(frame, write(path, frame, about), skipped, classifier.info.class_names, n_training)
 
 
@@ -172,9 +172,11 @@ def _subsets_by_hash(model: Run | Classifier | Path | str) -> dict[str, str]:
         pack = model.open_pack(verify=False)
     except RunError:
         return {}
-    sides = model.sides(pack)
-    order = np.argsort(sides == "train", kind="stable")  # of equal patches in two subsets, training is named
-    return dict(zip(pack.table["sha256"].to_numpy(str)[order], sides[order], strict=True))
+    subsets = model.subsets(pack)
+    order = np.argsort(
+        subsets == "train", kind="stable"
+    )  # of equal patches in two subsets, training is named
+    return dict(zip(pack.table["sha256"].to_numpy(str)[order], subsets[order], strict=True))
 
 
 def _find_subsets(chunk: _Chunk, subsets: dict[str, str]) -> list[str | None]:

@@ -139,7 +139,7 @@ def evaluate_classifier(
     classifier: Classifier,
     data: Pack | Path | str,
     *,
-    side: str = "test",
+    subset: str = "test",
     split: str | None = None,
     prevalence: float | None = None,
     seed: int = 0,
@@ -149,25 +149,25 @@ def evaluate_classifier(
     Args:
         classifier: Its classes must be the pack's.
         data: A pack; all its patches are predicted unless a split is named.
-        side: Subset of the split.
+        subset: Subset of the split.
         split: Name of a split of the pack.
         prevalence, seed: As in `evaluate_predictions`.
 
     Raises:
-        RunError: If the classes differ, or the split has no patches on that side.
+        RunError: If the classes differ, or the split has no patches in that subset.
         DataError: If the pack's patches are of another resolution or larger than the classifier's.
     """
     pack = Pack.open(data)
     pack.verify()
     check_classes(pack, classifier)
     classifier.check_pack(pack)
-    sides = np.full(len(pack), side) if split is None else find_split(pack, split).sides(pack)
-    rows = np.flatnonzero(sides == side)
+    subsets = np.full(len(pack), subset) if split is None else find_split(pack, split).subsets(pack)
+    rows = np.flatnonzero(subsets == subset)
     if not len(rows):
-        raise RunError(f"{split!r} has no {side} patches in {pack.path.name}")
+        raise RunError(f"{split!r} has no {subset} patches in {pack.path.name}")
     logits = predict_classifier(classifier, pack.patches, pack.sizes, rows, engine=Engine("auto"))
-    predicted = predict_rows(classifier, pack, rows, logits, side=side, seed=seed)
-    entry = {"run": classifier.sha256[:12], "split": split or "all patches", "fold": None, "side": side}
+    predicted = predict_rows(classifier, pack, rows, logits, subset=subset, seed=seed)
+    entry = {"run": classifier.sha256[:12], "split": split or "all patches", "fold": None, "subset": subset}
     record_opening(pack, classifier.path or Path(), entry)
     thresholds = predicted.classifier.info.thresholds[:1]
     metrics = replace(predicted.measure(thresholds, prevalence), split=SplitUse(split))

@@ -5,10 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from biopsy.core.subsets import subset_name
 from biopsy.core.text import plural
-from biopsy.data.figures import draw_balance, draw_sides
-from biopsy.data.protocols import SIDES
+from biopsy.data.figures import draw_balance, draw_subsets
+from biopsy.data.protocols import SUBSETS
 from biopsy.plotting.style import svg
 from biopsy.reporting.document import (
     Block,
@@ -64,7 +63,7 @@ def describe_baseline(facts: RunFacts) -> Section | None:
 
 @section("data", order=140)
 def describe_data(facts: RunFacts) -> Section:
-    """Pack, split, audit, balance, and how often the test side was looked at."""
+    """Pack, split, audit, balance, and how often the test subset was looked at."""
     if not facts.is_run:
         return Section("data", "Data", [Pictures(_draw_classes_by_group(facts))])
     pack, split = facts.run.get("pack", {}), facts.run.get("split", {})
@@ -80,13 +79,13 @@ def describe_data(facts: RunFacts) -> Section:
                 ("protocol", split.get("protocol")),
                 ("fold", split.get("fold")),
                 (f"{plural(facts.unit)} in several subsets", split.get("patients_overlap")),
-                ("test subset used for validation", split.get("val_is_test") or None),
+                ("test subset used for validation", split.get("test_is_validation") or None),
             )
         )
     ]
-    if split.get("sides"):
-        blocks.append(_table_of_sides(split["sides"], facts))
-    pictures = [*_draw_sides(split.get("sides") or {}, facts), *_draw_classes_by_group(facts)]
+    if split.get("subsets"):
+        blocks.append(_table_of_subsets(split["subsets"], facts))
+    pictures = [*_draw_subsets(split.get("subsets") or {}, facts), *_draw_classes_by_group(facts)]
     blocks += [Pictures(pictures)] if pictures else []
     if facts.audit is not None:
         shown = {key: value for key, value in facts.audit.items() if key not in NOT_SHOWN}
@@ -95,36 +94,39 @@ def describe_data(facts: RunFacts) -> Section:
     return Section("data", "Data", blocks)
 
 
-def _table_of_sides(sides: Mapping[str, Any], facts: RunFacts) -> Table:
+def _table_of_subsets(subsets: Mapping[str, Any], facts: RunFacts) -> Table:
     rows = []
-    for side, counts in sides.items():
+    for subset, counts in subsets.items():
         if isinstance(counts, Mapping):
             per_class = counts.get("per_class") or {}
             groups = counts.get("groups", counts.get("patients"))
             shown = [number(per_class.get(name)) for name in facts.class_names]
-            rows.append([subset_name(side), number(counts.get("patches")), number(groups), *shown])
+            rows.append([subset, number(counts.get("patches")), number(groups), *shown])
         else:
-            rows.append([subset_name(side), number(counts), "-", *["-"] * len(facts.class_names)])
+            rows.append([subset, number(counts), "-", *["-"] * len(facts.class_names)])
     columns = ["subset", "patches", plural(facts.unit), *facts.class_names]
     if len(facts.class_names) > MOST_CLASS_COLUMNS:  # turned, a row a class: the table fits the page
         columns, *rows = map(list, zip(columns, *rows, strict=True))
     return Table(columns, rows, caption="Subsets of the split")
 
 
-def _draw_sides(sides: Mapping[str, Any], facts: RunFacts) -> list[Picture]:
+def _draw_subsets(subsets: Mapping[str, Any], facts: RunFacts) -> list[Picture]:
     known = {
-        side: counts["per_class"]
-        for side, counts in sides.items()
-        if side in SIDES and isinstance(counts, Mapping) and counts.get("per_class") and counts.get("patches")
+        subset: counts["per_class"]
+        for subset, counts in subsets.items()
+        if subset in SUBSETS
+        and isinstance(counts, Mapping)
+        and counts.get("per_class")
+        and counts.get("patches")
     }
     if not known:
         return []
     counts = np.array(
         [[per_class.get(name, 0) for name in facts.class_names] for per_class in known.values()]
     )
-    figure = draw_sides([subset_name(side) for side in known], counts, facts.class_names)
+    figure = draw_subsets([subset for subset in known], counts, facts.class_names)
     caption = "Patches of each subset of the split, by class."
-    return [Picture(caption, svg(figure, "sides"))]
+    return [Picture(caption, svg(figure, "subsets"))]
 
 
 def _draw_classes_by_group(facts: RunFacts) -> list[Picture]:
@@ -136,7 +138,7 @@ def _draw_classes_by_group(facts: RunFacts) -> list[Picture]:
     counts = np.zeros((len(names), len(facts.class_names)), dtype=int)
     np.add.at(counts, (codes, facts.predictions["target"].to_numpy(int)[known]), 1)
     figure = draw_balance(names.tolist(), counts, facts.class_names)
-    caption = f"Patches of each {facts.unit}{facts.on_side}, by class."
+    caption = f"Patches of each {facts.unit}{facts.on_subset}, by class."
     return [Picture(caption, svg(figure, "balance"))]
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import DataError
-from biopsy.core.subsets import subset_name
 from biopsy.core.text import count
 from biopsy.evaluation.figures import (
     draw_confusion,
@@ -41,7 +40,7 @@ from biopsy.statistics.intervals import measure_groups
 @section("numbers", order=10)
 def describe_numbers(facts: RunFacts) -> Section:
     """Return every metric with its interval, the classification report, and the confusion."""
-    blocks: list[Block] = [table_of_metrics(facts.metrics, facts.unit, facts.on_side)]
+    blocks: list[Block] = [table_of_metrics(facts.metrics, facts.unit, facts.on_subset)]
     if facts.metrics.get("classification_report"):
         blocks.append(table_of_classes(facts.metrics["classification_report"], _say_calls(facts)))
     if facts.is_binary:
@@ -142,7 +141,7 @@ def describe_decisions(facts: RunFacts) -> Section | None:
     points, curve = facts.metrics.get("operating_points"), facts.metrics.get("decision_curve")
     if not points or not curve:
         return None
-    blocks: list[Block] = [_table_of_points(points, facts.metrics.get("side"))]
+    blocks: list[Block] = [_table_of_points(points, facts.metrics.get("subset"))]
     if facts.metrics.get("at_prevalence"):
         blocks.append(_table_at_prevalence(facts.metrics["at_prevalence"]))
     caption = (
@@ -155,9 +154,9 @@ def describe_decisions(facts: RunFacts) -> Section | None:
     return Section("decisions", "Decision thresholds and net benefit", blocks)
 
 
-def _table_of_points(points: Sequence[Mapping[str, Any]], side: str | None) -> Table:
+def _table_of_points(points: Sequence[Mapping[str, Any]], subset: str | None) -> Table:
     reasons, rows = Footnotes(), []
-    if side is None:
+    if subset is None:
         names = ("sensitivity", "specificity", "ppv", "npv")
         rows = [
             [
@@ -179,16 +178,14 @@ def _table_of_points(points: Sequence[Mapping[str, Any]], side: str | None) -> T
                 signed(point["drift"][name]),
             ]
         rows.append(row)
-    chosen_on = subset_name(points[0]["chosen_on"])
-    heads = [
-        f"{name} {part}" for name in ("sensitivity", "specificity") for part in (chosen_on, subset_name(side))
-    ]
+    chosen_on = points[0]["chosen_on"]
+    heads = [f"{name} {part}" for name in ("sensitivity", "specificity") for part in (chosen_on, subset)]
     return Table(
         ["rule", "threshold", heads[0], heads[1], "drift", heads[2], heads[3], "drift"],
         rows,
         caption="Operating points",
         note=f"Every threshold was chosen on the {chosen_on} subset and kept; the first one is the decision "
-        f"threshold. Drift: {subset_name(side)} minus {chosen_on}. 95 % intervals in brackets.{reasons.text}",
+        f"threshold. Drift: {subset} minus {chosen_on}. 95 % intervals in brackets.{reasons.text}",
     )
 
 

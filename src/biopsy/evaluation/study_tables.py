@@ -75,7 +75,7 @@ def write_tables(study: Study) -> None:
             "pack_sha256": study.info["pack"]["content_sha256"],
             "split": study.info["split"]["name"],
             "classifier_sha256": None,
-            "threshold": {"rule": "each run's own, chosen on its validation side"},
+            "threshold": {"rule": "each run's own, chosen on its validation subset"},
         },
     )
     table = pd.DataFrame([describe_run(run) for run in runs])

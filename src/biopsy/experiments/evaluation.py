@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import update_directory
-from biopsy.core.subsets import stored_side
 from biopsy.core.tables import write_csv
 from biopsy.data.packs import Pack
 from biopsy.evaluation.evaluate import evaluate as evaluate_run
@@ -35,8 +34,9 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a run, or a table of any program's predictions; 95 % intervals over patients.
 
-    For a run, ``predictions/test.parquet`` and ``evaluation/metrics.json`` (validation: ``val.parquet`` and
-    ``metrics-val.json``; another pack: both under ``external/<pack>/``) are written into it, and each
+    For a run, ``predictions/test.parquet`` and ``evaluation/metrics.json`` (validation:
+    ``validation.parquet`` and
+    ``metrics-validation.json``; another pack: both under ``external/<pack>/``) are written into it, and each
     evaluation of a test subset is recorded in the pack's ledger. For a table, only the report and the csv are
     written.
 
@@ -65,7 +65,6 @@ def evaluate(
             table cannot be read, or an argument does not belong to what is evaluated.
         MetricError: If a table's values allow no metric.
     """
-    side = stored_side(subset)
     if is_table(run):
         _refuse("a table of predictions", subset=None if subset == "test" else subset, data=data, split=split)
         table: Any = run
@@ -79,11 +78,11 @@ def evaluate(
         if data is None:
             raise RunError("a classifier has no patches of its own: name a pack with data=")
         evaluation = evaluate_classifier(
-            open_classifier(run), data, side=side, split=split, prevalence=prevalence
+            open_classifier(run), data, subset=subset, split=split, prevalence=prevalence
         )
     else:
         _refuse("a run", positive=positive, threshold=threshold, subgroups=subgroups or None)
-        evaluation = evaluate_run(run, side=side, data=data, split=split, prevalence=prevalence)
+        evaluation = evaluate_run(run, subset=subset, data=data, split=split, prevalence=prevalence)
     if report is not None:
         from biopsy.experiments.reports import report as write_report  # draws: loaded only for a report
 

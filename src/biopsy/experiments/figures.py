@@ -226,7 +226,7 @@ def draw_sweep(
     Args:
         values: Setting to its value in each run, ``n_runs`` of each.
         validation: The metric on validation, ``(n_runs,)``; NaN is left out.
-        test: The same on the test side; None shows validation alone.
+        test: The same in the test subset; None shows validation alone.
         best: Setting to value of the combination that validation chose, which is marked.
 
     Raises:
@@ -239,12 +239,12 @@ def draw_sweep(
     keys = list(values)
     points = [tuple(_spell(values[key][run]) for key in keys) for run in range(len(validation))]
     marked = None if best is None else tuple(_spell(best[key]) for key in keys)
-    sides = {"validation": validation, **({} if test is None else {"test": np.asarray(test, dtype=float)})}
+    subsets = {"validation": validation, **({} if test is None else {"test": np.asarray(test, dtype=float)})}
     if len(keys) == 1:
-        return _draw_line(keys[0], values[keys[0]], points, sides, metric, marked)
+        return _draw_line(keys[0], values[keys[0]], points, subsets, metric, marked)
     if len(keys) == 2:
-        return _draw_map(keys, points, sides, metric, marked)
-    return _draw_ranks(keys, points, sides, metric, marked)
+        return _draw_map(keys, points, subsets, metric, marked)
+    return _draw_ranks(keys, points, subsets, metric, marked)
 
 
 @styled
@@ -285,7 +285,7 @@ def _draw_line(
     key: str,
     values: Sequence[Any],
     points: Sequence[tuple[str, ...]],
-    sides: Mapping[str, np.ndarray],
+    subsets: Mapping[str, np.ndarray],
     metric: str,
     best: tuple[str, ...] | None,
 ) -> Figure:
@@ -308,16 +308,16 @@ def _draw_line(
         axes.set_xticks(range(len(names)), [shorten(name) for name in names])
         axes.set_xlim(-0.5, len(names) - 0.5)
     order = sorted(names, key=place.__getitem__)
-    for side, result in sides.items():
-        colour = _colour(side)
+    for subset, result in subsets.items():
+        colour = _colour(subset)
         x = [place[name] for (name,) in points]
         axes.plot(x, result, "o", color=colour, markersize=5.5, alpha=0.7, markeredgewidth=0)
         means = _means(points, result)
         mean = [means[(name,)] for name in order]
         if place is numbers:
-            axes.plot([place[name] for name in order], mean, color=colour, label=side)
+            axes.plot([place[name] for name in order], mean, color=colour, label=subset)
         else:
-            axes.hlines(mean, np.arange(len(order)) - 0.2, np.arange(len(order)) + 0.2, colour, label=side)
+            axes.hlines(mean, np.arange(len(order)) - 0.2, np.arange(len(order)) + 0.2, colour, label=subset)
     if best is not None:
         dashes = (0, (3, 3))
         axes.axvline(place[best[0]], color=INK, linewidth=0.9, linestyle=dashes, zorder=0, label="chosen")
@@ -329,13 +329,13 @@ def _draw_line(
 def _draw_map(
     keys: Sequence[str],
     points: Sequence[tuple[str, ...]],
-    sides: Mapping[str, np.ndarray],
+    subsets: Mapping[str, np.ndarray],
     metric: str,
     best: tuple[str, ...] | None,
 ) -> Figure:
     """A cell a combination: its colour is validation, the numbers in it validation and test."""
     rows, columns = (list(dict.fromkeys(point[axis] for point in points)) for axis in (0, 1))
-    means = {side: _means(points, result) for side, result in sides.items()}
+    means = {subset: _means(points, result) for subset, result in subsets.items()}
     grid = np.array([[means["validation"].get((row, column), np.nan) for column in columns] for row in rows])
     figure, axes = new_figure(WIDTH_IN, 1.5 + 0.52 * len(rows))
     image = axes.imshow(np.ma.masked_invalid(grid), cmap=PROBABILITY_MAP, aspect="auto")
@@ -363,7 +363,7 @@ def _draw_map(
     axes.grid(visible=False)
     axes.set(xlabel=keys[1], ylabel=keys[0])
     figure.colorbar(image, ax=axes, label=f"{metric}, validation", pad=0.02).outline.set_visible(False)
-    shown = "validation, below it test" if "test" in sides else "validation"
+    shown = "validation, below it test" if "test" in subsets else "validation"
     axes.set_title(shown + ("; framed: chosen" if best else ""))
     return figure
 
@@ -371,26 +371,26 @@ def _draw_map(
 def _draw_ranks(
     keys: Sequence[str],
     points: Sequence[tuple[str, ...]],
-    sides: Mapping[str, np.ndarray],
+    subsets: Mapping[str, np.ndarray],
     metric: str,
     best: tuple[str, ...] | None,
 ) -> Figure:
     """A row a combination, the highest mean on validation first (the lowest, for a loss)."""
-    means = _means(points, sides["validation"])
+    means = _means(points, subsets["validation"])
     sign = 1 if metric == "loss" else -1
     order = sorted(means, key=lambda point: (not np.isfinite(means[point]), sign * means[point]))
     figure, axes = new_figure(WIDTH_IN, 1.3 + 0.3 * max(len(order), 2))
-    for offset, (side, result) in zip((-0.13, 0.13), sides.items(), strict=False):
+    for offset, (subset, result) in zip((-0.13, 0.13), subsets.items(), strict=False):
         rows = np.array([order.index(point) for point in points])
         axes.plot(
             result,
             rows + offset,
             "o",
-            color=_colour(side),
+            color=_colour(subset),
             markersize=5,
             alpha=0.75,
             markeredgewidth=0,
-            label=side,
+            label=subset,
         )
     labels = [" · ".join(shorten(value, 12) for value in point) for point in order]
     axes.set_yticks(
@@ -414,8 +414,8 @@ def _means(points: Sequence[tuple[str, ...]], values: np.ndarray) -> dict[tuple[
     return {point: float(np.mean(result)) if result else float("nan") for point, result in known.items()}
 
 
-def _colour(side: str) -> str:
-    return VALIDATION if side == "validation" else TEST
+def _colour(subset: str) -> str:
+    return VALIDATION if subset == "validation" else TEST
 
 
 def _spell(value: object) -> str:

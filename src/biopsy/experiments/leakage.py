@@ -12,7 +12,7 @@ from biopsy.core.errors import RunError, SplitError
 from biopsy.core.seeds import make_rng
 from biopsy.data.packs import Pack
 from biopsy.data.protocols import LEAK_PROTOCOLS, divide_groups
-from biopsy.data.splits import Split, find_split, make_split, with_sides
+from biopsy.data.splits import Split, find_split, make_split, with_subsets
 from biopsy.recipes import Recipe
 
 
@@ -66,9 +66,9 @@ def make_leak_splits(
 
 
 def matched(one: Split, other: Split, pack: Pack, seed: int = 0) -> tuple[Split, Split]:
-    """Trim the training side of the larger of two splits to the number of patches of the smaller.
+    """Trim the training subset of the larger of two splits to the number of patches of the smaller.
 
-    The classes keep their shares. What is left out is drawn with ``seed`` and is on no side; validation and
+    The classes keep their shares. What is left out is drawn with ``seed`` and is in no subset; validation and
     test stay as they are.
 
     Returns:
@@ -79,16 +79,16 @@ def matched(one: Split, other: Split, pack: Pack, seed: int = 0) -> tuple[Split,
     """
     for split in (one, other):
         if split.n_folds:
-            raise SplitError(f"split {split.name!r} has folds: only splits with sides can be matched")
-    sizes = [int((split.sides(pack) == "train").sum()) for split in (one, other)]
+            raise SplitError(f"split {split.name!r} has folds: only splits with subsets can be matched")
+    sizes = [int((split.subsets(pack) == "train").sum()) for split in (one, other)]
     first, second = (_trim(split, pack, min(sizes), seed) for split in (one, other))
     return first, second
 
 
 def _trim(split: Split, pack: Pack, n_train: int, seed: int) -> Split:
-    sides = split.sides(pack)
+    subsets = split.subsets(pack)
     ids = pack.table["patch_id"].to_numpy(str)
-    train = np.flatnonzero(sides == "train")
+    train = np.flatnonzero(subsets == "train")
     if len(train) == n_train:
         return split
     train = make_rng(seed, "matched").permutation(train[np.argsort(ids[train])])
@@ -97,9 +97,9 @@ def _trim(split: Split, pack: Pack, n_train: int, seed: int) -> Split:
     for class_index in np.unique(target):
         member = target == class_index
         place[member] = (np.arange(member.sum()) + 0.5) / member.sum()
-    sides[train[np.argsort(place, kind="stable")[n_train:]]] = ""
+    subsets[train[np.argsort(place, kind="stable")[n_train:]]] = ""
     note = {"matched": {"from": split.name, "train_patches": n_train, "seed": seed}}
-    return with_sides(split, pack, sides, name=f"{split.name}-matched-s{seed}", note=note)
+    return with_subsets(split, pack, subsets, name=f"{split.name}-matched-s{seed}", note=note)
 
 
 def _spell(group_id: str) -> str:
@@ -111,7 +111,7 @@ def _spell(group_id: str) -> str:
 PUBLISHED, APART = "published", "apart"
 
 MIN_PATCHES = 50  # of each class: fewer in a slide and half of them rank nothing
-VAL_SHARE = 0.15  # of the training side, where a data set's own validation side is tested
+VAL_SHARE = 0.15  # of the training subset, where a data set's own validation subset is tested
 N_LEAKING = 3  # slides whose leak is measured where none are named
 
 
@@ -121,9 +121,9 @@ class Arm:
 
     Attributes:
         kind: ``published``, ``apart``, or the protocol of an arm of the leak.
-        split: With sides.
-        tested: The patient or slide that is tested alone, "" where a whole side is.
-        place: Its place among those that are tested, None for a whole side.
+        split: With subsets.
+        tested: The patient or slide that is tested alone, "" where a whole subset is.
+        place: Its place among those that are tested, None for a whole subset.
     """
 
     kind: str
@@ -149,8 +149,8 @@ def compare_splits(pack: Pack, recipe: Recipe, apart: Split | None) -> Compariso
     """Divide a pack as a recipe's authors did and with patients apart, with as many training patches.
 
     Args:
-        recipe: Its ``as_published.split`` is followed; where it undersamples, so do the training sides before
-            they are made equal.
+        recipe: Its ``as_published.split`` is followed; where it undersamples, so do the training subsets
+            before they are made equal.
         apart: The split with patients apart, each fold of which is an arm; None where there is none.
 
     Raises:
@@ -171,7 +171,7 @@ def compare_splits(pack: Pack, recipe: Recipe, apart: Split | None) -> Compariso
         raise RunError(f"{recipe.name} cannot be reproduced on {pack.path.name}: {missing[PUBLISHED]}")
     if recipe.train.sampling == "undersample":
         arms = [_replace(arm, _undersample(pack, arm.split)) for arm in arms]
-    smallest = min((arm.split for arm in arms), key=lambda split: count_side(pack, split, "train"))
+    smallest = min((arm.split for arm in arms), key=lambda split: count_subset(pack, split, "train"))
     arms = [_replace(arm, matched(arm.split, smallest, pack)[0]) for arm in arms]
     return Comparison(tuple(arms), missing)
 
@@ -179,28 +179,29 @@ def compare_splits(pack: Pack, recipe: Recipe, apart: Split | None) -> Compariso
 def choose_apart(pack: Pack, name: str | None, test_ids: Sequence[str]) -> Split | None:
     """Return the split that keeps patients apart: the named one, the data set's own, or by who is tested.
 
-    Where the data set's own sides lack a test side, its validation side is tested, and 15 % of its training
-    side validates.
+    Where the data set's official subsets lack a test subset, its validation subset is tested, and 15 % of
+    its training subset validates.
 
     Args:
         name: A split of the pack, or a protocol.
-        test_ids: Patients that are left out in turn, where the data set has no sides of its own.
+        test_ids: Patients that are left out in turn, where the data set has no subsets of its own.
 
     Returns:
-        The split; None where patches name neither patients nor slides and the data set has no own sides.
+        The split; None where patches name neither patients nor slides and the data set has no official
+        subsets.
 
     Raises:
         SplitError: If there is no such split.
-        RunError: If patients stand on two sides of it.
+        RunError: If patients stand in two subsets of it.
     """
     if name is not None:
         split = find_split(pack, name)
         if split.may_overlap:
-            raise RunError(f"patients stand on two sides of split {name!r}: name one that keeps them apart")
+            raise RunError(f"patients stand in two subsets of split {name!r}: name one that keeps them apart")
         return split
-    if "own_side" in pack.table.columns and pack.table["own_side"].notna().any():
+    if "official_subset" in pack.table.columns and pack.table["official_subset"].notna().any():
         official = find_split(pack, "official")
-        return official if count_side(pack, official, "test") else _test_on_validation(pack, official)
+        return official if count_subset(pack, official, "test") else _test_on_validation(pack, official)
     if pack.unit == "patch":
         return None
     if test_ids:
@@ -209,18 +210,19 @@ def choose_apart(pack: Pack, name: str | None, test_ids: Sequence[str]) -> Split
 
 
 def _test_on_validation(pack: Pack, official: Split) -> Split:
-    """Test on the data set's own validation side, where it brings no test side, and validate on train's."""
-    sides = official.sides(pack)
-    train = sides == "train"
-    sides[sides == "val"] = "test"
+    """Test on the data set's own validation subset, where it brings no test subset, and validate on
+    train's."""
+    subsets = official.subsets(pack)
+    train = subsets == "train"
+    subsets[subsets == "validation"] = "test"
     groups = pack.group_ids[train]
     parts = divide_groups(groups, pack.target[train], (1 - VAL_SHARE, VAL_SHARE), seed=0, unit=pack.unit)
-    sides[np.flatnonzero(train)[parts == 1]] = "val"
+    subsets[np.flatnonzero(train)[parts == 1]] = "validation"
     note = {
-        "tested": "the data set's own validation side",
-        "validated": f"{VAL_SHARE:.0%} of its training side",
+        "tested": "the data set's own validation subset",
+        "validated": f"{VAL_SHARE:.0%} of its training subset",
     }
-    return with_sides(official, pack, sides, name="official-val-tested", note=note)
+    return with_subsets(official, pack, subsets, name="official-val-tested", note=note)
 
 
 def choose_leaking(pack: Pack) -> list[str]:
@@ -266,11 +268,12 @@ def why_no_leak(pack: Pack, test_ids: Sequence[str]) -> str | None:
     return None
 
 
-def count_side(pack: Pack, split: Split, side: str) -> int:
-    """Count the patches that a split with sides has on a side; "val" is "test" where that validates."""
-    if side == "val" and split.val_is_test:
-        side = "test"
-    return int((split.sides(pack) == side).sum())
+def count_subset(pack: Pack, split: Split, subset: str) -> int:
+    """Count the patches that a split with subsets has in a subset; "validation" is "test" where that
+    validates."""
+    if subset == "validation" and split.test_is_validation:
+        subset = "test"
+    return int((split.subsets(pack) == subset).sum())
 
 
 def _say_nobody(pack: Pack) -> str:
@@ -278,24 +281,26 @@ def _say_nobody(pack: Pack) -> str:
 
 
 def _take_fold(pack: Pack, split: Split, fold: int) -> tuple[Split, str, int]:
-    """Return a fold of a split as a split with sides, whom it tests, and the fold."""
-    sides = split.sides(pack, fold)
-    tested = np.unique(pack.group_ids[sides == "test"])
-    taken = with_sides(split, pack, sides, name=f"{split.name}-{fold}", note={"fold": fold})
+    """Return a fold of a split as a split with subsets, whom it tests, and the fold."""
+    subsets = split.subsets(pack, fold)
+    tested = np.unique(pack.group_ids[subsets == "test"])
+    taken = with_subsets(split, pack, subsets, name=f"{split.name}-{fold}", note={"fold": fold})
     return taken, str(tested[0]) if len(tested) == 1 else f"fold {fold}", fold
 
 
 def _undersample(pack: Pack, split: Split) -> Split:
     """Leave out training patches of the commoner classes, as the recipe does before every training."""
-    sides = split.sides(pack)
-    train = np.flatnonzero(sides == "train")
+    subsets = split.subsets(pack)
+    train = np.flatnonzero(subsets == "train")
     per_class = np.bincount(pack.target[train], minlength=len(pack.class_names))
     if (per_class == per_class.min()).all():
         return split
     rows = make_rng(split.seed, "undersample").permutation(train)
     for class_index in range(len(per_class)):
-        sides[rows[pack.target[rows] == class_index][per_class.min() :]] = ""
-    return with_sides(split, pack, sides, name=f"{split.name}-undersampled", note={"undersampled": ["train"]})
+        subsets[rows[pack.target[rows] == class_index][per_class.min() :]] = ""
+    return with_subsets(
+        split, pack, subsets, name=f"{split.name}-undersampled", note={"undersampled": ["train"]}
+    )
 
 
 def _replace(arm: Arm, split: Split) -> Arm:

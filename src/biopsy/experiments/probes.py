@@ -146,7 +146,7 @@ def _train(
             device=device,
             on_epoch=on_epoch,
         )
-    if run.judged_side != "test":
+    if run.evaluated_subset != "test":
         evaluate(run)
     return run
 
@@ -184,8 +184,8 @@ def _neighbours(run: Run, pack: Pack, record: EpochRecord) -> float | None:
     path, positive = pack.path / FOLDER / record["features"], pack.positive_index
     if positive is None or not path.is_file():
         return None
-    features, sides = map_array(path, dtype=np.float32, ndim=2), run.sides(pack)
-    train_rows, test = (np.flatnonzero(sides == side) for side in ("train", "test"))
+    features, subsets = map_array(path, dtype=np.float32, ndim=2), run.subsets(pack)
+    train_rows, test = (np.flatnonzero(subsets == subset) for subset in ("train", "test"))
     votes = neighbour_votes(
         np.asarray(features[train_rows]),
         pack.target[train_rows],

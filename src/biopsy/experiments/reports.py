@@ -113,7 +113,7 @@ def gather_run(run: Run, *, complete: bool = False) -> RunFacts:
         RunError: If the run has not been evaluated.
     """
     metrics = run.metrics()
-    predictions, _ = run.predictions(metrics["side"])
+    predictions, _ = run.predictions(metrics["subset"])
     recipe, pack = run.recipe, run.open_pack(verify=False)
     side = recipe.preprocessing.input_px
     results, missing = _load_results(run, complete=complete)

@@ -22,7 +22,7 @@ from biopsy.experiments.leakage import (
     choose_apart,
     choose_leaking,
     compare_splits,
-    count_side,
+    count_subset,
     list_leaks,
     why_no_leak,
 )
@@ -145,12 +145,12 @@ def measure_speed(recipe: Recipe, pack: Pack, split: Split, *, device: str) -> S
     with tempfile.TemporaryDirectory() as folder:
         short = with_length(recipe, Length(2, PROBE_STEPS))
         run = train(short, pack, split=split, out=Path(folder) / "probe", device=device)
-        if not split.val_is_test:
-            evaluate(run, side="val")
+        if not split.test_is_validation:
+            evaluate(run, subset="validation")
         last = run.log()[-1]
     elapsed = time.perf_counter() - started
     update_s = recipe.train.batch_size / last["images_per_s"]
-    n_val = max(1, int((split.sides(pack) == ("test" if split.val_is_test else "val")).sum()))
+    n_val = max(1, int((split.subsets(pack) == ("test" if split.test_is_validation else "validation")).sum()))
     patch_s = max(0.0, last["seconds"] - PROBE_STEPS * update_s) / n_val
     return Speed(update_s, patch_s, max(0.0, elapsed - 2 * last["seconds"]))
 
@@ -361,7 +361,8 @@ def _plan(
         arms = [*compared[name].arms * n_seeds, *(arm for result in leaks.values() for arm in result)]
         speed = measure_speed(recipe, pack, compared[name].arms[-1].split, device=device)
         n_val, n_test = (
-            float(np.mean([count_side(pack, arm.split, side) for arm in arms])) for side in ("val", "test")
+            float(np.mean([count_subset(pack, arm.split, subset) for arm in arms]))
+            for subset in ("validation", "test")
         )
         needs[name] = Need(len(arms), full[name], speed, n_val, n_test)
     left = 60 * budget - (time.perf_counter() - started)
@@ -381,8 +382,8 @@ def _plan(
 
 
 def _full_length(recipe: Recipe, pack: Pack, comparison: Comparison) -> Length:
-    sides = comparison.arms[0].split.sides(pack)
-    return full_length(recipe, pack.target[sides == "train"])
+    subsets = comparison.arms[0].split.subsets(pack)
+    return full_length(recipe, pack.target[subsets == "train"])
 
 
 def _read_length(plan: Mapping[str, Any]) -> Length:

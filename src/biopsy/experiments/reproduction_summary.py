@@ -218,7 +218,7 @@ def _summarise_arm(
         seeds=sorted(set(whole["seed"].tolist())),
         **_spreads(by_seed),
         colour_auroc=_plain(by_seed["baseline_auroc"].mean()) if len(whole) else None,
-        test_is_validation=bool(rows["val_is_test"].any()),
+        test_is_validation=bool(rows["test_is_validation"].any()),
         folds=folds,
         interval=interval,
     )
@@ -326,8 +326,8 @@ def _describe(run: Run, about: Mapping[str, Any]) -> dict[str, Any]:
     kept = ("n_patches", *COMPARED, "baseline_auroc", "threshold", "chosen_epoch", "seconds", "run")
     return {
         **{key: about[key] for key in ("recipe", "arm", "tested", "place", "seed")},
-        "n_train": run.info["split"]["sides"]["train"]["patches"],
-        "val_is_test": bool(run.info["split"].get("val_is_test", False)),
+        "n_train": run.info["split"]["subsets"]["train"]["patches"],
+        "test_is_validation": bool(run.info["split"].get("test_is_validation", False)),
         "updates": log[-1]["step"],
         **{key: row[key] for key in kept},
     }

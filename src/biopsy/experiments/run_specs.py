@@ -278,5 +278,5 @@ def describe_split(split: Split) -> dict[str, Any]:
 
 
 def hash_split(split: Split) -> str:
-    """Return a hash of who stands on which side."""
+    """Return a hash of who stands in which subset."""
     return hashlib.sha256(split.table.to_csv(index=False).encode()).hexdigest()

@@ -339,7 +339,7 @@ def sweep(
     pack = open_data(data)
     check_networks([combination.recipe for combination in combinations], pack)
     chosen = choose_split(pack, split, base)
-    chosen.sides(pack, fold)
+    chosen.subsets(pack, fold)
     study = open_study(
         place_study(name or f"{'search' if space else 'sweep'}-{base.name}-{chosen.name}", out),
         kind=KIND,
@@ -439,7 +439,7 @@ def summarise(
 
     Args:
         rows: One a run: the settings of the grid by name, ``seed``, ``val_auroc``, ``val_loss`` and the
-            metrics of the test side.
+            metrics of the test subset.
         keys: The settings of the grid.
         metrics: ``metrics.json`` of the runs; none of a search, which does not evaluate the test subset.
     """

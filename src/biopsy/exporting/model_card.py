@@ -99,7 +99,7 @@ def metadata_of_run(facts: CardFacts) -> str:
             task_type="image-classification",
             dataset_type=dataset,
             dataset_name=dataset,
-            dataset_split=facts.metrics["side"],
+            dataset_split=facts.metrics["subset"],
             metric_type=HUB_METRICS.get(metric, metric),
             metric_name=metric,
             metric_value=facts.metrics["patch"][metric]["value"],
@@ -158,8 +158,8 @@ def _describe_data(facts: CardFacts) -> list[str]:
     about, split = facts.run.info["pack"], facts.run.info["split"]
     unit = split["unit"]
     rows = [
-        [side, number(count["patches"]), number(count["groups"]), *map(number, count["per_class"].values())]
-        for side, count in split["sides"].items()
+        [subset, number(count["patches"]), number(count["groups"]), *map(number, count["per_class"].values())]
+        for subset, count in split["subsets"].items()
         if count["patches"]
     ]
     lines = [
@@ -167,10 +167,12 @@ def _describe_data(facts: CardFacts) -> list[str]:
         *basis,
         f"Pack {about['name']} ({about['dataset']}, content {about['content_sha256'][:12]}), split "
         f"{split['name']!r} ({split['protocol']}) by {unit}, seed {facts.run.info['seed']}.",
-        _table(["side", "patches", plural(unit), *info.class_names], rows),
+        _table(["subset", "patches", plural(unit), *info.class_names], rows),
     ]
     if split["patients_overlap"]:
-        lines.append("**Patients overlap between sides: the figures below say nothing about a new patient.**")
+        lines.append(
+            "**Patients overlap between subsets: the figures below say nothing about a new patient.**"
+        )
     return lines
 
 
@@ -191,7 +193,7 @@ def _describe_metrics(metrics: Mapping[str, Any] | None) -> list[str]:
     threshold = metrics.get("threshold")
     lines = [
         "## Metrics",
-        f"On the {metrics['side']} side: {number(metrics['n_patches'])} patches of "
+        f"On the {metrics['subset']} subset: {number(metrics['n_patches'])} patches of "
         f"{count(metrics['n_patients'], unit)}; 95 % intervals over {plural(unit)}, "
         f"method {metrics.get('interval', {}).get('method', 'not stated')}.",
         _table(["", "all patches", "95 % interval"], rows),

@@ -77,7 +77,7 @@ class ConformalRecord(TypedDict, total=False):
 
     method: str
     alpha: float
-    promise: str
+    guarantee: str
     quantiles: list[FiniteFloat] | None
     n_patients: int
     n_patches: int
@@ -484,7 +484,7 @@ class Classifier:
         return self.info.thresholds[0]["value"] if self.info.thresholds else None
 
     def abstains(self, probs: np.ndarray) -> np.ndarray | None:
-        """Say which patches get no answer, bool ``(N,)``; None where the classifier can promise nothing.
+        """Say which patches get no answer, bool ``(N,)``; None where the classifier can guarantee nothing.
 
         Args:
             probs: Calibrated probabilities, ``(N, n_classes)``.

@@ -182,7 +182,7 @@ class Decision(_Table):
     """Rules of further thresholds, frozen on validation beside the one that decides."""
     abstention_error: float = Field(default=0.1, gt=0, lt=1)
     """Share of a new patient's patches whose conformal set may miss their class; smaller abstains more."""
-    abstention_promise: Literal["each-class", "all"] = "each-class"
+    abstention_guarantee: Literal["class-conditional", "marginal"] = "class-conditional"
     """Whether that is promised of the patches of each class, or of all patches together."""
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from biopsy.core.subsets import subset_name
 from biopsy.core.text import capitalize, count, plural
 from biopsy.reporting.checklist import describe_checklist
 from biopsy.reporting.document import (
@@ -38,7 +37,7 @@ def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
     m = facts.metrics
     title = str(facts.recipe.get("title") or facts.recipe.get("name") or facts.run.get("recipe") or "A run")
     name = facts.run.get("name") or facts.run.get("id") or "run"
-    about = f"Run {name}, evaluated on the {subset_name(m.get('side', 'test'))} subset"
+    about = f"Run {name}, evaluated on the {m.get('subset', 'test')} subset"
     if not facts.is_run:
         title, about = "Evaluation of predictions", "Predictions from outside biopsy"
     size = count(m.get("n_patches") or 0, "patch")
@@ -79,7 +78,7 @@ def warn_reader(facts: RunFacts) -> list[str]:
         warnings.append(
             "As published, the test subset is also the validation subset: results are optimistic."
         )
-    if m.get("side") == "val":
+    if m.get("subset") == "validation":
         warnings.append(
             "These are results on the validation subset, on which epoch and threshold were chosen: they are "
             "optimistic."
@@ -165,7 +164,7 @@ def state_verdict(facts: RunFacts) -> str:
             f"This is no result for new {plural(facts.unit)}: on {count(n_groups, facts.unit)} that are also "
             "in the training data"
         )
-    elif facts.is_run and m.get("side") != "val":
+    elif facts.is_run and m.get("subset") != "validation":
         where += " not seen in training"
     elif facts.is_run:
         where += " of the validation subset"
@@ -211,7 +210,7 @@ def _say_groups(facts: RunFacts) -> list[str]:
         return []
     kind = plural(facts.unit).capitalize()
     if facts.is_run:
-        kind = f"{subset_name(facts.metrics.get('side', 'test')).capitalize()} {plural(facts.unit)}"
+        kind = f"{facts.metrics.get('subset', 'test').capitalize()} {plural(facts.unit)}"
     if len(names) > MOST_NAMED:
         return [f"{kind}: {len(names):,}, listed under Per-{facts.unit} results."]
     return [f"{kind} ({len(names)}): {', '.join(names)}."]
@@ -229,6 +228,6 @@ def _say_threshold(facts: RunFacts) -> str:
     rule = threshold.get("rule")
     return (
         f"Patches with a probability of at least {number(facts.threshold)} are predicted {facts.positive}. "
-        f"The threshold was chosen on the {subset_name(threshold['chosen_on'])} subset"
+        f"The threshold was chosen on the {threshold['chosen_on']} subset"
         + (f" ({say_rule(rule)})." if rule else ".")
     )

@@ -44,7 +44,7 @@ class Footnotes:
         return "".join(f" ({letter}) {capitalize(explain_missing(why))}." for letter, why in lettered)
 
 
-def table_of_metrics(metrics: Mapping[str, Any], unit: str, on_side: str = " on the test subset") -> Table:
+def table_of_metrics(metrics: Mapping[str, Any], unit: str, on_subset: str = " on the test subset") -> Table:
     """Make the table of all metrics, pooled over patches and as means over patients."""
     pooled, n_classes = metrics.get("patch") or {}, len(metrics.get("class_names", ("", "")))
     item = metrics.get("patient") or {}
@@ -71,7 +71,7 @@ def table_of_metrics(metrics: Mapping[str, Any], unit: str, on_side: str = " on 
         floor = number(metrics["ece_floor"])
         note += f" ECE expected of a perfectly calibrated model: {floor}."
     note += reasons.text
-    return Table(columns, rows, caption=f"Metrics{on_side}", note=note)
+    return Table(columns, rows, caption=f"Metrics{on_subset}", note=note)
 
 
 def pick_label(rows: pd.DataFrame) -> list[str]:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from biopsy.core.subsets import subset_name
 from biopsy.reporting.pseudonyms import KINDS, Pseudonymizer
 from biopsy.training.figures import Row
 
@@ -19,7 +18,7 @@ class RunFacts:
     Attributes:
         run: What ``run.json`` holds; empty for predictions from elsewhere.
         metrics: What ``metrics.json`` holds.
-        predictions: The judged side, in the ``Predictions`` format.
+        predictions: The judged subset, in the ``Predictions`` format.
         class_names: Names by class index.
         log: One record an epoch.
         recipe: The recipe as nested values (``name``, ``title``, ``origin``, ...).
@@ -30,7 +29,7 @@ class RunFacts:
         patch_px: Side of a patch in the pack.
         mpp: Micrometres per pixel of the pack's patches, None where unknown.
         audit: What ``audit.json`` holds.
-        ledger: ``times`` and ``runs`` that opened the test side, and ``kept_with`` (``pack`` or ``run``).
+        ledger: ``times`` and ``runs`` that opened the test subset, and ``kept_with`` (``pack`` or ``run``).
         results: What features have measured of the run, by the names under which sections registered it.
         missing: What has not been measured, with the command that does: ``(title, command)``.
         ids_hidden: Whether ids have been replaced by numbers.
@@ -65,9 +64,9 @@ class RunFacts:
         return bool(self.run)
 
     @property
-    def on_side(self) -> str:
+    def on_subset(self) -> str:
         """Where it was judged, for captions; empty for predictions from elsewhere."""
-        return f" on the {subset_name(self.metrics.get('side', 'test'))} subset" if self.is_run else ""
+        return f" on the {self.metrics.get('subset', 'test')} subset" if self.is_run else ""
 
     @property
     def is_binary(self) -> bool:

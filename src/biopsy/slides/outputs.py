@@ -87,7 +87,7 @@ def summarise(slide_map: SlideMap, regions: Sequence[Region], *, is_calibrated: 
     """Return areas in mm2 and shares of what was mapped.
 
     ``positive`` holds the area called positive at the threshold and, where probabilities are calibrated,
-    ``expected_mm2`` (the sum of the probabilities: what they promise on average) and the range from the area
+    ``expected_mm2`` (the sum of the probabilities: their expectation) and the range from the area
     that is positive with probability .9 or more (``low_mm2``) to that with .1 or more (``high_mm2``).
 
     Args:

@@ -12,14 +12,14 @@ patches it takes the quantile at ``1 - alpha`` of
     sum_k sum_i 1 / ((K + 1) N_k) at score s_ki  +  1 / (K + 1) at infinity
 
 and promises: a patch drawn from a new patient has its class in its set with probability at least
-``1 - alpha`` (and, scores without ties, at most ``1 - alpha + 2 / (K + 1)``). The promise is a mean over
+``1 - alpha`` (and, scores without ties, at most ``1 - alpha + 2 / (K + 1)``). The guarantee is a mean over
 calibration patients and new patients alike, not one for each patient. Dunn, Wasserman and Ramdas (JASA 2023,
 118:2491, arXiv:1809.07441) posed the problem; their pooled distribution functions are the same without the
-point at infinity, which makes their promise an asymptotic one.
+point at infinity, which makes their guarantee an asymptotic one.
 
-Made for all classes together, the promise is a mean over classes too, and the rarer or harder class pays: its
-patches are missed more often than promised. Made for each class by itself (Mondrian: Vovk et al. 2005, ch.
-4), with a quantile from the patches of that class, each class has its own promise.
+Made for all classes together, the guarantee is a mean over classes too, and the rarer or harder class pays:
+its patches are missed more often than promised. Made for each class by itself (Mondrian: Vovk et al. 2005,
+ch. 4), with a quantile from the patches of that class, each class has its own guarantee.
 
 The plain version, right only if patches were independent, is the same quantile with every patch a patient of
 its own.
@@ -37,7 +37,7 @@ from biopsy.core.errors import MetricError
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
-Promise = Literal["each-class", "all"]
+Guarantee = Literal["class-conditional", "marginal"]
 
 METHOD = "hierarchical conformal (Lee, Barber and Willett 2023)"
 ROUNDING = 1e-9  # what sums of 1 / ((K + 1) N_k) may be off
@@ -45,11 +45,11 @@ ROUNDING = 1e-9  # what sums of 1 / ((K + 1) N_k) may be off
 
 @dataclass(frozen=True)
 class Conformal:
-    """A promise and what it rests on; without a quantile, the reason why there is none.
+    """A guarantee and what it rests on; without a quantile, the reason why there is none.
 
     Attributes:
         alpha: Error rate promised: the share of a new patient's patches whose set may miss the true class.
-        promise: Whether that is promised of the patches of each class, or of all patches together.
+        guarantee: Whether that is promised of the patches of each class, or of all patches together.
         quantiles: Largest score that each class may have to be in a set.
         n_patients: Calibration patients, or groups of whatever ``unit`` says.
         n_patches: Their patches.
@@ -58,7 +58,7 @@ class Conformal:
     """
 
     alpha: float
-    promise: Promise
+    guarantee: Guarantee
     quantiles: tuple[float, ...] | None
     n_patients: int
     n_patches: int
@@ -72,7 +72,7 @@ class Conformal:
 
 
 def groups_needed(alpha: float) -> int:
-    """Return the fewest calibration patients that can promise an error rate: ``ceil(1 / alpha) - 1``.
+    """Return the fewest calibration patients that can guarantee an error rate: ``ceil(1 / alpha) - 1``.
 
     With fewer, more than ``alpha`` of the mass stands at infinity and every set is the set of all classes.
 
@@ -138,7 +138,7 @@ def fit_conformal(
     group_ids: ArrayLike,
     alpha: float,
     *,
-    promise: Promise = "each-class",
+    guarantee: Guarantee = "class-conditional",
     unit: str = "patient",
     class_names: Sequence[str] = (),
 ) -> Conformal:
@@ -148,12 +148,12 @@ def fit_conformal(
         probs: Calibrated probabilities, shape ``(n_patches, n_classes)``, of patients not learned from.
         target: Index of the true class.
         group_ids: The patient (slide, or patch where no ids exist) of each patch.
-        promise: Of the patches of each class, or of all together.
+        guarantee: Of the patches of each class, or of all together.
         class_names: For the reason; their numbers where not given.
 
     Returns:
-        The fit; with fewer patients than `groups_needed` (for ``"each-class"``: fewer with patches of some
-        class) it has no quantiles and says why.
+        The fit; with fewer patients than `groups_needed` (for ``"class-conditional"``: fewer with patches of
+        some class) it has no quantiles and says why.
 
     Raises:
         MetricError: For probabilities, targets or an error rate that are none.
@@ -161,30 +161,34 @@ def fit_conformal(
     scores, needed = score_targets(probs, target), groups_needed(alpha)
     target, groups, n_classes = np.asarray(target), np.asarray(group_ids), np.shape(probs)[1]
     n_patients, quantiles = len(np.unique(groups)), []
-    for k in range(n_classes if promise == "each-class" else 1):
-        own = target == k if promise == "each-class" else np.ones(len(target), bool)
+    for k in range(n_classes if guarantee == "class-conditional" else 1):
+        own = target == k if guarantee == "class-conditional" else np.ones(len(target), bool)
         n = len(np.unique(groups[own]))
         if n < needed:
-            of = f" with {[*class_names, *map(str, range(n_classes))][k]}" if promise == "each-class" else ""
+            of = (
+                f" with {[*class_names, *map(str, range(n_classes))][k]}"
+                if guarantee == "class-conditional"
+                else ""
+            )
             reason = (
                 f"an error rate of {alpha:g} needs at least ceil(1/{alpha:g}) - 1 = {needed} calibration "
                 f"{unit}s{'' if n == n_patients else of}; there {'is' if n == 1 else 'are'} {n}"
             )
-            return Conformal(alpha, promise, None, n_patients, len(scores), unit, reason)
+            return Conformal(alpha, guarantee, None, n_patients, len(scores), unit, reason)
         quantiles.append(hierarchical_quantile(scores[own], groups[own], alpha))
-    every = tuple(quantiles) if promise == "each-class" else (quantiles[0],) * n_classes
-    return Conformal(alpha, promise, every, n_patients, len(scores), unit)
+    every = tuple(quantiles) if guarantee == "class-conditional" else (quantiles[0],) * n_classes
+    return Conformal(alpha, guarantee, every, n_patients, len(scores), unit)
 
 
 def split_conformal(
-    probs: ArrayLike, target: ArrayLike, alpha: float, *, promise: Promise = "each-class"
+    probs: ArrayLike, target: ArrayLike, alpha: float, *, guarantee: Guarantee = "class-conditional"
 ) -> Conformal:
     """Fit plain split conformal sets, as if patches were independent: to be shown as what it is.
 
     Source: Vovk et al. 2005; Lei et al. 2018, sec. 2.2: the ``ceil((n + 1)(1 - alpha))``-th smallest score.
     """
     return fit_conformal(
-        probs, target, np.arange(len(np.asarray(probs))), alpha, promise=promise, unit="patch"
+        probs, target, np.arange(len(np.asarray(probs))), alpha, guarantee=guarantee, unit="patch"
     )
 
 

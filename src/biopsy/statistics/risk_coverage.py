@@ -160,7 +160,7 @@ def estimate_shares(
     Args:
         parts: Name -> which patches count, bool ``(n_patches,)``.
         of: Name -> out of which patches; all where not given.
-        equal_groups: Every patient weighs the same (a conformal promise is about those), or every patch.
+        equal_groups: Every patient weighs the same (a conformal guarantee is about those), or every patch.
         **resampling: As of `Resampler`.
     """
     groups, group, size = np.unique(np.asarray(group_ids), return_inverse=True, return_counts=True)

@@ -28,7 +28,7 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
     """Settle the decision on validation, and write what comes out.
 
     Args:
-        run: Gets ``classifier/`` and ``predictions/val.parquet``, and what was chosen in its record.
+        run: Gets ``classifier/`` and ``predictions/validation.parquet``, and what was chosen in its record.
     """
     chosen_epoch = progress.best_epoch if task.keep_best else None
     recipe, pack = task.recipe, task.pack
@@ -76,14 +76,16 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
         fit_run_postprocessing(run, recipe, classifier, logits, *val)
     warnings = [
         _warn_unsettled(normalisation, progress.step),
-        warn_of_spread(classifier, logits, run.val_side),
+        warn_of_spread(classifier, logits, run.validation_subset),
     ]
     for message in filter(None, warnings):
         logger.warning("%s", message)
     classifier.base_network.to("cpu")
     classifier.save(run.path / "classifier")
     split = run.info["split"]
-    about = pack.table.iloc[task.val][[*IDENTITY, "target"]].assign(side=run.val_side, fold=split["fold"])
+    about = pack.table.iloc[task.val][[*IDENTITY, "target"]].assign(
+        subset=run.validation_subset, fold=split["fold"]
+    )
     write_validation(
         run,
         classifier,

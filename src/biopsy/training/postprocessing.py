@@ -12,7 +12,7 @@ from biopsy.data.predictions import decide, tabulate_predictions, write_predicti
 from biopsy.models.classifier import CalibratorRecord, Classifier, ConformalRecord, Threshold, score_classes
 from biopsy.recipes import Recipe
 from biopsy.statistics.calibrators import LEAST_SPREAD, fit_calibrator, spread_of
-from biopsy.statistics.conformal import Promise, fit_conformal, split_conformal
+from biopsy.statistics.conformal import Guarantee, fit_conformal, split_conformal
 from biopsy.statistics.resampling import FEWEST_GROUPS
 from biopsy.statistics.thresholds import choose_threshold
 from biopsy.training.runs import Run
@@ -24,7 +24,7 @@ def fit_abstention(
     group_ids: np.ndarray,
     alpha: float,
     *,
-    promise: Promise,
+    guarantee: Guarantee,
     class_names: list[str],
     unit: str,
     chosen_on: str,
@@ -37,19 +37,19 @@ def fit_abstention(
         target: Their classes, ``(n,)``.
         group_ids: The patient (slide, patch) of each.
         alpha: Error rate promised.
-        promise: Of the patches of each class, or of all together.
+        guarantee: Of the patches of each class, or of all together.
         class_names: In the order of the columns of ``probs``.
-        patients_overlap: Whether patients stand on several sides, so that errors here promise nothing.
+        patients_overlap: Whether patients stand in several subsets, so that errors here guarantee nothing.
     """
-    how: dict[str, Any] = {"promise": promise, "unit": unit, "class_names": class_names}
+    how: dict[str, Any] = {"guarantee": guarantee, "unit": unit, "class_names": class_names}
     fitted = fit_conformal(probs, target, group_ids, alpha, **how).to_dict()
     if patients_overlap:
         fitted["quantiles"] = None
         fitted["reason"] = (
-            f"{unit}s stand on several sides of this split, so errors on {chosen_on} promise nothing about a "
-            f"new {unit}"
+            f"{unit}s stand in several subsets of this split, so errors on {chosen_on} guarantee nothing "
+            f"about a new {unit}"
         )
-    plain = split_conformal(probs, target, alpha, promise=promise).to_dict()
+    plain = split_conformal(probs, target, alpha, guarantee=guarantee).to_dict()
     record = fitted | {"chosen_on": chosen_on, "per_patch_quantiles": plain["quantiles"]}
     return cast(ConformalRecord, record)
 
@@ -126,7 +126,7 @@ def _freeze(truth: np.ndarray, prob: np.ndarray, rule: str, chosen_on: str) -> T
     )
 
 
-def warn_of_spread(classifier: Classifier, logits: np.ndarray, side: str) -> str | None:
+def warn_of_spread(classifier: Classifier, logits: np.ndarray, subset: str) -> str | None:
     """Return a warning where a classifier's scores barely differ between patches, else None.
 
     They do where they differ by less than `LEAST_SPREAD`, or where more than `MOST_TURNED` of the calls turn
@@ -140,8 +140,8 @@ def warn_of_spread(classifier: Classifier, logits: np.ndarray, side: str) -> str
     if spread >= LEAST_SPREAD and n_turned <= max(2, MOST_TURNED * len(logits)):
         return None
     return (
-        f"scores barely differ between {side} patches (standard deviation {spread:.2g} before calibration); "
-        f"{n_turned:,} of {len(logits):,} calls turn when scores are rounded to half precision"
+        f"scores barely differ between {subset} patches (standard deviation {spread:.2g} before calibration)"
+        f"; {n_turned:,} of {len(logits):,} calls turn when scores are rounded to half precision"
     )
 
 
@@ -169,7 +169,7 @@ def fit_run_postprocessing(
     """Call `fit_postprocessing` with the recipe of a run; logits, target and ids are of validation."""
     split, published = run.info["split"], run.info["split"]["as_published"]
     decision = recipe.as_published if published else recipe.decision
-    counts = split["sides"]["train"]["per_class"]
+    counts = split["subsets"]["train"]["per_class"]
     fit_postprocessing(
         classifier,
         logits,
@@ -177,7 +177,7 @@ def fit_run_postprocessing(
         group_ids,
         method=decision.calibration,
         rules=(decision.threshold, *recipe.decision.operating_points),
-        chosen_on=run.val_side,
+        chosen_on=run.validation_subset,
         unit=run.info["pack"]["unit"],
         trained_prior=find_trained_prior(recipe, [counts[name] for name in classifier.info.class_names]),
     )
@@ -186,10 +186,10 @@ def fit_run_postprocessing(
         target,
         group_ids,
         recipe.decision.abstention_error,
-        promise=recipe.decision.abstention_promise,
+        guarantee=recipe.decision.abstention_guarantee,
         class_names=classifier.info.class_names,
         unit=run.info["pack"]["unit"],
-        chosen_on=run.val_side,
+        chosen_on=run.validation_subset,
         patients_overlap=bool(split["patients_overlap"]),
     )
 
@@ -201,11 +201,11 @@ def write_validation(
     logits: np.ndarray,
     metadata: Mapping[str, object],
 ) -> None:
-    """Write ``predictions/val.parquet``: what a classifier, once settled, says of validation.
+    """Write ``predictions/validation.parquet``: what a classifier, once settled, says of validation.
 
     Args:
         classifier: With calibrator and thresholds.
-        about: `IDENTITY`, side, fold and target of each patch.
+        about: `IDENTITY`, subset, fold and target of each patch.
         logits: ``(n, n_classes)``.
         metadata: ``pack_sha256`` and ``split``.
     """
@@ -220,4 +220,4 @@ def write_validation(
         abstained=classifier.abstains(probs),
     )
     known = {**metadata, "classifier_sha256": classifier.sha256, "threshold": classifier.frozen}
-    write_predictions(run.path / "predictions" / "val.parquet", frame, known)
+    write_predictions(run.path / "predictions" / "validation.parquet", frame, known)

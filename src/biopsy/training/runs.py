@@ -18,7 +18,6 @@ from typing_extensions import TypedDict
 from biopsy.core.errors import DataError, FileFormatError, PackError, RunError
 from biopsy.core.files import create_directory, read_json, sha256_file, write_atomic, write_json
 from biopsy.core.loaders import parse_json, read_text, validate
-from biopsy.core.subsets import subset_name
 from biopsy.core.tables import read_csv_table, write_csv
 from biopsy.data.packs import Pack, is_pack
 from biopsy.data.predictions import FrozenThreshold, PredictionsInfo, read_predictions
@@ -29,7 +28,7 @@ from biopsy.recipes.schema import Decision
 FORMAT = "biopsy-run/1"
 DOCUMENT = "run.json"
 MAX_LOG_BYTES = 2**26  # 64 MiB: 100,000 epochs
-_SIDES = ("train", "val", "test", "")
+_SUBSETS = ("train", "validation", "test", "")
 SETTLED_BEFORE = {
     "decision.calibration": "none",
     "decision.operating_points": Decision().operating_points,
@@ -85,9 +84,9 @@ class _Split(BaseModel):
     fold: int | None
     unit: Literal["patient", "slide", "patch"]
     as_published: bool
-    val_is_test: bool = False
+    test_is_validation: bool = False
     patients_overlap: bool | None
-    sides: dict[str, _Count]
+    subsets: dict[str, _Count]
 
 
 class _Pack(BaseModel):
@@ -295,22 +294,22 @@ class Run:
                 f"({wanted[:12]}, not {pack.info.content_sha256[:12]})"
             )
 
-    def sides(self, pack: Pack) -> np.ndarray:
-        """Return the side of every patch of the pack: ``train``, ``val``, ``test`` or ``""``."""
+    def subsets(self, pack: Pack) -> np.ndarray:
+        """Return the subset of every patch of the pack: ``train``, ``validation``, ``test`` or ``""``."""
         path = self.require_unchanged("split.csv")
         try:
-            split = read_csv_table(path, required=["patch_id", "side"])
+            split = read_csv_table(path, required=["patch_id", "subset"])
         except FileFormatError as error:
             raise RunError(str(error)) from None
-        sides = split["side"].fillna("")
-        if split["patch_id"].tolist() != pack.table["patch_id"].tolist() or not sides.isin(_SIDES).all():
-            raise RunError(f"{path} does not list the patches of {pack.path}, or names unknown sides")
-        return sides.to_numpy(str)
+        subsets = split["subset"].fillna("")
+        if split["patch_id"].tolist() != pack.table["patch_id"].tolist() or not subsets.isin(_SUBSETS).all():
+            raise RunError(f"{path} does not list the patches of {pack.path}, or names unknown subsets")
+        return subsets.to_numpy(str)
 
     @property
-    def val_side(self) -> str:
-        """The side that validates: ``val``, or ``test`` where the published split had it so."""
-        return "test" if self.info["split"].get("val_is_test") else "val"
+    def validation_subset(self) -> str:
+        """The subset that validates: ``validation``, or ``test`` where the published split had it so."""
+        return "test" if self.info["split"].get("test_is_validation") else "validation"
 
     def log(self) -> list[EpochRecord]:
         """Return one record an epoch."""
@@ -332,22 +331,22 @@ class Run:
         """Write the whole log again, one line an epoch."""
         write_atomic(self.path / "log.jsonl", "".join(f"{json.dumps(record)}\n" for record in records))
 
-    def predictions(self, side: str) -> tuple[pd.DataFrame, PredictionsInfo]:
-        """Read the predictions of one side and their metadata."""
-        path = self.path / "predictions" / f"{side}.parquet"
+    def predictions(self, subset: str) -> tuple[pd.DataFrame, PredictionsInfo]:
+        """Read the predictions of one subset and their metadata."""
+        path = self.path / "predictions" / f"{subset}.parquet"
         if not path.exists():
             raise RunError(
-                f"{path} does not exist: make it with "
-                f"`biopsy evaluate {self.path} --subset {subset_name(side)}`"
+                f"{path} does not exist: make it with `biopsy evaluate {self.path} --subset {subset}`"
             )
         frame, about = read_predictions(path)
         self.require_same_classifier(path, about)
         return frame, about
 
     @property
-    def judged_side(self) -> str:
-        """The side whose errors may be looked at: ``test`` once it has been opened, until then ``val``."""
-        return "test" if (self.path / "predictions" / "test.parquet").exists() else "val"
+    def evaluated_subset(self) -> str:
+        """The subset whose errors may be looked at: ``test`` once it has been opened, until then
+        ``validation``."""
+        return "test" if (self.path / "predictions" / "test.parquet").exists() else "validation"
 
     def metrics(self) -> dict[str, Any]:
         """Read ``evaluation/metrics.json``."""
@@ -370,15 +369,20 @@ class Run:
 
 
 def hash_config(
-    recipe: Recipe, pack: Pack, sides: np.ndarray, split: Mapping[str, object], seed: int, weights: str | None
+    recipe: Recipe,
+    pack: Pack,
+    subsets: np.ndarray,
+    split: Mapping[str, object],
+    seed: int,
+    weights: str | None,
 ) -> str:
     """Return a hash of everything that defines a run's result: equal questions need one run.
 
     Args:
         recipe: Its defining tables count, not where it comes from.
         pack: Its content and its classes count, not where it lies.
-        sides: Side of every patch.
-        split: Its entry in ``run.json``: whether it is published, and whether its test side validates.
+        subsets: Side of every patch.
+        split: Its entry in ``run.json``: whether it is published, and whether its test subset validates.
         weights: Hash of the file that training starts from; None for random weights.
     """
     requested = recipe.model_dump(mode="json", include=set(DEFINING_TABLES))
@@ -390,8 +394,8 @@ def hash_config(
         "recipe": requested,
         "pack": pack.info.content_sha256,
         "classes": [pack.class_names, pack.info.positive_class],
-        "sides": hashlib.sha256("\n".join(sides.tolist()).encode()).hexdigest(),
-        "split": [split["as_published"], split["val_is_test"]],
+        "subsets": hashlib.sha256("\n".join(subsets.tolist()).encode()).hexdigest(),
+        "split": [split["as_published"], split["test_is_validation"]],
         "seed": seed,
         "weights": weights,
     }

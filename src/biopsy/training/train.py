@@ -23,7 +23,7 @@ from biopsy.core.errors import (
 from biopsy.core.files import LOCK, NO_SPACE, refuse_inputs, replace_atomic
 from biopsy.data.packs import Pack, is_pack
 from biopsy.data.prepare import prepare
-from biopsy.data.protocols import SIDES
+from biopsy.data.protocols import SUBSETS
 from biopsy.data.splits import Split, find_split, list_splits, make_split
 from biopsy.models.context import has_coordinates
 from biopsy.models.engine import Engine
@@ -168,10 +168,10 @@ def _begin(
     """Check what can be checked before training, and write the run's folder or find the run that answers."""
     pack.verify()
     split = choose_split(pack, split_name, recipe)
-    sides = split.sides(pack, fold)
+    subsets = split.subsets(pack, fold)
     network, weights = make_network(recipe, len(pack.class_names), seed)
-    _check(recipe, pack, split, sides, network)
-    used = take_fraction(np.flatnonzero(sides == "train"), pack.target, recipe.train.fraction, seed)
+    _check(recipe, pack, split, subsets, network)
+    used = take_fraction(np.flatnonzero(subsets == "train"), pack.target, recipe.train.fraction, seed)
     used = sample_epoch(used, pack.target, sampling=recipe.train.sampling, seed=seed, epoch=1)
     total, trainable = count_parameters(network)
     run_id = name_run(recipe.name, seed)
@@ -188,9 +188,9 @@ def _begin(
             "fold": fold,
             "unit": split.unit,
             "as_published": split.is_published,
-            "val_is_test": split.val_is_test,
+            "test_is_validation": split.test_is_validation,
             "patients_overlap": split.overlap,
-            "sides": {side or "left out": _count(pack, sides == side) for side in (*SIDES, "")},
+            "subsets": {subset or "left out": _count(pack, subsets == subset) for subset in (*SUBSETS, "")},
             "used": _count(pack, np.isin(np.arange(len(pack)), used)),
         },
         "pack": {
@@ -214,12 +214,12 @@ def _begin(
     if transform is not None:
         info |= {"transform": describe_transform(transform), "config_sha256": None}
     else:
-        info["config_sha256"] = hash_config(recipe, pack, sides, info["split"], seed, weights["sha256"])
+        info["config_sha256"] = hash_config(recipe, pack, subsets, info["split"], seed, weights["sha256"])
         result = find_cached_run(info["config_sha256"], sorted(RUNS.glob("*")) if out is None else [path])
         if result is not None:
             return _use_again(result, pack), pack
     logger.info("%s: %s", recipe.model.name, describe_weights(network, weights))
-    table = pd.DataFrame({"patch_id": pack.table["patch_id"], "side": sides})
+    table = pd.DataFrame({"patch_id": pack.table["patch_id"], "subset": subsets})
     return Run.create(path, info, recipe, table), pack
 
 
@@ -236,15 +236,15 @@ def _use_again(run: Run, pack: Pack) -> Run:
     return run
 
 
-def _check(recipe: Recipe, pack: Pack, split: Split, sides: np.ndarray, network: torch.nn.Module) -> None:
+def _check(recipe: Recipe, pack: Pack, split: Split, subsets: np.ndarray, network: torch.nn.Module) -> None:
     """Refuse now what would stop the training later."""
-    for side in ("train", "test" if split.val_is_test else "val"):
-        if side not in sides:
+    for subset in ("train", "test" if split.test_is_validation else "validation"):
+        if subset not in subsets:
             raise SplitError(
-                f"split {split.name!r} has no {side} patches: validation chooses epoch and threshold; "
+                f"split {split.name!r} has no {subset} patches: validation chooses epoch and threshold; "
                 "make a split with `biopsy split`"
             )
-    target = pack.target[sides == "train"]
+    target = pack.target[subsets == "train"]
     if len(np.unique(target)) < 2:
         raise SplitError(
             f"all training patches of split {split.name!r} are {pack.class_names[target[0]]!r}: "
@@ -252,7 +252,7 @@ def _check(recipe: Recipe, pack: Pack, split: Split, sides: np.ndarray, network:
         )
     class_weights(target, len(pack.class_names), recipe.train.class_weights)
     check_method(recipe.decision.calibration, len(pack.class_names))
-    if recipe.model.context and not has_coordinates(pack.table[sides != ""]):
+    if recipe.model.context and not has_coordinates(pack.table[subsets != ""]):
         raise DataError(
             f"model.context={recipe.model.context:g} needs coordinates of the patches, and "
             f"{pack.path.name} has none: train with --set model.context=0"
@@ -329,16 +329,16 @@ def _train(
     on_epoch: OnEpoch | None,
 ) -> None:
     recipe, started, before = run.recipe, time.perf_counter(), run.info["seconds"]
-    sides = run.sides(pack)
+    subsets = run.subsets(pack)
     published = run.info["split"]["as_published"]
     checkpoint = recipe.as_published.checkpoint if published else recipe.train.checkpoint
-    seed, train_side = run.info["seed"], np.flatnonzero(sides == "train")
-    train = take_fraction(train_side, pack.target, recipe.train.fraction, seed)
+    seed, train_subset = run.info["seed"], np.flatnonzero(subsets == "train")
+    train = take_fraction(train_subset, pack.target, recipe.train.fraction, seed)
     task = Task(
         recipe=recipe,
         pack=pack,
         train=train,
-        val=np.flatnonzero(sides == run.val_side),
+        val=np.flatnonzero(subsets == run.validation_subset),
         preprocessing=fit_preprocessing(recipe, pack, train, published=published),
         engine=engine,
         seed=seed,

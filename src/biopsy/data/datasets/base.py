@@ -14,16 +14,16 @@ from biopsy.core.plugins import Registry
 from biopsy.data.archives import Archive, Entry
 from biopsy.slide_io.images import IMAGE_SUFFIXES, decode
 
-SIDE_BY_FOLDER = {
+SUBSET_BY_FOLDER = {
     "train": "train",
     "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
     "test": "test",
     "testing": "test",
 }
-"""Folders that name a dataset's own side."""
+"""Folders that name a dataset's official subset."""
 
 POSITIVE_BY_NEGATIVE = {
     "0": "1",
@@ -45,15 +45,15 @@ _SIDE = re.compile(
 )
 
 
-def find_side(folder: str) -> str | None:
-    """Return the side that a folder's name stands for, None where it is none.
+def find_subset(folder: str) -> str | None:
+    """Return the subset that a folder's name stands for, None where it is none.
 
     Example:
-        >>> find_side("Train_Set"), find_side("validation"), find_side("tests")
-        ('train', 'val', None)
+        >>> find_subset("Train_Set"), find_subset("validation"), find_subset("tests")
+        ('train', 'validation', None)
     """
     match = _SIDE.fullmatch(folder.lower())
-    return SIDE_BY_FOLDER[match[1]] if match else None
+    return SUBSET_BY_FOLDER[match[1]] if match else None
 
 
 class Pixels(Protocol):
@@ -148,8 +148,8 @@ class Listing:
     """What a layout found in an archive, before any pixel is decoded."""
 
     table: pd.DataFrame
-    """One row a patch: `COLUMNS`, and where the dataset has them ``own_side`` (train, val, test) and ``row``
-    (its place in the dataset's own list)."""
+    """One row a patch: `COLUMNS`, and where the dataset has them ``official_subset`` (train, validation,
+    test) and ``row`` (its place in the dataset's own list)."""
     pixels: Pixels
     """In the order of ``table``."""
     class_names: list[str]

@@ -1,8 +1,8 @@
 """Any tree of class folders: ``[split/]<class>/.../<image>``, below any number of folders that hold it all.
 
 Folders named train, val or test at the top (or training, validation, test_set and the like) give a patch its
-own side; every other top folder is a class. Refused are trees whose classes stand a level lower, below
-folders of patients or folds, or below a folder beside such sides that is none. The patch's id is its path
+official subset; every other top folder is a class. Refused are trees whose classes stand a level lower, below
+folders of patients or folds, or below a folder beside such subsets that is none. The patch's id is its path
 from there on; who is who comes with ``--patients``: a csv, or a pattern for the path.
 """
 
@@ -17,14 +17,14 @@ from biopsy.data.archives import Archive
 from biopsy.data.datasets.base import (
     COLUMNS,
     POSITIVE_BY_NEGATIVE,
-    SIDE_BY_FOLDER,
+    SUBSET_BY_FOLDER,
     Dataset,
     ImageFiles,
     Listing,
     Skipped,
     drop_copies,
     find_positive,
-    find_side,
+    find_subset,
     is_image,
     register_dataset,
 )
@@ -55,7 +55,7 @@ def recognise(archive: Archive) -> bool:
             "classes: sort images into <class>/<patient>/ and name patients by --patients, or say --dataset "
             "folders if the upper folders are the classes"
         )
-    if unknown := _find_unknown_sides(paths):
+    if unknown := _find_unknown_subsets(paths):
         raise DataError(
             f"{archive.path}: {_name_some(unknown)} holds class folders as train, val and test do: rename it "
             "to one of these, or say --dataset folders if it is a class"
@@ -78,11 +78,11 @@ def list_patches(archive: Archive) -> Listing:
     stems = pd.Series([key.rpartition(".")[0] for key, _ in kept], dtype=str)
     rows = []
     for stem, twice, (key, entry) in zip(stems, stems.duplicated(keep=False), kept, strict=True):
-        side, class_name = _split_path(key.split("/"))
-        rows.append((key if twice else stem, None, None, None, pd.NA, pd.NA, class_name, entry.name, side))
-    table = pd.DataFrame(rows, columns=[*COLUMNS, "own_side"])
-    if table["own_side"].isna().all():
-        table = table.drop(columns="own_side")
+        subset, class_name = _split_path(key.split("/"))
+        rows.append((key if twice else stem, None, None, None, pd.NA, pd.NA, class_name, entry.name, subset))
+    table = pd.DataFrame(rows, columns=[*COLUMNS, "official_subset"])
+    if table["official_subset"].isna().all():
+        table = table.drop(columns="official_subset")
     class_names = sorted(set(table["class_name"]), key=_natural)
     _warn_of_levels([key.split("/") for key, _ in kept])
     return Listing(
@@ -97,49 +97,49 @@ def list_patches(archive: Archive) -> Listing:
 
 
 def _strip_common(paths: list[list[str]]) -> list[list[str]]:
-    """Cut the folders that hold everything, as long as they are no side and leave a class folder."""
+    """Cut the folders that hold everything, as long as they are no subset and leave a class folder."""
     while paths and all(len(path) > 2 for path in paths):
         first = paths[0][0]
-        if find_side(first) or any(path[0] != first for path in paths):
+        if find_subset(first) or any(path[0] != first for path in paths):
             break
         paths = [path[1:] for path in paths]
     return paths
 
 
 def _split_path(path: list[str]) -> tuple[str | None, str | None]:
-    """Return a path's own side and class, None where it has none."""
+    """Return a path's official subset and class, None where it has none."""
     folders = path[:-1]
-    side = find_side(folders[0]) if folders else None
-    if side is not None:
+    subset = find_subset(folders[0]) if folders else None
+    if subset is not None:
         folders = folders[1:]
-    return side, folders[0] if folders else None
+    return subset, folders[0] if folders else None
 
 
 def _list_below(paths: list[list[str]]) -> dict[str, set[str]]:
     """Return the folders directly below each class folder."""
     below: dict[str, set[str]] = {}
     for path in paths:
-        side, class_name = _split_path(path)
+        subset, class_name = _split_path(path)
         if class_name is not None:
-            below.setdefault(class_name, set()).update(path[1 + (side is not None) : -1][:1])
+            below.setdefault(class_name, set()).update(path[1 + (subset is not None) : -1][:1])
     return below
 
 
-def _find_unknown_sides(paths: list[list[str]]) -> set[str]:
-    """Return top folders that are no side and hold nothing but the classes that the sides hold."""
-    classes = {path[1] for path in paths if len(path) > 2 and find_side(path[0])}
+def _find_unknown_subsets(paths: list[list[str]]) -> set[str]:
+    """Return top folders that are no subset and hold nothing but the classes that the subsets hold."""
+    classes = {path[1] for path in paths if len(path) > 2 and find_subset(path[0])}
     below: dict[str, set[str]] = {}
     for path in paths:
-        if len(path) > 1 and not find_side(path[0]):
+        if len(path) > 1 and not find_subset(path[0]):
             below.setdefault(path[0], set()).add(path[1] if len(path) > 2 else "")
     return {top for top, names in below.items() if names <= classes and top not in classes}
 
 
 def _warn_of_levels(paths: list[list[str]]) -> None:
-    """Warn where folders were taken for sides or classes that may be something else."""
-    guessed = {path[0] for path in paths if find_side(path[0]) and path[0].lower() not in SIDE_BY_FOLDER}
+    """Warn where folders were taken for subsets or classes that may be something else."""
+    guessed = {path[0] for path in paths if find_subset(path[0]) and path[0].lower() not in SUBSET_BY_FOLDER}
     if guessed:
-        _log.warning("taken for the data set's own sides: %s", ", ".join(sorted(guessed)))
+        _log.warning("taken for the data set's official subsets: %s", ", ".join(sorted(guessed)))
     below = _list_below(paths)
     if len(below) > MANY_CLASSES:
         _log.warning("%d folders are taken for classes: are they patients? see --patients", len(below))

@@ -14,7 +14,7 @@ from biopsy.core.tables import parse_csv
 from biopsy.data.archives import Archive, Entry
 from biopsy.data.datasets.base import (
     COLUMNS,
-    SIDE_BY_FOLDER,
+    SUBSET_BY_FOLDER,
     Dataset,
     ImageFiles,
     KaggleData,
@@ -30,7 +30,7 @@ CLASS_NAMES = ["normal", "tumour"]
 MPP = 0.972  # PCam's
 LABELS = "train_labels.csv"
 
-_SORTED = re.compile(r"(?:^|/)(?P<side>[^/]+)/(?P<label>pos|neg)/(?P<id>[^/]+)\.tif$", re.IGNORECASE)
+_SORTED = re.compile(r"(?:^|/)(?P<subset>[^/]+)/(?P<label>pos|neg)/(?P<id>[^/]+)\.tif$", re.IGNORECASE)
 _ID = re.compile(r"[0-9a-f]{40}")  # ids are SHA-1 hashes
 
 
@@ -40,7 +40,9 @@ def recognise(archive: Archive) -> bool:
         return True
     matches = [_SORTED.search(entry.name) for entry in archive.entries if is_image(entry)]
     good = [
-        match for match in matches if match and match["side"] in SIDE_BY_FOLDER and _ID.fullmatch(match["id"])
+        match
+        for match in matches
+        if match and match["subset"] in SUBSET_BY_FOLDER and _ID.fullmatch(match["id"])
     ]
     return bool(matches) and 2 * len(good) >= len(matches)
 
@@ -111,12 +113,12 @@ def _list_by_folders(archive: Archive) -> Listing:
     keyed = []
     for entry in images:
         match = _SORTED.search(entry.name)
-        if match is None or match["side"].lower() not in SIDE_BY_FOLDER:
+        if match is None or match["subset"].lower() not in SUBSET_BY_FOLDER:
             skipped.append(
                 {"source": entry.name, "reason": "does not lie in <train|validation|test>/<pos|neg>/"}
             )
             continue
-        place = (SIDE_BY_FOLDER[match["side"].lower()], match["label"].lower())
+        place = (SUBSET_BY_FOLDER[match["subset"].lower()], match["label"].lower())
         known = places.setdefault(match["id"], place)
         if known != place:
             skipped.append(
@@ -127,9 +129,9 @@ def _list_by_folders(archive: Archive) -> Listing:
     kept, n_copies, differing = drop_copies(archive, keyed)
     rows = []
     for patch_id, entry in kept:
-        side, label = places[patch_id]
+        subset, label = places[patch_id]
         class_name = CLASS_NAMES[label == "pos"]
-        rows.append((patch_id, None, None, None, pd.NA, pd.NA, class_name, entry.name, side, None))
+        rows.append((patch_id, None, None, None, pd.NA, pd.NA, class_name, entry.name, subset, None))
     counts = {"duplicates": n_copies, "other_files": len(archive.entries) - len(images)}
     return _make_listing(archive, rows, [entry for _, entry in kept], skipped + differing, counts)
 
@@ -137,8 +139,8 @@ def _list_by_folders(archive: Archive) -> Listing:
 def _make_listing(
     archive: Archive, rows: list[tuple], entries: list[Entry], skipped: list[Skipped], counts: dict[str, int]
 ) -> Listing:
-    table = pd.DataFrame(rows, columns=[*COLUMNS, "own_side", "row"])
-    unused = [name for name in ("own_side", "row") if table[name].isna().all()]
+    table = pd.DataFrame(rows, columns=[*COLUMNS, "official_subset", "row"])
+    unused = [name for name in ("official_subset", "row") if table[name].isna().all()]
     return Listing(
         table=table.drop(columns=unused),
         pixels=ImageFiles(archive, entries),

@@ -99,7 +99,7 @@ def _find_contradiction(entry: Entry, match: re.Match[str], patients: set[str]) 
 # 84, 29 and 49 patients are those of Cruz-Roa et al. 2014 and Janowczyk & Madabhushi 2016.
 _CASE_LISTS = (
     "https://raw.githubusercontent.com/choosehappy/public/8560e48bc5eaf41b349d203f6ac0a2b7d9be1b67/"
-    "DL%20tutorial%20Code/6-idc/cases_{side}.txt"
+    "DL%20tutorial%20Code/6-idc/cases_{name}.txt"
 )
 
 
@@ -114,7 +114,7 @@ register_dataset(
         mpp=MPP,
         citation="Cruz-Roa et al. 2014 (SPIE 9041); Janowczyk and Madabhushi 2016 (J Pathol Inform 7:29)",
         licence="stated on the Kaggle page; read it there",
-        files=tuple(RemoteFile(_CASE_LISTS.format(side=side)) for side in ("train", "val", "test")),
+        files=tuple(RemoteFile(_CASE_LISTS.format(name=name)) for name in ("train", "val", "test")),
         # 277,524 PNGs, twice in the archive: 6.0 kB each there (mean of 8,151), 8.1 kB in blocks on disk.
         kaggle=KaggleData(
             "paultimothymooney/breast-histopathology-images", "dataset", needed_bytes=7_900_000_000

@@ -1,8 +1,8 @@
 """PatchCamelyon as published: six HDF5 files and, where they were fetched too, three tables of slides.
 
-``camelyonpatch_level_2_split_<train|valid|test>_<x|y>.h5`` hold pixels and labels of one side each; any side
-may be absent. ``..._meta.csv`` names the slide of each patch (``wsi``); its ``coord_x`` and ``coord_y`` are
-kept under their own names, because they are not in patch pixels.
+``camelyonpatch_level_2_split_<train|valid|test>_<x|y>.h5`` hold pixels and labels of one subset each; any
+subset may be absent. ``..._meta.csv`` names the slide of each patch (``wsi``); its ``coord_x`` and
+``coord_y`` are kept under their own names, because they are not in patch pixels.
 """
 
 import contextlib
@@ -19,7 +19,14 @@ from biopsy.core.hdf5 import find_dataset, open_hdf5
 from biopsy.core.tables import infer_numbers, read_csv_table
 from biopsy.core.text import normalize_id
 from biopsy.data.archives import Archive, Entry, FolderArchive
-from biopsy.data.datasets.base import SIDE_BY_FOLDER, Dataset, Listing, RemoteFile, Skipped, register_dataset
+from biopsy.data.datasets.base import (
+    SUBSET_BY_FOLDER,
+    Dataset,
+    Listing,
+    RemoteFile,
+    Skipped,
+    register_dataset,
+)
 from biopsy.data.packs import MAX_PATCH_PX
 from biopsy.data.tables import normalize_cells
 
@@ -70,7 +77,7 @@ def recognise(archive: Archive) -> bool:
 
 
 def list_patches(archive: Archive) -> Listing:
-    """List the patches of every side whose pixels and labels are both there."""
+    """List the patches of every subset whose pixels and labels are both there."""
     files = _find_files(archive)
     assert isinstance(archive, FolderArchive)
     tables, paths, shapes, skipped = [], [], [], []
@@ -86,7 +93,7 @@ def list_patches(archive: Archive) -> Listing:
         labels = _read_labels(archive.path_of(y), n_patches=shapes[-1][0])
         tables.append(_make_table(archive, split, x, labels, files.get((split, "meta.csv"))))
     if not tables:
-        raise ArchiveError(f"{archive.path} holds no side of PCam with both its _x.h5 and its _y.h5")
+        raise ArchiveError(f"{archive.path} holds no subset of PCam with both its _x.h5 and its _y.h5")
     return Listing(
         table=pd.concat(tables, ignore_index=True),
         pixels=H5Patches(paths, shapes),
@@ -162,7 +169,7 @@ def _make_table(
             "y": pd.NA,
             "class_name": np.array(CLASS_NAMES, dtype=object)[labels],
             "source": [f"{x.name}#{row}" for row in range(len(labels))],
-            "own_side": SIDE_BY_FOLDER[split],
+            "official_subset": SUBSET_BY_FOLDER[split],
         }
     )
     if meta is not None:
@@ -220,7 +227,7 @@ register_dataset(
         looks_for="camelyonpatch_level_2_split_<train|valid|test>_<x|y>.h5",
         recognise=recognise,
         list_patches=list_patches,
-        expected={"patches": 327_680, "train": 262_144, "val": 32_768, "test": 32_768},
+        expected={"patches": 327_680, "train": 262_144, "validation": 32_768, "test": 32_768},
         mpp=MPP,
         citation="Veeling et al. 2018 (MICCAI), from Camelyon16 (Ehteshami Bejnordi et al. 2017, JAMA)",
         licence="CC0 1.0",

@@ -74,9 +74,9 @@ class Abstention:
     """The ``abstention`` entry of ``metrics.json``.
 
     Attributes:
-        alpha, promise, reason, n_calibration_patients, n_calibration_patches, unit, method, chosen_on: As
+        alpha, guarantee, reason, n_calibration_patients, n_calibration_patches, unit, method, chosen_on: As
             the classifier has them.
-        promised_coverage: ``1 - alpha``.
+        target_coverage: ``1 - alpha``.
         quantiles, patient, patch, by_class: Of the sets that abstain, as in `SetShares`; None without any.
         sets: Their counts.
         verdict: Whether the target coverage, a mean over patients, is reached (``kept``, ``broken`` or
@@ -86,8 +86,8 @@ class Abstention:
     """
 
     alpha: float | None
-    promise: str | None
-    promised_coverage: float | None
+    guarantee: str | None
+    target_coverage: float | None
     reason: str | None
     n_calibration_patients: int | None
     n_calibration_patches: int | None
@@ -115,12 +115,12 @@ def measure_abstention(conformal: Mapping[str, Any], scored: ScoredPatches) -> A
     if quantiles is not None:
         shares = _measure_sets(quantiles, scored)
         sets = count_sets(predict_sets(scored.probs, quantiles), scored.pred)
-        held = shares.by_class.values() if conformal["promise"] == "each-class" else [shares.patient]
+        held = shares.by_class.values() if conformal["guarantee"] == "class-conditional" else [shares.patient]
         verdict = judge_coverage(1 - conformal["alpha"], [part.coverage for part in held])
     return Abstention(
         alpha=alpha,
-        promise=conformal.get("promise"),
-        promised_coverage=None if alpha is None else 1 - alpha,
+        guarantee=conformal.get("guarantee"),
+        target_coverage=None if alpha is None else 1 - alpha,
         reason=conformal["reason"] if "quantiles" in conformal else BEFORE,
         n_calibration_patients=conformal.get("n_patients"),
         n_calibration_patches=conformal.get("n_patches"),
@@ -150,8 +150,8 @@ def judge_coverage(target: float, coverages: Iterable[Interval]) -> str:
     """Return whether every coverage reaches the target: ``kept``, ``open`` (within chance) or ``broken``."""
     coverages = list(coverages)
     if any(coverage.high is not None and coverage.high < target for coverage in coverages):
-        return "broken"
-    return "kept" if all(coverage.value >= target for coverage in coverages) else "open"
+        return "violated"
+    return "met" if all(coverage.value >= target for coverage in coverages) else "inconclusive"
 
 
 def _measure_sets(quantiles: list[float], scored: ScoredPatches) -> SetShares:

@@ -9,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from biopsy.core.errors import MetricError
-from biopsy.core.subsets import subset_name
 from biopsy.core.text import count, plural
 from biopsy.plotting.style import BASELINE, DASHED, INK, MODEL, MUTED, legend_above, new_figure, styled, svg
 from biopsy.reporting.document import Block, Picture, Pictures, Section, Table, Text, interval_of, number
@@ -28,7 +27,7 @@ MEASURES = {
 
 @section("abstention", order=50)
 def describe_abstention(facts: RunFacts) -> Section | None:
-    """The promise, the table that holds it to account, and risk against coverage."""
+    """The guarantee, the table that holds it to account, and risk against coverage."""
     result = facts.metrics.get("abstention")
     if not result:
         return None
@@ -37,7 +36,7 @@ def describe_abstention(facts: RunFacts) -> Section | None:
         blocks.append(Text(_say_refusal(result), "note"))
     else:
         blocks.append(Text(say_verdict(result, facts.unit), _tone(result["verdict"])))
-    if result["chosen_on"] == facts.metrics.get("side"):
+    if result["chosen_on"] == facts.metrics.get("subset"):
         blocks.append(
             Text(
                 "The prediction sets were fitted on these patches: coverage here does not test the "
@@ -57,14 +56,14 @@ def describe_coverage(entry: Mapping[str, Any]) -> str:
         return f"No abstention: {entry['reason']}."
     if entry["quantiles"] is None:
         return f"No coverage guarantee and no abstention: {entry['reason']}."
-    unit, item = entry["unit"], entry["promise"] == "each-class"
+    unit, item = entry["unit"], entry["guarantee"] == "class-conditional"
     what = "patches of each class" if item else "patches"
     return (
         "The model abstains on a patch unless its conformal prediction set contains the predicted class "
         f"only. The sets were fitted on {count(entry['n_calibration_patches'], 'patch')} of "
-        f"{count(entry['n_calibration_patients'], unit)} ({subset_name(entry['chosen_on'])} subset), with "
+        f"{count(entry['n_calibration_patients'], unit)} ({entry['chosen_on']} subset), with "
         f"the {unit} as the exchangeable unit. {'Class-conditional' if item else 'Marginal'} coverage "
-        f"guarantee: of the {what} of a new {unit}, at least {100 * entry['promised_coverage']:g} % have "
+        f"guarantee: of the {what} of a new {unit}, at least {100 * entry['target_coverage']:g} % have "
         f"their true class in the set, on average over {plural(unit)}. Hence at most "
         f"{100 * entry['alpha']:g} % of {'each class' if item else 'patches'} are misclassified without "
         "abstention; the error rate among the remaining patches has no guarantee. Method: "
@@ -74,8 +73,8 @@ def describe_coverage(entry: Mapping[str, Any]) -> str:
 
 def say_verdict(entry: Mapping[str, Any], unit: str) -> str:
     """Return whether the coverage guarantee was met on the evaluated patients, and the shortfall."""
-    target = entry["promised_coverage"]
-    if entry["promise"] == "each-class":
+    target = entry["target_coverage"]
+    if entry["guarantee"] == "class-conditional":
         coverages = {f"{name} ": estimate["coverage"] for name, estimate in entry["by_class"].items()}
     else:
         coverages = {"": entry["patient"]["coverage"]}
@@ -85,11 +84,11 @@ def say_verdict(entry: Mapping[str, Any], unit: str) -> str:
     reached += f"; target {number(target)}"
     gap = number(max(0.0, *(target - estimate["value"] for estimate in coverages.values())))
     return {
-        "kept": f"The coverage guarantee was met on these {unit}s. Coverage: {reached}.",
-        "broken": f"The coverage guarantee was violated on these {plural(unit)}, by {gap}. Coverage: "
+        "met": f"The coverage guarantee was met on these {unit}s. Coverage: {reached}.",
+        "violated": f"The coverage guarantee was violated on these {plural(unit)}, by {gap}. Coverage: "
         f"{reached}. Either these {plural(unit)} differ from those used for calibration, or the model was "
         "overfitted to the latter.",
-        "open": f"Inconclusive: coverage is {gap} below target, within sampling error for so few "
+        "inconclusive": f"Inconclusive: coverage is {gap} below target, within sampling error for so few "
         f"{plural(unit)}. Coverage: {reached}.",
     }[entry["verdict"]]
 
@@ -104,13 +103,13 @@ def _say_refusal(entry: Mapping[str, Any]) -> str:
 
 
 def _tone(verdict: str) -> str:
-    return "warning" if verdict == "broken" else "note"
+    return "warning" if verdict == "violated" else "note"
 
 
 def _table_of_shares(entry: Mapping[str, Any], unit: str) -> Table:
     """Return the table of target and observed coverage: all patches, then each class."""
-    ours, plain, item = entry.get("sets"), entry["per_patch"], entry["promise"] == "each-class"
-    target = {"coverage": f"at least {number(entry['promised_coverage'])}"}
+    ours, plain, item = entry.get("sets"), entry["per_patch"], entry["guarantee"] == "class-conditional"
+    target = {"coverage": f"at least {number(entry['target_coverage'])}"}
     target["error"] = f"at most {number(entry['alpha'])}"
     scopes = {"all": ("patient",)} | {name: ("by_class", name) for name in plain["by_class"]}
     reasons, rows = Footnotes(), []
@@ -185,12 +184,12 @@ def _draw(facts: RunFacts, entry: Mapping[str, Any]) -> list[Picture]:
             None if quantiles is None else _cover_groups(scores <= np.array(quantiles)[target], groups)
             for quantiles in (entry["quantiles"], entry["per_patch"]["quantiles"])
         )
-        drawn = draw_coverage(ours, plain, entry["promised_coverage"], unit=facts.unit)
+        drawn = draw_coverage(ours, plain, entry["target_coverage"], unit=facts.unit)
         caption = (
             f"Coverage of each {facts.unit}, all classes. The guarantee is about the mean over "
             f"{plural(facts.unit)}."
         )
-        pictures.append(Picture(caption, svg(drawn, "promise")))
+        pictures.append(Picture(caption, svg(drawn, "guarantee")))
     return pictures
 
 

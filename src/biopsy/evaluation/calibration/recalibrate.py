@@ -26,10 +26,15 @@ from biopsy.training.runs import Run, hash_config
 STALE = ("predictions/test.parquet", "evaluation", "external", "explain", "errors", "report.html")
 """What a run holds that was made with its former probabilities."""
 _STALE_DOCUMENTS = (
-    *("predictions/test.parquet", "evaluation/metrics.json", "evaluation/metrics-val.json", "report.html"),
+    *(
+        "predictions/test.parquet",
+        "evaluation/metrics.json",
+        "evaluation/metrics-validation.json",
+        "report.html",
+    ),
     *("errors/errors.json", "errors/errors.parquet", "explain/hypotheses.json", "explain/faithfulness.json"),
-    *("external/*/evaluation/metrics.json", "external/*/evaluation/metrics-val.json"),
-    *("external/*/predictions/test.parquet", "external/*/predictions/val.parquet"),
+    *("external/*/evaluation/metrics.json", "external/*/evaluation/metrics-validation.json"),
+    *("external/*/predictions/test.parquet", "external/*/predictions/validation.parquet"),
 )
 
 
@@ -50,8 +55,8 @@ class Recalibration(Result):
 def calibrate(run: Run | Path | str, *, method: Method = "platt") -> Recalibration:
     """Refit a run's calibration and decision thresholds on its validation predictions.
 
-    ``classifier/``, ``predictions/val.parquet`` and the recipe in the run are rewritten. Outputs made with
-    the former probabilities (predictions, numbers and pages of the test subset) are removed;
+    ``classifier/``, ``predictions/validation.parquet`` and the recipe in the run are rewritten. Outputs made
+    with the former probabilities (predictions, numbers and pages of the test subset) are removed;
     `biopsy.evaluate` makes them again and counts as one more evaluation of the test subset.
 
     Args:
@@ -76,7 +81,7 @@ def calibrate(run: Run | Path | str, *, method: Method = "platt") -> Recalibrati
 
 
 def _calibrate(run: Run, classifier: Classifier, method: str) -> Recalibration:
-    frame, about = run.predictions("val")
+    frame, about = run.predictions("validation")
     unit, before = run.info["pack"]["unit"], classifier.info.calibrator
     table = "as_published" if run.info["split"]["as_published"] else "decision"
     recipe = load_recipe(run.recipe, [f"{table}.calibration={method}"])
@@ -86,7 +91,7 @@ def _calibrate(run: Run, classifier: Classifier, method: str) -> Recalibration:
     config_sha256 = _ask_again(run, recipe)
     removed = _remove_stale(run.path)
     classifier.save(run.path / "classifier")
-    write_validation(run, classifier, frame[[*IDENTITY, "side", "fold", "target"]], logits, about)
+    write_validation(run, classifier, frame[[*IDENTITY, "subset", "fold", "target"]], logits, about)
     write_atomic(run.path / "recipe.toml", recipe_toml(recipe))
     run.update(
         threshold=classifier.frozen,
@@ -136,4 +141,6 @@ def _ask_again(run: Run, recipe: Recipe) -> str | None:
     except RunError:
         return None
     info = run.info
-    return hash_config(recipe, pack, run.sides(pack), info["split"], info["seed"], info["weights"]["sha256"])
+    return hash_config(
+        recipe, pack, run.subsets(pack), info["split"], info["seed"], info["weights"]["sha256"]
+    )

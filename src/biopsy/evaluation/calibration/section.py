@@ -6,7 +6,6 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from biopsy.core.errors import MetricError
-from biopsy.core.subsets import subset_name
 from biopsy.core.text import capitalize, count, plural
 from biopsy.plotting.style import DASHED, MODEL, MUTED, legend_above, new_figure, styled, svg
 from biopsy.reporting.document import Block, Picture, Pictures, Section, Table, Text, number
@@ -42,25 +41,25 @@ def describe_calibration(facts: RunFacts) -> Section | None:
         return None
     blocks: list[Block] = [Text(say_calibration(result))]
     blocks += [Text(f"{capitalize(text)}.", "warning") for text in [result.get("warning")] if text]
-    sides = {"after": result["after"]}
+    subsets = {"after": result["after"]}
     if result["method"] != "none":
-        sides = {"before": result["before"], **sides}
-    blocks.append(_table(sides, facts.on_side))
+        subsets = {"before": result["before"], **subsets}
+    blocks.append(_table(subsets, facts.on_subset))
     if result["after"].get("bins"):
         positive = facts.positive if facts.is_binary else None
         measured = "observed frequency against predicted probability"
         measured = measured if positive else "accuracy against the probability of the predicted class"
         titles = {
             "before": "Before calibration",
-            "after": "After calibration" if len(sides) > 1 else "Not calibrated",
+            "after": "After calibration" if len(subsets) > 1 else "Not calibrated",
         }
         pictures = [
             Picture(
                 f"{titles[name]}: {measured}, in bins of as many patches each. A bin with patches of too few "
                 f"{plural(facts.unit)} has no interval.",
-                svg(draw_calibration(side["bins"], positive=positive), f"calibration-{name}"),
+                svg(draw_calibration(subset["bins"], positive=positive), f"calibration-{name}"),
             )
-            for name, side in sides.items()
+            for name, subset in subsets.items()
         ]
         caption = f"Reliability diagrams (vertical lines: 95 % intervals over {plural(facts.unit)})"
         blocks.append(Pictures(pictures, caption=caption))
@@ -78,7 +77,7 @@ def say_calibration(entry: Mapping[str, Any]) -> str:
     where = count(entry["n_patches"], "patch")
     if entry["unit"] != "patch":
         where += f" of {count(entry['n_patients'], entry['unit'])}"
-    text = f"{METHODS[entry['method']]}, fitted on {where} of the {subset_name(entry['fitted_on'])} subset."
+    text = f"{METHODS[entry['method']]}, fitted on {where} of the {entry['fitted_on']} subset."
     if entry.get("reason"):
         text += f" {METHODS[entry['asked']]} was requested, but {entry['reason']}."
     if entry["method"] == "intercept":
@@ -120,22 +119,22 @@ def say_slope(after: Mapping[str, Any], positive: str) -> str:
     return f"{verdict} (slope {number(slope['value'])}, {number(slope['low'])} to {number(slope['high'])})."
 
 
-def _table(sides: Mapping[str, Mapping[str, Any]], judged: str) -> Table:
+def _table(subsets: Mapping[str, Mapping[str, Any]], judged: str) -> Table:
     reasons, rows = Footnotes(), []
     for key, label in ROWS.items():
-        cells = [_cell(side, key, reasons) for side in sides.values()]
+        cells = [_cell(subset, key, reasons) for subset in subsets.values()]
         if any(cells):
             rows.append([label, *cells])
-    heads = ["measure", *(f"{name} calibration" for name in sides)]
-    heads = heads if len(sides) > 1 else ["measure", "not calibrated"]
+    heads = ["measure", *(f"{name} calibration" for name in subsets)]
+    heads = heads if len(subsets) > 1 else ["measure", "not calibrated"]
     note = "95 % intervals in brackets; the expected ECE and the terms of the Brier score have none."
     return Table(heads, rows, caption=f"Calibration{judged}", note=note + reasons.text)
 
 
-def _cell(side: Mapping[str, Any], key: str, reasons: Footnotes) -> str:
-    if side.get(key) is not None:
-        return number(side[key]) if key == "ece_floor" else reasons.estimate(side[key])
-    parts = side.get("brier_parts") or {}
+def _cell(subset: Mapping[str, Any], key: str, reasons: Footnotes) -> str:
+    if subset.get(key) is not None:
+        return number(subset[key]) if key == "ece_floor" else reasons.estimate(subset[key])
+    parts = subset.get("brier_parts") or {}
     return number(parts[key]) if key in parts else ""
 
 

@@ -13,7 +13,6 @@ from biopsy.core.arrays import read_arrays, write_arrays
 from biopsy.core.errors import DataError
 from biopsy.core.files import refuse_inputs, update_directory
 from biopsy.core.results import Result
-from biopsy.core.subsets import stored_side
 from biopsy.core.tables import write_csv
 from biopsy.core.text import capitalize, file_name
 from biopsy.data.packs import Pack
@@ -131,8 +130,7 @@ def errors(
     refuse_inputs(place, run.path)
     names = (TABLE, *(f"{folder}/*" for folder in GALLERIES.values()))
     with update_directory(place, *names) as partial:
-        side = None if subset is None else stored_side(subset)
-        result = measure_errors(run, side=side, n=n, device=device)
+        result = measure_errors(run, subset=subset, n=n, device=device)
         case_views = make_case_views(run, result, device=device)
         pictures: dict[str, str] = {}
         for kind, folder in GALLERIES.items():

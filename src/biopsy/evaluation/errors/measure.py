@@ -53,30 +53,30 @@ class ErrorRecord:
 
 
 def measure_errors(
-    run: Run | Path | str, *, side: str | None = None, n: int = SHOWN_EACH, device: str = "auto"
+    run: Run | Path | str, *, subset: str | None = None, n: int = SHOWN_EACH, device: str = "auto"
 ) -> ErrorRecord:
     """Find a run's errors on one subset, measure them, and keep the record in the run.
 
-    Where the record is there already, for the same classifier, side and ``n``, it is read. A folder that
-    cannot be written to gets none. Nothing is opened by this: a side must have been predicted.
+    Where the record is there already, for the same classifier, subset and ``n``, it is read. A folder that
+    cannot be written to gets none. Nothing is opened by this: a subset must have been predicted.
 
     Args:
         run: A finished run that tells two classes apart.
-        side: ``test`` or ``val``; the side last judged by default.
+        subset: ``test`` or ``validation``; the subset last judged by default.
         n: How many missed patches, false alarms and uncertain patches are looked at closely.
         device: Where the network is asked for features.
 
     Raises:
-        RunError: If the run has more than two classes, or the side has not been predicted.
+        RunError: If the run has more than two classes, or the subset has not been predicted.
     """
     run = Run.open(run)
-    side = side or run.judged_side
-    frame, predicted = run.predictions(side)
+    subset = subset or run.evaluated_subset
+    frame, predicted = run.predictions(subset)
     if "prob" not in frame:
         raise RunError(f"{run.path} has more than two classes: error analysis needs two")
     if n < 1:
         raise RunError(f"n={n!r}: expected at least 1")
-    requested = {**key_of_subset(run, FORMAT, side, frame, predicted), "n": n}
+    requested = {**key_of_subset(run, FORMAT, subset, frame, predicted), "n": n}
     place = run.path / FOLDER
     known = _read_known(place, requested)
     if known is not None:
@@ -91,9 +91,9 @@ def measure_errors(
 
 def read_errors(run: Run) -> ErrorRecord | None:
     """Return what is known of the errors on the subset evaluated last; None where nothing is."""
-    side = run.judged_side
-    frame, predicted = run.predictions(side)
-    return _read_known(run.path / FOLDER, key_of_subset(run, FORMAT, side, frame, predicted))
+    subset = run.evaluated_subset
+    frame, predicted = run.predictions(subset)
+    return _read_known(run.path / FOLDER, key_of_subset(run, FORMAT, subset, frame, predicted))
 
 
 def _measure(run: Run, frame: pd.DataFrame, asked: Mapping[str, Any], device: str) -> ErrorRecord:

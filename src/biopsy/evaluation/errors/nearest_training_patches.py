@@ -44,7 +44,7 @@ def find_nearest_training_patches(
         run: Says which patches were trained on; at most `REFERENCE_PATCHES` of them are drawn with its seed,
             fewer for a network that computes much.
     """
-    train = np.flatnonzero(run.sides(pack) == "train")
+    train = np.flatnonzero(run.subsets(pack) == "train")
     most = min(
         REFERENCE_PATCHES, _TIMES * count_asked(classifier.network, classifier.info.preprocessing.input_px)
     )

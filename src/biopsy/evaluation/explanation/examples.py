@@ -46,7 +46,7 @@ class Explained:
     """Examples with their illustrations.
 
     Attributes:
-        examples: One row each: ``patch_id``, ``side`` (empty outside a run), ``class`` (empty where it is
+        examples: One row each: ``patch_id``, ``subset`` (empty outside a run), ``class`` (empty where it is
             not known), ``called``, ``prob`` (of the positive class; of more than two classes that of the
             called one) and ``kind``: missed, false alarm, wrong, right, or unlabelled.
         patches: uint8 ``(height, width, 3)`` at their true sizes.
@@ -128,7 +128,9 @@ def load_explained(run: Run) -> Explained | None:
     except DataError:
         return None
     examples = pd.DataFrame(about["examples"])
-    if about["classifier_sha256"] != run.classifier.sha256 or set(examples["side"]) != {run.judged_side}:
+    if about["classifier_sha256"] != run.classifier.sha256 or set(examples["subset"]) != {
+        run.evaluated_subset
+    }:
         return None
     pack = run.open_pack(verify=False)
     rows = pack.rows_of(examples["patch_id"])

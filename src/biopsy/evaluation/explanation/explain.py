@@ -38,17 +38,17 @@ from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
 
 
-def find_named(run: Run, pack: Pack, sides: np.ndarray, patch: Sequence[str]) -> list[str]:
-    """Check patches that were named: they exist, and are of no side that is still closed."""
-    side_of = dict(zip(pack.table["patch_id"].astype(str), sides, strict=True))
+def find_named(run: Run, pack: Pack, subsets: np.ndarray, patch: Sequence[str]) -> list[str]:
+    """Check patches that were named: they exist, and are of no subset that is still closed."""
+    subset_of = dict(zip(pack.table["patch_id"].astype(str), subsets, strict=True))
     for name in patch:
-        if name not in side_of:
+        if name not in subset_of:
             raise RunError(
-                f"{pack.path.name} has no patch {name!r}; its ids are such as {next(iter(side_of))!r}"
+                f"{pack.path.name} has no patch {name!r}; its ids are such as {next(iter(subset_of))!r}"
             )
-        if side_of[name] == "test" and run.judged_side != "test":
+        if subset_of[name] == "test" and run.evaluated_subset != "test":
             raise RunError(
-                f"patch {name!r} is of the test side, which has not been opened: `biopsy evaluate "
+                f"patch {name!r} is of the test subset, which has not been opened: `biopsy evaluate "
                 f"{run.path}` opens it"
             )
     return list(dict.fromkeys(patch))
@@ -327,11 +327,11 @@ def explain_examples(
 ) -> Explained:
     """Choose examples of a run and explain them without writing anything; see `explain`."""
     pack, classifier = run.open_pack(verify=False), run.classifier
-    sides = run.sides(pack)
+    subsets = run.subsets(pack)
     if selection.patch:
-        ids = find_named(run, pack, sides, selection.patch)
+        ids = find_named(run, pack, subsets, selection.patch)
     else:
-        frame, _ = run.predictions(run.judged_side)
+        frame, _ = run.predictions(run.evaluated_subset)
         frame = frame.assign(patch_id=frame["patch_id"].astype(str))
         ids = (
             draw_patches(frame["patch_id"], selection.random, selection.seed)
@@ -340,7 +340,7 @@ def explain_examples(
         )
     rows = pack.rows_of(ids)
     chosen = Patches(ids, pack.patches[rows], pack.sizes[rows], pack.target[rows])
-    return _explain_chosen(classifier, chosen, sides[rows], methods, layers, Engine(device))
+    return _explain_chosen(classifier, chosen, subsets[rows], methods, layers, Engine(device))
 
 
 def explain_others(
@@ -378,7 +378,7 @@ def explain_others(
 def _explain_chosen(
     classifier: Classifier,
     chosen: Patches,
-    sides: np.ndarray,
+    subsets: np.ndarray,
     methods: Sequence[str],
     layers: Sequence[str],
     engine: Engine,
@@ -391,7 +391,7 @@ def _explain_chosen(
         for name in methods
         for layer in _choose_layers(name, layers)
     ]
-    examples = pd.DataFrame({"patch_id": chosen.patch_ids, "side": sides})
+    examples = pd.DataFrame({"patch_id": chosen.patch_ids, "subset": subsets})
     examples = examples.join(read_calls(classifier, chosen.target, result[0].probs))
     patches = [
         pixels[:height, :width] for pixels, (width, height) in zip(chosen.pixels, chosen.sizes, strict=True)

@@ -295,14 +295,14 @@ def measure_faithfulness(
     n_patches: int | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Test whether maps mean anything on the judged side of a run, and keep the answer in the run.
+    """Test whether maps mean anything on the evaluated subset of a run, and keep the answer in the run.
 
     Writes ``explain/faithfulness.json``. The patches are drawn with the run's seed from those that are called
     positive (of more than two classes: from all), patient by patient in turn, and the class explained is the
-    one that was called. The side is the test side once it has been opened, else validation.
+    one that was called. The subset is the test subset once it has been opened, else validation.
 
     Args:
-        run: A finished run with predictions of that side.
+        run: A finished run with predictions of that subset.
         methods: Which; all that tell classes apart and that the network allows, by default.
         layer: For Grad-CAM, the layer it looks at.
         n_patches: How many; by default 48, and fewer for a network that computes much.
@@ -311,12 +311,12 @@ def measure_faithfulness(
         What the file holds; see the file formats page.
 
     Raises:
-        RunError: If no patch of that side is called positive.
+        RunError: If no patch of that subset is called positive.
         RecipeError: If a method does not exist, tells no classes apart, or the network does not allow it.
     """
     run = Run.open(run)
     pack, classifier, engine = run.open_pack(verify=False), run.classifier.single_patch(), Engine(device)
-    side, seed = run.judged_side, run.info["seed"]
+    subset, seed = run.evaluated_subset, run.info["seed"]
     network = engine.place(classifier.network).eval()
     input_px = classifier.info.preprocessing.input_px
     rows = draw_patches(run, pack, n_patches or count_patches(network, input_px), seed=seed)
@@ -344,7 +344,7 @@ def measure_faithfulness(
     ]
     document = {
         "format": FORMAT,
-        "side": side,
+        "subset": subset,
         "classifier_sha256": classifier.sha256,
         "seed": seed,
         "positive_class": pack.info.positive_class,
@@ -372,13 +372,13 @@ def measure_faithfulness(
 
 
 def read_faithfulness(run: Run) -> dict[str, Any] | None:
-    """Return what was measured of this classifier on the side judged now; None where nothing was."""
+    """Return what was measured of this classifier on the subset judged now; None where nothing was."""
     try:
         known = read_json(run.path / FOLDER / DOCUMENT, format=FORMAT)
     except DataError:
         return None
-    requested = (run.classifier.sha256, run.judged_side)
-    return known if (known["classifier_sha256"], known["side"]) == requested else None
+    requested = (run.classifier.sha256, run.evaluated_subset)
+    return known if (known["classifier_sha256"], known["subset"]) == requested else None
 
 
 def draw_patches(run: Run, pack: Pack, n_patches: int, *, seed: int) -> np.ndarray:
@@ -387,15 +387,15 @@ def draw_patches(run: Run, pack: Pack, n_patches: int, *, seed: int) -> np.ndarr
     Raises:
         RunError: If there is none.
     """
-    frame, _ = run.predictions(run.judged_side)
+    frame, _ = run.predictions(run.evaluated_subset)
     rows = pack.rows_of(frame["patch_id"])
     whole = (pack.sizes[rows] == pack.info.patch_px).all(axis=1)
     called = np.ones(len(rows), bool) if pack.positive_index is None else frame["pred"] == pack.positive_index
     rows = rows[np.asarray(whole & called, bool)]
     if not len(rows):
         raise RunError(
-            f"no whole patch of the {run.judged_side} side is called {pack.info.positive_class}: there is "
-            "nothing of it that a map could mark"
+            f"no whole patch of the {run.evaluated_subset} subset is called {pack.info.positive_class}: "
+            "there is nothing of it that a map could mark"
         )
     rows = make_rng(seed, "faithfulness").permutation(rows)
     turn = pd.Series(pack.group_ids[rows]).groupby(pack.group_ids[rows]).cumcount().to_numpy()

@@ -7,7 +7,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from biopsy.core.errors import MetricError
-from biopsy.core.subsets import subset_name
 from biopsy.core.text import count
 from biopsy.evaluation.explanation.examples import (
     Explained,
@@ -110,7 +109,7 @@ def describe_faithfulness(facts: RunFacts) -> Section | None:
         Bullets([item["answer"] for item in methods]),
         Text(
             f"Measured on {count(result['n_patches'], 'patch')}{units}, {which}, of the "
-            f"{subset_name(result['side'])} subset (seed {result['seed']}). Each patch is divided into "
+            f"{result['subset']} subset (seed {result['seed']}). Each patch is divided into "
             f"{settings['cells']} x {settings['cells']} cells. Deletion replaces cells by the blurred patch, "
             "the most salient first; insertion restores them, starting from the blurred patch (Petsiuk et "
             f"al. 2018). The mean probability of the class is {number(result['prob']['untouched'])} on the "

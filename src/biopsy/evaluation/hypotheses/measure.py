@@ -106,11 +106,11 @@ _LEADS = {
 
 
 def measure_hypotheses(run: Run | Path | str, *, device: str = "auto") -> dict[str, Any]:
-    """Measure the posts' hypotheses on the judged side of a run, and keep them in the run.
+    """Measure the posts' hypotheses on the evaluated subset of a run, and keep them in the run.
 
-    Writes ``explain/hypotheses.json``; where that is there already, for the same classifier and side, it is
-    read. Of a large side a sample is measured, drawn with the run's seed. The side is the test side once it
-    has been opened, else validation: nothing is opened by this.
+    Writes ``explain/hypotheses.json``; where that is there already, for the same classifier and subset, it is
+    read. Of a large subset a sample is measured, drawn with the run's seed. The subset is the test subset
+    once it has been opened, else validation: nothing is opened by this.
 
     Args:
         run: A finished run that tells two classes apart.
@@ -119,14 +119,14 @@ def measure_hypotheses(run: Run | Path | str, *, device: str = "auto") -> dict[s
         What the file holds; see the file formats page.
 
     Raises:
-        RunError: If the run has more than two classes, or no side of it has been predicted.
+        RunError: If the run has more than two classes, or no subset of it has been predicted.
     """
     run = Run.open(run)
-    side, seed = run.judged_side, run.info["seed"]
-    frame, about = run.predictions(side)
+    subset, seed = run.evaluated_subset, run.info["seed"]
+    frame, about = run.predictions(subset)
     if "prob" not in frame:
         raise RunError(f"{run.path} tells more than two classes apart: the hypotheses are about two")
-    requested = key_of_subset(run, FORMAT, side, frame, about)
+    requested = key_of_subset(run, FORMAT, subset, frame, about)
     path = run.path / PATH
     known = _read_known(path, requested)
     if known is None:
@@ -136,12 +136,12 @@ def measure_hypotheses(run: Run | Path | str, *, device: str = "auto") -> dict[s
 
 
 def key_of_subset(
-    run: Run, format: str, side: str, frame: pd.DataFrame, about: Mapping[str, Any]
+    run: Run, format: str, subset: str, frame: pd.DataFrame, about: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return what a record measured on a subset must say to be of these predictions."""
     return {
         "format": format,
-        "side": side,
+        "subset": subset,
         "n_patches": len(frame),
         "classifier_sha256": about["classifier_sha256"],
         "seed": run.info["seed"],
@@ -150,8 +150,8 @@ def key_of_subset(
 
 def read_hypotheses(run: Run) -> dict[str, Any] | None:
     """Return what was measured on the subset evaluated last; None where nothing was."""
-    side = run.judged_side
-    return _read_known(run.path / PATH, key_of_subset(run, FORMAT, side, *run.predictions(side)))
+    subset = run.evaluated_subset
+    return _read_known(run.path / PATH, key_of_subset(run, FORMAT, subset, *run.predictions(subset)))
 
 
 def _measure(run: Run, frame: pd.DataFrame, seed: int, device: str) -> dict[str, Any]:
@@ -386,7 +386,7 @@ def count_asked(network: nn.Module, input_px: int) -> int:
 
 
 def draw_rows(n: int, most: int, seed: int) -> np.ndarray:
-    """Draw rows of a judged side without replacement, in order; all where there are not too many."""
+    """Draw rows of a judged subset without replacement, in order; all where there are not too many."""
     return (
         np.arange(n)
         if n <= most

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from string import capwords
 from typing import Any
 
-from biopsy.core.subsets import subset_name
 from biopsy.core.text import count, plural
 from biopsy.evaluation.explanation.section import MOST_GROUPS
 from biopsy.evaluation.hypotheses.measure import measure_hypotheses, read_hypotheses
@@ -39,7 +38,7 @@ def describe_hypotheses(facts: RunFacts) -> Section | None:
     blocks: list[Block] = [
         Text(
             "The publication of this recipe states hypotheses about errors and saliency. Each is tested "
-            f"here on the {subset_name(result['side'])} subset, with 95 % intervals over "
+            f"here on the {result['subset']} subset, with 95 % intervals over "
             f"{plural(result['unit'])}." + (size if drawn else "")
         )
     ]
