@@ -36,7 +36,7 @@ def make_predictions(patient_ids, patches_per_patient=64, seed=0):
                     "slide_id": f"{name}-slide",
                     "x": x * 50 + 1,
                     "y": y * 50 + 1,
-                    "side": "test",
+                    "subset": "test",
                     "fold": 0,
                     "target": target,
                     "prob": 1 / (1 + np.exp(-logit)),
@@ -71,7 +71,7 @@ def make_metrics(table):
     patch = estimate_patch_metrics(target, prob, groups, THRESHOLD, seed=0)
     patients = estimate_patient_metrics(target, prob, groups, THRESHOLD)
     metrics = {
-        "side": "test",
+        "subset": "test",
         "positive_class": "IDC",
         "n_patches": len(table),
         "n_patients": groups.nunique(),
