@@ -50,7 +50,17 @@ def replace(monkeypatch):
 
 def predicted(skipped=()):
     """What `biopsy.predict` returns for three patches, two of them training patches."""
-    frame, names = pd.DataFrame({"pred": [1, 0, 1]}), ["non_idc", "idc"]
+    names = ["non_idc", "idc"]
+    frame = pd.DataFrame(
+        {
+            "patch_id": ["a", "b", "c"],
+            "prob_non_idc": [0.2, 0.6, 0.1],
+            "prob_idc": [0.8, 0.4, 0.9],
+            "pred": [1, 0, 1],
+            "abstained": [False, True, False],
+            "out_of_distribution": [False, True, None],
+        }
+    )
     about = {"class_names": names, "n_training": 2, "skipped": list(skipped)}
     return SimpleNamespace(path=Path("x.csv"), frame=frame, **about)
 
@@ -222,6 +232,9 @@ def test_predicted_classes_are_named_and_training_patches_counted(replace):
     replace("predict", lambda **options: predicted())
     result = call("predict", "a", "b")
     assert "1 non_idc, 2 idc" in result.stdout
+    shown = [line.split(maxsplit=3) for line in result.stdout.splitlines()[1:4]]
+    assert shown[0] == ["a", "idc", "0.800"] and shown[2] == ["c", "idc", "0.900"]
+    assert shown[1] == ["b", "non_idc", "0.600", "abstains, out of distribution"]
     assert result.stderr.startswith("warning: 2 ") and "training" in result.stderr
 
 
@@ -347,6 +360,16 @@ def test_tables_line_up(capsys):
         "metric  value       n",
         "auroc   0.912  12,345",
         "f1                  7",
+    ]
+
+
+def test_names_that_begin_with_digits_are_no_numbers(capsys):
+    print_table(
+        [["8863_x1.png", "-1.5e-3", "0.9 (0.8 to 1.0)"], ["a", "3", "-"]], ["patch", "shift", "auroc"]
+    )
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "8863_x1.png  -1.5e-3  0.9 (0.8 to 1.0)",
+        "a                  3                 -",
     ]
 
 

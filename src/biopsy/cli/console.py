@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -80,13 +81,16 @@ def print_json(document: object) -> None:
     print(printed)
 
 
+_NUMBER = re.compile(r"$|-$|[-+]?[.\d][\d.,e+-]*( |%|$)")  # a number, or no value
+
+
 def print_table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> None:
     """Print rows as a table whose columns line up; numbers to the right."""
     cells = [[_cell(value) for value in row] for row in rows]
     columns = []
     for name, *values in zip(header, *cells, strict=True):
         width = max(len(value) for value in (name, *values))
-        is_numeric = all(value[:1].isdigit() or value[:1] in ("", "-") for value in values)
+        is_numeric = all(_NUMBER.match(value) for value in values)
         columns.append(
             [value.rjust(width) if is_numeric else value.ljust(width) for value in (name, *values)]
         )

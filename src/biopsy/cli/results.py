@@ -8,6 +8,7 @@ from typing import Any
 from biopsy.cli.console import log, print_blocks, print_json, print_table
 
 FAILED, SKIPPED = 1, 3
+SHOWN_PATCHES = 20  # of at most so many patches, each prediction is printed
 MAX_NAMED = 20  # skipped files named one by one before the rest is only counted
 
 COUNTS = {"odd_sizes": "padded to a square", "duplicates": "identical copies left out"}
@@ -384,14 +385,29 @@ def _prediction_document(prediction: Any, options: Options) -> object:
 
 
 def _print_prediction(prediction: Any, options: Options) -> None:
+    from biopsy.core.text import count
+
     document: Any = _prediction_document(prediction, options)
+    if 0 < document["n_patches"] <= SHOWN_PATCHES:
+        _print_patches(prediction)
     print(prediction.path)
-    counts = ", ".join(f"{count:,} {name}" for name, count in document["pred"].items() if count)
-    print(f"{document['n_patches']:,} patches: {counts or 'none'}")
+    counts = ", ".join(f"{n:,} {name}" for name, n in document["pred"].items() if n)
+    print(f"{count(document['n_patches'], 'patch')}: {counts or 'none'}")
     if prediction.n_training:
         log.warning(
             "%s of these patches were used for training (column subset)", f"{prediction.n_training:,}"
         )
+
+
+def _print_patches(prediction: Any) -> None:
+    """Print class and probability of each patch, and whether the classifier can be relied on for it."""
+    rows = []
+    for patch in prediction.frame.to_dict("records"):
+        name = prediction.class_names[patch["pred"]]
+        notes = {"abstains": patch["abstained"], "out of distribution": patch["out_of_distribution"]}
+        noted = [note for note, holds in notes.items() if holds is True]
+        rows.append([patch["patch_id"], name, f"{patch[f'prob_{name}']:.3f}", ", ".join(noted)])
+    print_table(rows, ["patch", "class", "probability", ""])
 
 
 def _print_comparison(comparison: Mapping[str, Any], options: Options) -> None:
