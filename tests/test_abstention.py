@@ -9,7 +9,13 @@ from scipy import stats
 from biopsy.cli.results import say_abstention
 from biopsy.core.errors import MetricError
 from biopsy.core.files import plain
-from biopsy.evaluation.abstention.measure import SetCounts, count_sets, judge_coverage, measure_abstention
+from biopsy.evaluation.abstention.measure import (
+    BEFORE,
+    SetCounts,
+    check_coverage,
+    count_sets,
+    measure_abstention,
+)
 from biopsy.evaluation.abstention.section import (
     MEASURES,
     describe_abstention,
@@ -214,7 +220,7 @@ def test_a_guarantee_and_what_became_of_it():
         assert entry["per_patch"][weight]["abstained"]["value"] < shares["abstained"]
     assert sum(entry["sets"].values()) == len(NEW.prob)
     assert entry["sets"]["kept"] == round(len(NEW.prob) * (1 - entry["patch"]["abstained"]["value"]))
-    assert entry["verdict"] == judge_coverage(0.9, [Interval(**entry["patient"]["coverage"])])
+    assert entry["verdict"] == check_coverage(0.9, [Interval(**entry["patient"]["coverage"])])
     assert entry["risk_coverage"]["at"][0]["risk"]["value"] == entry["risk_coverage"]["error"]
 
 
@@ -226,7 +232,7 @@ def test_a_guarantee_to_each_class_is_held_against_each():
         each = [sets[(NEW.target == k) & (NEW.patient_ids == p), k].mean() for p in range(30)]
         assert entry["by_class"][name]["coverage"]["value"] == pytest.approx(np.mean(each))
     coverages = [Interval(**shares["coverage"]) for shares in entry["by_class"].values()]
-    assert entry["verdict"] == judge_coverage(0.9, coverages)
+    assert entry["verdict"] == check_coverage(0.9, coverages)
 
 
 def test_the_sets_of_one_guarantee_lie_on_the_curve():
@@ -261,7 +267,7 @@ def test_patients_on_several_subsets_guarantee_nothing():
 
 def test_a_classifier_from_before_says_so():
     entry = judge({}, NEW)
-    assert entry["alpha"] is None and "made before" in entry["reason"]
+    assert entry["alpha"] is None and entry["reason"] == BEFORE
     assert entry["per_patch"] is None and entry["risk_coverage"]["area"]["value"] > 0
 
 
@@ -307,13 +313,13 @@ def test_sets_are_counted_by_what_they_hold():
 def test_a_verdict_needs_an_interval_to_be_against():
     kept, short = Interval(0.91, 0.88, 0.95), Interval(0.88, 0.84, 0.91)
     missed, bare = Interval(0.80, 0.76, 0.85), Interval(0.80)
-    assert [judge_coverage(0.9, [one]) for one in (kept, short, missed, bare)] == [
+    assert [check_coverage(0.9, [one]) for one in (kept, short, missed, bare)] == [
         "met",
         "inconclusive",
         "violated",
         "inconclusive",
     ]
-    assert [judge_coverage(0.9, [kept, other]) for other in (kept, short, missed)] == [
+    assert [check_coverage(0.9, [kept, other]) for other in (kept, short, missed)] == [
         "met",
         "inconclusive",
         "violated",
@@ -409,5 +415,5 @@ def test_a_report_on_the_calibration_subset_says_it_tests_nothing():
 def test_no_chapter_for_runs_from_before():
     assert describe_abstention(make_facts()) is None
     text = words(chapter({}))
-    assert "No abstention: the classifier was made before there were conformal sets." in text
+    assert BEFORE in text
     assert THRESHOLD == 0.43

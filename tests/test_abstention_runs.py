@@ -8,6 +8,7 @@ import pytest
 from biopsy.core.errors import RecipeError
 from biopsy.core.files import write_json
 from biopsy.data.predictions import read_predictions
+from biopsy.evaluation.abstention.measure import BEFORE
 from biopsy.evaluation.abstention.section import describe_abstention
 from biopsy.evaluation.calibration.recalibrate import calibrate
 from biopsy.evaluation.evaluate import evaluate
@@ -85,7 +86,7 @@ def test_a_classifier_from_before_is_read_and_answers_everything(trained_run, tm
     classifier = Classifier.load(run.path / "classifier")
     assert classifier.info.conformal == {} and classifier.abstains(np.array([[0.5, 0.5]])) is None
     entry = evaluate(Run.open(run.path))["abstention"]
-    assert entry["alpha"] is None and "made before" in entry["reason"]
+    assert entry["alpha"] is None and entry["reason"] == BEFORE
 
 
 @pytest.mark.parametrize("setting", ["error=0", "error=1", "error=-0.1", "error=nan", "guarantee=none"])

@@ -11,7 +11,7 @@ import pytest
 from biopsy.core.files import plain
 from biopsy.evaluation.explanation.examples import Explained, Illustration
 from biopsy.evaluation.explanation.faithfulness import describe_curves, judge_method
-from biopsy.evaluation.hypotheses.measure import judge_blue_yellow, judge_heterogeneous, judge_less_stained
+from biopsy.evaluation.hypotheses.measure import check_blue_yellow, check_heterogeneous, check_less_stained
 from biopsy.reporting.compose import report_of_run
 from biopsy.reporting.html import render_report
 from report_facts import NAMES, Page, figures, make_facts, make_small_facts
@@ -60,9 +60,9 @@ def add_explanations(facts, n=4):
         "n_measured": n_all,
         "n_asked": 77,
         "hypotheses": [
-            judge_less_stained(properties, truth, called, groups, **options),
-            judge_heterogeneous(properties, truth, called, groups, **options),
-            judge_blue_yellow(
+            check_less_stained(properties, truth, called, groups, **options),
+            check_heterogeneous(properties, truth, called, groups, **options),
+            check_blue_yellow(
                 truth,
                 facts.predictions["prob"].to_numpy(),
                 {"grey": rng.random(n_all)},

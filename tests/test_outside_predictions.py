@@ -49,7 +49,7 @@ def test_more_classes_by_their_names():
     assert values["auroc"] == pytest.approx(sk.roc_auc_score(target, probs, multi_class="ovr"))
     report = found.classification_report()
     assert report.index.tolist() == [*names, "macro average", "weighted average", "micro average"]
-    with pytest.raises(MetricError, match="ROC curve is of two classes; these are 3"):
+    with pytest.raises(MetricError, match="ROC curve"):
         found.plot_roc()
 
 
@@ -102,7 +102,7 @@ def test_without_groups_no_interval_is_over_patients(caplog):
     target, probs = draw()
     found = biopsy.evaluate_predictions(target, probs)
     assert found["unit"] == "patch" and found["n_patients"] == 200 and found["patient"] is None
-    assert "no interval is over patients" in caplog.text
+    assert "independent" in caplog.text
 
 
 def test_an_evaluation_is_json_a_table_html_and_figures():
@@ -139,7 +139,7 @@ REFUSED = {
     "lengths": (([0, 1, 1], PROBS), {}, "y_true has 3 patches and y_prob 4"),
     "groups": (([0, 1, 1, 0], PROBS, ["a"]), {}, "groups has 1 values for 4 patches"),
     "no patch": (([], []), {}, "no patches"),
-    "logits": (([0, 1, 1, 0], [-2.1, 3.0, 0.4, 5.0]), {}, "y_prob goes from -2.1 to 5 .*logits"),
+    "logits": (([0, 1, 1, 0], [-2.1, 3.0, 0.4, 5.0]), {}, "logits"),
     "percent": (([0, 1, 1, 0], [2.0, 93.0, 40.0, 5.0]), {}, "percentages"),
     "sums": (
         ([0, 1, 2], np.full((3, 3), 0.9)),
@@ -150,7 +150,7 @@ REFUSED = {
     "text": (([0, 1, 1, 0], ["a", "b", "c", "d"]), {}, "not numbers"),
     "missing label": (([0, 1, np.nan, 0], PROBS), {}, "y_true is missing in 1 rows, first in row 2"),
     "missing group": (([0, 1, 1, 0], PROBS, ["a", None, "b", "b"]), {}, "groups is missing in 1 rows"),
-    "one class": (([1, 1, 1, 1], PROBS), {}, "all 4 patches are of class '1'"),
+    "one class": (([1, 1, 1, 1], PROBS), {}, "at least two classes"),
     "unknown class": (([0, 1, 2, 0], PROBS), {}, "1 labels are of no class, first '2' in row 2"),
     "half a class": (([0, 1, 0.5, 0], PROBS), {}, "first '0.5' in row 2"),
     "unknown name": (
@@ -158,16 +158,16 @@ REFUSED = {
         {"class_names": ["a", "b"]},
         "1 labels are of no class, first 'c' in row 2; classes: a, b",
     ),
-    "too many names": ((["a", "b", "c", "a"], PROBS), {}, "names 3 classes .* y_prob is of 2"),
-    "which is positive": ((["a", "b", "b", "a"], PROBS), {}, "which of a and b is positive"),
-    "positive": (([0, 1, 1, 0], PROBS), {"positive_class": "idc"}, "positive_class='idc' is no class"),
-    "class names": (([0, 1, 1, 0], PROBS), {"class_names": ["a", "a"]}, "one distinct name each"),
+    "too many names": ((["a", "b", "c", "a"], PROBS), {}, "class_names"),
+    "which is positive": ((["a", "b", "b", "a"], PROBS), {}, "set positive_class"),
+    "positive": (([0, 1, 1, 0], PROBS), {"positive_class": "idc"}, "positive_class='idc'"),
+    "class names": (([0, 1, 1, 0], PROBS), {"class_names": ["a", "a"]}, "class_names .* 2 classes"),
     "one column": (([0, 1], np.ones((2, 1, 1))), {}, "shape"),
     "one-hot": ((np.eye(2), np.eye(2)), {}, "y_true has shape"),
     "ids twice": (
         ([0, 1, 1, 0], PROBS),
         {"patch_ids": ["a", "b", "a", "c"]},
-        "1 patch ids come more than once",
+        "duplicate patch ids, first 'a'",
     ),
     "threshold": (([0, 1, 1, 0], PROBS), {"threshold": 40}, "threshold=40"),
     "threshold of three": (([0, 1, 2], np.eye(3)), {"threshold": 0.5}, "for two classes"),
@@ -234,9 +234,7 @@ def test_our_own_predictions_give_the_numbers_of_the_run(trained_run, tmp_path, 
 
 def test_a_table_that_is_not_understood(tmp_path):
     path = write(tmp_path / "a.csv", truth=[0, 1], thing=[0.1, 0.2])
-    with pytest.raises(
-        DataError, match=r"has the columns truth, thing; a column of true classes .* prob_<class>"
-    ):
+    with pytest.raises(DataError, match=r"columns truth, thing.* prob_<class>"):
         biopsy.evaluate(path)
     with pytest.raises(DataError, match="does not exist"):
         biopsy.evaluate(tmp_path / "none.csv")
@@ -294,6 +292,6 @@ def test_a_warning_where_a_few_patients_hold_most_patches():
     target = rng.integers(0, 2, len(groups))
     prob = np.clip(0.3 * target + rng.random(len(groups)) * 0.7, 0, 1)
     [warning] = biopsy.evaluate_predictions(target, prob, groups)["warnings"]
-    assert f"worth {sizes.sum() ** 2 / (sizes**2).sum():.1f} of equal size" in warning
+    assert f" {sizes.sum() ** 2 / (sizes**2).sum():.1f}: " in warning
     even = np.repeat([f"p{k}" for k in range(10)], 25)
     assert biopsy.evaluate_predictions(target, prob, even)["warnings"] == []

@@ -1,6 +1,6 @@
-"""The colour-only baseline: how far one gets without looking at structure.
+"""The colour-only baseline: a classifier that ignores tissue structure.
 
-A network that does not beat it has learned stain.
+A network that does not outperform it may rely on staining only.
 """
 
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ class ColourBaseline:
     """The colour-only baseline: the ``baseline`` entry of ``metrics.json``.
 
     Attributes:
-        auroc: Of the positive class; of more than two classes the mean over classes, one against rest; None
+        auroc: AUROC of the positive class; for more than two classes, the macro average of one-vs-rest; None
             with a ``reason``.
         interval: The AUROC with its interval, for two classes.
         gain: AUROC of the evaluated model minus that of the baseline, paired, for two classes.
@@ -48,10 +48,10 @@ def colour_baseline(
 
     Args:
         subsets: The subset of each patch, ``(n_patches,)``.
-        seed: Seed of the draw of 50,000 patches to learn from, where there are more.
+        seed: Seed of the sample of 50,000 training patches, if there are more.
 
     Returns:
-        The baseline, and its probabilities on that subset, ``(n, n_classes)``; empty where none was fitted.
+        The baseline, and its probabilities on that subset, ``(n, n_classes)``; empty if it was not fitted.
     """
     train, index = np.flatnonzero(subsets == "train"), np.flatnonzero(subsets == subset)
     if len(train) > MAX_TRAIN_PATCHES:
@@ -59,23 +59,22 @@ def colour_baseline(
     classes = np.unique(pack.target[train])
     probs = np.zeros((len(index), len(pack.class_names)))
     if len(classes) < 2 or not len(index):
-        why = f"train has {len(classes)} classes and {subset} {len(index)} patches"
-        return ColourBaseline(n_train=len(train), reason=why), probs[:0]
+        reason = f"train has {len(classes)} classes and {subset} {len(index)} patches"
+        return ColourBaseline(n_train=len(train), reason=reason), probs[:0]
     model = make_pipeline(StandardScaler(), LogisticRegression(C=C, solver="newton-cholesky"))
     model.fit(colour_features(pack.patches, pack.sizes, index=train), pack.target[train])
     probs[:, classes] = model.predict_proba(colour_features(pack.patches, pack.sizes, index=index))
-    auroc, reason = _score(pack.target[index], probs, pack.positive_index)
-    return ColourBaseline(n_train=len(train), auroc=auroc, reason=reason), probs
+    auroc = _auroc(pack.target[index], probs, pack.positive_index)
+    undefined = "the scored subset has one class only" if auroc is None else None
+    return ColourBaseline(n_train=len(train), auroc=auroc, reason=undefined), probs
 
 
-def _score(
-    target: np.ndarray, probs: np.ndarray, positive_index: int | None
-) -> tuple[float | None, str | None]:
-    """Return the AUROC of the positive class, or the mean over the classes that are there."""
+def _auroc(target: np.ndarray, probs: np.ndarray, positive_index: int | None) -> float | None:
+    """Return the AUROC of the positive class, or the mean over the classes that occur."""
     indices = range(probs.shape[1]) if positive_index is None else [positive_index]
     scores = [
         float(roc_auc_score(target == index, probs[:, index]))
         for index in indices
         if 0 < (target == index).sum() < len(target)
     ]
-    return (float(np.mean(scores)), None) if scores else (None, "the scored subset has one class only")
+    return float(np.mean(scores)) if scores else None

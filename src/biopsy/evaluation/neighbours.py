@@ -1,4 +1,4 @@
-"""Patches on their slide: neighbours by label, errors at annotated borders, pictures in context."""
+"""Positions of patches on slides: neighbours by label, errors at annotated borders, context images."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,33 +16,33 @@ from biopsy.slide_io.mosaic import stitch
 from biopsy.statistics.intervals import PatientSummary, estimate_metrics, estimate_patient_metrics
 from biopsy.statistics.resampling import Interval
 
-REACH = 1.25  # steps of the grid: a patch has eight neighbours, up, down, left, right and diagonal
+REACH = 1.25  # in grid steps: the eight neighbours, including the diagonal ones
 ZONES = {
     "border": "at least one of the eight neighbours has another label",
-    "deep": "all neighbours that there are have the same label",
+    "deep": "all existing neighbours have the same label",
 }
 SHOWN = ("sensitivity", "specificity")
 
 Slides = list[tuple[np.ndarray, np.ndarray]]
 
 
-def place_on_slides(table: pd.DataFrame) -> Slides:
-    """Return, for each slide, its rows ``(n,)`` of the table and their places ``(n, 2)``, in x and y.
+def locate_patches(table: pd.DataFrame) -> Slides:
+    """Return, for each slide, its rows ``(n,)`` of the table and their positions ``(n, 2)`` as (x, y).
 
-    A patch without coordinates, or without ``slide_id`` and ``patient_id``, lies on none.
+    Patches without coordinates, or without both ``slide_id`` and ``patient_id``, are left out.
     """
     slide = table["slide_id"].fillna(table["patient_id"])
-    placed = np.flatnonzero(table[["x", "y"]].notna().all(axis=1) & slide.notna())
-    x_y = table[["x", "y"]].iloc[placed].to_numpy(float)
-    parts = pd.Series(np.arange(len(placed))).groupby(slide.iloc[placed].to_numpy(str)).indices
-    return [(placed[part], x_y[part]) for part in parts.values()]
+    located = np.flatnonzero(table[["x", "y"]].notna().all(axis=1) & slide.notna())
+    x_y = table[["x", "y"]].iloc[located].to_numpy(float)
+    parts = pd.Series(np.arange(len(located))).groupby(slide.iloc[located].to_numpy(str)).indices
+    return [(located[part], x_y[part]) for part in parts.values()]
 
 
 def find_step(slides: Slides) -> float:
-    """Return the commonest distance, the longer of x and y, from a place to the nearest one of its slide."""
+    """Return the most frequent Chebyshev distance from a patch to its nearest neighbour."""
     nearest = [np.empty(0)]
-    for _, places in slides:
-        distinct = np.unique(places, axis=0)
+    for _, positions in slides:
+        distinct = np.unique(positions, axis=0)
         if len(distinct) > 1:
             nearest.append(cKDTree(distinct).query(distinct, k=2, p=np.inf)[0][:, 1])
     distances, times = np.unique(np.concatenate(nearest), return_counts=True)
@@ -50,23 +50,22 @@ def find_step(slides: Slides) -> float:
 
 
 def count_neighbours(table: pd.DataFrame, target: np.ndarray, n_classes: int) -> np.ndarray:
-    """Count the neighbours of each patch on its slide, by their label.
+    """Count the neighbours of each patch by their label.
 
-    Neighbours lie within `REACH` steps of the slide's grid in x and in y; a step is what `find_step` finds.
+    Neighbours lie within `REACH` grid steps in x and in y; `find_step` estimates the step.
 
     Args:
-        table: ``x``, ``y``, ``slide_id`` and ``patient_id`` of *all* patches of the slides, as in a pack's
-            table.
-        target: Index of the class of each, ``(n,)``.
+        table: ``x``, ``y``, ``slide_id`` and ``patient_id`` of *all* patches of the slides.
+        target: Class index per patch, ``(n,)``.
 
     Returns:
-        float ``(n, n_classes)``; NaN for a patch that lies on no slide.
+        float ``(n, n_classes)``; NaN for patches without a position.
     """
     counts = np.full((len(table), n_classes), np.nan)
-    slides = place_on_slides(table)
+    slides = locate_patches(table)
     step = find_step(slides)
-    for rows, places in slides:
-        pairs = cKDTree(places).query_pairs(REACH * step, p=np.inf, output_type="ndarray")
+    for rows, positions in slides:
+        pairs = cKDTree(positions).query_pairs(REACH * step, p=np.inf, output_type="ndarray")
         both_ways = np.concatenate([pairs, pairs[:, ::-1]])
         cell = both_ways[:, 0] * n_classes + target[rows[both_ways[:, 1]]]
         counts[rows] = np.bincount(cell, minlength=len(rows) * n_classes).reshape(len(rows), n_classes)
@@ -76,16 +75,14 @@ def count_neighbours(table: pd.DataFrame, target: np.ndarray, n_classes: int) ->
 def find_zones(counts: np.ndarray, target: np.ndarray) -> pd.DataFrame:
     """Return for each patch whether it lies at the annotated border.
 
-    Patches that are not in the table cannot be counted: on a slide of which only one class was kept there is
-    no border to be seen.
-
     Args:
-        counts: As `count_neighbours` gives them.
-        target: Index of the class of each, ``(n,)``.
+        counts: Neighbours by label, from `count_neighbours`. They cover the patches of the table only: a
+            slide with patches of a single class has no border.
+        target: Class index per patch, ``(n,)``.
 
     Returns:
-        ``n_neighbours`` and ``n_against`` (of another label), null where a patch lies on no slide, and
-        ``zone``, one of `ZONES`, null where it has no neighbour.
+        ``n_neighbours`` and ``n_against`` (neighbours with another label), null for patches without a
+        position, and ``zone``, one of `ZONES`, null for patches without neighbours.
     """
     n_neighbours = counts.sum(axis=1)
     n_against = n_neighbours - counts[np.arange(len(counts)), target]
@@ -97,7 +94,7 @@ def find_zones(counts: np.ndarray, target: np.ndarray) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Zone:
-    """Errors in one of `ZONES`: over its patches, and as means over patients (None without ids)."""
+    """Errors in one of `ZONES`: pooled over patches, and as means over patients (None without ids)."""
 
     n_patches: int
     n_positive: int
@@ -109,12 +106,12 @@ class Zone:
 
 
 def measure_zones(zone: np.ndarray, scored: ScoredPatches, threshold: float) -> dict[str, Zone]:
-    """Count errors at the annotated border apart from those deep inside, for each of `ZONES` that occurs.
+    """Measure the errors within each of `ZONES` that occurs.
 
     Args:
-        zone: As `find_zones` gives it, ``(n,)``; patches without one are left out.
+        zone: Zone per patch, from `find_zones`, ``(n,)``; patches without a zone are left out.
         scored: The patches, of two classes.
-        threshold: From which a patch is predicted positive.
+        threshold: Decision threshold.
     """
     result, zones = {}, pd.Series(zone, dtype="string")
     for name in ZONES:
@@ -140,33 +137,33 @@ def measure_zones(zone: np.ndarray, scored: ScoredPatches, threshold: float) -> 
 
 
 def rank_label_issues(counts: np.ndarray, target: np.ndarray, probs: np.ndarray) -> pd.DataFrame:
-    """Return how many witnesses speak against each label.
+    """Return, for each label, the class with the most votes against it and their smoothed share.
 
-    The witnesses are the neighbours' labels, a voice each, and a model that was not trained on the patch, one
-    more voice divided as its probabilities are. With ``k`` of ``n`` voices for another class the doubt is
-    ``(k + 1) / (n + 2)``, Laplace's rule of succession: 7 of 8 neighbours count for more than 1 of 1. On the
-    IDC slides with labels flipped on purpose a model that weighs more than one voice makes the order worse
+    Each neighbour's label is one vote; the out-of-sample prediction of a model is one more vote, divided by
+    its probabilities. With ``k`` of ``n`` votes for another class, ``doubt`` is ``(k + 1) / (n + 2)``
+    (Laplace's rule of succession), so that 7 of 8 neighbours count for more than 1 of 1. On the IDC slides
+    with randomly flipped labels, a model with more than one vote makes the ranking worse
     (``docs/concepts/errors.md``).
 
     Args:
-        counts: As `count_neighbours` gives them.
-        target: Index of the class of each, ``(n,)``.
-        probs: Probabilities ``(n, n_classes)``; NaN where no model may speak.
+        counts: Neighbours by label, from `count_neighbours`.
+        target: Class index per patch, ``(n,)``.
+        probs: Out-of-sample probabilities ``(n, n_classes)``; NaN where there are none.
 
     Returns:
-        ``suggested`` (index of the class most voices are for, other than the label), ``doubt``,
-        ``n_neighbours``, ``n_for`` (neighbours of the suggested class) and ``prob`` (its probability). Where
-        there is no witness, ``doubt`` is 0.5.
+        ``suggested`` (index of the class with the most votes, other than the label), ``doubt`` (0.5 without
+        votes), ``n_neighbours``, ``n_for`` (neighbours of the suggested class) and ``prob`` (its
+        probability).
     """
-    voices = np.nan_to_num(counts) + np.nan_to_num(probs)
-    others = voices.copy()
+    votes = np.nan_to_num(counts) + np.nan_to_num(probs)
+    others = votes.copy()
     others[np.arange(len(target)), target] = -1
     suggested = others.argmax(axis=1)
     picked = np.arange(len(target)), suggested
     return pd.DataFrame(
         {
             "suggested": suggested,
-            "doubt": (voices[picked] + 1) / (voices.sum(axis=1) + 2),
+            "doubt": (votes[picked] + 1) / (votes.sum(axis=1) + 2),
             "n_neighbours": counts.sum(axis=1),
             "n_for": counts[picked],
             "prob": probs[picked],
@@ -181,23 +178,23 @@ _INK, _PAPER = (31, 41, 51), (255, 255, 255)
 
 
 class SlideViews:
-    """Small pictures of the slides of a pack; None for a patch without coordinates."""
+    """Thumbnails and context views of the slides of a pack; None for a patch without coordinates."""
 
     def __init__(self, pack: Pack) -> None:
         self._pack = pack
         self._overviews: dict[int, tuple[np.ndarray, float]] = {}
 
     def overview(self, row: int) -> np.ndarray | None:
-        """Return the whole slide, about `OVERVIEW_PX` wide or high, with a box where a patch lies."""
+        """Return a thumbnail of the slide, longer side about `OVERVIEW_PX`, with a box around the patch."""
         if self._slide_of[row] < 0:
             return None
         index = int(self._slide_of[row])
-        places = self._slides[index][1]
+        positions = self._slides[index][1]
         if index not in self._overviews:
             self._overviews[index] = self._stitch(index)
         small, scale = self._overviews[index]
         image = small.copy()
-        left, top = (self._place(row) - places.min(axis=0)) * scale
+        left, top = (self._place(row) - positions.min(axis=0)) * scale
         side = max(self._pack.info.patch_px * scale, 5)
         middle = np.array([left, top]) + self._pack.info.patch_px * scale / 2
         corner, opposite = (np.rint(middle + sign * (side / 2 + 2)).astype(int).tolist() for sign in (-1, 1))
@@ -206,11 +203,11 @@ class SlideViews:
         return image
 
     def surroundings(self, row: int) -> np.ndarray | None:
-        """Return a patch in a dark box and those around it, each framed in the colour of its label."""
+        """Return the patch, in a dark box, and its surroundings, each framed in the colour of its label."""
         if self._slide_of[row] < 0:
             return None
-        rows, places = self._slides[int(self._slide_of[row])]
-        offset = places - self._place(row)
+        rows, positions = self._slides[int(self._slide_of[row])]
+        offset = positions - self._place(row)
         near = (np.abs(offset) <= (STEPS_AROUND + 0.25) * self._step).all(axis=1)
         patch_px = self._pack.info.patch_px
         room = 2 * STEPS_AROUND * self._step + patch_px
@@ -228,7 +225,7 @@ class SlideViews:
         width, height = self._pack.sizes[row]
         left, top, right, bottom = np.rint(np.array([x, y, x + width, y + height]) * scale).astype(int)
         if min(left, top) < 0 or max(right, bottom) > AROUND_PX + 1:
-            return  # off the grid and cut by the frame
+            return  # off the grid and cut off by the frame
         right, bottom = min(right, AROUND_PX), min(bottom, AROUND_PX)
         patch = np.ascontiguousarray(self._pack.patches[row, :height, :width])
         image[top:bottom, left:right] = cv2.resize(
@@ -236,15 +233,15 @@ class SlideViews:
         )
         index = int(self._pack.target[row])
         colour = [round(255 * part) for part in to_rgb(class_colour(index))]
-        thick = 2 if index == 0 else 4  # told apart in a grey print too
+        thick = 2 if index == 0 else 4  # distinguishable in greyscale too
         cv2.rectangle(image, (left + 1, top + 1), (right - 2, bottom - 2), colour, thick)
 
     def _stitch(self, index: int) -> tuple[np.ndarray, float]:
-        rows, places = self._slides[index]
+        rows, positions = self._slides[index]
         patch_px = self._pack.info.patch_px
-        scale = min(1.0, OVERVIEW_PX / (np.ptp(places, axis=0).max() + patch_px))
+        scale = min(1.0, OVERVIEW_PX / (np.ptp(positions, axis=0).max() + patch_px))
         patches = (self._true_patch(int(row)) for row in rows)
-        return stitch(patches, places[:, 0], places[:, 1], patch_px=patch_px, scale=scale), scale
+        return stitch(patches, positions[:, 0], positions[:, 1], patch_px=patch_px, scale=scale), scale
 
     def _true_patch(self, row: int) -> np.ndarray:
         width, height = self._pack.sizes[row]
@@ -255,7 +252,7 @@ class SlideViews:
 
     @cached_property
     def _slides(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        return place_on_slides(self._pack.table)
+        return locate_patches(self._pack.table)
 
     @cached_property
     def _step(self) -> float:

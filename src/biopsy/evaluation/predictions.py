@@ -1,4 +1,4 @@
-"""Evaluation of anybody's predictions: arrays, or a table that another program wrote."""
+"""Evaluation of predictions from arrays, tables of other programs, or a classifier."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -70,26 +70,25 @@ def evaluate_predictions(
     Args:
         y_true: True class per patch, shape ``(n,)``: an index into ``class_names``, or a name.
         y_prob: Probability of the positive class, shape ``(n,)``, or of each class, ``(n, n_classes)``.
-        groups: The patient (or slide) of each patch, over which intervals are made; without it patches are
-            taken as independent, and intervals are too narrow wherever they belong together.
+        groups: Patient (or slide) id per patch, the unit of the intervals. Without it, patches are treated as
+            independent, and intervals are too narrow if several patches come from one patient.
         class_names: Names in the order of the columns of ``y_prob``. By default the sorted names in
-            ``y_true``, as scikit-learn's ``classes_``; the numbers from 0 where it holds numbers.
-        positive_class: For two classes, the one whose recall is called sensitivity, and whose probability a
-            one-dimensional ``y_prob`` is; by default the second class.
-        threshold: For two classes, the probability from which a patch is predicted positive (default 0.5).
-            Choose it on other patches than these.
-        subgroups: Columns with one value per patch: the metrics are repeated within each value.
-        patch_ids: One id per patch, each once.
-        prevalence: Also give PPV and NPV where this share of patches is positive.
-        unit: What ``groups`` names.
-        seed: Of bootstrap draws, used from 100 groups on, and of the simulated calibration floor.
+            ``y_true``, as scikit-learn's ``classes_``; the numbers from 0 if it holds numbers.
+        positive_class: For two classes, the one whose recall is the sensitivity and whose probability a
+            one-dimensional ``y_prob`` holds; by default the second class.
+        threshold: Decision threshold for two classes (default 0.5), chosen on other patches than these.
+        subgroups: Columns with one value per patch; the metrics are repeated within each value.
+        patch_ids: One unique id per patch.
+        prevalence: Also return PPV and NPV at this share of positive patches.
+        unit: Unit of ``groups``.
+        seed: Seed of the bootstrap (used from 100 groups on) and of the simulated calibration floor.
 
     Returns:
         The evaluation: `to_frame` for a table, `to_dict` for JSON, `biopsy.report` for a page.
 
     Raises:
-        MetricError: If lengths differ, values are missing, probabilities are none or do not sum to one, there
-            is one class only, a class is unknown, or a patch id comes twice.
+        MetricError: If lengths differ, values are missing, probabilities are outside 0-1 or do not sum to
+            one, there is one class only, a class is unknown, or a patch id is duplicated.
 
     Examples:
         >>> y_true, y_prob = [0, 1, 1, 0, 1, 0], [0.2, 0.9, 0.4, 0.3, 0.8, 0.1]
@@ -106,32 +105,34 @@ def evaluate_predictions(
     target = _index_classes(labels, names)
     if threshold is not None and (positive is None or not 0 <= threshold <= 1):
         raise MetricError(
-            f"threshold={threshold!r}: give a probability between 0 and 1, for two classes; of more classes "
-            "the one of highest probability is predicted"
+            f"threshold={threshold!r}: expected a probability between 0 and 1, for two classes only; with "
+            "more classes, the most probable one is predicted"
         )
     if prevalence is not None:
         check_prevalence(prevalence)
-    known = {} if subgroups is None else dict(subgroups)
-    columns_of = {str(name): _read_vector(str(name), values, len(labels)) for name, values in known.items()}
-    about = _describe_patches(groups, patch_ids, unit, len(labels))
+    subgroup_values = {
+        str(name): _read_vector(str(name), values, len(labels))
+        for name, values in dict({} if subgroups is None else subgroups).items()
+    }
+    patch_table = _tabulate_patches(groups, patch_ids, unit, len(labels))
     positive_index = None if positive is None else names.index(positive)
-    cut = None if positive is None else 0.5 if threshold is None else float(threshold)
+    cutoff = None if positive is None else 0.5 if threshold is None else float(threshold)
     scored = ScoredPatches(
         target=target,
         probs=probs,
-        pred=decide(probs, positive_index, cut),
-        group_ids=about["patch_id" if groups is None else f"{unit}_id"].to_numpy(object),
+        pred=decide(probs, positive_index, cutoff),
+        group_ids=patch_table["patch_id" if groups is None else f"{unit}_id"].to_numpy(object),
         class_names=names,
         positive_class=positive,
         unit="patch" if groups is None else unit,
         seed=seed,
     )
     frame = tabulate_predictions(
-        about.assign(target=target), names, positive_index, None, probs, threshold=cut
+        patch_table.assign(target=target), names, positive_index, None, probs, threshold=cutoff
     )
     rule = "0.5" if threshold is None else "given"
-    thresholds = [] if cut is None else [{"value": cut, "rule": rule, "chosen_on": None}]
-    metrics = measure(scored, pd.DataFrame(columns_of), thresholds, prevalence=prevalence)
+    thresholds = [] if cutoff is None else [{"value": cutoff, "rule": rule, "chosen_on": None}]
+    metrics = measure(scored, pd.DataFrame(subgroup_values), thresholds, prevalence=prevalence)
     return Evaluation(plain(metrics), frame)
 
 
@@ -144,18 +145,18 @@ def evaluate_classifier(
     prevalence: float | None = None,
     seed: int = 0,
 ) -> Evaluation:
-    """Evaluate a classifier that belongs to no run on a pack; the opening is counted in the pack's ledger.
+    """Evaluate a classifier without a run on a pack, and record the evaluation in the pack's ledger.
 
     Args:
-        classifier: Its classes must be the pack's.
-        data: A pack; all its patches are predicted unless a split is named.
+        classifier: A classifier with the classes of the pack.
+        data: A pack; all its patches are predicted unless a split is given.
         subset: Subset of the split.
         split: Name of a split of the pack.
         prevalence, seed: As in `evaluate_predictions`.
 
     Raises:
         RunError: If the classes differ, or the split has no patches in that subset.
-        DataError: If the pack's patches are of another resolution or larger than the classifier's.
+        DataError: If the pack's patches have another resolution than the classifier's or are larger.
     """
     pack = Pack.open(data)
     pack.verify()
@@ -174,14 +175,14 @@ def evaluate_classifier(
     return Evaluation(plain(metrics), predicted.frame)
 
 
-def _read_vector(name: str, values: ArrayLike, n: int | None = None) -> np.ndarray:
-    """Return one value per patch, none of them missing except in subgroups."""
+def _read_vector(name: str, values: ArrayLike, n_expected: int | None = None) -> np.ndarray:
+    """Return a one-dimensional array with one value per patch."""
     array = np.asarray(values)
     if array.ndim != 1:
         raise MetricError(f"{name} has shape {array.shape}: give one value per patch")
-    if n is not None and len(array) != n:
-        raise MetricError(f"{name} has {len(array):,} values for {n:,} patches: give one per patch")
-    if n is None and not len(array):
+    if n_expected is not None and len(array) != n_expected:
+        raise MetricError(f"{name} has {len(array):,} values for {n_expected:,} patches: give one per patch")
+    if n_expected is None and not len(array):
         raise MetricError("there are no patches to evaluate: at least one per class is needed")
     return array
 
@@ -198,8 +199,8 @@ def _read_labels(y_true: ArrayLike) -> np.ndarray:
 def _refuse_missing(name: str, missing: Any) -> None:
     if missing.any():
         raise MetricError(
-            f"{name} is missing in {missing.sum():,} rows, first in row {int(missing.argmax())}: fill these "
-            "in or leave the patches out"
+            f"{name} is missing in {missing.sum():,} rows, first in row {int(missing.argmax())}: fill in "
+            "the values or drop the rows"
         )
 
 
@@ -221,8 +222,8 @@ def _read_probs(y_prob: ArrayLike, n: int) -> np.ndarray:
     low, high = probs.min(), probs.max()
     if low < 0 or high > 1:
         raise MetricError(
-            f"y_prob goes from {low:.4g} to {high:.4g} where probabilities lie in 0-1: of logits take the "
-            "sigmoid (two classes) or the softmax (more) first, and divide percentages by 100"
+            f"y_prob ranges from {low:.4g} to {high:.4g}, expected probabilities in 0-1: apply the sigmoid "
+            "(two classes) or softmax (more) to logits, and divide percentages by 100"
         )
     if probs.ndim == 2:
         sums = probs.sum(axis=1)
@@ -231,7 +232,7 @@ def _read_probs(y_prob: ArrayLike, n: int) -> np.ndarray:
             at = int(wrong.argmax())
             raise MetricError(
                 f"{wrong.sum():,} rows of y_prob do not sum to one, first row {at} with {sums[at]:.4g}: "
-                "outputs of one sigmoid per class are no probabilities of exclusive classes"
+                "independent sigmoid outputs are not probabilities of exclusive classes"
             )
     return probs
 
@@ -239,7 +240,7 @@ def _read_probs(y_prob: ArrayLike, n: int) -> np.ndarray:
 def _name_classes(
     labels: np.ndarray, probs: np.ndarray, class_names: Sequence[str] | None, positive_class: str | None
 ) -> tuple[list[str], str | None]:
-    """Return the names of the classes in order, and the positive one of two."""
+    """Return the class names in order, and the positive class (None for more than two classes)."""
     n_classes = 2 if probs.ndim == 1 else probs.shape[1]
     is_text = labels.dtype.kind in "OUS"
     if class_names is not None:
@@ -248,66 +249,66 @@ def _name_classes(
         names = sorted({str(label) for label in labels})
         if len(names) != n_classes:
             raise MetricError(
-                f"y_true names {len(names)} classes ({', '.join(names)}) and y_prob is of {n_classes}: name "
-                "all by class_names, in the order of its columns"
+                f"y_true has {len(names)} classes ({', '.join(names)}) but y_prob has {n_classes}: list all "
+                "in class_names, in the order of the columns of y_prob"
             )
     else:
         names = [str(index) for index in range(n_classes)]
     if len(names) != n_classes or len(set(names)) != len(names) or n_classes < 2:
         raise MetricError(
-            f"class_names {names} do not fit y_prob of {n_classes} classes: one distinct name each"
+            f"class_names {names} do not match y_prob with {n_classes} classes: one unique name per class"
         )
     if positive_class is not None and str(positive_class) not in names:
         raise MetricError(
-            f"positive_class={positive_class!r} is no class: {suggest(str(positive_class), names)}"
+            f"positive_class={positive_class!r} is unknown: {suggest(str(positive_class), names)}"
         )
     if n_classes > 2:
         if positive_class is not None:
-            raise MetricError(f"positive_class={positive_class!r} is of two classes; these are {n_classes}")
+            raise MetricError(f"positive_class={positive_class!r} needs two classes, found {n_classes}")
         return names, None
     if positive_class is None and class_names is None and is_text:
         positive_class = find_positive(names)
         if positive_class is None:
-            raise MetricError(f"which of {' and '.join(names)} is positive? name it by positive_class")
+            raise MetricError(f"positive class of {' and '.join(names)} unknown: set positive_class")
     return names, names[1] if positive_class is None else str(positive_class)
 
 
 def _index_classes(labels: np.ndarray, names: list[str]) -> np.ndarray:
-    """Return the index of each label's class, of at least two classes."""
+    """Return the class index of each label; at least two classes must occur."""
     try:
         target = index_labels(labels, names)
     except DataError as error:
         raise MetricError(str(error)) from None
     if len(np.unique(target)) < 2:
         raise MetricError(
-            f"all {len(target):,} patches are of class {names[int(target[0])]!r}: an evaluation needs "
-            "patches of two classes or more"
+            f"all {len(target):,} patches have class {names[int(target[0])]!r}: an evaluation needs at "
+            "least two classes"
         )
     return target
 
 
-def _describe_patches(
+def _tabulate_patches(
     groups: ArrayLike | None, patch_ids: ArrayLike | None, unit: Unit, n: int
 ) -> pd.DataFrame:
     """Return ``patch_id`` and the id of each patch's group."""
     ids = np.arange(n) if patch_ids is None else _read_vector("patch_ids", patch_ids, n)
-    about = pd.DataFrame({"patch_id": pd.Series(ids).astype(str)})
-    twice = about["patch_id"].duplicated()
-    if twice.any():
+    table = pd.DataFrame({"patch_id": pd.Series(ids).astype(str)})
+    duplicated = table["patch_id"].duplicated()
+    if duplicated.any():
         raise MetricError(
-            f"{twice.sum():,} patch ids come more than once, first {about['patch_id'][twice].iloc[0]!r}: "
+            f"{duplicated.sum():,} duplicate patch ids, first {table['patch_id'][duplicated].iloc[0]!r}: "
             "evaluate each patch once"
         )
     if groups is None:
-        logger.warning("no groups given: patches are taken as independent; no interval is over patients")
-        return about
-    known = _read_vector("groups", groups, n)
-    _refuse_missing("groups", np.asarray(pd.isna(known)))
-    return about.assign(**{f"{unit}_id": pd.Series(known).astype(str)})
+        logger.warning("no groups given: intervals treat patches as independent and may be too narrow")
+        return table
+    group_ids = _read_vector("groups", groups, n)
+    _refuse_missing("groups", np.asarray(pd.isna(group_ids)))
+    return table.assign(**{f"{unit}_id": pd.Series(group_ids).astype(str)})
 
 
 def is_table(path: object) -> bool:
-    """Return whether a path is that of a table of predictions, by its name."""
+    """Return whether a path has the suffix of a table of predictions."""
     return isinstance(path, str | Path) and str(path).lower().endswith(TABLE_SUFFIXES)
 
 
@@ -320,14 +321,14 @@ def evaluate_table(
     prevalence: float | None = None,
     seed: int = 0,
 ) -> Evaluation:
-    """Evaluate a csv or Parquet table of predictions, one row per patch; columns are known by their names.
+    """Evaluate a csv or Parquet table of predictions with one row per patch.
 
     Args:
-        path: With a column of true classes (`TRUTH_COLUMNS`), one of the positive class's probability
-            (`PROB_COLUMNS`) or one per class (``prob_<class>``), and if possible one of patients
+        path: Table with a column of true classes (`TRUTH_COLUMNS`), one of the positive class's probability
+            (`PROB_COLUMNS`) or one per class (``prob_<class>``), and optionally one of patients
             (`GROUP_COLUMNS`).
-        positive: For two classes, the positive one.
-        threshold: By default that which biopsy wrote with its own predictions, else 0.5.
+        positive: Positive class, for two classes.
+        threshold: Decision threshold (default: the one stored with biopsy's own predictions, else 0.5).
         subgroups: Columns within whose values the metrics are repeated.
         prevalence, seed: As in `evaluate_predictions`.
 
@@ -343,12 +344,12 @@ def evaluate_table(
 
     truth, prob, ids = find(TRUTH_COLUMNS), find(PROB_COLUMNS), find(ID_COLUMNS)
     prefix = next((p for p in PROB_PREFIXES if any(name.startswith(p) for name in lower)), None)
-    of_classes = [lower[name] for name in lower if prefix and name.startswith(prefix)]
-    if truth is None or (prob is None and len(of_classes) < 2):
+    prob_columns = [lower[name] for name in lower if prefix and name.startswith(prefix)]
+    if truth is None or (prob is None and len(prob_columns) < 2):
         raise DataError(
-            f"{path} has the columns {', '.join(map(str, table.columns))}; a column of true classes (one of "
-            f"{', '.join(TRUTH_COLUMNS)}) and of probabilities (one of {', '.join(PROB_COLUMNS)}, or "
-            "prob_<class> for every class) are needed: rename yours"
+            f"{path} has the columns {', '.join(map(str, table.columns))}; rename yours: expected a column "
+            f"of true classes (one of {', '.join(TRUTH_COLUMNS)}) and of probabilities (one of "
+            f"{', '.join(PROB_COLUMNS)}, or prob_<class> for every class)"
         )
     missing = [name for name in subgroups if name not in table]
     if missing:
@@ -356,18 +357,18 @@ def evaluate_table(
             f"{path} has no column {missing[0]!r}: {suggest(missing[0], map(str, table.columns))}"
         )
     group = find([name for name in GROUP_COLUMNS if name in lower and table[lower[name]].notna().any()])
-    class_names = [name[len(prefix or "") :] for name in of_classes] if len(of_classes) > 1 else None
+    class_names = [name[len(prefix or "") :] for name in prob_columns] if len(prob_columns) > 1 else None
     if positive is None and class_names is not None and len(class_names) == 2 and prob is not None:
-        same = [k for k, name in enumerate(of_classes) if np.array_equal(table[name], table[prob])]
-        positive = class_names[same[0]] if len(same) == 1 else None
-    frozen = read_metadata(path).get("threshold")
+        matches = [k for k, name in enumerate(prob_columns) if np.array_equal(table[name], table[prob])]
+        positive = class_names[matches[0]] if len(matches) == 1 else None
+    stored = read_metadata(path).get("threshold")
     return evaluate_predictions(
         table[truth].to_numpy(),
-        table[of_classes if class_names is not None else prob].to_numpy(),
-        None if group is None else table[group].map(_spell, na_action="ignore").to_numpy(object),
+        table[prob_columns if class_names is not None else prob].to_numpy(),
+        None if group is None else table[group].map(_normalize_group, na_action="ignore").to_numpy(object),
         class_names=class_names,
         positive_class=positive,
-        threshold=frozen["value"] if threshold is None and frozen else threshold,
+        threshold=stored["value"] if threshold is None and stored else threshold,
         subgroups=table[list(subgroups)],
         patch_ids=None if ids is None else table[ids].to_numpy(object),
         prevalence=prevalence,
@@ -376,12 +377,12 @@ def evaluate_table(
     )
 
 
-def _spell(group: object) -> str:
+def _normalize_group(group: object) -> str:
     return normalize_id(str(group))
 
 
 def _read_table(path: Path) -> pd.DataFrame:
-    """Read a csv or Parquet file; cells that are all numbers become numbers, but for ids."""
+    """Read a csv or Parquet file; numeric columns except ids become numbers."""
     if path.name.lower().endswith(".parquet"):
         return read_parquet_table(path)[0]
     table = read_csv_table(path)

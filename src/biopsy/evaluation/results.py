@@ -1,4 +1,4 @@
-"""The result of an evaluation: numbers with their intervals, as a table, as JSON, drawn."""
+"""The result of an evaluation: metrics with intervals, as a table, as JSON and as figures."""
 
 from dataclasses import dataclass
 from html import escape
@@ -34,7 +34,7 @@ class Evaluation(Result):
         return list(self.document["class_names"])
 
     def to_frame(self) -> pd.DataFrame:
-        """Return a row per metric: ``value``, ``low``, ``high`` and ``reason`` why one is missing."""
+        """Return a row per metric: ``value``, ``low``, ``high`` and ``reason`` if one is undefined."""
         frame = pd.DataFrame.from_dict(self.document["patch"], orient="index")
         return frame.rename_axis("metric").astype({"value": float, "low": float, "high": float})
 
@@ -61,12 +61,12 @@ class Evaluation(Result):
 
     @property
     def heading(self) -> str:
-        """Number of patches and patients, and of what the intervals are."""
+        """Number of patches and patients, and the unit of the intervals."""
         unit, interval = self.document["unit"], self.document["interval"]
         groups = "" if unit == "patch" else f" of {self.document['n_patients']:,} {unit}s"
-        what = f"Evaluation of {self.document['n_patches']:,} patches{groups}"
+        title = f"Evaluation of {self.document['n_patches']:,} patches{groups}"
         return (
-            f"{what}, {interval['level']:.0%} intervals over {'patches' if unit == 'patch' else unit + 's'}"
+            f"{title}, {interval['level']:.0%} intervals over {'patches' if unit == 'patch' else unit + 's'}"
         )
 
     def plot_roc(self) -> "Figure":
@@ -84,7 +84,7 @@ class Evaluation(Result):
         return draw_precision_recall(*self._binary("precision-recall curve"), operating_point=point)
 
     def plot_calibration(self) -> "Figure":
-        """Draw observed frequency against predicted probability (of more classes: of the predicted one)."""
+        """Draw observed frequency against predicted probability (multi-class: of the predicted class)."""
         from biopsy.evaluation.calibration.section import draw_calibration
 
         bins = self.document["calibration"]["after"]["bins"]
@@ -96,11 +96,11 @@ class Evaluation(Result):
 
         return draw_confusion_matrix(self.confusion_matrix().to_numpy(), self.class_names)
 
-    def _binary(self, what: str) -> tuple[np.ndarray, np.ndarray]:
+    def _binary(self, curve: str) -> tuple[np.ndarray, np.ndarray]:
         """Return whether each patch is positive, and its probability."""
         positive = self.document["positive_class"]
         if positive is None:
-            raise MetricError(f"a {what} is of two classes; these are {len(self.class_names)}")
+            raise MetricError(f"a {curve} needs two classes; this evaluation has {len(self.class_names)}")
         is_positive = self.predictions["target"].to_numpy(int) == self.class_names.index(positive)
         return is_positive.astype(int), self.predictions["prob"].to_numpy(float)
 

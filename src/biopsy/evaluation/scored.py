@@ -1,4 +1,4 @@
-"""Patches with their true class and probabilities: what every number of an evaluation follows from."""
+"""Patches with true class and probabilities, the input of every measurement of an evaluation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,11 +23,11 @@ class ScoredPatches:
         target: Index into ``class_names``, ``(n,)``.
         probs: ``(n, n_classes)``.
         pred: The predicted class, ``(n,)``.
-        group_ids: The patient (slide, patch) of each.
+        group_ids: Patient (slide, patch) id per patch, ``(n,)``.
         class_names: Names of the classes.
-        positive_class: For two classes, the one whose recall is called sensitivity; else None.
-        unit: What a group is: ``patient``, ``slide`` or ``patch``.
-        seed: Of bootstrap draws and of the simulated calibration floor.
+        positive_class: For two classes, the one whose recall is the sensitivity; else None.
+        unit: Unit of the groups: ``patient``, ``slide`` or ``patch``.
+        seed: Seed of the bootstrap and of the simulated calibration floor.
     """
 
     target: np.ndarray
@@ -43,7 +43,7 @@ class ScoredPatches:
     def of_pack(
         cls, pack: Pack, rows: np.ndarray, probs: np.ndarray, threshold: float | None, *, seed: int = 0
     ) -> "ScoredPatches":
-        """Return rows of a pack with their probabilities; threshold as in `tabulate_predictions`."""
+        """Return rows of a pack with their probabilities; ``threshold`` as in `tabulate_predictions`."""
         return cls(
             target=pack.target[rows],
             probs=probs,
@@ -65,7 +65,7 @@ class ScoredPatches:
         *,
         seed: int = 0,
     ) -> "ScoredPatches":
-        """Return what a table of predictions holds."""
+        """Return the patches of a table of predictions."""
         return cls(
             target=frame["target"].to_numpy(int),
             probs=frame[[f"prob_{name}" for name in class_names]].to_numpy(float),
@@ -81,13 +81,13 @@ class ScoredPatches:
         return len(self.target)
 
     def take(self, chosen: np.ndarray) -> "ScoredPatches":
-        """Return some of the patches."""
+        """Return a subset of the patches, selected by index or mask."""
         arrays = {name: getattr(self, name)[chosen] for name in ("target", "probs", "pred", "group_ids")}
         return replace(self, **arrays)
 
     @property
     def resampling(self) -> Resampling:
-        """How intervals over the groups are made."""
+        """Options of the intervals over groups."""
         return {"seed": self.seed, "unit": self.unit}
 
     @property
@@ -100,7 +100,7 @@ class ScoredPatches:
 
     @property
     def is_positive(self) -> np.ndarray:
-        """1 where a patch is of the positive class, ``(n,)``."""
+        """1 for patches of the positive class, else 0, ``(n,)``."""
         return (self.target == self.positive_index).astype(int)
 
     @property
@@ -110,7 +110,7 @@ class ScoredPatches:
         return self.probs[:, self.positive_index]
 
     def sample(self) -> SortedScores | ClassSample:
-        """Return the patches ready for metrics: of two classes, or of more."""
+        """Return the patches as input of the metrics for two classes or for more."""
         ids = self.group_ids
         if self.positive_index is None:
             return class_sample(self.target, self.probs, self.class_names, group_ids=ids, pred=self.pred)
@@ -118,15 +118,15 @@ class ScoredPatches:
         return sort_scores(self.is_positive, self.prob, group_ids=ids, y_pred=y_pred)
 
     def warn_unequal_groups(self) -> str | None:
-        """Return a warning if a few patients hold most patches: intervals then depend on who they are."""
+        """Return a warning if a few groups hold most patches."""
         counts = np.unique(self.group_ids, return_counts=True)[1].astype(float)
         groups = InformativeGroups(counts)
         if self.unit == "patch" or groups.n < 2 or groups.effective >= UNEQUAL * groups.n:
             return None
         return (
-            f"{groups.n} {self.unit}s of very different size are worth {groups.effective:.1f} of equal size: "
-            f"if {self.unit}s with more patches are harder, pooled metrics are too optimistic and their "
-            f"intervals too narrow; read the means over {self.unit}s"
+            f"{groups.n} {self.unit}s of very different size have an effective number of "
+            f"{groups.effective:.1f}: if {self.unit}s with more patches are harder, pooled metrics are too "
+            f"optimistic and their intervals too narrow; prefer the means over {self.unit}s"
         )
 
     def confusion(self) -> np.ndarray:

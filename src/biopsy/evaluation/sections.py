@@ -42,7 +42,9 @@ def describe_numbers(facts: RunFacts) -> Section:
     """Return every metric with its interval, the classification report, and the confusion."""
     blocks: list[Block] = [table_of_metrics(facts.metrics, facts.unit, facts.on_subset)]
     if facts.metrics.get("classification_report"):
-        blocks.append(table_of_classes(facts.metrics["classification_report"], _say_calls(facts)))
+        blocks.append(
+            table_of_classes(facts.metrics["classification_report"], _describe_decision_rule(facts))
+        )
     if facts.is_binary:
         blocks.append(Pictures(_confusion_pictures(facts)))
     else:
@@ -73,7 +75,7 @@ def table_of_classes(report: Sequence[Mapping[str, Any]], note: str = "") -> Tab
     )
 
 
-def _say_calls(facts: RunFacts) -> str:
+def _describe_decision_rule(facts: RunFacts) -> str:
     if not facts.is_binary:
         return "Each patch is assigned the class of highest probability."
     threshold = "decision threshold" if facts.is_run else "threshold"
@@ -97,11 +99,11 @@ def _table_of_one_against_rest(per_class: Mapping[str, Mapping[str, Any]]) -> Ta
 
 
 def _confusion_pictures(facts: RunFacts) -> list[Picture]:
-    name = "decision threshold" if facts.is_run else "threshold"
-    named = {"confusion": f"At the {name}, {number(facts.threshold)}.", "at_half": "At threshold 0.5."}
+    kind = "decision threshold" if facts.is_run else "threshold"
+    captions = {"confusion": f"At the {kind}, {number(facts.threshold)}.", "at_half": "At threshold 0.5."}
     return [
         Picture(caption, svg(_draw_quadrants(facts, counts), key))
-        for key, caption in named.items()
+        for key, caption in captions.items()
         if (counts := facts.metrics.get(key))
     ]
 
@@ -113,14 +115,14 @@ def _draw_quadrants(facts: RunFacts, counts: Mapping[str, int]) -> Any:
 
 @section("curves", order=20)
 def describe_curves(facts: RunFacts) -> Section | None:
-    """Ranking curves, for two classes of which both occur."""
+    """Return ROC and precision-recall curves, for two classes that both occur."""
     target = facts.is_positive
     if not facts.is_binary or not 0 < target.sum() < len(target):
         return None
     prob = facts.predictions["prob"].to_numpy(float)
-    reached = [facts.pooled.get(name, {}).get("value") for name in ("sensitivity", "specificity", "ppv")]
-    roc_point = None if None in reached[:2] else (reached[0], reached[1])
-    pr_point = None if None in (reached[0], reached[2]) else (reached[0], reached[2])
+    achieved = [facts.pooled.get(name, {}).get("value") for name in ("sensitivity", "specificity", "ppv")]
+    roc_point = None if None in achieved[:2] else (achieved[0], achieved[1])
+    pr_point = None if None in (achieved[0], achieved[2]) else (achieved[0], achieved[2])
     pictures = [
         Picture(
             "ROC curve: sensitivity against the false positive rate (1 - specificity) at every threshold.",
@@ -137,7 +139,7 @@ def describe_curves(facts: RunFacts) -> Section | None:
 
 @section("decisions", order=40)
 def describe_decisions(facts: RunFacts) -> Section | None:
-    """Operating points and their drift, predictive values at a stated prevalence, the decision curve."""
+    """Return operating points and their drift, predictive values at a prevalence, and the decision curve."""
     points, curve = facts.metrics.get("operating_points"), facts.metrics.get("decision_curve")
     if not points or not curve:
         return None
@@ -189,23 +191,23 @@ def _table_of_points(points: Sequence[Mapping[str, Any]], subset: str | None) ->
     )
 
 
-def _table_at_prevalence(asked: Mapping[str, Any]) -> Table:
+def _table_at_prevalence(at_prevalence: Mapping[str, Any]) -> Table:
     reasons = Footnotes()
     rows = [
         [say_rule(point["rule"]), *(reasons.estimate(point[name]) for name in ("ppv", "npv"))]
-        for point in asked["points"]
+        for point in at_prevalence["points"]
     ]
     return Table(
         ["rule", "positive predictive value", "negative predictive value"],
         rows,
-        caption=f"Predictive values at a prevalence of {100 * asked['prevalence']:g} %",
+        caption=f"Predictive values at a prevalence of {100 * at_prevalence['prevalence']:g} %",
         note="By Bayes' rule from sensitivity and specificity above. 95 % intervals in brackets."
         + reasons.text,
     )
 
 
 def say_benefit(curve: Mapping[str, Any]) -> str:
-    """Return where the model is worth more than acting on all or on no patches, as far as intervals allow."""
+    """Return the threshold probabilities at which net benefit exceeds that of acting on all or on none."""
     points = [(point["threshold"], point["gain"]) for point in curve["marked"]]
     spans = _join_thresholds([(at, gain["low"] is not None and gain["low"] > 0) for at, gain in points])
     if spans:
@@ -228,7 +230,7 @@ def say_benefit(curve: Mapping[str, Any]) -> str:
 
 
 def _join_thresholds(points: Sequence[tuple[float, bool]]) -> str:
-    """Write the runs of thresholds that are chosen, such as ``0.10 to 0.35, 0.50``; empty without any."""
+    """Format ranges of selected thresholds, such as ``0.10 to 0.35, 0.50``; empty if none is selected."""
     spans: list[list[float]] = []
     for (at, chosen), follows in zip(points, [False, *(chosen for _, chosen in points)], strict=False):
         if chosen and follows:
@@ -238,7 +240,7 @@ def _join_thresholds(points: Sequence[tuple[float, bool]]) -> str:
     return ", ".join(f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}" for low, high in spans)
 
 
-MOST_SLIDES = 4
+MAX_SLIDES = 4
 PANEL_NAMES = {
     "tissue": "Tissue",
     "target": "Annotated classes",
@@ -246,18 +248,18 @@ PANEL_NAMES = {
     "error": "Map of errors",
 }
 SLIDE_SIDE_PX = 640
-LONG_TABLE = 30  # rows, beyond which a table is folded
+LONG_TABLE = 30  # rows; longer tables are folded
 
 
 @section("patients", order=60)
 def describe_patients(facts: RunFacts) -> Section | None:
-    """Return one row a patient or slide, and every subgroup."""
+    """Return results per patient or slide, and per subgroup."""
     groups = facts.group_ids
     blocks: list[Block] = []
     if groups.notna().any():
-        known = groups.notna().to_numpy()
+        has_group = groups.notna().to_numpy()
         describe = _blocks_by_group if facts.is_binary else _classes_by_group
-        blocks += describe(facts, groups[known].astype(str).to_numpy(), known)
+        blocks += describe(facts, groups[has_group].astype(str).to_numpy(), has_group)
     if facts.metrics.get("subgroups"):
         blocks.append(_table_of_subgroups(facts.metrics["subgroups"], len(facts.class_names), facts.unit))
     if not blocks:
@@ -266,11 +268,11 @@ def describe_patients(facts: RunFacts) -> Section | None:
     return Section("patients", heading, blocks)
 
 
-def _blocks_by_group(facts: RunFacts, who: np.ndarray, known: np.ndarray) -> list[Block]:
-    target, prob = facts.is_positive[known], facts.predictions["prob"].to_numpy(float)[known]
-    names, values = measure_groups(target, prob, who, facts.threshold)
-    n_patches = np.array([(who == name).sum() for name in names])
-    n_positive = np.array([target[who == name].sum() for name in names])
+def _blocks_by_group(facts: RunFacts, group_ids: np.ndarray, has_group: np.ndarray) -> list[Block]:
+    target, prob = facts.is_positive[has_group], facts.predictions["prob"].to_numpy(float)[has_group]
+    names, values = measure_groups(target, prob, group_ids, facts.threshold)
+    n_patches = np.array([(group_ids == name).sum() for name in names])
+    n_positive = np.array([target[group_ids == name].sum() for name in names])
     auroc = facts.pooled.get("auroc", {})
     interval = None if auroc.get("low") is None else (auroc["low"], auroc["high"])
     pictures = [
@@ -294,7 +296,7 @@ def _blocks_by_group(facts: RunFacts, who: np.ndarray, known: np.ndarray) -> lis
             "line) and 5th to 95th percentile (thin line).",
             svg(
                 draw_patient_probs(
-                    who.tolist(),
+                    group_ids.tolist(),
                     target,
                     prob,
                     class_names=(facts.negative, facts.positive),
@@ -304,27 +306,27 @@ def _blocks_by_group(facts: RunFacts, who: np.ndarray, known: np.ndarray) -> lis
             ),
         ),
     ]
-    shown = ("auroc", "sensitivity", "specificity", "balanced_accuracy")
+    metrics = ("auroc", "sensitivity", "specificity", "balanced_accuracy")
     rows = [
         [
             str(name),
             number(int(n_patches[i])),
             number(int(n_positive[i])),
-            *(number(values[key][i]) for key in shown),
+            *(number(values[key][i]) for key in metrics),
         ]
         for i, name in enumerate(names)
     ]
-    columns = [facts.unit, "patches", facts.positive, *(metric_label(key) for key in shown)]
+    columns = [facts.unit, "patches", facts.positive, *(metric_label(key) for key in metrics)]
     note = "Dash: undefined, because only one class occurs."
     return [Pictures(pictures), table_by_group(facts.unit, columns, rows, note=note)]
 
 
-def _classes_by_group(facts: RunFacts, who: np.ndarray, known: np.ndarray) -> list[Block]:
-    """Return the table of patients of more than two classes: their classes, and how many are correct."""
-    table = facts.predictions[known]
+def _classes_by_group(facts: RunFacts, group_ids: np.ndarray, has_group: np.ndarray) -> list[Block]:
+    """Return the table of patients for more than two classes: true classes and accuracy."""
+    table = facts.predictions[has_group]
     rows = []
-    for name in np.unique(who):
-        part = table[who == name]
+    for name in np.unique(group_ids):
+        part = table[group_ids == name]
         counts = part["target"].value_counts()
         classes = ", ".join(f"{facts.class_names[index]} ({n:,})" for index, n in counts.items())
         correct = int((part["target"] == part["pred"]).sum())
@@ -336,7 +338,7 @@ def _classes_by_group(facts: RunFacts, who: np.ndarray, known: np.ndarray) -> li
 def table_by_group(
     unit: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, note: str = "", text_columns: int = 1
 ) -> Table:
-    """Return a table of one row a patient or slide, folded where it is long."""
+    """Return a table with one row per patient or slide, folded if it is long."""
     title = f"Metrics of each {unit} ({len(rows)})"
     fold = title if len(rows) > LONG_TABLE else ""
     return Table(columns, rows, "" if fold else title, note, text_columns=text_columns, fold=fold)
@@ -344,9 +346,9 @@ def table_by_group(
 
 def _table_of_subgroups(subgroups: Mapping[str, Mapping[str, Any]], n_classes: int, unit: str) -> Table:
     rows, reasons = [], Footnotes()
-    shown = [name for values in subgroups.values() for result in values.values() for name in result["patch"]][
-        :3
-    ]
+    metrics = [
+        name for values in subgroups.values() for result in values.values() for name in result["patch"]
+    ][:3]
     for column, values in subgroups.items():
         for value, result in values.items():
             rows.append(
@@ -355,11 +357,11 @@ def _table_of_subgroups(subgroups: Mapping[str, Mapping[str, Any]], n_classes: i
                     str(value),
                     number(result.get("n_patches")),
                     number(result.get("n_patients")),
-                    *(reasons.estimate(result["patch"].get(key, {})) for key in shown),
+                    *(reasons.estimate(result["patch"].get(key, {})) for key in metrics),
                 ]
             )
     columns = ["column", "subgroup", "patches", f"{unit}s"]
-    columns += [metric_label(name, n_classes) for name in shown]
+    columns += [metric_label(name, n_classes) for name in metrics]
     note = (
         f"95 % intervals in brackets, each by itself: not corrected for {len(rows)} subgroups. About one in "
         f"twenty misses the true value by chance.{reasons.text}"
@@ -369,24 +371,24 @@ def _table_of_subgroups(subgroups: Mapping[str, Mapping[str, Any]], n_classes: i
 
 @section("slides", order=80)
 def describe_slides(facts: RunFacts) -> Section | None:
-    """Up to four slides put together again, those with both classes and most patches first."""
+    """Return maps of up to four slides, those with both classes and most patches first."""
     table = facts.predictions
     if not facts.is_binary or facts.get_patch is None or facts.patch_px is None:
         return None
     if not {"x", "y"} <= set(table) or not table[["x", "y"]].notna().all(axis=1).any():
         return None
     column = "slide_id" if "slide_id" in table and table["slide_id"].notna().any() else "patient_id"
-    placed = table.assign(is_positive=facts.is_positive)[
+    located = table.assign(is_positive=facts.is_positive)[
         table[["x", "y"]].notna().all(axis=1) & table[column].notna()
     ]
-    if placed.empty:
+    if located.empty:
         return None
-    counts = placed.groupby(column)["is_positive"].agg(["nunique", "size"])
-    chosen = counts.sort_values(["nunique", "size"], ascending=False, kind="stable").head(MOST_SLIDES).index
+    counts = located.groupby(column)["is_positive"].agg(["nunique", "size"])
+    chosen = counts.sort_values(["nunique", "size"], ascending=False, kind="stable").head(MAX_SLIDES).index
     kind = column.removesuffix("_id")
     blocks: list[Block] = []
     for name in chosen:
-        rows = placed[placed[column] == name]
+        rows = located[located[column] == name]
         n_positive = number(int(rows["is_positive"].sum()))
         caption = f"{kind.capitalize()} {name}: {count(len(rows), 'patch')}, {n_positive} {facts.positive}"
         try:

@@ -1,1 +1,1 @@
-"""Abstention: conformal sets and risk against coverage, measured, drawn and reported."""
+"""Abstention: conformal prediction sets and risk-coverage curves, measured, drawn and reported."""

@@ -1,4 +1,4 @@
-"""Abstention measured: the coverage that conformal sets target and reach, and risk against coverage."""
+"""Measurement of abstention: target and observed coverage of conformal sets, and risk against coverage."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from biopsy.statistics.risk_coverage import (
     risk_coverage_curve,
 )
 
-BEFORE = "the classifier was made before there were conformal sets"
+BEFORE = "the classifier was created by a version without conformal sets"
 
 
 @dataclass(frozen=True)
 class SetCounts:
-    """Patches by what their set holds: the predicted class alone, several classes, none, another alone."""
+    """Patches by prediction set: the predicted class only, several classes, none, or only another class."""
 
     kept: int
     several: int
@@ -32,7 +32,7 @@ class SetCounts:
 
 @dataclass(frozen=True)
 class Shares:
-    """Shares of patches: true class in the set, abstentions, errors that are kept, errors among the kept."""
+    """Shares of patches: true class in the set, abstentions, errors without abstention, selective risk."""
 
     coverage: Interval
     abstained: Interval
@@ -42,7 +42,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class SetShares:
-    """What sets of given quantiles reach: with patients weighing the same, patches the same, and by class."""
+    """Shares reached by sets of given quantiles: patients weighted equally, patches equally, by class."""
 
     quantiles: list[float]
     patient: Shares
@@ -61,7 +61,7 @@ class RiskAt:
 
 @dataclass(frozen=True)
 class Risk:
-    """Area under the risk-coverage curve, the least that the error rate allows, and points of the curve."""
+    """Area under the risk-coverage curve, the smallest possible at this error rate, and points on it."""
 
     area: Interval
     ideal_area: float
@@ -74,14 +74,14 @@ class Abstention:
     """The ``abstention`` entry of ``metrics.json``.
 
     Attributes:
-        alpha, guarantee, reason, n_calibration_patients, n_calibration_patches, unit, method, chosen_on: As
-            the classifier has them.
+        alpha, guarantee, reason, n_calibration_patients, n_calibration_patches, unit, method, chosen_on: From
+            the classifier.
         target_coverage: ``1 - alpha``.
-        quantiles, patient, patch, by_class: Of the sets that abstain, as in `SetShares`; None without any.
+        quantiles, patient, patch, by_class: Of the classifier's sets, as in `SetShares`; None without sets.
         sets: Their counts.
-        verdict: Whether the target coverage, a mean over patients, is reached (``kept``, ``broken`` or
-            ``open``): of each class, or of all patches.
-        per_patch: The shares of split conformal sets that take patches as independent.
+        verdict: ``met``, ``violated`` or ``inconclusive``: whether the mean coverage over patients reaches
+            the target, for each class or for all patches.
+        per_patch: Shares of split conformal sets that treat patches as independent.
         risk_coverage: Risk against coverage.
     """
 
@@ -108,15 +108,19 @@ def measure_abstention(conformal: Mapping[str, Any], scored: ScoredPatches) -> A
     """Measure the classifier's prediction sets on patches.
 
     Args:
-        conformal: The entry of ``classifier.json``; empty in classifiers made before there was one.
+        conformal: The entry of ``classifier.json``; empty in classifiers of versions without it.
     """
-    alpha, quantiles, plain = (conformal.get(key) for key in ("alpha", "quantiles", "per_patch_quantiles"))
+    alpha, quantiles, per_patch_quantiles = (
+        conformal.get(key) for key in ("alpha", "quantiles", "per_patch_quantiles")
+    )
     shares, sets, verdict = None, None, None
     if quantiles is not None:
         shares = _measure_sets(quantiles, scored)
         sets = count_sets(predict_sets(scored.probs, quantiles), scored.pred)
-        held = shares.by_class.values() if conformal["guarantee"] == "class-conditional" else [shares.patient]
-        verdict = judge_coverage(1 - conformal["alpha"], [part.coverage for part in held])
+        groups = (
+            shares.by_class.values() if conformal["guarantee"] == "class-conditional" else [shares.patient]
+        )
+        verdict = check_coverage(1 - conformal["alpha"], [group.coverage for group in groups])
     return Abstention(
         alpha=alpha,
         guarantee=conformal.get("guarantee"),
@@ -129,14 +133,14 @@ def measure_abstention(conformal: Mapping[str, Any], scored: ScoredPatches) -> A
         chosen_on=conformal.get("chosen_on"),
         sets=sets,
         verdict=verdict,
-        per_patch=None if plain is None else _measure_sets(plain, scored),
+        per_patch=None if per_patch_quantiles is None else _measure_sets(per_patch_quantiles, scored),
         risk_coverage=_measure_risk(scored),
         **({} if shares is None else vars(shares)),
     )
 
 
 def count_sets(sets: np.ndarray, pred: np.ndarray) -> SetCounts:
-    """Count patches by what their set ``(n, n_classes)`` holds beside the predicted class."""
+    """Count patches by the classes in their prediction set ``(n, n_classes)``."""
     size, has_pred = sets.sum(axis=1), sets[np.arange(len(sets)), np.asarray(pred, int)]
     return SetCounts(
         kept=int((~abstain(sets, pred)).sum()),
@@ -146,8 +150,8 @@ def count_sets(sets: np.ndarray, pred: np.ndarray) -> SetCounts:
     )
 
 
-def judge_coverage(target: float, coverages: Iterable[Interval]) -> str:
-    """Return whether every coverage reaches the target: ``kept``, ``open`` (within chance) or ``broken``."""
+def check_coverage(target: float, coverages: Iterable[Interval]) -> str:
+    """Return ``met``, ``inconclusive`` (below the target within sampling error) or ``violated``."""
     coverages = list(coverages)
     if any(coverage.high is not None and coverage.high < target for coverage in coverages):
         return "violated"
@@ -174,11 +178,11 @@ def _measure_sets(quantiles: list[float], scored: ScoredPatches) -> SetShares:
         )
         return Shares(**shares)
 
-    every = np.ones(len(target), bool)
-    patch = measure(every, False)
+    everything = np.ones(len(target), bool)
+    patch = measure(everything, False)
     return SetShares(
         quantiles=quantiles,
-        patient=patch if scored.unit == "patch" else measure(every, True),  # each patch its own patient
+        patient=patch if scored.unit == "patch" else measure(everything, True),  # each patch its own patient
         patch=patch,
         by_class={
             name: measure(target == k, True)

@@ -27,13 +27,13 @@ MEASURES = {
 
 @section("abstention", order=50)
 def describe_abstention(facts: RunFacts) -> Section | None:
-    """The guarantee, the table that holds it to account, and risk against coverage."""
+    """Return the coverage guarantee, target and observed coverage, and risk against coverage."""
     result = facts.metrics.get("abstention")
     if not result:
         return None
     blocks: list[Block] = [Text(describe_coverage(result))]
     if result["quantiles"] is None:
-        blocks.append(Text(_say_refusal(result), "note"))
+        blocks.append(Text(_describe_fallback(result), "note"))
     else:
         blocks.append(Text(say_verdict(result, facts.unit), _tone(result["verdict"])))
     if result["chosen_on"] == facts.metrics.get("subset"):
@@ -56,18 +56,18 @@ def describe_coverage(entry: Mapping[str, Any]) -> str:
         return f"No abstention: {entry['reason']}."
     if entry["quantiles"] is None:
         return f"No coverage guarantee and no abstention: {entry['reason']}."
-    unit, item = entry["unit"], entry["guarantee"] == "class-conditional"
-    what = "patches of each class" if item else "patches"
+    unit, per_class = entry["unit"], entry["guarantee"] == "class-conditional"
+    patches = "patches of each class" if per_class else "patches"
     return (
         "The model abstains on a patch unless its conformal prediction set contains the predicted class "
         f"only. The sets were fitted on {count(entry['n_calibration_patches'], 'patch')} of "
         f"{count(entry['n_calibration_patients'], unit)} ({entry['chosen_on']} subset), with "
-        f"the {unit} as the exchangeable unit. {'Class-conditional' if item else 'Marginal'} coverage "
-        f"guarantee: of the {what} of a new {unit}, at least {100 * entry['target_coverage']:g} % have "
+        f"the {unit} as the exchangeable unit. {'Class-conditional' if per_class else 'Marginal'} coverage "
+        f"guarantee: of the {patches} of a new {unit}, at least {100 * entry['target_coverage']:g} % have "
         f"their true class in the set, on average over {plural(unit)}. Hence at most "
-        f"{100 * entry['alpha']:g} % of {'each class' if item else 'patches'} are misclassified without "
+        f"{100 * entry['alpha']:g} % of {'each class' if per_class else 'patches'} are misclassified without "
         "abstention; the error rate among the remaining patches has no guarantee. Method: "
-        f"{entry['method']}{', per class (Mondrian)' if item else ''}."
+        f"{entry['method']}{', per class (Mondrian)' if per_class else ''}."
     )
 
 
@@ -93,7 +93,7 @@ def say_verdict(entry: Mapping[str, Any], unit: str) -> str:
     }[entry["verdict"]]
 
 
-def _say_refusal(entry: Mapping[str, Any]) -> str:
+def _describe_fallback(entry: Mapping[str, Any]) -> str:
     if not entry["per_patch"]:
         return "The risk-coverage curve below needs no guarantee: patches are ordered by confidence."
     return (
@@ -108,39 +108,39 @@ def _tone(verdict: str) -> str:
 
 def _table_of_shares(entry: Mapping[str, Any], unit: str) -> Table:
     """Return the table of target and observed coverage: all patches, then each class."""
-    ours, plain, item = entry.get("sets"), entry["per_patch"], entry["guarantee"] == "class-conditional"
+    ours, plain, per_class = entry.get("sets"), entry["per_patch"], entry["guarantee"] == "class-conditional"
     target = {"coverage": f"at least {number(entry['target_coverage'])}"}
     target["error"] = f"at most {number(entry['alpha'])}"
     scopes = {"all": ("patient",)} | {name: ("by_class", name) for name in plain["by_class"]}
     reasons, rows = Footnotes(), []
-    for scope, place in scopes.items():
+    for scope, keys in scopes.items():
         for name, label in MEASURES.items():
-            of_this = target.get(name, "-") if (scope != "all") == item else "-"
-            row = [scope, label, of_this]
-            row += [reasons.estimate(_pick(entry, place)[name])] if ours else []
-            rows.append([*row, reasons.estimate(_pick(plain, place)[name])])
+            target_text = target.get(name, "-") if (scope != "all") == per_class else "-"
+            row = [scope, label, target_text]
+            row += [reasons.estimate(_get_nested(entry, keys)[name])] if ours else []
+            rows.append([*row, reasons.estimate(_get_nested(plain, keys)[name])])
     return Table(
         ["patches", "measure", "target", *([f"unit: {unit}"] if ours else []), "unit: patch (naive)"],
         rows,
         caption="Target and observed coverage",
         note=f"Mean over {unit}s with equal weights. 95 % intervals in brackets."
-        + (_say_sets(entry) if ours else "")
+        + (_describe_sets(entry) if ours else "")
         + reasons.text,
         text_columns=2,
     )
 
 
-def _pick(entry: Mapping[str, Any], place: tuple[str, ...]) -> Mapping[str, Any]:
-    for key in place:
+def _get_nested(entry: Mapping[str, Any], keys: tuple[str, ...]) -> Mapping[str, Any]:
+    for key in keys:
         entry = entry[key]
     return entry
 
 
-def _say_sets(entry: Mapping[str, Any]) -> str:
+def _describe_sets(entry: Mapping[str, Any]) -> str:
     sets = entry["sets"]
-    said = f" Abstentions: {number(sets['several'])} sets of several classes, {number(sets['empty'])} empty"
+    text = f" Abstentions: {number(sets['several'])} sets of several classes, {number(sets['empty'])} empty"
     against = sets["against_threshold"]
-    return said + (f", {number(against)} of the class not predicted at the threshold." if against else ".")
+    return text + (f", {number(against)} of the class not predicted at the threshold." if against else ".")
 
 
 def _table_of_risk(risk: Mapping[str, Any]) -> Table:
@@ -181,7 +181,7 @@ def _draw(facts: RunFacts, entry: Mapping[str, Any]) -> list[Picture]:
     if entry["per_patch"] and facts.unit != "patch" and groups.notna().all():
         scores = 1 - probs[np.arange(len(target)), target]
         ours, plain = (
-            None if quantiles is None else _cover_groups(scores <= np.array(quantiles)[target], groups)
+            None if quantiles is None else _group_coverage(scores <= np.array(quantiles)[target], groups)
             for quantiles in (entry["quantiles"], entry["per_patch"]["quantiles"])
         )
         drawn = draw_coverage(ours, plain, entry["target_coverage"], unit=facts.unit)
@@ -193,9 +193,9 @@ def _draw(facts: RunFacts, entry: Mapping[str, Any]) -> list[Picture]:
     return pictures
 
 
-def _cover_groups(held: np.ndarray, groups: pd.Series) -> np.ndarray:
-    """Return the share of each group's patches whose set holds the true class."""
-    return pd.Series(held).groupby(groups.to_numpy()).mean().to_numpy()
+def _group_coverage(covered: np.ndarray, groups: pd.Series) -> np.ndarray:
+    """Return the coverage within each group."""
+    return pd.Series(covered).groupby(groups.to_numpy()).mean().to_numpy()
 
 
 def _probs(facts: RunFacts) -> np.ndarray:
@@ -208,7 +208,7 @@ def _probs(facts: RunFacts) -> np.ndarray:
     return np.stack([prob if k == positive else 1 - prob for k in range(2)], axis=1)
 
 
-FEWEST_DRAWN = 0.02  # share kept below which a curve is a handful of patches, and jumps
+MIN_COVERAGE = 0.02  # the curve of fewer patches is too noisy to draw
 
 
 @styled
@@ -219,22 +219,22 @@ def draw_risk_coverage(
     intervals: Sequence[Mapping[str, float | None]] = (),
     kept: tuple[float, float] | None = None,
 ) -> Figure:
-    """Draw the error among the kept against the share of patches kept, the surest first.
+    """Draw the risk-coverage curve: error rate among the most confident patches against their share.
 
     Args:
-        wrong: Which patches were called wrongly, shape ``(n,)``.
-        confidence: Of each call, shape ``(n,)``.
-        intervals: ``coverage``, ``value``, ``low``, ``high`` at some shares, drawn as bars.
+        wrong: Whether each patch is misclassified, shape ``(n,)``.
+        confidence: Confidence of each prediction, shape ``(n,)``.
+        intervals: ``coverage``, ``value``, ``low``, ``high`` at some coverages, drawn as bars.
         kept: ``(coverage, risk)`` of the conformal sets, marked.
 
     Raises:
-        MetricError: If there are no patches, or a confidence is no number.
+        MetricError: If there are no patches, or a confidence is not a number.
     """
     curve = risk_coverage_curve(wrong, confidence)
     figure, axes = new_figure(height_in=3.9)
-    drawn = curve.coverage >= FEWEST_DRAWN
+    drawn = curve.coverage >= MIN_COVERAGE
     axes.plot(100 * curve.coverage[drawn], 100 * curve.risk[drawn], color=MODEL, label="this model")
-    share = np.linspace(FEWEST_DRAWN, 1, 200)
+    share = np.linspace(MIN_COVERAGE, 1, 200)
     error = curve.risk[-1]
     axes.plot(
         100 * share,
@@ -261,13 +261,13 @@ def draw_risk_coverage(
 def draw_coverage(
     ours: np.ndarray | None, plain: np.ndarray | None, target: float, *, unit: str = "patient"
 ) -> Figure:
-    """Draw the share of each patient's patches whose set holds the true class, worst patient first.
+    """Draw the coverage of each patient, lowest first.
 
     Args:
-        ours: One share a patient, of sets with the patient as the unit; None where they were refused.
-        plain: The same of sets that take patches as independent.
-        target: Target coverage, of the mean over patients.
-        unit: What is drawn: patient or slide.
+        ours: Coverage per patient of sets with the patient as the unit; None without such sets.
+        plain: The same for sets that treat patches as independent.
+        target: Target of the mean coverage over patients.
+        unit: ``patient`` or ``slide``.
 
     Raises:
         MetricError: If there is nothing to draw.
@@ -294,6 +294,6 @@ def draw_coverage(
 
 
 def _draw_patients(axes: Axes, values: np.ndarray, label: str, colour: str) -> None:
-    place = 100 * (np.arange(len(values)) + 0.5) / len(values)
+    x = 100 * (np.arange(len(values)) + 0.5) / len(values)
     marker = "o" if len(values) <= 60 else None
-    axes.plot(place, 100 * values, color=colour, marker=marker, markersize=3.5, linewidth=1.1, label=label)
+    axes.plot(x, 100 * values, color=colour, marker=marker, markersize=3.5, linewidth=1.1, label=label)

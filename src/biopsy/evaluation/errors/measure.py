@@ -17,7 +17,7 @@ from biopsy.core.files import plain, read_json, replace_atomic, sha256_file, wri
 from biopsy.core.tables import read_parquet_table
 from biopsy.data.packs import Pack
 from biopsy.evaluation.errors.nearest_training_patches import find_nearest_training_patches
-from biopsy.evaluation.hypotheses.measure import MOST_MEASURED, draw_rows, key_of_subset
+from biopsy.evaluation.hypotheses.measure import MAX_MEASURED, draw_rows, subset_key
 from biopsy.evaluation.neighbours import count_neighbours, find_zones, measure_zones
 from biopsy.evaluation.patch_properties import PROPERTIES, measure_properties
 from biopsy.evaluation.scored import ScoredPatches
@@ -76,7 +76,7 @@ def measure_errors(
         raise RunError(f"{run.path} has more than two classes: error analysis needs two")
     if n < 1:
         raise RunError(f"n={n!r}: expected at least 1")
-    requested = {**key_of_subset(run, FORMAT, subset, frame, predicted), "n": n}
+    requested = {**subset_key(run, FORMAT, subset, frame, predicted), "n": n}
     place = run.path / FOLDER
     known = _read_known(place, requested)
     if known is not None:
@@ -93,7 +93,7 @@ def read_errors(run: Run) -> ErrorRecord | None:
     """Return what is known of the errors on the subset evaluated last; None where nothing is."""
     subset = run.evaluated_subset
     frame, predicted = run.predictions(subset)
-    return _read_known(run.path / FOLDER, key_of_subset(run, FORMAT, subset, frame, predicted))
+    return _read_known(run.path / FOLDER, subset_key(run, FORMAT, subset, frame, predicted))
 
 
 def _measure(run: Run, frame: pd.DataFrame, asked: Mapping[str, Any], device: str) -> ErrorRecord:
@@ -102,7 +102,7 @@ def _measure(run: Run, frame: pd.DataFrame, asked: Mapping[str, Any], device: st
     assert pack.positive_index is not None and threshold is not None
     rows = pack.rows_of(frame["patch_id"])
     table = tabulate_errors(pack, rows, frame["prob"].to_numpy(float), threshold)
-    sampled = draw_rows(len(table), MOST_MEASURED, seed)
+    sampled = draw_rows(len(table), MAX_MEASURED, seed)
     galleries = pick_galleries(table, threshold, n)
     shown = sorted({place for places in galleries.values() for place in places})
     measured = np.union1d(sampled, np.array(shown, int))

@@ -7,7 +7,7 @@ import numpy as np
 
 from biopsy.core.seeds import make_rng
 from biopsy.data.packs import Pack
-from biopsy.evaluation.hypotheses.measure import count_asked
+from biopsy.evaluation.hypotheses.measure import affordable_patches
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_with_features
@@ -46,7 +46,8 @@ def find_nearest_training_patches(
     """
     train = np.flatnonzero(run.subsets(pack) == "train")
     most = min(
-        REFERENCE_PATCHES, _TIMES * count_asked(classifier.network, classifier.info.preprocessing.input_px)
+        REFERENCE_PATCHES,
+        _TIMES * affordable_patches(classifier.network, classifier.info.preprocessing.input_px),
     )
     rng = make_rng(run.info["seed"], "training patches alike")
     drawn = np.sort(rng.choice(train, min(len(train), most), replace=False))

@@ -1,1 +1,1 @@
-"""The published hypotheses about what networks rely on, tested."""
+"""Tests of published hypotheses about what networks rely on."""

@@ -1,4 +1,4 @@
-"""The published hypotheses about errors and saliency, measured on the patches a run was evaluated on."""
+"""Tests of the published hypotheses about errors and saliency on the evaluated patches of a run."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from biopsy.statistics.resampling import Interval, Resampling, clustered_ratio
 from biopsy.statistics.weighted_counts import sort_scores
 from biopsy.training.runs import Run
 
-BLUE_YELLOW = 10.0  # of CIELAB's b*: blue from -10 down, yellow from 10 up; between them grey, pink and red
+BLUE_YELLOW = 10.0  # CIELAB b*: blue at -10 and below, yellow at 10 and above; grey, pink, red in between
 COLOURS = ("blue", "yellow")
 
 
@@ -38,11 +38,11 @@ def to_grey(patches: np.ndarray) -> np.ndarray:
 
 
 def keep_stain(patches: np.ndarray, stain: int) -> np.ndarray:
-    """Render patches as if one stain (0 haematoxylin, 1 eosin) had been all there was."""
+    """Render patches with a single stain (0 haematoxylin, 1 eosin)."""
     amounts = separate_stains(patches)
-    kept = np.zeros_like(amounts)
-    kept[..., stain] = amounts[..., stain]
-    return combine_stains(kept)
+    single = np.zeros_like(amounts)
+    single[..., stain] = amounts[..., stain]
+    return combine_stains(single)
 
 
 REMOVALS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -50,22 +50,22 @@ REMOVALS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "haematoxylin only": lambda patches: keep_stain(patches, 0),
     "eosin only": lambda patches: keep_stain(patches, 1),
 }
-"""Ways to take colour out of uint8 RGB patches; each gives uint8 RGB again."""
+"""Functions that remove colour from uint8 RGB patches and return uint8 RGB."""
 
 
 def share_saliency(patches: np.ndarray, maps: np.ndarray, sizes: np.ndarray | None = None) -> pd.DataFrame:
     """Return the share of blue and of yellow pixels in each patch's area and in its saliency.
 
-    Blue and yellow are those of CIELAB's b* axis beyond `BLUE_YELLOW`; what is purple counts as blue.
+    Blue and yellow: a b* of CIELAB beyond `BLUE_YELLOW`; purple counts as blue.
 
     Args:
         patches: uint8 ``(n, H, W, 3)`` RGB.
-        maps: Saliency, not below 0, ``(n, H, W)``.
+        maps: Non-negative saliency, ``(n, H, W)``.
         sizes: True ``(width, height)`` of each patch; padding is not counted.
 
     Returns:
-        One row a patch: ``<colour>_area`` and ``<colour>_saliency`` for each of `COLOURS`, 0-1; NaN in the
-        latter where a map is 0 everywhere.
+        One row per patch: ``<colour>_area`` and ``<colour>_saliency`` for each of `COLOURS`, 0-1; the latter
+        is NaN for maps of zeros.
     """
     unit = np.ascontiguousarray(patches).reshape(-1, 1, 3).astype(np.float32) / 255
     b = cv2.cvtColor(unit, cv2.COLOR_RGB2LAB)[..., 2].reshape(patches.shape[:3])
@@ -79,25 +79,24 @@ def share_saliency(patches: np.ndarray, maps: np.ndarray, sizes: np.ndarray | No
     shares = {}
     for colour, chosen in zip(COLOURS, (b <= -BLUE_YELLOW, b >= BLUE_YELLOW), strict=True):
         shares[f"{colour}_area"] = (chosen & real).sum(axis=(1, 2)) / real.sum(axis=(1, 2))
-        held = np.where(chosen, weight, 0.0).sum(axis=(1, 2))
+        saliency = np.where(chosen, weight, 0.0).sum(axis=(1, 2))
         shares[f"{colour}_saliency"] = np.divide(
-            held, total, out=np.full(len(total), np.nan), where=total > 0
+            saliency, total, out=np.full(len(total), np.nan), where=total > 0
         )
     return pd.DataFrame(shares)
 
 
 FORMAT = "biopsy-hypotheses/1"
 PATH = Path("explain", "hypotheses.json")
-MOST_MEASURED = 5_000  # patches whose stain and spread are measured
-MOST_ASKED, FEWEST_ASKED = 1_000, 100  # patches that the network is asked about again
-MOST_MULTIPLICATIONS = 5e11  # of one pass over these: some seconds on two cores
-LEAST_AREA = 1e-3  # a colour with a smaller share of the area is as good as not there
+MAX_MEASURED = 5_000  # patches whose stain and heterogeneity are measured
+MAX_PREDICTED, MIN_PREDICTED = 1_000, 100  # patches that are predicted again
+MAX_MULTIPLICATIONS = 5e11  # of one pass over these: some seconds on two cores
+MIN_AREA = 1e-3  # a colour with a smaller share of the area is treated as absent
 
 _WRONG_GALLERY = (
-    "The publication shows the two hypotheses beside the wrong kind of error; each is tested here on the "
-    "kind that it can be true of."
+    "The publication illustrates both hypotheses with the wrong kind of error; each is tested here on the "
+    "kind of error to which it can apply."
 )
-FOUND = ("false negatives", "true positives")
 _LEADS = {
     "held": "Supported by these data",
     "opposite": "Not supported by these data, which show the opposite",
@@ -106,69 +105,68 @@ _LEADS = {
 
 
 def measure_hypotheses(run: Run | Path | str, *, device: str = "auto") -> dict[str, Any]:
-    """Measure the posts' hypotheses on the evaluated subset of a run, and keep them in the run.
+    """Test the published hypotheses on the evaluated subset of a run.
 
-    Writes ``explain/hypotheses.json``; where that is there already, for the same classifier and subset, it is
-    read. Of a large subset a sample is measured, drawn with the run's seed. The subset is the test subset
-    once it has been opened, else validation: nothing is opened by this.
+    Writes ``explain/hypotheses.json``, or reads it if it is current. Of a large subset, a random sample is
+    measured. The subset is the test subset if it has been evaluated, else validation.
 
     Args:
-        run: A finished run that tells two classes apart.
+        run: A finished run with two classes.
 
     Returns:
-        What the file holds; see the file formats page.
+        The content of the file; see the file formats page.
 
     Raises:
         RunError: If the run has more than two classes, or no subset of it has been predicted.
     """
     run = Run.open(run)
     subset, seed = run.evaluated_subset, run.info["seed"]
-    frame, about = run.predictions(subset)
+    frame, metadata = run.predictions(subset)
     if "prob" not in frame:
-        raise RunError(f"{run.path} tells more than two classes apart: the hypotheses are about two")
-    requested = key_of_subset(run, FORMAT, subset, frame, about)
+        raise RunError(f"{run.path} has more than two classes: the hypotheses are defined for two")
+    requested = subset_key(run, FORMAT, subset, frame, metadata)
     path = run.path / PATH
-    known = _read_known(path, requested)
-    if known is None:
+    result = _read_cached(path, requested)
+    if result is None:
         write_json(path, {**requested, **_measure(run, frame, seed, device)})
-        known = read_json(path, format=FORMAT)
-    return known
+        result = read_json(path, format=FORMAT)
+    return result
 
 
-def key_of_subset(
-    run: Run, format: str, subset: str, frame: pd.DataFrame, about: Mapping[str, Any]
+def subset_key(
+    run: Run, format: str, subset: str, frame: pd.DataFrame, metadata: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what a record measured on a subset must say to be of these predictions."""
+    """Return the entries that identify the predictions from which a record was computed."""
     return {
         "format": format,
         "subset": subset,
         "n_patches": len(frame),
-        "classifier_sha256": about["classifier_sha256"],
+        "classifier_sha256": metadata["classifier_sha256"],
         "seed": run.info["seed"],
     }
 
 
 def read_hypotheses(run: Run) -> dict[str, Any] | None:
-    """Return what was measured on the subset evaluated last; None where nothing was."""
+    """Return the stored results for the evaluated subset; None if there are none."""
     subset = run.evaluated_subset
-    return _read_known(run.path / PATH, key_of_subset(run, FORMAT, subset, *run.predictions(subset)))
+    return _read_cached(run.path / PATH, subset_key(run, FORMAT, subset, *run.predictions(subset)))
 
 
 def _measure(run: Run, frame: pd.DataFrame, seed: int, device: str) -> dict[str, Any]:
-    """Return the document less what was asked."""
+    """Return the results, without the entries that identify the predictions."""
     pack, classifier, engine = run.open_pack(verify=False), run.classifier.single_patch(), Engine(device)
     rows = pack.rows_of(frame["patch_id"])
     truth, groups = (pack.target[rows] == pack.positive_index).astype(int), pack.group_ids[rows]
     prob, threshold = frame["prob"].to_numpy(float), run.info["threshold"]["value"]
     options: Resampling = {"seed": seed, "unit": pack.unit}
 
-    measured = draw_rows(len(rows), MOST_MEASURED, seed)
+    measured = draw_rows(len(rows), MAX_MEASURED, seed)
     properties = measure_properties(pack.patches, pack.sizes, index=rows[measured])
-    calls = (truth[measured], prob[measured] >= threshold, groups[measured])
+    outcome = (truth[measured], prob[measured] >= threshold, groups[measured])
 
-    n_asked = count_asked(classifier.network, classifier.info.preprocessing.input_px)
-    again = draw_rows(len(rows), n_asked, seed)
-    patches, sizes = pack.patches[rows[again]], pack.sizes[rows[again]]
+    n_predicted = affordable_patches(classifier.network, classifier.info.preprocessing.input_px)
+    predicted = draw_rows(len(rows), n_predicted, seed)
+    patches, sizes = pack.patches[rows[predicted]], pack.sizes[rows[predicted]]
 
     def predict(versions: np.ndarray) -> np.ndarray:
         return classifier.probs(predictor.logits(versions, sizes))[:, pack.positive_index]
@@ -183,23 +181,23 @@ def _measure(run: Run, frame: pd.DataFrame, seed: int, device: str) -> dict[str,
         "unit": pack.unit,
         "n_groups": len(np.unique(groups)),
         "n_measured": len(measured),
-        "n_asked": len(again),
+        "n_asked": len(predicted),
         "threshold": threshold,
         "interval": describe_method(len(np.unique(groups)), **options),
         "hypotheses": [
-            judge_less_stained(properties, *calls, **options),
-            judge_heterogeneous(properties, *calls, **options),
-            judge_blue_yellow(truth[again], intact, without, shares, groups[again], **options),
+            check_less_stained(properties, *outcome, **options),
+            check_heterogeneous(properties, *outcome, **options),
+            check_blue_yellow(truth[predicted], intact, without, shares, groups[predicted], **options),
         ],
     }
 
 
 @dataclass(frozen=True, kw_only=True)
 class PropertyContrast:
-    """A property compared in the direction of a hypothesis: above 0 and 0.5 support it.
+    """A property compared in the direction of a hypothesis: differences above 0, AUROC above 0.5 support it.
 
     Attributes:
-        direction: ``more`` or ``less``: what the chosen patches are to have of it.
+        direction: ``more`` or ``less``, the expectation for the chosen patches.
         by_group: Patient to ``n_chosen``, ``n_others`` and ``auroc``.
     """
 
@@ -229,14 +227,14 @@ class ColourShare:
 
 @dataclass(frozen=True, kw_only=True)
 class Hypothesis:
-    """A published hypothesis and what the data say.
+    """A published hypothesis and its test.
 
     Attributes:
-        verdict: ``held``, ``opposite``, ``not seen`` or ``unsaid`` (without an interval).
-        answer: The same in a sentence.
-        measures: The properties that were compared.
-        auroc: With colour and with each of `REMOVALS`: ``auroc``, and ``difference`` from the former.
-        saliency: By colour.
+        verdict: ``held`` (supported), ``opposite``, ``not seen`` (not supported) or ``unsaid`` (no interval).
+        answer: The verdict as a sentence.
+        measures: The compared properties.
+        auroc: ``auroc`` with colour and after each of `REMOVALS`, and the ``difference`` of the latter.
+        saliency: Shares by colour.
     """
 
     name: str
@@ -251,28 +249,37 @@ class Hypothesis:
     saliency: dict[str, ColourShare] | None = None
 
 
-def judge_less_stained(
+def check_less_stained(
     properties: pd.DataFrame,
     truth: np.ndarray,
-    called: np.ndarray,
+    predicted_positive: np.ndarray,
     group_ids: np.ndarray,
     **resampling: Unpack[Resampling],
 ) -> Hypothesis:
-    """Ask whether missed positives hold less stain than found ones.
+    """Test whether false negatives are less stained than true positives.
 
     Args:
-        properties: As `measure_properties` gives them, one row a patch.
-        truth: 1 where a patch is positive, ``(n,)``.
-        called: Whether it was called positive.
-        **resampling: As of `Resampler`, ``unit`` among them.
+        properties: From `measure_properties`, one row per patch.
+        truth: 1 for positive patches, else 0, ``(n,)``.
+        called: Whether each patch is predicted positive, ``(n,)``.
+        **resampling: As of `Resampler`, including ``unit``.
     """
-    of = truth == 1
+    positive = truth == 1
+    names = ("false negatives", "true positives")
     measures = [
-        _contrast(name, -1, properties[name][of], ~called[of], group_ids[of], FOUND, **resampling)
+        _contrast(
+            name,
+            -1,
+            properties[name][positive],
+            ~predicted_positive[positive],
+            group_ids[positive],
+            names,
+            **resampling,
+        )
         for name in ("stain", "haematoxylin", "eosin")
     ]
     words = ("false negatives are {} stained than true positives", "less", "more")
-    verdict, answer = _judge_contrast(measures[0], words, group_ids, resampling["unit"])
+    verdict, answer = _decide_contrast(measures[0], words, group_ids, resampling["unit"])
     return Hypothesis(
         name="less stained",
         claim="Less stained patches are taken for negative.",
@@ -285,29 +292,29 @@ def judge_less_stained(
     )
 
 
-def judge_heterogeneous(
+def check_heterogeneous(
     properties: pd.DataFrame,
     truth: np.ndarray,
-    called: np.ndarray,
+    predicted_positive: np.ndarray,
     group_ids: np.ndarray,
     **resampling: Unpack[Resampling],
 ) -> Hypothesis:
-    """Ask whether false alarms vary more within themselves than true negatives; see `judge_less_stained`."""
-    of = truth == 0
+    """Test whether false positives are more heterogeneous than true negatives; see `check_less_stained`."""
+    negative = truth == 0
     names = ("false positives", "true negatives")
     measures = [
         _contrast(
             "heterogeneity",
             1,
-            properties["heterogeneity"][of],
-            called[of],
-            group_ids[of],
+            properties["heterogeneity"][negative],
+            predicted_positive[negative],
+            group_ids[negative],
             names,
             **resampling,
         )
     ]
     words = ("false positives are {} heterogeneous than true negatives", "more", "less")
-    verdict, answer = _judge_contrast(measures[0], words, group_ids, resampling["unit"])
+    verdict, answer = _decide_contrast(measures[0], words, group_ids, resampling["unit"])
     return Hypothesis(
         name="heterogeneous",
         claim="Patches of high internal heterogeneity are taken for cancer.",
@@ -320,7 +327,7 @@ def judge_heterogeneous(
     )
 
 
-def judge_blue_yellow(
+def check_blue_yellow(
     truth: np.ndarray,
     prob: np.ndarray,
     without: Mapping[str, np.ndarray],
@@ -328,14 +335,14 @@ def judge_blue_yellow(
     group_ids: np.ndarray,
     **resampling: Unpack[Resampling],
 ) -> Hypothesis:
-    """Ask whether blue and yellow pixels get more saliency than their share, and what colour is worth.
+    """Test whether blue and yellow pixels get more saliency than their share of the area.
 
     Args:
-        truth: 1 where a patch is positive, ``(n,)``.
-        prob: Probability of the positive class, of the patches as they are.
-        without: The same of the patches with colour taken out, by name.
-        shares: As `share_saliency` gives them.
-        **resampling: As of `Resampler`, ``unit`` among them.
+        truth: 1 for positive patches, else 0, ``(n,)``.
+        prob: Probability of the positive class for the original patches.
+        without: The same for patches without colour, by name of the removal.
+        shares: From `share_saliency`.
+        **resampling: As of `Resampler`, including ``unit``.
     """
     saliency = {colour: _measure_share(shares, colour, group_ids, **resampling) for colour in COLOURS}
     auroc: dict[str, dict[str, Interval]] = {
@@ -349,10 +356,10 @@ def judge_blue_yellow(
             "auroc": _auroc(truth, other, group_ids, **resampling),
             "difference": difference,
         }
-    verdicts = {colour: _judge(share.ratio, 1.0) for colour, share in saliency.items()}
+    verdicts = {colour: _decide(share.ratio, 1.0) for colour, share in saliency.items()}
     order = ("held", "opposite", "not seen", "unsaid")
     verdict = min(verdicts.values(), key=order.index)
-    parts = [_say_share(colour, result) for colour, result in saliency.items()]
+    parts = [_describe_share(colour, result) for colour, result in saliency.items()]
     before = auroc["as it is"]["auroc"].value
     if not np.isnan(before) and "grey" in auroc:
         grey = auroc["grey"]
@@ -360,9 +367,9 @@ def judge_blue_yellow(
             f"on patches converted to grey the AUROC is {grey['auroc'].value:.3f} instead of {before:.3f} "
             f"(difference {_estimate(grey['difference'], '+.3f')})"
         )
-    which = [colour for colour, result in verdicts.items() if result == verdict]
-    of = "" if verdict == "unsaid" else f" for {' and '.join(which)}"
-    lead = _lead(verdict, group_ids, resampling["unit"], saliency[which[0]].ratio.reason, of)
+    colours = [colour for colour, result in verdicts.items() if result == verdict]
+    suffix = "" if verdict == "unsaid" else f" for {' and '.join(colours)}"
+    lead = _lead(verdict, group_ids, resampling["unit"], saliency[colours[0]].ratio.reason, suffix)
     return Hypothesis(
         name="blue and yellow",
         claim="The network attends to blue and yellow pixels.",
@@ -377,30 +384,28 @@ def judge_blue_yellow(
     )
 
 
-def count_asked(network: nn.Module, input_px: int) -> int:
-    """Return how many patches the network can predict in some seconds: fewer, the more it computes."""
+def affordable_patches(network: nn.Module, input_px: int) -> int:
+    """Return the number of patches that the network can predict within some seconds."""
     multiplications = sum(
         row.parameters * np.prod(row.output_shape[1:], dtype=float) for row in describe(network, input_px)
     )
-    return int(np.clip(MOST_MULTIPLICATIONS / max(multiplications, 1), FEWEST_ASKED, MOST_ASKED))
+    return int(np.clip(MAX_MULTIPLICATIONS / max(multiplications, 1), MIN_PREDICTED, MAX_PREDICTED))
 
 
 def draw_rows(n: int, most: int, seed: int) -> np.ndarray:
-    """Draw rows of a judged subset without replacement, in order; all where there are not too many."""
-    return (
-        np.arange(n)
-        if n <= most
-        else np.sort(make_rng(seed, "hypotheses", most).choice(n, most, replace=False))
-    )
+    """Return at most ``most`` of ``n`` rows, drawn without replacement, in order."""
+    if n <= most:
+        return np.arange(n)
+    return np.sort(make_rng(seed, "hypotheses", most).choice(n, most, replace=False))
 
 
-def _read_known(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Read what was measured before, if it answers the same question."""
+def _read_cached(path: Path, requested: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the stored results if they belong to the requested predictions, else None."""
     try:
-        known = read_json(path, format=FORMAT)
+        cached = read_json(path, format=FORMAT)
     except DataError:
         return None
-    return known if all(known.get(key) == value for key, value in asked.items()) else None
+    return cached if all(cached.get(key) == value for key, value in requested.items()) else None
 
 
 def _contrast(
@@ -412,7 +417,7 @@ def _contrast(
     names: tuple[str, str],
     **resampling: Unpack[Resampling],
 ) -> PropertyContrast:
-    """Compare a property in the direction of the conjecture: -1 where the chosen are to have less of it."""
+    """Compare a property in the direction of the hypothesis: -1 if the chosen patches should have less."""
     result = contrast_groups(direction * values.to_numpy(), chosen, group_ids, names=names, **resampling)
     return PropertyContrast(
         property=name,
@@ -430,12 +435,12 @@ def _contrast(
     )
 
 
-def _judge_contrast(
+def _decide_contrast(
     measure: PropertyContrast, words: tuple[str, str, str], group_ids: np.ndarray, unit: str
 ) -> tuple[str, str]:
-    """Return verdict and answer: does the AUROC's interval lie above .5?"""
+    """Return verdict and answer: whether the interval of the AUROC lies above 0.5."""
     auroc, difference = measure.auroc, measure.difference_sd
-    verdict = _judge(auroc, 0.5)
+    verdict = _decide(auroc, 0.5)
     if np.isnan(auroc.value):
         return verdict, f"Not tested: {auroc.reason}."
     sentence, more, less = words
@@ -448,18 +453,18 @@ def _judge_contrast(
 def _measure_share(
     shares: pd.DataFrame, colour: str, group_ids: np.ndarray, **resampling: Unpack[Resampling]
 ) -> ColourShare:
-    known = shares[f"{colour}_saliency"].notna().to_numpy()
-    area, saliency = (shares[f"{colour}_{what}"].to_numpy()[known] for what in ("area", "saliency"))
-    if not known.any() or area.mean() < LEAST_AREA:
-        ratio = Interval(float("nan"), reason=f"hardly any pixel is {colour}")
+    has_saliency = shares[f"{colour}_saliency"].notna().to_numpy()
+    area, saliency = (shares[f"{colour}_{kind}"].to_numpy()[has_saliency] for kind in ("area", "saliency"))
+    if not has_saliency.any() or area.mean() < MIN_AREA:
+        ratio = Interval(float("nan"), reason=f"almost no pixel is {colour}")
     else:
-        ratio = clustered_ratio(saliency, area, group_ids[known], **resampling)
-    item = pd.DataFrame({"area": area, "saliency": saliency}).groupby(group_ids[known]).mean()
+        ratio = clustered_ratio(saliency, area, group_ids[has_saliency], **resampling)
+    by_group = pd.DataFrame({"area": area, "saliency": saliency}).groupby(group_ids[has_saliency]).mean()
     return ColourShare(
-        area_share=area.mean() if known.any() else None,
-        saliency_share=saliency.mean() if known.any() else None,
+        area_share=area.mean() if has_saliency.any() else None,
+        saliency_share=saliency.mean() if has_saliency.any() else None,
         ratio=ratio,
-        by_group=item.to_dict(orient="index") if resampling["unit"] != "patch" else {},
+        by_group=by_group.to_dict(orient="index") if resampling["unit"] != "patch" else {},
     )
 
 
@@ -470,7 +475,7 @@ def _auroc(
     return estimate_metrics(scores, ["auroc"], **resampling)["auroc"]
 
 
-def _judge(estimate: Interval, neutral: float) -> str:
+def _decide(estimate: Interval, neutral: float) -> str:
     if estimate.low is None or estimate.high is None:
         return "unsaid"
     if estimate.low > neutral:
@@ -478,13 +483,13 @@ def _judge(estimate: Interval, neutral: float) -> str:
     return "opposite" if estimate.high < neutral else "not seen"
 
 
-def _lead(verdict: str, group_ids: np.ndarray, unit: str, reason: str | None, of: str = "") -> str:
+def _lead(verdict: str, group_ids: np.ndarray, unit: str, reason: str | None, suffix: str = "") -> str:
     if verdict != "unsaid":
-        return f"{_LEADS[verdict]}{of}:"
+        return f"{_LEADS[verdict]}{suffix}:"
     return f"Inconclusive with {count(len(np.unique(group_ids)), unit)} ({reason}). Point estimate:"
 
 
-def _say_share(colour: str, share: ColourShare) -> str:
+def _describe_share(colour: str, share: ColourShare) -> str:
     if np.isnan(share.ratio.value):
         return str(share.ratio.reason)
     return (
@@ -494,7 +499,7 @@ def _say_share(colour: str, share: ColourShare) -> str:
 
 
 def _estimate(estimate: Interval, style: str) -> str:
-    """Write a number, with its interval in brackets where it has one."""
+    """Format a number, with its interval in brackets if there is one."""
     if estimate.low is None:
         return f"{estimate.value:{style}}"
     return f"{estimate.value:{style}} ({estimate.low:{style}} to {estimate.high:{style}})"

@@ -30,7 +30,7 @@ def describe_hypotheses(facts: RunFacts) -> Section | None:
     result = facts.results.get("hypotheses")
     if result is None:
         return None
-    drawn = result["n_measured"] < result["n_patches"] or result["n_asked"] < result["n_patches"]
+    is_sample = result["n_measured"] < result["n_patches"] or result["n_asked"] < result["n_patches"]
     size = (
         f" Measured on {number(result['n_measured'])} of {count(result['n_patches'], 'patch')} (seed "
         f"{result['seed']}); hypotheses about saliency on {number(result['n_asked'])}."
@@ -39,16 +39,16 @@ def describe_hypotheses(facts: RunFacts) -> Section | None:
         Text(
             "The publication of this recipe states hypotheses about errors and saliency. Each is tested "
             f"here on the {result['subset']} subset, with 95 % intervals over "
-            f"{plural(result['unit'])}." + (size if drawn else "")
+            f"{plural(result['unit'])}." + (size if is_sample else "")
         )
     ]
-    item = {entry["name"]: entry for entry in result["hypotheses"]}
-    for entry in item.values():
+    entries = {entry["name"]: entry for entry in result["hypotheses"]}
+    for entry in entries.values():
         blocks.append(Text(f"\u201c{entry['claim']}\u201d ({entry['source']}). {entry['answer']}"))
-    compared = [(entry, measure) for entry in item.values() for measure in entry["measures"]]
+    compared = [(entry, measure) for entry in entries.values() for measure in entry["measures"]]
     if compared:
         blocks.append(_table_of_contrasts(compared, result["unit"]))
-    for entry in item.values():
+    for entry in entries.values():
         if entry["auroc"]:
             blocks += [_table_of_colour(entry), _table_of_saliency(entry)]
     blocks += _tables_by_group(compared, result["unit"])
@@ -110,17 +110,17 @@ def _table_of_saliency(entry: Mapping[str, Any]) -> Table:
 
 
 def _tables_by_group(compared: list[tuple[Any, Any]], unit: str) -> list[Block]:
-    """Return the values of each patient, which with few of them is all there is."""
+    """Return the values of each patient."""
     rows = [
         [
             f"{measure['property']}, {measure['chosen']}",
             str(name),
-            number(of["n_chosen"]),
-            number(of["n_others"]),
-            number(of["auroc"]),
+            number(values["n_chosen"]),
+            number(values["n_others"]),
+            number(values["auroc"]),
         ]
         for _, measure in compared
-        for name, of in list(measure["by_group"].items())[:MOST_GROUPS]
+        for name, values in list(measure["by_group"].items())[:MOST_GROUPS]
     ]
     if not rows:
         return []
