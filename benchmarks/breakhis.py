@@ -204,7 +204,7 @@ def main() -> None:
         study = biopsy.study(
             "idc-small", pack, folds=5, seeds=(0, 1), overrides=SETTINGS, out=place, device="cpu"
         )
-        compared = [item for run in study.judged_runs() for item in compare_run(run)]
+        compared = [item for run in study.evaluated_runs() for item in compare_run(run)]
         tables.append(tabulate(task, [*compared, *compare_pooled(study)]))
     table = pd.concat(tables)
     table.to_csv(RESULTS, index=False, float_format="%.4g")

@@ -37,7 +37,7 @@ def list_contrasts(run: Run) -> list[dict[str, Any]]:
     """Return what goes with the errors of a run."""
     found = measure_errors(run, device="cpu")
     rows = []
-    for each in found.about["contrasts"]:
+    for each in found.document["contrasts"]:
         estimate = each["within"] or each["auroc"]
         rows.append(
             {
@@ -51,8 +51,8 @@ def list_contrasts(run: Run) -> list[dict[str, Any]]:
                 "chance_higher": _round(estimate["value"]),
                 "low": _round(estimate["low"]),
                 "high": _round(estimate["high"]),
-                "level_each": _round(found.about["level_each"]),
-                "unit": found.about["unit"],
+                "level_each": _round(found.document["level_each"]),
+                "unit": found.document["unit"],
                 "reason": estimate["reason"],
             }
         )
@@ -69,7 +69,7 @@ def list_zones(run: Run) -> list[dict[str, Any]]:
             **{key: part[key] for key in ("n_patches", "n_positive", "fn", "fp")},
             **{name: _round(part["patch"][name]["value"]) for name in ("sensitivity", "specificity")},
         }
-        for zone, part in found.about["zones"].items()
+        for zone, part in found.document["zones"].items()
     ]
 
 

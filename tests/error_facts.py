@@ -81,7 +81,7 @@ def draw_case_views(mistakes, *, patch_px=50, overview=True, seed=0):
     def noise():
         return rng.integers(0, 256, (patch_px, patch_px, 3), dtype=np.uint8)
 
-    names = {one["patch_id"] for part in mistakes.about["galleries"].values() for one in part}
+    names = {one["patch_id"] for part in mistakes.document["galleries"].values() for one in part}
     case_views = {
         name: CaseView(noise(), noise(), False, noise() if overview else None, [noise() for _ in range(3)])
         for name in sorted(names)

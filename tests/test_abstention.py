@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from biopsy.cli.results import say_abstention
+from biopsy.cli.results import abstention_summary
 from biopsy.core.errors import MetricError
 from biopsy.core.files import plain
 from biopsy.evaluation.abstention.measure import (
@@ -19,9 +19,9 @@ from biopsy.evaluation.abstention.measure import (
 from biopsy.evaluation.abstention.section import (
     MEASURES,
     describe_abstention,
+    describe_verdict,
     draw_coverage,
     draw_risk_coverage,
-    say_verdict,
 )
 from biopsy.evaluation.scored import ScoredPatches
 from biopsy.reporting.document import ReportDocument, Summary
@@ -329,11 +329,11 @@ def test_a_verdict_needs_an_interval_to_be_against():
 def test_the_command_line_says_it_in_a_line():
     few, enough = (fit(POPULATION.draw(n, 40, seed=0)) for n in (8, 25))
     refused = judge(few, NEW)
-    assert refused["reason"] and refused["reason"] in say_abstention(refused)
+    assert refused["reason"] and refused["reason"] in abstention_summary(refused)
     entry = judge(enough, NEW)
     share = 100 * entry["patient"]["abstained"]["value"]
     for part in (f"{share:.1f} %", "0.9", "per class", entry["verdict"]):
-        assert part in say_abstention(entry)
+        assert part in abstention_summary(entry)
 
 
 # Figures and chapter
@@ -401,7 +401,7 @@ def test_a_guarantee_missed_is_broken_or_open():
     assert section.blocks[1].tone == "warning"
     found = {"guarantee": "marginal", "target_coverage": 0.9, "verdict": "inconclusive"}
     found["patient"] = {"coverage": {"value": 0.88, "low": 0.8, "high": 0.91, "reason": None}}
-    assert say_verdict(found, "slide") == (
+    assert describe_verdict(found, "slide") == (
         "Inconclusive: coverage is 0.020 below target, within sampling error for so few slides. Coverage: "
         "0.880 (0.800 to 0.910); target 0.900."
     )

@@ -10,14 +10,14 @@ from biopsy.core.files import plain
 from biopsy.evaluation.calibration.measure import MEASURED
 from biopsy.evaluation.calibration.section import (
     describe_calibration,
+    describe_calibrator,
+    describe_slope,
     draw_calibration,
-    say_calibration,
-    say_slope,
 )
 from biopsy.evaluation.figures import draw_decision_curve
 from biopsy.evaluation.measure import measure_decisions
 from biopsy.evaluation.scored import ScoredPatches
-from biopsy.evaluation.sections import describe_decisions, say_benefit, say_rule
+from biopsy.evaluation.sections import describe_benefit, describe_decisions, describe_rule
 from biopsy.reporting.document import Picture, Pictures, Table, Text
 from biopsy.statistics.calibration import ece_floor
 from biopsy.statistics.calibrators import LEFT, MOVED
@@ -131,7 +131,7 @@ def test_metrics_from_before_make_no_chapter():
     ],
 )  # fmt: skip
 def test_what_is_said_of_a_calibrator(change, text):
-    assert text in say_calibration({**FITTED, **change})
+    assert text in describe_calibrator({**FITTED, **change})
 
 
 def slope(value, low, high, intercept=(0, -1, 1)):
@@ -155,7 +155,7 @@ def slope(value, low, high, intercept=(0, -1, 1)):
     ],
 )
 def test_what_is_said_of_a_slope(after, text):
-    assert text in say_slope(after, "IDC")
+    assert text in describe_slope(after, "IDC")
 
 
 @pytest.mark.parametrize(
@@ -174,13 +174,13 @@ def test_where_acting_pays_as_far_as_intervals_allow(gains, half, text):
         {"threshold": at, "gain": {"value": gain, "low": low, "high": high, "reason": "a reason"}}
         for at, gain, (low, high) in zip([0.1, 0.2, 0.3, 0.4], gains, ends, strict=True)
     ]
-    assert text in say_benefit({"marked": marked})
+    assert text in describe_benefit({"marked": marked})
 
 
 def test_rules_in_words():
-    assert say_rule("sensitivity=0.95") == "sensitivity of 0.95"
-    assert say_rule("cost=5") == "minimum cost, a false negative costing 5 false positives"
-    assert say_rule("argmax, because youden needs both classes") == (
+    assert describe_rule("sensitivity=0.95") == "sensitivity of 0.95"
+    assert describe_rule("cost=5") == "minimum cost, a false negative costing 5 false positives"
+    assert describe_rule("argmax, because youden needs both classes") == (
         "argmax, because youden needs both classes"
     )
 

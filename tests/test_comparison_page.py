@@ -6,7 +6,7 @@ import pytest
 
 from biopsy.core.errors import MetricError
 from biopsy.evaluation.comparison.measure import NETWORKS
-from biopsy.evaluation.comparison.page import ONE_SEED, SHOWN, draw_differences, say_verdict
+from biopsy.evaluation.comparison.page import ONE_SEED, SHOWN, describe_verdict, draw_differences
 from biopsy.plotting.style import svg
 
 
@@ -50,7 +50,7 @@ def test_the_figure_has_a_row_a_metric_and_a_hollow_dot_without_interval():
     low, high = axes.get_xlim()
     assert low < -0.05 and high > 0.05
     assert svg(figure) == svg(draw_differences(made["differences"]))
-    with pytest.raises(MetricError, match="two classifiers make one"):
+    with pytest.raises(MetricError, match="no difference to draw"):
         draw_differences([])
 
 
@@ -59,7 +59,9 @@ def test_an_undefined_difference_is_left_out_of_the_figure():
     assert not [
         line for line in draw_differences(made["differences"]).axes[0].lines if line.get_marker() == "o"
     ]
-    assert "cannot be compared: undefined: no positive patches." in say_verdict(made, made["differences"][0])
+    assert "cannot be compared: undefined: no positive patches." in describe_verdict(
+        made, made["differences"][0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,10 +84,10 @@ def test_an_undefined_difference_is_left_out_of_the_figure():
 )
 def test_the_verdict_says_no_more_than_was_found(found, said):
     made = document(found, found)
-    assert re.search(said, say_verdict(made, made["differences"][0]))
+    assert re.search(said, describe_verdict(made, made["differences"][0]))
 
 
 def test_a_single_seed_gives_no_verdict_on_recipes():
     made = document(entry(0.03, 0.01, 0.05, p=0.004, p_holm=0.008), compares=NETWORKS)
-    verdict = say_verdict(made, made["differences"][0])
+    verdict = describe_verdict(made, made["differences"][0])
     assert "for these two trained networks" in verdict and ONE_SEED in verdict

@@ -156,13 +156,13 @@ def found(judged):
 
 def test_counts_and_kinds_are_those_of_the_evaluation(judged, found):
     confusion = judged.metrics()["confusion"]
-    assert found.about["counts"] == {kind: confusion[kind] for kind in ("fn", "fp", "tp", "tn")}
+    assert found.document["counts"] == {kind: confusion[kind] for kind in ("fn", "fp", "tp", "tn")}
     frame, _ = judged.predictions("test")
     assert found.table["patch_id"].tolist() == frame["patch_id"].tolist()
     wrong = frame["pred"] != frame["target"]
     assert found.table["kind"].isin(["fn", "fp"]).tolist() == wrong.tolist()
     assert found.table["sampled"].all() and found.table["haematoxylin"].notna().all()
-    zones = found.about["zones"]
+    zones = found.document["zones"]
     assert sum(part["fn"] + part["fp"] for part in zones.values()) == wrong.sum()
 
 
@@ -170,19 +170,19 @@ def test_the_record_is_written_once_and_gives_its_numbers_again(judged, found, m
     place = judged.path / "errors"
     about = read_json(place / "errors.json")
     assert about.pop("table_sha256") == sha256_file(place / "errors.parquet")
-    assert found.about == about
+    assert found.document == about
     table = pd.read_parquet(place / "errors.parquet")
     pd.testing.assert_frame_equal(table, found.table)
     again = contrast_errors(
         table, table["patient_id"].to_numpy(str), seed=judged.info["seed"], unit="patient"
     )
-    assert plain(again) == {key: found.about[key] for key in again}
+    assert plain(again) == {key: found.document[key] for key in again}
     other = measure_errors(judged, n=2, device="cpu")
-    assert len(other.about["galleries"]["uncertain"]) == 2
+    assert len(other.document["galleries"]["uncertain"]) == 2
     (place / "errors.json").unlink()
-    assert measure_errors(judged, n=5, device="cpu").about == found.about, "the same twice"
+    assert measure_errors(judged, n=5, device="cpu").document == found.document, "the same twice"
     monkeypatch.setattr(module, "_measure", None)  # from here on it may only be read
-    assert measure_errors(judged, n=5).about == found.about
+    assert measure_errors(judged, n=5).document == found.document
 
 
 def test_the_nearest_patches_are_of_training_and_a_training_patch_is_its_own(judged):
@@ -198,14 +198,14 @@ def test_the_nearest_patches_are_of_training_and_a_training_patch_is_its_own(jud
         if subsets[row] == "train":
             assert nearest[0]["patch_id"] == pack.table["patch_id"].iloc[row]
             assert nearest[0]["distance"] == pytest.approx(0, abs=1e-5)
-    assert alike.about["n"] == (subsets == "train").sum()
+    assert alike.reference["n"] == (subsets == "train").sum()
 
 
 def test_closeups_show_every_patch_of_the_galleries(judged, found):
     case_views = make_case_views(judged, found, device="cpu")
-    names = {one["patch_id"] for part in found.about["galleries"].values() for one in part}
-    assert set(case_views.of) == names
-    for case_view in case_views.of.values():
+    names = {one["patch_id"] for part in found.document["galleries"].values() for one in part}
+    assert set(case_views.by_patch) == names
+    for case_view in case_views.by_patch.values():
         assert case_view.patch.shape == case_view.overlay.shape == (16, 16, 3)
         assert case_view.overview is not None and len(case_view.nearest) == 3
     assert "does not" in case_views.caption
@@ -222,7 +222,7 @@ def test_the_verb_writes_a_table_and_pictures(judged, found, tmp_path):
     assert len(list((tmp_path / "m" / "uncertain").iterdir())) == 5
     assert "false negatives" in called.stdout and "errors.csv" in called.stdout
     as_json = call("errors", str(judged.path), "--n", "5", "--json")
-    assert json.loads(as_json.stdout) == found.about
+    assert json.loads(as_json.stdout) == found.document
 
 
 def test_patches_without_coordinates_or_patients_have_no_zone(trained_run, tmp_path, monkeypatch):
@@ -232,13 +232,13 @@ def test_patches_without_coordinates_or_patients_have_no_zone(trained_run, tmp_p
     pack.table = pack.table.assign(x=pd.array([None] * len(pack), "Int64"), patient_id=None, slide_id=None)
     found = measure_errors(run, n=3, device="cpu")
     assert (
-        found.about["subset"] == "validation"
-        and found.about["zones"] == {}
-        and found.about["unit"] == "patch"
+        found.document["subset"] == "validation"
+        and found.document["zones"] == {}
+        and found.document["unit"] == "patch"
     )
-    assert all(one["within"] is None for one in found.about["contrasts"])
+    assert all(one["within"] is None for one in found.document["contrasts"])
     case_views = make_case_views(run, found, device="cpu")
-    assert all(case_view.overview is None for case_view in case_views.of.values())
+    assert all(case_view.overview is None for case_view in case_views.by_patch.values())
     assert not (run.path / "predictions" / "test.parquet").exists(), "nothing is opened"
 
 

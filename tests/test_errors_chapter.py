@@ -49,7 +49,7 @@ def test_mistakes_are_the_surest_and_named(page, facts):
 
 
 def test_the_table_holds_the_record(facts):
-    text, about = render_chapter(facts).text, facts.results["errors"].record.about
+    text, about = render_chapter(facts).text, facts.results["errors"].record.document
     for found in about["contrasts"]:
         assert f"{found['mean_errors']:.3f} {found['mean_others']:.3f} {found['within']['value']:.3f}" in text
     assert "False negatives have lower stain than true positives." in text

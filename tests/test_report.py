@@ -29,7 +29,7 @@ from biopsy.reporting.document import (
     Text,
     number,
 )
-from biopsy.reporting.elements import say_openings
+from biopsy.reporting.elements import describe_openings
 from biopsy.reporting.html import render_report
 from report_facts import (
     Page,
@@ -340,8 +340,8 @@ def test_numbers_are_written_for_readers(value, shown):
 
 
 def test_openings_are_said():
-    assert say_openings({"times": 1, "runs": 1, "kept_with": "pack"}).startswith(
+    assert describe_openings({"times": 1, "runs": 1, "kept_with": "pack"}).startswith(
         "This test subset has been evaluated 1 time, by 1 run"
     )
-    assert "read-only" in say_openings({"times": 2, "runs": 1, "kept_with": "run"})
-    assert "not in the ledger" in say_openings(None)
+    assert "read-only" in describe_openings({"times": 2, "runs": 1, "kept_with": "run"})
+    assert "not in the ledger" in describe_openings(None)

@@ -240,7 +240,7 @@ def test_an_interrupted_reproduction_goes_on(finished, paper, pack, tmp_path):
     made, _ = finished
     with pytest.raises(KeyboardInterrupt):
         ask(paper, pack, tmp_path / "study", on_epoch=interrupt_at(3))
-    assert len(Study.open(tmp_path / "study").judged_runs()) == 1
+    assert len(Study.open(tmp_path / "study").evaluated_runs()) == 1
     whole = ask(paper, pack, tmp_path / "study").summary()["papers"]["tiny-paper"]
     uninterrupted = made.summary()["papers"]["tiny-paper"]
     assert whole["apart"] == uninterrupted["apart"] and whole["published"] == uninterrupted["published"]

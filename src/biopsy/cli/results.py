@@ -240,7 +240,7 @@ def _print_metrics(metrics: Mapping[str, Any], options: Options) -> None:
             f"colour-only baseline: AUROC {_number(metrics['baseline']['auroc'])}{_gain(metrics['baseline'])}"
         )
     if metrics.get("abstention"):
-        print(say_abstention(metrics["abstention"]))
+        print(abstention_summary(metrics["abstention"]))
     if metrics["positive_class"] is not None:
         _print_threshold(metrics)
     _print_estimates(metrics)
@@ -250,7 +250,7 @@ def _print_metrics(metrics: Mapping[str, Any], options: Options) -> None:
     _print_subgroups(metrics)
 
 
-def say_abstention(abstention: Mapping[str, Any]) -> str:
+def abstention_summary(abstention: Mapping[str, Any]) -> str:
     if abstention["quantiles"] is None:
         return f"no abstention: {abstention['reason']}"
     share = abstention["patient"]["abstained"]["value"]
@@ -353,14 +353,14 @@ def _interval(estimate: Mapping[str, Any]) -> str:
 
 
 def _print_calibration(result: Mapping[str, Any], options: Options) -> None:
-    print(f"{result['run']}: {_say_calibrator(result['calibrator'])}")
+    print(f"{result['run']}: {_calibrator_summary(result['calibrator'])}")
     for threshold in result["thresholds"]:
         print(f"threshold {threshold['value']:.3f} ({threshold['rule']}, chosen on {threshold['chosen_on']})")
     if result["removed"]:
         print(f"removed outdated outputs: {', '.join(result['removed'])}")
 
 
-def _say_calibrator(calibrator: Mapping[str, Any]) -> str:
+def _calibrator_summary(calibrator: Mapping[str, Any]) -> str:
     if calibrator["method"] == "none":
         return "not calibrated"
     text = f"{calibrator['method']}, fitted on {calibrator['n_patches']:,} patches"
@@ -414,14 +414,14 @@ def _print_comparison(comparison: Mapping[str, Any], options: Options) -> None:
     if "needs" in comparison:
         _print_plan(comparison)
         return
-    from biopsy.evaluation.comparison.page import say_verdict
+    from biopsy.evaluation.comparison.page import describe_verdict
     from biopsy.statistics.resampling import FEWEST_GROUPS
 
     unit = comparison["unit"]
     groups = "" if unit == "patch" else f" of {comparison['n_patients']:,} {unit}(s)"
     print(f"{comparison['n_patches']:,} common test patches{groups}; reference: {comparison['reference']}")
     for difference in comparison["differences"]:
-        print(f"\n{say_verdict(comparison, difference)}")
+        print(f"\n{describe_verdict(comparison, difference)}")
         _print_difference(comparison, difference)
         if comparison["n_patients"] < FEWEST_GROUPS:
             _print_groups(comparison, difference["of"])
@@ -437,7 +437,7 @@ def _print_comparison(comparison: Mapping[str, Any], options: Options) -> None:
 
 def _print_difference(comparison: Mapping[str, Any], difference: Mapping[str, Any]) -> None:
     """Print the metrics of two models and their difference."""
-    from biopsy.evaluation.comparison.page import list_differences, say_p
+    from biopsy.evaluation.comparison.page import format_p, list_differences
 
     rows, reasons = [], dict[str, None]()
     for row in list_differences({**comparison, "differences": [difference]}):
@@ -450,7 +450,7 @@ def _print_difference(comparison: Mapping[str, Any], difference: Mapping[str, An
                 row["value"],
                 _signed(row["difference"]),
                 _range(row["low"], row["high"]),
-                say_p(row["p_holm"]),
+                format_p(row["p_holm"]),
                 _range(row["seeds_min"], row["seeds_max"]) if row["seeds_n"] > 1 else "",
             ]
         )

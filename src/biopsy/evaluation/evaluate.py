@@ -1,4 +1,4 @@
-"""Evaluation: the numbers of a run on one subset, with intervals over patients, and the count of openings."""
+"""Evaluation of a run on one subset: metrics with intervals over patients, recorded in the pack's ledger."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -48,7 +48,7 @@ FORMAT = "biopsy-metrics/1"
 
 @dataclass(frozen=True)
 class SplitUse:
-    """Which split was evaluated, and what limits its results."""
+    """The evaluated split, and limitations of its results."""
 
     name: str | None = None
     fold: int | None = None
@@ -58,7 +58,7 @@ class SplitUse:
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics(Performance, Decisions):
-    """Content of ``metrics.json``; the file formats page says what each entry means."""
+    """Content of ``metrics.json``; see the file formats page."""
 
     format: str = FORMAT
     title: str | None = None
@@ -93,20 +93,18 @@ def measure(
     calibration: Mapping[str, Any] | None = None,
     warnings: Sequence[str] = (),
 ) -> Metrics:
-    """Measure all that follows from the patches and their probabilities.
+    """Return the metrics of patches with probabilities.
 
     Args:
-        columns: Columns within whose values metrics are repeated, a row per patch.
-        thresholds: As in ``classifier.json``; the first one decides.
-        prevalence: At which PPV and NPV are also computed.
-        calibration: As `measure_calibration` gives it; without it probabilities count as not calibrated.
+        columns: Columns within whose values metrics are repeated, one row per patch.
+        thresholds: As in ``classifier.json``; the first is the decision threshold.
+        prevalence: Prevalence for additional PPV and NPV.
+        calibration: From `measure_calibration`; by default, probabilities are treated as not calibrated.
     """
     threshold = thresholds[0] if thresholds else None
     subgroups = measure_subgroups(scored, columns)
-    n_subgroups, interval = (
-        sum(map(len, subgroups.values())),
-        describe_method(scored.n_groups, **scored.resampling),
-    )
+    n_subgroups = sum(map(len, subgroups.values()))
+    interval = describe_method(scored.n_groups, **scored.resampling)
     if calibration is None:
         reliability = measure_reliability(scored)
         calibration = {"method": "none", "before": reliability, "after": reliability}
@@ -136,26 +134,26 @@ def evaluate(
     split: str | None = None,
     prevalence: float | None = None,
 ) -> Evaluation:
-    """Judge a run on its test or validation subset, or on another pack, and keep the numbers in the run.
+    """Evaluate a run on its test or validation subset, or on another pack, and keep the metrics in the run.
 
     Writes ``predictions/<subset>.parquet`` and ``evaluation/metrics.json`` (for validation
-    ``metrics-validation.json``; for another pack both under ``external/<pack>/``). Opening a test subset is
-    recorded in the pack's ledger.
+    ``metrics-validation.json``; for another pack both under ``external/<pack>/``). Evaluations of a test
+    subset are recorded in the pack's ledger.
 
     Args:
         run: A finished run.
         subset: ``"test"`` or ``"validation"``.
-        data: Another pack with the same classes, of which all patches are judged unless ``split`` is given.
-            The run's own pack is known by its content wherever it lies, and judged on the run's own split.
-        split: With another pack: the split of that pack whose ``subset`` is judged.
-        prevalence: Also work out ppv and npv where this share of patches is positive.
+        data: Another pack with the same classes; all its patches are evaluated unless ``split`` is given. A
+            copy of the run's own pack is recognised by its content and evaluated on the run's split.
+        split: With another pack: the split of that pack whose ``subset`` is evaluated.
+        prevalence: Also compute PPV and NPV at this share of positive patches.
 
     Returns:
-        The numbers, which ``metrics.json`` holds; see the file formats page.
+        The content of ``metrics.json``; see the file formats page.
 
     Raises:
-        RunError: If the run has not finished, its pack changed, or that subset is empty.
-        DataError: If the other pack's patches are of another resolution or larger than the classifier's.
+        RunError: If the run has not finished, its pack changed, or the subset is empty.
+        DataError: If the other pack's patches have another resolution than the classifier's or are larger.
     """
     run = Run.open(run)
     classifier = run.classifier
@@ -167,7 +165,7 @@ def evaluate(
     if subset == "validation" and split_use.test_is_validation:
         raise RunError(
             f"{run.path.name} has no validation subset: as published, it was tuned on its test subset; "
-            "evaluate that"
+            "evaluate the test subset"
         )
     rows = np.flatnonzero(subsets == subset)
     if not len(rows):
@@ -183,10 +181,10 @@ def evaluate(
     predicted = predict_rows(
         classifier, pack, rows, logits, subset=subset, fold=split_use.fold, seed=run.info["seed"]
     )
-    place = run.path if _is_own(run, pack) else run.path / "external" / pack.path.stem
+    folder = run.path if _is_own(run, pack) else run.path / "external" / pack.path.stem
     openings = _open_ledger(run, pack, split_use, subset) if subset == "test" else None
     write_predictions(
-        place / "predictions" / f"{subset}.parquet",
+        folder / "predictions" / f"{subset}.parquet",
         predicted.frame,
         {
             "pack_sha256": pack.info.content_sha256,
@@ -216,21 +214,21 @@ def evaluate(
         times_opened=None if openings is None else openings["times"],
         ledger=openings,
     )
-    path = place / "evaluation" / ("metrics.json" if subset == "test" else f"metrics-{subset}.json")
+    path = folder / "evaluation" / ("metrics.json" if subset == "test" else f"metrics-{subset}.json")
     write_json(path, metrics)
     return Evaluation(read_json(path, format=FORMAT), predicted.frame, run.path)
 
 
 @dataclass(frozen=True)
 class PredictedRows:
-    """Rows of a pack as a classifier predicts them.
+    """Predictions of rows of a pack.
 
     Attributes:
-        classifier: As it serves these patches: with or without their neighbours.
+        classifier: The classifier applied, with or without context.
         logits: With context, before calibration, ``(n, n_classes)``.
         scored: The patches with their probabilities.
         frame: The table of predictions.
-        columns: What was joined to the pack.
+        columns: Additional columns of the pack.
     """
 
     classifier: Classifier
@@ -263,7 +261,7 @@ def predict_rows(
     fold: int | None = None,
     seed: int,
 ) -> PredictedRows:
-    """Turn the logits of some rows of a pack into probabilities and decisions."""
+    """Return the predictions of rows of a pack from their logits."""
     table = pack.table.iloc[rows]
     classifier = classifier.for_patches(table)
     logits = classifier.add_context(logits, table)
@@ -285,23 +283,23 @@ def predict_rows(
 def _choose_patches(
     run: Run, classifier: Classifier, subset: str, data: Pack | Path | str | None, split_name: str | None
 ) -> tuple[Pack, np.ndarray, SplitUse]:
-    """Return the pack, the subset of each of its patches, and what is said of the split."""
+    """Return the pack, the subset of each of its patches, and the evaluated split."""
     pack = run.open_pack() if data is None else Pack.open(data)
     check_classes(pack, classifier)
     if _is_own(run, pack):
         if split_name is not None:
             raise RunError(
-                f"split={split_name!r} goes with data= of another pack: {run.path.name} is judged on its own "
+                f"split={split_name!r} needs data= of another pack: {run.path.name} is evaluated on its own "
                 "split"
             )
         if data is not None:
             pack.verify()
-        own = run.info["split"]
-        is_validation = bool(own.get("test_is_validation", False))
+        own_split = run.info["split"]
+        is_validation = bool(own_split.get("test_is_validation", False))
         return (
             pack,
             run.subsets(pack),
-            SplitUse(own["name"], own["fold"], own["patients_overlap"], is_validation),
+            SplitUse(own_split["name"], own_split["fold"], own_split["patients_overlap"], is_validation),
         )
     pack.verify()
     classifier.check_pack(pack)
@@ -310,8 +308,8 @@ def _choose_patches(
         split = find_split(pack, split_name)
         if split.n_folds:
             raise RunError(
-                f"split {split_name!r} of {pack.path.name} has folds, each of which is tested in its turn: "
-                "name a split with subsets, or none to judge all its patches"
+                f"split {split_name!r} of {pack.path.name} has folds: choose a split with subsets, or none "
+                "to evaluate all patches"
             )
         subsets = split.subsets(pack)
     return pack, subsets, SplitUse(split_name, patients_overlap=_find_overlap(run, pack, subsets == subset))
@@ -322,10 +320,10 @@ def _is_own(run: Run, pack: Pack) -> bool:
 
 
 def check_classes(pack: Pack, classifier: Classifier) -> None:
-    """Refuse a pack with other classes than the classifier's.
+    """Check that a pack has the classes of a classifier.
 
     Raises:
-        RunError: Naming both.
+        RunError: If the classes or the positive class differ.
     """
     theirs = (pack.class_names, pack.info.positive_class)
     ours = (classifier.info.class_names, classifier.info.positive_class)
@@ -336,29 +334,30 @@ def check_classes(pack: Pack, classifier: Classifier) -> None:
         )
 
 
-def _find_overlap(run: Run, pack: Pack, judged: np.ndarray) -> bool | None:
-    """Return whether another pack of the same data set brings back patients the run learned from.
+def _find_overlap(run: Run, pack: Pack, evaluated: np.ndarray) -> bool | None:
+    """Return whether another pack of the same data set contains patients of training or validation.
 
-    None where that cannot be known: ids of two data sets do not speak of the same people, and the pack that
-    was learned from may be out of reach.
+    None if unknown: ids of different data sets cannot be compared, and the training pack may be unavailable.
     """
     if pack.info.dataset != run.info["pack"]["dataset"] or "patch" in (pack.unit, run.info["pack"]["unit"]):
         return None
     try:
-        learned = run.open_pack(verify=False)
+        training_pack = run.open_pack(verify=False)
     except RunError:
         return None
-    chosen_on = np.isin(run.subsets(learned), ("train", "validation"))
-    seen = np.intersect1d(learned.group_ids[chosen_on], pack.group_ids[judged])
+    chosen_on = np.isin(run.subsets(training_pack), ("train", "validation"))
+    seen = np.intersect1d(training_pack.group_ids[chosen_on], pack.group_ids[evaluated])
     if len(seen):
-        logger.warning("%d of the judged %ss were learned from, %s first", len(seen), pack.unit, seen[0])
+        logger.warning(
+            "%d evaluated %ss were used in training or validation, first %s", len(seen), pack.unit, seen[0]
+        )
     return bool(len(seen))
 
 
 def _compare_with_colour(
     pack: Pack, subsets: np.ndarray, subset: str, scored: ScoredPatches
 ) -> ColourBaseline:
-    """Return the colour-only baseline; for two classes with its interval and the paired gain over it."""
+    """Return the colour-only baseline, for two classes with its interval and the paired gain over it."""
     baseline, probs = colour_baseline(pack, subsets, seed=scored.seed, subset=subset)
     if scored.positive_index is None or baseline.auroc is None:
         return baseline

@@ -125,7 +125,7 @@ def _collect_predictions(run: Run | Study | Path | str) -> _Models:
     """Gather predictions of patches that were not trained on: of test subsets, else of validation."""
     if isinstance(run, Study) or (not isinstance(run, Run) and is_study(run)):
         study = Study.open(run)
-        runs = study.judged_runs()
+        runs = study.evaluated_runs()
         if not runs:
             raise RunError(f"{study.path} has no evaluated run: go on with the command that made it")
     else:

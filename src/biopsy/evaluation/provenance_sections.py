@@ -23,7 +23,7 @@ from biopsy.reporting.document import (
     metric_label,
     number,
 )
-from biopsy.reporting.elements import say_openings
+from biopsy.reporting.elements import describe_openings
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import section
 from biopsy.statistics.metrics import METRICS
@@ -90,7 +90,7 @@ def describe_data(facts: RunFacts) -> Section:
     if facts.audit is not None:
         shown = {key: value for key, value in facts.audit.items() if key not in NOT_SHOWN}
         blocks.append(Facts(flatten(shown), fold="Data audit"))
-    blocks.append(Text(say_openings(facts.ledger or facts.metrics.get("times_opened"))))
+    blocks.append(Text(describe_openings(facts.ledger or facts.metrics.get("times_opened"))))
     return Section("data", "Data", blocks)
 
 

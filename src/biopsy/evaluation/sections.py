@@ -30,7 +30,7 @@ from biopsy.reporting.document import (
     number,
     signed,
 )
-from biopsy.reporting.elements import Footnotes, say_rule, table_of_metrics
+from biopsy.reporting.elements import Footnotes, describe_rule, table_of_metrics
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import section
 from biopsy.slide_io.mosaic import stitch, stitch_values
@@ -152,7 +152,7 @@ def describe_decisions(facts: RunFacts) -> Section | None:
         "probability, per patch. The model is useful where its curve lies above acting on all and on none."
     )
     picture = Picture(caption, svg(draw_decision_curve(curve), "decision-curve"))
-    blocks += [Pictures([picture], across=1), Text(say_benefit(curve))]
+    blocks += [Pictures([picture], across=1), Text(describe_benefit(curve))]
     return Section("decisions", "Decision thresholds and net benefit", blocks)
 
 
@@ -162,7 +162,7 @@ def _table_of_points(points: Sequence[Mapping[str, Any]], subset: str | None) ->
         names = ("sensitivity", "specificity", "ppv", "npv")
         rows = [
             [
-                say_rule(point["rule"]),
+                describe_rule(point["rule"]),
                 number(point["threshold"]),
                 *(reasons.estimate(point["achieved"][name]) for name in names),
             ]
@@ -172,7 +172,7 @@ def _table_of_points(points: Sequence[Mapping[str, Any]], subset: str | None) ->
         note = f"The threshold was given with the predictions, or is 0.5.{reasons.text}"
         return Table(columns, rows, caption="Operating point", note=note)
     for point in points:
-        row = [say_rule(point["rule"]), number(point["threshold"])]
+        row = [describe_rule(point["rule"]), number(point["threshold"])]
         for name in ("sensitivity", "specificity"):
             row += [
                 number(point["where_chosen"][name]),
@@ -194,7 +194,7 @@ def _table_of_points(points: Sequence[Mapping[str, Any]], subset: str | None) ->
 def _table_at_prevalence(at_prevalence: Mapping[str, Any]) -> Table:
     reasons = Footnotes()
     rows = [
-        [say_rule(point["rule"]), *(reasons.estimate(point[name]) for name in ("ppv", "npv"))]
+        [describe_rule(point["rule"]), *(reasons.estimate(point[name]) for name in ("ppv", "npv"))]
         for point in at_prevalence["points"]
     ]
     return Table(
@@ -206,7 +206,7 @@ def _table_at_prevalence(at_prevalence: Mapping[str, Any]) -> Table:
     )
 
 
-def say_benefit(curve: Mapping[str, Any]) -> str:
+def describe_benefit(curve: Mapping[str, Any]) -> str:
     """Return the threshold probabilities at which net benefit exceeds that of acting on all or on none."""
     points = [(point["threshold"], point["gain"]) for point in curve["marked"]]
     spans = _join_thresholds([(at, gain["low"] is not None and gain["low"] > 0) for at, gain in points])

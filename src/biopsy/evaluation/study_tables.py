@@ -61,7 +61,7 @@ class Spread:
 
 def write_tables(study: Study) -> None:
     """Write ``predictions.parquet``, ``table.csv`` and ``metrics.json`` from the runs judged so far."""
-    runs = study.judged_runs()
+    runs = study.evaluated_runs()
     if not runs:
         return
     frames = [

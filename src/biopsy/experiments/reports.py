@@ -183,7 +183,7 @@ def gather_study(study: Study) -> dict[str, StudyFacts]:
     Raises:
         RunError: If none of its runs has been evaluated.
     """
-    runs = study.judged_runs()
+    runs = study.evaluated_runs()
     if not runs:
         raise RunError(f"{study.path} has no evaluated run: go on with `biopsy study`")
     summary = read_json(study.path / "metrics.json", format=SUMMARY_FORMAT)
@@ -223,7 +223,7 @@ def compose_study(study: Study, *, hide_ids: bool) -> list[tuple[str, ReportDocu
     Raises:
         RunError: If none of its runs has been evaluated.
     """
-    if not (study.judged_runs() or (study.info.get("search") and sweeps.shown_runs(study))):
+    if not (study.evaluated_runs() or (study.info.get("search") and sweeps.shown_runs(study))):
         raise RunError(f"{study.path} has no evaluated run: give the command that made it again")
     if study.info["question"] == sweeps.KIND:
         return [("report.html", report_of_sweep(_gather_sweep(study), hide_ids=hide_ids))]
@@ -248,7 +248,7 @@ def _gather_sweep(study: Study) -> SweepFacts:
 
 def _gather_reproduction(study: Study) -> ReproductionFacts:
     return ReproductionFacts(
-        study={**study.info, "environment": study.judged_runs()[0].info["environment"]},
+        study={**study.info, "environment": study.evaluated_runs()[0].info["environment"]},
         summary=study.summary(),
         pseudonymizer=_name_ids(study),
     )
@@ -257,6 +257,6 @@ def _gather_reproduction(study: Study) -> ReproductionFacts:
 def _name_ids(study: Study) -> Pseudonymizer:
     """Number everybody that the study's runs tested."""
     columns = [f"{kind}_id" for kind in KINDS]
-    frames = [run.predictions("test")[0] for run in study.judged_runs()] or [pd.DataFrame(columns=columns)]
+    frames = [run.predictions("test")[0] for run in study.evaluated_runs()] or [pd.DataFrame(columns=columns)]
     ids = pd.concat(frames)[columns].drop_duplicates()
     return Pseudonymizer({kind: ids[f"{kind}_id"] for kind in KINDS}, study.info["pack"]["content_sha256"])

@@ -24,7 +24,7 @@ from biopsy.reporting.document import (
     interval_text,
     number,
 )
-from biopsy.reporting.elements import say_synthetic
+from biopsy.reporting.elements import synthetic_warning
 from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.reporting.pseudonyms import Pseudonymizer
 
@@ -85,7 +85,7 @@ def _summarise(papers: Mapping[str, Any], pack: Mapping[str, Any], unit: str, *,
             for arm, key in (("with", "arm"), ("without", "reference"))
         ]
     return Summary(
-        verdict=_state_verdict(papers, leaks, unit) + say_synthetic(pack),
+        verdict=_state_verdict(papers, leaks, unit) + synthetic_warning(pack),
         headlines=headlines,
         unit="",
         findings=[

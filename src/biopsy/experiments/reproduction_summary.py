@@ -36,7 +36,7 @@ Frames = Mapping[str, pd.DataFrame]
 
 def write_tables(study: Study) -> None:
     """Write ``runs.csv``, ``table.csv`` and ``metrics.json`` from the runs judged so far."""
-    runs = study.judged_runs()
+    runs = study.evaluated_runs()
     if not runs:
         return
     table = pd.DataFrame([_describe(run, study.info["runs"][run.path.name]) for run in runs])

@@ -27,7 +27,7 @@ from biopsy.reporting.document import (
     metric_label,
     number,
 )
-from biopsy.reporting.elements import say_synthetic, table_of_metrics
+from biopsy.reporting.elements import synthetic_warning, table_of_metrics
 from biopsy.reporting.facts import StudyFacts, hide_study, pick_groups
 from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.statistics.intervals import measure_groups
@@ -119,7 +119,7 @@ def _summarise(facts: StudyFacts) -> Summary:
     colour = _mean_baseline(facts)
     beside = spread if colour is None else f"{spread}; colour-only baseline, mean of folds: {number(colour)}"
     return Summary(
-        verdict=_state_verdict(facts, seeds, colour) + say_synthetic(facts.study.get("pack", {})),
+        verdict=_state_verdict(facts, seeds, colour) + synthetic_warning(facts.study.get("pack", {})),
         headlines=[
             headline(
                 f"{capitalize(_ranking(facts))}, out-of-fold predictions pooled",

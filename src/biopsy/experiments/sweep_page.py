@@ -23,7 +23,7 @@ from biopsy.reporting.document import (
     Table,
     number,
 )
-from biopsy.reporting.elements import say_openings, say_synthetic
+from biopsy.reporting.elements import describe_openings, synthetic_warning
 from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.reporting.pseudonyms import Pseudonymizer
 
@@ -94,7 +94,7 @@ def _summarise(facts: SweepFacts, *, hide_ids: bool) -> Summary:
             for key, label in METRICS.items()
             if key in best and best[key]["mean"] is not None
         )
-        verdict = f"The {name} chooses {say_values(best['values'])}; " + (
+        verdict = f"The {name} chooses {format_values(best['values'])}; " + (
             f"its means on the test subset: {tested}."
             if tested
             else "the test subset has not been evaluated."
@@ -109,7 +109,7 @@ def _summarise(facts: SweepFacts, *, hide_ids: bool) -> Summary:
             ),
         ]
     return Summary(
-        verdict=verdict + say_synthetic(facts.study["pack"]),
+        verdict=verdict + synthetic_warning(facts.study["pack"]),
         headlines=headlines,
         unit=facts.summary["unit"],
         findings=[
@@ -119,7 +119,7 @@ def _summarise(facts: SweepFacts, *, hide_ids: bool) -> Summary:
                 else [
                     "The choice was made on validation, so the test metrics of the chosen combination are "
                     "not biased by it. The best of all test metrics would be.",
-                    say_openings(facts.summary["ledger"]),
+                    describe_openings(facts.summary["ledger"]),
                 ]
             ),
             *([HIDDEN] if hide_ids else []),
@@ -201,7 +201,7 @@ def mean_sd(spread: Mapping[str, float | None], sign: str = "") -> str:
     return f"{mean:{sign}.3f}" if sd is None else f"{mean:{sign}.3f} ± {sd:.3f}"
 
 
-def say_values(values: Mapping[str, Any]) -> str:
+def format_values(values: Mapping[str, Any]) -> str:
     """Write some settings with their values in one line."""
     return ", ".join(f"{key} = {_say(value)}" for key, value in values.items())
 

@@ -418,7 +418,7 @@ def shown_runs(study: Study) -> list[Run]:
     """Return the runs that a sweep's table shows: those evaluated; of a search, those trained."""
     if study.info.get("search"):
         return [run for run in study.runs() if run.info["status"] == "finished"]
-    return study.judged_runs()
+    return study.evaluated_runs()
 
 
 def write_tables(study: Study) -> None:
@@ -478,7 +478,7 @@ def _summarise_combination(rows: Sequence[dict[str, Any]], keys: Sequence[str]) 
 
 
 def _metrics(study: Study) -> list[dict[str, Any]]:
-    return [run.metrics() for run in study.judged_runs()] if not study.info.get("search") else []
+    return [run.metrics() for run in study.evaluated_runs()] if not study.info.get("search") else []
 
 
 def draw_study(study: Study) -> Figure:

@@ -15,7 +15,7 @@ from biopsy.reporting.document import (
     metric_label,
     number,
 )
-from biopsy.reporting.elements import say_openings, say_rule, say_synthetic
+from biopsy.reporting.elements import describe_openings, describe_rule, synthetic_warning
 from biopsy.reporting.facts import RunFacts, hide_run
 from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.reporting.registry import list_results, list_sections
@@ -129,13 +129,13 @@ def _summarise(facts: RunFacts) -> Summary:
         for name, meaning in meanings.items()
     ]
     return Summary(
-        verdict=state_verdict(facts) + say_synthetic(facts.run.get("pack", {})),
+        verdict=state_verdict(facts) + synthetic_warning(facts.run.get("pack", {})),
         headlines=headlines,
         unit=facts.unit,
         findings=[
             _say_threshold(facts),
             *_say_groups(facts),
-            say_openings(facts.ledger or m.get("times_opened"))
+            describe_openings(facts.ledger or m.get("times_opened"))
             if facts.is_run
             else "Whether the model was trained on these patches is not recorded.",
             *([HIDDEN] if facts.ids_hidden else []),
@@ -229,5 +229,5 @@ def _say_threshold(facts: RunFacts) -> str:
     return (
         f"Patches with a probability of at least {number(facts.threshold)} are predicted {facts.positive}. "
         f"The threshold was chosen on the {threshold['chosen_on']} subset"
-        + (f" ({say_rule(rule)})." if rule else ".")
+        + (f" ({describe_rule(rule)})." if rule else ".")
     )

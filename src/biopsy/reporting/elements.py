@@ -88,14 +88,14 @@ def encode_patch(image: np.ndarray) -> bytes:
     return png(image) if max(image.shape[:2]) <= 64 else jpeg(image)
 
 
-def say_synthetic(pack: Mapping[str, Any]) -> str:
+def synthetic_warning(pack: Mapping[str, Any]) -> str:
     """Return the sentence that follows the result of a synthetic pack; empty for any other."""
     return (
         " The patients are synthetic: this says nothing about real tissue." if pack.get("synthetic") else ""
     )
 
 
-def say_openings(ledger: Mapping[str, Any] | int | None) -> str:
+def describe_openings(ledger: Mapping[str, Any] | int | None) -> str:
     """Say how often the test subset has been evaluated."""
     if ledger is None:
         return "This subset is not in the ledger of test evaluations."
@@ -117,7 +117,7 @@ RULES = {
 }
 
 
-def say_rule(rule: str) -> str:
+def describe_rule(rule: str) -> str:
     """Write a threshold's rule in words."""
     name, _, requested = rule.partition("=")
     return RULES[name].format(requested) if name in RULES else rule

@@ -66,7 +66,7 @@ class Study:
             ),
         )
 
-    def judged_runs(self) -> list[Run]:
+    def evaluated_runs(self) -> list[Run]:
         """Return the runs that have been evaluated."""
         return [run for run in self.runs() if (run.path / "evaluation" / "metrics.json").exists()]
 

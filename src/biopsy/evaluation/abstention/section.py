@@ -35,7 +35,7 @@ def describe_abstention(facts: RunFacts) -> Section | None:
     if result["quantiles"] is None:
         blocks.append(Text(_describe_fallback(result), "note"))
     else:
-        blocks.append(Text(say_verdict(result, facts.unit), _tone(result["verdict"])))
+        blocks.append(Text(describe_verdict(result, facts.unit), _tone(result["verdict"])))
     if result["chosen_on"] == facts.metrics.get("subset"):
         blocks.append(
             Text(
@@ -71,7 +71,7 @@ def describe_coverage(entry: Mapping[str, Any]) -> str:
     )
 
 
-def say_verdict(entry: Mapping[str, Any], unit: str) -> str:
+def describe_verdict(entry: Mapping[str, Any], unit: str) -> str:
     """Return whether the coverage guarantee was met on the evaluated patients, and the shortfall."""
     target = entry["target_coverage"]
     if entry["guarantee"] == "class-conditional":

@@ -1,4 +1,4 @@
-"""Calibration measured before and after the calibrator, on patches that it was not fitted on."""
+"""Measurement of calibration before and after the calibrator, on patches that it was not fitted on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -42,18 +42,18 @@ def measure_calibration(
     """Return the ``calibration`` entry of ``metrics.json``.
 
     Args:
-        classifier: Its calibrator is measured.
-        logits: Of the patches, ``(n, n_classes)``.
-        scored: The patches; their probabilities are made from the logits.
+        classifier: The classifier whose calibrator is measured.
+        logits: ``(n, n_classes)``.
+        scored: The patches; their probabilities are computed from the logits.
 
     Returns:
-        What ``classifier.json`` says of the calibrator, and `Reliability` ``before`` and ``after`` it.
+        The calibrator as in ``classifier.json``, and `Reliability` ``before`` and ``after`` calibration.
     """
     scores = score_classes(logits, classifier.info.outputs)
     calibrated = classifier.calibrator.scale(scores)
 
-    def measure(of: np.ndarray) -> Reliability:
-        return measure_reliability(replace(scored, probs=softmax(of, axis=1), pred=of.argmax(axis=1)))
+    def measure(values: np.ndarray) -> Reliability:
+        return measure_reliability(replace(scored, probs=softmax(values, axis=1), pred=values.argmax(axis=1)))
 
     before = measure(scores)
     after = before if calibrated is scores else measure(calibrated)
@@ -61,7 +61,7 @@ def measure_calibration(
 
 
 def measure_reliability(scored: ScoredPatches) -> Reliability:
-    """Measure how far probabilities agree with observed frequencies."""
+    """Measure the agreement of probabilities with observed frequencies."""
     sample, parts = scored.sample(), None
     names: tuple[str, ...]
     if isinstance(sample, ClassSample):

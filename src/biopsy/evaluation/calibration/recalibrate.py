@@ -1,8 +1,4 @@
-"""Calibration as a stage: what is fitted and frozen on validation patients once the weights are chosen.
-
-`fit_postprocessing` does it at the end of training, `calibrate` again on a finished run. To fix
-something else on validation, do it in `fit_postprocessing`, and both have it.
-"""
+"""Recalibration of a finished run: refits what `fit_postprocessing` fits at the end of training."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,7 +20,7 @@ from biopsy.training.postprocessing import fit_run_postprocessing, logger, write
 from biopsy.training.runs import Run, hash_config
 
 STALE = ("predictions/test.parquet", "evaluation", "external", "explain", "errors", "report.html")
-"""What a run holds that was made with its former probabilities."""
+"""Outputs of a run that depend on its probabilities."""
 _STALE_DOCUMENTS = (
     *(
         "predictions/test.parquet",
@@ -40,7 +36,7 @@ _STALE_DOCUMENTS = (
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Recalibration(Result):
-    """Result of a recalibration: ``run``, ``calibrator``, ``thresholds`` and what was ``removed``."""
+    """Result of a recalibration: ``run``, ``calibrator``, ``thresholds`` and ``removed`` outputs."""
 
     @property
     def heading(self) -> str:
@@ -55,16 +51,16 @@ class Recalibration(Result):
 def calibrate(run: Run | Path | str, *, method: Method = "platt") -> Recalibration:
     """Refit a run's calibration and decision thresholds on its validation predictions.
 
-    ``classifier/``, ``predictions/validation.parquet`` and the recipe in the run are rewritten. Outputs made
-    with the former probabilities (predictions, numbers and pages of the test subset) are removed;
-    `biopsy.evaluate` makes them again and counts as one more evaluation of the test subset.
+    ``classifier/``, ``predictions/validation.parquet`` and the recipe in the run are rewritten. Outputs that
+    depend on the former probabilities (predictions, metrics and pages of the test subset) are removed;
+    `biopsy.evaluate` writes them again and counts as one more evaluation of the test subset.
 
     Args:
         run: Finished run.
-        method: Calibration method; ``isotonic`` takes two classes.
+        method: Calibration method; ``isotonic`` needs two classes.
 
     Returns:
-        ``run``, ``calibrator`` and ``thresholds`` as in ``classifier.json``, and what was ``removed``.
+        ``run``, ``calibrator`` and ``thresholds`` as in ``classifier.json``, and the ``removed`` outputs.
 
     Raises:
         RunError: If the run has not finished or is in use.
@@ -81,17 +77,17 @@ def calibrate(run: Run | Path | str, *, method: Method = "platt") -> Recalibrati
 
 
 def _calibrate(run: Run, classifier: Classifier, method: str) -> Recalibration:
-    frame, about = run.predictions("validation")
+    frame, metadata = run.predictions("validation")
     unit, before = run.info["pack"]["unit"], classifier.info.calibrator
     table = "as_published" if run.info["split"]["as_published"] else "decision"
     recipe = load_recipe(run.recipe, [f"{table}.calibration={method}"])
     logits = frame[[f"logit_{name}" for name in classifier.info.class_names]].to_numpy(np.float64)
     target, group_ids = frame["target"].to_numpy(int), group_by_unit(frame, unit)
     fit_run_postprocessing(run, recipe, classifier, logits, target, group_ids)
-    config_sha256 = _ask_again(run, recipe)
+    config_sha256 = _hash_new_config(run, recipe)
     removed = _remove_stale(run.path)
     classifier.save(run.path / "classifier")
-    write_validation(run, classifier, frame[[*IDENTITY, "subset", "fold", "target"]], logits, about)
+    write_validation(run, classifier, frame[[*IDENTITY, "subset", "fold", "target"]], logits, metadata)
     write_atomic(run.path / "recipe.toml", recipe_toml(recipe))
     run.update(
         threshold=classifier.frozen,
@@ -114,26 +110,26 @@ def _calibrate(run: Run, classifier: Classifier, method: str) -> Recalibration:
 
 
 def _remove_stale(folder: Path) -> list[str]:
-    """Remove what was made with a run's former probabilities, and nothing else; return which of `STALE`."""
+    """Remove the outputs that depend on the former probabilities; return which of `STALE` were removed."""
     documents = [
         path.relative_to(folder).as_posix() for name in _STALE_DOCUMENTS for path in folder.glob(name)
     ]
-    removed, kept = remove_outputs(folder, *documents)
+    removed, modified = remove_outputs(folder, *documents)
     for name in ("explain", "errors"):
-        below = remove_outputs(folder / name)
-        removed, kept = (
+        nested = remove_outputs(folder / name)
+        removed, modified = (
             [*files, *(f"{name}/{file}" for file in more)]
-            for files, more in zip((removed, kept), below, strict=True)
+            for files, more in zip((removed, modified), nested, strict=True)
         )
-    for file in kept:
+    for file in modified:
         logger.warning(
-            "%s was changed since it was written and stays: it is of the former calibration", folder / file
+            "%s was modified after it was written and is kept, with the former calibration", folder / file
         )
     return [name for name in STALE if any(file == name or file.startswith(f"{name}/") for file in removed)]
 
 
-def _ask_again(run: Run, recipe: Recipe) -> str | None:
-    """Return the question that the run answers now; None where its pack is out of reach, or it had none."""
+def _hash_new_config(run: Run, recipe: Recipe) -> str | None:
+    """Return the hash of the run's new configuration; None if it had none or its pack is unavailable."""
     if not run.info.get("config_sha256"):
         return None
     try:

@@ -35,11 +35,11 @@ ROWS = {
 
 @section("calibration", order=30)
 def describe_calibration(facts: RunFacts) -> Section | None:
-    """What was fitted and on how many, the numbers and the plot before and after, and what the slope says."""
+    """Return the calibrator, the calibration metrics and reliability diagrams, and the calibration slope."""
     result = facts.metrics.get("calibration")
     if not result:
         return None
-    blocks: list[Block] = [Text(say_calibration(result))]
+    blocks: list[Block] = [Text(describe_calibrator(result))]
     blocks += [Text(f"{capitalize(text)}.", "warning") for text in [result.get("warning")] if text]
     subsets = {"after": result["after"]}
     if result["method"] != "none":
@@ -64,20 +64,20 @@ def describe_calibration(facts: RunFacts) -> Section | None:
         caption = f"Reliability diagrams (vertical lines: 95 % intervals over {plural(facts.unit)})"
         blocks.append(Pictures(pictures, caption=caption))
     if result["after"].get("calibration_slope"):
-        blocks.append(Text(say_slope(result["after"], facts.positive)))
+        blocks.append(Text(describe_slope(result["after"], facts.positive)))
     return Section("calibration", "Calibration", blocks)
 
 
-def say_calibration(entry: Mapping[str, Any]) -> str:
-    """Return in words which calibrator stands behind the probabilities, and what it was fitted on."""
+def describe_calibrator(entry: Mapping[str, Any]) -> str:
+    """Describe the calibrator and the patches that it was fitted on."""
     if entry["method"] == "none":
         reason = entry.get("reason")
-        why = f": {reason.removeprefix('not calibrated: ')}" if reason else ""
-        return f"Not calibrated{why}. The probabilities are those of the network."
-    where = count(entry["n_patches"], "patch")
+        reason_text = f": {reason.removeprefix('not calibrated: ')}" if reason else ""
+        return f"Not calibrated{reason_text}. The probabilities are those of the network."
+    fitted_on = count(entry["n_patches"], "patch")
     if entry["unit"] != "patch":
-        where += f" of {count(entry['n_patients'], entry['unit'])}"
-    text = f"{METHODS[entry['method']]}, fitted on {where} of the {entry['fitted_on']} subset."
+        fitted_on += f" of {count(entry['n_patients'], entry['unit'])}"
+    text = f"{METHODS[entry['method']]}, fitted on {fitted_on} of the {entry['fitted_on']} subset."
     if entry.get("reason"):
         text += f" {METHODS[entry['asked']]} was requested, but {entry['reason']}."
     if entry["method"] == "intercept":
@@ -86,17 +86,17 @@ def say_calibration(entry: Mapping[str, Any]) -> str:
         text += f" Scores are multiplied by {number(entry['slope'])}"
         text += " (a temperature of " + number(1 / entry["slope"]) + ")"
         text += " and shifted." if any(entry["intercepts"]) else "."
-    about = {
+    prior_notes = {
         MOVED: " Class weights or resampling changed the training prevalence; before temperature scaling, "
         "scores were corrected to the validation prevalence.",
         LEFT: " Class weights or resampling changed the training prevalence; this was not corrected, because "
         "the correction fits the validation subset worse.",
     }
-    return text + about.get(entry.get("prior") or "", "")
+    return text + prior_notes.get(entry.get("prior") or "", "")
 
 
-def say_slope(after: Mapping[str, Any], positive: str) -> str:
-    """Interpret slope and intercept, as far as their intervals allow."""
+def describe_slope(after: Mapping[str, Any], positive: str) -> str:
+    """Interpret calibration slope and intercept, given their intervals."""
     slope, intercept = after["calibration_slope"], after["calibration_intercept"]
     if slope["value"] is None:
         return f"The calibration slope is undefined: {slope['reason']}."
@@ -114,12 +114,12 @@ def say_slope(after: Mapping[str, Any], positive: str) -> str:
         else "No over- or underconfidence was detected"
     )
     if intercept["low"] is not None and not intercept["low"] <= 0 <= intercept["high"]:
-        few = "underestimate" if intercept["value"] > 0 else "overestimate"
-        verdict += f"; on average they {few} the frequency of {positive}"
+        direction = "underestimate" if intercept["value"] > 0 else "overestimate"
+        verdict += f"; on average they {direction} the frequency of {positive}"
     return f"{verdict} (slope {number(slope['value'])}, {number(slope['low'])} to {number(slope['high'])})."
 
 
-def _table(subsets: Mapping[str, Mapping[str, Any]], judged: str) -> Table:
+def _table(subsets: Mapping[str, Mapping[str, Any]], subset_label: str) -> Table:
     reasons, rows = Footnotes(), []
     for key, label in ROWS.items():
         cells = [_cell(subset, key, reasons) for subset in subsets.values()]
@@ -128,7 +128,7 @@ def _table(subsets: Mapping[str, Mapping[str, Any]], judged: str) -> Table:
     heads = ["measure", *(f"{name} calibration" for name in subsets)]
     heads = heads if len(subsets) > 1 else ["measure", "not calibrated"]
     note = "95 % intervals in brackets; the expected ECE and the terms of the Brier score have none."
-    return Table(heads, rows, caption=f"Calibration{judged}", note=note + reasons.text)
+    return Table(heads, rows, caption=f"Calibration{subset_label}", note=note + reasons.text)
 
 
 def _cell(subset: Mapping[str, Any], key: str, reasons: Footnotes) -> str:
@@ -145,8 +145,8 @@ def draw_calibration(
     """Draw observed frequency against predicted probability, with the interval of each bin.
 
     Args:
-        bins: ``mean_prob`` and ``observed`` (``value``, ``low``, ``high``) each, as in `metrics.json`.
-        positive: Name of the positive class; None where the bins are of the predicted class.
+        bins: ``mean_prob`` and ``observed`` (``value``, ``low``, ``high``) per bin, as in `metrics.json`.
+        positive: Name of the positive class; None for bins of the predicted class.
 
     Raises:
         MetricError: If there is no bin.

@@ -42,7 +42,7 @@ CHANGED, PAGE = "changed.csv", "report.html"
 class Comparison(Result):
     """Result of a comparison; ``comparison[key]`` is an entry of ``comparison.json``.
 
-    With ``plan=True`` it holds the plan: patients needed, per assumed correlation.
+    With ``plan=True``, the number of patients needed per assumed correlation.
     """
 
     @property
@@ -54,7 +54,7 @@ class Comparison(Result):
         return f"Comparison with {names[0]}, {self['metric']}: {', '.join(names[1:])}"
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row per difference and metric with interval and p-value; of a plan, its rows."""
+        """Return one row per difference and metric, with interval and p-value, or the rows of a plan."""
         return pd.DataFrame(self["needs"] if "needs" in self else list_differences(self.document))
 
 
@@ -71,25 +71,24 @@ def compare(
     """Compare models tested on the same patches, with intervals over patients; or plan a comparison.
 
     The first run or study is the reference. Writes ``comparison.json``, ``comparison.csv``, ``figure.svg``,
-    ``report.html`` and, of two, ``changed.csv``: the patches whose predicted class differs.
+    ``report.html`` and, for two models, ``changed.csv``: the patches whose predicted class differs.
 
     Args:
-        runs: Evaluated runs and studies, two or more; a study of several recipes stands for one model
-            each.
+        runs: Two or more evaluated runs and studies; each recipe of a study is one model.
         metric: Primary metric; the others are reported too.
-        plan: Compute the number of patients a comparison needs, from the spread between the patients of
+        plan: Compute the number of patients a comparison needs, from the variation between the patients of
             one run or the paired differences of two; nothing is written.
         difference: With a plan: difference to detect, in units of the metric.
         power: With a plan: desired power (probability of detecting the difference).
         out: Output folder of the comparison (default: a new folder in ``comparisons/``).
-        hide_ids: Replace patient, slide and patch ids by numbers in everything written.
+        hide_ids: Replace patient, slide and patch ids by numbers in all outputs.
 
     Returns:
-        What ``comparison.json`` holds, with its ``path``; with ``plan``, the plan.
+        The content of ``comparison.json``, with its ``path``; with ``plan``, the plan.
 
     Raises:
-        RunError: If they were not tested on the same patches of one pack, or there is nothing to compare.
-        MetricError: If the metric does not exist, or its spread allows no plan.
+        RunError: If the models were not tested on the same patches of one pack, or fewer than two are given.
+        MetricError: If the metric does not exist, or its variance allows no plan.
     """
     models, test_set = gather_models([runs] if isinstance(runs, Run | Study | Path | str) else list(runs))
     if metric not in test_set.metrics:
@@ -97,15 +96,15 @@ def compare(
     if plan:
         return Comparison(_plan(models, test_set, metric, difference, power))
     if len(models) < 2:
-        raise RunError("a comparison needs two or more runs or studies: name another beside the first")
+        raise RunError("a comparison needs two or more runs or studies, found one")
     folder = _choose_folder(models, out)
     names, adopt = (DOCUMENT, TABLE, FIGURE, CHANGED, PAGE), (folder / DOCUMENT).is_file()
     with update_directory(folder, *names, last=DOCUMENT, adopt=adopt) as partial:
         document = compare_models(models, test_set, metric=metric)
         changed = None
         if len(models) == 2:
-            changed, turned = find_changed(models[0], models[1], test_set)
-            document = replace(document, changed=turned)
+            changed, summary = find_changed(models[0], models[1], test_set)
+            document = replace(document, changed=summary)
         facts = ComparisonFacts(plain(document), changed, _open_patches(models[0]), models[0].frames[0])
         if hide_ids:
             facts = hide_comparison(facts)
@@ -114,14 +113,14 @@ def compare(
 
 
 def gather_models(items: Sequence[Run | Study | Path | str]) -> tuple[list[ModelPredictions], EvaluationSet]:
-    """Read the predictions of what is compared, and check that they are of the same patches.
+    """Return the predictions of the models and their common test set.
 
     Raises:
-        RunError: If they are not, naming how many they share, or one has not been evaluated.
+        RunError: If the models were tested on different patches, or one has not been evaluated.
     """
     pairs = [pair for item in items for pair in _read(item)]
     if not pairs:
-        raise RunError("nothing was named to compare: give runs or studies")
+        raise RunError("nothing to compare: give runs or studies")
     counts, seen = Counter(model.name for model, _ in pairs), Counter[str]()
     models = []
     for model, _ in pairs:
@@ -135,35 +134,35 @@ def gather_models(items: Sequence[Run | Study | Path | str]) -> tuple[list[Model
 
 
 def _read(item: Run | Study | Path | str) -> Iterator[tuple[ModelPredictions, EvaluationSet]]:
-    """Return a run as it is, and every recipe of a study."""
+    """Yield one model per run, or one per recipe of a study."""
     if isinstance(item, Study) or (not isinstance(item, Run) and is_study(item)):
         yield from _read_study(Study.open(item))
         return
     run = Run.open(item)
-    frame, about = run.predictions("test")
+    frame, metadata = run.predictions("test")
     seed = run.info["seed"]
     yield (
         ModelPredictions(
             run.path.resolve().name, [seed], [_order(frame)], _describe_source(run, "run", run.path)
         ),
-        _find_test_set(run, about["pack_sha256"]),
+        _find_test_set(run, metadata["pack_sha256"]),
     )
 
 
 def _read_study(study: Study) -> Iterator[tuple[ModelPredictions, EvaluationSet]]:
-    judged = study.judged_runs()
-    if not judged:
-        raise RunError(f"{study.path} has no evaluated run: give the command that made it again")
+    evaluated = study.evaluated_runs()
+    if not evaluated:
+        raise RunError(f"{study.path} has no evaluated run: repeat the command that created it")
     if not (study.path / "predictions.parquet").exists():
         raise RunError(
-            f"{study.path} is a study of another kind ({study.info['question']}), whose runs do not add up: "
-            f"compare its runs, such as {judged[0].path}"
+            f"{study.path} is a study of another kind ({study.info['question']}), whose runs cannot be "
+            f"pooled: compare its runs, such as {evaluated[0].path}"
         )
     pooled, name = study.predictions(), study.path.resolve().name
     recipes = list(dict.fromkeys(pooled["recipe"]))
     for recipe in recipes:
         frames = pool_by_seed(pooled[pooled["recipe"] == recipe])
-        run = next(run for run in judged if run.info["recipe"] == recipe)
+        run = next(run for run in evaluated if run.info["recipe"] == recipe)
         folds = sorted(frames[0]["fold"].dropna().unique())
         source = replace(_describe_source(run, "study", study.path), fold=None, folds=folds)
         yield (
@@ -200,19 +199,19 @@ def _check_same(
     if other.pack.content_sha256 != test_set.pack.content_sha256:
         raise RunError(
             f"{reference.name} was tested on {_name_pack(test_set)} and {model.name} on {_name_pack(other)}: "
-            "only what was tested on one pack can be compared"
+            "models must be tested on the same pack"
         )
     if (list(other.class_names), other.positive_class) != (
         list(test_set.class_names),
         test_set.positive_class,
     ):
-        raise RunError(f"{reference.name} and {model.name} tell other classes apart: nothing to compare")
-    first, second = (set(one.frames[0]["patch_id"]) for one in (reference, model))
+        raise RunError(f"{reference.name} and {model.name} have different classes and cannot be compared")
+    first, second = (set(tested.frames[0]["patch_id"]) for tested in (reference, model))
     if first != second:
         raise RunError(
             f"{reference.name} was tested on {len(first):,} patches ({_name_split(reference)}) and "
             f"{model.name} on {len(second):,} ({_name_split(model)}), of which they share "
-            f"{len(first & second):,}: only the same test patches can be compared"
+            f"{len(first & second):,}: models must be tested on the same patches"
         )
 
 
@@ -222,14 +221,14 @@ def _name_pack(test_set: EvaluationSet) -> str:
 
 def _name_split(model: ModelPredictions) -> str:
     folds = [*model.source.folds, model.source.fold]
-    named = ", ".join(str(int(fold)) for fold in folds if fold is not None)
-    return f"split {model.source.split}" + (f", fold {named}" if named else "")
+    fold_text = ", ".join(str(int(fold)) for fold in folds if fold is not None)
+    return f"split {model.source.split}" + (f", fold {fold_text}" if fold_text else "")
 
 
 def _open_patches(model: ModelPredictions) -> Callable[[str], np.ndarray] | None:
-    """Return a way to the pixels, None where the pack is out of reach."""
+    """Return a function from patch id to pixels; None if the pack is unavailable."""
     path = Path(model.source.path)
-    run = Study.open(path).judged_runs()[0] if model.source.kind == "study" else Run.open(path)
+    run = Study.open(path).evaluated_runs()[0] if model.source.kind == "study" else Run.open(path)
     try:
         pack = run.open_pack(verify=False)
     except RunError:
@@ -244,11 +243,11 @@ def _open_patches(model: ModelPredictions) -> Callable[[str], np.ndarray] | None
 
 
 def _choose_folder(models: Sequence[ModelPredictions], out: Path | str | None) -> Path:
-    """Choose the folder; one that an earlier comparison left is written anew."""
+    """Return the output folder: new, empty, or of an earlier comparison, which is overwritten."""
     name = "-against-".join(model.name.replace("/", "-").replace(" ", "") for model in reversed(models))
     folder = Path(out) if out is not None else Path("comparisons") / name[:120]
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / DOCUMENT).exists()):
-        raise RunError(f"{folder} is not empty and holds no comparison: name another with --out")
+        raise RunError(f"{folder} is not empty and not a comparison: choose another folder with --out")
     return folder
 
 
@@ -264,14 +263,14 @@ def _write(folder: Path, facts: ComparisonFacts) -> None:
 def _plan(
     models: Sequence[ModelPredictions], test_set: EvaluationSet, metric: str, difference: float, power: float
 ) -> dict[str, Any]:
-    """Return how many patients it takes, from one model's patients or from two models' paired ones."""
+    """Return the number of patients needed, from the patients of one model or the pairs of two."""
     if len(models) > 2:
-        raise RunError(f"a plan is made from one run or from a pair: {len(models)} were named")
+        raise RunError(f"a plan needs one run or two, found {len(models)}")
     influences = [
         influence_groups([test_set.sample(frame) for frame in model.frames], metric, unit=test_set.unit)
         for model in models
     ]
-    effective = min(one.effective for one in influences)
+    effective = min(influence.effective for influence in influences)
     requested = {"difference": difference, "power": power}
     n_groups = len(influences[0].values)
     document: dict[str, Any] = {
@@ -293,7 +292,9 @@ def _plan(
                 **requested,
             )
         }
-        document["correlation"] = float(stats.pearsonr(*(one.values for one in influences)).statistic)
+        document["correlation"] = float(
+            stats.pearsonr(*(influence.values for influence in influences)).statistic
+        )
     else:
         sd = float(np.std(influences[0].values, ddof=1))
         needs = {

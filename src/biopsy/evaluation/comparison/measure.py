@@ -1,8 +1,8 @@
-"""Classifiers compared on the same test patches: paired differences, the spread over seeds, what changed.
+"""Comparison of models on the same test patches: paired differences, variability over seeds, changed patches.
 
-The first is the reference: a difference is another's number less its own. With several seeds on both sides
-intervals are over patients and seeds, and speak of recipes; with one seed they are over patients and speak of
-two trained networks. The p-values of several comparisons are corrected by Holm's procedure, metric by metric.
+Differences are from the first model, the reference. If both models have several seeds, intervals are over
+patients and seeds, and apply to recipes; otherwise they are over patients and apply to two trained networks.
+The p-values of several comparisons are corrected by Holm's procedure, per metric.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ BY_GROUP_OF_CLASSES = ("accuracy", "f1_weighted")  # defined where a patient lac
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: a run or, of ``kind`` study, the runs of a recipe over its folds."""
+    """Origin of a model: a run or, for ``kind`` study, the runs of a recipe over its folds."""
 
     kind: str
     path: str
@@ -43,11 +43,11 @@ class Source:
 
 @dataclass(frozen=True)
 class ModelPredictions:
-    """One of those compared: a run, or the runs of one recipe over folds and seeds.
+    """Predictions of a run, or of the runs of one recipe over folds and seeds.
 
     Attributes:
-        name: Told apart from the others' names.
-        seeds: Training seeds, one a table.
+        name: Unique name.
+        seeds: Training seed of each table.
         frames: The predictions of each seed; all models have the same patches in the same order.
     """
 
@@ -67,12 +67,12 @@ class PackId:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """What all models were tested on.
+    """The common test set of all models.
 
     Attributes:
         class_names: Names by class index.
-        positive_class: One of them; None with more than two.
-        unit: What counts as one independent observation: patient, slide or patch.
+        positive_class: The positive class; None for more than two classes.
+        unit: Unit of independent observations: patient, slide or patch.
     """
 
     pack: PackId
@@ -81,27 +81,27 @@ class EvaluationSet:
     unit: str
 
     def groups(self, frame: pd.DataFrame) -> np.ndarray:
-        """Return the id of each patch's unit."""
+        """Return the group id of each patch."""
         return group_by_unit(frame, self.unit).astype(object)
 
     def sample(self, frame: pd.DataFrame) -> SortedScores | ClassSample:
-        """Return what one seed says, ready for metrics."""
+        """Return the predictions of one seed as input of the metrics."""
         return ScoredPatches.of_predictions(frame, self.class_names, self.positive_class, self.unit).sample()
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
-        """What is compared, by name."""
+        """The compared metrics by name."""
         return MULTICLASS_METRICS if self.positive_class is None else METRICS
 
     @property
     def by_group(self) -> tuple[str, ...]:
-        """What is compared within each patient."""
+        """Names of the metrics compared within each group."""
         return BY_GROUP if self.positive_class is not None else BY_GROUP_OF_CLASSES
 
 
 @dataclass(frozen=True)
 class SeedSpread(Spread):
-    """How far a difference moves from training to training, over ``n`` seeds or pairs of seeds."""
+    """Variability of a difference between trainings, over ``n`` seeds or pairs of seeds."""
 
     n: int = 0
     paired: bool = False
@@ -109,7 +109,7 @@ class SeedSpread(Spread):
 
 @dataclass(frozen=True, kw_only=True)
 class MetricDifference(Interval):
-    """A model's difference from the reference, with its p-value as it is and after Holm's correction."""
+    """Difference of a model from the reference, with p-value before and after Holm's correction."""
 
     p: float | None
     p_holm: float | None
@@ -121,8 +121,8 @@ class MetricDifference(Interval):
 class ModelDifference:
     """Differences of one model from the reference.
 
-    ``compares`` says whether intervals and p-values speak of recipes (several seeds on both sides) or of two
-    trained networks.
+    ``compares``: whether intervals and p-values apply to recipes (several seeds for both) or to two trained
+    networks.
     """
 
     of: str
@@ -143,7 +143,7 @@ class ModelResult(Source):
 
 @dataclass(frozen=True)
 class GroupResult:
-    """A patient's (slide's) metrics and differences by model, without intervals: it is one patient."""
+    """Metrics and differences of one patient (slide) by model, without intervals."""
 
     group: str
     n_patches: int
@@ -154,7 +154,7 @@ class GroupResult:
 
 @dataclass(frozen=True)
 class Turned:
-    """Patches whose prediction turned from right to wrong and back."""
+    """Number of patches whose prediction changed from correct to wrong and from wrong to correct."""
 
     n_patches: int
     turned_wrong: int
@@ -163,7 +163,7 @@ class Turned:
 
 @dataclass(frozen=True, kw_only=True)
 class ChangedPredictions:
-    """Predictions of two models, patch by patch; McNemar's p assumes patches that are independent."""
+    """Changed predictions between two models; McNemar's p assumes independent patches."""
 
     before: str
     after: str
@@ -187,7 +187,7 @@ class PairedIntervals:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonDocument:
-    """Content of ``comparison.json``; the file formats page says what each entry means."""
+    """Content of ``comparison.json``; see the file formats page."""
 
     format: str = FORMAT
     reference: str
@@ -209,11 +209,11 @@ class ComparisonDocument:
 def compare_models(
     models: Sequence[ModelPredictions], test_set: EvaluationSet, *, metric: str = "auroc"
 ) -> ComparisonDocument:
-    """Compare models, but for what changed from patch to patch.
+    """Compare models, without the entry ``changed``.
 
     Args:
         models: Two or more, the reference first.
-        metric: The primary one, chosen before looking.
+        metric: Primary metric, chosen in advance.
     """
     samples = [sample_model(model, test_set) for model in models]
     resampler = samples[0].result.resampler
@@ -234,7 +234,7 @@ def compare_models(
 
 
 def sample_model(model: ModelPredictions, test_set: EvaluationSet) -> Sample:
-    """Measure a model, the mean of its seeds, on the sample and on every reweighting of the patients."""
+    """Return the metrics of a model, mean over its seeds, on the sample and on every resample of groups."""
     samples = [test_set.sample(frame) for frame in model.frames]
     return sample_seeds(samples, Resampler(len(samples[0].groups), unit=test_set.unit))
 
@@ -242,13 +242,13 @@ def sample_model(model: ModelPredictions, test_set: EvaluationSet) -> Sample:
 def measure_seeds(
     frames: Sequence[pd.DataFrame], test_set: EvaluationSet, names: Sequence[str] | None = None
 ) -> dict[str, list[float]]:
-    """Return each metric of each seed."""
+    """Return the values of each metric by seed."""
     rows = [measure(test_set.sample(frame).count(), names) for frame in frames]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _describe(model: ModelPredictions, sample: Sample, test_set: EvaluationSet) -> ModelResult:
-    """Return a model's own numbers."""
+    """Return the metrics of one model."""
     spreads = {name: Spread.of(values) for name, values in sample.by_seed.items()}
     return ModelResult(
         **vars(model.source),
@@ -265,18 +265,18 @@ def _describe(model: ModelPredictions, sample: Sample, test_set: EvaluationSet) 
 def _subtract_all(
     models: Sequence[ModelPredictions], samples: Sequence[Sample], test_set: EvaluationSet
 ) -> list[ModelDifference]:
-    """Return each model's differences from the reference, p-values corrected over the models."""
+    """Return the differences of each model from the reference, with p-values corrected over the models."""
     reference, base = models[0], samples[0]
     results: list[dict[str, Difference]] = [subtract(sample, base) for sample in samples[1:]]
     holm = {name: adjust_holm([result[name].p for result in results]) for name in test_set.metrics}
     differences = []
-    for place, (model, sample, result) in enumerate(zip(models[1:], samples[1:], results, strict=True)):
+    for index, (model, sample, result) in enumerate(zip(models[1:], samples[1:], results, strict=True)):
         paired = set(model.seeds) == set(reference.seeds)
         metrics = {
             name: MetricDifference(
                 **vars(difference.interval),
                 p=difference.p,
-                p_holm=holm[name][place],
+                p_holm=holm[name][index],
                 over_patients=difference.over_patients,
                 over_seeds=spread_seeds(sample.by_seed[name], base.by_seed[name], paired),
             )
@@ -290,13 +290,13 @@ def _subtract_all(
 def spread_seeds(
     first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, paired: bool
 ) -> SeedSpread:
-    """Return how far a difference moves from training to training.
+    """Return the variability of a difference between trainings.
 
     Args:
-        first: A number of each seed of the one.
-        second: The same of the other.
-        paired: Whether both have the same seeds: then each seed gives a difference. Otherwise every seed of
-            the one is set against every seed of the other, and ``sd`` adds the two variances.
+        first: Metric of the first model by seed.
+        second: Metric of the second model by seed.
+        paired: Whether both have the same seeds, with one difference per seed. Otherwise all pairs of seeds
+            are compared, and ``sd`` is the root of the sum of both variances.
     """
     if np.isnan([*first, *second]).any():
         return SeedSpread(paired=paired)
@@ -304,8 +304,8 @@ def spread_seeds(
     if paired:
         sd = _sd(differences)
     else:
-        of_each = _sd(first), _sd(second)
-        sd = None if None in of_each else float(np.hypot(*of_each))  # type: ignore[arg-type]
+        sds = _sd(first), _sd(second)
+        sd = None if None in sds else float(np.hypot(*sds))  # type: ignore[arg-type]
     return SeedSpread(
         mean=float(np.mean(first) - np.mean(second)),
         sd=sd,
@@ -335,8 +335,8 @@ def _compare_groups(models: Sequence[ModelPredictions], test_set: EvaluationSet)
                 group=group,
                 n_patches=len(rows),
                 per_class={
-                    name: int((target[rows] == place).sum())
-                    for place, name in enumerate(test_set.class_names)
+                    name: int((target[rows] == index).sum())
+                    for index, name in enumerate(test_set.class_names)
                 },
                 values={
                     model: {name: float(np.mean(seeds)) for name, seeds in values.items()}
@@ -359,23 +359,24 @@ def _compare_groups(models: Sequence[ModelPredictions], test_set: EvaluationSet)
 def find_changed(
     before: ModelPredictions, after: ModelPredictions, test_set: EvaluationSet
 ) -> tuple[pd.DataFrame, ChangedPredictions]:
-    """Find the patches whose prediction turned from right to wrong or back.
+    """Find the patches whose prediction changed from correct to wrong or from wrong to correct.
 
-    With several seeds the prediction of a patch is that of most of them.
+    With several seeds, the prediction of a patch is the majority vote.
 
     Returns:
-        A row a patch that turned, the greatest change of the true class's probability first; and counts, by
+        One row per changed patch, largest change of the true class's probability first; and the counts, by
         class and by patient.
     """
     frame = before.frames[0]
     target, index = frame["target"].to_numpy(int), np.arange(len(frame))
-    (calls_before, prob_before), (calls_after, prob_after) = (_vote(one, test_set) for one in (before, after))
-    right_before, right_after = calls_before == target, calls_after == target
+    pred_before, prob_before = _vote(before, test_set)
+    pred_after, prob_after = _vote(after, test_set)
+    right_before, right_after = pred_before == target, pred_after == target
     names = np.array(test_set.class_names, dtype=object)
     table = frame[["patch_id", "patient_id", "slide_id", "x", "y"]].assign(
         target=names[target],
-        pred_before=names[calls_before],
-        pred_after=names[calls_after],
+        pred_before=names[pred_before],
+        pred_after=names[pred_after],
         prob_true_before=prob_before[index, target],
         prob_true_after=prob_after[index, target],
     )
@@ -383,8 +384,8 @@ def find_changed(
     table["turned"] = np.select(
         [right_before & ~right_after, ~right_before & right_after], ["wrong", "right"], ""
     )
-    turned = table[table["turned"] != ""]
-    order = turned["change"].abs().sort_values(ascending=False, kind="stable").index
+    changed = table[table["turned"] != ""]
+    order = changed["change"].abs().sort_values(ascending=False, kind="stable").index
     lost, gained = (int((table["turned"] == to).sum()) for to in ("wrong", "right"))
     p = float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
     summary = ChangedPredictions(
@@ -395,14 +396,14 @@ def find_changed(
         turned_wrong=lost,
         turned_right=gained,
         mcnemar_p_if_patches_were_independent=p,
-        by_class=_count_turned(table, table["target"].to_numpy()),
-        by_group={} if test_set.unit == "patch" else _count_turned(table, test_set.groups(frame)),
+        by_class=_count_changed(table, table["target"].to_numpy()),
+        by_group={} if test_set.unit == "patch" else _count_changed(table, test_set.groups(frame)),
     )
-    return turned.loc[order].reset_index(drop=True), summary
+    return changed.loc[order].reset_index(drop=True), summary
 
 
 def _vote(model: ModelPredictions, test_set: EvaluationSet) -> tuple[np.ndarray, np.ndarray]:
-    """Return the class most seeds call, ties to the likelier, and mean probabilities ``(n, n_classes)``."""
+    """Return the majority vote of the seeds, ties to the more probable class, and the mean probabilities."""
     probs = np.mean(
         [frame[[f"prob_{name}" for name in test_set.class_names]].to_numpy() for frame in model.frames],
         axis=0,
@@ -411,7 +412,7 @@ def _vote(model: ModelPredictions, test_set: EvaluationSet) -> tuple[np.ndarray,
     return (votes + probs / 2).argmax(axis=1), probs
 
 
-def _count_turned(table: pd.DataFrame, by: np.ndarray) -> dict[str, Turned]:
+def _count_changed(table: pd.DataFrame, by: np.ndarray) -> dict[str, Turned]:
     return {
         str(name): Turned(len(rows), int((rows == "wrong").sum()), int((rows == "right").sum()))
         for name, rows in table["turned"].groupby(by)

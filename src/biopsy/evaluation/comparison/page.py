@@ -1,5 +1,4 @@
-"""The page of a model comparison: paired differences with intervals, and the patches on which models "
-"differ."""
+"""The page of a model comparison: paired differences with intervals, and changed predictions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -55,13 +54,13 @@ ONE_SEED = (
 
 @dataclass(frozen=True)
 class ComparisonFacts:
-    """Everything the page of a comparison may say.
+    """Input of the page of a comparison.
 
     Attributes:
-        document: What ``comparison.json`` holds.
-        changed: The patches whose call turned, of two; None of more.
-        get_patch: Gives a patch ``(H, W, 3)`` uint8 by its ``patch_id``; None shows none.
-        predictions: Any of the tables of predictions: who was tested.
+        document: The content of ``comparison.json``.
+        changed: The patches with changed predictions, for two models; else None.
+        get_patch: Returns a patch ``(H, W, 3)`` uint8 by its ``patch_id``; None shows no patches.
+        predictions: A table of predictions, for the ids of the tested patches.
         ids_hidden: Whether ids have been replaced by numbers.
     """
 
@@ -81,7 +80,7 @@ class ComparisonFacts:
 
     @cached_property
     def figure(self) -> str:
-        """The differences drawn, as SVG."""
+        """Figure of the differences, as SVG."""
         return svg(draw_differences(self.document["differences"]), "differences")
 
 
@@ -107,19 +106,19 @@ def hide_comparison(facts: ComparisonFacts) -> ComparisonFacts:
 
 
 def list_differences(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return one row a classifier and metric: both values, difference, interval, p, spread over seeds."""
+    """Return one row per classifier and metric: values, difference, interval, p, variability over seeds."""
     values = {model["name"]: model["patch"] for model in document["models"]}
     rows = []
-    for one in document["differences"]:
-        for name, result in one["metrics"].items():
+    for difference in document["differences"]:
+        for name, result in difference["metrics"].items():
             seeds = result["over_seeds"]
             rows.append(
                 {
-                    "classifier": one["of"],
-                    "reference": one["to"],
+                    "classifier": difference["of"],
+                    "reference": difference["to"],
                     "metric": name,
-                    "reference_value": values[one["to"]][name]["value"],
-                    "value": values[one["of"]][name]["value"],
+                    "reference_value": values[difference["to"]][name]["value"],
+                    "value": values[difference["of"]][name]["value"],
                     "difference": result["value"],
                     **{key: result[key] for key in ("low", "high", "p", "p_holm")},
                     **{f"seeds_{key}": seeds[key] for key in ("n", "sd", "min", "max")},
@@ -129,25 +128,24 @@ def list_differences(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def say_verdict(document: Mapping[str, Any], one: Mapping[str, Any]) -> str:
+def describe_verdict(document: Mapping[str, Any], difference: Mapping[str, Any]) -> str:
     """Return the result of a comparison in the primary metric, as a sentence."""
     name = document["metric"]
-    result, label = one["metrics"][name], metric_label(name, len(document["class_names"]))
-    of, to, units = one["of"], one["to"], plural(document["unit"])
+    result, label = difference["metrics"][name], metric_label(name, len(document["class_names"]))
+    model, reference, units = difference["of"], difference["to"], plural(document["unit"])
     if result["value"] is None or np.isnan(result["value"]):
-        return f"{label} of {of} and {to} cannot be compared: {result['reason']}."
+        return f"{label} of {model} and {reference} cannot be compared: {result['reason']}."
     if result["p"] == 1 and result["value"] == 0:
-        return (
-            f"{of} and {to} have identical {label} (also in every leave-one-{document['unit']}-out sample)."
-        )
+        samples = f"leave-one-{document['unit']}-out sample"
+        return f"{model} and {reference} have identical {label} (also in every {samples})."
     side = "above" if result["value"] > 0 else "below"
-    amount = f"{label} of {of} is {abs(result['value']):.3f} {side} that of {to}"
+    amount = f"{label} of {model} is {abs(result['value']):.3f} {side} that of {reference}"
     if result["low"] is None:
         return f"{amount}; {result['reason']}, so this does not generalise to other {units}."
-    level, of_recipes = document["interval"]["level"], one["compares"] == RECIPES
+    level, of_recipes = document["interval"]["level"], difference["compares"] == RECIPES
     over = f"{units} and seeds" if of_recipes else units
     interval = f"{level:.0%} interval over {over} {result['low']:+.3f} to {result['high']:+.3f}"
-    interval += f", p {say_p(result['p_holm'])}"
+    interval += f", p {format_p(result['p_holm'])}"
     several = " after Holm's correction" if len(document["differences"]) > 1 else ""
     if result["p_holm"] < ALPHA:
         verdict = "significant" if of_recipes else "significant for these two trained networks"
@@ -157,23 +155,23 @@ def say_verdict(document: Mapping[str, Any], one: Mapping[str, Any]) -> str:
     return f"{amount} ({interval}{several}): {verdict}.{alone}"
 
 
-def say_p(p: float | None) -> str:
-    """Write a p-value.
+def format_p(p: float | None) -> str:
+    """Format a p-value.
 
     Example:
-        >>> say_p(0.0304), say_p(0.00002), say_p(None)
+        >>> format_p(0.0304), format_p(0.00002), format_p(None)
         ('0.030', '< 0.001', '-')
     """
     return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-MOST_SHOWN = 12  # patches of each kind in the gallery
+MAX_SHOWN = 12  # patches of each kind in the gallery
 LONG_TABLE = 16
 SEEDS_SHOWN = ("auroc", "accuracy", "balanced_accuracy", "sensitivity", "specificity")
 
 
 def report_of_comparison(facts: ComparisonFacts) -> ReportDocument:
-    """Compose the page of a comparison."""
+    """Return the page of a comparison."""
     m = facts.document
     size = count(m["n_patches"], "patch")
     if facts.unit != "patch":
@@ -204,7 +202,7 @@ def _summarise(facts: ComparisonFacts) -> Summary:
         for value in [model["patch"][name]]
     ]
     return Summary(
-        verdict=" ".join(say_verdict(m, one) for one in m["differences"]),
+        verdict=" ".join(describe_verdict(m, difference) for difference in m["differences"]),
         headlines=heads,
         unit=facts.unit,
         findings=[
@@ -244,10 +242,10 @@ def _describe_differences(facts: ComparisonFacts) -> Section:
     )
     blocks: list[Block] = [Pictures([Picture(caption, facts.figure)], across=1)]
     several = len(m["differences"]) > 1
-    for one in m["differences"]:
+    for difference in m["differences"]:
         rows, reasons = [], dict[str, None]()
-        for row in list_differences({**m, "differences": [one]}):
-            result = one["metrics"][row["metric"]]
+        for row in list_differences({**m, "differences": [difference]}):
+            result = difference["metrics"][row["metric"]]
             if result["low"] is None and result["reason"]:
                 reasons[result["reason"]] = None
             rows.append(
@@ -257,14 +255,14 @@ def _describe_differences(facts: ComparisonFacts) -> Section:
                     number(row["value"]),
                     signed(result["value"]),
                     "none" if result["low"] is None else f"{result['low']:+.3f} to {result['high']:+.3f}",
-                    say_p(result["p"]),
-                    *([say_p(result["p_holm"])] if several else []),
+                    format_p(result["p"]),
+                    *([format_p(result["p_holm"])] if several else []),
                 ]
             )
         note = (
-            f"Intervals and p of {one['compares']}: paired Student's t, with the standard error from "
+            f"Intervals and p of {difference['compares']}: paired Student's t, with the standard error from "
             f"resampling {facts.units}"
-            + (" and the variance between seeds. " if one["compares"] == RECIPES else ". ")
+            + (" and the variance between seeds. " if difference["compares"] == RECIPES else ". ")
             + (f"Adjusted p: Holm over {len(m['differences'])} comparisons, per metric. " if several else "")
             + f"{metric_label(m['metric'], len(m['class_names']))} is the primary metric, the others are "
             "secondary."
@@ -273,27 +271,29 @@ def _describe_differences(facts: ComparisonFacts) -> Section:
             note += f" No interval: {'; '.join(reasons)}."
         columns = [
             "metric",
-            one["to"],
-            one["of"],
+            difference["to"],
+            difference["of"],
             "difference",
             "interval",
             "p",
             *(["adjusted p"] if several else []),
         ]
-        blocks.append(Table(columns, rows, caption=f"{one['of']} against {one['to']}", note=note))
+        blocks.append(
+            Table(columns, rows, caption=f"{difference['of']} against {difference['to']}", note=note)
+        )
     return Section("differences", "Differences", blocks)
 
 
 def _describe_seeds(facts: ComparisonFacts) -> Section | None:
     m = facts.document
     rows = []
-    for one in m["differences"]:
-        for name, result in one["metrics"].items():
+    for difference in m["differences"]:
+        for name, result in difference["metrics"].items():
             seeds = result["over_seeds"]
             if name in SEEDS_SHOWN and seeds["n"] > 1:
                 rows.append(
                     [
-                        one["of"],
+                        difference["of"],
                         metric_label(name, len(m["class_names"])),
                         signed(seeds["mean"]),
                         number(seeds["sd"]),
@@ -318,32 +318,32 @@ def _describe_groups(facts: ComparisonFacts) -> Section | None:
     blocks: list[Block] = []
     first, *_, last = m["by_group"][0]["values"][m["reference"]]
     first_label, last_label = (metric_label(name, len(m["class_names"])) for name in (first, last))
-    for one in m["differences"]:
+    for difference in m["differences"]:
         rows = []
         for entry in m["by_group"]:
-            values, seeds = entry["values"], entry["differences"][one["of"]][first]
+            values, seeds = entry["values"], entry["differences"][difference["of"]][first]
             rows.append(
                 [
                     entry["group"],
                     number(entry["n_patches"]),
-                    number(values[one["to"]][first]),
-                    number(values[one["of"]][first]),
+                    number(values[difference["to"]][first]),
+                    number(values[difference["of"]][first]),
                     signed(seeds["mean"]),
                     number(seeds["sd"]),
                     "-" if seeds["n"] < 2 else f"{signed(seeds['min'])} to {signed(seeds['max'])}",
-                    signed(entry["differences"][one["of"]][last]["mean"]),
+                    signed(entry["differences"][difference["of"]][last]["mean"]),
                 ]
             )
         columns = [
             facts.unit,
             "patches",
-            one["to"],
-            one["of"],
+            difference["to"],
+            difference["of"],
             f"difference in {first_label}",
             "SD over seeds",
         ]
         columns += ["range", f"difference in {last_label}"]
-        title = f"{one['of']} against {one['to']}, per {facts.unit}"
+        title = f"{difference['of']} against {difference['to']}, per {facts.unit}"
         long = len(rows) > LONG_TABLE
         note = f"{first_label}, mean of seeds. Dash: undefined, because of a single class or a single seed."
         blocks.append(
@@ -357,7 +357,7 @@ def _describe_changed(facts: ComparisonFacts) -> list[Section]:
     if changed is None or not result:
         return []
     lost, gained = result["turned_wrong"], result["turned_right"]
-    p = say_p(result["mcnemar_p_if_patches_were_independent"])
+    p = format_p(result["mcnemar_p_if_patches_were_independent"])
     blocks: list[Block] = [
         Facts(
             [
@@ -377,15 +377,15 @@ def _describe_changed(facts: ComparisonFacts) -> list[Section]:
     kinds = ("by_class", "by_group") if result["by_group"] else ("by_class",)
     for key in kinds:
         rows = [
-            [name, *(number(one[k]) for k in ("n_patches", "turned_wrong", "turned_right"))]
-            for name, one in result[key].items()
+            [name, *(number(counts[k]) for k in ("n_patches", "turned_wrong", "turned_right"))]
+            for name, counts in result[key].items()
         ]
-        what = "class" if key == "by_class" else facts.unit
-        fold = f"Changes per {what} ({len(rows)})" if len(rows) > LONG_TABLE else ""
-        blocks.append(Table([what, "patches", "correct to wrong", "wrong to correct"], rows, fold=fold))
+        unit = "class" if key == "by_class" else facts.unit
+        fold = f"Changes per {unit} ({len(rows)})" if len(rows) > LONG_TABLE else ""
+        blocks.append(Table([unit, "patches", "correct to wrong", "wrong to correct"], rows, fold=fold))
     if facts.get_patch is not None:
         for kind in ("wrong", "right"):
-            part = changed[changed["turned"] == kind].head(MOST_SHOWN)
+            part = changed[changed["turned"] == kind].head(MAX_SHOWN)
             if len(part):
                 n = lost if kind == "wrong" else gained
                 title = "Correct to wrong" if kind == "wrong" else "Wrong to correct"
@@ -399,10 +399,10 @@ def _group_patches(
     get_patch: Callable[[str], np.ndarray], rows: pd.DataFrame
 ) -> Sequence[tuple[str, Sequence[Patch]]]:
     groups: dict[str, list[Patch]] = {}
-    for who, row in zip(pick_label(rows), rows.to_dict("records"), strict=True):
-        moved = f"{number(row['prob_true_before'])} → {number(row['prob_true_after'])}"
-        lines = [f"{row['target']}: {moved}", row["patch_id"]]
-        groups.setdefault(who, []).append(Patch(encode_patch(get_patch(row["patch_id"])), lines))
+    for label, row in zip(pick_label(rows), rows.to_dict("records"), strict=True):
+        probs = f"{number(row['prob_true_before'])} → {number(row['prob_true_after'])}"
+        lines = [f"{row['target']}: {probs}", row["patch_id"]]
+        groups.setdefault(label, []).append(Patch(encode_patch(get_patch(row["patch_id"])), lines))
     return list(groups.items())
 
 
@@ -431,7 +431,7 @@ def _describe_models(facts: ComparisonFacts) -> Section:
     return Section("compared", "Models compared", [Table(columns, rows, text_columns=5), notes])
 
 
-# Those that live between bounds of like width, so that one axis serves them all.
+# Metrics with similar ranges, which can share one axis.
 SHOWN = {
     "auroc": "AUROC",
     "auprc": "AUPRC",
@@ -448,28 +448,28 @@ SHOWN = {
 
 @styled
 def draw_differences(differences: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw differences from a reference: a dot and its interval; a hollow dot has no interval.
+    """Draw differences from the reference with intervals; hollow dots have no interval.
 
     Args:
         differences: As in ``comparison.json``: ``of``, ``to`` and ``metrics``, each with ``value``, ``low``
-            and ``high``. With several seeds a thin bar shows least and greatest difference.
+            and ``high``. With several seeds, a pale bar shows the range over seeds.
 
     Raises:
         MetricError: If there is nothing to draw.
     """
     if not differences:
-        raise MetricError("there is no difference to draw: two classifiers make one")
-    names = [name for name in SHOWN if any(one["metrics"].get(name) for one in differences)]
+        raise MetricError("no difference to draw: expected at least two classifiers")
+    names = [name for name in SHOWN if any(difference["metrics"].get(name) for difference in differences)]
     figure, axes = new_figure(WIDTH_IN, 1.3 + (0.16 + 0.2 * len(differences)) * len(names))
     step = 0.7 / len(differences)
-    for place, one in enumerate(differences):
-        colour = SERIES_COLOURS[place % len(SERIES_COLOURS)]
-        label: str | None = shorten(one["of"], 40)
+    for index, difference in enumerate(differences):
+        colour = SERIES_COLOURS[index % len(SERIES_COLOURS)]
+        label: str | None = shorten(difference["of"], 40)
         for row, name in enumerate(names):
-            result = one["metrics"][name]
+            result = difference["metrics"][name]
             if result["value"] is None or np.isnan(result["value"]):
                 continue
-            at = row + (place - (len(differences) - 1) / 2) * step
+            at = row + (index - (len(differences) - 1) / 2) * step
             has_interval = result["low"] is not None
             seeds = result.get("over_seeds") or {}
             if seeds.get("n", 0) > 1:

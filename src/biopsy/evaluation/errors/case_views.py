@@ -1,4 +1,4 @@
-"""Mistakes looked at one by one: the patch, what the network looks at, where it lies, what it is like."""
+"""Images of individual errors: the patch, its saliency map, its position and the nearest training patches."""
 
 import contextlib
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from biopsy.core.results import Result
 from biopsy.core.tables import write_csv
 from biopsy.core.text import capitalize, file_name
 from biopsy.data.packs import Pack
-from biopsy.evaluation.errors.measure import FOLDER, SHOWN_EACH, ErrorRecord, measure_errors, read_errors
+from biopsy.evaluation.errors.measure import FOLDER, N_SHOWN, ErrorRecord, measure_errors, read_errors
 from biopsy.evaluation.explanation.maps import explain_patches
 from biopsy.evaluation.explanation.methods import find_method
 from biopsy.evaluation.hypotheses.measure import measure_hypotheses
@@ -31,19 +31,19 @@ TABLE = "errors.csv"
 GALLERIES = {"fn": "missed", "fp": "false-alarms", "uncertain": "uncertain"}
 """Folder of the pictures of each kind of patch."""
 MAPS, MAPS_FORMAT = "maps.safetensors", "biopsy-error-maps/1"
-PICTURE_PX = 288  # a patch's own picture is enlarged to about this height
+PICTURE_PX = 288  # height to which the image of a patch is enlarged, about
 
 
 @dataclass(frozen=True)
 class CaseView:
-    """Pictures of one patch, uint8 ``(height, width, 3)``.
+    """Images of one patch, uint8 ``(height, width, 3)``.
 
     Attributes:
-        patch: At its true size.
-        overlay: What the network looks at, superimposed.
-        is_constant: Whether that map has the same value at every pixel.
-        overview: Its place on the slide; None without coordinates.
-        nearest: The training patches nearest to it.
+        patch: The patch in its original size.
+        overlay: The patch with its saliency map superimposed.
+        is_constant: Whether the map has the same value at every pixel.
+        overview: Its position on the slide; None without coordinates.
+        nearest: The nearest training patches.
     """
 
     patch: np.ndarray
@@ -55,14 +55,14 @@ class CaseView:
 
 @dataclass(frozen=True)
 class CaseViews:
-    """Pictures of the patches of `ErrorRecord` that are looked at closely.
+    """Images of the patches in the galleries of an `ErrorRecord`.
 
     Attributes:
-        of: By ``patch_id``.
-        caption: What the superimposed map shows and what it does not.
+        by_patch: The images by ``patch_id``.
+        caption: What the saliency map shows and what it does not.
     """
 
-    of: Mapping[str, CaseView]
+    by_patch: Mapping[str, CaseView]
     caption: str
 
 
@@ -99,7 +99,7 @@ def errors(
     run: Run | Path | str,
     *,
     subset: Literal["test", "validation"] | None = None,
-    n: int = SHOWN_EACH,
+    n: int = N_SHOWN,
     out: Path | str | None = None,
     hypotheses: bool = False,
     device: str = "auto",
@@ -126,86 +126,92 @@ def errors(
         RunError: If the run has more than two classes, or the subset has not been evaluated.
     """
     run = Run.open(run)
-    place = run.path / "errors" if out is None else Path(out)
-    refuse_inputs(place, run.path)
-    names = (TABLE, *(f"{folder}/*" for folder in GALLERIES.values()))
-    with update_directory(place, *names) as partial:
+    folder = run.path / "errors" if out is None else Path(out)
+    refuse_inputs(folder, run.path)
+    names = (TABLE, *(f"{gallery}/*" for gallery in GALLERIES.values()))
+    with update_directory(folder, *names) as partial:
         result = measure_errors(run, subset=subset, n=n, device=device)
         case_views = make_case_views(run, result, device=device)
         pictures: dict[str, str] = {}
-        for kind, folder in GALLERIES.items():
-            (partial / folder).mkdir()
-            for index, item in enumerate(result.about["galleries"][kind], start=1):
+        for kind, gallery in GALLERIES.items():
+            (partial / gallery).mkdir()
+            for index, item in enumerate(result.document["galleries"][kind], start=1):
                 name = item["patch_id"]
-                file = f"{folder}/{index:02d}-{file_name(name)}.png"
-                (partial / file).write_bytes(png(_lay_out(case_views.of[name])))
+                file = f"{gallery}/{index:02d}-{file_name(name)}.png"
+                (partial / file).write_bytes(png(_lay_out(case_views.by_patch[name])))
                 pictures.setdefault(name, file)
         table = _list_errors(result, pictures)
         write_csv(partial / TABLE, table)
     if hypotheses:
         measure_hypotheses(run, device=device)
-    return ErrorAnalysis(result.about, table)
+    return ErrorAnalysis(result.document, table)
 
 
 def load_errors(run: Run) -> ErrorFacts | None:
-    """Return the error analysis of the subset evaluated last; None where there is none."""
+    """Return the stored error analysis of the subset evaluated last; None if there is none."""
     result = read_errors(run)
     if result is None:
         return None
     try:
-        arrays, about = read_arrays(run.path / FOLDER / MAPS, format=MAPS_FORMAT)
+        arrays, metadata = read_arrays(run.path / FOLDER / MAPS, format=MAPS_FORMAT)
     except DataError:
         return None
     names = list(_list_entries(result))
-    if about["classifier_sha256"] != result.about["classifier_sha256"] or about["patch_ids"] != names:
+    if (
+        metadata["classifier_sha256"] != result.document["classifier_sha256"]
+        or metadata["patch_ids"] != names
+    ):
         return None
-    return ErrorFacts(result, _assemble(run.open_pack(verify=False), result, arrays["maps"], about["method"]))
+    return ErrorFacts(
+        result, _assemble(run.open_pack(verify=False), result, arrays["maps"], metadata["method"])
+    )
 
 
 def hide_errors(analysis: ErrorFacts, pseudonymizer: Pseudonymizer) -> ErrorFacts:
-    """Replace ids of evaluated patches; leave out to whom the nearest training patches belong."""
-    known = analysis.record.about["galleries"]
-    about = pseudonymizer.nested(analysis.record.about)
-    for entries, originals in zip(about["galleries"].values(), known.values(), strict=True):
+    """Replace the ids of evaluated patches, and remove those of the nearest training patches."""
+    galleries = analysis.record.document["galleries"]
+    document = pseudonymizer.nested(analysis.record.document)
+    for entries, originals in zip(document["galleries"].values(), galleries.values(), strict=True):
         for entry, original in zip(entries, originals, strict=True):
             entry["patch_id"] = pseudonymizer.of("patch", original["patch_id"])
             entry["nearest"] = [
-                {**near, "patch_id": None, "patient_id": None, "slide_id": None} for near in entry["nearest"]
+                {**neighbour, "patch_id": None, "patient_id": None, "slide_id": None}
+                for neighbour in entry["nearest"]
             ]
     case_views = analysis.case_views
     if case_views is not None:
-        views = {pseudonymizer.of("patch", name): view for name, view in case_views.of.items()}
+        views = {pseudonymizer.of("patch", name): view for name, view in case_views.by_patch.items()}
         case_views = CaseViews(views, case_views.caption)
-    return ErrorFacts(ErrorRecord(about, pseudonymizer.table(analysis.record.table)), case_views)
+    return ErrorFacts(ErrorRecord(document, pseudonymizer.table(analysis.record.table)), case_views)
 
 
 def make_case_views(run: Run, record: ErrorRecord, *, device: str = "auto") -> CaseViews:
-    """Return the pictures of the patches in a record's galleries; their saliency is kept in the run.
+    """Return images of the patches in the galleries of a record; saliency maps are kept in the run.
 
-    Maps are those that `explain_patches` gives by default, each on its own scale.
+    Maps are those of the default method of `explain_patches`, each on its own scale.
     """
     pack, classifier = run.open_pack(verify=False), run.classifier
     names = list(_list_entries(record))
     rows = pack.rows_of(names)
     explained = explain_patches(classifier, pack.patches[rows], pack.sizes[rows], engine=Engine(device))
     maps = np.round(255 * scale_maps(explained.maps[:, 0], axis=(1, 2))).astype(np.uint8)
-    about = {
+    metadata = {
         "format": MAPS_FORMAT,
-        "classifier_sha256": record.about["classifier_sha256"],
+        "classifier_sha256": record.document["classifier_sha256"],
         "patch_ids": names,
         "method": explained.method,
     }
-    with contextlib.suppress(OSError):  # a folder that cannot be written to gets none
-        write_arrays(run.path / FOLDER / MAPS, {"maps": maps}, about)
+    with contextlib.suppress(OSError):  # read-only run
+        write_arrays(run.path / FOLDER / MAPS, {"maps": maps}, metadata)
     return _assemble(pack, record, maps, explained.method)
 
 
 def _list_entries(record: ErrorRecord) -> dict[str, Any]:
-    return {item["patch_id"]: item for part in record.about["galleries"].values() for item in part}
+    return {item["patch_id"]: item for part in record.document["galleries"].values() for item in part}
 
 
 def _assemble(pack: Pack, record: ErrorRecord, maps: np.ndarray, method_name: str) -> CaseViews:
-    """Put pictures of the pack's patches beside their maps, uint8 ``(n, H, W)``."""
+    """Return the images for maps, uint8 ``(n, H, W)``."""
     entries = _list_entries(record)
     row_of = dict(zip(pack.table["patch_id"].astype(str), range(len(pack)), strict=True))
     rows = [row_of[name] for name in entries]
@@ -224,7 +230,7 @@ def _assemble(pack: Pack, record: ErrorRecord, maps: np.ndarray, method_name: st
             superimpose(patch, values),
             is_constant(values),
             views.overview(row),
-            [true_patch(row_of[near["patch_id"]]) for near in entry["nearest"]],
+            [true_patch(row_of[neighbour["patch_id"]]) for neighbour in entry["nearest"]],
         )
     method = find_method(method_name)
     caption = f"{capitalize(method.title)}: {method.shows}. {method.caveat}."
@@ -232,15 +238,15 @@ def _assemble(pack: Pack, record: ErrorRecord, maps: np.ndarray, method_name: st
 
 
 def _list_errors(record: ErrorRecord, pictures: Mapping[str, str]) -> pd.DataFrame:
-    """Return every mistake, missed ones first, the surest first."""
+    """Return every error, false negatives first, most confident first."""
     table = record.table[record.table["kind"].isin(["fn", "fp"])].drop(columns="sampled")
     sure = table["prob"].where(table["kind"] == "fn", -table["prob"])
     table = table.assign(sure=sure).sort_values(["kind", "sure", "patch_id"]).drop(columns="sure")
-    entries = {item["patch_id"]: item for kind in ("fn", "fp") for item in record.about["galleries"][kind]}
+    entries = {item["patch_id"]: item for kind in ("fn", "fp") for item in record.document["galleries"][kind]}
     nearest = [
         "; ".join(
-            f"{near['patch_id']} ({near['class']}, {near['distance']:.2f})"
-            for near in entries[name]["nearest"]
+            f"{neighbour['patch_id']} ({neighbour['class']}, {neighbour['distance']:.2f})"
+            for neighbour in entries[name]["nearest"]
         )
         if name in entries
         else None
@@ -250,7 +256,7 @@ def _list_errors(record: ErrorRecord, pictures: Mapping[str, str]) -> pd.DataFra
 
 
 def _lay_out(case_view: CaseView) -> np.ndarray:
-    """Put the pictures of a patch side by side, those of patches enlarged pixel by pixel."""
+    """Return the images of a patch side by side; patches are enlarged without interpolation."""
     times = max(1, PICTURE_PX // max(case_view.patch.shape[:2]))
     images = [
         image.repeat(times, axis=0).repeat(times, axis=1)

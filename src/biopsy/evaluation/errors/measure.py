@@ -1,7 +1,7 @@
-"""Which patches a run gets wrong, and what goes with it: what they hold, where they lie, what they are like.
+"""Measurement of a run's errors: properties and positions of misclassified patches, nearest training patches.
 
-The record stands in the run, ``errors/errors.json`` with ``errors.parquet``, from which every number in it
-can be computed again. To measure one more thing of a patch, add it to `biopsy.evaluation.patch_properties`.
+The record is kept in the run, ``errors/errors.json`` with ``errors.parquet``, from which every number can be
+recomputed. To measure another property of a patch, add it to `biopsy.evaluation.patch_properties`.
 """
 
 from collections.abc import Mapping
@@ -29,92 +29,92 @@ from biopsy.training.runs import Run
 FORMAT = "biopsy-errors/1"
 FOLDER = "errors"
 DOCUMENT, TABLE = "errors.json", "errors.parquet"
-SHOWN_EACH = 12
+N_SHOWN = 12
 KINDS = {"fn": "false negative", "fp": "false positive", "tp": "true positive", "tn": "true negative"}
 AGAINST = {"fn": "tp", "fp": "tn"}
-"""The errors of each class, and the patches called right that they are compared with."""
-UNUSUAL = 0.1  # a property counts as unusual within this share of either end of those called right
-FEWEST_RIGHT = 10  # patches called right that "unusual" needs
-DRAWS = 500  # of each bootstrap, from 100 patients on; a standard error is within 6 % of that of many more
-MOST_GROUPS = 24  # patients listed one by one
+"""The errors of each class, and the correct patches that they are compared with."""
+UNUSUAL = 0.1  # share at either end of the correct patches within which a value counts as unusual
+MIN_CORRECT = 10  # correct patches needed to find unusual values
+DRAWS = 500  # per bootstrap, from 100 patients on; standard errors within 6 % of those of many more draws
+MAX_GROUPS = 24  # groups listed individually
 
 
 @dataclass(frozen=True)
 class ErrorRecord:
-    """What is known of a run's errors on one subset.
+    """The errors of a run on one subset.
 
     Attributes:
-        about: What ``errors.json`` holds.
-        table: What ``errors.parquet`` holds: one row a judged patch.
+        document: The content of ``errors.json``.
+        table: The content of ``errors.parquet``: one row per evaluated patch.
     """
 
-    about: dict[str, Any]
+    document: dict[str, Any]
     table: pd.DataFrame
 
 
 def measure_errors(
-    run: Run | Path | str, *, subset: str | None = None, n: int = SHOWN_EACH, device: str = "auto"
+    run: Run | Path | str, *, subset: str | None = None, n: int = N_SHOWN, device: str = "auto"
 ) -> ErrorRecord:
-    """Find a run's errors on one subset, measure them, and keep the record in the run.
+    """Measure the errors of a run on one subset, and keep the record in the run.
 
-    Where the record is there already, for the same classifier, subset and ``n``, it is read. A folder that
-    cannot be written to gets none. Nothing is opened by this: a subset must have been predicted.
+    A current record, for the same classifier, subset and ``n``, is read instead. Nothing is written to a
+    read-only run.
 
     Args:
-        run: A finished run that tells two classes apart.
-        subset: ``test`` or ``validation``; the subset last judged by default.
-        n: How many missed patches, false alarms and uncertain patches are looked at closely.
-        device: Where the network is asked for features.
+        run: A finished run with two classes.
+        subset: ``test`` or ``validation``; it must have been predicted (default: the subset evaluated last).
+        n: Number of false negatives, false positives and uncertain patches in the galleries.
+        device: Device of the network.
 
     Raises:
         RunError: If the run has more than two classes, or the subset has not been predicted.
     """
     run = Run.open(run)
     subset = subset or run.evaluated_subset
-    frame, predicted = run.predictions(subset)
+    frame, metadata = run.predictions(subset)
     if "prob" not in frame:
         raise RunError(f"{run.path} has more than two classes: error analysis needs two")
     if n < 1:
         raise RunError(f"n={n!r}: expected at least 1")
-    requested = {**subset_key(run, FORMAT, subset, frame, predicted), "n": n}
-    place = run.path / FOLDER
-    known = _read_known(place, requested)
-    if known is not None:
-        return known
+    requested = {**subset_key(run, FORMAT, subset, frame, metadata), "n": n}
+    folder = run.path / FOLDER
+    cached = _read_cached(folder, requested)
+    if cached is not None:
+        return cached
     result = _measure(run, frame, requested, device)
     try:
-        _write(place, result)
+        _write(folder, result)
     except OSError:
         return result
-    return _read_known(place, requested) or result
+    return _read_cached(folder, requested) or result
 
 
 def read_errors(run: Run) -> ErrorRecord | None:
-    """Return what is known of the errors on the subset evaluated last; None where nothing is."""
+    """Return the stored record of the subset evaluated last; None if there is none."""
     subset = run.evaluated_subset
-    frame, predicted = run.predictions(subset)
-    return _read_known(run.path / FOLDER, subset_key(run, FORMAT, subset, frame, predicted))
+    frame, metadata = run.predictions(subset)
+    return _read_cached(run.path / FOLDER, subset_key(run, FORMAT, subset, frame, metadata))
 
 
-def _measure(run: Run, frame: pd.DataFrame, asked: Mapping[str, Any], device: str) -> ErrorRecord:
+def _measure(run: Run, frame: pd.DataFrame, request: Mapping[str, Any], device: str) -> ErrorRecord:
     pack, classifier = run.open_pack(verify=False), run.classifier
-    seed, n, threshold = asked["seed"], asked["n"], classifier.threshold
+    seed, n, threshold = request["seed"], request["n"], classifier.threshold
     assert pack.positive_index is not None and threshold is not None
     rows = pack.rows_of(frame["patch_id"])
     table = tabulate_errors(pack, rows, frame["prob"].to_numpy(float), threshold)
     sampled = draw_rows(len(table), MAX_MEASURED, seed)
     galleries = pick_galleries(table, threshold, n)
-    shown = sorted({place for places in galleries.values() for place in places})
-    measured = np.union1d(sampled, np.array(shown, int))
+    shown_rows = sorted({index for indices in galleries.values() for index in indices})
+    measured = np.union1d(sampled, np.array(shown_rows, int))
     properties = measure_properties(pack.patches, pack.sizes, index=rows[measured], mpp=pack.info.mpp)
     table = table.join(properties.set_axis(measured))
     table.insert(len(table.columns) - len(PROPERTIES), "sampled", np.isin(np.arange(len(table)), sampled))
-    alike = find_nearest_training_patches(run, pack, classifier, rows[shown], engine=Engine(device))
+    similar = find_nearest_training_patches(run, pack, classifier, rows[shown_rows], engine=Engine(device))
     names = [f"prob_{name}" for name in pack.class_names]
     scored = ScoredPatches.of_pack(pack, rows, frame[names].to_numpy(float), threshold, seed=seed)
     sample = table.iloc[sampled]
-    about = {
-        **asked,
+    document = {
+        **request,
         "positive_class": pack.info.positive_class,
         "unit": pack.unit,
         "n_groups": scored.n_groups,
@@ -124,41 +124,44 @@ def _measure(run: Run, frame: pd.DataFrame, asked: Mapping[str, Any], device: st
         "properties": PROPERTIES,
         **contrast_errors(sample, scored.group_ids[sampled], seed=seed, unit=pack.unit),
         "zones": measure_zones(table["zone"].to_numpy(object), scored, threshold),
-        "training_reference": alike.about,
+        "training_reference": similar.reference,
         "galleries": {
             kind: [
                 {
-                    "patch_id": str(table["patch_id"].iloc[place]),
-                    "unusual": find_unusual(table.iloc[place], sample),
-                    "nearest": alike.nearest[shown.index(place)],
+                    "patch_id": str(table["patch_id"].iloc[index]),
+                    "unusual": find_unusual(table.iloc[index], sample),
+                    "nearest": similar.nearest[shown_rows.index(index)],
                 }
-                for place in places
+                for index in indices
             ]
-            for kind, places in galleries.items()
+            for kind, indices in galleries.items()
         },
     }
-    return ErrorRecord(plain(about), table)
+    return ErrorRecord(plain(document), table)
 
 
 def tabulate_errors(pack: Pack, rows: np.ndarray, prob: np.ndarray, threshold: float) -> pd.DataFrame:
-    """Return for each patch how it was called and where it lies.
+    """Return for each patch whether its prediction is correct, and its position.
 
     Args:
-        pack: Of two classes.
+        pack: A pack with two classes.
+        rows: Rows of the patches in the pack, ``(n,)``.
         prob: Probability of the positive class, ``(n,)``.
-        threshold: From which a patch is called positive.
+        threshold: Decision threshold.
 
     Returns:
         ``patch_id``, ``patient_id``, ``slide_id``, ``x``, ``y``, ``target``, ``prob``, ``kind`` (one of
         `KINDS`), and the columns of `neighbours.find_zones`, counted over the whole pack.
     """
-    positive, called = pack.target[rows] == pack.positive_index, prob >= threshold
-    kind = np.where(positive, np.where(called, "tp", "fn"), np.where(called, "fp", "tn"))
+    positive, predicted_positive = pack.target[rows] == pack.positive_index, prob >= threshold
+    kind = np.where(
+        positive, np.where(predicted_positive, "tp", "fn"), np.where(predicted_positive, "fp", "tn")
+    )
     zones = find_zones(count_neighbours(pack.table, pack.target, len(pack.class_names)), pack.target)
-    about = pack.table[["patch_id", "patient_id", "slide_id", "x", "y", "target"]].iloc[rows]
+    columns = pack.table[["patch_id", "patient_id", "slide_id", "x", "y", "target"]].iloc[rows]
     return pd.concat(
         [
-            about.reset_index(drop=True).assign(prob=prob, kind=kind),
+            columns.reset_index(drop=True).assign(prob=prob, kind=kind),
             zones.iloc[rows].reset_index(drop=True),
         ],
         axis=1,
@@ -166,7 +169,7 @@ def tabulate_errors(pack: Pack, rows: np.ndarray, prob: np.ndarray, threshold: f
 
 
 def pick_galleries(table: pd.DataFrame, threshold: float, n: int) -> dict[str, list[int]]:
-    """Return the rows looked at closely: the surest ``fn`` and ``fp``, and those nearest to the threshold."""
+    """Return the rows of the most confident ``fn`` and ``fp``, and of those nearest to the threshold."""
     ordered = table.assign(near=(table["prob"] - threshold).abs(), far=-table["prob"])
     kinds = {"fn": ["prob", "patch_id"], "fp": ["far", "patch_id"]}
     galleries = {
@@ -179,18 +182,20 @@ def pick_galleries(table: pd.DataFrame, threshold: float, n: int) -> dict[str, l
 def contrast_errors(
     sample: pd.DataFrame, group_ids: np.ndarray, *, seed: int, unit: str, level: float = 0.95
 ) -> dict[str, Any]:
-    """Compare every property between errors and patches of the same class that were called right.
+    """Compare every property between errors and correct patches of the same class.
 
-    A comparison is made within each patient: the chance that an error has the higher value, averaged over
-    patients that have both. Intervals are so wide that all of them together hold with ``level`` (Bonferroni).
+    Comparisons are made within each patient: the probability that an error has the higher value, averaged
+    over patients with both. The intervals are simultaneous with ``level`` (Bonferroni).
 
     Args:
         sample: ``kind`` and the columns of `PROPERTIES`.
-        unit: What a group is; where it is the patch, there is nothing to compare within.
-        level: Nominal coverage of all intervals together.
+        group_ids: Group id per row.
+        seed: Seed of the bootstrap.
+        unit: Unit of the groups; with ``patch``, there is no comparison within groups.
+        level: Simultaneous coverage of all intervals.
 
     Returns:
-        ``n_comparisons``, ``level_each``, ``draws`` of a bootstrap, and ``contrasts``, a record each.
+        ``n_comparisons``, ``level_each``, ``draws`` of a bootstrap, and ``contrasts``, one record each.
     """
     kinds = sample["kind"].to_numpy(str)
     requested = [
@@ -199,8 +204,8 @@ def contrast_errors(
         for name in PROPERTIES
         if sample[name].notna().all()
     ]
-    possible = [one for one in requested if all((kinds == kind).any() for kind in one[1:])]
-    level_each = 1 - (1 - level) / max(1, len(possible))
+    n_comparisons = sum((kinds == wrong).any() and (kinds == right).any() for _, wrong, right in requested)
+    level_each = 1 - (1 - level) / max(1, n_comparisons)
     contrasts = []
     for name, wrong, right in requested:
         among = np.isin(kinds, (wrong, right))
@@ -214,7 +219,7 @@ def contrast_errors(
             level=level_each,
             draws=DRAWS,
         )
-        few = len(result.by_group) <= MOST_GROUPS
+        by_group = result.by_group if len(result.by_group) <= MAX_GROUPS else result.by_group[:0]
         contrasts.append(
             {
                 "property": name,
@@ -227,55 +232,61 @@ def contrast_errors(
                 "within": result.within,
                 "auroc": result.auroc,
                 "difference_sd": result.difference_sd,
-                "verdict": _judge(result.within or result.auroc),
-                "by_group": result.by_group.replace({np.nan: None}).to_dict(orient="index") if few else {},
+                "verdict": _decide(result.within or result.auroc),
+                "by_group": by_group.replace({np.nan: None}).to_dict(orient="index"),
             }
         )
-    item = {"n_comparisons": len(possible), "level_each": level_each, "draws": DRAWS}
-    return {**item, "contrasts": contrasts}
+    return {
+        "n_comparisons": n_comparisons,
+        "level_each": level_each,
+        "draws": DRAWS,
+        "contrasts": contrasts,
+    }
 
 
-def _judge(estimate: Interval) -> str:
+def _decide(estimate: Interval) -> str:
     if estimate.low is None or estimate.high is None:
         return "unsaid"
     return "higher" if estimate.low > 0.5 else "lower" if estimate.high < 0.5 else "not seen"
 
 
 def find_unusual(row: pd.Series, sample: pd.DataFrame) -> list[dict[str, Any]]:
-    """Say what sets a patch apart from those of its class that were called right.
+    """Return the properties in which a patch differs most from correct patches of its class.
 
     Returns:
-        The two properties furthest out, if they are among the `UNUSUAL` lowest or highest: ``property``,
-        ``value`` and ``rank``, the share of those called right that lie below (ties count half).
+        Up to two properties with a value among the `UNUSUAL` lowest or highest: ``property``, ``value`` and
+        ``rank``, the share of correct patches with a lower value (ties count half).
     """
     right = "tp" if row["kind"] in ("tp", "fn") else "tn"
-    like = sample[(sample["kind"] == right) & (sample["patch_id"] != row["patch_id"])]
-    if len(like) < FEWEST_RIGHT:
+    correct = sample[(sample["kind"] == right) & (sample["patch_id"] != row["patch_id"])]
+    if len(correct) < MIN_CORRECT:
         return []
     result: list[dict[str, Any]] = []
     for name in PROPERTIES:
-        value, others = row[name], like[name].to_numpy(float)
+        value, others = row[name], correct[name].to_numpy(float)
         rank = float(((others < value) + 0.5 * (others == value)).mean())
         if not np.isnan(value) and (rank <= UNUSUAL or rank >= 1 - UNUSUAL):
             result.append({"property": name, "value": float(value), "rank": rank})
-    return sorted(result, key=lambda each: -abs(each["rank"] - 0.5))[:2]
+    return sorted(result, key=lambda item: -abs(item["rank"] - 0.5))[:2]
 
 
-def _write(place: Path, found: ErrorRecord) -> None:
-    place.mkdir(exist_ok=True)
-    with replace_atomic(place / TABLE) as partial:
-        found.table.to_parquet(partial, index=False)
-    write_json(place / DOCUMENT, {**found.about, "table_sha256": sha256_file(place / TABLE)})
+def _write(folder: Path, record: ErrorRecord) -> None:
+    folder.mkdir(exist_ok=True)
+    with replace_atomic(folder / TABLE) as partial:
+        record.table.to_parquet(partial, index=False)
+    write_json(folder / DOCUMENT, {**record.document, "table_sha256": sha256_file(folder / TABLE)})
 
 
-def _read_known(place: Path, asked: Mapping[str, Any]) -> ErrorRecord | None:
-    """Read what was measured before, if it answers the same question."""
+def _read_cached(folder: Path, requested: Mapping[str, Any]) -> ErrorRecord | None:
+    """Return the stored record if it belongs to the requested predictions, else None."""
     try:
-        about = read_json(place / DOCUMENT, format=FORMAT)
-        if about.pop("table_sha256", None) != sha256_file(place / TABLE):
+        document = read_json(folder / DOCUMENT, format=FORMAT)
+        if document.pop("table_sha256", None) != sha256_file(folder / TABLE):
             return None
-        table, _ = read_parquet_table(place / TABLE)
+        table, _ = read_parquet_table(folder / TABLE)
     except DataError:
         return None
-    same = len(table) == asked["n_patches"] and all(about.get(key) == asked[key] for key in asked)
-    return ErrorRecord(about, table) if same else None
+    matches = len(table) == requested["n_patches"] and all(
+        document.get(key) == requested[key] for key in requested
+    )
+    return ErrorRecord(document, table) if matches else None

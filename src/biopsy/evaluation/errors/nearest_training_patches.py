@@ -1,4 +1,4 @@
-"""What a patch is like to a network: the training patches nearest to it in the penultimate layer."""
+"""The training patches nearest to a patch in the penultimate layer of a network."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from biopsy.models.out_of_distribution import REFERENCE_PATCHES
 from biopsy.training.runs import Run
 
 N_NEAREST = 3
-_TIMES = 2  # a network that can be asked again about n patches in some seconds is asked about twice as many
+_FACTOR = 2  # times the number of patches that can be predicted in some seconds
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class NearestTrainingPatches:
     """The nearest training patches of some patches.
 
     Attributes:
-        about: ``n`` training patches that were drawn, and ``distance``, in words what a distance of 1 is.
+        reference: ``n``, the number of training patches searched, and ``distance``, the unit of distances.
         nearest: For each patch `N_NEAREST` records, the nearest first: ``patch_id``, ``patient_id``,
             ``slide_id``, ``class`` and ``distance``.
     """
 
-    about: dict[str, Any]
+    reference: dict[str, Any]
     nearest: list[list[dict[str, Any]]]
 
 
@@ -41,26 +41,29 @@ def find_nearest_training_patches(
     distance of a training patch to the nearest one of another patient (slide, patch).
 
     Args:
-        run: Says which patches were trained on; at most `REFERENCE_PATCHES` of them are drawn with its seed,
-            fewer for a network that computes much.
+        run: The run, for its training patches; at most `REFERENCE_PATCHES` of them are drawn with its seed,
+            fewer for expensive networks.
+        rows: Rows of the patches in the pack.
     """
     train = np.flatnonzero(run.subsets(pack) == "train")
-    most = min(
+    max_patches = min(
         REFERENCE_PATCHES,
-        _TIMES * affordable_patches(classifier.network, classifier.info.preprocessing.input_px),
+        _FACTOR * affordable_patches(classifier.network, classifier.info.preprocessing.input_px),
     )
     rng = make_rng(run.info["seed"], "training patches alike")
-    drawn = np.sort(rng.choice(train, min(len(train), most), replace=False))
+    sampled = np.sort(rng.choice(train, min(len(train), max_patches), replace=False))
     _, features = predict_with_features(
-        classifier, pack.patches, pack.sizes, np.concatenate([drawn, rows]), engine=engine
+        classifier, pack.patches, pack.sizes, np.concatenate([sampled, rows]), engine=engine
     )
-    known, requested = np.split(features.astype(np.float64), [len(drawn)])
-    spread = known.std(axis=0)
-    known, requested = (values / np.where(spread > 0, spread, np.inf) for values in (known, requested))
-    unit = _typical_distance(known, pack.group_ids[drawn])
-    distance = _distances(requested, known) / unit
-    about = {
-        "n": len(drawn),
+    train_features, query_features = np.split(features.astype(np.float64), [len(sampled)])
+    spread = train_features.std(axis=0)
+    train_features, query_features = (
+        values / np.where(spread > 0, spread, np.inf) for values in (train_features, query_features)
+    )
+    unit = _typical_distance(train_features, pack.group_ids[sampled])
+    distance = _distances(query_features, train_features) / unit
+    reference = {
+        "n": len(sampled),
         "distance": f"1 is the median distance of a training patch to the nearest one of another {pack.unit}",
     }
     order = np.argsort(distance, axis=1, kind="stable")[:, :N_NEAREST]
@@ -68,31 +71,31 @@ def find_nearest_training_patches(
     nearest = [
         [
             {
-                **columns.iloc[drawn[place]].where(columns.iloc[drawn[place]].notna(), None).to_dict(),
-                "class": pack.class_names[pack.target[drawn[place]]],
-                "distance": float(distance[index, place]),
+                **columns.iloc[sampled[index]].where(columns.iloc[sampled[index]].notna(), None).to_dict(),
+                "class": pack.class_names[pack.target[sampled[index]]],
+                "distance": float(distance[row, index]),
             }
-            for place in places
+            for index in nearest_rows
         ]
-        for index, places in enumerate(order)
+        for row, nearest_rows in enumerate(order)
     ]
-    return NearestTrainingPatches(about, nearest)
+    return NearestTrainingPatches(reference, nearest)
 
 
-def _distances(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return Euclidean distances ``(n_one, n_other)``."""
-    squares = (one**2).sum(axis=1)[:, None] + (other**2).sum(axis=1)[None] - 2 * one @ other.T
+def _distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return Euclidean distances ``(n_first, n_second)``."""
+    squares = (first**2).sum(axis=1)[:, None] + (second**2).sum(axis=1)[None] - 2 * first @ second.T
     return np.sqrt(np.clip(squares, 0, None))
 
 
-def _typical_distance(known: np.ndarray, group_ids: np.ndarray) -> float:
-    """Return the median distance to the nearest patch of another group; of any where there is one group."""
-    distance = _distances(known, known)
-    same = (
+def _typical_distance(features: np.ndarray, group_ids: np.ndarray) -> float:
+    """Return the median distance to the nearest patch of another group, or of any with a single group."""
+    distance = _distances(features, features)
+    excluded = (
         group_ids[:, None] == group_ids[None]
         if len(np.unique(group_ids)) > 1
-        else np.eye(len(known), dtype=bool)
+        else np.eye(len(features), dtype=bool)
     )
-    nearest = np.where(same, np.inf, distance).min(axis=1, initial=np.inf)
+    nearest = np.where(excluded, np.inf, distance).min(axis=1, initial=np.inf)
     typical = float(np.median(nearest)) if len(nearest) else 1.0
     return typical if np.isfinite(typical) and typical > 0 else 1.0

@@ -6,7 +6,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from biopsy.core.text import count, plural
+from biopsy.core.text import capitalize, count, plural
 from biopsy.evaluation.errors.case_views import CaseView, ErrorFacts, errors, hide_errors, load_errors
 from biopsy.evaluation.errors.measure import AGAINST, KINDS
 from biopsy.evaluation.patch_properties import property_name
@@ -24,8 +24,8 @@ VERDICTS = {
     "not seen": "none detected",
     "unsaid": "inconclusive",
 }
-ANSWERED = ("less stained", "heterogeneous")
-"""The hypotheses that are about the appearance of misclassified patches."""
+ABOUT_ERRORS = ("less stained", "heterogeneous")
+"""The hypotheses about the appearance of misclassified patches."""
 
 
 @section(
@@ -45,9 +45,9 @@ def describe_errors(facts: RunFacts) -> Section | None:
     analysis: ErrorFacts | None = facts.results.get("errors")
     if analysis is None:
         return None
-    about = analysis.record.about
-    blocks: list[Block] = [Text(_say_how_many(facts, about)), *_describe_zones(about)]
-    blocks += _describe_contrasts(about)
+    document = analysis.record.document
+    blocks: list[Block] = [Text(_describe_counts(facts, document)), *_describe_zones(document)]
+    blocks += _describe_contrasts(document)
     answers = [
         _describe_hypothesis(item) for item in (facts.results.get("hypotheses") or {}).get("hypotheses", ())
     ]
@@ -56,24 +56,24 @@ def describe_errors(facts: RunFacts) -> Section | None:
     return Section("errors", "Error analysis", blocks + _galleries(facts, analysis))
 
 
-def _say_how_many(facts: RunFacts, about: Mapping[str, Any]) -> str:
-    n = about["counts"]
+def _describe_counts(facts: RunFacts, document: Mapping[str, Any]) -> str:
+    n = document["counts"]
     return (
-        f"{number(n['fn'] + n['fp'])} of {number(about['n_patches'])} patches are misclassified: "
+        f"{number(n['fn'] + n['fp'])} of {number(document['n_patches'])} patches are misclassified: "
         f"{number(n['fn'])} of {number(n['fn'] + n['tp'])} {facts.positive} patches are false negatives, and "
         f"{number(n['fp'])} of {number(n['fp'] + n['tn'])} {facts.negative} patches are false positives."
     )
 
 
-def _describe_zones(about: Mapping[str, Any]) -> list[Block]:
-    """Errors at the annotated border apart from those deep inside."""
-    zones, unit = about["zones"], about["unit"]
+def _describe_zones(document: Mapping[str, Any]) -> list[Block]:
+    """Return the errors at annotated borders and elsewhere."""
+    zones, unit = document["zones"], document["unit"]
     if not zones:
         return [
             Text("The patches have no coordinates; errors at annotated borders cannot be counted.", "note")
         ]
     rows, reasons = [], Footnotes()
-    several = unit != "patch" and about["n_groups"] > 1
+    several = unit != "patch" and document["n_groups"] > 1
     for name, result in zones.items():
         row = [name, number(result["n_patches"]), number(result["fn"]), number(result["fp"])]
         row += [reasons.estimate(result["patch"][metric]) for metric in ("sensitivity", "specificity")]
@@ -89,7 +89,7 @@ def _describe_zones(about: Mapping[str, Any]) -> list[Block]:
     )
     caption = "Errors at annotated borders and elsewhere"
     if "border" in zones and sum(errors.values()):
-        share, size = (of["border"] / sum(of.values()) for of in (errors, patches))
+        share, size = (counts["border"] / sum(counts.values()) for counts in (errors, patches))
         caption = f"{share:.0%} of the errors, but {size:.0%} of the patches, lie at an annotated border"
     note = (
         "Border: at least one of the eight neighbours on the slide has another label, so that the label is "
@@ -99,10 +99,10 @@ def _describe_zones(about: Mapping[str, Any]) -> list[Block]:
     return [Table(columns, rows, caption=caption, note=note)]
 
 
-def _describe_contrasts(about: Mapping[str, Any]) -> list[Block]:
-    """Say which properties go with errors, and by how much."""
-    contrasts, unit = about["contrasts"], about["unit"]
-    if not about["n_comparisons"]:
+def _describe_contrasts(document: Mapping[str, Any]) -> list[Block]:
+    """Return the properties associated with errors."""
+    contrasts, unit = document["contrasts"], document["unit"]
+    if not document["n_comparisons"]:
         return [Text("No comparison: no class has both misclassified and correct patches.", "note")]
     within = unit != "patch"
     rows, reasons = [], Footnotes()
@@ -121,55 +121,58 @@ def _describe_contrasts(about: Mapping[str, Any]) -> list[Block]:
         )
     chance = f"P(wrong > right) within a {unit} (AUC)" if within else "P(wrong > right) (AUC)"
     columns = ["errors", "property", "mean, errors", "mean, correct", chance, "difference"]
-    how = (
+    note_start = (
         "P(wrong > right): probability that a misclassified patch has a higher value than a correct patch "
         f"of the same class and {unit}, averaged over {unit}s"
         if within
         else "P(wrong > right): probability that a misclassified patch has a higher value than a correct "
         "patch of the same class. Without patient ids the unit is the patch, and intervals are too narrow"
     )
-    units = "; ".join(f"{property_name(name)}: {text}" for name, text in about["properties"].items())
-    missing = [property_name(name) for name in about["properties"] if name not in _named(contrasts)]
+    units = "; ".join(f"{property_name(name)}: {text}" for name, text in document["properties"].items())
+    compared = {result["property"] for result in contrasts}
+    unmeasured = [property_name(name) for name in document["properties"] if name not in compared]
     left_out = (
-        f" Not measured, because the pixel size (µm) is unknown: {', '.join(missing)}." if missing else ""
+        f" Not measured, because the pixel size (µm) is unknown: {', '.join(unmeasured)}."
+        if unmeasured
+        else ""
     )
     note = (
-        f"{how}; 0.5: no difference. The 95 % intervals are simultaneous over {about['n_comparisons']} "
-        f"comparisons ({about['level_each']:.2%} each). Associations need not be causal. Measured on "
-        f"{number(about['n_measured'])} patches. {units}.{left_out}{reasons.text}"
+        f"{note_start}; 0.5: no difference. The 95 % intervals are simultaneous over "
+        f"{document['n_comparisons']} comparisons ({document['level_each']:.2%} each). Associations need not "
+        "be causal. Measured on "
+        f"{number(document['n_measured'])} patches. {units}.{left_out}{reasons.text}"
     )
     return [
-        Text(_say_verdicts(contrasts)),
+        Text(_describe_verdicts(contrasts)),
         Table(columns, rows, caption="Properties associated with errors", note=note, text_columns=2),
         *_by_group(contrasts, unit),
     ]
 
 
-def _named(contrasts: Sequence[Mapping[str, Any]]) -> set[str]:
-    return {result["property"] for result in contrasts}
+def _digits(contrast: Mapping[str, Any]) -> int:
+    return 0 if max(abs(contrast["mean_errors"]), abs(contrast["mean_others"])) >= 20 else 3
 
 
-def _digits(found: Mapping[str, Any]) -> int:
-    return 0 if max(abs(found["mean_errors"]), abs(found["mean_others"])) >= 20 else 3
-
-
-def _say_verdicts(contrasts: Sequence[Mapping[str, Any]]) -> str:
-    """Write one sentence a kind of error."""
-    said = []
+def _describe_verdicts(contrasts: Sequence[Mapping[str, Any]]) -> str:
+    """Return one sentence per kind of error."""
+    sentences = []
     for kind in AGAINST:
-        of = [result for result in contrasts if result["errors"] == kind and result["n_errors"]]
-        clear = [f"{result['verdict']} {property_name(result['property'])}" for result in of]
+        results = [result for result in contrasts if result["errors"] == kind and result["n_errors"]]
         clear = [
-            text for text, result in zip(clear, of, strict=True) if result["verdict"] in ("higher", "lower")
+            f"{result['verdict']} {property_name(result['property'])}"
+            for result in results
+            if result["verdict"] in ("higher", "lower")
         ]
         wrong, right = ERRORS[kind]
         if clear:
-            said.append(f"{wrong.capitalize()} have {', '.join(clear)} than {right}.")
-        elif of and all(result["verdict"] == "unsaid" for result in of):
-            said.append(f"Inconclusive: too few {wrong} to test which properties are associated with them.")
-        elif of:
-            said.append(f"No property is significantly associated with {wrong}.")
-    return " ".join(said)
+            sentences.append(f"{wrong.capitalize()} have {', '.join(clear)} than {right}.")
+        elif results and all(result["verdict"] == "unsaid" for result in results):
+            sentences.append(
+                f"Inconclusive: too few {wrong} to test which properties are associated with them."
+            )
+        elif results:
+            sentences.append(f"No property is significantly associated with {wrong}.")
+    return " ".join(sentences)
 
 
 def _by_group(contrasts: Sequence[Mapping[str, Any]], unit: str) -> list[Block]:
@@ -192,10 +195,10 @@ def _by_group(contrasts: Sequence[Mapping[str, Any]], unit: str) -> list[Block]:
     return [Table(columns, rows, text_columns=2, fold=f"Properties of errors within each {unit}")]
 
 
-def _describe_hypothesis(found: Mapping[str, Any]) -> str:
-    if found["name"] not in ANSWERED:
+def _describe_hypothesis(hypothesis: Mapping[str, Any]) -> str:
+    if hypothesis["name"] not in ABOUT_ERRORS:
         return ""
-    return f"{found['source'][0].upper()}{found['source'][1:]}: “{found['claim']}” {found['answer']}"
+    return f"{capitalize(hypothesis['source'])}: “{hypothesis['claim']}” {hypothesis['answer']}"
 
 
 def _galleries(facts: RunFacts, analysis: ErrorFacts) -> list[Block]:
@@ -204,19 +207,19 @@ def _galleries(facts: RunFacts, analysis: ErrorFacts) -> list[Block]:
         "fp": f"False positives: {facts.negative} predicted {facts.positive}",
         "uncertain": "Least certain: probability closest to the threshold",
     }
-    counts = analysis.record.about["counts"]
+    counts = analysis.record.document["counts"]
     blocks: list[Block] = []
     for kind, title in titles.items():
-        entries = analysis.record.about["galleries"][kind]
+        entries = analysis.record.document["galleries"][kind]
         if not entries:
             blocks.append(Text(f"{title}: none."))
             continue
-        of = (
+        suffix = (
             f" ({len(entries)} of {number(counts[kind])}, most confident first)"
             if kind in counts
             else f" ({len(entries)})"
         )
-        blocks.append(Cases(title + of, _group_cases(analysis, entries)))
+        blocks.append(Cases(title + suffix, _group_cases(analysis, entries)))
     if analysis.case_views is not None and any(isinstance(block, Cases) for block in blocks):
         blocks.insert(0, Text(_explain_pictures(facts, analysis), "note"))
     return blocks
@@ -224,7 +227,7 @@ def _galleries(facts: RunFacts, analysis: ErrorFacts) -> list[Block]:
 
 def _explain_pictures(facts: RunFacts, analysis: ErrorFacts) -> str:
     assert analysis.case_views is not None
-    reference = analysis.record.about["training_reference"]
+    reference = analysis.record.document["training_reference"]
     return (
         "Each row: the patch, its saliency map, its position on the slide where known, and the nearest "
         f"three of {count(reference['n'], 'training patch')} in the penultimate layer of the network, with "
@@ -240,7 +243,7 @@ def _group_cases(analysis: ErrorFacts, entries: Sequence[Mapping[str, Any]]) -> 
     groups: dict[str, list[Case]] = {}
     for entry in entries:
         row = rows.loc[entry["patch_id"]]
-        case_view = None if analysis.case_views is None else analysis.case_views.of[entry["patch_id"]]
+        case_view = None if analysis.case_views is None else analysis.case_views.by_patch[entry["patch_id"]]
         lines = [
             number(float(row["prob"])),
             str(entry["patch_id"]),
@@ -271,14 +274,16 @@ def _pictures(case_view: CaseView | None, entry: Mapping[str, Any]) -> list[tupl
     pictures = [(_encode(case_view.patch), "patch"), (_encode(case_view.overlay), saliency)]
     if case_view.overview is not None:
         pictures.append((_encode(case_view.overview), "on the slide"))
-    for image, near in zip(case_view.nearest, entry["nearest"], strict=True):
-        who = near["patient_id"] or near["slide_id"] or ""
-        pictures.append((_encode(image), f"{near['class']} {who} {near['distance']:.2f}".replace("  ", " ")))
+    for image, neighbour in zip(case_view.nearest, entry["nearest"], strict=True):
+        owner = neighbour["patient_id"] or neighbour["slide_id"] or ""
+        pictures.append(
+            (_encode(image), f"{neighbour['class']} {owner} {neighbour['distance']:.2f}".replace("  ", " "))
+        )
     return pictures
 
 
 def _encode(image: np.ndarray) -> bytes:
-    """Encode a picture, made smaller where it is large: a page holds some hundred of them."""
+    """Encode a picture as JPEG, reduced to `THUMBNAIL_PX`: a page holds some hundred of them."""
     scale = THUMBNAIL_PX / max(image.shape[:2])
     if scale < 1:
         size = tuple(max(1, round(side * scale)) for side in (image.shape[1], image.shape[0]))
