@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from biopsy.core.errors import RunError
+from biopsy.core.ray_engine import Engine, check_engine
 from biopsy.data.packs import Pack
 from biopsy.data.splits import Split, find_split, list_splits, make_split, save_split
 from biopsy.evaluation.study_tables import write_tables
@@ -27,6 +28,8 @@ def study(
     out: Path | str | None = None,
     device: str = "auto",
     shard: str | None = None,
+    engine: Engine = "local",
+    address: str | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> Study:
     """Train and evaluate recipes over folds and seeds, and pool their test predictions.
@@ -48,6 +51,10 @@ def study(
         shard: ``I/N``: process I of N that share the study's folder, on one machine or many. It begins with
             its share of the runs, continues with any that no other process has finished or claimed, takes
             over those of processes that died, and ends when all runs are done.
+        engine: ``ray`` trains the runs on a Ray cluster (extra ``ray``), one run a core or a GPU; all nodes
+            must see the pack and the study's folder under the same paths.
+        address: Ray cluster, such as ``HOST:6379`` (default: ``RAY_ADDRESS``, else one that runs here, else
+            one that is started for this command).
         on_epoch: Called with each epoch's record, which also names ``run``, ``recipe``, ``fold``,
             ``seed``.
 
@@ -55,6 +62,7 @@ def study(
         RunError: If the folder holds a study that asked something else.
         DataError: If ``shard`` is not ``I/N``.
     """
+    check_engine(engine, address, shard)
     changed = setting_lines(overrides)
     loaded = [load_recipe(recipe, changed) for recipe in ([recipes] if isinstance(recipes, str) else recipes)]
     if not loaded or not seeds:
@@ -73,7 +81,17 @@ def study(
         split=chosen,
     )
     specs = _list_run_specs(loaded, chosen, seeds)
-    return run_all(result, pack, specs, write_tables, device=device, on_epoch=on_epoch, shard=shard)
+    return run_all(
+        result,
+        pack,
+        specs,
+        write_tables,
+        device=device,
+        on_epoch=on_epoch,
+        shard=shard,
+        engine=engine,
+        address=address,
+    )
 
 
 def _list_run_specs(recipes: Sequence[Recipe], split: Split, seeds: Sequence[int]) -> list[RunSpec]:

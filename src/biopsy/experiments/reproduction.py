@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from biopsy.core.errors import RecipeError, RunError
+from biopsy.core.ray_engine import Engine, check_engine
 from biopsy.data.packs import Pack
 from biopsy.data.splits import Split
 from biopsy.evaluation.evaluate import evaluate
@@ -206,6 +207,8 @@ def reproduce(
     name: str | None = None,
     out: Path | str | None = None,
     device: str = "auto",
+    engine: Engine = "local",
+    address: str | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> Study:
     """Run published recipes as published and with patients apart, and measure the leak slide by slide.
@@ -229,6 +232,10 @@ def reproduce(
         name: Name of the study in ``studies/``; the same name continues it.
         out: Output folder of the study (default: ``studies/NAME``).
         device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        engine: ``ray`` trains the runs on a Ray cluster (extra ``ray``), one run a core or a GPU; all nodes
+            must see the pack and the study's folder under the same paths.
+        address: Ray cluster, such as ``HOST:6379`` (default: ``RAY_ADDRESS``, else one that runs here, else
+            one that is started for this command).
         on_epoch: Called with each epoch's record, which also names ``run``, ``recipe``, ``seed``, ``arm``
             and the tested patient.
 
@@ -236,6 +243,7 @@ def reproduce(
         RecipeError: If a recipe claims nothing, or was published on other data.
         RunError: If nothing can be compared, or the folder holds a study that asked something else.
     """
+    check_engine(engine, address)
     changed = setting_lines(overrides)
     if not seeds:
         raise RunError("a reproduction needs at least one seed")
@@ -276,7 +284,17 @@ def reproduce(
     )
     planned = [with_length(recipe, _read_length(plans[name])) for name, recipe in recipes.items()]
     specs = _list_run_specs(planned, compared, seeds, leaks)
-    return run_all(study, pack, specs, write_tables, draw=_draw, device=device, on_epoch=on_epoch)
+    return run_all(
+        study,
+        pack,
+        specs,
+        write_tables,
+        draw=_draw,
+        device=device,
+        on_epoch=on_epoch,
+        engine=engine,
+        address=address,
+    )
 
 
 def _draw(study: Study) -> Figure:

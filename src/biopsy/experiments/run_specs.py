@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from matplotlib.figure import Figure
 from biopsy.core.claims import Claims, first_of_shard, share_work
 from biopsy.core.errors import RunError, TrainingDiverged
 from biopsy.core.files import check_outputs, hold_outputs, is_vacant, write_atomic, write_json
+from biopsy.core.ray_engine import Engine, TaskLost, run_tasks
 from biopsy.data.packs import Pack
 from biopsy.data.splits import Split
 from biopsy.evaluation.evaluate import evaluate
+from biopsy.models.hardware import pick_device
 from biopsy.models.weights import make_network
 from biopsy.plotting.style import png
 from biopsy.recipes import Recipe, recipe_toml
@@ -69,12 +72,18 @@ def run_all(
     device: str,
     on_epoch: OnEpoch | None,
     shard: str | None = None,
+    engine: Engine = "local",
+    address: str | None = None,
 ) -> Study:
     """Train and judge what has not been yet; write the study's tables after every run, its figure at the end.
 
     Finished runs are kept, half-trained ones are resumed; one whose loss diverges is named under ``failed``.
     Specifications may be made while runs finish. Without ``judge`` the test subset is not evaluated.
-    Processes that are at one study share the runs that are known; each ends when all are done.
+    Processes that are at one study share the runs that are known; each ends when all are done. With the
+    engine ``ray`` the processes of a cluster train one run each at a time, under its claim.
+
+    Raises:
+        RunError: If the processes that trained a run died at every attempt, or there is no such cluster.
     """
     batches = [specs] if isinstance(specs, Sequence) else ([spec] for spec in specs)
     by_name: dict[str, RunSpec] = {}
@@ -86,14 +95,17 @@ def run_all(
             path = study.path / "runs" / name
             return _is_done(path, judge=judge) or _has_failed(path, since=started)
 
+        def show() -> None:
+            if claims.take(STUDY):
+                _write(Study.open(study.path), write_tables)
+                claims.release(STUDY)
+
         def work(names: Iterator[str]) -> None:
             for name in names:
                 path = study.path / "runs" / name
                 _train_and_evaluate(path, by_name[name], pack, device, on_epoch, judge=judge)
                 claims.release(name)
-                if claims.take(STUDY):
-                    _write(Study.open(study.path), write_tables)
-                    claims.release(STUDY)
+                show()
 
         for batch in batches:
             names = [spec.name for spec in batch]
@@ -102,6 +114,10 @@ def run_all(
                 study = Study.open(study.path)
                 new = {name: by_name[name].describe() for name in names}
                 study.update(runs={**study.info.get("runs", {}), **new})
+            if engine == "ray":
+                rest = [by_name[name] for name in names if not is_finished(name)]
+                _train_on_ray(study.path, rest, pack, pick_device(device), address, started, judge, show)
+                continue
             first = 0 if shard is None else first_of_shard(shard, len(names))
             share_work(claims, [*names[first:], *names[:first]], is_finished, work)
         with claims.wait_for(STUDY):
@@ -111,6 +127,52 @@ def run_all(
             failed = {run.path.name: run.info["reason"] for run in runs if run.info["status"] == "failed"}
             study.update(status="finished", failed=failed)
     return study
+
+
+def _train_on_ray(
+    path: Path,
+    specs: Sequence[RunSpec],
+    pack: Pack,
+    device: str,
+    address: str | None,
+    started: float,
+    judge: bool,
+    show: Callable[[], None],
+) -> None:
+    """Train and judge runs in the processes of a Ray cluster.
+
+    Args:
+        path: Of the study.
+        show: Called after every run.
+
+    Raises:
+        RunError: If the processes of a run died at every attempt; the other runs are finished first.
+    """
+    prepare = partial(
+        _prepare_worker, path.resolve(), pack.path.resolve(), device.partition(":")[0], started, judge
+    )
+    lost = []
+    for spec, result in run_tasks(prepare, specs, address=address, device=device):
+        if isinstance(result, TaskLost):
+            lost.append(f"{spec.name}: {result}")
+        logger.info("%s: %s", spec.name, result or "finished")
+        show()
+    if lost:
+        raise RunError(f"{len(lost)} of {len(specs)} runs were not trained; {lost[0]}")
+
+
+def _prepare_worker(
+    study: Path, pack_path: Path, device: str, started: float, judge: bool, n_cores: int
+) -> Callable[[RunSpec], None]:
+    pack = Pack.open(pack_path)
+
+    def train_one(spec: RunSpec) -> None:
+        path = study / "runs" / spec.name
+        with Claims(study) as claims, claims.wait_for(spec.name):
+            if not _is_done(path, judge=judge) and not _has_failed(path, since=started):
+                _train_and_evaluate(path, spec, pack, device, None, judge=judge)
+
+    return train_one
 
 
 def _write(

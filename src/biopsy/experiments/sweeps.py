@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from biopsy.core.errors import FileFormatError, MissingExtra, RecipeError, RunError
 from biopsy.core.files import write_json
 from biopsy.core.loaders import parse_toml
+from biopsy.core.ray_engine import Engine, check_engine
 from biopsy.core.seeds import derive
 from biopsy.data.packs import Pack
 from biopsy.evaluation.study_tables import SHOWN, Spread, describe_run, training_columns
@@ -285,6 +286,8 @@ def sweep(
     out: Path | str | None = None,
     device: str = "auto",
     shard: str | None = None,
+    engine: Engine = "local",
+    address: str | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> Study:
     """Train every combination of some settings, or search ranges of them, and choose one on validation.
@@ -312,6 +315,10 @@ def sweep(
         shard: ``I/N``: process I of N that share the study's folder, on one machine or many. It begins with
             its share of the runs, continues with any that no other process has finished or claimed, takes
             over those of processes that died, and ends when all runs are done.
+        engine: ``ray`` trains the runs on a Ray cluster (extra ``ray``), one run a core or a GPU; all nodes
+            must see the pack and the study's folder under the same paths.
+        address: Ray cluster, such as ``HOST:6379`` (default: ``RAY_ADDRESS``, else one that runs here, else
+            one that is started for this command).
         on_epoch: Called with each epoch's record, which also names ``run``, ``recipe``, ``fold``,
             ``seed`` and the settings of the grid.
 
@@ -320,13 +327,14 @@ def sweep(
         RunError: If the folder holds a study that asked something else.
         DataError: If ``shard`` is not ``I/N``.
     """
+    check_engine(engine, address, shard)
     changed = setting_lines(overrides)
     ranges = [search] if isinstance(search, str) else list(search)
     space = read_space(ranges) if ranges else {}
     if space and grid:
         raise RecipeError("a sweep takes either --grid or --search")
-    if space and shard is not None:
-        raise RecipeError("a trial of a search depends on those before it: leave --shard out")
+    if space and (shard is not None or engine != "local"):
+        raise RecipeError("a trial of a search depends on those before it: leave --shard and --engine out")
     if space and trials < 1:
         raise RecipeError(f"a search needs at least one trial, got --trials {trials}")
     base = load_recipe(recipe, changed)
@@ -387,6 +395,8 @@ def sweep(
         device=device,
         on_epoch=on_epoch,
         shard=shard,
+        engine=engine,
+        address=address,
     )
 
 

@@ -7,14 +7,18 @@ mapped again. ``status.csv`` names every slide and what became of it.
 
 Several processes share one folder with ``shard``: each takes slides that are neither finished nor claimed by
 another, its own share of the list first. What is finished is known by the slides' folders, so that
-``status.csv`` is the same whoever writes it last.
+``status.csv`` is the same whoever writes it last. With the engine ``ray`` the processes of a cluster map one
+slide each at a time, under its claim, and this process writes ``status.csv``.
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from filelock import FileLock, Timeout
@@ -31,8 +35,10 @@ from biopsy.core.files import (
     update_directory,
     write_json,
 )
+from biopsy.core.ray_engine import Engine, TaskLost, check_engine, run_tasks
 from biopsy.core.tables import write_csv
 from biopsy.core.text import printable
+from biopsy.data.packs import Pack
 from biopsy.models.classifier import Classifier, Tta
 from biopsy.models.hardware import Precision
 from biopsy.slides.inference import OnProgress
@@ -53,6 +59,11 @@ from biopsy.training.runs import Run
 STATUS = "status.csv"
 _FAILED = ".failed.json"
 _LOCK_S = 10.0
+
+Row = dict[str, Any]
+Record = Callable[[Row], None]
+Request = dict[str, object]
+
 COLUMNS = (
     *("slide", "source", "status", "reason", "n_patches", "mpp", "mpp_source", "positive_mm2"),
     *("out_of_distribution", "out_of_distribution_quantile"),
@@ -102,6 +113,8 @@ def slide(
     tta: Tta | None = None,
     trust_model: str | None = None,
     shard: str | None = None,
+    engine: Engine = "local",
+    address: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> SlideMap | SlideCohort:
     """Map whole slides: probabilities over the tissue, and files that open in QuPath.
@@ -128,24 +141,30 @@ def slide(
         shard: ``I/N``: process I of N that share ``out``, on one machine or many. It begins with its share
             of the slides, continues with any that no other process has finished or claimed, takes over
             those of processes that died, and ends when all slides are done.
+        engine: ``ray`` maps the slides on a Ray cluster (extra ``ray``), one slide a core or a GPU; all
+            nodes must see slides and ``out`` under the same paths.
+        address: Ray cluster, such as ``HOST:6379`` (default: ``RAY_ADDRESS``, else one that runs here, else
+            one that is started for this command).
         on_progress: Called with the numbers of patches done and in all of the current slide.
 
     Returns:
         The map of one slide; of several a `SlideCohort`.
 
     Raises:
-        RunError: If the model is none of these, or not trusted.
+        RunError: If the model is none of these, or not trusted, or there is no such cluster.
+        MissingExtra: If Ray is wanted and not installed.
         DataError: If a path does not exist or ``out`` is missing or in use.
         SlideError: If no slide could be mapped.
     """
+    check_engine(engine, address, shard)
     mapper = Mapper(model, mpp, stride_um, detections, precision, device, tta, trust_model, on_progress)
     single = isinstance(slides, Path | str)
     sources = list_sources([Path(slides)] if isinstance(slides, Path | str) else [*map(Path, slides)], mpp)
     single = single and len(sources) == 1 and sources[0].pack is None
     first = None if shard is None else first_of_shard(shard, len(sources))
     if out is None:
-        if not single or shard is not None:
-            raise DataError("several slides need a place for their maps: pass out=DIR")
+        if not single or shard is not None or engine == "ray":
+            raise DataError("several slides, or several processes, need a place for the maps: pass out=DIR")
         result = next(mapper.map(sources)).result
         if isinstance(result, DataError):
             raise result
@@ -159,12 +178,19 @@ def slide(
     refuse_own_data(out, sources)
     check_outputs(out, STATUS)
     out.mkdir(parents=True, exist_ok=True)
+    if engine == "ray":
+        place = _locate(model.path if isinstance(model, Run) else model)
+        kind = mapper.device.partition(":")[0]
+        arguments = (mpp, stride_um, detections, mapper.precision, kind, tta, trust_model, None)
+        map_rest = partial(_map_on_ray, out, mapper, partial(Mapper, place, *arguments), address)
+    else:
+        map_rest = partial(_map_here, out, mapper)
     try:
         if first is None:
             with FileLock(out / LOCK, timeout=0), Claims(out) as claims, hold_outputs(out, STATUS):
-                if claims.list_others():
+                if engine == "local" and claims.list_others():
                     raise DataError(f"{out} is in use by processes with --shard: pass --shard I/N as they do")
-                cohort = _map_into(out, sources, mapper)
+                cohort = _map_into(out, sources, mapper, map_rest)
         else:
             with contextlib.suppress(NotImplementedError), FileLock(out / LOCK, timeout=_LOCK_S):
                 pass  # no process without --shard is at work
@@ -179,20 +205,78 @@ def slide(
     return SlideMap.from_parquet(out / sources[0].name / MAP) if single else cohort
 
 
-def _map_into(out: Path, sources: Sequence[Source], mapper: Mapper) -> SlideCohort:
+def _map_into(
+    out: Path,
+    sources: Sequence[Source],
+    mapper: Mapper,
+    map_rest: Callable[[Sequence[Source], Record], None],
+) -> SlideCohort:
     """Map what is not finished yet; ``status.csv`` is written after every slide."""
     looked = {source.name: _look(out, source, mapper) for source in sources}
     rows = {source.name: looked[source.name] or _row(source, "waiting") for source in sources}
 
-    def write(mapped: Mapped) -> None:
-        rows[mapped.source.name] = _write(out, mapped, mapper)
+    def record(row: Row) -> None:
+        rows[str(row["slide"])] = row
         _write_status(out, rows)
 
-    _map_all(mapper, [source for source in sources if looked[source.name] is None], write)
+    map_rest([source for source in sources if looked[source.name] is None], record)
     return SlideCohort(out, _write_status(out, rows))
 
 
-def _look(out: Path, source: Source, mapper: Mapper) -> dict[str, object] | None:
+def _map_here(out: Path, mapper: Mapper, sources: Sequence[Source], record: Record) -> None:
+    """Map slides in this process."""
+    _map_all(mapper, sources, lambda mapped: record(_write(out, mapped, mapper)))
+
+
+def _map_on_ray(
+    out: Path,
+    mapper: Mapper,
+    open_mapper: Callable[[], Mapper],
+    address: str | None,
+    sources: Sequence[Source],
+    record: Record,
+) -> None:
+    """Map slides in the processes of a Ray cluster, each of which opens the classifier once."""
+    paths = {source.name: source.path for source in sources}
+    tasks = (
+        (replace(source, path=_locate(source.path), pack=None), mapper.request(source)) for source in sources
+    )
+    prepare = partial(_prepare_worker, _locate(out), open_mapper)
+    for (source, _), row in run_tasks(prepare, tasks, address=address, device=mapper.device):
+        if isinstance(row, TaskLost):
+            row = _row(source, "failed", reason=str(row))
+        record(row | {"source": printable(str(paths[source.name]))})
+        if n_patches := row.get("n_patches"):
+            mapper.report(n_patches, n_patches)
+
+
+def _prepare_worker(
+    out: Path, open_mapper: Callable[[], Mapper], n_cores: int
+) -> Callable[[tuple[Source, Request]], Row]:
+    mapper = open_mapper()
+    mapper.n_threads = n_cores
+
+    def map_one(task: tuple[Source, Request]) -> Row:
+        source, request = task
+        if source.index is not None:
+            source = replace(source, pack=Pack.open(source.path))
+        with Claims(out) as claims, claims.wait_for(source.name):
+            row = _look(out, source, mapper)
+            if row is None and mapper.request(source) != request:
+                reason = "a node of the cluster has another slide there, or other versions"
+                return _row(source, "failed", reason=reason)
+            return row or _write(out, next(mapper.map([source])), mapper)
+
+    return map_one
+
+
+def _locate(path: Any) -> Any:
+    """Return a path as other processes find it; what is no path of a file or folder stays as it is."""
+    is_path = isinstance(path, str | Path) and os.path.exists(path)
+    return Path(os.path.abspath(path)) if is_path else path
+
+
+def _look(out: Path, source: Source, mapper: Mapper) -> Row | None:
     """Return a slide's row if it is finished or cannot be mapped, else None."""
     try:
         request = mapper.request(source)
@@ -251,14 +335,14 @@ def _map_shard(
         return SlideCohort(out, _write_status(out, rows))
 
 
-def _gather(out: Path, source: Source, mapper: Mapper, claims: Claims) -> dict[str, object]:
+def _gather(out: Path, source: Source, mapper: Mapper, claims: Claims) -> Row:
     """Return the row of a slide that this or another process has mapped or failed at."""
     if (row := _look(out, source, mapper)) is not None:
         return row
     return _row(source, "failed", reason=read_json(claims.folder / f"{source.name}{_FAILED}")["reason"])
 
 
-def _write(out: Path, mapped: Mapped, mapper: Mapper) -> dict[str, object]:
+def _write(out: Path, mapped: Mapped, mapper: Mapper) -> Row:
     source = mapped.source
     try:
         if isinstance(mapped.result, DataError):
@@ -275,10 +359,8 @@ def _write(out: Path, mapped: Mapped, mapper: Mapper) -> dict[str, object]:
     return _row(source, "done", document)
 
 
-def _row(
-    source: Source, status: str, document: SlideSummary | None = None, *, reason: str = ""
-) -> dict[str, object]:
-    row: dict[str, object] = {
+def _row(source: Source, status: str, document: SlideSummary | None = None, *, reason: str = "") -> Row:
+    row: Row = {
         "slide": source.name,
         "source": printable(str(source.path)),
         "status": status,

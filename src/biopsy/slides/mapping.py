@@ -118,7 +118,8 @@ class Mapped(NamedTuple):
 class Mapper:
     """A classifier ready to be asked; the parameters are those of `biopsy.slide`.
 
-    ``meanwhile`` is called once, when the first patches of a file have been asked about.
+    ``meanwhile`` is called once, when the first patches of a file have been asked about; ``n_threads`` is how
+    many threads read files and predict (default: one a core).
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class Mapper:
         self.detections = detections
         self.is_calibrated = is_calibrated(self.classifier)
         self.meanwhile: Callable[[], object] | None = None
+        self.n_threads: int | None = None
         self._model = self.classifier.source or model
         self._mpp, self._on_progress = mpp, on_progress
         self._requests: dict[str, dict[str, object]] = {}
@@ -189,7 +191,8 @@ class Mapper:
             device=self.device,
             precision=self.precision,
             stride_um=self.stride_um,
-            on_progress=self._report,
+            n_threads=self.n_threads,
+            on_progress=self.report,
         )
         for result in results:
             source = taken.popleft()
@@ -202,7 +205,8 @@ class Mapper:
             except DataError as error:
                 yield Mapped(source, error)
 
-    def _report(self, done: int, total: int) -> None:
+    def report(self, done: int, total: int) -> None:
+        """Tell whoever asked for it how many patches of a slide are done."""
         if self.meanwhile is not None:
             self.meanwhile()
             self.meanwhile = None
