@@ -145,7 +145,7 @@ def test_a_share_out_of_none_and_of_few_patients():
     how = {"equal_groups": True, "seed": 0}
     of_few = estimate_shares({"x": wrong}, patients, of={"x": kept}, **how)["x"]
     assert of_few.value == pytest.approx(np.mean([3 / 5, 2 / 5, 3 / 5]))
-    assert of_few.reason == "only 3 patient(s) with such patches: an interval needs 5"
+    assert of_few.reason == "only 3 patients with such patches: an interval needs 5"
     none = estimate_shares({"x": wrong}, patients, of={"x": np.zeros(30)}, **how)["x"]
     assert np.isnan(none.value) and none.reason == "undefined: no patches"
     never = estimate_shares({"x": np.zeros(30)}, patients, **how)["x"]
@@ -251,7 +251,7 @@ def test_too_few_patients_guarantee_nothing():
     conformal = fit(POPULATION.draw(1, 400, seed=0))
     assert conformal["quantiles"] is None and conformal["per_patch_quantiles"] is not None
     entry = judge(conformal, NEW)
-    assert "needs at least ceil(1/0.1) - 1 = 9 calibration patients; there is 1" in entry["reason"]
+    assert "needs at least 9 calibration patients; there is 1" in entry["reason"]
     assert entry["patient"] is None and entry["verdict"] is None
     assert entry["per_patch"]["patient"]["coverage"]["value"] > 0 and entry["risk_coverage"]["at"]
 

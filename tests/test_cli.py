@@ -421,7 +421,7 @@ def test_from_archive_to_report(make_idc_zip, tmp_path, monkeypatch):
     metrics = json.loads(judged.stdout)
     written = json.loads(Path("run/evaluation/metrics.json").read_text())
     assert written.pop(SEAL) and metrics == written
-    assert "evaluated 2 times, by 1 runs" in call("evaluate", "run").stdout
+    assert "evaluated 2 times, by 1 run" in call("evaluate", "run").stdout
     shown = call("evaluate", "run", "--subset", "validation")
     assert shown.exit_code == 0 and "auroc" in shown.stdout
 

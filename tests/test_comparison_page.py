@@ -38,9 +38,7 @@ def document(*entries, unit="patient", compares="recipes"):
 
 
 def test_the_figure_has_a_row_a_metric_and_a_hollow_dot_without_interval():
-    made = document(
-        entry(0.03, 0.01, 0.05), entry(-0.02, reason="only 3 patient(s)", n=3, min=-0.05, max=0.02)
-    )
+    made = document(entry(0.03, 0.01, 0.05), entry(-0.02, reason="only 3 patients", n=3, min=-0.05, max=0.02))
     figure = draw_differences(made["differences"])
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == list(SHOWN.values())
@@ -76,7 +74,7 @@ def test_an_undefined_difference_is_left_out_of_the_figure():
             r"0\.030 below .*no significant difference; equivalence is not established",
         ),
         (
-            entry(0.03, reason="only 3 patient(s) with patches"),
+            entry(0.03, reason="only 3 patients with patches"),
             r"above .*does not generalise to other patients",
         ),
         (entry(0.0, reason="no spread", p=1.0, p_holm=1.0), "identical AUROC"),

@@ -90,13 +90,13 @@ def test_few_patients_have_values_and_a_reason():
     values, chosen, groups = draw(n_groups=3, shift=1.0)
     found = contrast_groups(values, chosen, groups, seed=0, unit="slide", names=("missed", "found"))
     assert found.auroc.low is None and found.difference_sd.low is None and found.auroc.value > 0.6
-    assert found.auroc.reason == "only 3 slide(s) with missed patches: an interval needs 5"
+    assert found.auroc.reason == "only 3 slides with missed patches: an interval needs 5"
     assert list(found.by_group.index) == ["g000", "g001", "g002"]
     few = np.isin(groups, "g001") & chosen
     values, chosen, groups = draw(n_groups=9)
     few = chosen & (groups == "g001")
     found = contrast_groups(values, few, groups, seed=0, names=("missed", "found"))
-    assert found.auroc.reason == "only 1 patient(s) with missed patches: an interval needs 5"
+    assert found.auroc.reason == "only 1 patient with missed patches: an interval needs 5"
     assert np.isnan(found.by_group["auroc"]["g002"])
 
 

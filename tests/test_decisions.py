@@ -129,7 +129,7 @@ def test_few_patients_allow_no_interval():
     target, prob, groups = draw(n_groups=2)
     found = estimate_predictive_values(count_calls(target, prob, groups, [0.5], seed=0), 0, 0.1)["ppv"]
     assert found.low is None and found.reason == (
-        "only 2 patient(s) with positive patches: an interval needs 5"
+        "only 2 patients with positive patches: an interval needs 5"
     )
 
 
@@ -186,7 +186,7 @@ def test_reliability_of_many_groups_and_of_one():
     target, prob, groups = draw(2000, n_groups=150)
     few, many = (estimate_reliability(target, prob, g, seed=0, draws=200) for g in (groups, ["a"] * 2000))
     assert all(one.observed.low < one.observed.value < one.observed.high for one in few)
-    assert all(one.observed.reason == "only 1 patient(s) with patches: an interval needs 5" for one in many)
+    assert all(one.observed.reason == "only 1 patient with patches: an interval needs 5" for one in many)
 
 
 def test_bins_without_spread():

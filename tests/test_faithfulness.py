@@ -322,10 +322,10 @@ def test_answers_are_plain_sentences():
         "0.30)."
     )
     few = record | {"verdict": {"random": "unsaid", "edges": "unsaid"}}
-    none = Interval(0.1, reason="only 1 patient(s)")
+    none = Interval(0.1, reason="only 1 patient")
     few["gain"] = {"random": none, "edges": none}
     assert describe_gain(few, 1, "patient").startswith(
-        "Grad-CAM: inconclusive with 1 patient (only 1 patient(s))"
+        "Grad-CAM: inconclusive with 1 patient (only 1 patient)"
     )
 
 

@@ -170,7 +170,7 @@ def test_fewer_than_five_patients_have_no_interval():
     ours = estimate_patch_metrics(TARGET[keep], PROB[keep], PATIENTS[keep], seed=0, unit="slide")
     for name, interval in ours.items():
         assert interval.low is interval.high is None, name
-    assert ours["accuracy"].reason == "only 4 slide(s) with patches: an interval needs 5"
+    assert ours["accuracy"].reason == "only 4 slides with patches: an interval needs 5"
     assert describe_method(4, seed=0).method == "none"
 
 
@@ -181,7 +181,7 @@ def test_patients_who_do_not_carry_a_metric_do_not_count_for_it():
     target = ((patients < 4) & (rng.random(200) < 0.5)).astype(int)
     prob = expit(rng.normal(target * 2 - 1))
     ours = estimate_patch_metrics(target, prob, patients, seed=0)
-    assert ours["sensitivity"].reason == "only 4 patient(s) with positive patches: an interval needs 5"
+    assert ours["sensitivity"].reason == "only 4 patients with positive patches: an interval needs 5"
     assert ours["auroc"].reason == ours["sensitivity"].reason
     assert 0 < ours["specificity"].low < ours["specificity"].high < 1
 

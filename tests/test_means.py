@@ -24,7 +24,7 @@ def test_patches_of_one_patient_count_as_one_when_they_agree():
 
 def test_few_patients_have_no_interval_and_many_are_drawn_anew():
     few = clustered_mean([0.1, 0.2, 0.4], ["a", "b", "b"], seed=0)
-    assert few.value == pytest.approx(0.7 / 3) and few.low is None and "only 2 patient(s)" in few.reason
+    assert few.value == pytest.approx(0.7 / 3) and few.low is None and "only 2 patients" in few.reason
     values = np.random.default_rng(2).normal(0, 1, 400)
     many = clustered_mean(values, np.arange(400), seed=0)
     assert many.high - many.low == pytest.approx(2 * 1.966 * stats.sem(values), rel=0.08)

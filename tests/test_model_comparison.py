@@ -328,7 +328,7 @@ def test_three_slides_are_shown_one_by_one_without_an_interval(tmp_path):
     ]
     done = call("compare", *(str(s.path) for s in studies), "--out", str(tmp_path / "out"))
     assert done.exit_code == 0 and done.stderr == f"comparison {tmp_path / 'out'}\n"
-    assert "only 3 patient(s) with positive patches: an interval needs 5" in done.stdout
+    assert "only 3 patients with positive patches: an interval needs 5" in done.stdout
     for patient in ("8863", "8865", "8867"):
         assert re.search(rf"^ *{patient} +16 +\+0\.\d+ +[+-]0\.\d+ to \+0\.\d+", done.stdout, re.MULTILINE)
     document = json.loads((tmp_path / "out" / "comparison.json").read_text())
@@ -418,7 +418,7 @@ def test_refusals(pack, pair, tmp_path):
     done = call("compare", str(weak.path), str(part.path))
     assert done.exit_code == 1 and done.stderr.count("\n") == 1 and not done.stdout
     few = write_run(tmp_path / "few", pack, half[:64], first[:64])
-    with pytest.raises(MetricError, match=r"only 4 patient\(s\) with positive patches"):
+    with pytest.raises(MetricError, match=r"only 4 patients with positive patches"):
         biopsy.compare(few, plan=True)
 
 

@@ -161,7 +161,7 @@ def test_a_class_of_few_patients_allows_no_interval_of_a_mean_over_classes():
     target[(target == 3) & (groups >= 4)] = 0
     ours = estimate_metrics(class_sample(target, probs, NAMES, group_ids=groups), seed=0)
     assert ours["balanced_accuracy"].low is None
-    assert "only 4 patient(s) with patches of class 'd'" in ours["balanced_accuracy"].reason
+    assert "only 4 patients with patches of class 'd'" in ours["balanced_accuracy"].reason
     assert ours["accuracy"].low is not None
 
 

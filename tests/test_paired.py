@@ -70,7 +70,7 @@ def test_thresholds_are_each_classifiers_own():
 def test_no_interval_without_a_spread_or_with_few_patients():
     target, first, second, groups = draw_pair(np.random.default_rng(4), 4)
     few = estimate_differences(target, first, second, groups, names=["auroc"], seed=0)["auroc"]
-    assert few.low is None and "only 4 patient(s)" in few.reason
+    assert few.low is None and "only 4 patients" in few.reason
     target, first, second, groups = draw_pair(np.random.default_rng(5), 8)
     same = estimate_differences(target, first, first, groups, names=["auroc"], seed=0)["auroc"]
     assert same.value == 0 and same.low is None and "do not differ" in same.reason

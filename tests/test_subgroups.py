@@ -78,7 +78,7 @@ def test_a_group_of_one_patient_is_shown_without_interval_and_with_the_reason(me
     auroc = alone["patch"]["auroc"]
     assert auroc["value"] == pytest.approx(roc_auc_score(pack.target[rows], probs[rows, 1]))
     assert (auroc["low"], auroc["high"]) == (None, None)
-    assert auroc["reason"] == "only 1 patient(s) with positive patches: an interval needs 5"
+    assert auroc["reason"] == "only 1 patient with positive patches: an interval needs 5"
     assert all(others["patch"][name]["low"] is not None for name in SHOWN)
 
 

@@ -221,6 +221,8 @@ def _print_reproduction(study: Any, options: Options) -> None:
 
 
 def _print_metrics(metrics: Mapping[str, Any], options: Options) -> None:
+    from biopsy.core.text import count
+
     split, unit, opened = metrics["split"], metrics["unit"], metrics["ledger"]
     if metrics.get("title"):
         print(metrics["title"])
@@ -230,11 +232,12 @@ def _print_metrics(metrics: Mapping[str, Any], options: Options) -> None:
         print("PATIENTS OVERLAP on this split: these results do not apply to new patients.")
     for warning in metrics.get("warnings", []):
         print(f"WARNING: {warning}")
-    groups = "" if unit == "patch" else f" of {metrics['n_patients']:,} {unit}s"
+    groups = "" if unit == "patch" else f" of {count(metrics['n_patients'], unit)}"
     where = f"{metrics['subset']} subset of split {split['name']}: " if metrics["subset"] else ""
-    print(f"{where}{metrics['n_patches']:,} patches{groups}")
+    print(f"{where}{count(metrics['n_patches'], 'patch')}{groups}")
     if opened:
-        print(f"this test subset has been evaluated {opened['times']} times, by {opened['runs']} runs")
+        times, runs = count(opened["times"], "time"), count(opened["runs"], "run")
+        print(f"this test subset has been evaluated {times}, by {runs}")
     if metrics["baseline"]:
         print(
             f"colour-only baseline: AUROC {_number(metrics['baseline']['auroc'])}{_gain(metrics['baseline'])}"
@@ -272,15 +275,19 @@ def _print_threshold(metrics: Mapping[str, Any]) -> None:
 
 def _print_estimates(metrics: Mapping[str, Any]) -> None:
     """Print every metric with its interval."""
-    header = ["metric", "patches", f"95 % interval, by {metrics['interval']['unit']}"]
+    from biopsy.reporting.elements import Footnotes
+
+    header = ["metric", "all patches", f"95 % interval, by {metrics['interval']['unit']}"]
     per_patient = metrics["patient"] or {}
-    rows = []
+    rows, reasons = [], Footnotes()
     for name, estimate in metrics["patch"].items():
-        rows.append([name, _number(estimate), _interval(estimate)])
+        rows.append([name, _number(estimate), reasons.interval(estimate)])
         if per_patient:
             summary = per_patient.get(name, {})
             rows[-1] += [summary.get("value"), summary.get("worst")]
     print_table(rows, header + (["mean of patients", "worst"] if per_patient else []))
+    for note in reasons.notes:
+        print(note)
 
 
 def _print_classes(report: Sequence[Mapping[str, Any]]) -> None:
@@ -294,14 +301,18 @@ def _print_classes(report: Sequence[Mapping[str, Any]]) -> None:
 
 def _print_subgroups(metrics: Mapping[str, Any]) -> None:
     """Print the metrics within each value of each column."""
-    rows, names = [], list[str]()
+    from biopsy.reporting.elements import Footnotes
+
+    rows, names, reasons = [], list[str](), Footnotes()
     for column, values in metrics["subgroups"].items():
         for value, part in values.items():
             names = list(part["patch"])
-            estimates = [f"{_number(item)} ({_interval(item)})" for item in part["patch"].values()]
+            estimates = [reasons.estimate(item) for item in part["patch"].values()]
             rows.append([column, value, part["n_patches"], part["n_patients"], *estimates])
     if rows:
         print_table(rows, ["column", "subgroup", "patches", "patients", *names])
+        for note in reasons.notes:
+            print(note)
         print("intervals of subgroups each hold by themselves: not corrected for the number of subgroups")
 
 

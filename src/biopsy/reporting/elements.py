@@ -39,9 +39,14 @@ class Footnotes:
         return f"{number(estimate.get('value'))} {interval if interval.startswith('(') else f'({interval})'}"
 
     @property
-    def text(self) -> str:
+    def notes(self) -> list[str]:
+        """One sentence a reason, each with its letter."""
         lettered = zip(ascii_lowercase, self._reasons, strict=False)
-        return "".join(f" ({letter}) {capitalize(explain_missing(why))}." for letter, why in lettered)
+        return [f"({letter}) {capitalize(explain_missing(why))}." for letter, why in lettered]
+
+    @property
+    def text(self) -> str:
+        return "".join(f" {note}" for note in self.notes)
 
 
 def table_of_metrics(metrics: Mapping[str, Any], unit: str, on_subset: str = " on the test subset") -> Table:

@@ -171,7 +171,7 @@ def fit_conformal(
                 else ""
             )
             reason = (
-                f"an error rate of {alpha:g} needs at least ceil(1/{alpha:g}) - 1 = {needed} calibration "
+                f"an error rate of {alpha:g} needs at least {needed} calibration "
                 f"{unit}s{'' if n == n_patients else of}; there {'is' if n == 1 else 'are'} {n}"
             )
             return Conformal(alpha, guarantee, None, n_patients, len(scores), unit, reason)

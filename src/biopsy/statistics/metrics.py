@@ -126,7 +126,7 @@ def metric(
 
 BOTH = ("n_pos", "n_neg")
 NO_ECE_INTERVAL = (
-    "no interval for the calibration error: it is biased upwards in small samples, and intervals around it "
+    "the calibration error is biased upwards in small samples, and intervals around it "
     "did not reach their nominal coverage in simulation; see ece_floor and the calibration slope"
 )
 

@@ -8,6 +8,7 @@ import numpy as np
 from scipy import stats
 
 from biopsy.core.errors import MetricError, suggest
+from biopsy.core.text import count
 from biopsy.statistics.intervals import GroupedSample
 from biopsy.statistics.metrics import registry
 from biopsy.statistics.resampling import FEWEST_GROUPS, Floats, Resampler, check_level, fewest_informative
@@ -72,7 +73,7 @@ def influence_groups(samples: Sequence[GroupedSample], name: str, *, unit: str =
     informative = fewest_informative([sample.informative_groups(metric.needs) for sample in samples])
     if informative.n < FEWEST_GROUPS:
         raise MetricError(
-            f"only {informative.n} {unit}(s) with {informative.description}: a plan needs the variance "
+            f"only {count(informative.n, unit)} with {informative.description}: a plan needs the variance "
             f"between at least {FEWEST_GROUPS}"
         )
     resampler = Resampler(n_groups, unit=unit, bootstrap_from=None)

@@ -17,6 +17,7 @@ from scipy.special import expit, logit, stdtrit
 
 from biopsy.core.errors import MetricError
 from biopsy.core.seeds import make_rng
+from biopsy.core.text import count
 
 Floats = NDArray[np.float64]
 Method = Literal["jackknife", "bootstrap"]
@@ -173,7 +174,7 @@ class Resampler:
         if informative.n < FEWEST_GROUPS:
             return Interval(
                 value,
-                reason=f"only {informative.n} {self.unit}(s) with {informative.description}: an interval "
+                reason=f"only {count(informative.n, self.unit)} with {informative.description}: an interval "
                 f"needs {FEWEST_GROUPS}",
             )
         if informative.effective < FEWEST_EFFECTIVE:
