@@ -96,7 +96,7 @@ def test_the_promised_power_is_reached():
 
 def test_refusals():
     target, prob, _, groups = draw_pair(np.random.default_rng(2), 4)
-    with pytest.raises(MetricError, match=r"only 4 patient\(s\) with positive patches"):
+    with pytest.raises(MetricError, match=r"only 4 patients with positive patches"):
         influence_groups([sort_scores(target, prob, group_ids=groups)], "auroc")
     with pytest.raises(MetricError, match="metric 'auc' does not exist: did you mean"):
         influence_groups([sort_scores(target, prob, group_ids=groups)], "auc")
