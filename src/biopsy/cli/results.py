@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from biopsy.cli.console import log, print_blocks, print_json, print_table
+from biopsy.core.text import count, plural
 
 FAILED, SKIPPED = 1, 3
 SHOWN_PATCHES = 20  # of at most so many patches, each prediction is printed
@@ -221,8 +222,6 @@ def _print_reproduction(study: Any, options: Options) -> None:
 
 
 def _print_metrics(metrics: Mapping[str, Any], options: Options) -> None:
-    from biopsy.core.text import count
-
     split, unit, opened = metrics["split"], metrics["unit"], metrics["ledger"]
     if metrics.get("title"):
         print(metrics["title"])
@@ -396,8 +395,6 @@ def _prediction_document(prediction: Any, options: Options) -> object:
 
 
 def _print_prediction(prediction: Any, options: Options) -> None:
-    from biopsy.core.text import count
-
     document: Any = _prediction_document(prediction, options)
     if 0 < document["n_patches"] <= SHOWN_PATCHES:
         _print_patches(prediction)
@@ -429,7 +426,7 @@ def _print_comparison(comparison: Mapping[str, Any], options: Options) -> None:
     from biopsy.statistics.resampling import FEWEST_GROUPS
 
     unit = comparison["unit"]
-    groups = "" if unit == "patch" else f" of {comparison['n_patients']:,} {unit}(s)"
+    groups = "" if unit == "patch" else f" of {count(comparison['n_patients'], unit)}"
     print(f"{comparison['n_patches']:,} common test patches{groups}; reference: {comparison['reference']}")
     for difference in comparison["differences"]:
         print(f"\n{describe_verdict(comparison, difference)}")
@@ -503,8 +500,6 @@ def _signed(value: float | None) -> str:
 
 
 def _print_plan(plan: Mapping[str, Any]) -> None:
-    from biopsy.core.text import plural
-
     units = plural(plan["unit"])
     print(
         f"{units} needed to detect a difference of {plan['difference']:g} in {plan['metric']} with power "
@@ -575,7 +570,9 @@ def _print_explanations(result: Mapping[str, Any], options: Options) -> None:
         print(place / sheet["picture"])
     if "faithfulness" in options:
         tests = result["faithfulness"]
-        print(f"\nfaithfulness, {tests['n_patches']} patches of {tests['n_groups']} {tests['unit']}(s):")
+        print(
+            f"\nfaithfulness, {count(tests['n_patches'], 'patch')} of {count(tests['n_groups'], tests['unit'])}:"
+        )
         for method in tests["methods"]:
             print(method["answer"])
         for method in tests["refused"]:

@@ -170,7 +170,9 @@ def summarise_groups(metric: Metric, values: Floats, level: float, unit: str) ->
         return PatientSummary(float("nan"), reason=f"undefined in every {unit}")
     mean = float(defined.mean())
     if n < FEWEST_GROUPS:
-        interval = Interval(mean, reason=f"defined in only {n} {unit}(s): an interval needs {FEWEST_GROUPS}")
+        interval = Interval(
+            mean, reason=f"defined in only {count(n, unit)}: an interval needs {FEWEST_GROUPS}"
+        )
     else:
         resampler = Resampler(n, unit=unit, level=level, bootstrap_from=None)
         without_one = (defined.sum() - defined) / (n - 1)
