@@ -104,11 +104,11 @@ def _print_pack(pack: Any, options: Options) -> None:
     info = pack.info
     mpp = "unknown" if info.mpp is None else f"{info.mpp:g}"
     print(f"{pack.path}: {info.dataset}, {info.patch_px} px at {mpp} um/px, positive: {info.positive_class}")
-    for name, count in info.counts.items():
-        if isinstance(count, dict):
-            count = ", ".join(f"{key} {value:,}" for key, value in count.items()) or "none"
+    for name, value in info.counts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {n:,}" for key, n in value.items()) or "none"
         label = COUNTS.get(name, name.replace("_", " "))
-        print(f"  {label}: {count:,}" if isinstance(count, int) else f"  {label}: {count}")
+        print(f"  {label}: {value:,}" if isinstance(value, int) else f"  {label}: {value}")
     if "export_tree" in options:
         tree = _count_tree(options["export_tree"])
         print(f"{options['export_tree']}: original files, class folders numbered in the order of the classes")
@@ -162,12 +162,12 @@ def _print_split(split: Any, options: Options) -> None:
     counts = split.parameters["counts"]
     rows = []
     for fold, subsets in enumerate(counts.get("folds", [counts])):
-        for subset, count in subsets.items():
-            if count["patches"]:
+        for subset, sizes in subsets.items():
+            if sizes["patches"]:
                 first = [fold, subset] if split.n_folds else [subset]
-                rows.append([*first, count["patches"], count["groups"], *count["per_class"].values()])
+                rows.append([*first, sizes["patches"], sizes["groups"], *sizes["per_class"].values()])
     header = [*(["fold"] if split.n_folds else []), "subset", "patches", f"{split.unit}s"]
-    print_table(rows, header + list(count["per_class"]))
+    print_table(rows, header + list(sizes["per_class"]))
 
 
 # --- training and experiments
@@ -570,9 +570,8 @@ def _print_explanations(result: Mapping[str, Any], options: Options) -> None:
         print(place / sheet["picture"])
     if "faithfulness" in options:
         tests = result["faithfulness"]
-        print(
-            f"\nfaithfulness, {count(tests['n_patches'], 'patch')} of {count(tests['n_groups'], tests['unit'])}:"
-        )
+        groups = count(tests["n_groups"], tests["unit"])
+        print(f"\nfaithfulness, {count(tests['n_patches'], 'patch')} of {groups}:")
         for method in tests["methods"]:
             print(method["answer"])
         for method in tests["refused"]:

@@ -7,6 +7,7 @@ from typing import Any, Protocol, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from biopsy.core.text import count
 from biopsy.statistics.metrics import METRICS, Counts, Metric, measure, registry
 from biopsy.statistics.multiclass import ClassSample
 from biopsy.statistics.resampling import (
