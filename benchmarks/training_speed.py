@@ -68,12 +68,11 @@ def build_keras() -> Any:
     return model
 
 
-def start_keras(tree: Path) -> Callable[[], int]:
-    """Set up the post's training and return a function that does a pass and returns its number of patches."""
-    model = build_keras()
+def augment_keras() -> Any:
+    """Return the post's augmentation."""
     from keras.src.legacy.preprocessing.image import ImageDataGenerator
 
-    generator = ImageDataGenerator(
+    return ImageDataGenerator(
         rescale=1 / 255.0,
         rotation_range=20,
         zoom_range=0.05,
@@ -84,7 +83,12 @@ def start_keras(tree: Path) -> Callable[[], int]:
         vertical_flip=True,
         fill_mode="nearest",
     )
-    flow = generator.flow_from_directory(
+
+
+def start_keras(tree: Path) -> Callable[[], int]:
+    """Set up the post's training and return a function that does a pass and returns its number of patches."""
+    model = build_keras()
+    flow = augment_keras().flow_from_directory(
         tree, class_mode="categorical", target_size=(INPUT_PX, INPUT_PX), shuffle=True, batch_size=BATCH_SIZE
     )
     steps = flow.samples // BATCH_SIZE
