@@ -1,10 +1,10 @@
 """Seconds of training until a sustained validation AUROC of .90 on PCam's training patches.
 
-* ``pcam-small``: the recipe as it is; ``pcam-small-1``: the same with ``train.epochs=1``, so that its learning
-  rate falls within one pass;
+* ``pcam-small``: the recipe as it is; ``pcam-small-1``: the same with ``train.epochs=1``, so that its
+  learning rate falls within one pass;
 * ``keras-cancernet``: the post's network, augmentation and optimiser in Keras, from files, batches of 32;
-* ``pytorch-resnet18``: torchvision's ResNet-18 from random weights, ``ImageFolder`` and ``DataLoader``, flips,
-  Adam at 1e-3, batches of 64.
+* ``pytorch-resnet18``: torchvision's ResNet-18 from random weights, ``ImageFolder`` and ``DataLoader``,
+  flips, Adam at 1e-3, batches of 64.
 
 All train on the same patches and are validated on the same 1,500 others of the same slides (copies of a patch
 left out) after every 1,024 training patches. The time is that at which the first of three validations in a
@@ -14,9 +14,9 @@ idle core that is the time of day, and what else the machine does hardly changes
 
     python benchmarks/time_to_quality.py ../shared/data/pcam/pcam_train_valid.zip --work DIR
 
-Runs whose row is in the results (same arm, seed; not censored, or censored as late) are not repeated, so the
-command goes on where it was stopped. Results: ``results/time-to-quality.csv``; the validations of a run lie in
-``DIR/<arm>-<seed>.csv``.
+Runs whose row is in the results (same arm, seed; not censored, or censored as late) are not repeated, so
+the command goes on where it was stopped. Results: ``results/time-to-quality.csv``; the validations of a run
+lie in ``DIR/<arm>-<seed>.csv``.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def open_data(source: Path, work: Path) -> Data:
     if not path.exists():
         prepare(source, path)
     table = Pack.open(path).table
-    rows = np.flatnonzero((table["own_side"] == "train") & ~table["sha256"].duplicated())
+    rows = np.flatnonzero((table["official_subset"] == "train") & ~table["sha256"].duplicated())
     val = np.sort(np.random.default_rng(0).choice(rows, N_VALIDATION, replace=False))
     data = Data(path, np.setdiff1d(rows, val), val, tree)
     if not tree.exists():
@@ -117,7 +117,9 @@ def start_biopsy(data: Data, seed: int, epochs: int | None = None) -> Learner:
             epoch = step // batches.count(len(data.train)) + 1
             order = sample_epoch(data.train, pack.target, sampling="none", seed=seed, epoch=epoch)
             for batch, target in batches.iterate(order, epoch=epoch):
-                rate = learning_rate(step, lr=settings.lr, schedule=settings.schedule, total_steps=total_steps)
+                rate = learning_rate(
+                    step, lr=settings.lr, schedule=settings.schedule, total_steps=total_steps
+                )
                 set_learning_rate(optimiser, rate)
                 engine.train_step(network, optimiser, batch, target, loss_fn)
                 step += 1

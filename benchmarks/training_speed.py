@@ -104,9 +104,25 @@ def start_keras(tree: Path) -> Callable[[], int]:
 
 def start_biopsy(path: Path, precision: str) -> Callable[[], int]:
     """Set up ours likewise."""
-    import numpy as np
-
     from biopsy.data.packs import Pack
+
+    pack = Pack.open(path)
+    return start_cancernet(pack.patches, pack.target, pack.sizes, precision)
+
+
+def start_cancernet(
+    patches: Any,
+    target: Any,
+    sizes: Any,
+    precision: str,
+    *,
+    device: str = "cpu",
+    batch_size: int = BATCH_SIZE,
+) -> Callable[[], int]:
+    """Set up this package's training of CancerNet and return a function that does a pass."""
+    import numpy as np
+    import torch
+
     from biopsy.models.engine import Engine, make_loss
     from biopsy.models.networks import build_network
     from biopsy.models.preprocessing import Preprocessing
@@ -114,37 +130,36 @@ def start_biopsy(path: Path, precision: str) -> Callable[[], int]:
     from biopsy.training.batches import Batches
     from biopsy.training.optimisers import learning_rate, make_optimiser, set_learning_rate
 
-    pack, engine = Pack.open(path), Engine("cpu", precision)  # type: ignore[arg-type]
+    engine = Engine(device, precision)  # type: ignore[arg-type]
     network = engine.place(build_network("cancernet", n_classes=2, input_px=INPUT_PX, seed=0)).train()
-    optimiser, loss_fn = (
-        make_optimiser("adagrad", network.parameters(), 1e-2),
-        make_loss("softmax", CLASS_WEIGHTS),
-    )
+    optimiser = make_optimiser("adagrad", network.parameters(), 1e-2)
+    loss_fn = make_loss("softmax", CLASS_WEIGHTS)
     batches = Batches(
-        patches=pack.patches,
-        target=pack.target,
-        widths=pack.sizes[:, 0],
-        heights=pack.sizes[:, 1],
+        patches=patches,
+        target=target,
+        widths=sizes[:, 0],
+        heights=sizes[:, 1],
         preprocessing=Preprocessing(input_px=INPUT_PX),
         augmentation=Augmentation(
             rotation_deg=20, zoom=0.05, shift=0.1, shear_deg=0.05, flip_horizontal=True, flip_vertical=True
         ),
-        batch_size=BATCH_SIZE,
+        batch_size=batch_size,
         drop_last=True,
+        device=engine.device,
     )
     rng, done = np.random.default_rng(0), iter(range(sys.maxsize))
 
     def train_once() -> int:
         epoch = next(done)
-        losses, order = [], rng.permutation(len(pack.target))
-        for number, (batch, target) in enumerate(batches.iterate(order, epoch=epoch)):
+        losses, order = [], rng.permutation(len(target))
+        for number, (batch, classes) in enumerate(batches.iterate(order, epoch=epoch)):
             step = epoch * batches.count(len(order)) + number
             set_learning_rate(
                 optimiser, learning_rate(step, lr=1e-2, schedule="inverse-time", decay=1e-2 / 40)
             )
-            losses.append(engine.train_step(network, optimiser, batch, target, loss_fn)[0].item())
-        assert np.isfinite(losses).all()
-        return batches.count(len(order)) * BATCH_SIZE
+            losses.append(engine.train_step(network, optimiser, batch, classes, loss_fn)[0])
+        assert torch.stack(losses).isfinite().all()
+        return batches.count(len(order)) * batch_size
 
     return train_once
 

@@ -57,6 +57,26 @@ def test_parity_is_reported(bundle):
     assert len(bundle.parity["largest_difference"]) == 6 and bundle.parity["n_patches"] == 120
 
 
+@pytest.mark.slow  # NNCF takes seconds to import
+def test_int8_is_measured_and_recorded(trained_run, tmp_path):
+    pytest.importorskip("nncf")
+    whole = export(trained_run, tmp_path / "bundle", int8=True)
+    known = whole.parity["int8"]
+    assert 0 < known["median"] <= known["largest"] < 0.2 and 0 <= known["changed_calls"] < 0.2
+    predicted = {
+        precision: predict(
+            whole.path, trained_run.open_pack(verify=False).path, out=tmp_path / "p.csv", precision=precision
+        )
+        for precision in ("fp32", "int8")
+    }
+    assert read_json(tmp_path / "p.csv.json")["precision"] == "int8"
+    name = f"prob_{trained_run.classifier.info.positive_class}"
+    difference = np.abs(predicted["fp32"].frame[name] - predicted["int8"].frame[name])
+    assert 0 < difference.max() < 0.2
+    with pytest.raises(DataError):
+        export(trained_run.classifier, tmp_path / "other", int8=True, mpp=None)
+
+
 def test_the_configuration_is_wsinfers(bundle, trained_run):
     info = trained_run.classifier.info
     assert json.loads((bundle.path / "config.json").read_text()) == {

@@ -12,10 +12,11 @@ import torch
 from biopsy.core.errors import RunError
 from biopsy.models import compiling
 from biopsy.models.classifier import Classifier
-from biopsy.models.compiling import write_compiled
+from biopsy.models.compiling import write_compiled, write_quantised
 from biopsy.models.engine import Engine
 from biopsy.models.hardware import pick_precision
 from biopsy.models.networks import build_network
+from biopsy.models.openvino_runtime import INT8_MODEL
 from biopsy.models.preprocessing import Preprocessing
 from biopsy.models.runtimes import TorchRuntime, open_runtime
 from slide_maps import make_classifier
@@ -187,6 +188,34 @@ def test_a_damaged_or_foreign_network_is_refused(bundle, tmp_path):
         file.write(b"\0" * 64)
     with pytest.raises(RunError, match="export the bundle again"):
         ask(Classifier.load(bundle), PATCHES)
+
+
+@pytest.fixture
+def quantised(bundle):
+    """The folder with a quantised network beside it."""
+    pytest.importorskip("nncf")
+    write_quantised(Classifier.load(bundle), bundle, np.tile(PATCHES, (8, 1, 1, 1)))
+    return bundle
+
+
+@pytest.mark.slow  # NNCF takes seconds to import
+def test_a_quantised_network_is_near_and_its_own(quantised):
+    classifier = Classifier.load(quantised)
+    software, logits = ask(classifier, PATCHES, "int8", n_threads=2)
+    assert software == "openvino"
+    assert 1e-4 < off_by(logits, ask(classifier, PATCHES)[1]) < 0.5
+    np.testing.assert_array_equal(logits[3:5], ask(classifier, PATCHES[3:5], "int8")[1])
+    assert off_by(ask(classifier, PATCHES)[1], by_torch(classifier)) < 1e-4
+    with open(quantised / "openvino" / INT8_MODEL.replace("xml", "bin"), "r+b") as file:
+        file.write(b"\0" * 64)
+    with pytest.raises(RunError):
+        ask(classifier, PATCHES, "int8")
+
+
+def test_int8_without_a_quantised_network_is_refused(bundle):
+    for classifier in (Classifier.load(bundle), classifier_of("cancernet")):
+        with pytest.raises(RunError, match="--int8"):
+            ask(classifier, PATCHES, "int8")
 
 
 def test_nothing_is_told_to_the_makers(monkeypatch):

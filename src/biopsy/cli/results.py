@@ -641,6 +641,9 @@ def _print_bundle(bundle: Any, options: Options) -> None:
     rows = [[pair, f"{known['probs']:.1e}"] for pair, known in parity["largest_difference"].items()]
     print_table(rows, ["", "largest difference of a probability"])
     log.info("on %s patches; tolerance %g", f"{parity['n_patches']:,}", parity["tolerance"])
+    if "int8" in parity:
+        int8 = parity["int8"]
+        print(f"int8: largest difference {int8['largest']:.3f}, {int8['changed_calls']:.1%} of calls change")
 
 
 def _print_publication(publication: Any, options: Options) -> None:

@@ -31,6 +31,7 @@ from biopsy.data.splits import FOLDER as SPLITS
 from biopsy.data.tables import refuse_decided
 from biopsy.models.classifier import Classifier, Tta
 from biopsy.models.engine import Engine
+from biopsy.models.hardware import Precision, pick_device, pick_precision
 from biopsy.models.inference import Predictor, open_predictor
 from biopsy.models.out_of_distribution import out_of_distribution_scores, say_unexpected
 from biopsy.slide_io.images import IMAGE_SUFFIXES, decode, read_header
@@ -78,6 +79,7 @@ def predict(
     *,
     out: Path | str | None = None,
     format: Literal["csv", "parquet", "kaggle"] = "csv",
+    precision: Precision = "fp32",
     device: str = "auto",
     tta: Tta | None = None,
     trust_model: str | None = None,
@@ -97,6 +99,8 @@ def predict(
             for kaggle).
         format: Format of the table without ``out``; ``kaggle`` writes ``id,label``: the file name without
             its suffix, and the probability of the positive class.
+        precision: Arithmetic: ``auto`` is bf16 where the processor has it; ``int8`` needs a bundle written
+            with ``export --int8``.
         device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         tta: Test-time augmentation: ``none`` predicts one view of each patch, ``d4`` averages its eight
             symmetries in eight times the time (default: the classifier's own, with which it was calibrated).
@@ -111,7 +115,8 @@ def predict(
     """
     classifier = open_classifier(model, trust_model=trust_model, tta=tta)
     subsets = _subsets_by_hash(model)
-    engine = Engine(device)
+    device = pick_device(device)
+    engine = Engine(device, pick_precision(precision, device))
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     skipped: Skipped = []
     sources = _open([Path(path) for path in paths], classifier, skipped)
@@ -148,6 +153,7 @@ def predict(
         "split": None,
         "threshold": classifier.frozen,
         "tta": classifier.info.tta,
+        "precision": engine.precision,
         "sources": [str(source) for source in paths],
         "skipped": skipped,
         "software": dict([predictor.software]),

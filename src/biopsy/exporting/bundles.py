@@ -19,12 +19,15 @@ import numpy as np
 from biopsy.core.errors import BiopsyError, DataError, RunError
 from biopsy.core.files import create_directory, sha256_file, write_json
 from biopsy.data.packs import Pack
+from biopsy.data.predictions import decide
 from biopsy.exporting.formats.registry import FORMATS
-from biopsy.exporting.model_card import Parity, card_of_run, gather_card, metadata_of_run
+from biopsy.exporting.model_card import Int8Difference, Parity, card_of_run, gather_card, metadata_of_run
 from biopsy.models.classifier import WEIGHTS, Classifier
+from biopsy.models.compiling import write_quantised
 from biopsy.models.engine import Engine
 from biopsy.models.importers.wsinfer import is_wsinfer
 from biopsy.models.inference import predict_logits
+from biopsy.models.openvino_runtime import FOLDER, INT8_MODEL, MODEL, CompiledRuntime, read_compiled
 from biopsy.phantom.cohort import iter_patches
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
@@ -35,6 +38,8 @@ DOCUMENT, PARITY, CARD = "bundle.json", "parity.json", "README.md"
 TOLERANCE = 1e-4
 """The largest difference of a probability that counts as the same."""
 PARITY_PATCHES = 256
+INT8_PATCHES = 512
+"""Patches that the ranges of activations are taken from, and others on which the difference is measured."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ def export(
     *,
     data: Pack | Path | str | None = None,
     mpp: float | None = None,
+    int8: bool = False,
 ) -> Bundle:
     """Write a bundle: a folder that WSInfer, QuPath's WSInfer extension and ONNX Runtime run.
 
@@ -69,12 +75,14 @@ def export(
         data: Pack on whose patches agreement is tested (default: the run's own; of a classifier, synthetic
             patches). Labels are not read.
         mpp: Pixel size of the patches in µm. Required if the classifier does not record it.
+        int8: Also write a network of 8-bit weights and activations for ``--precision int8``; the ranges of
+            activations come from patches of the pack, and ``parity.json`` says by how much it differs.
 
     Raises:
         RunError: If the model is not finished, there is something at ``out``, the exported networks give
             other probabilities, or the micrometres per pixel are not known.
         DataError: If the pack does not fit the classifier, or is missing.
-        MissingExtra: If onnx or onnxruntime is not installed.
+        MissingExtra: If onnx, onnxruntime or, for ``int8``, nncf is not installed.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -85,11 +93,13 @@ def export(
     classifier = _with_mpp(open_classifier(model), mpp, model)
     run = _find_run(model)
     pack = _find_pack(run, data)
+    if pack is None and int8:
+        raise DataError("quantisation needs patches like those to be predicted: pass --data PACK")
     if pack is None:
         patches = draw_patches(classifier.info.patch_px)
     else:
         classifier.check_pack(pack)
-        patches = _choose_patches(pack, classifier.info.patch_px)
+        patches = _choose_patches(pack, classifier.info.patch_px, PARITY_PATCHES)
     with create_directory(out) as folder:
         classifier.save(folder)
         write_networks(classifier, folder)
@@ -99,6 +109,10 @@ def export(
             "content_sha256": None if pack is None else pack.info.content_sha256,
         }
         _require_parity(parity)
+        if int8 and pack is not None:
+            chosen = _choose_patches(pack, classifier.info.patch_px, 2 * INT8_PATCHES)
+            write_quantised(classifier, folder, chosen[::2])
+            parity["int8"] = measure_int8(classifier, folder, chosen[1::2])
         write_json(folder / PARITY, parity)
         facts = gather_card(classifier, run, parity)
         (folder / CARD).write_text(metadata_of_run(facts) + "\n" + card_of_run(facts), encoding="utf-8")
@@ -155,6 +169,25 @@ def measure_parity(classifier: Classifier, folder: Path, patches: np.ndarray) ->
         tolerance=TOLERANCE,
         largest_difference=differences,
         versions=versions,
+    )
+
+
+def measure_int8(classifier: Classifier, folder: Path, patches: np.ndarray) -> Int8Difference:
+    """Compare the quantised network in a folder with the network in float32."""
+    single = classifier.single_patch()
+    probs, calls = [], []
+    for precision, name in (("fp32", MODEL), ("int8", INT8_MODEL)):
+        model = read_compiled(folder / FOLDER, classifier, name)
+        runtime = CompiledRuntime(classifier, model, precision, n_threads=1)
+        probs.append(single.probs(runtime.logits(patches)))
+        calls.append(decide(probs[-1], single.positive_index, single.threshold))
+    difference = np.abs(probs[0] - probs[1]).max(axis=1)
+    return Int8Difference(
+        n_patches=len(patches),
+        largest=float(difference.max()),
+        median=float(np.median(difference)),
+        changed_calls=float((calls[0] != calls[1]).mean()),
+        nncf=version("nncf"),
     )
 
 
@@ -221,10 +254,10 @@ def draw_patches(patch_px: int) -> np.ndarray:
     return np.stack([cv2.resize(image, (patch_px, patch_px)) for image in images])
 
 
-def _choose_patches(pack: Pack, patch_px: int) -> np.ndarray:
+def _choose_patches(pack: Pack, patch_px: int, most: int) -> np.ndarray:
     """Return whole patches from all over the pack, uint8 ``(n, patch_px, patch_px, 3)``."""
     whole = np.flatnonzero((pack.sizes == patch_px).all(axis=1))
     if not len(whole):
         raise DataError(f"{pack.path} has no whole patch of {patch_px} px: parity cannot be tried on it")
-    rows = whole[np.unique(np.linspace(0, len(whole) - 1, min(PARITY_PATCHES, len(whole))).astype(int))]
+    rows = whole[np.unique(np.linspace(0, len(whole) - 1, min(most, len(whole))).astype(int))]
     return np.array(pack.patches[rows, :patch_px, :patch_px])

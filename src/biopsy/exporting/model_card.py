@@ -33,6 +33,16 @@ HUB_METRICS = {"auroc": "roc_auc", "sensitivity": "recall", "ppv": "precision"}
 """Names that the Hugging Face hub has for metrics; others keep ours."""
 
 
+class Int8Difference(TypedDict):
+    """How far the quantised network is from float32: of the probabilities of patches, and of their calls."""
+
+    n_patches: int
+    largest: float
+    median: float
+    changed_calls: float
+    nncf: str
+
+
 class Parity(TypedDict, total=False):
     """What ``parity.json`` holds: for each two programs, the largest difference of a probability."""
 
@@ -42,6 +52,7 @@ class Parity(TypedDict, total=False):
     largest_difference: Required[dict[str, dict[str, float]]]
     versions: Required[dict[str, str]]
     pack: dict[str, str | None]
+    int8: Int8Difference
 
 
 @dataclass(frozen=True)
@@ -258,12 +269,20 @@ def _describe_limits(facts: CardFacts) -> list[str]:
 
 def _describe_parity(parity: Parity) -> list[str]:
     rows = [[pair, f"{values['probs']:.1e}"] for pair, values in parity["largest_difference"].items()]
-    return [
+    text = [
         "## Parity",
         f"Largest difference of a probability on {number(parity['n_patches'])} patches of "
         f"{parity['pack']['name']}, of which at most {parity['tolerance']:g} is allowed:",
         _table(["", "probability"], rows),
     ]
+    if "int8" in parity:
+        int8 = parity["int8"]
+        text.append(
+            f"The quantised network (int8) beside float32 on {number(int8['n_patches'])} other patches: a "
+            f"probability differs by {int8['largest']:.3f} at most, {int8['median']:.4f} in the median, and "
+            f"{100 * int8['changed_calls']:.1f} % of the calls change."
+        )
+    return text
 
 
 def _spell_calibrator(calibrator: CalibratorRecord) -> str:

@@ -1,9 +1,12 @@
 """Networks in the form that OpenVINO reads: made from PyTorch's, and kept in bundles."""
 
 import logging
+import os
 import warnings
+from contextlib import redirect_stdout
 from importlib.metadata import version
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from biopsy.core.errors import MissingExtra, RunError
 from biopsy.core.files import sha256_file, write_json
 from biopsy.models.classifier import Classifier
 from biopsy.models.networks import Network
@@ -21,10 +25,12 @@ from biopsy.models.openvino_runtime import (
     DOCUMENT,
     FOLDER,
     FORMAT,
+    INT8_MODEL,
     MODEL,
     CompiledRuntime,
     describe_origin,
     empty_batch,
+    read_compiled,
 )
 from biopsy.models.preprocessing import Preprocessing
 
@@ -191,6 +197,48 @@ def write_compiled(classifier: Classifier, folder: Path) -> None:
     place = folder / FOLDER
     place.mkdir()
     openvino.save_model(model, place / MODEL, compress_to_fp16=False)
-    files = {path.name: sha256_file(path) for path in sorted(place.iterdir())}
+    _describe_files(classifier, place)
+
+
+def write_quantised(classifier: Classifier, folder: Path, patches: np.ndarray) -> None:
+    """Write a network of 8-bit weights and activations beside what `write_compiled` wrote.
+
+    Args:
+        patches: Reference patches, uint8 ``(n, patch_px, patch_px, 3)``: the ranges of activations are taken
+            from them (post-training quantisation by NNCF; weights are not trained).
+
+    Raises:
+        RunError: If `write_compiled` wrote nothing, or NNCF cannot follow the network.
+        MissingExtra: If NNCF is not installed.
+    """
+    place = folder / FOLDER
+    if not place.is_dir():
+        raise RunError(f"OpenVINO cannot run the network {classifier.info.network}: it cannot be quantised")
+    os.environ.setdefault("NNCF_CI", "1")  # it would report its use to its makers
+    try:
+        import nncf
+    except ImportError:
+        raise MissingExtra("int8", "quantisation") from None
+    import openvino
+
+    nncf.set_log_level(logging.ERROR)
+    pixels = classifier.info.preprocessing.resize_patches(patches)
+    size = len(empty_batch(1))
+    batches = [pixels[start : start + size] for start in range(0, len(pixels) - size + 1, size)]
+    try:
+        with redirect_stdout(StringIO()):  # its progress bars
+            model = nncf.quantize(
+                read_compiled(place, classifier), nncf.Dataset(batches), subset_size=len(batches)
+            )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"the network {classifier.info.network} cannot be quantised: {reason}") from error
+    openvino.save_model(model, place / INT8_MODEL, compress_to_fp16=False)
+    _describe_files(classifier, place)
+
+
+def _describe_files(classifier: Classifier, place: Path) -> None:
+    """Write the document of a folder of OpenVINO's files."""
+    files = {path.name: sha256_file(path) for path in sorted(place.iterdir()) if path.name != DOCUMENT}
     about = {"format": FORMAT, "openvino": version("openvino"), "made_from": describe_origin(classifier)}
     write_json(place / DOCUMENT, about | {"files": files})

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from biopsy.core.errors import RecipeError, suggest
 from biopsy.models.hardware import keep_freed_memory, torch_device
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "int8"]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -21,7 +21,8 @@ class Engine:
 
     Args:
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1`` ...
-        precision: ``fp32``, or ``bf16`` for mixed precision.
+        precision: ``fp32``, ``bf16`` for mixed precision, or ``int8``: prediction by the quantised network of
+            a bundle, and float32 for everything else.
 
     Raises:
         RecipeError: If the device or the precision does not exist here.

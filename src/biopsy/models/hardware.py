@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "int8"]
 
 
 def pick_device(name: str) -> str:
@@ -51,7 +51,7 @@ def torch_device(name: str) -> "torch.device":
     return device
 
 
-def pick_precision(precision: Precision, device: str) -> Literal["fp32", "bf16"]:
+def pick_precision(precision: Precision, device: str) -> Literal["fp32", "bf16", "int8"]:
     """Return the arithmetic: ``auto`` is bfloat16 where the device multiplies it in hardware."""
     if precision != "auto":
         return precision

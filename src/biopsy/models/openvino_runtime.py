@@ -10,10 +10,11 @@ import numpy as np
 from biopsy.core.errors import RunError
 from biopsy.core.files import read_json, sha256_file
 from biopsy.models.classifier import Classifier
-from biopsy.models.hardware import keep_freed_memory
+from biopsy.models.hardware import keep_freed_memory, pick_precision
 
 FORMAT: Final = "biopsy-openvino/1"
-FOLDER, DOCUMENT, MODEL = "openvino", "openvino.json", "network.xml"
+FOLDER, DOCUMENT = "openvino", "openvino.json"
+MODEL, INT8_MODEL = "network.xml", "network-int8.xml"
 _CPU_BATCH, _GPU_BATCH = 16, 1024
 
 
@@ -26,7 +27,8 @@ class CompiledRuntime:
     Args:
         classifier: Says how patches are brought to size.
         model: OpenVINO's model of its network, as `compiling.convert` gives it.
-        precision: ``fp32`` or ``bf16``.
+        precision: ``fp32``, ``bf16``, or ``int8`` for a quantised model: what it does not compute in 8 bits
+            is computed in bfloat16 where the processor has it.
         n_threads: Threads that will predict at once.
     """
 
@@ -38,8 +40,9 @@ class CompiledRuntime:
         keep_freed_memory()
         self.software = ("openvino", version("openvino"))
         self._preprocessing = classifier.info.preprocessing
+        hint = pick_precision("auto", "cpu") if precision == "int8" else precision
         settings = {
-            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
+            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[hint],
             "NUM_STREAMS": n_threads,
             "INFERENCE_NUM_THREADS": n_threads,
             "ENABLE_CPU_PINNING": False,
@@ -72,8 +75,8 @@ class CompiledRuntime:
         return [np.concatenate(parts) for parts in zip(*result, strict=True)]
 
 
-def read_compiled(folder: Path, classifier: Classifier) -> Any:
-    """Read what `compiling.write_compiled` wrote.
+def read_compiled(folder: Path, classifier: Classifier, name: str = MODEL) -> Any:
+    """Read what `compiling.write_compiled` or, as `INT8_MODEL`, `compiling.write_quantised` wrote.
 
     Raises:
         RunError: If a file is missing or was altered, or it is the network of another classifier.
@@ -86,7 +89,7 @@ def read_compiled(folder: Path, classifier: Classifier) -> Any:
     )
     if not is_whole or about["made_from"] != describe_origin(classifier):
         raise RunError(f"{folder} is not the whole of the network that was exported: export the bundle again")
-    return openvino.Core().read_model(folder / MODEL)
+    return openvino.Core().read_model(folder / name)
 
 
 def describe_origin(classifier: Classifier) -> dict[str, object]:

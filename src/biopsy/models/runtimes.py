@@ -14,8 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from biopsy.core.errors import RunError
 from biopsy.models.classifier import Classifier
-from biopsy.models.openvino_runtime import _CPU_BATCH, _GPU_BATCH, FOLDER, CompiledRuntime, read_compiled
+from biopsy.models.openvino_runtime import (
+    _CPU_BATCH,
+    _GPU_BATCH,
+    FOLDER,
+    INT8_MODEL,
+    CompiledRuntime,
+    read_compiled,
+)
 
 if TYPE_CHECKING:
     from biopsy.models.engine import Engine
@@ -52,7 +60,7 @@ def list_runtimes() -> dict[str, str]:
 def open_runtime(
     classifier: Classifier,
     device: str,
-    precision: Literal["fp32", "bf16"],
+    precision: Literal["fp32", "bf16", "int8"],
     *,
     n_threads: int,
     n_patches: int | None = None,
@@ -61,11 +69,16 @@ def open_runtime(
 
     Args:
         device: ``cpu``, ``cuda``, ``cuda:1`` ...
+        precision: ``int8`` is the quantised network of a bundle, on the processor.
         n_patches: How many patches will be asked about; None: as many as a slide has.
 
     Raises:
-        RunError: If the classifier lies in a bundle whose compiled network is damaged, or that of another.
+        RunError: If the classifier lies in a bundle whose compiled network is damaged, or that of another;
+            for ``int8``, if there is no quantised network.
     """
+    if precision == "int8":
+        yield CompiledRuntime(classifier, _read_quantised(classifier, device), precision, n_threads=n_threads)
+        return
     is_possible = device == "cpu" and find_spec("openvino") is not None
     model = _find_model(classifier, n_patches) if is_possible else None
     if model is not None:
@@ -123,6 +136,18 @@ class TorchRuntime:
             for start in range(0, max(1, len(patches)), size)
         ]
         return np.concatenate([part.cpu().numpy() for part in parts])
+
+
+def _read_quantised(classifier: Classifier, device: str) -> Any:
+    """Return the quantised network of a classifier's bundle."""
+    folder = None if classifier.path is None else classifier.path / FOLDER
+    if device != "cpu" or folder is None or not (folder / INT8_MODEL).is_file():
+        raise RunError(
+            "precision int8 runs the quantised network of a bundle on the processor, with its own tta; "
+            f"{classifier.source or 'this classifier'} has none for {device}: write a bundle with "
+            "`biopsy export MODEL OUT --int8 --data PACK`"
+        )
+    return read_compiled(folder, classifier, INT8_MODEL)
 
 
 def _find_model(classifier: Classifier, n_patches: int | None) -> Any:

@@ -132,7 +132,8 @@ def slide(
         mpp: Pixel size at level 0 in µm. Required for slides that do not record it.
         stride_um: Stride of the grid in µm (default: the patch size); with overlap, cells have the mean.
         detections: Also write every cell as a QuPath detection with its probabilities.
-        precision: Arithmetic: ``auto`` is bf16 where the processor has it.
+        precision: Arithmetic: ``auto`` is bf16 where the processor has it; ``int8`` needs a bundle written
+            with ``export --int8``.
         device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         tta: Test-time augmentation: ``none`` predicts one view of each patch, ``d4`` averages its eight
             symmetries in eight times the time (default: the classifier's own, with which it was calibrated).

@@ -116,7 +116,7 @@ def predict_slides(
     classifier: Classifier,
     *,
     device: str = "cpu",
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Literal["fp32", "bf16", "int8"] = "fp32",
     stride_um: float | None = None,
     n_threads: int | None = None,
     on_progress: OnProgress | None = None,
