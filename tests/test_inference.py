@@ -136,8 +136,17 @@ def test_features_are_what_the_last_layer_sees(network, patches):
     assert is_close(logits, ask(network, patches, index=index))
 
 
-@pytest.mark.parametrize("name", ["cancernet", "baruah", "residual"])
-@pytest.mark.parametrize("tta", ["none", "d4"])
+@pytest.mark.parametrize(
+    ("name", "tta"),
+    [
+        ("cancernet", "none"),
+        ("residual", "none"),
+        ("baruah", "d4"),
+        pytest.param("baruah", "none", marks=pytest.mark.slow),
+        pytest.param("cancernet", "d4", marks=pytest.mark.slow),
+        pytest.param("residual", "d4", marks=pytest.mark.slow),
+    ],
+)
 def test_what_openvino_computes_is_within_1e5_of_pytorch(name, tta, monkeypatch):
     monkeypatch.setattr(runtimes, "WORTH_CONVERTING", 1)
     classifier = make_classifier(name, tta=tta, preprocessing=Preprocessing(input_px=32, resize="bilinear"))

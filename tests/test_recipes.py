@@ -14,6 +14,7 @@ from biopsy.recipes.schema import Augmentation
 from tiny_runs import train_tiny
 
 SHIPPED = list_recipes()
+LARGE = {"pcam", "probe", "vgg16-pcam"}  # seconds of training each
 TOML = {name: Path(recipes.__file__).with_name(f"{name}.toml") for name in SHIPPED}
 
 
@@ -39,7 +40,9 @@ def test_what_is_written_reads_back_equal(name, tmp_path):
         assert load_recipe(path) == load_recipe(str(path)) == load_recipe(recipe) == recipe
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in SHIPPED]
+)
 def test_trains_on_small_patches(name, make_pack, tmp_path):
     pack = make_pack(n_patients=7, patches_per_patient=6)
     small = ("preprocessing.input_px=32", "train.epochs=1", "train.lr=1e-4", "model.pretrained=false")
