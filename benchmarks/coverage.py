@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from biopsy.evaluation.scored import UNEQUAL
+from biopsy.evaluation.scored import ScoredPatches
 from biopsy.statistics.intervals import replicate, summarise_groups
 from biopsy.statistics.metrics import METRICS, measure
 from biopsy.statistics.resampling import InformativeGroups, Interval, Resampler, divide, sum_groups
@@ -119,6 +119,21 @@ def estimate(scores: SortedScores, seed: int, draws: int) -> dict[str, dict[str,
     return methods
 
 
+def warn(cohort: Cohort) -> bool:
+    """Return whether an evaluation of the cohort warns of patients of different size."""
+    probs = np.stack([1 - cohort.prob, cohort.prob], axis=1)
+    scored = ScoredPatches(
+        target=cohort.target,
+        probs=probs,
+        pred=probs.argmax(axis=1),
+        group_ids=cohort.patient_ids,
+        class_names=("normal", "tumour"),
+        positive_class="tumour",
+        unit="patient",
+    )
+    return scored.warn_unequal_groups() is not None
+
+
 def judge_cohort(seed: int, *, kind: str, n_patients: int, draws: int, truth: dict[str, float]) -> list[Row]:
     """Make all intervals on one cohort."""
     cohort = POPULATIONS[kind].draw(n_patients, PATCHES_PER_PATIENT, seed=seed)
@@ -127,7 +142,7 @@ def judge_cohort(seed: int, *, kind: str, n_patients: int, draws: int, truth: di
     if kind == "mixed":
         methods["percentile bootstrap"] = percentile_bootstrap(scores, seed, draws)
         methods["patches as independent"] = assume_independence(cohort, scores)
-    warned = scores.informative_groups().effective < UNEQUAL * n_patients
+    warned = warn(cohort)
     rows = []
     for method, intervals in methods.items():
         for name, interval in intervals.items():

@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from biopsy.core.errors import MetricError
 from biopsy.core.files import plain
+from biopsy.evaluation.scored import ScoredPatches
 from biopsy.statistics.calibration import clipped_logit
 from biopsy.statistics.intervals import (
     IntervalMethod,
@@ -20,6 +21,7 @@ from biopsy.statistics.intervals import (
     estimate_metrics,
     estimate_patient_metrics,
     measure_groups,
+    measure_size_trend,
     replicate,
 )
 from biopsy.statistics.metrics import METRICS, measure
@@ -348,3 +350,52 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
         held["wilson"].append(wilson.low < truth["sensitivity"] < wilson.high)
     assert np.mean(held["ours"]) > 0.88
     assert np.mean(held["wilson"]) < 0.75
+
+
+def test_size_trend_is_the_rank_correlation_of_sizes_and_errors():
+    """One class: no class means to take off, so scipy on the groups' means says the same."""
+    sizes, rng = np.array([3, 9, 5, 20, 14, 7]), np.random.default_rng(0)
+    ids, error = np.repeat(list("abcdef"), sizes), rng.random(sizes.sum())
+    means = [error[ids == group].mean() for group in "abcdef"]
+    found = stats.spearmanr(sizes, means, alternative="greater")
+    trend = measure_size_trend(np.ones(len(ids)), error, ids)
+    assert (trend.correlation, trend.p) == pytest.approx((found.statistic, found.pvalue))
+    assert measure_size_trend(np.ones(30), np.arange(30), np.repeat(np.arange(6), 5)) is None  # equal sizes
+    assert measure_size_trend(np.ones(58), np.ones(58), ids) is None  # equal errors
+    assert measure_size_trend(np.ones(37), error[:37], ids[:37]) is None  # four groups
+
+
+def test_size_trend_does_not_depend_on_the_classes_a_group_has():
+    """Class 1 is hard in every group, and only the large groups have it."""
+    sizes = np.arange(4, 16)
+    ids = np.repeat(np.arange(12), sizes)
+    target = np.repeat(np.arange(12) >= 6, sizes).astype(int)
+    noise = np.tile([0.01, -0.01], 6)[ids]
+    trend = measure_size_trend(target, 0.1 + 0.5 * target + noise, ids)
+    assert abs(trend.correlation) < 0.5 and trend.p > 0.1
+
+
+def warned(population, n_patients, cohorts=40):
+    """The share of cohorts that are warned of."""
+    found = []
+    for seed in range(cohorts):
+        cohort = population.draw(n_patients, 60, seed=seed)
+        probs = np.stack([1 - cohort.prob, cohort.prob], axis=1)
+        scored = ScoredPatches(
+            target=cohort.target,
+            probs=probs,
+            pred=probs.argmax(1),
+            group_ids=cohort.patient_ids,
+            class_names=("normal", "tumour"),
+            positive_class="tumour",
+            unit="patient",
+        )
+        found.append(scored.warn_unequal_groups() is not None)
+    return np.mean(found)
+
+
+def test_cohorts_whose_larger_patients_are_harder_are_warned_of():
+    assert warned(POPULATIONS["Pareto, harder"], 30) > 0.9
+    assert warned(POPULATIONS["Pareto"], 30) < 0.3  # nominal .1: size says nothing there
+    assert warned(POPULATIONS["Pareto"], 10) > 0.3  # ten patients cannot show it
+    assert warned(POPULATIONS["mixed"], 10) == 0  # patients of equal size

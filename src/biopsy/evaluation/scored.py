@@ -8,11 +8,13 @@ import pandas as pd
 
 from biopsy.data.packs import Pack, group_by_unit
 from biopsy.data.predictions import decide
+from biopsy.statistics.intervals import measure_size_trend
 from biopsy.statistics.multiclass import ClassSample, class_sample
 from biopsy.statistics.resampling import InformativeGroups, Resampling
 from biopsy.statistics.weighted_counts import SortedScores, sort_scores
 
-UNEQUAL = 0.7  # effective over actual number of patients: docs/concepts/intervals.md
+SIMILAR, UNEQUAL = 0.9, 0.7  # effective over actual number of patients: docs/concepts/intervals.md
+FEW, TREND_P = 20, 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,16 +120,29 @@ class ScoredPatches:
         return sort_scores(self.is_positive, self.prob, group_ids=ids, y_pred=y_pred)
 
     def warn_unequal_groups(self) -> str | None:
-        """Return a warning if a few groups hold most patches."""
-        counts = np.unique(self.group_ids, return_counts=True)[1].astype(float)
-        groups = InformativeGroups(counts)
-        if self.unit == "patch" or groups.n < 2 or groups.effective >= UNEQUAL * groups.n:
+        """Return a warning if pooled metrics and their intervals depend on which groups have most patches.
+
+        They do where groups with more patches are harder. Few groups cannot show that: very different sizes
+        are then enough.
+        """
+        groups = InformativeGroups(np.unique(self.group_ids, return_counts=True)[1].astype(float))
+        if self.unit == "patch" or groups.n < 2 or groups.effective >= SIMILAR * groups.n:
             return None
-        return (
-            f"{groups.n} {self.unit}s of very different size have an effective number of "
-            f"{groups.effective:.1f}: if {self.unit}s with more patches are harder, pooled metrics are too "
-            f"optimistic and their intervals too narrow; prefer the means over {self.unit}s"
-        )
+        error = 1 - np.take_along_axis(self.probs, self.target[:, None], axis=1)[:, 0]
+        trend = measure_size_trend(self.target, error, self.group_ids)
+        if trend is not None and trend.p < TREND_P:
+            return (
+                f"{self.unit}s with more patches are harder (rank correlation {trend.correlation:.2f} over "
+                f"{groups.n} {self.unit}s, p {trend.p:.2g}): pooled metrics may be too optimistic and their "
+                f"intervals too narrow; prefer the means over {self.unit}s"
+            )
+        if groups.n < FEW and groups.effective < UNEQUAL * groups.n:
+            return (
+                f"{groups.n} {self.unit}s of very different size have an effective number of "
+                f"{groups.effective:.1f}: if {self.unit}s with more patches are harder, pooled metrics are "
+                f"too optimistic and their intervals too narrow; prefer the means over {self.unit}s"
+            )
+        return None
 
     def confusion(self) -> np.ndarray:
         """Return patches by true class (rows) and predicted class (columns)."""

@@ -6,6 +6,7 @@ from typing import Any, Protocol, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import spearmanr
 
 from biopsy.core.text import count
 from biopsy.statistics.metrics import METRICS, Counts, Metric, measure, registry
@@ -18,6 +19,9 @@ from biopsy.statistics.resampling import (
     Interval,
     Resampler,
     Resampling,
+    divide,
+    group_codes,
+    sum_groups,
 )
 from biopsy.statistics.weighted_counts import sort_scores
 
@@ -182,6 +186,39 @@ def summarise_groups(metric: Metric, values: Floats, level: float, unit: str) ->
         )
     worst = float(defined[np.argmax(np.abs(defined - metric.ideal))])
     return PatientSummary(**vars(interval), n_defined=n, median=float(np.median(defined)), worst=worst)
+
+
+@dataclass(frozen=True)
+class SizeTrend:
+    """Rank correlation of the groups' numbers of patches with their errors, and its one-sided p-value."""
+
+    correlation: float
+    p: float
+
+
+def measure_size_trend(target: ArrayLike, error: ArrayLike, group_ids: ArrayLike) -> SizeTrend | None:
+    """Test whether groups with more patches are the harder ones (informative cluster size).
+
+    The error of a group is its mean within each class, less the mean of all groups in that class, averaged
+    over the classes it has; so it does not matter which those are.
+
+    Args:
+        target: Class of each patch, ``(n,)``.
+        error: Of each patch, ``(n,)``: 1 minus the probability of its class, say.
+        group_ids: Group of each patch, ``(n,)``.
+
+    Returns:
+        Spearman's correlation; None with fewer than 5 groups, equal sizes or equal errors.
+    """
+    (codes, groups), (classes, target) = group_codes(group_ids), np.unique(target, return_inverse=True)
+    sums = sum_groups(codes * len(classes) + target, len(groups) * len(classes), np.ones(len(codes)), error)
+    n_patches, total = sums.T.reshape(2, len(groups), len(classes))
+    within = divide(total, n_patches)
+    size, hardness = n_patches.sum(axis=1), np.nanmean(within - np.nanmean(within, axis=0), axis=1)
+    if len(groups) < FEWEST_GROUPS or np.ptp(size) == 0 or np.ptp(hardness) == 0:
+        return None
+    found = spearmanr(size, hardness, alternative="greater")
+    return SizeTrend(float(found.statistic), float(found.pvalue))
 
 
 @dataclass(frozen=True)
