@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from biopsy.evaluation.scored import ScoredPatches
 from biopsy.statistics.intervals import replicate, summarise_groups
 from biopsy.statistics.metrics import METRICS, measure
 from biopsy.statistics.resampling import InformativeGroups, Interval, Resampler, divide, sum_groups
@@ -46,8 +45,8 @@ THRESHOLDS = {"rare": 0.05, "one class": 0.4}
 LEVEL = 0.95
 TRUTH_SEED = 10**9
 
-Row = tuple[str, str, bool, bool, float, bool]
-"""Metric, method, interval given, holds the truth, width, cohort warned of."""
+Row = tuple[str, str, bool, bool, float]
+"""Metric, method, interval given, holds the truth, width."""
 
 
 def sort_cohort(cohort: Cohort, kind: str) -> SortedScores:
@@ -119,21 +118,6 @@ def estimate(scores: SortedScores, seed: int, draws: int) -> dict[str, dict[str,
     return methods
 
 
-def warn(cohort: Cohort) -> bool:
-    """Return whether an evaluation of the cohort warns of patients of different size."""
-    probs = np.stack([1 - cohort.prob, cohort.prob], axis=1)
-    scored = ScoredPatches(
-        target=cohort.target,
-        probs=probs,
-        pred=probs.argmax(axis=1),
-        group_ids=cohort.patient_ids,
-        class_names=("normal", "tumour"),
-        positive_class="tumour",
-        unit="patient",
-    )
-    return scored.warn_unequal_groups() is not None
-
-
 def judge_cohort(seed: int, *, kind: str, n_patients: int, draws: int, truth: dict[str, float]) -> list[Row]:
     """Make all intervals on one cohort."""
     cohort = POPULATIONS[kind].draw(n_patients, PATCHES_PER_PATIENT, seed=seed)
@@ -142,14 +126,13 @@ def judge_cohort(seed: int, *, kind: str, n_patients: int, draws: int, truth: di
     if kind == "mixed":
         methods["percentile bootstrap"] = percentile_bootstrap(scores, seed, draws)
         methods["patches as independent"] = assume_independence(cohort, scores)
-    warned = warn(cohort)
     rows = []
     for method, intervals in methods.items():
         for name, interval in intervals.items():
             given = interval.low is not None
             holds = given and interval.low <= truth[name] <= interval.high
             width = interval.high - interval.low if given else np.nan
-            rows.append((name, method, given, holds, width, warned))
+            rows.append((name, method, given, holds, width))
     return rows
 
 
@@ -173,9 +156,8 @@ def judge_pair(seed: int, *, kind: str, n_patients: int) -> list[tuple[str, str,
 def count_coverage(rows: list[Row], truth: dict[str, float], **about: Any) -> Iterator[dict[str, Any]]:
     for name, method in dict.fromkeys(row[:2] for row in rows):
         chosen = np.array([row[2:] for row in rows if row[:2] == (name, method)], float)
-        given, holds, width, warned = chosen.T
+        given, holds, width = chosen.T
         coverage = holds.sum() / given.sum() if given.any() else np.nan
-        flagged = (given * warned).astype(bool)
         yield {
             **about,
             "metric": name,
@@ -186,8 +168,6 @@ def count_coverage(rows: list[Row], truth: dict[str, float], **about: Any) -> It
             "median_width": f"{np.nanmedian(width):.4f}" if given.any() else "nan",
             "cohorts": len(given),
             "without_interval": int(len(given) - given.sum()),
-            "warned": int(flagged.sum()),
-            "coverage_warned": f"{holds[flagged].mean():.3f}" if flagged.any() else "",
         }
 
 
