@@ -131,13 +131,17 @@ def test_damage_is_named(tmp_path):
     path.write_bytes(whole[:-100])
     with pytest.raises(RunError, match=r"last.safetensors cannot be read as safetensors.*train anew"):
         load(tmp_path)
+    for place in (len(whole) - 1, whole.index(b"step") + 8):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(RunError, match="train anew"):
+            load(tmp_path)
     save_file(tensors, path)
     with pytest.raises(RunError, match="is no checkpoint of format"):
         load(tmp_path)
     path.write_bytes(whole)
     header = json.loads(read_tensors(path)[1]["biopsy"])
     for change in (
-        {"format": "biopsy-checkpoint/2"},
+        {"format": "biopsy-checkpoint/1"},
         {"progress": []},
         {"progress": {**header["progress"], "history": [{"epoch": 1}]}},
         {"optimiser": {"x": {}}},

@@ -76,6 +76,9 @@ def test_altered_weights_are_refused(saved):
         Classifier.load(saved)
 
 
+RESIDUAL = {"network": "residual", "preprocessing": {"input_px": 16}}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -98,6 +101,9 @@ def test_altered_weights_are_refused(saved):
             {"out_of_distribution": {"limits": {"feature": 1, "colour": 1}}},
             "lacks what training patches are like",
         ),
+        (RESIDUAL | {"params": {"base_channels": 10**6}}, "does not fit the network 'residual'"),
+        (RESIDUAL | {"params": {"base_channels": [24]}}, "base_channels"),
+        (RESIDUAL | {"params": {"base_channels": -1}}, "cannot be read as a network"),
         ({"network": "cancernett"}, "no network is called 'cancernett'; did you mean 'cancernet'"),
     ],
 )

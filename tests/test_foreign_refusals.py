@@ -244,6 +244,28 @@ def test_groups_that_hold_themselves_are_refused(tmp_path):
         read_keras(path)
 
 
+def test_an_array_in_the_place_of_a_group_is_refused(tmp_path):
+    path = write_weights_h5(tmp_path / "a.weights.h5", keras_layers(build()))
+    with h5py.File(path, "a") as file:
+        name = next(iter(file["layers"]))
+        del file[f"layers/{name}"]
+        file.create_dataset(f"layers/{name}", shape=(10**6, 10**6), dtype="f4", chunks=(100, 100))
+    with pytest.raises(DataError, match="as an array where a group is expected"):
+        read_keras(path)
+
+
+@pytest.mark.parametrize("size", [0, 2**64 - 16])
+def test_texts_that_have_no_end_are_refused(tmp_path, size):
+    layers = keras_layers(build())
+    path = write_h5(tmp_path / "a.h5", layers, config=make_config(layers, input_px=8), text=str, root=False)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"GCOL") + 16
+    content[place : place + 16] = (int(size > 0)).to_bytes(8, "little") + size.to_bytes(8, "little")
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="damaged texts"):
+        read_keras(path)
+
+
 def test_wrong_requests_are_refused(cancernet_file, tmp_path, caplog):
     caplog.set_level(logging.ERROR)
     path, _ = cancernet_file

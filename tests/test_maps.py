@@ -1,11 +1,15 @@
 """Maps: cells are the mean of their patches, files give the map back, reading in pieces changes nothing."""
 
+import json
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 import biopsy
-from biopsy.core.errors import DataError, SlideError
+from biopsy.core.errors import DataError, FileFormatError, SlideError
 from biopsy.models.engine import Engine
 from biopsy.models.hardware import pick_precision
 from biopsy.models.inference import open_predictor, predict_logits
@@ -68,6 +72,44 @@ def test_files_that_are_no_map_are_refused(tmp_path):
     make_map(CELLS).to_frame().to_parquet(tmp_path / "b.parquet")
     with pytest.raises(DataError, match="is no map of format 'biopsy-map/1'"):
         SlideMap.from_parquet(tmp_path / "b.parquet")
+
+
+def test_a_map_that_was_changed_is_refused(tmp_path, caplog):
+    path = make_map(CELLS).to_parquet(tmp_path / "map.parquet")
+    table = pq.read_table(path)
+    about = json.loads(table.schema.metadata[b"biopsy"])
+
+    def rewrite(frame, **changes):
+        kept = {key: value for key, value in (about | changes).items() if value is not None}
+        new = pa.Table.from_pandas(frame, preserve_index=False)
+        pq.write_table(new.replace_schema_metadata({b"biopsy": json.dumps(kept).encode()}), path)
+
+    frame = table.to_pandas()
+    other = frame.assign(prob_tumour=frame["prob_tumour"].to_numpy()[::-1])
+    for changed, more in (
+        (other, {}),
+        (frame.assign(x=frame["x"] + 20), {}),
+        (frame.assign(abstained=True), {}),
+        (frame, {"threshold": 0.1}),
+        (frame, {"grid": about["grid"] | {"slide_mpp": 1.0}}),
+    ):
+        rewrite(changed, **more)
+        with pytest.raises(FileFormatError) as caught:
+            SlideMap.from_parquet(path)
+        assert caught.value.reason == "altered"
+    for changed, more in (
+        (frame, {"grid": about["grid"] | {"origin_px": [0, "x"]}}),
+        (frame, {"positive_class": "nobody"}),
+        (frame, {"class_names": ["normal", "normal"]}),
+        (frame.assign(x=None), {}),
+        (frame.assign(x=[10**15, *frame["x"][1:]]), {}),
+    ):
+        rewrite(changed, content_sha256=None, **more)
+        with pytest.raises(DataError):
+            SlideMap.from_parquet(path)
+    rewrite(frame, content_sha256=None)  # as the first versions wrote it
+    assert len(SlideMap.from_parquet(path)) == len(frame)
+    assert "content_sha256" in caplog.text
 
 
 def test_probabilities_that_are_no_numbers_are_refused():

@@ -149,6 +149,13 @@ def test_predictions_changed_by_hand_are_refused(make_pack: MakePack, tmp_path: 
     with pytest.raises(FileFormatError) as caught:
         read_predictions(path)
     assert caught.value.reason == "altered"
+    path = write_predictions(tmp_path / "prob.csv", frame, {"threshold": 0.5})
+    changed = pd.read_csv(path)
+    changed.loc[0, "prob"] = 0.123456
+    changed.to_csv(path, index=False)
+    with pytest.raises(FileFormatError) as caught:
+        read_predictions(path)
+    assert caught.value.reason == "altered"
     path = write_predictions(tmp_path / "a.parquet", frame, {"threshold": 0.5})
     table = pq.read_table(path)
     metadata = {b"biopsy": table.schema.metadata[b"biopsy"].replace(b"0.5", b"0.1")}

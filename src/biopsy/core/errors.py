@@ -26,9 +26,18 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
+MAX_MESSAGE = 2000
+
 
 class BiopsyError(Exception):
-    """Base of every error raised on purpose by this package."""
+    """Base of every error raised on purpose by this package.
+
+    Its text is one line of at most `MAX_MESSAGE` characters, whatever the names and values quoted in it hold.
+    """
+
+    def __str__(self) -> str:
+        text = " ".join(line.strip() for line in super().__str__().splitlines())
+        return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} ..."
 
 
 class DataError(BiopsyError, ValueError):
@@ -46,7 +55,7 @@ class FileFormatError(DataError):
     """
 
     def __init__(self, path: Path | str, reason: str, message: str) -> None:
-        super().__init__(" ".join(f"{path} {message}".split()))
+        super().__init__(f"{path} {message}")
         self.path = Path(path)
         self.reason = reason
 

@@ -448,7 +448,7 @@ def read_json(
         _check_format(path, document.get("format"), format)
     seal = document.pop(SEAL, None)
     if seal is None and may_lack_hash:
-        _warn_unsealed(path)
+        warn_unsealed(path)
     elif seal is None and "format" in document:
         raise FileFormatError(
             path, "altered", f"has no {SEAL}: it was written by an older version or by hand; {remedy}"
@@ -482,8 +482,9 @@ def _hash_document(document: dict[str, Any]) -> str:
 
 
 @functools.cache
-def _warn_unsealed(path: Path | str) -> None:
-    logger.warning("%s has no %s, by which changes would be known: an older version wrote it", path, SEAL)
+def warn_unsealed(path: Path | str, seal: str = SEAL) -> None:
+    """Warn, once a process, of a file that does not hold its hash."""
+    logger.warning("%s has no %s, by which changes would be known: an older version wrote it", path, seal)
 
 
 def plain(value: Any) -> Any:

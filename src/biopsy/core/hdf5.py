@@ -3,6 +3,9 @@
 import contextlib
 import io
 import math
+import mmap
+import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from biopsy.core.loaders import open_regular
 
 MAX_RATIO = 1032  # deflate packs no better, so larger arrays than that are only declared
 MAX_CHUNK_BYTES = 2**26  # 64 MiB, which are unpacked for the smallest read
+_HEAP_HEADER, _HEAP_OBJECT = 16, struct.Struct("<H6xQ")
 _FILTERS = {
     h5py.h5z.FILTER_DEFLATE,
     h5py.h5z.FILTER_SHUFFLE,
@@ -44,6 +48,51 @@ def open_hdf5(path: Path | str, content: io.BytesIO | None = None) -> Iterator[h
         raise FileFormatError(
             path, "syntax", f"is no HDF5 file, or was cut short: save or download it again ({reason})"
         ) from None
+
+
+def check_heaps(path: Path | str, content: io.BytesIO | None = None) -> None:
+    """Refuse texts stored so that libhdf5 would walk them for ever; call it before any text is read.
+
+    Each collection of texts is a chain of objects whose sizes lead to the next; one of size 0, or of a size
+    that leads back, has no end (HDF5 file format, "Global Heap").
+
+    Raises:
+        FileFormatError: If there is one, or the file's sizes are not of 64 bits, as h5py writes them.
+    """
+    if content is not None:
+        return _check_heaps(content.getvalue(), path)
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                _check_heaps(mapped, path)
+
+
+def _check_heaps(content: bytes | mmap.mmap, path: Path | str) -> None:
+    old = content[8:9] < b"\2"
+    if content[:8] != b"\x89HDF\r\n\x1a\n" or content[13 if old else 9 :][:2] != b"\x08\x08":
+        raise FileFormatError(
+            path, "syntax", "is no HDF5 file of 64-bit sizes, or was cut short: save or download it again"
+        )
+    start = -1
+    while (start := content.find(b"GCOL\1", start + 1)) >= 0:
+        place = start + _HEAP_HEADER
+        end = min(len(content), start + int.from_bytes(content[start + 8 : place], "little"))
+        while place + _HEAP_OBJECT.size <= end:
+            index, n_bytes = _HEAP_OBJECT.unpack_from(content, place)
+            step = n_bytes if index == 0 else _HEAP_OBJECT.size + (n_bytes + 7 & -8)
+            if not 0 < step <= end - place:
+                raise FileFormatError(
+                    path, "syntax", "holds damaged texts, or was cut short: save or download it again"
+                )
+            place += step
+
+
+def find_group(group: h5py.Group, name: str, path: Path | str) -> h5py.Group:
+    """Return the group of a name, refused where it is an array; see `find_node`."""
+    node = find_node(group, name, path)
+    if not isinstance(node, h5py.Group):
+        raise FileFormatError(path, "value", f"holds {name!r} as an array where a group is expected")
+    return node
 
 
 def find_node(group: h5py.Group, name: str, path: Path | str) -> h5py.Group | h5py.Dataset:

@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 from safetensors import safe_open
 
-from biopsy.core.errors import FileFormatError
+from biopsy.core.errors import BiopsyError, FileFormatError
 
 MAX_JSON_BYTES = 2**26  # 64 MiB: an audit of 300,000 patches has a tenth of that
 MAX_JSON_VALUES = 15_000_000  # each takes up to 70 bytes in memory, however short it is in the file
@@ -70,9 +70,10 @@ def open_regular(path: Path | str, *, max_bytes: int | None = None) -> io.Buffer
 def read_bytes(path: Path | str, *, max_bytes: int) -> bytes:
     """Read a regular file whole; see `open_regular`."""
     with open_regular(path, max_bytes=max_bytes) as file:
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:  # it grew, or is a file of /proc, which says it is empty
-        raise FileFormatError(path, "too-large", f"has more than the {max_bytes:,} bytes that are read")
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(size + 1)  # takes memory for what it is asked for, not for what is there
+    if len(content) > size:
+        raise FileFormatError(path, "too-large", f"has more than the {size:,} bytes it is said to have")
     return content
 
 
@@ -222,10 +223,13 @@ def read_tensors(
 
 @contextlib.contextmanager
 def refusing(path: Path | str, format: str) -> Iterator[None]:
-    """Turn whatever a parser raises on what is not of its format into a `FileFormatError`."""
+    """Turn whatever a parser raises on what is not of its format into a `FileFormatError`.
+
+    Errors of this package stay what they are.
+    """
     try:
         yield
-    except FileFormatError:
+    except BiopsyError:
         raise
     except RecursionError:
         raise FileFormatError(path, "too-deep", f"nests deeper than the {MAX_DEPTH} levels read") from None

@@ -242,7 +242,7 @@ def _read_directory(path: Path) -> list[zipfile.ZipInfo]:
         with open(path, "rb") as file:
             start = file.read(4)
         with zipfile.ZipFile(path) as archive:
-            return [info for info in archive.infolist() if not info.is_dir()]
+            return [info for info in archive.infolist() if not info.filename.endswith("/")]
     except UnicodeDecodeError:
         raise ArchiveError(
             f"{path} has names that are not the UTF-8 they are said to be: pack it again"

@@ -15,7 +15,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from biopsy.core.errors import DataError, FileFormatError, UserFileError
-from biopsy.core.files import plain, read_json, replace_atomic, sha256_file, write_json
+from biopsy.core.files import plain, read_json, replace_atomic, sha256_file, warn_unsealed, write_json
 from biopsy.core.loaders import parse_json, refusing
 from biopsy.core.tables import read_csv_table, read_parquet_metadata, read_parquet_table, write_csv
 from biopsy.data.packs import Pack, hash_columns
@@ -234,7 +234,10 @@ def read_predictions(path: Path | str) -> tuple[pd.DataFrame, PredictionsInfo]:
     if not ((probs >= 0) & (probs <= 1)).all() or not _are_classes(frame):
         raise FileFormatError(path, "value", "holds probabilities beyond 0 to 1, or classes without a column")
     about.pop("sha256", None)  # of a csv's text, by which it is known to be replaceable
-    if about.pop(_CONTENT, None) not in (None, _hash_content(frame, about)):
+    content_sha256 = about.pop(_CONTENT, None)
+    if content_sha256 is None:
+        warn_unsealed(path, _CONTENT)
+    elif content_sha256 != _hash_content(frame, about) or not _is_of_class(frame):
         raise FileFormatError(path, "altered", f"was changed since it was written; {_REMEDY}")
     return frame, cast(PredictionsInfo, about)
 
@@ -244,6 +247,12 @@ def _are_classes(frame: pd.DataFrame) -> bool:
         frame[["target", "pred"]].isin(range(len(class_columns(frame)))) | frame[["target", "pred"]].isna()
     )
     return bool(known.all(axis=None) and frame["pred"].notna().all())
+
+
+def _is_of_class(frame: pd.DataFrame) -> bool:
+    """Return whether ``prob``, which the hash does not cover, is the column of a class, if it is there."""
+    columns = (frame[f"prob_{name}"] for name in class_columns(frame))
+    return "prob" not in frame or any((frame["prob"] == column).all() for column in columns)
 
 
 def _hash_content(frame: pd.DataFrame, about: Mapping[str, object]) -> str:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Required
 
@@ -15,7 +16,7 @@ from typing_extensions import TypedDict
 
 from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import create_directory, plain, read_json, sha256_file, write_atomic, write_json
-from biopsy.core.loaders import read_tensors, validate
+from biopsy.core.loaders import read_tensors, refusing, validate
 from biopsy.data.packs import MAX_PATCH_PX, Pack
 from biopsy.data.predictions import FrozenThreshold, decide
 from biopsy.models.context import average_neighbours, has_coordinates
@@ -307,6 +308,8 @@ class Classifier:
         return self._base_network
 
     def _read_network(self) -> "nn.Module":
+        import torch
+
         from biopsy.models.networks import build_network
 
         assert self.path is not None
@@ -319,13 +322,14 @@ class Classifier:
         tensors, _ = read_tensors(weights, framework="pt", keep=lambda name: not _is_extra(name))
         n_classes, input_px = len(info.class_names), info.preprocessing.input_px
         parameters: Any = info.params
-        network = build_network(info.network, n_classes=n_classes, input_px=input_px, **parameters)
-        try:
-            network.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise RunError(
-                f"{weights} does not fit the network {info.network!r}: {str(error).splitlines()[0]}"
-            ) from None
+        build = partial(build_network, info.network, n_classes=n_classes, input_px=input_px, **parameters)
+        with refusing(self.path / DOCUMENT, "a network"):
+            with torch.device("meta"):  # no memory is taken for a network larger than the weights
+                shapes = {name: tensor.shape for name, tensor in build().state_dict().items()}
+        if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
+            raise RunError(f"{weights} does not fit the network {info.network!r} that {DOCUMENT} names")
+        network = build()
+        network.load_state_dict(tensors)
         return network.eval()
 
     def save(self, path: Path | str, *, precision: Literal["fp32", "fp16"] = "fp32") -> None:

@@ -1,10 +1,11 @@
 """The SlideMap: probabilities on a slide's grid, its regions as polygons, GeoJSON for QuPath."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import cv2
 import numpy as np
@@ -13,19 +14,54 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 from matplotlib.colors import to_rgb
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, model_validator
 from shapely import Polygon
 
-from biopsy.core.errors import FileFormatError, SlideError
-from biopsy.core.files import replace_atomic
-from biopsy.core.loaders import parse_json, refusing
+from biopsy.core.errors import DataError, FileFormatError, SlideError
+from biopsy.core.files import plain, replace_atomic, warn_unsealed
+from biopsy.core.loaders import parse_json, refusing, validate
 from biopsy.core.tables import read_parquet_table
 from biopsy.plotting.style import BASELINE, class_colour
+from biopsy.slide_io.mosaic import check_extent
 from biopsy.slides.grids import PatchGrid
 
 FORMAT: Final = "biopsy-map/1"
 _KEY = b"biopsy"
 _GRID = ("patch_px", "stride_px", "scale", "slide_mpp", "width", "height", "origin_px", "corner")
+_CONTENT = "content_sha256"
 _CLASSES = ("class_names", "positive_class", "threshold")
+
+
+class _Grid(BaseModel):
+    """What a map's metadata says of its grid; see `PatchGrid`."""
+
+    patch_px: PositiveInt
+    stride_px: PositiveInt
+    scale: PositiveFloat
+    slide_mpp: PositiveFloat
+    width: PositiveInt
+    height: PositiveInt
+    origin_px: tuple[int, int] = (0, 0)
+    corner: tuple[int, int] = (0, 0)
+
+
+class _Document(BaseModel):
+    """What a map's metadata says; see `SlideMap`."""
+
+    name: str
+    class_names: list[str] = Field(min_length=2)
+    positive_class: str | None
+    threshold: float | None = Field(ge=0, le=1)
+    grid: _Grid
+    about: dict[str, object]
+
+    @model_validator(mode="after")
+    def _require_classes(self) -> "_Document":
+        if len(set(self.class_names)) < len(self.class_names):
+            raise ValueError("a class stands twice")
+        if self.positive_class not in (None, *self.class_names):
+            raise ValueError(f"the positive class {self.positive_class!r} is no class")
+        return self
 
 
 @dataclass(frozen=True)
@@ -119,6 +155,7 @@ class SlideMap:
         grid = {name: getattr(self.grid, name) for name in _GRID}
         classes = {name: getattr(self, name) for name in _CLASSES}
         metadata = {"format": FORMAT, "name": self.name, **classes, "grid": grid, "about": self.about}
+        metadata[_CONTENT] = self._hash()
         table = pa.Table.from_pandas(self.to_frame(), preserve_index=False)
         table = table.replace_schema_metadata({_KEY: json.dumps(metadata).encode()})
         with replace_atomic(path) as partial:
@@ -134,32 +171,52 @@ class SlideMap:
         """
         path = Path(path)
         frame, metadata = read_parquet_table(path, {"x": "number", "y": "number", "abstained": "bool"})
-        known = parse_json(metadata.get(_KEY, b"{}"), path)
-        if not isinstance(known, dict) or known.get("format") != FORMAT:
+        document = parse_json(metadata.get(_KEY, b"{}"), path)
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise FileFormatError(path, "format", f"is no map of format {FORMAT!r}")
         with refusing(path, "a map"):
-            return cls._from_frame(frame, known)
+            slide_map = cls._from_frame(frame, validate(path, _Document, document))
+        if _CONTENT not in document:
+            warn_unsealed(path, _CONTENT)
+        elif document[_CONTENT] != slide_map._hash():
+            raise FileFormatError(path, "altered", "was changed since it was written: map the slide again")
+        return slide_map
 
     @classmethod
-    def _from_frame(cls, frame: pd.DataFrame, known: dict[str, Any]) -> "SlideMap":
-        place = known["grid"]
-        place |= {name: tuple(place.get(name, (0, 0))) for name in ("origin_px", "corner")}
+    def _from_frame(cls, frame: pd.DataFrame, known: "_Document") -> "SlideMap":
+        place = known.grid
+        names = [f"prob_{name}" for name in known.class_names]
+        if frame[["x", "y", "abstained", *names]].isna().any(axis=None):
+            raise DataError(f"{known.name}: a patch has no place, probability or decision")
+        check_extent(frame["x"].to_numpy(), frame["y"].to_numpy(), place.stride_px * place.scale)
         column, row = (
-            np.rint((frame[axis] / place["scale"] - origin) / place["stride_px"]).to_numpy(np.int64)
-            for axis, origin in zip("xy", place["origin_px"], strict=True)
+            np.rint((frame[axis] / place.scale - origin) / place.stride_px).to_numpy(np.int64)
+            for axis, origin in zip("xy", place.origin_px, strict=True)
         )
-        probs = frame[[f"prob_{name}" for name in known["class_names"]]].to_numpy(np.float32)
         return cls(
-            known["name"],
-            PatchGrid(column, row, **place),
-            probs,
+            known.name,
+            PatchGrid(column, row, **dict(place)),
+            check_probs(frame[names].to_numpy(np.float32), known.name),
             frame["abstained"].to_numpy(bool),
-            known["class_names"],
-            known["positive_class"],
-            known["threshold"],
-            known["about"],
+            known.class_names,
+            known.positive_class,
+            known.threshold,
+            known.about,
             ood=frame["ood"].to_numpy(np.float32) if "ood" in frame else None,
         )
+
+    def _hash(self) -> str:
+        """Hash everything that drawings and areas follow from."""
+        about = [self.name, self.class_names, self.positive_class, self.threshold]
+        grid = [
+            list(value) if isinstance(value := getattr(self.grid, key), tuple) else value for key in _GRID
+        ]
+        digest = hashlib.sha256(json.dumps(plain([about, grid, self.about]), sort_keys=True).encode())
+        places = (values.astype("<i8") for values in (self.grid.column, self.grid.row))
+        ood = np.zeros(0) if self.ood is None else np.nan_to_num(self.ood, nan=-1)
+        for values in (*places, self.probs.astype("<f4"), self.abstained, ood.astype("<f4")):
+            digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
 
     def to_geojson(self, path: Path | str, *, detections: bool = False) -> Path:
         """Write what QuPath opens: regions of each class as annotations, or every patch as a detection.

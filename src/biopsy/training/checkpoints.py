@@ -1,10 +1,12 @@
 """Checkpoints: the state of a training run after a whole epoch, in one file that is written atomically.
 
 Tensors lie in a safetensors file; what is no tensor (epoch, history, optimiser counters) is JSON in its
-header. The best epoch's weights have the epoch in their name, and the last checkpoint says which they are:
-whatever moment a process is stopped at, the last checkpoint and the file it names belong together.
+header, with a hash of both: a checkpoint that was changed since is refused. The best epoch's weights have the
+epoch in their name, and the last checkpoint says which they are: whatever moment a process is stopped at, the
+last checkpoint and the file it names belong together.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +22,7 @@ from biopsy.core.loaders import parse_json, read_tensors, validate
 from biopsy.training.runs import EpochRecord
 from biopsy.training.weight_averaging import WeightAverage
 
-FORMAT = "biopsy-checkpoint/1"
+FORMAT = "biopsy-checkpoint/2"
 LAST = "last.safetensors"
 
 
@@ -184,7 +186,17 @@ def _to_cpu(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
-    write_atomic(path, save(tensors, metadata={"biopsy": json.dumps({"format": FORMAT, **header})}))
+    text = json.dumps({"format": FORMAT, **header})
+    write_atomic(path, save(tensors, metadata={"biopsy": text, "sha256": _hash(tensors, text)}))
+
+
+def _hash(tensors: dict[str, torch.Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -193,6 +205,8 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         header = parse_json(texts.get("biopsy", "null"), path, allow_nan=True)
         if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise FileFormatError(path, "format", f"is no checkpoint of format {FORMAT!r}")
+        if texts.get("sha256") != _hash(tensors, texts["biopsy"]):
+            raise FileFormatError(path, "altered", "was changed since it was written")
     except FileFormatError as error:
         raise RunError(f"{error}: train anew") from None
     return tensors, header

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 
 from biopsy.core.errors import DataError, FileFormatError
-from biopsy.core.hdf5 import find_dataset, find_node, open_hdf5
+from biopsy.core.hdf5 import check_heaps, find_dataset, find_group, open_hdf5
 from biopsy.core.loaders import open_regular, parse_json
 from biopsy.data.archives import ZipArchive
 
@@ -190,14 +190,15 @@ def _read_archive(path: Path) -> KerasFile:
 def _read_h5(
     path: Path, content: io.BytesIO | None = None, config: list[ConfigLayer] | None = None
 ) -> KerasFile:
+    check_heaps(path, content)
     with open_hdf5(path, content) as file:
         if (container := _find_container(file)) is not None:
-            layers, is_certain = list(_walk_groups(find_node(file, container, path), path, set())), True
+            layers, is_certain = list(_walk_groups(find_group(file, container, path), path, set())), True
             format = "weights.h5" if config is None else "keras"
         else:
             if "model_config" in file.attrs:
                 config = _parse_config(file.attrs["model_config"], path)
-            group = find_node(file, "model_weights", path) if "model_weights" in file else file
+            group = find_group(file, "model_weights", path) if "model_weights" in file else file
             if _text(group.attrs.get("backend", "")) == "theano":
                 raise DataError("was written by Keras on Theano, which turns kernels by 180 degrees")
             layers, is_certain = _read_groups(group, path)
@@ -225,12 +226,12 @@ def _walk_groups(container: h5py.Group, path: Path, seen: set[int]) -> Iterator[
     if address in seen:
         raise DataError(f"holds {container.name!r} twice: it was altered")
     seen.add(address)
-    groups = {name: find_node(container, name, path) for name in sorted(container, key=_natural)}
+    groups = {name: find_group(container, name, path) for name in sorted(container, key=_natural)}
     for name in sorted(groups, key=lambda name: _find_container(groups[name]) is None):
         if (inner := _find_container(groups[name])) is not None:
-            yield from _walk_groups(find_node(groups[name], inner, path), path, seen)
+            yield from _walk_groups(find_group(groups[name], inner, path), path, seen)
         elif "vars" in groups[name]:
-            variables = find_node(groups[name], "vars", path)
+            variables = find_group(groups[name], "vars", path)
             arrays = [_read(variables, number, path) for number in sorted(variables, key=_natural)]
             if arrays:
                 yield Layer(_text(variables.attrs.get("name", name)), _find_kind(arrays), arrays)
@@ -241,7 +242,7 @@ def _read_groups(group: h5py.Group, path: Path) -> tuple[list[Layer], bool]:
     layers: list[Layer] = []
     has_inner_models = False
     for name in _list_names(group, "layer_names"):
-        layer = find_node(group, name, path)
+        layer = find_group(group, name, path)
         weights = {
             weight: _read(layer, weight, path)
             for weight in _list_names(layer, "weight_names")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar, cast
 
 import torch
+from pydantic import ValidationError, validate_call
 from torch import Tensor, nn
 
 from biopsy.core.errors import RecipeError, suggest
@@ -73,7 +74,8 @@ def build_network(
         parameters: The network's own, see :func:`network_parameters`.
 
     Raises:
-        RecipeError: If the name or a parameter is unknown, or the input is too small for the network.
+        RecipeError: If the name or a parameter is unknown, a value is of another type, or the input is too
+            small for the network.
 
     Example:
         >>> network = build_network("cancernet", n_classes=2, input_px=48, seed=0)
@@ -90,7 +92,15 @@ def build_network(
             if name.startswith(encoders.PREFIX):
                 return encoders.build_encoder(name, n_classes=n_classes, input_px=input_px, **parameters)
             return libraries.build_library_network(name, n_classes=n_classes, input_px=input_px, **parameters)
-        network = _find(name)(n_classes=n_classes, input_px=input_px, **parameters)
+        build = validate_call(_find(name), config={"strict": True, "arbitrary_types_allowed": True})
+        try:
+            network = build(n_classes=n_classes, input_px=input_px, **parameters)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(map(str, fault["loc"]))
+            raise RecipeError(
+                f"network {name!r} takes no {where}={str(fault['input'])[:80]!r}: {fault['msg']}"
+            ) from None
     if seed is not None:
         initialise(network, seed)
     return cast(nn.Module, network)
