@@ -15,6 +15,11 @@ disturbed one must come to. Every point is a process of its own, forked from thi
   from a random one on;
 * ``read-only``: every file operation that changes the folder fails with EROFS;
 * ``few handles``: a random limit of 16 to 64 open files (RLIMIT_NOFILE);
+* ``clock set back``: all files are a day younger than the clock, which from a random file operation on shows
+  an hour less (``time.time``);
+* ``input altered``, ``input removed``: at a random file operation a byte of a file that the command reads is
+  changed, or the file is removed; it is as it was when the command is run again (what was made without it,
+  exit code 3, is removed first);
 * ``two at once``: the command is started twice in the same folder.
 
 Then the same command (of a training, ``biopsy train --resume``) runs undisturbed. A point passes if the
@@ -88,7 +93,14 @@ INPUTS = {
     "in.run": (*COMMANDS["train"][:6], "--out", "in.run", "--device", "cpu", *SETTINGS),
 }
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
-FAULTS = (*SIGNALS, "disk full", "read-only", "few handles", "two at once")
+ON_INPUTS = ("input altered", "input removed")
+FAULTS = (*SIGNALS, "disk full", "read-only", "few handles", "two at once", "clock set back", *ON_INPUTS)
+READ = {
+    "prepare": ("cohort.zip",),
+    "evaluate": ("in.pack/patches.npy", "in.run/classifier/weights.safetensors", "in.run/split.csv"),
+    "slide": ("slides/0.tiff", "in.run/classifier/weights.safetensors"),
+}
+READ |= dict.fromkeys(("train", "study", "sweep"), ("in.pack/patches.npy", "in.pack/patches.parquet"))
 CHANGING = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
 VOLATILE = {"ledger", "times_opened", "seconds", "made", "evaluated", "started", "document_sha256"}
 """Values that a second attempt or a second process may change: openings, durations, times, hashes of such
@@ -207,8 +219,42 @@ def limit(kind: int, value: int) -> Disturbance:
     return disturb
 
 
+def set_clock_back(operation: int) -> Disturbance:
+    """Return what makes files younger than the clock, and from a file operation on sets it an hour back."""
+
+    def disturb(n: int) -> None:
+        if n == 0:
+            tomorrow = time.time() + 86400
+            for path in Path().rglob("*"):
+                os.utime(path, (tomorrow, tomorrow))
+        if n == operation:
+            now = time.time
+            time.time = lambda: now() - 3600
+
+    return disturb
+
+
+def spoil(name: str, operation: int, share: float | None) -> Disturbance:
+    """Return what changes a byte of a file at a file operation, or for None removes it."""
+
+    def disturb(n: int) -> None:
+        if n != operation:
+            return
+        path = Path(name).absolute()
+        if share is None:
+            path.unlink(missing_ok=True)
+        else:
+            with open(path, "r+b") as file:
+                file.seek(int(share * (path.stat().st_size - 1)))
+                byte = file.read(1)[0]
+                file.seek(-1, os.SEEK_CUR)
+                file.write(bytes([byte ^ 0x55]))
+
+    return disturb
+
+
 def draw_fault(
-    fault: str, index: int, rng: random.Random, whole: Outcome, largest: int
+    command: str, fault: str, index: int, rng: random.Random, whole: Outcome, largest: int
 ) -> tuple[Disturbance, bool]:
     """Draw one point of a fault; say whether it lies between the first and the last write."""
     operation = rng.randint(1, whole.operations)
@@ -221,6 +267,11 @@ def draw_fault(
         if index % 2:
             return fail_from(operation, errno.ENOSPC), True
         return limit(resource.RLIMIT_FSIZE, rng.randint(0, largest)), True
+    if fault == "clock set back":
+        return set_clock_back(operation), True
+    if fault in ON_INPUTS:
+        share = rng.random() if fault == "input altered" else None
+        return spoil(rng.choice(READ[command]), operation, share), True
     if fault == "read-only":
         return fail_from(1, errno.EROFS), False
     return limit(resource.RLIMIT_NOFILE, rng.randint(16, 64)), False
@@ -336,6 +387,10 @@ class Campaign:
         else:
             outcomes = [run(self.folder, words, disturb)]
         wrong = next(filter(None, (find_fault(outcome, codes) for outcome in outcomes)), "")
+        for name in READ[words[0]]:
+            shutil.copy2(self.inputs / name, self.folder / name)
+        if outcomes[0].code == 3:
+            shutil.rmtree(self.folder / words[words.index("--out") + 1])
         again = words
         if words[0] == "train" and (run_file := self.folder / "out" / "run.json").exists():
             is_finished = json.loads(run_file.read_text())["status"] == "finished"
@@ -375,7 +430,7 @@ def try_command(
             if fault == "two at once":
                 disturb, between = None, False
             else:
-                disturb, between = draw_fault(fault, index, rng, whole, largest)
+                disturb, between = draw_fault(command, fault, index, rng, whole, largest)
             if fault in SIGNALS:
                 codes = {0, 130 if fault == "SIGINT" else -signal.Signals[fault]}
             ended, wrong = campaign.try_point(words, disturb, codes)

@@ -17,5 +17,5 @@ def test_a_disturbed_command_comes_to_the_result_of_an_undisturbed_one(command, 
     done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = pd.read_csv(table)
-    assert len(rows) == 7 and (rows["passed"] == rows["points"]).all(), done.stdout
+    assert len(rows) == 10 and (rows["passed"] == rows["points"]).all(), done.stdout
     assert rows["between_writes"].sum() > 0

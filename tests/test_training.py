@@ -14,8 +14,9 @@ import biopsy.training.checkpoints as checkpoints
 import biopsy.training.fit as fitting
 import biopsy.training.train as training
 from biopsy.core import files
-from biopsy.core.errors import DataError, RecipeError, RunError, SplitError, TrainingDiverged
+from biopsy.core.errors import DataError, PackError, RecipeError, RunError, SplitError, TrainingDiverged
 from biopsy.core.files import read_json, write_json
+from biopsy.data.packs import Pack
 from biopsy.data.splits import make_split, save_split
 from biopsy.training.runs import Run
 from biopsy.training.train import train
@@ -61,6 +62,22 @@ def test_resumed_equals_never_interrupted(pack, tmp_path, optimiser):
         train_tiny(pack, tmp_path / "cut", *settings, on_epoch=interrupt_at(2))
     assert Run.open(tmp_path / "cut").info["status"] == "interrupted"
     assert_same_run(whole, train(resume=tmp_path / "cut", device="cpu"))
+
+
+def test_a_pack_that_goes_away_stops_a_training_that_resumes(pack, whole, tmp_path):
+    own = Pack.open(shutil.copytree(pack.path, tmp_path / "own.pack"))
+
+    def remove(record):
+        (own.path / "patches.parquet").rename(tmp_path / "away")
+
+    with pytest.raises(PackError):
+        train_tiny(own, tmp_path / "run", THREE, on_epoch=remove)
+    info = Run.open(tmp_path / "run").info
+    assert info["status"] == "interrupted" and "patches.parquet" in info["reason"]
+    (tmp_path / "away").rename(own.path / "patches.parquet")
+    resumed = train(resume=tmp_path / "run", device="cpu")
+    assert_same_run(whole, resumed)
+    assert "reason" not in resumed.info
 
 
 def break_nth(monkeypatch, module, name, n, error):

@@ -345,6 +345,7 @@ def _train(
         keep_best=checkpoint == "best",
         transform=transform,
     )
+    run.info.pop("reason", None)  # of an earlier interruption
     run.update(status="running", device=str(engine.device), precision=engine.precision)
     loggers, is_finished = open_loggers(logger_names, run), False
 
