@@ -1,7 +1,6 @@
 """Arrays and tables of packs, checkpoints and HDF5 files, damaged and lying."""
 
 import os
-import pickle
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pandas as pd
 from harness import CANARY, Input
 
-INSPECT, EVALUATE = ("inspect", "in.pack"), ("evaluate", "in.run")
+INSPECT = ("inspect", "in.pack")
 NPY, PARQUET = "in.pack/patches.npy", "in.pack/patches.parquet"
 
 
@@ -107,24 +106,6 @@ INPUTS = [
     Input("pack_target_text", partial(change_table, lambda table: table.assign(target="x")), INSPECT),
     Input("pack_target_lists", partial(change_table, lambda t: t.assign(target=[[1]] * len(t))), INSPECT),
     Input("pack_label_turned", partial(change_table, lambda t: t.assign(target=1 - t["target"])), INSPECT),
-    Input("predictions_cut", partial(cut, "in.run/predictions/test.parquet", 900), ("report", "in.run")),
-    Input("predictions_garbage", partial(garble, "in.run/predictions/test.parquet"), ("report", "in.run")),
-    Input("weights_cut", partial(cut, "in.run/classifier/weights.safetensors", 900), EVALUATE),
-    Input("weights_garbage", partial(garble, "in.run/classifier/weights.safetensors"), EVALUATE),
-    Input(
-        "weights_pickle",
-        lambda folder: (folder / "w.pth").write_bytes(pickle.dumps(Code(), protocol=2)),
-        (
-            "train",
-            "idc-small",
-            "--data",
-            "in.pack",
-            "--set",
-            "model.pretrained=true",
-            "--set",
-            "model.weights=w.pth",
-        ),
-    ),
     *(
         Input(f"h5_{write.__name__}", partial(h5, write), PREPARE)
         for write in (link_out, soft_link, group, declare, store_out, texts)

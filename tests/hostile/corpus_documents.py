@@ -95,6 +95,7 @@ INPUTS += [
         "deep": DEEP.encode(),
         "digits": DIGITS.encode(),
         "bytes": b"\xff\xfe\0",
+        "half_a_line": b'{"run": "a", "spl',
         "types": b'{"run": [1], "split": 3, "fold": "x", "subset": null, "kept_with": "pack"}',
     }.items()
 ]

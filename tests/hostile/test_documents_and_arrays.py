@@ -1,10 +1,12 @@
 """Documents and arrays that were damaged, edited or made to do harm: refused in one line, soon."""
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import corpus_arrays
 import corpus_documents
+import corpus_models
 import pytest
 from harness import Server, check
 
@@ -12,7 +14,7 @@ import biopsy
 from conftest import encode_png, write_pack
 from tiny_runs import LIVELY, train_tiny
 
-INPUTS = [*corpus_documents.INPUTS, *corpus_arrays.INPUTS]
+INPUTS = [*corpus_documents.INPUTS, *corpus_arrays.INPUTS, *corpus_models.INPUTS]
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +48,9 @@ def material(tmp_path_factory):
 
 def test_the_corpus_is_large_and_its_names_are_unique():
     names = [entry.name for entry in INPUTS]
-    assert len(set(names)) == len(names) >= 80
+    assert len(set(names)) == len(names) >= 100
+    counts = Counter(name.partition("_")[0] for name in names)
+    assert min(counts.values()) >= 5, counts
 
 
 @pytest.mark.parametrize("entry", INPUTS, ids=lambda entry: entry.name)
