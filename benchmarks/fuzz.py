@@ -350,7 +350,7 @@ def listed(value: Any) -> Any:
 
 
 def make_pack(folder: Path) -> None:
-    """Write a pack with a split of sides, one of folds, and a ledger."""
+    """Write a pack with a split of subsets, one of folds, and a ledger."""
     images = [draw(index) for index in range(24)]
     patients = [f"P{index // 4}" for index in range(24)]
     labels = [index % 2 for index in range(24)]
@@ -395,9 +395,9 @@ def read_run(folder: Path, name: str) -> Any:
     """Read all of a run that numbers rest on."""
     run = Run.open(folder / "in.run")
     pack = run.open_pack()
-    values = [run.info, recipe_toml(run.recipe), run.sides(pack).tolist(), run.log(), run.metrics()]
-    for side in ("val", "test"):
-        frame, about = run.predictions(side)
+    values = [run.info, recipe_toml(run.recipe), run.subsets(pack).tolist(), run.log(), run.metrics()]
+    for subset in ("validation", "test"):
+        frame, about = run.predictions(subset)
         values += [frame.astype(str).to_dict("list"), about]
     return [*values, run.classifier.sha256, listed(run.classifier.network.state_dict())]
 
