@@ -10,7 +10,7 @@ import pytest
 
 from biopsy.core.files import plain
 from biopsy.evaluation.explanation.examples import Explained, Illustration
-from biopsy.evaluation.explanation.faithfulness import describe_curves, judge_method
+from biopsy.evaluation.explanation.faithfulness import describe_curves, describe_method_result
 from biopsy.evaluation.hypotheses.measure import check_blue_yellow, check_heterogeneous, check_less_stained
 from biopsy.reporting.compose import report_of_run
 from biopsy.reporting.html import render_report
@@ -123,7 +123,7 @@ def test_the_report_says_whether_maps_mean_anything():
         assert each["answer"] in page
         for gain in each["gain"].values():
             assert f"{gain['value']:.3f} ({gain['low']:.3f} to {gain['high']:.3f})" in page
-    assert "grad_cam needs maps" in page
+    assert "grad_cam needs feature maps" in page
     assert "deletion: lower is better" in text and "48 patches of 8 patients, predicted IDC" in page
 
 
@@ -146,13 +146,14 @@ def make_faithfulness():
             "settings": {"cells": 12, "n_randomised": 6},
             "prob": {"untouched": 0.9, "blurred": 0.2},
             "methods": [
-                judge_method(name, traced, steps, groups, **options) for name in ("saliency", "occlusion")
+                describe_method_result(name, traced, steps, groups, **options)
+                for name in ("saliency", "occlusion")
             ],
             "baselines": [
                 {"name": name, **describe_curves(traced[name], groups, **options)}
                 for name in ("random", "edges")
             ],
-            "refused": [{"name": "grad_cam", "reason": "grad_cam needs maps"}],
+            "refused": [{"name": "grad_cam", "reason": "grad_cam needs feature maps"}],
         }
     )
 

@@ -23,10 +23,10 @@ from biopsy.evaluation.explanation.faithfulness import (
     compare_with_baselines,
     deletion_insertion_curves,
     describe_gain,
+    describe_method_result,
     draw_patches,
     explain_all,
     find_edges,
-    judge_method,
     measure_faithfulness,
     randomise_cascading,
     rank_cells,
@@ -99,7 +99,7 @@ GROUPS = np.repeat(np.arange(8), 2).astype(str)
 
 
 def judge(name, traced, groups=GROUPS):
-    return judge_method(name, traced, [], groups, seed=0, unit="patient")
+    return describe_method_result(name, traced, [], groups, seed=0, unit="patient")
 
 
 # --- a network whose decision is known
@@ -370,8 +370,8 @@ def test_patches_are_called_positive_and_taken_from_patients_in_turn(judged):
 
 
 def test_the_verb_measures_with_the_flag_and_the_report_shows_it(judged, monkeypatch):
-    monkeypatch.setattr("biopsy.evaluation.explanation.faithfulness.MOST_PATCHES", 4)
-    monkeypatch.setattr("biopsy.evaluation.explanation.faithfulness.FEWEST_PATCHES", 4)
+    monkeypatch.setattr("biopsy.evaluation.explanation.faithfulness.MAX_PATCHES", 4)
+    monkeypatch.setattr("biopsy.evaluation.explanation.faithfulness.MIN_PATCHES", 4)
     written = biopsy.explain(judged, method="saliency", errors=1, faithfulness=True, device="cpu")
     assert written["faithfulness"]["methods"][0]["name"] == "saliency"
     assert "faithfulness" not in json.loads((judged.path / "explain" / "explain.json").read_text())
@@ -380,8 +380,8 @@ def test_the_verb_measures_with_the_flag_and_the_report_shows_it(judged, monkeyp
 @pytest.mark.parametrize(
     ("asked", "error", "said"),
     [
-        ({"methods": ["activations"]}, RecipeError, "activations asks about no class"),
-        ({"methods": ["gradcam"]}, RecipeError, "no way to explain is called 'gradcam'"),
+        ({"methods": ["activations"]}, RecipeError, "activations is not class-specific"),
+        ({"methods": ["gradcam"]}, RecipeError, "'gradcam'"),
         ({"methods": ["grad_cam"], "layer": "nowhere"}, RecipeError, "no layer 'nowhere'"),
     ],
 )
@@ -397,8 +397,8 @@ def test_a_network_without_convolutions_is_tested_by_the_rest_and_nothing_called
     classifier, patches = make_classifier(network, input_px=8), draw_noise(2, 8)
     maps, _, refused = explain_all(classifier, patches, np.array([0, 1]), (), None, CPU)
     assert "grad_cam" not in maps and len(maps) == 4
-    assert refused[0]["name"] == "grad_cam" and "integrated_gradients and occlusion" in refused[0]["reason"]
+    assert refused[0]["name"] == "grad_cam" and "integrated_gradients" in refused[0]["reason"]
     frame, about = judged.predictions("test")
     monkeypatch.setattr(biopsy.Run, "predictions", lambda self, subset: (frame.assign(pred=0), about))
-    with pytest.raises(RunError, match="no whole patch of the test subset is called idc"):
+    with pytest.raises(RunError, match="test subset is predicted idc"):
         measure_faithfulness(judged, device="cpu")

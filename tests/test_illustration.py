@@ -76,7 +76,7 @@ def test_until_it_is_opened_the_test_subset_is_left_alone(unopened):
     assert not (unopened.path / "predictions" / "test.parquet").exists()
     pack = unopened.open_pack()
     of_test = pack.table["patch_id"][unopened.subsets(pack) == "test"].iloc[0]
-    with pytest.raises(RunError, match=f"patch '{of_test}' is of the test subset, which has not been opened"):
+    with pytest.raises(RunError, match=f"patch '{of_test}' is in the test subset, which has not been evaluated"):
         biopsy.explain(unopened, patch=[of_test], device="cpu")
     of_train = pack.table["patch_id"][unopened.subsets(pack) == "train"].iloc[0]
     named = biopsy.explain(unopened, patch=[of_train, of_train], method="saliency", device="cpu")
@@ -143,13 +143,13 @@ def test_a_classifier_is_explained_on_images(judged, tmp_path):
 @pytest.mark.parametrize(
     ("asked", "error", "said"),
     [
-        ({}, RunError, "a classifier has no patches of its own: name a pack or images"),
-        ({"data": "pack", "faithfulness": True}, RunError, "patches a run was judged on: name the run"),
+        ({}, RunError, "no patches of its own"),
+        ({"data": "pack", "faithfulness": True}, RunError, "give the run"),
         ({"data": "nowhere"}, DataError, "nowhere does not exist: give a pack, a folder or zip of images"),
         ({"data": "big.png"}, DataError, "big.png is 40x40 px, the classifier takes patches of 16x16"),
         ({"data": "text.png"}, DataError, "text.png "),
         ({"data": "pack", "patch": ["nobody"]}, DataError, "has no patch 'nobody'; its ids are such as"),
-        ({"data": "pack", "errors": 0}, RunError, "errors=0 shows nothing"),
+        ({"data": "pack", "errors": 0}, RunError, "errors=0"),
     ],
 )
 def test_what_a_classifier_cannot_be_explained_on_is_refused(judged, tmp_path, asked, error, said):
@@ -271,13 +271,13 @@ def test_names_of_patches_never_become_paths(judged, tmp_path, monkeypatch):
     ("asked", "error", "said"),
     [
         ({"patch": ["nobody"]}, RunError, "has no patch 'nobody'; its ids are such as"),
-        ({"data": "images"}, RunError, "is explained on its own pack: for data='images' name its classifier"),
+        ({"data": "images"}, RunError, "explained on its own pack"),
         ({"method": ["saliency", "gradcam"]}, RecipeError, "'gradcam'; did you mean 'grad_cam'"),
-        ({"errors": 0}, RunError, "errors=0 shows nothing"),
+        ({"errors": 0}, RunError, "errors=0"),
         ({"random": -1}, RunError, "random=-1 of"),
-        ({"random": 2, "patch": ["nobody"]}, RunError, "not both"),
+        ({"random": 2, "patch": ["nobody"]}, RunError, "patch and random"),
         ({"layer": ["stem.0", "stem.2"], "faithfulness": True}, RecipeError, "one layer at a time"),
-        ({"method": "gradcam"}, RecipeError, "no way to explain is called 'gradcam'"),
+        ({"method": "gradcam"}, RecipeError, "'gradcam'"),
         ({"layer": "stem.9"}, RecipeError, r"no layer 'stem.9'; nearest: stem\."),
         ({"method": "saliency", "layer": "stem.0"}, RecipeError, "cannot be chosen: saliency"),
         ({"device": "cuda:99"}, RecipeError, "is not here"),

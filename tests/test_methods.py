@@ -37,8 +37,8 @@ def ask(network, patches, class_index=1, layer=None, blank=1.0):
 
 @pytest.mark.parametrize("name", list_networks())
 def test_every_method_explains_every_network(name, monkeypatch):
-    monkeypatch.setattr(gradients, "FEWEST_STEPS", 2)
-    monkeypatch.setattr(gradients, "MOST_STEPS", 2)
+    monkeypatch.setattr(gradients, "MIN_STEPS", 2)
+    monkeypatch.setattr(gradients, "MAX_STEPS", 2)
     monkeypatch.setattr(gradients, "DRAWS", 2)
     monkeypatch.setattr(occlusion, "WINDOWS", 2)
     px = 32 if name == "vgg16" else PX
@@ -58,7 +58,7 @@ def test_every_method_explains_every_network(name, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "px"), [each[:2] for each in LIBRARIES])
 def test_every_method_explains_networks_of_libraries(name, px, monkeypatch):
-    monkeypatch.setattr(gradients, "MOST_STEPS", 32)
+    monkeypatch.setattr(gradients, "MAX_STEPS", 32)
     classifier = make_classifier(make_network(name, px), input_px=px)
     for method in METHODS:
         maps = explain_patches(classifier, draw_patches(1, px), method=method, engine=CPU).maps
@@ -67,12 +67,12 @@ def test_every_method_explains_networks_of_libraries(name, px, monkeypatch):
 
 @pytest.mark.slow
 def test_a_transformer_is_explained_by_what_needs_no_maps(monkeypatch):
-    monkeypatch.setattr(gradients, "MOST_STEPS", 32)
+    monkeypatch.setattr(gradients, "MAX_STEPS", 32)
     classifier = make_classifier(build_network(TRANSFORMER, n_classes=2, input_px=32, seed=0), input_px=32)
     for method in ("saliency", "integrated_gradients", "occlusion"):
         maps = explain_patches(classifier, draw_patches(1, 32), method=method, engine=CPU).maps
         assert np.abs(maps).max() > 0
-    with pytest.raises(RecipeError, match=r"works on tokens: integrated_gradients and occlusion look at"):
+    with pytest.raises(RecipeError, match=r"works on tokens: .*integrated_gradients"):
         explain_patches(classifier, draw_patches(1, 32), method="grad_cam", engine=CPU)
 
 
@@ -120,12 +120,12 @@ def test_grad_cam_of_any_layer_and_not_without_maps():
     named = explain_patches(classifier, draw_patches(2), method="grad_cam", layer="body.conv1_1", engine=CPU)
     assert named.layer == "body.conv1_1" and named.maps.shape == (2, 1, PX, PX)
     for asked, said in (
-        ({"layer": "body.dense"}, r"gives \(256,\) for each patch, not maps"),
+        ({"layer": "body.dense"}, r"\(256,\) per patch"),
         ({"layer": "body.conv9"}, "no layer 'body.conv9'; nearest: body.conv"),
     ):
         with pytest.raises(RecipeError, match=said):
             explain_patches(classifier, draw_patches(1), method="grad_cam", engine=CPU, **asked)
-    with pytest.raises(RecipeError, match="the network has none: integrated_gradients and occlusion look at"):
+    with pytest.raises(RecipeError, match="the network has none: .*integrated_gradients"):
         explain_patches(make_classifier(make_linear(), input_px=8), draw_patches(1, 8), method="grad_cam")
 
 
@@ -170,7 +170,7 @@ def test_steps_are_doubled_until_it_adds_up_and_it_is_said_where_it_does_not(mon
         found = METHODS["integrated_gradients"].compute(ask(Step(), patches))
     assert taken[0] == (32, 2) and taken[1] == (64, 1), "what adds up is not asked again"
     assert float(found[0].sum()) == pytest.approx(-100, rel=COMPLETE_WITHIN) and not caplog.records
-    monkeypatch.setattr(gradients, "MOST_STEPS", 32)
+    monkeypatch.setattr(gradients, "MAX_STEPS", 32)
     with caplog.at_level("INFO", logger="biopsy"):
         METHODS["integrated_gradients"].compute(ask(Step(), patches))
     assert "of 1 patches miss the difference of scores by up to" in caplog.text

@@ -153,7 +153,7 @@ def test_a_file_that_cannot_be_read_is_named_and_skipped(trained_run, folder, ar
     }
     assert reasons[f"{folder}/1/large.png"] == "is 24x24 px where the classifier takes patches of 16x16"
     assert reasons[f"{folder}/1/empty.jpg"] == "is empty"
-    assert reasons[f"{folder}/more.zip"] == "is a zip inside a folder: name it by itself"
+    assert reasons[f"{folder}/more.zip"] == "is a zip inside a folder: give it separately"
     assert len(found.frame) == N and progress[-1] == (N + 4, N + 4)
     assert json.loads((found.path.with_name("predictions.csv.json")).read_text())["skipped"] == found.skipped
     alone = ask(trained_run, folder / "0" / "broken.png", folder / "0" / "00.png")

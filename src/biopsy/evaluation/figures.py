@@ -31,13 +31,15 @@ from biopsy.plotting.style import (
 
 @styled
 def draw_confusion(tp: int, fp: int, fn: int, tn: int, *, negative: str, positive: str) -> Figure:
-    """Draw the four quadrants with their names, counts and shares of the true class.
+    """Draw the confusion matrix of two classes, with counts and shares of the true class.
 
     Args:
-        tp: Positive patches called positive.
-        fp: Negative patches called positive.
-        fn: Positive patches called negative: a cancer missed, the error that costs most.
-        tn: Negative patches called negative.
+        tp: Number of true positives.
+        fp: Number of false positives.
+        fn: Number of false negatives.
+        tn: Number of true negatives.
+        negative: Name of the negative class.
+        positive: Name of the positive class.
     """
     figure, axes = new_figure(height_in=3.1)
     rows = (
@@ -51,8 +53,8 @@ def draw_confusion(tp: int, fp: int, fn: int, tn: int, *, negative: str, positiv
             _draw_cell(axes, column, row, share)
             axes.text(column, row - 0.23, name, ha="center", va="center", fontsize=9)
             axes.text(column, row + 0.03, f"{count:,}", ha="center", va="center", fontsize=16)
-            shown = f"{share:.1%} of {shorten(truth, 14)}" if total else f"no {shorten(truth, 14)} patch"
-            axes.text(column, row + 0.29, shown, ha="center", va="center", fontsize=8.5, color=INK)
+            share_text = f"{share:.1%} of {shorten(truth, 14)}" if total else f"no {shorten(truth, 14)} patch"
+            axes.text(column, row + 0.29, share_text, ha="center", va="center", fontsize=8.5, color=INK)
     _label_cells(
         axes, [f"predicted\n{shorten(positive)}", f"predicted\n{shorten(negative)}"], [positive, negative]
     )
@@ -64,10 +66,10 @@ def draw_confusion_matrix(counts: np.ndarray, class_names: Sequence[str]) -> Fig
     """Draw a confusion matrix of any number of classes, shaded by the share of the true class.
 
     Args:
-        counts: Patches, shape ``(n_classes, n_classes)``, true class by row, called class by column.
+        counts: Patches, shape ``(n_classes, n_classes)``, true class by row, predicted class by column.
 
     Raises:
-        MetricError: If the shape does not fit the names.
+        MetricError: If the shape does not match the names.
     """
     counts = np.asarray(counts)
     n_classes = len(class_names)
@@ -132,12 +134,12 @@ def draw_roc(
     operating_point: tuple[float, float] | None = None,
     band: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
 ) -> Figure:
-    """Draw sensitivity against 1 - specificity.
+    """Draw the ROC curve: sensitivity against 1 - specificity.
 
     Args:
         target: 0 or 1, shape ``(n,)``; both must occur.
         prob: Probability of the positive class, shape ``(n,)``.
-        operating_point: ``(sensitivity, specificity)`` at the frozen threshold, marked on the curve.
+        operating_point: ``(sensitivity, specificity)`` at the decision threshold, marked on the curve.
         band: ``(false_positive_rate, low, high)`` of the curve's interval.
 
     Raises:
@@ -167,12 +169,12 @@ def draw_precision_recall(
     label: str = "this model",
     operating_point: tuple[float, float] | None = None,
 ) -> Figure:
-    """Draw positive predictive value against sensitivity, above the floor that the prevalence sets.
+    """Draw the precision-recall curve, with the prevalence as baseline.
 
     Args:
         target: 0 or 1, shape ``(n,)``; both must occur.
         prob: Probability of the positive class, shape ``(n,)``.
-        operating_point: ``(sensitivity, ppv)`` at the frozen threshold.
+        operating_point: ``(sensitivity, ppv)`` at the decision threshold.
 
     Raises:
         MetricError: If only one class occurs.
@@ -225,18 +227,18 @@ def draw_patient_metric(
     overall: float | None = None,
     interval: tuple[float, float] | None = None,
 ) -> Figure:
-    """Draw one number a patient, best first, dots larger where there are more patches.
+    """Draw a metric per patient, best first; larger dots for more patches.
 
     Args:
-        patient_ids: One id a patient.
-        values: The metric, shape ``(n_patients,)``; NaN where it is not defined for a patient.
-        n_patches: Patches of each patient, written beside the dot.
+        patient_ids: One id per patient.
+        values: The metric, shape ``(n_patients,)``; NaN if undefined for a patient.
+        n_patches: Number of patches of each patient, shown next to the dot.
         metric: Name of the metric, on the axis.
         overall: The pooled value, a vertical line.
         interval: Its interval, a band behind the dots.
 
     Raises:
-        MetricError: If there are not as many values and counts as patients.
+        MetricError: If the numbers of values, counts and patients differ.
     """
     values, n_patches = np.asarray(values, dtype=float), np.asarray(n_patches)
     if not len(patient_ids) == len(values) == len(n_patches):
@@ -277,20 +279,24 @@ def draw_patient_probs(
     class_names: Sequence[str] = ("negative", "positive"),
     threshold: float | None = None,
 ) -> Figure:
-    """Draw the spread of probabilities in every patient, positive and negative patches apart.
+    """Draw the distribution of probabilities per patient, for positive and negative patches.
 
-    A dot is the median, a thick line the middle half, a thin line the middle nine tenths.
+    Dot: median; thick line: interquartile range; thin line: 5th to 95th percentile.
 
     Args:
-        patient_ids: One id a *patch*, shape ``(n,)``.
+        patient_ids: One id per *patch*, shape ``(n,)``.
         target: 0 or 1, shape ``(n,)``.
         prob: Probability of the positive class, shape ``(n,)``.
         class_names: Name of the negative and of the positive class.
-        threshold: The frozen threshold, a vertical line.
+        threshold: The decision threshold, a vertical line.
     """
-    who, target, prob = np.array([str(name) for name in patient_ids]), np.asarray(target), np.asarray(prob)
-    names = np.unique(who)
-    medians = np.array([np.median(prob[who == name]) for name in names])
+    patient_of_patch, target, prob = (
+        np.array([str(name) for name in patient_ids]),
+        np.asarray(target),
+        np.asarray(prob),
+    )
+    names = np.unique(patient_of_patch)
+    medians = np.array([np.median(prob[patient_of_patch == name]) for name in names])
     names = names[np.argsort(-medians, kind="stable")]
     figure, axes = open_rows(len(names), row_in=0.26)
     for value, (label, colour, offset) in enumerate(
@@ -298,7 +304,7 @@ def draw_patient_probs(
     ):
         spreads = []
         for row, name in enumerate(names):
-            part = prob[(who == name) & (target == value)]
+            part = prob[(patient_of_patch == name) & (target == value)]
             if len(part):
                 spreads.append((row + offset, *np.quantile(part, [0.05, 0.25, 0.5, 0.75, 0.95])))
         if spreads:
@@ -318,11 +324,11 @@ def draw_patient_probs(
 
 @styled
 def draw_decision_curve(curve: Mapping[str, Any], *, level: float = 0.95) -> Figure:
-    """Draw net benefit against the threshold probability, beside treating all and treating none.
+    """Draw net benefit against the threshold probability, with treating all and treating none.
 
     Args:
         curve: ``thresholds``, ``model``, ``treat_all`` and ``marked`` (``threshold``, ``low``, ``high``), as
-            `metrics.json` holds them.
+            in `metrics.json`.
 
     Raises:
         MetricError: If the curve has no point.

@@ -1,8 +1,4 @@
-"""Probable label errors, as a sheet for expert review.
-
-No label is changed here: the sheet goes to somebody who can look at tissue, and comes back by
-``biopsy prepare --labels``.
-"""
+"""Probable label errors, as a sheet for expert review; ``biopsy prepare --labels`` applies the decisions."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +29,7 @@ class LabelIssues:
     Attributes:
         table: The sheet: one row per probable label error, the most probable first.
         path: Where the sheet was written.
-        page: The page of pictures beside it.
+        page: The page of pictures.
         n_patches: Number of labels checked.
         n_issues: Number of probable label errors; the sheet may list fewer.
     """
@@ -47,11 +43,11 @@ class LabelIssues:
 
 @dataclass(frozen=True)
 class _Models:
-    """What models say of patches they were not trained on, and which patches may be looked at."""
+    """Out-of-sample predictions, and the patches that may be checked."""
 
     pack: Pack
-    probs: np.ndarray  # mean over models, (n_patches, n_classes); NaN without any
-    n_models: np.ndarray  # models of each patch, (n_patches,)
+    probs: np.ndarray  # mean over models, (n_patches, n_classes); NaN without models
+    n_models: np.ndarray  # number of models per patch, (n_patches,)
     allowed: np.ndarray  # bool, (n_patches,)
 
 
@@ -70,20 +66,20 @@ def label_issues(run: Run | Study | Path | str, *, out: Path | str, n: int = 100
         n: Maximum number of labels to list.
 
     Raises:
-        UserFileError: If the sheet there holds decisions, or is none that this wrote.
+        UserFileError: If the existing sheet contains decisions, or was written by something else.
         RunError: If no label can be checked.
     """
     if n < 1:
         raise RunError(f"n={n!r}: expected at least 1")
-    place = Path(out)
-    refuse_inputs(place, run.path if isinstance(run, Run | Study) else run)
-    refuse_decided(place / SHEET)
-    with update_directory(place, SHEET, PAGE, f"{PICTURES}/*", last=SHEET) as partial:
+    folder = Path(out)
+    refuse_inputs(folder, run.path if isinstance(run, Run | Study) else run)
+    refuse_decided(folder / SHEET)
+    with update_directory(folder, SHEET, PAGE, f"{PICTURES}/*", last=SHEET) as partial:
         sheet, n_patches, n_issues = _write_sheet(partial, _collect_predictions(run), n)
-    return LabelIssues(sheet, place / SHEET, place / PAGE, n_patches, n_issues)
+    return LabelIssues(sheet, folder / SHEET, folder / PAGE, n_patches, n_issues)
 
 
-def _write_sheet(place: Path, models: _Models, n: int) -> tuple[pd.DataFrame, int, int]:
+def _write_sheet(folder: Path, models: _Models, n: int) -> tuple[pd.DataFrame, int, int]:
     """Write sheet, page and pictures into an empty folder; return sheet and counts of `LabelIssues`."""
     pack = models.pack
     counts = count_neighbours(pack.table, pack.target, len(pack.class_names))
@@ -99,9 +95,9 @@ def _write_sheet(place: Path, models: _Models, n: int) -> tuple[pd.DataFrame, in
     order = issues.assign(patch_id=pack.table["patch_id"].iloc[issues["row"]].to_numpy(str))
     chosen = order.sort_values(["doubt", "patch_id"], ascending=[False, True]).head(n)
     sheet, pictures = _compose(pack, chosen, models)
-    (place / PICTURES).mkdir()
+    (folder / PICTURES).mkdir()
     for name, (around, _) in zip(sheet["picture"], pictures, strict=True):
-        (place / name).write_bytes(around)
+        (folder / name).write_bytes(around)
     page = {
         "pack": pack.path.name,
         "n_patches": len(checked),
@@ -116,18 +112,18 @@ def _write_sheet(place: Path, models: _Models, n: int) -> tuple[pd.DataFrame, in
         "placed": bool(pack.table[["x", "y"]].notna().all(axis=1).any()),
         "sheet": SHEET,
     }
-    write_atomic(place / PAGE, render("label_issues.html", page=page))
-    write_csv(place / SHEET, sheet)
+    write_atomic(folder / PAGE, render("label_issues.html", page=page))
+    write_csv(folder / SHEET, sheet)
     return sheet, len(checked), len(issues)
 
 
 def _collect_predictions(run: Run | Study | Path | str) -> _Models:
-    """Gather predictions of patches that were not trained on: of test subsets, else of validation."""
+    """Return out-of-sample predictions: of test subsets, else of validation."""
     if isinstance(run, Study) or (not isinstance(run, Run) and is_study(run)):
         study = Study.open(run)
         runs = study.evaluated_runs()
         if not runs:
-            raise RunError(f"{study.path} has no evaluated run: go on with the command that made it")
+            raise RunError(f"{study.path} has no evaluated run: repeat the command that created it")
     else:
         runs = [Run.open(run)]
     pack = runs[0].open_pack(verify=False)
@@ -143,11 +139,11 @@ def _collect_predictions(run: Run | Study | Path | str) -> _Models:
 
 
 def _average(pack: Pack, frames: list[pd.DataFrame]) -> tuple[np.ndarray, np.ndarray]:
-    """Return each patch's mean probabilities, NaN where it was not predicted, and over how many models."""
+    """Return the mean probabilities of each patch, NaN without predictions, and the number of models."""
     names = [f"prob_{name}" for name in pack.class_names]
     empty = pd.DataFrame(columns=["patch_id", *names]).astype(dict.fromkeys(names, float))
-    every = pd.concat([frame[["patch_id", *names]] for frame in frames]) if frames else empty
-    groups = every.groupby(every["patch_id"].astype(str))[names]
+    predictions = pd.concat([frame[["patch_id", *names]] for frame in frames]) if frames else empty
+    groups = predictions.groupby(predictions["patch_id"].astype(str))[names]
     patch_ids = pack.table["patch_id"].astype(str)
     n_models = groups.size().reindex(patch_ids, fill_value=0).to_numpy()
     return groups.mean().reindex(patch_ids).to_numpy(float), n_models
@@ -156,28 +152,28 @@ def _average(pack: Pack, frames: list[pd.DataFrame]) -> tuple[np.ndarray, np.nda
 def _compose(
     pack: Pack, chosen: pd.DataFrame, models: _Models
 ) -> tuple[pd.DataFrame, list[tuple[bytes, bytes]]]:
-    """Return the sheet, and for each row the patch among those around it, and the patch by itself."""
+    """Return the sheet, and for each row the context view and the patch."""
     views, pictures, rows = SlideViews(pack), [], []
     labels = pack.table.get("original_class", pd.Series(pack.target).map(dict(enumerate(pack.class_names))))
     for number, issue in enumerate(chosen.itertuples(), start=1):
-        about = pack.table.iloc[issue.row]
+        record = pack.table.iloc[issue.row]
         width, height = pack.sizes[issue.row]
         patch = np.asarray(pack.patches[issue.row, :height, :width])
         suggested, around = pack.class_names[issue.suggested], views.surroundings(issue.row)
         pictures.append((jpeg(patch if around is None else around, quality=75), jpeg(patch)))
         rows.append(
             {
-                "patch_id": about["patch_id"],
+                "patch_id": record["patch_id"],
                 "label": labels.iloc[issue.row],
                 "suggested": suggested,
                 "decision": None,
                 "who": None,
                 "when": None,
-                "reason": _give_reason(
+                "reason": _describe_votes(
                     issue, pack.class_names[issue.suggested], int(models.n_models[issue.row])
                 ),
                 "doubt": round(float(issue.doubt), 3),
-                **{name: about[name] for name in ("patient_id", "slide_id", "x", "y")},
+                **{name: record[name] for name in ("patient_id", "slide_id", "x", "y")},
                 "picture": f"{PICTURES}/{number:04d}.jpg",
             }
         )
@@ -185,11 +181,11 @@ def _compose(
     return pd.DataFrame(rows, columns=names), pictures
 
 
-def _give_reason(issue: Any, suggested: str, n_models: int) -> str:
-    """Return in words how neighbours and models vote."""
+def _describe_votes(issue: Any, suggested: str, n_models: int) -> str:
+    """Describe the votes of neighbours and models."""
     parts = ["no coordinates" if pd.isna(issue.n_neighbours) else "no neighbours"]
     if not pd.isna(issue.n_neighbours) and issue.n_neighbours:
         parts = [f"{issue.n_for} of {issue.n_neighbours} neighbours are {suggested}"]
-    who = "a model that was" if n_models == 1 else f"the mean of {n_models} models that were"
-    prediction = f"{who} not trained on it gives {suggested} {issue.prob:.2f}"
+    models = "a model that was" if n_models == 1 else f"the mean of {n_models} models that were"
+    prediction = f"{models} not trained on it gives {suggested} {issue.prob:.2f}"
     return "; ".join([*parts, prediction if n_models else "every model was trained on it"])

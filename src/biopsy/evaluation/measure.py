@@ -1,4 +1,4 @@
-"""What an evaluation measures of scored patches: metrics, operating points, net benefit, subgroups."""
+"""Measurements of scored patches: metrics, operating points, net benefit, subgroups."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,13 +30,13 @@ from biopsy.statistics.resampling import Interval
 from biopsy.statistics.thresholds import parse_rule
 
 CURVE = np.arange(1, 100) / 100  # threshold probabilities of the decision curve
-MARKED = np.arange(1, 20) / 20  # those with an interval
+MARKED = np.arange(1, 20) / 20  # threshold probabilities with an interval
 
 SHOWN = ("auroc", "sensitivity", "specificity", "balanced_accuracy")
 SHOWN_OF_CLASSES = ("accuracy", "balanced_accuracy", "f1_macro", "auroc")
-MOST_VALUES = 12
+MAX_VALUES = 12  # distinct values of a column
 RELABELLED = ("label_before", "label_by", "label_at")
-PCAM = ("coord_x", "coord_y", "tumor_patch", "center_tumor_patch")  # place and label once more
+PCAM = ("coord_x", "coord_y", "tumor_patch", "center_tumor_patch")  # duplicate position and label
 OWN_COLUMNS = {*COLUMNS, "official_subset", "row", "label_share", *RELABELLED, *PCAM}
 
 
@@ -52,7 +52,7 @@ class Confusion:
 
 @dataclass(frozen=True, kw_only=True)
 class Performance:
-    """What follows from probabilities alone; None where it is not defined for the number of classes."""
+    """Metrics of performance; None where undefined for the number of classes."""
 
     patch: dict[str, Interval]
     classification_report: list[ClassReport]
@@ -99,7 +99,7 @@ def _count(truth: np.ndarray, pred: np.ndarray) -> Confusion:
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """A threshold: what its rule targets, reached where it was chosen, and reaches on these patches."""
+    """A threshold: the target of its rule, and the rates where it was chosen and on these patches."""
 
     rule: str
     threshold: float
@@ -120,7 +120,7 @@ class NetBenefit(Interval):
 
 @dataclass(frozen=True)
 class DecisionCurve:
-    """Net benefit per patch of the model and of treating all (of treating none it is 0)."""
+    """Net benefit per patch of the model and of treating all; that of treating none is 0."""
 
     thresholds: np.ndarray
     model: np.ndarray
@@ -130,7 +130,7 @@ class DecisionCurve:
 
 @dataclass(frozen=True)
 class PredictiveValues:
-    """PPV and NPV at a threshold and a stated prevalence."""
+    """PPV and NPV at a threshold and a given prevalence."""
 
     rule: str
     threshold: float
@@ -140,7 +140,7 @@ class PredictiveValues:
 
 @dataclass(frozen=True)
 class AtPrevalence:
-    """Predictive values of each threshold at a stated prevalence."""
+    """Predictive values of each threshold at a given prevalence."""
 
     prevalence: float
     points: list[PredictiveValues]
@@ -148,7 +148,7 @@ class AtPrevalence:
 
 @dataclass(frozen=True, kw_only=True)
 class Decisions:
-    """What frozen thresholds do on these patches, and whether acting on them pays; of two classes."""
+    """Operating points and net benefit of the classifier's thresholds, for two classes."""
 
     operating_points: list[OperatingPoint] | None = None
     decision_curve: DecisionCurve | None = None
@@ -158,11 +158,11 @@ class Decisions:
 def measure_decisions(
     scored: ScoredPatches, thresholds: Sequence[Mapping[str, Any]], *, prevalence: float | None = None
 ) -> Decisions:
-    """Return operating points, decision curve and, with a prevalence, predictive values; of two classes.
+    """Return operating points, decision curve and, with a prevalence, predictive values, for two classes.
 
     Args:
-        thresholds: As in ``classifier.json``: ``value``, ``rule``, ``chosen_on`` and what was reached there.
-        prevalence: At which PPV and NPV are worked out.
+        thresholds: As in ``classifier.json``: ``value``, ``rule``, ``chosen_on`` and the rates there.
+        prevalence: Prevalence for PPV and NPV.
 
     Raises:
         MetricError: If the prevalence is not between 0 and 1.
@@ -170,15 +170,15 @@ def measure_decisions(
     if scored.positive_class is None:
         return Decisions()
     truth, prob = scored.is_positive, scored.prob
-    at = [*(frozen["value"] for frozen in thresholds), *MARKED]
+    at = [*(threshold["value"] for threshold in thresholds), *MARKED]
     calls = count_calls(truth, prob, scored.group_ids, at, **scored.resampling)
     values = None
     if prevalence is not None:
         points = [
             PredictiveValues(
-                frozen["rule"], frozen["value"], **estimate_predictive_values(calls, k, prevalence)
+                threshold["rule"], threshold["value"], **estimate_predictive_values(calls, k, prevalence)
             )
-            for k, frozen in enumerate(thresholds)
+            for k, threshold in enumerate(thresholds)
         ]
         values = AtPrevalence(prevalence, points)
     marked = [
@@ -189,22 +189,22 @@ def measure_decisions(
         )
         for k, value in enumerate(MARKED, start=len(thresholds))
     ]
-    everybody = net_benefit(truth, np.ones(len(truth)), CURVE)
+    treat_all = net_benefit(truth, np.ones(len(truth)), CURVE)
     return Decisions(
-        operating_points=[_operating_point(calls, k, frozen) for k, frozen in enumerate(thresholds)],
-        decision_curve=DecisionCurve(CURVE, net_benefit(truth, prob, CURVE), everybody, marked),
+        operating_points=[_operating_point(calls, k, threshold) for k, threshold in enumerate(thresholds)],
+        decision_curve=DecisionCurve(CURVE, net_benefit(truth, prob, CURVE), treat_all, marked),
         at_prevalence=values,
     )
 
 
-def _operating_point(calls: Calls, k: int, frozen: Mapping[str, Any]) -> OperatingPoint:
-    rates, rule = estimate_rates(calls, k), frozen["rule"]
+def _operating_point(calls: Calls, k: int, threshold: Mapping[str, Any]) -> OperatingPoint:
+    rates, rule = estimate_rates(calls, k), threshold["rule"]
     name = rule.partition("=")[0]
-    chosen = {name: frozen.get(name) for name in ("sensitivity", "specificity")}
+    chosen = {name: threshold.get(name) for name in ("sensitivity", "specificity")}
     return OperatingPoint(
         rule=rule,
-        threshold=frozen["value"],
-        chosen_on=frozen["chosen_on"],
+        threshold=threshold["value"],
+        chosen_on=threshold["chosen_on"],
         target={name: parse_rule(rule)[1]} if name in chosen else None,
         where_chosen=chosen,
         achieved=rates,
@@ -214,7 +214,7 @@ def _operating_point(calls: Calls, k: int, frozen: Mapping[str, Any]) -> Operati
 
 @dataclass(frozen=True)
 class Subgroup:
-    """The metrics within one value of a column, each interval by itself."""
+    """The metrics within one value of a column."""
 
     n_patches: int
     n_patients: int
@@ -223,7 +223,7 @@ class Subgroup:
 
 @dataclass(frozen=True)
 class SubgroupIntervals:
-    """How many subgroups there are; their intervals are not simultaneous."""
+    """Number of subgroups; their intervals are not simultaneous."""
 
     level: float
     n_subgroups: int
@@ -231,20 +231,20 @@ class SubgroupIntervals:
 
 
 def pick_columns(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the columns of a pack's table that were joined, and ``site_id``."""
+    """Return the columns added to a pack's table by the user, and ``site_id``."""
     return table[[name for name in table.columns if name == "site_id" or name not in OWN_COLUMNS]]
 
 
 def measure_subgroups(scored: ScoredPatches, columns: pd.DataFrame) -> dict[str, dict[str, Subgroup]]:
-    """Return the metrics of every value of every column, by column and value.
+    """Return the metrics of every subgroup, by column and value.
 
-    Numbers with more than `MOST_VALUES` distinct values are cut at their quartiles over these patches; text
-    with more is left out.
+    Numeric columns with more than `MAX_VALUES` distinct values are binned at their quartiles; text columns
+    with more are left out.
 
     Args:
-        columns: A row per patch in the same order.
+        columns: One row per patch in the same order.
     """
-    shown = SHOWN_OF_CLASSES if scored.positive_class is None else SHOWN
+    metric_names = SHOWN_OF_CLASSES if scored.positive_class is None else SHOWN
     result: dict[str, dict[str, Subgroup]] = {}
     for column in columns:
         labels = _label(columns[column])
@@ -253,17 +253,17 @@ def measure_subgroups(scored: ScoredPatches, columns: pd.DataFrame) -> dict[str,
         result[str(column)] = {}
         for value in sorted(labels.dropna().unique()):
             part = scored.take(labels.eq(value).fillna(False).to_numpy(bool))
-            metrics = estimate_metrics(part.sample(), shown, **scored.resampling)
+            metrics = estimate_metrics(part.sample(), metric_names, **scored.resampling)
             result[str(column)][str(value)] = Subgroup(len(part), part.n_groups, metrics)
     return result
 
 
 def _label(column: pd.Series) -> pd.Series | None:
-    """Return the name of each patch's subgroup, or None for a column that makes none."""
+    """Return the subgroup of each patch, or None for a column that defines none."""
     n_values = column.nunique()
     if n_values < 2:
         return None
-    if n_values <= MOST_VALUES:
+    if n_values <= MAX_VALUES:
         return column.astype("string")
     if pd.api.types.is_numeric_dtype(column):
         return pd.qcut(column.astype(float), 4, duplicates="drop").astype("string")

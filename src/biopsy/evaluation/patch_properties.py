@@ -1,4 +1,4 @@
-"""What can be measured of a patch: its stain, light, sharpness, and how much it varies within itself."""
+"""Measured properties of patches: stain, brightness, sharpness, heterogeneity and nuclear density."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +9,7 @@ import pandas as pd
 
 from biopsy.slide_io.stain import find_nuclei, group_by_size, separate_stains
 
-TISSUE_STAIN = 0.1  # less takes away at most a fifth of green light, which H&E absorbs most
+TISSUE_STAIN = 0.1  # less absorbs at most a fifth of green light, which H&E absorbs most
 
 PROPERTIES = {
     "haematoxylin": "mean amount of haematoxylin, in units of optical density",
@@ -21,11 +21,11 @@ PROPERTIES = {
     "heterogeneity": "standard deviation of the amount of haematoxylin from pixel to pixel",
     "nuclear_density": "blobs of haematoxylin of a nucleus's size per square millimetre",
 }
-"""Each property and its unit; amounts as `imaging.stain.separate_stains` gives them."""
+"""Definition and unit of each property; amounts from `slide_io.stain.separate_stains`."""
 
 
 def property_name(name: str) -> str:
-    """Return a property as a reader sees it.
+    """Return the display name of a property.
 
     Example:
         >>> property_name("tissue_frac"), property_name("nuclear_density")
@@ -45,17 +45,17 @@ def measure_properties(
     mpp: float | None = None,
     chunk: int = 256,
 ) -> pd.DataFrame:
-    """Measure patches.
+    """Measure the properties of patches.
 
     Args:
         patches: uint8 ``(N, H, W, 3)`` RGB, may be memory-mapped.
-        sizes: True ``(width, height)`` of each patch, ``(N, 2)``; the rest is padding and not looked at.
-        index: Which patches, ``(n,)``; all by default.
-        mpp: Micrometres a pixel; where it is unknown, ``nuclear_density`` is NaN.
-        chunk: Patches that a thread works on at once.
+        sizes: True ``(width, height)`` of each patch, ``(N, 2)``; padding is ignored.
+        index: Indices of the patches to measure, ``(n,)`` (default: all).
+        mpp: Pixel size in µm; if None, ``nuclear_density`` is NaN.
+        chunk: Number of patches per task.
 
     Returns:
-        One row a patch and one column for each of `PROPERTIES`, float64.
+        One row per patch and one column for each of `PROPERTIES`, float64.
 
     Example:
         >>> measure_properties(np.full((1, 8, 8, 3), 255, np.uint8))["tissue_frac"].tolist()

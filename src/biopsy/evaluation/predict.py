@@ -1,4 +1,4 @@
-"""Prediction: patches of any origin through a trained classifier, into one table."""
+"""Prediction of patches from images, folders, zips and packs with a trained classifier."""
 
 import logging
 import os
@@ -47,15 +47,15 @@ Skipped = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What came of a call of `predict`.
+    """Result of `predict`.
 
     Attributes:
-        frame: The table: the columns of every predictions file, ``source`` (the path that was given),
+        frame: The table: the columns of every predictions file, ``source`` (the input path),
             ``colour_distance``, ``feature_distance`` (multiples of their limits) and ``out_of_distribution``.
-        path: Where it was written.
-        skipped: What could not be read: ``source`` and ``reason``.
-        class_names: Names of the classes that ``pred`` counts.
-        n_training: How many of the patches the model was trained on; None where its run or pack is missing.
+        path: Path of the written table.
+        skipped: Unreadable inputs: ``source`` and ``reason``.
+        class_names: Names of the classes, in the order of ``pred``.
+        n_training: Number of patches that the model was trained on; None if its run or pack is unavailable.
     """
 
     frame: pd.DataFrame
@@ -67,7 +67,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class _Chunk:
-    about: pd.DataFrame
+    table: pd.DataFrame
     sources: list[str]
     patches: np.ndarray
     sizes: np.ndarray
@@ -87,9 +87,9 @@ def predict(
 ) -> Prediction:
     """Predict patches from images, folders, zips and packs, and write one table.
 
-    Files that are no image, or larger than the classifier's patches, are skipped, named and counted.
-    Patches unlike training have ``out_of_distribution``. The column ``subset`` names the subset of
-    patches that the run was trained, validated or tested on, recognised by their pixels.
+    Files that are not images, or larger than the classifier's patches, are skipped and listed. Patches unlike
+    training are marked in ``out_of_distribution``. The column ``subset`` gives the subset of patches that
+    the run was trained, validated or tested on, recognised by their pixels.
 
     Args:
         model: Finished run, classifier, bundle, folder of a WSInfer model, name of a shipped classifier, or
@@ -109,9 +109,9 @@ def predict(
         on_progress: Called with the numbers of patches done and in all.
 
     Raises:
-        RunError: If the model is none of these, or not trusted.
-        DataError: If a path does not exist, or nothing could be read at all; for Kaggle, if the classifier
-            has more than two classes or two patches the same id.
+        RunError: If the model cannot be opened, or is not trusted.
+        DataError: If a path does not exist, or nothing could be read; for Kaggle, if the classifier has more
+            than two classes or ids are duplicated.
     """
     classifier = open_classifier(model, trust_model=trust_model, tta=tta)
     subsets = _subsets_by_hash(model)
@@ -123,7 +123,7 @@ def predict(
     path = Path(out or ("submission.csv" if format == "kaggle" else f"predictions.{format}"))
     if path.suffix not in (".csv", ".parquet"):
         raise DataError(f"predictions cannot be written to {path.name!r}; use .parquet or .csv")
-    refuse_inputs(path, *_list_read(model, sources))
+    refuse_inputs(path, *_list_protected(model, sources))
     refuse_decided(path)
     check_replaceable(path, is_named=out is not None)
     if format == "kaggle":
@@ -132,21 +132,21 @@ def predict(
     frames = []
     with open_predictor(classifier, engine, n_patches) as predictor:
         for source in sources:
-            answers = []
+            chunks = []
             for chunk in source.read(classifier, skipped):
-                chunk.about["subset"] = _find_subsets(chunk, subsets)
-                answers.append(_predict_chunk(classifier, chunk, predictor))
-                done += len(chunk.about)
+                chunk.table["subset"] = _find_subsets(chunk, subsets)
+                chunks.append(_predict_chunk(classifier, chunk, predictor))
+                done += len(chunk.table)
                 if on_progress:
                     on_progress(done + len(skipped), n_patches)
-            if answers:
-                frames.append(_decide(classifier, answers))
+            if chunks:
+                frames.append(_decide(classifier, chunks))
     if not frames:
         first = f"; {skipped[0]['source']}: {skipped[0]['reason']}" if skipped else ""
         raise DataError(f"no patch could be read from {', '.join(map(str, paths))}{first}")
     frame = pd.concat(frames, ignore_index=True)
     _warn_of_novelty(frame, classifier)
-    about = {
+    metadata = {
         "classifier_sha256": classifier.sha256,
         "classifier_source": classifier.source,
         "pack_sha256": None,
@@ -160,11 +160,11 @@ def predict(
     }
     write = write_submission if format == "kaggle" else write_predictions
     n_training = int((frame["subset"] == "train").sum()) if subsets else None
-    return Prediction(frame, write(path, frame, about), skipped, classifier.info.class_names, n_training)
+    return Prediction(frame, write(path, frame, metadata), skipped, classifier.info.class_names, n_training)
 
 
 def _subsets_by_hash(model: Run | Classifier | Path | str) -> dict[str, str]:
-    """Return the subset of each patch of a run's pack by its hash; none where the run or pack is missing."""
+    """Return the subset of each patch of a run's pack by hash; empty if the run or pack is unavailable."""
     if isinstance(model, Classifier):
         return {}
     if not isinstance(model, Run):
@@ -179,24 +179,22 @@ def _subsets_by_hash(model: Run | Classifier | Path | str) -> dict[str, str]:
     except RunError:
         return {}
     subsets = model.subsets(pack)
-    order = np.argsort(
-        subsets == "train", kind="stable"
-    )  # of equal patches in two subsets, training is named
+    order = np.argsort(subsets == "train", kind="stable")  # train overrides for duplicate patches
     return dict(zip(pack.table["sha256"].to_numpy(str)[order], subsets[order], strict=True))
 
 
 def _find_subsets(chunk: _Chunk, subsets: dict[str, str]) -> list[str | None]:
-    """Return the subset of each patch whose pixels the run knows."""
+    """Return the subset of each patch in the run's pack; None for others."""
     if not subsets:
-        return [None] * len(chunk.about)
+        return [None] * len(chunk.table)
     patches = zip(chunk.patches, chunk.sizes, strict=True)
     return [subsets.get(patch_sha256(patch[:height, :width])) or None for patch, (width, height) in patches]
 
 
-def _list_read(
+def _list_protected(
     model: Run | Classifier | Path | str, sources: "list[_PackSource | _ImageSource]"
 ) -> Iterator[Path]:
-    """Name the tables that the model and the packs keep: those that a table of predictions might replace."""
+    """Yield the tables of the model and the packs, which must not be overwritten."""
     if not isinstance(model, Classifier):
         folder = model.path if isinstance(model, Run) else Path(model)
         yield from (folder / "split.csv", folder / "predictions")
@@ -208,10 +206,10 @@ def _list_read(
 def _check_submission(
     classifier: Classifier, path: Path, sources: "list[_PackSource | _ImageSource]"
 ) -> None:
-    """Refuse what Kaggle would not take before anything is predicted."""
+    """Check the requirements of a Kaggle submission before prediction."""
     if classifier.positive_index is None:
         raise DataError(
-            "Kaggle's csv holds one probability a patch; the classifier has "
+            "a Kaggle submission has one probability per patch, but the classifier has "
             f"{len(classifier.info.class_names)} classes: write csv or parquet"
         )
     check_name(path)
@@ -219,7 +217,7 @@ def _check_submission(
 
 
 def _warn_of_novelty(frame: pd.DataFrame, classifier: Classifier) -> None:
-    """Log where more patches look out-of-distribution than the classifier's own quantile lets expect."""
+    """Log a warning if more patches look out-of-distribution than expected from the reference quantile."""
     reference = classifier.info.out_of_distribution
     if reference is None:
         return
@@ -228,30 +226,30 @@ def _warn_of_novelty(frame: pd.DataFrame, classifier: Classifier) -> None:
         logger.warning("%s (column out_of_distribution)", expected)
 
 
-class _Answer(NamedTuple):
-    """Of the patches of a chunk: what is known of them, where they come from, logits, distances."""
+class _ChunkPrediction(NamedTuple):
+    """Identity, sources, logits and out-of-distribution scores of the patches of a chunk."""
 
-    about: pd.DataFrame
+    table: pd.DataFrame
     sources: list[str]
     logits: np.ndarray
     ood_score: pd.DataFrame
 
 
-def _predict_chunk(classifier: Classifier, chunk: _Chunk, predictor: Predictor) -> _Answer:
+def _predict_chunk(classifier: Classifier, chunk: _Chunk, predictor: Predictor) -> _ChunkPrediction:
     logits, features = predictor.logits_and_features(chunk.patches, chunk.sizes)
     ood_score = out_of_distribution_scores(classifier, chunk.patches, chunk.sizes, features)
-    return _Answer(chunk.about, chunk.sources, logits, ood_score)
+    return _ChunkPrediction(chunk.table, chunk.sources, logits, ood_score)
 
 
-def _decide(classifier: Classifier, answers: list[_Answer]) -> pd.DataFrame:
-    """Turn the logits of a source into probabilities and decisions, neighbours taken into account."""
-    about = pd.concat([answer.about for answer in answers], ignore_index=True)
-    logits = np.concatenate([answer.logits for answer in answers])
-    classifier = classifier.for_patches(about)
-    logits = classifier.add_context(logits, about)
+def _decide(classifier: Classifier, chunks: list[_ChunkPrediction]) -> pd.DataFrame:
+    """Return the predictions of a source from its logits, with context from neighbours."""
+    table = pd.concat([chunk.table for chunk in chunks], ignore_index=True)
+    logits = np.concatenate([chunk.logits for chunk in chunks])
+    classifier = classifier.for_patches(table)
+    logits = classifier.add_context(logits, table)
     probs = classifier.probs(logits)
     frame = tabulate_predictions(
-        about,
+        table,
         classifier.info.class_names,
         classifier.positive_index,
         logits,
@@ -259,8 +257,8 @@ def _decide(classifier: Classifier, answers: list[_Answer]) -> pd.DataFrame:
         threshold=classifier.threshold,
         abstained=classifier.abstains(probs),
     )
-    ood_score = pd.concat([answer.ood_score for answer in answers], ignore_index=True)
-    sources = pd.array([source for answer in answers for source in answer.sources], dtype="string")
+    ood_score = pd.concat([chunk.ood_score for chunk in chunks], ignore_index=True)
+    sources = pd.array([source for chunk in chunks for source in chunk.sources], dtype="string")
     return pd.concat([frame.assign(source=sources), ood_score], axis=1)
 
 
@@ -281,18 +279,17 @@ class _PackSource:
         same_classes = pack.class_names == classifier.info.class_names
         for start in range(0, len(pack), CHUNK):
             rows = slice(start, start + CHUNK)
-            about = pack.table[list(IDENTITY)].iloc[rows].reset_index(drop=True)
+            table = pack.table[list(IDENTITY)].iloc[rows].reset_index(drop=True)
             if same_classes:
-                about["target"] = pack.target[rows]
-            sources = [str(self.path)] * len(about)
-            yield _Chunk(about, sources, pack.patches[rows], pack.sizes[rows])
+                table["target"] = pack.target[rows]
+            sources = [str(self.path)] * len(table)
+            yield _Chunk(table, sources, pack.patches[rows], pack.sizes[rows])
 
 
 @dataclass(frozen=True)
 class _Image:
     name: str
-    source: str
-    """The path it was found by: of the image itself, or of the folder or zip it is in."""
+    source: str  # input path: the image, or the folder or zip that contains it
     read: Callable[[], bytes | memoryview]
 
 
@@ -312,20 +309,20 @@ class _ImageSource:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for start in range(0, len(self.images), CHUNK):
                 images = self.images[start : start + CHUNK]
-                known, decoded = [], []
+                readable, decoded = [], []
                 for image, pixels in zip(images, pool.map(lambda i: _load(i, patch_px), images), strict=True):
                     if isinstance(pixels, str):
-                        skipped.append({"source": _spell(image), "reason": pixels})
+                        skipped.append({"source": _full_path(image), "reason": pixels})
                     else:
-                        known.append(image)
+                        readable.append(image)
                         decoded.append(pixels)
-                if known:
-                    about = pd.DataFrame({"patch_id": [image.name for image in known]})
-                    yield _Chunk(about, [image.source for image in known], *pad_patches(decoded, patch_px))
+                if readable:
+                    table = pd.DataFrame({"patch_id": [image.name for image in readable]})
+                    yield _Chunk(table, [image.source for image in readable], *pad_patches(decoded, patch_px))
 
 
 def _load(image: _Image, patch_px: int) -> np.ndarray | str:
-    """Return the pixels of an image, or the reason why there are none."""
+    """Return the pixels of an image, or the reason why it cannot be read."""
     try:
         return decode_patch(image.read(), patch_px)
     except DataError as error:
@@ -336,7 +333,7 @@ def decode_patch(data: bytes | memoryview, patch_px: int) -> np.ndarray:
     """Return the pixels of an image file, uint8 ``(h, w, 3)``, at most ``patch_px`` a side.
 
     Raises:
-        DataError: With the reason alone, if it is no image, damaged or larger than the classifier takes.
+        DataError: If the file is not an image, damaged, or larger than ``patch_px``; without its name.
     """
     header = read_header(data)
     if max(header.width, header.height) > patch_px:
@@ -347,33 +344,33 @@ def decode_patch(data: bytes | memoryview, patch_px: int) -> np.ndarray:
 
 def predict_patches(
     classifier: Classifier,
-    about: pd.DataFrame,
+    table: pd.DataFrame,
     patches: np.ndarray,
     sizes: np.ndarray,
     *,
     predictor: Predictor,
 ) -> pd.DataFrame:
-    """Predict patches in memory, as `predict` does those of files.
+    """Predict patches in memory; see `predict`.
 
     Args:
-        about: ``patch_id`` of each patch, and ``x, y, slide_id, patient_id`` where they are known.
-        patches: uint8 ``(n, patch_px, patch_px, 3)``, padded as `pad_patches` does.
-        sizes: True ``(width, height)`` of each.
-        predictor: The classifier's, see `open_predictor`.
+        table: ``patch_id`` of each patch, and ``x, y, slide_id, patient_id`` if known.
+        patches: uint8 ``(n, patch_px, patch_px, 3)``, padded as by `pad_patches`.
+        sizes: True ``(width, height)`` of each patch.
+        predictor: From `open_predictor`.
 
     Returns:
-        One row a patch: the columns of `Prediction.frame`, without ``source``.
+        One row per patch: the columns of `Prediction.frame`, without ``source``.
     """
-    answer = _predict_chunk(classifier, _Chunk(about, [""] * len(about), patches, sizes), predictor)
-    return _decide(classifier, [answer]).drop(columns="source")
+    predicted = _predict_chunk(classifier, _Chunk(table, [""] * len(table), patches, sizes), predictor)
+    return _decide(classifier, [predicted]).drop(columns="source")
 
 
-def _spell(image: _Image) -> str:
+def _full_path(image: _Image) -> str:
     return image.source if Path(image.source).name == image.name else f"{image.source}/{image.name}"
 
 
 def _open(paths: list[Path], classifier: Classifier, skipped: Skipped) -> list[_PackSource | _ImageSource]:
-    """Open every path; images named one after another are read as one source."""
+    """Open every path; consecutive images are one source."""
     sources: list[_PackSource | _ImageSource] = []
     for are_images, group in groupby(paths, _is_image):
         if are_images:
@@ -398,7 +395,7 @@ def _open_archive(path: Path, skipped: Skipped) -> _ImageSource:
         raise DataError(f"{path} does not exist: give images, folders, zips or packs")
     archive = open_archive(path)
     skipped += [
-        {"source": f"{path}/{name}", "reason": "is a zip inside a folder: name it by itself"}
+        {"source": f"{path}/{name}", "reason": "is a zip inside a folder: give it separately"}
         for name in archive.unread
     ]
     entries = [entry for entry in archive.entries if entry.name.lower().endswith(IMAGE_SUFFIXES)]
@@ -421,6 +418,6 @@ def _read_file(path: Path) -> bytes:
 
 
 def pad_patches(images: Sequence[np.ndarray], patch_px: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pad images as a pack does; return patches and their true ``(width, height)``."""
+    """Return images padded as in a pack, and their true ``(width, height)``."""
     sizes = np.array([(image.shape[1], image.shape[0]) for image in images])
     return np.stack([pad(image, patch_px) for image in images]), sizes

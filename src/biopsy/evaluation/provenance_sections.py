@@ -1,4 +1,4 @@
-"""Chapters on where a run's numbers come from: data, baseline, training, recipe, and how to do it again."""
+"""Sections of the report on data, baseline, training, recipe and reproducibility."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,13 +29,13 @@ from biopsy.reporting.registry import section
 from biopsy.statistics.metrics import METRICS
 from biopsy.training.figures import QUANTITIES, draw_network, draw_training
 
-MOST_CLASS_COLUMNS = 4
+MAX_CLASS_COLUMNS = 4
 NOT_SHOWN = ("format", "pack_sha256", "dataset", "unit", "counts")  # of the audit
 
 
 @section("baseline", order=130)
 def describe_baseline(facts: RunFacts) -> Section | None:
-    """Return the colour-only model beside this one."""
+    """Return the comparison with the colour-only baseline."""
     theirs, ours = facts.baseline, facts.pooled.get("auroc", {})
     if theirs.get("value") is None or ours.get("value") is None:
         return None
@@ -43,13 +43,13 @@ def describe_baseline(facts: RunFacts) -> Section | None:
         [name, number(m["value"]), interval_of(m)]
         for name, m in (("this model", ours), ("colour-only baseline", theirs))
     ]
-    known = (facts.metrics.get("baseline") or {}).get("gain") or {}
+    paired_gain = (facts.metrics.get("baseline") or {}).get("gain") or {}
     gain = ours["value"] - theirs["value"]
-    if known.get("low") is not None:
-        rows.append(["difference, paired", number(gain), interval_of(known)])
+    if paired_gain.get("low") is not None:
+        rows.append(["difference, paired", number(gain), interval_of(paired_gain)])
     verdict = (
         f"The AUROC of the model is {number(gain)} higher than that of the baseline"
-        + ("." if (known.get("low") or 0) > 0 else "; that it is higher on others is not established.")
+        + ("." if (paired_gain.get("low") or 0) > 0 else "; that it is higher on others is not established.")
         if gain > 0
         else f"The AUROC of the model is not higher than that of the baseline ({number(gain)}); the model "
         "may rely on staining rather than morphology."
@@ -63,13 +63,13 @@ def describe_baseline(facts: RunFacts) -> Section | None:
 
 @section("data", order=140)
 def describe_data(facts: RunFacts) -> Section:
-    """Pack, split, audit, balance, and how often the test subset was looked at."""
+    """Return pack, split, audit, class balance, and the evaluations of the test subset."""
     if not facts.is_run:
         return Section("data", "Data", [Pictures(_draw_classes_by_group(facts))])
     pack, split = facts.run.get("pack", {}), facts.run.get("split", {})
     blocks: list[Block] = [
         Facts(
-            _filled(
+            _format_known(
                 ("data set", pack.get("dataset")),
                 ("patches in the pack", pack.get("n_patches")),
                 ("patients in the pack", pack.get("n_patients")),
@@ -105,13 +105,13 @@ def _table_of_subsets(subsets: Mapping[str, Any], facts: RunFacts) -> Table:
         else:
             rows.append([subset, number(counts), "-", *["-"] * len(facts.class_names)])
     columns = ["subset", "patches", plural(facts.unit), *facts.class_names]
-    if len(facts.class_names) > MOST_CLASS_COLUMNS:  # turned, a row a class: the table fits the page
+    if len(facts.class_names) > MAX_CLASS_COLUMNS:  # transposed, to fit the page
         columns, *rows = map(list, zip(columns, *rows, strict=True))
     return Table(columns, rows, caption="Subsets of the split")
 
 
 def _draw_subsets(subsets: Mapping[str, Any], facts: RunFacts) -> list[Picture]:
-    known = {
+    per_subset = {
         subset: counts["per_class"]
         for subset, counts in subsets.items()
         if subset in SUBSETS
@@ -119,24 +119,24 @@ def _draw_subsets(subsets: Mapping[str, Any], facts: RunFacts) -> list[Picture]:
         and counts.get("per_class")
         and counts.get("patches")
     }
-    if not known:
+    if not per_subset:
         return []
     counts = np.array(
-        [[per_class.get(name, 0) for name in facts.class_names] for per_class in known.values()]
+        [[per_class.get(name, 0) for name in facts.class_names] for per_class in per_subset.values()]
     )
-    figure = draw_subsets([subset for subset in known], counts, facts.class_names)
+    figure = draw_subsets([subset for subset in per_subset], counts, facts.class_names)
     caption = "Patches of each subset of the split, by class."
     return [Picture(caption, svg(figure, "subsets"))]
 
 
 def _draw_classes_by_group(facts: RunFacts) -> list[Picture]:
     groups = facts.group_ids
-    known = groups.notna().to_numpy()
-    if not known.any():
+    has_group = groups.notna().to_numpy()
+    if not has_group.any():
         return []
-    names, codes = np.unique(groups[known].astype(str).to_numpy(), return_inverse=True)
+    names, codes = np.unique(groups[has_group].astype(str).to_numpy(), return_inverse=True)
     counts = np.zeros((len(names), len(facts.class_names)), dtype=int)
-    np.add.at(counts, (codes, facts.predictions["target"].to_numpy(int)[known]), 1)
+    np.add.at(counts, (codes, facts.predictions["target"].to_numpy(int)[has_group]), 1)
     figure = draw_balance(names.tolist(), counts, facts.class_names)
     caption = f"Patches of each {facts.unit}{facts.on_subset}, by class."
     return [Picture(caption, svg(figure, "balance"))]
@@ -144,7 +144,7 @@ def _draw_classes_by_group(facts: RunFacts) -> list[Picture]:
 
 @section("training", order=150)
 def describe_training(facts: RunFacts) -> Section | None:
-    """Curves of training, and the network that was trained."""
+    """Return training curves and the network."""
     if not facts.is_run:
         return None
     blocks: list[Block] = []
@@ -167,12 +167,12 @@ def describe_training(facts: RunFacts) -> Section | None:
     parameters = facts.run.get("parameters", {})
     blocks.append(
         Facts(
-            _filled(
+            _format_known(
                 ("epochs", len(facts.log) or None),
                 ("epoch kept", chosen),
                 ("parameters", parameters.get("total")),
                 ("trainable parameters", parameters.get("trainable")),
-                ("initial weights", _say_weights(facts.run.get("weights"))),
+                ("initial weights", _describe_initial_weights(facts.run.get("weights"))),
                 ("device", facts.run.get("device")),
                 ("precision", facts.run.get("precision")),
                 ("images per second, median", round(float(np.median(speed))) if speed else None),
@@ -187,17 +187,17 @@ def describe_training(facts: RunFacts) -> Section | None:
     return Section("training", "Training and architecture", blocks)
 
 
-def _say_weights(record: Mapping[str, Any] | None) -> str | None:
-    """Say what a run's network began with, and where pretrained weights were switched off."""
+def _describe_initial_weights(record: Mapping[str, Any] | None) -> str | None:
+    """Describe the initial weights of a run."""
     if record is None:
         return None
-    begun = f"{record['weights']} (licence: {record['licence']})" if record["pretrained"] else "random"
-    return f"{begun}; {record['note']}" if record["note"] else begun
+    initial = f"{record['weights']} (licence: {record['licence']})" if record["pretrained"] else "random"
+    return f"{initial}; {record['note']}" if record["note"] else initial
 
 
 @section("recipe", order=160)
 def describe_recipe(facts: RunFacts) -> Section | None:
-    """What was published, what is known to be wrong with it, and every setting."""
+    """Return the published metrics, their known flaws, and all settings."""
     if not facts.is_run:
         return None
     origin = facts.recipe.get("origin") or {}
@@ -241,17 +241,17 @@ def describe_recipe(facts: RunFacts) -> Section | None:
 
 @section("reproduction", order=170)
 def describe_run_reproduction(facts: RunFacts) -> Section | None:
-    """How to make the run again; predictions from outside have no run."""
+    """Return the section on reproducibility; None for predictions without a run."""
     return describe_reproduction(facts.run) if facts.is_run else None
 
 
 def describe_reproduction(record: Mapping[str, Any]) -> Section:
-    """The command, the seed, and the machine; ``record`` is what ``run.json`` or ``study.json`` holds."""
+    """Return command, seed and environment; ``record`` is the content of ``run.json`` or ``study.json``."""
     blocks: list[Block] = []
     if record.get("command"):
         command = record["command"]
         blocks.append(Listing(command if isinstance(command, str) else " ".join(map(str, command))))
-    facts = _filled(
+    facts = _format_known(
         ("name", record.get("name") or record.get("id")),
         ("seed", record.get("seed", record.get("seeds"))),
         ("started", record.get("started")),
@@ -263,19 +263,20 @@ def describe_reproduction(record: Mapping[str, Any]) -> Section:
 
 
 def flatten(document: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Write a nested record as names and values: long lists are counted, inner records spelled out."""
-    return [(key.replace("_", " "), _spell(value)) for key, value in document.items() if value is not None]
+    """Return a nested record as names and formatted values; long lists are counted."""
+    return [(key.replace("_", " "), _format(value)) for key, value in document.items() if value is not None]
 
 
-def _spell(value: object) -> str:
+def _format(value: object) -> str:
     if isinstance(value, Mapping):
         inner = {
             key: item for key, item in value.items() if key not in ("items", "method") and item is not None
         }
         if set(inner) == {"count"}:
-            return _spell(inner["count"])
+            return _format(inner["count"])
         return (
-            ", ".join(f"{str(key).replace('_', ' ')} {_spell(item)}" for key, item in inner.items()) or "none"
+            ", ".join(f"{str(key).replace('_', ' ')} {_format(item)}" for key, item in inner.items())
+            or "none"
         )
     if isinstance(value, Sequence) and not isinstance(value, str):
         if not len(value):
@@ -285,13 +286,13 @@ def _spell(value: object) -> str:
     return value if isinstance(value, str) else number(value)
 
 
-def _filled(*items: tuple[str, object]) -> list[tuple[str, str]]:
-    return [(name, _spell(value)) for name, value in items if value is not None]
+def _format_known(*items: tuple[str, object]) -> list[tuple[str, str]]:
+    return [(name, _format(value)) for name, value in items if value is not None]
 
 
 def _duration(seconds: object) -> str | None:
     if not isinstance(seconds, int | float):
         return None
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, seconds_left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds_left} s"

@@ -1,4 +1,4 @@
-"""What a study's runs add up to: pooled predictions, one row a run, and the spread over seeds."""
+"""Results of a study: pooled predictions, one row per run, and the variability over seeds."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ SHOWN_OF_CLASSES = ("auroc", "accuracy", "balanced_accuracy", "f1_macro", "kappa
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean, standard deviation, least and greatest of some values; None where there are none."""
+    """Mean, standard deviation, minimum and maximum of values; None without values."""
 
     mean: float | None = None
     sd: float | None = None
@@ -46,21 +46,21 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> "Spread":
-        """Summarise values; without a mean where there is none, or one is not finite.
+        """Summarise values, ignoring None; all fields are None if a value is not finite.
 
         Example:
             >>> Spread.of([0.5, 0.75]).mean
             0.625
         """
-        given = np.array([value for value in values if value is not None], dtype=float)
-        if not len(given) or not np.isfinite(given).all():
+        finite = np.array([value for value in values if value is not None], dtype=float)
+        if not len(finite) or not np.isfinite(finite).all():
             return cls()
-        sd = float(given.std(ddof=1)) if len(given) > 1 else None
-        return cls(float(given.mean()), sd, float(given.min()), float(given.max()))
+        sd = float(finite.std(ddof=1)) if len(finite) > 1 else None
+        return cls(float(finite.mean()), sd, float(finite.min()), float(finite.max()))
 
 
 def write_tables(study: Study) -> None:
-    """Write ``predictions.parquet``, ``table.csv`` and ``metrics.json`` from the runs judged so far."""
+    """Write ``predictions.parquet``, ``table.csv`` and ``metrics.json`` from the runs evaluated so far."""
     runs = study.evaluated_runs()
     if not runs:
         return
@@ -84,15 +84,15 @@ def write_tables(study: Study) -> None:
 
 
 def summarise(table: pd.DataFrame, pooled: pd.DataFrame, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return, per recipe, the pooled numbers, their spread over seeds, and what was gained on each fold.
+    """Return, per recipe, the pooled metrics, their variability over seeds, and the results of each fold.
 
-    Intervals are over patients, within one seed; the spread over seeds stands apart from them. A seed that
-    has not judged the folds that the others have, or diverged on one, is in neither.
+    Intervals are over patients and do not include the variability over seeds. Seeds without all folds of the
+    others are left out of both.
 
     Args:
-        table: One row a run.
+        table: One row per run.
         pooled: All test predictions, with ``recipe``, ``fold`` and ``seed``.
-        metrics: ``metrics.json`` of any of the runs, for class names and unit.
+        metrics: ``metrics.json`` of any run, for class names and unit.
     """
     document: dict[str, Any] = {
         "format": SUMMARY_FORMAT,
@@ -109,16 +109,16 @@ def summarise(table: pd.DataFrame, pooled: pd.DataFrame, metrics: dict[str, Any]
         ]
         entry["pooled"] = measure_pooled(seeds)
         entry["within_folds"] = _average_folds(rows)
-        entry["over_seeds"] = _spread([measure(one.sample().count()) for one in seeds])
+        entry["over_seeds"] = _spread([measure(scored.sample().count()) for scored in seeds])
         document["recipes"][recipe] = entry
     return document
 
 
 def describe_run(run: Run) -> dict[str, Any]:
-    """Return a run's row of ``table.csv``."""
+    """Return the row of a run in ``table.csv``."""
     metrics, (frame, _) = run.metrics(), run.predictions("test")
     groups = np.unique(group_by_unit(frame, metrics["unit"]))
-    values, shown = metrics["patch"], _shown(metrics["positive_class"])
+    values, metric_names = metrics["patch"], _metric_names(metrics["positive_class"])
     baseline = metrics["baseline"] or {}
     return {
         "recipe": run.info["recipe"],
@@ -127,14 +127,14 @@ def describe_run(run: Run) -> dict[str, Any]:
         "tested": " ".join(sorted(groups)) if len(groups) <= 3 else f"{len(groups)} {metrics['unit']}s",
         "n_patches": metrics["n_patches"],
         "n_positive": metrics["confusion"] and metrics["confusion"]["tp"] + metrics["confusion"]["fn"],
-        **{name: _or_nan(values[name]["value"]) for name in shown},
+        **{name: _or_nan(values[name]["value"]) for name in metric_names},
         "baseline_auroc": _or_nan(baseline.get("auroc")),
         **training_columns(run),
     }
 
 
 def training_columns(run: Run) -> dict[str, Any]:
-    """Return what a run's row of ``table.csv`` says of its training."""
+    """Return the columns of ``table.csv`` on the training of a run."""
     log = run.log()
     return {
         "threshold": (run.info["threshold"] or {}).get("value"),
@@ -149,7 +149,7 @@ def training_columns(run: Run) -> dict[str, Any]:
     }
 
 
-def _shown(positive_class: str | None) -> tuple[str, ...]:
+def _metric_names(positive_class: str | None) -> tuple[str, ...]:
     return SHOWN_OF_CLASSES if positive_class is None else SHOWN
 
 
@@ -158,25 +158,28 @@ def _or_nan(value: float | None) -> float:
 
 
 def _mean_of_last(log: list[EpochRecord], n_epochs: int = 5) -> float | None:
-    """Return the mean validation AUROC of the last epochs: single epochs swing."""
+    """Return the mean validation AUROC of the last epochs, which single epochs estimate poorly."""
     values = [record["val_auroc"] for record in log[-n_epochs:] if record["val_auroc"] is not None]
     return float(np.mean(values)) if values else None
 
 
 def _summarise_folds(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return mean and spread over seeds on every fold, and the gain over colour alone on the same patches."""
+    """Return mean and SD over seeds for every fold, and the gain over the colour-only baseline."""
     result = []
-    for fold, of_fold in rows.groupby("fold", dropna=False):
-        gain = of_fold["auroc"] - of_fold["baseline_auroc"]
-        shown = [name for name in dict.fromkeys((*SHOWN, *SHOWN_OF_CLASSES)) if name in of_fold]
+    for fold, fold_rows in rows.groupby("fold", dropna=False):
+        gain = fold_rows["auroc"] - fold_rows["baseline_auroc"]
+        metric_names = [name for name in dict.fromkeys((*SHOWN, *SHOWN_OF_CLASSES)) if name in fold_rows]
         result.append(
             {
                 "fold": None if pd.isna(fold) else int(fold),
-                "tested": of_fold["tested"].iloc[0],
-                "n_patches": int(of_fold["n_patches"].iloc[0]),
-                "n_seeds": len(of_fold),
-                **{name: {"mean": of_fold[name].mean(), "sd": of_fold[name].std(ddof=1)} for name in shown},
-                "baseline_auroc": of_fold["baseline_auroc"].iloc[0],
+                "tested": fold_rows["tested"].iloc[0],
+                "n_patches": int(fold_rows["n_patches"].iloc[0]),
+                "n_seeds": len(fold_rows),
+                **{
+                    name: {"mean": fold_rows[name].mean(), "sd": fold_rows[name].std(ddof=1)}
+                    for name in metric_names
+                },
+                "baseline_auroc": fold_rows["baseline_auroc"].iloc[0],
                 "gain": {"mean": gain.mean(), "sd": gain.std(ddof=1), "min": gain.min(), "max": gain.max()},
             }
         )
@@ -184,12 +187,12 @@ def _summarise_folds(rows: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _average_folds(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Return the mean over folds of each fold's own metrics (means over its seeds), least and greatest.
+    """Return mean, minimum and maximum over folds of the metrics within each fold (means over seeds).
 
-    Pooled, predictions of different folds' models are ranked together; here each model is judged by itself.
+    Pooled metrics rank predictions of different models together; these do not.
     """
-    shown = [name for name in dict.fromkeys((*SHOWN, *SHOWN_OF_CLASSES)) if name in rows]
-    by_fold = rows.groupby("fold", dropna=False)[shown].mean()
+    metric_names = [name for name in dict.fromkeys((*SHOWN, *SHOWN_OF_CLASSES)) if name in rows]
+    by_fold = rows.groupby("fold", dropna=False)[metric_names].mean()
     return {
         name: {"mean": values.mean(), "min": values.min(), "max": values.max(), "n_folds": len(values)}
         for name, values in by_fold.items()
@@ -198,16 +201,17 @@ def _average_folds(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def pool_by_seed(pooled: pd.DataFrame) -> list[pd.DataFrame]:
-    """Return predictions per seed, of the seeds that have finished the folds that most have finished."""
+    """Return predictions per seed, for the seeds with the most common set of finished folds."""
     folds = pooled.fillna({"fold": -1}).groupby("seed")["fold"].agg(lambda values: tuple(sorted(set(values))))
     counts = folds.value_counts().to_dict()
-    widest = max(counts, key=lambda found: (counts[found], len(found)))
-    return [pooled[pooled["seed"] == seed] for seed in folds.index[[found == widest for found in folds]]]
+    common = max(counts, key=lambda finished: (counts[finished], len(finished)))
+    seeds = [seed for seed, finished in folds.items() if finished == common]
+    return [pooled[pooled["seed"] == seed] for seed in seeds]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PooledMetrics:
-    """Metrics of out-of-fold predictions, means over seeds with intervals over patients; counts are sums."""
+    """Metrics of out-of-fold predictions: means over seeds, with intervals over patients; counts are sums."""
 
     n_patches: int
     n_patients: int
@@ -221,10 +225,10 @@ class PooledMetrics:
 
 
 def measure_pooled(seeds: Sequence[ScoredPatches]) -> PooledMetrics:
-    """Measure the predictions of each seed.
+    """Return the metrics of the predictions of all seeds.
 
-    The mean over seeds is taken in the sample and in each of its reweightings, so the interval is that of the
-    mean and says nothing of the spread between seeds.
+    The mean over seeds is taken in the sample and in each resample, so the interval is that of the mean and
+    does not include the variability over seeds.
     """
     first, samples = seeds[0], [scored.sample() for scored in seeds]
     resampler = Resampler(first.n_groups, unit=first.unit)
@@ -251,7 +255,7 @@ def measure_pooled(seeds: Sequence[ScoredPatches]) -> PooledMetrics:
 
 
 def _spread(seeds: Sequence[dict[str, float]]) -> dict[str, Spread]:
-    """Return the spread over seeds of the pooled metrics that are defined for all."""
-    shown = [name for name in dict.fromkeys((*SHOWN, *SHOWN_OF_CLASSES)) if name in seeds[0]]
-    spreads = {name: Spread.of(seed[name] for seed in seeds) for name in shown}
+    """Return the variability over seeds of the pooled metrics that are defined for all seeds."""
+    metric_names = [name for name in dict.fromkeys((*SHOWN, *SHOWN_OF_CLASSES)) if name in seeds[0]]
+    spreads = {name: Spread.of(seed[name] for seed in seeds) for name in metric_names}
     return {name: spread for name, spread in spreads.items() if spread.mean is not None}

@@ -26,11 +26,11 @@ class Illustration:
 
     Attributes:
         method: Name of the method.
-        layer: The layer it looked at, or None.
-        titles: Of each map of a patch.
-        maps: For each example values ``(n_maps, height, width)`` in 0-1, with a sign in -1 to 1.
-        caption: What a map shows and what it does not, for a reader.
-        signed: Whether values below 0 speak against the class.
+        layer: The layer used, or None.
+        titles: Title of each map of a patch.
+        maps: For each example values ``(n_maps, height, width)`` in 0-1, or in -1 to 1 if ``signed``.
+        caption: What a map shows and what it does not.
+        signed: Whether negative values oppose the class.
     """
 
     method: str
@@ -46,11 +46,11 @@ class Explained:
     """Examples with their illustrations.
 
     Attributes:
-        examples: One row each: ``patch_id``, ``subset`` (empty outside a run), ``class`` (empty where it is
-            not known), ``called``, ``prob`` (of the positive class; of more than two classes that of the
-            called one) and ``kind``: missed, false alarm, wrong, right, or unlabelled.
-        patches: uint8 ``(height, width, 3)`` at their true sizes.
-        illustrations: One a method.
+        examples: One row per example: ``patch_id``, ``subset`` (empty outside a run), ``class`` (empty if
+            unknown), ``called`` (predicted class), ``prob`` (of the positive class; for more than two
+            classes, of the predicted one) and ``kind``: missed, false alarm, wrong, right, or unlabelled.
+        patches: uint8 ``(height, width, 3)`` without padding.
+        illustrations: One per method.
     """
 
     examples: pd.DataFrame
@@ -69,7 +69,7 @@ KINDS = {
 
 
 def count_constant(explained: Explained) -> dict[str, tuple[int, int]]:
-    """Return the maps that have one value at every pixel: in how many patches, and of how many."""
+    """Return the number of constant maps and of all maps, by title, where any is constant."""
     counts = {
         title: (sum(is_constant(maps[index]) for maps in part.maps), len(part.maps))
         for part in explained.illustrations
@@ -79,15 +79,15 @@ def count_constant(explained: Explained) -> dict[str, tuple[int, int]]:
 
 
 def draw_sheet(explained: Explained, chosen: Sequence[int], parts: Sequence[Illustration]) -> Figure:
-    """Draw some of the examples, by their places, with the maps of one or more methods beside each."""
+    """Draw examples, by index, with the maps of one or more methods."""
     rows = []
-    for place in chosen:
-        example = explained.examples.iloc[place]
+    for index in chosen:
+        example = explained.examples.iloc[index]
         true = f", true class {example['class']}" if example["class"] else ""
         label = f"{KINDS[example['kind']]}{true}, p {example['prob']:.2f}, patch "
         label += shorten(example["patch_id"], min(32, max(10, LABEL_CHARACTERS - len(label))))
-        maps = np.concatenate([part.maps[place] for part in parts])
-        rows.append(Overlay(label, explained.patches[place], maps))
+        maps = np.concatenate([part.maps[index] for part in parts])
+        rows.append(Overlay(label, explained.patches[index], maps))
     titles = [title for part in parts for title in part.titles]
     return draw_overlays(rows, titles, [part.signed for part in parts for _ in part.titles])
 
@@ -96,14 +96,14 @@ STORED, STORED_FORMAT = "examples.safetensors", "biopsy-explained/1"
 
 
 def keep_explained(run: Run, explained: Explained) -> None:
-    """Keep the examples that the report shows in the run."""
+    """Write the examples to the run, for the report."""
     parts, side = explained.illustrations, run.open_pack(verify=False).info.patch_px
     maps = {}
     for index, part in enumerate(parts):
         maps[f"maps-{index}"] = np.zeros((len(part.maps), len(part.titles), side, side), np.float16)
-        for place, values in enumerate(part.maps):
-            maps[f"maps-{index}"][place, :, : values.shape[1], : values.shape[2]] = values
-    about = {
+        for row, values in enumerate(part.maps):
+            maps[f"maps-{index}"][row, :, : values.shape[1], : values.shape[2]] = values
+    metadata = {
         "format": STORED_FORMAT,
         "classifier_sha256": run.classifier.sha256,
         "examples": explained.examples.to_dict(orient="list"),
@@ -118,17 +118,17 @@ def keep_explained(run: Run, explained: Explained) -> None:
             for part in parts
         ],
     }
-    write_arrays(run.path / FOLDER / STORED, maps, about)
+    write_arrays(run.path / FOLDER / STORED, maps, metadata)
 
 
 def load_explained(run: Run) -> Explained | None:
-    """Return the examples that `explain` kept of the subset evaluated last; None where there are none."""
+    """Return the stored examples of the subset evaluated last; None if there are none."""
     try:
-        arrays, about = read_arrays(run.path / FOLDER / STORED, format=STORED_FORMAT)
+        arrays, metadata = read_arrays(run.path / FOLDER / STORED, format=STORED_FORMAT)
     except DataError:
         return None
-    examples = pd.DataFrame(about["examples"])
-    if about["classifier_sha256"] != run.classifier.sha256 or set(examples["subset"]) != {
+    examples = pd.DataFrame(metadata["examples"])
+    if metadata["classifier_sha256"] != run.classifier.sha256 or set(examples["subset"]) != {
         run.evaluated_subset
     }:
         return None
@@ -142,18 +142,18 @@ def load_explained(run: Run) -> Explained | None:
     parts = [
         Illustration(
             maps=[
-                arrays[f"maps-{index}"][place, :, :height, :width].astype(float)
-                for place, (width, height) in enumerate(sizes)
+                arrays[f"maps-{index}"][number, :, :height, :width].astype(float)
+                for number, (width, height) in enumerate(sizes)
             ],
             **part,
         )
-        for index, part in enumerate(about["illustrations"])
+        for index, part in enumerate(metadata["illustrations"])
     ]
     return Explained(examples, patches, parts)
 
 
 def hide_explained(explained: Explained, pseudonymizer: Pseudonymizer) -> Explained:
-    """Replace the patch ids, in the order that the pictures have."""
+    """Replace the patch ids."""
     names = [pseudonymizer.of("patch", name) for name in explained.examples["patch_id"]]
     return replace(explained, examples=explained.examples.assign(patch_id=names))
 
@@ -161,13 +161,13 @@ def hide_explained(explained: Explained, pseudonymizer: Pseudonymizer) -> Explai
 FORMAT = "biopsy-explain/1"
 FOLDER = "explain"
 DOCUMENT = "explain.json"
-PICTURE_PX = 288  # a patch's own picture is enlarged to about this height
+PICTURE_PX = 288  # height to which the image of a patch is enlarged, about
 
 
 def write_explained(
-    classifier: Classifier, explained: Explained, place: Path, *, named_layers: Sequence[str] = ()
+    classifier: Classifier, explained: Explained, folder: Path, *, named_layers: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Write sheets, pictures and ``explain.json`` into a folder; gives what the latter holds."""
+    """Write sheets, pictures and ``explain.json`` into a folder; return the content of the latter."""
     examples = explained.examples
     stems = {
         file_name(f"{part.method}-{part.layer}" if part.layer in named_layers else part.method): part
@@ -175,15 +175,15 @@ def write_explained(
     }
     names = [f"{index:02d}-{file_name(item)}.png" for index, item in enumerate(examples["patch_id"], start=1)]
     outputs = [name for stem in stems for name in (f"{stem}.png", f"{stem}/*")]
-    with update_directory(place, DOCUMENT, *outputs, last=DOCUMENT) as partial:
-        document = _read_before(place / DOCUMENT, classifier.sha256)
+    with update_directory(folder, DOCUMENT, *outputs, last=DOCUMENT) as partial:
+        document = _read_existing(folder / DOCUMENT, classifier.sha256)
         for stem, part in stems.items():
             sheet = draw_sheet(explained, range(len(examples)), [part])
             (partial / f"{stem}.png").write_bytes(png(sheet))
             (partial / stem).mkdir()
             for name, patch, maps in zip(names, explained.patches, part.maps, strict=True):
                 (partial / stem / name).write_bytes(png(_lay_out(patch, maps, signed=part.signed)))
-            about = {"method": part.method, "layer": part.layer}
+            source = {"method": part.method, "layer": part.layer}
             for key in ("sheets", "patches"):
                 document[key] = [
                     entry
@@ -191,30 +191,30 @@ def write_explained(
                     if Path(entry["picture"]).parts[0].removesuffix(".png") != stem
                 ]
             document["sheets"].append(
-                {**about, "picture": f"{stem}.png", "maps": part.titles, "caption": part.caption}
+                {**source, "picture": f"{stem}.png", "maps": part.titles, "caption": part.caption}
             )
             document["patches"] += [
-                {**example, **about, "picture": f"{stem}/{name}"}
+                {**example, **source, "picture": f"{stem}/{name}"}
                 for example, name in zip(examples.to_dict(orient="records"), names, strict=True)
             ]
         write_json(partial / DOCUMENT, document)
-    return read_json(place / DOCUMENT, format=FORMAT)
+    return read_json(folder / DOCUMENT, format=FORMAT)
 
 
 def _lay_out(patch: np.ndarray, maps: np.ndarray, *, signed: bool) -> np.ndarray:
-    """Put a patch and its maps superimposed side by side, enlarged pixel by pixel."""
+    """Return a patch and its superimposed maps side by side, enlarged without interpolation."""
     times = max(1, PICTURE_PX // max(patch.shape[:2]))
     images = [patch, *(superimpose(patch, values, signed=signed) for values in maps)]
     large = [image.repeat(times, axis=0).repeat(times, axis=1) for image in images]
     return lay_out_sheet(large, columns=len(large), gap_px=8)
 
 
-def _read_before(path: Path, classifier_sha256: str) -> dict[str, Any]:
-    """Read what was written before about the same classifier, or begin anew."""
+def _read_existing(path: Path, classifier_sha256: str) -> dict[str, Any]:
+    """Return the existing document of the same classifier, or an empty one."""
     try:
-        known = read_json(path, format=FORMAT)
-        if known["classifier_sha256"] == classifier_sha256:
-            return known
+        document = read_json(path, format=FORMAT)
+        if document["classifier_sha256"] == classifier_sha256:
+            return document
     except DataError:
         pass
     return {"format": FORMAT, "classifier_sha256": classifier_sha256, "sheets": [], "patches": []}

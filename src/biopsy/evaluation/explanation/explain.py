@@ -1,4 +1,4 @@
-"""`explain`: patches are chosen, explained and written as sheets."""
+"""`explain`: selects patches, explains them and writes sheets of saliency maps."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
@@ -38,8 +38,8 @@ from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
 
 
-def find_named(run: Run, pack: Pack, subsets: np.ndarray, patch: Sequence[str]) -> list[str]:
-    """Check patches that were named: they exist, and are of no subset that is still closed."""
+def check_requested(run: Run, pack: Pack, subsets: np.ndarray, patch: Sequence[str]) -> list[str]:
+    """Check that the requested patches exist and are not in a test subset that has not been evaluated."""
     subset_of = dict(zip(pack.table["patch_id"].astype(str), subsets, strict=True))
     for name in patch:
         if name not in subset_of:
@@ -48,14 +48,14 @@ def find_named(run: Run, pack: Pack, subsets: np.ndarray, patch: Sequence[str]) 
             )
         if subset_of[name] == "test" and run.evaluated_subset != "test":
             raise RunError(
-                f"patch {name!r} is of the test subset, which has not been opened: `biopsy evaluate "
-                f"{run.path}` opens it"
+                f"patch {name!r} is in the test subset, which has not been evaluated: run `biopsy evaluate "
+                f"{run.path}` first"
             )
     return list(dict.fromkeys(patch))
 
 
 def pick_examples(frame: pd.DataFrame, errors: int, seed: int) -> list[str]:
-    """Return the surest errors, of both kinds in turn, then right ones of each class, drawn by the seed."""
+    """Return the most confident errors of each kind in turn, then random correct patches of each class."""
     probs = frame[[name for name in frame if name.startswith("prob_")]].to_numpy(float)
     sure = frame.assign(sure=probs[np.arange(len(frame)), frame["target"]]).sort_values(["sure", "patch_id"])
     wrong = sure[sure["pred"] != sure["target"]]
@@ -66,37 +66,39 @@ def pick_examples(frame: pd.DataFrame, errors: int, seed: int) -> list[str]:
     right = [
         part["patch_id"] for _, part in shuffled[shuffled["pred"] == shuffled["target"]].groupby("target")
     ]
-    return _in_turn(kinds)[:errors] + _in_turn(right)[:errors]
+    return _interleave(kinds)[:errors] + _interleave(right)[:errors]
 
 
 def draw_patches(patch_ids: Iterable[str], n: int, seed: int) -> list[str]:
-    """Draw some patches at random, all where there are no more, whatever the order of ``patch_ids``."""
+    """Return up to ``n`` random patches, independent of the order of ``patch_ids``."""
     ids = sorted(patch_ids)
     if n < 1 or not ids:
-        raise RunError(f"random={n!r} of {len(ids):,} patches shows nothing: ask for 1 or more")
+        raise RunError(f"random={n!r} of {len(ids):,} patches: expected at least 1 of 1 or more patches")
     return [str(name) for name in make_rng(seed, "random examples").permutation(ids)[:n]]
 
 
-def _in_turn(lists: Sequence[Sequence[str]]) -> list[str]:
+def _interleave(lists: Sequence[Sequence[str]]) -> list[str]:
     return [name for name in chain.from_iterable(zip_longest(*lists)) if name is not None]
 
 
-def read_calls(classifier: Classifier, target: np.ndarray | None, probs: np.ndarray) -> pd.DataFrame:
+def tabulate_predicted_classes(
+    classifier: Classifier, target: np.ndarray | None, probs: np.ndarray
+) -> pd.DataFrame:
     names, positive, threshold = classifier.info.class_names, classifier.positive_index, classifier.threshold
-    called, prob = probs.argmax(axis=1), probs.max(axis=1)
+    pred, prob = probs.argmax(axis=1), probs.max(axis=1)
     if positive is not None:
         prob = probs[:, positive]
-        called = np.where(prob >= (0.5 if threshold is None else threshold), positive, 1 - positive)
-    columns = {"called": [names[i] for i in called], "prob": prob}
+        pred = np.where(prob >= (0.5 if threshold is None else threshold), positive, 1 - positive)
+    columns = {"called": [names[i] for i in pred], "prob": prob}
     if target is None:
         return pd.DataFrame({"class": "", **columns, "kind": "unlabelled"})
-    kinds = np.where(called == target, "right", "wrong").astype(object)
+    kinds = np.where(pred == target, "right", "wrong").astype(object)
     if positive is not None:
         kinds[(kinds == "wrong")] = np.where(target == positive, "missed", "false alarm")[kinds == "wrong"]
     return pd.DataFrame({"class": [names[i] for i in target], **columns, "kind": kinds})
 
 
-MOST_LABELLED = 2_000  # patches of a pack among which examples are sought
+MAX_LABELLED = 2_000  # patches of a pack from which examples are selected
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,10 @@ class Patches:
     """Patches in memory.
 
     Attributes:
-        patch_ids: One each; of an image its path inside the folder or zip.
+        patch_ids: Patch ids; for images, their path inside the folder or zip.
         pixels: uint8 ``(n, H, W, 3)``, padded at the right and bottom.
         sizes: True ``(width, height)``, ``(n, 2)``.
-        target: Index of the true class, ``(n,)``; None where it is not known.
+        target: Index of the true class, ``(n,)``; None if unknown.
     """
 
     patch_ids: list[str]
@@ -117,27 +119,26 @@ class Patches:
 
 
 def gather_patches(
-    classifier: Classifier, data: Path | str, named: Sequence[str], n_unlabelled: int
+    classifier: Classifier, data: Path | str, requested: Sequence[str], n_unlabelled: int
 ) -> Patches:
-    """Read the patches that are named, or those among which examples are to be sought.
+    """Read the requested patches, or those from which examples are selected.
 
     Args:
-        classifier: Whose size and resolution they must have.
+        classifier: The classifier, for patch size and resolution.
         data: A pack, a folder or zip of images, or an image.
-        named: Ids; where there are any, only these are read.
-        n_unlabelled: How many images are read, in order, where none is named: nothing says which are
-            mistaken.
+        named: Ids of the requested patches; if empty, patches are selected.
+        n_unlabelled: Number of images to read, in order, if none is requested: they have no labels.
 
     Raises:
-        DataError: If a named patch is not there, or an image cannot be read or is too large.
+        DataError: If a requested patch does not exist, or an image cannot be read or is too large.
     """
     path = Path(data)
     if is_pack(path):
-        return _read_pack(classifier, Pack.open(path), named)
+        return _read_pack(classifier, Pack.open(path), requested)
     readers = _list_images(path)
-    names = _check_named(path, named, list(readers)) or list(readers)[:n_unlabelled]
+    names = _check_named(path, requested, list(readers)) or list(readers)[:n_unlabelled]
     if not names:
-        raise DataError(f"{path} holds no image to explain")
+        raise DataError(f"{path} contains no image to explain")
     load = partial(_load, patch_px=classifier.info.patch_px)
     with ThreadPoolExecutor() as pool:
         images = list(pool.map(lambda name: load(name, readers[name]), names))
@@ -146,16 +147,16 @@ def gather_patches(
     return Patches(names, pixels, sizes, None)
 
 
-def _read_pack(classifier: Classifier, pack: Pack, named: Sequence[str]) -> Patches:
+def _read_pack(classifier: Classifier, pack: Pack, requested: Sequence[str]) -> Patches:
     classifier.check_pack(pack)
     ids = pack.table["patch_id"].astype(str).tolist()
     row_of = {name: row for row, name in enumerate(ids)}
-    rows = np.array([row_of[name] for name in _check_named(pack.path, named, ids)], dtype=int)
-    if not named:
-        n = min(len(pack), MOST_LABELLED)
+    rows = np.array([row_of[name] for name in _check_named(pack.path, requested, ids)], dtype=int)
+    if not requested:
+        n = min(len(pack), MAX_LABELLED)
         rows = np.sort(make_rng(0, "examples of a pack").choice(len(pack), n, replace=False))
-    known = pack.class_names == classifier.info.class_names
-    target = pack.target[rows] if known else None
+    has_labels = pack.class_names == classifier.info.class_names
+    target = pack.target[rows] if has_labels else None
     return Patches([ids[row] for row in rows], pack.patches[rows], pack.sizes[rows], target)
 
 
@@ -163,11 +164,13 @@ def _list_ids(path: Path) -> list[str]:
     return Pack.open(path).table["patch_id"].astype(str).tolist() if is_pack(path) else [*_list_images(path)]
 
 
-def _check_named(place: Path, named: Sequence[str], known: Sequence[str]) -> list[str]:
-    for name in named:
-        if name not in known:
-            raise DataError(f"{place} has no patch {name!r}; its ids are such as {next(iter(known), '')!r}")
-    return list(dict.fromkeys(named))
+def _check_named(path: Path, requested: Sequence[str], patch_ids: Sequence[str]) -> list[str]:
+    for name in requested:
+        if name not in patch_ids:
+            raise DataError(
+                f"{path} has no patch {name!r}; its ids are such as {next(iter(patch_ids), '')!r}"
+            )
+    return list(dict.fromkeys(requested))
 
 
 def _list_images(path: Path) -> dict[str, Callable[[], bytes | memoryview]]:
@@ -195,7 +198,7 @@ def _load(name: str, read: Callable[[], bytes | memoryview], *, patch_px: int) -
 
 
 N_EXAMPLES = 5
-N_CHANNELS = 3  # of a layer that are shown
+N_CHANNELS = 3  # shown per layer
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -258,47 +261,46 @@ def explain(
         device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Returns:
-        What ``explain.json`` holds, and with ``faithfulness`` what that file holds under this name; see the
-        file formats page.
+        The content of ``explain.json`` and, with ``faithfulness``, of that file under this name; see the file
+        formats page.
 
     Raises:
-        RunError: If a patch may not be looked at, there is nothing to show, or a classifier is to be tested.
+        RunError: If a test patch has not been evaluated, no patch is selected, or ``faithfulness`` is given
+            for a classifier.
         DataError: If a patch is unknown or an image cannot be read.
-        RecipeError: If there is no such method or layer, or the network does not allow it.
+        RecipeError: If the method or layer does not exist, or the network does not support it.
     """
     methods, run = (method,) if isinstance(method, str) else tuple(method), _open_run(model)
-    place = Path(out or (run.path / FOLDER if run is not None else FOLDER))
-    refuse_inputs(place, data, model.path if isinstance(model, Run | Classifier) else model)
+    folder = Path(out or (run.path / FOLDER if run is not None else FOLDER))
+    refuse_inputs(folder, data, model.path if isinstance(model, Run | Classifier) else model)
     layers = (layer,) if isinstance(layer, str) else tuple(dict.fromkeys(layer or ()))
     if random and patch:
-        raise RunError("patches are named or drawn at random, not both")
+        raise RunError("patch and random cannot be combined")
     if faithfulness and len(layers) > 1:
         raise RecipeError(f"faithfulness is tested on one layer at a time, not {', '.join(layers)}")
     if errors < 1:
-        raise RunError(f"errors={errors!r} shows nothing: ask for 1 or more, or name patches")
+        raise RunError(f"errors={errors!r}: expected at least 1, or patch ids")
     selection = Selection(patch=patch, errors=errors, random=random, seed=seed)
     if run is not None:
         if data is not None:
             raise RunError(
-                f"{run.path} is a run and is explained on its own pack: for data={str(data)!r} name its "
+                f"{run.path} is a run and is explained on its own pack: for data={str(data)!r} give its "
                 f"classifier, {run.path / 'classifier'}"
             )
-        explained, classifier = (
-            explain_examples(run, selection, methods, layers, device=device),
-            run.classifier,
-        )
+        explained = explain_examples(run, selection, methods, layers, device=device)
+        classifier = run.classifier
     else:
         classifier = open_classifier(cast(Classifier | Path | str, model))
         if data is None or faithfulness:
             raise RunError(
-                "a classifier has no patches of its own: name a pack or images with data=..."
+                "a classifier has no patches of its own: give a pack or images with data=..."
                 if data is None
-                else "faithfulness is measured on the patches a run was judged on: name the run"
+                else "faithfulness tests need the evaluated patches of a run: give the run"
             )
         explained = explain_others(classifier, data, selection, methods, layers, device=device)
-    document = write_explained(classifier, explained, place, named_layers=layers)
+    document = write_explained(classifier, explained, folder, named_layers=layers)
     if run is not None and not patch and not random:
-        with contextlib.suppress(OSError):  # a folder that cannot be written to gets none
+        with contextlib.suppress(OSError):  # read-only run
             keep_explained(run, explained)
     if run is not None and faithfulness:
         document["faithfulness"] = measure_faithfulness(
@@ -325,11 +327,11 @@ def explain_examples(
     *,
     device: str = "auto",
 ) -> Explained:
-    """Choose examples of a run and explain them without writing anything; see `explain`."""
+    """Select examples of a run and return their explanations; see `explain`."""
     pack, classifier = run.open_pack(verify=False), run.classifier
     subsets = run.subsets(pack)
     if selection.patch:
-        ids = find_named(run, pack, subsets, selection.patch)
+        ids = check_requested(run, pack, subsets, selection.patch)
     else:
         frame, _ = run.predictions(run.evaluated_subset)
         frame = frame.assign(patch_id=frame["patch_id"].astype(str))
@@ -352,7 +354,7 @@ def explain_others(
     *,
     device: str = "auto",
 ) -> Explained:
-    """Choose examples of a pack or of images and explain them; see `explain`."""
+    """Select examples of a pack or of images and return their explanations; see `explain`."""
     patch, errors = selection.patch, selection.errors
     if selection.random:
         patch = draw_patches(_list_ids(Path(data)), selection.random, selection.seed)
@@ -360,7 +362,7 @@ def explain_others(
     classifier = classifier.single_patch()
     if not patch and result.target is not None:
         logits = predict_classifier(classifier, result.pixels, result.sizes, engine=engine)
-        calls = read_calls(classifier, result.target, classifier.probs(logits))
+        calls = tabulate_predicted_classes(classifier, result.target, classifier.probs(logits))
         names = classifier.info.class_names
         frame = pd.DataFrame(classifier.probs(logits), columns=[f"prob_{name}" for name in names]).assign(
             patch_id=result.patch_ids, target=result.target, pred=calls["called"].map(names.index)
@@ -385,14 +387,14 @@ def _explain_chosen(
 ) -> Explained:
     methods = list(dict.fromkeys(methods)) or _pick_methods(classifier, layers)
     if layers and not any(find_method(name).takes_layer for name in methods):
-        raise RecipeError(f"layer={layers[0]!r} cannot be chosen: {methods[0]} looks at the whole network")
+        raise RecipeError(f"layer={layers[0]!r} cannot be chosen: {methods[0]} uses the whole network")
     result = [
         explain_patches(classifier, chosen.pixels, chosen.sizes, name, layer=layer, engine=engine)
         for name in methods
         for layer in _choose_layers(name, layers)
     ]
     examples = pd.DataFrame({"patch_id": chosen.patch_ids, "subset": subsets})
-    examples = examples.join(read_calls(classifier, chosen.target, result[0].probs))
+    examples = examples.join(tabulate_predicted_classes(classifier, chosen.target, result[0].probs))
     patches = [
         pixels[:height, :width] for pixels, (width, height) in zip(chosen.pixels, chosen.sizes, strict=True)
     ]
@@ -404,53 +406,53 @@ def _choose_layers(method: str, layers: Sequence[str]) -> Sequence[str | None]:
 
 
 def _pick_methods(classifier: Classifier, layers: Sequence[str]) -> list[str]:
-    """Return the methods that are shown where none is named."""
+    """Return the default methods."""
     if layers:
         return ["activations"]
     try:
         find_last_maps(classifier.base_network, classifier.info.preprocessing.input_px)
     except RecipeError:
-        where = "integrated_gradients"
+        localisation = "integrated_gradients"
     else:
-        where = "grad_cam"
-    return ["saliency", where, *(["activations"] if has_convolution(classifier.base_network) else [])]
+        localisation = "grad_cam"
+    return ["saliency", localisation, *(["activations"] if has_convolution(classifier.base_network) else [])]
 
 
-def _illustrate(found: Explanation, sizes: np.ndarray, classifier: Classifier) -> Illustration:
-    """Scale maps for the eye: a single map patch by patch, channels over all patches together."""
-    method, n_maps = find_method(found.method), found.maps.shape[1]
-    maps, titles = found.maps, [method.title]
+def _illustrate(explanation: Explanation, sizes: np.ndarray, classifier: Classifier) -> Illustration:
+    """Scale maps for display: single maps per patch, channels over all patches together."""
+    method, n_maps = find_method(explanation.method), explanation.maps.shape[1]
+    maps, titles = explanation.maps, [method.title]
     if n_maps > 1:
         channels = _pick_channels(maps)
         maps, titles = maps[:, channels], [f"activation {channel + 1}" for channel in channels]
     scaled = scale_maps(maps, axis=(2, 3) if n_maps == 1 else (0, 2, 3), signed=method.signed)
     caption = f"{capitalize(method.title)}: {method.shows}. {method.caveat}."
     if method.takes_layer:
-        caption += f" Layer {found.layer}" + (
+        caption += f" Layer {explanation.layer}" + (
             f", {len(titles)} of its {n_maps} channels: some that vary and differ." if n_maps > 1 else "."
         )
-    if method.per_class and len(set(found.class_index)) == 1:
-        caption += f" The class is {classifier.info.class_names[found.class_index[0]]}."
-    cut = [item[:, :height, :width] for item, (width, height) in zip(scaled, sizes, strict=True)]
-    return Illustration(found.method, found.layer, titles, cut, caption, method.signed)
+    if method.per_class and len(set(explanation.class_index)) == 1:
+        caption += f" The class is {classifier.info.class_names[explanation.class_index[0]]}."
+    cropped = [item[:, :height, :width] for item, (width, height) in zip(scaled, sizes, strict=True)]
+    return Illustration(explanation.method, explanation.layer, titles, cropped, caption, method.signed)
 
 
 def _pick_channels(maps: np.ndarray) -> np.ndarray:
-    """Return the channel that varies most, then those that vary and are least like the ones before."""
+    """Return channels with high variance and low correlation with those already chosen."""
     values = maps.transpose(1, 0, 2, 3).reshape(maps.shape[1], -1)
     spread = values.std(axis=1)
     centred = (values - values.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1)[:, None]
-    alike = np.abs(centred @ centred.T) / values.shape[1]
+    correlation = np.abs(centred @ centred.T) / values.shape[1]
     chosen = [int(spread.argmax())]
     while len(chosen) < min(N_CHANNELS, len(values)):
-        worth = spread * (1 - alike[chosen].max(axis=0))
-        worth[chosen] = -1
-        chosen.append(int(worth.argmax()))
+        score = spread * (1 - correlation[chosen].max(axis=0))
+        score[chosen] = -1
+        chosen.append(int(score.argmax()))
     return np.sort(chosen)
 
 
 def _open_run(model: Run | Classifier | Path | str) -> Run | None:
-    """Open a run, where it is one."""
+    """Return the run, or None if the model is a classifier."""
     if isinstance(model, Classifier):
         return None
     is_run = isinstance(model, Run) or (Path(model) / "run.json").is_file()

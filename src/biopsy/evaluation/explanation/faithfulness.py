@@ -15,7 +15,7 @@ from torch import nn
 from biopsy.core.errors import DataError, RecipeError, RunError
 from biopsy.core.files import read_json, write_json
 from biopsy.core.seeds import derive, make_rng
-from biopsy.core.text import count
+from biopsy.core.text import capitalize, count
 from biopsy.data.packs import Pack
 from biopsy.evaluation.explanation.maps import explain_patches
 from biopsy.evaluation.explanation.methods import METHODS, find_method
@@ -27,15 +27,15 @@ from biopsy.statistics.intervals import describe_method
 from biopsy.statistics.resampling import Interval, Resampling, clustered_mean
 from biopsy.training.runs import Run
 
-CELLS = 12  # to a side: of an IDC patch of 200 um a cell is 17 um, about a nucleus with its surroundings
-STEPS = 12  # points of a curve beside the untouched patch
+CELLS = 12  # per side: in an IDC patch of 200 um, a cell is 17 um, about a nucleus with its surroundings
+STEPS = 12  # points of a curve in addition to the original patch
 BLUR = 1 / 10  # standard deviation as a share of the patch's side
 
-Ask = Callable[[np.ndarray], np.ndarray]
+PredictClass = Callable[[np.ndarray], np.ndarray]
 
 
 def blur_patches(patches: np.ndarray) -> np.ndarray:
-    """Blur patches, uint8 ``(n, H, W, 3)``, so far that only slow colour is left."""
+    """Blur patches, uint8 ``(n, H, W, 3)``, until only low-frequency colour is left."""
     spread = BLUR * max(patches.shape[1:3])
     blurred = np.empty_like(patches)
     for patch, out in zip(patches, blurred, strict=True):
@@ -44,11 +44,10 @@ def blur_patches(patches: np.ndarray) -> np.ndarray:
 
 
 def rank_cells(maps: np.ndarray) -> np.ndarray:
-    """Return the rank of every pixel's cell, 0 for the cell that a map marks most.
+    """Return the rank of every pixel's cell, 0 for the most salient cell.
 
     Args:
-        maps: ``(n, H, W)``; a cell counts by its mean. Cells of equal value follow each other from the upper
-            left to the lower right.
+        maps: ``(n, H, W)``; cells are ranked by their mean, ties from the upper left to the lower right.
 
     Returns:
         int ``(n, H, W)``, from 0 to ``CELLS ** 2 - 1``.
@@ -59,39 +58,39 @@ def rank_cells(maps: np.ndarray) -> np.ndarray:
     for values, out in zip(maps, ranks, strict=True):
         mean = np.bincount(cell.ravel(), values.ravel(), CELLS**2) / np.maximum(sizes, 1)
         order = np.argsort(-mean, kind="stable")
-        place = np.empty(CELLS**2, int)
-        place[order] = np.arange(CELLS**2)
-        out[...] = place[cell]
+        rank = np.empty(CELLS**2, int)
+        rank[order] = np.arange(CELLS**2)
+        out[...] = rank[cell]
     return ranks
 
 
 def deletion_insertion_curves(
-    ask: Ask, patches: np.ndarray, blurred: np.ndarray, ranks: np.ndarray
+    predict: PredictClass, patches: np.ndarray, blurred: np.ndarray, ranks: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the class's probability as cells are deleted, and as they are inserted, in an order.
+    """Return the probability of the class as cells are deleted, and as they are inserted.
 
     Args:
-        ask: Gives the probability of the class in question for patches ``(n * m, H, W, 3)``, of which the
-            first ``m`` are versions of the first patch and so on.
+        predict: Returns the probability of the explained class for patches ``(n * m, H, W, 3)``, of which
+            the first ``m`` are versions of the first patch and so on.
         patches: uint8 ``(n, H, W, 3)``.
-        blurred: What is left of them where everything is taken away.
-        ranks: As `rank_cells` gives them.
+        blurred: The blurred patches, which replace deleted cells.
+        ranks: From `rank_cells`.
 
     Returns:
         Two arrays ``(n, STEPS + 1)``: at share 0, 1 / STEPS, ... 1 of the cells deleted; and inserted.
     """
     bounds = np.arange(STEPS + 1) / STEPS * CELLS**2
-    taken = ranks[:, None] < bounds[:, None, None]  # (n, STEPS + 1, H, W)
-    whole, empty = patches[:, None], blurred[:, None]
+    replaced = ranks[:, None] < bounds[:, None, None]  # (n, STEPS + 1, H, W)
+    original, baseline = patches[:, None], blurred[:, None]
     curves = []
-    for first, then in ((whole, empty), (empty, whole)):
-        versions = np.where(taken[..., None], then, first)
-        curves.append(ask(versions.reshape(-1, *patches.shape[1:])).reshape(len(patches), -1))
+    for start, end in ((original, baseline), (baseline, original)):
+        versions = np.where(replaced[..., None], end, start)
+        curves.append(predict(versions.reshape(-1, *patches.shape[1:])).reshape(len(patches), -1))
     return curves[0], curves[1]
 
 
 def area_under(curves: np.ndarray) -> np.ndarray:
-    """Return the mean height of curves ``(n, STEPS + 1)`` by trapezia, ``(n,)``."""
+    """Return the area under curves ``(n, STEPS + 1)`` by the trapezoidal rule, ``(n,)``."""
     return (curves[:, 1:] + curves[:, :-1]).mean(axis=1) / 2
 
 
@@ -101,23 +100,23 @@ def _cell_of_pixels(shape: tuple[int, ...]) -> np.ndarray:
     return rows[:, None] * CELLS + columns
 
 
-MOST_STEPS = 6
+MAX_STEPS = 6
 _WINDOW_PX, _SPREAD_PX = 11, 1.5  # Wang et al. 2004, sec. III.B
 _K1, _K2 = 0.01, 0.03
 
 
 def randomise_cascading(network: nn.Module, *, seed: int) -> Iterator[tuple[str, nn.Module]]:
-    """Yield a copy of a network with more and more of its weights drawn anew, from the last layer on.
+    """Yield a copy of a network with randomised weights, from the last layer to the first.
 
-    Weight matrices and kernels are drawn from a normal distribution of their own spread; offsets and factors
-    are shuffled. Layers are taken together so that there are at most `MOST_STEPS` steps.
+    Weight matrices and kernels are drawn from a normal distribution with their root mean square; vectors are
+    shuffled. Layers are grouped into at most `MAX_STEPS` steps.
 
     Args:
-        network: Not changed.
-        seed: Of the new weights; each layer has its own stream.
+        network: The network, which is not modified.
+        seed: Seed of the new weights; each layer has its own stream.
 
     Yields:
-        Name of the first layer that is random, and the network, the same object every time.
+        Name of the first randomised layer, and the network, the same object every time.
     """
     network = copy.deepcopy(network)
     layers = [
@@ -125,16 +124,16 @@ def randomise_cascading(network: nn.Module, *, seed: int) -> Iterator[tuple[str,
         for name, module in network.named_modules()
         if next(module.parameters(recurse=False), None) is not None
     ][::-1]
-    for part in np.array_split(np.arange(len(layers)), min(MOST_STEPS, len(layers))):
-        for place in part:
-            name, module = layers[place]
+    for part in np.array_split(np.arange(len(layers)), min(MAX_STEPS, len(layers))):
+        for index in part:
+            name, module = layers[index]
             generator = torch.Generator().manual_seed(derive(seed, "random weights", name))
             for weight in module.parameters(recurse=False):
-                _draw_anew(weight, generator)
+                _randomise(weight, generator)
         yield layers[part[-1]][0], network
 
 
-def _draw_anew(weight: torch.Tensor, generator: torch.Generator) -> None:
+def _randomise(weight: torch.Tensor, generator: torch.Generator) -> None:
     with torch.no_grad():
         if weight.dim() > 1:
             drawn = torch.randn(weight.shape, generator=generator) * weight.square().mean().sqrt().cpu()
@@ -152,9 +151,9 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def structural_similarity(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return the SSIM of each pair of maps ``(n, H, W)``, each divided by its own highest absolute value.
+    """Return the SSIM of each pair of maps ``(n, H, W)``, each divided by its highest absolute value.
 
-    Wang et al. 2004, Image quality assessment, eq. 13, with Gaussian windows. 1 is the same map.
+    Wang et al. 2004, Image quality assessment, eq. 13, with Gaussian windows; 1 for identical maps.
     """
     return np.array([_similarity(_scale(a), _scale(b)) for a, b in zip(first, second, strict=True)])
 
@@ -175,18 +174,20 @@ def _similarity(a: np.ndarray, b: np.ndarray) -> float:
         mean(a * b) - mean_a * mean_b,
     )
     c1, c2 = _K1**2, _K2**2
-    likeness = (2 * mean_a * mean_b + c1) * (2 * common + c2)
-    return float((likeness / ((mean_a**2 + mean_b**2 + c1) * (spread_a + spread_b + c2))).mean())
+    numerator = (2 * mean_a * mean_b + c1) * (2 * common + c2)
+    return float((numerator / ((mean_a**2 + mean_b**2 + c1) * (spread_a + spread_b + c2))).mean())
 
 
 Traced = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 BASELINES = {"random": "random maps", "edges": "edges"}
-ALIKE_FROM = 0.5  # rank correlation with the trained maps from which maps of random weights are called alike
+MIN_CORRELATION = (
+    0.5  # rank correlation from which maps of random weights count as similar to the trained ones
+)
 _VERBS = {"beats": "is better than {}", "worse": "is worse than {}", "no better": "is not better than {}"}
 
 
-def judge_method(
+def describe_method_result(
     name: str,
     traced: Traced,
     randomised: Sequence[Mapping[str, Any]],
@@ -196,9 +197,11 @@ def judge_method(
     """Return the record of a method.
 
     Args:
+        name: Name of the method.
         traced: Curves of deletion and insertion, by method and baseline.
-        randomised: One record a step of weight randomisation.
-        **resampling: As of `Resampler`, ``unit`` among them.
+        randomised: One record per step of weight randomisation.
+        group_ids: Group id per patch.
+        **resampling: As of `Resampler`, including ``unit``.
     """
     score, gains, n_better = _score(traced[name]), {}, {}
     for baseline in BASELINES:
@@ -220,7 +223,7 @@ def judge_method(
 def describe_curves(
     curves: tuple[np.ndarray, np.ndarray], group_ids: np.ndarray, **resampling: Unpack[Resampling]
 ) -> dict[str, Any]:
-    """Return the mean curves of deletion and insertion, and the areas under them with their intervals."""
+    """Return the mean deletion and insertion curves, and the areas under them with intervals."""
     result: dict[str, Any] = {}
     for name, curve in zip(("deletion", "insertion"), curves, strict=True):
         area = clustered_mean(area_under(curve), group_ids, bounds=(0.0, 1.0), **resampling)
@@ -229,7 +232,7 @@ def describe_curves(
 
 
 def compare_with_baselines(gain: Interval) -> str:
-    """Return ``beats``, ``worse``, ``no better``, or ``unsaid`` where there is no interval."""
+    """Return ``beats``, ``worse``, ``no better``, or ``unsaid`` without an interval."""
     if gain.low is None or gain.high is None:
         return "unsaid"
     if gain.low > 0:
@@ -238,7 +241,7 @@ def compare_with_baselines(gain: Interval) -> str:
 
 
 def describe_gain(record: Mapping[str, Any], n_groups: int, unit: str) -> str:
-    """Say in plain sentences what was found of a method."""
+    """Return the results of a method in one sentence."""
     title, parts = record["title"], []
     if "unsaid" in record["verdict"].values():
         result = [
@@ -252,16 +255,15 @@ def describe_gain(record: Mapping[str, Any], n_groups: int, unit: str) -> str:
         )
     else:
         result = [
-            f"{_VERBS[record['verdict'][baseline]].format(BASELINES[baseline])} {_spell_gain(gain)}"
+            f"{_VERBS[record['verdict'][baseline]].format(BASELINES[baseline])} {_format_gain(gain)}"
             for baseline, gain in record["gain"].items()
         ]
         parts.append(f"{title} {' and '.join(result)}")
     if record["randomised"]:
-        alike = record["randomised"][-1]["rank_correlation"]
-        change = "hardly changes" if alike >= ALIKE_FROM else "changes"
-        parts.append(f"its map {change} when all weights are random (rank correlation {alike:.2f})")
-    said = "; ".join(parts) + "."
-    return said[0].upper() + said[1:]
+        correlation = record["randomised"][-1]["rank_correlation"]
+        change = "hardly changes" if correlation >= MIN_CORRELATION else "changes"
+        parts.append(f"its map {change} when all weights are random (rank correlation {correlation:.2f})")
+    return capitalize("; ".join(parts) + ".")
 
 
 def _score(curves: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
@@ -269,7 +271,7 @@ def _score(curves: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     return (area_under(inserted) - area_under(deleted)) / 2
 
 
-def _spell_gain(gain: Interval) -> str:
+def _format_gain(gain: Interval) -> str:
     assert gain.low is not None and gain.high is not None
     if gain.low > 0:
         return f"by {gain.value:.2f} ({gain.low:.2f} to {gain.high:.2f})"
@@ -280,11 +282,11 @@ def _spell_gain(gain: Interval) -> str:
 
 FORMAT = "biopsy-faithfulness/1"
 FOLDER, DOCUMENT = "explain", "faithfulness.json"
-MOST_PATCHES, FEWEST_PATCHES = 40, 16
-MOST_MULTIPLICATIONS = 5e12  # in all: about a minute on two cores
-PASSES = 1000  # through the network that a patch costs, all methods together
-N_RANDOMISED = 6  # patches whose maps are made again with random weights
-N_RANDOM = 4  # random orders that random stands for
+MAX_PATCHES, MIN_PATCHES = 40, 16
+MAX_MULTIPLICATIONS = 5e12  # in total: about a minute on two cores
+PASSES = 1000  # forward passes per patch, all methods together
+N_RANDOMISED = 6  # patches whose maps are computed again with random weights
+N_RANDOM = 4  # random orders, averaged
 
 
 def measure_faithfulness(
@@ -295,24 +297,25 @@ def measure_faithfulness(
     n_patches: int | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Test whether maps mean anything on the evaluated subset of a run, and keep the answer in the run.
+    """Test the faithfulness of saliency maps on the evaluated subset of a run.
 
-    Writes ``explain/faithfulness.json``. The patches are drawn with the run's seed from those that are called
-    positive (of more than two classes: from all), patient by patient in turn, and the class explained is the
-    one that was called. The subset is the test subset once it has been opened, else validation.
+    Writes ``explain/faithfulness.json``. Patches are drawn with the run's seed from those predicted positive
+    (for more than two classes: from all), one patient after the other, and the predicted class is explained.
+    The subset is the test subset if it has been evaluated, else validation.
 
     Args:
         run: A finished run with predictions of that subset.
-        methods: Which; all that tell classes apart and that the network allows, by default.
-        layer: For Grad-CAM, the layer it looks at.
-        n_patches: How many; by default 48, and fewer for a network that computes much.
+        methods: Methods to test (default: all class-specific methods that the network supports).
+        layer: Layer of Grad-CAM.
+        n_patches: Number of patches (default: 16 to 40, fewer for expensive networks).
+        device: Device of the network.
 
     Returns:
-        What the file holds; see the file formats page.
+        The content of the file; see the file formats page.
 
     Raises:
-        RunError: If no patch of that subset is called positive.
-        RecipeError: If a method does not exist, tells no classes apart, or the network does not allow it.
+        RunError: If no patch of that subset is predicted positive.
+        RecipeError: If a method does not exist, is not class-specific, or the network does not support it.
     """
     run = Run.open(run)
     pack, classifier, engine = run.open_pack(verify=False), run.classifier.single_patch(), Engine(device)
@@ -322,10 +325,9 @@ def measure_faithfulness(
     rows = draw_patches(run, pack, n_patches or count_patches(network, input_px), seed=seed)
     patches, groups = pack.patches[rows], pack.group_ids[rows]
 
-    def ask(versions: np.ndarray) -> np.ndarray:
-        logits = predictor.logits(versions)
-        item = np.repeat(class_index, len(versions) // len(patches))
-        return classifier.probs(logits)[np.arange(len(versions)), item]
+    def predict(versions: np.ndarray) -> np.ndarray:
+        probs = classifier.probs(predictor.logits(versions))
+        return probs[np.arange(len(versions)), np.repeat(class_index, len(versions) // len(patches))]
 
     class_index = np.full(len(rows), classifier.positive_index or 0)
     if classifier.positive_index is None:
@@ -333,13 +335,13 @@ def measure_faithfulness(
     maps, layers, refused = explain_all(classifier, patches, class_index, methods, layer, engine)
     n_versions = 2 * (STEPS + 1) * len(patches) * (len(maps) + 1 + N_RANDOM)
     with open_predictor(classifier, engine, n_versions) as predictor:
-        traced = all_deletion_insertion_curves(ask, patches, maps, seed=seed)
-    likeness = compare_randomised(
+        traced = all_deletion_insertion_curves(predict, patches, maps, seed=seed)
+    randomised = compare_randomised(
         classifier, patches[:N_RANDOMISED], class_index[:N_RANDOMISED], maps, layers, engine, seed=seed
     )
     options: Resampling = {"seed": seed, "unit": pack.unit}
     result = [
-        {**judge_method(name, traced, likeness[name], groups, **options), "layer": layers[name]}
+        {**describe_method_result(name, traced, randomised[name], groups, **options), "layer": layers[name]}
         for name in maps
     ]
     document = {
@@ -372,30 +374,32 @@ def measure_faithfulness(
 
 
 def read_faithfulness(run: Run) -> dict[str, Any] | None:
-    """Return what was measured of this classifier on the subset judged now; None where nothing was."""
+    """Return the stored results of this classifier on the evaluated subset; None if there are none."""
     try:
-        known = read_json(run.path / FOLDER / DOCUMENT, format=FORMAT)
+        cached = read_json(run.path / FOLDER / DOCUMENT, format=FORMAT)
     except DataError:
         return None
     requested = (run.classifier.sha256, run.evaluated_subset)
-    return known if (known["classifier_sha256"], known["subset"]) == requested else None
+    return cached if (cached["classifier_sha256"], cached["subset"]) == requested else None
 
 
 def draw_patches(run: Run, pack: Pack, n_patches: int, *, seed: int) -> np.ndarray:
-    """Draw rows of whole patches that are called positive, one of each patient in turn.
+    """Return rows of random full-size patches that are predicted positive, one patient after the other.
 
     Raises:
-        RunError: If there is none.
+        RunError: If there are none.
     """
     frame, _ = run.predictions(run.evaluated_subset)
     rows = pack.rows_of(frame["patch_id"])
-    whole = (pack.sizes[rows] == pack.info.patch_px).all(axis=1)
-    called = np.ones(len(rows), bool) if pack.positive_index is None else frame["pred"] == pack.positive_index
-    rows = rows[np.asarray(whole & called, bool)]
+    full_size = (pack.sizes[rows] == pack.info.patch_px).all(axis=1)
+    is_positive = (
+        np.ones(len(rows), bool) if pack.positive_index is None else frame["pred"] == pack.positive_index
+    )
+    rows = rows[np.asarray(full_size & is_positive, bool)]
     if not len(rows):
         raise RunError(
-            f"no whole patch of the {run.evaluated_subset} subset is called {pack.info.positive_class}: "
-            "there is nothing of it that a map could mark"
+            f"no full-size patch of the {run.evaluated_subset} subset is predicted "
+            f"{pack.info.positive_class}: faithfulness tests need at least one"
         )
     rows = make_rng(seed, "faithfulness").permutation(rows)
     turn = pd.Series(pack.group_ids[rows]).groupby(pack.group_ids[rows]).cumcount().to_numpy()
@@ -403,12 +407,12 @@ def draw_patches(run: Run, pack: Pack, n_patches: int, *, seed: int) -> np.ndarr
 
 
 def count_patches(network: Any, input_px: int) -> int:
-    """Return how many patches can be tested in about a minute: fewer, the more a network computes."""
+    """Return the number of patches that can be tested in about a minute."""
     multiplications = sum(
         row.parameters * np.prod(row.output_shape[1:], dtype=float) for row in describe(network, input_px)
     )
-    affordable = MOST_MULTIPLICATIONS / PASSES / max(multiplications, 1)
-    return int(np.clip(affordable, FEWEST_PATCHES, MOST_PATCHES))
+    affordable = MAX_MULTIPLICATIONS / PASSES / max(multiplications, 1)
+    return int(np.clip(affordable, MIN_PATCHES, MAX_PATCHES))
 
 
 def explain_all(
@@ -419,10 +423,10 @@ def explain_all(
     layer: str | None,
     engine: Engine,
 ) -> tuple[dict[str, np.ndarray], dict[str, str | None], list[dict[str, str]]]:
-    """Return the maps ``(n, H, W)`` of each method, its layer, and the methods that were refused.
+    """Return the maps ``(n, H, W)`` of each method, its layer, and the methods that cannot be tested.
 
     Raises:
-        RecipeError: If a method that was named cannot be tested.
+        RecipeError: If a requested method cannot be tested.
     """
     maps: dict[str, np.ndarray] = {}
     layers: dict[str, str | None] = {}
@@ -430,9 +434,7 @@ def explain_all(
     for name in methods or [item.name for item in METHODS.values() if item.per_class]:
         method = find_method(name)
         if not method.per_class:
-            raise RecipeError(
-                f"{name} asks about no class: that it marks what a class needs cannot be tested"
-            )
+            raise RecipeError(f"{name} is not class-specific: faithfulness tests need a map of one class")
         try:
             chosen = layer if method.takes_layer else None
             maps[name], layers[name] = _explain(classifier, patches, class_index, name, chosen, engine)
@@ -444,18 +446,17 @@ def explain_all(
 
 
 def all_deletion_insertion_curves(
-    ask: Callable[[np.ndarray], np.ndarray], patches: np.ndarray, maps: Mapping[str, np.ndarray], *, seed: int
+    predict: PredictClass, patches: np.ndarray, maps: Mapping[str, np.ndarray], *, seed: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return the curves of deletion and insertion, ``(n, STEPS + 1)`` each, of methods and baselines."""
+    """Return deletion and insertion curves, ``(n, STEPS + 1)`` each, of methods and baselines."""
     blurred = blur_patches(patches)
-    every = {**maps, "edges": find_edges(patches)}
     traced = {
-        name: deletion_insertion_curves(ask, patches, blurred, rank_cells(values))
-        for name, values in every.items()
+        name: deletion_insertion_curves(predict, patches, blurred, rank_cells(values))
+        for name, values in {**maps, "edges": find_edges(patches)}.items()
     }
     rng = make_rng(seed, "random maps")
     random = [
-        deletion_insertion_curves(ask, patches, blurred, rank_cells(_draw_maps(rng, patches.shape[:3])))
+        deletion_insertion_curves(predict, patches, blurred, rank_cells(_draw_maps(rng, patches.shape[:3])))
         for _ in range(N_RANDOM)
     ]
     deleted, inserted = zip(*random, strict=True)
@@ -463,7 +464,7 @@ def all_deletion_insertion_curves(
 
 
 def find_edges(patches: np.ndarray) -> np.ndarray:
-    """Return the length of the grey picture's gradient (Sobel), ``(n, H, W)``: a map that asks no network."""
+    """Return the Sobel gradient magnitude of the grey image, ``(n, H, W)``, independent of any network."""
     grey = patches.mean(axis=3).astype(np.float32)
     return np.stack([np.hypot(cv2.Sobel(g, cv2.CV_32F, 1, 0), cv2.Sobel(g, cv2.CV_32F, 0, 1)) for g in grey])
 
@@ -478,23 +479,23 @@ def compare_randomised(
     *,
     seed: int,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Compare each method's maps with those of the network with more and more of its weights random.
+    """Compare the maps of each method with those of increasingly randomised networks.
 
     Returns:
-        By method one record a step: ``from_layer`` (it and all behind it are random), ``rank_correlation``
-        and ``ssim`` of the maps' absolute values, means over patches.
+        By method, one record per step: ``from_layer`` (this and all later layers are random),
+        ``rank_correlation`` and ``ssim`` of absolute maps, means over patches.
     """
     result: dict[str, list[dict[str, Any]]] = {name: [] for name in maps}
     for from_layer, network in randomise_cascading(classifier.base_network, seed=seed):
         other = Classifier(classifier.info, network)
         for name in maps:
             trained = np.abs(maps[name][: len(patches)])
-            again = np.abs(_explain(other, patches, class_index, name, layers[name], engine)[0])
+            random = np.abs(_explain(other, patches, class_index, name, layers[name], engine)[0])
             result[name].append(
                 {
                     "from_layer": from_layer,
-                    "rank_correlation": rank_correlation(trained, again).mean(),
-                    "ssim": structural_similarity(trained, again).mean(),
+                    "rank_correlation": rank_correlation(trained, random).mean(),
+                    "ssim": structural_similarity(trained, random).mean(),
                 }
             )
     return result
@@ -508,20 +509,20 @@ def _explain(
     layer: str | None,
     engine: Engine,
 ) -> tuple[np.ndarray, str | None]:
-    """Explain each patch's own class; gives maps and the layer looked at."""
+    """Return maps of the class of each patch, and the layer used."""
     maps = np.empty(patches.shape[:3], np.float32)
     for index in np.unique(class_index):
-        of = class_index == index
+        rows = class_index == index
         name = classifier.info.class_names[index]
         result = explain_patches(
-            classifier, patches[of], None, method, name, layer, channels="mean", engine=engine
+            classifier, patches[rows], None, method, name, layer, channels="mean", engine=engine
         )
-        maps[of], layer = result.maps[:, 0], result.layer
+        maps[rows], layer = result.maps[:, 0], result.layer
     return maps, layer
 
 
 def _draw_maps(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Draw maps whose cells come in random order."""
+    """Return maps with random values per cell."""
     n, height, width = shape
     small = rng.random((n, CELLS, CELLS))
     rows, columns = (np.arange(side) * CELLS // side for side in (height, width))

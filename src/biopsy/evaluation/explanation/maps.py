@@ -1,4 +1,4 @@
-"""Explanations of patches: maps, on the patch's own pixels, of what a classifier looks at."""
+"""Explanations of patches: saliency maps on the pixels of the patch."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -20,15 +20,15 @@ Channels = Literal["all", "mean"]
 
 @dataclass(frozen=True)
 class Explanation:
-    """Maps of patches, and what was asked.
+    """Maps of patches, and how they were computed.
 
     Attributes:
         method: Name of the method.
-        layer: The layer it looked at, None where it looks at the whole network.
-        class_index: The class asked about, ``(n,)``.
-        probs: What the classifier says of each patch, ``(n, n_classes)``.
-        maps: float32 ``(n, n_maps, H, W)`` on the pixels of the patches; 0 where a patch is padding.
-            Of methods that are ``signed``, values below 0 speak against the class.
+        layer: The layer used; None for the whole network.
+        class_index: The explained class, ``(n,)``.
+        probs: Predicted probabilities, ``(n, n_classes)``.
+        maps: float32 ``(n, n_maps, H, W)`` on the pixels of the patches; 0 in padding. For ``signed``
+            methods, negative values oppose the class.
     """
 
     method: str
@@ -51,38 +51,38 @@ def explain_patches(
 ) -> Explanation:
     """Explain patches.
 
-    Patches go through the classifier's own preprocessing, and maps are brought back from the network's input
-    (or the layer's grid) to the pixels of each patch by bilinear interpolation.
+    Patches go through the classifier's preprocessing. Maps are resized from the network's input (or the grid
+    of the layer) to the pixels of each patch by bilinear interpolation.
 
     Args:
-        classifier: Any; nothing of it is changed.
+        classifier: The classifier, which is not modified.
         patches: uint8 ``(n, H, W, 3)`` RGB.
-        sizes: True ``(width, height)`` of each patch, ``(n, 2)``; None where none is padded.
+        sizes: True ``(width, height)`` of each patch, ``(n, 2)``; None without padding.
         method: One of ``methods.METHODS``.
-        target_class: Whose score is explained; by default the positive class, and where there is none the
-            class that is likeliest for that patch.
-        layer: For methods that look at a layer: its name; by default the first convolution (rectified where
-            a rectifier follows), for Grad-CAM the last maps before pooling.
+        target_class: The class to explain; by default the positive class or, for more than two classes, the
+            predicted class of each patch.
+        layer: Name of the layer, for methods that use one; by default the first convolution (after its
+            activation, if any), for Grad-CAM the last feature maps before pooling.
         channels: ``all`` maps of a layer, or their ``mean``.
-        engine: Device; the arithmetic is float32 in any case.
+        engine: Device; the arithmetic is always float32.
 
     Raises:
         RecipeError: If the method, the class or the layer does not exist, or the method takes no layer.
     """
-    requested, classifier = find_method(method), classifier.single_patch()
+    method_info, classifier = find_method(method), classifier.single_patch()
     if channels not in get_args(Channels):
         raise RecipeError(f"channels={channels!r} is not possible; {suggest(channels, get_args(Channels))}")
-    if layer is not None and not requested.takes_layer:
-        raise RecipeError(f"layer={layer!r} cannot be chosen: {method} looks at the whole network")
-    fixed = _find_class(classifier, target_class)
+    if layer is not None and not method_info.takes_layer:
+        raise RecipeError(f"layer={layer!r} cannot be chosen: {method} uses the whole network")
+    target_index = _find_class(classifier, target_class)
     engine, stretched = engine or Engine("auto"), classifier.info.preprocessing.resize_mode == "stretch"
     network, preprocessing = engine.place(classifier.base_network), classifier.info.preprocessing
     predictor = engine.place(classifier.network)
     if layer is not None:
         find_layer(network, layer)
-    elif requested.find_layer is not None:
-        layer = requested.find_layer(network, preprocessing.input_px)
-    blank = preprocessing.standardise(torch.ones(1, 3, 1, 1, device=engine.device))[0]
+    elif method_info.find_layer is not None:
+        layer = method_info.find_layer(network, preprocessing.input_px)
+    baseline = preprocessing.standardise(torch.ones(1, 3, 1, 1, device=engine.device))[0]
     logits, maps = [], []
     for start in range(0, len(patches), BATCH_SIZE):
         chunk = slice(start, start + BATCH_SIZE)
@@ -91,17 +91,17 @@ def explain_patches(
         batch = preprocessing.prepare(patches[chunk], widths, heights, device=engine.device)
         with torch.no_grad():
             logits.append(predictor(batch).float())
-        likeliest = logits[-1].argmax(dim=1)
-        class_index = likeliest if fixed is None else torch.full_like(likeliest, fixed)
-        result = requested.compute(ExplanationRequest(network, batch, class_index, blank, layer)).float()
+        predicted = logits[-1].argmax(dim=1)
+        class_index = predicted if target_index is None else torch.full_like(predicted, target_index)
+        result = method_info.compute(ExplanationRequest(network, batch, class_index, baseline, layer)).float()
         result = result.mean(dim=1, keepdim=True) if channels == "mean" else result
         maps.append(_to_patches(result, patches.shape[1:3], size, stretched=stretched))
-    every = torch.cat(logits).cpu().numpy()
+    all_logits = torch.cat(logits).cpu().numpy()
     return Explanation(
         method,
         layer,
-        every.argmax(axis=1) if fixed is None else np.full(len(patches), fixed),
-        classifier.probs(every),
+        all_logits.argmax(axis=1) if target_index is None else np.full(len(patches), target_index),
+        classifier.probs(all_logits),
         np.concatenate(maps),
     )
 
@@ -118,18 +118,18 @@ def _find_class(classifier: Classifier, target_class: str | None) -> int | None:
 def _to_patches(
     maps: Tensor, patch_shape: tuple[int, ...], sizes: np.ndarray | None, *, stretched: bool
 ) -> np.ndarray:
-    """Bring maps ``(B, n_maps, h, w)`` to the pixels of patches; what is padding becomes 0."""
+    """Resize maps ``(B, n_maps, h, w)`` to the pixels of patches; padding becomes 0."""
     height_px, width_px = patch_shape
     if sizes is None:
         return _resize(maps, height_px, width_px)
-    placed = np.zeros((*maps.shape[:2], height_px, width_px), np.float32)
+    resized = np.zeros((*maps.shape[:2], height_px, width_px), np.float32)
     for width, height in np.unique(sizes, axis=0):
         part = np.flatnonzero((sizes == (width, height)).all(axis=1))
         if stretched:
-            placed[part, :, :height, :width] = _resize(maps[part], height, width)
+            resized[part, :, :height, :width] = _resize(maps[part], height, width)
         else:
-            placed[part, :, :height, :width] = _resize(maps[part], height_px, width_px)[..., :height, :width]
-    return placed
+            resized[part, :, :height, :width] = _resize(maps[part], height_px, width_px)[..., :height, :width]
+    return resized
 
 
 def _resize(maps: Tensor, height: int, width: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from biopsy.reporting.elements import Footnotes
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import Result, section
 
-MOST_GROUPS = 24  # patients listed one by one
+MAX_GROUPS = 24  # groups listed individually
 
 
 @section(
@@ -34,7 +34,7 @@ MOST_GROUPS = 24  # patients listed one by one
     ),
 )
 def describe_attention(facts: RunFacts) -> Section | None:
-    """Some patches called wrong and some called right, with maps superimposed on the tissue."""
+    """Return misclassified and correct patches with superimposed saliency maps."""
     explained: Explained | None = facts.results.get("explanation")
     if explained is None or explained.examples.empty:
         return None
@@ -59,7 +59,7 @@ def describe_attention(facts: RunFacts) -> Section | None:
             "of all patches shown). In maps with a sign, grey is 0, yellow supports the class and blue "
             "opposes it."
         ),
-        *_say_constant(explained),
+        *_warn_constant(explained),
         Pictures(pictures),
         Bullets([part.caption for part in explained.illustrations]),
         Text(
@@ -75,7 +75,7 @@ def describe_attention(facts: RunFacts) -> Section | None:
     return Section("explanation", "Saliency", blocks)
 
 
-def _say_constant(explained: Explained) -> list[Block]:
+def _warn_constant(explained: Explained) -> list[Block]:
     counts = count_constant(explained)
     if not counts:
         return []
@@ -97,18 +97,18 @@ TITLES = {"random": "random order", "edges": "edge detector"}
     ),
 )
 def describe_faithfulness(facts: RunFacts) -> Section | None:
-    """A sentence, a row and two curves for every method that was tested."""
+    """Return a sentence, a table row and two curves for every tested method."""
     result = facts.results.get("faithfulness")
     if result is None:
         return None
     settings, methods = result["settings"], result["methods"]
     baselines = {item["name"]: item for item in result["baselines"]}
-    which = f"predicted {result['positive_class']}" if result["positive_class"] else "of any class"
+    patches = f"predicted {result['positive_class']}" if result["positive_class"] else "of any class"
     units = "" if result["unit"] == "patch" else f" of {count(result['n_groups'], result['unit'])}"
     blocks: list[Block] = [
         Bullets([item["answer"] for item in methods]),
         Text(
-            f"Measured on {count(result['n_patches'], 'patch')}{units}, {which}, of the "
+            f"Measured on {count(result['n_patches'], 'patch')}{units}, {patches}, of the "
             f"{result['subset']} subset (seed {result['seed']}). Each patch is divided into "
             f"{settings['cells']} x {settings['cells']} cells. Deletion replaces cells by the blurred patch, "
             "the most salient first; insertion restores them, starting from the blurred patch (Petsiuk et "
@@ -128,12 +128,12 @@ def describe_faithfulness(facts: RunFacts) -> Section | None:
 
 
 def _draw(methods: list[Mapping[str, Any]], baselines: Mapping[str, Mapping[str, Any]]) -> Any:
-    def pair(each: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-        return each["deletion"]["curve"], each["insertion"]["curve"]
+    def curves(record: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+        return record["deletion"]["curve"], record["insertion"]["curve"]
 
     return draw_deletion_insertion(
-        {each["title"]: pair(each) for each in methods},
-        {TITLES[name]: pair(each) for name, each in baselines.items()},
+        {method["title"]: curves(method) for method in methods},
+        {TITLES[name]: curves(baseline) for name, baseline in baselines.items()},
     )
 
 
@@ -164,8 +164,8 @@ def _table_of_gains(methods: list[Mapping[str, Any]], baselines: Mapping[str, Ma
 def _table_of_randomisation(methods: list[Mapping[str, Any]], settings: Mapping[str, Any]) -> Table:
     steps = [step["from_layer"] for step in methods[0]["randomised"]] if methods else []
     rows = []
-    for place, name in enumerate(steps):
-        cells = [item["randomised"][place] for item in methods]
+    for index, name in enumerate(steps):
+        cells = [item["randomised"][index] for item in methods]
         rows.append([name, *(f"{c['rank_correlation']:.2f} / {c['ssim']:.2f}" for c in cells)])
     note = (
         "The weights of the named layer and of all later layers are randomised, and the maps of "
@@ -189,17 +189,17 @@ def draw_deletion_insertion(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     baselines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
 ) -> Figure:
-    """Draw the mean curves of deletion at the left and of insertion at the right.
+    """Draw the mean deletion curves (left) and insertion curves (right).
 
     Args:
-        curves: Of each method, by what a reader calls it: deletion and insertion, from no cell to all.
-        baselines: The same of the baselines, drawn in grey.
+        curves: Deletion and insertion curve by title of the method, from no cell to all.
+        baselines: The same for the baselines, drawn in grey.
 
     Raises:
         MetricError: If there is no curve.
     """
     if not curves:
-        raise MetricError("there is no curve to draw: no method was tested")
+        raise MetricError("no curve to draw: no method was tested")
     figure = Figure(figsize=(WIDTH_IN, 2.9), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     lines = [
@@ -219,10 +219,10 @@ def draw_deletion_insertion(
         for index, (title, pair) in enumerate(curves.items())
     ]
     headings = ("deletion: lower is better", "insertion: higher is better")
-    for which, (panel, heading) in enumerate(zip(panels, headings, strict=True)):
-        for title, pair, look in lines:
-            panel.plot(np.linspace(0, 1, len(pair[which])), pair[which], label=title, **look)
-        panel.set_xlabel(f"Share of cells {('deleted', 'inserted')[which]}", color=INK)
+    for column, (panel, heading) in enumerate(zip(panels, headings, strict=True)):
+        for title, pair, style_options in lines:
+            panel.plot(np.linspace(0, 1, len(pair[column])), pair[column], label=title, **style_options)
+        panel.set_xlabel(f"Share of cells {('deleted', 'inserted')[column]}", color=INK)
         panel.set_title(heading)
         panel.set_xlim(0, 1)
         panel.set_ylim(0, 1)

@@ -5,7 +5,7 @@ from string import capwords
 from typing import Any
 
 from biopsy.core.text import count, plural
-from biopsy.evaluation.explanation.section import MOST_GROUPS
+from biopsy.evaluation.explanation.section import MAX_GROUPS
 from biopsy.evaluation.hypotheses.measure import measure_hypotheses, read_hypotheses
 from biopsy.evaluation.patch_properties import PROPERTIES
 from biopsy.reporting.document import Block, Section, Table, Text, number
@@ -120,7 +120,7 @@ def _tables_by_group(compared: list[tuple[Any, Any]], unit: str) -> list[Block]:
             number(values["auroc"]),
         ]
         for _, measure in compared
-        for name, values in list(measure["by_group"].items())[:MOST_GROUPS]
+        for name, values in list(measure["by_group"].items())[:MAX_GROUPS]
     ]
     if not rows:
         return []

@@ -1,9 +1,9 @@
-"""Explanation methods: a name, the function that makes the maps, and what they show and do not show.
+"""Explanation methods: functions that return saliency maps, registered by name with a description.
 
-A method takes a network in evaluation mode and a batch as the network is fed it, and gives a map for each
-patch. To add one, write a function under ``@register_method`` in the file of its family, with a sentence on
-what its map shows and one on what it does not: `explain_patches`, the command line, the captions of the
-report and the test of whether maps mean anything then know it.
+A method takes a network in evaluation mode and a preprocessed batch, and returns a map for each patch. To add
+one, write a function under ``@register_method`` in the file of its family, with a sentence on what its map
+shows and one on its limits: it is then available to `explain_patches`, the command line, the report and the
+faithfulness tests.
 """
 
 from collections.abc import Callable
@@ -17,24 +17,24 @@ from biopsy.core.plugins import Registry
 
 @dataclass(frozen=True)
 class ExplanationRequest:
-    """What a method explains.
+    """Input of an explanation method.
 
     Attributes:
-        network: In evaluation mode.
-        batch: Patches as the network is fed them, ``(B, 3, S, S)``.
-        class_index: The class whose score, before softmax or sigmoid, is explained, ``(B,)``.
-        blank: What the network is fed where a slide is empty, white glass, ``(3, 1, 1)``.
-        layer: Name of the layer it looks at; None for the whole network.
+        network: The network in evaluation mode.
+        batch: Preprocessed patches, ``(B, 3, S, S)``.
+        class_index: The explained class, whose score is taken before softmax or sigmoid, ``(B,)``.
+        baseline: Preprocessed white (empty glass), ``(3, 1, 1)``.
+        layer: Name of the layer; None for the whole network.
     """
 
     network: nn.Module
     batch: Tensor
     class_index: Tensor
-    blank: Tensor
+    baseline: Tensor
     layer: str | None = None
 
     def scores(self, batch: Tensor) -> Tensor:
-        """Return the score of the explained class for patches in the place of the batch, ``(B,)``."""
+        """Return the score of the explained class for a batch of the same size, ``(B,)``."""
         return self.network(batch).gather(1, self.class_index[:, None])[:, 0]
 
 
@@ -44,18 +44,17 @@ FindLayer = Callable[[nn.Module, int], str]
 
 @dataclass(frozen=True)
 class Method:
-    """A way to explain.
+    """An explanation method.
 
     Attributes:
         name: Name of the function.
-        title: What a reader calls it.
-        compute: Gives maps ``(B, n_maps, h, w)``; they may be of another size than the batch, and cover it.
-        shows: What a map shows, in a sentence for a reader.
-        caveat: What it must not be taken for.
-        find_layer: For a method that looks at one layer: gives the one it takes by default, of a network and
-            the side of its input.
-        per_class: Whether it depends on the explained class.
-        signed: Whether values below 0 speak against the class.
+        title: Name in reports.
+        compute: Returns maps ``(B, n_maps, h, w)``, which cover the batch and may have another resolution.
+        shows: What a map shows, in one sentence.
+        caveat: Limits of the interpretation, in one sentence.
+        find_layer: For methods of one layer: returns the default layer, from a network and its input size.
+        per_class: Whether maps depend on the explained class.
+        signed: Whether negative values oppose the class.
     """
 
     name: str
@@ -69,7 +68,7 @@ class Method:
 
     @property
     def takes_layer(self) -> bool:
-        """Whether it looks at one layer, by name."""
+        """Whether the method uses one layer, given by name."""
         return self.find_layer is not None
 
 
@@ -85,7 +84,7 @@ def register_method(
     per_class: bool = True,
     signed: bool = False,
 ) -> Callable[[Compute], Compute]:
-    """Make a function known as a method under its own name; see `Method` for the rest."""
+    """Register a function as a method under its name; parameters as the attributes of `Method`."""
 
     def register(compute: Compute) -> Compute:
         name = compute.__name__
@@ -100,8 +99,8 @@ def find_method(name: str) -> Method:
     """Return a method by name.
 
     Raises:
-        RecipeError: If there is none, with the nearest name.
+        RecipeError: If it does not exist, with the nearest name.
     """
     if name not in METHODS:
-        raise RecipeError(f"no way to explain is called {name!r}; {suggest(name, METHODS)}")
+        raise RecipeError(f"unknown explanation method {name!r}; {suggest(name, METHODS)}")
     return METHODS[name]

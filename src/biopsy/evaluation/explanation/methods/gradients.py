@@ -1,4 +1,4 @@
-"""Methods that follow the score of a class back to the pixels."""
+"""Gradient-based explanation methods."""
 
 import logging
 from dataclasses import replace
@@ -14,14 +14,14 @@ logger = logging.getLogger(__name__)
 # Smilkov et al. 2017, SmoothGrad, sec. 3.2: 10 to 20 % of the input's range; gains end at about 50 draws
 NOISE, DRAWS, NOISE_SEED = 0.15, 25, 0
 
-FEWEST_STEPS, MOST_STEPS = 32, 256
-COMPLETE_WITHIN = 0.02  # of the difference of the two scores, which are logits, or of 1 where it is smaller
+MIN_STEPS, MAX_STEPS = 32, 256
+COMPLETE_WITHIN = 0.02  # tolerance relative to the difference of the two logits, or to 1 if that is larger
 
 
 def input_gradient(network: nn.Module, batch: Tensor, class_index: Tensor) -> Tensor:
     """Return the gradient of each patch's class score, before softmax or sigmoid, ``(B, 3, S, S)``.
 
-    It flows through weights that are frozen as well; no weight's own gradient is touched.
+    Frozen weights are included; no gradient of a weight is changed.
     """
     with torch.enable_grad():
         batch = batch.detach().requires_grad_(True)
@@ -49,7 +49,7 @@ def saliency(request: ExplanationRequest) -> Tensor:
     caveat="It does not show what was recognised; a smoother map need not be more faithful",
 )
 def smoothgrad(request: ExplanationRequest) -> Tensor:
-    """Return the saliency of the gradient averaged over noisy copies; the noise is the same every time."""
+    """Return the saliency of the gradient averaged over noisy copies, with fixed noise."""
     batch, generator = request.batch, torch.Generator().manual_seed(NOISE_SEED)
     spread = NOISE * (batch.amax(dim=(1, 2, 3), keepdim=True) - batch.amin(dim=(1, 2, 3), keepdim=True))
     total = torch.zeros_like(batch)
@@ -67,20 +67,19 @@ def smoothgrad(request: ExplanationRequest) -> Tensor:
     signed=True,
 )
 def integrated_gradients(request: ExplanationRequest) -> Tensor:
-    """Return the gradients' integral along the line from white, summed over channels.
+    """Return the integral of the gradients along the line from white, summed over channels.
 
-    Steps are doubled, patch by patch, until the values add up to the difference of the scores
-    (`COMPLETE_WITHIN`) or there are `MOST_STEPS`.
+    Steps are doubled, per patch, until the values add up to the difference of the scores
+    (`COMPLETE_WITHIN`) or `MAX_STEPS` is reached.
     """
     with torch.no_grad():
-        difference = request.scores(request.batch) - request.scores(request.blank.expand_as(request.batch))
+        white = request.baseline.expand_as(request.batch)
+        difference = request.scores(request.batch) - request.scores(white)
     allowed = COMPLETE_WITHIN * difference.abs().clamp(min=1.0)
-    total, open_rows = (
-        torch.zeros_like(request.batch),
-        torch.arange(len(request.batch), device=request.batch.device),
-    )
-    n_steps, gap = FEWEST_STEPS, difference
-    while len(open_rows) and n_steps <= MOST_STEPS:
+    total = torch.zeros_like(request.batch)
+    open_rows = torch.arange(len(request.batch), device=request.batch.device)
+    n_steps, gap = MIN_STEPS, difference
+    while len(open_rows) and n_steps <= MAX_STEPS:
         part = replace(request, batch=request.batch[open_rows], class_index=request.class_index[open_rows])
         total[open_rows] = integrate_gradients(part, n_steps)
         gap = (total[open_rows].sum(dim=(1, 2, 3)) - difference[open_rows]).abs()
@@ -89,17 +88,17 @@ def integrated_gradients(request: ExplanationRequest) -> Tensor:
     if len(open_rows):
         logger.info(
             "integrated gradients of %d patches miss the difference of scores by up to %.3g after %d steps",
-            *(len(open_rows), float(gap.max()), MOST_STEPS),
+            *(len(open_rows), float(gap.max()), MAX_STEPS),
         )
     return total.sum(dim=1, keepdim=True)
 
 
 def integrate_gradients(request: ExplanationRequest, n_steps: int) -> Tensor:
-    """Return integrated gradients, ``(B, 3, S, S)``, by Gauss and Legendre's rule with so many steps."""
-    places, weights = np.polynomial.legendre.leggauss(n_steps)
-    way, total = request.batch - request.blank, torch.zeros_like(request.batch)
-    for place, weight in zip((1 + places) / 2, weights / 2, strict=True):
+    """Return integrated gradients, ``(B, 3, S, S)``, by Gauss-Legendre quadrature with ``n_steps`` nodes."""
+    nodes, weights = np.polynomial.legendre.leggauss(n_steps)
+    path, total = request.batch - request.baseline, torch.zeros_like(request.batch)
+    for node, weight in zip((1 + nodes) / 2, weights / 2, strict=True):
         total += float(weight) * input_gradient(
-            request.network, request.blank + float(place) * way, request.class_index
+            request.network, request.baseline + float(node) * path, request.class_index
         )
-    return way * total
+    return path * total

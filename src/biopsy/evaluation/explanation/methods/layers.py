@@ -1,4 +1,4 @@
-"""Layers of a network in the order that a patch passes them, and methods that look at what one puts out."""
+"""Layers of a network in forward order, and explanation methods that use the output of one layer."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,26 +13,26 @@ from biopsy.evaluation.explanation.methods import ExplanationRequest, register_m
 from biopsy.models.networks.layers import SeparableConv2d
 
 _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.SiLU, nn.GELU, nn.ELU, nn.Hardswish)
-_PASSED_OVER = ("Norm", "Drop", "Identity")  # what may stand between a convolution and its rectifier
-_INSTEAD = "integrated_gradients and occlusion look at the whole network, whatever it is made of"
+_SKIPPED = ("Norm", "Drop", "Identity")  # layers allowed between a convolution and its activation
+_ALTERNATIVES = "use integrated_gradients or occlusion, which work for any network"
 
 
-class _Passage(NamedTuple):
-    """A layer or a block of layers that a patch has passed: its name and what it put out."""
+class _LayerCall(NamedTuple):
+    """A call of a layer or block in a forward pass: its name and output."""
 
     name: str
     module: nn.Module
     shape: tuple[int, ...]
-    output: int  # which tensor it was, so that a block is known to give what its last layer gives
+    output: int  # id of the tensor, to detect blocks that return the output of their last layer
 
 
 def find_layer(network: nn.Module, name: str) -> str:
-    """Return the name of a layer back.
+    """Return the name of a layer if it exists.
 
     Raises:
-        RecipeError: If there is no module of that name, with the nearest one.
+        RecipeError: If there is no module of that name, with the nearest ones.
     """
-    names = [known for known, _ in network.named_modules() if known]
+    names = [module_name for module_name, _ in network.named_modules() if module_name]
     if name not in names:
         near = get_close_matches(name, names, n=5, cutoff=0.4) or names[:8]
         raise RecipeError(f"the network has no layer {name!r}; nearest: {', '.join(near)}")
@@ -40,76 +40,77 @@ def find_layer(network: nn.Module, name: str) -> str:
 
 
 def find_first_layer(network: nn.Module, input_px: int) -> str:
-    """Return the first convolution, or the rectifier behind it, whose output is what the next layer sees.
+    """Return the first convolution, or the activation that follows it.
 
     Raises:
         RecipeError: If the network has no convolution.
     """
     layers = list_layers(network, input_px)
-    first = next((place for place, name in enumerate(layers) if "Conv" in _kind(network, name)), None)
+    first = next((index for index, name in enumerate(layers) if "Conv" in _kind(network, name)), None)
     if first is None:
-        raise RecipeError("the network has no convolution: name one of its layers, such as " + layers[0])
+        raise RecipeError("the network has no convolution: choose one of its layers, such as " + layers[0])
     for name in layers[first + 1 :]:
         if isinstance(network.get_submodule(name), _ACTIVATIONS):
             return name
-        if not any(part in _kind(network, name) for part in _PASSED_OVER):
+        if not any(part in _kind(network, name) for part in _SKIPPED):
             break
     return layers[first]
 
 
 def find_last_maps(network: nn.Module, input_px: int) -> str:
-    """Return the layer or block whose maps are the last before the network pools or flattens them.
+    """Return the layer or block with the last feature maps before pooling or flattening.
 
-    It is what follows the last convolution at the same size: its rectifier, or the block that adds to it or
-    joins it with others. Convolutions of the head, as SqueezeNet has one, already count classes.
+    It follows the last convolution at the same size: its activation, or the residual or concatenating block
+    that contains it. Convolutions of the head, as in SqueezeNet, are ignored.
 
     Raises:
-        RecipeError: If there is none: no convolution, or a transformer, whose convolutions cut the patch into
-            tokens before anything is looked at.
+        RecipeError: If there are no such maps: the network has no convolution, or is a transformer.
     """
-    passed = [item for item in _follow(network, input_px) if item.name.split(".")[0] != "head"]
+    passed = [item for item in _trace_calls(network, input_px) if item.name.split(".")[0] != "head"]
     convolutions = [
-        place
-        for place, item in enumerate(passed)
+        index
+        for index, item in enumerate(passed)
         if isinstance(item.module, nn.Conv2d | SeparableConv2d) and item.shape[-2:] > (1, 1)
     ]
     if not convolutions:
-        raise RecipeError(f"grad_cam weighs the maps of a convolution and the network has none: {_INSTEAD}")
+        raise RecipeError(
+            f"grad_cam needs feature maps of a convolution, the network has none: {_ALTERNATIVES}"
+        )
     last, tail = passed[convolutions[-1]], passed[convolutions[-1] + 1 :]
     kinds = [type(item.module).__name__ for item in tail]
     if any("Atten" in kind and "Pool" not in kind for kind in kinds) or any(len(e.shape) == 3 for e in tail):
         raise RecipeError(
-            f"grad_cam needs maps, and behind its last convolution {last.name} the network works on tokens: "
-            f"{_INSTEAD}"
+            f"grad_cam needs feature maps, but after its last convolution {last.name} the network works on "
+            f"tokens: {_ALTERNATIVES}"
         )
-    same = [item for item in tail if len(item.shape) == 4 and item.shape[-2:] == last.shape[-2:]]
-    ends = [e for e in same if isinstance(e.module, _ACTIVATIONS) or any(e.module.children())]
+    same_size = [item for item in tail if len(item.shape) == 4 and item.shape[-2:] == last.shape[-2:]]
+    ends = [e for e in same_size if isinstance(e.module, _ACTIVATIONS) or any(e.module.children())]
     return _innermost(passed, ends[-1] if ends else last).name
 
 
 def list_layers(network: nn.Module, input_px: int) -> list[str]:
-    """Name the layers that a patch passes, in order; a separable convolution counts as one."""
+    """Return the names of the layers in forward order; a separable convolution is one layer."""
     inside = tuple(
         f"{name}." for name, module in network.named_modules() if isinstance(module, SeparableConv2d)
     )
     return [
         item.name
-        for item in _follow(network, input_px)
+        for item in _trace_calls(network, input_px)
         if (isinstance(item.module, SeparableConv2d) or not any(item.module.children()))
         and not item.name.startswith(inside)
     ]
 
 
 def has_convolution(network: nn.Module) -> bool:
-    """Return whether a network has a layer that sees the patch as a picture."""
+    """Return whether a network has a convolution."""
     return any(isinstance(module, nn.Conv2d) for module in network.modules())
 
 
 def layer_output(network: nn.Module, batch: Tensor, layer: str) -> Tensor:
-    """Return what a layer puts out, ``(B, C, h, w)``.
+    """Return the output of a layer, ``(B, C, h, w)``.
 
     Raises:
-        RecipeError: If that is no picture.
+        RecipeError: If the output has another shape.
     """
     with torch.no_grad(), watch_layer(network, layer) as result:
         network(batch)
@@ -118,50 +119,50 @@ def layer_output(network: nn.Module, batch: Tensor, layer: str) -> Tensor:
 
 @contextmanager
 def watch_layer(network: nn.Module, layer: str) -> Iterator[list[Tensor]]:
-    """Keep what a layer puts out while the network is called; gradients begin there.
+    """Record the outputs of a layer while the network is called; gradients start there.
 
-    What is kept is a copy: the next layer may write over the layer's own output.
+    Copies are recorded, because the next layer may work in place.
     """
     result: list[Tensor] = []
 
-    def keep(module: nn.Module, given: object, output: object) -> Tensor | None:
+    def record(module: nn.Module, args: object, output: object) -> Tensor | None:
         if not isinstance(output, Tensor):
             return None
         result.append(output.detach().clone().requires_grad_(torch.is_grad_enabled()))
         return result[-1].clone()
 
-    handle = network.get_submodule(layer).register_forward_hook(keep)
+    handle = network.get_submodule(layer).register_forward_hook(record)
     try:
         yield result
     finally:
         handle.remove()
 
 
-def check_maps(found: list[Tensor], layer: str) -> Tensor:
-    """Return the last output that was kept.
+def check_maps(outputs: list[Tensor], layer: str) -> Tensor:
+    """Return the last recorded output.
 
     Raises:
-        RecipeError: If that is no picture.
+        RecipeError: If there is none, or it is not ``(B, C, h, w)``.
     """
-    if not found or found[-1].dim() != 4:
-        shape = tuple(found[-1].shape[1:]) if found else "nothing"
+    if not outputs or outputs[-1].dim() != 4:
+        shape = tuple(outputs[-1].shape[1:]) if outputs else "nothing"
         raise RecipeError(
-            f"layer {layer!r} gives {shape} for each patch, not maps of height and width: name a "
-            "convolution, or what follows one"
+            f"layer {layer!r} returns {shape} per patch, not feature maps: choose a convolution or the layer "
+            "after one"
         )
-    return found[-1]
+    return outputs[-1]
 
 
-def _follow(network: nn.Module, input_px: int) -> list[_Passage]:
-    """Send an empty patch through and list layers and blocks as they finish."""
-    passed: list[_Passage] = []
-    kept: list[Tensor] = []  # alive, or two outputs could share an address
+def _trace_calls(network: nn.Module, input_px: int) -> list[_LayerCall]:
+    """Return the calls of layers and blocks in a forward pass, in the order in which they finish."""
+    calls: list[_LayerCall] = []
+    outputs: list[Tensor] = []  # alive, or two outputs could share an address
 
     def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, given: object, output: object) -> None:
+        def hook(module: nn.Module, args: object, output: object) -> None:
             if isinstance(output, Tensor):
-                kept.append(output)
-                passed.append(_Passage(name, module, tuple(output.shape), id(output)))
+                outputs.append(output)
+                calls.append(_LayerCall(name, module, tuple(output.shape), id(output)))
 
         return hook
 
@@ -174,11 +175,11 @@ def _follow(network: nn.Module, input_px: int) -> list[_Passage]:
         network.train(was_training)
         for hook in hooks:
             hook.remove()
-    return passed
+    return calls
 
 
-def _innermost(passed: list[_Passage], block: _Passage) -> _Passage:
-    """Go from a block to the layer inside it that gives the same output, if only that call of it does."""
+def _innermost(passed: list[_LayerCall], block: _LayerCall) -> _LayerCall:
+    """Return the innermost layer of a block with the same output, if that layer is called only once."""
     names = [item.name for item in passed]
     while True:
         before = [item for item in passed[: passed.index(block)] if item.name.startswith(f"{block.name}.")]
@@ -199,7 +200,7 @@ def _kind(network: nn.Module, name: str) -> str:
     per_class=False,
 )
 def activations(request: ExplanationRequest) -> Tensor:
-    """Return the output of a layer, a map for each of its channels."""
+    """Return the output of a layer, one map per channel."""
     return layer_output(request.network, request.batch, str(request.layer))
 
 
@@ -211,7 +212,7 @@ def activations(request: ExplanationRequest) -> Tensor:
     find_layer=find_last_maps,
 )
 def grad_cam(request: ExplanationRequest) -> Tensor:
-    """Return the layer's maps, weighted by the mean gradient of the class's score, added up and rectified."""
+    """Return the rectified sum of the layer's maps, weighted by the mean gradient of the class score."""
     layer = str(request.layer)
     with torch.enable_grad(), watch_layer(request.network, layer) as result:
         score = request.scores(request.batch).sum()

@@ -1,11 +1,11 @@
-"""The method that hides parts of a patch and looks what becomes of the score."""
+"""Occlusion: the change of the score when parts of a patch are hidden."""
 
 import torch
 from torch import Tensor
 
 from biopsy.evaluation.explanation.methods import ExplanationRequest, register_method
 
-WINDOWS = 8  # as many windows lie side by side along a patch
+WINDOWS = 8  # per side of a patch
 BATCH_SIZE = 256
 
 
@@ -17,18 +17,19 @@ BATCH_SIZE = 256
     signed=True,
 )
 def occlusion(request: ExplanationRequest) -> Tensor:
-    """Return each pixel's mean, over the windows that hide it, of the score's fall."""
+    """Return for each pixel the mean decrease of the score over the windows that hide it."""
     window = max(1, request.batch.shape[-1] // WINDOWS)
     hidden = request.batch.mean(dim=(2, 3), keepdim=True)
     return occlude(request, hidden, window, max(1, window // 2))
 
 
 def occlude(request: ExplanationRequest, hidden: Tensor, window: int, stride: int) -> Tensor:
-    """Occlude with a window of some side and stride, in pixels of the network's input.
+    """Return the occlusion map for a window size and stride, in pixels of the network's input.
 
     Args:
-        hidden: What stands in the window, ``(B, 3, 1, 1)`` or ``(B, 3, S, S)``.
-        window: Side; windows at the right and lower edge are cut off there.
+        hidden: Replacement of the window, ``(B, 3, 1, 1)`` or ``(B, 3, S, S)``.
+        window: Side of the window; cut off at the right and lower edges.
+        stride: Step between windows.
 
     Returns:
         ``(B, 1, S, S)``.
@@ -36,8 +37,8 @@ def occlude(request: ExplanationRequest, hidden: Tensor, window: int, stride: in
     side = request.batch.shape[-1]
     starts = range(0, stride * -(-max(side - window, 0) // stride) + 1, stride)
     masks = torch.zeros(len(starts) ** 2, 1, side, side, dtype=torch.bool, device=request.batch.device)
-    for place, mask in enumerate(masks):
-        top, left = starts[place // len(starts)], starts[place % len(starts)]
+    for number, mask in enumerate(masks):
+        top, left = starts[number // len(starts)], starts[number % len(starts)]
         mask[:, top : top + window, left : left + window] = True
     weight = masks.to(request.batch.dtype)
     maps = []
@@ -48,6 +49,6 @@ def occlude(request: ExplanationRequest, hidden: Tensor, window: int, stride: in
                 torch.where(part, fill, patch).contiguous(memory_format=torch.channels_last)
                 for part in masks.split(BATCH_SIZE)
             )
-            left_over = torch.cat([request.network(version)[:, index] for version in versions])
-            maps.append(torch.einsum("m,mchw->chw", score - left_over, weight) / weight.sum(dim=0))
+            occluded = torch.cat([request.network(version)[:, index] for version in versions])
+            maps.append(torch.einsum("m,mchw->chw", score - occluded, weight) / weight.sum(dim=0))
     return torch.stack(maps)
