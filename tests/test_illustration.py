@@ -76,7 +76,7 @@ def test_until_it_is_opened_the_test_subset_is_left_alone(unopened):
     assert not (unopened.path / "predictions" / "test.parquet").exists()
     pack = unopened.open_pack()
     of_test = pack.table["patch_id"][unopened.subsets(pack) == "test"].iloc[0]
-    with pytest.raises(RunError, match=f"patch '{of_test}' is in the test subset, which has not been evaluated"):
+    with pytest.raises(RunError, match=f"patch '{of_test}' is in the test subset, which has not been"):
         biopsy.explain(unopened, patch=[of_test], device="cpu")
     of_train = pack.table["patch_id"][unopened.subsets(pack) == "train"].iloc[0]
     named = biopsy.explain(unopened, patch=[of_train, of_train], method="saliency", device="cpu")

@@ -125,7 +125,7 @@ def test_grad_cam_of_any_layer_and_not_without_maps():
     ):
         with pytest.raises(RecipeError, match=said):
             explain_patches(classifier, draw_patches(1), method="grad_cam", engine=CPU, **asked)
-    with pytest.raises(RecipeError, match="the network has none: .*integrated_gradients"):
+    with pytest.raises(RecipeError, match=r"the network has none: .*integrated_gradients"):
         explain_patches(make_classifier(make_linear(), input_px=8), draw_patches(1, 8), method="grad_cam")
 
 

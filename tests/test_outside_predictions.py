@@ -244,9 +244,9 @@ def test_a_table_that_is_not_understood(tmp_path):
     good = write(tmp_path / "b.csv", y_true=[0, 1], prob=[0.1, 0.2], site=["x", "y"])
     with pytest.raises(DataError, match="no column 'sight'"):
         biopsy.evaluate(good, subgroups=["sight"])
-    with pytest.raises(DataError, match="subset='validation' does not belong to a table"):
+    with pytest.raises(DataError, match="subset='validation' does not apply to a table"):
         biopsy.evaluate(good, subset="validation")
-    with pytest.raises(DataError, match=r"threshold=0\.5 does not belong to a run"):
+    with pytest.raises(DataError, match=r"threshold=0\.5 does not apply to a run"):
         biopsy.evaluate(tmp_path / "run", threshold=0.5)
 
 

@@ -118,7 +118,7 @@ def test_explain_by_name(patch, tmp_path):
 
 
 def test_evaluate_by_name_needs_a_pack(make_pack):
-    with pytest.raises(RunError, match="name a pack"):
+    with pytest.raises(RunError, match="give a pack"):
         biopsy.evaluate("idc")
     pack = make_pack(patch_px=50, n_patients=2)
     assert biopsy.evaluate("idc", data=pack)["n_patches"] == len(pack)

@@ -277,7 +277,7 @@ def test_the_published_split_is_the_recipes_own(pack, tmp_path):
     other = load_recipe(
         RECIPE, [*FAST, "as_published.split={method='shuffled-paths', seed=1, train=0.8, validation=0.1}"]
     )
-    with pytest.raises(RunError, match="the recipes were not published on one split"):
+    with pytest.raises(RunError, match="the recipes were published on different splits"):
         ask(pack, tmp_path / "two", split="as-published", recipes=("cancernet-2019", other), overrides=())
 
 
@@ -306,7 +306,7 @@ def test_refusals(pack, tmp_path, monkeypatch):
     with pytest.raises(RunError, match="two recipes of a study have the same name"):
         ask(pack, tmp_path / "study", recipes=(RECIPE, load_recipe(RECIPE, ["train.lr=0.5"])))
     save_split(pack, make_split(pack, protocol="folds", name="mine", n_folds=3))
-    with pytest.raises(RunError, match="split 'mine' has 3 folds, 4 were asked for: name another split"):
+    with pytest.raises(RunError, match="split 'mine' has 3 folds, expected 4"):
         ask(pack, tmp_path / "study", split="mine", folds=4)
     with pytest.raises(RunError, match=r"a study cannot be called '../other'"):
         ask(pack, None, split="mine", name="../other")

@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import f1_score, roc_auc_score
 
 from biopsy.core.files import plain
-from biopsy.evaluation.measure import MOST_VALUES, SHOWN, SHOWN_OF_CLASSES, measure_subgroups, pick_columns
+from biopsy.evaluation.measure import MAX_VALUES, SHOWN, SHOWN_OF_CLASSES, measure_subgroups, pick_columns
 from biopsy.evaluation.scored import ScoredPatches
 
 N_PATIENTS, EACH = 8, 8
@@ -63,7 +63,7 @@ def test_sites_count_and_what_makes_no_groups_does_not(measure):
         site_id=np.array(["north", "south"])[PATIENT % 2],
         constant="same",
         empty=None,
-        note=[f"text {index % (MOST_VALUES + 1)}" for index in range(64)],
+        note=[f"text {index % (MAX_VALUES + 1)}" for index in range(64)],
         label_before=np.array(["idc", "non_idc"])[PATIENT % 2],
         official_subset=np.array(["train", "test"])[PATIENT % 2],
     )

@@ -87,7 +87,7 @@ def test_evaluate_on_a_pack(make_pack):
     assert found["n_patches"] == len(pack) and found["n_patients"] == 6
     assert found["patch"]["auroc"]["value"] == pytest.approx(roc_auc_score(frame["target"], frame["prob"]))
     assert (pack.path / "ledger.jsonl").read_text().count("\n") == 1
-    with pytest.raises(RunError, match="name a pack with data="):
+    with pytest.raises(RunError, match="give a pack with data="):
         biopsy.evaluate(classifier)
     with pytest.raises(RunError, match="has the classes"):
         biopsy.evaluate(Classifier.wrap(make_module(), **OPTIONS), data=pack)

@@ -1,7 +1,7 @@
-"""Experiments: runs that make runs, and commands that combine several features.
+"""Experiments: studies of many runs, and commands that combine several features.
 
-``folds`` trains recipes over folds and seeds, ``sweeps`` over settings, ``reproduction`` as they were
-published and with patients apart (``leakage`` makes the splits). ``run_specs`` is the loop that all three
-share; ``study_page``, ``sweep_page`` and ``reproduction_page`` are their reports, which ``reports`` writes.
-``evaluation``, ``catalogue``, ``probes`` and ``demo`` stand behind commands.
+``folds`` trains recipes over folds and seeds, ``sweeps`` over settings, ``reproduction`` as published and
+split by patient (``leakage`` creates the splits). ``run_specs`` is their common loop; ``study_page``,
+``sweep_page`` and ``reproduction_page`` are their reports, which ``reports`` writes. ``evaluation``,
+``catalogue``, ``probes`` and ``demo`` implement commands.
 """

@@ -1,4 +1,4 @@
-"""What is shipped: data sets it can read or fetch, networks, recipes, trained classifiers."""
+"""Lists of supported data sets, networks, recipes, classifiers and encoders."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -7,32 +7,32 @@ from biopsy.core.errors import BiopsyError, suggest
 
 Kind = Literal["datasets", "models", "recipes", "classifiers", "encoders"]
 Row = dict[str, object]
-Rows = list[Row]  # before `list` is a function of this module
+Rows = list[Row]  # before `list` is redefined below
 
 
 def list(kind: Kind) -> Rows:
-    """List what is shipped, with licences, published numbers and cost.
+    """List supported data sets, models, recipes, classifiers or encoders.
 
     Args:
         kind: What to list.
 
     Returns:
-        For data sets what they are recognised by, how a pack is made of them, counts, resolution, licence and
-        citation; for models parameters (with two classes and the input of its recipe), stages and licence,
-        then known pretrained weights with licence, preprocessing and whether their file is at hand; for
-        recipes the published and the corrected numbers and the cost; for classifiers what they were trained
-        on and are fed; for encoders constructor, feed, licence, gate and whether the weights are at hand. The
-        rows of a list have the same keys.
+        One row per item, all with the same keys. For data sets: how they are recognised and prepared, counts,
+        pixel size, licence and citation; for models: parameters (with two classes and the input size of their
+        recipe), stages and licence, then known pretrained weights with licence, preprocessing and whether
+        their file is available; for recipes: published and corrected metrics and the cost; for classifiers:
+        training data and input; for encoders: constructor, preprocessing, licence, access and whether the
+        weights are available.
 
     Raises:
-        BiopsyError: If there is no such kind.
+        BiopsyError: If the kind is unknown.
 
     Examples:
         >>> [row["name"] for row in list("recipes")][:3]
         ['baruah-2019', 'cancernet-2019', 'cancernet-2020']
     """
     if kind not in _LISTS:
-        raise BiopsyError(f"there is no list of {kind!r}: {suggest(str(kind), _LISTS)}")
+        raise BiopsyError(f"unknown kind {kind!r}: {suggest(str(kind), _LISTS)}")
     return _LISTS[kind]()
 
 
@@ -90,7 +90,7 @@ def _list_models() -> Rows:
         row |= {"page": weights.page, "at_hand": "no" if path is None else str(path)}
         rows.append(row)
     name, kind = "timm:NAME.TAG, torchvision:NAME.TAG", "any weights of the libraries"
-    rows.append({"name": name, "kind": kind, "licence": "each its own, shown when they are loaded"})
+    rows.append({"name": name, "kind": kind, "licence": "differs, shown when they are loaded"})
     keys = dict.fromkeys(key for row in rows for key in row)
     return [dict.fromkeys(keys) | row for row in rows]
 

@@ -1,4 +1,4 @@
-"""The main job from start to finish on an embedded synthetic cohort: nothing is downloaded."""
+"""The complete workflow on a synthetic cohort, without downloads."""
 
 import logging
 from pathlib import Path
@@ -31,11 +31,11 @@ SETTINGS = (
     "preprocessing.feed=recipe",
     "preprocessing.input_px=112",
 )
-"""A logistic regression on features of the classifier that ships; enlarged patches show it the nuclei."""
+"""Logistic regression on features of the shipped classifier; patches are enlarged to resolve nuclei."""
 
 
 def demo(*, out: Path | str = "biopsy-demo", on_epoch: OnEpoch | None = None) -> Path:
-    """Run everything on a synthetic cohort: pack, training, evaluation, slide map and report.
+    """Run the complete workflow on a synthetic cohort: pack, training, evaluation, slide map and report.
 
     Takes minutes on two cores and downloads nothing. The same command continues an interrupted demonstration.
 
@@ -47,7 +47,7 @@ def demo(*, out: Path | str = "biopsy-demo", on_epoch: OnEpoch | None = None) ->
         The path of the report.
 
     Raises:
-        DataError: If the folder holds something else.
+        DataError: If the folder contains something else.
     """
     folder = Path(out)
     _claim(folder)
@@ -63,32 +63,31 @@ def demo(*, out: Path | str = "biopsy-demo", on_epoch: OnEpoch | None = None) ->
     run = _train(pack, folder / "run", on_epoch)
     metrics = evaluate(run)
     auroc, baseline = metrics["patch"]["auroc"]["value"], metrics["baseline"]["auroc"]
-    logger.info("AUROC on patients never seen: %.3f; colour alone: %.3f", auroc, baseline)
+    logger.info("test AUROC: %.3f; colour-only baseline: %.3f", auroc, baseline)
     path, (width, height) = folder / SLIDE, SLIDE_PX
     if not path.exists():
-        logger.info("a synthetic slide of a patient never seen: %s", path)
+        logger.info("synthetic slide of a new patient: %s", path)
         make_phantom_slide(
             path, seed=0, patient=NEXT_PATIENT, width=width, height=height, mpp=2.0, high_grade=True
         )
     slide(run, path, out=run.path / MAPS)
-    logger.info("the same slide by the classifier that ships, trained on real tissue: %s", folder / SHIPPED)
+    logger.info("same slide with the shipped classifier, trained on real tissue: %s", folder / SHIPPED)
     slide(SHIPPED, path, out=folder / SHIPPED)
     return report([run], complete=True)[0]
 
 
 def _claim(folder: Path) -> None:
-    """Take a new or empty folder, or one that a demonstration has been given."""
+    """Check that a folder is new, empty or of an earlier demonstration, and mark it."""
     if (folder / MARK).is_file():
         read_json(folder / MARK, format=FORMAT)
     elif not is_vacant(folder):
-        raise DataError(f"{folder} is not empty and holds no demonstration: name another folder with --out")
+        raise DataError(f"{folder} is not empty and not a demonstration: choose another folder with --out")
     else:
         write_json(folder / MARK, {"format": FORMAT})
 
 
 def _train(pack: Pack, path: Path, on_epoch: OnEpoch | None) -> Run:
-    """Train the recipe, or go on with a training that was interrupted."""
-    begun = (path / DOCUMENT).is_file() and Run.open(path).info["status"] != "finished"
-    if begun:
+    """Train the recipe, or resume an interrupted training."""
+    if (path / DOCUMENT).is_file() and Run.open(path).info["status"] != "finished":
         return train(resume=path, on_epoch=on_epoch)
     return train(RECIPE, pack, split="patients", overrides=SETTINGS, out=path, on_epoch=on_epoch)

@@ -1,4 +1,4 @@
-"""`biopsy evaluate`: a run, or a table of predictions that any program wrote."""
+"""`biopsy evaluate`: evaluates a run, a classifier, or a table of predictions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,13 +32,12 @@ def evaluate(
     report: Path | str | None = None,
     csv: Path | str | None = None,
 ) -> Evaluation:
-    """Evaluate a run, or a table of any program's predictions; 95 % intervals over patients.
+    """Evaluate a run, or a table of predictions of any program, with 95 % intervals over patients.
 
     For a run, ``predictions/test.parquet`` and ``evaluation/metrics.json`` (validation:
-    ``validation.parquet`` and
-    ``metrics-validation.json``; another pack: both under ``external/<pack>/``) are written into it, and each
-    evaluation of a test subset is recorded in the pack's ledger. For a table, only the report and the csv are
-    written.
+    ``validation.parquet`` and ``metrics-validation.json``; another pack: both under ``external/<pack>/``) are
+    written into it, and each evaluation of a test subset is recorded in the pack's ledger. For a table, only
+    the report and the csv are written.
 
     Args:
         run: Finished run; classifier, with ``data``; or csv or Parquet table with a row per patch: true
@@ -49,21 +48,20 @@ def evaluate(
             has moved, is recognised by its content.
         split: With another pack: split whose subset is evaluated (default: all patches).
         prevalence: Prevalence at which PPV and NPV are also computed.
-        positive: Of a table of two classes: the positive class.
-        threshold: Of a table: probability from which a patch is predicted positive (default: the one
-            written with it, else 0.5).
-        subgroups: Of a table: columns within whose values metrics are repeated.
+        positive: For a table with two classes: the positive class.
+        threshold: For a table: decision threshold (default: the one stored with it, else 0.5).
+        subgroups: For a table: columns within whose values metrics are repeated.
         report: Output file of the HTML report.
         csv: Output folder of ``metrics.csv`` and ``predictions.csv``.
 
     Returns:
-        The numbers with their intervals; `Evaluation.to_dict` is what ``metrics.json`` holds.
+        The metrics with intervals; `Evaluation.to_dict` is the content of ``metrics.json``.
 
     Raises:
         RunError: If the run has not finished, its pack changed, or the subset is empty.
-        DataError: If the other pack's patches are of another resolution or larger than the classifier's, a
-            table cannot be read, or an argument does not belong to what is evaluated.
-        MetricError: If a table's values allow no metric.
+        DataError: If the other pack's patches have another resolution than the classifier's or are larger, a
+            table cannot be read, or an argument does not apply.
+        MetricError: If the values of a table are invalid.
     """
     if is_table(run):
         _refuse("a table of predictions", subset=None if subset == "test" else subset, data=data, split=split)
@@ -76,7 +74,7 @@ def evaluate(
     ):
         _refuse("a classifier", positive=positive, threshold=threshold, subgroups=subgroups or None)
         if data is None:
-            raise RunError("a classifier has no patches of its own: name a pack with data=")
+            raise RunError("a classifier has no patches of its own: give a pack with data=")
         evaluation = evaluate_classifier(
             open_classifier(run), data, subset=subset, split=split, prevalence=prevalence
         )
@@ -99,8 +97,8 @@ def _write_csv(folder: Path, evaluation: Evaluation) -> None:
         write_csv(partial / PREDICTIONS_CSV, evaluation.predictions)
 
 
-def _refuse(what: str, **given: object) -> None:
-    """Refuse what does not belong to that which is evaluated."""
-    for name, value in given.items():
+def _refuse(evaluated: str, **arguments: object) -> None:
+    """Check that arguments which do not apply are not given."""
+    for name, value in arguments.items():
         if value is not None:
-            raise DataError(f"{name}={value!r} does not belong to {what}: leave it out")
+            raise DataError(f"{name}={value!r} does not apply to {evaluated}: leave it out")

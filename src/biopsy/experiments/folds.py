@@ -1,4 +1,4 @@
-"""Studies over folds and seeds: many runs, one question, one table."""
+"""Studies of recipes over folds and seeds."""
 
 import itertools
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ def study(
             ``seed``.
 
     Raises:
-        RunError: If the folder holds a study that asked something else.
+        RunError: If the folder contains a study with other settings.
         DataError: If ``shard`` is not ``I/N``.
     """
     check_engine(engine, address, shard)
@@ -95,7 +95,7 @@ def study(
 
 
 def _list_run_specs(recipes: Sequence[Recipe], split: Split, seeds: Sequence[int]) -> list[RunSpec]:
-    """Return every run of the study, seed by seed, so that an early look sees every fold."""
+    """Return the runs of the study, seed by seed, so that early results cover every fold."""
     folds: Sequence[int | None] = range(split.n_folds) if split.n_folds else (None,)
     return [
         RunSpec(f"{recipe.name}{'' if fold is None else f'-f{fold}'}-s{seed}", recipe, split, fold, seed)
@@ -107,14 +107,16 @@ def _find_split(pack: Pack, name: str | None, folds: int | None, recipes: Sequen
     if folds is None:
         splits = [choose_split(pack, name, recipe) for recipe in recipes]
         if len({hash_split(split) for split in splits}) > 1:
-            raise RunError(f"the recipes were not published on one split: make a study of each, {name}")
+            raise RunError(
+                f"the recipes were published on different splits: make one study per recipe, {name}"
+            )
         return splits[0]
     name = name or f"folds-{folds}"
     if name in list_splits(pack):
         split = find_split(pack, name)
         if split.n_folds != folds:
             raise RunError(
-                f"split {name!r} has {split.n_folds} folds, {folds} were asked for: name another split"
+                f"split {name!r} has {split.n_folds} folds, expected {folds}: choose another split"
             )
         return split
     split = make_split(pack, protocol="folds", name=name, n_folds=folds)

@@ -19,63 +19,63 @@ from biopsy.recipes import Recipe
 def make_leak_splits(
     pack: Pack, test_id: str, val_id: str, seed: int = 0, *, placebo_id: str | None = None
 ) -> dict[str, Split]:
-    """Make the splits between which only the leak of one slide differs, and its placebo.
+    """Return splits that differ only in the leakage of one patient, and the placebo.
 
-    Per design (a random half of ``test_id`` is tested, or a spatially blocked one) all test the same patches,
-    validate on all of ``val_id`` and train on as many patches of each class; see
-    `biopsy.data.protocols.draw_leak`. Every draw follows ``seed``, the tested half too.
+    Within a design (a random half of ``test_id`` is tested, or a spatially blocked one), all splits test the
+    same patches, validate on all patches of ``val_id`` and train on equally many patches of each class; see
+    `biopsy.data.protocols.draw_leak`. All random draws follow ``seed``.
 
-    * ``leak-apart`` trains on everybody else but the patient of the placebo.
+    * ``leak-apart`` trains on all other patients except that of the placebo.
     * ``leak-with`` trains on the other half of ``test_id``, in place of as many patches of the others.
     * ``leak-placebo`` trains on as many patches of another patient with both classes, in place of the same
-      patches: what is gained by one more such patient, without a leak.
-    * ``leak-blocked-with`` and ``leak-blocked-placebo``: the same with a half of which no patch that trains
+      patches: the gain from one more patient, without leakage.
+    * ``leak-blocked-with`` and ``leak-blocked-placebo``: the same with halves in which no training patch
       touches a tested one.
 
     Args:
-        pack: The patches; they name patients or slides.
-        test_id: The patient (slide, where no patients are named) that is tested.
-        val_id: The one that validates.
-        placebo_id: Who gives the placebo; by default the one of both classes with most patches of its rarer
-            class.
+        pack: The pack, with patient or slide ids.
+        test_id: The tested patient (slide, without patient ids).
+        val_id: The patient used for validation.
+        seed: Seed of all random draws.
+        placebo_id: The patient of the placebo (default: the one with most patches of its rarer class).
 
     Returns:
-        Protocol to split, named ``<protocol>-<test_id>-s<seed>``; keep them with `save_split`. Placebos are
-        missing where no other patient has both classes, blocked halves where patches have no coordinates.
+        Protocol to split, named ``<protocol>-<test_id>-s<seed>``. Without another patient with both classes
+        there is no placebo; without coordinates there are no blocked halves.
 
     Raises:
-        SplitError: If a patient is not known, the tested one has one class only, or the others have too few
-            patches of a class to give way.
+        SplitError: If a patient is unknown, the tested one has one class only, or the others have too few
+            patches of a class to be replaced.
     """
-    is_known = pack.table.loc[pack.group_ids == test_id, ["x", "y"]].notna().all(axis=None)
-    made: dict[str, Split] = {}
+    has_positions = pack.table.loc[pack.group_ids == test_id, ["x", "y"]].notna().all(axis=None)
+    splits: dict[str, Split] = {}
     for protocol in LEAK_PROTOCOLS:
-        if "blocked" in protocol and not is_known:
+        if "blocked" in protocol and not has_positions:
             continue
-        if protocol.endswith("placebo") and not made["leak-apart"].parameters["placebo"]:
+        if protocol.endswith("placebo") and not splits["leak-apart"].parameters["placebo"]:
             continue
-        made[protocol] = make_split(
+        splits[protocol] = make_split(
             pack,
             protocol=protocol,
-            name=f"{protocol}-{_spell(test_id)}-s{seed}",
+            name=f"{protocol}-{_slug(test_id)}-s{seed}",
             seed=seed,
             test_patients=(test_id,) if placebo_id is None else (test_id, placebo_id),
             val_patients=(val_id,),
         )
-    return made
+    return splits
 
 
 def matched(one: Split, other: Split, pack: Pack, seed: int = 0) -> tuple[Split, Split]:
-    """Trim the training subset of the larger of two splits to the number of patches of the smaller.
+    """Reduce the training subset of the larger of two splits to the size of the smaller.
 
-    The classes keep their shares. What is left out is drawn with ``seed`` and is in no subset; validation and
-    test stay as they are.
+    Class proportions are kept. Removed patches are drawn with ``seed`` and are in no subset; validation and
+    test are unchanged.
 
     Returns:
-        The two in the same order; the trimmed one is called ``<name>-matched-s<seed>``.
+        The two in the same order; the reduced one is named ``<name>-matched-s<seed>``.
 
     Raises:
-        SplitError: If one has folds, or is not the pack's.
+        SplitError: If a split has folds, or belongs to another pack.
     """
     for split in (one, other):
         if split.n_folds:
@@ -93,37 +93,37 @@ def _trim(split: Split, pack: Pack, n_train: int, seed: int) -> Split:
         return split
     train = make_rng(seed, "matched").permutation(train[np.argsort(ids[train])])
     target = pack.target[train]
-    place = np.empty(len(train))  # of each patch within its class, from 0 to 1: the lowest are kept
+    rank = np.empty(len(train))  # rank of each patch within its class, 0 to 1: the lowest are kept
     for class_index in np.unique(target):
         member = target == class_index
-        place[member] = (np.arange(member.sum()) + 0.5) / member.sum()
-    subsets[train[np.argsort(place, kind="stable")[n_train:]]] = ""
+        rank[member] = (np.arange(member.sum()) + 0.5) / member.sum()
+    subsets[train[np.argsort(rank, kind="stable")[n_train:]]] = ""
     note = {"matched": {"from": split.name, "train_patches": n_train, "seed": seed}}
     return with_subsets(split, pack, subsets, name=f"{split.name}-matched-s{seed}", note=note)
 
 
-def _spell(group_id: str) -> str:
-    """Return an id as part of a split's name; ids that only then look alike stay apart by a few digits."""
-    spelled = re.sub(r"[^A-Za-z0-9._-]", "-", group_id)
-    return spelled if spelled == group_id else f"{spelled}-{sha256(group_id.encode()).hexdigest()[:6]}"
+def _slug(group_id: str) -> str:
+    """Return an id as part of the name of a split; changed ids get a few digits of their hash."""
+    slug = re.sub(r"[^A-Za-z0-9._-]", "-", group_id)
+    return slug if slug == group_id else f"{slug}-{sha256(group_id.encode()).hexdigest()[:6]}"
 
 
 PUBLISHED, APART = "published", "apart"
 
-MIN_PATCHES = 50  # of each class: fewer in a slide and half of them rank nothing
-VAL_SHARE = 0.15  # of the training subset, where a data set's own validation subset is tested
-N_LEAKING = 3  # slides whose leak is measured where none are named
+MIN_PATCHES = 50  # per class and slide: metrics of half of fewer patches are too noisy
+VAL_SHARE = 0.15  # of the training subset, if the official validation subset is tested
+N_LEAKING = 3  # slides whose leakage is measured by default
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What trains and what is tested in some runs of a comparison.
+    """A split that is compared with others.
 
     Attributes:
-        kind: ``published``, ``apart``, or the protocol of an arm of the leak.
-        split: With subsets.
-        tested: The patient or slide that is tested alone, "" where a whole subset is.
-        place: Its place among those that are tested, None for a whole subset.
+        kind: ``published``, ``apart``, or a protocol of the leakage experiment.
+        split: A split with subsets.
+        tested: The only tested patient or slide, "" for a whole subset.
+        place: Its index among those tested in turn; None for a whole subset.
     """
 
     kind: str
@@ -134,11 +134,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The arms of one recipe that do not depend on the seed, and why others are missing.
+    """The arms of one recipe that do not depend on the seed.
 
     Attributes:
-        arms: As published, then patients apart; all train on the same number of patches.
-        missing: Kind of arm to the reason it cannot be had.
+        arms: As published, then split by patient; all train on the same number of patches.
+        missing: Kind of a missing arm to the reason.
     """
 
     arms: tuple[Arm, ...]
@@ -146,15 +146,15 @@ class Comparison:
 
 
 def compare_splits(pack: Pack, recipe: Recipe, apart: Split | None) -> Comparison:
-    """Divide a pack as a recipe's authors did and with patients apart, with as many training patches.
+    """Return the arms as published and split by patient, with equal numbers of training patches.
 
     Args:
-        recipe: Its ``as_published.split`` is followed; where it undersamples, so do the training subsets
-            before they are made equal.
-        apart: The split with patients apart, each fold of which is an arm; None where there is none.
+        recipe: The recipe, for its ``as_published.split``; if it undersamples, training subsets are
+            undersampled before they are matched.
+        apart: The split by patient, each fold of which is an arm; None without one.
 
     Raises:
-        RunError: If neither can be had.
+        RunError: If neither is available.
     """
     arms, missing = [], {}
     try:
@@ -163,7 +163,7 @@ def compare_splits(pack: Pack, recipe: Recipe, apart: Split | None) -> Compariso
     except SplitError as error:
         missing[PUBLISHED] = str(error)
     if apart is None:
-        missing[APART] = _say_nobody(pack)
+        missing[APART] = _no_ids(pack)
     else:
         arms += [Arm(APART, *_take_fold(pack, apart, fold)) for fold in range(apart.n_folds)]
         arms += [] if apart.n_folds else [Arm(APART, apart)]
@@ -177,27 +177,26 @@ def compare_splits(pack: Pack, recipe: Recipe, apart: Split | None) -> Compariso
 
 
 def choose_apart(pack: Pack, name: str | None, test_ids: Sequence[str]) -> Split | None:
-    """Return the split that keeps patients apart: the named one, the data set's own, or by who is tested.
+    """Return the split without patient overlap: the named one, the official one, or leave-one-out.
 
-    Where the data set's official subsets lack a test subset, its validation subset is tested, and 15 % of
-    its training subset validates.
+    If the official subsets lack a test subset, the official validation subset is tested, and 15 % of the
+    training subset is used for validation.
 
     Args:
         name: A split of the pack, or a protocol.
-        test_ids: Patients that are left out in turn, where the data set has no subsets of its own.
+        test_ids: Patients that are left out in turn, without official subsets.
 
     Returns:
-        The split; None where patches name neither patients nor slides and the data set has no official
-        subsets.
+        The split; None without official subsets and without patient or slide ids.
 
     Raises:
         SplitError: If there is no such split.
-        RunError: If patients stand in two subsets of it.
+        RunError: If its subsets share patients.
     """
     if name is not None:
         split = find_split(pack, name)
         if split.may_overlap:
-            raise RunError(f"patients stand in two subsets of split {name!r}: name one that keeps them apart")
+            raise RunError(f"subsets of split {name!r} share patients: choose one without patient overlap")
         return split
     if "official_subset" in pack.table.columns and pack.table["official_subset"].notna().any():
         official = find_split(pack, "official")
@@ -210,8 +209,7 @@ def choose_apart(pack: Pack, name: str | None, test_ids: Sequence[str]) -> Split
 
 
 def _test_on_validation(pack: Pack, official: Split) -> Split:
-    """Test on the data set's own validation subset, where it brings no test subset, and validate on
-    train's."""
+    """Return the official split with its validation subset as test, and a part of training as validation."""
     subsets = official.subsets(pack)
     train = subsets == "train"
     subsets[subsets == "validation"] = "test"
@@ -226,9 +224,9 @@ def _test_on_validation(pack: Pack, official: Split) -> Split:
 
 
 def choose_leaking(pack: Pack) -> list[str]:
-    """Return the patients or slides whose leak is measured: the three with most patches of their rarer class.
+    """Return the patients or slides whose leakage is measured: the three with most of their rarer class.
 
-    Those with fewer than 50 patches of a class are passed over.
+    Those with fewer than 50 patches of a class are left out.
     """
     if pack.unit == "patch":
         return []
@@ -239,27 +237,27 @@ def choose_leaking(pack: Pack) -> list[str]:
 
 
 def list_leaks(pack: Pack, test_ids: Sequence[str], seed: int) -> list[Arm]:
-    """Return, for each of some patients, the arms of `make_leak_splits`; the next in order validates.
+    """Return the arms of `make_leak_splits` for each tested patient; the next one is used for validation.
 
-    Where three or more are named, the one after that gives the placebo.
+    With three or more patients, the one after that is the placebo.
 
     Raises:
-        SplitError: If one of them is not known, or has one class only.
+        SplitError: If a patient is unknown, or has one class only.
     """
     arms = []
-    for place, tested in enumerate(test_ids):
-        validates, placebo = (test_ids[(place + step) % len(test_ids)] for step in (1, 2))
+    for index, test_id in enumerate(test_ids):
+        val_id, placebo = (test_ids[(index + step) % len(test_ids)] for step in (1, 2))
         splits = make_leak_splits(
-            pack, tested, validates, seed, placebo_id=placebo if len(test_ids) > 2 else None
+            pack, test_id, val_id, seed, placebo_id=placebo if len(test_ids) > 2 else None
         )
-        arms += [Arm(protocol, split, tested, place) for protocol, split in splits.items()]
+        arms += [Arm(protocol, split, test_id, index) for protocol, split in splits.items()]
     return arms
 
 
 def why_no_leak(pack: Pack, test_ids: Sequence[str]) -> str | None:
-    """Return why the leak cannot be measured; None where it can."""
+    """Return why leakage cannot be measured; None if it can."""
     if pack.unit == "patch":
-        return _say_nobody(pack)
+        return _no_ids(pack)
     if len(test_ids) < 2:
         return (
             f"not measurable: fewer than two {pack.unit}s with {MIN_PATCHES} patches of each class, one to "
@@ -269,19 +267,18 @@ def why_no_leak(pack: Pack, test_ids: Sequence[str]) -> str | None:
 
 
 def count_subset(pack: Pack, split: Split, subset: str) -> int:
-    """Count the patches that a split with subsets has in a subset; "validation" is "test" where that
-    validates."""
+    """Return the number of patches in a subset; "validation" is "test" if that is used for validation."""
     if subset == "validation" and split.test_is_validation:
         subset = "test"
     return int((split.subsets(pack) == subset).sum())
 
 
-def _say_nobody(pack: Pack) -> str:
-    return f"not measurable: {pack.path.name} names neither patients nor slides"
+def _no_ids(pack: Pack) -> str:
+    return f"not measurable: {pack.path.name} has neither patient nor slide ids"
 
 
 def _take_fold(pack: Pack, split: Split, fold: int) -> tuple[Split, str, int]:
-    """Return a fold of a split as a split with subsets, whom it tests, and the fold."""
+    """Return a fold as a split with subsets, the tested patient, and the fold."""
     subsets = split.subsets(pack, fold)
     tested = np.unique(pack.group_ids[subsets == "test"])
     taken = with_subsets(split, pack, subsets, name=f"{split.name}-{fold}", note={"fold": fold})
@@ -289,7 +286,7 @@ def _take_fold(pack: Pack, split: Split, fold: int) -> tuple[Split, str, int]:
 
 
 def _undersample(pack: Pack, split: Split) -> Split:
-    """Leave out training patches of the commoner classes, as the recipe does before every training."""
+    """Undersample the training patches to the rarest class."""
     subsets = split.subsets(pack)
     train = np.flatnonzero(subsets == "train")
     per_class = np.bincount(pack.target[train], minlength=len(pack.class_names))

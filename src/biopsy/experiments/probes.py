@@ -1,4 +1,4 @@
-"""`biopsy probe`: encoders compared by a logistic regression on their features, on the same patients."""
+"""`biopsy probe`: compares encoders by logistic regression on their features, on the same patients."""
 
 import re
 from collections.abc import Sequence
@@ -32,11 +32,11 @@ SHOWN = ("auroc", "balanced_accuracy", "ece")
 
 
 class Probe(Result):
-    """Encoders compared on a pack; ``probe["rows"]`` is one row each, the first is the reference."""
+    """Comparison of encoders on a pack; ``probe["rows"]`` has a row per encoder, first the reference."""
 
     @property
     def heading(self) -> str:
-        """What was compared, and on which patches."""
+        """The pack and the split."""
         return f"Encoders on {self['pack']}, split {self['split']}"
 
     def to_frame(self) -> pd.DataFrame:
@@ -56,15 +56,15 @@ def probe(
     device: str = "auto",
     on_epoch: OnEpoch | None = None,
 ) -> Probe:
-    """Compare encoders by a logistic regression on their features, tested on the same patients.
+    """Compare encoders by logistic regression on their features, tested on the same patients.
 
     Features are computed once for each encoder and kept in the pack; differences are paired, the first
-    encoder is the reference. The same command continues an interrupted comparison. The test subset is opened
-    once for each encoder, which the ledger counts.
+    encoder is the reference. The same command continues an interrupted comparison. The test subset is
+    evaluated once for each encoder, which the ledger records.
 
     Args:
         encoders: Names of ``biopsy list encoders``, ``hf-hub:ORG/NAME``, ``timm:NAME`` or
-            ``torchvision:NAME``; ``NAME=FILE`` names the file of its weights.
+            ``torchvision:NAME``; ``NAME=FILE`` gives the file of its weights.
         data: Pack, or an archive to prepare.
         split: Split of the pack (default: the data set's own, else by patient).
         fold: Fold to test, of a split with folds.
@@ -76,9 +76,9 @@ def probe(
         on_epoch: Called with each probe's record.
 
     Raises:
-        RecipeError: If an encoder is unknown, its weights are not at hand, or their licence was not accepted;
-            nothing is computed then.
-        DataError: If a file of weights is another one than it should be.
+        RecipeError: If an encoder is unknown, its weights are not available, or their licence was not
+            accepted; checked before anything is computed.
+        DataError: If a file of weights has another hash than expected.
     """
     names = [encoders] if isinstance(encoders, str) else list(encoders)
     pack = open_data(data)
@@ -111,7 +111,7 @@ def _settings(name: str, overrides: Sequence[str]) -> list[str]:
     """Return the settings of the recipe for ``NAME`` or ``NAME=FILE``."""
     encoder, _, file = name.partition("=")
     if not encoder:
-        raise RecipeError(f"{name!r} names no encoder: write NAME or NAME=FILE")
+        raise RecipeError(f"{name!r} has no encoder: write NAME or NAME=FILE")
     if ":" not in encoder or encoder.startswith(PREFIX):
         encoder = find_encoder(encoder).tag
     return [f"model.name={encoder}", *([f"model.weights={file}"] if file else []), *overrides]
@@ -131,7 +131,7 @@ def _train(
     device: str,
     on_epoch: OnEpoch | None,
 ) -> Run:
-    """Train and evaluate a probe, or go on with one that was interrupted."""
+    """Train and evaluate a probe, or resume an interrupted one."""
     if (path / RUN).is_file() and Run.open(path).info["status"] != "finished":
         run = train(resume=path, device=device, on_epoch=on_epoch)
     else:
@@ -180,7 +180,7 @@ def _row(name: str, run: Run, pack: Pack) -> dict[str, Any]:
 
 
 def _neighbours(run: Run, pack: Pack, record: EpochRecord) -> float | None:
-    """Return the AUROC of k nearest neighbours on the test subset; None where features are not kept."""
+    """Return the AUROC of k nearest neighbours on the test subset; None without stored features."""
     path, positive = pack.path / FOLDER / record["features"], pack.positive_index
     if positive is None or not path.is_file():
         return None
@@ -199,7 +199,7 @@ def _neighbours(run: Run, pack: Pack, record: EpochRecord) -> float | None:
 
 
 def _add_differences(rows: list[dict[str, Any]], runs: list[Run], folder: Path) -> None:
-    """Add each encoder's paired difference in AUROC from the first."""
+    """Add the paired difference in AUROC of each encoder from the first."""
     table = compare(runs, out=folder).to_frame()
     table = table[table["metric"] == "auroc"].set_index("classifier")
     for row in rows[1:]:

@@ -1,4 +1,4 @@
-"""Reports from what runs and studies keep on disk."""
+"""Reports of runs, studies and evaluations."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -48,8 +48,8 @@ def report(
         runs: Evaluated runs and studies; in Python also results of `evaluate_predictions`.
         out: Output file for one run, folder for several (default: ``report.html`` in each).
         hide_ids: Replace patient, slide and patch ids by numbers, for sharing.
-        complete: First run the commands whose results the report of a run lacks (error analysis,
-            saliency, published hypotheses); without it the report names them.
+        complete: First run the commands whose results are missing from the report of a run (error analysis,
+            saliency, published hypotheses); otherwise the report lists these commands.
 
     Returns:
         The paths of the reports.
@@ -60,17 +60,19 @@ def report(
     requested = [runs] if isinstance(runs, Run | Study | Evaluation | Path | str) else list(runs)
     requested = [item.run if isinstance(item, Evaluation) and item.run else item for item in requested]
     if out is None and any(isinstance(item, Evaluation) for item in requested):
-        raise RunError('predictions have no folder: say where the report goes, such as out="report.html"')
+        raise RunError('predictions have no folder: give the report a path, such as out="report.html"')
     out = None if out is None else Path(out)
     written: list[Path] = []
     for item in requested:
-        path = _place(item, PAGE, out, several=len(requested) > 1)
+        path = _page_path(item, PAGE, out, several=len(requested) > 1)
         if path != out:
             check_outputs(path.parent, path.name, adopt=out is None)
         for name, page in _compose(item, hide_ids, complete=complete):
-            path = _place(item, name, out, several=len(requested) > 1)
+            path = _page_path(item, name, out, several=len(requested) > 1)
             if path in written:
-                raise RunError(f"{path} would be the report of two runs: name another --out for one of them")
+                raise RunError(
+                    f"{path} would be the report of two runs: choose another --out for one of them"
+                )
             if path == out:
                 write_atomic(path, page)
             else:
@@ -80,7 +82,7 @@ def report(
 
 
 def _compose(item: Reported, hide_ids: bool, *, complete: bool) -> list[tuple[str, str]]:
-    """Return the pages of a run, a study or an evaluation: file name and HTML each."""
+    """Return the pages of a run, study or evaluation as file name and HTML."""
     if isinstance(item, Evaluation):
         facts = RunFacts(
             run={}, metrics=item.document, predictions=item.predictions, class_names=item.class_names
@@ -94,7 +96,7 @@ def _compose(item: Reported, hide_ids: bool, *, complete: bool) -> list[tuple[st
     ]
 
 
-def _place(item: Reported, name: str, out: Path | None, *, several: bool) -> Path:
+def _page_path(item: Reported, name: str, out: Path | None, *, several: bool) -> Path:
     if isinstance(item, Evaluation):
         folder = Path()
     else:
@@ -107,7 +109,7 @@ def _place(item: Reported, name: str, out: Path | None, *, several: bool) -> Pat
 
 
 def gather_run(run: Run, *, complete: bool = False) -> RunFacts:
-    """Collect what the report of a run is written from; with ``complete``, what is missing is measured first.
+    """Return the input of the report of a run; with ``complete``, missing results are computed first.
 
     Raises:
         RunError: If the run has not been evaluated.
@@ -155,7 +157,7 @@ def _open_patches(pack: Pack) -> Callable[[str], np.ndarray]:
 
 
 def _find_audit(pack: Pack) -> dict[str, Any] | None:
-    """Return the pack's audit; None where `inspect` has not made one."""
+    """Return the pack's audit; None without one."""
     try:
         return read_json(pack.path / "audit.json", format="biopsy-audit/1")
     except DataError:
@@ -163,7 +165,7 @@ def _find_audit(pack: Pack) -> dict[str, Any] | None:
 
 
 def _load_results(run: Run, *, complete: bool) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Return what features have measured of a run, and what is missing with the command that makes it."""
+    """Return the results of a run by feature, and the titles and commands of missing ones."""
     results, missing = {}, []
     for name, kind in list_results().items():
         result = kind.load(run)
@@ -178,14 +180,14 @@ def _load_results(run: Run, *, complete: bool) -> tuple[dict[str, Any], list[tup
 
 
 def gather_study(study: Study) -> dict[str, StudyFacts]:
-    """Collect what the report of a study is written from, recipe by recipe.
+    """Return the input of the reports of a study, by recipe.
 
     Raises:
         RunError: If none of its runs has been evaluated.
     """
     runs = study.evaluated_runs()
     if not runs:
-        raise RunError(f"{study.path} has no evaluated run: go on with `biopsy study`")
+        raise RunError(f"{study.path} has no evaluated run: continue it with `biopsy study`")
     summary = read_json(study.path / "metrics.json", format=SUMMARY_FORMAT)
     table, predictions, first = study.table(), study.predictions(), runs[0].metrics()
     facts = {}
@@ -212,19 +214,19 @@ def gather_study(study: Study) -> dict[str, StudyFacts]:
 
 
 def _baseline_by_group(rows: Any) -> dict[str, float]:
-    """Return the colour-only AUROC of each patient that is tested alone in a fold."""
+    """Return the colour-only AUROC of each patient that is the only one tested in a fold."""
     alone = rows[~rows["tested"].astype(str).str.contains(" ")].dropna(subset=["baseline_auroc"])
     return dict(zip(alone["tested"].astype(str), alone["baseline_auroc"].astype(float), strict=True))
 
 
 def compose_study(study: Study, *, hide_ids: bool) -> list[tuple[str, ReportDocument]]:
-    """Return the pages of a study: file name and report each.
+    """Return the pages of a study as file name and report.
 
     Raises:
         RunError: If none of its runs has been evaluated.
     """
     if not (study.evaluated_runs() or (study.info.get("search") and sweeps.shown_runs(study))):
-        raise RunError(f"{study.path} has no evaluated run: give the command that made it again")
+        raise RunError(f"{study.path} has no evaluated run: repeat the command that created it")
     if study.info["question"] == sweeps.KIND:
         return [("report.html", report_of_sweep(_gather_sweep(study), hide_ids=hide_ids))]
     if study.info["question"] == reproduction.KIND:
@@ -242,7 +244,7 @@ def _gather_sweep(study: Study) -> SweepFacts:
         table=study.table(),
         figure=sweeps.draw_study(study),
         recipe_toml="".join(study.info["recipes"].values()),
-        pseudonymizer=_name_ids(study),
+        pseudonymizer=_make_pseudonymizer(study),
     )
 
 
@@ -250,12 +252,12 @@ def _gather_reproduction(study: Study) -> ReproductionFacts:
     return ReproductionFacts(
         study={**study.info, "environment": study.evaluated_runs()[0].info["environment"]},
         summary=study.summary(),
-        pseudonymizer=_name_ids(study),
+        pseudonymizer=_make_pseudonymizer(study),
     )
 
 
-def _name_ids(study: Study) -> Pseudonymizer:
-    """Number everybody that the study's runs tested."""
+def _make_pseudonymizer(study: Study) -> Pseudonymizer:
+    """Return pseudonyms of the patients, slides and patches tested in a study."""
     columns = [f"{kind}_id" for kind in KINDS]
     frames = [run.predictions("test")[0] for run in study.evaluated_runs()] or [pd.DataFrame(columns=columns)]
     ids = pd.concat(frames)[columns].drop_duplicates()
