@@ -14,7 +14,7 @@ from biopsy.evaluation.study_tables import SHOWN
 from biopsy.experiments import run_specs, sweeps
 from biopsy.experiments.figures import draw_sweep
 from biopsy.experiments.reports import report
-from biopsy.experiments.sweeps import combine, read_grid, read_space, spell, suggest, summarise, sweep
+from biopsy.experiments.sweeps import combine, format_value, read_grid, read_space, suggest, summarise, sweep
 from biopsy.recipes import load_recipe
 from biopsy.training.study import Study
 from conftest import write_pack
@@ -78,7 +78,12 @@ def test_a_value_written_twice_is_one_combination():
 
 
 def test_values_are_spelled_for_readers():
-    assert [spell(value) for value in ("all", 0.001, [32, 64], True)] == ["all", "0.001", "[32, 64]", "true"]
+    assert [format_value(value) for value in ("all", 0.001, [32, 64], True)] == [
+        "all",
+        "0.001",
+        "[32, 64]",
+        "true",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +96,7 @@ def test_values_are_spelled_for_readers():
         ([], "a sweep needs a grid of values"),
         (["train.lr=0.1", "train.lr=0.2"], "names 'train.lr' twice"),
         (["train.lr=0.1,-1"], "train.lr: Input should be greater than 0"),
-        (["train.epochs=1,2"], "train.epochs stands in --grid and in --set: leave it out of one"),
+        (["train.epochs=1,2"], "train.epochs is in both --grid and --set"),
         (["model.name=cancernet,cancernot"], "cancernot"),
         (["model.params.stage_width=[4],[8]"], "stage_width"),
         (["model.trainable=all,block9"], "block9"),
@@ -110,13 +115,13 @@ def test_other_refusals(finished, tmp_path):
     pack = made.runs()[0].open_pack()
     with pytest.raises(RunError, match="a sweep needs at least one seed"):
         ask(pack, tmp_path / "sweep", seeds=())
-    with pytest.raises(RunError, match="asked about another grid: give this study another --name"):
+    with pytest.raises(RunError, match="is a study with another grid"):
         ask(pack, made.path, grid=["train.lr=0.01"])
-    with pytest.raises(RunError, match="asked about another recipe cancernet-2020"):
+    with pytest.raises(RunError, match="is a study with another recipe cancernet-2020"):
         ask(pack, made.path, overrides=("preprocessing.input_px=8", "train.epochs=3"))
     from biopsy.experiments.folds import study
 
-    with pytest.raises(RunError, match="is a study of sweep: give this one another --name"):
+    with pytest.raises(RunError, match="is a study of sweep"):
         study([RECIPE], pack, out=made.path, split="patients")
 
 
@@ -331,7 +336,7 @@ def look_for(data, out, *, search=SPACE, trials=4, **options):
         ("train.lr=", "has no range"),
         ("train.rl=0.1..0.2", "did you mean 'train.lr'"),
         ("train.lr=-1..0.1", "train.lr: Input should be greater than 0"),
-        ("train.epochs=1..3", "stands in --search and in --set"),
+        ("train.epochs=1..3", "is in both --search and --set"),
         ("model.trainable=all,block9", "block9"),
     ],
 )
@@ -379,7 +384,7 @@ def test_a_search_that_was_stopped_ends_as_one_that_was_not(finished, tmp_path, 
     assert made.summary()["best"]["values"]["train.lr"] == best["train.lr"]
     more = look_for(pack, tmp_path / "search", trials=5)
     pd.testing.assert_frame_equal(more.table().drop(columns="seconds")[:4], tables[0], check_exact=True)
-    with pytest.raises(RunError, match="asked about another search"):
+    with pytest.raises(RunError, match="is a study with another search"):
         look_for(pack, tmp_path / "search", seeds=(1,))
     (path,) = report(more, out=tmp_path / "report.html")
     assert "has not been evaluated" in Page(path.read_text()).text

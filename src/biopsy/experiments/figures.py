@@ -35,7 +35,7 @@ def draw_folds(
     metric: str = "AUROC",
     baseline: Mapping[object, float] | None = None,
 ) -> Figure:
-    """Draw one number of every run: a row a fold, a dot a seed, a bar their mean.
+    """Draw a metric of every run: one row per fold, one dot per seed, a bar for the mean.
 
     Args:
         folds: The fold of each run, shape ``(n_runs,)``; rows keep the order of first appearance.
@@ -43,11 +43,11 @@ def draw_folds(
         baseline: Value of the colour-only baseline by fold, drawn as a grey diamond.
 
     Raises:
-        MetricError: If there are not as many folds as values.
+        MetricError: If the numbers of folds and values differ.
     """
     values = np.asarray(values, dtype=float)
     if len(folds) != len(values) or not len(values):
-        raise MetricError(f"{len(folds)} folds have {len(values)} values; one a run is needed")
+        raise MetricError(f"{len(folds)} folds have {len(values)} values; expected one per run")
     names = list(dict.fromkeys(folds))
     figure, axes = new_figure(WIDTH_IN, 1.2 + 0.36 * max(len(names), 2))
     seen = values[np.isfinite(values)].tolist()
@@ -74,12 +74,12 @@ def draw_folds(
                 label="mean of seeds" if row == 0 else None,
             )
     if baseline:
-        known = [
+        baselines = [
             (baseline[name], row) for row, name in enumerate(names) if np.isfinite(baseline.get(name, np.nan))
         ]
-        seen += [value for value, _ in known]
+        seen += [value for value, _ in baselines]
         axes.plot(
-            *zip(*known, strict=True) if known else ([], []),
+            *zip(*baselines, strict=True) if baselines else ([], []),
             "D",
             color=BASELINE,
             markersize=6,
@@ -110,7 +110,7 @@ MARKS: Mapping[str, dict[str, Any]] = {
 
 @styled
 def draw_reproduction(papers: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Draw, for each recipe, the claim and both arms in three metrics, and the leak of each slide.
+    """Draw published and reproduced values of three metrics per recipe, and the leakage of each slide.
 
     Args:
         papers: Recipe to its entry in ``metrics.json`` of a reproduction.
@@ -144,7 +144,7 @@ def draw_reproduction(papers: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 
 def _draw_arms(axes: Axes, papers: Mapping[str, Mapping[str, Any]], metric: str) -> None:
-    """A row a recipe: diamond the publication, dots ours with the spread over seeds or the interval."""
+    """Draw one row per recipe: published values as diamonds, reproduced ones as dots with intervals."""
     for row, entry in enumerate(papers.values()):
         if row:
             axes.axhline(row - 0.5, color=RULE, linewidth=0.8)
@@ -173,7 +173,7 @@ def _mark(
 def _reach(
     spread: Mapping[str, float | None], interval: Mapping[str, float | None] | None = None
 ) -> tuple[float, float] | None:
-    """Return the interval over patients, where there is none the range over seeds."""
+    """Return the interval over patients or, without one, the range over seeds."""
     for result, low, high in ((interval or {}, "low", "high"), (spread, "min", "max")):
         ends = result.get(low), result.get(high)
         if ends[0] is not None and ends[1] is not None:
@@ -182,7 +182,7 @@ def _reach(
 
 
 def _draw_leaks(axes: Axes, leaks: Mapping[tuple[str, str], Sequence[float]]) -> None:
-    """A row a slide of a recipe: each seed's gain from training patches of that slide, and their mean."""
+    """Draw one row per recipe and slide: the effect of leakage for each seed, and the mean."""
     names, last = [], None
     for row, ((recipe, tested), values) in enumerate(leaks.items()):
         dots: dict[str, Any] = {"markersize": 5, "alpha": 0.6, "markeredgewidth": 0}
@@ -218,27 +218,27 @@ def draw_sweep(
     metric: str = "AUROC",
     best: Mapping[str, Any] | None = None,
 ) -> Figure:
-    """Draw one number of every run of a sweep against the settings that were tried.
+    """Draw a metric of every run of a sweep against its settings.
 
-    One setting: the number against its value, each seed a dot. Two: a map with the mean over seeds written in
-    each cell. More: combinations ranked by their mean on validation, each seed a dot.
+    One setting: the metric against its value, one dot per seed. Two: a heat map of the mean over seeds. More:
+    combinations ranked by their mean on validation, one dot per seed.
 
     Args:
-        values: Setting to its value in each run, ``n_runs`` of each.
+        values: Setting to its values, one per run.
         validation: The metric on validation, ``(n_runs,)``; NaN is left out.
-        test: The same in the test subset; None shows validation alone.
-        best: Setting to value of the combination that validation chose, which is marked.
+        test: The metric on the test subset; None shows validation only.
+        best: Setting to value of the combination chosen on validation, which is marked.
 
     Raises:
-        MetricError: If there is no setting, or not one value of each a run.
+        MetricError: If there is no setting, or the numbers of values differ.
     """
     validation = np.asarray(validation, dtype=float)
     counts = {len(result) for result in values.values()} | {len(validation)}
     if not values or len(counts) > 1 or not len(validation):
-        raise MetricError(f"{len(validation)} runs have {len(values)} settings; one value of each is needed")
+        raise MetricError(f"{len(validation)} runs have {len(values)} settings; expected one value per run")
     keys = list(values)
-    points = [tuple(_spell(values[key][run]) for key in keys) for run in range(len(validation))]
-    marked = None if best is None else tuple(_spell(best[key]) for key in keys)
+    points = [tuple(_format_value(values[key][run]) for key in keys) for run in range(len(validation))]
+    marked = None if best is None else tuple(_format_value(best[key]) for key in keys)
     subsets = {"validation": validation, **({} if test is None else {"test": np.asarray(test, dtype=float)})}
     if len(keys) == 1:
         return _draw_line(keys[0], values[keys[0]], points, subsets, metric, marked)
@@ -258,9 +258,9 @@ def draw_search(
     """Draw the validation metric of every trial of a search against each setting.
 
     Args:
-        values: Setting to its value in each run, ``n_runs`` of each.
+        values: Setting to its values, one per run.
         validation: The metric on validation, ``(n_runs,)``.
-        best: Setting to value of the trial that validation chose, which is marked.
+        best: Setting to value of the trial chosen on validation, which is marked.
     """
     figure = Figure(figsize=(WIDTH_IN, 3.0), layout="constrained")
     panels = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
@@ -268,13 +268,13 @@ def draw_search(
         numbers = [value for value in values[key] if isinstance(value, int | float)]
         x: list[Any] = list(values[key])
         if len(numbers) < len(x):
-            x = [shorten(_spell(value)) for value in x]
+            x = [shorten(_format_value(value)) for value in x]
         elif min(numbers) > 0 and max(numbers) / min(numbers) >= WIDE_RANGE:
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.plot(x, validation, "o", color=_colour("validation"), markersize=5.5, alpha=0.7)
         if best is not None:
-            mark = best[key] if len(numbers) == len(x) else shorten(_spell(best[key]))
+            mark = best[key] if len(numbers) == len(x) else shorten(_format_value(best[key]))
             axes.axvline(mark, color=INK, linewidth=0.9, linestyle=(0, (3, 3)), zorder=0)
         axes.set_xlabel(key)
     panels[0].set_ylabel(f"validation {metric} (dashed: chosen)")
@@ -289,7 +289,7 @@ def _draw_line(
     metric: str,
     best: tuple[str, ...] | None,
 ) -> Figure:
-    """Number against value: on an axis of numbers where they are some, else one place a value."""
+    """Draw the metric against the values of one setting, on a numeric axis if they are numbers."""
     figure, axes = new_figure()
     names = list(dict.fromkeys(point[0] for point in points))
     numbers = {
@@ -298,29 +298,29 @@ def _draw_line(
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
     if len(numbers) == len(names):
-        place = numbers
+        x_of = numbers
         if min(numbers.values()) > 0 and max(numbers.values()) / min(numbers.values()) >= WIDE_RANGE:
             axes.set_xscale("log")
         axes.set_xticks([numbers[name] for name in names], names)
         axes.minorticks_off()
     else:
-        place = {name: float(index) for index, name in enumerate(names)}
+        x_of = {name: float(index) for index, name in enumerate(names)}
         axes.set_xticks(range(len(names)), [shorten(name) for name in names])
         axes.set_xlim(-0.5, len(names) - 0.5)
-    order = sorted(names, key=place.__getitem__)
+    order = sorted(names, key=x_of.__getitem__)
     for subset, result in subsets.items():
         colour = _colour(subset)
-        x = [place[name] for (name,) in points]
+        x = [x_of[name] for (name,) in points]
         axes.plot(x, result, "o", color=colour, markersize=5.5, alpha=0.7, markeredgewidth=0)
         means = _means(points, result)
         mean = [means[(name,)] for name in order]
-        if place is numbers:
-            axes.plot([place[name] for name in order], mean, color=colour, label=subset)
+        if x_of is numbers:
+            axes.plot([x_of[name] for name in order], mean, color=colour, label=subset)
         else:
             axes.hlines(mean, np.arange(len(order)) - 0.2, np.arange(len(order)) + 0.2, colour, label=subset)
     if best is not None:
         dashes = (0, (3, 3))
-        axes.axvline(place[best[0]], color=INK, linewidth=0.9, linestyle=dashes, zorder=0, label="chosen")
+        axes.axvline(x_of[best[0]], color=INK, linewidth=0.9, linestyle=dashes, zorder=0, label="chosen")
     axes.set(xlabel=key, ylabel=f"{metric} (dots: seeds)")
     legend_above(axes)
     return figure
@@ -339,8 +339,8 @@ def _draw_map(
     grid = np.array([[means["validation"].get((row, column), np.nan) for column in columns] for row in rows])
     figure, axes = new_figure(WIDTH_IN, 1.5 + 0.52 * len(rows))
     image = axes.imshow(np.ma.masked_invalid(grid), cmap=PROBABILITY_MAP, aspect="auto")
-    known = grid[np.isfinite(grid)]
-    middle = float(known.min() + known.max()) / 2 if len(known) else 0.0
+    finite = grid[np.isfinite(grid)]
+    middle = float(finite.min() + finite.max()) / 2 if len(finite) else 0.0
     for row, column in np.ndindex(grid.shape):
         point = (rows[row], columns[column])
         written = [
@@ -406,17 +406,17 @@ def _draw_ranks(
 
 
 def _means(points: Sequence[tuple[str, ...]], values: np.ndarray) -> dict[tuple[str, ...], float]:
-    """Return the mean of each combination's runs, NaN where none is known."""
+    """Return the mean over the runs of each combination, NaN without finite values."""
     groups: dict[tuple[str, ...], list[float]] = {}
     for point, value in zip(points, values, strict=True):
         groups.setdefault(point, []).append(float(value))
-    known = {point: [value for value in result if np.isfinite(value)] for point, result in groups.items()}
-    return {point: float(np.mean(result)) if result else float("nan") for point, result in known.items()}
+    finite = {point: [value for value in result if np.isfinite(value)] for point, result in groups.items()}
+    return {point: float(np.mean(result)) if result else float("nan") for point, result in finite.items()}
 
 
 def _colour(subset: str) -> str:
     return VALIDATION if subset == "validation" else TEST
 
 
-def _spell(value: object) -> str:
+def _format_value(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)

@@ -9,7 +9,7 @@ from biopsy.core.ray_engine import Engine, check_engine
 from biopsy.data.packs import Pack
 from biopsy.data.splits import Split, find_split, list_splits, make_split, save_split
 from biopsy.evaluation.study_tables import write_tables
-from biopsy.experiments.run_specs import RunSpec, hash_split, open_study, place_study, run_all
+from biopsy.experiments.run_specs import RunSpec, hash_split, open_study, run_all, study_folder
 from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
 from biopsy.training.fit import OnEpoch
 from biopsy.training.study import Study
@@ -72,12 +72,12 @@ def study(
     pack = open_data(data)
     chosen = _find_split(pack, split, folds, loaded)
     result = open_study(
-        place_study(name or "-".join([*(recipe.name for recipe in loaded), chosen.name]), out),
+        study_folder(name or "-".join([*(recipe.name for recipe in loaded), chosen.name]), out),
         kind="folds and seeds",
         pack=pack,
         recipes=loaded,
         seeds=seeds,
-        same={},
+        fixed={},
         split=chosen,
     )
     specs = _list_run_specs(loaded, chosen, seeds)

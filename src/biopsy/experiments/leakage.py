@@ -65,7 +65,7 @@ def make_leak_splits(
     return splits
 
 
-def matched(one: Split, other: Split, pack: Pack, seed: int = 0) -> tuple[Split, Split]:
+def matched(first_split: Split, second_split: Split, pack: Pack, seed: int = 0) -> tuple[Split, Split]:
     """Reduce the training subset of the larger of two splits to the size of the smaller.
 
     Class proportions are kept. Removed patches are drawn with ``seed`` and are in no subset; validation and
@@ -77,11 +77,11 @@ def matched(one: Split, other: Split, pack: Pack, seed: int = 0) -> tuple[Split,
     Raises:
         SplitError: If a split has folds, or belongs to another pack.
     """
-    for split in (one, other):
+    for split in (first_split, second_split):
         if split.n_folds:
             raise SplitError(f"split {split.name!r} has folds: only splits with subsets can be matched")
-    sizes = [int((split.subsets(pack) == "train").sum()) for split in (one, other)]
-    first, second = (_trim(split, pack, min(sizes), seed) for split in (one, other))
+    sizes = [int((split.subsets(pack) == "train").sum()) for split in (first_split, second_split)]
+    first, second = (_trim(split, pack, min(sizes), seed) for split in (first_split, second_split))
     return first, second
 
 

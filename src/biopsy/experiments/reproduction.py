@@ -1,4 +1,4 @@
-"""Reproductions: published recipes as they were published, with patients apart, and the leak between."""
+"""Reproductions of published recipes: as published, split by patient, and the effect of leakage."""
 
 import logging
 import tempfile
@@ -28,27 +28,27 @@ from biopsy.experiments.leakage import (
     why_no_leak,
 )
 from biopsy.experiments.reproduction_summary import write_tables
-from biopsy.experiments.run_specs import RunSpec, check_networks, open_study, place_study, run_all
+from biopsy.experiments.run_specs import RunSpec, check_networks, open_study, run_all, study_folder
 from biopsy.models.weights import make_network
 from biopsy.recipes import Overrides, Recipe, list_recipes, load_recipe, setting_lines
 from biopsy.training.fit import OnEpoch, optimiser_of
 from biopsy.training.study import Study
 from biopsy.training.train import open_data, train
 
-PROBE_STEPS = 10  # updates of each of the two epochs that are timed; the first warms up
-VALIDATION_SHARE = 0.25  # of a run's time, at most, goes to looking at validation
-MARGIN = 0.9  # of the time is planned with: machines slow down
-NEVER_STOP = "train.early_stopping_patience=0"  # both arms of a comparison make the same updates
+PROBE_STEPS = 10  # updates in each of the two timed epochs; the first is warm-up
+VALIDATION_SHARE = 0.25  # maximum share of the time of a run for validation
+MARGIN = 0.9  # share of the budget that is planned
+NEVER_STOP = "train.early_stopping_patience=0"  # equal numbers of updates in both arms
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What a recipe costs here, in seconds.
+    """Measured cost of a recipe in seconds.
 
     Attributes:
-        update_s: An optimiser update.
-        patch_s: The look at a patch of validation or test.
-        fixed_s: What a run costs besides: building, predictions, baseline, intervals, files.
+        update_s: Time of an optimiser update.
+        patch_s: Time per patch in validation or test.
+        fixed_s: Other time of a run: building, predictions, baseline, intervals, files.
     """
 
     update_s: float
@@ -56,14 +56,14 @@ class Speed:
     fixed_s: float
 
     def cost(self, length: "Length", n_val: float, n_test: float) -> float:
-        """Return the seconds of a run of some length."""
-        looks = length.epochs * n_val + n_test
-        return self.fixed_s + self.patch_s * looks + self.update_s * length.updates
+        """Return the duration of a run in seconds."""
+        n_predicted = length.epochs * n_val + n_test
+        return self.fixed_s + self.patch_s * n_predicted + self.update_s * length.updates
 
 
 @dataclass(frozen=True)
 class Length:
-    """How long a run is: epochs, each ended by a look at validation, and optimiser updates in each."""
+    """Length of a run: epochs, each followed by validation, and optimiser updates per epoch."""
 
     epochs: int
     steps_per_epoch: int
@@ -75,12 +75,12 @@ class Length:
 
 @dataclass(frozen=True)
 class Need:
-    """What one recipe asks of the time there is.
+    """Time requirement of a recipe.
 
     Attributes:
-        n_runs: How many runs.
-        full: Their full length.
-        speed: What they cost.
+        n_runs: Number of runs.
+        full: Full length of a run.
+        speed: Measured cost.
         n_val: Mean number of validation patches.
         n_test: Mean number of test patches.
     """
@@ -92,17 +92,17 @@ class Need:
     n_test: float
 
     def full_cost(self) -> float:
-        """Return the seconds of a run at full length."""
+        """Return the duration of a run at full length in seconds."""
         return self.speed.cost(self.full, self.n_val, self.n_test)
 
     def total(self, length: Length) -> float:
-        """Return the seconds of all runs at some length."""
+        """Return the duration of all runs in seconds."""
         return self.n_runs * self.speed.cost(length, self.n_val, self.n_test)
 
     def fit(self, seconds: float) -> Length:
-        """Return the longest length whose runs take no more than some seconds each, at least one update.
+        """Return the maximum length of a run within a time limit, at least one update.
 
-        As many of the recipe's looks at validation are kept as a quarter of the time allows.
+        The number of epochs is reduced so that validation takes at most a quarter of the time.
         """
         if seconds >= self.full_cost():
             return self.full
@@ -116,7 +116,7 @@ class Need:
 
 
 def full_length(recipe: Recipe, target: np.ndarray) -> Length:
-    """Return the recipe's own epochs and updates in each.
+    """Return the full length of a recipe.
 
     Args:
         target: Classes of the training patches, ``(n,)``.
@@ -129,19 +129,19 @@ def full_length(recipe: Recipe, target: np.ndarray) -> Length:
         "oversample": len(per_class) * per_class.max(),
     }[settings.sampling]
     steps = n_seen / settings.batch_size
-    whole = int(steps) if settings.drop_last else int(np.ceil(steps))
-    return Length(settings.epochs, settings.steps_per_epoch or max(1, whole))
+    n_steps = int(steps) if settings.drop_last else int(np.ceil(steps))
+    return Length(settings.epochs, settings.steps_per_epoch or max(1, n_steps))
 
 
 def with_length(recipe: Recipe, length: Length) -> Recipe:
-    """Return a recipe whose runs make exactly so many updates, whatever validation says on the way."""
+    """Return a recipe with a fixed number of updates, without early stopping."""
     lines = [f"train.epochs={length.epochs}", f"train.steps_per_epoch={length.steps_per_epoch}", NEVER_STOP]
     return load_recipe(recipe, lines)
 
 
 def measure_speed(recipe: Recipe, pack: Pack, split: Split, *, device: str) -> Speed:
-    """Time two short epochs of a recipe, and what a run costs besides, on validation alone."""
-    optimiser_of(recipe, make_network(recipe, len(pack.class_names), seed=0)[0])  # the first takes seconds
+    """Measure the cost of a recipe with two short epochs, evaluated on validation only."""
+    optimiser_of(recipe, make_network(recipe, len(pack.class_names), seed=0)[0])  # warm-up: takes seconds
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         short = with_length(recipe, Length(2, PROBE_STEPS))
@@ -157,9 +157,9 @@ def measure_speed(recipe: Recipe, pack: Pack, split: Split, *, device: str) -> S
 
 
 def share_out(seconds: float, needs: Mapping[str, Need]) -> dict[str, Length]:
-    """Return a length for every recipe, so that all runs together take no more than some seconds.
+    """Return the length of every recipe such that all runs fit into a time limit.
 
-    Every run may take as long as any other; what a short recipe leaves over goes to the others.
+    Time is divided equally between runs; unused time of short recipes goes to the others.
     """
     lengths: dict[str, Length] = {}
     open_needs = dict(needs)
@@ -190,8 +190,8 @@ def describe_plan(length: Length, full: Length, speed: Speed | None, minutes: fl
 logger = logging.getLogger(__name__)
 
 KIND = "reproduction"
-UNKNOWN = "folders"  # class folders may hold any data set: whoever names the paper says it is this one
-SAME_PATCHES = ({"hcd", "pcam"},)  # data sets of which one was made of the other
+UNKNOWN = "folders"  # class folders may contain any data set, so the requested paper is accepted
+SAME_PATCHES = ({"hcd", "pcam"},)  # data sets with the same patches
 
 
 def reproduce(
@@ -211,7 +211,7 @@ def reproduce(
     address: str | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> Study:
-    """Run published recipes as published and with patients apart, and measure the leak slide by slide.
+    """Run published recipes as published and split by patient, and measure the effect of leakage per slide.
 
     All runs of a recipe make the same number of updates; both models of a comparison train on the same number
     of patches. The same command continues an interrupted study; recipes and seeds may be added, and a recipe
@@ -222,11 +222,11 @@ def reproduce(
         papers: Recipes with published results (default: all published on the pack's data set).
         budget: Time limit of all runs in minutes (default: full length).
         seeds: Training seeds of both models of a comparison.
-        split: Split that keeps patients apart (default: the data set's own, else ``test_patients`` left
-            out in turn, else by patient).
-        test_patients: Ids of patients or slides whose leak is measured (default: the three with most
+        split: Split without patient overlap (default: the data set's own, else leave-one-out of
+            ``test_patients``, else by patient).
+        test_patients: Ids of patients or slides whose leakage is measured (default: the three with most
             patches of their rarer class).
-        leak_seeds: Seeds of the leak's pairs of runs; an empty value leaves it out.
+        leak_seeds: Seeds of the leakage experiment; an empty value leaves it out.
         overrides: Changes of recipe settings, ``KEY=VALUE`` such as ``train.epochs=2``; may be repeated
             (in Python: a list or a mapping).
         name: Name of the study in ``studies/``; the same name continues it.
@@ -240,18 +240,18 @@ def reproduce(
             and the tested patient.
 
     Raises:
-        RecipeError: If a recipe claims nothing, or was published on other data.
-        RunError: If nothing can be compared, or the folder holds a study that asked something else.
+        RecipeError: If a recipe has no published results, or was published on other data.
+        RunError: If nothing can be compared, or the folder contains a study with other settings.
     """
     check_engine(engine, address)
     changed = setting_lines(overrides)
     if not seeds:
         raise RunError("a reproduction needs at least one seed")
     if budget is not None and not budget > 0:
-        raise RunError(f"a budget of {budget} is no number of minutes above 0")
+        raise RunError(f"budget={budget}: expected a number of minutes above 0")
     pack = open_data(data)
     if pack.positive_index is None:
-        raise RunError(f"{pack.path.name} has {len(pack.class_names)} classes: a reproduction compares two")
+        raise RunError(f"{pack.path.name} has {len(pack.class_names)} classes: a reproduction needs two")
     shipped = choose_papers(papers, pack)
     recipes = {recipe.name: load_recipe(recipe, changed) for recipe in shipped}
     check_networks(recipes.values(), pack)
@@ -261,16 +261,16 @@ def reproduce(
     no_leak = why_no_leak(pack, test_ids) if leak_seeds else "not asked for"
     leaks = {} if no_leak else {seed: list_leaks(pack, test_ids, seed) for seed in leak_seeds}
     study = open_study(
-        place_study(name or f"reproduction-{pack.path.stem}", out),
+        study_folder(name or f"reproduction-{pack.path.stem}", out),
         kind=KIND,
         pack=pack,
         recipes=list(recipes.values()),
         seeds=seeds,
-        same={"test_patients": test_ids},
+        fixed={"test_patients": test_ids},
         split=apart,
     )
     plans = _plan(study, recipes, pack, compared, (len(seeds), leaks), budget, device)
-    noted = {
+    entries = {
         recipe.name: {
             **_describe_paper(recipe, recipes[recipe.name]),
             "missing": compared[recipe.name].missing | ({"leak": no_leak} if no_leak else {}),
@@ -279,7 +279,7 @@ def reproduce(
         for recipe in shipped
     }
     study.update(
-        papers={**study.info.get("papers", {}), **noted},
+        papers={**study.info.get("papers", {}), **entries},
         leak_seeds=sorted({*study.info.get("leak_seeds", []), *leaks}),
     )
     planned = [with_length(recipe, _read_length(plans[name])) for name, recipe in recipes.items()]
@@ -302,32 +302,32 @@ def _draw(study: Study) -> Figure:
 
 
 def choose_papers(papers: Sequence[str | Path | Recipe], pack: Pack) -> list[Recipe]:
-    """Return the recipes of some papers, or of all that were published on the pack's data set.
+    """Return the recipes of the requested papers, or all that were published on the pack's data set.
 
     Raises:
-        RecipeError: If a recipe claims nothing or was published on other data, or there is none.
+        RecipeError: If a recipe has no published results or was published on other data, or there is none.
     """
     dataset = pack.info.dataset
     requested = [papers] if isinstance(papers, str | Path | Recipe) else list(papers)
-    known = [recipe for recipe in map(load_recipe, list_recipes()) if recipe.origin.claim]
+    published = [recipe for recipe in map(load_recipe, list_recipes()) if recipe.origin.claim]
     if not requested:
-        result = [recipe for recipe in known if _is_of(recipe, dataset)]
+        result = [recipe for recipe in published if _is_of(recipe, dataset)]
         if not result:
             raise RecipeError(
                 f"no recipe was published on {dataset!r}, the data set of {pack.path.name}; published ones: "
-                + ", ".join(f"{recipe.name} ({recipe.origin.dataset})" for recipe in known)
+                + ", ".join(f"{recipe.name} ({recipe.origin.dataset})" for recipe in published)
             )
         return result
     result = [load_recipe(paper) for paper in requested]
     for recipe in result:
         if not recipe.origin.claim:
             raise RecipeError(
-                f"{recipe.name} claims nothing (its origin.claim is empty), so there is nothing to "
-                f"reproduce; recipes with a claim: {', '.join(recipe.name for recipe in known)}"
+                f"{recipe.name} has no published results to reproduce (its origin.claim is empty); recipes "
+                f"with published results: {', '.join(recipe.name for recipe in published)}"
             )
         if recipe.origin.dataset and dataset != UNKNOWN and not _is_of(recipe, dataset):
             raise RecipeError(
-                f"{recipe.name} was published on {recipe.origin.dataset!r}, {pack.path.name} holds "
+                f"{recipe.name} was published on {recipe.origin.dataset!r}, {pack.path.name} contains "
                 f"{dataset!r}: give a pack of that data set, or `biopsy train` the recipe on this one"
             )
     if len({recipe.name for recipe in result}) < len(result):
@@ -337,7 +337,7 @@ def choose_papers(papers: Sequence[str | Path | Recipe], pack: Pack) -> list[Rec
 
 def _is_of(recipe: Recipe, dataset: str) -> bool:
     ours = recipe.origin.dataset
-    return ours == dataset or any({ours, dataset} <= same for same in SAME_PATCHES)
+    return ours == dataset or any({ours, dataset} <= equal for equal in SAME_PATCHES)
 
 
 def _describe_paper(shipped: Recipe, recipe: Recipe) -> dict[str, Any]:
@@ -355,15 +355,15 @@ def _plan(
     recipes: Mapping[str, Recipe],
     pack: Pack,
     compared: Mapping[str, Comparison],
-    asked: tuple[int, Mapping[int, Sequence[Arm]]],
+    requested: tuple[int, Mapping[int, Sequence[Arm]]],
     budget: float | None,
     device: str,
 ) -> dict[str, dict[str, Any]]:
-    """Decide how long the runs of each recipe are; what was decided before stays.
+    """Return the length of the runs of each recipe; earlier plans are kept.
 
     Args:
-        study: Holds the plans of an earlier command.
-        asked: How many seeds, and the arms of the leak by seed.
+        study: The study, with earlier plans.
+        asked: Number of seeds, and the arms of the leakage experiment by seed.
         budget: Minutes for all runs; None for full length.
     """
     plans = {name: entry["plan"] for name, entry in study.info.get("papers", {}).items()}
@@ -372,10 +372,10 @@ def _plan(
     if budget is None:
         return plans | {name: describe_plan(length, length, None, None) for name, length in full.items()}
     if len(new) < len(recipes):
-        logger.info("planned before and kept: %s", ", ".join(sorted(recipes.keys() - new.keys())))
+        logger.info("earlier plans kept: %s", ", ".join(sorted(recipes.keys() - new.keys())))
     started, needs = time.perf_counter(), {}
     for name, recipe in new.items():
-        n_seeds, leaks = asked
+        n_seeds, leaks = requested
         arms = [*compared[name].arms * n_seeds, *(arm for result in leaks.values() for arm in result)]
         speed = measure_speed(recipe, pack, compared[name].arms[-1].split, device=device)
         n_val, n_test = (
@@ -387,7 +387,7 @@ def _plan(
     lengths = share_out(left, needs)
     expected = sum(needs[name].total(length) for name, length in lengths.items())
     if expected > left:
-        text = "the budget of %g minutes is too short: runs as short as can be take about %.0f"
+        text = "the budget of %g minutes is too short: runs of minimum length take about %.0f"
         logger.warning(text, budget, expected / 60)
     for name, length in lengths.items():
         plans[name] = describe_plan(length, full[name], needs[name].speed, budget)
@@ -414,7 +414,7 @@ def _list_run_specs(
     seeds: Sequence[int],
     leaks: Mapping[int, Sequence[Arm]],
 ) -> list[RunSpec]:
-    """Return every run, seed by seed, so that an early look sees every recipe and arm."""
+    """Return all runs, seed by seed, so that early results cover every recipe and arm."""
     return [
         _run_papers(recipe, arm, seed)
         for seed in sorted({*seeds, *leaks})
@@ -424,9 +424,9 @@ def _list_run_specs(
 
 
 def _run_papers(recipe: Recipe, arm: Arm, seed: int) -> RunSpec:
-    place = "" if arm.place is None else str(arm.place)
+    suffix = "" if arm.place is None else str(arm.place)
     return RunSpec(
-        name=f"{recipe.name}-{arm.kind}{place}-s{seed}",
+        name=f"{recipe.name}-{arm.kind}{suffix}-s{seed}",
         recipe=recipe,
         split=arm.split,
         fold=None,

@@ -31,12 +31,12 @@ from biopsy.reporting.pseudonyms import Pseudonymizer
 
 @dataclass(frozen=True)
 class ReproductionFacts:
-    """Everything the report of a reproduction may say.
+    """Input of the report of a reproduction.
 
     Attributes:
-        study: What ``study.json`` holds, with ``environment``.
-        summary: What ``metrics.json`` holds.
-        aliases: Numbers for everybody who is tested.
+        study: The content of ``study.json``, with ``environment``.
+        summary: The content of ``metrics.json``.
+        pseudonymizer: Pseudonyms of the tested patients, slides and patches.
     """
 
     study: Mapping[str, Any]
@@ -45,10 +45,10 @@ class ReproductionFacts:
 
 
 def report_of_reproduction(facts: ReproductionFacts, *, hide_ids: bool = False) -> ReportDocument:
-    """Compose the report of a reproduction.
+    """Return the report of a reproduction.
 
     Args:
-        hide_ids: Replace patient, slide and patch ids by numbers everywhere, and say so.
+        hide_ids: Replace patient, slide and patch ids by numbers.
     """
     study: Mapping[str, Any] = facts.pseudonymizer.nested(facts.study) if hide_ids else facts.study
     papers: Mapping[str, Any] = facts.summary["papers"]
@@ -73,7 +73,7 @@ def report_of_reproduction(facts: ReproductionFacts, *, hide_ids: bool = False) 
 
 
 def _summarise(papers: Mapping[str, Any], pack: Mapping[str, Any], unit: str, *, hide_ids: bool) -> Summary:
-    """Answer for the recipe with the largest leak; the table holds the others."""
+    """Return the summary, with headlines of the recipe with the largest effect of leakage."""
     leaks = {name: entry["leak"]["auroc"]["mean"] for name, entry in papers.items() if _leaks({name: entry})}
     headlines = []
     if leaks:
@@ -109,14 +109,14 @@ def _name_reference(entry: Mapping[str, Any], unit: str) -> str:
 
 
 def _state_verdict(papers: Mapping[str, Any], leaks: Mapping[str, float], unit: str) -> str:
-    """Return the result in one sentence: how much leakage raises the AUROC, at most and at least."""
-    of = count(len(papers), "published recipe")
+    """Return the result in one sentence: the largest and smallest effect of leakage on the AUROC."""
+    recipes = count(len(papers), "published recipe")
     if not leaks:
-        return f"{of} reproduced; the effect of leakage between training and test was not measured."
+        return f"{recipes} reproduced; the effect of leakage between training and test was not measured."
     high = max(leaks, key=lambda name: leaks[name])
     text = (
-        f"{of} reproduced: with patches of the tested {unit} in training, the AUROC on other patches of it "
-        f"changes by {leaks[high]:+.3f} ({high})"
+        f"{recipes} reproduced: with patches of the tested {unit} in training, the AUROC on other patches of "
+        f"it changes by {leaks[high]:+.3f} ({high})"
     )
     if len(leaks) > 1:
         low = min(leaks, key=lambda name: leaks[name])
@@ -199,9 +199,9 @@ def _describe_table(papers: Mapping[str, Any]) -> Section:
         ),
     ]
     reasons = [
-        f"{name}, {what}: {entry[arm]['reason']}"
+        f"{name}, {title}: {entry[arm]['reason']}"
         for name, entry in papers.items()
-        for arm, what in (("published", "as published"), ("apart", "split by patient"), ("leak", "leakage"))
+        for arm, title in (("published", "as published"), ("apart", "split by patient"), ("leak", "leakage"))
         if entry[arm]["reason"]
     ]
     return Section(
@@ -268,10 +268,10 @@ def _describe_slides(papers: Mapping[str, Any], unit: str) -> Section | None:
     return Section("apart", f"Per-{unit} results, split by {unit}", [table])
 
 
-def _describe_lengths(papers: Mapping[str, Any], asked: Mapping[str, Any]) -> Section:
+def _describe_lengths(papers: Mapping[str, Any], entries: Mapping[str, Any]) -> Section:
     rows = []
     for name, entry in papers.items():
-        plan = asked[name]["plan"]
+        plan = entries[name]["plan"]
         rows.append(
             [
                 name,

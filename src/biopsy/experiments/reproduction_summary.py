@@ -1,4 +1,4 @@
-"""What a reproduction adds up to: the claim, what it comes to here, and how much of it is the leak."""
+"""Results of a reproduction: published and reproduced metrics, and the effect of leakage."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ from biopsy.training.study import Study
 
 SUMMARY_FORMAT = "biopsy-reproduction-metrics/2"
 COMPARED = ("accuracy", "balanced_accuracy", "auroc")
-"""Posts claim accuracy; balanced accuracy and AUROC do not depend on how common the classes are."""
-SMOKE_SHARE = 0.1  # of the published updates: below it a row says nothing about the method
-MIN_GROUPS = 5  # fewer patients allow no interval
+"""Publications report accuracy; balanced accuracy and AUROC do not depend on class frequencies."""
+SMOKE_SHARE = 0.1  # of the published updates; shorter runs do not test the method
+MIN_GROUPS = 5  # patients needed for an interval
 CONTRASTS = {
     "leak": ("leak-with", "leak-placebo"),
     "blocked_leak": ("leak-blocked-with", "leak-blocked-placebo"),
@@ -35,7 +35,7 @@ Frames = Mapping[str, pd.DataFrame]
 
 
 def write_tables(study: Study) -> None:
-    """Write ``runs.csv``, ``table.csv`` and ``metrics.json`` from the runs judged so far."""
+    """Write ``runs.csv``, ``table.csv`` and ``metrics.json`` from the runs evaluated so far."""
     runs = study.evaluated_runs()
     if not runs:
         return
@@ -52,7 +52,7 @@ def write_tables(study: Study) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedMetrics:
-    """The spread of each of `COMPARED`."""
+    """Variability of each of `COMPARED`."""
 
     accuracy: Spread
     balanced_accuracy: Spread
@@ -61,7 +61,7 @@ class ComparedMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class FoldSummary(ComparedMetrics):
-    """A fold over seeds."""
+    """Results of a fold over seeds."""
 
     tested: str
     n_patches: int
@@ -71,7 +71,7 @@ class FoldSummary(ComparedMetrics):
 
 @dataclass(frozen=True, kw_only=True)
 class ArmSummary(ComparedMetrics):
-    """Over seeds, means over folds; ``reason`` says why there are none."""
+    """Results over seeds, means over folds; ``reason`` if there are none."""
 
     reason: str | None
     n_train: int | None
@@ -84,14 +84,14 @@ class ArmSummary(ComparedMetrics):
 
 @dataclass(frozen=True, kw_only=True)
 class PairedSpread(Spread):
-    """Differences paired by seed, and their spread."""
+    """Differences paired by seed, and their variability."""
 
     values: list[float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlideDifference:
-    """What an arm scores above its reference on one slide, seed by seed, and what both score."""
+    """Differences of an arm from its reference on one slide by seed, and the metrics of both."""
 
     tested: str
     n_patches: list[int]
@@ -106,7 +106,7 @@ class SlideDifference:
 
 @dataclass(frozen=True, kw_only=True)
 class ArmDifference(ComparedMetrics):
-    """What an arm scores above its reference on the same test patches, means over slides over seeds."""
+    """Differences of an arm from its reference on the same test patches, means over slides, by seed."""
 
     arm: str
     reference: str
@@ -117,7 +117,7 @@ class ArmDifference(ComparedMetrics):
 
 @dataclass(frozen=True, kw_only=True)
 class PaperSummary:
-    """A recipe: the claim, what it comes to here, each of `CONTRASTS`, and what the row is worth."""
+    """Results of a recipe: published and reproduced metrics, each of `CONTRASTS`, and a label."""
 
     claim: Mapping[str, float]
     corrected: Mapping[str, float]
@@ -147,13 +147,13 @@ class ReproductionSummary:
 def summarise(
     papers: Mapping[str, Any], table: pd.DataFrame, frames: Frames, metrics: Mapping[str, Any]
 ) -> ReproductionSummary:
-    """Summarise each recipe that has been run.
+    """Return the results of each recipe that has been run.
 
     Args:
         papers: Recipe to its entry in ``study.json``.
-        table: One row a run.
-        frames: Run to its test predictions, for the runs with patients apart.
-        metrics: ``metrics.json`` of any of the runs, for class names and unit.
+        table: One row per run.
+        frames: Run to its test predictions, for the runs split by patient.
+        metrics: ``metrics.json`` of any run, for class names and unit.
     """
     return ReproductionSummary(
         positive_class=metrics["positive_class"],
@@ -187,7 +187,7 @@ def _summarise_paper(
 
 
 def _label(updates: int, published: int, *, method_only: bool) -> str:
-    """Say in a few words what a row is worth."""
+    """Return the limitations of a row in a few words."""
     length = "smoke" if updates < SMOKE_SHARE * published else "" if published else "published length unknown"
     return ", ".join(part for part in (length, "method only" if method_only else "") if part)
 
@@ -199,33 +199,33 @@ def _spreads(table: pd.DataFrame) -> dict[str, Spread]:
 def _summarise_arm(
     rows: pd.DataFrame, reason: str | None, interval: Mapping[str, Interval | IntervalMethod] | None = None
 ) -> ArmSummary:
-    """Return an arm's numbers: of each fold over seeds, and of the mean over folds over seeds."""
+    """Return the results of an arm: per fold over seeds, and the mean over folds over seeds."""
     folds = [
         FoldSummary(
-            tested=of_fold["tested"].iloc[0],
-            n_patches=int(of_fold["n_patches"].iloc[0]),
-            seeds=sorted(of_fold["seed"].tolist()),
-            **_spreads(of_fold),
-            colour_auroc=_plain(of_fold["baseline_auroc"].iloc[0]),
+            tested=fold_rows["tested"].iloc[0],
+            n_patches=int(fold_rows["n_patches"].iloc[0]),
+            seeds=sorted(fold_rows["seed"].tolist()),
+            **_spreads(fold_rows),
+            colour_auroc=_plain(fold_rows["baseline_auroc"].iloc[0]),
         )
-        for _, of_fold in rows.groupby("place", dropna=False, sort=True)
+        for _, fold_rows in rows.groupby("place", dropna=False, sort=True)
     ]
-    whole = _keep_whole(rows, len(folds))
-    by_seed = whole.groupby("seed")[[*COMPARED, "baseline_auroc"]].mean() if len(whole) else whole
+    complete = _select_complete(rows, len(folds))
+    by_seed = complete.groupby("seed")[[*COMPARED, "baseline_auroc"]].mean() if len(complete) else complete
     return ArmSummary(
-        reason=None if folds else reason or "no run has been judged",
+        reason=None if folds else reason or "no run has been evaluated",
         n_train=int(rows["n_train"].iloc[0]) if folds else None,
-        seeds=sorted(set(whole["seed"].tolist())),
+        seeds=sorted(set(complete["seed"].tolist())),
         **_spreads(by_seed),
-        colour_auroc=_plain(by_seed["baseline_auroc"].mean()) if len(whole) else None,
+        colour_auroc=_plain(by_seed["baseline_auroc"].mean()) if len(complete) else None,
         test_is_validation=bool(rows["test_is_validation"].any()),
         folds=folds,
         interval=interval,
     )
 
 
-def _keep_whole(rows: pd.DataFrame, n_folds: int) -> pd.DataFrame:
-    """Keep the seeds that have judged every fold."""
+def _select_complete(rows: pd.DataFrame, n_folds: int) -> pd.DataFrame:
+    """Return the rows of the seeds for which every fold has been evaluated."""
     counts = rows.groupby("seed")["place"].size()
     return rows[rows["seed"].isin(counts.index[counts == n_folds])]
 
@@ -233,19 +233,19 @@ def _keep_whole(rows: pd.DataFrame, n_folds: int) -> pd.DataFrame:
 def _estimate(
     rows: pd.DataFrame, frames: Frames, metrics: Mapping[str, Any]
 ) -> Mapping[str, Interval | IntervalMethod] | None:
-    """Return intervals over patients of the means over seeds, where one subset of five or more was tested."""
+    """Return intervals over patients of the means over seeds, if one subset of at least five was tested."""
     tested = [frames[run] for run in rows["run"]]
     if not tested or rows["place"].notna().any() or metrics["positive_class"] is None:
         return None
     if len(np.unique(group_by_unit(tested[0], metrics["unit"]))) < MIN_GROUPS:
         return None
-    about = metrics["class_names"], metrics["positive_class"], metrics["unit"]
-    pooled = measure_pooled([ScoredPatches.of_predictions(frame, *about) for frame in tested])
+    classes_and_unit = metrics["class_names"], metrics["positive_class"], metrics["unit"]
+    pooled = measure_pooled([ScoredPatches.of_predictions(frame, *classes_and_unit) for frame in tested])
     return {**{name: pooled.patch[name] for name in COMPARED}, "about": pooled.interval}
 
 
 def _compare_arms(table: pd.DataFrame, reason: str | None) -> dict[str, ArmDifference]:
-    """Return each of `CONTRASTS`; without a placebo the leak is compared with the arm that has neither."""
+    """Return each of `CONTRASTS`; without a placebo, leakage is compared with ``leak-apart``."""
     pairs = dict(CONTRASTS)
     if CONTRASTS["leak"][1] not in set(table["arm"]):
         pairs["leak"] = pairs["leak_and_placebo"]
@@ -255,8 +255,8 @@ def _compare_arms(table: pd.DataFrame, reason: str | None) -> dict[str, ArmDiffe
 def _compare_pair(table: pd.DataFrame, arm: str, reference: str, reason: str | None) -> ArmDifference:
     first, second = (table[table["arm"] == kind] for kind in (arm, reference))
     pairs = first.merge(second, on=["place", "seed"], suffixes=("", "_reference"))
-    of_reference = pairs[[f"{name}_reference" for name in COMPARED]].set_axis(COMPARED, axis=1)
-    differences = pairs[list(COMPARED)] - of_reference
+    reference_values = pairs[[f"{name}_reference" for name in COMPARED]].set_axis(COMPARED, axis=1)
+    differences = pairs[list(COMPARED)] - reference_values
     slides = []
     for _, rows in pairs.sort_values(["place", "seed"]).groupby("place"):
         gains = differences.loc[rows.index]
@@ -272,23 +272,23 @@ def _compare_pair(table: pd.DataFrame, arm: str, reference: str, reason: str | N
                 seeds=rows["seed"].tolist(),
                 **paired,
                 arm=ComparedMetrics(**_spreads(rows)),
-                reference=ComparedMetrics(**_spreads(of_reference.loc[rows.index])),
+                reference=ComparedMetrics(**_spreads(reference_values.loc[rows.index])),
             )
         )
-    whole = _keep_whole(pairs, len(slides))
-    by_seed = differences.loc[whole.index].groupby(whole["seed"]).mean()
+    complete = _select_complete(pairs, len(slides))
+    by_seed = differences.loc[complete.index].groupby(complete["seed"]).mean()
     return ArmDifference(
         arm=arm,
         reference=reference,
-        reason=None if slides else reason or "no pair of runs has been judged",
-        seeds=sorted(set(whole["seed"].tolist())),
+        reason=None if slides else reason or "no pair of runs has been evaluated",
+        seeds=sorted(set(complete["seed"].tolist())),
         **_spreads(by_seed),
         slides=slides,
     )
 
 
 def list_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of ``table.csv``: one a recipe and metric."""
+    """Return the rows of ``table.csv``: one per recipe and metric."""
     rows = []
     for recipe, entry in summary["papers"].items():
         for metric in COMPARED:
@@ -320,16 +320,16 @@ def list_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _describe(run: Run, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run's row of ``runs.csv``."""
+def _describe(run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row of a run in ``runs.csv``."""
     row, log = describe_run(run), run.log()
-    kept = ("n_patches", *COMPARED, "baseline_auroc", "threshold", "chosen_epoch", "seconds", "run")
+    columns = ("n_patches", *COMPARED, "baseline_auroc", "threshold", "chosen_epoch", "seconds", "run")
     return {
-        **{key: about[key] for key in ("recipe", "arm", "tested", "place", "seed")},
+        **{key: record[key] for key in ("recipe", "arm", "tested", "place", "seed")},
         "n_train": run.info["split"]["subsets"]["train"]["patches"],
         "test_is_validation": bool(run.info["split"].get("test_is_validation", False)),
         "updates": log[-1]["step"],
-        **{key: row[key] for key in kept},
+        **{key: row[key] for key in columns},
     }
 
 
@@ -338,7 +338,7 @@ def _plain(value: float) -> float | None:
 
 
 def write_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Write the rows of ``table.csv`` as a table in Markdown, for readers."""
+    """Return the rows of ``table.csv`` as a Markdown table."""
     columns = (
         "recipe | metric | published | corrected | as published | patients apart | colour alone | leak | "
         "updates | seeds | minutes | label"
@@ -347,7 +347,7 @@ def write_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     last = None
     for row in rows:
         first, last = row["recipe"] != last, row["recipe"]
-        of_recipe = [
+        recipe_cells = [
             f"{row['updates']:,} of {_count(row['published_updates'])}",
             f"{row['seeds']}, leak {row['leak_seeds']}" if row["leak_seeds"] else str(row["seeds"]),
             f"{row['minutes']:.1f}",
@@ -363,7 +363,7 @@ def write_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
                 _mean_sd(row, "patients_apart") + _interval(row),
                 _share(row["colour_alone"]),
                 _mean_sd(row, "leak", sign="+"),
-                *(of_recipe if first else [""] * len(of_recipe)),
+                *(recipe_cells if first else [""] * len(recipe_cells)),
             ]
         )
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

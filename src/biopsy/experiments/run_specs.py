@@ -1,4 +1,4 @@
-"""Runs of a study: their specifications, the folder of the study, and the loop that trains them in turn."""
+"""Runs of a study: their specifications, the folder of the study, and the training loop."""
 
 import hashlib
 import logging
@@ -31,9 +31,9 @@ from biopsy.training.train import train
 logger = logging.getLogger(__name__)
 
 OUTPUTS = ("table.csv", "runs.csv", "figure.png")
-"""What a study writes for people to open, and perhaps to change."""
+"""Outputs of a study that users may open and modify."""
 STUDY = "study"
-"""Claim of the process that writes what stands in the study's own folder."""
+"""Claim of the process that writes the files of the study's folder."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class RunSpec:
     """One run of a study.
 
     Attributes:
-        name: Of the run's folder.
-        recipe: With every change made.
-        split: How patches are divided.
-        fold: The fold that tests, for a split with folds.
-        seed: Of training.
-        about: What else sets the run apart from the others of its study.
+        name: Name of the run's folder.
+        recipe: The recipe, with all changes.
+        split: The split.
+        fold: The tested fold, for a split with folds.
+        seed: Training seed.
+        about: Other entries that distinguish the run within its study.
     """
 
     name: str
@@ -57,7 +57,7 @@ class RunSpec:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
-        """Return which run of the study it is."""
+        """Return the entries that identify the run within its study."""
         return {"recipe": self.recipe.name, "fold": self.fold, "seed": self.seed, **self.about}
 
 
@@ -68,19 +68,19 @@ def run_all(
     write_tables: Callable[[Study], None],
     *,
     draw: Callable[[Study], Figure] | None = None,
-    judge: bool = True,
+    test: bool = True,
     device: str,
     on_epoch: OnEpoch | None,
     shard: str | None = None,
     engine: Engine = "local",
     address: str | None = None,
 ) -> Study:
-    """Train and judge what has not been yet; write the study's tables after every run, its figure at the end.
+    """Train and evaluate the missing runs; write the tables after every run and the figure at the end.
 
-    Finished runs are kept, half-trained ones are resumed; one whose loss diverges is named under ``failed``.
-    Specifications may be made while runs finish. Without ``judge`` the test subset is not evaluated.
-    Processes that are at one study share the runs that are known; each ends when all are done. With the
-    engine ``ray`` the processes of a cluster train one run each at a time, under its claim.
+    Finished runs are kept and interrupted ones resumed; runs whose loss diverges are listed under ``failed``.
+    ``specs`` may be a generator that depends on finished runs. Without ``test`` the test subset is not
+    evaluated. Several processes share the runs of a study; each ends when all runs are done. With the engine
+    ``ray``, each process of a cluster trains one run at a time.
 
     Raises:
         RunError: If the processes that trained a run died at every attempt, or there is no such cluster.
@@ -93,7 +93,7 @@ def run_all(
 
         def is_finished(name: str) -> bool:
             path = study.path / "runs" / name
-            return _is_done(path, judge=judge) or _has_failed(path, since=started)
+            return _is_done(path, test=test) or _has_failed(path, since=started)
 
         def show() -> None:
             if claims.take(STUDY):
@@ -103,7 +103,7 @@ def run_all(
         def work(names: Iterator[str]) -> None:
             for name in names:
                 path = study.path / "runs" / name
-                _train_and_evaluate(path, by_name[name], pack, device, on_epoch, judge=judge)
+                _train_and_evaluate(path, by_name[name], pack, device, on_epoch, test=test)
                 claims.release(name)
                 show()
 
@@ -115,8 +115,8 @@ def run_all(
                 new = {name: by_name[name].describe() for name in names}
                 study.update(runs={**study.info.get("runs", {}), **new})
             if engine == "ray":
-                rest = [by_name[name] for name in names if not is_finished(name)]
-                _train_on_ray(study.path, rest, pack, pick_device(device), address, started, judge, show)
+                unfinished = [by_name[name] for name in names if not is_finished(name)]
+                _train_on_ray(study.path, unfinished, pack, pick_device(device), address, started, test, show)
                 continue
             first = 0 if shard is None else first_of_shard(shard, len(names))
             share_work(claims, [*names[first:], *names[:first]], is_finished, work)
@@ -136,20 +136,20 @@ def _train_on_ray(
     device: str,
     address: str | None,
     started: float,
-    judge: bool,
+    test: bool,
     show: Callable[[], None],
 ) -> None:
-    """Train and judge runs in the processes of a Ray cluster.
+    """Train and evaluate runs in the processes of a Ray cluster.
 
     Args:
-        path: Of the study.
+        path: Folder of the study.
         show: Called after every run.
 
     Raises:
         RunError: If the processes of a run died at every attempt; the other runs are finished first.
     """
     prepare = partial(
-        _prepare_worker, path.resolve(), pack.path.resolve(), device.partition(":")[0], started, judge
+        _prepare_worker, path.resolve(), pack.path.resolve(), device.partition(":")[0], started, test
     )
     lost = []
     for spec, result in run_tasks(prepare, specs, address=address, device=device):
@@ -162,15 +162,15 @@ def _train_on_ray(
 
 
 def _prepare_worker(
-    study: Path, pack_path: Path, device: str, started: float, judge: bool, n_cores: int
+    study: Path, pack_path: Path, device: str, started: float, test: bool, n_cores: int
 ) -> Callable[[RunSpec], None]:
     pack = Pack.open(pack_path)
 
     def train_one(spec: RunSpec) -> None:
         path = study / "runs" / spec.name
         with Claims(study) as claims, claims.wait_for(spec.name):
-            if not _is_done(path, judge=judge) and not _has_failed(path, since=started):
-                _train_and_evaluate(path, spec, pack, device, None, judge=judge)
+            if not _is_done(path, test=test) and not _has_failed(path, since=started):
+                _train_and_evaluate(path, spec, pack, device, None, test=test)
 
     return train_one
 
@@ -184,14 +184,14 @@ def _write(
             write_atomic(study.path / "figure.png", png(draw(study)))
 
 
-def _is_done(path: Path, *, judge: bool) -> bool:
-    if judge:
+def _is_done(path: Path, *, test: bool) -> bool:
+    if test:
         return (path / "evaluation" / "metrics.json").exists()
     return (path / RUN).exists() and Run.open(path).info["status"] == "finished"
 
 
 def _has_failed(path: Path, *, since: float) -> bool:
-    """Return whether the loss of a run has diverged after some time."""
+    """Return whether the loss of a run has diverged since a time."""
     document = path / RUN
     return (
         document.exists() and document.stat().st_mtime >= since and Run.open(path).info["status"] == "failed"
@@ -199,7 +199,7 @@ def _has_failed(path: Path, *, since: float) -> bool:
 
 
 def _train_and_evaluate(
-    path: Path, spec: RunSpec, pack: Pack, device: str, on_epoch: OnEpoch | None, *, judge: bool
+    path: Path, spec: RunSpec, pack: Pack, device: str, on_epoch: OnEpoch | None, *, test: bool
 ) -> None:
     def note(record: EpochRecord) -> None:
         if on_epoch:
@@ -210,7 +210,7 @@ def _train_and_evaluate(
     except TrainingDiverged as error:
         logger.warning("%s: %s", spec.name, error)
         return
-    if judge and not _is_done(path, judge=True):
+    if test and not _is_done(path, test=True):
         evaluate(run)
 
 
@@ -233,10 +233,10 @@ def _run(path: Path, spec: RunSpec, pack: Pack, device: str, on_epoch: OnEpoch) 
 
 
 def check_networks(recipes: Iterable[Recipe], pack: Pack) -> None:
-    """Build every network that a study asks for, so that a wrong setting stops it before anything is trained.
+    """Build every network of a study, to detect wrong settings before training.
 
     Raises:
-        RecipeError: If a network cannot be built, or the weights it starts from are not there.
+        RecipeError: If a network cannot be built, or its initial weights are not available.
     """
     seen = set()
     for recipe in recipes:
@@ -246,18 +246,16 @@ def check_networks(recipes: Iterable[Recipe], pack: Pack) -> None:
             seen.add(requested)
 
 
-def place_study(name: str, out: Path | str | None) -> Path:
-    """Return a study's folder: ``out``, else ``studies/<name>``.
+def study_folder(name: str, out: Path | str | None) -> Path:
+    """Return the folder of a study: ``out``, else ``studies/<name>``.
 
     Raises:
-        RunError: If the name is none for a folder.
+        RunError: If the name is not valid as a folder name.
     """
     if out is not None:
         return Path(out)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise RunError(
-            f"a study cannot be called {name!r}: use letters, digits, dots, dashes and underscores"
-        )
+        raise RunError(f"study name {name!r} is invalid: use letters, digits, dots, dashes and underscores")
     return Path("studies") / name
 
 
@@ -268,26 +266,27 @@ def open_study(
     pack: Pack,
     recipes: Sequence[Recipe],
     seeds: Iterable[int],
-    same: Mapping[str, Any],
+    fixed: Mapping[str, Any],
     split: Split | None = None,
 ) -> Study:
-    """Make a study's folder, or check that it asks the same; seeds and recipes may be added.
+    """Create the folder of a study, or check that an existing one has the same settings.
 
     Args:
-        pack: What is learned from and judged on.
-        recipes: Before what the study itself changes in them.
-        same: What else must be the same when the study is gone on with: name to value, as JSON keeps it.
-        split: The split that all runs follow, where there is one.
+        pack: The pack.
+        recipes: The recipes, before changes by the study; recipes may be added later.
+        seeds: Training seeds; seeds may be added later.
+        same: Other settings that must not change when the study is continued: name to JSON value.
+        split: The split of all runs, if there is one.
 
     Raises:
-        RunError: If the folder holds a study that asked something else.
+        RunError: If the folder contains a study with other settings.
     """
     requested: dict[str, Any] = {
         "format": FORMAT,
         "name": path.name,
         "status": "running",
         "question": kind,
-        **same,
+        **fixed,
         "split": None if split is None else describe_split(split),
         "pack": {
             "path": str(pack.path.resolve()),
@@ -300,30 +299,32 @@ def open_study(
     }
     if (path / DOCUMENT).exists():
         result = Study.open(path).info
-        _require_same(path, result, requested, tuple(same))
+        _require_same(path, result, requested, tuple(fixed))
         requested["recipes"] = {**result["recipes"], **requested["recipes"]}
         requested["seeds"] = sorted({*result["seeds"], *requested["seeds"]})
         requested = {**result, **requested}
     elif not is_vacant(path):
-        raise RunError(f"{path} is not empty and holds no study: give this study another --name")
+        raise RunError(f"{path} is not empty and not a study: choose another --name")
     write_json(path / DOCUMENT, requested)
     return Study.open(path)
 
 
-def _require_same(path: Path, found: dict[str, Any], asked: dict[str, Any], same: Sequence[str]) -> None:
-    if found["question"] != asked["question"]:
-        raise RunError(f"{path} is a study of {found['question']}: give this one another --name")
-    for what, old, new in (
-        ("pack", found["pack"]["content_sha256"], asked["pack"]["content_sha256"]),
-        *((key.replace("_", " "), found.get(key), asked[key]) for key in same),
-        ("split", (found["split"] or {}).get("sha256"), (asked["split"] or {}).get("sha256")),
+def _require_same(
+    path: Path, existing: dict[str, Any], requested: dict[str, Any], fixed: Sequence[str]
+) -> None:
+    if existing["question"] != requested["question"]:
+        raise RunError(f"{path} is a study of {existing['question']}: choose another --name")
+    for setting, old, new in (
+        ("pack", existing["pack"]["content_sha256"], requested["pack"]["content_sha256"]),
+        *((key.replace("_", " "), existing.get(key), requested[key]) for key in fixed),
+        ("split", (existing["split"] or {}).get("sha256"), (requested["split"] or {}).get("sha256")),
         *(
-            (f"recipe {name}", text, asked["recipes"].get(name, text))
-            for name, text in found["recipes"].items()
+            (f"recipe {name}", text, requested["recipes"].get(name, text))
+            for name, text in existing["recipes"].items()
         ),
     ):
         if old != new:
-            raise RunError(f"{path} asked about another {what}: give this study another --name")
+            raise RunError(f"{path} is a study with another {setting}: choose another --name")
 
 
 def describe_split(split: Split) -> dict[str, Any]:
@@ -340,5 +341,5 @@ def describe_split(split: Split) -> dict[str, Any]:
 
 
 def hash_split(split: Split) -> str:
-    """Return a hash of who stands in which subset."""
+    """Return a hash of the subset of each patch."""
     return hashlib.sha256(split.table.to_csv(index=False).encode()).hexdigest()

@@ -50,10 +50,10 @@ RUN_COLUMNS = {
 
 
 def report_of_study(facts: StudyFacts, *, hide_ids: bool = False) -> ReportDocument:
-    """Compose the report of a study.
+    """Return the report of a study.
 
     Args:
-        hide_ids: Replace patient, slide and patch ids by numbers everywhere, and say so.
+        hide_ids: Replace patient, slide and patch ids by numbers.
     """
     if hide_ids and not facts.ids_hidden:
         facts = hide_study(facts)
@@ -86,25 +86,22 @@ def report_of_study(facts: StudyFacts, *, hide_ids: bool = False) -> ReportDocum
 
 
 def name_folds(table: pd.DataFrame) -> list[str]:
-    """Name each run's fold: by the ids it tests where the table has few of them, else by its index.
-
-    How many patients a fold tests names no fold: two folds may test equally many.
-    """
+    """Return a name for the fold of each run: the tested ids if there are few, else index and number."""
     if "tested" not in table:
         return [str(fold) for fold in table["fold"]]
     tested = table["tested"].astype(str)
-    counted = tested.str.fullmatch(r"\d+ (patients?|slides?|patch|patches)")
+    is_counted = tested.str.fullmatch(r"\d+ (patients?|slides?|patch|patches)")
     names = []
-    for fold, who, is_count in zip(table["fold"], tested, counted, strict=True):
+    for fold, tested_ids, is_count in zip(table["fold"], tested, is_counted, strict=True):
         if is_count:
-            names.append(f"{fold} ({who})")
+            names.append(f"{fold} ({tested_ids})")
         else:
-            names.append(who if 1 <= len(who) <= 24 else str(fold))
+            names.append(tested_ids if 1 <= len(tested_ids) <= 24 else str(fold))
     return names
 
 
 def spread_over_seeds(table: pd.DataFrame, metric: str = "auroc") -> pd.DataFrame:
-    """Return mean, least and greatest value over the seeds of every fold, and how many seeds there are."""
+    """Return mean, minimum and maximum over the seeds of every fold, and the number of seeds."""
     spread = table.groupby("fold", sort=False)[metric].agg(["mean", "min", "max", "count"])
     return spread.rename(columns={"min": "low", "max": "high", "count": "n_seeds"})
 
@@ -117,14 +114,14 @@ def _summarise(facts: StudyFacts) -> Summary:
     if len(seeds) > 1:
         spread += f" ({number(seeds.min())} to {number(seeds.max())} over {len(seeds)} seeds)"
     colour = _mean_baseline(facts)
-    beside = spread if colour is None else f"{spread}; colour-only baseline, mean of folds: {number(colour)}"
+    note = spread if colour is None else f"{spread}; colour-only baseline, mean of folds: {number(colour)}"
     return Summary(
         verdict=_state_verdict(facts, seeds, colour) + synthetic_warning(facts.study.get("pack", {})),
         headlines=[
             headline(
                 f"{capitalize(_ranking(facts))}, out-of-fold predictions pooled",
                 pooled.get("auroc", {}),
-                beside=beside,
+                beside=note,
             ),
             *(headline(metric_label(name).capitalize(), pooled.get(name, {})) for name in names),
         ],
@@ -138,15 +135,17 @@ def _summarise(facts: StudyFacts) -> Summary:
 
 
 def _state_verdict(facts: StudyFacts, seeds: pd.Series, colour: float | None) -> str:
-    """Return the result in one sentence: the mean over folds and seeds, beside the colour-only baseline."""
+    """Return the result in one sentence: the mean over folds and seeds, and the colour-only baseline."""
     n_groups = facts.metrics.get("n_patches" if facts.unit == "patch" else "n_patients") or 0
-    where = f"On {count(n_groups, facts.unit)}"
+    population = f"On {count(n_groups, facts.unit)}"
     if facts.unit != "patch" and not facts.metrics.get("split", {}).get("patients_overlap"):
-        where += ", each left out of training in one fold"
+        population += ", each left out of training in one fold"
     n_classes = len(facts.class_names)
     task = f"{facts.positive} patches" if n_classes == 2 else f"{n_classes} classes"
     runs = f"{count(facts.table['fold'].nunique(), 'fold')} and {count(len(seeds), 'seed')}"
-    text = f"{where}, the model recognises {task} with a mean {_ranking(facts)} of {number(seeds.mean())}"
+    text = (
+        f"{population}, the model recognises {task} with a mean {_ranking(facts)} of {number(seeds.mean())}"
+    )
     text += f" ({runs})"
     if colour is None:
         return f"{text}."
@@ -217,17 +216,17 @@ def _describe_folds(facts: StudyFacts) -> Section:
 
 
 def _describe_groups(facts: StudyFacts) -> Section | None:
-    """One row a patient or slide, mean over seeds, beside the baseline on the same patches."""
+    """Return results per patient or slide, mean over seeds, with the baseline on the same patches."""
     groups = pick_groups(facts.predictions, facts.unit)
     if not groups.notna().any():
         return None
     values: dict[str, list[float]] = {}
     counts: dict[str, int] = {}
     for _, part in facts.predictions.assign(_group=groups).dropna(subset=["_group"]).groupby("seed"):
-        who = part["_group"].astype(str)
-        for name, value in _measure_groups(facts, part, who).items():
+        group_ids = part["_group"].astype(str)
+        for name, value in _measure_groups(facts, part, group_ids).items():
             values.setdefault(name, []).append(value)
-            counts[name] = int((who == name).sum())
+            counts[name] = int((group_ids == name).sum())
     rows = []
     for name, seeds in values.items():
         defined = [value for value in seeds if np.isfinite(value)]
@@ -250,12 +249,12 @@ def _describe_groups(facts: StudyFacts) -> Section | None:
     return Section("groups", f"Per-{unit} results", [table_by_group(unit, columns, rows, note=note)])
 
 
-def _measure_groups(facts: StudyFacts, part: pd.DataFrame, who: pd.Series) -> dict[str, float]:
-    """Return the AUROC (of more than two classes the accuracy) within each group."""
+def _measure_groups(facts: StudyFacts, part: pd.DataFrame, group_ids: pd.Series) -> dict[str, float]:
+    """Return the AUROC (for more than two classes, the accuracy) within each group."""
     if len(facts.class_names) > 2:
-        return (part["target"] == part["pred"]).groupby(who).mean().astype(float).to_dict()
+        return (part["target"] == part["pred"]).groupby(group_ids).mean().astype(float).to_dict()
     index = list(facts.class_names).index(facts.positive)
-    names, result = measure_groups((part["target"] == index).astype(int), part["prob"], who.to_numpy())
+    names, result = measure_groups((part["target"] == index).astype(int), part["prob"], group_ids.to_numpy())
     return dict(zip(names.tolist(), result["auroc"].tolist(), strict=True))
 
 
@@ -283,7 +282,7 @@ def _describe_pooled(facts: StudyFacts) -> Section:
 
 
 def _compare_pooling(facts: StudyFacts) -> list[Block]:
-    """Return the pooled metrics beside the means within folds; nothing of a single fold."""
+    """Return the pooled metrics and the means within folds, if there are several folds."""
     within, pooled = facts.metrics.get("within_folds", {}), facts.metrics.get("patch") or {}
     rows = [
         [
@@ -305,13 +304,13 @@ def _compare_pooling(facts: StudyFacts) -> list[Block]:
 
 
 def _describe_runs(facts: StudyFacts) -> Section:
-    shown = [name for name in RUN_COLUMNS if name in facts.table]
+    columns = [name for name in RUN_COLUMNS if name in facts.table]
     rows = []
-    for record in facts.table[shown].to_dict("records"):
+    for record in facts.table[columns].to_dict("records"):
         rows.append(
-            [str(record[name]) if name in ("fold", "seed") else number(record[name]) for name in shown]
+            [str(record[name]) if name in ("fold", "seed") else number(record[name]) for name in columns]
         )
-    headings = [RUN_COLUMNS.get(name, metric_label(name)) for name in shown]
+    headings = [RUN_COLUMNS.get(name, metric_label(name)) for name in columns]
     return Section(
         "runs",
         "All runs",

@@ -37,15 +37,15 @@ METRICS = {
 
 @dataclass(frozen=True)
 class SweepFacts:
-    """Everything the report of a sweep may say.
+    """Input of the report of a sweep.
 
     Attributes:
-        study: What ``study.json`` holds, with ``environment``.
-        summary: What ``metrics.json`` holds.
-        table: One row a run.
+        study: The content of ``study.json``, with ``environment``.
+        summary: The content of ``metrics.json``.
+        table: One row per run.
         figure: Every run against the settings.
         recipe_toml: The recipe before the settings of the grid.
-        aliases: Numbers for everybody who is tested.
+        pseudonymizer: Pseudonyms of the tested patients, slides and patches.
     """
 
     study: Mapping[str, Any]
@@ -57,10 +57,10 @@ class SweepFacts:
 
 
 def report_of_sweep(facts: SweepFacts, *, hide_ids: bool = False) -> ReportDocument:
-    """Compose the report of a sweep.
+    """Return the report of a sweep.
 
     Args:
-        hide_ids: Replace patient, slide and patch ids by numbers everywhere, and say so.
+        hide_ids: Replace patient, slide and patch ids by numbers.
     """
     study = facts.pseudonymizer.nested(facts.study) if hide_ids else facts.study
     recipe_toml = facts.pseudonymizer.text(facts.recipe_toml) if hide_ids else facts.recipe_toml
@@ -84,11 +84,11 @@ def report_of_sweep(facts: SweepFacts, *, hide_ids: bool = False) -> ReportDocum
 
 
 def _summarise(facts: SweepFacts, *, hide_ids: bool) -> Summary:
-    best, by = facts.summary["best"], facts.summary["chosen_by"]
+    best, criterion = facts.summary["best"], facts.summary["chosen_by"]
     verdict = "No combination has been evaluated on validation."
     headlines = []
     if best is not None:
-        name = "validation AUROC" if by == "val_auroc" else "validation loss"
+        name = "validation AUROC" if criterion == "val_auroc" else "validation loss"
         tested = ", ".join(
             f"{label} {number(best[key]['mean'])}"
             for key, label in METRICS.items()
@@ -99,9 +99,9 @@ def _summarise(facts: SweepFacts, *, hide_ids: bool) -> Summary:
             if tested
             else "the test subset has not been evaluated."
         )
-        beside = f"mean of {count(best['n_seeds'], 'seed')}"
+        note = f"mean of {count(best['n_seeds'], 'seed')}"
         headlines = [
-            Headline("AUROC on validation", best["val_auroc"]["mean"], beside=beside),
+            Headline("AUROC on validation", best["val_auroc"]["mean"], beside=note),
             *(
                 Headline(f"{label} on test", best[name]["mean"], reason="see the spread over seeds")
                 for name, label in list(METRICS.items())[:2]
@@ -147,7 +147,7 @@ def _describe_settings(facts: SweepFacts) -> Section:
         chosen = best is not None and entry["values"] == best["values"]
         rows.append(
             [
-                *(_say(entry["values"][key]) for key in keys),
+                *(_format_value(entry["values"][key]) for key in keys),
                 "chosen" if chosen else "",
                 mean_sd(entry["val_auroc"]),
                 *(mean_sd(entry[name]) for name in metrics),
@@ -183,10 +183,13 @@ def _describe_settings(facts: SweepFacts) -> Section:
 def _describe_runs(facts: SweepFacts) -> Section:
     keys = facts.summary["grid"]
     metrics = {name: label for name, label in METRICS.items() if name in facts.table}
-    shown = [*keys, "seed", "val_auroc", *metrics, "threshold", "chosen_epoch"]
+    columns_shown = [*keys, "seed", "val_auroc", *metrics, "threshold", "chosen_epoch"]
     rows = [
-        [_say(record[name]) if name in (*keys, "seed") else number(record[name]) for name in shown]
-        for record in facts.table[shown].to_dict("records")
+        [
+            _format_value(record[name]) if name in (*keys, "seed") else number(record[name])
+            for name in columns_shown
+        ]
+        for record in facts.table[columns_shown].to_dict("records")
     ]
     columns = [*keys, "seed", "validation AUROC", *metrics.values(), "threshold", "selected epoch"]
     fold = f"{len(rows)} runs" if len(rows) > 16 else ""
@@ -194,7 +197,7 @@ def _describe_runs(facts: SweepFacts) -> Section:
 
 
 def mean_sd(spread: Mapping[str, float | None], sign: str = "") -> str:
-    """Write a mean and its standard deviation; a dash where there is none."""
+    """Format a mean and its standard deviation; a dash if undefined."""
     mean, sd = spread["mean"], spread["sd"]
     if mean is None or not np.isfinite(mean):
         return "-"
@@ -202,11 +205,11 @@ def mean_sd(spread: Mapping[str, float | None], sign: str = "") -> str:
 
 
 def format_values(values: Mapping[str, Any]) -> str:
-    """Write some settings with their values in one line."""
-    return ", ".join(f"{key} = {_say(value)}" for key, value in values.items())
+    """Format settings with their values in one line."""
+    return ", ".join(f"{key} = {_format_value(value)}" for key, value in values.items())
 
 
-def _say(value: object) -> str:
+def _format_value(value: object) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(map(str, value))
     return str(value)

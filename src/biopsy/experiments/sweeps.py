@@ -1,7 +1,7 @@
-"""Sweeps: one recipe with combinations of settings, of a grid or suggested, the best chosen on validation.
+"""Sweeps: one recipe with combinations of settings from a grid or a search, the best chosen on validation.
 
-A suggestion of Optuna's tree-structured Parzen estimator follows from the seed and the trials before it,
-which the study's own folder keeps: an interrupted search continues with the suggestions it would have had.
+Suggestions of Optuna's tree-structured Parzen estimator depend on the seed and on earlier trials, which are
+kept in the study: an interrupted search continues with the same suggestions.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from biopsy.core.seeds import derive
 from biopsy.data.packs import Pack
 from biopsy.evaluation.study_tables import SHOWN, Spread, describe_run, training_columns
 from biopsy.experiments.figures import draw_search, draw_sweep
-from biopsy.experiments.run_specs import RunSpec, check_networks, open_study, place_study, run_all
+from biopsy.experiments.run_specs import RunSpec, check_networks, open_study, run_all, study_folder
 from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
 from biopsy.training.fit import OnEpoch
 from biopsy.training.runs import EpochRecord, Run
@@ -37,21 +37,21 @@ from biopsy.training.train import choose_split, open_data
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-N_DIGITS = 3  # of a suggested number that is not whole
+N_DIGITS = 3  # significant digits of suggested floats
 _RANGE = re.compile(r"(?P<low>[^\s,]+?)\.\.(?P<high>[^\s,]+)(?P<log>\s+log)?")
 
 Values = Mapping[str, Any]
 Trial = tuple[Values, float | None]
-"""Setting to value, and the score on validation (higher is better); None where training diverged."""
+"""Setting to value, and the score on validation (higher is better); None if training diverged."""
 
 
 def read_space(search: Iterable[str]) -> "dict[str, BaseDistribution]":
-    """Read ``"train.lr=1e-4..1e-1 log"`` as a setting and its range; whole ends make whole numbers.
+    """Return the distribution of each setting from lines such as ``"train.lr=1e-4..1e-1 log"``.
 
-    ``KEY=VALUE,VALUE`` is a choice among values.
+    A range with integer ends is of integers; ``KEY=VALUE,VALUE`` is a choice among values.
 
     Raises:
-        RecipeError: If a line is neither, a range is empty, or a setting is named again.
+        RecipeError: If a line is neither, a range is empty, or a setting is repeated.
         MissingExtra: If Optuna is not installed.
     """
     if find_spec("optuna") is None:
@@ -64,7 +64,7 @@ def read_space(search: Iterable[str]) -> "dict[str, BaseDistribution]":
         if not equals or not text:
             raise RecipeError(f"--search {line!r} has no range: write --search 'train.lr=1e-4..1e-1 log'")
         if key in space:
-            raise RecipeError(f"--search names {key!r} twice")
+            raise RecipeError(f"--search has {key!r} twice")
         if match := _RANGE.fullmatch(text):
             space[key] = _read_range(line, match)
         elif ".." in text or "," not in text:
@@ -95,7 +95,7 @@ def _read_range(line: str, match: re.Match[str]) -> "BaseDistribution":
 
 
 def _read_value(key: str, text: str) -> Any:
-    """Read a value as ``--set`` does: TOML, else text."""
+    """Return a value parsed as by ``--set``: TOML, else text."""
     try:
         return parse_toml(f"value = {text.strip()}", f"--search {key}")["value"]
     except FileFormatError:
@@ -103,7 +103,7 @@ def _read_value(key: str, text: str) -> Any:
 
 
 def list_ends(space: "Mapping[str, BaseDistribution]") -> list[Values]:
-    """Return combinations that between them hold the ends of every range and every choice."""
+    """Return combinations that cover the ends of every range and every choice."""
     values = [getattr(d, "choices", None) or (d.low, d.high) for d in space.values()]  # type: ignore[attr-defined]
     n = max(map(len, values))
     return [
@@ -116,9 +116,9 @@ def suggest(space: "Mapping[str, BaseDistribution]", trials: Sequence[Trial], *,
     """Return the settings of the next trial.
 
     Args:
-        space: As `read_space` gives it.
-        trials: Those before it, in order.
-        seed: Same seed, space and trials give the same suggestion.
+        space: From `read_space`.
+        trials: Earlier trials, in order.
+        seed: Random seed; the suggestion is deterministic given seed, space and trials.
     """
     import optuna
 
@@ -156,11 +156,11 @@ _OPENING, _CLOSING, _QUOTES = "[{(", ")}]", "\"'"
 
 @dataclass(frozen=True)
 class Combination:
-    """One point of a grid.
+    """One combination of settings.
 
     Attributes:
-        values: Dotted setting to value, as the recipe holds it.
-        recipe: With those values.
+        values: Dotted setting to value, as in the recipe.
+        recipe: The recipe with these values.
     """
 
     values: dict[str, Any]
@@ -168,20 +168,22 @@ class Combination:
 
     @property
     def name(self) -> str:
-        """Part of a folder's name: the values, and a few digits that tell like ones apart."""
-        words = "-".join(f"{key.rpartition('.')[2]}-{spell(value)}" for key, value in self.values.items())
+        """Part of a folder name: the values, and a few digits of their hash."""
+        words = "-".join(
+            f"{key.rpartition('.')[2]}-{format_value(value)}" for key, value in self.values.items()
+        )
         words = re.sub(r"[^A-Za-z0-9.]+", "-", words)[:60].strip("-.")
         digest = hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()
         return f"{words}-{digest[:6]}"
 
 
 def read_grid(grid: Iterable[str]) -> dict[str, list[str]]:
-    """Read ``"train.lr=0.01,0.001"`` as a setting and the values it takes, as they were written.
+    """Return the values of each setting, as text, from lines such as ``"train.lr=0.01,0.001"``.
 
     Commas within brackets and quotes belong to the value.
 
     Raises:
-        RecipeError: If a line has no ``=`` or no value, or names a setting again.
+        RecipeError: If a line has no ``=`` or no value, or a setting is repeated.
 
     Example:
         >>> read_grid(["model.params.stage_widths=[32,64],[64,128]", "model.trainable=head,all"])
@@ -190,13 +192,13 @@ def read_grid(grid: Iterable[str]) -> dict[str, list[str]]:
     result: dict[str, list[str]] = {}
     for line in [grid] if isinstance(grid, str) else grid:
         key, equals, text = line.partition("=")
-        key, values = key.strip(), [value.strip() for value in _cut(text)]
+        key, values = key.strip(), [value.strip() for value in _split_values(text)]
         if not equals:
             raise RecipeError(f"--grid {line!r} has no '=': write --grid train.lr=0.01,0.001")
         if not all(values):
             raise RecipeError(f"--grid {line!r} lacks a value: write --grid train.lr=0.01,0.001")
         if key in result:
-            raise RecipeError(f"--grid names {key!r} twice: give all its values in one")
+            raise RecipeError(f"--grid has {key!r} twice: give all its values in one")
         result[key] = values
     if not result:
         raise RecipeError(
@@ -207,21 +209,20 @@ def read_grid(grid: Iterable[str]) -> dict[str, list[str]]:
 
 
 def combine(recipe: str | Path | Recipe, grid: Iterable[str], overrides: Sequence[str]) -> list[Combination]:
-    """Return every combination of a grid's values, in order, each once.
+    """Return the distinct combinations of a grid, in order.
 
     Args:
         recipe: A shipped name, a TOML file, or a recipe.
-        grid: ``"table.key=value,value"`` each; values are read as those of ``--set``.
-        overrides: ``"table.key=value"`` changes of every combination.
+        grid: Lines ``"table.key=value,value"``; values are parsed as those of ``--set``.
+        overrides: Changes ``"table.key=value"`` of every combination.
 
     Raises:
-        RecipeError: If a recipe has no such setting or may not have such a value, or a setting is both in the
-            grid and among the overrides.
+        RecipeError: If a setting or value is invalid, or a setting is both in the grid and in the overrides.
     """
     requested = read_grid(grid)
-    twice = sorted(requested.keys() & {override.partition("=")[0].strip() for override in overrides})
-    if twice:
-        raise RecipeError(f"{twice[0]} stands in --grid and in --set: leave it out of one")
+    duplicated = sorted(requested.keys() & {override.partition("=")[0].strip() for override in overrides})
+    if duplicated:
+        raise RecipeError(f"{duplicated[0]} is in both --grid and --set: leave it out of one")
     result: dict[str, Combination] = {}
     for values in itertools.product(*requested.values()):
         lines = [f"{key}={value}" for key, value in zip(requested, values, strict=True)]
@@ -231,31 +232,31 @@ def combine(recipe: str | Path | Recipe, grid: Iterable[str], overrides: Sequenc
 
 
 def _combination(recipe: str | Path | Recipe, keys: Sequence[str], lines: Sequence[str]) -> Combination:
-    """Return the combination that some overrides make."""
+    """Return the combination with the given overrides."""
     changed = load_recipe(recipe, lines)
     document = changed.model_dump()
     return Combination({key: _find(document, key) for key in keys}, changed)
 
 
-def spell(value: object) -> str:
-    """Write a value of a setting for tables and figures: text as it is, the rest as JSON."""
+def format_value(value: object) -> str:
+    """Return the value of a setting as text: strings unchanged, others as JSON."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _cut(text: str) -> list[str]:
-    """Cut at the commas that stand outside brackets and quotes."""
+def _split_values(text: str) -> list[str]:
+    """Split at commas outside brackets and quotes."""
     parts, depth, quote = [""], 0, ""
-    for sign in text:
+    for character in text:
         if quote:
-            quote = "" if sign == quote else quote
-        elif sign in _QUOTES:
-            quote = sign
+            quote = "" if character == quote else quote
+        elif character in _QUOTES:
+            quote = character
         else:
-            depth += (sign in _OPENING) - (sign in _CLOSING)
-        if sign == "," and not depth and not quote:
+            depth += (character in _OPENING) - (character in _CLOSING)
+        if character == "," and not depth and not quote:
             parts.append("")
         else:
-            parts[-1] += sign
+            parts[-1] += character
     return parts
 
 
@@ -268,7 +269,7 @@ def _find(document: dict[str, Any], key: str) -> Any:
 SUMMARY_FORMAT = "biopsy-sweep-metrics/1"
 KIND = "sweep"
 CHOSEN_BY = ("val_auroc", "val_loss")
-"""What the best combination is chosen by: AUROC, or the loss where validation has one class or three."""
+"""Criteria of the choice: AUROC, or the loss if validation does not have exactly two classes."""
 
 
 def sweep(
@@ -293,8 +294,8 @@ def sweep(
     """Train every combination of some settings, or search ranges of them, and choose one on validation.
 
     The same command continues an interrupted sweep; seeds, and values of the same settings, may be added.
-    Every combination of a grid is tested, which the ledger counts; the choice rests on validation alone. A
-    search (extra ``search``, Optuna's TPE) does not evaluate the test subset at all.
+    Every combination of a grid is also evaluated on the test subset, which the ledger records; the choice
+    depends on validation only. A search (extra ``search``, Optuna's TPE) does not evaluate the test subset.
 
     Args:
         recipe: Name of a recipe, or TOML file.
@@ -323,8 +324,8 @@ def sweep(
             ``seed`` and the settings of the grid.
 
     Raises:
-        RecipeError: If a combination cannot be built; nothing is trained then.
-        RunError: If the folder holds a study that asked something else.
+        RecipeError: If a combination is invalid; checked before training.
+        RunError: If the folder contains a study with other settings.
         DataError: If ``shard`` is not ``I/N``.
     """
     check_engine(engine, address, shard)
@@ -349,12 +350,12 @@ def sweep(
     chosen = choose_split(pack, split, base)
     chosen.subsets(pack, fold)
     study = open_study(
-        place_study(name or f"{'search' if space else 'sweep'}-{base.name}-{chosen.name}", out),
+        study_folder(name or f"{'search' if space else 'sweep'}-{base.name}-{chosen.name}", out),
         kind=KIND,
         pack=pack,
         recipes=[base],
         seeds=seeds,
-        same={
+        fixed={
             "grid": list(combinations[0].values),
             "fold": fold,
             "search": {"ranges": ranges, "seeds": list(seeds)} if space else None,
@@ -391,7 +392,7 @@ def sweep(
         specs,
         write_tables,
         draw=draw_study,
-        judge=not space,
+        test=not space,
         device=device,
         on_epoch=on_epoch,
         shard=shard,
@@ -401,18 +402,18 @@ def sweep(
 
 
 def _with_values(base: Recipe, values: Mapping[str, Any], overrides: Sequence[str]) -> Combination:
-    """Return the combination of some values of a search.
+    """Return the combination with the values of a search.
 
     Raises:
-        RecipeError: If the recipe has no such setting or may not have such a value, or one is overridden too.
+        RecipeError: If a setting or value is invalid, or a setting is also overridden.
     """
     for key in values.keys() & {line.partition("=")[0].strip() for line in overrides}:
-        raise RecipeError(f"{key} stands in --search and in --set: leave it out of one")
+        raise RecipeError(f"{key} is in both --search and --set: leave it out of one")
     return _combination(base, list(values), setting_lines(values))
 
 
 def _score(paths: Sequence[Path]) -> float | None:
-    """Return the mean AUROC on validation of a trial's runs, or minus the loss; None where one diverged."""
+    """Return the mean validation AUROC of a trial's runs, or minus the loss; None if one diverged."""
     runs = [Run.open(path) for path in paths]
     if any(run.info["status"] != "finished" for run in runs):
         return None
@@ -425,14 +426,14 @@ def _score(paths: Sequence[Path]) -> float | None:
 
 
 def shown_runs(study: Study) -> list[Run]:
-    """Return the runs that a sweep's table shows: those evaluated; of a search, those trained."""
+    """Return the runs in the table of a sweep: evaluated runs, or finished runs of a search."""
     if study.info.get("search"):
         return [run for run in study.runs() if run.info["status"] == "finished"]
     return study.evaluated_runs()
 
 
 def write_tables(study: Study) -> None:
-    """Write ``table.csv`` and ``metrics.json`` from the runs judged so far."""
+    """Write ``table.csv`` and ``metrics.json`` from the runs so far."""
     runs = shown_runs(study)
     if not runs:
         return
@@ -445,23 +446,23 @@ def write_tables(study: Study) -> None:
 def summarise(
     rows: Sequence[dict[str, Any]], keys: Sequence[str], metrics: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return mean and spread over seeds of every combination, and name the best by validation.
+    """Return the results of every combination over seeds, and the best combination on validation.
 
     Args:
-        rows: One a run: the settings of the grid by name, ``seed``, ``val_auroc``, ``val_loss`` and the
+        rows: One row per run: the settings of the grid by name, ``seed``, ``val_auroc``, ``val_loss`` and the
             metrics of the test subset.
         keys: The settings of the grid.
-        metrics: ``metrics.json`` of the runs; none of a search, which does not evaluate the test subset.
+        metrics: ``metrics.json`` of the runs; empty for a search.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(repr([row[key] for key in keys]), []).append(row)
-    combinations = [_summarise_combination(found, keys) for found in groups.values()]
+    combinations = [_summarise_combination(group, keys) for group in groups.values()]
     n_seeds = max(entry["n_seeds"] for entry in combinations)
     complete = [entry for entry in combinations if entry["n_seeds"] == n_seeds]
     by = next((name for name in CHOSEN_BY if all(entry[name].mean is not None for entry in complete)), None)
     sign = 1 if by == "val_auroc" else -1
-    openings = [found["ledger"] for found in metrics if found["ledger"]]
+    openings = [group["ledger"] for group in metrics if group["ledger"]]
     return {
         "format": SUMMARY_FORMAT,
         "positive_class": metrics[0]["positive_class"] if metrics else None,
@@ -470,7 +471,7 @@ def summarise(
         "chosen_by": by,
         "best": None if by is None else max(complete, key=lambda entry: sign * entry[by].mean),
         "combinations": combinations,
-        "ledger": max(openings, key=lambda found: found["times"], default=None),
+        "ledger": max(openings, key=lambda group: group["times"], default=None),
     }
 
 
@@ -492,7 +493,7 @@ def _metrics(study: Study) -> list[dict[str, Any]]:
 
 
 def draw_study(study: Study) -> Figure:
-    """Draw every run of a sweep against the settings that were tried."""
+    """Draw the metric of every run of a sweep against its settings."""
     rows = [_describe(run, study.info) for run in shown_runs(study)]
     summary = summarise(rows, study.info["grid"], _metrics(study))
     metric = summary["chosen_by"] or CHOSEN_BY[0]
@@ -507,19 +508,19 @@ def draw_study(study: Study) -> Figure:
 
 
 def _chosen_record(run: Run) -> EpochRecord:
-    """Return what the epoch that a run kept reached on validation."""
+    """Return the record of the selected epoch of a run."""
     return next(record for record in run.log() if record["epoch"] == run.info["chosen_epoch"])
 
 
 def _describe(run: Run, info: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's row: the settings of the grid, validation at the chosen epoch, the test subset."""
-    about, chosen = info["runs"][run.path.name], _chosen_record(run)
+    """Return the row of a run: settings, validation metrics of the selected epoch, and test metrics."""
+    settings, chosen = info["runs"][run.path.name], _chosen_record(run)
     if info.get("search"):
         row = {"recipe": run.info["recipe"], "seed": run.info["seed"], **training_columns(run)}
     else:
         row = describe_run(run)
     return {
-        **{key: about[key] for key in info["grid"]},
+        **{key: settings[key] for key in info["grid"]},
         "seed": row.pop("seed"),
         "val_auroc": chosen["val_auroc"],
         "val_loss": chosen["val_loss"],
@@ -528,7 +529,7 @@ def _describe(run: Run, info: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cell(value: Any) -> Any:
-    return spell(value) if isinstance(value, list | dict | bool) else value
+    return format_value(value) if isinstance(value, list | dict | bool) else value
 
 
 def _number(value: float | None) -> float:
