@@ -216,7 +216,7 @@ def test_what_cannot_be_measured_is_refused(make_pack: MakePack) -> None:
     with pytest.raises(SplitError, match="patient 8863 has non_idc patches only"):
         make_leak_splits(one_class, "8863", "8865")
     nobody = make_pack("nobody.pack", n_patients=4, columns={"patient_id": None, "slide_id": None})
-    with pytest.raises(SplitError, match="neither patient nor slide ids"):
+    with pytest.raises(SplitError, match="names neither patients nor slides"):
         make_leak_splits(nobody, "8863", "8865")
     scarce = make_pack("scarce.pack", n_patients=3, columns={"target": [0, 1] * 12 + [1] * 12})
     with pytest.raises(SplitError, match=r"3 non_idc patches of 8863 would train and the others have 0"):

@@ -94,7 +94,7 @@ def test_values_are_spelled_for_readers():
         (["train.lr="], "lacks a value"),
         (["train.lr=0.1,,0.2"], "lacks a value"),
         ([], "a sweep needs a grid of values"),
-        (["train.lr=0.1", "train.lr=0.2"], "names 'train.lr' twice"),
+        (["train.lr=0.1", "train.lr=0.2"], "has 'train.lr' twice"),
         (["train.lr=0.1,-1"], "train.lr: Input should be greater than 0"),
         (["train.epochs=1,2"], "train.epochs is in both --grid and --set"),
         (["model.name=cancernet,cancernot"], "cancernot"),
