@@ -2,8 +2,9 @@
 
 Archives of 5,000 to 320,000 patches (the patches of an IDC archive, repeated under other patients' ids) go
 through ``prepare``, ``inspect``, ``split``, one epoch of ``train idc-small`` and ``predict idc``; 1, 4 and 16
-synthetic slides through ``slide idc``. Every command is a process of its own; its peak resident memory is
-what the system counts (`os.wait4`), pages of memory-mapped files among it.
+synthetic slides through ``slide idc``. Every command is a process of its own; its seconds of processor time
+and its peak resident memory are what the system counts (`os.wait4`). Pages of memory-mapped files are among
+it, which the system takes back when it needs them; the peak without them is looked at 20 times a second.
 
     python benchmarks/scaling.py ../shared/data/idc/idc_kaggle_subset.zip
 
@@ -19,6 +20,7 @@ import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from recording import append_rows
 from training_speed import describe_machine
@@ -26,6 +28,7 @@ from training_speed import describe_machine
 RESULTS = Path(__file__).parent / "results" / "scaling.csv"
 SIZES = (5_000, 20_000, 80_000, 320_000)
 SLIDES = (1, 4, 16)
+COMMANDS = ("prepare", "inspect", "split", "train", "predict")
 SLIDE_PX, SLIDE_MPP = 4000, 0.5
 
 
@@ -52,42 +55,69 @@ def draw_slides(folder: Path, n_slides: int) -> list[Path]:
     return paths
 
 
-def measure(arguments: Sequence[str]) -> tuple[float, float]:
-    """Return the seconds and the peak resident MB of a command."""
-    start = time.perf_counter()
+class Usage(NamedTuple):
+    """What a command took."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_rss_mb: float
+    peak_anon_mb: float
+
+
+def measure(arguments: Sequence[str]) -> Usage:
+    """Run a command and return what it took."""
+    start, errors = time.perf_counter(), tempfile.TemporaryFile()
     process = subprocess.Popen(
         [sys.executable, "-c", "from biopsy.cli import main; main()", *arguments],
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stderr=errors,
     )
-    message = process.stderr.read() if process.stderr else b""
-    _, status, usage = os.wait4(process.pid, 0)
+    peak_anon_mb, ended = 0.0, 0
+    while not ended:
+        peak_anon_mb = max(peak_anon_mb, read_anonymous(process.pid))
+        time.sleep(0.05)
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
     has_copies = arguments[0] == "inspect"  # which are blocking issues: exit code 1
+    errors.seek(0)
     if os.waitstatus_to_exitcode(status) not in (0, int(has_copies)):
-        raise SystemExit(f"biopsy {' '.join(arguments)} failed:\n{message.decode()}")
-    return time.perf_counter() - start, usage.ru_maxrss / 1024
+        raise SystemExit(f"biopsy {' '.join(arguments)} failed:\n{errors.read().decode()}")
+    seconds = time.perf_counter() - start
+    return Usage(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, peak_anon_mb)
 
 
-def note(command: str, size: int, measured: tuple[float, float]) -> None:
+def read_anonymous(process_id: int) -> float:
+    """Return the resident MB of a process that belong to no file."""
+    try:
+        lines = Path(f"/proc/{process_id}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon")), 0.0)
+
+
+def note(command: str, size: int, usage: Usage) -> None:
     """Append a row and print it."""
-    seconds, peak_mb = measured
-    row = {"command": command, "size": size, "seconds": round(seconds, 1), "peak_rss_mb": round(peak_mb)}
+    row: dict[str, object] = {"command": command, "size": size}
+    row |= {name: round(value, 1) for name, value in usage._asdict().items()}
     row |= {"load": round(os.getloadavg()[0], 1)} | describe_machine()
     append_rows(RESULTS, [row])
-    print(f"{command:>8} {size:>8,} {seconds:8.1f} s {peak_mb:8.0f} MB", flush=True)
+    values = "{:8.1f} s {:8.1f} CPU s {:8.0f} MB, {:8.0f} MB without files".format(*usage)
+    print(f"{command:>8} {size:>8,} {values}", flush=True)
 
 
-def measure_patches(source: Path, n_patches: int, folder: Path) -> None:
+def measure_patches(source: Path, n_patches: int, commands: Sequence[str], folder: Path) -> None:
     """Measure the commands on an archive."""
     archive, pack, run = folder / "patches.zip", folder / "patches.pack", folder / "run"
     repeat_archive(source, archive, n_patches)
-    note("prepare", n_patches, measure(["prepare", str(archive), "--out", str(pack), "--dataset", "idc"]))
-    archive.unlink()
-    note("inspect", n_patches, measure(["inspect", str(pack)]))
-    note("split", n_patches, measure(["split", str(pack), "--protocol", "patients"]))
-    train = ["train", "idc-small", "--data", str(pack), "--split", "patients", "--out", str(run)]
-    note("train", n_patches, measure([*train, "--set", "train.epochs=1", "--set", "model.context=0"]))
-    note("predict", n_patches, measure(["predict", "idc", str(pack), "--out", str(folder / "p.parquet")]))
+    train = ["--data", str(pack), "--split", "patients", "--out", str(run)]
+    arguments = {
+        "prepare": [str(archive), "--out", str(pack), "--dataset", "idc"],
+        "inspect": [str(pack)],
+        "split": [str(pack), "--protocol", "patients"],
+        "train": ["idc-small", *train, "--set", "train.epochs=1", "--set", "model.context=0"],
+        "predict": ["idc", str(pack), "--out", str(folder / "p.parquet")],
+    }
+    for command in commands:
+        note(command, n_patches, measure([command, *arguments[command]]))
 
 
 if __name__ == "__main__":
@@ -95,12 +125,13 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", type=Path, help="a zip in IDC's layout")
+    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=COMMANDS)
     parser.add_argument("--sizes", type=int, nargs="*", default=SIZES)
     parser.add_argument("--slides", type=int, nargs="*", default=SLIDES)
     arguments = parser.parse_args()
     for n_patches in arguments.sizes:
         with tempfile.TemporaryDirectory() as name:
-            measure_patches(arguments.source, n_patches, Path(name))
+            measure_patches(arguments.source, n_patches, arguments.commands, Path(name))
     for n_slides in arguments.slides:
         with tempfile.TemporaryDirectory() as name:
             slides = [str(path) for path in draw_slides(Path(name), n_slides)]
