@@ -32,11 +32,12 @@ import cv2
 import httpx
 import numpy as np
 
+from biopsy.app.service import Limits
 from biopsy.data.packs import Pack
 from recording import append_rows
 
 RESULTS = Path(__file__).parent / "results" / "serve-load.csv"
-N_PATCHES = 512
+N_PATCHES, BARE_S = 512, 6.0
 BARE = """
 import sys, time, numpy as np, pandas as pd
 from biopsy.data.packs import Pack
@@ -79,21 +80,31 @@ def read_memory_mb(pid: int) -> float:
     return float("nan")
 
 
+def encode_requests(address: str, images: list[bytes], n: int) -> list[tuple[bytes, dict[str, str]]]:
+    """Return body and headers of requests that hold every image once; a client then has little to compute."""
+    encoded = []
+    for start in range(0, len(images) - n + 1, n):
+        files = [("images", (f"{index}.png", images[index])) for index in range(start, start + n)]
+        request = httpx.Request("POST", f"{address}/predict", files=files)
+        encoded.append((request.read(), {"content-type": request.headers["content-type"]}))
+    return encoded
+
+
 def load(address: str, images: list[bytes], clients: int, seconds: float, n: int) -> dict[str, Any]:
     """Send requests from many clients; return their number, errors and latencies."""
     latencies: list[float] = []
     errors: list[str] = []
     lock, sessions = threading.Lock(), [httpx.Client(base_url=address, timeout=120) for _ in range(clients)]
+    requests = encode_requests(address, images, n)
     end = time.perf_counter() + seconds
 
     def client(number: int) -> None:
         rng = np.random.default_rng(number)
         with sessions[number] as session:
             while time.perf_counter() < end:
-                chosen = rng.choice(len(images), n)
-                files = [("images", (f"{index}.png", images[index])) for index in chosen]
+                body, headers = requests[rng.integers(len(requests))]
                 start = time.perf_counter()
-                answer = session.post("/predict", files=files)
+                answer = session.post("/predict", content=body, headers=headers)
                 taken = time.perf_counter() - start
                 with lock:
                     latencies.append(taken)
@@ -113,12 +124,22 @@ def load(address: str, images: list[bytes], clients: int, seconds: float, n: int
     }
 
 
-def overflow(address: str, images: list[bytes], *, bound: int = 8192, n: int = 512) -> dict[str, int]:
-    """Send ten times what the queue holds at once; return how many requests got which status."""
+def overflow(
+    address: str, images: list[bytes], *, bound: int = Limits().waiting_patches, n: int = Limits().images
+) -> dict[str, int]:
+    """Send ten times what the queue holds at once; return how many requests got which status.
+
+    Every 200 must hold all its predictions, and every 429 must say when to come back.
+    """
     files = [("images", (f"{index}.png", images[index % len(images)])) for index in range(n)]
 
     def send(_: int) -> int:
-        return httpx.post(f"{address}/predict", files=files, timeout=600).status_code
+        answer = httpx.post(f"{address}/predict", files=files, timeout=600)
+        if answer.status_code == 200:
+            assert [row["name"] for row in answer.json()["predictions"]] == [name for _, (name, _) in files]
+        elif answer.status_code == 429:
+            assert int(answer.headers["retry-after"]) >= 1
+        return answer.status_code
 
     with ThreadPoolExecutor(10 * bound // n) as pool:
         codes = list(pool.map(send, range(10 * bound // n)))
@@ -139,19 +160,22 @@ def main() -> None:
     pack = Pack.open(args.pack)
     rows = np.random.default_rng(0).choice(len(pack), min(N_PATCHES, len(pack)), replace=False)
     images = [cv2.imencode(".png", pack.patches[row][..., ::-1])[1].tobytes() for row in rows]
-    bare = [measure_bare(args.model, args.pack, 10)]
+    bare = [measure_bare(args.model, args.pack, BARE_S)]
     with tempfile.TemporaryDirectory() as folder:
         process, address = start_server(args.model, folder)
         try:
             load(address, images, 4, 3, args.per_request)  # warm
-            before = read_memory_mb(process.pid)
+            memory = [read_memory_mb(process.pid)]
+            early = threading.Timer(args.seconds / 5, lambda: memory.append(read_memory_mb(process.pid)))
+            early.start()
             found = load(address, images, args.clients, args.seconds, args.per_request)
-            after = read_memory_mb(process.pid)
+            memory.append(read_memory_mb(process.pid))
+            print(found, memory, flush=True)
             codes = {} if args.no_overflow else overflow(address, images)
         finally:
             process.kill()
             process.wait()
-    bare.append(measure_bare(args.model, args.pack, 10))
+    bare.append(measure_bare(args.model, args.pack, BARE_S))
     row = {
         "clients": args.clients,
         "seconds": args.seconds,
@@ -159,8 +183,9 @@ def main() -> None:
         **{name: round(value, 3) for name, value in found.items()},
         "bare_patches_per_s": round(sum(bare) / 2, 1),
         "share_of_bare": round(found["patches_per_s"] / (sum(bare) / 2), 3),
-        "memory_before_mb": round(before),
-        "memory_after_mb": round(after),
+        "memory_before_mb": round(memory[0]),
+        "memory_fifth_mb": round(memory[1]),
+        "memory_after_mb": round(memory[2]),
         "overflow": " ".join(f"{code}:{n}" for code, n in codes.items()),
         "model": Path(args.model).name,
         "cores": os.cpu_count(),

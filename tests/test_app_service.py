@@ -24,7 +24,7 @@ from biopsy.app.batching import Batcher, Busy
 from biopsy.app.service import Limits, make_service
 from biopsy.core.errors import DataError, RunError
 from biopsy.models.engine import Engine
-from biopsy.slide_io.reader import open_slide
+from biopsy.slide_io.reader import Slide, open_slide
 from conftest import encode_png
 from slide_maps import make_classifier, save_classifier
 
@@ -157,6 +157,18 @@ def test_nothing_accepted_is_lost_when_the_queue_overflows(trained_run):
     assert all(frame["patch_id"].tolist() == [str(n)] for n, frame in answers)
 
 
+def test_patches_that_would_wait_too_long_are_refused(trained_run):
+    pack = trained_run.open_pack(verify=False)
+    batcher = Batcher(trained_run.classifier, engine=Engine("cpu"), max_waiting=10**6, max_wait_s=1e-6)
+    batcher.reserve(10)  # nobody waits yet
+    with pytest.raises(Busy):
+        batcher.reserve(1)
+    batcher.submit(list("0123456789"), list(pack.patches[:10])).result(timeout=60)
+    batcher.reserve(1)
+    batcher.release(1)
+    batcher.close()
+
+
 def test_an_error_in_a_batch_reaches_those_who_wait(trained_run, monkeypatch):
     monkeypatch.setattr("biopsy.app.batching.predict_patches", lambda *args, **options: 1 / 0)
     batcher = Batcher(trained_run.classifier, engine=Engine("cpu"), max_waiting=30)
@@ -274,6 +286,31 @@ def test_tiles_of_a_slide_below_the_root_are_its_pixels(slides):
     uploaded = client.post("/slides?name=mine.tiff", content=path.read_bytes()).json()["id"]
     wait_for(client, uploaded)
     assert client.get(f"/slides/{uploaded}/tiles").status_code == 404
+
+
+def test_slides_are_closed_when_others_take_their_place_and_with_the_server(
+    make_slide, tmp_path, monkeypatch
+):
+    closed = []
+    close = Slide.close
+
+    def record(slide):
+        closed.append(slide.path.name)
+        close(slide)
+
+    monkeypatch.setattr(Slide, "close", record)
+    monkeypatch.setattr("biopsy.app.service._OPEN_SLIDES", 2)
+    monkeypatch.setattr("biopsy.app.jobs.Jobs._map", lambda self, identity: None)  # nobody else opens them
+    names = ["a.tiff", "b.tiff", "c.tiff"]
+    for name in names:
+        make_slide(name, width=300, height=300).rename(tmp_path / name)
+    app = make_service(make_classifier(), out=tmp_path / "jobs", root=tmp_path, device="cpu")
+    with TestClient(app) as client:
+        jobs = [client.post("/slides", json={"path": name}).json()["id"] for name in names]
+        for job in [*jobs, jobs[2], jobs[1]]:
+            assert client.get(f"/slides/{job}/tiles/0/0_0.jpg").status_code == 200
+        assert closed == ["a.tiff"]
+    assert sorted(closed) == names
 
 
 def test_an_uploaded_slide_is_mapped_and_not_kept(slides, tmp_path):

@@ -1,6 +1,7 @@
 """Patches of many clients in one batch: whatever waits while a batch is computed is the next batch."""
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -47,6 +48,7 @@ class Batcher:
         classifier: The classifier.
         engine: Device and precision.
         max_waiting: Patches that may wait; more are refused.
+        max_wait_s: Seconds that patches may wait, as long as patches took before; more are refused.
         on_batch: Called with the number of patches of each batch.
     """
 
@@ -56,11 +58,15 @@ class Batcher:
         *,
         engine: Engine,
         max_waiting: int,
+        max_wait_s: float = math.inf,
         on_batch: Callable[[int], None] = lambda n: None,
     ) -> None:
-        self.classifier, self.max_waiting, self.waiting = classifier, max_waiting, 0
+        self.classifier = classifier.single_patch()
+        self.max_waiting, self.max_wait_s, self.waiting = max_waiting, max_wait_s, 0
         self._on_batch, self._opened = on_batch, contextlib.ExitStack()
-        self._predictor = self._opened.enter_context(open_predictor(classifier, engine, WORTH_CONVERTING))
+        self._predictor = self._opened.enter_context(
+            open_predictor(self.classifier, engine, WORTH_CONVERTING)
+        )
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._per_patch_s = 0.01  # until it is measured
@@ -74,8 +80,9 @@ class Batcher:
             Busy: If there is none.
         """
         with self._lock:
-            if self.waiting + n > self.max_waiting:
-                raise Busy(max(1, round(self.waiting * self._per_patch_s)))
+            wait_s = self.waiting * self._per_patch_s
+            if self.waiting + n > self.max_waiting or wait_s > self.max_wait_s:
+                raise Busy(max(1, round(wait_s)))
             self.waiting += n
 
     def release(self, n: int) -> None:
@@ -118,7 +125,8 @@ class Batcher:
                 frame = predict_patches(self.classifier, about, patches, sizes, predictor=self._predictor)
         except Exception as error:  # handed to those who wait, or they would wait forever
             failure = error
-        self._per_patch_s = (time.perf_counter() - start) / n
+        per_patch_s = (time.perf_counter() - start) / n
+        self._per_patch_s += (per_patch_s - self._per_patch_s) * n / (n + BATCH)  # a small batch says little
         self._on_batch(len(images))
         self.release(n)  # before the answers, so that a client that has one finds room
         at = 0

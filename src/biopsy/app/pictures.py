@@ -1,7 +1,8 @@
 """Tiles of a slide: squares of `TILE_PX` pixels at level 0's resolution divided by powers of two."""
 
 import threading
-from functools import cached_property, lru_cache
+import weakref
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -42,11 +43,12 @@ class Picture(Protocol):
 
 
 class SlidePicture:
-    """A slide that is read from its file."""
+    """A slide that is read from its file, which is closed when nobody holds the picture any more."""
 
     def __init__(self, slide: Slide) -> None:
         self.width, self.height, self.mpp = slide.width, slide.height, slide.mpp
         self._slide, self._lock = slide, threading.Lock()
+        weakref.finalize(self, slide.close)
 
     @cached_property
     def _thumbnail(self) -> np.ndarray:
@@ -67,9 +69,8 @@ class SlidePicture:
         return self._slide.read_at(x, y, width, height, mpp=mpp)
 
 
-@lru_cache(maxsize=8)
 def open_picture(path: Path, mpp: float | None) -> SlidePicture:
-    """Open a slide to be read in tiles; the last few stay open."""
+    """Open a slide to be read in tiles."""
     return SlidePicture(open_slide(path, mpp=mpp))
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +37,7 @@ from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
 
 OPEN = frozenset({"/health"})
+_OPEN_SLIDES = 8  # whose tiles were asked for last
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Limits:
         image_bytes: Of one image.
         predict_bytes: Of a request with images.
         upload_bytes: Of a slide.
-        waiting_patches: Patches that wait for a model, over all clients.
+        waiting_patches: Patches that wait for a model, over all clients; fewer where they would wait longer
+            than half of ``request_s``.
         waiting_jobs: Slides that wait.
         request_s: Seconds in which a request must have arrived, and in which patches must be predicted.
         upload_s: Seconds in which a slide must have arrived.
@@ -246,6 +248,7 @@ class _Service:
         if self._root is not None and not self._root.is_dir():
             raise DataError(f"--root {root} is no folder")
         self.batchers: dict[str, Batcher] = {}
+        self._open_picture = lru_cache(maxsize=_OPEN_SLIDES)(open_picture)
         self.metrics = _Metrics(self)
 
     def start(self) -> None:
@@ -256,6 +259,7 @@ class _Service:
                 classifier,
                 engine=engine,
                 max_waiting=self.limits.waiting_patches,
+                max_wait_s=self.limits.request_s / 2,
                 on_batch=partial(self._count_batch, name),
             )
         self.jobs = Jobs(
@@ -271,6 +275,7 @@ class _Service:
         for batcher in self.batchers.values():
             batcher.close()
         self.jobs.close()
+        self._open_picture.cache_clear()
 
     def count_jobs(self, status: str) -> int:
         """Return how many slide jobs have a status."""
@@ -482,7 +487,7 @@ class _Service:
 
     def _picture(self, identity: str) -> SlidePicture:
         try:
-            return open_picture(*self.jobs.slide_file(identity))
+            return self._open_picture(*self.jobs.slide_file(identity))
         except KeyError:
             raise HTTPException(404, "there is no such job, or its upload is no longer kept") from None
 
