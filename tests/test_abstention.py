@@ -143,10 +143,10 @@ def test_a_share_out_of_none_and_of_few_patients():
     patients = np.repeat(np.arange(6), 5)
     wrong, kept = np.arange(30) % 2 == 0, patients < 3
     how = {"equal_groups": True, "seed": 0}
-    of_few = estimate_shares({"x": wrong}, patients, of={"x": kept}, **how)["x"]
+    of_few = estimate_shares({"x": wrong}, patients, among={"x": kept}, **how)["x"]
     assert of_few.value == pytest.approx(np.mean([3 / 5, 2 / 5, 3 / 5]))
     assert of_few.reason == "only 3 patients with such patches: an interval needs 5"
-    none = estimate_shares({"x": wrong}, patients, of={"x": np.zeros(30)}, **how)["x"]
+    none = estimate_shares({"x": wrong}, patients, among={"x": np.zeros(30)}, **how)["x"]
     assert np.isnan(none.value) and none.reason == "undefined: no patches"
     never = estimate_shares({"x": np.zeros(30)}, patients, **how)["x"]
     assert never.value == never.low == 0 and never.high == pytest.approx(1 - 0.025 ** (1 / 6))

@@ -1,1 +1,1 @@
-"""Checks of what was written (`verify`) and of this machine (`doctor`): PASS, WARN or FAIL."""
+"""Checks of outputs (`verify`) and of this machine (`doctor`)."""

@@ -1,4 +1,4 @@
-"""What this machine can do for biopsy: processor, memory, GPU, readers, disk, locks, installed packages."""
+"""Checks of this machine: processor, memory, GPU, readers, disk, file locks, installed packages."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ GOOD_MEMORY, GOOD_DISK = 8 * GIB, 20 * GIB
 GOOD_WRITE_MB_S, MIN_FILES, GOOD_FILES = 30, 128, 1024
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
 CODECS = ("jpeg", "jpeg2k", "lzw", "deflate", "zstd", "webp")
-"""Compressions of slides and of the images this package writes."""
+"""Compressions of slides and of written images."""
 
 
 def doctor(*, path: Path | str = ".") -> CheckReport:
@@ -62,9 +62,9 @@ def _check_processor(checks: Checklist) -> None:
     text = _read("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", text)
     flags = set(match[1].split()) if (match := re.search(r"flags\s*:\s*(.+)", text)) else set()
-    known = [flag for flag in FLAGS if flag in flags]
+    supported = [flag for flag in FLAGS if flag in flags]
     name = model[1] if model else platform.processor() or platform.machine()
-    detail = f"{name}, {count_cores()} cores, {' '.join(known) or 'no vector flags known'}"
+    detail = f"{name}, {count_cores()} cores, {' '.join(supported) or 'no vector flags known'}"
     slow = platform.machine() in ("x86_64", "AMD64") and bool(flags) and "avx2" not in flags
     checks.add(
         "processor", "WARN" if slow else "PASS", detail, "use a processor with AVX2: it is much faster"
@@ -85,7 +85,7 @@ def _check_memory(checks: Checklist) -> None:
 
 
 def _memory_limit() -> int | None:
-    """Return the bytes of memory this process may use: the machine's, or its control group's if fewer."""
+    """Return the memory limit of this process in bytes: of the machine or of its control group."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -95,7 +95,7 @@ def _memory_limit() -> int | None:
 
 
 def _check_packages(checks: Checklist) -> None:
-    """Import what everything rests on; a package may be installed and still not load."""
+    """Import the main dependencies, which may be installed but fail to load."""
     for name, package in (("torch", "torch"), ("openvino", "openvino"), ("onnxruntime", "onnxruntime")):
         try:
             installed = version(package)
@@ -174,7 +174,7 @@ def _check_disk(checks: Checklist, folder: Path) -> None:
 
 
 def measure_write_speed(folder: Path) -> float:
-    """Write up to 64 MB, 8 at a time and for a second at most, and return MB/s that reached the disk."""
+    """Return the write speed in MB/s, from up to 64 MB written and synced within a second."""
     block, written, seconds = os.urandom(8 << 20), 0, 0.0
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".biopsy-doctor-") as file:
         started = time.perf_counter()
@@ -199,21 +199,25 @@ else:
 
 
 def _check_locks(checks: Checklist, folder: Path) -> None:
-    """Hold a lock and have another process try to take it; then release it and have it try again."""
+    """Test that a lock excludes a second process, and is free after release."""
     remedy = "map slides with --shard, whose claims need no locks, and let one process at a time write here"
     path = folder / f".biopsy-doctor-{os.getpid()}.lock"
     try:
         with FileLock(path, timeout=5):
-            held = _try_lock(path)
-        free = _try_lock(path)
+            while_locked = _try_lock(path)
+        after_release = _try_lock(path)
     except (OSError, NotImplementedError, subprocess.SubprocessError) as error:
         checks.add("file locks", "WARN", f"cannot be tried: {error}", remedy)
         return
     finally:
         with contextlib.suppress(OSError):
             path.unlink()
-    works = (held, free) == ("held", "free")
-    detail = "a second process waits for the first" if works else f"when held: {held}, when free: {free}"
+    works = (while_locked, after_release) == ("held", "free")
+    detail = (
+        "a second process waits for the first"
+        if works
+        else f"when held: {while_locked}, when free: {after_release}"
+    )
     checks.add("file locks", "PASS" if works else "WARN", detail, remedy)
 
 
@@ -239,16 +243,16 @@ def _check_temporary(checks: Checklist) -> None:
     except OSError as error:
         checks.add("temporary folder", "FAIL", str(error), "set TMPDIR to a folder you may write to")
         return
-    place = tempfile.gettempdir()
-    free = shutil.disk_usage(place).free
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
     remedy = "make room there, or set TMPDIR to another folder"
     checks.add(
-        "temporary folder", "WARN" if free < MIN_DISK else "PASS", f"{place}, {free / GIB:.1f} GB", remedy
+        "temporary folder", "WARN" if free < MIN_DISK else "PASS", f"{folder}, {free / GIB:.1f} GB", remedy
     )
 
 
 def _check_extras(checks: Checklist) -> None:
-    """Say which extras are there; none of them is needed."""
+    """Report which optional dependencies are installed."""
     needed: dict[str, list[str]] = {}
     for line in requires("biopsy") or []:
         if match := re.match(r"([\w.-]+).*;\s*extra == ['\"](.+)['\"]", line):

@@ -1,4 +1,4 @@
-"""The result of checks: one row each, with what to do about those that did not pass."""
+"""The result of checks: one row per check, with the remedy for those that did not pass."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,10 +21,10 @@ class Check:
     """One check.
 
     Attributes:
-        name: What was checked.
-        status: ``PASS``, ``WARN`` (not checked, or worse than it could be) or ``FAIL``.
-        detail: What was found, with the tolerance where numbers were compared.
-        remedy: What to do; empty where the check passed.
+        name: Name of the check.
+        status: ``PASS``, ``WARN`` (not checked, or suboptimal) or ``FAIL``.
+        detail: The finding, with the tolerance of numerical comparisons.
+        remedy: What to do; empty if the check passed.
     """
 
     name: str
@@ -56,7 +56,7 @@ class CheckReport(Result):
 
     @property
     def heading(self) -> str:
-        """What was checked and how many checks there are of each status."""
+        """The subject and the number of checks of each status."""
         statuses = [row["status"] for row in self["checks"]]
         counts = ", ".join(f"{statuses.count(status)} {status}" for status in ("PASS", "WARN", "FAIL"))
         return f"{self['subject']}: {counts}"
@@ -69,22 +69,22 @@ class CheckReport(Result):
 
 
 class Checklist(list[Check]):
-    """Checks as they are made: what a failing one raises becomes its detail."""
+    """A list of checks; the message of a raised error becomes the detail of a check."""
 
     def add(self, name: str, status: Status, detail: str, remedy: str = "") -> None:
-        """Add a check whose outcome is known."""
+        """Add a check with its outcome."""
         self.append(Check(name, status, detail, "" if status == "PASS" else remedy))
 
     def run(self, name: str, function: Callable[[], tuple[str, Value]], remedy: str) -> Value | None:
         """Add a check that passes unless its function raises.
 
         Args:
-            name: What is checked.
+            name: Name of the check.
             function: Returns the detail and a value.
             remedy: What to do if it raises.
 
         Returns:
-            The function's value; None if the check did not pass.
+            The value of the function; None if the check did not pass.
         """
         try:
             detail, value = function()
@@ -97,19 +97,19 @@ class Checklist(list[Check]):
             return value
         return None
 
-    def require(self, name: str, is_so: bool, detail: str, remedy: str) -> None:
-        """Add a check that passes if a statement holds."""
-        self.add(name, "PASS" if is_so else "FAIL", detail, remedy)
+    def require(self, name: str, condition: bool, detail: str, remedy: str) -> None:
+        """Add a check that passes if a condition is true."""
+        self.add(name, "PASS" if condition else "FAIL", detail, remedy)
 
 
-def describe_differences(expected: Any, found: Any, path: str = "") -> list[str]:
+def describe_differences(expected: Any, actual: Any, path: str = "") -> list[str]:
     """Return where two JSON documents differ, as dotted names of entries."""
-    if isinstance(expected, dict) and isinstance(found, dict):
-        keys = [*expected, *(key for key in found if key not in expected)]
+    if isinstance(expected, dict) and isinstance(actual, dict):
+        keys = [*expected, *(key for key in actual if key not in expected)]
         missing = object()
-        pairs = ((f"{path}.{key}", expected.get(key, missing), found.get(key, missing)) for key in keys)
-    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
-        pairs = ((f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(expected, found, strict=True)))
+        pairs = ((f"{path}.{key}", expected.get(key, missing), actual.get(key, missing)) for key in keys)
+    elif isinstance(expected, list) and isinstance(actual, list) and len(expected) == len(actual):
+        pairs = ((f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(expected, actual, strict=True)))
     else:
-        return [] if expected == found else [path.removeprefix(".")]
-    return [name for place, a, b in pairs for name in describe_differences(a, b, place)]
+        return [] if expected == actual else [path.removeprefix(".")]
+    return [name for entry, a, b in pairs for name in describe_differences(a, b, entry)]

@@ -1,4 +1,4 @@
-"""Verification: whether a run, pack, bundle or map is what was written, and its numbers follow from it."""
+"""Verification of runs, packs, bundles and slide maps: file hashes and recomputed results."""
 
 from collections.abc import Callable
 from functools import partial
@@ -35,9 +35,9 @@ from biopsy.training.runs import Run
 from biopsy.training.train import train
 
 SAMPLE = 256
-"""How many predictions are recomputed, and on how many patches a bundle's networks are compared."""
+"""Number of recomputed predictions, and of patches on which the networks of a bundle are compared."""
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
-"""The largest difference of a probability, before calibration, that counts as the same on another machine."""
+"""Tolerance of probabilities before calibration, across machines."""
 
 
 def verify(
@@ -47,18 +47,18 @@ def verify(
     trust_model: str | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> CheckReport:
-    """Check that a run, pack, classifier, bundle or slide map is what was written, and recompute its numbers.
+    """Check that a run, pack, classifier, bundle or slide map is unchanged, and recompute its results.
 
-    Of a run: the recorded hashes of its files; the pack's content; metrics recomputed from the stored
+    For a run: the recorded hashes of its files; the content of the pack; metrics recomputed from the stored
     predictions (equal); probabilities and decisions recomputed from the stored logits; and the logits of a
-    seeded sample of patches recomputed with the classifier (probabilities before calibration within 1e-4 in
-    float32, 0.02 in bfloat16). Of a pack: its files, the hash of its content, its splits. Of a
-    bundle: its hashes, and the probabilities of every network in it against those of the weights. Of
-    slide maps (the folder of one slide, or of many): hashes, and that summary and regions follow from
-    ``map.parquet``. Nothing is written.
+    random sample of patches recomputed with the classifier (probabilities before calibration within 1e-4 in
+    float32, 0.02 in bfloat16). For a pack: its files, the hash of its content, its splits. For a bundle: its
+    hashes, and the probabilities of every network compared with those of the weights. For slide maps (the
+    folder of one slide, or of several): hashes, and summary and regions recomputed from ``map.parquet``.
+    Nothing is written.
 
     Args:
-        path: A run, a pack, a classifier, a bundle, or a folder that `biopsy.slide` wrote.
+        path: A run, a pack, a classifier, a bundle, or an output folder of `biopsy.slide`.
         retrain: Also train the run again, from the recorded recipe, split and seed, in a temporary folder,
             and compare the weights.
         trust_model: SHA-256 of a bundle's TorchScript, which is code and runs only if its hash is given.
@@ -68,7 +68,7 @@ def verify(
         One row per check: PASS, WARN (not checked, or changed on purpose) or FAIL, with the remedy.
 
     Raises:
-        DataError: If there is nothing that can be verified at the path.
+        DataError: If the path contains nothing that can be verified.
     """
     folder = path.path if isinstance(path, Run | Pack) else Path(path)
     kinds: dict[str, Callable[[Checklist], object]] = {
@@ -89,8 +89,8 @@ def verify(
     checks = Checklist()
     if document is not None:
         kinds[document](checks)
-    for place in maps:
-        _verify_map(checks, place, f"{place.name}: ")
+    for map_folder in maps:
+        _verify_map(checks, map_folder, f"{map_folder.name}: ")
     return CheckReport.of(str(folder), checks)
 
 
@@ -115,9 +115,9 @@ def _verify_run(checks: Checklist, folder: Path, retrain: bool, on_epoch: OnEpoc
     )
     for subset in ("validation", "test"):
         _verify_subset(checks, run, subset, classifier, pack)
-    for place in sorted((folder / "external").glob("*")):
+    for external in sorted((folder / "external").glob("*")):
         for subset in ("validation", "test"):
-            _verify_subset(checks, run, subset, classifier, None, place)
+            _verify_subset(checks, run, subset, classifier, None, external)
     if retrain and pack is not None and classifier is not None:
         _retrain(checks, run, pack, on_epoch)
 
@@ -128,7 +128,7 @@ def _describe_classifier(classifier: Classifier) -> tuple[str, Classifier]:
 
 
 def _verify_outputs(checks: Checklist, folder: Path, prefix: str = "") -> None:
-    """Check the files of a folder that its manifest lists; a user may have changed them on purpose."""
+    """Check the files in the manifest of a folder, which users may have changed on purpose."""
     changed = find_changed(folder)
     if changed is not None:
         checks.add(
@@ -145,11 +145,11 @@ def _verify_subset(
     subset: str,
     classifier: Classifier | None,
     pack: Pack | None,
-    place: Path | None = None,
+    subset_folder: Path | None = None,
 ) -> None:
     """Check the predictions and metrics of one subset of a run, or of another pack under ``external/``."""
-    place = place or run.path
-    path = place / "predictions" / f"{subset}.parquet"
+    subset_folder = subset_folder or run.path
+    path = subset_folder / "predictions" / f"{subset}.parquet"
     if not path.exists():
         return
     name = path.relative_to(run.path).as_posix()
@@ -158,7 +158,9 @@ def _verify_subset(
     if read is None:
         return
     frame, precision = read, run.info.get("precision", "fp32")
-    metrics = place / "evaluation" / ("metrics.json" if subset == "test" else f"metrics-{subset}.json")
+    metrics = (
+        subset_folder / "evaluation" / ("metrics.json" if subset == "test" else f"metrics-{subset}.json")
+    )
     if metrics.exists():
         title = metrics.relative_to(run.path).as_posix()
         checks.run(title, lambda: (_recompute_metrics(metrics, frame, run), None), again)
@@ -170,13 +172,13 @@ def _verify_subset(
 
 
 def _read_predictions(path: Path, run: Run) -> pd.DataFrame:
-    frame, about = read_predictions(path)
-    run.require_same_classifier(path, about)
+    frame, metadata = read_predictions(path)
+    run.require_same_classifier(path, metadata)
     return frame
 
 
 def _recompute_metrics(path: Path, frame: pd.DataFrame, run: Run) -> str:
-    """Compare all that follows from probabilities alone with what ``metrics.json`` holds."""
+    """Compare recomputed performance metrics with those in ``metrics.json``."""
     stored = read_json(path, format=METRICS_FORMAT)
     scored = ScoredPatches.of_predictions(
         frame, stored["class_names"], stored["positive_class"], stored["unit"], seed=run.info["seed"]
@@ -190,7 +192,7 @@ def _recompute_metrics(path: Path, frame: pd.DataFrame, run: Run) -> str:
 
 
 def _recompute_decisions(frame: pd.DataFrame, classifier: Classifier) -> str:
-    """Compare stored probabilities, classes and abstentions with those that the stored logits give."""
+    """Compare stored probabilities, classes and abstentions with those computed from the stored logits."""
     names = classifier.info.class_names
     classifier = classifier.for_patches(frame)
     probs = classifier.probs(frame[[f"logit_{name}" for name in names]].to_numpy())
@@ -209,7 +211,7 @@ def _recompute_decisions(frame: pd.DataFrame, classifier: Classifier) -> str:
 
 
 def _recompute_sample(frame: pd.DataFrame, classifier: Classifier, pack: Pack, precision: str) -> str:
-    """Predict a seeded sample again; with context whole slides, as logits are means over neighbours."""
+    """Predict a random sample again; with context, whole slides, because logits are means over neighbours."""
     rng = make_rng(0, "verify")
     chosen = np.sort(rng.permutation(len(frame))[:SAMPLE])
     if classifier.info.context:
@@ -255,20 +257,20 @@ def _retrain(checks: Checklist, run: Run, pack: Pack, on_epoch: OnEpoch | None) 
         split = pd.DataFrame({"patch_id": pack.table["patch_id"], "subset": run.subsets(pack)})
         again = Run.create(Path(folder) / "run", info, run.recipe, split)
         again = train(resume=again, data=pack, on_epoch=on_epoch)
-        same = again.classifier.info.weights_sha256 == classifier.info.weights_sha256
+        is_identical = again.classifier.info.weights_sha256 == classifier.info.weights_sha256
         frames = [one.predictions("validation")[0] for one in (run, again)]
     columns = [f"logit_{name}" for name in classifier.info.class_names]
     probs = [_softmax(classifier, frame[columns].to_numpy()) for frame in frames]
     difference, tolerance = np.abs(probs[0] - probs[1]).max(), TOLERANCE[run.info.get("precision", "fp32")]
-    if same:
+    if is_identical:
         checks.add("training again", "PASS", "the weights are the same, bit for bit")
         return
     ours, theirs = run.info["environment"], again.info["environment"]
-    moved = [key for key in theirs if theirs[key] != ours.get(key)]
+    changed = [key for key in theirs if theirs[key] != ours.get(key)]
     detail = f"validation probabilities differ by up to {difference:.2g} (allowed: {tolerance:g})"
-    if moved:
-        detail += f"; other than then: {', '.join(moved)}"
-    status: Status = "PASS" if difference <= tolerance else "WARN" if moved else "FAIL"
+    if changed:
+        detail += f"; other than then: {', '.join(changed)}"
+    status: Status = "PASS" if difference <= tolerance else "WARN" if changed else "FAIL"
     remedy = "compare both with `biopsy compare`; the same bits need the same processor, threads and versions"
     checks.add("training again", status, detail, remedy)
 

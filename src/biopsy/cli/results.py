@@ -1,4 +1,4 @@
-"""What each command prints of its result, as text or as JSON, and its exit code."""
+"""Printing of the results of commands, as text or JSON, and exit codes."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,8 +9,8 @@ from biopsy.cli.console import log, print_blocks, print_json, print_table
 from biopsy.core.text import count, plural
 
 FAILED, SKIPPED = 1, 3
-SHOWN_PATCHES = 20  # of at most so many patches, each prediction is printed
-MAX_NAMED = 20  # skipped files named one by one before the rest is only counted
+SHOWN_PATCHES = 20  # maximum number of patches whose predictions are printed
+MAX_NAMED = 20  # skipped files listed individually
 
 COUNTS = {"odd_sizes": "padded to a square", "duplicates": "identical copies left out"}
 
@@ -19,13 +19,13 @@ Options = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Command:
-    """How the result of a command is printed.
+    """Printing of the result of a command.
 
     Attributes:
-        group: Heading of the help under which the command stands.
+        group: Heading of the command in the help.
         text: Prints the result, given the options of the call.
-        document: Returns what ``--json`` prints, given the options.
-        skipped: Returns the input that could not be read, and where all of it is named.
+        document: Returns the JSON document of ``--json``, given the options.
+        skipped: Returns the unreadable inputs, and the file that lists them.
     """
 
     group: str
@@ -56,12 +56,12 @@ def _name_issues(issues: Sequence[str]) -> int:
     return FAILED if issues else 0
 
 
-def _name_skipped(skipped: Sequence[Mapping[str, str]], where: Path) -> int:
-    """Name and count the input that could not be read."""
+def _name_skipped(skipped: Sequence[Mapping[str, str]], listing: Path) -> int:
+    """Log the inputs that could not be read; return the exit code."""
     for item in skipped[:MAX_NAMED]:
         log.warning("skipped %s: %s", item["source"], item["reason"])
     if len(skipped) > MAX_NAMED:
-        log.warning("%s more skipped inputs are listed in %s", f"{len(skipped) - MAX_NAMED:,}", where)
+        log.warning("%s more skipped inputs are listed in %s", f"{len(skipped) - MAX_NAMED:,}", listing)
     if skipped:
         log.warning(
             "%s", "1 input was skipped" if len(skipped) == 1 else f"{len(skipped):,} inputs were skipped"
@@ -139,8 +139,8 @@ def _print_audit(audit: Mapping[str, Any], options: Options) -> None:
         if groups["unknown"]:
             print(f"  patches without a known {audit['unit']}: {groups['unknown']:,}")
     if division and division["may_overlap"] and division["patients_overlap"]:
-        why = "as published" if division["is_published"] else "on purpose"
-        print(f"  PATIENTS OVERLAP in split {division['name']}, {why}: {division['overlap']['count']:,}")
+        reason = "as published" if division["is_published"] else "on purpose"
+        print(f"  PATIENTS OVERLAP in split {division['name']}, {reason}: {division['overlap']['count']:,}")
     for picture in audit["paths"]["pictures"]:
         print(f"picture: {picture}")
 
@@ -153,8 +153,8 @@ def _split_document(split: Any, options: Options) -> object:
 def _print_split(split: Any, options: Options) -> None:
     print(f"split {split.name!r} ({split.protocol}) by {split.unit}, seed {split.seed}")
     if split.overlap:
-        why = "as published" if split.is_published else "on purpose"
-        print(f"PATIENTS OVERLAP between subsets, {why}: results on it do not apply to new patients")
+        reason = "as published" if split.is_published else "on purpose"
+        print(f"PATIENTS OVERLAP between subsets, {reason}: results on it do not apply to new patients")
     if split.test_is_validation:
         print(
             "the test subset is also the validation subset, as published: all choices are made on test data"
@@ -232,8 +232,8 @@ def _print_metrics(metrics: Mapping[str, Any], options: Options) -> None:
     for warning in metrics.get("warnings", []):
         print(f"WARNING: {warning}")
     groups = "" if unit == "patch" else f" of {count(metrics['n_patients'], unit)}"
-    where = f"{metrics['subset']} subset of split {split['name']}: " if metrics["subset"] else ""
-    print(f"{where}{count(metrics['n_patches'], 'patch')}{groups}")
+    subset_text = f"{metrics['subset']} subset of split {split['name']}: " if metrics["subset"] else ""
+    print(f"{subset_text}{count(metrics['n_patches'], 'patch')}{groups}")
     if opened:
         times, runs = count(opened["times"], "time"), count(opened["runs"], "run")
         print(f"this test subset has been evaluated {times}, by {runs}")
@@ -316,7 +316,7 @@ def _print_subgroups(metrics: Mapping[str, Any]) -> None:
 
 
 def _print_decisions(metrics: Mapping[str, Any]) -> None:
-    """Print where each threshold was chosen and what it reaches here, and PPV and NPV at a prevalence."""
+    """Print the operating points where chosen and on these patches, and PPV and NPV at a prevalence."""
     chosen = [point for point in metrics["operating_points"] if point["chosen_on"]]
     rows = [
         [point["rule"], f"{point['threshold']:.3f}"]
@@ -344,7 +344,7 @@ def _print_decisions(metrics: Mapping[str, Any]) -> None:
 
 
 def _gain(baseline: Mapping[str, Any]) -> str:
-    """Write how much better than colour the model is, where there is an interval."""
+    """Format the gain over the colour-only baseline, if it has an interval."""
     gain = baseline.get("gain") or {}
     if gain.get("low") is None:
         return ""
@@ -408,7 +408,7 @@ def _print_prediction(prediction: Any, options: Options) -> None:
 
 
 def _print_patches(prediction: Any) -> None:
-    """Print class and probability of each patch, and whether the classifier can be relied on for it."""
+    """Print class and probability of each patch, and whether it is abstained or out of distribution."""
     rows = []
     for patch in prediction.frame.to_dict("records"):
         name = prediction.class_names[patch["pred"]]
@@ -470,7 +470,7 @@ def _print_difference(comparison: Mapping[str, Any], difference: Mapping[str, An
 
 
 def _print_groups(comparison: Mapping[str, Any], name: str) -> None:
-    """Print the differences within each patient, where there are too few for an interval."""
+    """Print the differences within each patient, if there are too few for an interval."""
     from biopsy.reporting.document import metric_label
 
     first, *_, last = comparison["by_group"][0]["differences"][name]
@@ -547,8 +547,8 @@ def _contrast_row(contrast: Mapping[str, Any]) -> list[str]:
 
 
 def _label_document(result: Any, options: Options) -> object:
-    about = {"path": result.path, "page": result.page, "n_listed": len(result.table)}
-    return {**about, "n_patches": result.n_patches, "n_issues": result.n_issues}
+    document = {"path": result.path, "page": result.page, "n_listed": len(result.table)}
+    return {**document, "n_patches": result.n_patches, "n_issues": result.n_issues}
 
 
 def _print_label_issues(result: Any, options: Options) -> None:
@@ -562,12 +562,12 @@ def _print_label_issues(result: Any, options: Options) -> None:
 
 
 def _print_explanations(result: Mapping[str, Any], options: Options) -> None:
-    place = options.get("out") or (Path("explain") if "data" in options else options["model"] / "explain")
+    folder = options.get("out") or (Path("explain") if "data" in options else options["model"] / "explain")
     columns = ("kind", "class", "called", "prob", "patch_id")
     patches = {str(entry["patch_id"]): entry for entry in result["patches"]}.values()  # one entry per method
     print_table([[entry[key] for key in columns] for entry in patches], columns)
     for sheet in result["sheets"]:
-        print(place / sheet["picture"])
+        print(folder / sheet["picture"])
     if "faithfulness" in options:
         tests = result["faithfulness"]
         groups = count(tests["n_groups"], tests["unit"])
@@ -638,7 +638,7 @@ def _print_list(rows: Any, options: Options) -> None:
 def _print_bundle(bundle: Any, options: Options) -> None:
     parity = bundle.parity
     print(bundle.path)
-    rows = [[pair, f"{known['probs']:.1e}"] for pair, known in parity["largest_difference"].items()]
+    rows = [[pair, f"{difference['probs']:.1e}"] for pair, difference in parity["largest_difference"].items()]
     print_table(rows, ["", "largest difference of a probability"])
     log.info("on %s patches; tolerance %g", f"{parity['n_patches']:,}", parity["tolerance"])
     if "int8" in parity:

@@ -1,10 +1,9 @@
 """Bundles: a classifier as a folder that WSInfer, QuPath's WSInfer extension and ONNX Runtime can run.
 
-A bundle is a classifier folder (``classifier.json``, ``weights.safetensors``, which is what this package
-reads back) with the same thing beside it in other forms: ``torchscript_model.pt`` and ``config.json`` for
-WSInfer and QuPath, ``model.onnx`` with a script of a few lines, ``openvino/`` with which this package maps
-slides without loading PyTorch, a model card, and a report on whether they agree. One that does not agree is
-not written.
+A bundle is a classifier folder (``classifier.json``, ``weights.safetensors``) with the same network in other
+formats: ``torchscript_model.pt`` and ``config.json`` for WSInfer and QuPath, ``model.onnx`` with a short
+script, ``openvino/`` for slide maps without PyTorch, a model card, and a parity report. Networks that do not
+agree are not written.
 """
 
 from dataclasses import dataclass
@@ -36,19 +35,19 @@ FORMAT: Final = "biopsy-bundle/1"
 PARITY_FORMAT: Final = "biopsy-parity/1"
 DOCUMENT, PARITY, CARD = "bundle.json", "parity.json", "README.md"
 TOLERANCE = 1e-4
-"""The largest difference of a probability that counts as the same."""
+"""Tolerance of probabilities."""
 PARITY_PATCHES = 256
 INT8_PATCHES = 512
-"""Patches that the ranges of activations are taken from, and others on which the difference is measured."""
+"""Patches for the ranges of activations, and as many others on which the difference is measured."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """What `export` wrote.
+    """Result of `export`.
 
     Attributes:
         path: The folder.
-        parity: What ``parity.json`` holds.
+        parity: The content of ``parity.json``.
     """
 
     path: Path
@@ -65,9 +64,9 @@ def export(
 ) -> Bundle:
     """Write a bundle: a folder that WSInfer, QuPath's WSInfer extension and ONNX Runtime run.
 
-    The exported networks give calibrated scores, so that the softmax of these programs gives the classifier's
-    own probabilities. Their agreement is tested on patches of a pack before anything is left in the output
-    folder.
+    The exported networks return calibrated scores, so that the softmax of these programs returns the
+    probabilities of the classifier. Their agreement is tested on patches of a pack before the output folder
+    is created.
 
     Args:
         model: Finished run, classifier, or name of a shipped classifier.
@@ -75,20 +74,20 @@ def export(
         data: Pack on whose patches agreement is tested (default: the run's own; of a classifier, synthetic
             patches). Labels are not read.
         mpp: Pixel size of the patches in µm. Required if the classifier does not record it.
-        int8: Also write a network of 8-bit weights and activations for ``--precision int8``; the ranges of
-            activations come from patches of the pack, and ``parity.json`` says by how much it differs.
+        int8: Also write a network with 8-bit weights and activations for ``--precision int8``; the ranges of
+            activations come from patches of the pack, and ``parity.json`` records the differences.
 
     Raises:
-        RunError: If the model is not finished, there is something at ``out``, the exported networks give
-            other probabilities, or the micrometres per pixel are not known.
-        DataError: If the pack does not fit the classifier, or is missing.
+        RunError: If the model is not finished, ``out`` exists, the exported networks return other
+            probabilities, or the pixel size is unknown.
+        DataError: If the pack does not match the classifier, or is missing.
         MissingExtra: If onnx, onnxruntime or, for ``int8``, nncf is not installed.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} exists already: name a folder that does not")
-    place = None if isinstance(model, Run | Classifier) else Path(model)
-    if place is not None and is_wsinfer(place) and not (place / WEIGHTS).is_file():
+    model_folder = None if isinstance(model, Run | Classifier) else Path(model)
+    if model_folder is not None and is_wsinfer(model_folder) and not (model_folder / WEIGHTS).is_file():
         raise RunError(f"{model} is a model in WSInfer's form already: give it to other programs as it is")
     classifier = _with_mpp(open_classifier(model), mpp, model)
     run = _find_run(model)
@@ -126,10 +125,10 @@ def export(
 
 
 def write_networks(classifier: Classifier, folder: Path) -> None:
-    """Write every registered form of a network into its classifier's folder.
+    """Write a network in every registered format into its classifier's folder.
 
     Raises:
-        RunError: If the network cannot be written in one of them.
+        RunError: If the network cannot be exported.
         MissingExtra: If onnx is not installed.
     """
     for form in FORMATS.values():
@@ -143,11 +142,11 @@ def write_networks(classifier: Classifier, folder: Path) -> None:
 
 
 def measure_parity(classifier: Classifier, folder: Path, patches: np.ndarray) -> Parity:
-    """Compare what the classifier and what `write_networks` wrote say of the same patches.
+    """Compare the predictions of the classifier and of the exported networks.
 
     Args:
-        classifier: On the CPU.
-        folder: Holds what `write_networks` wrote.
+        classifier: The classifier, on the CPU.
+        folder: Folder with the output of `write_networks`.
         patches: uint8 ``(n, patch_px, patch_px, 3)``.
     """
     info, single = classifier.info, classifier.single_patch()
@@ -160,8 +159,8 @@ def measure_parity(classifier: Classifier, folder: Path, patches: np.ndarray) ->
             probs[name] = result
             versions |= {package: version(package) for package in form.packages}
     differences = {
-        f"{one} and {other}": {"probs": float(np.abs(probs[one] - probs[other]).max())}
-        for one, other in combinations(probs, 2)
+        f"{first} and {second}": {"probs": float(np.abs(probs[first] - probs[second]).max())}
+        for first, second in combinations(probs, 2)
     }
     return Parity(
         format=PARITY_FORMAT,
@@ -192,7 +191,7 @@ def measure_int8(classifier: Classifier, folder: Path, patches: np.ndarray) -> I
 
 
 def _require_parity(parity: Parity) -> None:
-    """Refuse what does not say the same; NaN is refused as well."""
+    """Check that differences are within the tolerance and not NaN."""
     for pair, values in parity["largest_difference"].items():
         if not values["probs"] <= parity["tolerance"]:
             raise RunError(
@@ -217,20 +216,20 @@ def _describe(classifier: Classifier, files: dict[str, str]) -> dict[str, object
 
 
 def _with_mpp(classifier: Classifier, mpp: float | None, model: object) -> Classifier:
-    """Return a classifier that can be saved without changing the original, and knows its mpp."""
-    known = classifier.info.mpp
+    """Return a copy of a classifier with a known pixel size."""
+    recorded = classifier.info.mpp
     if mpp is not None and not 0 < mpp < 1000:
         raise RunError(f"mpp is {mpp}; micrometres a pixel lie between 0 and 1000")
-    if mpp is not None and known is not None and mpp != known:
+    if mpp is not None and recorded is not None and mpp != recorded:
         raise RunError(
-            f"the classifier was trained at {known} um/px: --mpp {mpp} is for one that does not know"
+            f"the classifier was trained at {recorded} um/px: --mpp {mpp} is for one that does not know"
         )
-    if mpp is None and known is None:
+    if mpp is None and recorded is None:
         raise RunError(
             f"{model} does not know at how many um/px its patches were cut, and no slide can be read "
             "without that: pass --mpp"
         )
-    info = classifier.info.model_copy(update={"mpp": known if mpp is None else mpp})
+    info = classifier.info.model_copy(update={"mpp": recorded if mpp is None else mpp})
     return type(classifier)(info, classifier.base_network, classifier.extras)
 
 
@@ -255,9 +254,9 @@ def draw_patches(patch_px: int) -> np.ndarray:
 
 
 def _choose_patches(pack: Pack, patch_px: int, most: int) -> np.ndarray:
-    """Return whole patches from all over the pack, uint8 ``(n, patch_px, patch_px, 3)``."""
-    whole = np.flatnonzero((pack.sizes == patch_px).all(axis=1))
-    if not len(whole):
+    """Return full-size patches, evenly spaced in the pack, uint8 ``(n, patch_px, patch_px, 3)``."""
+    full_size = np.flatnonzero((pack.sizes == patch_px).all(axis=1))
+    if not len(full_size):
         raise DataError(f"{pack.path} has no whole patch of {patch_px} px: parity cannot be tried on it")
-    rows = whole[np.unique(np.linspace(0, len(whole) - 1, min(most, len(whole))).astype(int))]
+    rows = full_size[np.unique(np.linspace(0, len(full_size) - 1, min(most, len(full_size))).astype(int))]
     return np.array(pack.patches[rows, :patch_px, :patch_px])

@@ -1,9 +1,8 @@
-"""A classifier as one network for programs that know only Resize, ToTensor and softmax.
+"""A classifier as one network for programs that apply only Resize, ToTensor and softmax.
 
-WSInfer and QuPath read a patch, bring it to its size, scale it to 0-1, call a network and apply softmax to
-what comes back. Everything else a classifier does therefore lies inside `HostNetwork`: the resizing to the
-network's input by its own filter, channel order, scale, mean and deviation before the network; sigmoids and
-the calibrator after it.
+WSInfer and QuPath read a patch, resize it, scale it to 0-1, call a network and apply softmax to its output.
+All other steps are therefore part of `HostNetwork`: resizing to the network's input with its own filter,
+channel order, scale, mean and standard deviation before the network; sigmoids and the calibrator after it.
 """
 
 import cv2
@@ -19,10 +18,9 @@ from biopsy.statistics.calibrators import LEAST_PROB, Calibrator, Isotonic, Scal
 
 
 class HostNetwork(nn.Module):
-    """Patches ``(B, 3, patch_px, patch_px)`` of RGB in 0-1 to scores ``(B, n_classes)``.
+    """Map RGB patches ``(B, 3, patch_px, patch_px)`` in 0-1 to scores ``(B, n_classes)``.
 
-    Softmax of the scores gives the classifier's calibrated probabilities. The classifier's network is shared,
-    not copied.
+    The softmax of the scores returns the calibrated probabilities. The network is shared, not copied.
     """
 
     def __init__(self, classifier: Classifier) -> None:
@@ -51,7 +49,7 @@ def make_resize(preprocessing: Preprocessing, patch_px: int) -> nn.Module:
 
 
 class _Nearest(nn.Module):
-    """Takes pixels as Pillow does."""
+    """Nearest-neighbour resizing with the pixel indices of Pillow."""
 
     places: Tensor
 
@@ -64,10 +62,10 @@ class _Nearest(nn.Module):
 
 
 class _Bilinear(nn.Module):
-    """OpenCV's INTER_LINEAR of 8-bit pixels in its integers: weights of 11 bits, sums cut to 8 bits late.
+    """OpenCV's INTER_LINEAR for 8-bit pixels in integer arithmetic, with 11-bit weights.
 
-    Along a row OpenCV moves a place beyond the border onto it; along a column it repeats the border instead,
-    which differs in what is cut off.
+    Along a row, OpenCV moves positions beyond the border onto it; along a column, it repeats the border,
+    which differs in rounding.
     """
 
     first: Tensor
@@ -103,7 +101,7 @@ class _Bilinear(nn.Module):
 
 
 class _Bicubic(nn.Module):
-    """OpenCV's INTER_CUBIC of 8-bit pixels; its weights are read off OpenCV itself."""
+    """OpenCV's INTER_CUBIC for 8-bit pixels, with weights computed by OpenCV."""
 
     weights: Tensor
 
@@ -124,12 +122,12 @@ def _fixed_point(weight: np.ndarray) -> Tensor:
 
 
 def _divide(values: Tensor, bits: int) -> Tensor:
-    """Shift whole numbers of zero or more to the right; written as a division, which ONNX has for them."""
+    """Shift non-negative integers to the right; as a division, which ONNX supports for integers."""
     return torch.div(values, 2**bits, rounding_mode="trunc").int()
 
 
 class _Standardise(nn.Module):
-    """Channel order, scale, mean and deviation, held so that they move to a device with the network."""
+    """Channel order, scale, mean and standard deviation, as buffers that move with the network."""
 
     mean: Tensor
     std: Tensor
@@ -146,7 +144,7 @@ class _Standardise(nn.Module):
 
 
 def make_calibration(calibrator: Calibrator) -> nn.Module:
-    """Return the module that turns scores into scores whose softmax are the calibrated probabilities."""
+    """Return the module that maps scores to scores whose softmax is calibrated."""
     return _Isotonic(calibrator) if isinstance(calibrator, Isotonic) else _Scaling(calibrator)
 
 
@@ -166,10 +164,9 @@ class _Scaling(nn.Module):
 
 
 class _Isotonic(nn.Module):
-    """The table's lines between its knots.
+    """Linear interpolation between the knots of the calibrator.
 
-    In 32 bits a probability near 1 has few digits left and what is missing to 1 has all of them, so the upper
-    half is read by that.
+    For precision in float32, probabilities above 0.5 are represented by their difference from 1.
     """
 
     logit: Tensor
@@ -210,11 +207,11 @@ def example_batch(classifier: Classifier) -> torch.Tensor:
 
 
 def host_batches(patches: np.ndarray) -> list[torch.Tensor]:
-    """Return patches as hosts give them: a batch of one, and others of another size (neither is baked in)."""
+    """Return patches in batches of different sizes, including a single patch, to test dynamic batch size."""
     batch = torch.from_numpy(patches).permute(0, 3, 1, 2).float().div(255).contiguous()
     return [part for part in (batch[:1], *batch[1:].split(64)) if len(part)]
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
-    """Return probabilities of the scores that a host program gets."""
+    """Return the probabilities that a host program computes from scores."""
     return np.asarray(special.softmax(scores.astype(np.float64), axis=1))

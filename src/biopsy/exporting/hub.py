@@ -12,12 +12,12 @@ from biopsy.models.hub import PREFIX, hub_errors, require_repository
 
 @dataclass(frozen=True)
 class Publication:
-    """What `publish` uploaded.
+    """Result of `publish`.
 
     Attributes:
         repository: ``ORG/NAME``.
         commit: Hash of the commit.
-        model: ``hf:ORG/NAME@COMMIT``: what opens exactly this.
+        model: ``hf:ORG/NAME@COMMIT``, the name of exactly this version.
         url: Page of the commit.
         files: The files uploaded.
     """
@@ -32,8 +32,8 @@ class Publication:
 def publish(bundle: Path | str, repository: str, *, private: bool = False) -> Publication:
     """Upload a bundle to the Hugging Face hub.
 
-    Only the files that ``export`` wrote are uploaded, and only if they are as it wrote them; the model card
-    may have been edited. The token is the one of ``hf auth login`` or ``$HF_TOKEN``.
+    Only files written by ``export`` are uploaded, and only if unchanged; the model card may be edited. The
+    token is taken from ``hf auth login`` or ``$HF_TOKEN``.
 
     Args:
         bundle: Folder written by ``export``.
@@ -41,9 +41,9 @@ def publish(bundle: Path | str, repository: str, *, private: bool = False) -> Pu
         private: Create the repository as a private one.
 
     Raises:
-        DataError: If the folder is no bundle.
-        RunError: If a file of the bundle is missing or was altered.
-        HubError: If the name is none, or the hub refuses.
+        DataError: If the folder is not a bundle.
+        RunError: If a file of the bundle is missing or was modified.
+        HubError: If the name is invalid, or the hub refuses the upload.
     """
     from huggingface_hub import HfApi
 

@@ -1,7 +1,7 @@
-"""The model card: what a classifier is for, what it learned from, how good it is, and where that ends.
+"""The model card: intended use, training data, performance and limitations of a classifier.
 
-Headings after Mitchell et al. 2019, "Model Cards for Model Reporting". Everything in it is read from the
-records of the run and the classifier; what they do not hold the card says is not known.
+Headings after Mitchell et al. 2019, "Model Cards for Model Reporting". All content is read from the records
+of the run and the classifier; missing information is stated as unknown.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ SHOWN: tuple[str, ...] = (
 )
 SHOWN += ("npv", "f1_macro", "kappa", "brier", "ece", "calibration_slope")
 HUB_METRICS = {"auroc": "roc_auc", "sensitivity": "recall", "ppv": "precision"}
-"""Names that the Hugging Face hub has for metrics; others keep ours."""
+"""Names of metrics on the Hugging Face hub; other metrics keep their name."""
 
 
 class Int8Difference(TypedDict):
-    """How far the quantised network is from float32: of the probabilities of patches, and of their calls."""
+    """Differences of the quantised network from float32, in probabilities and predicted classes."""
 
     n_patches: int
     largest: float
@@ -44,7 +44,7 @@ class Int8Difference(TypedDict):
 
 
 class Parity(TypedDict, total=False):
-    """What ``parity.json`` holds: for each two programs, the largest difference of a probability."""
+    """Content of ``parity.json``: the largest difference of a probability for each pair of programs."""
 
     format: Required[str]
     n_patches: Required[int]
@@ -57,13 +57,13 @@ class Parity(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card is written from.
+    """Input of a model card.
 
     Attributes:
-        info: The classifier's.
-        run: None where only the classifier is at hand.
-        metrics: None where nothing was evaluated.
-        parity: None outside a bundle.
+        info: Metadata of the classifier.
+        run: The run; None if unavailable.
+        metrics: Metrics of the run; None if not evaluated.
+        parity: Parity report; None outside a bundle.
     """
 
     info: ClassifierInfo
@@ -73,7 +73,7 @@ class CardFacts:
 
 
 def gather_card(classifier: Classifier, run: Run | None, parity: Parity | None = None) -> CardFacts:
-    """Read what a card needs; a run that was not evaluated has no metrics."""
+    """Return the input of a card, without metrics if the run was not evaluated."""
     metrics = None
     if run is not None:
         with contextlib.suppress(RunError):
@@ -82,7 +82,7 @@ def gather_card(classifier: Classifier, run: Run | None, parity: Parity | None =
 
 
 def card_of_run(facts: CardFacts) -> str:
-    """Write the card as markdown."""
+    """Return the card as Markdown."""
     info = facts.info
     parts = [
         f"# {info.recipe or info.network}: {' / '.join(info.class_names)}",
@@ -100,7 +100,7 @@ def card_of_run(facts: CardFacts) -> str:
 
 
 def metadata_of_run(facts: CardFacts) -> str:
-    """Return the YAML block that begins a card on the hub: licence, task, tags, and metrics of the test."""
+    """Return the YAML header of a card on the hub: licence, task, tags and test metrics."""
     from huggingface_hub import EvalResult, ModelCardData
 
     info = facts.info
@@ -166,7 +166,7 @@ def _describe_data(facts: CardFacts) -> list[str]:
             *basis,
             f"Trained on {info.pack.get('name', 'data that are not recorded')}; no run at hand says more.",
         ]
-    about, split = facts.run.info["pack"], facts.run.info["split"]
+    pack, split = facts.run.info["pack"], facts.run.info["split"]
     unit = split["unit"]
     rows = [
         [subset, number(count["patches"]), number(count["groups"]), *map(number, count["per_class"].values())]
@@ -176,7 +176,7 @@ def _describe_data(facts: CardFacts) -> list[str]:
     lines = [
         "## Data",
         *basis,
-        f"Pack {about['name']} ({about['dataset']}, content {about['content_sha256'][:12]}), split "
+        f"Pack {pack['name']} ({pack['dataset']}, content {pack['content_sha256'][:12]}), split "
         f"{split['name']!r} ({split['protocol']}) by {unit}, seed {facts.run.info['seed']}.",
         _table(["subset", "patches", plural(unit), *info.class_names], rows),
     ]

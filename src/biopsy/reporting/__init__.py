@@ -1,7 +1,7 @@
-"""Reports: what a run or a study found, as one HTML file.
+"""Reports of runs and studies, as one HTML file.
 
-``document`` holds the parts of a report as plain records, ``elements`` what several sections share, ``html``
-renders a `ReportDocument` with the templates in ``templates``. ``facts`` are the records that a report is
-written from, ``registry`` finds the sections, ``compose`` puts the report of a run together, ``checklist``
-links it to two reporting guidelines, and ``pseudonyms`` replaces ids before anything is written.
+``document`` defines the parts of a report as plain records, ``elements`` the parts that several sections
+share; ``html`` renders a `ReportDocument` with the templates in ``templates``. ``facts`` are the input of a
+report, ``registry`` finds the sections, ``compose`` assembles the report of a run, ``checklist`` links it to
+two reporting guidelines, and ``pseudonyms`` replaces ids before anything is written.
 """

@@ -1,9 +1,8 @@
-"""What a reader of a prediction study should find, and where this report has it.
+"""Items of two reporting guidelines, linked to the sections of a report that address them.
 
 The items are those of TRIPOD+AI (Collins et al. 2024, BMJ 385:e078378) and of STARD 2015 (Bossuyt et al.
-2015, BMJ 351:h5527) with what STARD-AI (Sounderajah et al. 2025, Nature Medicine) adds to it, in our words.
-An item is answered by the chapters that are named beside it and that the report has; most of the others are
-for authors to write, for no program knows who funded a study.
+2015, BMJ 351:h5527) with the additions of STARD-AI (Sounderajah et al. 2025, Nature Medicine), paraphrased.
+Most items without a section are for the authors of a study to write.
 """
 
 from collections.abc import Sequence
@@ -16,12 +15,12 @@ TOP = ("answer", "Summary")
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that a guideline asks for.
+    """An item of a guideline.
 
     Attributes:
-        number: As the guideline counts; empty where STARD-AI adds to a topic.
-        asks: What is asked, in our words.
-        chapters: Ids of the chapters that answer it; all that the report has are linked.
+        number: Number in the guideline; empty for additions of STARD-AI.
+        asks: The item, paraphrased.
+        chapters: Ids of the sections that address it; those in the report are linked.
     """
 
     number: str
@@ -137,10 +136,10 @@ GUIDELINES = (("TRIPOD+AI 2024", TRIPOD_AI), ("STARD 2015 with STARD-AI 2025", S
 
 
 def describe_checklist(sections: Sequence[Section], *, has_subgroups: bool = False) -> Section:
-    """The items of two reporting guidelines, each linked to the chapters that answer it, or "not done".
+    """Return the items of both guidelines, each linked to the sections that address it, or "not done".
 
     Args:
-        has_subgroups: Whether the chapter on patients compares subgroups.
+        has_subgroups: Whether the section on patients contains subgroups.
     """
     headings = dict([TOP, *((section.id, section.heading) for section in sections)])
     if has_subgroups and "patients" in headings:
@@ -148,21 +147,21 @@ def describe_checklist(sections: Sequence[Section], *, has_subgroups: bool = Fal
     lists = [
         Checklist(
             f"{guideline}: {sum(bool(_find(item, headings)) for item in items)} of {len(items)} items have a "
-            "chapter here",
+            "section here",
             [Answer(item.number, item.asks, _find(item, headings)) for item in items],
         )
         for guideline, items in GUIDELINES
     ]
     note = Text(
-        "A link says where the report speaks of an item, not that it says all that authors should. What is "
-        "not done here is mostly what only the people know who collected the data.",
+        "A link shows where the report addresses an item, not that it does so completely. Most items without "
+        "a link need information from those who collected the data.",
         "note",
     )
     return Section("checklist", "Reporting checklist", [note, *lists])
 
 
 def _find(item: Item, headings: dict[str, str]) -> list[tuple[str, str]]:
-    """Return the anchors and headings of the chapters that answer an item."""
+    """Return the anchors and headings of the sections that address an item."""
     return [
         ("patients" if chapter == "subgroups" else chapter, headings[chapter])
         for chapter in item.chapters

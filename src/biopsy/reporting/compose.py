@@ -22,30 +22,30 @@ from biopsy.reporting.registry import list_results, list_sections
 
 
 def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
-    """Compose the report of a run.
+    """Return the report of a run.
 
     Args:
-        hide_ids: Replace patient, slide and patch ids by numbers everywhere, and say so.
+        hide_ids: Replace patient, slide and patch ids by numbers.
     """
     if hide_ids and not facts.ids_hidden:
         facts = hide_run(facts, {name: result.hide for name, result in list_results().items()})
     composed = [compose(facts) for compose in list_sections()]
     present = [section for section in composed if section is not None]
     if facts.missing:
-        present.append(_name_missing(facts.missing))
+        present.append(_list_missing(facts.missing))
     present.append(describe_checklist(present, has_subgroups=bool(facts.metrics.get("subgroups"))))
     m = facts.metrics
     title = str(facts.recipe.get("title") or facts.recipe.get("name") or facts.run.get("recipe") or "A run")
     name = facts.run.get("name") or facts.run.get("id") or "run"
-    about = f"Run {name}, evaluated on the {m.get('subset', 'test')} subset"
+    source = f"Run {name}, evaluated on the {m.get('subset', 'test')} subset"
     if not facts.is_run:
-        title, about = "Evaluation of predictions", "Predictions from outside biopsy"
+        title, source = "Evaluation of predictions", "Predictions from outside biopsy"
     size = count(m.get("n_patches") or 0, "patch")
     if facts.unit != "patch":
         size += f" of {count(m.get('n_patients') or 0, facts.unit)}"
     return ReportDocument(
         title=title,
-        subtitle=f"{about}: {size}",
+        subtitle=f"{source}: {size}",
         summary=_summarise(facts),
         sections=present,
         warnings=warn_reader(facts),
@@ -53,8 +53,8 @@ def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
     )
 
 
-def _name_missing(missing: Sequence[tuple[str, str]]) -> Section:
-    """List what has not been measured of this run, with the commands that do."""
+def _list_missing(missing: Sequence[tuple[str, str]]) -> Section:
+    """Return the section of missing results, with the commands that compute them."""
     return Section(
         "missing",
         "Not included",
@@ -66,13 +66,13 @@ def _name_missing(missing: Sequence[tuple[str, str]]) -> Section:
 
 
 def warn_reader(facts: RunFacts) -> list[str]:
-    """List what a reader must know before any number."""
+    """Return the warnings of a report."""
     m, split = facts.metrics, {**facts.run.get("split", {}), **facts.metrics.get("split", {})}
     warnings = []
     if split.get("patients_overlap"):
-        why = "as published" if split.get("as_published") else "on purpose"
+        reason = "as published" if split.get("as_published") else "on purpose"
         warnings.append(
-            f"Patient overlap between subsets, {why}: the results do not generalise to new patients."
+            f"Patient overlap between subsets, {reason}: the results do not generalise to new patients."
         )
     if split.get("test_is_validation"):
         warnings.append(
@@ -100,11 +100,11 @@ def warn_reader(facts: RunFacts) -> list[str]:
 
 def _summarise(facts: RunFacts) -> Summary:
     m, colour = facts.metrics, facts.baseline
-    beside = ""
+    comparison = ""
     if colour.get("value") is not None:
-        beside = f"colour-only baseline: {number(colour['value'])}"
+        comparison = f"colour-only baseline: {number(colour['value'])}"
         if colour.get("low") is not None:
-            beside += f" ({interval_text(colour['low'], colour['high'], None)})"
+            comparison += f" ({interval_text(colour['low'], colour['high'], None)})"
     meanings = (
         {
             "sensitivity": f"share of {facts.positive} patches predicted {facts.positive}",
@@ -120,7 +120,7 @@ def _summarise(facts: RunFacts) -> Summary:
         headline(
             capitalize(_ranking(facts)),
             facts.pooled.get("auroc", {}),
-            beside=beside,
+            beside=comparison,
             mark=colour.get("value"),
         )
     ]
@@ -133,8 +133,8 @@ def _summarise(facts: RunFacts) -> Summary:
         headlines=headlines,
         unit=facts.unit,
         findings=[
-            _say_threshold(facts),
-            *_say_groups(facts),
+            _describe_threshold(facts),
+            *_list_groups(facts),
             describe_openings(facts.ledger or m.get("times_opened"))
             if facts.is_run
             else "Whether the model was trained on these patches is not recorded.",
@@ -149,7 +149,7 @@ def _ranking(facts: RunFacts) -> str:
 
 
 def state_verdict(facts: RunFacts) -> str:
-    """Return the result in one sentence: on whom, better than chance or not, better than colour or not."""
+    """Return the result in one sentence, compared with chance and with the colour-only baseline."""
     m, auroc = facts.metrics, facts.pooled.get("auroc", {})
     task = (
         f"{facts.positive} from {facts.negative} patches"
@@ -158,38 +158,39 @@ def state_verdict(facts: RunFacts) -> str:
     )
     value, low = auroc.get("value"), auroc.get("low")
     n_groups = m.get("n_patches" if facts.unit == "patch" else "n_patients") or 0
-    where = f"On {count(n_groups, facts.unit)}"
+    population = f"On {count(n_groups, facts.unit)}"
     if m.get("split", {}).get("patients_overlap"):
-        where = (
+        population = (
             f"This is no result for new {plural(facts.unit)}: on {count(n_groups, facts.unit)} that are also "
             "in the training data"
         )
     elif facts.is_run and m.get("subset") != "validation":
-        where += " not seen in training"
+        population += " not seen in training"
     elif facts.is_run:
-        where += " of the validation subset"
+        population += " of the validation subset"
     if value is None:
         reason = (auroc.get("reason") or "not measured").removeprefix("undefined: ")
         if facts.is_binary:
-            return f"{where}, the {_ranking(facts)} is not defined: {reason}."
+            return f"{population}, the {_ranking(facts)} is not defined: {reason}."
         share = number(facts.pooled.get("accuracy", {}).get("value"))
-        return (
-            f"{where}, the accuracy over {task} is {share}; the {_ranking(facts)} is not defined ({reason})."
-        )
+        text = f"{population}, the accuracy over {task} is {share}"
+        return f"{text}; the {_ranking(facts)} is not defined ({reason})."
     if low is None:
         reason = auroc.get("reason") or "there is no interval"
         return (
-            f"{where}, the model distinguishes {task} with {_ranking(facts)} {number(value)}; this cannot be "
-            f"generalised to other {plural(facts.unit)} ({reason})."
+            f"{population}, the model distinguishes {task} with {_ranking(facts)} {number(value)}; this "
+            f"cannot be generalised to other {plural(facts.unit)} ({reason})."
         )
     level = f"{_ranking(facts)} {number(value)}, 95 % interval {number(low)} to {number(auroc['high'])}"
     if low <= 0.5:
-        return f"{where}, the model is not shown to distinguish {task} better than chance ({level})."
-    return f"{where}, the model distinguishes {task} better than chance ({level}){_beside_colour(facts)}."
+        return f"{population}, the model is not shown to distinguish {task} better than chance ({level})."
+    return (
+        f"{population}, the model distinguishes {task} better than chance ({level}){_beside_colour(facts)}."
+    )
 
 
 def _beside_colour(facts: RunFacts) -> str:
-    """Return how the model stands to the colour-only baseline; nothing where there is none."""
+    """Return the comparison with the colour-only baseline, if there is one."""
     colour, gain = facts.baseline.get("value"), (facts.metrics.get("baseline") or {}).get("gain") or {}
     if colour is None:
         return ""
@@ -200,23 +201,23 @@ def _beside_colour(facts: RunFacts) -> str:
     return f"; it is not shown to be better than a colour-only baseline ({number(colour)})"
 
 
-MOST_NAMED = 12  # test patients named on the first page; the table of patients lists all
+MAX_LISTED = 12  # test patients listed in the summary; the table of patients lists all
 
 
-def _say_groups(facts: RunFacts) -> list[str]:
-    """Name the evaluated patients or slides, where they are few."""
+def _list_groups(facts: RunFacts) -> list[str]:
+    """Return the ids of the evaluated patients or slides, if there are few."""
     names = sorted(facts.group_ids.dropna().astype(str).unique())
     if not names or facts.unit == "patch":
         return []
     kind = plural(facts.unit).capitalize()
     if facts.is_run:
         kind = f"{facts.metrics.get('subset', 'test').capitalize()} {plural(facts.unit)}"
-    if len(names) > MOST_NAMED:
+    if len(names) > MAX_LISTED:
         return [f"{kind}: {len(names):,}, listed under Per-{facts.unit} results."]
     return [f"{kind} ({len(names)}): {', '.join(names)}."]
 
 
-def _say_threshold(facts: RunFacts) -> str:
+def _describe_threshold(facts: RunFacts) -> str:
     threshold = facts.metrics.get("threshold")
     if not threshold:
         return "Each patch is assigned the class of highest probability."

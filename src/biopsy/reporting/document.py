@@ -1,4 +1,4 @@
-"""The parts a report is made of: plain records without HTML, so that any chapter can be written with them."""
+"""The parts of a report, as plain records without HTML."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,28 +10,28 @@ from biopsy.statistics.multiclass import MULTICLASS_METRICS
 
 
 def metric_label(name: str, n_classes: int = 2) -> str:
-    """Return a metric as a reader sees it; the name where no metric has it.
+    """Return the display name of a metric, or ``name`` if it is unknown.
 
     Example:
         >>> metric_label("f1"), metric_label("f1_macro", n_classes=3)
         ('F1 of the positive class', 'F1, macro')
     """
-    known = METRICS if n_classes == 2 else MULTICLASS_METRICS
-    return known[name].label if name in known else name
+    metrics = METRICS if n_classes == 2 else MULTICLASS_METRICS
+    return metrics[name].label if name in metrics else name
 
 
 @dataclass(frozen=True)
 class Headline:
-    """One of the numbers on the reader's page.
+    """A metric in the summary.
 
     Attributes:
-        label: What it is.
-        value: Between 0 and 1, or None where it is not defined.
-        low: Lower end of the interval, None where there is none.
-        high: Upper end.
+        label: Name of the metric.
+        value: Between 0 and 1, or None if undefined.
+        low: Lower end of the interval, None without one.
+        high: Upper end of the interval.
         reason: Why value or interval are missing.
-        beside: What to compare it with, in words.
-        mark: That comparison's value, a tick on the little scale.
+        beside: A comparison or explanation.
+        mark: Value of the comparison, a tick on the scale.
     """
 
     label: str
@@ -49,7 +49,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class Summary:
-    """The first screen: the result in one sentence, its numbers, and what they must not be used for."""
+    """The summary: the result in one sentence, its metrics, and limits of use."""
 
     verdict: str
     headlines: Sequence[Headline]
@@ -77,7 +77,7 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names with their values; closed behind the title ``fold`` where one is given."""
+    """Names and values; collapsed under the title ``fold``, if given."""
 
     kind: ClassVar[str] = "facts"
     items: Sequence[tuple[str, str]]
@@ -91,11 +91,11 @@ class Table:
 
     Attributes:
         columns: Headings.
-        rows: Cells, one a column.
-        caption: What the table says, above it.
-        note: Small print below it.
-        text_columns: How many columns from the left hold words; the others hold numbers.
-        fold: Where given, the table is closed behind this title until a reader opens it.
+        rows: Rows of cells, one per column.
+        caption: Title above the table.
+        note: Note below the table.
+        text_columns: Number of text columns on the left; the others are numeric.
+        fold: If given, the table is collapsed under this title.
     """
 
     kind: ClassVar[str] = "table"
@@ -111,7 +111,7 @@ class Table:
 class Picture:
     """A figure as SVG text (only from ``plotting.style.svg``) or an image as bytes, with its caption.
 
-    ``alt`` describes it to readers who cannot see it, where the caption does not.
+    ``alt`` is the description for screen readers, if the caption is not sufficient.
     """
 
     caption: str
@@ -124,7 +124,7 @@ class Picture:
 class Pictures:
     """Figures side by side on a wide screen, at most ``across`` in a row (4: two on screen, four in print).
 
-    With ``fold`` they are closed behind that title.
+    With ``fold``, they are collapsed under that title.
     """
 
     kind: ClassVar[str] = "pictures"
@@ -136,7 +136,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Patch:
-    """One patch of a gallery: the encoded image, and the lines under it."""
+    """One patch of a gallery: the encoded image, and lines of text below."""
 
     image: bytes
     lines: Sequence[str]
@@ -154,7 +154,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Case:
-    """One patch looked at closely: encoded pictures with a caption each, side by side, and lines below."""
+    """One patch in detail: encoded images with captions, side by side, and lines of text below."""
 
     pictures: Sequence[tuple[bytes, str]]
     lines: Sequence[str]
@@ -162,7 +162,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Cases:
-    """Patches looked at closely, in named groups; all after the first ``n_open`` are folded."""
+    """Patches in detail, in named groups; all after the first ``n_open`` are collapsed."""
 
     kind: ClassVar[str] = "cases"
     caption: str
@@ -181,10 +181,10 @@ class Cases:
     def folded(self) -> list[tuple[str, list[Case]]]:
         return self._pick(range(self.n_open, self.n_open + self.n_folded))
 
-    def _pick(self, places: range) -> list[tuple[str, list[Case]]]:
+    def _pick(self, indices: range) -> list[tuple[str, list[Case]]]:
         picked, start = [], 0
         for heading, cases in self.groups:
-            chosen = [case for place, case in enumerate(cases, start) if place in places]
+            chosen = [case for index, case in enumerate(cases, start) if index in indices]
             start += len(cases)
             if chosen:
                 picked.append((heading, chosen))
@@ -193,7 +193,7 @@ class Cases:
 
 @dataclass(frozen=True)
 class Listing:
-    """Text as a machine reads it: a command, a settings file; closed where ``fold`` gives a title."""
+    """Preformatted text: a command or a settings file; collapsed under the title ``fold``, if given."""
 
     kind: ClassVar[str] = "listing"
     text: str
@@ -202,7 +202,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Answer:
-    """One item of a checklist: its number, what it asks, and the chapters that answer it (id and heading)."""
+    """An item of a checklist: its number, text, and the sections that address it (id and heading)."""
 
     number: str
     asks: str
@@ -211,7 +211,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Checklist:
-    """Items of a guideline, each with links to where it is answered; closed until a reader opens it."""
+    """Items of a guideline with links to sections, collapsed."""
 
     kind: ClassVar[str] = "checklist"
     title: str
@@ -223,7 +223,7 @@ Block = Text | Bullets | Facts | Table | Pictures | Gallery | Cases | Listing | 
 
 @dataclass(frozen=True)
 class Section:
-    """A chapter. Its ``id`` is the anchor other chapters and checklists link to."""
+    """A section; ``id`` is its anchor."""
 
     id: str
     heading: str
@@ -235,12 +235,12 @@ class ReportDocument:
     """A whole report.
 
     Attributes:
-        title: Of the page.
-        subtitle: What was judged, in one line.
-        summary: The reader's page.
-        sections: Chapters in order.
-        warnings: What limits the result; directly below the verdict.
-        footer: Last line: what made this.
+        title: Title of the page.
+        subtitle: The evaluated data, in one line.
+        summary: The summary.
+        sections: Sections in order.
+        warnings: Limitations, below the verdict.
+        footer: Last line.
     """
 
     title: str
@@ -252,7 +252,7 @@ class ReportDocument:
 
 
 def number(value: object, digits: int = 3) -> str:
-    """Write a number for a reader: counts with thousands, shares with ``digits`` decimals, else a dash.
+    """Format a number: integers with thousands separators, floats with ``digits`` decimals, None as a dash.
 
     Example:
         >>> number(8151), number(0.84236), number(None)
@@ -270,7 +270,7 @@ def number(value: object, digits: int = 3) -> str:
 
 
 def signed(value: float | None) -> str:
-    """Return a difference with its sign; a dash where there is none.
+    """Format a difference with its sign; a dash if undefined.
 
     Example:
         >>> signed(0.0423), signed(None)
@@ -280,19 +280,19 @@ def signed(value: float | None) -> str:
 
 
 def interval_text(low: float | None, high: float | None, reason: str | None) -> str:
-    """Write an interval, or why there is none."""
+    """Format an interval, or the reason why there is none."""
     if low is None or high is None:
         return explain_missing(reason) if reason else "no interval"
     return f"{number(low)} to {number(high)}"
 
 
 def explain_missing(reason: str) -> str:
-    """Return why an interval is missing, or the metric itself."""
+    """Return the reason why an interval, or the metric, is missing."""
     return reason if reason.startswith("undefined") else f"no interval: {reason}"
 
 
 def interval_of(estimate: Mapping[str, Any] | None) -> str:
-    """Write the interval of one entry of ``metrics.json``; a dash where there is no entry."""
+    """Format the interval of an entry of ``metrics.json``; a dash without one."""
     if not estimate:
         return "-"
     return interval_text(estimate.get("low"), estimate.get("high"), estimate.get("reason"))
@@ -301,7 +301,7 @@ def interval_of(estimate: Mapping[str, Any] | None) -> str:
 def headline(
     label: str, estimate: Mapping[str, Any], *, beside: str = "", mark: float | None = None
 ) -> Headline:
-    """Make a headline of one entry of ``metrics.json``."""
+    """Return the headline of an entry of ``metrics.json``."""
     return Headline(
         label,
         estimate.get("value"),

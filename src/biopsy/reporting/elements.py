@@ -19,13 +19,13 @@ from biopsy.reporting.document import (
 
 
 class Footnotes:
-    """Reasons for missing intervals, each stated once under the table and pointed to by a letter."""
+    """Reasons for missing intervals, listed once below a table and referenced by letters."""
 
     def __init__(self) -> None:
         self._reasons: list[str] = []
 
     def interval(self, estimate: Mapping[str, Any]) -> str:
-        """Write an interval, or ``none (a)``, keeping the reason for the note."""
+        """Format an interval, or ``none (a)`` with the reason in a note."""
         reason = estimate.get("reason")
         if estimate.get("low") is not None or not reason:
             return interval_of(estimate)
@@ -34,15 +34,15 @@ class Footnotes:
         return f"none ({ascii_lowercase[self._reasons.index(reason)]})"
 
     def estimate(self, estimate: Mapping[str, Any]) -> str:
-        """Write a number and its interval in one cell: ``0.842 (0.790 to 0.890)``, or ``0.842 (a)``."""
+        """Format a value and its interval: ``0.842 (0.790 to 0.890)``, or ``0.842 (a)``."""
         interval = self.interval(estimate).removeprefix("none ")
         return f"{number(estimate.get('value'))} {interval if interval.startswith('(') else f'({interval})'}"
 
     @property
     def notes(self) -> list[str]:
-        """One sentence a reason, each with its letter."""
+        """One sentence per reason, with its letter."""
         lettered = zip(ascii_lowercase, self._reasons, strict=False)
-        return [f"({letter}) {capitalize(explain_missing(why))}." for letter, why in lettered]
+        return [f"({letter}) {capitalize(explain_missing(reason))}." for letter, reason in lettered]
 
     @property
     def text(self) -> str:
@@ -50,14 +50,14 @@ class Footnotes:
 
 
 def table_of_metrics(metrics: Mapping[str, Any], unit: str, on_subset: str = " on the test subset") -> Table:
-    """Make the table of all metrics, pooled over patches and as means over patients."""
+    """Return the table of all metrics, pooled over patches and as means over patients."""
     pooled, n_classes = metrics.get("patch") or {}, len(metrics.get("class_names", ("", "")))
-    item = metrics.get("patient") or {}
+    per_patient = metrics.get("patient") or {}
     rows, reasons = [], Footnotes()
     for name, estimate in pooled.items():
         row = [metric_label(name, n_classes), number(estimate.get("value")), reasons.interval(estimate)]
-        if item:
-            within = item.get(name) or {}
+        if per_patient:
+            within = per_patient.get(name) or {}
             defined = within.get("n_defined")
             row += [
                 number(within.get("value")),
@@ -68,7 +68,7 @@ def table_of_metrics(metrics: Mapping[str, Any], unit: str, on_subset: str = " o
             ]
         rows.append(row)
     columns = ["metric", "all patches", "95 % interval"]
-    if item:
+    if per_patient:
         columns += [f"mean of {unit}s", "95 % interval", "median", "worst", f"{unit}s"]
     method = metrics.get("interval", {})
     note = f"Intervals: {method.get('method', 'not stated')}, unit {unit}."
@@ -80,7 +80,7 @@ def table_of_metrics(metrics: Mapping[str, Any], unit: str, on_subset: str = " o
 
 
 def pick_label(rows: pd.DataFrame) -> list[str]:
-    """Name whom each row belongs to: ``patient 8863``, else ``slide ..``, else nothing."""
+    """Return the group of each row: ``patient 8863``, else ``slide ..``, else an empty string."""
     for kind in ("patient", "slide"):
         column = f"{kind}_id"
         if column in rows and rows[column].notna().any():
@@ -89,7 +89,7 @@ def pick_label(rows: pd.DataFrame) -> list[str]:
 
 
 def encode_patch(image: np.ndarray) -> bytes:
-    """Encode a patch for a page: small ones pixel for pixel, large ones as JPEG to keep the page small."""
+    """Encode a patch for a page: small ones as PNG, large ones as JPEG."""
     return png(image) if max(image.shape[:2]) <= 64 else jpeg(image)
 
 
@@ -101,7 +101,7 @@ def synthetic_warning(pack: Mapping[str, Any]) -> str:
 
 
 def describe_openings(ledger: Mapping[str, Any] | int | None) -> str:
-    """Say how often the test subset has been evaluated."""
+    """Describe how often the test subset has been evaluated."""
     if ledger is None:
         return "This subset is not in the ledger of test evaluations."
     times, runs = (ledger, None) if isinstance(ledger, int) else (ledger.get("times"), ledger.get("runs"))
@@ -123,6 +123,6 @@ RULES = {
 
 
 def describe_rule(rule: str) -> str:
-    """Write a threshold's rule in words."""
+    """Describe the rule of a threshold."""
     name, _, requested = rule.partition("=")
     return RULES[name].format(requested) if name in RULES else rule

@@ -1,4 +1,4 @@
-"""What a report is written from: the records of a run or a study, gathered, with or without their ids."""
+"""The input of a report: the records of a run or a study, with or without ids."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,25 +13,26 @@ from biopsy.training.figures import Row
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Everything the report of a run may say.
+    """Input of the report of a run.
 
     Attributes:
-        run: What ``run.json`` holds; empty for predictions from elsewhere.
-        metrics: What ``metrics.json`` holds.
-        predictions: The judged subset, in the ``Predictions`` format.
+        run: Content of ``run.json``; empty for predictions from elsewhere.
+        metrics: Content of ``metrics.json``.
+        predictions: Predictions of the evaluated subset.
         class_names: Names by class index.
-        log: One record an epoch.
+        log: One record per epoch.
         recipe: The recipe as nested values (``name``, ``title``, ``origin``, ...).
-        recipe_toml: The recipe as its file, every default filled in.
+        recipe_toml: The recipe as TOML, with defaults.
         network: Layers as ``(name, type, output_shape, parameters)``.
-        input_shape: What the network is fed, ``(channels, height, width)``.
-        get_patch: Gives a patch ``(H, W, 3)`` uint8 by its ``patch_id``, at its true size; None shows none.
+        input_shape: Input of the network, ``(channels, height, width)``.
+        get_patch: Returns a patch ``(H, W, 3)`` uint8 without padding by its ``patch_id``; None shows none.
         patch_px: Side of a patch in the pack.
-        mpp: Micrometres per pixel of the pack's patches, None where unknown.
-        audit: What ``audit.json`` holds.
-        ledger: ``times`` and ``runs`` that opened the test subset, and ``kept_with`` (``pack`` or ``run``).
-        results: What features have measured of the run, by the names under which sections registered it.
-        missing: What has not been measured, with the command that does: ``(title, command)``.
+        mpp: Pixel size of the patches in µm, None if unknown.
+        audit: Content of ``audit.json``.
+        ledger: ``times`` and ``runs`` of evaluations of the test subset, and ``kept_with`` (``pack`` or
+            ``run``).
+        results: Results of features, by the names registered by sections.
+        missing: Missing results and the commands that compute them: ``(title, command)``.
         ids_hidden: Whether ids have been replaced by numbers.
     """
 
@@ -55,17 +56,17 @@ class RunFacts:
 
     @property
     def unit(self) -> str:
-        """What counts as one independent observation: patient, slide or patch."""
+        """Unit of independent observations: patient, slide or patch."""
         return str(self.metrics.get("interval", {}).get("unit", "patient"))
 
     @property
     def is_run(self) -> bool:
-        """Whether a run was judged, rather than predictions from elsewhere."""
+        """Whether a run was evaluated, rather than predictions from elsewhere."""
         return bool(self.run)
 
     @property
     def on_subset(self) -> str:
-        """Where it was judged, for captions; empty for predictions from elsewhere."""
+        """The evaluated subset, for captions; empty for predictions from elsewhere."""
         return f" on the {self.metrics.get('subset', 'test')} subset" if self.is_run else ""
 
     @property
@@ -86,41 +87,41 @@ class RunFacts:
 
     @property
     def pooled(self) -> Mapping[str, Any]:
-        """The metrics over all patches together."""
+        """The metrics pooled over all patches."""
         return self.metrics.get("patch") or {}
 
     @property
     def is_positive(self) -> np.ndarray:
-        """1 where a patch belongs to the positive class, shape ``(n,)``."""
+        """1 for patches of the positive class, else 0, shape ``(n,)``."""
         index = list(self.class_names).index(self.positive)
         return (self.predictions["target"].to_numpy() == index).astype(int)
 
     @property
     def baseline(self) -> Mapping[str, Any]:
-        """The colour-only baseline's AUROC as an estimate, empty where there is none."""
-        known = self.metrics.get("baseline") or {}
-        return known.get("interval") or ({"value": known["auroc"]} if "auroc" in known else {})
+        """AUROC of the colour-only baseline as an estimate; empty without one."""
+        record = self.metrics.get("baseline") or {}
+        return record.get("interval") or ({"value": record["auroc"]} if "auroc" in record else {})
 
     @property
     def group_ids(self) -> pd.Series:
-        """Whom each patch belongs to: patient, else slide; null where neither is known."""
+        """The patient (else slide) of each patch; null if unknown."""
         return pick_groups(self.predictions, self.unit)
 
 
 @dataclass(frozen=True)
 class StudyFacts:
-    """Everything the report of a study may say.
+    """Input of the report of a study.
 
     Attributes:
-        study: What ``study.json`` holds (``name``, ``command``, ``pack``, ``split``, ``environment``, ...).
-        table: One row a run, with ``fold``, ``seed`` and any of the metric names, ``baseline_auroc``,
-            ``tested`` (ids that the fold tests), ``n_patches``, ``threshold``, ``chosen_epoch``.
+        study: Content of ``study.json`` (``name``, ``command``, ``pack``, ``split``, ``environment``, ...).
+        table: One row per run, with ``fold``, ``seed`` and any of the metric names, ``baseline_auroc``,
+            ``tested`` (tested ids), ``n_patches``, ``threshold``, ``chosen_epoch``.
         predictions: Out-of-fold predictions of all runs, with ``fold`` and ``seed``.
         metrics: The pooled evaluation, as ``metrics.json``.
         class_names: Names by class index.
         baselines: Colour-only AUROC by patient or slide (by ``metrics["interval"]["unit"]``).
         recipe: The recipe as nested values.
-        recipe_toml: The recipe as its file.
+        recipe_toml: The recipe as TOML.
         ids_hidden: Whether ids have been replaced by numbers.
     """
 
@@ -144,7 +145,7 @@ class StudyFacts:
 
 
 def pick_groups(predictions: pd.DataFrame, unit: str) -> pd.Series:
-    """Return the id column that the unit names, or the first that is filled."""
+    """Return the id column of the unit, or the first id column with values."""
     for column in (f"{unit}_id", "patient_id", "slide_id"):
         if column != "patch_id" and column in predictions and predictions[column].notna().any():
             return predictions[column]

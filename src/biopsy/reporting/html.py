@@ -1,7 +1,7 @@
-"""Reports: one HTML file that says what was done, how sure it is, and shows the errors.
+"""Rendering of reports as one HTML file.
 
-Everything a page needs is inside it: styles, vector figures, pictures, and one script, which sorts and
-filters tables and enlarges pictures. It asks nothing of a network, and reads the same without the script.
+A page is self-contained: styles, vector figures, images, and one script, which sorts and filters tables and
+enlarges images. It makes no network requests, and is complete without the script.
 """
 
 import base64
@@ -28,30 +28,30 @@ HIDDEN = "Patient, slide and patch ids are replaced by numbers in this report."
 
 
 def render_report(document: ReportDocument) -> str:
-    """Write a report as one self-contained HTML page; every text in it is escaped."""
+    """Return a report as one self-contained HTML page; all texts are escaped."""
     script = _environment().loader.get_source(_environment(), "report.js")[0]  # type: ignore[union-attr]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return render("report.html", report=document, script=Markup(script), script_hash=f"sha256-{digest}")
 
 
 def render(template: str, **values: object) -> str:
-    """Write a page from a template of this room; every text in it is escaped."""
+    """Return a page from a template of this package; all texts are escaped."""
     return _environment().get_template(template).render(**values)
 
 
 def embed(image: bytes) -> str:
-    """Write an encoded image as a data URI."""
+    """Return an encoded image as a data URI."""
     kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
 def breakable(text: object) -> Markup:
-    """Escape a text and let a long id break after its underscores."""
+    """Escape a text and allow line breaks after underscores."""
     return Markup("_<wbr>").join(escape(part) for part in str(text).split("_"))
 
 
 def mark_code(text: object) -> Markup:
-    """Escape a text, and set what stands between backticks as code."""
+    """Escape a text, and format text in backticks as code."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 

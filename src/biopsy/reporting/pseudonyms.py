@@ -1,7 +1,7 @@
-"""Ids replaced by numbers, before a report is built, so that nothing built later can know them.
+"""Replacement of ids by numbers, before a report is built.
 
-Numbers follow a hash of the id, not its order, and are the same wherever an id is met: in tables, figures,
-paths, commands and settings.
+Numbers are ordered by a hash of the id, and are the same everywhere: in tables, figures, paths, commands and
+settings.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 KINDS = ("patient", "slide", "patch")
-SHORTEST_IN_TEXT = 3  # an id of one or two characters cannot be told from a number in a sentence
+SHORTEST_IN_TEXT = 3  # shorter ids cannot be distinguished from numbers in text
 _NAMING_FLAGS = re.compile(
     r"(--(?:test-|val-)?(?:patients?|patch|cases|slides?))([ =])"
     r"('[^']*'(?:\\''[^']*')*|\"(?:[^\"\\]|\\.)*\"|\S+)"  # as a shell quotes what holds blanks
@@ -24,11 +24,11 @@ _TOKEN = re.compile(r"[^\s,;:'\"()\[\]{}=]+")
 
 
 class Pseudonymizer:
-    """Numbers in place of ids.
+    """Replaces ids by numbers.
 
     Args:
-        ids: The ids of each of ``patient``, ``slide`` and ``patch``; missing ones are passed over.
-        salt: Mixed into the order of numbers.
+        ids: The ids of each of ``patient``, ``slide`` and ``patch``; missing ones are ignored.
+        salt: Salt of the hash that determines the order of numbers.
 
     Example:
         >>> aliases = Pseudonymizer({"patient": ["8863", "8865"]})
@@ -59,7 +59,7 @@ class Pseudonymizer:
         self._unusual = re.compile(rf"(?<![A-Za-z0-9])(?:{names})(?![A-Za-z0-9])") if names else None
 
     def of(self, kind: str, name: object) -> str:
-        """Return the number of an id; an id that was never named becomes ``hidden``."""
+        """Return the number of an id, or ``hidden`` for unknown ids."""
         return self._numbers[kind].get(str(name), "hidden")
 
     def original(self, kind: str, alias: str) -> str:
@@ -67,8 +67,8 @@ class Pseudonymizer:
         return self._names[kind][alias]
 
     def text(self, text: str) -> str:
-        """Replace ids in free text, drop the folders of absolute paths and the values of flags that name."""
-        # Ids come first: cut at blanks or slashes, what is left of one would no longer be known as an id.
+        """Replace ids in free text, and remove folders of absolute paths and values of flags with ids."""
+        # ids first: parts of ids, cut at blanks or slashes, would not be recognised later
         if self._unusual:
             text = self._unusual.sub(lambda name: self._any[name[0]], text)
         text = _NAMING_FLAGS.sub(r"\1\2(hidden)", text)
@@ -87,16 +87,16 @@ class Pseudonymizer:
     def table(self, table: pd.DataFrame) -> pd.DataFrame:
         """Replace the id columns of a table of patches and order its rows by the numbers.
 
-        Of other columns, words are treated as free text, so that a joined column cannot name anybody.
+        Other text columns are treated as free text.
         """
         hidden = table.copy()
         for column in hidden.columns:
             kind = column.removesuffix("_id")
             if kind in KINDS:
-                known = hidden[column].notna()
+                has_id = hidden[column].notna()
                 shown = [
                     self.of(kind, name) if there else None
-                    for name, there in zip(hidden[column], known, strict=True)
+                    for name, there in zip(hidden[column], has_id, strict=True)
                 ]
                 hidden[column] = pd.Series(shown, index=hidden.index, dtype=object)
             elif not pd.api.types.is_numeric_dtype(hidden[column]) or self._are_ids(column, hidden[column]):
@@ -106,9 +106,9 @@ class Pseudonymizer:
         return hidden.sort_values(by).reset_index(drop=True) if by else hidden
 
     def _are_ids(self, column: str, values: pd.Series) -> bool:
-        """Return whether folds are named by whom they leave out, such as the number of a patient."""
-        known = self._numbers["patient"].keys() | self._numbers["slide"].keys()
-        return column == "fold" and values.notna().all() and {str(value) for value in values} <= known
+        """Return whether folds are named by the ids of the tested patients."""
+        ids = self._numbers["patient"].keys() | self._numbers["slide"].keys()
+        return column == "fold" and values.notna().all() and {str(value) for value in values} <= ids
 
     def _whole(self, text: object) -> str:
         for kind in KINDS:
@@ -118,14 +118,14 @@ class Pseudonymizer:
 
     def _patch_in(self, token: str) -> str:
         stem, dot, ending = token.rpartition(".")
-        for name, rest in ((token, ""), (stem, dot + ending)):
+        for name, suffix in ((token, ""), (stem, dot + ending)):
             if len(name) >= SHORTEST_IN_TEXT and not name.isdigit() and name in self._numbers["patch"]:
-                return f"patch-{self.of('patch', name)}{rest}"
+                return f"patch-{self.of('patch', name)}{suffix}"
         return token
 
 
 def _number(names: Iterable[object], salt: str) -> dict[str, str]:
-    known = {str(name) for name in names if not pd.isna(name)}
-    order = sorted(known, key=lambda name: hashlib.sha256(f"{salt}/{name}".encode()).digest())
+    ids = {str(name) for name in names if not pd.isna(name)}
+    order = sorted(ids, key=lambda name: hashlib.sha256(f"{salt}/{name}".encode()).digest())
     width = len(str(len(order)))
     return {name: f"{index:0{width}d}" for index, name in enumerate(order, start=1)}

@@ -1,9 +1,8 @@
-"""The sections of a run's report: each feature registers its own, beside what it measures.
+"""Registry of the sections of a run's report.
 
-To add one, write a module named ``section.py`` in the feature's folder with a function under `section`; a
-package outside this one names its module under the entry point group ``biopsy.sections``. A section renders
-what its feature has measured and computes nothing: where that is missing it is left out, and the report names
-the command that makes it.
+To add one, write a module named ``section.py`` in the folder of the feature with a function under `section`;
+other packages declare their module in the entry point group ``biopsy.sections``. A section renders stored
+results and computes nothing: without them it is left out, and the report lists the command to compute them.
 """
 
 from collections.abc import Callable
@@ -21,15 +20,15 @@ Compose = Callable[[RunFacts], Section | None]
 
 @dataclass(frozen=True)
 class Result:
-    """What a feature has measured of a run and kept on disk.
+    """Stored results of a feature.
 
     Attributes:
-        load: Return it, None where it has not been measured.
-        hide: Replace the ids in it by pseudonyms.
-        title: Name of what is missing where it has not been measured; empty if nobody need be told.
-        command: The command that makes it; ``{run}`` is the run's folder.
-        make: Measure it, and keep it in the run.
-        applies: Whether it can be measured of this run.
+        load: Returns the results of a run, None if missing.
+        hide: Replaces ids by pseudonyms.
+        title: Title of missing results in the report; if empty, they are not listed.
+        command: The command that computes them; ``{run}`` is the folder of the run.
+        make: Computes and stores them.
+        applies: Whether they are defined for a run.
     """
 
     load: Callable[[Run], Any]
@@ -51,9 +50,8 @@ def section(name: str, *, order: float, **results: Result) -> Callable[[Compose]
 
     Args:
         name: Its identifier, unique among sections.
-        order: Place in the report; sections stand in increasing order.
-        **results: What it renders beyond the run's own records, by the name under which the section finds it
-            in ``facts.results``.
+        order: Position in the report; sections are in increasing order.
+        **results: Additional results it renders, by their name in ``facts.results``.
     """
 
     def register(compose: Compose) -> Compose:
@@ -65,11 +63,11 @@ def section(name: str, *, order: float, **results: Result) -> Callable[[Compose]
 
 
 def list_sections() -> list[Compose]:
-    """Return the functions that write sections, in the order of the report."""
+    """Return the functions of the sections, in the order of the report."""
     return [compose for _, compose in sorted(_SECTIONS.values(), key=lambda entry: entry[0])]
 
 
 def list_results() -> dict[str, Result]:
-    """Return what sections render beyond the run's own records, by name."""
+    """Return the additional results of sections, by name."""
     _SECTIONS.load()
     return dict(_RESULTS)

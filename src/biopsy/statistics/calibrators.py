@@ -1,4 +1,4 @@
-"""Calibrators: from scores to probabilities that mean what they say, fitted on patients held out.
+"""Calibrators: map scores to calibrated probabilities, fitted on held-out patients.
 
 Scores are what the softmax of gives a classifier's own probabilities; a calibrator gives scores again, whose
 softmax are the calibrated ones. To add one, write a record with ``scale`` and ``to_dict``, a fit, and name
@@ -59,15 +59,15 @@ class Scaling:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``classifier.json`` holds."""
-        known: dict[str, Any] = {"method": self.method}
+        record: dict[str, Any] = {"method": self.method}
         if self.method != "none":
-            known |= {"slope": self.slope, "intercepts": list(self.intercepts), "prior": self.prior}
-        return known if self.reason is None else {**known, "reason": self.reason}
+            record |= {"slope": self.slope, "intercepts": list(self.intercepts), "prior": self.prior}
+        return record if self.reason is None else {**record, "reason": self.reason}
 
 
 @dataclass(frozen=True)
 class Isotonic:
-    """The rising step function that fits best, on the positive class's probability.
+    """Isotonic regression on the probability of the positive class.
 
     Attributes:
         positive_index: Column of the positive class.
@@ -106,7 +106,7 @@ Calibrator = Scaling | Isotonic
 
 
 def calibrator_from_dict(record: Mapping[str, Any]) -> Calibrator:
-    """Read a calibrator as `to_dict` gives it; other keys are passed over.
+    """Return a calibrator from the record of `to_dict`; other keys are ignored.
 
     Raises:
         MetricError: For a method that this version does not know.
@@ -129,7 +129,7 @@ def calibrator_from_dict(record: Mapping[str, Any]) -> Calibrator:
 
 
 def check_method(method: str, n_classes: int = 2) -> Method:
-    """Return a method's name if it exists and serves that many classes.
+    """Return the name of a method if it exists and supports the number of classes.
 
     Raises:
         MetricError: If not.
@@ -153,7 +153,7 @@ def fit_calibrator(
     positive_index: int = 1,
     trained_prior: ArrayLike | None = None,
 ) -> Calibrator:
-    """Fit a calibrator by maximum likelihood on patches that the classifier did not learn from.
+    """Fit a calibrator by maximum likelihood on patches that were not used for training.
 
     ``platt`` finds one slope for all scores and an intercept for each class (Platt 1999 on the difference of
     two scores; for more classes bias-corrected temperature scaling, Alexandari et al. 2020); ``intercept``
@@ -211,7 +211,7 @@ def mean_nll(scores: Floats, target: ArrayLike) -> float:
 
 
 def spread_of(scores: Floats) -> float:
-    """Return the largest standard deviation of a class's scores, each patch's counted from their mean."""
+    """Return the largest standard deviation of the scores of a class, centred within each patch."""
     return float((scores - scores.mean(axis=1, keepdims=True)).std(axis=0).max())
 
 
@@ -231,7 +231,7 @@ def _check_scores(scores: Floats, target: NDArray[Any]) -> None:
 
 
 class _NoFit(Exception):
-    """Says why neither slope nor steps can be fitted."""
+    """Raised with the reason if a calibrator cannot be fitted."""
 
 
 def _fit(
@@ -280,7 +280,7 @@ def _fit_temperature(
 
 
 def _fit_slope(scores: Floats, target: NDArray[Any]) -> float:
-    """Find the slope of least NLL, whose derivative rises with the slope."""
+    """Return the slope with minimum NLL, whose derivative increases with the slope."""
     margins = scores - scores[np.arange(len(scores)), target][:, None]
     low, high = np.array(SLOPES) / spread_of(scores)
 
@@ -326,7 +326,7 @@ def _fit_classes(scores: Floats, target: NDArray[Any], share: Floats) -> Scaling
 def _fit_linear(
     scores: Floats, target: NDArray[Any], share: Floats, *, with_slope: bool
 ) -> tuple[float, Floats]:
-    """Return slope (1 unless it is fitted) and intercepts, the first 0, of least NLL.
+    """Return slope (1 unless fitted) and intercepts (the first is 0) with minimum NLL.
 
     Args:
         scores: ``(n, n_classes)``.

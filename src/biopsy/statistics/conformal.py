@@ -1,28 +1,26 @@
-"""Conformal sets: the classes that cannot be ruled out for a patch at a stated error rate.
+"""Conformal prediction sets: the classes that cannot be excluded for a patch at a given error rate.
 
-Each calibration patch scores 1 minus the probability of its true class. A new patch's set holds every class
-whose score is at most a quantile of those; the quantile is chosen so that the true class is left out of the
-set no more often than promised.
+The score of a calibration patch is 1 minus the probability of its true class. The set of a new patch contains
+every class whose score is at most a quantile of these scores.
 
-Patches of one patient resemble each other, so the patient is what may be exchanged: hierarchical conformal
+Patches of one patient are correlated, so the patient is the exchangeable unit: hierarchical conformal
 prediction (Lee, Barber and Willett 2023, "Distribution-free inference with hierarchical data",
 arXiv:2306.06342, Theorem 1; ACM Journal of Data Science 2026). With ``K`` calibration patients of ``N_k``
 patches it takes the quantile at ``1 - alpha`` of
 
     sum_k sum_i 1 / ((K + 1) N_k) at score s_ki  +  1 / (K + 1) at infinity
 
-and promises: a patch drawn from a new patient has its class in its set with probability at least
-``1 - alpha`` (and, scores without ties, at most ``1 - alpha + 2 / (K + 1)``). The guarantee is a mean over
-calibration patients and new patients alike, not one for each patient. Dunn, Wasserman and Ramdas (JASA 2023,
-118:2491, arXiv:1809.07441) posed the problem; their pooled distribution functions are the same without the
-point at infinity, which makes their guarantee an asymptotic one.
+and guarantees that the set of a patch of a new patient contains its true class with probability at least
+``1 - alpha`` (and, for scores without ties, at most ``1 - alpha + 2 / (K + 1)``). The guarantee is marginal
+over calibration and new patients, not conditional on a patient. Dunn, Wasserman and Ramdas (JASA 2023,
+118:2491, arXiv:1809.07441) posed the problem; their method is the same without the point at infinity, which
+makes its guarantee asymptotic.
 
-Made for all classes together, the guarantee is a mean over classes too, and the rarer or harder class pays:
-its patches are missed more often than promised. Made for each class by itself (Mondrian: Vovk et al. 2005,
-ch. 4), with a quantile from the patches of that class, each class has its own guarantee.
+A marginal guarantee is also a mean over classes: coverage of a rarer or harder class can be lower.
+Class-conditional sets (Mondrian: Vovk et al. 2005, ch. 4), with a quantile from the patches of each class,
+have a guarantee for each class.
 
-The plain version, right only if patches were independent, is the same quantile with every patch a patient of
-its own.
+Split conformal prediction, valid only for independent patches, is the special case of one patch per patient.
 """
 
 from collections.abc import Sequence
@@ -40,20 +38,20 @@ Flags = NDArray[np.bool_]
 Guarantee = Literal["class-conditional", "marginal"]
 
 METHOD = "hierarchical conformal (Lee, Barber and Willett 2023)"
-ROUNDING = 1e-9  # what sums of 1 / ((K + 1) N_k) may be off
+ROUNDING = 1e-9  # tolerance of sums of 1 / ((K + 1) N_k)
 
 
 @dataclass(frozen=True)
 class Conformal:
-    """A guarantee and what it rests on; without a quantile, the reason why there is none.
+    """A coverage guarantee and its quantiles, or the reason why there are none.
 
     Attributes:
-        alpha: Error rate promised: the share of a new patient's patches whose set may miss the true class.
-        guarantee: Whether that is promised of the patches of each class, or of all patches together.
-        quantiles: Largest score that each class may have to be in a set.
-        n_patients: Calibration patients, or groups of whatever ``unit`` says.
-        n_patches: Their patches.
-        unit: What counts as one independent observation: patient, slide or patch.
+        alpha: Error rate: the share of a new patient's patches whose set may not contain the true class.
+        guarantee: Class-conditional or marginal.
+        quantiles: Largest score of each class in a set.
+        n_patients: Number of calibration patients (or other units).
+        n_patches: Number of calibration patches.
+        unit: Exchangeable unit: patient, slide or patch.
         reason: Why there are no quantiles.
     """
 
@@ -66,18 +64,18 @@ class Conformal:
     reason: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what ``classifier.json`` holds."""
+        """Return the entry of ``classifier.json``."""
         quantiles = None if self.quantiles is None else list(self.quantiles)
         return {"method": METHOD, **asdict(self), "quantiles": quantiles}
 
 
 def groups_needed(alpha: float) -> int:
-    """Return the fewest calibration patients that can guarantee an error rate: ``ceil(1 / alpha) - 1``.
+    """Return the minimum number of calibration patients for an error rate: ``ceil(1 / alpha) - 1``.
 
-    With fewer, more than ``alpha`` of the mass stands at infinity and every set is the set of all classes.
+    With fewer, more than ``alpha`` of the mass is at infinity and every set contains all classes.
 
     Raises:
-        MetricError: If ``alpha`` is no error rate.
+        MetricError: If ``alpha`` is not between 0 and 1.
 
     Example:
         >>> groups_needed(0.10), groups_needed(0.05)
@@ -92,7 +90,7 @@ def score_targets(probs: ArrayLike, target: ArrayLike) -> Floats:
     """Return 1 minus the probability of each patch's true class, shape ``(n_patches,)``.
 
     Raises:
-        MetricError: If shapes do not agree, a target is no class, or a probability is none.
+        MetricError: If shapes differ, or a target or probability is invalid.
     """
     probs, target = np.asarray(probs, np.float64), np.asarray(target)
     if probs.ndim != 2 or target.shape != probs.shape[:1]:
@@ -107,14 +105,15 @@ def score_targets(probs: ArrayLike, target: ArrayLike) -> Floats:
 
 
 def hierarchical_quantile(scores: ArrayLike, group_ids: ArrayLike, alpha: float) -> float:
-    """Return the quantile of the module's formula, infinite with fewer groups than `groups_needed`.
+    """Return the hierarchical quantile, infinite with fewer groups than `groups_needed`.
 
     Args:
-        scores: One a patch, shape ``(n_patches,)``.
-        group_ids: The patient of each patch; every group has the same mass, whatever its size.
+        scores: One score per patch, shape ``(n_patches,)``.
+        group_ids: The patient of each patch; every group has equal mass.
+        alpha: Error rate.
 
     Raises:
-        MetricError: Without patches, or if ``alpha`` is no error rate.
+        MetricError: Without patches, or if ``alpha`` is not between 0 and 1.
 
     Example:
         >>> hierarchical_quantile([0.1, 0.2, 0.6, 0.4], ["a", "a", "a", "b"], alpha=0.4)
@@ -142,48 +141,50 @@ def fit_conformal(
     unit: str = "patient",
     class_names: Sequence[str] = (),
 ) -> Conformal:
-    """Fit the sets of an error rate on calibration patients.
+    """Fit conformal sets on calibration patients.
 
     Args:
-        probs: Calibrated probabilities, shape ``(n_patches, n_classes)``, of patients not learned from.
-        target: Index of the true class.
-        group_ids: The patient (slide, or patch where no ids exist) of each patch.
-        guarantee: Of the patches of each class, or of all together.
-        class_names: For the reason; their numbers where not given.
+        probs: Calibrated probabilities, shape ``(n_patches, n_classes)``, of held-out patients.
+        target: Index of the true class, shape ``(n_patches,)``.
+        group_ids: The patient (slide, or patch without ids) of each patch.
+        alpha: Error rate.
+        guarantee: Class-conditional or marginal.
+        unit: Unit of the groups.
+        class_names: Names for the reason (default: class indices).
 
     Returns:
         The fit; with fewer patients than `groups_needed` (for ``"class-conditional"``: fewer with patches of
-        some class) it has no quantiles and says why.
+        a class), it has no quantiles and a reason.
 
     Raises:
-        MetricError: For probabilities, targets or an error rate that are none.
+        MetricError: If probabilities, targets or the error rate are invalid.
     """
     scores, needed = score_targets(probs, target), groups_needed(alpha)
     target, groups, n_classes = np.asarray(target), np.asarray(group_ids), np.shape(probs)[1]
     n_patients, quantiles = len(np.unique(groups)), []
     for k in range(n_classes if guarantee == "class-conditional" else 1):
-        own = target == k if guarantee == "class-conditional" else np.ones(len(target), bool)
-        n = len(np.unique(groups[own]))
+        members = target == k if guarantee == "class-conditional" else np.ones(len(target), bool)
+        n = len(np.unique(groups[members]))
         if n < needed:
-            of = (
+            suffix = (
                 f" with {[*class_names, *map(str, range(n_classes))][k]}"
                 if guarantee == "class-conditional"
                 else ""
             )
             reason = (
                 f"an error rate of {alpha:g} needs at least {needed} calibration "
-                f"{unit}s{'' if n == n_patients else of}; there {'is' if n == 1 else 'are'} {n}"
+                f"{unit}s{'' if n == n_patients else suffix}; there {'is' if n == 1 else 'are'} {n}"
             )
             return Conformal(alpha, guarantee, None, n_patients, len(scores), unit, reason)
-        quantiles.append(hierarchical_quantile(scores[own], groups[own], alpha))
-    every = tuple(quantiles) if guarantee == "class-conditional" else (quantiles[0],) * n_classes
-    return Conformal(alpha, guarantee, every, n_patients, len(scores), unit)
+        quantiles.append(hierarchical_quantile(scores[members], groups[members], alpha))
+    per_class = tuple(quantiles) if guarantee == "class-conditional" else (quantiles[0],) * n_classes
+    return Conformal(alpha, guarantee, per_class, n_patients, len(scores), unit)
 
 
 def split_conformal(
     probs: ArrayLike, target: ArrayLike, alpha: float, *, guarantee: Guarantee = "class-conditional"
 ) -> Conformal:
-    """Fit plain split conformal sets, as if patches were independent: to be shown as what it is.
+    """Fit split conformal sets, which treat patches as independent, for comparison.
 
     Source: Vovk et al. 2005; Lei et al. 2018, sec. 2.2: the ``ceil((n + 1)(1 - alpha))``-th smallest score.
     """

@@ -35,18 +35,18 @@ class GroupedSample(Protocol):
 
     @property
     def needs(self) -> Mapping[str, str]:
-        """What a metric may need, in words."""
+        """Descriptions of the possible needs of a metric."""
 
     def count(self, weight: Floats | None = None) -> Counts:
-        """Count the sample with one weight per group."""
+        """Return the counts of the sample with one weight per group."""
 
     def informative_groups(self, needs: Iterable[str] = ()) -> InformativeGroups:
-        """Return the groups with patches of the scarcest of several `needs`."""
+        """Return the groups with patches of the scarcest of the given `needs`."""
 
 
 @dataclass(frozen=True)
 class Replicates:
-    """Metrics of a sample, and of the same sample with its groups reweighted.
+    """Metrics of a sample and of its resamples.
 
     Attributes:
         value: Each metric on the sample.
@@ -60,7 +60,7 @@ class Replicates:
 
 
 def replicate(sample: GroupedSample, resampler: Resampler, names: Iterable[str] | None = None) -> Replicates:
-    """Compute metrics (all, or those named) on a sample and on each reweighting of its groups."""
+    """Return metrics (all, or the given names) of a sample and of each resample of its groups."""
     names = list(measure(sample.count(), names))
     values, replicates = resampler.replicate(
         lambda weight: list(measure(sample.count(weight), names).values())
@@ -73,7 +73,7 @@ def replicate(sample: GroupedSample, resampler: Resampler, names: Iterable[str] 
 
 
 def average(results: Sequence[Replicates]) -> Replicates:
-    """Return the mean over seeds of metrics of the same groups, replicate by replicate.
+    """Return the mean over seeds of metrics of the same groups, per replicate.
 
     A metric that is undefined in one of them is undefined in the mean.
     """
@@ -94,7 +94,7 @@ class PatientSummary(Interval):
 
 
 def estimate_metric(metric: Metric, sample: GroupedSample, result: Replicates) -> Interval:
-    """Return one metric with its interval, or with the reason why it has none."""
+    """Return a metric with its interval, or the reason why there is none."""
     value = result.value[metric.name]
     if metric.no_interval and not np.isnan(value):
         return Interval(value, reason=metric.no_interval)
@@ -111,20 +111,20 @@ def estimate_metric(metric: Metric, sample: GroupedSample, result: Replicates) -
 def estimate_metrics(
     sample: GroupedSample, names: Iterable[str] | None = None, **resampling: Unpack[Resampling]
 ) -> dict[str, Interval]:
-    """Return every metric of a sample's kind (or those named), with an interval over its groups.
+    """Return the metrics of a sample (all, or the given names) with intervals over its groups.
 
     Raises:
         MetricError: For a name that is not registered, or a level outside 0-1.
     """
     result = replicate(sample, Resampler(len(sample.groups), **resampling), names)
-    known = registry(type(sample.count()))
-    return {name: estimate_metric(known[name], sample, result) for name in result.value}
+    metrics = registry(type(sample.count()))
+    return {name: estimate_metric(metrics[name], sample, result) for name in result.value}
 
 
 def estimate_one_vs_rest(
     sample: ClassSample, **resampling: Unpack[Resampling]
 ) -> dict[str, dict[str, Interval]]:
-    """Return the metrics of two classes of each class against the rest, by class name."""
+    """Return the binary metrics of each class against the rest, by class name."""
     classes = zip(sample.class_names, sample.one_vs_rest, strict=True)
     return {name: estimate_metrics(scores, **resampling) for name, scores in classes}
 
@@ -132,7 +132,7 @@ def estimate_one_vs_rest(
 def measure_groups(
     target: ArrayLike, prob: ArrayLike, group_ids: ArrayLike, threshold: float = 0.5
 ) -> tuple[NDArray[np.object_], dict[str, Floats]]:
-    """Compute every metric within each group, but for those that need many patients (`Metric.pooled_only`).
+    """Return the metrics within each group, except those marked `Metric.pooled_only`.
 
     Returns:
         The group ids in sorted order, and per metric one value for each, NaN where undefined.
@@ -142,8 +142,8 @@ def measure_groups(
     cuts = np.flatnonzero(np.diff(scores.group[order])) + 1
     names = [metric.name for metric in METRICS.values() if not metric.pooled_only]
     rows = [
-        measure(sort_scores(scores.y_true[own], scores.y_prob[own], threshold).count(), names)
-        for own in np.split(order, cuts)
+        measure(sort_scores(scores.y_true[members], scores.y_prob[members], threshold).count(), names)
+        for members in np.split(order, cuts)
     ]
     return scores.groups, {name: np.array([row[name] for row in rows]) for name in names}
 
@@ -157,7 +157,7 @@ def estimate_patient_metrics(
     level: float = 0.95,
     unit: str = "patient",
 ) -> dict[str, PatientSummary]:
-    """Return metrics as means over patients, each computed within one patient and weighing the same.
+    """Return means over patients, with equal weights, of the metrics within each patient.
 
     Calibration error, slope and intercept are left out: within one patient they are noise. Patients in whom
     a metric is undefined (no positive patch, say) are left out of it and ``n_defined`` says how many remain.
@@ -168,7 +168,7 @@ def estimate_patient_metrics(
 
 
 def summarise_groups(metric: Metric, values: Floats, level: float, unit: str) -> PatientSummary:
-    """Summarise one metric over the groups in which it is defined."""
+    """Return the summary of a metric over the groups in which it is defined."""
     defined = values[~np.isnan(values)]
     n = len(defined)
     if n == 0:
@@ -223,7 +223,7 @@ def measure_size_trend(target: ArrayLike, error: ArrayLike, group_ids: ArrayLike
 
 @dataclass(frozen=True)
 class IntervalMethod:
-    """How intervals over groups were made: the ``interval`` entry of `metrics.json`."""
+    """Method of the intervals over groups: the ``interval`` entry of `metrics.json`."""
 
     unit: str
     level: float
@@ -234,7 +234,7 @@ class IntervalMethod:
 
 
 def describe_method(n_groups: int, **resampling: Unpack[Resampling]) -> IntervalMethod:
-    """Return how the intervals of ``n_groups`` groups are made."""
+    """Return the method of intervals over ``n_groups`` groups."""
     used = Resampler(n_groups, **resampling)
     if n_groups >= BOOTSTRAP_FROM:
         return IntervalMethod(used.unit, used.level, n_groups, "bootstrap-se", used.draws, used.seed)

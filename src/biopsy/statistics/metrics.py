@@ -261,9 +261,9 @@ def measure(counts: Counts, names: Iterable[str] | None = None) -> dict[str, flo
         >>> measure(sort_scores([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.9]).count(), ["auroc", "sensitivity"])
         {'auroc': 0.75, 'sensitivity': 0.5}
     """
-    known = registry(type(counts))
-    names = list(known if names is None else names)
+    metrics = registry(type(counts))
+    names = list(metrics if names is None else names)
     for name in names:
-        if name not in known:
-            raise MetricError(f"metric {name!r} does not exist: {suggest(name, known)}")
-    return {name: known[name].compute(counts) for name in names}
+        if name not in metrics:
+            raise MetricError(f"metric {name!r} does not exist: {suggest(name, metrics)}")
+    return {name: metrics[name].compute(counts) for name in names}

@@ -77,15 +77,15 @@ class ClassSample:
 
     @cached_property
     def losses(self) -> Floats:
-        """Sums over each group's patches of log loss and of squared error, ``(n_groups, 2)``."""
-        wanted = np.eye(len(self.class_names))[self.target]
-        held = np.clip(self.prob[np.arange(len(self.target)), self.target], LOG_CLIP, 1 - LOG_CLIP)
-        item = -np.log(held), ((self.prob - wanted) ** 2).sum(axis=1)
-        return np.stack([np.bincount(self.group, loss, len(self.groups)) for loss in item], axis=1)
+        """Sums of log loss and squared error over the patches of each group, ``(n_groups, 2)``."""
+        one_hot = np.eye(len(self.class_names))[self.target]
+        true_prob = np.clip(self.prob[np.arange(len(self.target)), self.target], LOG_CLIP, 1 - LOG_CLIP)
+        losses = -np.log(true_prob), ((self.prob - one_hot) ** 2).sum(axis=1)
+        return np.stack([np.bincount(self.group, loss, len(self.groups)) for loss in losses], axis=1)
 
     @cached_property
     def one_vs_rest(self) -> list[SortedScores]:
-        """Each class against all others: its patches the positive ones."""
+        """Each class (positive) against all others."""
         ids = self.groups[self.group]
         return [
             sort_scores(self.target == k, self.prob[:, k], group_ids=ids, y_pred=self.pred == k)
@@ -94,16 +94,16 @@ class ClassSample:
 
     @cached_property
     def top_label(self) -> SortedScores:
-        """Whether each patch is right, under the probability of the class it is called."""
+        """Correctness of each patch, with the probability of the predicted class."""
         confidence = self.prob[np.arange(len(self.pred)), self.pred]
         return sort_scores(self.target == self.pred, confidence, group_ids=self.groups[self.group])
 
     @cached_property
     def pairs(self) -> SortedScores:
-        """Every pair of patch and class, positive where the patch is of the class."""
-        wanted = np.eye(len(self.class_names))[self.target]
+        """All pairs of patch and class, positive if the patch is of the class."""
+        one_hot = np.eye(len(self.class_names))[self.target]
         ids = np.repeat(self.groups[self.group], len(self.class_names))
-        return sort_scores(wanted.ravel(), self.prob.ravel(), group_ids=ids)
+        return sort_scores(one_hot.ravel(), self.prob.ravel(), group_ids=ids)
 
 
 @dataclass(frozen=True)
@@ -213,8 +213,8 @@ def kappa(counts: ClassCounts) -> float:
 @metric("decision", of=ClassCounts, label="Cohen's kappa, quadratic", bounds=(-1.0, 1.0), undefined=ONE_CLASS)
 def kappa_quadratic(counts: ClassCounts) -> float:
     """Return kappa with squared distances between classes: for ordered classes, such as grades."""
-    place = np.arange(len(counts.n_true))
-    return counts.agreement(np.subtract.outer(place, place).astype(np.float64) ** 2)
+    index = np.arange(len(counts.n_true))
+    return counts.agreement(np.subtract.outer(index, index).astype(np.float64) ** 2)
 
 
 @metric(
@@ -321,13 +321,15 @@ def check_class_probs(target: NDArray, probs: Floats, class_names: Sequence[str]
     if not np.isin(target, np.arange(n_classes)).all():
         raise MetricError(f"targets are not all an index into the {n_classes} class names")
     sums = probs.sum(axis=1)
-    for wrong, what in (
+    for wrong, problem in (
         (~((probs >= 0) & (probs <= 1)).all(axis=1), "probabilities outside 0-1 or missing"),
         (~(np.abs(sums - 1) <= SUM_TOLERANCE), "probabilities that do not sum to one"),
     ):
         if wrong.any():
             at = int(np.argmax(wrong))
-            raise MetricError(f"{wrong.sum()} rows have {what}; the first is row {at}: {probs[at].tolist()}")
+            raise MetricError(
+                f"{wrong.sum()} rows have {problem}; the first is row {at}: {probs[at].tolist()}"
+            )
 
 
 @dataclass(frozen=True)

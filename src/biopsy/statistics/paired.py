@@ -1,4 +1,4 @@
-"""Two classifiers on the same patches: the difference of each metric, with an interval over patients."""
+"""Paired differences between classifiers on the same patches, with intervals over patients."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ SAME = "the two do not differ, whichever group is left out"
 
 @dataclass(frozen=True)
 class Sample:
-    """Predictions of one classifier, or of one recipe's seeds, measured on every reweighting.
+    """Metrics of one classifier, or of the seeds of one recipe, on every resample.
 
     Attributes:
         samples: One per seed, of the same patches and groups.
@@ -32,7 +32,7 @@ class Sample:
     result: Replicates
 
     def seed_variance(self, name: str) -> float:
-        """Return the variance of the mean over seeds of a metric that training seeds cause."""
+        """Return the variance of a metric's mean over seeds due to training seeds."""
         values = self.by_seed[name]
         return float(np.var(values, ddof=1)) / len(values)
 
@@ -57,7 +57,7 @@ class Difference:
 def sample_seeds(
     samples: Sequence[GroupedSample], resampler: Resampler, *, names: Iterable[str] | None = None
 ) -> Sample:
-    """Measure one classifier, or the mean of its seeds, on every reweighting of the groups.
+    """Return the metrics of one classifier, or the mean over its seeds, on every resample of the groups.
 
     Args:
         samples: One per seed, of the same ``group_ids``.
@@ -86,8 +86,8 @@ def subtract(first: Sample, second: Sample) -> dict[str, Difference]:
         raise MetricError(
             f"the two samples are not of the same {resampler.unit}s: compare predictions of the same patches"
         )
-    known = registry(type(first.samples[0].count()))
-    return {name: _subtract_metric(known[name], first, second) for name in first.result.value}
+    metrics = registry(type(first.samples[0].count()))
+    return {name: _subtract_metric(metrics[name], first, second) for name in first.result.value}
 
 
 def _subtract_metric(metric: Metric, first: Sample, second: Sample) -> Difference:
@@ -96,8 +96,8 @@ def _subtract_metric(metric: Metric, first: Sample, second: Sample) -> Differenc
     value = first.result.value[name] - second.result.value[name]
     replicates = first.result.replicates[name] - second.result.replicates[name]
     if value == 0 and not np.any(replicates):
-        same = Interval(0.0, reason=SAME)
-        return Difference(same, 1.0, same)
+        zero = Interval(0.0, reason=SAME)
+        return Difference(zero, 1.0, zero)
     if metric.no_interval and not np.isnan(value):
         none = Interval(value, reason=metric.no_interval)
         return Difference(none, None, none)
@@ -168,19 +168,19 @@ def estimate_differences(
 
 
 def adjust_holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Correct the p-values of several comparisons so that the chance of any false one stays at the level.
+    """Return p-values of several comparisons adjusted for the family-wise error rate.
 
     Holm (1979), A simple sequentially rejective multiple test procedure: the smallest of ``m`` is multiplied
-    by ``m``, the next by ``m - 1``, none below one before it. What has no p-value is no comparison.
+    by ``m``, the next by ``m - 1``, and so on, kept monotonic. None is not counted as a comparison.
 
     Example:
         >>> adjust_holm([0.01, 0.04, None, 0.03])
         [0.03, 0.06, None, 0.06]
     """
-    known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    ordered = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
     least = 0.0
-    for rank_of_p, (p, place) in enumerate(known):
-        least = max(least, min(1.0, p * (len(known) - rank_of_p)))
-        adjusted[place] = least
+    for rank_of_p, (p, index) in enumerate(ordered):
+        least = max(least, min(1.0, p * (len(ordered) - rank_of_p)))
+        adjusted[index] = least
     return adjusted

@@ -63,10 +63,10 @@ def influence_groups(samples: Sequence[GroupedSample], name: str, *, unit: str =
     Raises:
         MetricError: If the metric does not exist, is undefined, or fewer than five groups carry it.
     """
-    known = registry(type(samples[0].count()))
-    if name not in known:
-        raise MetricError(f"metric {name!r} does not exist: {suggest(name, known)}")
-    metric, n_groups = known[name], len(samples[0].groups)
+    metrics = registry(type(samples[0].count()))
+    if name not in metrics:
+        raise MetricError(f"metric {name!r} does not exist: {suggest(name, metrics)}")
+    metric, n_groups = metrics[name], len(samples[0].groups)
     for sample in samples:
         if np.isnan(metric.compute(sample.count())):
             raise MetricError(f"{name} is undefined: {metric.why_undefined(sample.count())}")
@@ -131,7 +131,7 @@ def plan_patients(
             "needs at least 2"
         )
     spread = [sd * np.sqrt(freedom / stats.chi2.ppf(tail, freedom)) for tail in (0.975, 0.025)]
-    n, low, high = (_fewest(difference / one, power, level, share) for one in (sd, *spread))
+    n, low, high = (_fewest(difference / sd_bound, power, level, share) for sd_bound in (sd, *spread))
     return Need(sd, n, low, high, reach_power(difference / sd, n, level, share=share))
 
 

@@ -23,9 +23,9 @@ Floats = NDArray[np.float64]
 Method = Literal["jackknife", "bootstrap"]
 Bounds = tuple[float, float]
 Statistic = Callable[[Floats], ArrayLike]
-"""One weight per group, ``(n_groups,)``, in; one number or several, ``(k,)``, out."""
+"""Maps one weight per group, ``(n_groups,)``, to ``k`` values, ``(k,)``."""
 
-BOOTSTRAP_FROM = 100  # groups; below it the bootstrap's own error shows: docs/concepts/intervals.md
+BOOTSTRAP_FROM = 100  # groups; with fewer, the bootstrap is inaccurate: docs/concepts/intervals.md
 DRAWS = 2000
 FEWEST_GROUPS = 5
 FEWEST_EFFECTIVE = 2.0  # groups of equal size; t with less than one degree of freedom spans everything
@@ -35,7 +35,7 @@ UNBOUNDED: Bounds = (-np.inf, np.inf)
 
 
 class Resampling(TypedDict, total=False):
-    """How intervals over groups are made: the arguments of `Resampler` that functions hand on to it."""
+    """Options of intervals over groups: keyword arguments of `Resampler`."""
 
     seed: Required[int]
     unit: str
@@ -45,7 +45,7 @@ class Resampling(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Interval:
-    """A value (NaN where undefined) and its confidence interval; where there is none, the reason."""
+    """A value (NaN if undefined) and its confidence interval, or the reason why there is none."""
 
     value: float
     low: float | None = None
@@ -55,7 +55,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class InformativeGroups:
-    """The groups that an interval can learn from: those with patches that the statistic depends on.
+    """The groups that determine an interval: those with patches on which the statistic depends.
 
     Attributes:
         n_patches: Such patches in each group, ``(n_groups,)``.
@@ -72,7 +72,7 @@ class InformativeGroups:
 
     @property
     def effective(self) -> float:
-        """Effective number of groups, ``(sum n)² / sum n²`` (Kish 1965): `n` where all have equally many."""
+        """Effective number of groups, ``(sum n)² / sum n²`` (Kish 1965); `n` if all are of equal size."""
         squares = float((self.n_patches**2).sum())
         return float(self.n_patches.sum()) ** 2 / squares if squares > 0 else 0.0
 
@@ -83,7 +83,7 @@ class InformativeGroups:
 
 
 def fewest_informative(candidates: Sequence[InformativeGroups]) -> InformativeGroups:
-    """Return the one of several that is too few for an interval, else with the fewest degrees of freedom."""
+    """Return the first candidate too small for an interval, else that with fewest degrees of freedom."""
     return min(
         candidates,
         key=lambda groups: (groups.n, 0.0) if groups.n < FEWEST_GROUPS else (FEWEST_GROUPS, groups.effective),
@@ -92,7 +92,7 @@ def fewest_informative(candidates: Sequence[InformativeGroups]) -> InformativeGr
 
 @dataclass(frozen=True)
 class Resampler:
-    """How a sample's groups are reweighted, and how replicates become an interval.
+    """Resampling of groups, and intervals from replicates.
 
     Attributes:
         n_groups: Groups (patients, slides or patches) of the sample.
@@ -115,8 +115,8 @@ class Resampler:
 
     @property
     def method(self) -> Method:
-        few = self.bootstrap_from is None or self.n_groups < self.bootstrap_from
-        return "jackknife" if few else "bootstrap"
+        use_jackknife = self.bootstrap_from is None or self.n_groups < self.bootstrap_from
+        return "jackknife" if use_jackknife else "bootstrap"
 
     def resample_weights(self) -> Iterator[Floats]:
         """Yield the weights of the groups, ``(n_groups,)``, of each replicate."""
@@ -158,7 +158,7 @@ class Resampler:
         share: bool = False,
         undefined: str | None = None,
     ) -> Interval:
-        """Return a value with the interval that its replicates allow, or with the reason for none.
+        """Return a value with its interval, or the reason why there is none.
 
         Args:
             value: On the sample; NaN where undefined.
@@ -219,7 +219,7 @@ class Resampler:
         share: bool = False,
         undefined: str | None = None,
     ) -> list[Interval]:
-        """Return each number of a statistic with its interval; arguments as of `interval`."""
+        """Return each value of a statistic with its interval; arguments as of `interval`."""
         values, replicates = self.replicate(statistic)
         return [
             self.interval(value, column, groups, bounds=bounds, share=share, undefined=undefined)
@@ -228,7 +228,7 @@ class Resampler:
 
 
 def link(values: Floats, bounds: Bounds) -> Floats:
-    """Map a statistic to a scale without bounds: logit between two, logarithm above one, else identity."""
+    """Map a statistic to an unbounded scale: logit (two bounds), logarithm (lower bound) or identity."""
     low, high = bounds
     if np.isinf(low):
         return values
@@ -252,7 +252,7 @@ def link_derivative(value: float, bounds: Bounds) -> float:
 
 
 def bound_interval(value: float, n_groups: float, level: float) -> Interval:
-    """Return the interval of a share that is exactly 0 or 1, where replicates do not vary.
+    """Return the interval of a share of exactly 0 or 1, for which replicates do not vary.
 
     Clopper and Pearson's limit with the patient as the trial: if in none of ``n`` patients a single patch is
     wrong, the share of patients with a wrong patch, and so (with patients of equal weight, or as many as
@@ -263,7 +263,7 @@ def bound_interval(value: float, n_groups: float, level: float) -> Interval:
 
 
 def check_level(level: float) -> None:
-    """Refuse a nominal coverage that is none."""
+    """Check that a nominal coverage lies between 0 and 1."""
     if not 0 < level < 1:
         raise MetricError(f"level is {level!r}: the nominal coverage lies between 0 and 1, such as 0.95")
 

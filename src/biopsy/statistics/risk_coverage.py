@@ -93,7 +93,7 @@ def area_under(mass: Floats, errors: Floats) -> float:
 
 
 def optimal_aurc(error: float) -> float:
-    """Return the smallest area that an error rate allows: every wrong patch less sure than every right one.
+    """Return the smallest area at an error rate: all errors have lower confidence than correct patches.
 
     Source: Geifman et al. 2019, "Bias-reduced uncertainty estimation for deep neural classifiers".
     """
@@ -101,10 +101,10 @@ def optimal_aurc(error: float) -> float:
 
 
 def risk_at(mass: Floats, errors: Floats, coverages: Sequence[float]) -> Floats:
-    """Return the error among the kept at stated shares of the mass, blocks in order of confidence."""
+    """Return the selective risk at given coverages, for blocks in order of confidence."""
     kept, wrong = np.append(0.0, np.cumsum(mass)), np.append(0.0, np.cumsum(errors))
-    wanted = np.asarray(coverages) * kept[-1]
-    return np.interp(wanted, kept, wrong) / wanted
+    target = np.asarray(coverages) * kept[-1]
+    return np.interp(target, kept, wrong) / target
 
 
 def estimate_risk(
@@ -151,22 +151,23 @@ def estimate_shares(
     parts: dict[str, ArrayLike],
     group_ids: ArrayLike,
     *,
-    of: dict[str, ArrayLike] | None = None,
+    among: dict[str, ArrayLike] | None = None,
     equal_groups: bool,
     **resampling: Unpack[Resampling],
 ) -> dict[str, Interval]:
     """Return shares of patches with intervals over groups.
 
     Args:
-        parts: Name -> which patches count, bool ``(n_patches,)``.
-        of: Name -> out of which patches; all where not given.
-        equal_groups: Every patient weighs the same (a conformal guarantee is about those), or every patch.
+        parts: Name to the counted patches, bool ``(n_patches,)``.
+        group_ids: Group id per patch.
+        among: Name to the patches of the denominator, bool ``(n_patches,)`` (default: all).
+        equal_groups: Equal weights of patients (as for conformal guarantees) instead of patches.
         **resampling: As of `Resampler`.
     """
     groups, group, size = np.unique(np.asarray(group_ids), return_inverse=True, return_counts=True)
     weight_of_patch = 1 / size[group] if equal_groups else np.ones(len(group))
     chosen = {name: np.asarray(part, bool) for name, part in parts.items()}
-    within = {name: np.asarray((of or {}).get(name, np.ones(len(group))), bool) for name in parts}
+    within = {name: np.asarray((among or {}).get(name, np.ones(len(group))), bool) for name in parts}
     below = sum_groups(group, len(groups), *(weight_of_patch * within[name] for name in parts))
     above = sum_groups(
         group, len(groups), *(weight_of_patch * (chosen[name] & within[name]) for name in parts)

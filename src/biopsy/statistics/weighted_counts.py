@@ -89,8 +89,8 @@ class SortedScores:
     @cached_property
     def log_losses(self) -> tuple[Floats, Floats]:
         """The loss at each distinct probability of a positive, and of a negative patch."""
-        held = np.clip(self.prob, LOG_CLIP, 1 - LOG_CLIP)
-        return -np.log(held), -np.log(1 - held)
+        clipped = np.clip(self.prob, LOG_CLIP, 1 - LOG_CLIP)
+        return -np.log(clipped), -np.log(1 - clipped)
 
     @cached_property
     def squares(self) -> tuple[Floats, Floats]:
@@ -99,16 +99,16 @@ class SortedScores:
 
     @cached_property
     def recalibration(self) -> tuple[float, float]:
-        """Intercept and slope on the whole sample: where the fits on its reweightings start."""
-        whole = self.count()
-        intercept, slope = fit_recalibration(self.logits, whole.pos, whole.neg)
+        """Intercept and slope on the sample, the initial values of fits on resamples."""
+        counts = self.count()
+        intercept, slope = fit_recalibration(self.logits, counts.pos, counts.neg)
         return (intercept, slope) if np.isfinite(slope) else IDENTITY
 
     @cached_property
     def shift(self) -> float:
-        """The intercept at slope 1 on the whole sample, for the same purpose."""
-        whole = self.count()
-        return fit_intercept(self.logits, whole.pos, whole.neg) if whole.n_pos and whole.n_neg else 0.0
+        """Intercept at slope 1 on the sample, for the same purpose."""
+        counts = self.count()
+        return fit_intercept(self.logits, counts.pos, counts.neg) if counts.n_pos and counts.n_neg else 0.0
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ def _measure_sets(quantiles: list[float], scored: ScoredPatches) -> SetShares:
         shares = estimate_shares(
             {name: part[chosen] for name, part in parts.items()},
             scored.group_ids[chosen],
-            of={"error_among_kept": ~abstained[chosen]},
+            among={"error_among_kept": ~abstained[chosen]},
             equal_groups=equal_groups,
             **scored.resampling,
         )
