@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar, cast
 
 import torch
-from pydantic import ValidationError, validate_call
+from pydantic import ConfigDict, ValidationError, validate_call
 from torch import Tensor, nn
 
 from biopsy.core.errors import RecipeError, suggest
@@ -92,7 +92,7 @@ def build_network(
             if name.startswith(encoders.PREFIX):
                 return encoders.build_encoder(name, n_classes=n_classes, input_px=input_px, **parameters)
             return libraries.build_library_network(name, n_classes=n_classes, input_px=input_px, **parameters)
-        build = validate_call(_find(name), config={"strict": True, "arbitrary_types_allowed": True})
+        build = validate_call(config=ConfigDict(strict=True, arbitrary_types_allowed=True))(_find(name))
         try:
             network = build(n_classes=n_classes, input_px=input_px, **parameters)
         except ValidationError as error:
