@@ -160,7 +160,7 @@ def predict_biopsy(tree: Path, pack: Path) -> Pass:
     from biopsy.models.inference import open_predictor
     from biopsy.models.networks import build_network
     from biopsy.models.preprocessing import Preprocessing
-    from biopsy.models.runtimes import WORTH_CONVERTING
+    from biopsy.models.runtimes import MIN_PATCHES_TO_CONVERT
 
     data = Pack.open(pack)
     info = ClassifierInfo(
@@ -172,7 +172,7 @@ def predict_biopsy(tree: Path, pack: Path) -> Pass:
         preprocessing=Preprocessing(input_px=INPUT_PX),
     )
     classifier = Classifier(info, build_network("cancernet", n_classes=2, input_px=INPUT_PX, seed=0))
-    predictor = open_predictor(classifier, Engine("cpu"), WORTH_CONVERTING).__enter__()
+    predictor = open_predictor(classifier, Engine("cpu"), MIN_PATCHES_TO_CONVERT).__enter__()
     return lambda: len(predictor.logits(data.patches, data.sizes))
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from biopsy.data.datasets.base import RemoteFile, Source
-from biopsy.data.download import Patience, fetch_source
+from biopsy.data.download import RetryPolicy, fetch_source
 
 BODY = np.random.default_rng(0).bytes(3_000_000)
-QUICK = Patience(tries=3, backoff_s=0.0, timeout_s=5.0)
+QUICK = RetryPolicy(tries=3, backoff_s=0.0, timeout_s=5.0)
 Disk = namedtuple("Disk", "total used free")
 
 
@@ -101,7 +101,7 @@ def data_file(base: str, **changes: object) -> RemoteFile:
 
 def get(file: RemoteFile, out: Path, **options: object):
     source = Source("test", "a test", "none", "none", files=(file,))
-    return fetch_source(source, out, **{"patience": QUICK, **options})
+    return fetch_source(source, out, **{"retry": QUICK, **options})
 
 
 def names(folder: Path) -> set[str]:

@@ -260,8 +260,8 @@ def test_patients_on_several_subsets_guarantee_nothing():
     conformal = fit(POPULATION.draw(25, 40, seed=0), patients_overlap=True)
     assert conformal["quantiles"] is None
     assert conformal["reason"] == (
-        "patients stand in several subsets of this split, so errors on validation guarantee nothing "
-        "about a new patient"
+        "patients are in several subsets of this split, so errors on validation give no guarantee "
+        "for a new patient"
     )
 
 

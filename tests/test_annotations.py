@@ -87,23 +87,23 @@ def test_an_outline_that_crosses_itself_is_repaired_and_named(write):
 BAD = {
     "no class name": (feature(name=""), "has a classification without a name"),
     "no geometry": ({"type": "Feature", "properties": {}}, "has no geometry"),
-    "no feature": (3, "is no feature, but '3'"),
-    "properties": ({**feature(), "properties": [1]}, "properties that are no table"),
+    "no feature": (3, "is not a feature: '3'"),
+    "properties": ({**feature(), "properties": [1]}, "properties that are not an object"),
     "a curve": (feature(kind="CircularString"), "is a CircularString; Polygon, MultiPolygon"),
-    "no list": (feature({"0": SQUARE}), "no list of rings|no list of x, y"),
-    "children": (feature(childObjects={"a": 1}), "childObjects that are no list"),
+    "no list": (feature({"0": SQUARE}), "not a list of rings|not a list of x, y"),
+    "children": (feature(childObjects={"a": 1}), "childObjects that are not a list"),
     "not closed": (feature([[[0, 0], [1, 0], [1, 1], [0, 1]]]), r"not closed: \[0, 0\] to \[0, 1\]"),
     "too short": (feature([[[0, 0], [1, 0], [0, 0]]]), "a ring of 3 points"),
-    "text": (feature([[["a", 0], [1, 0], [1, 1], ["a", 0]]]), "no list of x, y"),
+    "text": (feature([[["a", 0], [1, 0], [1, 1], ["a", 0]]]), "not a list of x, y"),
     "text that reads as numbers": (
         feature([[["0", "0"], ["1", "0"], ["1", "1"], ["0", "0"]]]),
-        "no list of x",
+        "not a list of x",
     ),
-    "one number": (feature([[[0], [1], [1], [0]]]), "no list of x, y"),
-    "no places": (feature([[1, 2, 3, 1]]), "no list of x, y"),
-    "no number": (feature([[[float("nan"), 0], [1, 0], [1, 1], [0, 0]]]), "corners that are no numbers"),
-    "endless": (feature([[[0, 0], [float("inf"), 0], [1, 1], [0, 0]]]), "corners that are no numbers"),
-    "far": (feature([[[0, 0], [1e10, 0], [1, 1], [0, 0]]]), "corners that are no numbers of pixels up to"),
+    "one number": (feature([[[0], [1], [1], [0]]]), "not a list of x, y"),
+    "no places": (feature([[1, 2, 3, 1]]), "not a list of x, y"),
+    "no number": (feature([[[float("nan"), 0], [1, 0], [1, 1], [0, 0]]]), "coordinates that are not numbers"),
+    "endless": (feature([[[0, 0], [float("inf"), 0], [1, 1], [0, 0]]]), "coordinates that are not numbers"),
+    "far": (feature([[[0, 0], [1e10, 0], [1, 1], [0, 0]]]), "coordinates that are not numbers up to"),
     "flat": (feature([[[0, 0], [5, 5], [9, 9], [0, 0]]]), "has no area"),
 }
 
@@ -244,7 +244,7 @@ def test_a_file_that_would_exhaust_the_reader_is_refused(write, what, monkeypatc
 def test_a_file_that_is_no_geojson_is_refused(write, tmp_path):
     with pytest.raises(DataError, match="cannot be read as JSON"):
         read_annotations(write("{not json"))
-    with pytest.raises(DataError, match="holds no list of features"):
+    with pytest.raises(DataError, match="has no list of features"):
         read_annotations(write({"type": "Topology"}))
     with pytest.raises(DataError, match="does not exist"):
         read_annotations(tmp_path / "none.geojson")

@@ -47,7 +47,6 @@ def divide(table: Table, protocol: str, seed: int, order: np.ndarray | None = No
         unit="patient",
         group_ids=moved.group_ids,
         seed=seed,
-        fractions=(0.7, 0.15, 0.15),
         n_folds=5,
         test_ids=("a",),
         val_ids=("b",),
@@ -202,7 +201,7 @@ def test_ids_that_are_no_file_names_stay_apart(make_pack: MakePack) -> None:
     [
         ("8864", "8865", "no patient is called '8864'; did you mean"),
         ("8863", "8864", "no patient is called '8864'"),
-        ("8863", "8863", "one patient while another validates"),
+        ("8863", "8863", "one test patient"),
     ],
 )
 def test_wrong_patients_are_refused(make_pack: MakePack, tested: str, validating: str, message: str) -> None:
@@ -216,12 +215,12 @@ def test_what_cannot_be_measured_is_refused(make_pack: MakePack) -> None:
     with pytest.raises(SplitError, match="patient 8863 has non_idc patches only"):
         make_leak_splits(one_class, "8863", "8865")
     nobody = make_pack("nobody.pack", n_patients=4, columns={"patient_id": None, "slide_id": None})
-    with pytest.raises(SplitError, match="names neither patients nor slides"):
+    with pytest.raises(SplitError, match="neither patients nor slides"):
         make_leak_splits(nobody, "8863", "8865")
     scarce = make_pack("scarce.pack", n_patients=3, columns={"target": [0, 1] * 12 + [1] * 12})
-    with pytest.raises(SplitError, match=r"3 non_idc patches of 8863 would train and the others have 0"):
+    with pytest.raises(SplitError, match=r"3 non_idc patches of 8863 would"):
         make_leak_splits(scarce, "8863", "8865")
-    with pytest.raises(SplitError, match=r"one patient while another validates .* to test: \[\]"):
+    with pytest.raises(SplitError, match=r"one test patient"):
         find_split(make_pack(n_patients=3), "leak-with")
 
 

@@ -112,7 +112,7 @@ def test_one_place_with_two_classes_is_a_conflict(make_pack: MakePack) -> None:
     assert pack.target[5:9].tolist() == [0, 1, 1, 1]
     assert [ids[5], ids[6]] in audit["label_conflicts"]["same_place"]["items"]
     assert audit["label_conflicts"]["same_place"]["count"] == 1
-    assert "patches of the same place with different labels" in find_blocking_issues(audit)[0]
+    assert "patches of the same coordinates with different labels" in find_blocking_issues(audit)[0]
 
 
 def test_places_off_the_grid_are_counted(make_pack: MakePack) -> None:

@@ -189,18 +189,18 @@ REFUSED = {
     "patients": ((IMAGES, LABELS, ["a"]), {}, r"patient_id has shape \(1,\) for 8 patches"),
     "floats": ((IMAGES / 255, LABELS), {}, "float64 where uint8 is needed"),
     "channels first": ((np.moveaxis(IMAGES, -1, 1), LABELS), {}, "move the channels to the end"),
-    "grey": ((IMAGES[..., 0], LABELS), {}, "give uint8"),
+    "grey": ((IMAGES[..., 0], LABELS), {}, "expected uint8"),
     "unknown class": ((IMAGES, [0, 1, 2, 0, 0, 1, 0, 1]), {"class_names": NAMES}, "first '2' in row 2"),
     "missing label": ((IMAGES, [0, 1, None, 0, 0, 1, 0, 1]), {"class_names": NAMES}, "1 labels are missing"),
-    "names": ((IMAGES, LABELS), {"class_names": ["a", "a"]}, "each once"),
-    "one class": ((IMAGES, [0] * 8), {}, "two or more names"),
+    "names": ((IMAGES, LABELS), {"class_names": ["a", "a"]}, "distinct names"),
+    "one class": ((IMAGES, [0] * 8), {}, "two or more"),
     "positive": (
         (IMAGES, LABELS),
         {"class_names": NAMES, "positive_class": "tumor"},
         "did you mean 'tumour'",
     ),
     "mpp": ((IMAGES, LABELS), {"mpp": -1}, "mpp is -1"),
-    "ids": ((IMAGES, LABELS), {"columns": {"patch_id": ["a"] * 8}}, "patch ids come more than once"),
+    "ids": ((IMAGES, LABELS), {"columns": {"patch_id": ["a"] * 8}}, "patch ids are repeated"),
     "column": ((IMAGES, LABELS), {"columns": {"sha256": LABELS}}, "may not be called sha256"),
 }
 

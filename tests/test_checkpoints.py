@@ -129,14 +129,14 @@ def test_damage_is_named(tmp_path):
     path = tmp_path / LAST
     whole, tensors = path.read_bytes(), load_file(path)
     path.write_bytes(whole[:-100])
-    with pytest.raises(RunError, match=r"last.safetensors cannot be read as safetensors.*train anew"):
+    with pytest.raises(RunError, match=r"last.safetensors cannot be read as safetensors.*start a new run"):
         load(tmp_path)
     for place in (len(whole) - 1, whole.index(b"step") + 8):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(RunError, match="train anew"):
+        with pytest.raises(RunError, match="start a new run"):
             load(tmp_path)
     save_file(tensors, path)
-    with pytest.raises(RunError, match="is no checkpoint of format"):
+    with pytest.raises(RunError, match="is not a checkpoint of format"):
         load(tmp_path)
     path.write_bytes(whole)
     header = json.loads(read_tensors(path)[1]["biopsy"])
@@ -165,7 +165,7 @@ def test_damage_is_named(tmp_path):
 def test_another_network_is_refused(tmp_path):
     save(tmp_path, 1, best_epoch=1)
     wider = make_network(width=5)
-    with pytest.raises(RunError, match=r"last.safetensors holds another network than the recipe beside it"):
+    with pytest.raises(RunError, match=r"last.safetensors is of another network than the recipe of the run"):
         load(tmp_path, wider)
-    with pytest.raises(RunError, match=r"best-0001.safetensors holds another network"):
+    with pytest.raises(RunError, match=r"best-0001.safetensors is of another network"):
         load_weights(tmp_path, wider, 1)

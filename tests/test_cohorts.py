@@ -241,10 +241,10 @@ def test_a_csv_states_an_mpp_for_each_slide(tmp_path, make_slide):
     [
         ("name\na\n", "has the columns name; slide is missing"),
         ("slide,mpp\na\0b,1\n", "holds NUL bytes"),
-        ("slide,mpp\n,\n", "names no slide"),
+        ("slide,mpp\n,\n", "has no slides"),
         ("slide,mpp\n,0.5\n", "a row without a slide: 0.5"),
-        ("slide,mpp\na,nan\n", "states an mpp of 'nan'"),
-        ("slide,mpp\na,x\n", "states an mpp of 'x', which is no number"),
+        ("slide,mpp\na,nan\n", "has the mpp 'nan'"),
+        ("slide,mpp\na,x\n", "has the mpp 'x', which is not a number"),
     ],
 )
 def test_csv_files_that_say_nothing_are_refused(tmp_path, text, message):
@@ -265,10 +265,10 @@ def test_slides_of_one_name_are_told_apart(tmp_path, make_slide):
 def test_several_slides_need_a_place_and_slides_must_exist(tmp_path, make_slide):
     with pytest.raises(DataError, match="pass out=DIR"):
         slide(make_classifier(), [make_slide()])
-    with pytest.raises(DataError, match="does not exist: give slides"):
+    with pytest.raises(DataError, match="does not exist"):
         slide(make_classifier(), tmp_path / "none.svs")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no slide"):
+    with pytest.raises(DataError, match="has no slide"):
         slide(make_classifier(), tmp_path / "empty", out=tmp_path / "out")
 
 

@@ -88,7 +88,7 @@ def test_people_are_read_in_one_spelling(table, csv, cells, patients):
 
 def test_rows_of_nobody_are_counted_and_named_with_the_likely_patch(table, csv, caplog):
     add_people(table, csv("patch_id,patient_id\na/p1_1,1\na/p1_2,1\nB/P2_1,2\n"))
-    assert "1 of 3 rows are of no patch in the dataset: 'B/P2_1' (perhaps 'b/p2_1')" in caplog.text
+    assert "1 of 3 rows match no patch of the data set: 'B/P2_1' (perhaps 'b/p2_1')" in caplog.text
     table["patient_id"] = ["03", "03", "04"]
     join_columns(table, csv("patient_id,age\n3,60\n04,61\n"))
     assert "'3' (perhaps '03')" in caplog.text
@@ -98,7 +98,7 @@ def test_what_a_table_says_of_a_patient_replaces_the_source_with_a_warning(table
     table["patient_id"] = ["1", "1", "2"]
     found, _ = add_people(table, csv("patch_id,patient_id\na/p1_1,1\na/p1_2,9\n"))
     assert found["patient_id"].tolist() == ["1", "9", "2"]
-    assert "another patient_id than the source, 9 for 1 of a/p1_2" in caplog.text
+    assert "patient_id of the source, 9 for 1 of a/p1_2" in caplog.text
 
 
 def test_one_slide_of_two_patients_is_refused(table):
@@ -125,12 +125,12 @@ def test_ids_that_are_likely_one_are_named(table, ids, caplog):
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("patch_id,patient_id\nx,1\n", "no patch_id is one of the dataset's, such as 'a/p1_1': 'x'"),
+        ("patch_id,patient_id\nx,1\n", "such as 'a/p1_1': 'x'"),
         (
             "patch_id,patient_id\nb/p2_1,1\n,2\n",
             r"column patch_id is empty \(NaN\) in 1 rows, first in row 1",
         ),
-        ("patch_id,patient_id\nb/p2_1,1\nb/p2_1,2\n", "names 1 more than once, b/p2_1 first"),
+        ("patch_id,patient_id\nb/p2_1,1\nb/p2_1,2\n", "1 repeated values, b/p2_1 first"),
         ("name,patient_id\nb/p2_1,1\n", "one of patch_id, id, source, slide_id and one of"),
         ("", "is empty where a csv"),
     ],
@@ -143,10 +143,10 @@ def test_people_refusals(table, csv, text, match):
 @pytest.mark.parametrize(
     ("pattern", "match"),
     [
-        ("(p", r"is neither a csv file nor a pattern: missing \)"),
+        ("(p", r"is neither a csv file nor a regular expression: missing \)"),
         ("p1", "needs a group for the patient"),
         ("(?P<who>p)", "needs a group for the patient"),
-        ("(z)", "gives none of the 3 patches"),
+        ("(z)", "of the 3 patches"),
         ("absent.csv", "absent.csv does not exist"),
     ],
 )
@@ -183,9 +183,9 @@ def test_join_fills_the_site(table, csv):
         ("slide_id,target\ns1,1\n", "the pack has columns named target already; rename them"),
         ("slide_id,official_subset,sha256\ns1,1,2\n", "named official_subset, sha256 already"),
         ("name,age\ns1,1\n", "one of patch_id, patient_id, slide_id is needed"),
-        ("slide_id,age\nS1,1\n", "no slide_id is one of the dataset's, such as 's1'"),
+        ("slide_id,age\nS1,1\n", "no slide_id matches the data set, such as 's1'"),
         ("slide_id,age\ns1,1\n,2\n", r"empty \(NaN\) in 1 rows"),
-        ("slide_id,age\ns1,1\ns1,2\n", "more than once"),
+        ("slide_id,age\ns1,1\ns1,2\n", "repeated values"),
     ],
 )
 def test_join_refusals(table, csv, text, match):

@@ -63,7 +63,7 @@ def test_a_published_split_that_cannot_be_made_leaves_the_other_arm(make_pack):
     pack = make_pack(n_patients=6)
     rows = load_recipe(RECIPE, ["as_published.split={method='kaggle-rows'}"])
     found = compare_splits(pack, rows, choose_apart(pack, None, TESTED))
-    assert "does not keep the rows" in found.missing["published"]
+    assert "lacks the row numbers" in found.missing["published"]
     assert [arm.kind for arm in found.arms] == ["apart", "apart"]
     with pytest.raises(RunError, match=r"cancernet-2020 cannot be reproduced on tiny\.pack: .* the rows"):
         compare_splits(pack, rows, None)

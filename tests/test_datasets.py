@@ -142,8 +142,8 @@ def test_idc_contradictions_and_wrong_names_are_named(tree, tmp_path, make_patch
     assert len(pack) == 5
     reasons = {Path(item["source"]).name: item["reason"] for item in pack.info.skipped}
     assert reasons == {
-        "8863_idx5_x1_y1_class0.png": "lies in the folder of class 1 and is named class 0",
-        "8863_idx5_x1_y51_class0.png": "lies in the folder of patient 8865 and is named as of patient 8863",
+        "8863_idx5_x1_y1_class0.png": "is in the folder of class 1, but its name has class 0",
+        "8863_idx5_x1_y51_class0.png": "is in the folder of patient 8865, but its name has patient 8863",
         "8865_x51_y1.png": "is not named <patient>_idx5_x<X>_y<Y>_class<0|1>.png",
     }
     assert pack.info.counts["skipped"] == 3
@@ -199,7 +199,7 @@ def test_pcam_subsets_may_be_absent_but_not_halved(tree, tmp_path):
     pack = prepare(folder, tmp_path / "x.pack")
     assert len(pack) == 6
     assert pack.info.skipped == [
-        {"source": "camelyonpatch_level_2_split_valid_x.h5", "reason": "has no labels (..._y.h5) beside it"}
+        {"source": "camelyonpatch_level_2_split_valid_x.h5", "reason": "has no labels (..._y.h5)"}
     ]
     (folder / "camelyonpatch_level_2_split_train_x.h5").unlink()
     with pytest.raises(ArchiveError, match="holds no subset of PCam with both"):
@@ -223,7 +223,7 @@ def test_pcam_refusals(tree, tmp_path):
     x.write_bytes(whole[x][:1000])
     refuse("train_x.h5 is no HDF5 file")
     meta.write_text("wsi\nonly_one\n")
-    refuse("has 1 rows where 6")
+    refuse("has 1 rows")
     y.write_bytes((folder / "camelyonpatch_level_2_split_valid_y.h5").read_bytes())
     refuse("for 6 patches")
     x.write_bytes(whole[y])
@@ -270,7 +270,7 @@ def test_hcd_rows_without_image_and_images_without_row_are_named(tree, tmp_path)
         ("id,label\na,0\nb,\n", "has 1 rows without an id or a label 0 or 1, first row 1 .id b, label None"),
         ("id,label\na,0\nb,2\n", "first row 1 .id b, label 2"),
         ("id,label\n,1\n", "first row 0"),
-        ("id,label\na,0\na,0\n", "names 1 ids more than once, a first"),
+        ("id,label\na,0\na,0\n", "1 repeated ids"),
         ("name,class\na,0\n", "has the columns name, class; id, label is missing"),
         ("", "is empty"),
     ],
@@ -299,7 +299,7 @@ def test_hcd_sorted_tree(tree, tmp_path):
     pack = prepare(folder, tmp_path / "y.pack")
     assert len(pack) == 7 + 1
     assert len(pack.info.skipped) == 1
-    assert "one patch, two places" in pack.info.skipped[0]["reason"]
+    assert "two folders" in pack.info.skipped[0]["reason"]
 
 
 def test_folders_keep_their_own_subsets_and_classes(tree, tmp_path):
@@ -317,7 +317,7 @@ def test_folders_keep_their_own_subsets_and_classes(tree, tmp_path):
     (folder / "loose.png").write_bytes(b"")
     pack = prepare(folder, tmp_path / "z.pack")
     assert pack.table["patch_id"].tolist()[:2] == ["adenosis/case8863_00.jpg", "adenosis/case8863_00.png"]
-    assert pack.info.skipped == [{"source": "loose.png", "reason": "lies in no class folder"}]
+    assert pack.info.skipped == [{"source": "loose.png", "reason": "is in no class folder"}]
 
 
 def test_breakhis_keeps_subtypes_and_cases_and_wants_its_resolution(tmp_path):
@@ -346,7 +346,7 @@ def test_breakhis_magnifications_are_not_mixed(tree, tmp_path):
     image = next(folder.rglob("SOB_B_A-14-22549AB-100-001.png"))
     (image.parents[1] / "40X").mkdir()
     shutil.copy(image, image.parents[1] / "40X" / "SOB_B_A-14-22549AB-40-001.png")
-    with pytest.raises(DataError, match=r"holds the magnifications 40X, 100X, .* --dataset breakhis-40x"):
+    with pytest.raises(DataError, match=r"the magnifications 40X, 100X"):
         prepare(folder, tmp_path / "x.pack", mpp=0.65)
     pack = prepare(folder, tmp_path / "x.pack", mpp=1.6, dataset="breakhis-40x")
     assert pack.table["patch_id"].tolist() == ["SOB_B_A-14-22549AB-40-001"]
@@ -368,7 +368,7 @@ def test_breakhis_names_that_contradict_their_folders_are_named(tree, tmp_path, 
     pack = prepare(folder, tmp_path / "x.pack", mpp=0.65)
     assert len(pack) == 8
     assert [item["source"] for item in pack.info.skipped] == [f"{folders}/{name}"]
-    assert f"lies in the folder {what}" in pack.info.skipped[0]["reason"]
+    assert f"is in the folder {what}" in pack.info.skipped[0]["reason"]
 
 
 @pytest.mark.data
@@ -428,21 +428,21 @@ def test_folders_named_like_subsets_are_subsets_and_said(tmp_path, tops, caplog)
     assert set(pack.table["official_subset"]) == {"train", "validation", "test"} - (
         {"test"} if len(tops) == 2 else set()
     )
-    assert "taken for the data set's official subsets" in caplog.text
+    assert "interpreted as official subsets" in caplog.text
 
 
 def test_folders_below_classes_that_may_be_classes_are_said(tmp_path, caplog):
     prepare(make_tree(tmp_path / "x", ("A", "B"), ("k1", "k2", "k3")), tmp_path / "x.pack", positive="B")
-    assert "A, B are taken for classes; several of them hold the folders k1, k2, k3" in caplog.text
+    assert "several contain the folders k1, k2, k3" in caplog.text
     caplog.clear()
     prepare(make_tree(tmp_path / "y", ("benign", "malignant"), ("site1", "site2")), tmp_path / "y.pack")
-    assert "taken for classes" not in caplog.text
+    assert "interpreted as classes" not in caplog.text
 
 
 def test_many_classes_may_be_patients(tmp_path, caplog):
     make_tree(tmp_path / "x", [f"{n}" for n in range(8863, 8885)], [""])
     prepare(tmp_path / "x", tmp_path / "x.pack")
-    assert "22 folders are taken for classes" in caplog.text
+    assert "22 folders are interpreted as classes" in caplog.text
 
 
 def test_idc_names_from_beyond_any_slide_are_named(tree, tmp_path):
@@ -452,7 +452,7 @@ def test_idc_names_from_beyond_any_slide_are_named(tree, tmp_path):
         shutil.copy(image, image.with_name(f"8863_idx5_x{x}_y1_class{image.parent.name}.png"))
     pack = prepare(folder, tmp_path / "x.pack")
     assert len(pack) == 8
-    assert ["beyond any slide" in item["reason"] for item in pack.info.skipped] == [True] * 3
+    assert ["out of range" in item["reason"] for item in pack.info.skipped] == [True] * 3
 
 
 def test_numbers_as_class_names_are_in_order_of_value(tmp_path, make_patches):
@@ -466,15 +466,13 @@ def test_numbers_as_class_names_are_in_order_of_value(tmp_path, make_patches):
 def test_what_no_layout_knows_is_refused_with_what_was_looked_for(tmp_path):
     (tmp_path / "x").mkdir()
     shutil.copy(next((TREES / "classes/adenosis").iterdir()), tmp_path / "x" / "a.png")
-    with pytest.raises(
-        DataError, match=r"no known layout \(it holds 'a.png'\)\. Looked for .*idc: images named"
-    ):
+    with pytest.raises(DataError, match=r"no known layout \(it holds 'a.png'\)\. .*idc: images named"):
         prepare(tmp_path / "x", tmp_path / "x.pack")
     with pytest.raises(DataError, match=r"annotated-slides: slides with a \.geojson of their name"):
         find_dataset(open_archive(tmp_path / "x"))
     with pytest.raises(DataError, match="did you mean 'annotated-slides'"):
         find_dataset(open_archive(tmp_path / "x"), "annotated_slides")
-    with pytest.raises(DataError, match="no dataset layout is called 'idx'; did you mean 'idc'"):
+    with pytest.raises(DataError, match="'idx'; did you mean 'idc'"):
         find_dataset(open_archive(tmp_path / "x"), "idx")
 
 

@@ -217,9 +217,9 @@ def sixteen_bit_rgb_png():
         (encode(Image.new("CMYK", (4, 4)), "TIFF"), "is of mode CMYK"),
         (encode(Image.new("LAB", (4, 4)), "TIFF"), "is of mode LAB"),
         (encode(Image.new("F", (4, 4)), "TIFF"), "16 bits|mode F"),
-        (encode(Image.fromarray(np.ones((4, 4), np.uint16)), "PNG"), "has 16 bits a channel"),
-        (encode(Image.fromarray(np.ones((4, 4), np.uint16)), "TIFF"), "has 16 bits a channel"),
-        (sixteen_bit_rgb_png(), "has 16 bits a channel"),
+        (encode(Image.fromarray(np.ones((4, 4), np.uint16)), "PNG"), "has 16 bits per channel"),
+        (encode(Image.fromarray(np.ones((4, 4), np.uint16)), "TIFF"), "has 16 bits per channel"),
+        (sixteen_bit_rgb_png(), "has 16 bits per channel"),
         (
             encode(Image.new("RGB", (4, 4)), "TIFF", save_all=True, append_images=[Image.new("RGB", (4, 4))]),
             "several pages",

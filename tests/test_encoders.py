@@ -103,7 +103,7 @@ def test_patches_are_brought_to_the_encoders_resolution():
 
 
 @pytest.mark.parametrize(
-    ("mpp", "word"), [(4.0, "lack the detail"), (0.1, "smaller field"), (None, "unknown")]
+    ("mpp", "word"), [(4.0, "lack detail"), (0.1, "the field is smaller"), (None, "unknown")]
 )
 def test_a_resolution_far_from_the_encoders_is_said(mpp, word, caplog):
     caplog.set_level("INFO", "biopsy")

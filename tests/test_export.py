@@ -143,7 +143,7 @@ def test_names_that_several_files_share_become_their_paths(tmp_path, tree, caplo
 def test_file_names():
     assert name_files(["a/1.png", "b/2.png"]) == ["1.png", "2.png"]
     assert name_files(["a/b/1.png", "c/1.PNG", "2.png"]) == ["a__b__1.png", "c__1.PNG", "2.png"]
-    with pytest.raises(DataError, match="one file name even by their whole paths"):
+    with pytest.raises(DataError, match="file name"):
         name_files(["a/b__1.png", "a__b/1.png", "x/b__1.png", "x/1.png"])
 
 
@@ -159,7 +159,7 @@ def test_nothing_half_written_is_left(source, tree, tmp_path, monkeypatch):
         return real(self, data)
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(DataError, match="the disk is full; nothing was left there"):
+    with pytest.raises(DataError, match="the disk is full"):
         export_tree(pack, source, tree, split)
     assert not tree.exists() and list(tree.parent.iterdir()) == []
 
@@ -167,9 +167,9 @@ def test_nothing_half_written_is_left(source, tree, tmp_path, monkeypatch):
 def test_refusals(source, make_idc_zip, tree, tmp_path):
     out = tmp_path / "idc.pack"
     for options, error, message in (
-        ({"split": "patients"}, DataError, "say how --export-tree sorts files"),
-        ({"recipe": "cancernet-2020"}, DataError, "say how --export-tree sorts files"),
-        ({"export_tree": tree, "split": "a", "recipe": "b"}, DataError, "not both"),
+        ({"split": "patients"}, DataError, "--export-tree"),
+        ({"recipe": "cancernet-2020"}, DataError, "--export-tree"),
+        ({"export_tree": tree, "split": "a", "recipe": "b"}, DataError, "--split and --recipe"),
         ({"export_tree": tree, "recipe": "cancernet-2021"}, RecipeError, "did you mean 'cancernet-2020'"),
         ({"export_tree": source}, DataError, "exists already: choose another --export-tree"),
         ({"export_tree": tmp_path}, DataError, "exists already"),
@@ -178,11 +178,11 @@ def test_refusals(source, make_idc_zip, tree, tmp_path):
             biopsy.prepare(source, out, **options)
         assert not out.exists()
     pack = biopsy.prepare(source, out)
-    with pytest.raises(SplitError, match="'folds' has folds: a tree has one testing/"):
+    with pytest.raises(SplitError, match="'folds' has folds"):
         export_tree(pack, source, tree, make_split(pack, protocol="folds"))
-    with pytest.raises(DataError, match=r"other.zip does not hold .*: idc.pack is of another source"):
+    with pytest.raises(DataError, match=r"other.zip does not hold .*: idc.pack was made from another source"):
         export_tree(pack, make_idc_zip("other.zip", n_patients=1), tree, find_split(pack))
-    with pytest.raises(DataError, match="is a pack already"):
+    with pytest.raises(DataError, match="is already a pack"):
         biopsy.prepare(pack.path, tmp_path / "other.pack", export_tree=tree)
     assert not tree.exists()
 
@@ -194,18 +194,18 @@ def test_arrays_have_no_files_to_export(make_patches, tree, tmp_path):
     for part, values in (("x", images), ("y", table["target"].to_numpy().reshape(-1, 1, 1, 1))):
         with h5py.File(folder / f"camelyonpatch_level_2_split_train_{part}.h5", "w") as file:
             file[part] = values
-    with pytest.raises(DataError, match="keeps its pixels in HDF5 arrays: there are no original files"):
+    with pytest.raises(DataError, match="HDF5 arrays: there are no"):
         biopsy.prepare(folder, tmp_path / "pcam.pack", export_tree=tree)
     assert not (tmp_path / "pcam.pack").exists()
     pack = biopsy.prepare(folder, tmp_path / "pcam.pack")
-    with pytest.raises(DataError, match="keeps its pixels in HDF5 arrays"):
+    with pytest.raises(DataError, match="HDF5 arrays"):
         export_tree(pack, folder, tree, find_split(pack, "patients"))
 
 
 def test_the_command_line_counts_the_tree(source, tree, tmp_path):
     command = ["prepare", str(source), "--out", str(tmp_path / "idc.pack"), "--export-tree", str(tree)]
     done = call(*command)
-    assert done.exit_code == 0 and "warning: patients stand in more than one subset" in done.stderr
+    assert done.exit_code == 0 and "warning: patients are in more than one subset" in done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[-4:]]
     assert rows[0] == ["subset", "0", "1"]
     assert {row[0]: {"0": int(row[1]), "1": int(row[2])} for row in rows[1:]} == count_tree(tree)

@@ -28,12 +28,12 @@ def test_another_architecture_says_where_and_which(tmp_path):
     with pytest.raises(DataError) as error:
         import_keras(weights, model="cancernet-2020", out=tmp_path / "mine")
     assert str(error.value) == (
-        f"{weights} does not fit cancernet: it has 4 convolutions, 3 dense layers where 6 separable "
-        "convolutions, 7 normalisations, 2 dense layers are expected; its layers are those of baruah-2019"
+        f"{weights} does not fit cancernet: it has 4 convolutions, 3 dense layers, expected 6 separable "
+        "convolutions, 7 normalisations, 2 dense layers; its layers are those of baruah-2019"
     )
     whole = write_keras(tmp_path / "a.keras", cancernet, make_config(cancernet, input_px=48))
     match = (
-        "does not fit dabydeen_hedges: its step 1 is separable convolution where convolution is expected; "
+        "does not fit dabydeen_hedges: its step 1 is separable convolution, expected convolution; "
         "its layers are those of cancernet-2019 or cancernet-2020"
     )
     with pytest.raises(DataError, match=match):
@@ -47,8 +47,8 @@ def test_a_layer_of_another_shape_is_named_and_nothing_is_carried(tmp_path):
     network = build("dabydeen_hedges", widths=[3, 5], dense=4)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     match = (
-        r"does not fit the network: its convolution 2, 'conv2d_1', has weights 3x3x3x6 \+ 6 where "
-        r"3x3x3x5 \+ 5 are expected for 'body.conv2'; no shipped recipe has such a network"
+        r"does not fit the network: its convolution 2, 'conv2d_1', has weights 3x3x3x6 \+ 6, "
+        r"expected 3x3x3x5 \+ 5 for 'body.conv2'; no shipped recipe has such a network"
     )
     with pytest.raises(DataError, match=match):
         load_keras_into(path, network)
@@ -58,10 +58,10 @@ def test_a_layer_of_another_shape_is_named_and_nothing_is_carried(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"Activation": {"activation": "elu"}}, "its step 2 is elu where relu is expected"),
-        ({"BatchNormalization": {"epsilon": 1e-5}}, "normalisation with epsilon 1e-05 where norm"),
+        ({"Activation": {"activation": "elu"}}, "its step 2 is elu, expected relu"),
+        ({"BatchNormalization": {"epsilon": 1e-5}}, "normalisation with epsilon 1e-05, expected norm"),
         ({"Conv2D": {"activation": "relu"}}, None),
-        ({"SeparableConv2D": {"activation": "relu"}}, "step 3 is relu where normalisation"),
+        ({"SeparableConv2D": {"activation": "relu"}}, "step 3 is relu, expected normalisation"),
         ({"Activation": {"activation": {"config": "mine"}}}, "its step 2 is activation {'config'"),
         ({"SeparableConv2D": {"data_format": "channels_first"}}, "has channels first in 'separable_conv2d'"),
     ],
@@ -80,7 +80,7 @@ def test_further_steps_and_other_inputs_are_refused(tmp_path):
     layers = keras_layers(build(input_px=48))
     for number, (change, said) in enumerate(
         (
-            (lambda nodes: nodes.insert(1, step("Rescaling")), "its step 1 is Rescaling where separable"),
+            (lambda nodes: nodes.insert(1, step("Rescaling")), "its step 1 is Rescaling"),
             (lambda nodes: nodes.append(step("Dense")), "its step 26 is softmax where nothing more"),
             (lambda nodes: nodes.pop(), "its step 25 is nothing more where dense layer"),
             (
@@ -136,7 +136,7 @@ def test_code_in_a_file_is_named_and_never_executed(tmp_path, node):
         write_keras(tmp_path / "a.keras", layers, config),
         write_h5(tmp_path / "a.h5", layers, config=config, root=False),
     ):
-        with pytest.raises(DataError, match=rf"{path.name} holds 'sneaky', a .* is never executed"):
+        with pytest.raises(DataError, match=rf"{path.name} 'sneaky', a .* is not run"):
             load_keras_into(path, network)
 
 
@@ -180,16 +180,16 @@ def test_links_in_an_h5_are_not_followed(tmp_path, link):
             lambda f, p: f.create_dataset(p, data=np.full(256, "x", object), dtype=h5py.string_dtype()),
             "object",
         ),
-        (lambda f, p: f.create_dataset(p, data=np.zeros(256, int)), "holds int64 in 'dense/bias:0'"),
+        (lambda f, p: f.create_dataset(p, data=np.zeros(256, int)), "has int64 in 'dense/bias:0'"),
         (lambda f, p: f.create_dataset(p, data=np.full(256, np.nan)), "that are not finite"),
         (lambda f, p: f.create_dataset(p, (256,), "f4", chunks=(9,)), "declares 1,024 bytes"),
         (lambda f, p: f.create_dataset(p, data=np.zeros(256), compression="gzip"), "compressed or in part"),
         (lambda f, p: f.create_group(p), "holds 'dense/bias:0' as a group"),
         (lambda f, p: None, "names 'dense/bias:0', which it does not hold"),
-        (lambda f, p: f.attrs.modify("backend", "theano"), "by Keras on Theano, which turns kernels"),
+        (lambda f, p: f.attrs.modify("backend", "theano"), "by Keras on Theano"),
         (lambda f, p: f.attrs.pop("layer_names"), "holds no weights of a Keras model"),
         (lambda f, p: f.attrs.modify("model_config", "{"), "cannot be read as JSON"),
-        (lambda f, p: f.attrs.modify("model_config", "[1]"), "a configuration that is not one of a Keras"),
+        (lambda f, p: f.attrs.modify("model_config", "[1]"), "no valid configuration of a Keras"),
         (lambda f, p: f.attrs.modify("model_config", "[" * 9999), "nests deeper"),
     ],
 )
@@ -210,7 +210,7 @@ def test_a_file_that_was_cut_short_is_one_line(tmp_path):
         content = path.read_bytes()
         for share in (0.01, 0.2, 0.5, 0.9, 0.999):
             path.write_bytes(content[: int(share * len(content))])
-            with pytest.raises(DataError, match="cut short") as error:
+            with pytest.raises(DataError, match="truncated") as error:
                 read_keras(path)
             assert "\n" not in str(error.value)
 
@@ -222,7 +222,7 @@ def test_what_is_no_keras_file_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "other.keras", "w") as archive:
         archive.writestr("config.json", "{}")
     for name, said in (
-        ("gone.h5", "gone.h5 does not exist; give a file that Keras saved"),
+        ("gone.h5", "does not exist"),
         ("text.h5", "text.h5 is no HDF5 file"),
         ("empty.keras", "empty.keras is no HDF5 file"),
         ("saved_model", "is a folder where a file was expected"),
@@ -240,7 +240,7 @@ def test_groups_that_hold_themselves_are_refused(tmp_path):
     path = write_weights_h5(tmp_path / "a.weights.h5", keras_layers(build()))
     with h5py.File(path, "a") as file:
         file["layers/again/layers"] = file["layers"]
-    with pytest.raises(DataError, match=r"holds '/layers.*' twice: it was altered"):
+    with pytest.raises(DataError, match=r"twice: it was altered"):
         read_keras(path)
 
 
@@ -271,15 +271,15 @@ def test_wrong_requests_are_refused(cancernet_file, tmp_path, caplog):
     path, _ = cancernet_file
     (tmp_path / "there").mkdir()
     for options, kind, said in (
-        ({"model": "cancernett"}, RecipeError, "no recipe or network is called 'cancernett': did you mean"),
+        ({"model": "cancernett"}, RecipeError, "'cancernett': did you mean"),
         ({"out": tmp_path / "there"}, RunError, "there exists already: name a folder that does not"),
         ({"class_names": ["a"]}, RecipeError, r"cancernet-2020 with class_names=\['a'\] and patch_px=50"),
-        ({"class_names": ["a", "a"]}, RecipeError, "give two or more different names"),
-        ({"patch_px": 0}, RecipeError, "patch_px=0: give two or more different names"),
+        ({"class_names": ["a", "a"]}, RecipeError, "two or more"),
+        ({"patch_px": 0}, RecipeError, "patch_px=0: two or more"),
         (
             {"positive": "cancer"},
             RecipeError,
-            "positive='cancer' is none of two classes; there are non_idc, idc",
+            "positive='cancer' is not one of two classes: non_idc, idc",
         ),
         ({"model": "idc-small"}, RecipeError, r"idc-small with class_names=\[\] and patch_px=None"),
         (

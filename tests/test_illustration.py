@@ -280,7 +280,7 @@ def test_names_of_patches_never_become_paths(judged, tmp_path, monkeypatch):
         ({"method": "gradcam"}, RecipeError, "'gradcam'"),
         ({"layer": "stem.9"}, RecipeError, r"no layer 'stem.9'; nearest: stem\."),
         ({"method": "saliency", "layer": "stem.0"}, RecipeError, "cannot be chosen: saliency"),
-        ({"device": "cuda:99"}, RecipeError, "is not here"),
+        ({"device": "cuda:99"}, RecipeError, "is not available"),
     ],
 )
 def test_what_cannot_be_shown_is_refused_and_nothing_written(judged, tmp_path, asked, error, said):

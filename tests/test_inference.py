@@ -148,7 +148,7 @@ def test_features_are_what_the_last_layer_sees(network, patches):
     ],
 )
 def test_what_openvino_computes_is_within_1e5_of_pytorch(name, tta, monkeypatch):
-    monkeypatch.setattr(runtimes, "WORTH_CONVERTING", 1)
+    monkeypatch.setattr(runtimes, "MIN_PATCHES_TO_CONVERT", 1)
     classifier = make_classifier(name, tta=tta, preprocessing=Preprocessing(input_px=32, resize="bilinear"))
     rng = np.random.default_rng(0)
     index, sizes = rng.permutation(np.repeat(np.arange(18), 9)), rng.integers(5, 17, (18, 2))
@@ -176,6 +176,6 @@ def test_few_patches_are_not_worth_a_conversion(monkeypatch):
     assert predict_classifier(classifier, PATCHES, engine=ENGINE).shape == (18, 2)
     with (
         pytest.raises(AssertionError, match="converted"),
-        open_predictor(classifier, ENGINE, runtimes.WORTH_CONVERTING),
+        open_predictor(classifier, ENGINE, runtimes.MIN_PATCHES_TO_CONVERT),
     ):
         pass

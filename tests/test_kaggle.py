@@ -54,11 +54,11 @@ def test_kaggle_puts_the_files_under_their_own_name(server, kagglehub, tmp_path)
 
     kagglehub.dataset_download = dataset_download
     source = kaggle_source(files=(data_file(base),))
-    result = fetch_source(source, tmp_path, patience=QUICK)
+    result = fetch_source(source, tmp_path, retry=QUICK)
     assert result.path == tmp_path / "patches"
     assert (tmp_path / "patches" / "8863" / "a.png").read_bytes() == b"png"
     assert names(tmp_path) == {"patches", "data.bin"}
-    assert fetch_source(source, tmp_path, patience=QUICK).kept == (
+    assert fetch_source(source, tmp_path, retry=QUICK).kept == (
         tmp_path / "patches",
         tmp_path / "data.bin",
     )
@@ -99,7 +99,7 @@ def test_another_failure_of_kaggle_keeps_what_came(kagglehub, tmp_path):
         raise ConnectionError("reset by peer")
 
     kagglehub.dataset_download = drop
-    with pytest.raises(DownloadError, match=r"reset by peer\); fetch again to go on, or download it by hand"):
+    with pytest.raises(DownloadError, match=r"reset by peer\); fetch again to"):
         fetch_source(kaggle_source(), tmp_path)
     assert (tmp_path / ".biopsy-kagglehub" / "1.archive").read_bytes() == b"half"
     assert not (tmp_path / "patches").exists()
@@ -143,5 +143,5 @@ def test_every_checksum_is_one_and_none_is_used_twice():
 def test_licence_credentials_and_room_are_said_beforehand(name):
     text = describe(name)
     assert "licence: " in text and "credentials: " in text
-    assert 5 < float(re.search(r"room needed: ([\d.]+) GB", text)[1]) < 20
+    assert 5 < float(re.search(r"disk space: ([\d.]+) GB", text)[1]) < 20
     assert ("accepted the competition's rules" in text) == (name == "hcd")

@@ -59,7 +59,7 @@ def test_a_read_only_pack_keeps_it_with_the_run(
     run_dir.mkdir()
     monkeypatch.setattr("biopsy.data.ledger.os.access", lambda path, _: path != pack.path)
     assert record_opening(pack, run_dir, entry()) == run_dir / FILE
-    assert "its ledger is kept with the run" in caplog.text
+    assert "recorded in the run" in caplog.text
     assert not (pack.path / FILE).exists()
     assert count_openings(pack, split="patients")["times"] == 0
     assert count_openings(pack, split="patients", run_dir=run_dir) == {

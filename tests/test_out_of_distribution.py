@@ -8,7 +8,7 @@ from biopsy.models.classifier import Classifier, ClassifierInfo
 from biopsy.models.engine import Engine
 from biopsy.models.inference import open_predictor, predict_with_features
 from biopsy.models.networks import build_network
-from biopsy.models.out_of_distribution import fit_reference, out_of_distribution_scores, say_unexpected
+from biopsy.models.out_of_distribution import fit_reference, ood_warning, out_of_distribution_scores
 from biopsy.models.preprocessing import Preprocessing
 from biopsy.slide_io.stain import colour_features
 from conftest import draw_patches
@@ -102,4 +102,4 @@ def test_with_another_augmentation_patches_are_told_by_colour_alone(classifier):
 
 @pytest.mark.parametrize(("quantile", "limit"), [(0.99, 0.04), (0.95, 0.2)])
 def test_a_share_is_unusual_from_twice_what_the_limit_lets_expect(quantile, limit):
-    assert say_unexpected(limit + 0.001, quantile) and say_unexpected(limit - 0.001, quantile) is None
+    assert ood_warning(limit + 0.001, quantile) and ood_warning(limit - 0.001, quantile) is None

@@ -89,7 +89,7 @@ def test_a_sheet_shows_each_patch_and_its_maps():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(DataError, match=r"a map of \(7, 9\) cannot lie on a patch of \(9, 7\)"):
+    with pytest.raises(DataError, match=r"a map of \(7, 9\) does not fit a patch of \(9, 7\)"):
         superimpose(PATCH, np.zeros((7, 9)))
     with pytest.raises(DataError, match="1 rows do not have 2 maps each"):
         draw_overlays([Overlay("a", PATCH, np.zeros((1, 9, 7)))], ["one", "two"])

@@ -47,7 +47,7 @@ def test_a_pack_cut_short_is_refused(make_pack, name):
     pack = make_pack()
     with open(pack.path / name, "rb+") as file:
         file.truncate(100)
-    with pytest.raises(PackError, match=rf"{name} has 100 bytes where [\d,]+ were written"):
+    with pytest.raises(PackError, match=rf"{name} has 100 bytes instead of [\d,]+"):
         Pack.open(pack.path)
 
 
@@ -87,7 +87,7 @@ def test_patches_are_found_by_their_ids_and_unknown_ones_refused(make_pack):
     ids = pack.table["patch_id"].iloc[[5, 0, 7]]
     assert pack.rows_of(ids).tolist() == pack.rows_of(ids.tolist()).tolist() == [5, 0, 7]
     assert len(pack.rows_of([])) == 0
-    with pytest.raises(PackError, match=r"tiny\.pack has no patch 'nobody': give the pack"):
+    with pytest.raises(PackError, match=r"has no patch 'nobody'"):
         pack.rows_of([ids.iloc[0], "nobody"])
 
 

@@ -132,7 +132,9 @@ def test_kaggles_csv_keeps_the_order_and_names_what_was_skipped(trained_run, fol
 def test_what_kaggle_would_not_take_is_refused(trained_run, folder):
     (folder / "2").mkdir()
     shutil.copy(folder / "0" / "00.png", folder / "2" / "00.PNG")
-    with pytest.raises(DataError, match="two patches have the id '00': Kaggle's csv takes each id once"):
+    with pytest.raises(
+        DataError, match="two patches have the id '00': ids of a Kaggle submission must be unique"
+    ):
         ask(trained_run, folder, format="kaggle")
     with pytest.raises(DataError, match=r"Kaggle takes a csv, not 'table.parquet'"):
         ask(trained_run, folder / "0", format="kaggle", out="table.parquet")

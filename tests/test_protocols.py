@@ -24,7 +24,6 @@ BARUAH = {
     "seed": 0,
 }
 CANCERNET = {"method": "shuffled-paths", "seed": 42, "train": 0.8, "validation": 0.1}
-SHARES = (0.7, 0.15, 0.15)
 
 
 def patients_of(pack: Pack, subsets: np.ndarray, subset: str) -> set[str]:
@@ -181,7 +180,7 @@ def test_bad_lists_of_cases(make_pack: MakePack, tmp_path: Path) -> None:
     with pytest.raises(SplitError, match=r"cases_val.txt was not found"):
         read_cases(folder)
     for text, message in [
-        ("case_id,split\n1,training\n2,left", "has the split 'left'"),
+        ("case_id,split\n1,training\n2,left", "'left'"),
         ("case,split\n1,train", "case_id is missing"),
         ("case_id,split\n", "lists no cases"),
         ("case_id,split\n1,train", "none of the 4 patients, such as '8863'"),
@@ -223,7 +222,6 @@ def follow(recipe: dict[str, object], n_patches: int) -> np.ndarray:
         unit="patch",
         group_ids=np.array([]),
         seed=0,
-        fractions=SHARES,
         n_folds=5,
         test_ids=(),
         val_ids=(),

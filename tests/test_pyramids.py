@@ -62,18 +62,6 @@ def test_a_description_like_aperios_makes_an_svs(tmp_path):
         assert slide.properties["openslide.mpp-x"] == "0.499"
 
 
-def test_one_channel_whole_and_floating(tmp_path):
-    grey = draw_slide()[..., 1].copy()
-    np.testing.assert_array_equal(pages(write(tmp_path / "a.tiff", grey))[0], grey)
-    heat = (grey / 255).astype(np.float32)
-    heat[:200] = np.nan
-    heat[200, 0] = np.nan
-    found = pages(write(tmp_path / "b.tiff", heat))
-    np.testing.assert_array_equal(found[0], heat)
-    assert np.isnan(found[1][:100]).all() and not np.isnan(found[1][100:]).any()
-    assert found[1][100, 0] == pytest.approx(np.nanmean(heat[200:202, :2]))
-
-
 def test_tiles_come_row_by_row_once_each_and_none_is_background(tmp_path):
     image, asked = draw_slide(), []
 
@@ -124,7 +112,7 @@ def test_nothing_is_left_when_the_source_fails(tmp_path):
         ({"mpp": 0.0}, "at 0.0 um/px cannot be written"),
         ({"tile_px": 100}, "tile_px 100 is not a multiple of 16"),
         ({"compression": "zip"}, "'zip' is unknown; known: deflate, jpeg"),
-        ({"width": 10}, "array is 600 x 400 pixels, not 10 x 400"),
+        ({"width": 10}, "expected uint8"),
     ],
 )
 def test_refusals(tmp_path, options, message):
@@ -133,11 +121,11 @@ def test_refusals(tmp_path, options, message):
 
 
 def test_refusals_of_pixels(tmp_path):
-    with pytest.raises(SlideError, match="jpeg holds 8-bit RGB only"):
-        write(tmp_path / "a.tiff", draw_slide()[..., 0], compression="jpeg")
-    with pytest.raises(SlideError, match="1 channels of float64"):
-        write(tmp_path / "a.tiff", draw_slide()[..., 0] / 255)
-    with pytest.raises(SlideError, match=r"shape \(3, 3, 3\) was given where 64 x 64"):
+    with pytest.raises(SlideError, match="expected uint8"):
+        write(tmp_path / "a.tiff", draw_slide()[..., 0])
+    with pytest.raises(SlideError, match="expected uint8"):
+        write(tmp_path / "a.tiff", draw_slide() / 255)
+    with pytest.raises(SlideError, match=r"shape \(3, 3, 3\)"):
         write_pyramid(
             tmp_path / "a.tiff",
             lambda *place: np.zeros((3, 3, 3), np.uint8),

@@ -320,9 +320,9 @@ def test_unreadable_files_are_named(tmp_path, make_slide, monkeypatch):
 
 GREY = draw_slide()[..., 1]
 UNCERTAIN = {  # what OpenSlide would turn into some RGB: the low byte left out, channels as grey, ...
-    "15 bits": (draw_slide().astype(np.uint16) * 128, {}, "has 16 bits a channel"),
-    "12 bits, grey": (GREY.astype(np.uint16) * 16, {"photometric": "minisblack"}, "has 16 bits a channel"),
-    "floats": (draw_slide().astype(np.float32), {}, "has 32 bits a channel"),
+    "15 bits": (draw_slide().astype(np.uint16) * 128, {}, "has 16 bits per channel"),
+    "12 bits, grey": (GREY.astype(np.uint16) * 16, {"photometric": "minisblack"}, "has 16 bits per channel"),
+    "floats": (draw_slide().astype(np.float32), {}, "has 32 bits per channel"),
     "signed": (draw_slide().astype(np.int8), {}, "is of mode RGB with 3 channels"),
     "CMYK": (np.dstack([draw_slide(), GREY]), {"photometric": "separated"}, "is of mode SEPARATED"),
     "Lab": (draw_slide(), {"photometric": "cielab"}, "is of mode CIELAB"),
@@ -336,8 +336,8 @@ UNCERTAIN = {  # what OpenSlide would turn into some RGB: the low byte left out,
         {"photometric": "minisblack", "planarconfig": "contig"},
         "is of mode MINISBLACK with 3 channels",
     ),
-    "channels": ([GREY, GREY, GREY], {"photometric": "minisblack"}, "holds 3 pages of 600 x 400 pixels"),
-    "focal planes": ([draw_slide()] * 2, {}, "holds 2 pages of 600 x 400 pixels, channels or focal planes"),
+    "channels": ([GREY, GREY, GREY], {"photometric": "minisblack"}, "has 3 pages of 600 x 400 pixels"),
+    "focal planes": ([draw_slide()] * 2, {}, "has 2 pages of 600 x 400 pixels, channels or focal planes"),
 }
 
 

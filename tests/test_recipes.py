@@ -199,9 +199,9 @@ def test_a_wrong_file_is_refused(text, message, tmp_path):
 
 
 def test_a_recipe_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match="no recipe 'cancernet-2002': did you mean 'cancernet-2020'"):
+    with pytest.raises(RecipeError, match="unknown recipe 'cancernet-2002': did you mean 'cancernet-2020'"):
         load_recipe("cancernet-2002")
-    with pytest.raises(RecipeError, match=r"none.toml does not exist: give a recipe's name"):
+    with pytest.raises(RecipeError, match=r"none.toml does not exist: expected the name of a recipe"):
         load_recipe(tmp_path / "none.toml")
     (tmp_path / "folder.toml").mkdir()
     with pytest.raises(RecipeError, match=r"folder.toml is a folder"):

@@ -252,7 +252,7 @@ def test_folders_of_patients_or_subsets_are_no_classes(tmp_path, caplog, tree):
     except DataError as error:
         assert any(name in str(error) for name in tops)
     else:
-        assert "are taken for classes" in caplog.text
+        assert "are interpreted as classes" in caplog.text
 
 
 def write_zip(path: Path, names: Iterable[str]) -> Path:

@@ -97,7 +97,7 @@ def test_subsets_are_kept_as_they_were_trained(copied):
     moved = table.assign(subset=table["subset"].replace({"train": "test"}))
     for changed in (table.iloc[::-1], table.iloc[1:], moved, table.rename(columns={"subset": "x"})):
         changed.to_csv(path, index=False)
-        with pytest.raises(RunError, match=r"split.csv was changed since the run wrote it"):
+        with pytest.raises(RunError, match=r"split.csv was changed since it was written"):
             copied.subsets(pack)
     changed = table.iloc[::-1]
     changed.to_csv(path, index=False)
@@ -189,7 +189,7 @@ def test_what_is_no_run_or_another_format_is_refused(copied, tmp_path):
 
 def test_an_unfinished_run_has_no_classifier(copied):
     change(copied, status="interrupted", epochs_done=1)
-    message = r"copy is interrupted after 1 of 4 epochs: go on with `biopsy train --resume"
+    message = r"copy is interrupted after 1 of 4 epochs: resume with `biopsy train --resume"
     with pytest.raises(RunError, match=message):
         _ = Run.open(copied.path).classifier
 
@@ -208,7 +208,7 @@ def test_a_new_run_does_not_overwrite_anything(copied, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("precious")
     for path in (copied.path, tmp_path / "thesis"):
-        with pytest.raises(RunError, match="is not empty: name another folder, or go on with"):
+        with pytest.raises(RunError, match="is not empty: choose another folder, or resume with"):
             Run.create(path, {"status": "running"}, copied.recipe, table)
     assert (tmp_path / "thesis" / "thesis.txt").read_text() == "precious"
     (tmp_path / "empty").mkdir()

@@ -25,7 +25,7 @@ def test_a_slide_to_be_mapped_is_one_to_be_cut(tmp_path, suffix):
 
 def test_a_folder_without_slides_is_refused_with_what_is_looked_for(tmp_path):
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(DataError, match=r"holds no slide: files ending in \.png .*\.svs .*\.czi"):
+    with pytest.raises(DataError, match=r"has no slides: expected files with suffix \.png .*\.svs .*\.czi"):
         list_sources([tmp_path], None)
 
 
@@ -107,5 +107,5 @@ def test_what_is_no_file_is_listed_so_that_it_is_named(tmp_path):
         with pytest.raises(FileFormatError) as error:
             sources[name].fingerprint()
         assert error.value.reason == reason
-    with pytest.raises(DataError, match="does not exist: give slides"):
+    with pytest.raises(DataError, match="does not exist: expected slides"):
         list_sources([Path("n" * 300)], None)

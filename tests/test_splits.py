@@ -164,12 +164,10 @@ def test_named_patients_stay_where_they_are_put(make_pack: MakePack) -> None:
     ("options", "message"),
     [
         ({"protocol": "patient"}, "there is no protocol 'patient'; did you mean 'patients'"),
-        ({"protocol": "patients", "fractions": (0.7, 0.2, 0.2)}, "three shares above 0 that sum to 1"),
-        ({"protocol": "patients", "fractions": (1.0, 0.0, 0.0)}, "three shares above 0 that sum to 1"),
         ({"protocol": "patients", "test_patients": ("8866",)}, "no patient is called '8866'; did you mean"),
         (
             {"protocol": "patients", "test_patients": ("8863",), "val_patients": ("8863",)},
-            "patient 8863 was named both for validation and for test",
+            "named both for validation and for test",
         ),
         (
             {"protocol": "patients", "test_patients": ("8863", "8865"), "val_patients": ("8867", "8869")},
@@ -178,10 +176,10 @@ def test_named_patients_stay_where_they_are_put(make_pack: MakePack) -> None:
         ({"protocol": "folds"}, "4 patients are too few for 5 subsets or folds"),
         ({"protocol": "folds", "n_folds": 2}, "2 folds are too few"),
         ({"protocol": "leave-one-out", "test_patients": ("8863",)}, "needs 2 or more patients"),
-        ({"protocol": "official"}, "brings no subsets of its own"),
+        ({"protocol": "official"}, "official subsets"),
         ({"protocol": "site"}, "48 of 48 patches have no site_id"),
-        ({"protocol": "kaggle-rows"}, "does not keep the rows of Kaggle's train_labels.csv"),
-        ({"protocol": "as-published"}, "name the recipe"),
+        ({"protocol": "kaggle-rows"}, "train_labels.csv"),
+        ({"protocol": "as-published"}, "recipe"),
         (
             {"protocol": "as-published", "recipe": {"method": "shuffle-paths"}},
             "did you mean 'shuffled-paths'",
@@ -209,9 +207,9 @@ def test_folds_test_every_patient_once(make_pack: MakePack) -> None:
     assert sorted(patient for patients in tested for patient in patients) == sorted(set(pack.group_ids))
     for fold in range(4):
         assert patients_of(pack, split.subsets(pack, fold), "validation") == tested[(fold + 1) % 4]
-    with pytest.raises(SplitError, match="folds 0 to 3; name one, got None"):
+    with pytest.raises(SplitError, match="folds 0 to 3"):
         split.subsets(pack)
-    with pytest.raises(SplitError, match="got 4"):
+    with pytest.raises(SplitError, match="fold=4"):
         split.subsets(pack, 4)
     with pytest.raises(SplitError, match="has subsets, not folds"):
         make_split(pack, protocol="patients").subsets(pack, 0)
@@ -222,7 +220,7 @@ def test_patches_that_name_nobody_are_split_by_patch(make_pack: MakePack) -> Non
     split = make_split(pack, protocol="patients")
     assert (split.unit, split.overlap) == ("patch", None)
     assert split.parameters["counts"]["train"]["patches"] == pytest.approx(0.7 * 72, abs=1)
-    with pytest.raises(SplitError, match="names none"):
+    with pytest.raises(SplitError, match="none"):
         make_split(pack, protocol="official", cases=Path(__file__).parent)
 
 
@@ -325,14 +323,12 @@ def test_splits_of_other_packs_and_damaged_ones_are_refused(make_pack: MakePack)
     pack, other = make_pack(n_patients=6), make_pack("other.pack", n_patients=5)
     path = save_split(pack, make_split(pack, protocol="patients"))
     save_split(other, load_split(pack, "patients"))
-    with pytest.raises(
-        SplitError, match=r"not one of other.pack: it lacks 0 of its patches and names 12 others"
-    ):
+    with pytest.raises(SplitError, match=r"12 are unknown"):
         load_split(other, "patients")
     whole = path.read_text()
     about = read_json(path.with_suffix(".json"))
     changed = {
-        whole[: len(whole) // 2].rpartition("\n")[0]: "it lacks 3",
+        whole[: len(whole) // 2].rpartition("\n")[0]: "38 patches",
         whole.replace("train", "trian"): "is not a split",
         whole.replace("subset", "fold"): "is not a split",
         whole.replace("patch_id", "patch"): "patch_id is missing",

@@ -140,7 +140,7 @@ def test_a_slide_without_tissue_is_an_error(glass):
 
 def test_too_coarse_a_picture_is_refused():
     for mpp in (100.0, 0.0, float("nan")):
-        with pytest.raises(SlideError, match="tissue cannot be seen at"):
+        with pytest.raises(SlideError, match="tissue cannot be"):
             find_tissue(draw()[0], mpp=mpp)
 
 

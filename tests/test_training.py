@@ -222,14 +222,14 @@ def test_a_last_batch_of_any_size_is_met(make_pack, tmp_path, counts, settings, 
 
 
 def test_refusals(pack, whole, tmp_path):
-    with pytest.raises(RunError, match="is finished: there is nothing to resume"):
+    with pytest.raises(RunError, match="is finished and cannot be resumed"):
         train(resume=whole.path)
     with pytest.raises(RunError, match="is not empty"):
         train_tiny(pack, whole.path)
     with pytest.raises(RunError, match="is not a run"):
         train(resume=pack.path)
     for options in ({"recipe": RECIPE, "data": pack}, {"overrides": {"train.lr": 1}}, {"split": "patients"}):
-        with pytest.raises(RunError, match="has its own recipe and settings"):
+        with pytest.raises(RunError, match="has its recipe and settings"):
             train(**options, resume=whole.path)
     with pytest.raises(RunError, match="needs a recipe and data"):
         train(RECIPE)
@@ -265,7 +265,7 @@ def test_a_run_whose_pack_changed_is_refused(whole, tmp_path):
     document = json.loads((pack / "pack.json").read_text())
     document["content_sha256"] = "0" * 64
     write_json(pack / "pack.json", document)
-    with pytest.raises(RunError, match="was trained on another content"):
+    with pytest.raises(RunError, match="was trained on another pack"):
         run.open_pack()
     shutil.rmtree(pack)
     with pytest.raises(RunError, match="is not a pack"):
@@ -275,7 +275,7 @@ def test_a_run_whose_pack_changed_is_refused(whole, tmp_path):
 def test_a_class_missing_from_training_is_refused(make_pack, tmp_path):
     two = make_pack("two.pack", n_patients=6, patches_per_patient=6)
     keep_in_training(two, "one-class", 99, 0)
-    with pytest.raises(SplitError, match="nothing can be learned from one class"):
+    with pytest.raises(SplitError, match="training needs two classes"):
         train_tiny(two, tmp_path / "run", split="one-class")
     three = make_pack("three.pack", n_patients=6, patches_per_patient=6, n_classes=3)
     keep_in_training(three, "two-classes", 99, 99, 0)

@@ -103,6 +103,6 @@ def test_resuming_needs_the_same_transform_and_gives_the_same_run(make_pack, tmp
     whole = train_tiny(pack, tmp_path / "whole", transform=jitter)
     with pytest.raises(KeyboardInterrupt):
         train_tiny(pack, tmp_path / "run", transform=jitter, on_epoch=interrupt_at(1))
-    with pytest.raises(RunError, match="resume it with the same transform"):
+    with pytest.raises(RunError, match="use the same transform"):
         train(resume=tmp_path / "run")
     assert_same_run(train(resume=tmp_path / "run", transform=jitter), whole)

@@ -120,19 +120,19 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     ("module", "options", "message"),
     [
-        (make_module(3), {}, r"returns \(2, 3\) for 2 patches where logits \(2, 2\)"),
+        (make_module(3), {}, r"returns \(2, 3\) for 2 patches; expected logits \(2, 2\)"),
         (
             make_module(2),
             {"class_names": ["a", "b", "c"]},
-            r"returns \(2, 2\) for 2 patches where logits \(2, 3\)",
+            r"returns \(2, 2\) for 2 patches; expected logits \(2, 3\)",
         ),
         (Odd(lambda batch: batch), {}, r"returns \(2, 3, 16, 16\)"),
         (Odd(lambda batch: [1, 2]), {}, "returns list"),
-        (nn.Linear(7, 2), {}, "Linear does not take a batch"),
-        (make_module(), {"class_names": ["a"]}, "give two or more names"),
-        (make_module(), {"class_names": ["a", "a"]}, "each once"),
-        (make_module(), {"positive_class": "c"}, "none of two classes"),
-        (make_module(), {"threshold": 3}, "no probability"),
+        (nn.Linear(7, 2), {}, "Linear does not accept"),
+        (make_module(), {"class_names": ["a"]}, "two or more"),
+        (make_module(), {"class_names": ["a", "a"]}, "distinct names"),
+        (make_module(), {"positive_class": "c"}, "of two classes"),
+        (make_module(), {"threshold": 3}, "probability"),
     ],
 )
 def test_what_does_not_fit_is_refused(module, options, message):

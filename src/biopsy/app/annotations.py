@@ -100,8 +100,8 @@ class Annotations:
     @property
     def is_writable(self) -> bool:
         """Whether annotations can be added."""
-        place = self.path if self.path.exists() else self.path.parent
-        return os.access(place, os.W_OK)
+        target = self.path if self.path.exists() else self.path.parent
+        return os.access(target, os.W_OK)
 
     def add(self, annotation: Annotation) -> None:
         """Append a line; it is on the disk when this returns.
@@ -161,7 +161,7 @@ def combine(records: list[Annotation]) -> tuple[str | None, str]:
 
 
 def label_sheet(
-    pack: Pack, places: Iterable[tuple[str, np.ndarray]], by_target: dict[str, list[Annotation]]
+    pack: Pack, slides: Iterable[tuple[str, np.ndarray]], by_target: dict[str, list[Annotation]]
 ) -> pd.DataFrame:
     """Return the sheet that ``prepare --labels`` reads: one row an annotated patch of a pack.
 
@@ -169,22 +169,22 @@ def label_sheet(
     before that. Patches on which reviewers disagree or are unsure have no decision.
 
     Args:
-        places: Name of each slide and its rows of the pack.
+        slides: Name of each slide and its rows of the pack.
         by_target: As `Annotations.current` returns it.
     """
     ids = pack.table["patch_id"].to_numpy(str)
     by_patch: dict[str, list[Annotation]] = {}
-    rows_of = {name: rows for name, rows in places}
+    rows_of = {name: rows for name, rows in slides}
     for records in by_target.values():
         for record in records:
             if record.is_region and record.slide in rows_of:
                 for row in _rows_inside(pack, rows_of[record.slide], record):
                     by_patch.setdefault(ids[row], []).append(record)
-    known = set(ids)
+    patch_ids = set(ids)
     by_patch |= {
         target: [record for record in records if not record.is_region]
         for target, records in by_target.items()
-        if target in known
+        if target in patch_ids
     }
     labels = pack.table.get("original_class", pd.Series(pack.target).map(dict(enumerate(pack.class_names))))
     label_of = dict(zip(ids, labels, strict=True))

@@ -17,7 +17,7 @@ from biopsy.evaluation.predict import pad_patches, predict_patches
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.inference import open_predictor
-from biopsy.models.runtimes import WORTH_CONVERTING
+from biopsy.models.runtimes import MIN_PATCHES_TO_CONVERT
 
 BATCH = 256
 
@@ -65,7 +65,7 @@ class Batcher:
         self.max_waiting, self.max_wait_s, self.waiting = max_waiting, max_wait_s, 0
         self._on_batch, self._opened = on_batch, contextlib.ExitStack()
         self._predictor = self._opened.enter_context(
-            open_predictor(self.classifier, engine, WORTH_CONVERTING)
+            open_predictor(self.classifier, engine, MIN_PATCHES_TO_CONVERT)
         )
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
@@ -121,8 +121,8 @@ class Batcher:
         try:
             if images:  # else all clients have gone
                 patches, sizes = pad_patches(images, self.classifier.info.patch_px)
-                about = pd.DataFrame({"patch_id": [name for request in batch for name in request.names]})
-                frame = predict_patches(self.classifier, about, patches, sizes, predictor=self._predictor)
+                rows = pd.DataFrame({"patch_id": [name for request in batch for name in request.names]})
+                frame = predict_patches(self.classifier, rows, patches, sizes, predictor=self._predictor)
         except Exception as error:  # handed to those who wait, or they would wait forever
             failure = error
         per_patch_s = (time.perf_counter() - start) / n

@@ -110,7 +110,7 @@ def serve(
     run_server(app, listener, on_start=lambda: print(address, flush=True))
 
 
-def _require_extra(what: str) -> None:
+def _require_extra(purpose: str) -> None:
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         if find_spec(package) is None:
-            raise MissingExtra("app", what)
+            raise MissingExtra("app", purpose)

@@ -138,9 +138,9 @@ class Jobs:
                 "created": now(),
                 "finished": None,
             }
-        place = self.folder / identity / "upload"
-        place.mkdir(parents=True)
-        return identity, place / f"slide{Path(name).suffix.lower()}"
+        upload_folder = self.folder / identity / "upload"
+        upload_folder.mkdir(parents=True)
+        return identity, upload_folder / f"slide{Path(name).suffix.lower()}"
 
     def start(self, identity: str, path: Path) -> None:
         """Queue a job whose slide is there."""
@@ -231,9 +231,9 @@ class Jobs:
     def _map(self, identity: str) -> None:
         job = self._jobs[identity]
         self._set(identity, status="running")
-        place = self.folder / identity
+        job_folder = self.folder / identity
 
-        def on_progress(done: int, total: int, what: str | None = None) -> None:
+        def on_progress(done: int, total: int, name: str | None = None) -> None:
             self._progress[identity] = done, total
 
         try:
@@ -242,13 +242,13 @@ class Jobs:
             slide(
                 self._classifiers[job["model"]],
                 [job["path"]],
-                out=place / "maps",
+                out=job_folder / "maps",
                 mpp=job["mpp"],
                 device=self._device,
                 on_progress=on_progress,
             )
         except (BiopsyError, OSError) as error:
-            reason = str(error).replace(job["path"], job["name"]).replace(os.fspath(place), "")
+            reason = str(error).replace(job["path"], job["name"]).replace(os.fspath(job_folder), "")
             self._finish(identity, "failed", reason)
         except Exception as error:
             logger.exception("job %s failed", identity)

@@ -91,13 +91,13 @@ class StitchedPicture:
             return None
         near = (self._x < right) & (self._x + patch_px > x) & (self._y < bottom) & (self._y + patch_px > y)
         image = np.full((bottom - y, right - x, 3), 255, np.uint8)
-        for place in np.flatnonzero(near):
-            row = self._index[place]
+        for index in np.flatnonzero(near):
+            row = self._index[index]
             w, h = self._pack.sizes[row]
-            left, top = int(self._x[place]) - x, int(self._y[place]) - y
+            left, top = int(self._x[index]) - x, int(self._y[index]) - y
             patch = self._pack.patches[row][max(0, -top) : h, max(0, -left) : w]
-            room = image[max(0, top) : max(0, top + h), max(0, left) : max(0, left + w)]
-            room[:] = patch[: room.shape[0], : room.shape[1]]
+            window = image[max(0, top) : max(0, top + h), max(0, left) : max(0, left + w)]
+            window[:] = patch[: window.shape[0], : window.shape[1]]
         if downsample == 1:
             return image
         return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA))

@@ -68,19 +68,19 @@ def next(
     """
     if budget < 1:
         raise DataError(f"budget={budget}: expected at least 1")
-    named = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-    refuse_inputs(out, *named)
+    inputs = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    refuse_inputs(out, *inputs)
     refuse_decided(Path(out))
     check_outputs(Path(out).parent, Path(out).name)
     classifier = open_classifier(model)
     run = _open_run(model)
-    parts = [_from_pack(classifier, Pack.open(path), run, device) for path in named if is_pack(path)]
-    slides = [path for path in named if not is_pack(path)]
+    parts = [_from_pack(classifier, Pack.open(path), run, device) for path in inputs if is_pack(path)]
+    slides = [path for path in inputs if not is_pack(path)]
     if slides:
         parts += _from_slides(model, slides, mpp, device)
     candidates = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
     if candidates.empty:
-        raise DataError(f"{', '.join(map(str, named))} holds no patch that the model was not trained on")
+        raise DataError(f"{', '.join(map(str, inputs))} holds no patch that the model was not trained on")
     if strategy == "random":
         rows = np.random.default_rng(seed).permutation(len(candidates))[:budget]
     else:
@@ -109,20 +109,20 @@ def choose(candidates: pd.DataFrame, budget: int) -> np.ndarray:
     x, y, side = (candidates[name].to_numpy(float) for name in ("x", "y", "side"))
     slides = candidates["slide"].fillna("").to_numpy(str)
     chosen: list[int] = []
-    beside: dict[str, list[int]] = {name: [] for name in waiting}  # neighbours of chosen ones, for the end
+    adjacent: dict[str, list[int]] = {name: [] for name in waiting}  # adjacent to chosen patches, used last
     taken: dict[str, list[int]] = {}
 
-    def is_beside(row: int) -> bool:
+    def is_adjacent(row: int) -> bool:
         near = taken.get(slides[row], [])
         return bool(
             (np.maximum(np.abs(x[near] - x[row]), np.abs(y[near] - y[row])) <= 1.01 * side[row]).any()
         )
 
-    for queues, may_touch in ((waiting, False), (beside, True)):
+    for queues, may_touch in ((waiting, False), (adjacent, True)):
         while len(chosen) < budget and any(queues.values()):
             for patient, rows in queues.items():
-                while rows and not may_touch and is_beside(rows[0]):
-                    beside[patient].append(rows.pop(0))
+                while rows and not may_touch and is_adjacent(rows[0]):
+                    adjacent[patient].append(rows.pop(0))
                 if rows and len(chosen) < budget:
                     row = rows.pop(0)
                     chosen.append(row)
@@ -157,15 +157,15 @@ def _from_pack(classifier: Classifier, pack: Pack, run: Run | None, device: str)
         rows = np.flatnonzero(run.subsets(pack) != "train")
     if not len(rows):
         return pd.DataFrame()
-    about = pack.table[list(IDENTITY)].iloc[rows].reset_index(drop=True)
+    ids = pack.table[list(IDENTITY)].iloc[rows].reset_index(drop=True)
     with open_predictor(classifier, Engine(device), len(rows)) as predictor:
-        frame = predict_patches(classifier, about, pack.patches[rows], pack.sizes[rows], predictor=predictor)
+        frame = predict_patches(classifier, ids, pack.patches[rows], pack.sizes[rows], predictor=predictor)
     names = classifier.info.class_names
     distances = [name for name in ("colour_distance", "feature_distance") if name in frame]
     probs = frame[[f"prob_{name}" for name in names]].to_numpy(float)
     table = pack.table.iloc[rows].reset_index(drop=True)
     ood_score = frame[distances].max(axis=1).to_numpy(float) if distances else np.full(len(rows), np.nan)
-    known = pd.DataFrame(
+    patches = pd.DataFrame(
         {
             "patch_id": table["patch_id"].astype(str),
             "label": [pack.class_names[index] for index in pack.target[rows]],
@@ -176,7 +176,7 @@ def _from_pack(classifier: Classifier, pack: Pack, run: Run | None, device: str)
             "side": float(pack.info.patch_px),
         }
     )
-    return _describe(known, probs, classifier, ood_score)
+    return _describe(patches, probs, classifier, ood_score)
 
 
 def _from_slides(
@@ -190,23 +190,23 @@ def _from_slides(
             continue
         slide_map = mapped.result.slide_map
         grid, name = slide_map.grid, mapped.source.name
-        known = pd.DataFrame({"x": grid.x, "y": grid.y}).assign(
+        patches = pd.DataFrame({"x": grid.x, "y": grid.y}).assign(
             patch_id=[f"{name}@{x},{y}" for x, y in zip(grid.x, grid.y, strict=True)],
             label=None,
             slide=name,
             patient_id=name,
             side=grid.patch_px * grid.scale,
         )
-        unlike = slide_map.ood
-        ood_score = np.full(len(known), np.nan) if unlike is None else np.where(unlike == 1, 2.0, np.nan)
-        parts.append(_describe(known, slide_map.probs.astype(float), mapper.classifier, ood_score))
+        is_ood = slide_map.ood
+        ood_score = np.full(len(patches), np.nan) if is_ood is None else np.where(is_ood == 1, 2.0, np.nan)
+        parts.append(_describe(patches, slide_map.probs.astype(float), mapper.classifier, ood_score))
     if not parts and errors:
         raise errors[0] or DataError("no slide could be read")
     return parts
 
 
 def _describe(
-    known: pd.DataFrame, probs: np.ndarray, classifier: Classifier, ood_score: np.ndarray
+    patches: pd.DataFrame, probs: np.ndarray, classifier: Classifier, ood_score: np.ndarray
 ) -> pd.DataFrame:
     """Add what ranks patches: uncertainty, 1 at the threshold (or where two classes are equally likely)."""
     names, positive = classifier.info.class_names, classifier.positive_index
@@ -222,7 +222,7 @@ def _describe(
         f"P {prob:.2f}" + (f"; unlike training ({far:.1f} times the limit)" if far > 1 else "")
         for prob, far in zip(shown, ood_score, strict=True)
     ]
-    return known.assign(
+    return patches.assign(
         prob=shown,
         uncertainty=uncertainty.clip(0, 1),
         ood_score=ood_score,

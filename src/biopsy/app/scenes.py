@@ -140,12 +140,12 @@ class Scene:
         )
         for dy in range(grid.steps):
             for dx in range(grid.steps):
-                place = grid.row + dy, grid.column + dx
-                flags[place] |= 1
+                cells = grid.row + dy, grid.column + dx
+                flags[cells] |= 1
                 if patches.ood is not None:
-                    flags[place] |= 4 * (patches.ood == 1).astype(np.uint8)
+                    flags[cells] |= 4 * (patches.ood == 1).astype(np.uint8)
                 if target is not None:
-                    flags[place] |= target
+                    flags[cells] |= target
         if self.slide_map is not None:
             flags |= 2 * self.slide_map.cells_abstained().astype(np.uint8)
         return probs.tobytes() + flags.tobytes()
@@ -303,9 +303,9 @@ def open_sources(
         _add_run(exhibit, run, mpp)
     used: set[str] = set()
     for path, files in maps.items():
-        known = _read_status(path if path.is_dir() else path.parent.parent)
+        status_paths = _read_status(path if path.is_dir() else path.parent.parent)
         for file in files:
-            source, note = _find_slide(file, sources, known, mpp)
+            source, note = _find_slide(file, sources, status_paths, mpp)
             used |= set() if source is None else {source.name}
             _add_map(exhibit, file, source, note)
     sheets: dict[Path, Sheet] = {}
@@ -337,28 +337,28 @@ def _read_status(folder: Path) -> dict[str, str]:
 
 
 def _find_slide(
-    file: Path, sources: Iterable[Source], known: dict[str, str], mpp: float | None
+    file: Path, sources: Iterable[Source], paths: dict[str, str], mpp: float | None
 ) -> tuple[Source | None, str | None]:
     """Return the slide of a map, or a note that says why it is shown without."""
     name = file.parent.name
     summary = _read_summary(file)
-    wanted = summary.get("request", {}).get("slide")
+    fingerprint = summary.get("request", {}).get("slide")
     mpp = summary.get("request", {}).get("mpp") or mpp
-    named = [Path(known[name])] if name in known else []
+    path_candidates = [Path(paths[name])] if name in paths else []
     file_name = str(summary.get("source") or "")
     if file_name == Path(file_name).name:
-        named += [
+        path_candidates += [
             folder / file_name for folder in (file.parent, file.parent.parent, file.parent.parent.parent)
         ]
     candidates = [source for source in sources if source.name == name]
-    for path in named:
+    for path in path_candidates:
         try:
             candidates += [source for source in list_sources([path], mpp) if source.name == name]
         except DataError:
             continue
     for source in candidates:
         try:
-            if wanted is None or source.fingerprint() == wanted:
+            if fingerprint is None or source.fingerprint() == fingerprint:
                 return source, None
         except (OSError, DataError):
             continue
@@ -404,9 +404,9 @@ def _open_map(file: Path, source: Source | None, note: str | None) -> Scene:
                     f"slide of {grid.width} x {grid.height}: it is a map of another slide"
                 )
     target = patches.target if patches.target is not None and len(patches.target) == len(slide_map) else None
-    known = Patches(slide_map.probs, slide_map.abstained, slide_map.ood, target, patches.ids, patches.rows)
+    shown = Patches(slide_map.probs, slide_map.abstained, slide_map.ood, target, patches.ids, patches.rows)
     labels = Labels(slide_map.class_names, slide_map.positive_index, slide_map.threshold)
-    return Scene(picture, grid.slide_mpp, grid, known, labels, slide_map, notes, grid.corner)
+    return Scene(picture, grid.slide_mpp, grid, shown, labels, slide_map, notes, grid.corner)
 
 
 def _open_source(source: Source) -> Scene:
@@ -510,10 +510,10 @@ def _opener(source: Source, sheet: Sheet) -> Callable[[], Scene]:
             None if sheet.labels.positive is None else sheet.labels.names[sheet.labels.positive],
             sheet.labels.threshold if sheet.labels.positive is not None else None,
         )
-        known = Patches(
+        displayed = Patches(
             slide_map.probs, slide_map.abstained, None, scene.patches.target, scene.patches.ids, index
         )
-        return Scene(scene.picture, scene.mpp, scene.grid, known, sheet.labels, slide_map)
+        return Scene(scene.picture, scene.mpp, scene.grid, displayed, sheet.labels, slide_map)
 
     return open_scene
 

@@ -345,9 +345,9 @@ class _Service:
         if model is None and len(self.classifiers) == 1:
             return next(iter(self.classifiers))
         if model not in self.classifiers:
-            known = ", ".join(self.classifiers)
+            names = ", ".join(self.classifiers)
             raise HTTPException(
-                404, f"name a model; there are: {known}" if model is None else f"known: {known}"
+                404, f"name a model; there are: {names}" if model is None else f"known: {names}"
             )
         return model
 
@@ -512,18 +512,18 @@ class _Service:
             ) from None
 
 
-async def _receive(request: Request, place: Path) -> None:
+async def _receive(request: Request, path: Path) -> None:
     """Write an upload as it comes."""
     size = 0
     try:
-        with open(place, "wb") as file:
+        with open(path, "wb") as file:
             async for chunk in request.stream():
                 size += len(chunk)
                 await run_in_threadpool(file.write, chunk)
     except ClientDisconnect:
         raise HTTPException(400, "the upload was cut off") from None
-    wanted = request.headers.get("content-length", "")
-    if not size or (wanted.isdecimal() and int(wanted) != size):
+    expected_size = request.headers.get("content-length", "")
+    if not size or (expected_size.isdecimal() and int(expected_size) != size):
         raise HTTPException(400, f"the upload was cut off after {size:,} bytes")
 
 

@@ -53,11 +53,11 @@ def make_viewer(
     queue: Path | str | None = None,
 ) -> FastAPI:
     """Return the page as an ASGI application; the parameters are those of `view`."""
-    named = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-    if not named:
+    inputs = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    if not inputs:
         raise DataError("nothing to look at was named: give a slide, map, run, folder or pack")
-    exhibit = open_sources(named, model=model, mpp=mpp)
-    first = named[0].resolve()
+    exhibit = open_sources(inputs, model=model, mpp=mpp)
+    first = inputs[0].resolve()
     file = (
         Path(annotations) if annotations is not None else first.with_name(f"{first.name}.annotations.jsonl")
     )
@@ -338,8 +338,8 @@ class _Viewer:
         return self.list_annotations()
 
     def _make_annotation(self, new: NewAnnotation) -> Annotation:
-        place, labels = self._look_up(new)
-        shown = place.pop("shown")
+        target, labels = self._look_up(new)
+        shown = target.pop("shown")
         if new.label is not None and (labels is None or new.label not in labels.names):
             raise DataError(
                 f"{new.label!r} is no class here; known: {', '.join(labels.names if labels else [])}"
@@ -351,7 +351,7 @@ class _Viewer:
         elif label is None and verdict == "wrong" and labels is not None and len(labels.names) == 2 and shown:
             label = labels.names[1 - labels.names.index(shown)]
         who = (new.who or self.who).strip() or self.who
-        return Annotation(**place, verdict=verdict, shown=shown, label=label, who=who, when=now())
+        return Annotation(**target, verdict=verdict, shown=shown, label=label, who=who, when=now())
 
     def _look_up(self, new: NewAnnotation) -> tuple[dict[str, Any], Labels | None]:
         """Return what is annotated and the class that is shown there."""
@@ -407,9 +407,9 @@ class _Viewer:
         record = sheet.pack.table.iloc[row]
         if record[["x", "y"]].isna().any():
             return None
-        own = {str(record["slide_id"]), str(record["patient_id"])}
+        names = {str(record["slide_id"]), str(record["patient_id"])}
         for entry in self.exhibit.entries.values():
-            if entry.sheet == sheet.key and entry.name in own:
+            if entry.sheet == sheet.key and entry.name in names:
                 side = sheet.pack.info.patch_px
                 return {"key": entry.key, "box": [int(record["x"]), int(record["y"]), side]}
         return None
@@ -428,12 +428,12 @@ class _Viewer:
         import tempfile
 
         sheet = self.exhibit.sheet(key)
-        places = [
+        slides = [
             (entry.name, rows)
             for entry in self.exhibit.entries.values()
             if entry.sheet == key and (rows := self._rows_of(entry.key)) is not None
         ]
-        table = label_sheet(sheet.pack, places, self.annotations.current())
+        table = label_sheet(sheet.pack, slides, self.annotations.current())
         with tempfile.TemporaryDirectory() as folder:
             write_csv(Path(folder) / "labels.csv", table)
             content = (Path(folder) / "labels.csv").read_bytes()
@@ -579,7 +579,7 @@ def _read_queue(path: Path | str | None, exhibit: Exhibit) -> list[dict[str, obj
         return []
     from biopsy.app.queue import read_queue
 
-    places = {entry.name: entry.key for entry in exhibit.entries.values()}
+    key_of = {entry.name: entry.key for entry in exhibit.entries.values()}
     rows = {
         patch_id: (sheet.key, row)
         for sheet in exhibit.sheets.values()
@@ -590,9 +590,9 @@ def _read_queue(path: Path | str | None, exhibit: Exhibit) -> list[dict[str, obj
         item = {name: _plain(value) for name, value in item.items()}
         if item["patch_id"] in rows:
             key, row = rows[item["patch_id"]]
-            result.append({**item, "place": key, "patch": row, "slide_key": places.get(item["slide"])})
-        elif item["slide"] in places:
-            result.append({**item, "place": None, "patch": None, "slide_key": places[item["slide"]]})
+            result.append({**item, "place": key, "patch": row, "slide_key": key_of.get(item["slide"])})
+        elif item["slide"] in key_of:
+            result.append({**item, "place": None, "patch": None, "slide_key": key_of[item["slide"]]})
     if not result:
         exhibit.notes.append(
             f"none of the patches of {path} is on this page: name the pack or slides as well"

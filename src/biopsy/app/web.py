@@ -101,8 +101,8 @@ class Guard:
         if origin == "null":
             return answer(403, "requests of pages without an origin are refused")
         if self.token is not None and path not in self.open_paths:
-            given = headers.get("authorization", "").removeprefix("Bearer ").strip()
-            if not hmac.compare_digest(given.encode(), self.token.encode()):
+            sent_token = headers.get("authorization", "").removeprefix("Bearer ").strip()
+            if not hmac.compare_digest(sent_token.encode(), self.token.encode()):
                 refusal = answer(401, "a token is needed: send the header Authorization: Bearer TOKEN")
                 refusal.headers["www-authenticate"] = "Bearer"
                 return refusal

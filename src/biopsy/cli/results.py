@@ -601,10 +601,10 @@ def _print_slides(cohort: Any, options: Options) -> None:
 
 
 def _skipped_slides(cohort: Any) -> tuple[Sequence[Mapping[str, str]], Path]:
-    from biopsy.models.out_of_distribution import say_unexpected
+    from biopsy.models.out_of_distribution import ood_warning
 
     for row in _finished(cohort).itertuples():
-        warning = say_unexpected(row.out_of_distribution, row.out_of_distribution_quantile)
+        warning = ood_warning(row.out_of_distribution, row.out_of_distribution_quantile)
         if warning is not None:
             log.warning("%s: %s", row.slide, warning)
     return cohort.failed, cohort.out / "status.csv"

@@ -1,1 +1,1 @@
-"""What every other part rests on: errors, files written whole or not at all, seeds."""
+"""Base of all other packages: errors, atomic files, guarded loading, tables and seeds."""

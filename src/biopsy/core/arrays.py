@@ -1,4 +1,4 @@
-"""Arrays with a document about them in one file, read back without executing anything: safetensors."""
+"""Arrays with JSON metadata in a safetensors file."""
 
 import json
 from collections.abc import Mapping
@@ -15,20 +15,20 @@ from biopsy.core.loaders import parse_json, read_tensors
 _ABOUT = "about"
 
 
-def write_arrays(path: Path | str, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
-    """Write arrays and a JSON document about them, whole or not at all."""
-    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    write_atomic(path, save(whole, metadata={_ABOUT: json.dumps(plain(about), allow_nan=False)}))
+def write_arrays(path: Path | str, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
+    """Write arrays and JSON metadata atomically."""
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    write_atomic(path, save(contiguous, metadata={_ABOUT: json.dumps(plain(metadata), allow_nan=False)}))
 
 
 def read_arrays(path: Path | str, *, format: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Return the arrays and the document that `write_arrays` wrote.
+    """Return the arrays and metadata written by `write_arrays`.
 
     Raises:
         FileFormatError: If the file is missing, damaged, or of another format.
     """
     arrays, texts = read_tensors(path)
-    about = parse_json(texts.get(_ABOUT, "null"), path)
-    if not isinstance(about, dict) or about.get("format") != format:
+    metadata = parse_json(texts.get(_ABOUT, "null"), path)
+    if not isinstance(metadata, dict) or metadata.get("format") != format:
         raise FileFormatError(path, "format", f"is not of format {format!r}: make it again")
-    return arrays, about
+    return arrays, metadata

@@ -1,9 +1,9 @@
-"""Claims: which of several processes, on one machine or on many, works on what in a folder they share.
+"""Claims: division of work among processes, on one or several machines, that share a folder.
 
-A claim is a small file that only one process can create, also on network file systems where locks do not
-work. Its owner touches it every few seconds. A claim is abandoned if its owner is known to have died (a
-process of this machine) or has not touched it for `STALE_S`; it is then taken over. Claims keep work from
-being done twice; that results are whole does not depend on them (`biopsy.core.files`).
+A claim is a file that only one process can create, also on network file systems without locks. Its owner
+updates it every few seconds. A claim is abandoned if its owner has died (on this machine) or has not updated
+it for `STALE_S`; it is then taken over. Claims avoid duplicate work; the integrity of results does not depend
+on them (`biopsy.core.files`).
 """
 
 import contextlib
@@ -25,16 +25,16 @@ from biopsy.core.loaders import load_json
 FOLDER = ".biopsy-claims"
 HEARTBEAT_S = 10.0
 STALE_S = 90.0
-_ENDING = ".claim"
+_SUFFIX = ".claim"
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _WAIT_S, _POLL_S = 0.2, 2.0
 
 
 class Claims:
-    """The claims of this process in a folder; a context in which they are kept alive and then released.
+    """Claims of this process in a folder; a context manager that keeps them alive and releases them.
 
     Args:
-        folder: The folder that several processes share; claims lie in `FOLDER` below it.
+        folder: The shared folder; claims are in its subfolder `FOLDER`.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -56,8 +56,8 @@ class Claims:
             self.folder.rmdir()
 
     def take(self, name: str) -> bool:
-        """Claim a name; return whether this process has it now."""
-        path = self.folder / f"{name}{_ENDING}"
+        """Claim a name; return whether this process has it."""
+        path = self.folder / f"{name}{_SUFFIX}"
         if path in self._held:
             return True
         if self._create(path):
@@ -69,15 +69,15 @@ class Claims:
         return False
 
     def release(self, name: str) -> None:
-        """Give a claim back, if this process has it."""
-        path = self.folder / f"{name}{_ENDING}"
+        """Release a claim of this process."""
+        path = self.folder / f"{name}{_SUFFIX}"
         if path in self._held:
             self._held.discard(path)
             path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def wait_for(self, name: str) -> Iterator[None]:
-        """Wait until this process has a name, and hold it for a block."""
+        """Wait for a claim, and hold it for the block."""
         while not self.take(name):
             time.sleep(_WAIT_S)
         try:
@@ -86,15 +86,15 @@ class Claims:
             self.release(name)
 
     def list_others(self) -> list[str]:
-        """Return the names that other processes have claimed and have not abandoned."""
-        paths = sorted(set(self.folder.glob(f"*{_ENDING}")) - self._held)
-        return [path.name.removesuffix(_ENDING) for path in paths if not self._is_abandoned(path)]
+        """Return the names claimed by other processes, without abandoned claims."""
+        paths = sorted(set(self.folder.glob(f"*{_SUFFIX}")) - self._held)
+        return [path.name.removesuffix(_SUFFIX) for path in paths if not self._is_abandoned(path)]
 
     def now(self) -> float:
-        """Return the time by the clock of the file system, which machines need not share."""
+        """Return the time of the file system, which is common to all machines."""
         while True:
             with (
-                contextlib.suppress(FileNotFoundError),  # a process that ends may remove the folder
+                contextlib.suppress(FileNotFoundError),  # another process may remove the folder
                 temporary_path(self.folder, self.folder) as path,
             ):
                 path.write_bytes(b"")
@@ -106,12 +106,12 @@ class Claims:
             with temporary_path(self.folder, path) as partial:
                 partial.write_text(owner, encoding="utf-8")
                 try:
-                    os.link(partial, path)  # whole, or not at all
+                    os.link(partial, path)  # atomic
                 except OSError as error:
                     if error.errno not in _NO_LINKS:
                         raise
                     _write_new(path, owner)
-        except (FileExistsError, FileNotFoundError):  # the folder may be removed by one that ends
+        except (FileExistsError, FileNotFoundError):  # another process may remove the folder
             return False
         self._held.add(path)
         return True
@@ -136,14 +136,14 @@ class Claims:
 
 
 def first_of_shard(shard: str, n: int) -> int:
-    """Return which of n items process I of N, ``"I/N"``, begins with.
+    """Return the index of the first of n items for process I of N, ``"I/N"``.
 
     Raises:
         DataError: If ``shard`` is not ``I/N`` with I from 1 to N.
     """
     match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", shard)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise DataError(f"shard={shard!r} is none: give I/N with I from 1 to N, such as 3/8")
+        raise DataError(f"shard={shard!r} is invalid: expected I/N with I from 1 to N, such as 3/8")
     return (int(match[1]) - 1) * n // int(match[2])
 
 
@@ -153,13 +153,13 @@ def share_work(
     is_finished: Callable[[str], bool],
     work: Callable[[Iterator[str]], None],
 ) -> None:
-    """Work on every name that no other process has finished or claimed, until all are finished.
+    """Process all names not finished or claimed by other processes, until all are finished.
 
     Args:
-        claims: Of this process, in the folder that is shared.
-        names: What there is to do, in the order in which this process tries it.
-        is_finished: Says whether a name, which this process has claimed, needs no more work.
-        work: Finishes the names that it is given; it may release each when it is finished.
+        claims: Claims of this process in the shared folder.
+        names: Names to process, in the order of this process.
+        is_finished: Returns whether a claimed name is finished.
+        work: Processes an iterator of names; it may release each one when finished.
     """
     finished = set[str]()
 
@@ -183,17 +183,17 @@ def share_work(
         for name in chosen:
             finished.add(name)
             claims.release(name)
-        if first is None and len(finished) < len(names):  # others are at the rest, and may die
+        if first is None and len(finished) < len(names):  # other processes work on the others, and may die
             time.sleep(_POLL_S)
 
 
 def _write_new(path: Path, content: str) -> None:
-    """Create a file on a file system without hard links; a process killed meanwhile leaves it empty."""
+    """Create a file on a file system without hard links; not atomic if the process is killed."""
     with open(path, "x", encoding="utf-8") as file:
         try:
             file.write(content)
             file.flush()
-        except OSError:  # a full disk: a claim that names nobody would be waited for
+        except OSError:  # full disk: an empty claim would block others
             path.unlink(missing_ok=True)
             raise
 
@@ -206,7 +206,7 @@ def _read(path: Path) -> bytes:
 
 
 def _set_aside(path: Path, content: bytes) -> None:
-    """Remove a claim that was found abandoned, unless another process has just taken it over."""
+    """Remove an abandoned claim, unless another process has just taken it over."""
     with temporary_path(path.parent, path) as aside:
         try:
             os.rename(path, aside)

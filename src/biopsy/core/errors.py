@@ -1,25 +1,25 @@
-"""Every error this package raises on purpose.
+"""Exceptions of this package.
 
 ::
 
     BiopsyError
     ├── DataError (ValueError)        patches, labels, tables, images
     │   ├── FileFormatError           a file that is damaged, too large, or not of the format expected
-    │   ├── UserFileError             a file that a user keeps where one would be written
+    │   ├── UserFileError             a user's file in the place of an output
     │   ├── ArchiveError              a zip or folder that cannot be read as it stands
-    │   ├── PackError                 a pack that is cut short, altered, newer or read-only
+    │   ├── PackError                 a pack that is truncated, altered, newer or read-only
     │   ├── SplitError                a split that cannot be made or would leak
-    │   └── SlideError                a slide that cannot be read, or not at the magnification asked for
+    │   └── SlideError                a slide that cannot be read at the requested resolution
     ├── RecipeError (ValueError)      a recipe, a setting, a network or a name that does not exist
-    ├── MetricError (ValueError)      numbers that allow no metric
-    ├── RunError (RuntimeError)       a run that cannot go on, be resumed or be judged
+    ├── MetricError (ValueError)      data for which a metric is not defined
+    ├── RunError (RuntimeError)       a run that cannot be continued, resumed or evaluated
     │   └── TrainingDiverged          a loss that is not finite
-    ├── DownloadError (OSError)       a file that could not be fetched whole
+    ├── DownloadError (OSError)       a file that could not be downloaded
     │   └── HubError                  a repository of the Hugging Face hub that cannot be read or written
     └── MissingExtra (ImportError)    an optional dependency that is not installed
 
-Messages are one line: what was asked, what was found, what to do. The command line prints them as they
-are and exits with 1.
+Messages are one line: what was expected, what was found, what to do. The command line prints them and exits
+with 1.
 """
 
 from collections.abc import Iterable
@@ -30,9 +30,9 @@ MAX_MESSAGE = 2000
 
 
 class BiopsyError(Exception):
-    """Base of every error raised on purpose by this package.
+    """Base class of the exceptions of this package.
 
-    Its text is one line of at most `MAX_MESSAGE` characters, whatever the names and values quoted in it hold.
+    The message is one line of at most `MAX_MESSAGE` characters.
     """
 
     def __str__(self) -> str:
@@ -41,11 +41,11 @@ class BiopsyError(Exception):
 
 
 class DataError(BiopsyError, ValueError):
-    """Patches, labels, tables or images are not what was asked for."""
+    """Patches, labels, tables or images are invalid."""
 
 
 class FileFormatError(DataError):
-    """A file cannot be read as what it should be.
+    """A file is not of the expected format.
 
     Attributes:
         path: The file.
@@ -61,10 +61,10 @@ class FileFormatError(DataError):
 
 
 class UserFileError(DataError):
-    """A file that a user keeps, or that is read, stands where one would be written.
+    """A user's file, or an input, is in the place of an output.
 
     Attributes:
-        path: What stands there.
+        path: The file or folder.
         reason: A code for programs: ``foreign`` (not written by this package), ``edited`` (changed since),
             ``input`` (the same command reads it), ``not-empty``, ``not-a-file`` or ``not-a-folder``.
     """
@@ -76,11 +76,11 @@ class UserFileError(DataError):
 
 
 class ArchiveError(DataError):
-    """An archive or folder cannot be read as it stands."""
+    """An archive or folder cannot be read."""
 
 
 class PackError(DataError):
-    """A pack is cut short, altered, newer than this version, or cannot be written to."""
+    """A pack is truncated, altered, newer than this version, or read-only."""
 
 
 class SplitError(DataError):
@@ -88,7 +88,7 @@ class SplitError(DataError):
 
 
 class SlideError(DataError):
-    """A slide cannot be read, has no tissue, or not the magnification a classifier needs."""
+    """A slide cannot be read, has no tissue, or lacks the resolution of the classifier."""
 
 
 class RecipeError(BiopsyError, ValueError):
@@ -96,11 +96,11 @@ class RecipeError(BiopsyError, ValueError):
 
 
 class MetricError(BiopsyError, ValueError):
-    """Targets or probabilities allow no metric."""
+    """A metric is not defined for targets or probabilities."""
 
 
 class RunError(BiopsyError, RuntimeError):
-    """A run cannot go on, be resumed or be judged."""
+    """A run cannot be continued, resumed or evaluated."""
 
 
 class TrainingDiverged(RunError):
@@ -108,7 +108,7 @@ class TrainingDiverged(RunError):
 
 
 class DownloadError(BiopsyError, OSError):
-    """A file could not be fetched whole."""
+    """A file could not be downloaded."""
 
 
 class HubError(DownloadError):
@@ -134,7 +134,7 @@ class MissingExtra(BiopsyError, ImportError):
 
 
 def suggest(name: str, options: Iterable[str]) -> str:
-    """Say what else ``name`` might have been, for the end of an error message.
+    """Return a hint on the options closest to ``name``, for an error message.
 
     Example:
         >>> suggest("cancernet-2002", ["cancernet-2019", "cancernet-2020"])

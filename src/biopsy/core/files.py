@@ -1,16 +1,15 @@
-"""Files that are written whole or not at all, and never in the place of what a user keeps.
+"""Atomic writing of files, without replacing files of the user.
 
-A name under which a user or a later command looks only ever holds a finished file: everything is written
-under a temporary name in the same folder and renamed. What a process that died has left under such a name is
-removed by the next one that writes into that folder.
+Files and folders are written under a temporary name in the same folder and renamed. Temporary files of
+processes that died are removed by the next process that writes into that folder.
 
-Only what this package wrote is ever replaced or removed:
+Only files written by this package are replaced or removed:
 
-* a folder that must be new is made by `create_directory`, which takes no folder that holds anything;
-* a folder that may hold a user's files as well is written by `update_directory`. Its manifest lists the files
-  that this package wrote and their hashes: files that it does not list, that were changed since, or that are
-  links, stay; where one stands in the way, `UserFileError` says so;
-* a file that the user named is replaced by `replace_atomic`, unless the same command reads it
+* `create_directory` makes a new folder, and refuses folders that are not empty;
+* `update_directory` writes into a folder that may contain files of the user. Its manifest lists the files
+  written by this package and their hashes: other files, files changed since, and links are kept, and
+  `UserFileError` is raised if one is in the place of an output;
+* `replace_atomic` replaces a file named by the user, unless it is an input of the same command
   (`refuse_inputs`).
 """
 
@@ -42,20 +41,20 @@ SEAL = "document_sha256"
 MANIFEST = ".biopsy-manifest.json"
 MANIFEST_FORMAT = "biopsy-manifest/1"
 LOCK = ".biopsy-lock"
-"""Name of the lock file of a folder that one process at a time may write into."""
+"""Name of the lock file of an output folder."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _PARTIAL = re.compile(r"\.biopsy-([0-9a-f]{8})-([0-9]{1,9})-[0-9a-f]{8}\.partial")
 _in_use: set[str] = set()  # temporary names of this process
 
 Entries = dict[str, str | None]
-"""Files of a manifest, by name relative to its folder: SHA-256, None while the file is being written."""
+"""SHA-256 of the files of a manifest by relative name, None while a file is being written."""
 
 
 # --- temporary names
 @functools.cache
 def machine_id() -> str:
-    """Return eight digits that two processes share if each can see whether the other one is alive."""
+    """Return an id of the machine (and PID namespace), within which processes can be checked."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -65,7 +64,7 @@ def machine_id() -> str:
 
 @contextlib.contextmanager
 def temporary_path(folder: Path, target: Path) -> Iterator[Path]:
-    """Yield a temporary name in ``folder`` for what becomes ``target``; remove what is left under it."""
+    """Yield a temporary path in ``folder`` for ``target``, removed at the end if it still exists."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_abandoned(folder)
     partial = folder / f".biopsy-{machine_id()}-{os.getpid()}-{secrets.token_hex(4)}.partial"
@@ -84,7 +83,7 @@ def temporary_path(folder: Path, target: Path) -> Iterator[Path]:
 def remove_abandoned(folder: Path | str) -> None:
     """Remove temporary files and folders of processes that have died from a folder, if it exists.
 
-    Only names that `temporary_path` gives are looked at, and of these only those of this machine.
+    Only temporary files of this machine are removed.
     """
     with contextlib.suppress(OSError):
         for name in os.listdir(folder):
@@ -94,7 +93,7 @@ def remove_abandoned(folder: Path | str) -> None:
 
 
 def is_vacant(folder: Path | str) -> bool:
-    """Return whether a folder does not exist, or holds nothing but temporary files of this package."""
+    """Return whether a folder does not exist, or contains only temporary files of this package."""
     folder = Path(folder)
     return not folder.exists() or (
         folder.is_dir() and all(_PARTIAL.fullmatch(path.name) for path in folder.iterdir())
@@ -102,11 +101,11 @@ def is_vacant(folder: Path | str) -> bool:
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether another process of this machine lives; True where that cannot be known."""
+    """Return whether another process of this machine is alive; True if unknown."""
     if pid == os.getpid():
-        return False  # what this process itself writes is known to `_in_use`
+        return False  # temporary files of this process are in `_in_use`
     if os.name != "posix":
-        return True  # on Windows there is no question to a process that does not end it
+        return True  # cannot be checked on Windows
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -126,9 +125,9 @@ def _remove(path: Path) -> None:
 # --- files and folders that a user names
 @contextlib.contextmanager
 def replace_atomic(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; rename it to ``path`` if the block succeeds.
+    """Yield a temporary path, renamed to ``path`` if the block succeeds.
 
-    Of a link, the file it points to is replaced.
+    If ``path`` is a link, its target is replaced.
 
     Raises:
         UserFileError: If ``path`` is a folder, a device or a pipe.
@@ -150,10 +149,10 @@ def replace_atomic(path: Path | str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def create_directory(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; rename it to ``path`` if the block succeeds.
+    """Yield a temporary folder, renamed to ``path`` if the block succeeds.
 
     Raises:
-        UserFileError: If ``path`` is a file, or a folder that holds anything.
+        UserFileError: If ``path`` is a file, or a folder that is not empty.
     """
     path = Path(path)
     if path.is_symlink():
@@ -174,11 +173,11 @@ def _require_free(path: Path) -> None:
 
 
 def refuse_inputs(out: Path | str, *inputs: Path | str | None) -> None:
-    """Refuse to write over what the same command reads.
+    """Refuse to overwrite inputs of the same command.
 
     Args:
-        out: File or folder to be written.
-        inputs: Files, and folders of which no file may be replaced.
+        out: Output file or folder.
+        inputs: Input files and folders.
 
     Raises:
         UserFileError: If ``out`` is one of them, or an existing file inside one.
@@ -189,8 +188,8 @@ def refuse_inputs(out: Path | str, *inputs: Path | str | None) -> None:
     for path in (Path(item) for item in inputs if item is not None):
         inside = out.is_file() and path.is_dir() and path.resolve() in out.resolve().parents
         if path.exists() and (inside or out.samefile(path)):
-            what = "lies in" if inside else "is"
-            raise UserFileError(out, "input", f"{what} {path}, which is read: name another place to write to")
+            relation = "is in" if inside else "is"
+            raise UserFileError(out, "input", f"{relation} {path}, an input: choose another output")
 
 
 # --- folders that may hold a user's files
@@ -198,23 +197,20 @@ def refuse_inputs(out: Path | str, *inputs: Path | str | None) -> None:
 def update_directory(
     path: Path | str, *names: str, last: str | None = None, adopt: bool = False
 ) -> Iterator[Path]:
-    """Yield an empty temporary folder; bring its files into the folder ``path`` if the block succeeds.
+    """Yield an empty temporary folder, whose files are moved to ``path`` if the block succeeds.
 
-    A new folder appears whole. In one that exists, files that this package wrote under ``names`` before are
-    replaced or, where there are none of their name now, removed; anything else stays as it is.
+    A new folder is created atomically. In an existing folder, files of ``names`` written by this package are
+    replaced, or removed if they are not written now; other files are kept.
 
     Args:
-        path: The folder.
-        names: What is written: names of files relative to the folder; one that ends in ``*`` stands for all
-            that begin so.
-        last: The file that says that all others are there: it is removed before they are replaced and
-            brought in last.
-        adopt: Whether, in a folder without a manifest, existing files of these very names count as written
-            by this package.
+        path: Output folder.
+        names: Relative names of output files, or prefixes that end in ``*``.
+        last: File that marks the outputs as complete: it is removed first and written last.
+        adopt: Whether existing files of these names in a folder without a manifest are replaced.
 
     Raises:
-        UserFileError: Before the block, if a file under ``names`` is the user's or was changed since it was
-            written; after it, if there is one in the place of a file in the temporary folder.
+        UserFileError: Before the block, if a file of ``names`` was not written by this package or was changed
+            since; after it, if such a file is in the place of an output.
     """
     folder = Path(path)
     if folder.is_symlink():
@@ -233,38 +229,38 @@ def update_directory(
             try:
                 return os.replace(partial, folder)
             except OSError:
-                if not folder.exists():  # else another process has made it meanwhile
+                if not folder.exists():  # another process may have made it meanwhile
                     raise
                 (partial / MANIFEST).unlink()
-        _merge(partial, folder, written, names, last, adopt)
+        _move_outputs(partial, folder, written, names, last, adopt)
 
 
 def write_output(path: Path | str, content: bytes | str, *, adopt: bool = False) -> None:
-    """Write one file into a folder that may hold a user's files; see `update_directory`."""
+    """Write one file into a folder that may contain files of the user; see `update_directory`."""
     path = Path(path)
     with update_directory(path.parent, path.name, adopt=adopt) as folder:
         write_atomic(folder / path.name, content)
 
 
 def check_outputs(folder: Path | str, *names: str, adopt: bool = False) -> None:
-    """Refuse, before any work is done, what `update_directory` could not bring into a folder.
+    """Check in advance that `update_directory` can write its outputs.
 
     Raises:
-        UserFileError: If a file under ``names`` is the user's, or was changed since it was written.
+        UserFileError: If a file of ``names`` was not written by this package, or was changed since.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserFileError(folder, "not-a-folder", "is a file where a folder is to be written: name another")
     entries = _read_manifest(folder, names if adopt else ())
-    for name in dict.fromkeys([*(name for name in entries if _is_among(name, names)), *names]):
-        _require_ours(folder, name, entries)
+    for name in dict.fromkeys([*(name for name in entries if _matches_any(name, names)), *names]):
+        _require_replaceable(folder, name, entries)
 
 
 @contextlib.contextmanager
 def hold_outputs(folder: Path | str, *names: str, adopt: bool = False) -> Iterator[None]:
-    """Check files of a folder as `check_outputs` does, and hold them while the block writes them repeatedly.
+    """Check output files as `check_outputs` does, and reserve them for repeated writing in the block.
 
-    What they are when it ends is what this package wrote. After a crash they count as written by it.
+    Their hashes are recorded at the end. After a crash they count as written by this package.
     """
     folder = Path(folder)
     check_outputs(folder, *names, adopt=adopt)
@@ -273,30 +269,32 @@ def hold_outputs(folder: Path | str, *names: str, adopt: bool = False) -> Iterat
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # a full disk: they stay held
+        with contextlib.suppress(OSError):  # full disk: they stay reserved
             entries = _read_manifest(folder)
-            there: Entries = {name: sha256_file(folder / name) for name in names if (folder / name).is_file()}
-            _write_manifest(folder, {name: entries[name] for name in entries if name not in names} | there)
+            existing: Entries = {
+                name: sha256_file(folder / name) for name in names if (folder / name).is_file()
+            }
+            _write_manifest(folder, {name: entries[name] for name in entries if name not in names} | existing)
 
 
 def find_changed(folder: Path | str) -> list[str] | None:
-    """Return the files of a folder's manifest that were changed or removed since; None without a manifest."""
+    """Return the files of a manifest that were changed or removed since; None without a manifest."""
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         return None
     entries = _read_manifest(folder)
-    return [name for name, sha256 in entries.items() if not _holds(folder / name, sha256)]
+    return [name for name, sha256 in entries.items() if not _has_hash(folder / name, sha256)]
 
 
 def remove_outputs(folder: Path | str, *documents: str) -> tuple[list[str], list[str]]:
-    """Remove the files of a folder that its manifest lists, and folders in which nothing else is.
+    """Remove the files of a folder's manifest, and empty folders.
 
     Args:
         folder: The folder.
-        documents: Files that are this package's by their names, where the manifest does not list them.
+        documents: Further files to remove.
 
     Returns:
-        Names of the files that were removed, and of those that stay because they were changed since.
+        Names of the removed files, and of those kept because they were changed.
     """
     folder = Path(folder)
     entries = dict.fromkeys(documents) | _read_manifest(folder)
@@ -310,15 +308,15 @@ def remove_outputs(folder: Path | str, *documents: str) -> tuple[list[str], list
     return removed, kept
 
 
-def _merge(
+def _move_outputs(
     partial: Path, folder: Path, written: Entries, names: tuple[str, ...], last: str | None, adopt: bool
 ) -> None:
-    """Bring files into a folder one by one; the manifest says at every moment which are this package's."""
+    """Move files into a folder one by one, updating the manifest first."""
     entries = _read_manifest(folder, names if adopt else ())
-    stale = [name for name in entries if _is_among(name, names) and name not in written]
-    new = [name for name in written if not _holds(folder / name, written[name])]
+    stale = [name for name in entries if _matches_any(name, names) and name not in written]
+    new = [name for name in written if not _has_hash(folder / name, written[name])]
     for name in (*stale, *new):
-        _require_ours(folder, name, entries)
+        _require_replaceable(folder, name, entries)
     others = {name: entries[name] for name in entries if name not in stale} | written
     if not stale and not new and others == entries:
         return
@@ -327,8 +325,8 @@ def _merge(
         (folder / str(last)).unlink(missing_ok=True)
     for name in stale:
         _unlink(folder, name)
-    for place in sorted(path for path in partial.rglob("*") if path.is_dir()):
-        (folder / place.relative_to(partial)).mkdir(exist_ok=True)
+    for source in sorted(path for path in partial.rglob("*") if path.is_dir()):
+        (folder / source.relative_to(partial)).mkdir(exist_ok=True)
     for name in new:
         if name != last:
             os.replace(partial / name, folder / name)
@@ -337,38 +335,38 @@ def _merge(
         os.replace(partial / str(last), folder / str(last))
 
 
-def _is_among(name: str, names: tuple[str, ...]) -> bool:
+def _matches_any(name: str, names: tuple[str, ...]) -> bool:
     return any(name.startswith(part[:-1]) if part.endswith("*") else name == part for part in names)
 
 
-def _holds(path: Path, sha256: str | None) -> bool:
+def _has_hash(path: Path, sha256: str | None) -> bool:
     return path.is_file() and not path.is_symlink() and sha256_file(path) == sha256
 
 
 def _find_obstacle(folder: Path, name: str, entries: Entries) -> Path | None:
-    """Return what stands where a file is to be written and is not this package's, None if nothing does."""
+    """Return the path in the place of an output not written by this package, None if there is none."""
     path = folder / name
     for parent in reversed(PurePosixPath(name).parents[:-1]):
         way = folder / parent
         if way.is_symlink() or (way.exists() and not way.is_dir()):
             return way
     is_free = not path.is_symlink() and not path.exists()
-    held = name in entries and entries[name] is None and path.is_file() and not path.is_symlink()
-    return None if is_free or held or (name in entries and _holds(path, entries[name])) else path
+    is_reserved = name in entries and entries[name] is None and path.is_file() and not path.is_symlink()
+    return None if is_free or is_reserved or (name in entries and _has_hash(path, entries[name])) else path
 
 
-def _require_ours(folder: Path, name: str, entries: Entries) -> None:
+def _require_replaceable(folder: Path, name: str, entries: Entries) -> None:
     path = _find_obstacle(folder, name, entries)
     if path is None:
         return
     edited = name in entries and path.is_file() and not path.is_symlink()
-    result = "was changed since biopsy wrote it" if edited else "was not written by biopsy"
+    reason = "was changed since biopsy wrote it" if edited else "was not written by biopsy"
     advice = "move it away, or choose another name or folder to write to"
-    raise UserFileError(path, "edited" if edited else "foreign", f"{result}: {advice}")
+    raise UserFileError(path, "edited" if edited else "foreign", f"{reason}: {advice}")
 
 
 def _unlink(folder: Path, name: str) -> None:
-    """Remove a file, and the folders on the way to it that are empty then."""
+    """Remove a file, and its parent folders if they are empty."""
     (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         for way in PurePosixPath(name).parents[:-1]:
@@ -376,7 +374,7 @@ def _unlink(folder: Path, name: str) -> None:
 
 
 def _read_manifest(folder: Path, adopted: tuple[str, ...] = ()) -> Entries:
-    """Return the entries of a folder's manifest; without one, those for ``adopted`` files that exist."""
+    """Return the entries of a folder's manifest; without one, entries of existing ``adopted`` files."""
     try:
         entries = read_json(folder / MANIFEST, format=MANIFEST_FORMAT).get("files")
     except DataError:
@@ -385,7 +383,7 @@ def _read_manifest(folder: Path, adopted: tuple[str, ...] = ()) -> Entries:
 
 
 def _is_inside(name: str) -> bool:
-    """Return whether a name, which somebody may have written into a manifest, leads nowhere else."""
+    """Return whether a name in a manifest is inside the folder."""
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
@@ -399,9 +397,9 @@ def _write_manifest(folder: Path, entries: Entries) -> None:
 
 # --- contents
 def write_atomic(path: Path | str, content: bytes | str) -> None:
-    """Write ``content`` to ``path`` whole or not at all."""
+    """Write ``content`` to ``path`` atomically."""
     with replace_atomic(path) as partial:
-        # A name that is not UTF-8 (a surrogate) is written as JSON escapes it, and read back as it was.
+        # Surrogates (names that are not UTF-8) are escaped as in JSON.
         partial.write_bytes(
             content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
         )
@@ -410,8 +408,7 @@ def write_atomic(path: Path | str, content: bytes | str) -> None:
 def write_json(path: Path | str, document: Any) -> None:
     """Write a JSON document atomically; numpy values become numbers, NaN and infinity become null.
 
-    A document that says its ``format`` gets the hash of its content as ``document_sha256``, by which
-    `read_json` knows that nobody has changed it since.
+    Documents with a ``format`` get the hash of their content as ``document_sha256``, verified by `read_json`.
     """
     content = plain(document)
     if isinstance(content, dict) and "format" in content:
@@ -427,17 +424,16 @@ def read_json(
     remedy: str = "make it again",
     may_lack_hash: bool = False,
 ) -> dict[str, Any]:
-    """Read a JSON document that `write_json` wrote, and refuse one that was changed since.
+    """Read a JSON document of `write_json` and verify its hash.
 
     Args:
         path: The file.
         format: ``"biopsy-<what>/<version>"``; None reads any.
-        remedy: What to do about a document that was changed, for the error.
-        may_lack_hash: Whether documents without a hash, as the first versions wrote them, are read with a
-            warning.
+        remedy: Advice on changed documents, for the error.
+        may_lack_hash: Whether to read documents without a hash (of the first versions) with a warning.
 
     Raises:
-        FileFormatError: If the file is missing, is no JSON, has another or a newer format, or was changed.
+        FileFormatError: If the file is missing, not JSON, of another or a newer format, or was changed.
     """
     document = load_json(path)
     if not isinstance(document, dict):
@@ -464,17 +460,17 @@ def sha256_file(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_format(path: Path | str, found: object, wanted: str) -> None:
-    if found == wanted:
+def _check_format(path: Path | str, actual: object, expected: str) -> None:
+    if actual == expected:
         return
-    kind, _, version = wanted.partition("/")
-    found_kind, _, found_version = str(found).partition("/")
-    if found_kind == kind and found_version.isdigit() and int(found_version[:9]) > int(version):
+    kind, _, version = expected.partition("/")
+    actual_kind, _, actual_version = str(actual).partition("/")
+    if actual_kind == kind and actual_version.isdigit() and int(actual_version[:9]) > int(version):
         raise FileFormatError(
-            path, "format", f"has format {found!r}, newer than {wanted!r}: update biopsy to read it"
+            path, "format", f"has format {actual!r}, newer than {expected!r}: update biopsy to read it"
         )
-    shown = repr(found)[:80]
-    raise FileFormatError(path, "format", f"has format {shown} where {wanted!r} was expected")
+    text = repr(actual)[:80]
+    raise FileFormatError(path, "format", f"has format {text} where {expected!r} was expected")
 
 
 def _hash_document(document: dict[str, Any]) -> str:
@@ -483,12 +479,12 @@ def _hash_document(document: dict[str, Any]) -> str:
 
 @functools.cache
 def warn_unsealed(path: Path | str, seal: str = SEAL) -> None:
-    """Warn, once a process, of a file that does not hold its hash."""
-    logger.warning("%s has no %s, by which changes would be known: an older version wrote it", path, seal)
+    """Warn once per process about a file without a hash."""
+    logger.warning("%s has no %s to verify it: it was written by an older version", path, seal)
 
 
 def plain(value: Any) -> Any:
-    """Turn dataclasses, numpy values, paths and non-finite numbers into what JSON can hold."""
+    """Convert dataclasses, numpy values, paths and non-finite numbers to JSON values."""
     if is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Guarded reading of HDF5 files: links and storage that lead out of a file are never followed."""
+"""Guarded reading of HDF5 files, without links and external storage."""
 
 import contextlib
 import io
@@ -14,8 +14,8 @@ import h5py
 from biopsy.core.errors import DataError, FileFormatError
 from biopsy.core.loaders import open_regular
 
-MAX_RATIO = 1032  # deflate packs no better, so larger arrays than that are only declared
-MAX_CHUNK_BYTES = 2**26  # 64 MiB, which are unpacked for the smallest read
+MAX_RATIO = 1032  # largest compression ratio of deflate
+MAX_CHUNK_BYTES = 2**26  # 64 MiB, the memory of the smallest read
 _HEAP_HEADER, _HEAP_OBJECT = 16, struct.Struct("<H6xQ")
 _FILTERS = {
     h5py.h5z.FILTER_DEFLATE,
@@ -30,11 +30,11 @@ def open_hdf5(path: Path | str, content: io.BytesIO | None = None) -> Iterator[h
     """Open an HDF5 file for reading; use `find_node` and `find_dataset` on it.
 
     Args:
-        path: The file, or what an error calls ``content``.
-        content: The file's bytes where it lies in an archive.
+        path: The file, or the name of ``content`` in errors.
+        content: Content of a file in an archive.
 
     Raises:
-        FileFormatError: If it is no HDF5 file or damaged, also where that shows only within the block.
+        FileFormatError: If it is not an HDF5 file or damaged, also if detected within the block.
     """
     if content is None:
         open_regular(path).close()
@@ -96,10 +96,10 @@ def find_group(group: h5py.Group, name: str, path: Path | str) -> h5py.Group:
 
 
 def find_node(group: h5py.Group, name: str, path: Path | str) -> h5py.Group | h5py.Dataset:
-    """Return the group or dataset of a name, such as ``a/b``; ``path`` is what an error calls the file.
+    """Return the group or dataset of a name, such as ``a/b``; ``path`` names the file in errors.
 
     Raises:
-        FileFormatError: If it is not there, or a link that leads elsewhere.
+        FileFormatError: If it is missing or a link.
     """
     node: h5py.Group | h5py.Dataset = group
     for part in name.split("/"):
@@ -117,10 +117,10 @@ def find_node(group: h5py.Group, name: str, path: Path | str) -> h5py.Group | h5
 
 
 def find_dataset(group: h5py.Group, name: str, path: Path | str) -> h5py.Dataset:
-    """Return the dataset of a name, refused where it is none, lies elsewhere, or is larger than it can be.
+    """Return the dataset of a name.
 
     Raises:
-        FileFormatError: Saying what was found.
+        FileFormatError: If it is not a dataset, stored externally, or larger than its stored data allow.
     """
     dataset = find_node(group, name, path)
     if not isinstance(dataset, h5py.Dataset) or dataset.shape is None:

@@ -1,8 +1,7 @@
-"""Guarded reading of files: JSON, TOML, arrays and weights that others may have made or changed.
+"""Guarded reading of untrusted files: JSON, TOML, arrays and weights.
 
-The one place, with `tables` (csv, Parquet) and `hdf5` beside it, where such files are opened. Every function
-reads regular files only (never a named pipe, a device or an address), bounds what is read by the constants
-below, executes nothing, and refuses what it cannot read by one error, `FileFormatError`.
+Together with `tables` (csv, Parquet) and `hdf5`, all such files are read here: regular files only (no pipes,
+devices or addresses), with the limits below, without executing code, and with one error, `FileFormatError`.
 """
 
 import contextlib
@@ -23,11 +22,11 @@ from safetensors import safe_open
 
 from biopsy.core.errors import BiopsyError, FileFormatError
 
-MAX_JSON_BYTES = 2**26  # 64 MiB: an audit of 300,000 patches has a tenth of that
-MAX_JSON_VALUES = 15_000_000  # each takes up to 70 bytes in memory, however short it is in the file
+MAX_JSON_BYTES = 2**26  # 64 MiB, ten times an audit of 300,000 patches
+MAX_JSON_VALUES = 15_000_000  # up to 70 bytes each in memory
 MAX_TOML_BYTES = 2**18  # 256 KiB: a recipe has 5
-MAX_DEPTH = 32  # of lists and tables within each other; our documents have 8, GeoJSON collections 10
-MAX_ARRAY_HEADER = 10_000  # numpy's own limit, of characters that its parser is given
+MAX_DEPTH = 32  # of nested lists and tables; documents of this package have 8, GeoJSON 10
+MAX_ARRAY_HEADER = 10_000  # characters, numpy's default
 _INT64 = range(-(2**63), 2**63)
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -38,13 +37,13 @@ def open_regular(path: Path | str, *, max_bytes: int | None = None) -> io.Buffer
 
     Args:
         path: The file.
-        max_bytes: Size above which it is refused; None for no limit.
+        max_bytes: Maximum size; None for no limit.
 
     Raises:
-        FileFormatError: If it is missing, no regular file, not readable or too large.
+        FileFormatError: If it is missing, not a regular file, not readable or too large.
     """
     try:
-        # Without O_NONBLOCK the opening of a named pipe would wait for somebody who writes to it.
+        # without O_NONBLOCK, opening a named pipe would block
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError:
         raise FileFormatError(path, "missing", "does not exist") from None
@@ -68,7 +67,7 @@ def open_regular(path: Path | str, *, max_bytes: int | None = None) -> io.Buffer
 
 
 def read_bytes(path: Path | str, *, max_bytes: int) -> bytes:
-    """Read a regular file whole; see `open_regular`."""
+    """Return the content of a regular file; see `open_regular`."""
     with open_regular(path, max_bytes=max_bytes) as file:
         size = os.fstat(file.fileno()).st_size
         content = file.read(size + 1)  # takes memory for what it is asked for, not for what is there
@@ -78,12 +77,12 @@ def read_bytes(path: Path | str, *, max_bytes: int) -> bytes:
 
 
 def read_text(path: Path | str, *, max_bytes: int) -> str:
-    """Read a regular file of UTF-8 text, with or without a byte order mark; see `open_regular`."""
+    """Return the text of a UTF-8 file, with or without a byte order mark; see `open_regular`."""
     return decode_text(read_bytes(path, max_bytes=max_bytes), path)
 
 
 def decode_text(content: bytes, path: Path | str) -> str:
-    """Return the text of UTF-8 bytes; ``path`` is what an error calls them."""
+    """Return the text of UTF-8 bytes; ``path`` names them in errors."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -99,16 +98,16 @@ def load_json(path: Path | str, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
 
 
 def parse_json(content: bytes | str, path: Path | str, *, allow_nan: bool = False) -> Any:
-    """Return the value that JSON text holds.
+    """Return the value of a JSON text.
 
     Args:
         content: UTF-8 bytes, or text.
-        path: What an error calls it.
-        allow_nan: Whether numbers may be NaN or infinite, as in logs of training.
+        path: Name of the file in errors.
+        allow_nan: Whether numbers may be NaN or infinite, as in training logs.
 
     Raises:
-        FileFormatError: If it is no JSON, names a key twice, nests too deep, holds too many values, or a
-            number or text that could not be written again.
+        FileFormatError: If it is not JSON, has duplicate keys, too many levels or values, or invalid numbers
+            or text.
     """
     text = content if isinstance(content, str) else decode_text(content, path)
     if (n_values := sum(map(text.count, ",[{"))) > MAX_JSON_VALUES:
@@ -140,10 +139,10 @@ def load_toml(path: Path | str) -> dict[str, Any]:
 
 
 def parse_toml(text: str, path: Path | str) -> dict[str, Any]:
-    """Return the table that TOML text holds; ``path`` is what an error calls it.
+    """Return the table of a TOML text; ``path`` names the file in errors.
 
     Raises:
-        FileFormatError: If it is no TOML, nests too deep, or holds a number beyond 64 bits.
+        FileFormatError: If it is not TOML, has too many levels, or a number beyond 64 bits.
     """
     if len(text) > MAX_TOML_BYTES:
         raise FileFormatError(path, "too-large", f"has {len(text):,} characters, at most {MAX_TOML_BYTES:,}")
@@ -157,7 +156,7 @@ def validate(path: Path | str, model: type[Model], document: Any) -> Model:
     """Return a document as a pydantic model.
 
     Raises:
-        FileFormatError: Naming the first field that is missing or of another type.
+        FileFormatError: With the first missing or invalid field.
     """
     try:
         return model.model_validate(document)
@@ -173,8 +172,8 @@ def map_array(path: Path | str, *, dtype: type, ndim: int) -> np.ndarray:
     """Return the array of an ``.npy`` file, memory-mapped and read-only; nothing is unpickled.
 
     Raises:
-        FileFormatError: If it is no such file, of another type or number of dimensions, or its size is not
-            what its header says.
+        FileFormatError: If it is not such a file, of another dtype or number of dimensions, or its size does
+            not match its header.
     """
     with open_regular(path) as file, refusing(path, ".npy"):
         version = np.lib.format.read_magic(file)
@@ -182,38 +181,38 @@ def map_array(path: Path | str, *, dtype: type, ndim: int) -> np.ndarray:
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
-        shape, is_fortran, result = read_header(file, max_header_size=MAX_ARRAY_HEADER)
-        if result != np.dtype(dtype) or len(shape) != ndim or is_fortran:
+        shape, is_fortran, actual_dtype = read_header(file, max_header_size=MAX_ARRAY_HEADER)
+        if actual_dtype != np.dtype(dtype) or len(shape) != ndim or is_fortran:
             raise FileFormatError(
                 path,
                 "value",
-                f"holds {result} of shape {shape} where {ndim}-dimensional {np.dtype(dtype)} was expected",
+                f"holds {actual_dtype} of shape {shape}, expected {ndim}-dimensional {np.dtype(dtype)}",
             )
         if min(shape) < 0:
             raise FileFormatError(path, "value", f"says that its shape is {shape}")
         offset, size = file.tell(), os.fstat(file.fileno()).st_size
-        n_bytes = offset + math.prod(shape) * result.itemsize
+        n_bytes = offset + math.prod(shape) * actual_dtype.itemsize
         if n_bytes != size:
             raise FileFormatError(
                 path, "syntax", f"has {size:,} bytes where its shape {shape} takes {n_bytes:,}"
             )
         if n_bytes == offset:  # nothing can be mapped
-            return np.empty(shape, result)
-        return np.memmap(file, result, "r", offset, shape)
+            return np.empty(shape, actual_dtype)
+        return np.memmap(file, actual_dtype, "r", offset, shape)
 
 
 def read_tensors(
     path: Path | str, *, framework: str = "numpy", keep: Callable[[str], bool] = lambda name: True
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the tensors of a safetensors file by name, and the texts in its header.
+    """Return the tensors of a safetensors file by name, and its metadata.
 
     Args:
-        path: The file; its header is compared with its size before anything is read.
-        framework: ``numpy`` or ``pt``: what the tensors are.
-        keep: Which names are read.
+        path: The file.
+        framework: ``numpy`` or ``pt``: type of the tensors.
+        keep: Returns whether to read a name.
 
     Raises:
-        FileFormatError: If it is no such file, or was cut short.
+        FileFormatError: If it is not a safetensors file, or truncated.
     """
     open_regular(path).close()
     with refusing(path, "safetensors"), safe_open(path, framework=framework) as file:
@@ -233,13 +232,13 @@ def refusing(path: Path | str, format: str) -> Iterator[None]:
         raise
     except RecursionError:
         raise FileFormatError(path, "too-deep", f"nests deeper than the {MAX_DEPTH} levels read") from None
-    except Exception as error:  # parsers raise what they like on damaged files; only the parser runs in here
+    except Exception as error:  # parsers raise various exceptions
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise FileFormatError(path, "syntax", f"cannot be read as {format}: {reason}") from None
 
 
 def _check_values(path: Path | str, value: Any, allow_nan: bool) -> None:
-    """Refuse values that nest too deep, or that nothing later could compute with or print."""
+    """Refuse too many levels, non-finite or too large numbers, and invalid text."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         deeper: list[Any] = []
@@ -262,5 +261,5 @@ def _check_values(path: Path | str, value: Any, allow_nan: bool) -> None:
 
 
 def _has_surrogate(text: str) -> bool:
-    """Return whether text holds half a character; those that stand for bytes of a file's name may."""
+    """Return whether text has surrogates other than those of bytes in file names."""
     return re.search("[\ud800-\udc7f\udd00-\udfff]", text) is not None

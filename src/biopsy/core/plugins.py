@@ -1,4 +1,4 @@
-"""Registries that fill themselves, from the package's own modules and from entry points of others."""
+"""Registries filled from modules of this package and entry points of plug-ins."""
 
 import logging
 from collections import UserDict
@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 
 
 class Registry(UserDict[str, Value]):
-    """What there is of one kind by name, found when it is first looked through.
+    """A registry by name, loaded on first use.
 
     Args:
-        group: Entry point group in which other packages name the modules that register more.
-        package: Package of ours whose modules register what is shipped.
-        patterns: File names of these modules below the package's folder.
+        group: Entry point group of plug-ins.
+        package: Package whose modules register the built-in values.
+        patterns: File names of these modules.
     """
 
     def __init__(self, group: str, package: str = "", patterns: tuple[str, ...] = ("*.py",)) -> None:
@@ -32,10 +32,10 @@ class Registry(UserDict[str, Value]):
         self._is_loaded, self._lock = False, RLock()
 
     def add(self, name: str, value: Value, function: Function) -> None:
-        """Register a value under a name that no other module has taken.
+        """Register a value under a unique name.
 
         Args:
-            function: Defined in the module that registers, which may do so again when it is reloaded.
+            function: A function of the registering module, which may register again when reloaded.
 
         Raises:
             ValueError: If another module registered that name.
@@ -48,11 +48,11 @@ class Registry(UserDict[str, Value]):
         self.data[name] = value
 
     def load(self) -> None:
-        """Import every module that registers, once."""
+        """Import all registering modules, once."""
         with self._lock:
             if self._is_loaded:
                 return
-            self._is_loaded = True  # modules that are being imported may look through what there is so far
+            self._is_loaded = True  # modules being imported may use the registry
             try:
                 if self._package:
                     import_modules(self._package, self._patterns)
@@ -84,7 +84,7 @@ class Registry(UserDict[str, Value]):
 
 
 def import_modules(package: str, patterns: tuple[str, ...]) -> None:
-    """Import the modules of a package whose file names match, in the order of their names."""
+    """Import the modules of a package whose file names match, sorted by name."""
     folder = Path(str(import_module(package).__file__)).parent
     for path in sorted({path for pattern in patterns for path in folder.rglob(pattern)}):
         if path.name != "__init__.py":
@@ -93,10 +93,10 @@ def import_modules(package: str, patterns: tuple[str, ...]) -> None:
 
 @cache
 def load_entry_points(group: str) -> None:
-    """Import the modules that installed packages name in a group; name one that fails, and go on."""
+    """Import the modules of an entry point group, with a warning for those that fail."""
     for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
         try:
             entry.load()
-        except Exception as error:  # code of somebody else
+        except Exception as error:  # plug-ins may raise any exception
             reason = f"{type(error).__name__}: {error}"
             logger.warning("plug-in %s (%s, %s) cannot be loaded: %s", entry.name, entry.value, group, reason)

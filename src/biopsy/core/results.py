@@ -1,4 +1,4 @@
-"""Typed results: a JSON document with its tables, at home in a notebook."""
+"""Base class of results: a JSON document with a table and notebook representation."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Result(Mapping[str, Any]):
     """Result of a command: ``result[key]`` is an entry of the JSON document that the command writes.
 
-    A result states its ``heading`` and its table (`to_frame`); both make its representation.
+    The representation consists of ``heading`` and table (`to_frame`).
 
     Attributes:
         document: The content of the JSON document.

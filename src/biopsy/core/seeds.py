@@ -1,9 +1,8 @@
-"""The one place randomness comes from.
+"""Random generators derived from the seed and a name.
 
-Every random choice is made by a generator derived from the user's seed and the *name* of what is drawn, so
-that adding a draw somewhere moves no other, and an epoch drawn again after an interruption is the same
-epoch. On the CPU the same seed, versions and thread count give the same bits; on a GPU only where the
-operators allow it.
+Each random choice has its own generator, so that choices are independent of each other and an epoch is the
+same after an interruption. On the CPU, results are bit-identical for the same seed, versions and number of
+threads; on a GPU only if the operators are deterministic.
 """
 
 import hashlib

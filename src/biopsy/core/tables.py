@@ -1,7 +1,7 @@
-"""Tables: csv files that users bring and Parquet files are read guardedly; csv runs nothing in a spreadsheet.
+"""Guarded reading of csv and Parquet files, and writing of csv without spreadsheet formulas.
 
-A spreadsheet takes a cell that begins with ``= + - @``, a tab or a carriage return for a formula. Text of
-this kind is written with an apostrophe before it (numbers are left as they are) and read without.
+Spreadsheets interpret cells that start with ``= + - @``, a tab or a carriage return as formulas. Such text
+(not numbers) is written with a leading apostrophe, which is removed on reading.
 """
 
 import csv
@@ -23,16 +23,16 @@ from biopsy.core.errors import FileFormatError
 from biopsy.core.files import replace_atomic
 from biopsy.core.loaders import decode_text, open_regular, read_bytes, refusing
 
-MAX_CSV_BYTES = 2**28  # 256 MiB, also once unpacked: 2 million rows of 120 characters
-MAX_CELLS = 50_000_000  # an empty cell takes one byte in a file and eight or more in memory
-MAX_COLUMNS = 2_000  # of a million columns one row fills the memory
-MAX_TABLE_BYTES = 2**30  # of a Parquet file once it is unpacked: a few bytes in it may stand for many rows
+MAX_CSV_BYTES = 2**28  # 256 MiB uncompressed: 2 million rows of 120 characters
+MAX_CELLS = 50_000_000  # an empty cell has one byte in a file and eight or more in memory
+MAX_COLUMNS = 2_000
+MAX_TABLE_BYTES = 2**30  # uncompressed size of a Parquet file
 
-Kind = Literal["text", "whole", "number", "bool"]
+Kind = Literal["text", "integer", "number", "bool"]
 
 _DELIMITERS = ",;\t"
-_FORMULA = re.compile(r"'*[=+\-@\t\r]")  # what has apostrophes before it gets one more, and keeps them
-_WHOLE = r"[+-]?(?:0|[1-9][0-9]{0,17})"  # fits 64 bits; no leading zeros, which only names have
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")  # existing apostrophes are kept
+_INTEGER = r"[+-]?(?:0|[1-9][0-9]{0,17})"  # 64 bits; leading zeros are names
 _NUMBER = r"[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"
 
 
@@ -41,19 +41,17 @@ def read_csv_table(
 ) -> pd.DataFrame:
     """Read a csv file, every cell as text.
 
-    Only an empty cell is missing (``NA`` is a name like any other); rows whose cells are all empty are left
-    out. The delimiter is a comma, a semicolon or a tab, whichever the heading has most of. Gzipped files are
-    unpacked. An address is not opened.
+    Only empty cells are missing (``NA`` is text); empty rows are dropped. The delimiter is the most frequent
+    of comma, semicolon and tab in the heading. Gzipped files are supported, addresses are not.
 
     Args:
         path: The file, UTF-8 with or without a byte order mark.
-        aliases: Names of columns in lower case, and what each is called in the result, whatever its case in
-            the file.
-        required: Columns of the result that must be there.
+        aliases: Column names in the result by heading in lower case.
+        required: Required columns of the result.
 
     Raises:
-        FileFormatError: If it is missing, too large, not UTF-8, no table, lacks a column, or two columns have
-            one name, as written or by ``aliases``.
+        FileFormatError: If it is missing, too large, not UTF-8, not a table, lacks a column, or two columns
+            have the same name, also by ``aliases``.
     """
     content = read_bytes(path, max_bytes=MAX_CSV_BYTES)
     if content.startswith(b"\x1f\x8b"):
@@ -68,7 +66,7 @@ def parse_csv(
     aliases: Mapping[str, str] | None = None,
     required: Sequence[str] = (),
 ) -> pd.DataFrame:
-    """Read the content of a csv file as `read_csv_table` does; ``path`` is what errors call it."""
+    """Read the content of a csv file as `read_csv_table` does; ``path`` names it in errors."""
     delimiter, header = _read_header(path, content)
     n_cells = sum(content.count(mark) for mark in (delimiter.encode(), b"\n", b"\r"))
     if len(header) > MAX_COLUMNS or n_cells > MAX_CELLS:
@@ -104,16 +102,18 @@ def parse_csv(
 
 
 def write_csv(path: Path | str, table: pd.DataFrame) -> None:
-    """Write a table as csv, whole or not at all; `read_csv_table` reads the same text."""
+    """Write a table as csv atomically, for `read_csv_table`."""
     has_returns = any("\r" in _join(table[name]) for name in _text_columns(table))
-    quoting = csv.QUOTE_NONNUMERIC if has_returns else csv.QUOTE_MINIMAL  # which quotes no carriage return
+    quoting = (
+        csv.QUOTE_NONNUMERIC if has_returns else csv.QUOTE_MINIMAL
+    )  # which does not quote carriage returns
     masked = _map_text(table, _mask)
     with replace_atomic(path) as partial:
         masked.to_csv(partial, index=False, lineterminator="\n", encoding="utf-8", quoting=quoting)
 
 
 def unmask_formulas(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table that was read from a csv as it was when `write_csv` wrote it."""
+    """Return a table without the apostrophes of `write_csv`."""
     return _map_text(table, _unmask)
 
 
@@ -128,7 +128,7 @@ def _unmask(cell: Any) -> Any:
 
 
 def _map_text(table: pd.DataFrame, change: Callable[[Any], Any]) -> pd.DataFrame:
-    """Return a table with a function applied to names of columns and cells that may be formulas."""
+    """Apply a function to column names and cells that may be formulas."""
     changed = {
         name: table[name].map(change, na_action="ignore")
         for name in _text_columns(table)
@@ -142,19 +142,19 @@ def _text_columns(table: pd.DataFrame) -> list[str]:
 
 
 def _join(cells: pd.Series) -> str:
-    """Return all cells in one text, a NUL before each: looked through at once a hundred times as fast."""
+    """Return all cells in one text separated by NUL, for a fast search."""
     return "\0" + "\0".join(map(str, cells.tolist()))
 
 
 def infer_numbers(column: pd.Series) -> pd.Series:
-    """Return a column of text as numbers if every cell is one, as it is if not.
+    """Return a text column as numbers if every cell is a number, else unchanged.
 
-    Cells such as ``007`` or a whole number beyond 64 bits are names; a column that has one stays text.
+    Cells such as ``007`` or integers beyond 64 bits are text.
     """
     cells = column.dropna()
     if cells.empty or not cells.str.fullmatch(_NUMBER).all():
         return column
-    if cells.str.fullmatch(_WHOLE).all():
+    if cells.str.fullmatch(_INTEGER).all():
         return pd.to_numeric(column).astype("Int64" if column.isna().any() else "int64")
     if cells.str.fullmatch("[+-]?[0-9]+").all():
         return column
@@ -169,21 +169,21 @@ def read_parquet_table(
 
     Args:
         path: The file.
-        columns: Columns that must be there, and what they hold; any may be null.
+        columns: Required columns and their kinds; values may be null.
 
     Raises:
-        FileFormatError: If it is no Parquet file, lacks a column, has one of another kind or of lists or
-            structures, or is too large once it is unpacked.
+        FileFormatError: If it is not a Parquet file, lacks a column, has one of another kind or of nested
+            type, or is too large when uncompressed.
     """
     with open_regular(path) as file, refusing(path, "Parquet"):
         reader = pq.ParquetFile(file)
         schema = reader.schema_arrow
         _check_columns(path, schema, columns or {})
-        about = reader.metadata
-        _check_size(path, about.num_rows * len(schema) * 8)
-        _check_size(path, sum(about.row_group(n).total_byte_size for n in range(about.num_row_groups)))
+        metadata = reader.metadata
+        _check_size(path, metadata.num_rows * len(schema) * 8)
+        _check_size(path, sum(metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups)))
         texts = [field.name for field in schema if _is_text(field.type)]
-        # As dictionaries texts take no more memory than in the file, however often each is repeated.
+        # dictionaries limit the memory of repeated texts to their size in the file
         packed = pq.ParquetFile(file, read_dictionary=texts).read()
         _check_size(path, sum(_count_bytes(packed[name]) for name in texts))
         return packed.cast(schema).to_pandas(), schema.metadata or {}
@@ -205,8 +205,8 @@ def _check_columns(path: Path | str, schema: pa.Schema, columns: Mapping[str, Ki
     for field in schema:
         kind = columns.get(field.name)
         if pa.types.is_nested(field.type) or (kind and not _is_kind(field.type, kind)):
-            wanted = kind or "plain values"
-            raise FileFormatError(path, "columns", f"holds {field.type} in {field.name}, expected {wanted}")
+            expected = kind or "plain values"
+            raise FileFormatError(path, "columns", f"holds {field.type} in {field.name}, expected {expected}")
 
 
 def _is_kind(type: pa.DataType, kind: Kind) -> bool:
@@ -224,7 +224,7 @@ def _is_text(type: pa.DataType) -> bool:
 
 
 def _count_bytes(column: pa.ChunkedArray) -> int:
-    """Return how many bytes a column of dictionaries takes as plain texts."""
+    """Return the number of bytes of a dictionary column as plain text."""
     lengths = (pc.binary_length(chunk.dictionary).take(chunk.indices) for chunk in column.chunks)
     return sum(pc.sum(length.cast(pa.int64())).as_py() or 0 for length in lengths)
 
@@ -248,7 +248,7 @@ def _gunzip(path: Path | str, content: bytes) -> bytes:
 
 
 def _read_header(path: Path | str, content: bytes) -> tuple[str, list[str]]:
-    """Return the delimiter and the names in the first row, after checks of the whole content."""
+    """Return the delimiter and the names in the first row, after checks of the content."""
     if b"\0" in content:
         raise FileFormatError(path, "encoding", "holds NUL bytes: save it as csv in UTF-8")
     text = decode_text(content, path)
@@ -272,11 +272,11 @@ def _name_columns(path: Path | str, header: Sequence[str], aliases: Mapping[str,
         name = written.strip() or f"Unnamed: {number}"
         name = aliases.get(name.lower(), name)
         if name in names:
-            twice = header[names.index(name)].strip()
+            first = header[names.index(name)].strip()
             raise FileFormatError(
                 path,
                 "duplicate",
-                f"has the columns {twice!r} and {written.strip()!r}, which are one: keep one",
+                f"has the columns {first!r} and {written.strip()!r}, which are one: keep one",
             )
         names.append(name)
     return names

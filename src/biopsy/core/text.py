@@ -1,24 +1,24 @@
-"""Ids and names from outside, brought to one spelling where they enter; plurals.
+"""Normalisation of ids and names, and plurals.
 
-Whatever is read from outside (names in archives and folders, cells of tables, lists of cases, options) goes
-through `normalize_name` or `normalize_id`, so that two spellings of one patient are one patient everywhere.
+All names from outside (archives, folders, tables, lists of cases, options) are normalised by `normalize_name`
+or `normalize_id`, so that different spellings of a patient are the same patient.
 """
 
 import re
 import unicodedata
 from collections.abc import Iterable
 
-_WHOLE = re.compile(r"(\d+)\.0+")
+_INTEGER = re.compile(r"(\d+)\.0+")
 # Zero-width space, word joiner, byte order mark, soft hyphen.
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u2060\ufeff\u00ad"))
 
 
 def normalize_name(name: str) -> str:
-    r"""Return a name, or a path of names, in one spelling.
+    r"""Return a normalised name or path.
 
-    Backslashes become slashes, Unicode is composed (NFC), a run of white space (no-break spaces too) becomes
-    one space and is dropped at the ends of each part of a path, invisible characters are dropped. Bytes that
-    are not UTF-8 (surrogates, as `os.fsdecode` makes them) and control characters are written as ``%FC``.
+    Backslashes become slashes, Unicode is composed (NFC), white space is collapsed to one space and stripped
+    from each part, invisible characters are removed. Bytes that are not UTF-8 (surrogates of `os.fsdecode`)
+    and control characters are written as ``%FC``.
 
     Example:
         >>> normalize_name("data\\benign \\M\udcfcller\u00a01.png")
@@ -32,7 +32,7 @@ def normalize_name(name: str) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Return text that every file and terminal takes, otherwise as it is: for paths in reports.
+    r"""Return text with escaped control characters and surrogates, for paths in reports.
 
     Example:
         >>> printable("a\\M\udcfcller")
@@ -42,7 +42,7 @@ def printable(text: str) -> str:
 
 
 def file_name(text: str) -> str:
-    """Return a file name made of an id or a layer, whatever stands in it.
+    """Return a valid file name for an id or layer name.
 
     Example:
         >>> file_name("body.conv/1 a")
@@ -62,7 +62,7 @@ def plural(noun: str) -> str:
 
 
 def capitalize(text: str) -> str:
-    """Return a text with its first letter in upper case, the others as they are.
+    """Return a text with its first letter in upper case.
 
     Example:
         >>> capitalize("macro AUROC")
@@ -72,7 +72,7 @@ def capitalize(text: str) -> str:
 
 
 def count(n: int, noun: str) -> str:
-    """Return a number of things in words.
+    """Return a number with its noun.
 
     Example:
         >>> count(1, "patient"), count(8151, "patch")
@@ -82,19 +82,19 @@ def count(n: int, noun: str) -> str:
 
 
 def normalize_id(text: str) -> str:
-    """Return an id in one spelling: as `normalize_name`, and ``12.0``, a spreadsheet's number, as ``12``.
+    """Return a normalised id: as `normalize_name`, and ``12.0`` (from a spreadsheet) as ``12``.
 
     Example:
         >>> normalize_id(" P01\u00a0"), normalize_id("12.0"), normalize_id("  ")
         ('P01', '12', '')
     """
     name = normalize_name(text)
-    whole = _WHOLE.fullmatch(name)
-    return whole[1] if whole else name
+    match = _INTEGER.fullmatch(name)
+    return match[1] if match else name
 
 
 def find_lookalikes(ids: Iterable[str]) -> list[list[str]]:
-    """Return groups of different ids that differ by letter case or leading zeros alone.
+    """Return groups of ids that differ only by letter case or leading zeros.
 
     Example:
         >>> find_lookalikes(["p1", "P1", "07", "7", "8"])
@@ -107,12 +107,12 @@ def find_lookalikes(ids: Iterable[str]) -> list[list[str]]:
 
 
 def fold_id(name: str) -> str:
-    """Return what an id has in common with others that are likely the same one misspelt."""
+    """Return a key that is equal for ids that differ only by letter case or leading zeros."""
     return re.sub(r"(?<!\d)0+(?=\d)", "", unicodedata.normalize("NFKC", name).casefold())
 
 
 def list_unmatched(names: Iterable[str], known: Iterable[str], *, most: int = 3) -> str:
-    """Return the first of some names that are not known, each with the one it may be a misspelling of.
+    """Return a text of the first unmatched names, each with a known name it may be a misspelling of.
 
     Example:
         >>> list_unmatched(["3", "x", "y", "z"], ["03", "04"])

@@ -1,9 +1,7 @@
-"""Patches and who they belong to.
+"""Data: packs of labelled patches, splits, audits and tables of predictions, with numpy and pandas.
 
-``archives`` reads a zip or a folder alike, ``datasets/`` knows the layouts, ``download`` fetches them;
-``prepare`` brings in a user's ``tables`` and ``packing`` writes all into a `packs.Pack`; ``building`` makes
-one of arrays, tables of files and data sets. ``cutting`` says where patches lie on annotated slides and
-what they are. Everything after works from a pack: ``protocols`` divide it and ``splits`` keep that,
-``audit`` looks for what would spoil a result, ``predictions`` is the table every number is computed from.
-Numpy and pandas, no torch.
+``archives`` reads zips and folders, ``datasets/`` recognises layouts, ``download`` fetches data sets.
+``prepare`` adds the user's ``tables`` and writes a `packs.Pack` by ``packing``; ``building`` makes packs of
+arrays, tables of files and data sets; ``cutting`` cuts annotated slides into labelled patches. ``protocols``
+and ``splits`` divide a pack, ``audit`` checks it, ``predictions`` is the table of all reported numbers.
 """

@@ -1,11 +1,10 @@
-"""One way to read a zip and a folder: entries by relative name, their bytes on demand, nothing extracted.
+"""Common interface to zips and folders: entries by relative name, read on demand, nothing extracted.
 
-A zip is mapped into memory; a stored entry is a slice of the map, a deflated one is inflated where it is
-asked for, which may be any thread. Names are normalised (`biopsy.core.text`) and never become paths.
+A zip is memory-mapped: a stored entry is a slice of the map, a deflated entry is inflated by the thread that
+reads it. Names are normalised (`biopsy.core.text`) and never become paths.
 
-A zip is refused whose names lead out of it or whose entries overlap (a way to make small zips unpack to
-everything), and an entry is not read that is larger than `MAX_ENTRY_BYTES`, or that unpacks to over
-`MAX_INFLATION` times its size where that is much.
+Zips with names that lead out of the archive or with overlapping entries (zip bombs) are refused. Entries
+larger than `MAX_ENTRY_BYTES`, or with a compression ratio above `MAX_INFLATION`, are not read.
 """
 
 import hashlib
@@ -25,17 +24,17 @@ from biopsy.core.text import normalize_name
 from biopsy.slide_io.images import IMAGE_SUFFIXES
 
 MAX_ENTRY_BYTES = 2**29
-"""The largest entry that is read into memory; images and tables are far below it."""
+"""Largest size of an entry in bytes, unpacked."""
 
 MAX_INFLATION = 100
-"""How many times its packed size an entry of over `_FREE_BYTES` may have; images are compressed already."""
+"""Largest compression ratio of an entry of more than `_FREE_BYTES`."""
 
 SYNTHETIC = "SYNTHETIC.txt"
-"""A file of this name says that the patches beside it are synthetic; reports then say so."""
+"""Name of a file that marks an archive of synthetic patches, which reports state."""
 
 _FREE_BYTES = 2**24
 
-_PIXEL_SUFFIXES = (*IMAGE_SUFFIXES, ".h5", ".hdf5", ".geojson")  # the last lie beside slides
+_PIXEL_SUFFIXES = (*IMAGE_SUFFIXES, ".h5", ".hdf5", ".geojson")  # GeoJSON: annotations of slides
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # APPNOTE 4.3.7: signature ... name length, extra length
 _JUNK = re.compile(r"(?:^|/)(?:\.(?!/)|(?:__MACOSX|Thumbs\.db|desktop\.ini)(?:/|$))")
@@ -46,10 +45,10 @@ _RELEASE_BYTES = 2**26
 
 
 class Entry(NamedTuple):
-    """A file of an archive. The last four are its place in a zip; a folder counts its files by ``offset``."""
+    """A file of an archive. The last four fields locate it in a zip; in a folder, ``offset`` is its index."""
 
     name: str
-    """Relative, with forward slashes, as `normalize_name` spells it."""
+    """Relative, with forward slashes, normalised by `normalize_name`."""
     size: int
     """Bytes, unpacked."""
     crc: int = 0
@@ -63,8 +62,8 @@ class Archive(Protocol):
 
     Attributes:
         path: The zip or the folder.
-        entries: Its files in order of name, without hidden ones and what macOS and Windows leave behind.
-        unread: Zips that lie beside the files of a folder and are not read.
+        entries: Files in order of name, without hidden files and metadata files of macOS and Windows.
+        unread: Zips inside a folder, which are not read.
     """
 
     path: Path
@@ -72,13 +71,13 @@ class Archive(Protocol):
     unread: list[str]
 
     def read(self, entry: Entry) -> bytes | memoryview:
-        """Return an entry's bytes; raises DataError with the reason alone."""
+        """Return the bytes of an entry, or raise a DataError with the reason only."""
 
-    def same(self, one: Entry, other: Entry) -> bool:
+    def same(self, first: Entry, second: Entry) -> bool:
         """Return whether two entries hold the same bytes."""
 
     def fingerprint(self) -> str:
-        """Hash names, sizes and checksums (of a folder: times) of all entries, without reading them."""
+        """Hash names, sizes and checksums (folder: modification times) of all entries."""
 
 
 class ZipArchive:
@@ -93,7 +92,7 @@ class ZipArchive:
         self._read_bytes = 0
 
     def read(self, entry: Entry) -> bytes | memoryview:
-        """Return an entry's bytes, checked against the zip's checksum."""
+        """Return the bytes of an entry, verified by the checksum in the zip."""
         packed = self._slice(entry)
         data = packed if entry.method == _STORED else _inflate(packed, entry)
         if zlib.crc32(data) != entry.crc:
@@ -108,26 +107,26 @@ class ZipArchive:
         start = entry.offset + _LOCAL_HEADER.size + name_length + extra_length
         packed = memoryview(self._map)[start : start + entry.packed_size]
         if signature != b"PK\x03\x04" or len(packed) != entry.packed_size:
-            raise DataError("is not where the zip's directory says: the zip is damaged")
+            raise DataError("is not at the position in the zip's directory: the zip is damaged")
         if entry.size > MAX_ENTRY_BYTES:
             raise DataError(f"unpacks to {entry.size:,} bytes; at most {MAX_ENTRY_BYTES:,} are read")
         if entry.size > max(_FREE_BYTES, MAX_INFLATION * entry.packed_size):
             raise DataError(
-                f"unpacks to {entry.size:,} bytes from {entry.packed_size:,}, over {MAX_INFLATION} times as "
-                "many: it is not read"
+                f"unpacks to {entry.size:,} bytes from {entry.packed_size:,}, a compression ratio above "
+                f"{MAX_INFLATION}: it is not read"
             )
         return packed
 
-    def same(self, one: Entry, other: Entry) -> bool:
+    def same(self, first: Entry, second: Entry) -> bool:
         """Compare size and checksum."""
-        return (one.size, one.crc) == (other.size, other.crc)
+        return (first.size, first.crc) == (second.size, second.crc)
 
     def fingerprint(self) -> str:
-        """Hash the directory."""
+        """Hash the directory of the zip."""
         return _hash_rows((entry.name, entry.size, entry.crc) for entry in self.entries)
 
     def _release_pages(self, n_bytes: int) -> None:
-        """Return pages back now and then: reading a large zip should not take its size in memory."""
+        """Release mapped pages regularly, so that reading a large zip does not use its size in memory."""
         self._read_bytes += n_bytes
         if self._read_bytes > _RELEASE_BYTES and hasattr(mmap, "MADV_DONTNEED"):
             self._read_bytes = 0
@@ -135,7 +134,7 @@ class ZipArchive:
 
 
 class FolderArchive:
-    """A folder and everything below it. See `Archive`."""
+    """A folder and its subfolders. See `Archive`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -149,7 +148,7 @@ class FolderArchive:
         self.unread = [entry.name for entry in self.zips]
 
     def path_of(self, entry: Entry) -> Path:
-        """Return where an entry lies; its name may be spelt differently there."""
+        """Return the path of an entry, whose file name may be in another normalisation."""
         return self.path / self._files[entry.offset][0]
 
     def read(self, entry: Entry) -> bytes | memoryview:
@@ -161,20 +160,20 @@ class FolderArchive:
         except OSError as error:
             raise DataError(f"cannot be read: {error.strerror}") from None
 
-    def same(self, one: Entry, other: Entry) -> bool:
+    def same(self, first: Entry, second: Entry) -> bool:
         """Compare size, then bytes."""
-        return one.size == other.size and self.read(one) == self.read(other)
+        return first.size == second.size and self.read(first) == self.read(second)
 
     def fingerprint(self) -> str:
-        """Hash names, sizes and times of change."""
+        """Hash names, sizes and modification times."""
         return _hash_rows((entry.name, entry.size, self._files[entry.offset][2]) for entry in self.entries)
 
 
 def open_archive(path: Path | str) -> Archive:
-    """Open a zip, a folder, or the one zip that lies in a folder without any pixels of its own.
+    """Open a zip, a folder, or the only zip in a folder without images.
 
     Raises:
-        ArchiveError: If there is nothing to read, or the zip is empty, cut short, encrypted, or has names
+        ArchiveError: If there is nothing to read, or the zip is empty, truncated, encrypted, or has names
             that lead out of it.
     """
     path = Path(path)
@@ -192,14 +191,14 @@ def open_archive(path: Path | str) -> Archive:
     if not path.exists():
         raise ArchiveError(f"{path} does not exist")
     if path.stat().st_size == 0:
-        raise ArchiveError(f"{path} is empty (0 bytes): the download was cut short")
+        raise ArchiveError(f"{path} is empty (0 bytes): the download is incomplete")
     return ZipArchive(path)
 
 
 def is_junk(name: str) -> bool:
-    """Return whether a name is hidden or left behind by macOS or Windows."""
+    """Return whether a name is that of a hidden file or a metadata file of macOS or Windows."""
     if "/." in name or name.startswith(".") or "__MACOSX" in name or name.endswith((".db", ".ini")):
-        return _JUNK.search(name) is not None  # asked of the few names for which it can be true
+        return _JUNK.search(name) is not None  # rarely reached
     return False
 
 
@@ -207,7 +206,7 @@ def _list_zip(path: Path) -> list[Entry]:
     entries, n_encrypted = [], 0
     infos = _read_directory(path)
     _refuse_overlap(path, infos)
-    while infos:  # taken off one by one: a zip of half a million files is not held in memory twice
+    while infos:  # popped one by one to limit memory for zips of half a million files
         info = infos.pop()
         name = info.orig_filename
         if (".." in name or ":" in name or "\0" in name or name[:1] in "/\\") and _LEADS_OUT.search(name):
@@ -215,8 +214,8 @@ def _list_zip(path: Path) -> list[Entry]:
         name = normalize_name(name)
         if not name.endswith("/") and not is_junk(name):
             n_encrypted += info.flag_bits & _ENCRYPTED
-            place = (info.header_offset, info.compress_size, info.compress_type)
-            entries.append(Entry(name, info.file_size, info.CRC, *place))
+            location = (info.header_offset, info.compress_size, info.compress_type)
+            entries.append(Entry(name, info.file_size, info.CRC, *location))
     if not entries:
         raise ArchiveError(f"{path} is a zip without files")
     if n_encrypted:
@@ -228,9 +227,9 @@ def _list_zip(path: Path) -> list[Entry]:
 
 
 def _refuse_overlap(path: Path, infos: list[zipfile.ZipInfo]) -> None:
-    places = sorted((info.header_offset, info.compress_size, info.orig_filename) for info in infos)
-    for (start, n_bytes, name), (following, _, other) in pairwise(places):
-        if start + _LOCAL_HEADER.size + n_bytes > following:
+    extents = sorted((info.header_offset, info.compress_size, info.orig_filename) for info in infos)
+    for (start, n_bytes, name), (next_start, _, other) in pairwise(extents):
+        if start + _LOCAL_HEADER.size + n_bytes > next_start:
             raise ArchiveError(
                 f"{path} holds {name!r} and {other!r} in the same bytes: it is damaged or a zip bomb"
             )
@@ -245,11 +244,11 @@ def _read_directory(path: Path) -> list[zipfile.ZipInfo]:
             return [info for info in archive.infolist() if not info.filename.endswith("/")]
     except UnicodeDecodeError:
         raise ArchiveError(
-            f"{path} has names that are not the UTF-8 they are said to be: pack it again"
+            f"{path} has names that are marked as UTF-8 and are not: create the zip again"
         ) from None
     except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, OverflowError) as error:
         if start == b"PK\x03\x04":
-            raise ArchiveError(f"{path} is cut short or damaged ({error}): download it again") from None
+            raise ArchiveError(f"{path} is truncated or damaged ({error}): download it again") from None
         raise ArchiveError(f"{path} is neither a zip nor a folder: unpack it and give the folder") from None
     except OSError as error:
         raise ArchiveError(f"{path} cannot be read: {error.strerror}") from None
@@ -264,17 +263,17 @@ def _inflate(packed: memoryview, entry: Entry) -> bytes:
     except zlib.error:
         raise DataError("cannot be inflated: the zip is damaged") from None
     if len(data) != entry.size:
-        raise DataError(f"does not unpack to the {entry.size:,} bytes the zip's directory says")
+        raise DataError(f"does not unpack to the {entry.size:,} bytes in the zip's directory")
     return data
 
 
 def _walk(
-    folder: Path, prefix: str, above: frozenset[tuple[int, int]] = frozenset()
+    folder: Path, prefix: str, ancestors: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[tuple[str, int, int]]:
-    """Yield files below a folder, sizes and times of change; links that lead back up are not followed."""
+    """Yield name, size and modification time of files below a folder; cyclic links are not followed."""
     status = folder.stat()
-    here = (status.st_dev, status.st_ino)
-    if here in above:
+    identity = (status.st_dev, status.st_ino)
+    if identity in ancestors:
         return
     try:
         items = list(os.scandir(folder))
@@ -285,11 +284,11 @@ def _walk(
             continue
         name = prefix + item.name
         if item.is_dir():
-            yield from _walk(folder / item.name, name + "/", above | {here})
+            yield from _walk(folder / item.name, name + "/", ancestors | {identity})
         elif item.is_file():
             status = item.stat()
             yield name, status.st_size, status.st_mtime_ns
-        elif item.is_symlink():  # one that leads nowhere is named when it is read
+        elif item.is_symlink():  # a broken link is reported when it is read
             yield name, 0, 0
 
 

@@ -1,10 +1,9 @@
-"""The audit: what in a pack, or in a split of it, would spoil a result, and what one should know of it.
+"""Audit of a pack or split: duplicates, label conflicts, overlap between subsets and other problems.
 
-Near duplicates are found by a perceptual hash and then looked at. Pictures that were stored again (another
-compression, a little brighter) keep the order of neighbouring grey values. A 64-bit difference hash keeps
-just that; pairs whose hashes differ in few bits are compared pixel by pixel, so that a chance likeness of
-hashes is never reported. Of copies of 1,500 real IDC patches, those within 4 bits: stored as JPEG at
-quality 90, .97; at 75, .93; 5 % darker, .997; with noise of 5 grey levels, .92.
+Near duplicates are found by a 64-bit difference hash, which encodes the order of neighbouring grey values and
+is robust to recompression and brightness changes. Pairs whose hashes differ in few bits are verified by the
+correlation of their pixels, so that hash collisions are not reported. Recall at 4 bits on copies of 1,500 IDC
+patches: JPEG quality 90, .97; quality 75, .93; 5 % darker, .997; noise of 5 grey levels, .92.
 """
 
 import os
@@ -20,10 +19,10 @@ from biopsy.data.packs import Pack, PackCounts
 from biopsy.data.protocols import SUBSETS
 from biopsy.data.splits import Split, find_overlap
 
-MAX_BITS = 4  # bits by which hashes of one picture may differ
-# Correlation of grey values from which two patches are one picture; on IDC unlike ones reached .48.
+MAX_BITS = 4  # largest Hamming distance between hashes of near duplicates
+# Minimum correlation of grey values of near duplicates; distinct IDC patches reached .48.
 MIN_CORRELATION = 0.9
-BLANK_SD = 4.0  # grey levels; a patch that varies less shows nothing to compare
+BLANK_SD = 4.0  # standard deviation in grey levels below which a patch is blank
 CHUNK = 4096
 PAIRS_AT_ONCE = 4_000_000
 
@@ -33,7 +32,7 @@ _BITS_SET = np.array([number.bit_count() for number in range(2**16)], np.uint8)
 
 
 def hash_patches(patches: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the difference hash and the spread of grey values of every patch.
+    """Return the difference hash and the standard deviation of grey values of every patch.
 
     Args:
         patches: uint8 ``(N, H, W, 3)`` RGB, may be memory-mapped.
@@ -63,35 +62,33 @@ def find_near_duplicates(
     hashes: np.ndarray,
     candidates: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Find pairs of patches that show one picture.
+    """Find pairs of patches that are near duplicates.
 
     Args:
         patches: uint8 ``(N, H, W, 3)`` RGB.
         sizes: True ``(width, height)``, ``(N, 2)``.
-        hashes: As `hash_patches` gives them.
-        candidates: Rows to compare, ``(n,)``: one of each group of exact duplicates, none that is blank.
+        hashes: Output of `hash_patches`.
+        candidates: Rows to compare, ``(n,)``: one of each group of exact duplicates, without blank patches.
 
     Returns:
         Pairs of rows ``(n_pairs, 2)``, smaller first, sorted, and the correlation of their grey values.
     """
-    result = [candidates[pair] for pair in _close_pairs(hashes[candidates])]
-    pairs = (
-        np.unique(np.sort(np.concatenate(result), axis=1), axis=0) if result else np.empty((0, 2), np.int64)
-    )
-    likeness = np.array(
+    close = [candidates[pair] for pair in _close_pairs(hashes[candidates])]
+    pairs = np.unique(np.sort(np.concatenate(close), axis=1), axis=0) if close else np.empty((0, 2), np.int64)
+    correlations = np.array(
         [_correlate(_grey(patches[a], sizes[a]), _grey(patches[b], sizes[b])) for a, b in pairs]
     )
-    same = likeness >= MIN_CORRELATION if len(pairs) else np.empty(0, bool)
-    return pairs[same], likeness[same]
+    is_duplicate = correlations >= MIN_CORRELATION if len(pairs) else np.empty(0, bool)
+    return pairs[is_duplicate], correlations[is_duplicate]
 
 
 def _close_pairs(hashes: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield pairs of places whose hashes differ in at most `MAX_BITS` bits, some of them more than once."""
+    """Yield pairs of positions whose hashes differ in at most `MAX_BITS` bits, some more than once."""
     for band in range(_N_BANDS):
         values = (hashes >> np.uint64(band * _BAND_BITS)) & np.uint64(2**_BAND_BITS - 1)
         order = np.argsort(values, kind="stable")
         ordered = values[order]
-        # Each place is paired with those after it that share its band.
+        # Each position is paired with the later ones that share its band.
         n_after = np.searchsorted(ordered, ordered, side="right") - np.arange(len(order)) - 1
         for first, last in _blocks(n_after):
             counts = n_after[first:last]
@@ -103,7 +100,7 @@ def _close_pairs(hashes: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _blocks(counts: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Cut places into runs with about `PAIRS_AT_ONCE` pairs each."""
+    """Divide positions into ranges of about `PAIRS_AT_ONCE` pairs each."""
     ends = np.cumsum(counts)
     first = 0
     while first < len(counts):
@@ -123,7 +120,7 @@ def _grey(patch: np.ndarray, size: np.ndarray) -> np.ndarray:
 
 
 def _correlate(first: np.ndarray, second: np.ndarray) -> float:
-    """Correlate grey values; patches of two true sizes are compared at the first one's."""
+    """Return the correlation of grey values; the second patch is resized to the size of the first."""
     if first.shape != second.shape:
         second = cv2.resize(second, first.shape[::-1], interpolation=cv2.INTER_AREA)
     return float(np.corrcoef(first.ravel(), second.ravel())[0, 1])
@@ -131,25 +128,25 @@ def _correlate(first: np.ndarray, second: np.ndarray) -> float:
 
 FORMAT = "biopsy-audit/1"
 LIST_LIMIT = 100
-"""Lists are cut to this length; the count beside them is always whole."""
+"""Maximum length of a list; its count is of all items."""
 
 
 class Findings(TypedDict):
-    """How many, and the first `LIST_LIMIT` of them."""
+    """Number of findings, and the first `LIST_LIMIT` of them."""
 
     count: int
     items: list[Any]
 
 
 class Overlap(TypedDict):
-    """How many patients (slides) are in several subsets, and in which the first of them are."""
+    """Number of patients (slides) in several subsets, and the subsets of the first of them."""
 
     count: int
     items: dict[str, list[str]]
 
 
 class SplitAudit(TypedDict):
-    """What of a split would spoil a result, or is to be known of it."""
+    """Audit of a split."""
 
     name: str
     protocol: str
@@ -162,7 +159,7 @@ class SplitAudit(TypedDict):
 
 
 class LabelConflicts(TypedDict):
-    """Patches of the same pixels, or of the same place on a slide, whose labels differ."""
+    """Patches with the same pixels, or the same coordinates on a slide, whose labels differ."""
 
     same_pixels: Findings
     same_pixels_blank: Findings
@@ -171,7 +168,7 @@ class LabelConflicts(TypedDict):
 
 
 class Audit(TypedDict):
-    """What ``audit.json`` holds."""
+    """Content of ``audit.json``."""
 
     format: str
     pack_sha256: str
@@ -190,25 +187,24 @@ class Audit(TypedDict):
 
 
 def audit_pack(pack: Pack, split: Split | None = None) -> Audit:
-    """Look for everything in a pack that would spoil a result.
+    """Audit a pack for problems that would invalidate a result.
 
     Args:
-        split: A split of it, of which overlap and duplicates between subsets are then looked for.
+        split: Split to check for patients and duplicates in several subsets.
 
     Returns:
-        What ``audit.json`` holds. Findings are ``{"count", "items"}`` with at most 100 items. A blank patch
-        (grey values vary by less than 4 levels) looks like any other, so that blank duplicates are counted
-        apart and spoil nothing.
+        The content of ``audit.json``. Findings are ``{"count", "items"}`` with at most 100 items. Duplicates
+        of blank patches (standard deviation below 4 grey levels) are counted separately and are not problems.
 
     Raises:
-        SplitError: If the split is another pack's.
+        SplitError: If the split belongs to another pack.
     """
     hashes, spread = hash_patches(pack.patches, pack.sizes)
     blank = spread < BLANK_SD
     pictures = pd.factorize(pack.table["sha256"])[0]
     first_of_picture = np.unique(pictures, return_index=True)[1]
     candidates = first_of_picture[~blank[first_of_picture]]
-    near, likeness = find_near_duplicates(pack.patches, pack.sizes, hashes, candidates)
+    near, correlations = find_near_duplicates(pack.patches, pack.sizes, hashes, candidates)
     return {
         "format": FORMAT,
         "pack_sha256": pack.info.content_sha256,
@@ -219,7 +215,7 @@ def audit_pack(pack: Pack, split: Split | None = None) -> Audit:
         "odd_sizes": _audit_sizes(pack),
         "blank": _listed_ids(pack, blank),
         "exact_duplicates": _audit_exact(pack, pictures, blank),
-        "near_duplicates": _audit_near(pack, near, likeness),
+        "near_duplicates": _audit_near(pack, near, correlations),
         "label_conflicts": _audit_labels(pack, pictures, blank),
         "coordinates": _audit_coordinates(pack),
         "groups": _audit_groups(pack),
@@ -228,18 +224,18 @@ def audit_pack(pack: Pack, split: Split | None = None) -> Audit:
 
 
 def find_blocking_issues(audit: Audit) -> list[str]:
-    """Return a line for each thing that would spoil a result; an empty list means that nothing would.
+    """Return one sentence per problem that would invalidate a result.
 
-    A split that is published, or made to measure a leak, is exempt: its overlap is stated as what it is.
+    Overlap in published splits and in leakage experiments is not a problem.
     """
     reasons = []
     conflicts = audit["label_conflicts"]
-    pixels, place = conflicts["same_pixels"], conflicts["same_place"]
-    for result, words in ((pixels, "the same pixels"), (place, "the same place")):
-        if result["count"]:
-            first = result["items"][0]
+    pixels, coordinates = conflicts["same_pixels"], conflicts["same_place"]
+    for conflict, words in ((pixels, "the same pixels"), (coordinates, "the same coordinates")):
+        if conflict["count"]:
+            first = conflict["items"][0]
             reasons.append(
-                f"{result['count']:,} label conflicts: patches of {words} with different labels, such as "
+                f"{conflict['count']:,} label conflicts: patches of {words} with different labels, such as "
                 f"{' and '.join(first[:2])}; correct them with `biopsy prepare --labels CSV`"
             )
     split = audit["split"]
@@ -262,12 +258,12 @@ def find_blocking_issues(audit: Audit) -> list[str]:
 
 
 def _audit_sizes(pack: Pack) -> dict[str, object]:
-    odd = (pack.sizes != pack.info.patch_px).any(axis=1)
-    sizes, counts = np.unique(pack.sizes[odd], axis=0, return_counts=True)
+    padded = (pack.sizes != pack.info.patch_px).any(axis=1)
+    sizes, counts = np.unique(pack.sizes[padded], axis=0, return_counts=True)
     by_size = [
         {"width": int(w), "height": int(h), "count": int(n)} for (w, h), n in zip(sizes, counts, strict=True)
     ]
-    return {"by_size": by_size, **_listed_ids(pack, odd)}
+    return {"by_size": by_size, **_listed_ids(pack, padded)}
 
 
 def _audit_exact(pack: Pack, pictures: np.ndarray, blank: np.ndarray) -> dict[str, object]:
@@ -279,54 +275,56 @@ def _audit_exact(pack: Pack, pictures: np.ndarray, blank: np.ndarray) -> dict[st
     }
 
 
-def _audit_near(pack: Pack, pairs: np.ndarray, likeness: np.ndarray) -> dict[str, object]:
-    order = np.argsort(-likeness, kind="stable")
+def _audit_near(pack: Pack, pairs: np.ndarray, correlations: np.ndarray) -> dict[str, object]:
+    order = np.argsort(-correlations, kind="stable")
     return {
         "method": f"difference hash of 64 bits, at most {MAX_BITS} apart, then correlation of grey values "
-        f">= {MIN_CORRELATION}; turned and shifted copies are not looked for",
+        f">= {MIN_CORRELATION}; rotated and shifted copies are not detected",
         **_listed(
             {"patches": ids, "correlation": round(correlation, 4)}
-            for ids, correlation in zip(_pair_ids(pack, pairs[order]), likeness[order].tolist(), strict=True)
+            for ids, correlation in zip(
+                _pair_ids(pack, pairs[order]), correlations[order].tolist(), strict=True
+            )
         ),
     }
 
 
 def _audit_labels(pack: Pack, pictures: np.ndarray, blank: np.ndarray) -> LabelConflicts:
     table = pack.table
-    whose = table["slide_id"].where(table["slide_id"].notna(), table["patient_id"])
-    known = (whose.notna() & table["x"].notna() & table["y"].notna()).to_numpy()
-    places = pd.DataFrame({"whose": whose, "x": table["x"], "y": table["y"]})[known]
-    place = np.full(len(table), -1)
-    place[known] = places.groupby(["whose", "x", "y"], sort=False).ngroup()
+    slide_id = table["slide_id"].where(table["slide_id"].notna(), table["patient_id"])
+    complete = (slide_id.notna() & table["x"].notna() & table["y"].notna()).to_numpy()
+    coordinates = table[["x", "y"]].assign(slide_id=slide_id)[complete]
+    position = np.full(len(table), -1)
+    position[complete] = coordinates.groupby(["slide_id", "x", "y"], sort=False).ngroup()
     same_pixels = _differing(pictures, pack.target)
     return {
         "same_pixels": _listed(_groups(pack, pictures, same_pixels & ~blank)),
         "same_pixels_blank": _listed(_groups(pack, pictures, same_pixels & blank)),
-        "same_place": _listed(_groups(pack, place, _differing(place, pack.target))),
-        "repeated_places": int(places.duplicated().sum()),
+        "same_place": _listed(_groups(pack, position, _differing(position, pack.target))),
+        "repeated_places": int(coordinates.duplicated().sum()),
     }
 
 
 def _audit_coordinates(pack: Pack) -> dict[str, object]:
-    """Count patches with a place, and those that stand off the grid most of them share."""
-    places = pack.table[["x", "y"]].dropna().astype(np.int64).to_numpy()
-    if not len(places):
+    """Count patches with coordinates, and those off the most common grid."""
+    coordinates = pack.table[["x", "y"]].dropna().astype(np.int64).to_numpy()
+    if not len(coordinates):
         return {"known": 0, "off_grid": 0, "negative": 0}
-    offsets, counts = np.unique(places % pack.info.patch_px, axis=0, return_counts=True)
+    offsets, counts = np.unique(coordinates % pack.info.patch_px, axis=0, return_counts=True)
     return {
-        "known": len(places),
-        "off_grid": int(len(places) - counts.max()),
+        "known": len(coordinates),
+        "off_grid": int(len(coordinates) - counts.max()),
         "grid_offset": offsets[np.argmax(counts)].tolist(),
-        "negative": int((places < 0).any(axis=1).sum()),
+        "negative": int((coordinates < 0).any(axis=1).sum()),
     }
 
 
 def _audit_groups(pack: Pack) -> dict[str, object]:
-    """Count the classes of every patient (slide, where no patients are named), and patches of no known."""
+    """Count the classes of each patient (slide if there are no patients), and patches without one."""
     if pack.unit == "patch":
         return {"count": None, "one_class": None, "items": [], "unknown": len(pack)}
-    known = pack.table[f"{pack.unit}_id"].notna().to_numpy()
-    table = pd.crosstab(pack.group_ids[known], pack.target[known]).reindex(
+    has_group = pack.table[f"{pack.unit}_id"].notna().to_numpy()
+    table = pd.crosstab(pack.group_ids[has_group], pack.target[has_group]).reindex(
         columns=range(len(pack.class_names)), fill_value=0
     )
     present = (table > 0).sum(axis=1)
@@ -339,7 +337,7 @@ def _audit_groups(pack: Pack) -> dict[str, object]:
         for group, counts in zip(table.index.tolist(), table.to_numpy(), strict=True)
     ]
     one_class = _listed(table.index[present == 1].tolist())
-    return {"count": len(table), "one_class": one_class, "items": items, "unknown": int((~known).sum())}
+    return {"count": len(table), "one_class": one_class, "items": items, "unknown": int((~has_group).sum())}
 
 
 def _audit_split(
@@ -370,7 +368,7 @@ def _audit_split(
 
 
 def _differing(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Mark members of groups (numbers; -1 is none) whose values are not all the same."""
+    """Return a mask of the members of groups (-1: none) whose values are not all equal."""
     marked = np.zeros(len(groups), bool)
     member = groups >= 0
     if member.any():
@@ -384,7 +382,7 @@ def _differing(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _groups(pack: Pack, groups: np.ndarray, chosen: np.ndarray) -> list[list[str]]:
-    """List the patch ids of the chosen members of each group."""
+    """Return the patch ids of the chosen members of each group."""
     ids = pack.table["patch_id"][chosen]
     return [list(members) for _, members in ids.groupby(groups[chosen], sort=False)]
 

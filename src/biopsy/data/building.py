@@ -1,4 +1,4 @@
-"""Packs of what a user already has: arrays, a table of image files, a torch or Hugging Face data set."""
+"""Packs made of arrays, a table of image files, or a torch or Hugging Face data set."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ from biopsy.data.tables import RESERVED
 from biopsy.slide_io.images import decode, read_header
 
 PACKS = Path("packs")
-"""Folder of packs that were given no name."""
+"""Default folder of packs."""
 PATH_COLUMNS = ("path", "image_path", "image", "file", "filename", "file_name")
 LABEL_COLUMNS = ("label", "target", "class", "class_name", "y_true", "diagnosis")
 ID_COLUMNS = {
@@ -43,11 +43,11 @@ IMAGE_KEYS = ("image", "img", "pixel_values", "x")
 
 
 class MadePixels:
-    """Images that a function gives, one at a time."""
+    """Images returned by a function, one at a time."""
 
     def __init__(self, get: Callable[[int], np.ndarray]) -> None:
         self._get = get
-        self._lock = threading.Lock()  # a data set need not bear several threads
+        self._lock = threading.Lock()  # a data set may not be thread-safe
 
     def measure(self, row: int) -> tuple[int, int]:
         """Return ``(width, height)``."""
@@ -56,7 +56,7 @@ class MadePixels:
         return width, height
 
     def read(self, rows: Sequence[int]) -> Iterator[np.ndarray | DataError]:
-        """Yield one image after the other, or why there is none."""
+        """Yield each image, or the error."""
         for row in rows:
             try:
                 with self._lock:
@@ -78,7 +78,7 @@ class FilePixels:
         return header.width, header.height
 
     def read(self, rows: Sequence[int]) -> Iterator[np.ndarray | DataError]:
-        """Decode one file after the other."""
+        """Yield each decoded image, or the error."""
         for row in rows:
             try:
                 yield decode(read_bytes(self._paths[row], max_bytes=MAX_ENTRY_BYTES))
@@ -88,13 +88,13 @@ class FilePixels:
 
 @dataclass
 class ImageSource:
-    """Images and what is known of them, before they are a pack.
+    """Images with their metadata and labels, input of `build_pack`.
 
     Attributes:
         name: ``arrays``, ``table`` or ``dataset``.
-        table: One row an image, without its class.
-        labels: Class of each, ``(n,)``: names, or indices.
-        class_names: Names by index, where the source states them.
+        table: Metadata, one row per image, without the class.
+        labels: Class of each image, ``(n,)``: names or indices.
+        class_names: Names by index, if the source has them.
     """
 
     name: str
@@ -112,15 +112,15 @@ def read_arrays(
 ) -> ImageSource:
     """Return arrays as images; see `Pack.from_arrays`."""
     if not len(images):
-        raise DataError("there are no images: give one per patch")
+        raise DataError("there are no images: pass one or more")
     if isinstance(images, np.ndarray) and images.ndim != 4:
-        raise DataError(f"images have shape {images.shape}: give uint8 (n, height, width, 3) RGB")
+        raise DataError(f"images have shape {images.shape}: expected uint8 (n, height, width, 3) RGB")
     table = _make_table(len(images), patients, columns)
     return ImageSource("arrays", table, MadePixels(lambda row: to_rgb(images[row])), labels)
 
 
 def read_image_table(path: Path | str, root: Path | str | None) -> ImageSource:
-    """Return the image files that a table names; see `Pack.from_table`."""
+    """Return the image files of a table; see `Pack.from_table`."""
     path = Path(path)
     frame = _read_table(path)
     lower = {str(name).lower(): str(name) for name in frame.columns}
@@ -135,7 +135,7 @@ def read_image_table(path: Path | str, root: Path | str | None) -> ImageSource:
             f"and one of {', '.join(LABEL_COLUMNS)} are needed: rename yours"
         )
     if not len(frame) or frame[file].isna().any():
-        raise DataError(f"{path}: column {file} names no file in {int(frame[file].isna().sum())} rows")
+        raise DataError(f"{path}: column {file} is empty in {int(frame[file].isna().sum())} rows")
     ids = {
         name: result
         for name, names in ID_COLUMNS.items()
@@ -143,12 +143,12 @@ def read_image_table(path: Path | str, root: Path | str | None) -> ImageSource:
     }
     folder = path.parent if root is None else Path(root)
     texts = frame[file].astype(str)
-    known = frame.drop(columns=[file, label, *ids.values()]).assign(
+    metadata = frame.drop(columns=[file, label, *ids.values()]).assign(
         **{name: frame[column] for name, column in ids.items()}
     )
     if "patch_id" not in ids:
-        known["patch_id"] = texts
-    table = _make_table(len(frame), None, known).assign(source=texts.to_numpy())
+        metadata["patch_id"] = texts
+    table = _make_table(len(frame), None, metadata).assign(source=texts.to_numpy())
     pixels = FilePixels([folder / name for name in texts])
     return ImageSource("table", table, pixels, frame[label].to_numpy())
 
@@ -161,7 +161,7 @@ def read_dataset(
         raise DataError(f"the data set has the splits {', '.join(map(str, dataset))}: give one of them")
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise DataError(
-            f"{type(dataset).__name__} has no length and no items by number: load it whole, not as a stream"
+            f"{type(dataset).__name__} has no __len__ or __getitem__: load it whole, not as a stream"
         )
     n, names, class_names = len(dataset), getattr(dataset, "column_names", None), None
     if not n:
@@ -179,20 +179,20 @@ def read_dataset(
         if labels is None:
             labels = getattr(dataset, "targets", None)
         if labels is None:
-            parts = [_take_apart(dataset[row]) for row in range(n)]
+            parts = [_unpack_item(dataset[row]) for row in range(n)]
             labels = [part[1] for part in parts]
             if patients is None and all(part[2] is not None for part in parts):
                 patients = [part[2] for part in parts]
     table = _make_table(n, _plain_list(patients), columns)
-    pixels = MadePixels(lambda row: to_rgb(_take_apart(dataset[row])[0]))
+    pixels = MadePixels(lambda row: to_rgb(_unpack_item(dataset[row])[0]))
     return ImageSource("dataset", table, pixels, _plain_list(labels), class_names)
 
 
 def index_labels(labels: Any, class_names: Sequence[str]) -> np.ndarray:
-    """Return the index of each label's class; labels are names of classes or else their indices.
+    """Return the class index of each label; labels are class names or indices.
 
     Raises:
-        DataError: If a label is missing, or of no class.
+        DataError: If a label is missing or unknown.
     """
     values = pd.Series(np.asarray(labels).reshape(-1))
     if values.isna().any():
@@ -212,7 +212,7 @@ def index_labels(labels: Any, class_names: Sequence[str]) -> np.ndarray:
     if unknown.any():
         at = int(unknown.argmax())
         raise DataError(
-            f"{unknown.sum():,} labels are of no class, first {texts[at]!r} in row {at}; classes: "
+            f"{unknown.sum():,} labels are unknown, first {texts[at]!r} in row {at}; classes: "
             f"{', '.join(class_names)} (or their indices from 0)"
         )
     return target.to_numpy(np.intp)
@@ -226,7 +226,7 @@ def to_rgb(image: Any) -> np.ndarray:
             mapping with the ``bytes`` of an image file.
 
     Raises:
-        DataError: If it is none of these.
+        DataError: If it is of another type, shape or dtype.
     """
     if isinstance(image, Mapping) and image.get("bytes") is not None:
         return decode(image["bytes"])
@@ -247,26 +247,26 @@ def to_rgb(image: Any) -> np.ndarray:
 
 
 def _make_table(n: int, patients: ArrayLike | None, columns: Columns | None) -> pd.DataFrame:
-    """Return what is known of patches besides their class."""
-    known = {} if columns is None else {str(name): columns[name] for name in columns}
+    """Return the metadata of patches, without the class."""
+    metadata = {} if columns is None else {str(name): columns[name] for name in columns}
     if patients is not None:
-        known["patient_id"] = patients
-    for name, values in known.items():
+        metadata["patient_id"] = patients
+    for name, values in metadata.items():
         if np.shape(values) != (n,):
             raise DataError(
-                f"{name} has shape {np.shape(values)} for {n:,} patches: give one value per patch"
+                f"{name} has shape {np.shape(values)} for {n:,} patches: pass one value per patch"
             )
-    table = pd.DataFrame({name: np.asarray(values) for name, values in known.items()}, index=range(n))
+    table = pd.DataFrame({name: np.asarray(values) for name, values in metadata.items()}, index=range(n))
     taken = sorted(set(table) & (RESERVED - {"patch_id", "patient_id", "slide_id", "site_id", "x", "y"}))
     if taken:
         raise DataError(f"columns may not be called {', '.join(taken)}: rename them")
     for name in ID_COLUMNS:
-        table[name] = table[name].map(_spell, na_action="ignore") if name in table else None
+        table[name] = table[name].map(_normalize_id, na_action="ignore") if name in table else None
     if table["patch_id"].isna().all():
         table["patch_id"] = [str(row) for row in range(n)]
     twice = table["patch_id"][table["patch_id"].duplicated()]
     if len(twice):
-        raise DataError(f"{len(twice):,} patch ids come more than once, first {twice.iloc[0]!r}")
+        raise DataError(f"{len(twice):,} patch ids are repeated, first {twice.iloc[0]!r}")
     for name in ("x", "y"):
         table[name] = (
             pd.array(table[name], dtype="Int64") if name in table else pd.array([pd.NA] * n, dtype="Int64")
@@ -281,10 +281,10 @@ def build_pack(
     mpp: float | None,
     out: Path | str | None,
 ) -> Pack:
-    """Write a pack and open it; where one of the same content lies there, that is opened."""
+    """Write a pack and open it; an existing pack of the same content is opened instead."""
     table, labels = source.table, source.labels
     if np.shape(labels) != (len(table),):
-        raise DataError(f"labels have shape {np.shape(labels)} for {len(table):,} images: give one per image")
+        raise DataError(f"labels have shape {np.shape(labels)} for {len(table):,} images: pass one per image")
     if mpp is not None and not 0 < mpp < 1000:
         raise DataError(f"mpp is {mpp}: micrometres per pixel lie between 0 and 1000")
     names, positive = _name_classes(labels, class_names or source.class_names, positive_class)
@@ -298,9 +298,9 @@ def build_pack(
     )
     made = datetime.now(UTC).isoformat(timespec="seconds")
     origin = Origin(source=source.name, made=made, version=version("biopsy"))
-    place = PACKS if out is None else Path(out).parent
-    place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place, prefix=".biopsy-") as temporary:
+    parent = PACKS if out is None else Path(out).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".biopsy-") as temporary:
         new = Path(temporary) / "new.pack"
         with create_directory(new) as folder:
             write_listing(folder, source.name, listing, origin, mpp)
@@ -309,18 +309,18 @@ def build_pack(
         if not final.exists() or (final.is_dir() and not any(final.iterdir())):
             os.replace(new, final)
         elif not is_pack(final):
-            raise DataError(f"{final} exists and is not a pack: name another out=")
+            raise DataError(f"{final} exists and is not a pack: pass another out=")
         elif _identify(Pack.open(final)) != identity:
-            raise PackError(f"{final} is a pack of other patches: name another out=, or remove it")
+            raise PackError(f"{final} is a pack of other patches: pass another out=, or remove it")
     return Pack.open(final)
 
 
 def _identify(pack: Pack) -> str:
-    """Return a hash of all that a user says of patches, and of their pixels."""
+    """Return a hash of the pixels, labels and metadata of a pack."""
     info = pack.info
-    about = [info.content_sha256, info.class_names, info.positive_class, info.mpp]
+    description = [info.content_sha256, info.class_names, info.positive_class, info.mpp]
     table = pack.table.astype("string").to_csv(index=False)
-    return hashlib.sha256(f"{json.dumps(about)}\n{table}".encode()).hexdigest()
+    return hashlib.sha256(f"{json.dumps(description)}\n{table}".encode()).hexdigest()
 
 
 def _name_classes(
@@ -335,7 +335,7 @@ def _name_classes(
     else:
         names = sorted(values.dropna().astype(str).unique())
     if len(names) < 2 or len(set(names)) != len(names):
-        raise DataError(f"class_names={names}: give two or more names, each once")
+        raise DataError(f"class_names={names}: pass two or more distinct names")
     if positive_class is not None and (len(names) != 2 or positive_class not in names):
         raise DataError(f"positive_class={positive_class!r} is none of two: {suggest(positive_class, names)}")
     if len(names) > 2:
@@ -351,8 +351,8 @@ def _read_table(path: Path) -> pd.DataFrame:
     return table.apply(lambda column: column if str(column.name).lower() in ids else infer_numbers(column))
 
 
-def _take_apart(item: Any) -> tuple[Any, Any, Any]:
-    """Return image, label and patient of one item of a data set; None what it does not hold."""
+def _unpack_item(item: Any) -> tuple[Any, Any, Any]:
+    """Return image, label and patient of one item of a data set; None for missing fields."""
     if isinstance(item, Mapping):
         result = [
             next((item[key] for key in keys if key in item), None)
@@ -363,21 +363,21 @@ def _take_apart(item: Any) -> tuple[Any, Any, Any]:
             raise DataError(f"an item has the keys {keys}; one of {', '.join(IMAGE_KEYS)} is needed")
         return result[0], result[1], result[2]
     if isinstance(item, tuple | list) and len(item) in (2, 3):
-        image, label, *rest = item
-        return image, label.item() if hasattr(label, "item") else label, rest[0] if rest else None
+        image, label, *patient = item
+        return image, label.item() if hasattr(label, "item") else label, patient[0] if patient else None
     raise DataError(f"an item is a {type(item).__name__} where (image, label) or a mapping is needed")
 
 
-def _pick(names: Sequence[str], wanted: Sequence[str]) -> str:
-    for name in wanted:
+def _pick(names: Sequence[str], options: Sequence[str]) -> str:
+    for name in options:
         if name in names:
             return name
-    raise DataError(f"the data set has the columns {', '.join(names)}; one of {', '.join(wanted)} is needed")
+    raise DataError(f"the data set has the columns {', '.join(names)}; one of {', '.join(options)} is needed")
 
 
 def _plain_list(values: Any) -> Any:
     return values.tolist() if hasattr(values, "tolist") else None if values is None else list(values)
 
 
-def _spell(value: object) -> str:
+def _normalize_id(value: object) -> str:
     return normalize_id(str(value))

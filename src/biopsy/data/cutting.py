@@ -1,18 +1,16 @@
-"""Where patches lie on an annotated slide, and which class each is of.
+"""Cutting of annotated slides into labelled patches.
 
-The rules, which ``pack.json`` records with their numbers:
+The rules, recorded in ``pack.json`` with their parameters:
 
-* Patches lie side by side, or at ``stride_px``, on a grid from the slide's corner at the wanted mpp and
-  wholly inside the slide: the grid on which slides are mapped.
-* A label is valid only where somebody looked. Where the slide has areas of the class ``Region*``, a patch
-  lies wholly inside them; it lies wholly outside areas that are to be ignored: classes that end in ``*``, as
-  QuPath's ``Ignore*``, or that stand after an empty name in ``classes``.
+* Patches are on a grid with stride ``stride_px`` from the slide's corner at the requested resolution, wholly
+  inside the slide, as for maps.
+* If the slide has areas of the class ``Region*``, a patch is wholly inside them. It is wholly outside ignored
+  areas: classes that end in ``*``, such as QuPath's ``Ignore*``, or follow an empty name in ``classes``.
 * At least half of a patch is tissue, as for maps.
-* A patch is of the one class that covers at least ``label_frac`` of it. None does: it is left out. More than
-  one does, because annotations overlap or each covers half: it is left out. ``rest`` is the class of what is
-  valid and in no annotation; without it that has no label.
+* The class of a patch is the only one that covers at least ``label_frac`` of it; patches with no such class,
+  or several, are excluded. ``rest`` is the class of unannotated tissue in the valid area (default: excluded).
 
-What is left out is counted by these reasons.
+Excluded patches are counted by reason.
 """
 
 from collections.abc import Sequence
@@ -38,7 +36,7 @@ NO_TISSUE, NOT_VALID, NO_CLASS, TWO_CLASSES = (
     "no class covers enough",
     "more than one class covers enough",
 )
-_TOUCHING = 1e-6  # of a patch's area: what lies this close to a border lies on it
+_TOLERANCE = 1e-6  # fraction of a patch's area, for rounding errors at borders
 
 
 @dataclass(frozen=True)
@@ -46,17 +44,17 @@ class Cutting:
     """How slides are cut and patches labelled.
 
     Attributes:
-        mpp: Micrometres per pixel of the patches.
-        patch_px: Their side in such pixels.
-        stride_px: Step of the grid; None for ``patch_px``.
-        label_frac: Share of a patch that its class must cover, in (0, 1].
-        classes: ``NAME=ANNOTATED`` for each class, or a name alone; ``=ANNOTATED`` is to be ignored. Several
-            may go to one name. None takes the names as they were annotated.
-        rest: Class of what is in the valid area and was not annotated; None leaves it out.
-        region: Annotated class that limits where labels are valid.
-        slide_mpp: Micrometres per pixel of slides that do not say: a number, or a csv with ``slide, mpp``.
-        annotations: A folder of annotation files, or one file; None for those beside the slides.
-        crop: Whether QuPath cropped slides to what was scanned, as it does unless it is told ``--no-crop``.
+        mpp: Pixel size of the patches in µm.
+        patch_px: Side of the patches in pixels.
+        stride_px: Stride in pixels (default: ``patch_px``).
+        label_frac: Minimum fraction of a patch covered by its class, in (0, 1].
+        classes: ``NAME=ANNOTATED`` for each class, or a name alone; ``=ANNOTATED`` is ignored. Several
+            annotated classes may have one name (default: the annotated names).
+        rest: Class of unannotated tissue in the valid area (default: excluded).
+        region: Annotation class that outlines the fully annotated area.
+        slide_mpp: Pixel size in µm of slides that do not record it: a number, or a csv with ``slide, mpp``.
+        annotations: Folder of annotation files, or one file (default: beside the slides).
+        crop: Whether QuPath cropped slides to their scanned bounds on export.
 
     Raises:
         DataError: If a number is out of range.
@@ -77,23 +75,23 @@ class Cutting:
         if self.patch_px < 1 or self.step_px < 1:
             raise DataError(f"patch_px={self.patch_px} and stride_px={self.stride_px} must be 1 or more")
         if not 0 < self.label_frac <= 1:
-            raise DataError(f"label_frac={self.label_frac} is no share of a patch: above 0, at most 1")
+            raise DataError(f"label_frac={self.label_frac} must be above 0 and at most 1")
 
     @property
     def step_px(self) -> int:
-        """Step of the grid in pixels of the patches."""
+        """Stride in pixels."""
         return self.patch_px if self.stride_px is None else self.stride_px
 
     @property
     def names(self) -> dict[str, str] | None:
-        """Annotated name -> class name; an empty one is to be ignored. None takes all as they are."""
+        """Class name by annotated name, "" for ignored ones; None for the annotated names."""
         if self.classes is None:
             return None
         pairs = [part.partition("=") for part in self.classes]
         return {(annotated or name).strip(): name.strip() for name, _, annotated in pairs}
 
     def to_dict(self) -> dict[str, object]:
-        """Return what ``pack.json`` records."""
+        """Return the parameters for ``pack.json``."""
         classes = None if self.classes is None else list(self.classes)
         paths = {"slide_mpp": self.slide_mpp, "annotations": self.annotations}
         texts = {name: str(value) if isinstance(value, Path) else value for name, value in paths.items()}
@@ -102,15 +100,15 @@ class Cutting:
 
 @dataclass(frozen=True)
 class Cut:
-    """The patches of one slide that have a label.
+    """The labelled patches of one slide.
 
     Attributes:
-        x: Left edges in pixels of the patches, int ``(n,)``.
+        x: Left edges in pixels at ``mpp``, int ``(n,)``.
         y: Upper edges.
-        target: Index of the class.
-        share: Share of the patch that its class covers.
-        left_out: Patches without a label, by reason.
-        areas: ``area_mm2`` of each class, and ``overlap_mm2`` of each two.
+        target: Class index.
+        share: Fraction of the patch covered by its class.
+        left_out: Number of excluded patches by reason.
+        areas: ``area_mm2`` of each class, and ``overlap_mm2`` of each pair.
     """
 
     x: np.ndarray
@@ -122,15 +120,15 @@ class Cut:
 
 
 def name_classes(all_notes: Sequence[Annotations], cutting: Cutting) -> list[str]:
-    """Return the classes in order, ``rest`` first.
+    """Return the class names in order, ``rest_names`` first.
 
     Raises:
-        DataError: If an annotation is of a class that ``classes`` does not name, or there is only one.
+        DataError: If an annotated class is not in ``classes``, or there is only one class.
     """
     names = cutting.names
     if names is None:
-        every = {name for notes in all_notes for name in notes.class_names()}
-        result = sorted(name for name in every if not name.endswith("*") and name != cutting.region)
+        annotated = {name for notes in all_notes for name in notes.class_names()}
+        result = sorted(name for name in annotated if not name.endswith("*") and name != cutting.region)
     else:
         result = list(dict.fromkeys(name for name in names.values() if name))
         for notes in all_notes:
@@ -138,35 +136,35 @@ def name_classes(all_notes: Sequence[Annotations], cutting: Cutting) -> list[str
                 name = item.class_name
                 if name not in names and not name.endswith("*") and name != cutting.region:
                     raise DataError(
-                        f"{notes.path}, feature {item.feature} is of class {name!r}, which --classes does "
-                        f"not name ({suggest(name, names)}): name it, or ={name} to leave its area out"
+                        f"{notes.path}, feature {item.feature} is of class {name!r}, which is not in "
+                        f"--classes ({suggest(name, names)}): add it, or ={name} to ignore its area"
                     )
-    rest = [] if cutting.rest is None else [cutting.rest]
-    class_names = [*rest, *(name for name in result if name != cutting.rest)]
+    rest_names = [] if cutting.rest is None else [cutting.rest]
+    class_names = [*rest_names, *(name for name in result if name != cutting.rest)]
     if len(class_names) < 2:
         raise DataError(
-            f"there is only one class ({', '.join(class_names) or 'none'}): annotate another, or name with "
-            f"--rest what lies in {cutting.region} and in no annotation"
+            f"there is only one class ({', '.join(class_names) or 'none'}): annotate another, or set "
+            f"--rest, the class of unannotated tissue in {cutting.region}"
         )
     return class_names
 
 
 def cut_slide(slide: Slide, notes: Annotations, class_names: Sequence[str], cutting: Cutting) -> Cut:
-    """Lay the grid over a slide and label its patches.
+    """Cut a slide into labelled patches.
 
     Args:
-        class_names: Of all slides, see `name_classes`.
+        class_names: Classes of all slides, see `name_classes`.
 
     Raises:
-        DataError: If the annotations are another slide's, or there is no region where ``rest`` needs one.
-        SlideError: If the slide has no tissue, or not this resolution, or is smaller than a patch.
+        DataError: If the annotations do not match the slide, or ``rest`` is set and there is no region.
+        SlideError: If the slide has no tissue, lacks this resolution, or is smaller than a patch.
     """
-    check_mpp(slide.path.name, slide.mpp, cutting.mpp, purpose="patches are wanted")
+    check_mpp(slide.path.name, slide.mpp, cutting.mpp, purpose="patches are requested")
     scale = slide.level_0_px(cutting.mpp)
     if notes.mpp is not None and abs(notes.mpp / slide.mpp - 1) > AGREEING_MPP:
         raise DataError(
-            f"{notes.path} was drawn at {notes.mpp:.4g} um/px, {slide.path.name} has {slide.mpp:.4g}: is it "
-            "another slide's?"
+            f"{notes.path} was drawn at {notes.mpp:.4g} um/px, {slide.path.name} has {slide.mpp:.4g}: check "
+            "that it belongs to this slide"
         )
     if notes.from_bounds and cutting.crop:
         notes = notes.shift(*slide.corner)
@@ -185,10 +183,10 @@ def cut_slide(slide: Slide, notes: Annotations, class_names: Sequence[str], cutt
     if cutting.rest is not None:
         covered = share_of_polygon(shapely.union_all(list(areas.values())), left, top, side, side)
         shares[class_names.index(cutting.rest)] += np.clip(inside - covered, 0, None)
-    n_fitting = (shares >= cutting.label_frac - _TOUCHING).sum(axis=0)
+    n_fitting = (shares >= cutting.label_frac - _TOLERANCE).sum(axis=0)
     has_tissue = _tissue_shares(slide, left, top, side) >= MIN_TISSUE_FRAC
     reasons = np.select(
-        [~has_tissue, inside < 1 - _TOUCHING, n_fitting == 0, n_fitting > 1],
+        [~has_tissue, inside < 1 - _TOLERANCE, n_fitting == 0, n_fitting > 1],
         [NO_TISSUE, NOT_VALID, NO_CLASS, TWO_CLASSES],
         default="",
     )
@@ -206,7 +204,7 @@ def cut_slide(slide: Slide, notes: Annotations, class_names: Sequence[str], cutt
 
 
 def _edges(size: int, side: float, step: float) -> np.ndarray:
-    """Return where patches begin along one side of the slide, so that each ends inside it."""
+    """Return the start positions of patches along one axis, each patch wholly inside the slide."""
     return np.arange(max(0, int((size - side) / step + 1e-6) + 1) if size >= side else 0) * step
 
 
@@ -219,27 +217,27 @@ def _tissue_shares(slide: Slide, left: np.ndarray, top: np.ndarray, side: float)
 def _collect_areas(
     notes: Annotations, slide: Slide, class_names: Sequence[str], cutting: Cutting
 ) -> tuple[dict[str, BaseGeometry], BaseGeometry]:
-    """Return the area of each class, and where labels are valid, within the slide."""
-    whole = shapely.box(0, 0, slide.width, slide.height)
+    """Return the area of each class and the valid area, within the slide."""
+    bounds = shapely.box(0, 0, slide.width, slide.height)
     result: dict[str, list[BaseGeometry]] = {}
     for item in notes.items:
-        if item.polygon.intersection(whole).area < 0.5 * item.polygon.area:
+        if item.polygon.intersection(bounds).area < 0.5 * item.polygon.area:
             left, upper, right, lower = item.polygon.bounds
             raise DataError(
                 f"{notes.path}, feature {item.feature} ({item.class_name}) lies at x {left:.0f} to "
                 f"{right:.0f}, y {upper:.0f} to {lower:.0f}, mostly outside the {slide.width} x "
-                f"{slide.height} px of {slide.path.name}: is it another slide's?"
+                f"{slide.height} px of {slide.path.name}: check that it belongs to this slide"
             )
         result.setdefault(item.class_name, []).append(item.polygon)
-    united = {name: shapely.union_all(parts).intersection(whole) for name, parts in result.items()}
+    united = {name: shapely.union_all(parts).intersection(bounds) for name, parts in result.items()}
     valid = united.pop(cutting.region, None)
     if valid is None:
         if cutting.rest is not None:
             raise DataError(
-                f"{notes.path} has no annotation of class {cutting.region}: what is not annotated is "
-                f"{cutting.rest!r} only inside one; draw a box around what was looked at"
+                f"{notes.path} has no annotation of class {cutting.region}, inside which unannotated "
+                f"tissue is {cutting.rest!r}: outline the fully annotated area"
             )
-        valid = whole
+        valid = bounds
     names = cutting.names or {name: name for name in class_names}
     areas: dict[str, BaseGeometry] = {}
     for annotated, area in united.items():
@@ -252,10 +250,10 @@ def _collect_areas(
 
 
 def _measure_areas(areas: dict[str, BaseGeometry], mm2: float) -> dict[str, dict[str, float]]:
-    """Return the area of each class, and by how much two overlap, where they do."""
+    """Return the area of each class and the overlap of each pair of classes in mm²."""
     overlaps = {
-        f"{one} and {other}": areas[one].intersection(areas[other]).area * mm2
-        for one, other in combinations(sorted(areas), 2)
+        f"{first} and {second}": areas[first].intersection(areas[second]).area * mm2
+        for first, second in combinations(sorted(areas), 2)
     }
     return {
         "area_mm2": {name: area.area * mm2 for name, area in areas.items()},

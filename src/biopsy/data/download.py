@@ -1,13 +1,11 @@
-"""The real data sets, fetched from where they are published, as `biopsy.data.datasets` says.
+"""Downloads of public data sets from the sources in `biopsy.data.datasets`.
 
-A file over HTTP is continued where it stopped, checked, and renamed only when it is whole: bytes are
-collected in ``NAME.biopsy-partial``, which outlives an interruption; the next call asks the server for the
-rest. A server that sends the whole file instead is taken at its word and the file starts again.
+HTTP downloads are written to ``NAME.biopsy-partial``, resumed after an interruption, verified, and renamed
+when complete. If the server ignores the range request, the file is downloaded from the start.
 
-Kaggle's data come through Kaggle's own client: kagglehub resumes, checks and unpacks. It does so in a cache
-folder; ours lies inside the output folder, so that the space is taken where it was checked and the finished
-folder need only be renamed. (Its ``output_dir`` would refuse to go on after an interruption.) Beside it,
-only weights and classifiers of the Hugging Face hub (`biopsy.models`) use the network.
+Kaggle data are downloaded by kagglehub, which resumes, verifies and unpacks them in a cache folder. The cache
+is placed inside the output folder, where disk space was checked, and the finished folder is renamed.
+(kagglehub's ``output_dir`` cannot resume.)
 """
 
 import contextlib
@@ -38,14 +36,14 @@ logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 1 << 20
 PARTIAL = ".biopsy-partial"
-"""How the name of a file ends that has not come whole yet."""
+"""Suffix of incomplete files."""
 REPORT_EVERY_S = 0.1
-PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}
+TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far one file is: ``done_bytes`` of ``total_bytes`` (None if unknown), and how fast it goes."""
+    """Progress of one file: ``done_bytes`` of ``total_bytes`` (None if unknown), and the rate."""
 
     file: str
     step: Literal["download", "unpack"]
@@ -58,13 +56,13 @@ OnProgress = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How long to put up with a bad connection.
+class RetryPolicy:
+    """Retry policy of downloads.
 
     Attributes:
-        tries: Failures in a row, without one new byte, before giving up.
-        backoff_s: Pause after the first failure in seconds, doubled after each further one.
-        timeout_s: Silence after which a connection counts as dropped, in seconds.
+        tries: Consecutive failures without new bytes before giving up.
+        backoff_s: Pause after the first failure in seconds, doubled after each further failure.
+        timeout_s: Timeout of a connection in seconds.
     """
 
     tries: int = 5
@@ -72,12 +70,12 @@ class Patience:
     timeout_s: float = 30.0
 
 
-class _Dropped(Exception):
-    """The connection failed in a way that may pass."""
+class _ConnectionLost(Exception):
+    """A transient connection error."""
 
 
-class _NothingBeyond(Exception):
-    """The server has no bytes behind those that are there; carries its Content-Range."""
+class _RangeNotSatisfiable(Exception):
+    """The requested range starts at or beyond the end of the file; carries the Content-Range."""
 
 
 def download(
@@ -85,24 +83,26 @@ def download(
     path: Path,
     *,
     on_progress: OnProgress | None = None,
-    patience: Patience | None = None,
+    retry: RetryPolicy | None = None,
 ) -> None:
-    """Fetch a file to ``path``, which exists afterwards only if it is whole and has the right checksum.
+    """Download a file to ``path``, which exists afterwards only if it is complete and verified.
 
-    A file already at ``path`` is checked and kept.
+    An existing file is verified and kept.
 
     Raises:
-        DownloadError: If the server refuses, the connection keeps failing, the disk is full, or the content
-            is not what was published.
+        DownloadError: If the server refuses, the connection keeps failing, the disk is full, or size or
+            checksum differ from those published.
     """
     if path.exists():
         _check(file, path, f"move {path} away and fetch again")
         return
     partial = path.with_name(f"{path.name}{PARTIAL}")
-    _complete(file, partial, on_progress, patience or Patience())
+    _complete(file, partial, on_progress, retry or RetryPolicy())
     try:
         _check(
-            file, partial, "what came was discarded; fetch again, and if it fails again do not use the file"
+            file,
+            partial,
+            "the download was discarded; fetch again, and if it fails again do not use the file",
         )
     except DownloadError:
         partial.unlink()
@@ -111,7 +111,7 @@ def download(
 
 
 def unpack(path: Path, target: Path, *, on_progress: OnProgress | None = None) -> None:
-    """Unpack a gzip file to ``target``, whole or not at all."""
+    """Unpack a gzip file to ``target`` atomically."""
     try:
         with open(path, "rb") as packed, gzip.open(packed) as content, replace_atomic(target) as partial:
             meter = _Meter(path.name, "unpack", 0, path.stat().st_size, on_progress)
@@ -126,68 +126,68 @@ def unpack(path: Path, target: Path, *, on_progress: OnProgress | None = None) -
         raise DownloadError(f"{target} could not be written ({error.strerror or error})") from error
 
 
-def check_disk(folder: Path, needed_bytes: int, what: str) -> None:
-    """Refuse to start what the disk cannot hold.
+def check_disk(folder: Path, needed_bytes: int, name: str) -> None:
+    """Check the free disk space before a download.
 
     Raises:
-        DownloadError: If fewer than ``needed_bytes`` are free where ``folder`` is.
+        DownloadError: If fewer than ``needed_bytes`` are free at ``folder``.
     """
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise DownloadError(
-            f"{what} needs {needed_bytes / 1e9:.1f} GB in {folder}, where {free_bytes / 1e9:.1f} GB are free;"
+            f"{name} needs {needed_bytes / 1e9:.1f} GB in {folder}, where {free_bytes / 1e9:.1f} GB are free;"
             " free some space or choose another folder"
         )
 
 
-def _complete(file: RemoteFile, partial: Path, on_progress: OnProgress | None, patience: Patience) -> None:
-    """Bring ``partial`` to its full length, through as many connections as it takes."""
+def _complete(file: RemoteFile, partial: Path, on_progress: OnProgress | None, retry: RetryPolicy) -> None:
+    """Download the remaining bytes of ``partial``, reconnecting after transient errors."""
     furthest, failures = _size(partial), 0
     while True:
         try:
-            return _continue(file, partial, on_progress, patience.timeout_s)
-        except _Dropped as drop:
+            return _continue(file, partial, on_progress, retry.timeout_s)
+        except _ConnectionLost as drop:
             reached = _size(partial)
             failures = 1 if reached > furthest else failures + 1
             furthest = max(furthest, reached)
-            if failures >= patience.tries:
+            if failures >= retry.tries:
                 raise DownloadError(
                     f"{file.url}: {drop}, {failures} times in a row; {reached:,} bytes are kept in {partial},"
-                    " fetch again to go on from there"
+                    " fetch again to resume"
                 ) from None
-            pause_s = patience.backoff_s * 2 ** (failures - 1)
+            pause_s = retry.backoff_s * 2 ** (failures - 1)
             logger.warning("%s: %s; trying again in %.0f s", file.name, drop, pause_s)
             time.sleep(pause_s)
 
 
 def _continue(file: RemoteFile, partial: Path, on_progress: OnProgress | None, timeout_s: float) -> None:
-    """Make one connection and append what it brings."""
+    """Open one connection and append the received bytes to ``partial``."""
     start = _size(partial)
     if start and start == file.size_bytes:
         return
     try:
         response = _open(file.url, start, timeout_s)
-    except _NothingBeyond as answer:
+    except _RangeNotSatisfiable as answer:
         if str(answer) == f"bytes */{start}":
             return
         partial.unlink()
-        raise _Dropped("what was kept does not fit the server's file") from None
+        raise _ConnectionLost("the partial file does not match the file on the server") from None
     with response:
         start, total = _span(response, start)
         if total is not None and file.size_bytes not in (None, total):
             raise DownloadError(
                 f"{file.url} is {total:,} bytes long where {file.size_bytes:,} were published;"
-                " the file there was replaced, so nothing was fetched"
+                " the file was replaced on the server, so nothing was fetched"
             )
         total = file.size_bytes if total is None else total
         check_disk(partial.parent, (total or start) - start, file.name)
         done = _append(response, partial, _Meter(file.name, "download", start, total, on_progress))
     if total is not None and done < total:
-        raise _Dropped(f"connection closed after {done:,} of {total:,} bytes")
+        raise _ConnectionLost(f"connection closed after {done:,} of {total:,} bytes")
 
 
 def _append(response: http.client.HTTPResponse, partial: Path, meter: "_Meter") -> int:
-    """Write the response behind the first ``meter.start`` bytes of the file; give its length then."""
+    """Append the response after the first ``meter.start`` bytes of the file and return its new length."""
     done = meter.start
     try:
         with open(partial, "ab" if done else "wb") as output:
@@ -199,7 +199,7 @@ def _append(response: http.client.HTTPResponse, partial: Path, meter: "_Meter") 
             os.fsync(output.fileno())
     except OSError as error:
         raise DownloadError(
-            f"{partial} could not be written ({error.strerror or error}); make room and fetch again to go on"
+            f"{partial} could not be written ({error.strerror or error}); free space and fetch again"
         ) from error
     meter.finish(done)
     return done
@@ -210,59 +210,57 @@ def _blocks(response: http.client.HTTPResponse) -> Iterator[bytes]:
         try:
             block = response.read1(BLOCK_BYTES)
         except (OSError, http.client.HTTPException) as error:
-            raise _Dropped(f"connection lost ({error or type(error).__name__})") from error
+            raise _ConnectionLost(f"connection lost ({error or type(error).__name__})") from error
         if not block:
             return
         yield block
 
 
 def _open(url: str, start: int, timeout_s: float) -> http.client.HTTPResponse:
-    """Ask for a file from byte ``start`` on."""
+    """Request a file from byte ``start`` on."""
     headers = {"User-Agent": "biopsy", **({"Range": f"bytes={start}-"} if start else {})}
     try:
         return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout_s)
     except HTTPError as error:
         error.close()
-        if error.code in PASSING_STATUS:
-            raise _Dropped(f"the server answered {error.code} {error.reason}") from None
+        if error.code in TRANSIENT_STATUS:
+            raise _ConnectionLost(f"the server answered {error.code} {error.reason}") from None
         if error.code == 416 and start:
-            raise _NothingBeyond(error.headers.get("Content-Range", "")) from None
+            raise _RangeNotSatisfiable(error.headers.get("Content-Range", "")) from None
         raise DownloadError(
             f"{url}: the server answered {error.code} {error.reason}; the file may have moved,"
             " see the data set's page in the documentation"
         ) from None
     except (OSError, http.client.HTTPException) as error:
-        raise _Dropped(f"no connection ({getattr(error, 'reason', error)})") from error
+        raise _ConnectionLost(f"no connection ({getattr(error, 'reason', error)})") from error
 
 
 def _span(response: http.client.HTTPResponse, start: int) -> tuple[int, int | None]:
-    """Where in the file the response begins, and how long the whole file is (None if not said)."""
+    """Return the start of the response in the file, and the size of the file (None if unknown)."""
     if response.status != 206:
         length = response.headers.get("Content-Length")
         return 0, int(length) if length else None
     match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
     if match is None or int(match[1]) != start:
         raise DownloadError(
-            f"{response.url}: the server sent another part of the file than was asked for;"
+            f"{response.url}: the server sent another range than requested;"
             f" delete the {PARTIAL} file and fetch again"
         )
     return start, None if match[2] == "*" else int(match[2])
 
 
 def _check(file: RemoteFile, path: Path, advice: str) -> None:
-    """Compare length and checksum with what was published."""
+    """Compare size and checksum with those published."""
     size_bytes = path.stat().st_size
     if file.size_bytes not in (None, size_bytes):
-        raise DownloadError(
-            f"{file.name} has {size_bytes:,} bytes, published are {file.size_bytes:,}; {advice}"
-        )
+        raise DownloadError(f"{file.name} has {size_bytes:,} bytes, expected {file.size_bytes:,}; {advice}")
     if file.checksum is None:
         return
     algorithm, _, published = file.checksum.partition(":")
     with open(path, "rb") as content:
         result = hashlib.file_digest(content, algorithm).hexdigest()
     if result != published:
-        raise DownloadError(f"{file.name} has {algorithm} {result}, published is {published}; {advice}")
+        raise DownloadError(f"{file.name} has {algorithm} {result}, expected {published}; {advice}")
 
 
 def _size(path: Path) -> int:
@@ -270,7 +268,7 @@ def _size(path: Path) -> int:
 
 
 class _Meter:
-    """Reports progress a few times a second."""
+    """Progress reports, at most one per `REPORT_EVERY_S`."""
 
     def __init__(
         self,
@@ -285,19 +283,19 @@ class _Meter:
         self._began = self._reported = time.monotonic()
 
     def report(self, done: int) -> None:
-        """Say how far it is, unless that was said a moment ago."""
+        """Report progress unless the last report was less than `REPORT_EVERY_S` ago."""
         if time.monotonic() - self._reported >= REPORT_EVERY_S:
             self.finish(done)
 
     def finish(self, done: int) -> None:
-        """Say how far it is."""
+        """Report progress."""
         self._reported = time.monotonic()
         if self._on_progress is not None:
             rate = (done - self.start) / max(self._reported - self._began, 1e-9)
             self._on_progress(Progress(self.file, self.step, done, self.total, rate))
 
 
-CACHE_VARIABLE = "KAGGLEHUB_CACHE"  # kagglehub's documented way to move its cache
+CACHE_VARIABLE = "KAGGLEHUB_CACHE"  # cache folder of kagglehub
 
 
 def require_kagglehub() -> None:
@@ -309,10 +307,9 @@ def require_kagglehub() -> None:
 
 
 def download_from_kaggle(data: KaggleData, out: Path) -> Path:
-    """Download and unpack, and give the folder that holds the files.
+    """Download and unpack a Kaggle data set and return its folder.
 
-    That folder is ``out/<name>``, except inside Kaggle's own notebooks, where the data are mounted already
-    and stay where they are.
+    The folder is ``out/<name>``, except in Kaggle notebooks, where the data are already mounted.
 
     Raises:
         MissingExtra: If kagglehub is not installed.
@@ -323,10 +320,10 @@ def download_from_kaggle(data: KaggleData, out: Path) -> Path:
     from kagglehub.exceptions import BackendError, CredentialError, DataCorruptionError, UnauthenticatedError
 
     cache = out.resolve() / ".biopsy-kagglehub"
-    ask = kagglehub.competition_download if data.kind == "competition" else kagglehub.dataset_download
+    download = kagglehub.competition_download if data.kind == "competition" else kagglehub.dataset_download
     try:
         with _cache_at(cache):
-            result = Path(ask(data.handle))
+            downloaded = Path(download(data.handle))
     except (UnauthenticatedError, CredentialError) as error:
         raise DownloadError(_refusal(data, error)) from error
     except (BackendError, DataCorruptionError, zipfile.BadZipFile, OSError) as error:
@@ -334,13 +331,13 @@ def download_from_kaggle(data: KaggleData, out: Path) -> Path:
         if status in (401, 403):
             raise DownloadError(_refusal(data, error)) from error
         raise DownloadError(
-            f"Kaggle's {data.handle} could not be downloaded ({_one_line(error)}); fetch again to go on,"
-            f" or download it by hand from {data.page}"
+            f"Kaggle's {data.handle} could not be downloaded ({_one_line(error)}); fetch again to resume,"
+            f" or download it manually from {data.page}"
         ) from error
-    if not result.is_relative_to(cache):
-        return result
+    if not downloaded.is_relative_to(cache):
+        return downloaded
     folder = out / data.folder
-    os.replace(result, folder)
+    os.replace(downloaded, folder)
     shutil.rmtree(cache)
     return folder
 
@@ -371,18 +368,18 @@ def _cache_at(folder: Path) -> Iterator[None]:
 
 
 PACKED = ".biopsy-packed"
-"""How the name of a packed file ends that goes as soon as it is unpacked."""
+"""Suffix of packed files, which are deleted once unpacked."""
 
 
 @dataclass(frozen=True)
 class FetchResult:
-    """What a fetch left behind.
+    """Result of `fetch`.
 
     Attributes:
-        name: The data set.
-        path: What to give to ``prepare``.
-        fetched: Files and folders that came now.
-        kept: Those that were there already.
+        name: Name of the data set.
+        path: Source for ``prepare``.
+        fetched: Files and folders downloaded now.
+        kept: Files and folders that existed already.
     """
 
     name: str
@@ -392,39 +389,39 @@ class FetchResult:
 
 
 def fetch(name: str, out: Path | str, *, on_progress: OnProgress | None = None) -> FetchResult:
-    """Download a public data set, or go on with a download that was interrupted.
+    """Download a public data set, or resume an interrupted download.
 
-    Files appear under their final names only when whole and checked; what is there already is not fetched
-    again. kagglehub shows its own progress, so ``on_progress`` hears only of the other files.
+    Files appear under their final names only when complete and verified; existing files are kept. kagglehub
+    shows its own progress, so ``on_progress`` is called for other files only.
 
     Args:
         name: ``"idc"``, ``"pcam"`` or ``"hcd"``.
-        out: The folder to put it in; created if missing.
-        on_progress: Called a few times a second with a ``Progress``.
+        out: Output folder, created if missing.
+        on_progress: Called with a `Progress`.
 
     Raises:
         DataError: If no data set has that name.
         MissingExtra: If it is on Kaggle and kagglehub is not installed.
-        DownloadError: If there is too little room, the server refuses, the connection keeps failing or a
+        DownloadError: If the disk is full, the server refuses, the connection keeps failing or a
             checksum is wrong.
     """
     return fetch_source(find_source(name), out, on_progress=on_progress)
 
 
 def find_source(name: str) -> Source:
-    """Return what is downloaded of the data set of that name.
+    """Return the source of a data set.
 
     Raises:
-        DataError: If there is none, with the nearest right name.
+        DataError: If the name is unknown; with the closest name.
     """
-    sources = {source.name: source for dataset in list_datasets() if (source := dataset.source)}
+    sources = {dataset.name: dataset for dataset in list_datasets() if dataset.is_downloadable}
     if name not in sources:
         raise DataError(f"no data set {name!r} to fetch; {suggest(name, sources)}")
     return sources[name]
 
 
 def describe(name: str) -> str:
-    """Say in a few lines what a data set is, how much room it takes, its licence and what it asks for.
+    """Return title, size, licence and required credentials of a data set, one per line.
 
     Example:
         >>> print(describe("pcam").splitlines()[0])
@@ -433,8 +430,8 @@ def describe(name: str) -> str:
     source = find_source(name)
     lines = [
         source.title,
-        f"room needed: {needed_bytes(source, Path()) / 1e9:.1f} GB at most",
-        f"licence: {source.licence}",
+        f"disk space: {needed_bytes(source, Path()) / 1e9:.1f} GB at most",
+        f"licence: {source.terms}",
         f"credentials: {source.credentials}",
     ]
     return "\n".join([*lines, f"page: {source.kaggle.page}"] if source.kaggle else lines)
@@ -445,9 +442,9 @@ def fetch_source(
     out: Path | str,
     *,
     on_progress: OnProgress | None = None,
-    patience: Patience | None = None,
+    retry: RetryPolicy | None = None,
 ) -> FetchResult:
-    """Fetch a source that need not be a data set's: a mirror, or a set of one's own. See ``fetch``."""
+    """Download any source, such as a mirror; see `fetch`."""
     out = Path(out)
     if source.kaggle is not None:
         require_kagglehub()
@@ -456,7 +453,7 @@ def fetch_source(
     except OSError as error:
         raise DownloadError(f"{out} cannot be used as a folder ({error.strerror or error})") from None
     check_disk(out, needed_bytes(source, out), source.name)
-    logger.info("%s; licence: %s; credentials: %s", source.title, source.licence, source.credentials)
+    logger.info("%s; licence: %s; credentials: %s", source.title, source.terms, source.credentials)
     path, fetched, kept = out, [], []
     if source.kaggle is not None:
         path = out / source.kaggle.folder
@@ -470,13 +467,13 @@ def fetch_source(
         if target.exists():
             kept.append(target)
         else:
-            _fetch_file(file, out, on_progress, patience)
+            _fetch_file(file, out, on_progress, retry)
             fetched.append(target)
     return FetchResult(source.name, path, tuple(fetched), tuple(kept))
 
 
 def needed_bytes(source: Source, out: Path) -> int:
-    """Room that is still needed in ``out``, in bytes: a packed file goes as soon as it is unpacked."""
+    """Return the disk space still needed in ``out`` in bytes; packed files are deleted once unpacked."""
     missing = [file for file in source.files if not (out / file.final_name).exists()]
     packed = max((file.size_bytes or 0 for file in missing if file.unpacked_bytes is not None), default=0)
     final = sum(
@@ -489,19 +486,19 @@ def needed_bytes(source: Source, out: Path) -> int:
 
 
 def _fetch_file(
-    file: RemoteFile, out: Path, on_progress: OnProgress | None, patience: Patience | None
+    file: RemoteFile, out: Path, on_progress: OnProgress | None, retry: RetryPolicy | None
 ) -> None:
     path, is_packed = out / file.name, file.unpacked_bytes is not None
-    own = is_packed and not path.exists()  # a packed file that was there before is the user's and stays
-    path = out / f"{file.name}{PACKED}" if own else path
-    download(file, path, on_progress=on_progress, patience=patience)
+    is_temporary = is_packed and not path.exists()  # an existing packed file is kept
+    path = out / f"{file.name}{PACKED}" if is_temporary else path
+    download(file, path, on_progress=on_progress, retry=retry)
     if is_packed:
         unpack(path, out / file.final_name, on_progress=on_progress)
-    if own:
+    if is_temporary:
         path.unlink()
 
 
 def _parts(file: RemoteFile, out: Path) -> list[Path]:
-    """What an interrupted fetch may have left: the packed file, or the beginning of it."""
+    """Return the paths of packed and partial files of an interrupted fetch."""
     name = file.name if file.unpacked_bytes is None else f"{file.name}{PACKED}"
     return [out / file.name, out / name, out / f"{name}{PARTIAL}"]

@@ -1,4 +1,4 @@
-"""A pack's patches as the folder tree Keras scripts read: original bytes and names, sorted by a split."""
+"""Export of original image files into a folder tree sorted by subset and class, as read by Keras."""
 
 import errno
 import logging
@@ -16,21 +16,21 @@ from biopsy.slide_io.images import IMAGE_SUFFIXES
 
 __all__ = ["FOLDER_BY_SUBSET", "check_exportable", "count_tree", "export_tree"]
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 FOLDER_BY_SUBSET = {"train": "training", "validation": "validation", "test": "testing"}
-"""As CancerNet's post names them."""
+"""Folder names of the CancerNet tutorial."""
 
 TreeCounts = dict[str, dict[str, int]]
 
 
 def check_exportable(source: Path | str, folder: Path | str) -> None:
-    """Refuse, before anything is decoded, what could not become a tree.
+    """Check that a source can be exported as a tree, before anything is decoded.
 
     Raises:
-        DataError: If the folder holds something already, or the source's pixels lie in HDF5 arrays.
+        DataError: If the folder is not empty, or the source has HDF5 arrays instead of image files.
     """
-    _check_free(folder)
+    _require_empty(folder)
     archive = open_archive(source)
     if not any(entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in archive.entries):
         raise _refuse_arrays(archive)
@@ -44,32 +44,30 @@ def export_tree(
     *,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> TreeCounts:
-    """Write ``training|validation|testing/<class>/<file>``, each file byte for byte as it is in the source.
+    """Write ``training|validation|testing/<class>/<file>``, each file unchanged.
 
-    A class's folder is its number, the pack's ``target``, so that what sorts folders by name (Keras does)
-    numbers classes as the pack does. A file keeps its name; where two would have the same, each is named by
-    its whole path with ``__`` for ``/``. Patches in no subset are left out. Where the test subset validates
-    too, its patches are in both folders.
+    Class folders are the class indices of the pack, so that Keras, which sorts folders by name, numbers
+    classes alike. Files keep their names; files of the same name are named by their path with ``__`` for
+    ``/``. Patches in no subset are left out. If the test subset is also used for validation, its patches are
+    in both folders.
 
     Args:
         pack: The patches, made from ``source``.
         source: The archive or folder the pack was made from.
-        folder: The tree; it appears when it is whole.
-        on_progress: Called with the files written and the files in all.
+        folder: Output folder, written atomically.
+        on_progress: Called with the numbers of files written and in all.
 
     Returns:
-        Files by folder of the subset and folder of the class.
+        Number of files by subset folder and class folder.
 
     Raises:
-        DataError: If the source is not the pack's, holds arrays and no files, or the disk is full.
-        SplitError: If the split has folds or is not the pack's.
+        DataError: If the source does not match the pack, has no image files, or the disk is full.
+        SplitError: If the split has folds or belongs to another pack.
     """
     folder = Path(folder)
     if split.n_folds:
-        raise SplitError(
-            f"split {split.name!r} has folds: a tree has one testing/; name a split with subsets"
-        )
-    _check_free(folder)
+        raise SplitError(f"split {split.name!r} has folds: use a split with subsets")
+    _require_empty(folder)
     archive = open_archive(source)
     if not pack.table["source"].str.lower().str.endswith(IMAGE_SUFFIXES).all():
         raise _refuse_arrays(archive)
@@ -87,20 +85,20 @@ def export_tree(
                 for name in classes:
                     (tree / FOLDER_BY_SUBSET[subset] / name).mkdir(parents=True)
                 for row in rows:
-                    place = tree / FOLDER_BY_SUBSET[subset] / classes[pack.target[row]]
+                    class_folder = tree / FOLDER_BY_SUBSET[subset] / classes[pack.target[row]]
                     original = _read(archive, entries, pack.table["source"].iloc[row], pack)
-                    (place / names[row]).write_bytes(original)
+                    (class_folder / names[row]).write_bytes(original)
                     done += 1
                     if on_progress is not None and (done % 256 == 0 or done == n_files):
                         on_progress(done, n_files)
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-        raise DataError(f"{folder} cannot be written: {reason or error}; nothing was left there") from None
+        raise DataError(f"{folder} cannot be written: {reason or error}; no files were left there") from None
     if split.overlap:
-        _log.warning("patients stand in more than one subset of %s, so also in several folders", split.name)
+        logger.warning("patients are in more than one subset of %s and so in several folders", split.name)
     n_left_out = int((split.subsets(pack) == "").sum())
     if n_left_out:
-        _log.info("%s patches are in no subset of %s and were left out", f"{n_left_out:,}", split.name)
+        logger.info("%s patches are in no subset of %s and were left out", f"{n_left_out:,}", split.name)
     return count_tree(folder)
 
 
@@ -108,50 +106,51 @@ def count_tree(folder: Path | str) -> TreeCounts:
     """Count the files of a tree by subset and class, ordered as `FOLDER_BY_SUBSET` and the classes."""
     return {
         subset: {
-            place.name: sum(1 for _ in place.iterdir()) for place in sorted((Path(folder) / subset).iterdir())
+            class_folder.name: sum(1 for _ in class_folder.iterdir())
+            for class_folder in sorted((Path(folder) / subset).iterdir())
         }
         for subset in FOLDER_BY_SUBSET.values()
     }
 
 
 def name_files(sources: list[str]) -> list[str]:
-    """Return every source its file name, or its path in one word where several have that name.
+    """Return the file name of every source; files of the same name are named by their path.
 
     Raises:
-        DataError: If two would still have the same name.
+        DataError: If two names are still equal.
     """
     plain = [PurePosixPath(source).name for source in sources]
     seen: dict[str, int] = {}
     for name in plain:
-        seen[name.lower()] = seen.get(name.lower(), 0) + 1  # some disks take a.png and A.png for one file
+        seen[name.lower()] = seen.get(name.lower(), 0) + 1  # some file systems ignore case
     repeated = [seen[name.lower()] > 1 for name in plain]
     names = [
         source.replace("/", "__") if twice else name
         for source, name, twice in zip(sources, plain, repeated, strict=True)
     ]
     if any(repeated):
-        _log.info("%s files share a name and are named by their whole path", f"{sum(repeated):,}")
+        logger.info("%s files share a name and are named by their whole path", f"{sum(repeated):,}")
     if len({name.lower() for name in names}) < len(names):
-        raise DataError("two patches would have one file name even by their whole paths: rename the files")
+        raise DataError("two patches would have the same file name: rename the files")
     return names
 
 
 def _read(archive: Archive, entries: Mapping[str, Entry], source: str, pack: Pack) -> bytes | memoryview:
     if source not in entries:
-        raise DataError(f"{archive.path} does not hold {source}: {pack.path.name} is of another source")
+        raise DataError(
+            f"{archive.path} does not hold {source}: {pack.path.name} was made from another source"
+        )
     try:
         return archive.read(entries[source])
     except DataError as error:
         raise DataError(f"{archive.path}: {source} {error}") from None
 
 
-def _check_free(folder: Path | str) -> None:
+def _require_empty(folder: Path | str) -> None:
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise DataError(f"{folder} exists already: choose another --export-tree, or remove it")
 
 
 def _refuse_arrays(archive: Archive) -> DataError:
-    return DataError(
-        f"{archive.path} keeps its pixels in HDF5 arrays: there are no original files to export a tree of"
-    )
+    return DataError(f"{archive.path} has HDF5 arrays: there are no image files to export")

@@ -1,4 +1,4 @@
-"""Figures of a pack and its splits: patches of each class by subset and by patient."""
+"""Figures of class counts by subset and by patient."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ from biopsy.plotting.style import (
 
 @styled
 def draw_subsets(subsets: Sequence[str], counts: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """Draw patches per subset and class: a bar a class, its count and its share of the subset at the end.
+    """Draw the number of patches per subset and class, annotated with count and percentage.
 
     Args:
         subsets: Names of the subsets (or folds), from top to bottom.
@@ -55,7 +55,7 @@ def draw_subsets(subsets: Sequence[str], counts: np.ndarray, class_names: Sequen
     axes.set_xlabel("Patches")
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.set_xlim(0, 1.32 * max(int(counts.max(initial=0)), 1))  # room for the figures at the bars' ends
+    axes.set_xlim(0, 1.32 * max(int(counts.max(initial=0)), 1))  # space for the annotations
     axes.set_yticks(range(len(subsets)), [shorten(subset) for subset in subsets])
     axes.set_ylim(len(subsets) - 0.45, -0.55)
     axes.tick_params(axis="y", length=0)
@@ -64,12 +64,12 @@ def draw_subsets(subsets: Sequence[str], counts: np.ndarray, class_names: Sequen
     return figure
 
 
-NAMED_ROWS = 45  # more patients than this are drawn as ranks, without names
+NAMED_ROWS = 45  # largest number of patients drawn with names
 
 
 @styled
 def draw_balance(patient_ids: Sequence[object], counts: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """Draw patches per patient and class, the patient with most first.
+    """Draw the number of patches per patient and class, in descending order.
 
     Args:
         counts: Patches, shape ``(n_patients, n_classes)``.
@@ -103,13 +103,13 @@ def draw_balance(patient_ids: Sequence[object], counts: np.ndarray, class_names:
 
 
 def open_rows(n_rows: int, row_in: float = 0.2) -> tuple[Figure, Axes]:
-    """Open a figure with one row a patient, high enough for their names."""
-    named = n_rows <= NAMED_ROWS
-    return new_figure(WIDTH_IN, 1.0 + max(n_rows, 3) * row_in if named else 6.0)
+    """Return a figure with one row per patient, high enough for their names."""
+    has_names = n_rows <= NAMED_ROWS
+    return new_figure(WIDTH_IN, 1.0 + max(n_rows, 3) * row_in if has_names else 6.0)
 
 
 def name_rows(axes: Axes, names: Sequence[object]) -> None:
-    """Write the name of each row at its left, or how many there are."""
+    """Label each row with its name, or the axis with the number of rows."""
     n_rows = len(names)
     axes.set_ylim(n_rows - 0.4, -0.6)
     if n_rows <= NAMED_ROWS:

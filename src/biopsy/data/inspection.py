@@ -1,4 +1,4 @@
-"""Inspecting a pack: the audit, and pictures of what is in it, before anything is trained."""
+"""Inspection of a pack: audit and figures of its classes, patients, slides and splits."""
 
 import errno
 import logging
@@ -26,8 +26,8 @@ from biopsy.slide_io.mosaic import stitch, stitch_values
 logger = logging.getLogger(__name__)
 
 N_SHOWN = 32  # patches of each class on the class sheet
-MAX_SLIDES = 40  # slides put together again; the rest is only counted
-SLIDE_PX = 1000  # longest side of a slide's picture, in pixels of the picture
+MAX_SLIDES = 40  # slides drawn
+SLIDE_PX = 1000  # longest side of a slide's picture in pixels
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -47,7 +47,7 @@ class Inspection(Result):
 def inspect(
     pack: Pack | Path | str, *, split: str | Split | None = None, out: Path | str | None = None
 ) -> Inspection:
-    """Audit a pack for problems that would invalidate a result, and draw what is in it.
+    """Audit a pack for problems that would invalidate a result, and draw its content.
 
     Writes ``audit.json`` into the pack and pictures into ``inspection/`` in it: a sheet of each class, the
     class balance per patient, each slide reassembled where coordinates are known, and the classes of each
@@ -94,7 +94,7 @@ def _write_audit(pack: Pack, audit: Audit, out: Path | str | None) -> Path:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         if out is None:
-            raise PackError(f"{pack.path} is read-only: name a folder for the audit with --out") from None
+            raise PackError(f"{pack.path} is read-only: set --out, the output folder of the audit") from None
         path = Path(out) / "audit.json"
         with update_directory(out, path.name) as partial:
             write_json(partial / path.name, audit)
@@ -102,11 +102,11 @@ def _write_audit(pack: Pack, audit: Audit, out: Path | str | None) -> Path:
 
 
 def _draw_classes(pack: Pack, folder: Path) -> Path:
-    """Draw patches of every class, drawn at random, at most a few of each patient."""
+    """Draw random patches of every class, spread over the patients."""
     sheets = []
     for index, name in enumerate(pack.class_names):
         rows = make_rng(0, "inspect", name).permutation(np.flatnonzero(pack.target == index))
-        turn = _count_earlier(pack.group_ids[rows])  # every patient's first patch before anyone's second
+        turn = _count_earlier(pack.group_ids[rows])  # one patch of every patient before a second
         shown = rows[np.argsort(turn, kind="stable")][:N_SHOWN]
         sheets.append((f"{name}: {len(rows):,} patches", [_crop(pack, row) for row in shown]))
     path = folder / "classes.png"
@@ -115,7 +115,7 @@ def _draw_classes(pack: Pack, folder: Path) -> Path:
 
 
 def _count_earlier(ids: np.ndarray) -> np.ndarray:
-    """Return for each element how many equal ones stand before it."""
+    """Return for each element the number of equal elements before it."""
     seen: dict[str, int] = {}
     earlier = []
     for name in ids.tolist():
@@ -125,20 +125,20 @@ def _count_earlier(ids: np.ndarray) -> np.ndarray:
 
 
 def _draw_groups(pack: Pack, folder: Path) -> list[Path]:
-    """Draw the balance of classes per patient (or slide); nothing where neither is known."""
+    """Draw the class balance per patient (or slide), if known."""
     if pack.unit == "patch":
         return []
-    known = pack.table[f"{pack.unit}_id"].notna().to_numpy()
-    names, codes = np.unique(pack.group_ids[known], return_inverse=True)
+    has_group = pack.table[f"{pack.unit}_id"].notna().to_numpy()
+    names, codes = np.unique(pack.group_ids[has_group], return_inverse=True)
     counts = np.zeros((len(names), len(pack.class_names)), dtype=int)
-    np.add.at(counts, (codes, pack.target[known]), 1)
+    np.add.at(counts, (codes, pack.target[has_group]), 1)
     path = folder / f"{pack.unit}s.svg"
     write_atomic(path, svg(draw_balance(names.tolist(), counts, pack.class_names), f"{pack.unit}s"))
     return [path]
 
 
 def _draw_split(pack: Pack, split: Split, folder: Path) -> Path:
-    """Draw the classes of each subset, or of each fold and of what always trains."""
+    """Draw the classes of each subset, or of each fold and of the patches in no fold."""
     if split.n_folds:
         of_fold = [(f"fold {fold}", split.assign(pack, fold) == "test") for fold in range(split.n_folds)]
         tested = np.any([member for _, member in of_fold], axis=0)
@@ -155,18 +155,18 @@ def _draw_split(pack: Pack, split: Split, folder: Path) -> Path:
 
 
 def _draw_slides(pack: Pack, folder: Path) -> list[Path]:
-    """Put slides together again, those with most patches first."""
+    """Draw reassembled slides, those with most patches first."""
     placed = pack.table[["x", "y", "slide_id"]].notna().all(axis=1)
     slides = pack.table.loc[placed, "slide_id"].value_counts()
     if len(slides) > MAX_SLIDES:
-        logger.info("pictures of the %d largest of %d slides", MAX_SLIDES, len(slides))
+        logger.info("drawing the %d largest of %d slides", MAX_SLIDES, len(slides))
     paths = []
     for number, slide_id in enumerate(slides.index[:MAX_SLIDES], start=1):
         rows = np.flatnonzero(placed & (pack.table["slide_id"] == slide_id))
         name = re.sub(r"[^A-Za-z0-9_-]", "-", str(slide_id))[:40]  # an id is not a path
         path = folder / f"slide-{number:02d}-{name}.png"
         try:
-            write_atomic(path, _picture_slide(pack, rows))
+            write_atomic(path, _render_slide(pack, rows))
         except DataError as error:
             logger.warning("slide %s is not drawn: %s", slide_id, error)
         else:
@@ -174,7 +174,7 @@ def _draw_slides(pack: Pack, folder: Path) -> list[Path]:
     return paths
 
 
-def _picture_slide(pack: Pack, rows: np.ndarray) -> bytes:
+def _render_slide(pack: Pack, rows: np.ndarray) -> bytes:
     patch_px, mpp = pack.info.patch_px, pack.info.mpp
     x, y = (pack.table[column].to_numpy(float, na_value=np.nan)[rows] for column in ("x", "y"))
     target = stitch_values(pack.target[rows], x, y, patch_px=patch_px)

@@ -1,7 +1,7 @@
-"""The ledger: how many times a test subset has been looked at.
+"""Ledger of evaluations: how often a test subset has been evaluated.
 
-One JSON line an opening in the pack's ``ledger.jsonl``, appended under a lock. For a pack that cannot be
-written the ledger is kept with the run, marked as such: it then knows of that run's openings only.
+The pack's ``ledger.jsonl`` has one JSON line per evaluation, appended under a lock. For a read-only pack the
+ledger is stored with the run, and then lists the evaluations of that run only.
 """
 
 import json
@@ -20,13 +20,13 @@ from biopsy.core.loaders import open_regular, parse_json, read_bytes, validate
 from biopsy.data.packs import Pack
 
 FILE = "ledger.jsonl"
-MAX_BYTES = 2**26  # 64 MiB, some 200,000 openings
+MAX_BYTES = 2**26  # 64 MiB, about 200,000 evaluations
 
 logger = logging.getLogger(__name__)
 
 
-class _Opening(BaseModel):
-    """What a line of the ledger must hold to be counted."""
+class _LedgerEntry(BaseModel):
+    """Required fields of a line of the ledger."""
 
     run: str
     split: str
@@ -36,10 +36,10 @@ class _Opening(BaseModel):
 
 
 class OpeningCount(TypedDict):
-    """How often a subset was looked at.
+    """Number of evaluations of a subset.
 
-    ``kept_with`` is ``run`` where the pack could not be written at some time, so that the count may be too
-    low; each of the ``unreadable`` lines may be an opening.
+    ``kept_with`` is ``run`` if the pack was read-only at some time, so that the count may be too low; each of
+    the ``unreadable`` lines may be an evaluation.
     """
 
     times: int
@@ -49,22 +49,24 @@ class OpeningCount(TypedDict):
 
 
 def record_opening(pack: Pack, run_dir: Path | str, entry: Mapping[str, object]) -> Path:
-    """Note that a subset of a pack was looked at.
+    """Record an evaluation of a subset of a pack.
 
     Args:
-        run_dir: The run's folder, which keeps the note where the pack cannot be written.
+        run_dir: The run's folder, used if the pack is read-only.
         entry: ``run, recipe, seed, split, fold, subset`` and ``command``; time, hash of the pack and
-            place of the ledger are added.
+            location of the ledger are added.
 
     Returns:
-        The ledger the note went to.
+        The path of the ledger.
     """
     line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), **entry}
     line |= {"pack_sha256": pack.info.content_sha256, "kept_with": "pack"}
     try:
         return _append(pack.path / FILE, line)
     except OSError as error:
-        logger.warning("%s cannot be written (%s): its ledger is kept with the run", pack.path.name, error)
+        logger.warning(
+            "%s cannot be written (%s): the evaluation is recorded in the run", pack.path.name, error
+        )
         return _append(Path(run_dir) / FILE, line | {"kept_with": "run"})
 
 
@@ -76,14 +78,16 @@ def count_openings(
     subset: str = "test",
     run_dir: Path | str | None = None,
 ) -> OpeningCount:
-    """Count how often a subset was looked at, and for how many runs.
+    """Count the evaluations of a subset, and the evaluated runs.
 
     Args:
-        fold: The fold that was tested; None for a split without folds.
-        run_dir: A run whose own ledger counts as well.
+        fold: The test fold; None for a split without folds.
+        run_dir: A run whose ledger is counted too.
     """
-    every, n_unreadable = _read_all(pack, run_dir)
-    entries = [entry for entry in every if (entry.split, entry.fold, entry.subset) == (split, fold, subset)]
+    all_entries, n_unreadable = _read_all(pack, run_dir)
+    entries = [
+        entry for entry in all_entries if (entry.split, entry.fold, entry.subset) == (split, fold, subset)
+    ]
     return OpeningCount(
         times=len(entries),
         runs=len({entry.run for entry in entries}),
@@ -99,27 +103,27 @@ def _append(path: Path, line: Mapping[str, object]) -> Path:
         open_regular(path).close()
     with FileLock(path.with_name(f".{path.name}.lock")), open(path, "ab+") as file:
         text = json.dumps(line, default=str) + "\n"
-        file.write(("" if _ends_whole(path) else "\n").encode() + text.encode())
+        file.write(("" if _ends_with_newline(path) else "\n").encode() + text.encode())
         file.flush()
         os.fsync(file.fileno())
     return path
 
 
-def _ends_whole(path: Path) -> bool:
-    """Return whether the last line was written to its end; one that was not must not swallow the next."""
+def _ends_with_newline(path: Path) -> bool:
+    """Return whether a file ends with a newline."""
     content = path.read_bytes()
     return not content or content.endswith(b"\n")
 
 
-def _read_all(pack: Pack, run_dir: Path | str | None) -> tuple[list[_Opening], int]:
-    """Return the entries of the pack's ledger and the run's, and how many lines cannot be read."""
-    entries: list[_Opening] = []
+def _read_all(pack: Pack, run_dir: Path | str | None) -> tuple[list[_LedgerEntry], int]:
+    """Return the entries of the ledgers of pack and run, and the number of unreadable lines."""
+    entries: list[_LedgerEntry] = []
     n_unreadable = 0
     for path in [folder / FILE for folder in (pack.path, *([Path(run_dir)] if run_dir else []))]:
         lines = read_bytes(path, max_bytes=MAX_BYTES).splitlines() if path.exists() else []
         for number, line in enumerate(lines, start=1):
             try:
-                entries.append(validate(path, _Opening, parse_json(line, path)))
+                entries.append(validate(path, _LedgerEntry, parse_json(line, path)))
             except FileFormatError as error:
                 n_unreadable += 1
                 logger.warning("line %d of the ledger is not counted: %s", number, error)

@@ -1,4 +1,4 @@
-"""From a listing to the files of a pack: decoded once, in blocks, on all cores, in bounded memory."""
+"""Decoding of a listing into the files of a pack, in parallel and in bounded memory."""
 
 import os
 import shutil
@@ -18,35 +18,35 @@ from biopsy.data.datasets.base import Listing, Skipped, refuse_empty
 from biopsy.data.packs import COLUMNS, PIXELS, Origin, finish_pack, pad, patch_sha256
 
 MAX_RATIO = 4
-"""How many times as long as the median patch a patch may be: all are padded to the longest."""
+"""Largest side of a patch relative to the median; all are padded to the largest."""
 
-_BLOCK_BYTES = 2**20  # pixels that one worker decodes at a time
-_AHEAD_BYTES = 2**29  # pixels that are decoded ahead of the writing
+_BLOCK_BYTES = 2**20  # pixels per task of a worker
+_AHEAD_BYTES = 2**29  # pixels decoded ahead of writing
 _SAMPLE_ROWS = 256
-_PART_ROWS = 32  # that one worker measures at a time
+_PART_ROWS = 32  # measured per task of a worker
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass
 class _Written:
-    """What became of the pixels."""
+    """Result of writing the pixels."""
 
     patch_px: int
-    """Side of the square all patches are padded to."""
+    """Side of the padded patches in pixels."""
     rows: list[int] = field(default_factory=list)
-    """Rows of the listing, in the order in which their pixels lie on disk."""
+    """Rows of the listing, in the order of the pixel file."""
     sizes: list[tuple[int, int]] = field(default_factory=list)
     """True ``(width, height)`` of each."""
     hashes: list[str] = field(default_factory=list)
     """`patch_sha256` of each."""
     skipped: list[Skipped] = field(default_factory=list)
-    """Rows that could not be decoded, or are too large."""
+    """Rows that could not be decoded or are too large."""
 
 
 @dataclass
 class _Block:
-    """Patches decoded by one worker, padded to the pack's size, and those it could not decode."""
+    """Patches decoded and padded by one worker, and its failures."""
 
     pixels: np.ndarray
     rows: list[int] = field(default_factory=list)
@@ -57,7 +57,7 @@ class _Block:
 
 
 class _LargerPatch(Exception):
-    """A patch does not fit the size that was taken for the largest."""
+    """A patch is larger than the sampled patches."""
 
 
 def write_listing(
@@ -71,12 +71,12 @@ def write_listing(
     """Decode the patches of a listing and write the files of a pack.
 
     Raises:
-        DataError: If not one patch can be decoded, a quarter of them are too long, or the disk has no room.
+        DataError: If no patch can be decoded, a quarter of them are too large, or the disk is full.
     """
     written = _write_pixels(folder / PIXELS, listing, on_progress)
     table = _make_table(listing, written)
     skipped = listing.skipped + written.skipped
-    n_odd = int((table[["width", "height"]] != written.patch_px).any(axis=1).sum())
+    n_padded = int((table[["width", "height"]] != written.patch_px).any(axis=1).sum())
     finish_pack(
         folder,
         table,
@@ -85,7 +85,7 @@ def write_listing(
         positive_class=listing.positive_class,
         mpp=mpp if mpp is not None else listing.mpp,
         patch_px=written.patch_px,
-        counts=listing.counts | {"skipped": len(skipped), "odd_sizes": n_odd},
+        counts=listing.counts | {"skipped": len(skipped), "odd_sizes": n_padded},
         origin=origin,
         skipped=skipped,
     )
@@ -94,13 +94,13 @@ def write_listing(
 def _write_pixels(path: Path, listing: Listing, on_progress: Progress | None) -> _Written:
     """Decode rows and write them as an ``.npy`` file uint8 ``(n, patch_px, patch_px, 3)``.
 
-    Memory is bounded: a few blocks per core are decoded ahead of the writing. The file holds as many patches
-    as could be decoded, in the order of the listing. Nothing is forced to the disk, which would take half as
-    long as the decoding: should the power fail, the pack's content hash tells.
+    A few blocks per core are decoded ahead of writing. The file has the decodable patches in the order of the
+    listing. It is not flushed to disk, which would take half as long as decoding; the content hash detects
+    losses by a power failure.
 
-    All patches are padded to the longest of those that decode, whatever headers say, and that are at most
-    `MAX_RATIO` times as long as the median patch. Longer ones are skipped and named. Most datasets are of one
-    size, so the first patches decide; should a larger one come, all are measured and the work starts again.
+    Patches are padded to the largest decoded size of at most `MAX_RATIO` times the median; larger ones are
+    skipped and reported. The size is taken from the first patches; if a larger one follows, all patches are
+    measured and writing starts again.
     """
     n_rows = len(listing.table)
     try:
@@ -112,7 +112,7 @@ def _write_pixels(path: Path, listing: Listing, on_progress: Progress | None) ->
 
 
 def _measure(listing: Listing, rows: range) -> np.ndarray:
-    """Return the longer side of each patch once it is decoded, 0 where it cannot be."""
+    """Return the longer side of each decoded patch, 0 if it cannot be decoded."""
 
     def measure(part: range) -> list[int]:
         return [
@@ -125,16 +125,16 @@ def _measure(listing: Listing, rows: range) -> np.ndarray:
 
 
 def _find_longest(sides: np.ndarray, listing: Listing) -> tuple[int, int]:
-    """Return the side to which patches are padded, and the row of a patch that has it."""
+    """Return the side to which patches are padded, and the row of a patch of that size."""
     if not sides.any():
-        return 1, 0  # what is wrong with each is named when it is decoded again
+        return 1, 0  # errors are reported when patches are decoded again
     median = int(np.quantile(sides[sides > 0], 0.5, method="lower"))
     too_long = sides > MAX_RATIO * median
     if 4 * too_long.sum() >= (sides > 0).sum():
         row = int(np.argmax(sides))
         raise DataError(
             f"patches differ too much in size: {listing.table['source'].iloc[row]} has {sides[row]:,} px, "
-            f"half of them at most {median:,} px, and all are padded to the longest: prepare each size alone"
+            f"the median is {median:,} px, and all are padded to the largest: prepare each size separately"
         )
     row = int(np.argmax(np.where(too_long, 0, sides)))
     return int(sides[row]), row
@@ -183,7 +183,7 @@ def _check_space(folder: Path, n_patches: int, patch_px: int, largest: str) -> N
 
 
 def _write_header(file: BinaryIO, n_patches: int, patch_px: int) -> None:
-    """Write the header of an ``.npy`` file; numpy pads it so that its length does not depend on the count."""
+    """Write the header of an ``.npy`` file, whose padded length does not depend on the count."""
     shape = (n_patches, patch_px, patch_px, 3)
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
@@ -217,7 +217,7 @@ def _decode_block(listing: Listing, rows: range, patch_px: int) -> _Block:
         height, width = patch.shape[:2]
         if max(height, width) > patch_px:
             block.has_larger = True
-            reason = f"is {width:,} x {height:,} pixels, over {MAX_RATIO} times as long as the median patch"
+            reason = f"is {width:,} x {height:,} pixels, over {MAX_RATIO} times the median size"
             block.failures.append((row, reason))
             continue
         pad(patch, patch_px, pixels[len(block.rows)])
@@ -228,7 +228,7 @@ def _decode_block(listing: Listing, rows: range, patch_px: int) -> _Block:
 
 
 def _make_table(listing: Listing, written: _Written) -> pd.DataFrame:
-    """Return the pack's table: what the layout said, for the rows whose pixels were written."""
+    """Return the pack's table of the rows whose pixels were written."""
     table = listing.table.iloc[written.rows].reset_index(drop=True)
     index = {name: position for position, name in enumerate(listing.class_names)}
     table["target"] = table["class_name"].map(index).astype(np.int64)

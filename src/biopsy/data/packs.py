@@ -1,9 +1,8 @@
-"""The Pack: patches decoded once, and who they belong to.
+"""Packs: decoded patches with their labels, patients, slides and coordinates.
 
-A pack is a folder: ``pack.json`` (what it is), ``patches.npy`` (the pixels, memory-mapped),
-``patches.parquet`` (one row a patch), ``splits/`` and ``audit.json`` beside them. File sizes are checked
-whenever a pack is opened, with the hashes of ``pack.json`` and of the table; the hash of the pixels by
-`Pack.verify`.
+A pack is a folder of ``pack.json`` (metadata), ``patches.npy`` (pixels, memory-mapped), ``patches.parquet``
+(one row per patch), ``splits/`` and ``audit.json``. Opening a pack verifies file sizes and the hashes of
+``pack.json`` and of the table; `Pack.verify` also hashes the pixels.
 """
 
 import hashlib
@@ -29,20 +28,19 @@ from biopsy.core.tables import Kind, read_parquet_table
 FORMAT: Final = "biopsy-pack/1"
 PIXELS, TABLE, DOCUMENT = "patches.npy", "patches.parquet", "pack.json"
 
-# The columns that say which patch a row is and what is true of it: the content hash covers these and the
-# pixels, and nothing that may change later (splits, audit, ledger, joined columns).
+# Columns covered by the content hash, with the pixels; splits, audit, ledger and joined columns may change.
 IDENTITY_COLUMNS = ("patch_id", "patient_id", "slide_id", "site_id", "x", "y", "target", "width", "height")
 COLUMNS = (*IDENTITY_COLUMNS, "sha256", "source")
-MAX_PATCH_PX = 4096  # of a patch; whole slides are cut, not packed
-_WHOLE = ("x", "y", "target", "width", "height")
-_KINDS: dict[str, Kind] = {name: "whole" if name in _WHOLE else "text" for name in COLUMNS}
-_REMEDY = "bring the file back, or make the pack again with `biopsy prepare`"
+MAX_PATCH_PX = 4096  # larger images are cut into patches
+_INTEGER = ("x", "y", "target", "width", "height")
+_KINDS: dict[str, Kind] = {name: "integer" if name in _INTEGER else "text" for name in COLUMNS}
+_REMEDY = "restore the file, or make the pack again with `biopsy prepare`"
 
 Unit = Literal["patient", "slide", "patch"]
 
 
 class PackCounts(TypedDict, total=False):
-    """How much a pack holds; preparation adds what it left out, by reason."""
+    """Counts of a pack; preparation adds numbers of excluded files, by reason."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
@@ -55,7 +53,7 @@ class PackCounts(TypedDict, total=False):
 
 
 class Origin(TypedDict, total=False):
-    """What was read, when and by which version, and what files of the user changed or added."""
+    """Provenance of a pack: source, date, version and user files."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
@@ -73,7 +71,7 @@ class Origin(TypedDict, total=False):
 
 
 class PackInfo(BaseModel):
-    """What ``pack.json`` holds."""
+    """Content of ``pack.json``."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -82,36 +80,36 @@ class PackInfo(BaseModel):
     """Name of the layout it was read from, such as ``"idc"``."""
     class_names: list[str] = Field(min_length=1)
     positive_class: str | None
-    """The class whose recall is called sensitivity; None for more than two classes."""
+    """The positive class; None for more than two classes."""
     mpp: float | None = Field(gt=0, allow_inf_nan=False)
-    """Micrometres per pixel of the patches; None where unknown."""
+    """Pixel size in µm; None if unknown."""
     patch_px: PositiveInt = Field(le=MAX_PATCH_PX)
     counts: PackCounts
     origin: Origin
     skipped: list[dict[str, str]] = []
-    """Input that could not be read: ``source`` and ``reason``."""
+    """Unreadable input: ``source`` and ``reason``."""
     files: dict[str, int]
-    """Size in bytes of the pixel and table files, checked whenever the pack is opened."""
+    """Size in bytes of the pixel and table files, verified when the pack is opened."""
     content_sha256: str
     table_sha256: str = ""
-    """Of the table's file; empty in packs of the first versions."""
+    """Hash of the table's file; empty in packs of the first versions."""
 
     @property
     def is_synthetic(self) -> bool:
-        """Whether the source said that its patches are drawn."""
+        """Whether the patches are synthetic."""
         return bool(self.origin.get("synthetic"))
 
 
 class Pack:
-    """Patches and who they belong to, read from a pack folder.
+    """Labelled patches, read from a pack folder.
 
     Attributes:
         path: The folder.
-        info: What ``pack.json`` says.
+        info: Content of ``pack.json``.
         patches: uint8 ``(n_patches, patch_px, patch_px, 3)`` RGB, memory-mapped read-only. Patches smaller
-            than ``patch_px`` are padded at the right and bottom by their edge.
-        table: One row a patch, in the order of ``patches``; columns `COLUMNS` and any joined ones. ``x, y``
-            are in patch pixels at the pack's mpp, ``width, height`` say how much of a patch is real.
+            than ``patch_px`` are padded at the right and bottom with their edge pixels.
+        table: One row per patch, in the order of ``patches``; columns `COLUMNS` and any joined ones. ``x, y``
+            are in pixels at the pack's mpp, ``width, height`` are the size without padding.
     """
 
     def __init__(
@@ -125,10 +123,10 @@ class Pack:
 
     @classmethod
     def open(cls, path: "Path | str | Pack") -> "Pack":
-        """Open a pack and check that its files are whole.
+        """Open a pack and verify its files.
 
         Raises:
-            PackError: If it is no pack, of a newer format, cut short, or its parts disagree.
+            PackError: If it is not a pack, of a newer format, truncated, or inconsistent.
         """
         if isinstance(path, Pack):
             return path
@@ -137,11 +135,11 @@ class Pack:
         for name, size in info.files.items():
             result = (path / name).stat().st_size if (path / name).exists() else None
             if result != size:
-                what = "is missing" if result is None else f"has {result:,} bytes where {size:,} were written"
+                fault = "is missing" if result is None else f"has {result:,} bytes instead of {size:,}"
                 raise PackError(
-                    f"{path / name} {what}: the pack is damaged, make it again with `biopsy prepare`"
+                    f"{path / name} {fault}: the pack is damaged, make it again with `biopsy prepare`"
                 )
-        state = _look_at(path)
+        state = _file_state(path)
         try:
             if info.table_sha256 and sha256_file(path / TABLE) != info.table_sha256:
                 raise FileFormatError(path / TABLE, "altered", f"was changed since it was written; {_REMEDY}")
@@ -169,17 +167,17 @@ class Pack:
 
         Args:
             images: uint8 RGB ``(n, height, width, 3)``, or a list of images of several sizes.
-            labels: Class of each: an index into ``class_names``, or a name.
-            patients: The patient of each; without it no split can keep patients apart.
-            class_names: Names by index; by default the sorted names in ``labels``, or its numbers.
-            positive_class: Of two classes, the one whose recall is sensitivity; by default the second.
-            mpp: Micrometres per pixel.
-            columns: What else is known of each: ``slide_id``, ``site_id``, ``patch_id``, ``x``, ``y`` (in
-                patch pixels), and columns for subgroups.
-            out: The pack's folder; by default ``packs/arrays-<hash>.pack``. One of the same is opened again.
+            labels: The class of each image: an index into ``class_names``, or a name.
+            patients: The patient of each image, required for splits by patient.
+            class_names: Names by index (default: the sorted values of ``labels``).
+            positive_class: The positive class of two (default: the second).
+            mpp: Pixel size in µm.
+            columns: Further metadata: ``slide_id``, ``site_id``, ``patch_id``, ``x``, ``y`` (in pixels), and
+                columns for subgroups.
+            out: Output folder (default: ``packs/arrays-<hash>.pack``). An existing identical pack is opened.
 
         Raises:
-            DataError: If images, labels or columns do not fit together, or images are not uint8 RGB.
+            DataError: If lengths do not match, or images are not uint8 RGB.
         """
         from biopsy.data.building import build_pack, read_arrays
 
@@ -197,18 +195,18 @@ class Pack:
         root: Path | str | None = None,
         out: Path | str | None = None,
     ) -> "Pack":
-        """Make a pack of the image files that a csv or Parquet table names.
+        """Make a pack of the image files listed in a csv or Parquet table.
 
         Args:
             path: With a column of paths (``path``, ``image``, ``file``, ...), one of classes (``label``,
                 ``target``, ``class``, ...) and if possible ``patient_id``, ``slide_id``, ``x``, ``y``; other
                 columns become subgroups.
-            root: Folder that paths start from; by default the table's.
+            root: Folder to which paths are relative (default: that of the table).
             class_names, positive_class, mpp, out: As in `from_arrays`.
 
         Raises:
-            DataError: If columns are not recognised, labels are of no class, or no file can be read. Files
-                that cannot be read are in ``info.skipped``.
+            DataError: If columns are not recognised, labels are unknown, or no file can be read. Unreadable
+                files are in ``info.skipped``.
         """
         from biopsy.data.building import build_pack, read_image_table
 
@@ -227,19 +225,19 @@ class Pack:
         columns: Mapping[str, ArrayLike] | pd.DataFrame | None = None,
         out: Path | str | None = None,
     ) -> "Pack":
-        """Make a pack of a torch data set, or one of Hugging Face's.
+        """Make a pack of a torch or Hugging Face data set.
 
         Args:
             dataset: Its items are ``(image, label)``, ``(image, label, patient)`` or mappings with ``image``
-                and ``label``; images are PIL, uint8 arrays, or tensors ``(3, height, width)``. A random
-                transform must not be among its own.
-            patients: The patient of each, or the name of a column; by default what the items say.
-            labels: The class of each, where the items do not say.
-            class_names: As in `from_arrays`; by default the data set's own where it has them.
+                and ``label``; images are PIL, uint8 arrays, or tensors ``(3, height, width)``, without random
+                transforms.
+            patients: The patient of each item, or the name of a column (default: from the items).
+            labels: The class of each item (default: from the items).
+            class_names: As in `from_arrays` (default: those of the data set, if any).
             positive_class, mpp, columns, out: As in `from_arrays`.
 
         Raises:
-            DataError: If it is a stream or a dictionary of splits, or items are none of these.
+            DataError: If it is a stream or a dictionary of splits, or its items have another form.
         """
         from biopsy.data.building import build_pack, read_dataset
 
@@ -275,10 +273,7 @@ class Pack:
 
     @cached_property
     def unit(self) -> Unit:
-        """What is kept apart and counted as independent: patients if any is named, else slides, else patches.
-
-        A patch without an id does not change what the others are kept together by; see `group_by_unit`.
-        """
+        """Grouping unit: patients if any has an id, else slides, else patches; see `group_by_unit`."""
         for unit, column in (("patient", "patient_id"), ("slide", "slide_id")):
             if self.table[column].notna().any():
                 return unit  # type: ignore[return-value]
@@ -290,7 +285,7 @@ class Pack:
         return group_by_unit(self.table, self.unit)
 
     def rows_of(self, patch_ids: Sequence[str] | pd.Series) -> np.ndarray:
-        """Return the rows of patches by their ids, int64 ``(n,)``, in the order asked for.
+        """Return the rows of patches by their ids, int64 ``(n,)``, in the given order.
 
         Raises:
             PackError: If the pack has no patch of an id.
@@ -299,12 +294,12 @@ class Pack:
         rows = pd.Index(self.table["patch_id"].astype(str)).get_indexer(requested)
         if (rows < 0).any():
             raise PackError(
-                f"{self.path} has no patch {requested[rows < 0][0]!r}: give the pack they are from"
+                f"{self.path} has no patch {requested[rows < 0][0]!r}: use the pack they are from"
             )
         return rows
 
     def verify(self) -> None:
-        """Compare the content with the hash written when the pack was made.
+        """Verify the content hash.
 
         Raises:
             PackError: If pixels, labels or ids were altered.
@@ -312,36 +307,35 @@ class Pack:
         result = content_sha256(self.patches, self.table)
         if result != self.info.content_sha256:
             raise PackError(
-                f"{self.path} was altered: its content hashes to {result[:12]} where "
-                f"{self.info.content_sha256[:12]} was written; make it again with `biopsy prepare`"
+                f"{self.path} was altered: its content hash is {result[:12]} instead of "
+                f"{self.info.content_sha256[:12]}; make it again with `biopsy prepare`"
             )
 
     def require_unchanged(self) -> None:
-        """Refuse to go on where the files were changed since the pack was opened; cheap enough a batch.
+        """Check that the files are unchanged since the pack was opened; fast enough for every batch.
 
-        Files that were only touched or copied back are compared by their content, once.
+        If modification times changed, contents are compared once.
 
         Raises:
-            PackError: If a file is gone or its content is another.
+            PackError: If a file is missing or its content has changed.
         """
-        state = _look_at(self.path)
+        state = _file_state(self.path)
         if state == self._state:
             return
         try:
-            now = Pack.open(self.path)
-            if now.info.content_sha256 != self.info.content_sha256:
-                raise PackError(f"its content hashes to {now.info.content_sha256[:12]} now")
-            now.verify()
+            reopened = Pack.open(self.path)
+            if reopened.info.content_sha256 != self.info.content_sha256:
+                raise PackError(f"its content hash is now {reopened.info.content_sha256[:12]}")
+            reopened.verify()
         except PackError as error:
             raise PackError(f"{self.path} was changed while it was in use: {error}") from None
         self._state = state
 
 
 def group_by_unit(table: pd.DataFrame, unit: str) -> np.ndarray:
-    """Return whom each row of a table of patches belongs to, as text ``(n,)``.
+    """Return the group of each row of a table of patches, as strings ``(n,)``.
 
-    A patch of no known patient is never pooled with others of whom nothing is known: it belongs to its slide,
-    and where that is not known either, to itself alone.
+    A patch without a patient is grouped by its slide; without a slide too, it is its own group.
 
     Args:
         table: ``patch_id`` and the ids of patients and slides.
@@ -351,28 +345,30 @@ def group_by_unit(table: pd.DataFrame, unit: str) -> np.ndarray:
     missing = ids.isna().to_numpy()
     if not missing.any():
         return ids.to_numpy(str)
-    alone = f"(no {unit}) patch " + table["patch_id"].astype(str)
+    own_group = f"(no {unit}) patch " + table["patch_id"].astype(str)
     if unit == "patient" and "slide_id" in table:
-        alone = alone.where(table["slide_id"].isna(), "(no patient) slide " + table["slide_id"].astype(str))
-    return ids.where(~missing, alone).to_numpy(str)
+        own_group = own_group.where(
+            table["slide_id"].isna(), "(no patient) slide " + table["slide_id"].astype(str)
+        )
+    return ids.where(~missing, own_group).to_numpy(str)
 
 
 def content_sha256(patches: np.ndarray, table: pd.DataFrame) -> str:
-    """Hash pixels, target and identity of every patch; padding that is no patch's edge gives another hash."""
+    """Hash pixels, target and ids of every patch; padding is included if it does not repeat the edge."""
     hashes = []
-    for room, width, height in zip(patches, table["width"], table["height"], strict=True):
-        patch = room[:height, :width]
-        hashes.append(patch_sha256(patch if np.array_equal(pad(patch, len(room)), room) else room))
+    for padded, width, height in zip(patches, table["width"], table["height"], strict=True):
+        patch = padded[:height, :width]
+        hashes.append(patch_sha256(patch if np.array_equal(pad(patch, len(padded)), padded) else padded))
     return table_sha256(table.assign(sha256=hashes))
 
 
 def table_sha256(table: pd.DataFrame) -> str:
-    """Return the `content_sha256` of a table whose column ``sha256`` is known to be that of its pixels."""
+    """Return the `content_sha256` of a table with the hashes of its patches in ``sha256``."""
     return hash_columns(table, (*IDENTITY_COLUMNS, "sha256"))
 
 
 def hash_columns(table: pd.DataFrame, names: Iterable[str]) -> str:
-    """Hash the values of some columns, as texts; nulls are empty ones."""
+    """Hash the values of columns as text; nulls as empty strings."""
     digest = hashlib.sha256()
     for name in names:
         texts = pa.array(table[name], from_pandas=True).cast(pa.string()).fill_null("")
@@ -383,7 +379,7 @@ def hash_columns(table: pd.DataFrame, names: Iterable[str]) -> str:
 
 
 def patch_sha256(patch: np.ndarray) -> str:
-    """Hash the width, height and pixels of one patch, before any padding."""
+    """Hash width, height and pixels of a patch without padding."""
     height, width = patch.shape[:2]
     digest = _start_hash(width, height).copy()
     digest.update(np.ascontiguousarray(patch).data)
@@ -392,29 +388,29 @@ def patch_sha256(patch: np.ndarray) -> str:
 
 @cache
 def _start_hash(width: int, height: int) -> "hashlib._Hash":
-    """Make a hash once per size: a new one costs threads a lock inside OpenSSL, a copy does not."""
+    """Return a cached hash object per size: creating one takes a lock in OpenSSL, copying does not."""
     return hashlib.sha256(f"{width}x{height}:".encode())
 
 
-def pad(patch: np.ndarray, patch_px: int, room: np.ndarray | None = None) -> np.ndarray:
-    """Repeat a patch's right and bottom edge up to ``patch_px``; a patch of that size is returned as it is.
+def pad(patch: np.ndarray, patch_px: int, out: np.ndarray | None = None) -> np.ndarray:
+    """Pad a patch to ``patch_px`` by repeating its right and bottom edge.
 
     Args:
         patch: uint8 ``(height, width, 3)``, neither side longer than ``patch_px``.
         patch_px: Side of the square.
-        room: Where to write it, uint8 ``(patch_px, patch_px, 3)``; None for a new array.
+        out: Output array, uint8 ``(patch_px, patch_px, 3)`` (default: a new array).
     """
     height, width = patch.shape[:2]
-    if room is None:
+    if out is None:
         if height == width == patch_px:
             return patch
-        room = np.empty((patch_px, patch_px, 3), np.uint8)
-    room[:height, :width] = patch
+        out = np.empty((patch_px, patch_px, 3), np.uint8)
+    out[:height, :width] = patch
     if width < patch_px:
-        room[:height, width:] = patch[:, -1:]
+        out[:height, width:] = patch[:, -1:]
     if height < patch_px:
-        room[height:] = room[height - 1]
-    return room
+        out[height:] = out[height - 1]
+    return out
 
 
 def finish_pack(
@@ -430,13 +426,13 @@ def finish_pack(
     origin: Origin | None = None,
     skipped: Sequence[dict[str, str]] = (),
 ) -> None:
-    """Write the table and ``pack.json`` beside the pixels that already lie in ``folder``.
+    """Write the table and ``pack.json`` of a pack whose pixels are in ``folder``.
 
     Args:
-        folder: Holds `PIXELS`, complete.
-        table: One row a patch with the columns `COLUMNS`, in the order of the pixels; ``sha256`` is right.
+        folder: Contains the complete `PIXELS`.
+        table: One row per patch with the columns `COLUMNS`, in the order of the pixels.
         dataset, class_names, positive_class, mpp, patch_px, origin, skipped: As in `PackInfo`.
-        counts: What preparation counted; patches, patients, slides and classes are counted here.
+        counts: Further counts, besides patches, patients, slides and classes.
     """
     table.to_parquet(folder / TABLE, index=False)
     per_class = np.bincount(table["target"].to_numpy(np.int64), minlength=len(class_names))
@@ -463,7 +459,7 @@ def finish_pack(
 
 
 def is_pack(path: Path | str) -> bool:
-    """Return whether a path looks like a pack folder."""
+    """Return whether a path is a pack folder."""
     return (Path(path) / DOCUMENT).is_file()
 
 
@@ -480,13 +476,13 @@ def _read_info(path: Path) -> PackInfo:
     names, positive = info.class_names, info.positive_class
     if len(set(names)) < len(names) or (positive is not None and positive not in names):
         raise PackError(
-            f"{path / DOCUMENT} names the classes {names}, positive {positive!r}: it was changed; {_REMEDY}"
+            f"{path / DOCUMENT} has the classes {names}, positive {positive!r}: it was changed; {_REMEDY}"
         )
     return info
 
 
-def _look_at(path: Path) -> object:
-    """Return what changes when the files of a pack do; None where one is gone."""
+def _file_state(path: Path) -> object:
+    """Return inode, size and modification time of the files of a pack; None if one is missing."""
     try:
         return [
             (status.st_ino, status.st_size, status.st_mtime_ns)
@@ -497,16 +493,16 @@ def _look_at(path: Path) -> object:
 
 
 def _check_parts(path: Path, info: PackInfo, patches: np.ndarray, table: pd.DataFrame) -> None:
-    """Refuse pixels, table and document that disagree."""
-    room = (info.patch_px, info.patch_px, 3)
+    """Check that pixels, table and metadata agree."""
+    shape = (info.patch_px, info.patch_px, 3)
     needed = ["patch_id", "sha256", "target", "width", "height"]
     faults = {
-        f"holds {len(patches):,} patches and {len(table):,} rows": len(table) != len(patches),
-        f"has patches of {patches.shape[1:]} where {room} is written": patches.shape[1:] != room,
+        f"has {len(patches):,} patches and {len(table):,} rows": len(table) != len(patches),
+        f"has patches of {patches.shape[1:]} instead of {shape}": patches.shape[1:] != shape,
         "lacks ids, hashes, targets or sizes": bool(table[needed].isna().any(axis=None)),
-        "names a patch twice": bool(table["patch_id"].duplicated().any()),
-        "has targets that are no class": not table["target"].between(0, len(info.class_names) - 1).all(),
-        "has sizes beyond its patches": not (
+        "has repeated patch ids": bool(table["patch_id"].duplicated().any()),
+        "has unknown targets": not table["target"].between(0, len(info.class_names) - 1).all(),
+        "has sizes larger than its patches": not (
             table[["width", "height"]].ge(1) & table[["width", "height"]].le(info.patch_px)
         ).all(axis=None),
     }

@@ -1,4 +1,4 @@
-"""Predictions: the table from which every reported number can be recomputed; Kaggle's submission csv."""
+"""Tables of predictions, from which all reported numbers can be recomputed, and Kaggle submissions."""
 
 import hashlib
 import json
@@ -25,16 +25,16 @@ FORMAT = "biopsy-predictions/1"
 
 
 class FrozenThreshold(TypedDict):
-    """The probability from which a patch is called positive, how it was chosen, and on which subset."""
+    """Decision threshold on the positive probability, its rule, and the subset on which it was chosen."""
 
-    value: Annotated[float, Field(ge=0, le=1.001)]  # just above 1 where nothing is called positive
+    value: Annotated[float, Field(ge=0, le=1.001)]  # above 1: no patch is predicted positive
     rule: str
     chosen_on: str | None
 
 
 IDENTITY = ("patch_id", "patient_id", "slide_id", "x", "y")
 _TEXT = ("patch_id", "patient_id", "slide_id", "subset", "source")
-_WHOLE = ("x", "y", "fold", "target", "pred")
+_INTEGER = ("x", "y", "fold", "target", "pred")
 _YES_NO = ("abstained", "out_of_distribution")
 _FLOAT = re.compile(r"^(prob|logit)_|_distance$")
 _KEY = b"biopsy"
@@ -45,7 +45,7 @@ _NEEDED = (*IDENTITY, "subset", "fold", "target", "pred", "abstained")
 
 
 class PredictionsInfo(TypedDict, total=False):
-    """What predictions were made with, as it is stored beside them."""
+    """Metadata of a table of predictions."""
 
     format: str
     pack_sha256: str
@@ -69,10 +69,10 @@ def make_predictions(
     """Return the predictions of some patches of a pack.
 
     Args:
-        index: Which rows of the pack were predicted, ``(n,)``.
-        logits: Before calibration, ``(n, n_classes)``.
-        probs: After calibration, ``(n, n_classes)``.
-        subsets: The subset of each predicted patch, ``(n,)``, or of all of them.
+        index: Rows of the pack, ``(n,)``.
+        logits: Uncalibrated logits, ``(n, n_classes)``.
+        probs: Calibrated probabilities, ``(n, n_classes)``.
+        subsets: The subset of each patch, ``(n,)``, or one for all.
         threshold: As in `tabulate_predictions`.
         abstained: As in `tabulate_predictions`.
 
@@ -80,16 +80,22 @@ def make_predictions(
         The table, in the order of ``index``.
     """
     rows = pack.table.iloc[index]
-    about = (
+    patches = (
         rows[list(IDENTITY)].assign(subset=subsets, fold=fold, target=rows["target"]).reset_index(drop=True)
     )
     return tabulate_predictions(
-        about, pack.class_names, pack.positive_index, logits, probs, threshold=threshold, abstained=abstained
+        patches,
+        pack.class_names,
+        pack.positive_index,
+        logits,
+        probs,
+        threshold=threshold,
+        abstained=abstained,
     )
 
 
 def tabulate_predictions(
-    about: pd.DataFrame,
+    patches: pd.DataFrame,
     class_names: list[str],
     positive_index: int | None,
     logits: np.ndarray | None,
@@ -98,23 +104,23 @@ def tabulate_predictions(
     threshold: float | None = 0.5,
     abstained: np.ndarray | None = None,
 ) -> pd.DataFrame:
-    """Put what is known of patches, their logits and probabilities, and the decision into one table.
+    """Return a table of patches with their logits, probabilities and predicted classes.
 
     Args:
-        about: ``patch_id`` and what else is known of `IDENTITY`, subset, fold and target, ``n`` rows. What is
-            missing is null.
-        class_names: Names of the classes, in the order of the columns of ``logits``.
+        patches: ``patch_id`` and any of `IDENTITY`, subset, fold and target, ``n`` rows; missing columns are
+            null.
+        class_names: Class names, in the order of the columns of ``logits``.
         positive_index: Index of the positive class; None for more than two classes.
-        logits: ``(n, n_classes)``; None where they are not known.
-        probs: ``(n, n_classes)``, each in [0, 1].
-        threshold: For two classes, the probability from which a patch is called positive; None takes the
-            likeliest class, as always for more than two.
-        abstained: Where no decision is given, bool ``(n,)``.
+        logits: ``(n, n_classes)``; None if unknown.
+        probs: ``(n, n_classes)``, in [0, 1].
+        threshold: For two classes, the decision threshold on the positive probability; None for the most
+            probable class, as always for more than two classes.
+        abstained: Mask of abstentions, bool ``(n,)``.
 
     Raises:
-        DataError: If shapes do not agree or a probability is not one.
+        DataError: If shapes do not match or a probability is outside [0, 1].
     """
-    shape = (len(about), len(class_names))
+    shape = (len(patches), len(class_names))
     for array in (probs, *([] if logits is None else [logits])):
         if array.shape != shape:
             raise DataError(
@@ -122,89 +128,89 @@ def tabulate_predictions(
             )
     probs = np.asarray(probs, np.float64)
     if not ((probs >= 0) & (probs <= 1)).all():
-        raise DataError("probabilities must lie in 0 to 1 and be numbers; check the classifier's outputs")
-    frame = about.reindex(columns=[*IDENTITY, "subset", "fold", "target"])
+        raise DataError("probabilities must be numbers in [0, 1]; check the outputs of the classifier")
+    table = patches.reindex(columns=[*IDENTITY, "subset", "fold", "target"])
     for values, kind in ((logits, "logit"), (probs, "prob")):
         if values is None:
             continue
         for column, name in enumerate(class_names):
-            frame[f"{kind}_{name}"] = np.asarray(values[:, column], np.float64)
-    frame["pred"] = decide(probs, positive_index, threshold)
-    frame["abstained"] = False if abstained is None else np.asarray(abstained, bool)
+            table[f"{kind}_{name}"] = np.asarray(values[:, column], np.float64)
+    table["pred"] = decide(probs, positive_index, threshold)
+    table["abstained"] = False if abstained is None else np.asarray(abstained, bool)
     if positive_index is not None:
-        frame["prob"] = probs[:, positive_index]
-    return _with_types(frame)
+        table["prob"] = probs[:, positive_index]
+    return _with_types(table)
 
 
 def write_predictions(path: Path | str, frame: pd.DataFrame, metadata: Mapping[str, object]) -> Path:
-    """Write predictions as Parquet or CSV, by the ending of ``path``, whole or not at all.
+    """Write predictions as Parquet or CSV, by the suffix of ``path``, atomically.
 
     Args:
-        path: ``*.parquet``, or ``*.csv`` with ``*.csv.json`` beside it.
-        frame: As `make_predictions` gives it.
-        metadata: What they were made with: hashes of pack and classifier, split, threshold and its rule.
+        path: ``*.parquet``, or ``*.csv`` with its metadata in ``*.csv.json``.
+        frame: Output of `make_predictions`.
+        metadata: Hashes of pack and classifier, split, threshold and its rule.
 
     Raises:
-        DataError: If the ending is another one.
+        DataError: If the suffix is unknown.
     """
     path = Path(path)
-    about = plain({**metadata, "format": FORMAT})
-    about[_CONTENT] = _hash_content(frame, about)
+    info = plain({**metadata, "format": FORMAT})
+    info[_CONTENT] = _hash_content(frame, info)
     if path.suffix == ".parquet":
         table = pa.Table.from_pandas(frame, preserve_index=False)
-        table = table.replace_schema_metadata({_KEY: json.dumps(about).encode()})
+        table = table.replace_schema_metadata({_KEY: json.dumps(info).encode()})
         with replace_atomic(path) as partial:
             pq.write_table(table, partial)
     elif path.suffix == ".csv":
-        write_described_csv(path, frame, about)
+        write_described_csv(path, frame, info)
     else:
         raise DataError(f"predictions cannot be written to {path.name!r}; use .parquet or .csv")
     return path
 
 
 def write_described_csv(path: Path, table: pd.DataFrame, metadata: Mapping[str, object]) -> None:
-    """Write a csv, and its metadata with its own hash into ``<name>.csv.json`` beside it."""
+    """Write a csv, and its metadata with the hash of the csv to ``<name>.csv.json``."""
     write_csv(path, table)
-    write_json(_beside(path), {**metadata, "sha256": sha256_file(path)})
+    write_json(_metadata_path(path), {**metadata, "sha256": sha256_file(path)})
 
 
 def check_replaceable(path: Path, *, is_named: bool) -> None:
-    """Refuse to replace a table, or what is beside a csv, that this package did not write.
+    """Refuse to replace a table, or the metadata of a csv, that was not written by this package.
 
     Args:
         path: ``*.csv`` or ``*.parquet``.
-        is_named: Whether the user named this very file, which may then be any.
+        is_named: Whether the user named this file, which may then be replaced.
 
     Raises:
-        UserFileError: If it is another file, or was changed since it was written.
+        UserFileError: If it was not written by this package, or was changed since.
     """
-    about = _beside(path)
-    if path.suffix == ".csv" and about.exists() and _read_beside(path) is None:
+    json_path = _metadata_path(path)
+    if path.suffix == ".csv" and json_path.exists() and _read_csv_metadata(path) is None:
         raise UserFileError(
-            about, "foreign", f"was not written by biopsy: move it, or write {path.name} elsewhere"
+            json_path, "foreign", f"was not written by biopsy: move it, or write {path.name} elsewhere"
         )
     if path.exists() and not is_named and not _is_unchanged(path):
         raise UserFileError(
-            path, "foreign", "was not written by biopsy, or changed since: name a file with --out"
+            path, "foreign", "was not written by biopsy, or was changed since: name a file with --out"
         )
 
 
 def _is_unchanged(path: Path) -> bool:
     if path.suffix == ".csv":
-        return (_read_beside(path) or {}).get("sha256") == sha256_file(path)
+        return (_read_csv_metadata(path) or {}).get("sha256") == sha256_file(path)
     try:
         return _KEY in read_parquet_metadata(path)
     except FileFormatError:
         return False
 
 
-def _read_beside(path: Path) -> dict[str, object] | None:
-    """Return the metadata beside a csv; None where there is none of this package."""
+def _read_csv_metadata(path: Path) -> dict[str, object] | None:
+    """Return the metadata of a csv; None if it was not written by this package."""
     try:
-        about = read_json(_beside(path), may_lack_hash=True)
+        info = read_json(_metadata_path(path), may_lack_hash=True)
     except DataError:
         return None
-    return about if str(about.get("format")).startswith("biopsy-") else None
+    return info if str(info.get("format")).startswith("biopsy-") else None
 
 
 def read_predictions(path: Path | str) -> tuple[pd.DataFrame, PredictionsInfo]:
@@ -216,37 +222,39 @@ def read_predictions(path: Path | str) -> tuple[pd.DataFrame, PredictionsInfo]:
     """
     path = Path(path)
     if path.suffix == ".csv":
-        about = read_json(_beside(path), format=FORMAT, remedy=_REMEDY, may_lack_hash=True)
+        info = read_json(_metadata_path(path), format=FORMAT, remedy=_REMEDY, may_lack_hash=True)
         frame = read_csv_table(path, required=_NEEDED)
     else:
         frame, metadata = read_parquet_table(path)
-        about = parse_json(metadata.get(_KEY, b"{}"), path)
-        if not isinstance(about, dict) or about.get("format") != FORMAT:
-            raise FileFormatError(path, "format", f"is no table of predictions of format {FORMAT!r}")
+        info = parse_json(metadata.get(_KEY, b"{}"), path)
+        if not isinstance(info, dict) or info.get("format") != FORMAT:
+            raise FileFormatError(path, "format", f"is not a table of predictions of format {FORMAT!r}")
     missing = [name for name in _NEEDED if name not in frame]
     if missing or not class_columns(frame):
         raise FileFormatError(
-            path, "columns", f"lacks the columns {missing or ['prob_<class>']}: it is no table of predictions"
+            path,
+            "columns",
+            f"lacks the columns {missing or ['prob_<class>']}: it is not a table of predictions",
         )
     with refusing(path, "predictions"):
         frame = _with_types(frame)
     probs = frame[[f"prob_{name}" for name in class_columns(frame)]].to_numpy()
     if not ((probs >= 0) & (probs <= 1)).all() or not _are_classes(frame):
-        raise FileFormatError(path, "value", "holds probabilities beyond 0 to 1, or classes without a column")
-    about.pop("sha256", None)  # of a csv's text, by which it is known to be replaceable
-    content_sha256 = about.pop(_CONTENT, None)
+        raise FileFormatError(path, "value", "has probabilities outside [0, 1], or classes without a column")
+    info.pop("sha256", None)  # hash of the csv text, checked before it is replaced
+    content_sha256 = info.pop(_CONTENT, None)
     if content_sha256 is None:
         warn_unsealed(path, _CONTENT)
-    elif content_sha256 != _hash_content(frame, about) or not _is_of_class(frame):
+    elif content_sha256 != _hash_content(frame, info) or not _is_of_class(frame):
         raise FileFormatError(path, "altered", f"was changed since it was written; {_REMEDY}")
-    return frame, cast(PredictionsInfo, about)
+    return frame, cast(PredictionsInfo, info)
 
 
 def _are_classes(frame: pd.DataFrame) -> bool:
-    known = (
+    is_valid = (
         frame[["target", "pred"]].isin(range(len(class_columns(frame)))) | frame[["target", "pred"]].isna()
     )
-    return bool(known.all(axis=None) and frame["pred"].notna().all())
+    return bool(is_valid.all(axis=None) and frame["pred"].notna().all())
 
 
 def _is_of_class(frame: pd.DataFrame) -> bool:
@@ -255,52 +263,52 @@ def _is_of_class(frame: pd.DataFrame) -> bool:
     return "prob" not in frame or any((frame["prob"] == column).all() for column in columns)
 
 
-def _hash_content(frame: pd.DataFrame, about: Mapping[str, object]) -> str:
-    """Hash what reported numbers rest on; columns that were joined may come and go."""
+def _hash_content(frame: pd.DataFrame, info: Mapping[str, object]) -> str:
+    """Hash the columns of reported numbers and the metadata; joined columns are not included."""
     names = [name for name in frame if name in _NEEDED or _FLOAT.search(str(name))]
-    known = {key: value for key, value in about.items() if key != _CONTENT}
-    text = json.dumps([hash_columns(frame, names), known], sort_keys=True)
+    hashed = {key: value for key, value in info.items() if key != _CONTENT}
+    text = json.dumps([hash_columns(frame, names), hashed], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_metadata(path: Path | str) -> PredictionsInfo:
-    """Return what stands beside a table of predictions; empty for a table of another program's."""
+    """Return the metadata of a table of predictions; empty for tables of other programs."""
     path = Path(path)
     try:
         if path.suffix == ".parquet":
-            about = parse_json(read_parquet_metadata(path).get(_KEY, b"{}"), path)
+            info = parse_json(read_parquet_metadata(path).get(_KEY, b"{}"), path)
         else:
-            about = read_json(_beside(path), may_lack_hash=True)
+            info = read_json(_metadata_path(path), may_lack_hash=True)
     except FileFormatError:
         return {}
-    is_ours = isinstance(about, dict) and about.get("format") == FORMAT
-    return cast(PredictionsInfo, about) if is_ours else {}
+    is_ours = isinstance(info, dict) and info.get("format") == FORMAT
+    return cast(PredictionsInfo, info) if is_ours else {}
 
 
 def class_columns(frame: pd.DataFrame) -> list[str]:
-    """Name the classes a table of predictions has probabilities for, in order."""
+    """Return the classes with a probability column, in order."""
     return [name.removeprefix("prob_") for name in frame.columns if name.startswith("prob_")]
 
 
 def decide(probs: np.ndarray, positive_index: int | None, threshold: float | None) -> np.ndarray:
-    """Return the class that each patch is called, ``(n,)``; threshold as in `tabulate_predictions`."""
+    """Return predicted class indices ``(n,)``; threshold as in `tabulate_predictions`."""
     if positive_index is None or threshold is None:
         return probs.argmax(axis=1)
     return np.where(probs[:, positive_index] >= threshold, positive_index, 1 - positive_index)
 
 
 def _with_types(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return columns of the same types however they were stored: text, integers, floats, nulls in each."""
-    types = dict.fromkeys(_TEXT, "string") | dict.fromkeys(_WHOLE, "Int64") | dict.fromkeys(_YES_NO, "bool")
+    """Return the table with the column types of predictions, however it was stored."""
+    types = dict.fromkeys(_TEXT, "string") | dict.fromkeys(_INTEGER, "Int64") | dict.fromkeys(_YES_NO, "bool")
     floats = [name for name in frame.columns if name == "prob" or _FLOAT.search(name)]
     types |= dict.fromkeys(floats, "float64")
     for name in _YES_NO:
-        if name in frame and pd.api.types.is_string_dtype(frame[name].dtype):  # as csv has it
+        if name in frame and pd.api.types.is_string_dtype(frame[name].dtype):  # from csv
             frame[name] = [{"True": True, "False": False}[word] for word in frame[name]]
     return frame.astype({name: kind for name, kind in types.items() if name in frame})
 
 
-def _beside(path: Path) -> Path:
+def _metadata_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
@@ -308,10 +316,10 @@ FORMAT_SUBMISSIONS = "biopsy-submission/1"
 
 
 def give_ids(patch_ids: Sequence[str]) -> list[str]:
-    """Return each patch the id Kaggle knows it by: its file's name without folders and ending.
+    """Return the Kaggle id of each patch: its file name without folders and suffix.
 
     Raises:
-        DataError: If two patches have the same id, which Kaggle refuses.
+        DataError: If two patches have the same id.
     """
     ids = []
     for patch_id in patch_ids:
@@ -321,12 +329,14 @@ def give_ids(patch_ids: Sequence[str]) -> list[str]:
     seen = pd.Series(ids, dtype=str)
     twice = seen[seen.duplicated()]
     if len(twice):
-        raise DataError(f"two patches have the id {twice.iloc[0]!r}: Kaggle's csv takes each id once")
+        raise DataError(
+            f"two patches have the id {twice.iloc[0]!r}: ids of a Kaggle submission must be unique"
+        )
     return ids
 
 
 def check_name(path: Path | str) -> Path:
-    """Refuse a file that is not named as a csv."""
+    """Refuse a path without the suffix .csv."""
     path = Path(path)
     if path.suffix != ".csv":
         raise DataError(f"Kaggle takes a csv, not {path.name!r}; name the submission with .csv")
@@ -334,14 +344,14 @@ def check_name(path: Path | str) -> Path:
 
 
 def write_submission(path: Path | str, frame: pd.DataFrame, metadata: Mapping[str, object]) -> Path:
-    """Write the probability of the positive class of each patch, in order, and ``<name>.csv.json`` beside it.
+    """Write a Kaggle submission (positive probability of each patch), and its metadata to ``*.csv.json``.
 
     Args:
         path: ``*.csv``.
         frame: Predictions of two classes, with ``patch_id`` and ``prob``.
 
     Raises:
-        DataError: If the ending is another one, or two patches have one id.
+        DataError: If the suffix is not .csv, or two patches have the same id.
     """
     path = check_name(path)
     table = pd.DataFrame({"id": give_ids(frame["patch_id"].tolist()), "label": frame["prob"].to_numpy(float)})

@@ -1,4 +1,4 @@
-"""Preparation: a pack of an archive of patches or of annotated slides, and the folder tree of a split."""
+"""Preparation of packs from archives of patches or annotated slides, and export of folder trees."""
 
 import contextlib
 import errno
@@ -20,11 +20,11 @@ from biopsy.data.packing import Progress, write_listing
 from biopsy.data.packs import Origin, Pack, is_pack
 from biopsy.data.tables import add_people, check_ids, fold_classes, join_columns, relabel
 
-if TYPE_CHECKING:  # what only a tree needs would take a third of the time that a small archive does
+if TYPE_CHECKING:  # slow import, needed for trees only
     from biopsy.data.splits import Split
 
 TREE_RECIPE = "cancernet-2020"
-"""Whose post has the tree, and whose split it gets where no other is named."""
+"""Recipe whose published split the tree has by default."""
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
@@ -57,15 +57,15 @@ def prepare(
 ) -> Pack:
     """Decode an archive of patches, or cut annotated slides into patches, and write a pack.
 
-    The same command again opens the pack that is there; a pack of another source is never overwritten. Files
-    that cannot be read are skipped, named and counted.
+    Repeating the command opens the existing pack; a pack of another source is never overwritten. Unreadable
+    files are skipped, named and counted.
 
     The tree of ``export_tree`` holds the source's files, unchanged, as
     ``training|validation|testing/<class>/<file>``. Class folders are the numbers of the classes in the pack,
-    so that Keras, which sorts folders by name, numbers them alike. Files of one name take their whole path
-    with ``__`` for ``/``. Patches in no subset are left out and counted; where a published split validates on
-    the test subset, its files are in both folders. The folder must not exist. PCam's h5 files hold arrays,
-    not files: no tree can be made of them.
+    so that Keras, which sorts folders by name, numbers them alike. Files of the same name are named by their
+    path with ``__`` for ``/``. Patches in no subset are left out and counted; if a published split validates
+    on the test subset, its files are in both folders. The folder must not exist. HDF5 sources (PCam) have no
+    image files and cannot be exported.
 
     Args:
         source: Zip or folder of patches, or folder of slides with annotations beside them.
@@ -103,26 +103,25 @@ def prepare(
             then, or, where only the tree failed, under ``export_tree``.
     """
     if export_tree is None and (split is not None or recipe is not None):
-        raise DataError("--split and --recipe say how --export-tree sorts files: name its folder")
+        raise DataError("--split and --recipe need --export-tree: name its folder")
     if split is not None and recipe is not None:
-        raise DataError("the tree has one split: name --split or --recipe, not both")
+        raise DataError("--split and --recipe exclude each other: use one")
     if mpp is not None and not 0 < mpp < 1000:
-        raise DataError(f"mpp is {mpp}; micrometres a pixel lie between 0 and 1000")
+        raise DataError(f"mpp is {mpp}; it must be between 0 and 1000 um/px")
     cutting = None
     if patch_px is not None:
         if mpp is None:
-            raise DataError("--patch-px cuts slides: say with --mpp at how many micrometres a pixel")
+            raise DataError("--patch-px needs --mpp, the pixel size in um at which slides are cut")
         names = tuple(classes) or None
         cutting = Cutting(
             mpp, patch_px, stride_px, label_frac, names, rest, region, slide_mpp, annotations, crop
         )
     elif any(option is not None for option in (stride_px, rest, slide_mpp, annotations)) or classes:
         raise DataError(
-            "--stride-px, --classes, --rest, --slide-mpp and --annotations are for slides: say --patch-px as "
-            "well"
+            "--stride-px, --classes, --rest, --slide-mpp and --annotations are for slides and need --patch-px"
         )
     if is_pack(source):
-        raise DataError(f"{source} is a pack already: use it as it is")
+        raise DataError(f"{source} is already a pack")
     if export_tree is not None:
         from biopsy.data.export_tree import check_exportable
         from biopsy.data.export_tree import export_tree as write_tree
@@ -131,7 +130,7 @@ def prepare(
         published = load_recipe(recipe or TREE_RECIPE).as_published.split
         check_exportable(source, export_tree)
     out = Path(out)
-    with _collector_paused():
+    with _garbage_collection_disabled():
         archive, layout = _open_source(source, dataset, cutting)
         request = _describe_request(
             archive, layout, positive, cutting, patients=patients, labels=labels, join=join, mpp=mpp
@@ -140,7 +139,7 @@ def prepare(
         if pack is None:
             listing, origin = _list_patches(archive, layout, cutting, request, mpp)
             groups = {} if layout is None else layout.groups
-            _complete(listing, origin, patients, labels, join, positive, groups)
+            _add_tables(listing, origin, patients, labels, join, positive, groups)
             _warn(listing, archive, {} if layout is None else layout.expected)
             _write(out, layout.name if layout else annotated_slides.NAME, listing, origin, mpp, on_progress)
             pack = Pack.open(out)
@@ -160,28 +159,27 @@ def _open_source(
 
 
 def _find_dataset(archive: Archive, dataset: str | None, cutting: Cutting | None) -> Dataset | None:
-    """Return the archive's layout, None for annotated slides; refuse answers that do not belong to it."""
+    """Return the archive's layout, None for annotated slides; refuse options that do not apply."""
     if dataset == annotated_slides.NAME or (dataset is None and annotated_slides.recognise(archive)):
         if not annotated_slides.recognise(archive):
-            raise DataError(f"{archive.path} is no folder of {annotated_slides.LOOKS_FOR}")
+            raise DataError(f"{archive.path} is not a folder of {annotated_slides.LOOKS_FOR}")
         if cutting is None:
             raise DataError(
-                f"{archive.path} holds annotated slides: say how patches are cut, --mpp (um/px) and "
-                "--patch-px (their side)"
+                f"{archive.path} holds annotated slides: set --mpp (um/px) and --patch-px (side of "
+                "the patches)"
             )
         return None
     layout = find_dataset(archive, dataset)
     if cutting is not None:
         raise DataError(
-            f"{archive.path} holds patches ({layout.name}): --patch-px and what goes with it are for "
-            f"{annotated_slides.LOOKS_FOR}"
+            f"{archive.path} holds patches ({layout.name}): --patch-px is for {annotated_slides.LOOKS_FOR}"
         )
     return layout
 
 
 @contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Spare the garbage collector walking half a million entries again and again; none of them is a cycle."""
+def _garbage_collection_disabled() -> Iterator[None]:
+    """Disable garbage collection while half a million entries, none in a reference cycle, are created."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -198,7 +196,7 @@ def _describe_request(
     cutting: Cutting | None,
     **options: str | Path | float | None,
 ) -> dict[str, object]:
-    """Return the source and the options, files by their hashes, by which a finished pack is found again."""
+    """Return the source and the options, files by their hashes, as recorded in a pack."""
 
     def describe(option: str | Path | float | None) -> str | float | None:
         if option is None or isinstance(option, float | int):
@@ -221,7 +219,7 @@ def _describe_request(
 
 
 def _open_finished(out: Path, request: dict[str, object]) -> Pack | None:
-    """Return the pack at ``out`` if it answers the same request; refuse to overwrite anything else."""
+    """Return the pack at ``out`` if it was made by the same request; refuse to overwrite anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not is_pack(out):
@@ -231,7 +229,7 @@ def _open_finished(out: Path, request: dict[str, object]) -> Pack | None:
         raise PackError(
             f"{out} is a pack of another source or other options: choose another --out, or remove it"
         )
-    logger.info("%s was made from the same source before and is used again", out)
+    logger.info("%s exists and was made from the same source and options", out)
     return pack
 
 
@@ -242,7 +240,7 @@ def _list_patches(
     request: dict[str, object],
     mpp: float | None,
 ) -> tuple[Listing, Origin]:
-    """Return the patches of the source, and the beginning of what is recorded of them."""
+    """Return the patches of the source and their provenance."""
     origin = Origin(
         source=archive.path.name,
         made=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -255,11 +253,11 @@ def _list_patches(
         listing, origin["annotations"] = annotated_slides.list_patches(archive, cutting)
         return listing, origin
     if layout.needs_mpp and mpp is None:
-        raise DataError(f"{archive.path} ({layout.name}) states no um/px: say it with --mpp")
+        raise DataError(f"{archive.path} ({layout.name}) does not record the pixel size: set --mpp (um/px)")
     return layout.list_patches(archive), origin
 
 
-def _complete(
+def _add_tables(
     listing: Listing,
     origin: Origin,
     patients: str | Path | None,
@@ -268,7 +266,7 @@ def _complete(
     positive: str | Sequence[str] | None,
     groups: Mapping[str, Sequence[str]],
 ) -> None:
-    """Bring in what the user adds, in place, and record it."""
+    """Add the user's tables to a listing and its provenance, in place."""
     if listing.table.empty:
         raise refuse_empty(listing.skipped)
     if patients is not None:
@@ -283,7 +281,7 @@ def _complete(
         )
     elif len(listing.class_names) == 2 and listing.positive_class is None:
         raise DataError(
-            f"which of the classes {' and '.join(listing.class_names)} is positive? name it: --positive"
+            f"the classes are {' and '.join(listing.class_names)}: set --positive, the positive class"
         )
     if join is not None:
         listing.table, origin["join"] = join_columns(listing.table, join)
@@ -305,17 +303,17 @@ def _write(
             write_listing(folder, dataset, listing, origin, mpp, on_progress)
     except OSError as error:
         if error.errno in _NO_SPACE:
-            raise DataError(f"the disk at {out} is full; nothing was left there") from None
+            raise DataError(f"the disk at {out} is full; no files were left there") from None
         raise DataError(f"{out} cannot be written: {error.strerror or error}") from None
 
 
 def _warn(listing: Listing, archive: Archive, expected: dict[str, int]) -> None:
-    """Say once what a user should know before training."""
+    """Log what a user should know before training."""
     table = listing.table
     if archive.unread:
-        logger.warning("%s beside the patches was not read", ", ".join(archive.unread))
+        logger.warning("%s in the folder was not read", ", ".join(archive.unread))
     if listing.counts.get("duplicates"):
-        logger.info("%s identical copies were left out", f"{listing.counts['duplicates']:,}")
+        logger.info("%s duplicate files were left out", f"{listing.counts['duplicates']:,}")
     if table["class_name"].nunique() == 1:
         logger.warning("all patches are of one class, %s", table["class_name"].iloc[0])
     if table["patient_id"].notna().all() and table["patient_id"].nunique() == 1:
@@ -327,7 +325,7 @@ def _warn(listing: Listing, archive: Archive, expected: dict[str, int]) -> None:
 
 
 def _choose_split(pack: Pack, name: str | None, published: Mapping[str, object]) -> "Split":
-    """Find the split by name; without one, or for ``as-published``, make the recipe's own."""
+    """Return the named split; by default, and for ``as-published``, the recipe's published split."""
     from biopsy.data.splits import find_split, list_splits, make_split
 
     if name is not None and (name != "as-published" or name in list_splits(pack)):

@@ -1,4 +1,4 @@
-"""How patches are divided into subsets or folds: one function a protocol, published methods included."""
+"""Protocols that divide patches into subsets or folds, published splits included; one function each."""
 
 import logging
 import random
@@ -23,23 +23,25 @@ Cases = Path | str | Sequence[Path | str]
 
 
 def follow_recipe(request: "Request") -> "Plan":
-    """The split a recipe's authors used, by the method its ``[as_published.split]`` table names."""
+    """Make the published split of a recipe, by the method in its ``[as_published.split]`` table."""
     if not request.recipe:
         raise SplitError(
-            "as-published follows a recipe's own split: name the recipe, such as --recipe cancernet-2020"
+            "protocol as-published needs a recipe with a published split, such as --recipe cancernet-2020"
         )
     method = str(request.recipe.get("method"))
     if method not in PUBLISHED_METHODS:
         raise SplitError(
-            f"the recipe asks for the split method {method!r}; {suggest(method, PUBLISHED_METHODS)}"
+            f"unknown split method {method!r} in the recipe; {suggest(method, PUBLISHED_METHODS)}"
         )
     subsets, parameters = PUBLISHED_METHODS[method](request)
     return subsets, {"recipe": dict(request.recipe), **parameters}
 
 
 def shuffle_paths(request: "Request") -> "Plan":
-    """Shuffle the sorted paths with ``random``: train first, then test; the front of train validates."""
-    seed, train, validation = _read(request.recipe, "shuffled-paths", seed=int, train=float, validation=float)
+    """Shuffle the sorted paths with ``random``: train, then test; validation is the first part of train."""
+    seed, train, validation = _read_options(
+        request.recipe, "shuffled-paths", seed=int, train=float, validation=float
+    )
     order = list(_sort_paths(request))
     random.Random(seed).shuffle(order)
     n_train = int(len(order) * train)
@@ -53,11 +55,11 @@ def shuffle_paths(request: "Request") -> "Plan":
 def take_first_files(request: "Request") -> "Plan":
     """Divide the first files of a recursive glob at random, then undersample the subsets the recipe names.
 
-    A recursive glob gives paths in order of the folders; ours sorts them. Patches beyond the first ``count``,
-    and those that undersampling does not draw, are in no subset. With ``test_is_validation`` no patch is on
-    the subset "validation": what tests also validates, as was published.
+    Paths are sorted, since the order of a glob depends on the file system. Patches beyond the first ``count``
+    and those dropped by undersampling are in no subset. With ``test_is_validation`` the validation subset is
+    empty: the test subset is also used for validation, as published.
     """
-    count, share, seed = _read(request.recipe, "first-files", count=int, test=float, seed=int)
+    count, share, seed = _read_options(request.recipe, "first-files", count=int, test=float, seed=int)
     recipe, target = request.recipe or {}, request.pack.target
     rng = make_rng(seed, "first-files")
     taken = rng.permutation(_sort_paths(request)[:count])
@@ -75,11 +77,11 @@ def take_first_files(request: "Request") -> "Plan":
 
 
 def cut_rows(request: "Request") -> "Plan":
-    """First 70, next 20 and last 10 % of the rows of Kaggle's csv, one row dropped at each border."""
+    """Divide the rows of Kaggle's csv in order into 70, 20 and 10 %; one row is dropped at each border."""
     table = request.pack.table
     if "row" not in table.columns or table["row"].isna().any():
         raise SplitError(
-            f"{request.pack.path.name} does not keep the rows of Kaggle's train_labels.csv; prepare it again"
+            f"{request.pack.path.name} lacks the row numbers of Kaggle's train_labels.csv; prepare it again"
         )
     rows = table["row"].to_numpy(np.int64)
     n_rows = int(rows.max()) + 1
@@ -89,8 +91,10 @@ def cut_rows(request: "Request") -> "Plan":
     return subsets, {"n_rows": n_rows, "dropped_rows": [first, second]}
 
 
-def _read(recipe: Mapping[str, object] | None, method: str, **kinds: Callable[[Any], Any]) -> list[Any]:
-    """Return the recipe's values of a method's keys, in order."""
+def _read_options(
+    recipe: Mapping[str, object] | None, method: str, **kinds: Callable[[Any], Any]
+) -> list[Any]:
+    """Return the values of a method's keys in the recipe, in order."""
     try:
         return [kind((recipe or {})[key]) for key, kind in kinds.items()]
     except KeyError as error:
@@ -116,27 +120,27 @@ logger = logging.getLogger(__name__)
 
 ALWAYS_TRAIN = -1
 
-# Best of this many random assignments; fewer where there are very many groups, which chance balances.
+# Number of random assignments compared; fewer for very many groups, which are balanced by chance.
 N_DRAWS = 20_000
 MAX_ASSIGNED = 2_000_000
-N_LINES = 16  # drawn through a slide, of which one blocks half of it
+FRACTIONS = (0.70, 0.15, 0.15)  # of groups in train, validation and test
+N_LINES = 16  # random lines through a slide, of which the one that divides it best is used
 
 Plan = tuple[np.ndarray, dict[str, object]]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a protocol is asked to divide, and how.
+    """Input of a protocol.
 
     Attributes:
         pack: The patches.
-        unit: What is kept together.
-        group_ids: The id of each patch's ``unit``, ``(n_patches,)``.
+        unit: Grouping unit.
+        group_ids: The group of each patch, ``(n_patches,)``.
         seed: Seed of random assignments.
-        fractions: Shares of the groups for train, val and test.
         n_folds: Number of folds.
-        test_ids: Groups (sites for ``site``) named for testing, or for being left out in turn.
-        val_ids: Groups (sites for ``site``) named for validation.
+        test_ids: Test groups (sites for ``site``); for ``leave-one-out``, one fold each.
+        val_ids: Validation groups (sites for ``site``).
         cases: A csv with ``case_id,split``, or the published lists.
         recipe: The ``[as_published.split]`` table of a recipe.
     """
@@ -145,7 +149,6 @@ class Request:
     unit: Unit
     group_ids: np.ndarray
     seed: int
-    fractions: tuple[float, float, float]
     n_folds: int
     test_ids: tuple[str, ...]
     val_ids: tuple[str, ...]
@@ -156,20 +159,19 @@ class Request:
 def divide_groups(
     group_ids: np.ndarray, target: np.ndarray, shares: Sequence[float], *, seed: int, unit: str = "patient"
 ) -> np.ndarray:
-    """Divide groups, not patches, into parts of the given shares with classes balanced.
+    """Divide groups into parts of given fractions, stratified by class.
 
-    Of 20,000 random assignments that give each part its number of groups, those are taken whose parts hold
-    shares of the *groups that carry each class* closest to those wanted: least sum, over parts and classes,
-    of (share found - share wanted)² / share wanted. Intervals need such groups, not patches. Among equals the
-    same sum over shares of each class's patches decides. (With more than 100 groups, 2,000,000 / groups
-    draws.)
+    Of 20,000 random assignments with the right number of groups per part (2,000,000 / groups, if fewer), the
+    one is chosen that minimises the sum, over parts and classes, of (observed - expected)² / expected, where
+    observed is the part's fraction of the *groups with patches of the class*. Ties are resolved by the same
+    sum over patches.
 
     Args:
-        group_ids: One id a patch, ``(n_patches,)``.
-        target: One class index a patch, ``(n_patches,)``.
-        shares: Shares of *groups*, each above 0; they are scaled to sum to 1.
-        seed: Same seed and same ids give the same parts, whatever the order of patches.
-        unit: What a group is, for messages.
+        group_ids: The group of each patch, ``(n_patches,)``.
+        target: The class index of each patch, ``(n_patches,)``.
+        shares: Fractions of groups, each above 0; normalised to sum to 1.
+        seed: Random seed; the order of patches has no influence.
+        unit: Name of the grouping unit, for messages.
 
     Returns:
         The part of each patch, int64 ``(n_patches,)``.
@@ -178,28 +180,28 @@ def divide_groups(
         SplitError: If there are fewer groups than parts.
     """
     names, codes = np.unique(np.asarray(group_ids, dtype=str), return_inverse=True)
-    wanted = np.asarray(shares, dtype=float) / np.sum(shares)
-    if len(names) < len(wanted):
+    fractions = np.asarray(shares, dtype=float) / np.sum(shares)
+    if len(names) < len(fractions):
         raise SplitError(
-            f"{len(names)} {unit}s are too few for {len(wanted)} subsets or folds: one would be empty"
+            f"{len(names)} {unit}s are too few for {len(fractions)} subsets or folds: one would be empty"
         )
     counts = np.zeros((len(names), int(target.max()) + 1))
     np.add.at(counts, (codes, target), 1)
     counts = counts[:, counts.sum(axis=0) > 0]
-    parts = np.repeat(np.arange(len(wanted)), _apportion(len(names), wanted))
+    parts = np.repeat(np.arange(len(fractions)), _apportion(len(names), fractions))
     n_draws = max(1, min(N_DRAWS, MAX_ASSIGNED // len(names)))
     draws = make_rng(seed, "split").permuted(np.tile(parts, (n_draws, 1)), axis=1)
-    of_patches, of_groups = np.zeros((2, n_draws))
-    for part, share in enumerate(wanted):
-        held = (draws == part).astype(np.float64)
-        for discrepancy, table in ((of_patches, counts), (of_groups, counts > 0)):
-            result = held @ table / table.sum(axis=0)
-            discrepancy += ((result - share) ** 2).sum(axis=1) / share
-    return draws[np.lexsort((of_patches, of_groups.round(9)))[0]][codes]
+    patch_discrepancy, group_discrepancy = np.zeros((2, n_draws))
+    for part, share in enumerate(fractions):
+        in_part = (draws == part).astype(np.float64)
+        for discrepancy, table in ((patch_discrepancy, counts), (group_discrepancy, counts > 0)):
+            observed = in_part @ table / table.sum(axis=0)
+            discrepancy += ((observed - share) ** 2).sum(axis=1) / share
+    return draws[np.lexsort((patch_discrepancy, group_discrepancy.round(9)))[0]][codes]
 
 
 def _apportion(n_groups: int, shares: np.ndarray) -> np.ndarray:
-    """Round shares to whole numbers of groups, by largest remainder (of equals the last), none to 0."""
+    """Round fractions to numbers of groups by the largest remainder method, each at least 1."""
     exact = n_groups * shares
     sizes = np.floor(exact + 1e-9).astype(int)
     largest_last = np.argsort((exact - sizes).round(9), kind="stable")
@@ -211,39 +213,37 @@ def _apportion(n_groups: int, shares: np.ndarray) -> np.ndarray:
 
 
 def split_by_patient(request: Request) -> Plan:
-    """Sides by group: those named where they were put, the others balanced by `divide_groups`."""
+    """Assign groups to subsets: named groups as requested, the others by `divide_groups`."""
     check_known(request.test_ids + request.val_ids, request.group_ids, request.unit)
     both = sorted(set(request.test_ids) & set(request.val_ids))
     if both:
         raise SplitError(
-            f"{request.unit} {both[0]} was named both for validation and for test; leave it in one of them"
+            f"{request.unit} {both[0]} is named both for validation and for test; name it for one of them"
         )
     subsets = np.full(len(request.group_ids), "", dtype="<U10")
     subsets[np.isin(request.group_ids, request.val_ids)] = "validation"
     subsets[np.isin(request.group_ids, request.test_ids)] = "test"
-    named = {"validation": request.val_ids, "test": request.test_ids}
+    named_ids = {"validation": request.val_ids, "test": request.test_ids}
     shares = {
-        subset: share
-        for subset, share in zip(SUBSETS, request.fractions, strict=True)
-        if not named.get(subset)
+        subset: share for subset, share in zip(SUBSETS, FRACTIONS, strict=True) if not named_ids.get(subset)
     }
-    rest = subsets == ""
+    unassigned = subsets == ""
     parts = divide_groups(
-        request.group_ids[rest],
-        request.pack.target[rest],
+        request.group_ids[unassigned],
+        request.pack.target[unassigned],
         list(shares.values()),
         seed=request.seed,
-        unit="remaining " + request.unit if any(named.values()) else request.unit,
+        unit="remaining " + request.unit if any(named_ids.values()) else request.unit,
     )
-    subsets[rest] = np.array(list(shares))[parts]
-    return subsets, {"fractions": list(request.fractions), **_balance_note(request)} | _named_note(request)
+    subsets[unassigned] = np.array(list(shares))[parts]
+    return subsets, {"fractions": list(FRACTIONS), **_balance_note(request)} | _named_note(request)
 
 
 def split_into_folds(request: Request) -> Plan:
-    """Folds by group, balanced by `divide_groups`."""
+    """Assign groups to folds by `divide_groups`."""
     if request.n_folds < 3:
         raise SplitError(
-            f"{request.n_folds} folds are too few: one tests, one validates and the others train"
+            f"{request.n_folds} folds are too few: 3 or more are needed (test, validation, train)"
         )
     folds = divide_groups(
         request.group_ids,
@@ -256,18 +256,16 @@ def split_into_folds(request: Request) -> Plan:
 
 
 def leave_one_out(request: Request) -> Plan:
-    """One fold for each group named, in that order; for every group, in order of ids, where none is."""
+    """Make one fold for each named group in that order (default: all groups, sorted)."""
     check_known(request.test_ids, request.group_ids, request.unit)
     order = list(dict.fromkeys(request.test_ids)) or sorted(set(request.group_ids.tolist()))
     if len(order) < 2:
-        raise SplitError(
-            f"leave-one-out needs 2 or more {request.unit}s, one to test and one to validate; got {order}"
-        )
-    return _number(request.group_ids, order), {"order": order}
+        raise SplitError(f"leave-one-out needs 2 or more {request.unit}s (test and validation); got {order}")
+    return _index_ids(request.group_ids, order), {"order": order}
 
 
 def leave_one_site_out(request: Request) -> Plan:
-    """One fold for each site; subsets by site where test sites are named."""
+    """Make one fold for each site, or subsets by site if test sites are named."""
     sites = request.pack.table["site_id"]
     if sites.isna().any():
         raise SplitError(
@@ -280,10 +278,10 @@ def leave_one_site_out(request: Request) -> Plan:
     order = sorted(set(site_ids.tolist()))
     if len(order) < 3:
         raise SplitError(
-            f"{len(order)} sites ({', '.join(order)}) are too few to test on one, validate on another "
-            "and train on the rest; name the site to test on, then patients of the other sites validate"
+            f"{len(order)} sites ({', '.join(order)}) are too few: 3 or more are needed for folds; "
+            "name the test site, and patients of the other sites are used for validation"
         )
-    return _number(site_ids, order), {"order": order}
+    return _index_ids(site_ids, order), {"order": order}
 
 
 def _subsets_by_site(request: Request, site_ids: np.ndarray) -> Plan:
@@ -292,27 +290,27 @@ def _subsets_by_site(request: Request, site_ids: np.ndarray) -> Plan:
     subsets[np.isin(site_ids, request.val_ids)] = "validation"
     subsets[np.isin(site_ids, request.test_ids)] = "test"
     if not request.val_ids:
-        rest = subsets == "train"
-        shares = request.fractions[:2]
+        remaining = subsets == "train"
+        shares = FRACTIONS[:2]
         parts = divide_groups(
-            request.group_ids[rest],
-            request.pack.target[rest],
+            request.group_ids[remaining],
+            request.pack.target[remaining],
             shares,
             seed=request.seed,
             unit=f"remaining {request.unit}",
         )
-        subsets[rest] = np.array(["train", "validation"])[parts]
+        subsets[remaining] = np.array(["train", "validation"])[parts]
     return subsets, _named_note(request)
 
 
 def take_official_subsets(request: Request) -> Plan:
-    """The data set's official subsets: its own folders or files, or the published lists of cases."""
+    """Return the official subsets of the data set, or those of the published lists of cases."""
     if request.cases is not None:
         return _subsets_by_case(request, request.cases)
     table = request.pack.table
     if "official_subset" not in table.columns or table["official_subset"].isna().all():
         raise SplitError(
-            f"{request.pack.path.name} ({request.pack.info.dataset}) brings no subsets of its own; give the "
+            f"{request.pack.path.name} ({request.pack.info.dataset}) has no official subsets; give the "
             "published lists of cases with --cases, or use the protocol 'patients'"
         )
     return table["official_subset"].fillna("").to_numpy(str), {
@@ -323,30 +321,30 @@ def take_official_subsets(request: Request) -> Plan:
 def _subsets_by_case(request: Request, cases: Cases) -> Plan:
     if request.unit == "patch":
         raise SplitError(
-            f"cases are patients; {request.pack.path.name} names none, prepare it with --patients"
+            f"cases are patients, and {request.pack.path.name} has none; prepare it with --patients"
         )
     subset_of = read_cases(cases)
     groups = sorted(set(request.group_ids.tolist()))
-    result = {group: subset_of[group] for group in groups if group in subset_of}
-    if not result:
+    known_subsets = {group: subset_of[group] for group in groups if group in subset_of}
+    if not known_subsets:
         raise SplitError(
             f"none of the {len(groups)} {request.unit}s, such as {groups[0]!r}, is among the "
             f"{len(subset_of)} listed cases, such as {next(iter(subset_of))!r}"
         )
-    subsets = pd.Series(request.group_ids).map(result).fillna("").to_numpy(str)
-    absent = [case for case in subset_of if case not in result]
-    unlisted = [group for group in groups if group not in result]
-    if absent:
+    subsets = pd.Series(request.group_ids).map(known_subsets).fillna("").to_numpy(str)
+    missing = [case for case in subset_of if case not in known_subsets]
+    unlisted = [group for group in groups if group not in known_subsets]
+    if missing:
         logger.warning(
             "%d of %d listed cases are not in %s: %s",
-            *(len(absent), len(subset_of), request.pack.path.name, list_unmatched(absent, unlisted)),
+            *(len(missing), len(subset_of), request.pack.path.name, list_unmatched(missing, unlisted)),
         )
     if unlisted:
         logger.warning(
             "%d of %d %ss are in no list and left out: %s",
-            *(len(unlisted), len(groups), request.unit, list_unmatched(unlisted, absent)),
+            *(len(unlisted), len(groups), request.unit, list_unmatched(unlisted, missing)),
         )
-    listed, present = list(subset_of.values()), list(result.values())
+    listed, present = list(subset_of.values()), list(known_subsets.values())
     return subsets, {
         "subsets_from": "published lists of cases",
         "cases": {
@@ -358,18 +356,18 @@ def _subsets_by_case(request: Request, cases: Cases) -> Plan:
 
 @dataclass(frozen=True)
 class Leak:
-    """What the arms of a leakage experiment have in common, as masks of patches ``(n_patches,)``.
+    """Masks of patches ``(n_patches,)`` from which the arms of a leakage experiment are made.
 
     Attributes:
-        test: The tested half of one patient.
-        val: All of the validating patient.
-        leaked: Patches of the other half that train in the arm with the leak.
-        placebo: As many of each class of another patient who has both classes, which train in the placebo arm
-            and nowhere else; nobody's where no such patient is left.
-        base: Everybody else, who trains in the arm without either.
-        replaced: As many of ``base`` of each class, which give way to ``leaked`` or to ``placebo``.
-        placebo_id: That other patient, "" where there is none.
-        touching: Share of ``leaked`` that lies beside a tested patch; None without coordinates.
+        test: The tested half of the test patient.
+        val: All patches of the validation patient.
+        leaked: Patches of the other half of the test patient, training patches of the arm with the leak.
+        placebo: As many patches per class of another patient with both classes, training patches of the
+            placebo arm only; empty if there is no such patient.
+        base: Patches of all other patients, the training patches of the arm without leak and placebo.
+        replaced: As many patches per class of ``base``, replaced by ``leaked`` or ``placebo``.
+        placebo_id: The patient of ``placebo``, "" if there is none.
+        touching: Fraction of ``leaked`` that is adjacent to a test patch; None without coordinates.
     """
 
     test: np.ndarray
@@ -383,11 +381,11 @@ class Leak:
 
 
 def make_leak_arm(request: Request, *, arm: Literal["apart", "with", "placebo"], blocked: bool) -> Plan:
-    """One arm of a leakage experiment; all arms test and validate on the same patches (see `draw_leak`).
+    """Make one arm of a leakage experiment; all arms share test and validation patches (see `draw_leak`).
 
-    ``apart`` trains on neither the tested patient nor the one of the placebo. In ``with`` the other half of
-    the tested patient trains, in ``placebo`` patches of the other patient, in place of the same patches of
-    the others: both train on as many patches of each class as ``apart``.
+    ``apart`` is trained without the test patient and the placebo patient. In ``with``, patches of the other
+    half of the test patient, in ``placebo`` patches of the placebo patient replace training patches of the
+    other patients, so that all arms have the same number of training patches per class.
     """
     leak = draw_leak(request, blocked=blocked)
     if arm == "placebo" and not leak.placebo_id:
@@ -406,78 +404,81 @@ def make_leak_arm(request: Request, *, arm: Literal["apart", "with", "placebo"],
 
 
 def draw_leak(request: Request, *, blocked: bool) -> Leak:
-    """Draw which patches of one patient are tested, which leak, and what they replace.
+    """Draw the test, leaked and replaced patches of a leakage experiment.
 
-    The tested half is drawn class by class (the larger half of an odd number), or, ``blocked``, it is one
-    side of a line through the slide with half of the patches of the rarer class on either side; then patches
-    beside a tested one do not leak. All draws follow the seed, whatever the order of patches.
+    The tested half is drawn per class, rounded up. With ``blocked``, it is one side of a random line through
+    the slide that halves the patches of the rarer class, and patches adjacent to a test patch are not leaked.
+    The order of patches has no influence.
 
     Raises:
-        SplitError: If not one known patient each is named to test and to validate, the tested half has one
-            class only, patches to be blocked have no coordinates, or too few others can give way.
+        SplitError: If not exactly one known test and one known validation patient are named, the tested half
+            has one class only, coordinates are missing, or too few patches can be replaced.
     """
-    whose, validates, placebo_id = _name_leak(request)
+    is_tested, is_validation, placebo_id = _resolve_leak_patients(request)
     rng = make_rng(request.seed, "leak", request.test_ids[0], "blocked" if blocked else "random")
     table, target = request.pack.table, request.pack.target
     order = np.argsort(table["patch_id"].to_numpy(str))
-    rows = order[whose[order]]
-    places = table[["x", "y"]].astype("Float64").to_numpy(float, na_value=np.nan)
+    rows = order[is_tested[order]]
+    coordinates = table[["x", "y"]].astype("Float64").to_numpy(float, na_value=np.nan)
     test = np.zeros(len(target), bool)
-    test[rows] = _cut_by_line(places[rows], target[rows], rng) if blocked else _halve(target[rows], rng)
+    test[rows] = (
+        _halve_by_line(coordinates[rows], target[rows], rng) if blocked else _draw_half(target[rows], rng)
+    )
     if len(np.unique(target[test])) < 2:
-        only = request.pack.class_names[np.bincount(target[whose]).argmax()]
+        class_name = request.pack.class_names[np.bincount(target[is_tested]).argmax()]
         raise SplitError(
-            f"{request.unit} {request.test_ids[0]} has {only} patches only: test one of both classes"
+            f"{request.unit} {request.test_ids[0]} has {class_name} patches only: name one with both classes"
         )
-    rest = whose & ~test
-    beside = _find_beside(places, rest, test, request.pack.info.patch_px)
-    others = request.group_ids == placebo_id
-    base = ~whose & ~validates & ~others
+    remaining = is_tested & ~test
+    adjacent = _find_adjacent(coordinates, remaining, test, request.pack.info.patch_px)
+    is_placebo = request.group_ids == placebo_id
+    base = ~is_tested & ~is_validation & ~is_placebo
     leaked, placebo, replaced = np.zeros((3, len(target)), bool)
     for class_index, name in enumerate(request.pack.class_names):
-        of_class = order[target[order] == class_index]
-        may_leak = of_class[(rest & ~beside if blocked else rest)[of_class]]
-        of_other, of_base = of_class[others[of_class]], of_class[base[of_class]]
-        n_leaked = min(len(may_leak), len(of_other)) if placebo_id else len(may_leak)
-        if n_leaked > len(of_base):
+        in_class = order[target[order] == class_index]
+        may_leak = in_class[(remaining & ~adjacent if blocked else remaining)[in_class]]
+        in_placebo, in_base = in_class[is_placebo[in_class]], in_class[base[in_class]]
+        n_leaked = min(len(may_leak), len(in_placebo)) if placebo_id else len(may_leak)
+        if n_leaked > len(in_base):
             raise SplitError(
-                f"{n_leaked:,} {name} patches of {request.test_ids[0]} would train and the others have "
-                f"{len(of_base):,} to give way; test another {request.unit}"
+                f"{n_leaked:,} {name} patches of {request.test_ids[0]} would replace {len(in_base):,} of the "
+                f"other {request.unit}s, which are too few; name another test {request.unit}"
             )
         leaked[rng.choice(may_leak, n_leaked, replace=False)] = True
-        replaced[rng.choice(of_base, n_leaked, replace=False)] = True
+        replaced[rng.choice(in_base, n_leaked, replace=False)] = True
         if placebo_id:
-            placebo[rng.choice(of_other, n_leaked, replace=False)] = True
-    known = leaked.any() and np.isfinite(places[whose]).all()
-    touching = float(beside[leaked].mean()) if known else None
-    return Leak(test, validates, leaked, placebo, base, replaced, placebo_id, touching)
+            placebo[rng.choice(in_placebo, n_leaked, replace=False)] = True
+    has_coordinates = leaked.any() and np.isfinite(coordinates[is_tested]).all()
+    touching = float(adjacent[leaked].mean()) if has_coordinates else None
+    return Leak(test, is_validation, leaked, placebo, base, replaced, placebo_id, touching)
 
 
-def _name_leak(request: Request) -> tuple[np.ndarray, np.ndarray, str]:
-    """Return the patches of the tested and of the validating patient, and who gives the placebo."""
-    unit, tested, validating = request.unit, request.test_ids[:1], request.val_ids
+def _resolve_leak_patients(request: Request) -> tuple[np.ndarray, np.ndarray, str]:
+    """Return masks of the test and validation patient's patches, and the placebo patient's id."""
+    unit, test_ids, validation_ids = request.unit, request.test_ids[:1], request.val_ids
     if unit == "patch":
         raise SplitError(
-            f"{request.pack.path.name} names neither patients nor slides: a leak between them cannot be "
-            "measured; prepare it with --patients"
+            f"{request.pack.path.name} has neither patients nor slides, so leakage cannot be measured; "
+            "prepare it with --patients"
         )
-    check_known(request.test_ids + validating, request.group_ids, unit)
-    if not tested or len(request.test_ids) > 2 or len(validating) != 1 or validating[0] in request.test_ids:
+    check_known(request.test_ids + validation_ids, request.group_ids, unit)
+    n_test, n_validation = len(request.test_ids), len(validation_ids)
+    if n_test not in (1, 2) or n_validation != 1 or validation_ids[0] in request.test_ids:
         raise SplitError(
-            f"the leak is measured on one {unit} while another validates (a second one named to test gives "
-            f"the placebo); to test: {list(request.test_ids)}, to validate: {list(validating)}"
+            f"leakage experiments need one test {unit} (optionally a second one for the placebo) and one "
+            f"validation {unit}; got test {list(request.test_ids)}, validation {list(validation_ids)}"
         )
-    whose, validates = request.group_ids == tested[0], request.group_ids == validating[0]
+    is_tested, is_validation = request.group_ids == test_ids[0], request.group_ids == validation_ids[0]
     if len(request.test_ids) == 2:
-        return whose, validates, request.test_ids[1]
-    counts = pd.crosstab(request.group_ids, request.pack.target).drop([tested[0], validating[0]])
+        return is_tested, is_validation, request.test_ids[1]
+    counts = pd.crosstab(request.group_ids, request.pack.target).drop([test_ids[0], validation_ids[0]])
     rarer = counts.min(axis=1) if counts.shape[1] > 1 else counts.iloc[:0, 0]
     has_both = len(rarer) and rarer.max() > 0
-    return whose, validates, str(rarer.idxmax()) if has_both else ""
+    return is_tested, is_validation, str(rarer.idxmax()) if has_both else ""
 
 
-def _halve(target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mark half of the patches of each class, of an odd number the larger half."""
+def _draw_half(target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return a random mask of half of the patches of each class, rounded up."""
     half = np.zeros(len(target), bool)
     for class_index in np.unique(target):
         rows = rng.permutation(np.flatnonzero(target == class_index))
@@ -485,36 +486,41 @@ def _halve(target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return half
 
 
-def _cut_by_line(places: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mark the patches on one side of a line that halves the rarer class; of 16 drawn, the most even one."""
-    if not np.isfinite(places).all():
-        raise SplitError("patches of the tested slide have no coordinates: half of it cannot be blocked")
+def _halve_by_line(coordinates: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return a mask of the patches on one side of a line that halves the rarer class.
+
+    Of `N_LINES` random lines, the one that divides all patches most evenly is used.
+    """
+    if not np.isfinite(coordinates).all():
+        raise SplitError("patches of the test slide have no coordinates, which a blocked half requires")
     names, counts = np.unique(target, return_counts=True)
     rarer = target == names[counts.argmin()]
     angles = rng.uniform(0, 2 * np.pi, N_LINES)
-    along = np.stack([np.cos(angles), np.sin(angles)], axis=1) @ places.T
-    marked = along > np.median(along[:, rarer], axis=1, keepdims=True)
+    projections = np.stack([np.cos(angles), np.sin(angles)], axis=1) @ coordinates.T
+    marked = projections > np.median(projections[:, rarer], axis=1, keepdims=True)
     return np.asarray(marked[np.abs(marked.mean(axis=1) - 0.5).argmin()])
 
 
-def _find_beside(places: np.ndarray, rest: np.ndarray, test: np.ndarray, patch_px: int) -> np.ndarray:
-    """Mark the patches of ``rest`` that touch a tested one, at corners too; none without places."""
-    beside = np.zeros(len(rest), bool)
-    if rest.any() and np.isfinite(places[rest | test]).all():
-        from scipy.spatial import KDTree  # slow to import, and no other protocol needs it
+def _find_adjacent(
+    coordinates: np.ndarray, remaining: np.ndarray, test: np.ndarray, patch_px: int
+) -> np.ndarray:
+    """Return a mask of the patches of ``remaining`` adjacent to a test patch, corners included."""
+    adjacent = np.zeros(len(remaining), bool)
+    if remaining.any() and np.isfinite(coordinates[remaining | test]).all():
+        from scipy.spatial import KDTree  # slow import
 
-        distance, _ = KDTree(places[test]).query(places[rest], p=np.inf)
-        beside[rest] = distance <= patch_px
-    return beside
+        distance, _ = KDTree(coordinates[test]).query(coordinates[remaining], p=np.inf)
+        adjacent[remaining] = distance <= patch_px
+    return adjacent
 
 
-def check_known(names: Sequence[str], known: np.ndarray, unit: str) -> None:
-    """Refuse names that are not among ``known``.
+def check_known(names: Sequence[str], group_ids: np.ndarray, unit: str) -> None:
+    """Refuse names that are not among ``group_ids``.
 
     Raises:
-        SplitError: Naming the nearest that is.
+        SplitError: With the closest known name.
     """
-    options = set(known.tolist())
+    options = set(group_ids.tolist())
     for name in names:
         if name not in options:
             hint = (
@@ -525,10 +531,10 @@ def check_known(names: Sequence[str], known: np.ndarray, unit: str) -> None:
             )
 
 
-def _number(ids: np.ndarray, order: Sequence[str]) -> np.ndarray:
-    """Number ids by their place in ``order``; those not in it are always in training."""
-    number = {name: place for place, name in enumerate(order)}
-    return pd.Series(ids).map(number).fillna(ALWAYS_TRAIN).to_numpy(np.int64)
+def _index_ids(ids: np.ndarray, order: Sequence[str]) -> np.ndarray:
+    """Return the index of each id in ``order``, `ALWAYS_TRAIN` for others."""
+    index_of = {name: index for index, name in enumerate(order)}
+    return pd.Series(ids).map(index_of).fillna(ALWAYS_TRAIN).to_numpy(np.int64)
 
 
 def _balance_note(request: Request) -> dict[str, object]:
@@ -541,7 +547,7 @@ def _named_note(request: Request) -> dict[str, object]:
 
 MAX_LIST_BYTES = 2**24
 
-# Spellings of a subset in lists made by others.
+# Spellings of the subsets in published lists.
 SUBSET_WORDS = {
     "train": "train",
     "training": "train",
@@ -552,17 +558,17 @@ SUBSET_WORDS = {
 
 
 def read_cases(cases: Cases) -> dict[str, str]:
-    """Read which case is in which subset.
+    """Read the subset of each case.
 
     Args:
-        cases: A csv with the columns ``case_id`` and ``split``; a folder that holds ``cases_train.txt``,
-            ``cases_val.txt`` and ``cases_test.txt`` with one id a line; or those three files.
+        cases: A csv with the columns ``case_id`` and ``split``; a folder with ``cases_train.txt``,
+            ``cases_val.txt`` and ``cases_test.txt``, one id per line; or those three files.
 
     Returns:
         The subset of each case.
 
     Raises:
-        SplitError: If a list is missing, a subset is unknown, or a case stands in two subsets.
+        SplitError: If a list is missing, a subset is unknown, or a case is in two subsets.
     """
     if isinstance(cases, str | Path) and not Path(cases).is_dir():
         pairs = _read_case_table(Path(cases))
@@ -590,7 +596,7 @@ def _read_case_table(path: Path) -> list[tuple[str, str]]:
     for case, word in table[list(columns)].fillna("").itertuples(index=False):
         case, word = normalize_id(case), word.strip().lower()
         if not case or word not in SUBSET_WORDS:
-            raise SplitError(f"{path}: case {case!r} has the split {word!r}; use train, validation or test")
+            raise SplitError(f"{path}: case {case!r} has the subset {word!r}; use train, validation or test")
         pairs.append((case, SUBSET_WORDS[word]))
     return pairs
 
@@ -628,7 +634,7 @@ PROTOCOLS: dict[str, Callable[[Request], Plan]] = {
 
 LEAK_PROTOCOLS = tuple(name for name in PROTOCOLS if name.startswith("leak-"))
 
-# Splits that repeat what was published, whether or not patients overlap in them.
+# Splits that reproduce a publication, whether or not patients overlap.
 PUBLISHED = ("as-published", "kaggle-rows")
-# All splits in which patients may stand in two subsets: a leak must be made to be measured.
+# Splits in which patients may be in two subsets.
 MAY_OVERLAP = (*PUBLISHED, "leak-with", "leak-blocked-with")

@@ -1,8 +1,8 @@
-"""The Split: which patch trains, validates and tests, with patients kept apart.
+"""Splits: assignment of patches to train, validation and test subsets, or to folds, grouped by patient.
 
-A split is kept in the pack as ``splits/<name>.csv`` (one row a patch: its subset, or its fold) with
-``<name>.json`` beside it (protocol, seed, parameters, counts, the pack's hash). How patches are divided is in
-`biopsy.data.protocols`.
+A split is stored in the pack as ``splits/<name>.csv`` (one row per patch: its subset or fold) and
+``<name>.json`` (protocol, seed, parameters, counts, hash of the pack). `biopsy.data.protocols` divides the
+patches.
 """
 
 import logging
@@ -28,19 +28,19 @@ from biopsy.recipes import load_recipe
 from biopsy.statistics.resampling import FEWEST_GROUPS
 
 FORMAT = "biopsy-split/1"
-_REMEDY = "bring the file back, or make the split again with `biopsy split`"
+_REMEDY = "restore the file, or make the split again with `biopsy split`"
 FOLDER = "splits"
 LEFT_OUT = -2
-"""Fold of a patch that is in none and does not train either."""
+"""Fold number of patches that are in no fold and not used for training."""
 
 UnknownPatients = Literal["leave-out", "alone"]
-NAMED = 20  # patches without an id that are listed one by one
+MAX_LISTED = 20  # patches without an id that are listed by name
 
 logger = logging.getLogger(__name__)
 
 
 class SubsetCounts(TypedDict, total=False):
-    """Patches and groups (units) of a subset; groups are null where patches name nobody."""
+    """Numbers of patches and groups (units) of a subset; groups are null without patients and slides."""
 
     patches: Required[int]
     groups: Required[int | None]
@@ -49,7 +49,7 @@ class SubsetCounts(TypedDict, total=False):
 
 
 class SplitParameters(TypedDict, total=False):
-    """What else defines a split, as its protocol records it, and what was counted and is odd."""
+    """Further parameters of a split, as recorded by its protocol, with its counts and warnings."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
@@ -63,17 +63,17 @@ class SplitParameters(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Split:
-    """Which patch is in which subset.
+    """Assignment of the patches of a pack to subsets or folds.
 
     Attributes:
-        name: Its name in the pack.
-        protocol: How it was made, one of `biopsy.data.protocols.PROTOCOLS`.
-        unit: What was kept together.
+        name: Name in the pack.
+        protocol: Key of `biopsy.data.protocols.PROTOCOLS`.
+        unit: Grouping unit.
         seed: Seed of random assignments.
-        parameters: What else defines it, and its ``counts`` by subset (a list of those under ``folds``).
-        table: One row a patch: ``patch_id`` and ``subset``, or ``patch_id`` and ``fold``.
-        overlap: Whether a patient stands in two subsets; None where patches name nobody.
-        pack_sha256: Content hash of the pack it was made for.
+        parameters: Further parameters, and ``counts`` per subset (with folds: a list under ``folds``).
+        table: One row per patch: ``patch_id`` and ``subset``, or ``patch_id`` and ``fold``.
+        overlap: Whether a patient is in two subsets; None without patients and slides.
+        pack_sha256: Content hash of the pack.
     """
 
     name: str
@@ -87,39 +87,37 @@ class Split:
 
     @property
     def n_folds(self) -> int:
-        """Number of folds, 0 where patches have subsets."""
+        """Number of folds, 0 for a split with subsets."""
         return int(self.table["fold"].max()) + 1 if "fold" in self.table else 0
 
     @property
     def is_published(self) -> bool:
-        """Whether it repeats a published split, in which patients may overlap."""
+        """Whether it reproduces a published split, in which patients may overlap."""
         return self.protocol in PUBLISHED
 
     @property
     def may_overlap(self) -> bool:
-        """Whether patients may stand in two subsets: in a published split, or one made to measure the
-        leak."""
+        """Whether patients may be in two subsets: in published splits and in leakage experiments."""
         return self.protocol in MAY_OVERLAP
 
     @property
     def test_is_validation(self) -> bool:
-        """Whether the test subset validates too, as one publication had it; no patch is then on
-        "validation"."""
+        """Whether the test subset is also used for validation; the validation subset is then empty."""
         return bool(self.parameters.get("test_is_validation", False))
 
     def subsets(self, pack: Pack, fold: int | None = None) -> np.ndarray:
-        """Return each patch its subset, in the pack's order.
+        """Return the subset of each patch, in the pack's order.
 
         Args:
-            fold: For a split with folds, the one that tests; the next one (of another patient) validates, the
-                others train.
+            fold: Test fold of a split with folds. The next fold (of another patient) is used for validation,
+                the others for training.
 
         Returns:
             ``"train"``, ``"validation"``, ``"test"`` or ``""`` (left out), ``(n_patches,)``.
 
         Raises:
-            SplitError: If the split is another pack's, the fold does not exist, or patients overlap in a
-                split that is not exempt (`may_overlap`).
+            SplitError: If the split belongs to another pack, the fold does not exist, or patients overlap
+                although `may_overlap` is false.
         """
         subsets = self.assign(pack, fold)
         if not self.may_overlap and pack.unit != "patch":
@@ -127,15 +125,13 @@ class Split:
         return subsets
 
     def assign(self, pack: Pack, fold: int | None = None) -> np.ndarray:
-        """Return each patch its subset as `subsets` does, without looking for overlap (for audits)."""
+        """Return the subset of each patch as `subsets` does, without checking for overlap (for audits)."""
         if not self.n_folds:
             if fold is not None:
-                raise SplitError(f"split {self.name!r} has subsets, not folds; leave out fold={fold}")
+                raise SplitError(f"split {self.name!r} has subsets, not folds; omit fold={fold}")
             return self._align(pack, "subset").astype("<U10")
         if fold is None or not 0 <= fold < self.n_folds:
-            raise SplitError(
-                f"split {self.name!r} has the folds 0 to {self.n_folds - 1}; name one, got {fold}"
-            )
+            raise SplitError(f"split {self.name!r} has the folds 0 to {self.n_folds - 1}; got fold={fold}")
         folds = self._align(pack, "fold")
         subsets = np.full(len(folds), "train", dtype="<U10")
         several_slides = self.unit == "slide" and pack.unit == "patient"
@@ -149,7 +145,7 @@ class Split:
         return subsets
 
     def _next_patient(self, pack: Pack, folds: np.ndarray, fold: int) -> int | None:
-        """Return the next fold that holds no slide of the tested patient, None where there is none."""
+        """Return the next fold without slides of the test patient, None if there is none."""
         tested = set(pack.group_ids[folds == fold])
         following = [(fold + step) % self.n_folds for step in range(1, self.n_folds)]
         return next((other for other in following if tested.isdisjoint(pack.group_ids[folds == other])), None)
@@ -163,8 +159,8 @@ class Split:
         surplus = len(set(table["patch_id"]) - set(ids))
         if unknown or surplus or table["patch_id"].duplicated().any():
             raise SplitError(
-                f"split {self.name!r} is not one of {pack.path.name}: it lacks {unknown:,} of its patches "
-                f"and names {surplus:,} others; make it for this pack with `biopsy split`"
+                f"split {self.name!r} does not match {pack.path.name}: {unknown:,} patches of the pack are "
+                f"missing and {surplus:,} are unknown; make it for this pack with `biopsy split`"
             )
         return table.set_index("patch_id")[column].loc[ids].to_numpy()
 
@@ -192,23 +188,23 @@ def split(
             ``leak-placebo``, ``leak-blocked-with`` or ``leak-blocked-placebo``.
         name: Name of the split in the pack (default: the protocol).
         seed: Random seed; the order of patches has no influence.
-        recipe: For ``as-published``: the recipe whose published split is made.
+        recipe: For ``as-published``: the recipe with the published split.
         cases: For ``official``: lists of cases, a csv with columns ``case_id,split`` or a folder of
             ``cases_train.txt``, ``cases_val.txt`` and ``cases_test.txt``.
-        test_patients: Ids of test patients; for ``leave-one-out``, each in turn; for ``leak-...``, the one
-            of which half is tested, and optionally the one that gives the placebo.
+        test_patients: Ids of test patients; for ``leave-one-out``, one fold each; for ``leak-...``, the
+            patient of whom half is tested, and optionally the patient of the placebo.
         val_patients: Ids of validation patients.
         folds: Number of folds.
-        unit: Unit kept within one subset (default: the pack's own).
-        unknown_patients: Patches without a patient, in a pack where others have one: left out, or each a
-            unit of its own.
+        unit: Grouping unit (default: the pack's).
+        unknown_patients: Patches without a patient, in a pack where others have one: left out, or each its
+            own group (``alone``).
 
     Raises:
-        SplitError: If these patients cannot be divided so, or one would stand in two subsets.
+        SplitError: If the patients cannot be divided as requested, or a patient would be in two subsets.
         RecipeError: If no recipe has that name.
     """
     pack = Pack.open(pack)
-    made = make_split(
+    result = make_split(
         pack,
         protocol=protocol,
         name=name,
@@ -221,8 +217,8 @@ def split(
         unit=unit,
         unknown_patients=unknown_patients,
     )
-    save_split(pack, made)
-    return made
+    save_split(pack, result)
+    return result
 
 
 def make_split(
@@ -236,7 +232,6 @@ def make_split(
     test_patients: Sequence[str] = (),
     val_patients: Sequence[str] = (),
     n_folds: int = 5,
-    fractions: tuple[float, float, float] = (0.70, 0.15, 0.15),
     unit: Unit | None = None,
     unknown_patients: UnknownPatients = "leave-out",
 ) -> Split:
@@ -244,27 +239,23 @@ def make_split(
 
     Args:
         recipe: The ``[as_published.split]`` table of a recipe.
-        fractions: Shares of patients for train, val and test, summing to 1.
 
     Raises:
-        SplitError: If the split cannot be made, would leak where it must not, or would leave a subset empty.
+        SplitError: If the split cannot be made, patients would overlap, or a subset would be empty.
     """
     pack = Pack.open(pack)
     if protocol not in PROTOCOLS:
         raise SplitError(f"there is no protocol {protocol!r}; {suggest(protocol, PROTOCOLS)}")
-    if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9:
-        raise SplitError(f"fractions {fractions} are not three shares above 0 that sum to 1")
     unit = _choose_unit(pack, protocol, unit)
-    nameless = pack.table[f"{unit}_id"].isna().to_numpy() if unit != "patch" else np.zeros(len(pack), bool)
-    is_given = protocol in PUBLISHED or (protocol == "official" and cases is None)
-    aside = nameless & (unknown_patients == "leave-out" and not is_given)
-    known = Pack(pack.path, pack.info, pack.patches, pack.table[~aside].reset_index(drop=True))
+    no_group = pack.table[f"{unit}_id"].isna().to_numpy() if unit != "patch" else np.zeros(len(pack), bool)
+    keeps_unknown = protocol in PUBLISHED or (protocol == "official" and cases is None)
+    excluded = no_group & (unknown_patients == "leave-out" and not keeps_unknown)
+    grouped = Pack(pack.path, pack.info, pack.patches, pack.table[~excluded].reset_index(drop=True))
     request = Request(
-        pack=known,
+        pack=grouped,
         unit=unit,
-        group_ids=group_by_unit(known.table, unit),
+        group_ids=group_by_unit(grouped.table, unit),
         seed=seed,
-        fractions=fractions,
         n_folds=n_folds,
         test_ids=tuple(map(normalize_id, test_patients)),
         val_ids=tuple(map(normalize_id, val_patients)),
@@ -274,10 +265,10 @@ def make_split(
     assigned, parameters = PROTOCOLS[protocol](request)
     column = "subset" if assigned.dtype.kind == "U" else "fold"
     values = np.full(len(pack), "" if column == "subset" else LEFT_OUT, assigned.dtype)
-    values[~aside] = assigned
-    if nameless.any():
-        treatment = "left out" if aside.any() else "as given" if is_given else "each alone"
-        parameters["unknown_patients"] = _note_nameless(pack, unit, nameless, treatment)
+    values[~excluded] = assigned
+    if no_group.any():
+        treatment = "left out" if excluded.any() else "as given" if keeps_unknown else "each alone"
+        parameters["unknown_patients"] = _note_unknown_groups(pack, unit, no_group, treatment)
     split = Split(
         name=_check_name(name or protocol),
         protocol=protocol,
@@ -294,7 +285,7 @@ def make_split(
 def with_subsets(
     split: Split, pack: Pack, subsets: np.ndarray, *, name: str, note: Mapping[str, object]
 ) -> Split:
-    """Return a split other subsets and another name, checked and counted anew; ``note`` is recorded."""
+    """Return a copy of a split with other subsets and another name; ``note`` is added to its parameters."""
     table = pd.DataFrame({"patch_id": pack.table["patch_id"].to_numpy(), "subset": subsets})
     parameters = SplitParameters(**{**split.parameters, **note})  # type: ignore[typeddict-item]
     changed = replace(split, name=_check_name(name), parameters=parameters, table=table)
@@ -302,10 +293,10 @@ def with_subsets(
 
 
 def save_split(pack: Pack, split: Split) -> Path:
-    """Write a split into its pack, whole or not at all, and give the path of its table.
+    """Write a split into its pack atomically and return the path of its table.
 
     Raises:
-        UserFileError: If a split of that name is there and was changed by hand.
+        UserFileError: If a split of that name exists and was edited by hand.
     """
     names = [f"{_check_name(split.name)}{suffix}" for suffix in (".csv", ".json")]
     with update_directory(pack.path / FOLDER, *names, last=names[1], adopt=True) as partial:
@@ -332,28 +323,28 @@ def load_split(pack: Pack, name: str) -> Split:
 
 
 def list_splits(pack: Pack) -> list[str]:
-    """Name the splits kept in a pack."""
+    """Return the names of the splits stored in a pack."""
     return sorted(
         path.stem for path in (pack.path / FOLDER).glob("*.csv") if path.with_suffix(".json").is_file()
     )
 
 
 def find_split(pack: Pack, name: str | None = None) -> Split:
-    """Load a split, or make the one whose protocol's name needs nothing more to be said.
+    """Load a split, or make the split of a protocol that needs no further options.
 
     Args:
-        name: A split's name, or a protocol's. None means ``"official"`` where the data set has its official
-            subsets, else ``"patients"``.
+        name: Name of a split or of a protocol (default: ``"official"`` if the data set has official subsets,
+            else ``"patients"``).
 
     Returns:
-        The split; a new one is made with seed 0 and kept in the pack where that can be written.
+        The split. A new one is made with seed 0 and stored in the pack if the pack is writable.
 
     Raises:
-        SplitError: If it is neither a split nor such a protocol.
+        SplitError: If the name is neither a split nor such a protocol.
     """
     if name is None:
-        own = "official_subset" in pack.table.columns and pack.table["official_subset"].notna().any()
-        name = "official" if own else "patients"
+        has_official = "official_subset" in pack.table.columns and pack.table["official_subset"].notna().any()
+        name = "official" if has_official else "patients"
     if name in list_splits(pack) or name not in PROTOCOLS:
         return load_split(pack, name)
     split = make_split(pack, protocol=name)
@@ -365,7 +356,7 @@ def find_split(pack: Pack, name: str | None = None) -> Split:
 
 
 def write_split(path: Path | str, split: Split) -> Path:
-    """Write a split as csv with its json beside it."""
+    """Write a split as csv, and its metadata as json under the same name."""
     path = Path(path)
     write_csv(path, split.table)
     write_json(
@@ -386,7 +377,7 @@ def write_split(path: Path | str, split: Split) -> Path:
 
 
 class _Document(BaseModel):
-    """What the json beside a split holds."""
+    """Content of the json file of a split."""
 
     name: str
     protocol: str
@@ -399,17 +390,19 @@ class _Document(BaseModel):
 
 
 def read_split(path: Path | str) -> Split:
-    """Read a split from its csv and the json beside it, as a pack or a run keeps them.
+    """Read a split from its csv and json files, as stored in a pack or a run.
 
     Raises:
-        SplitError: If the csv is not a split's, or was changed since it was written.
+        SplitError: If the csv is not a split, or was changed since it was written.
         DataError: If the json is missing, damaged, changed or of a newer format.
     """
     path = Path(path)
-    beside = path.with_suffix(".json")
-    about = validate(beside, _Document, read_json(beside, format=FORMAT, remedy=_REMEDY, may_lack_hash=True))
+    json_path = path.with_suffix(".json")
+    document = validate(
+        json_path, _Document, read_json(json_path, format=FORMAT, remedy=_REMEDY, may_lack_hash=True)
+    )
     try:
-        if about.table_sha256 and sha256_file(path) != about.table_sha256:
+        if document.table_sha256 and sha256_file(path) != document.table_sha256:
             raise FileFormatError(path, "altered", f"was changed since it was written; {_REMEDY}")
         table = read_csv_table(path, required=["patch_id"])
     except FileFormatError as error:
@@ -423,14 +416,14 @@ def read_split(path: Path | str) -> Split:
         )
     values = {"subset": table["subset"].fillna("")} if subsets else {"fold": folds.astype("int64")}
     return Split(
-        name=about.name,
-        protocol=about.protocol,
-        unit=about.unit,
-        seed=about.seed,
-        parameters=about.parameters,
+        name=document.name,
+        protocol=document.protocol,
+        unit=document.unit,
+        seed=document.seed,
+        parameters=document.parameters,
         table=pd.DataFrame({"patch_id": table["patch_id"], **values}),
-        overlap=about.patients_overlap,
-        pack_sha256=about.pack_sha256,
+        overlap=document.patients_overlap,
+        pack_sha256=document.pack_sha256,
     )
 
 
@@ -440,18 +433,18 @@ def _choose_unit(pack: Pack, protocol: str, unit: Unit | None) -> Unit:
     if unit == "slide" and protocol == "leave-one-out" and pack.table["slide_id"].notna().all():
         return unit
     raise SplitError(
-        f"{pack.path.name} keeps {pack.unit}s apart; protocol {protocol!r} cannot divide it by {unit}"
+        f"{pack.path.name} is grouped by {pack.unit}; protocol {protocol!r} cannot divide it by {unit}"
     )
 
 
-def _note_nameless(pack: Pack, unit: Unit, nameless: np.ndarray, treatment: str) -> dict[str, object]:
-    first = pack.table["patch_id"][nameless].head(NAMED).tolist()
+def _note_unknown_groups(pack: Pack, unit: Unit, no_group: np.ndarray, treatment: str) -> dict[str, object]:
+    first = pack.table["patch_id"][no_group].head(MAX_LISTED).tolist()
     logger.warning(
         "%s of %s patches have no %s_id and are %s: %s%s",
-        *(f"{nameless.sum():,}", f"{len(pack):,}", unit, treatment, ", ".join(first[:3])),
-        " ..." if nameless.sum() > 3 else "",
+        *(f"{no_group.sum():,}", f"{len(pack):,}", unit, treatment, ", ".join(first[:3])),
+        " ..." if no_group.sum() > 3 else "",
     )
-    return {"patches": int(nameless.sum()), "treatment": treatment, "first": first}
+    return {"patches": int(no_group.sum()), "treatment": treatment, "first": first}
 
 
 def _check_name(name: str) -> str:
@@ -463,21 +456,21 @@ def _check_name(name: str) -> str:
 
 
 def _check_split(split: Split, pack: Pack) -> Split:
-    """Refuse an empty or leaking subset, count every subset, and note what is odd."""
+    """Refuse empty subsets and patient overlap; return the split with counts, warnings and limits."""
     folds: list[int | None] = list(range(split.n_folds)) if split.n_folds else [None]
     counts: list[dict[str, SubsetCounts]] = []
     warnings: list[str] = []
     overlap = False
     for fold in folds:
         subsets = split.assign(pack, fold)
-        where = "" if fold is None else f" of fold {fold}"
+        fold_text = "" if fold is None else f" of fold {fold}"
         counts.append({subset or "left_out": _count(pack, subsets == subset) for subset in (*SUBSETS, "")})
         for subset in ("train", "test") if split.test_is_validation else SUBSETS:
             n_classes = sum(n_patches > 0 for n_patches in counts[-1][subset]["per_class"].values())
             if n_classes == 0 and not (split.protocol == "official" and (subsets != "").any()):
-                raise SplitError(f"no patches are left for {subset}{where}; name other {split.unit}s")
+                raise SplitError(f"no patches are left for {subset}{fold_text}; name other {split.unit}s")
             if n_classes < 2:
-                warnings.append(f"{subset}{where} has {'one class only' if n_classes else 'no patches'}")
+                warnings.append(f"{subset}{fold_text} has {'one class only' if n_classes else 'no patches'}")
         if pack.unit != "patch":
             if not split.may_overlap:
                 check_no_leakage(pack.group_ids, subsets, unit=pack.unit)
@@ -488,11 +481,11 @@ def _check_split(split: Split, pack: Pack) -> Split:
     if warnings:
         more = f" (and {len(warnings) - 1} more warnings)" if len(warnings) > 1 else ""
         logger.warning("split %s: %s%s", split.name, warnings[0], more)
-    noted = SplitParameters(
+    counted = SplitParameters(
         counts={"folds": counts} if split.n_folds else counts[0], warnings=warnings, limits=limits
     )
     overlap_known = None if pack.unit == "patch" else overlap
-    return replace(split, parameters=split.parameters | noted, overlap=overlap_known)
+    return replace(split, parameters=split.parameters | counted, overlap=overlap_known)
 
 
 def _count(pack: Pack, chosen: np.ndarray) -> SubsetCounts:
@@ -504,11 +497,11 @@ def _count(pack: Pack, chosen: np.ndarray) -> SubsetCounts:
     )
     if pack.unit != "patch":
         count["groups"] = len(pd.unique(pack.group_ids[chosen]))
-        count["groups_per_class"] = _carriers(pack, chosen)
+        count["groups_per_class"] = _count_groups_per_class(pack, chosen)
     return count
 
 
-def _carriers(pack: Pack, chosen: np.ndarray) -> dict[str, int]:
+def _count_groups_per_class(pack: Pack, chosen: np.ndarray) -> dict[str, int]:
     """Return the number of patients (slides) with patches of each class."""
     return {
         name: len(pd.unique(pack.group_ids[chosen & (pack.target == index)]))
@@ -517,17 +510,17 @@ def _carriers(pack: Pack, chosen: np.ndarray) -> dict[str, int]:
 
 
 def _state_limits(pack: Pack, protocol: str, counts: Sequence[Mapping[str, SubsetCounts]]) -> list[str]:
-    """Return which intervals the tested patients will not allow, class by class, and what would.
+    """Return one sentence per class whose test patients are too few for a confidence interval.
 
     Args:
-        counts: Of each fold's subsets as `_count` gives them, or of the one division.
+        counts: Counts of the subsets, one mapping per fold.
     """
-    if pack.unit == "patch" or protocol in LEAK_PROTOCOLS:  # of these one patient is tested, on purpose
+    if pack.unit == "patch" or protocol in LEAK_PROTOCOLS:  # test one patient by design
         return []
     tested = {
         name: sum(fold["test"]["groups_per_class"][name] for fold in counts) for name in pack.class_names
     }
-    present = _carriers(pack, np.full(len(pack), True))
+    present = _count_groups_per_class(pack, np.full(len(pack), True))
     limits = []
     for name, n_tested in tested.items():
         if n_tested >= FEWEST_GROUPS or not present[name]:
@@ -546,42 +539,44 @@ def _state_limits(pack: Pack, protocol: str, counts: Sequence[Mapping[str, Subse
 
 
 def check_no_leakage(group_ids: np.ndarray, subsets: np.ndarray, *, unit: str = "patient") -> None:
-    """Refuse subsets on two of which one patient stands.
+    """Refuse subsets that share a patient.
 
     Args:
         group_ids: The patient of each patch, ``(n_patches,)``.
-        subsets: The subset of each patch; ``""`` is on none.
-        unit: What a group is, for the message.
+        subsets: The subset of each patch; ``""`` if none.
+        unit: Name of the grouping unit, for the message.
 
     Raises:
-        SplitError: Naming the first patient and its subsets.
+        SplitError: With the first patient and its subsets.
 
     Example:
         >>> check_no_leakage(np.array(["a", "a", "b"]), np.array(["train", "train", "test"]))
     """
-    result = find_overlap(group_ids, subsets)
-    if result:
-        patient, where = next(iter(result.items()))
-        more = f" (and {len(result) - 1:,} more {unit}s are in two subsets)" if len(result) > 1 else ""
-        raise SplitError(f"{unit} {patient} is in {' and '.join(where)}{more}; split by {unit}, not by patch")
+    overlap = find_overlap(group_ids, subsets)
+    if overlap:
+        patient, group_subsets = next(iter(overlap.items()))
+        more = f" (and {len(overlap) - 1:,} more {unit}s are in two subsets)" if len(overlap) > 1 else ""
+        raise SplitError(
+            f"{unit} {patient} is in {' and '.join(group_subsets)}{more}; split by {unit}, not by patch"
+        )
 
 
 def leave_out_siblings(patient_ids: np.ndarray, subsets: np.ndarray) -> None:
-    """Leave out other slides of the tested patient, then those of the validating one, in place."""
+    """Exclude other slides of the test patient, then of the validation patient, in place."""
     for subset, others in (("test", ("train", "validation")), ("validation", ("train",))):
-        held = np.isin(patient_ids, np.unique(patient_ids[subsets == subset]))
-        subsets[held & np.isin(subsets, others)] = ""
+        in_patients = np.isin(patient_ids, np.unique(patient_ids[subsets == subset]))
+        subsets[in_patients & np.isin(subsets, others)] = ""
 
 
 def find_overlap(group_ids: np.ndarray, subsets: np.ndarray) -> dict[str, list[str]]:
-    """Return each group that stands in two subsets or more, with its subsets."""
+    """Return the subsets of each group that is in two or more subsets."""
     codes, names = pd.factorize(np.asarray(group_ids, dtype=str), sort=True)
     in_subset = np.stack(
         [np.bincount(codes[subsets == subset], minlength=len(names)) > 0 for subset in SUBSETS], axis=1
     )
     return {
         str(names[group]): [
-            subset for subset, result in zip(SUBSETS, in_subset[group], strict=True) if result
+            subset for subset, present in zip(SUBSETS, in_subset[group], strict=True) if present
         ]
         for group in np.flatnonzero(in_subset.sum(axis=1) > 1)
     }

@@ -1,7 +1,4 @@
-"""Tables a user brings: who is who, what else is known of a patch, patient or slide, and corrected labels.
-
-Several classes are folded into one here too.
-"""
+"""User tables of patients, metadata and corrected labels, and merging of classes."""
 
 import logging
 import re
@@ -49,19 +46,19 @@ _SUFFIX = re.compile(rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$", re.IGNOR
 
 
 def normalize_cells(cells: pd.Series, spell: Callable[[str], str] = normalize_name) -> pd.Series:
-    """Return cells of text in one spelling, blank ones as missing."""
+    """Return normalised text cells, blank cells as missing."""
     spelt = [(spell(cell) or None) if isinstance(cell, str) else None for cell in cells]
     return pd.Series(spelt, index=cells.index, name=cells.name, dtype=object)
 
 
 def read_patch_table(path: Path | str, aliases: dict[str, str] | None = None) -> pd.DataFrame:
-    """Read a csv about patches, patients or slides: text in one spelling, keys as the pack has them.
+    """Read a csv of patches, patients or slides, with normalised text and the pack's key columns.
 
     Args:
-        aliases: Headings in lower case, and what their columns are called; those of keys are known.
+        aliases: Column names by heading in lower case, besides those of the keys.
 
     Raises:
-        FileFormatError: If it is no csv, or two columns are one.
+        FileFormatError: If it is not a csv, or two headings stand for one column.
     """
     keys = {name: name for name in (*_PATCH_KEYS, *ID_COLUMNS)}
     rows = read_csv_table(path, aliases=keys | (aliases or {}))
@@ -73,7 +70,7 @@ def read_patch_table(path: Path | str, aliases: dict[str, str] | None = None) ->
 
 
 def describe_file(path: Path | str) -> dict[str, str]:
-    """Return a file's name and hash, for the record."""
+    """Return name and hash of a file, for ``pack.json``."""
     return {"file": Path(path).name, "sha256": sha256_file(path)}
 
 
@@ -87,7 +84,7 @@ def check_keys(path: Path | str, keys: pd.Series) -> None:
     twice = keys[keys.duplicated()]
     if len(twice):
         raise DataError(
-            f"{path}: column {keys.name} names {len(twice):,} more than once, {twice.iloc[0]} first"
+            f"{path}: column {keys.name} has {len(twice):,} repeated values, {twice.iloc[0]} first"
         )
 
 
@@ -96,72 +93,71 @@ def add_people(table: pd.DataFrame, people: str | Path) -> tuple[pd.DataFrame, d
 
     Args:
         people: A csv with a column patch_id, id, source or slide_id and at least one of patient_id, slide_id
-            (or wsi) and site_id; or a regular expression searched in ``source``, whose groups named patient,
-            slide or site (or whose first group, the patient) are the ids.
+            (or wsi) and site_id; or a regular expression searched in ``source``, with groups named patient,
+            slide or site (or a first group, the patient).
 
     Returns:
-        The table, and what was read for the record.
+        The table, and the record for ``pack.json``.
 
     Raises:
-        DataError: If the csv or pattern names nobody of the table.
+        DataError: If the csv or pattern matches no row of the table.
     """
     is_csv = Path(people).is_file() or str(people).lower().endswith((".csv", ".csv.gz"))
     result, record = _look_up_people(table, people) if is_csv else _match_people(table, str(people))
     completed = {}
     for column in result:
-        given, own = result[column], table[column]
-        if given.isna().all():
-            raise DataError(f"--patients {people} gives none of the {len(table):,} patches a {column}")
-        differing = given.notna() & own.notna() & (given != own)
+        added, existing = result[column], table[column]
+        if added.isna().all():
+            raise DataError(f"--patients {people} has no {column} for any of the {len(table):,} patches")
+        differing = added.notna() & existing.notna() & (added != existing)
         if differing.any():
             first = table["patch_id"][differing].iloc[0]
             logger.warning(
-                "--patients %s gives %s patches another %s than the source, %s for %s of %s first",
+                "--patients %s changes for %s patches the %s of the source, %s for %s of %s first",
                 *(
                     people,
                     f"{differing.sum():,}",
                     column,
-                    given[differing].iloc[0],
-                    own[differing].iloc[0],
+                    added[differing].iloc[0],
+                    existing[differing].iloc[0],
                     first,
                 ),
             )
-        completed[column] = given.where(given.notna(), own)
+        completed[column] = added.where(added.notna(), existing)
         record[f"without_{column}"] = int(completed[column].isna().sum())
     return table.assign(**completed), record
 
 
 def check_ids(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Look for ids that contradict each other, are misspelt or missing.
+    """Check ids for contradictions, likely misspellings and missing values.
 
     Returns:
-        The table, in which patches without a patient on a slide of one patient are that patient's, and how
-        many those are (``by_slide``) and how many patches remain without a patient (``without``), where some
-        have one.
+        The table, with missing patients filled in from other patches of the same slide, and the numbers of
+        patches filled in (``by_slide``) and still without a patient (``without``), if some have one.
 
     Raises:
         DataError: If one slide has several patients.
     """
     for column in (*ID_COLUMNS, "class_name"):
-        for alike in find_lookalikes(table[column].dropna().unique())[:3]:
+        for lookalikes in find_lookalikes(table[column].dropna().unique())[:3]:
             logger.warning(
-                "%s %s differ by letter case or zeros alone: if they are one, correct the spelling",
-                *(column, " and ".join(map(repr, alike))),
+                "%s %s differ only by letter case or zeros: correct the spelling if they are the same",
+                *(column, " and ".join(map(repr, lookalikes))),
             )
-    known = table["slide_id"].notna() & table["patient_id"].notna()
-    patients = table[known].groupby("slide_id", sort=False)["patient_id"].agg(["nunique", "unique"])
-    torn = patients[patients["nunique"] > 1]
-    if len(torn):
+    complete = table["slide_id"].notna() & table["patient_id"].notna()
+    patients = table[complete].groupby("slide_id", sort=False)["patient_id"].agg(["nunique", "unique"])
+    contradictory = patients[patients["nunique"] > 1]
+    if len(contradictory):
         raise DataError(
-            f"{len(torn):,} slides have several patients, such as slide {torn.index[0]!r} of "
-            f"{' and '.join(map(repr, torn['unique'].iloc[0][:2]))}: correct it, or give each patient's "
-            "slides ids of their own"
+            f"{len(contradictory):,} slides have several patients, such as slide {contradictory.index[0]!r} "
+            f"of {' and '.join(map(repr, contradictory['unique'].iloc[0][:2]))}: correct it, or use a "
+            "separate slide id for each patient"
         )
     missing = table["patient_id"].isna()
     if missing.all() or not missing.any():
         return table, {}
-    of_slide = table["slide_id"].map({slide: ids[0] for slide, ids in patients["unique"].items()})
-    patient_id = table["patient_id"].where(~missing, of_slide)
+    slide_patient = table["slide_id"].map({slide: ids[0] for slide, ids in patients["unique"].items()})
+    patient_id = table["patient_id"].where(~missing, slide_patient)
     counts = {
         "by_slide": int((missing & patient_id.notna()).sum()),
         "without": int(patient_id.isna().sum()),
@@ -169,22 +165,22 @@ def check_ids(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, int]]:
     if counts["without"]:
         first = table["patch_id"][patient_id.isna()].head(3)
         logger.warning(
-            "%s of %s patches have no patient, %s first: `split` leaves them out, or counts each alone",
+            "%s of %s patches have no patient, %s first: `split` excludes them, or makes each its own group",
             *(f"{counts['without']:,}", f"{len(table):,}", ", ".join(first)),
         )
     return table.assign(patient_id=patient_id), counts
 
 
 def join_columns(table: pd.DataFrame, path: Path | str) -> tuple[pd.DataFrame, dict[str, object]]:
-    """Add the columns of a csv, matched by ``patch_id``, else ``patient_id``, else ``slide_id``.
+    """Join the columns of a csv by ``patch_id``, else ``patient_id``, else ``slide_id``.
 
-    A column ``site`` or ``site_id`` also fills ``site_id`` where the dataset has none. Empty cells stay null.
+    A column ``site`` or ``site_id`` also fills ``site_id`` if the data set has none. Empty cells are null.
 
     Returns:
-        The table, and what was joined for the record, with patches and rows that found no partner counted.
+        The table, and the record for ``pack.json`` with the numbers of unmatched patches and rows.
 
     Raises:
-        DataError: If there is no key, one is empty or repeated, a column exists already, or nothing matches.
+        DataError: If there is no key, a key is empty or repeated, a column exists already, or no row matches.
     """
     rows = read_patch_table(path)
     key = next((name for name in JOIN_KEYS if name in rows.columns), None)
@@ -200,7 +196,7 @@ def join_columns(table: pd.DataFrame, path: Path | str) -> tuple[pd.DataFrame, d
         raise DataError(
             f"{path}: the pack has columns named {', '.join(taken)} already; rename them in the csv"
         )
-    _say_unmatched(path, rows.index, table[key])
+    _check_matches(path, rows.index, table[key])
     joined = rows.reindex(table[key]).set_axis(table.index)
     if "site" in joined and table["site_id"].isna().all():
         joined["site_id"] = joined["site"]
@@ -217,18 +213,16 @@ def join_columns(table: pd.DataFrame, path: Path | str) -> tuple[pd.DataFrame, d
     return table.assign(**joined.to_dict("series")), record
 
 
-def _say_unmatched(path: Path | str, keys: pd.Index, known: pd.Series) -> None:
-    """Warn of rows that no patch is of; refuse a table of which none is."""
-    unmatched = keys[~keys.isin(known)]
-    named = list_unmatched(unmatched, known.dropna().unique())
+def _check_matches(path: Path | str, keys: pd.Index, ids: pd.Series) -> None:
+    """Warn of rows without a patch; refuse a table without any match."""
+    unmatched = keys[~keys.isin(ids)]
+    examples = list_unmatched(unmatched, ids.dropna().unique())
     if len(unmatched) == len(keys):
-        raise DataError(
-            f"{path}: no {known.name} is one of the dataset's, such as {known.iloc[0]!r}: {named}"
-        )
+        raise DataError(f"{path}: no {ids.name} matches the data set, such as {ids.iloc[0]!r}: {examples}")
     if len(unmatched):
         logger.warning(
-            "%s: %s of %s rows are of no patch in the dataset: %s",
-            *(path, f"{len(unmatched):,}", f"{len(keys):,}", named),
+            "%s: %s of %s rows match no patch of the data set: %s",
+            *(path, f"{len(unmatched):,}", f"{len(keys):,}", examples),
         )
 
 
@@ -243,22 +237,24 @@ def _look_up_people(table: pd.DataFrame, path: Path | str) -> tuple[pd.DataFrame
         )
     check_keys(path, rows[key])
     people = rows.set_index(key)[values]
-    known = table["patch_id" if key == "id" else key]
-    _say_unmatched(path, people.index, known)
-    return people.reindex(known).set_axis(table.index), {**describe_file(path), "key": key}
+    keys = table["patch_id" if key == "id" else key]
+    _check_matches(path, people.index, keys)
+    return people.reindex(keys).set_axis(table.index), {**describe_file(path), "key": key}
 
 
 def _match_people(table: pd.DataFrame, pattern: str) -> tuple[pd.DataFrame, dict[str, object]]:
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise DataError(f"--patients {pattern!r} is neither a csv file nor a pattern: {error}") from None
-    named = {name: _PERSON_COLUMNS[name] for name in expression.groupindex if name in _PERSON_COLUMNS}
-    if not expression.groups or (expression.groupindex and not named):
+        raise DataError(
+            f"--patients {pattern!r} is neither a csv file nor a regular expression: {error}"
+        ) from None
+    columns = {name: _PERSON_COLUMNS[name] for name in expression.groupindex if name in _PERSON_COLUMNS}
+    if not expression.groups or (expression.groupindex and not columns):
         raise DataError(
             f"--patients {pattern!r} needs a group for the patient, such as '(?P<patient>[0-9]+)_'"
         )
-    groups = {column: expression.groupindex[name] for name, column in named.items()} or {"patient_id": 1}
+    groups = {column: expression.groupindex[name] for name, column in columns.items()} or {"patient_id": 1}
     matches = [expression.search(source) for source in table["source"]]
     result = pd.DataFrame(
         {column: [match and match[group] for match in matches] for column, group in groups.items()},
@@ -274,23 +270,21 @@ _HEADINGS = {name: name for name in ("label", "who", "when", "decision", "sugges
 def relabel(
     table: pd.DataFrame, path: Path | str, class_names: Sequence[str]
 ) -> tuple[pd.DataFrame, list[str], dict[str, object]]:
-    """Override labels by a csv and keep who, when, and what was before.
+    """Override labels by a csv and record the previous label, who changed it and when.
 
     Args:
-        path: A csv with a column ``patch_id`` or ``source``, a column ``label`` (a class name, or its index
-            where no class is called so), and optionally ``who`` and ``when``. A label that is no class yet
-            becomes one, with a warning. With a column ``decision``, as in the sheet of ``label-issues``, that
-            counts: ``yes`` takes the class in ``suggested``, ``no`` confirms ``label``, a class is itself;
-            rows without a decision are as if not there.
-        class_names: The classes of the dataset, in order.
+        path: A csv with a column ``patch_id`` or ``source``, a column ``label`` (class name or index), and
+            optionally ``who`` and ``when``. Unknown labels become new classes, with a warning. A column
+            ``decision``, as in the sheet of ``label-issues``, takes precedence: ``yes`` applies the class in
+            ``suggested``, ``no`` confirms ``label``, a class name is applied; other rows are ignored.
+        class_names: The classes of the data set, in order.
 
     Returns:
-        The table with ``class_name`` corrected and columns ``label_before``, ``label_by``, ``label_at`` (null
-        for patches the csv does not name), the classes in order, and what was changed for the record.
+        The table with corrected ``class_name`` and columns ``label_before``, ``label_by``, ``label_at`` (null
+        for patches not in the csv), the classes in order, and the record for ``pack.json``.
 
     Raises:
-        DataError: If the csv names unknown patches or likely misspelt classes, lacks a label, or holds no
-            decision.
+        DataError: If the csv has unknown patches, likely misspelt classes or missing labels, or no decision.
     """
     rows = read_patch_table(path, _HEADINGS)
     key = next((name for name in ("patch_id", "source") if name in rows.columns), None)
@@ -300,19 +294,19 @@ def relabel(
         )
     check_keys(path, rows[key])
     n_rows = len(rows)
-    rows = _take_decisions(path, rows, class_names)
+    rows = _apply_decisions(path, rows, class_names)
     labels, new_names = _read_classes(path, rows, key, class_names)
     unknown = rows.loc[~rows[key].isin(table[key]), key]
     if len(unknown):
         names = list_unmatched(unknown, table[key])
         raise DataError(f"{path} names {len(unknown):,} patches that are not in the dataset: {names}")
     by_key = rows.assign(label=labels).set_index(key)
-    named = table[key].isin(by_key.index)
+    is_listed = table[key].isin(by_key.index)
     new = by_key.reindex(table[key]).set_axis(table.index)
     before = table["class_name"]
     table = table.assign(
-        class_name=new["label"].where(named, before),
-        label_before=before.where(named, None),
+        class_name=new["label"].where(is_listed, before),
+        label_before=before.where(is_listed, None),
         label_by=new["who"] if "who" in new else None,
         label_at=new["when"] if "when" in new else None,
     )
@@ -327,13 +321,13 @@ def relabel(
     if new_names:
         logger.warning("%s adds the classes %s", path, ", ".join(new_names))
         record["new_classes"] = new_names
-        left = set(table["class_name"])
-        class_names = [name for name in class_names if name in left] + new_names
+        remaining = set(table["class_name"])
+        class_names = [name for name in class_names if name in remaining] + new_names
     return table, list(class_names), record
 
 
 def refuse_decided(path: Path) -> None:
-    """Refuse to write over a sheet of labels on which a person has decided.
+    """Refuse to overwrite a sheet of label issues that has decisions.
 
     Raises:
         UserFileError: If ``path`` is a csv with decisions.
@@ -345,7 +339,7 @@ def refuse_decided(path: Path) -> None:
     decided = rows["decision"].notna().sum() if "decision" in rows else 0
     if decided:
         raise UserFileError(
-            path, "edited", f"holds {decided:,} decisions already: name another --out, or move it away"
+            path, "edited", f"has {decided:,} decisions: choose another --out, or move it away"
         )
 
 
@@ -355,21 +349,21 @@ def fold_classes(
     positive: str | Sequence[str] | None,
     groups: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[pd.DataFrame, list[str], str | None]:
-    """Name the positive class, folding several into one against all others.
+    """Set the positive class, merging several classes into one.
 
-    With two classes, the one named is positive and nothing else changes. With more, the named ones become one
-    class (their names joined by ``+``) and the rest ``other``; what they were stays in ``original_class``.
+    Of two classes, the named one is positive. Of more, the named ones are merged (names joined by ``+``) and
+    the others become ``other``; ``original_class`` keeps the original names.
 
     Args:
-        class_names: The classes of the dataset, in order.
+        class_names: The classes of the data set, in order.
         positive: Names of positive classes, as a list or separated by commas, or the name of a group.
-        groups: Groups of classes that have a name of their own; every class becomes that of its group.
+        groups: Named groups of classes; with a group name, each class becomes its group.
 
     Returns:
-        The table, its class names in order, and the positive one.
+        The table, its class names in order, and the positive class.
 
     Raises:
-        DataError: If a name is no class, or no class would be left on the other side.
+        DataError: If a name is unknown, or no negative class would be left.
     """
     names = (
         [name.strip() for name in positive.split(",")] if isinstance(positive, str) else list(positive or ())
@@ -384,17 +378,19 @@ def fold_classes(
         return table, [*others, names[0]], names[0]
     for name in names:
         if name not in class_names:
-            raise DataError(f"--positive {name!r} is no class of this dataset; {suggest(name, class_names)}")
-    rest = [name for name in class_names if name not in names]
-    if len(class_names) == 1 and list(class_names) == names:  # a set of one class, all of it positive
+            raise DataError(
+                f"--positive {name!r} is not a class of this data set; {suggest(name, class_names)}"
+            )
+    negative_names = [name for name in class_names if name not in names]
+    if len(class_names) == 1 and list(class_names) == names:  # the only class is the positive one
         return table, names, names[0]
-    if not rest or not names:
+    if not negative_names or not names:
         raise DataError(
-            f"--positive {positive!r} must leave classes on both sides; known: {', '.join(class_names)}"
+            f"--positive {positive!r} must leave a negative class; known: {', '.join(class_names)}"
         )
     if len(class_names) == 2:
         return table, list(class_names), names[0]
-    folded, other = "+".join(dict.fromkeys(names)), rest[0] if len(rest) == 1 else "other"
+    folded, other = "+".join(dict.fromkeys(names)), negative_names[0] if len(negative_names) == 1 else "other"
     original = table["class_name"]
     class_name = pd.Series(other, index=table.index, dtype=original.dtype).where(
         ~original.isin(names), folded
@@ -402,26 +398,26 @@ def fold_classes(
     return table.assign(original_class=original, class_name=class_name), [other, folded], folded
 
 
-def _take_decisions(path: Path | str, rows: pd.DataFrame, class_names: Sequence[str]) -> pd.DataFrame:
-    """Keep the rows a person has decided on, with that as their label; all rows of a csv of labels."""
+def _apply_decisions(path: Path | str, rows: pd.DataFrame, class_names: Sequence[str]) -> pd.DataFrame:
+    """Return the rows with a decision, applied to their label; all rows if there is no such column."""
     if "decision" not in rows:
         return rows
     rows = rows[rows["decision"].notna()]
     decision = rows["decision"]
     if rows.empty:
-        raise DataError(f"{path}: column decision is empty: write yes, no or a class for what you looked at")
+        raise DataError(f"{path}: column decision is empty: enter yes, no or a class for reviewed patches")
     for word, column in (("yes", "suggested"), ("no", "label")):
-        meant = (decision.str.lower() == word) & ~decision.isin(class_names)
-        if meant.any() and column not in rows:
-            raise DataError(f"{path} decides {word!r}, which stands for column {column}, and has none")
-        decision = decision.where(~meant, rows[column] if column in rows else decision)
+        is_meant = (decision.str.lower() == word) & ~decision.isin(class_names)
+        if is_meant.any() and column not in rows:
+            raise DataError(f"{path}: decision {word!r} needs the column {column}, which is missing")
+        decision = decision.where(~is_meant, rows[column] if column in rows else decision)
     return rows.assign(label=decision)
 
 
 def _read_classes(
     path: Path | str, rows: pd.DataFrame, key: str, class_names: Sequence[str]
 ) -> tuple[pd.Series, list[str]]:
-    """Return the class of each row, and those that are new."""
+    """Return the class of each row, and the new classes."""
     by_name = {str(index): name for index, name in enumerate(class_names)}
     by_name |= {name: name for name in class_names}
     classes = rows["label"].map(by_name)
@@ -434,14 +430,14 @@ def _read_classes(
     if alike or (len(other) and "decision" in rows):
         first = other[other["label"].isin(alike or new_names)].iloc[0]
         raise DataError(
-            f"{path} has {len(other):,} labels that are no class, {first['label']!r} for {first[key]} first; "
+            f"{path} has {len(other):,} unknown labels, {first['label']!r} for {first[key]} first; "
             f"known: {', '.join(class_names)}"
         )
     return classes.fillna(rows["label"]), new_names
 
 
 def _is_misspelt(name: str, class_names: Sequence[str], new_names: Sequence[str]) -> bool:
-    """Return whether a new class is a number, or so much like another that it is likely meant to be that."""
+    """Return whether a new class name is a number or a likely misspelling of another class."""
     others = [other for other in (*class_names, *new_names) if other != name]
     close = get_close_matches(name, class_names, n=1, cutoff=0.85)
     same_digits = bool(close) and re.findall("[0-9]+", name) == re.findall("[0-9]+", close[0])

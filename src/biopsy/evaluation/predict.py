@@ -33,7 +33,7 @@ from biopsy.models.classifier import Classifier, Tta
 from biopsy.models.engine import Engine
 from biopsy.models.hardware import Precision, pick_device, pick_precision
 from biopsy.models.inference import Predictor, open_predictor
-from biopsy.models.out_of_distribution import out_of_distribution_scores, say_unexpected
+from biopsy.models.out_of_distribution import ood_warning, out_of_distribution_scores
 from biopsy.slide_io.images import IMAGE_SUFFIXES, decode, read_header
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
@@ -222,7 +222,7 @@ def _warn_of_novelty(frame: pd.DataFrame, classifier: Classifier) -> None:
     if reference is None:
         return
     share = float(frame["out_of_distribution"].mean())
-    if (expected := say_unexpected(share, reference["quantile"])) is not None:
+    if (expected := ood_warning(share, reference["quantile"])) is not None:
         logger.warning("%s (column out_of_distribution)", expected)
 
 

@@ -47,7 +47,7 @@ def _list_datasets() -> Rows:
             "prepare": "biopsy prepare SOURCE --out PACK" + (" --mpp UM" if dataset.mpp is None else ""),
             "counts": dataset.expected,
             "mpp": dataset.mpp,
-            "fetch": dataset.source is not None,
+            "fetch": dataset.is_downloadable,
             "licence": dataset.licence,
             "citation": dataset.citation,
         }

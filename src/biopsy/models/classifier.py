@@ -1,4 +1,4 @@
-"""The Classifier: weights, how to feed them, and how to read what comes out."""
+"""Classifiers: network weights with preprocessing, calibration, threshold and reference statistics."""
 
 import copy
 import hashlib
@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT: Final = "biopsy-classifier/1"
 DOCUMENT, WEIGHTS = "classifier.json", "weights.safetensors"
-_EXTRA = "extra."  # what names in the file of weights begin with that are none
-MPP_TOLERANCE = 0.05  # scanners of one nominal magnification differ by less
+_EXTRA = "extra."  # prefix of arrays in the weights file that are not weights
+MPP_TOLERANCE = 0.05  # scanners of the same magnification differ by less
 
 
 _Shares = list[Annotated[FiniteFloat, Field(ge=0, le=1)]]
@@ -40,18 +40,18 @@ _Limit = Annotated[FiniteFloat, Field(gt=0)]
 
 
 KINDS = ("colour", "feature")
-"""Of the distances by which patches out of distribution are found."""
+"""Distances used to detect out-of-distribution patches."""
 
 
 class Threshold(FrozenThreshold, total=False):
-    """A decision threshold, and what it achieved where it was chosen."""
+    """A decision threshold, with sensitivity and specificity on the subset where it was chosen."""
 
     sensitivity: float | None
     specificity: float | None
 
 
 class CalibratorRecord(TypedDict, total=False):
-    """How scores become calibrated (see ``statistics.calibrators``), and on what that was fitted."""
+    """A fitted calibrator (see ``statistics.calibrators``)."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
@@ -72,7 +72,7 @@ class CalibratorRecord(TypedDict, total=False):
 
 
 class ConformalRecord(TypedDict, total=False):
-    """Quantiles of the sets that say which patches get no answer, or why there are none."""
+    """Quantiles of conformal prediction sets, which decide abstention, or the reason for none."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
@@ -89,7 +89,7 @@ class ConformalRecord(TypedDict, total=False):
 
 
 class OutOfDistribution(TypedDict, total=False):
-    """Limits of the distances (`KINDS`) beyond which a patch is out of distribution."""
+    """Limits of the distances (`KINDS`) above which a patch is out of distribution."""
 
     method: str
     quantile: float
@@ -98,7 +98,7 @@ class OutOfDistribution(TypedDict, total=False):
 
 
 class SinglePatch(TypedDict, total=False):
-    """What replaces the parts of the same names for patches without coordinates."""
+    """Replacements of the fields of the same names for patches without coordinates."""
 
     calibrator: CalibratorRecord
     thresholds: list[Threshold]
@@ -109,7 +109,7 @@ Tta = Literal["none", "d4"]
 
 
 class ClassifierInfo(BaseModel):
-    """What ``classifier.json`` holds."""
+    """Content of ``classifier.json``."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -121,11 +121,11 @@ class ClassifierInfo(BaseModel):
     patch_px: PositiveInt = Field(le=MAX_PATCH_PX)
     """Side of a patch as cut from the slide."""
     mpp: float | None = Field(gt=0, allow_inf_nan=False)
-    """Micrometres per pixel at which patches were cut; None where the data did not say."""
+    """Pixel size of the patches in µm; None if unknown."""
     preprocessing: Preprocessing
     outputs: Literal["softmax", "sigmoid"] = "softmax"
     tta: Tta = "none"
-    """``d4``: logits and features are means over the eight symmetries of the patch."""
+    """``d4``: logits and features are averaged over the eight symmetries of the square."""
     context: float = 0.0
     """Decay length of the weights of neighbouring patches in the mean logits, in patch sides; 0: none."""
     calibrator: CalibratorRecord = {"method": "none"}
@@ -134,23 +134,23 @@ class ClassifierInfo(BaseModel):
     conformal: ConformalRecord = {}
     out_of_distribution: OutOfDistribution | None = None
     single_patch: SinglePatch = {}
-    """Of a classifier with ``context``."""
+    """For a classifier with ``context``."""
     description: str = ""
-    """On which data and how many patients it stands, in one sentence."""
+    """Training data and number of patients, in one sentence."""
     citation: str = ""
-    """Of the data."""
+    """Citation of the training data."""
     licence: str = "as the data it was trained on allow"
     pack: dict[str, str] = {}
-    """Name and content hash of the pack it learned from."""
+    """Name and content hash of the training pack."""
     recipe: str | None = None
     version: str = ""
     weights_sha256: str = ""
 
     def require_consistent(self) -> "ClassifierInfo":
-        """Refuse parts that do not fit each other.
+        """Check that the fields are consistent.
 
         Raises:
-            DataError: Naming the part.
+            DataError: With the name of the inconsistent field.
         """
         names, calibrator, quantiles = self.class_names, self.calibrator, self.conformal.get("quantiles")
         n_knots = len(calibrator.get("prob", []))
@@ -159,12 +159,13 @@ class ClassifierInfo(BaseModel):
         )
         missing = [kind for kind in KINDS if kind not in limits]
         faults = {
-            "class_names: a class stands twice": len(set(names)) < len(names),
-            f"positive_class: {self.positive_class!r} is no class": self.positive_class not in (None, *names),
+            "class_names: repeated class": len(set(names)) < len(names),
+            f"positive_class: {self.positive_class!r} is not a class": self.positive_class
+            not in (None, *names),
             "thresholds: there is no positive class": bool(self.thresholds) and self.positive_class is None,
-            "conformal: one quantile a class is needed": quantiles is not None
+            "conformal: one quantile per class is needed": quantiles is not None
             and len(quantiles) != len(names),
-            "calibrator: one intercept a class is needed": len(calibrator.get("intercepts", []))
+            "calibrator: one intercept per class is needed": len(calibrator.get("intercepts", []))
             not in (0, len(names)),
             "calibrator: isotonic knots are missing": calibrator["method"] == "isotonic"
             and not (len(calibrator.get("calibrated", [])) == n_knots > 0 and len(names) == 2),
@@ -176,13 +177,13 @@ class ClassifierInfo(BaseModel):
 
 
 class Classifier:
-    """A network with its weights, and everything needed to use it.
+    """A network with its weights, preprocessing and postprocessing.
 
     Attributes:
-        info: What ``classifier.json`` says.
-        extras: Named float arrays stored beside the weights (the reference of the unlike-training check).
-        path: The folder it was read from, None if it was not.
-        source: Of one from the Hugging Face hub, ``hf:ORG/NAME@COMMIT``; None of others.
+        info: Content of ``classifier.json``.
+        extras: Named float arrays stored with the weights (reference statistics of the training data).
+        path: The folder it was read from, None if it was created in memory.
+        source: ``hf:ORG/NAME@COMMIT`` if it is from the Hugging Face hub, else None.
     """
 
     def __init__(
@@ -204,11 +205,11 @@ class Classifier:
         """Read a classifier folder.
 
         Raises:
-            RunError: If it is missing, of a newer format, or its weights are not those that were saved.
+            RunError: If it is missing, of a newer format, or its weights were altered.
         """
         path = Path(path)
         try:
-            remedy = "bring it back, or train again"
+            remedy = "restore it, or train again"
             document = read_json(path / DOCUMENT, format=FORMAT, remedy=remedy, may_lack_hash=True)
             info = validate(path / DOCUMENT, ClassifierInfo, document)
             info.require_consistent().model_copy(update=dict(info.single_patch)).require_consistent()
@@ -225,7 +226,7 @@ class Classifier:
         parts = ("mean", "spread", "precision")
         needed = {f"{kind}_{part}" for kind in KINDS for part in parts}
         if info.out_of_distribution is not None and not needed <= extras.keys():
-            raise RunError(f"{weights} lacks what training patches are like: {remedy}")
+            raise RunError(f"{weights} lacks the reference statistics of the training data: {remedy}")
         return cls(info, None, extras, path)
 
     @classmethod
@@ -244,35 +245,35 @@ class Classifier:
         resize: Resize = "bilinear",
         licence: str = "not stated",
     ) -> "Classifier":
-        """Return a classifier that predicts with any PyTorch module, for `predict`, `evaluate`, `slide`, ...
+        """Return a classifier of any PyTorch module, for `predict`, `evaluate`, `slide`, ...
 
         Args:
-            module: Takes a batch ``(B, 3, input_px, input_px)``, float32 RGB in 0-1 less ``mean`` over
-                ``std``; returns logits ``(B, n_classes)``, or for two classes the second's alone, ``(B, 1)``.
-            class_names: In the order of the logits.
-            input_px: Side of the square the module takes.
-            mpp: Micrometres per pixel at which patches are cut; None where unknown (no slide can be mapped).
-            mean: Per channel, of values in 0-1.
-            std: Per channel.
-            patch_px: Side of a patch at ``mpp``, resized to ``input_px``; the same by default.
-            positive_class: Of two classes, the one whose probability decides; by default the second.
-            threshold: For two classes, from which probability a patch is predicted positive.
+            module: Maps a batch ``(B, 3, input_px, input_px)``, float32 RGB in 0-1 normalised by ``mean`` and
+                ``std``, to logits ``(B, n_classes)``, or for two classes the second logit, ``(B, 1)``.
+            class_names: Class names in the order of the logits.
+            input_px: Input size in pixels.
+            mpp: Pixel size of the patches in µm; None if unknown (slides cannot be mapped).
+            mean: Mean per channel, of values in 0-1.
+            std: Standard deviation per channel.
+            patch_px: Side of a patch at ``mpp``, resized to ``input_px`` (default: ``input_px``).
+            positive_class: Positive class of two (default: the second).
+            threshold: For two classes, the decision threshold on the positive probability.
             resize: ``"nearest"``, ``"bilinear"`` or ``"bicubic"``.
-            licence: Of the weights.
+            licence: Licence of the weights.
 
         Raises:
-            RunError: If the module does not take such a batch, or its output does not fit the classes.
+            RunError: If the module does not accept such a batch, or its output does not fit the classes.
         """
         from biopsy.models.networks.wrapped import WrappedNetwork
 
         names = [str(name) for name in class_names]
         binary = len(names) == 2
         if len(set(names)) != len(names) or len(names) < 2:
-            raise RunError(f"class_names={names}: give two or more names, each once")
+            raise RunError(f"class_names={names}: pass two or more distinct names")
         if positive_class is not None and (not binary or positive_class not in names):
-            raise RunError(f"positive_class={positive_class!r} is none of two classes {names}")
+            raise RunError(f"positive_class={positive_class!r} is not one of two classes {names}")
         if binary and not 0 <= threshold <= 1:
-            raise RunError(f"threshold={threshold!r} is no probability")
+            raise RunError(f"threshold={threshold!r} is not a probability")
         frozen = Threshold(value=float(threshold), rule="given", chosen_on=None)
         info = ClassifierInfo(
             network=f"wrapped:{type(module).__module__}.{type(module).__qualname__}",
@@ -282,17 +283,17 @@ class Classifier:
             mpp=mpp,
             preprocessing=Preprocessing(input_px=input_px, resize=resize, mean=mean, std=std),
             thresholds=[frozen] if binary else [],
-            conformal={"reason": "a wrapped module was calibrated on no patients"},
+            conformal={"reason": "a wrapped module is not calibrated"},
             licence=licence,
         )
         return cls(info, WrappedNetwork(module, len(names), input_px))
 
     @property
     def network(self) -> "nn.Module":
-        """The network that predicts, in evaluation mode: with ``tta``, the mean over symmetries.
+        """The network in evaluation mode, including test-time augmentation.
 
         Raises:
-            RunError: If the weights do not fit it.
+            RunError: If the weights do not fit the network.
         """
         if self.info.tta == "none":
             return self.base_network
@@ -302,7 +303,7 @@ class Classifier:
 
     @property
     def base_network(self) -> "nn.Module":
-        """The network that sees one view of a patch; on the CPU until moved, read when it is first used."""
+        """The network without test-time augmentation, loaded on first use."""
         if self._base_network is None:
             self._base_network = self._read_network()
         return self._base_network
@@ -316,8 +317,8 @@ class Classifier:
         info, weights = self.info, self.path / WEIGHTS
         if info.network.startswith("wrapped:"):
             raise RunError(
-                f"{self.path} was made of the module {info.network.removeprefix('wrapped:')}, whose code it "
-                "does not hold: wrap the module again with Classifier.wrap"
+                f"{self.path} was made of the module {info.network.removeprefix('wrapped:')}, whose code is "
+                "not stored: wrap the module again with Classifier.wrap"
             )
         tensors, _ = read_tensors(weights, framework="pt", keep=lambda name: not _is_extra(name))
         n_classes, input_px = len(info.class_names), info.preprocessing.input_px
@@ -333,15 +334,15 @@ class Classifier:
         return network.eval()
 
     def save(self, path: Path | str, *, precision: Literal["fp32", "fp16"] = "fp32") -> None:
-        """Write the classifier folder, whole or not at all; of one that is there, replace its two files.
+        """Write the classifier folder atomically; the files of an existing classifier are replaced.
 
         Args:
-            path: The folder.
-            precision: ``"fp16"`` halves the file: kernels and matrices are rounded to half precision, biases
-                and batch-norm statistics are not. It is read back as float32.
+            path: Output folder.
+            precision: ``"fp16"`` stores kernels and matrices in half precision, but not biases and
+                batch-norm statistics; they are loaded as float32.
 
         Raises:
-            UserFileError: If the folder holds something, and no classifier.
+            UserFileError: If the folder is not empty and not a classifier.
         """
         import torch
         from safetensors.torch import save
@@ -377,16 +378,16 @@ class Classifier:
         return None if positive is None else self.info.class_names.index(positive)
 
     def with_tta(self, tta: Tta | None) -> "Classifier":
-        """Return the classifier with another test-time augmentation (None: its own).
+        """Return the classifier with another test-time augmentation (None: unchanged).
 
-        Calibration and thresholds stay those that were fitted with its own, and that is logged. Features have
-        another distribution: out-of-distribution patches are then found by their colours alone.
+        Calibration and thresholds are kept, which is logged. Since the distribution of features changes,
+        out-of-distribution patches are then detected by colour only.
         """
         if tta is None or tta == self.info.tta:
             return self
         logger.warning(
             "tta=%s: calibration and thresholds were fitted with tta=%s; out-of-distribution patches are "
-            "found by colour alone",
+            "detected by colour only",
             tta,
             self.info.tta,
         )
@@ -396,11 +397,11 @@ class Classifier:
             reference = OutOfDistribution(**{**reference, "limits": limits})
         other.info = self.info.model_copy(update={"tta": tta, "out_of_distribution": reference})
         other._base_network = self.base_network
-        other.path = None  # a compiled network that lies there has the other augmentation
+        other.path = None  # the compiled network there has the other augmentation
         return other
 
     def single_patch(self) -> "Classifier":
-        """Return the classifier that takes each patch by itself: this one, where it uses no context."""
+        """Return the classifier without context."""
         if not self.info.context:
             return self
         single = copy.copy(self)
@@ -409,20 +410,18 @@ class Classifier:
         return single
 
     def for_patches(self, table: pd.DataFrame) -> "Classifier":
-        """Return this classifier, or the one for single patches (and say so) where no patch has coordinates.
+        """Return this classifier, or the one without context if no patch has coordinates (logged).
 
         Args:
             table: ``x``, ``y``, ``slide_id`` and ``patient_id`` of each patch.
         """
         if not self.info.context or has_coordinates(table):
             return self
-        logger.warning(
-            "no coordinates: each patch is predicted by itself, without its neighbours on the slide"
-        )
+        logger.warning("no coordinates: patches are predicted without their neighbours on the slide")
         return self.single_patch()
 
     def add_context(self, logits: np.ndarray, table: pd.DataFrame) -> np.ndarray:
-        """Return logits averaged over neighbouring patches, where the classifier uses context.
+        """Return logits averaged over neighbouring patches if the classifier uses context.
 
         Args:
             logits: ``(n, n_classes)``.
@@ -433,10 +432,10 @@ class Classifier:
         return average_neighbours(logits, table, patch_px=self.info.patch_px, length=self.info.context)
 
     def check_pack(self, pack: Pack) -> None:
-        """Refuse a pack whose patches were cut at another resolution, or are larger than those learned from.
+        """Check that the resolution and size of a pack's patches match those of the training patches.
 
         Raises:
-            DataError: Saying both resolutions or sizes.
+            DataError: With both resolutions or sizes.
         """
         theirs, ours = pack.info, self.info
         if theirs.mpp and ours.mpp and abs(theirs.mpp / ours.mpp - 1) > MPP_TOLERANCE:
@@ -446,16 +445,16 @@ class Classifier:
             )
         if theirs.patch_px > ours.patch_px:
             raise DataError(
-                f"{pack.path} has patches of {theirs.patch_px} px, the classifier takes patches of "
+                f"{pack.path} has patches of {theirs.patch_px} px, the classifier needs at most "
                 f"{ours.patch_px} px: cut them to that size"
             )
 
     @property
     def sha256(self) -> str:
-        """A hash over the document, without fields at their defaults, and over the weights."""
-        known = plain(self.info.model_dump(mode="json", exclude_defaults=True))
-        digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
-        if not self.info.weights_sha256:  # it was never saved
+        """Hash of the metadata (without fields at their defaults) and the weights."""
+        content = plain(self.info.model_dump(mode="json", exclude_defaults=True))
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+        if not self.info.weights_sha256:  # not saved yet
             from biopsy.models.networks.wrapped import hash_network
 
             digest.update(hash_network(self.base_network, self.extras))
@@ -463,20 +462,20 @@ class Classifier:
 
     @property
     def calibrator(self) -> Calibrator:
-        """What stands between scores and probabilities; nothing in classifiers made before there was one."""
+        """Calibrator of the scores."""
         return calibrator_from_dict(self.info.calibrator)
 
     def calibrated_scores(self, logits: np.ndarray) -> np.ndarray:
-        """Turn logits into scores ``(N, n_classes)`` whose softmax are the calibrated probabilities.
+        """Return scores ``(N, n_classes)`` whose softmax is the calibrated probabilities.
 
-        An exported model puts these out: of temperature and Platt ``slope * scores + intercepts``.
+        These are the outputs of exported models; for temperature and Platt ``slope * scores + intercepts``.
         """
         return self.calibrator.scale(score_classes(logits, self.info.outputs))
 
     def probs(self, logits: np.ndarray) -> np.ndarray:
-        """Turn logits into calibrated probabilities ``(N, n_classes)``, summing to one.
+        """Return calibrated probabilities ``(N, n_classes)`` of logits, summing to one.
 
-        Two sigmoid outputs become one probability as p1 / (p0 + p1), which keeps the arg-max.
+        Two sigmoid outputs are normalised as p1 / (p0 + p1), which preserves the argmax.
         """
         scores = self.calibrated_scores(logits)
         exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
@@ -484,11 +483,11 @@ class Classifier:
 
     @property
     def threshold(self) -> float | None:
-        """The frozen threshold on the positive class's probability; None takes the likeliest class."""
+        """Decision threshold on the positive probability; None for the most probable class."""
         return self.info.thresholds[0]["value"] if self.info.thresholds else None
 
     def abstains(self, probs: np.ndarray) -> np.ndarray | None:
-        """Say which patches get no answer, bool ``(N,)``; None where the classifier can guarantee nothing.
+        """Return a mask of abstentions, bool ``(N,)``; None without conformal quantiles.
 
         Args:
             probs: Calibrated probabilities, ``(N, n_classes)``.
@@ -500,7 +499,7 @@ class Classifier:
 
     @property
     def frozen(self) -> FrozenThreshold | None:
-        """The threshold that decides; None where there is none."""
+        """The decision threshold with its rule and subset; None if there is none."""
         if not self.info.thresholds:
             return None
         first = self.info.thresholds[0]
@@ -512,14 +511,13 @@ def _is_extra(name: str) -> bool:
 
 
 def _halve(name: str, tensor: "Tensor") -> "Tensor":
-    """Round kernels, matrices and the features' precision matrix to half precision, what else describes
-    training patches to single precision."""
+    """Return kernels, matrices and the feature precision matrix in half precision, extras in float32."""
     if _is_extra(name) and name != f"{_EXTRA}feature_precision":
         return tensor.float()
     return tensor.half() if tensor.is_floating_point() and tensor.ndim > 1 else tensor
 
 
 def score_classes(logits: np.ndarray, outputs: str) -> np.ndarray:
-    """Return scores ``(N, n_classes)`` whose softmax are the probabilities: of sigmoids, their logarithms."""
+    """Return scores ``(N, n_classes)`` whose softmax is the probabilities: for sigmoid, their logarithms."""
     logits = logits.astype(np.float64)
     return -np.logaddexp(0, -logits) if outputs == "sigmoid" else logits

@@ -1,4 +1,4 @@
-"""Networks in the form that OpenVINO reads: made from PyTorch's, and kept in bundles."""
+"""Conversion of PyTorch networks to OpenVINO."""
 
 import logging
 import os
@@ -36,22 +36,19 @@ from biopsy.models.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 
-_CENTRE = 192.0  # between the tissue and the glass, in bytes
-_TOLERANCE = 1e-4  # of what logits differ by from patch to patch
+_CENTRE = 192.0  # grey level between tissue and glass
+_TOLERANCE = 1e-4  # of the range of logits
 
 
 class _FromBytes(nn.Module):
-    """Scaling, standardisation and the network in one: bytes ``(B, H, W, 3)`` to logits and features.
-
-    A network without features, as those of others are, gives logits alone.
-    """
+    """Normalisation and network in one module: uint8 ``(B, H, W, 3)`` to logits and features, if any."""
 
     def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.network = network
         self.preprocessing = preprocessing
-        one = torch.zeros(1, 3, *[preprocessing.input_px] * 2)
-        self.has_features = cast(Network, network).features(one).shape[1] > 0
+        ones = torch.zeros(1, 3, *[preprocessing.input_px] * 2)
+        self.has_features = cast(Network, network).features(ones).shape[1] > 0
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         batch = self.preprocessing.standardise(pixels.permute(0, 3, 1, 2).float() * (1 / 255))
@@ -60,12 +57,11 @@ class _FromBytes(nn.Module):
 
 
 class _FromBytesCentred(nn.Module):
-    """The same for a row of layers, its first convolution so written that bfloat16 loses little of it.
+    """`_FromBytes` for sequential networks, with a first convolution that is accurate in bfloat16.
 
-    That is where most of a network's error arises: what pixels differ by is small beside the brightness that
-    all have in common. So bytes are taken around 0; and every weight, and the bias, is the sum of two numbers
-    of 8 bits. That needs the channels again and one that is 1 everywhere, and in the vectors of a processor
-    next to no time. In 32 bits nothing changes.
+    Most of the error in bfloat16 arises in the first layer, since differences between pixels are small
+    compared with their mean. So pixels are centred, and weights and bias are sums of two bfloat16 numbers,
+    applied to repeated channels and a constant channel, at almost no cost. In float32 results are unchanged.
     """
 
     weight: Tensor
@@ -74,7 +70,7 @@ class _FromBytesCentred(nn.Module):
 
     def __init__(self, network: SequentialNetwork, preprocessing: Preprocessing) -> None:
         super().__init__()
-        first, *rest = (layer for layer in network.body if not isinstance(layer, nn.Dropout))
+        first, *others = (layer for layer in network.body if not isinstance(layer, nn.Dropout))
         separable = first if isinstance(first, SeparableConv2d) else None
         conv = separable.depthwise if separable else first
         assert isinstance(conv, nn.Conv2d)
@@ -85,46 +81,46 @@ class _FromBytesCentred(nn.Module):
         weight = conv.weight.detach() * scale.view(*((-1, 1, 1, 1) if separable else (1, -1, 1, 1)))
         brightness = _CENTRE * weight.sum(dim=(1, 2, 3))
         coarse, fine = _split(weight)
-        one = torch.zeros(len(weight), 1, *weight.shape[2:])  # of the channel that is 1
+        ones = torch.zeros(len(weight), 1, *weight.shape[2:])  # weights of the constant channel
         if separable:
             mixing = separable.pointwise.weight.detach()
             assert separable.pointwise.bias is not None
             bias, remainder = _split(separable.pointwise.bias.detach() + mixing[:, :, 0, 0] @ brightness)
-            one[:, :, 0, 0] = 1
-            self.weight = nn.Buffer(torch.cat([coarse, one[:1], fine, coarse]))
+            ones[:, :, 0, 0] = 1
+            self.weight = nn.Buffer(torch.cat([coarse, ones[:1], fine, coarse]))
             often, seldom = _split(mixing)
             self.pointwise = nn.Buffer(torch.cat([often, remainder.view(-1, 1, 1, 1), mixing, seldom], dim=1))
         else:
             bias, remainder = _split(brightness if conv.bias is None else conv.bias.detach() + brightness)
-            one[:, 0, 0, 0] = remainder
-            self.weight = nn.Buffer(torch.cat([coarse, one, fine], dim=1))
+            ones[:, 0, 0, 0] = remainder
+            self.weight = nn.Buffer(torch.cat([coarse, ones, fine], dim=1))
             self.pointwise = None
         self.bias, self.groups = nn.Buffer(bias), len(self.weight) if separable else 1
-        self.rest, self.head = nn.Sequential(*rest), network.head
+        self.body, self.head = nn.Sequential(*others), network.head
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         values = functional.pad(pixels.permute(0, 3, 1, 2).float(), self.padding) - _CENTRE
         values = values.flip(1) if self.is_bgr else values
-        one = torch.ones_like(values[:, :1])
+        ones = torch.ones_like(values[:, :1])
         if self.pointwise is None:
-            channels = torch.cat([values, one, values], dim=1)
+            channels = torch.cat([values, ones, values], dim=1)
             values = functional.conv2d(channels, self.weight, self.bias, self.stride)
         else:
-            channels = torch.cat([values, one, values, values], dim=1)
+            channels = torch.cat([values, ones, values, values], dim=1)
             values = functional.conv2d(channels, self.weight, None, self.stride, groups=self.groups)
             values = functional.conv2d(values, self.pointwise, self.bias)
-        features = self.rest(values)
+        features = self.body(values)
         return self.head(features), features
 
 
 def _split(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what bfloat16 keeps of numbers, and what is left."""
+    """Return numbers rounded to bfloat16, and the remainders."""
     coarse = weight.bfloat16().float()
     return coarse, weight - coarse
 
 
 def _take_bytes(network: nn.Module, preprocessing: Preprocessing) -> nn.Module:
-    """Return a network that takes bytes instead of what the preprocessing makes of them."""
+    """Return a network with the preprocessing, whose input is uint8."""
     if isinstance(network, SequentialNetwork) and not any(preprocessing.mean):
         first = network.body[0]
         if isinstance(first, SeparableConv2d) or (isinstance(first, nn.Conv2d) and first.groups == 1):
@@ -133,11 +129,10 @@ def _take_bytes(network: nn.Module, preprocessing: Preprocessing) -> nn.Module:
 
 
 def convert(classifier: Classifier) -> Any:
-    """Return OpenVINO's model of a classifier's network: bytes ``(16, input_px, input_px, 3)`` to logits
-    and features.
+    """Return the OpenVINO model of a classifier: uint8 ``(16, input_px, input_px, 3)`` to logits, features.
 
     Raises:
-        RuntimeError: If PyTorch's tracing or OpenVINO cannot follow the network.
+        RuntimeError: If the network cannot be traced or converted.
     """
     from openvino import PartialShape, Type
     from openvino.frontend import FrontEndManager
@@ -146,7 +141,7 @@ def convert(classifier: Classifier) -> Any:
     preprocessing = classifier.info.preprocessing
     pixels = torch.from_numpy(empty_batch(preprocessing.input_px))
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # torch.jit is deprecated, and sizes become constants: they are
+        warnings.simplefilter("ignore")  # torch.jit is deprecated; sizes are constants
         network = _take_bytes(classifier.network, preprocessing).eval()
         script = torch.jit.trace(network, pixels, check_trace=False)
         decoder = TorchScriptPythonDecoder(script, example_input=pixels)
@@ -159,62 +154,62 @@ def convert(classifier: Classifier) -> Any:
 
 
 def try_to_convert(classifier: Classifier) -> Any:
-    """Convert a classifier's network and try it out; None where OpenVINO does not compute the same."""
+    """Convert a classifier's network and verify its outputs; None if they differ from PyTorch's."""
     network = classifier.network
     if any(tensor.dtype == torch.float64 for tensor in (*network.parameters(), *network.buffers())):
-        return None  # it would compute with 32 bits
+        return None  # OpenVINO would use float32
     try:
         model = convert(classifier)
         largest = _largest_difference(classifier, model)
-    except Exception as error:  # whatever a converter meets in a model of somebody else's
-        logger.warning("OpenVINO cannot run this network, PyTorch does: %s", str(error).splitlines()[0])
+    except Exception as error:  # converters raise various exceptions
+        logger.warning("OpenVINO cannot run this network, PyTorch is used: %s", str(error).splitlines()[0])
         return None
     if not largest <= _TOLERANCE:
-        logger.warning("OpenVINO's logits are off by %.2g of their range, PyTorch runs this network", largest)
+        logger.warning("OpenVINO's logits differ by %.2g of their range, PyTorch is used", largest)
         return None
     return model
 
 
 def _largest_difference(classifier: Classifier, model: Any) -> float:
-    """Compare logits of noise in all colours with PyTorch's, as a share of their range."""
+    """Return the largest difference to PyTorch's logits of random patches, relative to their range."""
     preprocessing = classifier.info.preprocessing
     shape, rng = empty_batch(preprocessing.input_px).shape, np.random.default_rng(0)
     colours = rng.integers(0, 192, (shape[0], 1, 1, 3))
     noise = (colours + rng.integers(0, 64, shape)).astype(np.uint8)
     with torch.inference_mode():
-        wanted = classifier.network(preprocessing.prepare(noise)).numpy()
+        expected = classifier.network(preprocessing.prepare(noise)).numpy()
     result = CompiledRuntime(classifier, model, "fp32", n_threads=1).logits(noise)
-    return float(np.abs(result - wanted).max() / max(1e-9, np.ptp(wanted, axis=0).max()))
+    return float(np.abs(result - expected).max() / max(1e-9, np.ptp(expected, axis=0).max()))
 
 
 def write_compiled(classifier: Classifier, folder: Path) -> None:
-    """Write OpenVINO's model of a network into its classifier's folder; nothing where it cannot be had."""
+    """Write the OpenVINO model into a classifier's folder, if it can be converted."""
     model = try_to_convert(classifier) if find_spec("openvino") else None
     if model is None:
         return
     import openvino
 
-    place = folder / FOLDER
-    place.mkdir()
-    openvino.save_model(model, place / MODEL, compress_to_fp16=False)
-    _describe_files(classifier, place)
+    target = folder / FOLDER
+    target.mkdir()
+    openvino.save_model(model, target / MODEL, compress_to_fp16=False)
+    _write_document(classifier, target)
 
 
 def write_quantised(classifier: Classifier, folder: Path, patches: np.ndarray) -> None:
-    """Write a network of 8-bit weights and activations beside what `write_compiled` wrote.
+    """Write a network with 8-bit weights and activations next to that of `write_compiled`.
 
     Args:
-        patches: Reference patches, uint8 ``(n, patch_px, patch_px, 3)``: the ranges of activations are taken
-            from them (post-training quantisation by NNCF; weights are not trained).
+        patches: Calibration patches, uint8 ``(n, patch_px, patch_px, 3)``, for the ranges of activations
+            (post-training quantisation by NNCF).
 
     Raises:
-        RunError: If `write_compiled` wrote nothing, or NNCF cannot follow the network.
+        RunError: If there is no converted network, or NNCF cannot quantise it.
         MissingExtra: If NNCF is not installed.
     """
-    place = folder / FOLDER
-    if not place.is_dir():
+    target = folder / FOLDER
+    if not target.is_dir():
         raise RunError(f"OpenVINO cannot run the network {classifier.info.network}: it cannot be quantised")
-    os.environ.setdefault("NNCF_CI", "1")  # it would report its use to its makers
+    os.environ.setdefault("NNCF_CI", "1")  # disables telemetry
     try:
         import nncf
     except ImportError:
@@ -226,19 +221,19 @@ def write_quantised(classifier: Classifier, folder: Path, patches: np.ndarray) -
     size = len(empty_batch(1))
     batches = [pixels[start : start + size] for start in range(0, len(pixels) - size + 1, size)]
     try:
-        with redirect_stdout(StringIO()):  # its progress bars
+        with redirect_stdout(StringIO()):  # progress bars
             model = nncf.quantize(
-                read_compiled(place, classifier), nncf.Dataset(batches), subset_size=len(batches)
+                read_compiled(target, classifier), nncf.Dataset(batches), subset_size=len(batches)
             )
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise RunError(f"the network {classifier.info.network} cannot be quantised: {reason}") from error
-    openvino.save_model(model, place / INT8_MODEL, compress_to_fp16=False)
-    _describe_files(classifier, place)
+    openvino.save_model(model, target / INT8_MODEL, compress_to_fp16=False)
+    _write_document(classifier, target)
 
 
-def _describe_files(classifier: Classifier, place: Path) -> None:
-    """Write the document of a folder of OpenVINO's files."""
-    files = {path.name: sha256_file(path) for path in sorted(place.iterdir()) if path.name != DOCUMENT}
-    about = {"format": FORMAT, "openvino": version("openvino"), "made_from": describe_origin(classifier)}
-    write_json(place / DOCUMENT, about | {"files": files})
+def _write_document(classifier: Classifier, target: Path) -> None:
+    """Write the metadata of a folder of OpenVINO models."""
+    files = {path.name: sha256_file(path) for path in sorted(target.iterdir()) if path.name != DOCUMENT}
+    document = {"format": FORMAT, "openvino": version("openvino"), "made_from": describe_origin(classifier)}
+    write_json(target / DOCUMENT, document | {"files": files})

@@ -1,18 +1,17 @@
-"""Context: each patch's logits averaged with those of the patches around it on the same slide.
+"""Context: averaging of logits over neighbouring patches on the same slide.
 
-The weight of a neighbour falls exponentially with its distance, and the weights of the patches that are there
-sum to one. A missing neighbour (background, the border of a fragment) therefore neither adds nor takes away:
-a patch without neighbours keeps its own logits, and the shape of the tissue says nothing about its class.
-Nothing is fitted, so nothing is learned from another patient's neighbourhood.
+Weights decay exponentially with distance and are normalised over the existing patches, so that missing
+neighbours (background, tissue borders) have no influence: an isolated patch keeps its logits. There are no
+fitted parameters.
 """
 
 import numpy as np
 import pandas as pd
 
 CELLS = 4
-"""Cells of the averaging grid along a patch's side: distances are exact for strides of 1, 1/2 and 1/4."""
+"""Grid cells per patch side; distances are exact for strides of 1, 1/2 and 1/4 patch."""
 REACH = 5
-"""Decay lengths beyond which a neighbour counts nothing: its weight there is below 1 %."""
+"""Radius in decay lengths, at which the weight is below 1 %."""
 
 
 def average_neighbours(
@@ -21,46 +20,46 @@ def average_neighbours(
     """Return the logits averaged over the neighbourhood of each patch.
 
     Args:
-        logits: ``(n, n_classes)``, of *all* patches of a slide that are known.
-        table: ``x`` and ``y`` of each patch in patch pixels, ``slide_id`` and ``patient_id``. A patch that
-            lacks coordinates or a slide keeps its logits.
+        logits: ``(n, n_classes)``, of *all* patches of a slide.
+        table: ``x`` and ``y`` in pixels, ``slide_id`` and ``patient_id``. Patches without coordinates or
+            slide keep their logits.
         patch_px: Side of a patch in the same pixels.
-        length: Distance, in patch sides, at which a neighbour's weight is ``1 / e`` of the patch's own.
+        length: Decay length in patch sides.
     """
     averaged = logits.astype(np.float64)
-    for rows, places in find_slides(table):
-        averaged[rows] = _average_slide(averaged[rows], places / patch_px, length)
+    for rows, coordinates in find_slides(table):
+        averaged[rows] = _average_slide(averaged[rows], coordinates / patch_px, length)
     return averaged.astype(logits.dtype)
 
 
 def has_coordinates(table: pd.DataFrame) -> bool:
     """Return whether any patch has coordinates on a slide."""
-    return {"x", "y", "slide_id", "patient_id"} <= set(table) and bool(_is_placed(table).any())
+    return {"x", "y", "slide_id", "patient_id"} <= set(table) and bool(_has_coordinates(table).any())
 
 
 def find_slides(table: pd.DataFrame) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return for each slide its rows ``(n,)`` and their coordinates ``(n, 2)``, where they have any."""
+    """Return the rows ``(n,)`` of each slide and their coordinates ``(n, 2)``."""
     slide = table["slide_id"].fillna(table["patient_id"])
-    placed = np.flatnonzero(_is_placed(table))
-    places = table[["x", "y"]].iloc[placed].to_numpy(float)
-    parts = pd.Series(np.arange(len(placed))).groupby(slide.iloc[placed].to_numpy(str)).indices
-    return [(placed[part], places[part]) for part in parts.values()]
+    rows = np.flatnonzero(_has_coordinates(table))
+    coordinates = table[["x", "y"]].iloc[rows].to_numpy(float)
+    parts = pd.Series(np.arange(len(rows))).groupby(slide.iloc[rows].to_numpy(str)).indices
+    return [(rows[part], coordinates[part]) for part in parts.values()]
 
 
-def _is_placed(table: pd.DataFrame) -> pd.Series:
-    known = table["slide_id"].notna() | table["patient_id"].notna()
-    return table[["x", "y"]].notna().all(axis=1) & known
+def _has_coordinates(table: pd.DataFrame) -> pd.Series:
+    has_slide = table["slide_id"].notna() | table["patient_id"].notna()
+    return table[["x", "y"]].notna().all(axis=1) & has_slide
 
 
-def _average_slide(logits: np.ndarray, places: np.ndarray, length: float) -> np.ndarray:
-    """Average over one slide; ``places`` are in patch sides."""
-    from scipy.signal import fftconvolve  # imports for half a second
+def _average_slide(logits: np.ndarray, coordinates: np.ndarray, length: float) -> np.ndarray:
+    """Return averaged logits of one slide; ``coordinates`` are in patch sides."""
+    from scipy.signal import fftconvolve  # slow import
 
-    cells = np.rint((places - places.min(axis=0)) * CELLS).astype(int)
+    cells = np.rint((coordinates - coordinates.min(axis=0)) * CELLS).astype(int)
     column, row = cells.T
     shape = (row.max() + 1, column.max() + 1)
-    reach = int(np.ceil(REACH * length * CELLS))
-    offset = np.arange(-reach, reach + 1) / CELLS
+    radius = int(np.ceil(REACH * length * CELLS))
+    offset = np.arange(-radius, radius + 1) / CELLS
     distance = np.hypot(offset[:, None], offset)
     kernel = np.exp(-distance / length) * (distance <= REACH * length)
     sums = []

@@ -1,4 +1,4 @@
-"""Where and how the arithmetic runs: device, precision, memory layout; one training step; the losses."""
+"""Device, precision and memory layout; training step and losses."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -17,15 +17,15 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 class Engine:
-    """A device with its settings; networks are placed on it, trained and asked through it.
+    """A device and precision, with training step and prediction of networks.
 
     Args:
-        device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1`` ...
-        precision: ``fp32``, ``bf16`` for mixed precision, or ``int8``: prediction by the quantised network of
-            a bundle, and float32 for everything else.
+        device: ``auto`` (GPU if available), ``cpu``, ``cuda``, ``cuda:1`` ...
+        precision: ``fp32``, ``bf16`` for mixed precision, or ``int8`` for prediction by the quantised network
+            of a bundle, with float32 for everything else.
 
     Raises:
-        RecipeError: If the device or the precision does not exist here.
+        RecipeError: If the device or the precision is not available.
     """
 
     def __init__(self, device: str = "auto", precision: Precision = "fp32") -> None:
@@ -39,7 +39,7 @@ class Engine:
             keep_freed_memory()
 
     def place(self, network: nn.Module) -> nn.Module:
-        """Put a network on the device, in channels-last memory."""
+        """Move a network to the device, in channels-last memory format."""
         return network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def train_step(
@@ -50,17 +50,16 @@ class Engine:
         target: Tensor,
         loss_fn: LossFunction,
     ) -> tuple[Tensor, Tensor]:
-        """Do one update; nothing in it waits for the device.
+        """Do one optimiser step, without synchronising with the device.
 
         Args:
             network: In training mode, on this device.
-            batch: ``(B, 3, H, W)`` float, as ``Preprocessing`` gives it.
+            batch: ``(B, 3, H, W)`` float, preprocessed.
             target: ``(B,)`` class indices.
             loss_fn: ``(logits, target) -> scalar``, see :func:`make_loss`.
 
         Returns:
-            The loss before the update, a scalar, and the logits ``(B, n_classes)``; both on the device
-            (``.item()`` waits for them).
+            The loss before the update, a scalar, and the logits ``(B, n_classes)``, on the device.
         """
         optimiser.zero_grad(set_to_none=True)
         with self.autocast():
@@ -77,12 +76,12 @@ class Engine:
             return network(batch).float()
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """Return the context in which the network is called."""
+        """Return the autocast context of the precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 def outputs_of(loss: str) -> Literal["softmax", "sigmoid"]:
-    """Return how the outputs of a network trained with a recipe's loss are read."""
+    """Return the output activation of a network trained with a loss."""
     return "sigmoid" if loss == "binary-cross-entropy" else "softmax"
 
 
@@ -91,14 +90,14 @@ def make_loss(
 ) -> LossFunction:
     """Return the loss of a network with one output per class.
 
-    The weight of a class multiplies its patches' losses and the sum is divided by the number of patches, as
-    Keras does (not by the sum of the weights, as PyTorch would).
+    Class weights multiply the losses of patches; the sum is divided by the number of patches as in Keras (not
+    by the sum of weights as in PyTorch).
 
     Args:
         outputs: ``softmax``: cross-entropy; for two classes this is Keras's binary cross-entropy over two
-            softmax outputs. ``sigmoid``: binary cross-entropy of each output by itself, averaged.
-        class_weights: One per class; None counts all alike.
-        label_smoothing: Share of the target that is spread evenly over the classes (Szegedy et al. 2016).
+            softmax outputs. ``sigmoid``: mean binary cross-entropy of the outputs.
+        class_weights: One per class (default: equal).
+        label_smoothing: Label smoothing factor (Szegedy et al. 2016).
 
     Raises:
         RecipeError: If ``outputs`` is neither.
@@ -112,9 +111,11 @@ def make_loss(
                 logits, target, reduction="none", label_smoothing=label_smoothing
             )
         else:
-            wanted = functional.one_hot(target, logits.shape[1]).to(logits.dtype)
-            wanted = wanted * (1 - label_smoothing) + label_smoothing / logits.shape[1]
-            losses = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=1)
+            one_hot = functional.one_hot(target, logits.shape[1]).to(logits.dtype)
+            one_hot = one_hot * (1 - label_smoothing) + label_smoothing / logits.shape[1]
+            losses = functional.binary_cross_entropy_with_logits(logits, one_hot, reduction="none").mean(
+                dim=1
+            )
         if class_weights is not None:
             losses = losses * weights.to(logits.device)[target]
         return losses.mean()
@@ -124,7 +125,7 @@ def make_loss(
 
 
 def count_correct(logits: Tensor, target: Tensor, outputs: str) -> dict[str, Tensor]:
-    """Count what is right in a batch, on its device.
+    """Count correct predictions in a batch, on its device.
 
     Args:
         logits: ``(B, n_classes)``.
@@ -132,11 +133,11 @@ def count_correct(logits: Tensor, target: Tensor, outputs: str) -> dict[str, Ten
         outputs: ``softmax`` or ``sigmoid``.
 
     Returns:
-        ``accuracy``: patches right by arg-max. Of sigmoids also ``binary_accuracy``, as Keras counted until
-        2020: each output by itself at .5, a patch counting by the share of its outputs that are right.
+        ``accuracy``: number of patches correct by argmax. For sigmoid also ``binary_accuracy``, as in
+        Keras until 2020: sum over patches of the fraction of outputs correct at .5.
     """
     correct = {"accuracy": (logits.argmax(dim=1) == target).sum()}
     if outputs == "sigmoid":
-        wanted = functional.one_hot(target, logits.shape[1]).bool()
-        correct["binary_accuracy"] = ((logits > 0) == wanted).double().mean(dim=1).sum()
+        one_hot = functional.one_hot(target, logits.shape[1]).bool()
+        correct["binary_accuracy"] = ((logits > 0) == one_hot).double().mean(dim=1).sum()
     return correct

@@ -1,4 +1,4 @@
-"""Fetching by name: a public data set, or the file of pretrained weights that a tag means."""
+"""Download of public data sets and pretrained weights by name."""
 
 from pathlib import Path
 
@@ -25,10 +25,10 @@ def fetch(name: str, out: Path | str, *, on_progress: OnProgress | None = None) 
         on_progress: Called with a `Progress`; kagglehub and Hugging Face show their own.
 
     Raises:
-        DataError: If no data set has that name, or the weights that came are not those that were published.
-        RecipeError: If no weights have that tag, or their licence was not accepted.
+        DataError: If the name is unknown, or the checksum of the weights is wrong.
+        RecipeError: If the tag is unknown, or the licence was not accepted.
         MissingExtra: If it is on Kaggle and kagglehub is not installed.
-        DownloadError: If there is too little room, the server refuses, the connection keeps failing or a
+        DownloadError: If the disk is full, the server refuses, the connection keeps failing or a
             checksum is wrong.
     """
     if not name.startswith(PREFIX):
@@ -45,7 +45,7 @@ def fetch(name: str, out: Path | str, *, on_progress: OnProgress | None = None) 
             raise DownloadError(
                 f"the weights {weights.tag!r} have no fixed address: get {weights.file} from {weights.page}"
             )
-        source = Source(weights.tag, weights.tag, weights.licence, "none", files=(RemoteFile(weights.url),))
+        source = Source(weights.tag, weights.tag, weights.licence, files=(RemoteFile(weights.url),))
         result = fetch_source(source, out, on_progress=on_progress)
     require_digest(target, weights.digest)
     return result
@@ -58,10 +58,12 @@ def _fetch_from_hub(weights: Weights, out: Path) -> FetchResult:
     assert weights.hub is not None
     repository, file = weights.hub
     try:
-        came = Path(hf_hub_download(repository, file, local_dir=out / ".biopsy-hub"))
+        downloaded = Path(hf_hub_download(repository, file, local_dir=out / ".biopsy-hub"))
     except GatedRepoError:
-        raise DownloadError(f"{repository} is gated: get {file} from {weights.page}") from None
+        raise DownloadError(f"{repository} is gated: download {file} from {weights.page}") from None
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise DownloadError(f"{file} of {repository} did not come: {str(error).splitlines()[0]}") from None
-    came.replace(out / weights.file)
+        raise DownloadError(
+            f"{file} of {repository} could not be downloaded: {str(error).splitlines()[0]}"
+        ) from None
+    downloaded.replace(out / weights.file)
     return FetchResult(weights.tag, out, (out / weights.file,), ())

@@ -1,4 +1,4 @@
-"""What this machine offers to a network, found out without loading PyTorch where that can be."""
+"""Detection of devices, precision and cores, without importing PyTorch if possible."""
 
 import contextlib
 import ctypes
@@ -19,10 +19,10 @@ Precision = Literal["auto", "fp32", "bf16", "int8"]
 
 
 def pick_device(name: str) -> str:
-    """Return the device that a name stands for: ``auto`` is a GPU where there is one, else the processor.
+    """Return the device of a name; ``auto`` is the GPU if available, else the CPU.
 
     Raises:
-        RecipeError: If the device does not exist here.
+        RecipeError: If the device is not available.
     """
     if name == "cpu" or (name == "auto" and not has_nvidia_driver()):
         return "cpu"
@@ -30,10 +30,10 @@ def pick_device(name: str) -> str:
 
 
 def torch_device(name: str) -> "torch.device":
-    """Return PyTorch's device of a name; ``auto`` is CUDA where PyTorch sees it, else the processor.
+    """Return the PyTorch device of a name; ``auto`` is CUDA if available, else the CPU.
 
     Raises:
-        RecipeError: If the device does not exist here.
+        RecipeError: If the device is not available.
     """
     import torch
 
@@ -47,30 +47,32 @@ def torch_device(name: str) -> "torch.device":
         raise RecipeError(f"device={name!r} is not possible; try auto, cpu, cuda or cuda:0") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise RecipeError(f"device={name!r} is not here: PyTorch sees {count} CUDA devices; use device='cpu'")
+        raise RecipeError(
+            f"device={name!r} is not available: PyTorch has {count} CUDA devices; use device='cpu'"
+        )
     return device
 
 
 def pick_precision(precision: Precision, device: str) -> Literal["fp32", "bf16", "int8"]:
-    """Return the arithmetic: ``auto`` is bfloat16 where the device multiplies it in hardware."""
+    """Return the precision; ``auto`` is bfloat16 if the device supports it in hardware."""
     if precision != "auto":
         return precision
     if device == "cpu":
-        return "bf16" if _multiplies_bf16() else "fp32"
+        return "bf16" if _supports_bf16() else "fp32"
     import torch
 
     return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
 
 
 def count_cores() -> int:
-    """Return the cores this process may use."""
+    """Return the number of cores available to this process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to keep what is freed: giving it back and faulting it in again is a third of a CPU step."""
+    """Configure glibc to keep freed memory; page faults would take a third of a training step."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, another platform
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its highest
@@ -78,7 +80,7 @@ def keep_freed_memory() -> None:
 
 
 def has_nvidia_driver() -> bool:
-    """Return whether the driver's library is there; whether PyTorch can use it is another question."""
+    """Return whether the library of the NVIDIA driver is installed."""
     try:
         ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -86,7 +88,7 @@ def has_nvidia_driver() -> bool:
     return True
 
 
-def _multiplies_bf16() -> bool:
+def _supports_bf16() -> bool:
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -1,7 +1,7 @@
-"""Classifiers on the Hugging Face hub, named ``hf:ORG/NAME`` or ``hf:ORG/NAME@REVISION``.
+"""Classifiers on the Hugging Face hub, ``hf:ORG/NAME`` or ``hf:ORG/NAME@REVISION``.
 
 Only ``classifier.json``, ``weights.safetensors`` and the model card are downloaded, none of which is code.
-The hub's own library caches them, so that a revision once downloaded opens without a network.
+``huggingface_hub`` caches them for offline use.
 """
 
 import logging
@@ -22,18 +22,18 @@ _NAME = r"[\w.-]+/[\w.-]+"
 
 
 def is_on_hub(model: object) -> bool:
-    """Return whether a model is named as one on the hub."""
+    """Return whether a model is on the hub."""
     return isinstance(model, str | Path) and str(model).startswith(PREFIX)
 
 
 def require_repository(name: str) -> str:
-    """Return the name of a repository, if it is one.
+    """Return a valid repository name.
 
     Raises:
         HubError: If it is not ``ORG/NAME``.
     """
     if not re.fullmatch(_NAME, name):
-        raise HubError(name, "name", f"{name!r} names no repository of the hub: expected ORG/NAME")
+        raise HubError(name, "name", f"{name!r} is not a repository name of the hub: expected ORG/NAME")
     return name
 
 
@@ -44,11 +44,11 @@ def open_from_hub(model: Path | str) -> Classifier:
         model: ``hf:ORG/NAME``, or ``hf:ORG/NAME@REVISION`` with a branch, tag or commit hash.
 
     Returns:
-        The classifier; its ``source`` is ``hf:ORG/NAME@COMMIT``, which opens the same files again.
+        The classifier; its ``source`` is ``hf:ORG/NAME@COMMIT``.
 
     Raises:
-        HubError: If there is no such repository or revision, access is refused, the hub cannot be reached and
-            the revision is not cached, or the repository holds no classifier.
+        HubError: If repository or revision do not exist, access is refused, the hub cannot be reached and the
+            revision is not cached, or the repository is not a classifier.
         RunError: If the classifier is damaged or of a newer format.
     """
     repository, _, revision = str(model).removeprefix(PREFIX).partition("@")
@@ -57,7 +57,7 @@ def open_from_hub(model: Path | str) -> Classifier:
         raise HubError(
             repository,
             "not-a-classifier",
-            f"{repository} at commit {folder.name} lacks {DOCUMENT} or {WEIGHTS}: it is no biopsy classifier",
+            f"{repository} at commit {folder.name} lacks {DOCUMENT} or {WEIGHTS}: it is no classifier",
         )
     classifier = Classifier.load(folder)
     classifier.source = f"{PREFIX}{repository}@{folder.name}"
@@ -67,7 +67,7 @@ def open_from_hub(model: Path | str) -> Classifier:
 
 @contextmanager
 def hub_errors(repository: str) -> Iterator[None]:
-    """Raise what the hub's library raises as a `HubError`."""
+    """Convert exceptions of huggingface_hub to `HubError`."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -76,13 +76,13 @@ def hub_errors(repository: str) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
-    of_http = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)  # whichever library it asks with
+    of_http = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)  # of its HTTP library
     unreachable: tuple[type[Exception], ...] = (*of_http, OSError, ImportError, ValueError)
     login = "log in with `hf auth login` or set HF_TOKEN"
     try:
         yield
     except GatedRepoError:
-        message = f"{repository} is gated: ask for access on its page, then {login}"
+        message = f"{repository} is gated: request access on its page, then {login}"
         raise HubError(repository, "gated", message) from None
     except RepositoryNotFoundError:
         message = f"the hub has no repository {repository}, or it is private: check the name, or {login}"
@@ -116,7 +116,7 @@ def _download(repository: str, revision: str | None) -> Path:
 
 
 def _read_licence(folder: Path, classifier: Classifier) -> str:
-    """Return the licence that the card's metadata states, or the classifier's own record."""
+    """Return the licence in the metadata of the model card, or that of the classifier."""
     from huggingface_hub.repocard import metadata_load
 
     card = folder / CARD

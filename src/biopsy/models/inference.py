@@ -1,4 +1,4 @@
-"""Inference: pixels in, logits and features out."""
+"""Inference: logits and features of patches."""
 
 import contextlib
 from collections import deque
@@ -17,16 +17,16 @@ from biopsy.models.preprocessing import Preprocessing
 from biopsy.models.runtimes import Runtime, TorchRuntime, open_runtime
 
 BATCH_SIZE = 256
-_THREAD_CHUNK = 64  # patches that a thread takes at once
+_THREAD_CHUNK = 64  # patches per task of a thread
 OnProgress = Callable[[int, int], None]
 _Output = TypeVar("_Output")
 
 
 class Predictor:
-    """A network, run by whatever runs it fastest here.
+    """A network and its preprocessing, executed by a runtime.
 
     Attributes:
-        software: What runs it: name and version.
+        software: Name and version of the runtime.
     """
 
     def __init__(self, runtime: Runtime, preprocessing: Preprocessing) -> None:
@@ -46,9 +46,9 @@ class Predictor:
 
         Args:
             patches: uint8 ``(N, H, W, 3)``, an array or a memory map.
-            sizes: True ``(width, height)`` of each patch; None where none is padded.
-            index: Rows wanted, in this order; None for all.
-            on_progress: Called with patches done and patches in all after each batch.
+            sizes: ``(width, height)`` of each patch without padding; None if no patch is padded.
+            index: Rows to predict, in this order (default: all).
+            on_progress: Called with the numbers of patches done and in all after each batch.
         """
         return np.concatenate(list(self._run(self._runtime.logits, patches, sizes, index, on_progress)))
 
@@ -72,7 +72,7 @@ class Predictor:
         index: np.ndarray | None,
         on_progress: OnProgress | None,
     ) -> Iterator[_Output]:
-        """Yield the outputs chunk by chunk: each in a thread, or in this one, resized ahead."""
+        """Yield outputs in chunks, predicted in threads, or in this thread with resizing in threads."""
         index = np.arange(len(patches)) if index is None else np.asarray(index)
         in_threads = self._runtime.in_threads
         size = _THREAD_CHUNK if in_threads else BATCH_SIZE
@@ -87,11 +87,11 @@ class Predictor:
 
         n_threads, done = min(count_cores(), len(chunks)), 0
         with ThreadPoolExecutor(n_threads) as pool:
-            rest = iter(chunks)
-            waiting = deque(pool.submit(work, rows) for rows in islice(rest, 2 * n_threads))
+            pending = iter(chunks)
+            waiting = deque(pool.submit(work, rows) for rows in islice(pending, 2 * n_threads))
             for rows in chunks:
                 result = waiting.popleft().result()
-                waiting.extend(pool.submit(work, following) for following in islice(rest, 1))
+                waiting.extend(pool.submit(work, following) for following in islice(pending, 1))
                 yield result if in_threads else predict(result)
                 done += len(rows)
                 if on_progress:
@@ -100,10 +100,10 @@ class Predictor:
 
 @contextlib.contextmanager
 def open_predictor(classifier: Classifier, engine: Engine, n_patches: int) -> Iterator[Predictor]:
-    """Return a classifier ready to predict so many patches.
+    """Return a predictor for a number of patches.
 
-    On a CPU, OpenVINO runs it where it is installed, computes the same as PyTorch, and the patches are enough
-    to earn the conversion back; elsewhere PyTorch does.
+    On a CPU, OpenVINO is used if it is installed, reproduces PyTorch's outputs, and there are enough patches
+    to be worth the conversion; otherwise PyTorch is used.
     """
     with open_runtime(
         classifier, str(engine.device), engine.precision, n_threads=count_cores(), n_patches=n_patches
@@ -119,7 +119,7 @@ def predict_classifier(
     *,
     engine: Engine,
 ) -> np.ndarray:
-    """Return a classifier's logits of patches, each by itself; see `Predictor.logits`."""
+    """Return a classifier's logits of patches, without context; see `Predictor.logits`."""
     with open_predictor(classifier, engine, len(patches if index is None else index)) as predictor:
         return predictor.logits(patches, sizes, index)
 
@@ -147,13 +147,13 @@ def predict_logits(
     engine: Engine,
     on_progress: OnProgress | None = None,
 ) -> np.ndarray:
-    """Return the logits of a network as PyTorch computes them, float32 ``(n, n_classes)``.
+    """Return the logits of a network computed by PyTorch, float32 ``(n, n_classes)``.
 
-    For networks in training, and as the reference that everything faster is compared with.
+    For networks in training, and as the reference for faster runtimes.
 
     Args:
-        network: Already placed on the engine's device; left in the mode it was in.
-        patches, sizes, index, on_progress: As of `Predictor.logits`.
+        network: On the engine's device; its training mode is restored.
+        patches, sizes, index, on_progress: As in `Predictor.logits`.
     """
     training = network.training
     network.eval()

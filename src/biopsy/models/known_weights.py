@@ -1,4 +1,4 @@
-"""Pretrained weights that are known: whose they are, under which licence, how they are fed."""
+"""Known pretrained weights: source, licence and preprocessing."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ SWAG = ("https://github.com/facebookresearch/SWAG/blob/main/LICENSE", "cc-by-nc-
 
 
 class Feed(TypedDict):
-    """The preprocessing that weights were trained with, in a recipe's words."""
+    """Preprocessing with which weights were trained, as in a recipe."""
 
     channel_order: Literal["rgb", "bgr"]
     scale: float
@@ -26,18 +26,18 @@ class Feed(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Weights that someone published.
+    """Published pretrained weights.
 
     Attributes:
-        tag: What ``model.weights`` calls them.
-        networks: Names of the networks they fit.
-        file: Name under which a file of them is looked for.
-        page: Where they are described or fetched from.
-        licence: Short name, lower case; ``not stated`` where the source says none for the weights.
-        digest: ``ALGORITHM:HEX``, where the source states one; the hex may be its beginning.
-        url: Where the file itself is, if that is known.
+        tag: Value of ``model.weights``.
+        networks: Names of compatible networks.
+        file: File name.
+        page: Page with description or download.
+        licence: Short name, lower case; ``not stated`` if the source has none for the weights.
+        digest: Published ``ALGORITHM:HEX``, which may be a prefix; "" if unknown.
+        url: Address of the file, if known.
         hub: Repository and file on Hugging Face.
-        package: Python package that brings the file along.
+        package: Python package that contains the file.
     """
 
     tag: str
@@ -91,17 +91,16 @@ SHOWN = ("torchvision:vgg16", "torchvision:squeezenet1_1", "torchvision:resnet18
 
 
 def list_weights() -> list[Weights]:
-    """Return weights that are worth knowing; every other tag of timm and torchvision works as well."""
+    """Return listed weights; all other tags of timm and torchvision can be used as well."""
     return [*KNOWN_WEIGHTS, *(find_weights(f"{name}.IMAGENET1K_V1") for name in SHOWN)]
 
 
 def find_weights(tag: str) -> Weights:
-    """Return what is known about weights by their tag.
+    """Return weights by their tag.
 
     Args:
-        tag: One of :func:`list_weights`, a classifier that ships, ``hf-hub:ORG/NAME`` of an encoder,
-            ``torchvision:NETWORK.TAG`` or ``timm:NETWORK.TAG``; without the last part, the library's default
-            for that network.
+        tag: One of :func:`list_weights`, a shipped classifier, ``hf-hub:ORG/NAME`` of an encoder,
+            ``torchvision:NETWORK.TAG`` or ``timm:NETWORK.TAG``; without ``.TAG``, the library's default.
 
     Raises:
         RecipeError: If the tag is unknown.
@@ -115,13 +114,13 @@ def find_weights(tag: str) -> Weights:
         return _find_torchvision(name)
     if tag in list_shipped():
         return _find_shipped(tag)
-    known = {weights.tag: weights for weights in KNOWN_WEIGHTS}
-    if tag not in known:
+    by_tag = {weights.tag: weights for weights in KNOWN_WEIGHTS}
+    if tag not in by_tag:
         raise RecipeError(
-            f"no weights are called {tag!r}; {suggest(tag, [*known, *list_shipped()])}; also "
+            f"unknown weights {tag!r}; {suggest(tag, [*by_tag, *list_shipped()])}; also "
             f"torchvision:NETWORK.TAG, timm:NETWORK.TAG and the path of a file ({', '.join(SUFFIXES)})"
         )
-    return known[tag]
+    return by_tag[tag]
 
 
 def _find_encoder(tag: str) -> Weights:
@@ -189,7 +188,7 @@ def _find_timm(name: str) -> Weights:
     settings = get_pretrained_cfg(name)
     if settings is None or not (settings.hf_hub_id or settings.url):
         raise RecipeError(
-            f"timm has no weights of {name!r}; --set model.pretrained=false starts from random ones"
+            f"timm has no weights of {name!r}; use --set model.pretrained=false for random weights"
         )
     hub = None
     if settings.hf_hub_id:

@@ -1,4 +1,4 @@
-"""A network compiled by OpenVINO: run, read back, and recognised as made from a classifier."""
+"""Networks compiled by OpenVINO: runtime, reading and verification."""
 
 import threading
 from importlib.metadata import version
@@ -19,17 +19,17 @@ _CPU_BATCH, _GPU_BATCH = 16, 1024
 
 
 class CompiledRuntime:
-    """A network compiled by OpenVINO for the processor at hand.
+    """A network compiled by OpenVINO for this CPU.
 
-    Every batch has the same size, the last one filled up, so that a patch's logits do not depend on which
-    patches come with it.
+    The batch size is fixed (the last batch is filled up), so that the logits of a patch do not depend on the
+    others.
 
     Args:
-        classifier: Says how patches are brought to size.
-        model: OpenVINO's model of its network, as `compiling.convert` gives it.
-        precision: ``fp32``, ``bf16``, or ``int8`` for a quantised model: what it does not compute in 8 bits
-            is computed in bfloat16 where the processor has it.
-        n_threads: Threads that will predict at once.
+        classifier: The classifier, for its preprocessing.
+        model: OpenVINO model of its network, output of `compiling.convert`.
+        precision: ``fp32``, ``bf16``, or ``int8`` for a quantised model, whose other operations are computed
+            in bfloat16 if the CPU supports it.
+        n_threads: Number of threads that predict in parallel.
     """
 
     in_threads = True
@@ -48,7 +48,7 @@ class CompiledRuntime:
             "ENABLE_CPU_PINNING": False,
         }
         self._compiled = openvino.Core().compile_model(model, "CPU", settings)
-        self._own = threading.local()
+        self._local = threading.local()
 
     def logits(self, patches: np.ndarray) -> np.ndarray:
         """Return logits ``(n, n_classes)`` of patches, uint8 ``(n, H, W, 3)``."""
@@ -60,44 +60,44 @@ class CompiledRuntime:
         return logits, features[0] if features else logits[:, :0]
 
     def _compute(self, patches: np.ndarray, n_outputs: int) -> list[np.ndarray]:
-        if not hasattr(self._own, "request"):
-            self._own.request = self._compiled.create_infer_request()
-            self._own.filled = empty_batch(self._preprocessing.input_px)
+        if not hasattr(self._local, "request"):
+            self._local.request = self._compiled.create_infer_request()
+            self._local.filled = empty_batch(self._preprocessing.input_px)
         resized, result = self._preprocessing.resize_patches(patches), []
         for start in range(0, max(1, len(resized)), _CPU_BATCH):
             batch = resized[start : start + _CPU_BATCH]
             n = len(batch)
             if n < _CPU_BATCH:
-                self._own.filled[:n] = batch
-                batch = self._own.filled
-            answer = self._own.request.infer([np.ascontiguousarray(batch)], share_inputs=True)
-            result.append([answer[output][:n].copy() for output in range(n_outputs)])
+                self._local.filled[:n] = batch
+                batch = self._local.filled
+            outputs = self._local.request.infer([np.ascontiguousarray(batch)], share_inputs=True)
+            result.append([outputs[output][:n].copy() for output in range(n_outputs)])
         return [np.concatenate(parts) for parts in zip(*result, strict=True)]
 
 
 def read_compiled(folder: Path, classifier: Classifier, name: str = MODEL) -> Any:
-    """Read what `compiling.write_compiled` or, as `INT8_MODEL`, `compiling.write_quantised` wrote.
+    """Read a network written by `compiling.write_compiled`, or `INT8_MODEL` of `compiling.write_quantised`.
 
     Raises:
-        RunError: If a file is missing or was altered, or it is the network of another classifier.
+        RunError: If a file is missing or altered, or the network is of another classifier.
     """
     import openvino
 
-    about = read_json(folder / DOCUMENT, format=FORMAT)
-    is_whole = all((folder / name).is_file() for name in about["files"]) and all(
-        sha256_file(folder / name) == digest for name, digest in about["files"].items()
+    document = read_json(folder / DOCUMENT, format=FORMAT)
+    is_complete = all((folder / name).is_file() for name in document["files"]) and all(
+        sha256_file(folder / name) == digest for name, digest in document["files"].items()
     )
-    if not is_whole or about["made_from"] != describe_origin(classifier):
-        raise RunError(f"{folder} is not the whole of the network that was exported: export the bundle again")
+    if not is_complete or document["made_from"] != describe_origin(classifier):
+        raise RunError(f"{folder} is incomplete, altered or of another classifier: export the bundle again")
     return openvino.Core().read_model(folder / name)
 
 
 def describe_origin(classifier: Classifier) -> dict[str, object]:
-    """Return what a compiled network is made from; another weight or scale makes another network."""
+    """Return weight hash and preprocessing, which identify a compiled network."""
     preprocessing = {key: str(value) for key, value in vars(classifier.info.preprocessing).items()}
     return {"weights_sha256": classifier.info.weights_sha256, "preprocessing": preprocessing}
 
 
 def empty_batch(input_px: int) -> np.ndarray:
-    """Return a batch of the one size that compiled networks take, uint8 ``(16, input_px, input_px, 3)``."""
+    """Return an empty batch of the fixed size, uint8 ``(16, input_px, input_px, 3)``."""
     return np.zeros((_CPU_BATCH, input_px, input_px, 3), np.uint8)

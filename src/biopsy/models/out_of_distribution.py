@@ -1,8 +1,8 @@
-"""Patches out of the training distribution: another stain, another scanner, no tissue, no slide at all.
+"""Detection of out-of-distribution patches, such as another stain or scanner, or no tissue.
 
-Two squared Mahalanobis distances from the training patches: by colour statistics, and by the network's
-penultimate layer (Lee et al. 2018, without their classes). The limit of each is the 99th percentile over
-validation patches, which come from patients that training has not seen.
+Two squared Mahalanobis distances from the training patches are used: of colour statistics, and of the
+penultimate layer (Lee et al. 2018, not per class). The limit of each is the 99th percentile of validation
+patches, which are of other patients.
 """
 
 from typing import TYPE_CHECKING
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from biopsy.models.inference import Predictor
 
 QUANTILE = 0.99
-MUCH = 2  # times the expected share
-LEAST_AREA = 0.1  # share of a patch that must be image rather than padding
-REFERENCE_PATCHES = 2000  # of up to a few hundred features; asking a large network for more takes minutes
+WARNING_FACTOR = 2  # multiple of the expected fraction above which a warning is given
+MIN_AREA = 0.1  # minimum fraction of a patch that is not padding
+REFERENCE_PATCHES = 2000  # enough for a few hundred features; more take minutes with large networks
 
 
 def fit_reference(
@@ -33,23 +33,23 @@ def fit_reference(
     *,
     seed: int,
 ) -> None:
-    """Store in a classifier what training patches are like, and how far validation patches are from them.
+    """Store reference statistics of training patches and limits from validation patches in a classifier.
 
     Args:
-        classifier: Gets ``info.out_of_distribution`` and its ``extras``.
-        predictor: The classifier's, see `open_predictor`.
+        classifier: Its ``info.out_of_distribution`` and ``extras`` are set.
+        predictor: Predictor of the classifier, see `open_predictor`.
         patches: uint8 ``(N, H, W, 3)``.
-        sizes: True ``(width, height)`` of each patch.
+        sizes: ``(width, height)`` of each patch without padding.
         train: Rows of training patches; at most `REFERENCE_PATCHES` of them are drawn.
     """
-    from sklearn.covariance import ledoit_wolf  # imports for a second
+    from sklearn.covariance import ledoit_wolf  # slow import
 
     rng = make_rng(seed, "unlike training")
     drawn = np.sort(rng.choice(train, min(len(train), REFERENCE_PATCHES), replace=False))
     held_out = np.sort(rng.choice(val, min(len(val), REFERENCE_PATCHES), replace=False))
     limits: dict[str, float] = {}
-    known, unseen = (_measure(predictor, patches, sizes, rows) for rows in (drawn, held_out))
-    for kind, values in known.items():
+    training, validation = (_measure(predictor, patches, sizes, rows) for rows in (drawn, held_out))
+    for kind, values in training.items():
         mean, spread = values.mean(axis=0), values.std(axis=0)
         spread[spread == 0] = 1
         covariance, _ = ledoit_wolf((values - mean) / spread)
@@ -58,7 +58,7 @@ def fit_reference(
             f"{kind}_spread": spread,
             f"{kind}_precision": np.linalg.pinv(covariance, hermitian=True),
         }
-        limits[kind] = float(np.quantile(_distance(classifier, kind, unseen[kind]), QUANTILE))
+        limits[kind] = float(np.quantile(_distance(classifier, kind, validation[kind]), QUANTILE))
     classifier.info.out_of_distribution = {
         "method": "squared Mahalanobis distance, Ledoit-Wolf covariance",
         "quantile": QUANTILE,
@@ -68,20 +68,20 @@ def fit_reference(
 
 
 def expected_share(quantile: float) -> tuple[float, float]:
-    """Return the share of patches like those of training that a limit at this quantile flags, low and high.
+    """Return bounds of the expected fraction of in-distribution patches above a limit at this quantile.
 
-    Either of two distances may be beyond its limit: as many patches as one flags, or twice as many.
+    With two distances, the fraction is between that of one and that of both.
     """
     return 1 - quantile, 2 * (1 - quantile)
 
 
-def say_unexpected(share: float, quantile: float) -> str | None:
-    """Return the warning about a share of out-of-distribution patches; None where it is not unusual.
+def ood_warning(share: float, quantile: float) -> str | None:
+    """Return a warning if the fraction of out-of-distribution patches is high, else None.
 
-    It is unusual from twice the upper expected share on.
+    The limit is twice the upper expected fraction.
     """
     low, high = expected_share(quantile)
-    if share < MUCH * high:
+    if share < WARNING_FACTOR * high:
         return None
     return (
         f"{share:.0%} of the patches look out-of-distribution ({100 * low:.0f}-{100 * high:.0f} % expected): "
@@ -92,33 +92,33 @@ def say_unexpected(share: float, quantile: float) -> str | None:
 def out_of_distribution_scores(
     classifier: Classifier, patches: np.ndarray, sizes: np.ndarray | None, features: np.ndarray
 ) -> pd.DataFrame:
-    """Return how far patches are from training.
+    """Return the out-of-distribution scores of patches.
 
     Returns:
-        ``colour_distance`` and ``feature_distance``, each as a multiple of its limit, and
-        ``out_of_distribution``: whether either is above 1, the patch is grey, or its true size is less than a
-        tenth of a patch. Without ``feature_distance`` where another test-time augmentation was asked for
-        (`Classifier.with_tta`); empty for a classifier without a reference.
+        ``colour_distance`` and ``feature_distance``, each divided by its limit, and ``out_of_distribution``:
+        whether either is above 1, the patch is grey, or nine tenths of it are padding. Without
+        ``feature_distance`` if the test-time augmentation was changed (`Classifier.with_tta`); empty without
+        reference statistics.
     """
-    about = classifier.info.out_of_distribution
-    if about is None:
+    reference = classifier.info.out_of_distribution
+    if reference is None:
         return pd.DataFrame(index=range(len(patches)))
     measured = {"colour": colour_features(patches, sizes), "feature": features}
     frame = pd.DataFrame(
         {
             f"{kind}_distance": _distance(classifier, kind, measured[kind]) / limit
-            for kind, limit in about["limits"].items()
+            for kind, limit in reference["limits"].items()
         }
     )
-    return frame.assign(out_of_distribution=(frame > 1).any(axis=1) | _is_no_patch(patches, sizes))
+    return frame.assign(out_of_distribution=(frame > 1).any(axis=1) | _is_unusable(patches, sizes))
 
 
-def _is_no_patch(patches: np.ndarray, sizes: np.ndarray | None) -> np.ndarray:
-    """Return which patches are grey, which no H&E stain is, or nearly all padding, bool ``(n,)``."""
+def _is_unusable(patches: np.ndarray, sizes: np.ndarray | None) -> np.ndarray:
+    """Return a mask of patches without colour (no H&E stain) or nearly all padding, bool ``(n,)``."""
     grey = np.asarray(~np.diff(patches.astype(np.int16), axis=-1).any(axis=(1, 2, 3)))
     if sizes is None:
         return grey
-    is_small = np.asarray(np.prod(sizes, axis=1) < LEAST_AREA * np.prod(patches.shape[1:3]))
+    is_small = np.asarray(np.prod(sizes, axis=1) < MIN_AREA * np.prod(patches.shape[1:3]))
     return grey | is_small
 
 

@@ -1,8 +1,8 @@
-"""How pixels reach a network: size, filter, order, scale; the same in training and in prediction.
+"""Preprocessing of patches, the same in training and in prediction.
 
-A patch passes three steps. :meth:`Preprocessing.resize_patches` brings uint8 patches to the network's size,
-:func:`to_unit` makes them float in 0-1 on the device (here training augments), and
-:meth:`Preprocessing.standardise` gives the numbers the network is fed. Prediction calls them in one.
+:meth:`Preprocessing.resize_patches` resizes uint8 patches, :func:`to_unit` converts them to float in 0-1 on
+the device (followed by augmentation in training), and :meth:`Preprocessing.standardise` normalises them.
+:meth:`Preprocessing.prepare` does all three.
 """
 
 from collections.abc import Sequence
@@ -20,39 +20,43 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Resize = Literal["nearest", "bilinear", "bicubic"]
-OddSizes = Literal["stretch", "pad"]
+ResizeMode = Literal["stretch", "pad"]
 ChannelOrder = Literal["rgb", "bgr"]
 _CV2_FILTERS = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """What a classifier keeps to be fed as it was trained.
+    """Preprocessing parameters of a classifier.
 
     Attributes:
-        input_px: Side of the square the network sees.
-        resize: ``nearest`` is Pillow's (so Keras's ``flow_from_directory``); the other two are OpenCV's.
-        resize_mode: ``stretch`` crops a patch back to its true width and height and stretches that to the
-            square; ``pad`` keeps the padding at its right and bottom.
-        channel_order: Order in which the network is fed; patches themselves are RGB.
+        input_px: Input size of the network in pixels.
+        resize: ``nearest`` as in Pillow (and Keras's ``flow_from_directory``), the others as in OpenCV.
+        resize_mode: For padded patches: ``stretch`` crops the padding and stretches the patch to the square,
+            ``pad`` keeps the padding.
+        channel_order: Channel order of the input; patches are RGB.
         scale: Factor on the 0-255 values.
         mean: Subtracted after scaling, one per channel in ``channel_order``.
-        std: Divides after that.
+        std: Divisor after that.
 
     Raises:
-        RecipeError: If a value is none of these.
+        RecipeError: If a value is invalid.
     """
 
     input_px: int
     resize: Resize = "nearest"
-    resize_mode: OddSizes = "stretch"
+    resize_mode: ResizeMode = "stretch"
     channel_order: ChannelOrder = "rgb"
     scale: float = 1 / 255
     mean: Sequence[float] = (0.0, 0.0, 0.0)
     std: Sequence[float] = (1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
-        for name, options in (("resize", Resize), ("resize_mode", OddSizes), ("channel_order", ChannelOrder)):
+        for name, options in (
+            ("resize", Resize),
+            ("resize_mode", ResizeMode),
+            ("channel_order", ChannelOrder),
+        ):
             value = getattr(self, name)
             if value not in get_args(options):
                 raise RecipeError(
@@ -70,18 +74,18 @@ class Preprocessing:
     def resize_patches(
         self, patches: np.ndarray, widths: np.ndarray | None = None, heights: np.ndarray | None = None
     ) -> np.ndarray:
-        """Bring patches to the network's size.
+        """Resize patches to the input size.
 
         Args:
             patches: ``(N, H, W, 3)`` uint8 RGB.
-            widths: True width of each patch, ``(N,)``; None where none is padded.
-            heights: True height of each.
+            widths: Width of each patch without padding, ``(N,)``; None if no patch is padded.
+            heights: Height of each patch without padding.
 
         Returns:
             ``(N, input_px, input_px, 3)`` uint8 RGB.
 
         Raises:
-            DataError: If the patches are not of that shape and type, or a true size is not within them.
+            DataError: If shape or dtype of the patches is wrong, or a size is larger than the patches.
         """
         if patches.ndim != 4 or patches.shape[-1] != 3 or patches.dtype != np.uint8:
             raise DataError(f"patches are {patches.dtype} {patches.shape}; uint8 (N, H, W, 3) is needed")
@@ -89,20 +93,18 @@ class Preprocessing:
         if self.resize_mode == "pad" or widths is None or heights is None:
             return resized
         height_px, width_px = patches.shape[1:3]
-        odd = np.flatnonzero((np.asarray(widths) != width_px) | (np.asarray(heights) != height_px))
-        if len(odd):
+        padded = np.flatnonzero((np.asarray(widths) != width_px) | (np.asarray(heights) != height_px))
+        if len(padded):
             resized = resized.copy() if resized is patches else resized
-        for i in odd:
+        for i in padded:
             width, height = int(widths[i]), int(heights[i])
             if not (0 < width <= width_px and 0 < height <= height_px):
-                raise DataError(
-                    f"patch {i} says it is {width}x{height} px, it is kept in {width_px}x{height_px}"
-                )
+                raise DataError(f"patch {i} has size {width}x{height} px, larger than {width_px}x{height_px}")
             resized[i] = self._resize(patches[i : i + 1, :height, :width])[0]
         return resized
 
     def standardise(self, batch: "Tensor") -> "Tensor":
-        """Turn a batch ``(B, 3, H, W)`` of RGB in 0-1 into what the network is fed."""
+        """Normalise a batch ``(B, 3, H, W)`` of RGB in 0-1."""
         if self.channel_order == "bgr":
             batch = batch.flip(1)
         if (factor := 255 * self.scale) != 1:
@@ -121,7 +123,7 @@ class Preprocessing:
         *,
         device: "torch.device | str" = "cpu",
     ) -> "Tensor":
-        """Do all of it at once, for prediction: uint8 patches in, the network's batch out."""
+        """Return the network's input of uint8 patches, for prediction."""
         return self.standardise(to_unit(self.resize_patches(patches, widths, heights), device))
 
     def _resize(self, patches: np.ndarray) -> np.ndarray:
@@ -129,9 +131,11 @@ class Preprocessing:
         if (height, width) == (self.input_px, self.input_px):
             return patches
         if self.resize == "nearest":
-            places = _nearest_places(width, height, self.input_px)
+            indices = _nearest_indices(width, height, self.input_px)
             return (
-                patches.reshape(n, height * width, 3).take(places, axis=1).reshape(n, *[self.input_px] * 2, 3)
+                patches.reshape(n, height * width, 3)
+                .take(indices, axis=1)
+                .reshape(n, *[self.input_px] * 2, 3)
             )
         size = (self.input_px, self.input_px)
         resized = np.empty((n, *size, 3), np.uint8)
@@ -141,8 +145,8 @@ class Preprocessing:
 
 
 def to_unit(patches: np.ndarray, device: "torch.device | str" = "cpu") -> "Tensor":
-    """Turn uint8 ``(B, H, W, 3)`` into float ``(B, 3, H, W)`` in 0-1 on a device, in channels-last memory."""
-    import torch  # not above: its loading takes seconds, and a compiled network is fed without it
+    """Convert uint8 ``(B, H, W, 3)`` to float ``(B, 3, H, W)`` in 0-1 on a device, channels-last."""
+    import torch  # slow import, not needed by compiled networks
 
     batch = torch.from_numpy(np.ascontiguousarray(patches))
     if torch.device(device).type == "cuda":
@@ -151,16 +155,16 @@ def to_unit(patches: np.ndarray, device: "torch.device | str" = "cpu") -> "Tenso
 
 
 @lru_cache(maxsize=256)
-def _nearest_places(width: int, height: int, input_px: int) -> np.ndarray:
+def _nearest_indices(width: int, height: int, input_px: int) -> np.ndarray:
     rows, columns = nearest_index(height, input_px), nearest_index(width, input_px)
     return (rows[:, None] * width + columns).ravel()
 
 
 def nearest_index(source_px: int, target_px: int) -> np.ndarray:
-    """Return the source pixel of each target pixel as Pillow takes it, int64 ``(target_px,)``.
+    """Return the source pixel of each target pixel as in Pillow, int64 ``(target_px,)``.
 
-    Pillow steps through the source by repeated addition in double precision, starting half a step in; where
-    a step lands on a pixel's border the rounding of that sum decides, so the sum is repeated here.
+    Like Pillow, positions are accumulated in double precision from half a step, so that rounding at pixel
+    borders is the same.
     """
     step = source_px / target_px
     steps = np.full(target_px, step)

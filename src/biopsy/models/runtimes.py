@@ -1,9 +1,8 @@
-"""What runs a network in prediction: OpenVINO on a processor; PyTorch on a GPU, or where that cannot.
+"""Runtimes for prediction: OpenVINO on a CPU; PyTorch on a GPU, or if OpenVINO cannot run the network.
 
-Both take patches as bytes and give logits. Compiled by OpenVINO a small network answers on a CPU about twice
-as fast as PyTorch does: its normalisations and activations disappear into the convolutions. A bundle holds
-the network as OpenVINO reads it, so that PyTorch, whose loading takes seconds, need not be there at all.
-OpenVINO's own converter, which reports its use to its makers, is never called.
+Both map uint8 patches to logits. OpenVINO fuses normalisations and activations into convolutions, and on a
+CPU is about twice as fast as PyTorch for small networks. A bundle contains the converted network, so
+that PyTorch (seconds to import) is not needed. OpenVINO's own converter, which sends telemetry, is not used.
 """
 
 import contextlib
@@ -29,16 +28,16 @@ if TYPE_CHECKING:
     from biopsy.models.engine import Engine
     from biopsy.models.preprocessing import Preprocessing
 
-WORTH_CONVERTING = 1024
-"""Patches from which OpenVINO is faster even where the network has to be converted first."""
+MIN_PATCHES_TO_CONVERT = 1024
+"""Number of patches from which OpenVINO is faster, including the conversion."""
 
 
 class Runtime(Protocol):
     """A network with its preprocessing, ready to predict from any thread.
 
     Attributes:
-        software: What runs it: name and version.
-        in_threads: Whether many threads should predict at once, or one with all cores.
+        software: Name and version.
+        in_threads: Whether to predict in several threads, or in one with all cores.
     """
 
     software: tuple[str, str]
@@ -52,7 +51,7 @@ class Runtime(Protocol):
 
 
 def list_runtimes() -> dict[str, str]:
-    """Return what could run a network here, with versions; another one gives other last digits."""
+    """Return the installed runtimes with versions, on which the last digits of outputs depend."""
     return {name: version(name) for name in ("openvino", "torch") if find_spec(name)}
 
 
@@ -65,16 +64,16 @@ def open_runtime(
     n_threads: int,
     n_patches: int | None = None,
 ) -> Iterator[Runtime]:
-    """Return the fastest runtime there is for a classifier on a device.
+    """Return the fastest available runtime for a classifier on a device.
 
     Args:
         device: ``cpu``, ``cuda``, ``cuda:1`` ...
-        precision: ``int8`` is the quantised network of a bundle, on the processor.
-        n_patches: How many patches will be asked about; None: as many as a slide has.
+        precision: ``int8`` for the quantised network of a bundle, on the CPU.
+        n_patches: Number of patches to predict; None for a whole slide.
 
     Raises:
-        RunError: If the classifier lies in a bundle whose compiled network is damaged, or that of another;
-            for ``int8``, if there is no quantised network.
+        RunError: If the compiled network in the classifier's bundle is damaged or of another classifier, or
+            for ``int8``, there is no quantised network.
     """
     if precision == "int8":
         yield CompiledRuntime(classifier, _read_quantised(classifier, device), precision, n_threads=n_threads)
@@ -90,7 +89,7 @@ def open_runtime(
 
     before = torch.get_num_threads()
     if device == "cpu":
-        torch.set_num_threads(1)  # every call runs in the thread that makes it
+        torch.set_num_threads(1)  # calls are made from several threads
     try:
         yield TorchRuntime(
             classifier.network,
@@ -103,7 +102,7 @@ def open_runtime(
 
 
 class TorchRuntime:
-    """A network in evaluation mode as PyTorch runs it."""
+    """A network in evaluation mode, run by PyTorch."""
 
     def __init__(
         self, network: Any, preprocessing: "Preprocessing", engine: "Engine", *, in_threads: bool = False
@@ -151,12 +150,12 @@ def _read_quantised(classifier: Classifier, device: str) -> Any:
 
 
 def _find_model(classifier: Classifier, n_patches: int | None) -> Any:
-    """Return OpenVINO's model that lies beside a classifier, or one made now; None where it cannot be had."""
-    if n_patches is not None and n_patches < WORTH_CONVERTING:
+    """Return the OpenVINO model in the classifier's folder, or a new one; None if not available."""
+    if n_patches is not None and n_patches < MIN_PATCHES_TO_CONVERT:
         return None
-    kept = None if classifier.path is None else classifier.path / FOLDER
-    if kept is not None and kept.is_dir():
-        return read_compiled(kept, classifier)
+    folder = None if classifier.path is None else classifier.path / FOLDER
+    if folder is not None and folder.is_dir():
+        return read_compiled(folder, classifier)
     from biopsy.models.compiling import try_to_convert
 
     return try_to_convert(classifier)

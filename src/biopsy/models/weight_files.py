@@ -1,4 +1,4 @@
-"""Reading files of weights into networks: safetensors, PyTorch's tensors alone, Keras."""
+"""Loading of weight files (safetensors, PyTorch, Keras) into networks."""
 
 import os
 import pickle
@@ -23,36 +23,36 @@ _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(\d)")  # of t
 
 
 def fill_network(network: nn.Module, name: str, path: Path) -> bool:
-    """Put the weights of a file into a network; files are read as data, nothing in them is executed.
+    """Load a weight file into a network; no code in the file is executed.
 
-    A file may hold the whole network as this package saves it, all but the head, or what the library of the
-    network publishes, whose classes of ImageNet are left out.
+    The file may be of the complete network as saved by this package, without the head, or as published by the
+    network's library, whose ImageNet head is ignored.
 
     Args:
-        network: As ``build_network`` gives it.
-        name: Its name; for timm's, with the tag of the weights where that is not the default.
+        network: Network built by ``build_network``.
+        name: Its name; for timm, with the tag of the weights if it is not the default.
         path: ``.safetensors``, ``.pth`` (also ``.pt``, ``.bin``), ``.h5`` (also ``.hdf5``) or ``.keras``.
 
     Returns:
-        Whether the head was filled too; else it is as it was.
+        Whether the head was loaded too.
 
     Raises:
         DataError: If the file cannot be read, or is of another network.
     """
     is_keras = path.suffix.lower() in KERAS_SUFFIXES
     tensors = {} if is_keras else _read_tensors(path)
-    own = {key: value for key, value in tensors.items() if not key.startswith("extra.")}
+    weights = {key: value for key, value in tensors.items() if not key.startswith("extra.")}
     try:
-        if own.keys() == network.state_dict().keys():
-            return _fill_own(network, own)
+        if weights.keys() == network.state_dict().keys():
+            return _fill_native(network, weights)
         if isinstance(network, LibraryNetwork) and network.is_cut:
-            return _fill_cut(network, name, path)
+            return _fill_truncated(network, name, path)
         if is_keras:
             return _fill_from_keras(network, path)
         if isinstance(network, LibraryNetwork) and name.startswith(PREFIX):
             fill_encoder(network, name, tensors)
         elif not isinstance(network, LibraryNetwork):
-            _fill_in_order(_base(network), tensors)
+            _fill_in_order(_backbone(network), tensors)
         elif split_name(name)[0] == "timm":
             if any(key.startswith("_conv_stem.") for key in tensors):
                 _fill_lukemelas(network, tensors)
@@ -61,8 +61,8 @@ def fill_network(network: nn.Module, name: str, path: Path) -> bool:
         else:
             tensors = {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in tensors.items()}
             body = {key: value for key, value in tensors.items() if not _HEADS.match(key)}
-            kept = network.body.state_dict()
-            network.body.load_state_dict(body | {key: tensors[key] for key in tensors if key in kept})
+            expected = network.body.state_dict()
+            network.body.load_state_dict(body | {key: tensors[key] for key in tensors if key in expected})
     except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split("\n")[:2]).replace("\t", " ")
         raise DataError(f"{path} does not fit {name}: {reason}") from None
@@ -77,40 +77,40 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if isinstance(result, dict) and isinstance(result.get(key), dict):
             result = result[key]
     if not isinstance(result, dict) or not all(isinstance(value, Tensor) for value in result.values()):
-        raise DataError(f"{path} holds no weights by name")
+        raise DataError(f"{path} has no named weights")
     return result
 
 
 def _load_pickled(path: Path) -> Any:
-    """Read a file of ``torch.save`` as data: what is no tensor or plain container is refused."""
+    """Read a file of ``torch.save`` with tensors and plain containers only."""
     with open_regular(path) as file, refusing(path, "weights"):
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 n_bytes = sum(entry.file_size for entry in archive.infolist())
-            if n_bytes > os.fstat(file.fileno()).st_size:  # PyTorch itself packs nothing
+            if n_bytes > os.fstat(file.fileno()).st_size:  # PyTorch does not compress
                 raise FileFormatError(path, "too-large", f"unpacks to {n_bytes:,} bytes: it is not read")
         try:
             return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
         except pickle.UnpicklingError:
             raise FileFormatError(
-                path, "value", "holds more than tensors, or is cut short: nothing is unpickled from it"
+                path, "value", "has objects other than tensors, or is truncated; it is not unpickled"
             ) from None
 
 
-def _fill_own(network: nn.Module, tensors: dict[str, Tensor]) -> bool:
-    """Fill from a file of this package; a head of other classes is left out."""
-    ours = network.state_dict()
-    head = [key for key in ours if key.startswith("head.")]
-    fits = all(tensors[key].shape == ours[key].shape for key in head)
-    network.load_state_dict(tensors if fits else tensors | {key: ours[key] for key in head})
+def _fill_native(network: nn.Module, tensors: dict[str, Tensor]) -> bool:
+    """Load a file of this package, without a head of another size."""
+    current = network.state_dict()
+    head = [key for key in current if key.startswith("head.")]
+    fits = all(tensors[key].shape == current[key].shape for key in head)
+    network.load_state_dict(tensors if fits else tensors | {key: current[key] for key in head})
     return fits
 
 
-def _fill_cut(network: LibraryNetwork, name: str, path: Path) -> bool:
-    """Fill the library's whole network, and take from it the layers that are left."""
-    whole = build_library_network(name, n_classes=2, input_px=network.size, head="linear")
-    fill_network(whole, name, path)
-    tensors = whole.body.state_dict()
+def _fill_truncated(network: LibraryNetwork, name: str, path: Path) -> bool:
+    """Load the complete network of the library, and copy the layers that were kept."""
+    complete = build_library_network(name, n_classes=2, input_px=network.size, head="linear")
+    fill_network(complete, name, path)
+    tensors = complete.body.state_dict()
     network.body.load_state_dict({key: tensors[key] for key in network.body.state_dict()})
     return False
 
@@ -120,17 +120,17 @@ def _fill_from_keras(network: nn.Module, path: Path) -> bool:
 
     try:
         load_keras_into(path, network)
-    except DataError as whole:
+    except DataError as complete_error:
         try:
-            load_keras_into(path, _base(network))
+            load_keras_into(path, _backbone(network))
         except DataError:
-            raise whole from None
+            raise complete_error from None
         return False
     return True
 
 
 def _fill_timm(network: LibraryNetwork, name: str, path: Path) -> None:
-    """Let timm read the file into a twin, by its own rules of names and sizes, and take the twin's body."""
+    """Load the file by timm into a second network and copy its body."""
     import timm
 
     model = split_name(name)[1]
@@ -143,30 +143,30 @@ def _fill_timm(network: LibraryNetwork, name: str, path: Path) -> None:
 
 
 def _fill_lukemelas(network: LibraryNetwork, tensors: dict[str, Tensor]) -> None:
-    """Fill timm's EfficientNet from the weights of L. Melas-Kyriazi's implementation: the same tensors in the
-    same order under other names, the head's two at the end."""
-    places = network.body.state_dict()
+    """Load weights of L. Melas-Kyriazi's EfficientNet into timm's, which has the same tensors in the same
+    order."""
+    targets = network.body.state_dict()
     values = [value for key, value in tensors.items() if not key.startswith("_fc.")]
-    if [value.shape for value in values] != [place.shape for place in places.values()]:
-        raise KeyError(f"{len(values)} tensors beside the head, {len(places)} others are expected")
-    network.body.load_state_dict(dict(zip(places, values, strict=True)))
+    if [value.shape for value in values] != [target.shape for target in targets.values()]:
+        raise KeyError(f"{len(values)} tensors besides the head; expected {len(targets)} of other shapes")
+    network.body.load_state_dict(dict(zip(targets, values, strict=True)))
 
 
 def _fill_in_order(base: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Fill convolutions from torchvision's ``features.NUMBER.weight`` and ``.bias``, in their order."""
+    """Load convolutions from torchvision's ``features.NUMBER.weight`` and ``.bias``, in order."""
     names = sorted(
         (key for key in tensors if re.fullmatch(r"features\.\d+\.(weight|bias)", key)),
         key=lambda key: (int(key.split(".")[1]), key.endswith("bias")),
     )
-    places = [*base.state_dict()]
+    targets = [*base.state_dict()]
     shapes = [tuple(value.shape) for value in base.state_dict().values()]
     if [tuple(tensors[key].shape) for key in names] != shapes:
-        raise KeyError(f"{len(names)} tensors called features.NUMBER, {len(places)} others are expected")
-    base.load_state_dict({place: tensors[name] for place, name in zip(places, names, strict=True)})
+        raise KeyError(f"{len(names)} tensors features.NUMBER; expected {len(targets)} of other shapes")
+    base.load_state_dict({target: tensors[name] for target, name in zip(targets, names, strict=True)})
 
 
-def _base(network: nn.Module) -> nn.Module:
-    """Return what lies before the head."""
+def _backbone(network: nn.Module) -> nn.Module:
+    """Return the network without its head."""
     if isinstance(network, LibraryNetwork):
         return network.body
     stages = network.stages() if isinstance(network, StagedNetwork) else []

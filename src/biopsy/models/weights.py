@@ -1,8 +1,8 @@
-"""Where pretrained weights may lie, what is checked before they are used, and a network made with them.
+"""Locating and verifying pretrained weights, and networks initialised with them.
 
-Nothing is downloaded. A tag is looked up by its file's name in ``$BIOPSY_WEIGHTS`` (by default
-``~/.cache/biopsy/weights``), where torch, Keras and Hugging Face keep what they fetched, and in the Python
-package that brings it along.
+Nothing is downloaded. The file of a tag is searched in ``$BIOPSY_WEIGHTS`` (default
+``~/.cache/biopsy/weights``), in the caches of torch, Keras and Hugging Face, and in the Python package that
+contains it.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ from biopsy.recipes import Recipe, list_recipes, load_recipe
 logger = logging.getLogger(__name__)
 
 FOLDER_VARIABLE, LICENCE_VARIABLE = "BIOPSY_WEIGHTS", "BIOPSY_ACCEPT_LICENCE"
-MOST_RESIZED = 2.5  # factor between the um/px of patches and of an encoder from which that is said
+MAX_RESIZE = 2.5  # ratio between the um/px of patches and encoder above which a warning is added
 OPEN_LICENCES = ("apache-2.0", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc0-1.0", "mit", NOT_STATED)
 
 
 def locate(weights: Weights) -> Path | None:
-    """Return the file of some weights if it is on this machine."""
+    """Return the local file of weights, None if there is none."""
     import torch
 
     package = find_spec(weights.package) if weights.package else None
@@ -41,7 +41,7 @@ def locate(weights: Weights) -> Path | None:
         weights_folder(),
         Path(torch.hub.get_dir()) / "checkpoints",
         Path("~/.keras/models").expanduser(),
-        *(Path(place) / "models" for place in (package and package.submodule_search_locations) or ()),
+        *(Path(location) / "models" for location in (package and package.submodule_search_locations) or ()),
     )
     for folder in folders:
         if (folder / weights.file).is_file():
@@ -55,12 +55,12 @@ def locate(weights: Weights) -> Path | None:
 
 
 def weights_folder() -> Path:
-    """Return the folder in which people put weights."""
+    """Return the user's folder of weights."""
     return Path(os.environ.get(FOLDER_VARIABLE) or "~/.cache/biopsy/weights").expanduser()
 
 
 class StartWeights(TypedDict):
-    """What a network begins with, as a run records it; None for what does not apply."""
+    """Record of the initial weights of a run; None for fields that do not apply."""
 
     pretrained: bool
     weights: str | None
@@ -78,17 +78,17 @@ def make_network(
     """Build the network of a recipe, with its initial weights and its frozen stages.
 
     Args:
-        recipe: Whose tables ``model`` and ``preprocessing`` count.
+        recipe: Recipe with tables ``model`` and ``preprocessing``.
         n_classes: Number of logits.
-        load: False where other weights are about to be loaded over them, those of a checkpoint say.
+        load: Whether to load pretrained weights; False if a checkpoint is loaded afterwards.
 
     Returns:
-        The network, and what it begins with.
+        The network, and the record of its initial weights.
 
     Raises:
-        RecipeError: If network, weights or stage are unknown, the file is not there, or its licence was not
+        RecipeError: If network, weights or stage are unknown, the file is missing, or its licence was not
             accepted.
-        DataError: If the file has another hash than it should, or does not fit the network.
+        DataError: If the hash of the file is wrong, or it does not fit the network.
     """
     model = recipe.model
     network = build_network(
@@ -106,41 +106,42 @@ def make_network(
     )
     notes: list[str] = []
     if model.pretrained and load:
-        path, known = choose_weights(recipe)
-        record["weights"] = known.tag if known else path.name
+        path, weights = choose_weights(recipe)
+        record["weights"] = weights.tag if weights else path.name
         record["file"], record["sha256"] = path.name, sha256_file(path)
-        record["licence"] = known.licence if known else NOT_STATED
-        record["page"] = known.page if known else None
-        name = known.tag if known and known.tag.startswith("timm:") else model.name
+        record["licence"] = weights.licence if weights else NOT_STATED
+        record["page"] = weights.page if weights else None
+        name = weights.tag if weights and weights.tag.startswith("timm:") else model.name
         if not fill_network(network, name, path):
             notes.append("the head is random")
-        notes += _compare_feed(recipe, known)
+        notes += _compare_feed(recipe, weights)
     elif not model.pretrained:
-        notes += _note_missing(recipe)
+        notes += _note_random_weights(recipe)
     freeze(network, model.trainable)
     record["note"] = "; ".join(notes) or None
     return network, record
 
 
 def feed_as_encoder(recipe: Recipe, patch_px: int, mpp: float | None) -> Recipe:
-    """Return a recipe with ``preprocessing.feed = "encoder"`` worked out, any other as it is.
+    """Return a recipe with ``preprocessing.feed = "encoder"`` resolved, any other unchanged.
+
+    The input size is set to match the encoder's um/px, and channel order, scale, mean and std to those with
+    which its weights were trained.
 
     Args:
-        recipe: Gets the input size at which patches are nearest to the encoder's um/px, and the channel
-            order, scale, mean and std that its weights were trained with.
-        patch_px: Side of a patch.
-        mpp: Micrometres per pixel of the patches; None where unknown.
+        patch_px: Side of a patch in pixels.
+        mpp: Pixel size of the patches in µm; None if unknown.
     """
     if recipe.preprocessing.feed == "recipe":
         return recipe
-    name, known = recipe.model.name, _known_feed(recipe)
-    changes: dict[str, Any] = {f"preprocessing.{key}": value for key, value in (known or {}).items()}
+    name, feed = recipe.model.name, _known_feed(recipe)
+    changes: dict[str, Any] = {f"preprocessing.{key}": value for key, value in (feed or {}).items()}
     if name.startswith(PREFIX):
         encoder = find_encoder(name)
         changes["model.name"] = encoder.tag
         input_px = encoder.fit_input(None if mpp is None else patch_px * mpp)
         changes["preprocessing.input_px"] = input_px
-        logger.info("%s", _say_resolution(patch_px, mpp, input_px, encoder.mpp))
+        logger.info("%s", _describe_resolution(patch_px, mpp, input_px, encoder.mpp))
     if name.startswith("torchvision:squeezenet"):
         changes["model.params"] = {**recipe.model.params, "head": "linear"}
     return load_recipe(recipe, {**changes, "preprocessing.feed": "recipe"})
@@ -157,8 +158,8 @@ def _known_feed(recipe: Recipe) -> Feed | None:
     return find_weights(tag if is_tag else name).feed if is_tag or ":" in name else None
 
 
-def _say_resolution(patch_px: int, mpp: float | None, input_px: int, encoder_mpp: float) -> str:
-    """Say how patches are brought to an encoder's um/px, and how far that is from what it was trained on."""
+def _describe_resolution(patch_px: int, mpp: float | None, input_px: int, encoder_mpp: float) -> str:
+    """Return a sentence on the resolution of resized patches and that of the encoder's training data."""
     resized = f"patches of {patch_px} px are resized to {input_px} px"
     if mpp is None:
         return f"{resized}; their um/px is unknown, the encoder was trained at {encoder_mpp:g} um/px"
@@ -166,31 +167,31 @@ def _say_resolution(patch_px: int, mpp: float | None, input_px: int, encoder_mpp
         f"{resized}, {patch_px * mpp / input_px:.3g} um/px; the encoder was trained at {encoder_mpp:g} um/px"
     )
     factor = mpp / encoder_mpp
-    if factor > MOST_RESIZED:
-        text += f". At {mpp:g} um/px they lack the detail that it was trained on: expect less of it"
-    elif factor < 1 / MOST_RESIZED:
-        text += f". At {mpp:g} um/px they show a smaller field than it was trained on: expect less of it"
+    if factor > MAX_RESIZE:
+        text += f". At {mpp:g} um/px they lack detail of its training data; accuracy may be lower"
+    elif factor < 1 / MAX_RESIZE:
+        text += f". At {mpp:g} um/px the field is smaller than in its training data; accuracy may be lower"
     return text
 
 
 def describe_weights(network: nn.Module, record: StartWeights) -> str:
-    """Say in a line what a network begins with and how much of it is trained."""
+    """Return one line on the initial weights and the number of trainable parameters."""
     total, trainable = count_parameters(network)
-    begins = (
+    start = (
         f"weights {record['weights']}, licence {record['licence']}"
         if record["pretrained"]
         else "random weights"
     )
     note = f" ({record['note']})" if record["note"] else ""
-    return f"{begins}{note}; {total:,} parameters, {trainable:,} trainable, {total - trainable:,} frozen"
+    return f"{start}{note}; {total:,} parameters, {trainable:,} trainable, {total - trainable:,} frozen"
 
 
 def choose_weights(recipe: Recipe) -> tuple[Path, Weights | None]:
-    """Return the file of a recipe's weights and what is known about it.
+    """Return the file of a recipe's weights and its entry among the known weights, if any.
 
     Raises:
-        RecipeError: If there is none, they are of another network, or their licence was not accepted.
-        DataError: If the file's hash is another one.
+        RecipeError: If it is missing, of another network, or its licence was not accepted.
+        DataError: If the hash of the file is wrong.
     """
     model = recipe.model
     path = Path(model.weights).expanduser()
@@ -198,31 +199,31 @@ def choose_weights(recipe: Recipe) -> tuple[Path, Weights | None]:
         path.suffix.lower() in SUFFIXES or len(path.parts) > 1
     )
     if is_path:
-        known = next((weights for weights in KNOWN_WEIGHTS if weights.file == path.name), None)
+        weights = next((weights for weights in KNOWN_WEIGHTS if weights.file == path.name), None)
         if model.name.startswith(PREFIX):
-            known = find_weights(model.name)
-            require_licence(known)
+            weights = find_weights(model.name)
+            require_licence(weights)
         if not path.is_file():
-            raise RecipeError(f"there is no file {model.weights!r} for model.weights; {_say_without()}")
+            raise RecipeError(f"model.weights: no file {model.weights!r}; {_random_weights_hint()}")
     else:
-        known = _find_default(recipe) if not model.weights else find_weights(model.weights)
-        if not {model.name, model.name.partition(".")[0]} & {*known.networks}:
+        weights = _find_default(recipe) if not model.weights else find_weights(model.weights)
+        if not {model.name, model.name.partition(".")[0]} & {*weights.networks}:
             raise RecipeError(
-                f"the weights {known.tag!r} are of {' or '.join(known.networks)}, the recipe's network is "
-                f"{model.name!r}"
+                f"the weights {weights.tag!r} are of {' or '.join(weights.networks)}, the recipe's network "
+                f"is {model.name!r}"
             )
-        require_licence(known)
-        result = locate(known)
-        if result is None:
+        require_licence(weights)
+        located = locate(weights)
+        if located is None:
             raise RecipeError(
-                f"the weights {known.tag!r} are not on this machine: get {known.file} from {known.page} and "
-                f"put it into {weights_folder()} (${FOLDER_VARIABLE} can name another folder), or point "
-                f"at it with --set model.weights=PATH; {_say_without()}"
+                f"the weights {weights.tag!r} are not on this machine: download {weights.file} from "
+                f"{weights.page} to {weights_folder()} (or the folder ${FOLDER_VARIABLE}), or use "
+                f"--set model.weights=PATH; {_random_weights_hint()}"
             )
-        path = result
-        require_digest(path, known.digest)
+        path = located
+        require_digest(path, weights.digest)
     require_digest(path, f"sha256:{model.weights_sha256}" if model.weights_sha256 else "")
-    return path, known
+    return path, weights
 
 
 def _find_default(recipe: Recipe) -> Weights:
@@ -236,33 +237,33 @@ def _find_default(recipe: Recipe) -> Weights:
     )
 
 
-def _say_without() -> str:
-    return "or go on without, from random weights: --set model.pretrained=false"
+def _random_weights_hint() -> str:
+    return "or use random weights: --set model.pretrained=false"
 
 
 def require_digest(path: Path, digest: str) -> None:
-    """Refuse a file whose hash does not begin with ``ALGORITHM:HEX``; an empty digest takes any file.
+    """Verify that the hash of a file starts with ``ALGORITHM:HEX``; an empty digest accepts any file.
 
     Raises:
-        DataError: Saying both hashes.
+        DataError: With both hashes.
     """
     if not digest:
         return
-    algorithm, _, wanted = digest.partition(":")
+    algorithm, _, expected = digest.partition(":")
     with path.open("rb") as file:
         result = hashlib.file_digest(file, algorithm).hexdigest()
-    if not result.startswith(wanted.lower()):
+    if not result.startswith(expected.lower()):
         raise DataError(
-            f"{path} has the {algorithm} {result}, expected was {wanted}: it is another file, or was cut "
-            "short; get it again"
+            f"{path} has the {algorithm} {result}, expected {expected}: it is another file or "
+            "incomplete; download it again"
         )
 
 
 def require_licence(weights: Weights) -> None:
-    """Refuse weights whose licence restricts their use, unless it was accepted by name.
+    """Refuse weights with a restrictive licence that was not accepted.
 
     Raises:
-        RecipeError: Naming the licence, where it stands and how to accept it.
+        RecipeError: With the licence, its page and how to accept it.
     """
     accepted = [name.strip().lower() for name in os.environ.get(LICENCE_VARIABLE, "").split(",")]
     if weights.licence not in (*OPEN_LICENCES, *accepted):
@@ -273,24 +274,24 @@ def require_licence(weights: Weights) -> None:
         )
 
 
-def _compare_feed(recipe: Recipe, known: Weights | None) -> list[str]:
-    """Return where a recipe feeds pretrained weights otherwise than they were trained."""
-    if known is None:
+def _compare_feed(recipe: Recipe, weights: Weights | None) -> list[str]:
+    """Return notes on differences between a recipe's preprocessing and that of pretrained weights."""
+    if weights is None:
         return []
     settings = recipe.preprocessing.model_dump()
     differing = [
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in known.feed.items()
+        for key, value in weights.feed.items()
         if settings[key] != value
     ]
-    return [f"they were trained with {', '.join(differing)}, the recipe feeds otherwise"] if differing else []
+    return [f"they were trained with {', '.join(differing)}, unlike the recipe"] if differing else []
 
 
-def _note_missing(recipe: Recipe) -> list[str]:
-    """Say that pretrained weights were switched off, and that frozen stages are random."""
+def _note_random_weights(recipe: Recipe) -> list[str]:
+    """Return notes on pretrained weights that were disabled, and on random frozen stages."""
     notes = []
     if recipe.name in list_recipes() and (shipped := load_recipe(recipe.name).model).pretrained:
         notes.append(f"the recipe starts from {shipped.weights}, this run did not (model.pretrained=false)")
     if recipe.model.trainable != "all":
-        notes.append("what is frozen is random too")
+        notes.append("frozen stages are random")
     return notes

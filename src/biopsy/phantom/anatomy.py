@@ -1,7 +1,6 @@
-"""Where things lie on one slide, in micrometres: tissue, fat, the tumour region, glands and vessels.
+"""Layout of one slide in micrometres: tissue, fat, tumour region, glands and vessels.
 
-Nothing here has pixels of its own except the slow maps, which hold one value per ``CELL_UM`` and are read by
-interpolation; a slide of any pixel size, or any part of one, is drawn from the same anatomy.
+The layout is independent of the pixel size: maps have one value per ``CELL_UM`` and are interpolated.
 """
 
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ _FILLED = 0.6  # share of the canvas that is tissue
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The plan of one slide. ``maps`` are (rows, columns) arrays at ``CELL_UM`` by name:
+    """Layout of one slide. ``maps`` are (rows, columns) arrays at ``CELL_UM`` by name:
 
     ``tissue`` and ``tumour``: signed distance in micrometres, positive inside; ``fat``, ``cells``, ``lymph``,
     ``tint``, ``blood``, ``grade``: smooth fields of mean 0 and spread 1; ``warp_x``, ``warp_y``: by how many
@@ -65,13 +64,13 @@ def _interpolate(values: Floats, column: Floats, row: Floats) -> Floats:
 def plan_slide(
     seed: int, patient: str, *, tissue_mm2: float, tumour_frac: float, high_grade: bool = False
 ) -> Anatomy:
-    """Lay out one patient's slide.
+    """Return the layout of a patient's slide.
 
     Args:
-        patient: The patient's name; names the random stream.
+        patient: Name of the patient, part of the random seed.
         tissue_mm2: Area of tissue, above 0.
-        tumour_frac: Share of the tissue inside the tumour region, in [0, 1); the region is in one piece.
-        high_grade: As `draw_habit` takes it.
+        tumour_frac: Fraction of the tissue inside the tumour region, in [0, 1); the region is connected.
+        high_grade: As in `draw_habit`.
     """
     rng = make_rng(seed, "phantom", patient, "anatomy")
     habit = draw_habit(seed, patient, high_grade=high_grade)
@@ -114,13 +113,13 @@ def plan_slide(
 
 
 def fat_share(habit: Habit, fat: Floats, tumour: Floats) -> Floats:
-    """Return the chance in [0, 1] that a place is fat; a tumour pushes most, not all, of it aside."""
-    wanted = 1.3 * (fat - 0.8 + 2.0 * habit.fat) - np.clip(tumour / 100, -0.3, 0.8 + 1.4 * habit.fat_pushed)
-    return np.clip(wanted, 0, 1)
+    """Return the probability of fat at each point, reduced inside the tumour."""
+    level = 1.3 * (fat - 0.8 + 2.0 * habit.fat) - np.clip(tumour / 100, -0.3, 0.8 + 1.4 * habit.fat_pushed)
+    return np.clip(level, 0, 1)
 
 
 def _smooth(rng: np.random.Generator, shape: tuple[int, int], slow_um: float, fast_um: float) -> Floats:
-    """Return noise with two length scales, of mean 0 and spread 1."""
+    """Return noise with two length scales, of mean 0 and standard deviation 1."""
     total = np.zeros(shape, np.float32)
     for scale_um, weight in ((slow_um, 1.0), (fast_um, 0.45)):
         white = rng.standard_normal(shape, dtype=np.float32)
@@ -137,8 +136,8 @@ def _outline(rng: np.random.Generator, shape: tuple[int, int], tissue_mm2: float
     mask = level > np.partition(level.ravel(), -cells)[-cells]
     pieces, n_pieces = ndimage.label(mask)
     sizes = ndimage.sum_labels(mask, pieces, np.arange(1, n_pieces + 1))
-    kept = np.isin(pieces, 1 + np.flatnonzero(sizes > 0.01 * mask.sum()))
-    return ndimage.binary_fill_holes(kept)
+    large = np.isin(pieces, 1 + np.flatnonzero(sizes > 0.01 * mask.sum()))
+    return ndimage.binary_fill_holes(large)
 
 
 def _region(rng: np.random.Generator, tissue: NDArray[np.bool_], tumour_frac: float) -> NDArray[np.bool_]:
@@ -146,8 +145,8 @@ def _region(rng: np.random.Generator, tissue: NDArray[np.bool_], tumour_frac: fl
     depth = ndimage.distance_transform_edt(np.pad(tissue, 1))[1:-1, 1:-1]
     inside = np.argwhere(tissue & (depth >= 0.35 * depth.max()))
     centre = inside[rng.integers(len(inside))]
-    away = np.hypot(*(np.indices(tissue.shape) - centre[:, None, None])) / np.sqrt(tissue.sum())
-    level = 0.16 * _smooth(rng, tissue.shape, 900, 250) - away
+    distance = np.hypot(*(np.indices(tissue.shape) - centre[:, None, None])) / np.sqrt(tissue.sum())
+    level = 0.16 * _smooth(rng, tissue.shape, 900, 250) - distance
     level[~tissue] = -np.inf
     low, high = -3.0, float(level.max())
     region = np.zeros(tissue.shape, bool)

@@ -35,10 +35,14 @@ def _place_fibroblasts(
 ) -> Floats:
     """Thin spindles along the collagen."""
     habit, points = anatomy.habit, weave.fibroblasts.within(*region.box_um)
-    place = points.x_um, points.y_um
-    crowd = 0.18 * habit.cellularity * np.exp(0.8 * region.pick(region.maps["cells"], *place))
-    crowd *= 1 + 0.6 * habit.desmoplasia * region.pick(region.tumour, *place) + 1.2 * region.pick(bed, *place)
-    x, y, d = _keep(points, (points.draws[:, 0] < crowd) & (region.pick(blocked, *place) < 0.3))
+    position = points.x_um, points.y_um
+    crowd = 0.18 * habit.cellularity * np.exp(0.8 * region.pick(region.maps["cells"], *position))
+    crowd *= (
+        1
+        + 0.6 * habit.desmoplasia * region.pick(region.tumour, *position)
+        + 1.2 * region.pick(bed, *position)
+    )
+    x, y, d = _select(points, (points.draws[:, 0] < crowd) & (region.pick(blocked, *position) < 0.3))
     angle = _fibre_direction(anatomy, x, y) + 0.9 * (d[:, 1] - 0.5)
     columns = [x, y, 2.4 + 3.6 * d[:, 2], 1.0 + 0.8 * d[:, 3], angle, 0.5 + 0.5 * d[:, 4]]
     return np.stack(columns, axis=1)
@@ -49,12 +53,12 @@ def _place_lymphocytes(
 ) -> Floats:
     """Small, round and darker than any tumour nucleus; in clusters, some of them at the tumour's margin."""
     habit, points = anatomy.habit, weave.lymphocytes.within(*region.box_um)
-    place = points.x_um, points.y_um
-    margin = np.exp(-((region.pick(region.maps["tumour"], *place) / 180) ** 2))
-    level = region.pick(region.maps["lymph"], *place) + 0.3 * margin + 0.5 * region.pick(bed, *place)
+    position = points.x_um, points.y_um
+    margin = np.exp(-((region.pick(region.maps["tumour"], *position) / 180) ** 2))
+    level = region.pick(region.maps["lymph"], *position) + 0.3 * margin + 0.5 * region.pick(bed, *position)
     chance = np.clip(0.4 * (level - 1.9 + 1.5 * habit.lymphocytes), 0.015 * habit.lymphocytes, 0.75)
-    chance *= 1 - 0.9 * region.pick(blocked, *place)
-    x, y, d = _keep(points, points.draws[:, 0] < chance)
+    chance *= 1 - 0.9 * region.pick(blocked, *position)
+    x, y, d = _select(points, points.draws[:, 0] < chance)
     radius = 2.2 + 0.7 * d[:, 1]
     columns = [x, y, radius, radius * (0.85 + 0.15 * d[:, 2]), 6.3 * d[:, 3], 1.05 + 0.35 * d[:, 4]]
     return np.stack(columns, axis=1)
@@ -65,18 +69,18 @@ def _place_tumour_cells(
 ) -> Floats:
     """Large, of all sizes and shapes: filling the nests, and single in the stroma between."""
     habit, points = anatomy.habit, weave.tumour_cells.within(*region.box_um)
-    place = points.x_um, points.y_um
-    loose = 0.22 * habit.loose_cells * (region.pick(region.tumour, *place) > 0.6)
-    chance = np.maximum(0.97 * (region.pick(epithelium, *place) > 0.5), loose)
-    x, y, d = _keep(points, (points.draws[:, 0] < chance) & (region.pick(gland, *place) < 0.3))
+    position = points.x_um, points.y_um
+    loose = 0.22 * habit.loose_cells * (region.pick(region.tumour, *position) > 0.6)
+    chance = np.maximum(0.97 * (region.pick(epithelium, *position) > 0.5), loose)
+    x, y, d = _select(points, (points.draws[:, 0] < chance) & (region.pick(gland, *position) < 0.3))
     normal = 2.0 * (d[:, 1:4].sum(1) - 1.5)  # three uniforms: near normal, spread 1, never far out
     radius = habit.nucleus_um * np.exp(habit.pleomorphism * normal)
     stain = habit.nucleus_stain * np.exp(2.2 * habit.pleomorphism * (d[:, 4] - 0.5))
     return np.stack([x, y, radius, radius * (0.55 + 0.4 * d[:, 5]), 6.3 * d[:, 6], stain], axis=1)
 
 
-def _keep(points: Points, kept: np.ndarray) -> tuple[Floats, Floats, Floats]:
-    return points.x_um[kept], points.y_um[kept], points.draws[kept]
+def _select(points: Points, mask: np.ndarray) -> tuple[Floats, Floats, Floats]:
+    return points.x_um[mask], points.y_um[mask], points.draws[mask]
 
 
 def _fibre_direction(anatomy: Anatomy, x_um: Floats, y_um: Floats) -> Floats:
@@ -116,11 +120,12 @@ def draw_fat(anatomy: Anatomy, weave: Weave, region: Region, occupied: Floats) -
     # Among others a cell fills the room it has; one with few neighbours stays round.
     limit = np.where(is_fat, np.where(crowd > 0.7, _FAR_UM, 0.45 * size), 0)
     # A centre that far from every fat cell bounds none.
-    place = np.stack([points.x_um, points.y_um], axis=1)
+    position = np.stack([points.x_um, points.y_um], axis=1)
     near = (
-        cKDTree(place[is_fat]).query(place, distance_upper_bound=2.5 * anatomy.habit.fat_cell_um)[0] < np.inf
+        cKDTree(position[is_fat]).query(position, distance_upper_bound=2.5 * anatomy.habit.fat_cell_um)[0]
+        < np.inf
     )
-    centres = np.column_stack([place, size, limit])[near].astype(np.float32)
+    centres = np.column_stack([position, size, limit])[near].astype(np.float32)
     first, second, limit_here = _nearest(region, centres, 1.25 * anatomy.habit.fat_cell_um)
     gap = 0.5 * (second - first)
     inside = ramp((_round_corners(gap, region.um) - 1.0) / region.um + 0.5)
@@ -139,16 +144,16 @@ def _round_corners(gap_um: Floats, um: float) -> Floats:
     return np.minimum(gap_um, 1.0 + 4.0 * (blurred - 0.8 * blur_um - 0.1))
 
 
-def _nearest(region: Region, centres: Floats, reach: float) -> tuple[Floats, Floats, Floats]:
+def _nearest(region: Region, centres: Floats, radius: float) -> tuple[Floats, Floats, Floats]:
     """Return the distance to the nearest and the second nearest centre, less part of its size, and the limit.
 
     ``centres`` is (n, 4): x, y, size and limit. Each is only compared over its own
-    neighbourhood, ``reach`` micrometres to each side.
+    neighbourhood, ``radius`` micrometres to each side.
     """
     first, second = np.full((2, *region.shape), _FAR_UM, np.float32)
     limit_here = np.zeros(region.shape, np.float32)
     left, top = region.origin_um
-    sides = np.array([-reach, reach])
+    sides = np.array([-radius, radius])
     columns = np.clip((centres[:, :1] + sides - left) / region.um, 0, region.shape[1]).astype(int)
     rows = np.clip((centres[:, 1:2] + sides - top) / region.um, 0, region.shape[0]).astype(int)
     visible = (columns[:, 0] < columns[:, 1]) & (rows[:, 0] < rows[:, 1])
@@ -157,10 +162,10 @@ def _nearest(region: Region, centres: Floats, reach: float) -> tuple[Floats, Flo
         x_um, y_um, size, limit = centres[i]
         dx2 = (region.x_um[0, box[1]] - x_um) ** 2
         dy2 = (region.y_um[box[0], 0] - y_um) ** 2
-        away = np.sqrt(dx2 + dy2[:, None]) - np.float32(0.55) * size
-        nearer = away < first[box]
-        np.copyto(second[box], np.where(nearer, first[box], np.minimum(second[box], away)))
-        np.copyto(first[box], away, where=nearer)
+        distance = np.sqrt(dx2 + dy2[:, None]) - np.float32(0.55) * size
+        nearer = distance < first[box]
+        np.copyto(second[box], np.where(nearer, first[box], np.minimum(second[box], distance)))
+        np.copyto(first[box], distance, where=nearer)
         np.copyto(limit_here[box], limit, where=nearer)
     return first, second, limit_here
 
@@ -204,8 +209,8 @@ def _stamp(
     dy = (window - (y - row)[:, None]).astype(np.float32)[:, :, None]
     cos, sin = np.cos(nuclei[:, 4])[:, None, None], np.sin(nuclei[:, 4])[:, None, None]
     long_px, short_px = (nuclei[:, k, None, None] / np.float32(um) for k in (2, 3))
-    away = np.sqrt(((cos * dx + sin * dy) / long_px) ** 2 + ((cos * dy - sin * dx) / short_px) ** 2)
-    value = np.clip((1 - away) * np.sqrt(long_px * short_px) + 0.5, 0, 1) * nuclei[:, 5, None, None]
+    distance = np.sqrt(((cos * dx + sin * dy) / long_px) ** 2 + ((cos * dy - sin * dx) / short_px) ** 2)
+    value = np.clip((1 - distance) * np.sqrt(long_px * short_px) + 0.5, 0, 1) * nuclei[:, 5, None, None]
     rows = (row[:, None] + window)[:, :, None]
     columns = (column[:, None] + window)[:, None, :]
     inside = (rows >= 0) & (rows < shape[0]) & (columns >= 0) & (columns < shape[1]) & (value > 0)

@@ -1,4 +1,4 @@
-"""A cohort of phantom patients as patches in IDC's own layout and names, streamed slide by slide."""
+"""A cohort of phantom patients as patches in the layout of IDC, generated slide by slide."""
 
 import contextlib
 import logging
@@ -32,7 +32,7 @@ _MEAN_TUMOUR_SHARE = 0.28  # 78,786 of 277,524 patches of the Kaggle release
 
 
 class PhantomPatch(NamedTuple):
-    """One patch: its place (x, y of the upper left pixel, counted from 1 as in IDC's names) and its class."""
+    """One patch with its coordinates (upper left pixel, counted from 1 as in IDC) and class."""
 
     patient_id: str
     x: int
@@ -128,7 +128,7 @@ def paint_patient(
     """Plan one patient's slide and choose its patches.
 
     Returns:
-        The slide's painter and the chosen places, ``(n_patches, 2)``: row and column in patches.
+        The painter of the slide, and row and column of the chosen patches, ``(n_patches, 2)``.
     """
     patch_mm2 = (PATCH_PX * MPP / 1000) ** 2
     tissue_mm2 = n_patches * patch_mm2
@@ -169,13 +169,13 @@ def plan_cohort(n_patients: int, patches_per_patient: float, seed: int) -> list[
 def _patient_patches(
     seed: int, patient: str, n_patches: int, tumour_frac: float, *, high_grade: bool = False
 ) -> Iterator[PhantomPatch]:
-    painter, places = paint_patient(seed, patient, n_patches, tumour_frac, high_grade=high_grade)
+    painter, positions = paint_patient(seed, patient, n_patches, tumour_frac, high_grade=high_grade)
     tumour = _patch_shares(painter, "tumour")
-    blocks = places // _BLOCK
+    blocks = positions // _BLOCK
     for block in np.unique(blocks, axis=0):
         top, left = (int(corner) for corner in block * _BLOCK * PATCH_PX)
         painted = painter.paint(left, top, _BLOCK * PATCH_PX, _BLOCK * PATCH_PX, MPP)
-        for row, column in places[(blocks == block).all(1)].tolist():
+        for row, column in positions[(blocks == block).all(1)].tolist():
             y, x = row * PATCH_PX, column * PATCH_PX
             share = float(tumour[row, column])
             yield PhantomPatch(

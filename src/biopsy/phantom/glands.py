@@ -32,10 +32,10 @@ def grow_glands(
 ) -> list[Gland]:
     """Scatter ducts and lobules over stroma; few survive inside the tumour."""
     n_wanted = rng.poisson(habit.glands_per_mm2 * (tissue > 0).sum() * cell_um**2 / 1e6)
-    places = _sites(rng, (tissue > 150) & (fat < 0.7), n_wanted * 2, cell_um)
+    sites = _sites(rng, (tissue > 150) & (fat < 0.7), n_wanted * 2, cell_um)
     glands: list[Gland] = []
     centres: list[tuple[float, float, float]] = []
-    for x, y in places:
+    for x, y in sites:
         row, column = int(y / cell_um), int(x / cell_um)
         if tumour[row, column] > -150 and rng.random() < 0.93:
             continue
@@ -92,16 +92,16 @@ def _lobule(rng: np.random.Generator, x: float, y: float, reach: float, filled: 
     gap_um = acinus_um * rng.uniform(2.1, 3.0)
     angle, squeeze = rng.uniform(0, np.pi), rng.uniform(0.6, 1.0)
     rows, columns = np.arange(-reach, reach, 0.87 * gap_um), np.arange(-reach, reach, gap_um)
-    place = np.stack(np.meshgrid(columns, rows), axis=-1)
-    place[..., 0] += rng.uniform(0, gap_um, (len(rows), 1))
-    place = place.reshape(-1, 2) + rng.normal(0, 0.16 * gap_um, (place.size // 2, 2))
-    place = place[np.hypot(*place.T) < reach - 0.6 * acinus_um] * (1, squeeze)
-    if len(place) == 0:
+    position = np.stack(np.meshgrid(columns, rows), axis=-1)
+    position[..., 0] += rng.uniform(0, gap_um, (len(rows), 1))
+    position = position.reshape(-1, 2) + rng.normal(0, 0.16 * gap_um, (position.size // 2, 2))
+    position = position[np.hypot(*position.T) < reach - 0.6 * acinus_um] * (1, squeeze)
+    if len(position) == 0:
         return lobule
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    radius = acinus_um * np.exp(rng.normal(0, 0.22, len(place)))
-    outlines = _blobs(rng, centre + place @ turn, radius, rng.uniform(0.55, 1.0, len(place)), 0.1)
-    return [*lobule, _gland(rng, outlines, rng.uniform(0.55, 0.9, len(place)) * radius, filled)]
+    radius = acinus_um * np.exp(rng.normal(0, 0.22, len(position)))
+    outlines = _blobs(rng, centre + position @ turn, radius, rng.uniform(0.55, 1.0, len(position)), 0.1)
+    return [*lobule, _gland(rng, outlines, rng.uniform(0.55, 0.9, len(position)) * radius, filled)]
 
 
 def _gland(rng: np.random.Generator, outlines: Floats, thick_um: NDArray[np.float64], filled: bool) -> Gland:
@@ -167,14 +167,14 @@ def _ring(
     around = length.sum(1)
     count = np.maximum((around / gap_um).astype(int), 1)
     line = np.repeat(np.arange(len(lines)), count)
-    position = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    where = (position + rng.uniform(-0.25, 0.25, len(line))) / count[line] % 1.0
+    index = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    where = (index + rng.uniform(-0.25, 0.25, len(line))) / count[line] % 1.0
     # Each line's share of its own length plus its number rises over all lines: one search serves them all.
     ends = (np.cumsum(length, axis=1) / around[:, None] + np.arange(len(lines))[:, None]).ravel()
     segment = np.minimum(np.searchsorted(ends, where + line), step.size // 2 - 1)
-    place = lines.reshape(-1, 2)[segment] + rng.random((len(line), 1)) * step.reshape(-1, 2)[segment]
+    position = lines.reshape(-1, 2)[segment] + rng.random((len(line), 1)) * step.reshape(-1, 2)[segment]
     angle = np.arctan2(*step.reshape(-1, 2)[segment].T[::-1]) + (0 if flat else np.pi / 2)
-    return _nuclei(rng, place, radius_um, angle)
+    return _nuclei(rng, position, radius_um, angle)
 
 
 def _packed(
@@ -183,17 +183,17 @@ def _packed(
     """Fill an outline with evenly spaced regular nuclei."""
     low, high = outline.min(0), outline.max(0)
     grid = np.stack(np.meshgrid(np.arange(low[0], high[0], gap_um), np.arange(low[1], high[1], gap_um)), -1)
-    place = grid.reshape(-1, 2) + rng.normal(0, 0.2 * gap_um, (grid.size // 2, 2))
-    return _nuclei(rng, place[_inside(place, outline)], radius_um, rng.uniform(0, np.pi, len(place)))
+    position = grid.reshape(-1, 2) + rng.normal(0, 0.2 * gap_um, (grid.size // 2, 2))
+    return _nuclei(rng, position[_inside(position, outline)], radius_um, rng.uniform(0, np.pi, len(position)))
 
 
 def _nuclei(
-    rng: np.random.Generator, place: NDArray[np.floating], radius_um: tuple[float, float], angle: Floats
+    rng: np.random.Generator, position: NDArray[np.floating], radius_um: tuple[float, float], angle: Floats
 ) -> Floats:
-    n = len(place)
+    n = len(position)
     size = np.exp(rng.normal(0, 0.08, n))
     stain = 1.1 * np.exp(rng.normal(0, 0.1, n))
-    columns = [place[:, 0], place[:, 1], radius_um[0] * size, radius_um[1] * size, angle[:n], stain]
+    columns = [position[:, 0], position[:, 1], radius_um[0] * size, radius_um[1] * size, angle[:n], stain]
     return np.stack(columns, axis=1).astype(np.float32)
 
 

@@ -145,13 +145,13 @@ def make_slide(
             f"got {mpp!r}, {tissue_mm2!r}, {tumour_frac!r}"
         )
     painter = plan_painter(seed, patient, tissue_mm2=tissue_mm2, tumour_frac=tumour_frac)
-    whole = (0, 0, *painter.size_px(mpp), mpp)
+    extent = (0, 0, *painter.size_px(mpp), mpp)
     return PhantomSlide(
         patient=patient,
         mpp=mpp,
-        image=painter.paint(*whole),
-        tumour=painter.mask("tumour", *whole),
-        tissue=painter.mask("tissue", *whole),
+        image=painter.paint(*extent),
+        tumour=painter.mask("tumour", *extent),
+        tissue=painter.mask("tissue", *extent),
         anatomy=painter.anatomy,
         look=painter.look,
     )
@@ -313,9 +313,11 @@ class _Section:
         drawn = self._image[top : int((y + height) * scale) + 3, left : int((x + width) * scale) + 3]
         shift = [(corner + 0.5) * scale - 0.5 - start for corner, start in ((x, left), (y, top))]
         enlarge = np.array([[scale, 0, shift[0]], [0, scale, shift[1]]])
-        how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        interpolation = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
         return np.asarray(
-            cv2.warpAffine(drawn, enlarge, (width, height), flags=how, borderMode=cv2.BORDER_REPLICATE)
+            cv2.warpAffine(
+                drawn, enlarge, (width, height), flags=interpolation, borderMode=cv2.BORDER_REPLICATE
+            )
         )
 
 
@@ -324,15 +326,15 @@ def _paint(painter: SlidePainter, mpp: float, workers: int) -> np.ndarray:
     width, height = painter.size_px(mpp)
     image = np.empty((height, width, 3), np.uint8)
 
-    def fill(place: tuple[int, int]) -> None:
-        left, top = place
+    def fill(corner: tuple[int, int]) -> None:
+        left, top = corner
         size = min(_PAINTED_PX, width - left), min(_PAINTED_PX, height - top)
         image[top : top + size[1], left : left + size[0]] = painter.paint(left, top, *size, mpp)
 
-    places = [(left, top) for top in range(0, height, _PAINTED_PX) for left in range(0, width, _PAINTED_PX)]
-    fill(places[0])  # what the painter makes on first use is made by one thread
+    corners = [(left, top) for top in range(0, height, _PAINTED_PX) for left in range(0, width, _PAINTED_PX)]
+    fill(corners[0])  # what the painter makes on first use is made by one thread
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(fill, places[1:]))
+        list(pool.map(fill, corners[1:]))
     return image
 
 
@@ -357,19 +359,19 @@ def _lay_out(
     """Return the sections' upper left corners in micrometres, each in the middle of its place."""
     columns, rows = _grid(width_um, height_um, n_sections)
     section = painter.anatomy.width_um, painter.anatomy.height_um
-    place = width_um / columns, height_um / rows
-    if any(size > room + 200 for size, room in zip(section, place, strict=True)):
+    cell_size = width_um / columns, height_um / rows
+    if any(size > room + 200 for size, room in zip(section, cell_size, strict=True)):
         raise DataError(
             f"{n_sections} sections of {section[0]:.0f} x {section[1]:.0f} um do not fit on a slide of "
             f"{width_um:.0f} x {height_um:.0f} um; ask for less tissue_mm2"
         )
     spare = [
-        max(room - size, 0) / 2 // _GRID_UM * _GRID_UM for size, room in zip(section, place, strict=True)
+        max(room - size, 0) / 2 // _GRID_UM * _GRID_UM for size, room in zip(section, cell_size, strict=True)
     ]
     return [
         (
-            n % columns * place[0] // _GRID_UM * _GRID_UM + spare[0],
-            n // columns * place[1] // _GRID_UM * _GRID_UM + spare[1],
+            n % columns * cell_size[0] // _GRID_UM * _GRID_UM + spare[0],
+            n // columns * cell_size[1] // _GRID_UM * _GRID_UM + spare[1],
         )
         for n in range(n_sections)
     ]

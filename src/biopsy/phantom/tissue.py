@@ -44,7 +44,7 @@ def nest_region(
     x, y, margin = _grid(x_um, y_um, shape, um)
     region = Region.make(anatomy, weave, x, y, um)
     organs = _draw_organs(anatomy, region)
-    nests = _grow_tumour(anatomy, weave, region).epithelium * _beside(organs)
+    nests = _grow_tumour(anatomy, weave, region).epithelium * _free_of_organs(organs)
     return np.asarray(nests[margin : margin + shape[0], margin : margin + shape[1]], np.float32)
 
 
@@ -91,8 +91,8 @@ def _draw(anatomy: Anatomy, weave: Weave, region: Region) -> _Amounts:
     amounts = _stroma(anatomy, weave, region)
     tumour = _grow_tumour(anatomy, weave, region)
     organs = _draw_organs(anatomy, region)
-    beside = _beside(organs)
-    epithelium = tumour.epithelium * beside
+    free = _free_of_organs(organs)
+    epithelium = tumour.epithelium * free
     occupied = np.maximum(np.maximum(organs.gland, organs.bed), 0.85 * epithelium)
     fat, fat_wall = draw_fat(anatomy, weave, region, occupied)
 
@@ -102,7 +102,7 @@ def _draw(anatomy: Anatomy, weave: Weave, region: Region) -> _Amounts:
     amounts.lay(dead, 0.12 + 0.1 * grain, 1.05 + 0.25 * grain)
     amounts.lay(organs.gland, 0.3 + 0.05 * grain, 0.55 + 0.08 * grain)
     amounts.lay(organs.wall, 0.08, 0.85 + 0.1 * fibre)
-    empty = np.maximum(np.maximum(tumour.hollow, tumour.cleft) * beside, organs.hollow)
+    empty = np.maximum(np.maximum(tumour.hollow, tumour.cleft) * free, organs.hollow)
     amounts.lay(empty, 0.0, 0.03)
     amounts.blood = organs.blood * (0.75 + 0.2 * grain)
 
@@ -126,7 +126,7 @@ def _draw(anatomy: Anatomy, weave: Weave, region: Region) -> _Amounts:
     return amounts
 
 
-def _beside(organs: _Organs) -> Floats:
+def _free_of_organs(organs: _Organs) -> Floats:
     """Return where tumour may grow: not in what was there before."""
     return np.asarray(1 - np.maximum(organs.gland, 0.8 * organs.bed), np.float32)
 
@@ -139,8 +139,8 @@ def _stroma(anatomy: Anatomy, weave: Weave, region: Region) -> _Amounts:
     e = habit.stroma_e * (1 + 0.13 * maps["tint"]) * texture * (1 - 0.45 * mucoid)
     h = 0.05 + 0.03 * fibre + 0.22 * mucoid * (1 + 0.2 * fibre)
     loose = weave.cracks.at(region.along, region.across) + 0.5 * maps["grade"] - 3.0 + 1.5 * habit.cracks
-    whole = 1 - 0.93 * ramp(2.2 * loose - 0.5 * region.tumour)
-    return _Amounts(np.clip(h, 0.01, None) * whole, np.clip(e, 0.05, None) * whole, np.zeros_like(e))
+    uncracked = 1 - 0.93 * ramp(2.2 * loose - 0.5 * region.tumour)
+    return _Amounts(np.clip(h, 0.01, None) * uncracked, np.clip(e, 0.05, None) * uncracked, np.zeros_like(e))
 
 
 def _grow_tumour(anatomy: Anatomy, weave: Weave, region: Region) -> _Tumour:

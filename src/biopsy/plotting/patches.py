@@ -1,10 +1,8 @@
 """Sheets of patches, and saliency maps superimposed on them.
 
-The map is put over the tissue by alpha compositing. Its colours are perceptually uniform and grow steadily
-lighter (inferno, by Smith and van der Walt 2015), so that their order is seen by readers of every common
-colour vision and survives a grey print; the tissue beneath is grey and has a third of the contrast. Maps with
-a sign run through cividis (Nunez et al. 2018) with grey at 0: blue and dark speaks against, yellow and light
-for, which is told apart by the same readers and in the same print.
+Maps are composited over grey tissue. The colour maps are perceptually uniform with monotonic lightness
+(inferno, Smith and van der Walt 2015; for signed maps cividis, Nunez et al. 2018, with grey at 0), so that
+they can be read with colour vision deficiencies and in grey print.
 """
 
 from collections.abc import Sequence
@@ -23,9 +21,9 @@ from biopsy.plotting.style import INK, MUTED, WIDTH_IN, shorten, styled
 
 COLOURS, SIGNED_COLOURS = "inferno", "cividis"
 ALPHA = 0.65  # of the map over the tissue
-HEAD_IN, LABEL_IN, FOOT_IN, GAP = 0.22, 0.2, 0.42, 0.06  # of a sheet; the gap is a share of a cell
-CONSTANT = 1 / 255  # of the scale: what the maps of a page cannot show as a difference
-FULL_SCALE = 99.0  # percentile of a map that gets the last colour: a few pixels must not darken all others
+HEAD_IN, LABEL_IN, FOOT_IN, GAP = 0.22, 0.2, 0.42, 0.06  # of a sheet; the gap is a fraction of a cell
+CONSTANT = 1 / 255  # smallest visible difference of a scaled map
+FULL_SCALE = 99.0  # percentile of a map with the last colour, robust to outliers
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
@@ -34,7 +32,7 @@ class Overlay:
     """One row of a sheet.
 
     Attributes:
-        label: Lines above it: true class, probability, id.
+        label: Text above the row: true class, probability, id.
         patch: uint8 ``(H, W, 3)``.
         maps: float ``(n_maps, H, W)`` in 0-1, those with a sign from -1.
     """
@@ -45,29 +43,29 @@ class Overlay:
 
 
 def scale_maps(maps: np.ndarray, *, axis: tuple[int, ...] | None = None, signed: bool = False) -> np.ndarray:
-    """Bring maps to 0-1: 0 stays 0, what is below becomes 0, the 99th percentile becomes 1.
+    """Scale maps to 0-1: negative values become 0, the 99th percentile becomes 1.
 
     Args:
-        maps: Any shape.
-        axis: Over which axes maps share a scale; None scales all alike.
-        signed: Keep what is below 0, on the same scale: the result lies between -1 and 1.
+        maps: Array of any shape.
+        axis: Axes that share a scale (default: all).
+        signed: Whether to keep negative values: the result is in [-1, 1].
     """
-    kept = np.asarray(maps if signed else np.clip(maps, 0, None), float)
-    size = np.abs(kept)
-    full = np.percentile(size, FULL_SCALE, axis=axis, keepdims=True)
-    full = np.where(full > 0, full, size.max(axis=axis, keepdims=True))  # a map that is 0 nearly everywhere
-    return np.clip(np.divide(kept, full, out=np.zeros_like(kept), where=full > 0), -1, 1)
+    values = np.asarray(maps if signed else np.clip(maps, 0, None), float)
+    size = np.abs(values)
+    upper = np.percentile(size, FULL_SCALE, axis=axis, keepdims=True)
+    upper = np.where(upper > 0, upper, size.max(axis=axis, keepdims=True))  # sparse map
+    return np.clip(np.divide(values, upper, out=np.zeros_like(values), where=upper > 0), -1, 1)
 
 
 def is_constant(values: np.ndarray) -> bool:
-    """Return whether a scaled map has the same value at every pixel, and so highlights nothing."""
+    """Return whether a scaled map is constant."""
     return float(np.ptp(values)) < CONSTANT
 
 
 def superimpose(
     patch: np.ndarray, values: np.ndarray, *, alpha: float = ALPHA, signed: bool = False
 ) -> np.ndarray:
-    """Put a map over a patch in grey.
+    """Composite a map over a grey patch.
 
     Args:
         patch: uint8 ``(H, W, 3)`` RGB.
@@ -81,7 +79,7 @@ def superimpose(
         DataError: If the map is not of the patch's size.
     """
     if values.shape != patch.shape[:2]:
-        raise DataError(f"a map of {values.shape} cannot lie on a patch of {patch.shape[:2]} px")
+        raise DataError(f"a map of {values.shape} does not fit a patch of {patch.shape[:2]} px")
     grey = (patch @ np.array(_LUMA))[..., None] / 255
     shares = (np.clip(values, -1, 1) + 1) / 2 if signed else np.clip(values, 0, 1)
     colours = matplotlib.colormaps[SIGNED_COLOURS if signed else COLOURS](shares)[..., :3]
@@ -92,14 +90,14 @@ def superimpose(
 def draw_overlays(
     rows: Sequence[Overlay], titles: Sequence[str], signed: Sequence[bool] | None = None
 ) -> Figure:
-    """Draw a sheet: each patch, and beside it its maps superimposed.
+    """Draw a sheet of patches with their maps superimposed.
 
     Args:
-        rows: What is shown, all with as many maps as there are titles.
-        signed: Which maps have a sign; none by default.
+        rows: Rows, each with one map per title.
+        signed: Whether each map is signed (default: none).
 
     Raises:
-        DataError: If there is no row, or not a title for each map.
+        DataError: If there are no rows, or titles and maps do not match.
     """
     if not rows or any(len(row.maps) != len(titles) for row in rows):
         raise DataError(f"{len(rows)} rows do not have {len(titles)} maps each")
@@ -108,8 +106,8 @@ def draw_overlays(
     cell = WIDTH_IN / max(n_columns, 4)
     height = HEAD_IN + (cell + LABEL_IN) * len(rows) + FOOT_IN
     figure = Figure(figsize=(cell * n_columns, height))
-    figure.suppressComposite = True  # pictures stay apart in SVG, pixel for pixel
-    # One pair of axes over the whole sheet, in inches: one for each picture takes many times as long to draw.
+    figure.suppressComposite = True  # separate images in SVG
+    # a single pair of axes in inches, much faster than one per image
     sheet = figure.add_axes((0, 0, 1, 1), xlim=(0, cell * n_columns), ylim=(0, height))
     sheet.set_axis_off()
 
@@ -117,7 +115,8 @@ def draw_overlays(
         bottom = height - HEAD_IN - (index + 1) * (cell + LABEL_IN)
         shown = [row.patch]
         shown += [
-            superimpose(row.patch, item, signed=has) for item, has in zip(row.maps, signed, strict=True)
+            superimpose(row.patch, item, signed=is_signed)
+            for item, is_signed in zip(row.maps, signed, strict=True)
         ]
         for column, (image, title) in enumerate(zip(shown, ["patch", *titles], strict=True)):
             left, top = column * cell, bottom + cell * (1 - GAP)
@@ -143,7 +142,7 @@ def draw_overlays(
 
 
 def _draw_bar(figure: Figure, axes: Axes, *, signed: bool) -> None:
-    """Say below a sheet what the colours mean."""
+    """Draw the colour bar below a sheet."""
     lowest, colours = (-1, SIGNED_COLOURS) if signed else (0, COLOURS)
     scale = ScalarMappable(Normalize(lowest, 1), matplotlib.colormaps[colours])
     bar = figure.colorbar(scale, cax=axes, orientation="horizontal")
@@ -157,10 +156,10 @@ def _draw_bar(figure: Figure, axes: Axes, *, signed: bool) -> None:
 def lay_out_sheet(
     patches: Sequence[np.ndarray], *, columns: int = 8, gap_px: int = 3, background: int = 255
 ) -> np.ndarray:
-    """Put patches side by side, row by row, at their own size.
+    """Return an image of patches in a grid, without resizing.
 
     Args:
-        patches: Images ``(h, w, 3)`` uint8; a smaller one stands at the upper left of its cell.
+        patches: Images ``(h, w, 3)`` uint8; smaller ones are at the upper left of their cell.
         background: Grey level of gaps and empty cells.
 
     Returns:
@@ -186,10 +185,10 @@ def lay_out_sheet(
 
 @styled
 def draw_class_sheet(sheets: Sequence[tuple[str, Sequence[np.ndarray]]], *, columns: int = 8) -> Figure:
-    """Draw some patches of every class under the class's name.
+    """Draw patches of every class.
 
     Args:
-        sheets: ``(title, patches)`` a class; a class without patches is named and left empty.
+        sheets: ``(title, patches)`` of each class; patches may be empty.
 
     Raises:
         DataError: If no class has a patch.

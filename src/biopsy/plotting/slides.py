@@ -1,4 +1,4 @@
-"""Slides drawn: annotations, predictions and errors on a stitched slide; probability or class over tissue."""
+"""Figures of slides: annotations, predictions and errors, and overlays of maps on tissue."""
 
 import math
 from collections.abc import Sequence
@@ -45,15 +45,15 @@ def draw_slide(
     threshold: float | None = None,
     panels: Sequence[str] = PANELS,
 ) -> Figure:
-    """Draw tissue, annotated class, probability and errors of one slide, side by side on the same grid.
+    """Draw tissue, annotated class, probability and errors of one slide in panels.
 
     Args:
-        tissue: The stitched image ``(H, W, 3)`` uint8, any scale.
-        target: Annotated class by grid cell, shape ``(rows, columns)``, NaN where there is no patch.
-        prob: Probability by grid cell, same shape, NaN where there is no patch.
-        um_per_cell: Side of a cell in µm (patch_px times mpp), for the scale bar; None draws none.
-        threshold: The frozen threshold, marked on the colour bar.
-        panels: Which of ``tissue target prob error``, in which order; errors need a threshold (.5 if None).
+        tissue: The reassembled image ``(H, W, 3)`` uint8, any scale.
+        target: Annotated class by cell, shape ``(rows, columns)``, NaN without a patch.
+        prob: Probability by cell, same shape, NaN without a patch.
+        um_per_cell: Side of a cell in µm, for the scale bar; None for no scale bar.
+        threshold: Decision threshold, marked on the colour bar.
+        panels: Any of ``tissue target prob error``; errors need a threshold (.5 if None).
 
     Raises:
         DataError: If the two grids differ in shape, or a panel is unknown.
@@ -61,7 +61,7 @@ def draw_slide(
     target, prob = np.asarray(target, dtype=float), np.asarray(prob, dtype=float)
     if target.shape != prob.shape:
         raise DataError(
-            f"the grid of targets is {target.shape}, that of probabilities {prob.shape}; same slide?"
+            f"the grid of targets is {target.shape}, that of probabilities {prob.shape}: they must be equal"
         )
     unknown = [panel for panel in panels if panel not in ALL_PANELS]
     if unknown:
@@ -71,7 +71,7 @@ def draw_slide(
     height, width = map_in + TOP_IN + BOTTOM_IN, (PANEL_IN + GAP_IN) * len(panels) - GAP_IN
     figure = Figure(figsize=(width, height))
     extent = (0.0, float(columns), float(rows), 0.0)
-    for index, panel in enumerate(panels):  # placed by hand: panels drawn alone must line up side by side
+    for index, panel in enumerate(panels):  # explicit positions, so that separate figures align
         left = index * (PANEL_IN + GAP_IN)
         axes = figure.add_axes((left / width, BOTTOM_IN / height, PANEL_IN / width, map_in / height))
         axes.set(xticks=[], yticks=[], aspect="equal")
@@ -112,7 +112,7 @@ def round_length_um(span_um: float) -> float:
 
 
 def draw_scale_bar(axes: Axes, columns: int, rows: int, um_per_cell: float) -> None:
-    """Draw a scale bar of a round length under the lower left corner of a picture ``columns`` wide."""
+    """Draw a scale bar of round length below the lower left corner of a picture of width ``columns``."""
     length_um = round_length_um(columns * um_per_cell)
     cells = length_um / um_per_cell
     text = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"
@@ -130,13 +130,13 @@ def _draw_classes(axes: Axes, target: np.ndarray, class_names: Sequence[str], ex
 
 
 def _draw_errors(axes: Axes, target: np.ndarray, prob: np.ndarray, threshold: float, extent: Extent) -> None:
-    """Draw false negatives, false positives and, in two greys, what is correct."""
-    called, known = prob >= threshold, np.isfinite(prob) & np.isfinite(target)
+    """Draw false negatives, false positives and, in grey, true positives and negatives."""
+    y_pred, is_known = prob >= threshold, np.isfinite(prob) & np.isfinite(target)
     image = np.full((*target.shape, 4), (1.0, 1.0, 1.0, 0.0))
-    image[known] = (*to_rgb(RULE), 1.0)
-    image[known & (target == 1) & called] = (*to_rgb(MUTED), 1.0)
-    image[known & (target == 1) & ~called] = (*to_rgb(FALSE_NEGATIVE), 1.0)
-    image[known & (target == 0) & called] = (*to_rgb(FALSE_POSITIVE), 1.0)
+    image[is_known] = (*to_rgb(RULE), 1.0)
+    image[is_known & (target == 1) & y_pred] = (*to_rgb(MUTED), 1.0)
+    image[is_known & (target == 1) & ~y_pred] = (*to_rgb(FALSE_NEGATIVE), 1.0)
+    image[is_known & (target == 0) & y_pred] = (*to_rgb(FALSE_POSITIVE), 1.0)
     axes.imshow(image, extent=extent, interpolation="none")
     names = ["false negative", "false positive", "true positive", "true negative"]
     _draw_legend(axes, [FALSE_NEGATIVE, FALSE_POSITIVE, MUTED, RULE], names)
@@ -156,7 +156,7 @@ def _draw_legend(axes: Axes, colours: Sequence[str], names: Sequence[str]) -> No
 
 
 def draw_colour_bar(axes: Axes, threshold: float | None) -> None:
-    """Fill axes with the colours of probabilities from 0 to 1, the threshold marked."""
+    """Draw the colour bar of probabilities with the threshold."""
     axes.imshow(
         np.linspace(0, 1, 256)[None],
         cmap=PROBABILITY_MAP,
@@ -175,7 +175,7 @@ def draw_colour_bar(axes: Axes, threshold: float | None) -> None:
 
 WIDTH_IN, BOTTOM_IN_MAPS, TOP_IN_MAPS = 6.4, 0.78, 0.3
 OPACITY = 0.55
-HIGHEST_IN = 12.0
+MAX_HEIGHT_IN = 12.0
 
 
 @styled
@@ -191,24 +191,24 @@ def draw_overlay(
     threshold: float | None = None,
     title: str = "",
 ) -> Figure:
-    """Draw what a classifier says over the picture of a slide.
+    """Draw predictions over the picture of a slide.
 
     Args:
-        picture: The slide at low resolution, uint8 ``(H, W, 3)``.
-        prob: Probability of the positive class by cell, ``(rows, columns)``, NaN where none was asked for;
-            None, for more than two classes, draws the class instead.
-        pred: Class by cell, ``(rows, columns)``; -1 where there is none, -2 where the classifier abstained.
+        picture: Thumbnail of the slide, uint8 ``(H, W, 3)``.
+        prob: Probability of the positive class by cell, ``(rows, columns)``, NaN without a patch; None to
+            draw the predicted class instead (more than two classes).
+        pred: Class by cell, ``(rows, columns)``; -1 without a patch, -2 abstained.
         extent: Left, right, bottom and top of the cells in pixels of the picture.
-        um_per_px: Micrometres in a pixel of the picture.
+        um_per_px: Pixel size of the picture in µm.
         positive: Index of the positive class, whose regions are outlined.
     """
     height_px, width_px = picture.shape[:2]
-    width_in = min(WIDTH_IN, HIGHEST_IN * width_px / height_px)
+    width_in = min(WIDTH_IN, MAX_HEIGHT_IN * width_px / height_px)
     map_in = width_in * height_px / width_px
     height_in = map_in + BOTTOM_IN_MAPS + TOP_IN_MAPS
     figure = Figure(figsize=(width_in, height_in))
     axes = figure.add_axes((0.01, BOTTOM_IN_MAPS / height_in, 0.98, map_in / height_in))
-    grey = cv2.cvtColor(np.ascontiguousarray(picture), cv2.COLOR_RGB2GRAY)  # colour is the map's alone
+    grey = cv2.cvtColor(np.ascontiguousarray(picture), cv2.COLOR_RGB2GRAY)  # colours are of the map only
     axes.imshow(
         cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB),
         extent=(0, width_px, height_px, 0),
@@ -240,7 +240,7 @@ def draw_overlay(
 
 
 def outline_tissue(picture: np.ndarray, tissue: np.ndarray) -> np.ndarray:
-    """Draw the outline of the tissue mask ``(H, W)`` on a slide's picture ``(H, W, 3)``, pixel for pixel."""
+    """Return the picture ``(H, W, 3)`` of a slide with the outline of the tissue mask ``(H, W)``."""
     contours, _ = cv2.findContours(tissue.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     colour = [round(255 * value) for value in to_rgb(TISSUE)]
     width = max(1, round(max(picture.shape[:2]) / 800))
@@ -248,7 +248,7 @@ def outline_tissue(picture: np.ndarray, tissue: np.ndarray) -> np.ndarray:
 
 
 def colour_probs(prob: np.ndarray, pred: np.ndarray) -> np.ndarray:
-    """Return a probability map's colours, uint8 ``(rows, columns, 3)``; grey: abstained, white: no patch."""
+    """Return colours of probabilities, uint8 ``(rows, columns, 3)``; grey: abstained, white: no patch."""
     image = matplotlib.colormaps[PROBABILITY_MAP](np.nan_to_num(prob))[..., :3]
     image[pred == -2] = to_rgb(BASELINE)
     image[pred == -1] = 1.0
@@ -256,7 +256,7 @@ def colour_probs(prob: np.ndarray, pred: np.ndarray) -> np.ndarray:
 
 
 def colour_classes(pred: np.ndarray, n_classes: int) -> np.ndarray:
-    """Return the classes' colours, uint8 ``(rows, columns, 3)``; grey abstained, white has no patch."""
+    """Return colours of classes, uint8 ``(rows, columns, 3)``; grey: abstained, white: no patch."""
     colours = [to_rgb(class_colour(index)) for index in range(n_classes)]
     palette = np.array([*colours, to_rgb(BASELINE), (1.0, 1.0, 1.0)])  # the last two are -2 and -1
     return (255 * palette[pred]).round().astype(np.uint8)

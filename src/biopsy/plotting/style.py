@@ -1,8 +1,8 @@
-"""The one look of every figure, and how a figure becomes SVG, PNG or JPEG.
+"""Common style of the figures, and export to SVG, PNG and JPEG.
 
-Colours of classes are those of Okabe and Ito (2008), those of other series of Tol's muted scheme (2021), told
-apart by readers of every common colour vision; probability maps use cividis (Nunez et al. 2018) for the same
-reason and because it stays ordered in grey print. A colour has one meaning in all figures.
+Colours of classes are those of Okabe and Ito (2008), of other series Tol's muted scheme (2021); probability
+maps use cividis (Nunez et al. 2018). All are suited to colour vision deficiencies. A colour has one meaning
+in all figures.
 """
 
 import base64
@@ -22,7 +22,7 @@ INK = "#1f2933"
 MUTED = "#6b7280"
 RULE = "#d5d9df"
 WASH = "#f3f5f7"
-# One meaning each: two classes, this model, what it is compared with, kinds of errors, subsets of the split.
+# classes, model, baseline, kinds of errors, subsets of the split
 POSITIVE = "#d55e00"
 NEGATIVE = "#0072b2"
 MODEL = "#6a3d9a"
@@ -38,7 +38,7 @@ SERIES_COLOURS = ("#882255", "#44aa99", "#999933", "#332288", "#cc6677", "#11773
 PROBABILITY_MAP = "cividis"
 DASHED = (0, (4, 3))
 
-WIDTH_IN = 4.6  # 331 pt: at 350 px, a phone's column, the 9 pt text is still 9.5 px
+WIDTH_IN = 4.6  # 331 pt: the 9 pt text has 9.5 px on a phone
 FONT_STACK = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
 
 STYLE: dict[Any, Any] = {
@@ -67,7 +67,7 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.image_inline": True,
     "text.color": INK,
-    "text.parse_math": False,  # a patient id may hold dollar signs
+    "text.parse_math": False,  # ids may contain dollar signs
     "xtick.color": MUTED,
     "xtick.labelcolor": INK,
     "xtick.labelsize": 8.5,
@@ -76,19 +76,19 @@ STYLE: dict[Any, Any] = {
     "ytick.labelsize": 8.5,
 }
 
-_LONG_LABEL = 14  # characters of a legend's label of which no three fit side by side
+_LONG_LABEL = 14  # characters; longer legend labels are set in two columns
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """Return a drawing function the package's style while it runs, and leave matplotlib's settings alone."""
+    """Decorate a drawing function to use the style of this package."""
     return cast(Callable[P, R], matplotlib.rc_context(STYLE)(draw))
 
 
 def new_figure(width_in: float = WIDTH_IN, height_in: float = 3.3) -> tuple[Figure, Axes]:
-    """Open a figure with one pair of axes."""
+    """Return a figure with one pair of axes."""
     figure = Figure(figsize=(width_in, height_in), layout="constrained")
     return figure, figure.subplots()
 
@@ -103,13 +103,13 @@ def annotate(
     fontsize: float = 8,
     **options: Any,
 ) -> None:
-    """Write a text at a point, moved by an offset in points; it may lie outside the axes."""
+    """Write a text at a point with an offset in points, also outside the axes."""
     options |= {"color": color, "fontsize": fontsize, "annotation_clip": False}
     axes.annotate(text, xy, offset, textcoords="offset points", **options)
 
 
 def legend_above(axes: Axes, columns: int = 3) -> None:
-    """Put the legend above the axes, where it covers no data; long labels take two columns."""
+    """Place the legend above the axes; long labels are set in two columns."""
     labels = axes.get_legend_handles_labels()[1]
     if labels:
         columns = min(columns, 2 if max(map(len, labels)) > _LONG_LABEL else 3)
@@ -128,33 +128,33 @@ def class_colour(index: int) -> str:
 
 
 def shorten(text: object, limit: int = 18) -> str:
-    """Fit an id into a label: its two ends, with an ellipsis between."""
+    """Return a text shortened to its start and end, with an ellipsis between."""
     text = str(text)
     keep = (limit - 1) // 2
     return text if len(text) <= limit else f"{text[: limit - 1 - keep]}…{text[-keep:]}"
 
 
 def svg(figure: Figure, name: str = "figure") -> str:
-    """Write a figure as one ``<svg>`` element, the same text for the same figure.
+    """Return a figure as one ``<svg>`` element, deterministic.
 
-    Text stays text in the reader's own sans-serif; opaque pictures are stored as JPEG where that is smaller.
+    Text is not converted to paths; opaque images are stored as JPEG if that is smaller.
 
     Args:
-        name: Sets the element ids apart when several figures stand in one page.
+        name: Makes element ids unique within a page.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
-        _settle(figure)
+        _fix_layout(figure)
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return _tidy(buffer.getvalue())
 
 
 def png(picture: Figure | np.ndarray, *, dpi: int = 200) -> bytes:
-    """Encode a figure (at ``dpi``) or an image ``(H, W[, 3])`` uint8 (pixel for pixel) as PNG."""
+    """Encode a figure (at ``dpi``) or an image ``(H, W[, 3])`` uint8 as PNG."""
     buffer = io.BytesIO()
     if isinstance(picture, Figure):
         with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-            _settle(picture)
+            _fix_layout(picture)
             picture.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     else:
         Image.fromarray(np.asarray(picture, dtype=np.uint8)).save(buffer, format="PNG", optimize=True)
@@ -162,16 +162,16 @@ def png(picture: Figure | np.ndarray, *, dpi: int = 200) -> bytes:
 
 
 def jpeg(image: np.ndarray, *, quality: int = 88) -> bytes:
-    """Encode an image ``(H, W, 3)`` uint8 as JPEG without thinning its colours."""
+    """Encode an image ``(H, W, 3)`` uint8 as JPEG without chroma subsampling."""
     buffer = io.BytesIO()
     picture = Image.fromarray(np.asarray(image, dtype=np.uint8))
     picture.save(buffer, format="JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()
 
 
-def _settle(figure: Figure) -> None:
-    """Lay the figure out once: laid out again at every writing, it would move by hundredths of a point."""
-    warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a browser brings its own
+def _fix_layout(figure: Figure) -> None:
+    """Compute the layout once, so that repeated export is deterministic."""
+    warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # browsers use other fonts
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)
@@ -179,7 +179,7 @@ def _settle(figure: Figure) -> None:
 
 
 def _tidy(text: str) -> str:
-    """Keep what a page needs of matplotlib's SVG: one element, short numbers, no repeated font lists."""
+    """Return matplotlib's SVG as one element with short numbers and without repeated font lists."""
     text = text[text.index("<svg") :]
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"\s*<defs>\s*<style[^>]*>.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
@@ -187,7 +187,7 @@ def _tidy(text: str) -> str:
     text = re.sub(r" font-family: [^;\"]*;", "", text)
     text = re.sub(r"; font-family: [^;\"]*\"", '"', text)
     text = re.sub(r' transform="rotate\(-0 [^)]*\)"', "", text)
-    text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", "\ufffd", text)  # no XML may hold these
+    text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", "\ufffd", text)  # invalid in XML
     text = re.sub(r"<image [^>]*>", _shrink_image, text)
     text = re.sub(r"<(?!image)[^<>]*>", lambda tag: re.sub(r"\d+\.\d{3,}", _round, tag[0]), text)
     style = f'style="stroke-linejoin: round; font-family: {FONT_STACK}"'

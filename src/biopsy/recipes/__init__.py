@@ -1,8 +1,7 @@
-"""Recipes: everything that defines a training result, typed, no code.
+"""Recipes: typed TOML files that define a training result.
 
-A recipe is a TOML file; those shipped lie in this folder, a user's own file works the same. Every value of
-a shipped recipe names its source under ``[sources]``: the publication, a default of the library it used, or
-our choice where it is silent. To add one, write ``author2024.toml`` here; tests pick it up.
+Shipped recipes are in this folder. Their ``[sources]`` table has the source of each value: the publication, a
+default of its library, or a choice of this package. To add one, write ``author2024.toml`` here.
 """
 
 import json
@@ -32,20 +31,20 @@ _SHIPPED = Path(__file__).parent
 
 
 def list_recipes() -> list[str]:
-    """Return the names of the recipes that are shipped, in alphabetical order."""
+    """Return the names of the shipped recipes, sorted."""
     return sorted(path.stem for path in _SHIPPED.glob("*.toml"))
 
 
 def load_recipe(recipe: str | Path | Recipe, overrides: Overrides = ()) -> Recipe:
-    """Read a recipe by name or from a TOML file, and change some of its values.
+    """Load a recipe by name or from a TOML file, with overrides.
 
     Args:
-        recipe: A shipped name, the path of a ``.toml`` file, or a recipe.
-        overrides: ``{"table.key": value}``, or ``"table.key=value"`` each, the value read as TOML, else taken
-            as text. Naming ``model.weights`` also sets ``model.pretrained``.
+        recipe: Name of a shipped recipe, path of a ``.toml`` file, or a recipe.
+        overrides: ``{"table.key": value}``, or strings ``"table.key=value"`` with the value as TOML, else
+            text. ``model.weights`` also sets ``model.pretrained``.
 
     Raises:
-        RecipeError: If there is no such recipe, key or value; the message names the nearest right one.
+        RecipeError: If recipe, key or value are invalid; with the closest valid name.
 
     Example:
         >>> load_recipe("cancernet-2020", {"train.lr": 0.005}).train.lr
@@ -61,11 +60,11 @@ def load_recipe(recipe: str | Path | Recipe, overrides: Overrides = ()) -> Recip
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        raise RecipeError(_explain(error, document)) from None
+        raise RecipeError(_describe_error(error, document)) from None
 
 
 def setting_lines(overrides: Overrides) -> tuple[str, ...]:
-    """Return overrides of a recipe as the command line writes them after ``--set``.
+    """Return overrides as arguments of ``--set``.
 
     Example:
         >>> setting_lines({"train.epochs": 2, "model.params.widths": [8, 16]})
@@ -77,16 +76,16 @@ def setting_lines(overrides: Overrides) -> tuple[str, ...]:
 
 
 def _literal(value: object) -> str:
-    """Write a value as TOML does in one line."""
+    """Return a value as TOML in one line."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key} = {_literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_literal, value))}]"
-    return json.dumps(value, default=lambda number: number.item())  # of numpy
+    return json.dumps(value, default=lambda number: number.item())  # numpy scalars
 
 
 def recipe_toml(recipe: Recipe) -> str:
-    """Write a recipe as TOML, every default filled in; `load_recipe` reads it back equal."""
+    """Return a recipe as TOML with all defaults."""
     return tomli_w.dumps(recipe.model_dump(exclude_none=True))
 
 
@@ -95,11 +94,11 @@ def _read(recipe: str | Path) -> dict[str, Any]:
     if path.suffix != ".toml":
         path = _SHIPPED / f"{recipe}.toml"
         if str(recipe) not in list_recipes():
-            raise RecipeError(f"there is no recipe {str(recipe)!r}: {suggest(str(recipe), list_recipes())}")
+            raise RecipeError(f"unknown recipe {str(recipe)!r}: {suggest(str(recipe), list_recipes())}")
     try:
         return load_toml(path)
     except FileFormatError as error:
-        raise RecipeError(f"{error}: give a recipe's name or the path of a .toml file") from None
+        raise RecipeError(f"{error}: expected the name of a recipe or the path of a .toml file") from None
 
 
 def _override(document: dict[str, Any], override: str) -> None:
@@ -107,10 +106,10 @@ def _override(document: dict[str, Any], override: str) -> None:
     key = key.strip()
     if not equals:
         raise RecipeError(f"--set {override!r} has no '=': write --set train.lr=0.001")
-    known = sorted(_leaves(Recipe))
-    free = key.startswith("model.params.")  # a network checks its own parameters
-    if key not in known and not free:
-        raise RecipeError(f"a recipe has no setting {key!r}: {suggest(key, known)}")
+    settings = sorted(_list_settings(Recipe))
+    free = key.startswith("model.params.")  # checked by the network
+    if key not in settings and not free:
+        raise RecipeError(f"a recipe has no setting {key!r}: {suggest(key, settings)}")
     try:
         value = parse_toml(f"value = {text.strip()}", f"--set {key}")["value"]
     except FileFormatError as error:
@@ -123,23 +122,23 @@ def _override(document: dict[str, Any], override: str) -> None:
     document[name] = value
 
 
-def _leaves(model: type, prefix: str = "") -> Iterable[str]:
-    """Return the dotted names of every setting that defines a result."""
+def _list_settings(model: type, prefix: str = "") -> Iterable[str]:
+    """Yield the dotted names of all settings."""
     for name, field in model.model_fields.items():  # type: ignore[attr-defined]
         if not prefix and name not in DEFINING_TABLES:
             continue
         if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
-            yield from _leaves(field.annotation, f"{prefix}{name}.")
+            yield from _list_settings(field.annotation, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
 
 
-def _explain(error: ValidationError, document: dict[str, Any]) -> str:
+def _describe_error(error: ValidationError, document: dict[str, Any]) -> str:
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"]))
     name = document.get("name", "recipe")
     if first["type"] == "extra_forbidden":
-        return f"{name}: a recipe has no setting {where!r}: {suggest(where, _leaves(Recipe))}"
+        return f"{name}: a recipe has no setting {where!r}: {suggest(where, _list_settings(Recipe))}"
     if where == "format":
         return (
             f"{name}: has format {first['input']!r} where {FORMAT!r} was expected: update biopsy to read it"

@@ -1,10 +1,8 @@
-"""Pixels and where they come from.
+"""Reading and writing of images, slides and annotations.
 
-``decode`` turns the bytes of an image file into RGB by stated rules; ``reader`` opens slides and large images
-at a resolution that ``resolution`` lets pass, over ``backends`` and ``tiles``; ``tissue`` says where a slide
-has any; ``pyramids`` writes large images; ``stain`` separates haematoxylin from eosin, ``colour`` and
-``nuclei`` describe patches; ``mosaic`` puts them back where they lay on the slide; ``annotations`` reads and
-writes outlines, ``shares`` says how much of a patch they cover. Arrays in, arrays out: nothing here knows
-patients, classes or packs. To read another format, teach ``decode.read_header`` its size and mode, or write a
-backend.
+``images`` decodes image files to RGB; ``reader`` opens slides at a requested resolution (checked by
+``resolution``) with ``backends``; ``tissue`` detects tissue; ``pyramids`` writes slides; ``stain`` separates
+haematoxylin and eosin, and computes colour statistics and nuclei; ``mosaic`` reassembles slides of patches;
+``annotations`` reads outlines, ``coverage`` measures how much of a patch they cover. Nothing here depends on
+patients, classes or packs.
 """

@@ -1,18 +1,17 @@
 """Annotations in the XML of ASAP, HALO and Aperio ImageScope.
 
-All three count pixels of level 0 from the slide's own corner and keep their numbers in attributes:
+Coordinates are level-0 pixels from the corner of the slide, in attributes of the elements:
 
-* ASAP (Camelyon): the class is the annotation's group. The group ``Exclusion``, or ``_2`` beside
-  Camelyon16's ``_0`` and ``_1``, is cut out of the areas of the others. A spline is read as the polygon of
-  its points.
-* HALO: the class is the layer's name. A region with ``NegativeROA`` is a hole in the regions of its layer
-  that reach beyond it (an island within the hole stays); rectangles and ellipses are given by two corners of
-  their box; a polygon with ``HasEndcaps`` is a line.
-* Aperio ImageScope: the class is the layer's name, else the layer's attribute, the region's text, or
-  ``Layer 3`` by its number. Holes as in HALO. The slide's um/px is in the file.
+* ASAP (Camelyon): the class is the group of an annotation. The group ``Exclusion``, or ``_2`` with
+  Camelyon16's ``_0`` and ``_1``, is subtracted from the other areas. Splines are read as polygons.
+* HALO: the class is the name of the layer. A region with ``NegativeROA`` is a hole in the regions of its
+  layer that extend beyond it (islands in the hole are kept); rectangles and ellipses are given by two corners
+  of their bounding box; a polygon with ``HasEndcaps`` is a line.
+* Aperio ImageScope: the class is the name of the layer, else its attribute, the text of the region, or
+  ``Layer 3`` by its number. Holes as in HALO. The file has the pixel size of the slide.
 
-What has no area (pins, rulers, arrows, lines, points) is counted, not read. No document type and so no
-entity is taken.
+Annotations without an area (pins, rulers, arrows, lines, points) are counted and ignored. Document types, and
+so entities, are refused.
 """
 
 from collections import Counter
@@ -32,11 +31,11 @@ from biopsy.core.text import normalize_name
 from biopsy.slide_io.outlines import Area, OutlineReader, read_ring
 
 MAX_BYTES = 2**26
-"""The largest file that is read, 64 MB: about a million corners."""
+"""Largest file size: 64 MB, about a million vertices."""
 
 _ASAP_AREAS = ("Polygon", "Spline", "Rectangle")
 _IMAGESCOPE_TYPES = {"0": "Polygon", "1": "Rectangle", "2": "Ellipse", "3": "Arrow", "4": "Ruler"}
-_N_ELLIPSE = 360  # corners; their area is 5e-5 too small
+_N_ELLIPSE = 360  # vertices of an ellipse, with an error in area of 5e-5
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,12 @@ class Region:
     """One outline of a file.
 
     Attributes:
-        number: Its place in the file, counted from 1.
-        layer: What its holes share with it.
-        class_name: None where the file names none.
-        kind: What it was drawn as.
-        corners: float ``(n, 2)`` as in the file; of a rectangle or ellipse two corners of its box.
-        is_hole: Whether it is cut out of others.
+        number: Position in the file, counted from 1.
+        layer: Index of the layer, shared with its holes.
+        class_name: Class name; None if there is none.
+        kind: Kind of shape.
+        corners: Vertices, float ``(n, 2)``; of a rectangle or ellipse two corners of its bounding box.
+        is_hole: Whether it is subtracted from others.
     """
 
     number: int
@@ -62,7 +61,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Areas:
-    """What a file holds: number, class and area of each annotation, what was repaired and what not read."""
+    """Content of a file: number, class and area of each annotation, repaired and ignored ones."""
 
     items: list[tuple[int, str, Area]]
     repaired: dict[int, str]
@@ -74,7 +73,7 @@ def read_xml_areas(path: Path) -> Areas:
     """Read an annotation file of ASAP, HALO or Aperio ImageScope.
 
     Raises:
-        DataError: If it is none of these or too large, or a region has no proper outline; names the region.
+        DataError: If it has another format or is too large, or a region has no valid outline.
     """
     root = parse_xml(path)
     is_imagescope = "MicronsPerPixel" in root.attrib or root.find(".//Vertex") is not None
@@ -84,7 +83,9 @@ def read_xml_areas(path: Path) -> Areas:
         regions = _list_layers(root, path, is_imagescope)
     else:
         raise FileFormatError(
-            path, "format", f"is no annotation file of ASAP, HALO or ImageScope: it begins with <{root.tag}>"
+            path,
+            "format",
+            f"is not an annotation file of ASAP, HALO or ImageScope: it starts with <{root.tag}>",
         )
     return _build_areas(list(regions), path, _read_mpp(root) if is_imagescope else None)
 
@@ -93,11 +94,11 @@ def parse_xml(path: Path) -> Element:
     """Return the elements and attributes of an XML file, without text.
 
     Raises:
-        FileFormatError: If it is no XML, too large, or declares a document type, which may hold entities.
+        FileFormatError: If it is not XML, too large, or declares a document type.
     """
 
     def refuse(*declaration: object) -> NoReturn:
-        raise FileFormatError(path, "syntax", "declares a document type, which no annotation file needs")
+        raise FileFormatError(path, "syntax", "declares a document type, which is not supported")
 
     builder, parser = TreeBuilder(), expat.ParserCreate()
     parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
@@ -117,20 +118,20 @@ def _list_asap(root: Element, path: Path) -> Iterator[Region]:
     is_camelyon16 = "_2" in groups and groups <= {"_0", "_1", "_2", "None"}
     for number, annotation in enumerate(annotations, start=1):
         group, kind = annotation.get("PartOfGroup", "None").strip(), annotation.get("Type", "Polygon")
-        places = sorted(annotation.iter("Coordinate"), key=lambda place: _order(place))
+        elements = sorted(annotation.iter("Coordinate"), key=_order_of)
         is_hole = group.casefold() == "exclusion" or (is_camelyon16 and group == "_2")
         yield Region(
             number,
             0,
             None if group in ("None", "") else normalize_name(group),
             "Polygon" if kind in _ASAP_AREAS else kind,
-            _read_corners(places, f"{path}, annotation {number}"),
+            _read_corners(elements, f"{path}, annotation {number}"),
             is_hole,
         )
 
 
-def _order(place: Element) -> float:
-    text = place.get("Order", "0")
+def _order_of(element: Element) -> float:
+    text = element.get("Order", "0")
     return int(text) if text.isdecimal() and len(text) < 10 else 0
 
 
@@ -141,8 +142,8 @@ def _list_layers(root: Element, path: Path, is_imagescope: bool) -> Iterator[Reg
             number += 1
             kind = region.get("Type", "Polygon")
             kind = _IMAGESCOPE_TYPES.get(kind, f"type {kind}") if is_imagescope else kind
-            places = list(region.iter("Vertex" if is_imagescope else "V"))
-            corners = _read_corners(places, f"{path}, region {number}")
+            elements = list(region.iter("Vertex" if is_imagescope else "V"))
+            corners = _read_corners(elements, f"{path}, region {number}")
             if kind == "Polygon" and region.get("HasEndcaps", "0") != "0":
                 kind = "Line"
             if is_imagescope and kind in ("Rectangle", "Ellipse") and len(corners) > 2:
@@ -155,7 +156,7 @@ def _list_layers(root: Element, path: Path, is_imagescope: bool) -> Iterator[Reg
 
 
 def _name_layer(layer: Element, region: Element) -> str:
-    """Return the class of a region of ImageScope, whose layers have a name only if somebody gave them one."""
+    """Return the class of a region of ImageScope, whose layers may have no name."""
     attributes = layer.findall("Attributes/Attribute")
     names = [layer.get("Name", ""), *(item.get("Value", "") for item in attributes)]
     names += [item.get("Name", "") for item in attributes if item.get("Name") != "Description"]
@@ -163,9 +164,9 @@ def _name_layer(layer: Element, region: Element) -> str:
     return next(name.strip() for name in names if name.strip())
 
 
-def _read_corners(places: list[Element], where: str) -> np.ndarray:
+def _read_corners(elements: list[Element], where: str) -> np.ndarray:
     try:
-        corners = [(float(place.attrib["X"]), float(place.attrib["Y"])) for place in places]
+        corners = [(float(element.attrib["X"]), float(element.attrib["Y"])) for element in elements]
     except (KeyError, ValueError):
         raise DataError(f"{where} has a corner without numbers X and Y") from None
     return np.array(corners, float).reshape(-1, 2)
@@ -184,7 +185,7 @@ def _build_areas(regions: list[Region], path: Path, mpp: float | None) -> Areas:
     areas: dict[int, Area] = {}
     repaired: dict[int, str] = {}
     ignored: Counter[str] = Counter()
-    drawn = []
+    valid = []
     for region in regions:
         if region.kind not in ("Polygon", "Rectangle", "Ellipse"):
             article = "an" if region.kind[0] in "AEIOU" else "a"
@@ -197,12 +198,12 @@ def _build_areas(regions: list[Region], path: Path, mpp: float | None) -> Areas:
             areas[region.number], fault = outlines.read_area([[ring]], where)
             if fault:
                 repaired[region.number] = fault
-            drawn.append(region)
-    solid = [region for region in drawn if not region.is_hole]
-    for hole in (region for region in drawn if region.is_hole):
-        cut = _cut_out(hole, solid, areas)
+            valid.append(region)
+    solid = [region for region in valid if not region.is_hole]
+    for hole in (region for region in valid if region.is_hole):
+        cut = _subtract_hole(hole, solid, areas)
         if not cut:
-            ignored["is a hole in no region"] += 1
+            ignored["is a hole outside all regions"] += 1
     items = [
         (region.number, str(region.class_name), areas[region.number])
         for region in solid
@@ -211,26 +212,26 @@ def _build_areas(regions: list[Region], path: Path, mpp: float | None) -> Areas:
     return Areas(items, repaired, dict(ignored), mpp)
 
 
-def _cut_out(hole: Region, solid: list[Region], areas: dict[int, Area]) -> bool:
-    """Cut a hole out of the regions of its layer that reach beyond it; say whether there is one."""
+def _subtract_hole(hole: Region, solid: list[Region], areas: dict[int, Area]) -> bool:
+    """Subtract a hole from the regions of its layer that extend beyond it; return whether there is one."""
     area, is_cut = areas[hole.number], False
     for region in solid:
         other = areas[region.number]
         if region.layer == hole.layer and other.intersects(area) and not area.contains(other):
-            rest = other.difference(area)
+            remaining = other.difference(area)
             areas[region.number] = shapely.MultiPolygon(
-                [part for part in shapely.get_parts(rest) if isinstance(part, shapely.Polygon)]
+                [part for part in shapely.get_parts(remaining) if isinstance(part, shapely.Polygon)]
             )
             is_cut = True
     return is_cut
 
 
 def _outline(region: Region, where: str) -> np.ndarray:
-    """Return the corners of a region, those of a rectangle and of an ellipse from two corners of its box."""
+    """Return the vertices of a region."""
     if region.kind == "Polygon":
         return region.corners
     if len(region.corners) != 2:
-        raise DataError(f"{where} is a {region.kind} of {len(region.corners)} corners; 2 are expected")
+        raise DataError(f"{where} is a {region.kind} of {len(region.corners)} corners; expected 2")
     low, high = region.corners.min(axis=0), region.corners.max(axis=0)
     if region.kind == "Rectangle":
         return np.array([low, (high[0], low[1]), high, (low[0], high[1])])

@@ -1,11 +1,10 @@
-"""Annotations of a slide as areas with a class: read from files of QuPath and others.
+"""Annotations of a slide: areas with a class, read from files of QuPath and others.
 
-Coordinates are pixels of level 0. What QuPath exports is read: a ``FeatureCollection``, a list of features or
-one feature, and the objects inside others (``childObjects``) at any depth; polygons with holes and several
-polygons in one; the class by its name. Annotations without a class, and objects without an area (points,
-lines) or of other kinds (detections, cells, tiles), say nothing about a class of tissue and are counted, not
-read. Anything else that does not fit is refused by file and feature. Sources: QuPath's documentation,
-"Exporting annotations", its class ``PathObjectTypeAdapters``, and RFC 7946.
+Coordinates are level-0 pixels. GeoJSON of QuPath is read as a ``FeatureCollection``, a list of features or
+one feature, including nested objects (``childObjects``); geometries are polygons with holes and
+multipolygons. Annotations without a class, objects without an area (points, lines) and other objects
+(detections, cells, tiles) are counted and ignored; other deviations are errors. Sources: QuPath's
+documentation "Exporting annotations", its class ``PathObjectTypeAdapters``, and RFC 7946.
 """
 
 from collections import Counter
@@ -24,20 +23,20 @@ from biopsy.slide_io.annotation_xml import read_xml_areas
 from biopsy.slide_io.outlines import Area, OutlineReader, read_ring
 
 MAX_BYTES = 2**27
-"""The largest file that is read."""
+"""Largest file size in bytes."""
 
 XML_SUFFIXES = (".xml", ".annotations")
-"""How the files of ASAP, HALO and Aperio ImageScope end."""
+"""Suffixes of files of ASAP, HALO and Aperio ImageScope."""
 
 SUFFIXES = (".geojson", ".json", *XML_SUFFIXES)
-"""How files of annotations end, in lower case."""
+"""Suffixes of annotation files, in lower case."""
 
 MAX_NAME = 200
-"""Characters of a class's name."""
+"""Largest length of a class name."""
 
 _FLAT = ("Point", "MultiPoint", "LineString", "MultiLineString")
 _GEOMETRIES = ("Polygon", "MultiPolygon", "GeometryCollection", *_FLAT)
-_OTHER_OBJECTS = {  # as QuPath names them; in version 0.2 the class was the feature's id
+_OTHER_OBJECTS = {  # names in QuPath; in version 0.2 in the id of the feature
     "detection": ("detection", "PathDetectionObject"),
     "cell": ("cell", "PathCellObject"),
     "tile": ("tile", "PathTileObject"),
@@ -52,9 +51,9 @@ class Annotation:
     """An area of a slide and its class.
 
     Attributes:
-        class_name: As it is spelt in the file, in one form of Unicode and white space.
-        polygon: At level 0, valid, with an area.
-        feature: Its place in the file, counted from 1, as messages name it.
+        class_name: Class name, with normalised Unicode and white space.
+        polygon: Valid area at level 0.
+        feature: Position in the file, counted from 1.
     """
 
     class_name: str
@@ -64,17 +63,17 @@ class Annotation:
 
 @dataclass(frozen=True)
 class Annotations:
-    """What a file of annotations holds.
+    """Content of an annotation file.
 
     Attributes:
         path: The file.
-        items: In the file's order.
-        repaired: Features whose outline crossed itself, and how; what an outline goes around belongs to them
+        items: Annotations in the order of the file.
+        repaired: Features with a self-intersecting outline, and the fault; all enclosed areas are included
             (of a figure of eight both loops).
-        ignored: How many features were not read, by reason.
-        from_bounds: Whether coordinates count from where what was scanned begins (see `Slide.corner`), as
-            QuPath's do, and not from the slide's own corner.
-        mpp: Micrometres per pixel of the slide that was annotated, where the file says it.
+        ignored: Number of ignored features by reason.
+        from_bounds: Whether the origin of coordinates is that of the scanned bounds (see `Slide.corner`), as
+            in QuPath, instead of the corner of the slide.
+        mpp: Pixel size of the annotated slide in µm, if recorded.
     """
 
     path: Path
@@ -85,25 +84,24 @@ class Annotations:
     mpp: float | None = None
 
     def shift(self, x: float, y: float) -> "Annotations":
-        """Return the same annotations, moved."""
-        by = np.array([x, y])
-        moved = [
-            replace(item, polygon=shapely.transform(item.polygon, lambda places: places + by))
+        """Return the annotations shifted by an offset."""
+        offset = np.array([x, y])
+        shifted = [
+            replace(item, polygon=shapely.transform(item.polygon, lambda points: points + offset))
             for item in self.items
         ]
-        return replace(self, items=moved)
+        return replace(self, items=shifted)
 
     def class_names(self) -> list[str]:
-        """Return the classes there are, in order of their names."""
+        """Return the class names, sorted."""
         return sorted({item.class_name for item in self.items})
 
 
 def read_annotations(path: Path | str) -> Annotations:
-    """Read a file of annotations: XML by its ending, otherwise GeoJSON as QuPath exports it.
+    """Read an annotation file: XML by its suffix, otherwise GeoJSON.
 
     Raises:
-        DataError: If it is of none of the known formats or too large, or a feature has no proper outline;
-            names the feature.
+        DataError: If the format is unknown, the file is too large, or a feature has no valid outline.
     """
     path = Path(path)
     if path.suffix.lower() in XML_SUFFIXES:
@@ -120,9 +118,9 @@ def _read_geojson(path: Path) -> Annotations:
     ignored: Counter[str] = Counter()
     for number, feature in enumerate(_walk(_read_features(path), str(path)), start=1):
         where = f"{path}, feature {number}"
-        about = feature["properties"] or {}
+        properties = feature["properties"] or {}
         polygons = _polygons_of(feature.get("geometry"), where)
-        class_name = _class_of(about, where)
+        class_name = _class_of(properties, where)
         if reason := _reason_to_ignore(feature, polygons, class_name):
             ignored[reason] += 1
             continue
@@ -142,13 +140,13 @@ def _read_features(path: Path) -> list[Any]:
     features = document.get("features") if isinstance(document, dict) else document
     if not isinstance(features, list):
         raise DataError(
-            f"{path} holds no list of features: export it from QuPath by File > Export objects as GeoJSON"
+            f"{path} has no list of features: export it from QuPath by File > Export objects as GeoJSON"
         )
     return features
 
 
 def _walk(features: list[Any], path: str) -> Iterator[dict[str, Any]]:
-    """Yield features in the file's order, each before those inside it; every one has properties."""
+    """Yield features with properties in the order of the file, parents before their children."""
     waiting = features[::-1]
     number = 0
     while waiting:
@@ -156,23 +154,23 @@ def _walk(features: list[Any], path: str) -> Iterator[dict[str, Any]]:
         number += 1
         where = f"{path}, feature {number}"
         if not isinstance(feature, dict):
-            raise DataError(f"{where} is no feature, but {str(feature)[:40]!r}")
+            raise DataError(f"{where} is not a feature: {str(feature)[:40]!r}")
         if feature.get("type") in _GEOMETRIES:
             feature = {"geometry": feature}
         if "geometry" not in feature:
             raise DataError(f"{where} has no geometry")
-        about = feature.get("properties") or {}
-        if not isinstance(about, dict):
-            raise DataError(f"{where} has properties that are no table")
-        yield {**feature, "properties": about}
-        for children in (about.get("childObjects"), feature.get("childObjects")):
+        properties = feature.get("properties") or {}
+        if not isinstance(properties, dict):
+            raise DataError(f"{where} has properties that are not an object")
+        yield {**feature, "properties": properties}
+        for children in (properties.get("childObjects"), feature.get("childObjects")):
             if children is not None and not isinstance(children, list):
-                raise DataError(f"{where} has childObjects that are no list")
+                raise DataError(f"{where} has childObjects that are not a list")
             waiting += (children or [])[::-1]
 
 
 def _polygons_of(geometry: Any, where: str) -> list[list[Any]]:
-    """Return the polygons of a geometry as lists of rings; none where it has no area."""
+    """Return the polygons of a geometry as lists of rings; none if it has no area."""
     polygons: list[Any] = []
     waiting = [] if geometry is None else [geometry]
     while waiting:
@@ -188,13 +186,18 @@ def _polygons_of(geometry: Any, where: str) -> list[list[Any]]:
         elif kind not in _FLAT:
             polygons += [inside] if kind == "Polygon" else inside
     if not all(isinstance(polygon, list) for polygon in polygons):
-        raise DataError(f"{where} has a polygon that is no list of rings")
+        raise DataError(f"{where} has a polygon that is not a list of rings")
     return [polygon for polygon in polygons if polygon]
 
 
 def _reason_to_ignore(feature: dict[str, Any], polygons: list[Any], class_name: str | None) -> str | None:
-    about = feature["properties"]
-    kind = about.get("objectType") or about.get("object_type") or about.get("type") or feature.get("id")
+    properties = feature["properties"]
+    kind = (
+        properties.get("objectType")
+        or properties.get("object_type")
+        or properties.get("type")
+        or feature.get("id")
+    )
     if other := _KINDS.get(str(kind).lower()):
         return f"is a {other}"
     if not polygons:
@@ -202,9 +205,9 @@ def _reason_to_ignore(feature: dict[str, Any], polygons: list[Any], class_name: 
     return None if class_name else "without a class"
 
 
-def _class_of(about: dict[str, Any], where: str) -> str | None:
-    """Return the name of the class: in ``classification`` as ``name``, or as ``names`` of a derived class."""
-    classification = about.get("classification")
+def _class_of(properties: dict[str, Any], where: str) -> str | None:
+    """Return the class: ``name`` of the ``classification``, or ``names`` of a derived class."""
+    classification = properties.get("classification")
     if not classification:
         return None
     name = classification
@@ -214,5 +217,5 @@ def _class_of(about: dict[str, Any], where: str) -> str | None:
     if not isinstance(name, str) or not name.strip():
         raise DataError(f"{where} has a classification without a name: {str(classification)[:80]}")
     if len(name) > MAX_NAME:
-        raise DataError(f"{where} has a class whose name is {len(name):,} characters long: shorten it")
+        raise DataError(f"{where} has a class name of {len(name):,} characters: shorten it")
     return normalize_name(name)

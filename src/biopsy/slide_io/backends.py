@@ -1,4 +1,4 @@
-"""What reads the pixels of a slide: OpenSlide, an image held in memory, or the tiles of a TIFF."""
+"""Backends of the slide reader: OpenSlide, images in memory, and tiled TIFFs."""
 
 import threading
 from collections import OrderedDict
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from tifffile import TiffPage
 
 SLIDE_SUFFIXES = (*IMAGE_SUFFIXES, *".svs .ndpi .mrxs .dcm .scn .bif .vms .vmu .svslide .czi".split())
-"""How the names of slides and large images end, in lower case: what `decode` takes, and OpenSlide's own."""
+"""Suffixes of slides and large images, in lower case: those of `decode` and of OpenSlide."""
 
 MAX_TILE_PX = 2**26
-"""Pixels of the largest tile that is decoded: 8192 x 8192, 0.2 GB."""
+"""Largest number of pixels of a tile: 8192 x 8192, 0.2 GB."""
 
 MAX_IMAGE_PX = 2**28
-"""Pixels of the largest image without tiles that is held in memory: 16,384 x 16,384, 0.8 GB."""
+"""Largest number of pixels of an image without tiles: 16,384 x 16,384, 0.8 GB in memory."""
 
 _MAX_IMAGE_BYTES = 4 * MAX_IMAGE_PX  # of the file
 
-CACHE_BYTES = 2**28  # of decoded tiles: a row of 512-px tiles across a slide 100,000 px wide
+CACHE_BYTES = 2**28  # of decoded tiles: a row of 512-px tiles of a slide of 100,000 px
 
 PLAIN_TIFF = ("aperio", "generic-tiff")
-"""OpenSlide's names of the formats whose levels are plain pages of a TIFF."""
+"""Vendors in OpenSlide of formats whose levels are TIFF pages."""
 
 _RGB, _YCBCR = 2, 6  # TIFF 6.0's PhotometricInterpretation, and how many samples a pixel has
 _SAMPLES = {0: (1, 2), 1: (1, 2), 3: (1, 2), _RGB: (3, 4), _YCBCR: (3,)}
@@ -55,30 +55,30 @@ class Level(NamedTuple):
     width: int
     height: int
     downsample: float
-    """Level 0 pixels per pixel of this level, 1 or more."""
+    """Level-0 pixels per pixel of this level, 1 or more."""
 
 
 class Backend(Protocol):
-    """The members that a `Slide` needs."""
+    """Interface of the backends of a `Slide`."""
 
     format: str
     levels: tuple[Level, ...]
     recorded: Recorded
     corner: tuple[int, int]
-    """Where what was scanned begins, in pixels of level 0: QuPath counts from there."""
+    """Corner of the scanned bounds in level-0 pixels, the origin of coordinates in QuPath."""
 
     def tile_px(self, level: int) -> tuple[int, int] | None:
-        """Return width and height of a level's native tiles, None where it has none."""
+        """Return width and height of the native tiles of a level, None without tiles."""
 
     def read(self, level: int, left: int, top: int, width: int, height: int) -> np.ndarray:
-        """Return a rectangle that lies inside a level, uint8 ``(height, width, 3)``."""
+        """Return a rectangle inside a level, uint8 ``(height, width, 3)``."""
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
 
 
 class OpenSlideBackend:
-    """SVS, NDPI, MRXS, DICOM, pyramidal TIFF and whatever else OpenSlide opens."""
+    """Slides read by OpenSlide: SVS, NDPI, MRXS, DICOM, pyramidal TIFF and others."""
 
     def __init__(self, path: Path) -> None:
         import openslide
@@ -86,8 +86,8 @@ class OpenSlideBackend:
         self._path = path
         self._slide = openslide.OpenSlide(path)
         self._slide.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
-        result = self._slide.properties
-        self.format = result[openslide.PROPERTY_NAME_VENDOR]
+        properties = self._slide.properties
+        self.format = properties[openslide.PROPERTY_NAME_VENDOR]
         self._pages = _read_level_pages(path, self._slide.level_dimensions)
         _check_pages(path, self._pages, is_plain=self.format in PLAIN_TIFF)
         self._downsamples = self._slide.level_downsamples
@@ -96,16 +96,18 @@ class OpenSlideBackend:
             for size, downsample in zip(self._slide.level_dimensions, self._downsamples, strict=True)
         )
         self.recorded = Recorded(
-            mpp_x=_number(result, openslide.PROPERTY_NAME_MPP_X),
-            mpp_y=_number(result, openslide.PROPERTY_NAME_MPP_Y),
-            objective=_number(result, openslide.PROPERTY_NAME_OBJECTIVE_POWER),
+            mpp_x=_number(properties, openslide.PROPERTY_NAME_MPP_X),
+            mpp_y=_number(properties, openslide.PROPERTY_NAME_MPP_Y),
+            objective=_number(properties, openslide.PROPERTY_NAME_OBJECTIVE_POWER),
         )
-        self.corner = _find_corner(result)
+        self.corner = _find_corner(properties)
 
     def tile_px(self, level: int) -> tuple[int, int] | None:
         """Return the size of a level's native tiles."""
-        result = self._slide.properties
-        width, height = (result.get(f"openslide.level[{level}].tile-{side}") for side in ("width", "height"))
+        properties = self._slide.properties
+        width, height = (
+            properties.get(f"openslide.level[{level}].tile-{side}") for side in ("width", "height")
+        )
         return (int(width), int(height)) if width and height else None
 
     def read(self, level: int, left: int, top: int, width: int, height: int) -> np.ndarray:
@@ -127,12 +129,12 @@ class OpenSlideBackend:
         return np.rint(pixels[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._slide.close()
 
 
 class ImageBackend:
-    """A PNG, JPEG, BMP, WebP or TIFF without tiles, decoded once and kept in memory."""
+    """PNG, JPEG, BMP, WebP or TIFF without tiles, decoded into memory."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -149,7 +151,7 @@ class ImageBackend:
         self.recorded = Recorded(*_tiff_mpp(path)) if self.format == "tiff" else Recorded()
 
     def tile_px(self, level: int) -> tuple[int, int] | None:
-        """Return None: there are no tiles."""
+        """Return None, since there are no tiles."""
         return None
 
     def read(self, level: int, left: int, top: int, width: int, height: int) -> np.ndarray:
@@ -157,12 +159,12 @@ class ImageBackend:
         return self._pixels[top : top + height, left : left + width].copy()
 
     def close(self) -> None:
-        """Let go of the pixels."""
+        """Release the pixels."""
         self._pixels = np.empty((0, 0, 3), np.uint8)
 
 
 def _find_corner(properties: Mapping[str, str]) -> tuple[int, int]:
-    """Return where a slide's bounds begin, as QuPath reads them: only if all four properties are there."""
+    """Return the corner of the scanned bounds as in QuPath, which requires all four properties."""
     names = [f"openslide.bounds-{side}" for side in ("x", "y", "width", "height")]
     try:
         left, top, _, _ = (int(properties[name]) for name in names)
@@ -172,10 +174,10 @@ def _find_corner(properties: Mapping[str, str]) -> tuple[int, int]:
 
 
 def _read_level_pages(path: Path, sizes: Sequence[tuple[int, int]]) -> "list[TiffPage]":
-    """Return the pages of a TIFF that have the size of a level; none of other files.
+    """Return the pages of a TIFF that have the size of a level; none for other files.
 
     Raises:
-        SlideError: If its pages cannot be told.
+        SlideError: If the pages cannot be read.
     """
     import tifffile
 
@@ -186,23 +188,23 @@ def _read_level_pages(path: Path, sizes: Sequence[tuple[int, int]]) -> "list[Tif
         with tifffile.TiffFile(path) as tiff:
             pages = [page for page in tiff.pages if isinstance(page, tifffile.TiffPage)]
             pages = [page for page in pages if (page.imagewidth, page.imagelength) in sizes]
-            for page in pages:  # read now what is read on first use: the file is closed then
+            for page in pages:  # load lazy attributes before the file is closed
                 _ = page.dataoffsets, page.databytecounts, page.jpegtables, page.decode
-    except Exception as error:  # tifffile raises what it likes on damaged files; nothing else runs in here
+    except Exception as error:  # tifffile raises various exceptions for damaged files
         raise SlideError(f"slide {path} cannot be read as TIFF: {' '.join(str(error).split())}") from None
     return pages
 
 
 def _check_pages(path: Path, pages: "list[TiffPage]", *, is_plain: bool) -> None:
-    """Refuse pixels whose RGB is not certain, as `decode` does, which OpenSlide would turn into some RGB.
+    """Refuse pixels without a defined conversion to RGB, as `decode` does.
 
     Raises:
-        SlideError: Naming what the pixels are.
+        SlideError: With the kind of pixels.
     """
     for page in pages:
         kind = getattr(page.photometric, "name", page.photometric)
         if page.bitspersample > 8:
-            fault = f"has {page.bitspersample} bits a channel; save it with 8, so that its range is known"
+            fault = f"has {page.bitspersample} bits per channel; save it as 8-bit RGB"
         elif page.sampleformat != _UNSIGNED or page.samplesperpixel not in _SAMPLES.get(page.photometric, ()):
             fault = f"is of mode {kind} with {page.samplesperpixel} channels; save it as 8-bit RGB"
         elif page.is_tiled and page.tilewidth * page.tilelength > MAX_TILE_PX:
@@ -210,37 +212,37 @@ def _check_pages(path: Path, pages: "list[TiffPage]", *, is_plain: bool) -> None
         else:
             continue
         raise SlideError(f"slide {path} {fault}")
-    tiled = [page for page in pages if page.is_tiled]  # of a slide this small the thumbnail is as large
-    whole = [page for page in tiled if page.imagewidth == max(page.imagewidth for page in tiled)]
-    if is_plain and len(whole) > 1:
+    tiled = [page for page in pages if page.is_tiled]  # the thumbnail of a small slide may have the same size
+    largest = [page for page in tiled if page.imagewidth == max(page.imagewidth for page in tiled)]
+    if is_plain and len(largest) > 1:
         raise SlideError(
-            f"slide {path} holds {len(whole)} pages of {whole[0].imagewidth:,} x {whole[0].imagelength:,} "
-            "pixels, channels or focal planes; save one of them as 8-bit RGB"
+            f"slide {path} has {len(largest)} pages of {largest[0].imagewidth:,} x {largest[0].imagelength:,}"
+            " pixels, channels or focal planes; save one of them as 8-bit RGB"
         )
 
 
 def _whole_downsample(base: tuple[int, int], size: tuple[int, int], downsample: float) -> float:
-    """Return the whole number a level was reduced by; OpenSlide divides sizes, which were rounded: 2.0005."""
-    whole = max(1, round(downsample))
-    near = all(abs(whole_side / whole - side) < 1 for whole_side, side in zip(base, size, strict=True))
-    return float(whole) if near else downsample
+    """Return an integer downsample if it is consistent with the sizes; OpenSlide's ratio is inexact."""
+    integer = max(1, round(downsample))
+    near = all(abs(base_side / integer - side) < 1 for base_side, side in zip(base, size, strict=True))
+    return float(integer) if near else downsample
 
 
 def _advice(reason: str) -> str:
     return " without tiles; save it as a pyramidal TIFF" if "are decoded" in reason else ""
 
 
-def _number(found: Any, name: str) -> float | None:
-    """Return a property as a number, None where it is missing or none."""
+def _number(properties: Any, name: str) -> float | None:
+    """Return a property as a positive number, None if it is missing or invalid."""
     try:
-        value = float(found.get(name, ""))
+        value = float(properties.get(name, ""))
     except ValueError:
         return None
     return value if value > 0 else None
 
 
 def _tiff_mpp(path: Path) -> tuple[float | None, float | None]:
-    """Return um/px across and down from a TIFF's resolution tags, None where their unit is none."""
+    """Return um/px horizontally and vertically from the resolution tags of a TIFF, None without a unit."""
     import tifffile
 
     try:
@@ -249,15 +251,15 @@ def _tiff_mpp(path: Path) -> tuple[float | None, float | None]:
     except tifffile.TiffFileError:
         return None, None
     um = {2: 25400.0, 3: 10000.0}.get(tags.valueof("ResolutionUnit", 2))
-    result = tags.valueof("XResolution"), tags.valueof("YResolution")
+    resolutions = tags.valueof("XResolution"), tags.valueof("YResolution")
     if um is None:
         return None, None
-    x, y = (um * value[1] / value[0] if value and value[0] and value[1] else None for value in result)
+    x, y = (um * value[1] / value[0] if value and value[0] and value[1] else None for value in resolutions)
     return x, y
 
 
 def list_slide_files(folder: Path) -> list[Path]:
-    """Return the slides in a folder by name; of a DICOM series, whose levels are files, the first file."""
+    """Return the slides in a folder, sorted by name; of a DICOM series the first file."""
     files = sorted(
         path for path in folder.iterdir() if path.suffix.lower() in SLIDE_SUFFIXES and not path.is_dir()
     )
@@ -269,7 +271,7 @@ def list_slide_files(folder: Path) -> list[Path]:
 
 
 def _read_series(path: Path) -> str | None:
-    """Return the id of the DICOM series that a file belongs to, None where it cannot be read."""
+    """Return the DICOM series of a file, None if it cannot be read."""
     import openslide
 
     try:
@@ -284,7 +286,7 @@ _DECODER_ERRORS = (RuntimeError, ValueError, OSError, IndexError, tifffile.TiffF
 
 
 class TiffBackend(OpenSlideBackend):
-    """A TIFF or SVS that OpenSlide opens, its tiles decoded by tifffile and imagecodecs."""
+    """A TIFF or SVS whose tiles are decoded by tifffile and imagecodecs."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -307,7 +309,7 @@ class TiffBackend(OpenSlideBackend):
         return region
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()
         super().close()
 
@@ -318,7 +320,7 @@ class TiffBackend(OpenSlideBackend):
         index = row * across + column
         n_bytes = page.databytecounts[index]
         left, top = column * page.tilewidth, row * page.tilelength
-        if n_bytes == 0:  # Aperio leaves some out; OpenSlide draws them from another level
+        if n_bytes == 0:  # empty tile of Aperio; OpenSlide uses another level
             size = self.levels[level]
             width, height = min(page.tilewidth, size.width - left), min(page.tilelength, size.height - top)
             return super().read(level, left, top, width, height)
@@ -330,7 +332,7 @@ class TiffBackend(OpenSlideBackend):
                 raise ValueError("the file ends within a tile")
             tile, _, _ = page.decode(data, index, jpegtables=page.jpegtables)
             if tile is None or tile.shape[-1] != 3:
-                raise ValueError("a tile holds no RGB")
+                raise ValueError("a tile is not RGB")
         except _DECODER_ERRORS as error:
             reason = " ".join(str(error).split())
             raise SlideError(
@@ -339,48 +341,48 @@ class TiffBackend(OpenSlideBackend):
         return np.asarray(tile[0])
 
 
-Place = tuple[int, int, int]
+TileKey = tuple[int, int, int]
 """Level, column and row of a tile."""
 
 
 class TileCache:
-    """Decoded tiles, the ones used least recently dropped; each is made once, other threads wait for it."""
+    """Thread-safe LRU cache of decoded tiles; each tile is decoded by one thread."""
 
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity = capacity_bytes
-        self._held = 0
+        self._size_bytes = 0
         self._lock = threading.Lock()
-        self._tiles: OrderedDict[Place, Future[np.ndarray]] = OrderedDict()
+        self._tiles: OrderedDict[TileKey, Future[np.ndarray]] = OrderedDict()
 
-    def get(self, place: Place, make: Callable[[int, int, int], np.ndarray]) -> np.ndarray:
-        """Return a tile; the first to ask makes it."""
+    def get(self, key: TileKey, make: Callable[[int, int, int], np.ndarray]) -> np.ndarray:
+        """Return a tile, decoded by ``make`` if it is not cached."""
         with self._lock:
-            future = self._tiles.get(place)
+            future = self._tiles.get(key)
             if future is not None:
-                self._tiles.move_to_end(place)
+                self._tiles.move_to_end(key)
             else:
-                mine = self._tiles[place] = Future()
+                mine = self._tiles[key] = Future()
         if future is not None:
             return future.result()
         try:
-            mine.set_result(make(*place))
+            mine.set_result(make(*key))
         except BaseException as error:
             with self._lock:
-                del self._tiles[place]
+                del self._tiles[key]
             mine.set_exception(error)
             raise
         self._keep(mine.result())
         return mine.result()
 
     def _keep(self, tile: np.ndarray) -> None:
-        """Count a new tile, and drop the oldest finished ones that no longer fit."""
+        """Add the size of a new tile, and evict the least recently used tiles."""
         with self._lock:
-            self._held += tile.nbytes
-            while self._held > self._capacity:
-                place, oldest = next(iter(self._tiles.items()))
+            self._size_bytes += tile.nbytes
+            while self._size_bytes > self._capacity:
+                key, oldest = next(iter(self._tiles.items()))
                 if not oldest.done():
                     break
-                self._held -= self._tiles.pop(place).result().nbytes
+                self._size_bytes -= self._tiles.pop(key).result().nbytes
 
 
 def _is_plain(page: tifffile.TiffPage) -> bool:
@@ -394,7 +396,7 @@ def _is_plain(page: tifffile.TiffPage) -> bool:
 
 
 def _paste(tile: np.ndarray, left: int, top: int, region: np.ndarray) -> None:
-    """Copy what of a tile lies in a region; the tile's corner is at ``left, top`` of it."""
+    """Copy the overlap of a tile into a region; ``left, top`` is the tile's corner in the region."""
     height, width = region.shape[:2]
     rows = slice(max(top, 0), min(top + tile.shape[0], height))
     columns = slice(max(left, 0), min(left + tile.shape[1], width))

@@ -1,21 +1,19 @@
-"""Bytes of an image file to RGB pixels, by stated rules: the one way into the package for pixels of files.
+"""Decoding of image files to RGB.
 
-The content decides, not the file's name: PNG, JPEG, TIFF, BMP and WebP are read, everything else is refused
-(Pillow, left to itself, would start Ghostscript for PostScript). The size is checked before anything is
-decoded, and a file that decodes only in part is refused: libjpeg's warnings are errors, the checksums of a
-PNG and every compressed part of a TIFF are checked. (Uncompressed files, LZW and WebP have no checksum that
-would tell.)
+PNG, JPEG, TIFF, BMP and WebP are read, by content and not by name; other files are refused. The size is
+checked before decoding, and files that decode only in part are refused: warnings of libjpeg are errors,
+checksums of PNG and compressed parts of TIFF are verified. (Uncompressed files, LZW and WebP have no
+checksums.)
 
-JPEG is decoded by libjpeg-turbo, 8-bit RGB PNG by libpng and 8-bit RGB TIFF without compression here, with
-the pixels that Pillow gives (a test compares them). Whatever is not plain goes to Pillow:
+JPEG is decoded by libjpeg-turbo, 8-bit RGB PNG by libpng and uncompressed 8-bit RGB TIFF here, with the same
+pixels as Pillow. Other images are decoded by Pillow:
 
-* black-and-white, grey and palette images: their grey or colour in all three channels;
-* transparency: opaque pixels as they are, the rest laid over white, the colour of an empty slide;
+* binary, grey and palette images are converted to RGB;
+* transparent pixels are composited over white, the colour of an empty slide;
 * 16-bit, floating-point, CMYK and Lab images and files of several pages or frames (channels, focal planes,
-  animations) are refused: what their numbers mean in RGB depends on a range, a profile or a choice that a
-  patch does not bring along.
+  animations) are refused, because their conversion to RGB is not defined.
 
-A TIFF's orientation is followed, a camera's (EXIF) is not, and colour profiles are not applied: as in Pillow.
+As in Pillow, the orientation of TIFF is applied, EXIF orientation and colour profiles are not.
 """
 
 import contextlib
@@ -37,10 +35,10 @@ from PIL import Image, UnidentifiedImageError
 from biopsy.core.errors import DataError
 
 MAX_PX = 2**26
-"""Pixels of the largest image that is decoded: 8192 x 8192."""
+"""Largest number of pixels of an image: 8192 x 8192."""
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
-"""How the names of images end; where files are looked for, others are passed over."""
+"""Suffixes of image files; others are ignored in folders."""
 
 Data = bytes | memoryview
 
@@ -49,13 +47,13 @@ _PNG, _JPEG, _TIFF = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", (b"II*\0", b"MM\0*")
 _PNG_NOT_PLAIN = {b"tRNS", b"acTL"}  # transparency, animation
 _SIZE_MARKERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # JPEG's SOF0-SOF15 without DHT, JPG and DAC
 _LONE_MARKERS = {0x01, *range(0xD0, 0xD9)}  # TEM, RST0-RST7, SOI: no length follows
-_MAX_SCANS = 200  # of a progressive JPEG; encoders write about ten, and each costs a pass over the image
+_MAX_SCANS = 200  # of a progressive JPEG; encoders write about ten
 _KNOWN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "YCbCr")
-_TIFF_TYPES = {3: "H", 4: "I"}  # SHORT and LONG, the types of every tag read here
+_TIFF_TYPES = {3: "H", 4: "I"}  # SHORT and LONG
 _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_DEPTH, _TIFF_PHOTOMETRIC = 256, 257, 258, 262
 _TIFF_COMPRESSION, _TIFF_ORIENTATION, _TIFF_SAMPLES, _TIFF_PLANES = 259, 274, 277, 284
 _TIFF_STRIPS, _TIFF_STRIP_BYTES = 273, 279
-_TIFF_PLAIN = {  # tag -> (value of a plain image, value where the tag is absent)
+_TIFF_PLAIN = {  # tag -> (value of a plain image, default value)
     _TIFF_DEPTH: (8, 1),
     _TIFF_COMPRESSION: (1, 1),
     _TIFF_PHOTOMETRIC: (2, 0),
@@ -64,7 +62,7 @@ _TIFF_PLAIN = {  # tag -> (value of a plain image, value where the tag is absent
     _TIFF_ORIENTATION: (1, 1),
 }
 _PILLOW = threading.Lock()
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # an image decodes or is refused, without a log
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # errors are raised, not logged
 _DECODER_ERRORS = (
     *(EOFError, OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError),
     *(RuntimeError, LookupError, TypeError, AttributeError, ZeroDivisionError),  # tifffile's and imagecodecs'
@@ -72,19 +70,19 @@ _DECODER_ERRORS = (
 
 
 class Header(NamedTuple):
-    """What a file says about its image before it is decoded."""
+    """Header of an image file."""
 
     width: int
     height: int
     plain: bool
-    """Eight bits a channel, one picture, RGB (a JPEG: or grey): decoded without Pillow."""
+    """Whether it is one 8-bit RGB image (JPEG: or grey), decoded without Pillow."""
 
 
 def read_header(data: Data, *, max_px: int = MAX_PX) -> Header:
-    """Return the size that an image file states, without decoding it.
+    """Return the header of an image file, without decoding it.
 
     Raises:
-        DataError: If this is no image, or larger than ``max_px`` pixels.
+        DataError: If it is not an image, or larger than ``max_px`` pixels.
     """
     view = memoryview(data)
     start = bytes(view[:8])
@@ -105,19 +103,19 @@ def decode(data: Data, *, max_px: int = MAX_PX) -> np.ndarray:
     """Decode an image file.
 
     Args:
-        data: The file's bytes.
+        data: Content of the file.
 
     Returns:
         uint8 ``(height, width, 3)`` RGB.
 
     Raises:
-        DataError: With the reason alone (the caller knows the name): no image, damaged or cut short, larger
-            than ``max_px`` pixels, or of a kind whose colours are not known (see the module's rules).
+        DataError: With the reason only: not an image, damaged or truncated, larger than ``max_px`` pixels, or
+            not supported (see the rules of this module).
     """
     header = read_header(data, max_px=max_px)
     start = bytes(memoryview(data)[:4])
     if header.plain:
-        with _errors_named():
+        with _decoder_errors():
             return _decode_plain(data, start)
     if start in _TIFF:
         _check_tiff(data, max_px)
@@ -137,8 +135,8 @@ def _decode_plain(data: Data, start: bytes) -> np.ndarray:
 
 
 def _check_tiff(data: Data, max_px: int) -> None:
-    """Refuse a TIFF with a part that is not whole: libtiff, below Pillow, fills in what is missing."""
-    with _errors_named(), tifffile.TiffFile(io.BytesIO(data)) as file:
+    """Refuse a TIFF with an incomplete part, which libtiff would fill in."""
+    with _decoder_errors(), tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages.first
         tables = page.jpegtables
         if page.is_tiled and page.tilewidth * page.tilelength > max_px:
@@ -146,7 +144,7 @@ def _check_tiff(data: Data, max_px: int) -> None:
         for index, (start, n_bytes) in enumerate(zip(page.dataoffsets, page.databytecounts, strict=True)):
             part = bytes(memoryview(data)[start : start + n_bytes])
             if len(part) < n_bytes:
-                raise DataError("cannot be decoded: the file is cut short")
+                raise DataError("cannot be decoded: the file is truncated")
             if page.compression == tifffile.COMPRESSION.JPEG:
                 simplejpeg.decode_jpeg(tables[:-2] + part[2:] if tables else part, strict=True)
             elif page.compression != tifffile.COMPRESSION.NONE:
@@ -154,19 +152,16 @@ def _check_tiff(data: Data, max_px: int) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Pillow's warnings (bad metadata, large images) to itself: an image decodes or is refused.
-
-    Python's warning filters are global, hence the lock.
-    """
+def _without_warnings() -> Iterator[None]:
+    """Suppress warnings of Pillow; the lock is needed because warning filters are global."""
     with _PILLOW, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 @contextlib.contextmanager
-def _errors_named() -> Iterator[None]:
-    """Turn what decoders raise on damaged files into the package's error."""
+def _decoder_errors() -> Iterator[None]:
+    """Convert exceptions of decoders to `DataError`."""
     try:
         yield
     except DataError:
@@ -176,13 +171,15 @@ def _errors_named() -> Iterator[None]:
 
 
 def _decode_by_rules(data: Data) -> np.ndarray:
-    with _quiet(), _errors_named(), _open(data) as image:
+    with _without_warnings(), _decoder_errors(), _open(data) as image:
         if getattr(image, "n_frames", 1) > 1:
-            raise DataError("holds several pages or frames where one patch is expected")
+            raise DataError("has several pages or frames; expected one image")
         if _bits(image, data) > 8:
-            raise DataError("has 16 bits a channel; save it with 8, so that its range is known")
+            raise DataError("has 16 bits per channel; save it as 8-bit RGB")
         if image.mode not in _KNOWN_MODES:
-            raise DataError(f"is of mode {image.mode}, which has no certain RGB; save it as 8-bit RGB")
+            raise DataError(
+                f"is of mode {image.mode}, which has no defined conversion to RGB; save it as 8-bit RGB"
+            )
         if image.format == "PNG":
             _check_png(memoryview(data))
         if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
@@ -192,7 +189,7 @@ def _decode_by_rules(data: Data) -> np.ndarray:
 
 
 def _bits(image: Image.Image, data: Data) -> int:
-    """Return the bits a channel of the file, which Pillow's modes hide for RGB."""
+    """Return the bits per channel of the file, which Pillow's modes do not show."""
     if image.format == "PNG":
         return memoryview(data)[24]
     depth = getattr(image, "tag_v2", {}).get(_TIFF_DEPTH, 8)
@@ -209,14 +206,14 @@ def _open(data: Data) -> Image.Image:
 
 
 def _read_other_header(view: memoryview) -> Header:
-    with _quiet(), _errors_named(), _open(view) as image:
+    with _without_warnings(), _decoder_errors(), _open(view) as image:
         return Header(*image.size, plain=False)
 
 
 def _read_png_header(view: memoryview) -> Header:
-    """Read the size, and by the chunks before the pixels whether they are all there is."""
+    """Read the size, and from the chunks before the pixels whether the image is plain."""
     if len(view) < 33 or bytes(view[12:16]) != b"IHDR":
-        raise DataError("cannot be decoded: the file is cut short or damaged")
+        raise DataError("cannot be decoded: the file is truncated or damaged")
     width, height, depth, mode = struct.unpack_from(">IIBB", view, 16)
     plain = depth == 8 and mode == 2 and bytes(view[-8:-4]) == b"IEND"
     for kind, _, _ in _walk_png(view) if plain else ():
@@ -227,7 +224,7 @@ def _read_png_header(view: memoryview) -> Header:
 
 
 def _walk_png(view: memoryview) -> Iterator[tuple[bytes, int, int]]:
-    """Yield the kind, start and length of each chunk, as far as the file goes."""
+    """Yield kind, start and length of each chunk."""
     position = 8
     while position + 8 <= len(view):
         length, kind = struct.unpack_from(">I4s", view, position)
@@ -236,11 +233,11 @@ def _walk_png(view: memoryview) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _check_png(view: memoryview) -> None:
-    """Refuse a chunk that is cut or does not match its checksum, which Pillow looks at in part only."""
+    """Verify length and checksum of all chunks, which Pillow does in part only."""
     for kind, start, length in _walk_png(view):
         end = start + length
         if end + 4 > len(view):
-            raise DataError("cannot be decoded: the file is cut short")
+            raise DataError("cannot be decoded: the file is truncated")
         if zlib.crc32(view[start - 4 : end]) != struct.unpack_from(">I", view, end)[0]:
             raise DataError(f"cannot be decoded: chunk {kind!r} does not match its checksum")
         if kind == b"IEND":
@@ -263,14 +260,14 @@ def _read_jpeg_header(view: memoryview) -> Header:
                 break
             position += 2 + struct.unpack_from(">H", view, position + 2)[0]
     except struct.error:
-        raise DataError("cannot be decoded: the file is cut short") from None
+        raise DataError("cannot be decoded: the file is truncated") from None
     if bytes(view).count(b"\xff\xda") > _MAX_SCANS:
         raise DataError(f"cannot be decoded: it has more than {_MAX_SCANS} scans")
     return Header(width, height, depth == 8 and channels in (1, 3))
 
 
 def _read_tiff_header(view: memoryview) -> Header | None:
-    """Read the size; None if the tags lie beyond ``view`` or are not the usual ones."""
+    """Read the size; None if the tags cannot be read."""
     try:
         tags, next_page = _read_tiff_tags(view)
         plain = all(tags.get(tag, absent)[0] == value for tag, (value, *absent) in _TIFF_PLAIN.items())
@@ -281,17 +278,17 @@ def _read_tiff_header(view: memoryview) -> Header | None:
 
 
 def _read_tiff_tags(view: memoryview) -> tuple[dict[int, tuple[int, ...]], int]:
-    """Return the first page's whole-number tags, and where the next page lies (0: nowhere)."""
+    """Return the integer tags of the first page, and the offset of the next page (0: none)."""
     order = "<" if view[0] == 0x49 else ">"
     (page,) = struct.unpack_from(order + "I", view, 4)
     (n_tags,) = struct.unpack_from(order + "H", view, page)
     tags: dict[int, tuple[int, ...]] = {}
-    for place in range(page + 2, page + 2 + 12 * n_tags, 12):
-        tag, kind, count = struct.unpack_from(order + "HHI", view, place)
+    for offset in range(page + 2, page + 2 + 12 * n_tags, 12):
+        tag, kind, count = struct.unpack_from(order + "HHI", view, offset)
         if kind in _TIFF_TYPES:
-            values, at = f"{order}{count}{_TIFF_TYPES[kind]}", place + 8
+            values, value_offset = f"{order}{count}{_TIFF_TYPES[kind]}", offset + 8
             if struct.calcsize(values) > 4:
-                (at,) = struct.unpack_from(order + "I", view, at)
-            tags[tag] = struct.unpack_from(values, view, at)
+                (value_offset,) = struct.unpack_from(order + "I", view, value_offset)
+            tags[tag] = struct.unpack_from(values, view, value_offset)
     (next_page,) = struct.unpack_from(order + "I", view, page + 2 + 12 * n_tags)
     return tags, next_page

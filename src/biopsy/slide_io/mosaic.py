@@ -1,4 +1,4 @@
-"""Patches that know their coordinates, put together into a slide again."""
+"""Reassembly of patches with coordinates into slides."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,7 +9,7 @@ from biopsy.core.errors import DataError
 
 MAX_PIXELS = 100_000_000
 MAX_CELLS = 10_000_000
-"""Cells of the largest grid that is made of coordinates: a slide of 75 mm x 25 mm has that many of 14 um."""
+"""Largest number of cells of a grid: a slide of 75 mm x 25 mm in cells of 14 um."""
 
 
 def stitch(
@@ -21,17 +21,16 @@ def stitch(
     background: int = 255,
     scale: float = 1.0,
 ) -> np.ndarray:
-    """Lay patches out where they were cut, the least ``x`` and ``y`` at the image's corner.
+    """Return an image of patches at their coordinates, with the least ``x`` and ``y`` at its corner.
 
-    Patches are taken one at a time, so an iterator over a large slide stays small in memory. Where two
-    overlap, the later one is seen.
+    Patches are read one at a time. Later patches cover earlier ones.
 
     Args:
-        patches: Images ``(h, w, 3)`` uint8; one at the slide's edge may be smaller than ``patch_px``.
-        x: Left edge of each patch in patch pixels, shape ``(n,)``; IDC steps by 50 and starts at 1.
+        patches: Images ``(h, w, 3)`` uint8; may be smaller than ``patch_px`` at the edge of the slide.
+        x: Left edge of each patch in pixels, shape ``(n,)``.
         y: Upper edge of each patch, shape ``(n,)``.
         patch_px: Side of a full patch.
-        background: Grey level where no patch lies.
+        background: Grey level without a patch.
         scale: Output pixels per patch pixel, in (0, 1].
 
     Returns:
@@ -43,7 +42,7 @@ def stitch(
     """
     if not 0 < scale <= 1:
         raise DataError(f"scale {scale!r} is not in (0, 1]")
-    x, y = _check_places(x, y)
+    x, y = _check_coordinates(x, y)
     left = np.round((x - x.min()) * scale).astype(int)
     top = np.round((y - y.min()) * scale).astype(int)
     right = np.round((x - x.min() + patch_px) * scale).astype(int).clip(left + 1)
@@ -62,14 +61,14 @@ def stitch(
                 : height - top[index], : width - left[index]
             ]
         else:
-            # edges are rounded, not sizes, so that neighbours meet without a seam
+            # edges are rounded, not sizes, to avoid gaps
             w = max(1, round((right[index] - left[index]) * min(w / patch_px, 1)))
             h = max(1, round((bottom[index] - top[index]) * min(h / patch_px, 1)))
             small = cv2.resize(np.ascontiguousarray(patch), (w, h), interpolation=cv2.INTER_AREA)
             image[top[index] : top[index] + h, left[index] : left[index] + w] = small
         n_laid += 1
     if n_laid != len(x):
-        raise DataError(f"{n_laid} patches have {len(x)} coordinates; one place each is needed")
+        raise DataError(f"{n_laid} patches have {len(x)} coordinates; one pair per patch is needed")
     return image
 
 
@@ -88,16 +87,16 @@ def stitch_values(
         patch_px: Side of a patch, and of a cell.
 
     Returns:
-        Grid ``(rows, columns)`` float64, NaN where no patch lies; patches in one cell average.
+        Grid ``(rows, columns)`` float64, NaN without a patch; patches in one cell are averaged.
 
     Raises:
-        DataError: If a coordinate is missing or far from all others, or the numbers differ.
+        DataError: If a coordinate is missing or an outlier, or the numbers differ.
     """
-    x, y = _check_places(x, y)
+    x, y = _check_coordinates(x, y)
     check_extent(x, y, patch_px)
     values = np.asarray(values, dtype=float)
     if len(values) != len(x):
-        raise DataError(f"{len(values)} values have {len(x)} coordinates; one place each is needed")
+        raise DataError(f"{len(values)} values have {len(x)} coordinates; one pair per patch is needed")
     column = np.floor((x - x.min()) / patch_px).astype(int)
     row = np.floor((y - y.min()) / patch_px).astype(int)
     total = np.zeros((row.max() + 1, column.max() + 1))
@@ -108,27 +107,27 @@ def stitch_values(
 
 
 def check_extent(x: np.ndarray, y: np.ndarray, step_px: float) -> None:
-    """Refuse places whose grid would have more than `MAX_CELLS` cells: a coordinate is wrong.
+    """Refuse coordinates whose grid would have more than `MAX_CELLS` cells.
 
     Raises:
-        DataError: Naming the place farthest from the others.
+        DataError: With the coordinates farthest from the others.
     """
     n_columns, n_rows = (int(np.ptp(axis) // step_px) + 1 for axis in (x, y))
     if n_columns * n_rows > MAX_CELLS:
         far = int(np.argmax(np.abs(x - np.median(x)) + np.abs(y - np.median(y))))
         raise DataError(
-            f"{len(x):,} patches span a grid of {n_columns:,} x {n_rows:,} cells where at most {MAX_CELLS:,} "
-            f"are drawn; check the coordinates, such as x={x[far]:.0f}, y={y[far]:.0f}"
+            f"{len(x):,} patches span a grid of {n_columns:,} x {n_rows:,} cells, more than {MAX_CELLS:,}"
+            f"; check the coordinates, such as x={x[far]:.0f}, y={y[far]:.0f}"
         )
 
 
-def _check_places(
+def _check_coordinates(
     x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if x.shape != y.shape or not len(x):
-        raise DataError(f"{len(x)} x and {len(y)} y coordinates were given; a slide needs one pair a patch")
+        raise DataError(f"{len(x)} x and {len(y)} y coordinates were given; one pair per patch is needed")
     missing = int((~np.isfinite(x) | ~np.isfinite(y)).sum())
     if missing:
-        raise DataError(f"{missing} of {len(x)} patches have no coordinates; leave them out before stitching")
+        raise DataError(f"{missing} of {len(x)} patches have no coordinates; exclude them before stitching")
     return x, y

@@ -1,8 +1,7 @@
-"""Corners from a file to areas: checked, repaired where an outline crosses itself, in bounded work.
+"""Validation and repair of outlines, in bounded time.
 
-Readers of annotations hand over rings of corners as they stand in the file. Numbers that are no place on any
-slide are refused, and so is an outline that crosses itself so often that repairing it would take minutes:
-the number of crossings, which sets the work, is counted first.
+Coordinates beyond any slide are refused, and so are outlines with too many self-intersections, which are
+counted first because they determine the time of the repair.
 """
 
 from collections.abc import Sequence
@@ -18,33 +17,33 @@ from biopsy.core.errors import DataError
 Area: TypeAlias = Polygon | MultiPolygon
 
 MAX_COORDINATE = 2.0**31
-"""Pixels from the corner of a slide; no slide is a hundredth of it wide."""
+"""Largest coordinate in pixels, far beyond the size of slides."""
 
 MAX_CORNERS = 5_000_000
-"""In one file. A pixel classifier's outlines of a whole slide have some hundred thousand."""
+"""Largest number of vertices in a file; outlines of pixel classifiers have some hundred thousand."""
 
 MAX_CROSSINGS = 10_000
-"""Of the outlines of one file; repairing takes about a second then, and grows with more than their square."""
+"""Largest number of self-intersections in a file, whose repair takes about a second."""
 
 _PAIRS_AT_ONCE = 2**22
 
 
 class OutlineReader:
-    """Makes areas of the rings of one file, and keeps count of the work."""
+    """Reader of areas from the rings of one file, with limits on the work."""
 
     def __init__(self) -> None:
         self._n_corners = 0
         self._n_crossings = 0
 
     def read_area(self, polygons: Sequence[Sequence[np.ndarray]], where: str) -> tuple[Area, str]:
-        """Return a valid area, and what was wrong with its outline: empty where nothing was.
+        """Return a valid area, and the fault of its outline, "" if there is none.
 
         Args:
-            polygons: Each the outer ring and its holes, as `read_ring` returns them.
+            polygons: Outer ring and holes of each polygon, outputs of `read_ring`.
             where: File and number, for messages.
 
         Raises:
-            DataError: If there is no area, or the file holds more corners or crossings than are read.
+            DataError: If there is no area, or the file has too many vertices or self-intersections.
         """
         self._n_corners += sum(len(ring) for rings in polygons for ring in rings)
         if self._n_corners > MAX_CORNERS:
@@ -65,25 +64,25 @@ class OutlineReader:
 
 
 def read_ring(points: Any, where: str, *, close: bool = False) -> np.ndarray:
-    """Return the corners of a closed ring, float ``(n, 2)``; values after x and y are left out.
+    """Return the vertices of a closed ring, float ``(n, 2)``; values after x and y are dropped.
 
     Args:
-        points: A list of places, each a list of two or more numbers.
+        points: List of points, each a list of two or more numbers.
         where: File and number, for messages.
-        close: Add the first corner at the end where it is not there.
+        close: Whether to close the ring.
 
     Raises:
-        DataError: If they are no places on a slide, or the ring has no three corners or is not closed.
+        DataError: If coordinates are invalid, or the ring has fewer than three vertices or is not closed.
     """
     try:
-        ring = np.array([place[:2] for place in points])
-    except (TypeError, ValueError, KeyError):  # no list, or of no lists, or of different lengths
+        ring = np.array([point[:2] for point in points])
+    except (TypeError, ValueError, KeyError):
         ring = np.empty(0, object)
     if ring.ndim != 2 or ring.shape[1] != 2 or ring.dtype.kind not in "iuf":
-        raise DataError(f"{where} has a ring that is no list of x, y")
+        raise DataError(f"{where} has a ring that is not a list of x, y")
     ring = ring.astype(float)
     if not (np.abs(ring) <= MAX_COORDINATE).all():
-        raise DataError(f"{where} has corners that are no numbers of pixels up to {MAX_COORDINATE:,.0f}")
+        raise DataError(f"{where} has coordinates that are not numbers up to {MAX_COORDINATE:,.0f}")
     if close and not np.array_equal(ring[0], ring[-1]):
         ring = np.concatenate([ring, ring[:1]])
     if len(ring) < 4:
@@ -94,23 +93,23 @@ def read_ring(points: Any, where: str, *, close: bool = False) -> np.ndarray:
 
 
 def _repair(area: Area) -> Area:
-    """Return what outlines go around, less what their holes go around.
+    """Return the area enclosed by the outer rings without that enclosed by the holes.
 
-    GEOS's own ``make_valid`` loses area where an outline runs along one of its sides again.
+    ``make_valid`` of GEOS loses area if an outline overlaps one of its own edges.
     """
     parts = []
     for part in shapely.get_parts(area):
         outer, *holes = (
-            _go_around(shapely.get_coordinates(ring)) for ring in (part.exterior, *part.interiors)
+            _fill_ring(shapely.get_coordinates(ring)) for ring in (part.exterior, *part.interiors)
         )
         parts.append(outer.difference(shapely.union_all(holes)) if holes else outer)
-    whole = shapely.union_all(parts)
-    polygons = [part for part in shapely.get_parts(whole) if isinstance(part, Polygon) and part.area > 0]
+    united = shapely.union_all(parts)
+    polygons = [part for part in shapely.get_parts(united) if isinstance(part, Polygon) and part.area > 0]
     return polygons[0] if len(polygons) == 1 else MultiPolygon(polygons)
 
 
-def _go_around(ring: np.ndarray) -> shapely.Geometry:
-    """Return all places around which a closed ring goes at least once, in either direction."""
+def _fill_ring(ring: np.ndarray) -> shapely.Geometry:
+    """Return the area with non-zero winding number of a closed ring."""
     lines = shapely.union_all(shapely.linestrings(np.stack([ring[:-1], ring[1:]], axis=1)))
     faces = shapely.get_parts(shapely.polygonize([lines]))
     points = shapely.get_coordinates(shapely.point_on_surface(faces))
@@ -124,12 +123,12 @@ def _go_around(ring: np.ndarray) -> shapely.Geometry:
     left = (x1[side] - x0[side]) * (y - y0[side]) - (x - x0[side]) * (y1[side] - y0[side])
     up = (y0[side] <= y) & (y < y1[side]) & (left > 0)
     down = (y1[side] <= y) & (y < y0[side]) & (left < 0)
-    turns = np.bincount(face, weights=up.astype(float) - down, minlength=len(faces))
-    return shapely.union_all(faces[turns != 0])
+    winding = np.bincount(face, weights=up.astype(float) - down, minlength=len(faces))
+    return shapely.union_all(faces[winding != 0])
 
 
 def _count_crossings(area: Area, limit: int) -> int:
-    """Return how many pairs of an outline's segments touch beyond sharing an end, or more than ``limit``."""
+    """Return the number of intersecting pairs of segments, or more than ``limit``."""
     corners = [
         shapely.get_coordinates(ring)
         for part in shapely.get_parts(area)
@@ -138,7 +137,7 @@ def _count_crossings(area: Area, limit: int) -> int:
     ends = np.concatenate([np.stack([ring[:-1], ring[1:]], axis=1) for ring in corners])
     segments = shapely.linestrings(ends[(ends[:, 0] != ends[:, 1]).any(axis=1)])
     tree = shapely.STRtree(segments)
-    n_crossings = -len(segments)  # each segment touches the one after it
+    n_crossings = -len(segments)  # each segment touches the next one
     start, step = 0, 16
     most = max(step, min(4096, _PAIRS_AT_ONCE // max(1, len(segments))))
     while start < len(segments) and n_crossings <= limit:

@@ -1,8 +1,7 @@
-"""Slides and large images at a stated resolution: any rectangle, at level 0's coordinates, in RGB.
+"""Reading of slides and large images at a requested resolution, as RGB in level-0 coordinates.
 
-`open_slide` gives a `Slide`; it reads at a level of the file's pyramid or at a wanted mpp. What lies beyond
-the slide's edge, or was never scanned, is white. Reads may come from many threads at once. Colour profiles
-are not applied.
+`open_slide` returns a `Slide`, read at a level of its pyramid or at a requested mpp. Pixels outside the slide
+or the scanned area are white. Reading is thread-safe. Colour profiles are not applied.
 """
 
 from pathlib import Path
@@ -19,10 +18,10 @@ from biopsy.slide_io.resolution import SAME_MPP, check_mpp, resolve_mpp
 __all__ = ["Level", "Slide", "open_slide"]
 
 MAX_OVERVIEW_PX = 2**31
-"""Pixels of the largest level that is averaged down to a picture of the whole slide: 46,340 x 46,340."""
+"""Largest number of pixels of a level for an overview: 46,340 x 46,340."""
 
-_BLOCK_PX = 2**24  # level pixels held at once while a whole slide is averaged down
-_EARLIER_PX = 32  # at most, that a resampled read begins before its corner
+_BLOCK_PX = 2**24  # level pixels per block of an overview
+_EARLIER_PX = 32  # largest margin before the corner of a resampled read
 _NEAR_PX = 1 / 64
 _WHITE = 255
 
@@ -32,8 +31,7 @@ def open_slide(path: Path | str, *, mpp: float | None = None) -> "Slide":
 
     Args:
         path: The file; for DICOM any file of the series.
-        mpp: Micrometres per pixel at level 0 as the user states it, for a slide that has no value of its own
-            or one that cannot be true.
+        mpp: Pixel size at level 0 in µm, for slides that record none or an implausible one.
 
     Raises:
         SlideError: If the file cannot be read, or its mpp is missing, implausible or contradicted.
@@ -50,10 +48,10 @@ def open_slide(path: Path | str, *, mpp: float | None = None) -> "Slide":
 class Slide:
     """An open slide; close it, or use it as a context manager.
 
-    ``width, height`` are pixels of level 0, ``mpp`` its micrometres per pixel and ``mpp_source`` where that
-    value came from; ``objective`` is the magnification the file names, None if it names none; ``format`` is
-    OpenSlide's name of the vendor, or ``png``, ``jpeg``, ``tiff``, ``bmp``, ``webp``; ``corner`` is where
-    what was scanned begins at level 0, from which QuPath counts.
+    ``width, height`` are the size at level 0, ``mpp`` its pixel size in µm and ``mpp_source`` the source of
+    that value; ``objective`` is the recorded magnification, None if there is none; ``format`` is the vendor
+    in OpenSlide, or ``png``, ``jpeg``, ``tiff``, ``bmp``, ``webp``; ``corner`` is the corner of the scanned
+    bounds at level 0, the origin of coordinates in QuPath.
     """
 
     def __init__(self, path: Path, backend: Backend, mpp: float, mpp_source: str) -> None:
@@ -76,20 +74,20 @@ class Slide:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._backend.close()
 
     def tile_px(self, level: int = 0) -> tuple[int, int] | None:
-        """Return width and height of a level's tiles in the file, None where it has none."""
+        """Return width and height of the native tiles of a level, None without tiles."""
         return self._backend.tile_px(level)
 
     def read(self, x: float, y: float, width: int, height: int, *, level: int = 0) -> np.ndarray:
         """Return a rectangle of one level.
 
         Args:
-            x: Left edge in pixels of level 0, as in OpenSlide; taken to the nearest pixel of the level.
-            y: Upper edge in pixels of level 0.
-            level: Which level; 0 is the finest.
+            x: Left edge in level-0 pixels, as in OpenSlide; rounded to a pixel of the level.
+            y: Upper edge in level-0 pixels.
+            level: Level; 0 is the finest.
 
         Returns:
             uint8 ``(height, width, 3)`` RGB.
@@ -98,23 +96,23 @@ class Slide:
         return self._read_level(level, round(x / downsample), round(y / downsample), width, height)
 
     def level_for(self, mpp: float) -> tuple[int, float]:
-        """Return the level that is read for a resolution, and how many of its pixels make one wanted pixel.
+        """Return the level that is read for a resolution, and the number of its pixels per output pixel.
 
-        The level is the coarsest that is as fine as wanted. The scale is a whole number where it is within
-        1 % of one, so that pixels are taken, or averaged, as they are.
+        The level is the coarsest one that is fine enough. A scale within 1 % of an integer is rounded, so
+        that pixels are copied or averaged.
 
         Raises:
             SlideError: If the slide is too coarse.
         """
         level = self._finer_level(mpp)
         scale = self._scale(level, mpp)
-        whole = max(1, round(scale))
-        return level, float(whole) if abs(scale / whole - 1) <= SAME_MPP else scale
+        integer_scale = max(1, round(scale))
+        return level, float(integer_scale) if abs(scale / integer_scale - 1) <= SAME_MPP else scale
 
     def level_0_px(self, mpp: float) -> float:
-        """Return how many pixels of level 0, along one side, make one pixel of `read_at`.
+        """Return the number of level-0 pixels per pixel of `read_at`, along one side.
 
-        Lay grids out by this: where `level_for` takes a whole number, it is not ``mpp / self.mpp``.
+        It defines grids; because of the rounding in `level_for` it is not ``mpp / self.mpp``.
 
         Raises:
             SlideError: If the slide is too coarse.
@@ -123,18 +121,17 @@ class Slide:
         return scale * self.levels[level].downsample
 
     def read_at(self, x: float, y: float, width: int, height: int, *, mpp: float) -> np.ndarray:
-        """Return a rectangle at a wanted resolution.
+        """Return a rectangle at a requested resolution.
 
-        It is taken from the level that `level_for` names: averaged down over the area each pixel covers,
-        copied where the level is within 1 %, enlarged linearly where the slide is up to 1.5 times too coarse.
+        It is resampled from the level of `level_for`: averaged by area, copied if the level is within 1 %, or
+        enlarged linearly if the slide is up to 1.5 times too coarse.
 
         Args:
-            x: Left edge in pixels of level 0; taken to the nearest pixel of the level where pixels are copied
-                or averaged by whole numbers, and else nearer than that.
-            y: Upper edge in pixels of level 0.
-            width: Pixels at ``mpp``.
-            height: Pixels at ``mpp``.
-            mpp: Micrometres per pixel of the answer.
+            x: Left edge in level-0 pixels; rounded to a pixel of the level for integer scales.
+            y: Upper edge in level-0 pixels.
+            width: Width in output pixels.
+            height: Height in output pixels.
+            mpp: Pixel size of the output in µm.
 
         Returns:
             uint8 ``(height, width, 3)`` RGB.
@@ -146,13 +143,13 @@ class Slide:
         return self._read_scaled(x, y, width, height, level, scale)
 
     def overview(self, *, mpp: float) -> np.ndarray:
-        """Return the whole slide at a resolution, block by block, in memory bounded by the answer.
+        """Return the whole slide at a resolution, read in blocks.
 
         Returns:
-            uint8 ``(H, W, 3)`` RGB; ``mpp`` is exact but for the rounding of height and width.
+            uint8 ``(H, W, 3)`` RGB; ``mpp`` is exact up to the rounding of height and width.
 
         Raises:
-            SlideError: If the slide is damaged, or has no level that is small enough to be read whole.
+            SlideError: If the slide is damaged, or has no level that is small enough.
         """
         level = self._finer_level(mpp)
         size, scale = self.levels[level], self._scale(level, mpp)
@@ -162,29 +159,29 @@ class Slide:
                 "large to be read whole; save it as a pyramidal TIFF"
             )
         width, height = max(1, round(size.width / scale)), max(1, round(size.height / scale))
-        whole = np.empty((height, width, 3), np.uint8)
+        result = np.empty((height, width, 3), np.uint8)
         step = scale * size.downsample
         rows = max(1, int(_BLOCK_PX / (width * scale**2)))
         columns = width
-        if rows * scale < (self.tile_px(level) or (0, 0))[1]:  # else rows of tiles are decoded many times
+        if rows * scale < (self.tile_px(level) or (0, 0))[1]:  # to avoid decoding rows of tiles repeatedly
             rows = columns = max(1, int(_BLOCK_PX**0.5 / scale))
         for top in range(0, height, rows):
             for left in range(0, width, columns):
                 n_rows, n_columns = min(rows, height - top), min(columns, width - left)
-                whole[top : top + n_rows, left : left + n_columns] = self._read_scaled(
+                result[top : top + n_rows, left : left + n_columns] = self._read_scaled(
                     left * step, top * step, n_columns, n_rows, level, scale
                 )
-        return whole
+        return result
 
     def thumbnail(self, max_px: int) -> np.ndarray:
-        """Return the whole slide, its longer side at most ``max_px`` pixels; a small slide as it is."""
+        """Return the whole slide with a longer side of at most ``max_px`` pixels."""
         longer = max(self.width, self.height)
         if longer <= max_px:
             return self.read(0, 0, self.width, self.height)
         return self.overview(mpp=self.mpp * longer / max_px)
 
     def _finer_level(self, mpp: float) -> int:
-        """Return the coarsest level that is as fine as wanted, or within 1 %."""
+        """Return the coarsest level that is fine enough, within 1 %."""
         check_mpp(self.path.name, self.mpp, mpp)
         fine = [n for n in range(len(self.levels)) if self._scale(n, mpp) >= 1 - SAME_MPP]
         return max(fine, key=lambda n: self.levels[n].downsample, default=0)
@@ -198,18 +195,22 @@ class Slide:
         if scale == 1:
             return self.read(x, y, width, height, level=level)
         step = scale * self.levels[level].downsample
-        left, top = _count_earlier(x / step, scale), _count_earlier(y / step, scale)
+        left, top = _find_margin(x / step, scale), _find_margin(y / step, scale)
         right, bottom = left + width, top + height
         source = self.read(
-            x - left * step, y - top * step, _covering(right, scale), _covering(bottom, scale), level=level
+            x - left * step,
+            y - top * step,
+            _source_size(right, scale),
+            _source_size(bottom, scale),
+            level=level,
         )
-        how = cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR
-        # by the exact scale, not the ratio of whole sizes: pixels lie right in a read of any width
-        resized = cv2.resize(source, None, fx=1 / scale, fy=1 / scale, interpolation=how)
+        interpolation = cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR
+        # the exact scale, not the ratio of sizes, so that positions do not depend on the width
+        resized = cv2.resize(source, None, fx=1 / scale, fy=1 / scale, interpolation=interpolation)
         return np.ascontiguousarray(resized[top:bottom, left:right])
 
     def _read_level(self, level: int, left: int, top: int, width: int, height: int) -> np.ndarray:
-        """Read in a level's own pixels; what lies beyond its edge is white."""
+        """Return a rectangle of a level in its pixels, white outside the level."""
         size = self.levels[level]
         right, bottom = min(left + width, size.width), min(top + height, size.height)
         first, upper = max(left, 0), max(top, 0)
@@ -223,7 +224,7 @@ class Slide:
 
 
 def _open_backend(path: Path) -> Backend:
-    """Open a slide with what can read it."""
+    """Return the backend of a slide."""
     import openslide
 
     try:
@@ -238,14 +239,14 @@ def _open_backend(path: Path) -> Backend:
         raise SlideError(f"slide {path} cannot be read: {error}") from None
 
 
-def _count_earlier(start: float, scale: float) -> int:
-    """Return how many resampled pixels earlier to begin, so that the first begins at a source pixel."""
+def _find_margin(start: float, scale: float) -> int:
+    """Return the margin in output pixels with which a read starts at a source pixel."""
     begins = (start - np.arange(_EARLIER_PX)) * scale
     return int((np.abs(begins - np.rint(begins)) / _NEAR_PX).astype(int).argmin())
 
 
-def _covering(n: int, scale: float) -> int:
-    """Return how many source pixels ``n`` resampled ones need, so that as many whole ones come out."""
+def _source_size(n: int, scale: float) -> int:
+    """Return the number of source pixels for ``n`` output pixels."""
     n_source = int(np.ceil(n * scale))
     while round(n_source / scale) < n:
         n_source += 1

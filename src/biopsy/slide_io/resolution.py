@@ -1,16 +1,14 @@
-"""The gatekeeper of micrometres per pixel: where a slide's value comes from and whether it can be true.
+"""Validation of the pixel size (mpp) of slides.
 
-A classifier asked at the wrong magnification answers with numbers that look like any others. So a slide has a
-value that holds up, or it is refused with what to do:
+Predictions at a wrong magnification are meaningless but look plausible, so slides without a valid pixel size
+are refused:
 
-* the slide's own value counts if it lies in `PLAUSIBLE_MPP` (72 dots an inch, image software's default, is
-  353 um/px), if its pixels are square, and if it fits the objective: mpp times magnification is near 10 on
-  most scanners, and down to 4.7 where the camera adds to the objective (a 20x MIRAX scans at 0.23);
-* where the slide's own value is missing or does not hold up, a stated one takes its place, if it fits the
-  objective, or agrees with the slide's own, which says that it is the objective that is wrong;
-* a stated value that contradicts a slide's own that does hold up is refused: one of the two is wrong, and
-  neither the slide nor the user can be asked. If it is the slide's, its file is to be corrected, for every
-  program that reads it.
+* the recorded value is valid if it is in `PLAUSIBLE_MPP` (the default of image software, 72 dpi, is 353
+  um/px), pixels are square, and it fits the objective: mpp times magnification is near 10 for most scanners,
+  and as low as 4.7 with camera magnification (20x MIRAX at 0.23);
+* if the recorded value is missing or invalid, the user's value is used, if it fits the objective or the
+  recorded value;
+* a user's value that contradicts a valid recorded one is refused.
 """
 
 from typing import Literal, NamedTuple
@@ -18,19 +16,19 @@ from typing import Literal, NamedTuple
 from biopsy.core.errors import SlideError
 
 PLAUSIBLE_MPP = (0.05, 20.0)
-"""A 100x objective with oversampling, and the coarsest overview that still shows glands."""
+"""From a 100x objective with oversampling to the coarsest overview that shows glands."""
 
 SAME_MPP = 0.01
-"""Up to this share apart, pixels are taken as they are; a patch of 100 px is off by less than one."""
+"""Relative difference of resolutions up to which pixels are not resampled."""
 
 AGREEING_MPP = 0.05
-"""Stated and own value, or width and height of a pixel, may differ by this share."""
+"""Largest relative difference of given and recorded value, or of width and height of a pixel."""
 
 OBJECTIVE_PRODUCT = (4.0, 25.0)
-"""What mpp times magnification may be: 10, give or take 2.5 times."""
+"""Valid range of mpp times magnification: 10, within a factor of 2.5."""
 
 MAX_UPSAMPLING = 1.5
-"""Finer than a slide's level 0 by more than this cannot be had by resampling."""
+"""Largest upsampling factor of level 0."""
 
 MppSource = Literal["slide", "stated"]
 
@@ -38,7 +36,7 @@ _STATE = "pass the scanner's value as --mpp (prepare: --slide-mpp), or slide by 
 
 
 class Recorded(NamedTuple):
-    """What a slide's file says of its own resolution; None where it says nothing."""
+    """Resolution recorded in a slide file; None for missing values."""
 
     mpp_x: float | None = None
     mpp_y: float | None = None
@@ -46,58 +44,59 @@ class Recorded(NamedTuple):
 
 
 def resolve_mpp(name: str, recorded: Recorded, stated: float | None = None) -> tuple[float, MppSource]:
-    """Decide a slide's micrometres per pixel at level 0, and say where the value came from.
+    """Return the pixel size of a slide at level 0 in µm, and its source.
 
     Args:
-        name: The slide's name, for messages.
-        stated: What the user says. Where it agrees with the slide's own value, the slide's own is used.
+        name: Name of the slide, for messages.
+        stated: The user's value; if it agrees with the recorded one, the latter is used.
 
     Raises:
-        SlideError: If there is no value, or the one there is cannot be true.
+        SlideError: If there is no value, or it is invalid.
     """
     fault = _find_fault(recorded)
     if stated is None:
         if fault:
             raise SlideError(f"{name} {fault}; {_STATE}")
-        return _own(recorded), "slide"
+        return _mean_mpp(recorded), "slide"
     low, high = PLAUSIBLE_MPP
     if not low <= stated <= high:
-        raise SlideError(f"stated mpp {stated!r} for {name} is not in [{low:g}, {high:g}] um/px")
+        raise SlideError(f"mpp {stated!r} given for {name} is not in [{low:g}, {high:g}] um/px")
     if not fault:
-        own = _own(recorded)
-        if not _agree(stated, own):
+        recorded_mpp = _mean_mpp(recorded)
+        if not _agree(stated, recorded_mpp):
             raise SlideError(
-                f"{name} says {own:.4g} um/px, not the stated {stated:.4g}; "
-                "state no mpp for it or, if its file is wrong, correct the file"
+                f"{name} records {recorded_mpp:.4g} um/px, not the given {stated:.4g}; "
+                "omit the mpp or, if the file is wrong, correct it"
             )
-        return own, "slide"
+        return recorded_mpp, "slide"
     supported = any(_agree(stated, value) for value in _values(recorded))
     if recorded.objective and not supported and not _fits_objective(stated, recorded.objective):
         raise SlideError(
-            f"stated {stated:.4g} um/px contradict the {recorded.objective:g}x objective of {name}, where "
-            f"about {10 / recorded.objective:.2g} are usual; check it or, if its file is wrong, correct that"
+            f"given {stated:.4g} um/px contradict the {recorded.objective:g}x objective of {name}, "
+            f"for which about {10 / recorded.objective:.2g} are usual; check it or correct the file"
         )
     return stated, "stated"
 
 
 def check_mpp(
-    name: str, slide_mpp: float, wanted_mpp: float, *, purpose: str = "the classifier was trained"
+    name: str, slide_mpp: float, target_mpp: float, *, purpose: str = "the classifier was trained"
 ) -> None:
-    """Refuse a resolution that a slide does not have.
+    """Check that a slide is fine enough for a resolution.
 
     Args:
-        name: The slide's name, for messages.
-        slide_mpp: Micrometres per pixel of its level 0.
-        purpose: What is done at that resolution, for the message.
+        name: Name of the slide, for messages.
+        slide_mpp: Pixel size at level 0 in µm.
+        target_mpp: Requested pixel size in µm.
+        purpose: Purpose of the resolution, for the message.
 
     Raises:
-        SlideError: If the slide would have to be enlarged by more than `MAX_UPSAMPLING`.
+        SlideError: If the slide would be enlarged by more than `MAX_UPSAMPLING`.
     """
-    if not wanted_mpp > 0:
-        raise SlideError(f"mpp {wanted_mpp!r} wanted of {name} is not above 0")
-    if slide_mpp > MAX_UPSAMPLING * wanted_mpp:
+    if not target_mpp > 0:
+        raise SlideError(f"mpp {target_mpp!r} requested of {name} is not above 0")
+    if slide_mpp > MAX_UPSAMPLING * target_mpp:
         raise SlideError(
-            f"{purpose} at {wanted_mpp:.2f} um/px, level 0 of {name} is {slide_mpp:.2f} um/px: "
+            f"{purpose} at {target_mpp:.2f} um/px, level 0 of {name} is {slide_mpp:.2f} um/px: "
             f"too coarse to resample (limit {MAX_UPSAMPLING:g}x)"
         )
 
@@ -106,13 +105,13 @@ def _values(recorded: Recorded) -> list[float]:
     return [value for value in recorded[:2] if value is not None]
 
 
-def _own(recorded: Recorded) -> float:
+def _mean_mpp(recorded: Recorded) -> float:
     values = _values(recorded)
     return sum(values) / len(values)
 
 
 def _find_fault(recorded: Recorded) -> str | None:
-    """Say what is wrong with a slide's own value; None if it holds up."""
+    """Return the fault of the recorded value, None if it is valid."""
     values, objective = _values(recorded), recorded.objective
     if not values:
         usual = f" (its {objective:g}x objective suggests about {10 / objective:.2g})" if objective else ""
@@ -120,17 +119,17 @@ def _find_fault(recorded: Recorded) -> str | None:
     low, high = PLAUSIBLE_MPP
     if not all(low <= value <= high for value in values):
         dots = f", {25400 / values[0]:.4g} dots an inch" if values[0] > high else ""
-        return f"says {values[0]:.4g} um/px{dots}, which no slide is scanned at"
+        return f"records {values[0]:.4g} um/px{dots}, which is implausible for a slide"
     if max(values) > (1 + AGREEING_MPP) * min(values):
-        return f"says {values[0]:.4g} um/px across and {values[1]:.4g} down, which no scanner gives"
-    if objective and not _fits_objective(_own(recorded), objective):
+        return f"records {values[0]:.4g} um/px horizontally and {values[1]:.4g} vertically"
+    if objective and not _fits_objective(_mean_mpp(recorded), objective):
         usual = f"about {10 / objective:.2g} are usual"
-        return f"says {_own(recorded):.4g} um/px and a {objective:g}x objective, where {usual}"
+        return f"records {_mean_mpp(recorded):.4g} um/px and a {objective:g}x objective, for which {usual}"
     return None
 
 
-def _agree(stated: float, own: float) -> bool:
-    return abs(stated / own - 1) <= AGREEING_MPP
+def _agree(stated: float, recorded: float) -> bool:
+    return abs(stated / recorded - 1) <= AGREEING_MPP
 
 
 def _fits_objective(mpp: float, objective: float) -> bool:

@@ -1,4 +1,4 @@
-"""Stain and colour: haematoxylin and eosin by colour deconvolution, colour statistics, nuclei."""
+"""Colour deconvolution of haematoxylin and eosin, colour statistics and nuclei."""
 
 import os
 from collections.abc import Iterator
@@ -8,29 +8,28 @@ from typing import Literal
 import cv2
 import numpy as np
 
-# Optical density in R, G, B of one unit of stain; Ruifrok & Johnston 2001, as published.
+# Optical density in R, G, B of one unit of stain (Ruifrok & Johnston 2001).
 HAEMATOXYLIN = (0.65, 0.70, 0.29)
 EOSIN = (0.07, 0.99, 0.11)
 
-# The third row is what neither stain explains: at right angles to both, so that the first two amounts are
-# the least-squares ones.
+# The third row, the residual, is orthogonal to both stains: their amounts are least-squares solutions.
 _RESIDUAL = np.cross(HAEMATOXYLIN, EOSIN)
 STAINS = np.array([HAEMATOXYLIN, EOSIN, _RESIDUAL / np.linalg.norm(_RESIDUAL)])
 _FROM_DENSITY = np.linalg.inv(STAINS)
 
-# Density of each grey value; 255 is clear glass. One is added so that black has a density too.
+# Density of each grey value (255: glass); one is added so that black has a finite density.
 _DENSITY = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)
 
 
 def separate_stains(rgb: np.ndarray) -> np.ndarray:
-    """Return the amounts of haematoxylin, eosin and what neither explains.
+    """Return the amounts of haematoxylin, eosin and the residual.
 
     Args:
         rgb: uint8 ``(..., 3)``.
 
     Returns:
-        float32 ``(..., 3)``; 0 is clear glass, 1 about one unit of optical density (a tenth of the light
-        passes). Amounts may be negative where a colour is none that the two stains can give.
+        float32 ``(..., 3)``; 0 is glass, 1 about one unit of optical density. Amounts may be negative for
+        colours that are no mixture of the stains.
 
     Example:
         >>> separate_stains(np.full((2, 2, 3), 255, np.uint8)).max()
@@ -40,7 +39,7 @@ def separate_stains(rgb: np.ndarray) -> np.ndarray:
 
 
 def combine_stains(amounts: np.ndarray) -> np.ndarray:
-    """Return the colours that amounts of stain make, the inverse of `separate_stains`.
+    """Return the colours of amounts of stain, the inverse of `separate_stains`.
 
     Args:
         amounts: float ``(..., 3)``: haematoxylin, eosin and residual.
@@ -73,12 +72,12 @@ def colour_features(
 
     Args:
         patches: uint8 ``(N, H, W, 3)`` RGB, may be memory-mapped.
-        sizes: True ``(width, height)`` of each patch, ``(N, 2)``; the rest is padding and not counted.
-        index: Which patches, ``(n,)``; all by default.
+        sizes: ``(width, height)`` of each patch without padding, ``(N, 2)``.
+        index: Rows of patches, ``(n,)`` (default: all).
 
     Returns:
-        float32 ``(n, 35)`` with the columns `FEATURE_NAMES`: RGB in 0-255, stains as
-        `separate_stains` gives them.
+        float32 ``(n, 35)`` with the columns `FEATURE_NAMES`: RGB in 0-255, stains as in
+        `separate_stains`.
     """
     chosen = np.arange(len(patches)) if index is None else np.asarray(index)
     features = np.empty((len(chosen), len(FEATURE_NAMES)), np.float32)
@@ -94,7 +93,7 @@ def colour_features(
 
 
 def group_by_size(patches: np.ndarray, sizes: np.ndarray | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield patches of one true size at a time, cut to it, with their places."""
+    """Yield patches of the same size without padding, with their indices."""
     if sizes is None:
         yield np.arange(len(patches)), patches
         return
@@ -109,7 +108,7 @@ def _describe(images: np.ndarray) -> np.ndarray:
     described = []
     for values in [images[..., channel] for channel in range(3)] + [stains[..., stain] for stain in range(2)]:
         flat = values.reshape(len(images), -1)
-        # bytes are then sorted by radix, in a ninth of the time
+        # radix sort, nine times faster for bytes
         kind: Literal["stable"] | None = "stable" if flat.dtype == np.uint8 else None
         ordered = np.sort(flat, axis=1, kind=kind).astype(np.float32)
         described += [ordered.mean(axis=1), ordered.std(axis=1)]
@@ -118,47 +117,48 @@ def _describe(images: np.ndarray) -> np.ndarray:
 
 
 def _percentiles(ordered: np.ndarray) -> np.ndarray:
-    """Interpolate `PERCENTILES` of sorted rows as `numpy.percentile` does."""
-    place = np.array(PERCENTILES) / 100 * (ordered.shape[1] - 1)
-    below = np.floor(place).astype(int)
-    above = np.ceil(place).astype(int)
+    """Return the `PERCENTILES` of sorted rows, as `numpy.percentile`."""
+    position = np.array(PERCENTILES) / 100 * (ordered.shape[1] - 1)
+    below = np.floor(position).astype(int)
+    above = np.ceil(position).astype(int)
     low, high = ordered[:, below].astype(np.float32), ordered[:, above].astype(np.float32)
-    return (low + (high - low) * (place - below).astype(np.float32)).T
+    return (low + (high - low) * (position - below).astype(np.float32)).T
 
 
-RADIUS_UM = 2.5  # of the smallest, a lymphocyte's; larger nuclei give blobs at this scale too
-CONTRAST = 0.05  # of a blob against its surroundings, in units of optical density after smoothing
-LONGEST = 10  # ratio of a peak's two curvatures beyond which it is an edge: Lowe 2004, sec. 4.1
-_WIDER = 1.6  # ratio of the two Gaussians whose difference is nearest a Laplacian: Marr & Hildreth 1980
-_FINEST_PX = 0.7  # a narrower Gaussian is no Gaussian on a grid
+RADIUS_UM = 2.5  # of a lymphocyte, the smallest nucleus; larger nuclei are detected at this scale too
+MIN_CONTRAST = 0.05  # of a blob, in optical density after smoothing
+MAX_CURVATURE_RATIO = 10  # above which a peak is an edge (Lowe 2004, sec. 4.1)
+_SIGMA_RATIO = 1.6  # of the difference of Gaussians that approximates a Laplacian (Marr & Hildreth 1980)
+_MIN_SIGMA_PX = 0.7  # limit of the discretisation of a Gaussian
 
 
 def find_nuclei(haematoxylin: np.ndarray, mpp: float) -> np.ndarray:
-    """Find blobs about the size of a nucleus: peaks of a difference of Gaussians.
+    """Detect nuclei as peaks of a difference of Gaussians.
 
-    Nuclei that overlap count as one, so the count is too low, but it ranks patches: on 120 phantom patches,
-    where nuclei are known, it is 63 % of theirs at 0.5 to 2 µm/px (rank correlation .91 to .88) and 27 % at
+    Overlapping nuclei count as one, so that counts are too low, but they rank patches: on 120 phantom
+        patches,
+    63 % of the nuclei are detected at 0.5 to 2 µm/px (rank correlation of counts .91 to .88) and 27 % at
     4 µm/px (.80).
 
     Args:
-        haematoxylin: Its amount, float ``(H, W)``, as `stain.separate_stains` gives it.
-        mpp: Micrometres a pixel.
+        haematoxylin: Amount of haematoxylin, float ``(H, W)``, see `separate_stains`.
+        mpp: Pixel size in µm.
 
     Returns:
-        ``(x, y)`` of each in pixels, int64 ``(n, 2)``.
+        ``(x, y)`` of each nucleus in pixels, int64 ``(n, 2)``.
     """
-    sigma = max(RADIUS_UM / np.sqrt(2) / mpp, _FINEST_PX)
+    sigma = max(RADIUS_UM / np.sqrt(2) / mpp, _MIN_SIGMA_PX)
     amount = np.ascontiguousarray(haematoxylin, np.float32)
-    narrow, wide = (cv2.GaussianBlur(amount, (0, 0), s) for s in (sigma, _WIDER * sigma))
+    narrow, wide = (cv2.GaussianBlur(amount, (0, 0), s) for s in (sigma, _SIGMA_RATIO * sigma))
     blobs = narrow - wide
     reach = 2 * max(1, round(sigma)) + 1
     highest = cv2.dilate(blobs, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (reach, reach)))
-    row, column = np.nonzero((blobs == highest) & (blobs > CONTRAST) & _is_round(blobs))
+    row, column = np.nonzero((blobs == highest) & (blobs > MIN_CONTRAST) & _is_round(blobs))
     return np.stack([column, row], axis=1)
 
 
 def _is_round(blobs: np.ndarray) -> np.ndarray:
-    """Return where a peak falls off to all sides: an edge has peaks too, which fall off to two."""
+    """Return a mask of pixels with similar curvature in all directions, unlike edges."""
     across, down, both = (cv2.Sobel(blobs, cv2.CV_32F, *order, ksize=3) for order in ((2, 0), (0, 2), (1, 1)))
-    curved = across * down - both**2
-    return (LONGEST + 1) ** 2 * curved > LONGEST * (across + down) ** 2
+    determinant = across * down - both**2
+    return (MAX_CURVATURE_RATIO + 1) ** 2 * determinant > MAX_CURVATURE_RATIO * (across + down) ** 2

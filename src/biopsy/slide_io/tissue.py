@@ -1,9 +1,9 @@
-"""Where tissue is on a slide, from its colour at about 8 um/px; the same picture gives the same mask.
+"""Tissue detection by colour at about 8 um/px, deterministic.
 
-Haematoxylin and eosin both absorb green more than blue and red, whatever their amount. Glass, dust, the
-scanner's bars, black borders and pencil are grey; red ink absorbs blue as much as green; blue and green ink
-absorb red most. So tissue is where green is absorbed most, by a difference and a share of densities, which do
-not move with brightness. Fat is white but for its cells' walls; gaps as wide as a fat cell are closed.
+Haematoxylin and eosin absorb green more than blue and red. Glass, dust, scanner bars, black borders and
+pencil are grey; red ink absorbs blue as much as green; blue and green ink absorb red most. So tissue is where
+green is absorbed most, by the difference and ratio of densities, which do not depend on brightness. Fat is
+white except for cell walls; gaps up to the size of a fat cell are closed.
 """
 
 import cv2
@@ -13,36 +13,36 @@ from biopsy.core.errors import SlideError
 from biopsy.slide_io.reader import Slide
 
 WORKING_MPP = 8.0
-"""Finer pictures are averaged to this: nuclei melt into their tissue, the walls of fat cells still show."""
+"""Resolution of the detection, at which nuclei are averaged out and walls of fat cells are visible."""
 
 MIN_TISSUE_FRAC = 0.5
-"""A patch is cut or mapped when at least this share of it is tissue."""
+"""Minimum fraction of tissue of a patch."""
 
 THUMBNAIL_PX = 2048
-"""Longer side of the picture of a slide on which tissue is sought."""
+"""Longer side of the thumbnail for tissue detection."""
 
 COARSEST_MPP = 64.0
-"""A fat cell's wall no longer shows in a coarser picture."""
+"""Coarsest resolution, at which walls of fat cells are visible."""
 
-_STAINED = 0.012  # green less blue density; JPEG's noise on averaged glass stays below .01
+_STAINED = 0.012  # minimum of green minus blue density; JPEG noise on glass is below .01
 _BLUE_SHARE = 0.8  # of green density: at most .78 for 99 % of tissue on six slides, 1 for grey and red ink
-_RED_SHARE = 0.95  # of green density: .2 to .95 on tissue, above 1 for blue and green ink
-_DARK = 0.15  # density of a stroke or a bar
-_GLASS = 0.1  # density under which a pixel may be glass
-_MOST_TINT = 0.03
-_NEVER_SCANNED = 253  # pure white is no glass but what was left out of the scan
-_SAMPLE = 1_000_000  # values of the picture from which the glass is told
-_WALL = 0.03  # green density of a fat cell's wall, where JPEG has flattened its colour
-_AROUND_UM = 30.0  # over which that colour is averaged instead
-_GAP_UM = 80.0  # across the section of a large fat cell
+_RED_SHARE = 0.95  # of green density: .2 to .95 for tissue, above 1 for blue and green ink
+_DARK = 0.15  # minimum density of ink and scanner bars
+_GLASS = 0.1  # maximum density of glass
+_MAX_TINT = 0.03
+_NEVER_SCANNED = 253  # grey level of pixels outside the scanned area
+_SAMPLE = 1_000_000  # values from which the colour of glass is estimated
+_WALL = 0.03  # green density of walls of fat cells, whose colour is lost by JPEG
+_AROUND_UM = 30.0  # scale over which their colour is averaged instead
+_GAP_UM = 80.0  # diameter of a large fat cell
 _SMOOTH_UM = 4.0
-_SMALLEST_MM2 = 0.02  # a piece of tissue of 140 x 140 um; also of ink, to count as a stroke
+_MIN_MM2 = 0.02  # area of a component of tissue or ink: 140 x 140 um
 
 _DENSITY = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)
 
 
 def find_tissue_of(slide: Slide) -> tuple[np.ndarray, np.ndarray]:
-    """Return a slide's thumbnail, uint8 ``(H, W, 3)``, and where tissue is on it, bool ``(H, W)``.
+    """Return the thumbnail of a slide, uint8 ``(H, W, 3)``, and its tissue mask, bool ``(H, W)``.
 
     Raises:
         SlideError: As `find_tissue`.
@@ -52,22 +52,20 @@ def find_tissue_of(slide: Slide) -> tuple[np.ndarray, np.ndarray]:
 
 
 def find_tissue(thumbnail: np.ndarray, *, mpp: float) -> np.ndarray:
-    """Return where tissue is on a picture of a slide stained with haematoxylin and eosin.
+    """Return the tissue mask of a slide stained with haematoxylin and eosin.
 
     Args:
         thumbnail: uint8 ``(H, W, 3)`` RGB of the whole slide.
-        mpp: Micrometres per pixel of the thumbnail, at most `COARSEST_MPP`; 8 is best, finer is averaged.
+        mpp: Pixel size of the thumbnail in µm, at most `COARSEST_MPP`; ideally 8 or less.
 
     Returns:
         bool ``(H, W)``.
 
     Raises:
-        SlideError: If there is no tissue, or the picture is too coarse to tell.
+        SlideError: If there is no tissue, or the thumbnail is too coarse.
     """
     if not 0 < mpp <= COARSEST_MPP:
-        raise SlideError(
-            f"tissue cannot be seen at {mpp:g} um/px; pass a picture of at most {COARSEST_MPP:g}"
-        )
+        raise SlideError(f"tissue cannot be detected at {mpp:g} um/px; at most {COARSEST_MPP:g} is needed")
     height, width = thumbnail.shape[:2]
     scale = max(1.0, WORKING_MPP / mpp)
     size = max(1, round(width / scale)), max(1, round(height / scale))
@@ -75,8 +73,8 @@ def find_tissue(thumbnail: np.ndarray, *, mpp: float) -> np.ndarray:
     mask = _find(small, mpp * width / size[0])
     if not mask.any():
         raise SlideError(
-            "no tissue was found: nothing on the slide is stained pink or violet over "
-            f"{_SMALLEST_MM2:g} mm2 or more; look at its thumbnail"
+            "no tissue was found: no area is stained pink or violet over "
+            f"{_MIN_MM2:g} mm2 or more; check the thumbnail"
         )
     return cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST).astype(bool)
 
@@ -86,10 +84,10 @@ def _find(image: np.ndarray, mpp: float) -> np.ndarray:
     red, green, _ = np.moveaxis(density, 2, 0)
     around = cv2.GaussianBlur(density, (0, 0), _AROUND_UM / mpp)
     stained = _is_stained(density, _STAINED) | (_is_stained(around, _STAINED / 2) & (green > _WALL))
-    foreign = _large(~stained & (np.maximum(red, green) > _DARK), mpp)
-    closed = cv2.morphologyEx(_framed(stained, mpp), cv2.MORPH_CLOSE, _disc(_GAP_UM / 2 / mpp))
-    tissue = _unframed(closed, mpp) & ~foreign
-    return _large(tissue, mpp)
+    foreign = _remove_small(~stained & (np.maximum(red, green) > _DARK), mpp)
+    closed = cv2.morphologyEx(_add_margin(stained, mpp), cv2.MORPH_CLOSE, _disc(_GAP_UM / 2 / mpp))
+    tissue = _remove_margin(closed, mpp) & ~foreign
+    return _remove_small(tissue, mpp)
 
 
 def _is_stained(density: np.ndarray, least: float) -> np.ndarray:
@@ -98,17 +96,19 @@ def _is_stained(density: np.ndarray, least: float) -> np.ndarray:
 
 
 def _densities(image: np.ndarray, mpp: float) -> np.ndarray:
-    """Return the optical densities above the glass's own, ``(H, W, 3)`` in red, green and blue, smoothed."""
+    """Return smoothed optical densities relative to glass, ``(H, W, 3)`` in red, green and blue."""
     density = cv2.LUT(image, _DENSITY)
     density = cv2.GaussianBlur(density, (0, 0), max(_SMOOTH_UM / mpp, 0.5))
     step = int(np.ceil(np.sqrt(image.size / _SAMPLE)))
-    some, seen = density[::step, ::step], image[::step, ::step]
-    glass = some[(some.max(axis=2) < _GLASS) & (seen.min(axis=2) < _NEVER_SCANNED)]
-    if len(glass):  # the brightest tenth: in fat, what lies between the walls
+    density_sample, image_sample = density[::step, ::step], image[::step, ::step]
+    glass = density_sample[
+        (density_sample.max(axis=2) < _GLASS) & (image_sample.min(axis=2) < _NEVER_SCANNED)
+    ]
+    if len(glass):  # the brightest tenth: in fat, gaps between cell walls
         brightness = glass.sum(axis=1)
         tint = np.median(glass[brightness <= np.quantile(brightness, 0.1)], axis=0)
         grey = tint.mean()
-        density = density - np.clip(tint, grey - _MOST_TINT, grey + _MOST_TINT).astype(np.float32)
+        density = density - np.clip(tint, grey - _MAX_TINT, grey + _MAX_TINT).astype(np.float32)
     return density
 
 
@@ -117,12 +117,12 @@ def _disc(radius_px: float) -> np.ndarray:
     return np.asarray(cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side)))
 
 
-def _framed(mask: np.ndarray, mpp: float) -> np.ndarray:
-    """Add an empty margin, so that closing does not run along the picture's edge."""
+def _add_margin(mask: np.ndarray, mpp: float) -> np.ndarray:
+    """Add an empty margin, so that closing has no effect at the edges."""
     return np.pad(mask.astype(np.uint8), _margin(mpp))
 
 
-def _unframed(mask: np.ndarray, mpp: float) -> np.ndarray:
+def _remove_margin(mask: np.ndarray, mpp: float) -> np.ndarray:
     margin = _margin(mpp)
     return mask[margin:-margin, margin:-margin].astype(bool)
 
@@ -131,7 +131,7 @@ def _margin(mpp: float) -> int:
     return int(_GAP_UM / mpp) + 2
 
 
-def _large(mask: np.ndarray, mpp: float) -> np.ndarray:
-    """Keep the pieces that are not specks."""
-    _, labels, result, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
-    return mask & (result[:, cv2.CC_STAT_AREA] * (mpp / 1000) ** 2 >= _SMALLEST_MM2)[labels]
+def _remove_small(mask: np.ndarray, mpp: float) -> np.ndarray:
+    """Return a mask of the components of at least `_MIN_MM2`."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
+    return mask & (stats[:, cv2.CC_STAT_AREA] * (mpp / 1000) ** 2 >= _MIN_MM2)[labels]

@@ -1,9 +1,8 @@
-"""Slides: a classifier drawn on whole slides, and what QuPath opens.
+"""Classification of whole slides, with outputs for QuPath.
 
-``grids`` (where patches lie), ``inference`` (slides in, probabilities out, reading ahead), ``maps`` (the
-`SlideMap`), ``regions`` (cells above a threshold as polygons), ``geojson`` (for QuPath), ``summaries``
-(numbers of one slide), ``stitching`` (packs that know coordinates become slides again), ``outputs`` (the
-files of one slide) and ``cohorts`` (many slides, one after another, safe to interrupt).
+``grids`` (patches over the tissue), ``inference`` (logits of slides, with read-ahead), ``mapping`` (logits
+to maps), ``maps`` (the `SlideMap`, its regions and GeoJSON), ``stitching`` (slides reassembled from packs),
+``outputs`` (files and summary of one slide) and ``cohorts`` (many slides, resumable).
 
-A new output of a slide is one function of a `SlideMap` and one line in ``outputs``.
+To add an output, register a function of a `MappedSlide` in ``outputs``.
 """

@@ -1,14 +1,12 @@
-"""Many slides, one after another: named, read ahead, written by one thread, safe to interrupt and run again.
+"""Mapping of many slides, resumable and distributed over processes.
 
-Each slide gets a folder of its own, which is made under a temporary name and renamed when it is whole; in one
-that is there already only the files of an earlier map are replaced. Its ``summary.json``, written last, holds
-the request it was made for (slide, classifier, settings); a slide of the same request is not
-mapped again. ``status.csv`` names every slide and what became of it.
+Each slide has a folder, written under a temporary name and renamed when complete; in an existing folder only
+files of an earlier map are replaced. ``summary.json``, written last, contains the request (slide, classifier,
+settings); a slide with the same request is not mapped again. ``status.csv`` lists the status of every slide.
 
-Several processes share one folder with ``shard``: each takes slides that are neither finished nor claimed by
-another, its own share of the list first. What is finished is known by the slides' folders, so that
-``status.csv`` is the same whoever writes it last. With the engine ``ray`` the processes of a cluster map one
-slide each at a time, under its claim, and this process writes ``status.csv``.
+With ``shard``, several processes share one folder: each maps slides that are neither finished nor claimed by
+another process, starting with its share of the list. With the engine ``ray``, the processes of a cluster map
+one claimed slide each at a time, and this process writes ``status.csv``.
 """
 
 import contextlib
@@ -72,14 +70,13 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class SlideCohort:
-    """What came of mapping several slides.
+    """Result of mapping several slides.
 
     Attributes:
-        out: The folder that holds a folder a slide and ``status.csv``.
-        status: One row a slide: ``slide, source, status`` (``done`` or ``failed``), ``reason``,
-            ``n_patches``, ``mpp``, ``mpp_source``, ``positive_mm2``, ``out_of_distribution`` (share of the
-            checked patches that are out of distribution) and ``out_of_distribution_quantile`` (of
-            validation, where the classifier's limit lies).
+        out: Output folder, with one folder per slide and ``status.csv``.
+        status: One row per slide: ``slide, source, status`` (``done`` or ``failed``), ``reason``,
+            ``n_patches``, ``mpp``, ``mpp_source``, ``positive_mm2``, ``out_of_distribution`` (fraction of the
+            checked patches) and ``out_of_distribution_quantile`` (validation quantile of the limit).
     """
 
     out: Path
@@ -87,7 +84,7 @@ class SlideCohort:
 
     @property
     def failed(self) -> list[dict[str, str]]:
-        """The slides that could not be mapped: ``source`` and ``reason``."""
+        """Slides that could not be mapped: ``source`` and ``reason``."""
         failed = self.status[self.status["status"] == "failed"]
         return [{"source": row.source, "reason": row.reason} for row in failed.itertuples()]
 
@@ -95,7 +92,7 @@ class SlideCohort:
         return len(self.status)
 
     def __iter__(self) -> Iterator[SlideMap]:
-        """Read the maps that were made, one at a time."""
+        """Yield the maps, read one at a time."""
         for name in self.status.loc[self.status["status"] == "done", "slide"]:
             yield SlideMap.from_parquet(self.out / name / MAP)
 
@@ -119,8 +116,8 @@ def slide(
 ) -> SlideMap | SlideCohort:
     """Map whole slides: probabilities over the tissue, and files that open in QuPath.
 
-    A slide is read at the classifier's own resolution or not at all. One that cannot be read is named and
-    skipped; finished ones are not mapped again.
+    Slides are read at the resolution of the classifier. Unreadable slides are reported and skipped; finished
+    slides are not mapped again.
 
     Args:
         model: Finished run, classifier, bundle, folder of a WSInfer model, or the name of a shipped
@@ -132,28 +129,28 @@ def slide(
         mpp: Pixel size at level 0 in µm. Required for slides that do not record it.
         stride_um: Stride of the grid in µm (default: the patch size); with overlap, cells have the mean.
         detections: Also write every cell as a QuPath detection with its probabilities.
-        precision: Arithmetic: ``auto`` is bf16 where the processor has it; ``int8`` needs a bundle written
-            with ``export --int8``.
+        precision: Precision; ``auto`` is bf16 if the device supports it; ``int8`` needs a bundle written with
+            ``export --int8``.
         device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        tta: Test-time augmentation: ``none`` predicts one view of each patch, ``d4`` averages its eight
-            symmetries in eight times the time (default: the classifier's own, with which it was calibrated).
+        tta: Test-time augmentation: ``none``, or ``d4``, the mean over the eight symmetries of each patch at
+            eight times the cost (default: that with which the classifier was calibrated).
         trust_model: SHA-256 of a WSInfer model's TorchScript, which is code and runs only if its hash is
             given.
-        shard: ``I/N``: process I of N that share ``out``, on one machine or many. It begins with its share
-            of the slides, continues with any that no other process has finished or claimed, takes over
-            those of processes that died, and ends when all slides are done.
-        engine: ``ray`` maps the slides on a Ray cluster (extra ``ray``), one slide a core or a GPU; all
-            nodes must see slides and ``out`` under the same paths.
-        address: Ray cluster, such as ``HOST:6379`` (default: ``RAY_ADDRESS``, else one that runs here, else
-            one that is started for this command).
+        shard: ``I/N``: process I of N that share ``out``, on one or several machines. It starts with its
+            share of the slides, continues with slides not finished or claimed by others, takes over those of
+            processes that died, and ends when all slides are done.
+        engine: ``ray`` maps the slides on a Ray cluster (extra ``ray``), one slide per core or GPU; all nodes
+            must have slides and ``out`` under the same paths.
+        address: Address of the Ray cluster, such as ``HOST:6379`` (default: ``RAY_ADDRESS``, else a local
+            cluster, which is started if none is running).
         on_progress: Called with the numbers of patches done and in all of the current slide.
 
     Returns:
-        The map of one slide; of several a `SlideCohort`.
+        The `SlideMap` of one slide, or the `SlideCohort` of several.
 
     Raises:
-        RunError: If the model is none of these, or not trusted, or there is no such cluster.
-        MissingExtra: If Ray is wanted and not installed.
+        RunError: If the model cannot be loaded or is not trusted, or there is no such cluster.
+        MissingExtra: If the engine is ``ray`` and Ray is not installed.
         DataError: If a path does not exist or ``out`` is missing or in use.
         SlideError: If no slide could be mapped.
     """
@@ -165,7 +162,7 @@ def slide(
     first = None if shard is None else first_of_shard(shard, len(sources))
     if out is None:
         if not single or shard is not None or engine == "ray":
-            raise DataError("several slides, or several processes, need a place for the maps: pass out=DIR")
+            raise DataError("several slides or processes need an output folder: pass out=DIR")
         result = next(mapper.map(sources)).result
         if isinstance(result, DataError):
             raise result
@@ -183,18 +180,18 @@ def slide(
         place = _locate(model.path if isinstance(model, Run) else model)
         kind = mapper.device.partition(":")[0]
         arguments = (mpp, stride_um, detections, mapper.precision, kind, tta, trust_model, None)
-        map_rest = partial(_map_on_ray, out, mapper, partial(Mapper, place, *arguments), address)
+        map_unfinished = partial(_map_on_ray, out, mapper, partial(Mapper, place, *arguments), address)
     else:
-        map_rest = partial(_map_here, out, mapper)
+        map_unfinished = partial(_map_here, out, mapper)
     try:
         if first is None:
             with FileLock(out / LOCK, timeout=0), Claims(out) as claims, hold_outputs(out, STATUS):
                 if engine == "local" and claims.list_others():
-                    raise DataError(f"{out} is in use by processes with --shard: pass --shard I/N as they do")
-                cohort = _map_into(out, sources, mapper, map_rest)
+                    raise DataError(f"{out} is in use by processes with --shard: pass --shard I/N")
+                cohort = _map_into(out, sources, mapper, map_unfinished)
         else:
             with contextlib.suppress(NotImplementedError), FileLock(out / LOCK, timeout=_LOCK_S):
-                pass  # no process without --shard is at work
+                pass  # fails if a process without --shard is running
             with Claims(out) as claims:
                 cohort = _map_shard(out, [*sources[first:], *sources[:first]], sources, mapper, claims)
     except Timeout:
@@ -210,17 +207,17 @@ def _map_into(
     out: Path,
     sources: Sequence[Source],
     mapper: Mapper,
-    map_rest: Callable[[Sequence[Source], Record], None],
+    map_unfinished: Callable[[Sequence[Source], Record], None],
 ) -> SlideCohort:
-    """Map what is not finished yet; ``status.csv`` is written after every slide."""
-    looked = {source.name: _look(out, source, mapper) for source in sources}
-    rows = {source.name: looked[source.name] or _row(source, "waiting") for source in sources}
+    """Map unfinished slides; ``status.csv`` is written after every slide."""
+    finished = {source.name: _find_row(out, source, mapper) for source in sources}
+    rows = {source.name: finished[source.name] or _row(source, "waiting") for source in sources}
 
     def record(row: Row) -> None:
         rows[str(row["slide"])] = row
         _write_status(out, rows)
 
-    map_rest([source for source in sources if looked[source.name] is None], record)
+    map_unfinished([source for source in sources if finished[source.name] is None], record)
     return SlideCohort(out, _write_status(out, rows))
 
 
@@ -237,7 +234,7 @@ def _map_on_ray(
     sources: Sequence[Source],
     record: Record,
 ) -> None:
-    """Map slides in the processes of a Ray cluster, each of which opens the classifier once."""
+    """Map slides on a Ray cluster, whose processes open the classifier once."""
     paths = {source.name: source.path for source in sources}
     tasks = (
         (replace(source, path=_locate(source.path), pack=None), mapper.request(source)) for source in sources
@@ -262,9 +259,9 @@ def _prepare_worker(
         if source.index is not None:
             source = replace(source, pack=Pack.open(source.path))
         with Claims(out) as claims, claims.wait_for(source.name):
-            row = _look(out, source, mapper)
+            row = _find_row(out, source, mapper)
             if row is None and mapper.request(source) != request:
-                reason = "a node of the cluster has another slide there, or other versions"
+                reason = "slide or versions differ on a node of the cluster"
                 return _row(source, "failed", reason=reason)
             return row or _write(out, next(mapper.map([source])), mapper)
 
@@ -272,13 +269,13 @@ def _prepare_worker(
 
 
 def _locate(path: Any) -> Any:
-    """Return a path as other processes find it; what is no path of a file or folder stays as it is."""
+    """Return the absolute path of an existing file or folder, other values unchanged."""
     is_path = isinstance(path, str | Path) and os.path.exists(path)
     return Path(os.path.abspath(path)) if is_path else path
 
 
-def _look(out: Path, source: Source, mapper: Mapper) -> Row | None:
-    """Return a slide's row if it is finished or cannot be mapped, else None."""
+def _find_row(out: Path, source: Source, mapper: Mapper) -> Row | None:
+    """Return the row of a slide that is finished or cannot be mapped, else None."""
     try:
         request = mapper.request(source)
     except (OSError, DataError) as error:
@@ -295,7 +292,7 @@ def _look(out: Path, source: Source, mapper: Mapper) -> Row | None:
 
 
 def _map_all(mapper: Mapper, sources: Iterable[Source], write: Callable[[Mapped], None]) -> None:
-    """Map slides, one thread writing while the next slide is read."""
+    """Map slides; outputs are written by a thread while the next slide is read."""
     with ThreadPoolExecutor(1) as writer:
         mapper.meanwhile = lambda: writer.submit(prepare_to_draw)
         writing: Future[None] | None = None
@@ -310,13 +307,13 @@ def _map_all(mapper: Mapper, sources: Iterable[Source], write: Callable[[Mapped]
 def _map_shard(
     out: Path, ordered: Sequence[Source], sources: Sequence[Source], mapper: Mapper, claims: Claims
 ) -> SlideCohort:
-    """Map what no other process has finished, claimed or, since this one began, failed at; wait for those."""
+    """Map slides not finished, claimed or recently failed by other processes, and wait for the others."""
     started, by_name = claims.now(), {source.name: source for source in ordered}
 
     def is_finished(name: str) -> bool:
         failure = claims.folder / f"{name}{_FAILED}"
         has_failed = failure.exists() and failure.stat().st_mtime >= started
-        return has_failed or _look(out, by_name[name], mapper) is not None
+        return has_failed or _find_row(out, by_name[name], mapper) is not None
 
     def write(mapped: Mapped) -> None:
         name = mapped.source.name
@@ -331,14 +328,14 @@ def _map_shard(
         _map_all(mapper, (by_name[name] for name in names), write)
 
     share_work(claims, list(by_name), is_finished, work)
-    with claims.wait_for(STATUS), hold_outputs(out, STATUS):  # one process at a time gathers what there is
-        rows = {source.name: _gather(out, source, mapper, claims) for source in sources}
+    with claims.wait_for(STATUS), hold_outputs(out, STATUS):  # one process at a time
+        rows = {source.name: _collect_row(out, source, mapper, claims) for source in sources}
         return SlideCohort(out, _write_status(out, rows))
 
 
-def _gather(out: Path, source: Source, mapper: Mapper, claims: Claims) -> Row:
-    """Return the row of a slide that this or another process has mapped or failed at."""
-    if (row := _look(out, source, mapper)) is not None:
+def _collect_row(out: Path, source: Source, mapper: Mapper, claims: Claims) -> Row:
+    """Return the row of a slide mapped by any process, or failed."""
+    if (row := _find_row(out, source, mapper)) is not None:
         return row
     return _row(source, "failed", reason=read_json(claims.folder / f"{source.name}{_FAILED}")["reason"])
 

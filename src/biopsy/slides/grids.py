@@ -1,4 +1,4 @@
-"""Where the patches of a slide lie: a grid in the classifier's own pixels, kept where there is tissue."""
+"""Grids of patches over the tissue of a slide."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,27 +9,29 @@ from biopsy.core.errors import SlideError
 from biopsy.slide_io.coverage import share_of_mask
 from biopsy.slide_io.tissue import MIN_TISSUE_FRAC
 
-_READ_PX = 6_000_000  # pixels of the file read at once: 24 MB as OpenSlide gives them
-_CELLS_AT_ONCE = 2**22  # of the grid, while patches with tissue are sought: 0.1 GB
-_READ_PATCHES = 4096  # with overlap a piece holds many more patches than fit side by side
-_READ_ROWS = 512  # rows of the file in one reading: low and wide, so that a row of tiles stays in its cache
+_READ_PX = 6_000_000  # pixels of the file per block: 24 MB in OpenSlide
+_CELLS_AT_ONCE = 2**22  # grid positions checked for tissue at once: 0.1 GB
+_READ_PATCHES = 4096  # patches per block, a limit for overlapping patches
+_READ_ROWS = 512  # rows of the file per block: wide blocks make use of OpenSlide's tile cache
 
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """Patches on a grid that starts at a slide's corner.
+    """Patches on a grid that starts at the corner of a slide.
+
+    "Patch pixels" are pixels at the resolution of the classifier.
 
     Attributes:
-        column: Place of each patch in steps from the left, int ``(n,)``.
-        row: Place of each patch in steps from the top.
-        patch_px: Side of a patch, in the pixels that the classifier sees.
-        stride_px: Step of the grid; divides ``patch_px``.
-        scale: Level-0 pixels in such a pixel.
-        slide_mpp: Micrometres per pixel of the slide's level 0.
-        width: Of the slide at level 0.
-        height: Of the slide at level 0.
-        origin_px: Where column 0 and row 0 lie, in pixels that the classifier sees.
-        corner: Where what was scanned begins at level 0: QuPath counts from there.
+        column: Column of each patch in strides, int ``(n,)``.
+        row: Row of each patch in strides.
+        patch_px: Side of a patch in patch pixels.
+        stride_px: Stride in patch pixels; divides ``patch_px``.
+        scale: Level-0 pixels per patch pixel.
+        slide_mpp: Pixel size at level 0 in µm.
+        width: Width of the slide at level 0.
+        height: Height of the slide at level 0.
+        origin_px: Position of column 0 and row 0 in patch pixels.
+        corner: Corner of the scanned bounds at level 0, the origin of coordinates in QuPath.
     """
 
     column: np.ndarray
@@ -48,17 +50,17 @@ class PatchGrid:
 
     @property
     def mpp(self) -> float:
-        """Micrometres per pixel of a patch: the classifier's, or within 1 % of it."""
+        """Pixel size of the patches in µm, within 1 % of the classifier's."""
         return self.scale * self.slide_mpp
 
     @property
     def x_px(self) -> np.ndarray:
-        """Left edge of each patch in pixels that the classifier sees."""
+        """Left edge of each patch in patch pixels."""
         return self.origin_px[0] + self.column * self.stride_px
 
     @property
     def y_px(self) -> np.ndarray:
-        """Upper edge of each patch in pixels that the classifier sees."""
+        """Upper edge of each patch in patch pixels."""
         return self.origin_px[1] + self.row * self.stride_px
 
     @property
@@ -73,12 +75,12 @@ class PatchGrid:
 
     @property
     def steps(self) -> int:
-        """How many steps of the grid a patch's side spans: 1 without overlap."""
+        """Number of strides per patch side: 1 without overlap."""
         return self.patch_px // self.stride_px
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns of the cells that the patches cover, a cell being one step a side."""
+        """Numbers of rows and columns of the cells covered by patches; the side of a cell is one stride."""
         return int(self.row.max()) + self.steps, int(self.column.max()) + self.steps
 
     @property
@@ -89,16 +91,16 @@ class PatchGrid:
 
 @dataclass(frozen=True)
 class Block:
-    """Patches read from the file in one piece.
+    """Patches read from the file as one image.
 
     Attributes:
-        index: Which patches of the grid, int ``(n,)``.
-        x: Left edge of the piece at level 0, with its fraction of a pixel.
+        index: Indices of the patches in the grid, int ``(n,)``.
+        x: Left edge of the block at level 0, with fractions of a pixel.
         y: Upper edge at level 0.
-        width_px: Width in pixels that the classifier sees.
-        height_px: Height.
-        left: Left edge of each patch within the piece, int ``(n,)``.
-        top: Upper edge of each patch within the piece.
+        width_px: Width in patch pixels.
+        height_px: Height in patch pixels.
+        left: Left edge of each patch in the block, int ``(n,)``.
+        top: Upper edge of each patch in the block.
     """
 
     index: np.ndarray
@@ -110,7 +112,7 @@ class Block:
     top: np.ndarray
 
     def cut(self, image: np.ndarray, patch_px: int, part: slice = slice(None)) -> np.ndarray:
-        """Cut patches ``(n, patch_px, patch_px, 3)`` out of the piece ``(height_px, width_px, 3)``."""
+        """Return patches ``(n, patch_px, patch_px, 3)`` of the image of the block."""
         patches = np.empty((len(self.index[part]), patch_px, patch_px, 3), np.uint8)
         for patch, left, top in zip(patches, self.left[part], self.top[part], strict=True):
             patch[:] = image[top : top + patch_px, left : left + patch_px]
@@ -118,13 +120,13 @@ class Block:
 
 
 def pick_stride(patch_px: int, mpp: float, stride_um: float | None) -> int:
-    """Return the step of a grid in pixels of ``mpp``; None steps by whole patches.
+    """Return the stride in pixels at ``mpp`` (default: ``patch_px``).
 
-    A step cuts the side of a patch into equal parts of whole pixels, so that every cell of the map is
-    covered by the same number of patches and areas are exact.
+    A stride must divide the side of a patch, so that every cell is covered by the same number of patches and
+    areas are exact.
 
     Raises:
-        SlideError: If it does not, naming the steps on both sides that do.
+        SlideError: If it does not; with the closest strides that do.
 
     Example:
         >>> pick_stride(50, 4.0, 100.0)
@@ -138,8 +140,8 @@ def pick_stride(patch_px: int, mpp: float, stride_um: float | None) -> int:
             return step
     near = sorted(possible, key=lambda step: abs(step * mpp - stride_um))[:3]
     raise SlideError(
-        f"stride_um={stride_um:g} does not cut a patch of {patch_px * mpp:g} um into equal parts of whole "
-        f"pixels; near it are {', '.join(f'{step * mpp:g}' for step in sorted(near))} um"
+        f"stride_um={stride_um:g} does not divide a patch of {patch_px * mpp:g} um into equal parts of whole "
+        f"pixels; the closest are {', '.join(f'{step * mpp:g}' for step in sorted(near))} um"
     )
 
 
@@ -154,20 +156,20 @@ def lay_grid(
     stride_px: int | None = None,
     corner: tuple[int, int] = (0, 0),
 ) -> PatchGrid:
-    """Lay a grid over a slide and keep the patches of which at least half is tissue.
+    """Return the grid of patches of a slide that are at least half tissue.
 
-    Patches lie wholly inside the slide: what is left at its right and lower edge, less than a patch, is not
+    Patches are wholly inside the slide; a margin of less than a patch at the right and lower edge is not
     mapped.
 
     Args:
-        tissue: Where tissue is, bool ``(H, W)`` over the whole slide at any scale.
-        width: Of the slide at level 0.
-        height: Of the slide at level 0.
-        slide_mpp: Micrometres per pixel of level 0.
-        scale: Level-0 pixels in a pixel that the classifier sees.
-        patch_px: Side of a patch in pixels that the classifier sees.
-        stride_px: Step in the same pixels; by default a whole patch.
-        corner: Where what was scanned begins at level 0.
+        tissue: Tissue mask, bool ``(H, W)`` of the whole slide at any scale.
+        width: Width of the slide at level 0.
+        height: Height of the slide at level 0.
+        slide_mpp: Pixel size at level 0 in µm.
+        scale: Level-0 pixels per patch pixel.
+        patch_px: Side of a patch in patch pixels.
+        stride_px: Stride in patch pixels (default: ``patch_px``).
+        corner: Corner of the scanned bounds at level 0.
 
     Raises:
         SlideError: If the slide is smaller than a patch, or no patch is half tissue.
@@ -183,30 +185,29 @@ def lay_grid(
         )
     across, down = scale * tissue.shape[1] / width, scale * tissue.shape[0] / height
     left = np.arange(n_columns) * stride_px * across
-    kept, fullest = [], 0.0
+    positions, max_fraction = [], 0.0
     n_at_once = max(1, _CELLS_AT_ONCE // n_columns)
     for first in range(0, n_rows, n_at_once):
         top = np.arange(first, min(n_rows, first + n_at_once)) * stride_px * down
         share = share_of_mask(tissue, left, top, patch_px * across, patch_px * down)
-        kept.append(np.argwhere(share >= MIN_TISSUE_FRAC) + np.array([first, 0]))
-        fullest = max(fullest, float(share.max()))
-    row, column = np.concatenate(kept).T
+        positions.append(np.argwhere(share >= MIN_TISSUE_FRAC) + np.array([first, 0]))
+        max_fraction = max(max_fraction, float(share.max()))
+    row, column = np.concatenate(positions).T
     if not len(row):
         raise SlideError(
-            f"none of {n_rows * n_columns:,} patches of {patch_um:.0f} um is half tissue; the fullest holds "
-            f"{fullest:.0%}"
+            f"none of {n_rows * n_columns:,} patches of {patch_um:.0f} um is half tissue; the maximum is "
+            f"{max_fraction:.0%}"
         )
     return PatchGrid(column, row, patch_px, stride_px, scale, slide_mpp, width, height, corner=corner)
 
 
 def cut_blocks(grid: PatchGrid, downsample: float) -> Iterator[Block]:
-    """Return the pieces in which a grid's patches are read, row by row.
+    """Yield the blocks in which the patches of a grid are read, row by row.
 
-    Patches of a piece lie close together, so that each tile of the file is decoded once and then cut; a piece
-    is read no larger than a few megapixels, whatever the slide's size.
+    Blocks have neighbouring patches, so that each tile is decoded once, and a few megapixels.
 
     Args:
-        downsample: Side of a pixel that the classifier sees, in pixels of the level that is read.
+        downsample: Side of a patch pixel in pixels of the level that is read.
     """
     rows_px = max(grid.patch_px, int(_READ_ROWS / downsample))
     columns_px = max(grid.patch_px, int(_READ_PX / downsample**2 / rows_px))

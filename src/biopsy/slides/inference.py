@@ -1,9 +1,8 @@
-"""Slides in, logits out: threads read ahead, across slides, and each tile of a file is decoded once.
+"""Inference on slides, with threads that read ahead.
 
-On the CPU every thread reads a piece of a slide, cuts it and asks the network about small batches by itself:
-batches that stay in a core's cache, and no core that waits for another. On a GPU the threads read, cut and
-resize, and the network is asked in large batches from one place. Either way a few pieces are in memory at a
-time, whatever the slide's size, and a patch's logits do not depend on how many threads there are.
+On the CPU, every thread reads blocks of a slide and predicts their patches in small batches, which fit into
+the cache of a core. On a GPU, threads read and resize, and one thread predicts in large batches. Only a few
+blocks are in memory at a time, and logits do not depend on the number of threads.
 """
 
 import contextlib
@@ -27,11 +26,11 @@ from biopsy.slides.grids import Block, PatchGrid, cut_blocks, lay_grid, pick_str
 
 OnProgress = Callable[[int, int], None]
 
-N_CHECKED = 250  # patches of a slide that are compared with training: their share is known to 3 % or better
+N_CHECKED = 250  # patches per slide checked for being out of distribution; standard error of at most 3 %
 
 
 class SlideTask(NamedTuple):
-    """A slide to be mapped: where it lies, and its mpp where the user states one."""
+    """Path of a slide, and its mpp if given by the user."""
 
     path: Path
     mpp: float | None = None
@@ -39,16 +38,16 @@ class SlideTask(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """A slide that is open, and what of it is mapped.
+    """An open slide with the grid of its patches.
 
     Attributes:
         slide: The open slide.
         thumbnail: The whole slide, uint8 ``(H, W, 3)``.
-        tissue: Where its tissue is, bool ``(H, W)``.
+        tissue: Tissue mask, bool ``(H, W)``.
         grid: The patches.
-        downsample: Side of a pixel that the classifier sees, in pixels of the level that is read.
+        downsample: Side of a patch pixel in pixels of the level that is read.
         level: The level that is read.
-        checked: Which patches are compared with training, bool ``(n_patches,)``.
+        checked: Mask of patches checked for being out of distribution, bool ``(n_patches,)``.
     """
 
     slide: Slide
@@ -61,32 +60,31 @@ class View:
 
 
 class SlideLogits(NamedTuple):
-    """What became of a slide: its view and logits ``(n, n_classes)``, or the reason why there are none.
+    """View and logits ``(n, n_classes)`` of a slide, or the error.
 
-    ``software`` is the name and version of what computed them, ``unlike`` says of the patches that were
-    checked which are out of distribution, in the order of the grid, bool ``(n_checked,)``.
+    ``software`` is the name and version of the runtime, ``is_ood`` marks the checked patches that are out of
+    distribution, in the order of the grid, bool ``(n_checked,)``.
     """
 
     task: SlideTask
     view: View | None
     logits: np.ndarray | None
     software: tuple[str, str]
-    unlike: np.ndarray
+    is_ood: np.ndarray
     error: DataError | None = None
 
 
 def open_view(task: SlideTask, classifier: Classifier, stride_um: float | None = None) -> View:
-    """Open a slide, find its tissue and lay the classifier's grid over it.
+    """Open a slide, detect its tissue and make the grid of patches.
 
     Raises:
-        SlideError: If the slide cannot be read at the classifier's resolution, has no tissue, or the
-            classifier does not know its resolution.
+        SlideError: If the slide cannot be read at the resolution of the classifier, has no tissue, or the
+            classifier has no resolution.
     """
     info = classifier.info
     if info.mpp is None:
         raise SlideError(
-            "the classifier does not say at how many um/px its patches were cut: prepare its pack with --mpp "
-            "and train again"
+            "the classifier has no pixel size (um/px): prepare its pack with --mpp and train again"
         )
     slide = open_slide(task.path, mpp=task.mpp)
     try:
@@ -121,15 +119,15 @@ def predict_slides(
     n_threads: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Iterator[SlideLogits]:
-    """Return the logits of every patch of every slide, slide by slide in their order.
+    """Yield the logits of each slide, in order.
 
-    While one slide is asked about, the next is opened and read. A slide that fails does not stop the others.
+    The next slide is opened and read while one is predicted. Errors of a slide do not stop the others.
 
     Args:
         device: ``cpu``, ``cuda``, ``cuda:1`` ...
-        stride_um: Step of the grid; by default a patch's side.
-        n_threads: Threads that read; by default one a core.
-        on_progress: Called with patches done and patches in all of the slide at hand.
+        stride_um: Stride in µm (default: the patch size).
+        n_threads: Number of reading threads (default: number of cores).
+        on_progress: Called with the numbers of patches done and in all of the current slide.
     """
     n_threads = n_threads or count_cores()
     waiting: deque[_Piece] = deque()
@@ -137,10 +135,10 @@ def predict_slides(
         pool = ThreadPoolExecutor(n_threads)
         stack.callback(pool.shutdown, cancel_futures=True)
         ahead = _ReadAhead(tasks, pool, lambda task: open_view(task, classifier, stride_um))
-        # made while the first slide is being opened
+        # the runtime is opened while the first slide is being read
         runtime = stack.enter_context(open_runtime(classifier, device, precision, n_threads=n_threads))
         network = _Network(runtime, classifier)
-        slide = _Gathered(network)
+        slide = _LogitsCollector(network)
         for piece in ahead.read(network):
             waiting.append(piece)
             while len(waiting) > 2 * n_threads:
@@ -152,17 +150,17 @@ def predict_slides(
 
 
 class _Piece(NamedTuple):
-    """A part of a slide on its way: its result comes; the last of a slide has no block."""
+    """A block of a slide with its pending result; the last piece of a slide has no block."""
 
     task: SlideTask
     view: View | None
     block: Block | None = None
-    coming: "Future[_Found | tuple[np.ndarray, np.ndarray]] | None" = None
+    coming: "Future[_BlockOutputs | tuple[np.ndarray, np.ndarray]] | None" = None
     error: DataError | None = None
 
 
-class _Found(NamedTuple):
-    """What a network says of a piece: logits, and its checked patches with their features."""
+class _BlockOutputs(NamedTuple):
+    """Logits of a block, and its checked patches with their features."""
 
     logits: np.ndarray
     checked: np.ndarray
@@ -170,13 +168,13 @@ class _Found(NamedTuple):
 
 
 class _Network(NamedTuple):
-    """A network on its way over slides."""
+    """A runtime and its classifier, applied to blocks of slides."""
 
     runtime: Runtime
     classifier: Classifier
 
-    def read(self, view: View, block: Block) -> _Found | tuple[np.ndarray, np.ndarray]:
-        """Read a piece in a thread; return its logits, or the patches where one thread predicts for all."""
+    def read(self, view: View, block: Block) -> _BlockOutputs | tuple[np.ndarray, np.ndarray]:
+        """Read a block; return its outputs, or its patches if one thread predicts for all."""
         grid = view.grid
         image = view.slide.read_at(block.x, block.y, block.width_px, block.height_px, mpp=grid.mpp)
         patches = block.cut(image, grid.patch_px)
@@ -184,62 +182,62 @@ class _Network(NamedTuple):
         checked = patches[view.checked[block.index]]
         return self.predict(resized, checked) if self.runtime.in_threads else (resized, checked)
 
-    def predict(self, resized: np.ndarray, checked: np.ndarray) -> _Found:
-        """Ask about a piece: all its patches at the network's size, the checked ones as they were cut."""
+    def predict(self, resized: np.ndarray, checked: np.ndarray) -> _BlockOutputs:
+        """Return the outputs of a block of resized patches, and of its checked patches before resizing."""
         logits = self.runtime.logits(resized)
         features = (
             self.runtime.logits_and_features(checked)[1] if len(checked) else np.zeros((0, 0), np.float32)
         )
-        return _Found(logits, checked, features)
+        return _BlockOutputs(logits, checked, features)
 
-    def find_unlike(self, pieces: list[_Found]) -> np.ndarray:
-        """Return which checked patches of a slide are out of distribution, bool ``(n_checked,)``."""
-        known = [piece for piece in pieces if len(piece.checked)]
-        if not known:
+    def find_ood(self, pieces: list[_BlockOutputs]) -> np.ndarray:
+        """Return a mask of checked patches that are out of distribution, bool ``(n_checked,)``."""
+        checked_pieces = [piece for piece in pieces if len(piece.checked)]
+        if not checked_pieces:
             return np.zeros(0, bool)
-        checked = np.concatenate([piece.checked for piece in known])
-        features = np.concatenate([piece.features for piece in known])
+        checked = np.concatenate([piece.checked for piece in checked_pieces])
+        features = np.concatenate([piece.features for piece in checked_pieces])
         return out_of_distribution_scores(self.classifier, checked, None, features)[
             "out_of_distribution"
         ].to_numpy()
 
 
-class _Gathered:
-    """The logits of one slide after the other, put together from their pieces."""
+class _LogitsCollector:
+    """Collector of the logits of slides from their pieces."""
 
     def __init__(self, network: _Network) -> None:
         self._network = network
         self._logits: np.ndarray | None = None
-        self._checked: list[_Found] = []
-        self._places: list[np.ndarray] = []  # of the checked patches of each piece, in the grid
+        self._checked: list[_BlockOutputs] = []
+        self._indices: list[np.ndarray] = []  # grid indices of the checked patches of each piece
         self._error: DataError | None = None
         self._done = 0
 
     def add(self, piece: _Piece, on_progress: OnProgress | None) -> SlideLogits | None:
-        """Take a piece; gives the slide's result when it was the last one."""
+        """Add a piece; return the result of the slide if it was the last one."""
         if piece.block is None:
-            whole = SlideLogits(
+            slide_logits = SlideLogits(
                 piece.task,
                 piece.view,
                 self._logits,
                 self._network.runtime.software,
-                self._find_unlike(),
+                self._find_ood(),
                 piece.error or self._error,
             )
             if piece.view is not None:
                 piece.view.slide.close()
             self.__init__(self._network)  # type: ignore[misc]
-            return whole
+            return slide_logits
         assert piece.view is not None and piece.coming is not None
         try:
             result = piece.coming.result()
-            if not isinstance(result, _Found):
+            if not isinstance(result, _BlockOutputs):
                 result = self._network.predict(*result)
             if self._logits is None:
                 self._logits = np.empty((len(piece.view.grid), result.logits.shape[1]), np.float32)
             self._logits[piece.block.index] = result.logits
             self._checked.append(result._replace(logits=result.logits[:0]))
-            self._places.append(piece.block.index[piece.view.checked[piece.block.index]])
+            self._indices.append(piece.block.index[piece.view.checked[piece.block.index]])
         except DataError as error:
             self._error = self._error or error
         self._done += len(piece.block.index)
@@ -247,14 +245,14 @@ class _Gathered:
             on_progress(self._done, len(piece.view.grid))
         return None
 
-    def _find_unlike(self) -> np.ndarray:
-        """Return `SlideLogits.unlike`: in the order of the grid, not of the pieces."""
-        unlike = self._network.find_unlike(self._checked)
-        return unlike[np.argsort(np.concatenate(self._places))] if len(unlike) else unlike
+    def _find_ood(self) -> np.ndarray:
+        """Return `SlideLogits.is_ood`, in the order of the grid."""
+        is_ood = self._network.find_ood(self._checked)
+        return is_ood[np.argsort(np.concatenate(self._indices))] if len(is_ood) else is_ood
 
 
 class _ReadAhead:
-    """Hands slides to the threads piece by piece; a slide is opened while the one before it is read."""
+    """Scheduler of blocks of slides; a slide is opened while the previous one is read."""
 
     def __init__(
         self, tasks: Iterable[SlideTask], pool: ThreadPoolExecutor, open_task: Callable[[SlideTask], View]
@@ -266,7 +264,7 @@ class _ReadAhead:
         self._open_next()
 
     def read(self, network: _Network) -> Iterator[_Piece]:
-        """Return the pieces of all slides as they are handed out, and the end of each slide."""
+        """Yield the pieces of all slides."""
         while self._opening:
             task, opened = self._opening.popleft()
             try:

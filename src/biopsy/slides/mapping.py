@@ -1,4 +1,4 @@
-"""One classifier and its settings applied to slides of any origin; from logits to a map."""
+"""Mapping of slides and packs by a classifier."""
 
 import platform
 from collections import deque
@@ -37,13 +37,13 @@ def make_map(
     picture: np.ndarray | None = None,
     ood: np.ndarray | None = None,
 ) -> SlideMap:
-    """Turn a slide's logits into its map, as the classifier reads them.
+    """Return the map of a slide's logits.
 
     Raises:
-        SlideError: If the classifier's outputs are no numbers.
+        SlideError: If the classifier's outputs are not numbers.
     """
-    places = pd.DataFrame({"x": grid.x_px, "y": grid.y_px, "slide_id": name, "patient_id": name})
-    info, probs = classifier.info, classifier.probs(classifier.add_context(logits, places))
+    coordinates = pd.DataFrame({"x": grid.x_px, "y": grid.y_px, "slide_id": name, "patient_id": name})
+    info, probs = classifier.info, classifier.probs(classifier.add_context(logits, coordinates))
     checked, abstained = check_probs(probs, name), classifier.abstains(probs)
     return SlideMap(
         name,
@@ -60,7 +60,7 @@ def make_map(
 
 
 def _describe_model(classifier: Classifier, precision: str, device: str) -> dict[str, Any]:
-    """Say which classifier answered, on what and with which versions."""
+    """Return classifier, device, precision and versions of a map."""
     from biopsy import __version__
 
     info = classifier.info
@@ -89,17 +89,17 @@ def _describe_model(classifier: Classifier, precision: str, device: str) -> dict
 
 
 def is_calibrated(classifier: Classifier) -> bool:
-    """Return whether the classifier's probabilities were calibrated."""
+    """Return whether the classifier is calibrated."""
     return classifier.info.calibrator.get("method", "none") != "none"
 
 
 def repeat_command(source: Path, model: object, settings: Mapping[str, object]) -> str:
-    """Return the command that maps a slide again; folders are left to the reader."""
+    """Return the command that maps a slide again, without folders."""
     if isinstance(model, Classifier):
-        named = "CLASSIFIER"
+        model_name = "CLASSIFIER"
     else:
-        named = str(model) if is_on_hub(model) else Path(str(getattr(model, "path", model))).name
-    words = ["biopsy", "slide", named, printable(source.name), "--out", "DIR"]
+        model_name = str(model) if is_on_hub(model) else Path(str(getattr(model, "path", model))).name
+    words = ["biopsy", "slide", model_name, printable(source.name), "--out", "DIR"]
     for flag, value in settings.items():
         if value is True:
             words.append(f"--{flag}")
@@ -109,17 +109,17 @@ def repeat_command(source: Path, model: object, settings: Mapping[str, object]) 
 
 
 class Mapped(NamedTuple):
-    """A slide with its map, or the reason why there is none."""
+    """A slide with its map, or the error."""
 
     source: Source
     result: MappedSlide | DataError
 
 
 class Mapper:
-    """A classifier ready to be asked; the parameters are those of `biopsy.slide`.
+    """A classifier with settings; the parameters are those of `biopsy.slide`.
 
-    ``meanwhile`` is called once, when the first patches of a file have been asked about; ``n_threads`` is how
-    many threads read files and predict (default: one a core).
+    ``meanwhile`` is called once, after the first predicted patches; ``n_threads`` is the number of reading
+    and predicting threads (default: number of cores).
     """
 
     def __init__(
@@ -147,10 +147,10 @@ class Mapper:
         self._mpp, self._on_progress = mpp, on_progress
         self._requests: dict[str, dict[str, object]] = {}
         self._kind = self.device.partition(":")[0]
-        self._about = _describe_model(self.classifier, self.precision, self._kind)
+        self._metadata = _describe_model(self.classifier, self.precision, self._kind)
 
     def request(self, source: Source) -> dict[str, object]:
-        """Return everything that defines a slide's outputs; the slide is read for it once."""
+        """Return the request that defines the outputs of a slide, cached since the slide is hashed."""
         if source.name not in self._requests:
             self._requests[source.name] = self._describe_request(source)
         return self._requests[source.name]
@@ -162,18 +162,18 @@ class Mapper:
             "stride_um": self.stride_um,
             "detections": self.detections,
             "outputs": list_files(),
-            "classifier": self._about["classifier"]["sha256"],
+            "classifier": self._metadata["classifier"]["sha256"],
             "precision": self.precision,
             "device": self._kind,
             "runtimes": list_runtimes(),
-            "biopsy": self._about["versions"]["biopsy"],
+            "biopsy": self._metadata["versions"]["biopsy"],
         }
 
     def map(self, sources: Iterable[Source]) -> Iterator[Mapped]:
-        """Map slides in their order; of those that are files, the next is taken and read ahead."""
+        """Yield the map of each slide, in order; slide files are read ahead."""
         for are_stitched, group in groupby(sources, lambda source: source.pack is not None):
-            map_them = self._map_stitched_all if are_stitched else self._map_files
-            yield from map_them(group)
+            map_sources = self._map_stitched_all if are_stitched else self._map_files
+            yield from map_sources(group)
 
     def _map_stitched_all(self, sources: Iterator[Source]) -> Iterator[Mapped]:
         return map(self._map_stitched, sources)
@@ -216,7 +216,7 @@ class Mapper:
     def _make_map(self, source: Source, result: SlideLogits) -> SlideMap:
         assert result.view is not None and result.logits is not None
         view = result.view
-        place = {
+        resolution = {
             "slide": view.slide.mpp,
             "source": view.slide.mpp_source,
             "classifier": self.classifier.info.mpp,
@@ -229,10 +229,10 @@ class Mapper:
             view.grid,
             result.logits,
             self.classifier,
-            about=self._describe(source, place, result.software)
-            | {"out_of_distribution": _measure_out_of_distribution(result.unlike, self.classifier)},
+            about=self._describe(source, resolution, result.software)
+            | {"out_of_distribution": _measure_out_of_distribution(result.is_ood, self.classifier)},
             picture=view.thumbnail,
-            ood=_spread(view.checked, result.unlike),
+            ood=_expand_to_grid(view.checked, result.is_ood),
         )
 
     def _map_stitched(self, source: Source) -> Mapped:
@@ -240,13 +240,13 @@ class Mapper:
 
         assert source.pack is not None and source.index is not None
         if self.stride_um is not None:
-            raise DataError(f"{source.path} holds patches as they were cut: --stride-um is for whole slides")
+            raise DataError(f"{source.path} is a pack of patches: --stride-um is for whole slides")
         try:
             self.classifier.check_pack(source.pack)
             stitched = stitch_slide(source.pack, source.name, source.index, mpp=source.mpp)
             engine = Engine(self.device, self.precision)
             logits = predict_stitched(source.pack, source.index, self.classifier, engine=engine)
-            place = {
+            resolution = {
                 "slide": stitched.grid.slide_mpp,
                 "source": "pack" if source.pack.info.mpp else "stated",
                 "classifier": self.classifier.info.mpp,
@@ -256,7 +256,7 @@ class Mapper:
                 stitched.grid,
                 logits,
                 self.classifier,
-                about=self._describe(source, place, ("torch", version("torch"))),
+                about=self._describe(source, resolution, ("torch", version("torch"))),
                 picture=stitched.picture,
             )
         except DataError as error:
@@ -265,7 +265,7 @@ class Mapper:
         return Mapped(source, MappedSlide(slide_map, target=target, detections=self.detections))
 
     def _describe(
-        self, source: Source, place: Mapping[str, object], software: tuple[str, str]
+        self, source: Source, resolution: Mapping[str, object], software: tuple[str, str]
     ) -> dict[str, object]:
         settings = {
             "mpp": source.mpp,
@@ -276,27 +276,27 @@ class Mapper:
         }
         return {
             "source": printable(source.path.name),
-            "mpp": place,
-            **self._about,
-            "versions": dict([*self._about["versions"].items(), software]),
+            "mpp": resolution,
+            **self._metadata,
+            "versions": dict([*self._metadata["versions"].items(), software]),
             "command": repeat_command(source.path, self._model, settings),
         }
 
 
-def _spread(checked: np.ndarray, unlike: np.ndarray) -> np.ndarray | None:
-    """Return what was found of the checked patches by patch, NaN for the others; None where none was."""
-    if not len(unlike):
+def _expand_to_grid(checked: np.ndarray, is_ood: np.ndarray) -> np.ndarray | None:
+    """Return values of the checked patches by patch, NaN for the others; None without checked patches."""
+    if not len(is_ood):
         return None
     ood = np.full(len(checked), np.nan, np.float32)
-    ood[checked] = unlike
+    ood[checked] = is_ood
     return ood
 
 
-def _measure_out_of_distribution(unlike: np.ndarray, classifier: Classifier) -> OutOfDistributionShare | None:
-    """Return how much of a slide is out of distribution; None where the classifier cannot tell."""
+def _measure_out_of_distribution(is_ood: np.ndarray, classifier: Classifier) -> OutOfDistributionShare | None:
+    """Return the fraction of out-of-distribution patches; None without reference statistics."""
     reference = classifier.info.out_of_distribution
-    if reference is None or not len(unlike):
+    if reference is None or not len(is_ood):
         return None
     return OutOfDistributionShare(
-        n_checked=len(unlike), share=float(unlike.mean()), quantile=reference["quantile"]
+        n_checked=len(is_ood), share=float(is_ood.mean()), quantile=reference["quantile"]
     )

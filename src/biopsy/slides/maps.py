@@ -33,7 +33,7 @@ _CLASSES = ("class_names", "positive_class", "threshold")
 
 
 class _Grid(BaseModel):
-    """What a map's metadata says of its grid; see `PatchGrid`."""
+    """Grid in the metadata of a map; see `PatchGrid`."""
 
     patch_px: PositiveInt
     stride_px: PositiveInt
@@ -46,7 +46,7 @@ class _Grid(BaseModel):
 
 
 class _Document(BaseModel):
-    """What a map's metadata says; see `SlideMap`."""
+    """Metadata of a map; see `SlideMap`."""
 
     name: str
     class_names: list[str] = Field(min_length=2)
@@ -58,7 +58,7 @@ class _Document(BaseModel):
     @model_validator(mode="after")
     def _require_classes(self) -> "_Document":
         if len(set(self.class_names)) < len(self.class_names):
-            raise ValueError("a class stands twice")
+            raise ValueError("a class is repeated")
         if self.positive_class not in (None, *self.class_names):
             raise ValueError(f"the positive class {self.positive_class!r} is no class")
         return self
@@ -66,21 +66,20 @@ class _Document(BaseModel):
 
 @dataclass(frozen=True)
 class SlideMap:
-    """What a classifier says of one slide, patch by patch.
+    """Predictions of a classifier on one slide.
 
     Attributes:
-        name: The slide's name.
-        grid: Where the patches lie.
+        name: Name of the slide.
+        grid: Grid of the patches.
         probs: Probability of each class, float32 ``(n_patches, n_classes)``.
-        abstained: Where no decision is given, bool ``(n_patches,)``.
-        class_names: The classes, in the order of ``probs``.
-        positive_class: The class that is sought; None for more than two.
-        threshold: The probability of the positive class from which a cell is called positive; None takes
-            the likeliest class.
-        about: How it was made: classifier, where the mpp came from, versions.
-        picture: The slide at low resolution, uint8 ``(H, W, 3)``; None where it was not kept.
-        ood: 1 where a patch is out-of-distribution, 0 where not, NaN where it was not checked, float
-            ``(n_patches,)``; None where no patch was.
+        abstained: Mask of abstentions, bool ``(n_patches,)``.
+        class_names: Class names, in the order of ``probs``.
+        positive_class: The positive class; None for more than two classes.
+        threshold: Decision threshold on the positive probability; None for the most probable class.
+        about: Provenance: classifier, resolution, versions.
+        picture: Thumbnail of the slide, uint8 ``(H, W, 3)``; None if not available.
+        ood: 1 if a patch is out of distribution, 0 if not, NaN if not checked, float ``(n_patches,)``; None
+            if no patch was checked.
     """
 
     name: str
@@ -117,19 +116,19 @@ class SlideMap:
         return (self.grid.cell_um / 1000) ** 2
 
     def cells(self) -> np.ndarray:
-        """Return the probabilities by cell, ``(rows, columns, n_classes)``, NaN where no patch lies.
+        """Return probabilities per cell, ``(rows, columns, n_classes)``, NaN without a patch.
 
-        A cell is one step of the grid a side; with overlap it has the mean of all patches that cover it.
+        The side of a cell is one stride; with overlap, a cell has the mean of the patches that cover it.
         """
         return _average(self.probs, self.grid)
 
     def cells_abstained(self) -> np.ndarray:
-        """Return the cells of which at least half of the patches abstained, bool ``(rows, columns)``."""
+        """Return a mask of cells where at least half of the patches abstained, bool ``(rows, columns)``."""
         share = _average(self.abstained[:, None].astype(np.float32), self.grid)[..., 0]
         return np.nan_to_num(share) >= 0.5
 
     def cells_pred(self) -> np.ndarray:
-        """Return each cell's class, int ``(rows, columns)``: -1 where no patch lies, -2 where abstained."""
+        """Return class indices per cell, int ``(rows, columns)``: -1 without a patch, -2 abstained."""
         probs, positive = self.cells(), self.positive_index
         empty = np.isnan(probs[..., 0])
         if positive is None or self.threshold is None:
@@ -141,7 +140,7 @@ class SlideMap:
         return pred
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a patch: ``x, y`` at level 0, ``prob``, ``prob_<class>``, ``abstained``, ``ood``."""
+        """Return a row per patch: ``x, y`` at level 0, ``prob``, ``prob_<class>``, ``abstained``, ``ood``."""
         frame = pd.DataFrame({"x": self.grid.x, "y": self.grid.y})
         if self.positive_index is not None:
             frame["prob"] = self.probs[:, self.positive_index]
@@ -151,7 +150,7 @@ class SlideMap:
         return frame if self.ood is None else frame.assign(ood=self.ood.astype(np.float32))
 
     def to_parquet(self, path: Path | str) -> Path:
-        """Write the map as a table, its grid and how it was made in the file's metadata."""
+        """Write the map as a Parquet table, with grid and provenance in its metadata."""
         grid = {name: getattr(self.grid, name) for name in _GRID}
         classes = {name: getattr(self, name) for name in _CLASSES}
         metadata = {"format": FORMAT, "name": self.name, **classes, "grid": grid, "about": self.about}
@@ -164,16 +163,16 @@ class SlideMap:
 
     @classmethod
     def from_parquet(cls, path: Path | str) -> "SlideMap":
-        """Read a map that was written by `to_parquet`.
+        """Read a map written by `to_parquet`.
 
         Raises:
-            DataError: If the file is missing, no map, or of a newer format.
+            DataError: If the file is missing, not a map, or of a newer format.
         """
         path = Path(path)
         frame, metadata = read_parquet_table(path, {"x": "number", "y": "number", "abstained": "bool"})
         document = parse_json(metadata.get(_KEY, b"{}"), path)
         if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise FileFormatError(path, "format", f"is no map of format {FORMAT!r}")
+            raise FileFormatError(path, "format", f"is not a map of format {FORMAT!r}")
         with refusing(path, "a map"):
             slide_map = cls._from_frame(frame, validate(path, _Document, document))
         if _CONTENT not in document:
@@ -219,11 +218,11 @@ class SlideMap:
         return digest.hexdigest()
 
     def to_geojson(self, path: Path | str, *, detections: bool = False) -> Path:
-        """Write what QuPath opens: regions of each class as annotations, or every patch as a detection.
+        """Write a GeoJSON file for QuPath: regions of each class as annotations, or cells as detections.
 
         Args:
             path: The ``.geojson`` file.
-            detections: Write the cells with their probabilities instead of the regions.
+            detections: Write cells with their probabilities instead of regions.
         """
 
         features = collect_detections(self) if detections else collect_regions(self, find_regions(self))
@@ -231,43 +230,42 @@ class SlideMap:
 
 
 def check_probs(probs: np.ndarray, name: str) -> np.ndarray:
-    """Return probabilities as float32, refused where one is not a number.
+    """Return valid probabilities as float32.
 
     Raises:
-        SlideError: If a probability is not in 0 to 1.
+        SlideError: If a probability is not in [0, 1].
     """
     if not ((probs >= 0) & (probs <= 1)).all():
-        raise SlideError(f"{name}: the classifier gave probabilities that are no numbers in 0 to 1")
+        raise SlideError(f"{name}: the probabilities of the classifier are not numbers in [0, 1]")
     return probs.astype(np.float32)
 
 
 def _average(values: np.ndarray, grid: PatchGrid) -> np.ndarray:
-    """Spread values ``(n, k)`` over the cells their patches cover and average, ``(rows, columns, k)``."""
+    """Return the mean of values ``(n, k)`` of the patches that cover each cell, ``(rows, columns, k)``."""
     rows, columns = grid.shape
     total = np.zeros((rows, columns, values.shape[1]))
     count = np.zeros((rows, columns, 1))
     for down in range(grid.steps):
-        for across in range(grid.steps):  # within one shift no two patches share a cell
+        for across in range(grid.steps):  # for one shift, cells of patches are distinct
             total[grid.row + down, grid.column + across] += values
             count[grid.row + down, grid.column + across] += 1
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0).astype(np.float32)
 
 
-ABSTAINED = "abstained*"  # QuPath, and `prepare`, ignore classes that end so
+ABSTAINED = "abstained*"  # classes that end in * are ignored by QuPath and `prepare`
 
 
 @dataclass(frozen=True)
 class Region:
-    """Cells of one class that touch along an edge.
+    """A connected region of cells of one class.
 
     Attributes:
         class_name: The class, or `ABSTAINED`.
-        polygon: At level 0, with holes; its edges follow those of the cells.
-        n_cells: How many cells it joins.
-        area_mm2: Their area.
-        mean_prob: Mean probability of the region's class (of the positive one where it abstained), NaN if
-            there is none.
-        max_prob: The highest.
+        polygon: Outline at level 0, with holes, along the edges of cells.
+        n_cells: Number of cells.
+        area_mm2: Area.
+        mean_prob: Mean probability of the class (abstained: of the positive class), NaN if there is none.
+        max_prob: Maximum probability.
     """
 
     class_name: str
@@ -279,27 +277,27 @@ class Region:
 
 
 def find_regions(slide_map: SlideMap) -> list[Region]:
-    """Return the regions of every class and where the map abstained, largest first within each.
+    """Return the regions of every class and of abstention, largest first.
 
-    Two cells of a class that touch at a corner only belong to two regions.
+    Regions are 4-connected.
     """
     probs, pred = slide_map.cells(), slide_map.cells_pred()
     positive = slide_map.positive_index
     regions = []
     for index, name in [*enumerate(slide_map.class_names), (-2, ABSTAINED)]:
         prob = probs[..., index if index >= 0 else positive or 0]
-        result = _join(slide_map, pred == index, prob, name)
+        result = _join_cells(slide_map, pred == index, prob, name)
         regions += sorted(result, key=lambda region: -region.n_cells)
     return regions
 
 
-def _join(slide_map: SlideMap, mask: np.ndarray, prob: np.ndarray, name: str) -> list[Region]:
-    _, labels, result, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
+def _join_cells(slide_map: SlideMap, mask: np.ndarray, prob: np.ndarray, name: str) -> list[Region]:
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
     regions = []
-    for number, (left, top, width, height, _) in enumerate(result[1:].tolist(), start=1):
-        place = slice(top, top + height), slice(left, left + width)
-        inside = labels[place] == number
-        values = prob[place][inside]
+    for number, (left, top, width, height, _) in enumerate(stats[1:].tolist(), start=1):
+        window = slice(top, top + height), slice(left, left + width)
+        inside = labels[window] == number
+        values = prob[window][inside]
         polygon = outline(inside, left, top)
         regions.append(
             Region(
@@ -315,10 +313,10 @@ def _join(slide_map: SlideMap, mask: np.ndarray, prob: np.ndarray, name: str) ->
 
 
 def outline(mask: np.ndarray, left: int = 0, top: int = 0) -> Polygon:
-    """Return the outline of cells that hang together, in cells, without corners on straight edges.
+    """Return the outline of a mask in cells, without redundant vertices.
 
     Args:
-        mask: bool ``(rows, columns)``, one piece connected along edges.
+        mask: bool ``(rows, columns)``, one 4-connected component.
 
     Example:
         >>> outline(np.array([[True, True], [True, False]])).area
@@ -340,7 +338,7 @@ Feature = dict[str, object]
 
 
 def collect_regions(slide_map: SlideMap, regions: Iterable[Region]) -> Iterator[Feature]:
-    """Return one annotation a region, with its area, cells and probability as measurements."""
+    """Yield one annotation per region, with area, cells and probability as measurements."""
     for region in regions:
         measurements = {
             "Area mm^2": region.area_mm2,
@@ -359,7 +357,7 @@ def collect_regions(slide_map: SlideMap, regions: Iterable[Region]) -> Iterator[
 
 
 def collect_detections(slide_map: SlideMap) -> Iterator[Feature]:
-    """Return one detection a cell, with the probability of each class as measurements."""
+    """Yield one detection per cell, with the probability of each class as measurements."""
     probs, pred = slide_map.cells(), slide_map.cells_pred()
     grid, side = slide_map.grid, slide_map.cell_px
     names = {**dict(enumerate(slide_map.class_names)), -2: ABSTAINED}
@@ -378,7 +376,7 @@ def collect_detections(slide_map: SlideMap) -> Iterator[Feature]:
 
 
 def write_geojson(path: Path | str, features: Iterable[Feature]) -> Path:
-    """Write features as one collection, one a line, whole or not at all."""
+    """Write features as a GeoJSON collection, one per line, atomically."""
     with replace_atomic(path) as partial, open(partial, "w", encoding="utf-8") as file:
         file.write('{"type": "FeatureCollection", "features": [')
         for number, feature in enumerate(features):
@@ -404,12 +402,12 @@ def _feature(
 
 
 def _from_corner(slide_map: SlideMap, polygon: Polygon) -> Polygon:
-    """Return an area at level 0 as QuPath counts."""
-    return shapely.transform(polygon, lambda places: places - slide_map.grid.corner)
+    """Return a polygon at level 0 in QuPath's coordinates."""
+    return shapely.transform(polygon, lambda points: points - slide_map.grid.corner)
 
 
 def _rings(polygon: Polygon) -> list[list[list[float]]]:
-    """Return closed rings, the outer one first; whole numbers where level 0 has them."""
+    """Return closed rings, the exterior first; integers where possible."""
     polygon = shapely.geometry.polygon.orient(polygon)
     return [
         [[_short(x), _short(y)] for x, y in ring.coords] for ring in (polygon.exterior, *polygon.interiors)

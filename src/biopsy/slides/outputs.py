@@ -1,4 +1,4 @@
-"""The files of one mapped slide, and the slide in numbers."""
+"""Output files and summary of one mapped slide."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,11 +24,11 @@ from biopsy.slides.maps import (
 )
 
 SURE, POSSIBLE = 0.9, 0.1
-"""Probabilities between which calibration leaves open whether a cell is positive."""
+"""Probabilities of the lower and upper area of positive cells."""
 
 
 class ClassArea(TypedDict):
-    """Area of the cells of one class, its share of what was mapped, and its regions."""
+    """Area of one class, its fraction of the mapped area, and its regions."""
 
     area_mm2: float
     share: float
@@ -37,7 +37,7 @@ class ClassArea(TypedDict):
 
 
 class PositiveArea(TypedDict):
-    """Area called positive, and what calibrated probabilities say of it (else None, with the reason)."""
+    """Area predicted positive, and its expectation and range if calibrated (else None, with the reason)."""
 
     class_name: str | None
     threshold: float | None
@@ -49,7 +49,7 @@ class PositiveArea(TypedDict):
 
 
 class OutOfDistributionShare(TypedDict):
-    """Share of the checked patches that are out of distribution, and the quantile of the limit."""
+    """Fraction of the checked patches that are out of distribution, and the quantile of the limit."""
 
     n_checked: int
     share: float
@@ -57,7 +57,7 @@ class OutOfDistributionShare(TypedDict):
 
 
 class SlideSummary(TypedDict, total=False):
-    """What ``summary.json`` holds beside how the map was made."""
+    """Content of ``summary.json``, besides provenance."""
 
     slide: str
     n_patches: int
@@ -84,26 +84,26 @@ class Confusion(TypedDict):
 
 
 def summarise(slide_map: SlideMap, regions: Sequence[Region], *, is_calibrated: bool) -> SlideSummary:
-    """Return areas in mm2 and shares of what was mapped.
+    """Return areas in mm² and fractions of the mapped area.
 
-    ``positive`` holds the area called positive at the threshold and, where probabilities are calibrated,
-    ``expected_mm2`` (the sum of the probabilities: their expectation) and the range from the area
-    that is positive with probability .9 or more (``low_mm2``) to that with .1 or more (``high_mm2``).
+    ``positive`` is the area predicted positive and, if probabilities are calibrated, its expectation
+    ``expected_mm2`` (sum of the probabilities) and the areas with probability of at least .9 (``low_mm2``)
+    and .1 (``high_mm2``).
 
     Args:
-        regions: Its regions, as `find_regions` gives them.
-        is_calibrated: Whether the classifier's probabilities were calibrated on patients of their own.
+        regions: Output of `find_regions`.
+        is_calibrated: Whether the classifier is calibrated.
     """
     pred, cell_mm2 = slide_map.cells_pred(), slide_map.cell_mm2
     n_cells = int((pred != -1).sum())
     classes = {}
     for index, name in enumerate(slide_map.class_names):
-        own = [region for region in regions if region.class_name == name]
+        class_regions = [region for region in regions if region.class_name == name]
         classes[name] = ClassArea(
             area_mm2=float((pred == index).sum() * cell_mm2),
             share=float((pred == index).sum() / n_cells),
-            n_regions=len(own),
-            largest_region_mm2=max((region.area_mm2 for region in own), default=0.0),
+            n_regions=len(class_regions),
+            largest_region_mm2=max((region.area_mm2 for region in class_regions), default=0.0),
         )
     return SlideSummary(
         n_patches=len(slide_map),
@@ -118,19 +118,19 @@ def summarise(slide_map: SlideMap, regions: Sequence[Region], *, is_calibrated: 
 
 def compare_with_target(slide_map: SlideMap, target: np.ndarray) -> Confusion:
     """Compare a map of two classes with the annotated class of its patches, ``(n_patches,)``."""
-    from sklearn.metrics import roc_auc_score  # imports for a second
+    from sklearn.metrics import roc_auc_score  # slow import
 
     positive = slide_map.positive_index
     assert positive is not None
     is_positive, prob = target == positive, slide_map.probs[:, positive]
-    called = prob >= np.float32(slide_map.threshold if slide_map.threshold is not None else 0.5)
+    y_pred = prob >= np.float32(slide_map.threshold if slide_map.threshold is not None else 0.5)
     return Confusion(
         n_positive=int(is_positive.sum()),
         auroc=float(roc_auc_score(is_positive, prob)) if len(set(is_positive.tolist())) == 2 else None,
-        tp=int((called & is_positive).sum()),
-        fp=int((called & ~is_positive).sum()),
-        fn=int((~called & is_positive).sum()),
-        tn=int((~called & ~is_positive).sum()),
+        tp=int((y_pred & is_positive).sum()),
+        fp=int((y_pred & ~is_positive).sum()),
+        fn=int((~y_pred & is_positive).sum()),
+        tn=int((~y_pred & ~is_positive).sum()),
     )
 
 
@@ -155,19 +155,19 @@ FORMAT: Final = "biopsy-slide/1"
 MAP, SUMMARY, OVERLAY, TISSUE = "map.parquet", "summary.json", "overlay.png", "tissue.jpg"
 REGIONS, DETECTIONS, HEATMAP = "regions.geojson", "detections.geojson", "heatmap.tiff"
 PANELS = "panels.png"
-_TISSUE_PX = 1024  # longer side of the picture of the tissue mask
-_HEATMAP_PX = 1024  # cells are drawn larger until the heat map's longer side is about this long
+_TISSUE_PX = 1024  # longer side of the tissue picture
+_HEATMAP_PX = 1024  # approximate longer side of the heat map, reached by enlarging cells
 
 
 @dataclass(frozen=True)
 class MappedSlide:
-    """The map of one slide, and what else its outputs are made of.
+    """A mapped slide, input of the outputs.
 
     Attributes:
         slide_map: The map, with its picture.
-        tissue: The tissue mask, bool, of the picture's size; None where tissue was not sought.
-        target: Annotated class of each patch; None where it is not known.
-        detections: Whether each cell is written as a QuPath detection.
+        tissue: Tissue mask of the picture's size; None if tissue was not detected.
+        target: Annotated class of each patch; None if unknown.
+        detections: Whether to write each cell as a QuPath detection.
     """
 
     slide_map: SlideMap
@@ -177,7 +177,7 @@ class MappedSlide:
 
     @cached_property
     def regions(self) -> list[Region]:
-        """The regions of the map, as `find_regions` gives them."""
+        """Regions of the map, see `find_regions`."""
         return find_regions(self.slide_map)
 
 
@@ -185,7 +185,7 @@ Write = Callable[[Path, MappedSlide], Mapping[str, object] | None]
 
 
 class Output(NamedTuple):
-    """A file of a slide's outputs: how it is written, and whether matplotlib draws it."""
+    """Function that writes an output file, and whether it uses matplotlib."""
 
     write: Write
     draws: bool
@@ -195,12 +195,12 @@ OUTPUTS: Registry[Output] = Registry("biopsy.slide_outputs", "biopsy.slides", ("
 
 
 def slide_output(file: str, *, draws: bool = False) -> Callable[[Write], Write]:
-    """Register a function that writes a file of a slide's outputs, or nothing where it does not apply.
+    """Register a function that writes an output file of a slide, if applicable.
 
-    What it returns, by name, is added to ``summary.json``.
+    The entries it returns are added to ``summary.json``.
 
     Args:
-        draws: Whether matplotlib draws it: such files are written by a thread of their own.
+        draws: Whether it uses matplotlib; these functions run in one thread.
     """
 
     def register(write: Write) -> Write:
@@ -211,7 +211,7 @@ def slide_output(file: str, *, draws: bool = False) -> Callable[[Write], Write]:
 
 
 def list_files() -> list[str]:
-    """Return the names of all files that may be written for a slide."""
+    """Return the names of all output files."""
     return [SUMMARY, *OUTPUTS]
 
 
@@ -265,11 +265,11 @@ def _write_panels(path: Path, mapped: MappedSlide) -> dict[str, Confusion] | Non
 def write_outputs(
     folder: Path, mapped: MappedSlide, *, is_calibrated: bool, request: Mapping[str, object]
 ) -> SlideSummary:
-    """Write everything that is known of one slide into an empty folder.
+    """Write all output files of a slide.
 
     Args:
-        folder: An existing folder.
-        request: What defines the outputs: for an equal request they are not made again.
+        folder: An existing empty folder.
+        request: Request that defines the outputs, stored in the summary.
     """
     slide_map = mapped.slide_map
     with ThreadPoolExecutor(1) as painter:
@@ -288,7 +288,7 @@ def write_outputs(
         **{key: value for entries in result if entries for key, value in entries.items()},
         "request": dict(request),
     }
-    write_json(folder / SUMMARY, document)  # the last of all
+    write_json(folder / SUMMARY, document)  # last, since it marks the outputs as complete
     return cast(SlideSummary, document)
 
 
@@ -300,7 +300,7 @@ def _shrink(picture: np.ndarray, tissue: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def read_finished(folder: Path, request: Mapping[str, object]) -> SlideSummary | None:
-    """Return a slide's summary if its outputs are there and are those of this request, else None."""
+    """Return the summary of a slide if its outputs are complete and of this request, else None."""
     try:
         document = read_json(folder / SUMMARY, format=FORMAT)
     except (OSError, DataError):
@@ -309,7 +309,7 @@ def read_finished(folder: Path, request: Mapping[str, object]) -> SlideSummary |
 
 
 def prepare_to_draw() -> None:
-    """Load what draws, with its fonts: most of a second that a thread can spend while slides are read."""
+    """Import matplotlib and load fonts in advance, which takes most of a second."""
     from biopsy.plotting.slides import draw_overlay
     from biopsy.plotting.style import png
 
@@ -319,19 +319,19 @@ def prepare_to_draw() -> None:
 
 
 def draw(slide_map: SlideMap) -> Any:
-    """Draw the map over the slide's picture, as a matplotlib figure.
+    """Draw the map over the picture of the slide.
 
     Raises:
-        DataError: If the map has no picture (one that was read from a file has none).
+        DataError: If the map has no picture, as maps read from a file.
     """
     from biopsy.plotting.slides import draw_overlay
 
     if slide_map.picture is None:
-        raise DataError(f"the map of {slide_map.name} holds no picture of the slide to draw on")
+        raise DataError(f"the map of {slide_map.name} has no picture of the slide")
     grid, positive = slide_map.grid, slide_map.positive_index
     rows, columns = grid.shape
     to_picture = slide_map.picture.shape[1] / grid.width
-    left, top = (place * grid.scale * to_picture for place in grid.origin_px)
+    left, top = (offset * grid.scale * to_picture for offset in grid.origin_px)
     cell = slide_map.cell_px * to_picture
     return draw_overlay(
         slide_map.picture,
@@ -356,7 +356,7 @@ def draw_panels(slide_map: SlideMap, target: np.ndarray) -> Any:
     annotated = np.full((rows, columns), np.nan)
     annotated[grid.row, grid.column] = target == positive
     zoom = slide_map.picture.shape[1] / grid.width
-    left, top = (round(place * grid.scale * zoom) for place in grid.origin_px)
+    left, top = (round(offset * grid.scale * zoom) for offset in grid.origin_px)
     bottom, right = (round(n * slide_map.cell_px * zoom) for n in (rows, columns))
     return draw_slide(
         slide_map.picture[top : top + bottom, left : left + right],
@@ -371,7 +371,7 @@ def draw_panels(slide_map: SlideMap, target: np.ndarray) -> Any:
 
 @slide_output(HEATMAP)
 def _write_heatmap(path: Path, mapped: MappedSlide) -> None:
-    """Write the map as a pyramidal TIFF over the whole slide, its mpp in it."""
+    """Write the map of the whole slide as a pyramidal TIFF with its mpp."""
     from biopsy.plotting.slides import colour_classes, colour_probs
 
     slide_map = mapped.slide_map
@@ -381,11 +381,11 @@ def _write_heatmap(path: Path, mapped: MappedSlide) -> None:
     else:
         colours = colour_probs(slide_map.cells()[..., positive], pred)
     zoom = max(1, round(_HEATMAP_PX / (max(grid.width, grid.height) / slide_map.cell_px)))
-    step = slide_map.cell_px / zoom  # level-0 pixels in a pixel of the heat map
+    step = slide_map.cell_px / zoom  # level-0 pixels per pixel of the heat map
     image = np.full((round(grid.height / step), round(grid.width / step), 3), 255, np.uint8)
-    left, top = (round(place * grid.scale / step) for place in grid.origin_px)
+    left, top = (round(offset * grid.scale / step) for offset in grid.origin_px)
     cells = cv2.resize(colours, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_NEAREST)
-    room = image[top : top + cells.shape[0], left : left + cells.shape[1]]
-    room[:] = cells[: room.shape[0], : room.shape[1]]
+    window = image[top : top + cells.shape[0], left : left + cells.shape[1]]
+    window[:] = cells[: window.shape[0], : window.shape[1]]
     height, width = image.shape[:2]
     write_pyramid(path, image, width=width, height=height, mpp=grid.slide_mpp * step, compression="deflate")

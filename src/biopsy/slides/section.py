@@ -1,4 +1,4 @@
-"""A chapter on the whole slides that a run has mapped into its own folder."""
+"""Report section on the slides mapped into the folder of a run."""
 
 import logging
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from biopsy.slides.outputs import OVERLAY, SUMMARY, SlideSummary
 from biopsy.training.runs import Run
 
 MAPS = "slides"
-"""Folder of a run in which its report looks for mapped slides."""
+"""Folder of a run with its mapped slides."""
 MOST_MAPS, MAP_PX = 12, 1200
 
 logger = logging.getLogger(__name__)
 
 
 def load_maps(run: Run) -> list[tuple[SlideSummary, bytes]]:
-    """Return the slides mapped into the run's own folder, their overlays small enough for a page."""
+    """Return summary and overlay of the slides mapped into the folder of a run."""
     result = []
     for path in sorted((run.path / MAPS).glob(f"*/{SUMMARY}"))[:MOST_MAPS]:
         overlay = cv2.imread(str(path.parent / OVERLAY))
@@ -41,7 +41,7 @@ def load_maps(run: Run) -> list[tuple[SlideSummary, bytes]]:
     "maps", order=90, slide_maps=Result(load_maps, hide=lambda maps, pseudonymizer: None)
 )  # a name is drawn on each
 def describe_maps(facts: RunFacts) -> Section | None:
-    """The mapped slides: pictures, and areas with the range that calibration allows."""
+    """Mapped slides with pictures, areas and their calibrated range."""
     maps = facts.results.get("slide_maps")
     if not maps:
         return None
@@ -63,7 +63,7 @@ def describe_maps(facts: RunFacts) -> Section | None:
 def _table_of_areas(summaries: Sequence[SlideSummary], positive: str) -> Table:
     rows = []
     for summary in summaries:
-        area, own = summary["positive"], summary["classes"].get(positive)
+        area, class_area = summary["positive"], summary["classes"].get(positive)
         low, high = (area["low_mm2"], area["high_mm2"]) if area else (None, None)
         checked = summary.get("out_of_distribution")
         rows.append(
@@ -73,7 +73,7 @@ def _table_of_areas(summaries: Sequence[SlideSummary], positive: str) -> Table:
                 number(summary.get("mapped_mm2"), 2),
                 number(area and area["area_mm2"], 2),
                 f"{number(low, 2)} to {number(high, 2)}" if low is not None else "not calibrated",
-                number(own and own["largest_region_mm2"], 2),
+                number(class_area and class_area["largest_region_mm2"], 2),
                 number(summary.get("abstained_share")),
                 number(checked and checked["share"]),
             ]

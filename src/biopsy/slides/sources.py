@@ -1,4 +1,4 @@
-"""What a user names as slides: files, folders of them, a csv with an mpp each, packs."""
+"""Listing of slides from files, folders, csv files and packs."""
 
 import hashlib
 import math
@@ -19,8 +19,8 @@ from biopsy.slide_io.backends import SLIDE_SUFFIXES, list_slide_files
 from biopsy.slides.stitching import list_slides
 
 _SAMPLE_BYTES = 1 << 20
-_TAKEN = ("status.csv",)  # lies beside the folders
-_MAX_NAME_BYTES = 120  # most file systems take 255, encrypted ones 143
+_RESERVED = ("status.csv",)  # file in the output folder
+_MAX_NAME_BYTES = 120  # limit of most file systems: 255, encrypted: 143
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Source:
     """One slide to be mapped.
 
     Attributes:
-        name: Names its folder among the outputs.
-        path: The slide's file, or the pack it is in.
-        mpp: Micrometres per pixel as the user states it.
-        pack: The pack, for a slide that is put together from one.
+        name: Name of its output folder.
+        path: Slide file or pack.
+        mpp: Pixel size in µm given by the user.
+        pack: The pack of a slide that is reassembled.
         index: Its rows in the pack.
     """
 
@@ -42,12 +42,12 @@ class Source:
     index: np.ndarray | None = None
 
     def fingerprint(self) -> str:
-        """Hash what is mapped: of a pack its content, of a file its size and three megabytes of it.
+        """Return a hash of the content of a pack, or of the size and three megabytes of a file.
 
-        Start, middle and end of a file are read, not the gigabytes between: a slide is not edited in place.
+        Only start, middle and end of a slide file are read, for speed.
 
         Raises:
-            FileFormatError: If there is no regular file.
+            FileFormatError: If it is not a regular file.
         """
         if self.pack is not None:
             return hashlib.sha256(f"{self.pack.info.content_sha256} {self.name}".encode()).hexdigest()
@@ -61,70 +61,69 @@ class Source:
 
 
 def list_sources(paths: Sequence[Path], mpp: float | None) -> list[Source]:
-    """Return every slide that is named by files, folders, csv files (columns ``slide[,mpp]``) and packs.
+    """Return the slides of files, folders, csv files (columns ``slide[,mpp]``) and packs.
 
-    A slide that is named twice is listed once. Slides of one name get their folder's name before it, or else
-    their file's ending or a number after it.
+    Duplicates are listed once. Slides of the same name are distinguished by a prefix (folder) or suffix (file
+    suffix or number).
 
     Raises:
-        DataError: If a path does not exist, a folder holds no slide, or a csv cannot be read.
+        DataError: If a path does not exist, a folder has no slides, or a csv cannot be read.
     """
     sources = [source for path in paths for source in _expand(Path(path), mpp)]
-    return _tell_apart(list({(os.path.abspath(s.path), s.mpp, s.name): s for s in sources}.values()))
+    return _make_unique(list({(os.path.abspath(s.path), s.mpp, s.name): s for s in sources}.values()))
 
 
-def _tell_apart(sources: list[Source]) -> list[Source]:
-    """Return every source a name of its own, also where upper and lower case are one."""
-    twins: dict[str, list[Source]] = {}
+def _make_unique(sources: list[Source]) -> list[Source]:
+    """Return the sources with unique names, ignoring case."""
+    by_name: dict[str, list[Source]] = {}
     for source in sources:
-        twins.setdefault(source.name.casefold(), []).append(source)
+        by_name.setdefault(source.name.casefold(), []).append(source)
     taken: set[str] = set()
-    named = []
+    renamed = []
     for source in sources:
-        alike = twins[source.name.casefold()]
+        same_name = by_name[source.name.casefold()]
         folder, ending = source.path.parent.name, source.path.suffix[1:]
-        names = [source.name] if len(alike) == 1 else []
-        if len({twin.path.parent.name for twin in alike}) == len(alike):
+        names = [source.name] if len(same_name) == 1 else []
+        if len({other.path.parent.name for other in same_name}) == len(same_name):
             names.append(f"{folder}_{source.name}")
         names += [f"{source.name}_{ending}", f"{folder}_{source.name}_{ending}"]
         numbered = (f"{source.name}_{number}" for number in range(1, len(sources) + 1))
         name = next(name for name in map(_clean, chain(names, numbered)) if name.casefold() not in taken)
         taken.add(name.casefold())
-        named.append(replace(source, name=name))
-    return named
+        renamed.append(replace(source, name=name))
+    return renamed
 
 
 def refuse_own_data(out: Path, sources: Sequence[Source]) -> None:
-    """Refuse a folder for maps in which a slide's folder would be, hold or lie in what a slide is read from.
+    """Refuse an output folder that overlaps with files or folders of the slides.
 
-    A MIRAX slide ``x.mrxs`` keeps its pixels in a folder ``x`` beside it, DICOM its levels in one folder.
+    MIRAX slides (``x.mrxs``) have a data folder ``x``, DICOM slides a folder of levels.
 
     Raises:
-        UserFileError: Naming the folder and the slide.
+        UserFileError: With the folder and the slide.
     """
-    read_from = {data: source.path for source in sources for data in _list_data(source)}
-    above = {folder: path for data, path in read_from.items() for folder in data.parents}
+    slide_of = {data: source.path for source in sources for data in _list_data(source)}
+    parents = {folder: path for data, path in slide_of.items() for folder in data.parents}
     for source in sources:
-        place = (out / source.name).resolve()
-        mirax = place.with_name(f"{place.name}.mrxs")
-        slide = above.get(place) or (mirax if mirax.exists() else None)
+        target = (out / source.name).resolve()
+        mirax = target.with_name(f"{target.name}.mrxs")
+        slide = parents.get(target) or (mirax if mirax.exists() else None)
         slide = slide or next(
-            (read_from[item] for item in (place, *place.parents) if item in read_from), None
+            (slide_of[item] for item in (target, *target.parents) if item in slide_of), None
         )
         if slide is not None:
             raise UserFileError(
                 out / source.name,
                 "input",
-                f"would hold the map of {source.path}, and {slide} is kept there: name another --out, "
-                "a folder that holds no slides",
+                f"would be the output folder of {source.path}, and has data of {slide}: choose another --out",
             )
 
 
 def _list_data(source: Source) -> list[Path]:
-    """Name the files and folders that a slide is read from, resolved."""
-    path = Path(os.path.realpath(source.path))  # which takes links that lead to themselves
-    beside = {".mrxs": path.with_suffix(""), ".dcm": path.parent}.get(path.suffix.lower())
-    return [path] if beside is None or source.pack is not None else [path, beside]
+    """Return the resolved files and folders of a slide."""
+    path = Path(os.path.realpath(source.path))  # does not fail for cyclic links
+    data_folder = {".mrxs": path.with_suffix(""), ".dcm": path.parent}.get(path.suffix.lower())
+    return [path] if data_folder is None or source.pack is not None else [path, data_folder]
 
 
 def _expand(path: Path, mpp: float | None) -> Iterator[Source]:
@@ -137,15 +136,13 @@ def _expand(path: Path, mpp: float | None) -> Iterator[Source]:
     elif os.path.isdir(path):
         result = list_slide_files(path)
         if not result:
-            raise DataError(
-                f"{path} holds no slide: files ending in {' '.join(SLIDE_SUFFIXES)} are looked for"
-            )
+            raise DataError(f"{path} has no slides: expected files with suffix {' '.join(SLIDE_SUFFIXES)}")
         for file in result:
             yield Source(_clean(file.stem), file, mpp)
     elif os.path.exists(path) or os.path.islink(path):
         yield Source(_clean(path.stem), path, mpp)
     else:
-        raise DataError(f"{path} does not exist: give slides, folders, csv files or packs")
+        raise DataError(f"{path} does not exist: expected slides, folders, csv files or packs")
 
 
 def _read_csv(path: Path, mpp: float | None) -> Iterator[Source]:
@@ -153,7 +150,7 @@ def _read_csv(path: Path, mpp: float | None) -> Iterator[Source]:
     table = table.map(str.strip)
     table = table[(table != "").any(axis=1)]
     if table.empty:
-        raise DataError(f"{path} names no slide: it has a heading and no rows")
+        raise DataError(f"{path} has no slides: it has a heading and no rows")
     for row in table.to_dict("records"):
         name, stated = row["slide"], row.get("mpp", "")
         if not name:
@@ -165,21 +162,21 @@ def _read_csv(path: Path, mpp: float | None) -> Iterator[Source]:
 
 
 def _read_mpp(path: Path, text: str) -> float:
-    """Return a stated mpp as a number; spreadsheets of some languages write a decimal comma."""
+    """Parse an mpp, with decimal point or comma."""
     try:
         value = float(text.replace(",", "."))
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise DataError(f"{path} states an mpp of {text!r}, which is no number")
+        raise DataError(f"{path} has the mpp {text!r}, which is not a number")
     return value
 
 
 def _clean(name: str) -> str:
-    """Return a slide's name as that of a folder: ids come from tables and may hold anything."""
+    """Return the name of a slide as a valid folder name."""
     allowed = (char if char.isalnum() or char in "-_.% " else "_" for char in normalize_name(name))
     cleaned = "".join(allowed).strip(" .") or "slide"
-    cleaned = f"{cleaned}_" if cleaned.casefold() in _TAKEN else cleaned
+    cleaned = f"{cleaned}_" if cleaned.casefold() in _RESERVED else cleaned
     if len(cleaned.encode()) > _MAX_NAME_BYTES:
         digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
         cleaned = cleaned.encode()[: _MAX_NAME_BYTES - 9].decode(errors="ignore").rstrip(" .") + f"-{digest}"

@@ -1,4 +1,4 @@
-"""Patches that know their coordinates become slides again, with what a classifier says of them."""
+"""Reassembly of slides from packs with coordinates."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stitched:
-    """A slide put together from a pack.
+    """A slide reassembled from a pack.
 
     Attributes:
-        name: The slide's id, or the patient's where slides have none.
+        name: Id of the slide, or of the patient without slide ids.
         index: Its rows in the pack.
-        grid: Where its patches lie; level 0 is the pack's own resolution.
-        picture: The slide as far as there are patches, uint8 ``(H, W, 3)``.
+        grid: Grid of its patches; level 0 has the resolution of the pack.
+        picture: Reassembled picture, uint8 ``(H, W, 3)``.
         target: Annotated class of each patch.
     """
 
@@ -36,40 +36,40 @@ class Stitched:
 
 
 def list_slides(pack: Pack) -> dict[str, np.ndarray]:
-    """Return the rows of every slide of a pack whose patches know where they lay.
+    """Return the rows of every slide of a pack with coordinates.
 
     Raises:
-        SlideError: If no patch does.
+        SlideError: If no patch has coordinates.
     """
     table = pack.table
     column = "slide_id" if table["slide_id"].notna().any() else "patient_id"
-    placed = table[["x", "y", column]].notna().all(axis=1).to_numpy()
-    if not placed.any():
-        raise SlideError(f"{pack.path} names no coordinates of its patches: no slide can be put together")
+    has_coordinates = table[["x", "y", column]].notna().all(axis=1).to_numpy()
+    if not has_coordinates.any():
+        raise SlideError(f"{pack.path} has no coordinates, so slides cannot be reassembled")
     names = table[column].astype("string")
     return {
-        str(name): np.flatnonzero(placed & (names == name).fillna(False).to_numpy())
-        for name in sorted(names[placed].unique())
+        str(name): np.flatnonzero(has_coordinates & (names == name).fillna(False).to_numpy())
+        for name in sorted(names[has_coordinates].unique())
     }
 
 
 def stitch_slide(pack: Pack, name: str, index: np.ndarray, *, mpp: float | None = None) -> Stitched:
-    """Put one slide together.
+    """Reassemble one slide.
 
     Args:
-        mpp: Micrometres per pixel, where the pack does not say.
+        mpp: Pixel size in µm if the pack does not record it.
 
     Raises:
-        SlideError: If the patches lie on no grid or far apart, or nobody knows their mpp.
+        SlideError: If the patches are not on a grid or too far apart, or the mpp is unknown.
     """
     mpp = pack.info.mpp or mpp
     if mpp is None:
-        raise SlideError(f"{pack.path} does not say at how many um/px its patches were cut: pass --mpp")
+        raise SlideError(f"{pack.path} does not record its pixel size: pass --mpp (um/px)")
     rows, patch_px = pack.table.iloc[index], pack.info.patch_px
     x, y = (rows[axis].to_numpy(np.int64) for axis in "xy")
     stride_px = _find_stride(x, y, patch_px, name)
     try:
-        check_extent(np.append(x, 0), np.append(y, 0), stride_px)  # the slide's corner is in its pictures
+        check_extent(np.append(x, 0), np.append(y, 0), stride_px)  # pictures include the corner of the slide
     except DataError as error:
         raise SlideError(f"slide {name}: {error}") from None
     width, height = int(x.max()) + patch_px, int(y.max()) + patch_px
@@ -91,8 +91,8 @@ def stitch_slide(pack: Pack, name: str, index: np.ndarray, *, mpp: float | None 
     image = stitch(patches, x, y, patch_px=patch_px, scale=scale)
     picture = np.full((round(height * scale), round(width * scale), 3), 255, np.uint8)
     left, top = round(origin[0] * scale), round(origin[1] * scale)
-    room = picture[top : top + image.shape[0], left : left + image.shape[1]]
-    room[:] = image[: room.shape[0], : room.shape[1]]
+    window = picture[top : top + image.shape[0], left : left + image.shape[1]]
+    window[:] = image[: window.shape[0], : window.shape[1]]
     return Stitched(name, index, grid, picture, pack.target[index])
 
 
@@ -106,11 +106,12 @@ def predict_stitched(
 
 
 def _find_stride(x: np.ndarray, y: np.ndarray, patch_px: int, name: str) -> int:
-    """Return the step of the grid on which patches lie: the largest divisor of a patch and all distances."""
+    """Return the stride of the patches: the greatest common divisor of patch size and distances."""
     distances = np.concatenate([x - x.min(), y - y.min(), [patch_px]])
     stride_px = int(np.gcd.reduce(distances))
     if stride_px < patch_px / 16:
         raise SlideError(
-            f"the patches of slide {name} lie on no grid: their distances have only {stride_px} px in common"
+            f"the patches of slide {name} are not on a grid: the greatest common divisor "
+            f"of their distances is {stride_px} px"
         )
     return stride_px

@@ -1,1 +1,1 @@
-"""Training: from a recipe and a pack to a run with a classifier in it."""
+"""Training of a recipe on a pack, resulting in a run with a classifier."""

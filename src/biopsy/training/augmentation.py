@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def augment(settings: Augmentation, batch: Tensor, generator: Generator) -> Tensor:
-    """Change every patch of a batch by its own draw from the ranges of a recipe.
+    """Augment every patch of a batch independently, within the ranges of a recipe.
 
     Args:
         batch: ``(B, 3, H, W)`` float RGB in 0-1, on any device.
@@ -93,7 +93,7 @@ def affine_matrix(
     zoom_x: Tensor,
     zoom_y: Tensor,
 ) -> Tensor:
-    """Compose rotation, shift, shear and zoom in that order, as Keras does.
+    """Compose rotation, shift, shear and zoom in that order, as in Keras.
 
     All arguments are ``(B,)``. The matrix leads from a pixel of the *result* to the place in the source that
     it shows, both counted from the centre, x before y: a zoom below 1 magnifies.
@@ -102,16 +102,16 @@ def affine_matrix(
         ``(B, 2, 3)``: the linear part and the shift in pixels.
     """
     angle, shear = torch.deg2rad(rotation_deg), torch.deg2rad(shear_deg)
-    zero, one = torch.zeros_like(angle), torch.ones_like(angle)
+    zeros, ones = torch.zeros_like(angle), torch.ones_like(angle)
     rotation = _matrices(angle.cos(), -angle.sin(), angle.sin(), angle.cos())
-    shearing = _matrices(one, -shear.sin(), zero, shear.cos())
-    zooming = _matrices(zoom_x, zero, zero, zoom_y)
+    shearing = _matrices(ones, -shear.sin(), zeros, shear.cos())
+    zooming = _matrices(zoom_x, zeros, zeros, zoom_y)
     shift = rotation @ torch.stack([shift_x_px, shift_y_px], dim=1)[:, :, None]
     return torch.cat([rotation @ shearing @ zooming, shift], dim=2)
 
 
 def warp(batch: Tensor, matrix: Tensor) -> Tensor:
-    """Resample a batch by one matrix of :func:`affine_matrix` per patch: bilinear, borders continued."""
+    """Resample a batch by one matrix of :func:`affine_matrix` per patch: bilinear, with border padding."""
     height, width = batch.shape[2:]
     half = torch.tensor([width / 2, height / 2, 1.0], dtype=matrix.dtype)
     theta = matrix * half / half[:2, None]  # pixels from the centre -> grid_sample's -1 to 1
@@ -121,21 +121,21 @@ def warp(batch: Tensor, matrix: Tensor) -> Tensor:
 
 
 def move_pixels(batch: Tensor, move: Tensor) -> Tensor:
-    """Flip and turn each patch without touching a value.
+    """Flip and rotate each patch by multiples of 90 degrees.
 
     Args:
         batch: ``(B, C, H, W)``; square where a quarter turn is asked for.
         move: ``(B,)`` on the CPU, ``4 * rot90 + 2 * flip_horizontal + flip_vertical``.
     """
     n, channels, height, width = batch.shape
-    places = _move_places(height, width)[move] + torch.arange(n)[:, None] * height * width
+    sources = _list_sources(height, width)[move] + torch.arange(n)[:, None] * height * width
     pixels = batch.permute(0, 2, 3, 1).reshape(n * height * width, channels)
-    moved = pixels.index_select(0, _send(places.flatten(), batch))
+    moved = pixels.index_select(0, _send(sources.flatten(), batch))
     return moved.view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
 def change_stain(batch: Tensor, *, scale: Tensor, offset: Tensor) -> Tensor:
-    """Scale and offset the amounts of haematoxylin and eosin, leaving what is neither.
+    """Scale and offset the amounts of haematoxylin and eosin, keeping the residual.
 
     Args:
         batch: ``(B, 3, H, W)`` RGB in 0-1.
@@ -160,21 +160,21 @@ def _matrices(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
 
 
 def _send(draws: Tensor, batch: Tensor) -> Tensor:
-    """Move draws to the batch's device without waiting for it."""
+    """Move values to the device of a batch without synchronising."""
     if batch.device.type == "cuda":
         return draws.pin_memory().to(batch.device, non_blocking=True)
     return draws.to(batch.device)
 
 
 @lru_cache(maxsize=16)
-def _move_places(height: int, width: int) -> Tensor:
+def _list_sources(height: int, width: int) -> Tensor:
     """Return, for each of the 16 moves, the source of every pixel: ``(16, H * W)``; 4 where not square."""
     grid = torch.arange(height * width).view(height, width)
-    places = []
+    sources = []
     for turns in range(4 if height == width else 1):
         for flips in ([], [0], [1], [0, 1]):
-            places.append(torch.rot90(grid, turns).flip(flips).flatten())
-    return torch.stack(places)
+            sources.append(torch.rot90(grid, turns).flip(flips).flatten())
+    return torch.stack(sources)
 
 
 @lru_cache(maxsize=1)
@@ -197,7 +197,7 @@ LOWEST_SD = 1e-3  # of optical density; below, a channel is constant
 
 @dataclass(frozen=True)
 class StainTransfer:
-    """Colour statistics of each patient and class, and which patients lend theirs.
+    """Colour statistics of each patient and class, and the patients that can be sources.
 
     Attributes:
         mean: Mean optical density, ``(n_groups, n_classes, 3)``; NaN where it is not known.
@@ -240,7 +240,7 @@ class StainTransfer:
 
 
 def density(batch: Tensor) -> Tensor:
-    """Return the optical density (natural logarithm) of RGB in 0-1; black has one too."""
+    """Return the optical density (natural logarithm) of RGB in 0-1, finite for black."""
     return -torch.log((batch * 255 + 1) / 256)
 
 
@@ -298,7 +298,7 @@ Transform = Callable[[Tensor], Tensor]
 
 
 def apply_transform(transform: Transform, batch: Tensor, seed: int) -> Tensor:
-    """Return a batch as a transform makes it, PyTorch's random numbers being those of a seed.
+    """Apply a transform to a batch, with PyTorch's random state set by a seed.
 
     A transform of torchvision.transforms.v2 draws once per call, so it is called for each patch; anything
     else takes the whole batch.
@@ -314,7 +314,7 @@ def apply_transform(transform: Transform, batch: Tensor, seed: int) -> Tensor:
 
 
 def check_transform(transform: Transform, input_px: int) -> None:
-    """Try a transform out.
+    """Check a transform on a batch.
 
     Raises:
         RecipeError: If it changes shape or type of a batch.
@@ -323,7 +323,7 @@ def check_transform(transform: Transform, input_px: int) -> None:
 
 
 def describe_transform(transform: Transform) -> str:
-    """Return what a run records of a transform: its settings, or the name of the function."""
+    """Return the description of a transform: its settings, or the name of the function."""
     if isinstance(transform, torch.nn.Module):
         return " ".join(repr(transform).split())
     return f"{transform.__module__}.{getattr(transform, '__qualname__', type(transform).__qualname__)}"

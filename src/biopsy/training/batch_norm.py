@@ -1,4 +1,4 @@
-"""Batch-norm statistics: whether the running ones have settled, and their re-estimation.
+"""Batch-norm statistics: convergence of the running statistics, and their re-estimation.
 
 Running statistics follow the weights with a lag and carry their initial values for ``1 / momentum`` updates
 and more; a short training, or one at a high rate, then predicts otherwise than it learned. "Precise"
@@ -26,7 +26,7 @@ MOST_DISAGREEMENT = 0.3
 
 
 class NormalisationRecord(TypedDict):
-    """Whether running statistics had settled (see `MOST_DISAGREEMENT`), and whether they were replaced."""
+    """Whether running statistics had converged (see `MOST_DISAGREEMENT`), and whether they were replaced."""
 
     settled: bool
     disagreement: float
@@ -44,7 +44,7 @@ def reestimate_batch_norm(
     seed: int,
     reestimate: bool = True,
 ) -> NormalisationRecord | None:
-    """Re-estimate the running statistics of a trained network over its training patches, if unsettled.
+    """Re-estimate the running statistics of a trained network on training patches, if not converged.
 
     Settled statistics predict about what the statistics of each batch do. The pass is over the training
     patches once, without augmentation and dropout, in an order that depends on the seed alone.

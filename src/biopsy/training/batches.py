@@ -1,4 +1,4 @@
-"""Batches for the network: gathered from a pack's pixels, resized, on the device, augmented."""
+"""Training batches: resized, on the device, augmented."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -17,24 +17,24 @@ from biopsy.training.augmentation import StainTransfer, Transform, apply_transfo
 
 @dataclass(frozen=True)
 class CachedFeatures:
-    """What the frozen first stages of a network make of patches.
+    """Cached outputs of the frozen stages of a network.
 
     Attributes:
         values: ``(n, ..., C)`` float32, a memory map; channels last, as they are computed.
-        places: Row in ``values`` of each patch of the pack, ``(n_patches,)``.
+        index: Row in ``values`` of each patch of the pack, ``(n_patches,)``.
     """
 
     values: np.ndarray
-    places: np.ndarray
+    index: np.ndarray
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Return the outputs of patches of the pack, ``(len(rows), ..., C)``."""
-        return self.values[self.places[rows]]
+        return self.values[self.index[rows]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batches:
-    """Patches and targets with all that is done to them before the network.
+    """Patches and targets with preprocessing and augmentation.
 
     Attributes:
         patches: ``(N, H, W, 3)`` uint8, an array or a memory map.
@@ -68,13 +68,13 @@ class Batches:
     front: CachedFeatures | None = None
 
     def count(self, n_patches: int) -> int:
-        """Return the number of batches that many patches make."""
+        """Return the number of batches of a number of patches."""
         return n_patches // self.batch_size if self.drop_last else -(-n_patches // self.batch_size)
 
     def iterate(
         self, order: np.ndarray, *, epoch: int = 0, start: int = 0, stop: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield ``(batch, target)`` over patches in the given order, preparing the next one meanwhile.
+        """Yield ``(batch, target)`` over patches in the given order, with prefetching.
 
         A batch depends on the order, the seed, the epoch and its own number alone, so starting at batch
         ``start`` gives exactly the batches that an uninterrupted pass would have given from there.
@@ -125,7 +125,7 @@ class Batches:
 
 
 def to_batch(outputs: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-    """Turn outputs ``(B, ..., C)`` into a batch ``(B, C, ...)`` on a device, in channels-last memory."""
+    """Convert outputs ``(B, ..., C)`` to a batch ``(B, C, ...)`` on a device, channels-last."""
     batch = torch.from_numpy(outputs)
     if torch.device(device).type == "cuda":
         batch = batch.pin_memory().to(device, non_blocking=True)

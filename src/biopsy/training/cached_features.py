@@ -32,7 +32,7 @@ BATCH_SIZE = 256
 def cache_backbone_features(
     network: nn.Module, batches: Batches, rows: np.ndarray, n_visits: int, *, engine: Engine, folder: Path
 ) -> Iterator[tuple[nn.Module, Batches]]:
-    """Return what is left to train and batches of what it takes, the frozen front's outputs computed once.
+    """Yield the trainable part of a network and batches of its inputs, cached outputs of the frozen part.
 
     They are kept in an unnamed file until the context is left. Network and batches come back as they are
     where nothing is frozen, where augmentation draws, where the training sees fewer patches than there are,
@@ -40,7 +40,7 @@ def cache_backbone_features(
 
     Args:
         network: Placed on the engine's device.
-        n_visits: How many patches the training will see, each as often as it is seen.
+        n_visits: Number of patches in all epochs of the training.
     """
     parts = split_frozen(network)
     if (
@@ -52,34 +52,36 @@ def cache_backbone_features(
     ):
         yield network, batches
         return
-    front, rest = parts
+    front, trainable = parts
     front.eval()
     example, _ = next(batches.iterate(rows[:1], stop=1))
     shape = (len(rows), *engine.predict(front, example).movedim(1, -1).shape[1:])
     n_bytes, free_bytes = 4 * math.prod(shape), shutil.disk_usage(folder).free
     size = f"{n_bytes / 1e6:,.0f} MB for {len(rows):,} patches"
     if n_bytes > min(LIMIT_BYTES, free_bytes / 2):
-        logger.info("the frozen front's outputs would take %s: it is computed in every epoch instead", size)
+        logger.info("outputs of the frozen stages would take %s: they are computed in every epoch", size)
         yield network, batches
         return
-    logger.info("the frozen front is computed once: %s", size)
+    logger.info("outputs of the frozen stages are computed once: %s", size)
     with tempfile.TemporaryFile(dir=folder) as file:
         for batch, _ in replace(batches, drop_last=False).iterate(rows):
             file.write(engine.predict(front, batch).movedim(1, -1).contiguous().cpu().numpy().data)
         file.flush()
-        places = np.full(len(batches.patches), -1)
-        places[rows] = np.arange(len(rows))
+        index = np.full(len(batches.patches), -1)
+        index[rows] = np.arange(len(rows))
         values = np.memmap(file, np.float32, mode="r", shape=shape)
-        yield rest, replace(batches, front=CachedFeatures(values, places))
+        yield trainable, replace(batches, front=CachedFeatures(values, index))
 
 
-def predict_rest(rest: nn.Module, front: CachedFeatures, rows: np.ndarray, *, engine: Engine) -> np.ndarray:
-    """Return the logits of patches whose front is computed, float32 ``(len(rows), n_classes)``."""
-    training = rest.training
-    rest.eval()
+def predict_rest(
+    trainable: nn.Module, front: CachedFeatures, rows: np.ndarray, *, engine: Engine
+) -> np.ndarray:
+    """Return logits from cached features, float32 ``(len(rows), n_classes)``."""
+    training = trainable.training
+    trainable.eval()
     try:
         chunks = [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
-        logits = [engine.predict(rest, to_batch(front.take(chunk), engine.device)) for chunk in chunks]
+        logits = [engine.predict(trainable, to_batch(front.take(chunk), engine.device)) for chunk in chunks]
         return torch.cat(logits).cpu().numpy()
     finally:
-        rest.train(training)
+        trainable.train(training)

@@ -1,9 +1,8 @@
-"""Checkpoints: the state of a training run after a whole epoch, in one file that is written atomically.
+"""Checkpoints: the state of a training after an epoch, in one atomic file.
 
-Tensors lie in a safetensors file; what is no tensor (epoch, history, optimiser counters) is JSON in its
-header, with a hash of both: a checkpoint that was changed since is refused. The best epoch's weights have the
-epoch in their name, and the last checkpoint says which they are: whatever moment a process is stopped at, the
-last checkpoint and the file it names belong together.
+Tensors are in a safetensors file, other values (epoch, history, optimiser counters) as JSON in its header,
+with a hash of both; altered checkpoints are refused. The weights of the best epoch are in a file named by the
+epoch, to which the last checkpoint refers, so that the files are consistent after any interruption.
 """
 
 import hashlib
@@ -28,7 +27,7 @@ LAST = "last.safetensors"
 
 @dataclass
 class Progress:
-    """What training must remember between epochs, beside weights and optimiser."""
+    """Training state between epochs, besides weights and optimiser."""
 
     epoch: int = 0
     """Epochs finished."""
@@ -37,7 +36,7 @@ class Progress:
     best_epoch: int | None = None
     best_value: float | None = None
     history: list[EpochRecord] = field(default_factory=list)
-    """The log, one record an epoch."""
+    """The log, one record per epoch."""
 
 
 class _Past(BaseModel):
@@ -56,7 +55,7 @@ class _Progress(BaseModel):
 
 
 class _Header(BaseModel):
-    """What the last checkpoint holds beside tensors."""
+    """Header of a checkpoint."""
 
     progress: _Progress
     optimiser: dict[NonNegativeInt, dict[str, float | int | bool]]
@@ -70,7 +69,7 @@ def save_checkpoint(
     progress: Progress,
     average: WeightAverage | None = None,
 ) -> None:
-    """Write the state after an epoch; the (averaged) weights apart too, when it is the best so far."""
+    """Write the state after an epoch, and the (averaged) weights if it is the best so far."""
     weights = _to_cpu(network.state_dict())
     averaged = {} if average is None else _to_cpu(average.state)
     if progress.best_epoch == progress.epoch:
@@ -102,35 +101,37 @@ def load_checkpoint(
     device: torch.device,
     average: WeightAverage | None = None,
 ) -> Progress:
-    """Put network, optimiser and average back to the last checkpoint; a fresh start where there is none."""
+    """Restore network, optimiser and average from the last checkpoint, if there is one."""
     if not (folder / LAST).exists():
         return Progress()
     tensors, header = _read(folder / LAST)
     try:
-        known = validate(folder / LAST, _Header, header)
+        parsed = validate(folder / LAST, _Header, header)
     except FileFormatError as error:
-        raise RunError(f"{error}: train anew") from None
+        raise RunError(f"{error}: start a new run") from None
     _fill(network, _tensors_of(tensors, "network"), folder / LAST)
     try:
         if average is not None:
             for name, value in _tensors_of(tensors, "average").items():
                 average.state[name].copy_(value)
-        _fill_optimiser(optimiser, known, _tensors_of(tensors, "optimiser"), device)
+        _fill_optimiser(optimiser, parsed, _tensors_of(tensors, "optimiser"), device)
     except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise RunError(f"{folder / LAST} does not fit the recipe beside it ({reason}): train anew") from None
+        raise RunError(
+            f"{folder / LAST} does not fit the recipe of the run ({reason}): start a new run"
+        ) from None
     return Progress(**{name: header["progress"][name] for name in vars(Progress())})
 
 
 def _fill_optimiser(
     optimiser: torch.optim.Optimizer,
-    known: _Header,
+    header: _Header,
     tensors: dict[str, torch.Tensor],
     device: torch.device,
 ) -> None:
-    """Put an optimiser back to what a checkpoint knows of it."""
+    """Restore the state of an optimiser from a checkpoint."""
     weights = [weight for group in optimiser.param_groups for weight in group["params"]]
-    state: dict[int, dict[str, Any]] = {index: dict(values) for index, values in known.optimiser.items()}
+    state: dict[int, dict[str, Any]] = {index: dict(values) for index, values in header.optimiser.items()}
     for name, value in tensors.items():
         index, _, key = name.partition(".")
         if value.ndim and value.shape != weights[int(index)].shape:
@@ -138,14 +139,14 @@ def _fill_optimiser(
         state.setdefault(int(index), {})[key] = value if key == "step" else value.to(device)
     document = optimiser.state_dict()
     document["state"] = state
-    for group, values in zip(document["param_groups"], known.groups, strict=True):
+    for group, values in zip(document["param_groups"], header.groups, strict=True):
         group |= {name: value for name, value in values.items() if name != "params"}
     optimiser.load_state_dict(document)
     _lay_out_like_weights(optimiser)
 
 
 def _lay_out_like_weights(optimiser: torch.optim.Optimizer) -> None:
-    """Store moments in the order in memory of their weights: PyTorch's fused steps walk both as one."""
+    """Store moments in the memory format of their weights, as needed by PyTorch's fused steps."""
     for weight, state in optimiser.state.items():
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.shape == weight.shape:
@@ -153,7 +154,7 @@ def _lay_out_like_weights(optimiser: torch.optim.Optimizer) -> None:
 
 
 def load_weights(folder: Path, network: torch.nn.Module, epoch: int | None) -> None:
-    """Put the (averaged) weights of the best epoch, or for None of the last, into the network."""
+    """Load the (averaged) weights of the best epoch, or of the last (None)."""
     path = folder / (LAST if epoch is None else _best_name(epoch))
     tensors, _ = _read(path)
     if epoch is None:
@@ -170,7 +171,7 @@ def _fill(network: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path
     try:
         network.load_state_dict(weights)
     except RuntimeError:
-        raise RunError(f"{path} holds another network than the recipe beside it: train anew") from None
+        raise RunError(f"{path} is of another network than the recipe of the run: start a new run") from None
 
 
 def _is_number(value: object) -> bool:
@@ -204,9 +205,9 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         tensors, texts = read_tensors(path, framework="pt")
         header = parse_json(texts.get("biopsy", "null"), path, allow_nan=True)
         if not isinstance(header, dict) or header.get("format") != FORMAT:
-            raise FileFormatError(path, "format", f"is no checkpoint of format {FORMAT!r}")
+            raise FileFormatError(path, "format", f"is not a checkpoint of format {FORMAT!r}")
         if texts.get("sha256") != _hash(tensors, texts["biopsy"]):
             raise FileFormatError(path, "altered", "was changed since it was written")
     except FileFormatError as error:
-        raise RunError(f"{error}: train anew") from None
+        raise RunError(f"{error}: start a new run") from None
     return tensors, header

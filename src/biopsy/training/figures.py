@@ -1,4 +1,4 @@
-"""Figures of a training: curves over epochs, and a diagram of the network."""
+"""Figures of a training: learning curves and a diagram of the network."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ def draw_training(
     chosen_epoch: int | None = None,
     quantities: Sequence[str] = ("loss", "accuracy"),
 ) -> Figure:
-    """Draw what the training log holds against epochs.
+    """Draw learning curves from the training log.
 
     Args:
         records: One mapping an epoch, with ``epoch`` and any of ``loss val_loss accuracy val_accuracy auroc
@@ -99,7 +99,7 @@ MAX_LINES = 60  # a longer network is drawn by blocks, without its layers
 
 @dataclass(frozen=True)
 class Block:
-    """Layers that belong together: a title, the rows, and what leaves the last of them."""
+    """A block of layers with a title."""
 
     title: str
     rows: tuple[Row, ...]
@@ -140,13 +140,13 @@ def group_layers(rows: Sequence[Row]) -> list[Block]:
 
 
 def _name_block(name: str) -> str:
-    first, second, *rest = [*name.split("."), ""]
-    return f"{first}.{second}" if second.isdigit() and any(rest) else first
+    first, second, *others = [*name.split("."), ""]
+    return f"{first}.{second}" if second.isdigit() and any(others) else first
 
 
 @styled
-def draw_network(rows: Sequence[Row], *, input_shape: tuple[int, ...], title: str = "") -> Figure:
-    """Draw the layers of a network from top to bottom, with the shape that flows and the parameters.
+def draw_network(rows: Sequence[Row], *, input_shape: tuple[int, ...]) -> Figure:
+    """Draw the layers of a network from top to bottom, with output shapes and parameters.
 
     Args:
         rows: ``(name, type, output_shape, parameters)`` a layer, in order; shapes without the batch.
@@ -160,15 +160,12 @@ def draw_network(rows: Sequence[Row], *, input_shape: tuple[int, ...], title: st
     blocks = group_layers(rows)
     in_full = len(rows) <= MAX_LINES
     lines = [[_describe(row) for row in block.rows] if in_full else [] for block in blocks]
-    height = 0.45 + sum(0.62 + LINE_IN * len(part) for part in lines) + (0.25 if title else 0)
+    height = 0.45 + sum(0.62 + LINE_IN * len(part) for part in lines)
     figure = Figure(figsize=(WIDTH_IN, height))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, WIDTH_IN), ylim=(height, 0))
     axes.set_axis_off()
     y = 0.16
-    if title:
-        axes.text(0.15, y, title, va="center", fontsize=9.5)
-        y += 0.25
     axes.text(
         WIDTH_IN / 2, y, f"input  {_shape(input_shape)}", ha="center", va="center", color=INK, fontsize=8.5
     )
@@ -178,7 +175,7 @@ def draw_network(rows: Sequence[Row], *, input_shape: tuple[int, ...], title: st
 
 
 def _draw_block(axes: Axes, block: Block, lines: list[tuple[str, str, str]], top: float) -> float:
-    """Draw one block whose arrow starts at ``top``; give the height of the text that leaves it."""
+    """Draw one block whose arrow starts at ``top``; return the position of its output text."""
     box_top = top + 0.12
     box_height = 0.28 + LINE_IN * len(lines)
     axes.annotate(

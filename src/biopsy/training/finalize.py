@@ -1,4 +1,4 @@
-"""What a training run leaves behind: the classifier, its thresholds, and its predictions on validation."""
+"""Final outputs of a training: classifier, thresholds, and predictions on validation."""
 
 import logging
 from copy import deepcopy
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress) -> None:
-    """Settle the decision on validation, and write what comes out.
+    """Fit the postprocessing on validation, and write the outputs.
 
     Args:
         run: Gets ``classifier/`` and ``predictions/validation.parquet``, and what was chosen in its record.
@@ -83,13 +83,13 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
     classifier.base_network.to("cpu")
     classifier.save(run.path / "classifier")
     split = run.info["split"]
-    about = pack.table.iloc[task.val][[*IDENTITY, "target"]].assign(
+    patches = pack.table.iloc[task.val][[*IDENTITY, "target"]].assign(
         subset=run.validation_subset, fold=split["fold"]
     )
     write_validation(
         run,
         classifier,
-        about.reset_index(drop=True),
+        patches.reset_index(drop=True),
         logits,
         {"pack_sha256": pack.info.content_sha256, "split": split["name"]},
     )
@@ -122,7 +122,7 @@ def _warn_unsettled(record: NormalisationRecord | None, n_updates: int) -> str |
 def fit_preprocessing(
     recipe: Recipe, pack: Pack, train: np.ndarray, *, published: bool = False
 ) -> Preprocessing:
-    """Return the recipe's preprocessing, mean and std taken from training patches where it says so.
+    """Return the recipe's preprocessing, with mean and std of training patches if requested.
 
     Args:
         published: Whether to standardise as on the split of the publication.

@@ -1,4 +1,4 @@
-"""The loop over epochs: update, validate, remember, stop."""
+"""Training loop."""
 
 import contextlib
 import logging
@@ -34,12 +34,12 @@ from biopsy.training.weight_averaging import WeightAverage
 logger = logging.getLogger(__name__)
 
 OnEpoch = Callable[[EpochRecord], None]
-CHECK_EVERY = 50  # updates between two looks at the loss: on a GPU each look waits for it
+CHECK_EVERY = 50  # updates between checks of the loss, which synchronise with the GPU
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a network is to learn, and from which patches."""
+    """A training task: recipe, data, preprocessing and engine."""
 
     recipe: Recipe
     pack: Pack
@@ -49,20 +49,20 @@ class Task:
     engine: Engine
     seed: int
     keep_best: bool
-    """Whether the best epoch on validation is kept, rather than the last."""
+    """Whether to keep the best epoch on validation instead of the last."""
     transform: Transform | None = None
-    """Of training batches, beside the recipe's augmentation."""
+    """Transform of training batches after the recipe's augmentation."""
 
 
 def fit(network: torch.nn.Module, task: Task, folder: Path, on_epoch: OnEpoch) -> Progress:
-    """Train to the last epoch or until validation stops it, from the last checkpoint in ``folder``.
+    """Train to the last epoch or early stopping, from the last checkpoint in ``folder``.
 
     Args:
-        network: With its initial weights.
+        network: Network with initial weights.
         on_epoch: Called with each epoch's record after its checkpoint is written.
 
     Raises:
-        TrainingDiverged: If the loss is not finite; says at which epoch and step.
+        TrainingDiverged: If the loss is not finite; with epoch and step.
     """
     settings = task.recipe.train
     network = task.engine.place(network)
@@ -89,7 +89,7 @@ def fit(network: torch.nn.Module, task: Task, folder: Path, on_epoch: OnEpoch) -
 
 
 def optimiser_of(recipe: Recipe, network: torch.nn.Module) -> torch.optim.Optimizer:
-    """Make the optimiser a recipe asks for."""
+    """Return the optimiser of a recipe."""
     settings = recipe.train
     return make_optimiser(
         settings.optimiser,
@@ -110,7 +110,7 @@ def _run_epoch(
     steps: int,
     average: WeightAverage | None,
 ) -> EpochRecord:
-    """Make an epoch's updates and look at validation; gives the epoch's record."""
+    """Run one epoch with validation, and return its record."""
     settings, epoch, started = task.recipe.train, progress.epoch + 1, time.perf_counter()
     weights = class_weights(task.pack.target[task.train], len(task.pack.class_names), settings.class_weights)
     outputs = outputs_of(settings.loss)
@@ -171,7 +171,7 @@ def _run_epoch(
 
 
 def _order(task: Task, number: int) -> np.ndarray:
-    """Return the rows of a pass; a last batch of one patch is left out, it has no spread to normalise by."""
+    """Return the rows of a pass, without a last batch of one patch (batch normalisation)."""
     settings = task.recipe.train
     order = sample_epoch(
         task.train, task.pack.target, sampling=settings.sampling, seed=task.seed, epoch=number
@@ -180,7 +180,7 @@ def _order(task: Task, number: int) -> np.ndarray:
 
 
 def _next_batches(task: Task, batches: Batches, step: int, n_steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches of the next updates, over shuffled passes that follow each other without end."""
+    """Yield the batches of the next updates, over consecutive shuffled passes."""
     per_pass = batches.count(len(_order(task, 1)))
     for number, start, stop in sample_passes(step, n_steps, per_pass):
         yield from batches.iterate(_order(task, number), epoch=number, start=start, stop=stop)
@@ -211,7 +211,7 @@ def _validate(network: torch.nn.Module, task: Task, batches: Batches) -> dict[st
 
 
 def _note_best(task: Task, progress: Progress, record: EpochRecord) -> None:
-    """Remember the epoch if its monitored value is the best: the highest AUROC or the lowest loss."""
+    """Update the best epoch by the monitored value: highest AUROC or lowest loss."""
     auroc = record["val_auroc"] if task.recipe.train.monitor == "val_auroc" else None
     value = -record["val_loss"] if auroc is None else auroc  # AUROC needs both classes in validation
     record["best"] = math.isfinite(value) and (progress.best_value is None or value > progress.best_value)
@@ -251,7 +251,7 @@ def _require_finite(losses: list[Tensor], epoch: int, last_good: int) -> None:
 
 
 def _diverged(loss: float, where: str, last_good: int) -> TrainingDiverged:
-    kept = f"the last good checkpoint is epoch {last_good}" if last_good else "no epoch was finished"
+    hint = f"the last good checkpoint is epoch {last_good}" if last_good else "no epoch was finished"
     return TrainingDiverged(
-        f"the loss became {loss:g} in {where}; {kept}: lower the rate with --set train.lr=..."
+        f"the loss became {loss:g} in {where}; {hint}: lower the rate with --set train.lr=..."
     )

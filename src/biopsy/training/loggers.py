@@ -12,13 +12,13 @@ from biopsy.training.runs import Run
 
 
 class EpochLogger(Protocol):
-    """What is told of each epoch."""
+    """Interface of the loggers."""
 
     def log(self, values: Mapping[str, float], epoch: int) -> None:
-        """Record the numbers of an epoch."""
+        """Log the values of an epoch."""
 
     def close(self, *, is_finished: bool) -> None:
-        """End the record; a run that was interrupted goes on with it."""
+        """Close the logger; an interrupted run can continue it."""
 
 
 class _TensorBoard:
@@ -40,9 +40,9 @@ class _MLflow:
         import mlflow
 
         self._mlflow = mlflow
-        known = run.info.get("mlflow_run")
-        started = mlflow.start_run(run_id=known, run_name=None if known else run.info["id"])
-        if not known:
+        run_id = run.info.get("mlflow_run")
+        started = mlflow.start_run(run_id=run_id, run_name=None if run_id else run.info["id"])
+        if not run_id:
             run.update(mlflow_run=started.info.run_id)
             mlflow.log_params(_flatten(run))
 

@@ -1,4 +1,4 @@
-"""Opening what a user names as a model: run, classifier, bundle, shipped name, hub name, WSInfer model."""
+"""Opening of models: run, classifier, bundle, shipped name, hub name or WSInfer model."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Optimisers as Keras has them; learning rates as a pure function of the step, so that resuming is exact."""
+"""Optimisers as in Keras, and learning rates as a pure function of the step, for exact resuming."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -12,11 +12,12 @@ from biopsy.core.errors import RecipeError, suggest
 
 KERAS_EPSILON = 1e-7
 SCHEDULES = ("constant", "inverse-time", "cosine", "one-cycle", "plateau")
+PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.1, 3
 ONE_CYCLE_RISE, ONE_CYCLE_START = 0.3, 1 / 25
 
 
 class KerasAdam(Adam):
-    """Adam with the epsilon where Keras has it: beside the root *before* its bias is corrected."""
+    """Adam with epsilon as in Keras: added to the root *before* bias correction."""
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         for group in self.param_groups:
@@ -66,7 +67,7 @@ def make_optimiser(
     momentum: float = 0.0,
     nesterov: bool = False,
 ) -> Optimizer:
-    """Return an optimiser for the parameters that are to be trained.
+    """Return an optimiser for the trainable parameters.
 
     Args:
         name: ``adagrad`` (Keras 3 and tf.keras 2: accumulator from .1), ``adagrad-keras2`` (Keras 2.2: from
@@ -114,24 +115,20 @@ def learning_rate(
     warmup_steps: int = 0,
     total_steps: int | None = None,
     history: Sequence[float] = (),
-    factor: float = 0.1,
-    patience: int = 3,
 ) -> float:
-    """Return the learning rate of one update, from nothing but its number and what was seen before it.
+    """Return the learning rate of one update.
 
     Args:
         step: Updates done before this one; the first is 0.
         lr: The rate at full height.
         schedule: ``constant``; ``inverse-time``, Keras's ``lr / (1 + decay * step)``; ``cosine``, down to 0
             at ``total_steps``; ``one-cycle`` (Smith 2018), up from a 25th over the first 30 % of
-            ``total_steps``, then down to 0, both along a cosine; ``plateau``, times ``factor`` after every
-            ``patience`` epochs without a new best.
+            ``total_steps``, then down to 0, both along a cosine; ``plateau``, a tenth after every three
+            epochs without a new best.
         decay: Of ``inverse-time``.
         warmup_steps: Updates over which any schedule climbs linearly to its value.
         total_steps: Updates of the whole run, for ``cosine`` and ``one-cycle``.
         history: Validation loss of every finished epoch, for ``plateau``.
-        factor: Of ``plateau``.
-        patience: Of ``plateau``.
 
     Raises:
         RecipeError: If the schedule is unknown, or ``total_steps`` is missing.
@@ -157,17 +154,17 @@ def learning_rate(
         else:
             lr *= _cosine((step - rise) / max(total_steps - rise, 1))
     elif schedule == "plateau":
-        lr *= factor ** count_plateaus(history, patience)
+        lr *= PLATEAU_FACTOR ** count_plateaus(history, PLATEAU_PATIENCE)
     return lr * min(1.0, (step + 1) / warmup_steps) if warmup_steps else lr
 
 
 def _cosine(done: float) -> float:
-    """Return the height of a cosine that falls from 1 to 0 while ``done`` goes from 0 to 1."""
+    """Return a cosine from 1 to 0 for ``done`` from 0 to 1."""
     return 0.5 * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0)))
 
 
 def count_plateaus(history: Sequence[float], patience: int) -> int:
-    """Count how often ``patience`` epochs in a row brought no new lowest loss (Keras's ReduceLROnPlateau)."""
+    """Return the number of times that the loss had no new minimum for ``patience`` epochs (Keras)."""
     best, waited, plateaus = math.inf, 0, 0
     for loss in history:
         waited = 0 if loss < best else waited + 1
@@ -178,7 +175,7 @@ def count_plateaus(history: Sequence[float], patience: int) -> int:
 
 
 def set_learning_rate(optimiser: Optimizer, lr: float) -> None:
-    """Set the rate of the next update in every group of parameters."""
+    """Set the learning rate of all parameter groups."""
     groups: list[dict[str, Any]] = optimiser.param_groups
     for group in groups:
         group["lr"] = lr

@@ -36,18 +36,18 @@ def fit_abstention(
         probs: Calibrated probabilities of the calibration patches, ``(n, n_classes)``.
         target: Their classes, ``(n,)``.
         group_ids: The patient (slide, patch) of each.
-        alpha: Error rate promised.
-        guarantee: Of the patches of each class, or of all together.
+        alpha: Miscoverage rate.
+        guarantee: ``class-conditional`` or ``marginal``.
         class_names: In the order of the columns of ``probs``.
-        patients_overlap: Whether patients stand in several subsets, so that errors here guarantee nothing.
+        patients_overlap: Whether patients are in several subsets, so that there is no guarantee.
     """
     how: dict[str, Any] = {"guarantee": guarantee, "unit": unit, "class_names": class_names}
     fitted = fit_conformal(probs, target, group_ids, alpha, **how).to_dict()
     if patients_overlap:
         fitted["quantiles"] = None
         fitted["reason"] = (
-            f"{unit}s stand in several subsets of this split, so errors on {chosen_on} guarantee nothing "
-            f"about a new {unit}"
+            f"{unit}s are in several subsets of this split, so errors on {chosen_on} give no guarantee "
+            f"for a new {unit}"
         )
     plain = split_conformal(probs, target, alpha, guarantee=guarantee).to_dict()
     record = fitted | {"chosen_on": chosen_on, "per_patch_quantiles": plain["quantiles"]}
@@ -56,7 +56,7 @@ def fit_abstention(
 
 logger = logging.getLogger(__name__)
 
-MOST_TURNED = 0.01  # of the calls
+MAX_CHANGED = 0.01  # of the predictions
 
 
 def fit_postprocessing(
@@ -71,7 +71,7 @@ def fit_postprocessing(
     unit: str,
     trained_prior: np.ndarray | None = None,
 ) -> None:
-    """Fit the calibrator on validation patches, then freeze thresholds on the calibrated probabilities.
+    """Fit the calibrator on validation patches, then thresholds on the calibrated probabilities.
 
     Args:
         classifier: Gets ``info.calibrator`` and, for two classes, ``info.thresholds``.
@@ -127,26 +127,28 @@ def _freeze(truth: np.ndarray, prob: np.ndarray, rule: str, chosen_on: str) -> T
 
 
 def warn_of_spread(classifier: Classifier, logits: np.ndarray, subset: str) -> str | None:
-    """Return a warning where a classifier's scores barely differ between patches, else None.
+    """Return a warning if the scores of a classifier barely differ between patches, else None.
 
-    They do where they differ by less than `LEAST_SPREAD`, or where more than `MOST_TURNED` of the calls turn
-    when the logits are rounded to half precision: other hardware rounds otherwise, too.
+    That is if their standard deviation is below `LEAST_SPREAD`, or more than `MAX_CHANGED` of the predictions
+    change when logits are rounded to half precision, as other hardware may round differently.
     """
     spread = spread_of(score_classes(logits, classifier.info.outputs))
     rounded = logits.astype(np.float16).astype(np.float64)
     positive, threshold = classifier.positive_index, classifier.threshold
-    calls, turned = (decide(classifier.probs(values), positive, threshold) for values in (logits, rounded))
-    n_turned = int((calls != turned).sum())
-    if spread >= LEAST_SPREAD and n_turned <= max(2, MOST_TURNED * len(logits)):
+    y_pred, rounded_pred = (
+        decide(classifier.probs(values), positive, threshold) for values in (logits, rounded)
+    )
+    n_changed = int((y_pred != rounded_pred).sum())
+    if spread >= LEAST_SPREAD and n_changed <= max(2, MAX_CHANGED * len(logits)):
         return None
     return (
         f"scores barely differ between {subset} patches (standard deviation {spread:.2g} before calibration)"
-        f"; {n_turned:,} of {len(logits):,} calls turn when scores are rounded to half precision"
+        f"; {n_changed:,} of {len(logits):,} predictions change when scores are rounded to half precision"
     )
 
 
 def find_trained_prior(recipe: Recipe, counts: Sequence[int]) -> np.ndarray | None:
-    """Return the share of each class as training saw it, where weights or sampling bent it; else None.
+    """Return the class proportions of training if changed by class weights or sampling, else None.
 
     A class weight of max / count (or any other constant / count) makes all classes count alike, and so does
     resampling to equal shares; both together turn their shares round.
@@ -197,21 +199,21 @@ def fit_run_postprocessing(
 def write_validation(
     run: Run,
     classifier: Classifier,
-    about: pd.DataFrame,
+    patches: pd.DataFrame,
     logits: np.ndarray,
     metadata: Mapping[str, object],
 ) -> None:
-    """Write ``predictions/validation.parquet``: what a classifier, once settled, says of validation.
+    """Write ``predictions/validation.parquet``, the predictions of a fitted classifier on validation.
 
     Args:
-        classifier: With calibrator and thresholds.
-        about: `IDENTITY`, subset, fold and target of each patch.
+        classifier: Classifier with calibrator and thresholds.
+        patches: `IDENTITY`, subset, fold and target of each patch.
         logits: ``(n, n_classes)``.
         metadata: ``pack_sha256`` and ``split``.
     """
     probs, info = classifier.probs(logits), classifier.info
     frame = tabulate_predictions(
-        about,
+        patches,
         info.class_names,
         classifier.positive_index,
         logits,
@@ -219,5 +221,5 @@ def write_validation(
         threshold=classifier.threshold,
         abstained=classifier.abstains(probs),
     )
-    known = {**metadata, "classifier_sha256": classifier.sha256, "threshold": classifier.frozen}
-    write_predictions(run.path / "predictions" / "validation.parquet", frame, known)
+    full_metadata = {**metadata, "classifier_sha256": classifier.sha256, "threshold": classifier.frozen}
+    write_predictions(run.path / "predictions" / "validation.parquet", frame, full_metadata)

@@ -40,14 +40,14 @@ MAX_ITERATIONS = 500
 
 
 class CachedFile(NamedTuple):
-    """Where features are kept, and the seconds that computing them took."""
+    """Name of a file of features, and the seconds of computing them."""
 
     file: str
     seconds: float
 
 
 def check_probe(recipe: Recipe) -> None:
-    """Refuse settings that a probe of a frozen network cannot have.
+    """Refuse settings that are not possible for a probe.
 
     Raises:
         RecipeError: Naming the setting and its value.
@@ -59,8 +59,8 @@ def check_probe(recipe: Recipe) -> None:
         "train.sampling=none": recipe.train.sampling != "none",
         "train.loss=cross-entropy": recipe.train.loss != "cross-entropy",
     }
-    if wanted := [setting for setting, is_wrong in faults.items() if is_wrong]:
-        raise RecipeError(f"train.optimiser={PROBE} needs {', '.join(wanted)}: features are computed once")
+    if required := [setting for setting, is_wrong in faults.items() if is_wrong]:
+        raise RecipeError(f"train.optimiser={PROBE} needs {', '.join(required)}: features are computed once")
 
 
 def fit_probe(network: torch.nn.Module, task: Task, weights: StartWeights, on_epoch: OnEpoch) -> Progress:
@@ -78,7 +78,7 @@ def fit_probe(network: torch.nn.Module, task: Task, weights: StartWeights, on_ep
         raise RecipeError(f"{task.recipe.model.name} has no linear head to fit: use a library's network")
     started, pack, rows = time.perf_counter(), task.pack, task.train
     network = task.engine.place(network)
-    features, about = cached_features(
+    features, cached_file = cached_features(
         network, pack, task.preprocessing, task.engine, identity=_identify(task, weights)
     )
     names, groups = pack.class_names, pack.group_ids[rows]
@@ -94,7 +94,7 @@ def fit_probe(network: torch.nn.Module, task: Task, weights: StartWeights, on_ep
     with torch.no_grad():
         head.weight.copy_(torch.from_numpy(coefficients))
         head.bias.copy_(torch.from_numpy(intercepts))
-    train, val = (features[of] @ coefficients.T + intercepts for of in (rows, task.val))
+    train, val = (features[subset] @ coefficients.T + intercepts for subset in (rows, task.val))
     record = EpochRecord(
         epoch=1,
         step=1,
@@ -105,9 +105,9 @@ def fit_probe(network: torch.nn.Module, task: Task, weights: StartWeights, on_ep
         **_score("", train, pack.target[rows], pack),  # type: ignore[typeddict-item]
         **_score("val_", val, pack.target[task.val], pack),
         seconds=time.perf_counter() - started,
-        images_per_s=len(pack) / about.seconds,
-        features=about.file,
-        feature_seconds=about.seconds,
+        images_per_s=len(pack) / cached_file.seconds,
+        features=cached_file.file,
+        feature_seconds=cached_file.seconds,
         n_features=features.shape[1],
     )
     on_epoch(record)
@@ -115,7 +115,7 @@ def fit_probe(network: torch.nn.Module, task: Task, weights: StartWeights, on_ep
 
 
 def _identify(task: Task, weights: StartWeights) -> dict[str, object]:
-    """Return what features depend on beside the pack."""
+    """Return everything that features depend on, besides the pack."""
     return {
         "network": task.recipe.model.name,
         "params": task.recipe.model.params,
@@ -133,23 +133,23 @@ def cached_features(
     *,
     identity: Mapping[str, object],
 ) -> tuple[np.ndarray, CachedFile]:
-    """Return the features of all patches of a pack, computed once and kept in it.
+    """Return the features of all patches of a pack, cached in the pack.
 
     Args:
         network: Placed on the engine's device, with ``features``.
-        pack: Keeps them, where it can be written to.
+        pack: The pack, in which features are cached if it is writable.
 
     Returns:
-        float32 ``(n, n_features)``, and where they are kept.
+        float32 ``(n, n_features)``, and the cached file.
     """
-    about = {"pack": pack.info.content_sha256, **identity}
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=list).encode()).hexdigest()
+    metadata = {"pack": pack.info.content_sha256, **identity}
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True, default=list).encode()).hexdigest()
     path = pack.path / FOLDER / f"{digest[:16]}.npy"
     try:
-        known = read_json(path.with_suffix(".json"), format=FORMAT)
-        if known["sha256"] == sha256_file(path):
+        cached = read_json(path.with_suffix(".json"), format=FORMAT)
+        if cached["sha256"] == sha256_file(path):
             logger.info("features of %s are kept in the pack: %s", identity["network"], path.name)
-            return map_array(path, dtype=np.float32, ndim=2), CachedFile(path.name, known["seconds"])
+            return map_array(path, dtype=np.float32, ndim=2), CachedFile(path.name, cached["seconds"])
         logger.warning("features are computed again: %s was changed", path)
     except FileFormatError as error:
         if error.reason != "missing":
@@ -158,12 +158,12 @@ def cached_features(
     started = time.perf_counter()
     features = _compute(network, pack, preprocessing, engine)
     seconds = time.perf_counter() - started
-    about |= {"format": FORMAT, "file": path.name, "seconds": seconds}
+    metadata |= {"format": FORMAT, "file": path.name, "seconds": seconds}
     try:
         path.parent.mkdir(exist_ok=True)
         with replace_atomic(path) as partial, partial.open("wb") as file:
             np.save(file, features)
-        write_json(path.with_suffix(".json"), about | {"sha256": sha256_file(path)})
+        write_json(path.with_suffix(".json"), metadata | {"sha256": sha256_file(path)})
     except OSError as error:
         logger.warning("features are not kept in the pack (%s): they are computed again next time", error)
     return features, CachedFile(path.name, seconds)
@@ -189,7 +189,7 @@ def _compute(
 
 
 class _Features(torch.nn.Module):
-    """A network that gives its features rather than its logits."""
+    """A network whose output is its features."""
 
     def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ def fit_logistic(
     class_weight: np.ndarray | None = None,
     seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Fit a logistic regression whose penalty is chosen by the log loss on groups left out in turn.
+    """Fit a logistic regression with a penalty chosen by grouped cross-validation of the log loss.
 
     Args:
         features: ``(n, n_features)``; standardised inside.
@@ -251,16 +251,18 @@ def _choose_penalty(
 
     n_folds = min(MOST_FOLDS, len(np.unique(groups)))
     if n_folds < 2:
-        logger.warning("one training patient: the penalty of the probe is not chosen but C=1")
+        logger.warning("one training patient: the penalty of the probe cannot be chosen and is C=1")
         return 1.0
     losses = np.zeros(len(PENALTIES))
     folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
-    for kept, held_out in folds.split(scaled, target, groups):
-        if len(np.unique(target[kept])) < n_classes:
+    for fitted, held_out in folds.split(scaled, target, groups):
+        if len(np.unique(target[fitted])) < n_classes:
             continue
-        for place, penalty in enumerate(PENALTIES):
-            probs = _fit(scaled[kept], target[kept], weights[kept], penalty).predict_proba(scaled[held_out])
-            losses[place] += len(held_out) * log_loss(
+        for index, penalty in enumerate(PENALTIES):
+            probs = _fit(scaled[fitted], target[fitted], weights[fitted], penalty).predict_proba(
+                scaled[held_out]
+            )
+            losses[index] += len(held_out) * log_loss(
                 target[held_out], probs, sample_weight=weights[held_out], labels=range(n_classes)
             )
     return float(PENALTIES[int(losses.argmin())]) if losses.any() else 1.0
@@ -296,7 +298,7 @@ def _score(prefix: str, logits: np.ndarray, target: np.ndarray, pack: Pack) -> d
 def neighbour_votes(
     train: np.ndarray, target: np.ndarray, features: np.ndarray, *, n_classes: int, n_neighbours: int = 20
 ) -> np.ndarray:
-    """Return the share of each class among the nearest training patches, ``(n, n_classes)``.
+    """Return the class proportions among the nearest training patches, ``(n, n_classes)``.
 
     Nearest by the cosine of the features, as in the k-NN evaluation of DINO (Caron et al. 2021), unweighted.
     """

@@ -1,4 +1,4 @@
-"""Runs: one training each, as a folder; what was asked, what happened, what came out."""
+"""Runs: folders with settings, log and classifier of one training."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ FORMAT = "biopsy-run/1"
 DOCUMENT = "run.json"
 MAX_LOG_BYTES = 2**26  # 64 MiB: 100,000 epochs
 _SUBSETS = ("train", "validation", "test", "")
-SETTLED_BEFORE = {
+DEFAULTS_BEFORE = {
     "decision.calibration": "none",
     "decision.operating_points": Decision().operating_points,
     "as_published.calibration": "none",
@@ -40,11 +40,11 @@ SETTLED_BEFORE = {
     "train.label_smoothing": 0.0,
     "train.ema_decay": 0.0,
 }
-"""Settings younger than the first runs, and the values with which those runs answer the same question."""
+"""Settings added since the first version, with the values that are equivalent to it, for cached runs."""
 
 
 class EpochRecord(TypedDict, total=False):
-    """What is logged of an epoch; a probe has but one, with the penalty that was chosen and its features."""
+    """Log record of an epoch; a probe has one record, with penalty and features."""
 
     epoch: Required[int]
     step: int
@@ -66,7 +66,7 @@ class EpochRecord(TypedDict, total=False):
     feature_seconds: float
     n_features: int
     run: str
-    """For a caller's ``on_epoch``: path of the run, and of a study's its recipe, fold and seed."""
+    """For ``on_epoch``: path of the run, and in studies recipe, fold and seed."""
     recipe: str
     fold: int | None
     seed: int
@@ -104,7 +104,7 @@ class _Weights(BaseModel):
 
 
 class _Document(BaseModel):
-    """What ``run.json`` must hold; the rest is for people."""
+    """Required content of ``run.json``."""
 
     id: str
     status: Literal["running", "interrupted", "failed", "finished"]
@@ -136,7 +136,7 @@ class Run:
 
     Attributes:
         path: The folder.
-        info: What ``run.json`` says: what was asked, on which pack, and what came of it.
+        info: Content of ``run.json``: settings, pack and results.
     """
 
     def __init__(self, path: Path, info: dict[str, Any]) -> None:
@@ -148,7 +148,7 @@ class Run:
         """Open a run.
 
         Raises:
-            RunError: If the folder holds no run of a format that this version reads.
+            RunError: If the folder is not a run, or of an unsupported format.
         """
         if isinstance(path, Run):
             return path
@@ -158,7 +158,7 @@ class Run:
                 f"{path} is not a run (it has no {DOCUMENT}): make one with `biopsy train RECIPE --data PACK`"
             )
         try:
-            remedy = "bring it back, or train again"
+            remedy = "restore it, or train again"
             info = read_json(path / DOCUMENT, format=FORMAT, remedy=remedy, may_lack_hash=True)
             validate(path / DOCUMENT, _Document, info)
         except DataError as error:
@@ -167,14 +167,14 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, info: Mapping[str, object], recipe: Recipe, split: pd.DataFrame) -> "Run":
-        """Write a new run's folder whole: ``run.json``, ``recipe.toml`` and ``split.csv``.
+        """Create the folder of a new run with ``run.json``, ``recipe.toml`` and ``split.csv``.
 
         Raises:
-            RunError: If the folder already holds something.
+            RunError: If the folder is not empty.
         """
         if path.exists() and any(path.iterdir()):
             raise RunError(
-                f"{path} is not empty: name another folder, or go on with `biopsy train --resume {path}`"
+                f"{path} is not empty: choose another folder, or resume with `biopsy train --resume {path}`"
             )
         info = {"format": FORMAT, **info}
         with create_directory(path) as partial:
@@ -188,24 +188,21 @@ class Run:
         return f"<Run {self.path.name}: {self.info['status']}>"
 
     def update(self, **fields: Any) -> None:
-        """Change what ``run.json`` says."""
+        """Update fields of ``run.json``."""
         self.info = {**self.info, **fields}
         write_json(self.path / DOCUMENT, self.info)
 
     def hash_files(self, *names: str) -> dict[str, str]:
-        """Return the entry ``files`` of ``run.json`` with the hashes of files that were just written."""
+        """Return the entry ``files`` of ``run.json`` with updated hashes."""
         return {**self.info.get("files", {}), **{name: sha256_file(self.path / name) for name in names}}
 
     def require_unchanged(self, name: str) -> Path:
-        """Return the path of a file of the run, refused if it is not the one that ``run.json`` records.
-
-        Runs of the first versions recorded none.
-        """
+        """Return the path of a file of the run, verified by its hash in ``run.json``, if recorded."""
         path, recorded = self.path / name, self.info.get("files", {}).get(name)
         try:
             if recorded is not None and sha256_file(path) != recorded:
                 raise FileFormatError(
-                    path, "altered", "was changed since the run wrote it: bring it back, or train again"
+                    path, "altered", "was changed since it was written: restore it, or train again"
                 )
         except FileFormatError as error:
             raise RunError(str(error)) from None
@@ -213,12 +210,12 @@ class Run:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe with every default filled in, as it was trained."""
+        """The recipe of the run, with all defaults."""
         return load_recipe(self.require_unchanged("recipe.toml"))
 
     @property
     def classifier(self) -> Classifier:
-        """The classifier that came out.
+        """The trained classifier.
 
         Raises:
             RunError: If training has not finished.
@@ -235,36 +232,36 @@ class Run:
         return classifier
 
     def load_for_calibration(self) -> Classifier:
-        """Read the classifier to fit all but its weights again, also where an earlier fit was cut off."""
+        """Load the classifier for a new calibration, also if an earlier one was interrupted."""
         self.require_finished()
         self.require_unchanged("classifier/weights.safetensors")
         return Classifier.load(self.path / "classifier")
 
     def require_finished(self) -> None:
-        """Refuse a run whose training has not finished."""
+        """Raise an error if training has not finished."""
         info = self.info
         if info["status"] != "finished":
             raise RunError(
                 f"{self.path} is {info['status']} after {info['epochs_done']} of {info['epochs']} epochs: "
-                f"go on with `biopsy train --resume {self.path}`"
+                f"resume with `biopsy train --resume {self.path}`"
             )
 
     def open_pack(self, *, verify: bool = True) -> Pack:
-        """Open the pack this run was trained on, and check that it still is that pack.
+        """Open the pack of the run and verify its content.
 
-        Where it is no longer where it was, it is looked for beside the run and one folder further up.
+        If it was moved, it is searched in the folder of the run and its parent.
 
         Raises:
-            RunError: If it is gone or its content differs from what was trained on.
+            RunError: If it is missing or its content differs.
         """
         requested = self.info["pack"]
         folder = self.path.resolve().parent
-        moved = [place / requested["name"] for place in (folder, folder.parent)]
-        places = [Path(requested["path"]), *(place for place in moved if is_pack(place))]
+        moved = [path / requested["name"] for path in (folder, folder.parent)]
+        paths = [Path(requested["path"]), *(path for path in moved if is_pack(path))]
         failures = []
-        for place in places:
+        for path in paths:
             try:
-                pack = Pack.open(place)
+                pack = Pack.open(path)
                 self._require_content(pack)
             except (PackError, RunError) as error:
                 failures.append(error)
@@ -273,25 +270,25 @@ class Run:
                 pack.verify()
             return pack
         raise RunError(
-            f"{self.path.name} was trained on {requested['path']}: {failures[0]}; restore that pack, name it "
-            "with --data where the command takes it, or train anew"
+            f"{self.path.name} was trained on {requested['path']}: {failures[0]}; restore that pack, set "
+            "--data if the command has it, or train again"
         )
 
     def take_pack(self, pack: Pack) -> None:
-        """Note where the pack lies now.
+        """Update the path of the pack.
 
         Raises:
-            RunError: If it is another one than the run was trained on.
+            RunError: If it is another pack.
         """
         self._require_content(pack)
         self.update(pack={**self.info["pack"], "path": str(pack.path.resolve()), "name": pack.path.name})
 
     def _require_content(self, pack: Pack) -> None:
-        wanted = self.info["pack"]["content_sha256"]
-        if pack.info.content_sha256 != wanted:
+        expected = self.info["pack"]["content_sha256"]
+        if pack.info.content_sha256 != expected:
             raise RunError(
-                f"{self.path.name} was trained on another content than that of {pack.path} "
-                f"({wanted[:12]}, not {pack.info.content_sha256[:12]})"
+                f"{self.path.name} was trained on another pack than {pack.path} "
+                f"({expected[:12]}, not {pack.info.content_sha256[:12]})"
             )
 
     def subsets(self, pack: Pack) -> np.ndarray:
@@ -308,11 +305,11 @@ class Run:
 
     @property
     def validation_subset(self) -> str:
-        """The subset that validates: ``validation``, or ``test`` where the published split had it so."""
+        """Subset used for validation: ``validation``, or ``test`` if the published split did so."""
         return "test" if self.info["split"].get("test_is_validation") else "validation"
 
     def log(self) -> list[EpochRecord]:
-        """Return one record an epoch."""
+        """Return one record per epoch."""
         if not (self.path / "log.jsonl").exists():
             return []
         path = self.require_unchanged("log.jsonl")
@@ -322,13 +319,13 @@ class Run:
             if not all(
                 isinstance(record, dict) and isinstance(record.get("epoch"), int) for record in records
             ):
-                raise FileFormatError(path, "value", "holds a line that is no record of an epoch")
+                raise FileFormatError(path, "value", "has a line that is not a record of an epoch")
         except FileFormatError as error:
-            raise RunError(f"{error}; remove it to go without a log") from None
+            raise RunError(f"{error}; remove it to continue without a log") from None
         return records
 
     def write_log(self, records: Iterable[EpochRecord]) -> None:
-        """Write the whole log again, one line an epoch."""
+        """Write the log, one line per epoch."""
         write_atomic(self.path / "log.jsonl", "".join(f"{json.dumps(record)}\n" for record in records))
 
     def predictions(self, subset: str) -> tuple[pd.DataFrame, PredictionsInfo]:
@@ -338,14 +335,13 @@ class Run:
             raise RunError(
                 f"{path} does not exist: make it with `biopsy evaluate {self.path} --subset {subset}`"
             )
-        frame, about = read_predictions(path)
-        self.require_same_classifier(path, about)
-        return frame, about
+        frame, info = read_predictions(path)
+        self.require_same_classifier(path, info)
+        return frame, info
 
     @property
     def evaluated_subset(self) -> str:
-        """The subset whose errors may be looked at: ``test`` once it has been opened, until then
-        ``validation``."""
+        """Subset for error analysis: ``test`` if it has been evaluated, else ``validation``."""
         return "test" if (self.path / "predictions" / "test.parquet").exists() else "validation"
 
     def metrics(self) -> dict[str, Any]:
@@ -359,10 +355,10 @@ class Run:
         self.require_same_classifier(path, metrics)
         return metrics
 
-    def require_same_classifier(self, path: Path, about: Mapping[str, object]) -> None:
-        """Refuse numbers of another classifier than the run's; the first versions did not say of which."""
-        theirs, ours = about.get("classifier_sha256"), self.info.get("classifier_sha256")
-        if None not in (theirs, ours) and theirs != ours:
+    def require_same_classifier(self, path: Path, metadata: Mapping[str, object]) -> None:
+        """Check that results are of the classifier of the run, if recorded."""
+        recorded, current = metadata.get("classifier_sha256"), self.info.get("classifier_sha256")
+        if None not in (recorded, current) and recorded != current:
             raise RunError(
                 f"{path} is of another classifier than the run has: run `biopsy evaluate {self.path}` again"
             )
@@ -376,21 +372,21 @@ def hash_config(
     seed: int,
     weights: str | None,
 ) -> str:
-    """Return a hash of everything that defines a run's result: equal questions need one run.
+    """Return a hash of everything that defines the result of a run.
 
     Args:
-        recipe: Its defining tables count, not where it comes from.
-        pack: Its content and its classes count, not where it lies.
-        subsets: Side of every patch.
-        split: Its entry in ``run.json``: whether it is published, and whether its test subset validates.
-        weights: Hash of the file that training starts from; None for random weights.
+        recipe: Recipe, of which the defining tables are included.
+        pack: Pack, of which content and classes are included.
+        subsets: Subset of every patch.
+        split: Entry of the split in ``run.json``.
+        weights: Hash of the initial weights; None for random weights.
     """
     requested = recipe.model_dump(mode="json", include=set(DEFINING_TABLES))
-    for name, before in SETTLED_BEFORE.items():
+    for name, before in DEFAULTS_BEFORE.items():
         table, _, key = name.partition(".")
         if requested[table][key] == before:
             del requested[table][key]
-    question = {
+    config = {
         "recipe": requested,
         "pack": pack.info.content_sha256,
         "classes": [pack.class_names, pack.info.positive_class],
@@ -399,11 +395,11 @@ def hash_config(
         "seed": seed,
         "weights": weights,
     }
-    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def find_cached_run(config_sha256: str, folders: Iterable[Path]) -> Run | None:
-    """Return the finished run among these folders that answers a question, None where there is none."""
+    """Return the finished run with a configuration among these folders, None if there is none."""
     for path in folders:
         try:
             run = Run.open(path)
@@ -415,13 +411,13 @@ def find_cached_run(config_sha256: str, folders: Iterable[Path]) -> Run | None:
 
 
 def name_run(recipe: str, seed: int) -> str:
-    """Name a new run so that no other is called the same: recipe, seed, time and four random characters."""
+    """Return a unique name of a new run: recipe, seed, time and four random characters."""
     now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
     return f"{recipe}-s{seed}-{now}-{secrets.token_hex(2)}"
 
 
 def describe_environment() -> dict[str, str | int | None]:
-    """Return on what a run was made: versions, processor, cores."""
+    """Return versions, CPU, threads and GPU."""
     import platform
 
     import sklearn

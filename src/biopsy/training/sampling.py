@@ -1,4 +1,4 @@
-"""Which patches an epoch sees, in which order, and how much each class counts."""
+"""Sampling of training patches per epoch, and class weights."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from biopsy.core.seeds import make_rng
 
 
 def take_fraction(index: np.ndarray, target: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Return a share of the training rows, drawn once for a run: of each class alike, at least one patch.
+    """Return a stratified random fraction of the training rows, with at least one patch per class.
 
     With the same seed a smaller share is part of every larger one.
 
@@ -19,18 +19,18 @@ def take_fraction(index: np.ndarray, target: np.ndarray, fraction: float, seed: 
     """
     if fraction == 1:
         return index
-    kept = []
+    chosen = []
     for label in np.unique(target[index]):
         rows = index[target[index] == label]
         count = max(1, round(fraction * len(rows)))
-        kept.append(make_rng(seed, "fraction", label).permutation(rows)[:count])
-    return np.sort(np.concatenate(kept))
+        chosen.append(make_rng(seed, "fraction", label).permutation(rows)[:count])
+    return np.sort(np.concatenate(chosen))
 
 
 def sample_passes(step: int, n_steps: int, steps_per_pass: int) -> Iterator[tuple[int, int, int]]:
-    """Say which batches of which passes over the patches the next updates take.
+    """Yield the batches of the next updates, by pass over the patches.
 
-    Passes follow each other without end, each shuffled anew; an epoch may begin and end within one.
+    Passes are shuffled and follow each other; an epoch may start and end within one.
 
     Yields:
         ``(number of the pass from 1, first batch, batch to stop before)``.
@@ -50,7 +50,7 @@ def sample_passes(step: int, n_steps: int, steps_per_pass: int) -> Iterator[tupl
 def sample_epoch(
     index: np.ndarray, target: np.ndarray, *, sampling: str, seed: int, epoch: int
 ) -> np.ndarray:
-    """Return the rows of one pass over the training patches in the order in which they are seen.
+    """Return the rows of one shuffled pass over the training patches.
 
     Args:
         index: Rows of the training patches, ``(n,)``.
@@ -77,7 +77,7 @@ def sample_epoch(
 
 
 def class_weights(target: np.ndarray, n_classes: int, method: str) -> np.ndarray | None:
-    """Return a weight for each class, float64 ``(n_classes,)``, or None where all count the same.
+    """Return class weights, float64 ``(n_classes,)``, or None if they are equal.
 
     ``"largest"`` is max(count) / count (the CancerNet post), ``"balanced"`` total / (n_classes * count)
     (King & Zeng 2001, as scikit-learn has it).

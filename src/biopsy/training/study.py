@@ -1,4 +1,4 @@
-"""The Study as a record on disk: several runs that answer one question."""
+"""Studies: folders of several runs."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ DOCUMENT = "study.json"
 
 
 class Study:
-    """Several runs that answer one question, read from their folder.
+    """A study of several runs, read from its folder.
 
     Attributes:
         path: The folder.
@@ -48,14 +48,14 @@ class Study:
         return f"<Study {self.path.name}: {self.info['status']}, {len(self.runs())} runs>"
 
     def update(self, **fields: Any) -> None:
-        """Change what ``study.json`` says."""
+        """Update fields of ``study.json``."""
         self.info = {**self.info, **fields}
         write_json(self.path / DOCUMENT, self.info)
 
     def runs(self) -> list[Run]:
-        """Return its runs, whatever their status, in the order of recipe, fold and seed, then as asked."""
+        """Return all runs, sorted by recipe, fold and seed, then in the requested order."""
         result = [Run.open(path.parent) for path in (self.path / "runs").glob("*/run.json")]
-        requested = {name: place for place, name in enumerate(self.info.get("runs", ()))}
+        requested = {name: index for index, name in enumerate(self.info.get("runs", ()))}
         return sorted(
             result,
             key=lambda run: (
@@ -71,7 +71,7 @@ class Study:
         return [run for run in self.runs() if (run.path / "evaluation" / "metrics.json").exists()]
 
     def summary(self) -> dict[str, Any]:
-        """Read ``metrics.json``: what its runs add up to."""
+        """Read ``metrics.json``, the pooled results."""
         path = self.path / "metrics.json"
         if not path.exists():
             raise RunError(f"{self.path} has no evaluated run: go on with the command that made it")
@@ -93,7 +93,7 @@ class Study:
         return table.apply(infer_numbers).astype(dict.fromkeys(empty, float))
 
     def write_table(self, table: pd.DataFrame) -> None:
-        """Write ``table.csv``, one row a run, and note its hash."""
+        """Write ``table.csv``, one row per run, and record its hash."""
         path = self.path / "table.csv"
         write_csv(path, table)
         if self.info.get("table_sha256") != sha256_file(path):
@@ -106,5 +106,5 @@ class Study:
 
 
 def is_study(path: Path | str) -> bool:
-    """Return whether a path looks like a study's folder."""
+    """Return whether a path is the folder of a study."""
     return (Path(path) / DOCUMENT).is_file()

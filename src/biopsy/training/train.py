@@ -1,4 +1,4 @@
-"""Training: from a recipe and a pack to a run with a classifier in it."""
+"""Training of a recipe on a pack, resulting in a run with a classifier."""
 
 import logging
 import shlex
@@ -75,17 +75,16 @@ def train(
 ) -> Run:
     """Train a recipe on the training patients of a pack, or resume an interrupted run.
 
-    The test subset is not read: `biopsy.evaluate` does, and counts it. (One publication validated on its test
-    subset; its recipe does so on its ``as-published`` split, and the run and its report say so.) A finished
-    run, in ``out`` or in ``runs/``, with the same recipe, pack, split, seed and initial weights is returned
-    without training again.
+    The test subset is not used, except for validation on a published split that did so, which run and report
+    state. A finished run in ``out`` or ``runs/`` with the same recipe, pack, split, seed and initial weights
+    is returned without training again.
 
     Args:
         recipe: Name of a recipe, or TOML file.
-        data: Pack, or an archive to prepare. With ``resume``: the run's pack, where it has moved.
-        split: Split of the pack, or a protocol without further options (default: the data set's own, else
+        data: Pack, or an archive to prepare. With ``resume``: the pack of the run, if it has moved.
+        split: Split of the pack, or a protocol without further options (default: the official one, else
             by patient).
-        fold: Fold to test, of a split with folds.
+        fold: Test fold, for a split with folds.
         seed: Random seed of initial weights, order, augmentation and dropout.
         overrides: Changes of recipe settings, ``KEY=VALUE`` such as ``train.epochs=2``; may be repeated
             (in Python: a list or a mapping).
@@ -96,14 +95,14 @@ def train(
         mlflow: Also log settings and epochs to MLflow, where ``MLFLOW_TRACKING_URI`` says.
         wandb: Also log settings and epochs to Weights & Biases (``WANDB_MODE=offline`` keeps them here).
         resume: Run to resume; recipe, split and seed are its own.
-        transform: Of training patches, after the recipe's augmentation: a transform of
-            ``torchvision.transforms.v2``, called for each patch, or any function of a batch ``(B, 3,
-            input_px, input_px)``, float32 RGB in 0-1, that keeps shape and type. Such a run is never
-            taken for the answer to another call; resuming it needs the transform again.
+        transform: Transform of training patches after the recipe's augmentation: a transform of
+            ``torchvision.transforms.v2``, applied per patch, or any function of a batch ``(B, 3, input_px,
+            input_px)``, float32 RGB in 0-1, that keeps shape and type. Such runs are not reused; resuming
+            one needs the same transform.
         on_epoch: Called with each epoch's record.
 
     Raises:
-        RunError: If the run cannot be resumed, or its folder holds something else.
+        RunError: If the run cannot be resumed, or the output folder is not empty.
         RecipeError: If the transform changes the shape or type of a batch.
         TrainingDiverged: If the loss is not finite.
     """
@@ -136,8 +135,8 @@ def train(
             if error.errno not in NO_SPACE:
                 raise
             raise RunError(
-                f"{error.filename or run.path} could not be written ({error.strerror}): make room, then "
-                f"go on with `biopsy train --resume {run.path}`"
+                f"{error.filename or run.path} could not be written ({error.strerror}): free space, then "
+                f"resume with `biopsy train --resume {run.path}`"
             ) from None
     if plot is not None:
         curves = draw_training(run.log(), chosen_epoch=run.info["chosen_epoch"], quantities=CURVES)
@@ -147,7 +146,7 @@ def train(
 
 
 def open_data(data: Pack | Path | str) -> Pack:
-    """Open a pack; an archive or a folder of patches is prepared into a pack beside it first."""
+    """Open a pack, or prepare an archive or folder of patches into a pack in the same folder."""
     if isinstance(data, Pack) or is_pack(data):
         return Pack.open(data)
     source = Path(data)
@@ -165,7 +164,7 @@ def _begin(
     out: Path | str | None,
     transform: Transform | None,
 ) -> tuple[Run, Pack]:
-    """Check what can be checked before training, and write the run's folder or find the run that answers."""
+    """Validate the settings, and create the run or return a cached one."""
     pack.verify()
     split = choose_split(pack, split_name, recipe)
     subsets = split.subsets(pack, fold)
@@ -217,17 +216,16 @@ def _begin(
         info["config_sha256"] = hash_config(recipe, pack, subsets, info["split"], seed, weights["sha256"])
         result = find_cached_run(info["config_sha256"], sorted(RUNS.glob("*")) if out is None else [path])
         if result is not None:
-            return _use_again(result, pack), pack
+            return _reuse_run(result, pack), pack
     logger.info("%s: %s", recipe.model.name, describe_weights(network, weights))
     table = pd.DataFrame({"patch_id": pack.table["patch_id"], "subset": subsets})
     return Run.create(path, info, recipe, table), pack
 
 
-def _use_again(run: Run, pack: Pack) -> Run:
-    """Say that a finished run answers the question; its pack, if gone from where it was, is the one given."""
+def _reuse_run(run: Run, pack: Pack) -> Run:
+    """Return a cached run, with the path of its pack updated if it has moved."""
     logger.info(
-        "%s has answered this question on %s: it is used again, not trained again "
-        "(to train anew, name another folder with --out)",
+        "%s of %s has the same configuration and is reused (set --out to train again in another folder)",
         run.path,
         run.info["started"][:10],
     )
@@ -237,18 +235,18 @@ def _use_again(run: Run, pack: Pack) -> Run:
 
 
 def _check(recipe: Recipe, pack: Pack, split: Split, subsets: np.ndarray, network: torch.nn.Module) -> None:
-    """Refuse now what would stop the training later."""
+    """Check for errors that would stop the training later."""
     for subset in ("train", "test" if split.test_is_validation else "validation"):
         if subset not in subsets:
             raise SplitError(
-                f"split {split.name!r} has no {subset} patches: validation chooses epoch and threshold; "
+                f"split {split.name!r} has no {subset} patches: validation is needed to choose the epoch; "
                 "make a split with `biopsy split`"
             )
     target = pack.target[subsets == "train"]
     if len(np.unique(target)) < 2:
         raise SplitError(
             f"all training patches of split {split.name!r} are {pack.class_names[target[0]]!r}: "
-            "nothing can be learned from one class"
+            "training needs two classes"
         )
     class_weights(target, len(pack.class_names), recipe.train.class_weights)
     check_method(recipe.decision.calibration, len(pack.class_names))
@@ -264,7 +262,7 @@ def _check(recipe: Recipe, pack: Pack, split: Split, subsets: np.ndarray, networ
 
 
 def _repeat(path: Path, pack: Pack, split: Split, fold: int | None, seed: int) -> str:
-    """Return the command that trains the same again; the run's own recipe holds every changed setting."""
+    """Return the command that repeats the training; overrides are in the recipe of the run."""
     words = ["biopsy", "train", f"{path.name}/recipe.toml", "--data", pack.path.name, "--split", split.name]
     words += [] if fold is None else ["--fold", str(fold)]
     return shlex.join([*words, "--seed", str(seed)])
@@ -280,7 +278,7 @@ def _count(pack: Pack, chosen: np.ndarray) -> dict[str, Any]:
 
 
 def choose_split(pack: Pack, name: Split | str | None, recipe: Recipe) -> Split:
-    """Find a split by name; ``as-published``, where the pack has none of that name, is the recipe's own."""
+    """Return a split by name; ``as-published`` is made from the recipe if the pack has none."""
     if isinstance(name, Split):
         return name
     if name == "as-published" and name not in list_splits(pack):
@@ -288,35 +286,38 @@ def choose_split(pack: Pack, name: Split | str | None, recipe: Recipe) -> Split:
     return find_split(pack, name)
 
 
-def _continue(resume: Run | Path | str, data: Pack | Path | str | None, *asked: object) -> tuple[Run, Pack]:
-    if any(value is not None for value in asked):
-        raise RunError("a resumed run has its own recipe and settings: leave them out, or train anew")
+def _continue(
+    resume: Run | Path | str, data: Pack | Path | str | None, *settings: object
+) -> tuple[Run, Pack]:
+    if any(value is not None for value in settings):
+        raise RunError("a resumed run has its recipe and settings: omit them, or start a new run")
     run = Run.open(resume)
     if run.info["status"] == "finished":
         raise RunError(
-            f"{run.path} is finished: there is nothing to resume; judge it with `biopsy evaluate {run.path}`"
+            f"{run.path} is finished and cannot be resumed; evaluate it with `biopsy evaluate {run.path}`"
         )
     if data is not None:
         run.take_pack(Pack.open(data))
     pack = run.open_pack()
     if pack.path.resolve() != Path(run.info["pack"]["path"]):
         run.take_pack(pack)
-        logger.info("the pack has moved and was found at %s", pack.path)
+        logger.info("the pack was moved to %s", pack.path)
     now, then = describe_environment(), run.info["environment"]
     changed = [f"{name} {then[name]} -> {now[name]}" for name in now if now[name] != then.get(name)]
     if changed:
-        logger.warning(
-            "resumed on another machine or version: %s; the result may differ in its last bits", changed
-        )
+        logger.warning("resumed on another machine or version: %s; results may not be bit-identical", changed)
     return run, pack
 
 
 def _check_same_transform(run: Run, transform: Transform | None) -> None:
-    """Refuse to go on with another transform than the run began with."""
-    then, now = run.info.get("transform"), None if transform is None else describe_transform(transform)
-    if then != now:
+    """Check that the transform is the one with which the run was started."""
+    original, current = (
+        run.info.get("transform"),
+        None if transform is None else describe_transform(transform),
+    )
+    if original != current:
         raise RunError(
-            f"{run.path} began with transform={then}, not {now}: resume it with the same transform"
+            f"{run.path} was started with transform={original}, not {current}: use the same transform"
         )
 
 
@@ -359,8 +360,8 @@ def _train(
             on_epoch({**record, "run": str(run.path)})
 
     folder = run.path / "checkpoints"
-    begun = (folder / LAST).exists()  # the checkpoint's weights replace those that training began with
-    network, _ = make_network(recipe, len(pack.class_names), seed, load=not begun)
+    is_resumed = (folder / LAST).exists()  # weights are then loaded from the checkpoint
+    network, _ = make_network(recipe, len(pack.class_names), seed, load=not is_resumed)
     try:
         if recipe.train.optimiser == PROBE:
             progress = fit_probe(network, task, run.info["weights"], note)

@@ -25,7 +25,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after an update."""
+        """Update the average with the current weights."""
         decay = min(self.decay, (1 + step) / (10 + step))
         averaged: list[Tensor] = []
         current: list[Tensor] = []
@@ -39,7 +39,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the network have the averaged weights until the context is left."""
+        """Context manager in which the network has the averaged weights."""
         current = {name: tensor.detach().clone() for name, tensor in self.network.state_dict().items()}
         self.network.load_state_dict(self.state)
         try:

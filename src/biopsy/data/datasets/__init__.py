@@ -1,10 +1,8 @@
-"""Data sets, one file each: all that is known of one stands in its `Dataset`.
+"""Data sets, one `Dataset` per file: layout, expected counts, pixel size, citation, licence and download.
 
-That is how it is recognised, how its files become rows (patient, slide, place, class, its own split), what
-the whole set counts, micrometres per pixel, whom to cite, its licence and where it is downloaded. A file
-here, or a module that an installed package names in the entry point group ``biopsy.datasets``, is found by
-itself. Annotated slides are no `Dataset`, for they need to be told how to be cut: `biopsy.data.packing` asks
-for them.
+Modules in this folder, and modules in the entry point group ``biopsy.datasets`` of installed packages, are
+registered automatically. Annotated slides are handled separately (`annotated_slides`), since cutting them
+needs options.
 """
 
 from biopsy.core.errors import DataError, suggest
@@ -24,20 +22,20 @@ def find_dataset(archive: Archive, name: str | None = None) -> Dataset:
     """Return the data set called ``name``, or the first that recognises the archive.
 
     Raises:
-        DataError: If there is none; says what each is recognised by.
+        DataError: If there is none; lists the known layouts.
     """
     if name is not None:
         if name not in DATASETS:
             raise DataError(
-                f"no dataset layout is called {name!r}; {suggest(name, (*DATASETS, annotated_slides.NAME))}"
+                f"unknown dataset layout {name!r}; {suggest(name, (*DATASETS, annotated_slides.NAME))}"
             )
         return DATASETS[name]
-    known = list_datasets()
-    for dataset in known:
+    datasets = list_datasets()
+    for dataset in datasets:
         if dataset.recognise(archive):
             return dataset
-    looked_for = {dataset.name: dataset.looks_for for dataset in known}
+    looked_for = {dataset.name: dataset.looks_for for dataset in datasets}
     looked_for[annotated_slides.NAME] = annotated_slides.LOOKS_FOR
-    wanted = "; ".join(f"{name}: {what}" for name, what in looked_for.items())
+    layouts = "; ".join(f"{name}: {description}" for name, description in looked_for.items())
     examples = ", ".join(repr(entry.name) for entry in archive.entries[:3])
-    raise DataError(f"{archive.path} has no known layout (it holds {examples}). Looked for {wanted}")
+    raise DataError(f"{archive.path} has no known layout (it holds {examples}). Known layouts: {layouts}")

@@ -1,4 +1,4 @@
-"""What a layout is, what it makes of an archive, and how the pixels behind its rows are read."""
+"""Base classes of data sets: layout, listing, pixels and downloads."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ SUBSET_BY_FOLDER = {
     "test": "test",
     "testing": "test",
 }
-"""Folders that name a dataset's official subset."""
+"""Official subset by folder name."""
 
 POSITIVE_BY_NEGATIVE = {
     "0": "1",
@@ -33,45 +33,45 @@ POSITIVE_BY_NEGATIVE = {
     "normal": "tumour",
     "non_idc": "idc",
 }
-"""Pairs of class names whose positive one goes without saying."""
+"""Positive class name by negative class name."""
 
 Skipped = dict[str, str]
 
 COLUMNS = ["patch_id", "patient_id", "slide_id", "site_id", "x", "y", "class_name", "source"]
-"""That every listing's table has."""
+"""Columns of every listing."""
 
-_SIDE = re.compile(
+_SUBSET_FOLDER = re.compile(
     r"(train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?)(?:[ _-]?(?:set|data|images|patches|split))?"
 )
 
 
 def find_subset(folder: str) -> str | None:
-    """Return the subset that a folder's name stands for, None where it is none.
+    """Return the subset of a folder name, None if it is not a subset.
 
     Example:
         >>> find_subset("Train_Set"), find_subset("validation"), find_subset("tests")
         ('train', 'validation', None)
     """
-    match = _SIDE.fullmatch(folder.lower())
+    match = _SUBSET_FOLDER.fullmatch(folder.lower())
     return SUBSET_BY_FOLDER[match[1]] if match else None
 
 
 class Pixels(Protocol):
-    """The pixels of a listing's rows."""
+    """Reader of the pixels of a listing."""
 
     def read(self, rows: Sequence[int]) -> Iterator[np.ndarray | DataError]:
-        """Yield uint8 ``(height, width, 3)`` RGB, or why there is none, row by row; from any thread."""
+        """Yield uint8 ``(height, width, 3)`` RGB, or the error, of each row; thread-safe."""
 
 
 class ImageFiles:
-    """One image file a row."""
+    """One image file per row."""
 
     def __init__(self, archive: Archive, entries: Sequence[Entry]) -> None:
         self._archive = archive
         self._entries = entries
 
     def read(self, rows: Sequence[int]) -> Iterator[np.ndarray | DataError]:
-        """Decode one file after the other."""
+        """Yield each decoded image, or the error."""
         for row in rows:
             try:
                 yield decode(self._archive.read(self._entries[row]))
@@ -84,10 +84,10 @@ class RemoteFile:
     """One file at a fixed address.
 
     Attributes:
-        url: Where it is.
-        size_bytes: Its length as published, or None where no source states it.
-        checksum: ``"sha256:<hex>"`` or ``"md5:<hex>"``, or None where no source states one.
-        unpacked_bytes: Room its content takes, for a ``.gz`` that is unpacked and then removed; else None.
+        url: Address.
+        size_bytes: Published size, or None if unknown.
+        checksum: Published ``"sha256:<hex>"`` or ``"md5:<hex>"``, or None if unknown.
+        unpacked_bytes: Unpacked size of a ``.gz``, which is deleted once unpacked; else None.
     """
 
     url: str
@@ -97,12 +97,12 @@ class RemoteFile:
 
     @property
     def name(self) -> str:
-        """The file's name as published."""
+        """Published file name."""
         return PurePosixPath(self.url.partition("?")[0]).name
 
     @property
     def final_name(self) -> str:
-        """The name under which it ends up: without ``.gz`` if it is unpacked."""
+        """Final file name, without ``.gz`` if it is unpacked."""
         return self.name.removesuffix(".gz") if self.unpacked_bytes is not None else self.name
 
 
@@ -111,9 +111,9 @@ class KaggleData:
     """A data set or competition on Kaggle, downloaded and unpacked by kagglehub.
 
     Attributes:
-        handle: Kaggle's name for it.
-        kind: Which of Kaggle's two kinds it is; a competition asks for credentials and accepted rules.
-        needed_bytes: Room for the archive and its unpacked files together, about.
+        handle: Kaggle handle.
+        kind: Competitions need credentials and accepted rules.
+        needed_bytes: Approximate size of the archive and its unpacked files together.
     """
 
     handle: str
@@ -122,110 +122,106 @@ class KaggleData:
 
     @property
     def folder(self) -> str:
-        """The folder it is put in."""
+        """Name of the output folder."""
         return PurePosixPath(self.handle).name
 
     @property
     def page(self) -> str:
-        """Its page on Kaggle, where licence and rules are."""
+        """Address of its page, with licence and rules."""
         return f"https://www.kaggle.com/{self.kind}s/{self.handle}"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Everything that is downloaded together, and what is said before."""
+    """Files that are downloaded together, with title, licence and credentials."""
 
     name: str
     title: str
     licence: str
-    credentials: str
+    credentials: str = "none"
+    """Credentials required for the download."""
     files: tuple[RemoteFile, ...] = ()
     kaggle: KaggleData | None = None
+    citation: str = ""
+
+    @property
+    def terms(self) -> str:
+        """Licence and citation."""
+        return f"{self.licence}; cite {self.citation}" if self.citation else self.licence
 
 
 @dataclass
 class Listing:
-    """What a layout found in an archive, before any pixel is decoded."""
+    """Patches of an archive, before decoding."""
 
     table: pd.DataFrame
-    """One row a patch: `COLUMNS`, and where the dataset has them ``official_subset`` (train, validation,
-    test) and ``row`` (its place in the dataset's own list)."""
+    """One row per patch: `COLUMNS`, and if known ``official_subset`` (train, validation, test) and ``row``
+    (index in the data set's list)."""
     pixels: Pixels
     """In the order of ``table``."""
     class_names: list[str]
     positive_class: str | None
     mpp: float | None
     skipped: list[Skipped] = field(default_factory=list)
-    """Files that should have been patches: ``source`` and ``reason``."""
+    """Unusable patch files: ``source`` and ``reason``."""
     counts: dict[str, int] = field(default_factory=dict)
-    """What was left out on purpose: ``duplicates``, ``unlabelled``, ``other_files``."""
+    """Excluded files: ``duplicates``, ``unlabelled``, ``other_files``."""
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """All that is known of a data set: how it is laid out in folders and files, and how it is fetched."""
+@dataclass(frozen=True, kw_only=True)
+class Dataset(Source):
+    """Description of a data set: layout, metadata and download."""
 
-    name: str
-    title: str
     looks_for: str
-    """What it is recognised by, in words."""
+    """Description of the layout by which it is recognised."""
     recognise: Callable[[Archive], bool]
     list_patches: Callable[[Archive], Listing]
     expected: dict[str, int]
-    """Counts of the whole dataset; empty for a layout of no particular one."""
+    """Counts of the complete data set; empty for generic layouts."""
     mpp: float | None
-    citation: str
-    licence: str
     needs_mpp: bool = False
-    """Whether the user must state the um/px, which the data set is known not to have."""
+    """Whether the user must give the pixel size, which the data set does not record."""
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Names under which several of its classes may be asked for together, by ``--positive``."""
-    files: tuple[RemoteFile, ...] = ()
-    kaggle: KaggleData | None = None
-    credentials: str = "none"
-    """Which credentials its download asks for."""
+    """Named groups of classes for ``--positive``."""
     takes_any: bool = False
-    """Whether it recognises what others may recognise better: it is tried after them."""
+    """Whether the layout is generic, and so tried after the others."""
 
     @property
-    def source(self) -> Source | None:
-        """What is downloaded, None where it cannot be."""
-        if not self.files and self.kaggle is None:
-            return None
-        licence = f"{self.licence}; cite {self.citation}"
-        return Source(self.name, self.title, licence, self.credentials, self.files, self.kaggle)
+    def is_downloadable(self) -> bool:
+        """Whether it can be downloaded."""
+        return bool(self.files) or self.kaggle is not None
 
 
 DATASETS: Registry[Dataset] = Registry("biopsy.datasets", "biopsy.data.datasets")
 
 
 def register_dataset(dataset: Dataset) -> Dataset:
-    """Make a data set known under its name."""
+    """Register a data set under its name."""
     DATASETS.add(dataset.name, dataset, dataset.recognise)
     return dataset
 
 
 def is_image(entry: Entry) -> bool:
-    """Return whether an entry's name is that of an image."""
+    """Return whether an entry has the suffix of an image."""
     return entry.name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def drop_copies(
     archive: Archive, keyed: Iterable[tuple[str, Entry]]
 ) -> tuple[list[tuple[str, Entry]], int, list[Skipped]]:
-    """Keep one of each group of entries that stand for the same patch.
+    """Drop duplicates of patches that are in several files.
 
     Args:
-        keyed: Entries under the name that says which patch they are.
+        keyed: Patch ids and entries.
 
     Returns:
-        ``(key, entry)`` in order of key, the number of identical copies left out, and the copies that are
-        *not* identical, which are named: nobody can say which of them is right.
+        ``(key, entry)`` sorted by key, the number of identical copies dropped, and entries that differ from
+        the first one of the same key.
     """
-    kept: dict[str, Entry] = {}
+    entries: dict[str, Entry] = {}
     n_copies, skipped = 0, []
     for key, entry in keyed:
-        first = kept.setdefault(key, entry)
+        first = entries.setdefault(key, entry)
         if first is entry:
             continue
         if archive.same(first, entry):
@@ -234,17 +230,17 @@ def drop_copies(
             skipped.append(
                 {"source": entry.name, "reason": f"differs from {first.name}, the same patch by name"}
             )
-    return sorted(kept.items()), n_copies, skipped
+    return sorted(entries.items()), n_copies, skipped
 
 
 def refuse_empty(skipped: Sequence[Skipped]) -> DataError:
-    """Return the error for a source of which nothing can be read, naming the first reason."""
+    """Return the error for a source without readable patches, with the first reason."""
     first = skipped[0] if skipped else Skipped(source="no image", reason="was found")
     return DataError(f"no patch can be read: {len(skipped):,} skipped, {first['source']} {first['reason']}")
 
 
 def find_positive(class_names: Sequence[str]) -> str | None:
-    """Return the positive one of two class names where that goes without saying."""
+    """Return the positive one of two class names if it is in `POSITIVE_BY_NEGATIVE`."""
     spelled = {name.lower().replace("tumor", "tumour").replace("-", "_"): name for name in class_names}
     for negative, positive in POSITIVE_BY_NEGATIVE.items():
         if spelled.keys() == {negative, positive}:

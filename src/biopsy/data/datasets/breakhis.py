@@ -1,12 +1,11 @@
-"""BreakHis: photographs of breast tumours, eight subtypes, four magnifications; all of it is in the names.
+"""BreakHis: images of breast tumours of eight subtypes at four magnifications, encoded in file names.
 
 ``SOB_<B|M>_<type>-<year>-<slide>-<magnification>-<number>.png``, such as ``SOB_B_A-14-22549AB-100-001.png``,
-in the published tree or any other. A slide's letters name pieces of one case: the patient is the case, year
-and number.
+in any folder tree. The patient is the case (year and number); letters after the number are its pieces.
 
-Nothing is merged unasked: classes are subtypes, and ``--positive malignant`` makes them two. Magnifications
-are not mixed: of several, one is named by the layout, ``breakhis-100x``. The um/px is published nowhere
-reliably and has to be stated.
+Classes are the subtypes; ``--positive malignant`` merges them into two. Magnifications are not mixed: the
+layout names one of several, such as ``breakhis-100x``. The pixel size is not reliably published and must be
+given.
 """
 
 import re
@@ -35,7 +34,7 @@ MALIGNANT = {
     "PC": "papillary_carcinoma",
 }
 MAGNIFICATIONS = {40: 1_995, 100: 2_081, 200: 2_013, 400: 1_820}
-"""Photographs at each, as the paper counts them."""
+"""Number of images at each magnification, from the paper."""
 
 _SUBTYPES = {("B", code): name for code, name in BENIGN.items()} | {
     ("M", code): name for code, name in MALIGNANT.items()
@@ -48,16 +47,16 @@ _NAME = re.compile(
 
 
 def recognise(archive: Archive) -> bool:
-    """Return whether at least half of the images are named as BreakHis's."""
+    """Return whether at least half of the images have names of BreakHis."""
     images = [entry for entry in archive.entries if is_image(entry)]
     return bool(images) and 2 * sum(_match(entry) is not None for entry in images) >= len(images)
 
 
 def list_patches(archive: Archive, magnification: int | None = None) -> Listing:
-    """List the photographs by what their names say, checked against the folders they lie in.
+    """List the images by their names, checked against their folders.
 
     Raises:
-        DataError: If there are several magnifications and none is named, or none of the one that is.
+        DataError: If there are several magnifications and none is named.
     """
     images = [entry for entry in archive.entries if is_image(entry)]
     skipped: list[Skipped] = []
@@ -72,20 +71,20 @@ def list_patches(archive: Archive, magnification: int | None = None) -> Listing:
             skipped.append({"source": entry.name, "reason": reason})
         else:
             keyed.append((match[0].rpartition(".")[0].upper(), entry))
-    kept, n_copies, differing = drop_copies(archive, keyed)
+    unique, n_copies, differing = drop_copies(archive, keyed)
     rows, entries = [], []
-    for patch_id, entry in kept:
+    for patch_id, entry in unique:
         match = _match(entry)
         assert match is not None
         if magnification in (None, int(match["magnification"])):
             rows.append((patch_id, *_describe(match), entry.name, f"{match['magnification']}X"))
             entries.append(entry)
     table = pd.DataFrame(rows, columns=[*COLUMNS, "magnification"])
-    result = sorted(table["magnification"].unique(), key=lambda name: int(name[:-1]))
-    if len(result) > 1:
+    magnifications = sorted(table["magnification"].unique(), key=lambda name: int(name[:-1]))
+    if len(magnifications) > 1:
         raise DataError(
-            f"{archive.path} holds the magnifications {', '.join(result)}, which are not mixed: name one, "
-            f"such as --dataset breakhis-{result[0].lower()}"
+            f"{archive.path} has the magnifications {', '.join(magnifications)}: choose one, "
+            f"such as --dataset breakhis-{magnifications[0].lower()}"
         )
     present = set(table["class_name"])
     return Listing(
@@ -97,7 +96,7 @@ def list_patches(archive: Archive, magnification: int | None = None) -> Listing:
         skipped=skipped + differing,
         counts={
             "duplicates": n_copies,
-            "other_magnifications": len(kept) - len(rows),
+            "other_magnifications": len(unique) - len(rows),
             "other_files": len(archive.entries) - len(images),
         },
     )
@@ -109,25 +108,25 @@ def _match(entry: Entry) -> re.Match[str] | None:
 
 
 def _describe(match: re.Match[str]) -> tuple:
-    """Return patient, slide, site, place and class."""
+    """Return patient, slide, site, coordinates and class."""
     slide_id = match["case"] + match["piece"].upper()
     subtype = _SUBTYPES[match["kind"].upper(), match["code"].upper()]
     return match["case"], slide_id, None, pd.NA, pd.NA, subtype
 
 
 def _find_contradiction(entry: Entry, match: re.Match[str]) -> str:
-    """Return which folder of an entry contradicts its name; empty where none does."""
+    """Return the reason if a folder of an entry contradicts its name, else ""."""
     subtype = _SUBTYPES[match["kind"].upper(), match["code"].upper()]
     kind = "benign" if match["kind"].upper() == "B" else "malignant"
-    known = {
+    expected = {
         "class": (subtype, set(_SUBTYPES.values())),
         "kind": (kind, {"benign", "malignant"}),
         "magnification": (f"{match['magnification']}x", {f"{number}x" for number in MAGNIFICATIONS}),
     }
     for folder in entry.name.lower().split("/")[:-1]:
-        for what, (named, others) in known.items():
-            if folder in others and folder != named:
-                return f"lies in the folder {folder} and is named as of {what} {named}"
+        for field, (value, options) in expected.items():
+            if folder in options and folder != value:
+                return f"is in the folder {folder}, but its name has the {field} {value}"
     return ""
 
 
@@ -152,5 +151,5 @@ def _make_dataset(magnification: int | None) -> Dataset:
     )
 
 
-for _magnification in (None, *MAGNIFICATIONS):  # the data set, and each of its magnifications by name
+for _magnification in (None, *MAGNIFICATIONS):  # all magnifications, and each one
     register_dataset(_make_dataset(_magnification))

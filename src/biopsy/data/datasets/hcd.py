@@ -1,8 +1,8 @@
 """Kaggle's "Histopathologic Cancer Detection": PCam without its duplicates, as ``.tif`` files.
 
-Either as downloaded, ``train_labels.csv`` (id, label) beside ``train/<id>.tif``, with the csv's order kept as
-``row`` and the unlabelled ``test/`` counted and left out, or sorted into ``train|validation|test/{pos,neg}``.
-Kaggle names no slides; a csv such as the forum's ``patch_id_wsi_full.csv`` (id, wsi) brings them.
+Either as downloaded, ``train_labels.csv`` (id, label) and ``train/<id>.tif`` (``row``: index in the csv;
+the unlabelled ``test/`` is excluded), or sorted into ``train|validation|test/{pos,neg}``. Slides are
+not published by Kaggle; a csv such as the forum's ``patch_id_wsi_full.csv`` (id, wsi) provides them.
 """
 
 import re
@@ -35,7 +35,7 @@ _ID = re.compile(r"[0-9a-f]{40}")  # ids are SHA-1 hashes
 
 
 def recognise(archive: Archive) -> bool:
-    """Return whether the csv, or the sorted tree with Kaggle's ids, is there."""
+    """Return whether an archive has the csv, or the sorted tree with Kaggle's ids."""
     if _find_labels(archive) is not None:
         return True
     matches = [_SORTED.search(entry.name) for entry in archive.entries if is_image(entry)]
@@ -48,7 +48,7 @@ def recognise(archive: Archive) -> bool:
 
 
 def list_patches(archive: Archive) -> Listing:
-    """List the patches by the csv, or by the folders they were sorted into."""
+    """List the patches by the csv, or by their folders."""
     labels = _find_labels(archive)
     return _list_by_folders(archive) if labels is None else _list_by_csv(archive, labels)
 
@@ -63,20 +63,20 @@ def _list_by_csv(archive: Archive, labels_entry: Entry) -> Listing:
     folders = {entry: entry.name.rpartition("/")[0].rpartition("/")[2] for entry in images}
     unlabelled = [entry for entry in images if folders[entry] == "test"]
     labelled = [(_id_of(entry), entry) for entry in images if folders[entry] != "test"]
-    kept, n_copies, skipped = drop_copies(archive, labelled)
+    unique, n_copies, skipped = drop_copies(archive, labelled)
     rows, entries = [], []
-    for patch_id, entry in kept:
+    for patch_id, entry in unique:
         if patch_id not in labels:
             skipped.append({"source": entry.name, "reason": f"is not in {LABELS}"})
             continue
         row, label = labels[patch_id]
         rows.append((patch_id, None, None, None, pd.NA, pd.NA, CLASS_NAMES[label], entry.name, None, row))
         entries.append(entry)
-    result = {row[0] for row in rows}
+    listed = {row[0] for row in rows}
     skipped += [
         {"source": f"{labels_entry.name}#{row}", "reason": f"has no image: {patch_id}.tif is missing"}
         for patch_id, (row, _) in labels.items()
-        if patch_id not in result
+        if patch_id not in listed
     ]
     n_other = len(archive.entries) - len(images) - 1
     counts = {"duplicates": n_copies, "unlabelled": len(unlabelled), "other_files": n_other}
@@ -84,56 +84,57 @@ def _list_by_csv(archive: Archive, labels_entry: Entry) -> Listing:
 
 
 def _read_labels(archive: Archive, entry: Entry) -> dict[str, tuple[int, int]]:
-    """Read ``train_labels.csv`` as row and label by id."""
-    where = f"{archive.path}: {entry.name}"
+    """Return row and label by id from ``train_labels.csv``."""
+    source = f"{archive.path}: {entry.name}"
     try:
         content = bytes(archive.read(entry))
     except DataError as error:
-        raise ArchiveError(f"{where} {error}") from None
+        raise ArchiveError(f"{source} {error}") from None
     headings = {name: name for name in ("id", "label")}
-    table = parse_csv(content, where, aliases=headings, required=("id", "label"))
+    table = parse_csv(content, source, aliases=headings, required=("id", "label"))
     table = table.assign(id=normalize_cells(table["id"]), label=normalize_cells(table["label"]))
     wrong = table[table["id"].isna() | ~table["label"].isin(["0", "1"])]
     if len(wrong):
         row, first = wrong.index[0], wrong.iloc[0]
         raise ArchiveError(
-            f"{where} has {len(wrong):,} rows without an id or a label 0 or 1, first row {row} "
+            f"{source} has {len(wrong):,} rows without an id or a label 0 or 1, first row {row} "
             f"(id {first['id']}, label {first['label']})"
         )
-    twice = table["id"][table["id"].duplicated()]
-    if len(twice):
-        raise ArchiveError(f"{where} names {len(twice):,} ids more than once, {twice.iloc[0]} first")
+    repeated = table["id"][table["id"].duplicated()]
+    if len(repeated):
+        raise ArchiveError(f"{source} has {len(repeated):,} repeated ids, {repeated.iloc[0]} first")
     return dict(zip(table["id"], enumerate(table["label"].astype(int)), strict=True))
 
 
 def _list_by_folders(archive: Archive) -> Listing:
     images = [entry for entry in archive.entries if is_image(entry)]
     skipped: list[Skipped] = []
-    places: dict[str, tuple[str, str]] = {}
+    folders: dict[str, tuple[str, str]] = {}
     keyed = []
     for entry in images:
         match = _SORTED.search(entry.name)
         if match is None or match["subset"].lower() not in SUBSET_BY_FOLDER:
-            skipped.append(
-                {"source": entry.name, "reason": "does not lie in <train|validation|test>/<pos|neg>/"}
-            )
+            skipped.append({"source": entry.name, "reason": "is not in <train|validation|test>/<pos|neg>/"})
             continue
-        place = (SUBSET_BY_FOLDER[match["subset"].lower()], match["label"].lower())
-        known = places.setdefault(match["id"], place)
-        if known != place:
+        folder = (SUBSET_BY_FOLDER[match["subset"].lower()], match["label"].lower())
+        first_folder = folders.setdefault(match["id"], folder)
+        if first_folder != folder:
             skipped.append(
-                {"source": entry.name, "reason": f"lies in {'/'.join(known)} too: one patch, two places"}
+                {
+                    "source": entry.name,
+                    "reason": f"is also in {'/'.join(first_folder)}: one patch in two folders",
+                }
             )
         else:
             keyed.append((match["id"], entry))
-    kept, n_copies, differing = drop_copies(archive, keyed)
+    unique, n_copies, differing = drop_copies(archive, keyed)
     rows = []
-    for patch_id, entry in kept:
-        subset, label = places[patch_id]
+    for patch_id, entry in unique:
+        subset, label = folders[patch_id]
         class_name = CLASS_NAMES[label == "pos"]
         rows.append((patch_id, None, None, None, pd.NA, pd.NA, class_name, entry.name, subset, None))
     counts = {"duplicates": n_copies, "other_files": len(archive.entries) - len(images)}
-    return _make_listing(archive, rows, [entry for _, entry in kept], skipped + differing, counts)
+    return _make_listing(archive, rows, [entry for _, entry in unique], skipped + differing, counts)
 
 
 def _make_listing(

@@ -1,8 +1,8 @@
-"""Invasive ductal carcinoma, Kaggle's "Breast Histopathology Images": what a patch is, stands in its name.
+"""Invasive ductal carcinoma: Kaggle's "Breast Histopathology Images", with metadata in file names.
 
-``<patient>/<0|1>/<patient>_idx5_x<X>_y<Y>_class<0|1>.png``, the patients at the root, below
-``IDC_regular_ps50_idx5/``, or both (today's archive holds everything twice: the copies are counted and left
-out). The release has one slide a patient and names no slides, so ``slide_id`` is the patient's.
+``<patient>/<0|1>/<patient>_idx5_x<X>_y<Y>_class<0|1>.png``, in the root folder,
+``IDC_regular_ps50_idx5/``, or both (the current archive has every file twice; copies are dropped).
+The release has one slide per patient, so ``slide_id`` is the patient's id.
 """
 
 import re
@@ -24,24 +24,24 @@ from biopsy.data.datasets.base import (
 )
 
 CLASS_NAMES = ["non_idc", "idc"]
-MPP = 4.0  # scans called 40x (about 0.25 micrometres a pixel), reduced 16 times
+MPP = 4.0  # nominal 40x scans (0.25 um/px), downsampled 16 times
 
-MAX_PX = 50_000  # 200 mm at `MPP`: no slide is longer, and pictures are put together by these numbers
+MAX_PX = 50_000  # 200 mm at `MPP`, larger than any slide; limits reassembled pictures
 
 _NAME = re.compile(
     r"(?P<patient>[^/]+)_idx[0-9]+_x(?P<x>[0-9]+)_y(?P<y>[0-9]+)_class(?P<label>[01])\.png", re.IGNORECASE
 )
-_PLACE = re.compile(r"_x([0-9]+)_y([0-9]+)_class", re.IGNORECASE)
+_COORDINATES = re.compile(r"_x([0-9]+)_y([0-9]+)_class", re.IGNORECASE)
 
 
 def recognise(archive: Archive) -> bool:
-    """Return whether at least half of the images are named as IDC's."""
+    """Return whether at least half of the images have names of IDC."""
     images = [entry for entry in archive.entries if is_image(entry)]
     return bool(images) and 2 * sum(_match(entry) is not None for entry in images) >= len(images)
 
 
 def list_patches(archive: Archive) -> Listing:
-    """List the patches by what their names say, checked against the folders they lie in."""
+    """List the patches by their names, checked against their folders."""
     images = [entry for entry in archive.entries if is_image(entry)]
     patients = {entry.name.rpartition("/")[2].partition("_idx")[0] for entry in images}
     skipped: list[Skipped] = []
@@ -56,15 +56,15 @@ def list_patches(archive: Archive) -> Listing:
             skipped.append({"source": entry.name, "reason": reason})
         else:
             keyed.append((f"{match['patient']}/{match['label']}/{match[0][:-4]}", entry))
-    kept, n_copies, differing = drop_copies(archive, keyed)
+    unique, n_copies, differing = drop_copies(archive, keyed)
     rows = []
-    for key, entry in kept:
+    for key, entry in unique:
         patient, label, patch_id = key.split("/")
-        x, y = (int(place) for place in _PLACE.findall(patch_id)[-1])
+        x, y = (int(value) for value in _COORDINATES.findall(patch_id)[-1])
         rows.append((patch_id, patient, patient, None, x, y, CLASS_NAMES[int(label)], entry.name))
     return Listing(
         table=pd.DataFrame(rows, columns=COLUMNS),
-        pixels=ImageFiles(archive, [entry for _, entry in kept]),
+        pixels=ImageFiles(archive, [entry for _, entry in unique]),
         class_names=CLASS_NAMES,
         positive_class="idc",
         mpp=MPP,
@@ -78,24 +78,24 @@ def _match(entry: Entry) -> re.Match[str] | None:
 
 
 def _find_contradiction(entry: Entry, match: re.Match[str], patients: set[str]) -> str:
-    """Return where an entry's name contradicts its folders, or any slide; empty where it does not.
+    """Return the reason if an entry's name contradicts its folders or is out of range, else "".
 
-    The folder above the class is taken for a patient if it is a number or a patient of the set: patches
-    sorted into ``training/<class>/`` and the like are read by their names alone.
+    The folder above the class is a patient if it is a number or a known patient; other folders, such as
+    ``training/``, are ignored.
     """
-    *above, folder = ["", *entry.name.split("/")[:-1]]
+    *parents, folder = ["", *entry.name.split("/")[:-1]]
     if folder in ("0", "1") and folder != match["label"]:
-        return f"lies in the folder of class {folder} and is named class {match['label']}"
-    patient = above[-1] if above and folder in ("0", "1") else ""
+        return f"is in the folder of class {folder}, but its name has class {match['label']}"
+    patient = parents[-1] if parents and folder in ("0", "1") else ""
     if (patient.isdigit() or patient in patients) and patient != match["patient"]:
-        return f"lies in the folder of patient {patient} and is named as of patient {match['patient']}"
+        return f"is in the folder of patient {patient}, but its name has patient {match['patient']}"
     x, y = match["x"], match["y"]
     if len(x) > 9 or len(y) > 9 or int(x) > MAX_PX or int(y) > MAX_PX:
-        return f"is named as from beyond any slide: x and y are at most {MAX_PX:,} px"
+        return f"has coordinates out of range: x and y must be at most {MAX_PX:,} px"
     return ""
 
 
-# The commit is named so that the lists cannot change under us. No checksum of them is published; their
+# The commit is pinned, since no checksums are published. The
 # 84, 29 and 49 patients are those of Cruz-Roa et al. 2014 and Janowczyk & Madabhushi 2016.
 _CASE_LISTS = (
     "https://raw.githubusercontent.com/choosehappy/public/8560e48bc5eaf41b349d203f6ac0a2b7d9be1b67/"

@@ -1,8 +1,8 @@
-"""PatchCamelyon as published: six HDF5 files and, where they were fetched too, three tables of slides.
+"""PatchCamelyon as published: six HDF5 files and, optionally, three tables of slides.
 
-``camelyonpatch_level_2_split_<train|valid|test>_<x|y>.h5`` hold pixels and labels of one subset each; any
-subset may be absent. ``..._meta.csv`` names the slide of each patch (``wsi``); its ``coord_x`` and
-``coord_y`` are kept under their own names, because they are not in patch pixels.
+``camelyonpatch_level_2_split_<train|valid|test>_<x|y>.h5`` are pixels and labels of one subset each; subsets
+may be missing. ``..._meta.csv`` has the slide of each patch (``wsi``); its ``coord_x`` and ``coord_y`` are
+stored under these names, because they are not in patch pixels.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from biopsy.data.packs import MAX_PATCH_PX
 from biopsy.data.tables import normalize_cells
 
 CLASS_NAMES = ["normal", "tumour"]
-MAX_PATCHES = 2**20  # of one file; the largest published has 2**18
+MAX_PATCHES = 2**20  # per file; the largest published file has 2**18
 MPP = 0.972  # level 2 of Camelyon16's scans at 0.243 micrometres a pixel
 SPLITS = ("train", "valid", "test")
 
@@ -40,9 +40,9 @@ _META_COLUMNS = ("coord_x", "coord_y", "tumor_patch", "center_tumor_patch")
 
 
 class H5Patches:
-    """Rows that lie one after the other in the ``x`` arrays of several HDF5 files.
+    """Concatenated rows of the ``x`` arrays of several HDF5 files.
 
-    A file is open only while a run of rows is read; the HDF5 library lets one thread in at a time.
+    A file is open only while a run of rows is read, since the HDF5 library is single-threaded.
     """
 
     def __init__(self, paths: Sequence[Path], shapes: Sequence[tuple[int, ...]]) -> None:
@@ -50,7 +50,7 @@ class H5Patches:
         self._starts = np.cumsum([0, *(shape[0] for shape in shapes)])
 
     def read(self, rows: Sequence[int]) -> Iterator[np.ndarray | DataError]:
-        """Read runs of neighbouring rows at once."""
+        """Yield each row, or the error; consecutive rows are read at once."""
         parts = np.array([self._find_part(row) for row in rows])
         breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(parts) != 0)) + 1
         for run in np.split(np.asarray(rows), breaks):
@@ -69,7 +69,7 @@ class H5Patches:
 
 
 def recognise(archive: Archive) -> bool:
-    """Return whether one of the published files is there."""
+    """Return whether an archive has one of the published files."""
     return any(
         entry.name.endswith((".h5", ".h5.gz")) and "camelyonpatch_level_2" in entry.name
         for entry in archive.entries
@@ -77,16 +77,16 @@ def recognise(archive: Archive) -> bool:
 
 
 def list_patches(archive: Archive) -> Listing:
-    """List the patches of every subset whose pixels and labels are both there."""
+    """List the patches of every subset with both pixels and labels."""
     files = _find_files(archive)
     assert isinstance(archive, FolderArchive)
     tables, paths, shapes, skipped = [], [], [], []
     for split in sorted(SPLITS):
         x, y = files.get((split, "x.h5")), files.get((split, "y.h5"))
         if x is None or y is None:
-            if result := x or y:
+            if single := x or y:
                 lacking = "labels (..._y.h5)" if y is None else "pixels (..._x.h5)"
-                skipped.append(Skipped(source=result.name, reason=f"has no {lacking} beside it"))
+                skipped.append(Skipped(source=single.name, reason=f"has no {lacking}"))
             continue
         paths.append(archive.path_of(x))
         shapes.append(_read_shape(paths[-1]))
@@ -136,12 +136,12 @@ def _open_array(path: Path, key: str) -> Iterator[h5py.Dataset]:
 def _read_shape(path: Path) -> tuple[int, ...]:
     with _open_array(path, "x") as array:
         if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8:
-            result = f"{array.dtype} {array.shape}"
-            raise ArchiveError(f"{path} holds {result} where uint8 (n, height, width, 3) is expected")
+            content = f"{array.dtype} {array.shape}"
+            raise ArchiveError(f"{path} holds {content}; expected uint8 (n, height, width, 3)")
         if len(array) > MAX_PATCHES or max(array.shape[1:3]) > MAX_PATCH_PX:
             raise ArchiveError(
-                f"{path} holds patches of the shape {array.shape} where at most {MAX_PATCHES:,} of "
-                f"{MAX_PATCH_PX:,} px are read"
+                f"{path} holds patches of shape {array.shape}; at most {MAX_PATCHES:,} of "
+                f"{MAX_PATCH_PX:,} px are supported"
             )
         return tuple(array.shape)
 
@@ -176,7 +176,7 @@ def _make_table(
         rows = read_csv_table(archive.path_of(meta), required=("wsi",))
         if len(rows) != len(table):
             raise ArchiveError(
-                f"{archive.path_of(meta)} has {len(rows):,} rows where {len(table):,}, one a patch, are due"
+                f"{archive.path_of(meta)} has {len(rows):,} rows; expected {len(table):,}, one per patch"
             )
         table["slide_id"] = normalize_cells(rows["wsi"], normalize_id)
         more = [name for name in _META_COLUMNS if name in rows.columns]
@@ -186,11 +186,11 @@ def _make_table(
 
 _ADDRESS = "https://zenodo.org/records/2546921/files/camelyonpatch_level_2_split_{part}?download=1"
 _IMAGE_BYTES = 96 * 96 * 3
-_HDF5_BYTES = 1 << 16  # headers of an uncompressed HDF5 file, generously
+_HDF5_BYTES = 1 << 16  # upper bound of the headers of an uncompressed HDF5 file
 _COUNTS = {"train": 262_144, "valid": 32_768, "test": 32_768}
 
-# Sizes and SHA-256: TensorFlow Datasets, patch_camelyon/checksums.tsv, taken from these Zenodo files; the
-# same SHA-256 stand in torchvision's prototype PCAM for the authors' own copies.
+# Sizes and SHA-256: TensorFlow Datasets, patch_camelyon/checksums.tsv, from these Zenodo files; also in
+# torchvision's prototype PCAM.
 _PACKED = {
     "train_x": (6_421_353_462, "d619e741468a7ab35c7e4a75e6821b7e7e6c9411705d45708f2a0efc8960656c"),
     "train_y": (21_378, "b74126d2c01b20d3661f9b46765d29cf4e4fba6faba29c8e0d09d406331ab75a"),
@@ -199,8 +199,8 @@ _PACKED = {
     "test_x": (800_875_929, "79174c2201ad521602a5888be8f36ee10875f37403dd3f2086caf2182ef87245"),
     "test_y": (3_040, "0a522005fccc8bbd04c5a117bfaf81d8da2676f03a29d7499f71d0a0bd6068ef"),
 }
-# MD5 of the csv files: github.com/basveeling/pcam issue 4. The README there has them too, but with those of
-# validation and test exchanged (issues 1 and 4; torchvision pull request 6644).
+# MD5 of the csv files: github.com/basveeling/pcam issue 4. The README has them with validation and
+# test exchanged (issues 1 and 4; torchvision pull request 6644).
 _META = {
     "train": "md5:5a3dd671e465cfd74b5b822125e65b0a",
     "valid": "md5:67589e00a4a37ec317f2d1932c7502ca",

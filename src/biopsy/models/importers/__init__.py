@@ -1,5 +1,5 @@
-"""Models of other libraries, read as data: nothing of Keras's that came with them is executed.
+"""Importers of models of other libraries.
 
-``keras_files`` reads what Keras wrote, ``keras`` carries the weights into a network of ours and makes a
-classifier of it. ``wsinfer`` runs TorchScript, which is code, once it is trusted.
+``keras_files`` reads Keras files without executing code, ``keras`` converts them to classifiers. ``wsinfer``
+runs TorchScript models, which contain code, once the user trusts them.
 """

@@ -1,4 +1,4 @@
-"""Keras models in: a file that Keras saved becomes a classifier, its weights carried over layer by layer."""
+"""Conversion of Keras models to classifiers, layer by layer."""
 
 import logging
 from collections import Counter
@@ -35,7 +35,7 @@ _WITHOUT_EFFECT = (nn.Dropout, nn.Identity, FlattenChannelsLast)
 
 
 class Place(NamedTuple):
-    """A layer of ours: its name, its kind, and its weights seen in Keras's layout."""
+    """A layer of a PyTorch module: name, kind, and weights as views in Keras's layout."""
 
     name: str
     kind: str
@@ -46,70 +46,69 @@ Item = TypeVar("Item", Place, Layer)
 
 
 def load_keras_into(path: Path | str, module: nn.Module) -> None:
-    """Fill a module with the weights of a Keras file, which must have the same layers.
+    """Load the weights of a Keras file into a module with the same layers.
 
-    The n-th convolution of the file goes into the n-th of the module, and so with separable convolutions,
-    normalisations and dense layers. Kernels are transposed; a dense layer behind a flattened image fits where
-    the module flattens as Keras does (``layers.FlattenChannelsLast``).
+    Layers of each kind (convolution, separable convolution, normalisation, dense) are matched in order.
+    Kernels are transposed; a dense layer after flattening needs Keras's order
+    (``layers.FlattenChannelsLast``).
 
     Args:
-        path: ``.h5`` (Keras 2 or 3, whole model or weights alone), ``.weights.h5`` or ``.keras``.
-        module: A network or a part of one; unchanged where an error is raised.
+        path: ``.h5`` (Keras 2 or 3, model or weights only), ``.weights.h5`` or ``.keras``.
+        module: A network or a part of one; unchanged if an error is raised.
 
     Raises:
-        DataError: If the file cannot be read, holds code, or is of another architecture; says at which layer,
-            and of which shipped network the file may be.
+        DataError: If the file cannot be read, contains code, or is of another architecture; with the first
+            layer that differs and shipped networks that match.
     """
     copy_weights(read_keras(path), module, "the network")
 
 
-def copy_weights(file: KerasFile, module: nn.Module, what: str) -> None:
-    """Copy the weights of a file that was read; ``what`` names the module in errors."""
+def copy_weights(file: KerasFile, module: nn.Module, name: str) -> None:
+    """Copy the weights of a Keras file into a module; ``name`` is its name in errors."""
     places = list_places(module)
     layers, difference = file.layers, _find_difference(file.layers, places)
     if difference and not file.order_is_certain and not _find_difference(file.by_name(), places):
         layers, difference = file.by_name(), ""
     if difference:
-        raise DataError(f"{file.path} does not fit {what}: {difference}; {_guess(file.layers)}")
+        raise DataError(f"{file.path} does not fit {name}: {difference}; {_guess(file.layers)}")
     with torch.no_grad():
         for kind in {place.kind for place in places}:
             for place, layer in zip(_of_kind(places, kind), _of_kind(layers, kind), strict=True):
                 for weight, array in zip(place.weights, layer.weights, strict=True):
                     weight.copy_(torch.from_numpy(array))
-    logger.info("%s: %d layers carried over", file.path, len(places))
+    logger.info("%s: weights of %d layers were loaded", file.path, len(places))
 
 
-def compare_steps(file: KerasFile, network: nn.Module, what: str) -> str:
-    """Compare what a file says happens to a patch with what a network of ours does.
+def compare_steps(file: KerasFile, network: nn.Module, name: str) -> str:
+    """Compare the operations in the configuration of a file with those of a network.
 
-    Weights do not tell an ELU from a ReLU, or a normalisation before it from one after it; the file's
-    configuration does.
+    Weights alone do not determine activations or the order of operations.
 
     Args:
-        file: Not compared where it holds weights alone.
+        file: Not compared if it has no configuration.
 
     Returns:
-        What the file does to the last numbers, ``softmax`` or ``sigmoid``; empty where it does not say.
+        The output activation in the file, ``softmax`` or ``sigmoid``; "" if unknown.
 
     Raises:
-        DataError: Naming the first step that differs.
+        DataError: With the first operation that differs.
     """
     if file.config is None:
         return ""
-    theirs, outputs = list_steps(file.config)
-    ours = [step for step, _, _ in _walk(network)]
-    pairs = zip_longest(ours, theirs, fillvalue="nothing more")
-    for number, (wanted, result) in enumerate(pairs, start=1):
-        if wanted != result:
+    file_steps, outputs = list_steps(file.config)
+    network_steps = [step for step, _, _ in _walk(network)]
+    pairs = zip_longest(network_steps, file_steps, fillvalue="nothing more")
+    for number, (expected, actual) in enumerate(pairs, start=1):
+        if expected != actual:
             raise DataError(
-                f"{file.path} does not fit {what}: its step {number} is {result} where {wanted} is expected; "
+                f"{file.path} does not fit {name}: its step {number} is {actual}, expected {expected}; "
                 f"{_guess(file.layers)}"
             )
     return outputs
 
 
 def list_places(module: nn.Module) -> list[Place]:
-    """List the layers of a module that have weights; filling what is listed fills the module."""
+    """Return the layers of a module with weights, as views."""
     places = []
     for _, name, layer in _walk(module):
         weights: list[Tensor | None]
@@ -130,7 +129,7 @@ def list_places(module: nn.Module) -> list[Place]:
 
 
 def _walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, str, nn.Module]]:
-    """Yield step, name and module of every layer in order; a separable convolution is one."""
+    """Yield operation, name and module of every layer in order; a separable convolution is one layer."""
     children = list(module.named_children())
     step = next((step for kind, step in _STEPS.items() if isinstance(module, kind)), None)
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -149,21 +148,19 @@ def _of_kind(items: Sequence[Item], kind: str) -> list[Item]:
 
 
 def _find_difference(layers: list[Layer], places: list[Place]) -> str:
-    """Return at which layer a file differs from what is expected; empty where it does not."""
-    strange = [layer for layer in layers if layer.kind == ""]
-    if strange:
-        return (
-            f"its layer {strange[0].name!r} with weights {_shapes(strange[0])} is of a kind that is not read"
-        )
+    """Return the first difference between the layers of a file and a module, "" if there is none."""
+    unsupported = [layer for layer in layers if layer.kind == ""]
+    if unsupported:
+        return f"its layer {unsupported[0].name!r} with weights {_shapes(unsupported[0])} is not supported"
     if Counter(layer.kind for layer in layers) != Counter(place.kind for place in places):
-        return f"it has {_count(layers)} where {_count(places)} are expected"
+        return f"it has {_count(layers)}, expected {_count(places)}"
     for kind in dict.fromkeys(place.kind for place in places):
         pairs = zip(_of_kind(places, kind), _of_kind(layers, kind), strict=True)
         for number, (place, layer) in enumerate(pairs, start=1):
             if _shapes(layer) != _shapes(place):
                 return (
-                    f"its {kind} {number}, {layer.name!r}, has weights {_shapes(layer)} where "
-                    f"{_shapes(place)} are expected for {place.name!r}"
+                    f"its {kind} {number}, {layer.name!r}, has weights {_shapes(layer)}, "
+                    f"expected {_shapes(place)} for {place.name!r}"
                 )
     return ""
 
@@ -178,8 +175,8 @@ def _count(items: Sequence[Place | Layer]) -> str:
 
 
 def _guess(layers: list[Layer]) -> str:
-    """Return which shipped recipes have a network with such layers."""
-    result = []
+    """Return a hint on shipped recipes whose network has these layers."""
+    matching = []
     for name in list_recipes():
         recipe = load_recipe(name)
         if ":" in recipe.model.name:  # of another library
@@ -189,13 +186,15 @@ def _guess(layers: list[Layer]) -> str:
                 recipe.model.name, n_classes=2, input_px=recipe.preprocessing.input_px, **recipe.model.params
             )
         if not _find_difference(layers, list_places(network)):
-            result.append(name)
+            matching.append(name)
     return (
-        f"its layers are those of {' or '.join(result)}" if result else "no shipped recipe has such a network"
+        f"its layers are those of {' or '.join(matching)}"
+        if matching
+        else "no shipped recipe has such a network"
     )
 
 
-# of the data set a recipe was published on: names and positive class, um/px, side of a patch
+# Class names, um/px and patch size by data set of a recipe
 _DATASETS = {
     "idc": (idc.CLASS_NAMES, idc.MPP, 50),
     "hcd": (hcd.CLASS_NAMES, hcd.MPP, 96),
@@ -220,8 +219,8 @@ def import_keras(
 
     Args:
         file: ``.h5``, ``.weights.h5`` or ``.keras``; read as data, no code in it is executed.
-        model: Recipe (name or TOML file) of the network, or a network of a shipped recipe; also says how
-            patches are resized, scaled and ordered.
+        model: Recipe (name or TOML file) of the network, or a network of a shipped recipe; it defines the
+            preprocessing.
         out: Output folder of the classifier; must not exist.
         class_names: Names of the outputs in their order (default: those of the recipe's data set).
         positive: Positive class of two (default: the second).
@@ -230,8 +229,8 @@ def import_keras(
 
     Raises:
         DataError: If the file cannot be read, holds code, or is of another architecture.
-        RecipeError: If there is no such model, or what its recipe leaves open was not said.
-        RunError: If there is something at ``out``.
+        RecipeError: If the model is unknown, or ``class_names`` or ``patch_px`` is required.
+        RunError: If ``out`` exists.
     """
     recipe = _find_recipe(model)
     names, default_mpp, default_px = _DATASETS.get(recipe.origin.dataset, ([], None, None))
@@ -239,25 +238,25 @@ def import_keras(
     patch_px = default_px if patch_px is None else patch_px
     if len(names) < 2 or len(set(names)) < len(names) or patch_px is None or patch_px < 1:
         raise RecipeError(
-            f"{recipe.name} with class_names={names} and patch_px={patch_px}: give two or more different "
-            "names in the order of the outputs, and the side of a patch in pixels"
+            f"{recipe.name} with class_names={names} and patch_px={patch_px}: pass two or more distinct "
+            "names in the order of the outputs, and the patch size in pixels"
         )
     if positive is not None and (positive not in names or len(names) > 2):
-        raise RecipeError(f"positive={positive!r} is none of two classes; there are {', '.join(names)}")
+        raise RecipeError(f"positive={positive!r} is not one of two classes: {', '.join(names)}")
     if Path(out).exists():
-        raise RunError(f"{out} exists already: name a folder that does not")
-    read = read_keras(file)
+        raise RunError(f"{out} exists: choose another folder")
+    keras_file = read_keras(file)
     settings = recipe.preprocessing.model_dump(exclude={"standardise", "feed"})
-    settings["input_px"] = read.input_px or settings["input_px"]
+    settings["input_px"] = keras_file.input_px or settings["input_px"]
     network = build_network(
         recipe.model.name, n_classes=len(names), input_px=settings["input_px"], **recipe.model.params
     )
-    said = compare_steps(read, network, recipe.model.name)
-    copy_weights(read, network, recipe.model.name)
+    activation = compare_steps(keras_file, network, recipe.model.name)
+    copy_weights(keras_file, network, recipe.model.name)
     outputs = outputs_of(recipe.train.loss)
-    if said == "softmax" or any(isinstance(module, OneLogit) for module in network.modules()):
+    if activation == "softmax" or any(isinstance(module, OneLogit) for module in network.modules()):
         outputs = "softmax"
-    elif said == "sigmoid":
+    elif activation == "sigmoid":
         outputs = "sigmoid"
     info = ClassifierInfo(
         network=recipe.model.name,
@@ -271,20 +270,25 @@ def import_keras(
         thresholds=[{"value": 0.5, "rule": "argmax", "chosen_on": "nothing"}] if len(names) == 2 else [],
         recipe=recipe.name,
     )
-    origin = {"library": "keras", "format": read.format, "file": read.path.name, "sha256": sha256_file(file)}
+    origin = {
+        "library": "keras",
+        "format": keras_file.format,
+        "file": keras_file.path.name,
+        "sha256": sha256_file(file),
+    }
     classifier = Classifier(info.model_copy(update={"imported": origin}), network)
     classifier.save(out)
     return classifier
 
 
 def _find_recipe(model: str | Path) -> Recipe:
-    """Return the recipe of that name, or the first shipped one whose network has that name."""
+    """Return the recipe of a name, or the first shipped recipe with a network of that name."""
     recipes = list_recipes()
     if Path(model).suffix == ".toml" or str(model) in recipes:
         return load_recipe(model)
     shipped = [load_recipe(name) for name in recipes]
     networks = {recipe.model.name: recipe for recipe in reversed(shipped) if not recipe.model.params}
     if str(model) not in networks:
-        known = [*recipes, *sorted(networks)]
-        raise RecipeError(f"no recipe or network is called {str(model)!r}: {suggest(str(model), known)}")
+        names = [*recipes, *sorted(networks)]
+        raise RecipeError(f"unknown recipe or network {str(model)!r}: {suggest(str(model), names)}")
     return networks[str(model)]

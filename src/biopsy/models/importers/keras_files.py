@@ -1,4 +1,4 @@
-"""Reading what Keras saved (``.h5``, ``.weights.h5``, ``.keras``): weights and configuration."""
+"""Reading weights and configuration from Keras files (``.h5``, ``.weights.h5``, ``.keras``)."""
 
 import io
 import re
@@ -28,7 +28,7 @@ _STEPS = {
 
 
 class ConfigLayer(NamedTuple):
-    """A layer as the file describes it."""
+    """A layer of the configuration."""
 
     name: str
     class_name: str
@@ -36,41 +36,41 @@ class ConfigLayer(NamedTuple):
 
 
 def list_config_layers(model: Any) -> list[ConfigLayer]:
-    """List the layers of a model's configuration in order, those of models within it in their place.
+    """Return the layers of a model's configuration in order, including nested models.
 
     Raises:
-        DataError: If it is no configuration, or one holds code of its own (``Lambda``, a class that is not
-            Keras's), or has channels first.
+        DataError: If it is not a configuration, contains code (``Lambda``, custom classes), or has channels
+            first.
     """
     try:
         return _walk(model)
     except (KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        raise DataError("holds a configuration that is not one of a Keras model") from None
+        raise DataError("has no valid configuration of a Keras model") from None
 
 
 def _walk(node: Any) -> list[ConfigLayer]:
     class_name, config = str(node["class_name"]), node["config"]
     module, registered = node.get("module") or "keras", node.get("registered_name") or ""
     if class_name == "Lambda" or module.partition(".")[0] not in _ROOTS or ">" in registered:
-        named = config.get("name", "") if isinstance(config, dict) else ""
+        layer_name = config.get("name", "") if isinstance(config, dict) else ""
         raise DataError(
-            f"holds {named!r}, a {registered or class_name} of {module}: code that comes with a file is "
-            "never executed, and without it the network is another"
+            f"has the layer {layer_name!r}, a {registered or class_name} of {module}: custom code is not run,"
+            " so the model cannot be converted"
         )
     if class_name in _CONTAINERS:
         layers = config if isinstance(config, list) else config["layers"]  # a list before Keras 2.2.3
         return [result for layer in layers for result in _walk(layer)]
     if config.get("data_format") == "channels_first":
-        raise DataError(f"has channels first in {config['name']!r}; only channels last are read")
+        raise DataError(f"has channels first in {config['name']!r}; only channels last is supported")
     return [ConfigLayer(str(config["name"]), class_name, config)]
 
 
 def list_steps(layers: list[ConfigLayer]) -> tuple[list[str], str]:
-    """Return what happens to a patch, step by step, and what is done to the last numbers.
+    """Return the operations of a model, and its output activation.
 
     Returns:
-        Steps such as ``"convolution"`` or ``"relu"``, without what changes nothing in prediction, and
-        ``"softmax"``, ``"sigmoid"`` or, where nothing is, ``""``.
+        Operations such as ``"convolution"`` or ``"relu"``, without those that have no effect in prediction,
+        and ``"softmax"``, ``"sigmoid"`` or ``""``.
     """
     steps: list[str] = []
     for layer in layers:
@@ -93,10 +93,10 @@ def list_steps(layers: list[ConfigLayer]) -> tuple[list[str], str]:
 
 
 def find_input_px(layers: list[ConfigLayer]) -> int | None:
-    """Return the side of the square input; None where the file leaves it open.
+    """Return the input size; None if it is not specified.
 
     Raises:
-        DataError: If it is no square of three channels, or larger than any patch.
+        DataError: If it is not a square with three channels, or too large.
     """
     settings = layers[0].settings if layers else {}
     shape = settings.get("batch_shape") or settings.get("batch_input_shape")  # the second in Keras 2
@@ -104,12 +104,12 @@ def find_input_px(layers: list[ConfigLayer]) -> int | None:
         return None
     side = shape[1] if len(shape) > 1 else None
     if not isinstance(side, int) or not 0 < side <= MAX_INPUT_PX or shape[1:] != [side, side, 3]:
-        raise DataError(f"takes an input of {shape[1:]} where a square of three channels is expected")
+        raise DataError(f"has the input shape {shape[1:]}; expected a square with three channels")
     return side
 
 
 def name_normalisation(epsilon: object) -> str:
-    """Name a batch normalisation as a step; its epsilon is no weight, but part of what it does."""
+    """Return the name of a batch normalisation step, with its epsilon."""
     return f"normalisation with epsilon {epsilon}"
 
 
@@ -118,7 +118,7 @@ _CONTAINERS_keras_files = ("layers", "_layer_checkpoint_dependencies")  # the se
 
 
 class Layer(NamedTuple):
-    """A layer's name, what kind it is by the shapes of its weights, and these in Keras's order."""
+    """Name, kind (by the shapes of the weights) and weights of a layer, in Keras's order."""
 
     name: str
     kind: str
@@ -127,16 +127,16 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class KerasFile:
-    """What was read from a file.
+    """Content of a Keras file.
 
     Attributes:
         path: The file.
         format: ``h5``, ``weights.h5`` or ``keras``.
-        layers: Those with weights, in order.
-        config: All layers as the file describes them; None where it holds weights alone.
-        input_px: Side of the square input; None where the file does not say it.
-        order_is_certain: False for weights alone of a model within a model: Keras writes those of its frozen
-            layers last, so the order of names is the other one that may be right.
+        layers: Layers with weights, in order.
+        config: All layers of the configuration; None if the file has weights only.
+        input_px: Input size; None if it is not specified.
+        order_is_certain: False for files with weights only of nested models, where Keras writes frozen layers
+            last, so that the order of names may be the right one.
     """
 
     path: Path
@@ -148,15 +148,15 @@ class KerasFile:
 
     def by_name(self) -> list[Layer]:
         """Return the layers in order of their names, ``conv2d_10`` after ``conv2d_9``."""
-        return sorted(self.layers, key=lambda layer: _natural(layer.name))
+        return sorted(self.layers, key=lambda layer: _natural_key(layer.name))
 
 
 def read_keras(path: Path | str) -> KerasFile:
-    """Read the layers with weights of a file that Keras saved.
+    """Read a Keras file.
 
     Raises:
-        DataError: If it is no such file, was cut short, or holds what is not read: code of its own, links,
-            arrays that are no floating-point numbers or too large.
+        DataError: If it is not a Keras file, truncated, or has unsupported content: custom code, links, or
+            arrays that are not floating-point numbers or too large.
     """
     path = Path(path)
     try:
@@ -164,7 +164,7 @@ def read_keras(path: Path | str) -> KerasFile:
             is_zip = file.read(4) == b"PK\x03\x04"
         return _read_archive(path) if is_zip else _read_h5(path)
     except FileFormatError as error:
-        raise DataError(f"{error}; give a file that Keras saved (.h5, .weights.h5, .keras)") from None
+        raise DataError(f"{error}; expected a file saved by Keras (.h5, .weights.h5, .keras)") from None
     except DataError as error:
         raise DataError(str(error) if str(path) in str(error) else f"{path} {error}") from None
 
@@ -174,7 +174,7 @@ def _read_archive(path: Path) -> KerasFile:
     entries = {entry.name: entry for entry in archive.entries}
     for name in ("config.json", "model.weights.h5"):
         if sum(entry.name == name for entry in archive.entries) != 1:
-            raise DataError(f"is a zip without (just) one {name}: it is no .keras file")
+            raise DataError(f"is a zip without exactly one {name}: it is not a .keras file")
     if entries["config.json"].size > MAX_CONFIG_BYTES:
         raise DataError(f"has a config.json of {entries['config.json'].size:,} bytes: it is not read")
     contents = {}
@@ -200,13 +200,13 @@ def _read_h5(
                 config = _parse_config(file.attrs["model_config"], path)
             group = find_group(file, "model_weights", path) if "model_weights" in file else file
             if _text(group.attrs.get("backend", "")) == "theano":
-                raise DataError("was written by Keras on Theano, which turns kernels by 180 degrees")
+                raise DataError("was written by Keras on Theano, which is not supported (rotated kernels)")
             layers, is_certain = _read_groups(group, path)
             format = "h5"
     if config is not None:
-        place = {layer.name: index for index, layer in enumerate(config)}
-        if all(layer.name in place for layer in layers):
-            layers = sorted(layers, key=lambda layer: place[layer.name])
+        position = {layer.name: index for index, layer in enumerate(config)}
+        if all(layer.name in position for layer in layers):
+            layers = sorted(layers, key=lambda layer: position[layer.name])
         is_certain = True
     input_px = None if config is None else find_input_px(config)
     return KerasFile(path, format, layers, config, input_px, is_certain)
@@ -217,28 +217,27 @@ def _find_container(group: h5py.Group) -> str | None:
 
 
 def _walk_groups(container: h5py.Group, path: Path, seen: set[int]) -> Iterator[Layer]:
-    """Yield the layers of a ``.weights.h5``, whose groups bear the names of classes with a running number.
+    """Yield the layers of a ``.weights.h5``, whose groups are numbered class names.
 
-    Their order among classes is lost, but layers are matched within their kind. A model within the model
-    comes first: what is added to it lies behind it.
+    The order between classes is unknown, but layers are matched per kind. Nested models come first.
     """
     address = h5py.h5o.get_info(container.id).addr
     if address in seen:
-        raise DataError(f"holds {container.name!r} twice: it was altered")
+        raise DataError(f"has {container.name!r} twice: it was altered")
     seen.add(address)
-    groups = {name: find_group(container, name, path) for name in sorted(container, key=_natural)}
+    groups = {name: find_group(container, name, path) for name in sorted(container, key=_natural_key)}
     for name in sorted(groups, key=lambda name: _find_container(groups[name]) is None):
         if (inner := _find_container(groups[name])) is not None:
             yield from _walk_groups(find_group(groups[name], inner, path), path, seen)
         elif "vars" in groups[name]:
             variables = find_group(groups[name], "vars", path)
-            arrays = [_read(variables, number, path) for number in sorted(variables, key=_natural)]
+            arrays = [_read(variables, number, path) for number in sorted(variables, key=_natural_key)]
             if arrays:
                 yield Layer(_text(variables.attrs.get("name", name)), _find_kind(arrays), arrays)
 
 
 def _read_groups(group: h5py.Group, path: Path) -> tuple[list[Layer], bool]:
-    """Read the layers of an ``.h5``, which lists them in order; say whether none was a model itself."""
+    """Return the layers of an ``.h5`` in order, and whether there are no nested models."""
     layers: list[Layer] = []
     has_inner_models = False
     for name in _list_names(group, "layer_names"):
@@ -261,7 +260,7 @@ def _read_groups(group: h5py.Group, path: Path) -> tuple[list[Layer], bool]:
 
 
 def _find_kind(arrays: list[np.ndarray]) -> str:
-    """Return which kind of layer has weights of such shapes; empty where none has."""
+    """Return the kind of layer with weights of these shapes, "" if unknown."""
     match [array.ndim for array in arrays]:
         case [4] | [4, 1]:
             return "convolution"
@@ -275,12 +274,12 @@ def _find_kind(arrays: list[np.ndarray]) -> str:
 
 
 def _list_names(group: h5py.Group, attribute: str) -> list[str]:
-    """Read a list of names; Keras writes a long one in numbered parts."""
+    """Read a list of names, which Keras divides into numbered parts if it is long."""
     if attribute in group.attrs:
         parts: Iterable[Any] = [group.attrs[attribute]]
     else:
         numbers = [name for name in group.attrs if re.fullmatch(rf"{attribute}\d+", name)]
-        parts = [group.attrs[name] for name in sorted(numbers, key=_natural)]
+        parts = [group.attrs[name] for name in sorted(numbers, key=_natural_key)]
         if not numbers:
             raise DataError(f"holds no weights of a Keras model (no {attribute})")
     return [_text(name) for part in parts for name in np.atleast_1d(part).ravel()]
@@ -290,8 +289,8 @@ def _read(group: h5py.Group, name: str, path: Path) -> np.ndarray:
     """Read one array of numbers as float32."""
     dataset = find_dataset(group, name, path)
     if dataset.dtype.kind != "f":
-        raise DataError(f"holds {dataset.dtype} in {name!r} where floating-point numbers are expected")
-    if dataset.id.get_storage_size() < dataset.nbytes:  # so what is read is never larger than the file
+        raise DataError(f"has {dataset.dtype} in {name!r}; expected floating-point numbers")
+    if dataset.id.get_storage_size() < dataset.nbytes:  # limits memory to the size of the file
         raise DataError(f"holds {name!r} compressed or in part: save it again from Keras")
     array = dataset[()].astype(np.float32)
     if not np.isfinite(array).all():
@@ -309,6 +308,6 @@ def _text(name: Any) -> str:
     return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
 
 
-def _natural(name: str) -> list[int | str]:
-    """Sort as numbers what are numbers: every second part."""
+def _natural_key(name: str) -> list[int | str]:
+    """Return a sort key that compares numbers by value."""
     return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", name))]

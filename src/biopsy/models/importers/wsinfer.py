@@ -1,7 +1,7 @@
-"""Models in WSInfer's form: a TorchScript file and a ``config.json``, as its model zoo and QuPath use them.
+"""WSInfer models: a TorchScript file and a ``config.json``, as in its model zoo and QuPath.
 
-TorchScript is code, so nothing of it is loaded until the user has named the file's hash. The host's part of
-the contract (Resize, ToTensor, Normalize, softmax; the sigmoid of a single output) is done here.
+TorchScript is code, so it is only loaded if the user passes the hash of the file. Preprocessing (Resize,
+ToTensor, Normalize) and output activation (softmax, or sigmoid of a single output) are applied here.
 """
 
 import math
@@ -22,20 +22,20 @@ from biopsy.models.classifier import Classifier, ClassifierInfo
 from biopsy.models.preprocessing import Preprocessing
 
 CONFIG, SCRIPT = "config.json", "torchscript_model.pt"
-MAX_PX = 1024  # side of a patch or of a model's input; the largest of WSInfer's zoo takes 350
+MAX_PX = 1024  # side of a patch or input; the largest in WSInfer's zoo is 350
 MAX_CONFIG_BYTES = 2**20
-MAX_SPACING = 100  # micrometres per pixel: a whole slide is a few hundred pixels then
+MAX_SPACING = 100  # um/px, at which a slide is a few hundred pixels
 
 
 class Transform(BaseModel):
-    """A step between the patch as read and the model."""
+    """A preprocessing step."""
 
     name: Literal["Resize", "ToTensor", "Normalize"]
     arguments: dict[str, object] = {}
 
 
 class HostConfig(BaseModel):
-    """What ``config.json`` of a WSInfer model holds."""
+    """Content of ``config.json`` of a WSInfer model."""
 
     spec_version: str = "1.0"
     architecture: str
@@ -47,10 +47,10 @@ class HostConfig(BaseModel):
 
 
 class WSInferClassifier(Classifier):
-    """A WSInfer model that is asked as any other classifier; it cannot be saved as one."""
+    """A WSInfer model as a classifier, which cannot be saved."""
 
     def save(self, path: Path | str, *, precision: Literal["fp32", "fp16"] = "fp32") -> None:
-        """Refuse: the weights are inside code of somebody else's.
+        """Raise an error, since the weights are inside TorchScript code.
 
         Raises:
             RunError: Always.
@@ -59,23 +59,22 @@ class WSInferClassifier(Classifier):
 
 
 def is_wsinfer(path: Path | str) -> bool:
-    """Return whether a folder looks like a WSInfer model, whole or not."""
+    """Return whether a folder has a file of a WSInfer model."""
     return (Path(path) / SCRIPT).is_file() or (Path(path) / CONFIG).is_file()
 
 
 def open_wsinfer(path: Path | str, *, trust_model: str | None = None) -> WSInferClassifier:
     """Open the folder of a WSInfer model with any number of classes.
 
-    A model with one output gets a second class, ``not <its name>``. Of two classes the positive one is that
-    which goes without saying (see `find_positive`), else the second. Without a reference nothing is said on
-    patches unlike training.
+    A model with one output gets a second class, ``not <its name>``. The positive class of two is given by
+    `find_positive`, else it is the second. Out-of-distribution patches are not flagged.
 
     Args:
-        path: Holds ``torchscript_model.pt`` and ``config.json``.
-        trust_model: SHA-256 of the TorchScript file: whoever names it has decided that its code may run.
+        path: Folder of ``torchscript_model.pt`` and ``config.json``.
+        trust_model: SHA-256 of the TorchScript file, which permits running its code.
 
     Raises:
-        RunError: If a file is missing or not readable, or the hash was not named or is another.
+        RunError: If a file is missing or not readable, or the hash is missing or wrong.
     """
     path = Path(path)
     config = _read_config(path)
@@ -85,7 +84,7 @@ def open_wsinfer(path: Path | str, *, trust_model: str | None = None) -> WSInfer
     digest = sha256_file(script)
     if trust_model is None:
         raise RunError(
-            f"{script} is TorchScript, which is code that would run here: if you trust where it comes from, "
+            f"{script} is TorchScript, which contains code: if you trust its source, "
             f"pass --trust-model {digest}"
         )
     if trust_model.strip().lower() != digest:
@@ -102,7 +101,7 @@ def open_wsinfer(path: Path | str, *, trust_model: str | None = None) -> WSInfer
         mpp=config.spacing_um_px,
         preprocessing=Preprocessing(input_px=config.patch_size_pixels),
         thresholds=[{"value": 0.5, "rule": "argmax", "chosen_on": "nothing"}] if len(names) == 2 else [],
-        licence="not known here: see where the model came from",
+        licence="unknown: see the source of the model",
     )
     classifier = WSInferClassifier(info, network)
     classifier.info.weights_sha256 = digest
@@ -110,10 +109,10 @@ def open_wsinfer(path: Path | str, *, trust_model: str | None = None) -> WSInfer
 
 
 class _HostedNetwork(nn.Module):
-    """Does between patch and script what WSInfer does: patches ``(B, 3, H, W)`` in 0-1 to logits.
+    """Preprocessing of WSInfer and the script: patches ``(B, 3, H, W)`` in 0-1 to logits.
 
     Raises:
-        RunError: If a step has other arguments than these hosts understand.
+        RunError: If a step has unsupported arguments.
     """
 
     weights: Tensor | None
@@ -137,8 +136,8 @@ class _HostedNetwork(nn.Module):
                     )
             except (KeyError, TypeError, ValueError, OverflowError):
                 raise RunError(
-                    f"{CONFIG} has a step {step.name} with {str(step.arguments)[:200]}; Resize takes a size "
-                    f"of 1 to {MAX_PX} for both sides, Normalize a mean and a std above 0 of three values"
+                    f"{CONFIG} has a step {step.name} with {str(step.arguments)[:200]}; Resize needs a "
+                    f"square of 1 to {MAX_PX} px, Normalize mean and std (above 0) of three values"
                 ) from None
         weights = None if size_px == patch_px else _pillow_weights(patch_px, size_px)
         self.register_buffer("weights", weights)
@@ -146,21 +145,21 @@ class _HostedNetwork(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Return logits ``(B, n_classes)``, of a single output those of both classes."""
-        if self.weights is not None:  # along rows, then along columns, each time to 8 bits as Pillow does
+        """Return logits ``(B, n_classes)``; a single output is converted to two."""
+        if self.weights is not None:  # rows, then columns, rounded to 8 bits as in Pillow
             levels = torch.matmul((patches * 255).round().double(), self.weights)
             levels = torch.matmul(self.weights.T, (levels + 0.5).floor())
             patches = (levels + 0.5).floor().float() / 255
         try:
             logits = self.script(((patches - self.mean) / self.std).contiguous())
-        except Exception as error:  # code of somebody else's may raise anything
+        except Exception as error:  # the script may raise any exception
             reason = (str(error) or type(error).__name__).strip().splitlines()[-1][:200]
             raise RunError(f"the model fails on a batch of {tuple(patches.shape)}: {reason}") from None
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         fits = shape[:1] == (len(patches),) and logits.numel() == len(patches) * self.n_classes
         if not fits or not logits.is_floating_point():
             raise RunError(
-                f"the model gives {shape} for {len(patches)} patches where its {CONFIG} names "
+                f"the model returns {shape} for {len(patches)} patches, but its {CONFIG} has "
                 f"{self.n_classes} classes"
             )
         logits = logits.reshape(len(patches), self.n_classes)
@@ -169,21 +168,21 @@ class _HostedNetwork(nn.Module):
         return logits
 
     def features(self, patches: Tensor) -> Tensor:
-        """Return nothing, ``(B, 0)``: what lies inside the script is not known."""
+        """Return an empty tensor ``(B, 0)``, since the penultimate layer is unknown."""
         return patches.new_empty(len(patches), 0)
 
 
 def _pillow_weights(source_px: int, target_px: int) -> Tensor:
-    """Return what each source pixel counts in each target pixel, ``(source_px, target_px)``.
+    """Return the weight of each source pixel in each target pixel, ``(source_px, target_px)``.
 
-    Pillow's BILINEAR, which torchvision's Resize uses for its images: a triangle as wide as two target pixels
-    (never less than two source pixels), in whole numbers of 22 bits.
+    This is Pillow's BILINEAR, used by torchvision's Resize: a triangle kernel of two target pixels (at least
+    two source pixels), in 22-bit fixed point.
     """
     scale = source_px / target_px
-    reach = max(scale, 1.0)
+    radius = max(scale, 1.0)
     centres = (np.arange(target_px) + 0.5) * scale
-    places = np.arange(source_px)[:, None] + 0.5
-    weights = np.clip(1 - np.abs(places - centres) * (1 / reach), 0, None)
+    positions = np.arange(source_px)[:, None] + 0.5
+    weights = np.clip(1 - np.abs(positions - centres) * (1 / radius), 0, None)
     weights *= 1 / weights.sum(axis=0)
     return torch.from_numpy(np.floor(weights * 2**22 + 0.5) / 2**22)
 
@@ -205,24 +204,24 @@ def _read_three(values: Any, *, above: float = -math.inf) -> list[float]:
 def _read_config(path: Path) -> HostConfig:
     file = path / CONFIG
     if not file.is_file():
-        raise RunError(f"{path} has a {SCRIPT} but no {CONFIG}: it says classes, patch size and um/px")
+        raise RunError(f"{path} has a {SCRIPT} but no {CONFIG} with classes, patch size and um/px")
     try:
         config = validate(file, HostConfig, load_json(file, max_bytes=MAX_CONFIG_BYTES))
     except FileFormatError as error:
         raise RunError(str(error)) from None
     if len(set(config.class_names)) != config.num_classes:
-        raise RunError(f"{file} names the classes {config.class_names} and counts {config.num_classes}")
+        raise RunError(f"{file} has the classes {config.class_names}, but num_classes {config.num_classes}")
     return config
 
 
 def load_script(script: Path) -> nn.Module:
-    """Load TorchScript that is trusted, on the CPU and in evaluation mode.
+    """Load trusted TorchScript on the CPU, in evaluation mode.
 
     Raises:
         RunError: If it cannot be read.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*torch.jit", Warning)  # deprecated, and what these hosts load
+        warnings.filterwarnings("ignore", ".*torch.jit", Warning)  # deprecated
         try:
             with refusing(script, "TorchScript"):
                 return torch.jit.load(str(script), map_location="cpu").eval()  # noqa: TID251

@@ -1,12 +1,10 @@
-"""Networks by name, one file a family.
+"""Networks by name, one file per family.
 
 To add one, write a file here with a function under ``@register_network``; it takes ``n_classes``,
-``input_px`` and its own keyword parameters and gives a module with
+``input_px`` and further keyword parameters and returns a module with
 
 * ``forward(patches)``: ``(B, 3, H, W)`` float -> logits ``(B, n_classes)``, no softmax,
-* ``features(patches)``: the penultimate layer, ``(B, F)``, by which patches are compared.
-
-It is then listed, built by name from a recipe, drawn in the report and tested.
+* ``features(patches)``: the penultimate layer, ``(B, F)``.
 """
 
 from biopsy.models.networks.registry import (

@@ -1,8 +1,7 @@
-"""Encoders: published networks that turn a patch into a vector, and what must be known to use them.
+"""Published pathology encoders (patch to feature vector).
 
-To add one, write a module here, or name one under the entry point group ``biopsy.encoders``, that calls
-`register_encoder`. It is then built by ``model.name = "hf-hub:ORG/NAME"``, listed, probed and tested. Weights
-are files of the user's; nothing is downloaded here.
+To add one, call `register_encoder` in a module of the entry point group ``biopsy.encoders``. It is used by
+``model.name = "hf-hub:ORG/NAME"``. Nothing is downloaded here.
 """
 
 import re
@@ -34,19 +33,19 @@ class Encoder:
     Attributes:
         name: Short name.
         hub: ``ORG/NAME`` on Hugging Face.
-        file: Name of its weights there.
-        architecture: timm's name of the network; all are vision transformers.
-        arguments: Of the constructor, where they differ from timm's.
+        file: File name of the weights.
+        architecture: Name of the vision transformer in timm.
+        arguments: Constructor arguments that differ from timm's.
         pooling: ``cls``: the class token; ``cls+mean``: the class token and the mean of the patch tokens.
-        n_features: Length of the vector.
-        millions: Parameters, in millions.
+        n_features: Length of the feature vector.
+        millions: Number of parameters in millions.
         feed: ``(mean, std)`` per RGB channel of values in 0-1.
-        mpp: Micrometres per pixel it was trained at; where it was trained at several, the usual one.
-        input_px: Side of its input.
+        mpp: Pixel size of the training patches in µm; the usual one of several.
+        input_px: Input size in pixels.
         licence: Short name, lower case.
-        is_gated: Whether Hugging Face wants its terms to be accepted first.
-        keys: How the file names its tensors: as timm or DINOv2 do, or as ``transformers``.
-        unchecked: What is assumed here and was not read off the publisher's own page.
+        is_gated: Whether its terms must be accepted on Hugging Face.
+        keys: Naming of the tensors: as in timm and DINOv2, or as in ``transformers``.
+        unchecked: Fields that are assumed and not documented by the publisher.
     """
 
     name: str
@@ -67,43 +66,48 @@ class Encoder:
 
     @property
     def tag(self) -> str:
-        """What a recipe calls it: ``hf-hub:ORG/NAME``."""
+        """Name in recipes: ``hf-hub:ORG/NAME``."""
         return PREFIX + self.hub
 
     @property
     def page(self) -> str:
-        """Its page, with a word on the gate."""
+        """Address of its page, with a note if it is gated."""
         gate = " (gated: accept its terms there, then `hf auth login`)" if self.is_gated else ""
         return f"https://huggingface.co/{self.hub}{gate}"
 
     @property
     def token_px(self) -> int:
-        """Side of the squares that become tokens."""
+        """Side of a token in pixels."""
         match = re.search(r"patch(\d+)", self.architecture)
         assert match is not None, self.architecture
         return int(match.group(1))
 
     def fit_input(self, patch_um: float | None) -> int:
-        """Return the side of the input at which a patch is nearest to the encoder's um/px.
+        """Return the input size at which a patch is closest to the encoder's um/px.
 
-        A multiple of `token_px`, between half and twice `input_px`.
+        It is a multiple of `token_px` between half and twice `input_px`.
         """
         if patch_um is None:
             return self.input_px
-        wanted = min(max(patch_um / self.mpp, self.input_px / 2), self.input_px * 2)
-        return max(round(wanted / self.token_px), 1) * self.token_px
+        target_px = min(max(patch_um / self.mpp, self.input_px / 2), self.input_px * 2)
+        return max(round(target_px / self.token_px), 1) * self.token_px
 
     def build(self, input_px: int, **arguments: Any) -> nn.Module:
-        """Build the network without a head, with random weights: patches to ``(B, n_features)``."""
+        """Return the network without a head, with random weights: patches to ``(B, n_features)``."""
         import timm
 
-        known: dict[str, Any] = {"global_pool": "token", **self.arguments, **arguments, "img_size": input_px}
-        known |= {name: _layer(known[name]) for name in SWIGLU if name in known}
-        return PooledTokens(timm.create_model(self.architecture, num_classes=0, **known), self.pooling)
+        settings: dict[str, Any] = {
+            "global_pool": "token",
+            **self.arguments,
+            **arguments,
+            "img_size": input_px,
+        }
+        settings |= {name: _layer(settings[name]) for name in SWIGLU if name in settings}
+        return PooledTokens(timm.create_model(self.architecture, num_classes=0, **settings), self.pooling)
 
 
 class PooledTokens(nn.Module):
-    """A vision transformer whose tokens become one vector a patch."""
+    """A vision transformer with pooled tokens."""
 
     def __init__(self, vit: nn.Module, pooling: str) -> None:
         super().__init__()
@@ -122,10 +126,10 @@ ENCODERS: Registry[Encoder] = Registry("biopsy.encoders")
 
 
 def register_encoder(encoder: Encoder, function: Callable[..., object] = Encoder.build) -> Encoder:
-    """Make an encoder known under its ``ORG/NAME``.
+    """Register an encoder under its ``ORG/NAME``.
 
     Args:
-        function: Any function of the module that registers, where that is not this one.
+        function: Any function of the registering module, if it is not this one.
     """
     ENCODERS.add(encoder.hub, encoder, function)
     return encoder
@@ -140,16 +144,16 @@ def find_encoder(name: str) -> Encoder:
     """Return an encoder by short name, ``ORG/NAME`` or ``hf-hub:ORG/NAME``.
 
     Raises:
-        RecipeError: If none is known by that name; says the nearest.
+        RecipeError: If the name is unknown; with the closest name.
     """
     plain = name.removeprefix(PREFIX)
     for encoder in ENCODERS.values():
         if plain in (encoder.name, encoder.hub):
             return encoder
-    known = [alias for encoder in ENCODERS.values() for alias in (encoder.name, encoder.hub)]
+    names = [alias for encoder in ENCODERS.values() for alias in (encoder.name, encoder.hub)]
     raise RecipeError(
-        f"no encoder is called {name!r}: {suggest(plain, known)}; a network of timm's with weights of your "
-        "own is model.name=timm:NETWORK with model.weights=FILE; register_encoder adds another encoder"
+        f"unknown encoder {name!r}: {suggest(plain, names)}; use model.name=timm:NETWORK with "
+        "model.weights=FILE for other weights, or add an encoder by register_encoder"
     )
 
 
@@ -159,12 +163,12 @@ def build_encoder(
     """Build an encoder with a linear head.
 
     Raises:
-        RecipeError: If none has the name, or it does not take that input.
+        RecipeError: If the name is unknown, or the input size is invalid.
     """
     encoder, (width, height) = find_encoder(name), size_of(input_px)
     if width != height or width % encoder.token_px:
         raise RecipeError(
-            f"{name} takes a square input whose side is a multiple of {encoder.token_px} px, such as "
+            f"{name} needs a square input whose side is a multiple of {encoder.token_px} px, such as "
             f"{encoder.input_px}; found {width}x{height}"
         )
     head = nn.Linear(encoder.n_features, n_classes)
@@ -172,7 +176,7 @@ def build_encoder(
 
 
 def fill_encoder(network: LibraryNetwork, name: str, tensors: dict[str, Tensor]) -> None:
-    """Put published tensors into an encoder; position embeddings are resampled to its input.
+    """Load published tensors into an encoder; position embeddings are resampled to its input size.
 
     Raises:
         RuntimeError: If names or shapes do not fit.
@@ -204,7 +208,7 @@ _RENAMED = (
 
 
 def rename_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of ``ViTModel`` or ``Dinov2Model`` of transformers as timm and DINOv2 call them."""
+    """Rename the tensors of transformers' ``ViTModel`` or ``Dinov2Model`` to the names in timm and DINOv2."""
     renamed: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -232,7 +236,7 @@ def _layer(name: str) -> Any:
 
 
 def _register_known() -> None:
-    """Register what is published; numbers and licences as of November 2026."""
+    """Register published encoders, as of November 2026."""
     nc_nd = "cc-by-nc-nd-4.0"
     virchow = {"init_values": 1e-5, "mlp_ratio": 5.3375, **SWIGLU}
     giant = {"init_values": 1e-5}

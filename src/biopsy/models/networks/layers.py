@@ -1,4 +1,4 @@
-"""Layers shared by the networks, and the initial weights Keras would give them."""
+"""Shared layers, and initial weights as in Keras."""
 
 from typing import Any
 
@@ -10,33 +10,33 @@ from torch.nn import functional
 from biopsy.core.errors import RecipeError
 from biopsy.core.seeds import derive
 
-# Keras's BatchNormalization(epsilon=1e-3, momentum=.99); PyTorch counts the momentum from the other end
+# Keras's BatchNormalization(epsilon=1e-3, momentum=.99); PyTorch's momentum is 1 minus Keras's
 KERAS_EPS, KERAS_MOMENTUM = 1e-3, 0.01
 
 
 def size_of(input_px: int | tuple[int, int]) -> tuple[int, int]:
-    """Return ``(width, height)`` of a network's input, which may be said as the side of a square."""
+    """Return ``(width, height)`` of an input, given as a size or the side of a square."""
     width, height = (input_px, input_px) if isinstance(input_px, int) else input_px
     return width, height
 
 
 def require_size(network: str, input_px: int | tuple[int, int], least_px: int) -> tuple[int, int]:
-    """Return ``(width, height)`` of an input, refused where nothing would be left after the last pooling.
+    """Return ``(width, height)`` of an input that is large enough for the pooling layers.
 
     Raises:
         RecipeError: If a side is below ``least_px``.
     """
     if min(size_of(input_px)) < least_px:
         raise RecipeError(
-            f"{network} makes its input smaller: input_px={input_px!r} must be at least {least_px}"
+            f"{network} downsamples its input: input_px={input_px!r} must be at least {least_px}"
         )
     return size_of(input_px)
 
 
 class SeparableConv2d(nn.Module):
-    """A 3x3 convolution of each channel by itself, then a 1x1 convolution across channels; "same" padding.
+    """Depthwise separable 3x3 convolution with "same" padding, as Keras's ``SeparableConv2D``.
 
-    Keras's ``SeparableConv2D``: the first part has no bias, the second has one.
+    Only the pointwise convolution has a bias.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -51,8 +51,8 @@ class SeparableConv2d(nn.Module):
 class FlattenChannelsLast(nn.Module):
     """Flatten ``(B, C, H, W)`` in the order height, width, channel.
 
-    This is Keras's order, so a dense layer's weights carry over by transposing alone; for a batch in
-    ``channels_last`` memory it copies nothing.
+    This is Keras's order, so that weights of dense layers only need transposing; a batch in
+    ``channels_last`` memory is not copied.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,9 +60,9 @@ class FlattenChannelsLast(nn.Module):
 
 
 class OneLogit(nn.Linear):
-    """One logit ``z`` of class 1 against class 0, as two: ``(-z / 2, z / 2)``.
+    """A single logit ``z`` of class 1, returned as two logits ``(-z / 2, z / 2)``.
 
-    Their softmax is the sigmoid of ``z``, and their cross-entropy its binary cross-entropy.
+    Their softmax is the sigmoid of ``z``, their cross-entropy its binary cross-entropy.
     """
 
     def __init__(self, in_features: int) -> None:
@@ -74,10 +74,9 @@ class OneLogit(nn.Linear):
 
 
 class Dropout(nn.Dropout):
-    """Dropout whose mask comes from a fast generator on the CPU, where PyTorch's takes a sixth of a step.
+    """Dropout with a fast random generator on the CPU (PyTorch's takes a sixth of a training step).
 
-    The generator is seeded by one draw from PyTorch's own state, so a seed governs it as usual. The share
-    dropped is ``p`` to within 1 / 65536.
+    The generator is seeded from PyTorch's random state. The dropped fraction is ``p`` within 1 / 65536.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,16 +85,16 @@ class Dropout(nn.Dropout):
         draws = np.random.SFC64(int(torch.empty((), dtype=torch.int64).random_())).random_raw(
             -(-x.numel() // 4)
         )
-        kept = torch.from_numpy(draws.view(np.uint16)[: x.numel()] >= round(self.p * 65536))
-        mask = torch.empty_like(x).copy_(kept.view(x.permute(0, *range(2, x.dim()), 1).shape).movedim(-1, 1))
+        keep = torch.from_numpy(draws.view(np.uint16)[: x.numel()] >= round(self.p * 65536))
+        mask = torch.empty_like(x).copy_(keep.view(x.permute(0, *range(2, x.dim()), 1).shape).movedim(-1, 1))
         return x * mask.mul_(1 / (1 - self.p))
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation of images, with a CPU path that is exact to float32.
+    """Batch normalisation of images, numerically exact in float32 on the CPU.
 
-    PyTorch's own adds up a channels-last batch one value after the other; in CancerNet that leaves errors of
-    1e-4 in the first layer's outputs and 2 % in the gradient. ``Tensor.sum`` adds in pairs.
+    PyTorch sums a channels-last batch sequentially, with errors of 1e-4 in the first layer's outputs and 2 %
+    in the gradient for CancerNet; ``Tensor.sum`` uses pairwise summation.
     """
 
     initial_weight: float = 1.0
@@ -113,7 +112,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class _Normalise(torch.autograd.Function):
-    """Normalise ``(B, C, H, W)`` in channels-last memory by its own mean and variance."""
+    """Normalise ``(B, C, H, W)`` in channels-last memory by mean and variance of the batch."""
 
     @staticmethod
     def forward(
@@ -142,10 +141,9 @@ class _Normalise(torch.autograd.Function):
 
 
 class BatchNorm1d(nn.BatchNorm1d):
-    """Batch normalisation of features that keeps the variance of the batch itself, as Keras does.
+    """Batch normalisation of features with the biased running variance, as in Keras.
 
-    PyTorch keeps ``n / (n - 1)`` times it, 3 % more for a batch of 32. (For images ``n`` counts pixels too,
-    and TensorFlow's kernel keeps what PyTorch keeps.)
+    PyTorch uses the unbiased variance, 3 % larger for a batch of 32. (For images, TensorFlow does too.)
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,11 +166,10 @@ def _as_images(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def initialise(network: nn.Module, seed: int) -> None:
-    """Set all weights as Keras starts them: Glorot-uniform kernels, zero biases, ones in normalisations.
+    """Initialise weights as in Keras: Glorot-uniform kernels, zero biases, unit scale in normalisations.
 
-    A normalisation with an attribute ``initial_weight`` starts at that instead.
-
-    Each layer has its own generator, named after it: a layer added to a network moves no other's weights.
+    An attribute ``initial_weight`` of a normalisation overrides its scale. Each layer has its own random
+    generator, derived from its name, so that adding a layer does not change the others.
     """
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

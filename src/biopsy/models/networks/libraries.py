@@ -1,7 +1,7 @@
 """Networks of other libraries by name: ``timm:resnet18``, ``torchvision:squeezenet1_1``.
 
-They come with their library's own initial weights and nothing is ever downloaded. A network has two parts,
-its body and the last layer; stages are the body's children by their names in the library.
+Initial weights are those of the library; nothing is downloaded. A network has two parts, its body and the
+last layer; stages are the children of the body by their names in the library.
 """
 
 from collections.abc import Iterator
@@ -16,20 +16,20 @@ from biopsy.models.networks.layers import size_of
 from biopsy.models.networks.stages import StagedNetwork
 
 PARAMETERS = {"timm": ("drop_rate", "drop_path_rate"), "torchvision": ("dropout", "head", "n_fire")}
-"""What a recipe may set; which of them a network takes, its library says. ``head="linear"`` gives SqueezeNet,
-whose own head is a convolution, a linear layer on the mean of its last map. ``n_fire`` keeps the first of
-SqueezeNet's eight fire modules, with a linear layer on the mean of the last map that is left."""
+"""Parameters that a recipe may set, if the network supports them. For SqueezeNet, ``head="linear"`` replaces
+the convolutional head by global average pooling and a linear layer; ``n_fire`` also truncates it after that
+number of fire modules."""
 _EXPECTED = (RuntimeError, AssertionError, ValueError, TypeError, IndexError, ZeroDivisionError)
 
 
 class LibraryNetwork(StagedNetwork):
-    """A library's network with its last layer, or for SqueezeNet its last convolution and pooling, apart.
+    """A network of a library, divided into body and head (the last layer).
 
     Args:
-        body: Patches to features ``(B, F)`` or to a map ``(B, F, height, width)``.
-        head: What the body gives, to logits.
+        body: Module from patches to features ``(B, F)`` or a map ``(B, F, height, width)``.
+        head: Module from the output of the body to logits.
         size: ``(width, height)`` of the input.
-        is_cut: Whether the library's network has more layers behind those of the body.
+        is_cut: Whether the network was truncated.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class LibraryNetwork(StagedNetwork):
         self.is_cut = is_cut
 
     def features(self, patches: Tensor) -> Tensor:
-        """Return the penultimate layer, ``(B, F)``; a map's mean over the patch."""
+        """Return the penultimate layer, ``(B, F)``; maps are averaged."""
         values = self.body(patches)
         return values.mean(dim=(2, 3)) if values.ndim == 4 else values
 
@@ -51,9 +51,9 @@ class LibraryNetwork(StagedNetwork):
         return self.head(self.body(patches))
 
     def stages(self) -> list[tuple[str, nn.Module]]:
-        """Return the body's children, those without weights joined to the one before, and the head.
+        """Return the children of the body (without weights: joined to the previous one) and the head.
 
-        A child that is itself called ``head`` (it normalises or pools) is the stage ``before_head``.
+        A child called ``head`` is the stage ``before_head``.
         """
         groups: list[tuple[str, list[nn.Module]]] = []
         leading: list[nn.Module] = []
@@ -65,10 +65,10 @@ class LibraryNetwork(StagedNetwork):
                 (groups[-1][1] if groups else leading).append(module)
         return [*((name, nn.Sequential(*modules)) for name, modules in groups), ("head", self.head)]
 
-    def cut(self, place: int) -> tuple[nn.Module, nn.Module] | None:
-        """Cut where the children in a row do what the body does, as tried out; else before the head only."""
+    def cut(self, index: int) -> tuple[nn.Module, nn.Module] | None:
+        """Return the stages before an index and the others, if the body is verified to be sequential."""
         stages = [module for _, module in self.stages()]
-        if place == len(stages) - 1:
+        if index == len(stages) - 1:
             return self.body, self.head
         weight = next(self.parameters())
         training = self.training
@@ -77,16 +77,16 @@ class LibraryNetwork(StagedNetwork):
             with torch.inference_mode():
                 width, height = self.size
                 patch = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)).to(weight)
-                wanted = self.body(patch)
-                join = [nn.Flatten()] if wanted.ndim == 2 else []  # torchvision flattens between the layers
-                got = nn.Sequential(*stages[:-1], *join)(patch)
+                expected = self.body(patch)
+                join = [nn.Flatten()] if expected.ndim == 2 else []  # torchvision flattens between the layers
+                result = nn.Sequential(*stages[:-1], *join)(patch)
         except _EXPECTED:
             return None
         finally:
             self.train(training)
-        if got.shape != wanted.shape or not torch.allclose(got, wanted, rtol=1e-4, atol=1e-5):
+        if result.shape != expected.shape or not torch.allclose(result, expected, rtol=1e-4, atol=1e-5):
             return None
-        return nn.Sequential(*stages[:place]), nn.Sequential(*stages[place:-1], *join, stages[-1])
+        return nn.Sequential(*stages[:index]), nn.Sequential(*stages[index:-1], *join, stages[-1])
 
 
 def build_library_network(
@@ -101,7 +101,7 @@ def build_library_network(
         parameters: Those of :data:`PARAMETERS`.
 
     Raises:
-        RecipeError: If no network has the name (says the nearest), or it refuses input or parameters.
+        RecipeError: If the name is unknown, or the network does not support input size or parameters.
     """
     library, model = split_name(name)
     size = size_of(input_px)
@@ -124,33 +124,33 @@ def split_name(name: str) -> tuple[str, str]:
     """Return library and network of ``timm:NAME`` or ``torchvision:NAME``.
 
     Raises:
-        RecipeError: If the library has no such network; says the nearest names.
+        RecipeError: If the library has no such network; with the closest names.
     """
     library, _, model = name.partition(":")
     if library not in PARAMETERS:
-        raise RecipeError(f"no library of networks is called {library!r}; {suggest(library, PARAMETERS)}")
+        raise RecipeError(f"unknown library {library!r}; {suggest(library, PARAMETERS)}")
     if library == "timm":
         import timm
 
-        known = timm.list_models()
+        names = timm.list_models()
         architecture, _, tag = model.partition(".")
-        if architecture in known and tag:
-            known = timm.list_pretrained(f"{architecture}.*")
+        if architecture in names and tag:
+            names = timm.list_pretrained(f"{architecture}.*")
     else:
         import torchvision
 
-        known = torchvision.models.list_models(module=torchvision.models)
-    if model not in known:
-        nearest = get_close_matches(model, known, n=3, cutoff=0.5)
+        names = torchvision.models.list_models(module=torchvision.models)
+    if model not in names:
+        nearest = get_close_matches(model, names, n=3, cutoff=0.5)
         hint = (
-            f"the nearest names are {', '.join(nearest)}" if nearest else f"{library} has {len(known)} others"
+            f"the closest names are {', '.join(nearest)}" if nearest else f"{library} has {len(names)} others"
         )
         raise RecipeError(f"{library} has no network {model!r}; {hint}")
     return library, model
 
 
 def timm_size(model: str, size: tuple[int, int]) -> dict[Any, Any]:
-    """Return the argument by which timm builds a network for one size of input, where it needs to know."""
+    """Return the keyword argument of timm for networks with a fixed input size."""
     from timm.models import get_pretrained_cfg
 
     settings = get_pretrained_cfg(model)
@@ -181,34 +181,36 @@ def _build_torchvision(
         settings["input_size"] = size[::-1]
     elif model in ("googlenet", "inception_v3"):
         settings |= {"aux_logits": False, "init_weights": True}
-    whole = torchvision.models.get_model(model, **settings)
+    network = torchvision.models.get_model(model, **settings)
     if model.startswith("squeezenet"):
         body = nn.Sequential()
-        body.add_module("features", whole.features if n_fire is None else _keep_fire(whole.features, n_fire))
+        body.add_module(
+            "features", network.features if n_fire is None else _keep_fire(network.features, n_fire)
+        )
         if head_kind == "linear" or n_fire is not None:
             body.add_module("pool", nn.AdaptiveAvgPool2d(1))
             body.add_module("flatten", nn.Flatten())
             n_features = body.eval()(torch.zeros(1, 3, *size[::-1])).shape[1]
             return body, nn.Linear(n_features, n_classes)
-        return body, nn.Sequential(*whole.classifier, nn.Flatten())
+        return body, nn.Sequential(*network.classifier, nn.Flatten())
     if n_fire is not None:
         raise RecipeError(f"n_fire counts the fire modules of SqueezeNet; {model} has none")
-    name, head = [item for item in whole.named_modules() if isinstance(item[1], nn.Linear)][-1]
+    name, head = [item for item in network.named_modules() if isinstance(item[1], nn.Linear)][-1]
     parent, _, child = name.rpartition(".")
-    setattr(whole.get_submodule(parent), child, nn.Identity())
-    return whole, head
+    setattr(network.get_submodule(parent), child, nn.Identity())
+    return network, head
 
 
 def _keep_fire(features: nn.Sequential, n_fire: object) -> nn.Sequential:
-    """Return the layers of SqueezeNet up to its n-th fire module."""
-    places = [place for place, layer in enumerate(features) if type(layer).__name__ == "Fire"]
-    if not isinstance(n_fire, int) or not 1 <= n_fire <= len(places):
-        raise RecipeError(f"n_fire must be a whole number from 1 to {len(places)}, not {n_fire!r}")
-    return features[: places[n_fire - 1] + 1]
+    """Return the layers of SqueezeNet up to the n-th fire module."""
+    positions = [index for index, layer in enumerate(features) if type(layer).__name__ == "Fire"]
+    if not isinstance(n_fire, int) or not 1 <= n_fire <= len(positions):
+        raise RecipeError(f"n_fire must be an integer from 1 to {len(positions)}, not {n_fire!r}")
+    return features[: positions[n_fire - 1] + 1]
 
 
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield the children of a network by name, those of plain rows one by one."""
+    """Yield the children of a network by name, those of sequential modules individually."""
     for name, child in module.named_children():
         if isinstance(child, nn.Sequential | nn.ModuleList) and len(child):
             yield from walk(child, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""The register of networks: a name, the function that builds it, and the parameters it takes."""
+"""Registry of networks by name."""
 
 import inspect
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from biopsy.models.networks.layers import initialise
 
 
 class Network(Protocol):
-    """What every registered network offers beside being an ``nn.Module``."""
+    """Interface of registered networks, besides ``nn.Module``."""
 
     def forward(self, patches: Tensor) -> Tensor:
         """Return logits ``(B, n_classes)`` for patches ``(B, 3, H, W)``."""
@@ -27,22 +27,22 @@ class Network(Protocol):
 
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 _BUILDERS: Registry[Callable[..., nn.Module]] = Registry("biopsy.networks", "biopsy.models.networks")
-_GIVEN = ("n_classes", "input_px")  # from the data and the preprocessing, never a recipe's own parameter
+_FIXED = ("n_classes", "input_px")  # set by data and preprocessing, not by the recipe
 
 
 def register_network(builder: Builder) -> Builder:
-    """Make a function that builds a network known under its own name."""
+    """Register a function that builds a network under its name."""
     _BUILDERS.add(builder.__name__, builder, builder)
     return builder
 
 
 def list_networks() -> list[str]:
-    """Return the names of all networks, plug-ins' too; libraries' are ``timm:NAME``, ``torchvision:NAME``."""
+    """Return the names of all networks, including plug-ins, without those of timm and torchvision."""
     return sorted(_BUILDERS)
 
 
 def network_parameters(name: str) -> dict[str, object]:
-    """Return the parameters a recipe may set for a network, with their defaults (None: the library's own).
+    """Return the parameters of a network and their defaults (None: default of the library).
 
     Raises:
         RecipeError: If no network has that name.
@@ -52,7 +52,7 @@ def network_parameters(name: str) -> dict[str, object]:
     if ":" in name:
         return dict.fromkeys(libraries.PARAMETERS[libraries.split_name(name)[0]])
     signature = inspect.signature(_find(name)).parameters.values()
-    return {parameter.name: parameter.default for parameter in signature if parameter.name not in _GIVEN}
+    return {parameter.name: parameter.default for parameter in signature if parameter.name not in _FIXED}
 
 
 def build_network(
@@ -63,15 +63,15 @@ def build_network(
     seed: int | None = None,
     **parameters: object,
 ) -> nn.Module:
-    """Build a network by name; PyTorch's global random state is left as it was.
+    """Build a network by name; PyTorch's global random state is preserved.
 
     Args:
         name: One of :func:`list_networks`, ``timm:NAME``, ``torchvision:NAME`` or ``hf-hub:ORG/NAME``.
         n_classes: Number of logits.
         input_px: Side of the square input, or its ``(width, height)``.
-        seed: Seed of the initial weights (Keras's rule, see ``layers.initialise``; a library's own for its
-            networks); None where weights are about to be loaded over them.
-        parameters: The network's own, see :func:`network_parameters`.
+        seed: Seed of the initial weights (as in Keras, see ``layers.initialise``; libraries use their own
+            initialisation); None if weights are loaded afterwards.
+        parameters: Parameters of the network, see :func:`network_parameters`.
 
     Raises:
         RecipeError: If the name or a parameter is unknown, a value is of another type, or the input is too
@@ -82,10 +82,12 @@ def build_network(
         >>> network(torch.zeros(4, 3, 48, 48)).shape
         torch.Size([4, 2])
     """
-    known = network_parameters(name)
+    defaults = network_parameters(name)
     for parameter in parameters:
-        if parameter not in known:
-            raise RecipeError(f"network {name!r} has no parameter {parameter!r}; {suggest(parameter, known)}")
+        if parameter not in defaults:
+            raise RecipeError(
+                f"network {name!r} has no parameter {parameter!r}; {suggest(parameter, defaults)}"
+            )
     with torch.random.fork_rng(devices=[]):
         if ":" in name:
             torch.manual_seed(derive(seed or 0, "initial weights", name))
@@ -108,5 +110,5 @@ def build_network(
 
 def _find(name: str) -> Callable[..., nn.Module]:
     if name not in _BUILDERS:
-        raise RecipeError(f"no network is called {name!r}; {suggest(name, _BUILDERS)}")
+        raise RecipeError(f"unknown network {name!r}; {suggest(name, _BUILDERS)}")
     return _BUILDERS[name]

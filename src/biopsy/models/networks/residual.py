@@ -1,6 +1,6 @@
-"""A small residual network (after He et al. 2016): the stronger model where CancerNet is the baseline.
+"""A small residual network (after He et al. 2016).
 
-It reads any input of 16 px or more, since it averages over the whole patch before its last layer.
+The input may be any size from 16 px, because of global average pooling.
 """
 
 from itertools import pairwise
@@ -16,11 +16,11 @@ from biopsy.models.networks.stages import StagedNetwork
 
 Shortcut = Literal["strided", "pooled"]
 STAGE_WIDTHS = (1, 2, 4, 5)
-"""Channels of each stage, in multiples of ``base_channels``: half precision keeps the weights below 1 MB."""
+"""Channels of each stage, in multiples of ``base_channels``; weights are below 1 MB in half precision."""
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut; with ``stride=2`` it halves the picture."""
+    """Two 3x3 convolutions with a shortcut; ``stride=2`` halves the resolution."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class ResidualBlock(nn.Module):
         self.norm1 = BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = BatchNorm2d(out_channels)
-        self.norm2.initial_weight = 0.0  # a block begins as its shortcut (Goyal et al. 2017)
+        self.norm2.initial_weight = 0.0  # a block is initially its shortcut (Goyal et al. 2017)
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels or stride != 1:
             pooled = shortcut == "pooled" and stride != 1
@@ -44,7 +44,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualNet(StagedNetwork):
-    """A stem that halves the picture, four stages of one block, global average pooling, dropout, the head."""
+    """A stem with stride 2, four stages of one block, global average pooling, dropout and head."""
 
     def __init__(self, n_classes: int, base_channels: int, dropout: float, shortcut: Shortcut) -> None:
         super().__init__()
@@ -91,8 +91,7 @@ def residual(
 ) -> ResidualNet:
     """Build the residual network; ``base_channels=24`` gives about 420,000 parameters.
 
-    A shortcut that halves the picture takes every second pixel (``"strided"``) or the mean of two by two
-    (``"pooled"``, He et al. 2019).
+    Downsampling shortcuts are ``"strided"`` or ``"pooled"`` (average pooling, He et al. 2019).
     """
     require_size("residual", input_px, 16)
     return ResidualNet(n_classes, base_channels, dropout, shortcut)

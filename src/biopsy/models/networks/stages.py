@@ -1,8 +1,7 @@
-"""Stages: a network as a row of named parts, of which the first ones can be frozen.
+"""Networks with named stages, of which the first ones can be frozen.
 
-A network that can be trained in part is a :class:`StagedNetwork`. Frozen stages keep their weights and stay
-in evaluation mode, so that their normalisations and dropouts do in training what they do in prediction;
-:func:`split_frozen` gives them as a module of its own, whose outputs may be computed once and used again.
+Frozen stages of a :class:`StagedNetwork` keep their weights and stay in evaluation mode, including
+normalisation and dropout; :func:`split_frozen` returns them as a module whose outputs can be cached.
 """
 
 from collections.abc import Mapping
@@ -16,10 +15,10 @@ from biopsy.core.errors import RecipeError
 
 
 class StagedNetwork(nn.Module):
-    """A network that says which stages it consists of.
+    """A network with named stages.
 
     Attributes:
-        n_frozen: How many stages, counted from the input, are not trained.
+        n_frozen: Number of frozen stages from the input.
     """
 
     n_frozen: int = 0
@@ -28,21 +27,21 @@ class StagedNetwork(nn.Module):
         """Return name and module of every stage from input to output; the last is called ``head``."""
         raise NotImplementedError
 
-    def cut(self, place: int) -> tuple[nn.Module, nn.Module] | None:
-        """Return what lies before a stage and what begins with it; None where the network is no mere row."""
+    def cut(self, index: int) -> tuple[nn.Module, nn.Module] | None:
+        """Return the stages before an index and the others; None if the network is not sequential."""
         modules = [module for _, module in self.stages()]
-        return nn.Sequential(*modules[:place]), nn.Sequential(*modules[place:])
+        return nn.Sequential(*modules[:index]), nn.Sequential(*modules[index:])
 
     def freeze_front(self, n_frozen: int) -> None:
         """Freeze the first stages and train all others."""
         trained = {id(weight) for _, stage in self.stages()[n_frozen:] for weight in stage.parameters()}
-        for weight in self.parameters():  # one that belongs to no stage, a class token say, comes first
+        for weight in self.parameters():  # weights in no stage, such as a class token, come first
             weight.requires_grad_(n_frozen == 0 or id(weight) in trained)
         self.n_frozen = n_frozen
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of all stages that are trained; frozen ones stay in evaluation mode."""
+        """Set the mode of the stages; frozen ones stay in evaluation mode."""
         super().train(mode)
         for _, stage in self.stages()[: self.n_frozen]:
             stage.eval()
@@ -50,13 +49,13 @@ class StagedNetwork(nn.Module):
 
 
 class SequentialNetwork(StagedNetwork):
-    """Layers in one row: a body whose output is the features, perhaps a dropout, and the head.
+    """A sequential body whose output is the features, an optional dropout, and the head.
 
     Args:
-        layers: The body's layers by name.
-        stages: Name of each stage -> name of its first layer; one called ``head`` is joined to the head.
-        head: Features to logits.
-        drop: Between the two, where the network has it.
+        layers: Layers of the body by name.
+        stages: Name of the first layer by stage; a stage ``head`` is joined to the head.
+        head: Module from features to logits.
+        drop: Dropout before the head.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class SequentialNetwork(StagedNetwork):
         return self.head(features if self.drop is None else self.drop(features))
 
     def stages(self) -> list[tuple[str, nn.Module]]:
-        """Return name and module of every stage; the modules share their layers with the network."""
+        """Return name and module of every stage; layers are shared with the network."""
         parts = {name: [*self.body[start:end]] for name, (start, end) in self._slices.items()}
         last = [self.head] if self.drop is None else [self.drop, self.head]
         parts["head"] = parts.get("head", []) + last
@@ -93,17 +92,17 @@ class SequentialNetwork(StagedNetwork):
 
 
 def list_stages(network: nn.Module) -> list[str]:
-    """Return the names of a network's stages from input to output; none where it is not staged."""
+    """Return the names of the stages from input to output; none if the network has no stages."""
     return [name for name, _ in network.stages()] if isinstance(network, StagedNetwork) else []
 
 
 def freeze(network: nn.Module, trainable: str) -> None:
-    """Freeze what lies before a stage.
+    """Freeze the stages before a given one.
 
     Args:
-        network: Changed in place.
-        trainable: ``all``, or the first stage that is trained: it and those after it; ``head`` is the last.
-            ``layer4`` is the first of ``layer4.0`` and ``layer4.1``.
+        network: Network, changed in place.
+        trainable: ``all``, or the first trainable stage; ``head`` is the last. ``layer4`` is the first of
+            ``layer4.0`` and ``layer4.1``.
 
     Raises:
         RecipeError: If the network has no stage of that name.
@@ -116,24 +115,24 @@ def freeze(network: nn.Module, trainable: str) -> None:
         (15894849, 8259585)
     """
     names = list_stages(network)
-    places = [place for place, name in enumerate(names) if f"{name}.".startswith(f"{trainable}.")]
-    if trainable != "all" and not places:
-        near = [f"did you mean {name!r}?" for name in get_close_matches(trainable, ["all", *names], n=1)]
-        known = f"its stages are {', '.join(names)}" if names else "it has no stages, only 'all' is possible"
+    indices = [index for index, name in enumerate(names) if f"{name}.".startswith(f"{trainable}.")]
+    if trainable != "all" and not indices:
+        hint = [f"did you mean {name!r}?" for name in get_close_matches(trainable, ["all", *names], n=1)]
+        stages = f"its stages are {', '.join(names)}" if names else "it has no stages, only 'all' is possible"
         raise RecipeError(
-            f"the network has no stage {trainable!r} to train from; {'; '.join([*near, known])}"
+            f"the network has no stage {trainable!r} to train from; {'; '.join([*hint, stages])}"
         )
     if isinstance(network, StagedNetwork):
-        network.freeze_front(0 if trainable == "all" else places[0])
+        network.freeze_front(0 if trainable == "all" else indices[0])
 
 
 def split_frozen(network: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """Return the frozen front of a network and the trained rest, one behind the other.
+    """Return the frozen and the trainable part of a network.
 
-    Both share their layers with the network. The front's outputs depend on nothing random.
+    Both share their layers with the network. The outputs of the frozen part are deterministic.
 
     Returns:
-        None where nothing is frozen, or where the network is not a row of its stages.
+        None if nothing is frozen, or the network is not sequential.
     """
     if not isinstance(network, StagedNetwork) or not network.n_frozen:
         return None

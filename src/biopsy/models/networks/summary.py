@@ -1,4 +1,4 @@
-"""What a network consists of: its parameters counted and its layers as a table."""
+"""Summary of a network: number of parameters and table of layers."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from biopsy.models.networks.libraries import LibraryNetwork, walk
 
 
 class LayerRow(NamedTuple):
-    """One layer of a network, in the order the data passes it."""
+    """One layer of a network."""
 
     name: str
     type: str
@@ -20,7 +20,7 @@ class LayerRow(NamedTuple):
 
 
 def count_parameters(network: nn.Module) -> tuple[int, int]:
-    """Count all parameters as Keras does (running means and variances included), and the trainable ones.
+    """Return the number of all parameters (including running statistics, as in Keras) and trainable ones.
 
     Example:
         >>> from biopsy.models.networks import build_network
@@ -33,17 +33,17 @@ def count_parameters(network: nn.Module) -> tuple[int, int]:
 
 
 def describe(network: nn.Module, input_px: int | tuple[int, int]) -> list[LayerRow]:
-    """List the layers a patch passes, by sending an empty one through.
+    """Return the layers in order of execution, by a forward pass.
 
     Args:
-        network: Any network; a separable convolution counts as one layer, and so does a block of a library.
+        network: Any network; separable convolutions and blocks of libraries count as one layer.
         input_px: Side of the square input, or its ``(width, height)``.
     """
     rows: list[LayerRow] = []
 
-    def note(name: str) -> Any:
+    def make_hook(name: str) -> Any:
         def hook(module: nn.Module, _: object, output: Tensor | Sequence[Any]) -> None:
-            while not isinstance(output, Tensor):  # blocks of some libraries give several, the picture first
+            while not isinstance(output, Tensor):  # some blocks return several outputs
                 output = output[0]
             rows.append(
                 LayerRow(name, type(module).__name__, tuple(output.shape[1:]), count_parameters(module)[0])
@@ -51,7 +51,7 @@ def describe(network: nn.Module, input_px: int | tuple[int, int]) -> list[LayerR
 
         return hook
 
-    hooks = [module.register_forward_hook(note(name)) for name, module in _layers(network)]
+    hooks = [module.register_forward_hook(make_hook(name)) for name, module in _layers(network)]
     width, height = size_of(input_px)
     was_training = network.training
     weight = next(network.parameters())
@@ -72,6 +72,6 @@ def _layers(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
         return [*walk(module.body, "body."), *head]
     result: list[tuple[str, nn.Module]] = []
     for name, child in module.named_children():
-        whole = isinstance(child, SeparableConv2d) or not any(child.children())
-        result += [(prefix + name, child)] if whole else _layers(child, f"{prefix}{name}.")
+        is_leaf = isinstance(child, SeparableConv2d) or not any(child.children())
+        result += [(prefix + name, child)] if is_leaf else _layers(child, f"{prefix}{name}.")
     return result

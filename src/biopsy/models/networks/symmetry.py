@@ -12,9 +12,9 @@ N_VIEWS = 8
 
 
 class SymmetryAveraged(nn.Module):
-    """A network whose logits and features are the means over a patch's eight turned and mirrored views.
+    """A network averaged over the eight rotations and reflections of each patch.
 
-    Its answer does not depend on how the patch is turned or mirrored. It shares the network's weights.
+    Its logits and features are invariant to them. Weights are shared with the network.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -31,7 +31,7 @@ class SymmetryAveraged(nn.Module):
 
 
 def symmetric_views(patches: Tensor) -> Tensor:
-    """Return the eight views of each patch, ``(8 * B, C, H, W)``, all patches of one view in a row.
+    """Return the eight views of each patch, ``(8 * B, C, H, W)``, grouped by view.
 
     Raises:
         RecipeError: If the patches are not square.

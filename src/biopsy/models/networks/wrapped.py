@@ -1,4 +1,4 @@
-"""A module of somebody else's as a network."""
+"""Any PyTorch module as a network."""
 
 import hashlib
 from collections.abc import Mapping
@@ -11,16 +11,16 @@ from biopsy.core.errors import RunError
 
 
 class WrappedNetwork(nn.Module):
-    """A module whose output is logits, tried out once.
+    """A module whose output is logits, checked by a forward pass.
 
     Args:
-        module: Takes ``(B, 3, input_px, input_px)``; gives logits ``(B, n_classes)``, or for two classes one
-            logit of the second, ``(B, 1)`` or ``(B,)``; or an object that has such ``logits``.
+        module: Maps ``(B, 3, input_px, input_px)`` to logits ``(B, n_classes)``, or for two classes the
+            second logit, ``(B, 1)`` or ``(B,)``; or to an object with such ``logits``.
         n_classes: Number of classes.
-        input_px: Side of its input.
+        input_px: Input size in pixels.
 
     Raises:
-        RunError: If it takes no such batch or gives something else.
+        RunError: If it does not accept such a batch, or returns another shape.
     """
 
     def __init__(self, module: nn.Module, n_classes: int, input_px: int) -> None:
@@ -39,7 +39,7 @@ class WrappedNetwork(nn.Module):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise RunError(
-                f"{type(module).__name__} does not take a batch {tuple(batch.shape)} of float32: {reason}"
+                f"{type(module).__name__} does not accept a float32 batch {tuple(batch.shape)}: {reason}"
             ) from error
         finally:
             module.train(training)
@@ -54,19 +54,18 @@ class WrappedNetwork(nn.Module):
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         if shape != (len(patches), self.n_classes):
             raise RunError(
-                f"the module returns {shape} for {len(patches)} patches where logits "
-                f"{(len(patches), self.n_classes)} of {self.n_classes} classes are expected: name as many "
-                "classes as it has outputs, and return logits alone"
+                f"the module returns {shape} for {len(patches)} patches; expected logits "
+                f"{(len(patches), self.n_classes)}: set class_names to the outputs of the module"
             )
         return logits
 
     def features(self, patches: Tensor) -> Tensor:
-        """Return nothing, ``(B, 0)``: which layer describes a patch is not known."""
+        """Return an empty tensor ``(B, 0)``, since the penultimate layer is unknown."""
         return patches.new_empty(len(patches), 0)
 
 
 def hash_network(network: nn.Module, arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Return a hash over a network's layers and weights, and named arrays."""
+    """Return a hash of the layers and weights of a network, and of named arrays."""
     digest = hashlib.sha256(f"{type(network).__module__} {network!r}".encode())
     tensors = {name: tensor for name, tensor in network.state_dict().items() if isinstance(tensor, Tensor)}
     for name, tensor in {
