@@ -73,7 +73,7 @@ INPUTS = [
             "texts_without_end": texts_without_end,
             "array_as_group": partial(keras, array_as_group),
             "config_deep": partial(keras, lambda file: file.attrs.modify("model_config", "[" * 60_000)),
-            "config_is_a_number": partial(keras, lambda file: file.attrs.modify("model_config", 5)),
+            "config_is_a_number": partial(keras, lambda file: file.attrs.create("model_config", 5)),
             "layer_is_a_link": partial(keras, layer_as_link),
             "zip_of_texts": zip_of_texts,
             "garbage": lambda folder: (folder / "k.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(500)),
