@@ -447,9 +447,9 @@ def read_map(folder: Path, name: str) -> Any:
     ]
 
 
-def read_verified(folder: Path, path: str, name: str) -> Any:
-    """Verify a folder; what is not found wrong must be unchanged."""
-    report = biopsy.verify(folder / path)
+def read_verified(folder: Path, path: str, trust_model: str | None = None) -> Any:
+    """Verify a folder, and refuse it unless every check passes."""
+    report = biopsy.verify(folder / path, trust_model=trust_model)
     if report["status"] != "PASS":
         raise BiopsyError(f"verification: {report['status']}")
     return report["status"]
@@ -479,8 +479,9 @@ def make_bundle(folder: Path) -> None:
 
 def read_bundle(folder: Path, name: str) -> Any:
     """Open a bundle as a classifier and as what WSInfer reads."""
-    open_wsinfer(folder / "bundle", trust_model=sha256_file(folder / "bundle" / "torchscript_model.pt"))
-    return read_verified(folder, "bundle", name)
+    trusted = sha256_file(folder / "bundle" / "torchscript_model.pt")
+    open_wsinfer(folder / "bundle", trust_model=trusted)
+    return read_verified(folder, "bundle", trusted)
 
 
 def make_h5(folder: Path) -> None:
@@ -516,7 +517,7 @@ PARSERS = {
     "classifier": Parser(make_classifier, read_classifier, "classifier/*", is_hashed=True),
     "predictions": Parser(make_classifier, read_both_predictions, "predictions*", is_hashed=True),
     "map": Parser(make_map, read_map, "out/**/map.parquet", is_hashed=True),
-    "map-folder": Parser(make_map, lambda folder, name: read_verified(folder, "out", name), "out/a/*"),
+    "map-folder": Parser(make_map, lambda folder, name: read_verified(folder, "out"), "out/a/*"),
     "bundle": Parser(make_bundle, read_bundle, "bundle/*"),
     "slide": Parser(make_slide, read_slide),
 }
@@ -581,11 +582,9 @@ def work(
 
     sys.addaudithook(watch)
     paths = sorted(path for path in folder.glob(parser.files) if path.is_file() and ".lock" not in path.name)
-    whole = (
-        pickle.dumps(parser.read(folder, paths[0].relative_to(folder).as_posix()))
-        if parser.is_hashed
-        else None
-    )
+    places = [path.relative_to(folder).as_posix() for path in paths]
+    values = [parser.read(folder, place) for place in places[: 1 if parser.is_hashed else None]]
+    whole = pickle.dumps(values[0]) if parser.is_hashed else None
     events.clear()
     before = set(folder.parent.rglob("*"))
     for number in numbers:
