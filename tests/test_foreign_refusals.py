@@ -81,23 +81,23 @@ def test_further_steps_and_other_inputs_are_refused(tmp_path):
     for number, (change, said) in enumerate(
         (
             (lambda nodes: nodes.insert(1, step("Rescaling")), "its step 1 is Rescaling"),
-            (lambda nodes: nodes.append(step("Dense")), "its step 26 is softmax where nothing more"),
-            (lambda nodes: nodes.pop(), "its step 25 is nothing more where dense layer"),
+            (lambda nodes: nodes.append(step("Dense")), "its step 26 is softmax, expected nothing more"),
+            (lambda nodes: nodes.pop(), "its step 25 is nothing more, expected dense layer"),
             (
                 lambda nodes: nodes.__setitem__(4, step("AveragePooling2D")),
-                "is AveragePooling2D where max-pooling",
+                "is AveragePooling2D, expected max-pooling",
             ),
             (
                 lambda nodes: nodes.insert(2, step("ReLU", max_value=6.0)),
-                r"is relu \(max_value 6.0\) where relu",
+                r"is relu \(max_value 6.0\), expected relu",
             ),
             (
                 lambda nodes: nodes[0]["config"].update(batch_shape=[None, 48, 40, 3]),
-                "an input of .48, 40, 3. where",
+                "input shape .48, 40, 3.",
             ),
             (
                 lambda nodes: nodes[0]["config"].update(batch_shape=[None, 9999, 9999, 3]),
-                "an input of .9999, 9999",
+                "input shape .9999, 9999",
             ),
         )
     ):

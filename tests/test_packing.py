@@ -87,7 +87,7 @@ def test_unreadable_files_are_named_and_counted(make_idc_zip, tmp_path):
         "empty": (b"", "is empty"),
         "huge": (huge_png(), "is 100,000 x 100,000 pixels"),
         "cut": (encode(Image.effect_noise((16, 16), 9).convert("RGB"))[:150], "cannot be decoded"),
-        "deep": (encode(Image.fromarray(np.ones((16, 16), np.uint16))), "has 16 bits a channel"),
+        "deep": (encode(Image.fromarray(np.ones((16, 16), np.uint16))), "has 16 bits per channel"),
         "cmyk": (encode(Image.new("CMYK", (16, 16)), "JPEG"), "is of mode CMYK"),
     }
     for index, (data, _) in enumerate(bad.values()):

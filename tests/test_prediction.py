@@ -265,5 +265,5 @@ def test_refusals(trained_run, folder, make_pack, tmp_path):
         DataError, match=r"predictions cannot be written to 'table.xlsx'; use .parquet or .csv"
     ):
         ask(trained_run, folder, out="table.xlsx")
-    with pytest.raises(DataError, match="has patches of 20 px, the classifier takes patches of 16 px"):
+    with pytest.raises(DataError, match="has patches of 20 px, the classifier needs"):
         ask(trained_run, folder, make_pack(patch_px=20).path)

@@ -50,7 +50,7 @@ def test_value_and_where_it_came_from(recorded, stated, expected):
         (Recorded(0.25, 0.25, 4.0), 0.5, r"given 0.5 um/px contradict the 4x objective .* correct the file"),
         (Recorded(352.8, 352.8, 20.0), 5.0, r"5 um/px contradict the 20x objective"),
         (Recorded(None, None, 20.0), 5.0, r"5 um/px contradict the 20x objective"),
-        (Recorded(), 500.0, r"mpp 500.0 for case.svs is not in \[0.05, 20\]"),
+        (Recorded(), 500.0, r"mpp 500.0 given for case.svs is not in \[0.05, 20\]"),
         (Recorded(), 0.0, r"mpp 0\.0"),
         (Recorded(), float("nan"), r"mpp nan"),
     ],

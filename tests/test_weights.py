@@ -153,7 +153,7 @@ def test_torchvisions_weights_by_tag(folder, monkeypatch):
     path = folder / "resnet18-f37072fd.pth"
     torch.save(source.state_dict(), path)
     settings = ("model.name=torchvision:resnet18", "model.weights=torchvision:resnet18.IMAGENET1K_V1")
-    with pytest.raises(DataError, match="f37072fd: it is another file, or"):
+    with pytest.raises(DataError, match="f37072fd: it is another file or"):
         make_network(recipe_with(*settings), 2, seed=0)
     monkeypatch.setattr(weights_module, "require_digest", lambda path, digest: None)
     network, record = make_network(recipe_with(*settings), 2, seed=0)
