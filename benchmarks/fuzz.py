@@ -519,7 +519,7 @@ PARSERS = {
     "map": Parser(make_map, read_map, "out/**/map.parquet", is_hashed=True),
     "map-folder": Parser(make_map, lambda folder, name: read_verified(folder, "out"), "out/a/*"),
     "bundle": Parser(make_bundle, read_bundle, "bundle/*"),
-    "slide": Parser(make_slide, read_slide),
+    "slide": Parser(make_slide, read_slide, "*.tiff"),
 }
 
 

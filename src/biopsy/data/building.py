@@ -268,9 +268,10 @@ def _make_table(n: int, patients: ArrayLike | None, columns: Columns | None) -> 
     if len(twice):
         raise DataError(f"{len(twice):,} patch ids are repeated, first {twice.iloc[0]!r}")
     for name in ("x", "y"):
-        table[name] = (
-            pd.array(table[name], dtype="Int64") if name in table else pd.array([pd.NA] * n, dtype="Int64")
-        )
+        try:
+            table[name] = pd.array(table[name] if name in table else [pd.NA] * n, dtype="Int64")
+        except (ValueError, TypeError, OverflowError):
+            raise DataError(f"column {name} holds what is no whole number of pixels: correct it") from None
     return table.assign(source=table["patch_id"])
 
 
