@@ -139,7 +139,7 @@ def test_directions_by_hand():
 
 def test_draws_stay_within_their_ranges_and_use_them():
     batch = make_batch(4000, 4, 4)
-    matrix = _draw_matrix(POST, batch, generator())
+    matrix = _draw_matrix(POST, len(batch), batch.shape[2:], generator())
     angle = torch.rad2deg(torch.atan2(matrix[:, 1, 0], matrix[:, 0, 0]))
     assert 19 < angle.max() <= 20 and -20 <= angle.min() < -19
     assert angle.std().item() == pytest.approx(20 / 3**0.5, rel=0.05)

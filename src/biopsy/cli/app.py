@@ -19,6 +19,7 @@ from biopsy.cli.console import EpochLines, log, progress, set_up_log
 from biopsy.cli.results import COMMANDS, GROUPS, show
 from biopsy.cli.signatures import PublicFunction, list_functions, read_function
 from biopsy.core.errors import BiopsyError
+from biopsy.core.launch import read_launch
 
 KNOWN_ERROR, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -164,7 +165,7 @@ def _make_launcher(app: App) -> Callable[..., int]:
             log_file: File to which the full log is appended.
             accept_licence: Weight licences to accept (comma-separated).
         """
-        set_up_log(quiet=quiet, verbose=verbose, file=log_file)
+        set_up_log(quiet=quiet or read_launch().rank > 0, verbose=verbose, file=log_file)
         if quiet:  # the bars of libraries that download
             os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
         if accept_licence is not None:
@@ -180,7 +181,12 @@ def _make_launcher(app: App) -> Callable[..., int]:
 
 def _run_command(command: Any, arguments: dict[str, Any], *, as_json: bool, quiet: bool) -> int:
     """Call the public function with what was given, and print what it returns."""
-    name = command.__name__
+    name, launch = command.__name__, read_launch()
+    if launch.world_size > 1 and name != "train":
+        raise CycloptsError(
+            msg=f"{launch.world_size} processes were started together, which only `biopsy train` can use; "
+            "share slides, studies and sweeps with --shard I/N"
+        )
     if name == "train" and "resume" not in arguments and not {"recipe", "data"} <= set(arguments):
         raise CycloptsError(msg="train needs a recipe and --data PACK, or --resume RUN")
     try:
@@ -195,7 +201,7 @@ def _run_command(command: Any, arguments: dict[str, Any], *, as_json: bool, quie
         )
         log.error("interrupted: finished work is kept; %s", step)
         return INTERRUPTED
-    return show(name, result, arguments, as_json=as_json)
+    return show(name, result, arguments, as_json=as_json) if launch.rank == 0 else 0
 
 
 @contextlib.contextmanager

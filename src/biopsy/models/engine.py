@@ -49,6 +49,8 @@ class Engine:
         batch: Tensor,
         target: Tensor,
         loss_fn: LossFunction,
+        *,
+        weight: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """Do one optimiser step, without synchronising with the device.
 
@@ -57,6 +59,7 @@ class Engine:
             batch: ``(B, 3, H, W)`` float, preprocessed.
             target: ``(B,)`` class indices.
             loss_fn: ``(logits, target) -> scalar``, see :func:`make_loss`.
+            weight: Factor of the loss.
 
         Returns:
             The loss before the update, a scalar, and the logits ``(B, n_classes)``, on the device.
@@ -66,6 +69,8 @@ class Engine:
             logits = network(batch)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = loss_fn(logits, target)
+        if weight != 1:
+            loss = loss * weight
         loss.backward()
         optimiser.step()
         return loss.detach(), logits.detach()

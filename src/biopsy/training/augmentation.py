@@ -35,12 +35,21 @@ from biopsy.slide_io.stain import STAINS
 logger = logging.getLogger(__name__)
 
 
-def augment(settings: Augmentation, batch: Tensor, generator: Generator) -> Tensor:
+def augment(
+    settings: Augmentation,
+    batch: Tensor,
+    generator: Generator,
+    *,
+    n: int | None = None,
+    part: slice = slice(None),
+) -> Tensor:
     """Augment every patch of a batch independently, within the ranges of a recipe.
 
     Args:
         batch: ``(B, 3, H, W)`` float RGB in 0-1, on any device.
         generator: A CPU generator; the same state gives the same batch.
+        n: Patches that are drawn for, of which ``batch`` is a part; None for those of the batch.
+        part: Which of them the batch is.
 
     Returns:
         A new batch, or the same one where nothing is to be done.
@@ -49,16 +58,16 @@ def augment(settings: Augmentation, batch: Tensor, generator: Generator) -> Tens
     moved = settings.flip_horizontal or settings.flip_vertical or settings.rot90
     if settings.rot90 and batch.shape[2] != batch.shape[3]:
         raise RecipeError(f"rot90 needs square patches, these are {tuple(batch.shape[2:])}")
-    n = len(batch)
-    move = _draw_moves(settings, n, generator) if moved else torch.zeros(n, dtype=torch.long)
+    n = len(batch) if n is None else n
+    move = (_draw_moves(settings, n, generator) if moved else torch.zeros(n, dtype=torch.long))[part]
     if warped:
-        matrix = _draw_matrix(settings, batch, generator)
+        matrix = _draw_matrix(settings, n, batch.shape[2:], generator)[part]
         matrix[:, :, :2] = matrix[:, :, :2] @ _move_matrices()[move]
         batch = warp(batch, matrix)
     elif moved:
         batch = move_pixels(batch, move)
     if settings.hed_jitter:
-        spread = (torch.rand(2, n, 2, generator=generator) * 2 - 1) * settings.hed_jitter
+        spread = (torch.rand(2, n, 2, generator=generator)[:, part] * 2 - 1) * settings.hed_jitter
         batch = change_stain(batch, scale=1 + spread[0], offset=spread[1])
     return batch
 
@@ -71,8 +80,8 @@ def _draw_moves(settings: Augmentation, n: int, generator: Generator) -> Tensor:
     return turns * 4 + across * 2 + down
 
 
-def _draw_matrix(settings: Augmentation, batch: Tensor, generator: Generator) -> Tensor:
-    n, _, height, width = batch.shape
+def _draw_matrix(settings: Augmentation, n: int, shape: torch.Size, generator: Generator) -> Tensor:
+    height, width = shape
     draw = torch.rand(6, n, generator=generator, dtype=torch.float64) * 2 - 1
     return affine_matrix(
         rotation_deg=draw[0] * settings.rotation_deg,
@@ -213,7 +222,16 @@ class StainTransfer:
     group: np.ndarray
     probability: float
 
-    def apply(self, batch: Tensor, rows: np.ndarray, target: Tensor, generator: Generator) -> Tensor:
+    def apply(
+        self,
+        batch: Tensor,
+        rows: np.ndarray,
+        target: Tensor,
+        generator: Generator,
+        *,
+        n: int | None = None,
+        part: slice = slice(None),
+    ) -> Tensor:
         """Recolour each patch with the given probability.
 
         Args:
@@ -221,9 +239,10 @@ class StainTransfer:
             rows: Rows of the pack, ``(B,)``.
             target: Class of each patch, ``(B,)`` on the CPU.
             generator: A CPU generator; the same state gives the same batch.
+            n, part: As of `augment`.
         """
         group = torch.from_numpy(self.group[rows])
-        draw, chosen = torch.rand(2, len(rows), generator=generator)
+        draw, chosen = torch.rand(2, len(rows) if n is None else n, generator=generator)[:, part]
         to = group.clone()
         for label, lenders in enumerate(self.lenders):
             if len(lenders):

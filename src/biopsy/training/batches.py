@@ -13,6 +13,7 @@ from biopsy.core.seeds import derive
 from biopsy.models.preprocessing import Preprocessing, to_unit
 from biopsy.recipes.schema import Augmentation
 from biopsy.training.augmentation import StainTransfer, Transform, apply_transform, augment
+from biopsy.training.distributed import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Batches:
         seed: Seed of the augmentation.
         front: Outputs of a frozen front for these patches, which then take their place; nothing is done to
             them any more.
+        processes: Of which each is given its part of every batch; what is drawn for a patch does not depend
+            on their number, except by ``transform``.
     """
 
     patches: np.ndarray
@@ -66,6 +69,11 @@ class Batches:
     device: torch.device | str = "cpu"
     seed: int = 0
     front: CachedFeatures | None = None
+    processes: Processes = ALONE
+
+    def size(self, n_patches: int, number: int) -> int:
+        """Return the patches of one of the batches that many patches make, in all processes together."""
+        return min(self.batch_size, n_patches - number * self.batch_size)
 
     def count(self, n_patches: int) -> int:
         """Return the number of batches of a number of patches."""
@@ -75,6 +83,8 @@ class Batches:
         self, order: np.ndarray, *, epoch: int = 0, start: int = 0, stop: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ``(batch, target)`` over patches in the given order, with prefetching.
+
+        Of several processes each is given its part of every batch (see `Processes.part`).
 
         A batch depends on the order, the seed, the epoch and its own number alone, so starting at batch
         ``start`` gives exactly the batches that an uninterrupted pass would have given from there.
@@ -95,16 +105,17 @@ class Batches:
         """Return one batch ``(B, 3, input_px, input_px)`` float and its targets ``(B,)`` by its number."""
         return self._finish(*self._gather(order, number), number, epoch)
 
-    def _gather(self, order: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
-        chosen = np.asarray(order[number * self.batch_size : (number + 1) * self.batch_size])
+    def _gather(self, order: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray, int]:
+        whole = np.asarray(order[number * self.batch_size : (number + 1) * self.batch_size])
+        chosen, n = whole[self.processes.part(len(whole))], len(whole)
         if self.front is not None:
-            return self.front.take(chosen), chosen
+            return self.front.take(chosen), chosen, n
         widths = None if self.widths is None else self.widths[chosen]
         heights = None if self.heights is None else self.heights[chosen]
-        return self.preprocessing.resize_patches(self.patches[chosen], widths, heights), chosen
+        return self.preprocessing.resize_patches(self.patches[chosen], widths, heights), chosen, n
 
     def _finish(
-        self, patches: np.ndarray, chosen: np.ndarray, number: int, epoch: int
+        self, patches: np.ndarray, chosen: np.ndarray, n: int, number: int, epoch: int
     ) -> tuple[Tensor, Tensor]:
         target = labels = torch.from_numpy(np.asarray(self.target[chosen], dtype=np.int64))
         if torch.device(self.device).type == "cuda":
@@ -112,15 +123,16 @@ class Batches:
         target = target.to(self.device, non_blocking=True)
         if self.front is not None:
             return to_batch(patches, self.device), target
-        batch = to_unit(patches, self.device)
+        batch, part = to_unit(patches, self.device), self.processes.part(n)
         if self.stain_transfer is not None:
             generator = torch.Generator().manual_seed(derive(self.seed, "stain-transfer", epoch, number))
-            batch = self.stain_transfer.apply(batch, chosen, labels, generator)
+            batch = self.stain_transfer.apply(batch, chosen, labels, generator, n=n, part=part)
         if self.augmentation is not None:
             generator = torch.Generator().manual_seed(derive(self.seed, "augmentation", epoch, number))
-            batch = augment(self.augmentation, batch, generator)
+            batch = augment(self.augmentation, batch, generator, n=n, part=part)
         if self.transform is not None:
-            batch = apply_transform(self.transform, batch, derive(self.seed, "transform", epoch, number))
+            seed = derive(self.seed, "transform", epoch, number) + self.processes.rank
+            batch = apply_transform(self.transform, batch, seed)
         return self.preprocessing.standardise(batch), target
 
 

@@ -34,7 +34,7 @@ def cache_backbone_features(
 ) -> Iterator[tuple[nn.Module, Batches]]:
     """Yield the trainable part of a network and batches of its inputs, cached outputs of the frozen part.
 
-    They are kept in an unnamed file until the context is left. Network and batches come back as they are
+    They are kept in an unnamed file (each process has its own; it computes its part) until the context is left. Network and batches come back as they are
     where nothing is frozen, where augmentation draws, where the training sees fewer patches than there are,
     and, with a line in the log, where the outputs would take more than 8 GiB or half of the free disk.
 
@@ -54,18 +54,20 @@ def cache_backbone_features(
         return
     front, trainable = parts
     front.eval()
+    processes = batches.processes
     example, _ = next(batches.iterate(rows[:1], stop=1))
     shape = (len(rows), *engine.predict(front, example).movedim(1, -1).shape[1:])
     n_bytes, free_bytes = 4 * math.prod(shape), shutil.disk_usage(folder).free
     size = f"{n_bytes / 1e6:,.0f} MB for {len(rows):,} patches"
-    if n_bytes > min(LIMIT_BYTES, free_bytes / 2):
+    if processes.broadcast(n_bytes > min(LIMIT_BYTES, free_bytes / 2 / processes.world_size)):
         logger.info("outputs of the frozen stages would take %s: they are computed in every epoch", size)
         yield network, batches
         return
     logger.info("outputs of the frozen stages are computed once: %s", size)
     with tempfile.TemporaryFile(dir=folder) as file:
-        for batch, _ in replace(batches, drop_last=False).iterate(rows):
-            file.write(engine.predict(front, batch).movedim(1, -1).contiguous().cpu().numpy().data)
+        for number, (batch, _) in enumerate(replace(batches, drop_last=False).iterate(rows)):
+            outputs = engine.predict(front, batch).movedim(1, -1).contiguous().cpu().numpy()
+            file.write(processes.gather(outputs, batches.size(len(rows), number)).data)
         file.flush()
         index = np.full(len(batches.patches), -1)
         index[rows] = np.arange(len(rows))

@@ -26,6 +26,7 @@ from biopsy.training.augmentation import Transform, fit_stain_transfer
 from biopsy.training.batches import Batches
 from biopsy.training.cached_features import cache_backbone_features, predict_rest
 from biopsy.training.checkpoints import Progress, load_checkpoint, save_checkpoint
+from biopsy.training.distributed import ALONE, Processes
 from biopsy.training.optimisers import learning_rate, make_optimiser, set_learning_rate
 from biopsy.training.runs import EpochRecord
 from biopsy.training.sampling import class_weights, sample_epoch, sample_passes
@@ -52,6 +53,7 @@ class Task:
     """Whether to keep the best epoch on validation instead of the last."""
     transform: Transform | None = None
     """Transform of training batches after the recipe's augmentation."""
+    processes: Processes = ALONE
 
 
 def fit(network: torch.nn.Module, task: Task, folder: Path, on_epoch: OnEpoch) -> Progress:
@@ -59,7 +61,7 @@ def fit(network: torch.nn.Module, task: Task, folder: Path, on_epoch: OnEpoch) -
 
     Args:
         network: Network with initial weights.
-        on_epoch: Called with each epoch's record after its checkpoint is written.
+        on_epoch: Called with each epoch's record after its checkpoint is written, by the first process.
 
     Raises:
         TrainingDiverged: If the loss is not finite; with epoch and step.
@@ -77,14 +79,16 @@ def fit(network: torch.nn.Module, task: Task, folder: Path, on_epoch: OnEpoch) -
         network, batches, rows, n_visits, engine=task.engine, folder=folder.parent
     )
     devices = [task.engine.device] if task.engine.device.type == "cuda" else []
-    with front as (learner, batches), torch.random.fork_rng(devices=devices):
+    with front as (rest, batches), torch.random.fork_rng(devices=devices):
+        learner = task.processes.wrap(rest)
         while progress.epoch < settings.epochs and not _is_stale(task, progress):
-            record = _run_epoch(learner, optimiser, task, batches, progress, steps, average)
+            record = _run_epoch(learner, rest, optimiser, task, batches, progress, steps, average)
             _note_best(task, progress, record)
             progress.history.append(record)
             task.pack.require_unchanged()
-            save_checkpoint(folder, network, optimiser, progress, average)
-            on_epoch(record)
+            if task.processes.is_first:
+                save_checkpoint(folder, network, optimiser, progress, average)
+                on_epoch(record)
     return progress
 
 
@@ -102,6 +106,7 @@ def optimiser_of(recipe: Recipe, network: torch.nn.Module) -> torch.optim.Optimi
 
 
 def _run_epoch(
+    learner: torch.nn.Module,
     network: torch.nn.Module,
     optimiser: torch.optim.Optimizer,
     task: Task,
@@ -110,8 +115,9 @@ def _run_epoch(
     steps: int,
     average: WeightAverage | None,
 ) -> EpochRecord:
-    """Run one epoch with validation, and return its record."""
+    """Run one epoch with validation, and return its record; the learner is the network, wrapped to train."""
     settings, epoch, started = task.recipe.train, progress.epoch + 1, time.perf_counter()
+    processes = task.processes
     weights = class_weights(task.pack.target[task.train], len(task.pack.class_names), settings.class_weights)
     outputs = outputs_of(settings.loss)
     loss_fn = make_loss(
@@ -122,9 +128,9 @@ def _run_epoch(
     losses: list[Tensor] = []
     correct: dict[str, Tensor] = {}
     n_seen, lr = 0, settings.lr
-    torch.manual_seed(derive(task.seed, "dropout", epoch))
-    network.train()
-    for batch, target in _next_batches(task, batches, progress.step, steps):
+    torch.manual_seed(derive(task.seed, "dropout", epoch) + processes.rank)
+    learner.train()
+    for batch, target, n in _next_batches(task, batches, progress.step, steps):
         task.pack.require_unchanged()
         lr = learning_rate(
             progress.step + len(losses),
@@ -136,18 +142,21 @@ def _run_epoch(
             history=[past["val_loss"] for past in progress.history],
         )
         set_learning_rate(optimiser, lr)
-        loss, logits = task.engine.train_step(network, optimiser, batch, target, loss_fn)
-        for name, count in count_correct(logits, target, outputs).items():
+        loss, logits = task.engine.train_step(
+            learner, optimiser, batch, target, loss_fn, weight=processes.weight(n)
+        )
+        own = processes.count(n)
+        for name, count in count_correct(logits[:own], target[:own], outputs).items():
             correct[name] = correct.get(name, 0) + count
         losses.append(loss)
         if average is not None:
             average.update(progress.step + len(losses))
-        n_seen += len(target)
+        n_seen += n
         if len(losses) % CHECK_EVERY == 0:
-            _require_finite(losses, epoch, progress.epoch)
-    _require_finite(losses, epoch, progress.epoch)
-    mean_loss = float(torch.stack(losses).mean())
-    accuracy = {name: float(count) / n_seen for name, count in correct.items()}
+            _require_finite(processes, losses, epoch, progress.epoch)
+    _require_finite(processes, losses, epoch, progress.epoch)
+    mean_loss = float(processes.mean(torch.stack(losses)).mean())
+    accuracy = {name: float(processes.sum(count)) / n_seen for name, count in correct.items()}
     trained = time.perf_counter()
     with average.applied() if average else contextlib.nullcontext():
         validation = _validate(network, task, batches)
@@ -157,7 +166,7 @@ def _run_epoch(
         )
     progress.epoch, progress.step = epoch, progress.step + len(losses)
     ended = time.perf_counter()
-    return EpochRecord(
+    record = EpochRecord(
         epoch=epoch,
         loss=mean_loss,
         **accuracy,  # type: ignore[typeddict-item]
@@ -168,6 +177,7 @@ def _run_epoch(
         seconds=ended - started,
         time_left_s=(ended - started) * (settings.epochs - epoch),
     )
+    return processes.broadcast(record)  # by which all choose and stop alike
 
 
 def _order(task: Task, number: int) -> np.ndarray:
@@ -179,22 +189,33 @@ def _order(task: Task, number: int) -> np.ndarray:
     return order[:-1] if len(order) % settings.batch_size == 1 else order
 
 
-def _next_batches(task: Task, batches: Batches, step: int, n_steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches of the next updates, over consecutive shuffled passes."""
+def _next_batches(
+    task: Task, batches: Batches, step: int, n_steps: int
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Yield this process's part of the next updates' batches, over consecutive shuffled passes.
+
+    With each part comes the size of the whole batch.
+    """
     per_pass = batches.count(len(_order(task, 1)))
     for number, start, stop in sample_passes(step, n_steps, per_pass):
-        yield from batches.iterate(_order(task, number), epoch=number, start=start, stop=stop)
+        order = _order(task, number)
+        parts = batches.iterate(order, epoch=number, start=start, stop=stop)
+        for index, (batch, target) in enumerate(parts, start):
+            yield batch, target, batches.size(len(order), index)
 
 
 def _validate(network: torch.nn.Module, task: Task, batches: Batches) -> dict[str, Any]:
     """Return loss (unweighted), accuracy and, for two classes, AUROC on validation."""
     pack, rows, outputs = task.pack, task.val, outputs_of(task.recipe.train.loss)
+    own = rows[task.processes.part(len(rows))]
+    task.processes.copy_state(network)  # running statistics of batch normalisation are each process's own
     if batches.front is not None:
-        logits = predict_rest(network, batches.front, rows, engine=task.engine)
+        logits = predict_rest(network, batches.front, own, engine=task.engine)
     else:
         logits = predict_logits(
-            network, task.preprocessing, pack.patches, pack.sizes, rows, engine=task.engine
+            network, task.preprocessing, pack.patches, pack.sizes, own, engine=task.engine
         )
+    logits = task.processes.gather(logits, len(rows))
     guess, target = torch.from_numpy(logits.astype(np.float64)), torch.from_numpy(pack.target[rows])
     correct = count_correct(guess, target, outputs)
     auroc, positive = None, pack.positive_index
@@ -239,11 +260,12 @@ def _make_batches(task: Task) -> Batches:
         drop_last=settings.drop_last and len(_order(task, 1)) > settings.batch_size,
         device=task.engine.device,
         seed=task.seed,
+        processes=task.processes,
     )
 
 
-def _require_finite(losses: list[Tensor], epoch: int, last_good: int) -> None:
-    recent = torch.stack(losses[-CHECK_EVERY:])
+def _require_finite(processes: Processes, losses: list[Tensor], epoch: int, last_good: int) -> None:
+    recent = processes.mean(torch.stack(losses[-CHECK_EVERY:]))
     bad = (~torch.isfinite(recent)).nonzero()
     if len(bad):
         step = len(losses) - len(recent) + int(bad[0]) + 1

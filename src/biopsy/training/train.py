@@ -1,9 +1,10 @@
 """Training of a recipe on a pack, resulting in a run with a classifier."""
 
+import contextlib
 import logging
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
 from biopsy.statistics.calibrators import check_method
 from biopsy.training.augmentation import Transform, check_transform, describe_transform
 from biopsy.training.checkpoints import LAST, load_weights
+from biopsy.training.distributed import Processes, join_processes
 from biopsy.training.figures import draw_training
 from biopsy.training.finalize import complete, fit_preprocessing
 from biopsy.training.fit import OnEpoch, Task, fit, optimiser_of
@@ -79,6 +81,9 @@ def train(
     state. A finished run in ``out`` or ``runs/`` with the same recipe, pack, split, seed and initial weights
     is returned without training again.
 
+    Started by torchrun, or by SLURM with ``MASTER_ADDR`` set, the processes share every batch; the first one
+    writes the run, and the others return it before its classifier is made.
+
     Args:
         recipe: Name of a recipe, or TOML file.
         data: Pack, or an archive to prepare. With ``resume``: the pack of the run, if it has moved.
@@ -89,7 +94,7 @@ def train(
         overrides: Changes of recipe settings, ``KEY=VALUE`` such as ``train.epochs=2``; may be repeated
             (in Python: a list or a mapping).
         out: Output folder of the run (default: a new folder in ``runs/``).
-        device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; of several processes each takes its own.
         plot: Output file of the training curves: loss, accuracy and AUROC (.png, .svg or .pdf).
         tensorboard: Also write TensorBoard events into the run.
         mlflow: Also log settings and epochs to MLflow, where ``MLFLOW_TRACKING_URI`` says.
@@ -110,39 +115,58 @@ def train(
         raise RunError(f"curves cannot be drawn to {plot}: its name must end in {', '.join(PLOT_SUFFIXES)}")
     if plot is not None:
         refuse_inputs(plot, None if isinstance(data, Pack) else data)
-    if resume is not None:
-        run, pack = _continue(resume, data, recipe, split, fold, out, *setting_lines(overrides))
-        engine = Engine(device, run.recipe.train.precision)
-        _check_same_transform(run, transform)
-    elif recipe is None or data is None:
+    if resume is None and (recipe is None or data is None):
         raise RunError("training needs a recipe and data, or resume= and the folder of an interrupted run")
-    else:
+
+    def begin() -> tuple[Run, Pack]:
+        if resume is not None:
+            continued = _continue(resume, data, recipe, split, fold, out, *setting_lines(overrides))
+            _check_same_transform(continued[0], transform)
+            return continued
         requested, pack = load_recipe(recipe, overrides), open_data(data)
         requested = feed_as_encoder(requested, pack.info.patch_px, pack.info.mpp)
-        engine = Engine(device, requested.train.precision)
         if transform is not None:
             check_transform(transform, requested.preprocessing.input_px)
-        run, pack = _begin(requested, pack, split, fold, seed, out, transform)
-    if run.info["status"] != "finished":
-        chosen = {"tensorboard": tensorboard, "mlflow": mlflow, "wandb": wandb}
-        loggers = [name for name, is_on in chosen.items() if is_on]
-        try:
-            with FileLock(run.path / LOCK, timeout=0):
-                _train(run, pack, engine, loggers, transform, on_epoch)
-        except Timeout:
-            raise RunError(f"{run.path} is being trained by another process") from None
-        except OSError as error:
-            if error.errno not in NO_SPACE:
-                raise
-            raise RunError(
-                f"{error.filename or run.path} could not be written ({error.strerror}): free space, then "
-                f"resume with `biopsy train --resume {run.path}`"
-            ) from None
-    if plot is not None:
+        return _begin(requested, pack, split, fold, seed, out, transform)
+
+    with join_processes(device) as (processes, device):
+        begun = processes.do_first(begin)
+        path = processes.broadcast(begun and begun[0].path)
+        run, pack = begun or _follow(path)
+        engine = Engine(device, run.recipe.train.precision)
+        if run.info["status"] != "finished":
+            chosen = {"tensorboard": tensorboard, "mlflow": mlflow, "wandb": wandb}
+            loggers = [name for name, is_on in chosen.items() if is_on]
+            with _hold_lock(run) if processes.is_first else contextlib.nullcontext():
+                _train(run, pack, engine, processes, loggers, transform, on_epoch)
+    if plot is not None and processes.is_first:
         curves = draw_training(run.log(), chosen_epoch=run.info["chosen_epoch"], quantities=CURVES)
         with replace_atomic(plot) as partial:
             curves.savefig(partial, format=Path(plot).suffix[1:])
     return run
+
+
+@contextlib.contextmanager
+def _hold_lock(run: Run) -> Iterator[None]:
+    """Train a run in one process or group of processes at a time; say what to do where the disk is full."""
+    try:
+        with FileLock(run.path / LOCK, timeout=0):
+            yield
+    except Timeout:
+        raise RunError(f"{run.path} is being trained by another process") from None
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise RunError(
+            f"{error.filename or run.path} could not be written ({error.strerror}): make room, then "
+            f"go on with `biopsy train --resume {run.path}`"
+        ) from None
+
+
+def _follow(path: Path) -> tuple[Run, Pack]:
+    """Open the run that the first process began or continued, which has verified the pack."""
+    run = Run.open(path)
+    return run, run.open_pack(verify=False)
 
 
 def open_data(data: Pack | Path | str) -> Pack:
@@ -325,6 +349,7 @@ def _train(
     run: Run,
     pack: Pack,
     engine: Engine,
+    processes: Processes,
     logger_names: Sequence[str],
     transform: Transform | None,
     on_epoch: OnEpoch | None,
@@ -345,9 +370,22 @@ def _train(
         seed=seed,
         keep_best=checkpoint == "best",
         transform=transform,
+        processes=processes,
     )
+    folder = run.path / "checkpoints"
+    begun = (folder / LAST).exists()  # the checkpoint's weights replace those that training began with
+    network, _ = make_network(recipe, len(pack.class_names), seed, load=not begun)
+    if not processes.is_first:
+        if recipe.train.optimiser != PROBE:
+            fit(network, task, folder, lambda record: None)
+        return
     run.info.pop("reason", None)  # of an earlier interruption
-    run.update(status="running", device=str(engine.device), precision=engine.precision)
+    run.update(
+        status="running",
+        device=str(engine.device),
+        precision=engine.precision,
+        processes=processes.world_size,
+    )
     loggers, is_finished = open_loggers(logger_names, run), False
 
     def note(record: EpochRecord) -> None:
@@ -359,14 +397,12 @@ def _train(
         if on_epoch:
             on_epoch({**record, "run": str(run.path)})
 
-    folder = run.path / "checkpoints"
-    is_resumed = (folder / LAST).exists()  # weights are then loaded from the checkpoint
-    network, _ = make_network(recipe, len(pack.class_names), seed, load=not is_resumed)
     try:
         if recipe.train.optimiser == PROBE:
             progress = fit_probe(network, task, run.info["weights"], note)
         else:
             progress = fit(network, task, folder, note)
+            processes.leave()
             load_weights(folder, network, progress.best_epoch if task.keep_best else None)
         is_finished = True
     except KeyboardInterrupt:
