@@ -34,9 +34,10 @@ def cache_backbone_features(
 ) -> Iterator[tuple[nn.Module, Batches]]:
     """Yield the trainable part of a network and batches of its inputs, cached outputs of the frozen part.
 
-    They are kept in an unnamed file (each process has its own; it computes its part) until the context is left. Network and batches come back as they are
-    where nothing is frozen, where augmentation draws, where the training sees fewer patches than there are,
-    and, with a line in the log, where the outputs would take more than 8 GiB or half of the free disk.
+    They are kept in an unnamed file until the context is left; of several processes each computes its part
+    and keeps all. Network and batches come back as they are where nothing is frozen, where augmentation
+    draws, where the training sees fewer patches than there are, and, with a line in the log, where the
+    outputs would take more than 8 GiB or half of the free disk.
 
     Args:
         network: Placed on the engine's device.

@@ -74,7 +74,7 @@ class Processes:
         return values
 
     def gather(self, values: np.ndarray, n: int) -> np.ndarray:
-        """Return the values of all ``n`` patches in order, in every process, from those of each one's part."""
+        """Return the values of all ``n`` patches in order, in every process, given those of its part."""
         if self.world_size == 1:
             return values
         parts: list[np.ndarray] = [values] * self.world_size
@@ -161,5 +161,5 @@ def _own_device(device: str, local_rank: int) -> str:
     if device.startswith("cuda:"):
         raise RecipeError(f"device={device!r} is one GPU for all processes: use cuda, and each takes its own")
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        return f"cuda:{local_rank % max(1, torch.cuda.device_count())}"  # SLURM may show a process its own only
+        return f"cuda:{local_rank % max(1, torch.cuda.device_count())}"  # of SLURM a task may see one
     return str(torch_device(device))

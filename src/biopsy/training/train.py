@@ -115,14 +115,16 @@ def train(
         raise RunError(f"curves cannot be drawn to {plot}: its name must end in {', '.join(PLOT_SUFFIXES)}")
     if plot is not None:
         refuse_inputs(plot, None if isinstance(data, Pack) else data)
-    if resume is None and (recipe is None or data is None):
-        raise RunError("training needs a recipe and data, or resume= and the folder of an interrupted run")
 
     def begin() -> tuple[Run, Pack]:
         if resume is not None:
             continued = _continue(resume, data, recipe, split, fold, out, *setting_lines(overrides))
             _check_same_transform(continued[0], transform)
             return continued
+        if recipe is None or data is None:
+            raise RunError(
+                "training needs a recipe and data, or resume= and the folder of an interrupted run"
+            )
         requested, pack = load_recipe(recipe, overrides), open_data(data)
         requested = feed_as_encoder(requested, pack.info.patch_px, pack.info.mpp)
         if transform is not None:
@@ -131,7 +133,7 @@ def train(
 
     with join_processes(device) as (processes, device):
         begun = processes.do_first(begin)
-        path = processes.broadcast(begun and begun[0].path)
+        path = processes.broadcast(begun[0].path if begun else Path())
         run, pack = begun or _follow(path)
         engine = Engine(device, run.recipe.train.precision)
         if run.info["status"] != "finished":
