@@ -160,8 +160,8 @@ def _hold_lock(run: Run) -> Iterator[None]:
         if error.errno not in NO_SPACE:
             raise
         raise RunError(
-            f"{error.filename or run.path} could not be written ({error.strerror}): make room, then "
-            f"go on with `biopsy train --resume {run.path}`"
+            f"{error.filename or run.path} could not be written ({error.strerror}): free space, then "
+            f"resume with `biopsy train --resume {run.path}`"
         ) from None
 
 
