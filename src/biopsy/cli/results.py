@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from biopsy.cli.console import log, print_blocks, print_json, print_table
+from biopsy.core.storage import parse_url
 from biopsy.core.text import count, plural
 
 FAILED, SKIPPED = 1, 3
@@ -588,7 +589,7 @@ def _finished(cohort: Any) -> Any:
 def _slides_document(cohort: Any, options: Options) -> object:
     names = ["slide", "source", "n_patches", "mpp", "mpp_source", "positive_mm2", "out_of_distribution"]
     slides = _finished(cohort)[names].to_dict("records")
-    return {"out": cohort.out, "slides": slides, "skipped": cohort.failed}
+    return {"out": parse_url(options["out"]) or cohort.out, "slides": slides, "skipped": cohort.failed}
 
 
 def _print_slides(cohort: Any, options: Options) -> None:
@@ -597,7 +598,7 @@ def _print_slides(cohort: Any, options: Options) -> None:
         for row in _finished(cohort).itertuples()
     ]
     print_table(rows, ["slide", "patches", "um/px", "from", "positive mm2"])
-    print(cohort.out)
+    print(parse_url(options["out"]) or cohort.out)
 
 
 def _skipped_slides(cohort: Any) -> tuple[Sequence[Mapping[str, str]], Path]:

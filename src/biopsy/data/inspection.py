@@ -13,6 +13,7 @@ from biopsy.core.errors import DataError, PackError
 from biopsy.core.files import check_outputs, refuse_inputs, update_directory, write_atomic, write_json
 from biopsy.core.results import Result
 from biopsy.core.seeds import make_rng
+from biopsy.core.storage import stage
 from biopsy.data.audit import Audit, audit_pack, find_blocking_issues
 from biopsy.data.figures import draw_balance, draw_subsets
 from biopsy.data.packs import Pack
@@ -68,7 +69,7 @@ def inspect(
     Raises:
         PackError: If the pack was altered, or is read-only and ``out`` is not given.
     """
-    pack = Pack.open(pack)
+    pack = Pack.open(stage(pack))
     pack.verify()
     division = find_split(pack, split) if isinstance(split, str) else split
     folder = pack.path / "inspection" if out is None else Path(out)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from biopsy.core.errors import DataError, PackError
 from biopsy.core.files import create_directory, sha256_file
+from biopsy.core.storage import stage
 from biopsy.data.archives import SYNTHETIC, Archive, open_archive
 from biopsy.data.cutting import REGION, Cutting
 from biopsy.data.datasets import annotated_slides, find_dataset
@@ -120,6 +121,7 @@ def prepare(
         raise DataError(
             "--stride-px, --classes, --rest, --slide-mpp and --annotations are for slides and need --patch-px"
         )
+    source = stage(source)
     if is_pack(source):
         raise DataError(f"{source} is already a pack")
     if export_tree is not None:

@@ -12,6 +12,7 @@ import pandas as pd
 
 from biopsy.core.errors import RunError
 from biopsy.core.files import read_json, write_json
+from biopsy.core.storage import stage
 from biopsy.data.ledger import count_openings, record_opening
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import make_predictions, write_predictions
@@ -284,7 +285,7 @@ def _choose_patches(
     run: Run, classifier: Classifier, subset: str, data: Pack | Path | str | None, split_name: str | None
 ) -> tuple[Pack, np.ndarray, SplitUse]:
     """Return the pack, the subset of each of its patches, and the evaluated split."""
-    pack = run.open_pack() if data is None else Pack.open(data)
+    pack = run.open_pack() if data is None else Pack.open(stage(data))
     check_classes(pack, classifier)
     if _is_own(run, pack):
         if split_name is not None:

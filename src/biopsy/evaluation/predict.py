@@ -15,6 +15,7 @@ import pandas as pd
 
 from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import refuse_inputs
+from biopsy.core.storage import stage
 from biopsy.core.text import normalize_name, printable
 from biopsy.data.archives import MAX_ENTRY_BYTES, open_archive
 from biopsy.data.packs import TABLE, Pack, is_pack, pad, patch_sha256
@@ -119,7 +120,7 @@ def predict(
     engine = Engine(device, pick_precision(precision, device))
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     skipped: Skipped = []
-    sources = _open([Path(path) for path in paths], classifier, skipped)
+    sources = _open([Path(stage(path)) for path in paths], classifier, skipped)
     path = Path(out or ("submission.csv" if format == "kaggle" else f"predictions.{format}"))
     if path.suffix not in (".csv", ".parquet"):
         raise DataError(f"predictions cannot be written to {path.name!r}; use .parquet or .csv")

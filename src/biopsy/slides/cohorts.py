@@ -34,6 +34,7 @@ from biopsy.core.files import (
     write_json,
 )
 from biopsy.core.ray_engine import Engine, TaskLost, check_engine, run_tasks
+from biopsy.core.storage import parse_url, uploaded
 from biopsy.core.tables import write_csv
 from biopsy.core.text import printable
 from biopsy.data.packs import Pack
@@ -123,9 +124,9 @@ def slide(
         model: Finished run, classifier, bundle, folder of a WSInfer model, or the name of a shipped
             classifier.
         slides: Slides, folders of slides, csv files with columns ``slide[,mpp]``, and packs with
-            coordinates.
-        out: Output folder: one subfolder per slide, plus ``status.csv``. Required for more than one
-            slide.
+            coordinates; also addresses (``s3://``, ``https://``) of slides, folders and packs.
+        out: Output folder, or its ``s3://`` address: one subfolder per slide, plus ``status.csv``. Required
+            for more than one slide.
         mpp: Pixel size at level 0 in µm. Required for slides that do not record it.
         stride_um: Stride of the grid in µm (default: the patch size); with overlap, cells have the mean.
         detections: Also write every cell as a QuPath detection with its probabilities.
@@ -167,40 +168,58 @@ def slide(
         if isinstance(result, DataError):
             raise result
         return result.slide_map
-    out = Path(out)
+    if parse_url(out) is not None and (shard is not None or engine == "ray"):
+        raise DataError(f"{out} is no folder that several processes see: pass out=DIR, or use one process")
     lists = [
         path for path in ([slides] if isinstance(slides, Path | str) else slides) if Path(path).is_file()
     ]
-    refuse_inputs(out, model.path if isinstance(model, Run | Classifier) else model)
-    refuse_inputs(out / STATUS, *lists)
-    refuse_own_data(out, sources)
-    check_outputs(out, STATUS)
-    out.mkdir(parents=True, exist_ok=True)
-    if engine == "ray":
-        place = _locate(model.path if isinstance(model, Run) else model)
-        kind = mapper.device.partition(":")[0]
-        arguments = (mpp, stride_um, detections, mapper.precision, kind, tta, trust_model, None)
-        map_unfinished = partial(_map_on_ray, out, mapper, partial(Mapper, place, *arguments), address)
-    else:
-        map_unfinished = partial(_map_here, out, mapper)
-    try:
-        if first is None:
-            with FileLock(out / LOCK, timeout=0), Claims(out) as claims, hold_outputs(out, STATUS):
-                if engine == "local" and claims.list_others():
-                    raise DataError(f"{out} is in use by processes with --shard: pass --shard I/N")
-                cohort = _map_into(out, sources, mapper, map_unfinished)
+    with uploaded(out) as folder:
+        refuse_inputs(folder, model.path if isinstance(model, Run | Classifier) else model)
+        refuse_inputs(folder / STATUS, *lists)
+        refuse_own_data(folder, sources)
+        check_outputs(folder, STATUS)
+        folder.mkdir(parents=True, exist_ok=True)
+        if engine == "ray":
+            place = _locate(model.path if isinstance(model, Run) else model)
+            kind = mapper.device.partition(":")[0]
+            arguments = (mpp, stride_um, detections, mapper.precision, kind, tta, trust_model, None)
+            map_unfinished = partial(_map_on_ray, folder, mapper, partial(Mapper, place, *arguments), address)
         else:
-            with contextlib.suppress(NotImplementedError), FileLock(out / LOCK, timeout=_LOCK_S):
-                pass  # fails if a process without --shard is running
-            with Claims(out) as claims:
-                cohort = _map_shard(out, [*sources[first:], *sources[:first]], sources, mapper, claims)
-    except Timeout:
-        raise DataError(f"{out} is in use by another process") from None
+            map_unfinished = partial(_map_here, folder, mapper)
+        cohort = _map_cohort(folder, sources, mapper, map_unfinished, first, may_share=engine == "ray")
     failed = cohort.failed
     if failed and len(failed) == len(cohort):
         reason = failed[0]["reason"]
         raise SlideError(reason if len(cohort) == 1 else f"none of {len(cohort)} slides was mapped; {reason}")
-    return SlideMap.from_parquet(out / sources[0].name / MAP) if single else cohort
+    return SlideMap.from_parquet(folder / sources[0].name / MAP) if single else cohort
+
+
+def _map_cohort(
+    out: Path,
+    sources: Sequence[Source],
+    mapper: Mapper,
+    map_unfinished: Callable[[Sequence[Source], Record], None],
+    first: int | None,
+    *,
+    may_share: bool,
+) -> SlideCohort:
+    """Map slides into a folder: as its only command, or, from slide ``first`` on, as one of several.
+
+    Args:
+        may_share: Whether slides that other processes have claimed are waited for by ``map_unfinished``.
+    """
+    try:
+        if first is None:
+            with FileLock(out / LOCK, timeout=0), Claims(out) as claims, hold_outputs(out, STATUS):
+                if not may_share and claims.list_others():
+                    raise DataError(f"{out} is in use by processes with --shard: pass --shard I/N as they do")
+                return _map_into(out, sources, mapper, map_unfinished)
+        with contextlib.suppress(NotImplementedError), FileLock(out / LOCK, timeout=_LOCK_S):
+            pass  # no process without --shard is at work
+        with Claims(out) as claims:
+            return _map_shard(out, [*sources[first:], *sources[:first]], sources, mapper, claims)
+    except Timeout:
+        raise DataError(f"{out} is in use by another process") from None
 
 
 def _map_into(
@@ -235,7 +254,7 @@ def _map_on_ray(
     record: Record,
 ) -> None:
     """Map slides on a Ray cluster, whose processes open the classifier once."""
-    paths = {source.name: source.path for source in sources}
+    addresses = {source.name: source.address for source in sources}
     tasks = (
         (replace(source, path=_locate(source.path), pack=None), mapper.request(source)) for source in sources
     )
@@ -243,7 +262,7 @@ def _map_on_ray(
     for (source, _), row in run_tasks(prepare, tasks, address=address, device=mapper.device):
         if isinstance(row, TaskLost):
             row = _row(source, "failed", reason=str(row))
-        record(row | {"source": printable(str(paths[source.name]))})
+        record(row | {"source": printable(addresses[source.name])})
         if n_patches := row.get("n_patches"):
             mapper.report(n_patches, n_patches)
 
@@ -360,7 +379,7 @@ def _write(out: Path, mapped: Mapped, mapper: Mapper) -> Row:
 def _row(source: Source, status: str, document: SlideSummary | None = None, *, reason: str = "") -> Row:
     row: Row = {
         "slide": source.name,
-        "source": printable(str(source.path)),
+        "source": printable(source.address),
         "status": status,
         "reason": printable(" ".join(reason.split())),
     }

@@ -15,7 +15,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from biopsy.core.errors import DataError, SlideError
+from biopsy.core.errors import DataError, DownloadError, SlideError
+from biopsy.core.storage import staged
 from biopsy.models.classifier import Classifier
 from biopsy.models.hardware import count_cores
 from biopsy.models.out_of_distribution import out_of_distribution_scores
@@ -30,10 +31,11 @@ N_CHECKED = 250  # patches per slide checked for being out of distribution; stan
 
 
 class SlideTask(NamedTuple):
-    """Path of a slide, and its mpp if given by the user."""
+    """Path of a slide (``url``: where it is if not on this machine), and its mpp if given by the user."""
 
     path: Path
     mpp: float | None = None
+    url: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class View:
         downsample: Side of a patch pixel in pixels of the level that is read.
         level: The level that is read.
         checked: Mask of patches checked for being out of distribution, bool ``(n_patches,)``.
+        files: Closes the slide, and removes its copy.
     """
 
     slide: Slide
@@ -57,6 +60,7 @@ class View:
     downsample: float
     level: int
     checked: np.ndarray
+    files: contextlib.ExitStack
 
 
 class SlideLogits(NamedTuple):
@@ -86,8 +90,13 @@ def open_view(task: SlideTask, classifier: Classifier, stride_um: float | None =
         raise SlideError(
             "the classifier has no pixel size (um/px): prepare its pack with --mpp and train again"
         )
-    slide = open_slide(task.path, mpp=task.mpp)
-    try:
+    with contextlib.ExitStack() as files:
+        try:
+            path = task.path if task.url is None else files.enter_context(staged(task.url))
+        except DownloadError as error:
+            raise SlideError(str(error)) from None
+        slide = open_slide(path, mpp=task.mpp)
+        files.callback(slide.close)
         level, downsample = slide.level_for(info.mpp)
         thumbnail, tissue = find_tissue_of(slide)
         grid = lay_grid(
@@ -100,13 +109,10 @@ def open_view(task: SlideTask, classifier: Classifier, stride_um: float | None =
             stride_px=pick_stride(info.patch_px, info.mpp, stride_um),
             corner=slide.corner,
         )
-    except BaseException:
-        slide.close()
-        raise
-    checked = np.zeros(len(grid), bool)
-    if info.out_of_distribution is not None:
-        checked[np.linspace(0, len(grid) - 1, min(len(grid), N_CHECKED)).astype(int)] = True
-    return View(slide, thumbnail, tissue, grid, downsample, level, checked)
+        checked = np.zeros(len(grid), bool)
+        if info.out_of_distribution is not None:
+            checked[np.linspace(0, len(grid) - 1, min(len(grid), N_CHECKED)).astype(int)] = True
+        return View(slide, thumbnail, tissue, grid, downsample, level, checked, files.pop_all())
 
 
 def predict_slides(
@@ -225,7 +231,7 @@ class _LogitsCollector:
                 piece.error or self._error,
             )
             if piece.view is not None:
-                piece.view.slide.close()
+                piece.view.files.close()
             self.__init__(self._network)  # type: ignore[misc]
             return slide_logits
         assert piece.view is not None and piece.coming is not None

@@ -183,7 +183,7 @@ class Mapper:
 
         def start(source: Source) -> SlideTask:
             taken.append(source)
-            return SlideTask(source.path, source.mpp)
+            return SlideTask(source.path, source.mpp, source.url)
 
         results = predict_slides(
             map(start, sources),

@@ -12,13 +12,16 @@ import numpy as np
 
 from biopsy.core.errors import DataError, UserFileError
 from biopsy.core.loaders import open_regular
+from biopsy.core.storage import identify, list_files, parse_url, show_url, stage
 from biopsy.core.tables import read_csv_table
 from biopsy.core.text import normalize_name
+from biopsy.data.packs import DOCUMENT as PACK_DOCUMENT
 from biopsy.data.packs import Pack, is_pack
 from biopsy.slide_io.backends import SLIDE_SUFFIXES, list_slide_files
 from biopsy.slides.stitching import list_slides
 
 _SAMPLE_BYTES = 1 << 20
+_SEVERAL_FILES = (".mrxs", ".dcm", ".csv")
 _RESERVED = ("status.csv",)  # file in the output folder
 _MAX_NAME_BYTES = 120  # limit of most file systems: 255, encrypted: 143
 
@@ -33,6 +36,7 @@ class Source:
         mpp: Pixel size in µm given by the user.
         pack: The pack of a slide that is reassembled.
         index: Its rows in the pack.
+        url: Where the slide lies if not on this machine: it is copied here while it is mapped.
     """
 
     name: str
@@ -40,15 +44,25 @@ class Source:
     mpp: float | None = None
     pack: Pack | None = None
     index: np.ndarray | None = None
+    url: str | None = None
+
+    @property
+    def address(self) -> str:
+        """The path, or the URL, as it is shown."""
+        return str(self.path) if self.url is None else show_url(self.url)
 
     def fingerprint(self) -> str:
         """Return a hash of the content of a pack, or of the size and three megabytes of a file.
 
-        Only start, middle and end of a slide file are read, for speed.
+        Only start, middle and end of a slide file are read, for speed. Of a remote file nothing is read: its
+        address, size and version are hashed.
 
         Raises:
             FileFormatError: If it is not a regular file.
+            DownloadError: If there is no file at the URL.
         """
+        if self.url is not None:
+            return identify(self.url)
         if self.pack is not None:
             return hashlib.sha256(f"{self.pack.info.content_sha256} {self.name}".encode()).hexdigest()
         with open_regular(self.path) as file:
@@ -127,7 +141,9 @@ def _list_data(source: Source) -> list[Path]:
 
 
 def _expand(path: Path, mpp: float | None) -> Iterator[Source]:
-    if os.path.isdir(path) and is_pack(path):
+    if (url := parse_url(path)) is not None:
+        yield from _expand_url(url, mpp)
+    elif os.path.isdir(path) and is_pack(path):
         pack = Pack.open(path)
         for name, index in list_slides(pack).items():
             yield Source(_clean(name), path, mpp, pack, index)
@@ -143,6 +159,24 @@ def _expand(path: Path, mpp: float | None) -> Iterator[Source]:
         yield Source(_clean(path.stem), path, mpp)
     else:
         raise DataError(f"{path} does not exist: expected slides, folders, csv files or packs")
+
+
+def _expand_url(url: str, mpp: float | None) -> Iterator[Source]:
+    """Return the slides that a user names by a URL: a file, a folder of files, or a pack, which is copied."""
+    names = list_files(url)
+    if PACK_DOCUMENT in names:
+        yield from _expand(stage(url), mpp)
+        return
+    slides = [name for name in sorted(names) if "/" not in name and name.lower().endswith(SLIDE_SUFFIXES)]
+    for place in [url] if "" in names else [f"{url.rstrip('/')}/{name}" for name in slides]:
+        path = Path(place.partition("?")[0])
+        if path.suffix.lower() in _SEVERAL_FILES:
+            raise DataError(f"{path.name} is one of several files of a slide: copy them to this machine")
+        yield Source(_clean(path.stem), path, mpp, url=place)
+    if not slides and "" not in names:
+        raise DataError(
+            f"{show_url(url)} holds no slide: files ending in {' '.join(SLIDE_SUFFIXES)} are looked for"
+        )
 
 
 def _read_csv(path: Path, mpp: float | None) -> Iterator[Source]:

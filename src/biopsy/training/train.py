@@ -22,6 +22,7 @@ from biopsy.core.errors import (
     TrainingDiverged,
 )
 from biopsy.core.files import LOCK, NO_SPACE, refuse_inputs, replace_atomic
+from biopsy.core.storage import stage
 from biopsy.data.packs import Pack, is_pack
 from biopsy.data.prepare import prepare
 from biopsy.data.protocols import SUBSETS
@@ -173,10 +174,10 @@ def _follow(path: Path) -> tuple[Run, Pack]:
 
 def open_data(data: Pack | Path | str) -> Pack:
     """Open a pack, or prepare an archive or folder of patches into a pack in the same folder."""
-    if isinstance(data, Pack) or is_pack(data):
-        return Pack.open(data)
-    source = Path(data)
-    if not source.exists() or source.suffix == ".pack":
+    if isinstance(data, Pack):
+        return data
+    source = Path(stage(data))
+    if is_pack(source) or not source.exists() or source.suffix == ".pack":
         return Pack.open(source)
     return prepare(source, source.with_name(f"{source.stem}.pack"))
 
