@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from biopsy.cli.console import log, print_blocks, print_json, print_table
-from biopsy.core.storage import parse_url
 from biopsy.core.text import count, plural
 
 FAILED, SKIPPED = 1, 3
@@ -587,12 +586,16 @@ def _finished(cohort: Any) -> Any:
 
 
 def _slides_document(cohort: Any, options: Options) -> object:
+    from biopsy.core.storage import parse_url
+
     names = ["slide", "source", "n_patches", "mpp", "mpp_source", "positive_mm2", "out_of_distribution"]
     slides = _finished(cohort)[names].to_dict("records")
     return {"out": parse_url(options["out"]) or cohort.out, "slides": slides, "skipped": cohort.failed}
 
 
 def _print_slides(cohort: Any, options: Options) -> None:
+    from biopsy.core.storage import parse_url
+
     rows = [
         [row.slide, int(row.n_patches), float(row.mpp), row.mpp_source, row.positive_mm2]
         for row in _finished(cohort).itertuples()
