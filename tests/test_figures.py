@@ -304,7 +304,7 @@ def test_shorten_keeps_both_ends():
         (lambda: lay_out_sheet([]), DataError, "one patch at least"),
         (lambda: draw_class_sheet([("IDC", [])]), DataError, "no class has a patch"),
         (lambda: draw_network([], input_shape=(3, 4, 4)), RecipeError, "no layer"),
-        (lambda: draw_slide(np.zeros((2, 2, 3)), np.ones((1, 2)), np.ones((2, 1))), DataError, "same slide"),
+        (lambda: draw_slide(np.zeros((2, 2, 3)), np.ones((1, 2)), np.ones((2, 1))), DataError, "equal"),
         (
             lambda: draw_slide(np.zeros((2, 2, 3)), np.ones((1, 1)), np.ones((1, 1)), panels=["err"]),
             DataError,

@@ -275,7 +275,7 @@ def test_wrong_requests_are_refused(cancernet_file, tmp_path, caplog):
         ({"out": tmp_path / "there"}, RunError, "there exists"),
         ({"class_names": ["a"]}, RecipeError, r"cancernet-2020 with class_names=\['a'\] and patch_px=50"),
         ({"class_names": ["a", "a"]}, RecipeError, "two or more"),
-        ({"patch_px": 0}, RecipeError, "patch_px=0: two or more"),
+        ({"patch_px": 0}, RecipeError, "patch_px=0: pass two or more"),
         (
             {"positive": "cancer"},
             RecipeError,
