@@ -14,6 +14,7 @@ from biopsy.core.errors import DataError, DownloadError, MissingExtra
 from biopsy.core.files import LOCK
 from biopsy.core.storage import identify, list_files, parse_url, show_url, stage, staged, uploaded
 from biopsy.data.inspection import inspect
+from biopsy.data.ledger import count_openings, record_opening
 from biopsy.slides.cohorts import slide
 from biopsy.slides.sources import list_sources
 from biopsy.training.train import open_data
@@ -180,6 +181,18 @@ def test_a_pack_by_url_is_the_pack(memory, tmp_path):
         inspect("memory:/data/x.pack", out=tmp_path / "seen")["blocking_issues"]
         == (inspect(pack, out=tmp_path / "seen-too")["blocking_issues"])
     )
+
+
+def test_evaluations_of_a_pack_by_url_are_counted_with_the_run(memory, tmp_path):
+    pack = write_pack(tmp_path)
+    memory.put(str(pack.path), "/data/x.pack", recursive=True)
+    remote = open_data("memory://data/x.pack")
+    (tmp_path / "run").mkdir()
+    entry = {"run": "r", "recipe": "c", "seed": 0, "split": "s", "fold": None, "subset": "test"}
+    assert record_opening(remote, tmp_path / "run", entry).parent == tmp_path / "run"
+    counted = count_openings(remote, split="s", run_dir=tmp_path / "run")
+    assert (counted["times"], counted["kept_with"]) == (1, "run")
+    assert record_opening(pack, tmp_path / "run", entry).parent == pack.path
 
 
 @pytest.mark.slow

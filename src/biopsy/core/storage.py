@@ -131,6 +131,11 @@ def stage(path: Any) -> Any:
     return path if url is None else _kept.enter_context(staged(url))
 
 
+def is_staged(path: Path) -> bool:
+    """Return whether a file or folder is within a copy that this program removes at its end."""
+    return path.resolve().is_relative_to(_staging_folder().resolve())
+
+
 @contextlib.contextmanager
 def uploaded(out: Path | str) -> Iterator[Path]:
     """Yield a local folder for what becomes the remote folder ``out``, and upload it after the block.

@@ -1,7 +1,7 @@
 """Ledger of evaluations: how often a test subset has been evaluated.
 
-The pack's ``ledger.jsonl`` has one JSON line per evaluation, appended under a lock. For a read-only pack the
-ledger is stored with the run, and then lists the evaluations of that run only.
+The pack's ``ledger.jsonl`` has one JSON line per evaluation, appended under a lock. For a read-only or remote
+pack the ledger is stored with the run, and then lists the evaluations of that run only.
 """
 
 import json
@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from biopsy.core.errors import FileFormatError
 from biopsy.core.loaders import open_regular, parse_json, read_bytes, validate
+from biopsy.core.storage import is_staged
 from biopsy.data.packs import Pack
 
 FILE = "ledger.jsonl"
@@ -38,7 +39,7 @@ class _LedgerEntry(BaseModel):
 class OpeningCount(TypedDict):
     """Number of evaluations of a subset.
 
-    ``kept_with`` is ``run`` if the pack was read-only at some time, so that the count may be too low; each of
+    ``kept_with`` is ``run`` if the pack was read-only or remote at some time, so that the count may be too low; each of
     the ``unreadable`` lines may be an evaluation.
     """
 
@@ -52,7 +53,7 @@ def record_opening(pack: Pack, run_dir: Path | str, entry: Mapping[str, object])
     """Record an evaluation of a subset of a pack.
 
     Args:
-        run_dir: The run's folder, used if the pack is read-only.
+        run_dir: The run's folder, used if the pack is read-only or remote.
         entry: ``run, recipe, seed, split, fold, subset`` and ``command``; time, hash of the pack and
             location of the ledger are added.
 
@@ -62,6 +63,8 @@ def record_opening(pack: Pack, run_dir: Path | str, entry: Mapping[str, object])
     line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), **entry}
     line |= {"pack_sha256": pack.info.content_sha256, "kept_with": "pack"}
     try:
+        if is_staged(pack.path):
+            raise PermissionError("it is a temporary copy")
         return _append(pack.path / FILE, line)
     except OSError as error:
         logger.warning(
