@@ -39,8 +39,8 @@ class _LedgerEntry(BaseModel):
 class OpeningCount(TypedDict):
     """Number of evaluations of a subset.
 
-    ``kept_with`` is ``run`` if the pack was read-only or remote at some time, so that the count may be too low; each of
-    the ``unreadable`` lines may be an evaluation.
+    ``kept_with`` is ``run`` if the pack was read-only or remote at some time, so that the count may be too
+    low; each of the ``unreadable`` lines may be an evaluation.
     """
 
     times: int
