@@ -151,9 +151,9 @@ def uploaded(out: Path | str) -> Iterator[Path]:
     if url is None:
         yield Path(out)
         return
-    fs, root = _open(url)
-    if "http" in fs.protocol:
+    if url.startswith("http"):
         raise DataError(f"{show_url(url)} is read only: results can be uploaded to s3://")
+    fs, root = _open(url)
     with _one_error(url):
         is_there = fs.exists(root)
     if is_there:
