@@ -102,7 +102,10 @@ READ = {
 }
 READ |= dict.fromkeys(("train", "study", "sweep"), ("in.pack/patches.npy", "in.pack/patches.parquet"))
 CHANGING = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
-VOLATILE = {"ledger", "times_opened", "seconds", "made", "evaluated", "started", "document_sha256"}
+VOLATILE = {
+    *("ledger", "times_opened", "seconds", "made", "evaluated", "started"),
+    *("document_sha256", "table_sha256"),
+}
 """Values that a second attempt or a second process may change: openings, durations, times, hashes of such
 files."""
 SKIPPED = {MANIFEST, LOCK, "ledger.jsonl"}
