@@ -44,10 +44,10 @@ from biopsy.data.packs import Pack
 from biopsy.evaluation.predict import predict_patches
 from biopsy.models.engine import Engine
 from biopsy.models.inference import open_predictor
-from biopsy.models.runtimes import WORTH_CONVERTING
+from biopsy.models.runtimes import MIN_PATCHES_TO_CONVERT
 from biopsy.training.open_model import open_classifier
 classifier, pack = open_classifier(sys.argv[1]), Pack.open(sys.argv[2])
-predictor = open_predictor(classifier, Engine("cpu"), WORTH_CONVERTING).__enter__()
+predictor = open_predictor(classifier, Engine("cpu"), MIN_PATCHES_TO_CONVERT).__enter__()
 rows, about = np.arange(256), pd.DataFrame({"patch_id": np.arange(256).astype(str)})
 run = lambda: predict_patches(classifier, about, pack.patches[rows], pack.sizes[rows], predictor=predictor)
 run()
