@@ -1,7 +1,7 @@
 """How well does a calibrator fitted on 1, 3, 10 or 25 validation patients serve new patients?
 
 Validation patients are drawn from a population of patients who differ strongly
-(`biopsy.statistics.cohorts.Population`, pooled AUROC .9, 100 patches each), whose probabilities are about
+(`simulated_cohorts.Population`, pooled AUROC .9, 100 patches each), whose probabilities are about
 right. Their scores are then distorted as training distorts them (too sure, class weights, too timid as after
 focal loss, a spread of 1e-4 as before batch normalisation has settled), a calibrator is fitted, and judged on
 200 new patients with the same distortion: mean negative log-likelihood and calibration error (ECE).
@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from biopsy.statistics.cohorts import Cohort, Population
 from scipy.special import logit, softmax
 
 from biopsy.statistics.calibration import calibration_error
 from biopsy.statistics.calibrators import fit_calibrator, mean_nll
+from simulated_cohorts import Cohort, Population
 
 POPULATION = Population(auroc=0.90)
 PATCHES_PER_PATIENT = 100
