@@ -7,7 +7,7 @@ A pack is a folder of ``pack.json`` (metadata), ``patches.npy`` (pixels, memory-
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, Required
@@ -250,6 +250,17 @@ class Pack:
     def __repr__(self) -> str:
         counts = self.info.counts
         return f"<Pack {self.path.name}: {counts['patches']:,} patches of {counts['patients']:,} patients>"
+
+    def pixels_by_id(self) -> Callable[[str], np.ndarray]:
+        """Return a function from a patch id to its pixels without padding, uint8 ``(height, width, 3)``."""
+        rows = {patch_id: row for row, patch_id in enumerate(self.table["patch_id"])}
+
+        def get_patch(patch_id: str) -> np.ndarray:
+            row = rows[patch_id]
+            width, height = self.sizes[row]
+            return self.patches[row, :height, :width]
+
+        return get_patch
 
     @property
     def class_names(self) -> list[str]:

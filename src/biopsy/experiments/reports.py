@@ -1,11 +1,10 @@
 """Reports of runs, studies and evaluations."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import DataError, RunError
@@ -129,7 +128,7 @@ def gather_run(run: Run, *, complete: bool = False) -> RunFacts:
         recipe_toml=recipe_toml(recipe),
         network=_describe_network(recipe, len(pack.class_names)),
         input_shape=(3, side, side),
-        get_patch=_open_patches(pack),
+        get_patch=pack.pixels_by_id(),
         patch_px=pack.info.patch_px,
         mpp=pack.info.mpp,
         audit=_find_audit(pack),
@@ -143,17 +142,6 @@ def _describe_network(recipe: Recipe, n_classes: int) -> list[Any]:
     side = recipe.preprocessing.input_px
     network = build_network(recipe.model.name, n_classes=n_classes, input_px=side, **recipe.model.params)
     return describe(network, side)
-
-
-def _open_patches(pack: Pack) -> Callable[[str], np.ndarray]:
-    rows = {patch_id: row for row, patch_id in enumerate(pack.table["patch_id"])}
-
-    def get_patch(patch_id: str) -> np.ndarray:
-        row = rows[patch_id]
-        width, height = pack.sizes[row]
-        return pack.patches[row, :height, :width]
-
-    return get_patch
 
 
 def _find_audit(pack: Pack) -> dict[str, Any] | None:

@@ -233,13 +233,7 @@ def _open_patches(model: ModelPredictions) -> Callable[[str], np.ndarray] | None
         pack = run.open_pack(verify=False)
     except RunError:
         return None
-    rows = {patch_id: row for row, patch_id in enumerate(pack.table["patch_id"])}
-
-    def get_patch(patch_id: str) -> np.ndarray:
-        width, height = pack.sizes[rows[patch_id]]
-        return pack.patches[rows[patch_id], :height, :width]
-
-    return get_patch
+    return pack.pixels_by_id()
 
 
 def _choose_folder(models: Sequence[ModelPredictions], out: Path | str | None) -> Path:
