@@ -9,6 +9,7 @@ import shapely
 from annotation_files import asap, halo, imagescope
 from biopsy.core.errors import DataError, FileFormatError
 from biopsy.slide_io.annotations import read_annotations
+from refusals import refuses
 
 SQUARE = [(0, 0), (100, 0), (100, 100), (0, 100)]
 INNER = [(20, 20), (60, 20), (60, 60), (20, 60)]
@@ -161,7 +162,7 @@ def test_corners_that_are_none_are_refused_by_region(read, name):
         read(halo(("A", [("Polygon", corners)])))
     with pytest.raises(DataError, match="is a Rectangle of 3 corners"):
         read(halo(("A", [("Rectangle", SQUARE[:3])])))
-    with pytest.raises(DataError, match="corner without numbers X and Y"):
+    with refuses(DataError, "corner", "X", "Y"):
         read(asap(("A", SQUARE)).replace(" X=", " Z="))
 
 

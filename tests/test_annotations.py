@@ -16,6 +16,7 @@ from biopsy.slide_io import annotations
 from biopsy.slide_io.annotations import read_annotations
 from biopsy.slide_io.coverage import share_of_mask, share_of_polygon
 from biopsy.slide_io.outlines import OutlineReader
+from refusals import refuses
 
 SQUARE = [[0, 0], [10, 0], [10, 10], [0, 10], [0, 0]]
 SQUARE_GEOMETRY = {"type": "Polygon", "coordinates": [SQUARE]}
@@ -183,7 +184,7 @@ def star(n_corners, seed=0):
 def test_an_outline_that_crosses_itself_everywhere_is_refused_at_once(write, n_corners):
     path = write([feature(), feature([star(n_corners)])])
     start = time.process_time()
-    with pytest.raises(DataError, match=r"feature 2: outlines cross themselves more than 10,000 times"):
+    with refuses(DataError, "feature 2", "10,000"):
         read_annotations(path)
     assert time.process_time() - start < 10
 
@@ -191,7 +192,7 @@ def test_an_outline_that_crosses_itself_everywhere_is_refused_at_once(write, n_c
 def test_many_outlines_that_cross_themselves_count_together(write):
     features = [feature([star(100, seed)]) for seed in range(20)]
     assert len(read_annotations(write(features[:3])).repaired) == 3
-    with pytest.raises(DataError, match="outlines cross themselves more than"):
+    with refuses(DataError, "10,000"):
         read_annotations(write(features))
 
 
@@ -242,11 +243,11 @@ def test_a_file_that_would_exhaust_the_reader_is_refused(write, what, monkeypatc
 
 
 def test_a_file_that_is_no_geojson_is_refused(write, tmp_path):
-    with pytest.raises(DataError, match="cannot be read as JSON"):
+    with refuses(DataError, "case.geojson", reason="syntax"):
         read_annotations(write("{not json"))
-    with pytest.raises(DataError, match="has no list of features"):
+    with refuses(DataError, "case.geojson", "features"):
         read_annotations(write({"type": "Topology"}))
-    with pytest.raises(DataError, match="does not exist"):
+    with refuses(DataError, "none.geojson", reason="missing"):
         read_annotations(tmp_path / "none.geojson")
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from biopsy.core.errors import ArchiveError, DataError
 from biopsy.data.archives import FolderArchive, ZipArchive, is_junk, open_archive
+from refusals import refuses
 
 FILES = {"b/2.png": b"two" * 100, "a/1.png": b"one", "a/10.png": os.urandom(5000), "notes.txt": b""}
 JUNK = {
@@ -155,35 +156,35 @@ def test_a_damaged_entry_is_named_when_it_is_read(tmp_path):
     path.write_bytes(data)
     archive = open_archive(path)
     bad = archive.entries[1]
-    with pytest.raises(DataError, match="does not match its checksum"):
+    with refuses(DataError, "checksum"):
         archive.read(bad)
     assert bytes(archive.read(archive.entries[0])) == b"one"
     with pytest.raises(DataError, match="the zip's directory"):
         archive.read(bad._replace(offset=bad.offset + 1))
-    with pytest.raises(DataError, match="beyond the end"):
+    with refuses(DataError, "end"):
         archive.read(bad._replace(offset=2**40))
     with pytest.raises(DataError, match="at most 536,870,912 are read"):
         archive.read(bad._replace(size=2**30))
-    with pytest.raises(DataError, match="compressed by method 12"):
+    with refuses(DataError, "method 12"):
         archive.read(bad._replace(method=12))
 
 
 def test_an_entry_that_unpacks_to_more_than_it_says_is_stopped(tmp_path):
     archive = open_archive(write_zip(tmp_path / "x.zip", {"bomb.png": bytes(10**6)}, zipfile.ZIP_DEFLATED))
     entry = archive.entries[0]
-    with pytest.raises(DataError, match="does not unpack to the 1,000 bytes"):
+    with refuses(DataError, "1,000 bytes"):
         archive.read(entry._replace(size=1000))
     data = bytearray(archive.path.read_bytes())
     data[data.index(b"bomb.png") + len("bomb.png")] = 0xFF  # no such block type
     archive.path.write_bytes(data)
-    with pytest.raises(DataError, match="cannot be inflated"):
+    with refuses(DataError, "inflated"):
         open_archive(archive.path).read(entry)
 
 
 def test_a_folder_that_changes_while_it_is_read(tmp_path):
     archive = open_archive(write_folder(tmp_path / "x", FILES))
     (tmp_path / "x/a/1.png").unlink()
-    with pytest.raises(DataError, match="cannot be read: No such file"):
+    with refuses(DataError, "No such file"):
         archive.read(archive.entries[0])
 
 

@@ -16,6 +16,7 @@ from biopsy.data.packs import Pack
 from biopsy.data.protocols import LEAK_PROTOCOLS, PROTOCOLS, Request
 from biopsy.data.splits import check_no_leakage, find_overlap, find_split, load_split, make_split, save_split
 from biopsy.experiments.leakage import make_leak_splits, matched
+from refusals import refuses
 
 MakePack = Callable[..., Pack]
 CANCERNET = {"method": "shuffled-paths", "seed": 42, "train": 0.8, "validation": 0.1}
@@ -129,7 +130,7 @@ def test_without_coordinates_or_another_patient_arms_are_missing(make_pack: Make
     single = np.concatenate([[0, 1] * 12, np.zeros(24, int), np.ones(24, int)])
     two = make_pack("two.pack", n_patients=6, columns={"target": single})
     assert sorted(make_leak_splits(two, "8863", "8865")) == ["leak-apart", "leak-blocked-with", "leak-with"]
-    with pytest.raises(SplitError, match="there is no placebo"):
+    with refuses(SplitError, "placebo"):
         make_split(two, protocol="leak-placebo", test_patients=["8863"], val_patients=["8865"])
 
 
@@ -177,7 +178,7 @@ def test_arms_are_kept_in_the_pack_and_used_by_name(make_pack: MakePack) -> None
         assert (find_split(pack, split.name).subsets(pack) == split.subsets(pack)).all()
         audit = audit_pack(pack, again)
         assert audit["split"]["patients_overlap"] is split.overlap and find_blocking_issues(audit) == []
-    with pytest.raises(SplitError, match="patient 8863 is in train and test"):
+    with refuses(SplitError, "8863", "train", "test"):
         check_no_leakage(pack.group_ids, leak.subsets(pack))
 
 
@@ -186,7 +187,7 @@ def test_an_arm_that_should_not_leak_and_does_is_refused(make_pack: MakePack) ->
     made = make_leak_splits(pack, "8863", "8865")
     apart, leak = made["leak-apart"], made["leak-with"]
     save_split(pack, replace(apart, table=leak.table))
-    with pytest.raises(SplitError, match="patient 8863 is in train and test"):
+    with refuses(SplitError, "8863", "train", "test"):
         load_split(pack, apart.name).subsets(pack)
 
 
@@ -215,12 +216,12 @@ def test_what_cannot_be_measured_is_refused(make_pack: MakePack) -> None:
     with pytest.raises(SplitError, match="patient 8863 has non_idc patches only"):
         make_leak_splits(one_class, "8863", "8865")
     nobody = make_pack("nobody.pack", n_patients=4, columns={"patient_id": None, "slide_id": None})
-    with pytest.raises(SplitError, match="neither patients nor slides"):
+    with refuses(SplitError, "patients", "slides"):
         make_leak_splits(nobody, "8863", "8865")
     scarce = make_pack("scarce.pack", n_patients=3, columns={"target": [0, 1] * 12 + [1] * 12})
     with pytest.raises(SplitError, match=r"3 non_idc patches of 8863 would"):
         make_leak_splits(scarce, "8863", "8865")
-    with pytest.raises(SplitError, match=r"one test patient"):
+    with refuses(SplitError, "test patient"):
         find_split(make_pack(n_patients=3), "leak-with")
 
 

@@ -27,6 +27,7 @@ from biopsy.training.open_model import open_classifier
 from command_line import call
 from conftest import encode_png
 from host_models import ask_host, draw, make_classifier, our_probs
+from refusals import refuses
 
 SLOW = ("vgg16", "timm:resnet10t")  # large, or slow to import
 NETWORKS = [
@@ -191,14 +192,14 @@ def test_order_scale_mean_and_deviation_are_inside(tmp_path):
 def test_no_bundle_is_left_where_parity_fails(trained_run, tmp_path, monkeypatch):
     forward = HostNetwork.forward
     monkeypatch.setattr(HostNetwork, "forward", lambda self, patches: forward(self, patches.flip(1)))
-    with pytest.raises(RunError, match=r"PyTorch and ONNX Runtime differ by .* no bundle was written"):
+    with refuses(RunError, "PyTorch", "ONNX Runtime"):
         export(trained_run, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_parity_that_is_no_number_is_refused():
     known = {"largest_difference": {"one and other": {"probs": float("nan")}}, "tolerance": 1, "n_patches": 2}
-    with pytest.raises(RunError, match="differ by nan"):
+    with refuses(RunError, "nan"):
         bundles._require_parity(known)
 
 
@@ -216,7 +217,7 @@ def test_what_cannot_be_exported_is_refused(trained_run, tmp_path, make_pack):
     with pytest.raises(DataError, match="patches of 32 px"):
         export(trained_run, tmp_path / "bundle", data=large)
     small = make_pack("small.pack", patch_px=8, n_patients=2)
-    with pytest.raises(DataError, match="has no whole patch of 16 px"):
+    with refuses(DataError, "16 px"):
         export(trained_run, tmp_path / "bundle", data=small)
 
 

@@ -22,6 +22,7 @@ from biopsy.reporting.document import Picture, Pictures, Table, Text
 from biopsy.statistics.calibration import ece_floor
 from biopsy.statistics.calibrators import LEFT, MOVED
 from biopsy.statistics.reliability import decompose_brier, estimate_reliability
+from refusals import refuses
 from report_facts import NAMES, estimate_patch_metrics
 from report_facts import make_small_facts as run_facts
 
@@ -197,7 +198,7 @@ def test_figures_hold_the_numbers_they_are_given(facts):
 
 
 def test_figures_refuse_nothing_to_draw():
-    with pytest.raises(MetricError, match="no bins to draw"):
+    with refuses(MetricError, "bins"):
         draw_calibration([])
-    with pytest.raises(MetricError, match="has no threshold"):
+    with refuses(MetricError, "threshold"):
         draw_decision_curve({"thresholds": []})

@@ -21,6 +21,7 @@ from biopsy.statistics.calibrators import (
     fit_calibrator,
     mean_nll,
 )
+from refusals import refuses
 
 FITTED = ("temperature", "platt", "intercept", "isotonic")
 
@@ -291,12 +292,12 @@ def test_probabilities_of_exactly_0_and_1(method):
 def test_what_is_not_finite_is_refused(method, wrong):
     scores, target = draw(20)
     scores[3, 1] = wrong
-    with pytest.raises(MetricError, match="1 patches have scores that are not finite, the first at row 3"):
+    with refuses(MetricError, "1", "finite", "row 3"):
         fit_calibrator(scores, target, method)
 
 
 def test_isotonic_is_for_two_classes_only():
-    with pytest.raises(MetricError, match="is for two classes, found 3: use 'platt'"):
+    with refuses(MetricError, "3", "'platt'"):
         fit_calibrator(np.zeros((4, 3)), [0, 1, 2, 0], "isotonic")
 
 
@@ -315,7 +316,7 @@ def test_shapes_and_targets_are_checked(scores, target, message):
 
 
 def test_an_unknown_method_is_named():
-    with pytest.raises(MetricError, match=r"calibration 'plat' does not exist: .*'platt'"):
+    with refuses(MetricError, "'plat'", "'platt'"):
         fit_calibrator(np.zeros((2, 2)), [0, 1], "plat")
 
 

@@ -28,6 +28,7 @@ from biopsy.slides.cohorts import SlideCohort, slide
 from biopsy.slides.maps import SlideMap
 from command_line import call
 from conftest import abandon
+from refusals import refuses
 from slide_maps import make_classifier, save_classifier
 
 FILES = {"heatmap.tiff", "map.parquet", "overlay.png", "regions.geojson", "summary.json", "tissue.jpg"}
@@ -231,7 +232,7 @@ def test_a_csv_states_an_mpp_for_each_slide(tmp_path, make_slide):
     assert [item["reason"][:12] for item in cohort.failed] == ["b.png has no", f"{tmp_path}"[:12]]
     done = cohort.status.iloc[0]
     assert (done["mpp"], done["mpp_source"]) == (0.5, "stated")
-    with pytest.raises(SlideError, match=r"b\.png has no mpp; pass the scanner's value as --mpp"):
+    with refuses(SlideError, "b.png", "--mpp"):
         slide(make_classifier(), [tmp_path / "b.png"], out=tmp_path / "out")
     assert slide(make_classifier(), tmp_path / "b.png", mpp=0.5).about["mpp"]["source"] == "stated"
 
@@ -265,10 +266,10 @@ def test_slides_of_one_name_are_told_apart(tmp_path, make_slide):
 def test_several_slides_need_a_place_and_slides_must_exist(tmp_path, make_slide):
     with pytest.raises(DataError, match="pass out=DIR"):
         slide(make_classifier(), [make_slide()])
-    with pytest.raises(DataError, match="does not exist"):
+    with refuses(DataError, "none.svs"):
         slide(make_classifier(), tmp_path / "none.svs")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="has no slide"):
+    with refuses(DataError, "empty"):
         slide(make_classifier(), tmp_path / "empty", out=tmp_path / "out")
 
 
@@ -294,7 +295,7 @@ def test_a_pack_becomes_its_slides_again(make_pack, tmp_path):
         summary = json.loads((tmp_path / "out" / slide_map.name / "summary.json").read_text())
         assert summary["annotated"]["n_positive"] == sum(row["target"] for row in rows)
         assert (tmp_path / "out" / slide_map.name / "panels.png").stat().st_size > 1000
-    with pytest.raises(DataError, match="--stride-um is for whole slides"):
+    with refuses(DataError, "--stride-um", "slides"):
         slide(model, [pack.path], out=tmp_path / "other", stride_um=8)
 
 

@@ -8,6 +8,7 @@ from biopsy.core.errors import MetricError
 from biopsy.evaluation.comparison.measure import NETWORKS
 from biopsy.evaluation.comparison.page import ONE_SEED, SHOWN, describe_verdict, draw_differences
 from biopsy.plotting.style import svg
+from refusals import refuses
 
 
 def entry(value, low=None, high=None, reason=None, p=None, p_holm=None, **seeds):
@@ -48,7 +49,7 @@ def test_the_figure_has_a_row_a_metric_and_a_hollow_dot_without_interval():
     low, high = axes.get_xlim()
     assert low < -0.05 and high > 0.05
     assert svg(figure) == svg(draw_differences(made["differences"]))
-    with pytest.raises(MetricError, match="no difference to draw"):
+    with refuses(MetricError, "difference"):
         draw_differences([])
 
 

@@ -8,6 +8,7 @@ from sklearn.metrics import roc_auc_score
 from biopsy.core.errors import MetricError
 from biopsy.statistics.contrasts import contrast_groups
 from biopsy.statistics.resampling import clustered_ratio
+from refusals import refuses
 from report_facts import estimate_patch_metrics
 
 
@@ -137,7 +138,7 @@ def test_a_ratio_is_that_of_the_sums_with_the_jackknife_on_the_log_scale():
 
 
 def test_values_that_do_not_fit_are_refused():
-    with pytest.raises(MetricError, match="not one each of"):
+    with refuses(MetricError, "2", "1"):
         contrast_groups([1.0, 2.0], [True], ["a"], seed=0)
-    with pytest.raises(MetricError, match="not all finite"):
+    with refuses(MetricError, "finite"):
         contrast_groups([1.0, np.nan], [True, False], ["a", "b"], seed=0)

@@ -14,6 +14,7 @@ from biopsy.core.errors import ArchiveError, DataError
 from biopsy.data.archives import open_archive
 from biopsy.data.datasets import DATASETS, find_dataset
 from biopsy.data.prepare import prepare
+from refusals import refuses
 
 TREES = Path(__file__).parent / "trees"
 # tree -> layout, patches, patients, slides, targets in order, official subsets
@@ -202,7 +203,7 @@ def test_pcam_subsets_may_be_absent_but_not_halved(tree, tmp_path):
         {"source": "camelyonpatch_level_2_split_valid_x.h5", "reason": "has no labels (..._y.h5)"}
     ]
     (folder / "camelyonpatch_level_2_split_train_x.h5").unlink()
-    with pytest.raises(ArchiveError, match="holds no subset of PCam with both"):
+    with refuses(ArchiveError, "PCam"):
         prepare(folder, tmp_path / "y.pack")
 
 
@@ -230,7 +231,7 @@ def test_pcam_refusals(tree, tmp_path):
     refuse("names 'x', which it does not hold")
     (folder / "camelyonpatch_level_2_split_test_x.h5.gz").write_bytes(b"gz")
     refuse("test_x.h5.gz must be unpacked first")
-    with pytest.raises(ArchiveError, match="h5 files inside a zip: unpack it"):
+    with refuses(ArchiveError, "h5", "unpack"):
         prepare(zip_folder(TREES / "pcam", tmp_path / "pcam.zip"), tmp_path / "x.pack")
 
 
@@ -411,10 +412,10 @@ def make_tree(root, tops, classes, n=2):
 )
 def test_patients_and_folds_are_not_taken_for_classes(tmp_path, tops, classes):
     folder = make_tree(tmp_path / "x", tops, classes)
-    with pytest.raises(DataError, match=r"likely the classes: sort images into <class>/<patient>/"):
+    with refuses(DataError, "<class>/<patient>/"):
         prepare(folder, tmp_path / "x.pack")
     zipped = zip_folder(folder, tmp_path / "x.zip")
-    with pytest.raises(DataError, match="likely the classes"):
+    with refuses(DataError, "<class>/<patient>/"):
         prepare(zipped, tmp_path / "x.pack")
 
 
@@ -466,13 +467,13 @@ def test_numbers_as_class_names_are_in_order_of_value(tmp_path, make_patches):
 def test_what_no_layout_knows_is_refused_with_what_was_looked_for(tmp_path):
     (tmp_path / "x").mkdir()
     shutil.copy(next((TREES / "classes/adenosis").iterdir()), tmp_path / "x" / "a.png")
-    with pytest.raises(DataError, match=r"no known layout \(it holds 'a.png'\)\. .*idc: images named"):
+    with refuses(DataError, "'a.png'", "idc"):
         prepare(tmp_path / "x", tmp_path / "x.pack")
-    with pytest.raises(DataError, match=r"annotated-slides: slides with a \.geojson of their name"):
+    with refuses(DataError, "annotated-slides", ".geojson"):
         find_dataset(open_archive(tmp_path / "x"))
-    with pytest.raises(DataError, match="did you mean 'annotated-slides'"):
+    with refuses(DataError, "'annotated-slides'"):
         find_dataset(open_archive(tmp_path / "x"), "annotated_slides")
-    with pytest.raises(DataError, match="'idx'; did you mean 'idc'"):
+    with refuses(DataError, "'idx'", "'idc'"):
         find_dataset(open_archive(tmp_path / "x"), "idx")
 
 

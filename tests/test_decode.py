@@ -11,6 +11,7 @@ from PIL import Image
 
 from biopsy.core.errors import DataError
 from biopsy.slide_io.images import decode, read_header
+from refusals import refuses
 
 
 def encode(image, kind, **options):
@@ -104,7 +105,7 @@ def test_a_jpeg_that_decodes_in_part_is_refused(picture, mode, options):
         data[:middle] + bytes(len(data) - middle),
         data[:middle] + np.random.default_rng(1).bytes(len(data) - middle - 2) + data[-2:],
     ):
-        with pytest.raises(DataError, match="cannot be decoded"):
+        with refuses(DataError, "decoded"):
             decode(damaged)
     assert np.array_equal(decode(data + b"more"), by_pillow(data))
 
@@ -116,7 +117,7 @@ def test_a_png_that_decodes_in_part_is_refused(picture, mode):
     flipped = bytearray(data)
     flipped[middle] ^= 0x41
     for damaged in (data[:middle] + data[-12:], data[:middle] + bytes(len(data) - middle), bytes(flipped)):
-        with pytest.raises(DataError, match="cannot be decoded"):
+        with refuses(DataError, "decoded"):
             decode(damaged)
 
 
@@ -130,7 +131,7 @@ def test_a_tiff_that_decodes_in_part_is_refused(picture, compression):
             decode(damaged)
     if compression != "raw":
         zeros = data[: start + n_bytes // 2] + bytes(n_bytes - n_bytes // 2) + data[start + n_bytes :]
-        with pytest.raises(DataError, match="cannot be decoded"):
+        with refuses(DataError, "decoded"):
             decode(zeros)
 
 
@@ -149,7 +150,7 @@ def test_a_header_that_promises_more_pixels_than_there_are_is_refused(picture, n
         struct.pack_into("<HII", tiff, place + 2, 4, 1, n_px)
     for data in (png_header(n_px, n_px) + png[33:], bytes(jpeg), bytes(bitmap), bytes(tiff)):
         assert read_header(data)[:2] == (n_px, n_px)
-        with pytest.raises(DataError, match="cannot be decoded"):
+        with refuses(DataError, "decoded"):
             decode(data)
 
 
@@ -160,14 +161,14 @@ def test_content_of_other_formats_is_no_image_whatever_its_name(picture, kind, m
         data = encode(picture, kind)
     except (KeyError, OSError):
         pytest.skip(f"this Pillow does not write {kind}")
-    with pytest.raises(DataError, match=r"is not an image \(PNG, JPEG, TIFF, BMP or WebP\)"):
+    with refuses(DataError, "PNG", "JPEG", "TIFF", "BMP", "WebP"):
         decode(data)
 
 
 def test_an_animation_is_several_pictures_and_a_transparent_colour_becomes_white(picture):
     other = Image.new("RGB", picture.size)
     for kind in ("PNG", "WEBP", "TIFF"):
-        with pytest.raises(DataError, match="several pages or frames"):
+        with refuses(DataError, "pages", "frames"):
             decode(encode(picture, kind, save_all=True, append_images=[other]))
     pixels = np.zeros((2, 2, 3), np.uint8)
     pixels[0, 0] = 7, 8, 9

@@ -17,6 +17,7 @@ from biopsy.evaluation.evaluate import evaluate
 from biopsy.experiments.reports import report
 from biopsy.statistics.metrics import METRICS
 from biopsy.statistics.thresholds import choose_threshold
+from refusals import refuses
 from tiny_runs import copy_run, train_tiny
 
 NAMES = (
@@ -186,7 +187,7 @@ def test_a_pack_that_cannot_be_written_is_judged_all_the_same(copied, monkeypatc
 
 def test_a_pack_that_moved_is_known_by_its_content(judged, copied, tmp_path):
     moved = shutil.move(copied.open_pack().path, tmp_path / "moved.pack")
-    with pytest.raises(RunError, match=r"was trained on .*own.pack: .* is not a pack"):
+    with refuses(RunError, "own.pack"):
         evaluate(copied)
     found, wanted = evaluate(copied, data=moved), judged.metrics()
     assert {key: found[key] for key in wanted if key != "evaluated"} == {
@@ -201,7 +202,7 @@ def test_a_test_subset_that_validated_is_said(copied):
     assert evaluate(copied)["split"]["test_is_validation"] is False
     edit(copied.path / "run.json", split={**copied.info["split"], "test_is_validation": True})
     assert evaluate(copied.path)["split"]["test_is_validation"] is True
-    with pytest.raises(RunError, match="has no validation subset: as published, it was tuned on its test"):
+    with refuses(RunError, "validation", "test"):
         evaluate(copied.path, subset="validation")
 
 
@@ -239,9 +240,9 @@ def test_a_subset_of_another_packs_split_is_judged(copied, make_pack):
     assert metrics["n_patches"] == (split.subsets(other) == "test").sum() < 48
     assert metrics["split"]["name"] == "patients"
     save_split(other, make_split(other, protocol="folds", n_folds=4))
-    with pytest.raises(RunError, match=r"split 'folds' of tiny.pack has folds"):
+    with refuses(RunError, "'folds'", "tiny.pack"):
         evaluate(copied, data=other, split="folds")
-    with pytest.raises(SplitError, match="has no split 'patient'; did you mean 'patients'"):
+    with refuses(SplitError, "'patient'", "'patients'"):
         evaluate(copied, data=other, split="patient")
 
 
@@ -266,19 +267,19 @@ def test_a_pack_that_does_not_fit_is_refused(copied, make_pack, change, error, m
 
 
 def test_refusals(copied, make_pack):
-    with pytest.raises(RunError, match="subset='train' is unknown: expected 'test' or 'validation'"):
+    with refuses(RunError, "subset='train'", "'test'", "'validation'"):
         evaluate(copied, subset="train")
     with pytest.raises(RunError, match="split='patients'"):
         evaluate(copied, split="patients")
     edit(copied.path / "run.json", status="interrupted")
-    with pytest.raises(RunError, match="is interrupted after 4 of 4 epochs"):
+    with refuses(RunError, "4 of 4 epochs"):
         evaluate(copied.path)
 
 
 def test_a_subset_without_patches_is_refused(make_pack, tmp_path):
     pack = make_pack(n_patients=6, patches_per_patient=4, official_subsets=("train", "validation"))
     run = train_tiny(pack, tmp_path / "run", "train.epochs=1")
-    with pytest.raises(RunError, match=r"'official' has no test patches in tiny.pack: make another"):
+    with refuses(RunError, "'official'", "test", "tiny.pack"):
         evaluate(run)
 
 

@@ -10,6 +10,7 @@ from biopsy.models import fetch as fetching
 from biopsy.models.known_weights import find_weights
 from biopsy.models.weights import locate
 from local_server import BODY
+from refusals import refuses
 
 
 @pytest.fixture
@@ -49,10 +50,10 @@ def test_a_licence_is_accepted_before_anything_is_fetched(known, tmp_path, monke
 
 
 def test_weights_without_an_address_say_where_they_are(tmp_path):
-    with pytest.raises(DownloadError, match=r"no fixed address: get squeezenet_v1.1.* from https://"):
+    with refuses(DownloadError, "squeezenet_v1.1", "https://"):
         fetching.fetch("weights:keras-squeezenet1_1", tmp_path)
 
 
 def test_an_unknown_tag_names_the_nearest(tmp_path):
-    with pytest.raises(RecipeError, match="did you mean 'keras-vgg16'"):
+    with refuses(RecipeError, "'keras-vgg16'"):
         fetching.fetch("weights:keras-vgg19", tmp_path)

@@ -12,6 +12,7 @@ from biopsy.core.errors import DataError, RecipeError, RunError
 from biopsy.models.importers.keras import import_keras, load_keras_into
 from biopsy.models.importers.keras_files import read_keras
 from keras_files import build, keras_layers, make_config, write_all, write_h5, write_keras, write_weights_h5
+from refusals import refuses
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ def test_an_archive_that_leads_out_of_itself_is_refused(tmp_path, name):
     path = write_keras(tmp_path / "a.keras", layers, make_config(layers, input_px=8))
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(name, "{}")
-    with pytest.raises(DataError, match="a name that leads out of it: not read"):
+    with refuses(DataError, name):
         read_keras(path)
 
 
@@ -169,7 +170,7 @@ def test_links_in_an_h5_are_not_followed(tmp_path, link):
         else:
             (tmp_path / "raw").write_bytes(bytes(1024))
             file.create_dataset(place, shape, "f4", external=[(tmp_path / "raw", 0, 1024)])
-    with pytest.raises(DataError, match="links are not followed"):
+    with refuses(DataError, "links"):
         read_keras(path)
 
 
@@ -240,7 +241,7 @@ def test_groups_that_hold_themselves_are_refused(tmp_path):
     path = write_weights_h5(tmp_path / "a.weights.h5", keras_layers(build()))
     with h5py.File(path, "a") as file:
         file["layers/again/layers"] = file["layers"]
-    with pytest.raises(DataError, match=r"twice: it was altered"):
+    with refuses(DataError, "twice"):
         read_keras(path)
 
 
@@ -250,7 +251,7 @@ def test_an_array_in_the_place_of_a_group_is_refused(tmp_path):
         name = next(iter(file["layers"]))
         del file[f"layers/{name}"]
         file.create_dataset(f"layers/{name}", shape=(10**6, 10**6), dtype="f4", chunks=(100, 100))
-    with pytest.raises(DataError, match="as an array where a group is expected"):
+    with refuses(DataError, "array", "group"):
         read_keras(path)
 
 

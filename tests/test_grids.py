@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from biopsy.core.errors import SlideError
 from biopsy.slides.grids import PatchGrid, cut_blocks, lay_grid, pick_stride
+from refusals import refuses
 
 
 def lay(tissue, *, patch_px=10, stride_px=None, scale=2.0, size=(300, 200)):
@@ -106,7 +107,7 @@ def test_a_block_is_bounded_whatever_the_slide(downsample, sides):
 def test_strides_cut_a_patch_into_equal_parts():
     assert pick_stride(50, 4.0, None) == 50
     assert [pick_stride(50, 4.0, um) for um in (200.0, 100, 40, 4)] == [50, 25, 10, 1]
-    with pytest.raises(SlideError, match=r"stride_um=150 .* 200 um into equal parts .* 40, 100, 200 um"):
+    with refuses(SlideError, "stride_um=150", "200 um", "40, 100, 200 um"):
         pick_stride(50, 4.0, 150.0)
 
 

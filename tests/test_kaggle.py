@@ -13,6 +13,7 @@ from biopsy.core.errors import DataError, DownloadError, MissingExtra
 from biopsy.data.datasets.base import KaggleData, RemoteFile, Source
 from biopsy.data.download import describe, fetch, fetch_source, find_source, needed_bytes
 from local_server import QUICK, Disk, data_file, names
+from refusals import refuses
 
 SOURCES = ("hcd", "idc", "pcam")
 
@@ -36,7 +37,7 @@ def kaggle_source(kind: str = "dataset", files: tuple[RemoteFile, ...] = ()) -> 
 
 def test_without_kagglehub_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "kagglehub", None)
-    with pytest.raises(MissingExtra, match="Kaggle needs the extra 'fetch'"):
+    with refuses(MissingExtra, "Kaggle", "'fetch'"):
         fetch("idc", tmp_path / "idc")
     assert not (tmp_path / "idc").exists()
 
@@ -85,7 +86,7 @@ def test_missing_credentials_become_one_clear_line(kagglehub, tmp_path, failure)
         raise error
 
     kagglehub.competition_download = refuse
-    with pytest.raises(DownloadError, match=r"refused .*accept the rules at .*/rules.*API token") as caught:
+    with refuses(DownloadError, "/rules", "API token") as caught:
         fetch_source(kaggle_source("competition"), tmp_path)
     assert "\n" not in str(caught.value)
     assert os.environ["KAGGLEHUB_CACHE"] == "as before"
@@ -99,7 +100,7 @@ def test_another_failure_of_kaggle_keeps_what_came(kagglehub, tmp_path):
         raise ConnectionError("reset by peer")
 
     kagglehub.dataset_download = drop
-    with pytest.raises(DownloadError, match=r"reset by peer\); fetch again to"):
+    with refuses(DownloadError, "reset by peer", "fetch again"):
         fetch_source(kaggle_source(), tmp_path)
     assert (tmp_path / ".biopsy-kagglehub" / "1.archive").read_bytes() == b"half"
     assert not (tmp_path / "patches").exists()
@@ -115,7 +116,7 @@ def test_kaggle_needs_room_too(kagglehub, tmp_path, monkeypatch):
 
 
 def test_an_unknown_name_gets_the_nearest():
-    with pytest.raises(DataError, match="no data set 'pcan' to fetch; did you mean 'pcam'"):
+    with refuses(DataError, "'pcan'", "'pcam'"):
         fetch("pcan", "unused")
 
 

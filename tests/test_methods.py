@@ -14,6 +14,7 @@ from biopsy.evaluation.explanation.methods.gradients import COMPLETE_WITHIN, int
 from biopsy.evaluation.explanation.methods.layers import find_last_maps, find_layer
 from biopsy.evaluation.explanation.methods.occlusion import occlude
 from biopsy.models.networks import build_network, list_networks
+from refusals import refuses
 from test_explanation import CPU, PX, draw_patches, make_classifier, make_linear, make_network
 
 LIBRARIES = [
@@ -72,7 +73,7 @@ def test_a_transformer_is_explained_by_what_needs_no_maps(monkeypatch):
     for method in ("saliency", "integrated_gradients", "occlusion"):
         maps = explain_patches(classifier, draw_patches(1, 32), method=method, engine=CPU).maps
         assert np.abs(maps).max() > 0
-    with pytest.raises(RecipeError, match=r"works on tokens: .*integrated_gradients"):
+    with refuses(RecipeError, "tokens", "integrated_gradients"):
         explain_patches(classifier, draw_patches(1, 32), method="grad_cam", engine=CPU)
 
 
@@ -125,7 +126,7 @@ def test_grad_cam_of_any_layer_and_not_without_maps():
     ):
         with pytest.raises(RecipeError, match=said):
             explain_patches(classifier, draw_patches(1), method="grad_cam", engine=CPU, **asked)
-    with pytest.raises(RecipeError, match=r"the network has none: .*integrated_gradients"):
+    with refuses(RecipeError, "integrated_gradients"):
         explain_patches(make_classifier(make_linear(), input_px=8), draw_patches(1, 8), method="grad_cam")
 
 

@@ -19,6 +19,7 @@ from biopsy.statistics.calibration import (
 )
 from biopsy.statistics.metrics import METRICS, measure
 from biopsy.statistics.weighted_counts import sort_scores
+from refusals import refuses
 from report_facts import reliability_bins
 
 NAMES_IN_METRICS_JSON = (
@@ -264,10 +265,10 @@ def test_values_that_allow_no_metric_are_refused(target, prob, message):
 
 
 def test_patches_without_a_patient_are_refused():
-    with pytest.raises(MetricError, match="1 group ids for 2 patches"):
+    with refuses(MetricError, "1 group", "2 patches"):
         sort_scores([0, 1], [0.2, 0.3], group_ids=["a", None])
 
 
 def test_an_unknown_metric_names_the_nearest():
-    with pytest.raises(MetricError, match="did you mean 'auroc'"):
+    with refuses(MetricError, "'auroc'"):
         measure(sort_scores([0, 1], [0.2, 0.3]).count(), ["auroc1"])

@@ -33,6 +33,7 @@ from biopsy.training.runs import Run
 from biopsy.training.study import Study
 from command_line import call
 from conftest import write_pack
+from refusals import refuses
 from report_facts import Page
 from test_paired import draw_pair
 
@@ -356,7 +357,7 @@ def test_more_than_two_classes_are_compared_by_their_own_registrations(tmp_path)
     assert entries["accuracy"]["value"] == pytest.approx(right[1] - right[0])
     assert found["models"][1]["patch"]["accuracy"]["low"] is not None
     assert "accuracy of run1" in (tmp_path / "out" / "report.html").read_text()
-    with pytest.raises(MetricError, match="metric 'sensitivity' does not exist"):
+    with refuses(MetricError, "'sensitivity'"):
         biopsy.compare(runs, metric="sensitivity")
 
 
@@ -385,28 +386,24 @@ def test_refusals(pack, pair, tmp_path):
     (weak, strong), (first, _) = pair
     half = np.arange(len(pack) // 2 + 8)
     part = write_run(tmp_path / "part", pack, half, first[half], split="folds", fold=1)
-    with pytest.raises(
-        RunError,
-        match=r"weak was tested on 144 patches \(split patients\) and part on 80 \(split folds, fold 1\), "
-        "of which they share 80",
-    ):
+    with refuses(RunError, "weak", "144", "split patients", "part", "split folds, fold 1", "share 80"):
         biopsy.compare([weak, part])
     other = write_pack(tmp_path, "other.pack", n_patients=9, patches_per_patient=16, seed=5)
     stranger = write_run(tmp_path / "stranger", other, np.arange(len(other)), first)
-    with pytest.raises(RunError, match=r"weak was tested on tiny.pack \(\w{12}\) and stranger on other.pack"):
+    with refuses(RunError, "weak", "tiny.pack", "stranger", "other.pack"):
         biopsy.compare([weak, stranger])
-    with pytest.raises(RunError, match="a comparison needs two or more runs or studies"):
+    with refuses(RunError, "two", "runs or studies"):
         biopsy.compare(weak)
-    with pytest.raises(RunError, match="nothing to compare"):
+    with refuses(RunError, "nothing"):
         biopsy.compare([])
-    with pytest.raises(MetricError, match="metric 'auc' does not exist: did you mean 'auroc'"):
+    with refuses(MetricError, "'auc'", "'auroc'"):
         biopsy.compare([weak, strong], metric="auc")
     with pytest.raises(RunError, match="found 3"):
         biopsy.compare([weak, strong, weak], plan=True)
-    with pytest.raises(MetricError, match="does not vary"):
+    with refuses(MetricError, "vary"):
         biopsy.compare([weak, weak], plan=True)
     (strong.path / "predictions" / "test.parquet").rename(tmp_path / "away.parquet")
-    with pytest.raises(RunError, match=r"test.parquet does not exist: make it with `biopsy evaluate"):
+    with refuses(RunError, "test.parquet", "biopsy evaluate"):
         biopsy.compare([weak, strong])
     (tmp_path / "away.parquet").rename(strong.path / "predictions" / "test.parquet")
     with pytest.raises(RunError, match=r"is not a run"):
@@ -418,16 +415,14 @@ def test_refusals(pack, pair, tmp_path):
     done = call("compare", str(weak.path), str(part.path))
     assert done.exit_code == 1 and done.stderr.count("\n") == 1 and not done.stdout
     few = write_run(tmp_path / "few", pack, half[:64], first[:64])
-    with pytest.raises(MetricError, match=r"only 4 patients with positive patches"):
+    with refuses(MetricError, "4 patients with positive patches"):
         biopsy.compare(few, plan=True)
 
 
 def test_a_sweep_or_reproduction_is_refused_with_its_runs_named(pack, tmp_path):
     made = write_study(tmp_path / "sweep", pack, {0: draw_prob(pack, 0)}, question="a grid of settings")
     (made.path / "predictions.parquet").unlink()
-    with pytest.raises(
-        RunError, match=r"another kind \(a grid of settings\).*compare its runs, such as .*f0-s0"
-    ):
+    with refuses(RunError, "f0-s0", "grid"):
         biopsy.compare([made, made])
 
 
@@ -438,6 +433,6 @@ def test_a_difference_there_is_is_found_and_said():
     found = subtract(*samples)["auroc"]
     assert found.p < 0.001 and found.interval.low > 0
     assert subtract(samples[1], samples[0])["auroc"].p == pytest.approx(found.p)
-    with pytest.raises(MetricError, match="not of the same patients"):
+    with refuses(MetricError, "same patients"):
         alone = sort_scores(target[:50], first[:50])
         subtract(samples[0], sample_seeds([alone], Resampler(50), names=["auroc"]))

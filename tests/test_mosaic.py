@@ -5,6 +5,7 @@ import pytest
 
 from biopsy.core.errors import DataError
 from biopsy.slide_io.mosaic import stitch, stitch_values
+from refusals import refuses
 
 
 def cut(slide: np.ndarray, patch_px: int, offset: int = 1) -> tuple[list[np.ndarray], list[int], list[int]]:
@@ -67,15 +68,15 @@ def test_overlapping_patches_average():
 
 def test_refusals_name_the_fault():
     patch = np.zeros((50, 50, 3), np.uint8)
-    with pytest.raises(DataError, match="1 of 2 patches have no coordinates"):
+    with refuses(DataError, "1 of 2", "coordinates"):
         stitch([patch, patch], [1, np.nan], [1, 51], patch_px=50)
     with pytest.raises(DataError, match="1 patches have 2 coordinates"):
         stitch([patch], [1, 51], [1, 1], patch_px=50)
-    with pytest.raises(DataError, match="more patches than the 1 coordinates"):
+    with refuses(DataError, "1 coordinates"):
         stitch([patch, patch], [1], [1], patch_px=50)
     with pytest.raises(DataError, match=r"20,050 x 20,050 pixels; pass a scale below 1"):
         stitch([patch, patch], [0, 20_000], [0, 20_000], patch_px=50)
-    with pytest.raises(DataError, match=r"scale 2 is not in \(0, 1\]"):
+    with refuses(DataError, "scale 2", "(0, 1]"):
         stitch([patch], [1], [1], patch_px=50, scale=2)
     with pytest.raises(DataError, match="2 values have 1 coordinates"):
         stitch_values([1.0, 2.0], [1], [1], patch_px=50)

@@ -16,6 +16,7 @@ from biopsy.models.networks import (
 )
 from biopsy.models.networks.layers import BatchNorm1d, BatchNorm2d, Dropout, FlattenChannelsLast, OneLogit
 from biopsy.models.weight_files import fill_network
+from refusals import refuses
 
 NAMES = list_networks()
 
@@ -142,7 +143,7 @@ def test_what_the_authors_left_open_are_parameters():
     assert [row.output_shape[0] for row in describe(three, 50) if row.type == "MaxPool2d"] == [64, 128, 128]
     with pytest.raises(RecipeError, match="at least 2 convolutions"):
         build_network("baruah", n_classes=2, input_px=50, n_convolutions=1)
-    with pytest.raises(RecipeError, match="has no stage"):
+    with refuses(RecipeError, "stage"):
         build_network("dabydeen_hedges", n_classes=2, input_px=50, widths=[])
 
 
@@ -269,9 +270,9 @@ def test_dropout_follows_the_global_seed_and_passes_gradients():
 
 
 def test_unknown_names_are_refused_with_the_nearest():
-    with pytest.raises(RecipeError, match="did you mean 'cancernet'"):
+    with refuses(RecipeError, "'cancernet'"):
         build_network("cancer-net", n_classes=2, input_px=48)
-    with pytest.raises(RecipeError, match="has no parameter 'droput'; did you mean 'dropout'"):
+    with refuses(RecipeError, "'droput'", "'dropout'"):
         build_network("residual", n_classes=2, input_px=48, droput=0.1)
     with pytest.raises(RecipeError, match="unknown network 'vgg'"):
         network_parameters("vgg")

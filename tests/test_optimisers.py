@@ -14,6 +14,7 @@ from biopsy.training.optimisers import (
     make_optimiser,
     set_learning_rate,
 )
+from refusals import refuses
 
 GRADIENTS = np.random.default_rng(0).normal(0, [1e-4, 1e-2, 1, 0], (10, 4))  # the last weight gets none
 START = np.array([0.5, -0.2, 0.1, 0.3])
@@ -159,16 +160,16 @@ def test_plateau_waits_as_keras_does():
 
 def test_refusals():
     params = [nn.Parameter(torch.zeros(1))]
-    with pytest.raises(RecipeError, match="no optimiser is called 'adgrad'; did you mean 'adagrad'"):
+    with refuses(RecipeError, "'adgrad'", "'adagrad'"):
         make_optimiser("adgrad", params, 0.1)
     with pytest.raises(RecipeError, match="unfreeze"):
         make_optimiser("adam", [torch.zeros(1)], 0.1)
-    with pytest.raises(RecipeError, match=r"'adam' takes no momentum=0\.9"):
+    with refuses(RecipeError, "'adam'", "momentum=0.9"):
         make_optimiser("adam", params, 0.1, momentum=0.9)
     for name in ("rmsprop", "rmsprop-keras2"):
         with pytest.raises(RecipeError, match="takes no weight_decay"):
             make_optimiser(name, params, 0.1, weight_decay=0.1)
-    with pytest.raises(RecipeError, match="did you mean 'cosine'"):
+    with refuses(RecipeError, "'cosine'"):
         learning_rate(0, lr=0.1, schedule="cosin")
     with pytest.raises(RecipeError, match="needs total_steps"):
         learning_rate(0, lr=0.1, schedule="cosine")

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from biopsy.core.errors import DataError
 from biopsy.plotting.patches import ALPHA, COLOURS, Overlay, draw_overlays, scale_maps, superimpose
 from biopsy.plotting.style import svg
+from refusals import refuses
 
 LUMA = np.array([0.299, 0.587, 0.114])
 PATCH = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
@@ -89,9 +90,9 @@ def test_a_sheet_shows_each_patch_and_its_maps():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(DataError, match=r"a map of \(7, 9\) does not fit a patch of \(9, 7\)"):
+    with refuses(DataError, "(7, 9)", "(9, 7)"):
         superimpose(PATCH, np.zeros((7, 9)))
-    with pytest.raises(DataError, match="1 rows do not have 2 maps each"):
+    with refuses(DataError, "1 rows", "2 maps"):
         draw_overlays([Overlay("a", PATCH, np.zeros((1, 9, 7)))], ["one", "two"])
     with pytest.raises(DataError, match="0 rows"):
         draw_overlays([], ["one"])

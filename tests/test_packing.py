@@ -18,6 +18,7 @@ from biopsy.core.errors import ArchiveError, DataError, PackError
 from biopsy.data import packing
 from biopsy.data.packs import Pack, pad
 from biopsy.data.prepare import prepare
+from refusals import refuses
 
 
 def add(path, name, data):
@@ -201,14 +202,12 @@ def test_nothing_readable_is_an_error_and_leaves_nothing(tmp_path):
     for data in (b"no", encode(Image.effect_noise((16, 16), 9).convert("RGB"))[:150]):
         source.unlink()
         add(source, "8863/0/8863_idx5_x1_y1_class0.png", data)
-        with pytest.raises(
-            DataError, match=r"no patch can be read: 1 skipped, 8863/0/8863_idx5_x1_y1_class0.png "
-        ):
+        with refuses(DataError, "1 skipped", "8863/0/8863_idx5_x1_y1_class0.png"):
             prepare(source, tmp_path / "out" / "x.pack")
     assert not list((tmp_path / "out").iterdir())
     source.unlink()
     add(source, "8863/0/8863_idx5_x1_y1_class1.png", b"no")
-    with pytest.raises(DataError, match=r"in the folder of class 0"):
+    with refuses(DataError, "class 0"):
         prepare(source, tmp_path / "x.pack")
 
 
@@ -220,7 +219,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(make_idc_zip, tmp_path, monk
     monkeypatch.setattr(
         *{"pixels": (packing, "_write_header"), "table": (packing, "finish_pack")}[stage], fail
     )
-    with pytest.raises(DataError, match=r"the disk at"):
+    with refuses(DataError, tmp_path / "out"):
         prepare(make_idc_zip(), tmp_path / "out" / "x.pack")
     assert not list((tmp_path / "out").iterdir())
 
@@ -251,11 +250,9 @@ def test_a_finished_pack_is_used_again_and_nothing_is_overwritten(make_idc_zip, 
     before = (out / "pack.json").stat().st_mtime_ns
     again = prepare(source, out)
     assert (again.info.origin["made"], (out / "pack.json").stat().st_mtime_ns) == (made, before)
-    with pytest.raises(
-        PackError, match=r"is a pack of another source or other options: choose another --out"
-    ):
+    with refuses(PackError, "x.pack", "--out"):
         prepare(source, out, mpp=0.5)
-    with pytest.raises(PackError, match="is a pack of another source"):
+    with refuses(PackError, "x.pack", "--out"):
         prepare(make_idc_zip("other.zip", seed=1), out)
     with pytest.raises(DataError, match="a pack"):
         prepare(out, tmp_path / "y.pack")
@@ -264,7 +261,7 @@ def test_a_finished_pack_is_used_again_and_nothing_is_overwritten(make_idc_zip, 
     shutil.rmtree(tmp_path / "mine")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(DataError, match="exists and is not a pack"):
+    with refuses(DataError, "mine", "pack"):
         prepare(source, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
@@ -331,7 +328,7 @@ def test_two_classes_without_a_known_positive_one_ask(make_patches, tmp_path):
     for name in ("luminal", "basal"):
         (tmp_path / "x" / name).mkdir(parents=True)
         (tmp_path / "x" / name / "1.png").write_bytes(encode(Image.new("RGB", (4, 4))))
-    with pytest.raises(DataError, match="basal and luminal"):
+    with refuses(DataError, "basal", "luminal"):
         prepare(tmp_path / "x", tmp_path / "x.pack")
     assert prepare(tmp_path / "x", tmp_path / "x.pack", positive=["basal"]).positive_index == 0
 
@@ -341,6 +338,6 @@ def test_wrong_values_are_refused(make_idc_zip, tmp_path):
     for mpp in (0, -1.0, float("nan")):
         with pytest.raises(DataError, match="between"):
             prepare(source, tmp_path / "x.pack", mpp=mpp)
-    with pytest.raises(ArchiveError, match="does not exist"):
+    with refuses(ArchiveError, "nothing.zip"):
         prepare(tmp_path / "nothing.zip", tmp_path / "x.pack")
     assert not (tmp_path / "x.pack").exists()

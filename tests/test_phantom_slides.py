@@ -13,6 +13,7 @@ from shapely.geometry import box, shape
 from biopsy.core.errors import DataError
 from biopsy.phantom.slides import make_phantom_slide, plan_painter
 from biopsy.slide_io.reader import open_slide
+from refusals import refuses
 
 SIZE = {"width": 400, "height": 320, "mpp": 2.0}
 
@@ -139,11 +140,9 @@ def test_an_svs_says_what_aperios_say(folder):
 
 
 def test_refusals(folder):
-    with pytest.raises(DataError, match="width, height, mpp and n_sections above 0"):
+    with refuses(DataError, "width", "height", "mpp", "n_sections"):
         make_phantom_slide(folder / "a.tiff", seed=0, width=0, height=10, mpp=1.0)
-    with pytest.raises(
-        DataError, match=r"2 sections of .* do not fit on a slide of 800 x 640 um; ask for less"
-    ):
+    with refuses(DataError, "2 sections", "800 x 640 um"):
         make_phantom_slide(folder / "a.tiff", seed=0, **SIZE, tissue_mm2=5.0, n_sections=2)
 
 

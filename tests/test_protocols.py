@@ -13,6 +13,7 @@ from biopsy.data.packs import Pack
 from biopsy.data.protocols import PROTOCOLS, Request, follow_recipe, read_cases
 from biopsy.data.splits import find_split, load_split, make_split, save_split
 from biopsy.data.splits import split as split_pack
+from refusals import refuses
 
 MakePack = Callable[..., Pack]
 BARUAH = {
@@ -31,7 +32,7 @@ def patients_of(pack: Pack, subsets: np.ndarray, subset: str) -> set[str]:
 
 
 def test_leave_one_out_over_all_of_two_patients_leaves_none_to_train(make_pack: MakePack) -> None:
-    with pytest.raises(SplitError, match="no patches are left for train of fold 0"):
+    with refuses(SplitError, "train", "fold 0"):
         make_split(make_pack(n_patients=2), protocol="leave-one-out")
 
 
@@ -67,7 +68,7 @@ def test_leaving_out_a_slide_leaves_out_its_patient(make_pack: MakePack) -> None
         "per_class": {"non_idc": 6, "idc": 6},
         "groups_per_class": {"non_idc": 2, "idc": 2},
     }
-    with pytest.raises(SplitError, match="no patches are left for validation of fold 0"):
+    with refuses(SplitError, "validation", "fold 0"):
         make_split(pack, protocol="leave-one-out", unit="slide", test_patients=("8863a", "8863b"))
 
 
@@ -82,7 +83,7 @@ def test_sites(make_pack: MakePack) -> None:
     assert len(patients_of(pack, named, "validation")) == 1
     both = make_split(pack, protocol="site", test_patients=("west",), val_patients=("south",)).subsets(pack)
     assert set(sites[both == "validation"]) == {"south"}
-    with pytest.raises(SplitError, match="no site is called 'wset'; did you mean 'west'"):
+    with refuses(SplitError, "'wset'", "'west'"):
         make_split(pack, protocol="site", test_patients=("wset",))
 
 
@@ -112,7 +113,7 @@ def test_own_subsets_with_no_test_subset_are_kept_and_said(make_pack: MakePack) 
 
 def test_own_subsets_that_leak_are_refused(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=4, columns={"official_subset": ["train", "validation", "test"] * 16})
-    with pytest.raises(SplitError, match=r"patient 8863 is in train and validation and test \(and 3 more"):
+    with refuses(SplitError, "8863", "train", "validation", "test", "3 more"):
         make_split(pack, protocol="official")
 
 
@@ -174,10 +175,10 @@ def test_bad_lists_of_cases(make_pack: MakePack, tmp_path: Path) -> None:
     pack = make_pack(n_patients=4)
     folder = write_lists(tmp_path / "lists")
     (folder / "cases_val.txt").write_text("8863")
-    with pytest.raises(SplitError, match="case 8863 is listed in train and in validation"):
+    with refuses(SplitError, "8863", "train", "validation"):
         read_cases(folder)
     (folder / "cases_val.txt").unlink()
-    with pytest.raises(SplitError, match=r"cases_val.txt was not found"):
+    with refuses(SplitError, "cases_val.txt"):
         read_cases(folder)
     for text, message in [
         ("case_id,split\n1,training\n2,left", "'left'"),
@@ -189,7 +190,7 @@ def test_bad_lists_of_cases(make_pack: MakePack, tmp_path: Path) -> None:
         (tmp_path / "cases.csv").write_text(text)
         with pytest.raises(SplitError, match=message):
             make_split(pack, protocol="official", cases=tmp_path / "cases.csv")
-    with pytest.raises(SplitError, match="does not exist"):
+    with refuses(SplitError, "absent.csv"):
         read_cases(tmp_path / "absent.csv")
 
 
@@ -269,9 +270,9 @@ def test_what_tests_may_validate_where_it_was_published_so(make_pack: MakePack) 
         assert set(made.subsets(pack)) <= {"train", "test", ""}
     assert split.parameters["warnings"] == [] and split.parameters["taken"] == 72
     assert not make_split(pack, protocol="as-published", recipe=CANCERNET).test_is_validation
-    with pytest.raises(SplitError, match="'first-files' needs count, test and seed; 'test' is missing"):
+    with refuses(SplitError, "'first-files'", "count", "'test'"):
         make_split(pack, protocol="as-published", recipe={"method": "first-files", "count": 5})
-    with pytest.raises(SplitError, match="no patches are left for validation"):
+    with refuses(SplitError, "validation"):
         make_split(pack, protocol="as-published", recipe=BARUAH | {"test_is_validation": False})
 
 

@@ -16,6 +16,7 @@ from biopsy.core.ray_engine import MAX_RETRIES, TaskLost, check_engine, run_task
 from biopsy.experiments.folds import study
 from biopsy.experiments.sweeps import sweep
 from biopsy.slides.cohorts import slide
+from refusals import refuses
 from slide_maps import save_classifier
 from tiny_runs import TINY
 
@@ -150,5 +151,5 @@ def test_an_error_of_a_task_is_that_of_the_command(cluster):
 
         return work
 
-    with pytest.raises(DataError, match="a cannot be read"):
+    with refuses(DataError, "a "):
         list(run_tasks(prepare, ["a"], address=cluster.address, device="cpu"))

@@ -17,6 +17,7 @@ from biopsy.slide_io.images import IMAGE_SUFFIXES
 from biopsy.slide_io.reader import open_slide
 from conftest import draw_slide
 from dicom_files import write_dicom
+from refusals import refuses
 
 
 @pytest.fixture
@@ -154,9 +155,7 @@ def test_slightly_coarse_slides_are_enlarged_and_coarse_ones_refused(slide):
     enlarged = slide.read_at(200, 200, 90, 60, mpp=0.4)
     assert enlarged.shape == (60, 90, 3)
     assert enlarged.mean() == pytest.approx(slide.read(200, 200, 72, 48).mean(), abs=1)
-    with pytest.raises(
-        SlideError, match=r"trained at 0.30 um/px, level 0 of slide.tiff is 0.50 um/px: too coarse"
-    ):
+    with refuses(SlideError, "0.30 um/px", "slide.tiff", "0.50 um/px"):
         slide.read_at(0, 0, 10, 10, mpp=0.3)
 
 
@@ -184,7 +183,7 @@ def test_an_overview_of_a_wide_level_decodes_each_tile_a_few_times_only(make_sli
         assert all(width < 500 and height > 200 for _, _, _, width, height in n_read[:6])
         assert np.abs(blocks.astype(int) - whole).max() <= 3
         monkeypatch.setattr("biopsy.slide_io.reader.MAX_OVERVIEW_PX", 1_000_000)
-        with pytest.raises(SlideError, match=r"no smaller level than 2,000 x 600 pixels.*a pyramidal TIFF"):
+        with refuses(SlideError, "2,000 x 600", "pyramidal TIFF"):
             slide.thumbnail(500)
         assert slide.read(0, 0, 5, 5).shape == (5, 5, 3)
 
@@ -233,7 +232,7 @@ def test_a_tile_that_fails_is_tried_again():
 def test_plain_images_need_a_stated_mpp(tmp_path, suffix):
     path, image = tmp_path / f"a{suffix}", draw_slide()
     Image.fromarray(image).save(path, quality=95, lossless=True)
-    with pytest.raises(SlideError, match="has no mpp; pass"):
+    with refuses(SlideError, path.name, "--mpp"):
         open_slide(path)
     with open_slide(path, mpp=0.5) as slide:
         kind = {".tif": "tiff", ".jpg": "jpeg"}.get(suffix, suffix[1:])
@@ -251,7 +250,7 @@ def test_a_plain_tiff_may_say_its_mpp(tmp_path):
         with open_slide(path) as slide:
             assert (slide.mpp, slide.mpp_source) == (pytest.approx(0.5), "slide")
     tifffile.imwrite(path, draw_slide(), resolution=(300, 300), resolutionunit="INCH")
-    with pytest.raises(SlideError, match=r"84.67 um/px, 300 dots an inch"):
+    with refuses(SlideError, "84.67 um/px", "300 dots"):
         open_slide(path)
 
 
@@ -295,10 +294,10 @@ def test_dicom_is_read_whole(tmp_path):
 
 
 def test_unreadable_files_are_named(tmp_path, make_slide, monkeypatch):
-    with pytest.raises(SlideError, match=r"gone.svs does not exist"):
+    with refuses(SlideError, "gone.svs"):
         open_slide(tmp_path / "gone.svs")
     (tmp_path / "text.svs").write_text("no slide")
-    with pytest.raises(SlideError, match=r"text.svs is not an image"):
+    with refuses(SlideError, "text.svs", "image"):
         open_slide(tmp_path / "text.svs")
     os.mkfifo(tmp_path / "pipe.svs")
     (tmp_path / "link.svs").symlink_to(tmp_path / "gone.svs")
@@ -314,7 +313,7 @@ def test_unreadable_files_are_named(tmp_path, make_slide, monkeypatch):
             open_slide(path)
     Image.fromarray(draw_slide()).save(tmp_path / "large.png")
     monkeypatch.setattr(backends, "MAX_IMAGE_PX", 1000)
-    with pytest.raises(SlideError, match=r"large.png is 600 x 400 pixels.* save it as a pyramidal TIFF"):
+    with refuses(SlideError, "large.png", "600 x 400", "pyramidal TIFF"):
         open_slide(tmp_path / "large.png", mpp=0.5)
 
 
@@ -376,7 +375,7 @@ def test_tiled_pixels_with_certain_rgb_are_read(tmp_path, name):
 
 def test_a_tile_too_large_to_decode_is_refused(tmp_path, monkeypatch, make_slide):
     monkeypatch.setattr(backends, "MAX_TILE_PX", 100 * 100)
-    with pytest.raises(SlideError, match="has tiles of 128 x 128 pixels"):
+    with refuses(SlideError, "128 x 128"):
         open_slide(make_slide(tile_px=128))
 
 
@@ -391,7 +390,7 @@ def test_damaged_tiles_are_named(make_slide, tmp_path):
     with open_slide(damaged) as slide:
         slide.read(0, 0, 60, 60)
         for _ in range(2):
-            with pytest.raises(SlideError, match=r"damaged.tiff is damaged near x=64, y=64 of level 0"):
+            with refuses(SlideError, "damaged.tiff", "x=64, y=64", "level 0"):
                 slide.read(0, 0, 200, 200)
 
 
@@ -415,7 +414,7 @@ def test_real_slides(data_dir):
         )
         assert slide.thumbnail(512).shape == (512, 383, 3)
     tcga = data_dir / "wsi" / "tcga-cr-7395-01a-01-ts1.svs"
-    with pytest.raises(SlideError, match=r"tcga-cr-7395-01a-01-ts1.svs has no mpp; pass .* --mpp"):
+    with refuses(SlideError, "tcga-cr-7395-01a-01-ts1.svs", "--mpp"):
         open_slide(tcga)
     with open_slide(tcga, mpp=0.5) as slide:
         assert slide.level_for(1.0) == (1, 1.0) and slide.mpp_source == "stated"
@@ -440,7 +439,7 @@ def test_real_slides_read_as_openslide_reads_them(data_dir):
 @pytest.mark.data
 def test_drawn_boxes(data_dir):
     path = data_dir / "wsi" / "openslide_boxes.tiff"
-    with pytest.raises(SlideError, match=r"352.8 um/px, 72 dots an inch"):
+    with refuses(SlideError, "352.8 um/px", "72 dots"):
         open_slide(path)
     with open_slide(path, mpp=0.5) as slide:
         assert [level.downsample for level in slide.levels] == [1, 2, 4, 8]

@@ -11,6 +11,7 @@ from biopsy.models.networks import count_parameters
 from biopsy.models.weights import make_network
 from biopsy.recipes import DEFINING_TABLES, Recipe, list_recipes, load_recipe, recipe_toml
 from biopsy.recipes.schema import Augmentation
+from refusals import refuses
 from tiny_runs import train_tiny
 
 SHIPPED = list_recipes()
@@ -199,9 +200,9 @@ def test_a_wrong_file_is_refused(text, message, tmp_path):
 
 
 def test_a_recipe_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match="unknown recipe 'cancernet-2002': did you mean 'cancernet-2020'"):
+    with refuses(RecipeError, "'cancernet-2002'", "'cancernet-2020'"):
         load_recipe("cancernet-2002")
-    with pytest.raises(RecipeError, match=r"none.toml does not exist: expected the name of a recipe"):
+    with refuses(RecipeError, "none.toml"):
         load_recipe(tmp_path / "none.toml")
     (tmp_path / "folder.toml").mkdir()
     with pytest.raises(RecipeError, match=r"folder.toml is a folder"):

@@ -10,6 +10,7 @@ from biopsy.core.errors import RunError
 from biopsy.training.runs import Run
 from biopsy.training.train import train
 from conftest import write_pack
+from refusals import refuses
 
 RECIPE = "cancernet-2020"
 ONE = ("preprocessing.input_px=8", "train.epochs=1", "train.batch_size=8")
@@ -39,7 +40,7 @@ def test_an_answered_question_is_not_trained_again(pack, tmp_path, monkeypatch, 
         other = train(RECIPE, pack, **{"overrides": ONE, "device": "cpu", **options})
         assert other.path != first.path
         assert other.info["config_sha256"] != first.info["config_sha256"]
-        with pytest.raises(RunError, match="is not empty"):
+        with refuses(RunError, first.path, "empty"):
             train(RECIPE, pack, **{"overrides": ONE, "device": "cpu", **options}, out=first.path)
 
 

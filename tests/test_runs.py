@@ -15,6 +15,7 @@ from biopsy.models.classifier import Classifier
 from biopsy.recipes import load_recipe
 from biopsy.training.runs import Run, describe_environment, name_run
 from biopsy.training.train import train
+from refusals import refuses
 from tiny_runs import LIVELY, TINY
 
 FILES = {
@@ -97,12 +98,12 @@ def test_subsets_are_kept_as_they_were_trained(copied):
     moved = table.assign(subset=table["subset"].replace({"train": "test"}))
     for changed in (table.iloc[::-1], table.iloc[1:], moved, table.rename(columns={"subset": "x"})):
         changed.to_csv(path, index=False)
-        with pytest.raises(RunError, match=r"split.csv was changed since it was written"):
+        with refuses(RunError, "split.csv", "changed"):
             copied.subsets(pack)
     changed = table.iloc[::-1]
     changed.to_csv(path, index=False)
     copied.update(files={})  # as the first versions wrote it
-    with pytest.raises(RunError, match=r"split.csv does not list the patches of"):
+    with refuses(RunError, "split.csv", "patches"):
         copied.subsets(pack)
 
 
@@ -176,14 +177,14 @@ def test_a_pack_that_moved_with_its_run_is_found(trained_run, tmp_path):
 
 
 def test_what_is_no_run_or_another_format_is_refused(copied, tmp_path):
-    with pytest.raises(RunError, match=r"is not a run \(it has no run.json\): make one with `biopsy train"):
+    with refuses(RunError, "run.json", "biopsy train"):
         Run.open(tmp_path)
     assert Run.open(copied) is copied and repr(copied) == "<Run copy: finished>"
     change(copied, format="biopsy-run/2")
     with pytest.raises(RunError, match="newer than 'biopsy-run/1': update biopsy"):
         Run.open(copied.path)
     (copied.path / "run.json").write_text("{")
-    with pytest.raises(RunError, match="cannot be read as JSON"):
+    with refuses(RunError, "run.json", "JSON"):
         Run.open(copied.path)
 
 
@@ -196,10 +197,10 @@ def test_an_unfinished_run_has_no_classifier(copied):
 
 def test_what_was_not_made_yet_is_named(copied):
     shutil.rmtree(copied.path / "predictions")
-    with pytest.raises(RunError, match=r"test.parquet does not exist: make it with `biopsy evaluate"):
+    with refuses(RunError, "test.parquet", "biopsy evaluate"):
         copied.predictions("test")
     shutil.rmtree(copied.path / "evaluation", ignore_errors=True)
-    with pytest.raises(RunError, match="has not been evaluated: `biopsy evaluate"):
+    with refuses(RunError, "biopsy evaluate"):
         copied.metrics()
 
 
@@ -208,7 +209,7 @@ def test_a_new_run_does_not_overwrite_anything(copied, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("precious")
     for path in (copied.path, tmp_path / "thesis"):
-        with pytest.raises(RunError, match="is not empty: choose another folder, or resume with"):
+        with refuses(RunError, path, "empty"):
             Run.create(path, {"status": "running"}, copied.recipe, table)
     assert (tmp_path / "thesis" / "thesis.txt").read_text() == "precious"
     (tmp_path / "empty").mkdir()

@@ -12,6 +12,7 @@ from biopsy.slide_io.backends import SLIDE_SUFFIXES
 from biopsy.slides.sources import list_sources, refuse_own_data
 from conftest import draw_slide
 from dicom_files import write_dicom
+from refusals import refuses
 
 
 @pytest.mark.parametrize("suffix", SLIDE_SUFFIXES)
@@ -25,7 +26,7 @@ def test_a_slide_to_be_mapped_is_one_to_be_cut(tmp_path, suffix):
 
 def test_a_folder_without_slides_is_refused_with_what_is_looked_for(tmp_path):
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(DataError, match=r"has no slides: expected files with suffix \.png .*\.svs .*\.czi"):
+    with refuses(DataError, ".png", ".svs", ".czi"):
         list_sources([tmp_path], None)
 
 
@@ -107,5 +108,5 @@ def test_what_is_no_file_is_listed_so_that_it_is_named(tmp_path):
         with pytest.raises(FileFormatError) as error:
             sources[name].fingerprint()
         assert error.value.reason == reason
-    with pytest.raises(DataError, match="does not exist: expected slides"):
+    with refuses(DataError, "n" * 300):
         list_sources([Path("n" * 300)], None)

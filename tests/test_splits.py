@@ -22,6 +22,7 @@ from biopsy.data.splits import (
     save_split,
 )
 from conftest import write_pack
+from refusals import refuses
 
 MakePack = Callable[..., Pack]
 SHARES = (0.7, 0.15, 0.15)
@@ -122,9 +123,7 @@ def test_what_the_tested_patients_will_not_allow_is_stated(
 
 def test_leak_is_named() -> None:
     group_ids = np.array(["14-4659", "b", "14-4659", "c"])
-    with pytest.raises(
-        SplitError, match=r"patient 14-4659 is in train and test; split by patient, not by patch"
-    ):
+    with refuses(SplitError, "14-4659", "train", "test"):
         check_no_leakage(group_ids, np.array(["train", "train", "test", ""]))
     check_no_leakage(group_ids, np.array(["train", "validation", "", "test"]))
 
@@ -195,7 +194,7 @@ def test_refusals(make_pack: MakePack, options: dict[str, object], message: str)
 
 
 def test_fewer_patients_than_subsets(make_pack: MakePack) -> None:
-    with pytest.raises(SplitError, match="2 patients are too few for 3 subsets"):
+    with refuses(SplitError, "2 patients", "3 subsets"):
         make_split(make_pack(n_patients=2), protocol="patients")
 
 
@@ -211,7 +210,7 @@ def test_folds_test_every_patient_once(make_pack: MakePack) -> None:
         split.subsets(pack)
     with pytest.raises(SplitError, match="fold=4"):
         split.subsets(pack, 4)
-    with pytest.raises(SplitError, match="has subsets, not folds"):
+    with refuses(SplitError, "folds", "subsets"):
         make_split(pack, protocol="patients").subsets(pack, 0)
 
 
@@ -336,7 +335,7 @@ def test_splits_of_other_packs_and_damaged_ones_are_refused(make_pack: MakePack)
     for text, match in changed.items():
         path.write_text(text)
         write_json(path.with_suffix(".json"), about)
-        with pytest.raises(SplitError, match="was changed since it was written"):
+        with refuses(SplitError, "changed"):
             load_split(pack, "patients")
         write_json(path.with_suffix(".json"), about | {"table_sha256": ""})  # as the first versions wrote it
         with pytest.raises(SplitError, match=match):
@@ -354,7 +353,7 @@ def test_a_hand_made_split_that_leaks_loads_but_is_not_used(make_pack: MakePack)
     moved.loc[0, "subset"] = "validation" if moved.loc[0, "subset"] == "train" else "train"
     save_split(pack, replace(made, table=moved))
     split = load_split(pack, "patients")
-    with pytest.raises(SplitError, match="patient 8863 is in train and"):
+    with refuses(SplitError, "8863", "train"):
         split.subsets(pack)
 
 
@@ -364,7 +363,7 @@ def test_find_split_makes_what_needs_nothing_more(
     pack = make_pack(n_patients=6)
     assert find_split(pack).protocol == "patients"
     assert list_splits(pack) == ["patients"]
-    with pytest.raises(SplitError, match="has no split 'patinets'; did you mean 'patients'"):
+    with refuses(SplitError, "'patinets'", "'patients'"):
         find_split(pack, "patinets")
 
     def refuse(*_: object) -> None:

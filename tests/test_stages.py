@@ -7,6 +7,7 @@ from torch import nn
 from biopsy.core.errors import RecipeError
 from biopsy.models.networks import build_network, count_parameters, list_networks
 from biopsy.models.networks.stages import freeze, list_stages, split_frozen
+from refusals import refuses
 
 ROWS = [*list_networks(), "torchvision:squeezenet1_1", "torchvision:resnet18", "timm:test_resnet"]
 
@@ -104,7 +105,7 @@ def test_the_modes_and_the_random_state_are_left_alone():
 
 @pytest.mark.parametrize("trainable", ["block6", "", "dense"])
 def test_an_unknown_stage_is_refused_with_those_there_are(trainable):
-    with pytest.raises(RecipeError, match="its stages are block1, block2, block3, block4, block5, head"):
+    with refuses(RecipeError, "block1, block2, block3, block4, block5, head"):
         freeze(build("vgg16"), trainable)
 
 
@@ -112,5 +113,5 @@ def test_a_network_without_stages_is_trained_whole():
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     freeze(network, "all")
     assert list_stages(network) == [] and split_frozen(network) is None
-    with pytest.raises(RecipeError, match="it has no stages, only 'all'"):
+    with refuses(RecipeError, "'all'"):
         freeze(network, "head")

@@ -13,6 +13,7 @@ from biopsy.models.inference import predict_logits, predict_with_features
 from biopsy.models.networks.symmetry import symmetric_views
 from conftest import write_pack
 from host_models import draw, make_classifier
+from refusals import refuses
 from tiny_runs import train_tiny
 
 ENGINE = Engine("cpu")
@@ -66,7 +67,7 @@ def test_many_patches_are_those_of_one_at_a_time(classifier):
 
 
 def test_patches_that_are_not_square_are_refused():
-    with pytest.raises(RecipeError, match="tta='d4' needs square patches"):
+    with refuses(RecipeError, "tta='d4'", "square"):
         symmetric_views(torch.zeros(1, 3, 4, 6))
 
 

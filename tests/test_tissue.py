@@ -11,6 +11,7 @@ from biopsy.core.errors import SlideError
 from biopsy.phantom.slides import make_slide as draw_phantom
 from biopsy.slide_io.reader import open_slide
 from biopsy.slide_io.tissue import find_tissue
+from refusals import refuses
 
 REFERENCE = Path(__file__).parent / "reference" / "tissue.json"
 GLASS = (243, 242, 243)
@@ -134,13 +135,13 @@ def test_same_twice_and_at_other_resolutions():
 @pytest.mark.parametrize("glass", [GLASS, (255, 255, 255), (0, 0, 0), (40, 60, 160)], ids=str)
 def test_a_slide_without_tissue_is_an_error(glass):
     image, _, rng = draw(glass, radius=0)
-    with pytest.raises(SlideError, match="no tissue was found"):
+    with refuses(SlideError, "tissue"):
         find_tissue(finish(image, rng), mpp=8.0)
 
 
 def test_too_coarse_a_picture_is_refused():
-    for mpp in (100.0, 0.0, float("nan")):
-        with pytest.raises(SlideError, match="tissue cannot be"):
+    for mpp in (100, 0, float("nan")):
+        with refuses(SlideError, mpp):
             find_tissue(draw()[0], mpp=mpp)
 
 

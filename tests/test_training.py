@@ -21,6 +21,7 @@ from biopsy.data.splits import make_split, save_split
 from biopsy.training.runs import Run
 from biopsy.training.train import train
 from conftest import abandon, write_pack
+from refusals import refuses
 from tiny_runs import LIVELY, assert_same_run, interrupt_at, train_tiny, weights
 
 RECIPE = "cancernet-2020"
@@ -163,7 +164,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(pack, tmp_path):
         train_tiny(pack, tmp_path / "run", *settings)
     info = read_json(tmp_path / "run" / "run.json")
     assert info["status"] == "failed" and "step" in info["reason"]
-    with pytest.raises(TrainingDiverged, match="epoch 1, on validation after 1 steps; no epoch was finished"):
+    with refuses(TrainingDiverged, "epoch 1", "validation", "1 steps"):
         train_tiny(pack, tmp_path / "one-step", *settings, "train.batch_size=64")
     assert not (tmp_path / "one-step" / "checkpoints" / "last.safetensors").exists()
 
@@ -222,16 +223,16 @@ def test_a_last_batch_of_any_size_is_met(make_pack, tmp_path, counts, settings, 
 
 
 def test_refusals(pack, whole, tmp_path):
-    with pytest.raises(RunError, match="is finished and cannot be resumed"):
+    with refuses(RunError, "finished"):
         train(resume=whole.path)
-    with pytest.raises(RunError, match="is not empty"):
+    with refuses(RunError, whole.path, "empty"):
         train_tiny(pack, whole.path)
     with pytest.raises(RunError, match="is not a run"):
         train(resume=pack.path)
     for options in ({"recipe": RECIPE, "data": pack}, {"overrides": {"train.lr": 1}}, {"split": "patients"}):
-        with pytest.raises(RunError, match="has its recipe and settings"):
+        with refuses(RunError, "recipe", "settings"):
             train(**options, resume=whole.path)
-    with pytest.raises(RunError, match="needs a recipe and data"):
+    with refuses(RunError, "recipe", "data"):
         train(RECIPE)
 
 
@@ -253,7 +254,7 @@ def test_what_would_stop_a_run_later_is_refused_at_once(pack, tmp_path, settings
 
 
 def test_a_device_that_is_not_here_is_refused_at_once(pack, tmp_path):
-    with pytest.raises(RecipeError, match="device='gpuu' is not possible"):
+    with refuses(RecipeError, "device='gpuu'"):
         train(RECIPE, pack, out=tmp_path / "run", device="gpuu")
     assert not (tmp_path / "run").exists()
 
@@ -265,7 +266,7 @@ def test_a_run_whose_pack_changed_is_refused(whole, tmp_path):
     document = json.loads((pack / "pack.json").read_text())
     document["content_sha256"] = "0" * 64
     write_json(pack / "pack.json", document)
-    with pytest.raises(RunError, match="was trained on another pack"):
+    with refuses(RunError, "another pack"):
         run.open_pack()
     shutil.rmtree(pack)
     with pytest.raises(RunError, match="is not a pack"):
@@ -275,7 +276,7 @@ def test_a_run_whose_pack_changed_is_refused(whole, tmp_path):
 def test_a_class_missing_from_training_is_refused(make_pack, tmp_path):
     two = make_pack("two.pack", n_patients=6, patches_per_patient=6)
     keep_in_training(two, "one-class", 99, 0)
-    with pytest.raises(SplitError, match="training needs two classes"):
+    with refuses(SplitError, "two classes"):
         train_tiny(two, tmp_path / "run", split="one-class")
     three = make_pack("three.pack", n_patients=6, patches_per_patient=6, n_classes=3)
     keep_in_training(three, "two-classes", 99, 99, 0)

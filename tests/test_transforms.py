@@ -8,6 +8,7 @@ from torchvision.transforms import v2
 from biopsy.core.errors import RecipeError, RunError
 from biopsy.training.augmentation import apply_transform, check_transform, describe_transform
 from biopsy.training.train import train
+from refusals import refuses
 from tiny_runs import assert_same_run, interrupt_at, train_tiny, weights
 
 BATCH = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -103,6 +104,6 @@ def test_resuming_needs_the_same_transform_and_gives_the_same_run(make_pack, tmp
     whole = train_tiny(pack, tmp_path / "whole", transform=jitter)
     with pytest.raises(KeyboardInterrupt):
         train_tiny(pack, tmp_path / "run", transform=jitter, on_epoch=interrupt_at(1))
-    with pytest.raises(RunError, match="use the same transform"):
+    with refuses(RunError, "transform"):
         train(resume=tmp_path / "run")
     assert_same_run(train(resume=tmp_path / "run", transform=jitter), whole)

@@ -18,6 +18,7 @@ from biopsy.training.open_model import open_classifier
 from command_line import call
 from conftest import encode_png
 from host_models import draw, our_probs
+from refusals import refuses
 
 
 class Sums(torch.nn.Module):
@@ -131,14 +132,14 @@ def test_a_malformed_configuration_is_refused(make_model, config, message):
 def test_an_incomplete_or_unreadable_model_is_refused(make_model, tmp_path):
     folder, _ = make_model()
     (folder / "torchscript_model.pt").write_bytes(b"not a zip")
-    with pytest.raises(RunError, match="cannot be read as TorchScript"):
+    with refuses(RunError, "TorchScript"):
         open_wsinfer(folder, trust_model=sha256_file(folder / "torchscript_model.pt"))
     (folder / "torchscript_model.pt").unlink()
     with pytest.raises(RunError, match=r"but no torchscript_model\.pt"):
         open_classifier(folder)
     (folder / "torchscript_model.pt").touch()
     (folder / "config.json").unlink()
-    with pytest.raises(RunError, match=r"but no config\.json"):
+    with refuses(RunError, "config.json"):
         open_classifier(folder)
 
 
@@ -152,5 +153,5 @@ def test_a_wsinfer_model_is_neither_saved_nor_exported(make_model, tmp_path):
     folder, digest = make_model()
     with pytest.raises(RunError, match="is a model in WSInfer's form already"):
         export(folder, tmp_path / "bundle")
-    with pytest.raises(RunError, match="cannot be saved as a classifier"):
+    with refuses(RunError, "classifier"):
         open_wsinfer(folder, trust_model=digest).save(tmp_path / "classifier")
