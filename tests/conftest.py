@@ -110,22 +110,27 @@ def make_patches() -> Callable[..., tuple[np.ndarray, pd.DataFrame]]:
     return draw_patches
 
 
+def write_idc_zip(
+    place: Path,
+    name: str = "idc.zip",
+    *,
+    prefix: str | tuple[str, ...] = "IDC_regular_ps50_idx5/",
+    **patches: int,
+) -> Path:
+    """Write an archive of drawn patches in IDC's layout into a folder."""
+    images, table = draw_patches(**patches)  # type: ignore[arg-type]
+    with zipfile.ZipFile(place / name, "w") as archive:
+        for start in [prefix] if isinstance(prefix, str) else prefix:
+            for image, row in zip(images, table.itertuples(), strict=True):
+                path = f"{start}{row.patient_id}/{row.target}/{row.patch_id}.png"
+                archive.writestr(path, encode_png(image))
+    return place / name
+
+
 @pytest.fixture
 def make_idc_zip(tmp_path: Path) -> Callable[..., Path]:
-    """``make_idc_zip(name="idc.zip", *, prefix="IDC_regular_ps50_idx5/", **patches)`` in IDC's layout."""
-
-    def make(
-        name: str = "idc.zip", *, prefix: str | tuple[str, ...] = "IDC_regular_ps50_idx5/", **patches: int
-    ) -> Path:
-        images, table = draw_patches(**patches)  # type: ignore[arg-type]
-        with zipfile.ZipFile(tmp_path / name, "w") as archive:
-            for start in [prefix] if isinstance(prefix, str) else prefix:
-                for image, row in zip(images, table.itertuples(), strict=True):
-                    path = f"{start}{row.patient_id}/{row.target}/{row.patch_id}.png"
-                    archive.writestr(path, encode_png(image))
-        return tmp_path / name
-
-    return make
+    """``make_idc_zip(name="idc.zip", *, prefix="IDC_regular_ps50_idx5/", **patches)``: `write_idc_zip`."""
+    return partial(write_idc_zip, tmp_path)
 
 
 def write_pack(

@@ -9,6 +9,7 @@ import doctest
 import importlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 import biopsy
 from biopsy.cli import build_app
 from biopsy.core import errors as errors_module
+from biopsy.data.packs import Pack
+from conftest import write_idc_zip, write_pack
 
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGE = PROJECT / "src" / "biopsy"
@@ -70,13 +73,36 @@ def check_command_line(arguments: list[str]) -> None:
         APP.parse_args(bound.args, exit_on_error=False, print_error=False)
 
 
-@pytest.mark.parametrize("path", pages_with(r"^ *```python"), ids=show)
-def test_python_blocks_run(path, make_idc_zip, make_pack, tmp_path, monkeypatch, own_registrations):
-    make_idc_zip("breast-histopathology-images.zip", n_patients=10, patches_per_patient=12, patch_px=50)
-    pack = make_pack("phantom.pack", n_patients=10, patches_per_patient=12, patch_px=50)
+SLOW_PAGES = (
+    "docs/how-to/map-a-slide.md",
+    "docs/how-to/map-with-your-own-model.md",
+    "docs/datasets/phantom.md",
+)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """The archive and the pack that pages find in their folder: change only a copy."""
+    place = tmp_path_factory.mktemp("material")
+    size = {"n_patients": 10, "patches_per_patient": 12, "patch_px": 50}
+    write_idc_zip(place, "breast-histopathology-images.zip", **size)
+    write_pack(place, "phantom.pack", **size)
+    return place
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.slow] if show(path) in SLOW_PAGES else [])
+        for path in pages_with(r"^ *```python")
+    ],
+    ids=show,
+)
+def test_python_blocks_run(path, material, tmp_path, monkeypatch, own_registrations):
+    shutil.copytree(material, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     document = Sybil([PythonCodeBlockParser(), SkipParser()]).parse(path)
-    document.namespace["pack"] = pack
+    document.namespace["pack"] = Pack.open("phantom.pack")
     for example in document.examples():
         example.evaluate()
 

@@ -112,7 +112,8 @@ def split_patient(pack, table, subset):
     return pack.table["patient_id"][(table["subset"] == subset).to_numpy()].iloc[0]
 
 
-def test_a_label_conflict_spoils_the_result(make_pack):
+def test_a_label_conflict_spoils_the_result(make_pack, monkeypatch):
+    monkeypatch.setattr(inspection, "MAX_SLIDES", 1)
     pack = make_pack(n_patients=6, patches_per_patient=12)
     x = pack.table["x"].copy()
     y = pack.table["y"].copy()
@@ -161,6 +162,7 @@ def test_a_stitched_slide_shows_each_patch_at_its_place(make_pack, monkeypatch):
 
 
 def test_a_read_only_pack_needs_a_folder(make_pack, tmp_path, monkeypatch):
+    monkeypatch.setattr(inspection, "MAX_SLIDES", 1)
     pack = make_pack()
     write = inspection.write_json
 
@@ -200,7 +202,8 @@ def test_an_unknown_split_is_refused(make_pack):
         inspect(make_pack(), split="patiens")
 
 
-def test_audit_is_the_library_s_own(make_pack):
+def test_audit_is_the_library_s_own(make_pack, monkeypatch):
+    monkeypatch.setattr(inspection, "MAX_SLIDES", 0)
     pack = make_pack()
     assert {**inspect(pack), "paths": 0, "blocking_issues": 0} == {
         **audit_pack(pack),

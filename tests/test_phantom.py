@@ -47,7 +47,7 @@ def cohort():
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
     return write_archive(
-        tmp_path_factory.mktemp("phantom") / "p.zip", n_patients=3, patches_per_patient=22, workers=2
+        tmp_path_factory.mktemp("phantom") / "p.zip", n_patients=2, patches_per_patient=20, workers=2
     )
 
 
@@ -58,16 +58,16 @@ def test_archive_has_idc_names_that_agree_with_their_folders(archive):
         image = cv2.imdecode(np.frombuffer(zipped.read(names[0]), np.uint8), cv2.IMREAD_UNCHANGED)
     assert note == "IDC_regular_ps50_idx5/SYNTHETIC.txt"
     assert image.shape == (PATCH_PX, PATCH_PX, 3) and image.dtype == np.uint8
-    assert len(names) == len(set(names)) == 66
+    assert len(names) == len(set(names)) == 40
     parsed = [NAME.fullmatch(name) for name in names]
     assert all(parsed)
     assert all(match["folder"] == match["patient"] and match["side"] == match["class"] for match in parsed)
     assert all(int(match["x"]) % 50 == 1 and int(match["y"]) % 50 == 1 for match in parsed)
-    assert {match["patient"] for match in parsed} == {"90001", "90002", "90003"}
+    assert {match["patient"] for match in parsed} == {"90001", "90002"}
 
 
 def test_same_seed_same_bytes_whatever_the_workers_and_another_seed_differs(archive, tmp_path):
-    arguments = {"n_patients": 3, "patches_per_patient": 22}
+    arguments = {"n_patients": 2, "patches_per_patient": 20}
     again = write_archive(tmp_path / "again.zip", workers=1, **arguments)
     other = write_archive(tmp_path / "other.zip", seed=1, **arguments)
     digest = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (archive, again, other)]
@@ -75,7 +75,7 @@ def test_same_seed_same_bytes_whatever_the_workers_and_another_seed_differs(arch
 
 
 def test_folder_holds_the_same_files_as_the_zip(archive, tmp_path):
-    folder = write_archive(tmp_path / "tree", n_patients=3, patches_per_patient=22)
+    folder = write_archive(tmp_path / "tree", n_patients=2, patches_per_patient=20)
     with zipfile.ZipFile(archive) as zipped:
         in_zip = {name: zipped.read(name) for name in zipped.namelist()}
     in_folder = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
@@ -94,8 +94,9 @@ def test_patients_at_the_top_when_no_root_is_wanted(tmp_path):
     assert note == "SYNTHETIC.txt" and all(name.startswith("90001/") for name in names)
 
 
-def test_patches_are_the_slide_and_labels_its_mask(cohort):
-    patient, n_patches, tumour_frac = plan_cohort(16, 30, 0)[0]
+def test_patches_are_the_slide_and_labels_its_mask():
+    cohort = list(iter_patches(4, 24, seed=0))
+    patient, n_patches, tumour_frac = plan_cohort(4, 24, 0)[0]
     painter, places = paint_patient(0, patient, n_patches, tumour_frac)
     patches = [patch for patch in cohort if patch.patient_id == patient]
     assert len(places) == len(patches) == n_patches
@@ -117,7 +118,7 @@ def test_tumour_is_one_piece_of_the_wanted_size_inside_the_tissue(slide):
 
 
 def test_tumour_is_one_piece_on_every_slide():
-    for patient in range(90001, 90013):
+    for patient in range(90001, 90007):
         tumour = plan_painter(0, str(patient), tissue_mm2=8.0, tumour_frac=0.35).anatomy.maps["tumour"] > 0
         assert tumour.any()
         assert ndimage.label(tumour)[1] == 1
@@ -146,6 +147,7 @@ def test_the_same_tissue_at_a_finer_pixel_size(slide):
     assert r > 0.9
 
 
+@pytest.mark.slow
 def test_cohort_has_the_promised_size_and_idc_balance(cohort):
     assert len(cohort) == 480
     targets = np.array([patch.target for patch in cohort])
@@ -156,10 +158,12 @@ def test_cohort_has_the_promised_size_and_idc_balance(cohort):
     assert min(rates) < 0.12 < 0.4 < max(rates)
 
 
+@pytest.mark.slow
 def test_every_patch_holds_tissue(cohort):
     assert all((patch.image.min(-1) < 225).mean() > 0.02 for patch in cohort)
 
 
+@pytest.mark.slow
 def test_colour_alone_does_not_solve_it(cohort):
     features = colour_features(np.stack([patch.image for patch in cohort]))
     target = np.array([patch.target for patch in cohort])
