@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from biopsy.cli.results import abstention_summary
 from biopsy.core.errors import MetricError
 from biopsy.core.files import plain
 from biopsy.evaluation.abstention.measure import (
@@ -23,6 +22,7 @@ from biopsy.evaluation.abstention.section import (
     draw_coverage,
     draw_risk_coverage,
 )
+from biopsy.evaluation.results import abstention_summary
 from biopsy.evaluation.scored import ScoredPatches
 from biopsy.reporting.document import ReportDocument, Summary
 from biopsy.reporting.html import render_report

@@ -59,9 +59,11 @@ def test_random_is_the_default_and_follows_the_seed(trained_run, tmp_path):
 
     def ask(name, **options):
         out = tmp_path / f"{name}.csv"
-        return biopsy.next(trained_run, pack.path, budget=12, out=out, device="cpu", **options)[
-            "patch_id"
-        ].tolist()
+        return (
+            biopsy.next(trained_run, pack.path, budget=12, out=out, device="cpu", **options)
+            .table["patch_id"]
+            .tolist()
+        )
 
     first = ask("first")
     assert first == ask("again", strategy="random", seed=0) and len(set(first)) == 12
@@ -77,7 +79,7 @@ def test_the_queue_of_a_pack_leaves_out_what_was_trained_on(trained_run, tmp_pat
         strategy="informative",
         out=tmp_path / "queue.csv",
         device="cpu",
-    )
+    ).table
     assert len(queue) == 12 and queue["patch_id"].is_unique
     sides = trained_run.subsets(pack)[pack.rows_of(queue["patch_id"])]
     assert "train" not in sides
@@ -92,7 +94,7 @@ def test_the_queue_of_a_pack_leaves_out_what_was_trained_on(trained_run, tmp_pat
 
 def test_the_queue_of_slides_lies_on_their_grid(make_slide, tmp_path):
     path = make_slide("case.tiff", width=1400, height=900)
-    queue = biopsy.next(make_classifier(), path, budget=5, out=tmp_path / "queue.csv", device="cpu")
+    queue = biopsy.next(make_classifier(), path, budget=5, out=tmp_path / "queue.csv", device="cpu").table
     slide_map = biopsy.slide(make_classifier(), path, device="cpu")
     places = set(zip(slide_map.grid.x.tolist(), slide_map.grid.y.tolist(), strict=True))
     assert set(zip(queue["x"].astype(int), queue["y"].astype(int), strict=True)) <= places
@@ -103,7 +105,7 @@ def test_the_queue_of_slides_lies_on_their_grid(make_slide, tmp_path):
 def test_a_queue_with_decisions_is_not_written_over(trained_run, tmp_path):
     pack = trained_run.open_pack(verify=False)
     out = tmp_path / "queue.csv"
-    queue = biopsy.next(trained_run, pack.path, budget=3, out=out, device="cpu")
+    queue = biopsy.next(trained_run, pack.path, budget=3, out=out, device="cpu").table
     queue.assign(decision="yes").to_csv(out, index=False)
     with pytest.raises(UserFileError):
         biopsy.next(trained_run, pack.path, budget=3, out=out, device="cpu")

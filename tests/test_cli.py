@@ -14,9 +14,14 @@ import pandas as pd
 import pytest
 
 import biopsy
-from biopsy.cli.console import EpochLines, epoch_line, print_blocks, print_json, print_table
+from biopsy.cli.console import EpochLines, epoch_line, list_entries, print_json
 from biopsy.core.files import SEAL
+from biopsy.core.results import Table, number, to_text
+from biopsy.data.download import FetchResult
+from biopsy.data.packs import Pack
+from biopsy.evaluation.predict import Prediction
 from biopsy.training.runs import Run
+from biopsy.training.study import Study
 from command_line import call
 
 RECORD = {
@@ -62,7 +67,7 @@ def predicted(skipped=()):
         }
     )
     about = {"class_names": names, "n_training": 2, "skipped": list(skipped)}
-    return SimpleNamespace(path=Path("x.csv"), frame=frame, **about)
+    return Prediction(frame, Path("x.csv"), **about)
 
 
 # --- errors and exit codes
@@ -169,7 +174,7 @@ def test_training_prints_the_run_on_stdout_and_epochs_on_stderr(replace):
         asked.update(options, recipe=recipe, data=data)
         for epoch in (9, 10):
             on_epoch(RECORD | {"epoch": epoch, "val_auroc": None if epoch == 10 else 0.5, "best": False})
-        return SimpleNamespace(path=Path("runs/one"))
+        return Run(Path("runs/one"), {})
 
     replace("train", train)
     result = call(
@@ -205,7 +210,7 @@ def test_skipped_input_is_named_counted_and_exits_3(replace, verb, exit_code):
     skipped = [{"source": f"{number}.png", "reason": "is no image"} for number in range(25)]
     known = {"dataset": "idc", "patch_px": 50, "mpp": None, "positive_class": "idc"}
     info = SimpleNamespace(skipped=skipped, counts={"patches": 12_000, "per_class": {"idc": 5}}, **known)
-    replace("prepare", lambda *args, **options: SimpleNamespace(path=Path("x.pack"), info=info))
+    replace("prepare", lambda *args, **options: Pack(Path("x.pack"), info, None, None))
     replace("predict", lambda **options: predicted(skipped=skipped))
     result = call(verb, "a", *(["--out", "x.pack"] if verb == "prepare" else ["b"]))
     assert result.exit_code == exit_code
@@ -246,7 +251,7 @@ def test_inspect_exits_1_when_something_would_spoil_a_result(replace, blocking_i
         "blocking_issues": blocking_issues,
         "paths": {"audit": Path("x.pack/audit.json"), "pictures": [Path("a.png")]},
     }
-    replace("inspect", lambda *args, **options: audit)
+    replace("inspect", lambda *args, **options: biopsy.Inspection(audit))
     result = call("inspect", "x.pack", "--json")
     assert result.exit_code == exit_code
     assert ("patient 8863" in result.stderr) == bool(blocking_issues)
@@ -258,7 +263,7 @@ def test_lists_in_flags_reach_the_function(replace):
 
     def study(recipes, data, **options):
         asked.update(options, recipes=recipes)
-        return SimpleNamespace(path=Path("s"), info={"failed": {}})
+        return Study(Path("s"), {"failed": {}})
 
     replace("study", study)
     assert call("study", "one", "two", "--data", "p", "--seeds", "3, 4").exit_code == 0
@@ -269,9 +274,7 @@ def test_lists_in_flags_reach_the_function(replace):
 
 def test_lists_whose_values_hold_commas_are_repeated(replace):
     asked = {}
-    replace(
-        "sweep", lambda **options: asked.update(options) or SimpleNamespace(path="s", info={"failed": {}})
-    )
+    replace("sweep", lambda **options: asked.update(options) or Study(Path("s"), {"failed": {}}))
     grid = ("--grid", "train.lr=1,2", "--grid", "a=[1,2]")
     assert call("sweep", "one", "--data", "p", *grid, "--set", "b=[1, 2]").exit_code == 0
     assert asked["grid"] == ["train.lr=1,2", "a=[1,2]"] and asked["overrides"] == ["b=[1, 2]"]
@@ -279,7 +282,7 @@ def test_lists_whose_values_hold_commas_are_repeated(replace):
 
 @pytest.mark.parametrize("verb", ["study", "sweep"])
 def test_runs_that_failed_are_named(replace, verb):
-    made = SimpleNamespace(path=Path("s"), info={"failed": {"one-s0": "its loss is nan"}})
+    made = Study(Path("s"), {"failed": {"one-s0": "its loss is nan"}})
     replace(verb, lambda *asked, **options: made)
     result = call(verb, "one", "--data", "p", *(["--grid", "train.lr=1,2"] if verb == "sweep" else []))
     assert (result.exit_code, result.stdout) == (0, "s\n")
@@ -299,7 +302,7 @@ def fetch_and_log(name, out, **options):
         logging.getLogger("biopsy.somewhere").info("device: cpu (auto)")
     logging.getLogger("biopsy.somewhere").debug("details")
     logging.getLogger("biopsy.somewhere").warning("slow")
-    return SimpleNamespace(path=Path("there"), kept=())
+    return FetchResult("pcam", Path("there"), (), ())
 
 
 def test_what_the_library_logs_is_on_stderr_and_said_once(replace):
@@ -354,28 +357,25 @@ def test_json_holds_no_nan_and_no_numpy(capsys):
     }
 
 
-def test_tables_line_up(capsys):
-    print_table([["auroc", 0.91234, 12_345], ["f1", None, 7]], ["metric", "value", "n"])
-    assert capsys.readouterr().out.splitlines() == [
+def test_tables_line_up():
+    rows = [[number(cell) for cell in row] for row in (["auroc", 0.91234, 12_345], ["f1", None, 7])]
+    assert to_text([Table(["metric", "value", "n"], rows)]).splitlines() == [
         "metric  value       n",
         "auroc   0.912  12,345",
-        "f1                  7",
+        "f1          -       7",
     ]
 
 
-def test_names_that_begin_with_digits_are_no_numbers(capsys):
-    print_table(
-        [["8863_x1.png", "-1.5e-3", "0.9 (0.8 to 1.0)"], ["a", "3", "-"]], ["patch", "shift", "auroc"]
-    )
-    assert capsys.readouterr().out.splitlines()[1:] == [
+def test_names_that_begin_with_digits_are_no_numbers():
+    rows = [["8863_x1.png", "-1.5e-3", "0.9 (0.8 to 1.0)"], ["a", "3", "-"]]
+    assert to_text([Table(["patch", "shift", "auroc"], rows)]).splitlines()[1:] == [
         "8863_x1.png  -1.5e-3  0.9 (0.8 to 1.0)",
         "a                  3                 -",
     ]
 
 
-def test_blocks_leave_out_what_is_not_known(capsys):
-    print_blocks([{"name": "idc", "mpp": 4.0, "counts": {"patches": 277_524}, "page": None}])
-    assert capsys.readouterr().out.splitlines() == [
+def test_blocks_leave_out_what_is_not_known():
+    assert list_entries({"name": "idc", "mpp": 4.0, "counts": {"patches": 277_524}, "page": None}) == [
         "idc",
         "  mpp: 4.000",
         "  counts: patches 277,524",
@@ -423,7 +423,7 @@ def test_from_archive_to_report(make_idc_zip, tmp_path, monkeypatch):
     assert written.pop(SEAL) and metrics == written
     assert "evaluated 2 times, by 1 run" in call("evaluate", "run").stdout
     shown = call("evaluate", "run", "--subset", "validation")
-    assert shown.exit_code == 0 and "auroc" in shown.stdout
+    assert shown.exit_code == 0 and "AUROC" in shown.stdout
 
     made = call("predict", "run", "tiny.pack", "--out", "out.csv", "--json")
     assert made.exit_code == 0, made.stderr
@@ -459,7 +459,7 @@ def test_demo_ends_in_a_report_and_can_be_run_again(tmp_path, monkeypatch):
     Run.open(folder / "run").update(status="interrupted")
     result = call("demo", "--out", folder)
     assert result.exit_code == 0, result.stderr
-    report = Path(result.stdout.removeprefix("report: ").strip())
+    report = Path(result.stdout.strip())
     assert report.is_file() and folder in report.parents
     assert "test AUROC" in result.stderr
     assert (folder / "cohort.pack" / "inspection" / "classes.png").is_file()

@@ -14,7 +14,7 @@ from cyclopts import App
 
 import biopsy
 from biopsy.cli import build_app
-from biopsy.cli.results import COMMANDS
+from biopsy.cli.app import COMMANDS
 from biopsy.cli.signatures import list_functions, read_function
 from command_line import call
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import biopsy
-from biopsy.core.results import Result
+from biopsy.core.results import Result, Table
 
 RESULTS: dict[str, Callable[["biopsy.Run", Path], Result]] = {
     "Comparison": lambda run, place: biopsy.compare([run, run], out=place / "comparison"),
@@ -32,9 +32,11 @@ def test_a_result_is_a_typed_mapping_with_a_table(name: str, run: "biopsy.Run", 
     result = RESULTS[name](run, tmp_path)
     assert type(result) is getattr(biopsy, name)
     assert dict(result) == result.to_dict() and len(result) == len(result.to_dict())
-    table = result.to_frame()
+    assert len(result.to_frame().columns) > 0
+    tables = [block for block in result.blocks() if isinstance(block, Table)]
     html = result._repr_html_()
-    assert html.count("<tr") >= len(table) and "<script" not in html
+    assert html.count("<tr") == sum(1 + len(table.rows) for table in tables) and "<script" not in html
+    assert all(line in repr(result) for line in result.blocks() if isinstance(line, str))
     assert len(repr(result).splitlines()) < 80
 
 

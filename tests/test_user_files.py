@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from biopsy.cli.results import COMMANDS
+from biopsy.cli.app import COMMANDS
 from biopsy.core import files
 from biopsy.core.errors import DataError, UserFileError
 from biopsy.core.files import (

@@ -1,6 +1,7 @@
 """What to label next: patches at random, or uncertain ones and ones unlike training (`next`)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +10,7 @@ import pandas as pd
 
 from biopsy.core.errors import DataError
 from biopsy.core.files import check_outputs, refuse_inputs, update_directory
+from biopsy.core.results import Output, Table, number
 from biopsy.core.tables import read_csv_table, write_csv
 from biopsy.data.packs import Pack, is_pack
 from biopsy.data.predictions import IDENTITY
@@ -22,11 +24,34 @@ from biopsy.slides.sources import list_sources
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
 
+SHOWN = 20  # patches printed
 Strategy = Literal["random", "informative"]
 COLUMNS = (
     *("patch_id", "label", "suggested", "decision", "who", "when", "reason"),
     *("slide", "patient_id", "x", "y", "side", "prob", "uncertainty", "ood_score"),
 )
+
+
+@dataclass(frozen=True)
+class LabelQueue(Output):
+    """Result of `next`.
+
+    Attributes:
+        table: The queue in its order: the columns of a label sheet, ``slide, patient_id, x, y, side``
+            (level-0 pixels), ``prob``, ``uncertainty`` (0-1) and ``ood_score`` (multiple of the limit).
+        path: Path of the written queue.
+    """
+
+    table: pd.DataFrame
+    path: Path
+
+    def blocks(self) -> list[str | Table]:
+        columns = ["patch_id", "patient_id", "prob", "reason"]
+        rows = self.table[columns].head(SHOWN).to_numpy(object).tolist()
+        return [Table(columns, [[number(cell) for cell in row] for row in rows]), str(self.path)]
+
+    def to_json(self) -> list[dict[str, object]]:
+        return self.table.to_dict("records")
 
 
 def next(
@@ -39,7 +64,7 @@ def next(
     out: Path | str = "queue.csv",
     mpp: float | None = None,
     device: str = "auto",
-) -> pd.DataFrame:
+) -> LabelQueue:
     """Choose patches to label, and write them as a queue.
 
     Patches are drawn at random unless ``strategy`` says otherwise, since informative patches did not teach
@@ -58,10 +83,6 @@ def next(
         out: Output file of the queue.
         mpp: Pixel size at level 0 in µm. Required for slides that do not record it.
         device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-
-    Returns:
-        The queue in its order: the columns of a label sheet, ``slide, patient_id, x, y, side``
-        (level-0 pixels), ``prob``, ``uncertainty`` (0-1) and ``ood_score`` (multiple of the limit).
 
     Raises:
         DataError: If a path does not exist, or there is no patch to choose from.
@@ -88,7 +109,7 @@ def next(
     chosen = candidates.iloc[rows].reset_index(drop=True)
     queue = chosen.reindex(columns=list(COLUMNS))
     _write(Path(out), queue)
-    return queue
+    return LabelQueue(queue, Path(out))
 
 
 def choose(candidates: pd.DataFrame, budget: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from biopsy.core.errors import BiopsyError, MissingExtra
-from biopsy.core.results import Result
+from biopsy.core.results import FAILED, Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,11 +55,20 @@ class CheckReport(Result):
         return self["status"] != "FAIL"
 
     @property
-    def heading(self) -> str:
-        """The subject and the number of checks of each status."""
+    def exit_code(self) -> int:
+        return 0 if self.passed else FAILED
+
+    def blocks(self) -> list[str]:
+        """Return a line per check, the remedy below it, and the number of checks of each status."""
+        width = max(len(row["name"]) for row in self["checks"])
+        lines = []
+        for row in self["checks"]:
+            lines.append(f"{row['status']}  {row['name']:<{width}}  {row['detail']}")
+            if row["remedy"]:
+                lines.append(f"      {'':<{width}}  -> {row['remedy']}")
         statuses = [row["status"] for row in self["checks"]]
         counts = ", ".join(f"{statuses.count(status)} {status}" for status in ("PASS", "WARN", "FAIL"))
-        return f"{self['subject']}: {counts}"
+        return [*lines, f"{self['subject']}: {counts}"]
 
     def to_frame(self) -> "pd.DataFrame":
         """Return a row per check: ``status``, ``detail`` and ``remedy`` by ``name``."""

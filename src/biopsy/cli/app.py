@@ -15,14 +15,22 @@ from typing import Annotated, Any, Literal, get_args
 from cyclopts import App, CycloptsError, Group, Parameter, Token
 
 import biopsy
-from biopsy.cli.console import EpochLines, log, progress, set_up_log
-from biopsy.cli.results import COMMANDS, GROUPS, show
+from biopsy.cli.console import EpochLines, log, progress, set_up_log, show
 from biopsy.cli.signatures import PublicFunction, list_functions, read_function
 from biopsy.core.errors import BiopsyError
 from biopsy.core.launch import read_launch
 
 KNOWN_ERROR, USAGE, INTERRUPTED = 1, 2, 130
 
+GROUPS = {
+    "Start": ("demo", "list", "doctor"),
+    "Data": ("fetch", "prepare", "inspect", "split", "label_issues"),
+    "Training": ("train", "study", "sweep", "probe", "reproduce", "import_keras"),
+    "Evaluation": ("evaluate", "calibrate", "compare", "errors", "explain", "verify", "report"),
+    "Prediction": ("predict", "slide", "next", "view", "serve", "export", "publish"),
+}
+"""Public functions that are commands, under the headings of the help."""
+COMMANDS = {name: group for group, names in GROUPS.items() for name in names}
 OPTIONS = frozenset({"data", "out"})
 """Positional parameters of functions that are options of commands, except ``out`` of ``export``."""
 VERBATIM = frozenset({"overrides", "grid", "search", "patch"})
@@ -52,11 +60,9 @@ def build_app(names: Iterable[str] = COMMANDS, *, quote: str = "") -> App:
     functions = list_functions()
     groups = {name: Group(name, sort_key=index) for index, name in enumerate(GROUPS)}
     for name in names:
-        command, function = COMMANDS[name], read_function(*functions[name])
-        text = _format_doc(function, quote)
-        app.command(
-            _as_command(name, function, text), name=name.replace("_", "-"), group=groups[command.group]
-        )
+        function = read_function(*functions[name])
+        command = _as_command(name, function, _format_doc(function, quote))
+        app.command(command, name=name.replace("_", "-"), group=groups[COMMANDS[name]])
     app.command(_install_completion(app), name="--install-completion")
     app.meta.default(_make_launcher(app))
     return app
@@ -201,7 +207,7 @@ def _run_command(command: Any, arguments: dict[str, Any], *, as_json: bool, quie
         )
         log.error("interrupted: finished work is kept; %s", step)
         return INTERRUPTED
-    return show(name, result, arguments, as_json=as_json) if launch.rank == 0 else 0
+    return show(result, as_json=as_json) if launch.rank == 0 else 0
 
 
 @contextlib.contextmanager

@@ -3,12 +3,13 @@
 import contextlib
 import json
 import logging
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from biopsy.core.results import Output, number, to_text
 
 MAX_MESSAGE = 900  # characters of an error or warning
 
@@ -81,42 +82,52 @@ def print_json(document: object) -> None:
     print(printed)
 
 
-_NUMBER = re.compile(r"$|-$|[-+]?[.\d][\d.,e+-]*( |%|$)")  # a number, or no value
+def show(result: Any, *, as_json: bool) -> int:
+    """Print what a public function returned, warn of its problems, and return the exit code."""
+    if as_json:
+        print_json(_document(result))
+    elif result is not None:
+        print(_text(result))
+    if not isinstance(result, Output):
+        return 0
+    for problem in result.problems():
+        log.warning("%s", problem)
+    return result.exit_code
 
 
-def print_table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> None:
-    """Print rows as a table whose columns line up; numbers to the right."""
-    cells = [[_cell(value) for value in row] for row in rows]
-    columns = []
-    for name, *values in zip(header, *cells, strict=True):
-        width = max(len(value) for value in (name, *values))
-        is_numeric = all(_NUMBER.match(value) for value in values)
-        columns.append(
-            [value.rjust(width) if is_numeric else value.ljust(width) for value in (name, *values)]
-        )
-    for line in zip(*columns, strict=True):
-        print("  ".join(line).rstrip())
+def _document(result: Any) -> object:
+    match result:
+        case Output():
+            return result.to_json()
+        case None:  # it ran until it was stopped
+            return {}
+        case Path():
+            return {"path": result}
+        case [Path(), *_]:
+            return {"paths": result}
+    return result
 
 
-def print_blocks(rows: Iterable[Mapping[str, object]]) -> None:
-    """Print each row under its name, one line a key."""
-    for row in rows:
-        print(row["name"])
-        for key, value in row.items():
-            if isinstance(value, Mapping):
-                value = ", ".join(f"{name} {_cell(item)}" for name, item in value.items())
-            if key != "name" and value not in (None, ""):
-                print(f"  {key}: {_cell(value)}")
+def _text(result: Any) -> str:
+    match result:
+        case Output():
+            return to_text(result.blocks())
+        case Path():
+            return str(result)
+        case [Path(), *_]:
+            return "\n".join(map(str, result))
+    return "\n".join(line for row in result for line in list_entries(row))
 
 
-def _cell(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+def list_entries(row: Mapping[str, object]) -> list[str]:
+    """Return the name of a row, and one line for each other entry that is known."""
+    lines = [str(row["name"])]
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{name} {number(item)}" for name, item in value.items())
+        if key != "name" and value not in (None, ""):
+            lines.append(f"  {key}: {number(value)}")
+    return lines
 
 
 class EpochLines:

@@ -3,15 +3,17 @@
 import errno
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import DataError, PackError
 from biopsy.core.files import check_outputs, refuse_inputs, update_directory, write_atomic, write_json
-from biopsy.core.results import Result
+from biopsy.core.results import FAILED, Result, Table
 from biopsy.core.seeds import make_rng
 from biopsy.core.storage import stage
 from biopsy.data.audit import Audit, audit_pack, find_blocking_issues
@@ -35,14 +37,49 @@ SLIDE_PX = 1000  # longest side of a slide's picture in pixels
 class Inspection(Result):
     """Result of an inspection: the content of ``audit.json``, ``blocking_issues`` and ``paths``."""
 
+    def blocks(self) -> list[str | Table]:
+        exact, labels, groups, split = (
+            self[key] for key in ("exact_duplicates", "label_conflicts", "groups", "split")
+        )
+        lines = [
+            f"audit: {self['paths']['audit']}",
+            f"  unreadable files: {self['unreadable']['count']:,}",
+            f"  padded to a square: {_list_sizes(self['odd_sizes'])}",
+            f"  blank patches: {self['blank']['count']:,}",
+            f"  exact duplicates: {exact['patches']:,} patches in {exact['count']:,} groups",
+            f"  near duplicates: {self['near_duplicates']['count']:,} pairs",
+            f"  label conflicts: {labels['same_pixels']['count']:,} with equal pixels, "
+            f"{labels['same_place']['count']:,} at the same position",
+        ]
+        if groups["count"]:
+            n_one_class = groups["one_class"]["count"]
+            lines.append(f"  {self['unit']}s: {groups['count']:,}, of one class {n_one_class:,}")
+            if groups["unknown"]:
+                lines.append(f"  patches without a known {self['unit']}: {groups['unknown']:,}")
+        if split and split["may_overlap"] and split["patients_overlap"]:
+            reason = "as published" if split["is_published"] else "on purpose"
+            lines.append(
+                f"  PATIENTS OVERLAP in split {split['name']}, {reason}: {split['overlap']['count']:,}"
+            )
+        return [*lines, *(f"picture: {picture}" for picture in self["paths"]["pictures"])]
+
+    def problems(self) -> list[str]:
+        return [f"blocking issue: {issue}" for issue in self["blocking_issues"]]
+
     @property
-    def heading(self) -> str:
-        """Number of problems that would invalidate a result."""
-        return f"Inspection: {len(self['blocking_issues']):,} blocking issues"
+    def exit_code(self) -> int:
+        return FAILED if self["blocking_issues"] else 0
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per problem that would invalidate a result."""
         return pd.DataFrame({"blocking issue": self["blocking_issues"]})
+
+
+def _list_sizes(padded: Mapping[str, Any]) -> str:
+    sizes = ", ".join(
+        f"{size['width']} x {size['height']} px: {size['count']:,}" for size in padded["by_size"]
+    )
+    return f"{padded['count']:,} patches" + (f" ({sizes})" if sizes else "")
 
 
 def inspect(

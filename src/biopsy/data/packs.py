@@ -23,6 +23,7 @@ from typing_extensions import TypedDict
 from biopsy.core.errors import DataError, FileFormatError, PackError
 from biopsy.core.files import read_json, sha256_file, write_json
 from biopsy.core.loaders import map_array, validate
+from biopsy.core.results import SKIPPED, Output, Table, name_skipped, number
 from biopsy.core.tables import Kind, read_parquet_table
 
 FORMAT: Final = "biopsy-pack/1"
@@ -100,7 +101,10 @@ class PackInfo(BaseModel):
         return bool(self.origin.get("synthetic"))
 
 
-class Pack:
+_COUNTS = {"odd_sizes": "padded to a square", "duplicates": "identical copies left out"}
+
+
+class Pack(Output):
     """Labelled patches, read from a pack folder.
 
     Attributes:
@@ -110,7 +114,11 @@ class Pack:
             than ``patch_px`` are padded at the right and bottom with their edge pixels.
         table: One row per patch, in the order of ``patches``; columns `COLUMNS` and any joined ones. ``x, y``
             are in pixels at the pack's mpp, ``width, height`` are the size without padding.
+        tree: Folder of the original files that `prepare` exported with the pack, and their numbers by subset
+            and class; None without one.
     """
+
+    tree: tuple[Path, Mapping[str, Mapping[str, int]]] | None = None
 
     def __init__(
         self, path: Path, info: PackInfo, patches: np.ndarray, table: pd.DataFrame, state: object = None
@@ -250,6 +258,34 @@ class Pack:
     def __repr__(self) -> str:
         counts = self.info.counts
         return f"<Pack {self.path.name}: {counts['patches']:,} patches of {counts['patients']:,} patients>"
+
+    def blocks(self) -> list[str | Table]:
+        info = self.info
+        mpp = "unknown" if info.mpp is None else f"{info.mpp:g}"
+        blocks: list[str | Table] = [
+            f"{self.path}: {info.dataset}, {info.patch_px} px at {mpp} um/px, positive: {info.positive_class}"
+        ]
+        for name, value in info.counts.items():
+            if isinstance(value, dict):
+                value = ", ".join(f"{key} {n:,}" for key, n in value.items()) or "none"
+            blocks.append(f"  {_COUNTS.get(name, name.replace('_', ' '))}: {number(value)}")
+        if self.tree is not None:
+            folder, counts = self.tree
+            rows = [[subset, *map(number, n.values())] for subset, n in counts.items()]
+            blocks.append(f"{folder}: original files, class folders numbered in the order of the classes")
+            blocks.append(Table(["subset", *counts["training"]], rows))
+        return blocks
+
+    def to_json(self) -> dict[str, object]:
+        tree = {} if self.tree is None else {"tree": self.tree[1]}
+        return {"path": self.path, **self.info.model_dump(), **tree}
+
+    def problems(self) -> list[str]:
+        return name_skipped(self.info.skipped, self.path / "pack.json")
+
+    @property
+    def exit_code(self) -> int:
+        return SKIPPED if self.info.skipped else 0
 
     def pixels_by_id(self) -> Callable[[str], np.ndarray]:
         """Return a function from a patch id to its pixels without padding, uint8 ``(height, width, 3)``."""

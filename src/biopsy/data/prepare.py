@@ -146,7 +146,11 @@ def prepare(
             _write(out, layout.name if layout else annotated_slides.NAME, listing, origin, mpp, on_progress)
             pack = Pack.open(out)
     if export_tree is not None:
-        write_tree(pack, source, export_tree, _choose_split(pack, split, published), on_progress=on_progress)
+        chosen = _choose_split(pack, split, published)
+        pack.tree = (
+            Path(export_tree),
+            write_tree(pack, source, export_tree, chosen, on_progress=on_progress),
+        )
     return pack
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Required
+from typing import Any, Literal, Required
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,7 @@ from typing_extensions import TypedDict
 from biopsy.core.errors import FileFormatError, SplitError, UserFileError, suggest
 from biopsy.core.files import read_json, sha256_file, update_directory, write_json
 from biopsy.core.loaders import validate
+from biopsy.core.results import Output, Table, number
 from biopsy.core.tables import read_csv_table, write_csv
 from biopsy.core.text import normalize_id
 from biopsy.data.packs import Pack, Unit, group_by_unit
@@ -62,7 +63,7 @@ class SplitParameters(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(Output):
     """Assignment of the patches of a pack to subsets or folds.
 
     Attributes:
@@ -104,6 +105,34 @@ class Split:
     def test_is_validation(self) -> bool:
         """Whether the test subset is also used for validation; the validation subset is then empty."""
         return bool(self.parameters.get("test_is_validation", False))
+
+    def blocks(self) -> list[str | Table]:
+        blocks: list[str | Table] = [
+            f"split {self.name!r} ({self.protocol}) by {self.unit}, seed {self.seed}"
+        ]
+        if self.overlap:
+            reason = "as published" if self.is_published else "on purpose"
+            blocks.append(
+                f"PATIENTS OVERLAP between subsets, {reason}: results on it do not apply to new patients"
+            )
+        if self.test_is_validation:
+            blocks.append(
+                "the test subset is also the validation subset, as published: "
+                "all choices are made on test data"
+            )
+        counts: Any = self.parameters["counts"]
+        rows = []
+        for fold, subsets in enumerate(counts.get("folds", [counts])):
+            for subset, sizes in subsets.items():
+                if sizes["patches"]:
+                    values = sizes["patches"], sizes["groups"], *sizes["per_class"].values()
+                    rows.append([*([str(fold)] if self.n_folds else []), subset, *map(number, values)])
+        header = [*(["fold"] if self.n_folds else []), "subset", "patches", f"{self.unit}s"]
+        return [*blocks, Table([*header, *sizes["per_class"]], rows)]
+
+    def to_json(self) -> dict[str, object]:
+        names = ("name", "protocol", "unit", "seed", "parameters")
+        return {name: getattr(self, name) for name in names} | {"patients_overlap": self.overlap}
 
     def subsets(self, pack: Pack, fold: int | None = None) -> np.ndarray:
         """Return the subset of each patch, in the pack's order.

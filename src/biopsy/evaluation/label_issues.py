@@ -9,6 +9,7 @@ import pandas as pd
 
 from biopsy.core.errors import RunError
 from biopsy.core.files import refuse_inputs, update_directory, write_atomic
+from biopsy.core.results import Output
 from biopsy.core.tables import write_csv
 from biopsy.data.packs import Pack
 from biopsy.data.tables import refuse_decided
@@ -23,7 +24,7 @@ COLUMNS = ("patch_id", "label", "suggested", "decision", "who", "when", "reason"
 
 
 @dataclass(frozen=True)
-class LabelIssues:
+class LabelIssues(Output):
     """The result of `label_issues`.
 
     Attributes:
@@ -39,6 +40,19 @@ class LabelIssues:
     page: Path
     n_patches: int
     n_issues: int
+
+    def blocks(self) -> list[str]:
+        return [
+            f"{self.n_issues:,} of {self.n_patches:,} labels are doubtful; {len(self.table):,} are listed",
+            str(self.path),
+            str(self.page),
+            "fill in the column decision, then run: "
+            f"biopsy prepare SOURCE --labels {self.path} --out NEW.pack",
+        ]
+
+    def to_json(self) -> dict[str, object]:
+        counts = {"n_patches": self.n_patches, "n_issues": self.n_issues}
+        return {"path": self.path, "page": self.page, "n_listed": len(self.table), **counts}
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ import pandas as pd
 
 from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import refuse_inputs
+from biopsy.core.results import SKIPPED, Output, Table, name_skipped
 from biopsy.core.storage import stage
-from biopsy.core.text import normalize_name, printable
+from biopsy.core.text import count, normalize_name, printable
 from biopsy.data.archives import MAX_ENTRY_BYTES, open_archive
 from biopsy.data.packs import TABLE, Pack, is_pack, pad, patch_sha256
 from biopsy.data.predictions import (
@@ -41,13 +42,14 @@ from biopsy.training.runs import Run
 
 logger = logging.getLogger(__name__)
 
+SHOWN_PATCHES = 20  # maximum number of patches that are printed
 CHUNK = 2048  # patches held in memory at once
 
 Skipped = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(Output):
     """Result of `predict`.
 
     Attributes:
@@ -64,6 +66,44 @@ class Prediction:
     skipped: Skipped
     class_names: list[str]
     n_training: int | None = None
+
+    def _counts(self) -> dict[str, int]:
+        """Return the number of patches predicted as each class."""
+        return {name: int((self.frame["pred"] == i).sum()) for i, name in enumerate(self.class_names)}
+
+    def blocks(self) -> list[str | Table]:
+        n = len(self.frame)
+        counts = ", ".join(f"{n:,} {name}" for name, n in self._counts().items() if n)
+        lines = [str(self.path), f"{count(n, 'patch')}: {counts or 'none'}"]
+        return [self._table(), *lines] if 0 < n <= SHOWN_PATCHES else [*lines]
+
+    def _table(self) -> Table:
+        """Return class and probability of each patch, abstentions and patches out of distribution."""
+        rows = []
+        for patch in self.frame.to_dict("records"):
+            name = self.class_names[patch["pred"]]
+            notes = {"abstains": patch["abstained"], "out of distribution": patch["out_of_distribution"]}
+            noted = ", ".join(note for note, holds in notes.items() if holds is True)
+            rows.append([str(patch["patch_id"]), name, f"{patch[f'prob_{name}']:.3f}", noted])
+        return Table(["patch", "class", "probability", ""], rows)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "path": self.path,
+            "n_patches": len(self.frame),
+            "pred": self._counts(),
+            "n_training": self.n_training,
+            "skipped": self.skipped,
+        }
+
+    def problems(self) -> list[str]:
+        n = self.n_training
+        used = [f"{n:,} of these patches were used for training (column subset)"] if n else []
+        return [*used, *name_skipped(self.skipped, self.path)]
+
+    @property
+    def exit_code(self) -> int:
+        return SKIPPED if self.skipped else 0
 
 
 @dataclass(frozen=True)

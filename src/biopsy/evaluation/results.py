@@ -1,15 +1,16 @@
 """The result of an evaluation: metrics with intervals, as a table, as JSON and as figures."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import MetricError
-from biopsy.core.results import Result
+from biopsy.core.results import Result, Table, number
+from biopsy.core.text import count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,24 +51,66 @@ class Evaluation(Result):
         counts = np.bincount(cell, minlength=n_classes**2).reshape(n_classes, n_classes)
         return pd.DataFrame(counts, pd.Index(names, name="true"), pd.Index(names, name="predicted"))
 
-    def __repr__(self) -> str:
-        return f"{self.heading}\n{self.to_frame()[['value', 'low', 'high']].round(3).to_string()}"
-
-    def _repr_html_(self) -> str:
-        table = self.to_frame().round(3).to_html(na_rep="")
-        return (
-            f"<p>{escape(self.heading)}</p>{table}{self.classification_report().round(3).to_html(na_rep='')}"
+    def blocks(self) -> list[str | Table]:
+        """Return the data, warnings, and the tables that the report has too."""
+        from biopsy.evaluation.sections import (
+            table_at_prevalence,
+            table_of_classes,
+            table_of_points,
+            table_of_subgroups,
         )
+        from biopsy.reporting.elements import table_of_meanings, table_of_metrics
 
-    @property
-    def heading(self) -> str:
-        """Number of patches and patients, and the unit of the intervals."""
-        unit, interval = self.document["unit"], self.document["interval"]
-        groups = "" if unit == "patch" else f" of {self.document['n_patients']:,} {unit}s"
-        title = f"Evaluation of {self.document['n_patches']:,} patches{groups}"
-        return (
-            f"{title}, {interval['level']:.0%} intervals over {'patches' if unit == 'patch' else unit + 's'}"
-        )
+        unit, subset = self["unit"], self["subset"]
+        blocks: list[str | Table] = [*self._describe_data(), *self._describe_model()]
+        on_subset = f" on the {subset} subset" if subset else ""
+        blocks += [table_of_metrics(self, unit, on_subset, brief=True), table_of_meanings(self)]
+        blocks.append(table_of_classes(self["classification_report"]))
+        if self["positive_class"] is not None:
+            blocks.append(table_of_points(self["operating_points"], subset))
+            if self["at_prevalence"]:
+                blocks.append(table_at_prevalence(self["at_prevalence"]))
+        if self["subgroups"]:
+            blocks.append(table_of_subgroups(self["subgroups"], len(self.class_names), unit))
+        return blocks
+
+    def _describe_data(self) -> list[str]:
+        """Return what was evaluated, and what limits the results."""
+        split, unit, opened, subset = self["split"], self["unit"], self["ledger"], self["subset"]
+        lines = [self["title"]] if self.get("title") else []
+        if self.get("synthetic"):
+            lines.append("The patients are synthetic: these results say nothing about real tissue.")
+        if split["patients_overlap"]:
+            lines.append("PATIENTS OVERLAP on this split: these results do not apply to new patients.")
+        lines += [f"WARNING: {warning}" for warning in self.get("warnings", [])]
+        groups = "" if unit == "patch" else f" of {count(self['n_patients'], unit)}"
+        named = f"{subset} subset of split {split['name']}: " if subset else ""
+        lines.append(f"{named}{count(self['n_patches'], 'patch')}{groups}")
+        if opened:
+            times, runs = count(opened["times"], "time"), count(opened["runs"], "run")
+            lines.append(f"this test subset has been evaluated {times}, by {runs}")
+        return lines
+
+    def _describe_model(self) -> list[str]:
+        """Return the baseline, abstention, and the counts at the threshold."""
+        lines = []
+        if baseline := self["baseline"]:
+            gain = baseline.get("gain") or {}
+            text = f"colour-only baseline: AUROC {number(baseline['auroc'])}"
+            if gain.get("low") is not None:
+                interval = f"{gain['low']:+.3f} to {gain['high']:+.3f}"
+                text += f"; gain of the model {gain['value']:+.3f} ({interval})"
+            lines.append(text)
+        if self.get("abstention"):
+            lines.append(abstention_summary(self["abstention"]))
+        if self["positive_class"] is not None:
+            threshold, confusion = self["threshold"], self["confusion"]
+            counts = "  ".join(f"{name.upper()} {confusion[name]:,}" for name in ("tp", "fp", "fn", "tn"))
+            lines.append(f"positive class {self['positive_class']}: {counts}")
+            chosen_on = threshold["chosen_on"]
+            chosen = f" ({threshold['rule']}, chosen on {chosen_on})" if chosen_on else ""
+            lines.append(f"at threshold {threshold['value']:.3f}{chosen}")
+        return lines
 
     def plot_roc(self) -> "Figure":
         """Draw the ROC curve with the threshold marked; two classes only."""
@@ -108,3 +151,13 @@ class Evaluation(Result):
         patch = self.document["patch"]
         values = patch.get(first, {}).get("value"), patch.get(second, {}).get("value")
         return None if None in values else values
+
+
+def abstention_summary(abstention: Mapping[str, Any]) -> str:
+    """Return how many patches a model abstains on, and whether its coverage guarantee is met."""
+    if abstention["quantiles"] is None:
+        return f"no abstention: {abstention['reason']}"
+    share = abstention["patient"]["abstained"]["value"]
+    scope = "per class" if abstention["guarantee"] == "class-conditional" else "over all classes"
+    target = f"target coverage {abstention['target_coverage']:g} {scope}"
+    return f"abstains on {100 * share:.1f} % of patches; {target}: {abstention['verdict']}"

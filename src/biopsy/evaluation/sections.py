@@ -30,7 +30,7 @@ from biopsy.reporting.document import (
     number,
     signed,
 )
-from biopsy.reporting.elements import Footnotes, describe_rule, table_of_metrics
+from biopsy.reporting.elements import Footnotes, describe_rule, table_of_meanings, table_of_metrics
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import section
 from biopsy.slide_io.mosaic import stitch, stitch_values
@@ -40,7 +40,10 @@ from biopsy.statistics.intervals import measure_groups
 @section("numbers", order=10)
 def describe_numbers(facts: RunFacts) -> Section:
     """Return every metric with its interval, the classification report, and the confusion."""
-    blocks: list[Block] = [table_of_metrics(facts.metrics, facts.unit, facts.on_subset)]
+    blocks: list[Block] = [
+        table_of_metrics(facts.metrics, facts.unit, facts.on_subset),
+        table_of_meanings(facts.metrics),
+    ]
     if facts.metrics.get("classification_report"):
         blocks.append(
             table_of_classes(facts.metrics["classification_report"], _describe_decision_rule(facts))
@@ -143,9 +146,9 @@ def describe_decisions(facts: RunFacts) -> Section | None:
     points, curve = facts.metrics.get("operating_points"), facts.metrics.get("decision_curve")
     if not points or not curve:
         return None
-    blocks: list[Block] = [_table_of_points(points, facts.metrics.get("subset"))]
+    blocks: list[Block] = [table_of_points(points, facts.metrics.get("subset"))]
     if facts.metrics.get("at_prevalence"):
-        blocks.append(_table_at_prevalence(facts.metrics["at_prevalence"]))
+        blocks.append(table_at_prevalence(facts.metrics["at_prevalence"]))
     caption = (
         f"Decision curve (Vickers and Elkin 2006) for {facts.positive} at the prevalence of these patches. "
         "Net benefit: true positives minus false positives, weighted by the odds of the threshold "
@@ -156,7 +159,7 @@ def describe_decisions(facts: RunFacts) -> Section | None:
     return Section("decisions", "Decision thresholds and net benefit", blocks)
 
 
-def _table_of_points(points: Sequence[Mapping[str, Any]], subset: str | None) -> Table:
+def table_of_points(points: Sequence[Mapping[str, Any]], subset: str | None) -> Table:
     reasons, rows = Footnotes(), []
     if subset is None:
         names = ("sensitivity", "specificity", "ppv", "npv")
@@ -191,7 +194,7 @@ def _table_of_points(points: Sequence[Mapping[str, Any]], subset: str | None) ->
     )
 
 
-def _table_at_prevalence(at_prevalence: Mapping[str, Any]) -> Table:
+def table_at_prevalence(at_prevalence: Mapping[str, Any]) -> Table:
     reasons = Footnotes()
     rows = [
         [describe_rule(point["rule"]), *(reasons.estimate(point[name]) for name in ("ppv", "npv"))]
@@ -261,7 +264,7 @@ def describe_patients(facts: RunFacts) -> Section | None:
         describe = _blocks_by_group if facts.is_binary else _classes_by_group
         blocks += describe(facts, groups[has_group].astype(str).to_numpy(), has_group)
     if facts.metrics.get("subgroups"):
-        blocks.append(_table_of_subgroups(facts.metrics["subgroups"], len(facts.class_names), facts.unit))
+        blocks.append(table_of_subgroups(facts.metrics["subgroups"], len(facts.class_names), facts.unit))
     if not blocks:
         return None
     heading = "Per-slide results" if facts.unit == "slide" else "Per-patient results"
@@ -344,7 +347,7 @@ def table_by_group(
     return Table(columns, rows, "" if fold else title, note, text_columns=text_columns, fold=fold)
 
 
-def _table_of_subgroups(subgroups: Mapping[str, Mapping[str, Any]], n_classes: int, unit: str) -> Table:
+def table_of_subgroups(subgroups: Mapping[str, Mapping[str, Any]], n_classes: int, unit: str) -> Table:
     rows, reasons = [], Footnotes()
     metrics = [
         name for values in subgroups.values() for result in values.values() for name in result["patch"]

@@ -1,7 +1,7 @@
 """`biopsy probe`: compares encoders by logistic regression on their features, on the same patients."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pandas as pd
 from biopsy.core.errors import RecipeError
 from biopsy.core.files import write_json
 from biopsy.core.loaders import map_array
-from biopsy.core.results import Result
+from biopsy.core.results import Result, Table, number
 from biopsy.core.tables import write_csv
 from biopsy.data.packs import Pack
 from biopsy.evaluation.comparison.compare import compare
@@ -34,14 +34,35 @@ SHOWN = ("auroc", "balanced_accuracy", "ece")
 class Probe(Result):
     """Comparison of encoders on a pack; ``probe["rows"]`` has a row per encoder, first the reference."""
 
-    @property
-    def heading(self) -> str:
-        """The pack and the split."""
-        return f"Encoders on {self['pack']}, split {self['split']}"
+    def blocks(self) -> list[str | Table]:
+        rows = [
+            [
+                row["encoder"],
+                _estimate(row, "auroc"),
+                _estimate(row, "difference", "+"),
+                number(row["knn_auroc"]),
+                _estimate(row, "balanced_accuracy"),
+                _estimate(row, "ece"),
+                number(row["n_features"]),
+                number(row["ms_per_patch"]),
+                row["licence"],
+            ]
+            for row in self["rows"]
+        ]
+        header = ["encoder", "AUROC (95 %)", "difference from the first", "k-NN AUROC", "balanced accuracy"]
+        return [Table([*header, "ECE", "features", "ms a patch", "licence"], rows), str(self["path"])]
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per encoder: metrics with intervals, difference from the first, cost."""
         return pd.DataFrame(self["rows"])
+
+
+def _estimate(row: Mapping[str, Any], name: str, sign: str = "") -> str:
+    if row[name] is None:
+        return ""
+    low, high = (row[f"{name}_{end}"] for end in ("low", "high"))
+    interval = "" if low is None else f" ({low:{sign}.3f} to {high:{sign}.3f})"
+    return f"{row[name]:{sign}.3f}{interval}"
 
 
 def probe(

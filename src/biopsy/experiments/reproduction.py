@@ -27,7 +27,7 @@ from biopsy.experiments.leakage import (
     list_leaks,
     why_no_leak,
 )
-from biopsy.experiments.reproduction_summary import write_tables
+from biopsy.experiments.reproduction_summary import list_rows, write_markdown, write_tables
 from biopsy.experiments.run_specs import RunSpec, check_networks, open_study, run_all, study_folder
 from biopsy.models.weights import make_network
 from biopsy.recipes import Overrides, Recipe, list_recipes, load_recipe, setting_lines
@@ -194,6 +194,16 @@ UNKNOWN = "folders"  # class folders may contain any data set, so the requested 
 SAME_PATCHES = ({"hcd", "pcam"},)  # data sets with the same patches
 
 
+class Reproduction(Study):
+    """The study of a reproduction, which is printed as its table of metrics."""
+
+    def blocks(self) -> list[str]:
+        return [write_markdown(list_rows(self.summary())).rstrip("\n")]
+
+    def to_json(self) -> dict[str, object]:
+        return {"path": self.path, **self.summary()}
+
+
 def reproduce(
     data: Pack | Path | str,
     papers: Sequence[str | Path | Recipe] = (),
@@ -210,7 +220,7 @@ def reproduce(
     engine: Engine = "local",
     address: str | None = None,
     on_epoch: OnEpoch | None = None,
-) -> Study:
+) -> Reproduction:
     """Run published recipes as published and split by patient, and measure the effect of leakage per slide.
 
     All runs of a recipe make the same number of updates; both models of a comparison train on the same number
@@ -284,7 +294,7 @@ def reproduce(
     )
     planned = [with_length(recipe, _read_length(plans[name])) for name, recipe in recipes.items()]
     specs = _list_run_specs(planned, compared, seeds, leaks)
-    return run_all(
+    finished = run_all(
         study,
         pack,
         specs,
@@ -295,6 +305,7 @@ def reproduce(
         engine=engine,
         address=address,
     )
+    return Reproduction(finished.path, finished.info)
 
 
 def _draw(study: Study) -> Figure:

@@ -17,6 +17,7 @@ import numpy as np
 
 from biopsy.core.errors import BiopsyError, DataError, RunError
 from biopsy.core.files import create_directory, sha256_file, write_json
+from biopsy.core.results import Output, Table
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import decide
 from biopsy.exporting.formats.registry import FORMATS
@@ -42,7 +43,7 @@ INT8_PATCHES = 512
 
 
 @dataclass(frozen=True)
-class Bundle:
+class Bundle(Output):
     """Result of `export`.
 
     Attributes:
@@ -52,6 +53,23 @@ class Bundle:
 
     path: Path
     parity: Parity
+
+    def blocks(self) -> list[str | Table]:
+        parity = self.parity
+        differences = parity["largest_difference"].items()
+        table = Table(
+            ["", "largest difference of a probability"],
+            [[pair, f"{difference['probs']:.1e}"] for pair, difference in differences],
+            note=f"On {parity['n_patches']:,} patches; tolerance {parity['tolerance']:g}.",
+        )
+        if "int8" not in parity:
+            return [str(self.path), table]
+        int8 = parity["int8"]
+        changed = f"{int8['changed_calls']:.1%} of predicted classes change"
+        return [str(self.path), table, f"int8: largest difference {int8['largest']:.3f}, {changed}"]
+
+    def to_json(self) -> dict[str, object]:
+        return {"path": self.path, **self.parity}
 
 
 def export(

@@ -1,17 +1,19 @@
 """Publishing a bundle on the Hugging Face hub."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from biopsy.core.errors import RunError
 from biopsy.core.files import read_json, sha256_file
+from biopsy.core.results import Output
+from biopsy.core.text import count
 from biopsy.exporting.bundles import CARD, DOCUMENT, FORMAT
 from biopsy.models.hub import PREFIX, hub_errors, require_repository
 
 
 @dataclass(frozen=True)
-class Publication:
+class Publication(Output):
     """Result of `publish`.
 
     Attributes:
@@ -27,6 +29,12 @@ class Publication:
     model: str
     url: str
     files: list[str]
+
+    def blocks(self) -> list[str]:
+        return [self.model, f"{count(len(self.files), 'file')}: {self.url}"]
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
 
 
 def publish(bundle: Path | str, repository: str, *, private: bool = False) -> Publication:

@@ -17,6 +17,7 @@ from typing_extensions import TypedDict
 from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import create_directory, plain, read_json, sha256_file, write_atomic, write_json
 from biopsy.core.loaders import read_tensors, refusing, validate
+from biopsy.core.results import Output
 from biopsy.data.packs import MAX_PATCH_PX, Pack
 from biopsy.data.predictions import FrozenThreshold, decide
 from biopsy.models.context import average_neighbours, has_coordinates
@@ -176,7 +177,7 @@ class ClassifierInfo(BaseModel):
         return self
 
 
-class Classifier:
+class Classifier(Output):
     """A network with its weights, preprocessing and postprocessing.
 
     Attributes:
@@ -199,6 +200,9 @@ class Classifier:
         self.path = path
         self.source: str | None = None
         self._base_network = None if base_network is None else base_network.eval()
+
+    def to_json(self) -> dict[str, object]:
+        return {"path": self.path, "sha256": self.sha256}
 
     @classmethod
     def load(cls, path: Path | str) -> "Classifier":

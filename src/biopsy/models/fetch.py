@@ -1,5 +1,6 @@
 """Download of public data sets and pretrained weights by name."""
 
+import logging
 from pathlib import Path
 
 from biopsy.core.errors import DownloadError
@@ -8,6 +9,8 @@ from biopsy.data.download import FetchResult, OnProgress, fetch_source
 from biopsy.data.download import fetch as fetch_data
 from biopsy.models.known_weights import Weights, find_weights
 from biopsy.models.weights import require_digest, require_licence
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "weights:"
 
@@ -31,9 +34,18 @@ def fetch(name: str, out: Path | str, *, on_progress: OnProgress | None = None) 
         DownloadError: If the disk is full, the server refuses, the connection keeps failing or a
             checksum is wrong.
     """
-    if not name.startswith(PREFIX):
-        return fetch_data(name, out, on_progress=on_progress)
-    weights = find_weights(name.removeprefix(PREFIX))
+    result = (
+        _fetch_weights(name.removeprefix(PREFIX), out, on_progress)
+        if name.startswith(PREFIX)
+        else fetch_data(name, out, on_progress=on_progress)
+    )
+    if result.kept:
+        logger.info("already there: %s", ", ".join(path.name for path in result.kept))
+    return result
+
+
+def _fetch_weights(tag: str, out: Path | str, on_progress: OnProgress | None) -> FetchResult:
+    weights = find_weights(tag)
     require_licence(weights)
     target = Path(out) / weights.file
     if target.exists():

@@ -1,10 +1,14 @@
 """The parts of a report, as plain records without HTML."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from biopsy.core.results import Table as Table
+from biopsy.core.results import explain_missing as explain_missing
+from biopsy.core.results import interval_text as interval_text
+from biopsy.core.results import number as number
+from biopsy.core.results import signed as signed
 from biopsy.statistics.metrics import METRICS
 from biopsy.statistics.multiclass import MULTICLASS_METRICS
 
@@ -82,28 +86,6 @@ class Facts:
     kind: ClassVar[str] = "facts"
     items: Sequence[tuple[str, str]]
     caption: str = ""
-    fold: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of strings.
-
-    Attributes:
-        columns: Headings.
-        rows: Rows of cells, one per column.
-        caption: Title above the table.
-        note: Note below the table.
-        text_columns: Number of text columns on the left; the others are numeric.
-        fold: If given, the table is collapsed under this title.
-    """
-
-    kind: ClassVar[str] = "table"
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str = ""
-    note: str = ""
-    text_columns: int = 1
     fold: str = ""
 
 
@@ -249,46 +231,6 @@ class ReportDocument:
     sections: Sequence[Section]
     warnings: Sequence[str] = field(default_factory=tuple)
     footer: str = ""
-
-
-def number(value: object, digits: int = 3) -> str:
-    """Format a number: integers with thousands separators, floats with ``digits`` decimals, None as a dash.
-
-    Example:
-        >>> number(8151), number(0.84236), number(None)
-        ('8,151', '0.842', '-')
-    """
-    if value is None or isinstance(value, bool):
-        return "-" if value is None else "yes" if value else "no"
-    if not isinstance(value, int | float) and hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.{digits}f}" if math.isfinite(value) else "-"
-    return str(value)
-
-
-def signed(value: float | None) -> str:
-    """Format a difference with its sign; a dash if undefined.
-
-    Example:
-        >>> signed(0.0423), signed(None)
-        ('+0.042', '-')
-    """
-    return "-" if value is None or math.isnan(value) else f"{value:+.3f}"
-
-
-def interval_text(low: float | None, high: float | None, reason: str | None) -> str:
-    """Format an interval, or the reason why there is none."""
-    if low is None or high is None:
-        return explain_missing(reason) if reason else "no interval"
-    return f"{number(low)} to {number(high)}"
-
-
-def explain_missing(reason: str) -> str:
-    """Return the reason why an interval, or the metric, is missing."""
-    return reason if reason.startswith("undefined") else f"no interval: {reason}"
 
 
 def interval_of(estimate: Mapping[str, Any] | None) -> str:

@@ -16,6 +16,8 @@ from biopsy.reporting.document import (
     metric_label,
     number,
 )
+from biopsy.statistics.metrics import METRICS
+from biopsy.statistics.multiclass import MULTICLASS_METRICS
 
 
 class Footnotes:
@@ -49,8 +51,14 @@ class Footnotes:
         return "".join(f" {note}" for note in self.notes)
 
 
-def table_of_metrics(metrics: Mapping[str, Any], unit: str, on_subset: str = " on the test subset") -> Table:
-    """Return the table of all metrics, pooled over patches and as means over patients."""
+def table_of_metrics(
+    metrics: Mapping[str, Any], unit: str, on_subset: str = " on the test subset", *, brief: bool = False
+) -> Table:
+    """Return the table of all metrics, pooled over patches and as means over patients.
+
+    Args:
+        brief: Of the metrics within patients, only mean and worst.
+    """
     pooled, n_classes = metrics.get("patch") or {}, len(metrics.get("class_names", ("", "")))
     per_patient = metrics.get("patient") or {}
     rows, reasons = [], Footnotes()
@@ -58,18 +66,14 @@ def table_of_metrics(metrics: Mapping[str, Any], unit: str, on_subset: str = " o
         row = [metric_label(name, n_classes), number(estimate.get("value")), reasons.interval(estimate)]
         if per_patient:
             within = per_patient.get(name) or {}
-            defined = within.get("n_defined")
-            row += [
-                number(within.get("value")),
-                reasons.interval(within),
-                number(within.get("median")),
-                number(within.get("worst")),
-                number(defined),
-            ]
+            spread = [reasons.interval(within), number(within.get("median"))] if not brief else []
+            row += [number(within.get("value")), *spread, number(within.get("worst"))]
+            row += [number(within.get("n_defined"))] if not brief else []
         rows.append(row)
     columns = ["metric", "all patches", "95 % interval"]
     if per_patient:
-        columns += [f"mean of {unit}s", "95 % interval", "median", "worst", f"{unit}s"]
+        columns += [f"mean of {unit}s", *([] if brief else ["95 % interval", "median"]), "worst"]
+        columns += [] if brief else [f"{unit}s"]
     method = metrics.get("interval", {})
     note = f"Intervals: {method.get('method', 'not stated')}, unit {unit}."
     if metrics.get("ece_floor") is not None:
@@ -77,6 +81,17 @@ def table_of_metrics(metrics: Mapping[str, Any], unit: str, on_subset: str = " o
         note += f" ECE expected of a perfectly calibrated model: {floor}."
     note += reasons.text
     return Table(columns, rows, caption=f"Metrics{on_subset}", note=note)
+
+
+def table_of_meanings(metrics: Mapping[str, Any]) -> Table:
+    """Return what each metric of an evaluation is, in a few words."""
+    registry = METRICS if len(metrics.get("class_names", ("", ""))) == 2 else MULTICLASS_METRICS
+    rows = [
+        [registry[name].label, registry[name].meaning]
+        for name in metrics.get("patch", {})
+        if name in registry
+    ]
+    return Table(["metric", "meaning"], rows, text_columns=2, fold="What the metrics mean")
 
 
 def pick_label(rows: pd.DataFrame) -> list[str]:

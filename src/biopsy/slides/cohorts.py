@@ -34,12 +34,14 @@ from biopsy.core.files import (
     write_json,
 )
 from biopsy.core.ray_engine import Engine, TaskLost, check_engine, run_tasks
+from biopsy.core.results import SKIPPED, Output, Table, name_skipped, number
 from biopsy.core.storage import parse_url, uploaded
 from biopsy.core.tables import write_csv
 from biopsy.core.text import printable
 from biopsy.data.packs import Pack
 from biopsy.models.classifier import Classifier, Tta
 from biopsy.models.hardware import Precision
+from biopsy.models.out_of_distribution import ood_warning
 from biopsy.slides.inference import OnProgress
 from biopsy.slides.mapping import Mapped, Mapper
 from biopsy.slides.maps import SlideMap
@@ -70,7 +72,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class SlideCohort:
+class SlideCohort(Output):
     """Result of mapping several slides.
 
     Attributes:
@@ -78,10 +80,47 @@ class SlideCohort:
         status: One row per slide: ``slide, source, status`` (``done`` or ``failed``), ``reason``,
             ``n_patches``, ``mpp``, ``mpp_source``, ``positive_mm2``, ``out_of_distribution`` (fraction of the
             checked patches) and ``out_of_distribution_quantile`` (validation quantile of the limit).
+        address: The ``s3://`` address to which the folder was uploaded; empty for none.
     """
 
     out: Path
     status: pd.DataFrame
+    address: str = ""
+
+    @property
+    def _done(self) -> pd.DataFrame:
+        return self.status[self.status["status"] == "done"]
+
+    def blocks(self) -> list[str | Table]:
+        rows = [
+            [
+                row.slide,
+                number(int(row.n_patches)),
+                number(float(row.mpp)),
+                row.mpp_source,
+                number(row.positive_mm2),
+            ]
+            for row in self._done.itertuples()
+        ]
+        columns = ["slide", "patches", "um/px", "from", "positive mm2"]
+        return [Table(columns, rows), self.address or str(self.out)]
+
+    def to_json(self) -> dict[str, object]:
+        names = ["slide", "source", "n_patches", "mpp", "mpp_source", "positive_mm2", "out_of_distribution"]
+        slides = self._done[names].to_dict("records")
+        return {"out": self.address or self.out, "slides": slides, "skipped": self.failed}
+
+    def problems(self) -> list[str]:
+        warned = [
+            (row.slide, ood_warning(row.out_of_distribution, row.out_of_distribution_quantile))
+            for row in self._done.itertuples()
+        ]
+        lines = [f"{slide}: {warning}" for slide, warning in warned if warning is not None]
+        return [*lines, *name_skipped(self.failed, self.out / STATUS)]
+
+    @property
+    def exit_code(self) -> int:
+        return SKIPPED if self.failed else 0
 
     @property
     def failed(self) -> list[dict[str, str]]:
@@ -187,6 +226,7 @@ def slide(
         else:
             map_unfinished = partial(_map_here, folder, mapper)
         cohort = _map_cohort(folder, sources, mapper, map_unfinished, first, may_share=engine == "ray")
+    cohort = replace(cohort, address=parse_url(out) or "")
     failed = cohort.failed
     if failed and len(failed) == len(cohort):
         reason = failed[0]["reason"]

@@ -6,6 +6,8 @@ scikit-learn's, with ``sample_weight`` where patients are weighted. What cannot 
 `Metric.why_undefined` says why; nothing here warns.
 """
 
+import inspect
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -41,6 +43,7 @@ class Metric:
     Attributes:
         name: As it stands in `metrics.json`.
         label: As a reader sees it.
+        meaning: What it is, in a few words: the first sentence of its function's docstring.
         fn: Weighted sample in, number out; called only when the needs are met.
         kind: Judges the order of patches, the calls at a threshold, or the probabilities themselves.
         needs: Attributes of the sample that must be above 0, else it is undefined.
@@ -55,6 +58,7 @@ class Metric:
 
     name: str
     label: str
+    meaning: str
     fn: Callable[[Any], float]
     kind: Kind
     needs: tuple[str, ...]
@@ -115,8 +119,10 @@ def metric(
     def register(fn: Callable[[Any], float]) -> Callable[[Any], float]:
         name = fn.__name__
         shown, needed = label or name.replace("_", " "), tuple(needs)
+        meaning = re.sub(r"^Return (the )?|\.(\n.*)?$", "", inspect.getdoc(fn) or "", flags=re.DOTALL)
         made = Metric(
-            name, shown, fn, kind, needed, bounds, better, ideal, share, undefined, no_interval, pooled_only
+            *(name, shown, " ".join(meaning.split()), fn, kind, needed, bounds, better, ideal, share),
+            *(undefined, no_interval, pooled_only),
         )
         registry(of).add(name, made, fn)
         return fn
@@ -133,14 +139,17 @@ NO_ECE_INTERVAL = (
 
 @metric("ranking", label="AUROC", needs=BOTH)
 def auroc(counts: WeightedCounts) -> float:
-    """Return the chance that a positive patch scores above a negative one, ties counting one half."""
+    """Return the probability that a positive patch scores above a negative one, ties counting one half."""
     neg_below = counts.n_neg - counts.neg_above + counts.neg / 2
     return float(counts.pos @ neg_below) / (counts.n_pos * counts.n_neg)
 
 
 @metric("ranking", label="AUPRC", needs=BOTH)
 def auprc(counts: WeightedCounts) -> float:
-    """Return average precision (no interpolation); a classifier that knows nothing gets the prevalence."""
+    """Return the average precision over all thresholds; a model without skill has the prevalence.
+
+    Without interpolation.
+    """
     above = counts.pos_above + counts.neg_above
     precision = np.divide(counts.pos_above, above, out=np.zeros_like(above), where=above > 0)
     return float(counts.pos @ precision) / counts.n_pos
@@ -148,56 +157,72 @@ def auprc(counts: WeightedCounts) -> float:
 
 @metric("decision", needs=("n_pos",), share=True)
 def sensitivity(counts: WeightedCounts) -> float:
+    """Return the share of positive patches that are predicted positive."""
     return counts.tp / counts.n_pos
 
 
 @metric("decision", needs=("n_neg",), share=True)
 def specificity(counts: WeightedCounts) -> float:
+    """Return the share of negative patches that are predicted negative."""
     return counts.tn / counts.n_neg
 
 
 @metric("decision", label="positive predictive value", needs=("n_pred_pos",), share=True)
 def ppv(counts: WeightedCounts) -> float:
+    """Return the share of patches predicted positive that are positive."""
     return counts.tp / counts.n_pred_pos
 
 
 @metric("decision", label="negative predictive value", needs=("n_pred_neg",), share=True)
 def npv(counts: WeightedCounts) -> float:
+    """Return the share of patches predicted negative that are negative."""
     return counts.tn / counts.n_pred_neg
 
 
 @metric("decision", needs=BOTH)
 def balanced_accuracy(counts: WeightedCounts) -> float:
+    """Return the mean of sensitivity and specificity."""
     return (counts.tp / counts.n_pos + counts.tn / counts.n_neg) / 2
 
 
 @metric("decision", label="F1 of the positive class", needs=("n_pos",))
 def f1(counts: WeightedCounts) -> float:
-    """Return the F1 of the positive class; without positive patches it would be 0 whatever was called."""
+    """Return the harmonic mean of sensitivity and positive predictive value.
+
+    Undefined without positive patches, where it would be 0 for any predictions.
+    """
     return 2 * counts.tp / (counts.n_pos + counts.n_pred_pos)
 
 
 @metric("decision", label="Matthews correlation", needs=tuple(NEEDS), bounds=(-1.0, 1.0))
 def mcc(counts: WeightedCounts) -> float:
-    """Return Matthews' correlation, undefined (scikit-learn: 0) if a class is missing or never called."""
+    """Return the correlation between predicted and true class, from -1 to 1; 0 is chance.
+
+    Undefined (scikit-learn: 0) if a class is missing or never predicted.
+    """
     product = counts.n_pos * counts.n_neg * counts.n_pred_pos * counts.n_pred_neg
     return (counts.tp * counts.tn - counts.fp * counts.fn) / float(np.sqrt(product))
 
 
 @metric("decision", share=True)
 def accuracy(counts: WeightedCounts) -> float:
+    """Return the share of patches whose predicted class is right."""
     return (counts.tp + counts.tn) / counts.n
 
 
 @metric("probability", label="Brier score", better="lower", ideal=0.0)
 def brier(counts: WeightedCounts) -> float:
+    """Return the mean squared difference between predicted probability and outcome; 0 is perfect."""
     square_pos, square_neg = counts.scores.squares
     return float(counts.pos @ square_pos + counts.neg @ square_neg) / counts.n
 
 
 @metric("probability", label="log loss", better="lower", ideal=0.0, bounds=(0.0, np.inf))
 def nll(counts: WeightedCounts) -> float:
-    """Return the mean negative log-likelihood in nats, probabilities held 2.2e-16 away from 0 and 1."""
+    """Return the mean negative log-likelihood of the true class; 0 is perfect.
+
+    In nats, with probabilities held 2.2e-16 away from 0 and 1.
+    """
     loss_pos, loss_neg = counts.scores.log_losses
     return float(counts.pos @ loss_pos + counts.neg @ loss_neg) / counts.n
 
@@ -211,6 +236,9 @@ def nll(counts: WeightedCounts) -> float:
     pooled_only=True,
 )
 def ece(counts: WeightedCounts) -> float:
+    """Return the mean difference between predicted probability and observed frequency over bins of
+    probability; 0 is perfect.
+    """
     return calibration_error(counts.scores.prob, counts.pos, counts.neg)
 
 
@@ -223,14 +251,14 @@ def ece(counts: WeightedCounts) -> float:
     undefined="one cut separates the classes or all probabilities are equal: no finite slope fits",
 )
 def calibration_slope(counts: WeightedCounts) -> float:
-    """Return the slope of target on logit; below 1 the probabilities are too extreme."""
+    """Return the slope of the outcome on the predicted log-odds; below 1: probabilities too extreme."""
     scores = counts.scores
     return fit_recalibration(scores.logits, counts.pos, counts.neg, start=scores.recalibration)[1]
 
 
 @metric("probability", needs=BOTH, bounds=UNBOUNDED, better="near", ideal=0.0, pooled_only=True)
 def calibration_intercept(counts: WeightedCounts) -> float:
-    """Return the shift of the logit that makes the mean right; above 0 if predictions are too low."""
+    """Return the shift of the predicted log-odds that corrects their mean; above 0: predictions too low."""
     return fit_intercept(counts.scores.logits, counts.pos, counts.neg, start=counts.scores.shift)
 
 
@@ -242,11 +270,13 @@ def specificity_at(counts: WeightedCounts, sensitivity: float) -> float:
 
 @metric("ranking", label="specificity at sensitivity .95", needs=BOTH)
 def specificity_at_sensitivity_95(counts: WeightedCounts) -> float:
+    """Return the highest specificity of any threshold with a sensitivity of at least 0.95."""
     return specificity_at(counts, 0.95)
 
 
 @metric("ranking", label="specificity at sensitivity .98", needs=BOTH)
 def specificity_at_sensitivity_98(counts: WeightedCounts) -> float:
+    """Return the highest specificity of any threshold with a sensitivity of at least 0.98."""
     return specificity_at(counts, 0.98)
 
 

@@ -185,34 +185,37 @@ ONE_CLASS = "all patches are of one class, and called that class"
 
 @metric("decision", of=ClassCounts, share=True)
 def accuracy(counts: ClassCounts) -> float:
-    """Return the share of patches that are right."""
+    """Return the share of patches whose predicted class is right."""
     return float(counts.confusion.trace()) / counts.n
 
 
 @metric("decision", of=ClassCounts, needs=EACH_CLASS)
 def balanced_accuracy(counts: ClassCounts) -> float:
-    """Return the mean recall."""
+    """Return the mean over classes of the share of their patches that are predicted as such (recall)."""
     return float((counts.confusion.diagonal() / counts.n_true).mean())
 
 
 @metric("decision", of=ClassCounts, label="F1, macro", needs=EACH_CLASS)
 def f1_macro(counts: ClassCounts) -> float:
+    """Return the mean F1 of the classes."""
     return float(counts.f1_by_class().mean())
 
 
 @metric("decision", of=ClassCounts, label="F1, weighted")
 def f1_weighted(counts: ClassCounts) -> float:
+    """Return the mean F1 of the classes, weighted by their patches."""
     return float(counts.f1_by_class() @ counts.n_true) / counts.n
 
 
 @metric("decision", of=ClassCounts, label="Cohen's kappa", bounds=(-1.0, 1.0), undefined=ONE_CLASS)
 def kappa(counts: ClassCounts) -> float:
+    """Return the agreement of predicted and true class beyond chance, from -1 to 1; 0 is chance."""
     return counts.agreement(1 - np.eye(len(counts.n_true)))
 
 
 @metric("decision", of=ClassCounts, label="Cohen's kappa, quadratic", bounds=(-1.0, 1.0), undefined=ONE_CLASS)
 def kappa_quadratic(counts: ClassCounts) -> float:
-    """Return kappa with squared distances between classes: for ordered classes, such as grades."""
+    """Return the kappa with squared distances between classes, for ordered classes such as grades."""
     index = np.arange(len(counts.n_true))
     return counts.agreement(np.subtract.outer(index, index).astype(np.float64) ** 2)
 
@@ -225,7 +228,7 @@ def kappa_quadratic(counts: ClassCounts) -> float:
     undefined="all patches are of one class, or called one class",
 )
 def mcc(counts: ClassCounts) -> float:
-    """Return Matthews' correlation for more than two classes (Gorodkin 2004)."""
+    """Return the correlation between predicted and true class, from -1 to 1; 0 is chance (Gorodkin 2004)."""
     true, called, n = counts.n_true, counts.n_called, counts.n
     spread = float((n**2 - true @ true) * (n**2 - called @ called))
     covariance = float(counts.confusion.trace()) * n - float(true @ called)
@@ -247,7 +250,7 @@ def auroc_micro(counts: ClassCounts) -> float:
 
 @metric("probability", of=ClassCounts, label="log loss", better="lower", ideal=0.0, bounds=(0.0, np.inf))
 def nll(counts: ClassCounts) -> float:
-    """Return the mean negative log-likelihood of the true class in nats."""
+    """Return the mean negative log-likelihood of the true class in nats; 0 is perfect."""
     return float(counts.losses[0])
 
 
@@ -260,7 +263,7 @@ def nll(counts: ClassCounts) -> float:
     bounds=(0.0, 2.0),
 )
 def brier(counts: ClassCounts) -> float:
-    """Return the squared error summed over classes, 0 to 2 (Brier 1950)."""
+    """Return the squared error summed over classes, from 0 (perfect) to 2 (Brier 1950)."""
     return float(counts.losses[1])
 
 
@@ -274,7 +277,10 @@ def brier(counts: ClassCounts) -> float:
     pooled_only=True,
 )
 def ece(counts: ClassCounts) -> float:
-    """Return the calibration error of the called class's probability (Guo et al. 2017), equal-mass bins."""
+    """Return the calibration error of the predicted class's probability; 0 is perfect.
+
+    Guo et al. 2017, with bins of equal mass.
+    """
     top: WeightedCounts = counts.sample.top_label.count(counts.weight)
     return calibration_error(top.scores.prob, top.pos, top.neg)
 

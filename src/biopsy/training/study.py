@@ -7,6 +7,7 @@ import pandas as pd
 
 from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import read_json, sha256_file, write_json
+from biopsy.core.results import Output
 from biopsy.core.tables import infer_numbers, read_csv_table, write_csv
 from biopsy.data.predictions import read_predictions
 from biopsy.training.runs import Run
@@ -15,7 +16,7 @@ FORMAT = "biopsy-study/1"
 DOCUMENT = "study.json"
 
 
-class Study:
+class Study(Output):
     """A study of several runs, read from its folder.
 
     Attributes:
@@ -46,6 +47,9 @@ class Study:
 
     def __repr__(self) -> str:
         return f"<Study {self.path.name}: {self.info['status']}, {len(self.runs())} runs>"
+
+    def problems(self) -> list[str]:
+        return [f"failed: {run}: {reason}" for run, reason in self.info.get("failed", {}).items()]
 
     def update(self, **fields: Any) -> None:
         """Update fields of ``study.json``."""

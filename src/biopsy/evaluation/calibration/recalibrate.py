@@ -1,8 +1,10 @@
 """Recalibration of a finished run: refits what `fit_postprocessing` fits at the end of training."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +13,7 @@ from filelock import FileLock, Timeout
 from biopsy.core.errors import RunError
 from biopsy.core.files import LOCK, remove_outputs, write_atomic
 from biopsy.core.results import Result
+from biopsy.core.text import count
 from biopsy.data.packs import group_by_unit
 from biopsy.data.predictions import IDENTITY
 from biopsy.models.classifier import Classifier
@@ -38,14 +41,28 @@ _STALE_DOCUMENTS = (
 class Recalibration(Result):
     """Result of a recalibration: ``run``, ``calibrator``, ``thresholds`` and ``removed`` outputs."""
 
-    @property
-    def heading(self) -> str:
-        """The method, and the number of outputs that were removed."""
-        return f"{self['run']}: {self['calibrator']['method']}, {len(self['removed'])} outputs removed"
+    def blocks(self) -> list[str]:
+        lines = [f"{self['run']}: {_describe_calibrator(self['calibrator'])}"]
+        lines += [
+            f"threshold {threshold['value']:.3f} ({threshold['rule']}, chosen on {threshold['chosen_on']})"
+            for threshold in self["thresholds"]
+        ]
+        removed = ", ".join(self["removed"])
+        return [*lines, *([f"removed outdated outputs: {removed}"] if removed else [])]
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per decision threshold."""
         return pd.DataFrame(self["thresholds"])
+
+
+def _describe_calibrator(calibrator: Mapping[str, Any]) -> str:
+    if calibrator["method"] == "none":
+        return "not calibrated"
+    text = f"{calibrator['method']}, fitted on {calibrator['n_patches']:,} patches"
+    if calibrator["unit"] != "patch":
+        text += f" of {count(calibrator['n_patients'], calibrator['unit'])}"
+    text += f", slope {calibrator['slope']:.4g}" if "slope" in calibrator else ""
+    return text + (f" ({calibrator['reason']})" if calibrator.get("reason") else "")
 
 
 def calibrate(run: Run | Path | str, *, method: Method = "platt") -> Recalibration:

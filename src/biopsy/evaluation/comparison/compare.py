@@ -1,7 +1,7 @@
 """`biopsy compare`: runs and studies on the same test patches, and how many patients a comparison needs."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from scipy import stats
 
 from biopsy.core.errors import MetricError, RunError, suggest
 from biopsy.core.files import plain, update_directory, write_atomic, write_json
-from biopsy.core.results import Result
+from biopsy.core.results import Result, Table, number
 from biopsy.core.tables import write_csv
+from biopsy.core.text import count, plural
 from biopsy.evaluation.comparison.measure import (
     EvaluationSet,
     ModelPredictions,
@@ -24,13 +25,18 @@ from biopsy.evaluation.comparison.measure import (
 )
 from biopsy.evaluation.comparison.page import (
     ComparisonFacts,
+    describe_verdict,
     hide_comparison,
     list_differences,
     report_of_comparison,
+    table_of_difference,
+    table_of_groups,
+    table_of_seeds,
 )
 from biopsy.evaluation.study_tables import pool_by_seed
 from biopsy.reporting.html import render_report
 from biopsy.statistics.power import CORRELATIONS, influence_groups, plan_patients
+from biopsy.statistics.resampling import FEWEST_GROUPS
 from biopsy.training.runs import Run
 from biopsy.training.study import Study, is_study
 
@@ -45,17 +51,59 @@ class Comparison(Result):
     With ``plan=True``, the number of patients needed per assumed correlation.
     """
 
-    @property
-    def heading(self) -> str:
-        """The metric, and what is compared or planned."""
+    def blocks(self) -> list[str | Table]:
         if "needs" in self:
-            return f"Sample size for a difference in {self['metric']}"
-        names = [model["name"] for model in self["models"]]
-        return f"Comparison with {names[0]}, {self['metric']}: {', '.join(names[1:])}"
+            return _describe_plan(self)
+        unit = self["unit"]
+        groups = "" if unit == "patch" else f" of {count(self['n_patients'], unit)}"
+        blocks: list[str | Table] = [
+            f"{self['n_patches']:,} common test patches{groups}; reference: {self['reference']}"
+        ]
+        for difference in self["differences"]:
+            blocks += [f"\n{describe_verdict(self, difference)}", table_of_difference(self, difference)]
+            if self["by_group"] and self["n_patients"] < FEWEST_GROUPS:
+                blocks.append(table_of_groups(self, difference))
+        seeds = table_of_seeds(self)
+        blocks += [] if seeds is None else [seeds]
+        if changed := self["changed"]:
+            blocks.append(
+                f"\ncorrect to wrong: {changed['turned_wrong']:,}, wrong to correct: "
+                f"{changed['turned_right']:,}; correct in both {changed['both_right']:,}, wrong in both "
+                f"{changed['both_wrong']:,}"
+            )
+        return [*blocks, f"comparison {self['path']}"]
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per difference and metric, with interval and p-value, or the rows of a plan."""
         return pd.DataFrame(self["needs"] if "needs" in self else list_differences(self.document))
+
+
+def _describe_plan(plan: Mapping[str, Any]) -> list[str | Table]:
+    """Return the numbers of patients that a comparison needs."""
+    units = plural(plan["unit"])
+    rows = [
+        [
+            need["assumed"],
+            f"{need['sd']:.3f}",
+            number(need["n_patients"]),
+            f"{need['low']:,} to {need['high']:,}",
+        ]
+        for need in plan["needs"]
+    ]
+    notes = []
+    if len(plan["from"]) == 1:
+        notes.append(
+            f"correlation: between the two classifiers' values over {units}; 0.5 is also the number needed "
+            "against a fixed value. Two runs give their own correlation."
+        )
+    if plan["unit"] != "patch":
+        notes.append(f"with about {plan['patches_per_patient']:,.0f} patches each")
+    return [
+        f"{units} needed to detect a difference of {plan['difference']:g} in {plan['metric']} with power "
+        f"{plan['power']:g}, from the spread between {plan['n_patients_at_hand']:,} {units} of "
+        f"{' and '.join(plan['from'])}",
+        Table(["assumed", f"sd between {units}", units, "95 % interval"], rows, note="\n".join(notes)),
+    ]
 
 
 def compare(

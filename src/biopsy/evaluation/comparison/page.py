@@ -241,51 +241,53 @@ def _describe_differences(facts: ComparisonFacts) -> Section:
         "Pale bars: range over seeds."
     )
     blocks: list[Block] = [Pictures([Picture(caption, facts.figure)], across=1)]
-    several = len(m["differences"]) > 1
-    for difference in m["differences"]:
-        rows, reasons = [], dict[str, None]()
-        for row in list_differences({**m, "differences": [difference]}):
-            result = difference["metrics"][row["metric"]]
-            if result["low"] is None and result["reason"]:
-                reasons[result["reason"]] = None
-            rows.append(
-                [
-                    metric_label(row["metric"], len(m["class_names"])),
-                    number(row["reference_value"]),
-                    number(row["value"]),
-                    signed(result["value"]),
-                    "none" if result["low"] is None else f"{result['low']:+.3f} to {result['high']:+.3f}",
-                    format_p(result["p"]),
-                    *([format_p(result["p_holm"])] if several else []),
-                ]
-            )
-        note = (
-            f"Intervals and p of {difference['compares']}: paired Student's t, with the standard error from "
-            f"resampling {facts.units}"
-            + (" and the variance between seeds. " if difference["compares"] == RECIPES else ". ")
-            + (f"Adjusted p: Holm over {len(m['differences'])} comparisons, per metric. " if several else "")
-            + f"{metric_label(m['metric'], len(m['class_names']))} is the primary metric, the others are "
-            "secondary."
-        )
-        if reasons:
-            note += f" No interval: {'; '.join(reasons)}."
-        columns = [
-            "metric",
-            difference["to"],
-            difference["of"],
-            "difference",
-            "interval",
-            "p",
-            *(["adjusted p"] if several else []),
-        ]
-        blocks.append(
-            Table(columns, rows, caption=f"{difference['of']} against {difference['to']}", note=note)
-        )
+    blocks += [table_of_difference(m, difference) for difference in m["differences"]]
     return Section("differences", "Differences", blocks)
 
 
+def table_of_difference(m: Mapping[str, Any], difference: Mapping[str, Any]) -> Table:
+    """Return the metrics of a model and of its reference, with the paired differences."""
+    several, n_classes = len(m["differences"]) > 1, len(m["class_names"])
+    rows, reasons = [], dict[str, None]()
+    for row in list_differences({**m, "differences": [difference]}):
+        if row["low"] is None and row["reason"]:
+            reasons[row["reason"]] = None
+        rows.append(
+            [
+                metric_label(row["metric"], n_classes),
+                number(row["reference_value"]),
+                number(row["value"]),
+                signed(row["difference"]),
+                "none" if row["low"] is None else f"{row['low']:+.3f} to {row['high']:+.3f}",
+                format_p(row["p"]),
+                *([format_p(row["p_holm"])] if several else []),
+            ]
+        )
+    note = (
+        f"Intervals and p of {difference['compares']}: paired Student's t, with the standard error from "
+        f"resampling {plural(m['unit'])}"
+        + (" and the variance between seeds. " if difference["compares"] == RECIPES else ". ")
+        + (f"Adjusted p: Holm over {len(m['differences'])} comparisons, per metric. " if several else "")
+        + f"{metric_label(m['metric'], n_classes)} is the primary metric, the others are secondary."
+    )
+    if reasons:
+        note += f" No interval: {'; '.join(reasons)}."
+    columns = ["metric", difference["to"], difference["of"], "difference", "95 % interval", "p"]
+    return Table(
+        [*columns, *(["adjusted p"] if several else [])],
+        rows,
+        caption=f"{difference['of']} against {difference['to']}",
+        note=note,
+    )
+
+
 def _describe_seeds(facts: ComparisonFacts) -> Section | None:
-    m = facts.document
+    table = table_of_seeds(facts.document)
+    return None if table is None else Section("seeds", "Variability over seeds", [table])
+
+
+def table_of_seeds(m: Mapping[str, Any]) -> Table | None:
+    """Return the differences between trainings; None where no model has several seeds."""
     rows = []
     for difference in m["differences"]:
         for name, result in difference["metrics"].items():
@@ -304,52 +306,51 @@ def _describe_seeds(facts: ComparisonFacts) -> Section | None:
     if not rows:
         return None
     note = (
-        f"Variability of the difference between trainings, part of intervals over {facts.units} and seeds. "
-        "Paired by seed where both have the same seeds, otherwise every pair of seeds."
+        f"Variability of the difference between trainings, part of intervals over {plural(m['unit'])} and "
+        "seeds. Paired by seed where both have the same seeds, otherwise every pair of seeds."
     )
     columns = ["classifier", "metric", "mean difference", "SD over seeds", "range", "of"]
-    return Section("seeds", "Variability over seeds", [Table(columns, rows, note=note, text_columns=2)])
+    return Table(columns, rows, note=note, text_columns=2)
 
 
 def _describe_groups(facts: ComparisonFacts) -> Section | None:
     m = facts.document
     if not m["by_group"]:
         return None
-    blocks: list[Block] = []
+    blocks = [table_of_groups(m, difference) for difference in m["differences"]]
+    return Section("groups", f"Per-{facts.unit} results", blocks)
+
+
+def table_of_groups(m: Mapping[str, Any], difference: Mapping[str, Any]) -> Table:
+    """Return the metrics of a model and of its reference within each patient or slide."""
     first, *_, last = m["by_group"][0]["values"][m["reference"]]
     first_label, last_label = (metric_label(name, len(m["class_names"])) for name in (first, last))
-    for difference in m["differences"]:
-        rows = []
-        for entry in m["by_group"]:
-            values, seeds = entry["values"], entry["differences"][difference["of"]][first]
-            rows.append(
-                [
-                    entry["group"],
-                    number(entry["n_patches"]),
-                    number(values[difference["to"]][first]),
-                    number(values[difference["of"]][first]),
-                    signed(seeds["mean"]),
-                    number(seeds["sd"]),
-                    "-" if seeds["n"] < 2 else f"{signed(seeds['min'])} to {signed(seeds['max'])}",
-                    signed(entry["differences"][difference["of"]][last]["mean"]),
-                ]
-            )
-        columns = [
-            facts.unit,
-            "patches",
-            difference["to"],
-            difference["of"],
-            f"difference in {first_label}",
-            "SD over seeds",
-        ]
-        columns += ["range", f"difference in {last_label}"]
-        title = f"{difference['of']} against {difference['to']}, per {facts.unit}"
-        long = len(rows) > LONG_TABLE
-        note = f"{first_label}, mean of seeds. Dash: undefined, because of a single class or a single seed."
-        blocks.append(
-            Table(columns, rows, caption="" if long else title, note=note, fold=title if long else "")
+    rows = []
+    for entry in m["by_group"]:
+        values, seeds = entry["values"], entry["differences"][difference["of"]][first]
+        rows.append(
+            [
+                entry["group"],
+                number(entry["n_patches"]),
+                number(values[difference["to"]][first]),
+                number(values[difference["of"]][first]),
+                signed(seeds["mean"]),
+                number(seeds["sd"]),
+                "-" if seeds["n"] < 2 else f"{signed(seeds['min'])} to {signed(seeds['max'])}",
+                signed(entry["differences"][difference["of"]][last]["mean"]),
+            ]
         )
-    return Section("groups", f"Per-{facts.unit} results", blocks)
+    columns = [m["unit"], "patches", difference["to"], difference["of"], f"difference in {first_label}"]
+    title = f"{difference['of']} against {difference['to']}, per {m['unit']}"
+    long = len(rows) > LONG_TABLE
+    note = f"{first_label}, mean of seeds. Dash: undefined, because of a single class or a single seed."
+    return Table(
+        [*columns, "SD over seeds", "range", f"difference in {last_label}"],
+        rows,
+        caption="" if long else title,
+        note=note,
+        fold=title if long else "",
+    )
 
 
 def _describe_changed(facts: ComparisonFacts) -> list[Section]:

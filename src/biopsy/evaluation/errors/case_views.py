@@ -12,7 +12,7 @@ import pandas as pd
 from biopsy.core.arrays import read_arrays, write_arrays
 from biopsy.core.errors import DataError
 from biopsy.core.files import refuse_inputs, update_directory
-from biopsy.core.results import Result
+from biopsy.core.results import Result, Table, number
 from biopsy.core.tables import write_csv
 from biopsy.core.text import capitalize, file_name
 from biopsy.data.packs import Pack
@@ -24,6 +24,7 @@ from biopsy.evaluation.neighbours import SlideViews
 from biopsy.models.engine import Engine
 from biopsy.plotting.patches import is_constant, lay_out_sheet, scale_maps, superimpose
 from biopsy.plotting.style import png
+from biopsy.reporting.document import interval_of
 from biopsy.reporting.pseudonyms import Pseudonymizer
 from biopsy.training.runs import Run
 
@@ -73,18 +74,39 @@ class ErrorAnalysis(Result):
     Attributes:
         document: The content of ``errors.json``.
         table: The content of ``errors.csv``: one row per misclassified patch.
+        path: Output folder.
     """
 
     table: pd.DataFrame
+    path: Path
 
-    @property
-    def heading(self) -> str:
-        """Number of misclassified patches."""
-        return f"Error analysis: {len(self.table):,} misclassified patches"
+    def blocks(self) -> list[str | Table]:
+        counts, positive = self["counts"], self["positive_class"]
+        lines = [
+            f"{self['subset']} subset: {counts['fn']:,} false negatives among "
+            f"{counts['fn'] + counts['tp']:,} {positive} patches, {counts['fp']:,} false positives among "
+            f"{counts['fp'] + counts['tn']:,} others"
+        ]
+        for zone, part in self["zones"].items():
+            lines.append(f"{zone}: {part['fn'] + part['fp']:,} errors on {part['n_patches']:,} patches")
+        rows = [_contrast_row(row) for row in self["contrasts"] if row["n_errors"] and row["n_others"]]
+        note = f"95 % intervals are simultaneous over {self['n_comparisons']} comparisons."
+        columns = ["errors", "property", "mean, wrong", "mean, right", "P(wrong > right) (AUC)", ""]
+        table = Table(columns, rows, note=note if any(row[4].endswith(")") for row in rows) else "")
+        return [*lines, *([table] if rows else []), str(self.path / TABLE)]
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per misclassified patch, with its measured properties."""
         return self.table
+
+
+def _contrast_row(contrast: Mapping[str, Any]) -> list[str]:
+    estimate = contrast["within"] or contrast["auroc"]
+    text = number(estimate["value"])
+    if estimate["low"] is not None:
+        text += f" ({interval_of(estimate)})"
+    means = [f"{contrast[f'mean_{kind}']:.4g}" for kind in ("errors", "others")]
+    return [contrast["errors"], contrast["property"], *means, text, estimate["reason"] or contrast["verdict"]]
 
 
 @dataclass(frozen=True)
@@ -144,7 +166,7 @@ def errors(
         write_csv(partial / TABLE, table)
     if hypotheses:
         measure_hypotheses(run, device=device)
-    return ErrorAnalysis(result.document, table)
+    return ErrorAnalysis(result.document, table, folder)
 
 
 def load_errors(run: Run) -> ErrorFacts | None:

@@ -14,9 +14,9 @@ import pandas as pd
 
 from biopsy.core.errors import DataError, RecipeError, RunError
 from biopsy.core.files import refuse_inputs
-from biopsy.core.results import Result
+from biopsy.core.results import Result, Table, number
 from biopsy.core.seeds import make_rng
-from biopsy.core.text import capitalize
+from biopsy.core.text import capitalize, count
 from biopsy.data.archives import open_archive
 from biopsy.data.packs import Pack, is_pack, pad
 from biopsy.evaluation.explanation.examples import (
@@ -208,14 +208,28 @@ class Explanations(Result):
     Attributes:
         document: The content of ``explain.json``.
         examples: One row per explained patch: class, predicted class, probability.
+        path: Output folder.
     """
 
     examples: pd.DataFrame
+    path: Path
 
-    @property
-    def heading(self) -> str:
-        """Number of explained patches, and the folder of the pictures."""
-        return f"Explanations of {len(self.examples):,} patches"
+    def blocks(self) -> list[str | Table]:
+        columns = ("kind", "class", "called", "prob", "patch_id")
+        patches = {str(entry["patch_id"]): entry for entry in self["patches"]}.values()  # one per method
+        table = Table(columns, [[number(entry[key]) for key in columns] for entry in patches])
+        sheets = [str(self.path / sheet["picture"]) for sheet in self["sheets"]]
+        if "faithfulness" not in self:
+            return [table, *sheets]
+        tests = self["faithfulness"]
+        groups = count(tests["n_groups"], tests["unit"])
+        return [
+            table,
+            *sheets,
+            f"\nfaithfulness, {count(tests['n_patches'], 'patch')} of {groups}:",
+            *(method["answer"] for method in tests["methods"]),
+            *(f"{method['name']}: {method['reason']}" for method in tests["refused"]),
+        ]
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per explained patch."""
@@ -306,7 +320,7 @@ def explain(
         document["faithfulness"] = measure_faithfulness(
             run, methods=methods, layer=layers[0] if layers else None, device=device
         )
-    return Explanations(document, explained.examples)
+    return Explanations(document, explained.examples, folder)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -276,9 +276,8 @@ def import_keras(
         "file": keras_file.path.name,
         "sha256": sha256_file(file),
     }
-    classifier = Classifier(info.model_copy(update={"imported": origin}), network)
-    classifier.save(out)
-    return classifier
+    Classifier(info.model_copy(update={"imported": origin}), network).save(out)
+    return Classifier.load(out)
 
 
 def _find_recipe(model: str | Path) -> Recipe:
