@@ -328,10 +328,11 @@ def test_three_slides_are_shown_one_by_one_without_an_interval(tmp_path):
         for name, start, gain in (("one", 0, 0.5), ("other", 20, 1.5))
     ]
     done = call("compare", *(str(s.path) for s in studies), "--out", str(tmp_path / "out"))
-    assert done.exit_code == 0 and done.stderr == f"comparison {tmp_path / 'out'}\n"
+    assert done.exit_code == 0 and done.stdout.endswith(f"comparison {tmp_path / 'out'}\n")
     assert "only 3 patients with positive patches: an interval needs 5" in done.stdout
     for patient in ("8863", "8865", "8867"):
-        assert re.search(rf"^ *{patient} +16 +\+0\.\d+ +[+-]0\.\d+ to \+0\.\d+", done.stdout, re.MULTILINE)
+        row = rf"^ *{patient} +16 +0\.\d+ +0\.\d+ +\+0\.\d+ +0\.\d+ +[+-]0\.\d+ to \+0\.\d+"
+        assert re.search(row, done.stdout, re.MULTILINE)
     document = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert all(entry["low"] is None for entry in document["differences"][0]["metrics"].values())
     assert "8865" in (tmp_path / "out" / "report.html").read_text()

@@ -112,7 +112,7 @@ def test_an_evaluation_is_json_a_table_html_and_figures():
     document = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert document == found and document["format"] == "biopsy-metrics/1"
     assert set(found.to_frame().columns) == {"value", "low", "high", "reason"}
-    assert "auroc" in repr(found) and "10 patients" in repr(found)
+    assert "AUROC" in repr(found) and "10 patients" in repr(found)
     Page(found._repr_html_())
     assert "<normal>" not in found._repr_html_()
     for name in ("plot_roc", "plot_precision_recall", "plot_calibration", "plot_confusion"):

@@ -5,6 +5,7 @@ What a public function returns derives from `Output`, by which it is printed whe
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -43,18 +44,16 @@ class Table:
     fold: str = ""
 
 
-class Output:
-    """What a public function returns, as it is printed; by default the path of what was written."""
+class Output(ABC):
+    """What a public function returns, as it is printed."""
 
-    path: Path | None
-
+    @abstractmethod
     def blocks(self) -> Iterable[str | Table]:
         """Return the lines and tables of its text."""
-        return [str(self.path)]
 
+    @abstractmethod
     def to_json(self) -> object:
         """Return the document of ``--json``."""
-        return {"path": self.path}
 
     def problems(self) -> list[str]:
         """Return what a reader must be warned of."""
@@ -67,6 +66,18 @@ class Output:
 
     def _repr_html_(self) -> str:
         return "".join(map(_to_html, self.blocks()))
+
+
+class Written(Output):
+    """What was written, printed as its path."""
+
+    path: Path
+
+    def blocks(self) -> Iterable[str | Table]:
+        return [str(self.path)]
+
+    def to_json(self) -> object:
+        return {"path": self.path}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -88,9 +99,9 @@ class Result(Output, Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self.document)
 
+    @abstractmethod
     def to_frame(self) -> "pd.DataFrame":
         """Return the result as a table."""
-        raise NotImplementedError
 
     def to_json(self) -> dict[str, object]:
         return dict(self.document)

@@ -28,7 +28,7 @@ from urllib.error import HTTPError
 
 from biopsy.core.errors import DataError, DownloadError, MissingExtra, suggest
 from biopsy.core.files import replace_atomic
-from biopsy.core.results import Output
+from biopsy.core.results import Written
 from biopsy.data.datasets import list_datasets
 from biopsy.data.datasets.base import KaggleData, RemoteFile, Source
 
@@ -373,7 +373,7 @@ PACKED = ".biopsy-packed"
 
 
 @dataclass(frozen=True)
-class FetchResult(Output):
+class FetchResult(Written):
     """Result of `fetch`.
 
     Attributes:

@@ -201,6 +201,9 @@ class Classifier(Output):
         self.source: str | None = None
         self._base_network = None if base_network is None else base_network.eval()
 
+    def blocks(self) -> list[str]:
+        return [str(self.path)]
+
     def to_json(self) -> dict[str, object]:
         return {"path": self.path, "sha256": self.sha256}
 

@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 from biopsy.core.errors import DataError, FileFormatError, PackError, RunError
 from biopsy.core.files import create_directory, read_json, sha256_file, write_atomic, write_json
 from biopsy.core.loaders import parse_json, read_text, validate
-from biopsy.core.results import Output
+from biopsy.core.results import Written
 from biopsy.core.tables import read_csv_table, write_csv
 from biopsy.data.packs import Pack, is_pack
 from biopsy.data.predictions import FrozenThreshold, PredictionsInfo, read_predictions
@@ -132,7 +132,7 @@ class _Document(BaseModel):
         return self
 
 
-class Run(Output):
+class Run(Written):
     """A training run, read from its folder.
 
     Attributes:

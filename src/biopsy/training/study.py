@@ -7,7 +7,7 @@ import pandas as pd
 
 from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import read_json, sha256_file, write_json
-from biopsy.core.results import Output
+from biopsy.core.results import Written
 from biopsy.core.tables import infer_numbers, read_csv_table, write_csv
 from biopsy.data.predictions import read_predictions
 from biopsy.training.runs import Run
@@ -16,7 +16,7 @@ FORMAT = "biopsy-study/1"
 DOCUMENT = "study.json"
 
 
-class Study(Output):
+class Study(Written):
     """A study of several runs, read from its folder.
 
     Attributes:
