@@ -99,10 +99,11 @@ def write_study(
                 )
                 frames.append(run.predictions("test")[0].assign(recipe=recipe, seed=seed))
     write_predictions(path / "predictions.parquet", pd.concat(frames, ignore_index=True), {})
-    pack_info = {"content_sha256": pack.info.content_sha256}
+    pack_info = {"name": pack.path.name, "content_sha256": pack.info.content_sha256}
+    kind = {"question": question, "pack": pack_info, "recipes": {}}
     write_json(
         path / "study.json",
-        {"format": "biopsy-study/1", "status": "finished", "question": question, "pack": pack_info},
+        {"format": "biopsy-study/1", "status": "finished", **kind},
     )
     return Study.open(path)
 

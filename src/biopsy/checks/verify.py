@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -31,7 +31,7 @@ from biopsy.slides import outputs
 from biopsy.slides.maps import SlideMap, collect_regions, find_regions, write_geojson
 from biopsy.training.fit import OnEpoch
 from biopsy.training.runs import DOCUMENT as RUN
-from biopsy.training.runs import Run
+from biopsy.training.runs import Run, RunInfo
 from biopsy.training.train import train
 
 SAMPLE = 256
@@ -252,8 +252,8 @@ def _retrain(checks: Checklist, run: Run, pack: Pack, on_epoch: OnEpoch | None) 
         return
     classifier = run.classifier
     with TemporaryDirectory() as folder:
-        info = {key: value for key, value in run.info.items() if key not in _RESULTS}
-        info |= {"status": "running", "epochs_done": 0, "seconds": 0.0}
+        kept = {key: value for key, value in run.info.items() if key not in _RESULTS}
+        info = cast(RunInfo, {**kept, "status": "running", "epochs_done": 0, "seconds": 0.0})
         split = pd.DataFrame({"patch_id": pack.table["patch_id"], "subset": run.subsets(pack)})
         again = Run.create(Path(folder) / "run", info, run.recipe, split)
         again = train(resume=again, data=pack, on_epoch=on_epoch)

@@ -5,6 +5,7 @@ devices or addresses), with the limits below, without executing code, and with o
 """
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 
 from biopsy.core.errors import BiopsyError, FileFormatError
@@ -29,7 +30,7 @@ MAX_DEPTH = 32  # of nested lists and tables; documents of this package have 8, 
 MAX_ARRAY_HEADER = 10_000  # characters, numpy's default
 _INT64 = range(-(2**63), 2**63)
 
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model")
 
 
 def open_regular(path: Path | str, *, max_bytes: int | None = None) -> io.BufferedReader:
@@ -152,14 +153,17 @@ def parse_toml(text: str, path: Path | str) -> dict[str, Any]:
     return document
 
 
+_adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)
+
+
 def validate(path: Path | str, model: type[Model], document: Any) -> Model:
-    """Return a document as a pydantic model.
+    """Return a document as a pydantic model or a typed dictionary.
 
     Raises:
         FileFormatError: With the first missing or invalid field.
     """
     try:
-        return model.model_validate(document)
+        return _adapter(model).validate_python(document)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "document"

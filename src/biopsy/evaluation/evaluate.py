@@ -373,13 +373,14 @@ def _compare_with_colour(
 
 
 def _open_ledger(run: Run, pack: Pack, split: SplitUse, subset: str) -> Mapping[str, Any]:
+    name = split.name or "all patches"
     entry = {
         "run": run.info["id"],
         "recipe": run.info["recipe"],
         "seed": run.info["seed"],
-        "split": split.name or "all patches",
+        "split": name,
         "fold": split.fold,
         "subset": subset,
     }
     record_opening(pack, run.path, entry)
-    return count_openings(pack, split=entry["split"], fold=split.fold, run_dir=run.path)
+    return count_openings(pack, split=name, fold=split.fold, run_dir=run.path)

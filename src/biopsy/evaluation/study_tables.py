@@ -67,13 +67,13 @@ def write_tables(study: Study) -> None:
     frames = [
         run.predictions("test")[0].assign(recipe=run.info["recipe"], seed=run.info["seed"]) for run in runs
     ]
-    pooled = pd.concat(frames, ignore_index=True)
+    pooled, split = pd.concat(frames, ignore_index=True), study.info["split"]
     write_predictions(
         study.path / "predictions.parquet",
         pooled,
         {
             "pack_sha256": study.info["pack"]["content_sha256"],
-            "split": study.info["split"]["name"],
+            "split": split and split["name"],
             "classifier_sha256": None,
             "threshold": {"rule": "each run's own, chosen on its validation subset"},
         },
@@ -135,9 +135,9 @@ def describe_run(run: Run) -> dict[str, Any]:
 
 def training_columns(run: Run) -> dict[str, Any]:
     """Return the columns of ``table.csv`` on the training of a run."""
-    log = run.log()
+    log, threshold = run.log(), run.info["threshold"]
     return {
-        "threshold": (run.info["threshold"] or {}).get("value"),
+        "threshold": threshold and threshold["value"],
         "chosen_epoch": run.info["chosen_epoch"],
         "epochs": run.info["epochs_done"],
         "last_epochs_val_auroc": _mean_of_last(log),

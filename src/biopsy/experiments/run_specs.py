@@ -25,7 +25,7 @@ from biopsy.recipes import Recipe, recipe_toml
 from biopsy.training.fit import OnEpoch
 from biopsy.training.runs import DOCUMENT as RUN
 from biopsy.training.runs import EpochRecord, Run
-from biopsy.training.study import DOCUMENT, FORMAT, Study
+from biopsy.training.study import DOCUMENT, FORMAT, Study, StudyInfo
 from biopsy.training.train import train
 
 logger = logging.getLogger(__name__)
@@ -310,14 +310,14 @@ def open_study(
 
 
 def _require_same(
-    path: Path, existing: dict[str, Any], requested: dict[str, Any], fixed: Sequence[str]
+    path: Path, existing: StudyInfo, requested: Mapping[str, Any], fixed: Sequence[str]
 ) -> None:
     if existing["question"] != requested["question"]:
         raise RunError(f"{path} is a study of {existing['question']}: choose another --name")
     for setting, old, new in (
         ("pack", existing["pack"]["content_sha256"], requested["pack"]["content_sha256"]),
         *((key.replace("_", " "), existing.get(key), requested[key]) for key in fixed),
-        ("split", (existing["split"] or {}).get("sha256"), (requested["split"] or {}).get("sha256")),
+        ("split", *(info["split"] and info["split"].get("sha256") for info in (existing, requested))),
         *(
             (f"recipe {name}", text, requested["recipes"].get(name, text))
             for name, text in existing["recipes"].items()

@@ -31,7 +31,7 @@ from biopsy.experiments.run_specs import RunSpec, check_networks, open_study, ru
 from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
 from biopsy.training.fit import OnEpoch
 from biopsy.training.runs import EpochRecord, Run
-from biopsy.training.study import Study
+from biopsy.training.study import Study, StudyInfo
 from biopsy.training.train import choose_split, open_data
 
 if TYPE_CHECKING:
@@ -512,7 +512,7 @@ def _chosen_record(run: Run) -> EpochRecord:
     return next(record for record in run.log() if record["epoch"] == run.info["chosen_epoch"])
 
 
-def _describe(run: Run, info: dict[str, Any]) -> dict[str, Any]:
+def _describe(run: Run, info: StudyInfo) -> dict[str, Any]:
     """Return the row of a run: settings, validation metrics of the selected epoch, and test metrics."""
     settings, chosen = info["runs"][run.path.name], _chosen_record(run)
     if info.get("search"):

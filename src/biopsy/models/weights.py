@@ -10,9 +10,10 @@ import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Required
 
 from torch import nn
+from typing_extensions import TypedDict
 
 from biopsy.core.errors import DataError, RecipeError
 from biopsy.core.files import sha256_file
@@ -59,13 +60,13 @@ def weights_folder() -> Path:
     return Path(os.environ.get(FOLDER_VARIABLE) or "~/.cache/biopsy/weights").expanduser()
 
 
-class StartWeights(TypedDict):
+class StartWeights(TypedDict, total=False):
     """Record of the initial weights of a run; None for fields that do not apply."""
 
-    pretrained: bool
+    pretrained: Required[bool]
     weights: str | None
     file: str | None
-    sha256: str | None
+    sha256: Required[str | None]
     licence: str | None
     page: str | None
     trainable: str

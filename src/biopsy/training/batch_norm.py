@@ -7,11 +7,11 @@ Rethinking "batch" in BatchNorm, sec. 3).
 """
 
 from copy import deepcopy
-from typing import TypedDict
 
 import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import TypedDict
 
 from biopsy.core.seeds import make_rng
 from biopsy.data.packs import Pack

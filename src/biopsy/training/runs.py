@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Required
+from typing import Annotated, Any, Literal, Required, cast
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt
 from typing_extensions import TypedDict
 
 from biopsy.core.errors import DataError, FileFormatError, PackError, RunError
@@ -20,11 +20,14 @@ from biopsy.core.files import create_directory, read_json, sha256_file, write_at
 from biopsy.core.loaders import parse_json, read_text, validate
 from biopsy.core.results import Written
 from biopsy.core.tables import read_csv_table, write_csv
-from biopsy.data.packs import Pack, is_pack
+from biopsy.data.packs import Pack, Unit, is_pack
 from biopsy.data.predictions import FrozenThreshold, PredictionsInfo, read_predictions
 from biopsy.models.classifier import Classifier
+from biopsy.models.hardware import Precision
+from biopsy.models.weights import StartWeights
 from biopsy.recipes import DEFINING_TABLES, Recipe, load_recipe, recipe_toml
 from biopsy.recipes.schema import Decision
+from biopsy.training.batch_norm import NormalisationRecord
 
 FORMAT = "biopsy-run/1"
 DOCUMENT = "run.json"
@@ -73,63 +76,78 @@ class EpochRecord(TypedDict, total=False):
     seed: int
 
 
-class _Count(BaseModel):
+class PatchCounts(TypedDict):
+    """Numbers of patches, of groups (patients or slides), and of patches of each class."""
+
     patches: NonNegativeInt
     groups: int | None
     per_class: dict[str, NonNegativeInt]
 
 
-class _Split(BaseModel):
-    name: str
-    protocol: str
-    fold: int | None
-    unit: Literal["patient", "slide", "patch"]
-    as_published: bool
-    test_is_validation: bool = False
-    patients_overlap: bool | None
-    subsets: dict[str, _Count]
+class RunSplit(TypedDict, total=False):
+    """Split of a run."""
+
+    name: Required[str]
+    protocol: Required[str]
+    fold: Required[int | None]
+    unit: Required[Unit]
+    as_published: Required[bool]
+    test_is_validation: bool
+    patients_overlap: Required[bool | None]
+    subsets: Required[dict[str, PatchCounts]]
+    used: PatchCounts
+    """Training patches of an epoch."""
 
 
-class _Pack(BaseModel):
-    path: str
-    name: str
-    dataset: str
-    content_sha256: str
-    n_patches: NonNegativeInt
-    unit: Literal["patient", "slide", "patch"]
+class RunPack(TypedDict, total=False):
+    """Pack of a run."""
+
+    path: Required[str]
+    name: Required[str]
+    dataset: Required[str]
+    content_sha256: Required[str]
+    synthetic: bool
+    n_patches: Required[NonNegativeInt]
+    n_patients: int | None
+    unit: Required[Unit]
 
 
-class _Weights(BaseModel):
-    pretrained: bool
-    sha256: str | None
+class RunInfo(TypedDict, total=False):
+    """Content of ``run.json``."""
 
-
-class _Document(BaseModel):
-    """Required content of ``run.json``."""
-
-    id: str
-    status: Literal["running", "interrupted", "failed", "finished"]
-    recipe: str
-    seed: int
-    split: _Split
-    pack: _Pack
-    weights: _Weights
-    epochs: NonNegativeInt
-    epochs_done: NonNegativeInt
-    seconds: float = Field(ge=0)
-    started: str
-    environment: dict[str, object]
-    chosen_epoch: int | None = None
-    threshold: FrozenThreshold | None = None
-    files: dict[str, str] = {}
-
-    @model_validator(mode="after")
-    def _check(self) -> "_Document":
-        if self.status == "finished" and (
-            self.chosen_epoch is None or "threshold" not in self.model_fields_set
-        ):
-            raise ValueError("a finished run has chosen_epoch and threshold")
-        return self
+    format: str
+    id: Required[str]
+    status: Required[Literal["running", "interrupted", "failed", "finished"]]
+    reason: str
+    """Why training was interrupted or failed."""
+    command: str
+    recipe: Required[str]
+    seed: Required[int]
+    split: Required[RunSplit]
+    pack: Required[RunPack]
+    parameters: dict[str, int]
+    weights: Required[StartWeights]
+    epochs: Required[NonNegativeInt]
+    epochs_done: Required[NonNegativeInt]
+    started: Required[str]
+    seconds: Required[Annotated[float, Field(ge=0)]]
+    environment: Required[dict[str, str | int | None]]
+    device: str
+    precision: Precision
+    processes: int
+    transform: str | None
+    config_sha256: str | None
+    """Hash of what defines the result; None if it cannot be reused."""
+    mlflow_run: str
+    chosen_epoch: int | None
+    stopped_early: bool
+    batch_norm: NormalisationRecord | None
+    warnings: list[str]
+    threshold: FrozenThreshold | None
+    classifier_sha256: str
+    recalibrated: dict[str, str]
+    files: dict[str, str]
+    """Hashes of files of the run by name."""
 
 
 class Run(Written):
@@ -140,7 +158,7 @@ class Run(Written):
         info: Content of ``run.json``: settings, pack and results.
     """
 
-    def __init__(self, path: Path, info: dict[str, Any]) -> None:
+    def __init__(self, path: Path, info: RunInfo) -> None:
         self.path = path
         self.info = info
 
@@ -161,13 +179,17 @@ class Run(Written):
         try:
             remedy = "restore it, or train again"
             info = read_json(path / DOCUMENT, format=FORMAT, remedy=remedy, may_lack_hash=True)
-            validate(path / DOCUMENT, _Document, info)
+            validate(path / DOCUMENT, RunInfo, info)
+            if info["status"] == "finished" and (info.get("chosen_epoch") is None or "threshold" not in info):
+                raise FileFormatError(
+                    path / DOCUMENT, "value", "a finished run has chosen_epoch and threshold"
+                )
         except DataError as error:
             raise RunError(str(error)) from None
-        return cls(path, info)
+        return cls(path, cast(RunInfo, info))
 
     @classmethod
-    def create(cls, path: Path, info: Mapping[str, object], recipe: Recipe, split: pd.DataFrame) -> "Run":
+    def create(cls, path: Path, info: RunInfo, recipe: Recipe, split: pd.DataFrame) -> "Run":
         """Create the folder of a new run with ``run.json``, ``recipe.toml`` and ``split.csv``.
 
         Raises:
@@ -177,7 +199,7 @@ class Run(Written):
             raise RunError(
                 f"{path} is not empty: choose another folder, or resume with `biopsy train --resume {path}`"
             )
-        info = {"format": FORMAT, **info}
+        info = {**info, "format": FORMAT}
         with create_directory(path) as partial:
             write_atomic(partial / "recipe.toml", recipe_toml(recipe))
             write_csv(partial / "split.csv", split)
@@ -188,9 +210,9 @@ class Run(Written):
     def __repr__(self) -> str:
         return f"<Run {self.path.name}: {self.info['status']}>"
 
-    def update(self, **fields: Any) -> None:
+    def update(self, **fields: object) -> None:
         """Update fields of ``run.json``."""
-        self.info = {**self.info, **fields}
+        self.info = cast(RunInfo, {**self.info, **fields})
         write_json(self.path / DOCUMENT, self.info)
 
     def hash_files(self, *names: str) -> dict[str, str]:

@@ -1,12 +1,14 @@
 """Studies: folders of several runs."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Required, cast
 
 import pandas as pd
+from typing_extensions import TypedDict
 
 from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import read_json, sha256_file, write_json
+from biopsy.core.loaders import validate
 from biopsy.core.results import Written
 from biopsy.core.tables import infer_numbers, read_csv_table, write_csv
 from biopsy.data.predictions import read_predictions
@@ -14,6 +16,62 @@ from biopsy.training.runs import Run
 
 FORMAT = "biopsy-study/1"
 DOCUMENT = "study.json"
+
+
+class StudySplit(TypedDict, total=False):
+    """Split of a study."""
+
+    name: Required[str]
+    protocol: str
+    n_folds: int
+    seed: int
+    sha256: str
+    parameters: dict[str, object]
+    patients_overlap: bool | None
+
+
+class StudyPack(TypedDict, total=False):
+    """Pack of a study."""
+
+    path: str
+    name: Required[str]
+    content_sha256: Required[str]
+    synthetic: bool
+
+
+class Search(TypedDict):
+    """Ranges of a search, and the seeds of each trial."""
+
+    ranges: list[str]
+    seeds: list[int]
+
+
+class StudyInfo(TypedDict, total=False):
+    """Content of ``study.json``."""
+
+    format: str
+    name: str
+    status: Required[Literal["running", "finished"]]
+    question: Required[str]
+    """Kind of the study."""
+    split: StudySplit | None
+    pack: Required[StudyPack]
+    recipes: Required[dict[str, str]]
+    """TOML of each recipe, before changes by the study."""
+    seeds: list[int]
+    runs: dict[str, dict[str, Any]]
+    """Recipe, fold, seed and further entries that distinguish each run."""
+    failed: dict[str, str]
+    """Why runs have no result."""
+    table_sha256: str
+    grid: list[str]
+    """Settings of a sweep."""
+    fold: int | None
+    search: Search | None
+    papers: dict[str, dict[str, Any]]
+    """Publication and planned length of each recipe of a reproduction."""
+    test_patients: list[str]
+    leak_seeds: list[int]
 
 
 class Study(Written):
@@ -24,7 +82,7 @@ class Study(Written):
         info: What ``study.json`` says.
     """
 
-    def __init__(self, path: Path, info: dict[str, Any]) -> None:
+    def __init__(self, path: Path, info: StudyInfo) -> None:
         self.path = path
         self.info = info
 
@@ -41,7 +99,9 @@ class Study(Written):
         if not is_study(path):
             raise RunError(f"{path} is not a study (it has no {DOCUMENT}): make one with `biopsy study`")
         try:
-            return cls(path, read_json(path / DOCUMENT, format=FORMAT))
+            info = read_json(path / DOCUMENT, format=FORMAT)
+            validate(path / DOCUMENT, StudyInfo, info)
+            return cls(path, cast(StudyInfo, info))
         except DataError as error:
             raise RunError(str(error)) from None
 
@@ -51,9 +111,9 @@ class Study(Written):
     def problems(self) -> list[str]:
         return [f"failed: {run}: {reason}" for run, reason in self.info.get("failed", {}).items()]
 
-    def update(self, **fields: Any) -> None:
+    def update(self, **fields: object) -> None:
         """Update fields of ``study.json``."""
-        self.info = {**self.info, **fields}
+        self.info = cast(StudyInfo, {**self.info, **fields})
         write_json(self.path / DOCUMENT, self.info)
 
     def runs(self) -> list[Run]:

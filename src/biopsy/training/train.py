@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -43,7 +42,9 @@ from biopsy.training.loggers import open_loggers
 from biopsy.training.probe import PROBE, check_probe, fit_probe
 from biopsy.training.runs import (
     EpochRecord,
+    PatchCounts,
     Run,
+    RunInfo,
     describe_environment,
     find_cached_run,
     hash_config,
@@ -202,7 +203,7 @@ def _begin(
     total, trainable = count_parameters(network)
     run_id = name_run(recipe.name, seed)
     path = Path(out) if out is not None else RUNS / run_id
-    info: dict[str, Any] = {
+    info: RunInfo = {
         "id": run_id,
         "status": "running",
         "command": _repeat(path, pack, split, fold, seed),
@@ -238,10 +239,11 @@ def _begin(
         "environment": describe_environment(),
     }
     if transform is not None:
-        info |= {"transform": describe_transform(transform), "config_sha256": None}
+        info["transform"], info["config_sha256"] = describe_transform(transform), None
     else:
-        info["config_sha256"] = hash_config(recipe, pack, subsets, info["split"], seed, weights["sha256"])
-        result = find_cached_run(info["config_sha256"], sorted(RUNS.glob("*")) if out is None else [path])
+        config = hash_config(recipe, pack, subsets, info["split"], seed, weights["sha256"])
+        info["config_sha256"] = config
+        result = find_cached_run(config, sorted(RUNS.glob("*")) if out is None else [path])
         if result is not None:
             return _reuse_run(result, pack), pack
     logger.info("%s: %s", recipe.model.name, describe_weights(network, weights))
@@ -295,7 +297,7 @@ def _repeat(path: Path, pack: Pack, split: Split, fold: int | None, seed: int) -
     return shlex.join([*words, "--seed", str(seed)])
 
 
-def _count(pack: Pack, chosen: np.ndarray) -> dict[str, Any]:
+def _count(pack: Pack, chosen: np.ndarray) -> PatchCounts:
     per_class = np.bincount(pack.target[chosen], minlength=len(pack.class_names)).tolist()
     return {
         "patches": int(chosen.sum()),

@@ -157,7 +157,9 @@ def _measure(run: Run, frame: pd.DataFrame, seed: int, device: str) -> dict[str,
     pack, classifier, engine = run.open_pack(verify=False), run.classifier.single_patch(), Engine(device)
     rows = pack.rows_of(frame["patch_id"])
     truth, groups = (pack.target[rows] == pack.positive_index).astype(int), pack.group_ids[rows]
-    prob, threshold = frame["prob"].to_numpy(float), run.info["threshold"]["value"]
+    frozen = run.info["threshold"]
+    assert frozen is not None  # of two classes
+    prob, threshold = frame["prob"].to_numpy(float), frozen["value"]
     options: Resampling = {"seed": seed, "unit": pack.unit}
 
     measured = draw_rows(len(rows), MAX_MEASURED, seed)
