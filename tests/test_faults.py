@@ -11,7 +11,7 @@ from conftest import PROJECT
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["prepare", "train", "evaluate", "slide"])
+@pytest.mark.parametrize("command", ["prepare", "train", "evaluate", "slide", "study", "sweep"])
 def test_a_disturbed_command_comes_to_the_result_of_an_undisturbed_one(command, tmp_path):
     script, table = PROJECT / "benchmarks" / "faults.py", tmp_path / "faults.csv"
     words = ["--points", "2", "--commands", command, "--out", str(table)]

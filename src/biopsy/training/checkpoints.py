@@ -21,7 +21,7 @@ from biopsy.core.loaders import parse_json, read_tensors, validate
 from biopsy.training.runs import EpochRecord
 from biopsy.training.weight_averaging import WeightAverage
 
-FORMAT = "biopsy-checkpoint/2"
+FORMAT = "biopsy-checkpoint/3"
 LAST = "last.safetensors"
 
 
@@ -187,12 +187,14 @@ def _to_cpu(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
-    text = json.dumps({"format": FORMAT, **header})
-    write_atomic(path, save(tensors, metadata={"biopsy": text, "sha256": _hash(tensors, text)}))
+    document = {"format": FORMAT, **header}
+    document["sha256"] = _hash(tensors, document)
+    # safetensors writes several metadata in a random order: with one, equal checkpoints are equal files
+    write_atomic(path, save(tensors, metadata={"biopsy": json.dumps(document)}))
 
 
-def _hash(tensors: dict[str, torch.Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
+def _hash(tensors: dict[str, torch.Tensor], document: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(document).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -206,7 +208,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         header = parse_json(texts.get("biopsy", "null"), path, allow_nan=True)
         if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise FileFormatError(path, "format", f"is not a checkpoint of format {FORMAT!r}")
-        if texts.get("sha256") != _hash(tensors, texts["biopsy"]):
+        if header.pop("sha256", None) != _hash(tensors, header):
             raise FileFormatError(path, "altered", "was changed since it was written")
     except FileFormatError as error:
         raise RunError(f"{error}: start a new run") from None
