@@ -47,7 +47,7 @@ FEATURES = {
         "calibrators calibration calibration_chapters",
     ),
     "splits": ("data/splits data/protocols", "splits protocols arms"),
-    "leakage": ("data/audit experiments/leakage", "audit arms inspection reproduction"),
+    "leakage": ("data/audit experiments/leakage", "audit arms inspection comparison reproduction"),
     "out-of-distribution": ("models/out_of_distribution", "out_of_distribution classifiers prediction"),
     "abstention": (
         "evaluation/abstention/measure statistics/conformal statistics/risk_coverage",
@@ -55,9 +55,9 @@ FEATURES = {
     ),
     "maps": (
         "slides/maps slides/grids slides/stitching slides/inference",
-        "maps grids regions geojson resolution cohorts same_map",
+        "grids regions maps geojson resolution same_map",
     ),
-    "int8": ("models/runtimes models/compiling models/openvino_runtime", "runtimes inference bundles"),
+    "int8": ("models/runtimes models/compiling models/openvino_runtime", "runtimes inference"),
     "distributed": (
         "training/distributed training/sampling training/batches",
         "distributed sampling training",

@@ -75,8 +75,7 @@ def lay_out(*patients):
 
 
 @given(counts, counts, others, st.integers(0, 99), st.randoms())
-@settings(max_examples=60, deadline=None)
-@pytest.mark.slow
+@settings(max_examples=15, deadline=None)
 def test_laws_of_the_arms(tested, validating, others, seed, shuffler):
     table = lay_out(tested, validating, *others)
     arms = {name: divide(table, f"leak-{name}", seed) for name in ("apart", "with", "placebo")}

@@ -172,6 +172,37 @@ def test_outputs_are_uploaded_also_when_the_command_fails(memory):
     assert left == {"/out/old": b"old", "/out/deep/new": b"new"}
 
 
+def test_a_folder_that_is_not_there_yet_is_made(memory):
+    with uploaded("memory://new/maps") as folder:
+        assert folder.name == "maps" and not list(folder.iterdir())
+        (folder / "map").write_bytes(b"1")
+    assert memory.cat_file("/new/maps/map") == b"1"
+
+
+def test_copies_of_unknown_sizes_are_bounded_together(memory, staging, monkeypatch):
+    memory.pipe({f"/a/{name}": bytes(2000) for name in "xyz"})
+    files = {name: info | {"size": None} for name, info in list_files("memory://a").items()}
+    monkeypatch.setattr(storage, "list_files", lambda url: files)
+    monkeypatch.setenv("BIOPSY_STAGING_GB", "5e-6")
+    with refuses(DataError, "BIOPSY_STAGING_GB"), staged("memory://a"):
+        pass
+    assert not list(staging.iterdir())
+    monkeypatch.setenv("BIOPSY_STAGING_GB", "7e-6")
+    with staged("memory://a") as path:
+        assert contents(path) == {name: bytes(2000) for name in "xyz"}
+
+
+def test_pages_of_links_are_folders(web):
+    folder, address, _ = web
+    (folder / "deep").mkdir()
+    for name in ("a.tiff", "deep/b.tiff"):
+        (folder / name).write_bytes(b"1")
+    for root in (address, f"{address}/"):
+        assert list_files(root).keys() == {"a.tiff", "deep/b.tiff"}
+    assert list_files(f"{address}/deep/").keys() == {"b.tiff"}
+    assert list_files(f"{address}/a.tiff").keys() == {""}
+
+
 def test_a_pack_by_url_is_the_pack(memory, tmp_path):
     pack = write_pack(tmp_path)
     memory.put(str(pack.path), "/data/x.pack", recursive=True)
