@@ -84,16 +84,7 @@ def train_idc_biopsy(tree: Path, pack: Path) -> Pass:
     optimiser = optimiser_of(recipe, network)
     average = WeightAverage(network, settings.ema_decay)
     loss_fn = make_loss("softmax", label_smoothing=settings.label_smoothing)
-    batches = Batches(
-        patches=data.patches,
-        target=data.target,
-        widths=data.sizes[:, 0],
-        heights=data.sizes[:, 1],
-        preprocessing=fit_preprocessing(recipe, data, rows),
-        augmentation=recipe.augmentation,
-        batch_size=settings.batch_size,
-        drop_last=True,
-    )
+    batches = Batches.from_pack(data, recipe, rows, fit_preprocessing(recipe, data, rows))
     rng = np.random.default_rng(0)
 
     def run() -> int:

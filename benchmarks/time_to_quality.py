@@ -98,17 +98,7 @@ def start_biopsy(data: Data, seed: int, epochs: int | None = None) -> Learner:
     network = engine.place(make_network(recipe, 2, seed)[0]).train()
     optimiser, average = optimiser_of(recipe, network), WeightAverage(network, settings.ema_decay)
     loss_fn = make_loss("softmax", label_smoothing=settings.label_smoothing)
-    batches = Batches(
-        patches=pack.patches,
-        target=pack.target,
-        widths=pack.sizes[:, 0],
-        heights=pack.sizes[:, 1],
-        preprocessing=preprocessing,
-        augmentation=recipe.augmentation,
-        batch_size=settings.batch_size,
-        drop_last=True,
-        seed=seed,
-    )
+    batches = Batches.from_pack(pack, recipe, data.train, preprocessing, seed=seed)
     total_steps = settings.epochs * batches.count(len(data.train))
 
     def update() -> Iterator[None]:

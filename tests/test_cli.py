@@ -196,6 +196,14 @@ def test_an_epoch_is_one_line_with_everything_in_it():
     )
 
 
+def test_a_logistic_regression_has_neither_epochs_nor_a_learning_rate():
+    timing = ("lr", "time_left_s")
+    record = {key: value for key, value in RECORD.items() if key not in timing}
+    line = epoch_line(record | {"penalty": 0.01, "n_features": 1280, "images_per_s": 90.0})
+    assert all(part in line for part in ("logistic regression", "1,280 features", "0.01", "loss  0.5123"))
+    assert not any(word in line for word in ("epoch", "lr ", "images/s", "left", "best"))
+
+
 def test_each_run_of_a_study_is_named_once(capsys):
     lines = EpochLines()
     for run in ("a", "a", "b"):

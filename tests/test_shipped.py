@@ -106,7 +106,10 @@ def test_predict_by_name(name, patch, tmp_path, caplog):
     assert list(frame["patch_id"]) == ["patch.png"]
     assert 0 <= frame["prob"][0] <= 1
     assert frame["out_of_distribution"].dtype == bool
-    assert f"{name}: {info.description}" in caplog.messages
+    [line] = [message for message in caplog.messages if message.startswith(f"{name}: ")]
+    n_patches = info.description.split()[2]  # Trained on 7,126 patches of 17 patients ...
+    assert n_patches in line and len(line) < 120 and "biopsy list classifiers" in line
+    assert ("17 patients" in line) == (name == "idc")
     called = call("predict", name, patch, "--out", tmp_path / "again.csv", "--json")
     assert called.exit_code == 0
     assert json.loads(called.stdout)["n_patches"] == 1

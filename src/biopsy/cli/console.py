@@ -145,15 +145,24 @@ class EpochLines:
 
 
 def epoch_line(record: Mapping[str, Any]) -> str:
-    """Write an epoch's record as one line: loss, metrics, learning rate, speed, time left."""
-    auroc = record["val_auroc"]
+    """Return an epoch's record as one line: loss, metrics, learning rate, speed, time left.
+
+    That of a logistic regression has loss and metrics only.
+    """
+    auroc, is_probe = record["val_auroc"], "penalty" in record
     parts = [
-        f"epoch {record['epoch']:3d}",
+        f"logistic regression on {record['n_features']:,} features, penalty {record['penalty']:g}:"
+        if is_probe
+        else f"epoch {record['epoch']:3d}",
         f"loss {record['loss']:7.4f}",
         f"accuracy {record['accuracy']:.3f}",
         f"val loss {record['val_loss']:7.4f}",
         f"accuracy {record['val_accuracy']:.3f}",
         "auroc     -" if auroc is None else f"auroc {auroc:.3f}",
+    ]
+    if is_probe:  # fitted at once: no epochs, rate or time left
+        return "  ".join(parts)
+    parts += [
         f"lr {record['lr']:.2e}",
         f"{record['images_per_s']:7,.0f} images/s",
         f"{timedelta(seconds=round(record['time_left_s']))} left",

@@ -10,9 +10,17 @@ import torch
 from torch import Tensor
 
 from biopsy.core.seeds import derive
+from biopsy.data.packs import Pack
 from biopsy.models.preprocessing import Preprocessing, to_unit
+from biopsy.recipes import Recipe
 from biopsy.recipes.schema import Augmentation
-from biopsy.training.augmentation import StainTransfer, Transform, apply_transform, augment
+from biopsy.training.augmentation import (
+    StainTransfer,
+    Transform,
+    apply_transform,
+    augment,
+    fit_stain_transfer,
+)
 from biopsy.training.distributed import ALONE, Processes
 
 
@@ -70,6 +78,37 @@ class Batches:
     seed: int = 0
     front: CachedFeatures | None = None
     processes: Processes = ALONE
+
+    @classmethod
+    def from_pack(
+        cls,
+        pack: Pack,
+        recipe: Recipe,
+        rows: np.ndarray,
+        preprocessing: Preprocessing,
+        *,
+        drop_last: bool = True,
+        transform: Transform | None = None,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        processes: Processes = ALONE,
+    ) -> "Batches":
+        """Return the batches in which a recipe trains on some rows of a pack; options as the attributes."""
+        return cls(
+            patches=pack.patches,
+            target=pack.target,
+            widths=pack.sizes[:, 0],
+            heights=pack.sizes[:, 1],
+            preprocessing=preprocessing,
+            stain_transfer=fit_stain_transfer(pack, rows, recipe.augmentation.stain_transfer, seed),
+            augmentation=recipe.augmentation,
+            transform=transform,
+            batch_size=recipe.train.batch_size,
+            drop_last=drop_last,
+            device=device,
+            seed=seed,
+            processes=processes,
+        )
 
     def size(self, n_patches: int, number: int) -> int:
         """Return the patches of one of the batches that many patches make, in all processes together."""

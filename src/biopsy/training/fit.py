@@ -22,7 +22,7 @@ from biopsy.models.engine import Engine, count_correct, make_loss, outputs_of
 from biopsy.models.inference import predict_logits
 from biopsy.models.preprocessing import Preprocessing
 from biopsy.recipes import Recipe
-from biopsy.training.augmentation import Transform, fit_stain_transfer
+from biopsy.training.augmentation import Transform
 from biopsy.training.batches import Batches
 from biopsy.training.cached_features import cache_backbone_features, predict_rest
 from biopsy.training.checkpoints import Progress, load_checkpoint, save_checkpoint
@@ -71,7 +71,18 @@ def fit(network: torch.nn.Module, task: Task, folder: Path, on_epoch: OnEpoch) -
     optimiser = optimiser_of(task.recipe, network)
     average = WeightAverage(network, settings.ema_decay) if settings.ema_decay else None
     progress = load_checkpoint(folder, network, optimiser, task.engine.device, average)
-    batches = _make_batches(task)
+    drop_last = settings.drop_last and len(_order(task, 1)) > settings.batch_size
+    batches = Batches.from_pack(
+        task.pack,
+        task.recipe,
+        task.train,
+        task.preprocessing,
+        drop_last=drop_last,
+        transform=task.transform,
+        device=task.engine.device,
+        seed=task.seed,
+        processes=task.processes,
+    )
     steps = settings.steps_per_epoch or batches.count(len(_order(task, 1)))
     rows = np.union1d(task.train, task.val)
     n_visits = (settings.epochs - progress.epoch) * (steps * settings.batch_size + len(task.val))
@@ -243,25 +254,6 @@ def _note_best(task: Task, progress: Progress, record: EpochRecord) -> None:
 def _is_stale(task: Task, progress: Progress) -> bool:
     patience = task.recipe.train.early_stopping_patience
     return bool(patience) and progress.epoch - (progress.best_epoch or 0) >= patience
-
-
-def _make_batches(task: Task) -> Batches:
-    settings, augmentation = task.recipe.train, task.recipe.augmentation
-    return Batches(
-        patches=task.pack.patches,
-        target=task.pack.target,
-        widths=task.pack.sizes[:, 0],
-        heights=task.pack.sizes[:, 1],
-        preprocessing=task.preprocessing,
-        stain_transfer=fit_stain_transfer(task.pack, task.train, augmentation.stain_transfer, task.seed),
-        augmentation=augmentation.model_copy(update={"stain_transfer": 0.0}),
-        transform=task.transform,
-        batch_size=settings.batch_size,
-        drop_last=settings.drop_last and len(_order(task, 1)) > settings.batch_size,
-        device=task.engine.device,
-        seed=task.seed,
-        processes=task.processes,
-    )
 
 
 def _require_finite(processes: Processes, losses: list[Tensor], epoch: int, last_good: int) -> None:

@@ -98,9 +98,7 @@ def fit_probe(network: torch.nn.Module, task: Task, weights: StartWeights, on_ep
     record = EpochRecord(
         epoch=1,
         step=1,
-        lr=0.0,
         best=True,
-        time_left_s=0.0,
         penalty=penalty,
         **_score("", train, pack.target[rows], pack),  # type: ignore[typeddict-item]
         **_score("val_", val, pack.target[task.val], pack),

@@ -27,9 +27,10 @@ def is_shipped(model: Path | str) -> bool:
 
 
 def open_shipped(name: Path | str) -> Classifier:
-    """Open a classifier that ships, and log how few patients it stands on."""
+    """Open a classifier that ships, and log what it was trained on, in one short line."""
     if Path(name).exists():
         logger.info("%s: the classifier that ships with biopsy; ./%s holds no model", name, name)
     classifier = Classifier.load(FOLDER / str(name))
-    logger.info("%s: %s", name, classifier.info.description)
+    trained_on = classifier.info.description.partition(" (")[0]
+    logger.info("%s: %s%s; more: `biopsy list classifiers`", name, trained_on[:1].lower(), trained_on[1:])
     return classifier
