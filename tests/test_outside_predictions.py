@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn import metrics as sk
 
 import biopsy
@@ -76,6 +77,35 @@ def test_the_same_classes_whatever_their_form():
     ]
     for found in same:
         pd.testing.assert_frame_equal(found.to_frame(), plain, check_exact=False, atol=1e-12)
+
+
+def test_tensors_are_taken_with_gradients_or_without():
+    target, probs = draw()
+    plain = biopsy.evaluate_predictions(target, probs[:, 1], GROUPS).to_frame()
+    found = biopsy.evaluate_predictions(
+        torch.tensor(target), torch.tensor(probs[:, 1], requires_grad=True), GROUPS
+    )
+    pd.testing.assert_frame_equal(found.to_frame(), plain, check_exact=False, atol=1e-12)
+
+
+def test_numbers_that_are_no_probabilities_are_refused():
+    target, probs = draw()
+    with refuses(MetricError, "y_prob"):
+        biopsy.evaluate_predictions(target, probs[:, 1].astype(complex), GROUPS)
+
+
+def test_an_index_in_another_order_is_refused():
+    """Rows are taken by position: the probability of another patch would be judged."""
+    target, probs = draw()
+    y_true, y_prob, groups = pd.Series(target), pd.Series(probs[:, 1]), pd.Series(GROUPS)
+    for name, values in (
+        ("y_prob", (y_true, y_prob[::-1], groups)),
+        ("groups", (y_true, y_prob, groups[::-1])),
+    ):
+        with refuses(MetricError, name, "order"):
+            biopsy.evaluate_predictions(*values)
+    other = y_prob.set_axis([f"patch {index}" for index in range(200)])
+    assert biopsy.evaluate_predictions(y_true, other, groups)["n_patients"] == 10
 
 
 def test_names_that_are_numbers_are_names():

@@ -145,3 +145,18 @@ def test_a_slide_of_unknown_resolution_is_refused(make_slide):
     unknown = Classifier.wrap(make_module(), **OPTIONS | {"mpp": None})
     with pytest.raises((RunError, DataError)):
         biopsy.slide(unknown, make_slide(mpp=4.0), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("module", "changes", "named"),
+    [
+        (lambda batch: batch, {}, "function"),
+        (make_module(), {"mpp": 0}, "mpp=0"),
+        (make_module(), {"mpp": float("nan")}, "mpp=nan"),
+        (make_module(), {"input_px": 0}, "input_px=0"),
+        (make_module(), {"patch_px": -1}, "patch_px=-1"),
+    ],
+)
+def test_impossible_arguments_are_named(module, changes, named):
+    with refuses(RunError, named):
+        Classifier.wrap(module, **{**OPTIONS, **changes})

@@ -87,8 +87,9 @@ def evaluate_predictions(
         The evaluation: `to_frame` for a table, `to_dict` for JSON, `biopsy.report` for a page.
 
     Raises:
-        MetricError: If lengths differ, values are missing, probabilities are outside 0-1 or do not sum to
-            one, there is one class only, a class is unknown, or a patch id is duplicated.
+        MetricError: If lengths or the orders of indices differ, values are missing, probabilities are outside
+            0-1 or do not sum to one, there is one class only, a class is unknown, or a patch id is
+            duplicated.
 
     Examples:
         >>> y_true, y_prob = [0, 1, 1, 0, 1, 0], [0.2, 0.9, 0.4, 0.3, 0.8, 0.1]
@@ -96,6 +97,7 @@ def evaluate_predictions(
         >>> evaluation["patch"]["auroc"]["value"]
         1.0
     """
+    _refuse_other_order(y_true=y_true, y_prob=y_prob, groups=groups)
     labels = _read_labels(y_true)
     probs = _read_probs(y_prob, len(labels))
     names, positive = _name_classes(labels, probs, class_names, positive_class)
@@ -187,6 +189,20 @@ def _read_vector(name: str, values: ArrayLike, n_expected: int | None = None) ->
     return array
 
 
+def _refuse_other_order(**values: Any) -> None:
+    """Refuse pandas objects with the same index in another order, since rows are matched by position."""
+    indices = {
+        name: value.index for name, value in values.items() if isinstance(value, pd.Series | pd.DataFrame)
+    }
+    for name, index in indices.items():
+        first, expected = next(iter(indices.items()))
+        if not index.equals(expected) and set(index) == set(expected):
+            raise MetricError(
+                f"{name} has the index of {first} in another order: sort both alike, since rows are matched by "
+                "position"
+            )
+
+
 def _read_labels(y_true: ArrayLike) -> np.ndarray:
     """Return the true classes as numbers or as text."""
     labels = _read_vector("y_true", y_true)
@@ -206,8 +222,13 @@ def _refuse_missing(name: str, missing: Any) -> None:
 
 def _read_probs(y_prob: ArrayLike, n: int) -> np.ndarray:
     """Return probabilities ``(n,)`` or ``(n, n_classes)``, checked."""
+    if hasattr(y_prob, "detach"):  # a tensor, with or without gradients
+        y_prob = y_prob.detach().cpu()
     try:
-        probs = np.asarray(y_prob, dtype=np.float64)
+        probs = np.asarray(y_prob)
+        if probs.dtype.kind == "c":
+            raise TypeError("complex numbers")
+        probs = probs.astype(np.float64)
     except (TypeError, ValueError):
         raise MetricError("y_prob holds values that are not numbers: give probabilities") from None
     if probs.ndim == 2 and probs.shape[1] == 1:

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -269,10 +270,15 @@ class Classifier(Output):
             licence: Licence of the weights.
 
         Raises:
-            RunError: If the module does not accept such a batch, or its output does not fit the classes.
+            RunError: If the module does not accept such a batch, its output does not fit the classes, or an
+                argument is impossible.
         """
+        from torch import nn
+
         from biopsy.models.networks.wrapped import WrappedNetwork
 
+        if not isinstance(module, nn.Module):
+            raise RunError(f"module is of {type(module).__name__}: pass a torch.nn.Module")
         names = [str(name) for name in class_names]
         binary = len(names) == 2
         if len(set(names)) != len(names) or len(names) < 2:
@@ -281,6 +287,10 @@ class Classifier(Output):
             raise RunError(f"positive_class={positive_class!r} is not one of two classes {names}")
         if binary and not 0 <= threshold <= 1:
             raise RunError(f"threshold={threshold!r} is not a probability")
+        if mpp is not None and not 0 < mpp < math.inf:
+            raise RunError(f"mpp={mpp!r}: pass the micrometres per pixel, or None if unknown")
+        if min(input_px, patch_px or input_px) < 1:
+            raise RunError(f"input_px={input_px!r}, patch_px={patch_px!r}: pass one pixel or more")
         frozen = Threshold(value=float(threshold), rule="given", chosen_on=None)
         info = ClassifierInfo(
             network=f"wrapped:{type(module).__module__}.{type(module).__qualname__}",

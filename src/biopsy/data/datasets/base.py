@@ -236,7 +236,9 @@ def drop_copies(
 def refuse_empty(skipped: Sequence[Skipped]) -> DataError:
     """Return the error for a source without readable patches, with the first reason."""
     first = skipped[0] if skipped else Skipped(source="no image", reason="was found")
-    return DataError(f"no patch can be read: {len(skipped):,} skipped, {first['source']} {first['reason']}")
+    return DataError(
+        f"no patch can be read: {len(skipped):,} skipped, the first is {first['source']}: {first['reason']}"
+    )
 
 
 def find_positive(class_names: Sequence[str]) -> str | None:
