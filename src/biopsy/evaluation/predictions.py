@@ -198,7 +198,7 @@ def _refuse_other_order(**values: Any) -> None:
         first, expected = next(iter(indices.items()))
         if not index.equals(expected) and set(index) == set(expected):
             raise MetricError(
-                f"{name} has the index of {first} in another order: sort both alike, since rows are matched by "
+                f"{name} has the index of {first} in another order: sort both alike, rows are matched by "
                 "position"
             )
 
