@@ -114,7 +114,7 @@ def test_a_phantom_slide_is_seen_mapped_and_corrected(show, phantom):
         page.mouse.click(*place_on_screen(page, row.x + 8, row.y + 8))
         page.wait_for_timeout(400)
         facts = facts_of(page)
-        assert facts["place"] == f"{row.x}, {row.y}"
+        assert facts["x, y (px)"] == f"{row.x}, {row.y}"
         assert float(facts["P(idc)"]) == pytest.approx(row.prob, abs=6e-5)
     page.keyboard.press("w")
     page.wait_for_timeout(400)
@@ -189,6 +189,41 @@ def test_labels_of_a_stitched_slide_go_through_prepare(show, make_idc_zip, tmp_p
     assert np.flatnonzero(again.target != pack.target).tolist() == [row]
 
 
+def test_colours_are_named_beside_the_slide(show, phantom):
+    page = show(phantom[1])
+    assert "P(idc)" in page.locator("#legend").inner_text()
+    page.select_option("#class", "0")
+    assert "P(non_idc)" in page.locator("#legend").inner_text()
+    page.select_option("#layer", "pred")
+    shown = page.locator("#legend span").all_inner_texts()
+    assert shown[:2] == ["predicted non_idc", "predicted idc"]
+    colours = [
+        page.locator("#legend .swatch").nth(index).evaluate("one => one.style.backgroundColor")
+        for index in range(2)
+    ]
+    assert colours == ["rgb(0, 114, 178)", "rgb(213, 94, 0)"]
+    page.select_option("#layer", "none")
+    assert not page.locator("#legend").is_visible()
+
+
+def test_a_filter_changed_while_patches_load_shows_only_what_it_names(show, make_idc_zip, tmp_path):
+    pack = biopsy.prepare(make_idc_zip(), tmp_path / "idc.pack")
+    page = show(pack.path)
+    page.locator("#show-sheet").click()
+    page.wait_for_selector(".patch")
+    page.evaluate("""() => { for (const value of ["non", "", "idc"]) {
+        const field = document.getElementById("filter-value");
+        field.value = value;
+        field.dispatchEvent(new Event("change")); } }""")
+    page.wait_for_timeout(800)
+    shown = page.locator(".patch span").all_inner_texts()
+    assert shown == ["idc"] * (pack.target == 1).sum()
+    page.fill("#filter-value", "nobody")
+    page.press("#filter-value", "Enter")
+    page.wait_for_timeout(500)
+    assert "nobody" in page.locator("#sheet-help").inner_text() and not page.locator(".patch").count()
+
+
 def test_a_narrow_screen_shows_the_slide_and_opens_its_panels(show, phantom):
     page = show(phantom[1], width=390)
     assert page.locator("#canvas").bounding_box()["width"] >= 380
@@ -198,3 +233,10 @@ def test_a_narrow_screen_shows_the_slide_and_opens_its_panels(show, phantom):
     assert page.locator("#opacity").is_visible()
     page.locator("#show-list").click()
     assert page.locator("#slides").is_visible() and not page.locator("#opacity").is_visible()
+    page.locator("#show-list").click()
+    row = pd.read_parquet(phantom[1] / "phantom" / "map.parquet").iloc[0]
+    page.mouse.click(*place_on_screen(page, row.x + 8, row.y + 8))
+    page.wait_for_timeout(500)
+    probability = page.locator("#facts dd").nth(1).bounding_box()
+    panel = page.locator("#panel").bounding_box()
+    assert panel["y"] <= probability["y"] <= panel["y"] + panel["height"]

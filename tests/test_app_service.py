@@ -25,6 +25,8 @@ from biopsy.app.service import Limits, make_service
 from biopsy.core.errors import DataError, RunError
 from biopsy.models.engine import Engine
 from biopsy.slide_io.reader import Slide, open_slide
+from biopsy.statistics.conformal import predict_sets
+from biopsy.training.open_model import open_classifier
 from conftest import encode_png
 from slide_maps import make_classifier, save_classifier
 
@@ -68,6 +70,46 @@ def test_predictions_are_those_of_predict(client, trained_run, images, tmp_path)
     assert answer["classifier_sha256"] == trained_run.classifier.sha256
     alone = send(client, images[:1]).json()["predictions"][0]
     assert alone["prob"] == pytest.approx(found[0]["prob"], abs=1e-6)
+
+
+@pytest.mark.parametrize("shipped", ["idc", pytest.param("pcam", marks=pytest.mark.slow)])
+def test_a_shipped_classifier_answers_as_predict_does(tmp_path, shipped):
+    """In one batch of all images and alone: probability, decision, prediction set, abstention, distances."""
+    rng, folder = np.random.default_rng(0), tmp_path / "images"
+    folder.mkdir()
+    for index in range(24):  # from smooth tissue colours to noise
+        colour = rng.uniform((150, 90, 140), (240, 200, 230))
+        noise = cv2.GaussianBlur(rng.normal(0, 10 + 8 * index, (50, 50, 3)), (0, 0), 2.0)
+        pixels = (colour + noise).clip(0, 255).astype(np.uint8)
+        (folder / f"{index:02}.png").write_bytes(encode_png(pixels))
+    images = sorted(folder.iterdir())
+    classifier = open_classifier(shipped)
+    expected = biopsy.predict(classifier, images, out=tmp_path / "p.csv", device="cpu").frame
+    limits = replace(LIMITS, images=24)
+    with TestClient(make_service(shipped, out=tmp_path / "jobs", device="cpu", limits=limits)) as client:
+        [model] = client.get("/models").json()
+        together = send(client, images).json()["predictions"]
+        alone = [send(client, [path]).json()["predictions"][0] for path in images[::8]]
+    assert model["threshold"] == classifier.single_patch().threshold
+    if shipped == "idc":
+        assert model["threshold_with_neighbours"] == classifier.threshold != model["threshold"]
+    else:
+        assert model["threshold_with_neighbours"] is None
+    names, quantiles = model["class_names"], classifier.single_patch().info.conformal.get("quantiles")
+    for item, row in zip(together, expected.to_dict("records"), strict=True):
+        assert item["name"] == row["patch_id"]
+        assert item["prob"] == pytest.approx(row["prob"], abs=1e-6)
+        assert (item["pred"] == names[1]) == row["pred"] == (item["prob"] >= model["threshold"])
+        assert item["abstained"] == row["abstained"]
+        probs = np.array([[row[f"prob_{name}"] for name in names]])
+        inside = None if quantiles is None else np.array(names)[predict_sets(probs, quantiles)[0]].tolist()
+        assert item["prediction_set"] == inside
+        for name in ("colour_distance", "feature_distance"):
+            assert item["ood"][name] == pytest.approx(row[name], rel=1e-5, abs=1e-6)
+        assert item["ood"]["out_of_distribution"] == row["out_of_distribution"]
+    for one, other in zip(alone, together[::8], strict=True):
+        assert one["prob"] == pytest.approx(other["prob"], abs=1e-6)
+    assert expected["out_of_distribution"].any()
 
 
 def test_many_clients_at_once_get_their_own_answers(client, images):

@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 import biopsy
 from biopsy.app.viewer import make_viewer
 from biopsy.core.errors import DataError, UserFileError
+from biopsy.data.packs import Pack
 from biopsy.slide_io.pyramids import write_pyramid
 from biopsy.slides.cohorts import slide
 from biopsy.slides.maps import SlideMap
@@ -201,6 +202,29 @@ def test_a_patch_is_explained(run):
     ]
     assert len(nearest) == 3 and {item["patch_id"] for item in nearest} <= set(trained)
     assert found["ood"]["feature_distance"] > 0
+
+
+def test_a_pack_without_coordinates_shows_its_patches(make_pack, tmp_path):
+    pack = make_pack()
+    images = [np.asarray(patch) for patch in pack.patches]
+    labels = [pack.class_names[index] for index in pack.target]
+    Pack.from_arrays(np.stack(images), labels, out=tmp_path / "plain.pack")
+    client = open_page(tmp_path / "plain.pack", pack.path)
+    state = client.get("/api/state").json()
+    assert [sheet["name"] for sheet in state["sheets"]] == ["plain.pack", pack.path.name]
+    page = client.get(f"/api/sheets/{state['sheets'][0]['key']}").json()
+    assert page["total"] == len(pack)
+    assert {item["sheet"] for item in state["slides"]} == {state["sheets"][1]["key"]}
+
+
+def test_the_area_of_a_stitched_slide_is_that_of_its_positive_patches(make_pack):
+    pack = make_pack()
+    slides = open_page(pack.path).get("/api/state").json()["slides"]
+    for item in slides:
+        of_slide = (pack.table["slide_id"] == item["name"]).to_numpy()
+        expected = (pack.target[of_slide] == pack.positive_index).sum() * (16 * pack.info.mpp / 1000) ** 2
+        assert item["positive_mm2"] == pytest.approx(expected)
+        assert item["positive"] == f"annotated {pack.info.positive_class}"
 
 
 def post(client, **said):

@@ -234,14 +234,16 @@ def _describe(
     if positive is None:
         first, second = -np.sort(-probs, axis=1)[:, :2].T
         shown, uncertainty, suggested = first, 1 - (first - second), probs.argmax(axis=1)
+        classes = [names[index] for index in suggested]
     else:
         shown, threshold = probs[:, positive], classifier.threshold or 0.5
         room = np.where(shown >= threshold, max(1 - threshold, 1e-9), max(threshold, 1e-9))
         uncertainty = 1 - np.abs(shown - threshold) / room
         suggested = np.where(shown >= threshold, positive, 1 - positive)
+        classes = [names[positive]] * len(shown)
     reasons = [
-        f"P {prob:.2f}" + (f"; unlike training ({far:.1f} times the limit)" if far > 1 else "")
-        for prob, far in zip(shown, ood_score, strict=True)
+        f"P({name}) {prob:.2f}" + (f"; out-of-distribution ({far:.1f} times the limit)" if far > 1 else "")
+        for name, prob, far in zip(classes, shown, ood_score, strict=True)
     ]
     return patches.assign(
         prob=shown,

@@ -173,6 +173,7 @@ class Entry:
         open: Opens it.
         facts: What the list shows and sorts by: ``positive_mm2``, ``abstained_share``, ``ood_share``,
             ``n_patches``, ``n_errors``; None where unknown.
+        positive: What ``positive_mm2`` is the area of, such as "predicted tumour".
         sheet: Key of the sheet its patches are on.
     """
 
@@ -180,6 +181,7 @@ class Entry:
     name: str
     open: Callable[[], Scene]
     facts: dict[str, float | None] = field(default_factory=dict)
+    positive: str = ""
     sheet: str | None = None
 
 
@@ -297,7 +299,10 @@ def open_sources(
     """
     runs = [path for path in paths if (path / "run.json").is_file()]
     maps = {path: result for path in paths if path not in runs and (result := _list_maps(path))}
-    sources = list_sources([path for path in paths if path not in runs and path not in maps], mpp)
+    packs = [path for path in paths if path not in runs and is_pack(path)]
+    slides = [path for path in paths if path not in runs and path not in maps and path not in packs]
+    sources = list_sources(slides, mpp) if slides else []
+    sources += [source for path in packs for source in _list_stitched(path, mpp)]
     exhibit = Exhibit(", ".join(path.resolve().name for path in paths), {}, {})
     for run in (Run.open(path) for path in runs):
         _add_run(exhibit, run, mpp)
@@ -308,15 +313,21 @@ def open_sources(
             source, note = _find_slide(file, sources, status_paths, mpp)
             used |= set() if source is None else {source.name}
             _add_map(exhibit, file, source, note)
-    sheets: dict[Path, Sheet] = {}
+    sheets = {path: _add_pack(exhibit, Pack.open(path)) for path in packs}
     for source in sources:
-        if source.pack is not None and source.path not in sheets:
-            sheets[source.path] = _add_pack(exhibit, source.pack)
         if source.name not in used:
             _add_source(exhibit, source, sheets.get(source.path))
     if model is not None:
         exhibit.classifier = open_classifier(model)
     return exhibit
+
+
+def _list_stitched(pack: Path, mpp: float | None) -> list[Source]:
+    """Return the slides that can be put together from a pack: none where its patches have no coordinates."""
+    try:
+        return list_sources([pack], mpp)
+    except SlideError:
+        return []
 
 
 def _list_maps(path: Path) -> list[Path]:
@@ -384,7 +395,8 @@ def _add_map(exhibit: Exhibit, file: Path, source: Source | None, note: str | No
         "ood_share": checked.get("share"),
     }
     name = file.parent.name if summary else file.stem
-    _add(exhibit, Entry(_key(file, name), name, lambda: _open_map(file, source, note), facts))
+    predicted = f"predicted {positive['class_name']}" if positive else ""
+    _add(exhibit, Entry(_key(file, name), name, lambda: _open_map(file, source, note), facts, predicted))
 
 
 def _open_map(file: Path, source: Source | None, note: str | None) -> Scene:
@@ -428,19 +440,27 @@ def _open_source(source: Source) -> Scene:
 
 
 def _add_source(exhibit: Exhibit, source: Source, sheet: Sheet | None) -> None:
-    facts = {"n_patches": None if source.index is None else float(len(source.index))}
-    if sheet is not None and source.index is not None:
-        positive, mpp = sheet.labels.positive, sheet.pack.info.mpp
-        if positive is not None and mpp:
-            n_positive = int((sheet.pack.target[source.index] == positive).sum())
-            facts["positive_mm2"] = n_positive * (sheet.pack.info.patch_px * mpp / 1000) ** 2
+    facts, annotated = {"n_patches": None if source.index is None else float(len(source.index))}, ""
+    if sheet is not None:
+        annotated = f"annotated {sheet.pack.info.positive_class}"
+        facts["positive_mm2"] = _area_mm2(sheet.pack.target[source.index], sheet, source)
     key = _key(source.path, source.name)
-    _add(exhibit, Entry(key, source.name, lambda: _open_source(source), facts, sheet.key if sheet else None))
+    sheet_key = sheet.key if sheet else None
+    _add(exhibit, Entry(key, source.name, lambda: _open_source(source), facts, annotated, sheet_key))
+
+
+def _area_mm2(classes: np.ndarray, sheet: Sheet, source: Source) -> float | None:
+    """Return the area of the patches of the positive class, None where there is none or no pixel size."""
+    mpp = sheet.pack.info.mpp or source.mpp
+    if sheet.labels.positive is None or mpp is None:
+        return None
+    return float((classes == sheet.labels.positive).sum() * (sheet.pack.info.patch_px * mpp / 1000) ** 2)
 
 
 def _add_pack(exhibit: Exhibit, pack: Pack) -> Sheet:
     labels = Labels(pack.class_names, pack.positive_index, None)
-    sheet = Sheet(_key(pack.path, ""), pack.path.name, pack, labels, Patches(target=pack.target))
+    patches = Patches(target=pack.target, ids=pack.table["patch_id"].to_numpy(str))
+    sheet = Sheet(_key(pack.path, ""), pack.path.name, pack, labels, patches)
     exhibit.sheets[sheet.key] = sheet
     return sheet
 
@@ -457,25 +477,21 @@ def _add_run(exhibit: Exhibit, run: Run, mpp: float | None) -> None:
     exhibit.classifier = classifier
     if (run.path / "report.html").is_file():
         exhibit.report = run.path / "report.html"
-    try:
-        sources = list_sources([pack.path], mpp)
-    except SlideError:
-        return  # patches without coordinates
     pred = labels.decide(probs)
-    for source in sources:
+    for source in _list_stitched(pack.path, mpp):
         index = source.index
         assert index is not None
         called = pred[index]
-        cell_mm2 = (pack.info.patch_px * (pack.info.mpp or np.nan) / 1000) ** 2
         n_known = int((called >= 0).sum())
         facts: dict[str, float | None] = {
             "n_patches": float(len(index)),
             "n_errors": float(((called >= 0) & (called != pack.target[index])).sum()) if n_known else None,
-            "positive_mm2": None if not n_known else float((called == labels.positive).sum() * cell_mm2),
+            "positive_mm2": _area_mm2(called, sheet, source) if n_known else None,
             "abstained_share": float(abstained[index].sum() / n_known) if n_known else None,
         }
         key = _key(run.path, source.name)
-        _add(exhibit, Entry(key, source.name, _opener(source, sheet), facts, sheet.key))
+        predicted = f"predicted {run.classifier.info.positive_class}"
+        _add(exhibit, Entry(key, source.name, _opener(source, sheet), facts, predicted, sheet.key))
 
 
 def _read_predictions(run: Run, pack: Pack, notes: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -325,7 +325,7 @@ class _Service:
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     def models(self) -> list[dict[str, Any]]:
-        """Describe the models."""
+        """Describe the models; ``threshold`` is that of ``/predict``, the other one of slides."""
         return [
             {
                 "name": name,
@@ -333,7 +333,8 @@ class _Service:
                 "network": classifier.info.network,
                 "class_names": classifier.info.class_names,
                 "positive_class": classifier.info.positive_class,
-                "threshold": classifier.threshold,
+                "threshold": classifier.single_patch().threshold,
+                "threshold_with_neighbours": classifier.threshold if classifier.info.context else None,
                 "patch_px": classifier.info.patch_px,
                 "mpp": classifier.info.mpp,
                 "licence": classifier.info.licence,

@@ -30,11 +30,11 @@ from biopsy.core.errors import DataError
 from biopsy.core.tables import write_csv
 from biopsy.core.text import file_name
 from biopsy.models.classifier import Classifier
-from biopsy.plotting.style import BASELINE, CLASS_COLOURS
+from biopsy.plotting.style import BASELINE, CLASS_COLOURS, PROBABILITY_MAP
 from biopsy.training.runs import Run
 
 STATIC = Path(__file__).parent / "static"
-COLOUR_MAPS = ("viridis", "magma", "cividis", "coolwarm")
+COLOUR_MAPS = (PROBABILITY_MAP, "viridis", "magma", "coolwarm")
 PAGE_SIZE = 200  # patches of a sheet in one answer
 _POLICY = (
     "default-src 'none'; img-src 'self' data: blob:; script-src 'self'; style-src 'self'; "
@@ -140,7 +140,13 @@ class _Viewer:
         return {
             "title": exhibit.title,
             "slides": [
-                {"key": entry.key, "name": entry.name, "sheet": entry.sheet, **entry.facts}
+                {
+                    "key": entry.key,
+                    "name": entry.name,
+                    "sheet": entry.sheet,
+                    "positive": entry.positive,
+                    **entry.facts,
+                }
                 for entry in exhibit.entries.values()
             ],
             "sheets": [{"key": sheet.key, "name": sheet.name} for sheet in exhibit.sheets.values()],
@@ -483,6 +489,7 @@ def _describe_patch(
     document: dict[str, object] = {
         "probs": None,
         "pred": None,
+        "threshold": labels.threshold,
         "set": None,
         "abstained": None if patches.abstained is None else bool(patches.abstained[index]),
         "ood": None if patches.ood is None or np.isnan(patches.ood[index]) else bool(patches.ood[index]),

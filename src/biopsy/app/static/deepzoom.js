@@ -200,6 +200,7 @@ export class DeepZoom {
       this.trim();
     } catch (error) {
       tile.state = "failed";
+      setTimeout(() => this.tiles.delete(address), 5000);  // then it is asked for again
       this.failed?.(error.message);
     }
     this.requests--;

@@ -6,6 +6,7 @@ const $ = (id) => document.getElementById(id);
 const [PRESENT, ABSTAINED, OOD, KNOWN] = [1, 2, 4, 8];
 const VERDICT_COLOURS = { right: "#008a62", wrong: "#c24a00", unsure: "#7a5c00" };
 const MARKS = { right: "✓", wrong: "✗", unsure: "?" };
+const OOD_COLOUR = "#d6009f", NO_ANSWER = "the server does not answer: is `biopsy view` still running?";
 
 let state, slide = null, layer = null, regions = null, chosen = null, annotations = [];
 let sheet = null, jumps = { kind: null, order: [], next: 0 }, queueAt = -1;
@@ -31,17 +32,18 @@ zoomer.failed = note;
 const openSlide = guarded(async (key, view) => {
   note("");
   const opened = await getJson(`api/slides/${key}`);
-  showSheet(false);
   [slide, layer, regions, chosen, jumps.kind] = [opened, null, null, null, null];
+  showSheet(false);
   note(opened.notes.join(" "));
   zoomer.open(opened, (level, column, row) => `api/slides/${key}/tiles/${level}/${column}_${row}.jpg`, state.tile_px);
   if (view) zoomer.goTo(...view);
   for (const button of $("slides").querySelectorAll("button")) button.setAttribute("aria-current", button.value === key);
   $("patch").hidden = true;
+  $("slides").querySelector("[aria-current=true]")?.scrollIntoView({ block: "nearest" });
+  $("legend").replaceChildren();
   $("map-controls").hidden = !opened.grid;
   $("no-map").hidden = Boolean(opened.grid);
   $("export-geojson").href = `api/export/${key}.geojson`;
-  $("export-geojson").hidden = false;
   drawMinimap(key);
   if (opened.grid) await openLayer(key);
   await loadAnnotations();
@@ -56,13 +58,15 @@ async function openLayer(key) {
     flags: new Uint8Array(buffer, 4 * size * names.length, size),
     picture: Object.assign(document.createElement("canvas"), { width: columns, height: rows }),
   };
+  layer.ood = [...layer.flags.keys()].filter((cell) => layer.flags[cell] & OOD);
   const shows = [predicted && ["prob", "probability"], predicted && ["pred", "predicted class"], annotated && ["truth", "annotated class"], predicted && annotated && ["errors", "errors"], ["none", "nothing"]].filter(Boolean);
   fill($("layer"), shows);
   fill($("class"), names.map((name, index) => [index, name]), positive ?? 0);
   $("threshold").value = threshold ?? 0.5;
-  for (const id of ["threshold", "class", "colours", "only-positive", "show-abstained", "show-regions"]) $(id).closest("label").hidden = !predicted;
-  $("show-ood").closest("label").hidden = !layer.flags.some((flags) => flags & OOD);
-  for (const button of document.querySelectorAll("[data-jump]")) button.hidden = !predicted;
+  for (const id of ["threshold", "class", "show-regions"]) $(id).closest("label").hidden = !predicted;
+  $("show-abstained").closest("label").hidden = !layer.flags.some((flags) => flags & ABSTAINED);
+  $("show-ood").closest("label").hidden = !layer.ood.length;
+  $("jumps").hidden = !predicted;
   paintLayer();
   if ($("show-regions").checked) await loadRegions();
 }
@@ -90,7 +94,8 @@ function paintLayer() {
   const image = context.createImageData(picture.width, picture.height), pixels = image.data;
   const show = $("layer").value, index = +$("class").value, map = state.colour_maps[$("colours").value];
   const threshold = +$("threshold").value, onlyPositive = $("only-positive").checked;
-  const marks = { abstained: $("show-abstained").checked, ood: $("show-ood").checked };
+  for (const id of ["colours", "only-positive"]) $(id).closest("label").hidden = show !== "prob";
+  const markAbstained = $("show-abstained").checked && show !== "none" && show !== "truth";
   const colours = slide.labels.colours.map(rgb), grey = rgb(slide.labels.abstained_colour);
   let above = 0, predicted = 0;
   for (let cell = 0; cell < flags.length; cell++) {
@@ -103,8 +108,7 @@ function paintLayer() {
     else if (show === "pred" && pred >= 0) colour = colours[pred];
     else if (show === "truth" && truth >= 0) colour = colours[truth];
     else if (show === "errors" && pred >= 0 && truth >= 0 && pred !== truth) colour = colours[pred];
-    if (marks.abstained && flags[cell] & ABSTAINED && show !== "none" && show !== "truth") colour = grey;
-    if (marks.ood && flags[cell] & OOD && show !== "none") colour = [255, 0, 200];
+    if (markAbstained && flags[cell] & ABSTAINED) colour = grey;
     if (colour) pixels.set([...colour, 255], 4 * cell);
   }
   context.putImageData(image, 0, 0);
@@ -112,7 +116,50 @@ function paintLayer() {
   $("threshold-value").textContent = threshold.toFixed(3);
   const mm2 = (slide.grid.cell * slide.mpp / 1000) ** 2;
   $("area").textContent = predicted ? `${slide.labels.names[index]} at or above the threshold: ${(above * mm2).toPrecision(3)} mm² (${(100 * above / predicted).toFixed(1)} % of the predicted area)` : "";
+  showLegend(markAbstained);
   zoomer.changed();
+}
+
+// What the colours over the slide mean.
+function showLegend(markAbstained) {
+  const show = $("layer").value, { names, colours, abstained_colour: grey } = slide.labels, rows = [];
+  const row = (background, text) => {
+    const line = element("span", ""), swatch = Object.assign(element("i", ""), { className: "swatch" });
+    swatch.style.background = background;
+    line.append(swatch, text);
+    rows.push(line);
+  };
+  if (show === "prob") {
+    const bar = Object.assign(element("i", ""), { className: "colour-bar" }), map = state.colour_maps[$("colours").value];
+    bar.style.background = `linear-gradient(90deg, ${[0, 64, 128, 192, 255].map((at) => `rgb(${map[at]})`)})`;
+    const line = element("span", `P(${names[$("class").value]})  0 `);
+    line.append(bar, " 1");
+    rows.push(line);
+  } else if (show === "errors") names.forEach((name, index) => row(colours[index], `predicted ${name}, annotated otherwise`));
+  else if (show !== "none") names.forEach((name, index) => row(colours[index], `${show === "truth" ? "annotated" : "predicted"} ${name}`));
+  if (markAbstained && layer.flags.some((flags) => flags & ABSTAINED)) row(grey, "abstained");
+  if (showsOod()) row(`repeating-linear-gradient(135deg, ${OOD_COLOUR} 0 2px, #fff 2px 5px)`, "out-of-distribution");
+  $("legend").replaceChildren(...rows);
+}
+
+const showsOod = () => layer.ood.length > 0 && $("show-ood").checked && $("layer").value !== "none";
+
+// Hatch the out-of-distribution cells in sight, so that what lies below stays visible.
+function hatch(context, scale) {
+  const { left, top, columns, cell } = slide.grid;
+  const [x0, y0] = zoomer.toSlide(0, 0), [x1, y1] = zoomer.toSlide(zoomer.width, zoomer.height);
+  context.beginPath();
+  for (const index of layer.ood) {
+    const x = left + (index % columns) * cell, y = top + Math.floor(index / columns) * cell;
+    if (x > x1 || y > y1 || x + cell < x0 || y + cell < y0) continue;
+    for (const [dx, dy] of [[0, 0.5], [0, 1], [0.5, 1]]) {
+      context.moveTo(x + dx * cell, y + dy * cell);
+      context.lineTo(x + dy * cell, y + dx * cell);
+    }
+  }
+  context.lineWidth = 1.5 / scale;
+  context.strokeStyle = OOD_COLOUR;
+  context.stroke();
 }
 
 function paintLayers(context, scale, drawing) {
@@ -122,6 +169,7 @@ function paintLayers(context, scale, drawing) {
     context.imageSmoothingEnabled = false;
     context.drawImage(layer.picture, left, top, columns * cell, rows * cell);
     context.globalAlpha = 1;
+    if (showsOod()) hatch(context, scale);
   }
   if (regions && $("show-regions").checked) paintRegions(context, scale);
   for (const annotation of annotations) if (annotation.slide === slide.name && annotation.polygon) paintAnnotation(context, scale, annotation);
@@ -171,7 +219,7 @@ async function loadRegions() {
     box.addEventListener("change", () => zoomer.changed());
     const swatch = Object.assign(document.createElement("i"), { className: "swatch" });
     swatch.style.background = slide.labels.colours[slide.labels.names.indexOf(name)] ?? slide.labels.abstained_colour;
-    label.append(box, swatch, name);
+    label.append(box, swatch, name.replace(/\*$/, ""));  // the star is for QuPath
     return label;
   }));
   zoomer.changed();
@@ -183,7 +231,7 @@ function showPosition() {
   const power = 10 ** Math.floor(Math.log10(target)), length = power * [5, 2, 1].find((step) => step * power <= target);
   $("scale-bar").style.width = `${length / umPerPx}px`;
   $("scale-text").textContent = length >= 1000 ? `${length / 1000} mm` : `${length} µm`;
-  $("resolution").textContent = `${umPerPx.toPrecision(3)} µm/px (slide ${slide.mpp.toPrecision(3)})`;
+  $("resolution").textContent = `screen ${umPerPx.toPrecision(3)} µm/px,\n slide ${slide.mpp.toPrecision(3)} µm/px`;
   paintMinimap();
   history.replaceState(null, "", `#${slide.key}/${Math.round(zoomer.x)}/${Math.round(zoomer.y)}/${zoomer.scale.toPrecision(4)}`);
 }
@@ -248,21 +296,23 @@ function showPatch() {
   if (!chosen) return;
   const percent = (value) => `${(100 * value).toFixed(1)} %`;
   const facts = [
-    ["patch", chosen.patch_id ?? chosen.target],
-    chosen.x !== undefined && ["place", `${chosen.x}, ${chosen.y}`],
+    [chosen.region ? "region" : "patch", chosen.patch_id ?? (chosen.region ? "drawn" : null)],
+    ["x, y (px)", chosen.x !== undefined ? `${chosen.x}, ${chosen.y}` : null],
     ...Object.entries(chosen.probs ?? {}).map(([name, prob]) => [`P(${name})`, prob.toFixed(4)]),
+    chosen.pred && ["threshold", chosen.threshold?.toFixed(3) ?? null],
     chosen.pred && ["predicted", chosen.abstained ? `${chosen.pred} (abstained)` : chosen.pred],
     chosen.set && ["prediction set", chosen.set.length ? chosen.set.join(", ") : "empty"],
     chosen.label && ["annotated", chosen.label],
     chosen.ood !== null && chosen.ood !== undefined && ["out-of-distribution", chosen.ood ? "yes" : "no"],
     ...["patient_id", "subset", "doubt"].map((name) => chosen.columns?.[name] != null && [name.replace("_", " "), typeof chosen.columns[name] === "number" ? percent(chosen.columns[name]) : chosen.columns[name]]),
     ...annotations.filter((annotation) => annotation.target === chosen.target).map((annotation) => ["annotation", `${annotation.disagree ? annotation.reason : annotation.label ?? annotation.verdict} (${annotation.who.join(", ")})`]),
-  ].filter(Boolean);
+  ].filter((fact) => fact && fact[1] !== null);
   $("facts").replaceChildren(...facts.flatMap(([name, value]) => [element("dt", name), element("dd", value)]));
   const onSheet = chosen.columns !== undefined;
   $("patch-image").hidden = !onSheet;
   if (onSheet) $("patch-image").src = `api/sheets/${chosen.place}/patches/${chosen.patch}.jpg`;
   $("explain").hidden = !state.explains || chosen.region !== undefined;
+  $("no-model").hidden = state.explains || chosen.region !== undefined;
   $("go-to-slide").hidden = !chosen.on_slide;
   const names = classNames();
   $("classes").replaceChildren(...names.map((name, index) => {
@@ -271,6 +321,7 @@ function showPatch() {
     button.addEventListener("click", guarded(() => annotate({ label: name })));
     return button;
   }));
+  $("patch").scrollIntoView({ block: "nearest" });
 }
 
 const classNames = () => (sheet && !$("sheet").hidden ? sheet.labels?.names : slide?.labels?.names) ?? [];
@@ -290,14 +341,16 @@ async function explain() {
   $("explanation").replaceChildren(figure(found.image, "patch", true), figure(found.saliency, `saliency of ${found.class}`, true));
   for (const kind of found.ood ? ["colour", "feature"] : []) {  // from training, as multiples of the limit
     const distance = found.ood[`${kind}_distance`];
-    $("facts").append(element("dt", `${kind} distance`), element("dd", `${distance.toFixed(2)} (out-of-distribution above 1)`));
+    $("facts").append(element("dt", `${kind} distance`), element("dd", `${distance.toFixed(2)} × limit`));
   }
-  if (!found.nearest) return;
-  const waiting = element("p", "nearest training patches: computing …");
+  const waiting = element("p", found.nearest ? "nearest training patches: computing …" : "");
   $("explanation").append(waiting);
+  $("explanation").scrollIntoView({ block: "nearest" });
+  if (!found.nearest) return;
   const nearest = await getJson(found.nearest);
   if (chosen !== asked) return;
   waiting.replaceWith(...nearest.map((item) => figure(item.image, `nearest training patch: ${item.class}, patient ${item.patient_id ?? "?"}, distance ${item.distance.toFixed(2)}`)));
+  $("explanation").scrollIntoView({ block: "nearest" });
 }
 
 // --- jumps
@@ -322,6 +375,7 @@ function jump(kind) {
     jumps = { kind, order: scored.slice(0, 500).map(([, cell]) => cell), next: 0 };
   }
   if (!jumps.order.length) return;
+  $("jump-place").textContent = `${(jumps.next % jumps.order.length) + 1} of ${jumps.order.length}`;
   const cell = jumps.order[jumps.next++ % jumps.order.length], { left, top, columns, cell: side } = slide.grid;
   const x = left + ((cell % columns) + 0.5) * side, y = top + (Math.floor(cell / columns) + 0.5) * side;
   zoomer.goTo(x, y, Math.max(zoomer.scale, 80 / side));
@@ -371,7 +425,11 @@ function showSheet(on) {
   $("stage").hidden = on;
   $("layers").hidden = on;
   $("annotating").querySelector("#draw").hidden = on;
-  $("show-sheet").classList.toggle("chosen", on);
+  $("title").textContent = [state.title, on ? "patches" : slide?.name].filter(Boolean).join(" · ");
+  $("export-geojson").hidden = on;
+  $("show-sheet").textContent = on ? "Back" : "Patches";
+  $("show-sheet").title = on ? "Back to the slide" : "Sheet of patches";
+  $("show-sheet").hidden = on ? !slide : !state.sheets.length;
 }
 
 const openSheet = guarded(async (key) => {
@@ -387,7 +445,8 @@ const openSheet = guarded(async (key) => {
 
 async function loadPatches() {
   const query = new URLSearchParams({ offset: sheet.patches.length, sort: $("sort-column").value || "row", descending: $("sort-descending").checked, column: $("filter-value").value ? $("filter-column").value : "", value: $("filter-value").value });
-  const page = await getJson(`api/sheets/${sheet.key}?${query}`);
+  const asked = sheet, at = sheet.patches, offset = at.length, page = await getJson(`api/sheets/${sheet.key}?${query}`);
+  if (sheet !== asked || sheet.patches !== at || at.length !== offset) return;  // something else is wanted by now
   if (!sheet.labels) {
     sheet.labels = page.labels;
     sheet.values = page.values;
@@ -397,6 +456,9 @@ async function loadPatches() {
   }
   sheet.patches.push(...page.patches);
   $("sheet-count").textContent = `${page.total.toLocaleString()} patches`;
+  $("sheet-help").textContent = page.total
+    ? `Below each patch: annotated class${page.columns.includes("pred") ? " → predicted class, where they differ in red; p is the probability of " + (page.labels.names[page.labels.positive] ?? "the predicted class") : ""}.${page.columns.includes("doubt") ? " Sort by doubt for probable label errors." : ""}`
+    : `No patch has ${$("filter-column").value} “${$("filter-value").value}”. Empty the field to see all patches.`;
   $("more").hidden = sheet.patches.length >= page.total;
   $("patches").append(...page.patches.map(makeTile));
   markSheet();
@@ -464,7 +526,7 @@ function listSlides() {
     button.value = entry.key;
     button.setAttribute("aria-current", entry.key === slide?.key);
     const percent = (value, what) => (value == null ? null : `${(100 * value).toFixed(1)} % ${what}`);
-    const facts = [entry.positive_mm2 != null && `${entry.positive_mm2.toPrecision(3)} mm² positive`, percent(entry.abstained_share, "abstained"), percent(entry.ood_share, "out-of-distribution"), entry.n_errors != null && `${entry.n_errors} errors`, entry.n_patches && `${entry.n_patches.toLocaleString()} patches`];
+    const facts = [entry.positive_mm2 != null && `${entry.positive_mm2.toPrecision(3)} mm² ${entry.positive}`, percent(entry.abstained_share, "abstained"), percent(entry.ood_share, "out-of-distribution"), entry.n_errors != null && `${entry.n_errors} ${entry.n_errors === 1 ? "error" : "errors"}`, entry.n_errors === null && "not predicted", entry.n_patches && `${entry.n_patches.toLocaleString()} patches`];
     button.append(element("small", facts.filter(Boolean).join(", ")));
     button.addEventListener("click", () => { openSlide(entry.key); togglePart("list", false); });
     item.append(button);
@@ -478,7 +540,10 @@ function togglePart(id, on = !$(id).classList.contains("open")) {
     $(`show-${part}`).setAttribute("aria-expanded", part === id && on);
   }
 }
-const openPanel = () => togglePart("panel", true);
+function openPanel() {
+  togglePart("panel", true);
+  $("patch").scrollIntoView({ block: "nearest" });
+}
 
 function press(event) {
   if (event.target.matches("input:not([type=range]):not([type=checkbox]), select, textarea") || event.ctrlKey || event.metaKey || event.altKey) return;
@@ -491,6 +556,7 @@ function press(event) {
   else if (names[+key - 1]) action = () => annotate({ label: names[+key - 1] });
   else if (key === "d" && slide) action = () => setDrawing(!zoomer.drawMode);
   else if (key === "n" && state.queue.length) action = nextInQueue;
+  else if (key === "?") action = () => { openPanel(); $("keys").open = !$("keys").open; $("keys").scrollIntoView({ block: "nearest" }); };
   else if (key === "escape") action = () => { chosen = null; setDrawing(false); showPatch(); };
   else if (onCanvas && moves[key]) action = () => zoomer.pan(...moves[key]);
   else if (onCanvas && (key === "+" || key === "=")) action = () => zoomer.zoom(1.5);
@@ -528,7 +594,7 @@ function listen() {
   for (const part of ["list", "panel"]) $(`show-${part}`).addEventListener("click", () => togglePart(part));
   $("who").addEventListener("change", () => localStorage.setItem("reviewer", $("who").value));
   document.addEventListener("keydown", press);
-  setInterval(() => { if (!document.hidden) loadAnnotations().catch(() => note("the server does not answer: is `biopsy view` still running?")); }, 15000);
+  setInterval(() => { if (!document.hidden) loadAnnotations().then(() => { if ($("note").textContent === NO_ANSWER) note(""); }, () => note(NO_ANSWER)); }, 15000);
 }
 
 guarded(async () => {
@@ -541,13 +607,16 @@ guarded(async () => {
   fill($("sheet-choice"), state.sheets.map(({ key, name }) => [key, name]));
   $("sheet-choice").hidden = state.sheets.length < 2;
   $("show-sheet").hidden = !state.sheets.length;
+  $("no-slides").hidden = state.slides.length > 0;
+  for (const option of $("sort-slides").options) option.hidden = option.value !== "name" && state.slides.every((entry) => entry[option.value] == null);
   $("queue-panel").hidden = !state.queue.length;
+  $("queue-place").textContent = `${state.queue.length} patches`;
   listen();
   listSlides();
   const [key, ...view] = location.hash.slice(1).split("/");
   const wanted = state.slides.find((entry) => entry.key === key);
   if (wanted) await openSlide(wanted.key, view.length === 3 ? view.map(Number) : undefined);
-  else if (state.slides.length) await openSlide((state.slides.find((entry) => entry.positive_mm2 != null) ?? state.slides[0]).key);
+  else if (state.slides.length) await openSlide($("slides").querySelector("button").value);
   else if (state.sheets.length) await openSheet(state.sheets[0].key);
   const warnings = [...state.notes, state.writable ? "" : `${state.annotations} cannot be written: annotations are not kept; name a file with --annotations`, ...(slide?.notes ?? [])];
   note(warnings.filter(Boolean).join(" "));
