@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import read_json
+from biopsy.data.packs import Pack
 from biopsy.evaluation.predict import predict
 from biopsy.exporting import bundles
 from biopsy.exporting.bundles import export, measure_parity, write_networks
@@ -76,6 +77,19 @@ def test_int8_is_measured_and_recorded(trained_run, tmp_path):
     assert 0 < difference.max() < 0.2
     with pytest.raises(DataError):
         export(trained_run.classifier, tmp_path / "other", int8=True, mpp=None)
+
+
+def test_int8_needs_a_patch_to_measure_on(trained_run, tmp_path):
+    """Two patches of full size are the fewest: one for the ranges, one for the difference."""
+    info = trained_run.classifier.info
+    whole = np.random.default_rng(0).integers(0, 255, (info.patch_px, info.patch_px, 3), dtype=np.uint8)
+    pack = Pack.from_arrays(
+        [whole, whole[1:, 1:]], [0, 1], class_names=info.class_names, mpp=info.mpp, out=tmp_path / "one.pack"
+    )
+    with pytest.raises(DataError):
+        export(trained_run, tmp_path / "bundle", int8=True, data=pack)
+    assert not (tmp_path / "bundle").exists()
+    assert export(trained_run, tmp_path / "bundle", data=pack).parity["n_patches"] == 1
 
 
 def test_the_configuration_is_wsinfers(bundle, trained_run):

@@ -281,6 +281,56 @@ def test_a_table_that_is_not_understood(tmp_path):
         biopsy.evaluate(tmp_path / "run", threshold=0.5)
 
 
+@pytest.mark.parametrize(
+    ("renamed", "close"),
+    [
+        ({"y_true": "y-true"}, "y_true"),
+        ({"y_true": "labels"}, "label"),
+        ({"prob": "probabilty"}, "probability"),
+        ({"prob": "Y Score"}, "y_score"),
+        ({"patient_id": "patientid"}, "patient_id"),
+        ({"patient_id": "Patient ID"}, "patient_id"),
+        ({"patient_id": "PatientID"}, "patient_id"),
+        ({"patient_id": "slides"}, "slide"),
+        ({"patch_id": "image-id"}, "image_id"),
+    ],
+)
+def test_a_heading_that_is_nearly_a_documented_one_is_refused(tmp_path, renamed, close):
+    table = {
+        "y_true": [0, 1, 0, 1],
+        "prob": [0.2, 0.9, 0.3, 0.6],
+        "patient_id": list("abab"),
+        "patch_id": list("wxyz"),
+    }
+    (new,) = renamed.values()
+    path = write(tmp_path / "a.csv", **{renamed.get(name, name): values for name, values in table.items()})
+    with pytest.raises(DataError) as refused:
+        biopsy.evaluate(path)
+    assert repr(new) in str(refused.value) and repr(close) in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["patient_age", "stain", "subgroup", "scored_by", "labelled_at", "casein"])
+def test_other_columns_are_left_alone(tmp_path, name):
+    path = write(tmp_path / "a.csv", y_true=[0, 1, 0, 1], prob=[0.2, 0.9, 0.3, 0.6], **{name: list("abab")})
+    assert biopsy.evaluate(path)["unit"] == "patch"
+
+
+def test_a_column_of_subgroups_may_have_any_name(tmp_path):
+    path = write(tmp_path / "a.csv", y_true=[0, 1, 0, 1], prob=[0.2, 0.9, 0.3, 0.6], patients=list("aabb"))
+    assert biopsy.evaluate(path, subgroups=["patients"])["subgroups"]["patients"].keys() == {"a", "b"}
+
+
+def test_our_own_csv_changed_since(trained_run, tmp_path, caplog):
+    path = tmp_path / "predictions.csv"
+    frame, about = trained_run.predictions("validation")
+    write_predictions(path, frame, about)
+    biopsy.evaluate(path)
+    assert "was changed" not in caplog.text
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    biopsy.evaluate(path)
+    assert "was changed" in caplog.text
+
+
 def test_the_command(tmp_path):
     target, probs = draw(3)
     path = write(

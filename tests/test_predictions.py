@@ -157,6 +157,19 @@ def test_predictions_changed_by_hand_are_refused(make_pack: MakePack, tmp_path: 
     with pytest.raises(FileFormatError) as caught:
         read_predictions(path)
     assert caught.value.reason == "altered"
+    for change in (
+        lambda text: text.replace("prob_", "p_", 1),
+        lambda text: text.replace(",prob\n", ",pro\n", 1),
+    ):
+        path = write_predictions(tmp_path / "heading.csv", frame, {"threshold": 0.5})
+        path.write_text(change(path.read_text()))
+        with pytest.raises(FileFormatError):
+            read_predictions(path)
+    path = write_predictions(
+        tmp_path / "a.parquet", frame.rename(columns={"prob": "pro"}), {"threshold": 0.5}
+    )
+    with pytest.raises(FileFormatError):
+        read_predictions(path)
     path = write_predictions(tmp_path / "a.parquet", frame, {"threshold": 0.5})
     table = pq.read_table(path)
     metadata = {b"biopsy": table.schema.metadata[b"biopsy"].replace(b"0.5", b"0.1")}

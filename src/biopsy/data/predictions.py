@@ -241,11 +241,11 @@ def read_predictions(path: Path | str) -> tuple[pd.DataFrame, PredictionsInfo]:
     probs = frame[[f"prob_{name}" for name in class_columns(frame)]].to_numpy()
     if not ((probs >= 0) & (probs <= 1)).all() or not _are_classes(frame):
         raise FileFormatError(path, "value", "has probabilities outside [0, 1], or classes without a column")
-    info.pop("sha256", None)  # hash of the csv text, checked before it is replaced
+    info.pop("sha256", None)  # of the text of a csv
     content_sha256 = info.pop(_CONTENT, None)
     if content_sha256 is None:
         warn_unsealed(path, _CONTENT)
-    elif content_sha256 != _hash_content(frame, info) or not _is_of_class(frame):
+    elif content_sha256 != _hash_content(frame, info) or not _is_of_class(frame) or is_changed(path):
         raise FileFormatError(path, "altered", f"was changed since it was written; {_REMEDY}")
     return frame, cast(PredictionsInfo, info)
 
@@ -258,9 +258,11 @@ def _are_classes(frame: pd.DataFrame) -> bool:
 
 
 def _is_of_class(frame: pd.DataFrame) -> bool:
-    """Return whether ``prob``, which the hash does not cover, is the column of a class, if it is there."""
-    columns = (frame[f"prob_{name}"] for name in class_columns(frame))
-    return "prob" not in frame or any((frame["prob"] == column).all() for column in columns)
+    """Return whether ``prob``, which the hash does not cover, is the column of one of two classes."""
+    columns = [frame[f"prob_{name}"] for name in class_columns(frame)]
+    if "prob" not in frame:
+        return len(columns) > 2
+    return any((frame["prob"] == column).all() for column in columns)
 
 
 def _hash_content(frame: pd.DataFrame, info: Mapping[str, object]) -> str:
@@ -283,6 +285,12 @@ def read_metadata(path: Path | str) -> PredictionsInfo:
         return {}
     is_ours = isinstance(info, dict) and info.get("format") == FORMAT
     return cast(PredictionsInfo, info) if is_ours else {}
+
+
+def is_changed(path: Path) -> bool:
+    """Return whether the text of a csv of this package was changed since it was written."""
+    sha256 = (_read_csv_metadata(path) or {}).get("sha256") if path.suffix == ".csv" else None
+    return sha256 is not None and sha256 != sha256_file(path)
 
 
 def class_columns(frame: pd.DataFrame) -> list[str]:

@@ -1,8 +1,10 @@
 """Evaluation of predictions from arrays, tables of other programs, or a classifier."""
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +21,7 @@ from biopsy.data.building import index_labels
 from biopsy.data.datasets.base import find_positive
 from biopsy.data.ledger import record_opening
 from biopsy.data.packs import Pack
-from biopsy.data.predictions import decide, read_metadata, tabulate_predictions
+from biopsy.data.predictions import decide, is_changed, read_metadata, tabulate_predictions
 from biopsy.data.splits import find_split
 from biopsy.evaluation.evaluate import SplitUse, check_classes, measure, predict_rows
 from biopsy.evaluation.results import Evaluation
@@ -49,6 +51,13 @@ GROUP_COLUMNS: dict[str, Unit] = {
     "slide": "slide",
 }
 ID_COLUMNS = ("patch_id", "image_id", "id", "image", "path", "filename", "file")
+_ROLES = {
+    **dict.fromkeys(TRUTH_COLUMNS, "true classes"),
+    **dict.fromkeys(PROB_COLUMNS, "probabilities"),
+    **dict.fromkeys(GROUP_COLUMNS, "patients"),
+    **dict.fromkeys(ID_COLUMNS, "patches"),
+}
+_SIMILAR = 0.85  # patientid and patient_id, labels and label; not patient_age
 
 
 def evaluate_predictions(
@@ -363,6 +372,7 @@ def evaluate_table(
     def find(names: Sequence[str]) -> str | None:
         return next((lower[name] for name in names if name in lower), None)
 
+    _refuse_misspelt(path, [str(name) for name in table.columns if name not in subgroups])
     truth, prob, ids = find(TRUTH_COLUMNS), find(PROB_COLUMNS), find(ID_COLUMNS)
     prefix = next((p for p in PROB_PREFIXES if any(name.startswith(p) for name in lower)), None)
     prob_columns = [lower[name] for name in lower if prefix and name.startswith(prefix)]
@@ -383,7 +393,9 @@ def evaluate_table(
         matches = [k for k, name in enumerate(prob_columns) if np.array_equal(table[name], table[prob])]
         positive = class_names[matches[0]] if len(matches) == 1 else None
     stored = read_metadata(path).get("threshold")
-    return evaluate_predictions(
+    if is_changed(Path(path)):
+        logger.warning("%s was changed since it was written; its threshold is still that of its run", path)
+    evaluation = evaluate_predictions(
         table[truth].to_numpy(),
         table[prob_columns if class_names is not None else prob].to_numpy(),
         None if group is None else table[group].map(_normalize_group, na_action="ignore").to_numpy(object),
@@ -396,6 +408,30 @@ def evaluate_table(
         unit="patient" if group is None else GROUP_COLUMNS[group.lower()],
         seed=seed,
     )
+    logger.info(
+        "true classes from %s, probabilities from %s, %s",
+        truth,
+        ", ".join(prob_columns) if len(prob_columns) > 1 else prob,
+        f"{GROUP_COLUMNS[group.lower()]}s from {group}" if group else "no column of patients",
+    )
+    return evaluation
+
+
+def _role_of(column: str) -> str | None:
+    return "probabilities" if column.startswith(PROB_PREFIXES) else _ROLES.get(column)
+
+
+def _refuse_misspelt(path: Path | str, columns: Sequence[str]) -> None:
+    """Refuse a column that is nearly one of those recognised, if no column has its role."""
+    lower = {re.sub("[^a-z0-9]+", "_", name.lower()): name for name in columns}
+    roles = {_role_of(name.lower()) for name in columns}
+    for spelt, name in lower.items():
+        close = get_close_matches(spelt, _ROLES, n=1, cutoff=_SIMILAR)
+        if close and _ROLES[close[0]] not in roles and _role_of(name.lower()) is None:
+            raise DataError(
+                f"{path} has a column {name!r} and none of {_ROLES[close[0]]}; did you mean {close[0]!r}? "
+                "Rename it, or name it by --subgroups"
+            )
 
 
 def _normalize_group(group: object) -> str:

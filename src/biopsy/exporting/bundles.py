@@ -110,13 +110,18 @@ def export(
     classifier = _with_mpp(open_classifier(model), mpp, model)
     run = _find_run(model)
     pack = _find_pack(run, data)
-    if pack is None and int8:
-        raise DataError("quantisation needs patches like those to be predicted: pass --data PACK")
     if pack is None:
+        if int8:
+            raise DataError("quantisation needs patches like those to be predicted: pass --data PACK")
         patches = draw_patches(classifier.info.patch_px)
     else:
         classifier.check_pack(pack)
         patches = _choose_patches(pack, classifier.info.patch_px, PARITY_PATCHES)
+        if int8 and len(patches) < 2:
+            raise DataError(
+                f"{pack.path} has one whole patch of {classifier.info.patch_px} px; quantisation needs at "
+                "least 2: one for the ranges of activations, another to measure the difference"
+            )
     with create_directory(out) as folder:
         classifier.save(folder)
         write_networks(classifier, folder)

@@ -273,7 +273,7 @@ def _describe_parity(parity: Parity) -> list[str]:
         "## Parity",
         f"Largest difference of a probability on {number(parity['n_patches'])} patches of "
         f"{parity['pack']['name']}, of which at most {parity['tolerance']:g} is allowed:",
-        _table(["", "probability"], rows),
+        _table(["formats", "largest difference"], rows),
     ]
     if "int8" in parity:
         int8 = parity["int8"]
