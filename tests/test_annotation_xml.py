@@ -47,6 +47,27 @@ def test_asap_groups_are_classes_and_exclusions_are_cut_out(read):
     assert len(found.items[0].polygon.geoms[0].interiors) == 1 and not found.from_bounds
 
 
+@pytest.mark.parametrize(
+    "attribute", [{"NegativeROA": 1}, {"NegativeROA": "True"}, {"Negative": 1}, {"Negative": "true"}]
+)
+@pytest.mark.parametrize("program", [halo, imagescope])
+def test_holes_are_marked_in_several_ways(read, attribute, program):
+    if program is halo:
+        text = halo(
+            ("Tumor", [("Polygon", SQUARE, {"NegativeROA": "False"}), ("Polygon", INNER, {"NegativeROA": 0})])
+        )
+    else:
+        text = imagescope(("Tumor", "", [(0, SQUARE, 0), (0, INNER, 0)]))
+    ((name, value),) = attribute.items()
+    before, _, after = text.rpartition('NegativeROA="0"')
+    assert areas(read(f'{before}{name}="{value}"{after}')) == [(1, "Tumor", 8400)]
+
+
+def test_the_names_of_areas_without_a_class_are_known(read):
+    found = read(asap(("Stroma", SQUARE), ("None", INNER)))
+    assert found.unclassified == {2: "A 1"} and found.ignored == {"without a class": 1}
+
+
 def test_the_groups_of_camelyon16(read):
     assert areas(read(asap(("_0", SQUARE), ("_1", ISLAND), ("_2", INNER)))) == [
         (1, "_0", 8400),

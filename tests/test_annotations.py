@@ -65,6 +65,23 @@ def test_a_derived_class_has_its_names_joined(write):
     assert read_annotations(write([one])).class_names() == ["Tumor: Positive"]
 
 
+@pytest.mark.parametrize("key", ["name", "label", "class", "category"])
+def test_a_name_is_not_a_class_and_is_known(write, key):
+    named = feature(name=None)
+    named["properties"][key] = " Tumor\u00a0"
+    found = read_annotations(write([feature(), named, feature(name=None)]))
+    assert found.unclassified == {2: "Tumor", 3: ""} and len(found.items) == 1
+
+
+@pytest.mark.parametrize("plane", [{"c": -1, "z": 3, "t": 0}, {"z": 0, "t": 1}])
+def test_outlines_of_other_planes_are_named(write, caplog, plane):
+    here, there = feature(), feature()
+    here["geometry"] = {**here["geometry"], "plane": {"c": -1, "z": 0, "t": 0}}
+    assert len(read_annotations(write([here])).items) == 1 and not caplog.text
+    there["geometry"] = {**there["geometry"], "plane": plane}
+    assert len(read_annotations(write([there])).items) == 1 and "1 outlines" in caplog.text
+
+
 def test_what_says_nothing_of_a_class_is_counted(write):
     features = [
         feature(),

@@ -441,7 +441,10 @@ def test_folders_below_classes_that_may_be_classes_are_said(tmp_path, caplog):
 
 
 def test_many_classes_may_be_patients(tmp_path, caplog):
-    make_tree(tmp_path / "x", [f"{n}" for n in range(8863, 8885)], [""])
+    make_tree(tmp_path / "y", [f"{n}" for n in range(8863, 8885)], [""])
+    with pytest.raises(DataError):
+        prepare(tmp_path / "y", tmp_path / "y.pack")
+    make_tree(tmp_path / "x", [f"name {n}" for n in range(22)], [""])
     prepare(tmp_path / "x", tmp_path / "x.pack")
     assert "22 folders are interpreted as classes" in caplog.text
 

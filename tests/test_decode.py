@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from biopsy.core.errors import DataError
@@ -133,6 +134,31 @@ def test_a_tiff_that_decodes_in_part_is_refused(picture, compression):
         zeros = data[: start + n_bytes // 2] + bytes(n_bytes - n_bytes // 2) + data[start + n_bytes :]
         with refuses(DataError, "decoded"):
             decode(zeros)
+
+
+def write_tiff(pixels, **options):
+    content = io.BytesIO()
+    tifffile.imwrite(content, pixels, photometric="rgb", **options)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(("bigtiff", "order"), [(False, "<"), (False, ">"), (True, "<")])
+def test_tiff_of_both_sizes_and_orders(picture, bigtiff, order):
+    pixels = np.array(picture)
+    content = write_tiff(pixels, bigtiff=bigtiff, byteorder=order, compression="deflate")
+    np.testing.assert_array_equal(decode(content), pixels)
+    with pytest.raises(DataError):
+        decode(content.replace(content[-40:], bytes(40)))
+    with pytest.raises(DataError):
+        decode(write_tiff(pixels, bigtiff=bigtiff, byteorder=order)[:-500])
+
+
+@pytest.mark.parametrize("compression", [None, "deflate"])
+def test_tiff_of_signed_numbers_or_many_channels_is_refused(picture, compression):
+    pixels = np.array(picture)
+    for odd in (pixels.astype(np.int8), np.dstack([pixels, pixels[..., :2]])):
+        with pytest.raises(DataError):
+            decode(write_tiff(odd, compression=compression))
 
 
 @pytest.mark.parametrize("n_px", [2000, 8000])

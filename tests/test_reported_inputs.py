@@ -118,6 +118,83 @@ def test_patient_ids_that_look_alike_are_named(tmp_path, caplog, spell):
     assert pack.info.counts["patients"] == 8 and "P01" in caplog.text
 
 
+@pytest.mark.parametrize("invisible", ["\u200c", "\u200d", "\u200e", "\u202a", "\u2066", "\u00ad", "\u180e"])
+def test_invisible_characters_in_patient_ids(tmp_path, invisible):
+    """As Windows and browsers copy them, with the text, from a line of another direction."""
+    rows = write_folders(tmp_path / "d")
+    spelt = [(patch, patient + invisible * (n % 2)) for n, (patch, patient) in enumerate(rows)]
+    pack = prepare(tmp_path / "d", patients=write_table(tmp_path / "a.csv", spelt))
+    assert sorted(pack.table["patient_id"].unique()) == list(PATIENTS)
+
+
+@pytest.mark.parametrize(
+    ("cell", "read"),
+    [
+        ('"=""007"""', "007"),
+        (' "P 7"', "P 7"),
+        ('"=""1.0"""', "1"),
+        ("'007", "'007"),
+        ('"a ""b"" c"', 'a "b" c'),
+    ],
+)
+def test_text_that_was_written_for_a_spreadsheet(tmp_path, cell, read):
+    rows = write_folders(tmp_path / "d", patients=["P01"])
+    pack = prepare(
+        tmp_path / "d", patients=write_table(tmp_path / "a.csv", [(patch, cell) for patch, _ in rows])
+    )
+    assert pack.table["patient_id"].unique().tolist() == [read]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: "sep=;\r\n" + text.replace(",", ";"),
+        lambda text: text.replace("patch_id,patient_id", "Patch ID,Patient-ID"),
+        lambda text: text.replace("patch_id,patient_id", "PatchID,patient"),
+        lambda text: text + " , \n\n,\n\u00a0,\n",
+        lambda text: text.replace("benign/", "./benign//"),
+    ],
+    ids=["sep", "spaces", "camel", "blank", "dots"],
+)
+def test_tables_of_patients_from_spreadsheets(tmp_path, change):
+    rows = write_folders(tmp_path / "d")
+    path = write_table(tmp_path / "a.csv", rows)
+    path.write_text(change(path.read_text()), encoding="utf-8")
+    pack = prepare(tmp_path / "d", patients=path)
+    known = dict(zip(pack.table["patch_id"], pack.table["patient_id"], strict=True))
+    assert known == dict(rows)
+
+
+@pytest.mark.parametrize(
+    "content", [b"PK\x03\x04...", b"PAR1...", b"\xd0\xcf\x11\xe0", b"patch_id,patient_id\n"]
+)
+def test_tables_that_are_none_are_refused(tmp_path, content):
+    write_folders(tmp_path / "d")
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(DataError):
+        prepare(tmp_path / "d", patients=tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("A-1", "A\u20131"),
+        ("A-1", "A\u22121"),
+        ("1E+05", "100000"),
+        ("1,0", "1"),
+        ("'07", "7"),
+        ("\uff301", "P1"),
+    ],
+    ids=str,
+)
+def test_ids_that_a_spreadsheet_or_editor_changed_are_named(tmp_path, caplog, pair):
+    rows = write_folders(tmp_path / "d", patients=["P01", "P02"])
+    ids = dict(zip(("P01", "P02"), pair, strict=True))
+    spelt = [(patch, f'"{ids[patient]}"') for patch, patient in rows]
+    prepare(tmp_path / "d", patients=write_table(tmp_path / "a.csv", spelt))
+    assert all(repr(name) in caplog.text for name in pair)
+
+
 @pytest.mark.parametrize(
     "names",
     [
@@ -188,19 +265,28 @@ SUBSET_OF = {f"0{n}": "train" if n < 4 else "validation" if n < 6 else "test" fo
             id="every leading zero lost",
         ),
         pytest.param(
-            [(f"{p}.png", subset) for p, subset in SUBSET_OF.items()], "case_id,split", ",", "none of the 8",
+            [(f"{p}.png", subset) for p, subset in SUBSET_OF.items()],
+            "case_id,split",
+            ",",
+            "none of the 8",
             id="file names for ids",
         ),
         pytest.param(
-            [(p, subset) for p, subset in SUBSET_OF.items() if p != "03"], "case_id,split", ",", "'03'",
+            [(p, subset) for p, subset in SUBSET_OF.items() if p != "03"],
+            "case_id,split",
+            ",",
+            "'03'",
             id="one patient missing from the list",
         ),
         pytest.param(
-            [*SUBSET_OF.items(), ("99", "test")], "case_id;split", ";", "'99'",
+            [*SUBSET_OF.items(), ("99", "test")],
+            "case_id;split",
+            ";",
+            "'99'",
             id="semicolons, one case too many",
         ),
     ],
-)  # fmt: skip
+)
 def test_lists_that_match_in_part_or_not_at_all(tmp_path, rows, head, sep, named):
     code, said = split_by_list(tmp_path, rows, head, sep)
     assert named in said and (code == 1) == (named == "none of the 8")
@@ -211,11 +297,12 @@ def test_lists_that_match_in_part_or_not_at_all(tmp_path, rows, head, sep, named
     [
         pytest.param([(p + " ", s.upper()) for p, s in SUBSET_OF.items()], "Case_ID,Split", id="capitals"),
         pytest.param(
-            [(p, {"validation": "validation"}.get(s, s)) for p, s in SUBSET_OF.items()], "case_id,split",
+            [(p, {"validation": "validation"}.get(s, s)) for p, s in SUBSET_OF.items()],
+            "case_id,split",
             id="validation spelt out",
         ),
     ],
-)  # fmt: skip
+)
 def test_lists_that_differ_in_spelling_alone_are_read(tmp_path, rows, head):
     code, said = split_by_list(tmp_path, rows, head)
     assert code == 0 and "not in" not in said
@@ -232,15 +319,21 @@ def test_a_case_listed_on_two_subsets_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "tree",
     [
-        pytest.param([("case_a", "normal"), ("case_a", "tumour"), ("case_b", "normal"), ("case_b", "tumour")],
-                     id="two cases with normal and tumour"),
+        pytest.param(
+            [("case_a", "normal"), ("case_a", "tumour"), ("case_b", "normal"), ("case_b", "tumour")],
+            id="two cases with normal and tumour",
+        ),
         pytest.param([("fold1", "0"), ("fold1", "1"), ("fold2", "0"), ("fold2", "1")], id="folds"),
-        pytest.param([("Training", "A"), ("Training", "B"), ("Holdout", "A"), ("Holdout", "B")],
-                     id="Training and Holdout"),
-        pytest.param([("case_a", "A"), ("case_a", "B"), ("case_b", "A"), ("case_b", "B"), ("case_c", "B")],
-                     id="a case of one class"),
+        pytest.param(
+            [("Training", "A"), ("Training", "B"), ("Holdout", "A"), ("Holdout", "B")],
+            id="Training and Holdout",
+        ),
+        pytest.param(
+            [("case_a", "A"), ("case_a", "B"), ("case_b", "A"), ("case_b", "B"), ("case_c", "B")],
+            id="a case of one class",
+        ),
     ],
-)  # fmt: skip
+)
 def test_folders_of_patients_or_subsets_are_no_classes(tmp_path, caplog, tree):
     for n, parts in enumerate(tree * 2):
         folder = tmp_path.joinpath("d", *parts)
@@ -282,6 +375,124 @@ def test_zips_of_windows_with_class_folders(tmp_path, spell):
     assert pack.class_names == ["benign", "malignant"] and len(pack) == 8
 
 
+@pytest.mark.parametrize("change", ["./{}", "a/./{}", "a//{}", "{}"])
+def test_zips_whose_paths_are_not_plain(tmp_path, change):
+    with zipfile.ZipFile(tmp_path / "w.zip", "w") as file:
+        for number in range(4):
+            name = f"{('benign', 'malignant')[number % 2]}/{number}.png"
+            file.writestr(change.format(name), encode_png(draw(number)))
+    pack = prepare(tmp_path / "w.zip")
+    assert sorted(pack.table["patch_id"]) == ["benign/0", "benign/2", "malignant/1", "malignant/3"]
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        "@eaDir/x.jpg",
+        "benign/@eaDir/0.png/THUMB.jpg",
+        "$RECYCLE.BIN/x.png",
+        "lost+found/x.png",
+        "#recycle/x.png",
+        "System Volume Information/x.png",
+        "__MACOSX/benign/._0.png",
+        "benign/THUMBS.DB",
+        ".Trash-1000/x.png",
+    ],
+)
+@pytest.mark.parametrize("form", ["zip", "folder"])
+def test_folders_of_file_systems_are_no_classes(tmp_path, junk, form):
+    names = [f"{name}/{n}.png" for name in ("benign", "malignant") for n in range(2)]
+    if form == "zip":
+        with zipfile.ZipFile(tmp_path / "d", "w") as file:
+            for number, name in enumerate([*names, junk]):
+                file.writestr(name, encode_png(draw(number)))
+    else:
+        for number, name in enumerate([*names, junk]):
+            (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "d" / name).write_bytes(encode_png(draw(number)))
+    pack = prepare(tmp_path / "d")
+    assert pack.class_names == ["benign", "malignant"] and len(pack) == 4
+
+
+@pytest.mark.parametrize("name", ["Мария", "患者", "Müller"])
+def test_names_in_zips_of_macos_are_utf8_without_the_flag(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "w.zip", "w") as file:
+        for number in range(4):
+            plain = "X" * len(name.encode())
+            file.writestr(
+                f"{('benign', 'malignant')[number % 2]}/{plain}{number}.png", encode_png(draw(number))
+            )
+    content = (tmp_path / "w.zip").read_bytes()
+    (tmp_path / "w.zip").write_bytes(content.replace(b"X" * len(name.encode()), name.encode()))
+    assert set(prepare(tmp_path / "w.zip").table["patch_id"]) == {
+        f"{('benign', 'malignant')[n % 2]}/{name}{n}" for n in range(4)
+    }
+
+
+def test_a_zip_in_a_zip_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "w.zip", "w") as file:
+        file.writestr("inner.zip", b"PK")
+    with pytest.raises(DataError, match=r"inner\.zip"):
+        prepare(tmp_path / "w.zip")
+
+
+@pytest.mark.parametrize(
+    "tops",
+    [
+        ("8863", "8865", "8867"),
+        ("P00", "P1", "P2"),
+        ("TCGA-A2-A0T2", "TCGA-A2-A0T3"),
+        ("40X", "100X"),
+        ("10x", "20x"),
+        ("fold_0", "fold_1"),
+        ("case 1", "case 2"),
+        ("14-4659", "14-9461"),
+        ("Slide1", "Slide2"),
+        ("site1", "site2"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("below", ["", "luminal/", "40X/"])
+def test_patients_slides_folds_and_magnifications_are_no_classes(tmp_path, tops, below):
+    for number, name in enumerate(tops):
+        folder = tmp_path / "d" / name / below
+        folder.mkdir(parents=True)
+        (folder / f"{number}.png").write_bytes(encode_png(draw(number)))
+    with pytest.raises(DataError):
+        prepare(tmp_path / "d")
+    assert prepare(tmp_path / "d", dataset="folders", positive=tops[0]).class_names
+
+
+@pytest.mark.parametrize(
+    "tops",
+    [
+        ("0", "1"),
+        ("grade1", "grade2", "grade3"),
+        ("G1", "G2"),
+        ("class_0", "class_1"),
+        ("1.0", "01"),
+        ("NA", "P1"),
+    ],
+)
+def test_numbered_classes_are_classes(tmp_path, tops):
+    for number, name in enumerate(tops):
+        (tmp_path / "d" / name).mkdir(parents=True)
+        (tmp_path / "d" / name / f"{number}.png").write_bytes(encode_png(draw(number)))
+    positive = tops[0] if len(tops) == 2 else None
+    assert set(prepare(tmp_path / "d", positive=positive).class_names) == set(tops)
+
+
+@pytest.mark.parametrize(
+    "below", [("train", "test"), ("images", "masks"), ("Training Set", "Test Set")], ids=str
+)
+def test_folders_below_the_classes_are_named(tmp_path, caplog, below):
+    for number, (name, second) in enumerate((c, b) for c in ("benign", "malignant") for b in below):
+        (tmp_path / "d" / name / second).mkdir(parents=True)
+        (tmp_path / "d" / name / second / f"{number}.png").write_bytes(encode_png(draw(number)))
+    prepare(tmp_path / "d")
+    assert below[1] in caplog.text
+
+
 @pytest.mark.parametrize("start", ["C:\\data\\", "\\\\server\\share\\", "..\\"])
 def test_zips_of_windows_whose_names_lead_out_are_refused(tmp_path, start):
     names = [start + name.replace("/", "\\") for name in CLASS_FILES]
@@ -304,11 +515,13 @@ def idc_names(spell: Callable[[int, str], str]) -> list[str]:
     "spell",
     [
         pytest.param(lambda n, name: name.replace("/", "\\") if n % 2 else name, id="every other file"),
-        pytest.param(lambda n, name: name.removeprefix("IDC_regular_ps50_idx5/").replace("/", "\\"),
-                     id="patients at the root"),
+        pytest.param(
+            lambda n, name: name.removeprefix("IDC_regular_ps50_idx5/").replace("/", "\\"),
+            id="patients at the root",
+        ),
         pytest.param(lambda n, name: "my data\\" + name, id="below another folder"),
     ],
-)  # fmt: skip
+)
 def test_zips_of_windows_in_the_layout_of_idc(tmp_path, spell):
     pack = prepare(write_zip(tmp_path / "w.zip", idc_names(spell)))
     assert sorted(set(pack.table["patient_id"])) == ["8863", "8865", "8867", "8913"] and len(pack) == 24
@@ -414,13 +627,15 @@ def map_slides(run: "biopsy.Run", source: Path, out: Path) -> pd.DataFrame:
         pytest.param(lambda d: (d / "gone.tif").symlink_to(d / "nowhere.tif"), id="a dangling link"),
         pytest.param(lambda d: (d / "empty.tif").write_bytes(b""), id="an empty file"),
         pytest.param(lambda d: (write_slide(d / "t.tif"), write_slide(d / "T.tif")), id="twins but for case"),
-        pytest.param(lambda d: (write_slide(d / "a" / "s.tif"), write_slide(d / "b" / "s.tif")),
-                     id="one name in two folders"),
+        pytest.param(
+            lambda d: (write_slide(d / "a" / "s.tif"), write_slide(d / "b" / "s.tif")),
+            id="one name in two folders",
+        ),
         pytest.param(lambda d: write_slide(d / "line\nbreak.tif"), id="a line break in the name"),
         pytest.param(lambda d: write_slide(d / "-rf.tif"), id="a name like an option"),
         pytest.param(lambda d: (d / "text.svs").write_text("no slide"), id="text named .svs"),
     ],
-)  # fmt: skip
+)
 def test_one_slides_trouble_does_not_end_a_cohort(tmp_path, trained_run, spoil):
     write_slide(tmp_path / "d" / "zz.tif")
     spoil(tmp_path / "d")
@@ -461,13 +676,17 @@ def to_deep(pixels: np.ndarray, bits: int) -> np.ndarray:
         pytest.param(lambda a: to_deep(a, 10), {}, id="10 of 16 bits"),
         pytest.param(lambda a: to_deep(a[..., 0], 16), {"photometric": "minisblack"}, id="grey of 16 bits"),
         pytest.param(lambda a: a.astype(np.float32) / 255, {}, id="floating point"),
-        pytest.param(lambda a: np.concatenate([255 - a, a[..., :1]], axis=2),
-                     {"photometric": "separated"}, id="CMYK"),
-        pytest.param(lambda a: np.moveaxis(a, 2, 0), {"photometric": "minisblack", "planarconfig": None},
-                     id="a channel a page"),
+        pytest.param(
+            lambda a: np.concatenate([255 - a, a[..., :1]], axis=2), {"photometric": "separated"}, id="CMYK"
+        ),
+        pytest.param(
+            lambda a: np.moveaxis(a, 2, 0),
+            {"photometric": "minisblack", "planarconfig": None},
+            id="a channel a page",
+        ),
         pytest.param(lambda a: np.stack([a, a, a]), {}, id="three focal planes"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("tile", [(256, 256), None], ids=["tiles", "strips"])
 def test_slides_whose_colours_are_not_known_are_refused(tmp_path, trained_run, pixels, options, tile):
     reference = tifffile.imread(write_slide(tmp_path / "d" / "ok.tif"))
@@ -498,34 +717,81 @@ def nest(outer: dict, *inner: dict) -> dict:
     "document",
     [
         pytest.param(
-            {"type": "FeatureCollection", "features": [
-                nest(feature(REGION, "Region*"), nest(feature(REGION, None), feature(TUMOUR, "Tumor")))]},
+            {
+                "type": "FeatureCollection",
+                "features": [
+                    nest(feature(REGION, "Region*"), nest(feature(REGION, None), feature(TUMOUR, "Tumor")))
+                ],
+            },
             id="nested twice",
         ),
         pytest.param([nest(feature(REGION, "Region*"), feature(TUMOUR, "Tumor"))], id="a bare list"),
         pytest.param(nest(feature(REGION, "Region*"), feature(TUMOUR, "Tumor")), id="one feature alone"),
         pytest.param(
-            {"type": "FeatureCollection", "features": [
-                nest(feature(REGION, "Region*"),
-                     feature(shapely.MultiPolygon([shapely.box(120, 100, 200, 260),
-                                                   shapely.box(200, 100, 280, 260)]), "Tumor"))]},
+            {
+                "type": "FeatureCollection",
+                "features": [
+                    nest(
+                        feature(REGION, "Region*"),
+                        feature(
+                            shapely.MultiPolygon(
+                                [shapely.box(120, 100, 200, 260), shapely.box(200, 100, 280, 260)]
+                            ),
+                            "Tumor",
+                        ),
+                    )
+                ],
+            },
             id="a child of two parts",
         ),
         pytest.param(
-            {"type": "FeatureCollection", "features": [
-                nest(feature(REGION, "Region*", classification={"name": "Region*", "colorRGB": -65536}),
-                     feature(TUMOUR, "Tumor", classification={"name": "Tumor", "colorRGB": -65536},
-                             isLocked=False, measurements=[]))]},
+            {
+                "type": "FeatureCollection",
+                "features": [
+                    nest(
+                        feature(REGION, "Region*", classification={"name": "Region*", "colorRGB": -65536}),
+                        feature(
+                            TUMOUR,
+                            "Tumor",
+                            classification={"name": "Tumor", "colorRGB": -65536},
+                            isLocked=False,
+                            measurements=[],
+                        ),
+                    )
+                ],
+            },
             id="classes as before QuPath 0.4",
         ),
     ],
-)  # fmt: skip
+)
 def test_nested_objects_of_qupath(tmp_path, document):
     write_slide(tmp_path / "s" / "case01.tif")
     (tmp_path / "s" / "case01.geojson").write_text(json.dumps(document))
     options = {"mpp": 4.0, "patch_px": 20, "classes": ["tumour=Tumor"], "rest": "normal"}
     pack = prepare(tmp_path / "s", **options)
     assert pack.info.counts["per_class"] == {"normal": 208 - 64, "tumour": 64}
+
+
+@pytest.mark.parametrize("about", [{"name": "Tumor"}, {"label": "Tumor"}, {"class": "Region*"}], ids=str)
+def test_an_area_named_as_a_class_without_having_it_is_refused(tmp_path, about):
+    """Else its tissue would be labelled as the rest."""
+    write_slide(tmp_path / "s" / "case01.tif")
+    named = feature(TUMOUR, None)
+    document = [feature(REGION, "Region*"), {**named, "properties": {**named["properties"], **about}}]
+    (tmp_path / "s" / "case01.geojson").write_text(json.dumps(document))
+    with pytest.raises(DataError, match="feature 2"):
+        prepare(tmp_path / "s", mpp=4.0, patch_px=20, classes=["tumour=Tumor"], rest="normal")
+
+
+def test_names_of_slides_with_spaces(tmp_path):
+    write_slide(tmp_path / "s" / "case 1 .tif")
+    (tmp_path / "s" / "case 1 .geojson").write_text(
+        json.dumps([feature(REGION, "Region*"), feature(TUMOUR, "Tumor")])
+    )
+    patients = write_table(tmp_path / "a.csv", [("case 1", "P1")], head="slide,patient")
+    options = {"mpp": 4.0, "patch_px": 20, "classes": ["tumour=Tumor"], "rest": "normal"}
+    pack = prepare(tmp_path / "s", patients=patients, **options)
+    assert pack.table["patient_id"].unique().tolist() == ["P1"]
 
 
 @pytest.mark.parametrize("corner", [(400, 300), (100, 0), (0, 60)], ids=str)

@@ -31,6 +31,12 @@ MAX_TABLE_BYTES = 2**30  # uncompressed size of a Parquet file
 Kind = Literal["text", "integer", "number", "bool"]
 
 _DELIMITERS = ",;\t"
+_OTHER_FORMATS = {
+    b"PK\x03\x04": "an Excel workbook or a zip",
+    b"PAR1": "Parquet",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook",
+}
+_SEPARATOR = re.compile(rb"(\xef\xbb\xbf)?sep=(.)\r?\n")  # first line of a csv for Excel
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")  # existing apostrophes are kept
 _INTEGER = r"[+-]?(?:0|[1-9][0-9]{0,17})"  # 64 bits; leading zeros are names
 _NUMBER = r"[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"
@@ -46,7 +52,8 @@ def read_csv_table(
 
     Args:
         path: The file, UTF-8 with or without a byte order mark.
-        aliases: Column names in the result by heading in lower case.
+        aliases: Column names in the result by heading, whatever its letter case, spaces, dashes and
+            underscores.
         required: Required columns of the result.
 
     Raises:
@@ -67,6 +74,8 @@ def parse_csv(
     required: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Read the content of a csv file as `read_csv_table` does; ``path`` names it in errors."""
+    if separator := _SEPARATOR.match(content):
+        content = content[separator.end() :]
     delimiter, header = _read_header(path, content)
     n_cells = sum(content.count(mark) for mark in (delimiter.encode(), b"\n", b"\r"))
     if len(header) > MAX_COLUMNS or n_cells > MAX_CELLS:
@@ -97,7 +106,11 @@ def parse_csv(
     except pa.ArrowException as error:
         raise FileFormatError(path, "syntax", f"cannot be read as csv: {str(error)[:200]}") from None
     frame = table.to_pandas().set_axis(names, axis="columns").iloc[1:]
-    frame = frame[frame.notna().any(axis=1)].reset_index(drop=True)
+    maybe_blank = frame.iloc[:, 0].fillna(" ").str.isspace()
+    is_blank = frame[maybe_blank].apply(
+        lambda row: all(pd.isna(cell) or cell.isspace() for cell in row), axis=1
+    )
+    frame = frame.drop(index=frame.index[maybe_blank][is_blank.to_numpy(bool)]).reset_index(drop=True)
     return unmask_formulas(frame) if b"'" in content else frame
 
 
@@ -249,6 +262,9 @@ def _gunzip(path: Path | str, content: bytes) -> bytes:
 
 def _read_header(path: Path | str, content: bytes) -> tuple[str, list[str]]:
     """Return the delimiter and the names in the first row, after checks of the content."""
+    for signature, name in _OTHER_FORMATS.items():
+        if content.startswith(signature):
+            raise FileFormatError(path, "format", f"is {name}, not a csv: save it as csv in UTF-8")
     if b"\0" in content:
         raise FileFormatError(path, "encoding", "holds NUL bytes: save it as csv in UTF-8")
     text = decode_text(content, path)
@@ -268,9 +284,10 @@ def _read_header(path: Path | str, content: bytes) -> tuple[str, list[str]]:
 
 def _name_columns(path: Path | str, header: Sequence[str], aliases: Mapping[str, str]) -> list[str]:
     names: list[str] = []
+    by_letters = {_letters(alias): name for alias, name in aliases.items()}
     for number, written in enumerate(header):
         name = written.strip() or f"Unnamed: {number}"
-        name = aliases.get(name.lower(), name)
+        name = by_letters.get(_letters(name), name)
         if name in names:
             first = header[names.index(name)].strip()
             raise FileFormatError(
@@ -280,3 +297,7 @@ def _name_columns(path: Path | str, header: Sequence[str], aliases: Mapping[str,
             )
         names.append(name)
     return names
+
+
+def _letters(heading: str) -> str:
+    return re.sub(r"[\s_-]", "", heading.lower())

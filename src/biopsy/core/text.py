@@ -9,16 +9,16 @@ import unicodedata
 from collections.abc import Iterable
 
 _INTEGER = re.compile(r"(\d+)\.0+")
-# Zero-width space, word joiner, byte order mark, soft hyphen.
-_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u2060\ufeff\u00ad"))
+_QUOTED = re.compile(r'=?"(.*)"')  # ="0012", as some programs write text for spreadsheets
+_SCIENTIFIC = re.compile(r"\d(\.\d+)?e\+?\d{1,2}")
 
 
 def normalize_name(name: str) -> str:
     r"""Return a normalised name or path.
 
     Backslashes become slashes, Unicode is composed (NFC), white space is collapsed to one space and stripped
-    from each part, invisible characters are removed. Bytes that are not UTF-8 (surrogates of `os.fsdecode`)
-    and control characters are written as ``%FC``.
+    from each part, invisible characters (of format) are removed. Bytes that are not UTF-8 (surrogates of
+    `os.fsdecode`) and control characters are written as ``%FC``.
 
     Example:
         >>> normalize_name("data\\benign \\M\udcfcller\u00a01.png")
@@ -26,9 +26,24 @@ def normalize_name(name: str) -> str:
     """
     if name.isascii() and name.isprintable() and " " not in name and "\\" not in name:
         return name
-    name = unicodedata.normalize("NFC", name.replace("\\", "/").translate(_INVISIBLE))
+    name = unicodedata.normalize("NFC", name.replace("\\", "/"))
+    name = "".join(char for char in name if unicodedata.category(char) != "Cf")
     name = "/".join(" ".join(part.split()) for part in name.split("/"))
     return printable(name)
+
+
+def normalize_path(name: str) -> str:
+    r"""Return a normalised relative path: as `normalize_name`, without empty parts and ``.``.
+
+    Example:
+        >>> normalize_path(".\\data//benign/./1.png")
+        'data/benign/1.png'
+    """
+    name = normalize_name(name)
+    if "//" not in name and "./" not in name and name[:1] != "/":
+        return name
+    kept = [part for part in name.split("/")[:-1] if part not in ("", ".")]
+    return "/".join([*kept, name.rpartition("/")[2]])
 
 
 def printable(text: str) -> str:
@@ -82,19 +97,21 @@ def count(n: int, noun: str) -> str:
 
 
 def normalize_id(text: str) -> str:
-    """Return a normalised id: as `normalize_name`, and ``12.0`` (from a spreadsheet) as ``12``.
+    """Return a normalised id: as `normalize_name`, without quotes, and ``12.0`` of a spreadsheet as ``12``.
 
     Example:
-        >>> normalize_id(" P01\u00a0"), normalize_id("12.0"), normalize_id("  ")
-        ('P01', '12', '')
+        >>> normalize_id(" P01\u00a0"), normalize_id("12.0"), normalize_id('="007"'), normalize_id("  ")
+        ('P01', '12', '007', '')
     """
     name = normalize_name(text)
+    if quoted := _QUOTED.fullmatch(name):
+        name = quoted[1].strip()
     match = _INTEGER.fullmatch(name)
     return match[1] if match else name
 
 
 def find_lookalikes(ids: Iterable[str]) -> list[list[str]]:
-    """Return groups of ids that differ only by letter case or leading zeros.
+    """Return groups of ids that may be one: they differ only as `fold_id` says.
 
     Example:
         >>> find_lookalikes(["p1", "P1", "07", "7", "8"])
@@ -107,8 +124,16 @@ def find_lookalikes(ids: Iterable[str]) -> list[list[str]]:
 
 
 def fold_id(name: str) -> str:
-    """Return a key that is equal for ids that differ only by letter case or leading zeros."""
-    return re.sub(r"(?<!\d)0+(?=\d)", "", unicodedata.normalize("NFKC", name).casefold())
+    """Return a key that is equal for ids that may be one.
+
+    They differ by letter case, leading zeros, the kind of dash, full-width letters, a leading apostrophe, or
+    by what a spreadsheet makes of a number (``1E+05``, ``1,0``).
+    """
+    name = unicodedata.normalize("NFKC", name).casefold().lstrip("'")
+    name = "".join("-" if unicodedata.category(char) == "Pd" or char == "\u2212" else char for char in name)
+    if _SCIENTIFIC.fullmatch(name):
+        name = f"{float(name):.0f}"
+    return re.sub(r"(?<!\d)0+(?=\d)", "", re.sub(r"^(\d+)[.,]0+$", r"\1", name))
 
 
 def list_unmatched(names: Iterable[str], known: Iterable[str], *, most: int = 3) -> str:

@@ -15,12 +15,13 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from biopsy.core.errors import ArchiveError, DataError
-from biopsy.core.text import normalize_name
+from biopsy.core.text import normalize_path
 from biopsy.slide_io.images import IMAGE_SUFFIXES
 
 MAX_ENTRY_BYTES = 2**29
@@ -37,10 +38,16 @@ _FREE_BYTES = 2**24
 _PIXEL_SUFFIXES = (*IMAGE_SUFFIXES, ".h5", ".hdf5", ".geojson")  # GeoJSON: annotations of slides
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # APPNOTE 4.3.7: signature ... name length, extra length
-_JUNK = re.compile(r"(?:^|/)(?:\.(?!/)|(?:__MACOSX|Thumbs\.db|desktop\.ini)(?:/|$))")
+# What macOS, Windows and network storage leave in folders, in lower case.
+_JUNK = (
+    *("__macosx", "icon", "network trash folder", "temporary items"),
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "recycler", "system volume information"),
+    *("@eadir", "@recycle", "#recycle", "lost+found"),
+)
 _LEADS_OUT = re.compile(r"^[\\/]|^[^\\/]*:|(?:^|[\\/])\.\.(?:[\\/]|$)|\0")
 _STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 _ENCRYPTED = 0x1  # bit 0 of the general purpose flags
+_UTF8 = 0x800  # bit 11
 _RELEASE_BYTES = 2**26
 
 
@@ -48,7 +55,7 @@ class Entry(NamedTuple):
     """A file of an archive. The last four fields locate it in a zip; in a folder, ``offset`` is its index."""
 
     name: str
-    """Relative, with forward slashes, normalised by `normalize_name`."""
+    """Relative, with forward slashes, normalised by `normalize_path`."""
     size: int
     """Bytes, unpacked."""
     crc: int = 0
@@ -138,9 +145,9 @@ class FolderArchive:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._files = sorted(_walk(path, ""), key=lambda file: (normalize_name(file[0]), file[0]))
+        self._files = sorted(_walk(path, ""), key=lambda file: (normalize_path(file[0]), file[0]))
         entries = [
-            Entry(normalize_name(name), size, offset=index)
+            Entry(normalize_path(name), size, offset=index)
             for index, (name, size, _) in enumerate(self._files)
         ]
         self.entries = [entry for entry in entries if not entry.name.lower().endswith(".zip")]
@@ -197,9 +204,17 @@ def open_archive(path: Path | str) -> Archive:
 
 def is_junk(name: str) -> bool:
     """Return whether a name is that of a hidden file or a metadata file of macOS or Windows."""
-    if "/." in name or name.startswith(".") or "__MACOSX" in name or name.endswith((".db", ".ini")):
-        return _JUNK.search(name) is not None  # rarely reached
-    return False
+    parent, _, base = name.rpartition("/")
+    return _is_junk_part(base) or (parent != "" and _is_junk_folder(parent))
+
+
+@lru_cache(maxsize=4096)
+def _is_junk_folder(path: str) -> bool:
+    return any(_is_junk_part(part) for part in path.split("/"))
+
+
+def _is_junk_part(part: str) -> bool:
+    return (part[:1] == "." and part != ".") or part.lower() in _JUNK
 
 
 def _list_zip(path: Path) -> list[Entry]:
@@ -208,22 +223,35 @@ def _list_zip(path: Path) -> list[Entry]:
     _refuse_overlap(path, infos)
     while infos:  # popped one by one to limit memory for zips of half a million files
         info = infos.pop()
-        name = info.orig_filename
+        name = _read_name(info)
         if (".." in name or ":" in name or "\0" in name or name[:1] in "/\\") and _LEADS_OUT.search(name):
             raise ArchiveError(f"{path} holds {name!r}, a name that leads out of it: not read")
-        name = normalize_name(name)
+        name = normalize_path(name)
         if not name.endswith("/") and not is_junk(name):
             n_encrypted += info.flag_bits & _ENCRYPTED
             location = (info.header_offset, info.compress_size, info.compress_type)
             entries.append(Entry(name, info.file_size, info.CRC, *location))
     if not entries:
         raise ArchiveError(f"{path} is a zip without files")
+    if all(entry.name.lower().endswith(".zip") for entry in entries):
+        raise ArchiveError(f"{path} holds only the zip {entries[0].name}: unpack it, and give what is inside")
     if n_encrypted:
         raise ArchiveError(
             f"{path} is encrypted ({n_encrypted:,} of {len(entries):,} files): "
             "unpack it with its password and give the folder"
         )
     return sorted(entries)
+
+
+def _read_name(info: zipfile.ZipInfo) -> str:
+    """Return the name of an entry; macOS writes UTF-8 without the flag that marks it."""
+    name = info.orig_filename
+    if not info.flag_bits & _UTF8 and not name.isascii():
+        try:
+            return name.encode("cp437").decode("utf-8")
+        except UnicodeError:
+            pass
+    return name
 
 
 def _refuse_overlap(path: Path, infos: list[zipfile.ZipInfo]) -> None:

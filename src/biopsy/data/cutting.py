@@ -132,6 +132,11 @@ def name_classes(all_notes: Sequence[Annotations], cutting: Cutting) -> list[str
     else:
         result = list(dict.fromkeys(name for name in names.values() if name))
         for notes in all_notes:
+            for number, name in notes.unclassified.items():
+                if name and name in {*names, cutting.region}:
+                    raise DataError(
+                        f"{notes.path}, feature {number} is called {name!r} and has no class: set its class"
+                    )
             for item in notes.items:
                 name = item.class_name
                 if name not in names and not name.endswith("*") and name != cutting.region:

@@ -11,7 +11,7 @@ import pandas as pd
 from biopsy.core.errors import DataError, FileFormatError, UserFileError, suggest
 from biopsy.core.files import sha256_file
 from biopsy.core.tables import infer_numbers, read_csv_table
-from biopsy.core.text import find_lookalikes, list_unmatched, normalize_id, normalize_name
+from biopsy.core.text import find_lookalikes, list_unmatched, normalize_id, normalize_name, normalize_path
 from biopsy.data.packs import COLUMNS
 from biopsy.slide_io.images import IMAGE_SUFFIXES
 
@@ -63,7 +63,10 @@ def read_patch_table(path: Path | str, aliases: dict[str, str] | None = None) ->
     keys = {name: name for name in (*_PATCH_KEYS, *ID_COLUMNS)}
     rows = read_csv_table(path, aliases=keys | (aliases or {}))
     for name in rows.columns:
-        rows[name] = normalize_cells(rows[name], normalize_id if name in ID_COLUMNS else normalize_name)
+        spell = (
+            normalize_id if name in ID_COLUMNS else normalize_path if name in _PATCH_KEYS else normalize_name
+        )
+        rows[name] = normalize_cells(rows[name], spell)
     for name in {"patch_id", "id"} & set(rows.columns):
         rows[name] = rows[name].str.replace(_SUFFIX, "", regex=True)
     return rows
@@ -141,7 +144,8 @@ def check_ids(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, int]]:
     for column in (*ID_COLUMNS, "class_name"):
         for lookalikes in find_lookalikes(table[column].dropna().unique())[:3]:
             logger.warning(
-                "%s %s differ only by letter case or zeros: correct the spelling if they are the same",
+                "%s %s differ only by letter case, zeros, dashes or the form of a number: correct "
+                "the spelling if they are the same",
                 *(column, " and ".join(map(repr, lookalikes))),
             )
     complete = table["slide_id"].notna() & table["patient_id"].notna()
@@ -215,6 +219,8 @@ def join_columns(table: pd.DataFrame, path: Path | str) -> tuple[pd.DataFrame, d
 
 def _check_matches(path: Path | str, keys: pd.Index, ids: pd.Series) -> None:
     """Warn of rows without a patch; refuse a table without any match."""
+    if not len(keys):
+        raise DataError(f"{path} has no rows below its heading")
     unmatched = keys[~keys.isin(ids)]
     examples = list_unmatched(unmatched, ids.dropna().unique())
     if len(unmatched) == len(keys):

@@ -49,6 +49,7 @@ class Region:
         kind: Kind of shape.
         corners: Vertices, float ``(n, 2)``; of a rectangle or ellipse two corners of its bounding box.
         is_hole: Whether it is subtracted from others.
+        name: Name of the annotation, which is not its class.
     """
 
     number: int
@@ -57,16 +58,18 @@ class Region:
     kind: str
     corners: np.ndarray
     is_hole: bool = False
+    name: str = ""
 
 
 @dataclass(frozen=True)
 class Areas:
-    """Content of a file: number, class and area of each annotation, repaired and ignored ones."""
+    """Content of a file: number, class and area of each annotation; repaired, ignored, unclassified ones."""
 
     items: list[tuple[int, str, Area]]
     repaired: dict[int, str]
     ignored: dict[str, int]
     mpp: float | None
+    unclassified: dict[int, str]
 
 
 def read_xml_areas(path: Path) -> Areas:
@@ -127,6 +130,7 @@ def _list_asap(root: Element, path: Path) -> Iterator[Region]:
             "Polygon" if kind in _ASAP_AREAS else kind,
             _read_corners(elements, f"{path}, annotation {number}"),
             is_hole,
+            normalize_name(annotation.get("Name", "")),
         )
 
 
@@ -144,15 +148,20 @@ def _list_layers(root: Element, path: Path, is_imagescope: bool) -> Iterator[Reg
             kind = _IMAGESCOPE_TYPES.get(kind, f"type {kind}") if is_imagescope else kind
             elements = list(region.iter("Vertex" if is_imagescope else "V"))
             corners = _read_corners(elements, f"{path}, region {number}")
-            if kind == "Polygon" and region.get("HasEndcaps", "0") != "0":
+            if kind == "Polygon" and _is_true(region.get("HasEndcaps")):
                 kind = "Line"
             if is_imagescope and kind in ("Rectangle", "Ellipse") and len(corners) > 2:
                 box = np.stack([corners.min(axis=0), corners.max(axis=0)])
                 is_ellipse = kind == "Ellipse" and len(corners) <= 4
                 kind, corners = ("Ellipse", box) if is_ellipse else ("Polygon", corners)
             name = _name_layer(layer, region) if is_imagescope else layer.get("Name", "").strip()
-            is_hole = region.get("NegativeROA", "0") not in ("0", "")
-            yield Region(number, index, normalize_name(name) or None, kind, corners, is_hole)
+            is_hole = _is_true(region.get("NegativeROA") or region.get("Negative"))
+            text = normalize_name(region.get("Text", ""))
+            yield Region(number, index, normalize_name(name) or None, kind, corners, is_hole, text)
+
+
+def _is_true(text: str | None) -> bool:
+    return (text or "").strip().lower() not in ("", "0", "false", "no")
 
 
 def _name_layer(layer: Element, region: Element) -> str:
@@ -185,6 +194,7 @@ def _build_areas(regions: list[Region], path: Path, mpp: float | None) -> Areas:
     areas: dict[int, Area] = {}
     repaired: dict[int, str] = {}
     ignored: Counter[str] = Counter()
+    unclassified: dict[int, str] = {}
     valid = []
     for region in regions:
         if region.kind not in ("Polygon", "Rectangle", "Ellipse"):
@@ -192,6 +202,7 @@ def _build_areas(regions: list[Region], path: Path, mpp: float | None) -> Areas:
             ignored[f"is {article} {region.kind.lower()}"] += 1
         elif region.class_name is None and not region.is_hole:
             ignored["without a class"] += 1
+            unclassified[region.number] = region.name
         else:
             where = f"{path}, region {region.number}"
             ring = read_ring(_outline(region, where), where, close=True)
@@ -209,7 +220,7 @@ def _build_areas(regions: list[Region], path: Path, mpp: float | None) -> Areas:
         for region in solid
         if areas[region.number].area > 0
     ]
-    return Areas(items, repaired, dict(ignored), mpp)
+    return Areas(items, repaired, dict(ignored), mpp, unclassified)
 
 
 def _subtract_hole(hole: Region, solid: list[Region], areas: dict[int, Area]) -> bool:

@@ -7,6 +7,7 @@ multipolygons. Annotations without a class, objects without an area (points, lin
 documentation "Exporting annotations", its class ``PathObjectTypeAdapters``, and RFC 7946.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,8 @@ from biopsy.core.text import normalize_name
 from biopsy.slide_io.annotation_xml import read_xml_areas
 from biopsy.slide_io.outlines import Area, OutlineReader, read_ring
 
+logger = logging.getLogger(__name__)
+
 MAX_BYTES = 2**27
 """Largest file size in bytes."""
 
@@ -34,6 +37,7 @@ SUFFIXES = (".geojson", ".json", *XML_SUFFIXES)
 MAX_NAME = 200
 """Largest length of a class name."""
 
+_UNCLASSIFIED = "without a class"
 _FLAT = ("Point", "MultiPoint", "LineString", "MultiLineString")
 _GEOMETRIES = ("Polygon", "MultiPolygon", "GeometryCollection", *_FLAT)
 _OTHER_OBJECTS = {  # names in QuPath; in version 0.2 in the id of the feature
@@ -74,6 +78,7 @@ class Annotations:
         from_bounds: Whether the origin of coordinates is that of the scanned bounds (see `Slide.corner`), as
             in QuPath, instead of the corner of the slide.
         mpp: Pixel size of the annotated slide in µm, if recorded.
+        unclassified: Names of the areas without a class, by feature.
     """
 
     path: Path
@@ -82,6 +87,7 @@ class Annotations:
     ignored: dict[str, int] = field(default_factory=dict)
     from_bounds: bool = True
     mpp: float | None = None
+    unclassified: dict[int, str] = field(default_factory=dict)
 
     def shift(self, x: float, y: float) -> "Annotations":
         """Return the annotations shifted by an offset."""
@@ -107,7 +113,9 @@ def read_annotations(path: Path | str) -> Annotations:
     if path.suffix.lower() in XML_SUFFIXES:
         areas = read_xml_areas(path)
         items = [Annotation(name[:MAX_NAME], area, number) for number, name, area in areas.items]
-        return Annotations(path, items, areas.repaired, areas.ignored, from_bounds=False, mpp=areas.mpp)
+        return Annotations(
+            path, items, areas.repaired, areas.ignored, False, areas.mpp, unclassified=areas.unclassified
+        )
     return _read_geojson(path)
 
 
@@ -116,6 +124,8 @@ def _read_geojson(path: Path) -> Annotations:
     items: list[Annotation] = []
     repaired: dict[int, str] = {}
     ignored: Counter[str] = Counter()
+    unclassified: dict[int, str] = {}
+    n_elsewhere = 0
     for number, feature in enumerate(_walk(_read_features(path), str(path)), start=1):
         where = f"{path}, feature {number}"
         properties = feature["properties"] or {}
@@ -123,13 +133,31 @@ def _read_geojson(path: Path) -> Annotations:
         class_name = _class_of(properties, where)
         if reason := _reason_to_ignore(feature, polygons, class_name):
             ignored[reason] += 1
+            if reason == _UNCLASSIFIED:
+                unclassified[number] = _name_of(properties)
             continue
+        n_elsewhere += _is_on_other_plane(feature["geometry"])
         rings = [[read_ring(ring, where) for ring in polygon] for polygon in polygons]
         area, fault = outlines.read_area(rings, where)
         if fault:
             repaired[number] = fault
         items.append(Annotation(str(class_name), area, number))
-    return Annotations(path, items, repaired, dict(ignored))
+    if n_elsewhere:
+        logger.warning(
+            "%s: %d outlines of other focal planes or time points are taken as of this one", path, n_elsewhere
+        )
+    return Annotations(path, items, repaired, dict(ignored), unclassified=unclassified)
+
+
+def _is_on_other_plane(geometry: dict[str, Any]) -> bool:
+    plane = geometry.get("plane")
+    return isinstance(plane, dict) and any(plane.get(axis) not in (None, 0) for axis in "zt")
+
+
+def _name_of(properties: dict[str, Any]) -> str:
+    """Return the name of an object, which other programs use for its class."""
+    names = (properties.get(key) for key in ("name", "label", "class", "category"))
+    return normalize_name(next((name for name in names if isinstance(name, str)), ""))[:MAX_NAME]
 
 
 def _read_features(path: Path) -> list[Any]:
@@ -202,7 +230,7 @@ def _reason_to_ignore(feature: dict[str, Any], polygons: list[Any], class_name: 
         return f"is a {other}"
     if not polygons:
         return "without an area"
-    return None if class_name else "without a class"
+    return None if class_name else _UNCLASSIFIED
 
 
 def _class_of(properties: dict[str, Any], where: str) -> str | None:

@@ -44,6 +44,7 @@ Data = bytes | memoryview
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 _PNG, _JPEG, _TIFF = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", (b"II*\0", b"MM\0*")
+_BIG_TIFF = b"II+\0"  # Pillow reads no big-endian one
 _PNG_NOT_PLAIN = {b"tRNS", b"acTL"}  # transparency, animation
 _SIZE_MARKERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # JPEG's SOF0-SOF15 without DHT, JPG and DAC
 _LONE_MARKERS = {0x01, *range(0xD0, 0xD9)}  # TEM, RST0-RST7, SOI: no length follows
@@ -51,7 +52,7 @@ _MAX_SCANS = 200  # of a progressive JPEG; encoders write about ten
 _KNOWN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "YCbCr")
 _TIFF_TYPES = {3: "H", 4: "I"}  # SHORT and LONG
 _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_DEPTH, _TIFF_PHOTOMETRIC = 256, 257, 258, 262
-_TIFF_COMPRESSION, _TIFF_ORIENTATION, _TIFF_SAMPLES, _TIFF_PLANES = 259, 274, 277, 284
+_TIFF_COMPRESSION, _TIFF_ORIENTATION, _TIFF_SAMPLES, _TIFF_PLANES, _TIFF_NUMBERS = 259, 274, 277, 284, 339
 _TIFF_STRIPS, _TIFF_STRIP_BYTES = 273, 279
 _TIFF_PLAIN = {  # tag -> (value of a plain image, default value)
     _TIFF_DEPTH: (8, 1),
@@ -60,6 +61,7 @@ _TIFF_PLAIN = {  # tag -> (value of a plain image, default value)
     _TIFF_SAMPLES: (3, 1),
     _TIFF_PLANES: (1, 1),
     _TIFF_ORIENTATION: (1, 1),
+    _TIFF_NUMBERS: (1, 1),
 }
 _PILLOW = threading.Lock()
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # errors are raised, not logged
@@ -117,7 +119,7 @@ def decode(data: Data, *, max_px: int = MAX_PX) -> np.ndarray:
     if header.plain:
         with _decoder_errors():
             return _decode_plain(data, start)
-    if start in _TIFF:
+    if start in _TIFF or start == _BIG_TIFF:
         _check_tiff(data, max_px)
     return _decode_by_rules(data)
 
@@ -135,9 +137,11 @@ def _decode_plain(data: Data, start: bytes) -> np.ndarray:
 
 
 def _check_tiff(data: Data, max_px: int) -> None:
-    """Refuse a TIFF with an incomplete part, which libtiff would fill in."""
+    """Refuse a TIFF with an incomplete part, which libtiff would fill in, or with signed numbers."""
     with _decoder_errors(), tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages.first
+        if page.sampleformat == tifffile.SAMPLEFORMAT.INT or page.samplesperpixel > 4:
+            raise DataError("holds signed numbers or more than four channels; save it as 8-bit RGB")
         tables = page.jpegtables
         if page.is_tiled and page.tilewidth * page.tilelength > max_px:
             raise DataError(f"has tiles of {page.tilewidth:,} x {page.tilelength:,} pixels: it is damaged")

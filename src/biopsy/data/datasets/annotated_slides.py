@@ -18,6 +18,7 @@ from biopsy.core.errors import DataError, SlideError
 from biopsy.core.files import sha256_file
 from biopsy.core.loaders import open_regular
 from biopsy.core.tables import read_csv_table
+from biopsy.core.text import normalize_id
 from biopsy.data.archives import Archive, Entry, FolderArchive
 from biopsy.data.cutting import Cut, Cutting, cut_slide, name_classes
 from biopsy.data.datasets.base import Listing, Skipped, find_positive
@@ -260,7 +261,7 @@ def _pair(
 
 
 def _slide_id(slide: Entry) -> str:
-    return slide.name.rpartition("/")[2].rpartition(".")[0]
+    return normalize_id(slide.name.rpartition("/")[2].rpartition(".")[0])
 
 
 def _stated_mpp(stated: float | str | Path | None, names: Sequence[str]) -> dict[str, float | None]:

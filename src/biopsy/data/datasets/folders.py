@@ -6,6 +6,7 @@ refused. The id of a patch is its path in the tree; patients are given by ``--pa
 """
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable
 
@@ -37,6 +38,25 @@ _PAIRS = [
     ("negative", "positive"),
     ("healthy", "cancer"),
 ]
+# Names of patients, slides, folds and magnifications: P01, case 3, fold_1, 14-4659, TCGA-A2-A0T2, 8863, 40X.
+_GROUP = re.compile(
+    r"(?:p|pt|pat|patient|case|subj|subject|sub|slide|wsi|sample|specimen|donor|person|fold|split|part|"
+    r"batch|site|cent(?:er|re)|hospital|lab|scanner|train|test|val)[ _.-]*\d+[a-z]?|"
+    r"tcga-\w\w-\w+.*|\d+-\d+|\d{3,}|\d+x|x\d+",
+    re.IGNORECASE,
+)
+_MASKS = {
+    "mask",
+    "masks",
+    "label",
+    "labels",
+    "annotation",
+    "annotations",
+    "gt",
+    "ground_truth",
+    "overlay",
+    "overlays",
+}
 
 
 def recognise(archive: Archive) -> bool:
@@ -53,6 +73,12 @@ def recognise(archive: Archive) -> bool:
             f"{archive.path}: {_name_some(below)} contain {' and '.join(sorted(second))}, likely the "
             "classes: sort images into <class>/<patient>/ and set --patients, or set --dataset folders if "
             "the upper folders are the classes"
+        )
+    if len(below) > 1 and _are_groups(below):
+        raise DataError(
+            f"{archive.path}: {_name_some(below)} look like patients, slides, folds or magnifications, "
+            "not classes: sort images into <class>/<patient>/ and set --patients, or set --dataset "
+            "folders if they are the classes"
         )
     if unknown := _find_unknown_subsets(paths):
         raise DataError(
@@ -140,6 +166,16 @@ def _warn_of_levels(paths: list[list[str]]) -> None:
     if guessed:
         logger.warning("folders interpreted as official subsets: %s", ", ".join(sorted(guessed)))
     below = _list_below(paths)
+    seconds = set().union(*below.values())
+    if any(find_subset(name) for name in seconds):
+        logger.warning(
+            "folders below the classes (%s) may be subsets; they are not used: put them above the classes",
+            _name_some(name for name in seconds if find_subset(name)),
+        )
+    if masks := {name for name in seconds if name.lower() in _MASKS}:
+        logger.warning(
+            "the images in %s are taken as patches; if they are masks, remove them", _name_some(masks)
+        )
     if len(below) > MANY_CLASSES:
         logger.warning(
             "%d folders are interpreted as classes; if they are patients, see --patients", len(below)
@@ -164,6 +200,11 @@ def _are_classes(names: set[str]) -> bool:
     """Return whether two folder names are a common pair of class names."""
     spelt = {name.lower().replace("tumor", "tumour").replace("-", "_").replace(" ", "_") for name in names}
     return any(spelt == set(pair) for pair in _PAIRS)
+
+
+def _are_groups(names: Iterable[str]) -> bool:
+    """Return whether all folder names are those of patients, slides, folds or magnifications."""
+    return all(_GROUP.fullmatch(name) for name in names)
 
 
 def _natural_key(name: str) -> tuple[bool, int, str]:
