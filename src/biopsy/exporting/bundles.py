@@ -18,6 +18,7 @@ import numpy as np
 from biopsy.core.errors import BiopsyError, DataError, RunError
 from biopsy.core.files import create_directory, sha256_file, write_json
 from biopsy.core.results import Output, Table
+from biopsy.core.text import count
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import decide
 from biopsy.exporting.formats.registry import FORMATS
@@ -58,15 +59,16 @@ class Bundle(Output):
         parity = self.parity
         differences = parity["largest_difference"].items()
         table = Table(
-            ["", "largest difference of a probability"],
+            ["formats", "largest difference of a probability"],
             [[pair, f"{difference['probs']:.1e}"] for pair, difference in differences],
             note=f"On {parity['n_patches']:,} patches; tolerance {parity['tolerance']:g}.",
         )
         if "int8" not in parity:
             return [str(self.path), table]
         int8 = parity["int8"]
+        measured = f"int8 on {count(int8['n_patches'], 'other patch')}"
         changed = f"{int8['changed_calls']:.1%} of predicted classes change"
-        return [str(self.path), table, f"int8: largest difference {int8['largest']:.3f}, {changed}"]
+        return [str(self.path), table, f"{measured}: largest difference {int8['largest']:.3f}, {changed}"]
 
     def to_json(self) -> dict[str, object]:
         return {"path": self.path, **self.parity}
