@@ -172,7 +172,7 @@ def test_the_site_is_built_without_a_warning(tmp_path, monkeypatch):
     """Dead links, missing anchors, pages in no menu and references to nothing fail."""
     pytest.importorskip("mkdocs", reason="the docs dependency group is not installed")
     monkeypatch.setenv("NO_MKDOCS_2_WARNING", "1")
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")]
     subprocess.run(command, cwd=PROJECT, check=True, timeout=300)
     assert (tmp_path / "site" / "reference" / "api.html").stat().st_size > 100_000
     assert "leakage" in (tmp_path / "site" / "search" / "search_index.json").read_text()

@@ -210,7 +210,10 @@ class Pack(Output):
                 ``target``, ``class``, ...) and if possible ``patient_id``, ``slide_id``, ``x``, ``y``; other
                 columns become subgroups.
             root: Folder to which paths are relative (default: that of the table).
-            class_names, positive_class, mpp, out: As in `from_arrays`.
+            class_names: As in `from_arrays`.
+            positive_class: As in `from_arrays`.
+            mpp: Pixel size in µm.
+            out: As in `from_arrays`.
 
         Raises:
             DataError: If columns are not recognised, labels are unknown, or no file can be read. Unreadable
@@ -242,7 +245,10 @@ class Pack(Output):
             patients: The patient of each item, or the name of a column (default: from the items).
             labels: The class of each item (default: from the items).
             class_names: As in `from_arrays` (default: those of the data set, if any).
-            positive_class, mpp, columns, out: As in `from_arrays`.
+            positive_class: As in `from_arrays`.
+            mpp: Pixel size in µm.
+            columns: As in `from_arrays`.
+            out: As in `from_arrays`.
 
         Raises:
             DataError: If it is a stream or a dictionary of splits, or its items have another form.
