@@ -7,6 +7,8 @@ from PIL import Image
 
 import biopsy
 from biopsy.core.errors import DataError
+from biopsy.core.results import to_text
+from biopsy.data.predictions import read_metadata
 from biopsy.evaluation.evaluate import evaluate
 from biopsy.evaluation.predict import predict
 from biopsy.exporting.bundles import export
@@ -118,13 +120,20 @@ def test_a_pack_is_predicted_with_context_and_images_without(pack, run, tmp_path
     assert "no coordinates" not in caplog.text
     for row in range(2):
         Image.fromarray(pack.patches[row]).save(tmp_path / f"{row}.png")
-    frame = predict(run, [tmp_path / "0.png", tmp_path / "1.png"], out=tmp_path / "images.csv").frame
+    images = [tmp_path / "0.png", tmp_path / "1.png"]
+    predicted = predict(run, images, out=tmp_path / "images.csv")
+    frame = predicted.frame
     assert "no coordinates" in caplog.text
     single = run.classifier.single_patch()
     assert (
         single.info.context == 0 and single.info.thresholds == run.classifier.info.single_patch["thresholds"]
     )
     assert np.allclose(frame["prob"], single.probs(alone[:2])[:, pack.positive_index], atol=1e-5)
+    assert read_metadata(predicted.path)["threshold"] == predicted.threshold == single.frozen
+    assert f"{single.frozen['value']:.3f}" in to_text(predicted.blocks())
+    both = predict(run, [pack.path, *images], out=tmp_path / "both.csv")
+    assert both.threshold is None and read_metadata(both.path)["threshold"] is None
+    assert both.frame["pred"].tolist()[-2:] == frame["pred"].tolist()
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from biopsy.data.archives import MAX_ENTRY_BYTES, open_archive
 from biopsy.data.packs import TABLE, Pack, is_pack, pad, patch_sha256
 from biopsy.data.predictions import (
     IDENTITY,
+    FrozenThreshold,
     check_name,
     check_replaceable,
     give_ids,
@@ -58,6 +59,9 @@ class Prediction(Output):
         path: Path of the written table.
         skipped: Unreadable inputs: ``source`` and ``reason``.
         class_names: Names of the classes, in the order of ``pred``.
+        positive_class: Positive class of two; None for more classes.
+        threshold: Decision threshold on its probability; None if there is none, or if inputs with and without
+            coordinates were decided by different ones.
         n_training: Number of patches that the model was trained on; None if its run or pack is unavailable.
     """
 
@@ -65,6 +69,8 @@ class Prediction(Output):
     path: Path
     skipped: Skipped
     class_names: list[str]
+    positive_class: str | None = None
+    threshold: FrozenThreshold | None = None
     n_training: int | None = None
 
     def _counts(self) -> dict[str, int]:
@@ -78,14 +84,19 @@ class Prediction(Output):
         return [self._table(), *lines] if 0 < n <= SHOWN_PATCHES else [*lines]
 
     def _table(self) -> Table:
-        """Return class and probability of each patch, abstentions and patches out of distribution."""
-        rows = []
+        """Return class and probability of each patch, abstentions and patches out of distribution.
+
+        For two classes the probability is that of the positive class, which the threshold refers to.
+        """
+        rows, positive, threshold = [], self.positive_class, self.threshold
         for patch in self.frame.to_dict("records"):
             name = self.class_names[patch["pred"]]
             notes = {"abstains": patch["abstained"], "out of distribution": patch["out_of_distribution"]}
             noted = ", ".join(note for note, holds in notes.items() if holds is True)
-            rows.append([str(patch["patch_id"]), name, f"{patch[f'prob_{name}']:.3f}", noted])
-        return Table(["patch", "class", "probability", ""], rows)
+            rows.append([str(patch["patch_id"]), name, f"{patch[f'prob_{positive or name}']:.3f}", noted])
+        note = f"predicted {positive} from {threshold['value']:.3f} on" if threshold else ""
+        heading = f"probability of {positive}" if positive else "probability"
+        return Table(["patch", "class", heading, ""], rows, note=note)
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -170,7 +181,7 @@ def predict(
     if format == "kaggle":
         _check_submission(classifier, path, sources)
     n_patches, done = sum(map(len, sources)) + len(skipped), 0
-    frames = []
+    frames, thresholds = [], []
     with open_predictor(classifier, engine, n_patches) as predictor:
         for source in sources:
             chunks = []
@@ -181,18 +192,22 @@ def predict(
                 if on_progress:
                     on_progress(done + len(skipped), n_patches)
             if chunks:
-                frames.append(_decide(classifier, chunks))
+                table = pd.concat([chunk.table for chunk in chunks], ignore_index=True)
+                used = classifier.for_patches(table)
+                frames.append(_decide(used, table, chunks))
+                thresholds.append(used.frozen)
     if not frames:
         first = f"; {skipped[0]['source']}: {skipped[0]['reason']}" if skipped else ""
         raise DataError(f"no patch could be read from {', '.join(map(str, paths))}{first}")
     frame = pd.concat(frames, ignore_index=True)
     _warn_of_novelty(frame, classifier)
+    threshold = thresholds[0] if all(other == thresholds[0] for other in thresholds) else None
     metadata = {
         "classifier_sha256": classifier.sha256,
         "classifier_source": classifier.source,
         "pack_sha256": None,
         "split": None,
-        "threshold": classifier.frozen,
+        "threshold": threshold,
         "tta": classifier.info.tta,
         "precision": engine.precision,
         "sources": [str(source) for source in paths],
@@ -201,7 +216,11 @@ def predict(
     }
     write = write_submission if format == "kaggle" else write_predictions
     n_training = int((frame["subset"] == "train").sum()) if subsets else None
-    return Prediction(frame, write(path, frame, metadata), skipped, classifier.info.class_names, n_training)
+    info = classifier.info
+    written = write(path, frame, metadata)
+    return Prediction(
+        frame, written, skipped, info.class_names, info.positive_class, threshold, n_training=n_training
+    )
 
 
 def _subsets_by_hash(model: Run | Classifier | Path | str) -> dict[str, str]:
@@ -282,11 +301,9 @@ def _predict_chunk(classifier: Classifier, chunk: _Chunk, predictor: Predictor) 
     return _ChunkPrediction(chunk.table, chunk.sources, logits, ood_score)
 
 
-def _decide(classifier: Classifier, chunks: list[_ChunkPrediction]) -> pd.DataFrame:
-    """Return the predictions of a source from its logits, with context from neighbours."""
-    table = pd.concat([chunk.table for chunk in chunks], ignore_index=True)
+def _decide(classifier: Classifier, table: pd.DataFrame, chunks: list[_ChunkPrediction]) -> pd.DataFrame:
+    """Return the predictions of a source's patches from their logits, with context from neighbours."""
     logits = np.concatenate([chunk.logits for chunk in chunks])
-    classifier = classifier.for_patches(table)
     logits = classifier.add_context(logits, table)
     probs = classifier.probs(logits)
     frame = tabulate_predictions(
@@ -403,7 +420,7 @@ def predict_patches(
         One row per patch: the columns of `Prediction.frame`, without ``source``.
     """
     predicted = _predict_chunk(classifier, _Chunk(table, [""] * len(table), patches, sizes), predictor)
-    return _decide(classifier, [predicted]).drop(columns="source")
+    return _decide(classifier.for_patches(table), table, [predicted]).drop(columns="source")
 
 
 def _full_path(image: _Image) -> str:
