@@ -34,8 +34,7 @@ from biopsy.data.prepare import prepare
 from biopsy.data.splits import make_split
 from biopsy.evaluation.evaluate import evaluate
 from biopsy.phantom.cohort import write_archive
-from biopsy.statistics.calibrators import fit_calibrator
-from biopsy.statistics.conformal import (
+from biopsy.statistics.abstention import (
     Guarantee,
     abstain,
     fit_conformal,
@@ -44,7 +43,8 @@ from biopsy.statistics.conformal import (
     predict_sets,
     score_targets,
 )
-from biopsy.statistics.thresholds import choose_threshold
+from biopsy.statistics.calibrators import fit_calibrator
+from biopsy.statistics.decisions import choose_threshold
 from biopsy.training.runs import Run
 from biopsy.training.train import train
 from simulated_cohorts import UnevenPatients

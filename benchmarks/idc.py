@@ -26,7 +26,7 @@ import biopsy
 from biopsy.core.errors import DataError, SplitError
 from biopsy.data.packs import Pack
 from biopsy.data.splits import Split, find_split, make_split, save_split
-from biopsy.models.context import average_neighbours
+from biopsy.models.classifier import average_neighbours
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_logits
 from biopsy.training.checkpoints import LAST, _read, _tensors_of

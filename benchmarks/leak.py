@@ -35,7 +35,6 @@ from biopsy.experiments.reproduction_summary import CONTRASTS
 from biopsy.models.classifier import Classifier, ClassifierInfo
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_with_features
-from biopsy.models.preprocessing import Preprocessing
 from biopsy.models.weights import make_network
 from biopsy.recipes import load_recipe
 from biopsy.slide_io.stain import colour_features
@@ -55,7 +54,7 @@ def compute_features(pack: Pack, weights: Path) -> dict[str, np.ndarray]:
         positive_class=pack.info.positive_class,
         patch_px=pack.info.patch_px,
         mpp=pack.info.mpp,
-        preprocessing=Preprocessing(**recipe.preprocessing.model_dump(exclude={"standardise"})),
+        preprocessing=recipe.preprocessing.fixed(),
     )
     classifier = Classifier(info, network)
     _, frozen = predict_with_features(classifier, pack.patches, pack.sizes, engine=Engine("cpu"))

@@ -150,8 +150,8 @@ def predict_biopsy(tree: Path, pack: Path) -> Pass:
     from biopsy.models.engine import Engine
     from biopsy.models.inference import open_predictor
     from biopsy.models.networks import build_network
-    from biopsy.models.preprocessing import Preprocessing
     from biopsy.models.runtimes import MIN_PATCHES_TO_CONVERT
+    from biopsy.recipes.preprocessing import Preprocessing
 
     data = Pack.open(pack)
     info = ClassifierInfo(

@@ -47,7 +47,7 @@ import biopsy
 from biopsy.exporting.bundles import write_networks
 from biopsy.models.importers.wsinfer import CONFIG, SCRIPT
 from biopsy.slide_io.pyramids import write_pyramid
-from biopsy.slides.stitching import list_slides, stitch_slide
+from biopsy.slides.sources import list_slides, stitch_slide
 from biopsy.training.open_model import open_classifier
 from recording import append_rows
 
@@ -72,7 +72,7 @@ def build(pack: Path, slide_id: str, work: Path) -> pd.DataFrame:
     picture = np.full((height, width, 3), 255, np.uint8)
     for row, (x, y) in zip(index, table[["x", "y"]].to_numpy(), strict=True):
         picture[y : y + 50, x : x + 50] = opened.patches[row]
-    assert stitch_slide(opened, slide_id, index).grid.width == width
+    assert stitch_slide(opened, slide_id, index)[0].width == width
     left, top, across, down = CORNER_PX
     parts = {"slide": (picture, ENLARGED, MPP)}
     parts["part"] = (picture[top : top + down, left : left + across], ENLARGED // 2, PATCH_MPP)
@@ -189,11 +189,12 @@ def find_time(work: Path, bundle: Path) -> dict[str, float]:
     """Return processor seconds of each part of the default mode, one thread, without starting Python."""
     from biopsy.models.hardware import pick_precision
     from biopsy.slides.grids import cut_blocks
-    from biopsy.slides.inference import SlideTask, open_view, predict_slides
+    from biopsy.slides.inference import open_view, predict_slides
+    from biopsy.slides.sources import Source
 
     classifier = open_classifier(bundle)
     marks = [time.process_time()]
-    task = SlideTask(work / "slide" / "case.tiff")
+    task = Source("case", work / "slide" / "case.tiff")
     with open_view(task, classifier).slide:
         marks.append(time.process_time())
     view = open_view(task, classifier)

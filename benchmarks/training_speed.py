@@ -125,7 +125,7 @@ def start_cancernet(
 
     from biopsy.models.engine import Engine, make_loss
     from biopsy.models.networks import build_network
-    from biopsy.models.preprocessing import Preprocessing
+    from biopsy.recipes.preprocessing import Preprocessing
     from biopsy.recipes.schema import Augmentation
     from biopsy.training.batches import Batches
     from biopsy.training.optimisers import learning_rate, make_optimiser, set_learning_rate

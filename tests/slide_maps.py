@@ -9,7 +9,7 @@ from biopsy.models.classifier import Classifier, ClassifierInfo
 from biopsy.models.compiling import write_compiled
 from biopsy.models.networks import build_network
 from biopsy.models.networks.layers import initialise
-from biopsy.models.preprocessing import Preprocessing
+from biopsy.recipes.preprocessing import Preprocessing
 from biopsy.slides.grids import PatchGrid
 from biopsy.slides.maps import SlideMap
 

@@ -26,16 +26,16 @@ from biopsy.evaluation.results import abstention_summary
 from biopsy.evaluation.scored import ScoredPatches
 from biopsy.reporting.document import ReportDocument, Summary
 from biopsy.reporting.html import render_report
-from biopsy.statistics.conformal import predict_sets
-from biopsy.statistics.resampling import Interval
-from biopsy.statistics.risk_coverage import (
+from biopsy.statistics.abstention import (
     COVERAGES,
     estimate_risk,
     estimate_shares,
     optimal_aurc,
+    predict_sets,
     risk_at,
     risk_coverage_curve,
 )
+from biopsy.statistics.resampling import Interval
 from biopsy.training.postprocessing import fit_abstention
 from refusals import refuses
 from report_facts import NAMES, THRESHOLD, Page, make_facts, make_metrics, make_predictions, make_small_facts
@@ -162,8 +162,8 @@ def test_many_patients_are_drawn_with_the_seed():
 @pytest.mark.parametrize(
     ("wrong", "confidence", "message"),
     [
-        ([], [], "0 calls with 0 confidences"),
-        ([True], [0.5, 0.6], "1 calls with 2 confidences"),
+        ([], [], "0 predictions with 0 confidences"),
+        ([True], [0.5, 0.6], "1 predictions with 2 confidences"),
         ([True, False], [0.5, np.nan], "1 confidences are not finite"),
     ],
 )
@@ -173,7 +173,7 @@ def test_what_has_no_curve_is_refused(wrong, confidence, message):
 
 
 def test_a_coverage_that_is_none_is_refused():
-    with refuses(MetricError, "0", "1", "shares"):
+    with refuses(MetricError, "coverages", "0", "1"):
         estimate_risk([True, False], [0.1, 0.2], [1, 2], seed=0, coverages=[0.0])
 
 

@@ -16,7 +16,7 @@ from biopsy.evaluation.predict import predict
 from biopsy.models.classifier import Classifier
 from biopsy.recipes import load_recipe
 from biopsy.reporting.facts import RunFacts
-from biopsy.statistics.conformal import fit_conformal, predict_sets
+from biopsy.statistics.abstention import fit_conformal, predict_sets
 from biopsy.training.runs import Run
 from tiny_runs import copy_run
 

@@ -455,7 +455,7 @@ def test_annotations_may_lie_elsewhere_under_names_that_fit(slides, tmp_path):
     for reason, annotations in {
         "does not exist": notes / "none.xml",
         "no annotations": folder,
-        "no slide has annotations": notes / "readme.txt",
+        "no slides with annotations": notes / "readme.txt",
     }.items():
         with pytest.raises(DataError, match=reason):
             prepare(folder, tmp_path / "x.pack", **CUT, annotations=annotations)

@@ -9,7 +9,7 @@ import torch
 from biopsy.evaluation.evaluate import evaluate
 from biopsy.models.engine import Engine
 from biopsy.models.networks import build_network
-from biopsy.models.preprocessing import Preprocessing
+from biopsy.recipes.preprocessing import Preprocessing
 from biopsy.reporting.compose import warn_reader
 from biopsy.training.batch_norm import reestimate_batch_norm
 from biopsy.training.postprocessing import warn_of_spread

@@ -17,7 +17,7 @@ from biopsy.evaluation.evaluate import evaluate
 from biopsy.models.classifier import Classifier, score_classes
 from biopsy.recipes import load_recipe
 from biopsy.statistics.calibrators import fit_calibrator
-from biopsy.statistics.thresholds import choose_threshold
+from biopsy.statistics.decisions import choose_threshold
 from biopsy.training.postprocessing import find_trained_prior, fit_postprocessing
 from biopsy.training.runs import Run
 from refusals import refuses
@@ -40,7 +40,7 @@ def read(run, subset="validation"):
 def stub(class_names=("non_idc", "idc"), outputs="softmax"):
     """Return a classifier without a network, for what needs only its record."""
     from biopsy.models.classifier import ClassifierInfo
-    from biopsy.models.preprocessing import Preprocessing
+    from biopsy.recipes.preprocessing import Preprocessing
 
     positive = "idc" if len(class_names) == 2 else None
     info = ClassifierInfo(

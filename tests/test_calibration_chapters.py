@@ -20,7 +20,7 @@ from biopsy.evaluation.scored import ScoredPatches
 from biopsy.evaluation.sections import describe_benefit, describe_decisions, describe_rule
 from biopsy.reporting.document import Picture, Pictures, Table, Text
 from biopsy.statistics.calibration import ece_floor
-from biopsy.statistics.calibrators import LEFT, MOVED
+from biopsy.statistics.calibrators import PRIOR_CORRECTED, PRIOR_UNCHANGED
 from biopsy.statistics.reliability import decompose_brier, estimate_reliability
 from refusals import refuses
 from report_facts import NAMES, estimate_patch_metrics
@@ -126,8 +126,8 @@ def test_metrics_from_before_make_no_chapter():
         ({"unit": "patch"}, "fitted on 712 patches of the validation subset"),
         ({"n_patients": 9}, "of 9 patients of"),
         ({"intercepts": [0, 1.0]}, "and shifted."),
-        ({"prior": MOVED}, "scores were corrected to the validation prevalence"),
-        ({"prior": LEFT}, "this was not corrected"),
+        ({"prior": PRIOR_CORRECTED}, "scores were corrected to the validation prevalence"),
+        ({"prior": PRIOR_UNCHANGED}, "this was not corrected"),
         ({"method": "none"}, "The probabilities are those of the network."),
     ],
 )  # fmt: skip

@@ -11,10 +11,10 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from biopsy.core.errors import MetricError
 from biopsy.statistics.calibrators import (
-    AS_TRAINED,
-    LEFT,
     METHODS,
-    MOVED,
+    PRIOR_CORRECTED,
+    PRIOR_OF_TRAINING,
+    PRIOR_UNCHANGED,
     Isotonic,
     Scaling,
     calibrator_from_dict,
@@ -192,7 +192,7 @@ def favoured(weight, n=20_000, seed=0):
 def test_the_prevalence_that_class_weights_made_is_taken_back():
     scores, target, truth, seen = favoured(weight=9)
     fitted = fit_calibrator(scores, target, "temperature", trained_prior=seen / seen.sum())
-    assert fitted.prior == MOVED and fitted.slope == pytest.approx(1, abs=0.05)
+    assert fitted.prior == PRIOR_CORRECTED and fitted.slope == pytest.approx(1, abs=0.05)
     assert fitted.intercepts == pytest.approx((0, -np.log(9)), abs=0.1)
     np.testing.assert_allclose(apply(fitted, scores)[:, 1], truth, atol=0.02)
     steeper = fit_calibrator(scores * 2, target, "temperature", trained_prior=seen / seen.sum())
@@ -200,7 +200,7 @@ def test_the_prevalence_that_class_weights_made_is_taken_back():
         steeper.slope * (logit(target.mean()) - np.log(seen[1] / seen[0]))
     )
     alone = fit_calibrator(scores, target, "temperature")
-    assert alone.prior == AS_TRAINED
+    assert alone.prior == PRIOR_OF_TRAINING
     assert abs(apply(alone, scores)[:, 1].mean() - target.mean()) > 0.05  # temperature alone moves no prior
 
 
@@ -209,7 +209,7 @@ def test_class_weights_that_the_network_ignored_are_left():
     fitted = fit_calibrator(
         scores, target, "temperature", trained_prior=seen * [1, 9] / (seen * [1, 9]).sum()
     )
-    assert fitted.prior == LEFT and fitted.intercepts == ()
+    assert fitted.prior == PRIOR_UNCHANGED and fitted.intercepts == ()
     assert fitted.slope == pytest.approx(1, abs=0.05)
 
 
@@ -219,7 +219,7 @@ def test_a_class_that_validation_lacks_moves_nothing():
     fitted = fit_calibrator(
         scores + 2 * np.eye(3)[target], target, "temperature", trained_prior=[0.2, 0.3, 0.5]
     )
-    assert fitted.method == "temperature" and fitted.prior == AS_TRAINED
+    assert fitted.method == "temperature" and fitted.prior == PRIOR_OF_TRAINING
 
 
 def test_platt_intercept_and_isotonic_move_the_prior_themselves():
@@ -304,9 +304,9 @@ def test_isotonic_is_for_two_classes_only():
 @pytest.mark.parametrize(
     ("scores", "target", "message"),
     [
-        (np.zeros((3, 2)), [0, 1], "give each patch one score a class"),
-        (np.zeros((3, 1)), [0, 0, 0], "give each patch one score a class"),
-        (np.zeros((0, 2)), [], "give each patch one score a class"),
+        (np.zeros((3, 2)), [0, 1], "scores have shape"),
+        (np.zeros((3, 1)), [0, 0, 0], "scores have shape"),
+        (np.zeros((0, 2)), [], "scores have shape"),
         (np.zeros((2, 2)), [0, 2], "index into the 2 classes"),
     ],
 )

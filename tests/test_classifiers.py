@@ -12,7 +12,7 @@ from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import write_json
 from biopsy.models.classifier import Classifier, ClassifierInfo
 from biopsy.models.networks import build_network
-from biopsy.models.preprocessing import Preprocessing
+from biopsy.recipes.preprocessing import Preprocessing
 from refusals import refuses
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from biopsy.core.errors import MetricError
-from biopsy.statistics.conformal import (
+from biopsy.statistics.abstention import (
     abstain,
     fit_conformal,
     groups_needed,
@@ -191,11 +191,11 @@ def test_a_calibrator_changes_no_set_of_two_classes(guarantee, shift):
 @pytest.mark.parametrize(
     ("probs", "target", "alpha", "message"),
     [
-        (both([0.5, np.nan]), [0, 1], 0.1, "in 0 to 1 and be numbers"),
-        (both([0.5, 1.5]), [0, 1], 0.1, "in 0 to 1 and be numbers"),
+        (both([0.5, np.nan]), [0, 1], 0.1, "probabilities must be"),
+        (both([0.5, 1.5]), [0, 1], 0.1, "probabilities must be"),
         (both([0.5, 0.6]), [0, 2], 0.1, "index into 2 classes"),
-        (both([0.5, 0.6]), [0], 0.1, r"do not fit: one row of probs a target"),
-        (both([0.5, 0.6]), [0, 1], 0, "alpha is 0: an error rate lies between 0 and 1"),
+        (both([0.5, 0.6]), [0], 0.1, r"do not fit"),
+        (both([0.5, 0.6]), [0, 1], 0, "alpha is 0"),
         (both([0.5, 0.6]), [0, 1], 1.0, "alpha is 1.0: an error rate"),
     ],
 )

@@ -12,8 +12,7 @@ from biopsy.data.predictions import read_metadata
 from biopsy.evaluation.evaluate import evaluate
 from biopsy.evaluation.predict import predict
 from biopsy.exporting.bundles import export
-from biopsy.models.classifier import Classifier
-from biopsy.models.context import average_neighbours
+from biopsy.models.classifier import Classifier, average_neighbours
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_logits
 from conftest import write_pack

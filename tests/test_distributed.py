@@ -17,7 +17,7 @@ from biopsy.cli.app import USAGE, run
 from biopsy.core.errors import RecipeError
 from biopsy.core.launch import Launch, read_launch
 from biopsy.models.engine import make_loss
-from biopsy.models.preprocessing import Preprocessing
+from biopsy.recipes.preprocessing import Preprocessing
 from biopsy.recipes.schema import Augmentation
 from biopsy.training.augmentation import fit_stain_transfer
 from biopsy.training.batches import Batches

@@ -111,7 +111,7 @@ def test_a_resolution_far_from_the_encoders_is_said(mpp, word, caplog):
     recipe = load_recipe("probe", {"model.name": ALL["kaiko-s16"].tag})
     fed = feed_as_encoder(recipe, 50, mpp)
     assert word in caplog.text
-    assert fed.preprocessing.mean == [0.5, 0.5, 0.5] and fed.preprocessing.feed == "recipe"
+    assert fed.preprocessing.mean == (0.5, 0.5, 0.5) and fed.preprocessing.feed == "recipe"
 
 
 def test_a_recipe_feeds_weights_as_they_were_trained():

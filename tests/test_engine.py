@@ -9,7 +9,7 @@ from torch import nn
 from biopsy.core.errors import RecipeError
 from biopsy.models.engine import Engine, count_correct, make_loss, outputs_of
 from biopsy.models.networks import build_network
-from biopsy.models.preprocessing import Preprocessing
+from biopsy.recipes.preprocessing import Preprocessing
 from biopsy.recipes.schema import Augmentation
 from biopsy.training.batches import Batches
 from biopsy.training.optimisers import make_optimiser

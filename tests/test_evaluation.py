@@ -15,8 +15,8 @@ from biopsy.data.splits import make_split, save_split
 from biopsy.evaluation.colour_baseline import colour_baseline
 from biopsy.evaluation.evaluate import evaluate
 from biopsy.experiments.reports import report
+from biopsy.statistics.decisions import choose_threshold
 from biopsy.statistics.metrics import METRICS
-from biopsy.statistics.thresholds import choose_threshold
 from refusals import refuses
 from tiny_runs import copy_run, train_tiny
 

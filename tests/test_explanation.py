@@ -13,7 +13,7 @@ from biopsy.evaluation.explanation.methods.layers import find_first_layer, find_
 from biopsy.models.classifier import Classifier, ClassifierInfo
 from biopsy.models.engine import Engine
 from biopsy.models.networks import build_network, list_networks
-from biopsy.models.preprocessing import Preprocessing
+from biopsy.recipes.preprocessing import Preprocessing
 
 CPU = Engine("cpu")
 PX = 50  # the least that every shipped network takes, with room to spare

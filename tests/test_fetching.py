@@ -7,8 +7,7 @@ import pytest
 
 from biopsy.core.errors import DataError, DownloadError, RecipeError
 from biopsy.models import fetch as fetching
-from biopsy.models.known_weights import find_weights
-from biopsy.models.weights import locate
+from biopsy.models.weights import find_weights, locate
 from local_server import BODY
 from refusals import refuses
 

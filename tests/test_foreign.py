@@ -185,7 +185,7 @@ def test_an_imported_classifier_predicts_like_any_other(cancernet_file, make_pac
     assert made.exit_code == 0 and made.stdout == "mine\n", made.stderr
     pack = make_pack(patch_px=50)
     found = biopsy.predict("mine", pack.path, device="cpu")
-    from biopsy.models.preprocessing import Preprocessing
+    from biopsy.recipes.preprocessing import Preprocessing
 
     batch = Preprocessing(input_px=48).prepare(pack.patches[:8]).permute(0, 2, 3, 1).numpy()
     wanted = softmax(predict_by_hand(layers, batch), axis=1)

@@ -7,7 +7,7 @@ import torch
 from biopsy.exporting.bundles import measure_parity, write_networks
 from biopsy.exporting.host_network import HostNetwork, make_resize
 from biopsy.models.classifier import Classifier
-from biopsy.models.preprocessing import Preprocessing
+from biopsy.recipes.preprocessing import Preprocessing
 from biopsy.statistics.calibrators import Isotonic, Scaling
 from host_models import draw, make_classifier
 

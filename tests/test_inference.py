@@ -15,7 +15,7 @@ from biopsy.models.inference import (
     predict_with_features,
 )
 from biopsy.models.networks import build_network
-from biopsy.models.preprocessing import Preprocessing
+from biopsy.recipes.preprocessing import Preprocessing
 from conftest import draw_patches
 
 ENGINE = Engine("cpu")

@@ -11,7 +11,7 @@ import pytest
 
 from biopsy.core.errors import DataError, DownloadError, MissingExtra
 from biopsy.data.datasets.base import KaggleData, RemoteFile, Source
-from biopsy.data.download import describe, fetch, fetch_source, find_source, needed_bytes
+from biopsy.data.download import fetch_source, find_source, needed_bytes
 from local_server import QUICK, Disk, data_file, names
 from refusals import refuses
 
@@ -38,7 +38,7 @@ def kaggle_source(kind: str = "dataset", files: tuple[RemoteFile, ...] = ()) -> 
 def test_without_kagglehub_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "kagglehub", None)
     with refuses(MissingExtra, "Kaggle", "'fetch'"):
-        fetch("idc", tmp_path / "idc")
+        fetch_source(find_source("idc"), tmp_path / "idc")
     assert not (tmp_path / "idc").exists()
 
 
@@ -117,7 +117,7 @@ def test_kaggle_needs_room_too(kagglehub, tmp_path, monkeypatch):
 
 def test_an_unknown_name_gets_the_nearest():
     with refuses(DataError, "'pcan'", "'pcam'"):
-        fetch("pcan", "unused")
+        find_source("pcan")
 
 
 def test_pcam_has_the_nine_published_files():
@@ -141,8 +141,8 @@ def test_every_checksum_is_one_and_none_is_used_twice():
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_licence_credentials_and_room_are_said_beforehand(name):
-    text = describe(name)
-    assert "licence: " in text and "credentials: " in text
-    assert 5 < float(re.search(r"disk space: ([\d.]+) GB", text)[1]) < 20
-    assert ("accepted the competition's rules" in text) == (name == "hcd")
+def test_licence_credentials_and_room_are_said_beforehand(name, tmp_path):
+    source = find_source(name)
+    assert source.terms and source.credentials
+    assert 5e9 < needed_bytes(source, tmp_path) < 20e9
+    assert ("accepted the competition's rules" in source.credentials) == (name == "hcd")

@@ -15,8 +15,8 @@ from biopsy.models.importers.keras import import_keras
 from biopsy.models.inference import predict_logits
 from biopsy.models.networks import build_network, count_parameters, network_parameters
 from biopsy.models.networks.stages import freeze
-from biopsy.models.preprocessing import Preprocessing
 from biopsy.recipes import load_recipe
+from biopsy.recipes.preprocessing import Preprocessing
 from biopsy.training.augmentation import affine_matrix, warp
 from biopsy.training.optimisers import learning_rate, make_optimiser, set_learning_rate
 from keras_files import keras_layers
@@ -138,9 +138,7 @@ def compare_outputs(keras, recipe, patches, folder, suffixes):
         for weights in (model.weights, model.trainable_weights)
     )
     assert (total, trainable) == PARAMETERS[recipe]
-    preprocessing = Preprocessing(
-        **load_recipe(recipe).preprocessing.model_dump(exclude={"standardise", "feed"})
-    )
+    preprocessing = load_recipe(recipe).preprocessing.fixed()
     theirs = model.predict(preprocessing.prepare(patches).permute(0, 2, 3, 1).numpy(), verbose=0)
     theirs = np.hstack([1 - theirs, theirs]) if theirs.shape[1] == 1 else theirs
     for suffix in suffixes:

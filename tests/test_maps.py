@@ -16,9 +16,10 @@ from biopsy.models.inference import open_predictor, predict_logits
 from biopsy.models.out_of_distribution import fit_reference
 from biopsy.slide_io.reader import open_slide
 from biopsy.slides.grids import PatchGrid
-from biopsy.slides.inference import N_CHECKED, SlideTask, open_view, predict_slides
+from biopsy.slides.inference import N_CHECKED, open_view, predict_slides
 from biopsy.slides.maps import SlideMap, check_probs, find_regions
 from biopsy.slides.outputs import compare_with_target, draw, summarise
+from biopsy.slides.sources import Source
 from refusals import refuses
 from slide_maps import make_classifier, make_map
 
@@ -145,7 +146,7 @@ def test_a_map_against_annotated_classes():
 def asked(make_slide):
     """A slide, a classifier, and its logits patch by patch, each read alone."""
     path, classifier = make_slide(), make_classifier()
-    view = open_view(SlideTask(path), classifier, 8.0)
+    view = open_view(Source("case", path), classifier, 8.0)
     view.slide.close()
     with open_slide(path) as slide:
         patches = [
@@ -163,14 +164,14 @@ def test_reading_ahead_in_pieces_gives_what_each_patch_gives_alone(asked, n_thre
     seen = []
     answers = list(
         predict_slides(
-            [SlideTask(path), SlideTask(path.with_name("none.svs")), SlideTask(path)],
+            [Source("case", path), Source("case", path.with_name("none.svs")), Source("case", path)],
             classifier,
             stride_um=8.0,
             n_threads=n_threads,
             on_progress=lambda done, total: seen.append((done, total)),
         )
     )
-    assert [answer.task.path.name for answer in answers] == ["slide.tiff", "none.svs", "slide.tiff"]
+    assert [answer.source.path.name for answer in answers] == ["slide.tiff", "none.svs", "slide.tiff"]
     assert "does not exist" in str(answers[1].error) and answers[1].logits is None
     for answer in (answers[0], answers[2]):
         assert np.array_equal(answer.view.grid.x, view.grid.x)
@@ -182,7 +183,7 @@ def test_reading_ahead_in_pieces_gives_what_each_patch_gives_alone(asked, n_thre
 
 def test_half_precision_is_near(asked):
     path, classifier, _, alone = asked
-    (answer,) = predict_slides([SlideTask(path)], classifier, precision="bf16", stride_um=8.0)
+    (answer,) = predict_slides([Source("case", path)], classifier, precision="bf16", stride_um=8.0)
     assert answer.logits == pytest.approx(alone, abs=0.05)
     assert not np.array_equal(answer.logits, alone)
 
@@ -198,7 +199,7 @@ def test_a_slide_of_other_colours_is_unlike_training(asked, make_slide):
     with open_predictor(classifier, Engine("cpu"), 1) as predictor:
         fit_reference(classifier, predictor, patches, sizes, rows, rows, seed=0)
     other = make_slide("other.tiff", pixels=np.ascontiguousarray(pixels[..., ::-1]))
-    same, swapped = predict_slides([SlideTask(path), SlideTask(other)], classifier, stride_um=8.0)
+    same, swapped = predict_slides([Source("case", path), Source("case", other)], classifier, stride_um=8.0)
     assert len(same.is_ood) == min(len(alone), N_CHECKED) == same.view.checked.sum()
     assert same.is_ood.mean() < 0.05 and swapped.is_ood.mean() > 0.9
     assert biopsy.slide(classifier, path).about["out_of_distribution"]["share"] < 0.1
@@ -215,8 +216,8 @@ def test_precision_that_is_named_is_used():
 def test_slides_that_cannot_be_mapped_are_refused(make_slide):
     white = np.full((100, 100, 3), 250, np.uint8)
     with pytest.raises(SlideError, match="tissue"):
-        open_view(SlideTask(make_slide("white.tiff", pixels=white)), make_classifier())
+        open_view(Source("case", make_slide("white.tiff", pixels=white)), make_classifier())
     with pytest.raises(SlideError, match="um/px"):
-        open_view(SlideTask(make_slide()), make_classifier(mpp=None))
+        open_view(Source("case", make_slide()), make_classifier(mpp=None))
     with pytest.raises(SlideError, match="too coarse"):
-        open_view(SlideTask(make_slide(mpp=2.0)), make_classifier())
+        open_view(Source("case", make_slide(mpp=2.0)), make_classifier())

@@ -9,7 +9,7 @@ from biopsy.models.engine import Engine
 from biopsy.models.inference import open_predictor, predict_with_features
 from biopsy.models.networks import build_network
 from biopsy.models.out_of_distribution import fit_reference, ood_warning, out_of_distribution_scores
-from biopsy.models.preprocessing import Preprocessing
+from biopsy.recipes.preprocessing import Preprocessing
 from biopsy.slide_io.stain import colour_features
 from conftest import draw_patches
 

@@ -73,7 +73,7 @@ def test_no_interval_without_a_spread_or_with_few_patients():
     assert few.low is None and "only 4 patients" in few.reason
     target, first, second, groups = draw_pair(np.random.default_rng(5), 8)
     same = estimate_differences(target, first, first, groups, names=["auroc"], seed=0)["auroc"]
-    assert same.value == 0 and same.low is None and "do not differ" in same.reason
+    assert same.value == 0 and same.low is None and "identical" in same.reason
 
 
 def test_an_undefined_metric_says_why():

@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from biopsy.core.errors import MetricError
 from biopsy.statistics.paired import estimate_differences
-from biopsy.statistics.power import influence_groups, plan_patients, reach_power
+from biopsy.statistics.power import comparison_power, influence_groups, plan_patients
 from biopsy.statistics.weighted_counts import sort_scores
 from refusals import refuses
 from report_facts import estimate_patch_metrics
@@ -21,7 +21,7 @@ def test_numbers_of_a_textbook():
     assert plan_patients(1.0, 30, difference=0.5).n_patients == 34
     assert plan_patients(1.0, 30, difference=0.5, power=0.9).n_patients == 44
     assert plan_patients(2.0, 30, difference=0.4).n_patients == 199
-    assert reach_power(0.5, 34) == pytest.approx(0.8078, abs=1e-4)
+    assert comparison_power(0.5, 34) == pytest.approx(0.8078, abs=1e-4)
 
 
 def test_a_number_worked_by_hand():
@@ -74,7 +74,7 @@ def test_what_is_asked_moves_the_number():
     assert needed(sd=0.001).n_patients == 5
     few, many = needed(n=6), needed(n=200)
     assert few.low < many.low < many.n_patients == few.n_patients < many.high < few.high
-    assert needed().power >= 0.8 > reach_power(0.5, needed().n_patients - 1)
+    assert needed().power >= 0.8 > comparison_power(0.5, needed().n_patients - 1)
 
 
 def test_the_promised_power_is_reached():

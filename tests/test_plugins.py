@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 import biopsy
 from biopsy.evaluation.explanation.maps import explain_patches
-from biopsy.exporting.formats.registry import FORMATS
+from biopsy.exporting.formats import FORMATS
 from biopsy.models.networks import list_networks
 from biopsy.reporting.registry import list_sections
 from biopsy.slides.outputs import list_files

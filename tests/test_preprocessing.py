@@ -3,9 +3,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
-from biopsy.core.errors import DataError, RecipeError
-from biopsy.models.preprocessing import Preprocessing, to_unit
+from biopsy.core.errors import DataError
+from biopsy.recipes import load_recipe
+from biopsy.recipes.preprocessing import Preprocessing, to_unit
 
 RNG = np.random.default_rng(0)
 ODD = [(50, 35), (41, 50), (50, 49), (12, 50), (31, 50), (32, 50), (50, 50), (1, 1), (3, 47)]  # width, height
@@ -77,25 +79,37 @@ def test_numbers_fed_to_the_network():
 def test_training_and_prediction_see_the_same_numbers():
     patches = RNG.integers(0, 256, (4, 50, 50, 3), dtype=np.uint8)
     spec = Preprocessing(input_px=48, resize="bicubic", mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
-    together = spec.standardise(to_unit(spec.resize_patches(patches)))
+    together = spec.normalise(to_unit(spec.resize_patches(patches)))
     alone = torch.cat([spec.prepare(patches[i : i + 1]) for i in range(4)])
     assert torch.equal(together, alone)
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("name", "value"),
     [
-        ({"resize": "bicubik"}, "resize='bicubik' is not possible; did you mean 'bicubic'"),
-        ({"resize_mode": "crop"}, "resize_mode='crop'"),
-        ({"channel_order": "rbg"}, "channel_order='rbg'"),
-        ({"input_px": 0}, "input_px=0"),
-        ({"std": (1, 0, 1)}, "above 0"),
-        ({"mean": (0.5,)}, "three values"),
+        ("resize", "bicubik"),
+        ("resize_mode", "crop"),
+        ("channel_order", "rbg"),
+        ("input_px", 0),
+        ("std", (1, 0, 1)),
+        ("mean", (0.5,)),
+        ("mean", (0.5, float("nan"), 0.5)),
+        ("scale", 0),
+        ("resise", "nearest"),
     ],
 )
-def test_refusals(settings, message):
-    with pytest.raises(RecipeError, match=message):
-        Preprocessing(**{"input_px": 48, **settings})
+def test_values_that_are_refused_and_where(name, value):
+    with pytest.raises(ValidationError) as refused:
+        Preprocessing(**{"input_px": 48, name: value})
+    assert {error["loc"][0] for error in refused.value.errors()} == {name}
+
+
+def test_the_recipes_preprocessing_runs_and_gives_that_of_a_classifier():
+    patches = RNG.integers(0, 256, (2, 50, 50, 3), dtype=np.uint8)
+    recipe = load_recipe("baruah-2019", {"preprocessing.input_px": 40})
+    fixed = recipe.preprocessing.fixed(mean=(0.5, 0.4, 0.3))
+    assert type(fixed) is Preprocessing and fixed.input_px == 40 and fixed.mean == (0.5, 0.4, 0.3)
+    assert torch.equal(recipe.preprocessing.prepare(patches), recipe.preprocessing.fixed().prepare(patches))
 
 
 def test_patches_of_another_shape_or_size_are_refused():

@@ -17,8 +17,8 @@ from biopsy.models.engine import Engine
 from biopsy.models.hardware import pick_precision
 from biopsy.models.networks import build_network
 from biopsy.models.openvino_runtime import INT8_MODEL
-from biopsy.models.preprocessing import Preprocessing
 from biopsy.models.runtimes import TorchRuntime, open_runtime
+from biopsy.recipes.preprocessing import Preprocessing
 from refusals import refuses
 from slide_maps import make_classifier
 

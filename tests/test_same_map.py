@@ -12,7 +12,8 @@ from PIL import Image
 import biopsy
 from biopsy.phantom.slides import make_phantom_slide
 from biopsy.slide_io.pyramids import write_pyramid
-from biopsy.slides.inference import SlideTask, open_view
+from biopsy.slides.inference import open_view
+from biopsy.slides.sources import Source
 from dicom_files import write_dicom
 from slide_maps import make_classifier
 
@@ -67,14 +68,14 @@ class Density(torch.nn.Module):
         return torch.stack([-z, z], dim=1)
 
 
-def task(name: str, path: Path) -> SlideTask:
-    return SlideTask(path, MPP if name == "png" else None)
+def task(name: str, path: Path) -> Source:
+    return Source("case", path, MPP if name == "png" else None)
 
 
 def make_reader(path: Path, mpp: float) -> biopsy.Classifier:
     """Make a classifier at a resolution that tells the patches of this slide apart."""
     classifier = make_classifier(mpp=mpp, patch_px=round(PATCH_UM / mpp))
-    view = open_view(SlideTask(path), classifier)
+    view = open_view(Source("case", path), classifier)
     side, corners = classifier.info.patch_px, zip(view.grid.x, view.grid.y, strict=True)
     with view.slide as slide:
         patches = np.stack([slide.read_at(x, y, side, side, mpp=mpp) for x, y in corners])

@@ -62,7 +62,7 @@ def test_only_training_patches_are_measured(pack):
 
 def test_the_same_seed_gives_the_same_batch_and_the_epoch_another(pack):
     transfer, *_ = recolour(pack)
-    from biopsy.models.preprocessing import Preprocessing
+    from biopsy.recipes.preprocessing import Preprocessing
 
     side = pack.patches.shape[1]
     batches = Batches(

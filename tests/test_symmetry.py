@@ -10,7 +10,7 @@ from biopsy.exporting.bundles import measure_parity, write_networks
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_logits, predict_with_features
-from biopsy.models.networks.symmetry import symmetric_views
+from biopsy.models.networks.wrapped import symmetric_views
 from conftest import write_pack
 from host_models import draw, make_classifier
 from refusals import refuses

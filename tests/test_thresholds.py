@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_curve
 
 from biopsy.core.errors import MetricError
-from biopsy.statistics.thresholds import choose_threshold
+from biopsy.statistics.decisions import choose_threshold
 
 # falling: .9 pos, .8 neg, .7 pos, .6 pos, .4 neg, .3 pos, .2 neg, .1 neg
 TARGET = np.array([1, 0, 1, 1, 0, 1, 0, 0])
@@ -99,8 +99,8 @@ REFUSED = [
     ("sensitivity", "takes a share above 0 and at most 1"),
     ("sensitivity=95", "takes a share"),
     ("specificity=high", "takes a share"),
-    ("cost=0", "takes what one missed positive costs"),
-    ("cost=inf", "takes what one missed positive costs"),
+    ("cost=0", "cost of a false negative"),
+    ("cost=inf", "cost of a false negative"),
 ]
 
 

@@ -28,9 +28,9 @@ from biopsy.core.files import (
     write_json,
     write_output,
 )
-from biopsy.data import download as collection
 from biopsy.data.datasets.base import RemoteFile, Source
 from biopsy.experiments import demo
+from biopsy.models import fetch as collection
 from command_line import call as run_command
 from conftest import abandon
 from keras_files import build, keras_layers, make_config, write_keras

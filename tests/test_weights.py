@@ -19,10 +19,16 @@ from biopsy.core.files import sha256_file
 from biopsy.evaluation.provenance_sections import describe_training
 from biopsy.experiments.catalogue import list as list_
 from biopsy.models import weights as weights_module
-from biopsy.models.known_weights import KNOWN_WEIGHTS, find_weights, list_weights
 from biopsy.models.networks import build_network
 from biopsy.models.weight_files import fill_network
-from biopsy.models.weights import describe_weights, locate, make_network
+from biopsy.models.weights import (
+    KNOWN_WEIGHTS,
+    describe_weights,
+    find_weights,
+    list_weights,
+    locate,
+    make_network,
+)
 from biopsy.recipes import load_recipe
 from refusals import refuses
 from tiny_runs import train_tiny
@@ -67,7 +73,7 @@ def test_every_known_weight_says_what_one_must_know():
         assert find_weights(known.tag) == known
         assert known.file and known.page and known.licence and known.digest
         assert set(known.feed) == {"channel_order", "scale", "mean", "std"}
-        assert load_recipe("idc-small", [f"preprocessing.{k}={v}" for k, v in known.feed.items()])
+        assert load_recipe("idc-small", {f"preprocessing.{k}": v for k, v in known.feed.items()})
         assert locate(known) is None or known.package
 
 

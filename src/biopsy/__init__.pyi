@@ -48,7 +48,7 @@ from .experiments.reports import report as report
 from .experiments.reproduction import reproduce as reproduce
 from .experiments.sweeps import sweep as sweep
 from .exporting.bundles import export as export
-from .exporting.hub import publish as publish
+from .exporting.bundles import publish as publish
 from .models.classifier import Classifier as Classifier
 from .models.fetch import fetch as fetch
 from .models.importers.keras import import_keras as import_keras

@@ -14,7 +14,7 @@ from biopsy.core.errors import SlideError
 from biopsy.data.packs import Pack
 from biopsy.slide_io.reader import Slide, open_slide
 from biopsy.slide_io.tissue import THUMBNAIL_PX
-from biopsy.slides.stitching import Stitched
+from biopsy.slides.grids import PatchGrid
 
 TILE_PX = 512
 _MAX_READ_PX = 2**24  # pixels of the file that are read for one tile; coarser tiles come from the overview
@@ -77,11 +77,11 @@ def open_picture(path: Path, mpp: float | None) -> SlidePicture:
 class StitchedPicture:
     """A slide put together from the patches of a pack."""
 
-    def __init__(self, pack: Pack, stitched: Stitched) -> None:
-        self.width, self.height = stitched.grid.width, stitched.grid.height
-        self.overview = stitched.picture
-        self._pack, self._index = pack, stitched.index
-        rows = pack.table.iloc[stitched.index]
+    def __init__(self, pack: Pack, index: np.ndarray, grid: PatchGrid, overview: np.ndarray) -> None:
+        self.width, self.height = grid.width, grid.height
+        self.overview = overview
+        self._pack, self._index = pack, index
+        rows = pack.table.iloc[index]
         self._x, self._y = rows["x"].to_numpy(np.int64), rows["y"].to_numpy(np.int64)
 
     def read(self, x: int, y: int, width: int, height: int, downsample: int) -> np.ndarray | None:

@@ -29,8 +29,7 @@ from biopsy.slides.grids import PatchGrid
 from biopsy.slides.maps import SlideMap, find_regions
 from biopsy.slides.outputs import FORMAT as SUMMARY_FORMAT
 from biopsy.slides.outputs import MAP, SUMMARY
-from biopsy.slides.sources import Source, list_sources
-from biopsy.slides.stitching import stitch_slide
+from biopsy.slides.sources import Source, list_sources, stitch_slide
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
 
@@ -428,15 +427,10 @@ def _open_source(source: Source) -> Scene:
         return Scene(SlidePicture(slide), slide.mpp, corner=slide.corner)
     pack, index = source.pack, source.index
     assert index is not None
-    stitched = stitch_slide(pack, source.name, index, mpp=source.mpp)
-    patches = Patches(target=stitched.target, ids=pack.table["patch_id"].to_numpy(str)[index], rows=index)
-    return Scene(
-        StitchedPicture(pack, stitched),
-        stitched.grid.slide_mpp,
-        stitched.grid,
-        patches,
-        Labels(pack.class_names, pack.positive_index, None),
-    )
+    grid, overview = stitch_slide(pack, source.name, index, mpp=source.mpp)
+    patches = Patches(target=pack.target[index], ids=pack.table["patch_id"].to_numpy(str)[index], rows=index)
+    labels = Labels(pack.class_names, pack.positive_index, None)
+    return Scene(StitchedPicture(pack, index, grid, overview), grid.slide_mpp, grid, patches, labels)
 
 
 def _add_source(exhibit: Exhibit, source: Source, sheet: Sheet | None) -> None:

@@ -32,7 +32,7 @@ from biopsy.core.text import printable
 from biopsy.evaluation.predict import decode_patch
 from biopsy.models.classifier import Classifier, Tta
 from biopsy.models.engine import Engine
-from biopsy.statistics.conformal import predict_sets
+from biopsy.statistics.abstention import predict_sets
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
 

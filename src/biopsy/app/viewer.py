@@ -506,7 +506,7 @@ def _describe_patch(
 
 
 def _prediction_set(classifier: Classifier | None, labels: Labels, probs: np.ndarray) -> list[str] | None:
-    from biopsy.statistics.conformal import predict_sets
+    from biopsy.statistics.abstention import predict_sets
 
     if classifier is None or classifier.info.class_names != labels.names:
         return None

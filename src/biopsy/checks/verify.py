@@ -22,7 +22,7 @@ from biopsy.evaluation.evaluate import FORMAT as METRICS_FORMAT
 from biopsy.evaluation.measure import measure_performance
 from biopsy.evaluation.scored import ScoredPatches
 from biopsy.exporting import bundles
-from biopsy.exporting.formats.registry import FORMATS
+from biopsy.exporting.formats import FORMATS
 from biopsy.models.classifier import DOCUMENT as CLASSIFIER
 from biopsy.models.classifier import Classifier, score_classes
 from biopsy.models.engine import Engine

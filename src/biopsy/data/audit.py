@@ -28,15 +28,10 @@ PAIRS_AT_ONCE = 4_000_000
 
 _N_BANDS = MAX_BITS + 1  # hashes at most MAX_BITS apart agree in at least one of MAX_BITS + 1 bands
 _BAND_BITS = 64 // _N_BANDS
-_BITS_SET = np.array([number.bit_count() for number in range(2**16)], np.uint8)
 
 
 def hash_patches(patches: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the difference hash and the standard deviation of grey values of every patch.
-
-    Args:
-        patches: uint8 ``(N, H, W, 3)`` RGB, may be memory-mapped.
-        sizes: True ``(width, height)``, ``(N, 2)``.
+    """Return the difference hash and the standard deviation of grey values of patches ``(N, H, W, 3)``.
 
     Returns:
         uint64 ``(N,)`` hashes and float32 ``(N,)`` standard deviations of grey values (0-255).
@@ -65,9 +60,6 @@ def find_near_duplicates(
     """Find pairs of patches that are near duplicates.
 
     Args:
-        patches: uint8 ``(N, H, W, 3)`` RGB.
-        sizes: True ``(width, height)``, ``(N, 2)``.
-        hashes: Output of `hash_patches`.
         candidates: Rows to compare, ``(n,)``: one of each group of exact duplicates, without blank patches.
 
     Returns:
@@ -95,7 +87,7 @@ def _close_pairs(hashes: np.ndarray) -> Iterator[np.ndarray]:
             a = np.repeat(np.arange(first, last), counts)
             b = a + 1 + np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
             a, b = order[a], order[b]
-            close = _count_bits(hashes[a] ^ hashes[b]) <= MAX_BITS
+            close = np.bitwise_count(hashes[a] ^ hashes[b]) <= MAX_BITS
             yield np.stack([a[close], b[close]], axis=1)
 
 
@@ -108,10 +100,6 @@ def _blocks(counts: np.ndarray) -> Iterator[tuple[int, int]]:
         last = max(first + 1, int(np.searchsorted(ends, done + PAIRS_AT_ONCE)))
         yield first, last
         first = last
-
-
-def _count_bits(numbers: np.ndarray) -> np.ndarray:
-    return _BITS_SET[numbers.view(np.uint16).reshape(-1, 4)].sum(axis=1, dtype=np.uint8)
 
 
 def _grey(patch: np.ndarray, size: np.ndarray) -> np.ndarray:
@@ -189,15 +177,9 @@ class Audit(TypedDict):
 def audit_pack(pack: Pack, split: Split | None = None) -> Audit:
     """Audit a pack for problems that would invalidate a result.
 
-    Args:
-        split: Split to check for patients and duplicates in several subsets.
-
     Returns:
         The content of ``audit.json``. Findings are ``{"count", "items"}`` with at most 100 items. Duplicates
         of blank patches (standard deviation below 4 grey levels) are counted separately and are not problems.
-
-    Raises:
-        SplitError: If the split belongs to another pack.
     """
     hashes, spread = hash_patches(pack.patches, pack.sizes)
     blank = spread < BLANK_SD

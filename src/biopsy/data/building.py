@@ -7,8 +7,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,7 +22,7 @@ from biopsy.core.text import normalize_id
 from biopsy.data.archives import MAX_ENTRY_BYTES
 from biopsy.data.datasets.base import Listing, find_positive
 from biopsy.data.packing import write_listing
-from biopsy.data.packs import Origin, Pack, is_pack
+from biopsy.data.packs import Pack, describe_origin, is_pack
 from biopsy.data.tables import RESERVED
 from biopsy.slide_io.images import decode, read_header
 
@@ -189,11 +187,7 @@ def read_dataset(
 
 
 def index_labels(labels: Any, class_names: Sequence[str]) -> np.ndarray:
-    """Return the class index of each label; labels are class names or indices.
-
-    Raises:
-        DataError: If a label is missing or unknown.
-    """
+    """Return the class index of each label; labels are class names or indices."""
     values = pd.Series(np.asarray(labels).reshape(-1))
     if values.isna().any():
         raise DataError(
@@ -296,15 +290,14 @@ def build_pack(
         class_names=names,
         positive_class=positive,
         mpp=mpp,
+        origin=describe_origin(source.name),
     )
-    made = datetime.now(UTC).isoformat(timespec="seconds")
-    origin = Origin(source=source.name, made=made, version=version("biopsy"))
     parent = PACKS if out is None else Path(out).parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=".biopsy-") as temporary:
         new = Path(temporary) / "new.pack"
         with create_directory(new) as folder:
-            write_listing(folder, source.name, listing, origin, mpp)
+            write_listing(folder, source.name, listing)
         identity = _identify(Pack.open(new))
         final = PACKS / f"{source.name}-{identity[:12]}.pack" if out is None else Path(out)
         if not final.exists() or (final.is_dir() and not any(final.iterdir())):

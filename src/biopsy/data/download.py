@@ -34,12 +34,12 @@ from biopsy.data.datasets.base import KaggleData, RemoteFile, Source
 
 logger = logging.getLogger(__name__)
 
-
 BLOCK_BYTES = 1 << 20
-PARTIAL = ".biopsy-partial"
-"""Suffix of incomplete files."""
+PARTIAL, PACKED = ".biopsy-partial", ".biopsy-packed"
+"""Suffixes of incomplete files, and of packed files, which are deleted once unpacked."""
 REPORT_EVERY_S = 0.1
 TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
+CACHE_VARIABLE = "KAGGLEHUB_CACHE"  # cache folder of kagglehub
 
 
 @dataclass(frozen=True)
@@ -71,20 +71,102 @@ class RetryPolicy:
     timeout_s: float = 30.0
 
 
-class _ConnectionLost(Exception):
-    """A transient connection error."""
+@dataclass(frozen=True)
+class FetchResult(Written):
+    """Result of `fetch_source`.
+
+    Attributes:
+        name: Name of the data set.
+        path: Source for ``prepare``.
+        fetched: Files and folders downloaded now.
+        kept: Files and folders that existed already.
+    """
+
+    name: str
+    path: Path
+    fetched: tuple[Path, ...]
+    kept: tuple[Path, ...]
 
 
-class _RangeNotSatisfiable(Exception):
-    """The requested range starts at or beyond the end of the file; carries the Content-Range."""
+def find_source(name: str) -> Source:
+    """Return the source of a data set."""
+    sources = {dataset.name: dataset for dataset in list_datasets() if dataset.is_downloadable}
+    if name not in sources:
+        raise DataError(f"no data set {name!r} to fetch; {suggest(name, sources)}")
+    return sources[name]
 
 
-def download(
-    file: RemoteFile,
-    path: Path,
+def fetch_source(
+    source: Source,
+    out: Path | str,
     *,
     on_progress: OnProgress | None = None,
     retry: RetryPolicy | None = None,
+) -> FetchResult:
+    """Download a source, such as a data set or a mirror, or resume an interrupted download.
+
+    Files appear under their final names only when complete and verified; existing files are kept. kagglehub
+    shows its own progress, so ``on_progress`` is called for other files only.
+
+    Raises:
+        MissingExtra: If it is on Kaggle and kagglehub is not installed.
+        DownloadError: If the disk is full, the server refuses, the connection keeps failing or a checksum is
+            wrong.
+    """
+    out = Path(out)
+    if source.kaggle is not None:
+        _import_kagglehub()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DownloadError(f"{out} cannot be used as a folder ({error.strerror or error})") from None
+    _check_disk(out, needed_bytes(source, out), source.name)
+    logger.info("%s; licence: %s; credentials: %s", source.title, source.terms, source.credentials)
+    path, fetched, kept = out, [], []
+    if source.kaggle is not None:
+        path = out / source.kaggle.folder
+        if path.exists():
+            kept.append(path)
+        else:
+            path = _download_from_kaggle(source.kaggle, out)
+            fetched.append(path)
+    for file in source.files:
+        target = out / file.final_name
+        if target.exists():
+            kept.append(target)
+        else:
+            _fetch_file(file, out, on_progress, retry or RetryPolicy())
+            fetched.append(target)
+    return FetchResult(source.name, path, tuple(fetched), tuple(kept))
+
+
+def needed_bytes(source: Source, out: Path) -> int:
+    """Return the disk space still needed in ``out`` in bytes; packed files are deleted once unpacked."""
+    missing = [file for file in source.files if not (out / file.final_name).exists()]
+    packed = max((file.size_bytes or 0 for file in missing if file.unpacked_bytes is not None), default=0)
+    final = sum(
+        (file.size_bytes or 0) if file.unpacked_bytes is None else file.unpacked_bytes for file in missing
+    )
+    suffixes = ("", PARTIAL, PACKED, PACKED + PARTIAL)  # of an interrupted fetch
+    parts = [out / f"{file.name}{suffix}" for file in missing for suffix in suffixes]
+    kaggle = source.kaggle
+    kaggle_bytes = kaggle.needed_bytes if kaggle is not None and not (out / kaggle.folder).exists() else 0
+    return max(packed + final + kaggle_bytes - sum(map(_size, parts)), 0)
+
+
+def _fetch_file(file: RemoteFile, out: Path, on_progress: OnProgress | None, retry: RetryPolicy) -> None:
+    path, is_packed = out / file.name, file.unpacked_bytes is not None
+    is_temporary = is_packed and not path.exists()  # an existing packed file is kept
+    path = out / f"{file.name}{PACKED}" if is_temporary else path
+    download(file, path, on_progress=on_progress, retry=retry)
+    if is_packed:
+        unpack(path, out / file.final_name, on_progress=on_progress)
+    if is_temporary:
+        path.unlink()
+
+
+def download(
+    file: RemoteFile, path: Path, *, on_progress: OnProgress | None = None, retry: RetryPolicy | None = None
 ) -> None:
     """Download a file to ``path``, which exists afterwards only if it is complete and verified.
 
@@ -95,16 +177,13 @@ def download(
             checksum differ from those published.
     """
     if path.exists():
-        _check(file, path, f"move {path} away and fetch again")
+        _verify(file, path, f"move {path} away and fetch again")
         return
     partial = path.with_name(f"{path.name}{PARTIAL}")
-    _complete(file, partial, on_progress, retry or RetryPolicy())
+    _download_all(file, partial, on_progress, retry or RetryPolicy())
     try:
-        _check(
-            file,
-            partial,
-            "the download was discarded; fetch again, and if it fails again do not use the file",
-        )
+        advice = "the download was discarded; fetch again, and if it fails again do not use the file"
+        _verify(file, partial, advice)
     except DownloadError:
         partial.unlink()
         raise
@@ -113,35 +192,28 @@ def download(
 
 def unpack(path: Path, target: Path, *, on_progress: OnProgress | None = None) -> None:
     """Unpack a gzip file to ``target`` atomically."""
+    n_bytes = path.stat().st_size
     try:
         with open(path, "rb") as packed, gzip.open(packed) as content, replace_atomic(target) as partial:
-            meter = _Meter(path.name, "unpack", 0, path.stat().st_size, on_progress)
+            meter = _Meter(path.name, "unpack", 0, n_bytes, on_progress)
             with open(partial, "wb") as output:
                 while block := content.read(BLOCK_BYTES):
                     output.write(block)
                     meter.report(packed.tell())
-            meter.finish(path.stat().st_size)
+            meter.report(n_bytes, is_last=True)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DownloadError(f"{path} cannot be unpacked ({error}); delete it and fetch again") from None
     except OSError as error:
         raise DownloadError(f"{target} could not be written ({error.strerror or error})") from error
 
 
-def check_disk(folder: Path, needed_bytes: int, name: str) -> None:
-    """Check the free disk space before a download.
-
-    Raises:
-        DownloadError: If fewer than ``needed_bytes`` are free at ``folder``.
-    """
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < needed_bytes:
-        raise DownloadError(
-            f"{name} needs {needed_bytes / 1e9:.1f} GB in {folder}, where {free_bytes / 1e9:.1f} GB are free;"
-            " free some space or choose another folder"
-        )
+class _ConnectionLost(Exception):
+    """A transient connection error."""
 
 
-def _complete(file: RemoteFile, partial: Path, on_progress: OnProgress | None, retry: RetryPolicy) -> None:
+def _download_all(
+    file: RemoteFile, partial: Path, on_progress: OnProgress | None, retry: RetryPolicy
+) -> None:
     """Download the remaining bytes of ``partial``, reconnecting after transient errors."""
     furthest, failures = _size(partial), 0
     while True:
@@ -166,13 +238,12 @@ def _continue(file: RemoteFile, partial: Path, on_progress: OnProgress | None, t
     start = _size(partial)
     if start and start == file.size_bytes:
         return
-    try:
-        response = _open(file.url, start, timeout_s)
-    except _RangeNotSatisfiable as answer:
-        if str(answer) == f"bytes */{start}":
+    response = _request(file.url, start, timeout_s)
+    if isinstance(response, str):  # there is nothing after the bytes that were received
+        if response == f"bytes */{start}":
             return
         partial.unlink()
-        raise _ConnectionLost("the partial file does not match the file on the server") from None
+        raise _ConnectionLost("the partial file does not match the file on the server")
     with response:
         start, total = _span(response, start)
         if total is not None and file.size_bytes not in (None, total):
@@ -181,44 +252,14 @@ def _continue(file: RemoteFile, partial: Path, on_progress: OnProgress | None, t
                 " the file was replaced on the server, so nothing was fetched"
             )
         total = file.size_bytes if total is None else total
-        check_disk(partial.parent, (total or start) - start, file.name)
+        _check_disk(partial.parent, (total or start) - start, file.name)
         done = _append(response, partial, _Meter(file.name, "download", start, total, on_progress))
     if total is not None and done < total:
         raise _ConnectionLost(f"connection closed after {done:,} of {total:,} bytes")
 
 
-def _append(response: http.client.HTTPResponse, partial: Path, meter: "_Meter") -> int:
-    """Append the response after the first ``meter.start`` bytes of the file and return its new length."""
-    done = meter.start
-    try:
-        with open(partial, "ab" if done else "wb") as output:
-            for block in _blocks(response):
-                output.write(block)
-                done += len(block)
-                meter.report(done)
-            output.flush()
-            os.fsync(output.fileno())
-    except OSError as error:
-        raise DownloadError(
-            f"{partial} could not be written ({error.strerror or error}); free space and fetch again"
-        ) from error
-    meter.finish(done)
-    return done
-
-
-def _blocks(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    while True:
-        try:
-            block = response.read1(BLOCK_BYTES)
-        except (OSError, http.client.HTTPException) as error:
-            raise _ConnectionLost(f"connection lost ({error or type(error).__name__})") from error
-        if not block:
-            return
-        yield block
-
-
-def _open(url: str, start: int, timeout_s: float) -> http.client.HTTPResponse:
-    """Request a file from byte ``start`` on."""
+def _request(url: str, start: int, timeout_s: float) -> http.client.HTTPResponse | str:
+    """Request a file from byte ``start`` on; return the ``Content-Range`` if there is no such byte."""
     headers = {"User-Agent": "biopsy", **({"Range": f"bytes={start}-"} if start else {})}
     try:
         return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout_s)
@@ -227,7 +268,7 @@ def _open(url: str, start: int, timeout_s: float) -> http.client.HTTPResponse:
         if error.code in TRANSIENT_STATUS:
             raise _ConnectionLost(f"the server answered {error.code} {error.reason}") from None
         if error.code == 416 and start:
-            raise _RangeNotSatisfiable(error.headers.get("Content-Range", "")) from None
+            return error.headers.get("Content-Range", "")
         raise DownloadError(
             f"{url}: the server answered {error.code} {error.reason}; the file may have moved,"
             " see the data set's page in the documentation"
@@ -250,9 +291,44 @@ def _span(response: http.client.HTTPResponse, start: int) -> tuple[int, int | No
     return start, None if match[2] == "*" else int(match[2])
 
 
-def _check(file: RemoteFile, path: Path, advice: str) -> None:
+def _append(response: http.client.HTTPResponse, partial: Path, meter: "_Meter") -> int:
+    """Append the response after the first ``meter.start`` bytes of the file and return its new length."""
+    done = meter.start
+    try:
+        with open(partial, "ab" if done else "wb") as output:
+            while block := _read_block(response):
+                output.write(block)
+                done += len(block)
+                meter.report(done)
+            output.flush()
+            os.fsync(output.fileno())
+    except OSError as error:
+        raise DownloadError(
+            f"{partial} could not be written ({error.strerror or error}); free space and fetch again"
+        ) from error
+    meter.report(done, is_last=True)
+    return done
+
+
+def _read_block(response: http.client.HTTPResponse) -> bytes:
+    try:
+        return response.read1(BLOCK_BYTES)
+    except (OSError, http.client.HTTPException) as error:
+        raise _ConnectionLost(f"connection lost ({error or type(error).__name__})") from error
+
+
+def _check_disk(folder: Path, n_bytes: int, name: str) -> None:
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < n_bytes:
+        raise DownloadError(
+            f"{name} needs {n_bytes / 1e9:.1f} GB in {folder}, where {free_bytes / 1e9:.1f} GB are free;"
+            " free some space or choose another folder"
+        )
+
+
+def _verify(file: RemoteFile, path: Path, advice: str) -> None:
     """Compare size and checksum with those published."""
-    size_bytes = path.stat().st_size
+    size_bytes = _size(path)
     if file.size_bytes not in (None, size_bytes):
         raise DownloadError(f"{file.name} has {size_bytes:,} bytes, expected {file.size_bytes:,}; {advice}")
     if file.checksum is None:
@@ -268,38 +344,30 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
+@dataclass
 class _Meter:
     """Progress reports, at most one per `REPORT_EVERY_S`."""
 
-    def __init__(
-        self,
-        file: str,
-        step: Literal["download", "unpack"],
-        start: int,
-        total: int | None,
-        on_progress: OnProgress | None,
-    ) -> None:
-        self.file, self.step, self.start, self.total = file, step, start, total
-        self._on_progress = on_progress
+    file: str
+    step: Literal["download", "unpack"]
+    start: int
+    total: int | None
+    on_progress: OnProgress | None
+
+    def __post_init__(self) -> None:
         self._began = self._reported = time.monotonic()
 
-    def report(self, done: int) -> None:
-        """Report progress unless the last report was less than `REPORT_EVERY_S` ago."""
-        if time.monotonic() - self._reported >= REPORT_EVERY_S:
-            self.finish(done)
-
-    def finish(self, done: int) -> None:
-        """Report progress."""
-        self._reported = time.monotonic()
-        if self._on_progress is not None:
-            rate = (done - self.start) / max(self._reported - self._began, 1e-9)
-            self._on_progress(Progress(self.file, self.step, done, self.total, rate))
+    def report(self, done: int, *, is_last: bool = False) -> None:
+        """Report progress, unless the last report was less than `REPORT_EVERY_S` ago."""
+        now = time.monotonic()
+        if self.on_progress is None or not (is_last or now - self._reported >= REPORT_EVERY_S):
+            return
+        self._reported = now
+        rate = (done - self.start) / max(now - self._began, 1e-9)
+        self.on_progress(Progress(self.file, self.step, done, self.total, rate))
 
 
-CACHE_VARIABLE = "KAGGLEHUB_CACHE"  # cache folder of kagglehub
-
-
-def require_kagglehub() -> None:
+def _import_kagglehub() -> None:
     """Raise MissingExtra if kagglehub is not installed."""
     try:
         import kagglehub  # noqa: F401
@@ -307,24 +375,19 @@ def require_kagglehub() -> None:
         raise MissingExtra("fetch", "downloading from Kaggle") from None
 
 
-def download_from_kaggle(data: KaggleData, out: Path) -> Path:
+def _download_from_kaggle(data: KaggleData, out: Path) -> Path:
     """Download and unpack a Kaggle data set and return its folder.
 
     The folder is ``out/<name>``, except in Kaggle notebooks, where the data are already mounted.
-
-    Raises:
-        MissingExtra: If kagglehub is not installed.
-        DownloadError: If Kaggle refuses, or the download fails.
     """
-    require_kagglehub()
     import kagglehub
     from kagglehub.exceptions import BackendError, CredentialError, DataCorruptionError, UnauthenticatedError
 
     cache = out.resolve() / ".biopsy-kagglehub"
-    download = kagglehub.competition_download if data.kind == "competition" else kagglehub.dataset_download
+    fetch = kagglehub.competition_download if data.kind == "competition" else kagglehub.dataset_download
     try:
         with _cache_at(cache):
-            downloaded = Path(download(data.handle))
+            downloaded = Path(fetch(data.handle))
     except (UnauthenticatedError, CredentialError) as error:
         raise DownloadError(_refusal(data, error)) from error
     except (BackendError, DataCorruptionError, zipfile.BadZipFile, OSError) as error:
@@ -362,144 +425,6 @@ def _cache_at(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[CACHE_VARIABLE]
-        else:
+        os.environ.pop(CACHE_VARIABLE)
+        if before is not None:
             os.environ[CACHE_VARIABLE] = before
-
-
-PACKED = ".biopsy-packed"
-"""Suffix of packed files, which are deleted once unpacked."""
-
-
-@dataclass(frozen=True)
-class FetchResult(Written):
-    """Result of `fetch`.
-
-    Attributes:
-        name: Name of the data set.
-        path: Source for ``prepare``.
-        fetched: Files and folders downloaded now.
-        kept: Files and folders that existed already.
-    """
-
-    name: str
-    path: Path
-    fetched: tuple[Path, ...]
-    kept: tuple[Path, ...]
-
-
-def fetch(name: str, out: Path | str, *, on_progress: OnProgress | None = None) -> FetchResult:
-    """Download a public data set, or resume an interrupted download.
-
-    Files appear under their final names only when complete and verified; existing files are kept. kagglehub
-    shows its own progress, so ``on_progress`` is called for other files only.
-
-    Args:
-        name: ``"idc"``, ``"pcam"`` or ``"hcd"``.
-        out: Output folder, created if missing.
-        on_progress: Called with a `Progress`.
-
-    Raises:
-        DataError: If no data set has that name.
-        MissingExtra: If it is on Kaggle and kagglehub is not installed.
-        DownloadError: If the disk is full, the server refuses, the connection keeps failing or a
-            checksum is wrong.
-    """
-    return fetch_source(find_source(name), out, on_progress=on_progress)
-
-
-def find_source(name: str) -> Source:
-    """Return the source of a data set.
-
-    Raises:
-        DataError: If the name is unknown; with the closest name.
-    """
-    sources = {dataset.name: dataset for dataset in list_datasets() if dataset.is_downloadable}
-    if name not in sources:
-        raise DataError(f"no data set {name!r} to fetch; {suggest(name, sources)}")
-    return sources[name]
-
-
-def describe(name: str) -> str:
-    """Return title, size, licence and required credentials of a data set, one per line.
-
-    Example:
-        >>> print(describe("pcam").splitlines()[0])
-        PatchCamelyon (PCam), the published HDF5 files
-    """
-    source = find_source(name)
-    lines = [
-        source.title,
-        f"disk space: {needed_bytes(source, Path()) / 1e9:.1f} GB at most",
-        f"licence: {source.terms}",
-        f"credentials: {source.credentials}",
-    ]
-    return "\n".join([*lines, f"page: {source.kaggle.page}"] if source.kaggle else lines)
-
-
-def fetch_source(
-    source: Source,
-    out: Path | str,
-    *,
-    on_progress: OnProgress | None = None,
-    retry: RetryPolicy | None = None,
-) -> FetchResult:
-    """Download any source, such as a mirror; see `fetch`."""
-    out = Path(out)
-    if source.kaggle is not None:
-        require_kagglehub()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DownloadError(f"{out} cannot be used as a folder ({error.strerror or error})") from None
-    check_disk(out, needed_bytes(source, out), source.name)
-    logger.info("%s; licence: %s; credentials: %s", source.title, source.terms, source.credentials)
-    path, fetched, kept = out, [], []
-    if source.kaggle is not None:
-        path = out / source.kaggle.folder
-        if path.exists():
-            kept.append(path)
-        else:
-            path = download_from_kaggle(source.kaggle, out)
-            fetched.append(path)
-    for file in source.files:
-        target = out / file.final_name
-        if target.exists():
-            kept.append(target)
-        else:
-            _fetch_file(file, out, on_progress, retry)
-            fetched.append(target)
-    return FetchResult(source.name, path, tuple(fetched), tuple(kept))
-
-
-def needed_bytes(source: Source, out: Path) -> int:
-    """Return the disk space still needed in ``out`` in bytes; packed files are deleted once unpacked."""
-    missing = [file for file in source.files if not (out / file.final_name).exists()]
-    packed = max((file.size_bytes or 0 for file in missing if file.unpacked_bytes is not None), default=0)
-    final = sum(
-        (file.size_bytes or 0) if file.unpacked_bytes is None else file.unpacked_bytes for file in missing
-    )
-    there = sum(path.stat().st_size for file in missing for path in _parts(file, out) if path.exists())
-    kaggle = source.kaggle
-    kaggle_bytes = kaggle.needed_bytes if kaggle is not None and not (out / kaggle.folder).exists() else 0
-    return max(packed + final + kaggle_bytes - there, 0)
-
-
-def _fetch_file(
-    file: RemoteFile, out: Path, on_progress: OnProgress | None, retry: RetryPolicy | None
-) -> None:
-    path, is_packed = out / file.name, file.unpacked_bytes is not None
-    is_temporary = is_packed and not path.exists()  # an existing packed file is kept
-    path = out / f"{file.name}{PACKED}" if is_temporary else path
-    download(file, path, on_progress=on_progress, retry=retry)
-    if is_packed:
-        unpack(path, out / file.final_name, on_progress=on_progress)
-    if is_temporary:
-        path.unlink()
-
-
-def _parts(file: RemoteFile, out: Path) -> list[Path]:
-    """Return the paths of packed and partial files of an interrupted fetch."""
-    name = file.name if file.unpacked_bytes is None else f"{file.name}{PACKED}"
-    return [out / file.name, out / name, out / f"{name}{PARTIAL}"]

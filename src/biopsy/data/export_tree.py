@@ -25,11 +25,7 @@ TreeCounts = dict[str, dict[str, int]]
 
 
 def check_exportable(source: Path | str, folder: Path | str) -> None:
-    """Check that a source can be exported as a tree, before anything is decoded.
-
-    Raises:
-        DataError: If the folder is not empty, or the source has HDF5 arrays instead of image files.
-    """
+    """Check that a source can be exported as a tree, before anything is decoded."""
     _require_empty(folder)
     archive = open_archive(source)
     if not any(entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in archive.entries):
@@ -50,12 +46,6 @@ def export_tree(
     classes alike. Files keep their names; files of the same name are named by their path with ``__`` for
     ``/``. Patches in no subset are left out. If the test subset is also used for validation, its patches are
     in both folders.
-
-    Args:
-        pack: The patches, made from ``source``.
-        source: The archive or folder the pack was made from.
-        folder: Output folder, written atomically.
-        on_progress: Called with the numbers of files written and in all.
 
     Returns:
         Number of files by subset folder and class folder.
@@ -114,11 +104,7 @@ def count_tree(folder: Path | str) -> TreeCounts:
 
 
 def name_files(sources: list[str]) -> list[str]:
-    """Return the file name of every source; files of the same name are named by their path.
-
-    Raises:
-        DataError: If two names are still equal.
-    """
+    """Return the file name of every source; files of the same name are named by their path."""
     plain = [PurePosixPath(source).name for source in sources]
     seen: dict[str, int] = {}
     for name in plain:

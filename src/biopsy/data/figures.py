@@ -21,15 +21,7 @@ from biopsy.plotting.style import (
 
 @styled
 def draw_subsets(subsets: Sequence[str], counts: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """Draw the number of patches per subset and class, annotated with count and percentage.
-
-    Args:
-        subsets: Names of the subsets (or folds), from top to bottom.
-        counts: Patches, shape ``(n_subsets, n_classes)``.
-
-    Raises:
-        MetricError: If the shape does not fit.
-    """
+    """Draw the number of patches per subset and class, annotated with count and percentage."""
     counts = np.asarray(counts)
     if counts.shape != (len(subsets), len(class_names)):
         raise MetricError(
@@ -69,14 +61,7 @@ NAMED_ROWS = 45  # largest number of patients drawn with names
 
 @styled
 def draw_balance(patient_ids: Sequence[object], counts: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """Draw the number of patches per patient and class, in descending order.
-
-    Args:
-        counts: Patches, shape ``(n_patients, n_classes)``.
-
-    Raises:
-        MetricError: If the shape does not fit.
-    """
+    """Draw the number of patches per patient and class, in descending order."""
     counts = np.asarray(counts)
     if counts.shape != (len(patient_ids), len(class_names)):
         raise MetricError(

@@ -81,12 +81,7 @@ def count_openings(
     subset: str = "test",
     run_dir: Path | str | None = None,
 ) -> OpeningCount:
-    """Count the evaluations of a subset, and the evaluated runs.
-
-    Args:
-        fold: The test fold; None for a split without folds.
-        run_dir: A run whose ledger is counted too.
-    """
+    """Count the evaluations of a subset, and the evaluated runs."""
     all_entries, n_unreadable = _read_all(pack, run_dir)
     entries = [
         entry for entry in all_entries if (entry.split, entry.fold, entry.subset) == (split, fold, subset)

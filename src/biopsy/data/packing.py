@@ -5,17 +5,15 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import DataError
 from biopsy.data.datasets.base import Listing, Skipped, refuse_empty
-from biopsy.data.packs import COLUMNS, PIXELS, Origin, finish_pack, pad, patch_sha256
+from biopsy.data.packs import COLUMNS, PIXELS, finish_pack, pad, patch_sha256
 
 MAX_RATIO = 4
 """Largest side of a patch relative to the median; all are padded to the largest."""
@@ -28,67 +26,43 @@ _PART_ROWS = 32  # measured per task of a worker
 Progress = Callable[[int, int], None]
 
 
-@dataclass
-class _Written:
-    """Result of writing the pixels."""
-
-    patch_px: int
-    """Side of the padded patches in pixels."""
-    rows: list[int] = field(default_factory=list)
-    """Rows of the listing, in the order of the pixel file."""
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    """True ``(width, height)`` of each."""
-    hashes: list[str] = field(default_factory=list)
-    """`patch_sha256` of each."""
-    skipped: list[Skipped] = field(default_factory=list)
-    """Rows that could not be decoded or are too large."""
-
-
-@dataclass
-class _Block:
-    """Patches decoded and padded by one worker, and its failures."""
+class _Block(NamedTuple):
+    """Patches decoded and padded by one worker."""
 
     pixels: np.ndarray
-    rows: list[int] = field(default_factory=list)
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    hashes: list[str] = field(default_factory=list)
-    failures: list[tuple[int, str]] = field(default_factory=list)
-    has_larger: bool = False
+    rows: list[tuple[int, int, int, str]]
+    """Row of the listing, true width and height, and `patch_sha256` of each decoded patch."""
+    failures: list[tuple[int, str]]
+    """Row and reason of each patch that could not be decoded or is too large."""
+    has_larger: bool
 
 
 class _LargerPatch(Exception):
     """A patch is larger than the sampled patches."""
 
 
-def write_listing(
-    folder: Path,
-    dataset: str,
-    listing: Listing,
-    origin: Origin,
-    mpp: float | None,
-    on_progress: Progress | None = None,
-) -> None:
-    """Decode the patches of a listing and write the files of a pack.
-
-    Raises:
-        DataError: If no patch can be decoded, a quarter of them are too large, or the disk is full.
-    """
-    written = _write_pixels(folder / PIXELS, listing, on_progress)
+def write_listing(folder: Path, dataset: str, listing: Listing, on_progress: Progress | None = None) -> None:
+    """Decode the patches of a listing and write the files of a pack."""
+    patch_px, written, not_decoded = _write_pixels(folder / PIXELS, listing, on_progress)
     table = _make_table(listing, written)
-    skipped = listing.skipped + written.skipped
-    n_padded = int((table[["width", "height"]] != written.patch_px).any(axis=1).sum())
+    skipped = listing.skipped + not_decoded
+    n_padded = int((table[["width", "height"]] != patch_px).any(axis=1).sum())
     finish_pack(
         folder,
         table,
         dataset=dataset,
         class_names=listing.class_names,
         positive_class=listing.positive_class,
-        mpp=mpp if mpp is not None else listing.mpp,
-        patch_px=written.patch_px,
+        mpp=listing.mpp,
+        patch_px=patch_px,
         counts=listing.counts | {"skipped": len(skipped), "odd_sizes": n_padded},
-        origin=origin,
+        origin=listing.origin,
         skipped=skipped,
     )
+
+
+_Written = tuple[int, list[tuple[int, int, int, str]], list[Skipped]]
+"""Side of the padded patches, rows as in `_Block` in the order of the pixel file, and skipped patches."""
 
 
 def _write_pixels(path: Path, listing: Listing, on_progress: Progress | None) -> _Written:
@@ -149,7 +123,7 @@ def _write(
     is_measured: bool = False,
 ) -> _Written:
     patch_px, largest = longest
-    written = _Written(patch_px)
+    rows, skipped = [], list[Skipped]()
     sources = listing.table["source"].tolist()
     _check_space(path.parent, len(sources), patch_px, sources[largest])
     done = 0
@@ -159,18 +133,16 @@ def _write(
             if block.has_larger and not is_measured:
                 raise _LargerPatch
             file.write(block.pixels.data)
-            written.rows += block.rows
-            written.sizes += block.sizes
-            written.hashes += block.hashes
-            written.skipped += [{"source": sources[row], "reason": reason} for row, reason in block.failures]
+            rows += block.rows
+            skipped += [{"source": sources[row], "reason": reason} for row, reason in block.failures]
             done += len(block.rows) + len(block.failures)
             if on_progress is not None:
                 on_progress(done, len(sources))
-        if not written.rows:
-            raise refuse_empty(written.skipped)
+        if not rows:
+            raise refuse_empty(skipped)
         file.seek(0)
-        _write_header(file, len(written.rows), patch_px)
-    return written
+        _write_header(file, len(rows), patch_px)
+    return patch_px, rows, skipped
 
 
 def _check_space(folder: Path, n_patches: int, patch_px: int, largest: str) -> None:
@@ -209,30 +181,28 @@ def _decode_blocks(listing: Listing, patch_px: int) -> Iterator[_Block]:
 
 def _decode_block(listing: Listing, rows: range, patch_px: int) -> _Block:
     pixels = np.empty((len(rows), patch_px, patch_px, 3), np.uint8)
-    block = _Block(pixels)
+    decoded, failures, has_larger = list[tuple[int, int, int, str]](), list[tuple[int, str]](), False
     for row, patch in zip(rows, listing.pixels.read(rows), strict=True):
         if isinstance(patch, DataError):
-            block.failures.append((row, str(patch)))
+            failures.append((row, str(patch)))
             continue
         height, width = patch.shape[:2]
         if max(height, width) > patch_px:
-            block.has_larger = True
+            has_larger = True
             reason = f"is {width:,} x {height:,} pixels, over {MAX_RATIO} times the median size"
-            block.failures.append((row, reason))
+            failures.append((row, reason))
             continue
-        pad(patch, patch_px, pixels[len(block.rows)])
-        block.rows.append(row)
-        block.sizes.append((width, height))
-        block.hashes.append(patch_sha256(patch))
-    return replace(block, pixels=pixels[: len(block.rows)])
+        pad(patch, patch_px, pixels[len(decoded)])
+        decoded.append((row, width, height, patch_sha256(patch)))
+    return _Block(pixels[: len(decoded)], decoded, failures, has_larger)
 
 
-def _make_table(listing: Listing, written: _Written) -> pd.DataFrame:
+def _make_table(listing: Listing, written: list[tuple[int, int, int, str]]) -> pd.DataFrame:
     """Return the pack's table of the rows whose pixels were written."""
-    table = listing.table.iloc[written.rows].reset_index(drop=True)
+    rows, widths, heights, hashes = zip(*written, strict=True)
+    table = listing.table.iloc[list(rows)].reset_index(drop=True)
     index = {name: position for position, name in enumerate(listing.class_names)}
     table["target"] = table["class_name"].map(index).astype(np.int64)
-    table["width"], table["height"] = np.array(written.sizes, np.int64).T
-    table["sha256"] = written.hashes
+    table["width"], table["height"], table["sha256"] = np.array(widths), np.array(heights), hashes
     extra = [name for name in table.columns if name not in COLUMNS and name != "class_name"]
-    return table[list(chain(COLUMNS, extra))].astype({"x": "Int64", "y": "Int64"})
+    return table[[*COLUMNS, *extra]].astype({"x": "Int64", "y": "Int64"})

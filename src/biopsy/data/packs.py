@@ -8,7 +8,9 @@ A pack is a folder of ``pack.json`` (metadata), ``patches.npy`` (pixels, memory-
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import cache, cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Literal, Required
 
@@ -69,6 +71,13 @@ class Origin(TypedDict, total=False):
     patients_missing: dict[str, int]
     labels: dict[str, object]
     join: dict[str, object]
+
+
+def describe_origin(source: str) -> Origin:
+    """Return the provenance of a pack made now."""
+    return Origin(
+        source=source, made=datetime.now(UTC).isoformat(timespec="seconds"), version=version("biopsy")
+    )
 
 
 class PackInfo(BaseModel):
@@ -338,11 +347,7 @@ class Pack(Output):
         return group_by_unit(self.table, self.unit)
 
     def rows_of(self, patch_ids: Sequence[str] | pd.Series) -> np.ndarray:
-        """Return the rows of patches by their ids, int64 ``(n,)``, in the given order.
-
-        Raises:
-            PackError: If the pack has no patch of an id.
-        """
+        """Return the rows of patches by their ids, int64 ``(n,)``, in the given order."""
         requested = pd.Index(patch_ids).astype(str)
         rows = pd.Index(self.table["patch_id"].astype(str)).get_indexer(requested)
         if (rows < 0).any():
@@ -389,10 +394,6 @@ def group_by_unit(table: pd.DataFrame, unit: str) -> np.ndarray:
     """Return the group of each row of a table of patches, as strings ``(n,)``.
 
     A patch without a patient is grouped by its slide; without a slide too, it is its own group.
-
-    Args:
-        table: ``patch_id`` and the ids of patients and slides.
-        unit: ``"patient"``, ``"slide"`` or ``"patch"``.
     """
     ids = table[f"{unit}_id"]
     missing = ids.isna().to_numpy()
@@ -449,8 +450,6 @@ def pad(patch: np.ndarray, patch_px: int, out: np.ndarray | None = None) -> np.n
     """Pad a patch to ``patch_px`` by repeating its right and bottom edge.
 
     Args:
-        patch: uint8 ``(height, width, 3)``, neither side longer than ``patch_px``.
-        patch_px: Side of the square.
         out: Output array, uint8 ``(patch_px, patch_px, 3)`` (default: a new array).
     """
     height, width = patch.shape[:2]
@@ -482,9 +481,7 @@ def finish_pack(
     """Write the table and ``pack.json`` of a pack whose pixels are in ``folder``.
 
     Args:
-        folder: Contains the complete `PIXELS`.
         table: One row per patch with the columns `COLUMNS`, in the order of the pixels.
-        dataset, class_names, positive_class, mpp, patch_px, origin, skipped: As in `PackInfo`.
         counts: Further counts, besides patches, patients, slides and classes.
     """
     table.to_parquet(folder / TABLE, index=False)

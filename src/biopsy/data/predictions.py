@@ -66,18 +66,9 @@ def make_predictions(
     threshold: float | None = 0.5,
     abstained: np.ndarray | None = None,
 ) -> pd.DataFrame:
-    """Return the predictions of some patches of a pack.
+    """Return the predictions of the rows ``index`` of a pack, in this order.
 
-    Args:
-        index: Rows of the pack, ``(n,)``.
-        logits: Uncalibrated logits, ``(n, n_classes)``.
-        probs: Calibrated probabilities, ``(n, n_classes)``.
-        subsets: The subset of each patch, ``(n,)``, or one for all.
-        threshold: As in `tabulate_predictions`.
-        abstained: As in `tabulate_predictions`.
-
-    Returns:
-        The table, in the order of ``index``.
+    ``logits`` are uncalibrated, ``probs`` calibrated, both ``(n, n_classes)``; see `tabulate_predictions`.
     """
     rows = pack.table.iloc[index]
     patches = (
@@ -109,13 +100,9 @@ def tabulate_predictions(
     Args:
         patches: ``patch_id`` and any of `IDENTITY`, subset, fold and target, ``n`` rows; missing columns are
             null.
-        class_names: Class names, in the order of the columns of ``logits``.
-        positive_index: Index of the positive class; None for more than two classes.
         logits: ``(n, n_classes)``; None if unknown.
-        probs: ``(n, n_classes)``, in [0, 1].
         threshold: For two classes, the decision threshold on the positive probability; None for the most
             probable class, as always for more than two classes.
-        abstained: Mask of abstentions, bool ``(n,)``.
 
     Raises:
         DataError: If shapes do not match or a probability is outside [0, 1].
@@ -143,16 +130,7 @@ def tabulate_predictions(
 
 
 def write_predictions(path: Path | str, frame: pd.DataFrame, metadata: Mapping[str, object]) -> Path:
-    """Write predictions as Parquet or CSV, by the suffix of ``path``, atomically.
-
-    Args:
-        path: ``*.parquet``, or ``*.csv`` with its metadata in ``*.csv.json``.
-        frame: Output of `make_predictions`.
-        metadata: Hashes of pack and classifier, split, threshold and its rule.
-
-    Raises:
-        DataError: If the suffix is unknown.
-    """
+    """Write predictions as Parquet or CSV, by the suffix of ``path``, atomically."""
     path = Path(path)
     info = plain({**metadata, "format": FORMAT})
     info[_CONTENT] = _hash_content(frame, info)
@@ -178,11 +156,7 @@ def check_replaceable(path: Path, *, is_named: bool) -> None:
     """Refuse to replace a table, or the metadata of a csv, that was not written by this package.
 
     Args:
-        path: ``*.csv`` or ``*.parquet``.
         is_named: Whether the user named this file, which may then be replaced.
-
-    Raises:
-        UserFileError: If it was not written by this package, or was changed since.
     """
     json_path = _metadata_path(path)
     if path.suffix == ".csv" and json_path.exists() and _read_csv_metadata(path) is None:
@@ -324,11 +298,7 @@ FORMAT_SUBMISSIONS = "biopsy-submission/1"
 
 
 def give_ids(patch_ids: Sequence[str]) -> list[str]:
-    """Return the Kaggle id of each patch: its file name without folders and suffix.
-
-    Raises:
-        DataError: If two patches have the same id.
-    """
+    """Return the Kaggle id of each patch: its file name without folders and suffix."""
     ids = []
     for patch_id in patch_ids:
         name = patch_id.rpartition("/")[2]
@@ -353,10 +323,6 @@ def check_name(path: Path | str) -> Path:
 
 def write_submission(path: Path | str, frame: pd.DataFrame, metadata: Mapping[str, object]) -> Path:
     """Write a Kaggle submission (positive probability of each patch), and its metadata to ``*.csv.json``.
-
-    Args:
-        path: ``*.csv``.
-        frame: Predictions of two classes, with ``patch_id`` and ``prob``.
 
     Raises:
         DataError: If the suffix is not .csv, or two patches have the same id.

@@ -5,8 +5,6 @@ import errno
 import gc
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +12,11 @@ from biopsy.core.errors import DataError, PackError
 from biopsy.core.files import create_directory, sha256_file
 from biopsy.core.storage import stage
 from biopsy.data.archives import SYNTHETIC, Archive, open_archive
-from biopsy.data.cutting import REGION, Cutting
 from biopsy.data.datasets import annotated_slides, find_dataset
+from biopsy.data.datasets.annotated_slides import REGION, Cutting
 from biopsy.data.datasets.base import Dataset, Listing, find_positive, refuse_empty
 from biopsy.data.packing import Progress, write_listing
-from biopsy.data.packs import Origin, Pack, is_pack
+from biopsy.data.packs import Pack, describe_origin, is_pack
 from biopsy.data.tables import add_people, check_ids, fold_classes, join_columns, relabel
 
 if TYPE_CHECKING:  # slow import, needed for trees only
@@ -139,11 +137,11 @@ def prepare(
         )
         pack = _open_finished(out, request)
         if pack is None:
-            listing, origin = _list_patches(archive, layout, cutting, request, mpp)
-            groups = {} if layout is None else layout.groups
-            _add_tables(listing, origin, patients, labels, join, positive, groups)
-            _warn(listing, archive, {} if layout is None else layout.expected)
-            _write(out, layout.name if layout else annotated_slides.NAME, listing, origin, mpp, on_progress)
+            listing = _list_patches(archive, layout, cutting, mpp)
+            listing.origin["request"] = request
+            _add_tables(listing, patients, labels, join, positive, layout.groups)
+            _warn(listing, archive, layout.expected)
+            _write(out, layout.name, listing, on_progress)
             pack = Pack.open(out)
     if export_tree is not None:
         chosen = _choose_split(pack, split, published)
@@ -154,33 +152,21 @@ def prepare(
     return pack
 
 
-def _open_source(
-    source: Path | str, dataset: str | None, cutting: Cutting | None
-) -> tuple[Archive, Dataset | None]:
-    """Return the archive and its layout, None for annotated slides."""
+def _open_source(source: Path | str, dataset: str | None, cutting: Cutting | None) -> tuple[Archive, Dataset]:
+    """Return the archive and its layout; refuse options that do not apply."""
     if cutting is not None and cutting.annotations is not None:
-        return annotated_slides.open_slides(source), None
+        return annotated_slides.open_slides(source), annotated_slides.SLIDES
     archive = open_archive(source)
-    return archive, _find_dataset(archive, dataset, cutting)
-
-
-def _find_dataset(archive: Archive, dataset: str | None, cutting: Cutting | None) -> Dataset | None:
-    """Return the archive's layout, None for annotated slides; refuse options that do not apply."""
-    if dataset == annotated_slides.NAME or (dataset is None and annotated_slides.recognise(archive)):
-        if not annotated_slides.recognise(archive):
-            raise DataError(f"{archive.path} is not a folder of {annotated_slides.LOOKS_FOR}")
-        if cutting is None:
-            raise DataError(
-                f"{archive.path} holds annotated slides: set --mpp (um/px) and --patch-px (side of "
-                "the patches)"
-            )
-        return None
     layout = find_dataset(archive, dataset)
-    if cutting is not None:
+    if layout.cuts_slides and cutting is None:
+        raise DataError(
+            f"{archive.path} holds annotated slides: set --mpp (um/px) and --patch-px (side of the patches)"
+        )
+    if cutting is not None and not layout.cuts_slides:
         raise DataError(
             f"{archive.path} holds patches ({layout.name}): --patch-px is for {annotated_slides.LOOKS_FOR}"
         )
-    return layout
+    return archive, layout
 
 
 @contextlib.contextmanager
@@ -197,7 +183,7 @@ def _garbage_collection_disabled() -> Iterator[None]:
 
 def _describe_request(
     archive: Archive,
-    layout: Dataset | None,
+    layout: Dataset,
     positive: str | Sequence[str] | None,
     cutting: Cutting | None,
     **options: str | Path | float | None,
@@ -211,7 +197,7 @@ def _describe_request(
 
     request: dict[str, object] = {
         "fingerprint": archive.fingerprint(),
-        "dataset": annotated_slides.NAME if layout is None else layout.name,
+        "dataset": layout.name,
     }
     described = {name: describe(option) for name, option in options.items()}
     described["positive"] = positive if isinstance(positive, str | None) else ",".join(positive)
@@ -239,33 +225,19 @@ def _open_finished(out: Path, request: dict[str, object]) -> Pack | None:
     return pack
 
 
-def _list_patches(
-    archive: Archive,
-    layout: Dataset | None,
-    cutting: Cutting | None,
-    request: dict[str, object],
-    mpp: float | None,
-) -> tuple[Listing, Origin]:
-    """Return the patches of the source and their provenance."""
-    origin = Origin(
-        source=archive.path.name,
-        made=datetime.now(UTC).isoformat(timespec="seconds"),
-        version=version("biopsy"),
-        request=request,
-        synthetic=any(entry.name.rpartition("/")[2] == SYNTHETIC for entry in archive.entries),
-    )
-    if layout is None:
-        assert cutting is not None  # `_find_dataset` refuses slides without it
-        listing, origin["annotations"] = annotated_slides.list_patches(archive, cutting)
-        return listing, origin
+def _list_patches(archive: Archive, layout: Dataset, cutting: Cutting | None, mpp: float | None) -> Listing:
+    """Return the patches of the source, with their provenance."""
     if layout.needs_mpp and mpp is None:
         raise DataError(f"{archive.path} ({layout.name}) does not record the pixel size: set --mpp (um/px)")
-    return layout.list_patches(archive), origin
+    listing = layout.list_patches(archive, cutting) if layout.cuts_slides else layout.list_patches(archive)
+    listing.mpp = listing.mpp if mpp is None else mpp
+    listing.origin |= describe_origin(archive.path.name)
+    listing.origin["synthetic"] = any(entry.name.rpartition("/")[2] == SYNTHETIC for entry in archive.entries)
+    return listing
 
 
 def _add_tables(
     listing: Listing,
-    origin: Origin,
     patients: str | Path | None,
     labels: Path | str | None,
     join: Path | str | None,
@@ -273,6 +245,7 @@ def _add_tables(
     groups: Mapping[str, Sequence[str]],
 ) -> None:
     """Add the user's tables to a listing and its provenance, in place."""
+    origin = listing.origin
     if listing.table.empty:
         raise refuse_empty(listing.skipped)
     if patients is not None:
@@ -296,17 +269,10 @@ def _add_tables(
         origin["patients_missing"] = missing
 
 
-def _write(
-    out: Path,
-    dataset: str,
-    listing: Listing,
-    origin: Origin,
-    mpp: float | None,
-    on_progress: Progress | None,
-) -> None:
+def _write(out: Path, dataset: str, listing: Listing, on_progress: Progress | None) -> None:
     try:
         with create_directory(out) as folder:
-            write_listing(folder, dataset, listing, origin, mpp, on_progress)
+            write_listing(folder, dataset, listing, on_progress)
     except OSError as error:
         if error.errno in _NO_SPACE:
             raise DataError(f"the disk at {out} is full; no files were left there") from None

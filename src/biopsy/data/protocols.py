@@ -167,17 +167,10 @@ def divide_groups(
     sum over patches.
 
     Args:
-        group_ids: The group of each patch, ``(n_patches,)``.
-        target: The class index of each patch, ``(n_patches,)``.
         shares: Fractions of groups, each above 0; normalised to sum to 1.
-        seed: Random seed; the order of patches has no influence.
-        unit: Name of the grouping unit, for messages.
 
     Returns:
         The part of each patch, int64 ``(n_patches,)``.
-
-    Raises:
-        SplitError: If there are fewer groups than parts.
     """
     names, codes = np.unique(np.asarray(group_ids, dtype=str), return_inverse=True)
     fractions = np.asarray(shares, dtype=float) / np.sum(shares)
@@ -515,11 +508,7 @@ def _find_adjacent(
 
 
 def check_known(names: Sequence[str], group_ids: np.ndarray, unit: str) -> None:
-    """Refuse names that are not among ``group_ids``.
-
-    Raises:
-        SplitError: With the closest known name.
-    """
+    """Refuse names that are not among ``group_ids``."""
     options = set(group_ids.tolist())
     for name in names:
         if name not in options:

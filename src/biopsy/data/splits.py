@@ -26,7 +26,7 @@ from biopsy.core.text import normalize_id
 from biopsy.data.packs import Pack, Unit, group_by_unit
 from biopsy.data.protocols import LEAK_PROTOCOLS, MAY_OVERLAP, PROTOCOLS, PUBLISHED, SUBSETS, Cases, Request
 from biopsy.recipes import load_recipe
-from biopsy.statistics.resampling import FEWEST_GROUPS
+from biopsy.statistics.resampling import MIN_GROUPS
 
 FORMAT = "biopsy-split/1"
 _REMEDY = "restore the file, or make the split again with `biopsy split`"
@@ -322,11 +322,7 @@ def with_subsets(
 
 
 def save_split(pack: Pack, split: Split) -> Path:
-    """Write a split into its pack atomically and return the path of its table.
-
-    Raises:
-        UserFileError: If a split of that name exists and was edited by hand.
-    """
+    """Write a split into its pack atomically and return the path of its table."""
     names = [f"{_check_name(split.name)}{suffix}" for suffix in (".csv", ".json")]
     with update_directory(pack.path / FOLDER, *names, last=names[1], adopt=True) as partial:
         write_split(partial / names[0], split)
@@ -539,11 +535,7 @@ def _count_groups_per_class(pack: Pack, chosen: np.ndarray) -> dict[str, int]:
 
 
 def _state_limits(pack: Pack, protocol: str, counts: Sequence[Mapping[str, SubsetCounts]]) -> list[str]:
-    """Return one sentence per class whose test patients are too few for a confidence interval.
-
-    Args:
-        counts: Counts of the subsets, one mapping per fold.
-    """
+    """Return one sentence per class whose test patients are too few for a confidence interval."""
     if pack.unit == "patch" or protocol in LEAK_PROTOCOLS:  # test one patient by design
         return []
     tested = {
@@ -552,14 +544,14 @@ def _state_limits(pack: Pack, protocol: str, counts: Sequence[Mapping[str, Subse
     present = _count_groups_per_class(pack, np.full(len(pack), True))
     limits = []
     for name, n_tested in tested.items():
-        if n_tested >= FEWEST_GROUPS or not present[name]:
+        if n_tested >= MIN_GROUPS or not present[name]:
             continue
         metrics = "AUROC, precision and recall"
         if pack.info.positive_class is not None:
             metrics = f"AUROC and {'sensitivity' if name == pack.info.positive_class else 'specificity'}"
         text = f"{n_tested} of {present[name]} {pack.unit}s with {name} patches are tested"
-        text += f": no interval for {metrics}, which needs {FEWEST_GROUPS}"
-        if present[name] < FEWEST_GROUPS:
+        text += f": no interval for {metrics}, which needs {MIN_GROUPS}"
+        if present[name] < MIN_GROUPS:
             text += f"; nor does another split allow one, but leave-one-out reports each {pack.unit}"
         elif len(counts) == 1:
             text += "; --protocol folds or leave-one-out tests all of them"
@@ -573,10 +565,6 @@ def check_no_leakage(group_ids: np.ndarray, subsets: np.ndarray, *, unit: str = 
     Args:
         group_ids: The patient of each patch, ``(n_patches,)``.
         subsets: The subset of each patch; ``""`` if none.
-        unit: Name of the grouping unit, for the message.
-
-    Raises:
-        SplitError: With the first patient and its subsets.
 
     Example:
         >>> check_no_leakage(np.array(["a", "a", "b"]), np.array(["train", "train", "test"]))

@@ -56,9 +56,6 @@ def read_patch_table(path: Path | str, aliases: dict[str, str] | None = None) ->
 
     Args:
         aliases: Column names by heading in lower case, besides those of the keys.
-
-    Raises:
-        FileFormatError: If it is not a csv, or two headings stand for one column.
     """
     keys = {name: name for name in (*_PATCH_KEYS, *ID_COLUMNS)}
     rows = read_csv_table(path, aliases=keys | (aliases or {}))
@@ -283,7 +280,6 @@ def relabel(
             optionally ``who`` and ``when``. Unknown labels become new classes, with a warning. A column
             ``decision``, as in the sheet of ``label-issues``, takes precedence: ``yes`` applies the class in
             ``suggested``, ``no`` confirms ``label``, a class name is applied; other rows are ignored.
-        class_names: The classes of the data set, in order.
 
     Returns:
         The table with corrected ``class_name`` and columns ``label_before``, ``label_by``, ``label_at`` (null
@@ -333,11 +329,7 @@ def relabel(
 
 
 def refuse_decided(path: Path) -> None:
-    """Refuse to overwrite a sheet of label issues that has decisions.
-
-    Raises:
-        UserFileError: If ``path`` is a csv with decisions.
-    """
+    """Refuse to overwrite a sheet of label issues that has decisions."""
     try:
         rows = read_csv_table(path)
     except FileFormatError:
@@ -361,7 +353,6 @@ def fold_classes(
     the others become ``other``; ``original_class`` keeps the original names.
 
     Args:
-        class_names: The classes of the data set, in order.
         positive: Names of positive classes, as a list or separated by commas, or the name of a group.
         groups: Named groups of classes; with a group name, each class becomes its group.
 

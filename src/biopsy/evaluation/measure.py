@@ -11,13 +11,14 @@ from biopsy.data.packs import COLUMNS
 from biopsy.evaluation.scored import ScoredPatches
 from biopsy.statistics.calibration import ece_floor
 from biopsy.statistics.decisions import (
-    Calls,
-    count_calls,
+    DecisionCounts,
+    count_decisions,
     estimate_benefit_gain,
     estimate_net_benefit,
     estimate_predictive_values,
     estimate_rates,
     net_benefit,
+    parse_rule,
 )
 from biopsy.statistics.intervals import (
     PatientSummary,
@@ -27,7 +28,6 @@ from biopsy.statistics.intervals import (
 )
 from biopsy.statistics.multiclass import ClassReport, ClassSample, classification_report
 from biopsy.statistics.resampling import Interval
-from biopsy.statistics.thresholds import parse_rule
 
 CURVE = np.arange(1, 100) / 100  # threshold probabilities of the decision curve
 MARKED = np.arange(1, 20) / 20  # threshold probabilities with an interval
@@ -171,7 +171,7 @@ def measure_decisions(
         return Decisions()
     truth, prob = scored.is_positive, scored.prob
     at = [*(threshold["value"] for threshold in thresholds), *MARKED]
-    calls = count_calls(truth, prob, scored.group_ids, at, **scored.resampling)
+    calls = count_decisions(truth, prob, scored.group_ids, at, **scored.resampling)
     values = None
     if prevalence is not None:
         points = [
@@ -197,7 +197,7 @@ def measure_decisions(
     )
 
 
-def _operating_point(calls: Calls, k: int, threshold: Mapping[str, Any]) -> OperatingPoint:
+def _operating_point(calls: DecisionCounts, k: int, threshold: Mapping[str, Any]) -> OperatingPoint:
     rates, rule = estimate_rates(calls, k), threshold["rule"]
     name = rule.partition("=")[0]
     chosen = {name: threshold.get(name) for name in ("sensitivity", "specificity")}

@@ -37,14 +37,19 @@ def list(kind: Kind) -> Rows:
 
 
 def _list_datasets() -> Rows:
-    from biopsy.data.datasets import annotated_slides, list_datasets
+    from biopsy.data.datasets import Dataset, list_datasets
 
-    rows: Rows = [
+    def command(dataset: Dataset) -> str:
+        source = "SLIDES" if dataset.cuts_slides else "SOURCE"
+        options = " --mpp UM" * (dataset.mpp is None) + " --patch-px PIXELS" * dataset.cuts_slides
+        return f"biopsy prepare {source} --out PACK{options}"
+
+    return [
         {
             "name": dataset.name,
             "title": dataset.title,
             "looks_for": dataset.looks_for,
-            "prepare": "biopsy prepare SOURCE --out PACK" + (" --mpp UM" if dataset.mpp is None else ""),
+            "prepare": command(dataset),
             "counts": dataset.expected,
             "mpp": dataset.mpp,
             "fetch": dataset.is_downloadable,
@@ -53,22 +58,12 @@ def _list_datasets() -> Rows:
         }
         for dataset in list_datasets()
     ]
-    slides: Row = {
-        "name": annotated_slides.NAME,
-        "title": annotated_slides.TITLE,
-        "looks_for": annotated_slides.LOOKS_FOR,
-        "prepare": "biopsy prepare SLIDES --out PACK --mpp UM --patch-px PIXELS",
-        "fetch": False,
-        "licence": "that of your data",
-    }
-    return [*rows, dict.fromkeys(rows[0]) | slides]
 
 
 def _list_models() -> Rows:
-    from biopsy.models.known_weights import list_weights
     from biopsy.models.networks import build_network, count_parameters, list_networks, network_parameters
     from biopsy.models.networks.stages import list_stages
-    from biopsy.models.weights import locate
+    from biopsy.models.weights import list_weights, locate
     from biopsy.recipes import list_recipes, load_recipe
 
     recipes = [load_recipe(name) for name in list_recipes()]
@@ -132,9 +127,8 @@ def _list_classifiers() -> Rows:
 
 
 def _list_encoders() -> Rows:
-    from biopsy.models.known_weights import find_weights
     from biopsy.models.networks.encoders import list_encoders
-    from biopsy.models.weights import locate
+    from biopsy.models.weights import find_weights, locate
 
     rows: Rows = []
     for encoder in list_encoders():

@@ -6,7 +6,8 @@ script, ``openvino/`` for slide maps without PyTorch, a model card, and a parity
 agree are not written.
 """
 
-from dataclasses import dataclass
+import os
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
@@ -16,16 +17,17 @@ import cv2
 import numpy as np
 
 from biopsy.core.errors import BiopsyError, DataError, RunError
-from biopsy.core.files import create_directory, sha256_file, write_json
+from biopsy.core.files import create_directory, read_json, sha256_file, write_json
 from biopsy.core.results import Output, Table
 from biopsy.core.text import count
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import decide
-from biopsy.exporting.formats.registry import FORMATS
+from biopsy.exporting.formats import FORMATS
 from biopsy.exporting.model_card import Int8Difference, Parity, card_of_run, gather_card, metadata_of_run
 from biopsy.models.classifier import WEIGHTS, Classifier
 from biopsy.models.compiling import write_quantised
 from biopsy.models.engine import Engine
+from biopsy.models.hub import PREFIX, hub_errors, require_repository
 from biopsy.models.importers.wsinfer import is_wsinfer
 from biopsy.models.inference import predict_logits
 from biopsy.models.openvino_runtime import FOLDER, INT8_MODEL, MODEL, CompiledRuntime, read_compiled
@@ -67,7 +69,7 @@ class Bundle(Output):
             return [str(self.path), table]
         int8 = parity["int8"]
         measured = f"int8 on {count(int8['n_patches'], 'other patch')}"
-        changed = f"{int8['changed_calls']:.1%} of predicted classes change"
+        changed = f"{int8['changed_predictions']:.1%} of predicted classes change"
         return [str(self.path), table, f"{measured}: largest difference {int8['largest']:.3f}, {changed}"]
 
     def to_json(self) -> dict[str, object]:
@@ -108,7 +110,7 @@ def export(
         raise RunError(f"{out} exists already: name a folder that does not")
     model_folder = None if isinstance(model, Run | Classifier) else Path(model)
     if model_folder is not None and is_wsinfer(model_folder) and not (model_folder / WEIGHTS).is_file():
-        raise RunError(f"{model} is a model in WSInfer's form already: give it to other programs as it is")
+        raise RunError(f"{model} is a WSInfer model already: use its folder in other programs")
     classifier = _with_mpp(open_classifier(model), mpp, model)
     run = _find_run(model)
     pack = _find_pack(run, data)
@@ -150,12 +152,7 @@ def export(
 
 
 def write_networks(classifier: Classifier, folder: Path) -> None:
-    """Write a network in every registered format into its classifier's folder.
-
-    Raises:
-        RunError: If the network cannot be exported.
-        MissingExtra: If onnx is not installed.
-    """
+    """Write a network in every registered format into its classifier's folder."""
     for form in FORMATS.values():
         try:
             form.write(classifier, folder)
@@ -167,13 +164,7 @@ def write_networks(classifier: Classifier, folder: Path) -> None:
 
 
 def measure_parity(classifier: Classifier, folder: Path, patches: np.ndarray) -> Parity:
-    """Compare the predictions of the classifier and of the exported networks.
-
-    Args:
-        classifier: The classifier, on the CPU.
-        folder: Folder with the output of `write_networks`.
-        patches: uint8 ``(n, patch_px, patch_px, 3)``.
-    """
+    """Compare the predictions of the classifier and of the exported networks."""
     info, single = classifier.info, classifier.single_patch()
     logits = predict_logits(single.network, info.preprocessing, patches, engine=Engine("cpu"))
     probs = {"PyTorch": single.probs(logits)}
@@ -199,18 +190,18 @@ def measure_parity(classifier: Classifier, folder: Path, patches: np.ndarray) ->
 def measure_int8(classifier: Classifier, folder: Path, patches: np.ndarray) -> Int8Difference:
     """Compare the quantised network in a folder with the network in float32."""
     single = classifier.single_patch()
-    probs, calls = [], []
+    probs, preds = [], []
     for precision, name in (("fp32", MODEL), ("int8", INT8_MODEL)):
         model = read_compiled(folder / FOLDER, classifier, name)
         runtime = CompiledRuntime(classifier, model, precision, n_threads=1)
         probs.append(single.probs(runtime.logits(patches)))
-        calls.append(decide(probs[-1], single.positive_index, single.threshold))
+        preds.append(decide(probs[-1], single.positive_index, single.threshold))
     difference = np.abs(probs[0] - probs[1]).max(axis=1)
     return Int8Difference(
         n_patches=len(patches),
         largest=float(difference.max()),
         median=float(np.median(difference)),
-        changed_calls=float((calls[0] != calls[1]).mean()),
+        changed_predictions=float((preds[0] != preds[1]).mean()),
         nncf=version("nncf"),
     )
 
@@ -244,15 +235,12 @@ def _with_mpp(classifier: Classifier, mpp: float | None, model: object) -> Class
     """Return a copy of a classifier with a known pixel size."""
     recorded = classifier.info.mpp
     if mpp is not None and not 0 < mpp < 1000:
-        raise RunError(f"mpp is {mpp}; micrometres a pixel lie between 0 and 1000")
+        raise RunError(f"mpp is {mpp}; it must be between 0 and 1000 um/px")
     if mpp is not None and recorded is not None and mpp != recorded:
-        raise RunError(
-            f"the classifier was trained at {recorded} um/px: --mpp {mpp} is for one that does not know"
-        )
+        raise RunError(f"the classifier was trained at {recorded} um/px: omit --mpp {mpp}")
     if mpp is None and recorded is None:
         raise RunError(
-            f"{model} does not know at how many um/px its patches were cut, and no slide can be read "
-            "without that: pass --mpp"
+            f"{model} does not record the pixel size of its patches, which slides require: pass --mpp (um/px)"
         )
     info = classifier.info.model_copy(update={"mpp": recorded if mpp is None else mpp})
     return type(classifier)(info, classifier.base_network, classifier.extras)
@@ -282,6 +270,76 @@ def _choose_patches(pack: Pack, patch_px: int, most: int) -> np.ndarray:
     """Return full-size patches, evenly spaced in the pack, uint8 ``(n, patch_px, patch_px, 3)``."""
     full_size = np.flatnonzero((pack.sizes == patch_px).all(axis=1))
     if not len(full_size):
-        raise DataError(f"{pack.path} has no whole patch of {patch_px} px: parity cannot be tried on it")
+        raise DataError(f"{pack.path} has no whole patch of {patch_px} px: agreement cannot be tested on it")
     rows = full_size[np.unique(np.linspace(0, len(full_size) - 1, min(most, len(full_size))).astype(int))]
     return np.array(pack.patches[rows, :patch_px, :patch_px])
+
+
+@dataclass(frozen=True)
+class Publication(Output):
+    """Result of `publish`.
+
+    Attributes:
+        repository: ``ORG/NAME``.
+        commit: Hash of the commit.
+        model: ``hf:ORG/NAME@COMMIT``, the name of exactly this version.
+        url: Page of the commit.
+        files: The files uploaded.
+    """
+
+    repository: str
+    commit: str
+    model: str
+    url: str
+    files: list[str]
+
+    def blocks(self) -> list[str]:
+        return [self.model, f"{count(len(self.files), 'file')}: {self.url}"]
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def publish(bundle: Path | str, repository: str, *, private: bool = False) -> Publication:
+    """Upload a bundle to the Hugging Face hub.
+
+    Only files written by ``export`` are uploaded, and only if unchanged; the model card may be edited. The
+    token is taken from ``hf auth login`` or ``$HF_TOKEN``.
+
+    Args:
+        bundle: Folder written by ``export``.
+        repository: Repository on the hub, ``ORG/NAME``; created if missing.
+        private: Create the repository as a private one.
+
+    Raises:
+        DataError: If the folder is not a bundle.
+        RunError: If a file of the bundle is missing or was modified.
+        HubError: If the name is invalid, or the hub refuses the upload.
+    """
+    from huggingface_hub import HfApi
+
+    from biopsy import __version__
+
+    folder = Path(bundle)
+    files = _list_bundle(folder)
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+    with hub_errors(require_repository(repository)):
+        api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=files,
+            commit_message=f"Classifier exported by biopsy {__version__}",
+        )
+    model = f"{PREFIX}{repository}@{commit.oid}"
+    return Publication(repository, commit.oid, model, commit.commit_url, files)
+
+
+def _list_bundle(folder: Path) -> list[str]:
+    """Return the files of a bundle, each checked against its hash."""
+    document = read_json(folder / DOCUMENT, format=FORMAT, remedy="name a folder that `export` wrote")
+    for name, digest in document["files"].items():
+        path = folder / name
+        if not path.is_file() or (name != CARD and sha256_file(path) != digest):
+            raise RunError(f"{path} is missing or was altered since the bundle was written: export again")
+    return [*document["files"], DOCUMENT]

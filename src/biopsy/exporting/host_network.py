@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from biopsy.models.classifier import Classifier
-from biopsy.models.preprocessing import Preprocessing, nearest_index
-from biopsy.statistics.calibrators import LEAST_PROB, Calibrator, Isotonic, Scaling
+from biopsy.recipes.preprocessing import Preprocessing, nearest_index
+from biopsy.statistics.calibrators import MIN_PROB, Calibrator, Isotonic, Scaling
 
 
 class HostNetwork(nn.Module):
@@ -28,7 +28,7 @@ class HostNetwork(nn.Module):
         classifier = classifier.single_patch()
         info = classifier.info
         self.resize = make_resize(info.preprocessing, info.patch_px)
-        self.standardise = _Standardise(info.preprocessing)
+        self.normalise = _Normalise(info.preprocessing)
         self.network = classifier.network
         self.is_sigmoid = info.outputs == "sigmoid"
         self.calibrate = make_calibration(classifier.calibrator)
@@ -36,7 +36,7 @@ class HostNetwork(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Return the scores."""
-        logits = self.network(self.standardise(self.resize(patches)))
+        logits = self.network(self.normalise(self.resize(patches)))
         return self.calibrate(functional.logsigmoid(logits) if self.is_sigmoid else logits)
 
 
@@ -126,7 +126,7 @@ def _divide(values: Tensor, bits: int) -> Tensor:
     return torch.div(values, 2**bits, rounding_mode="trunc").int()
 
 
-class _Standardise(nn.Module):
+class _Normalise(nn.Module):
     """Channel order, scale, mean and standard deviation, as buffers that move with the network."""
 
     mean: Tensor
@@ -197,7 +197,7 @@ class _Isotonic(nn.Module):
         share = torch.where(step > 0, rise / step.clamp(min=1e-30), torch.zeros_like(rise)).clamp(0, 1)
         prob = self.calibrated[lower] + share * (self.calibrated[upper] - self.calibrated[lower])
         pair = [1 - prob, prob] if self.positive else [prob, 1 - prob]
-        return torch.stack(pair, dim=1).clamp(min=LEAST_PROB).log()
+        return torch.stack(pair, dim=1).clamp(min=MIN_PROB).log()
 
 
 def example_batch(classifier: Classifier) -> torch.Tensor:

@@ -19,16 +19,10 @@ from biopsy.reporting.document import interval_of, metric_label, number
 from biopsy.training.runs import Run
 
 NOT_A_DEVICE = "Research use only: not a medical device, not for diagnosis."
-SHOWN: tuple[str, ...] = (
-    "auroc",
-    "auprc",
-    "accuracy",
-    "balanced_accuracy",
-    "sensitivity",
-    "specificity",
-    "ppv",
+SHOWN = (
+    *("auroc", "auprc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "ppv", "npv"),
+    *("f1_macro", "kappa", "brier", "ece", "calibration_slope"),
 )
-SHOWN += ("npv", "f1_macro", "kappa", "brier", "ece", "calibration_slope")
 HUB_METRICS = {"auroc": "roc_auc", "sensitivity": "recall", "ppv": "precision"}
 """Names of metrics on the Hugging Face hub; other metrics keep their name."""
 
@@ -39,7 +33,7 @@ class Int8Difference(TypedDict):
     n_patches: int
     largest: float
     median: float
-    changed_calls: float
+    changed_predictions: float
     nncf: str
 
 
@@ -118,7 +112,7 @@ def metadata_of_run(facts: CardFacts) -> str:
         for metric in (SHOWN if facts.metrics else ())
         if facts.metrics and facts.metrics["patch"].get(metric, {}).get("value") is not None
     ]
-    licence, _, _ = info.licence.lower().partition(";")  # what follows is said of the data
+    licence, _, _ = info.licence.lower().partition(";")  # followed by the licence of the data
     is_identifier = re.fullmatch(r"[a-z0-9.-]+", licence)
     data = ModelCardData(
         license=licence if is_identifier else "other",
@@ -137,10 +131,10 @@ def _describe_model(info: ClassifierInfo) -> list[str]:
         "network": info.network,
         "classes": ", ".join(info.class_names),
         "positive class": info.positive_class or "none, more than two classes",
-        "patch": f"{info.patch_px} x {info.patch_px} px at {_mpp(info)}, fed at "
+        "patch": f"{info.patch_px} x {info.patch_px} px at {_mpp(info)}, resized to "
         f"{info.preprocessing.input_px} px",
-        "calibration": _spell_calibrator(info.calibrator),
-        "threshold": _spell_threshold(info),
+        "calibration": _describe_calibrator(info.calibrator),
+        "threshold": _describe_threshold(info),
         "licence of the weights": info.licence,
         "made with": f"biopsy {info.version or 'of unknown version'}",
         "SHA-256 of the weights": info.weights_sha256 or "not saved yet",
@@ -151,9 +145,9 @@ def _describe_model(info: ClassifierInfo) -> list[str]:
 def _describe_use(info: ClassifierInfo) -> list[str]:
     return [
         "## Intended use",
-        f"Research on H&E-stained slides: to colour patches of {info.patch_px} px at {_mpp(info)} by the "
-        f"probability of {info.positive_class or 'each class'}, and to compare methods. Not for "
-        "decisions on patients; not for other stains, organs or magnifications than those below.",
+        f"Research on H&E-stained slides: maps of the probability of {info.positive_class or 'each class'} "
+        f"for patches of {info.patch_px} px at {_mpp(info)}, and comparison of methods. Not for decisions on "
+        "patients; not for other stains, organs or magnifications than those below.",
     ]
 
 
@@ -164,7 +158,7 @@ def _describe_data(facts: CardFacts) -> list[str]:
         return [
             "## Data",
             *basis,
-            f"Trained on {info.pack.get('name', 'data that are not recorded')}; no run at hand says more.",
+            f"Trained on {info.pack.get('name', 'data that are not recorded')}; the run is not available.",
         ]
     pack, split = facts.run.info["pack"], facts.run.info["split"]
     unit = split["unit"]
@@ -181,9 +175,7 @@ def _describe_data(facts: CardFacts) -> list[str]:
         _table(["subset", "patches", plural(unit), *info.class_names], rows),
     ]
     if split["patients_overlap"]:
-        lines.append(
-            "**Patients overlap between subsets: the figures below say nothing about a new patient.**"
-        )
+        lines.append("**Patients overlap between subsets: the metrics below do not hold for new patients.**")
     return lines
 
 
@@ -218,14 +210,14 @@ def _describe_metrics(metrics: Mapping[str, Any] | None) -> list[str]:
         )
     baseline = (metrics.get("baseline") or {}).get("auroc")
     if baseline is not None:
-        lines.append(f"Colour alone reaches an AUROC of {number(baseline)} on the same patches.")
+        lines.append(f"Colour-only baseline: AUROC {number(baseline)} on the same patches.")
     return lines
 
 
 def _describe_subgroups(metrics: Mapping[str, Any] | None) -> list[str]:
     subgroups = (metrics or {}).get("subgroups") or {}
     if not subgroups:
-        return ["## Subgroups", "None were compared: no column of the data made any."]
+        return ["## Subgroups", "Not compared: the data have no column with subgroups."]
     shown = [name for values in subgroups.values() for group in values.values() for name in group["patch"]][
         :2
     ]
@@ -256,13 +248,13 @@ def _describe_limits(facts: CardFacts) -> list[str]:
     lines = [NOT_A_DEVICE]
     n_patients = (facts.metrics or {}).get("n_patients")
     if n_patients is not None and n_patients < 10:
-        lines.append(f"Tested on {count(n_patients, 'patient')}: too few to say how it does on the next one.")
+        lines.append(f"Tested on {count(n_patients, 'patient')}: too few for conclusions on new patients.")
     lines += [
-        "Other scanners, stains, laboratories and magnifications were not tested unless named above.",
-        "Probabilities hold for the share of positive patches seen in validation; elsewhere they shift.",
-        "A patch unlike training gets a probability all the same; hosts that run the exported model do not "
-        "flag it, `biopsy predict` and `biopsy slide` do where the classifier carries a reference.",
-        "Hosts feed whole patches: what is done for smaller ones at a slide's edge is not exported.",
+        "Not tested with other scanners, stains, laboratories and magnifications than those above.",
+        "Probabilities are calibrated for the prevalence of positive patches in validation.",
+        "Out-of-distribution patches are flagged by `biopsy predict` and `biopsy slide` (if the classifier "
+        "has reference statistics), not by other programs that run the exported model.",
+        "The exported model is for full-size patches; the treatment of smaller ones is not exported.",
     ]
     return ["## Limits", "\n".join(f"* {line}" for line in lines)]
 
@@ -272,28 +264,28 @@ def _describe_parity(parity: Parity) -> list[str]:
     text = [
         "## Parity",
         f"Largest difference of a probability on {number(parity['n_patches'])} patches of "
-        f"{parity['pack']['name']}, of which at most {parity['tolerance']:g} is allowed:",
+        f"{parity['pack']['name']} (tolerance {parity['tolerance']:g}):",
         _table(["formats", "largest difference"], rows),
     ]
     if "int8" in parity:
         int8 = parity["int8"]
         text.append(
-            f"The quantised network (int8) beside float32 on {number(int8['n_patches'])} other patches: a "
-            f"probability differs by {int8['largest']:.3f} at most, {int8['median']:.4f} in the median, and "
-            f"{100 * int8['changed_calls']:.1f} % of the calls change."
+            f"Quantised network (int8) compared with float32 on {number(int8['n_patches'])} other patches: "
+            f"probabilities differ by at most {int8['largest']:.3f} (median {int8['median']:.4f}), and "
+            f"{100 * int8['changed_predictions']:.1f} % of the predictions change."
         )
     return text
 
 
-def _spell_calibrator(calibrator: CalibratorRecord) -> str:
+def _describe_calibrator(calibrator: CalibratorRecord) -> str:
     if calibrator["method"] == "none":
         return f"none ({calibrator['reason']})" if calibrator.get("reason") else "none"
     return f"{calibrator['method']}, inside the exported model"
 
 
-def _spell_threshold(info: ClassifierInfo) -> str:
+def _describe_threshold(info: ClassifierInfo) -> str:
     if not info.thresholds:
-        return "none, the likeliest class is called"
+        return "none; the most probable class is predicted"
     first = info.thresholds[0]
     return f"{number(first['value'])} on the probability of {info.positive_class} ({first['rule']})"
 

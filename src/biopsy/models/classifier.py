@@ -4,7 +4,6 @@ import copy
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Required
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError
 from typing_extensions import TypedDict
 
 from biopsy.core.errors import DataError, RunError
@@ -21,10 +20,9 @@ from biopsy.core.loaders import read_tensors, refusing, validate
 from biopsy.core.results import Output
 from biopsy.data.packs import MAX_PATCH_PX, Pack
 from biopsy.data.predictions import FrozenThreshold, decide
-from biopsy.models.context import average_neighbours, has_coordinates
-from biopsy.models.preprocessing import Preprocessing, Resize
+from biopsy.recipes.preprocessing import Preprocessing, Resize
+from biopsy.statistics.abstention import abstain, predict_sets
 from biopsy.statistics.calibrators import Calibrator, Method, calibrator_from_dict
-from biopsy.statistics.conformal import abstain, predict_sets
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -149,11 +147,7 @@ class ClassifierInfo(BaseModel):
     weights_sha256: str = ""
 
     def require_consistent(self) -> "ClassifierInfo":
-        """Check that the fields are consistent.
-
-        Raises:
-            DataError: With the name of the inconsistent field.
-        """
+        """Check that the fields are consistent."""
         names, calibrator, quantiles = self.class_names, self.calibrator, self.conformal.get("quantiles")
         n_knots = len(calibrator.get("prob", []))
         limits = (
@@ -245,8 +239,8 @@ class Classifier(Output):
         class_names: Sequence[str],
         input_px: int,
         mpp: float | None,
-        mean: Sequence[float] = (0.0, 0.0, 0.0),
-        std: Sequence[float] = (1.0, 1.0, 1.0),
+        mean: tuple[float, float, float] = (0.0, 0.0, 0.0),
+        std: tuple[float, float, float] = (1.0, 1.0, 1.0),
         patch_px: int | None = None,
         positive_class: str | None = None,
         threshold: float = 0.5,
@@ -270,8 +264,8 @@ class Classifier(Output):
             licence: Licence of the weights.
 
         Raises:
-            RunError: If the module does not accept such a batch, its output does not fit the classes, or an
-                argument is impossible.
+            RunError: If a value is invalid, the module does not accept such a batch, or its output does not
+                fit the classes.
         """
         from torch import nn
 
@@ -287,34 +281,30 @@ class Classifier(Output):
             raise RunError(f"positive_class={positive_class!r} is not one of two classes {names}")
         if binary and not 0 <= threshold <= 1:
             raise RunError(f"threshold={threshold!r} is not a probability")
-        if mpp is not None and not 0 < mpp < math.inf:
-            raise RunError(f"mpp={mpp!r}: pass the micrometres per pixel, or None if unknown")
-        if min(input_px, patch_px or input_px) < 1:
-            raise RunError(f"input_px={input_px!r}, patch_px={patch_px!r}: pass one pixel or more")
         frozen = Threshold(value=float(threshold), rule="given", chosen_on=None)
-        info = ClassifierInfo(
-            network=f"wrapped:{type(module).__module__}.{type(module).__qualname__}",
-            class_names=names,
-            positive_class=(positive_class or names[1]) if binary else None,
-            patch_px=patch_px or input_px,
-            mpp=mpp,
-            preprocessing=Preprocessing(input_px=input_px, resize=resize, mean=mean, std=std),
-            thresholds=[frozen] if binary else [],
-            conformal={"reason": "a wrapped module is not calibrated"},
-            licence=licence,
-        )
+        try:
+            info = ClassifierInfo(
+                network=f"wrapped:{type(module).__module__}.{type(module).__qualname__}",
+                class_names=names,
+                positive_class=(positive_class or names[1]) if binary else None,
+                patch_px=input_px if patch_px is None else patch_px,
+                mpp=mpp,
+                preprocessing=Preprocessing(input_px=input_px, resize=resize, mean=mean, std=std),
+                thresholds=[frozen] if binary else [],
+                conformal={"reason": "a wrapped module is not calibrated"},
+                licence=licence,
+            )
+        except ValidationError as error:
+            fault = error.errors(include_url=False)[0]
+            raise RunError(f"{fault['loc'][0]}={fault['input']!r}: {fault['msg']}") from None
         return cls(info, WrappedNetwork(module, len(names), input_px))
 
     @property
     def network(self) -> "nn.Module":
-        """The network in evaluation mode, including test-time augmentation.
-
-        Raises:
-            RunError: If the weights do not fit the network.
-        """
+        """The network in evaluation mode, including test-time augmentation."""
         if self.info.tta == "none":
             return self.base_network
-        from biopsy.models.networks.symmetry import SymmetryAveraged
+        from biopsy.models.networks.wrapped import SymmetryAveraged
 
         return SymmetryAveraged(self.base_network).eval()
 
@@ -427,33 +417,20 @@ class Classifier(Output):
         return single
 
     def for_patches(self, table: pd.DataFrame) -> "Classifier":
-        """Return this classifier, or the one without context if no patch has coordinates (logged).
-
-        Args:
-            table: ``x``, ``y``, ``slide_id`` and ``patient_id`` of each patch.
-        """
+        """Return this classifier, or the one without context if no patch has coordinates (logged)."""
         if not self.info.context or has_coordinates(table):
             return self
         logger.warning("no coordinates: patches are predicted without their neighbours on the slide")
         return self.single_patch()
 
     def add_context(self, logits: np.ndarray, table: pd.DataFrame) -> np.ndarray:
-        """Return logits averaged over neighbouring patches if the classifier uses context.
-
-        Args:
-            logits: ``(n, n_classes)``.
-            table: ``x``, ``y``, ``slide_id`` and ``patient_id`` of each patch.
-        """
+        """Return logits averaged over neighbouring patches if the classifier uses context."""
         if not self.info.context:
             return logits
         return average_neighbours(logits, table, patch_px=self.info.patch_px, length=self.info.context)
 
     def check_pack(self, pack: Pack) -> None:
-        """Check that the resolution and size of a pack's patches match those of the training patches.
-
-        Raises:
-            DataError: With both resolutions or sizes.
-        """
+        """Check that the resolution and size of a pack's patches match those of the training patches."""
         theirs, ours = pack.info, self.info
         if theirs.mpp and ours.mpp and abs(theirs.mpp / ours.mpp - 1) > MPP_TOLERANCE:
             raise DataError(
@@ -504,11 +481,7 @@ class Classifier(Output):
         return self.info.thresholds[0]["value"] if self.info.thresholds else None
 
     def abstains(self, probs: np.ndarray) -> np.ndarray | None:
-        """Return a mask of abstentions, bool ``(N,)``; None without conformal quantiles.
-
-        Args:
-            probs: Calibrated probabilities, ``(N, n_classes)``.
-        """
+        """Return a mask of abstentions, bool ``(N,)``; None without conformal quantiles."""
         quantiles = self.info.conformal.get("quantiles")
         if quantiles is None:
             return None
@@ -538,3 +511,64 @@ def score_classes(logits: np.ndarray, outputs: str) -> np.ndarray:
     """Return scores ``(N, n_classes)`` whose softmax is the probabilities: for sigmoid, their logarithms."""
     logits = logits.astype(np.float64)
     return -np.logaddexp(0, -logits) if outputs == "sigmoid" else logits
+
+
+CELLS = 4
+"""Grid cells per patch side; distances are exact for strides of 1, 1/2 and 1/4 patch."""
+REACH = 5
+"""Radius in decay lengths, at which the weight is below 1 %."""
+
+
+def average_neighbours(
+    logits: np.ndarray, table: pd.DataFrame, *, patch_px: int, length: float
+) -> np.ndarray:
+    """Return the logits averaged over the neighbourhood of each patch.
+
+    Args:
+        logits: ``(n, n_classes)``, of *all* patches of a slide.
+        table: ``x`` and ``y`` in pixels, ``slide_id`` and ``patient_id``. Patches without coordinates or
+            slide keep their logits.
+        length: Decay length in patch sides.
+    """
+    averaged = logits.astype(np.float64)
+    for rows, coordinates in find_slides(table):
+        averaged[rows] = _average_slide(averaged[rows], coordinates / patch_px, length)
+    return averaged.astype(logits.dtype)
+
+
+def has_coordinates(table: pd.DataFrame) -> bool:
+    """Return whether any patch has coordinates on a slide."""
+    return {"x", "y", "slide_id", "patient_id"} <= set(table) and bool(_has_coordinates(table).any())
+
+
+def find_slides(table: pd.DataFrame) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the rows ``(n,)`` of each slide and their coordinates ``(n, 2)``."""
+    slide = table["slide_id"].fillna(table["patient_id"])
+    rows = np.flatnonzero(_has_coordinates(table))
+    coordinates = table[["x", "y"]].iloc[rows].to_numpy(float)
+    parts = pd.Series(np.arange(len(rows))).groupby(slide.iloc[rows].to_numpy(str)).indices
+    return [(rows[part], coordinates[part]) for part in parts.values()]
+
+
+def _has_coordinates(table: pd.DataFrame) -> pd.Series:
+    has_slide = table["slide_id"].notna() | table["patient_id"].notna()
+    return table[["x", "y"]].notna().all(axis=1) & has_slide
+
+
+def _average_slide(logits: np.ndarray, coordinates: np.ndarray, length: float) -> np.ndarray:
+    """Return averaged logits of one slide; ``coordinates`` are in patch sides."""
+    from scipy.signal import fftconvolve  # slow import
+
+    cells = np.rint((coordinates - coordinates.min(axis=0)) * CELLS).astype(int)
+    column, row = cells.T
+    shape = (row.max() + 1, column.max() + 1)
+    radius = int(np.ceil(REACH * length * CELLS))
+    offset = np.arange(-radius, radius + 1) / CELLS
+    distance = np.hypot(offset[:, None], offset)
+    kernel = np.exp(-distance / length) * (distance <= REACH * length)
+    sums = []
+    for values in (np.ones(len(logits)), *logits.T):
+        grid = np.zeros(shape)
+        np.add.at(grid, (row, column), values)
+        sums.append(fftconvolve(grid, kernel, mode="same")[row, column])
+    return np.stack(sums[1:], axis=1) / sums[0][:, None]

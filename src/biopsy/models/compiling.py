@@ -32,7 +32,7 @@ from biopsy.models.openvino_runtime import (
     empty_batch,
     read_compiled,
 )
-from biopsy.models.preprocessing import Preprocessing
+from biopsy.recipes.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class _FromBytes(nn.Module):
         self.has_features = cast(Network, network).features(ones).shape[1] > 0
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        batch = self.preprocessing.standardise(pixels.permute(0, 3, 1, 2).float() * (1 / 255))
+        batch = self.preprocessing.normalise(pixels.permute(0, 3, 1, 2).float() * (1 / 255))
         logits = self.network(batch)
         return (logits, cast(Network, self.network).features(batch)) if self.has_features else (logits,)
 
@@ -129,11 +129,7 @@ def _take_bytes(network: nn.Module, preprocessing: Preprocessing) -> nn.Module:
 
 
 def convert(classifier: Classifier) -> Any:
-    """Return the OpenVINO model of a classifier: uint8 ``(16, input_px, input_px, 3)`` to logits, features.
-
-    Raises:
-        RuntimeError: If the network cannot be traced or converted.
-    """
+    """Return the OpenVINO model of a classifier: uint8 ``(16, px, px, 3)`` to logits and features."""
     from openvino import PartialShape, Type
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
@@ -201,10 +197,6 @@ def write_quantised(classifier: Classifier, folder: Path, patches: np.ndarray) -
     Args:
         patches: Calibration patches, uint8 ``(n, patch_px, patch_px, 3)``, for the ranges of activations
             (post-training quantisation by NNCF).
-
-    Raises:
-        RunError: If there is no converted network, or NNCF cannot quantise it.
-        MissingExtra: If NNCF is not installed.
     """
     target = folder / FOLDER
     if not target.is_dir():

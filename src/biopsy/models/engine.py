@@ -55,10 +55,6 @@ class Engine:
         """Do one optimiser step, without synchronising with the device.
 
         Args:
-            network: In training mode, on this device.
-            batch: ``(B, 3, H, W)`` float, preprocessed.
-            target: ``(B,)`` class indices.
-            loss_fn: ``(logits, target) -> scalar``, see :func:`make_loss`.
             weight: Factor of the loss.
 
         Returns:
@@ -101,11 +97,7 @@ def make_loss(
     Args:
         outputs: ``softmax``: cross-entropy; for two classes this is Keras's binary cross-entropy over two
             softmax outputs. ``sigmoid``: mean binary cross-entropy of the outputs.
-        class_weights: One per class (default: equal).
         label_smoothing: Label smoothing factor (Szegedy et al. 2016).
-
-    Raises:
-        RecipeError: If ``outputs`` is neither.
     """
     if outputs not in ("softmax", "sigmoid"):
         raise RecipeError(f"outputs={outputs!r} is not possible; {suggest(outputs, ('softmax', 'sigmoid'))}")
@@ -131,11 +123,6 @@ def make_loss(
 
 def count_correct(logits: Tensor, target: Tensor, outputs: str) -> dict[str, Tensor]:
     """Count correct predictions in a batch, on its device.
-
-    Args:
-        logits: ``(B, n_classes)``.
-        target: ``(B,)`` class indices.
-        outputs: ``softmax`` or ``sigmoid``.
 
     Returns:
         ``accuracy``: number of patches correct by argmax. For sigmoid also ``binary_accuracy``, as in

@@ -5,10 +5,9 @@ from pathlib import Path
 
 from biopsy.core.errors import DownloadError
 from biopsy.data.datasets.base import RemoteFile, Source
-from biopsy.data.download import FetchResult, OnProgress, fetch_source
-from biopsy.data.download import fetch as fetch_data
-from biopsy.models.known_weights import Weights, find_weights
-from biopsy.models.weights import require_digest, require_licence
+from biopsy.data.download import FetchResult, OnProgress, fetch_source, find_source
+from biopsy.models.hub import hub_errors
+from biopsy.models.weights import Weights, find_weights, require_digest, require_licence
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ def fetch(name: str, out: Path | str, *, on_progress: OnProgress | None = None) 
     result = (
         _fetch_weights(name.removeprefix(PREFIX), out, on_progress)
         if name.startswith(PREFIX)
-        else fetch_data(name, out, on_progress=on_progress)
+        else fetch_source(find_source(name), out, on_progress=on_progress)
     )
     if result.kept:
         logger.info("already there: %s", ", ".join(path.name for path in result.kept))
@@ -65,17 +64,10 @@ def _fetch_weights(tag: str, out: Path | str, on_progress: OnProgress | None) ->
 
 def _fetch_from_hub(weights: Weights, out: Path) -> FetchResult:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
     assert weights.hub is not None
     repository, file = weights.hub
-    try:
+    with hub_errors(repository):
         downloaded = Path(hf_hub_download(repository, file, local_dir=out / ".biopsy-hub"))
-    except GatedRepoError:
-        raise DownloadError(f"{repository} is gated: download {file} from {weights.page}") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise DownloadError(
-            f"{file} of {repository} could not be downloaded: {str(error).splitlines()[0]}"
-        ) from None
     downloaded.replace(out / weights.file)
     return FetchResult(weights.tag, out, (out / weights.file,), ())

@@ -27,11 +27,7 @@ def is_on_hub(model: object) -> bool:
 
 
 def require_repository(name: str) -> str:
-    """Return a valid repository name.
-
-    Raises:
-        HubError: If it is not ``ORG/NAME``.
-    """
+    """Return a valid repository name."""
     if not re.fullmatch(_NAME, name):
         raise HubError(name, "name", f"{name!r} is not a repository name of the hub: expected ORG/NAME")
     return name
@@ -45,11 +41,6 @@ def open_from_hub(model: Path | str) -> Classifier:
 
     Returns:
         The classifier; its ``source`` is ``hf:ORG/NAME@COMMIT``.
-
-    Raises:
-        HubError: If repository or revision do not exist, access is refused, the hub cannot be reached and the
-            revision is not cached, or the repository is not a classifier.
-        RunError: If the classifier is damaged or of a newer format.
     """
     repository, _, revision = str(model).removeprefix(PREFIX).partition("@")
     folder = _download(require_repository(repository), revision or None)

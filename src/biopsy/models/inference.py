@@ -13,8 +13,8 @@ import torch
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.hardware import count_cores
-from biopsy.models.preprocessing import Preprocessing
 from biopsy.models.runtimes import Runtime, TorchRuntime, open_runtime
+from biopsy.recipes.preprocessing import Preprocessing
 
 BATCH_SIZE = 256
 _THREAD_CHUNK = 64  # patches per task of a thread
@@ -150,10 +150,6 @@ def predict_logits(
     """Return the logits of a network computed by PyTorch, float32 ``(n, n_classes)``.
 
     For networks in training, and as the reference for faster runtimes.
-
-    Args:
-        network: On the engine's device; its training mode is restored.
-        patches, sizes, index, on_progress: As in `Predictor.logits`.
     """
     training = network.training
     network.eval()

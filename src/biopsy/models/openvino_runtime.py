@@ -76,11 +76,7 @@ class CompiledRuntime:
 
 
 def read_compiled(folder: Path, classifier: Classifier, name: str = MODEL) -> Any:
-    """Read a network written by `compiling.write_compiled`, or `INT8_MODEL` of `compiling.write_quantised`.
-
-    Raises:
-        RunError: If a file is missing or altered, or the network is of another classifier.
-    """
+    """Read a network written by `compiling.write_compiled` or `compiling.write_quantised`."""
     import openvino
 
     document = read_json(folder / DOCUMENT, format=FORMAT)

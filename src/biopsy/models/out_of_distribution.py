@@ -37,9 +37,6 @@ def fit_reference(
 
     Args:
         classifier: Its ``info.out_of_distribution`` and ``extras`` are set.
-        predictor: Predictor of the classifier, see `open_predictor`.
-        patches: uint8 ``(N, H, W, 3)``.
-        sizes: ``(width, height)`` of each patch without padding.
         train: Rows of training patches; at most `REFERENCE_PATCHES` of them are drawn.
     """
     from sklearn.covariance import ledoit_wolf  # slow import

@@ -26,7 +26,7 @@ from biopsy.models.openvino_runtime import (
 
 if TYPE_CHECKING:
     from biopsy.models.engine import Engine
-    from biopsy.models.preprocessing import Preprocessing
+    from biopsy.recipes.preprocessing import Preprocessing
 
 MIN_PATCHES_TO_CONVERT = 1024
 """Number of patches from which OpenVINO is faster, including the conversion."""
@@ -107,7 +107,7 @@ class TorchRuntime:
     def __init__(
         self, network: Any, preprocessing: "Preprocessing", engine: "Engine", *, in_threads: bool = False
     ) -> None:
-        from biopsy.models.networks.symmetry import N_VIEWS, SymmetryAveraged
+        from biopsy.models.networks.wrapped import N_VIEWS, SymmetryAveraged
 
         self.software = ("torch", version("torch"))
         self.in_threads = in_threads

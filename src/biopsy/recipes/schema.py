@@ -13,7 +13,8 @@ from pydantic import (
     PositiveInt,
 )
 
-from biopsy.statistics.thresholds import parse_rule
+from biopsy.recipes.preprocessing import Preprocessing
+from biopsy.statistics.decisions import parse_rule
 
 FORMAT: Final = "biopsy-recipe/1"
 DEFINING_TABLES = ("preprocessing", "model", "augmentation", "train", "decision", "as_published")
@@ -25,7 +26,6 @@ def _check_rule(rule: str) -> str:
     return rule
 
 
-Channels = Field(min_length=3, max_length=3)
 Rule = Annotated[str, AfterValidator(_check_rule)]
 Calibration = Literal["platt", "intercept", "temperature", "isotonic", "none"]
 
@@ -54,22 +54,19 @@ class Origin(_Table):
     cost: str = ""
 
 
-class Preprocessing(_Table):
-    """Preprocessing of patches."""
+class RecipePreprocessing(Preprocessing):
+    """Preprocessing of patches, with what is fitted or looked up before training."""
 
-    input_px: PositiveInt = 48
-    resize: Literal["nearest", "bilinear", "bicubic"] = "nearest"
-    resize_mode: Literal["stretch", "pad"] = "stretch"
-    """For padded patches: ``stretch`` crops and stretches the patch; ``pad`` keeps the padding."""
-    channel_order: Literal["rgb", "bgr"] = "rgb"
-    scale: PositiveFloat = 1 / 255
-    mean: Annotated[list[float], Channels] = [0.0, 0.0, 0.0]
-    std: Annotated[list[PositiveFloat], Channels] = [1.0, 1.0, 1.0]
     standardise: Literal["none", "featurewise"] = "none"
     """``featurewise`` replaces mean and std by those of the training patches."""
     feed: Literal["recipe", "encoder"] = "recipe"
     """``encoder``: input size, channel order, scale, mean and std are those of the pretrained weights, and
     patches are resized to the encoder's um/px."""
+
+    def fixed(self, **values: object) -> Preprocessing:
+        """Return the preprocessing of a classifier, with some values replaced."""
+        settings = self.model_dump(include=set(Preprocessing.model_fields))
+        return Preprocessing.model_validate(settings | values)
 
 
 class Model(_Table):
@@ -206,7 +203,7 @@ class Recipe(_Table):
     """Name, also used in folder names."""
     title: str = ""
     origin: Origin = Origin()
-    preprocessing: Preprocessing = Preprocessing()
+    preprocessing: RecipePreprocessing = RecipePreprocessing()
     model: Model
     augmentation: Augmentation = Augmentation()
     train: Train = Train()

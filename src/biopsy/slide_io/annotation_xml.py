@@ -73,11 +73,7 @@ class Areas:
 
 
 def read_xml_areas(path: Path) -> Areas:
-    """Read an annotation file of ASAP, HALO or Aperio ImageScope.
-
-    Raises:
-        DataError: If it has another format or is too large, or a region has no valid outline.
-    """
+    """Read an annotation file of ASAP, HALO or Aperio ImageScope."""
     root = parse_xml(path)
     is_imagescope = "MicronsPerPixel" in root.attrib or root.find(".//Vertex") is not None
     if root.tag == "ASAP_Annotations":
@@ -94,11 +90,7 @@ def read_xml_areas(path: Path) -> Areas:
 
 
 def parse_xml(path: Path) -> Element:
-    """Return the elements and attributes of an XML file, without text.
-
-    Raises:
-        FileFormatError: If it is not XML, too large, or declares a document type.
-    """
+    """Return the elements and attributes of an XML file, without text."""
 
     def refuse(*declaration: object) -> NoReturn:
         raise FileFormatError(path, "syntax", "declares a document type, which is not supported")

@@ -174,11 +174,7 @@ def _find_corner(properties: Mapping[str, str]) -> tuple[int, int]:
 
 
 def _read_level_pages(path: Path, sizes: Sequence[tuple[int, int]]) -> "list[TiffPage]":
-    """Return the pages of a TIFF that have the size of a level; none for other files.
-
-    Raises:
-        SlideError: If the pages cannot be read.
-    """
+    """Return the pages of a TIFF that have the size of a level; none for other files."""
     import tifffile
 
     with open(path, "rb") as file:
@@ -196,11 +192,7 @@ def _read_level_pages(path: Path, sizes: Sequence[tuple[int, int]]) -> "list[Tif
 
 
 def _check_pages(path: Path, pages: "list[TiffPage]", *, is_plain: bool) -> None:
-    """Refuse pixels without a defined conversion to RGB, as `decode` does.
-
-    Raises:
-        SlideError: With the kind of pixels.
-    """
+    """Refuse pixels without a defined conversion to RGB, as `decode` does."""
     for page in pages:
         kind = getattr(page.photometric, "name", page.photometric)
         if page.bitspersample > 8:

@@ -15,8 +15,6 @@ def share_of_mask(
     Args:
         mask: bool ``(H, W)``.
         left: Left edges in pixels of the mask, ``(n_columns,)``, may be fractional.
-        top: Upper edges, ``(n_rows,)``.
-        width: Width of the rectangles in pixels of the mask.
 
     Returns:
         Fractions ``(n_rows, n_columns)``.
@@ -37,9 +35,7 @@ def share_of_polygon(
     """Return the fraction of each rectangle covered by a polygon, exactly.
 
     Args:
-        polygon: Valid polygon or multipolygon.
         left: Left edges in units of the polygon, ascending, ``(n_columns,)``.
-        top: Upper edges, ascending, ``(n_rows,)``.
 
     Returns:
         Fractions ``(n_rows, n_columns)``.

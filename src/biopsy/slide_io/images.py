@@ -81,11 +81,7 @@ class Header(NamedTuple):
 
 
 def read_header(data: Data, *, max_px: int = MAX_PX) -> Header:
-    """Return the header of an image file, without decoding it.
-
-    Raises:
-        DataError: If it is not an image, or larger than ``max_px`` pixels.
-    """
+    """Return the header of an image file, without decoding it."""
     view = memoryview(data)
     start = bytes(view[:8])
     if start == _PNG:

@@ -27,18 +27,11 @@ def stitch(
 
     Args:
         patches: Images ``(h, w, 3)`` uint8; may be smaller than ``patch_px`` at the edge of the slide.
-        x: Left edge of each patch in pixels, shape ``(n,)``.
-        y: Upper edge of each patch, shape ``(n,)``.
-        patch_px: Side of a full patch.
-        background: Grey level without a patch.
+        x, y: Left and upper edge of each patch in pixels, shape ``(n,)``.
         scale: Output pixels per patch pixel, in (0, 1].
 
     Returns:
         The image ``(H, W, 3)`` uint8.
-
-    Raises:
-        DataError: If a coordinate is missing, the numbers of patches and coordinates differ, or the image
-            would be larger than 100 million pixels.
     """
     if not 0 < scale <= 1:
         raise DataError(f"scale {scale!r} is not in (0, 1]")
@@ -81,16 +74,8 @@ def stitch_values(
 ) -> np.ndarray:
     """Lay one number a patch out on the slide's grid, a cell a patch.
 
-    Args:
-        values: One number a patch, shape ``(n,)``.
-        x: Left edge of each patch in patch pixels.
-        patch_px: Side of a patch, and of a cell.
-
     Returns:
         Grid ``(rows, columns)`` float64, NaN without a patch; patches in one cell are averaged.
-
-    Raises:
-        DataError: If a coordinate is missing or an outlier, or the numbers differ.
     """
     x, y = _check_coordinates(x, y)
     check_extent(x, y, patch_px)
@@ -107,11 +92,7 @@ def stitch_values(
 
 
 def check_extent(x: np.ndarray, y: np.ndarray, step_px: float) -> None:
-    """Refuse coordinates whose grid would have more than `MAX_CELLS` cells.
-
-    Raises:
-        DataError: With the coordinates farthest from the others.
-    """
+    """Refuse coordinates whose grid would have more than `MAX_CELLS` cells."""
     n_columns, n_rows = (int(np.ptp(axis) // step_px) + 1 for axis in (x, y))
     if n_columns * n_rows > MAX_CELLS:
         far = int(np.argmax(np.abs(x - np.median(x)) + np.abs(y - np.median(y))))

@@ -40,10 +40,6 @@ class OutlineReader:
 
         Args:
             polygons: Outer ring and holes of each polygon, outputs of `read_ring`.
-            where: File and number, for messages.
-
-        Raises:
-            DataError: If there is no area, or the file has too many vertices or self-intersections.
         """
         self._n_corners += sum(len(ring) for rings in polygons for ring in rings)
         if self._n_corners > MAX_CORNERS:
@@ -68,11 +64,6 @@ def read_ring(points: Any, where: str, *, close: bool = False) -> np.ndarray:
 
     Args:
         points: List of points, each a list of two or more numbers.
-        where: File and number, for messages.
-        close: Whether to close the ring.
-
-    Raises:
-        DataError: If coordinates are invalid, or the ring has fewer than three vertices or is not closed.
     """
     try:
         ring = np.array([point[:2] for point in points])

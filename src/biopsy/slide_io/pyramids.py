@@ -51,20 +51,14 @@ def write_pyramid(
     """Write an RGB image as pyramidal TIFF, atomically.
 
     Args:
-        path: Output file; an existing one is replaced.
         source: The image, uint8 ``(height, width, 3)``, or a function that returns rectangles of it, called
             once per tile, row by row; None for a tile of background.
-        mpp: Pixel size at level 0 in µm.
         tile_px: Side of a tile, a multiple of 16.
         compression: ``jpeg`` (lossy) or ``deflate`` (lossless).
-        quality: JPEG quality, 1 to 100.
         levels: Number of levels (default: until one fits into a tile).
         background: RGB colour of tiles that are None.
         description: ImageDescription; OpenSlide reads files with one that starts with "Aperio" as SVS.
         workers: Number of threads that call ``source`` and encode.
-
-    Raises:
-        SlideError: If sizes, mpp, pixels or compression are invalid.
     """
     path = Path(path)
     if isinstance(source, np.ndarray):

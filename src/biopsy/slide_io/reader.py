@@ -85,9 +85,7 @@ class Slide:
         """Return a rectangle of one level.
 
         Args:
-            x: Left edge in level-0 pixels, as in OpenSlide; rounded to a pixel of the level.
-            y: Upper edge in level-0 pixels.
-            level: Level; 0 is the finest.
+            x, y: Left and upper edge in level-0 pixels, as in OpenSlide; rounded to a pixel of the level.
 
         Returns:
             uint8 ``(height, width, 3)`` RGB.
@@ -100,9 +98,6 @@ class Slide:
 
         The level is the coarsest one that is fine enough. A scale within 1 % of an integer is rounded, so
         that pixels are copied or averaged.
-
-        Raises:
-            SlideError: If the slide is too coarse.
         """
         level = self._finer_level(mpp)
         scale = self._scale(level, mpp)
@@ -113,9 +108,6 @@ class Slide:
         """Return the number of level-0 pixels per pixel of `read_at`, along one side.
 
         It defines grids; because of the rounding in `level_for` it is not ``mpp / self.mpp``.
-
-        Raises:
-            SlideError: If the slide is too coarse.
         """
         level, scale = self.level_for(mpp)
         return scale * self.levels[level].downsample
@@ -127,17 +119,11 @@ class Slide:
         enlarged linearly if the slide is up to 1.5 times too coarse.
 
         Args:
-            x: Left edge in level-0 pixels; rounded to a pixel of the level for integer scales.
-            y: Upper edge in level-0 pixels.
-            width: Width in output pixels.
-            height: Height in output pixels.
-            mpp: Pixel size of the output in µm.
+            x, y: Left and upper edge in level-0 pixels; rounded to a pixel of the level for integer scales.
+            width, height: Size in output pixels.
 
         Returns:
             uint8 ``(height, width, 3)`` RGB.
-
-        Raises:
-            SlideError: If the slide is too coarse, or damaged.
         """
         level, scale = self.level_for(mpp)
         return self._read_scaled(x, y, width, height, level, scale)

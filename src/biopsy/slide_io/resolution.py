@@ -47,11 +47,7 @@ def resolve_mpp(name: str, recorded: Recorded, stated: float | None = None) -> t
     """Return the pixel size of a slide at level 0 in µm, and its source.
 
     Args:
-        name: Name of the slide, for messages.
         stated: The user's value; if it agrees with the recorded one, the latter is used.
-
-    Raises:
-        SlideError: If there is no value, or it is invalid.
     """
     fault = _find_fault(recorded)
     if stated is None:
@@ -82,12 +78,6 @@ def check_mpp(
     name: str, slide_mpp: float, target_mpp: float, *, purpose: str = "the classifier was trained"
 ) -> None:
     """Check that a slide is fine enough for a resolution.
-
-    Args:
-        name: Name of the slide, for messages.
-        slide_mpp: Pixel size at level 0 in µm.
-        target_mpp: Requested pixel size in µm.
-        purpose: Purpose of the resolution, for the message.
 
     Raises:
         SlideError: If the slide would be enlarged by more than `MAX_UPSAMPLING`.

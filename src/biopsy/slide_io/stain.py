@@ -24,9 +24,6 @@ _DENSITY = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)
 def separate_stains(rgb: np.ndarray) -> np.ndarray:
     """Return the amounts of haematoxylin, eosin and the residual.
 
-    Args:
-        rgb: uint8 ``(..., 3)``.
-
     Returns:
         float32 ``(..., 3)``; 0 is glass, 1 about one unit of optical density. Amounts may be negative for
         colours that are no mixture of the stains.
@@ -40,9 +37,6 @@ def separate_stains(rgb: np.ndarray) -> np.ndarray:
 
 def combine_stains(amounts: np.ndarray) -> np.ndarray:
     """Return the colours of amounts of stain, the inverse of `separate_stains`.
-
-    Args:
-        amounts: float ``(..., 3)``: haematoxylin, eosin and residual.
 
     Returns:
         uint8 ``(..., 3)`` RGB.
@@ -142,7 +136,6 @@ def find_nuclei(haematoxylin: np.ndarray, mpp: float) -> np.ndarray:
 
     Args:
         haematoxylin: Amount of haematoxylin, float ``(H, W)``, see `separate_stains`.
-        mpp: Pixel size in µm.
 
     Returns:
         ``(x, y)`` of each nucleus in pixels, int64 ``(n, 2)``.

@@ -42,11 +42,7 @@ _DENSITY = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)
 
 
 def find_tissue_of(slide: Slide) -> tuple[np.ndarray, np.ndarray]:
-    """Return the thumbnail of a slide, uint8 ``(H, W, 3)``, and its tissue mask, bool ``(H, W)``.
-
-    Raises:
-        SlideError: As `find_tissue`.
-    """
+    """Return the thumbnail of a slide, uint8 ``(H, W, 3)``, and its tissue mask, bool ``(H, W)``."""
     thumbnail = slide.thumbnail(THUMBNAIL_PX)
     return thumbnail, find_tissue(thumbnail, mpp=slide.mpp * slide.width / thumbnail.shape[1])
 

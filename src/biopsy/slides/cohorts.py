@@ -243,11 +243,7 @@ def _map_cohort(
     *,
     may_share: bool,
 ) -> SlideCohort:
-    """Map slides into a folder: as its only command, or, from slide ``first`` on, as one of several.
-
-    Args:
-        may_share: Whether slides that other processes have claimed are waited for by ``map_unfinished``.
-    """
+    """Map slides into a folder: as its only command, or, from slide ``first`` on, as one of several."""
     try:
         if first is None:
             with FileLock(out / LOCK, timeout=0), Claims(out) as claims, hold_outputs(out, STATUS):

@@ -125,9 +125,6 @@ def pick_stride(patch_px: int, mpp: float, stride_um: float | None) -> int:
     A stride must divide the side of a patch, so that every cell is covered by the same number of patches and
     areas are exact.
 
-    Raises:
-        SlideError: If it does not; with the closest strides that do.
-
     Example:
         >>> pick_stride(50, 4.0, 100.0)
         25
@@ -163,12 +160,7 @@ def lay_grid(
 
     Args:
         tissue: Tissue mask, bool ``(H, W)`` of the whole slide at any scale.
-        width: Width of the slide at level 0.
-        height: Height of the slide at level 0.
-        slide_mpp: Pixel size at level 0 in µm.
         scale: Level-0 pixels per patch pixel.
-        patch_px: Side of a patch in patch pixels.
-        stride_px: Stride in patch pixels (default: ``patch_px``).
         corner: Corner of the scanned bounds at level 0.
 
     Raises:

@@ -9,9 +9,9 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,22 +20,15 @@ from biopsy.core.storage import staged
 from biopsy.models.classifier import Classifier
 from biopsy.models.hardware import count_cores
 from biopsy.models.out_of_distribution import out_of_distribution_scores
-from biopsy.models.runtimes import Runtime, open_runtime
+from biopsy.models.runtimes import open_runtime
 from biopsy.slide_io.reader import Slide, open_slide
 from biopsy.slide_io.tissue import find_tissue_of
 from biopsy.slides.grids import Block, PatchGrid, cut_blocks, lay_grid, pick_stride
+from biopsy.slides.sources import Source
 
 OnProgress = Callable[[int, int], None]
 
 N_CHECKED = 250  # patches per slide checked for being out of distribution; standard error of at most 3 %
-
-
-class SlideTask(NamedTuple):
-    """Path of a slide (``url``: where it is if not on this machine), and its mpp if given by the user."""
-
-    path: Path
-    mpp: float | None = None
-    url: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,22 +56,61 @@ class View:
     files: contextlib.ExitStack
 
 
-class SlideLogits(NamedTuple):
-    """View and logits ``(n, n_classes)`` of a slide, or the error.
+@dataclass
+class SlideLogits:
+    """Logits of a slide, collected block by block, or the error.
 
-    ``software`` is the name and version of the runtime, ``is_ood`` marks the checked patches that are out of
-    distribution, in the order of the grid, bool ``(n_checked,)``.
+    Attributes:
+        source: The slide.
+        software: Name and version of the runtime.
+        view: The open slide; None if it could not be opened.
+        logits: ``(n, n_classes)``, in the order of the grid.
+        is_ood: Mask of the checked patches that are out of distribution, in the order of the grid, bool
+            ``(n_checked,)``.
+        error: Why there are no logits.
+        n_done: Number of patches done.
     """
 
-    task: SlideTask
-    view: View | None
-    logits: np.ndarray | None
+    source: Source
     software: tuple[str, str]
-    is_ood: np.ndarray
+    view: View | None = None
+    logits: np.ndarray | None = None
+    is_ood: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     error: DataError | None = None
+    n_done: int = 0
+    _checked: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list, repr=False)
+
+    def add(self, block: Block, outputs: "_Outputs") -> None:
+        """Add the outputs of a block."""
+        assert self.view is not None
+        if self.logits is None:
+            self.logits = np.empty((len(self.view.grid), outputs.logits.shape[1]), np.float32)
+        self.logits[block.index] = outputs.logits
+        if len(outputs.checked):
+            index = block.index[self.view.checked[block.index]]
+            self._checked.append((index, outputs.checked, outputs.features))
+
+    def finish(self, classifier: Classifier) -> "SlideLogits":
+        """Find the patches that are out of distribution, and close the slide."""
+        if self._checked:
+            index, checked, features = map(np.concatenate, zip(*self._checked, strict=True))
+            scores = out_of_distribution_scores(classifier, checked, None, features)
+            self.is_ood = scores["out_of_distribution"].to_numpy()[np.argsort(index)]
+            self._checked.clear()
+        if self.view is not None:
+            self.view.files.close()
+        return self
 
 
-def open_view(task: SlideTask, classifier: Classifier, stride_um: float | None = None) -> View:
+class _Outputs(NamedTuple):
+    """Logits of a block, and its checked patches with their features."""
+
+    logits: np.ndarray
+    checked: np.ndarray
+    features: np.ndarray
+
+
+def open_view(source: Source, classifier: Classifier, stride_um: float | None = None) -> View:
     """Open a slide, detect its tissue and make the grid of patches.
 
     Raises:
@@ -92,10 +124,10 @@ def open_view(task: SlideTask, classifier: Classifier, stride_um: float | None =
         )
     with contextlib.ExitStack() as files:
         try:
-            path = task.path if task.url is None else files.enter_context(staged(task.url))
+            path = source.path if source.url is None else files.enter_context(staged(source.url))
         except DownloadError as error:
             raise SlideError(str(error)) from None
-        slide = open_slide(path, mpp=task.mpp)
+        slide = open_slide(path, mpp=source.mpp)
         files.callback(slide.close)
         level, downsample = slide.level_for(info.mpp)
         thumbnail, tissue = find_tissue_of(slide)
@@ -116,7 +148,7 @@ def open_view(task: SlideTask, classifier: Classifier, stride_um: float | None =
 
 
 def predict_slides(
-    tasks: Iterable[SlideTask],
+    sources: Iterable[Source],
     classifier: Classifier,
     *,
     device: str = "cpu",
@@ -130,9 +162,6 @@ def predict_slides(
     The next slide is opened and read while one is predicted. Errors of a slide do not stop the others.
 
     Args:
-        device: ``cpu``, ``cuda``, ``cuda:1`` ...
-        stride_um: Stride in µm (default: the patch size).
-        n_threads: Number of reading threads (default: number of cores).
         on_progress: Called with the numbers of patches done and in all of the current slide.
     """
     n_threads = n_threads or count_cores()
@@ -140,151 +169,79 @@ def predict_slides(
     with contextlib.ExitStack() as stack:
         pool = ThreadPoolExecutor(n_threads)
         stack.callback(pool.shutdown, cancel_futures=True)
-        ahead = _ReadAhead(tasks, pool, lambda task: open_view(task, classifier, stride_um))
-        # the runtime is opened while the first slide is being read
+        opening = _open_ahead(sources, lambda source: pool.submit(open_view, source, classifier, stride_um))
+        first = list(islice(opening, 1))  # is opened while the runtime is
         runtime = stack.enter_context(open_runtime(classifier, device, precision, n_threads=n_threads))
-        network = _Network(runtime, classifier)
-        slide = _LogitsCollector(network)
-        for piece in ahead.read(network):
+
+        def predict(resized: np.ndarray, checked: np.ndarray) -> _Outputs:
+            logits = runtime.logits(resized)
+            no_features = np.zeros((0, 0), np.float32)
+            features = runtime.logits_and_features(checked)[1] if len(checked) else no_features
+            return _Outputs(logits, checked, features)
+
+        def read(view: View, block: Block) -> _Outputs | tuple[np.ndarray, np.ndarray]:
+            """Return the outputs of a block, or its patches if one thread predicts for all."""
+            grid = view.grid
+            image = view.slide.read_at(block.x, block.y, block.width_px, block.height_px, mpp=grid.mpp)
+            patches = block.cut(image, grid.patch_px)
+            resized = classifier.info.preprocessing.resize_patches(patches)
+            checked = patches[view.checked[block.index]]
+            return predict(resized, checked) if runtime.in_threads else (resized, checked)
+
+        def collect(most: int) -> Iterator[SlideLogits]:
+            """Add waiting blocks to their slides until at most ``most`` wait; yield finished slides."""
+            while len(waiting) > most:
+                slide, block, future = waiting.popleft()
+                if block is None or future is None or slide.view is None:
+                    yield slide.finish(classifier)
+                    continue
+                try:
+                    outputs = future.result()
+                    slide.add(block, outputs if isinstance(outputs, _Outputs) else predict(*outputs))
+                except DataError as error:
+                    slide.error = slide.error or error
+                slide.n_done += len(block.index)
+                if on_progress:
+                    on_progress(slide.n_done, len(slide.view.grid))
+
+        def submit(view: View, block: Block) -> "Future[Any]":
+            return pool.submit(read, view, block)
+
+        for piece in _submit_blocks(chain(first, opening), runtime.software, submit):
             waiting.append(piece)
-            while len(waiting) > 2 * n_threads:
-                if result := slide.add(waiting.popleft(), on_progress):
-                    yield result
-        while waiting:
-            if result := slide.add(waiting.popleft(), on_progress):
-                yield result
+            yield from collect(2 * n_threads)
+        yield from collect(0)
 
 
-class _Piece(NamedTuple):
-    """A block of a slide with its pending result; the last piece of a slide has no block."""
-
-    task: SlideTask
-    view: View | None
-    block: Block | None = None
-    coming: "Future[_BlockOutputs | tuple[np.ndarray, np.ndarray]] | None" = None
-    error: DataError | None = None
+_Piece = tuple[SlideLogits, Block | None, "Future[_Outputs | tuple[np.ndarray, np.ndarray]] | None"]
+"""A slide, one of its blocks and the pending outputs; the last piece of a slide has no block."""
 
 
-class _BlockOutputs(NamedTuple):
-    """Logits of a block, and its checked patches with their features."""
-
-    logits: np.ndarray
-    checked: np.ndarray
-    features: np.ndarray
-
-
-class _Network(NamedTuple):
-    """A runtime and its classifier, applied to blocks of slides."""
-
-    runtime: Runtime
-    classifier: Classifier
-
-    def read(self, view: View, block: Block) -> _BlockOutputs | tuple[np.ndarray, np.ndarray]:
-        """Read a block; return its outputs, or its patches if one thread predicts for all."""
-        grid = view.grid
-        image = view.slide.read_at(block.x, block.y, block.width_px, block.height_px, mpp=grid.mpp)
-        patches = block.cut(image, grid.patch_px)
-        resized = self.classifier.info.preprocessing.resize_patches(patches)
-        checked = patches[view.checked[block.index]]
-        return self.predict(resized, checked) if self.runtime.in_threads else (resized, checked)
-
-    def predict(self, resized: np.ndarray, checked: np.ndarray) -> _BlockOutputs:
-        """Return the outputs of a block of resized patches, and of its checked patches before resizing."""
-        logits = self.runtime.logits(resized)
-        features = (
-            self.runtime.logits_and_features(checked)[1] if len(checked) else np.zeros((0, 0), np.float32)
-        )
-        return _BlockOutputs(logits, checked, features)
-
-    def find_ood(self, pieces: list[_BlockOutputs]) -> np.ndarray:
-        """Return a mask of checked patches that are out of distribution, bool ``(n_checked,)``."""
-        checked_pieces = [piece for piece in pieces if len(piece.checked)]
-        if not checked_pieces:
-            return np.zeros(0, bool)
-        checked = np.concatenate([piece.checked for piece in checked_pieces])
-        features = np.concatenate([piece.features for piece in checked_pieces])
-        return out_of_distribution_scores(self.classifier, checked, None, features)[
-            "out_of_distribution"
-        ].to_numpy()
+def _open_ahead(
+    sources: Iterable[Source], submit: Callable[[Source], "Future[View]"]
+) -> Iterator[tuple[Source, "Future[View]"]]:
+    """Yield slides being opened; the next one is opened while one is read."""
+    ahead: deque[tuple[Source, Future[View]]] = deque()
+    for source in sources:
+        ahead.append((source, submit(source)))
+        if len(ahead) > 1:
+            yield ahead.popleft()
+    yield from ahead
 
 
-class _LogitsCollector:
-    """Collector of the logits of slides from their pieces."""
-
-    def __init__(self, network: _Network) -> None:
-        self._network = network
-        self._logits: np.ndarray | None = None
-        self._checked: list[_BlockOutputs] = []
-        self._indices: list[np.ndarray] = []  # grid indices of the checked patches of each piece
-        self._error: DataError | None = None
-        self._done = 0
-
-    def add(self, piece: _Piece, on_progress: OnProgress | None) -> SlideLogits | None:
-        """Add a piece; return the result of the slide if it was the last one."""
-        if piece.block is None:
-            slide_logits = SlideLogits(
-                piece.task,
-                piece.view,
-                self._logits,
-                self._network.runtime.software,
-                self._find_ood(),
-                piece.error or self._error,
-            )
-            if piece.view is not None:
-                piece.view.files.close()
-            self.__init__(self._network)  # type: ignore[misc]
-            return slide_logits
-        assert piece.view is not None and piece.coming is not None
+def _submit_blocks(
+    opening: Iterable[tuple[Source, "Future[View]"]],
+    software: tuple[str, str],
+    submit: Callable[[View, Block], Any],
+) -> Iterator[_Piece]:
+    """Yield the pieces of all slides; a block is submitted when its piece is requested."""
+    for source, opened in opening:
+        slide = SlideLogits(source, software)
         try:
-            result = piece.coming.result()
-            if not isinstance(result, _BlockOutputs):
-                result = self._network.predict(*result)
-            if self._logits is None:
-                self._logits = np.empty((len(piece.view.grid), result.logits.shape[1]), np.float32)
-            self._logits[piece.block.index] = result.logits
-            self._checked.append(result._replace(logits=result.logits[:0]))
-            self._indices.append(piece.block.index[piece.view.checked[piece.block.index]])
+            slide.view = opened.result()
         except DataError as error:
-            self._error = self._error or error
-        self._done += len(piece.block.index)
-        if on_progress:
-            on_progress(self._done, len(piece.view.grid))
-        return None
-
-    def _find_ood(self) -> np.ndarray:
-        """Return `SlideLogits.is_ood`, in the order of the grid."""
-        is_ood = self._network.find_ood(self._checked)
-        return is_ood[np.argsort(np.concatenate(self._indices))] if len(is_ood) else is_ood
-
-
-class _ReadAhead:
-    """Scheduler of blocks of slides; a slide is opened while the previous one is read."""
-
-    def __init__(
-        self, tasks: Iterable[SlideTask], pool: ThreadPoolExecutor, open_task: Callable[[SlideTask], View]
-    ) -> None:
-        self._coming = iter(tasks)
-        self._pool = pool
-        self._open_task = open_task
-        self._opening: deque[tuple[SlideTask, Future[View]]] = deque()
-        self._open_next()
-
-    def read(self, network: _Network) -> Iterator[_Piece]:
-        """Yield the pieces of all slides."""
-        while self._opening:
-            task, opened = self._opening.popleft()
-            try:
-                view = opened.result()
-            except DataError as error:
-                self._open_next()
-                yield _Piece(task, None, error=error)
-                continue
-            self._open_next()
-            for block in cut_blocks(view.grid, view.downsample):
-                yield _Piece(task, view, block, self._pool.submit(network.read, view, block))
-            yield _Piece(task, view)
-
-    def _open_next(self) -> None:
-        for task in self._coming:
-            self._opening.append((task, self._pool.submit(self._open_task, task)))
-            return
+            slide.error = error
+        else:
+            for block in cut_blocks(slide.view.grid, slide.view.downsample):
+                yield slide, block, submit(slide.view, block)
+        yield slide, None, None

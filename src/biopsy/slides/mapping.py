@@ -1,7 +1,6 @@
 """Mapping of slides and packs by a classifier."""
 
 import platform
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from itertools import groupby
@@ -18,11 +17,10 @@ from biopsy.models.hardware import Precision, pick_device, pick_precision
 from biopsy.models.hub import is_on_hub
 from biopsy.models.runtimes import list_runtimes
 from biopsy.slides.grids import PatchGrid
-from biopsy.slides.inference import OnProgress, SlideLogits, SlideTask, predict_slides
+from biopsy.slides.inference import OnProgress, SlideLogits, View, predict_slides
 from biopsy.slides.maps import SlideMap, check_probs
 from biopsy.slides.outputs import MappedSlide, OutOfDistributionShare, list_files
-from biopsy.slides.sources import Source
-from biopsy.slides.stitching import predict_stitched, stitch_slide
+from biopsy.slides.sources import Source, stitch_slide
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
 
@@ -37,11 +35,7 @@ def make_map(
     picture: np.ndarray | None = None,
     ood: np.ndarray | None = None,
 ) -> SlideMap:
-    """Return the map of a slide's logits.
-
-    Raises:
-        SlideError: If the classifier's outputs are not numbers.
-    """
+    """Return the map of a slide's logits."""
     coordinates = pd.DataFrame({"x": grid.x_px, "y": grid.y_px, "slide_id": name, "patient_id": name})
     info, probs = classifier.info, classifier.probs(classifier.add_context(logits, coordinates))
     checked, abstained = check_probs(probs, name), classifier.abstains(probs)
@@ -86,11 +80,6 @@ def _describe_model(classifier: Classifier, precision: str, device: str) -> dict
             "numpy": np.__version__,
         },
     }
-
-
-def is_calibrated(classifier: Classifier) -> bool:
-    """Return whether the classifier is calibrated."""
-    return classifier.info.calibrator.get("method", "none") != "none"
 
 
 def repeat_command(source: Path, model: object, settings: Mapping[str, object]) -> str:
@@ -140,7 +129,7 @@ class Mapper:
         self.stride_um = stride_um
         self.tta = tta
         self.detections = detections
-        self.is_calibrated = is_calibrated(self.classifier)
+        self.is_calibrated = self.classifier.info.calibrator.get("method", "none") != "none"
         self.meanwhile: Callable[[], object] | None = None
         self.n_threads: int | None = None
         self._model = self.classifier.source or model
@@ -172,38 +161,28 @@ class Mapper:
     def map(self, sources: Iterable[Source]) -> Iterator[Mapped]:
         """Yield the map of each slide, in order; slide files are read ahead."""
         for are_stitched, group in groupby(sources, lambda source: source.pack is not None):
-            map_sources = self._map_stitched_all if are_stitched else self._map_files
-            yield from map_sources(group)
-
-    def _map_stitched_all(self, sources: Iterator[Source]) -> Iterator[Mapped]:
-        return map(self._map_stitched, sources)
+            if are_stitched:
+                yield from map(self._map_stitched, group)
+            else:
+                yield from self._map_files(group)
 
     def _map_files(self, sources: Iterator[Source]) -> Iterator[Mapped]:
-        taken: deque[Source] = deque()
-
-        def start(source: Source) -> SlideTask:
-            taken.append(source)
-            return SlideTask(source.path, source.mpp, source.url)
-
-        results = predict_slides(
-            map(start, sources),
+        for slide in predict_slides(
+            sources,
             self.classifier,
             device=self.device,
             precision=self.precision,
             stride_um=self.stride_um,
             n_threads=self.n_threads,
             on_progress=self.report,
-        )
-        for result in results:
-            source = taken.popleft()
-            if result.error is not None or result.view is None:
-                yield Mapped(source, result.error or SlideError(f"{source.path} was not mapped"))
-                continue
+        ):
             try:
-                slide_map, tissue = self._make_map(source, result), result.view.tissue
-                yield Mapped(source, MappedSlide(slide_map, tissue, detections=self.detections))
+                if slide.error is not None or slide.view is None or slide.logits is None:
+                    raise slide.error or SlideError(f"{slide.source.path} was not mapped")
+                slide_map, tissue = self._make_map(slide, slide.view, slide.logits), slide.view.tissue
+                yield Mapped(slide.source, MappedSlide(slide_map, tissue, detections=self.detections))
             except DataError as error:
-                yield Mapped(source, error)
+                yield Mapped(slide.source, error)
 
     def report(self, done: int, total: int) -> None:
         """Tell whoever asked for it how many patches of a slide are done."""
@@ -213,9 +192,7 @@ class Mapper:
         if self._on_progress is not None:
             self._on_progress(done, total)
 
-    def _make_map(self, source: Source, result: SlideLogits) -> SlideMap:
-        assert result.view is not None and result.logits is not None
-        view = result.view
+    def _make_map(self, slide: SlideLogits, view: View, logits: np.ndarray) -> SlideMap:
         resolution = {
             "slide": view.slide.mpp,
             "source": view.slide.mpp_source,
@@ -224,44 +201,42 @@ class Mapper:
             "downsample": view.downsample,
             "objective": view.slide.objective,
         }
-        return make_map(
-            source.name,
-            view.grid,
-            result.logits,
-            self.classifier,
-            about=self._describe(source, resolution, result.software)
-            | {"out_of_distribution": _measure_out_of_distribution(result.is_ood, self.classifier)},
-            picture=view.thumbnail,
-            ood=_expand_to_grid(view.checked, result.is_ood),
-        )
+        about = self._describe(slide.source, resolution, slide.software)
+        reference, ood = self.classifier.info.out_of_distribution, None
+        about["out_of_distribution"] = None
+        if reference is not None and len(slide.is_ood):
+            share, quantile = float(slide.is_ood.mean()), reference["quantile"]
+            about["out_of_distribution"] = OutOfDistributionShare(
+                n_checked=len(slide.is_ood), share=share, quantile=quantile
+            )
+            ood = np.full(len(view.checked), np.nan, np.float32)
+            ood[view.checked] = slide.is_ood
+        name, picture = slide.source.name, view.thumbnail
+        return make_map(name, view.grid, logits, self.classifier, about=about, picture=picture, ood=ood)
 
     def _map_stitched(self, source: Source) -> Mapped:
         from biopsy.models.engine import Engine
+        from biopsy.models.inference import predict_classifier
 
-        assert source.pack is not None and source.index is not None
+        pack, index, info = source.pack, source.index, self.classifier.info
+        assert pack is not None and index is not None
         if self.stride_um is not None:
             raise DataError(f"{source.path} is a pack of patches: --stride-um is for whole slides")
         try:
-            self.classifier.check_pack(source.pack)
-            stitched = stitch_slide(source.pack, source.name, source.index, mpp=source.mpp)
+            self.classifier.check_pack(pack)
+            grid, picture = stitch_slide(pack, source.name, index, mpp=source.mpp)
             engine = Engine(self.device, self.precision)
-            logits = predict_stitched(source.pack, source.index, self.classifier, engine=engine)
+            logits = predict_classifier(self.classifier, pack.patches, pack.sizes, index, engine=engine)
             resolution = {
-                "slide": stitched.grid.slide_mpp,
-                "source": "pack" if source.pack.info.mpp else "stated",
-                "classifier": self.classifier.info.mpp,
+                "slide": grid.slide_mpp,
+                "source": "pack" if pack.info.mpp else "stated",
+                "classifier": info.mpp,
             }
-            slide_map = make_map(
-                source.name,
-                stitched.grid,
-                logits,
-                self.classifier,
-                about=self._describe(source, resolution, ("torch", version("torch"))),
-                picture=stitched.picture,
-            )
+            about = self._describe(source, resolution, ("torch", version("torch")))
+            slide_map = make_map(source.name, grid, logits, self.classifier, about=about, picture=picture)
         except DataError as error:
             return Mapped(source, error)
-        target = stitched.target if source.pack.class_names == self.classifier.info.class_names else None
+        target = pack.target[index] if pack.class_names == info.class_names else None
         return Mapped(source, MappedSlide(slide_map, target=target, detections=self.detections))
 
     def _describe(
@@ -281,22 +256,3 @@ class Mapper:
             "versions": dict([*self._metadata["versions"].items(), software]),
             "command": repeat_command(source.path, self._model, settings),
         }
-
-
-def _expand_to_grid(checked: np.ndarray, is_ood: np.ndarray) -> np.ndarray | None:
-    """Return values of the checked patches by patch, NaN for the others; None without checked patches."""
-    if not len(is_ood):
-        return None
-    ood = np.full(len(checked), np.nan, np.float32)
-    ood[checked] = is_ood
-    return ood
-
-
-def _measure_out_of_distribution(is_ood: np.ndarray, classifier: Classifier) -> OutOfDistributionShare | None:
-    """Return the fraction of out-of-distribution patches; None without reference statistics."""
-    reference = classifier.info.out_of_distribution
-    if reference is None or not len(is_ood):
-        return None
-    return OutOfDistributionShare(
-        n_checked=len(is_ood), share=float(is_ood.mean()), quantile=reference["quantile"]
-    )

@@ -230,11 +230,7 @@ class SlideMap:
 
 
 def check_probs(probs: np.ndarray, name: str) -> np.ndarray:
-    """Return valid probabilities as float32.
-
-    Raises:
-        SlideError: If a probability is not in [0, 1].
-    """
+    """Return valid probabilities as float32."""
     if not ((probs >= 0) & (probs <= 1)).all():
         raise SlideError(f"{name}: the probabilities of the classifier are not numbers in [0, 1]")
     return probs.astype(np.float32)
@@ -314,9 +310,6 @@ def _join_cells(slide_map: SlideMap, mask: np.ndarray, prob: np.ndarray, name: s
 
 def outline(mask: np.ndarray, left: int = 0, top: int = 0) -> Polygon:
     """Return the outline of a mask in cells, without redundant vertices.
-
-    Args:
-        mask: bool ``(rows, columns)``, one 4-connected component.
 
     Example:
         >>> outline(np.array([[True, True], [True, False]])).area

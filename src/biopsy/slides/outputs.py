@@ -89,10 +89,6 @@ def summarise(slide_map: SlideMap, regions: Sequence[Region], *, is_calibrated: 
     ``positive`` is the area predicted positive and, if probabilities are calibrated, its expectation
     ``expected_mm2`` (sum of the probabilities) and the areas with probability of at least .9 (``low_mm2``)
     and .1 (``high_mm2``).
-
-    Args:
-        regions: Output of `find_regions`.
-        is_calibrated: Whether the classifier is calibrated.
     """
     pred, cell_mm2 = slide_map.cells_pred(), slide_map.cell_mm2
     n_cells = int((pred != -1).sum())
@@ -118,20 +114,15 @@ def summarise(slide_map: SlideMap, regions: Sequence[Region], *, is_calibrated: 
 
 def compare_with_target(slide_map: SlideMap, target: np.ndarray) -> Confusion:
     """Compare a map of two classes with the annotated class of its patches, ``(n_patches,)``."""
-    from sklearn.metrics import roc_auc_score  # slow import
+    from sklearn.metrics import confusion_matrix, roc_auc_score  # slow import
 
     positive = slide_map.positive_index
     assert positive is not None
     is_positive, prob = target == positive, slide_map.probs[:, positive]
     y_pred = prob >= np.float32(slide_map.threshold if slide_map.threshold is not None else 0.5)
-    return Confusion(
-        n_positive=int(is_positive.sum()),
-        auroc=float(roc_auc_score(is_positive, prob)) if len(set(is_positive.tolist())) == 2 else None,
-        tp=int((y_pred & is_positive).sum()),
-        fp=int((y_pred & ~is_positive).sum()),
-        fn=int((~y_pred & is_positive).sum()),
-        tn=int((~y_pred & ~is_positive).sum()),
-    )
+    tn, fp, fn, tp = confusion_matrix(is_positive, y_pred, labels=[False, True]).ravel().tolist()
+    auroc = float(roc_auc_score(is_positive, prob)) if 0 < tp + fn < len(prob) else None
+    return Confusion(n_positive=tp + fn, auroc=auroc, tp=tp, fp=fp, fn=fn, tn=tn)
 
 
 def _measure_positive(slide_map: SlideMap, pred: np.ndarray, is_calibrated: bool) -> PositiveArea | None:
@@ -265,12 +256,7 @@ def _write_panels(path: Path, mapped: MappedSlide) -> dict[str, Confusion] | Non
 def write_outputs(
     folder: Path, mapped: MappedSlide, *, is_calibrated: bool, request: Mapping[str, object]
 ) -> SlideSummary:
-    """Write all output files of a slide.
-
-    Args:
-        folder: An existing empty folder.
-        request: Request that defines the outputs, stored in the summary.
-    """
+    """Write all output files of a slide."""
     slide_map = mapped.slide_map
     with ThreadPoolExecutor(1) as painter:
         drawing = [

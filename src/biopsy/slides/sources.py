@@ -10,7 +10,7 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
-from biopsy.core.errors import DataError, UserFileError
+from biopsy.core.errors import DataError, SlideError, UserFileError
 from biopsy.core.loaders import open_regular
 from biopsy.core.storage import identify, list_files, parse_url, show_url, stage
 from biopsy.core.tables import read_csv_table
@@ -18,7 +18,9 @@ from biopsy.core.text import normalize_name
 from biopsy.data.packs import DOCUMENT as PACK_DOCUMENT
 from biopsy.data.packs import Pack, is_pack
 from biopsy.slide_io.backends import SLIDE_SUFFIXES, list_slide_files
-from biopsy.slides.stitching import list_slides
+from biopsy.slide_io.mosaic import check_extent, stitch
+from biopsy.slide_io.tissue import THUMBNAIL_PX
+from biopsy.slides.grids import PatchGrid
 
 _SAMPLE_BYTES = 1 << 20
 _SEVERAL_FILES = (".mrxs", ".dcm", ".csv")
@@ -56,10 +58,6 @@ class Source:
 
         Only start, middle and end of a slide file are read, for speed. Of a remote file nothing is read: its
         address, size and version are hashed.
-
-        Raises:
-            FileFormatError: If it is not a regular file.
-            DownloadError: If there is no file at the URL.
         """
         if self.url is not None:
             return identify(self.url)
@@ -112,9 +110,6 @@ def refuse_own_data(out: Path, sources: Sequence[Source]) -> None:
     """Refuse an output folder that overlaps with files or folders of the slides.
 
     MIRAX slides (``x.mrxs``) have a data folder ``x``, DICOM slides a folder of levels.
-
-    Raises:
-        UserFileError: With the folder and the slide.
     """
     slide_of = {data: source.path for source in sources for data in _list_data(source)}
     parents = {folder: path for data, path in slide_of.items() for folder in data.parents}
@@ -215,3 +210,80 @@ def _clean(name: str) -> str:
         digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
         cleaned = cleaned.encode()[: _MAX_NAME_BYTES - 9].decode(errors="ignore").rstrip(" .") + f"-{digest}"
     return cleaned
+
+
+def list_slides(pack: Pack) -> dict[str, np.ndarray]:
+    """Return the rows of every slide of a pack with coordinates."""
+    table = pack.table
+    column = "slide_id" if table["slide_id"].notna().any() else "patient_id"
+    has_coordinates = table[["x", "y", column]].notna().all(axis=1).to_numpy()
+    if not has_coordinates.any():
+        raise SlideError(f"{pack.path} has no coordinates, so slides cannot be reassembled")
+    names = table[column].astype("string")
+    return {
+        str(name): np.flatnonzero(has_coordinates & (names == name).fillna(False).to_numpy())
+        for name in sorted(names[has_coordinates].unique())
+    }
+
+
+def stitch_slide(
+    pack: Pack, name: str, index: np.ndarray, *, mpp: float | None = None
+) -> tuple[PatchGrid, np.ndarray]:
+    """Reassemble one slide.
+
+    Args:
+        name: Id of the slide, or of the patient without slide ids.
+        index: Its rows in the pack.
+        mpp: Pixel size in µm if the pack does not record it.
+
+    Returns:
+        The grid of its patches, whose level 0 has the resolution of the pack, and the picture, uint8
+        ``(H, W, 3)``.
+
+    Raises:
+        SlideError: If the patches are not on a grid or too far apart, or the mpp is unknown.
+    """
+    mpp = pack.info.mpp or mpp
+    if mpp is None:
+        raise SlideError(f"{pack.path} does not record its pixel size: pass --mpp (um/px)")
+    rows, patch_px = pack.table.iloc[index], pack.info.patch_px
+    x, y = (rows[axis].to_numpy(np.int64) for axis in "xy")
+    stride_px = _find_stride(x, y, patch_px, name)
+    try:
+        check_extent(np.append(x, 0), np.append(y, 0), stride_px)  # pictures include the corner of the slide
+    except DataError as error:
+        raise SlideError(f"slide {name}: {error}") from None
+    width, height = int(x.max()) + patch_px, int(y.max()) + patch_px
+    scale = min(1.0, THUMBNAIL_PX / max(width, height))
+    sizes = pack.sizes[index]
+    patches = (pack.patches[row][: size[1], : size[0]] for row, size in zip(index, sizes, strict=True))
+    origin = int(x.min()), int(y.min())
+    grid = PatchGrid(
+        (x - origin[0]) // stride_px,
+        (y - origin[1]) // stride_px,
+        patch_px,
+        stride_px,
+        1.0,
+        mpp,
+        width,
+        height,
+        origin,
+    )
+    image = stitch(patches, x, y, patch_px=patch_px, scale=scale)
+    picture = np.full((round(height * scale), round(width * scale), 3), 255, np.uint8)
+    left, top = round(origin[0] * scale), round(origin[1] * scale)
+    window = picture[top : top + image.shape[0], left : left + image.shape[1]]
+    window[:] = image[: window.shape[0], : window.shape[1]]
+    return grid, picture
+
+
+def _find_stride(x: np.ndarray, y: np.ndarray, patch_px: int, name: str) -> int:
+    """Return the stride of the patches: the greatest common divisor of patch size and distances."""
+    distances = np.concatenate([x - x.min(), y - y.min(), [patch_px]])
+    stride_px = int(np.gcd.reduce(distances))
+    if stride_px < patch_px / 16:
+        raise SlideError(
+            f"the patches of slide {name} are not on a grid: the greatest common divisor "
+            f"of their distances is {stride_px} px"
+        )
+    return stride_px

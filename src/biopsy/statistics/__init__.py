@@ -1,7 +1,6 @@
-"""Arrays in, numbers out: metrics, their intervals over patients, calibration, thresholds.
+"""Metrics, confidence intervals over patients, calibration, decision thresholds and conformal prediction.
 
-Nothing here reads a file, draws a picture or knows what a patch looks like; numpy, scipy, pandas and
-scikit-learn are allowed, torch is not. To add a metric, write one function of a `WeightedCounts` in
-`metrics.py` under `@metric(...)`, saying what it needs and between which bounds it lives, and give
-`tests/test_metrics.py` its law and an independent number: every table and interval then carries it by name.
+Arrays in, numbers out: no files, figures or patches; torch is not used. To add a metric, write a function of
+a `WeightedCounts` in ``metrics.py`` under ``@metric(...)``, with its needs and bounds; tables and intervals
+then include it by name. Test it against a law and an independent number in ``tests/test_metrics.py``.
 """

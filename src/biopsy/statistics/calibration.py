@@ -1,7 +1,7 @@
-"""Do probabilities mean what they say? Reliability bins, calibration error, slope and intercept.
+"""Calibration: bins of equal mass, expected calibration error, recalibration slope and intercept.
 
-The functions that the metrics call take a sample as *distinct probabilities, highest first*, with the
-weight of positive and of negative patches at each: the form in which weighting patients anew is cheap.
+Functions used by metrics take the distinct probabilities of a sample in descending order, with the weight of
+positive and of negative patches at each.
 """
 
 import numpy as np
@@ -13,37 +13,33 @@ from biopsy.core.seeds import make_rng
 Floats = NDArray[np.float64]
 
 N_BINS = 15  # Guo et al. 2017, "On calibration of modern neural networks", sec. 4
-IDENTITY = (0.0, 1.0)  # intercept and slope of probabilities that mean what they say
-LOGIT_CLIP = 1e-6  # probabilities are held inside [1e-6, 1 - 1e-6] before their logit is taken
+IDENTITY = (0.0, 1.0)  # intercept and slope of calibrated probabilities
+LOGIT_CLIP = 1e-6  # of probabilities, before the logit
 
 
 def clipped_logit(prob: ArrayLike) -> Floats:
-    """Return ``log(p / (1 - p))`` with probabilities held inside ``[1e-6, 1 - 1e-6]``."""
+    """Return ``log(p / (1 - p))`` with probabilities clipped to ``[1e-6, 1 - 1e-6]``."""
     return scipy.special.logit(np.clip(np.asarray(prob, dtype=np.float64), LOGIT_CLIP, 1 - LOGIT_CLIP))
 
 
 def assign_bins(mass: Floats, n_bins: int) -> NDArray[np.intp]:
-    """Cut distinct probabilities, highest first, into bins of equal mass.
+    """Divide distinct probabilities, in descending order, into bins of equal mass.
 
-    A probability goes whole to the bin in which the middle of its mass falls, so patches that tie are never
-    torn apart, their order does not matter, and a weight of two is the same as a patch seen twice. Where
-    many patches tie there may be fewer bins than asked for.
+    A probability is assigned to the bin of the middle of its mass, so that ties are in one bin and a weight
+    of two equals two patches. With many ties there may be fewer bins than requested.
     """
     middle = np.cumsum(mass) - mass / 2
     return np.minimum(middle * n_bins / mass.sum(), n_bins - 1).astype(np.intp)
 
 
 def bin_patches(prob: ArrayLike, *, n_bins: int = N_BINS) -> NDArray[np.intp]:
-    """Return the bin of each patch, 0 the lowest, as of `assign_bins`; some numbers may be left out."""
+    """Return the bin of each patch, 0 the lowest, see `assign_bins`; some numbers may be unused."""
     _, of_patch, mass = np.unique(-np.asarray(prob, np.float64), return_inverse=True, return_counts=True)
     return n_bins - 1 - assign_bins(mass.astype(np.float64), n_bins)[of_patch]
 
 
 def calibration_error(prob: Floats, pos: Floats, neg: Floats, n_bins: int = N_BINS) -> float:
-    """Return the expected calibration error: mean absolute gap of predicted and observed frequency.
-
-    Source: Naeini et al. 2015 (ECE), with equal-mass bins as in Nixon et al. 2019.
-    """
+    """Return the expected calibration error (Naeini et al. 2015); equal-mass bins (Nixon et al. 2019)."""
     mass = pos + neg
     bins = assign_bins(mass, n_bins)
     gap = np.bincount(bins, prob * mass - pos)
@@ -51,10 +47,10 @@ def calibration_error(prob: Floats, pos: Floats, neg: Floats, n_bins: int = N_BI
 
 
 def ece_floor(prob: ArrayLike, *, seed: int, draws: int = 200, n_bins: int = N_BINS) -> float:
-    """Return the calibration error that a perfect classifier would show on these same probabilities.
+    """Return the expected calibration error of perfectly calibrated probabilities in a finite sample.
 
-    Labels are drawn from the probabilities themselves, ``draws`` times; the mean error is what chance alone
-    makes of a finite sample. Labels are drawn independently, so patients who differ raise the real floor.
+    It is the mean over ``draws`` sets of labels drawn from the probabilities. Labels are independent, so that
+    the real floor is higher if patients differ.
     """
     prob = np.asarray(prob, dtype=np.float64)
     bins = bin_patches(prob, n_bins=n_bins)
@@ -68,13 +64,12 @@ def fit_recalibration(
 ) -> tuple[float, float]:
     """Fit ``P(positive) = expit(intercept + slope * logit)`` by maximum likelihood.
 
-    Newton's method. A long step is shortened to ``log(1 + d) / d`` of itself, ``d`` being the largest change
-    of any logit, which makes it converge from anywhere (Sun and Tran-Dinh 2019, generalised
-    self-concordance); short ones are taken whole, and once one is below 1e-6 the error is its square.
+    Newton's method; a step with a largest change ``d`` of any logit above .5 is damped by ``log(1 + d) / d``,
+    so that it converges from any start (Sun and Tran-Dinh 2019, generalised self-concordance).
 
     Returns:
-        ``(intercept, slope)``; both NaN where no finite maximum exists, which is when one cut separates
-        the classes or all logits are equal.
+        ``(intercept, slope)``; both NaN if there is no finite maximum, because a threshold separates the
+        classes or all logits are equal.
     """
     x_pos, x_neg = logits[pos > 0], logits[neg > 0]
     if x_pos.size == 0 or x_neg.size == 0 or x_pos.min() >= x_neg.max() or x_pos.max() <= x_neg.min():
@@ -97,14 +92,13 @@ def fit_recalibration(
             return float(a), float(b)
     if start == IDENTITY:
         return np.nan, np.nan
-    return fit_recalibration(logits, pos, neg)  # the start was so far off that every curvature vanished
+    return fit_recalibration(logits, pos, neg)  # from this start every curvature vanished
 
 
 def fit_intercept(logits: Floats, pos: Floats, neg: Floats, *, start: float = 0.0) -> float:
-    """Fit ``P(positive) = expit(intercept + logit)``: calibration-in-the-large, zero where right on average.
+    """Fit ``P(positive) = expit(intercept + logit)``, calibration-in-the-large; both classes are needed.
 
-    Source: Van Calster et al. 2019, "Calibration: the Achilles heel of predictive analytics", who hold the
-    slope at 1 here; needs both classes, and is then always finite.
+    Source: Van Calster et al. 2019, "Calibration: the Achilles heel of predictive analytics".
     """
     mass, n_pos, a = pos + neg, float(pos.sum()), start
     for _ in range(200):

@@ -1,8 +1,7 @@
-"""Calibrators: map scores to calibrated probabilities, fitted on held-out patients.
+"""Calibrators: map scores to scores of calibrated probabilities, fitted on held-out patients.
 
-Scores are what the softmax of gives a classifier's own probabilities; a calibrator gives scores again, whose
-softmax are the calibrated ones. To add one, write a record with ``scale`` and ``to_dict``, a fit, and name
-both in `fit_calibrator` and `calibrator_from_dict`.
+The softmax of scores is the probabilities. To add a calibrator, write a class with ``scale`` and ``to_dict``
+and a function that fits it, and add them to `fit_calibrator` and `calibrator_from_dict`.
 """
 
 from collections.abc import Mapping
@@ -20,29 +19,29 @@ Floats = NDArray[np.float64]
 Method = Literal["platt", "intercept", "temperature", "isotonic", "none"]
 
 METHODS: tuple[Method, ...] = ("platt", "intercept", "temperature", "isotonic", "none")
-SLOPES = (1e-6, 1e3)  # of standardised scores; a best slope beyond these is as good as zero or infinite
-FEWEST_FOR_SLOPE = 5
-"""Validation patients below which Platt fits the intercept alone: docs/concepts/calibration.md."""
-LEAST_SPREAD = 0.01
-"""Standard deviation of scores below which they barely differ: probabilities are equal to two digits."""
-AS_TRAINED = "as trained"
-MOVED = "moved from the shares that training saw to those of validation"
-LEFT = "left as trained, though class weights or resampling bent it: validation fits better so"
-WITH_INTERCEPT = "fitted with the intercept"
-SEPARATED = "validation is told apart without a mistake: no finite slope fits"
-LEAST_PROB = 1e-15  # before a logarithm, so that scores of an isotonic 0 stay finite
+SLOPES = (1e-6, 1e3)  # limits, of standardised scores; beyond them a slope is in effect zero or infinite
+MIN_GROUPS_FOR_SLOPE = 5
+"""Number of validation patients below which Platt fits the intercept only: docs/concepts/calibration.md."""
+MIN_SPREAD = 0.01
+"""Standard deviation of scores below which probabilities are equal to two digits."""
+PRIOR_OF_TRAINING = "as in training"
+PRIOR_CORRECTED = "corrected from the class frequencies in training to those in validation"
+PRIOR_UNCHANGED = "not corrected for class weights or resampling: the correction fits validation worse"
+PRIOR_IN_INTERCEPT = "fitted with the intercept"
+SEPARATED = "validation is classified without errors: no finite slope fits"
+MIN_PROB = 1e-15  # before a logarithm, for finite scores of an isotonic 0
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """Scores times one slope plus an intercept for each class: Platt, intercept, temperature, or nothing.
+    """Scores times one slope plus an intercept per class: Platt, intercept, temperature, or no calibration.
 
     Attributes:
-        method: Which of them.
+        method: Name of the method.
         slope: 1 / temperature.
-        intercepts: One a class; empty for none.
-        prior: What was done about class weights and resampling in training.
-        reason: Why another method was fitted than the one asked for.
+        intercepts: One per class; empty for none.
+        prior: Treatment of class weights and resampling in training.
+        reason: Reason why another method than the requested one was fitted.
     """
 
     method: Method = "none"
@@ -58,7 +57,7 @@ class Scaling:
         return self.slope * scores + (np.array(self.intercepts) if self.intercepts else 0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what ``classifier.json`` holds."""
+        """Return the entry of ``classifier.json``."""
         record: dict[str, Any] = {"method": self.method}
         if self.method != "none":
             record |= {"slope": self.slope, "intercepts": list(self.intercepts), "prior": self.prior}
@@ -71,8 +70,8 @@ class Isotonic:
 
     Attributes:
         positive_index: Column of the positive class.
-        prob: Probabilities at which it is known, rising, ``(n_knots,)``.
-        calibrated: What they become; between two, on the line between them.
+        prob: Probabilities of the knots, ascending, ``(n_knots,)``.
+        calibrated: Calibrated probabilities of the knots, interpolated linearly.
     """
 
     positive_index: int
@@ -89,10 +88,10 @@ class Isotonic:
             scipy.special.expit(scores[:, positive] - scores[:, 1 - positive]), self.prob, self.calibrated
         )
         pair = np.stack([1 - prob, prob] if positive else [prob, 1 - prob], axis=1)
-        return np.log(np.maximum(pair, LEAST_PROB))
+        return np.log(np.maximum(pair, MIN_PROB))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what ``classifier.json`` holds."""
+        """Return the entry of ``classifier.json``."""
         return {
             "method": self.method,
             "positive_index": self.positive_index,
@@ -106,11 +105,7 @@ Calibrator = Scaling | Isotonic
 
 
 def calibrator_from_dict(record: Mapping[str, Any]) -> Calibrator:
-    """Return a calibrator from the record of `to_dict`; other keys are ignored.
-
-    Raises:
-        MetricError: For a method that this version does not know.
-    """
+    """Return a calibrator from the record of `to_dict`; other keys are ignored."""
     method = check_method(record["method"])
     if method == "isotonic":
         return Isotonic(
@@ -129,17 +124,13 @@ def calibrator_from_dict(record: Mapping[str, Any]) -> Calibrator:
 
 
 def check_method(method: str, n_classes: int = 2) -> Method:
-    """Return the name of a method if it exists and supports the number of classes.
-
-    Raises:
-        MetricError: If not.
-    """
+    """Return the name of a method if it exists and supports the number of classes."""
     if method not in METHODS:
         raise MetricError(f"calibration {method!r} does not exist: {suggest(method, METHODS)}")
     if method == "isotonic" and n_classes != 2:
         raise MetricError(
             f"calibration {method!r} is for two classes, found {n_classes}: "
-            "use 'platt', which serves any number"
+            "use 'platt', which is for any number"
         )
     return method
 
@@ -153,35 +144,31 @@ def fit_calibrator(
     positive_index: int = 1,
     trained_prior: ArrayLike | None = None,
 ) -> Calibrator:
-    """Fit a calibrator by maximum likelihood on patches that were not used for training.
+    """Fit a calibrator by maximum likelihood on held-out patches.
 
-    ``platt`` finds one slope for all scores and an intercept for each class (Platt 1999 on the difference of
-    two scores; for more classes bias-corrected temperature scaling, Alexandari et al. 2020); ``intercept``
-    the intercepts alone; ``temperature`` (Guo et al. 2017, sec. 4.2) the slope alone; ``isotonic`` (Zadrozny
-    and Elkan 2002) the best rising step function, no more certain than Platt's targets
-    ``1 / (n_neg + 2)`` and ``(n_pos + 1) / (n_pos + 2)`` or the classifier itself. Slopes are fitted on
-    standardised scores, so that the spread of the scores does not matter.
+    ``platt`` fits one slope and an intercept per class (Platt 1999 on the difference of two scores; for more
+    classes bias-corrected temperature scaling, Alexandari et al. 2020); ``intercept`` the intercepts only;
+    ``temperature`` (Guo et al. 2017, sec. 4.2) the slope only; ``isotonic`` (Zadrozny and Elkan 2002) a
+    monotonic step function, limited by Platt's targets ``1 / (n_neg + 2)`` and ``(n_pos + 1) / (n_pos + 2)``
+    or the extremes of the classifier. Slopes are fitted on standardised scores.
 
-    Intercepts alone are fitted where ``platt`` is asked for on fewer than five patients (unless scores barely
-    differ), and wherever no slope or steps fit (equal scores, classes told apart without a mistake, a ranking
-    no better than chance); ``reason`` then says why. A class that these patches lack is counted as if one
-    more patient had been seen with the classes that the classifier predicts on average.
+    Intercepts only are fitted, with a ``reason``, if ``platt`` is requested with fewer than five patients
+    (unless scores barely differ), or no slope or steps fit (equal scores, no errors, or a ranking no better
+    than chance). For a class without patches, one more patient with the mean predicted classes is assumed.
 
     Args:
-        scores: ``(n, n_classes)``, whose softmax are the probabilities.
-        target: Class of each patch, ``(n,)``, of patients with their natural prevalence.
-        method: One of `METHODS`.
-        n_groups: Patients (slides, patches) that the patches are of; each patch by default.
+        scores: ``(n, n_classes)``, whose softmax is the probabilities.
+        target: Class of each patch, ``(n,)``, at its natural prevalence.
+        n_groups: Number of patients (slides, patches; default: of patches).
         positive_index: Column of the positive class, for two classes.
-        trained_prior: Share of each class as training saw it, where class weights or resampling bent it,
-            ``(n_classes,)``. Before a temperature, which cannot move a prior, scores are moved from it to the
-            shares in these patches (King and Zeng 2001, prior correction; Saerens et al. 2002), unless that
-            fits them worse: a network that was trained long may have ignored its weights (Byrd and Lipton
-            2019).
+        trained_prior: Effective class frequencies in training, if changed by class weights or resampling,
+            ``(n_classes,)``. Before temperature scaling, scores are corrected to the frequencies in these
+            patches (prior correction: King and Zeng 2001; Saerens et al. 2002), unless that fits worse, since
+            long training may cancel the weights (Byrd and Lipton 2019).
 
     Raises:
-        MetricError: If the method does not exist or is for two classes only, shapes do not agree, or a score
-            is not finite.
+        MetricError: If the method is unknown or for two classes only, shapes differ, or a score is not
+            finite.
 
     Example:
         >>> round(fit_calibrator([[0, 4], [4, 0], [0, 4], [4, 0]], [1, 0, 1, 1], "temperature").slope, 4)
@@ -202,7 +189,7 @@ def fit_calibrator(
     if not share.all():
         share = (n_groups * share + scipy.special.softmax(scores, axis=1).mean(axis=0)) / (n_groups + 1)
     _, intercepts = _fit_linear(scores, target, share, with_slope=False)
-    return Scaling("intercept", 1.0, tuple(intercepts.tolist()), prior=WITH_INTERCEPT, reason=reason)
+    return Scaling("intercept", 1.0, tuple(intercepts.tolist()), prior=PRIOR_IN_INTERCEPT, reason=reason)
 
 
 def mean_nll(scores: Floats, target: ArrayLike) -> float:
@@ -218,13 +205,13 @@ def spread_of(scores: Floats) -> float:
 def _check_scores(scores: Floats, target: NDArray[Any]) -> None:
     if scores.ndim != 2 or scores.shape[1] < 2 or target.shape != scores.shape[:1] or not len(target):
         raise MetricError(
-            f"scores have shape {scores.shape} and target {target.shape}: give each patch one score a class"
+            f"scores have shape {scores.shape} and target {target.shape}: give each patch one score per class"
         )
     wrong = ~np.isfinite(scores).all(axis=1)
     if wrong.any():
         raise MetricError(
             f"{wrong.sum()} patches have scores that are not finite, the first at row {np.argmax(wrong)}: "
-            "nothing can be calibrated on them; look at the classifier's outputs"
+            "check the outputs of the classifier"
         )
     if not np.isin(target, np.arange(scores.shape[1])).all():
         raise MetricError(f"targets are not all an index into the {scores.shape[1]} classes")
@@ -249,8 +236,8 @@ def _fit(
         raise _NoFit("all predictions are equal: no slope can be fitted")
     if method == "temperature":
         return _fit_temperature(scores, target, share, trained_prior)
-    if method == "platt" and n_groups < FEWEST_FOR_SLOPE and spread_of(scores) >= LEAST_SPREAD:
-        raise _NoFit(f"a slope is fitted from {FEWEST_FOR_SLOPE} validation patients on")
+    if method == "platt" and n_groups < MIN_GROUPS_FOR_SLOPE and spread_of(scores) >= MIN_SPREAD:
+        raise _NoFit(f"a slope is fitted from {MIN_GROUPS_FOR_SLOPE} validation patients on")
     if len(share) > 2:
         return _fit_classes(scores, target, share)
     logits, truth = scores[:, positive_index] - scores[:, 1 - positive_index], target == positive_index
@@ -261,10 +248,10 @@ def _fit(
 def _fit_temperature(
     scores: Floats, target: NDArray[Any], share: Floats, trained_prior: ArrayLike | None
 ) -> Scaling:
-    shifts = {AS_TRAINED: np.zeros(len(share))}
+    shifts = {PRIOR_OF_TRAINING: np.zeros(len(share))}
     if trained_prior is not None and share.all():
-        moved = np.log(share) - np.log(np.asarray(trained_prior, np.float64))
-        shifts = {MOVED: moved - moved[0], LEFT: np.zeros(len(share))}
+        shift = np.log(share) - np.log(np.asarray(trained_prior, np.float64))
+        shifts = {PRIOR_CORRECTED: shift - shift[0], PRIOR_UNCHANGED: np.zeros(len(share))}
     fits = []
     for prior, shift in shifts.items():
         try:
@@ -289,8 +276,8 @@ def _fit_slope(scores: Floats, target: NDArray[Any]) -> float:
 
     if derivative(low) >= 0:
         raise _NoFit(
-            "no positive slope fits: validation is ranked no better than chance, or all its scores are "
-            "shifted to one side, which platt takes off"
+            "no positive slope fits: validation is ranked no better than chance, or scores have an offset, "
+            "which platt corrects"
         )
     if derivative(high) <= 0:
         raise _NoFit(SEPARATED)
@@ -305,7 +292,7 @@ def _fit_platt(logits: Floats, truth: Floats, positive_index: int) -> Scaling:
     slope = _check_slope(slope) / spread
     intercept -= slope * mean
     intercepts = (0.0, intercept) if positive_index else (intercept, 0.0)
-    return Scaling("platt", slope, intercepts, prior=WITH_INTERCEPT)
+    return Scaling("platt", slope, intercepts, prior=PRIOR_IN_INTERCEPT)
 
 
 def _fit_classes(scores: Floats, target: NDArray[Any], share: Floats) -> Scaling:
@@ -316,7 +303,7 @@ def _fit_classes(scores: Floats, target: NDArray[Any], share: Floats) -> Scaling
         "platt",
         _check_slope(slope) / spread,
         tuple((intercepts - slope / spread * (centre - centre[0])).tolist()),
-        prior=WITH_INTERCEPT,
+        prior=PRIOR_IN_INTERCEPT,
     )
     if (fitted.scale(scores).argmax(axis=1) == target).all():
         raise _NoFit(SEPARATED)
@@ -326,14 +313,7 @@ def _fit_classes(scores: Floats, target: NDArray[Any], share: Floats) -> Scaling
 def _fit_linear(
     scores: Floats, target: NDArray[Any], share: Floats, *, with_slope: bool
 ) -> tuple[float, Floats]:
-    """Return slope (1 unless fitted) and intercepts (the first is 0) with minimum NLL.
-
-    Args:
-        scores: ``(n, n_classes)``.
-        target: Class of each patch, ``(n,)``.
-        share: Of each class; mean probabilities come to equal it.
-        with_slope: Whether a slope is fitted as well.
-    """
+    """Return slope (1 unless fitted) and intercepts (the first is 0) with minimum NLL."""
     n_classes, of_target = scores.shape[1], scores[np.arange(len(scores)), target].mean()
 
     def loss(parameters: Floats) -> tuple[float, Floats]:

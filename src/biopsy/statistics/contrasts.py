@@ -1,4 +1,4 @@
-"""A measured value in two sets of patches, compared over patients."""
+"""Comparison of a measured value between two groups of patches, with intervals over patients."""
 
 from dataclasses import dataclass
 from typing import Unpack
@@ -27,19 +27,18 @@ AUROC = METRICS["auroc"]
 
 @dataclass(frozen=True)
 class Contrast:
-    """How a measured value differs between chosen patches and the others.
+    """Difference of a measured value between chosen patches and the others.
 
     Attributes:
-        n_chosen: How many are chosen.
-        n_others: How many are not.
-        mean_chosen: Mean of the value over the chosen; NaN without any.
+        n_chosen: Number of chosen patches.
+        n_others: Number of other patches.
+        mean_chosen: Mean of the value over the chosen patches; NaN if there are none.
         mean_others: Mean over the others.
-        difference_sd: Mean of the chosen less mean of the others, in standard deviations within the two.
-        auroc: Chance that a chosen patch has a higher value than one of the others; .5 is no difference.
-        within: The same within each patient that has both kinds, summarised; None where the unit is the
-            patch.
-        by_group: One row a patient: ``n_chosen``, ``n_others``, ``auroc`` (NaN without both kinds); its index
-            holds the ids. Empty where the unit is the patch.
+        difference_sd: Difference of the means in pooled standard deviations.
+        auroc: Probability that a chosen patch has a higher value than another; .5 without a difference.
+        within: Summary of the AUROC within patients with both kinds; None if the unit is the patch.
+        by_group: One row per patient: ``n_chosen``, ``n_others``, ``auroc`` (NaN without both kinds), with
+            the ids as index; empty if the unit is the patch.
     """
 
     n_chosen: int
@@ -63,13 +62,9 @@ def contrast_groups(
     """Compare a value between chosen patches and the others.
 
     Args:
-        values: What was measured, shape ``(n,)``.
-        chosen: True for the patches of interest.
-        names: What the chosen and the others are called in reasons, such as ``("missed", "found")``.
-        **resampling: As of `Resampler`.
-
-    Raises:
-        MetricError: If the lengths differ or a value is not finite.
+        values: Measured values, shape ``(n,)``.
+        chosen: Mask of the patches of interest.
+        names: Names of the chosen and the other patches in reasons, such as ``("wrong", "correct")``.
     """
     values, chosen = np.asarray(values, float), np.asarray(chosen, bool)
     group_ids = np.asarray(group_ids, dtype=object)
@@ -109,7 +104,7 @@ def contrast_groups(
 
 
 def _sums(values: Floats, chosen: NDArray[np.bool_], codes: NDArray[np.intp], n_groups: int) -> Floats:
-    """Count, sum and sum of squares of the chosen, then of the others, for each group: ``(n_groups, 6)``."""
+    """Return count, sum and sum of squares of the chosen, then of the others, ``(n_groups, 6)``."""
     columns = [kind * values**power for kind in (chosen, ~chosen) for power in range(3)]
     return sum_groups(codes, n_groups, *columns)
 

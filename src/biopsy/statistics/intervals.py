@@ -13,7 +13,7 @@ from biopsy.statistics.metrics import METRICS, Counts, Metric, measure, registry
 from biopsy.statistics.multiclass import ClassSample
 from biopsy.statistics.resampling import (
     BOOTSTRAP_FROM,
-    FEWEST_GROUPS,
+    MIN_GROUPS,
     Floats,
     InformativeGroups,
     Interval,
@@ -51,7 +51,7 @@ class Replicates:
     Attributes:
         value: Each metric on the sample.
         replicates: Each metric on every replicate, shape ``(n_replicates,)``.
-        resampler: How the groups were reweighted.
+        resampler: Resampling of the groups.
     """
 
     value: dict[str, float]
@@ -86,7 +86,7 @@ def average(results: Sequence[Replicates]) -> Replicates:
 
 @dataclass(frozen=True)
 class PatientSummary(Interval):
-    """A metric computed within each patient: the mean with its interval, the median, the worst patient."""
+    """A metric within patients: mean with interval, number of patients, median and worst patient."""
 
     n_defined: int = 0
     median: float | None = None
@@ -111,11 +111,7 @@ def estimate_metric(metric: Metric, sample: GroupedSample, result: Replicates) -
 def estimate_metrics(
     sample: GroupedSample, names: Iterable[str] | None = None, **resampling: Unpack[Resampling]
 ) -> dict[str, Interval]:
-    """Return the metrics of a sample (all, or the given names) with intervals over its groups.
-
-    Raises:
-        MetricError: For a name that is not registered, or a level outside 0-1.
-    """
+    """Return the metrics of a sample (all, or the given names) with intervals over its groups."""
     result = replicate(sample, Resampler(len(sample.groups), **resampling), names)
     metrics = registry(type(sample.count()))
     return {name: estimate_metric(metrics[name], sample, result) for name in result.value}
@@ -159,9 +155,8 @@ def estimate_patient_metrics(
 ) -> dict[str, PatientSummary]:
     """Return means over patients, with equal weights, of the metrics within each patient.
 
-    Calibration error, slope and intercept are left out: within one patient they are noise. Patients in whom
-    a metric is undefined (no positive patch, say) are left out of it and ``n_defined`` says how many remain.
-    The interval is Student's t over those patients, on the metric's unbounded scale.
+    Metrics marked `Metric.pooled_only` (calibration) are excluded, and patients in whom a metric is undefined
+    are excluded from it. The interval is Student's t over patients, on the metric's unbounded scale.
     """
     _, table = measure_groups(target, prob, group_ids, threshold)
     return {name: summarise_groups(METRICS[name], values, level, unit) for name, values in table.items()}
@@ -174,10 +169,8 @@ def summarise_groups(metric: Metric, values: Floats, level: float, unit: str) ->
     if n == 0:
         return PatientSummary(float("nan"), reason=f"undefined in every {unit}")
     mean = float(defined.mean())
-    if n < FEWEST_GROUPS:
-        interval = Interval(
-            mean, reason=f"defined in only {count(n, unit)}: an interval needs {FEWEST_GROUPS}"
-        )
+    if n < MIN_GROUPS:
+        interval = Interval(mean, reason=f"defined in only {count(n, unit)}: an interval needs {MIN_GROUPS}")
     else:
         resampler = Resampler(n, unit=unit, level=level, bootstrap_from=None)
         without_one = (defined.sum() - defined) / (n - 1)
@@ -197,15 +190,13 @@ class SizeTrend:
 
 
 def measure_size_trend(target: ArrayLike, error: ArrayLike, group_ids: ArrayLike) -> SizeTrend | None:
-    """Test whether groups with more patches are the harder ones (informative cluster size).
+    """Test for informative cluster size: whether groups with more patches have larger errors.
 
-    The error of a group is its mean within each class, less the mean of all groups in that class, averaged
-    over the classes it has; so it does not matter which those are.
+    The error of a group is its mean within each class minus the mean over groups in that class, averaged over
+    the classes of the group.
 
     Args:
-        target: Class of each patch, ``(n,)``.
-        error: Of each patch, ``(n,)``: 1 minus the probability of its class, say.
-        group_ids: Group of each patch, ``(n,)``.
+        error: Error of each patch, ``(n,)``, such as 1 minus the probability of its class.
 
     Returns:
         Spearman's correlation; None with fewer than 5 groups, equal sizes or equal errors.
@@ -214,11 +205,11 @@ def measure_size_trend(target: ArrayLike, error: ArrayLike, group_ids: ArrayLike
     sums = sum_groups(codes * len(classes) + target, len(groups) * len(classes), np.ones(len(codes)), error)
     n_patches, total = sums.T.reshape(2, len(groups), len(classes))
     within = divide(total, n_patches)
-    size, hardness = n_patches.sum(axis=1), np.nanmean(within - np.nanmean(within, axis=0), axis=1)
-    if len(groups) < FEWEST_GROUPS or np.ptp(size) == 0 or np.ptp(hardness) == 0:
+    size, mean_error = n_patches.sum(axis=1), np.nanmean(within - np.nanmean(within, axis=0), axis=1)
+    if len(groups) < MIN_GROUPS or np.ptp(size) == 0 or np.ptp(mean_error) == 0:
         return None
-    found = spearmanr(size, hardness, alternative="greater")
-    return SizeTrend(float(found.statistic), float(found.pvalue))
+    result = spearmanr(size, mean_error, alternative="greater")
+    return SizeTrend(float(result.statistic), float(result.pvalue))
 
 
 @dataclass(frozen=True)
@@ -238,5 +229,5 @@ def describe_method(n_groups: int, **resampling: Unpack[Resampling]) -> Interval
     used = Resampler(n_groups, **resampling)
     if n_groups >= BOOTSTRAP_FROM:
         return IntervalMethod(used.unit, used.level, n_groups, "bootstrap-se", used.draws, used.seed)
-    method = "none" if n_groups < FEWEST_GROUPS else "jackknife-t"
+    method = "none" if n_groups < MIN_GROUPS else "jackknife-t"
     return IntervalMethod(used.unit, used.level, n_groups, method)

@@ -1,9 +1,8 @@
-"""The registry of metrics, and those of two classes; those of more are in `multiclass`.
+"""Registry of metrics, and metrics of two classes; those of more classes are in `multiclass`.
 
-A metric is a function of a weighted sample, registered with ``@metric``. Registered, it is computed with its
-interval wherever metrics are: in evaluations, comparisons, studies and reports. The numbers equal
-scikit-learn's, with ``sample_weight`` where patients are weighted. What cannot be computed is NaN, and
-`Metric.why_undefined` says why; nothing here warns.
+A metric is a function of a weighted sample, registered with ``@metric``: evaluations, comparisons, studies
+and reports then include it with its interval. Values equal scikit-learn's with ``sample_weight``. Undefined
+values are NaN, with the reason in `Metric.why_undefined`.
 """
 
 import inspect
@@ -25,7 +24,7 @@ Kind = Literal["ranking", "decision", "probability"]
 
 
 class Counts(Protocol):
-    """A weighted sample, as metrics take it: `WeightedCounts`, or `multiclass.ClassCounts`."""
+    """A weighted sample, input of metrics: `WeightedCounts` or `multiclass.ClassCounts`."""
 
     @property
     def n(self) -> float:
@@ -33,27 +32,27 @@ class Counts(Protocol):
 
     @property
     def needs(self) -> Mapping[str, str]:
-        """What a metric may need (names of attributes that must be above 0), in words."""
+        """Descriptions of the attributes that may have to be above 0, by name."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric: how to compute it, and what an interval and a table must know about it.
+    """A metric.
 
     Attributes:
-        name: As it stands in `metrics.json`.
-        label: As a reader sees it.
-        meaning: What it is, in a few words: the first sentence of its function's docstring.
-        fn: Weighted sample in, number out; called only when the needs are met.
-        kind: Judges the order of patches, the calls at a threshold, or the probabilities themselves.
+        name: Key in ``metrics.json``.
+        label: Name in reports.
+        meaning: First sentence of the docstring of its function.
+        fn: Function of a weighted sample, evaluated only if the needs are met.
+        kind: Whether it measures the ranking of patches, decisions at a threshold, or probabilities.
         needs: Attributes of the sample that must be above 0, else it is undefined.
-        bounds: Between which values it lives; its interval is made on a scale without them.
-        better: Which way is better; ``"near"`` means near ``ideal``, from either side.
-        ideal: The value of a perfect classifier.
-        share: Whether it is a share of patches that are each right or wrong.
-        undefined: Why it may be undefined although its needs are met.
-        no_interval: Why it gets no interval; empty where it gets one.
-        pooled_only: Whether it takes the patches of many patients, and is not computed within one.
+        bounds: Range of its values; intervals are computed on an unbounded scale.
+        better: Direction of improvement; ``"near"``: towards ``ideal`` from either side.
+        ideal: Value of a perfect classifier.
+        share: Whether it is a proportion of patches that are each correct or not.
+        undefined: Reason why it may be undefined although its needs are met.
+        no_interval: Reason why it has no interval; "" if it has one.
+        pooled_only: Whether it is not computed within single patients.
     """
 
     name: str
@@ -71,12 +70,12 @@ class Metric:
     pooled_only: bool
 
     def compute(self, counts: Counts) -> float:
-        """Return the metric, or NaN where it is undefined."""
+        """Return the metric, NaN if undefined."""
         met = counts.n > 0 and all(getattr(counts, need) > 0 for need in self.needs)
         return float(self.fn(counts)) if met else float("nan")
 
     def why_undefined(self, counts: Counts) -> str:
-        """Return why the metric is NaN on this sample."""
+        """Return the reason why the metric is NaN on this sample."""
         missing = [counts.needs[need] for need in self.needs if not getattr(counts, need) > 0]
         return f"no {' and no '.join(missing)}" if missing else self.undefined
 
@@ -89,7 +88,7 @@ _REGISTRIES: defaultdict[type, Registry[Metric]] = defaultdict(
 
 
 def registry(kind: type) -> Registry[Metric]:
-    """Return the metrics of a kind of sample, by name: `WeightedCounts`, or `multiclass.ClassCounts`."""
+    """Return the metrics of a type of sample (`WeightedCounts` or `multiclass.ClassCounts`) by name."""
     return _REGISTRIES[kind]
 
 
@@ -107,24 +106,22 @@ def metric(
     no_interval: str = "",
     pooled_only: bool = False,
 ) -> Callable[[Callable[[Any], float]], Callable[[Any], float]]:
-    """Register a function of a weighted sample under its own name.
+    """Register a function of a weighted sample under its name; arguments as in `Metric`.
 
     Args:
         of: `WeightedCounts` for two classes, `multiclass.ClassCounts` for more. Both have ``y_true``,
-            ``y_pred``, ``y_prob`` and ``sample_weight`` beside their counts.
-        kind, needs, bounds, better, ideal, share, undefined, no_interval, pooled_only: As in `Metric`.
-        label: By default the name with spaces.
+            ``y_pred``, ``y_prob`` and ``sample_weight`` besides their counts.
     """
 
     def register(fn: Callable[[Any], float]) -> Callable[[Any], float]:
         name = fn.__name__
         shown, needed = label or name.replace("_", " "), tuple(needs)
         meaning = re.sub(r"^Return (the )?|\.(\n.*)?$", "", inspect.getdoc(fn) or "", flags=re.DOTALL)
-        made = Metric(
+        registered = Metric(
             *(name, shown, " ".join(meaning.split()), fn, kind, needed, bounds, better, ideal, share),
             *(undefined, no_interval, pooled_only),
         )
-        registry(of).add(name, made, fn)
+        registry(of).add(name, registered, fn)
         return fn
 
     return register
@@ -248,7 +245,7 @@ def ece(counts: WeightedCounts) -> float:
     bounds=UNBOUNDED,
     better="near",
     pooled_only=True,
-    undefined="one cut separates the classes or all probabilities are equal: no finite slope fits",
+    undefined="a threshold separates the classes, or all probabilities are equal: no finite slope fits",
 )
 def calibration_slope(counts: WeightedCounts) -> float:
     """Return the slope of the outcome on the predicted log-odds; below 1: probabilities too extreme."""
@@ -263,7 +260,7 @@ def calibration_intercept(counts: WeightedCounts) -> float:
 
 
 def specificity_at(counts: WeightedCounts, sensitivity: float) -> float:
-    """Return the highest specificity of any threshold that reaches a sensitivity on this same sample."""
+    """Return the highest specificity of all thresholds with at least a sensitivity, on this sample."""
     reached = counts.pos_above >= sensitivity * counts.n_pos * (1 - 1e-12)
     return float(1 - counts.neg_above[np.argmax(reached)] / counts.n_neg)
 
@@ -281,10 +278,7 @@ def specificity_at_sensitivity_98(counts: WeightedCounts) -> float:
 
 
 def measure(counts: Counts, names: Iterable[str] | None = None) -> dict[str, float]:
-    """Return every metric (or those named) of one weighted sample, NaN where undefined.
-
-    Raises:
-        MetricError: For a name that is not on the list.
+    """Return metrics (all, or the given names) of a weighted sample, NaN if undefined.
 
     Example:
         >>> from biopsy.statistics.weighted_counts import sort_scores

@@ -1,9 +1,8 @@
-"""More than two classes: the sample under any weighting of its patients, and its metrics.
+"""Samples of more than two classes, counted with any weights of patients, and their metrics.
 
-Every metric has its usual definition: accuracy is the share of patches that are right, balanced accuracy the
-mean recall, ``macro`` the plain and ``weighted`` the prevalence-weighted mean over classes. Those that take a
-mean over classes are undefined where a class has no patches. A patch is called the class of its highest
-probability. The numbers equal scikit-learn's.
+``macro`` is the unweighted and ``weighted`` the prevalence-weighted mean over classes; means over classes
+are undefined if a class has no patches. The predicted class is the most probable one. Values equal
+scikit-learn's.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,7 +34,7 @@ class ClassSample:
     Attributes:
         target: Index into ``class_names``, shape ``(n_patches,)``.
         prob: Probabilities, shape ``(n_patches, n_classes)``.
-        pred: The class each patch is called, ``(n_patches,)``.
+        pred: Predicted class, ``(n_patches,)``.
         group: Index into ``groups``.
         groups: Patient ids in sorted order, shape ``(n_groups,)``.
         class_names: Names of the classes.
@@ -49,11 +48,11 @@ class ClassSample:
     class_names: tuple[str, ...]
 
     def count(self, weight: Floats | None = None) -> "ClassCounts":
-        """Count the sample with one weight per *group* (all 1 if not given)."""
+        """Return the counts with one weight per *group* (default: 1)."""
         return ClassCounts(self, np.ones(len(self.groups)) if weight is None else weight)
 
     def informative_groups(self, needs: Iterable[str] = ()) -> InformativeGroups:
-        """Return the groups with patches of the class that fewest have; all without a need."""
+        """Return the groups with patches of the scarcest class; all groups without needs."""
         by_class = self.confusion.sum(axis=2)
         if not list(needs):
             return InformativeGroups(by_class.sum(axis=1))
@@ -70,7 +69,7 @@ class ClassSample:
 
     @cached_property
     def confusion(self) -> Floats:
-        """Patches of each group by true and by called class, ``(n_groups, n_classes, n_classes)``."""
+        """Patches of each group by true and predicted class, ``(n_groups, n_classes, n_classes)``."""
         shape = (len(self.groups), *[len(self.class_names)] * 2)
         cell = np.ravel_multi_index((self.group, self.target, self.pred), shape)
         return np.bincount(cell, minlength=int(np.prod(shape))).reshape(shape).astype(np.float64)
@@ -111,7 +110,7 @@ class ClassCounts:
     """Weighted counts of a `ClassSample`.
 
     Attributes:
-        sample: The patches counted.
+        sample: The patches.
         weight: One per group, ``(n_groups,)``.
     """
 
@@ -141,7 +140,7 @@ class ClassCounts:
 
     @cached_property
     def confusion(self) -> Floats:
-        """Weight by true class (rows) and called class (columns)."""
+        """Weight by true class (rows) and predicted class (columns)."""
         return np.tensordot(self.weight, self.sample.confusion, 1)
 
     @property
@@ -149,7 +148,7 @@ class ClassCounts:
         return self.confusion.sum(axis=1)
 
     @property
-    def n_called(self) -> Floats:
+    def n_pred(self) -> Floats:
         return self.confusion.sum(axis=0)
 
     @property
@@ -158,7 +157,7 @@ class ClassCounts:
 
     @property
     def n_rarest(self) -> float:
-        """Weight of the class with the least."""
+        """Weight of the rarest class."""
         return float(self.n_true.min())
 
     @property
@@ -167,20 +166,20 @@ class ClassCounts:
         return self.weight @ self.sample.losses / self.n
 
     def f1_by_class(self) -> Floats:
-        """Return the F1 of each class, 0 for one that neither occurs nor is called."""
-        both = self.n_true + self.n_called
+        """Return the F1 of each class, 0 for one that neither occurs nor is predicted."""
+        both = self.n_true + self.n_pred
         return np.divide(2 * self.confusion.diagonal(), both, out=np.zeros(len(both)), where=both > 0)
 
     def agreement(self, disagreement: Floats) -> float:
-        """Return 1 - observed / expected disagreement, Cohen's kappa; NaN where none can be expected."""
-        expected = float((disagreement * np.outer(self.n_true, self.n_called)).sum()) / self.n
+        """Return 1 - observed / expected disagreement, Cohen's kappa; NaN if none is expected."""
+        expected = float((disagreement * np.outer(self.n_true, self.n_pred)).sum()) / self.n
         return 1 - float((disagreement * self.confusion).sum()) / expected if expected > 0 else float("nan")
 
 
 MULTICLASS_METRICS = registry(ClassCounts)
 """Metrics of more than two classes by name."""
 EACH_CLASS = ("n_rarest",)
-ONE_CLASS = "all patches are of one class, and called that class"
+ONE_CLASS = "all patches are of one class, and predicted as that class"
 
 
 @metric("decision", of=ClassCounts, share=True)
@@ -225,13 +224,13 @@ def kappa_quadratic(counts: ClassCounts) -> float:
     of=ClassCounts,
     label="Matthews correlation",
     bounds=(-1.0, 1.0),
-    undefined="all patches are of one class, or called one class",
+    undefined="all patches are of one class, or predicted as one class",
 )
 def mcc(counts: ClassCounts) -> float:
     """Return the correlation between predicted and true class, from -1 to 1; 0 is chance (Gorodkin 2004)."""
-    true, called, n = counts.n_true, counts.n_called, counts.n
-    spread = float((n**2 - true @ true) * (n**2 - called @ called))
-    covariance = float(counts.confusion.trace()) * n - float(true @ called)
+    true, pred, n = counts.n_true, counts.n_pred, counts.n
+    spread = float((n**2 - true @ true) * (n**2 - pred @ pred))
+    covariance = float(counts.confusion.trace()) * n - float(true @ pred)
     return covariance / float(np.sqrt(spread)) if spread > 0 else float("nan")
 
 
@@ -293,30 +292,22 @@ def class_sample(
     group_ids: ArrayLike,
     pred: ArrayLike | None = None,
 ) -> ClassSample:
-    """Return a sample of more than two classes, checked and ready to be counted.
+    """Return a validated sample of more than two classes.
 
     Args:
         target: Index into ``class_names`` per patch, shape ``(n_patches,)``.
         probs: Probabilities, shape ``(n_patches, n_classes)``, each row summing to one.
-        class_names: At least three.
-        pred: The class each patch is called; that of its highest probability if not given.
-
-    Raises:
-        MetricError: If shapes, classes, probabilities or groups allow no metric.
+        pred: Predicted class of each patch (default: the most probable one).
     """
     target, probs = np.asarray(target), np.asarray(probs, dtype=np.float64)
     check_class_probs(target, probs, class_names)
     codes, groups = check_groups(group_ids, len(target))
-    called = probs.argmax(axis=1) if pred is None else np.asarray(pred, np.intp)
-    return ClassSample(target.astype(np.intp), probs, called, codes, groups, tuple(class_names))
+    pred = probs.argmax(axis=1) if pred is None else np.asarray(pred, np.intp)
+    return ClassSample(target.astype(np.intp), probs, pred, codes, groups, tuple(class_names))
 
 
 def check_class_probs(target: NDArray, probs: Floats, class_names: Sequence[str]) -> None:
-    """Refuse targets and probabilities that do not fit the classes.
-
-    Raises:
-        MetricError: Naming the first row that is wrong.
-    """
+    """Validate targets and probabilities."""
     n_classes = len(class_names)
     if probs.ndim != 2 or probs.shape[1] != n_classes or n_classes < 2:
         raise MetricError(f"probs has shape {probs.shape} for {n_classes} classes: one column each")
@@ -353,16 +344,16 @@ def classification_report(confusion: ArrayLike, class_names: Sequence[str]) -> l
     """Return precision, recall, F1 and patches of each class, and their averages, from a confusion matrix.
 
     Args:
-        confusion: Patches by true class (rows) and called class (columns).
+        confusion: Patches by true class (rows) and predicted class (columns).
 
     Returns:
         A row per class, then ``macro average`` (plain mean), ``weighted average`` (by patches of each class)
-        and ``micro average`` (over all patches: all three are accuracy). NaN where a class is never called
+        and ``micro average`` (over all patches: all three are accuracy). NaN if a class is never predicted
         (precision), has no patches (recall), or neither (F1), and in a mean over such a class.
     """
     matrix = np.asarray(confusion, np.float64)
-    right, n_true, n_called = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
-    columns = [divide(right, n_called), divide(right, n_true), divide(2 * right, n_true + n_called)]
+    right, n_true, n_pred = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
+    columns = [divide(right, n_pred), divide(right, n_true), divide(2 * right, n_true + n_pred)]
     occurs, n = n_true > 0, matrix.sum()
     rows = {name: ([column[k] for column in columns], n_true[k]) for k, name in enumerate(class_names)}
     rows["macro average"] = [column.mean() for column in columns], n

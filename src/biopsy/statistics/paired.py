@@ -14,17 +14,17 @@ from biopsy.statistics.metrics import Metric, registry
 from biopsy.statistics.resampling import Floats, Interval, Resampler, Resampling, fewest_informative
 from biopsy.statistics.weighted_counts import sort_scores
 
-SAME = "the two do not differ, whichever group is left out"
+SAME = "the estimates are identical, also when any group is left out"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Metrics of one classifier, or of the seeds of one recipe, on every resample.
+    """Metrics of a classifier, or of several seeds of a recipe, on every resample.
 
     Attributes:
         samples: One per seed, of the same patches and groups.
         by_seed: Each metric of each seed, ``(n_seeds,)``.
-        result: The mean over seeds of their metrics, on the sample and on each of its reweightings.
+        result: Mean over seeds of the metrics, on the sample and on each resample.
     """
 
     samples: Sequence[GroupedSample]
@@ -39,14 +39,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of the first minus that of the second.
+    """Difference of a metric, first minus second.
 
     Attributes:
-        interval: Over patients and, where both have several seeds, over seeds: of recipes, then. With one
-            seed for either it is that of two trained networks.
-        p: Two-sided, of Student's t for the same standard error and degrees of freedom. 1 where the two are
-            the same, None where there is no interval.
-        over_patients: The interval over patients alone.
+        interval: Over patients, and over seeds if both have several (a comparison of recipes; otherwise of
+            trained networks).
+        p: Two-sided p-value of Student's t with the same standard error and degrees of freedom; 1 if the two
+            are identical, None without an interval.
+        over_patients: Interval over patients only.
     """
 
     interval: Interval
@@ -57,12 +57,7 @@ class Difference:
 def sample_seeds(
     samples: Sequence[GroupedSample], resampler: Resampler, *, names: Iterable[str] | None = None
 ) -> Sample:
-    """Return the metrics of one classifier, or the mean over its seeds, on every resample of the groups.
-
-    Args:
-        samples: One per seed, of the same ``group_ids``.
-        resampler: The same for all that are compared.
-    """
+    """Return the metrics of one classifier, or the mean over its seeds, on every resample of the groups."""
     names = None if names is None else list(names)
     results = [replicate(sample, resampler, names) for sample in samples]
     by_seed = {name: np.array([result.value[name] for result in results]) for name in results[0].value}
@@ -70,16 +65,12 @@ def sample_seeds(
 
 
 def subtract(first: Sample, second: Sample) -> dict[str, Difference]:
-    """Return each metric of the first minus that of the second.
+    """Return the paired differences of metrics, first minus second.
 
-    Both are measured on every reweighting of the patients and the differences' spread is taken, so what makes
-    a patient hard for both cancels. The interval is on the plain scale: a difference has no bounds to keep
-    away from unless the two are as far apart as can be. With several seeds on both sides the variances of the
-    seeds' means are added to that over patients, with Satterthwaite's degrees of freedom; seeds of two
-    recipes are taken as independent, also where their numbers are the same.
-
-    Raises:
-        MetricError: If the two are not of the same groups.
+    Both are computed on every resample of the patients, so that the difficulty of a patient cancels. The
+    interval is on the original scale. If both have several seeds, the variances of the means over seeds are
+    added to that over patients, with Satterthwaite's degrees of freedom; seeds of two recipes are treated as
+    independent.
     """
     resampler = first.result.resampler
     if not np.array_equal(first.samples[0].groups, second.samples[0].groups):
@@ -101,12 +92,12 @@ def _subtract_metric(metric: Metric, first: Sample, second: Sample) -> Differenc
     if metric.no_interval and not np.isnan(value):
         none = Interval(value, reason=metric.no_interval)
         return Difference(none, None, none)
-    why = None
+    reason = None
     if np.isnan(value):
         counts = (sample.count() for sample in samples)
-        why = next(metric.why_undefined(count) for count in counts if np.isnan(metric.compute(count)))
+        reason = next(metric.why_undefined(count) for count in counts if np.isnan(metric.compute(count)))
     informative = fewest_informative([sample.informative_groups(metric.needs) for sample in samples])
-    over_patients = resampler.interval(value, replicates, informative, undefined=why)
+    over_patients = resampler.interval(value, replicates, informative, undefined=reason)
     if over_patients.low is None:
         return Difference(over_patients, None, over_patients)
     variances = [(resampler.standard_error(replicates[~np.isnan(replicates)]) ** 2, informative.freedom)]
@@ -122,9 +113,6 @@ def satterthwaite(variances: Sequence[tuple[float, float]]) -> tuple[float, floa
     """Return the standard error and degrees of freedom of a sum of independent estimates.
 
     Source: Satterthwaite 1946, "An approximate distribution of estimates of variance components".
-
-    Args:
-        variances: Variance and degrees of freedom of each.
 
     Example:
         >>> satterthwaite([(4.0, 10.0), (0.0, 2.0)])
@@ -144,18 +132,13 @@ def estimate_differences(
     thresholds: Sequence[float] = (0.5, 0.5),
     **resampling: Unpack[Resampling],
 ) -> dict[str, Interval]:
-    """Return each metric of the first minus that of the second, as `subtract`.
+    """Return the paired differences of metrics of two arrays of probabilities, see `subtract`.
 
     Args:
         target: 0 or 1 per patch, shape ``(n_patches,)``.
-        first: Probability of the positive class per patch, by the one.
-        second: The same, by the other.
-        group_ids: The patient (slide, or patch where no ids exist) of each patch.
-        thresholds: At which the first and the second call a patch positive.
-        **resampling: As of `Resampler`.
-
-    Raises:
-        MetricError: For values that allow no metric, patches without a group, or a level outside 0-1.
+        first: Positive probability of each patch by the first classifier.
+        second: By the second classifier.
+        thresholds: Decision thresholds of the first and second classifier.
     """
     ours, theirs = (
         sort_scores(target, prob, at, group_ids=group_ids)
@@ -168,10 +151,10 @@ def estimate_differences(
 
 
 def adjust_holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Return p-values of several comparisons adjusted for the family-wise error rate.
+    """Return p-values of several comparisons adjusted for the family-wise error rate (Holm 1979).
 
-    Holm (1979), A simple sequentially rejective multiple test procedure: the smallest of ``m`` is multiplied
-    by ``m``, the next by ``m - 1``, and so on, kept monotonic. None is not counted as a comparison.
+    The smallest of ``m`` is multiplied by ``m``, the next by ``m - 1``, and so on, kept monotonic. None is
+    not counted as a comparison.
 
     Example:
         >>> adjust_holm([0.01, 0.04, None, 0.03])

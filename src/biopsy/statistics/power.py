@@ -1,4 +1,4 @@
-"""How many patients it takes to see a difference, from how much patients differ in those at hand."""
+"""Sample size: the number of patients needed to detect a difference, from the variance between patients."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,22 +11,22 @@ from biopsy.core.errors import MetricError, suggest
 from biopsy.core.text import count
 from biopsy.statistics.intervals import GroupedSample
 from biopsy.statistics.metrics import registry
-from biopsy.statistics.resampling import FEWEST_GROUPS, Floats, Resampler, check_level, fewest_informative
+from biopsy.statistics.resampling import MIN_GROUPS, Floats, Resampler, check_level, fewest_informative
 
 CORRELATIONS = (0.0, 0.5, 0.8)
-MOST_PATIENTS = 1_000_000
+MAX_PATIENTS = 1_000_000
 
 
 @dataclass(frozen=True)
-class Need:
-    """How many patients a comparison needs.
+class SampleSize:
+    """Number of patients needed for a comparison.
 
     Attributes:
         sd: Standard deviation of the patients' influences on the difference.
-        n_patients: The fewest that reach the power.
-        low: The same, were the spread as small as the patients at hand allow (95 %).
-        high: The same, were it as large.
-        power: Reached at ``n_patients``.
+        n_patients: Smallest number with the required power.
+        low: At the lower 95 % confidence limit of ``sd``.
+        high: At its upper limit.
+        power: Power with ``n_patients``.
     """
 
     sd: float
@@ -38,11 +38,11 @@ class Need:
 
 @dataclass(frozen=True)
 class Influences:
-    """How much each group moves a metric.
+    """Influence of each group on a metric.
 
     Attributes:
         values: One per group, in the order of sorted ids, ``(n_groups,)``.
-        effective: How many groups of equal size those that carry the metric are worth.
+        effective: Effective number of informative groups.
     """
 
     values: Floats
@@ -50,18 +50,13 @@ class Influences:
 
 
 def influence_groups(samples: Sequence[GroupedSample], name: str, *, unit: str = "patient") -> Influences:
-    """Return how much each group moves a metric: the jackknife's pseudo-values less their mean.
+    """Return the influence of each group on a metric: jackknife pseudo-values minus their mean.
 
-    Their standard deviation over the square root of their number is the jackknife's standard error (Efron and
-    Tibshirani 1993, sec. 11.5).
+    Their standard deviation divided by the square root of their number is the jackknife standard error (Efron
+    and Tibshirani 1993, sec. 11.5).
 
     Args:
-        samples: One a seed, of the same patches; the metric is their mean.
-        name: Of the metric.
-        unit: What a group is, for the reasons.
-
-    Raises:
-        MetricError: If the metric does not exist, is undefined, or fewer than five groups carry it.
+        samples: One per seed, of the same patches; the metric is the mean over them.
     """
     metrics = registry(type(samples[0].count()))
     if name not in metrics:
@@ -71,10 +66,10 @@ def influence_groups(samples: Sequence[GroupedSample], name: str, *, unit: str =
         if np.isnan(metric.compute(sample.count())):
             raise MetricError(f"{name} is undefined: {metric.why_undefined(sample.count())}")
     informative = fewest_informative([sample.informative_groups(metric.needs) for sample in samples])
-    if informative.n < FEWEST_GROUPS:
+    if informative.n < MIN_GROUPS:
         raise MetricError(
             f"only {count(informative.n, unit)} with {informative.description}: a plan needs the variance "
-            f"between at least {FEWEST_GROUPS}"
+            f"between at least {MIN_GROUPS}"
         )
     resampler = Resampler(n_groups, unit=unit, bootstrap_from=None)
     _, without = resampler.replicate(
@@ -93,24 +88,19 @@ def plan_patients(
     effective: float | None = None,
     power: float = 0.8,
     level: float = 0.95,
-) -> Need:
-    """Return the fewest patients whose paired comparison detects a difference with the stated power.
+) -> SampleSize:
+    """Return the number of patients with which a paired comparison detects a difference with a given power.
 
-    A comparison detects it when Student's t interval excludes 0; the power is the noncentral t's share beyond
-    its quantile, with ``difference / sd * sqrt(n)`` as noncentrality (Cohen 1988, sec. 2.5). Of ``n``
-    patients as large a share carries the metric as of those at hand: the degrees of freedom are
-    ``n * effective / n_groups - 1``.
+    A difference is detected if Student's t interval excludes 0. The power is that of the noncentral t
+    distribution with noncentrality ``difference / sd * sqrt(n)`` (Cohen 1988, sec. 2.5) and
+    ``n * effective / n_groups - 1`` degrees of freedom.
 
     Args:
         sd: Standard deviation of the patients' influences.
-        n_groups: Patients it was estimated from.
-        difference: To be detected, in units of the metric.
-        effective: How many patients of equal size those that carry the metric are worth; all by default. It
-            says how uncertain ``sd`` is: ``(effective - 1) sd² / sigma²`` is taken as chi-square.
-        power: Probability of detecting the difference.
-
-    Raises:
-        MetricError: If difference, power, level or variance allow no plan.
+        n_groups: Number of patients from which it was estimated.
+        difference: Difference to be detected, in units of the metric.
+        effective: Effective number of informative patients (default: all). It determines the confidence
+            limits of ``sd``: ``(effective - 1) sd² / sigma²`` has a chi-square distribution.
 
     Example:
         >>> plan_patients(0.1, 20, difference=0.05).n_patients
@@ -120,23 +110,27 @@ def plan_patients(
     if not (np.isfinite(difference) and difference > 0):
         raise MetricError(f"difference is {difference!r}: give one above 0, such as 0.03")
     if not level > 1 - power > 0:
-        raise MetricError(f"power is {power!r}: it lies between {1 - level:.2g} and 1, such as 0.8")
+        raise MetricError(f"power is {power!r}: it must be between {1 - level:.2g} and 1, such as 0.8")
     if not sd > 1e-12:
         raise MetricError("the metric does not vary between patients: its variance allows no plan")
     effective = n_groups if effective is None else effective
     share, freedom = effective / n_groups, effective - 1
     if not freedom >= 1:
         raise MetricError(
-            f"the {n_groups} patients are worth {effective:.1f} of equal size that carry the metric: a plan "
-            "needs at least 2"
+            f"the effective number of informative patients is {effective:.1f} of {n_groups}: a plan needs at "
+            "least 2"
         )
     spread = [sd * np.sqrt(freedom / stats.chi2.ppf(tail, freedom)) for tail in (0.975, 0.025)]
     n, low, high = (_fewest(difference / sd_bound, power, level, share) for sd_bound in (sd, *spread))
-    return Need(sd, n, low, high, reach_power(difference / sd, n, level, share=share))
+    return SampleSize(sd, n, low, high, comparison_power(difference / sd, n, level, share=share))
 
 
-def reach_power(effect: float, n_patients: int, level: float = 0.95, *, share: float = 1.0) -> float:
-    """Return the power for an effect in standard deviations between patients, a share of whom carry it."""
+def comparison_power(effect: float, n_patients: int, level: float = 0.95, *, share: float = 1.0) -> float:
+    """Return the power for an effect in standard deviations between patients.
+
+    Args:
+        share: Effective number of informative patients divided by ``n_patients``.
+    """
     freedom = n_patients * share - 1
     cut = float(stats.t.ppf((1 + level) / 2, freedom))
     away = effect * np.sqrt(n_patients)
@@ -144,18 +138,18 @@ def reach_power(effect: float, n_patients: int, level: float = 0.95, *, share: f
 
 
 def _fewest(effect: float, power: float, level: float, share: float) -> int:
-    """Bisect for the fewest patients, never fewer than an interval needs."""
-    high = ceil(FEWEST_GROUPS / share)
+    """Return the smallest number of patients by bisection, at least as many as an interval needs."""
+    high = ceil(MIN_GROUPS / share)
     low = high - 1
-    while high < MOST_PATIENTS and reach_power(effect, high, level, share=share) < power:
+    while high < MAX_PATIENTS and comparison_power(effect, high, level, share=share) < power:
         low, high = high, high * 2
-    if high >= MOST_PATIENTS:
+    if high >= MAX_PATIENTS:
         raise MetricError(
-            f"more than {MOST_PATIENTS:,} patients would be needed: the difference is too small for this "
+            f"more than {MAX_PATIENTS:,} patients would be needed: the difference is too small for this "
             "variance"
         )
     while high - low > 1:
         middle = (low + high) // 2
-        enough = reach_power(effect, middle, level, share=share) >= power
+        enough = comparison_power(effect, middle, level, share=share) >= power
         low, high = (low, middle) if enough else (middle, high)
     return high

@@ -1,4 +1,4 @@
-"""Reliability: observed frequency per bin of predicted probability, and the terms of the Brier score."""
+"""Reliability table (observed frequency per bin of predicted probability), and terms of the Brier score."""
 
 from dataclasses import dataclass
 from typing import Unpack
@@ -24,12 +24,12 @@ class ReliabilityBin:
     """One bin of predicted probability.
 
     Attributes:
-        low: Lowest probability in it.
-        high: Highest probability in it.
-        n: Patches.
-        n_groups: Patients (slides, patches) that have some in it.
+        low: Lowest probability.
+        high: Highest probability.
+        n: Number of patches.
+        n_groups: Number of patients (slides, patches) with patches in the bin.
         mean_prob: Mean predicted probability.
-        observed: The share found positive, with an interval over groups.
+        observed: Observed frequency of the positive class, with an interval over groups.
     """
 
     low: float
@@ -42,13 +42,13 @@ class ReliabilityBin:
 
 @dataclass(frozen=True)
 class BrierParts:
-    """The Brier score, taken apart over bins: ``reliability - resolution + uncertainty + within_bins``.
+    """Decomposition of the Brier score: ``reliability - resolution + uncertainty + within_bins``.
 
     Attributes:
-        reliability: Mean squared gap of predicted and observed frequency; 0 is ideal.
-        resolution: How far the bins' shares lie from the share in all; higher is better.
-        uncertainty: Of the target itself: prevalence times one less it.
-        within_bins: What is left because probabilities differ within a bin.
+        reliability: Mean squared difference of predicted and observed frequency; 0 is ideal.
+        resolution: Mean squared difference of observed frequency and prevalence; higher is better.
+        uncertainty: Variance of the target, prevalence times (1 - prevalence).
+        within_bins: Remainder, since probabilities differ within bins.
     """
 
     reliability: float
@@ -65,17 +65,12 @@ def estimate_reliability(
     n_bins: int = N_BINS,
     **resampling: Unpack[Resampling],
 ) -> list[ReliabilityBin]:
-    """Return the reliability table: the bins of the calibration error, lowest first.
+    """Return the reliability table: the bins of the calibration error in ascending order.
 
-    The intervals hold the edges of the bins and leave out or draw anew whole groups.
+    Groups are resampled with fixed edges of the bins.
 
     Args:
-        target: 0 or 1 per patch, ``(n,)``.
-        n_bins: Bins asked for; ties may leave fewer.
-        **resampling: As of `Resampler`.
-
-    Raises:
-        MetricError: If a target is not 0 or 1, or a probability not in 0-1.
+        n_bins: Number of bins; with ties there may be fewer.
     """
     truth, prob = check_binary(target, prob)
     bins = np.unique(bin_patches(prob, n_bins=n_bins), return_inverse=True)[1]
@@ -88,29 +83,16 @@ def estimate_reliability(
         bounds=SHARE,
         share=True,
     )
-    return [
-        ReliabilityBin(
-            float(inside.min()),
-            float(inside.max()),
-            len(inside),
-            interval_groups,
-            float(inside.mean()),
-            interval,
-        )
-        for k, interval in enumerate(observed)
-        for inside, interval_groups in [(prob[bins == k], int(np.count_nonzero(n[:, k])))]
-    ]
+    table = []
+    for k, interval in enumerate(observed):
+        inside, n_groups = prob[bins == k], int(np.count_nonzero(n[:, k]))
+        low, high, mean = float(inside.min()), float(inside.max()), float(inside.mean())
+        table.append(ReliabilityBin(low, high, len(inside), n_groups, mean, interval))
+    return table
 
 
 def decompose_brier(target: ArrayLike, prob: ArrayLike, *, n_bins: int = N_BINS) -> BrierParts:
-    """Take the Brier score apart (Murphy 1973; the part within bins: Stephenson, Coelho and Jolliffe 2008).
-
-    Args:
-        target: 0 or 1 per patch, ``(n,)``.
-        n_bins: Bins of equal mass, those of the calibration error.
-
-    Raises:
-        MetricError: If a target is not 0 or 1, or a probability not in 0-1.
+    """Decompose the Brier score (Murphy 1973; within bins: Stephenson, Coelho and Jolliffe 2008).
 
     Example:
         >>> decompose_brier([0, 1, 1, 1], [0.5, 0.5, 1.0, 1.0], n_bins=2)

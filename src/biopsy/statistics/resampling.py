@@ -1,9 +1,9 @@
-"""Confidence intervals with the patient as the unit: one mechanism for every statistic.
+"""Confidence intervals with the patient as the unit, for any statistic.
 
-A statistic is a function of one weight per group. Below 100 groups each is left out once (jackknife), from
-100 on whole groups are drawn with replacement (bootstrap); the replicates give a standard error on a scale
-without the statistic's bounds, and Student's t with as many degrees of freedom as the groups that carry the
-statistic are worth: ``(sum n)² / sum n² - 1`` for groups with ``n`` patches that it depends on.
+A statistic is a function of one weight per group. Below 100 groups, each is left out once (jackknife); from
+100 on, groups are drawn with replacement (bootstrap). The replicates give a standard error on an unbounded
+scale, and the interval is Student's t with ``(sum n)² / sum n² - 1`` degrees of freedom (the effective number
+of groups minus 1) for groups with ``n`` patches on which the statistic depends.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,9 +27,9 @@ Statistic = Callable[[Floats], ArrayLike]
 
 BOOTSTRAP_FROM = 100  # groups; with fewer, the bootstrap is inaccurate: docs/concepts/intervals.md
 DRAWS = 2000
-FEWEST_GROUPS = 5
-FEWEST_EFFECTIVE = 2.0  # groups of equal size; t with less than one degree of freedom spans everything
-MOST_UNDEFINED = 0.05  # share of bootstrap draws that may miss, say, the few patients with positive patches
+MIN_GROUPS = 5
+MIN_EFFECTIVE_GROUPS = 2.0  # groups of equal size; t with less than one degree of freedom spans everything
+MAX_UNDEFINED = 0.05  # share of bootstrap draws that may miss, say, the few patients with positive patches
 SHARE: Bounds = (0.0, 1.0)
 UNBOUNDED: Bounds = (-np.inf, np.inf)
 
@@ -45,7 +45,7 @@ class Resampling(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Interval:
-    """A value (NaN if undefined) and its confidence interval, or the reason why there is none."""
+    """A value (NaN if undefined) with its confidence interval, or the reason why there is none."""
 
     value: float
     low: float | None = None
@@ -59,7 +59,7 @@ class InformativeGroups:
 
     Attributes:
         n_patches: Such patches in each group, ``(n_groups,)``.
-        description: What they are, in words.
+        description: What the patches are, for reasons.
     """
 
     n_patches: Floats
@@ -86,7 +86,7 @@ def fewest_informative(candidates: Sequence[InformativeGroups]) -> InformativeGr
     """Return the first candidate too small for an interval, else that with fewest degrees of freedom."""
     return min(
         candidates,
-        key=lambda groups: (groups.n, 0.0) if groups.n < FEWEST_GROUPS else (FEWEST_GROUPS, groups.effective),
+        key=lambda groups: (groups.n, 0.0) if groups.n < MIN_GROUPS else (MIN_GROUPS, groups.effective),
     )
 
 
@@ -95,12 +95,12 @@ class Resampler:
     """Resampling of groups, and intervals from replicates.
 
     Attributes:
-        n_groups: Groups (patients, slides or patches) of the sample.
-        seed: For the bootstrap; the same seed and number of groups give the same weights.
-        unit: What a group is, for the reasons.
+        n_groups: Number of groups (patients, slides or patches).
+        seed: Seed of the bootstrap; the same seed and number of groups give the same weights.
+        unit: Name of a group, for reasons.
         level: Nominal coverage.
-        draws: Bootstrap draws.
-        bootstrap_from: Groups from which the bootstrap is used; None always leaves one out.
+        draws: Number of bootstrap draws.
+        bootstrap_from: Number of groups from which the bootstrap is used; None: always the jackknife.
     """
 
     n_groups: int
@@ -141,7 +141,7 @@ class Resampler:
         return values, np.array(rows, np.float64).reshape(len(rows), *values.shape)
 
     def standard_error(self, replicates: Floats) -> float:
-        """Return the standard error that replicates imply (Efron and Tibshirani 1993, eq. 6.6 and 11.5)."""
+        """Return the standard error from replicates (Efron and Tibshirani 1993, eq. 6.6 and 11.5)."""
         n = len(replicates)
         sum_of_squares = float(((replicates - replicates.mean()) ** 2).sum())
         return float(
@@ -161,33 +161,33 @@ class Resampler:
         """Return a value with its interval, or the reason why there is none.
 
         Args:
-            value: On the sample; NaN where undefined.
-            replicates: On each replicate, ``(n_replicates,)``, NaN where undefined.
-            informative: The groups an interval can learn from.
-            bounds: Range of the statistic; its interval is made on a scale without them.
-            share: Whether it is a share of patches that are each right or wrong: exactly 0 or 1, it gets
-                `bound_interval`.
-            undefined: Why the value may be NaN; by default that the informative patches are missing.
+            value: On the sample; NaN if undefined.
+            replicates: On each replicate, ``(n_replicates,)``, NaN if undefined.
+            informative: Groups that determine the interval.
+            bounds: Range of the statistic.
+            share: Whether it is a proportion of patches that are each correct or not; values of 0 and 1 then
+                have a `bound_interval`.
+            undefined: Reason why the value may be NaN (default: that informative patches are missing).
         """
         if np.isnan(value):
             return Interval(value, reason=f"undefined: {undefined or 'no ' + informative.description}")
-        if informative.n < FEWEST_GROUPS:
+        if informative.n < MIN_GROUPS:
             return Interval(
                 value,
                 reason=f"only {count(informative.n, self.unit)} with {informative.description}: an interval "
-                f"needs {FEWEST_GROUPS}",
+                f"needs {MIN_GROUPS}",
             )
-        if informative.effective < FEWEST_EFFECTIVE:
+        if informative.effective < MIN_EFFECTIVE_GROUPS:
             return Interval(
                 value,
                 reason=f"one {self.unit} has most of the {informative.description}: an interval needs the "
-                f"equivalent of {FEWEST_EFFECTIVE:g} {self.unit}s of equal size, these are worth "
-                f"{informative.effective:.1f}",
+                f"equivalent of {MIN_EFFECTIVE_GROUPS:g} {self.unit}s of equal size, these have an "
+                f"effective number of {informative.effective:.1f}",
             )
         if share and value in SHARE:
             return bound_interval(value, informative.effective, self.level)
         missing = np.isnan(replicates)
-        if missing.mean() > (MOST_UNDEFINED if self.method == "bootstrap" else 0):
+        if missing.mean() > (MAX_UNDEFINED if self.method == "bootstrap" else 0):
             return Interval(value, reason=f"undefined when {self.unit}s are left out: no interval")
         replicates = replicates[~missing]
         if not np.ptp(replicates) > 1e-12:
@@ -199,8 +199,8 @@ class Resampler:
     def _student_interval(self, value: float, replicates: Floats, bounds: Bounds, freedom: float) -> Interval:
         """Return the value plus and minus Student's t standard errors on the scale of `link`.
 
-        Where a replicate lands exactly on a bound, which that scale does not have, the standard error of the
-        plain scale is carried over by the derivative at the value (delta method).
+        If a replicate is exactly a bound, the standard error on the original scale is transformed by the
+        delta method.
         """
         if np.isin(replicates, bounds).any():
             error = self.standard_error(replicates) * link_derivative(value, bounds)
@@ -219,7 +219,7 @@ class Resampler:
         share: bool = False,
         undefined: str | None = None,
     ) -> list[Interval]:
-        """Return each value of a statistic with its interval; arguments as of `interval`."""
+        """Return each value of a statistic with its interval; arguments as in `interval`."""
         values, replicates = self.replicate(statistic)
         return [
             self.interval(value, column, groups, bounds=bounds, share=share, undefined=undefined)
@@ -252,20 +252,20 @@ def link_derivative(value: float, bounds: Bounds) -> float:
 
 
 def bound_interval(value: float, n_groups: float, level: float) -> Interval:
-    """Return the interval of a share of exactly 0 or 1, for which replicates do not vary.
+    """Return the interval of a proportion of exactly 0 or 1, for which replicates do not vary.
 
-    Clopper and Pearson's limit with the patient as the trial: if in none of ``n`` patients a single patch is
-    wrong, the share of patients with a wrong patch, and so (with patients of equal weight, or as many as
-    unequal ones are worth) the share of wrong patches, is at most ``1 - ((1 - level) / 2) ** (1 / n)``.
+    Clopper-Pearson limit with the patient as the trial: with no error in ``n`` patients (their effective
+    number), the proportion of patients with an error, and so of errors, is at most
+    ``1 - ((1 - level) / 2) ** (1 / n)``.
     """
     widest = 1 - ((1 - level) / 2) ** (1 / n_groups)
     return Interval(value, 1 - widest, 1.0) if value == 1 else Interval(value, 0.0, widest)
 
 
 def check_level(level: float) -> None:
-    """Check that a nominal coverage lies between 0 and 1."""
+    """Check that a nominal coverage is between 0 and 1."""
     if not 0 < level < 1:
-        raise MetricError(f"level is {level!r}: the nominal coverage lies between 0 and 1, such as 0.95")
+        raise MetricError(f"level is {level!r}: the nominal coverage must be between 0 and 1, such as 0.95")
 
 
 def group_codes(group_ids: ArrayLike) -> tuple[NDArray[np.intp], NDArray[np.object_]]:
@@ -281,7 +281,7 @@ def sum_groups(codes: NDArray[np.intp], n_groups: int, *columns: ArrayLike) -> F
 
 
 def divide(above: ArrayLike, below: ArrayLike) -> Floats:
-    """Return a quotient, NaN where the denominator is not above 0."""
+    """Return a quotient, NaN if the denominator is not above 0."""
     above, below = np.asarray(above, np.float64), np.asarray(below, np.float64)
     return np.divide(above, below, out=np.full(below.shape, np.nan), where=below > 0)
 
@@ -293,16 +293,10 @@ def clustered_mean(
     bounds: Bounds = UNBOUNDED,
     **resampling: Unpack[Resampling],
 ) -> Interval:
-    """Return the mean over patches with an interval over groups.
-
-    Two methods on the same patches are compared, paired, by giving the differences as values.
+    """Return the mean over patches with an interval over groups; of paired differences as values, too.
 
     Args:
         values: One per patch, finite, shape ``(n,)``.
-        **resampling: As of `Resampler`.
-
-    Raises:
-        MetricError: If there is no value, one is not finite, or the lengths differ.
     """
     values, group_ids = np.asarray(values, float), np.asarray(group_ids, dtype=object)
     if not values.size or values.shape != group_ids.shape or not np.isfinite(values).all():
@@ -320,13 +314,7 @@ def clustered_ratio(
     bounds: Bounds = (0.0, np.inf),
     **resampling: Unpack[Resampling],
 ) -> Interval:
-    """Return the sum of one quantity over patches divided by the sum of another, with an interval.
-
-    Args:
-        numerator: One per patch.
-        denominator: One per patch, none below 0.
-        **resampling: As of `Resampler`.
-    """
+    """Return the sum of one quantity over patches divided by the sum of another, with an interval."""
     codes, groups = group_codes(group_ids)
     sums = sum_groups(codes, len(groups), numerator, denominator)
     [interval] = Resampler(len(groups), **resampling).estimate(

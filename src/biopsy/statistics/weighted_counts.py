@@ -1,7 +1,7 @@
-"""A sample sorted once, and counted under any weighting of its patients.
+"""Samples of two classes, sorted once and counted with any weights of patients.
 
-That is what makes an interval over patients cheap: leaving a patient out is weight 0, drawing one twice
-weight 2, and every metric in `metrics.py` is a function of the resulting counts.
+Metrics are functions of these counts, so that resampling patients (weight 0: left out; 2: drawn twice) does
+not sort again.
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,22 +26,22 @@ LOG_CLIP = float(np.finfo(np.float64).eps)  # as scikit-learn's log_loss
 NEEDS = {
     "n_pos": "positive patches",
     "n_neg": "negative patches",
-    "n_pred_pos": "patches called positive",
-    "n_pred_neg": "patches called negative",
+    "n_pred_pos": "patches predicted positive",
+    "n_pred_neg": "patches predicted negative",
 }
 
 
 @dataclass(frozen=True)
 class SortedScores:
-    """Patches sorted by falling probability, and what stays the same however patients are weighted.
+    """Patches in descending order of probability.
 
     Attributes:
         y_true: 0.0 or 1.0 per patch, shape ``(n_patches,)``.
-        y_pred: 1.0 where the patch is called positive.
+        y_pred: 1.0 if the patch is predicted positive.
         group: Index into ``groups``.
         groups: Patient ids in sorted order, shape ``(n_groups,)``.
-        prob: The distinct probabilities, falling, shape ``(n_levels,)``.
-        starts: Where each distinct probability begins among the patches.
+        prob: The distinct probabilities, descending, shape ``(n_levels,)``.
+        starts: Index of the first patch of each distinct probability.
     """
 
     y_true: Floats
@@ -53,7 +53,7 @@ class SortedScores:
     needs: ClassVar[Mapping[str, str]] = NEEDS
 
     def count(self, weight: Floats | None = None) -> "WeightedCounts":
-        """Count the sample with one weight per *group* (all 1 if not given)."""
+        """Return the counts with one weight per *group* (default: 1)."""
         item = np.ones(len(self.y_true)) if weight is None else weight[self.group]
         each_pos = item * self.y_true
         pos = np.add.reduceat(each_pos, self.starts)
@@ -62,7 +62,7 @@ class SortedScores:
         return WeightedCounts(self, pos, neg, tp=tp, fp=float(item @ self.y_pred) - tp, sample_weight=item)
 
     def informative_groups(self, needs: Iterable[str] = ()) -> InformativeGroups:
-        """Return the groups with patches of the scarcest of several of `NEEDS`; all without a need."""
+        """Return the groups with patches of the scarcest of given `NEEDS`; all groups without needs."""
         needs = list(needs)
         if not needs:
             return InformativeGroups(np.bincount(self.group, minlength=len(self.groups)).astype(np.float64))
@@ -72,7 +72,7 @@ class SortedScores:
 
     @cached_property
     def _patches_by_need(self) -> dict[str, Floats]:
-        """Patches of each group that hold each of `NEEDS`, ``(n_groups,)``."""
+        """Number of patches of each group for each of `NEEDS`, ``(n_groups,)``."""
         columns = self.y_true, 1 - self.y_true, self.y_pred, 1 - self.y_pred
         sums = sum_groups(self.group, len(self.groups), *columns)
         return dict(zip(NEEDS, sums.T, strict=True))
@@ -88,13 +88,13 @@ class SortedScores:
 
     @cached_property
     def log_losses(self) -> tuple[Floats, Floats]:
-        """The loss at each distinct probability of a positive, and of a negative patch."""
+        """Log loss of a positive and of a negative patch at each distinct probability."""
         clipped = np.clip(self.prob, LOG_CLIP, 1 - LOG_CLIP)
         return -np.log(clipped), -np.log(1 - clipped)
 
     @cached_property
     def squares(self) -> tuple[Floats, Floats]:
-        """The squared error at each distinct probability of a positive, and of a negative patch."""
+        """Squared error of a positive and of a negative patch at each distinct probability."""
         return (1 - self.prob) ** 2, self.prob**2
 
     @cached_property
@@ -106,23 +106,23 @@ class SortedScores:
 
     @cached_property
     def shift(self) -> float:
-        """Intercept at slope 1 on the sample, for the same purpose."""
+        """Intercept at slope 1 on the sample, an initial value too."""
         counts = self.count()
         return fit_intercept(self.logits, counts.pos, counts.neg) if counts.n_pos and counts.n_neg else 0.0
 
 
 @dataclass(frozen=True)
 class WeightedCounts:
-    """Weighted counts of one sample: all that any metric looks at.
+    """Weighted counts of a sample, input of metrics.
 
     Attributes:
-        scores: The patches counted; ``scores.prob`` holds the distinct probabilities, falling.
+        scores: The patches; ``scores.prob`` are the distinct probabilities.
         pos: Weight of positive patches at each distinct probability.
         neg: Weight of negative patches at each distinct probability.
-        tp: Weight of positive patches called positive.
-        fp: Weight of negative patches called positive.
-        sample_weight: Weight of each patch of ``y_true``, ``y_pred`` and ``y_prob``, ``(n_patches,)``: what a
-            metric of scikit-learn's takes.
+        tp: Weight of true positives.
+        fp: Weight of false positives.
+        sample_weight: Weight of each patch of ``y_true``, ``y_pred`` and ``y_prob``, ``(n_patches,)``, as for
+            metrics of scikit-learn.
     """
 
     scores: SortedScores
@@ -187,12 +187,7 @@ class WeightedCounts:
 
 
 def check_binary(target: ArrayLike, prob: ArrayLike) -> tuple[Floats, Floats]:
-    """Return both as float64 arrays of one length.
-
-    Raises:
-        MetricError: If there are no patches, lengths differ, a target is neither 0 nor 1, or a probability
-            is missing or outside 0-1.
-    """
+    """Return both as float64 arrays of one length."""
     target, prob = np.asarray(target), np.asarray(prob, dtype=np.float64)
     if target.shape != prob.shape or target.ndim != 1:
         raise MetricError(
@@ -219,38 +214,34 @@ def sort_scores(
     group_ids: ArrayLike | None = None,
     y_pred: ArrayLike | None = None,
 ) -> SortedScores:
-    """Sort a sample once, ready to be counted under any weighting.
+    """Sort a sample of two classes.
 
     Args:
         y_true: 0 or 1 per patch, shape ``(n_patches,)``.
         y_prob: Probability of the positive class per patch.
-        threshold: A patch is called positive where ``y_prob >= threshold``.
-        group_ids: Patient (or slide) per patch; each patch its own group if not given.
-        y_pred: Which patches are called positive, where that is not a matter of a threshold.
+        threshold: A patch is predicted positive if ``y_prob >= threshold``.
+        group_ids: Patient (or slide) per patch (default: each patch is a group).
+        y_pred: Predicted positive patches, instead of a threshold.
 
     Raises:
-        MetricError: For values that allow no metric, and for patches without a group.
+        MetricError: If values are invalid, or a patch has no group.
     """
     target, prob = check_binary(y_true, y_prob)
     if group_ids is None:
         codes, groups = np.arange(len(prob)), np.arange(len(prob)).astype(object)
     else:
         codes, groups = check_groups(group_ids, len(prob))
-    called = prob >= threshold if y_pred is None else np.asarray(y_pred, dtype=bool)
+    pred = prob >= threshold if y_pred is None else np.asarray(y_pred, dtype=bool)
     order = np.argsort(-prob, kind="stable")
     falling = prob[order]
     starts = np.flatnonzero(np.concatenate([[True], falling[1:] != falling[:-1]]))
     return SortedScores(
-        target[order], called[order].astype(np.float64), codes[order], groups, falling[starts], starts
+        target[order], pred[order].astype(np.float64), codes[order], groups, falling[starts], starts
     )
 
 
 def check_groups(group_ids: ArrayLike, n_patches: int) -> tuple[NDArray[np.intp], NDArray[np.object_]]:
-    """Return the index of each patch's group, and the ids of the groups in sorted order.
-
-    Raises:
-        MetricError: If a patch has no group.
-    """
+    """Return the index of each patch's group, and the ids of the groups in sorted order."""
     codes, groups = group_codes(group_ids)
     if len(codes) != n_patches or (codes < 0).any():
         raise MetricError(

@@ -17,7 +17,7 @@ from biopsy.core.seeds import make_rng
 from biopsy.data.packs import Pack
 from biopsy.models.engine import Engine
 from biopsy.models.inference import BATCH_SIZE
-from biopsy.models.preprocessing import Preprocessing
+from biopsy.recipes.preprocessing import Preprocessing
 
 N_CHECKED = 1024
 """Training patches on which running and batch statistics are compared."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from biopsy.core.seeds import derive
 from biopsy.data.packs import Pack
-from biopsy.models.preprocessing import Preprocessing, to_unit
 from biopsy.recipes import Recipe
+from biopsy.recipes.preprocessing import Preprocessing, to_unit
 from biopsy.recipes.schema import Augmentation
 from biopsy.training.augmentation import (
     StainTransfer,
@@ -172,7 +172,7 @@ class Batches:
         if self.transform is not None:
             seed = derive(self.seed, "transform", epoch, number) + self.processes.rank
             batch = apply_transform(self.transform, batch, seed)
-        return self.preprocessing.standardise(batch), target
+        return self.preprocessing.normalise(batch), target
 
 
 def to_batch(outputs: np.ndarray, device: torch.device | str = "cpu") -> Tensor:

@@ -12,8 +12,8 @@ from biopsy.models.classifier import Classifier, ClassifierInfo, SinglePatch
 from biopsy.models.engine import outputs_of
 from biopsy.models.inference import open_predictor
 from biopsy.models.out_of_distribution import REFERENCE_PATCHES, fit_reference
-from biopsy.models.preprocessing import Preprocessing
 from biopsy.recipes import Recipe
+from biopsy.recipes.preprocessing import Preprocessing
 from biopsy.training.batch_norm import NormalisationRecord, reestimate_batch_norm
 from biopsy.training.checkpoints import Progress
 from biopsy.training.fit import Task
@@ -127,20 +127,20 @@ def fit_preprocessing(
     Args:
         published: Whether to standardise as on the split of the publication.
     """
-    settings = recipe.preprocessing.model_dump(exclude={"standardise", "feed"})
-    standardise = recipe.preprocessing.standardise
+    preprocessing = recipe.preprocessing
+    standardise = preprocessing.standardise
     if published:
         standardise = recipe.as_published.standardise or standardise
-    if standardise == "featurewise":
-        total, squares, n_values = np.zeros(3), np.zeros(3), 0
-        for start in range(0, len(train), 1024):
-            values = pack.patches[train[start : start + 1024]].reshape(-1, 3) * settings["scale"]
-            total += values.sum(axis=0)
-            squares += (values**2).sum(axis=0)
-            n_values += len(values)
-        mean = total / n_values
-        std = np.sqrt(squares / n_values - mean**2)
-        if settings["channel_order"] == "bgr":
-            mean, std = mean[::-1], std[::-1]
-        settings |= {"mean": mean.tolist(), "std": std.tolist()}
-    return Preprocessing(**settings)
+    if standardise != "featurewise":
+        return preprocessing.fixed()
+    total, squares, n_values = np.zeros(3), np.zeros(3), 0
+    for start in range(0, len(train), 1024):
+        values = pack.patches[train[start : start + 1024]].reshape(-1, 3) * preprocessing.scale
+        total += values.sum(axis=0)
+        squares += (values**2).sum(axis=0)
+        n_values += len(values)
+    mean = total / n_values
+    std = np.sqrt(squares / n_values - mean**2)
+    if preprocessing.channel_order == "bgr":
+        mean, std = mean[::-1], std[::-1]
+    return preprocessing.fixed(mean=mean.tolist(), std=std.tolist())

@@ -20,8 +20,8 @@ from biopsy.data.packs import Pack
 from biopsy.models.classifier import score_classes
 from biopsy.models.engine import Engine, count_correct, make_loss, outputs_of
 from biopsy.models.inference import predict_logits
-from biopsy.models.preprocessing import Preprocessing
 from biopsy.recipes import Recipe
+from biopsy.recipes.preprocessing import Preprocessing
 from biopsy.training.augmentation import Transform
 from biopsy.training.batches import Batches
 from biopsy.training.cached_features import cache_backbone_features, predict_rest

@@ -11,10 +11,10 @@ from biopsy.core.text import count
 from biopsy.data.predictions import decide, tabulate_predictions, write_predictions
 from biopsy.models.classifier import CalibratorRecord, Classifier, ConformalRecord, Threshold, score_classes
 from biopsy.recipes import Recipe
-from biopsy.statistics.calibrators import LEAST_SPREAD, fit_calibrator, spread_of
-from biopsy.statistics.conformal import Guarantee, fit_conformal, split_conformal
-from biopsy.statistics.resampling import FEWEST_GROUPS
-from biopsy.statistics.thresholds import choose_threshold
+from biopsy.statistics.abstention import Guarantee, fit_conformal, split_conformal
+from biopsy.statistics.calibrators import MIN_SPREAD, fit_calibrator, spread_of
+from biopsy.statistics.decisions import choose_threshold
+from biopsy.statistics.resampling import MIN_GROUPS
 from biopsy.training.runs import Run
 
 
@@ -110,7 +110,7 @@ def fit_postprocessing(
 
 
 def _warn_few(n_groups: int, unit: str) -> str | None:
-    if unit == "patch" or n_groups >= FEWEST_GROUPS:
+    if unit == "patch" or n_groups >= MIN_GROUPS:
         return None
     return f"calibrated on {count(n_groups, unit)} only: calibration may not generalise to others"
 
@@ -129,7 +129,7 @@ def _freeze(truth: np.ndarray, prob: np.ndarray, rule: str, chosen_on: str) -> T
 def warn_of_spread(classifier: Classifier, logits: np.ndarray, subset: str) -> str | None:
     """Return a warning if the scores of a classifier barely differ between patches, else None.
 
-    That is if their standard deviation is below `LEAST_SPREAD`, or more than `MAX_CHANGED` of the predictions
+    That is if their standard deviation is below `MIN_SPREAD`, or more than `MAX_CHANGED` of the predictions
     change when logits are rounded to half precision, as other hardware may round differently.
     """
     spread = spread_of(score_classes(logits, classifier.info.outputs))
@@ -139,7 +139,7 @@ def warn_of_spread(classifier: Classifier, logits: np.ndarray, subset: str) -> s
         decide(classifier.probs(values), positive, threshold) for values in (logits, rounded)
     )
     n_changed = int((y_pred != rounded_pred).sum())
-    if spread >= LEAST_SPREAD and n_changed <= max(2, MAX_CHANGED * len(logits)):
+    if spread >= MIN_SPREAD and n_changed <= max(2, MAX_CHANGED * len(logits)):
         return None
     return (
         f"scores barely differ between {subset} patches (standard deviation {spread:.2g} before calibration)"

@@ -19,9 +19,9 @@ from biopsy.core.files import read_json, replace_atomic, sha256_file, write_json
 from biopsy.core.loaders import map_array
 from biopsy.data.packs import Pack
 from biopsy.models.engine import Engine
-from biopsy.models.preprocessing import Preprocessing
 from biopsy.models.weights import StartWeights
 from biopsy.recipes import Recipe
+from biopsy.recipes.preprocessing import Preprocessing
 from biopsy.recipes.schema import Augmentation
 from biopsy.training.checkpoints import Progress
 from biopsy.training.fit import OnEpoch, Task

@@ -26,7 +26,7 @@ from biopsy.data.packs import Pack, is_pack
 from biopsy.data.prepare import prepare
 from biopsy.data.protocols import SUBSETS
 from biopsy.data.splits import Split, find_split, list_splits, make_split
-from biopsy.models.context import has_coordinates
+from biopsy.models.classifier import has_coordinates
 from biopsy.models.engine import Engine
 from biopsy.models.networks import count_parameters
 from biopsy.models.weights import describe_weights, feed_as_encoder, make_network

@@ -1,13 +1,11 @@
 """Data sets, one `Dataset` per file: layout, expected counts, pixel size, citation, licence and download.
 
 Modules in this folder, and modules in the entry point group ``biopsy.datasets`` of installed packages, are
-registered automatically. Annotated slides are handled separately (`annotated_slides`), since cutting them
-needs options.
+registered automatically.
 """
 
 from biopsy.core.errors import DataError, suggest
 from biopsy.data.archives import Archive
-from biopsy.data.datasets import annotated_slides
 from biopsy.data.datasets.base import DATASETS, Dataset, Listing, register_dataset
 
 __all__ = ["DATASETS", "Dataset", "Listing", "find_dataset", "list_datasets", "register_dataset"]
@@ -26,16 +24,12 @@ def find_dataset(archive: Archive, name: str | None = None) -> Dataset:
     """
     if name is not None:
         if name not in DATASETS:
-            raise DataError(
-                f"unknown dataset layout {name!r}; {suggest(name, (*DATASETS, annotated_slides.NAME))}"
-            )
+            raise DataError(f"unknown dataset layout {name!r}; {suggest(name, DATASETS)}")
         return DATASETS[name]
     datasets = list_datasets()
     for dataset in datasets:
         if dataset.recognise(archive):
             return dataset
-    looked_for = {dataset.name: dataset.looks_for for dataset in datasets}
-    looked_for[annotated_slides.NAME] = annotated_slides.LOOKS_FOR
-    layouts = "; ".join(f"{name}: {description}" for name, description in looked_for.items())
+    layouts = "; ".join(f"{dataset.name}: {dataset.looks_for}" for dataset in datasets)
     examples = ", ".join(repr(entry.name) for entry in archive.entries[:3])
     raise DataError(f"{archive.path} has no known layout (it holds {examples}). Known layouts: {layouts}")

@@ -12,16 +12,13 @@ import pandas as pd
 from biopsy.core.errors import DataError
 from biopsy.core.plugins import Registry
 from biopsy.data.archives import Archive, Entry
+from biopsy.data.packs import Origin
 from biopsy.slide_io.images import IMAGE_SUFFIXES, decode
 
 SUBSET_BY_FOLDER = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-    "testing": "test",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
 }
 """Official subset by folder name."""
 
@@ -166,6 +163,8 @@ class Listing:
     """Unusable patch files: ``source`` and ``reason``."""
     counts: dict[str, int] = field(default_factory=dict)
     """Excluded files: ``duplicates``, ``unlabelled``, ``other_files``."""
+    origin: Origin = field(default_factory=Origin)  # type: ignore[arg-type]
+    """Provenance, for ``pack.json``; of slides that were cut also parameters, areas and exclusions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +174,8 @@ class Dataset(Source):
     looks_for: str
     """Description of the layout by which it is recognised."""
     recognise: Callable[[Archive], bool]
-    list_patches: Callable[[Archive], Listing]
+    list_patches: Callable[..., Listing]
+    """Returns the patches of an archive; with ``cuts_slides``, of an archive and a `Cutting`."""
     expected: dict[str, int]
     """Counts of the complete data set; empty for generic layouts."""
     mpp: float | None
@@ -183,6 +183,8 @@ class Dataset(Source):
     """Whether the user must give the pixel size, which the data set does not record."""
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Named groups of classes for ``--positive``."""
+    cuts_slides: bool = False
+    """Whether it is slides that are cut into patches."""
     takes_any: bool = False
     """Whether the layout is generic, and so tried after the others."""
 
@@ -206,31 +208,50 @@ def is_image(entry: Entry) -> bool:
     return entry.name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def drop_copies(
-    archive: Archive, keyed: Iterable[tuple[str, Entry]]
-) -> tuple[list[tuple[str, Entry]], int, list[Skipped]]:
-    """Drop duplicates of patches that are in several files.
+def mostly(archive: Archive, is_named: Callable[[Entry], object]) -> bool:
+    """Return whether an archive has images, and at least half of them have the names of a data set."""
+    images = [entry for entry in archive.entries if is_image(entry)]
+    return bool(images) and 2 * sum(bool(is_named(entry)) for entry in images) >= len(images)
+
+
+def list_images(
+    archive: Archive, identify: Callable[[Entry], str], images: Iterable[Entry] | None = None
+) -> tuple[list[tuple[str, Entry]], list[Skipped], dict[str, int]]:
+    """List the images of an archive, without copies of the same patch.
 
     Args:
-        keyed: Patch ids and entries.
+        identify: Returns what identifies the patch of an image, or raises a DataError with the reason why it
+            is not usable.
+        images: Images to list (default: all).
 
     Returns:
-        ``(key, entry)`` sorted by key, the number of identical copies dropped, and entries that differ from
-        the first one of the same key.
+        Identities and entries, sorted; the images that are not usable, or differ from another image of the
+        same patch; and the counts of a `Listing`.
     """
+    all_images = [entry for entry in archive.entries if is_image(entry)]
     entries: dict[str, Entry] = {}
-    n_copies, skipped = 0, []
-    for key, entry in keyed:
-        first = entries.setdefault(key, entry)
+    n_copies, skipped, differing = 0, list[Skipped](), list[Skipped]()
+    for entry in all_images if images is None else images:
+        try:
+            first = entries.setdefault(identify(entry), entry)
+        except DataError as error:
+            skipped.append({"source": entry.name, "reason": str(error)})
+            continue
         if first is entry:
             continue
         if archive.same(first, entry):
             n_copies += 1
         else:
-            skipped.append(
+            differing.append(
                 {"source": entry.name, "reason": f"differs from {first.name}, the same patch by name"}
             )
-    return sorted(entries.items()), n_copies, skipped
+    counts = {"duplicates": n_copies, "other_files": len(archive.entries) - len(all_images)}
+    return sorted(entries.items()), skipped + differing, counts
+
+
+def make_table(**columns: object) -> pd.DataFrame:
+    """Return the table of a `Listing`; columns of `COLUMNS` that are not given are null."""
+    return pd.DataFrame(dict.fromkeys(COLUMNS) | columns)
 
 
 def refuse_empty(skipped: Sequence[Skipped]) -> DataError:

@@ -11,18 +11,15 @@ given.
 import re
 from functools import partial
 
-import pandas as pd
-
 from biopsy.core.errors import DataError
 from biopsy.data.archives import Archive, Entry
 from biopsy.data.datasets.base import (
-    COLUMNS,
     Dataset,
     ImageFiles,
     Listing,
-    Skipped,
-    drop_copies,
-    is_image,
+    list_images,
+    make_table,
+    mostly,
     register_dataset,
 )
 
@@ -48,57 +45,37 @@ _NAME = re.compile(
 
 def recognise(archive: Archive) -> bool:
     """Return whether at least half of the images have names of BreakHis."""
-    images = [entry for entry in archive.entries if is_image(entry)]
-    return bool(images) and 2 * sum(_match(entry) is not None for entry in images) >= len(images)
+    return mostly(archive, _match)
 
 
 def list_patches(archive: Archive, magnification: int | None = None) -> Listing:
-    """List the images by their names, checked against their folders.
-
-    Raises:
-        DataError: If there are several magnifications and none is named.
-    """
-    images = [entry for entry in archive.entries if is_image(entry)]
-    skipped: list[Skipped] = []
-    keyed: list[tuple[str, Entry]] = []
-    for entry in images:
-        match = _match(entry)
-        if match is None:
-            reason = "is not named SOB_<B|M>_<type>-<year>-<slide>-<magnification>-<number>"
-        else:
-            reason = _find_contradiction(entry, match)
-        if reason or match is None:
-            skipped.append({"source": entry.name, "reason": reason})
-        else:
-            keyed.append((match[0].rpartition(".")[0].upper(), entry))
-    unique, n_copies, differing = drop_copies(archive, keyed)
-    rows, entries = [], []
-    for patch_id, entry in unique:
-        match = _match(entry)
-        assert match is not None
-        if magnification in (None, int(match["magnification"])):
-            rows.append((patch_id, *_describe(match), entry.name, f"{match['magnification']}X"))
-            entries.append(entry)
-    table = pd.DataFrame(rows, columns=[*COLUMNS, "magnification"])
-    magnifications = sorted(table["magnification"].unique(), key=lambda name: int(name[:-1]))
+    """List the images by their names, checked against their folders."""
+    unique, skipped, counts = list_images(archive, _identify)
+    named = [(match, entry) for _, entry in unique if (match := _match(entry))]
+    chosen = [item for item in named if magnification in (None, int(item[0]["magnification"]))]
+    magnifications = sorted({int(match["magnification"]) for match, _ in chosen})
     if len(magnifications) > 1:
         raise DataError(
-            f"{archive.path} has the magnifications {', '.join(magnifications)}: choose one, "
-            f"such as --dataset breakhis-{magnifications[0].lower()}"
+            f"{archive.path} has the magnifications {', '.join(f'{number}X' for number in magnifications)}: "
+            f"choose one, such as --dataset breakhis-{magnifications[0]}x"
         )
-    present = set(table["class_name"])
+    entries = [entry for _, entry in chosen]
+    class_names = [_subtype(match) for match, _ in chosen]
     return Listing(
-        table=table,
+        table=make_table(
+            patch_id=[_identify(entry) for entry in entries],
+            patient_id=[match["case"] for match, _ in chosen],
+            slide_id=[match["case"] + match["piece"].upper() for match, _ in chosen],
+            class_name=class_names,
+            source=[entry.name for entry in entries],
+            magnification=[f"{match['magnification']}X" for match, _ in chosen],
+        ),
         pixels=ImageFiles(archive, entries),
-        class_names=[name for name in _SUBTYPES.values() if name in present],
+        class_names=[name for name in _SUBTYPES.values() if name in class_names],
         positive_class=None,
         mpp=None,
-        skipped=skipped + differing,
-        counts={
-            "duplicates": n_copies,
-            "other_magnifications": len(unique) - len(rows),
-            "other_files": len(archive.entries) - len(images),
-        },
+        skipped=skipped,
+        counts=counts | {"other_magnifications": len(unique) - len(chosen)},
     )
 
 
@@ -107,27 +84,26 @@ def _match(entry: Entry) -> re.Match[str] | None:
     return match if match and (match["kind"].upper(), match["code"].upper()) in _SUBTYPES else None
 
 
-def _describe(match: re.Match[str]) -> tuple:
-    """Return patient, slide, site, coordinates and class."""
-    slide_id = match["case"] + match["piece"].upper()
-    subtype = _SUBTYPES[match["kind"].upper(), match["code"].upper()]
-    return match["case"], slide_id, None, pd.NA, pd.NA, subtype
+def _subtype(match: re.Match[str]) -> str:
+    return _SUBTYPES[match["kind"].upper(), match["code"].upper()]
 
 
-def _find_contradiction(entry: Entry, match: re.Match[str]) -> str:
-    """Return the reason if a folder of an entry contradicts its name, else ""."""
-    subtype = _SUBTYPES[match["kind"].upper(), match["code"].upper()]
+def _identify(entry: Entry) -> str:
+    """Return the id of an image; refuse a name that contradicts a folder."""
+    match = _match(entry)
+    if match is None:
+        raise DataError("is not named SOB_<B|M>_<type>-<year>-<slide>-<magnification>-<number>")
     kind = "benign" if match["kind"].upper() == "B" else "malignant"
     expected = {
-        "class": (subtype, set(_SUBTYPES.values())),
+        "class": (_subtype(match), set(_SUBTYPES.values())),
         "kind": (kind, {"benign", "malignant"}),
         "magnification": (f"{match['magnification']}x", {f"{number}x" for number in MAGNIFICATIONS}),
     }
     for folder in entry.name.lower().split("/")[:-1]:
         for field, (value, options) in expected.items():
             if folder in options and folder != value:
-                return f"is in the folder {folder}, but its name has the {field} {value}"
-    return ""
+                raise DataError(f"is in the folder {folder}, but its name has the {field} {value}")
+    return match[0].rpartition(".")[0].upper()
 
 
 def _make_dataset(magnification: int | None) -> Dataset:

@@ -13,19 +13,18 @@ from collections.abc import Iterable
 import pandas as pd
 
 from biopsy.core.errors import DataError
-from biopsy.data.archives import Archive
+from biopsy.data.archives import Archive, Entry
 from biopsy.data.datasets.base import (
-    COLUMNS,
     POSITIVE_BY_NEGATIVE,
     SUBSET_BY_FOLDER,
     Dataset,
     ImageFiles,
     Listing,
-    Skipped,
-    drop_copies,
     find_positive,
     find_subset,
     is_image,
+    list_images,
+    make_table,
     register_dataset,
 )
 
@@ -91,33 +90,34 @@ def recognise(archive: Archive) -> bool:
 def list_patches(archive: Archive) -> Listing:
     """List the patches by their class folders."""
     images = [entry for entry in archive.entries if is_image(entry)]
-    paths = _strip_common([entry.name.split("/") for entry in images])
-    skipped: list[Skipped] = []
-    keyed = []
-    for path, entry in zip(paths, images, strict=True):
-        if _split_path(path)[1] is None:
-            skipped.append({"source": entry.name, "reason": "is in no class folder"})
-        else:
-            keyed.append(("/".join(path), entry))
-    unique, n_copies, differing = drop_copies(archive, keyed)
+    paths = dict(zip(images, _strip_common([entry.name.split("/") for entry in images]), strict=True))
+
+    def identify(entry: Entry) -> str:
+        if _split_path(paths[entry])[1] is None:
+            raise DataError("is in no class folder")
+        return "/".join(paths[entry])
+
+    unique, skipped, counts = list_images(archive, identify)
     stems = pd.Series([key.rpartition(".")[0] for key, _ in unique], dtype=str)
-    rows = []
-    for stem, twice, (key, entry) in zip(stems, stems.duplicated(keep=False), unique, strict=True):
-        subset, class_name = _split_path(key.split("/"))
-        rows.append((key if twice else stem, None, None, None, pd.NA, pd.NA, class_name, entry.name, subset))
-    table = pd.DataFrame(rows, columns=[*COLUMNS, "official_subset"])
+    parts = [_split_path(paths[entry]) for _, entry in unique]
+    table = make_table(
+        patch_id=stems.where(~stems.duplicated(keep=False), [key for key, _ in unique]),
+        class_name=[class_name for _, class_name in parts],
+        source=[entry.name for _, entry in unique],
+        official_subset=[subset for subset, _ in parts],
+    )
     if table["official_subset"].isna().all():
         table = table.drop(columns="official_subset")
     class_names = sorted(set(table["class_name"]), key=_natural_key)
-    _warn_of_levels([key.split("/") for key, _ in unique])
+    _warn_of_levels([paths[entry] for _, entry in unique])
     return Listing(
         table=table,
         pixels=ImageFiles(archive, [entry for _, entry in unique]),
         class_names=class_names,
         positive_class=find_positive(class_names),
         mpp=None,
-        skipped=skipped + differing,
-        counts={"duplicates": n_copies, "other_files": len(archive.entries) - len(images)},
+        skipped=skipped,
+        counts=counts,
     )
 
 

@@ -6,22 +6,22 @@ not published by Kaggle; a csv such as the forum's ``patch_id_wsi_full.csv`` (id
 """
 
 import re
-
-import pandas as pd
+from collections.abc import Sequence
 
 from biopsy.core.errors import ArchiveError, DataError
 from biopsy.core.tables import parse_csv
 from biopsy.data.archives import Archive, Entry
 from biopsy.data.datasets.base import (
-    COLUMNS,
     SUBSET_BY_FOLDER,
     Dataset,
     ImageFiles,
     KaggleData,
     Listing,
     Skipped,
-    drop_copies,
     is_image,
+    list_images,
+    make_table,
+    mostly,
     register_dataset,
 )
 from biopsy.data.tables import normalize_cells
@@ -36,15 +36,12 @@ _ID = re.compile(r"[0-9a-f]{40}")  # ids are SHA-1 hashes
 
 def recognise(archive: Archive) -> bool:
     """Return whether an archive has the csv, or the sorted tree with Kaggle's ids."""
-    if _find_labels(archive) is not None:
-        return True
-    matches = [_SORTED.search(entry.name) for entry in archive.entries if is_image(entry)]
-    good = [
-        match
-        for match in matches
-        if match and match["subset"] in SUBSET_BY_FOLDER and _ID.fullmatch(match["id"])
-    ]
-    return bool(matches) and 2 * len(good) >= len(matches)
+
+    def is_sorted(entry: Entry) -> bool:
+        match = _SORTED.search(entry.name)
+        return bool(match and match["subset"] in SUBSET_BY_FOLDER and _ID.fullmatch(match["id"]))
+
+    return _find_labels(archive) is not None or mostly(archive, is_sorted)
 
 
 def list_patches(archive: Archive) -> Listing:
@@ -60,27 +57,25 @@ def _find_labels(archive: Archive) -> Entry | None:
 def _list_by_csv(archive: Archive, labels_entry: Entry) -> Listing:
     labels = _read_labels(archive, labels_entry)
     images = [entry for entry in archive.entries if is_image(entry)]
-    folders = {entry: entry.name.rpartition("/")[0].rpartition("/")[2] for entry in images}
-    unlabelled = [entry for entry in images if folders[entry] == "test"]
-    labelled = [(_id_of(entry), entry) for entry in images if folders[entry] != "test"]
-    unique, n_copies, skipped = drop_copies(archive, labelled)
-    rows, entries = [], []
-    for patch_id, entry in unique:
+    labelled = [entry for entry in images if entry.name.rpartition("/")[0].rpartition("/")[2] != "test"]
+
+    def identify(entry: Entry) -> str:
+        patch_id = entry.name.rpartition("/")[2].rpartition(".")[0]
         if patch_id not in labels:
-            skipped.append({"source": entry.name, "reason": f"is not in {LABELS}"})
-            continue
-        row, label = labels[patch_id]
-        rows.append((patch_id, None, None, None, pd.NA, pd.NA, CLASS_NAMES[label], entry.name, None, row))
-        entries.append(entry)
-    listed = {row[0] for row in rows}
+            raise DataError(f"is not in {LABELS}")
+        return patch_id
+
+    unique, skipped, counts = list_images(archive, identify, labelled)
+    listed = {patch_id for patch_id, _ in unique}
     skipped += [
         {"source": f"{labels_entry.name}#{row}", "reason": f"has no image: {patch_id}.tif is missing"}
         for patch_id, (row, _) in labels.items()
         if patch_id not in listed
     ]
-    n_other = len(archive.entries) - len(images) - 1
-    counts = {"duplicates": n_copies, "unlabelled": len(unlabelled), "other_files": n_other}
-    return _make_listing(archive, rows, entries, skipped, counts)
+    targets = [labels[patch_id][1] for patch_id, _ in unique]
+    rows = [labels[patch_id][0] for patch_id, _ in unique]
+    counts |= {"unlabelled": len(images) - len(labelled), "other_files": counts["other_files"] - 1}
+    return _make_listing(archive, unique, targets, skipped, counts, row=rows)
 
 
 def _read_labels(archive: Archive, entry: Entry) -> dict[str, tuple[int, int]]:
@@ -107,54 +102,46 @@ def _read_labels(archive: Archive, entry: Entry) -> dict[str, tuple[int, int]]:
 
 
 def _list_by_folders(archive: Archive) -> Listing:
-    images = [entry for entry in archive.entries if is_image(entry)]
-    skipped: list[Skipped] = []
     folders: dict[str, tuple[str, str]] = {}
-    keyed = []
-    for entry in images:
+
+    def identify(entry: Entry) -> str:
         match = _SORTED.search(entry.name)
         if match is None or match["subset"].lower() not in SUBSET_BY_FOLDER:
-            skipped.append({"source": entry.name, "reason": "is not in <train|validation|test>/<pos|neg>/"})
-            continue
+            raise DataError("is not in <train|validation|test>/<pos|neg>/")
         folder = (SUBSET_BY_FOLDER[match["subset"].lower()], match["label"].lower())
         first_folder = folders.setdefault(match["id"], folder)
         if first_folder != folder:
-            skipped.append(
-                {
-                    "source": entry.name,
-                    "reason": f"is also in {'/'.join(first_folder)}: one patch in two folders",
-                }
-            )
-        else:
-            keyed.append((match["id"], entry))
-    unique, n_copies, differing = drop_copies(archive, keyed)
-    rows = []
-    for patch_id, entry in unique:
-        subset, label = folders[patch_id]
-        class_name = CLASS_NAMES[label == "pos"]
-        rows.append((patch_id, None, None, None, pd.NA, pd.NA, class_name, entry.name, subset, None))
-    counts = {"duplicates": n_copies, "other_files": len(archive.entries) - len(images)}
-    return _make_listing(archive, rows, [entry for _, entry in unique], skipped + differing, counts)
+            raise DataError(f"is also in {'/'.join(first_folder)}: one patch in two folders")
+        return match["id"]
+
+    unique, skipped, counts = list_images(archive, identify)
+    targets = [folders[patch_id][1] == "pos" for patch_id, _ in unique]
+    subsets = [folders[patch_id][0] for patch_id, _ in unique]
+    return _make_listing(archive, unique, targets, skipped, counts, official_subset=subsets)
 
 
 def _make_listing(
-    archive: Archive, rows: list[tuple], entries: list[Entry], skipped: list[Skipped], counts: dict[str, int]
+    archive: Archive,
+    unique: list[tuple[str, Entry]],
+    targets: Sequence[int],
+    skipped: list[Skipped],
+    counts: dict[str, int],
+    **columns: Sequence[object],
 ) -> Listing:
-    table = pd.DataFrame(rows, columns=[*COLUMNS, "official_subset", "row"])
-    unused = [name for name in ("official_subset", "row") if table[name].isna().all()]
     return Listing(
-        table=table.drop(columns=unused),
-        pixels=ImageFiles(archive, entries),
+        table=make_table(
+            patch_id=[patch_id for patch_id, _ in unique],
+            class_name=[CLASS_NAMES[target] for target in targets],
+            source=[entry.name for _, entry in unique],
+            **columns,
+        ),
+        pixels=ImageFiles(archive, [entry for _, entry in unique]),
         class_names=CLASS_NAMES,
         positive_class="tumour",
         mpp=MPP,
         skipped=skipped,
         counts=counts,
     )
-
-
-def _id_of(entry: Entry) -> str:
-    return entry.name.rpartition("/")[2].rpartition(".")[0]
 
 
 register_dataset(

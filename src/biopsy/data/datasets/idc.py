@@ -7,19 +7,18 @@ The release has one slide per patient, so ``slide_id`` is the patient's id.
 
 import re
 
-import pandas as pd
-
+from biopsy.core.errors import DataError
 from biopsy.data.archives import Archive, Entry
 from biopsy.data.datasets.base import (
-    COLUMNS,
     Dataset,
     ImageFiles,
     KaggleData,
     Listing,
     RemoteFile,
-    Skipped,
-    drop_copies,
     is_image,
+    list_images,
+    make_table,
+    mostly,
     register_dataset,
 )
 
@@ -36,40 +35,40 @@ _COORDINATES = re.compile(r"_x([0-9]+)_y([0-9]+)_class", re.IGNORECASE)
 
 def recognise(archive: Archive) -> bool:
     """Return whether at least half of the images have names of IDC."""
-    images = [entry for entry in archive.entries if is_image(entry)]
-    return bool(images) and 2 * sum(_match(entry) is not None for entry in images) >= len(images)
+    return mostly(archive, _match)
 
 
 def list_patches(archive: Archive) -> Listing:
     """List the patches by their names, checked against their folders."""
-    images = [entry for entry in archive.entries if is_image(entry)]
-    patients = {entry.name.rpartition("/")[2].partition("_idx")[0] for entry in images}
-    skipped: list[Skipped] = []
-    keyed = []
-    for entry in images:
+    names = (entry.name.rpartition("/")[2] for entry in archive.entries if is_image(entry))
+    patients = {name.partition("_idx")[0] for name in names}
+
+    def identify(entry: Entry) -> str:
         match = _match(entry)
         if match is None:
-            skipped.append(
-                {"source": entry.name, "reason": "is not named <patient>_idx5_x<X>_y<Y>_class<0|1>.png"}
-            )
-        elif reason := _find_contradiction(entry, match, patients):
-            skipped.append({"source": entry.name, "reason": reason})
-        else:
-            keyed.append((f"{match['patient']}/{match['label']}/{match[0][:-4]}", entry))
-    unique, n_copies, differing = drop_copies(archive, keyed)
-    rows = []
-    for key, entry in unique:
-        patient, label, patch_id = key.split("/")
-        x, y = (int(value) for value in _COORDINATES.findall(patch_id)[-1])
-        rows.append((patch_id, patient, patient, None, x, y, CLASS_NAMES[int(label)], entry.name))
+            raise DataError("is not named <patient>_idx5_x<X>_y<Y>_class<0|1>.png")
+        _check_name(entry, match, patients)
+        return f"{match['patient']}/{match['label']}/{match[0][:-4]}"
+
+    unique, skipped, counts = list_images(archive, identify)
+    parts = [key.split("/") for key, _ in unique]
+    coordinates = [_COORDINATES.findall(patch_id)[-1] for _, _, patch_id in parts]
     return Listing(
-        table=pd.DataFrame(rows, columns=COLUMNS),
+        table=make_table(
+            patch_id=[patch_id for _, _, patch_id in parts],
+            patient_id=[patient_id for patient_id, _, _ in parts],
+            slide_id=[patient_id for patient_id, _, _ in parts],
+            x=[int(x) for x, _ in coordinates],
+            y=[int(y) for _, y in coordinates],
+            class_name=[CLASS_NAMES[int(label)] for _, label, _ in parts],
+            source=[entry.name for _, entry in unique],
+        ),
         pixels=ImageFiles(archive, [entry for _, entry in unique]),
         class_names=CLASS_NAMES,
         positive_class="idc",
         mpp=MPP,
-        skipped=skipped + differing,
-        counts={"duplicates": n_copies, "other_files": len(archive.entries) - len(images)},
+        skipped=skipped,
+        counts=counts,
     )
 
 
@@ -77,22 +76,21 @@ def _match(entry: Entry) -> re.Match[str] | None:
     return _NAME.fullmatch(entry.name.rpartition("/")[2])
 
 
-def _find_contradiction(entry: Entry, match: re.Match[str], patients: set[str]) -> str:
-    """Return the reason if an entry's name contradicts its folders or is out of range, else "".
+def _check_name(entry: Entry, match: re.Match[str], patients: set[str]) -> None:
+    """Refuse an entry whose name contradicts its folders or is out of range.
 
     The folder above the class is a patient if it is a number or a known patient; other folders, such as
     ``training/``, are ignored.
     """
     *parents, folder = ["", *entry.name.split("/")[:-1]]
     if folder in ("0", "1") and folder != match["label"]:
-        return f"is in the folder of class {folder}, but its name has class {match['label']}"
+        raise DataError(f"is in the folder of class {folder}, but its name has class {match['label']}")
     patient = parents[-1] if parents and folder in ("0", "1") else ""
     if (patient.isdigit() or patient in patients) and patient != match["patient"]:
-        return f"is in the folder of patient {patient}, but its name has patient {match['patient']}"
+        raise DataError(f"is in the folder of patient {patient}, but its name has patient {match['patient']}")
     x, y = match["x"], match["y"]
     if len(x) > 9 or len(y) > 9 or int(x) > MAX_PX or int(y) > MAX_PX:
-        return f"has coordinates out of range: x and y must be at most {MAX_PX:,} px"
-    return ""
+        raise DataError(f"has coordinates out of range: x and y must be at most {MAX_PX:,} px")
 
 
 # The commit is pinned, since no checksums are published. The

@@ -25,6 +25,7 @@ from biopsy.data.datasets.base import (
     Listing,
     RemoteFile,
     Skipped,
+    make_table,
     register_dataset,
 )
 from biopsy.data.packs import MAX_PATCH_PX
@@ -159,18 +160,11 @@ def _read_labels(path: Path, n_patches: int) -> np.ndarray:
 def _make_table(
     archive: FolderArchive, split: str, x: Entry, labels: np.ndarray, meta: Entry | None
 ) -> pd.DataFrame:
-    table = pd.DataFrame(
-        {
-            "patch_id": [f"{split}_{row:06d}" for row in range(len(labels))],
-            "patient_id": None,
-            "slide_id": None,
-            "site_id": None,
-            "x": pd.NA,
-            "y": pd.NA,
-            "class_name": np.array(CLASS_NAMES, dtype=object)[labels],
-            "source": [f"{x.name}#{row}" for row in range(len(labels))],
-            "official_subset": SUBSET_BY_FOLDER[split],
-        }
+    table = make_table(
+        patch_id=[f"{split}_{row:06d}" for row in range(len(labels))],
+        class_name=np.array(CLASS_NAMES, dtype=object)[labels],
+        source=[f"{x.name}#{row}" for row in range(len(labels))],
+        official_subset=SUBSET_BY_FOLDER[split],
     )
     if meta is not None:
         rows = read_csv_table(archive.path_of(meta), required=("wsi",))

@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 
 from biopsy.evaluation.scored import ScoredPatches
-from biopsy.statistics.conformal import abstain, predict_sets
-from biopsy.statistics.resampling import Interval
-from biopsy.statistics.risk_coverage import (
+from biopsy.statistics.abstention import (
     COVERAGES,
+    abstain,
     estimate_risk,
     estimate_shares,
     optimal_aurc,
+    predict_sets,
     risk_coverage_curve,
 )
+from biopsy.statistics.resampling import Interval
 
 BEFORE = "the classifier was created by a version without conformal sets"
 

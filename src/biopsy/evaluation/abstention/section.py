@@ -15,7 +15,7 @@ from biopsy.reporting.document import Block, Picture, Pictures, Section, Table, 
 from biopsy.reporting.elements import Footnotes
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import section
-from biopsy.statistics.risk_coverage import risk_coverage_curve
+from biopsy.statistics.abstention import risk_coverage_curve
 
 MEASURES = {
     "coverage": "coverage (true class in the prediction set)",

@@ -12,7 +12,7 @@ from biopsy.reporting.document import Block, Picture, Pictures, Section, Table, 
 from biopsy.reporting.elements import Footnotes
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import section
-from biopsy.statistics.calibrators import LEFT, MOVED
+from biopsy.statistics.calibrators import PRIOR_CORRECTED, PRIOR_UNCHANGED
 
 METHODS = {
     "platt": "Platt scaling",
@@ -87,10 +87,10 @@ def describe_calibrator(entry: Mapping[str, Any]) -> str:
         text += " (a temperature of " + number(1 / entry["slope"]) + ")"
         text += " and shifted." if any(entry["intercepts"]) else "."
     prior_notes = {
-        MOVED: " Class weights or resampling changed the training prevalence; before temperature scaling, "
-        "scores were corrected to the validation prevalence.",
-        LEFT: " Class weights or resampling changed the training prevalence; this was not corrected, because "
-        "the correction fits the validation subset worse.",
+        PRIOR_CORRECTED: " Class weights or resampling changed the training prevalence; before temperature "
+        "scaling, scores were corrected to the validation prevalence.",
+        PRIOR_UNCHANGED: " Class weights or resampling changed the training prevalence; this was not "
+        "corrected, because the correction fits the validation subset worse.",
     }
     return text + prior_notes.get(entry.get("prior") or "", "")
 

@@ -36,7 +36,7 @@ from biopsy.evaluation.comparison.page import (
 from biopsy.evaluation.study_tables import pool_by_seed
 from biopsy.reporting.html import render_report
 from biopsy.statistics.power import CORRELATIONS, influence_groups, plan_patients
-from biopsy.statistics.resampling import FEWEST_GROUPS
+from biopsy.statistics.resampling import MIN_GROUPS
 from biopsy.training.runs import Run
 from biopsy.training.study import Study, is_study
 
@@ -61,7 +61,7 @@ class Comparison(Result):
         ]
         for difference in self["differences"]:
             blocks += [f"\n{describe_verdict(self, difference)}", table_of_difference(self, difference)]
-            if self["by_group"] and self["n_patients"] < FEWEST_GROUPS:
+            if self["by_group"] and self["n_patients"] < MIN_GROUPS:
                 blocks.append(table_of_groups(self, difference))
         seeds = table_of_seeds(self)
         blocks += [] if seeds is None else [seeds]

@@ -82,7 +82,7 @@ def explain_patches(
         find_layer(network, layer)
     elif method_info.find_layer is not None:
         layer = method_info.find_layer(network, preprocessing.input_px)
-    baseline = preprocessing.standardise(torch.ones(1, 3, 1, 1, device=engine.device))[0]
+    baseline = preprocessing.normalise(torch.ones(1, 3, 1, 1, device=engine.device))[0]
     logits, maps = [], []
     for start in range(0, len(patches), BATCH_SIZE):
         chunk = slice(start, start + BATCH_SIZE)

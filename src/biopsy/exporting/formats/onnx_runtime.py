@@ -1,4 +1,4 @@
-"""ONNX, with a script that runs it and refuses what `predict` does."""
+"""ONNX, with a script that runs it and refuses the same images as `predict`."""
 
 import warnings
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from biopsy.core.errors import MissingExtra
-from biopsy.exporting.formats.registry import Exporter, register_exporter
+from biopsy.exporting.formats import Exporter, register_exporter
 from biopsy.exporting.host_network import HostNetwork, example_batch, host_batches, softmax
 from biopsy.models.classifier import Classifier
 
@@ -56,7 +56,7 @@ def write(classifier: Classifier, folder: Path) -> None:
     except ImportError:
         raise MissingExtra("export", "writing ONNX") from None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing talks; parity judges what comes out
+        warnings.simplefilter("ignore")  # of tracing; agreement is tested afterwards
         torch.onnx.export(
             HostNetwork(classifier),
             (example_batch(classifier),),
@@ -71,7 +71,7 @@ def write(classifier: Classifier, folder: Path) -> None:
 
 
 def predict(classifier: Classifier, folder: Path, patches: np.ndarray) -> np.ndarray:
-    """Return the probabilities that ONNX Runtime gives."""
+    """Return the probabilities computed by ONNX Runtime."""
     try:
         import onnxruntime
     except ImportError:

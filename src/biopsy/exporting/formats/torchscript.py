@@ -1,4 +1,4 @@
-"""TorchScript with the configuration that WSInfer and QuPath's extension read."""
+"""TorchScript with the configuration file of WSInfer and QuPath's extension."""
 
 import io
 import warnings
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from biopsy.core.files import write_json
-from biopsy.exporting.formats.registry import Exporter, register_exporter
+from biopsy.exporting.formats import Exporter, register_exporter
 from biopsy.exporting.host_network import HostNetwork, example_batch, host_batches, softmax
 from biopsy.models.classifier import Classifier
 from biopsy.models.importers.wsinfer import CONFIG, SCRIPT, load_script
@@ -18,21 +18,21 @@ from biopsy.models.importers.wsinfer import CONFIG, SCRIPT, load_script
 def write(classifier: Classifier, folder: Path) -> None:
     """Write the traced network and ``config.json``."""
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # tracing is deprecated and talks; parity judges what comes out
+        warnings.simplefilter("ignore")  # tracing is deprecated; agreement is tested afterwards
         script = torch.jit.trace(HostNetwork(classifier), example_batch(classifier), check_trace=False)
         _write_script(script, folder / SCRIPT)
     write_json(folder / CONFIG, describe_for_host(classifier))
 
 
 def predict(classifier: Classifier, folder: Path, patches: np.ndarray) -> np.ndarray:
-    """Return the probabilities that the script gives."""
+    """Return the probabilities computed by the script."""
     script = load_script(folder / SCRIPT)
     with torch.inference_mode():
         return softmax(np.concatenate([script(part).numpy() for part in host_batches(patches)]))
 
 
 def _write_script(script: torch.jit.ScriptModule, path: Path) -> None:
-    """Write TorchScript without its debugging records, which name the folders of this machine."""
+    """Write TorchScript without debugging records, which contain paths of this machine."""
     content = io.BytesIO()
     torch.jit.save(script, content)
     with zipfile.ZipFile(content) as whole, zipfile.ZipFile(path, "w") as kept:
@@ -42,9 +42,9 @@ def _write_script(script: torch.jit.ScriptModule, path: Path) -> None:
 
 
 def describe_for_host(classifier: Classifier) -> dict[str, object]:
-    """Return ``config.json`` as WSInfer 0.6's schema and QuPath's extension want it.
+    """Return ``config.json`` by the schema of WSInfer 0.6 and QuPath's extension.
 
-    The patch is asked for at its own size: all further resizing is inside the network, by its own filter.
+    Patches are requested at their own size, since the network resizes them.
     """
     info = classifier.info
     return {

@@ -19,7 +19,6 @@ from biopsy.models.engine import outputs_of
 from biopsy.models.importers.keras_files import KerasFile, Layer, list_steps, name_normalisation, read_keras
 from biopsy.models.networks import build_network
 from biopsy.models.networks.layers import FlattenChannelsLast, OneLogit, SeparableConv2d
-from biopsy.models.preprocessing import Preprocessing
 from biopsy.recipes import Recipe, list_recipes, load_recipe
 
 logger = logging.getLogger(__name__)
@@ -55,10 +54,6 @@ def load_keras_into(path: Path | str, module: nn.Module) -> None:
     Args:
         path: ``.h5`` (Keras 2 or 3, model or weights only), ``.weights.h5`` or ``.keras``.
         module: A network or a part of one; unchanged if an error is raised.
-
-    Raises:
-        DataError: If the file cannot be read, contains code, or is of another architecture; with the first
-            layer that differs and shipped networks that match.
     """
     copy_weights(read_keras(path), module, "the network")
 
@@ -89,9 +84,6 @@ def compare_steps(file: KerasFile, network: nn.Module, name: str) -> str:
 
     Returns:
         The output activation in the file, ``softmax`` or ``sigmoid``; "" if unknown.
-
-    Raises:
-        DataError: With the first operation that differs.
     """
     if file.config is None:
         return ""
@@ -246,10 +238,9 @@ def import_keras(
     if Path(out).exists():
         raise RunError(f"{out} exists: choose another folder")
     keras_file = read_keras(file)
-    settings = recipe.preprocessing.model_dump(exclude={"standardise", "feed"})
-    settings["input_px"] = keras_file.input_px or settings["input_px"]
+    preprocessing = recipe.preprocessing.fixed(input_px=keras_file.input_px or recipe.preprocessing.input_px)
     network = build_network(
-        recipe.model.name, n_classes=len(names), input_px=settings["input_px"], **recipe.model.params
+        recipe.model.name, n_classes=len(names), input_px=preprocessing.input_px, **recipe.model.params
     )
     activation = compare_steps(keras_file, network, recipe.model.name)
     copy_weights(keras_file, network, recipe.model.name)
@@ -265,7 +256,7 @@ def import_keras(
         positive_class=(positive or names[1]) if len(names) == 2 else None,
         patch_px=patch_px,
         mpp=default_mpp if mpp is None else mpp,
-        preprocessing=Preprocessing(**settings),
+        preprocessing=preprocessing,
         outputs=outputs,
         thresholds=[{"value": 0.5, "rule": "argmax", "chosen_on": "nothing"}] if len(names) == 2 else [],
         recipe=recipe.name,

@@ -36,12 +36,7 @@ class ConfigLayer(NamedTuple):
 
 
 def list_config_layers(model: Any) -> list[ConfigLayer]:
-    """Return the layers of a model's configuration in order, including nested models.
-
-    Raises:
-        DataError: If it is not a configuration, contains code (``Lambda``, custom classes), or has channels
-            first.
-    """
+    """Return the layers of a model's configuration in order, including nested models."""
     try:
         return _walk(model)
     except (KeyError, TypeError, AttributeError, IndexError, RecursionError):
@@ -93,11 +88,7 @@ def list_steps(layers: list[ConfigLayer]) -> tuple[list[str], str]:
 
 
 def find_input_px(layers: list[ConfigLayer]) -> int | None:
-    """Return the input size; None if it is not specified.
-
-    Raises:
-        DataError: If it is not a square with three channels, or too large.
-    """
+    """Return the input size; None if it is not specified."""
     settings = layers[0].settings if layers else {}
     shape = settings.get("batch_shape") or settings.get("batch_input_shape")  # the second in Keras 2
     if not isinstance(shape, list) or shape[1:3] == [None, None]:
@@ -114,7 +105,7 @@ def name_normalisation(epsilon: object) -> str:
 
 
 MAX_CONFIG_BYTES = 2**24
-_CONTAINERS_keras_files = ("layers", "_layer_checkpoint_dependencies")  # the second in Keras 2.12 to 2.15
+_GROUPS = ("layers", "_layer_checkpoint_dependencies")  # the second in Keras 2.12 to 2.15
 
 
 class Layer(NamedTuple):
@@ -213,7 +204,7 @@ def _read_h5(
 
 
 def _find_container(group: h5py.Group) -> str | None:
-    return next((name for name in _CONTAINERS_keras_files if name in group), None)
+    return next((name for name in _GROUPS if name in group), None)
 
 
 def _walk_groups(container: h5py.Group, path: Path, seen: set[int]) -> Iterator[Layer]:

@@ -19,7 +19,7 @@ from biopsy.core.files import sha256_file
 from biopsy.core.loaders import load_json, refusing, validate
 from biopsy.data.datasets.base import find_positive
 from biopsy.models.classifier import Classifier, ClassifierInfo
-from biopsy.models.preprocessing import Preprocessing
+from biopsy.recipes.preprocessing import Preprocessing
 
 CONFIG, SCRIPT = "config.json", "torchscript_model.pt"
 MAX_PX = 1024  # side of a patch or input; the largest in WSInfer's zoo is 350
@@ -50,11 +50,7 @@ class WSInferClassifier(Classifier):
     """A WSInfer model as a classifier, which cannot be saved."""
 
     def save(self, path: Path | str, *, precision: Literal["fp32", "fp16"] = "fp32") -> None:
-        """Raise an error, since the weights are inside TorchScript code.
-
-        Raises:
-            RunError: Always.
-        """
+        """Raise an error, since the weights are inside TorchScript code."""
         raise RunError(f"a WSInfer model cannot be saved as a classifier: copy its folder to {path}")
 
 
@@ -70,7 +66,6 @@ def open_wsinfer(path: Path | str, *, trust_model: str | None = None) -> WSInfer
     `find_positive`, else it is the second. Out-of-distribution patches are not flagged.
 
     Args:
-        path: Folder of ``torchscript_model.pt`` and ``config.json``.
         trust_model: SHA-256 of the TorchScript file, which permits running its code.
 
     Raises:
@@ -215,11 +210,7 @@ def _read_config(path: Path) -> HostConfig:
 
 
 def load_script(script: Path) -> nn.Module:
-    """Load trusted TorchScript on the CPU, in evaluation mode.
-
-    Raises:
-        RunError: If it cannot be read.
-    """
+    """Load trusted TorchScript on the CPU, in evaluation mode."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit", Warning)  # deprecated
         try:

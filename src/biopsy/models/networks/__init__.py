@@ -8,13 +8,15 @@ To add one, write a file here with a function under ``@register_network``; it ta
 """
 
 from biopsy.models.networks.registry import (
+    LayerRow,
     Network,
     build_network,
+    count_parameters,
+    describe,
     list_networks,
     network_parameters,
     register_network,
 )
-from biopsy.models.networks.summary import LayerRow, count_parameters, describe
 
 __all__ = [
     "LayerRow",

@@ -1,4 +1,4 @@
-"""Published pathology encoders (patch to feature vector).
+"""Published pathology encoders (patch to feature vector), listed in ``encoders.toml``.
 
 To add one, call `register_encoder` in a module of the entry point group ``biopsy.encoders``. It is used by
 ``model.name = "hf-hub:ORG/NAME"``. Nothing is downloaded here.
@@ -7,23 +7,28 @@ To add one, call `register_encoder` in a module of the entry point group ``biops
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from biopsy.core.errors import RecipeError, suggest
+from biopsy.core.loaders import load_toml
 from biopsy.core.plugins import Registry
 from biopsy.models.networks.layers import size_of
 from biopsy.models.networks.libraries import LibraryNetwork
 
 PREFIX = "hf-hub:"
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-H_OPTIMUS = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
-HIBOU = ((0.7068, 0.5755, 0.722), (0.195, 0.2316, 0.1816))
-LUNIT = ((0.70322989, 0.53606487, 0.66096631), (0.21716536, 0.26081574, 0.20723464))
-SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"}
+FEEDS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "h-optimus": ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517)),
+    "hibou": ((0.7068, 0.5755, 0.722), (0.195, 0.2316, 0.1816)),
+    "lunit": ((0.70322989, 0.53606487, 0.66096631), (0.21716536, 0.26081574, 0.20723464)),
+}
+"""Mean and standard deviation per RGB channel of values in 0-1."""
+_LAYERS = ("mlp_layer", "act_layer")  # arguments that name a class of timm or PyTorch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +60,7 @@ class Encoder:
     millions: float
     licence: str
     is_gated: bool
-    feed: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
+    feed: tuple[tuple[float, ...], tuple[float, ...]] = FEEDS["imagenet"]
     arguments: Mapping[str, object] = field(default_factory=dict)
     pooling: Literal["cls", "cls+mean"] = "cls"
     mpp: float = 0.5
@@ -102,7 +107,7 @@ class Encoder:
             **arguments,
             "img_size": input_px,
         }
-        settings |= {name: _layer(settings[name]) for name in SWIGLU if name in settings}
+        settings |= {name: _layer(settings[name]) for name in _LAYERS if name in settings}
         return PooledTokens(timm.create_model(self.architecture, num_classes=0, **settings), self.pooling)
 
 
@@ -141,11 +146,7 @@ def list_encoders() -> list[Encoder]:
 
 
 def find_encoder(name: str) -> Encoder:
-    """Return an encoder by short name, ``ORG/NAME`` or ``hf-hub:ORG/NAME``.
-
-    Raises:
-        RecipeError: If the name is unknown; with the closest name.
-    """
+    """Return an encoder by short name, ``ORG/NAME`` or ``hf-hub:ORG/NAME``."""
     plain = name.removeprefix(PREFIX)
     for encoder in ENCODERS.values():
         if plain in (encoder.name, encoder.hub):
@@ -160,11 +161,7 @@ def find_encoder(name: str) -> Encoder:
 def build_encoder(
     name: str, *, n_classes: int, input_px: int | tuple[int, int], **arguments: Any
 ) -> LibraryNetwork:
-    """Build an encoder with a linear head.
-
-    Raises:
-        RecipeError: If the name is unknown, or the input size is invalid.
-    """
+    """Build an encoder with a linear head."""
     encoder, (width, height) = find_encoder(name), size_of(input_px)
     if width != height or width % encoder.token_px:
         raise RecipeError(
@@ -176,11 +173,7 @@ def build_encoder(
 
 
 def fill_encoder(network: LibraryNetwork, name: str, tensors: dict[str, Tensor]) -> None:
-    """Load published tensors into an encoder; position embeddings are resampled to its input size.
-
-    Raises:
-        RuntimeError: If names or shapes do not fit.
-    """
+    """Load published tensors into an encoder; position embeddings are resampled to its input size."""
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     vit: Any = network.body.vit
@@ -235,82 +228,5 @@ def _layer(name: str) -> Any:
     return getattr(timm.layers, name)
 
 
-def _register_known() -> None:
-    """Register published encoders, as of November 2026."""
-    nc_nd = "cc-by-nc-nd-4.0"
-    virchow = {"init_values": 1e-5, "mlp_ratio": 5.3375, **SWIGLU}
-    giant = {"init_values": 1e-5}
-    glu = {"mlp_ratio": 2.66667 * 2, **SWIGLU}
-    small = {"architecture": "vit_small_patch16_224", "n_features": 384, "millions": 21.7}
-    rows: list[dict[str, Any]] = [
-        {"name": "h-optimus-0", "hub": "bioptimus/H-optimus-0", "licence": "apache-2.0", "is_gated": False}
-        | {"architecture": "vit_giant_patch14_reg4_dinov2", "arguments": giant, "n_features": 1536}
-        | {"millions": 1134.8, "feed": H_OPTIMUS, "file": "pytorch_model.bin"},
-        {"name": "h0-mini", "hub": "bioptimus/H0-mini", "licence": nc_nd, "is_gated": True}
-        | {"architecture": "vit_base_patch14_reg4_dinov2", "arguments": giant | glu, "n_features": 768}
-        | {"millions": 85.7, "feed": H_OPTIMUS},
-        {"name": "uni2-h", "hub": "MahmoodLab/UNI2-h", "licence": nc_nd, "is_gated": True}
-        | {"architecture": "vit_giant_patch14_224", "n_features": 1536, "millions": 681.4}
-        | {"file": "pytorch_model.bin"}
-        | {
-            "arguments": giant
-            | glu
-            | {"depth": 24, "num_heads": 24, "embed_dim": 1536, "reg_tokens": 8, "no_embed_class": True}
-        },
-        {"name": "virchow", "hub": "paige-ai/Virchow", "licence": "apache-2.0", "is_gated": True}
-        | {"architecture": "vit_huge_patch14_224", "arguments": virchow, "n_features": 2560}
-        | {"millions": 631.2, "pooling": "cls+mean", "file": "pytorch_model.bin"},
-        {"name": "virchow2", "hub": "paige-ai/Virchow2", "licence": nc_nd, "is_gated": True}
-        | {"architecture": "vit_huge_patch14_224", "arguments": virchow | {"reg_tokens": 4}}
-        | {"n_features": 2560, "millions": 631.2, "pooling": "cls+mean"},
-        {"name": "hibou-b", "hub": "histai/hibou-b", "licence": "apache-2.0", "is_gated": True}
-        | {"architecture": "vit_base_patch14_reg4_dinov2", "arguments": glu, "n_features": 768}
-        | {"millions": 85.7, "feed": HIBOU, "keys": "transformers"},
-        {"name": "hibou-l", "hub": "histai/hibou-L", "licence": "apache-2.0", "is_gated": True}
-        | {"architecture": "vit_large_patch14_reg4_dinov2", "n_features": 1024}
-        | {"arguments": glu | {"mlp_ratio": 5.34375}, "millions": 303.6}  # 2736 hidden units, twice
-        | {"feed": HIBOU, "keys": "transformers", "unchecked": "SwiGLU as in hibou-b"},
-        {"name": "midnight-12k", "hub": "kaiko-ai/midnight", "licence": "mit", "is_gated": False}
-        | {"architecture": "vit_giant_patch14_dinov2", "n_features": 3072, "millions": 1134.8}
-        | {"feed": HALF, "pooling": "cls+mean", "keys": "transformers"},
-        {"name": "openmidnight", "hub": "SophontAI/OpenMidnight", "licence": "apache-2.0", "is_gated": True}
-        | {"architecture": "vit_giant_patch14_reg4_dinov2", "n_features": 1536, "millions": 1134.8}
-        | {"file": "teacher_checkpoint_load.pt", "unchecked": "mean, std, name of the file"},
-        {"name": "gigapath-flash", "hub": "prov-gigapath/prov-gigapath-flash", "licence": "apache-2.0"}
-        | small
-        | {"is_gated": True, "unchecked": "architecture, mean, std"},
-        {"name": "lunit-s8", "hub": "1aurent/vit_small_patch8_224.lunit_dino", "licence": "lunit-nc"}
-        | {"architecture": "vit_small_patch8_224", "n_features": 384, "millions": 21.7}
-        | {"is_gated": False, "feed": LUNIT},
-        {"name": "lunit-s16", "hub": "1aurent/vit_small_patch16_224.lunit_dino", "licence": "lunit-nc"}
-        | small
-        | {"is_gated": False, "feed": LUNIT},
-        {"name": "phikon", "hub": "owkin/phikon", "licence": "owkin-nc", "is_gated": False}
-        | {"architecture": "vit_base_patch16_224", "n_features": 768, "millions": 85.8}
-        | {"keys": "transformers"},
-        {"name": "phikon-v2", "hub": "owkin/phikon-v2", "licence": "owkin-nc", "is_gated": False}
-        | {"architecture": "vit_large_patch16_224", "arguments": {"init_values": 1.0}, "n_features": 1024}
-        | {"millions": 303.4, "keys": "transformers"},
-    ]
-    for size, n_features, millions in (("small", 384, 21.7), ("base", 768, 85.8)):
-        for token in (8, 16):
-            hub = f"1aurent/vit_{size}_patch{token}_224.kaiko_ai_towards_large_pathology_fms"
-            rows.append(
-                {"name": f"kaiko-{size[0]}{token}", "hub": hub, "licence": "kaiko-nc", "is_gated": False}
-                | {"architecture": f"vit_{size}_patch{token}_224", "n_features": n_features}
-                | {"millions": millions, "feed": HALF}
-            )
-    for start, feed in (("KS16", HALF), ("IS16", IMAGENET)):
-        for teacher in ("HOpt0", "Virchow2", "UNI2h"):
-            is_open = (start, teacher) == ("IS16", "HOpt0")
-            rows.append(
-                {"name": f"distillpath-{start}-{teacher}".lower(), "feed": feed, "is_gated": False}
-                | {"hub": f"RamonK/DistillPath-{start}-{teacher}"}
-                | small
-                | {"licence": "apache-2.0" if is_open else "non-commercial", "unchecked": "licence"}
-            )
-    for row in rows:
-        register_encoder(Encoder(**row))
-
-
-_register_known()
+for _name, _row in load_toml(Path(__file__).with_suffix(".toml")).items():
+    register_encoder(Encoder(name=_name, **_row | {"feed": FEEDS[_row.get("feed", "imagenet")]}))

@@ -21,11 +21,7 @@ def size_of(input_px: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def require_size(network: str, input_px: int | tuple[int, int], least_px: int) -> tuple[int, int]:
-    """Return ``(width, height)`` of an input that is large enough for the pooling layers.
-
-    Raises:
-        RecipeError: If a side is below ``least_px``.
-    """
+    """Return ``(width, height)`` of an input that is large enough for the pooling layers."""
     if min(size_of(input_px)) < least_px:
         raise RecipeError(
             f"{network} downsamples its input: input_px={input_px!r} must be at least {least_px}"

@@ -96,8 +96,6 @@ def build_library_network(
 
     Args:
         name: ``timm:NAME``, where ``NAME`` may end in the tag of its weights, or ``torchvision:NAME``.
-        n_classes: Number of logits.
-        input_px: Side of the square input, or its ``(width, height)``.
         parameters: Those of :data:`PARAMETERS`.
 
     Raises:

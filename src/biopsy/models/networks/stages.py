@@ -100,7 +100,6 @@ def freeze(network: nn.Module, trainable: str) -> None:
     """Freeze the stages before a given one.
 
     Args:
-        network: Network, changed in place.
         trainable: ``all``, or the first trainable stage; ``head`` is the last. ``layer4`` is the first of
             ``layer4.0`` and ``layer4.1``.
 

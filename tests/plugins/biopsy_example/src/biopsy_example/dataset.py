@@ -2,34 +2,45 @@
 
 import re
 
-import pandas as pd
-
-from biopsy.data.archives import Archive
+from biopsy.core.errors import DataError
+from biopsy.data.archives import Archive, Entry
 from biopsy.data.datasets import Dataset, Listing, register_dataset
-from biopsy.data.datasets.base import ImageFiles, is_image
+from biopsy.data.datasets.base import ImageFiles, list_images, make_table, mostly
 
 NAME = re.compile(r"(?P<patient>\w+)-\d+-(?P<class_name>benign|malignant)\.png")
 
 
+def match_name(entry: Entry) -> re.Match[str] | None:
+    return NAME.fullmatch(entry.name.rpartition("/")[2])
+
+
 def recognise(archive: Archive) -> bool:
-    names = [entry.name.rpartition("/")[2] for entry in archive.entries if is_image(entry)]
-    return bool(names) and all(NAME.fullmatch(name) for name in names)
+    return mostly(archive, match_name)
+
+
+def identify(entry: Entry) -> str:
+    match = match_name(entry)
+    if match is None:
+        raise DataError("is not named <patient>-<n>-<benign|malignant>.png")
+    return match[0]
 
 
 def list_patches(archive: Archive) -> Listing:
-    rows, entries = [], []
-    for entry in archive.entries:
-        if match := NAME.fullmatch(entry.name.rpartition("/")[2]):
-            place = (None, None, pd.NA, pd.NA)
-            rows.append((match[0][:-4], match["patient"], *place, match["class_name"], entry.name))
-            entries.append(entry)
-    columns = ["patch_id", "patient_id", "slide_id", "site_id", "x", "y", "class_name", "source"]
+    unique, skipped, counts = list_images(archive, identify)
+    matches = [NAME.fullmatch(name) for name, _ in unique]
     return Listing(
-        table=pd.DataFrame(rows, columns=columns),
-        pixels=ImageFiles(archive, entries),
+        table=make_table(
+            patch_id=[match[0][:-4] for match in matches],
+            patient_id=[match["patient"] for match in matches],
+            class_name=[match["class_name"] for match in matches],
+            source=[entry.name for _, entry in unique],
+        ),
+        pixels=ImageFiles(archive, [entry for _, entry in unique]),
         class_names=["benign", "malignant"],
         positive_class="malignant",
         mpp=0.5,
+        skipped=skipped,
+        counts=counts,
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from biopsy.exporting.formats.registry import Exporter, register_exporter
+from biopsy.exporting.formats import Exporter, register_exporter
 from biopsy.exporting.host_network import HostNetwork, example_batch, host_batches, softmax
 from biopsy.models.classifier import Classifier
 

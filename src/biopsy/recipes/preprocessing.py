@@ -1,75 +1,44 @@
 """Preprocessing of patches, the same in training and in prediction.
 
 :meth:`Preprocessing.resize_patches` resizes uint8 patches, :func:`to_unit` converts them to float in 0-1 on
-the device (followed by augmentation in training), and :meth:`Preprocessing.standardise` normalises them.
+the device (followed by augmentation in training), and :meth:`Preprocessing.normalise` normalises them.
 :meth:`Preprocessing.prepare` does all three.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
-import cv2
 import numpy as np
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 
-from biopsy.core.errors import DataError, RecipeError, suggest
+from biopsy.core.errors import DataError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 Resize = Literal["nearest", "bilinear", "bicubic"]
-ResizeMode = Literal["stretch", "pad"]
-ChannelOrder = Literal["rgb", "bgr"]
-_CV2_FILTERS = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Preprocessing:
-    """Preprocessing parameters of a classifier.
+class Preprocessing(BaseModel):
+    """Preprocessing parameters of a classifier."""
 
-    Attributes:
-        input_px: Input size of the network in pixels.
-        resize: ``nearest`` as in Pillow (and Keras's ``flow_from_directory``), the others as in OpenCV.
-        resize_mode: For padded patches: ``stretch`` crops the padding and stretches the patch to the square,
-            ``pad`` keeps the padding.
-        channel_order: Channel order of the input; patches are RGB.
-        scale: Factor on the 0-255 values.
-        mean: Subtracted after scaling, one per channel in ``channel_order``.
-        std: Divisor after that.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    Raises:
-        RecipeError: If a value is invalid.
-    """
-
-    input_px: int
+    input_px: PositiveInt = 48
+    """Input size of the network in pixels."""
     resize: Resize = "nearest"
-    resize_mode: ResizeMode = "stretch"
-    channel_order: ChannelOrder = "rgb"
-    scale: float = 1 / 255
-    mean: Sequence[float] = (0.0, 0.0, 0.0)
-    std: Sequence[float] = (1.0, 1.0, 1.0)
-
-    def __post_init__(self) -> None:
-        for name, options in (
-            ("resize", Resize),
-            ("resize_mode", ResizeMode),
-            ("channel_order", ChannelOrder),
-        ):
-            value = getattr(self, name)
-            if value not in get_args(options):
-                raise RecipeError(
-                    f"{name}={value!r} is not possible; {suggest(str(value), get_args(options))}"
-                )
-        if self.input_px < 1:
-            raise RecipeError(f"input_px={self.input_px!r} must be 1 or more")
-        for name in ("mean", "std"):
-            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
-            if len(getattr(self, name)) != 3:
-                raise RecipeError(f"{name}={getattr(self, name)!r} must have three values, one per channel")
-        if min(self.std) <= 0:
-            raise RecipeError(f"std={self.std!r} must be above 0 in every channel")
+    """``nearest`` as in Pillow (and Keras's ``flow_from_directory``), the others as in OpenCV."""
+    resize_mode: Literal["stretch", "pad"] = "stretch"
+    """For padded patches: ``stretch`` crops and stretches the patch; ``pad`` keeps the padding."""
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    """Channel order of the input; patches are RGB."""
+    scale: PositiveFloat = 1 / 255
+    """Factor on the 0-255 values."""
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Subtracted after scaling, one per channel in ``channel_order``."""
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (1.0, 1.0, 1.0)
+    """Divisor after that."""
 
     def resize_patches(
         self, patches: np.ndarray, widths: np.ndarray | None = None, heights: np.ndarray | None = None
@@ -103,7 +72,7 @@ class Preprocessing:
             resized[i] = self._resize(patches[i : i + 1, :height, :width])[0]
         return resized
 
-    def standardise(self, batch: "Tensor") -> "Tensor":
+    def normalise(self, batch: "Tensor") -> "Tensor":
         """Normalise a batch ``(B, 3, H, W)`` of RGB in 0-1."""
         if self.channel_order == "bgr":
             batch = batch.flip(1)
@@ -124,7 +93,7 @@ class Preprocessing:
         device: "torch.device | str" = "cpu",
     ) -> "Tensor":
         """Return the network's input of uint8 patches, for prediction."""
-        return self.standardise(to_unit(self.resize_patches(patches, widths, heights), device))
+        return self.normalise(to_unit(self.resize_patches(patches, widths, heights), device))
 
     def _resize(self, patches: np.ndarray) -> np.ndarray:
         n, height, width, _ = patches.shape
@@ -137,10 +106,13 @@ class Preprocessing:
                 .take(indices, axis=1)
                 .reshape(n, *[self.input_px] * 2, 3)
             )
+        import cv2  # not needed to read a recipe
+
         size = (self.input_px, self.input_px)
+        interpolation = cv2.INTER_LINEAR if self.resize == "bilinear" else cv2.INTER_CUBIC
         resized = np.empty((n, *size, 3), np.uint8)
         for patch, out in zip(patches, resized, strict=True):
-            cv2.resize(patch, size, dst=out, interpolation=_CV2_FILTERS[self.resize])
+            cv2.resize(patch, size, dst=out, interpolation=interpolation)
         return resized
 
 
