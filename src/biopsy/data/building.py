@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,11 +20,11 @@ from biopsy.core.loaders import read_bytes
 from biopsy.core.tables import infer_numbers, read_csv_table, read_parquet_table
 from biopsy.core.text import normalize_id
 from biopsy.data.archives import MAX_ENTRY_BYTES
-from biopsy.data.datasets.base import Listing, find_positive
+from biopsy.data.datasets.base import Listing, RowPixels, find_positive
 from biopsy.data.packing import write_listing
 from biopsy.data.packs import Pack, describe_origin, is_pack
 from biopsy.data.tables import RESERVED
-from biopsy.slide_io.images import decode, read_header
+from biopsy.slide_io.images import decode
 
 PACKS = Path("packs")
 """Default folder of packs."""
@@ -40,48 +40,15 @@ Columns: TypeAlias = Mapping[str, ArrayLike] | pd.DataFrame
 IMAGE_KEYS = ("image", "img", "pixel_values", "x")
 
 
-class MadePixels:
-    """Images returned by a function, one at a time."""
+def _one_at_a_time(get: Callable[[int], np.ndarray]) -> RowPixels:
+    """Return the pixels of a data set, which may not be thread-safe."""
+    lock = threading.Lock()
 
-    def __init__(self, get: Callable[[int], np.ndarray]) -> None:
-        self._get = get
-        self._lock = threading.Lock()  # a data set may not be thread-safe
+    def get_locked(row: int) -> np.ndarray:
+        with lock:
+            return get(row)
 
-    def measure(self, row: int) -> tuple[int, int]:
-        """Return ``(width, height)``."""
-        with self._lock:
-            height, width = self._get(row).shape[:2]
-        return width, height
-
-    def read(self, rows: Sequence[int]) -> Iterator[np.ndarray | DataError]:
-        """Yield each image, or the error."""
-        for row in rows:
-            try:
-                with self._lock:
-                    image = self._get(row)
-                yield image
-            except DataError as error:
-                yield error
-
-
-class FilePixels:
-    """Image files by their paths."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
-
-    def measure(self, row: int) -> tuple[int, int]:
-        """Read the size from the file."""
-        header = read_header(read_bytes(self._paths[row], max_bytes=MAX_ENTRY_BYTES))
-        return header.width, header.height
-
-    def read(self, rows: Sequence[int]) -> Iterator[np.ndarray | DataError]:
-        """Yield each decoded image, or the error."""
-        for row in rows:
-            try:
-                yield decode(read_bytes(self._paths[row], max_bytes=MAX_ENTRY_BYTES))
-            except DataError as error:
-                yield error
+    return RowPixels(get_locked)
 
 
 @dataclass
@@ -97,7 +64,7 @@ class ImageSource:
 
     name: str
     table: pd.DataFrame
-    pixels: MadePixels | FilePixels
+    pixels: RowPixels
     labels: ArrayLike
     class_names: Sequence[str] | None = None
 
@@ -114,7 +81,7 @@ def read_arrays(
     if isinstance(images, np.ndarray) and images.ndim != 4:
         raise DataError(f"images have shape {images.shape}: expected uint8 (n, height, width, 3) RGB")
     table = _make_table(len(images), patients, columns)
-    return ImageSource("arrays", table, MadePixels(lambda row: to_rgb(images[row])), labels)
+    return ImageSource("arrays", table, _one_at_a_time(lambda row: to_rgb(images[row])), labels)
 
 
 def read_image_table(path: Path | str, root: Path | str | None) -> ImageSource:
@@ -147,7 +114,8 @@ def read_image_table(path: Path | str, root: Path | str | None) -> ImageSource:
     if "patch_id" not in ids:
         metadata["patch_id"] = texts
     table = _make_table(len(frame), None, metadata).assign(source=texts.to_numpy())
-    pixels = FilePixels([folder / name for name in texts])
+    paths = [folder / name for name in texts]
+    pixels = RowPixels(lambda row: decode(read_bytes(paths[row], max_bytes=MAX_ENTRY_BYTES)))
     return ImageSource("table", table, pixels, frame[label].to_numpy())
 
 
@@ -182,7 +150,7 @@ def read_dataset(
             if patients is None and all(part[2] is not None for part in parts):
                 patients = [part[2] for part in parts]
     table = _make_table(n, _plain_list(patients), columns)
-    pixels = MadePixels(lambda row: to_rgb(_unpack_item(dataset[row])[0]))
+    pixels = _one_at_a_time(lambda row: to_rgb(_unpack_item(dataset[row])[0]))
     return ImageSource("dataset", table, pixels, _plain_list(labels), class_names)
 
 

@@ -388,11 +388,7 @@ def write_split(path: Path | str, split: Split) -> Path:
         path.with_suffix(".json"),
         {
             "format": FORMAT,
-            "name": split.name,
-            "protocol": split.protocol,
-            "unit": split.unit,
-            "seed": split.seed,
-            "parameters": split.parameters,
+            **{name: getattr(split, name) for name in ("name", "protocol", "unit", "seed", "parameters")},
             "patients_overlap": split.overlap,
             "pack_sha256": split.pack_sha256,
             "table_sha256": sha256_file(path),
@@ -441,14 +437,9 @@ def read_split(path: Path | str) -> Split:
         )
     values = {"subset": table["subset"].fillna("")} if subsets else {"fold": folds.astype("int64")}
     return Split(
-        name=document.name,
-        protocol=document.protocol,
-        unit=document.unit,
-        seed=document.seed,
-        parameters=document.parameters,
+        **document.model_dump(exclude={"patients_overlap", "table_sha256"}),
         table=pd.DataFrame({"patch_id": table["patch_id"], **values}),
         overlap=document.patients_overlap,
-        pack_sha256=document.pack_sha256,
     )
 
 

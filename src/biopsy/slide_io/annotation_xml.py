@@ -28,7 +28,7 @@ import shapely
 from biopsy.core.errors import DataError, FileFormatError
 from biopsy.core.loaders import read_bytes
 from biopsy.core.text import normalize_name
-from biopsy.slide_io.outlines import Area, OutlineReader, read_ring
+from biopsy.slide_io.outlines import MAX_NAME, Annotation, Annotations, Area, OutlineReader, read_ring
 
 MAX_BYTES = 2**26
 """Largest file size: 64 MB, about a million vertices."""
@@ -61,18 +61,7 @@ class Region:
     name: str = ""
 
 
-@dataclass(frozen=True)
-class Areas:
-    """Content of a file: number, class and area of each annotation; repaired, ignored, unclassified ones."""
-
-    items: list[tuple[int, str, Area]]
-    repaired: dict[int, str]
-    ignored: dict[str, int]
-    mpp: float | None
-    unclassified: dict[int, str]
-
-
-def read_xml_areas(path: Path) -> Areas:
+def read_xml(path: Path) -> Annotations:
     """Read an annotation file of ASAP, HALO or Aperio ImageScope."""
     root = parse_xml(path)
     is_imagescope = "MicronsPerPixel" in root.attrib or root.find(".//Vertex") is not None
@@ -181,7 +170,7 @@ def _read_mpp(root: Element) -> float | None:
     return mpp if 0 < mpp < 1000 else None
 
 
-def _build_areas(regions: list[Region], path: Path, mpp: float | None) -> Areas:
+def _build_areas(regions: list[Region], path: Path, mpp: float | None) -> Annotations:
     outlines = OutlineReader()
     areas: dict[int, Area] = {}
     repaired: dict[int, str] = {}
@@ -208,11 +197,13 @@ def _build_areas(regions: list[Region], path: Path, mpp: float | None) -> Areas:
         if not cut:
             ignored["is a hole outside all regions"] += 1
     items = [
-        (region.number, str(region.class_name), areas[region.number])
+        Annotation(str(region.class_name)[:MAX_NAME], areas[region.number], region.number)
         for region in solid
         if areas[region.number].area > 0
     ]
-    return Areas(items, repaired, dict(ignored), mpp, unclassified)
+    return Annotations(
+        path, items, repaired, dict(ignored), from_bounds=False, mpp=mpp, unclassified=unclassified
+    )
 
 
 def _subtract_hole(hole: Region, solid: list[Region], areas: dict[int, Area]) -> bool:

@@ -10,18 +10,14 @@ documentation "Exporting annotations", its class ``PathObjectTypeAdapters``, and
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import shapely
 
 from biopsy.core.errors import DataError
 from biopsy.core.loaders import parse_json, read_bytes
 from biopsy.core.text import normalize_name
-from biopsy.slide_io.annotation_xml import read_xml_areas
-from biopsy.slide_io.outlines import Area, OutlineReader, read_ring
+from biopsy.slide_io.annotation_xml import read_xml
+from biopsy.slide_io.outlines import MAX_NAME, Annotation, Annotations, OutlineReader, read_ring
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +29,6 @@ XML_SUFFIXES = (".xml", ".annotations")
 
 SUFFIXES = (".geojson", ".json", *XML_SUFFIXES)
 """Suffixes of annotation files, in lower case."""
-
-MAX_NAME = 200
-"""Largest length of a class name."""
 
 _UNCLASSIFIED = "without a class"
 _FLAT = ("Point", "MultiPoint", "LineString", "MultiLineString")
@@ -50,59 +43,6 @@ _OTHER_OBJECTS = {  # names in QuPath; in version 0.2 in the id of the feature
 _KINDS = {name.lower(): kind for kind, names in _OTHER_OBJECTS.items() for name in names}
 
 
-@dataclass(frozen=True)
-class Annotation:
-    """An area of a slide and its class.
-
-    Attributes:
-        class_name: Class name, with normalised Unicode and white space.
-        polygon: Valid area at level 0.
-        feature: Position in the file, counted from 1.
-    """
-
-    class_name: str
-    polygon: Area
-    feature: int
-
-
-@dataclass(frozen=True)
-class Annotations:
-    """Content of an annotation file.
-
-    Attributes:
-        path: The file.
-        items: Annotations in the order of the file.
-        repaired: Features with a self-intersecting outline, and the fault; all enclosed areas are included
-            (of a figure of eight both loops).
-        ignored: Number of ignored features by reason.
-        from_bounds: Whether the origin of coordinates is that of the scanned bounds (see `Slide.corner`), as
-            in QuPath, instead of the corner of the slide.
-        mpp: Pixel size of the annotated slide in µm, if recorded.
-        unclassified: Names of the areas without a class, by feature.
-    """
-
-    path: Path
-    items: list[Annotation]
-    repaired: dict[int, str] = field(default_factory=dict)
-    ignored: dict[str, int] = field(default_factory=dict)
-    from_bounds: bool = True
-    mpp: float | None = None
-    unclassified: dict[int, str] = field(default_factory=dict)
-
-    def shift(self, x: float, y: float) -> "Annotations":
-        """Return the annotations shifted by an offset."""
-        offset = np.array([x, y])
-        shifted = [
-            replace(item, polygon=shapely.transform(item.polygon, lambda points: points + offset))
-            for item in self.items
-        ]
-        return replace(self, items=shifted)
-
-    def class_names(self) -> list[str]:
-        """Return the class names, sorted."""
-        return sorted({item.class_name for item in self.items})
-
-
 def read_annotations(path: Path | str) -> Annotations:
     """Read an annotation file: XML by its suffix, otherwise GeoJSON.
 
@@ -111,11 +51,7 @@ def read_annotations(path: Path | str) -> Annotations:
     """
     path = Path(path)
     if path.suffix.lower() in XML_SUFFIXES:
-        areas = read_xml_areas(path)
-        items = [Annotation(name[:MAX_NAME], area, number) for number, name, area in areas.items]
-        return Annotations(
-            path, items, areas.repaired, areas.ignored, False, areas.mpp, unclassified=areas.unclassified
-        )
+        return read_xml(path)
     return _read_geojson(path)
 
 

@@ -1,10 +1,12 @@
-"""Validation and repair of outlines, in bounded time.
+"""Annotated areas, and validation and repair of their outlines in bounded time.
 
 Coordinates beyond any slide are refused, and so are outlines with too many self-intersections, which are
 counted first because they determine the time of the repair.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -25,7 +27,63 @@ MAX_CORNERS = 5_000_000
 MAX_CROSSINGS = 10_000
 """Largest number of self-intersections in a file, whose repair takes about a second."""
 
+MAX_NAME = 200
+"""Largest length of a class name."""
+
 _PAIRS_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """An area of a slide and its class.
+
+    Attributes:
+        class_name: Class name, with normalised Unicode and white space.
+        polygon: Valid area at level 0.
+        feature: Position in the file, counted from 1.
+    """
+
+    class_name: str
+    polygon: Area
+    feature: int
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """Content of an annotation file.
+
+    Attributes:
+        path: The file.
+        items: Annotations in the order of the file.
+        repaired: Features with a self-intersecting outline, and the fault; all enclosed areas are included
+            (of a figure of eight both loops).
+        ignored: Number of ignored features by reason.
+        from_bounds: Whether the origin of coordinates is that of the scanned bounds (see `Slide.corner`), as
+            in QuPath, instead of the corner of the slide.
+        mpp: Pixel size of the annotated slide in µm, if recorded.
+        unclassified: Names of the areas without a class, by feature.
+    """
+
+    path: Path
+    items: list[Annotation]
+    repaired: dict[int, str] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
+    from_bounds: bool = True
+    mpp: float | None = None
+    unclassified: dict[int, str] = field(default_factory=dict)
+
+    def shift(self, x: float, y: float) -> "Annotations":
+        """Return the annotations shifted by an offset."""
+        offset = np.array([x, y])
+        shifted = [
+            replace(item, polygon=shapely.transform(item.polygon, lambda points: points + offset))
+            for item in self.items
+        ]
+        return replace(self, items=shifted)
+
+    def class_names(self) -> list[str]:
+        """Return the class names, sorted."""
+        return sorted({item.class_name for item in self.items})
 
 
 class OutlineReader:

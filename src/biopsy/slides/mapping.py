@@ -185,7 +185,7 @@ class Mapper:
                 yield Mapped(slide.source, error)
 
     def report(self, done: int, total: int) -> None:
-        """Tell whoever asked for it how many patches of a slide are done."""
+        """Report the number of patches of a slide that are done."""
         if self.meanwhile is not None:
             self.meanwhile()
             self.meanwhile = None

@@ -38,7 +38,7 @@ class Source:
         mpp: Pixel size in µm given by the user.
         pack: The pack of a slide that is reassembled.
         index: Its rows in the pack.
-        url: Where the slide lies if not on this machine: it is copied here while it is mapped.
+        url: Address of a remote slide, which is copied to this machine while it is mapped.
     """
 
     name: str

@@ -1,15 +1,15 @@
 """Metrics with confidence intervals over patients: pooled over patches, and as means over patients."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Unpack
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import spearmanr
 
 from biopsy.core.text import count
-from biopsy.statistics.metrics import METRICS, Counts, Metric, measure, registry
+from biopsy.statistics.metrics import METRICS, Metric, measure, registry
 from biopsy.statistics.multiclass import ClassSample
 from biopsy.statistics.resampling import (
     BOOTSTRAP_FROM,
@@ -23,25 +23,10 @@ from biopsy.statistics.resampling import (
     group_codes,
     sum_groups,
 )
-from biopsy.statistics.weighted_counts import sort_scores
+from biopsy.statistics.weighted_counts import SortedScores, sort_scores
 
-
-class GroupedSample(Protocol):
-    """Patches in groups that can be weighted: `weighted_counts.SortedScores` or `multiclass.ClassSample`."""
-
-    @property
-    def groups(self) -> Any:
-        """Ids in sorted order, ``(n_groups,)``."""
-
-    @property
-    def needs(self) -> Mapping[str, str]:
-        """Descriptions of the possible needs of a metric."""
-
-    def count(self, weight: Floats | None = None) -> Counts:
-        """Return the counts of the sample with one weight per group."""
-
-    def informative_groups(self, needs: Iterable[str] = ()) -> InformativeGroups:
-        """Return the groups with patches of the scarcest of the given `needs`."""
+GroupedSample = SortedScores | ClassSample
+"""Patches in groups that can be weighted."""
 
 
 @dataclass(frozen=True)

@@ -60,20 +60,26 @@ class Pixels(Protocol):
         """Yield uint8 ``(height, width, 3)`` RGB, or the error, of each row; thread-safe."""
 
 
-class ImageFiles:
-    """One image file per row."""
+class RowPixels:
+    """Pixels returned by a function of the row, one row at a time; thread-safe if the function is."""
 
-    def __init__(self, archive: Archive, entries: Sequence[Entry]) -> None:
-        self._archive = archive
-        self._entries = entries
+    def __init__(self, get: Callable[[int], np.ndarray]) -> None:
+        self._get = get
 
     def read(self, rows: Sequence[int]) -> Iterator[np.ndarray | DataError]:
-        """Yield each decoded image, or the error."""
+        """Yield each image, or the error."""
         for row in rows:
             try:
-                yield decode(self._archive.read(self._entries[row]))
+                yield self._get(row)
             except DataError as error:
                 yield error
+
+
+class ImageFiles(RowPixels):
+    """One image file of an archive per row."""
+
+    def __init__(self, archive: Archive, entries: Sequence[Entry]) -> None:
+        super().__init__(lambda row: decode(archive.read(entries[row])))
 
 
 @dataclass(frozen=True)

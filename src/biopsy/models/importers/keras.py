@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,17 +30,6 @@ _STEPS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
 }
 _WITHOUT_EFFECT = (nn.Dropout, nn.Identity, FlattenChannelsLast)
-
-
-class Place(NamedTuple):
-    """A layer of a PyTorch module: name, kind, and weights as views in Keras's layout."""
-
-    name: str
-    kind: str
-    weights: list[Tensor]
-
-
-Item = TypeVar("Item", Place, Layer)
 
 
 def load_keras_into(path: Path | str, module: nn.Module) -> None:
@@ -99,7 +87,7 @@ def compare_steps(file: KerasFile, network: nn.Module, name: str) -> str:
     return outputs
 
 
-def list_places(module: nn.Module) -> list[Place]:
+def list_places(module: nn.Module) -> list[Layer]:
     """Return the layers of a module with weights, as views."""
     places = []
     for _, name, layer in _walk(module):
@@ -116,7 +104,7 @@ def list_places(module: nn.Module) -> list[Place]:
             weights = [layer.weight, layer.bias, layer.running_mean, layer.running_var]
         else:
             continue
-        places.append(Place(name, kind, [weight.detach() for weight in weights if weight is not None]))
+        places.append(Layer(name, kind, [weight.detach() for weight in weights if weight is not None]))
     return places
 
 
@@ -135,11 +123,11 @@ def _walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, str, nn.Modu
         yield type(module).__name__, name, module
 
 
-def _of_kind(items: Sequence[Item], kind: str) -> list[Item]:
+def _of_kind(items: Sequence[Layer], kind: str) -> list[Layer]:
     return [item for item in items if item.kind == kind]
 
 
-def _find_difference(layers: list[Layer], places: list[Place]) -> str:
+def _find_difference(layers: list[Layer], places: list[Layer]) -> str:
     """Return the first difference between the layers of a file and a module, "" if there is none."""
     unsupported = [layer for layer in layers if layer.kind == ""]
     if unsupported:
@@ -157,11 +145,11 @@ def _find_difference(layers: list[Layer], places: list[Place]) -> str:
     return ""
 
 
-def _shapes(item: Place | Layer) -> str:
+def _shapes(item: Layer) -> str:
     return " + ".join("x".join(map(str, weight.shape)) for weight in item.weights)
 
 
-def _count(items: Sequence[Place | Layer]) -> str:
+def _count(items: Sequence[Layer]) -> str:
     counts = Counter(item.kind for item in items)
     return ", ".join(count(n, kind) for kind, n in counts.items()) or "no layer with weights"
 

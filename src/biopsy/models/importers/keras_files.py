@@ -109,11 +109,11 @@ _GROUPS = ("layers", "_layer_checkpoint_dependencies")  # the second in Keras 2.
 
 
 class Layer(NamedTuple):
-    """Name, kind (by the shapes of the weights) and weights of a layer, in Keras's order."""
+    """Name, kind and weights of a layer, in Keras's order and layout: of a file, or views of a module's."""
 
     name: str
     kind: str
-    weights: list[np.ndarray]
+    weights: list[Any]
 
 
 @dataclass(frozen=True)
