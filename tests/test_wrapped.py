@@ -141,22 +141,6 @@ def test_what_does_not_fit_is_refused(module, options, message):
         Classifier.wrap(module, **OPTIONS | options)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("mpp", -1.0),
-        ("patch_px", 0),
-        ("input_px", 0),
-        ("resize", "bicubik"),
-        ("std", (1, 0, 1)),
-        ("mean", (0.5,)),
-    ],
-)
-def test_a_value_outside_its_limits_is_refused_by_name(name, value):
-    with pytest.raises(RunError, match=f"^{name}="):
-        Classifier.wrap(make_module(), **OPTIONS | {name: value})
-
-
 def test_a_slide_of_unknown_resolution_is_refused(make_slide):
     unknown = Classifier.wrap(make_module(), **OPTIONS | {"mpp": None})
     with pytest.raises((RunError, DataError)):
@@ -171,6 +155,10 @@ def test_a_slide_of_unknown_resolution_is_refused(make_slide):
         (make_module(), {"mpp": float("nan")}, "mpp=nan"),
         (make_module(), {"input_px": 0}, "input_px=0"),
         (make_module(), {"patch_px": -1}, "patch_px=-1"),
+        (make_module(), {"patch_px": 0}, "patch_px=0"),
+        (make_module(), {"resize": "bicubik"}, "resize='bicubik'"),
+        (make_module(), {"std": (1, 0, 1)}, "std=0"),
+        (make_module(), {"mean": (0.5,)}, "mean=(0.5,)"),
     ],
 )
 def test_impossible_arguments_are_named(module, changes, named):
