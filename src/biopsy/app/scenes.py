@@ -206,8 +206,7 @@ class Sheet:
 
     def pixels(self, row: int) -> np.ndarray:
         """Return a patch as it was cut, uint8 ``(h, w, 3)``."""
-        width, height = self.pack.sizes[row]
-        return np.array(self.pack.patches[row, :height, :width])
+        return self.pack.pixels(row)
 
     @cached_property
     def frame(self) -> pd.DataFrame:

@@ -144,22 +144,13 @@ def _draw_classes(pack: Pack, folder: Path) -> Path:
     sheets = []
     for index, name in enumerate(pack.class_names):
         rows = make_rng(0, "inspect", name).permutation(np.flatnonzero(pack.target == index))
-        turn = _count_earlier(pack.group_ids[rows])  # one patch of every patient before a second
+        groups = pd.Series(pack.group_ids[rows])
+        turn = groups.groupby(groups).cumcount()  # one patch of every patient before a second
         shown = rows[np.argsort(turn, kind="stable")][:N_SHOWN]
-        sheets.append((f"{name}: {len(rows):,} patches", [_crop(pack, row) for row in shown]))
+        sheets.append((f"{name}: {len(rows):,} patches", [pack.pixels(row) for row in shown]))
     path = folder / "classes.png"
     write_atomic(path, png(draw_class_sheet(sheets)))
     return path
-
-
-def _count_earlier(ids: np.ndarray) -> np.ndarray:
-    """Return for each element the number of equal elements before it."""
-    seen: dict[str, int] = {}
-    earlier = []
-    for name in ids.tolist():
-        earlier.append(seen.get(name, 0))
-        seen[name] = earlier[-1] + 1
-    return np.array(earlier, dtype=int)
 
 
 def _draw_groups(pack: Pack, folder: Path) -> list[Path]:
@@ -218,7 +209,7 @@ def _render_slide(pack: Pack, rows: np.ndarray) -> bytes:
     target = stitch_values(pack.target[rows], x, y, patch_px=patch_px)
     longest = max(np.ptp(x), np.ptp(y)) + patch_px
     tissue = stitch(
-        (_crop(pack, row) for row in rows), x, y, patch_px=patch_px, scale=min(1.0, SLIDE_PX / longest)
+        (pack.pixels(row) for row in rows), x, y, patch_px=patch_px, scale=min(1.0, SLIDE_PX / longest)
     )
     figure = draw_slide(
         tissue,
@@ -229,8 +220,3 @@ def _render_slide(pack: Pack, rows: np.ndarray) -> bytes:
         panels=("tissue", "target"),
     )
     return png(figure)
-
-
-def _crop(pack: Pack, row: int) -> np.ndarray:
-    width, height = pack.sizes[row]
-    return np.asarray(pack.patches[row, :height, :width])

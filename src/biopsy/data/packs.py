@@ -302,16 +302,15 @@ class Pack(Output):
     def exit_code(self) -> int:
         return SKIPPED if self.info.skipped else 0
 
+    def pixels(self, row: int) -> np.ndarray:
+        """Return the pixels of a patch without padding, uint8 ``(height, width, 3)``."""
+        width, height = self.sizes[row]
+        return np.asarray(self.patches[row, :height, :width])
+
     def pixels_by_id(self) -> Callable[[str], np.ndarray]:
-        """Return a function from a patch id to its pixels without padding, uint8 ``(height, width, 3)``."""
+        """Return a function from a patch id to its `pixels`."""
         rows = {patch_id: row for row, patch_id in enumerate(self.table["patch_id"])}
-
-        def get_patch(patch_id: str) -> np.ndarray:
-            row = rows[patch_id]
-            width, height = self.sizes[row]
-            return self.patches[row, :height, :width]
-
-        return get_patch
+        return lambda patch_id: self.pixels(rows[patch_id])
 
     @property
     def class_names(self) -> list[str]:

@@ -88,6 +88,18 @@ def check_keys(path: Path | str, keys: pd.Series) -> None:
         )
 
 
+def _find_key(path: Path | str, rows: pd.DataFrame, keys: Sequence[str], values: Sequence[str] = ()) -> str:
+    """Return the first key column of a table, which also needs one of some other columns."""
+    key = next((name for name in keys if name in rows), None)
+    if key is None or (values and not any(name in rows and name != key for name in values)):
+        more = f" and one of {', '.join(values)}" if values else ""
+        raise DataError(
+            f"{path} has the columns {', '.join(rows.columns)}; one of {', '.join(keys)}{more} is needed"
+        )
+    check_keys(path, rows[key])
+    return key
+
+
 def add_people(table: pd.DataFrame, people: str | Path) -> tuple[pd.DataFrame, dict[str, object]]:
     """Fill ``patient_id``, ``slide_id`` and ``site_id`` from a csv or from a pattern for the path.
 
@@ -184,12 +196,7 @@ def join_columns(table: pd.DataFrame, path: Path | str) -> tuple[pd.DataFrame, d
         DataError: If there is no key, a key is empty or repeated, a column exists already, or no row matches.
     """
     rows = read_patch_table(path)
-    key = next((name for name in JOIN_KEYS if name in rows.columns), None)
-    if key is None:
-        raise DataError(
-            f"{path} has the columns {', '.join(rows.columns)}; one of {', '.join(JOIN_KEYS)} is needed"
-        )
-    check_keys(path, rows[key])
+    key = _find_key(path, rows, JOIN_KEYS)
     rows = rows.set_index(key)
     fills_site = table["site_id"].isna().all() and "site_id" in rows.columns
     taken = sorted((RESERVED - ({"site_id"} if fills_site else set())) & set(rows.columns))
@@ -231,14 +238,8 @@ def _check_matches(path: Path | str, keys: pd.Index, ids: pd.Series) -> None:
 
 def _look_up_people(table: pd.DataFrame, path: Path | str) -> tuple[pd.DataFrame, dict[str, object]]:
     rows = read_patch_table(path, _PERSON_COLUMNS)
-    key = next((name for name in (*_PATCH_KEYS, "slide_id") if name in rows.columns), None)
+    key = _find_key(path, rows, (*_PATCH_KEYS, "slide_id"), ID_COLUMNS)
     values = [name for name in ID_COLUMNS if name in rows.columns and name != key]
-    if key is None or not values:
-        raise DataError(
-            f"{path} has the columns {', '.join(rows.columns)}; one of {', '.join(_PATCH_KEYS)}, slide_id "
-            "and one of patient_id, slide_id (or wsi), site_id are needed"
-        )
-    check_keys(path, rows[key])
     people = rows.set_index(key)[values]
     keys = table["patch_id" if key == "id" else key]
     _check_matches(path, people.index, keys)
@@ -289,12 +290,7 @@ def relabel(
         DataError: If the csv has unknown patches, likely misspelt classes or missing labels, or no decision.
     """
     rows = read_patch_table(path, _HEADINGS)
-    key = next((name for name in ("patch_id", "source") if name in rows.columns), None)
-    if key is None or "label" not in rows.columns:
-        raise DataError(
-            f"{path} has the columns {', '.join(rows.columns)}; label and one of patch_id, source are needed"
-        )
-    check_keys(path, rows[key])
+    key = _find_key(path, rows, ("patch_id", "source"), ("label",))
     n_rows = len(rows)
     rows = _apply_decisions(path, rows, class_names)
     labels, new_names = _read_classes(path, rows, key, class_names)

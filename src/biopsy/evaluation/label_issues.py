@@ -171,8 +171,7 @@ def _compose(
     labels = pack.table.get("original_class", pd.Series(pack.target).map(dict(enumerate(pack.class_names))))
     for number, issue in enumerate(chosen.itertuples(), start=1):
         record = pack.table.iloc[issue.row]
-        width, height = pack.sizes[issue.row]
-        patch = np.asarray(pack.patches[issue.row, :height, :width])
+        patch = pack.pixels(issue.row)
         suggested, around = pack.class_names[issue.suggested], views.surroundings(issue.row)
         pictures.append((jpeg(patch if around is None else around, quality=75), jpeg(patch)))
         rows.append(

@@ -227,7 +227,7 @@ class SlideViews:
         if min(left, top) < 0 or max(right, bottom) > AROUND_PX + 1:
             return  # off the grid and cut off by the frame
         right, bottom = min(right, AROUND_PX), min(bottom, AROUND_PX)
-        patch = np.ascontiguousarray(self._pack.patches[row, :height, :width])
+        patch = np.ascontiguousarray(self._pack.pixels(row))
         image[top:bottom, left:right] = cv2.resize(
             patch, (right - left, bottom - top), interpolation=cv2.INTER_AREA
         )
@@ -240,12 +240,8 @@ class SlideViews:
         rows, positions = self._slides[index]
         patch_px = self._pack.info.patch_px
         scale = min(1.0, OVERVIEW_PX / (np.ptp(positions, axis=0).max() + patch_px))
-        patches = (self._true_patch(int(row)) for row in rows)
+        patches = map(self._pack.pixels, rows)
         return stitch(patches, positions[:, 0], positions[:, 1], patch_px=patch_px, scale=scale), scale
-
-    def _true_patch(self, row: int) -> np.ndarray:
-        width, height = self._pack.sizes[row]
-        return self._pack.patches[row, :height, :width]
 
     def _place(self, row: int) -> np.ndarray:
         return self._pack.table[["x", "y"]].iloc[row].to_numpy(float)

@@ -255,8 +255,7 @@ def stitch_slide(
         raise SlideError(f"slide {name}: {error}") from None
     width, height = int(x.max()) + patch_px, int(y.max()) + patch_px
     scale = min(1.0, THUMBNAIL_PX / max(width, height))
-    sizes = pack.sizes[index]
-    patches = (pack.patches[row][: size[1], : size[0]] for row, size in zip(index, sizes, strict=True))
+    patches = map(pack.pixels, index)
     origin = int(x.min()), int(y.min())
     grid = PatchGrid(
         (x - origin[0]) // stride_px,

@@ -304,10 +304,7 @@ def fit_stain_transfer(pack: Pack, rows: np.ndarray, probability: float, seed: i
 
 def _measure(pack: Pack, rows: np.ndarray) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of the optical density of patches, ``(3,)`` each."""
-    pixels = [
-        np.asarray(pack.patches[row, :height, :width]).reshape(-1, 3)
-        for row, (width, height) in zip(rows, pack.sizes[rows], strict=True)
-    ]
+    pixels = [pack.pixels(row).reshape(-1, 3) for row in rows]
     values = density(torch.from_numpy(np.concatenate(pixels)).float() / 255)
     return values.mean(0), values.std(0).clamp(min=LOWEST_SD)
 

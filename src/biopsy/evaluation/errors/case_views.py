@@ -239,20 +239,16 @@ def _assemble(pack: Pack, record: ErrorRecord, maps: np.ndarray, method_name: st
     rows = [row_of[name] for name in entries]
     views = SlideViews(pack)
 
-    def true_patch(row: int) -> np.ndarray:
-        width, height = pack.sizes[row]
-        return np.asarray(pack.patches[row, :height, :width])
-
     case_views = {}
     for (name, entry), row, values in zip(entries.items(), rows, maps, strict=True):
-        patch = true_patch(row)
+        patch = pack.pixels(row)
         values = values[: patch.shape[0], : patch.shape[1]] / 255
         case_views[name] = CaseView(
             patch,
             superimpose(patch, values),
             is_constant(values),
             views.overview(row),
-            [true_patch(row_of[neighbour["patch_id"]]) for neighbour in entry["nearest"]],
+            [pack.pixels(row_of[neighbour["patch_id"]]) for neighbour in entry["nearest"]],
         )
     method = find_method(method_name)
     caption = f"{capitalize(method.title)}: {method.shows}. {method.caveat}."

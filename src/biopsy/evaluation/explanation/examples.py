@@ -135,10 +135,7 @@ def load_explained(run: Run) -> Explained | None:
     pack = run.open_pack(verify=False)
     rows = pack.rows_of(examples["patch_id"])
     sizes = pack.sizes[rows]
-    patches = [
-        np.asarray(pack.patches[row, :height, :width])
-        for row, (width, height) in zip(rows, sizes, strict=True)
-    ]
+    patches = [pack.pixels(row) for row in rows]
     parts = [
         Illustration(
             maps=[
