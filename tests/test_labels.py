@@ -65,7 +65,7 @@ def test_a_class_called_by_a_number_is_meant_by_its_name(csv):
         ("patch_id,label\na,3\n", "'3' for a first"),
         ("patch_id,label\n,normal\n", r"patch_id is empty \(NaN\)"),
         ("patch_id,label\na,normal\na,in_situ\n", "1 repeated values, a first"),
-        ("patch_id,class\na,normal\n", "label and one of patch_id, source are needed"),
+        ("patch_id,class\na,normal\n", "one of patch_id, source and one of label is needed"),
     ],
 )
 def test_label_refusals(table, csv, text, match):

@@ -74,29 +74,20 @@ def describe_file(path: Path | str) -> dict[str, str]:
     return {"file": Path(path).name, "sha256": sha256_file(path)}
 
 
-def check_keys(path: Path | str, keys: pd.Series) -> None:
-    """Refuse a key column with empty or repeated values."""
-    if keys.isna().any():
-        row = int(keys.isna().to_numpy().argmax())
-        raise DataError(
-            f"{path}: column {keys.name} is empty (NaN) in {keys.isna().sum():,} rows, first in row {row}"
-        )
-    twice = keys[keys.duplicated()]
-    if len(twice):
-        raise DataError(
-            f"{path}: column {keys.name} has {len(twice):,} repeated values, {twice.iloc[0]} first"
-        )
-
-
 def _find_key(path: Path | str, rows: pd.DataFrame, keys: Sequence[str], values: Sequence[str] = ()) -> str:
-    """Return the first key column of a table, which also needs one of some other columns."""
+    """Return the first key column of a table, without empty or repeated values; one of ``values`` is needed."""
     key = next((name for name in keys if name in rows), None)
     if key is None or (values and not any(name in rows and name != key for name in values)):
         more = f" and one of {', '.join(values)}" if values else ""
         raise DataError(
             f"{path} has the columns {', '.join(rows.columns)}; one of {', '.join(keys)}{more} is needed"
         )
-    check_keys(path, rows[key])
+    empty, twice = rows[key].isna(), rows[key][rows[key].duplicated()]
+    if empty.any():
+        row = int(empty.to_numpy().argmax())
+        raise DataError(f"{path}: column {key} is empty (NaN) in {empty.sum():,} rows, first in row {row}")
+    if len(twice):
+        raise DataError(f"{path}: column {key} has {len(twice):,} repeated values, {twice.iloc[0]} first")
     return key
 
 
