@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from biopsy.checks.results import Checklist, CheckReport, Status
-from biopsy.core.errors import DataError
+from biopsy.core.errors import DataError, first_line
 from biopsy.models.hardware import count_cores, has_nvidia_driver
 
 GIB = 2**30
@@ -141,7 +141,7 @@ def _check_readers(checks: Checklist) -> None:
         import openslide
     except (ImportError, OSError) as error:
         remedy = "install openslide-bin: it brings the library"
-        checks.add("OpenSlide", "FAIL", f"does not load: {str(error).splitlines()[0]}", remedy)
+        checks.add("OpenSlide", "FAIL", f"does not load: {first_line(error)}", remedy)
     else:
         checks.add("OpenSlide", "PASS", f"library {openslide.__library_version__}")
     try:

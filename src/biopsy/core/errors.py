@@ -133,6 +133,16 @@ class MissingExtra(BiopsyError, ImportError):
         super().__init__(f"{purpose} needs the extra {extra!r}: install it with `uv sync --extra {extra}`")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of the message of any exception, or its type if it has none.
+
+    Example:
+        >>> first_line(ValueError("damaged\\nat byte 7")), first_line(EOFError())
+        ('damaged', 'EOFError')
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def suggest(name: str, options: Iterable[str]) -> str:
     """Return a hint on the options closest to ``name``, for an error message.
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any, Literal, TypeVar
 
-from biopsy.core.errors import BiopsyError, MissingExtra, RunError
+from biopsy.core.errors import BiopsyError, MissingExtra, RunError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def _connect(address: str | None) -> Iterator[None]:
             socket.create_connection((place[1], int(place[2])), timeout=_REPLY_S).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise RunError(f"no Ray cluster can be used at {address or 'this machine'}: {reason}") from None
     try:
         yield

@@ -75,7 +75,7 @@ def describe_file(path: Path | str) -> dict[str, str]:
 
 
 def _find_key(path: Path | str, rows: pd.DataFrame, keys: Sequence[str], values: Sequence[str] = ()) -> str:
-    """Return the first key column of a table, without empty or repeated values; one of ``values`` is needed."""
+    """Return the first key column of a table, without empty or repeated values; checks for ``values`` too."""
     key = next((name for name in keys if name in rows), None)
     if key is None or (values and not any(name in rows and name != key for name in values)):
         more = f" and one of {', '.join(values)}" if values else ""

@@ -16,7 +16,7 @@ from typing import Final
 import cv2
 import numpy as np
 
-from biopsy.core.errors import BiopsyError, DataError, RunError
+from biopsy.core.errors import BiopsyError, DataError, RunError, first_line
 from biopsy.core.files import create_directory, read_json, sha256_file, write_json
 from biopsy.core.results import Output, Table
 from biopsy.core.text import count
@@ -159,7 +159,7 @@ def write_networks(classifier: Classifier, folder: Path) -> None:
         except RuntimeError as error:
             if isinstance(error, BiopsyError):
                 raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise RunError(f"the network {classifier.info.network} cannot be exported: {reason}") from error
 
 

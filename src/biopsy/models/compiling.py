@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from biopsy.core.errors import MissingExtra, RunError
+from biopsy.core.errors import MissingExtra, RunError, first_line
 from biopsy.core.files import sha256_file, write_json
 from biopsy.models.classifier import Classifier
 from biopsy.models.networks import Network
@@ -158,7 +158,7 @@ def try_to_convert(classifier: Classifier) -> Any:
         model = convert(classifier)
         largest = _largest_difference(classifier, model)
     except Exception as error:  # converters raise various exceptions
-        logger.warning("OpenVINO cannot run this network, PyTorch is used: %s", str(error).splitlines()[0])
+        logger.warning("OpenVINO cannot run this network, PyTorch is used: %s", first_line(error))
         return None
     if not largest <= _TOLERANCE:
         logger.warning("OpenVINO's logits differ by %.2g of their range, PyTorch is used", largest)
@@ -218,7 +218,7 @@ def write_quantised(classifier: Classifier, folder: Path, patches: np.ndarray) -
                 read_compiled(target, classifier), nncf.Dataset(batches), subset_size=len(batches)
             )
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise RunError(f"the network {classifier.info.network} cannot be quantised: {reason}") from error
     openvino.save_model(model, target / INT8_MODEL, compress_to_fp16=False)
     _write_document(classifier, target)

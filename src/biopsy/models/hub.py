@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
-from biopsy.core.errors import HubError
+from biopsy.core.errors import HubError, first_line
 from biopsy.models.classifier import DOCUMENT, WEIGHTS, Classifier
 
 logger = logging.getLogger(__name__)
@@ -85,10 +85,10 @@ def hub_errors(repository: str) -> Iterator[None]:
         message = f"the hub cannot be reached and {repository} is not cached at this revision: go online once"
         raise HubError(repository, "offline", message) from None
     except HfHubHTTPError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise HubError(repository, "refused", f"the hub refused {repository} ({reason}): {login}") from None
     except unreachable as error:  # the connection or the proxy
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         message = f"the hub cannot be reached for {repository} ({reason}): check the network and HTTPS_PROXY"
         raise HubError(repository, "offline", message) from None
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biopsy.core.errors import RecipeError, suggest
+from biopsy.core.errors import RecipeError, first_line, suggest
 from biopsy.models.networks.layers import size_of
 from biopsy.models.networks.stages import StagedNetwork
 
@@ -111,7 +111,7 @@ def build_library_network(
     except RecipeError:
         raise
     except _EXPECTED as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise RecipeError(
             f"{name} cannot be built for input_px={input_px!r} with {parameters or 'no parameters'}: {reason}"
         ) from None

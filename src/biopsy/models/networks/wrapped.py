@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from biopsy.core.errors import RecipeError, RunError
+from biopsy.core.errors import RecipeError, RunError, first_line
 from biopsy.models.networks.registry import Network
 
 
@@ -39,7 +39,7 @@ class WrappedNetwork(nn.Module):
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             if isinstance(error, RunError):
                 raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise RunError(
                 f"{type(module).__name__} does not accept a float32 batch {tuple(batch.shape)}: {reason}"
             ) from error
