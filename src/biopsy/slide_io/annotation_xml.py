@@ -201,9 +201,8 @@ def _build_areas(regions: list[Region], path: Path, mpp: float | None) -> Annota
         for region in solid
         if areas[region.number].area > 0
     ]
-    return Annotations(
-        path, items, repaired, dict(ignored), from_bounds=False, mpp=mpp, unclassified=unclassified
-    )
+    ignored_counts = dict(ignored)
+    return Annotations(path, items, repaired, ignored_counts, False, mpp, unclassified)
 
 
 def _subtract_hole(hole: Region, solid: list[Region], areas: dict[int, Area]) -> bool:
