@@ -17,7 +17,6 @@ import cv2
 import httpx
 import numpy as np
 import pytest
-from biopsy.statistics.conformal import predict_sets
 from fastapi.testclient import TestClient
 
 import biopsy
@@ -26,6 +25,7 @@ from biopsy.app.service import Limits, make_service
 from biopsy.core.errors import DataError, RunError
 from biopsy.models.engine import Engine
 from biopsy.slide_io.reader import Slide, open_slide
+from biopsy.statistics.abstention import predict_sets
 from biopsy.training.open_model import open_classifier
 from conftest import encode_png
 from slide_maps import make_classifier, save_classifier
