@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FEATURES = {
     "statistics": (
         "statistics/metrics statistics/intervals statistics/resampling statistics/paired statistics/power "
-        "statistics/weighted_counts statistics/multiclass statistics/thresholds statistics/decisions "
+        "statistics/weighted_counts statistics/multiclass statistics/decisions "
         "statistics/contrasts",
         "metrics intervals paired planning multiclass thresholds decisions contrasts means model_comparison",
     ),
@@ -50,11 +50,11 @@ FEATURES = {
     "leakage": ("data/audit experiments/leakage", "audit arms inspection comparison reproduction"),
     "out-of-distribution": ("models/out_of_distribution", "out_of_distribution classifiers prediction"),
     "abstention": (
-        "evaluation/abstention/measure statistics/conformal statistics/risk_coverage",
+        "evaluation/abstention/measure statistics/abstention",
         "conformal abstention abstention_runs",
     ),
     "maps": (
-        "slides/maps slides/grids slides/stitching slides/inference",
+        "slides/maps slides/grids slides/sources slides/inference",
         "grids regions maps geojson resolution same_map",
     ),
     "int8": ("models/runtimes models/compiling models/openvino_runtime", "runtimes inference"),
