@@ -20,7 +20,7 @@ from biopsy.evaluation.figures import (
     draw_precision_recall,
     draw_roc,
 )
-from biopsy.experiments.figures import draw_folds
+from biopsy.experiments.study_page import draw_folds
 from biopsy.plotting import style
 from biopsy.plotting.patches import draw_class_sheet, lay_out_sheet
 from biopsy.plotting.slides import draw_slide, round_length_um

@@ -9,13 +9,14 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from biopsy.core.errors import MetricError, RecipeError, RunError, SplitError
+from biopsy.core.results import to_text
 from biopsy.data.protocols import LEAK_PROTOCOLS
 from biopsy.data.splits import make_split, save_split
 from biopsy.experiments import reproduction
-from biopsy.experiments.figures import draw_reproduction
 from biopsy.experiments.reports import report
-from biopsy.experiments.reproduction import Speed, choose_papers, reproduce
-from biopsy.experiments.reproduction_summary import COMPARED, list_rows, write_markdown
+from biopsy.experiments.reproduction import Reproduction, Speed, choose_papers, reproduce
+from biopsy.experiments.reproduction_page import draw_reproduction, table_of_lengths, table_of_papers
+from biopsy.experiments.reproduction_summary import COMPARED, list_rows
 from biopsy.recipes import load_recipe
 from biopsy.training.study import Study
 from conftest import write_pack
@@ -193,11 +194,15 @@ def test_the_table_has_a_row_a_metric(finished):
     assert table["colour_alone"].notna().tolist() == [False, False, True]
     runs = pd.read_csv(made.path / "runs.csv", keep_default_na=False)
     assert len(runs) == 23 and set(runs["arm"]) == {"published", "apart", *LEAK_PROTOCOLS}
-    text = write_markdown(list_rows(made.summary()))
-    lines = text.splitlines()
-    assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
-    assert lines[2].startswith("| tiny-paper | accuracy | 0.800 |") and "10 of 100" in lines[2]
-    assert lines[4].startswith("|  | AUROC |")
+    papers = made.summary()["papers"]
+    assert len(list_rows(made.summary())) == 3
+    rows = table_of_papers(papers).rows
+    assert [row[:3] for row in rows] == [
+        ["tiny-paper", "accuracy", "0.800"],
+        ["tiny-paper", "balanced accuracy", "-"],
+        ["tiny-paper", "AUROC", "-"],
+    ]
+    assert "10 of 100" in table_of_lengths(papers, made.info["papers"]).rows[0]
     assert (made.path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -366,7 +371,8 @@ def test_reproduce_from_the_command_line(finished, paper, pack, tmp_path, monkey
     base += ["--test-patients", ",".join(TESTED), "--out", str(finished[0].path), "--device", "cpu"]
     done = call(*base)
     assert done.exit_code == 0, done.stderr
-    assert done.stdout == write_markdown(list_rows(finished[0].summary()))
+    assert done.stdout == f"{to_text(Reproduction.open(finished[0].path).blocks())}\n"
+    assert "10 of 100" in done.stdout and finished[0].path.name in done.stdout
     asked = call(*base, "--json")
     summary = json.loads(asked.stdout)
     assert summary["papers"]["tiny-paper"]["n_runs"] == 23 and summary["path"] == str(finished[0].path)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from biopsy.core.errors import MetricError, MissingExtra, RecipeError, RunError
 from biopsy.evaluation.study_tables import SHOWN
 from biopsy.experiments import run_specs, sweeps
-from biopsy.experiments.figures import draw_sweep
 from biopsy.experiments.reports import report
+from biopsy.experiments.sweep_page import draw_sweep
 from biopsy.experiments.sweeps import combine, format_value, read_grid, read_space, suggest, summarise, sweep
 from biopsy.recipes import load_recipe
 from biopsy.training.study import Study

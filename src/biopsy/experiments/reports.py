@@ -13,9 +13,9 @@ from biopsy.data.packs import Pack
 from biopsy.evaluation.results import Evaluation
 from biopsy.evaluation.study_tables import SUMMARY_FORMAT
 from biopsy.experiments import reproduction, sweeps
-from biopsy.experiments.reproduction_page import ReproductionFacts, report_of_reproduction
+from biopsy.experiments.reproduction_page import report_of_reproduction
 from biopsy.experiments.study_page import report_of_study
-from biopsy.experiments.sweep_page import SweepFacts, report_of_sweep
+from biopsy.experiments.sweep_page import report_of_sweep
 from biopsy.models.networks import build_network, describe
 from biopsy.recipes import Recipe, load_recipe, recipe_toml
 from biopsy.reporting.compose import report_of_run
@@ -215,33 +215,18 @@ def compose_study(study: Study, *, hide_ids: bool) -> list[tuple[str, ReportDocu
     """
     if not (study.evaluated_runs() or (study.info.get("search") and sweeps.shown_runs(study))):
         raise RunError(f"{study.path} has no evaluated run: repeat the command that created it")
-    if study.info["question"] == sweeps.KIND:
-        return [("report.html", report_of_sweep(_gather_sweep(study), hide_ids=hide_ids))]
-    if study.info["question"] == reproduction.KIND:
-        return [("report.html", report_of_reproduction(_gather_reproduction(study), hide_ids=hide_ids))]
+    kind, pseudonymizer = study.info["question"], _make_pseudonymizer(study) if hide_ids else None
+    if kind == sweeps.KIND:
+        info = {**study.info, "environment": sweeps.shown_runs(study)[0].info["environment"]}
+        figure = sweeps.draw_study(study)
+        return [(PAGE, report_of_sweep(info, study.summary(), study.table(), figure, pseudonymizer))]
+    if kind == reproduction.KIND:
+        info = {**study.info, "environment": study.evaluated_runs()[0].info["environment"]}
+        return [(PAGE, report_of_reproduction(info, study.summary(), pseudonymizer))]
     facts = gather_study(study)
-    names = ["report.html"] if len(facts) == 1 else [f"report-{recipe}.html" for recipe in facts]
+    names = [PAGE] if len(facts) == 1 else [f"report-{recipe}.html" for recipe in facts]
     pages = [report_of_study(fact, hide_ids=hide_ids) for fact in facts.values()]
     return list(zip(names, pages, strict=True))
-
-
-def _gather_sweep(study: Study) -> SweepFacts:
-    return SweepFacts(
-        study={**study.info, "environment": sweeps.shown_runs(study)[0].info["environment"]},
-        summary=study.summary(),
-        table=study.table(),
-        figure=sweeps.draw_study(study),
-        recipe_toml="".join(study.info["recipes"].values()),
-        pseudonymizer=_make_pseudonymizer(study),
-    )
-
-
-def _gather_reproduction(study: Study) -> ReproductionFacts:
-    return ReproductionFacts(
-        study={**study.info, "environment": study.evaluated_runs()[0].info["environment"]},
-        summary=study.summary(),
-        pseudonymizer=_make_pseudonymizer(study),
-    )
 
 
 def _make_pseudonymizer(study: Study) -> Pseudonymizer:

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 
 from biopsy.core.errors import RecipeError, RunError
 from biopsy.core.ray_engine import Engine, check_engine
+from biopsy.core.results import Table
 from biopsy.data.packs import Pack
 from biopsy.data.splits import Split
 from biopsy.evaluation.evaluate import evaluate
-from biopsy.experiments.figures import draw_reproduction
 from biopsy.experiments.leakage import (
     Arm,
     Comparison,
@@ -27,7 +27,8 @@ from biopsy.experiments.leakage import (
     list_leaks,
     why_no_leak,
 )
-from biopsy.experiments.reproduction_summary import list_rows, write_markdown, write_tables
+from biopsy.experiments.reproduction_page import draw_reproduction, table_of_lengths, table_of_papers
+from biopsy.experiments.reproduction_summary import write_tables
 from biopsy.experiments.run_specs import RunSpec, check_networks, open_study, run_all, study_folder
 from biopsy.models.weights import make_network
 from biopsy.recipes import Overrides, Recipe, list_recipes, load_recipe, setting_lines
@@ -197,8 +198,10 @@ SAME_PATCHES = ({"hcd", "pcam"},)  # data sets with the same patches
 class Reproduction(Study):
     """The study of a reproduction, which is printed as its table of metrics."""
 
-    def blocks(self) -> list[str]:
-        return [write_markdown(list_rows(self.summary())).rstrip("\n")]
+    def blocks(self) -> list[str | Table]:
+        papers = self.summary()["papers"]
+        tables = table_of_papers(papers), table_of_lengths(papers, self.info["papers"])
+        return [*tables, str(self.path)]
 
     def to_json(self) -> dict[str, object]:
         return {"path": self.path, **self.summary()}

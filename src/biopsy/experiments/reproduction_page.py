@@ -1,15 +1,29 @@
 """The report of a reproduction: published and reproduced metrics, and the effect of patient leakage."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from biopsy.core.errors import MetricError
 from biopsy.core.text import capitalize, count, plural
 from biopsy.evaluation.provenance_sections import describe_reproduction
-from biopsy.experiments.figures import PANELS, draw_reproduction
 from biopsy.experiments.reproduction_summary import CONTRASTS
 from biopsy.experiments.sweep_page import mean_sd
-from biopsy.plotting.style import svg
+from biopsy.plotting.style import (
+    BASELINE,
+    INK,
+    MODEL,
+    MUTED,
+    RULE,
+    SERIES_COLOURS,
+    WIDTH_IN,
+    shorten,
+    styled,
+    svg,
+)
 from biopsy.reporting.document import (
     Block,
     Bullets,
@@ -24,51 +38,41 @@ from biopsy.reporting.document import (
     interval_text,
     number,
 )
-from biopsy.reporting.elements import synthetic_warning
+from biopsy.reporting.elements import synthetic_warning, written_by
 from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.reporting.pseudonyms import Pseudonymizer
 
-
-@dataclass(frozen=True)
-class ReproductionFacts:
-    """Input of the report of a reproduction.
-
-    Attributes:
-        study: The content of ``study.json``, with ``environment``.
-        summary: The content of ``metrics.json``.
-        pseudonymizer: Pseudonyms of the tested patients, slides and patches.
-    """
-
-    study: Mapping[str, Any]
-    summary: Mapping[str, Any]
-    pseudonymizer: Pseudonymizer
+PANELS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
 
 
-def report_of_reproduction(facts: ReproductionFacts, *, hide_ids: bool = False) -> ReportDocument:
+def report_of_reproduction(
+    study: Mapping[str, Any], summary: Mapping[str, Any], pseudonymizer: Pseudonymizer | None = None
+) -> ReportDocument:
     """Return the report of a reproduction.
 
     Args:
-        hide_ids: Replace patient, slide and patch ids by numbers.
+        study: The content of ``study.json``, with ``environment``.
+        summary: The content of ``metrics.json``.
+        pseudonymizer: Pseudonyms that replace the ids of patients, slides and patches.
     """
-    study: Mapping[str, Any] = facts.pseudonymizer.nested(facts.study) if hide_ids else facts.study
-    papers: Mapping[str, Any] = facts.summary["papers"]
-    if hide_ids:
-        papers = facts.pseudonymizer.nested(papers)
+    papers, unit = summary["papers"], summary["unit"]
+    if pseudonymizer is not None:
+        study, papers = pseudonymizer.nested(study), pseudonymizer.nested(papers)
     sections = [
         _describe_table(papers),
-        *([_describe_leak(papers, facts.summary["unit"])] if _leaks(papers) else []),
-        _describe_slides(papers, facts.summary["unit"]),
-        _describe_lengths(papers, study["papers"]),
+        *([_describe_leak(papers, unit)] if _leaks(papers) else []),
+        _describe_slides(papers, unit),
+        Section("lengths", "Training length", [table_of_lengths(papers, study["papers"])]),
         describe_reproduction(study),
     ]
     return ReportDocument(
         title=f"Published recipes on {study['pack']['name']}",
-        subtitle=f"Reproduction {study.get('name', '')}: {count(len(papers), 'recipe')}, "
+        subtitle=f"Reproduction {study['name']}: {count(len(papers), 'recipe')}, "
         f"{count(sum(entry['n_runs'] for entry in papers.values()), 'run')}",
-        summary=_summarise(papers, study["pack"], facts.summary["unit"], hide_ids=hide_ids),
+        summary=_summarise(papers, study["pack"], unit, hide_ids=pseudonymizer is not None),
         sections=[section for section in sections if section is not None],
-        warnings=_warn_reader(papers, facts.summary["unit"]),
-        footer=f"Written by biopsy {(study.get('environment') or {}).get('biopsy', '')}".strip() + ".",
+        warnings=_warn_reader(papers, unit),
+        footer=written_by(study),
     )
 
 
@@ -159,11 +163,24 @@ def _warn_reader(papers: Mapping[str, Any], unit: str) -> list[str]:
 
 
 def _describe_table(papers: Mapping[str, Any]) -> Section:
-    figure = draw_reproduction(papers)
     caption = (
         "Lines: 95 % interval over patients where available, otherwise range over seeds. Diamonds: published "
         "metric, corrected where the publication allows it."
     )
+    figure = Picture(caption, svg(draw_reproduction(papers), "reproduction"))
+    reasons = [
+        f"{name}, {title}: {entry[arm]['reason']}"
+        for name, entry in papers.items()
+        for arm, title in (("published", "as published"), ("apart", "split by patient"), ("leak", "leakage"))
+        if entry[arm]["reason"]
+    ]
+    blocks: list[Block] = [Pictures([figure], across=1), table_of_papers(papers)]
+    blocks += [Bullets(reasons)] if reasons else []
+    return Section("claims", "Published and reproduced metrics", blocks)
+
+
+def table_of_papers(papers: Mapping[str, Any]) -> Table:
+    """Return the published and reproduced metrics of each recipe, and the effect of leakage."""
     rows = []
     for name, entry in papers.items():
         for metric, label in PANELS.items():
@@ -187,25 +204,13 @@ def _describe_table(papers: Mapping[str, Any]) -> Section:
         "recipe,metric,published,corrected,as published,split by patient,interval,colour-only "
         "baseline,leakage"
     )
-    blocks: list[Block] = [
-        Pictures([Picture(caption, svg(figure, "reproduction"))], across=1),
-        Table(
-            columns.split(","),
-            rows,
-            note="Mean ± standard deviation over seeds. Corrected: the published result with the positive "
-            "class named, on the published split. Leakage: increase from training patches of the tested "
-            "slide, mean over slides.",
-            text_columns=2,
-        ),
-    ]
-    reasons = [
-        f"{name}, {title}: {entry[arm]['reason']}"
-        for name, entry in papers.items()
-        for arm, title in (("published", "as published"), ("apart", "split by patient"), ("leak", "leakage"))
-        if entry[arm]["reason"]
-    ]
-    return Section(
-        "claims", "Published and reproduced metrics", [*blocks, *([Bullets(reasons)] if reasons else [])]
+    return Table(
+        columns.split(","),
+        rows,
+        note="Mean ± standard deviation over seeds. Corrected: the published result with the positive class "
+        "named, on the published split. Leakage: increase from training patches of the tested slide, mean "
+        "over slides.",
+        text_columns=2,
     )
 
 
@@ -268,7 +273,8 @@ def _describe_slides(papers: Mapping[str, Any], unit: str) -> Section | None:
     return Section("apart", f"Per-{unit} results, split by {unit}", [table])
 
 
-def _describe_lengths(papers: Mapping[str, Any], entries: Mapping[str, Any]) -> Section:
+def table_of_lengths(papers: Mapping[str, Any], entries: Mapping[str, Any]) -> Table:
+    """Return the length of the runs of each recipe; ``entries`` are those of ``study.json``."""
     rows = []
     for name, entry in papers.items():
         plan = entries[name]["plan"]
@@ -296,4 +302,111 @@ def _describe_lengths(papers: Mapping[str, Any], entries: Mapping[str, Any]) -> 
         "Smoke: less than a tenth of the published updates. Early stopping is disabled, so that both arms "
         "make the same number of updates; the epoch is selected as the recipe specifies."
     )
-    return Section("lengths", "Training length", [Table(columns, rows, note=note)])
+    return Table(columns, rows, note=note)
+
+
+ROW_IN = 0.3
+MARKS: Mapping[str, dict[str, Any]] = {
+    "published": {"marker": "D", "color": INK, "markerfacecolor": "white", "markeredgewidth": 1.4},
+    "as published": {"marker": "o", "color": SERIES_COLOURS[0]},
+    "patients apart": {"marker": "o", "color": MODEL},
+    "colour alone": {"marker": "s", "color": BASELINE, "markerfacecolor": "white", "markeredgewidth": 1.4},
+}
+
+
+@styled
+def draw_reproduction(papers: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Draw published and reproduced values of three metrics per recipe, and the leakage of each slide.
+
+    Args:
+        papers: Recipe to its entry in ``metrics.json`` of a reproduction.
+
+    Raises:
+        MetricError: If there is no recipe.
+    """
+    if not papers:
+        raise MetricError("a reproduction without a recipe cannot be drawn")
+    leaks = {
+        (name, str(slide["tested"])): slide["auroc"]["values"]
+        for name, entry in papers.items()
+        for slide in entry["leak"]["slides"]
+    }
+    heights = [0.55 + ROW_IN * len(papers)] * len(PANELS)
+    heights += [0.55 + ROW_IN * 0.8 * len(leaks)] if leaks else []
+    figure = Figure(figsize=(WIDTH_IN, 0.5 + sum(heights)), layout="constrained")
+    panels: list[Axes] = list(figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
+    for axes, metric in zip(panels, PANELS, strict=False):
+        _draw_arms(axes, papers, metric)
+    if leaks:
+        _draw_leaks(panels[-1], leaks)
+    handles = {
+        label: handle
+        for axes in panels
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    order = [label for label in MARKS if label in handles]
+    figure.legend([handles[label] for label in order], order, loc="outside upper center", ncols=2)
+    return figure
+
+
+def _draw_arms(axes: Axes, papers: Mapping[str, Mapping[str, Any]], metric: str) -> None:
+    """Draw one row per recipe: published values as diamonds, reproduced ones as dots with intervals."""
+    for row, entry in enumerate(papers.values()):
+        if row:
+            axes.axhline(row - 0.5, color=RULE, linewidth=0.8)
+        apart, published = entry["apart"], entry["published"]
+        interval = (apart["interval"] or {}).get(metric) or {}
+        claimed = entry["corrected"].get(metric, entry["claim"].get(metric))
+        _mark(axes, "published", claimed, row - 0.22)
+        _mark(axes, "as published", published[metric]["mean"], row - 0.07, _reach(published[metric]))
+        _mark(axes, "patients apart", apart[metric]["mean"], row + 0.1, _reach(apart[metric], interval))
+        if metric == "auroc":
+            _mark(axes, "colour alone", apart["colour_auroc"], row + 0.26)
+    _frame(axes, [shorten(name, 22) for name in papers], PANELS[metric])
+    axes.set_xlim(right=1.0)
+
+
+def _mark(
+    axes: Axes, kind: str, value: float | None, row: float, reach: tuple[float, float] | None = None
+) -> None:
+    if value is None:
+        return
+    if reach is not None:
+        axes.plot(reach, [row, row], color=MARKS[kind]["color"], linewidth=2, alpha=0.45)
+    axes.plot([value], [row], linestyle="none", markersize=5.5, label=kind, **MARKS[kind])
+
+
+def _reach(
+    spread: Mapping[str, float | None], interval: Mapping[str, float | None] | None = None
+) -> tuple[float, float] | None:
+    """Return the interval over patients or, without one, the range over seeds."""
+    for result, low, high in ((interval or {}, "low", "high"), (spread, "min", "max")):
+        ends = result.get(low), result.get(high)
+        if ends[0] is not None and ends[1] is not None:
+            return ends[0], ends[1]
+    return None
+
+
+def _draw_leaks(axes: Axes, leaks: Mapping[tuple[str, str], Sequence[float]]) -> None:
+    """Draw one row per recipe and slide: the effect of leakage for each seed, and the mean."""
+    names, last = [], None
+    for row, ((recipe, tested), values) in enumerate(leaks.items()):
+        dots: dict[str, Any] = {"markersize": 5, "alpha": 0.6, "markeredgewidth": 0}
+        axes.plot(values, [row] * len(values), "o", color=SERIES_COLOURS[0], **dots)
+        axes.plot([np.mean(values)] * 2, [row - 0.3, row + 0.3], color=INK, linewidth=1.8)
+        names.append(
+            f"{shorten(recipe, 22)}  {shorten(tested, 10)}" if recipe != last else shorten(tested, 10)
+        )
+        if last not in (None, recipe):
+            axes.axhline(row - 0.5, color=RULE, linewidth=0.8)
+        last = recipe
+    axes.axvline(0, color=MUTED, linewidth=0.9)
+    _frame(axes, names, "AUROC gained by the leak; a dot is a seed")
+
+
+def _frame(axes: Axes, names: Sequence[str], label: str) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(label)

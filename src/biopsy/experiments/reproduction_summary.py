@@ -1,6 +1,6 @@
 """Results of a reproduction: published and reproduced metrics, and the effect of leakage."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -335,53 +335,3 @@ def _describe(run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def write_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the rows of ``table.csv`` as a Markdown table."""
-    columns = (
-        "recipe | metric | published | corrected | as published | patients apart | colour alone | leak | "
-        "updates | seeds | minutes | label"
-    ).split(" | ")
-    lines = [columns, ["---"] * len(columns)]
-    last = None
-    for row in rows:
-        first, last = row["recipe"] != last, row["recipe"]
-        recipe_cells = [
-            f"{row['updates']:,} of {_count(row['published_updates'])}",
-            f"{row['seeds']}, leak {row['leak_seeds']}" if row["leak_seeds"] else str(row["seeds"]),
-            f"{row['minutes']:.1f}",
-            row["label"] or "-",
-        ]
-        lines.append(
-            [
-                row["recipe"] if first else "",
-                row["metric"].replace("_", " ").replace("auroc", "AUROC"),
-                _share(row["published"]),
-                _share(row["corrected"]),
-                _mean_sd(row, "as_published"),
-                _mean_sd(row, "patients_apart") + _interval(row),
-                _share(row["colour_alone"]),
-                _mean_sd(row, "leak", sign="+"),
-                *(recipe_cells if first else [""] * len(recipe_cells)),
-            ]
-        )
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def _share(value: float | None, sign: str = "") -> str:
-    return "-" if value is None or np.isnan(value) else f"{value:{sign}.3f}"
-
-
-def _mean_sd(row: Mapping[str, Any], name: str, sign: str = "") -> str:
-    text, sd = _share(row[name], sign), row[f"{name}_sd"]
-    return text if sd is None or np.isnan(sd) else f"{text} ± {sd:.3f}"
-
-
-def _interval(row: Mapping[str, Any]) -> str:
-    low, high = row["patients_apart_low"], row["patients_apart_high"]
-    return "" if low is None or np.isnan(low) else f" ({low:.3f} to {high:.3f})"
-
-
-def _count(value: float | None) -> str:
-    return "?" if value is None or np.isnan(value) else f"{int(value):,}"

@@ -1,18 +1,29 @@
 """The report of a study: all runs, the spread over seeds, and the pooled out-of-fold metrics."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
+from biopsy.core.errors import MetricError
 from biopsy.core.text import capitalize, count, plural
 from biopsy.evaluation.figures import draw_confusion
 from biopsy.evaluation.provenance_sections import describe_reproduction
 from biopsy.evaluation.sections import LONG_TABLE, picture_of_confusion, table_by_group, table_of_classes
-from biopsy.experiments.figures import draw_folds
-from biopsy.plotting.style import svg
+from biopsy.plotting.style import (
+    BASELINE,
+    INK,
+    MODEL,
+    WIDTH_IN,
+    legend_above,
+    new_figure,
+    shorten,
+    styled,
+    svg,
+)
 from biopsy.reporting.document import (
     Block,
     Listing,
@@ -27,7 +38,7 @@ from biopsy.reporting.document import (
     metric_label,
     number,
 )
-from biopsy.reporting.elements import synthetic_warning, table_of_metrics
+from biopsy.reporting.elements import synthetic_warning, table_of_metrics, written_by
 from biopsy.reporting.facts import StudyFacts, hide_study, pick_groups
 from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.statistics.intervals import measure_groups
@@ -81,7 +92,7 @@ def report_of_study(facts: StudyFacts, *, hide_ids: bool = False) -> ReportDocum
         summary=_summarise(facts),
         sections=[section for section in sections if section is not None],
         warnings=_warn_reader(facts),
-        footer=f"Written by biopsy {(facts.study.get('environment') or {}).get('biopsy', '')}".strip() + ".",
+        footer=written_by(facts.study),
     )
 
 
@@ -316,3 +327,74 @@ def _describe_runs(facts: StudyFacts) -> Section:
         "All runs",
         [Table(headings, rows, fold=f"{len(rows)} runs" if len(rows) > LONG_TABLE else "")],
     )
+
+
+@styled
+def draw_folds(
+    folds: Sequence[object],
+    values: np.ndarray,
+    *,
+    metric: str = "AUROC",
+    baseline: Mapping[object, float] | None = None,
+) -> Figure:
+    """Draw a metric of every run: one row per fold, one dot per seed, a bar for the mean.
+
+    Args:
+        folds: The fold of each run, shape ``(n_runs,)``; rows keep the order of first appearance.
+        values: The metric of each run, shape ``(n_runs,)``; NaN is left out.
+        baseline: Value of the colour-only baseline by fold, drawn as a grey diamond.
+
+    Raises:
+        MetricError: If the numbers of folds and values differ.
+    """
+    values = np.asarray(values, dtype=float)
+    if len(folds) != len(values) or not len(values):
+        raise MetricError(f"{len(folds)} folds have {len(values)} values; expected one per run")
+    names = list(dict.fromkeys(folds))
+    figure, axes = new_figure(WIDTH_IN, 1.2 + 0.36 * max(len(names), 2))
+    seen = values[np.isfinite(values)].tolist()
+    for row, name in enumerate(names):
+        part = np.array([value for fold, value in zip(folds, values, strict=True) if fold == name])
+        part = np.sort(part[np.isfinite(part)])
+        spread = 0.09 * (np.arange(len(part)) % 3 - 1) if len(part) > 1 else np.zeros(len(part))
+        axes.plot(
+            part,
+            row + spread,
+            "o",
+            color=MODEL,
+            markersize=6,
+            alpha=0.75,
+            markeredgewidth=0,
+            label="one seed" if row == 0 else None,
+        )
+        if len(part):
+            axes.plot(
+                [part.mean()] * 2,
+                [row - 0.26, row + 0.26],
+                color=INK,
+                linewidth=1.8,
+                label="mean of seeds" if row == 0 else None,
+            )
+    if baseline:
+        baselines = [
+            (baseline[name], row) for row, name in enumerate(names) if np.isfinite(baseline.get(name, np.nan))
+        ]
+        seen += [value for value, _ in baselines]
+        axes.plot(
+            *zip(*baselines, strict=True) if baselines else ([], []),
+            "D",
+            color=BASELINE,
+            markersize=6,
+            markerfacecolor="white",
+            markeredgewidth=1.4,
+            label="colour-only baseline",
+        )
+    axes.axvline(0.5, color=BASELINE, linewidth=0.8, linestyle=(0, (2, 2)))
+    axes.set_xlim(min([0.48, *seen]) - 0.02, 1.01)
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.set_yticks(range(len(names)), [shorten(name) for name in names])
+    axes.set_xlabel(metric)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    legend_above(axes)
+    return figure

@@ -1,16 +1,28 @@
 """The report of a hyperparameter sweep: the settings chosen on validation, and all others."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from biopsy.core.errors import MetricError
 from biopsy.core.text import count
 from biopsy.evaluation.provenance_sections import describe_reproduction
-from biopsy.plotting.style import svg
+from biopsy.plotting.style import (
+    INK,
+    PROBABILITY_MAP,
+    TEST,
+    VALIDATION,
+    WIDTH_IN,
+    legend_above,
+    new_figure,
+    shorten,
+    styled,
+    svg,
+)
 from biopsy.reporting.document import (
     Block,
     Headline,
@@ -23,7 +35,7 @@ from biopsy.reporting.document import (
     Table,
     number,
 )
-from biopsy.reporting.elements import describe_openings, synthetic_warning
+from biopsy.reporting.elements import describe_openings, synthetic_warning, written_by
 from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.reporting.pseudonyms import Pseudonymizer
 
@@ -35,56 +47,43 @@ METRICS = {
 }
 
 
-@dataclass(frozen=True)
-class SweepFacts:
-    """Input of the report of a sweep.
+def report_of_sweep(
+    study: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    table: pd.DataFrame,
+    figure: Figure,
+    pseudonymizer: Pseudonymizer | None = None,
+) -> ReportDocument:
+    """Return the report of a sweep.
 
-    Attributes:
+    Args:
         study: The content of ``study.json``, with ``environment``.
         summary: The content of ``metrics.json``.
         table: One row per run.
         figure: Every run against the settings.
-        recipe_toml: The recipe before the settings of the grid.
-        pseudonymizer: Pseudonyms of the tested patients, slides and patches.
+        pseudonymizer: Pseudonyms that replace the ids of patients, slides and patches.
     """
-
-    study: Mapping[str, Any]
-    summary: Mapping[str, Any]
-    table: pd.DataFrame
-    figure: Figure
-    recipe_toml: str
-    pseudonymizer: Pseudonymizer
-
-
-def report_of_sweep(facts: SweepFacts, *, hide_ids: bool = False) -> ReportDocument:
-    """Return the report of a sweep.
-
-    Args:
-        hide_ids: Replace patient, slide and patch ids by numbers.
-    """
-    study = facts.pseudonymizer.nested(facts.study) if hide_ids else facts.study
-    recipe_toml = facts.pseudonymizer.text(facts.recipe_toml) if hide_ids else facts.recipe_toml
-    combinations, seeds = facts.summary["combinations"], facts.study["seeds"]
-    split = study["split"]["name"]
-    sections = [
-        _describe_settings(facts),
-        _describe_runs(facts),
-        Section("recipe", "Recipe", [Listing(recipe_toml, fold="All other settings (TOML)")]),
-        describe_reproduction(study),
-    ]
+    recipe_toml = "".join(study["recipes"].values())
+    if pseudonymizer is not None:
+        study, recipe_toml = pseudonymizer.nested(study), pseudonymizer.text(recipe_toml)
     return ReportDocument(
-        title=f"{next(iter(study['recipes']))}: {', '.join(facts.summary['grid'])}",
-        subtitle=f"Sweep {study.get('name', '')}: {count(len(combinations), 'combination')}, "
-        f"{count(len(seeds), 'seed')}, split {split}",
-        summary=_summarise(facts, hide_ids=hide_ids),
-        sections=sections,
-        warnings=_warn_reader(facts),
-        footer=f"Written by biopsy {(study.get('environment') or {}).get('biopsy', '')}".strip() + ".",
+        title=f"{next(iter(study['recipes']))}: {', '.join(summary['grid'])}",
+        subtitle=f"Sweep {study['name']}: {count(len(summary['combinations']), 'combination')}, "
+        f"{count(len(study['seeds']), 'seed')}, split {study['split']['name']}",
+        summary=_summarise(study, summary, hide_ids=pseudonymizer is not None),
+        sections=[
+            _describe_settings(study, summary, figure),
+            _describe_runs(summary["grid"], table),
+            Section("recipe", "Recipe", [Listing(recipe_toml, fold="All other settings (TOML)")]),
+            describe_reproduction(study),
+        ],
+        warnings=_warn_reader(study),
+        footer=written_by(study),
     )
 
 
-def _summarise(facts: SweepFacts, *, hide_ids: bool) -> Summary:
-    best, criterion = facts.summary["best"], facts.summary["chosen_by"]
+def _summarise(study: Mapping[str, Any], summary: Mapping[str, Any], *, hide_ids: bool) -> Summary:
+    best, criterion = summary["best"], summary["chosen_by"]
     verdict = "No combination has been evaluated on validation."
     headlines = []
     if best is not None:
@@ -109,17 +108,17 @@ def _summarise(facts: SweepFacts, *, hide_ids: bool) -> Summary:
             ),
         ]
     return Summary(
-        verdict=verdict + synthetic_warning(facts.study["pack"]),
+        verdict=verdict + synthetic_warning(study["pack"]),
         headlines=headlines,
-        unit=facts.summary["unit"],
+        unit=summary["unit"],
         findings=[
             *(
                 ["The best of many validation metrics is optimistic: expect less on new patients."]
-                if facts.study.get("search")
+                if study.get("search")
                 else [
                     "The choice was made on validation, so the test metrics of the chosen combination are "
                     "not biased by it. The best of all test metrics would be.",
-                    describe_openings(facts.summary["ledger"]),
+                    describe_openings(summary["ledger"]),
                 ]
             ),
             *([HIDDEN] if hide_ids else []),
@@ -128,26 +127,26 @@ def _summarise(facts: SweepFacts, *, hide_ids: bool) -> Summary:
     )
 
 
-def _warn_reader(facts: SweepFacts) -> list[str]:
+def _warn_reader(study: Mapping[str, Any]) -> list[str]:
     warnings = []
-    if facts.study["split"]["patients_overlap"]:
+    if study["split"]["patients_overlap"]:
         warnings.append(
             "Patient overlap between subsets, as published: the results do not generalise to new patients."
         )
-    if len(facts.study["seeds"]) < 3:
+    if len(study["seeds"]) < 3:
         warnings.append("Fewer than three seeds: differences between settings may be due to the seed.")
     return warnings
 
 
-def _describe_settings(facts: SweepFacts) -> Section:
-    keys, best = facts.summary["grid"], facts.summary["best"]
-    metrics = {name: label for name, label in METRICS.items() if name in facts.summary["combinations"][0]}
+def _describe_settings(study: Mapping[str, Any], summary: Mapping[str, Any], figure: Figure) -> Section:
+    keys, best = summary["grid"], summary["best"]
+    metrics = {name: label for name, label in METRICS.items() if name in summary["combinations"][0]}
     rows = []
-    for entry in facts.summary["combinations"]:
+    for entry in summary["combinations"]:
         chosen = best is not None and entry["values"] == best["values"]
         rows.append(
             [
-                *(_format_value(entry["values"][key]) for key in keys),
+                *(format_value(entry["values"][key]) for key in keys),
                 "chosen" if chosen else "",
                 mean_sd(entry["val_auroc"]),
                 *(mean_sd(entry[name]) for name in metrics),
@@ -157,9 +156,9 @@ def _describe_settings(facts: SweepFacts) -> Section:
     columns = [*keys, "", "validation AUROC", *metrics.values(), "seeds"]
     picture = Picture(
         "AUROC of every run on validation, by setting."
-        if facts.study.get("search")
+        if study.get("search")
         else "AUROC of every run on validation and test, by setting.",
-        svg(facts.figure, "sweep"),
+        svg(figure, "sweep"),
     )
     blocks: list[Block] = [
         Pictures([picture], across=1),
@@ -180,16 +179,15 @@ def _describe_settings(facts: SweepFacts) -> Section:
     return Section("settings", "Settings", blocks)
 
 
-def _describe_runs(facts: SweepFacts) -> Section:
-    keys = facts.summary["grid"]
-    metrics = {name: label for name, label in METRICS.items() if name in facts.table}
+def _describe_runs(keys: Sequence[str], table: pd.DataFrame) -> Section:
+    metrics = {name: label for name, label in METRICS.items() if name in table}
     columns_shown = [*keys, "seed", "val_auroc", *metrics, "threshold", "chosen_epoch"]
     rows = [
         [
-            _format_value(record[name]) if name in (*keys, "seed") else number(record[name])
+            format_value(record[name]) if name in (*keys, "seed") else number(record[name])
             for name in columns_shown
         ]
-        for record in facts.table[columns_shown].to_dict("records")
+        for record in table[columns_shown].to_dict("records")
     ]
     columns = [*keys, "seed", "validation AUROC", *metrics.values(), "threshold", "selected epoch"]
     fold = f"{len(rows)} runs" if len(rows) > 16 else ""
@@ -206,10 +204,221 @@ def mean_sd(spread: Mapping[str, float | None], sign: str = "") -> str:
 
 def format_values(values: Mapping[str, Any]) -> str:
     """Format settings with their values in one line."""
-    return ", ".join(f"{key} = {_format_value(value)}" for key, value in values.items())
+    return ", ".join(f"{key} = {format_value(value)}" for key, value in values.items())
 
 
-def _format_value(value: object) -> str:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(map(str, value))
-    return str(value)
+def format_value(value: object) -> str:
+    """Return the value of a setting as text: strings unchanged, others as JSON."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+WIDE_RANGE = 8  # from this ratio of largest to smallest value on, an axis of numbers is logarithmic
+
+
+@styled
+def draw_sweep(
+    values: Mapping[str, Sequence[Any]],
+    validation: np.ndarray,
+    test: np.ndarray | None = None,
+    *,
+    metric: str = "AUROC",
+    best: Mapping[str, Any] | None = None,
+) -> Figure:
+    """Draw a metric of every run of a sweep against its settings.
+
+    One setting: the metric against its value, one dot per seed. Two: a heat map of the mean over seeds. More:
+    combinations ranked by their mean on validation, one dot per seed.
+
+    Args:
+        values: Setting to its values, one per run.
+        validation: The metric on validation, ``(n_runs,)``; NaN is left out.
+        test: The metric on the test subset; None shows validation only.
+        best: Setting to value of the combination chosen on validation, which is marked.
+
+    Raises:
+        MetricError: If there is no setting, or the numbers of values differ.
+    """
+    validation = np.asarray(validation, dtype=float)
+    counts = {len(result) for result in values.values()} | {len(validation)}
+    if not values or len(counts) > 1 or not len(validation):
+        raise MetricError(f"{len(validation)} runs have {len(values)} settings; expected one value per run")
+    keys = list(values)
+    points = [tuple(format_value(values[key][run]) for key in keys) for run in range(len(validation))]
+    marked = None if best is None else tuple(format_value(best[key]) for key in keys)
+    subsets = {"validation": validation, **({} if test is None else {"test": np.asarray(test, dtype=float)})}
+    if len(keys) == 1:
+        return _draw_line(keys[0], values[keys[0]], points, subsets, metric, marked)
+    if len(keys) == 2:
+        return _draw_map(keys, points, subsets, metric, marked)
+    return _draw_ranks(keys, points, subsets, metric, marked)
+
+
+@styled
+def draw_search(
+    values: Mapping[str, Sequence[Any]],
+    validation: np.ndarray,
+    *,
+    metric: str = "AUROC",
+    best: Mapping[str, Any] | None = None,
+) -> Figure:
+    """Draw the validation metric of every trial of a search against each setting.
+
+    Args:
+        values: Setting to its values, one per run.
+        validation: The metric on validation, ``(n_runs,)``.
+        best: Setting to value of the trial chosen on validation, which is marked.
+    """
+    figure = Figure(figsize=(WIDTH_IN, 3.0), layout="constrained")
+    panels = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
+    for key, axes in zip(values, panels, strict=True):
+        numbers = [value for value in values[key] if isinstance(value, int | float)]
+        x: list[Any] = list(values[key])
+        if len(numbers) < len(x):
+            x = [shorten(format_value(value)) for value in x]
+        elif min(numbers) > 0 and max(numbers) / min(numbers) >= WIDE_RANGE:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.plot(x, validation, "o", color=_colour("validation"), markersize=5.5, alpha=0.7)
+        if best is not None:
+            mark = best[key] if len(numbers) == len(x) else shorten(format_value(best[key]))
+            axes.axvline(mark, color=INK, linewidth=0.9, linestyle=(0, (3, 3)), zorder=0)
+        axes.set_xlabel(key)
+    panels[0].set_ylabel(f"validation {metric} (dashed: chosen)")
+    return figure
+
+
+def _draw_line(
+    key: str,
+    values: Sequence[Any],
+    points: Sequence[tuple[str, ...]],
+    subsets: Mapping[str, np.ndarray],
+    metric: str,
+    best: tuple[str, ...] | None,
+) -> Figure:
+    """Draw the metric against the values of one setting, on a numeric axis if they are numbers."""
+    figure, axes = new_figure()
+    names = list(dict.fromkeys(point[0] for point in points))
+    numbers = {
+        name: float(value)
+        for (name,), value in zip(points, values, strict=True)
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    if len(numbers) == len(names):
+        x_of = numbers
+        if min(numbers.values()) > 0 and max(numbers.values()) / min(numbers.values()) >= WIDE_RANGE:
+            axes.set_xscale("log")
+        axes.set_xticks([numbers[name] for name in names], names)
+        axes.minorticks_off()
+    else:
+        x_of = {name: float(index) for index, name in enumerate(names)}
+        axes.set_xticks(range(len(names)), [shorten(name) for name in names])
+        axes.set_xlim(-0.5, len(names) - 0.5)
+    order = sorted(names, key=x_of.__getitem__)
+    for subset, result in subsets.items():
+        colour = _colour(subset)
+        x = [x_of[name] for (name,) in points]
+        axes.plot(x, result, "o", color=colour, markersize=5.5, alpha=0.7, markeredgewidth=0)
+        means = _means(points, result)
+        mean = [means[(name,)] for name in order]
+        if x_of is numbers:
+            axes.plot([x_of[name] for name in order], mean, color=colour, label=subset)
+        else:
+            axes.hlines(mean, np.arange(len(order)) - 0.2, np.arange(len(order)) + 0.2, colour, label=subset)
+    if best is not None:
+        dashes = (0, (3, 3))
+        axes.axvline(x_of[best[0]], color=INK, linewidth=0.9, linestyle=dashes, zorder=0, label="chosen")
+    axes.set(xlabel=key, ylabel=f"{metric} (dots: seeds)")
+    legend_above(axes)
+    return figure
+
+
+def _draw_map(
+    keys: Sequence[str],
+    points: Sequence[tuple[str, ...]],
+    subsets: Mapping[str, np.ndarray],
+    metric: str,
+    best: tuple[str, ...] | None,
+) -> Figure:
+    """A cell a combination: its colour is validation, the numbers in it validation and test."""
+    rows, columns = (list(dict.fromkeys(point[axis] for point in points)) for axis in (0, 1))
+    means = {subset: _means(points, result) for subset, result in subsets.items()}
+    grid = np.array([[means["validation"].get((row, column), np.nan) for column in columns] for row in rows])
+    figure, axes = new_figure(WIDTH_IN, 1.5 + 0.52 * len(rows))
+    image = axes.imshow(np.ma.masked_invalid(grid), cmap=PROBABILITY_MAP, aspect="auto")
+    finite = grid[np.isfinite(grid)]
+    middle = float(finite.min() + finite.max()) / 2 if len(finite) else 0.0
+    for row, column in np.ndindex(grid.shape):
+        point = (rows[row], columns[column])
+        written = [
+            f"{result[point]:.3f}" for result in means.values() if np.isfinite(result.get(point, np.nan))
+        ]
+        colour = "white" if grid[row, column] <= middle else "black"
+        axes.text(column, row, "\n".join(written), ha="center", va="center", color=colour, fontsize=8)
+        if point == best:
+            axes.plot(
+                [column - 0.5, column + 0.5, column + 0.5, column - 0.5, column - 0.5],
+                [row - 0.5, row - 0.5, row + 0.5, row + 0.5, row - 0.5],
+                color=INK,
+                linewidth=2.6,
+                clip_on=False,
+                solid_joinstyle="miter",
+            )
+    axes.set_xticks(range(len(columns)), [shorten(name, 14) for name in columns])
+    axes.set_yticks(range(len(rows)), [shorten(name, 14) for name in rows])
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.set(xlabel=keys[1], ylabel=keys[0])
+    figure.colorbar(image, ax=axes, label=f"{metric}, validation", pad=0.02).outline.set_visible(False)
+    shown = "validation, below it test" if "test" in subsets else "validation"
+    axes.set_title(shown + ("; framed: chosen" if best else ""))
+    return figure
+
+
+def _draw_ranks(
+    keys: Sequence[str],
+    points: Sequence[tuple[str, ...]],
+    subsets: Mapping[str, np.ndarray],
+    metric: str,
+    best: tuple[str, ...] | None,
+) -> Figure:
+    """A row a combination, the highest mean on validation first (the lowest, for a loss)."""
+    means = _means(points, subsets["validation"])
+    sign = 1 if metric == "loss" else -1
+    order = sorted(means, key=lambda point: (not np.isfinite(means[point]), sign * means[point]))
+    figure, axes = new_figure(WIDTH_IN, 1.3 + 0.3 * max(len(order), 2))
+    for offset, (subset, result) in zip((-0.13, 0.13), subsets.items(), strict=False):
+        rows = np.array([order.index(point) for point in points])
+        axes.plot(
+            result,
+            rows + offset,
+            "o",
+            color=_colour(subset),
+            markersize=5,
+            alpha=0.75,
+            markeredgewidth=0,
+            label=subset,
+        )
+    labels = [" · ".join(shorten(value, 12) for value in point) for point in order]
+    axes.set_yticks(
+        range(len(order)),
+        [f"{label} ◂" if point == best else label for label, point in zip(labels, order, strict=True)],
+    )
+    axes.set_ylim(len(order) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(metric)
+    axes.set_title(" · ".join(key.rpartition(".")[2] for key in keys), fontsize=8.5)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    return figure
+
+
+def _means(points: Sequence[tuple[str, ...]], values: np.ndarray) -> dict[tuple[str, ...], float]:
+    """Return the mean over the runs of each combination, NaN without finite values."""
+    groups: dict[tuple[str, ...], list[float]] = {}
+    for point, value in zip(points, values, strict=True):
+        groups.setdefault(point, []).append(float(value))
+    finite = {point: [value for value in result if np.isfinite(value)] for point, result in groups.items()}
+    return {point: float(np.mean(result)) if result else float("nan") for point, result in finite.items()}
+
+
+def _colour(subset: str) -> str:
+    return VALIDATION if subset == "validation" else TEST

@@ -26,8 +26,8 @@ from biopsy.core.ray_engine import Engine, check_engine
 from biopsy.core.seeds import derive
 from biopsy.data.packs import Pack
 from biopsy.evaluation.study_tables import SHOWN, Spread, describe_run, training_columns
-from biopsy.experiments.figures import draw_search, draw_sweep
 from biopsy.experiments.run_specs import RunSpec, check_networks, open_study, run_all, study_folder
+from biopsy.experiments.sweep_page import draw_search, draw_sweep, format_value
 from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
 from biopsy.training.fit import OnEpoch
 from biopsy.training.runs import EpochRecord, Run
@@ -236,11 +236,6 @@ def _combination(recipe: str | Path | Recipe, keys: Sequence[str], lines: Sequen
     changed = load_recipe(recipe, lines)
     document = changed.model_dump()
     return Combination({key: _find(document, key) for key in keys}, changed)
-
-
-def format_value(value: object) -> str:
-    """Return the value of a setting as text: strings unchanged, others as JSON."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _split_values(text: str) -> list[str]:

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -76,7 +76,6 @@ def write_archive(
     high_grade: bool = False,
     root: str = ROOT,
     workers: int | None = None,
-    on_patient: Callable[[str, int], None] | None = None,
 ) -> Path:
     """Write a cohort as IDC's PNG tree, a zip of stored entries or a folder, marked synthetic.
 
@@ -90,7 +89,6 @@ def write_archive(
         high_grade: As `plan_painter` takes it: morphology tells the tumour better than colour.
         root: Folder above the patients; ``""`` puts the patients at the top, as Kaggle's newer archive does.
         workers: Threads; None takes one per core.
-        on_patient: Called with a patient's name and number of patches when that patient is written.
 
     Raises:
         ValueError: If a number is out of range.
@@ -117,8 +115,6 @@ def write_archive(
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(png)
             logger.debug("phantom patient %s: %d patches", patient, len(files))
-            if on_patient is not None:
-                on_patient(patient, len(files))
     return path
 
 

@@ -1,4 +1,4 @@
-"""A phantom patient's slide: as pixels, and as a pyramidal TIFF with the tumour's outline."""
+"""A phantom patient's slide: painted in parts, and as a pyramidal TIFF with the tumour's outline."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -27,23 +27,6 @@ MPP = 4.0  # IDC's patches: 40x scans (about .25 um/px) reduced 16 times
 _FINEST_DRAWN = 2.0  # nuclei need about 4 px; a coarser picture is drawn this fine and averaged
 _TILE_PX = 200  # a slide is painted in tiles of this grid, whatever part is asked for
 _RIM_PX = 4  # how far the scanner's blur reaches
-
-
-@dataclass(frozen=True)
-class PhantomSlide:
-    """A slide at ``mpp``: ``image`` (H, W, 3) uint8 RGB, ``tumour`` and ``tissue`` (H, W) boolean.
-
-    ``tumour`` is the region an annotator would outline: one connected piece that holds stroma, fat and
-    lymphocytes between the nests. ``anatomy`` and ``look`` say how the slide came to be.
-    """
-
-    patient: str
-    mpp: float
-    image: NDArray[np.uint8]
-    tumour: NDArray[np.bool_]
-    tissue: NDArray[np.bool_]
-    anatomy: Anatomy
-    look: Look
 
 
 class SlidePainter:
@@ -116,45 +99,19 @@ def plan_painter(
         tumour_frac: Share of the tissue inside the tumour (default: drawn from the patient's name).
         high_grade: Large tumour nuclei in crowded tissue, and stains that differ widely between patients:
             colour tells little of the tumour.
+
+    Raises:
+        DataError: If a number is out of range.
     """
+    if tissue_mm2 <= 0 or not (tumour_frac is None or 0 <= tumour_frac < 1):
+        raise DataError(
+            f"a phantom slide needs tissue_mm2 above 0 and tumour_frac in [0, 1); got {tissue_mm2!r}, "
+            f"{tumour_frac!r}"
+        )
     if tumour_frac is None:
         tumour_frac = float(make_rng(seed, "phantom", patient, "share").beta(1.4, 3.2))
     anatomy = plan_slide(seed, patient, tissue_mm2=tissue_mm2, tumour_frac=tumour_frac, high_grade=high_grade)
     return SlidePainter(anatomy, draw_look(seed, patient, stain_spread=0.4 if high_grade else 0.2))
-
-
-def make_slide(
-    seed: int, patient: str, *, mpp: float = MPP, tissue_mm2: float = 20.0, tumour_frac: float | None = None
-) -> PhantomSlide:
-    """Draw a whole slide.
-
-    Args:
-        patient: The patient's name; seed and name decide everything, with the same library versions.
-        mpp: Micrometres per pixel. The same tissue is drawn at any ``mpp``.
-        tissue_mm2: Area of tissue; 20 mm2 are about 500 patches of 200 um.
-        tumour_frac: Share of the tissue inside the tumour region, in [0, 1); None draws one.
-
-    Example:
-        >>> slide = make_slide(0, "90001", tissue_mm2=1.0, tumour_frac=0.3)
-        >>> slide.image.shape[:2] == slide.tumour.shape
-        True
-    """
-    if mpp <= 0 or tissue_mm2 <= 0 or not (tumour_frac is None or 0 <= tumour_frac < 1):
-        raise ValueError(
-            f"a phantom slide needs mpp > 0, tissue_mm2 > 0 and tumour_frac in [0, 1); "
-            f"got {mpp!r}, {tissue_mm2!r}, {tumour_frac!r}"
-        )
-    painter = plan_painter(seed, patient, tissue_mm2=tissue_mm2, tumour_frac=tumour_frac)
-    extent = (0, 0, *painter.size_px(mpp), mpp)
-    return PhantomSlide(
-        patient=patient,
-        mpp=mpp,
-        image=painter.paint(*extent),
-        tumour=painter.mask("tumour", *extent),
-        tissue=painter.mask("tissue", *extent),
-        anatomy=painter.anatomy,
-        look=painter.look,
-    )
 
 
 TUMOUR = "Tumor"  # the names of QuPath's own classes
@@ -162,7 +119,6 @@ VALID = "Region*"
 COLOURS = {TUMOUR: [200, 0, 0], VALID: [0, 0, 180]}  # QuPath's own
 
 _FILLED = 0.6  # tissue per area of the section's rectangle, as the anatomy plans it
-_PAINTED_PX = 200  # the painter's own grid: each of its tiles is painted once
 _OUTLINE_UM = 5.0  # steps in which the tumour's edge is followed
 _GRID_UM = 8.0  # sections lie on multiples of this: whole pixels at every usual mpp
 
@@ -227,10 +183,10 @@ def make_phantom_slide(
         (True, 'case.geojson')
     """
     path = Path(path)
-    if min(width, height, mpp, n_sections) <= 0 or not 0 <= tumour_frac < 1:
+    if min(width, height, mpp, n_sections) <= 0:
         raise DataError(
-            "a phantom slide needs width, height, mpp and n_sections above 0 and tumour_frac in [0, 1); "
-            f"got {width!r}, {height!r}, {mpp!r}, {n_sections!r} and {tumour_frac!r}"
+            "a phantom slide needs width, height, mpp and n_sections above 0; "
+            f"got {width!r}, {height!r}, {mpp!r} and {n_sections!r}"
         )
     workers = workers or os.cpu_count() or 1
     if tissue_mm2 is None:
@@ -328,10 +284,10 @@ def _paint(painter: SlidePainter, mpp: float, workers: int) -> np.ndarray:
 
     def fill(corner: tuple[int, int]) -> None:
         left, top = corner
-        size = min(_PAINTED_PX, width - left), min(_PAINTED_PX, height - top)
+        size = min(_TILE_PX, width - left), min(_TILE_PX, height - top)
         image[top : top + size[1], left : left + size[0]] = painter.paint(left, top, *size, mpp)
 
-    corners = [(left, top) for top in range(0, height, _PAINTED_PX) for left in range(0, width, _PAINTED_PX)]
+    corners = [(left, top) for top in range(0, height, _TILE_PX) for left in range(0, width, _TILE_PX)]
     fill(corners[0])  # what the painter makes on first use is made by one thread
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(fill, corners[1:]))

@@ -15,7 +15,7 @@ from biopsy.reporting.document import (
     metric_label,
     number,
 )
-from biopsy.reporting.elements import describe_openings, describe_rule, synthetic_warning
+from biopsy.reporting.elements import describe_openings, describe_rule, synthetic_warning, written_by
 from biopsy.reporting.facts import RunFacts, hide_run
 from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.reporting.registry import list_results, list_sections
@@ -49,7 +49,7 @@ def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
         summary=_summarise(facts),
         sections=present,
         warnings=warn_reader(facts),
-        footer=f"Written by biopsy {facts.run.get('environment', {}).get('biopsy', '')}".strip() + ".",
+        footer=written_by(facts.run),
     )
 
 

@@ -115,6 +115,11 @@ def synthetic_warning(pack: Mapping[str, Any]) -> str:
     )
 
 
+def written_by(info: Mapping[str, Any]) -> str:
+    """Return the last line of a report, with the version that ``run.json`` or ``study.json`` names."""
+    return f"Written by biopsy {(info.get('environment') or {}).get('biopsy', '')}".strip() + "."
+
+
 def describe_openings(ledger: Mapping[str, Any] | int | None) -> str:
     """Describe how often the test subset has been evaluated."""
     if ledger is None:
