@@ -245,6 +245,15 @@ def test_more_than_two_classes_take_the_likeliest(trained_run, folder, tmp_path)
         ask(tmp_path / "three", folder, format="kaggle")
 
 
+def test_labels_of_other_classes_are_left_out_and_said(trained_run, make_pack, tmp_path, caplog):
+    pack = make_pack(n_classes=3)
+    predicted = biopsy.predict(trained_run, pack.path, out=tmp_path / "p.csv", device="cpu")
+    assert predicted.frame["target"].isna().all()
+    assert "class_2" in caplog.text and "non_idc" in caplog.text
+    with refuses(DataError, "p.csv", "target"):
+        biopsy.evaluate(predicted.path)
+
+
 def test_nothing_that_can_be_read_is_an_error(trained_run, tmp_path):
     (tmp_path / "no.png").write_text("text")
     with refuses(DataError, "no.png"):

@@ -335,6 +335,13 @@ class _PackSource:
     def read(self, classifier: Classifier, skipped: Skipped) -> Iterator[_Chunk]:
         pack = self.pack
         same_classes = pack.class_names == classifier.info.class_names
+        if not same_classes:
+            logger.warning(
+                "%s: its classes (%s) are not the classifier's (%s); its labels are left out",
+                self.path,
+                ", ".join(pack.class_names),
+                ", ".join(classifier.info.class_names),
+            )
         for start in range(0, len(pack), CHUNK):
             rows = slice(start, start + CHUNK)
             table = pack.table[list(IDENTITY)].iloc[rows].reset_index(drop=True)

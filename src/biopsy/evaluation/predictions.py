@@ -382,6 +382,10 @@ def evaluate_table(
             f"of true classes (one of {', '.join(TRUTH_COLUMNS)}) and of probabilities (one of "
             f"{', '.join(PROB_COLUMNS)}, or prob_<class> for every class)"
         )
+    if table[truth].isna().all():
+        raise DataError(
+            f"{path} holds predictions without true classes: its column {truth!r} is empty; fill it in"
+        )
     missing = [name for name in subgroups if name not in table]
     if missing:
         raise DataError(
