@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import biopsy
 from biopsy.core.errors import ArchiveError, DataError, RunError
 from biopsy.data.predictions import give_ids, read_predictions
 from biopsy.evaluation.predict import predict
