@@ -3,7 +3,6 @@
 import hashlib
 import re
 import zipfile
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -27,7 +26,7 @@ from biopsy.phantom.cohort import (
 )
 from biopsy.phantom.glands import _blobs, _ring, _shrink
 from biopsy.phantom.noise import Field, Jitter
-from biopsy.phantom.slides import plan_painter
+from biopsy.phantom.slides import make_slide, plan_painter
 from biopsy.slide_io.stain import colour_features
 
 NAME = re.compile(
@@ -37,10 +36,7 @@ NAME = re.compile(
 
 @pytest.fixture(scope="module")
 def slide():
-    painter = plan_painter(3, "90002", tissue_mm2=1.5, tumour_frac=0.3)
-    extent = (0, 0, *painter.size_px(4.0), 4.0)
-    tumour, tissue = (painter.mask(name, *extent) for name in ("tumour", "tissue"))
-    return SimpleNamespace(image=painter.paint(*extent), tumour=tumour, tissue=tissue)
+    return make_slide(3, "90002", tissue_mm2=1.5, tumour_frac=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -242,13 +238,14 @@ def test_glands_within_finds_all_that_touch_a_rectangle():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"mpp": 0.0}, "mpp above 0"),
         ({"tissue_mm2": -1.0}, "tissue_mm2 above 0"),
         ({"tumour_frac": 1.0}, "tumour_frac in"),
     ],
 )
 def test_slide_refuses_numbers_out_of_range(arguments, message):
     with pytest.raises(ValueError, match=message):
-        plan_painter(0, "90001", **{"tissue_mm2": 1.0, **arguments})
+        make_slide(0, "90001", **arguments)
 
 
 @pytest.mark.parametrize("arguments", [{"n_patients": 0}, {"patches_per_patient": 5}])

@@ -29,6 +29,23 @@ _TILE_PX = 200  # a slide is painted in tiles of this grid, whatever part is ask
 _RIM_PX = 4  # how far the scanner's blur reaches
 
 
+@dataclass(frozen=True)
+class PhantomSlide:
+    """A slide at ``mpp``: ``image`` (H, W, 3) uint8 RGB, ``tumour`` and ``tissue`` (H, W) boolean.
+
+    ``tumour`` is the region an annotator would outline: one connected piece that holds stroma, fat and
+    lymphocytes between the nests. ``anatomy`` and ``look`` say how the slide came to be.
+    """
+
+    patient: str
+    mpp: float
+    image: NDArray[np.uint8]
+    tumour: NDArray[np.bool_]
+    tissue: NDArray[np.bool_]
+    anatomy: Anatomy
+    look: Look
+
+
 class SlidePainter:
     """Draws any part of a planned slide at any pixel size, without holding the rest."""
 
@@ -112,6 +129,37 @@ def plan_painter(
         tumour_frac = float(make_rng(seed, "phantom", patient, "share").beta(1.4, 3.2))
     anatomy = plan_slide(seed, patient, tissue_mm2=tissue_mm2, tumour_frac=tumour_frac, high_grade=high_grade)
     return SlidePainter(anatomy, draw_look(seed, patient, stain_spread=0.4 if high_grade else 0.2))
+
+
+def make_slide(
+    seed: int, patient: str, *, mpp: float = MPP, tissue_mm2: float = 20.0, tumour_frac: float | None = None
+) -> PhantomSlide:
+    """Draw a whole slide.
+
+    Args:
+        patient: The patient's name; seed and name decide everything, with the same library versions.
+        mpp: Micrometres per pixel. The same tissue is drawn at any ``mpp``.
+        tissue_mm2: Area of tissue; 20 mm2 are about 500 patches of 200 um.
+        tumour_frac: Share of the tissue inside the tumour region, in [0, 1); None draws one.
+
+    Example:
+        >>> slide = make_slide(0, "90001", tissue_mm2=1.0, tumour_frac=0.3)
+        >>> slide.image.shape[:2] == slide.tumour.shape
+        True
+    """
+    if mpp <= 0:
+        raise DataError(f"a phantom slide needs mpp above 0; got {mpp!r}")
+    painter = plan_painter(seed, patient, tissue_mm2=tissue_mm2, tumour_frac=tumour_frac)
+    extent = (0, 0, *painter.size_px(mpp), mpp)
+    return PhantomSlide(
+        patient=patient,
+        mpp=mpp,
+        image=painter.paint(*extent),
+        tumour=painter.mask("tumour", *extent),
+        tissue=painter.mask("tissue", *extent),
+        anatomy=painter.anatomy,
+        look=painter.look,
+    )
 
 
 TUMOUR = "Tumor"  # the names of QuPath's own classes
