@@ -212,9 +212,9 @@ def split(
 
     Args:
         pack: Pack to split.
-        protocol: ``official``, ``patients``, ``folds``, ``leave-one-out``, ``site``, ``kaggle-rows``,
-            ``as-published``, or one of a leakage experiment: ``leak-apart``, ``leak-with``,
-            ``leak-placebo``, ``leak-blocked-with`` or ``leak-blocked-placebo``.
+        protocol: "official", "patients", "folds", "leave-one-out", "site", "kaggle-rows", "as-published", or
+            one of a leakage experiment: "leak-apart", "leak-with", "leak-placebo", "leak-blocked-with" or
+            "leak-blocked-placebo".
         name: Name of the split in the pack (default: the protocol).
         seed: Random seed; the order of patches has no influence.
         recipe: For ``as-published``: the recipe with the published split.
