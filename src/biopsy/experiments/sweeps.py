@@ -290,7 +290,8 @@ def sweep(
 
     The same command continues an interrupted sweep; seeds, and values of the same settings, may be added.
     Every combination of a grid is also evaluated on the test subset, which the ledger records; the choice
-    depends on validation only. A search (Optuna's TPE, of the extra "search") does not evaluate the test subset.
+    depends on validation only. A search (Optuna's TPE, of the extra "search") does not evaluate the test
+    subset.
 
     Args:
         recipe: Name of a recipe, or TOML file.
