@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from biopsy.core.errors import DataError, DownloadError, RecipeError
-from biopsy.models import fetch as fetching
+from biopsy.models import weights as fetching
 from biopsy.models.weights import find_weights, locate
 from local_server import BODY
 from refusals import refuses

@@ -30,7 +30,7 @@ from biopsy.core.files import (
 )
 from biopsy.data.datasets.base import RemoteFile, Source
 from biopsy.experiments import demo
-from biopsy.models import fetch as collection
+from biopsy.models import weights as collection
 from command_line import call as run_command
 from conftest import abandon
 from keras_files import build, keras_layers, make_config, write_keras

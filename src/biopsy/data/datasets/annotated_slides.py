@@ -64,24 +64,7 @@ _TOLERANCE = 1e-6  # fraction of a patch's area, for rounding errors at borders
 
 @dataclass(frozen=True)
 class Cutting:
-    """How slides are cut and patches labelled.
-
-    Attributes:
-        mpp: Pixel size of the patches in µm.
-        patch_px: Side of the patches in pixels.
-        stride_px: Stride in pixels (default: ``patch_px``).
-        label_frac: Minimum fraction of a patch covered by its class, in (0, 1].
-        classes: ``NAME=ANNOTATED`` for each class, or a name alone; ``=ANNOTATED`` is ignored. Several
-            annotated classes may have one name (default: the annotated names).
-        rest: Class of unannotated tissue in the valid area (default: excluded).
-        region: Annotation class that outlines the fully annotated area.
-        slide_mpp: Pixel size in µm of slides that do not record it: a number, or a csv with ``slide, mpp``.
-        annotations: Folder of annotation files, or one file (default: beside the slides).
-        crop: Whether QuPath cropped slides to their scanned bounds on export.
-
-    Raises:
-        DataError: If a number is out of range.
-    """
+    """How slides are cut and patches labelled; the fields are arguments of `prepare`."""
 
     mpp: float
     patch_px: int
