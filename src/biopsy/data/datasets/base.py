@@ -169,7 +169,7 @@ class Listing:
     """Unusable patch files: ``source`` and ``reason``."""
     counts: dict[str, int] = field(default_factory=dict)
     """Excluded files: ``duplicates``, ``unlabelled``, ``other_files``."""
-    origin: Origin = field(default_factory=Origin)  # type: ignore[arg-type]
+    origin: Origin = field(default_factory=Origin)
     """Provenance, for ``pack.json``; of slides that were cut also parameters, areas and exclusions."""
 
 
