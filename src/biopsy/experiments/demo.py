@@ -58,7 +58,7 @@ def demo(*, out: Path | str = "biopsy-demo", on_epoch: OnEpoch | None = None) ->
             archive, n_patients=N_PATIENTS, patches_per_patient=PATCHES_PER_PATIENT, seed=0, high_grade=True
         )
     pack = prepare(archive, folder / "cohort.pack")
-    logger.info("pack of %d patches: %s", len(pack), pack.path)
+    logger.info("pack of %s patches: %s", f"{len(pack):,}", pack.path)
     inspect(pack, split="patients")
     run = _train(pack, folder / "run", on_epoch)
     metrics = evaluate(run)

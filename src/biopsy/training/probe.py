@@ -152,7 +152,7 @@ def cached_features(
     except FileFormatError as error:
         if error.reason != "missing":
             logger.warning("features are computed again: %s", error)
-    logger.info("features of %s are computed for %d patches", identity["network"], len(pack))
+    logger.info("features of %s are computed for %s patches", identity["network"], f"{len(pack):,}")
     started = time.perf_counter()
     features = _compute(network, pack, preprocessing, engine)
     seconds = time.perf_counter() - started
