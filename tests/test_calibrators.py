@@ -307,7 +307,7 @@ def test_isotonic_is_for_two_classes_only():
         (np.zeros((3, 2)), [0, 1], "scores have shape"),
         (np.zeros((3, 1)), [0, 0, 0], "scores have shape"),
         (np.zeros((0, 2)), [], "scores have shape"),
-        (np.zeros((2, 2)), [0, 2], "index into the 2 classes"),
+        (np.zeros((2, 2)), [0, 2], "2 classes"),
     ],
 )
 def test_shapes_and_targets_are_checked(scores, target, message):

@@ -83,10 +83,10 @@ RESIDUAL = {"network": "residual", "preprocessing": {"input_px": 16}}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "biopsy-classifier/2"}, "newer than 'biopsy-classifier/1': update biopsy"),
-        ({"format": "biopsy-pack/1"}, "'biopsy-pack/1' where 'biopsy-classifier/1' was expected"),
+        ({"format": "biopsy-classifier/2"}, "newer.*'biopsy-classifier/1'"),
+        ({"format": "biopsy-pack/1"}, "'biopsy-pack/1'.*'biopsy-classifier/1'"),
         ({"patch_px": "wide"}, "patch_px"),
-        ({"class_names": ["non_idc", "idc", "c"]}, "does not fit the network 'cancernet'"),
+        ({"class_names": ["non_idc", "idc", "c"]}, "'cancernet'"),
         ({"class_names": ["idc", "idc"]}, "class_names"),
         ({"class_names": []}, "class_names"),
         ({"positive_class": "nobody"}, "positive_class"),
@@ -102,10 +102,10 @@ RESIDUAL = {"network": "residual", "preprocessing": {"input_px": 16}}
             {"out_of_distribution": {"limits": {"feature": 1, "colour": 1}}},
             "lacks",
         ),
-        (RESIDUAL | {"params": {"base_channels": 10**6}}, "does not fit the network 'residual'"),
+        (RESIDUAL | {"params": {"base_channels": 10**6}}, "'residual'"),
         (RESIDUAL | {"params": {"base_channels": [24]}}, "base_channels"),
-        (RESIDUAL | {"params": {"base_channels": -1}}, "cannot be read as a network"),
-        ({"network": "cancernett"}, "unknown network 'cancernett'; did you mean 'cancernet'"),
+        (RESIDUAL | {"params": {"base_channels": -1}}, "network"),
+        ({"network": "cancernett"}, "'cancernett'.*'cancernet'"),
     ],
 )
 def test_another_document_is_refused(saved, change, message):

@@ -130,9 +130,9 @@ def test_ids_that_are_likely_one_are_named(table, ids, caplog):
             "patch_id,patient_id\nb/p2_1,1\n,2\n",
             r"column patch_id is empty \(NaN\) in 1 rows, first in row 1",
         ),
-        ("patch_id,patient_id\nb/p2_1,1\nb/p2_1,2\n", "1 repeated values, b/p2_1 first"),
-        ("name,patient_id\nb/p2_1,1\n", "one of patch_id, id, source, slide_id and one of"),
-        ("", "is empty where a csv"),
+        ("patch_id,patient_id\nb/p2_1,1\nb/p2_1,2\n", "1 .*b/p2_1"),
+        ("name,patient_id\nb/p2_1,1\n", "patch_id, id, source, slide_id"),
+        ("", "empty"),
     ],
 )
 def test_people_refusals(table, csv, text, match):
@@ -143,11 +143,11 @@ def test_people_refusals(table, csv, text, match):
 @pytest.mark.parametrize(
     ("pattern", "match"),
     [
-        ("(p", r"is neither a csv file nor a regular expression: missing \)"),
-        ("p1", "needs a group for the patient"),
-        ("(?P<who>p)", "needs a group for the patient"),
+        ("(p", r"csv.*regular expression.*missing \)"),
+        ("p1", "group"),
+        ("(?P<who>p)", "group"),
         ("(z)", "of the 3 patches"),
-        ("absent.csv", "absent.csv does not exist"),
+        ("absent.csv", "absent.csv"),
     ],
 )
 def test_pattern_refusals(table, pattern, match):
@@ -180,10 +180,10 @@ def test_join_fills_the_site(table, csv):
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("slide_id,target\ns1,1\n", "the pack has columns named target already; rename them"),
-        ("slide_id,official_subset,sha256\ns1,1,2\n", "named official_subset, sha256 already"),
-        ("name,age\ns1,1\n", "one of patch_id, patient_id, slide_id is needed"),
-        ("slide_id,age\nS1,1\n", "no slide_id matches the data set, such as 's1'"),
+        ("slide_id,target\ns1,1\n", "target"),
+        ("slide_id,official_subset,sha256\ns1,1,2\n", "official_subset, sha256"),
+        ("name,age\ns1,1\n", "patch_id, patient_id, slide_id"),
+        ("slide_id,age\nS1,1\n", "slide_id.*'s1'"),
         ("slide_id,age\ns1,1\n,2\n", r"empty \(NaN\) in 1 rows"),
         ("slide_id,age\ns1,1\ns1,2\n", "repeated values"),
     ],

@@ -273,7 +273,7 @@ def test_hcd_rows_without_image_and_images_without_row_are_named(tree, tmp_path)
         ("id,label\na,0\nb,2\n", "first row 1 .id b, label 2"),
         ("id,label\n,1\n", "first row 0"),
         ("id,label\na,0\na,0\n", "1 repeated ids"),
-        ("name,class\na,0\n", "has the columns name, class; id, label is missing"),
+        ("name,class\na,0\n", "name, class; id, label"),
         ("", "is empty"),
     ],
 )

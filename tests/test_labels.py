@@ -55,16 +55,16 @@ def test_a_class_called_by_a_number_is_meant_by_its_name(csv):
     [
         (
             "patch_id,label\nx,normal\ny,normal\na,normal\n",
-            "names 2 patches that are not in the dataset: 'x', 'y'",
+            "2 patches .*'x', 'y'",
         ),
         (
             "patch_id,label\na,norml\n",
-            "has 1 unknown labels, 'norml' for a first; known: normal, in_situ",
+            "'norml' .*normal, in_situ",
         ),
-        ("patch_id,label\na,\n", "has rows without a label, a first"),
+        ("patch_id,label\na,\n", "label, a"),
         ("patch_id,label\na,3\n", "'3' for a first"),
         ("patch_id,label\n,normal\n", r"patch_id is empty \(NaN\)"),
-        ("patch_id,label\na,normal\na,in_situ\n", "1 repeated values, a first"),
+        ("patch_id,label\na,normal\na,in_situ\n", "1 repeated .*a"),
         ("patch_id,class\na,normal\n", "one of patch_id, source and one of label is needed"),
     ],
 )
@@ -140,9 +140,9 @@ def test_a_class_called_yes_is_that_class(csv):
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        (SHEET + "a,normal,invasive,,\n", "column decision is empty: enter yes, no or a class"),
-        (SHEET + "a,normal,invasive,maybe,\n", "has 1 unknown labels, 'maybe' for a first"),
-        ("patch_id,label,decision\na,normal,yes\n", "needs the column suggested"),
+        (SHEET + "a,normal,invasive,,\n", "decision .*yes, no"),
+        (SHEET + "a,normal,invasive,maybe,\n", "1 .*'maybe'"),
+        ("patch_id,label,decision\na,normal,yes\n", "suggested"),
         (SHEET + "a,normal,invasive,yes,\na,normal,invasive,,\n", "1 repeated values"),
     ],
 )

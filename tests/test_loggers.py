@@ -90,7 +90,7 @@ def test_a_resumed_run_goes_on_with_its_record(make_pack, tmp_path, monkeypatch,
 @pytest.mark.parametrize("name", ["mlflow", "wandb"])
 def test_one_that_is_not_installed_is_named(make_pack, tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MissingExtra, match=f"--{name} needs the extra '{name}'"):
+    with pytest.raises(MissingExtra, match=f"--{name} .*'{name}'"):
         train_with(make_pack(), tmp_path / "run", name)
 
 

@@ -343,13 +343,13 @@ def test_a_librarys_vit_takes_another_size():
 @pytest.mark.parametrize(
     ("name", "params", "message"),
     [
-        ("timm:resnet81", {}, "timm has no network 'resnet81'; the closest names are resnet18"),
-        ("timm:resnet18.a1_in2k", {}, "the closest names are resnet18.a1_in1k"),
-        ("torchvision:squeezenet", {}, "the closest names are squeezenet1_1, squeezenet1_0"),
+        ("timm:resnet81", {}, "timm.*'resnet81'.*resnet18"),
+        ("timm:resnet18.a1_in2k", {}, "resnet18.a1_in1k"),
+        ("torchvision:squeezenet", {}, "squeezenet1_1, squeezenet1_0"),
         ("timm:zzzzzz", {}, "timm has .* others"),
-        ("tim:resnet18", {}, "unknown library 'tim'; did you mean 'timm'"),
-        ("timm:test_resnet", {"pretrained": True}, "has no parameter 'pretrained'"),
-        ("torchvision:resnet18", {"dropout": 0.1}, "torchvision:resnet18 cannot be built"),
+        ("tim:resnet18", {}, "'tim'.*'timm'"),
+        ("timm:test_resnet", {"pretrained": True}, "'pretrained'"),
+        ("torchvision:resnet18", {"dropout": 0.1}, "torchvision:resnet18"),
         ("torchvision:vit_b_32", {}, "cannot be built for input_px=50 .* indivisible"),
     ],
 )

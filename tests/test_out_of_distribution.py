@@ -100,6 +100,19 @@ def test_with_another_augmentation_patches_are_told_by_colour_alone(classifier):
     assert other["out_of_distribution"][5:].all()
 
 
-@pytest.mark.parametrize(("quantile", "limit"), [(0.99, 0.04), (0.95, 0.2)])
-def test_a_share_is_unusual_from_twice_what_the_limit_lets_expect(quantile, limit):
-    assert ood_warning(limit + 0.001, quantile) and ood_warning(limit - 0.001, quantile) is None
+def test_grey_patches_and_mere_padding_are_flagged_whatever_their_distance(classifier):
+    reference = {**classifier.info.out_of_distribution, "limits": {"colour": np.inf, "feature": np.inf}}
+    info = classifier.info.model_copy(update={"out_of_distribution": reference})
+    unlimited = Classifier(info, classifier.network, extras=classifier.extras)
+    patches, sizes = PATCHES[VAL[:4]].copy(), SIZES[VAL[:4]].copy()
+    patches[1] = patches[1].mean(axis=-1, keepdims=True)
+    sizes[2], sizes[3] = (5, 5), (5, 6)  # of 256 px: less and more than a tenth
+    found = measure(unlimited, patches, sizes)["out_of_distribution"]
+    assert found.tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize(("quantile", "limit", "expected"), [(0.99, 0.04, "1-2 %"), (0.95, 0.2, "5-10 %")])
+def test_a_share_is_unusual_from_twice_what_the_limit_lets_expect(quantile, limit, expected):
+    warning = ood_warning(limit + 0.001, quantile)
+    assert warning and expected in warning and f"{limit:.0%}" in warning
+    assert ood_warning(limit - 0.001, quantile) is None

@@ -48,7 +48,7 @@ def test_a_pack_cut_short_is_refused(make_pack, name):
     pack = make_pack()
     with open(pack.path / name, "rb+") as file:
         file.truncate(100)
-    with pytest.raises(PackError, match=rf"{name} has 100 bytes instead of [\d,]+"):
+    with pytest.raises(PackError, match=rf"{name} has 100 bytes .*[\d,]+"):
         Pack.open(pack.path)
 
 

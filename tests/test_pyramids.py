@@ -109,9 +109,9 @@ def test_nothing_is_left_when_the_source_fails(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mpp": 0.0}, "at 0.0 um/px cannot be written"),
-        ({"tile_px": 100}, "tile_px 100 is not a multiple of 16"),
-        ({"compression": "zip"}, "'zip' is unknown; known: deflate, jpeg"),
+        ({"mpp": 0.0}, "0.0 um/px"),
+        ({"tile_px": 100}, "tile_px 100 .*16"),
+        ({"compression": "zip"}, "'zip' .*deflate, jpeg"),
         ({"width": 10}, "expected uint8"),
     ],
 )

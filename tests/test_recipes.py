@@ -156,24 +156,24 @@ def test_a_setting_is_changed(override, value):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.lrr=1", "no setting 'train.lrr': did you mean 'train.lr'"),
+        ("train.lrr=1", "'train.lrr'.*'train.lr'"),
         ("preprocesing.resize=nearest", "did you mean 'preprocessing.resize'"),
         ("train.epoch=3", "did you mean 'train.epochs'"),
-        ("train.lr", "has no '=': write --set train.lr=0.001"),
+        ("train.lr", "'='.*--set"),
         ("name=other", "no setting 'name'"),
         ("train.optimiser=adagradd", "train.optimiser: Input should be .*'adagrad'.*found 'adagradd'"),
-        ("train.lr=0", "train.lr: Input should be greater than 0, found 0"),
+        ("train.lr=0", "train.lr: .*0, found 0"),
         ("train.lr=inf", "--set train.lr holds inf"),
         ("train.epochs=1.5", "train.epochs: .*found 1.5"),
-        ("train.momentum=1", "train.momentum: Input should be less than 1"),
+        ("train.momentum=1", "train.momentum: .*1"),
         ("train.precision=fp16", "train.precision: .*found 'fp16'"),
         ("preprocessing.std=[1, 1]", "preprocessing.std.2: Field required"),
-        ("preprocessing.std=[1, 0, 1]", r"preprocessing.std.1: Input should be greater than 0"),
+        ("preprocessing.std=[1, 0, 1]", r"preprocessing.std.1: .*0"),
         (
             "decision.threshold=youdenn",
-            "decision.threshold: threshold rule 'youdenn' does not exist: did you",
+            "decision.threshold: .*'youden'",
         ),
-        ("decision.threshold=sensitivity=1.5", "takes a share above 0 and at most 1"),
+        ("decision.threshold=sensitivity=1.5", "above 0 and at most 1"),
         ("as_published.threshold=cost=0", "as_published.threshold: .*cost of a false negative"),
     ],
 )
@@ -185,11 +185,11 @@ def test_a_wrong_setting_is_refused(override, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name = 'x'", "x: model: Field required"),
+        ("name = 'x'", "x: model"),
         ("name = 'a/b'\n[model]\nname = 'cancernet'", "a/b: name: String should match pattern"),
-        ("name = 'x'\n[model]\nname = 'cancernet'\n[train]\nlearn = 1", "no setting 'train.learn'"),
-        ("format = 'biopsy-recipe/2'\nname = 'x'\n[model]\nname = 'cancernet'", "update biopsy to read it"),
-        ("name = ", "cannot be read as TOML"),
+        ("name = 'x'\n[model]\nname = 'cancernet'\n[train]\nlearn = 1", "'train.learn'"),
+        ("format = 'biopsy-recipe/2'\nname = 'x'\n[model]\nname = 'cancernet'", "update biopsy"),
+        ("name = ", "TOML"),
     ],
 )
 def test_a_wrong_file_is_refused(text, message, tmp_path):

@@ -140,12 +140,12 @@ def test_json_round_trip_with_numpy_values_paths_and_gaps(tmp_path):
     ("content", "message"),
     [
         (None, "does not exist"),
-        (b'{"format": "biopsy-pack/1"', "cannot be read as JSON"),
+        (b'{"format": "biopsy-pack/1"', "JSON"),
         (b"\xff\xfe\x00", "is not UTF-8"),
-        (b'{"format": "biopsy-pack/2"}', "newer than 'biopsy-pack/1': update biopsy"),
-        (b'{"format": "biopsy-run/1"}', "has format 'biopsy-run/1' where 'biopsy-pack/1' was expected"),
+        (b'{"format": "biopsy-pack/2"}', "newer.*'biopsy-pack/1'"),
+        (b'{"format": "biopsy-run/1"}', "'biopsy-run/1' .*'biopsy-pack/1'"),
         (b"{}", "has format None"),
-        (b"[1, 2]", "holds a list where an object was expected"),
+        (b"[1, 2]", "list"),
     ],
 )
 def test_json_of_another_format_is_refused_in_one_line(tmp_path, content, message):

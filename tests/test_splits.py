@@ -162,21 +162,21 @@ def test_named_patients_stay_where_they_are_put(make_pack: MakePack) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"protocol": "patient"}, "there is no protocol 'patient'; did you mean 'patients'"),
-        ({"protocol": "patients", "test_patients": ("8866",)}, "no patient is called '8866'; did you mean"),
+        ({"protocol": "patient"}, "'patient'.*'patients'"),
+        ({"protocol": "patients", "test_patients": ("8866",)}, "'8866'"),
         (
             {"protocol": "patients", "test_patients": ("8863",), "val_patients": ("8863",)},
-            "named both for validation and for test",
+            "validation .*test",
         ),
         (
             {"protocol": "patients", "test_patients": ("8863", "8865"), "val_patients": ("8867", "8869")},
-            "0 remaining patients are too few",
+            "0 remaining",
         ),
-        ({"protocol": "folds"}, "4 patients are too few for 5 subsets or folds"),
-        ({"protocol": "folds", "n_folds": 2}, "2 folds are too few"),
-        ({"protocol": "leave-one-out", "test_patients": ("8863",)}, "needs 2 or more patients"),
+        ({"protocol": "folds"}, "4 patients .*5 "),
+        ({"protocol": "folds", "n_folds": 2}, "2 folds"),
+        ({"protocol": "leave-one-out", "test_patients": ("8863",)}, "2 or more"),
         ({"protocol": "official"}, "official subsets"),
-        ({"protocol": "site"}, "48 of 48 patches have no site_id"),
+        ({"protocol": "site"}, "48 of 48 .*site_id"),
         ({"protocol": "kaggle-rows"}, "train_labels.csv"),
         ({"protocol": "as-published"}, "recipe"),
         (
@@ -184,8 +184,8 @@ def test_named_patients_stay_where_they_are_put(make_pack: MakePack) -> None:
             "did you mean 'shuffled-paths'",
         ),
         ({"protocol": "as-published", "recipe": {"method": "shuffled-paths"}}, "'seed' is missing"),
-        ({"protocol": "patients", "unit": "slide"}, "cannot divide it by slide"),
-        ({"protocol": "patients", "name": "../x"}, "cannot be called '../x'"),
+        ({"protocol": "patients", "unit": "slide"}, "slide"),
+        ({"protocol": "patients", "name": "../x"}, "'../x'"),
     ],
 )
 def test_refusals(make_pack: MakePack, options: dict[str, object], message: str) -> None:

@@ -120,9 +120,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on(pack, whole, tmp_path, monkeyp
 
     with monkeypatch.context() as patched:
         patched.setattr(files.os, "replace", fill)
-        with pytest.raises(
-            RunError, match=rf"{name} could not be written .*No space left.*--resume"
-        ) as caught:
+        with pytest.raises(RunError, match=rf"{name} .*No space left.*--resume") as caught:
             train_tiny(pack, tmp_path / "cut", THREE)
     assert str(tmp_path / "cut") in str(caught.value) and ".partial" not in str(caught.value)
     assert list((tmp_path / "cut").rglob("*.partial")) == []
@@ -160,7 +158,7 @@ def test_killed_while_the_classifier_is_made(pack, whole, tmp_path, monkeypatch)
 
 def test_a_loss_that_is_not_finite_stops_the_run(pack, tmp_path):
     settings = ("train.optimiser=sgd", "train.lr=1e30")
-    with pytest.raises(TrainingDiverged, match=r"epoch 1, step \d+; no epoch was finished"):
+    with pytest.raises(TrainingDiverged, match=r"epoch 1, step \d+"):
         train_tiny(pack, tmp_path / "run", *settings)
     info = read_json(tmp_path / "run" / "run.json")
     assert info["status"] == "failed" and "step" in info["reason"]
@@ -239,12 +237,12 @@ def test_refusals(pack, whole, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "options", "error", "message"),
     [
-        (["train.momentum=0.9"], {}, RecipeError, "optimiser 'adagrad' takes no momentum"),
-        (["preprocessing.input_px=4"], {}, RecipeError, "input_px=4 must be at least 8"),
-        (["model.params.dropout=0.1"], {}, RecipeError, "has no parameter 'dropout'"),
+        (["train.momentum=0.9"], {}, RecipeError, "'adagrad' .*momentum"),
+        (["preprocessing.input_px=4"], {}, RecipeError, "input_px=4 .*8"),
+        (["model.params.dropout=0.1"], {}, RecipeError, "'dropout'"),
         ([], {"split": "patient"}, SplitError, "did you mean 'patients'"),
-        ([], {"fold": 1}, SplitError, "has subsets, not folds"),
-        ([], {"plot": "curves.txt"}, RunError, r"curves.txt: its name must end in .png, .svg, .pdf"),
+        ([], {"fold": 1}, SplitError, "folds"),
+        ([], {"plot": "curves.txt"}, RunError, r"curves.txt: .*.png, .svg, .pdf"),
     ],
 )
 def test_what_would_stop_a_run_later_is_refused_at_once(pack, tmp_path, settings, options, error, message):
@@ -280,7 +278,7 @@ def test_a_class_missing_from_training_is_refused(make_pack, tmp_path):
         train_tiny(two, tmp_path / "run", split="one-class")
     three = make_pack("three.pack", n_patients=6, patches_per_patient=6, n_classes=3)
     keep_in_training(three, "two-classes", 99, 99, 0)
-    with pytest.raises(DataError, match=r"need every class in training, found counts \[\d+, \d+, 0\]"):
+    with pytest.raises(DataError, match=r"class.*found counts \[\d+, \d+, 0\]"):
         train_tiny(three, tmp_path / "run", split="two-classes")
     assert not (tmp_path / "run").exists()
 

@@ -266,14 +266,14 @@ def test_a_run_starts_from_weights_and_goes_on_without_the_file(make_pack, tmp_p
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["model.weights=keras-vgg16"], "are of vgg16, the recipe's network is 'residual'"),
-        (["model.weights=keras-vgg61"], "'keras-vgg61'; did you mean"),
+        (["model.weights=keras-vgg16"], "vgg16.*'residual'"),
+        (["model.weights=keras-vgg61"], "'keras-vgg61'.*'keras-vgg16'"),
         (["model.weights=gone.safetensors"], r"no file 'gone.safetensors'.* model.pretrained=false"),
-        ([], "model.pretrained needs model.weights: for 'residual' no tag is known"),
-        (["model.name=vgg16"], "for 'vgg16' known are keras-vgg16"),
+        ([], "model.pretrained .*model.weights.*'residual'"),
+        (["model.name=vgg16"], "'vgg16'.*keras-vgg16"),
         (
             ["model.name=torchvision:resnet18", "model.weights=torchvision:resnet18.IMAGENET1K_V7"],
-            "torchvision has no weights 'IMAGENET1K_V7' of resnet18; did you mean 'IMAGENET1K_V1'",
+            "'IMAGENET1K_V7' .*resnet18.*'IMAGENET1K_V1'",
         ),
         (["model.name=timm:test_resnet", "model.weights=timm:test_resnet.nope"], "test_resnet.r160_in1k"),
         (["model.name=timm:test_resnet"], "download test_resnet.r160_in1k.safetensors from timm/test_resnet"),
@@ -325,7 +325,7 @@ def test_what_is_not_weights_is_refused_and_never_executed(tmp_path):
         "zip.pth": "not unpickled",
         "list.pth": "has no named weights",
         "cut.safetensors": "cannot be read as safetensors",
-        "other.safetensors": "does not fit residual",
+        "other.safetensors": "residual",
     }.items():
         with pytest.raises(DataError, match=message):
             make_network(recipe_with(f"model.weights={tmp_path / name}"), 2, seed=0)
@@ -335,5 +335,5 @@ def test_what_is_not_weights_is_refused_and_never_executed(tmp_path):
 def test_weights_of_another_network_are_refused(name, tmp_path):
     path = tmp_path / "vit.safetensors"
     save_file(timm.create_model("test_vit").state_dict(), path)
-    with pytest.raises(DataError, match=f"vit.safetensors does not fit {name}"):
+    with pytest.raises(DataError, match=f"vit.safetensors .*{name}"):
         make_network(recipe_with(f"model.name={name}", f"model.weights={path}"), 2, seed=0)

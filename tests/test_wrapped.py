@@ -121,16 +121,16 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     ("module", "options", "message"),
     [
-        (make_module(3), {}, r"returns \(2, 3\) for 2 patches; expected logits \(2, 2\)"),
+        (make_module(3), {}, r"returns \(2, 3\) .*expected logits \(2, 2\)"),
         (
             make_module(2),
             {"class_names": ["a", "b", "c"]},
-            r"returns \(2, 2\) for 2 patches; expected logits \(2, 3\)",
+            r"returns \(2, 2\) .*expected logits \(2, 3\)",
         ),
         (Odd(lambda batch: batch), {}, r"returns \(2, 3, 16, 16\)"),
         (Odd(lambda batch: [1, 2]), {}, "returns list"),
-        (nn.Linear(7, 2), {}, "Linear does not accept"),
-        (make_module(), {"class_names": ["a"]}, "two or more"),
+        (nn.Linear(7, 2), {}, "Linear"),
+        (make_module(), {"class_names": ["a"]}, "two"),
         (make_module(), {"class_names": ["a", "a"]}, "distinct names"),
         (make_module(), {"positive_class": "c"}, "of two classes"),
         (make_module(), {"threshold": 3}, "probability"),

@@ -106,7 +106,7 @@ def test_code_runs_only_if_its_hash_is_named(make_model, tmp_path):
     folder, digest = make_model()
     with pytest.raises(RunError, match=f"contains code.* --trust-model {digest}"):
         open_classifier(folder)
-    with pytest.raises(RunError, match=f"has the SHA-256 {digest}, not 00ff: it was not run"):
+    with pytest.raises(RunError, match=f"{digest}.*00ff"):
         open_classifier(folder, trust_model="00ff")
     done = call("predict", str(folder), str(folder), "--trust-model", "00ff")
     assert done.exit_code == 1 and "it was not run" in done.stderr
@@ -116,7 +116,7 @@ def test_code_runs_only_if_its_hash_is_named(make_model, tmp_path):
     ("config", "message"),
     [
         ({"class_names": ["a", "b", "c"]}, "has the classes .* num_classes 2"),
-        ({"spacing_um_px": 0}, "spacing_um_px: Input should be greater than 0"),
+        ({"spacing_um_px": 0}, "spacing_um_px: .*0"),
         ({"num_classes": "two"}, "num_classes"),
         ({"transform": [{"name": "CenterCrop"}]}, "name: Input should be 'Resize'"),
         ({"transform": [{"name": "Resize", "arguments": {"size": [9, 8]}}]}, "a step Resize with"),
