@@ -352,6 +352,18 @@ def test_a_log_file_that_cannot_be_written_is_an_error(replace, tmp_path):
     assert call("list", "models", "--log-file", tmp_path / "missing" / "log.txt").exit_code == 1
 
 
+def test_a_log_is_appended_to_logs_only(replace, tmp_path):
+    replace("fetch", lambda name, out, on_progress: logging.getLogger("biopsy").info("done"))
+    log, notes = tmp_path / "log.txt", tmp_path / "notes.txt"
+    for _ in range(2):
+        assert call("fetch", "pcam", "--out", "there", "--log-file", log).exit_code == 0
+    assert log.read_text().count("done") == 2
+    for text in ("mine", '{"format": "biopsy-pack/1"}', "2026-11-29 my diary"):
+        notes.write_text(text)
+        assert call("fetch", "pcam", "--out", "there", "--log-file", notes).exit_code == 1
+        assert notes.read_text() == text
+
+
 def test_json_holds_no_nan_and_no_numpy(capsys):
     print_json(
         {"a": np.float32(0.5), "b": np.arange(2), "c": float("nan"), "d": Path("x"), "e": [np.inf, None]}

@@ -60,6 +60,19 @@ def test_slides_of_one_name_are_told_apart_and_one_named_twice_is_listed_once(tm
     assert [(source.name, source.mpp) for source in twice] == [("x_tif", 0.5), ("one_x_tif", 0.25)]
 
 
+def test_slides_in_folders_of_a_folder_are_named(tmp_path, caplog):
+    (tmp_path / "case.svs").touch()
+    for name in ("empty", "maps"):
+        (tmp_path / name).mkdir()
+    for file in ("map.parquet", "heatmap.tiff"):
+        (tmp_path / "maps" / file).touch()
+    list_sources([tmp_path], None)
+    assert not caplog.text
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "case.svs").touch()
+    assert len(list_sources([tmp_path], None)) == 1 and "second" in caplog.text
+
+
 def test_a_folder_takes_a_name_of_any_length_and_spelling(tmp_path):
     long, odd = "s" * 240, os.fsdecode(b"M\xfcller")
     folder = touch(tmp_path / "a", f"{long}.tif", f"{long}t.tif", f"{odd}.tif", " .tif", "status.csv.tif")

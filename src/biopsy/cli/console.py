@@ -3,12 +3,14 @@
 import contextlib
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from biopsy.core.errors import UserFileError
 from biopsy.core.results import Output, number, to_text
 
 MAX_MESSAGE = 900  # characters of an error or warning
@@ -47,7 +49,10 @@ def set_up_log(*, quiet: bool = False, verbose: bool = False, file: Path | None 
 
     Raises:
         OSError: If the file cannot be written.
+        UserFileError: If it exists and is not such a log.
     """
+    if file is not None and file.is_file() and not _is_log(file):
+        raise UserFileError(file, "foreign", "is not a log of biopsy: name another file for --log-file")
     logger = logging.getLogger("biopsy")
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
@@ -62,6 +67,11 @@ def set_up_log(*, quiet: bool = False, verbose: bool = False, file: Path | None 
         keeping = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
         keeping.setFormatter(in_full)
         logger.addHandler(keeping)
+
+
+def _is_log(file: Path) -> bool:
+    with open(file, "rb") as log:
+        return re.match(rb"$|\d{4}-\d\d-\d\d [\d:,]+ [A-Z]+ biopsy", log.read(80)) is not None
 
 
 def print_json(document: object) -> None:

@@ -1,6 +1,8 @@
 """Listing of slides from files, folders, csv files and packs."""
 
+import contextlib
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -21,6 +23,9 @@ from biopsy.slide_io.backends import SLIDE_SUFFIXES, list_slide_files
 from biopsy.slide_io.mosaic import check_extent, stitch
 from biopsy.slide_io.tissue import THUMBNAIL_PX
 from biopsy.slides.grids import PatchGrid
+from biopsy.slides.outputs import MAP
+
+logger = logging.getLogger(__name__)
 
 _SAMPLE_BYTES = 1 << 20
 _SEVERAL_FILES = (".mrxs", ".dcm", ".csv")
@@ -150,10 +155,21 @@ def _expand(path: Path, mpp: float | None) -> Iterator[Source]:
             raise DataError(f"{path} has no slides: expected files with suffix {' '.join(SLIDE_SUFFIXES)}")
         for file in result:
             yield Source(_clean(file.stem), file, mpp)
+        if below := [folder.name for folder in sorted(path.iterdir()) if _holds_slides(folder)]:
+            logger.warning("slides in folders of %s are not read: name %s too", path, ", ".join(below))
     elif os.path.exists(path) or os.path.islink(path):
         yield Source(_clean(path.stem), path, mpp)
     else:
         raise DataError(f"{path} does not exist: expected slides, folders, csv files or packs")
+
+
+def _holds_slides(folder: Path) -> bool:
+    """Return whether a folder holds slides, other than levels of a DICOM slide or maps of this package."""
+    if not folder.is_dir() or (folder / MAP).exists():
+        return False
+    with contextlib.suppress(OSError):
+        return any(file.suffix.lower() != ".dcm" for file in list_slide_files(folder))
+    return False
 
 
 def _expand_url(url: str, mpp: float | None) -> Iterator[Source]:
